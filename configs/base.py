@@ -1,0 +1,91 @@
+"""Every key of an experiment, once, with its meaning. A config file starts from this and says only what differs.
+
+    def get_config():
+        c = base.get_config()
+        c.init = "smollm2-135m-instruct"
+        ...
+
+`--config.key=value` overrides any of them. `configs/schema.py` holds the ranges and the rules between keys.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0  # everything random derives from it: init, data order, dropout
+    c.steps = 1000  # optimizer steps
+    c.accum = 1  # micro-batches a step; the batch is split, the result is the same
+    c.init = ""  # pretrained start: folder, .gguf, run folder, package-carried name or hub id; "": random
+    c.trainable = "all"  # | "adapters" | a regex on parameter paths
+    c.allow = ()  # what a resume may change though it changes the result: "data", "config"
+
+    c.model = ConfigDict()
+    c.model.shape = ""  # a name in configs/models.py; "" takes the shape of `init`
+    c.model.layers = placeholder(int)  # these five override the shape
+    c.model.embed = placeholder(int)
+    c.model.heads = placeholder(int)
+    c.model.kv_heads = placeholder(int)
+    c.model.mlp = placeholder(int)
+    c.model.vocab_size = placeholder(int)  # unset: the tokenizer's, rounded up to a multiple of 64
+    c.model.dtype = "float32"  # activations
+    c.model.param_dtype = "float32"  # weights and optimizer state
+    c.model.remat = "dots"  # | "none" | "full": what the backward pass keeps of each layer
+
+    c.objective = ConfigDict({"name": "sft"})  # a file in train/objectives + its keyword arguments
+    c.peft = ConfigDict({"name": ""}, allow_dotted_keys=True)  # a file in model/peft + its keyword arguments
+    c.quant = ConfigDict({"name": ""})  # a file in model/quant + its keyword arguments
+
+    c.data = ConfigDict()
+    c.data.source = "pydocs"  # see data/sources.py; several with weights: "pydocs:0.7,sotu:0.3"
+    c.data.eval_source = ""  # held-out records; "": cut from `source` by `holdout`
+    c.data.holdout = 0.05  # share of the documents kept out of training for held-out loss
+    c.data.format = "auto"  # | text | messages | prompt_completion | alpaca | sharegpt | preference
+    c.data.fields = ""  # rename columns: "prompt=question,completion=answer"
+    c.data.tokenizer = ""  # see data/tokenizer.py; "": the one of `init`, else bytes
+    c.data.seq_len = 256  # T
+    c.data.batch_size = 8  # B, rows a step over all hosts
+    c.data.packing = "best_fit"  # | "concat" (documents are split) | "none" (one document a row, padded)
+    c.data.truncate = True  # cut documents longer than seq_len; False: they count as bad rows
+    c.data.max_bad = 0.001  # share of bad rows skipped before it is an error
+    c.data.shuffle = True
+    c.data.cache = "~/.cache/kungfu/data"  # tokenised documents, memory-mapped, keyed by fingerprint
+
+    c.optim = ConfigDict()
+    c.optim.name = "adamw"  # | "adafactor" | "lion" | "muon"
+    c.optim.lr = 3e-4  # peak
+    c.optim.schedule = "cosine"  # | "linear" | "constant" | "wsd" (warm up, stay, decay)
+    c.optim.warmup = 0.05  # share of the steps when < 1, else steps
+    c.optim.decay = 0.2  # wsd only: share of the steps of the last phase
+    c.optim.final_lr = 0.1  # share of the peak at the end
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.95
+    c.optim.eps = 1e-8
+    c.optim.weight_decay = 0.0  # on matrices only
+    c.optim.clip = 1.0  # global gradient norm; 0: off
+    c.optim.lr_scale = ()  # per-path learning rates: (("embed/.*", 0.1), ...), first match wins
+    c.optim.max_bad_steps = 3  # non-finite steps in a row before the run stops; each is skipped
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # devices along each axis; -1: all that remain
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+
+    c.log_every = 10
+    c.eval_every = 0  # 0: only after the last step
+    c.eval_batches = 8  # held-out batches an evaluation
+    c.evals = ()  # names in evals/tasks, scored with `eval_n` examples each
+    c.eval_n = 64
+    c.samples = ()  # prompts answered before and after training, kept in samples.jsonl
+
+    c.ckpt = ConfigDict()
+    c.ckpt.every = 100  # steps; 0: only at the end
+    c.ckpt.minutes = 10.0  # and at least this often
+    c.ckpt.keep = 2  # the newest ones
+    c.ckpt.keep_every = 0  # and every n-th step for ever
+    c.ckpt.on_error = "stop"  # | "continue" when a save fails (disk full)
+
+    c.tracker = ""  # | "tensorboard" | "wandb": fed beside metrics.jsonl, never waited for
+    c.chip = ""  # price and peak of this accelerator; "": by the device's own name
+    return c
