@@ -1,0 +1,106 @@
+"""Rotary positions, masks and grouped-query attention."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model.config import ModelConfig
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[Array, float]:
+    """Inverse frequencies [H/2] and the factor on cos and sin, after the config's `rope_scaling`.
+
+    Types as in Hugging Face configs: default, linear (Chen et al. 2023, arXiv 2306.15595), dynamic (NTK-aware, at the
+    config's own `max_len`), llama3 (Llama 3.1), yarn (Peng et al. 2023, arXiv 2309.00071).
+    """
+    dim, theta = config.head_dim, config.rope_theta
+    scaling = dict(config.rope_scaling)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    exponent = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
+    freq = theta**-exponent
+    factor = scaling.get("factor", 1.0)
+    match kind:
+        case "default":
+            return freq, 1.0
+        case "linear":
+            return freq / factor, 1.0
+        case "dynamic":
+            original = scaling.get("original_max_position_embeddings") or config.max_len
+            ratio = max(config.max_len / original, 1.0)
+            base = theta * (factor * ratio - (factor - 1)) ** (dim / (dim - 2))
+            return base**-exponent, 1.0
+        case "llama3":
+            return _llama3(freq, factor, scaling), 1.0
+        case "yarn":
+            return _yarn(freq, factor, scaling, config)
+    raise ValueError(f"unknown rope_type {kind!r}; known: default, linear, dynamic, llama3, yarn")
+
+
+def _llama3(freq: Array, factor: float, scaling: dict) -> Array:
+    """Long wavelengths are stretched by `factor`, short ones kept, the band between interpolated."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # turns within the original context
+    smooth = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return freq * (smooth + (1 - smooth) / factor)
+
+
+def _yarn(freq: Array, factor: float, scaling: dict, config: ModelConfig) -> tuple[Array, float]:
+    """NTK-by-parts, eq. 23 of the paper, and its temperature on the attention logits."""
+    dim = config.head_dim
+    original = scaling.get("original_max_position_embeddings") or config.max_len
+    factor = factor or config.max_len / original
+
+    def dimension(turns: float) -> float:  # where the wavelength makes `turns` turns in the original context
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = jnp.clip((jnp.arange(dim // 2, dtype=jnp.float32) - low) / max(high - low, 0.001), 0.0, 1.0)
+    mscale = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+    temperature = scaling.get("attention_factor")
+    if temperature is None:
+        m, m_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        temperature = mscale(m) / mscale(m_all) if m and m_all else mscale(1.0)
+    return freq / factor * ramp + freq * (1 - ramp), float(temperature)
+
+
+def rope_angles(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
+    """cos and sin [B,T,1,H/2] in float32 for positions [B,T]."""
+    freq, scale = rope_frequencies(config)
+    angle = positions[..., None, None].astype(jnp.float32) * freq
+    return jnp.cos(angle) * scale, jnp.sin(angle) * scale
+
+
+def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
+    """RoPE on x [B,T,N,H]: the first and the second half of a head are the two coordinates, as in Hugging Face."""
+    cos, sin = angles
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def mask(q_pos: Array, q_seg: Array, k_pos: Array, k_seg: Array, window: int = 0) -> Array:
+    """[B,T,S] bool: same document, not later, within `window` positions when it is not 0. Segment 0 is padding."""
+    distance = q_pos[:, :, None] - k_pos[:, None, :]
+    see = (q_seg[:, :, None] == k_seg[:, None, :]) & (k_seg[:, None, :] > 0) & (distance >= 0)
+    return see & (distance < window) if window else see
+
+
+def attention(q: Array, k: Array, v: Array, see: Array) -> Array:
+    """Grouped-query attention. q [B,T,N,H]; k, v [B,K,S,H]; see [B,T,S] -> [B,T,N,H]. Softmax in float32.
+
+    The G query heads of a key head are rows of one product, so that keys are never repeated. Queries that see nothing
+    (padding) get the mean of v: finite, and nothing reads it.
+    """
+    B, T, N, H = q.shape
+    K, S = k.shape[1:3]
+    G = N // K
+    q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    scores = jnp.einsum("BKXH,BKSH->BKXS", q, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(B, K, G, T, S) * H**-0.5
+    probs = jax.nn.softmax(jnp.where(see[:, None, None], scores, -1e30), axis=-1).astype(v.dtype)
+    out = jnp.einsum("BKXS,BKSH->BKXH", probs.reshape(B, K, G * T, S), v)
+    return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

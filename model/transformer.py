@@ -1,0 +1,150 @@
+"""The decoder as three functions of a parameter tree: `hidden`, `logits`, `init`. Blocks are flax modules."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model import weights
+from model.config import ModelConfig
+from model.layers import Block, Norm, context
+from model.weights import Params, Spec, Specs
+
+# What the backward pass keeps of a layer. "dots" keeps the outputs of weight products and recomputes the rest; on a CPU
+# that is faster than keeping everything, since stacking residuals through the scan costs more than softmax and silu.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """A decoder-only language model. `params["layers"]` is one stacked tree (scanned) or a tuple of trees (unrolled)."""
+
+    config: ModelConfig
+    dtype: str = "float32"  # of activations
+    param_dtype: str = "float32"
+    remat: str = "dots"
+
+    # --- parameters ---
+
+    def init(self, key: Array) -> Params:
+        """Random parameters, stacked. Run it under jit with `out_shardings`."""
+        boxes = self._boxes(key)
+        return jax.tree.map(lambda s: s.value.astype(self.param_dtype), boxes, is_leaf=weights.is_spec)
+
+    @functools.cached_property
+    def specs(self) -> Specs:
+        """A Spec (abstract value, logical axes, equation) at every parameter. No array is made."""
+        cast = lambda s: s.replace(value=jax.ShapeDtypeStruct(s.shape, self.param_dtype))
+        return jax.tree.map(cast, jax.eval_shape(self._boxes, jax.random.key(0)), is_leaf=weights.is_spec)
+
+    def _boxes(self, key: Array) -> Specs:
+        c = self.config
+        k_embed, k_pos, k_layers, k_head = jax.random.split(key, 4)
+        x = jnp.zeros((1, 1, c.embed))
+        one = jnp.ones((1, 1), jnp.int32)
+        ctx = context(c, one * 0, one, None)
+        layer = lambda k: Block(c).init(k, x, ctx, None, False)["params"]
+        layers = jax.vmap(layer)(jax.random.split(k_layers, c.layers))
+        stack = lambda s: s.replace(names=("layers", *s.names))
+        table = lambda k, shape, names, eqn: Spec(jax.random.normal(k, shape) * c.embed**-0.5, names, eqn=eqn)
+        out = {
+            "embed": {"table": table(k_embed, (c.vocab_size, c.embed), ("vocab", "embed"), "BTV,VD->BTD")},
+            "layers": jax.tree.map(stack, layers, is_leaf=weights.is_spec),
+            "final_norm": Norm(c).init(key, x)["params"],
+        }
+        if c.position == "learned":
+            out["position"] = {"table": table(k_pos, (c.max_len, c.embed), ("position", "embed"), "")}
+        if not c.tied:
+            head = table(k_head, (c.embed, c.vocab_size), ("embed", "vocab"), "BTD,DV->BTV")
+            out["unembed"] = {"table": head}
+        return out
+
+    # --- forward ---
+
+    def __call__(self, params: Params, tokens: Array, positions: Any = None, segments: Any = None) -> Array:
+        """Logits [B,T,V] in float32 of tokens [B,T]."""
+        return self.logits(params, self.hidden(params, tokens, positions, segments)[0])
+
+    def hidden(
+        self, params: Params, tokens: Array, positions: Any = None, segments: Any = None, cache: Any = None
+    ) -> tuple[Array, Any]:
+        """Final hidden states [B,T,D], after the last norm, and the cache with these tokens written to it.
+
+        Without `positions` and `segments` every row is one document that starts at 0.
+        """
+        c = self.config
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        if segments is None:
+            segments = jnp.ones_like(positions)
+        x = weights.take(params["embed"]["table"], tokens, self.dtype)
+        if c.position == "learned":
+            x = x + weights.take(params["position"]["table"], positions, self.dtype)
+        x = constrain(x)
+        ctx = context(c, positions, segments, cache)
+        x, kv = self._layers(params["layers"], x, ctx, cache and cache["layers"])
+        x = Norm(c).apply({"params": params["final_norm"]}, x)
+        if cache is not None:
+            cache = {"layers": kv, "index": ctx["index"] + tokens.shape[1]} | {
+                k: ctx[k] for k in ("positions", "segments")
+            }
+        return x, cache
+
+    def _layers(self, layers: Any, x: Array, ctx: dict, kv: Any) -> tuple[Array, Any]:
+        c = self.config
+
+        def block(x: Array, p: Params, kv: Any, windowed: Any) -> tuple[Array, Any]:
+            y, kv = Block(c).apply({"params": p}, x, ctx, kv, windowed)
+            return constrain(y), kv
+
+        if isinstance(layers, tuple):  # unrolled: no slice of the stack is copied, which is what decoding needs
+            kvs = []
+            for i, p in enumerate(layers):
+                x, new = block(x, p, kv and kv[i], bool(c.windows and c.windows[i]))
+                kvs.append(new)
+            return x, kv and tuple(kvs)
+        if self.remat != "none":
+            block = jax.checkpoint(block, policy=REMAT[self.remat], prevent_cse=False)
+        windowed = jnp.asarray([w > 0 for w in c.windows or (0,) * c.layers])
+        return jax.lax.scan(lambda x, xs: block(x, *xs), x, (layers, kv, windowed))
+
+    def head(self, params: Params) -> tuple[str, Any]:
+        """The equation and the table that turn hidden states into logits."""
+        if self.config.tied:
+            return "BTD,VD->BTV", params["embed"]["table"]
+        return "BTD,DV->BTV", params["unembed"]["table"]
+
+    def logits(self, params: Params, x: Array) -> Array:
+        """Logits [B,T,V] in float32 of hidden states [B,T,D]."""
+        eqn, table = self.head(params)
+        return weights.einsum(eqn, x, table).astype(jnp.float32)
+
+    # --- decoding ---
+
+    def cache(self, batch: int, length: int, unrolled: bool = True) -> dict:
+        """An empty key-value cache for `length` positions of `batch` rows. `segments` 0 marks what is not written."""
+        c = self.config
+        shape = (batch, c.kv_heads, length, c.head_dim)
+        one = lambda lead=(): {n: jnp.zeros(lead + shape, self.dtype) for n in ("k", "v")}
+        ints = lambda: jnp.zeros((batch, length), jnp.int32)
+        layers = tuple(one() for _ in range(c.layers)) if unrolled else one((c.layers,))
+        return {"layers": layers, "index": jnp.int32(0), "positions": ints(), "segments": ints()}
+
+
+def constrain(x: Array) -> Array:
+    """Activations [B,T,D] keep their batch on the data axes; a weight's axis of the same letter is another one."""
+    return nn.with_logical_constraint(x, ("act_batch", "act_seq", "act_embed")[: x.ndim])
+
+
+def unstack(params: Params, layers: int) -> Params:
+    """The stacked layers as a tuple of trees, for unrolled decoding."""
+    one = lambda i: jax.tree.map(lambda x: x[i], params["layers"])
+    return {**params, "layers": tuple(one(i) for i in range(layers))}

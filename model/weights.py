@@ -1,0 +1,232 @@
+"""A parameter is a leaf, and a leaf knows how to multiply. The only file that knows a parameter may not be an array.
+
+Layers call `einsum(eqn, x, w)` and `take(w, ids)`. `w` is an array or a `Weight`: a pytree node that stands where
+the array stood. Methods (LoRA, quantisation, ...) are functions tree -> tree that replace such leaves.
+"""
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+Params = Any  # nested dicts whose leaves are arrays or Weights
+Specs = Any  # the same dicts, with a Spec at every parameter
+
+# Letter of an equation -> logical axis of a weight. train/mesh.py maps logical axes to mesh axes.
+AXES = dict(
+    B="batch", T="seq", S="seq", D="embed", F="mlp", N="heads", K="kv_heads", H="head_dim", V="vocab",
+    E="experts", R="rank",
+)  # fmt: skip
+
+
+@flax.struct.dataclass
+class Spec(nn.LogicallyPartitioned):
+    """What a parameter was declared as: abstract value, logical axes (`names`) and the equation that uses it.
+
+    `eqn` is "" for what is not multiplied (norm scales, biases). Leading axes that the equation does not name, such as
+    "layers", come from stacking.
+    """
+
+    eqn: str = flax.struct.field(default="", pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def stacked(self) -> int:
+        """Number of leading axes that the equation does not know."""
+        return len(self.shape) - len(operands(self.eqn)[1]) if self.eqn else 0
+
+
+def operands(eqn: str) -> tuple[str, str, str]:
+    """"BTD,DF->BTF" -> ("BTD", "DF", "BTF")."""
+    inputs, out = eqn.split("->")
+    x, w = inputs.split(",")
+    return x, w, out
+
+
+def split(eqn: str) -> tuple[str, str, str]:
+    """The weight's letters by role: shared by x, w and out (experts); contracted; produced."""
+    x, w, out = operands(eqn)
+    return (
+        "".join(c for c in w if c in x and c in out),
+        "".join(c for c in w if c in x and c not in out),
+        "".join(c for c in w if c not in x),
+    )
+
+
+class Weight:
+    """Base of the leaves that are more than an array. Subclasses are `flax.struct.dataclass`es."""
+
+    trainable: ClassVar[tuple[str, ...]] = ()  # fields that "adapters" trains
+
+    def einsum(self, eqn: str, x: Array) -> Array:
+        """`jnp.einsum(eqn, x, dense)` without building `dense`."""
+        raise NotImplementedError
+
+    def take(self, ids: Array, dtype: Any) -> Array:
+        """Rows `ids` of a [V, D] table."""
+        raise NotImplementedError
+
+    def dense(self, spec: Spec) -> Array:
+        """The plain array this leaf stands for: merge, export, and the oracle of the tests."""
+        raise NotImplementedError
+
+    def axes(self, spec: Spec) -> "Weight":
+        """This node with logical axis names (tuples) in place of its arrays, so that it shards like its base."""
+        raise NotImplementedError
+
+
+def einsum(eqn: str, x: Array, w: Array | Weight) -> Array:
+    """`jnp.einsum` of an activation and a weight; the result has x's dtype."""
+    return w.einsum(eqn, x) if isinstance(w, Weight) else _einsum(eqn, x, w.astype(x.dtype))
+
+
+def take(w: Array | Weight, ids: Array, dtype: Any) -> Array:
+    """Embedding lookup: rows `ids` [...] of a table [V, D] -> [..., D] in `dtype`."""
+    return w.take(ids, dtype) if isinstance(w, Weight) else jnp.take(w, ids, axis=0).astype(dtype)
+
+
+def _einsum(eqn: str, x: Array, w: Array) -> Array:
+    """On one device, as a product of two matrices where the equation is one.
+
+    XLA's CPU backend is fast on rank-2 products only: with [B,T,D] activations the weight gradient contracts two axes
+    and loses 1.65x on an MLP. Under a mesh the dimensions stay, since the partitioner needs them.
+    """
+    xs, ws, out = operands(eqn)
+    _, contracted, produced = split(eqn)
+    kept = xs[: -len(contracted)]
+    plain = xs == kept + contracted and out == kept + produced
+    if not plain or ws not in (contracted + produced, produced + contracted) or sharded():
+        return jnp.einsum(eqn, x, w)
+    n = len(contracted)
+    flat_x = x.reshape(-1, _size(x.shape[-n:]))
+    if ws.startswith(contracted):
+        y = flat_x @ w.reshape(_size(w.shape[:n]), -1)
+        tail = w.shape[n:]
+    else:
+        tail = w.shape[:-n]
+        y = jax.lax.dot_general(flat_x, w.reshape(_size(tail), -1), (((1,), (1,)), ((), ())))
+    return y.reshape(x.shape[:-n] + tail)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def sharded() -> bool:
+    """Whether the ambient mesh (`jax.set_mesh`) has more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
+# --- trees -----------------------------------------------------------------------------------------------------------
+
+is_weight = lambda x: isinstance(x, Weight)
+is_spec = lambda x: isinstance(x, Spec)
+
+
+def name(path: tuple) -> str:
+    """A key path as "layers/attn/wq/a"."""
+    parts = []
+    for key in path:
+        match key:
+            case DictKey(key=k) | FlattenedIndexKey(key=k):
+                parts.append(str(k))
+            case SequenceKey(idx=i):
+                parts.append(str(i))
+            case GetAttrKey(name=n):
+                parts.append(n)
+    return "/".join(parts)
+
+
+def map_named(f: Callable, tree: Any, *rest: Any, is_leaf: Callable | None = None) -> Any:
+    """`tree_map` whose function also gets the path as a string first."""
+    return jax.tree.map_with_path(lambda path, *xs: f(name(path), *xs), tree, *rest, is_leaf=is_leaf)
+
+
+def replace(params: Params, specs: Specs, f: Callable[[str, Any, Spec], Any]) -> Params:
+    """`f(name, leaf, spec)` at every declared parameter; the way a Transform is written."""
+    return map_named(lambda path, spec, leaf: f(path, leaf, spec), specs, params, is_leaf=is_spec)
+
+
+def key_for(key: Array, path: str) -> Array:
+    """A key of its own for every parameter, whatever else the tree holds."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def trainable(params: Params, what: str) -> Any:
+    """A tree of bools over the arrays of `params`. `what`: "all" | "adapters" | a regex that names must match whole.
+
+    "all" leaves out integers, and what sits inside a Weight without being one of its trainable fields: quantised values
+    cannot be moved by a gradient, and the base of an adapter is frozen by definition.
+    Raises ValueError when nothing would train.
+    """
+
+    def pick(path: str, leaf: Any, inside: bool) -> Any:
+        if is_weight(leaf):
+            return leaf.replace(
+                **{f: walk(f"{path}/{f}", getattr(leaf, f), f in leaf.trainable) for f in fields(leaf)}
+            )
+        if what in ("all", "adapters"):
+            return inside and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        return re.fullmatch(what, path) is not None
+
+    def walk(prefix: str, tree: Any, inside: bool) -> Any:
+        join = lambda path: "/".join(filter(None, (prefix, path)))
+        return map_named(lambda path, x: pick(join(path), x, inside), tree, is_leaf=is_weight)
+
+    mask = walk("", params, what != "adapters")
+    if not any(jax.tree.leaves(mask)):
+        raise ValueError(f"trainable={what!r} selects no parameter")
+    return mask
+
+
+def fields(node: Weight) -> list[str]:
+    """The fields of a Weight that hold arrays or other Weights."""
+    return [f.name for f in dataclasses.fields(node) if f.metadata.get("pytree_node", True)]
+
+
+def partition(params: Params, mask: Any) -> tuple[Params, Params]:
+    """(trainable, frozen): the same tree twice, with None where the other half has the array."""
+    chosen = jax.tree.map(lambda m, x: x if m else None, mask, params)
+    others = jax.tree.map(lambda m, x: None if m else x, mask, params)
+    return chosen, others
+
+
+def combine(a: Params, b: Params) -> Params:
+    """The inverse of `partition`."""
+    return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None)
+
+
+def base(params: Params) -> Params:
+    """Adapters off: every leaf that wraps a frozen `base` gives way to it. Under LoRA the reference policy is free."""
+
+    def strip(w: Any) -> Any:
+        while is_weight(w) and "base" in fields(w):
+            w = w.base
+        return w
+
+    return jax.tree.map(strip, params, is_leaf=is_weight)
+
+
+def dense(params: Params, specs: Specs) -> Params:
+    """Every Weight merged into the plain array it stands for."""
+    return replace(params, specs, lambda _, w, spec: w.dense(spec) if is_weight(w) else w)
+
+
+def axes(params: Params, specs: Specs) -> Any:
+    """Logical axis names (a tuple) at every array of `params`."""
+    return replace(params, specs, lambda _, w, spec: w.axes(spec) if is_weight(w) else spec.names)
