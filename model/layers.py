@@ -117,9 +117,7 @@ class Block(Layer):
 
     @nn.compact
     def __call__(self, x: Array, context: dict, cache: dict | None, windowed: Any) -> tuple[Array, dict | None]:
-        y, cache = Attention(self.config, name="attn")(
-            Norm(self.config, name="attn_norm")(x), context, cache, windowed
-        )
+        y, cache = Attention(self.config, name="attn")(Norm(self.config, name="attn_norm")(x), context, cache, windowed)
         x = x + y
         return x + MLP(self.config, name="mlp")(Norm(self.config, name="mlp_norm")(x)), cache
 

@@ -48,7 +48,7 @@ class Spec(nn.LogicallyPartitioned):
 
 
 def operands(eqn: str) -> tuple[str, str, str]:
-    """"BTD,DF->BTF" -> ("BTD", "DF", "BTF")."""
+    """ "BTD,DF->BTF" -> ("BTD", "DF", "BTF")."""
     inputs, out = eqn.split("->")
     x, w = inputs.split(",")
     return x, w, out
@@ -177,9 +177,7 @@ def trainable(params: Params, what: str) -> Any:
 
     def pick(path: str, leaf: Any, inside: bool) -> Any:
         if is_weight(leaf):
-            return leaf.replace(
-                **{f: walk(f"{path}/{f}", getattr(leaf, f), f in leaf.trainable) for f in fields(leaf)}
-            )
+            return leaf.replace(**{f: walk(f"{path}/{f}", getattr(leaf, f), f in leaf.trainable) for f in fields(leaf)})
         if what in ("all", "adapters"):
             return inside and jnp.issubdtype(leaf.dtype, jnp.inexact)
         return re.fullmatch(what, path) is not None
