@@ -1,0 +1,122 @@
+"""Llama 2 and 3, SmolLM2. Other families of this shape are this one with a few lines changed."""
+
+from typing import Any
+
+from configs.errors import UserError
+from model.config import ModelConfig
+from model.layout import Key
+
+ARCHITECTURE = "LlamaForCausalLM"
+LAYER = "model.layers.{}."
+KEYS = {
+    "embed/table": Key("model.embed_tokens.weight", "VD->VD"),
+    "layers/attn_norm/scale": Key(LAYER + "input_layernorm.weight", "D->D"),
+    "layers/attn/wq": Key(LAYER + "self_attn.q_proj.weight", "(NH)D->DNH"),
+    "layers/attn/wk": Key(LAYER + "self_attn.k_proj.weight", "(KH)D->DKH"),
+    "layers/attn/wv": Key(LAYER + "self_attn.v_proj.weight", "(KH)D->DKH"),
+    "layers/attn/wo": Key(LAYER + "self_attn.o_proj.weight", "D(NH)->NHD"),
+    "layers/mlp_norm/scale": Key(LAYER + "post_attention_layernorm.weight", "D->D"),
+    "layers/mlp/gate": Key(LAYER + "mlp.gate_proj.weight", "FD->DF"),
+    "layers/mlp/up": Key(LAYER + "mlp.up_proj.weight", "FD->DF"),
+    "layers/mlp/down": Key(LAYER + "mlp.down_proj.weight", "DF->FD"),
+    "final_norm/scale": Key("model.norm.weight", "D->D"),
+    "unembed/table": Key("lm_head.weight", "VD->DV"),
+}
+ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+def config(hf: dict, **delta: Any) -> ModelConfig:
+    """Of a config.json; `delta` is what a related family changes."""
+    refuse(hf, attention_bias=False, mlp_bias=False)
+    heads = hf["num_attention_heads"]
+    theta, scaling = rope(hf)
+    fields = dict(
+        family="llama",
+        vocab_size=hf["vocab_size"],
+        layers=hf["num_hidden_layers"],
+        embed=hf["hidden_size"],
+        heads=heads,
+        kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        mlp=hf["intermediate_size"],
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        act=act(hf.get("hidden_act", "silu")),
+        max_len=hf.get("max_position_embeddings", 2048),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied=hf.get("tie_word_embeddings", False),
+    )
+    return ModelConfig.from_dict(fields | delta)
+
+
+def hf_config(c: ModelConfig) -> dict:
+    """The config.json of this family, in the words that every version of transformers reads."""
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "llama",
+        "vocab_size": c.vocab_size,
+        "num_hidden_layers": c.layers,
+        "hidden_size": c.embed,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.mlp,
+        "rms_norm_eps": c.norm_eps,
+        "hidden_act": act_name(c.act),
+        "max_position_embeddings": c.max_len,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": dict(c.rope_scaling) or None,
+        "tie_word_embeddings": c.tied,
+    }
+
+
+def rope(hf: dict) -> tuple[float, dict]:
+    """(theta, scaling without the default) of `rope_scaling` or of transformers 5's `rope_parameters`."""
+    scaling = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    if any(isinstance(v, dict) for v in scaling.values()):
+        raise UserError("rope parameters that differ between layers are not computed here", "rope_parameters")
+    theta = scaling.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
+    kind = scaling.pop("rope_type", None) or scaling.pop("type", "default")
+    scaling.pop("type", None)
+    if kind not in ROPES:
+        raise UserError(f"rope type {kind!r} is not computed here; known: {', '.join(ROPES)}", "rope_scaling")
+    if (scaling.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise UserError("rotary positions on a part of the head are not computed here", "partial_rotary_factor")
+    scaling = {k: v for k, v in scaling.items() if v is not None}
+    return float(theta), {"rope_type": kind, **scaling} if kind != "default" else {}
+
+
+def act(name: str) -> str:
+    if name not in ACTS:
+        raise UserError(f"activation {name!r} is not computed here; known: {', '.join(ACTS)}", "hidden_act")
+    return ACTS[name]
+
+
+def act_name(ours: str) -> str:
+    return next(theirs for theirs, name in ACTS.items() if name == ours)
+
+
+def refuse(hf: dict, **expected: Any) -> None:
+    """UserError when a config asks for what the layers do not compute."""
+    for key, value in expected.items():
+        if hf.get(key, value) not in (value, None):
+            raise UserError(f"{key}={hf[key]!r} is not computed here; only {value!r} is", hf.get("model_type", ""))
+
+
+def windows(hf: dict) -> tuple[int, ...]:
+    """One sliding window a layer, as Qwen2 and Qwen3 say it: `layer_types`, or all layers from `max_window_layers`."""
+    layers, window = hf["num_hidden_layers"], hf.get("sliding_window")
+    if not window or not hf.get("use_sliding_window"):
+        return ()
+    first = hf.get("max_window_layers", layers)
+    default = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    sliding = [kind == "sliding_attention" for kind in hf.get("layer_types") or default]
+    return tuple(window * s for s in sliding) if any(sliding) else ()
+
+
+def window_config(c: ModelConfig) -> dict:
+    """The inverse of `windows`."""
+    types = ["sliding_attention" if w else "full_attention" for w in c.windows or (0,) * c.layers]
+    window = max(c.windows, default=0) or None
+    return {"use_sliding_window": bool(window), "sliding_window": window, "layer_types": types}

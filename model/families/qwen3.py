@@ -1,0 +1,20 @@
+"""Qwen3: Llama with an RMSNorm on every query and key head, and a sliding window in some layers."""
+
+from model.config import ModelConfig
+from model.families import llama
+from model.layout import Key
+
+KEYS = llama.KEYS | {
+    "layers/attn/q_norm": Key(llama.LAYER + "self_attn.q_norm.weight", "H->H"),
+    "layers/attn/k_norm": Key(llama.LAYER + "self_attn.k_norm.weight", "H->H"),
+}
+
+
+def config(hf: dict) -> ModelConfig:
+    head_dim = hf.get("head_dim") or 128  # the default of Qwen3, whatever the width
+    return llama.config(hf, family="qwen3", qk_norm=True, head_dim=head_dim, windows=llama.windows(hf))
+
+
+def hf_config(c: ModelConfig) -> dict:
+    ours = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    return llama.hf_config(c) | llama.window_config(c) | ours

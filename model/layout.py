@@ -1,0 +1,81 @@
+"""How a tensor of a checkpoint lies against ours: "(NH)D->DNH" says that its rows are N and H merged, its columns D.
+
+The one declaration serves both ways, and tells which slice of the file a slice of ours needs. Letters are those of the
+equations in model/weights.py, and P for learned positions. A digit marks an axis that holds several parameters one
+after the other: "D(3NH)->DNH" with part 1 is the middle third (GPT-2's keys).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+Index = tuple[slice, ...]
+
+
+class Key(NamedTuple):
+    name: str  # in the checkpoint; {} stands for the layer
+    layout: str
+    part: int = 0
+
+
+def parse(layout: str) -> tuple[list[str], str]:
+    """ "(NH)D->DNH" -> (["NH", "D"], "DNH")."""
+    theirs, ours = layout.split("->")
+    axes, merged = [], None
+    for c in theirs:
+        if c == "(":
+            merged = ""
+        elif c == ")":
+            axes, merged = [*axes, merged], None
+        elif merged is None:
+            axes.append(c)
+        else:
+            merged += c
+    return axes, ours
+
+
+def _size(letters: str, sizes: dict[str, int]) -> int:
+    return math.prod(int(c) if c.isdigit() else sizes[c] for c in letters)
+
+
+def shape(key: Key, sizes: dict[str, int]) -> tuple[int, ...]:
+    """Of the checkpoint's tensor."""
+    return tuple(_size(letters, sizes) for letters in parse(key.layout)[0])
+
+
+def our_shape(key: Key, sizes: dict[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[c] for c in parse(key.layout)[1])
+
+
+def read(key: Key, tensor: Callable[[Index], np.ndarray], sizes: dict[str, int], index: Index) -> np.ndarray:
+    """Our parameter at `index`, of a tensor that is itself read by slices.
+
+    Of merged axes only the first is cut in the file, since only that keeps the slice in one piece.
+    """
+    axes, ours = parse(key.layout)
+    wanted = dict(zip(ours, index, strict=True))
+    cuts, split = [], []
+    for merged in axes:
+        letters = merged.lstrip("0123456789")
+        inner = _size(letters[1:], sizes)
+        start, stop, _ = wanted.pop(letters[0]).indices(sizes[letters[0]])
+        offset = key.part * _size(letters, sizes)
+        cuts.append(slice(offset + start * inner, offset + stop * inner))
+        split += [stop - start, *(sizes[c] for c in letters[1:])]
+    order = "".join(axes).translate({ord(d): None for d in "0123456789"})
+    x = tensor(tuple(cuts)).reshape(split).transpose([order.index(c) for c in ours])
+    return x[tuple(wanted.get(c, slice(None)) for c in ours)]
+
+
+def write(parts: list[tuple[Key, np.ndarray]], sizes: dict[str, int]) -> np.ndarray:
+    """The checkpoint's tensor from the parameters that it holds: the inverse of `read`."""
+    arrays = []
+    for key, x in sorted(parts, key=lambda part: part[0].part):
+        axes, ours = parse(key.layout)
+        letters = [merged.lstrip("0123456789") for merged in axes]
+        x = x.transpose([ours.index(c) for c in "".join(letters)])
+        arrays.append(x.reshape([_size(l, sizes) for l in letters]))
+    several = next((i for i, merged in enumerate(axes) if merged[0].isdigit()), 0)
+    return np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, several))
