@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -45,6 +46,14 @@ class Tokenizer:
         """Control tokens: text -> id."""
         added = self.core.get_added_tokens_decoder()
         return {token.content: i for i, token in sorted(added.items()) if token.special}
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern:
+        return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or r"(?!)")
+
+    def control_tokens(self, text: str) -> list[str]:
+        """Control tokens that a text spells out."""
+        return self._special_pattern.findall(text)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

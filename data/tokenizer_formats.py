@@ -76,6 +76,7 @@ def sentencepiece_model(texts: Iterable[str], vocab_size: int, model_type: str =
             split_digits=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
             user_defined_symbols=["\n"],  # newlines are text, not the end of a sentence
             num_threads=1,  # more threads make another vocabulary
@@ -276,6 +277,7 @@ def from_sentencepiece(model: bytes, where: str) -> Tokenizer:
 
 
 def _sentencepiece_core(tokens, scores, types, *, bpe, dummy_prefix, squeeze, charsmap) -> Core:
+    """Ids equal SentencePiece's, but text that starts with whitespace gets no dummy prefix (as in transformers)."""
     unknown = next((i for i, kind in enumerate(types) if kind == UNKNOWN), None)
     byte_fallback = BYTE in types
     if bpe:
@@ -284,13 +286,14 @@ def _sentencepiece_core(tokens, scores, types, *, bpe, dummy_prefix, squeeze, ch
         merges = _merges(vocab, scores, types)
         core = Core(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=byte_fallback))
     else:
-        core = Core(models.Unigram(list(zip(tokens, scores)), unk_id=unknown, byte_fallback=byte_fallback))
+        rounded = [round(score, 6) for score in scores]  # more digits do not survive the JSON reader
+        core = Core(models.Unigram(list(zip(tokens, rounded)), unk_id=unknown, byte_fallback=byte_fallback))
     steps = [normalizers.Precompiled(charsmap)] if charsmap else []
     steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")] if squeeze else []
     if steps:
         core.normalizer = normalizers.Sequence(steps)
     prepend = "first" if dummy_prefix else "never"
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=not bpe)
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
     strip = [decoders.Strip(" ", 1, 0)] if dummy_prefix else []
     core.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
