@@ -25,7 +25,7 @@ REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """A decoder-only language model. `params["layers"]` is one stacked tree (scanned) or a tuple of trees (unrolled)."""
+    """A decoder-only language model. `params["layers"]` is a stacked tree (scanned) or a tuple of trees (unrolled)."""
 
     config: ModelConfig
     dtype: str = "float32"  # of activations
@@ -43,7 +43,12 @@ class Transformer:
     def specs(self) -> Specs:
         """A Spec (abstract value, logical axes, equation) at every parameter. No array is made."""
         cast = lambda s: s.replace(value=jax.ShapeDtypeStruct(s.shape, self.param_dtype))
-        return jax.tree.map(cast, jax.eval_shape(self._boxes, jax.random.key(0)), is_leaf=weights.is_spec)
+        return jax.tree.map(cast, jax.eval_shape(lambda: self._boxes(jax.random.key(0))), is_leaf=weights.is_spec)
+
+    @property
+    def abstract(self) -> Params:
+        """The parameters as ShapeDtypeStructs."""
+        return jax.tree.map(lambda s: s.value, self.specs, is_leaf=weights.is_spec)
 
     def _boxes(self, key: Array) -> Specs:
         c = self.config

@@ -1,0 +1,22 @@
+"""What is learned. Each file exposes `make(model, **config) -> Objective`; the keyword arguments are its schema."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jax import Array
+
+Pair = tuple[Array, Array]  # (sum, weight)
+
+
+class Objective(NamedTuple):
+    """`loss(params, batch, key)` returns metrics as (sum, weight) pairs and minimises the mean of metrics["loss"].
+
+    `params` is {role: tree} for the `roles`: "train" follows the config's `trainable`; "initial" is
+    the policy as it was before the first step. When only fresh adapters train, that is `weights.base(policy)`, and the
+    role is left out of `params`.
+    `batch` names the keys that the loss reads, checked once against the source.
+    """
+
+    loss: Callable[[Any, dict, Array], dict[str, Pair]]
+    batch: tuple[str, ...]
+    roles: dict[str, str] = {"policy": "train"}

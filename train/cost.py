@@ -1,0 +1,76 @@
+"""What a run costs, from the equations: parameters, FLOPs, bytes. Computed before the first step, on abstract values."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from model import weights
+from model.config import ModelConfig
+
+# Peak dense bf16 TFLOP/s of one chip, by `device_kind`. From the vendors' data sheets (cloud.google.com/tpu/docs,
+# nvidia.com). What is not here has no MFU: a guess would be worse.
+PEAK_TFLOPS = {
+    "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5": 459, "TPU v5p": 459, "TPU v6 lite": 918,
+    "TPU v6e": 918, "TPU7x": 2307, "NVIDIA A100-SXM4-40GB": 312, "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989,
+}  # fmt: skip
+
+
+class Cost(NamedTuple):
+    """FLOPs of one token that goes through the layers, and of one loss-bearing token through the head."""
+
+    params: int
+    trained: int
+    layer_flops: float  # forward, per token
+    layer_train_flops: float  # forward and backward, per token
+    head_flops: float
+    head_train_flops: float
+
+    def step(self, tokens: int, targets: int) -> float:
+        """Training FLOPs of a batch. Recomputation under remat is not counted: it is no work of the model's."""
+        return tokens * self.layer_train_flops + targets * self.head_train_flops
+
+
+def cost(config: ModelConfig, params: Any, specs: Any, mask: Any, seq_len: int) -> Cost:
+    """FLOPs of a policy by its equations: 2 a multiply-add forward, 2 for the gradient of the input, and 2 for that of
+    a weight only when it trains. Attention counts a full causal row: (T + 1) / 2 keys a query.
+
+    A lookup costs nothing. Under LoRA this makes a step 4 N instead of 6 N (Schulman et al. 2025, LoRA Without Regret).
+    """
+    c = config
+    totals = dict(layer=0.0, layer_dw=0.0, head=0.0, head_dw=0.0)
+    head_path = "embed/table" if c.tied else "unembed/table"
+
+    def count(path: str, w: Any, spec: Any, m: Any) -> None:
+        if not spec.eqn or (path.startswith("embed") and not c.tied):
+            return
+        part = "head" if path == head_path else "layer"
+        for x, moves in zip(jax.tree.leaves(w), jax.tree.leaves(m), strict=True):
+            if x.ndim - spec.stacked >= 2:
+                totals[part] += 2 * x.size
+                totals[part + "_dw"] += 2 * x.size * moves
+
+    weights.map_named(lambda p, s, w, m: count(p, w, s, m), specs, params, mask, is_leaf=weights.is_spec)
+    attention = 4 * c.layers * c.heads * c.head_dim * (seq_len + 1) / 2
+    sizes = [(x.size, m) for x, m in zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True)]
+    return Cost(
+        params=sum(n for n, _ in sizes),
+        trained=sum(n for n, m in sizes if m),
+        layer_flops=totals["layer"] + attention,
+        layer_train_flops=2 * totals["layer"] + totals["layer_dw"] + 3 * attention,
+        head_flops=totals["head"],
+        head_train_flops=2 * totals["head"] + totals["head_dw"],
+    )
+
+
+def bytes_per_device(tree: Any, shardings: Any) -> int:
+    """Bytes of the largest share of a tree of (abstract) arrays on one device."""
+    one = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+    return sum(jax.tree.leaves(jax.tree.map(one, tree, shardings)))
+
+
+def mfu(flops_per_second: float, device_kind: str, devices: int) -> float | None:
+    """Model FLOPs utilisation against the bf16 peak; None for a chip whose peak is not known."""
+    peak = PEAK_TFLOPS.get(device_kind)
+    return flops_per_second / (peak * 1e12 * devices) if peak else None

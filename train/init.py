@@ -1,0 +1,145 @@
+"""From a config to a model and its first state: abstract values first, then arrays that are born sharded."""
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from configs.errors import UserError
+from configs.models import SHAPES
+from model import weights
+from model.config import ModelConfig
+from model.transformer import Transformer
+from model.weights import Params
+from train import mesh as meshes
+from train.objectives import Objective
+from train.optim import optimizer
+from train.state import TrainState
+
+OVERRIDES = ("layers", "embed", "heads", "kv_heads", "mlp")
+
+
+def find(package: str, cfg: Any) -> Callable:
+    """The `make` of a file by its name, with the config's other keys as keyword arguments."""
+    module = importlib.import_module(f"{package}.{cfg.name}")
+    kwargs = {k: v for k, v in cfg.items() if k != "name" and v is not None}
+    return lambda *args: module.make(*args, **kwargs)
+
+
+def build(cfg: Any, pretrained: Any | None, vocab_size: int | None = None) -> Transformer:
+    """The model of a config: the shape of `init` or of a name, with the overrides.
+
+    `vocab_size` is the tokenizer's; a model that starts at random rounds it up to a multiple of 64, which keeps the
+    unembedding on the fast tiles of every accelerator.
+    """
+    c = cfg.model
+    if not c.shape:
+        shape = pretrained.config
+    else:
+        changed = {k: c[k] for k in OVERRIDES if c[k] is not None}
+        if "heads" in changed or "embed" in changed:
+            changed.setdefault("kv_heads", min(SHAPES[c.shape]["kv_heads"], changed.get("heads", 1 << 30)))
+            at = {**SHAPES[c.shape], **changed}
+            changed["head_dim"] = at["embed"] // at["heads"]
+        vocab = c.vocab_size or (-(-vocab_size // 64) * 64 if vocab_size else SHAPES[c.shape]["vocab_size"])
+        shape = ModelConfig.from_dict({**SHAPES[c.shape], **changed, "vocab_size": vocab})
+        if pretrained is not None and dataclasses.replace(shape, family=pretrained.config.family) != pretrained.config:
+            raise UserError(
+                f"shape {c.shape!r} is not that of init {cfg.init!r}", "config.model.shape", "leave it empty"
+            )
+    if vocab_size and vocab_size > shape.vocab_size:
+        raise UserError(f"the tokenizer has {vocab_size} tokens, the model {shape.vocab_size}", "config.data.tokenizer")
+    return Transformer(shape, c.dtype, c.param_dtype, c.remat)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run will hold, before any of it exists: abstract values and shardings of the whole train state."""
+
+    model: Transformer
+    objective: Objective
+    transform: Callable[[Params, jax.Array], Params]
+    tx: Any
+    mask: Any  # {role: tree of bools}: what trains
+    abstract: TrainState  # ShapeDtypeStructs
+    shardings: TrainState
+    mesh: Any
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return tuple(self.mask)
+
+
+def plan(cfg: Any, model: Transformer, mesh: Any) -> Plan:
+    """Everything about the first state that does not need an array."""
+    objective = find("train.objectives", cfg.objective)(model)
+    steps = [find(f"model.{kind}", cfg[kind])() for kind in ("quant", "peft") if cfg[kind].name]
+
+    def transform(params: Params, key: jax.Array) -> Params:
+        for f in steps:
+            params = f(params, model.specs, key)
+        return params
+
+    try:
+        policy = jax.eval_shape(lambda base: transform(base, jax.random.key(0)), model.abstract)
+        what = "adapters" if cfg.peft.name and cfg.trainable == "all" else cfg.trainable
+        mask = {"policy": weights.trainable(policy, what)}
+    except ValueError as e:
+        raise UserError(str(e), "config", "see the parameter table of --plan") from e
+    params = {"policy": policy}
+    if "initial" in objective.roles.values() and what != "adapters":
+        role = next(r for r, kind in objective.roles.items() if kind == "initial")
+        params[role], mask[role] = policy, jax.tree.map(lambda _: False, mask["policy"])
+    specs = dict.fromkeys(params, model.specs)
+    axes = {role: weights.axes(tree, model.specs) for role, tree in params.items()}
+    places = meshes.shardings(axes, params, mesh)
+    train, _ = weights.partition(params, mask)
+    tx = optimizer(cfg.optim, cfg.steps, train, specs)
+
+    def create(params: Params) -> TrainState:
+        return TrainState.create(*weights.partition(params, mask), tx, cfg.seed)
+
+    abstract = jax.eval_shape(create, params)
+    shardings = meshes.replicated(abstract, mesh)
+    train_places, frozen_places = weights.partition(places, mask)
+    opt_places = _like_params(abstract.opt_state, abstract.params, train_places, shardings.opt_state)
+    shardings = shardings.replace(params=train_places, frozen=frozen_places, opt_state=opt_places)
+    return Plan(model, objective, transform, tx, mask, abstract, shardings, mesh)
+
+
+def _like_params(opt_state: Any, params: Any, places: Any, default: Any) -> Any:
+    """Optimizer arrays that repeat a parameter (same path ending, same shape) lie where it lies."""
+    where = {}
+    weights.map_named(lambda path, x, s: where.setdefault(path, (x.shape, s)), params, places)
+
+    def place(path: str, x: Any, other: Any) -> Any:
+        parts = path.split("/")
+        for i in range(len(parts)):
+            shape, sharding = where.get("/".join(parts[i:]), (None, None))
+            if shape == x.shape:
+                return sharding
+        return other
+
+    return weights.map_named(place, opt_state, default)
+
+
+def first_state(cfg: Any, plan: Plan, pretrained: Any | None) -> TrainState:
+    """Step 0: weights at random or streamed from a checkpoint leaf by leaf, then transformed, each array on its devices."""
+    model, key = plan.model, jax.random.key(cfg.seed)
+    base_places = meshes.shardings(weights.axes(model.abstract, model.specs), model.abstract, plan.mesh)
+    if pretrained is None:
+        base = jax.jit(model.init, out_shardings=base_places)(key)
+    else:
+        base = pretrained.load(model.specs, base_places, model.param_dtype)
+
+    def create(base: Params, key: jax.Array) -> TrainState:
+        policy = plan.transform(base, key)
+        return TrainState.create(
+            *weights.partition({role: policy for role in plan.roles}, plan.mask), plan.tx, cfg.seed
+        )
+
+    return jax.jit(create, out_shardings=plan.shardings, donate_argnums=0)(base, key)

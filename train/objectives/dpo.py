@@ -1,0 +1,48 @@
+"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model import head, weights
+from train.objectives import Objective
+
+
+def make(model: Any, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Objective:
+    """Eq. 7: -log sigmoid(beta * (log-ratio of the chosen - log-ratio of the rejected)), a mean over pairs.
+
+    The reference is the policy as training found it: the base under a fresh adapter, which costs no memory, else a
+    frozen copy that the flow puts at params["ref"].
+    `label_smoothing` is cDPO's eps: the share of pairs whose label is thought to be flipped.
+    """
+
+    def logps(params: Any, batch: dict) -> Array:
+        """Sum of log p over a row's masked targets [B]."""
+        x, _ = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"])
+        return head.token_logps(model, params, x, batch["targets"], batch["mask"]).sum(-1)
+
+    def loss(params: Any, batch: dict, key: Array) -> dict:
+        policy = params["policy"]
+        ref = jax.lax.stop_gradient(params["ref"] if "ref" in params else weights.base(policy))
+        both = jax.tree.map(lambda c, r: jnp.concatenate([c, r]), batch["chosen"], batch["rejected"])
+        ratio = logps(policy, both) - logps(ref, both)  # [2B] log pi/pi_ref
+        chosen, rejected = jnp.split(ratio, 2)
+        return preference_loss(chosen, rejected, beta, label_smoothing)
+
+    return Objective(loss, ("chosen", "rejected"), {"policy": "train", "ref": "initial"})
+
+
+def preference_loss(chosen: Array, rejected: Array, beta: float, label_smoothing: float = 0.0) -> dict:
+    """Metrics of log-ratios log(pi/pi_ref) [B] of the chosen and of the rejected answer."""
+    margin = beta * (chosen - rejected)
+    each = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin)
+    n = jnp.float32(margin.size)
+    return {
+        "loss": (each.sum(), n),
+        "accuracy": ((margin > 0).sum().astype(jnp.float32), n),
+        "margin": (margin.sum(), n),
+        "reward_chosen": (beta * chosen.sum(), n),
+        "reward_rejected": (beta * rejected.sum(), n),
+    }

@@ -1,0 +1,20 @@
+"""Next-token prediction on the targets that the mask keeps: pretraining, and supervised fine-tuning."""
+
+from typing import Any
+
+from jax import Array
+
+from model import head
+from train.objectives import Objective
+
+
+def make(model: Any) -> Objective:
+    """Mean negative log-likelihood per target token, in nats."""
+
+    def loss(params: Any, batch: dict, key: Array) -> dict:
+        policy = params["policy"]
+        x, _ = model.hidden(policy, batch["tokens"], batch["positions"], batch["segments"])
+        nll = head.nll(model, policy, x, batch["targets"], batch["mask"])
+        return {"loss": (nll, batch["mask"].sum())}
+
+    return Objective(loss, ("tokens", "targets", "mask", "positions", "segments"))

@@ -1,0 +1,74 @@
+"""One optimizer step, for every objective."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from model.weights import combine
+from train.state import TrainState
+
+Batch = dict[str, Any]
+Pair = tuple[Array, Array]  # (sum, weight): its mean is taken when it is written, never before
+
+
+def make_step(
+    loss: Callable[[Any, Batch, Array], dict[str, Pair]], tx: optax.GradientTransformation, accum: int = 1
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Pair]]]:
+    """A function (state, batch) -> (state, metrics), to be jitted with the state donated.
+
+    `loss` returns metrics as (sum, weight) pairs; the mean of metrics["loss"] is minimised. Gradients of the sum are
+    added up over `accum` micro-batches and divided once by the whole weight, so that the result does not depend on how
+    tokens fall into micro-batches. A step whose loss or gradient is not finite changes nothing but its counters; the
+    decision is taken inside, on globally reduced values, so that all hosts agree.
+    """
+
+    def total(params: Any, frozen: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Pair]]:
+        metrics = loss(combine(params, frozen), batch, key)
+        return metrics["loss"][0], metrics
+
+    def gradients(state: TrainState, batch: Batch) -> tuple[Any, dict[str, Pair]]:
+        grad = jax.grad(total, has_aux=True)
+        if accum == 1:
+            return grad(state.params, state.frozen, batch, state.key)
+
+        def micro(carry: Any, xs: tuple) -> tuple[Any, None]:
+            index, part = xs
+            new = grad(state.params, state.frozen, part, jax.random.fold_in(state.key, index))
+            return jax.tree.map(jnp.add, carry, new), None
+
+        parts = jax.tree.map(lambda x: _split_rows(x, accum), batch)
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype),
+            jax.eval_shape(grad, state.params, state.frozen, first, state.key),
+        )
+        return jax.lax.scan(micro, zeros, (jnp.arange(accum), parts))[0]
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Pair]]:
+        grads, metrics = gradients(state, batch)
+        loss_sum, weight = metrics["loss"]
+        grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-9).astype(g.dtype), grads)
+        norm = optax.global_norm(grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        ok = jnp.isfinite(loss_sum) & jnp.isfinite(norm)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+        state = state.replace(
+            step=state.step + 1,
+            params=keep(optax.apply_updates(state.params, updates), state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            bad=jnp.where(ok, 0, state.bad + 1),
+            skipped=state.skipped + ~ok,
+        )
+        one = jnp.float32(1)
+        return state, metrics | {"grad_norm": (norm, one), "bad": (state.bad, one), "skipped": (state.skipped, one)}
+
+    return step
+
+
+def _split_rows(x: Array, parts: int) -> Array:
+    """[B, ...] -> [parts, B / parts, ...], taking every parts-th row so that a sharded batch stays where it is."""
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
