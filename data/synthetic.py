@@ -1,0 +1,53 @@
+"""Small made-up tasks whose answers are known: the smoke test of every method, with no download.
+
+A spec is NAME?k=v&k=v: "add?n=1000&digits=2&seed=0". The same spec gives the same records on every machine.
+"""
+
+import random
+from collections.abc import Iterator
+
+from configs.errors import UserError
+
+VERSION = 1  # goes up when a spec gives other records
+
+
+def records(spec: str) -> Iterator[dict]:
+    name, _, query = spec.partition("?")
+    make = TASKS.get(name)
+    if make is None:
+        raise UserError(f"unknown task; known: {' '.join(TASKS)}", f"synthetic:{spec}")
+    options = {"n": 1000, "digits": 2, "length": 8, "seed": 0}
+    for pair in filter(None, query.split("&")):
+        key, _, value = pair.partition("=")
+        if key not in options or not value.isdigit():
+            raise UserError(f"{pair!r} is not an option", f"synthetic:{spec}", f"{' '.join(options)}, whole numbers")
+        options[key] = int(value)
+    return make(random.Random(options["seed"]), **options)
+
+
+def _below(rng: random.Random, n: int) -> int:
+    return int(rng.random() * n)  # `random()` is the one method whose stream Python promises to keep
+
+
+def add(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
+    """ "17+25=" -> "42" """
+    for _ in range(n):
+        a, b = _below(rng, 10**digits), _below(rng, 10**digits)
+        yield {"prompt": f"{a}+{b}=", "completion": str(a + b)}
+
+
+def add_pairs(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
+    """Preference pairs: the sum, and a number that is off by a little."""
+    for record in add(rng, n, digits):
+        wrong = int(record["completion"]) + 1 + _below(rng, 9)
+        yield {"prompt": record["prompt"], "chosen": record["completion"], "rejected": str(wrong)}
+
+
+def copy(rng: random.Random, n: int, length: int, **_) -> Iterator[dict]:
+    """ "copy xyz:" -> "xyz" """
+    for _ in range(n):
+        word = "".join("abcdefghijklmnopqrstuvwxyz"[_below(rng, 26)] for _ in range(length))
+        yield {"prompt": f"copy {word}:", "completion": word}
+
+
+TASKS = {"add": add, "add_pairs": add_pairs, "copy": copy}
