@@ -27,7 +27,7 @@ def nll(model: Any, params: Any, x: Array, targets: Array, weight: Array) -> Arr
     recomputing them would take. For a loss that is not linear in the log-probabilities use `token_logps`.
     """
     unembed, head = _unembed(model, params)
-    rows, undo = _count_first(x, targets, weight)
+    rows, _ = _count_first(x, targets, weight)
     return _nll(unembed, head, *rows)
 
 

@@ -1,4 +1,4 @@
-"""What a run costs, from the equations: parameters, FLOPs, bytes. Computed before the first step, on abstract values."""
+"""What a run costs, from the equations: parameters, FLOPs, bytes; on abstract values, before the first step."""
 
 import math
 from typing import Any, NamedTuple
@@ -62,6 +62,12 @@ def cost(config: ModelConfig, params: Any, specs: Any, mask: Any, seq_len: int) 
         head_flops=totals["head"],
         head_train_flops=2 * totals["head"] + totals["head_dw"],
     )
+
+
+def of_plan(plan: Any, seq_len: int) -> Cost:
+    """The cost of a planned run's policy (train.init.Plan)."""
+    policy = weights.combine(plan.abstract.params["policy"], plan.abstract.frozen["policy"])
+    return cost(plan.model.config, policy, plan.model.specs, plan.mask["policy"], seq_len)
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:

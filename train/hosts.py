@@ -1,6 +1,7 @@
 """What the processes of one run agree on. With a single process every function here is free."""
 
 import hashlib
+import os
 from typing import Any
 
 import jax
@@ -8,6 +9,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from configs.errors import UserError
+
+
+def connect() -> None:
+    """Joins the other processes of a launch; a no-op for a single one.
+
+    A launch of several is told by JAX_COORDINATOR_ADDRESS (with JAX_NUM_PROCESSES and JAX_PROCESS_ID), by Slurm, or by
+    a TPU slice of several hosts. Call it before anything asks for devices.
+    """
+    env = os.environ
+    if env.get("JAX_COORDINATOR_ADDRESS"):
+        count, index = env.get("JAX_NUM_PROCESSES"), env.get("JAX_PROCESS_ID")
+        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count and int(count), index and int(index))
+    elif int(env.get("SLURM_NTASKS", 1)) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
 
 
 def primary() -> bool:

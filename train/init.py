@@ -2,12 +2,10 @@
 
 import dataclasses
 import importlib
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from configs.errors import UserError
 from configs.models import SHAPES
@@ -128,7 +126,7 @@ def _like_params(opt_state: Any, params: Any, places: Any, default: Any) -> Any:
 
 
 def first_state(cfg: Any, plan: Plan, pretrained: Any | None) -> TrainState:
-    """Step 0: weights at random or streamed from a checkpoint leaf by leaf, then transformed, each array on its devices."""
+    """Step 0: weights at random, or streamed from a checkpoint leaf by leaf, then transformed; born sharded."""
     model, key = plan.model, jax.random.key(cfg.seed)
     base_places = meshes.shardings(weights.axes(model.abstract, model.specs), model.abstract, plan.mesh)
     if pretrained is None:
@@ -138,8 +136,7 @@ def first_state(cfg: Any, plan: Plan, pretrained: Any | None) -> TrainState:
 
     def create(base: Params, key: jax.Array) -> TrainState:
         policy = plan.transform(base, key)
-        return TrainState.create(
-            *weights.partition({role: policy for role in plan.roles}, plan.mask), plan.tx, cfg.seed
-        )
+        params = dict.fromkeys(plan.roles, policy)
+        return TrainState.create(*weights.partition(params, plan.mask), plan.tx, cfg.seed)
 
     return jax.jit(create, out_shardings=plan.shardings, donate_argnums=0)(base, key)

@@ -1,51 +1,114 @@
-"""The flow of a run, from a config to a trained, resumable, measured model.
+"""The flow of a run, from a config to a trained, resumed, measured model.
 
     python -m train.main --config=configs/sft/tiny.py --workdir=runs/tiny [--config.key=value ...] [--plan]
 
 Exit codes: 0 done, 2 the input must change, 70 the numbers broke down, 75 preempted: run the same command again.
 """
 
-import functools
-import importlib
 import sys
-from pathlib import Path
 from typing import Any
 
 from configs import schema
 from configs.errors import UserError
+
+BROKEN, PREEMPTED = 70, 75  # EX_SOFTWARE, EX_TEMPFAIL
 
 
 def main(argv: list[str]) -> int:
     try:
         loaded = schema.load(argv, flags={"plan": False})
         if loaded.flags["plan"]:
-            from train import plan
-
-            plan.show(loaded.config)
-            return 0
+            return show_plan(loaded.config)
+        if not loaded.workdir:
+            raise UserError("no run folder", "--workdir", "name one, as --workdir=runs/first; the same one resumes")
         return run(loaded)
     except UserError as e:
         print(e, file=sys.stderr)
         return 2
 
 
+def show_plan(cfg: Any) -> int:
+    """Prints what the run would hold and cost. No device is touched: -1 in the mesh counts as 1."""
+    from train import init, inputs, mesh, plan
+
+    start = inputs.pretrained(cfg)
+    model = init.build(cfg, start, inputs.vocabulary(cfg, start))
+    plan.show(cfg, init.plan(cfg, model, mesh.abstract_mesh(cfg.mesh)))
+    return 0
+
+
 def run(loaded: Any) -> int:
-    """Trains what a validated config says, in its run folder, from the newest valid checkpoint on."""
+    """Trains what a validated config says, in its folder, from the newest whole checkpoint on."""
+    import flax.linen as nn
     import jax
 
-    from train import build, evaluate
+    from train import evaluate, hosts, init, inputs, plan
     from train.checkpoint import Checkpointer
-    from train.mesh import BATCH, make_mesh
+    from train.clock import Clock
+    from train.mesh import RULES, make_mesh
     from train.metrics import Metrics
     from train.runs import RunDir
     from train.step import make_step
 
     cfg = loaded.config
-    build.distribute()
-    with RunDir(loaded) as run, Metrics(run, cfg) as metrics:
-        mesh = make_mesh(cfg.mesh)
-        with jax.set_mesh(mesh), build.rules():
-            ...
+    hosts.connect()
+    folder = RunDir(loaded.workdir, schema.to_dict(cfg), loaded.overrides, loaded.path)
+    metrics = Metrics(folder.path / "metrics.jsonl", cfg.steps, cfg.tracker, folder.config)
+    mesh = make_mesh(cfg.mesh)
+    with folder, metrics, jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        with metrics.timer("init"):
+            # Model, data and the first state. Shapes and shardings are known before any array exists.
+            start = inputs.pretrained(cfg)
+            tokenizer = inputs.tokenizer(cfg, start, folder.path)
+            source, heldout = inputs.sources(cfg, tokenizer, mesh)
+            model = init.build(cfg, start, tokenizer.vocab_size)
+            planned = init.plan(cfg, model, mesh)
+            inputs.check(planned.objective, source.batch(0)[0])
+            plan.show(cfg, planned, folder.path / "cost.json")
+            state = init.first_state(cfg, planned, start)
+
+            # Where to start: 1. this run's newest whole checkpoint, 2. `init`, 3. at random.
+            ckpt = Checkpointer(folder.path / "ckpt", cfg.ckpt, cfg.allow, metrics.event)
+            state = ckpt.restore(state, source)
+            done = int(state.step)
+            metrics.rewind(done)
+            judge = evaluate.Judge(cfg, planned, heldout, tokenizer, metrics)
+
+        step = make_step(planned.objective.loss, planned.tx, cfg.accum)
+        step = jax.jit(step, donate_argnums=0, out_shardings=(planned.shardings, None))
+        clock = Clock(cfg.data.seq_len, planned)
+        if done == 0:
+            judge(state, 0)
+
+        # Step n reads batch n - 1 and the state: a resume does what an uninterrupted run would have done.
+        while done < cfg.steps:
+            with metrics.timer("data"):
+                batch, counts = source.next(done)
+            with metrics.timer("step" if clock.steps else "compile"):
+                state, sums = step(state, batch)
+                clock.tick(sums, counts)
+            done += 1
+            last = done == cfg.steps
+            if done % cfg.log_every == 0 or last:
+                with metrics.timer("step"):
+                    metrics.write(done, "train", **clock.line())
+            if clock.bad_steps() >= cfg.optim.max_bad_steps:
+                metrics.event(f"{cfg.optim.max_bad_steps} non-finite steps in a row", exit_code=BROKEN)
+                return BROKEN
+            if last or (cfg.eval_every and done % cfg.eval_every == 0):
+                judge(state, done)
+            stop = not last and folder.stop_requested(done)
+            with metrics.timer("checkpoint"):
+                if ckpt.maybe_save(done, state, source, force=last or stop):
+                    metrics.sync()
+            clock.pause()
+            if last:
+                ckpt.close()
+                metrics.event("done", **clock.totals(source.seen))
+            elif stop:
+                ckpt.close()
+                metrics.event("stopped by a signal; the same command goes on from here", exit_code=PREEMPTED)
+                return PREEMPTED
     return 0
 
 

@@ -1,23 +1,18 @@
 """`--plan`: what a run will be and hold, in seconds and without touching a device."""
 
+from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
+from train import cost, files
 
 
 def describe(cfg: Any, plan: Any) -> dict[str, Any]:
     """Parameters, FLOPs from the equations and bytes per device of a planned run (train.init.Plan)."""
-    from train.cost import bytes_per_device, cost
-
-    policy = lambda state: state.params["policy"]
-    specs = plan.model.specs
-    both = _combined(plan)
-    price = cost(plan.model.config, both, specs, plan.mask["policy"], cfg.data.seq_len)
+    price = cost.of_plan(plan, cfg.data.seq_len)
     tokens = cfg.data.batch_size * cfg.data.seq_len
-    held = {
-        f: bytes_per_device(getattr(plan.abstract, f), getattr(plan.shardings, f))
-        for f in ("params", "frozen", "opt_state")
-    }
+    size = lambda field: cost.bytes_per_device(getattr(plan.abstract, field), getattr(plan.shardings, field))
+    held = {field: size(field) for field in ("params", "frozen", "opt_state")}
+    held["gradients"] = held["params"]
     return {
         "parameters": price.params,
         "trained": price.trained,
@@ -27,33 +22,31 @@ def describe(cfg: Any, plan: Any) -> dict[str, Any]:
         "flops_forward_per_token": price.layer_flops + price.head_flops,
         "flops": price.step(tokens, tokens) * cfg.steps,
         "devices": plan.mesh.size,
-        "bytes_per_device": {**held, "gradients": held["params"], "total": sum(held.values()) + held["params"]},
+        "bytes_per_device": held | {"total": sum(held.values())},
     }
 
 
-def _combined(plan: Any) -> Any:
-    from model.weights import combine
-
-    return combine(plan.abstract.params["policy"], plan.abstract.frozen["policy"])
-
-
-def print_plan(cfg: Any, plan: Any) -> None:
+def show(cfg: Any, plan: Any, path: Path | None = None) -> None:
+    """Prints the plan, and keeps it at `path`."""
     from rich.console import Console
     from rich.table import Table
 
+    from train import hosts
+
     d = describe(cfg, plan)
-    table = Table("", "", title="plan", show_header=False, title_justify="left")
-    row = lambda k, v: table.add_row(k, v)
-    row("parameters", f"{d['parameters']:,} ({d['trained']:,} train, {100 * d['trained'] / d['parameters']:.2f} %)")
-    row("tokens a step x steps", f"{d['tokens_per_step']:,} x {cfg.steps:,} = {d['tokens']:,}")
-    row(
-        "FLOPs a token",
-        f"{d['flops_per_token']:.3g} (forward {d['flops_forward_per_token']:.3g}), every target counted",
+    if path:
+        files.write_json(path, d)
+        if not hosts.primary():
+            return
+    table = Table(show_header=False)
+    share = 100 * d["trained"] / d["parameters"]
+    table.add_row("parameters", f"{d['parameters']:,}, of which {d['trained']:,} train ({share:.2f} %)")
+    table.add_row("tokens", f"{d['tokens_per_step']:,} a step x {cfg.steps:,} steps = {d['tokens']:,} at most")
+    table.add_row(
+        "FLOPs a token", f"{d['flops_per_token']:.3g} in training, {d['flops_forward_per_token']:.3g} forward"
     )
-    row("FLOPs of the run", f"{d['flops']:.3g}")
+    table.add_row("FLOPs of the run", f"{d['flops']:.3g} at most: padding and masked targets cost less")
     for kind, size in d["bytes_per_device"].items():
-        row(f"{kind} a device", f"{size / 2**20:,.1f} MiB")
-    row("devices", str(d["devices"]))
-    console = Console()
-    console.print(table)
-    console.print("Activations are not in the bytes: they depend on the compiler.")
+        table.add_row(f"{kind.replace('_', ' ')} a device", f"{size / 2**20:,.1f} MiB")
+    table.add_row("devices", f"{d['devices']} ({', '.join(f'{a} {n}' for a, n in plan.mesh.shape.items())})")
+    Console().print(table, "Activations come on top; their size is the compiler's.", sep="\n")

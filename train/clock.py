@@ -1,0 +1,68 @@
+"""Rates, cost and the watch for broken numbers, from what the loop sees of each step."""
+
+import resource
+import time
+from typing import Any
+
+import jax
+
+from train import cost
+from train.metrics import means
+
+
+class Clock:
+    """Counts tokens, FLOPs and seconds of this process's session. All processes have as many rows each."""
+
+    def __init__(self, seq_len: int, plan: Any):
+        self.cost = cost.of_plan(plan, seq_len)
+        self.device = jax.devices()[0].device_kind
+        self.pending: Any = None  # metrics of the step before the last
+        self.last: Any = None
+        self.since = time.perf_counter()
+        self.steps = 0
+        self.tokens = self.targets = 0  # since the last line
+        self.busy, self.timed = 0.0, 0  # seconds and tokens of the lines so far
+
+    def tick(self, sums: dict, counts: dict) -> None:
+        """After a step was dispatched. The first one compiles: its time is not a rate."""
+        self.steps += 1
+        self.pending, self.last = self.last, sums
+        if self.steps == 1:
+            jax.block_until_ready(sums)
+            self.since = time.perf_counter()
+        else:
+            self.tokens += counts["tokens"]
+            self.targets += counts["targets"]
+
+    def bad_steps(self) -> int:
+        """Non-finite steps in a row up to the step before the last: waiting for the last would idle the device."""
+        return int(self.pending["bad"][0]) if self.pending else 0
+
+    def line(self) -> dict[str, Any]:
+        """The last step's means, and rates since the line before. A chip without a known peak has no MFU."""
+        out: dict[str, Any] = means(self.last)
+        out |= {k: int(out[k]) for k in ("bad", "skipped")}
+        now, n = time.perf_counter(), jax.process_count()
+        seconds, self.since = now - self.since, now
+        if self.tokens:
+            out["tokens_per_second"] = n * self.tokens / seconds
+            flops = n * self.cost.step(self.tokens, self.targets) / seconds
+            out["mfu"] = cost.mfu(flops, self.device, jax.device_count())
+            self.busy, self.timed = self.busy + seconds, self.timed + self.tokens
+        self.tokens = self.targets = 0
+        return out
+
+    def pause(self) -> None:
+        """What came since the last line (evaluation, a save) is no step's time."""
+        self.since = time.perf_counter()
+
+    def totals(self, seen: dict[str, int]) -> dict[str, Any]:
+        """What the whole run took, over its sessions (`seen`); the rate and the memory are this session's."""
+        n = jax.process_count()
+        return {
+            "tokens": n * seen["tokens"],
+            "targets": n * seen["targets"],
+            "flops": n * self.cost.step(seen["tokens"], seen["targets"]),
+            "tokens_per_second": n * self.timed / self.busy if self.busy else None,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }

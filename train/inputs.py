@@ -1,0 +1,54 @@
+"""What a run starts from: a pretrained model, its tokenizer, the data."""
+
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+
+
+def pretrained(cfg: Any) -> Any | None:
+    """The opened checkpoint of `init`, weights not read yet; None for a random start."""
+    from infer.load import open_model
+
+    return open_model(cfg.init) if cfg.init else None
+
+
+def tokenizer(cfg: Any, start: Any | None, folder: Path) -> Any:
+    """The tokenizer of the config, else that of `init`, else bytes; a copy stays in the run folder."""
+    from data.loader import load_tokenizer
+    from train import hosts
+
+    found = load_tokenizer(cfg.data, default=start.tokenizer_source if start else "bytes")
+    if hosts.primary() and not (folder / "tokenizer").exists():
+        found.save(folder / "tokenizer")
+    return found
+
+
+def vocabulary(cfg: Any, start: Any | None) -> int | None:
+    """Size of the tokenizer's vocabulary where it is known without reading data; None where it must be trained."""
+    from data.loader import load_tokenizer
+
+    spec = cfg.data.tokenizer or (start.tokenizer_source if start else "bytes")
+    if spec.startswith(("bpe:", "spm:")):
+        return int(spec.split(":")[1])
+    return load_tokenizer(cfg.data, default=spec).vocab_size
+
+
+def sources(cfg: Any, tokenizer: Any, mesh: Any) -> tuple[Any, Any | None]:
+    """Training and held-out batches on the mesh; held-out is None when nothing is held out."""
+    from data.loader import make_loaders
+    from train.source import Source, local_rows
+
+    mine = local_rows(mesh, cfg.data.batch_size)
+    train, heldout = make_loaders(cfg.data, tokenizer, cfg.seed, mine)
+    return Source(train, mesh), heldout and Source(heldout, mesh)
+
+
+def check(objective: Any, batch: dict) -> None:
+    """Raises UserError when the data do not give what the objective reads."""
+    if missing := set(objective.batch) - set(batch):
+        raise UserError(
+            f"the objective reads {', '.join(sorted(missing))}; the data give {', '.join(sorted(batch))}",
+            "config.data",
+            "a preference objective needs preference data, and only it can read them",
+        )
