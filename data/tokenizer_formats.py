@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Core
 
 from configs.errors import UserError
 from data.pretrained_files import gguf_metadata
-from data.tokenizer import DEFAULT_TEMPLATE, Tokenizer
+from data.tokenizer import Tokenizer
 
 MAX_FILE = 256 << 20  # bytes of one tokenizer file
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # piece types of SentencePiece and GGUF
@@ -23,7 +23,14 @@ QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 # `tokenizer.ggml.pre` -> how text is cut before BPE. A wrong entry gives plausible but different ids, so no default.
 DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 PLAIN = ("gpt-2", "gpt2", "mpt", "olmo", "phi-2", "jais", "trillion")
-SPLITS = {"llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "dbrx": LLAMA3, "smaug-bpe": LLAMA3, "qwen2": QWEN2}
+SPLITS = {
+    "llama-bpe": LLAMA3,
+    "llama3": LLAMA3,
+    "llama-v3": LLAMA3,
+    "dbrx": LLAMA3,
+    "smaug-bpe": LLAMA3,
+    "qwen2": QWEN2,
+}
 
 
 # ---- bytes and trained vocabularies ----

@@ -1,0 +1,115 @@
+"""Tokenised documents on disk: flat, memory-mapped, named by the fingerprint of all that made them.
+
+A folder holds tokens.bin (uint16 or uint32, documents end to end), mask.bin (a bit a token: is the *next* token learnt),
+offsets.bin (int64, documents + 1), hashes.bin (uint64 a document) and index.json (sizes, sha256, the report).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from configs.errors import UserError
+
+FILES = ("tokens.bin", "mask.bin", "offsets.bin", "hashes.bin")
+
+
+class Broken(UserError):
+    """A cache that must be made again."""
+
+
+class Document(NamedTuple):
+    ids: list[int]
+    learnt: list[int] | None  # 1 where the token itself counts in the loss; None: all
+    hash: int  # of the text that decides on which side of the held-out split it falls
+
+
+def write(folder: Path, documents: Iterable[Document], index: dict, vocab_size: int, check: Callable) -> None:
+    """Writes beside `folder` and renames: a cache is whole or not there.
+
+    `documents` may fill `index` while they are made; `check()` is called behind the last one and may raise.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"cannot write here: {error.strerror}", str(folder.parent), "set data.cache") from None
+    try:
+        dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+        count, tokens = _write_arrays(work, documents, dtype)
+        check()
+        files = {name: {"bytes": (work / name).stat().st_size, "sha256": sha256(work / name)} for name in FILES}
+        index = {**index, "dtype": dtype, "sequences": count, "tokens": tokens, "files": files}
+        (work / "index.json").write_text(json.dumps(index, indent=2, ensure_ascii=False), "utf-8")
+        _publish(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_arrays(work: Path, documents: Iterable[Document], dtype: str) -> tuple[int, int]:
+    ends, hashes, bits = [0], [], np.zeros(0, np.uint8)
+    with open(work / "tokens.bin", "wb") as tokens, open(work / "mask.bin", "wb") as masks:
+        for ids, learnt, digest in documents:
+            tokens.write(np.asarray(ids, dtype).tobytes())
+            mask = np.ones(len(ids), np.uint8) if learnt is None else np.asarray(learnt, np.uint8)
+            bits = np.concatenate([bits, mask[1:], [0]]).astype(np.uint8)  # the last token has no next one
+            whole = len(bits) // 8 * 8
+            masks.write(np.packbits(bits[:whole]).tobytes())
+            bits = bits[whole:]
+            ends.append(ends[-1] + len(ids))
+            hashes.append(digest)
+        masks.write(np.packbits(bits).tobytes())
+    np.asarray(ends, np.int64).tofile(work / "offsets.bin")
+    np.asarray(hashes, np.uint64).tofile(work / "hashes.bin")
+    return len(hashes), ends[-1]
+
+
+def _publish(work: Path, folder: Path) -> None:
+    try:
+        os.rename(work, folder)
+    except OSError:
+        if not (folder / "index.json").is_file():  # else another process was faster, with the same bytes
+            raise
+
+
+class Stored(NamedTuple):
+    tokens: np.ndarray  # [N]
+    bits: np.ndarray  # uint8 [ceil(N / 8)]
+    offsets: np.ndarray  # int64 [documents + 1]
+    hashes: np.ndarray  # uint64 [documents]
+    index: dict
+
+    def mask(self, slots: np.ndarray) -> np.ndarray:
+        """1 where the token behind slot s counts in the loss. float32, the shape of `slots`."""
+        return ((self.bits[slots >> 3] >> (7 - (slots & 7)).astype(np.uint8)) & 1).astype(np.float32)
+
+
+def read(folder: Path, check_hashes: bool = False) -> Stored:
+    """Maps a cache; raises Broken when a file is missing, has another size or, if asked, another sha256."""
+    try:
+        index = json.loads((folder / "index.json").read_text("utf-8"))
+        for name in FILES:
+            size = (folder / name).stat().st_size
+            if size != index["files"][name]["bytes"]:
+                raise Broken(f"{name} has {size} bytes, not {index['files'][name]['bytes']}", str(folder))
+            if check_hashes and sha256(folder / name) != index["files"][name]["sha256"]:
+                raise Broken(f"{name} does not have the sha256 it was written with", str(folder))
+        dtypes = (np.dtype(index["dtype"]), np.uint8, np.int64, np.uint64)
+        arrays = [np.memmap(folder / name, dtype, "r") for name, dtype in zip(FILES, dtypes)]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise Broken(f"not a token cache ({error})", str(folder), "delete it; it is made again") from None
+    stored = Stored(*arrays, index)
+    if len(stored.offsets) != index["sequences"] + 1 or stored.offsets[-1] != len(stored.tokens):
+        raise Broken("the offsets do not fit the tokens", str(folder), "delete it; it is made again")
+    return stored
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

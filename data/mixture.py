@@ -1,0 +1,68 @@
+"""Which row comes when: permutations and mixtures by index arithmetic alone, so that any step can be computed."""
+
+import numpy as np
+
+BLOCK = 1000  # rows in which a mixture keeps its shares exactly; a weight counts in thousandths
+ROUNDS = 6
+
+
+def permute(index: np.ndarray, n: int, *key: int) -> np.ndarray:
+    """A bijection of [0, n) that `key` picks, without a table: Feistel rounds, walked until the value is below n.
+
+    Black & Rogaway 2002, "Ciphers with arbitrary finite domains".
+    """
+    half = max((max(n - 1, 1).bit_length() + 1) // 2, 1)
+    keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
+    value = _feistel(np.asarray(index, np.uint64), half, keys)
+    while (outside := value >= n).any():
+        value[outside] = _feistel(value[outside], half, keys)
+    return value.astype(np.int64)
+
+
+def _feistel(value: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
+    low = np.uint64((1 << half) - 1)
+    left, right = value >> np.uint64(half), value & low
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & low)
+    return (left << np.uint64(half)) | right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64; products wrap around."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def shares(weights: list[float]) -> np.ndarray:
+    """Rows of each source in a block: the largest remainders, at least one each. int64, sums to BLOCK."""
+    exact = np.asarray(weights) / sum(weights) * BLOCK
+    counts = np.maximum(np.floor(exact), 1).astype(np.int64)
+    for i in np.argsort(counts - exact, kind="stable")[: max(BLOCK - counts.sum(), 0)]:
+        counts[i] += 1
+    counts[np.argmax(counts)] += BLOCK - counts.sum()
+    return counts
+
+
+def assign(index: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(source, how many rows of that source came before) of each row of the mixed stream."""
+    if len(counts) == 1:
+        return np.zeros_like(index), index
+    block, place = index // BLOCK, index % BLOCK
+    shuffled = np.empty_like(index)
+    for b in np.unique(block):
+        shuffled[block == b] = permute(place[block == b], BLOCK, seed, 1, int(b))
+    ends = np.cumsum(counts)
+    source = np.searchsorted(ends, shuffled, side="right")
+    return source, block * counts[source] + shuffled - (ends - counts)[source]
+
+
+def row(nth: np.ndarray, n: int, seed: int, shuffle: bool) -> np.ndarray:
+    """The row that is `nth` in an endless stream of n rows; each epoch has its own order and every row once."""
+    epoch, place = nth // n, nth % n
+    if not shuffle:
+        return place
+    rows = np.empty_like(place)
+    for e in np.unique(epoch):
+        rows[epoch == e] = permute(place[epoch == e], n, seed, 0, int(e))
+    return rows
