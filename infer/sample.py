@@ -1,0 +1,54 @@
+"""Next-token distributions: temperature, top-k, top-p and min-p, as in Hugging Face's logits warpers and their order."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class Knobs(NamedTuple):
+    """How to sample. All are traced scalars: another setting never compiles again. Off: 0, 0, 1.0, 0.0."""
+
+    temperature: Array | float = 0.0  # 0: greedy
+    top_k: Array | int = 0  # the k most likely tokens
+    top_p: Array | float = 1.0  # the fewest tokens whose mass reaches p (Holtzman et al. 2019, arXiv 1904.09751)
+    min_p: Array | float = (
+        0.0  # tokens at least min_p times as likely as the best (Nguyen et al. 2024, arXiv 2407.01082)
+    )
+
+
+def sample(logits: Array, keys: Array, knobs: Knobs) -> tuple[Array, Array]:
+    """Tokens [B] from logits [B,V] with one key a row, and their log-probabilities [B].
+
+    The log-probabilities are the model's at this temperature before any truncation (greedy: at temperature 1). That is
+    what a trainer recomputes; probabilities renormalised over the kept tokens would bias its importance ratios.
+    """
+    greedy = knobs.temperature == 0
+    scaled = logits / jnp.where(greedy, 1.0, knobs.temperature)
+    best = lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    draw = lambda: jax.vmap(jax.random.categorical)(keys, truncate(scaled, knobs)).astype(jnp.int32)
+    tokens = jax.lax.cond(greedy, best, draw)
+    chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
+    return tokens, chosen - jax.nn.logsumexp(scaled, axis=-1)
+
+
+def truncate(logits: Array, knobs: Knobs) -> Array:
+    """Logits [B,V] with -inf at the tokens that top-k, top-p and min-p leave out. The best token always stays."""
+    sorts = (knobs.top_k > 0) | (knobs.top_p < 1)
+    logits = jax.lax.cond(sorts, lambda: _top(logits, knobs), lambda: logits)
+    floor = logits.max(-1, keepdims=True) + jnp.log(knobs.min_p)  # a ratio of probabilities is a difference of logits
+    return jnp.where(logits < floor, -jnp.inf, logits)
+
+
+def _top(logits: Array, knobs: Knobs) -> Array:
+    """Top-k, then top-p of what is left: both keep a prefix of the sorted tokens."""
+    order = jnp.argsort(-logits, axis=-1)  # stable: of equal tokens the lower id is kept
+    down = jnp.take_along_axis(logits, order, axis=-1)
+    rank = jnp.arange(logits.shape[-1])
+    keep = (rank < knobs.top_k) | (knobs.top_k <= 0)
+    probs = jax.nn.softmax(jnp.where(keep, down, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs  # mass of the tokens ahead
+    keep &= (before < knobs.top_p) | (rank == 0)
+    place = jnp.argsort(order, axis=-1)  # the rank of each token
+    return jnp.where(jnp.take_along_axis(keep, place, axis=-1), logits, -jnp.inf)
