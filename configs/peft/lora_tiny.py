@@ -1,0 +1,17 @@
+"""LoRA from end to end in seconds: the task of configs/sft/tiny.py with the base frozen.
+
+    python -m train.main --config=configs/peft/lora_tiny.py --workdir=runs/lora_tiny [--config.init=runs/sft_tiny]
+
+Hardware: a laptop CPU. Expected: the base's digest does not change and the loss falls; see README. A random base is a
+poor one: `init` gives it a trained one.
+"""
+
+from configs.sft import tiny
+
+
+def get_config():
+    c = tiny.get_config()
+    c.peft.name = "lora"
+    c.peft.rank = 8
+    c.peft.alpha = 16.0
+    return c

@@ -1,0 +1,23 @@
+"""A small model learns English and Python from the documentation of the standard library, from random weights.
+
+    python -m train.main --config=configs/pretrain/tiny.py --workdir=runs/pretrain_tiny
+
+Hardware: a laptop CPU. Expected: held-out bits per byte, see README.
+The source, the docstrings of the Python at hand, needs no download. Its tokenizer is trained on the same text.
+"""
+
+from configs import base
+
+
+def get_config():
+    c = base.get_config()
+    c.steps = 300
+    c.model.shape = "small"
+    c.data.source = "pydocs"
+    c.data.tokenizer = "bpe:2048"
+    c.data.batch_size = 16
+    c.optim.lr = 3e-3
+    c.optim.weight_decay = 0.1
+    c.eval_every = 100
+    c.samples = ("Return the number of",)
+    return c

