@@ -8,19 +8,21 @@ import jax
 
 from train import cost
 from train.metrics import means
+from train.optim import schedule
 
 
 class Clock:
     """Counts tokens, FLOPs and seconds of this process's session. All processes have as many rows each."""
 
-    def __init__(self, seq_len: int, plan: Any):
-        self.cost = cost.of_plan(plan, seq_len)
+    def __init__(self, cfg: Any, plan: Any):
+        self.cost = cost.of_plan(plan, cfg.data.seq_len)
+        self.schedule = jax.jit(schedule(cfg.optim, cfg.steps))
         self.device = jax.devices()[0].device_kind
         self.pending: Any = None  # metrics of the step before the last
         self.last: Any = None
         self.since = time.perf_counter()
         self.steps = 0
-        self.tokens = self.targets = 0  # since the last line
+        self.tokens = self.targets = self.since_line = 0  # since the last line
         self.busy, self.timed = 0.0, 0  # seconds and tokens of the lines so far
 
     def tick(self, sums: dict, counts: dict) -> None:
@@ -31,6 +33,7 @@ class Clock:
             jax.block_until_ready(sums)
             self.since = time.perf_counter()
         else:
+            self.since_line += 1
             self.tokens += counts["tokens"]
             self.targets += counts["targets"]
 
@@ -38,18 +41,20 @@ class Clock:
         """Non-finite steps in a row up to the step before the last: waiting for the last would idle the device."""
         return int(self.pending["bad"][0]) if self.pending else 0
 
-    def line(self) -> dict[str, Any]:
+    def line(self, done: int) -> dict[str, Any]:
         """The last step's means, and rates since the line before. A chip without a known peak has no MFU."""
         out: dict[str, Any] = means(self.last)
         out |= {k: int(out[k]) for k in ("bad", "skipped")}
+        out["lr"] = float(self.schedule(done - 1 - out["skipped"]))  # skipped steps do not advance the schedule
         now, n = time.perf_counter(), jax.process_count()
         seconds, self.since = now - self.since, now
         if self.tokens:
             out["tokens_per_second"] = n * self.tokens / seconds
+            out["seconds_per_step"] = seconds / self.since_line
             flops = n * self.cost.step(self.tokens, self.targets) / seconds
             out["mfu"] = cost.mfu(flops, self.device, jax.device_count())
             self.busy, self.timed = self.busy + seconds, self.timed + self.tokens
-        self.tokens = self.targets = 0
+        self.tokens = self.targets = self.since_line = 0
         return out
 
     def pause(self) -> None:

@@ -22,12 +22,12 @@ class Judge:
                 self._samples(policy, step)
 
     def _heldout(self, policy: Any) -> dict[str, float]:
+        if self.heldout is None or "tokens" not in self.heldout.loader.batch(0):
+            return {}
         from evals.heldout import heldout
 
         from train.metrics import means
 
-        if self.heldout is None or "tokens" not in self.heldout.loader.batch(0):
-            return {}
         return means(heldout(self.model, policy, self.heldout, self.cfg.eval_batches, self.tokenizer))
 
     def _tasks(self, policy: Any, step: int) -> dict[str, float]:

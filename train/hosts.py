@@ -12,12 +12,15 @@ from configs.errors import UserError
 
 
 def connect() -> None:
-    """Joins the other processes of a launch; a no-op for a single one.
+    """Joins the other processes of a launch, a no-op for a single one, and keeps what is compiled across launches.
 
     A launch of several is told by JAX_COORDINATOR_ADDRESS (with JAX_NUM_PROCESSES and JAX_PROCESS_ID), by Slurm, or by
     a TPU slice of several hosts. Call it before anything asks for devices.
     """
     env = os.environ
+    cache = env.get("JAX_COMPILATION_CACHE_DIR") or os.path.expanduser(f"~/.cache/kungfu/xla-{jax.__version__}")
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if env.get("JAX_COORDINATOR_ADDRESS"):
         count, index = env.get("JAX_NUM_PROCESSES"), env.get("JAX_PROCESS_ID")
         jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count and int(count), index and int(index))

@@ -8,9 +8,11 @@ from configs.errors import UserError
 
 def pretrained(cfg: Any) -> Any | None:
     """The opened checkpoint of `init`, weights not read yet; None for a random start."""
+    if not cfg.init:
+        return None
     from infer.load import open_model
 
-    return open_model(cfg.init) if cfg.init else None
+    return open_model(cfg.init)
 
 
 def tokenizer(cfg: Any, start: Any | None, folder: Path) -> Any:

@@ -76,7 +76,7 @@ def run(loaded: Any) -> int:
 
         step = make_step(planned.objective.loss, planned.tx, cfg.accum)
         step = jax.jit(step, donate_argnums=0, out_shardings=(planned.shardings, None))
-        clock = Clock(cfg.data.seq_len, planned)
+        clock = Clock(cfg, planned)
         if done == 0:
             judge(state, 0)
 
@@ -91,7 +91,7 @@ def run(loaded: Any) -> int:
             last = done == cfg.steps
             if done % cfg.log_every == 0 or last:
                 with metrics.timer("step"):
-                    metrics.write(done, "train", **clock.line())
+                    metrics.write(done, "train", **clock.line(done))
             if clock.bad_steps() >= cfg.optim.max_bad_steps:
                 metrics.event(f"{cfg.optim.max_bad_steps} non-finite steps in a row", exit_code=BROKEN)
                 return BROKEN

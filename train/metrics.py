@@ -189,13 +189,13 @@ class Console:
 
 
 def progress(step: int, total: int, numbers: Mapping[str, Any]) -> str:
-    """The console's line from loss, lr, tok_s (tokens a second), mfu (0 to 1) and step_s (seconds a step)."""
-    mfu, pace = numbers.get("mfu"), numbers.get("step_s")
+    """The console's line from loss, lr, tokens_per_second, mfu (0 to 1) and seconds_per_step."""
+    mfu, pace = numbers.get("mfu"), numbers.get("seconds_per_step")
     parts = [
         f"step {step}/{total}",
         f"loss {number(numbers.get('loss'))}",
         f"lr {number(numbers.get('lr'))}",
-        f"{number(numbers.get('tok_s'))} tok/s",
+        f"{number(numbers.get('tokens_per_second'))} tok/s",
         f"MFU {mfu:.1%}" if mfu is not None else "MFU n/a",
         f"{number(pace)} s/step",
         f"ETA {duration((total - step) * pace)}" if pace is not None else "ETA n/a",
