@@ -1,6 +1,7 @@
 """Rotary positions, masks and grouped-query attention."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,11 @@ from jax import Array
 from model.config import ModelConfig
 
 
-def rope_frequencies(config: ModelConfig) -> tuple[Array, float]:
+def rope_frequencies(config: ModelConfig, length: Any) -> tuple[Array, float]:
     """Inverse frequencies [H/2] and the factor on cos and sin, after the config's `rope_scaling`.
 
-    Types as in Hugging Face configs: default, linear (Chen et al. 2023, arXiv 2306.15595), dynamic (NTK-aware, at the
-    config's own `max_len`), llama3 (Llama 3.1), yarn (Peng et al. 2023, arXiv 2309.00071).
+    Types as in Hugging Face configs: default, linear (Chen et al. 2023, arXiv 2306.15595), dynamic (NTK-aware: it
+    stretches once `length` exceeds `max_len`), llama3 (Llama 3.1), yarn (Peng et al. 2023, arXiv 2309.00071).
     """
     dim, theta = config.head_dim, config.rope_theta
     scaling = dict(config.rope_scaling)
@@ -27,8 +28,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[Array, float]:
         case "linear":
             return freq / factor, 1.0
         case "dynamic":
-            original = scaling.get("original_max_position_embeddings") or config.max_len
-            ratio = max(config.max_len / original, 1.0)
+            ratio = jnp.maximum(length / config.max_len, 1.0)
             base = theta * (factor * ratio - (factor - 1)) ** (dim / (dim - 2))
             return base**-exponent, 1.0
         case "llama3":
@@ -70,7 +70,7 @@ def _yarn(freq: Array, factor: float, scaling: dict, config: ModelConfig) -> tup
 
 def rope_angles(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
     """cos and sin [B,T,1,H/2] in float32 for positions [B,T]."""
-    freq, scale = rope_frequencies(config)
+    freq, scale = rope_frequencies(config, positions.max() + 1)
     angle = positions[..., None, None].astype(jnp.float32) * freq
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 

@@ -35,8 +35,9 @@ class ModelConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Letter of an einsum equation -> size."""
-        return dict(V=self.vocab_size, D=self.embed, F=self.mlp, N=self.heads, K=self.kv_heads, H=self.head_dim)
+        """Letter of an einsum equation -> size; P is that of learned positions."""
+        heads = dict(N=self.heads, K=self.kv_heads, H=self.head_dim)
+        return dict(V=self.vocab_size, D=self.embed, F=self.mlp, P=self.max_len, **heads)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -1,4 +1,4 @@
-"""A GGUF file (llama.cpp) read as if it were a Hugging Face folder: its metadata as config.json, its tensors dequantised."""
+"""A GGUF file (llama.cpp) read like a Hugging Face folder: metadata as config.json, tensors dequantised."""
 
 import functools
 import math
@@ -125,7 +125,7 @@ class File:
 
     def _unpermuted(self, name: str, x: np.ndarray) -> np.ndarray:
         """Rows of x are whole heads. llama.cpp rotates neighbours, so that architecture interleaves the two halves."""
-        if self.architecture != "llama" or ".attn_q." not in name and ".attn_k." not in name:
+        if self.architecture != "llama" or (".attn_q." not in name and ".attn_k." not in name):
             return x
         half = self.hf_config["head_dim"] // 2
         return x.reshape(-1, half, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)

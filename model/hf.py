@@ -1,4 +1,4 @@
-"""A Hugging Face folder: config.json and safetensors, in one file or in shards with an index. No pickle is ever opened."""
+"""A Hugging Face folder: config.json and safetensors, in one file or in shards with an index. Never a pickle."""
 
 import functools
 import json

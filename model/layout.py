@@ -1,7 +1,7 @@
 """How a tensor of a checkpoint lies against ours: "(NH)D->DNH" says that its rows are N and H merged, its columns D.
 
 The one declaration serves both ways, and tells which slice of the file a slice of ours needs. Letters are those of the
-equations in model/weights.py, and P for learned positions. A digit marks an axis that holds several parameters one
+equations in model/weights.py, and P of learned positions. A digit marks an axis that holds several parameters one
 after the other: "D(3NH)->DNH" with part 1 is the middle third (GPT-2's keys).
 """
 
@@ -61,7 +61,7 @@ def read(key: Key, tensor: Callable[[Index], np.ndarray], sizes: dict[str, int],
         letters = merged.lstrip("0123456789")
         inner = _size(letters[1:], sizes)
         start, stop, _ = wanted.pop(letters[0]).indices(sizes[letters[0]])
-        offset = key.part * _size(letters, sizes)
+        offset = key.part * _size(letters, sizes) if letters != merged else 0
         cuts.append(slice(offset + start * inner, offset + stop * inner))
         split += [stop - start, *(sizes[c] for c in letters[1:])]
     order = "".join(axes).translate({ord(d): None for d in "0123456789"})

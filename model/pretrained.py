@@ -49,16 +49,12 @@ class Pretrained:
     def keys(self) -> dict[str, layout.Key]:
         return family(self.config.family).KEYS
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        return self.config.sizes | {"P": self.config.max_len}
-
     def read(self, path: str, layer: int | None = None, index: Index | None = None) -> np.ndarray:
         """Our parameter `path` of one layer (None outside the layers) at `index`, in our orientation."""
         key = self.keys[path]
         name = self.source.stored(key.name.format(layer))
-        index = index or (slice(None),) * len(layout.our_shape(key, self.sizes))
-        return layout.read(key, lambda cuts: self.source.read(name, cuts), self.sizes, index)
+        index = index or (slice(None),) * len(layout.our_shape(key, self.config.sizes))
+        return layout.read(key, lambda cuts: self.source.read(name, cuts), self.config.sizes, index)
 
     def load(self, specs: Specs, shardings: Any = None, dtype: str = "float32") -> Params:
         """The parameters of `specs`, leaf by leaf; each device is given its slice alone.
@@ -101,12 +97,14 @@ class Pretrained:
                 problems.append(f"{path}: family {self.config.family} has no such parameter")
                 continue
             key, stacked = self.keys[path], path.startswith("layers/")
-            if spec.shape[stacked:] != layout.our_shape(key, self.sizes):
-                problems.append(f"{path}: wanted {spec.shape[stacked:]}, has {layout.our_shape(key, self.sizes)}")
+            if spec.shape[stacked:] != layout.our_shape(key, self.config.sizes):
+                problems.append(
+                    f"{path}: wanted {spec.shape[stacked:]}, has {layout.our_shape(key, self.config.sizes)}"
+                )
             for layer in range(spec.shape[0]) if stacked else (None,):
                 name = self.source.stored(key.name.format(layer))
                 seen.add(name)
-                problems += self._problem(name, layout.shape(key, self.sizes))
+                problems += self._problem(name, layout.shape(key, self.config.sizes))
         tied = {self.source.stored("lm_head.weight")} if self.config.tied else set()  # a copy of the embedding
         extra = sorted(n for n in self.source.names - seen - tied if not IGNORED.fullmatch(n))
         problems += [f"unexpected {name}" for name in extra]
@@ -135,8 +133,12 @@ def open_pretrained(name: str) -> Pretrained:
     kind = source.hf_config.get("model_type")
     try:
         config = family(kind).config(source.hf_config)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"the config of {kind} is incomplete: {error}", str(path)) from None
+        if any(type(n) is not int or n < 1 for n in (config.layers, *config.sizes.values())):
+            raise TypeError("a size is not a positive whole number")
+        if config.heads % config.kv_heads:
+            raise TypeError(f"{config.heads} heads do not share {config.kv_heads} key heads evenly")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the config of {kind} is incomplete or wrong: {error}", str(path)) from None
     return Pretrained(config, source, str(path))
 
 

@@ -7,7 +7,8 @@ KEYS = llama.KEYS
 
 
 def config(hf: dict) -> ModelConfig:
-    windows = (hf["sliding_window"],) * hf["num_hidden_layers"] if hf.get("sliding_window") else ()
+    window = hf.get("sliding_window", 4096)
+    windows = (window,) * hf["num_hidden_layers"] if window else ()
     return llama.config(hf, family="mistral", windows=windows)
 
 
