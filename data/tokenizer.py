@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import UserError
-from data.pretrained_files import locate
+from configs.packages import locate
 
+FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json")  # fetched from the hub
 # For models that bring no chat template: plain headings and the end token, readable in any vocabulary.
 DEFAULT_TEMPLATE = (
     "{% for m in messages %}{{ '### ' ~ m['role'] ~ '\\n' ~ m['content'] }}"
@@ -64,21 +65,21 @@ class Tokenizer:
         return tuple(dict.fromkeys([*first, *self.extra_eos, *ends]))
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        return self._encode([text], special)[0].ids
+        return self.encode_batch([text], special)[0]
 
     def encode_batch(self, texts: list[str], special: bool = False) -> list[list[int]]:
-        return [encoding.ids for encoding in self._encode(texts, special)]
+        return [encoding.ids for encoding in self._encode(texts, special, self.core.encode_batch_fast)]
 
     def encode_offsets(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and the span of characters of `text` that each came from."""
-        encoding = self._encode([text], special)[0]
+        encoding = self._encode([text], special, self.core.encode_batch)[0]
         return encoding.ids, encoding.offsets
 
-    def _encode(self, texts: list[str], special: bool):
+    def _encode(self, texts: list[str], special: bool, encode: Callable):
         with self._lock:  # the switch belongs to the core, so threads take turns
             self.core.encode_special_tokens = not special
             try:
-                return self.core.encode_batch(texts, add_special_tokens=False)
+                return encode(texts, add_special_tokens=False)
             finally:
                 self.core.encode_special_tokens = True
 
@@ -165,7 +166,7 @@ def load(spec: str | Path, texts: Callable[[], Iterable[str]] | None = None) -> 
         if texts is None:
             raise UserError("this tokenizer is trained on text, and none is at hand here", spec, "name a saved one")
         return formats.TRAINERS[kind](texts(), int(size))
-    path = locate(spec)
+    path = locate(spec, FILES)
     if path.suffix == ".gguf":
         return formats.from_gguf(path)
     if path.suffix == ".model":

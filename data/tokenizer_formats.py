@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Core
 
 from configs.errors import UserError
-from data.pretrained_files import gguf_metadata
+from configs.gguf_header import read_header
 from data.tokenizer import Tokenizer
 
 MAX_FILE = 256 << 20  # bytes of one tokenizer file
@@ -36,13 +36,20 @@ SPLITS = {
 # ---- bytes and trained vocabularies ----
 
 
+class ByteTokenizer(Tokenizer):
+    """Same ids as its core, without the work of looking for merges that are not there."""
+
+    def encode_batch(self, texts: list[str], special: bool = False) -> list[list[int]]:
+        return super().encode_batch(texts, special) if special else [list(text.encode()) for text in texts]
+
+
 def byte_tokenizer() -> Tokenizer:
     """Ids 0..255 are the bytes of UTF-8; then BOS, EOS and padding."""
     core = Core(models.BPE({char: byte for byte, char in enumerate(_byte_characters())}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<|bos|>", "<|eos|>", "<|pad|>"])
-    return Tokenizer(core, bos=256, eos=257, pad=258)
+    return ByteTokenizer(core, bos=256, eos=257, pad=258)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -187,7 +194,7 @@ def _generation_eos(folder: Path, eos: int | None) -> list[int]:
 
 def from_gguf(path: Path) -> Tokenizer:
     """The tokenizer in a GGUF's header: byte-level BPE ("gpt2"), SentencePiece BPE ("llama") or unigram ("t5")."""
-    header = gguf_metadata(path)
+    header = read_header(path).metadata
     key = "tokenizer.ggml."
     meta = {name.removeprefix(key): value for name, value in header.items() if name.startswith(key)}
     if "tokens" not in meta:

@@ -54,8 +54,7 @@ def export_hf(
         _write_json(temporary / "config.json", config)
         _write_json(temporary / "generation_config.json", generation)
         tokenizer.save(temporary)
-        params = weights.dense(params, model.specs)
-        _write_tensors(model, params, temporary, dtype)
+        _write_tensors(model, weights.dense(params, model.specs), temporary, dtype)
         delta = _difference(model, params, temporary) if check else 0.0
         if not delta <= TOLERANCE[dtype]:
             what = f"logits read back differ by {delta:.2g} of their scale, over {TOLERANCE[dtype]:.0e} for {dtype}"
@@ -107,6 +106,7 @@ def _write_tensors(model: Transformer, params: Params, folder: Path, dtype: str)
     def flush() -> None:
         files.append((folder / f"part-{len(files)}", list(shard)))
         save_file(shard, files[-1][0], metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", files[-1][0])  # the library writes for the owner alone
         shard.clear()
 
     for name, x in tensors(model, params):
@@ -128,7 +128,7 @@ def _write_tensors(model: Transformer, params: Params, folder: Path, dtype: str)
 
 
 def _difference(model: Transformer, params: Params, folder: Path) -> float:
-    """Largest difference between the logits of `params` and of what `folder` holds, over the largest logit."""
+    """Largest difference between the logits of `params`, adapters and all, and of `folder`, over the largest logit."""
     again = open_pretrained(folder)
     length = min(32, model.config.max_len)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length), dtype=np.int32)

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
+import tools.export
 from configs.errors import UserError
 from data import tokenizer as tokenizers
 from model import export, layout, weights
@@ -148,6 +149,16 @@ def test_export_refuses(tmp_path):
         export_tiny(tmp_path / "out", dataclasses.replace(TINY, qk_norm=True))
     with pytest.raises(UserError, match="the tokenizer has 259 tokens, the model 100"):
         export_tiny(tmp_path / "out", dataclasses.replace(TINY, vocab_size=100))
+
+
+def test_export_from_the_command_line(folder, tmp_path, capsys):
+    """Half precision of a model that is already exported; then the same again, to a folder that is now full."""
+    command = [f"--from={folder}", f"--to={tmp_path / 'half'}", "--dtype=float16"]
+    assert tools.export.main(command) == 0
+    assert capsys.readouterr().out.endswith(f"vllm serve {tmp_path / 'half'}\n")
+    assert open_pretrained(tmp_path / "half").read("final_norm/scale").dtype == np.float16
+    assert tools.export.main(command) == 2
+    assert "not empty" in capsys.readouterr().err
 
 
 def test_each_device_reads_its_slice(tmp_path):
