@@ -6,10 +6,12 @@ says what must be in it. Orbax itself does not notice a flipped bit.
 
 import hashlib
 import json
+import logging
 import math
 import re
 import zlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -127,6 +129,20 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
+def orbax() -> ModuleType:
+    """Orbax's v1 interface, without its log: what goes wrong comes as an exception, and that is told in one line."""
+    from orbax.checkpoint import v1
+
+    logger = logging.getLogger("absl")
+    if _not_orbax not in logger.filters:
+        logger.addFilter(_not_orbax)
+    return v1
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in Path(record.pathname).parts
+
+
 def steps(folder: Path) -> list[int]:
     """Steps that look saved, newest first; only `read_manifest` and the digests tell whether they are whole."""
     if not folder.is_dir():
@@ -139,15 +155,19 @@ def read(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
 
     Raises Damaged. The values are not verified yet: see `verify`.
     """
-    from orbax.checkpoint import v1 as ocp
-
+    ocp = orbax()
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     try:
         with context:
-            return ocp.load(folder.resolve(), abstract)
+            arrays = ocp.load(folder.resolve(), abstract)
     except Exception as e:
         raise Damaged(f"{folder} cannot be read: {first_line(e)}") from e
+    for name, want in abstract.items():
+        x = arrays.get(name)
+        if not isinstance(x, (jax.Array, np.ndarray)) or (x.shape, x.dtype) != (want.shape, want.dtype):
+            raise Damaged(f"{name} is missing in {folder / 'state'}")
+    return arrays
 
 
 def verify(folder: Path, arrays: dict[str, Any], manifest: dict) -> None:

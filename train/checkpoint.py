@@ -108,11 +108,9 @@ class Checkpointer:
         return bool(hosts.from_first(time.monotonic() - self._when >= 60 * self.cfg.minutes))
 
     def _begin(self, step: int, state: Any, source: Any) -> None:
-        from orbax.checkpoint import v1 as ocp
-
         final, part = self.folder / str(step), self.folder / f"{step}.tmp"
         if hosts.primary():
-            shutil.rmtree(part, ignore_errors=True)
+            self._remove_unfinished()
             if final.exists():
                 self._set_aside(final)
         hosts.from_first(0)
@@ -125,7 +123,7 @@ class Checkpointer:
             "source": source.state_dict(),
         }
         try:
-            response = ocp.save_async(part, arrays)
+            response = saved.orbax().save_async(part, arrays)
         except Exception as e:
             self._pending = Future()
             self._pending.set_exception(e)
@@ -144,7 +142,7 @@ class Checkpointer:
                 self._prune()
         except BaseException:
             if hosts.primary():
-                shutil.rmtree(part, ignore_errors=True)
+                self._remove_unfinished()
             raise
 
     def _prune(self) -> None:
@@ -208,14 +206,16 @@ class Checkpointer:
 
     def _tidy(self) -> None:
         """Removes what killed saves left; names what does not belong here."""
-        foreign = []
-        for path in sorted(self.folder.iterdir()):
-            if UNFINISHED.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
-            elif not (saved.STEP.fullmatch(path.name) and path.is_dir()) and not path.name.startswith("invalid-"):
-                foreign.append(path.name)
+        self._remove_unfinished()
+        ours = {str(step) for step in saved.steps(self.folder)}
+        foreign = sorted(p.name for p in self.folder.iterdir() if p.name not in ours and "invalid-" not in p.name)
         if foreign:
             self.log(f"{self.folder}: {', '.join(foreign[:5])} ignored: not a checkpoint")
+
+    def _remove_unfinished(self) -> None:
+        for path in self.folder.iterdir():
+            if UNFINISHED.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _set_aside(self, folder: Path) -> None:
         if hosts.primary():

@@ -42,7 +42,9 @@ def from_first(value: int | bool) -> int:
 
 def all_true(ok: bool) -> bool:
     """Whether `ok` holds on every process."""
-    return jax.process_count() == 1 or bool(multihost_utils.process_allgather(np.array([ok])).all())
+    if jax.process_count() == 1:
+        return ok
+    return bool(multihost_utils.process_allgather(np.array([ok])).all())
 
 
 def require_same(what: dict[str, Any]) -> None:

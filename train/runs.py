@@ -49,7 +49,11 @@ class RunDir:
         self.resumed, self.changes = False, []
         self._lock: int | None = None
         hosts.require_same({"config": json.dumps(self.config, sort_keys=True), "code": code_digest()})
-        hosts.refuse_together(self._open(overrides, source) if hosts.primary() else None)
+        try:
+            hosts.refuse_together(self._open(overrides, source) if hosts.primary() else None)
+        except UserError:
+            self._unlock()
+            raise
         self._stop = StopSignals()
 
     def stop_requested(self, step: int) -> bool:
@@ -61,6 +65,9 @@ class RunDir:
 
     def close(self) -> None:
         self._stop.restore()
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             os.ftruncate(self._lock, 0)
             os.close(self._lock)
