@@ -55,6 +55,8 @@ class _Reader:
             metadata[key] = self.value(*self.unpack("I"))
         infos = [(self.string(), *self.tensor()) for _ in range(bounded(tensors))]
         alignment = metadata.get("general.alignment", 32)
+        if alignment not in (1 << bit for bit in range(3, 17)):
+            raise ValueError(f"alignment {alignment!r}")
         start = -(-self.at // alignment) * alignment
         return Header(metadata, {name: Tensor(shape, kind, start + offset) for name, shape, kind, offset in infos})
 

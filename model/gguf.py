@@ -29,6 +29,8 @@ class File:
             self.hf_config = self._gpt2_config() if self.architecture == "gpt2" else self._llama_config()
         except KeyError as error:
             raise UserError(f"misses {error}", str(path)) from None
+        except (TypeError, ArithmeticError) as error:
+            raise UserError(f"metadata of a wrong kind ({error})", str(path)) from None
         ids = {f"{t}_token_id": self.metadata.get(f"tokenizer.ggml.{t}_token_id") for t in ("bos", "eos")}
         ids["pad_token_id"] = self.metadata.get("tokenizer.ggml.padding_token_id")
         self.generation = {name: i for name, i in ids.items() if i is not None}
@@ -142,6 +144,8 @@ class File:
             row_bytes = gguf.quants.quant_shape_to_byte_shape((columns,), kind)[0]
             if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
                 row_bytes = columns * (4 if kind == gguf.GGMLQuantizationType.F32 else 2)
+            if tensor.offset + stop * row_bytes > self.path.stat().st_size:
+                raise ValueError("it runs past the end of the file")
             out = np.empty((stop - start, columns), np.float32)
             step = max(1, CHUNK // columns)
             for i in range(0, stop - start, step):

@@ -137,7 +137,9 @@ def open_pretrained(name: str) -> Pretrained:
             raise TypeError("a size is not a positive whole number")
         if config.heads % config.kv_heads:
             raise TypeError(f"{config.heads} heads do not share {config.kv_heads} key heads evenly")
-    except (KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"the config of {kind} is incomplete or wrong: {error}", str(path)) from None
     return Pretrained(config, source, str(path))
 

@@ -29,8 +29,10 @@ TINY = ModelConfig(vocab_size=272, layers=3, embed=32, heads=4, kv_heads=2, head
 LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
 )
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 CONFIGS = {
     "llama": TINY,
+    "yarn": ModelConfig.from_dict(TINY.to_dict() | dict(rope_scaling=YARN)),
     "llama3": ModelConfig.from_dict(TINY.to_dict() | dict(rope_scaling=LLAMA3, rope_theta=5e5, head_dim=64, tied=True)),
     "mistral": dataclasses.replace(TINY, family="mistral", windows=(8, 8, 8)),
     "qwen2": dataclasses.replace(TINY, family="qwen2", bias="qkv", windows=(0, 8, 8), tied=True),
@@ -261,6 +263,9 @@ def test_damaged_safetensors(folder, damage):
         ({"rope_scaling": {"type": "longrope"}}, "rope type 'longrope'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "part of the head"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "differ between layers"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "needs the number low_freq_factor"),
+        ({"rope_theta": "much"}, "could not convert"),
+        ({"num_attention_heads": 0, "head_dim": None}, "by zero"),
         ({"quantization_config": {"bits": 4}}, "stored quantised"),
         ({"hidden_size": None}, "not a positive whole number"),
         ({"num_key_value_heads": 3}, "4 heads do not share 3 key heads"),
@@ -303,7 +308,7 @@ def test_qwen_windows():
 # --- GGUF ---
 
 
-def write_gguf(path, model, params, quant=gguf.GGMLQuantizationType.F32):
+def write_gguf(path, model, params, quant=gguf.GGMLQuantizationType.F32, more=()):
     """What llama.cpp's converter writes: names and metadata of its own, rotated pairs of the llama family adjacent."""
     c, tensors = model.config, dict(export.tensors(model, params))
     arch = "llama" if c.family == "mistral" else c.family
@@ -318,8 +323,13 @@ def write_gguf(path, model, params, quant=gguf.GGMLQuantizationType.F32):
         writer.add_head_count_kv(c.kv_heads)
         writer.add_key_length(c.head_dim)
         writer.add_rope_freq_base(c.rope_theta)
-    if c.rope_scaling:
+    scaling = dict(c.rope_scaling)
+    if scaling.get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_factors(c))
+    elif scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling["rope_type"]))
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
     names = gguf.get_tensor_name_map(next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch), c.layers)
     for name, x in tensors.items():
         if arch == "gpt2" and x.ndim == 2 and ".h." in name:
@@ -329,6 +339,8 @@ def write_gguf(path, model, params, quant=gguf.GGMLQuantizationType.F32):
         kind = quant if x.ndim == 2 else gguf.GGMLQuantizationType.F32
         name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(name, gguf.quantize(x, kind), raw_dtype=kind)
+    for name, (x, kind) in dict(more).items():
+        writer.add_tensor(name, x, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -345,7 +357,7 @@ def llama3_factors(c):
     return np.array(out, np.float32)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3", "qwen2", "qwen3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "llama3", "yarn", "qwen2", "qwen3", "gpt2"])
 def test_gguf_of_every_architecture(name, tmp_path):
     config = dataclasses.replace(CONFIGS[name], windows=())
     model, params = random_model(config)
@@ -366,6 +378,20 @@ def test_gguf_quantised(kind, tmp_path):
     wanted = gguf.dequantize(gguf.quantize(np.asarray(params["embed"]["table"]), quant), quant)
     np.testing.assert_array_equal(table, wanted)
     assert np.abs(table - params["embed"]["table"]).max() < 0.2
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"])
+def test_gguf_blocks_by_rows(kind, tmp_path):
+    """Any bytes are blocks of these types; a slice of rows reads what the whole reads."""
+    quant = gguf.GGMLQuantizationType[kind]
+    model, params = random_model(dataclasses.replace(TINY, embed=256))
+    _, row_bytes = gguf.quants.quant_shape_to_byte_shape((5000, 256), quant)
+    data = np.random.default_rng(0).integers(0, 56, (5000, row_bytes), np.uint8)  # scales stay finite
+    write_gguf(tmp_path / "m.gguf", model, params, more={"blocks": (data, quant)})
+    read = open_pretrained(tmp_path / "m.gguf").source.read
+    wanted = gguf.dequantize(data, quant)
+    np.testing.assert_array_equal(read("blocks", np.s_[:, :]), wanted)  # in more than one chunk
+    np.testing.assert_array_equal(read("blocks", np.s_[100:140, 7:9]), wanted[100:140, 7:9])
 
 
 @pytest.mark.parametrize("cut", [3, 40, 400, -100])

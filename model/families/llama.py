@@ -23,7 +23,13 @@ KEYS = {
     "unembed/table": Key("lm_head.weight", "VD->DV"),
 }
 ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPES = {  # type: what it cannot do without
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
 
 
 def config(hf: dict, **delta: Any) -> ModelConfig:
@@ -84,6 +90,8 @@ def rope(hf: dict) -> tuple[float, dict]:
     if (scaling.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UserError("rotary positions on a part of the head are not computed here", "partial_rotary_factor")
     scaling = {k: v for k, v in scaling.items() if v is not None}
+    if missing := [k for k in ROPES[kind] if not isinstance(scaling.get(k), int | float)]:
+        raise UserError(f"rope type {kind} needs the number {missing[0]}", "rope_scaling")
     return float(theta), {"rope_type": kind, **scaling} if kind != "default" else {}
 
 
