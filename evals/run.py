@@ -1,0 +1,134 @@
+"""Scores a model on a task: what it answers, how often that is right, and how sure the number is."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from configs.errors import UserError
+from evals import task as tasks
+from evals.task import Example, Prompt, Task
+
+BATCH = 16  # prompts at once; no score depends on it
+Z = 1.959964  # two-sided 95 %
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """`score` is the sum over `n` examples; [low, high] holds the mean with 95 % confidence."""
+
+    task: str
+    n: int
+    shots: int
+    seed: int
+    score: float
+    low: float
+    high: float
+    normalised: float | None  # kind "choice": the mean when log-likelihoods are divided by the option's bytes
+    prompt_tokens: float  # mean
+    completion_tokens: float  # mean
+    seconds: float  # compilation included
+    flops: float  # forward, an estimate: see `flops_per_token`
+    samples: list[dict]  # the first ones: prompt, answer, completion, score
+
+    @property
+    def mean(self) -> float:
+        return self.score / self.n
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"task": self.task, "mean": self.mean, **dataclasses.asdict(self)}
+
+
+def evaluate(
+    task: str | Task, lm: Any, n: int = 100, seed: int = 0, shots: int = 0, batch_size: int = BATCH, keep: int = 20
+) -> Result:
+    """Greedy answers, or the likeliest option, of `lm` (infer.lm.LM) on `n` held-out examples.
+
+    `task` is a name or a Task. `keep` samples stay in the result.
+    """
+    name, task = (task, tasks.load(task)) if isinstance(task, str) else ("unnamed", task)
+    drawn = tasks.draw(task, n, seed, shots)
+    if not drawn:
+        raise UserError("there are no held-out examples to score", name, "n is at least 1")
+    examples = [example for example, _ in drawn]
+    prompts = [task.prompt(example, shown) for example, shown in drawn]
+    asked = [len(lm.encode(p)) for p in prompts]
+    start, normalised, passes = time.perf_counter(), None, 1
+    if task.kind == "choice":
+        options = [e["options"] for e in examples]
+        completions, per_byte = choose(lm, prompts, options)
+        normalised = sum(map(task.score, examples, per_byte)) / len(examples)
+        written = [sum(len(lm.tokenizer.encode(o)) for o in row) for row in options]
+        passes = len(options[0])
+    else:
+        completions = answer(lm, prompts, task.max_new_tokens, batch_size)
+        written = [len(lm.tokenizer.encode(c)) + 1 for c in completions]  # and the token that ends it
+    scores = [float(task.score(e, c)) for e, c in zip(examples, completions, strict=True)]
+    low, high = interval(scores)
+    return Result(
+        task=name, n=len(scores), shots=shots, seed=seed, score=sum(scores), low=low, high=high, normalised=normalised,
+        prompt_tokens=float(np.mean(asked)),
+        completion_tokens=float(np.mean(written)),
+        seconds=time.perf_counter() - start,
+        flops=flops_per_token(lm) * (passes * sum(asked) + sum(written)),
+        samples=[sample(*one) for one in zip(prompts, examples, completions, scores, strict=True)][:keep],
+    )  # fmt: skip
+
+
+def answer(lm: Any, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int) -> list[str]:
+    """Greedy completions. Prompts of like lengths share a batch, and the last is filled up: few shapes are compiled."""
+    order = sorted(range(len(prompts)), key=lambda i: len(lm.encode(prompts[i])))
+    batch_size, texts = min(batch_size, len(prompts)), [""] * len(prompts)
+    for at in range(0, len(order), batch_size):
+        rows = order[at : at + batch_size]
+        filled = rows + rows[-1:] * (batch_size - len(rows))
+        found = lm.generate([prompts[i] for i in filled], max_new_tokens=max_new_tokens)
+        for i, text in zip(rows, found, strict=False):
+            texts[i] = text
+    return texts
+
+
+def choose(lm: Any, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
+    """Of each row of options the one with the highest log-likelihood behind its prompt, and the highest per byte.
+
+    The second does not prefer short options. The first of equals wins.
+    """
+    flat = [(p, o) for p, row in zip(prompts, options, strict=True) for o in row]
+    logps = iter(lm.logps([p for p, _ in flat], [o for _, o in flat]))
+    by_sum, by_byte = [], []
+    for row in options:
+        mine = [next(logps)[0] for _ in row]
+        by_sum.append(row[int(np.argmax(mine))])
+        by_byte.append(row[int(np.argmax([x / max(len(o.encode()), 1) for x, o in zip(mine, row, strict=True)]))])
+    return by_sum, by_byte
+
+
+def interval(scores: Sequence[float]) -> tuple[float, float]:
+    """95 % confidence interval of the mean: Wilson (1927) for scores of 0 and 1, else normal; n = 1 says nothing.
+
+    Wilson's stays inside [0, 1] and does not collapse at 0 or n right answers.
+    """
+    n, p = len(scores), float(np.mean(scores))
+    if set(scores) <= {0.0, 1.0}:
+        centre, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+        return max(0.0, (centre - half) / (1 + Z**2 / n)), min(1.0, (centre + half) / (1 + Z**2 / n))
+    if n < 2:
+        return -math.inf, math.inf
+    half = Z * float(np.std(scores, ddof=1)) / math.sqrt(n)
+    return p - half, p + half
+
+
+def sample(prompt: Prompt, example: Example, completion: str, score: float) -> dict:
+    """What a reader wants to see of one example: the question without its shots and instruction."""
+    question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return {"prompt": question, "answer": example["answer"], "completion": completion, "score": score}
+
+
+def flops_per_token(lm: Any) -> float:
+    """2 FLOPs for each parameter that multiplies (Kaplan et al. 2020), head included; attention scores are left out."""
+    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree) if x.ndim >= 2)
+    return 2.0 * (size(lm.params) - (0 if lm.model.config.tied else size(lm.params["embed"])))

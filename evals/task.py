@@ -1,0 +1,76 @@
+"""A task: examples, how to ask, and a scorer, which is also a reward.
+
+A file evals/tasks/<name>.py exposes `task(**options) -> Task`; its name is the task's name.
+"""
+
+import importlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from configs.errors import UserError
+from configs.problems import did_you_mean
+
+Example = dict[str, Any]  # "answer" and what `prompt` reads; "options" as well where one of them is to be chosen
+Prompt = str | list[dict]  # a text to continue, or chat messages that end with a user's turn
+TASKS = Path(__file__).parent / "tasks"
+
+
+class Task(NamedTuple):
+    """`examples(split)` gives all of "train" or "heldout", disjoint and always in the same order.
+
+    `prompt(example, shots)` asks, with solved examples before the question. `score(example, completion)` is pure, and
+    1.0 is right. Kind "choice": the completion is the one of `example["options"]` that the model finds most likely.
+    """
+
+    examples: Callable[[str], Sequence[Example]]
+    prompt: Callable[[Example, Sequence[Example]], Prompt]
+    score: Callable[[Example, str], float]
+    kind: str = "generate"  # | "choice"
+    max_new_tokens: int = 32
+
+
+def load(name: str, **options: Any) -> Task:
+    known = sorted(p.stem for p in TASKS.glob("[!_]*.py"))
+    if name not in known:
+        raise UserError(f"no task {name!r}", "evals/tasks", did_you_mean(name, known, f"known: {', '.join(known)}"))
+    return importlib.import_module(f"evals.tasks.{name}").task(**options)
+
+
+def draw(task: Task, n: int, seed: int, shots: int = 0) -> list[tuple[Example, list[Example]]]:
+    """`n` held-out examples (all, when there are fewer), each with its own `shots` from the training split.
+
+    The draw of an example does not depend on how many there are: the first 10 of n=100 are those of n=10.
+    """
+    heldout, train = list(task.examples("heldout")), task.examples("train") if shots else ()
+    if shots > len(train) and shots:
+        raise UserError(f"{shots} shots, and {len(train)} training examples", "shots", "ask for fewer")
+    random.Random(seed).shuffle(heldout)
+    return [(e, random.Random(f"{seed}/{i}").sample(train, shots)) for i, e in enumerate(heldout[:n])]
+
+
+def chat(instruction: str, question: Callable[[Example], str]) -> Callable[[Example, Sequence[Example]], Prompt]:
+    """A `prompt` with the instruction as the system's turn and shots as earlier turns of the conversation."""
+
+    def prompt(example: Example, shots: Sequence[Example] = ()) -> Prompt:
+        turns = [{"role": "system", "content": instruction}]
+        for shot in shots:
+            turns += [_turn("user", question(shot)), _turn("assistant", shot["answer"])]
+        return [*turns, _turn("user", question(example))]
+
+    return prompt
+
+
+def _turn(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+def records(task: Task, split: str) -> Iterator[dict]:
+    """A split as records that training reads: the question as it is asked without shots, and the answer."""
+    for example in task.examples(split):
+        prompt, answer = task.prompt(example, ()), example["answer"]
+        if isinstance(prompt, str):
+            yield {"prompt": prompt, "completion": answer}
+        else:
+            yield {"messages": [*prompt, _turn("assistant", answer)]}

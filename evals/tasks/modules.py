@@ -1,0 +1,63 @@
+"""Which module of the standard library does a sentence of documentation belong to? One of four; chance is 25 %.
+
+The sentences are those of the Python at hand, so scores on different versions do not compare.
+"""
+
+import functools
+import importlib
+import inspect
+import random
+import re
+import zlib
+from collections.abc import Iterator
+
+from evals.task import Example, Task, chat
+
+MODULES = [
+    "ast", "asyncio", "base64", "bisect", "calendar", "collections", "csv", "datetime", "decimal", "difflib",
+    "email", "fractions", "functools", "gzip", "heapq", "inspect", "ipaddress", "itertools", "json", "logging",
+    "math", "pathlib", "pickle", "random", "re", "shutil", "socket", "sqlite3", "statistics", "string", "subprocess",
+    "tarfile", "tempfile", "textwrap", "threading", "time", "traceback", "unittest", "uuid", "weakref", "zipfile",
+]  # fmt: skip
+OPTIONS = 4
+INSTRUCTION = "Name the module of Python's standard library that this documentation belongs to."
+
+
+def task() -> Task:
+    return Task(examples, chat(INSTRUCTION, lambda e: e["text"]), score, kind="choice")
+
+
+def score(example: Example, completion: str) -> float:
+    return float(completion.strip() == example["answer"])
+
+
+@functools.cache
+def examples(split: str) -> list[Example]:
+    out, seen = [], set()
+    for name in MODULES:
+        for text in first_lines(name):
+            digest = zlib.crc32(text.encode())
+            if text not in seen and (digest % 4 == 0) == (split == "heldout"):
+                out.append({"text": text, "answer": name, "options": options(name, digest)})
+            seen.add(text)
+    return out
+
+
+def options(answer: str, seed: int) -> tuple[str, ...]:
+    """The answer among others, in an order that the text alone decides."""
+    rng = random.Random(seed)
+    others = rng.sample([name for name in MODULES if name != answer], OPTIONS - 1)
+    return tuple(rng.sample([answer, *others], OPTIONS))
+
+
+def first_lines(name: str) -> Iterator[str]:
+    """First lines, where they are sentences, of what a module and its classes document; not those that name it."""
+    own = lambda x: getattr(x, "__module__", None) in (name, f"_{name}", None)
+    module = importlib.import_module(name)
+    for holder in [module, *(c for c in vars(module).values() if inspect.isclass(c) and own(c))]:
+        for key, member in vars(holder).items():
+            line = (inspect.getdoc(member) or "").partition("\n")[0]
+            if key[0] == "_" or not callable(member) or not own(member):
+                continue
+            if 30 <= len(line) <= 120 and line.endswith(".") and not re.search(rf"\b{name}\b", line, re.I):
+                yield line
