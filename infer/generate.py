@@ -147,7 +147,7 @@ def _start(model: Transformer, params: Params, prompts: Any, n: int, seed: int, 
     _check(model, prompts, n)
     batch = pad(prompts)
     rows, width = batch[0].shape
-    room = bucket(n, 16)
+    room = bucket(n, 64)  # the usual lengths share a program
     cache = model.cache(rows, width + room)
     for start in range(0, width, PREFILL):
         tokens, positions, segments = (a[:, start : start + PREFILL] for a in batch)

@@ -1,4 +1,4 @@
-"""Next-token distributions: temperature, top-k, top-p and min-p, as in Hugging Face's logits warpers and their order."""
+"""Next-token distributions: temperature, top-k, top-p and min-p, in the order of Hugging Face's logits warpers."""
 
 from typing import NamedTuple
 

@@ -1,0 +1,197 @@
+"""A language model with its tokenizer: text in, text or log-probabilities out."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from configs.errors import UserError
+from data import chat
+from data.tokenizer import Tokenizer
+from infer.generate import bucket, generate, stream, unrolled
+from model import head
+from model.config import ModelConfig
+from model.transformer import Transformer
+from model.weights import Params
+
+Message = dict[str, Any]
+Prompt = str | Sequence[Message]  # a text to continue, or a chat to answer
+
+WINDOW = 1024  # tokens of context that `loss` gives a text
+BATCH_TOKENS = 4096  # of a forward pass that scores
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LM:
+    """A model, its parameters and its tokenizer.
+
+    A prompt is a text to continue, or a list of messages to answer, for which the tokenizer's chat template is used.
+    The first text generated makes a second copy of the layers, unrolled for decoding.
+    """
+
+    model: Transformer
+    params: Params
+    tokenizer: Tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @functools.cached_property
+    def _unrolled(self) -> Params:
+        return unrolled(self.model, self.params)
+
+    # --- text ---
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 64, stop: Sequence[str] = (), **knobs: Any
+    ) -> list[str]:
+        """One continuation a prompt, without the prompt and without what follows a string of `stop`.
+
+        `prompts` is one prompt or several. Knobs as in infer.generate: temperature (0: greedy), top_k, top_p, min_p,
+        seed. An answer ends at the tokenizer's end tokens.
+        """
+        asked = [self.encode(p) for p in _several(prompts)]
+        stopped = lambda tokens: any(s in self.tokenizer.decode(tokens, skip_special=True) for s in stop)
+        out = generate(
+            self.model,
+            self._unrolled,
+            asked,
+            max_new_tokens=max_new_tokens,
+            stop_ids=self.tokenizer.eos_ids,
+            stop=stopped if stop else None,
+            **knobs,
+        )
+        return [cut(self._continuation(p, t), stop) for p, t in zip(asked, out.tokens, strict=True)]
+
+    def answer(self, questions: str | Sequence[str], **knobs: Any) -> str | list[str]:
+        """Answers to a user's questions, one or several; a model without a chat template continues them as texts."""
+        several = [questions] if isinstance(questions, str) else list(questions)
+        if self.tokenizer.chat_template is not None:
+            several = [[{"role": "user", "content": q}] for q in several]
+        answers = self.generate(several, **knobs)
+        return answers[0] if isinstance(questions, str) else answers
+
+    def stream(self, prompt: Prompt, *, max_new_tokens: int = 64, **knobs: Any) -> Iterator[str]:
+        """The text of `generate` for one prompt, a piece a token; "" while a character is not whole."""
+        text = self.tokenizer.stream()
+        ends, asked = self.tokenizer.eos_ids, self.encode(prompt)
+        for token in stream(
+            self.model, self._unrolled, asked, max_new_tokens=max_new_tokens, stop_ids=ends, **knobs
+        ):  # fmt: skip
+            yield text(token)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The ids that stand before an answer; texts start with BOS where the tokenizer says so, chats by template."""
+        if not isinstance(prompt, str):
+            return chat.encode(list(prompt), self.tokenizer)
+        return self._start() + self.tokenizer.encode(prompt)
+
+    def _start(self) -> list[int]:
+        return [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
+
+    def _continuation(self, prompt: list[int], tokens: list[int]) -> str:
+        """Decoded behind its prompt: alone, SentencePiece would drop the leading space."""
+        decode = functools.partial(self.tokenizer.decode, skip_special=True)
+        before, whole = decode(prompt), decode(prompt + tokens)
+        return whole[len(before) :] if whole.startswith(before) else decode(tokens)
+
+    # --- numbers ---
+
+    def logits(self, tokens: Any) -> Array:
+        """[B,T,V] in float32 of token ids [B,T]; [T,V] of [T]."""
+        tokens = jnp.asarray(tokens, jnp.int32)
+        return _logits(self.model, self.params, tokens) if tokens.ndim == 2 else self.logits(tokens[None])[0]
+
+    def loss(self, texts: str | Sequence[str]) -> tuple[float, int]:
+        """Mean negative log-likelihood of a token over all texts, in nats, and the number of tokens scored.
+
+        A text's first token is not scored unless BOS stands before it. Texts longer than WINDOW are read in windows
+        that start afresh but for one token of overlap, so that every token is scored once.
+        """
+        rows = []
+        for text in [texts] if isinstance(texts, str) else texts:
+            ids = self.encode(text)
+            size = min(WINDOW, self.config.max_len)
+            windows = (ids[at : at + size + 1] for at in range(0, len(ids) - 1, size))
+            rows += [(window[:1], window[1:]) for window in windows]
+        tokens = sum(len(scored) for _, scored in rows)
+        if not tokens:
+            raise UserError("nothing to score: no text has two tokens", "texts")
+        return -float(self._sums(rows).sum()) / tokens, tokens
+
+    def logps(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[tuple[float, int]]:
+        """(sum of log p, number of tokens) of each completion behind its prompt.
+
+        No token spans the boundary: a completion is tokenised as the model would have written it.
+        """
+        rows = [self._split(p, c) for p, c in zip(prompts, completions, strict=True)]
+        sums = self._sums(rows)
+        return [(float(total), len(scored)) for total, (_, scored) in zip(sums, rows, strict=True)]
+
+    def _split(self, prompt: Prompt, completion: str) -> tuple[list[int], list[int]]:
+        before = self.encode(prompt)
+        whole = self.encode(prompt + completion) if isinstance(prompt, str) else []
+        if whole[: len(before)] == before:
+            return before, whole[len(before) :]
+        return before, self.tokenizer.encode(completion)
+
+    def _sums(self, rows: list[tuple[list[int], list[int]]]) -> np.ndarray:
+        """Sum of log p of each row's second part; rows of like length share a forward pass."""
+        sums = np.zeros(len(rows))
+        for batch in _batches([len(a) + len(b) for a, b in rows], BATCH_TOKENS):
+            sums[batch] = _sum_logps(self.model, self.params, *_teach([rows[i] for i in batch]))[: len(batch)]
+        return sums
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """`text` up to the first of the stop strings."""
+    return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
+
+
+def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
+    return [prompts] if one else prompts
+
+
+def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
+    """Indices grouped so that a padded batch has at most `budget` tokens, or one row."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and bucket(len(batch) + 1) * bucket(lengths[i], 16) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _teach(rows: list[tuple[list[int], list[int]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, targets and mask [B,T] of (context, scored) rows, padded on the right: a causal model never looks."""
+    shape = bucket(len(rows)), bucket(max(len(a) + len(b) for a, b in rows), 16)
+    tokens, targets, mask = (np.zeros(shape, t) for t in (np.int32, np.int32, np.float32))
+    for i, (before, scored) in enumerate(rows):
+        if not before:
+            raise UserError("the first token of a text has no probability", "prompt", "give a prompt of a token")
+        ids = before + scored
+        tokens[i, : len(ids)] = ids
+        targets[i, : len(ids) - 1] = ids[1:]
+        mask[i, len(before) - 1 : len(ids) - 1] = 1
+    return tokens, targets, mask
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: Transformer, params: Params, tokens: Array) -> Array:
+    return model(params, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sum_logps(model: Transformer, params: Params, tokens: Array, targets: Array, mask: Array) -> Array:
+    """[B]; the vocabulary is paid for where the mask is 1 alone."""
+    x, _ = model.hidden(params, tokens)
+    return head.token_logps(model, params, x, targets, mask).sum(-1)

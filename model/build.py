@@ -1,0 +1,70 @@
+"""From a run's config to its model and to what is done to its parameters. Training and inference both start here."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from configs.errors import UserError
+from configs.models import SHAPES
+from model.config import ModelConfig
+from model.transformer import Transformer
+from model.weights import Params, Specs
+
+OVERRIDES = ("layers", "embed", "heads", "kv_heads", "mlp")
+
+
+def find(package: str, cfg: Any) -> Callable:
+    """The `make` of a file by its name, with the config's other keys as keyword arguments."""
+    folder = Path(__file__).resolve().parents[1].joinpath(*package.split("."))
+    known = sorted(p.stem for p in folder.glob("[!_]*.py"))
+    if cfg.name not in known:  # a config read from a run folder is data: it must not name any other module
+        raise UserError(f"no {cfg.name!r} in {package}", "config", f"known: {', '.join(known)}")
+    make = importlib.import_module(f"{package}.{cfg.name}").make
+    kwargs = {k: v for k, v in cfg.items() if k != "name" and v is not None}
+    return lambda *args: make(*args, **kwargs)
+
+
+def transform(cfg: Any, specs: Specs) -> Callable[[Params, jax.Array], Params]:
+    """Quantises the base, then wraps adapters, as the config says; either may be absent."""
+    steps = [find(f"model.{kind}", cfg[kind])() for kind in ("quant", "peft") if cfg[kind].name]
+
+    def apply(params: Params, key: jax.Array) -> Params:
+        for f in steps:
+            params = f(params, specs, key)
+        return params
+
+    return apply
+
+
+def model(cfg: Any, pretrained: Any | None, vocab_size: int | None = None) -> Transformer:
+    """The model of a config: the shape of `init` or of a name, with the overrides.
+
+    `vocab_size` is the tokenizer's; a model that starts at random rounds it up to a multiple of 64, which keeps the
+    unembedding on the fast tiles of every accelerator.
+    """
+    c = cfg.model
+    if not c.shape:
+        shape = pretrained.config
+    else:
+        shape = _shape(c, vocab_size)
+        if pretrained is not None and dataclasses.replace(shape, family=pretrained.config.family) != pretrained.config:
+            raise UserError(
+                f"shape {c.shape!r} is not that of init {cfg.init!r}", "config.model.shape", "leave it empty"
+            )
+    if vocab_size and vocab_size > shape.vocab_size:
+        raise UserError(f"the tokenizer has {vocab_size} tokens, the model {shape.vocab_size}", "config.data.tokenizer")
+    return Transformer(shape, c.dtype, c.param_dtype, c.remat)
+
+
+def _shape(c: Any, vocab_size: int | None) -> ModelConfig:
+    changed = {k: c[k] for k in OVERRIDES if c[k] is not None}
+    if "heads" in changed or "embed" in changed:
+        changed.setdefault("kv_heads", min(SHAPES[c.shape]["kv_heads"], changed.get("heads", 1 << 30)))
+        at = {**SHAPES[c.shape], **changed}
+        changed["head_dim"] = at["embed"] // at["heads"]
+    vocab = c.vocab_size or (-(-vocab_size // 64) * 64 if vocab_size else SHAPES[c.shape]["vocab_size"])
+    return ModelConfig.from_dict({**SHAPES[c.shape], **changed, "vocab_size": vocab})
