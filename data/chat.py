@@ -2,6 +2,7 @@
 
 import re
 import secrets
+from itertools import pairwise
 
 from configs.errors import UserError
 from data import template
@@ -86,7 +87,7 @@ def mask_ids(text: str, spans: list[Span], tokenizer: Tokenizer) -> tuple[list[i
     gives other ids than the whole (a prefix space, a merge), the whole wins unless one of its tokens crosses an edge.
     """
     cuts = [0, *(edge for span in spans for edge in span), len(text)]
-    parts = [tokenizer.encode(text[a:b], special=True) for a, b in zip(cuts, cuts[1:])]
+    parts = [tokenizer.encode(text[a:b], special=True) for a, b in pairwise(cuts)]
     ids = [i for part in parts for i in part]
     mask = [odd % 2 for odd, part in enumerate(parts) for _ in part]
     whole, offsets = tokenizer.encode_offsets(text, special=True)

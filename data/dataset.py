@@ -191,7 +191,7 @@ def _tokenise(found: Example, tokenizer: Tokenizer, plain: Iterator[list[int]]) 
 
 
 def _answer(found: Completion | Chat, tokenizer: Tokenizer) -> Document:
-    """Only the completion, or the assistant's turns, are learnt; its end token is, even where padding is the same id."""
+    """The completion or the assistant's turns are learnt, and their end token even where padding has the same id."""
     if isinstance(found, Chat):
         ids, learnt = chat.tokens_and_mask(found.messages, tokenizer, found.tools, found.first)
         return Document(ids, learnt, _hash(json.dumps(found.messages[: found.first] or found.messages)))

@@ -75,7 +75,7 @@ def _check_long(data: Dataset, count: int, total: int, seq_len: int, max_bad: fl
 
 
 def write(batch: dict, at: np.ndarray, data: Dataset, rows: Rows, chosen: np.ndarray, pad_id: int) -> None:
-    """Copies rows `chosen` of a source into rows `at` of the batch arrays [B,T]. Targets behind a document are padding."""
+    """Copies rows `chosen` of a source into rows `at` of the arrays [B,T]; the target behind a document is padding."""
     counts = np.diff(rows.bounds)[chosen]
     pieces = ranges(rows.bounds[chosen], counts)
     starts, lengths = rows.starts[pieces], rows.lengths[pieces]
