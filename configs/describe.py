@@ -3,6 +3,8 @@
 import ast
 import functools
 import io
+import os
+import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +49,14 @@ def help_text(usage: str) -> str:
             arguments = methods.method(kind, name).arguments.items()
             parts.append(f"  {kind}.name={name}  " + " ".join(f"{k}={_default(key)}" for k, key in arguments))
     return "\n".join(line.rstrip() for line in parts)
+
+
+def write(text: str) -> None:
+    """Prints to stdout; a reader that leaves early, as `head` does, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
 
 
 def _default(key: Key) -> str:

@@ -48,7 +48,7 @@ def load(argv: list[str], flags: Mapping[str, Any] | None = None, usage: str | N
     if args.help:
         from configs import describe
 
-        print(describe.help_text(usage or USAGE))
+        describe.write(describe.help_text(usage or USAGE))
         raise SystemExit(0)
     if not args.config:
         raise ConfigError([*args.problems, Problem("--config", "", "missing", "write --config=configs/X.py")])

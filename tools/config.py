@@ -35,10 +35,9 @@ def show(argv: list[str]) -> int:
     config = schema.load(argv, usage=__doc__).config
     default = schema.flatten(base.get_config())
     leaves = schema.flatten(config)
-    for line in describe.lines(config):
-        path = line.partition("=")[0]
-        differs = path not in default or leaves[path] != default[path]
-        print("*" if differs else " ", line)
+    same = lambda path: path in default and leaves[path] == default[path]
+    lines = (("  " if same(line.partition("=")[0]) else "* ") + line for line in describe.lines(config))
+    describe.write("\n".join(lines))
     return 0
 
 

@@ -1,9 +1,10 @@
-"""DPO from end to end in seconds: a tiny model learns to prefer the right sum over a wrong one.
+"""DPO from end to end in seconds: a tiny model learns by heart which sum of two digits is right.
 
     python -m train.main --config=configs/rlhf/dpo_tiny.py --workdir=runs/dpo_tiny
 
 Hardware: a laptop CPU. Expected: loss starts at log 2 = 0.6931, where policy and reference agree, and falls; the share
-of pairs whose right answer is rewarded more rises above one half; see README.
+of pairs whose right answer is rewarded more rises above one half; see README. There are 100 questions, all of them in
+training: this proves the plumbing, and nothing about unseen sums.
 """
 
 from configs import base

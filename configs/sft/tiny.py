@@ -1,9 +1,9 @@
-"""Fine-tuning from end to end in seconds: a tiny model learns to answer sums of two numbers, character by character.
+"""Fine-tuning from end to end in seconds: a tiny model learns the 100 sums of two digits by heart.
 
     python -m train.main --config=configs/sft/tiny.py --workdir=runs/sft_tiny
 
-Hardware: a laptop CPU. Expected: the loss on the answers falls; see README. The loss counts the answers only. Start
-here to read the code, or to try an idea: every method has a configuration of this size.
+Hardware: a laptop CPU. Expected: the loss on the answers nears 0; see README. This proves the plumbing and no skill:
+each held-out question also occurs in training, so the held-out loss measures memory. With digits=3 they rarely meet.
 """
 
 from configs import base
