@@ -1,57 +1,19 @@
 """From a config to a model and its first state: abstract values first, then arrays that are born sharded."""
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from configs.errors import UserError
-from configs.models import SHAPES
-from model import weights
-from model.config import ModelConfig
+from model import build, weights
 from model.transformer import Transformer
 from model.weights import Params
 from train import mesh as meshes
 from train.objectives import Objective
 from train.optim import optimizer
 from train.state import TrainState
-
-OVERRIDES = ("layers", "embed", "heads", "kv_heads", "mlp")
-
-
-def find(package: str, cfg: Any) -> Callable:
-    """The `make` of a file by its name, with the config's other keys as keyword arguments."""
-    module = importlib.import_module(f"{package}.{cfg.name}")
-    kwargs = {k: v for k, v in cfg.items() if k != "name" and v is not None}
-    return lambda *args: module.make(*args, **kwargs)
-
-
-def build(cfg: Any, pretrained: Any | None, vocab_size: int | None = None) -> Transformer:
-    """The model of a config: the shape of `init` or of a name, with the overrides.
-
-    `vocab_size` is the tokenizer's; a model that starts at random rounds it up to a multiple of 64, which keeps the
-    unembedding on the fast tiles of every accelerator.
-    """
-    c = cfg.model
-    if not c.shape:
-        shape = pretrained.config
-    else:
-        changed = {k: c[k] for k in OVERRIDES if c[k] is not None}
-        if "heads" in changed or "embed" in changed:
-            changed.setdefault("kv_heads", min(SHAPES[c.shape]["kv_heads"], changed.get("heads", 1 << 30)))
-            at = {**SHAPES[c.shape], **changed}
-            changed["head_dim"] = at["embed"] // at["heads"]
-        vocab = c.vocab_size or (-(-vocab_size // 64) * 64 if vocab_size else SHAPES[c.shape]["vocab_size"])
-        shape = ModelConfig.from_dict({**SHAPES[c.shape], **changed, "vocab_size": vocab})
-        if pretrained is not None and dataclasses.replace(shape, family=pretrained.config.family) != pretrained.config:
-            raise UserError(
-                f"shape {c.shape!r} is not that of init {cfg.init!r}", "config.model.shape", "leave it empty"
-            )
-    if vocab_size and vocab_size > shape.vocab_size:
-        raise UserError(f"the tokenizer has {vocab_size} tokens, the model {shape.vocab_size}", "config.data.tokenizer")
-    return Transformer(shape, c.dtype, c.param_dtype, c.remat)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +36,8 @@ class Plan:
 
 def plan(cfg: Any, model: Transformer, mesh: Any) -> Plan:
     """Everything about the first state that does not need an array."""
-    objective = find("train.objectives", cfg.objective)(model)
-    steps = [find(f"model.{kind}", cfg[kind])() for kind in ("quant", "peft") if cfg[kind].name]
-
-    def transform(params: Params, key: jax.Array) -> Params:
-        for f in steps:
-            params = f(params, model.specs, key)
-        return params
-
+    objective = build.find("train.objectives", cfg.objective)(model)
+    transform = build.transform(cfg, model.specs)
     try:
         policy = jax.eval_shape(lambda base: transform(base, jax.random.key(0)), model.abstract)
         what = "adapters" if cfg.peft.name and cfg.trainable == "all" else cfg.trainable

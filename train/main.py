@@ -29,10 +29,11 @@ def main(argv: list[str]) -> int:
 
 def show_plan(cfg: Any) -> int:
     """Prints what the run would hold and cost. No device is touched: -1 in the mesh counts as 1."""
+    from model import build
     from train import init, inputs, mesh, plan
 
     start = inputs.pretrained(cfg)
-    model = init.build(cfg, start, inputs.vocabulary(cfg, start))
+    model = build.model(cfg, start, inputs.vocabulary(cfg, start))
     plan.show(cfg, init.plan(cfg, model, mesh.abstract_mesh(cfg.mesh)))
     return 0
 
@@ -42,6 +43,7 @@ def run(loaded: Any) -> int:
     import flax.linen as nn
     import jax
 
+    from model import build
     from train import evaluate, hosts, init, inputs, plan
     from train.checkpoint import Checkpointer
     from train.clock import Clock
@@ -61,7 +63,7 @@ def run(loaded: Any) -> int:
             start = inputs.pretrained(cfg)
             tokenizer = inputs.tokenizer(cfg, start, folder.path)
             source, heldout = inputs.sources(cfg, tokenizer, mesh)
-            model = init.build(cfg, start, tokenizer.vocab_size)
+            model = build.model(cfg, start, tokenizer.vocab_size)
             planned = init.plan(cfg, model, mesh)
             inputs.check(planned.objective, source.batch(0)[0])
             plan.show(cfg, planned, folder.path / "cost.json")

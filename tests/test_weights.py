@@ -1,0 +1,167 @@
+"""The leaf contract: what every Weight keeps, crossed with every equation that a model uses."""
+
+import importlib
+import pkgutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import model.peft
+from configs.models import SHAPES
+from model import weights
+from model.config import ModelConfig
+from model.peft import lora
+from model.transformer import Transformer
+from model.weights import Spec
+
+EQNS = {
+    "BTD,DNH->BTNH": (8, 2, 3),
+    "BTNH,NHD->BTD": (2, 3, 8),
+    "BTD,DF->BTF": (8, 6),
+    "BTD,VD->BTV": (11, 8),
+    "BTED,EDF->BTEF": (4, 8, 6),
+}
+METHODS = [m.name for m in pkgutil.iter_modules(model.peft.__path__)]
+
+
+def tiny(**changes) -> Transformer:
+    return Transformer(ModelConfig.from_dict({**SHAPES["tiny"], **changes}))
+
+
+def rand(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def activation(eqn: str, w_shape: tuple[int, ...]):
+    letters, w, _ = weights.operands(eqn)
+    size = dict(zip(w, w_shape, strict=True)) | {"B": 2, "T": 5}
+    return rand(*(size[c] for c in letters), seed=1)
+
+
+@pytest.mark.parametrize("eqn", EQNS)
+def test_einsum_and_its_gradients_equal_numpy(eqn):
+    w = rand(*EQNS[eqn])
+    x = activation(eqn, w.shape)
+    want = np.einsum(eqn, np.float64(x), np.float64(w))
+    np.testing.assert_allclose(weights.einsum(eqn, x, w), want, atol=1e-5)
+    ours = jax.grad(lambda x, w: jnp.sin(weights.einsum(eqn, x, w)).sum(), (0, 1))(x, w)
+    plain = jax.grad(lambda x, w: jnp.sin(jnp.einsum(eqn, x, w)).sum(), (0, 1))(x, w)
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("eqn", EQNS)
+def test_lora_equals_its_dense_matrix(eqn):
+    w = rand(*EQNS[eqn])
+    names = tuple(weights.AXES[c] for c in weights.operands(eqn)[1])
+    spec = Spec(jax.ShapeDtypeStruct(w.shape, w.dtype), names, eqn=eqn)
+    leaf = lora.make(rank=2, alpha=6.0, where=".*")({"w": w}, {"w": spec}, jax.random.key(0))["w"]
+    leaf = leaf.replace(b=rand(*leaf.b.shape, seed=3))
+    x = activation(eqn, w.shape)
+    np.testing.assert_allclose(
+        weights.einsum(eqn, x, leaf), weights.einsum(eqn, x, leaf.dense(spec)), atol=2e-4, rtol=2e-5
+    )
+
+
+def test_lora_by_hand():
+    """x = [1, 2], W = identity, A = [1, 1]^T, B = [3, 0], scale 2: y = x + 2 * (1 + 2) * [3, 0] = [19, 2]."""
+    leaf = lora.LoRA(jnp.eye(2), jnp.ones((2, 1)), jnp.array([[3.0, 0.0]]), "BTD,DF->BTF", 2.0)
+    y = weights.einsum("BTD,DF->BTF", jnp.array([[[1.0, 2.0]]]), leaf)
+    np.testing.assert_array_equal(y[0, 0], [19.0, 2.0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+class TestMethods:
+    """Every file in model/peft, by existing. Scanned layers, tied embedding, every multiplied parameter wrapped."""
+
+    def adapted(self, method, noise=0.0):
+        model = tiny()
+        params = jax.jit(model.init)(jax.random.key(0))
+        make = importlib.import_module(f"model.peft.{method}").make
+        adapted = make(where=".*")(params, model.specs, jax.random.key(1))
+        train, frozen = weights.partition(adapted, weights.trainable(adapted, "adapters"))
+        train = jax.tree.map(lambda x: x + noise * rand(*x.shape, seed=7), train)
+        return model, params, weights.combine(train, frozen)
+
+    def test_starts_as_the_base_bit_for_bit(self, method):
+        model, params, adapted = self.adapted(method)
+        tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 512)
+        np.testing.assert_array_equal(jax.jit(model)(params, tokens), jax.jit(model)(adapted, tokens))
+
+    def test_merged_equals_unmerged(self, method):
+        model, _, adapted = self.adapted(method, noise=0.05)
+        tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 512)
+        merged = weights.dense(adapted, model.specs)
+        assert not any(map(weights.is_weight, jax.tree.leaves(merged, is_leaf=weights.is_weight)))
+        np.testing.assert_allclose(model(merged, tokens), model(adapted, tokens), atol=1e-4)
+
+    def test_base_is_what_was_wrapped(self, method):
+        _, params, adapted = self.adapted(method, noise=0.05)
+        jax.tree.map(np.testing.assert_array_equal, weights.base(adapted), params)
+
+    def test_partition_and_combine_are_inverse(self, method):
+        _, _, adapted = self.adapted(method, noise=0.05)
+        again = weights.combine(*weights.partition(adapted, weights.trainable(adapted, "adapters")))
+        assert jax.tree.structure(again) == jax.tree.structure(adapted)
+        jax.tree.map(np.testing.assert_array_equal, again, adapted)
+
+    def test_axes_name_every_array(self, method):
+        model, _, adapted = self.adapted(method)
+        named = weights.axes(adapted, model.specs)
+        jax.tree.map(lambda x, names: np.testing.assert_equal(len(names), x.ndim), adapted, named)
+
+
+def test_trainable_by_regex_and_by_role():
+    model = tiny()
+    params = model.abstract
+    mask = weights.trainable(params, r"layers/attn/w[qv]")
+    assert mask["layers"]["attn"]["wq"] and not mask["layers"]["attn"]["wk"] and not mask["embed"]["table"]
+    with pytest.raises(ValueError, match="selects no parameter"):
+        weights.trainable(params, "adapters")
+    with pytest.raises(ValueError, match="matches no"):
+        lora.make(where="nothing")(params, model.specs, jax.random.key(0))
+
+
+def test_adapter_bytes_are_adapter_bytes():
+    """Rank 4 on wq of 2 layers: A 2 x 64 x 4, B 2 x 4 x (4 x 16), in float32."""
+    model = tiny()
+    params = jax.eval_shape(
+        lambda p: lora.make(rank=4, where="layers/attn/wq")(p, model.specs, jax.random.key(0)), model.abstract
+    )
+    train, _ = weights.partition(params, weights.trainable(params, "adapters"))
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(train)) == 4 * (2 * 64 * 4 + 2 * 4 * 64)
+
+
+def test_frozen_weights_cost_no_gradient():
+    """FLOPs of the compiled step, layers unrolled, since the compiler counts a scanned body once.
+
+    Without remat: 6 N full; 4 N plus the adapters under LoRA.
+    """
+    from train.cost import cost
+
+    model = Transformer(tiny().config, remat="none")
+    tokens = jnp.zeros((4, 64), jnp.int32)
+
+    def flops(params, what):
+        from model.transformer import unstack
+
+        mask = weights.trainable(params, what)
+        price = cost(model.config, params, model.specs, mask, 64)
+        train, frozen = weights.partition(params, mask)
+
+        def loss(train, frozen):
+            whole = unstack(weights.combine(train, frozen), model.config.layers)
+            return model.logits(whole, model.hidden(whole, tokens)[0]).mean()
+
+        compiled = jax.jit(jax.grad(loss)).lower(train, frozen).compile()
+        return compiled.cost_analysis()["flops"], price.step(tokens.size, tokens.size)
+
+    params = model.init(jax.random.key(0))
+    adapted = lora.make(rank=4)(params, model.specs, jax.random.key(1))
+    full, full_equations = flops(params, "all")
+    slim, slim_equations = flops(adapted, "adapters")
+    assert slim < 0.75 * full
+    np.testing.assert_allclose(full_equations, full, rtol=0.1)  # the compiler adds softmax, norms and full attention
+    np.testing.assert_allclose(slim_equations, slim, rtol=0.1)
