@@ -75,7 +75,8 @@ class Pretrained:
                     slices[at] = self._stacked(path, at, dtype)
                 return slices[at]
 
-            return jax.make_array_from_callback(spec.shape, sharding, read)
+            # Copies to devices run behind: without waiting, the host would hold several leaves beside them.
+            return jax.block_until_ready(jax.make_array_from_callback(spec.shape, sharding, read))
 
         return weights.map_named(leaf, specs, shardings, is_leaf=weights.is_spec)
 

@@ -8,8 +8,6 @@ NAME_OR_RUN: a run folder, a packaged model's name, a .gguf file, a Hugging Face
 import argparse
 import shlex
 import sys
-from pathlib import Path
-from typing import Any
 
 from configs.errors import UserError
 
@@ -28,32 +26,20 @@ def main(argv: list[str]) -> int:
         return 2
 
 
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")  # kept of generation_config.json
+
+
 def export(source: str, to: str, dtype: str) -> int:
+    from infer.load import load, open_model
     from model.export import export_hf
 
-    model, params, tokenizer, generation = opened(source)
-    delta = export_hf(model, params, tokenizer, to, dtype=dtype, generation=generation)
+    settings = getattr(open_model(source), "generation", {})  # a run folder has none
+    lm = load(source)
+    generation = {name: settings[name] for name in SAMPLING if name in settings}
+    delta = export_hf(lm.model, lm.params, lm.tokenizer, to, dtype=dtype, generation=generation)
     print(f"{to} · read back, the logits differ by at most {delta:.1g} of their scale")
     print(f"vllm serve {shlex.quote(to)}")
     return 0
-
-
-def opened(source: str) -> tuple[Any, Any, Any, dict]:
-    """(model, stacked params, tokenizer, settings of generation) of a run folder or of an open checkpoint."""
-    if (Path(source) / "ckpt").is_dir():
-        from infer.load import load
-
-        run = load(source)
-        return run.model, run.params, run.tokenizer, {}
-    from data.tokenizer import load as load_tokenizer
-    from model.pretrained import open_pretrained
-    from model.transformer import Transformer
-
-    pretrained = open_pretrained(source)
-    model = Transformer(pretrained.config)
-    sampling = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
-    generation = {name: value for name, value in pretrained.generation.items() if name in sampling}
-    return model, pretrained.load(model.specs), load_tokenizer(pretrained.tokenizer_source), generation
 
 
 if __name__ == "__main__":
