@@ -5,13 +5,14 @@
 Exit codes: 0 done, 2 the input must change, 70 the numbers broke down, 75 preempted: run the same command again.
 """
 
+import contextlib
 import sys
 from typing import Any
 
 from configs import schema
 from configs.errors import UserError
 
-BROKEN, PREEMPTED = 70, 75  # EX_SOFTWARE, EX_TEMPFAIL
+BROKEN = 70  # EX_SOFTWARE
 
 
 def main(argv: list[str]) -> int:
@@ -44,22 +45,26 @@ def run(loaded: Any) -> int:
     import jax
 
     from model import build
-    from train import evaluate, hosts, init, inputs, plan
+    from train import hosts, init, inputs, plan
     from train.checkpoint import Checkpointer
     from train.clock import Clock
+    from train.evaluate import Judge
     from train.mesh import RULES, make_mesh
     from train.metrics import Metrics
-    from train.runs import RunDir
+    from train.runs import PREEMPTED, RunDir
     from train.step import make_step
 
     cfg = loaded.config
     hosts.connect()
-    folder = RunDir(loaded.workdir, schema.to_dict(cfg), loaded.overrides, loaded.path)
-    metrics = Metrics(folder.path / "metrics.jsonl", cfg.steps, cfg.tracker, folder.config)
-    mesh = make_mesh(cfg.mesh)
-    with folder, metrics, jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    with contextlib.ExitStack() as closing:
+        enter = closing.enter_context
+        folder = enter(RunDir(loaded.workdir, schema.to_dict(cfg), loaded.overrides, loaded.path))
+        metrics = enter(Metrics(folder.path / "metrics.jsonl", cfg.steps, cfg.tracker, folder.config))
         with metrics.timer("init"):
             # Model, data and the first state. Shapes and shardings are known before any array exists.
+            mesh = make_mesh(cfg.mesh)
+            enter(jax.set_mesh(mesh))
+            enter(nn.logical_axis_rules(RULES))
             start = inputs.pretrained(cfg)
             tokenizer = inputs.tokenizer(cfg, start, folder.path)
             source, heldout = inputs.sources(cfg, tokenizer, mesh)
@@ -70,12 +75,12 @@ def run(loaded: Any) -> int:
             state = init.first_state(cfg, planned, start)
 
             # Where to start: 1. this run's newest whole checkpoint, 2. `init`, 3. at random.
-            ckpt = Checkpointer(folder.path / "ckpt", cfg.ckpt, cfg.allow, metrics.event)
+            ckpt = enter(contextlib.closing(Checkpointer(folder.path / "ckpt", cfg.ckpt, cfg.allow, metrics.event)))
             state = ckpt.restore(state, source)
             done = int(state.step)
             metrics.rewind(done)
-            judge = evaluate.Judge(cfg, planned, heldout, tokenizer, metrics)
 
+        judge = Judge(cfg, planned, heldout, tokenizer, metrics)
         step = make_step(planned.objective.loss, planned.tx, cfg.accum)
         step = jax.jit(step, donate_argnums=0, out_shardings=(planned.shardings, None))
         clock = Clock(cfg, planned)
@@ -104,13 +109,13 @@ def run(loaded: Any) -> int:
                 if ckpt.maybe_save(done, state, source, force=last or stop):
                     metrics.sync()
             clock.pause()
-            if last:
-                ckpt.close()
-                metrics.event("done", **clock.totals(source.seen))
-            elif stop:
-                ckpt.close()
+            if stop:
+                ckpt.wait()
                 metrics.event("stopped by a signal; the same command goes on from here", exit_code=PREEMPTED)
                 return PREEMPTED
+            if last:
+                ckpt.wait()
+                metrics.event("done", **clock.totals(source.seen))
     return 0
 
 
