@@ -1,5 +1,6 @@
 """One source, tokenised: records -> examples -> documents of ids, with a report of all that was left out."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ from configs.errors import UserError
 from data import cache, chat, formats, sources
 from data.cache import Document
 from data.formats import Chat, Completion, Example, Pair, Text
-from data.tokenizer import DEFAULT_TEMPLATE, Tokenizer
+from data.tokenizer import Tokenizer
 
 VERSION = 1  # goes up when the same input gives other documents
 KINDS = {Text: "text", Completion: "completion", Chat: "completion", Pair: "pair"}
@@ -77,29 +78,26 @@ def prepare(
 ) -> Dataset:
     """The tokenised source, from its cache below `folder` or made now.
 
-    A tokenizer without a chat template that meets a chat gets the default one, so that what was trained is what is
-    served. Raises UserError when more than `max_bad` of the records are bad, or none is left.
+    Raises UserError when more than `max_bad` of the records are bad, or none is left.
     """
     parts = [VERSION, sources.content_id(source), tokenizer.fingerprint, form, formats.parse_fields(fields)]
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     path = Path(folder).expanduser() / fingerprint[:24]
     if path.exists():
         try:
-            return _ready(Dataset(cache.read(path, check_hashes), path), tokenizer, source, max_bad)
+            return _ready(Dataset(cache.read(path, check_hashes), path), source, max_bad)
         except cache.Broken as error:
             logging.warning("made again: %s", error)
             shutil.rmtree(path)
-    index = {"version": VERSION, "fingerprint": fingerprint, "source": source, "kind": "", "chat": False}
+    index = {"version": VERSION, "fingerprint": fingerprint, "source": source, "kind": ""}
     index["report"] = {"documents": 0, "tokens": 0, "learnt": 0, "bad": 0, "first_bad": []}
     documents = _documents(source, tokenizer, form, formats.parse_fields(fields), index)
     cache.write(path, documents, index, tokenizer.vocab_size, lambda: _check(index["report"], source, max_bad))
-    return _ready(Dataset(cache.read(path), path), tokenizer, source, max_bad)
+    return _ready(Dataset(cache.read(path), path), source, max_bad)
 
 
-def _ready(dataset: Dataset, tokenizer: Tokenizer, source: str, max_bad: float) -> Dataset:
+def _ready(dataset: Dataset, source: str, max_bad: float) -> Dataset:
     _check(dataset.report, source, max_bad)
-    if dataset.stored.index["chat"] and tokenizer.chat_template is None:
-        tokenizer.chat_template = DEFAULT_TEMPLATE
     return dataset
 
 
@@ -114,15 +112,24 @@ def _check(report: dict, source: str, max_bad: float) -> None:
         raise UserError("no records", source)
 
 
+def has_chats(source: str, form: str = "auto", fields: str = "") -> bool:
+    """Whether the first readable record is a chat."""
+    first = next(_examples(source, form, fields), None)
+    return isinstance(first.chosen if isinstance(first, Pair) else first, Chat)
+
+
 def texts(source: str, form: str = "auto", fields: str = "") -> Iterator[str]:
     """The plain text of every readable record; what a tokenizer is trained on."""
+    for found in _examples(source, form, fields):
+        yield _plain(found.chosen if isinstance(found, Pair) else found)
+
+
+def _examples(source: str, form: str, fields: str) -> Iterator[Example]:
+    """Those of the readable records; `prepare` counts the others."""
     names = formats.parse_fields(fields)
     for row in sources.rows(source):
-        try:
-            found = formats.example(row.record or {}, form, names)
-        except UserError:
-            continue  # `prepare` counts it
-        yield _plain(found.chosen if isinstance(found, Pair) else found)
+        with contextlib.suppress(UserError):
+            yield formats.example(row.record or {}, form, names)
 
 
 def _plain(found: Text | Completion | Chat) -> str:
@@ -135,7 +142,7 @@ def _plain(found: Text | Completion | Chat) -> str:
 
 
 def _documents(source: str, tokenizer: Tokenizer, form: str, fields: dict, index: dict) -> Iterator[Document]:
-    """Fills `index` (kind, chat, report) while it goes."""
+    """Fills `index` (kind, report) while it goes."""
     report = index["report"]
 
     def bad(where: str, reason: str) -> None:
@@ -158,7 +165,6 @@ def _documents(source: str, tokenizer: Tokenizer, form: str, fields: dict, index
             except UserError as error:
                 bad(row.where, str(error))
                 continue
-            index["chat"] |= isinstance(found.chosen if isinstance(found, Pair) else found, Chat)
             report["documents"] += 1
             for document in documents:
                 report["tokens"] += len(document.ids)

@@ -8,7 +8,7 @@ import numpy as np
 
 from configs.errors import UserError
 from data import layout, mixture, sources, tokenizer
-from data.dataset import Dataset, prepare, texts
+from data.dataset import Dataset, has_chats, prepare, texts
 from data.layout import Part
 from data.tokenizer import Tokenizer
 
@@ -155,10 +155,20 @@ def make_loaders(data, tok: Tokenizer, seed: int = 0, rows: slice | None = None)
 
 
 def load_tokenizer(data, default: str = "bytes") -> Tokenizer:
-    """The tokenizer of a config; `default` is the model's own. "bpe:N" and "spm:N" are trained once and cached."""
+    """The tokenizer of a config; `default` is the model's own. "bpe:N" and "spm:N" are trained once and cached.
+
+    One without a chat template gets the default one where the data are chats, so that what is learnt is what is served.
+    """
     spec = data.tokenizer or default
-    if not spec.startswith(("bpe:", "spm:")):
-        return tokenizer.load(spec)
+    trained = spec.startswith(("bpe:", "spm:"))
+    found = _trained_tokenizer(data, spec) if trained else tokenizer.load(spec)
+    if found.chat_template is None:
+        first = next(iter(sources.mixture(data.source)))
+        found.chat_template = tokenizer.DEFAULT_TEMPLATE if has_chats(first, data.format, data.fields) else None
+    return found
+
+
+def _trained_tokenizer(data, spec: str) -> Tokenizer:
     names = list(sources.mixture(data.source))
     key = [spec, data.format, data.fields, [sources.content_id(name) for name in names]]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()

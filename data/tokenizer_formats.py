@@ -57,7 +57,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     core = Core(models.BPE())
     core.pre_tokenizer = _digits()
     core.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    specials = ["<|endoftext|>", "<|pad|>"]
     if vocab_size < 256 + len(specials):
         raise UserError(f"a byte-level vocabulary needs at least {256 + len(specials)} entries", f"bpe:{vocab_size}")
     trainer = trainers.BpeTrainer(
@@ -67,7 +67,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
-    return Tokenizer(core, bos=0, eos=0, pad=3)
+    return Tokenizer(core, bos=0, eos=0, pad=1)
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str = "unigram") -> Tokenizer:

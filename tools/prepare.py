@@ -1,0 +1,82 @@
+"""Tokenise an experiment's data and look at what training will see.
+
+    python -m tools.prepare --config=configs/X.py [--config.key=value ...]
+
+Prints what became of the records, and one packed row: green counts in the loss, dim is only read, | parts documents.
+The result is cached where training looks for it. Exit code 2: the data are unfit, and the line says why.
+"""
+
+import sys
+
+import numpy as np
+
+from configs import schema
+from configs.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    try:
+        config = schema.load(argv, usage=__doc__).config
+        show(config)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def show(config) -> None:
+    from rich.console import Console
+
+    from data.loader import load_tokenizer, make_loaders
+
+    console = Console(soft_wrap=True, highlight=False)
+    tokenizer = load_tokenizer(config.data, default=_own_tokenizer(config))
+    train, heldout = make_loaders(config.data, tokenizer, config.seed)
+    console.print(f"{config.data.source} · {train.seq_len} slots a row · {train.batch_size} rows a batch", markup=False)
+    for name, value in _summary(train, heldout).items():
+        console.print(f"{name:>18}  {value}", markup=False)
+    batch = train.batch(0)
+    for side, rows in (batch if train.paired else {"row": batch}).items():
+        console.print(f"\n{side} 0 of step 0", style="bold")
+        console.print(painted(rows, 0, tokenizer))
+
+
+def _own_tokenizer(config) -> str:
+    if not config.init:
+        return "bytes"
+    from infer.load import open_model  # reads the files' headers, not the weights
+
+    return open_model(config.init).tokenizer_source
+
+
+def _summary(train, heldout) -> dict[str, str]:
+    report = train.report
+    summary = {"documents": f"{report['documents']:,}", "tokens": f"{report['tokens']:,}"}
+    summary["in the loss"] = f"{report['learnt'] / max(report['tokens'], 1):.1%} of the tokens"
+    summary["bad"] = f"{report['bad']:,} skipped"
+    summary |= {f"bad row {i}": line for i, line in enumerate(report["first_bad"], 1)}
+    summary["cut"] = (
+        f"{report['split']:,} into pieces, {report['truncated']:,} at seq_len, {report['dropped']:,} dropped"
+    )
+    summary["rows"] = f"{report['rows']:,} in {train.num_batches:,} batches an epoch, {report['fill']:.1%} full"
+    summary["held out"] = f"{sum(heldout.sizes):,} rows" if heldout else "none"
+    return summary
+
+
+def painted(batch: dict, row: int, tokenizer):
+    """The text of a row as rich Text; a token is coloured where it is a target that counts."""
+    from rich.text import Text
+
+    segments = batch["segments"][row]
+    learnt = np.concatenate([[0], batch["mask"][row][:-1]])  # token t is the target of slot t - 1
+    text = Text()
+    for document in range(1, int(segments.max()) + 1):
+        text.append(" | " if document > 1 else "", style="bold red")
+        slots = np.flatnonzero(segments == document)
+        for run in np.split(slots, np.flatnonzero(np.diff(learnt[slots])) + 1):
+            text.append(tokenizer.decode(batch["tokens"][row, run]), style="green" if learnt[run[0]] else "dim")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
