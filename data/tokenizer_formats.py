@@ -93,6 +93,7 @@ def sentencepiece_model(texts: Iterable[str], vocab_size: int, model_type: str =
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
             user_defined_symbols=["\n"],  # newlines are text, not the end of a sentence
+            hard_vocab_limit=False,  # little text gives a smaller vocabulary
             num_threads=1,  # more threads make another vocabulary
             minloglevel=2,
         )

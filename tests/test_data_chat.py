@@ -1,0 +1,145 @@
+"""Chats: what is learnt is what the assistant wrote, on every path; templates cannot get out of their sandbox."""
+
+import time
+
+import pytest
+
+from configs.errors import UserError
+from data import chat, template, tokenizer
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}A: {% generation %}{{ m.content }}{{ eos_token }}"
+    "{% endgeneration %}\n{% else %}U: {{ m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A: {% endif %}"
+)
+TURNS = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "\n Hello, 42!"},
+    {"role": "user", "content": "More"},
+    {"role": "assistant", "content": "Ünïcode 世界 "},
+]
+
+
+def make(chat_template: str | None = None, spec: str = "bytes"):
+    words = "Hello Hi More assistant user Hello Hi\n\n A: U: Hello\n"
+    tok = tokenizer.load(spec, lambda: [words] * 20)
+    tok.chat_template = chat_template
+    return tok
+
+
+def learnt(tok, ids, mask) -> str:
+    return tok.decode([i for i, inside in zip(ids, mask) if inside])
+
+
+@pytest.mark.parametrize("spec", ["bytes", "bpe:300", "spm:300"])
+@pytest.mark.parametrize("text", [None, MARKED])
+def test_learns_the_assistant_and_its_end_token(spec, text):
+    tok = make(text, spec)
+    end = tok.core.id_to_token(tok.eos_id)
+    ids, mask = chat.tokens_and_mask(TURNS, tok)
+    assert learnt(tok, ids, mask) == f"\n Hello, 42!{end}Ünïcode 世界 {end}"
+    assert tok.decode(ids) == chat.render(TURNS, tok)
+
+
+def test_by_hand():
+    """The prompt is only read; Yo and the end token are learnt, the newline behind it is not."""
+    tok = make()
+    ids, mask = chat.tokens_and_mask([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}], tok)
+    prompt = b"### user\nHi\n### assistant\n"
+    assert ids == [*prompt, *b"Yo", 257, 10]
+    assert mask == [0] * len(prompt) + [1, 1, 1, 0]
+
+
+def test_first_leaves_earlier_turns_out():
+    for text in (None, MARKED):
+        tok = make(text)
+        ids, mask = chat.tokens_and_mask(TURNS, tok, first=2)
+        assert learnt(tok, ids, mask) == "Ünïcode 世界 <|eos|>"
+
+
+def test_training_ids_start_with_the_ids_of_serving():
+    """The prompt's ids do not change when the answer is known, even where a merge would cross the boundary."""
+    for spec in ("bytes", "bpe:300", "spm:300"):
+        tok = make(None, spec)
+        asked = chat.encode(TURNS[:1], tok)
+        assert chat.tokens_and_mask(TURNS[:2], tok)[0][: len(asked)] == asked
+
+
+def test_exactly_one_bos():
+    tok = make(MARKED)
+    assert chat.tokens_and_mask(TURNS, tok)[0].count(tok.bos_id) == 1
+    assert chat.encode(TURNS[:1], tok).count(tok.bos_id) == 1
+
+
+def test_boundary_token_goes_to_neither_side():
+    """A merge of "\\n" and "\\n" across the edge is undone; the mask then starts exactly at the answer."""
+    tok = make(None, "bpe:300")
+    text = "A:\n\nHello\n"
+    ids, mask = chat.mask_ids(text, [(3, 9)], tok)
+    assert tok.decode(ids) == text and learnt(tok, ids, mask) == "\nHello"
+
+
+@pytest.mark.parametrize(
+    "messages, chat_template, said",
+    [
+        ([{"role": "user", "content": "x"}], None, "no assistant turn"),
+        ([TURNS[0], {"role": "assistant", "content": ""}], "{{ messages[0].content }}", "the loss mask covers ''"),
+        (TURNS, "{{ messages|length }}", "not a prefix of the whole"),
+        (TURNS, "{% if %}", "chat template"),
+        (TURNS, "{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ([{"role": "user", "content": "a<|eos|>"}], None, "spells the control token"),
+        ([{"content": "a"}], None, "needs a role"),
+    ],
+)
+def test_refusals(messages, chat_template, said):
+    with pytest.raises(UserError, match=said) as error:
+        chat.tokens_and_mask(messages, make(chat_template))
+    assert "\n" not in str(error.value)
+
+
+ATTACKS = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.append(1) }}",
+    "{{ cycler.__init__.__globals__.os }}",
+    "{{ namespace.__init__.__globals__ }}",
+    "{{ messages|attr('__class__') }}",
+    "{{ lipsum.__globals__['os'].popen('id') }}",
+    "{{ _tick.__self__.globals }}",
+    "{{ '{0.__class__}'.format(1) }}",
+    "{{ '{:>1000000000}'.format(1) }}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}",
+    "{{ range(1000000000) }}",
+    "{{ 'a' * 1000000000 }}",
+    "{{ 9 ** 9 ** 9 }}",
+    "{{ '%1000000000d' % 1 }}",
+    "{{ 'aaaa'|replace('a', 'b' * 1000000)|replace('b', 'c' * 1000) }}",
+    "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+    "{% set n = namespace(x='aa') %}{% for a in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{% set n = namespace(x='aa') %}{% for a in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% set n = namespace(x='a') %}{% for a in range(99) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+    "{% set n = namespace(x=[1]) %}{% for a in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_the_sandbox_refuses(attack):
+    start = time.perf_counter()
+    with pytest.raises(UserError):
+        template.render(attack, messages=TURNS)
+    assert time.perf_counter() - start < 10
+
+
+def test_templates_get_what_they_use():
+    text = (
+        "{%- for m in messages if m['role'] == 'user' -%}{{ loop.index0 }}{{ m['content'] | trim }}{%- endfor -%}"
+        "{% set ns = namespace(last='') %}{% for m in messages %}{% set ns.last = m.content.split('\\n') | last %}"
+        "{% endfor %}{{ ns.last }}{{ ', '.join(['a', 'b']) }}{{ {'k': 'é'} | tojson }}{{ tools is none }}"
+        "{{ messages[-1:] | map(attribute='role') | join }}{{ strftime_now('%Y') | length }}"
+    )
+    assert template.render(text, messages=TURNS[:3], tools=None) == '0Hi1MoreMorea, b{"k": "é"}Trueuser4'
