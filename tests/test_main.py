@@ -1,0 +1,185 @@
+"""The real command line: plans, kills, signals, changed inputs, exit codes. Every run here is a process of its own."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from model import saved
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "--config=configs/sft/tiny.py", "--config.steps=24", "--config.log_every=1", "--config.ckpt.every=4",
+    "--config.data.holdout=0", "--config.samples=()",
+]  # fmt: skip
+
+
+def environment(devices: int = 1, **more: str) -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | more
+    return env | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
+def start(*args: str, devices: int = 1, **env: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "train.main", *args]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(devices, **env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(*args: str, **kwargs) -> tuple[int, str, str]:
+    process = start(*args, **kwargs)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def outcome(folder: Path, step: int = 24) -> tuple:
+    """What must be the same, bit for bit: the digest of every array of the last step, and the losses of all steps."""
+    manifest = saved.read_manifest(folder / "ckpt" / str(step))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: (line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "train"}
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, step + 1))
+    done = [line for line in lines if line.get("event") == "done"]
+    assert len(done) == 1
+    return manifest["leaves"], losses, done[0]["tokens"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple:
+    """The outcome of a run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, _, err = run(*TINY, f"--workdir={folder}")
+    assert code == 0, err
+    return outcome(folder)
+
+
+def lines(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_text().count('"train"') if path.exists() else 0
+
+
+def kill_at_random(folder: Path, times: int, seed: int, launch) -> None:
+    """Starts the same command again and again and kills it `times` times: at a step, or at any moment of its start."""
+    r = random.Random(seed)
+    for _ in range(times):
+        processes = launch()
+        before, seconds, steps = lines(folder), r.uniform(0.5, 8), r.randrange(1, 9)
+        end = time.monotonic() + (seconds if r.random() < 0.3 else 120)
+        while time.monotonic() < end and lines(folder) < before + steps and processes[0].poll() is None:
+            time.sleep(0.01)
+        for process in processes:
+            process.kill()
+            process.wait()
+    for process in (last := launch()):
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    assert last
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_runs_end_with_the_same_bits(tmp_path, whole, times):
+    kill_at_random(tmp_path, times, seed=times, launch=lambda: [start(*TINY, f"--workdir={tmp_path}")])
+    assert outcome(tmp_path) == whole
+
+
+def pair(folder: Path, *args: str) -> list[subprocess.Popen]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [start(*TINY, f"--workdir={folder}", *args, **env, JAX_PROCESS_ID=str(i)) for i in range(2)]
+
+
+def finish(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+
+
+@pytest.mark.slow
+def test_killed_pairs_of_processes_end_with_the_same_bits(tmp_path, whole):
+    """Two gloo processes, each with its own rows; all reductions in one order, so two whole runs agree as well."""
+    finish(pair(tmp_path / "whole"))
+    kill_at_random(tmp_path / "killed", 20, seed=1, launch=lambda: pair(tmp_path / "killed"))
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    ours, theirs = outcome(tmp_path / "whole")[1], whole[1]
+    assert all(abs(ours[s][0] - theirs[s][0]) <= 2e-5 * theirs[s][0] for s in theirs)
+
+
+@pytest.mark.slow
+def test_resume_on_another_mesh_and_other_processes(tmp_path, whole):
+    finish(pair(tmp_path, "--config.steps=8"))
+    code, _, err = run(*TINY, f"--workdir={tmp_path}", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", devices=4)
+    assert code == 0, err
+    ours, theirs = outcome(tmp_path)[1], whole[1]
+    assert all(abs(ours[s][0] - theirs[s][0]) <= 2e-3 * theirs[s][0] for s in range(9, 25))
+
+
+def test_sigterm_saves_and_says_so(tmp_path, whole):
+    process = start(*TINY, f"--workdir={tmp_path}", "--config.ckpt.every=0")
+    while lines(tmp_path) < 3:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 75 and "the same command goes on" in out
+    assert run(*TINY, f"--workdir={tmp_path}", "--config.ckpt.every=0")[0] == 0
+    assert outcome(tmp_path) == whole
+
+
+def test_plan_answers_without_a_device():
+    """Neither the model nor the optimizer state is made, and no backend is ever asked for."""
+    script = (
+        "import sys; from train.main import main; code = main(sys.argv[1:]); from jax._src import xla_bridge;"
+        "assert not xla_bridge._backends, 'a device was touched'; sys.exit(code)"
+    )
+    args = ["--config=configs/pretrain/tiny.py", "--config.model.shape=llama2-7b", "--config.data.tokenizer=bytes"]
+    env = environment(1) | {"JAX_PLATFORMS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *args, "--config.model.vocab_size=32000", "--config.mesh.fsdp=16", "--plan"],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "6,738,415,616" in done.stdout  # Llama 2 7B
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--config.lrr=1"], "did you mean"),
+        (["--config.objective.name=dpo", "--config.data.packing=none"], "the objective reads"),
+        (["--config.init=no/such/model", "--config.model.shape="], "no/such/model"),
+        (["--config.mesh.data=3"], "devices"),
+        (["--config.data.source=no.jsonl"], "no.jsonl"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, args, words):
+    code, _, err = run(*TINY, *args, f"--workdir={tmp_path}")
+    assert code == 2 and words in err.lower().replace("\n", " "), err
+    assert "Traceback" not in err
+
+
+def test_no_workdir():
+    code, _, err = run(*TINY)
+    assert code == 2 and "--workdir" in err
+
+
+def test_numbers_that_break_down_stop_the_run(tmp_path):
+    code, out, err = run(*TINY, f"--workdir={tmp_path}", "--config.optim.lr=1e30", "--config.optim.clip=0")
+    assert code == 70, err
+    assert "non-finite steps in a row" in out
+
+
+def test_changed_data_and_config_are_refused(tmp_path):
+    assert run(*TINY, f"--workdir={tmp_path}", "--config.steps=4")[0] == 0
+    code, _, err = run(*TINY, f"--workdir={tmp_path}", "--config.optim.lr=0.5")
+    assert code == 2 and "optim.lr" in err
+    code, _, err = run(*TINY, f"--workdir={tmp_path}", "--config.data.source=synthetic:add?n=4001&digits=1")
+    assert code == 2 and "data" in err

@@ -1,0 +1,185 @@
+"""The step keeps its promises on every mesh: same losses, exact accumulation, bad steps change nothing."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+
+from configs import base
+from model import build
+from train import init
+from train.mesh import AXES, BATCH, RULES
+from train.objectives import dpo
+from train.step import make_step
+
+B, T = 8, 32
+CPU = jax.devices()
+
+
+def config(**changes):
+    c = base.get_config()
+    c.steps = 20
+    c.model.shape = "tiny"
+    c.optim.lr, c.optim.warmup = 1e-2, 0.0
+    with c.unlocked():
+        c.update_from_flattened_dict(changes)
+    return c
+
+
+def rows(seed=0, batch=B):
+    """Rows whose masks keep very different numbers of targets."""
+    r = np.random.default_rng(seed)
+    tokens = r.integers(0, 500, (batch, T + 1)).astype(np.int32)
+    mask = (np.arange(T) < r.integers(1, T, (batch, 1))).astype(np.float32)
+    ones = np.ones((batch, T), np.int32)
+    return dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], mask=mask, segments=ones, positions=ones.cumsum(1) - 1)
+
+
+def mesh_of(*shape):
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=CPU[: int(np.prod(shape))])
+
+
+def losses(c, shape=(1, 1, 1), steps=20, batch=None):
+    mesh = mesh_of(*shape)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        plan = init.plan(c, build.model(c, None, 500), mesh)
+        state = init.first_state(c, plan, None)
+        step = make_step(plan.objective.loss, plan.tx, c.accum)
+        step = jax.jit(step, donate_argnums=0, out_shardings=(plan.shardings, None))
+        batch = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, BATCH)), batch or rows())
+        out = []
+        for _ in range(steps):
+            state, m = step(state, batch)
+            out.append(float(m["loss"][0] / m["loss"][1]))
+    return np.array(out), state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("peft", ["", "lora"])
+def test_same_losses_on_every_mesh(shape, peft):
+    c = config(**{"peft.name": peft, "model.heads": 8, "model.kv_heads": 8})
+    one, _ = losses(c)
+    many, state = losses(c, shape)
+    assert one[-1] < 0.7 * one[0]
+    np.testing.assert_allclose(many, one, rtol=2e-5)
+    assert any(not x.is_fully_replicated for x in jax.tree.leaves(state)) or shape[0] == 8
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
+def test_accumulation_is_exact_with_unequal_masks(name):
+    """Four micro-batches of two rows do what one batch of eight does: the mean is over tokens, not over batches."""
+    one, a = losses(config(**{"optim.name": name}), steps=4)
+    four, b = losses(config(**{"optim.name": name, "accum": 4}), steps=4)
+    np.testing.assert_allclose(one, four, rtol=1e-5)
+    assert one[-1] < one[0]
+    if name == "adamw":
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), a.params, b.params)
+
+
+def test_packed_equals_unpacked():
+    """Two documents in a row behave as in two rows: the same loss, and the second does not see the first."""
+    c = config()
+    model = build.model(c, None, 500)
+    params = {"policy": model.init(jax.random.key(0))}
+    objective = build.find("train.objectives", c.objective)(model)
+    apart = rows(batch=2)
+    packed = {k: v.reshape(1, 2 * T) for k, v in apart.items()}
+    packed["segments"] = np.repeat([[1, 2]], T, 1).reshape(1, 2 * T)
+    loss = jax.jit(lambda b: objective.loss(params, b, None)["loss"])
+    np.testing.assert_allclose(loss(apart), loss(packed), rtol=1e-5)
+    other = dict(packed, tokens=packed["tokens"].copy())
+    other["tokens"][0, :T] = 7
+    logits = lambda b: model(params["policy"], b["tokens"], b["positions"], b["segments"])
+    np.testing.assert_array_equal(logits(packed)[0, T:], logits(other)[0, T:])
+
+
+def test_bad_step_changes_nothing_but_its_counters():
+    c = config()
+    model = build.model(c, None, 500)
+    plan = init.plan(c, model, mesh_of(1, 1, 1))
+    state = init.first_state(c, plan, None)
+    nan_at = lambda bad: lambda p, b, k: jax.tree.map(lambda x: x * jnp.where(b["bad"], jnp.nan, 1.0), loss(p, b, k))
+    loss = plan.objective.loss
+    step = jax.jit(make_step(nan_at(True), plan.tx))
+    good, bad = dict(rows(), bad=False), dict(rows(), bad=True)
+    state, _ = step(state, good)
+    after, metrics = step(state, bad)
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, state.opt_state)
+    assert (int(after.step), int(after.bad), int(after.skipped)) == (2, 1, 1)
+    again, _ = step(after, good)
+    assert (int(again.bad), int(again.skipped)) == (0, 1)
+    moved = jax.tree.map(lambda x, y: bool((x != y).any()), again.params, state.params)
+    assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("peft", ["", "lora"])
+def test_everything_trainable_moves_in_two_steps_and_nothing_else(peft):
+    c = config(**{"peft.name": peft})
+    _, before = losses(c, steps=0)
+    _, after = losses(c, steps=2)
+    moved = jax.tree.map(lambda x, y: bool((x != y).any()), before.params, after.params)
+    assert all(jax.tree.leaves(moved))
+    jax.tree.map(np.testing.assert_array_equal, before.frozen, after.frozen)
+
+
+def test_dpo_reference_stays_while_the_policy_moves():
+    """At step 0 the loss is log 2 in both modes, and they take the same first steps: the base is the frozen copy."""
+    pair = {"chosen": rows(1), "rejected": rows(2)}
+    full, state = losses(config(**{"objective.name": "dpo", "optim.lr": 1e-3}), steps=3, batch=pair)
+    slim, _ = losses(config(**{"objective.name": "dpo", "optim.lr": 1e-3, "peft.name": "lora"}), steps=3, batch=pair)
+    assert "ref" in state.frozen
+    for curve in (full, slim):
+        np.testing.assert_allclose(curve[0], np.log(2), rtol=1e-6)
+        assert curve[-1] < np.log(2) - 1e-3
+
+
+def test_dpo_by_hand():
+    """Log-ratios of policy to reference 0, 0.1, -0.9 (chosen) and 0, -9.9, -0.9 (rejected), beta 0.1.
+
+    Margins 0, 1, 0: losses softplus(-margin) = 0.6931, 0.3133, 0.6931.
+    """
+    m = dpo.preference_loss(jnp.array([0.0, 0.1, -0.9]), jnp.array([0.0, -9.9, -0.9]), beta=0.1)
+    np.testing.assert_allclose(m["loss"], (0.693147 + 0.313262 + 0.693147, 3), rtol=1e-5)
+    assert m["accuracy"] == (1, 3)
+    smooth = dpo.preference_loss(jnp.array([0.1]), jnp.array([-9.9]), beta=0.1, label_smoothing=0.25)
+    np.testing.assert_allclose(smooth["loss"][0], 0.75 * 0.313262 + 0.25 * 1.313262, rtol=1e-5)
+
+
+def test_learning_rates_by_path():
+    c = config(**{"optim.lr_scale": (("embed/.*", 0.0),)})
+    _, before = losses(c, steps=0)
+    _, after = losses(c, steps=1)
+    moved = jax.tree.map(lambda x, y: bool((x != y).any()), before.params["policy"], after.params["policy"])
+    assert not moved["embed"]["table"] and moved["layers"]["attn"]["wq"]
+
+
+def test_remat_changes_no_bit_that_matters():
+    curves = [losses(config(**{"model.remat": r}), steps=3)[0] for r in ("none", "dots", "full")]
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-6)
+    np.testing.assert_allclose(curves[2], curves[0], rtol=1e-6)
+
+
+def test_schedules_by_hand():
+    from train.optim import schedule
+
+    o = config().optim
+    o.lr, o.warmup, o.final_lr = 1.0, 2, 0.5
+    lr = schedule(o, 12)
+    np.testing.assert_allclose([lr(0), lr(1), lr(2), lr(7), lr(12)], [0.5, 1.0, 1.0, 0.75, 0.5], rtol=1e-6)
+    o.schedule, o.decay = "wsd", 0.5
+    lr = schedule(o, 12)
+    np.testing.assert_allclose([lr(0), lr(2), lr(6), lr(9), lr(12)], [0.5, 1.0, 1.0, 0.75, 0.5], rtol=1e-6)
+
+
+def test_specs_of_the_plan_are_those_of_the_state():
+    c = config(**{"peft.name": "lora"})
+    plan = init.plan(c, build.model(c, None, 500), mesh_of(2, 2, 2))
+    state = init.first_state(c, plan, None)
+    jax.tree.map(lambda x, s: np.testing.assert_equal((x.shape, x.dtype), (s.shape, s.dtype)), state, plan.abstract)
+    assert dataclasses.asdict(plan.model.config)["layers"] == 2
