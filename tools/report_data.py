@@ -1,6 +1,7 @@
 """What run folders say, as plain rows: no number here that is not in their files."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +54,10 @@ def read(folder: str | Path) -> Run:
     if not path.is_dir():
         raise UserError("no such folder", str(path), "name run folders, or folders with an evals.jsonl")
     found = {name: _json(path / f"{name}.json") for name in ("config", "cost", "environment")}
-    run = Run(path, **found, metrics=_lines(path / "metrics.jsonl"), evals=_lines(path / "evals.jsonl"))
+    metrics = _lines(path / "metrics.jsonl")
+    last = max((line["step"] for line in metrics if "step" in line), default=0)
+    own = [line for line in metrics if line.get("kind") == "task" and line["step"] == last]  # of config.evals
+    run = Run(path, **found, metrics=metrics, evals=own + _lines(path / "evals.jsonl"))
     if not run.metrics and not run.evals:
         raise UserError("holds neither metrics.jsonl nor evals.jsonl", str(path))
     return run
@@ -190,12 +194,20 @@ def _number(x: Any) -> bool:
 
 
 def side_by_side(rows: list[Choice], n: int) -> list[tuple[dict, list[tuple[str, dict]]]]:
-    """(question, [(label, sample)]) of the first examples that all rows have answered; those that differ come first."""
+    """(question, [(label, sample)]) of examples that all rows have answered.
+
+    Who is right on an example makes a pattern; each pattern has its turn, so that no way only shows its best side.
+    """
     answered = {row.label: {s["prompt"]: s for s in row.result.get("samples", ())} for row in rows}
     common = [s for s in rows[0].result.get("samples", ()) if all(s["prompt"] in a for a in answered.values())]
     out = [(s, [(label, a[s["prompt"]]) for label, a in answered.items()]) for s in common]
-    differ = lambda pair: len({s["score"] for _, s in pair[1]}) == 1
-    return sorted(out, key=differ)[:n]
+    seen: Counter = Counter()
+    turns = []
+    for pair in out:
+        pattern = tuple(s["score"] for _, s in pair[1])
+        turns.append((seen[pattern], len(set(pattern)) == 1))
+        seen[pattern] += 1
+    return [pair for _, pair in sorted(zip(turns, out, strict=True), key=lambda x: x[0])][:n]
 
 
 def flat(config: dict, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -28,7 +28,12 @@ def html(runs: list[Run]) -> str:
         parts += [f"<h2>The choice: {escape(task)}</h2>", _scores(rows), _choice_table(rows), _samples(rows)]
     trained = [run for run in runs if run.metrics]
     if trained:
-        parts += ["<h2>Loss</h2>", *_curves(trained), "<h2>Runs</h2>", _run_table(trained)]
+        parts += [
+            "<h2>Loss</h2>",
+            f'<div class="charts">{"".join(_curves(trained))}</div>',
+            "<h2>Runs</h2>",
+            _run_table(trained),
+        ]
         parts += [_written(trained), _configs(trained), _environment(trained)]
     parts.append(_notes())
     body = "\n".join(filter(None, parts))
@@ -170,7 +175,7 @@ def _run_cells(run: Run) -> list[Cell]:
         f"{done['step']:,}" if done else f"{max((m['step'] for m in run.metrics if 'step' in m), default=0):,} so far"
     )
     fell = lambda key: [line[key] for line in run.lines("eval") if isinstance(line.get(key), float)]
-    path = lambda v: f"{v[0]:.3f} → {v[-1]:.3f}" if v else text.NA
+    path = lambda v: " → ".join(f"{x:.3f}" for x in dict.fromkeys((v[0], v[-1]))) if v else text.NA
     return [
         (escape(report_data.method(run)), ""),
         (text.scaled(cost.get("trained"), ""), f"of {text.scaled(cost.get('parameters'), '')}"),

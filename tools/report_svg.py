@@ -51,16 +51,16 @@ def _x_tick(value: float, x: float) -> str:
 
 def bars(rows: Sequence[tuple[str, float, float | None, float | None]], label: str) -> str:
     """Means between 0 and 1 as dots with their intervals: (name, mean, low, high)."""
-    step, left, height = 38, 150, 38 * len(rows) + 40
-    x_at = _scale(0.0, 1.0, left, WIDTH - 24)
+    step, height = 56, 56 * len(rows) + 40
+    x_at = _scale(0.0, 1.0, 24, WIDTH - 24)
     out = []
     for share in (0, 0.25, 0.5, 0.75, 1):
         x = x_at(share)
         out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="6" y2="{height - 30}"/>')
         out.append(f'<text class="tick" x="{x:.1f}" y="{height - 12}" text-anchor="middle">{share:.0%}</text>')
     for i, (name, mean, low, high) in enumerate(rows):
-        y = 6 + step * i + step / 2
-        out.append(f'<text class="name" x="{left - 14}" y="{y + 5:.1f}" text-anchor="end">{escape(name)}</text>')
+        y = step * i + 40
+        out.append(f'<text class="name" x="0" y="{y - 16}">{escape(name)}</text>')
         if low is not None and high is not None:
             a, b = x_at(max(low, 0)), x_at(min(high, 1))
             out.append(f'<line class="interval" x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}"/>')

@@ -1,0 +1,221 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+
+import pytest
+
+from configs.errors import UserError
+from tools import demo, report, report_data, report_svg, report_text
+
+BASE_LOSS = {"text": "pydocs", "n": 12, "tokens": 1000, "model": "base", "loss": 2.5, "time": 9.0}
+EVIL = '<script src="https://evil.example/x.js"></script>'
+
+
+def result(mean, low, high, shots=0, prompt_tokens=50, **more):
+    answer = lambda c: {"prompt": f"q {EVIL}", "answer": "fig", "completion": c, "score": float(c == "fig")}
+    return {
+        "task": "fruit", "mean": mean, "n": 50, "shots": shots, "seed": 0, "score": mean * 50, "low": low, "high": high,
+        "prompt_tokens": prompt_tokens, "completion_tokens": 3.0, "seconds": 4.0, "flops": 50e9 * prompt_tokens,
+        "samples": [answer("fig" if mean > 0.5 else EVIL)], "time": 9.0, "model": "base",
+    } | more  # fmt: skip
+
+
+def write(folder, metrics=(), evals=(), **files):
+    folder.mkdir(parents=True)
+    for name, lines in (("metrics", metrics), ("evals", evals)):
+        if lines:
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Prompting without a run, a finished run with LoRA, and a run that was killed in its tenth step."""
+    config = {"init": "base", "steps": 20, "peft": {"name": "lora", "rank": 4}, "optim": {"lr": 0.001}}
+    step = lambda i, loss, spent: {
+        "step": i, "time": 1e9 + i, "kind": "train", "loss": loss,
+        "seconds": {"init": 5.0, "compile": 3.0, "step": spent},
+    }  # fmt: skip
+    held = lambda i, nll: {"step": i, "time": 1e9 + i, "kind": "eval", "nll": nll, "bits_per_byte": nll / 2}
+    done = {
+        "step": 20, "time": 1e9 + 21, "kind": "event", "event": "done", "tokens": 9000, "targets": 800, "flops": 2e12,
+        "tokens_per_second": 210.0, "peak_rss_bytes": 2_000_000_000,
+    }  # fmt: skip
+    lora = write(
+        tmp_path / "lora",
+        [held(0, 3.0), step(10, 1.0, 10.0), step(20, 0.5, 20.0), held(20, 0.25), done],
+        [BASE_LOSS | {"loss": 2.625}, result(0.2, 0.1, 0.3), result(0.9, 0.786, 0.957, time=1e9 + 30)],
+        config=config,
+        cost={"parameters": 1_000_000, "trained": 2000},
+        environment={"python": "3.11", "devices": {"kind": "cpu", "count": 1}},
+    )
+    leaf = {"dtype": "float32", "shape": [2, 100], "hash": ""}
+    leaves = {"params/policy/a": leaf, "params/policy/b": leaf | {"dtype": "bfloat16"}, "opt_state/mu": leaf}
+    write(lora / "ckpt" / "20", state_hashes={"manifest": {"leaves": leaves}})
+    killed = write(
+        tmp_path / "killed", [held(0, 3.0), step(10, 2.0, 9.0)], config=config | {"peft": {"name": ""}, "steps": 30}
+    )
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "ki')
+    few = result(0.4, 0.276, 0.538, shots=4, prompt_tokens=200)
+    return [write(tmp_path / "prompting", evals=[result(0.04, 0.01, 0.13), few, BASE_LOSS]), lora, killed]
+
+
+class Page(HTMLParser):
+    """Collects the text, and every address and script; fails on tags that do not close in order."""
+
+    VOID = {"meta", "br", "circle", "line", "path"}
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.addresses, self.text = [], set(), [], ""
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.addresses += [v for k, v in attrs if k in ("href", "src", "action")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.add(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_page_is_whole_static_and_escaped(runs, tmp_path):
+    page = Page(report.write(runs, tmp_path / "r.html").read_text("utf-8"))
+    assert {"svg", "table", "style", "meta"} <= page.tags
+    assert not page.tags & {"script", "link", "img", "iframe", "object"} and page.addresses == []
+    assert EVIL in page.text  # as text
+    assert "@import" not in page.text and "url(" not in page.text
+
+
+def test_page_has_the_numbers_with_units_and_admits_the_unknown(runs, tmp_path):
+    text = Page(report.write(runs, tmp_path / "r.html").read_text("utf-8")).text
+    for told in ("90 %", "79–96 %, n = 50", "2 TFLOP", "2 GB", "1.2 kB", "23 s", "+0.125", "lora", "LoRA r=4", "210"):
+        assert told in text, told
+    assert "n/a" in text and "10 so far" in text and "peft.rank" in text
+
+
+def test_sentences_come_from_the_numbers(runs):
+    rows = report_data.choices([report_data.read(r) for r in runs])["fruit"]
+    told = " ".join(report_text.sentences(rows))
+    assert "zero-shot gets 4.0 %, 4-shot gets 40 % and LoRA r=4 gets 90 % right" in told
+    assert "50 percentage points more often than the best prompt" in told
+    assert "200 tokens instead of 50" in told and "13 answers" in told  # 2e12 / (200e9 - 50e9)
+    assert "+0.125 for LoRA r=4" in told
+
+
+def test_overlapping_intervals_claim_no_gain(runs):
+    rows = report_data.choices([report_data.read(r) for r in runs])["fruit"]
+    weak = [r._replace(result=r.result | {"mean": 0.45, "low": 0.3, "high": 0.6}) if r.run.config else r for r in rows]
+    assert "a gain by tuning is not shown" in " ".join(report_text.sentences(weak))
+
+
+def test_costs_are_read_from_the_folder(runs):
+    lora = report_data.read(runs[1])
+    assert report_data.stored(lora) == 200 * 4 + 200 * 2
+    assert report_data.seconds(lora) == 23.0  # compile and steps of the last line
+    session = {"step": 5, "time": 1.0, "kind": "event", "event": "session", "seconds": {"compile": 2.0, "step": 7.0}}
+    assert report_data.seconds(lora._replace(metrics=[session, *lora.metrics])) == 32.0
+    assert [c.result["mean"] for c in report_data.choices([lora])["fruit"]] == [0.9]  # the newest
+
+
+def test_forgetting_is_unknown_on_other_passages(runs):
+    prompting, lora = report_data.read(runs[0]), report_data.read(runs[1])
+    assert report_data.forgetting(lora, [prompting, lora]) == (0.125, "pydocs")
+    other = prompting._replace(evals=[BASE_LOSS | {"tokens": 999}])
+    assert report_data.forgetting(lora, [other, lora]) == (None, "")
+
+
+def test_short_form(runs, tmp_path):
+    short = report.write(runs, tmp_path / "r.html").with_suffix(".md").read_text("utf-8")
+    assert "| LoRA r=4 | 90 % 79–96 %, n = 50 | 2 TFLOP |" in short
+
+
+def test_bad_folders_are_told(tmp_path, capsys):
+    assert report.main([str(tmp_path / "none")]) == 2 and "no such folder" in capsys.readouterr().err
+    assert report.main([str(tmp_path)]) == 2 and "neither metrics.jsonl nor evals.jsonl" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no run folders"):
+        report.write([], tmp_path / "r.html")
+
+
+def test_ticks_enclose_the_values():
+    assert report_svg.ticks(0, 9) == [0, 2, 4, 6, 8, 10]
+    assert report_svg.ticks(0.0, 0.0) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert report_svg.decades(0.003, 1.2) == [0.001, 0.01, 0.1, 1.0, 10.0]
+
+
+@pytest.mark.parametrize(
+    "shown, value",
+    [("1.2 MB", 1_234_567), ("538 MB", 538_060_032), ("999 B", 999), ("1.0 kB", 999.6), ("0 B", 0), ("n/a", None)],
+)
+def test_sizes(shown, value):
+    assert report_text.size(value) == shown
+
+
+# --- the demo's stages ---
+
+
+def stage(folder, name, code):
+    """A stage that is done when its file exists. `code` runs as python -m NAME in `folder`."""
+    (folder / f"{name}.py").write_text(f"from pathlib import Path\n{code}\n")
+    return demo.Stage(name, [name], lambda: float((folder / f"{name}.txt").exists()), 1)
+
+
+def test_a_failed_stage_stops_the_demo_and_a_rerun_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    count = "p = Path('{0}.txt'); q = Path('{0}.n'); q.write_text(q.read_text() + 'x' if q.exists() else 'x'); "
+    first = stage(tmp_path, "first", count.format("first") + "p.write_text('')")
+    second = stage(tmp_path, "second", "print('out of luck'); raise SystemExit(3)")
+    third = stage(tmp_path, "third", "Path('third.txt').write_text('')")
+    assert demo.run([first, second, third], tmp_path) == 3
+    told = capsys.readouterr().err
+    assert "out of luck" in told and "python -m second" in told and not (tmp_path / "third.txt").exists()
+    stage(tmp_path, "second", "Path('second.txt').write_text('')")
+    assert demo.run([first, second, third], tmp_path) == 0
+    assert (tmp_path / "first.n").read_text() == "x" and (tmp_path / "third.txt").exists()
+
+
+def test_an_interrupt_reaches_the_stage_once_and_is_told(tmp_path):
+    code = "import signal, sys, time\nsave = lambda *_: (Path('saved.txt').write_text(''), sys.exit(75))\n"
+    code += "signal.signal(signal.SIGTERM, save)\nPath('up.txt').write_text('')\ntime.sleep(60)"
+    stage(tmp_path, "long", code)
+    run = "from pathlib import Path; from tools import demo; import sys;"
+    run += "sys.exit(demo.run([demo.Stage('long', ['long'], lambda: 0.0, 1)], Path('.')))"
+    root = str(demo.__file__).rsplit("/tools/", 1)[0]
+    child = subprocess.Popen(
+        [sys.executable, "-c", run], cwd=tmp_path, env={"PYTHONPATH": f"{root}:{tmp_path}"}, stderr=subprocess.PIPE
+    )
+    for _ in range(300):
+        if (tmp_path / "up.txt").exists():
+            break
+        time.sleep(0.1)
+    child.send_signal(signal.SIGINT)
+    assert b"the same command goes on" in child.communicate(timeout=30)[1]
+    assert child.returncode == demo.INTERRUPTED and (tmp_path / "saved.txt").exists()
+
+
+def test_stages_know_what_is_done(runs, tmp_path):
+    _, lora, killed = runs
+    assert demo.trained(lora) == 1 and demo.trained(killed) == pytest.approx(10 / 30)
+    assert demo.trained(tmp_path / "none") == 0
+    assert demo.measured(lora, 2) == 0.5  # the loss is older than the end of the run
+    assert demo.measured(tmp_path / "none", 2) == 0
+
+
+def test_the_demo_uses_commands_of_the_repository(tmp_path):
+    stages = demo.stages(tmp_path)
+    assert {s.argv[0] for s in stages} == {"train.main", "evals.main", "evals.export", "tools.report"}
+    assert sum(s.seconds for s in stages) <= 480
