@@ -1,0 +1,114 @@
+"""Contracts that walk the folders: a new file is tested by existing."""
+
+import ast
+import importlib
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import schema
+from model import build
+from tests.test_step import config, rows
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("configs", "data", "model", "infer", "evals", "train", "tools")
+
+# What each package may import, besides itself. `model` and `data` stand beside each other.
+ALLOWED = {
+    "configs": set(),
+    "data": {"configs"},
+    "model": {"configs"},
+    "infer": {"configs", "data", "model"},
+    "evals": {"configs", "data", "model", "infer"},
+    "train": {"configs", "data", "model", "infer", "evals"},
+    "tools": set(PACKAGES),
+}
+HEAVY = {"torch", "transformers", "peft", "trl"}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_one_way(package):
+    for path in (ROOT / package).rglob("*.py"):
+        used = imports(path)
+        assert not (used & set(PACKAGES)) - ALLOWED[package] - {package}, path
+        if path.name != "bench_torch.py":
+            assert not used & HEAVY, path
+        if package == "data":
+            assert not used & {"jax", "flax"}, path
+
+
+OBJECTIVES = sorted(p.stem for p in (ROOT / "train/objectives").glob("[!_]*.py"))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objective(name):
+    """Every loss is a finite (sum, weight) pair, moves with its parameters, and ignores what its mask leaves out."""
+    c = config(**{"objective.name": name})
+    model = build.model(c, None, 500)
+    objective = build.find("train.objectives", c.objective)(model)
+    params = dict.fromkeys(objective.roles, model.init(jax.random.key(0)))
+    part = rows(batch=2)
+    batch = part if "tokens" in objective.batch else {"chosen": part, "rejected": rows(1, batch=2)}
+    assert set(objective.batch) <= set(batch)
+    loss = jax.jit(lambda p, b: objective.loss({**params, "policy": p}, b, jax.random.key(0)))
+    metrics = loss(params["policy"], batch)
+    assert all(np.shape(x) == () and np.isfinite(x) for pair in metrics.values() for x in pair)
+    grads = jax.grad(lambda p: loss(p, batch)["loss"][0])(params["policy"])
+    assert any(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
+    hidden = jax.tree.map(np.array, batch)
+    for half in [hidden] if "tokens" in hidden else hidden.values():
+        half["targets"][half["mask"] == 0] = 3
+    np.testing.assert_allclose(loss(params["policy"], hidden)["loss"], metrics["loss"], rtol=1e-6)
+
+
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*/*.py") if p.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_config_runs_three_steps_at_tiny_size(path, tmp_path):
+    """With its objective, method, optimizer and format; the shape, the batch and the source are made small."""
+    from train.main import run
+
+    argv = [
+        f"--config={path}", f"--workdir={tmp_path}", "--config.model.shape=tiny", "--config.init=", "--config.steps=3",
+        "--config.data.tokenizer=bytes", "--config.data.seq_len=64", "--config.data.batch_size=8", "--config.accum=1",
+        "--config.evals=()", "--config.eval_batches=1", "--config.log_every=1", f"--config.data.cache={tmp_path}/cache",
+        "--config.model.vocab_size=512",
+    ]  # fmt: skip
+    loaded = schema.load(argv)
+    pairs = loaded.config.objective.name in ("dpo",)
+    source = "synthetic:add_pairs?n=300&digits=2" if pairs else "synthetic:add?n=900&digits=3"
+    argv += [f"--config.data.source={source}", "--config.data.eval_source=", "--config.data.fields="]
+    loaded = schema.load(argv)
+    assert run(loaded) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3]
+    assert all(math.isfinite(line["loss"]) for line in lines if line["kind"] == "train")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_config_tells_its_story(path):
+    """What it shows, the command that runs it, the hardware, the expected result."""
+    text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+    assert f"--config={path.relative_to(ROOT)}" in text
+    assert "Hardware" in text and "xpected" in text
+    assert len(path.read_text("utf-8").splitlines()) <= 60
+
+
+def test_the_base_has_at_most_80_keys():
+    assert len(schema.flatten(schema.to_dict(importlib.import_module("configs.base").get_config()))) <= 80
