@@ -2,6 +2,8 @@
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -57,9 +59,12 @@ class Clock:
         self.tokens = self.targets = self.since_line = 0
         return out
 
-    def pause(self) -> None:
-        """What came since the last line (evaluation, a save) is no step's time."""
-        self.since = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside (evaluation, a save) is no step's time."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
 
     def totals(self, seen: dict[str, int]) -> dict[str, Any]:
         """What the whole run took, over its sessions (`seen`); the rate and the memory are this session's."""
