@@ -161,7 +161,7 @@ def _chart(runs: list[Run]) -> str:
 RUN_HEADS = [
     ("", ""), ("method", ""), ("parameters", "trained of all"), ("steps", "optimizer"), ("tokens", "read, learnt"),
     ("speed", "tokens/s"), ("FLOPs", "of training"), ("time", "compile + steps"), ("peak memory", ""),
-    ("held-out loss", "nats per token"), ("bits per byte", "held-out"),
+    ("held-out loss", "nats per token, bits per byte"),
 ]  # fmt: skip
 
 
@@ -185,8 +185,7 @@ def _run_cells(run: Run) -> list[Cell]:
         (text.flops(done.get("flops")), ""),
         (text.seconds(report_data.seconds(run)), ""),
         (text.size(done.get("peak_rss_bytes")), ""),
-        (path(fell("nll")), ""),
-        (path(fell("bits_per_byte")), ""),
+        (path(fell("nll")), path(fell("bits_per_byte"))),
     ]
 
 
