@@ -74,7 +74,6 @@ def prepare(
     form: str = "auto",
     fields: str = "",
     max_bad: float = 0.001,
-    check_hashes: bool = False,
 ) -> Dataset:
     """The tokenised source, from its cache below `folder` or made now.
 
@@ -85,7 +84,9 @@ def prepare(
     path = Path(folder).expanduser() / fingerprint[:24]
     if path.exists():
         try:
-            return _ready(Dataset(cache.read(path, check_hashes), path), source, max_bad)
+            found = Dataset(cache.read(path), path)
+            _check(found.report, source, max_bad)
+            return found
         except cache.Broken as error:
             logging.warning("made again: %s", error)
             shutil.rmtree(path)
@@ -93,12 +94,7 @@ def prepare(
     index["report"] = {"documents": 0, "tokens": 0, "learnt": 0, "bad": 0, "first_bad": []}
     documents = _documents(source, tokenizer, form, formats.parse_fields(fields), index)
     cache.write(path, documents, index, tokenizer.vocab_size, lambda: _check(index["report"], source, max_bad))
-    return _ready(Dataset(cache.read(path), path), source, max_bad)
-
-
-def _ready(dataset: Dataset, source: str, max_bad: float) -> Dataset:
-    _check(dataset.report, source, max_bad)
-    return dataset
+    return Dataset(cache.read(path), path)
 
 
 def _check(report: dict, source: str, max_bad: float) -> None:

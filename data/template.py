@@ -16,83 +16,25 @@ from configs.errors import UserError
 BUDGET = 1 << 25  # characters made by one rendering; a turn of a loop or macro counts as TURN of them
 TURN = 64
 MAX_TEMPLATE = 1 << 20  # characters
+# fmt: off
 FILTERS = [
-    "abs",
-    "capitalize",
-    "count",
-    "d",
-    "default",
-    "dictsort",
-    "e",
-    "escape",
-    "first",
-    "float",
-    "groupby",
-    "int",
-    "items",
-    "join",
-    "last",
-    "length",
-    "list",
-    "lower",
-    "map",
-    "max",
-    "min",
-    "reject",
-    "rejectattr",
-    "replace",
-    "reverse",
-    "round",
-    "safe",
-    "select",
-    "selectattr",
-    "sort",
-    "string",
-    "title",
-    "tojson",
-    "trim",
-    "unique",
+    "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby", "int",
+    "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace",
+    "reverse", "round", "safe", "select", "selectattr", "sort", "string", "title", "tojson", "trim", "unique",
     "upper",
 ]
-STRING_METHODS = frozenset(
-    [
-        "capitalize",
-        "count",
-        "endswith",
-        "find",
-        "index",
-        "isalnum",
-        "isalpha",
-        "isdigit",
-        "islower",
-        "isspace",
-        "istitle",
-        "isupper",
-        "join",
-        "lower",
-        "lstrip",
-        "removeprefix",
-        "removesuffix",
-        "replace",
-        "rfind",
-        "rindex",
-        "rsplit",
-        "rstrip",
-        "split",
-        "splitlines",
-        "startswith",
-        "strip",
-        "title",
-        "upper",
-    ]
-)
+STRING_METHODS = {
+    "capitalize", "count", "endswith", "find", "index", "isalnum", "isalpha", "isdigit", "islower", "isspace",
+    "istitle", "isupper", "join", "lower", "lstrip", "removeprefix", "removesuffix", "replace", "rfind",
+    "rindex", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "title", "upper",
+}
+# fmt: on
 
 
 class Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}` puts `open` and `close` marks around what the model would write."""
+    """`{% generation %} ... {% endgeneration %}` puts marks around what the model would write."""
 
     tags = {"generation"}
-    marks = ("", "")
 
     def parse(self, parser):
         line = next(parser.stream).lineno

@@ -12,8 +12,9 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MARKED = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}A: {% generation %}{{ m.content }}{{ eos_token }}"
-    "{% endgeneration %}\n{% else %}U: {{ m.content }}\n{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "A: {% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\n"
+    "{% else %}U: {{ m.content }}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}A: {% endif %}"
 )
 TURNS = [

@@ -41,7 +41,7 @@ def test_smollm2_from_its_gguf(smollm2):
     assert pieces == ["In", " ", "2", "0", "2", "4", " there"]
     assert smollm2.encode("In 2024 there") == [788, 216, 34, 32, 34, 36, 665]
     ids = chat.encode([{"role": "user", "content": "What is the capital of France?"}], smollm2)
-    assert ids[:4] == [1, 9690, 198, 2683] and ids[-3:] == [1, 520, 9531] + [198] or ids[-1] == 198
+    assert ids[:4] == [1, 9690, 198, 2683] and ids[-4:] == [1, 520, 9531, 198]
     assert smollm2.decode(ids).endswith("<|im_start|>assistant\n") and ids.count(1) == 3
 
 

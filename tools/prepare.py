@@ -3,7 +3,7 @@
     python -m tools.prepare --config=configs/X.py [--config.key=value ...]
 
 Prints what became of the records, and one packed row: green counts in the loss, dim is only read, | parts documents.
-The result is cached where training looks for it. Exit code 2: the data are unfit, and the line says why.
+The result is cached where training looks for it, and the cache's hashes are verified. Exit code 2: the data are unfit.
 """
 
 import sys
@@ -27,11 +27,14 @@ def main(argv: list[str]) -> int:
 def show(config) -> None:
     from rich.console import Console
 
+    from data import cache
     from data.loader import load_tokenizer, make_loaders
 
     console = Console(soft_wrap=True, highlight=False)
     tokenizer = load_tokenizer(config.data, default=_own_tokenizer(config))
     train, heldout = make_loaders(config.data, tokenizer, config.seed)
+    for part in train.parts:
+        cache.read(part.dataset.folder, check_hashes=True)
     console.print(f"{config.data.source} · {train.seq_len} slots a row · {train.batch_size} rows a batch", markup=False)
     for name, value in _summary(train, heldout).items():
         console.print(f"{name:>18}  {value}", markup=False)

