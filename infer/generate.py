@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 
 from configs.errors import UserError
 from infer.sample import Knobs, sample
@@ -78,7 +79,7 @@ def generate(
         if stop:
             texts = _rows(state, rows)[0]
             state = state.replace(done=state.done.at[:rows].set([d or stop(t) for d, t in zip(state.done, texts)]))
-    return Samples(*_rows(state, rows), np.asarray(state.done)[:rows].tolist())
+    return Samples(*_rows(state, rows), _fetch(state.done)[:rows].tolist())
 
 
 def stream(
@@ -184,8 +185,15 @@ def _stop_ids(ids: Sequence[int]) -> Array:
     return jnp.asarray([*ids, *[-1] * (bucket(len(ids), 4) - len(ids))], jnp.int32)
 
 
+def _fetch(tree: Any) -> Any:
+    """Arrays on the host, whole: under a mesh of several processes each holds a part only."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_get(tree)
+
+
 def _rows(state: State, rows: int) -> tuple[list[list[int]], list[np.ndarray]]:
-    tokens, logps, length = jax.device_get((state.tokens, state.logps, state.length))
+    tokens, logps, length = _fetch((state.tokens, state.logps, state.length))
     cut = lambda a: [a[i, : length[i]] for i in range(rows)]
     return [row.tolist() for row in cut(tokens)], cut(logps)
 

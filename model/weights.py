@@ -93,7 +93,11 @@ def einsum(eqn: str, x: Array, w: Array | Weight) -> Array:
 
 def take(w: Array | Weight, ids: Array, dtype: Any) -> Array:
     """Embedding lookup: rows `ids` [...] of a table [V, D] -> [..., D] in `dtype`."""
-    return w.take(ids, dtype) if isinstance(w, Weight) else jnp.take(w, ids, axis=0).astype(dtype)
+    if isinstance(w, Weight):
+        return w.take(ids, dtype)
+    # Gathered from a table whose rows are split, activations come out split by embed, and XLA rematerialises them whole.
+    w = nn.with_logical_constraint(w, ("vocab", None))
+    return jnp.take(w, ids, axis=0).astype(dtype)
 
 
 def _einsum(eqn: str, x: Array, w: Array) -> Array:

@@ -17,7 +17,7 @@ from model import saved
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
     "--config=configs/sft/tiny.py", "--config.steps=24", "--config.log_every=1", "--config.ckpt.every=4",
-    "--config.data.holdout=0", "--config.samples=()",
+    "--config.eval_batches=1", "--config.samples=()",
 ]  # fmt: skip
 
 
@@ -114,8 +114,10 @@ def test_killed_pairs_of_processes_end_with_the_same_bits(tmp_path, whole):
 
 @pytest.mark.slow
 def test_resume_on_another_mesh_and_other_processes(tmp_path, whole):
-    finish(pair(tmp_path, "--config.steps=8"))
-    code, _, err = run(*TINY, f"--workdir={tmp_path}", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", devices=4)
+    """From two processes with one device each to one with four; text is sampled under both."""
+    finish(pair(tmp_path, "--config.steps=8", '--config.samples=("2+3=",)'))
+    mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    code, _, err = run(*TINY, f"--workdir={tmp_path}", *mesh, '--config.samples=("2+3=",)', devices=4)
     assert code == 0, err
     ours, theirs = outcome(tmp_path)[1], whole[1]
     assert all(abs(ours[s][0] - theirs[s][0]) <= 2e-3 * theirs[s][0] for s in range(9, 25))

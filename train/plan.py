@@ -34,10 +34,10 @@ def show(cfg: Any, plan: Any, path: Path | None = None) -> None:
     from train import hosts
 
     d = describe(cfg, plan)
+    if path and not hosts.primary():
+        return
     if path:
         files.write_json(path, d)
-        if not hosts.primary():
-            return
     table = Table(show_header=False)
     share = 100 * d["trained"] / d["parameters"]
     table.add_row("parameters", f"{d['parameters']:,}, of which {d['trained']:,} train ({share:.2f} %)")
