@@ -79,7 +79,7 @@ class Run:
     def load(self, specs: Specs, shardings: Any = None, dtype: str = "float32") -> Params:
         """Plain parameters, adapters merged: what a run starts from whose `init` is this folder."""
         params = self.params(specs, shardings, dtype)
-        return jax.jit(lambda p: weights.dense(p, specs), out_shardings=shardings, donate_argnums=0)(params)
+        return jax.jit(lambda p: weights.dense(p, specs), out_shardings=shardings)(params)
 
     def params(self, specs: Specs, shardings: Any = None, dtype: str = "float32") -> Params:
         """The policy as it was trained, with its adapters and quantised leaves.

@@ -93,14 +93,16 @@ def attention(q: Array, k: Array, v: Array, see: Array) -> Array:
     """Grouped-query attention. q [B,T,N,H]; k, v [B,K,S,H]; see [B,T,S] -> [B,T,N,H]. Softmax in float32.
 
     The G query heads of a key head are rows of one product, so that keys are never repeated. Queries that see nothing
-    (padding) get the mean of v: finite, and nothing reads it.
+    (padding) get the mean of v: finite, and nothing reads it. A cache's k and v are [B*K,S,H]: behind a reshape of them
+    XLA's CPU backend would copy the cache four times a layer and token.
     """
     B, T, N, H = q.shape
-    K, S = k.shape[1:3]
+    *lead, S, _ = k.shape
+    K = math.prod(lead) // B
     G = N // K
-    q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    scores = jnp.einsum("BKXH,BKSH->BKXS", q, k, preferred_element_type=jnp.float32)
+    q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(*lead, G * T, H)
+    scores = jnp.einsum("...XH,...SH->...XS", q, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(B, K, G, T, S) * H**-0.5
     probs = jax.nn.softmax(jnp.where(see[:, None, None], scores, -1e30), axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKXS,BKSH->BKXH", probs.reshape(B, K, G * T, S), v)
+    out = jnp.einsum("...XS,...SH->...XH", probs.reshape(*lead, G * T, S), v)
     return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

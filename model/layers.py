@@ -77,9 +77,7 @@ class Attention(Layer):
             q, k = rotate(q, context["angles"]), rotate(k, context["angles"])
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B,K,S,H]
         if cache is not None:
-            at = (0, 0, context["index"], 0)
-            k = jax.lax.dynamic_update_slice(cache["k"], k.astype(cache["k"].dtype), at)
-            v = jax.lax.dynamic_update_slice(cache["v"], v.astype(cache["v"].dtype), at)
+            k, v = write(cache["k"], k, context["index"]), write(cache["v"], v, context["index"])
             cache = {"k": k, "v": v}
         see = context["see"]
         if "see_window" in context:
@@ -93,6 +91,12 @@ class Attention(Layer):
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.config.norm_eps)
         return (h * self.vector(name, "H", 1.0)).astype(x.dtype)
+
+
+def write(cache: Array, new: Array, index: Array) -> Array:
+    """`new` [B,K,T,H] into a cache [B*K,S,H] at `index`."""
+    new = new.reshape(-1, *new.shape[2:]).astype(cache.dtype)
+    return jax.lax.dynamic_update_slice(cache, new, (0, index, 0))
 
 
 class MLP(Layer):

@@ -137,7 +137,7 @@ class Transformer:
     def cache(self, batch: int, length: int, unrolled: bool = True) -> dict:
         """An empty key-value cache for `length` positions of `batch` rows. `segments` 0 marks what is not written."""
         c = self.config
-        shape = (batch, c.kv_heads, length, c.head_dim)
+        shape = (batch * c.kv_heads, length, c.head_dim)
         one = lambda lead=(): {n: jnp.zeros(lead + shape, self.dtype) for n in ("k", "v")}
         ints = lambda: jnp.zeros((batch, length), jnp.int32)
         layers = tuple(one() for _ in range(c.layers)) if unrolled else one((c.layers,))

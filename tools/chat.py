@@ -1,0 +1,106 @@
+"""Talk to a model in the terminal.
+
+    python -m tools.chat MODEL [--adapter=RUN] [--system=TEXT] [--temperature=0.7] [--seed=0] [--max-new-tokens=256]
+    echo "What is the capital of France?" | python -m tools.chat MODEL
+
+MODEL: a packaged model's name, a Hugging Face folder, a .gguf file, a hub id or a run folder. In a terminal every line
+is a turn; /reset forgets the conversation, /exit ends it. From a pipe, all of the input is one question. A model
+without a chat template continues the text. Speed goes to stderr, with the wait for the first token beside it.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from configs.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.chat", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("model")
+    parser.add_argument("--adapter", help="a run folder whose adapters are put on MODEL")
+    parser.add_argument("--system", default="", help="the system's turn of every conversation")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    args = vars(parser.parse_args(argv))
+    model, adapter, system = args.pop("model"), args.pop("adapter"), args.pop("system")
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        from infer.load import load
+
+        chat = Chat(load(model, adapter), system, args)
+        return converse(chat) if sys.stdin.isatty() else ask(chat, sys.stdin.read().strip())
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, BrokenPipeError):
+        return 130
+
+
+class Chat:
+    """A conversation so far; an answer that fails or is interrupted leaves it as it was."""
+
+    def __init__(self, lm: Any, system: str, knobs: dict[str, Any]):
+        self.lm, self.knobs = lm, knobs
+        self.start = [{"role": "system", "content": system}] if system else []
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages = list(self.start)
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Pieces of the answer, as they come."""
+        turns = [*self.messages, {"role": "user", "content": text}]
+        pieces = []
+        for piece in self.lm.stream(turns if self.lm.tokenizer.chat_template else text, **self.knobs):
+            pieces.append(piece)
+            yield piece
+        self.messages = [*turns, {"role": "assistant", "content": "".join(pieces)}]
+
+
+def ask(chat: Chat, text: str) -> int:
+    """Prints the answer to `text`, then its speed."""
+    begin, times = time.perf_counter(), []
+    for piece in chat.answer(text):
+        times.append(time.perf_counter())
+        print(piece, end="", flush=True)
+    print(flush=True)
+    if len(times) > 1:
+        rate = (len(times) - 1) / (times[-1] - times[0])
+        print(f"[{rate:.1f} tok/s, first after {times[0] - begin:.1f} s]", file=sys.stderr)
+    return 0
+
+
+def converse(chat: Chat) -> int:
+    """Turns of a terminal until /exit or the end of the input; Ctrl-C stops an answer."""
+    import readline  # noqa: F401  gives input() line editing and history
+
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return 0
+        if line == "/exit":
+            return 0
+        if line == "/reset":
+            chat.reset()
+        elif line:
+            try:
+                ask(chat, line)
+            except KeyboardInterrupt:
+                print()
+            except UserError as e:
+                print(f"{e} (/reset starts anew)", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
