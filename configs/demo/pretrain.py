@@ -11,7 +11,7 @@ from configs import base
 
 def get_config():
     c = base.get_config()
-    c.steps = 600
+    c.steps = 400
     c.model.shape = "small"
     c.data.source = "sotu"
     c.data.tokenizer = "bpe:2048"
@@ -21,7 +21,7 @@ def get_config():
     c.optim.lr = 3e-3
     c.optim.weight_decay = 0.1
     c.log_every = 20
-    c.eval_every = 150
+    c.eval_every = 100
     c.ckpt.every = 200
     c.eval_batches = 16
     c.samples = ("The people of the United States", "I recommend that the Congress")
