@@ -3,9 +3,7 @@
 
 def _llama(vocab_size, layers, embed, heads, kv_heads, mlp, **more):
     more.setdefault("head_dim", embed // heads)
-    return dict(
-        vocab_size=vocab_size, layers=layers, embed=embed, heads=heads, kv_heads=kv_heads, mlp=mlp, **more
-    )
+    return dict(vocab_size=vocab_size, layers=layers, embed=embed, heads=heads, kv_heads=kv_heads, mlp=mlp, **more)
 
 
 SHAPES = {

@@ -45,7 +45,7 @@ def outcome(folder: Path, step: int = 24) -> tuple:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: (line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "train"}
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, step + 1))
-    done = [line for line in lines if line.get("event") == "done"]
+    done = [line for line in lines if line.get("event") == "done" and line["step"] == step]
     assert len(done) == 1
     return manifest["leaves"], losses, done[0]["tokens"]
 
