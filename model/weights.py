@@ -95,7 +95,7 @@ def take(w: Array | Weight, ids: Array, dtype: Any) -> Array:
     """Embedding lookup: rows `ids` [...] of a table [V, D] -> [..., D] in `dtype`."""
     if isinstance(w, Weight):
         return w.take(ids, dtype)
-    # Gathered from a table whose rows are split, activations come out split by embed, and XLA rematerialises them whole.
+    # From a table that is split along embed, rows come out split the same way, and XLA rematerialises them whole.
     w = nn.with_logical_constraint(w, ("vocab", None))
     return jnp.take(w, ids, axis=0).astype(dtype)
 

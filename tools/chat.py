@@ -73,8 +73,8 @@ def ask(chat: Chat, text: str) -> int:
         times.append(time.perf_counter())
         print(piece, end="", flush=True)
     print(flush=True)
-    if len(times) > 1:
-        rate = (len(times) - 1) / (times[-1] - times[0])
+    if len(times) > 2:
+        rate = (len(times) - 2) / (times[-1] - times[1])  # the second may have waited for a compilation
         print(f"[{rate:.1f} tok/s, first after {times[0] - begin:.1f} s]", file=sys.stderr)
     return 0
 
