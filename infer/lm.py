@@ -79,12 +79,16 @@ class LM:
 
     def stream(self, prompt: Prompt, *, max_new_tokens: int = 64, **knobs: Any) -> Iterator[str]:
         """The text of `generate` for one prompt, a piece a token; "" while a character is not whole."""
-        text = self.tokenizer.stream()
-        ends, asked = self.tokenizer.eos_ids, self.encode(prompt)
-        for token in stream(
-            self.model, self._unrolled, asked, max_new_tokens=max_new_tokens, stop_ids=ends, **knobs
-        ):  # fmt: skip
-            yield text(token)
+        text, ends, asked = self.tokenizer.stream(), self.tokenizer.eos_ids, self.encode(prompt)
+        tokens, said = [], ""
+        for token in stream(self.model, self._unrolled, asked, max_new_tokens=max_new_tokens, stop_ids=ends, **knobs):
+            tokens.append(token)
+            piece = text(token)
+            said += piece
+            yield piece
+        whole = self._continuation(asked, tokens)
+        if len(whole) > len(said) and whole.startswith(said):
+            yield whole[len(said) :]  # bytes that never became a character
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The ids that stand before an answer; texts start with BOS where the tokenizer says so, chats by template."""

@@ -42,13 +42,12 @@ def truncate(logits: Array, knobs: Knobs) -> Array:
 
 
 def _top(logits: Array, knobs: Knobs) -> Array:
-    """Top-k, then top-p of what is left: both keep a prefix of the sorted tokens."""
-    order = jnp.argsort(-logits, axis=-1)  # stable: of equal tokens the lower id is kept
-    down = jnp.take_along_axis(logits, order, axis=-1)
+    """Top-k, then top-p of what is left: both keep a prefix of the sorted tokens, and what ties with its end."""
+    down = jnp.sort(logits, axis=-1, descending=True)
     rank = jnp.arange(logits.shape[-1])
     keep = (rank < knobs.top_k) | (knobs.top_k <= 0)
     probs = jax.nn.softmax(jnp.where(keep, down, -jnp.inf), axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs  # mass of the tokens ahead
     keep &= (before < knobs.top_p) | (rank == 0)
-    place = jnp.argsort(order, axis=-1)  # the rank of each token
-    return jnp.where(jnp.take_along_axis(keep, place, axis=-1), logits, -jnp.inf)
+    least = jnp.where(keep, down, jnp.inf).min(-1, keepdims=True)
+    return jnp.where(logits < least, -jnp.inf, logits)
