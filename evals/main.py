@@ -48,7 +48,7 @@ def run(options: dict[str, str]) -> list[dict]:
     for name in names:
         task.load(name)  # a typo shows before the model is read
     out = _folder(options)
-    from infer.load import load
+    from infer.models import load
 
     lm = load(options["model"], adapter=options["adapter"] or None)
     results = []

@@ -15,7 +15,7 @@ import pytest
 from configs.errors import UserError
 from infer.generate import bucket, generate, pad, stream, unrolled
 from infer.lm import cut
-from infer.load import load, open_model
+from infer.models import load, open_model
 from infer.sample import Knobs, sample, truncate
 from model.config import ModelConfig
 from model.peft import lora

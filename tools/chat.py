@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        from infer.load import load
+        from infer.models import load
 
         chat = Chat(load(model, adapter), system, args)
         return converse(chat) if sys.stdin.isatty() else ask(chat, sys.stdin.read().strip())

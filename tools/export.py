@@ -30,7 +30,7 @@ SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty") 
 
 
 def export(source: str, to: str, dtype: str) -> int:
-    from infer.load import load, open_model
+    from infer.models import load, open_model
     from model.export import export_hf
 
     settings = getattr(open_model(source), "generation", {})  # a run folder has none

@@ -47,7 +47,7 @@ def show(config) -> None:
 def _own_tokenizer(config) -> str:
     if not config.init:
         return "bytes"
-    from infer.load import open_model  # reads the files' headers, not the weights
+    from infer.models import open_model  # reads the files' headers, not the weights
 
     return open_model(config.init).tokenizer_source
 

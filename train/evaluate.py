@@ -25,7 +25,6 @@ class Judge:
         if self.heldout is None or "tokens" not in self.heldout.loader.batch(0):
             return {}
         from evals.heldout import heldout
-
         from train.metrics import means
 
         return means(heldout(self.model, policy, self.heldout, self.cfg.eval_batches, self.tokenizer))
@@ -34,7 +33,7 @@ class Judge:
         if not self.cfg.evals:
             return {}
         from evals.run import evaluate
-        from infer.load import LM
+        from infer.lm import LM
 
         figures = {}
         lm = LM(self.model, policy, self.tokenizer)
@@ -47,7 +46,7 @@ class Judge:
     def _samples(self, policy: Any, step: int) -> None:
         if not self.cfg.samples:
             return
-        from infer.load import LM
+        from infer.lm import LM
 
         lm, prompts = LM(self.model, policy, self.tokenizer), list(self.cfg.samples)
         for prompt, answer in zip(prompts, lm.answer(prompts), strict=True):

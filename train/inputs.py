@@ -10,7 +10,7 @@ def pretrained(cfg: Any) -> Any | None:
     """The opened checkpoint of `init`, weights not read yet; None for a random start."""
     if not cfg.init:
         return None
-    from infer.load import open_model
+    from infer.models import open_model
 
     return open_model(cfg.init)
 

@@ -1,9 +1,7 @@
-"""Models by name: `from infer import load; lm = load("smollm2-135m-instruct"); lm.answer("...")`."""
+"""Models by name: what `infer.load` opens."""
 
 import dataclasses
 import functools
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,6 @@ from model.config import ModelConfig
 from model.pretrained import Pretrained, open_pretrained
 from model.transformer import Transformer
 from model.weights import Params, Specs
-
-__all__ = ["LM", "Run", "load", "open_model"]
 
 
 def load(name: str | Path, adapter: str | Path | None = None, dtype: str | None = None) -> LM:
@@ -111,13 +107,3 @@ def _like(value: Any, x: jax.Array) -> jax.Array:
     if value.shape != x.shape:
         raise UserError(f"a saved parameter has shape {value.shape}, the model wants {x.shape}", "run folder")
     return jax.device_put(value.astype(x.dtype), x.sharding)
-
-
-class _Callable(types.ModuleType):
-    """`from infer import load` gives this module, of which the function is the only use in a notebook."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> LM:
-        return load(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable
