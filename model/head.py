@@ -71,7 +71,7 @@ def _batch_shards(batch: int) -> int:
 def _loop(x: Array, weight: Array, vocab: int, body: Callable, carry: Any) -> Any:
     """`carry = body(start, rows, carry)` over chunks of rows, as many as the fullest shard needs."""
     S, R = weight.shape
-    size = max(1, min(R, CHUNK_BYTES // (4 * vocab * S)))
+    size = -(-R // -(-4 * R * S * vocab // CHUNK_BYTES))  # equal chunks: a last one of few rows would cost a whole one
     needed = -(-(weight != 0).sum(1).max() // size)
 
     def step(i: Array, carry: Any) -> Any:

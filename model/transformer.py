@@ -14,11 +14,12 @@ from model.config import ModelConfig
 from model.layers import Block, Norm, context
 from model.weights import Params, Spec, Specs
 
-# What the backward pass keeps of a layer. "dots" keeps the outputs of weight products and recomputes the rest; on a CPU
+# What the backward pass keeps of a layer. "dots" keeps what `weights.einsum` returns and recomputes the rest; on a CPU
 # that is faster than keeping everything, since stacking residuals through the scan costs more than softmax and silu.
+# By name, not by primitive: of a LoRA leaf the sum is kept, and not its two products, each as large as the sum.
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("product"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

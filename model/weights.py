@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 Params = Any  # nested dicts whose leaves are arrays or Weights
@@ -87,8 +88,9 @@ class Weight:
 
 
 def einsum(eqn: str, x: Array, w: Array | Weight) -> Array:
-    """`jnp.einsum` of an activation and a weight; the result has x's dtype."""
-    return w.einsum(eqn, x) if isinstance(w, Weight) else _einsum(eqn, x, w.astype(x.dtype))
+    """`jnp.einsum` of an activation and a weight; the result has x's dtype. Remat knows it as "product"."""
+    y = w.einsum(eqn, x) if isinstance(w, Weight) else _einsum(eqn, x, w.astype(x.dtype))
+    return checkpoint_name(y, "product")
 
 
 def take(w: Array | Weight, ids: Array, dtype: Any) -> Array:

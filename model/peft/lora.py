@@ -40,9 +40,8 @@ class LoRA(Weight):
         if not set(contracted) <= set(f):
             (first, f), (second, s) = (second, s), (first, f)
         low = xs.translate({ord(c): None for c in contracted}) + "R"  # [..., R]
-        y = weights.einsum(f"{xs},{f}->{low}", x, first)
-        delta = weights.einsum(f"{low},{s}->{out}", y, second)
-        return weights.einsum(eqn, x, self.base) + self.scale * delta
+        y = self.scale * weights.einsum(f"{xs},{f}->{low}", x, first)  # scaled where it is small, backwards too
+        return weights.einsum(eqn, x, self.base) + weights.einsum(f"{low},{s}->{out}", y, second)
 
     def take(self, ids: Array, dtype: Any) -> Array:
         low = weights.take(self.a, ids, dtype)
