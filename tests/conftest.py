@@ -4,6 +4,3 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ.setdefault(
-    "JAX_CPU_ENABLE_ASYNC_DISPATCH", "false"
-)  # two programs in flight may starve each other's collectives

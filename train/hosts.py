@@ -21,9 +21,6 @@ def connect() -> None:
     cache = env.get("JAX_COMPILATION_CACHE_DIR") or os.path.expanduser(f"~/.cache/kungfu/xla-{jax.__version__}")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    # Several CPU devices share one pool of threads. With two programs in flight, each may hold threads that the other's
-    # collectives wait for, and XLA aborts the process. Other backends do not read this.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if env.get("JAX_COORDINATOR_ADDRESS"):
         count, index = env.get("JAX_NUM_PROCESSES"), env.get("JAX_PROCESS_ID")
         jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count and int(count), index and int(index))
