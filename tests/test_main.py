@@ -113,14 +113,16 @@ def test_killed_pairs_of_processes_end_with_the_same_bits(tmp_path, whole):
 
 
 @pytest.mark.slow
-def test_resume_on_another_mesh_and_other_processes(tmp_path, whole):
-    """From two processes with one device each to one with four; text is sampled under both."""
-    finish(pair(tmp_path, "--config.steps=8", '--config.samples=("2+3=",)'))
+def test_resume_on_another_mesh_and_other_processes(tmp_path):
+    """From two processes with one device each, which sample text too, to one with four: the same losses as on one."""
+    flat = ("--config.optim.schedule=constant", "--config.optim.warmup=0")  # a rate that does not depend on `steps`
+    finish([start(*TINY, *flat, f"--workdir={tmp_path / 'one'}")])
+    finish(pair(tmp_path / "many", *flat, "--config.steps=8", '--config.samples=("2+3=",)'))
+    # Sharded decoding on fake devices may deadlock: XLA's CPU runtime needs a thread for every collective in flight.
     mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
-    code, _, err = run(*TINY, f"--workdir={tmp_path}", *mesh, '--config.samples=("2+3=",)', devices=4)
-    assert code == 0, err
-    ours, theirs = outcome(tmp_path)[1], whole[1]
-    assert all(abs(ours[s][0] - theirs[s][0]) <= 2e-3 * theirs[s][0] for s in range(9, 25))
+    finish([start(*TINY, *flat, *mesh, f"--workdir={tmp_path / 'many'}", devices=4)])
+    one, many = outcome(tmp_path / "one")[1], outcome(tmp_path / "many")[1]
+    assert all(abs(many[s][0] - one[s][0]) <= 1e-4 * one[s][0] for s in one)
 
 
 def test_sigterm_saves_and_says_so(tmp_path, whole):

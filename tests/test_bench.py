@@ -1,0 +1,41 @@
+"""The bench measures: one round on a tiny model, ours alone."""
+
+import json
+
+import jax
+import pytest
+
+from data.tokenizer import load
+from model.export import export_hf
+from tests.test_weights import tiny
+from tools import bench
+
+
+@pytest.mark.slow
+def test_one_round(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")  # one device
+    model = tiny()
+    params = model.init(jax.random.key(0))
+    export_hf(model, params, load("bytes"), tmp_path / "model", check=False)
+    out = tmp_path / "bench.json"
+    argv = [f"--model={tmp_path / 'model'}", f"--out={out}", "--rounds=1", "--alone"]
+    assert bench.main(argv) == 0
+    result = json.loads(out.read_text())
+    assert result["machine"]["cores"] and result["machine"]["versions"]["jax"]
+    titles = [contest["title"] for contest in result["contests"]]
+    assert len(titles) == 6 and titles[-1] in capsys.readouterr().out
+    for contest in result["contests"]:
+        for side in contest["sides"]:
+            assert side["tokens_per_second"] > 0 and side["peak_bytes"] > 1e7
+        assert contest["sides"][0]["ratio"]["tokens_per_second"] == 1
+
+
+def test_questions_are_instructions_of_this_python():
+    rows = bench.questions(limit=20)
+    assert len(rows) >= 20
+    assert all(row["prompt"].startswith("What does the function") and row["completion"] for row in rows)
+
+
+def test_an_unknown_contest_is_a_user_error(capsys):
+    assert bench.main(["--what=speed"]) == 2
+    assert "speed" in capsys.readouterr().err

@@ -1,0 +1,230 @@
+"""Speed and memory of training, fine-tuning and decoding on this CPU, beside torch and llama.cpp where installed.
+
+    python -m tools.bench [--what=train,sft,decode] [--rounds=3] [--out=runs/bench.json]
+
+Sides run in processes of their own and take turns, so that a slow minute hits all. Ratios are medians over the turns
+of ours over theirs. Everything measured, with the machine's facts, goes to --out.
+"""
+
+import argparse
+import ast
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from configs.errors import UserError
+from configs.packages import PACKAGES, package_gguf
+from tools.bench_worker import Worker
+
+OURS, PEERS = "tools.bench_ours", "tools.bench_torch"
+TORCH = ("torch", "transformers", "peft", "trl")
+VERSIONS = ("jax", "jaxlib", *TORCH, "llama-cpp-python")
+
+
+class Side(NamedTuple):
+    name: str
+    module: str
+    case: dict
+
+
+class Contest(NamedTuple):
+    title: str
+    sides: list[Side]  # the first is compared with each of the others
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--what", default=",".join(WHAT), help="some of " + ",".join(WHAT))
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every side")
+    parser.add_argument("--out", default="runs/bench.json")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="packaged name or Hugging Face folder")
+    parser.add_argument("--data", default="", help="JSON lines with prompt and completion; else questions on Python")
+    parser.add_argument("--alone", action="store_true", help="without peers, though they are installed")
+    args = parser.parse_args(argv)
+    try:
+        if unknown := set(args.what.split(",")) - set(WHAT):
+            raise UserError(f"unknown {min(unknown)!r}", "--what", f"some of {','.join(WHAT)}")
+        bench(args)
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
+    return 0
+
+
+def bench(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    console = Console()
+    missing = [] if args.alone else [name for name in TORCH if not importlib.util.find_spec(name)]
+    if missing:
+        console.print(f"{', '.join(missing)} not installed: ours is measured alone")
+    facts, results = {"load_before": os.getloadavg(), **machine()}, []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        data = Path(args.data or folder / "questions.jsonl").absolute()
+        if not args.data:
+            data.write_text("".join(json.dumps(row) + "\n" for row in questions()), "utf-8")
+        peers = "" if args.alone or missing else exported(args.model, folder / "model")
+        for what in args.what.split(","):
+            for contest in WHAT[what](args.model, peers, str(data)):
+                results.append(measure(contest, args.rounds))
+                console.print(table(results[-1]))
+    facts["load_after"] = os.getloadavg()
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    content = {"command": ["python", "-m", "tools.bench", *sys.argv[1:]], "machine": facts, "contests": results}
+    out.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    console.print(f"{facts['cpu']}, {facts['cores']} cores, load {facts['load_before'][0]:.1f} · {out}", soft_wrap=True)
+
+
+# --- contests ---
+
+
+def training(model: str, peers: str, _: str) -> Iterator[Contest]:
+    """Bare steps at equal shapes, and LoRA against full tuning on the same batch."""
+    sides = {}
+    for kind in ("full", "LoRA"):
+        case = dict(what="train", lora=kind == "LoRA", batch=4, length=256, steps=2)
+        sides[kind] = Side(f"ours, {kind}", OURS, case | {"model": model})
+        peer = Side("torch + PEFT, LoRA" if kind == "LoRA" else "torch, full", PEERS, case | {"model": peers})
+        yield Contest(f"{kind} training steps, 4 x 256", [sides[kind], *([peer] if peers else [])])
+    yield Contest("LoRA against full tuning, 4 x 256", [sides["LoRA"], sides["full"]])
+
+
+def tuning(model: str, peers: str, data: str) -> Iterator[Contest]:
+    """LoRA on an instruction set by the documented path of each. TRL's packing is tried against its padding."""
+    case = dict(what="sft", data=data, length=256, steps=8)
+    sides = [Side("ours, packed", OURS, case | dict(model=model, batch=4))]
+    if peers:
+        sides += [
+            Side("TRL, packed", PEERS, case | dict(model=peers, batch=4, packing=True)),
+            Side("TRL, padded, 8 rows", PEERS, case | dict(model=peers, batch=8, packing=False)),
+            Side("TRL, padded, 16 rows", PEERS, case | dict(model=peers, batch=16, packing=False)),
+        ]
+    yield Contest("LoRA fine-tuning on instructions, useful tokens", sides)
+
+
+def decoding(model: str, peers: str, _: str) -> Iterator[Contest]:
+    """Greedy tokens after a prompt; what the prompt takes is not counted."""
+    for batch in (1, 8):
+        case = dict(what="decode", batch=batch, prompt=64, new_tokens=48)
+        sides = [Side("ours", OURS, case | {"model": model})]
+        if peers:
+            sides.append(Side("transformers", PEERS, case | {"model": peers}))
+        if batch == 1 and model in PACKAGES and peers and importlib.util.find_spec("llama_cpp"):
+            case = dict(what="llama_cpp", gguf=str(package_gguf(model)), prompt=64, new_tokens=48)
+            sides.append(Side("llama.cpp, quantised", PEERS, case))
+        yield Contest(f"decoding, batch {batch}", sides)
+
+
+WHAT = {"train": training, "sft": tuning, "decode": decoding}
+
+
+def questions(limit: int = 1000) -> list[dict[str, str]]:
+    """Instructions that every machine has: what the documented functions of the standard library do."""
+    out = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.FunctionDef) and (answer := ast.get_docstring(node)):
+                prompt = f"What does the function {node.name} of Python's module {path.stem} do?\n"
+                out.append({"prompt": prompt, "completion": answer})
+    return out[:: max(1, len(out) // limit)]
+
+
+def exported(model: str, folder: Path) -> str:
+    """The model as a folder that transformers reads; written by a process that ends before anything is timed."""
+    if model not in PACKAGES:
+        return model
+    export = [sys.executable, "-m", "tools.export", f"--from={model}", f"--to={folder}"]
+    done = subprocess.run(export, capture_output=True, text=True, env={"JAX_PLATFORMS": "cpu", **os.environ})
+    if done.returncode:
+        raise UserError(done.stderr.strip().splitlines()[-1], model)
+    return str(folder)
+
+
+# --- measurements ---
+
+
+def measure(contest: Contest, rounds: int) -> dict[str, Any]:
+    """Rounds of all sides in turn, and the ratios of the first to each."""
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(Worker(side.module, side.case)) for side in contest.sides]
+        turns = [[worker.round() for worker in workers] for _ in range(rounds)]
+        peaks = [worker.peak_bytes() for worker in workers]
+    sides = []
+    for i, side in enumerate(contest.sides):
+        pairs = [(turn[0], turn[i]) for turn in turns]
+        rate = lambda r: r["tokens"] / r["seconds"]
+        cost = lambda r: r["cpu_seconds"] / r["tokens"] if r["cpu_seconds"] else float("nan")
+        sides.append({
+            "name": side.name,
+            "case": side.case,
+            "rounds": [turn[i] for turn in turns],
+            "tokens_per_second": statistics.median(rate(theirs) for _, theirs in pairs),
+            "cpu_seconds_per_token": _number(statistics.median(cost(theirs) for _, theirs in pairs)),
+            "peak_bytes": peaks[i],
+            "ratio": {
+                "tokens_per_second": statistics.median(rate(ours) / rate(theirs) for ours, theirs in pairs),
+                "per_cpu_second": _number(statistics.median(cost(theirs) / cost(ours) for ours, theirs in pairs)),
+                "peak_bytes": peaks[0] / peaks[i],
+            },
+        })  # fmt: skip
+    return {"title": contest.title, "sides": sides}
+
+
+def _number(x: float) -> float | None:
+    return None if x != x else x
+
+
+def table(result: dict[str, Any]) -> Any:
+    """One contest as a rich table. A ratio is the first row's value over this row's."""
+    from rich.table import Table
+
+    out = Table(title=result["title"], title_justify="left")
+    for column in ("", "tokens/s", "CPU ms/token", "peak GB", "ratio: tokens/s", "per CPU s", "memory"):
+        out.add_column(column, justify="right" if column else "left")
+    show = lambda x, digits=2: "n/a" if x is None else f"{x:.{digits}f}"
+    for side in result["sides"]:
+        cpu, ratio = side["cpu_seconds_per_token"], side["ratio"]
+        out.add_row(
+            side["name"], show(side["tokens_per_second"], 1), show(cpu and 1e3 * cpu), show(side["peak_bytes"] / 1e9),
+            show(ratio["tokens_per_second"]), show(ratio["per_cpu_second"]), show(ratio["peak_bytes"]),
+        )  # fmt: skip
+    if "decoding" in result["title"] and not any("llama" in side["name"] for side in result["sides"]):
+        out.caption = "llama.cpp n/a (llama_cpp not installed)"
+    return out
+
+
+def machine() -> dict[str, Any]:
+    """What a figure means nothing without."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    versions = {}
+    for name in VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

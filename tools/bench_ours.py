@@ -1,0 +1,85 @@
+"""Our sides of the contests of tools.bench. Each function prepares, and returns what runs one round."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tools.bench_worker import Round, decoding, serve, timed
+
+
+def train(model: str, lora: bool, batch: int, length: int, steps: int) -> Callable[[], Round]:
+    """Bare training steps on random tokens that all count."""
+    from configs import base
+    from model import build
+    from train import init, inputs
+    from train.mesh import make_mesh
+    from train.step import make_step
+
+    cfg = base.get_config()
+    cfg.init, cfg.peft.name = model, "lora" if lora else ""
+    if lora:
+        cfg.peft.rank, cfg.peft.alpha = 16, 32.0
+    start = inputs.pretrained(cfg)
+    planned = init.plan(cfg, build.model(cfg, start), make_mesh(cfg.mesh))
+    step = make_step(planned.objective.loss, planned.tx)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(planned.shardings, None))
+    tokens = np.random.default_rng(0).integers(0, start.config.vocab_size, (batch, length + 1), np.int32)
+    ones = np.ones((batch, length), np.int32)
+    rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": ones.astype(np.float32)}
+    rows |= {"segments": ones, "positions": ones.cumsum(1, dtype=np.int32) - 1}
+    state = init.first_state(cfg, planned, start)
+
+    def run() -> Round:
+        def some() -> None:
+            nonlocal state
+            for _ in range(steps):
+                state, _ = step(state, rows)
+            jax.block_until_ready(state)
+
+        seconds, cpu = timed(some)
+        return {"tokens": steps * batch * length, "seconds": seconds, "cpu_seconds": cpu}
+
+    return run
+
+
+def sft(model: str, data: str, batch: int, length: int, steps: int) -> Callable[[], Round]:
+    """`train.main` on prompts and completions, from the second step to the last. Padding is no token."""
+    from configs import schema
+    from train.main import run as train_main
+
+    def run() -> Round:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(Path(__file__).parents[1]):
+            argv = {
+                "init": model, "steps": steps, "log_every": steps, "eval_every": 0, "eval_batches": 1, "samples": "()",
+                "data.source": data, "data.packing": "best_fit", "data.seq_len": length, "data.batch_size": batch,
+                "ckpt.every": 0,
+            }  # fmt: skip
+            argv = [f"--config.{key}={value}" for key, value in argv.items()]
+            train_main(schema.load(["--config=configs/sft/smollm2_lora.py", f"--workdir={folder}/run", *argv]))
+            lines = map(json.loads, Path(folder, "run", "metrics.jsonl").read_text().splitlines())
+            line = next(line for line in lines if line["kind"] == "train")
+        seconds = line["seconds_per_step"] * (steps - 1)
+        return {"tokens": line["tokens_per_second"] * seconds, "seconds": seconds, "cpu_seconds": None}
+
+    return run
+
+
+def decode(model: str, batch: int, prompt: int, new_tokens: int) -> Callable[[], Round]:
+    """Greedy decoding of random prompts."""
+    from infer.load import load
+
+    from infer.generate import generate, unrolled
+
+    lm = load(model)
+    params = unrolled(lm.model, lm.params)
+    prompts = np.random.default_rng(0).integers(0, lm.config.vocab_size, (batch, prompt)).tolist()
+    return lambda: decoding(lambda n: generate(lm.model, params, prompts, max_new_tokens=n), batch, new_tokens)
+
+
+if __name__ == "__main__":
+    serve({"train": train, "sft": sft, "decode": decode})
