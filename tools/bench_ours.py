@@ -71,7 +71,7 @@ def sft(model: str, data: str, batch: int, length: int, steps: int) -> Callable[
 
 def decode(model: str, batch: int, prompt: int, new_tokens: int) -> Callable[[], Round]:
     """Greedy decoding of random prompts."""
-    from infer.load import load
+    from infer.models import load
 
     from infer.generate import generate, unrolled
 
