@@ -71,9 +71,8 @@ def sft(model: str, data: str, batch: int, length: int, steps: int) -> Callable[
 
 def decode(model: str, batch: int, prompt: int, new_tokens: int) -> Callable[[], Round]:
     """Greedy decoding of random prompts."""
-    from infer.models import load
-
     from infer.generate import generate, unrolled
+    from infer.models import load
 
     lm = load(model)
     params = unrolled(lm.model, lm.params)
