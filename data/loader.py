@@ -91,9 +91,6 @@ class Loader:
         first = [line for part in self.parts for line in part.dataset.report["first_bad"]]
         return {**total, "rows": sum(self.sizes), "fill": used / slots, "first_bad": first[:5]}
 
-    def next(self, state) -> Batch:
-        return self.batch(int(state.step))
-
     def batch(self, step: int) -> Batch:
         """This process's rows of the global batch of a step."""
         index = step * self.batch_size + self.mine

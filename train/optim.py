@@ -64,10 +64,7 @@ def optimizer(cfg: Any, steps: int, params: Any, specs: Any) -> optax.GradientTr
 
 def _decay(lr: Callable, rate: float) -> optax.GradientTransformation:
     """Decoupled weight decay after a transformation that already holds the learning rate."""
-    return optax.chain(optax.identity(), _AddDecay(lr, rate)) if rate else optax.identity()
 
-
-def _AddDecay(lr: Callable, rate: float) -> optax.GradientTransformation:
     def update(updates: Any, count: Any, params: Any) -> tuple[Any, Any]:
         return jax.tree.map(lambda u, p: u - lr(count) * rate * p, updates, params), count + 1
 

@@ -9,10 +9,10 @@ import optax
 from jax import Array
 
 from model.weights import combine
+from train.objectives import Pair
 from train.state import TrainState
 
 Batch = dict[str, Any]
-Pair = tuple[Array, Array]  # (sum, weight): its mean is taken when it is written, never before
 
 
 def make_step(
