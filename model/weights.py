@@ -86,6 +86,14 @@ class Weight:
         """This node with logical axis names (tuples) in place of its arrays, so that it shards like its base."""
         raise NotImplementedError
 
+    def in_training(self, key: Array, step: Array) -> "Weight":
+        """This leaf as a training step sees it: with a key for its dropout or its rounding, or a schedule's value.
+
+        Outside of training a leaf has no noise. By default the weights inside it do as they do.
+        """
+        inner = {f: getattr(self, f) for f in fields(self) if is_weight(getattr(self, f))}
+        return self.replace(**{f: w.in_training(key_for(key, f), step) for f, w in inner.items()})
+
 
 def einsum(eqn: str, x: Array, w: Array | Weight) -> Array:
     """`jnp.einsum` of an activation and a weight; the result has x's dtype. Remat knows it as "product"."""
@@ -213,6 +221,12 @@ def partition(params: Params, mask: Any) -> tuple[Params, Params]:
 def combine(a: Params, b: Params) -> Params:
     """The inverse of `partition`."""
     return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None)
+
+
+def in_training(params: Params, key: Array, step: Array) -> Params:
+    """Every Weight as the step `step` sees it; see Weight.in_training."""
+    live = lambda path, w: w.in_training(key_for(key, path), step) if is_weight(w) else w
+    return map_named(live, params, is_leaf=is_weight)
 
 
 def base(params: Params) -> Params:

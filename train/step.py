@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from model.weights import combine
+from model import weights
 from train.objectives import Pair
 from train.state import TrainState
 
@@ -26,25 +26,28 @@ def make_step(
     decision is taken inside, on globally reduced values, so that all hosts agree.
     """
 
-    def total(params: Any, frozen: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Pair]]:
-        metrics = loss(combine(params, frozen), batch, key)
+    def total(params: Any, frozen: Any, batch: Batch, key: Array, step: Array) -> tuple[Array, dict[str, Pair]]:
+        roles = weights.combine(params, frozen)
+        moving = {role for role in roles if jax.tree.leaves(params[role])}
+        roles = {role: weights.in_training(p, key, step) if role in moving else p for role, p in roles.items()}
+        metrics = loss(roles, batch, key)
         return metrics["loss"][0], metrics
 
     def gradients(state: TrainState, batch: Batch) -> tuple[Any, dict[str, Pair]]:
         grad = jax.grad(total, has_aux=True)
         if accum == 1:
-            return grad(state.params, state.frozen, batch, state.key)
+            return grad(state.params, state.frozen, batch, state.key, state.step)
 
         def micro(carry: Any, xs: tuple) -> tuple[Any, None]:
             index, part = xs
-            new = grad(state.params, state.frozen, part, jax.random.fold_in(state.key, index))
+            new = grad(state.params, state.frozen, part, jax.random.fold_in(state.key, index), state.step)
             return jax.tree.map(jnp.add, carry, new), None
 
         parts = jax.tree.map(lambda x: _split_rows(x, accum), batch)
         first = jax.tree.map(lambda x: x[0], parts)
         zeros = jax.tree.map(
             lambda s: jnp.zeros(s.shape, s.dtype),
-            jax.eval_shape(grad, state.params, state.frozen, first, state.key),
+            jax.eval_shape(grad, state.params, state.frozen, first, state.key, state.step),
         )
         return jax.lax.scan(micro, zeros, (jnp.arange(accum), parts))[0]
 
