@@ -3,6 +3,7 @@
 Types are those of the defaults in `base.py`, or of the method's keyword arguments.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -59,6 +60,7 @@ ALLOWED: dict[str, str | tuple[str, ...]] = {
     "ckpt.keep_every": ANY_COUNT,
     "ckpt.on_error": ("stop", "continue"),
     "tracker": ("", "tensorboard", "wandb"),
+    "chip": ("", *json.loads((methods.ROOT / "train/chips.json").read_text("utf-8"))["chips"]),
 }
 STRINGS = ("allow", "evals", "samples")  # tuples of these
 REGEXES = ("peft.where", "quant.where")

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from train import cost
+from train import chips, cost
 from train.metrics import means
 from train.optim import schedule
 
@@ -19,7 +19,7 @@ class Clock:
     def __init__(self, cfg: Any, plan: Any):
         self.cost = cost.of_plan(plan, cfg.data.seq_len)
         self.schedule = jax.jit(schedule(cfg.optim, cfg.steps))
-        self.device = jax.devices()[0].device_kind
+        self.chip = chips.find(cfg.chip or jax.devices()[0].device_kind)
         self.pending: Any = None  # metrics of the step before the last
         self.last: Any = None
         self.since = time.perf_counter()
@@ -54,7 +54,7 @@ class Clock:
             out["tokens_per_second"] = n * self.tokens / seconds
             out["seconds_per_step"] = seconds / self.since_line
             flops = n * self.cost.step(self.tokens, self.targets) / seconds
-            out["mfu"] = cost.mfu(flops, self.device, jax.device_count())
+            out["mfu"] = cost.mfu(flops, self.chip, jax.device_count())
             self.busy, self.timed = self.busy + seconds, self.timed + self.tokens
         self.tokens = self.targets = self.since_line = 0
         return out

@@ -7,14 +7,7 @@ import jax
 
 from model import weights
 from model.config import ModelConfig
-
-# Peak dense bf16 TFLOP/s of one chip, by `device_kind`. From the vendors' data sheets (cloud.google.com/tpu/docs,
-# nvidia.com). What is not here has no MFU: a guess would be worse.
-PEAK_TFLOPS = {
-    "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5": 459, "TPU v5p": 459, "TPU v6 lite": 918,
-    "TPU v6e": 918, "TPU7x": 2307, "NVIDIA A100-SXM4-40GB": 312, "NVIDIA A100-SXM4-80GB": 312,
-    "NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989,
-}  # fmt: skip
+from train.chips import Chip
 
 
 class Cost(NamedTuple):
@@ -76,7 +69,6 @@ def bytes_per_device(tree: Any, shardings: Any) -> int:
     return sum(jax.tree.leaves(jax.tree.map(one, tree, shardings)))
 
 
-def mfu(flops_per_second: float, device_kind: str, devices: int) -> float | None:
-    """Model FLOPs utilisation against the bf16 peak; None for a chip whose peak is not known."""
-    peak = PEAK_TFLOPS.get(device_kind)
-    return flops_per_second / (peak * 1e12 * devices) if peak else None
+def mfu(flops_per_second: float, chip: Chip | None, devices: int) -> float | None:
+    """Model FLOPs utilisation against the bf16 peak of all devices; None for a chip that is not known."""
+    return flops_per_second / (chip.tflops.value * 1e12 * devices / chip.devices) if chip else None

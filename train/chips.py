@@ -1,0 +1,67 @@
+"""Accelerators and what is known of them, from the one dated table beside this file; no jax here."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PATH = Path(__file__).with_name("chips.json")
+
+
+class Number(NamedTuple):
+    value: float
+    low: float
+    high: float
+    quality: str  # "published" | "derived" | "estimate"
+    source: str
+    date: str  # when the source was read
+
+
+class Chip(NamedTuple):
+    """One row of chips.json. What nobody says is None."""
+
+    name: str
+    devices: int  # jax devices that one chip shows
+    tflops: Number  # peak dense bf16, 1e12 FLOP/s
+    hbm_bytes: Number
+    hbm_bandwidth: Number  # bytes/s
+    ici_bandwidth: Number  # bytes/s one way, all links of a chip
+    usd_hour: Number | None  # a chip-hour on demand
+    usd_hour_spot: Number | None
+    watts: Number  # average, with the host's share where the source has it
+    cci: Number | None  # compute carbon intensity, gCO2e per 1e18 utilised FLOPs (Schneider et al. 2025)
+
+
+class Site(NamedTuple):
+    """Where the energy is assumed to come from."""
+
+    region: str
+    gco2_per_kwh: Number  # location-based
+    pue: Number  # power of the building over power of the machines
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return json.loads(PATH.read_text("utf-8"))
+
+
+@cache
+def _chips() -> dict[str, Chip]:
+    """Chips by name and by alias, in lower case."""
+    number = lambda v: Number(**v) if isinstance(v, dict) else v
+    found = {}
+    for name, row in _table()["chips"].items():
+        chip = Chip(name, **{k: number(v) for k, v in row.items() if k != "aliases"})
+        found |= {key.lower(): chip for key in (name, *row["aliases"])}
+    return found
+
+
+def find(name: str) -> Chip | None:
+    """The chip of a name ("v6e") or of a jax device_kind ("TPU v6 lite"); None where the table has none."""
+    return _chips().get(name.lower())
+
+
+@cache
+def site() -> Site:
+    table = _table()
+    return Site(table["region"]["name"], Number(**table["region"]["gco2_per_kwh"]), Number(**table["pue"]))
