@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs.errors import UserError
+from train import gas
 
 METHODS = {"lora": "LoRA"}
 
@@ -104,10 +105,14 @@ def method(run: Run) -> str:
 
 def seconds(run: Run) -> float | None:
     """Of compiling and stepping, over all sessions; loading, evaluation and saving are left out."""
-    ended = [line["seconds"] for line in run.metrics if line.get("event") == "session" and "seconds" in line]
-    trained = [line["seconds"] for line in run.lines("train") if "seconds" in line]
-    spent = [s for s in [*ended, *trained[-1:]] if isinstance(s, dict)]
+    spent = [s.spent for s in gas.sessions(run.metrics)]
     return sum(s.get(k, 0.0) for s in spent for k in ("compile", "data", "step")) if spent else None
+
+
+def used(runs: list[Run]) -> list[tuple[str, gas.Gas]]:
+    """(name, what it used) of every run that trained, and their sum when there are several."""
+    rows = [(r.name, gas.line(r.metrics, r.environment, r.config.get("chip") or "")) for r in runs if r.metrics]
+    return rows + [("all runs", gas.total(g for _, g in rows))] * (len(rows) > 1)
 
 
 def stored(run: Run) -> int | None:

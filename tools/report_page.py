@@ -8,6 +8,7 @@ from pathlib import Path
 from tools import report_data, report_svg
 from tools import report_text as text
 from tools.report_data import Choice, Run
+from train.gas import short
 
 CSS = Path(__file__).with_name("report.css")
 SAMPLES = 6
@@ -33,6 +34,7 @@ def html(runs: list[Run]) -> str:
             f'<div class="charts">{"".join(_curves(trained))}</div>',
             "<h2>Runs</h2>",
             _run_table(trained),
+            _used(trained),
         ]
         parts += [_written(trained), _configs(trained), _environment(trained)]
     parts.append(_notes())
@@ -189,6 +191,17 @@ def _run_cells(run: Run) -> list[Cell]:
     ]
 
 
+def _used(runs: list[Run]) -> str:
+    """A box for each run, and one for their sum."""
+    out = []
+    for name, gas in report_data.used(runs):
+        told = [str(gas), gas.goodput_line()]
+        if gas.co2_kg_cci is not None:
+            told.append(f"{short(gas.co2_kg_cci)} kgCO2e, embodied in, by the fleet's carbon a FLOP")
+        out.append(f'<div class="sample"><b>{escape(name)}</b>{"".join(f"<p>{escape(s)}</p>" for s in told)}</div>')
+    return f'<h2>What they used</h2><div class="samples">{"".join(out)}</div>'
+
+
 def _written(runs: list[Run]) -> str:
     """Samples that the runs wrote before and after training."""
     out = []
@@ -254,6 +267,8 @@ def _notes() -> str:
         "the largest resident size of the training process. To store: the bytes of the trained parameters, beside the "
         "model they started from. FLOPs per answer are an estimate: 2 for each parameter that multiplies and token "
         "of prompt and answer. Forgetting is the loss on passages of general text, less that of the model before. "
+        "What they used counts every second from launch to end, on all devices, with MFU over all of them; prices "
+        "and watts are those of chips.json, with their dates and sources; a range is an estimate's. "
         "k = 10³, M = 10⁶, G = 10⁹, T = 10¹².</p>"
     )
 
@@ -274,4 +289,5 @@ def markdown(runs: list[Run]) -> str:
         out.append("")
     if not found:
         out += [" ".join(_losses(runs)), ""]
+    out += [f"- {name}: {gas}" for name, gas in report_data.used(runs)] + [""]
     return "\n".join(out)

@@ -1,11 +1,8 @@
 """Accelerators and what is known of them, from the one dated table beside this file; no jax here."""
 
 import json
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
-
-PATH = Path(__file__).with_name("chips.json")
+from typing import NamedTuple
 
 
 class Number(NamedTuple):
@@ -40,28 +37,18 @@ class Site(NamedTuple):
     pue: Number  # power of the building over power of the machines
 
 
-@cache
-def _table() -> dict[str, Any]:
-    return json.loads(PATH.read_text("utf-8"))
-
-
-@cache
-def _chips() -> dict[str, Chip]:
-    """Chips by name and by alias, in lower case."""
-    number = lambda v: Number(**v) if isinstance(v, dict) else v
-    found = {}
-    for name, row in _table()["chips"].items():
-        chip = Chip(name, **{k: number(v) for k, v in row.items() if k != "aliases"})
-        found |= {key.lower(): chip for key in (name, *row["aliases"])}
-    return found
-
-
 def find(name: str) -> Chip | None:
     """The chip of a name ("v6e") or of a jax device_kind ("TPU v6 lite"); None where the table has none."""
-    return _chips().get(name.lower())
+    return _CHIPS.get(name.lower())
 
 
-@cache
 def site() -> Site:
-    table = _table()
-    return Site(table["region"]["name"], Number(**table["region"]["gco2_per_kwh"]), Number(**table["pue"]))
+    return Site(_TABLE["region"]["name"], Number(**_TABLE["region"]["gco2_per_kwh"]), Number(**_TABLE["pue"]))
+
+
+_TABLE = json.loads(Path(__file__).with_name("chips.json").read_text("utf-8"))
+_CHIPS = {
+    key.lower(): Chip(name, **{k: Number(**v) if isinstance(v, dict) else v for k, v in row.items() if k != "aliases"})
+    for name, row in _TABLE["chips"].items()
+    for key in (name, *row["aliases"])
+}

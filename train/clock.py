@@ -43,11 +43,15 @@ class Clock:
         """Non-finite steps in a row up to the step before the last: waiting for the last would idle the device."""
         return int(self.pending["bad"][0]) if self.pending else 0
 
-    def line(self, done: int) -> dict[str, Any]:
-        """The last step's means, and rates since the line before. A chip without a known peak has no MFU."""
+    def line(self, done: int, seen: dict[str, int]) -> dict[str, Any]:
+        """The last step's means, rates since the line before, FLOPs of all that the run has `seen`.
+
+        A chip without a known peak has no MFU.
+        """
         out: dict[str, Any] = means(self.last)
         out |= {k: int(out[k]) for k in ("bad", "skipped")}
         out["lr"] = float(self.schedule(done - 1 - out["skipped"]))  # skipped steps do not advance the schedule
+        out["flops"] = self._flops(seen)
         now, n = time.perf_counter(), jax.process_count()
         seconds, self.since = now - self.since, now
         if self.tokens:
@@ -72,7 +76,10 @@ class Clock:
         return {
             "tokens": n * seen["tokens"],
             "targets": n * seen["targets"],
-            "flops": n * self.cost.step(seen["tokens"], seen["targets"]),
+            "flops": self._flops(seen),
             "tokens_per_second": n * self.timed / self.busy if self.busy else None,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
+
+    def _flops(self, seen: dict[str, int]) -> float:
+        return jax.process_count() * self.cost.step(seen["tokens"], seen["targets"])

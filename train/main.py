@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 the input must change, 70 the numbers broke down, 75 preem
 
 import contextlib
 import sys
+import time
 from typing import Any
 
 from configs import schema
@@ -41,6 +42,7 @@ def show_plan(cfg: Any) -> int:
 
 def run(loaded: Any) -> int:
     """Trains what a validated config says, in its folder, from the newest whole checkpoint on."""
+    began = time.perf_counter()
     import flax.linen as nn
     import jax
 
@@ -60,7 +62,7 @@ def run(loaded: Any) -> int:
         enter = closing.enter_context
         folder = enter(RunDir(loaded.workdir, schema.to_dict(cfg), loaded.overrides, loaded.path))
         metrics = enter(Metrics(folder.path / "metrics.jsonl", cfg.steps, cfg.tracker, folder.config))
-        with metrics.timer("init"):
+        with metrics.timer("init", since=began):
             # Model, data and the first state. Shapes and shardings are known before any array exists.
             mesh = make_mesh(cfg.mesh)
             enter(jax.set_mesh(mesh))
@@ -98,11 +100,11 @@ def run(loaded: Any) -> int:
             last = done == cfg.steps
             if done % cfg.log_every == 0 or last:
                 with metrics.timer("step"):
-                    metrics.write(done, "train", **clock.line(done))
+                    metrics.write(done, "train", **clock.line(done, source.seen))
             with metrics.timer("step"):  # where the time of a step goes: its dispatch returned at once
                 bad_steps = clock.bad_steps()
             if bad_steps >= cfg.optim.max_bad_steps:
-                metrics.event(f"{cfg.optim.max_bad_steps} non-finite steps in a row", exit_code=BROKEN)
+                metrics.end(f"{cfg.optim.max_bad_steps} non-finite steps in a row", cfg.chip, exit_code=BROKEN)
                 return BROKEN
             if last or (cfg.eval_every and done % cfg.eval_every == 0):
                 with clock.paused():
@@ -111,13 +113,13 @@ def run(loaded: Any) -> int:
             with clock.paused(), metrics.timer("checkpoint"):
                 if ckpt.maybe_save(done, state, source, force=last or stop):
                     metrics.sync()
+                if stop or last:
+                    ckpt.wait()
             if stop:
-                ckpt.wait()
-                metrics.event("stopped by a signal; the same command goes on from here", exit_code=PREEMPTED)
+                metrics.end("stopped by a signal; the same command goes on from here", cfg.chip, exit_code=PREEMPTED)
                 return PREEMPTED
             if last:
-                ckpt.wait()
-                metrics.event("done", **clock.totals(source.seen))
+                metrics.end("done", cfg.chip, **clock.totals(source.seen))
     return 0
 
 

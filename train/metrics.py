@@ -8,8 +8,7 @@ import math
 import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,10 +16,11 @@ from typing import Any, TextIO
 import jax
 from rich.text import Text
 
-from train import files
+from train import files, gas
+from train.power import Power
 from train.tracker import Feed
 
-KINDS = ("init", "compile", "data", "step", "eval", "checkpoint")  # where the seconds of a run go
+KINDS = ("init", "compile", "data", "step", "eval", "checkpoint")  # where the seconds of a run go; "other": the rest
 
 
 def means(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
@@ -33,13 +33,15 @@ class Metrics:
     """Writes lines {"step", "time", "kind": "train" | "eval" | "event", ...}; only the first process does.
 
     `tracker` is the config's name, or an object with `log(step, numbers)` and `close()`. Call `rewind` once the state
-    is restored, `sync` when a checkpoint is saved.
+    is restored, `sync` when a checkpoint is saved, `end` before the session ends.
     """
 
     def __init__(self, path: str | Path, total_steps: int, tracker: Any = "", run_config: dict | None = None):
         self.path, self.total, self.step = Path(path), total_steps, 0
         self.active = jax.process_index() == 0
         self.seconds = dict.fromkeys(KINDS, 0.0)  # of this session, by kind
+        self._began = time.perf_counter()
+        self._power = Power() if self.active else None
         self._file = _append_to(self.path) if self.active else None
         self._feed = Feed(tracker, self.path.parent, run_config or {}) if tracker and self.active else None
         self._console = Console(total_steps) if self.active else None
@@ -49,8 +51,7 @@ class Metrics:
         if not self.active:
             return
         self.step, numbers = step, {name: plain(x) for name, x in numbers.items()}
-        spent = {"seconds": {k: round(s, 3) for k, s in self.seconds.items()}} if kind == "train" else {}
-        self._line(step, kind, **numbers, **spent)
+        self._line(step, kind, **numbers, **(self._spent() if kind in ("train", "eval") else {}))
         self._console.show(step, kind, numbers)
         if self._feed and kind != "event":
             self._feed.put(step, {f"{kind}/{k}": x for k, x in numbers.items() if isinstance(x, (int, float))})
@@ -59,22 +60,45 @@ class Metrics:
         """Something that happened, at the last step written: a failed save, a skipped checkpoint, a stop."""
         self.write(self.step, "event", event=message, **details)
 
+    def end(self, message: str, chip: str = "", **details: Any) -> None:
+        """The last event of a session, with all its seconds; tells the run's gas line. `chip` is config.chip."""
+        if not self.active:
+            return
+        self._power.sample()
+        details |= self._spent()
+        used = gas.line([*read(self.path), {"kind": "event"} | details], {}, chip)
+        self.event(message, **details, gas=used._asdict())
+        self._console.tell(f"{used}\n{used.goodput_line()}")
+
+    def _spent(self) -> dict[str, Any]:
+        """Seconds, and joules where power can be read, of this session so far."""
+        other = max(0.0, time.perf_counter() - self._began - sum(self.seconds.values()))
+        joules = self._power.joules()
+        spent = {"seconds": {k: round(s, 3) for k, s in (*self.seconds.items(), ("other", other))}}
+        return spent | ({"joules": joules} if joules else {})
+
     def rewind(self, step: int) -> None:
-        """Drops lines of steps that are to be done again, and half-written ones; the seconds they took stay counted."""
+        """Drops lines of steps that are to be done again, and half-written ones; the seconds they took stay counted.
+
+        A "session" event follows: the devices of this session, and what the one before spent.
+        """
         if not self.active:
             return
         self.step = step
         self._file.close()
         lines = list(read(self.path))
-        lost = max([line["step"] - step for line in lines], default=0)
+        lost = max([0, *(line["step"] - step for line in lines)])
+        opened = max([i + 1 for i, line in enumerate(lines) if line.get("event") == "session"], default=0)
+        ended = gas.sessions(lines[opened:])
         for line in lines:
             if line.get("event") == "session":
                 line["step"] = min(line["step"], step)
         kept = [json.dumps(plain(line)) + "\n" for line in lines if line["step"] <= step]
         files.write(self.path, "".join(kept))
         self._file = _append_to(self.path)
-        if last := session(lines):
-            self._line(step, "event", event="session", seconds=last, lost_steps=max(lost, 0))
+        told = {"lost_steps": lost, "seconds": ended[0].spent, "joules": ended[0].joules} if ended else {}
+        devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count()}
+        self._line(step, "event", event="session", devices=devices, **told)
 
     def _line(self, step: int, kind: str, **numbers: Any) -> None:
         line = {"step": step, "time": round(time.time(), 3), "kind": kind, **numbers}
@@ -82,9 +106,10 @@ class Metrics:
         self._file.flush()
 
     @contextmanager
-    def timer(self, kind: str) -> Iterator[None]:
-        """Counts the seconds of a block as `kind`, one of KINDS."""
-        start = time.perf_counter()
+    def timer(self, kind: str, since: float | None = None) -> Iterator[None]:
+        """Counts the seconds of a block as `kind`, one of KINDS; where given, from time.perf_counter's `since` on."""
+        start = time.perf_counter() if since is None else since
+        self._began = min(self._began, start)
         try:
             yield
         finally:
@@ -99,6 +124,7 @@ class Metrics:
         if not self.active:
             return
         self._console.close()
+        self._power.close()
         if self._feed:
             self._feed.close()
         self.sync()
@@ -141,24 +167,6 @@ def read(path: str | Path) -> Iterator[dict]:
             yield line
 
 
-def session(lines: Iterable[dict]) -> dict[str, float] | None:
-    """Seconds by kind since the last "session" event: they grow from line to line, so the last line has the sum."""
-    last = None
-    for line in lines:
-        if "seconds" in line:
-            last = None if line["kind"] == "event" else line["seconds"]
-    return last
-
-
-def goodput(lines: Iterable[dict]) -> dict[str, float]:
-    """Seconds by kind over all sessions of a run, work that was lost and done again included."""
-    lines, total = list(lines), Counter()
-    ended = [line["seconds"] for line in lines if line.get("event") == "session"]
-    for seconds in [*ended, session(lines) or {}]:
-        total.update(seconds)
-    return dict(total)
-
-
 class Console:
     """One line that is redrawn in a terminal; in a file or a pipe, one plain line each time."""
 
@@ -174,14 +182,19 @@ class Console:
         if kind == "train":
             line = progress(step, self.total, numbers)
         else:
-            told = [number(x) if k == "event" else f"{k} {number(x)}" for k, x in numbers.items()]
+            flat = {k: x for k, x in numbers.items() if not isinstance(x, dict)}
+            told = [number(x) if k == "event" else f"{k} {number(x)}" for k, x in flat.items()]
             line = f"step {step}: " + "  ".join(told)
-        if self._live is None:
-            print(line, flush=True)
-        elif kind == "train":
+        if self._live and kind == "train":
             self._live.update(Text(line, no_wrap=True), refresh=True)
         else:
-            self._live.console.print(line, markup=False, highlight=False)
+            self.tell(line)
+
+    def tell(self, text: str) -> None:
+        if self._live:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
 
     def close(self) -> None:
         if self._live:
