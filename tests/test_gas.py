@@ -83,7 +83,8 @@ def test_the_line_by_hand():
     used = gas.line(TWO, {})
     chip_seconds = 8 * 130 + 16 * 80
     hours = chip_seconds / 3600
-    assert used.chips == ("v6e",) and used.flops == 2e18  # a task's FLOPs are no training
+    assert used.chips == ("v6e",) and used.flops == 2e18
+    assert gas.line(TWO[:-1], {}).flops == 2e18  # a task's FLOPs are no training
     assert used.hours == pytest.approx(hours)
     assert used.replayed == pytest.approx(8 * (2 + 48) / 3600)
     assert used.mfu == pytest.approx(2e18 / (918e12 * chip_seconds))
