@@ -35,10 +35,10 @@ class Power:
             for name, read in (("gpu", board_watts), ("cpu", self._counters)):
                 try:
                     now, value = time.monotonic(), read()
+                    then, before = self._last.get(name, (now, value))
+                    used = (now - then) * (before + value) / 2 if name == "gpu" else self._used(before, value)
                 except (OSError, ValueError, ZeroDivisionError, subprocess.SubprocessError):
                     continue
-                then, before = self._last.get(name, (now, value))
-                used = (now - then) * (before + value) / 2 if name == "gpu" else self._used(before, value)
                 joules, seconds = self._spent.get(name, (0.0, 0.0))
                 self._spent[name], self._last[name] = [joules + used, seconds + now - then], (now, value)
 
