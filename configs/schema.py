@@ -6,6 +6,7 @@ Keys, types, defaults and meanings come from `base.py`; those of `objective`, `p
 arguments of the named file. The resolved config holds a method's defaults too, so that a run folder says all of it.
 """
 
+import contextlib
 import copy
 import difflib
 import functools
@@ -14,7 +15,7 @@ import inspect
 import json
 import runpy
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,8 +74,7 @@ def read(path: str, arg: str = "") -> ConfigDict:
 
 
 def _run(file: Path, arg: str) -> ConfigDict:
-    """Executes a config file: code of the user's own, as any module. Raises UserError with the line that failed."""
-    try:
+    with running(file):
         get_config = runpy.run_path(str(file)).get("get_config")
         if get_config is None:
             raise UserError("has no get_config", str(file))
@@ -82,14 +82,21 @@ def _run(file: Path, arg: str) -> ConfigDict:
         if arg and not takes:
             raise UserError(f"get_config takes no argument, it was given {arg!r}", str(file))
         config = get_config(arg) if takes else get_config()
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config returned a {type(config).__name__}, not a ConfigDict", str(file))
+    return config
+
+
+@contextlib.contextmanager
+def running(file: Path) -> Iterator[None]:
+    """Around code of a config file, the user's own as any module: UserError tells the line that failed."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as e:
         reason = (str(e).splitlines() or [""])[0][:200]
         raise UserError(f"{type(e).__name__}: {reason}", _where(e, str(file))) from e
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"get_config returned a {type(config).__name__}, not a ConfigDict", str(file))
-    return config
 
 
 def _where(error: Exception, file: str) -> str:

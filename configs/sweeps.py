@@ -1,0 +1,162 @@
+"""Which variants of a config to run. A config file tells them beside its `get_config`:
+
+    def sweep():  # or sweep_NAME, chosen by --sweep=NAME; those of --sweep=NAME,OTHER are multiplied
+        yield from product({"optim.lr": logspace(1e-4, 1e-2, 5), "seed": range(3)})
+
+    def search():  # the ranges of --search
+        return {"optim.lr": loguniform(1e-4, 1e-2), "peft.rank": choice(4, 8, 16)}
+
+A point is a dict of dotted keys and values. The helpers take points, or {key: values, ...}: an axis for each key.
+A `get_hyper(h)` as big_vision's configs have it is read too.
+"""
+
+import inspect
+import itertools
+import random
+import re
+import runpy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from configs import schema
+from configs.errors import UserError
+
+Point = dict[str, Any]
+Points = Iterable[Point] | Mapping[str, Iterable[Any]]
+
+
+def product(*parts: Points) -> list[Point]:
+    """Every combination; the last axis runs fastest."""
+    return [_merged(points) for points in itertools.product(*_axes(parts))]
+
+
+def zip_(*parts: Points) -> list[Point]:
+    """The first of each axis together, then the second of each; ValueError when the lengths differ."""
+    return [_merged(points) for points in zip(*_axes(parts), strict=True)]
+
+
+def chain(*parts: Points) -> list[Point]:
+    """One axis after the other."""
+    return list(itertools.chain(*_axes(parts)))
+
+
+def sample(n: int, points: Iterable[Point], seed: int = 0) -> list[Point]:
+    """n different ones at random; ValueError when there are fewer."""
+    return random.Random(seed).sample(list(points), n)
+
+
+def logspace(low: float, high: float, n: int) -> list[float]:
+    """n values from low to high with equal ratios, to six digits: logspace(1, 100, 3) -> [1.0, 10.0, 100.0]."""
+    return [float(f"{low * (high / low) ** (i / max(n - 1, 1)):.6g}") for i in range(n)]
+
+
+def _axes(parts: Iterable[Points]) -> list[list[Point]]:
+    axes = []
+    for part in parts:
+        if not isinstance(part, Mapping):
+            axes.append(list(part))
+            continue
+        for key, values in part.items():
+            if isinstance(values, str) or not isinstance(values, Iterable):
+                raise UserError(f"{key!r} needs a list of values", "sweep", f"[{values!r}]")
+            axes.append([{key: value} for value in values])
+    return axes
+
+
+def _merged(points: Iterable[Point]) -> Point:
+    merged: Point = {}
+    for point in points:
+        if twice := merged.keys() & point.keys():
+            raise UserError(f"{', '.join(sorted(twice))} is set twice", "sweep", "chain puts axes one after the other")
+        merged |= point
+    return merged
+
+
+HYPER = SimpleNamespace(  # the `h` of get_hyper(h)
+    sweep=lambda key, values: [{key: value} for value in values],
+    fixed=lambda key, value, length=1: [{key: value}] * length,
+    product=lambda parts, name="": _under(name, product(*parts)),
+    zipit=lambda parts, name="": _under(name, zip_(*parts)),
+    chainit=lambda parts, name="": _under(name, chain(*parts)),
+)
+
+
+def _under(name: str, points: list[Point]) -> list[Point]:
+    return [{f"{name}.{key}": value for key, value in p.items()} for p in points] if name else points
+
+
+# --- ranges of a search ---
+
+
+class Range(NamedTuple):
+    """From low to high, both included, or one of `choices`."""
+
+    low: float = 0
+    high: float = 0
+    log: bool = False
+    choices: tuple = ()
+
+
+def uniform(low: float, high: float) -> Range:
+    return Range(float(low), float(high))
+
+
+def loguniform(low: float, high: float) -> Range:
+    return Range(float(low), float(high), log=True)
+
+
+def integers(low: int, high: int, log: bool = False) -> Range:
+    return Range(int(low), int(high), log)
+
+
+def choice(*values: Any) -> Range:
+    return Range(choices=values)
+
+
+# --- reading them from a config file ---
+
+
+def points(path: str, arg: str = "", chosen: str = "") -> list[Point]:
+    """The points of a file's `sweep` or `get_hyper`, or the product of those named in `chosen` ("lr,seed").
+
+    Raises UserError: no such function, or what it yields is no point.
+    """
+    with schema.running(Path(path)):
+        found = _functions(path, r"sweep(_\w+)?|get_hyper")
+        named = [name.removeprefix("sweep_") for name in found if name.startswith("sweep_")]
+        names = [f"sweep_{name}" for name in chosen.split(",") if name] or [n for n in found if "sweep_" not in n][:1]
+        if not names or set(names) - set(found):
+            fix = f"--sweep takes {', '.join(named)}" if named else "see configs/sweeps.py"
+            raise UserError(f"has no {' or '.join(names) or 'sweep()'}", path, fix)
+        parts = [_call(found[name], HYPER if name == "get_hyper" else arg) for name in names]
+        return [_point(p) for p in (product(*parts) if len(parts) > 1 else parts[0])]
+
+
+def space(path: str, arg: str = "") -> dict[str, Range]:
+    """The ranges of a file's `search`. Raises UserError."""
+    with schema.running(Path(path)):
+        found = _functions(path, "search")
+        ranges = _point(_call(found["search"], arg)) if found else {}
+        if not ranges or not all(isinstance(r, Range) for r in ranges.values()):
+            raise UserError("has no search() that returns {key: range}", path, "see configs/sweeps.py")
+        return ranges
+
+
+def _functions(path: str, pattern: str) -> dict[str, Any]:
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise UserError("no such config file", path or "--config", "a sweep is told by a .py file")
+    return {n: f for n, f in runpy.run_path(path).items() if inspect.isfunction(f) and re.fullmatch(pattern, n)}
+
+
+def _call(function: Any, arg: Any) -> Any:
+    return function(arg) if inspect.signature(function).parameters else function()
+
+
+def _point(point: Any) -> Point:
+    """Its keys without a leading "config.", numpy's numbers as Python's."""
+    if not isinstance(point, Mapping) or not all(isinstance(key, str) for key in point):
+        raise UserError(f"{point!r} is no dict of dotted keys", "sweep", 'yield {"optim.lr": 1e-3}')
+    plain = lambda v: v.item() if hasattr(v, "item") else v
+    return {key.removeprefix("config."): plain(value) for key, value in point.items()}
