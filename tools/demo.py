@@ -122,7 +122,7 @@ def _lines(path: Path) -> list[dict]:
 
 def run(stages: list[Stage], out: Path) -> int:
     """Runs the stages that are not done, one after the other, under one progress bar."""
-    with _bar(stages) as show, _interruptible() as stop:
+    with _bar(stages) as show, interruptible() as stop:
         for i, stage in enumerate(stages):
             if stage.share() >= 1:
                 continue
@@ -155,7 +155,7 @@ def _run(stage: Stage, log: Path, tick: Callable[[], None], stop: list[int]) -> 
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[list[int]]:
+def interruptible() -> Iterator[list[int]]:
     """A list that holds the signal once Ctrl-C or SIGTERM came; a second one ends the process as usual."""
     caught: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

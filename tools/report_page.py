@@ -38,10 +38,14 @@ def html(runs: list[Run]) -> str:
         ]
         parts += [_written(trained), _configs(trained), _environment(trained)]
     parts.append(_notes())
-    body = "\n".join(filter(None, parts))
+    return document("Run report", "\n".join(filter(None, parts)))
+
+
+def document(title: str, body: str) -> str:
+    """A page of one file: its style inside, no script, no address elsewhere."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Run report</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
         f"<style>\n{CSS.read_text('utf-8')}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
@@ -86,7 +90,7 @@ def _scores(rows: list[Choice]) -> str:
 
 
 def _choice_table(rows: list[Choice]) -> str:
-    return _table(HEADS, [(c.label, _choice_cells(c)) for c in rows])
+    return table(HEADS, [(c.label, _choice_cells(c)) for c in rows])
 
 
 def _choice_cells(c: Choice) -> list[Cell]:
@@ -106,7 +110,7 @@ def _choice_cells(c: Choice) -> list[Cell]:
     ]
 
 
-def _table(heads: Sequence[tuple[str, str]], rows: Sequence[tuple[str, list[Cell]]]) -> str:
+def table(heads: Sequence[tuple[str, str]], rows: Sequence[tuple[str, list[Cell]]]) -> str:
     small = lambda s: f"<small>{s}</small>" if s else ""
     cell = lambda v, below: f"<td{' class=na' if v == text.NA else ''}>{v}{small(below)}</td>"
     head = "".join(f'<th scope="col">{escape(a)}{small(escape(b))}</th>' for a, b in heads)
@@ -168,7 +172,7 @@ RUN_HEADS = [
 
 
 def _run_table(runs: list[Run]) -> str:
-    return _table(RUN_HEADS, [(run.name, _run_cells(run)) for run in runs])
+    return table(RUN_HEADS, [(run.name, _run_cells(run)) for run in runs])
 
 
 def _run_cells(run: Run) -> list[Cell]:
@@ -238,8 +242,8 @@ def _environment(runs: list[Run]) -> str:
         for key, v in rows
     )
     head = "".join(f"<th>{escape(n)}</th>" for n in ("", *(r.name for r in runs)))
-    table = f'<table class="left"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return f'<h2>Environment</h2><div class="wide">{table}</div>'
+    rows = f'<table class="left"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<h2>Environment</h2><div class="wide">{rows}</div>'
 
 
 def _plain(x: object) -> str:

@@ -9,24 +9,28 @@ WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 40
 
 
-def lines(series: Sequence[tuple[str, str, Points]], x_label: str, y_label: str) -> str:
-    """A line chart of (label, CSS class, points); logarithmic in y where the values span more than 30 times."""
+def lines(series: Sequence[tuple[str, str, Points]], x_label: str, y_label: str, zero: bool = True) -> str:
+    """A line chart of (label, CSS class, points); logarithmic in y where the values span more than 30 times.
+
+    `zero`: a linear y axis holds 0.
+    """
     points = [p for _, _, points in series for p in points]
     if not points:
         return '<p class="na">n/a: no points yet</p>'
     ys = [y for _, y in points if y > 0] or [1.0]
     log = min(y for _, y in points) > 0 and max(ys) / min(ys) > 30
-    y_ticks = decades(min(ys), max(ys)) if log else ticks(min(0.0, *(y for _, y in points)), max(y for _, y in points))
+    low = min([y for _, y in points] + [0.0] * zero)
+    y_ticks = decades(min(ys), max(ys)) if log else ticks(low, max(y for _, y in points))
     x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
     scale = math.log10 if log else float
-    x_at = _scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
-    y_of = _scale(scale(y_ticks[0]), scale(y_ticks[-1]), HEIGHT - BOTTOM, TOP)
+    x_at = linear(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
+    y_of = linear(scale(y_ticks[0]), scale(y_ticks[-1]), HEIGHT - BOTTOM, TOP)
     y_at = lambda y: y_of(scale(y))
     out = [_y_grid(y, y_at(y)) for y in y_ticks] + [_x_tick(x, x_at(x)) for x in x_ticks]
     for _, css, found in series:
         path = " ".join(f"{'L' if i else 'M'}{x_at(x):.1f} {y_at(y):.1f}" for i, (x, y) in enumerate(found))
         out.append(f'<path class="line {css}" d="{path}"/>')
-        if "heldout" in css:
+        if "heldout" in css or "dots" in css:
             out += [f'<circle class="dot {css}" cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="3.5"/>' for x, y in found]
     label = f"{y_label}{', logarithmic' if log else ''}"
     out.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>')
@@ -52,7 +56,7 @@ def _x_tick(value: float, x: float) -> str:
 def bars(rows: Sequence[tuple[str, float, float | None, float | None]], label: str) -> str:
     """Means between 0 and 1 as dots with their intervals: (name, mean, low, high)."""
     step, height = 56, 56 * len(rows) + 40
-    x_at = _scale(0.0, 1.0, 24, WIDTH - 24)
+    x_at = linear(0.0, 1.0, 24, WIDTH - 24)
     out = []
     for share in (0, 0.25, 0.5, 0.75, 1):
         x = x_at(share)
@@ -72,7 +76,7 @@ def bars(rows: Sequence[tuple[str, float, float | None, float | None]], label: s
     )
 
 
-def _scale(low: float, high: float, start: float, end: float):
+def linear(low: float, high: float, start: float, end: float):
     span = (high - low) or 1.0
     return lambda v: start + (v - low) / span * (end - start)
 

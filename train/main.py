@@ -31,13 +31,20 @@ def main(argv: list[str]) -> int:
 
 def show_plan(cfg: Any) -> int:
     """Prints what the run would hold and cost. No device is touched: -1 in the mesh counts as 1."""
+    from train import plan
+
+    plan.show(cfg, planned(cfg))
+    return 0
+
+
+def planned(cfg: Any) -> Any:
+    """The train.init.Plan of a config, on abstract devices."""
     from model import build
-    from train import init, inputs, mesh, plan
+    from train import init, inputs, mesh
 
     start = inputs.pretrained(cfg)
     model = build.model(cfg, start, inputs.vocabulary(cfg, start))
-    plan.show(cfg, init.plan(cfg, model, mesh.abstract_mesh(cfg.mesh)))
-    return 0
+    return init.plan(cfg, model, mesh.abstract_mesh(cfg.mesh))
 
 
 def run(loaded: Any) -> int:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -109,12 +109,9 @@ class RunDir:
         self.changes = [f"{key}: {text}" for key, text in changed.items()]
         if self.changes:
             print("config changed since the last launch:", *self.changes, sep="\n  ")
-        allow = self.config.get("allow") or ()
-        safe = SAFE + ("data",) * ("data" in allow)
-        unsafe = [] if "config" in allow else [k for k in changed if not _under(k, safe)]
-        if unsafe:
-            told = "; ".join(f"{key}: {changed[key]}" for key in unsafe)
-            name = "data" if all(_under(k, ("data",)) for k in unsafe) else "config"
+        if refused := unsafe(changed, self.config.get("allow") or ()):
+            told = "; ".join(f"{key}: {changed[key]}" for key in refused)
+            name = "data" if all(_under(k, ("data",)) for k in refused) else "config"
             raise UserError(
                 f"a resume must not change {told}",
                 str(self.path),
@@ -129,6 +126,12 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, str]]
             yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif old != new:
         yield path, f"{json.dumps(old)} -> {json.dumps(new)}"
+
+
+def unsafe(changed: Iterable[str], allow: Iterable[str]) -> list[str]:
+    """Those of the changed keys that a resume refuses; `allow` is the config's."""
+    safe = SAFE + ("data",) * ("data" in allow)
+    return [] if "config" in allow else [key for key in changed if not _under(key, safe)]
 
 
 def _under(key: str, names: tuple[str, ...]) -> bool:

@@ -1,0 +1,229 @@
+"""What a sweep has brought, from its run folders alone: rows, results.csv and one page without scripts."""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scipy.special import stdtrit
+
+from configs.errors import UserError
+from tools import report, report_data, report_page, report_svg
+from tools import report_text as text
+from tools import sweep_run as runs
+from train import files
+from train.gas import Gas, short
+from train.metrics import number
+
+HEIGHT, TOP, BOTTOM, LEFT, RIGHT = 340, 64, 24, 20, 96  # of the parallel coordinates, with room for the last labels
+
+
+class Result(NamedTuple):
+    """A point as its folder has it. `value` is the metric's last one, final when the state is done."""
+
+    id: str
+    values: dict[str, Any]
+    state: str
+    step: int
+    value: float | None
+    time: float  # of the last line
+
+    @property
+    def final(self) -> bool:
+        return self.state == runs.DONE and self.value is not None
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        return {key: value for key, value in self.values.items() if key != "seed"}
+
+
+class Group(NamedTuple):
+    """Finished points that differ in nothing but their seed; [low, high] holds the mean with 95 % confidence."""
+
+    values: dict[str, Any]
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    def __str__(self) -> str:
+        span = "" if self.low is None else f", 95 % interval {number(self.low)} to {number(self.high)}"
+        return f"{number(self.mean)} (n = {self.n}{span})"
+
+
+def results(out: Path, metric: str) -> list[Result]:
+    found = []
+    for path in out.glob("*/point.json"):
+        folder, point = path.parent, runs.load(path)
+        lines, curve = runs.read(folder), runs.curve(folder, metric)
+        step, time = (max((line[key] for line in lines), default=0) for key in ("step", "time"))
+        state = runs.state(folder, runs.load(folder / "config.json").get("steps", 0))
+        value = curve[-1][1] if curve else None
+        found.append((point["index"], Result(folder.name, point["values"], state, step, value, time)))
+    return [result for _, result in sorted(found, key=lambda x: (x[0], x[1].id))]
+
+
+def groups(rows: list[Result], maximize: bool) -> list[Group]:
+    """The best first."""
+    found: dict[str, list[Result]] = {}
+    for r in rows:
+        if r.final:
+            found.setdefault(repr(r.setting), []).append(r)
+    out = [Group(same[0].setting, *mean([r.value for r in same]), len(same)) for same in found.values()]
+    return sorted(out, key=lambda g: -g.mean if maximize else g.mean)
+
+
+def mean(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """The mean and Student's 95 % interval; one value has none."""
+    n, centre = len(values), sum(values) / len(values)
+    if n < 2:
+        return centre, None, None
+    half = float(stdtrit(n - 1, 0.975)) * math.sqrt(sum((v - centre) ** 2 for v in values) / (n - 1) / n)
+    return centre, centre - half, centre + half
+
+
+def varying(rows: Sequence[Result | Group]) -> list[str]:
+    keys = dict.fromkeys(key for r in rows for key in r.values)
+    return [key for key in keys if len({repr(r.values.get(key)) for r in rows}) > 1]
+
+
+def write(out: Path, metric: str, maximize: bool) -> Path:
+    """Writes OUT/index.html, OUT/results.csv and a page for each point that has begun. Raises UserError."""
+    rows = results(out, metric)
+    if not rows:
+        raise UserError("holds no points", str(out), "name the --out of a sweep")
+    if any(r.state == runs.DONE for r in rows) and not any(r.value is not None for r in rows):
+        lines = [line for r in rows for line in runs.read(out / r.id) if line["kind"] in ("train", "eval")]
+        known = sorted({f"{line['kind']}/{key}" for line in lines for key in line if isinstance(line[key], float)})
+        raise UserError(f"no run has {metric!r}", "--metric", f"they have {', '.join(known)}")
+    begun = [out / r.id for r in rows if runs.read(out / r.id)]
+    used = dict(report_data.used([report_data.read(folder) for folder in begun]))
+    with runs.alone(out):
+        for folder in begun:
+            page = folder / "report.html"
+            if not page.exists() or page.stat().st_mtime < (folder / "metrics.jsonl").stat().st_mtime:
+                report.write([folder], page)
+        files.write(out / "results.csv", _csv(rows, metric, used))
+        files.write(out / "index.html", _html(out.name, rows, metric, maximize, used))
+    return out / "index.html"
+
+
+def _csv(rows: list[Result], metric: str, used: dict[str, Gas]) -> str:
+    keys, table = list(dict.fromkeys(key for r in rows for key in r.values)), io.StringIO()
+    lines = [["point", "state", *keys, "step", metric, "flops", "chip_hours", "usd"]]
+    for r in rows:
+        g = used.get(r.id, Gas())
+        lines.append([r.id, r.state, *map(r.values.get, keys), r.step, r.value, g.flops, g.hours, g.usd])
+    csv.writer(table, lineterminator="\n").writerows(lines)
+    return table.getvalue()
+
+
+def _html(name: str, rows: list[Result], metric: str, maximize: bool, used: dict[str, Gas]) -> str:
+    ranked, states = groups(rows, maximize), [r.state for r in rows]
+    told = text.joined([f"{states.count(s)} {s}" for s in dict.fromkeys(states)])
+    parts = [f'<header><h1>Sweep {escape(name)}</h1><p class="meta">{len(rows)} points: {told}</p></header>']
+    lead = [*sentences(ranked, metric, maximize), *(str(g) for g in list(used.values())[-1:])]  # the last is the sum
+    parts += ['<div class="lead">', *(f"<p>{escape(s)}</p>" for s in lead), "</div>"]
+    if ranked:
+        parts += ["<h2>What the keys do</h2>", parallel(ranked, metric)]
+        parts += ["<h2>Best so far</h2>", _best(rows, metric, maximize)]
+    parts += ["<h2>Points</h2>", _table(rows, ranked, metric, used)]
+    return report_page.document(f"Sweep {name}", "\n".join(parts))
+
+
+def sentences(ranked: list[Group], metric: str, maximize: bool) -> list[str]:
+    if not ranked:
+        return [f"No point is done with a finite {metric} yet."]
+    best, *others = ranked
+    name = lambda g: ", ".join(f"{key} {shown(g.values.get(key))}" for key in varying(ranked)) or "the only setting"
+    out = [f"The {'highest' if maximize else 'lowest'} {metric} has {name(best)}: {best}."]
+    if others and best.n > 1 and others[0].n > 1:
+        apart = best.low > others[0].high if maximize else best.high < others[0].low
+        out.append(f"The next is {name(others[0])}: {others[0]}; the intervals {'lie apart' if apart else 'overlap'}.")
+    elif others:
+        out.append("Where a setting has one seed, a small difference may be chance.")
+    return out
+
+
+def shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else text.value(value)
+
+
+def parallel(ranked: list[Group], metric: str) -> str:
+    """Parallel coordinates: an axis for each key that varies, the last for the metric; the best one stands out."""
+    keys, out, lines = [*varying(ranked), metric], [], [[] for _ in ranked]
+    for i, key in enumerate(keys):
+        x = LEFT + i * (report_svg.WIDTH - LEFT - RIGHT) / max(len(keys) - 1, 1)
+        values = [g.mean if key == metric else g.values.get(key) for g in ranked]
+        y_at, labels = axis(values)
+        anchor, name = "middle" if i else "start", key if key == metric else key.rpartition(".")[2]
+        out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        out.append(f'<text class="name" x="{x:.1f}" y="{22 + i % 2 * 24}" text-anchor="{anchor}">{escape(name)}</text>')
+        for v in labels:
+            out.append(f'<text class="halo" x="{x + 7:.1f}" y="{y_at(v) + 5:.1f}">{escape(shown(v))}</text>')
+        for line, v in zip(lines, values, strict=True):
+            line.append(f"{x:.1f} {y_at(v):.1f}")
+    drawn = []
+    for i, (line, g) in enumerate(zip(lines, ranked, strict=True)):
+        look = f'class="line c0" opacity="{0.8 - 0.6 * i / len(lines):.2f}"' if i else 'class="line c1"'
+        title = escape(f"{', '.join(f'{k} {shown(v)}' for k, v in g.values.items())}: {g}")
+        drawn.append(f'<g><title>{title}</title><path {look} d="M{" L".join(line)}"/></g>')
+    return (
+        "<figure><figcaption>a line for each setting that is done, its mean over seeds; the best in the other colour"
+        f'</figcaption><svg viewBox="0 0 {report_svg.WIDTH} {HEIGHT}" role="img" aria-label="parallel coordinates of '
+        f'{escape(text.joined(keys))}">{"".join(drawn[::-1] + out)}</svg></figure>'
+    )
+
+
+def axis(values: list[Any]) -> tuple[Callable[[Any], float], list[Any]]:
+    """A function from a value to its y, and the values to label.
+
+    Numbers have their scale, logarithmic where they span ten times or more; others stand in the order they come.
+    """
+    start, end = HEIGHT - BOTTOM, TOP
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        names = list(dict.fromkeys(map(repr, values)))
+        place = report_svg.linear(-0.5, len(names) - 0.5, start, end)
+        return lambda v: place(names.index(repr(v))), list({repr(v): v for v in values}.values())
+    low, high = min(values), max(values)
+    log = math.log10 if low > 0 and high >= 10 * low else float
+    place = report_svg.linear(log(low), log(high), start, end)
+    y_at = lambda v: place(log(v))
+    labels = [low, high] if high > low else [low]
+    for v in sorted(set(values), key=values.index):  # the best settings first, where there is room
+        if all(abs(y_at(v) - y_at(other)) >= 26 for other in labels):
+            labels.append(v)
+    return y_at, labels
+
+
+def _best(rows: list[Result], metric: str, maximize: bool) -> str:
+    """The best final value by the steps spent until then, those of pruned and failed points counted."""
+    spent, each, best = 0, [], []
+    for r in sorted((r for r in rows if r.state in runs.ENDED), key=lambda r: r.time):
+        spent += r.step
+        best += [(spent, best[-1][1])] if best else []
+        if r.final:
+            each.append((spent, r.value))
+            best.append((spent, (max if maximize else min)([r.value] + [y for _, y in best[-1:]])))
+    series = [("each point when it was done", "dots c0", each), ("the best so far", "c1", best)]
+    return report_svg.lines(series, "optimizer steps of all points", metric, zero=False)
+
+
+def _table(rows: list[Result], ranked: list[Group], metric: str, used: dict[str, Gas]) -> str:
+    """The best setting first, its seeds together; then the points that have no final value."""
+    keys, places = varying(rows), {repr(g.values): i for i, g in enumerate(ranked)}
+    heads = [("point", ""), (metric, "last"), ("over seeds", "mean"), *((key, "") for key in keys), ("state", "")]
+    heads += [("steps", ""), ("FLOPs", "of training"), ("chip-hours", "launch to end"), ("$", "on demand"), ("", "")]
+    table = []
+    for r in sorted(rows, key=lambda r: (not r.final, places.get(repr(r.setting), 0))):
+        group = str(ranked[places[repr(r.setting)]] if r.final else text.NA).partition(" (")
+        cells = [(f"<b>{number(r.value)}</b>", ""), (group[0], group[2].rstrip(")").replace("95 % interval ", ""))]
+        cells += [*((escape(shown(r.values.get(key))), "") for key in keys), (r.state, ""), (f"{r.step:,}", "")]
+        g = used.get(r.id, Gas())
+        cells += [(text.flops(g.flops), ""), (short(g.hours), ""), (short(g.usd), "")]
+        cells.append((f'<a href="{r.id}/report.html">report</a>' if r.step else "", ""))
+        table.append((r.id, cells))
+    return report_page.table(heads, table)
