@@ -100,19 +100,27 @@ class Range(NamedTuple):
 
 
 def uniform(low: float, high: float) -> Range:
-    return Range(float(low), float(high))
+    return _range(float(low), float(high), False)
 
 
 def loguniform(low: float, high: float) -> Range:
-    return Range(float(low), float(high), log=True)
+    return _range(float(low), float(high), True)
 
 
 def integers(low: int, high: int, log: bool = False) -> Range:
-    return Range(int(low), int(high), log)
+    return _range(int(low), int(high), log)
 
 
 def choice(*values: Any) -> Range:
+    if not values or not all(v is None or isinstance(v, str | int | float) for v in values):
+        raise ValueError(f"choice takes strings, numbers, booleans and None, not {values!r}")
     return Range(choices=values)
+
+
+def _range(low: float, high: float, log: bool) -> Range:
+    if not low <= high or (log and low <= 0):
+        raise ValueError(f"no {'logarithmic ' * log}range goes from {low} to {high}")
+    return Range(low, high, log)
 
 
 # --- reading them from a config file ---

@@ -117,6 +117,20 @@ def test_an_error_in_a_sweep_names_its_line(tmp_path):
         sweeps.points(path)
 
 
+@pytest.mark.parametrize(
+    "bad", ["loguniform(0, 1)", "uniform(2, 1)", "integers(4, float('nan'))", "choice((1, 2))", "3"]
+)
+def test_bad_ranges(tmp_path, bad):
+    path = config(tmp_path, f"def search():\n    return {{'optim.lr': {bad}}}\n")
+    with pytest.raises(UserError, match=r"config.py"):
+        sweeps.space(path)
+    path = config(
+        tmp_path, "def search():\n    return {'config.steps': integers(2, 8, log=True), 'seed': choice(1, 2)}\n"
+    )
+    want = {"steps": sweeps.Range(2, 8, log=True), "seed": sweeps.Range(choices=(1, 2))}
+    assert sweeps.space(path) == want
+
+
 # --- what is refused, and what it would cost ---
 
 
