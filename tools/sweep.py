@@ -143,7 +143,8 @@ def text(value: Any) -> str:
 
 
 def label(values: dict[str, Any]) -> str:
-    return " ".join(f"{key}={text(value)}" for key, value in values.items())
+    """Short, for a person: four digits."""
+    return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={text(v)}" for k, v in values.items())
 
 
 def price(points: list[Any], trials: int) -> None:

@@ -3,8 +3,8 @@
     python -m tools.sweep --config=configs/sft/tiny_sweep.py --out=runs/sweeps/tiny --jobs=2
     python -m tools.sweep --config=configs/sft/tiny_sweep.py --out=runs/sweeps/search --search=tpe --trials=12
 
-Hardware: a laptop CPU. Expected: a few minutes and a page with the best learning rate near 3e-3, seeds as intervals.
-The search needs requirements/search.txt; it stops most trials after their first evaluations.
+Hardware: a laptop CPU. Expected: in two minutes, a held-out loss of 2.2 nats per token at 3e-4 and of about 1.1 at 3e-3
+and 3e-2, which two seeds do not tell apart. The search needs requirements/search.txt and stops most trials early.
 """
 
 from configs.sft import tiny
