@@ -123,22 +123,26 @@ def _csv(rows: list[Result], metric: str, used: dict[str, Gas]) -> str:
 
 def _html(name: str, rows: list[Result], metric: str, maximize: bool, used: dict[str, Gas]) -> str:
     ranked, states = groups(rows, maximize), [r.state for r in rows]
+    pruned = [Group(r.setting, r.value, None, None, 1) for r in rows if r.state == runs.PRUNED and r.value is not None]
     told = text.joined([f"{states.count(s)} {s}" for s in dict.fromkeys(states)])
     parts = [f'<header><h1>Sweep {escape(name)}</h1><p class="meta">{len(rows)} points: {told}</p></header>']
-    lead = [*sentences(ranked, metric, maximize), *(str(g) for g in list(used.values())[-1:])]  # the last is the sum
+    lead = [
+        *sentences(ranked, varying(ranked + pruned), metric, maximize),
+        *(str(g) for g in list(used.values())[-1:]),
+    ]  # the last is the sum
     parts += ['<div class="lead">', *(f"<p>{escape(s)}</p>" for s in lead), "</div>"]
     if ranked:
-        parts += ["<h2>What the keys do</h2>", parallel(ranked, metric)]
+        parts += ["<h2>What the keys do</h2>", parallel(ranked, pruned, metric)]
         parts += ["<h2>Best so far</h2>", _best(rows, metric, maximize)]
     parts += ["<h2>Points</h2>", _table(rows, ranked, metric, used)]
     return report_page.document(f"Sweep {name}", "\n".join(parts))
 
 
-def sentences(ranked: list[Group], metric: str, maximize: bool) -> list[str]:
+def sentences(ranked: list[Group], keys: list[str], metric: str, maximize: bool) -> list[str]:
     if not ranked:
         return [f"No point is done with a finite {metric} yet."]
     best, *others = ranked
-    name = lambda g: ", ".join(f"{key} {shown(g.values.get(key))}" for key in varying(ranked)) or "the only setting"
+    name = lambda g: ", ".join(f"{key} {shown(g.values.get(key))}" for key in keys) or "the only setting"
     out = [f"The {'highest' if maximize else 'lowest'} {metric} has {name(best)}: {best}."]
     if others and best.n > 1 and others[0].n > 1:
         apart = best.low > others[0].high if maximize else best.high < others[0].low
@@ -152,12 +156,13 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else text.value(value)
 
 
-def parallel(ranked: list[Group], metric: str) -> str:
+def parallel(ranked: list[Group], pruned: list[Group], metric: str) -> str:
     """Parallel coordinates: an axis for each key that varies, the last for the metric; the best one stands out."""
-    keys, out, lines = [*varying(ranked), metric], [], [[] for _ in ranked]
+    settings = ranked + pruned
+    keys, out, lines = [*varying(settings), metric], [], [[] for _ in settings]
     for i, key in enumerate(keys):
         x = LEFT + i * (report_svg.WIDTH - LEFT - RIGHT) / max(len(keys) - 1, 1)
-        values = [g.mean if key == metric else g.values.get(key) for g in ranked]
+        values = [g.mean if key == metric else g.values.get(key) for g in settings]
         y_at, labels = axis(values)
         anchor, name = "middle" if i else "start", key if key == metric else key.rpartition(".")[2]
         out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
@@ -167,15 +172,16 @@ def parallel(ranked: list[Group], metric: str) -> str:
         for line, v in zip(lines, values, strict=True):
             line.append(f"{x:.1f} {y_at(v):.1f}")
     drawn = []
-    for i, (line, g) in enumerate(zip(lines, ranked, strict=True)):
-        look = f'class="line c0" opacity="{0.8 - 0.6 * i / len(lines):.2f}"' if i else 'class="line c1"'
+    for i, (line, g) in enumerate(zip(lines, settings, strict=True)):
+        look = f'class="line c0" opacity="{0.8 - 0.6 * i / len(ranked):.2f}"' if i else 'class="line c1"'
+        look = look if i < len(ranked) else 'class="line heldout c5" opacity="0.5"'
         title = escape(f"{', '.join(f'{k} {shown(v)}' for k, v in g.values.items())}: {g}")
         drawn.append(f'<g><title>{title}</title><path {look} d="M{" L".join(line)}"/></g>')
-    return (
-        "<figure><figcaption>a line for each setting that is done, its mean over seeds; the best in the other colour"
-        f'</figcaption><svg viewBox="0 0 {report_svg.WIDTH} {HEIGHT}" role="img" aria-label="parallel coordinates of '
-        f'{escape(text.joined(keys))}">{"".join(drawn[::-1] + out)}</svg></figure>'
-    )
+    caption = "a line for each setting that is done, its mean over seeds; the best in the other colour"
+    caption += "; dashed: stopped early, with the last value" * bool(pruned)
+    label = escape(f"parallel coordinates of {text.joined(keys)}")
+    svg = f'<svg viewBox="0 0 {report_svg.WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+    return f"<figure><figcaption>{caption}</figcaption>{svg}{''.join(drawn[::-1] + out)}</svg></figure>"
 
 
 def axis(values: list[Any]) -> tuple[Callable[[Any], float], list[Any]]:
