@@ -279,8 +279,11 @@ def test_page_and_csv(swept):
 
 
 def test_the_other_direction_and_an_unknown_metric(swept, capsys):
+    folder(swept, "early", {"optim.lr": 0.3, "seed": 0}, held_out(99.0, 4), TRAIN, ended={"state": "pruned"})
     sweep_page.write(swept, "eval/nll", maximize=True)
-    assert "The highest eval/nll has optim.lr 0.2" in (swept / "index.html").read_text()
+    told = (swept / "index.html").read_text()
+    assert "The highest eval/nll has optim.lr 0.2" in told
+    assert "dashed: stopped early" in told and told.count('class="line heldout c5"') == 1
     assert sweep.main([f"--out={swept}", "--collect", "--metric=eval/los"]) == 2
     assert "they have eval/nll" in capsys.readouterr().err
 
