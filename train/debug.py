@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from configs.errors import UserError
 from model import build, saved, weights
 from train import hosts, init, inputs
 from train.mesh import RULES, make_mesh
@@ -42,7 +43,13 @@ def _newest(state: Any, folder: Path) -> Any:
     for step in saved.steps(folder)[:1]:
         arrays = saved.named(state.replace(frozen=None))
         abstract = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in arrays.items()}
-        arrays = saved.read(folder / str(step), abstract)
+        try:
+            leaves = saved.read_manifest(folder / str(step))["leaves"]
+            if {n: leaf["shape"] for n, leaf in leaves.items()} != {n: list(x.shape) for n, x in abstract.items()}:
+                raise saved.Damaged(f"step {step} has other shapes than this config")
+            arrays = saved.read(folder / str(step), abstract)
+        except saved.Damaged as e:
+            raise UserError(str(e), str(folder), "debug with the config of the run, or without --workdir") from e
         state = saved.fill(state.replace(frozen=None), arrays).replace(frozen=state.frozen)
     return state
 

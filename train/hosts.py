@@ -24,9 +24,9 @@ def connect() -> None:
     if env.get("JAX_COORDINATOR_ADDRESS"):
         count, index = env.get("JAX_NUM_PROCESSES"), env.get("JAX_PROCESS_ID")
         jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count and int(count), index and int(index))
-    elif int(env.get("JAX_NUM_PROCESSES") or env.get("SLURM_NTASKS", 1)) > 1 or "," in env.get(
-        "TPU_WORKER_HOSTNAMES", ""
-    ):
+        return
+    several = max(int(env.get(name) or 1) for name in ("JAX_NUM_PROCESSES", "SLURM_NTASKS")) > 1
+    if several or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
 
 

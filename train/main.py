@@ -104,6 +104,7 @@ def run(loaded: Any) -> int:
             with metrics.timer("step" if clock.steps else "compile"):
                 state, sums = step(state, batch)
                 clock.tick(sums, counts)
+            with clock.paused():
                 trace.tick(clock.steps, sums)
             done += 1
             last = done == cfg.steps

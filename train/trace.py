@@ -15,7 +15,7 @@ class Trace:
     """Traces `steps` steps of this session, from its second on, since the first one compiles; 0: none."""
 
     def __init__(self, steps: int, folder: Path):
-        self.steps, self.folder, self.traced = steps, folder, -1  # -1: not begun
+        self.steps, self.folder, self.traced = max(0, steps), folder, -1  # -1: not begun
 
     def tick(self, done: int, result: Any) -> None:
         """After step `done` of the session was dispatched; `result` is any array of it."""
