@@ -1,6 +1,6 @@
 """The documents of one source as rows of a batch: what is cut, dropped or packed, and the copy into the arrays."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -94,3 +94,18 @@ def write(batch: dict, at: np.ndarray, data: Dataset, rows: Rows, chosen: np.nda
     values |= {"segments": np.repeat(nth + 1, lengths), "positions": ranges(np.zeros_like(lengths), lengths)}
     for key, value in values.items():
         batch[key].reshape(-1)[to] = value
+
+
+def painted(batch: dict, row: int, tokenizer: Any) -> Any:
+    """The text of a row as rich Text; a token is coloured where it is a target that counts."""
+    from rich.text import Text
+
+    segments = batch["segments"][row]
+    learnt = np.concatenate([[0], batch["mask"][row][:-1]])  # token t is the target of slot t - 1
+    text = Text()
+    for document in range(1, int(segments.max()) + 1):
+        text.append(" | " if document > 1 else "", style="bold red")
+        slots = np.flatnonzero(segments == document)
+        for run in np.split(slots, np.flatnonzero(np.diff(learnt[slots])) + 1):
+            text.append(tokenizer.decode(batch["tokens"][row, run]), style="green" if learnt[run[0]] else "dim")
+    return text

@@ -8,8 +8,6 @@ The result is cached where training looks for it, and the cache's hashes are ver
 
 import sys
 
-import numpy as np
-
 from configs import schema
 from configs.errors import UserError
 
@@ -28,6 +26,7 @@ def show(config) -> None:
     from rich.console import Console
 
     from data import cache
+    from data.layout import painted
     from data.loader import load_tokenizer, make_loaders
 
     console = Console(soft_wrap=True, highlight=False)
@@ -64,21 +63,6 @@ def _summary(train, heldout) -> dict[str, str]:
     summary["rows"] = f"{report['rows']:,} in {train.num_batches:,} batches an epoch, {report['fill']:.1%} full"
     summary["held out"] = f"{sum(heldout.sizes):,} rows" if heldout else "none"
     return summary
-
-
-def painted(batch: dict, row: int, tokenizer):
-    """The text of a row as rich Text; a token is coloured where it is a target that counts."""
-    from rich.text import Text
-
-    segments = batch["segments"][row]
-    learnt = np.concatenate([[0], batch["mask"][row][:-1]])  # token t is the target of slot t - 1
-    text = Text()
-    for document in range(1, int(segments.max()) + 1):
-        text.append(" | " if document > 1 else "", style="bold red")
-        slots = np.flatnonzero(segments == document)
-        for run in np.split(slots, np.flatnonzero(np.diff(learnt[slots])) + 1):
-            text.append(tokenizer.decode(batch["tokens"][row, run]), style="green" if learnt[run[0]] else "dim")
-    return text
 
 
 if __name__ == "__main__":

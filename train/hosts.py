@@ -14,8 +14,8 @@ from configs.errors import UserError
 def connect() -> None:
     """Joins the other processes of a launch, a no-op for a single one, and keeps what is compiled across launches.
 
-    A launch of several is told by JAX_COORDINATOR_ADDRESS (with JAX_NUM_PROCESSES and JAX_PROCESS_ID), by Slurm, or by
-    a TPU slice of several hosts. Call it before anything asks for devices.
+    A launch of several is told by JAX_COORDINATOR_ADDRESS (with JAX_NUM_PROCESSES and JAX_PROCESS_ID), by Slurm, by
+    GKE, or on the hosts of a TPU slice by JAX_NUM_PROCESSES alone. Call it before anything asks for devices.
     """
     env = os.environ
     cache = env.get("JAX_COMPILATION_CACHE_DIR") or os.path.expanduser(f"~/.cache/kungfu/xla-{jax.__version__}")
@@ -24,7 +24,9 @@ def connect() -> None:
     if env.get("JAX_COORDINATOR_ADDRESS"):
         count, index = env.get("JAX_NUM_PROCESSES"), env.get("JAX_PROCESS_ID")
         jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count and int(count), index and int(index))
-    elif int(env.get("SLURM_NTASKS", 1)) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
+        return
+    several = max(int(env.get(name) or 1) for name in ("JAX_NUM_PROCESSES", "SLURM_NTASKS")) > 1
+    if several or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
 
 

@@ -2,6 +2,8 @@
 
     python -m train.main --config=configs/sft/tiny.py --workdir=runs/tiny [--config.key=value ...] [--plan]
 
+--plan shows what the run would hold; --debug examines one step and the batch of it; --profile=N traces N steps.
+
 Exit codes: 0 done, 2 the input must change, 70 the numbers broke down, 75 preempted: run the same command again.
 """
 
@@ -18,9 +20,13 @@ BROKEN = 70  # EX_SOFTWARE
 
 def main(argv: list[str]) -> int:
     try:
-        loaded = schema.load(argv, flags={"plan": False})
+        loaded = schema.load(argv, flags={"plan": False, "debug": False, "profile": 0})
         if loaded.flags["plan"]:
             return show_plan(loaded.config)
+        if loaded.flags["debug"]:
+            from train import debug
+
+            return debug.run(loaded.config, loaded.workdir)
         if not loaded.workdir:
             raise UserError("no run folder", "--workdir", "name one, as --workdir=runs/first; the same one resumes")
         return run(loaded)
@@ -62,6 +68,7 @@ def run(loaded: Any) -> int:
     from train.metrics import Metrics
     from train.runs import PREEMPTED, RunDir
     from train.step import make_step
+    from train.trace import Trace
 
     cfg = loaded.config
     hosts.connect()
@@ -93,6 +100,7 @@ def run(loaded: Any) -> int:
         step = make_step(planned.objective.loss, planned.tx, cfg.accum)
         step = jax.jit(step, donate_argnums=0, out_shardings=(planned.shardings, None))
         clock = Clock(cfg, planned)
+        trace = enter(contextlib.closing(Trace(loaded.flags.get("profile", 0), folder.path / "profile")))
         if done == 0:
             judge(state, 0)
 
@@ -103,6 +111,8 @@ def run(loaded: Any) -> int:
             with metrics.timer("step" if clock.steps else "compile"):
                 state, sums = step(state, batch)
                 clock.tick(sums, counts)
+            with clock.paused():
+                trace.tick(clock.steps, sums)
             done += 1
             last = done == cfg.steps
             if done % cfg.log_every == 0 or last:

@@ -1,0 +1,158 @@
+"""`--debug`: one batch as the model sees it, one step layer by layer, and where the first number broke; read-only."""
+
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from configs.errors import UserError
+from model import build, saved, weights
+from train import hosts, init, inputs
+from train.mesh import RULES, make_mesh
+
+BROKEN = 70  # EX_SOFTWARE
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(cfg: Any, workdir: str | None) -> int:
+    """Looks at the step after the newest checkpoint of `workdir`, or at step 1; 70 when a number is not finite."""
+    hosts.connect()
+    with cfg.unlocked():
+        cfg.model.remat = "none"  # a layer that is computed again would be seen twice
+    mesh = make_mesh(cfg.mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES), tempfile.TemporaryDirectory() as scratch:
+        start = inputs.pretrained(cfg)
+        tokenizer = inputs.tokenizer(cfg, start, Path(scratch))
+        source, _ = inputs.sources(cfg, tokenizer, mesh)
+        model = build.model(cfg, start, tokenizer.vocab_size)
+        planned = init.plan(cfg, model, mesh)
+        state = _newest(init.first_state(cfg, planned, start), Path(workdir or scratch) / "ckpt")
+        batch, _ = source.batch(int(state.step))
+        inputs.check(planned.objective, batch)
+        _show_batch(source.loader.batch(int(state.step)), tokenizer, int(state.step))
+        return _examine(planned, state, batch)
+
+
+def _newest(state: Any, folder: Path) -> Any:
+    """`state` with what the newest step of a run holds; `state` itself without one. The step is not verified."""
+    for step in saved.steps(folder)[:1]:
+        arrays = saved.named(state.replace(frozen=None))
+        abstract = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in arrays.items()}
+        try:
+            leaves = saved.read_manifest(folder / str(step))["leaves"]
+            if {n: leaf["shape"] for n, leaf in leaves.items()} != {n: list(x.shape) for n, x in abstract.items()}:
+                raise saved.Damaged(f"step {step} has other shapes than this config")
+            arrays = saved.read(folder / str(step), abstract)
+        except saved.Damaged as e:
+            raise UserError(str(e), str(folder), "debug with the config of the run, or without --workdir") from e
+        state = saved.fill(state.replace(frozen=None), arrays).replace(frozen=state.frozen)
+    return state
+
+
+def _show_batch(batch: dict, tokenizer: Any, step: int) -> None:
+    from rich.console import Console
+
+    from data.layout import painted
+
+    console = Console(soft_wrap=True, highlight=False)
+    for side, rows in ({"row": batch} if "tokens" in batch else batch).items():
+        console.print(f"\n{side} 0 of step {step}: green counts in the loss, dim is only read", style="bold")
+        console.print(painted(rows, 0, tokenizer))
+        learnt = rows["targets"][0][rows["mask"][0] > 0]
+        print(f"in the loss: {len(learnt)} targets, {tokenizer.decode(learnt)!r}")
+        for name, x in rows.items():
+            print(f"  {name:<12} {x.dtype} {list(x.shape)}")
+
+
+def _examine(planned: Any, state: Any, batch: dict) -> int:
+    key, moving = state.key, {role for role, tree in state.params.items() if jax.tree.leaves(tree)}
+
+    def loss(params: Any) -> dict:
+        roles = weights.combine(params, state.frozen)
+        roles = {r: weights.in_training(p, key, state.step) if r in moving else p for r, p in roles.items()}
+        return planned.objective.loss(roles, batch, key)
+
+    print("\nparameters")
+    weights.map_named(lambda path, x: print(f"  {path:<44} {x.dtype} {list(x.shape)}"), state.params)
+    bad = _broken(state.params) + _broken(state.frozen)
+    if bad:
+        return _tell("a parameter", bad[0])
+    print("\nactivations")
+    bad, metrics = _forward(lambda: loss(state.params), planned.model.config.layers)
+    bad += [f"the metric {name}" for name, pair in metrics.items() if _not_finite(pair)]
+    if bad:
+        return _tell("the output of", bad[0] + _first_nan(lambda: loss(state.params)))
+    total, weight = (float(x) for x in metrics["loss"])
+    print(f"\nloss {total / max(weight, 1e-9):.6g} over a weight of {weight:g}")
+    grads = jax.jit(jax.grad(lambda params: loss(params)["loss"][0]))(state.params)
+    if bad := _broken(grads):
+        return _tell("the gradient of", bad[0])
+    print("every parameter, activation, metric and gradient is finite")
+    return 0
+
+
+def _tell(what: str, where: str) -> int:
+    print(f"not finite: {what} {where}")
+    return BROKEN
+
+
+def _not_finite(tree: Any) -> bool:
+    numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return not all(bool(jnp.isfinite(x).all()) for x in numbers)
+
+
+def _broken(tree: Any) -> list[str]:
+    """Leaves that are not finite, the nearest to the loss first: that is where a gradient broke. Layers are stacked."""
+    found = []
+
+    def look(path: str, x: Any) -> None:
+        if jnp.issubdtype(x.dtype, jnp.inexact) and not bool(jnp.isfinite(x).all()):
+            bad = ~jnp.isfinite(x.reshape(x.shape[0], -1)).all(1) if "/layers/" in f"/{path}" else None
+            layer = -1 if bad is None else int(jnp.max(jnp.where(bad, jnp.arange(len(bad)), -1)))
+            place = 2 if "embed/" in path and "unembed" not in path else int(layer >= 0)  # the table is met last
+            found.append((place, -layer, path + (f" in layer {layer}" if layer >= 0 else "")))
+
+    weights.map_named(look, tree)
+    return [text for *_, text in sorted(found)]
+
+
+def _forward(loss: Callable[[], dict], layers: int) -> tuple[list[str], dict]:
+    """Runs the loss op by op, prints what the modules return; (the outputs that are not finite, metrics)."""
+    bad, done = [], 0
+
+    def look(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        nonlocal done
+        out = call(*args, **kwargs)
+        if context.method_name != "__call__":
+            return out
+        x, path, kind = jax.tree.leaves(out)[0], context.module.path, type(context.module).__name__
+        inside = bool(path) or kind == "Block"
+        name = "/".join((f"layers/{done % layers}", *path)) if inside else "final_norm"
+        broken = _not_finite(x)
+        if broken or not path or done == 0:  # of the other layers, only the whole
+            top = float(jnp.abs(x).max())
+            print(f"  {name:<44} {x.dtype} {list(x.shape)}  max |x| {top:.4g}")
+        bad.extend([name] * broken)
+        done += kind == "Block"
+        return out
+
+    with jax.disable_jit(), nn.intercept_methods(look):
+        metrics = loss()
+    return bad, metrics
+
+
+def _first_nan(loss: Callable[[], Any]) -> str:
+    """The line of the code that makes the first NaN; "" when there are only infinities."""
+    try:
+        with jax.disable_jit(), jax.debug_nans(True):
+            loss()
+    except FloatingPointError as e:
+        frames = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).is_relative_to(ROOT / "model")]
+        if frames:
+            return f"; the first NaN is made at {Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}"
+    return ""
