@@ -52,7 +52,7 @@ def make_mesh(cfg: Any, devices: Sequence[Any] | None = None) -> Mesh:
 def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     """The devices in the order of the network. Several TPU slices split the data axis: between them, over the data
     centre's network, only gradients go. Raises UserError when that axis does not divide over them."""
-    slices = len({d.slice_index for d in devices}) if devices[0].platform == "tpu" else 1
+    slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if shape[0] % slices:
