@@ -2,23 +2,29 @@
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from configs import schema
 from configs.errors import UserError
 from configs.models import SHAPES
-from model import backends
+from model import backends, head
 from model.attention import attention, mask
 from model.config import ModelConfig
+from model.layers import context
 from model.ring import FAR, ring_attention
 from tests import test_main
 from tests.test_step import B, T, config, losses, mesh_of, rows
@@ -90,6 +96,23 @@ def test_columns_of_a_batch_lie_where_the_mesh_says():
     assert counts["tokens"] == (want["segments"] > 0).sum()
 
 
+def test_the_head_moves_no_row():
+    """Each shard sorts and unembeds its own rows: what the devices exchange is the number of chunks."""
+    on, model = mesh_of(2, 1, 1, 4), SimpleNamespace(head=lambda table: ("BTD,DV->BTV", table))
+    place, whole = NamedSharding(on, mesh.BATCH), NamedSharding(on, P())
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.device_put(jax.random.normal(keys[0], (B, T, 16)), place)
+    table = jax.device_put(jax.random.normal(keys[1], (16, 64)), whole)
+    targets = jax.device_put(jax.random.randint(keys[2], (B, T), 0, 64), place)
+    counts = jax.device_put((jnp.arange(T) > 20).astype(jnp.float32) * jnp.ones((B, 1)), place)
+    with jax.set_mesh(on), nn.logical_axis_rules(mesh.RULES):
+        logps = jax.jit(lambda *args: head.token_logps(model, *args)).lower(table, x, targets, counts).compile()
+    assert "all-reduce" in logps.as_text()
+    assert not re.search("all-gather|all-to-all|collective-permute", logps.as_text())
+    want = jnp.take_along_axis(jax.nn.log_softmax(x @ table), targets[..., None], -1)[..., 0] * counts
+    np.testing.assert_allclose(logps(table, x, targets, counts), want, atol=1e-4)
+
+
 # --- attention ---
 
 
@@ -136,6 +159,18 @@ def test_splash_equals_attention(monkeypatch, shape, window):
     with jax.set_mesh(mesh_of(*shape or (1,))):
         got = value_and_gradients(lambda q, k, v: backends.splash(q, k, v, segments, window), q, k, v, g)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+
+
+def test_cudnn_lowers(monkeypatch):
+    """For a GPU that is absent: its flash attention forward and backward, under the mask of documents."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+    *tensors, positions, segments = problem(64, 64)
+    ctx = context(shape(), positions, segments, None, "cudnn")
+    f = lambda *args: value_and_gradients(lambda q, k, v: backends.attend(q, k, v, ctx, False), *args)
+    traced = jax.jit(f).trace(*(x.astype(jnp.bfloat16) for x in tensors))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "fmhaScaleBiasSoftmax(" in text and "fmhaScaleBiasSoftmaxBackward(" in text
 
 
 def shape(head_dim: int = 64) -> ModelConfig:
