@@ -119,9 +119,7 @@ class Transformer:
                 kvs.append(new)
             return x, kv and tuple(kvs)
         if self.remat != "none":
-            # Behind the barrier XLA casts and dequantises one layer at a time; else all at once, and keeps the result.
-            late = lambda x, p, *rest, block=block: block(x, jax.lax.optimization_barrier(p), *rest)
-            block = jax.checkpoint(late, policy=REMAT[self.remat], prevent_cse=False)
+            block = jax.checkpoint(block, policy=REMAT[self.remat], prevent_cse=False)
         windowed = jnp.asarray([w > 0 for w in c.windows or (0,) * c.layers])
         return jax.lax.scan(lambda x, xs: block(x, *xs), x, (layers, kv, windowed))
 
