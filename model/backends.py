@@ -17,6 +17,7 @@ from configs.errors import UserError
 from model.attention import attention
 from model.config import ModelConfig
 from model.ring import FAR, ring_attention
+from model.weights import shards
 
 BLOCKS = (1024, 512, 256, 128)  # columns of a tile of splash; 1024 x 1024 is the fastest on v5e and v6e
 ROWS = ("data", "fsdp")
@@ -59,16 +60,14 @@ def _problem(backend: str, c: ModelConfig, dtype: str, seq_len: int, platform: s
 def attend(q: Array, k: Array, v: Array, context: dict, windowed: Any) -> Array:
     """Attention of q [B,T,N,H] to k, v [B,K,S,H] (see `attention` for a cache) by `context`, that of model.layers."""
     how, windows = context["attention"], context["windows"]
-    mesh = jax.sharding.get_abstract_mesh()
-    size = lambda *axes: math.prod(mesh.shape.get(a, 1) for a in axes) if not mesh.empty else 1
-    B, T = q.shape[:2]
-    even = T % size("context") == 0 and B % size(*ROWS) == 0
-    if how == "splash" and even and T // size("context") % BLOCKS[-1] == 0:
+    (B, T), split = q.shape[:2], shards("context")
+    even = T % split == 0 and B % shards(*ROWS) == 0
+    if how == "splash" and even and T // split % BLOCKS[-1] == 0:
         masked = lambda window: lambda: splash(q, k, v, context["segments"], window)
         if len(set(windows)) < 2:
             return masked(max(windows, default=0))()
         return jax.lax.cond(windowed, masked(max(windows)), masked(0))
-    if how != "cache" and even and size("context") > 1:
+    if how != "cache" and even and split > 1:
         window = jnp.where(windowed, max(windows), FAR) if any(windows) else FAR
         return ring_attention(q, k, v, context["positions"], context["segments"], window)
     see = context["see"]
@@ -88,8 +87,7 @@ def splash(q: Array, k: Array, v: Array, segments: Array, window: int = 0) -> Ar
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
-    mesh = jax.sharding.get_abstract_mesh()
-    context, tensor = (mesh.shape.get(a, 1) if not mesh.empty else 1 for a in ("context", "tensor"))
+    mesh, context, tensor = jax.sharding.get_abstract_mesh(), shards("context"), shards("tensor")
     T, N, H = q.shape[1:]
     shape, block = (T, T), next(b for b in BLOCKS if T // context % b == 0)
     back = min(block, 512)

@@ -6,7 +6,6 @@ sorts its own rows: none leaves its device.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +51,8 @@ def _logits(eqn: str, table: Any, x: Array) -> Array:
 def _count_first(x: Array, targets: Array, weight: Array) -> tuple[tuple[Array, Array, Array], Callable]:
     """Rows [S,R,...], one S a shard of the batch and sequence, those that count first; and the way back to [B,T]."""
     B, T = targets.shape
-    S, C = _shards(B, "data", "fsdp"), _shards(T, "context")
+    S, C = weights.shards("data", "fsdp"), weights.shards("context")
+    S, C = S if B % S == 0 else 1, C if T % C == 0 else 1
 
     def flat(a: Array) -> Array:
         a = a.reshape(S, B // S, C, T // C, *a.shape[2:]).swapaxes(1, 2).reshape(S * C, B * T // S // C, *a.shape[2:])
@@ -67,12 +67,6 @@ def _count_first(x: Array, targets: Array, weight: Array) -> tuple[tuple[Array, 
         return rows.reshape(S, C, B // S, T // C).swapaxes(1, 2).reshape(B, T)
 
     return (pick(x), pick(targets), pick(weight)), undo
-
-
-def _shards(size: int, *axes: str) -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = math.prod(mesh.shape.get(a, 1) for a in axes) if not mesh.empty else 1
-    return shards if size % shards == 0 else 1
 
 
 def _loop(x: Array, weight: Array, vocab: int, body: Callable, carry: Any) -> Any:
