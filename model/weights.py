@@ -106,9 +106,8 @@ def take(w: Array | Weight, ids: Array, dtype: Any) -> Array:
     """Embedding lookup: rows `ids` [...] of a table [V, D] -> [..., D] in `dtype`."""
     if isinstance(w, Weight):
         return w.take(ids, dtype)
-    # From a table that is split along embed, rows come out split the same way, and XLA rematerialises them whole. The
-    # first constraint is for the gradient: it is reduced to the table's own parts, not whole onto every device.
-    w = nn.with_logical_constraint(nn.with_logical_constraint(w, ("vocab", "embed")), ("vocab", None))
+    # From a table that is split along embed, rows come out split the same way, and XLA rematerialises them whole.
+    w = nn.with_logical_constraint(w, ("vocab", None))
     return jnp.take(w, ids, axis=0).astype(dtype)
 
 
