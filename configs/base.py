@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     c.model.dtype = "float32"  # activations
     c.model.param_dtype = "float32"  # weights and optimizer state
     c.model.remat = "dots"  # | "none" | "full": what the backward pass keeps of each layer
+    c.model.attention = "auto"  # | "xla" | "splash" (TPU) | "cudnn" (GPU): one that cannot run is an error
 
     c.objective = ConfigDict({"name": "sft"})  # a file in train/objectives + its keyword arguments
     c.peft = ConfigDict({"name": ""})  # a file in model/peft + its keyword arguments; "": none
@@ -71,6 +72,8 @@ def get_config() -> ConfigDict:
     c.mesh.data = -1  # devices that split the batch; -1, on one axis: all that remain
     c.mesh.fsdp = 1  # splits the batch, and parameters and optimizer state along embed
     c.mesh.tensor = 1  # splits heads, mlp and vocabulary; must divide the heads
+    c.mesh.context = 1  # splits the tokens of a row, for long ones; must divide seq_len
+    c.xla_preset = ""  # compiler flags of TPUs by name, see train/flags.py; "": none
 
     c.log_every = 10  # steps between two lines of metrics
     c.eval_every = 0  # steps; 0: only after the last step

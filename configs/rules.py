@@ -31,6 +31,7 @@ ALLOWED: dict[str, str | tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.param_dtype": ("float32", "bfloat16", "float16"),
     "model.remat": ("none", "dots", "full"),
+    "model.attention": ("auto", "xla", "splash", "cudnn"),
     "peft.rank": COUNT,
     "data.holdout": "[0, 1)",
     "data.format": ("auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt", "preference"),
@@ -159,10 +160,12 @@ def _trainable(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
 
 
 def _rows(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
-    axes = {a: c[f"mesh.{a}"] for a in ("data", "fsdp", "tensor") if ok(f"mesh.{a}")}
+    axes = {a: c[f"mesh.{a}"] for a in ("data", "fsdp", "tensor", "context") if ok(f"mesh.{a}")}
     remaining = [a for a in axes if axes[a] == -1]
     if len(remaining) > 1:
         yield f"mesh.{remaining[1]}", f"only one axis may be -1, {remaining[0]} is too", "give one a number"
+    if ok("data.seq_len") and axes.get("context", 1) > 1 and c["data.seq_len"] % axes["context"]:
+        yield "mesh.context", f"does not divide data.seq_len {c['data.seq_len']}", "devices hold equal parts of a row"
     if not ok("data.batch_size", "accum"):
         return
     rows, accum = c["data.batch_size"], c["accum"]

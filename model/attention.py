@@ -82,11 +82,11 @@ def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def mask(q_pos: Array, q_seg: Array, k_pos: Array, k_seg: Array, window: int = 0) -> Array:
-    """[B,T,S] bool: same document, not later, within `window` positions when it is not 0. Segment 0 is padding."""
+def mask(q_pos: Array, q_seg: Array, k_pos: Array, k_seg: Array, window: Any = None) -> Array:
+    """[B,T,S] bool: same document, not later, within `window` positions unless it is None. Segment 0 is padding."""
     distance = q_pos[:, :, None] - k_pos[:, None, :]
     see = (q_seg[:, :, None] == k_seg[:, None, :]) & (k_seg[:, None, :] > 0) & (distance >= 0)
-    return see & (distance < window) if window else see
+    return see if window is None else see & (distance < window)
 
 
 def attention(q: Array, k: Array, v: Array, see: Array) -> Array:

@@ -1,21 +1,22 @@
 """Cross-entropy over a large vocabulary: the logits [rows, V] never exist whole, and only rows that count are computed.
 
 Rows whose weight is 0 (prompts, padding) are sorted behind the others and the loop over chunks stops before them, so a
-completion-only loss pays for the vocabulary on few rows. Under a mesh every shard of the batch sorts its own rows.
+completion-only loss pays for the vocabulary on few rows. Under a mesh every shard of the batch and of the sequence
+sorts its own rows: none leaves its device.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from model import weights
 
-CHUNK_BYTES = 64 * 2**20  # of float32 logits at once; 341 rows at V = 49152
+CHUNK_BYTES = 64 * 2**20  # of float32 logits at once on a shard; 341 rows at V = 49152
 
 Unembed = Callable[[Any, Array], Array]  # (head parameters, [rows, D]) -> logits [rows, V]
 
@@ -48,30 +49,30 @@ def _logits(eqn: str, table: Any, x: Array) -> Array:
 
 
 def _count_first(x: Array, targets: Array, weight: Array) -> tuple[tuple[Array, Array, Array], Callable]:
-    """Rows [S,R,...], one S a shard of the batch, those that count first; and the way back to [B,T]."""
+    """Rows [S,R,...], one S a shard of the batch and sequence, those that count first; and the way back to [B,T]."""
     B, T = targets.shape
-    S = _batch_shards(B)
-    flat = lambda a: a.reshape(S, B * T // S, *a.shape[2:])
+    S, C = weights.shards("data", "fsdp"), weights.shards("context")
+    S, C = S if B % S == 0 else 1, C if T % C == 0 else 1
+
+    def flat(a: Array) -> Array:
+        a = a.reshape(S, B // S, C, T // C, *a.shape[2:]).swapaxes(1, 2).reshape(S * C, B * T // S // C, *a.shape[2:])
+        return nn.with_logical_constraint(a, ("act_rows", *[None] * (a.ndim - 1)))
+
     x, targets, weight = flat(x), flat(targets), flat(weight.astype(jnp.float32))
     order = jnp.argsort(weight == 0, axis=1, stable=True)
     pick = lambda a: jnp.take_along_axis(a, order.reshape(order.shape + (1,) * (a.ndim - 2)), axis=1)
 
     def undo(rows: Array) -> Array:
-        return jnp.take_along_axis(rows, jnp.argsort(order, axis=1), axis=1).reshape(B, T)
+        rows = jnp.take_along_axis(rows, jnp.argsort(order, axis=1), axis=1)
+        return rows.reshape(S, C, B // S, T // C).swapaxes(1, 2).reshape(B, T)
 
     return (pick(x), pick(targets), pick(weight)), undo
 
 
-def _batch_shards(batch: int) -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = math.prod(mesh.shape.get(a, 1) for a in ("data", "fsdp")) if not mesh.empty else 1
-    return shards if batch % shards == 0 else 1
-
-
 def _loop(x: Array, weight: Array, vocab: int, body: Callable, carry: Any) -> Any:
     """`carry = body(start, rows, carry)` over chunks of rows, as many as the fullest shard needs."""
-    S, R = weight.shape
-    size = -(-R // -(-4 * R * S * vocab // CHUNK_BYTES))  # equal chunks: a last one of few rows would cost a whole one
+    R = weight.shape[1]
+    size = -(-R // -(-4 * R * vocab // CHUNK_BYTES))  # equal chunks: a last one of few rows would cost a whole one
     needed = -(-(weight != 0).sum(1).max() // size)
 
     def step(i: Array, carry: Any) -> Any:

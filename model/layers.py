@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from model import weights
-from model.attention import attention, mask, rope_angles, rotate
+from model.attention import mask, rope_angles, rotate
+from model.backends import attend
 from model.config import ModelConfig
 from model.weights import AXES, Spec
 
@@ -79,10 +80,7 @@ class Attention(Layer):
         if cache is not None:
             k, v = write(cache["k"], k, context["index"]), write(cache["v"], v, context["index"])
             cache = {"k": k, "v": v}
-        see = context["see"]
-        if "see_window" in context:
-            see = jnp.where(windowed, context["see_window"], see)
-        y = attention(q, k.astype(q.dtype), v.astype(q.dtype), see)
+        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), context, windowed)
         scale = (2 * c.layers) ** -0.5  # keeps the residual stream's variance independent of depth (GPT-2)
         y = weights.einsum("BTNH,NHD->BTD", y, self.weight("wo", "BTNH,NHD->BTD", scale))
         return self.bias("bo", "D", y, out), cache
@@ -126,7 +124,7 @@ class Block(Layer):
         return x + MLP(self.config, name="mlp")(Norm(self.config, name="mlp_norm")(x)), cache
 
 
-def context(config: ModelConfig, positions: Array, segments: Array, cache: dict | None) -> dict:
+def context(config: ModelConfig, positions: Array, segments: Array, cache: dict | None, attention: str) -> dict:
     """What every layer needs from positions [B,T], segments [B,T] and the cache, computed once."""
     k_pos, k_seg, index = positions, segments, jnp.int32(0)
     if cache is not None:
@@ -134,6 +132,7 @@ def context(config: ModelConfig, positions: Array, segments: Array, cache: dict 
         k_pos = jax.lax.dynamic_update_slice(cache["positions"], positions, (0, index))
         k_seg = jax.lax.dynamic_update_slice(cache["segments"], segments, (0, index))
     out = {"index": index, "positions": k_pos, "segments": k_seg}
+    out |= {"attention": "cache" if cache else attention, "windows": config.windows}
     out["see"] = mask(positions, segments, k_pos, k_seg)
     if any(config.windows):
         out["see_window"] = mask(positions, segments, k_pos, k_seg, max(config.windows))

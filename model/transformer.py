@@ -32,6 +32,7 @@ class Transformer:
     dtype: str = "float32"  # of activations
     param_dtype: str = "float32"
     remat: str = "dots"
+    attention: str = "xla"  # of rows without a cache; see model/backends.py
 
     # --- parameters ---
 
@@ -56,7 +57,7 @@ class Transformer:
         k_embed, k_pos, k_layers, k_head = jax.random.split(key, 4)
         x = jnp.zeros((1, 1, c.embed))
         one = jnp.ones((1, 1), jnp.int32)
-        ctx = context(c, one * 0, one, None)
+        ctx = context(c, one * 0, one, None, "xla")
         layer = lambda k: Block(c).init(k, x, ctx, None, False)["params"]
         layers = jax.vmap(layer)(jax.random.split(k_layers, c.layers))
         stack = lambda s: s.replace(names=("layers", *s.names))
@@ -95,7 +96,7 @@ class Transformer:
         if c.position == "learned":
             x = x + weights.take(params["position"]["table"], positions, self.dtype)
         x = constrain(x)
-        ctx = context(c, positions, segments, cache)
+        ctx = context(c, positions, segments, cache, self.attention)
         x, kv = self._layers(params["layers"], x, ctx, cache and cache["layers"])
         x = Norm(c).apply({"params": params["final_norm"]}, x)
         if cache is not None:

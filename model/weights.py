@@ -5,6 +5,7 @@ the array stood. Methods (LoRA, quantisation, ...) are functions tree -> tree th
 """
 
 import dataclasses
+import math
 import re
 import zlib
 from collections.abc import Callable
@@ -123,27 +124,26 @@ def _einsum(eqn: str, x: Array, w: Array) -> Array:
     if not plain or ws not in (contracted + produced, produced + contracted) or sharded():
         return jnp.einsum(eqn, x, w)
     n = len(contracted)
-    flat_x = x.reshape(-1, _size(x.shape[-n:]))
+    flat_x = x.reshape(-1, math.prod(x.shape[-n:]))
     if ws.startswith(contracted):
-        y = flat_x @ w.reshape(_size(w.shape[:n]), -1)
+        y = flat_x @ w.reshape(math.prod(w.shape[:n]), -1)
         tail = w.shape[n:]
     else:
         tail = w.shape[:-n]
-        y = jax.lax.dot_general(flat_x, w.reshape(_size(tail), -1), (((1,), (1,)), ((), ())))
+        y = jax.lax.dot_general(flat_x, w.reshape(math.prod(tail), -1), (((1,), (1,)), ((), ())))
     return y.reshape(x.shape[:-n] + tail)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
 
 
 def sharded() -> bool:
     """Whether the ambient mesh (`jax.set_mesh`) has more than one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
+
+
+def shards(*axes: str) -> int:
+    """Parts into which the ambient mesh splits a dimension that lies on `axes`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape.get(a, 1) for a in axes)
 
 
 # --- trees -----------------------------------------------------------------------------------------------------------

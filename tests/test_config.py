@@ -162,7 +162,8 @@ def test_config_is_required():
         ("optim.lrr=1", "config.optim.lrr = 1 · unknown key · did you mean config.optim.lr?"),
         ("lr=1", "config.lr = 1 · unknown key · did you mean config.optim.lr?"),
         ("xyzzy=1", "config.xyzzy = 1 · unknown key · see --help"),
-        ("mesh=2", "config.mesh = 2 · is a group, not a key · its keys: mesh.data, mesh.fsdp, mesh.tensor"),
+        ("mesh=2", "config.mesh = 2 · is a group, not a key · its keys: mesh.context, mesh.data, "
+         "mesh.fsdp, mesh.tensor"),
         # types
         ("steps=many", "config.steps = many · must be an integer"),
         ("steps=1.5", "config.steps = 1.5 · must be an integer"),
@@ -269,7 +270,7 @@ def test_arguments_of_an_unknown_method_are_not_judged(root):
          "config.objective.beta = x · must be a number"),
         ("del c.optim.lr", "config.optim.lr · missing · start from base.get_config()"),
         ("del c.mesh; c.mesh = 3", "config.mesh = 3 · is a group, not a key · its keys: "
-         "mesh.data, mesh.fsdp, mesh.tensor"),
+         "mesh.context, mesh.data, mesh.fsdp, mesh.tensor"),
     ],
 )  # fmt: skip
 def test_problem_in_file(root, code, line):

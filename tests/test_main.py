@@ -1,5 +1,6 @@
 """The real command line: plans, kills, signals, changed inputs, exit codes. Every run here is a process of its own."""
 
+import functools
 import json
 import os
 import random
@@ -88,12 +89,13 @@ def test_killed_runs_end_with_the_same_bits(tmp_path, whole, times):
     assert outcome(tmp_path) == whole
 
 
-def pair(folder: Path, *args: str) -> list[subprocess.Popen]:
+def pair(folder: Path, *args: str, devices: int = 1) -> list[subprocess.Popen]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
     env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    return [start(*TINY, f"--workdir={folder}", *args, **env, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    run = functools.partial(start, *TINY, f"--workdir={folder}", *args, devices=devices, **env)
+    return [run(JAX_PROCESS_ID=str(i)) for i in range(2)]
 
 
 def finish(processes: list[subprocess.Popen]) -> None:

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 
 from configs import base
 from model import build
 from train import init
-from train.mesh import AXES, BATCH, RULES
+from train.mesh import BATCH, RULES, make_mesh
 from train.objectives import dpo
 from train.step import make_step
 
@@ -40,7 +40,9 @@ def rows(seed=0, batch=B):
 
 
 def mesh_of(*shape):
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=CPU[: int(np.prod(shape))])
+    """data, fsdp, tensor, context."""
+    sizes = dict(zip(("data", "fsdp", "tensor", "context"), shape))
+    return make_mesh(sizes, CPU[: int(np.prod(shape))])
 
 
 def losses(c, shape=(1, 1, 1), steps=20, batch=None):

@@ -11,15 +11,19 @@ import jax
 from train import chips, cost
 from train.metrics import means
 from train.optim import schedule
+from train.source import local_rows
 
 
 class Clock:
-    """Counts tokens, FLOPs and seconds of this process's session. All processes have as many rows each."""
+    """Counts tokens, FLOPs and seconds of this process's session. All processes have as many rows each, though some
+    have the same: those that share out their columns or their heads."""
 
     def __init__(self, cfg: Any, plan: Any):
         self.cost = cost.of_plan(plan, cfg.data.seq_len)
         self.schedule = jax.jit(schedule(cfg.optim, cfg.steps))
         self.chip = chips.find(cfg.chip or jax.devices()[0].device_kind)
+        mine = local_rows(plan.mesh, cfg.data.batch_size)
+        self.parts = cfg.data.batch_size // (mine.stop - mine.start)  # of the batch, each counted by a process
         self.pending: Any = None  # metrics of the step before the last
         self.last: Any = None
         self.since = time.perf_counter()
@@ -52,7 +56,7 @@ class Clock:
         out |= {k: int(out[k]) for k in ("bad", "skipped")}
         out["lr"] = float(self.schedule(done - 1 - out["skipped"]))  # skipped steps do not advance the schedule
         out["flops"] = self._flops(seen)
-        now, n = time.perf_counter(), jax.process_count()
+        now, n = time.perf_counter(), self.parts
         seconds, self.since = now - self.since, now
         if self.tokens:
             out["tokens_per_second"] = n * self.tokens / seconds
@@ -72,7 +76,7 @@ class Clock:
 
     def totals(self, seen: dict[str, int]) -> dict[str, Any]:
         """What the whole run took, over its sessions (`seen`); the rate and the memory are this session's."""
-        n = jax.process_count()
+        n = self.parts
         return {
             "tokens": n * seen["tokens"],
             "targets": n * seen["targets"],
@@ -82,4 +86,4 @@ class Clock:
         }
 
     def _flops(self, seen: dict[str, int]) -> float:
-        return jax.process_count() * self.cost.step(seen["tokens"], seen["targets"])
+        return self.parts * self.cost.step(seen["tokens"], seen["targets"])

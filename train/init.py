@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from configs.errors import UserError
-from model import build, weights
+from model import backends, build, weights
 from model.transformer import Transformer
 from model.weights import Params
 from train import mesh as meshes
@@ -28,6 +29,7 @@ class Plan:
     abstract: TrainState  # ShapeDtypeStructs
     shardings: TrainState
     mesh: Any
+    attention: str  # which backend and why; "" without devices
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -36,6 +38,11 @@ class Plan:
 
 def plan(cfg: Any, model: Transformer, mesh: Any) -> Plan:
     """Everything about the first state that does not need an array."""
+    attention = ""
+    if isinstance(mesh, Mesh):
+        asked, devices = cfg.model.attention, mesh.devices.flat[0].platform
+        found = backends.choose(asked, model.config, model.dtype, cfg.data.seq_len, devices, mesh.shape["context"])
+        model, attention = dataclasses.replace(model, attention=found[0]), ", ".join(found)
     objective = build.find("train.objectives", cfg.objective)(model)
     transform = build.transform(cfg, model.specs)
     try:
@@ -62,7 +69,7 @@ def plan(cfg: Any, model: Transformer, mesh: Any) -> Plan:
     train_places, frozen_places = weights.partition(places, mask)
     opt_places = _like_params(abstract.opt_state, abstract.params, train_places, shardings.opt_state)
     shardings = shardings.replace(params=train_places, frozen=frozen_places, opt_state=opt_places)
-    return Plan(model, objective, transform, tx, mask, abstract, shardings, mesh)
+    return Plan(model, objective, transform, tx, mask, abstract, shardings, mesh, attention)
 
 
 def _like_params(opt_state: Any, params: Any, places: Any, default: Any) -> Any:

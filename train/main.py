@@ -60,7 +60,7 @@ def run(loaded: Any) -> int:
     import jax
 
     from model import build
-    from train import hosts, init, inputs, plan
+    from train import flags, hosts, init, inputs, plan
     from train.checkpoint import Checkpointer
     from train.clock import Clock
     from train.evaluate import Judge
@@ -71,6 +71,7 @@ def run(loaded: Any) -> int:
     from train.trace import Trace
 
     cfg = loaded.config
+    flags.apply(cfg.xla_preset)
     hosts.connect()
     with contextlib.ExitStack() as closing:
         enter = closing.enter_context

@@ -1,49 +1,70 @@
 """The device mesh, and the one table that says which mesh axis a logical axis lives on."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+# Outermost first: neighbours along the last axis are the nearest devices. "expert" is 1 until a model has experts.
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 # Logical axis -> mesh axes. Activations have names of their own: a weight and an activation that share the axis
 # "embed" make XLA rematerialise whole arrays at the embedding. What is not listed is replicated.
 RULES = (
     ("act_batch", ("data", "fsdp")),
+    ("act_seq", "context"),
+    ("act_rows", ("data", "fsdp", "context")),
     ("embed", "fsdp"),
     ("vocab", "tensor"),
     ("mlp", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
+    ("experts", "expert"),
 )
-BATCH = P(("data", "fsdp"))
+BATCH = P(("data", "fsdp"), "context")  # [B,T]
 
 
 def mesh_shape(cfg: Any, devices: int) -> tuple[int, ...]:
     """Sizes of the axes; at most one -1 takes the devices that remain. Raises UserError when they do not fit."""
-    sizes = [cfg[a] for a in AXES]
+    sizes = [cfg.get(a, 1) for a in AXES]
     known = math.prod(s for s in sizes if s > 0)
     sizes = [devices // known if s == -1 else s for s in sizes]
     if math.prod(sizes) != devices:
-        asked = " x ".join(f"{a} {s}" for a, s in zip(AXES, sizes))
+        asked = " x ".join(f"{a} {s}" for a, s in zip(AXES, sizes) if a in cfg)
         raise UserError(f"{asked} is not {devices} devices", "config.mesh", "let one axis be -1")
     return tuple(sizes)
 
 
-def make_mesh(cfg: Any) -> Mesh:
+def make_mesh(cfg: Any, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices. Auto axes: the partitioner places what the rules leave open."""
-    shape = mesh_shape(cfg, jax.device_count())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    devices = jax.devices() if devices is None else devices
+    grid = arrange(mesh_shape(cfg, len(devices)), devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def abstract_mesh(cfg: Any) -> AbstractMesh:
-    """The mesh of a plan: no device is touched, and an axis of -1 counts as 1."""
-    return AbstractMesh(tuple(max(cfg[a], 1) for a in AXES), AXES)
+def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the order of the network. Several TPU slices split the data axis: between them, over the data
+    centre's network, only gradients go. Raises UserError when that axis does not divide over them."""
+    slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise UserError(f"data {shape[0]} is not a multiple of {slices} slices", "config.mesh.data")
+    inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * len(shape[1:]))
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+
+
+def abstract_mesh(cfg: Any, devices: int = 0) -> AbstractMesh:
+    """The mesh of a plan: no device is touched, and without their number an axis of -1 counts as 1."""
+    shape = mesh_shape(cfg, devices) if devices else tuple(max(cfg.get(a, 1), 1) for a in AXES)
+    return AbstractMesh(shape, AXES)
 
 
 def partition_spec(names: tuple, shape: tuple[int, ...], mesh: Any) -> P:

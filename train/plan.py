@@ -22,6 +22,7 @@ def describe(cfg: Any, plan: Any) -> dict[str, Any]:
         "flops_forward_per_token": price.layer_flops + price.head_flops,
         "flops": price.step(tokens, tokens) * cfg.steps,
         "devices": plan.mesh.size,
+        "attention": plan.attention,
         "bytes_per_device": held | {"total": sum(held.values())},
     }
 
@@ -48,5 +49,8 @@ def show(cfg: Any, plan: Any, path: Path | None = None) -> None:
     table.add_row("FLOPs of the run", f"{d['flops']:.3g} at most: padding and masked targets cost less")
     for kind, size in d["bytes_per_device"].items():
         table.add_row(f"{kind.replace('_', ' ')} a device", f"{size / 2**20:,.1f} MiB")
-    table.add_row("devices", f"{d['devices']} ({', '.join(f'{a} {n}' for a, n in plan.mesh.shape.items())})")
+    axes = ", ".join(f"{a} {n}" for a, n in plan.mesh.shape.items() if n > 1)
+    table.add_row("devices", f"{d['devices']} ({axes})" if axes else "1")
+    if plan.attention:
+        table.add_row("attention", plan.attention)
     Console().print(table, "Activations come on top; their size is the compiler's.", sep="\n")

@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # What a resume may change: the state and the batches of every step stay what they would have been, or, as with
 # `steps`, the change is the point of the resume. Everything under a name counts.
 SAFE = (
-    "steps", "accum", "mesh", "log_every", "eval_every", "eval_batches", "evals", "eval_n", "samples", "ckpt",
-    "tracker", "chip", "allow", "data.cache",
+    "steps", "accum", "mesh", "model.attention", "xla_preset", "log_every", "eval_every", "eval_batches", "evals",
+    "eval_n", "samples", "ckpt", "tracker", "chip", "allow", "data.cache",
 )  # fmt: skip
 
 
@@ -211,6 +211,7 @@ def environment() -> dict[str, Any]:
         "git": {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "-uno"))},
         "code": code_digest(),
         "argv": sys.argv,
+        "flags": {name: os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")},
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -5,13 +5,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from train.mesh import BATCH
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> slice:
     """The rows of a global batch that this process's devices hold, as one range."""
-    held = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,)).values()
+    held = NamedSharding(mesh, P(BATCH[0])).addressable_devices_indices_map((batch_size,)).values()
     edges = [index[0].indices(batch_size)[:2] for index in held]
     return slice(min(a for a, _ in edges), max(b for _, b in edges))
 
@@ -20,7 +21,7 @@ class Source:
     """A data.loader.Loader of this process's rows, whose batches become global arrays over the mesh."""
 
     def __init__(self, loader: Any, mesh: Mesh):
-        self.loader, self.sharding = loader, NamedSharding(mesh, BATCH)
+        self.loader, self.mesh = loader, mesh
         self.first = local_rows(mesh, loader.batch_size).start
         self.seen = {"tokens": 0, "targets": 0}  # of this process's rows, over all sessions of the run
 
@@ -41,14 +42,14 @@ class Source:
         return jax.tree.map(self.place, local), counts
 
     def place(self, x: np.ndarray) -> jax.Array:
-        """This process's rows [b, ...] as its part of a global array [B, ...]."""
+        """This process's rows [b, T] or [b] as its part of a global array."""
         shape = (self.loader.batch_size, *x.shape[1:])
 
         def shard(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(shape[0])
-            return x[start - self.first : stop - self.first]
+            return x[start - self.first : stop - self.first, *index[1:]]
 
-        return jax.make_array_from_callback(shape, self.sharding, shard)
+        return jax.make_array_from_callback(shape, NamedSharding(self.mesh, P(*BATCH[: x.ndim])), shard)
 
     def state_dict(self) -> dict:
         return self.loader.state_dict() | {"seen": self.seen}
