@@ -92,8 +92,8 @@ def digests(arrays: dict[str, Any]) -> dict[str, str]:
 
 
 def fingerprint(tree: Any) -> str:
-    """One digest for a whole tree, names included; "" for a tree without arrays."""
-    hashes = digests(named(tree))
+    """One digest for a whole tree, names included and derived fields left out; "" for a tree without arrays."""
+    hashes = digests(named(weights.underived(tree)))
     lines = json.dumps(hashes, sort_keys=True).encode()
     return hashlib.blake2b(lines, digest_size=8).hexdigest() if hashes else ""
 
