@@ -105,7 +105,8 @@ class Transformer:
         x = Norm(c).apply({"params": params["final_norm"]}, x)
         if not kept:
             return x, None
-        return x, {"layers": kv, "index": ctx["index"] + tokens.shape[1]} | {k: ctx[k] for k in ("positions", "segments")}
+        seen = {k: ctx[k] for k in ("positions", "segments")}
+        return x, {"layers": kv, "index": ctx["index"] + tokens.shape[1], **seen}
 
     def _layers(self, layers: Any, x: Array, ctx: dict, kv: Any) -> tuple[Array, Any]:
         c = self.config

@@ -269,8 +269,7 @@ def in_training(params: Params, key: Array, step: Array) -> Params:
 
 
 def base(params: Params) -> Params:
-    """Adapters off: a leaf that wraps a frozen `base` gives way to it, an Extra goes. Under LoRA the reference policy is
-    free."""
+    """Adapters off: a leaf that wraps a frozen `base` gives way to it, every Extra goes. A free reference policy."""
     if isinstance(params, dict):
         return {k: base(v) for k, v in params.items() if not isinstance(v, Extra)}
     if isinstance(params, tuple):
@@ -278,6 +277,12 @@ def base(params: Params) -> Params:
     while is_weight(params) and "base" in fields(params):
         params = params.base
     return params
+
+
+def quantised_under_adapters(params: Params) -> bool:
+    """Whether an adapter wraps a leaf that is no plain array once all adapters are off."""
+    off = [(w, base(w)) for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w)]
+    return any(w is not under and is_weight(under) for w, under in off)
 
 
 def underived(params: Params) -> Params:

@@ -3,7 +3,9 @@
 import importlib
 import inspect
 import pkgutil
+from pathlib import Path
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,7 @@ EQNS = {
     "BTED,EDF->BTEF": (4, 8, 6),
 }
 METHODS = [m.name for m in pkgutil.iter_modules(model.peft.__path__) if m.name != "saved"]  # it needs a folder
+QUANTISERS = [m.name for m in pkgutil.iter_modules([str(Path(model.__path__[0]) / "quant")])]
 BESIDE = ("bottleneck", "prefix", "prompt")  # their parameters stand beside the weights: they cannot be merged
 VIRTUAL = ("prefix", "prompt")  # they change the model from the start
 
@@ -127,6 +130,55 @@ class TestMethods:
         model, _, adapted = self.adapted(method)
         named = weights.axes(adapted, model.specs)
         jax.tree.map(lambda x, names: np.testing.assert_equal(len(names), x.ndim), adapted, named)
+
+
+@flax.struct.dataclass
+class Rounded(weights.Weight):
+    """A stand-in for a quantised leaf: nothing but what a Weight must have."""
+
+    values: jax.Array
+
+    def einsum(self, eqn, x):
+        return jnp.einsum(eqn, x, self.values.astype(x.dtype))
+
+    def take(self, ids, dtype):
+        return self.values[ids].astype(dtype)
+
+    def dense(self, spec):
+        return self.values.astype(spec.value.dtype)
+
+    def axes(self, spec):
+        return self.replace(values=spec.names)
+
+
+def rounded():
+    return lambda params, specs, key: weights.replace(
+        params, specs, lambda _, w, spec: Rounded(w.astype(jnp.bfloat16)) if spec.eqn else w
+    )
+
+
+@pytest.mark.parametrize("quant", ["rounded", *QUANTISERS])
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_over_quantised_bases(method, quant):
+    """The model starts as its quantised base, only adapters have a gradient, and all have one at the second step."""
+    model = tiny()
+    make = rounded if quant == "rounded" else importlib.import_module(f"model.quant.{quant}").make
+    key, tokens = jax.random.key(1), jax.random.randint(jax.random.key(2), (2, 12), 0, 512)
+    params = jax.jit(model.init)(jax.random.key(0))
+    base = make()(params, model.specs, key)
+    adapted = everywhere(method)(base, model.specs, key)
+    if method not in VIRTUAL:
+        np.testing.assert_allclose(jax.jit(model)(base, tokens), jax.jit(model)(adapted, tokens), atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, weights.base(adapted), base)
+    train, frozen = weights.partition(adapted, weights.trainable(adapted, "adapters"))
+    assert not {type(x) for x in jax.tree.leaves(train)} - {type(key)}
+    loss = lambda t: jnp.square(model(weights.combine(t, frozen), tokens)).mean()
+    moved = jax.tree.map(lambda x: x + 0.05 * rand(*x.shape, seed=7), train)
+    grads = jax.jit(jax.grad(loss))(moved)
+    assert all(bool(jnp.isfinite(g).all()) and float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
+    jax.tree.map(
+        lambda x, names: np.testing.assert_equal(len(names), x.ndim), adapted, weights.axes(adapted, model.specs)
+    )
 
 
 def test_trainable_by_regex_and_by_role():

@@ -31,7 +31,8 @@ def cost(config: ModelConfig, params: Any, specs: Any, mask: Any, seq_len: int) 
     a weight only when it trains. Attention counts a full causal row: (T + 1) / 2 keys a query, and virtual tokens.
 
     A lookup costs nothing. What a method does once a step and not for each token is left out: norms of DoRA, the
-    inverses of OFT, the virtual tokens of a prompt going through the layers. Under LoRA this makes a step 4 N instead of 6 N (Schulman et al. 2025, LoRA Without Regret).
+    inverses of OFT, the virtual tokens of a prompt going through the layers.
+    Under LoRA this makes a step 4 N instead of 6 N (Schulman et al. 2025, LoRA Without Regret).
     """
     c = config
     totals = dict(layer=0.0, layer_dw=0.0, head=0.0, head_dw=0.0)

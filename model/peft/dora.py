@@ -23,7 +23,7 @@ class DoRA(LoRA):
     magnitude: Any = None
     squares: Any = None  # ||W||^2 of the base
     trainable: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
-    derived: ClassVar[tuple[str, ...]] = ("start", "squares")
+    derived: ClassVar[tuple[str, ...]] = ("a", "start", "squares")
 
     def einsum(self, eqn: str, x: Array) -> Array:
         outputs = weights.split(self.eqn)[0] + weights.split(self.eqn)[2]

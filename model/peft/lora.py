@@ -32,7 +32,7 @@ class LoRA(Weight):
     dropout: float = flax.struct.field(default=0.0, pytree_node=False)
     used: str = flax.struct.field(default="both", pytree_node=False)  # | "lookup" | "head"
     trainable: ClassVar[tuple[str, ...]] = ("a", "b")
-    derived: ClassVar[tuple[str, ...]] = ("start",)
+    derived: ClassVar[tuple[str, ...]] = ("a", "start")  # A, where it stays as it was drawn (LoRA-FA)
 
     @property
     def letters(self) -> tuple[str, str]:
@@ -69,7 +69,7 @@ class LoRA(Weight):
 
     def dense(self, spec: Spec) -> Array:
         if self.used != "both":
-            raise UserError("an adapter of one use of a tied table cannot be merged into it", "adapter", "keep it apart")
+            raise UserError("an adapter of one use of a tied table cannot be merged", "adapter", "keep it apart")
         base = weights.dense_of(self.base, spec)
         return (base + self.delta()).astype(base.dtype)
 
@@ -142,9 +142,8 @@ def transform(
         shapes = [stack + tuple(size[c] for c in letters) for letters in (a, b)]
         start = STARTS[init](weights.dense_of(base, spec) if init == "pissa" else None, spec, shapes, scale, key)
         start = [x.astype(spec.value.dtype) for x in start]
-        return leaf(
-            base, *start, spec.eqn, scale, start=tuple(start) if init == "pissa" else None, dropout=dropout
-        )  # fmt: skip
+        kept = tuple(start) if init == "pissa" else None
+        return leaf(base, *start, spec.eqn, scale, start=kept, dropout=dropout)
 
     return weights.wrapping(where, wrap)
 
@@ -165,8 +164,7 @@ def _orthogonal(base: None, spec: Spec, shapes: list[tuple], scale: float, key: 
     rank = shapes[0][-1]
     if rank % 2:
         raise ValueError(f"init='orthogonal' needs an even rank, not {rank}")
-    shared, contracted, produced = weights.split(spec.eqn)
-    lead = shapes[0][: spec.stacked + len(shared)]
+    lead = shapes[0][: spec.stacked + len(weights.split(spec.eqn)[0])]
     turn, left, right = jax.random.split(key, 3)
     q = jax.vmap(lambda k: jnp.linalg.qr(jax.random.normal(k, (rank, rank)))[0])
     q = q(jax.random.split(turn, math.prod(lead))).reshape(*lead, rank, rank)
@@ -188,16 +186,16 @@ def truncate(w: Array, spec: Spec, rank: int) -> tuple[Array, Array, Array]:
     """A, B of the best approximation A B of rank `rank` (Eckart & Young 1936) of an array of `spec`, and all singular
     values [..., min(in, out)]; singular values are split evenly. Raises ValueError for a rank larger than the matrix.
     """
-    shared, contracted, produced = weights.split(spec.eqn)
+    _, contracted, produced = weights.split(spec.eqn)
     m = matrix(w, spec)
     if rank > min(m.shape[-2:]):
         raise ValueError(f"rank {rank} exceeds that of a {m.shape[-2]} x {m.shape[-1]} matrix")
     u, s, v = jnp.linalg.svd(m, full_matrices=False)
     root = jnp.sqrt(s[..., :rank])
     size = dict(zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :], strict=True))
-    a, b = u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
     lead = m.shape[:-2]
-    return a.reshape(*lead, *(size[c] for c in contracted), rank), b.reshape(*lead, rank, *(size[c] for c in produced)), s
+    a = (u[..., :rank] * root[..., None, :]).reshape(*lead, *(size[c] for c in contracted), rank)
+    return a, (root[..., None] * v[..., :rank, :]).reshape(*lead, rank, *(size[c] for c in produced)), s
 
 
 def matrix(w: Array, spec: Spec) -> Array:

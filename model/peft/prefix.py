@@ -9,7 +9,6 @@ import flax.struct
 import jax
 from jax import Array
 
-from model import weights
 from model.weights import Extra, Params, Spec, Specs, Transform
 
 
@@ -35,10 +34,8 @@ def make(*, tokens: int = 20, deviation: float = 0.02) -> Transform:
     def transform(params: Params, specs: Specs, key: Array) -> Params:
         spec = specs["layers"]["attn"]["wk"]
         layers, _, heads, dim = spec.shape
-        draw = lambda name: deviation * jax.random.normal(
-            weights.key_for(key, name), (layers, tokens, heads, dim), spec.value.dtype
-        )
-        return with_prefix(params, Prefix(draw("k"), draw("v")))
+        draw = lambda k: deviation * jax.random.normal(k, (layers, tokens, heads, dim), spec.value.dtype)
+        return with_prefix(params, Prefix(*map(draw, jax.random.split(key))))
 
     return transform
 
