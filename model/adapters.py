@@ -205,16 +205,14 @@ def _stack(found: list[np.ndarray], spec: Spec) -> jax.Array:
     return jnp.asarray(np.stack(found) if spec.stacked else found[0])
 
 
-def _vectors(
-    folder: Folder, key: Key, sizes: dict, spec: Spec, suffix: str, group: str, fill: float | None = 1.0
-) -> jax.Array | None:
-    """Flat vectors [stack..., features] over a group of letters; None when no layer has one."""
+def _vectors(folder: Folder, key: Key, sizes: dict, spec: Spec, suffix: str, group: str) -> jax.Array | None:
+    """Flat vectors [stack..., features] over a group of letters, ones where a layer has none; None if none has one."""
     letters = group.lstrip("0123456789")
     found = _read(folder, Key(key.name, f"({group})->{letters}", key.part), sizes, _names(key, spec, suffix))
     if all(x is None for x in found):
         return None
-    size = layout.size(letters, sizes)
-    return _stack([np.full(size, fill, np.float32) if x is None else x.reshape(-1) for x in found], spec)
+    ones = np.ones(layout.size(letters, sizes), np.float32)
+    return _stack([ones if x is None else x.reshape(-1) for x in found], spec)
 
 
 def _lora(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: Any, spec: Spec) -> Any:
@@ -244,9 +242,9 @@ def _lora(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: 
     if not c.get("use_dora"):
         return leaf
     suffix = ".lora_magnitude_vector"
-    magnitude = _vectors(folder, key, sizes, spec, suffix, groups(key, spec.eqn)[1], None)
-    if magnitude is None or not all(ranks):
-        raise UserError(f"{key.name}: a layer has no {suffix[1:]}", str(folder.path / TENSORS))
+    if missing := [name for name in _names(key, spec, suffix) if name not in folder.tensors]:
+        raise UserError(f"holds no {missing[0]}", str(folder.path / TENSORS))
+    magnitude = _vectors(folder, key, sizes, spec, suffix, groups(key, spec.eqn)[1])
     return measure(path, leaf.replace(magnitude=magnitude), spec)
 
 

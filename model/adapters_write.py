@@ -12,7 +12,7 @@ import numpy as np
 
 from configs.errors import UserError
 from model import layout, weights
-from model.adapters import CONFIG, HEAD, ROOT, TENSORS, factor_keys, groups
+from model.adapters import CONFIG, HEAD, ROOT, TENSORS, factor_keys, groups, has_bias
 from model.layout import Key
 from model.peft.dora import DoRA
 from model.peft.ia3 import IA3
@@ -88,6 +88,9 @@ def _wrapped(model: Transformer, adapters: dict) -> tuple[dict, Tensors]:
             key, spec = keys[path], _spec(model, path)
             if getattr(leaf, "used", "both") == "head":
                 key, spec = Key(keys["unembed/table"].name, "VD->VD"), spec.replace(eqn=HEAD)
+            outputs = isinstance(leaf, IA3) and set(leaf.letters) != set(weights.split(spec.eqn)[1])
+            if not (spec.stacked or isinstance(leaf, LoRA)) or (outputs and has_bias(model.specs, path)):
+                raise UserError(f"what PEFT does with {type(leaf).__name__} there is another thing", path)
             modules[key.name.removesuffix(".weight")].append((leaf, key, spec))
             if path == "embed/table" and tied and getattr(leaf, "used", "") == "both":
                 if type(leaf) is not LoRA:
@@ -134,8 +137,6 @@ def _module(config: dict, target: str, parts: list, sizes: dict, embedding: bool
             config.setdefault("feedforward_modules", []).extend([target] * inputs)
             return {".ia3_l": leaf.scale[..., None, :] if inputs else leaf.scale[..., None]}
         case OFT():
-            if set(leaf.letters) != set(weights.split(spec.eqn)[1]):
-                raise UserError("OFT of an embedding table is not written", key.name)
             config |= {"oft_block_size": block_of(leaf.q.shape[-1]), "r": 0, "use_cayley_neumann": leaf.terms > 0}
             config["num_cayley_neumann_terms"] = leaf.terms or 5
             return {".oft_R.weight": leaf.q}

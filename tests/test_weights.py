@@ -171,7 +171,6 @@ def test_methods_over_quantised_bases(method, quant):
         np.testing.assert_allclose(jax.jit(model)(base, tokens), jax.jit(model)(adapted, tokens), atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, weights.base(adapted), base)
     train, frozen = weights.partition(adapted, weights.trainable(adapted, "adapters"))
-    assert not {type(x) for x in jax.tree.leaves(train)} - {type(key)}
     loss = lambda t: jnp.square(model(weights.combine(t, frozen), tokens)).mean()
     moved = jax.tree.map(lambda x: x + 0.05 * rand(*x.shape, seed=7), train)
     grads = jax.jit(jax.grad(loss))(moved)
