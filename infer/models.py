@@ -46,9 +46,10 @@ def before_and_after(source: str | Path, base: str | Path = "") -> tuple[LM, Par
     `source`: a run folder, a PEFT folder or a model. Raises UserError.
     """
     path = Path(source).expanduser()
-    adapter = (path / adapters.CONFIG).exists() or ((path / "ckpt").is_dir() and bool(Run(path).cfg.peft.name))
-    start = base or (Run(path).cfg.init if (path / "ckpt").is_dir() else "")
-    if not start and not (path / "ckpt").is_dir():
+    run = Run(path) if (path / "ckpt").is_dir() else None
+    adapter = (path / adapters.CONFIG).exists() or bool(run and run.cfg.peft.name)
+    start = base or (run.cfg.init if run else "")
+    if not start and not run:
         raise UserError("does not say what it was tuned from", str(source), "name it: --base=MODEL")
     lm = load(start, adapter=source) if adapter and start else load(source)
     if adapter:

@@ -43,7 +43,7 @@ def edit(sources: list[str], base: str, to: str, method: str, density: float, se
         raise UserError("exists", to, "choose a new folder")
     parsed = [source_and_factor(text) for text in sources]
     from infer.models import before_and_after, load
-    from model import adapters_write, update
+    from model import adapters_write, update, weights
     from model.export import export_hf
 
     lm = load(base)
@@ -61,7 +61,7 @@ def edit(sources: list[str], base: str, to: str, method: str, density: float, se
             result = update.ties(updates, factors, density)
         case "dare":
             result = update.dare(updates, factors, density, seed)
-    plain = update.add(lm.params, dict.fromkeys(result, 0))
+    plain = weights.dense(lm.params, specs)
     if not rank:
         delta = export_hf(lm.model, update.add(plain, result), lm.tokenizer, to)
         print(f"{to} · read back, the logits differ by at most {delta:.1g} of their scale")
