@@ -82,9 +82,8 @@ class LoRA(Weight):
     def axes(self, spec: Spec) -> "LoRA":
         stacked = spec.names[: spec.stacked]
         a, b = (stacked + tuple(AXES[c] for c in letters) for letters in self.letters)
-        noise = None if self.noise is None else (*stacked, None)
         start = None if self.start is None else (a, b)
-        return self.replace(base=weights.axes_of(self.base, spec), a=a, b=b, start=start, noise=noise)
+        return self.replace(base=weights.axes_of(self.base, spec), a=a, b=b, start=start)
 
     def in_training(self, key: Array, step: Array) -> "LoRA":
         leaf = super().in_training(key, step)
