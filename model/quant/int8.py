@@ -1,0 +1,63 @@
+"""Eight-bit integers, one scale an output channel; the activations too, one scale a token, as `activations` says.
+
+XLA is at the memory limit of a TPU with both and needs no kernel; products of integers are the fast ones on a CPU.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import flax.struct
+import jax.numpy as jnp
+from jax import Array
+
+from model import weights
+from model.quant._matrix import Calibration, Format, Quantised, matrix, nearest, transform
+
+
+@flax.struct.dataclass
+class Int8(Quantised):
+    activations: bool = flax.struct.field(default=False, pytree_node=False)
+
+    def numbers(self, codes: Array) -> Array:
+        return codes.astype(jnp.float32)
+
+    def forward(self, eqn: str, x: Array) -> Array:
+        """W8A8 (Dettmers et al. 2022, arXiv 2208.07339, without outliers): x is rounded too, its gradient is not."""
+        if not self.activations or weights.split(eqn)[0]:
+            return super().forward(eqn, x)
+        xs, _, out = weights.operands(eqn)
+        q, per_token = round_rows(x, [xs.index(c) for c in weights.split(eqn)[1]])
+        w, scale = self._factors(jnp.int8)
+        y = weights.product(eqn, q, w, jnp.int32).astype(jnp.float32)
+        kept = dict(zip(xs, per_token.shape, strict=True))
+        per_token = per_token.reshape([kept.get(c, 1) for c in out])
+        return (y * per_token * self._columns(scale, out)).astype(x.dtype)
+
+
+def grid(v: Array) -> Array:
+    return jnp.clip(jnp.round(v), -127, 127)
+
+
+def round_rows(x: Array, over: list[int]) -> tuple[Array, Array]:
+    """(int8 codes, float32 scales with ones in `over`): one scale for all of the axes `over`."""
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(x).max(over, keepdims=True) * (1 / 127), 1e-30)
+    return grid(x / scale).astype(jnp.int8), scale
+
+
+def encode(
+    w: Array, eqn: str, *, activations: bool = False, calibration: Calibration = "absmax", solve: Callable = nearest
+) -> Int8:
+    m = matrix(w, eqn)
+    form = Format(grid, 127, (m.shape[-2], 1), calibration)
+    r = solve(m, form)
+    return Int8.of(r, r.numbers.astype(jnp.int8), w, eqn, form).replace(activations=activations)
+
+
+def make(
+    *, activations: bool = False, calibration: Literal["absmax", "percentile", "mse"] = "absmax",
+    where: str = r"layers/.*",
+) -> Callable:  # fmt: skip
+    """A Transform: 8 bits a weight and 16 an output channel."""
+    return transform(where, partial(encode, activations=activations, calibration=calibration))
