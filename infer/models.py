@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from model.config import ModelConfig
 from model.pretrained import Pretrained, open_pretrained
 from model.transformer import Transformer
 from model.weights import Params, Specs
+
+SHAPE = "model.json"  # the ModelConfig, in a folder that holds every parameter
 
 
 def load(name: str | Path, adapter: str | Path | None = None, dtype: str | None = None) -> LM:
@@ -62,6 +65,12 @@ class Run:
 
     @functools.cached_property
     def model(self) -> Transformer:
+        if (shape := self.workdir / SHAPE).is_file():  # the folder holds every parameter, and needs no `init`
+            try:
+                config = ModelConfig.from_dict(json.loads(shape.read_text()))
+            except (ValueError, TypeError) as e:
+                raise UserError(f"is not the shape of a model: {e}", str(shape)) from None
+            return Transformer(config, self.cfg.model.dtype, self.cfg.model.param_dtype)
         return build.model(self.cfg, self.init, tokenizers.load(self.tokenizer_source).vocab_size)
 
     @property
@@ -82,10 +91,12 @@ class Run:
 
         What was not trained is derived from the config, as training did. Raises UserError when it is not the same.
         """
-        base = self._base(specs, shardings, dtype)
-        transform = build.transform(self.cfg, specs)
-        policy = transform(base, jax.random.key(self.cfg.seed))
+        transform = jax.jit(build.transform(self.cfg, specs))  # compiled as in training: codes come out the same
         learnt = {k.removeprefix("policy/"): v for k, v in self.saved.params.items() if k.startswith("policy/")}
+        if (self.workdir / SHAPE).is_file():
+            policy = jax.eval_shape(transform, self.model.abstract, jax.random.key(0))
+        else:
+            policy = transform(self._base(specs, shardings, dtype), jax.random.key(self.cfg.seed))
         names = set(saved.named(policy))
         if strange := learnt.keys() - names:
             raise UserError(f"the run has learnt {min(strange)}, which its config does not have", str(self.workdir))
@@ -100,9 +111,11 @@ class Run:
         return jax.jit(self.model.init, out_shardings=shardings)(jax.random.key(self.cfg.seed))
 
 
-def _like(value: Any, x: jax.Array) -> jax.Array:
+def _like(value: Any, x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     """`value` in the type and the place of `x`; `x` itself without one."""
     if value is None:
+        if not isinstance(x, jax.Array):
+            raise UserError("it does not hold every parameter", "run folder")
         return x
     if value.shape != x.shape:
         raise UserError(f"a saved parameter has shape {value.shape}, the model wants {x.shape}", "run folder")

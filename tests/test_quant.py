@@ -2,7 +2,7 @@
 
 import importlib
 import itertools
-import math
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import pytest
 
 from model import weights
 from model.quant import fp8, int4, int8, nf4, qat, train8
-from model.quant._matrix import Format, matrix, nearest, pack, unpack
+from model.quant._matrix import Format, nearest, pack, unpack
 from model.weights import Spec
 from tests.test_weights import METHODS, activation, rand, tiny
 
@@ -55,28 +55,45 @@ def leaf_of(name, eqn, stack=()):
     return LEAVES[name]({"w": w}, {"w": spec}, jax.random.key(0))["w"], w, spec
 
 
+def distance(a, b):
+    return jnp.sqrt(jnp.square(a - b).sum() / jnp.square(b).sum())
+
+
 def relative(a, b):
-    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+    return float(distance(a, b))
 
 
-@pytest.mark.parametrize("eqn", EQNS)
-@pytest.mark.parametrize("name", LEAVES)
+def pairs(first, second, quick):
+    """All pairs; those that are not quick are marked slow."""
+    every = itertools.product(first, second)
+    return [pytest.param(*p, marks=() if quick(*p) else pytest.mark.slow) for p in every]
+
+
+@pytest.mark.parametrize(
+    "name, eqn", pairs(LEAVES, EQNS, lambda name, eqn: name == "int4 g32" or eqn == "BTNH,NHD->BTD")
+)
 def test_einsum_and_its_gradient_are_those_of_the_dense_array(name, eqn):
-    leaf, w, spec = leaf_of(name, eqn)
-    dense, x = leaf.dense(spec), activation(eqn, w.shape)
-    assert dense.shape == w.shape and relative(dense, w) < 0.2
-    y, pull = jax.vjp(lambda x: weights.einsum(eqn, x, leaf), x)
-    want, pull_dense = jax.vjp(lambda x: jnp.einsum(eqn, x, dense, precision="highest"), x)
-    g = rand(*y.shape, seed=5)
+    spec = spec_of(eqn, EQNS[eqn])
     limit = 1e-5 if name in EXACT else 0.015 if name in ("w8a8", "train8") else 0.06  # half a step of a row's largest
-    assert relative(y, want) < limit
-    limit = 1e-5 if name in (*EXACT, "w8a8") else 0.015 if name == "train8" else 0.09
-    assert relative(pull(g)[0], pull_dense(g)[0]) < limit
+    limit_x = 1e-5 if name in (*EXACT, "w8a8") else 0.015 if name == "train8" else 0.09
+
+    @jax.jit
+    def errors(w, x):
+        leaf = LEAVES[name]({"w": w}, {"w": spec}, None)["w"]
+        dense = leaf.dense(spec)
+        y, pull = jax.vjp(lambda x: weights.einsum(eqn, x, leaf), x)
+        want, pull_dense = jax.vjp(lambda x: jnp.einsum(eqn, x, dense, precision="highest"), x)
+        g = rand(*y.shape, seed=5)
+        return distance(dense, w), distance(y, want), distance(pull(g)[0], pull_dense(g)[0])
+
+    w = rand(*EQNS[eqn])
+    by_format, by_forward, by_backward = errors(w, activation(eqn, w.shape))
+    assert by_format < 0.2 and by_forward < limit and by_backward < limit_x
 
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_a_table_is_looked_up_and_is_a_tied_head(name):
-    leaf, w, spec = leaf_of(name, "BTV,VD->BTD")
+    leaf, _, spec = leaf_of(name, "BTV,VD->BTD")
     ids = jnp.array([[3, 0, 10], [5, 5, 1]])
     np.testing.assert_allclose(weights.take(leaf, ids, jnp.float32), leaf.dense(spec)[ids], atol=1e-6)
     x = rand(2, 3, 67)
@@ -142,7 +159,7 @@ class TestByHand:
         assert leaf.scale.item() == 255
 
     def test_fp8(self):
-        """Scale 1: e4m3 has 8 steps an octave, 448 = 1.75 * 2^8; 17 lies between 16 and 18, and goes to the even one."""
+        """Scale 1: e4m3 has 8 steps an octave, 448 = 1.75 * 2^8; 17 lies between 16 and 18, the first is even."""
         leaf = fp8.encode(self.column(448.0, 17.0, -1.06, 2.0**-9), "BTD,DF->BTF")
         np.testing.assert_array_equal(self.values(leaf), [448, 16, -1, 2.0**-9])
 
@@ -172,6 +189,7 @@ def error(w, leaf):
 
 
 # Relative RMS error in % of Gaussian weights, for groups of 32, 64, 128: measured apart, with numpy.
+# Where the table's asymmetric zero is a whole number of steps, ours is not: it may be up to 5 % better.
 TABLE = {"absmax": (9.70, 10.8, 11.8), "mse": (8.64, 9.49, 10.1), "asymmetric": (8.08, 9.11, 10.1)}
 TABLE["nf4"] = (8.74, 9.20, 9.55)
 
@@ -185,7 +203,7 @@ def test_errors_of_4_bits_on_gaussian_weights(kind):
         else:
             options = dict(symmetric=False) if kind == "asymmetric" else dict(calibration=kind)
             leaf = int4.encode(w, "BTD,DF->BTF", group=group, **options)
-        np.testing.assert_allclose(error(w, leaf), want, rtol=0.02)
+        assert (0.95 if kind == "asymmetric" else 0.98) < error(w, leaf) / want < 1.02
 
 
 def test_order_of_formats_on_gaussian_weights():
@@ -210,24 +228,78 @@ def test_quantised_twice_is_quantised_once():
         jax.tree.map(np.testing.assert_array_equal, once, again)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["int8", "int4 asymmetric", "nf4", "e4m3 block", "qat", "train8"])
+@pytest.mark.parametrize(
+    "name, method",
+    pairs(["int8", "int4 asymmetric", "nf4", "e4m3 block", "qat", "train8"], METHODS, lambda *p: p == ("nf4", "lora")),
+)
 def test_every_peft_method_on_every_quantiser(name, method):
-    """Starts as the base, merges to what it computes, trains its adapters alone."""
-    model = tiny()
-    base = LEAVES[name](model.init(jax.random.key(0)), model.specs, None)
+    """Starts as the base, merges to what it computes, trains its adapters alone.
+
+    XLA may sum in another order once a graph has grown, which may turn an activation of train8 to the next code.
+    """
+    model, close = tiny(layers=1), 2e-5 if name != "train8" else 0.1
+    base = jax.jit(lambda p: LEAVES[name](p, model.specs, None))(model.init(jax.random.key(0)))
     adapt = importlib.import_module(f"model.peft.{method}").make(where=".*")
-    adapted = adapt(base, model.specs, jax.random.key(1))
+    adapted = jax.jit(lambda p, key: adapt(p, model.specs, key))(base, jax.random.key(1))
     tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 512)
     run = jax.jit(model)
-    np.testing.assert_array_equal(run(adapted, tokens), run(base, tokens))
+    np.testing.assert_allclose(run(adapted, tokens), run(base, tokens), atol=close)
     jax.tree.map(np.testing.assert_array_equal, weights.base(adapted), base)
     train, frozen = weights.partition(adapted, weights.trainable(adapted, "adapters"))
     train = jax.tree.map(lambda x: x + 0.05 * rand(*x.shape, seed=7), train)
-    moved, merged = weights.combine(train, frozen), weights.dense(weights.combine(train, frozen), model.specs)
-    close = 2e-4 if name != "train8" else 0.2
-    np.testing.assert_allclose(run(moved, tokens), run(merged, tokens), atol=close)
+    moved = weights.combine(train, frozen)
+    merged = jax.jit(lambda p: weights.dense(p, model.specs))(moved)
+    np.testing.assert_allclose(run(moved, tokens), run(merged, tokens), atol=10 * close)
     named = weights.axes(adapted, model.specs)
     jax.tree.map(lambda x, names: np.testing.assert_equal(len(names), x.ndim), adapted, named)
-    grads = jax.grad(lambda t: run(weights.combine(t, frozen), tokens).std())(train)
+    grads = jax.jit(jax.grad(lambda t: model(weights.combine(t, frozen), tokens).std()))(train)
     assert all(bool(jnp.abs(g).max() > 0) for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("format, options", [("int4", {"group": 32}), ("int8", {"activations": True})])
+def test_fake_quantisation_is_the_converted_model_bit_for_bit(format, options):
+    """At inference and in training; before step `start` it is the float model, and gradients reach the weights."""
+    model = tiny(layers=1)
+    params = model.init(jax.random.key(0))
+    fake = qat.make(where=".*", format=format, start=3, **options)(params, model.specs, None)
+    tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 512)
+    run = jax.jit(model)
+    want = run(jax.jit(qat.converted)(fake), tokens)
+    np.testing.assert_array_equal(run(fake, tokens), want)
+    at = lambda step: jax.jit(lambda p, step: model(weights.in_training(p, jax.random.key(0), step), tokens))(
+        fake, step
+    )
+    last_bit = dict(atol=2e-6 if "activations" in options else 0, rtol=0)  # in a branch XLA rounds the activations anew
+    np.testing.assert_allclose(at(3), want, **last_bit)
+    np.testing.assert_allclose(at(2), run(params, tokens), atol=1e-6)
+    grads = jax.jit(jax.grad(lambda p: model(p, tokens).std()))(fake)
+    assert all(bool(jnp.abs(g).max() > 0) for g in jax.tree.leaves(grads))
+
+
+def test_rounding_at_random_is_right_on_average():
+    x = rand(1, 64)
+    for dtype in ("int8", "e5m2"):
+        draw = lambda key, dtype=dtype: jnp.multiply(*map(jnp.float32, train8.quantise(x, "BD", "D", dtype, key)))
+        draws = jax.vmap(draw)(jax.random.split(jax.random.key(1), 4000))
+        sure = jnp.multiply(*map(jnp.float32, train8.quantise(x, "BD", "D", dtype)))
+        assert relative(draws.mean(0), x) < 0.1 * relative(sure, x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qlora_tiny", "qat_tiny", "int8_train_tiny"])
+def test_it_learns(name, tmp_path):
+    """The run of the config, shortened: the loss falls, and the folder opens as the model that was trained."""
+    from configs import schema
+    from infer import load
+    from train.main import run
+
+    argv = [
+        f"--config=configs/quant/{name}.py", f"--workdir={tmp_path}", "--config.steps=40", "--config.log_every=39",
+        "--config.eval_batches=1", "--config.ckpt.every=0", "--config.samples=()",
+        f"--config.data.cache={tmp_path}/cache",
+    ]  # fmt: skip
+    assert run(schema.load(argv)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    before, after = [line["nll"] for line in lines if line["kind"] == "eval"]
+    assert after < 0.5 * before
+    assert load(tmp_path).loss("2+3=5")[0] < 0.5 * before

@@ -183,6 +183,10 @@ class Quantised(Weight):
         size = dict(zip(weights.operands(self.eqn)[1], self.sizes, strict=True))
         return tuple(math.prod(size[c] for c in side) for side in letters(self.eqn)[1:])
 
+    def with_inverse(self, inverse: Array) -> "Quantised":
+        """The leaf of a matrix whose rows were divided by `inverse` [..., K, 1]."""
+        return self.replace(inverse=self._swap(inverse).astype(jnp.bfloat16))
+
     def _swap(self, a: Array) -> Array:
         return a.swapaxes(-1, -2) if transposed(self.eqn) else a
 
@@ -274,16 +278,23 @@ def _multiply(eqn: str, x: Array, w: Quantised) -> Array:
 _multiply.defvjp(lambda eqn, x, w: (w.forward(eqn, x), w), lambda eqn, w, g: (w.backward(eqn, g), None))
 
 
-def transform(where: str, encode: Callable[[Array, str], Weight]) -> Callable[[Params, Specs, Array], Params]:
+def transform(
+    where: str, encode: Callable[[Array, str], Weight], scaled: bool = False
+) -> Callable[[Params, Specs, Array], Params]:
     """A Transform that replaces every multiplied parameter whose name matches `where` by `encode(w, eqn)`.
 
+    With `scaled` a leaf has room for the factors on its inputs that AWQ and SmoothQuant find; here they are 1.
     Raises ValueError when `where` matches nothing.
     """
+
+    def one(w: Array, eqn: str) -> Weight:
+        leaf = encode(w, eqn)
+        return leaf.with_inverse(jnp.ones((*leaf.codes.shape[:-2], leaf.kn[0], 1))) if scaled else leaf
 
     def apply(params: Params, specs: Specs, key: Array) -> Params:
         hit = lambda path, spec: bool(spec.eqn and re.fullmatch(where, path))
         if not any(jax.tree.leaves(weights.map_named(hit, specs, is_leaf=weights.is_spec))):
             raise ValueError(f"quant.where={where!r} matches no multiplied parameter")
-        return weights.replace(params, specs, lambda path, w, spec: encode(w, spec.eqn) if hit(path, spec) else w)
+        return weights.replace(params, specs, lambda path, w, spec: one(w, spec.eqn) if hit(path, spec) else w)
 
     return apply

@@ -1,7 +1,7 @@
 """Eight-bit floats (Micikevicius et al. 2022, arXiv 2209.05433), one scale a tensor, an output channel or a block."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import flax.struct
@@ -33,6 +33,12 @@ def round_float(v: Array, mantissa: int, smallest: int, top: float, key: Array |
     return jnp.clip(steps * step, -top, top)
 
 
+@cache
+def _grid(format: str) -> Callable[[Array], Array]:
+    """One object a format: programs are compiled for it."""
+    return lambda v: round_float(v, *FORMATS[format][1:])
+
+
 def encode(
     w: Array, eqn: str, *, format: Literal["e4m3", "e5m2"] = "e4m3",
     scale: Literal["tensor", "channel", "block"] = "channel", calibration: Calibration = "absmax",
@@ -42,7 +48,7 @@ def encode(
     dtype, *bits = FORMATS[format]
     k, n = m.shape[-2:]
     tile = {"tensor": (k, n), "channel": (k, 1), "block": (min(BLOCK, k), min(BLOCK, n))}[scale]
-    form = Format(lambda v: round_float(v, *bits), bits[-1], tile, calibration)
+    form = Format(_grid(format), bits[-1], tile, calibration)
     r = solve(m, form)
     return FP8.of(r, r.numbers.astype(dtype), w, eqn, form)
 

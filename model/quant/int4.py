@@ -39,7 +39,7 @@ def encode(
 
 def make(
     *, group: int = 64, symmetric: bool = True, calibration: Literal["absmax", "percentile", "mse"] = "absmax",
-    where: str = r"layers/.*",
+    scaled: bool = False, where: str = r"layers/.*",
 ) -> Callable:  # fmt: skip
     """A Transform: 4 + 16 / group bits a weight; without `symmetric` 4 + 32 / group."""
-    return transform(where, partial(encode, group=group, symmetric=symmetric, calibration=calibration))
+    return transform(where, partial(encode, group=group, symmetric=symmetric, calibration=calibration), scaled)

@@ -57,7 +57,7 @@ def encode(
 
 def make(
     *, activations: bool = False, calibration: Literal["absmax", "percentile", "mse"] = "absmax",
-    where: str = r"layers/.*",
+    scaled: bool = False, where: str = r"layers/.*",
 ) -> Callable:  # fmt: skip
     """A Transform: 8 bits a weight and 16 an output channel."""
-    return transform(where, partial(encode, activations=activations, calibration=calibration))
+    return transform(where, partial(encode, activations=activations, calibration=calibration), scaled)

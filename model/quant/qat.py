@@ -57,7 +57,8 @@ class FakeQuant(Weight):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
 def _straight_through(use: Callable, x: Array, w: Array, live: Array | None, encode: Callable) -> Array:
-    quantised = lambda: use(x, encode(w))
+    # The barrier makes what follows the graph of the quantised model: fused with the rounding, a sum may change order.
+    quantised = lambda: use(x, jax.lax.optimization_barrier(encode(w)))
     return quantised() if live is None else jax.lax.cond(live, quantised, lambda: use(x, w))
 
 
