@@ -1,17 +1,21 @@
 """Quantised leaves: the leaf contract for every file of model/quant, the formats' arithmetic and accuracy by hand."""
 
+import functools
 import importlib
 import itertools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import int4_matmul
+from kernels.packing import pack, unpack
 from model import weights
-from model.quant import fp8, int4, int8, nf4, qat, train8
-from model.quant._matrix import Format, nearest, pack, unpack
+from model.quant import _calibrate, fp8, int4, int8, nf4, qat, train8
+from model.quant._matrix import Format, nearest
 from model.weights import Spec
 from tests.test_weights import METHODS, activation, rand, tiny
 
@@ -303,3 +307,123 @@ def test_it_learns(name, tmp_path):
     before, after = [line["nll"] for line in lines if line["kind"] == "eval"]
     assert after < 0.5 * before
     assert load(tmp_path).loss("2+3=5")[0] < 0.5 * before
+
+
+# --- kernels ---
+
+
+@pytest.mark.parametrize(
+    "m, k, n, group",
+    [
+        (5, 512, 160, 64),
+        (16, 576, 300, 128),
+        (130, 2048, 200, 64),
+        pytest.param(200, 8192, 256, 128, marks=pytest.mark.slow),
+    ],
+)
+def test_int4_kernel_is_its_reference(m, k, n, group):
+    """Both regimes and both directions, with ragged columns, rows and groups; bfloat16 inputs, sums in float32."""
+    leaf = int4.encode(rand(k, n), "BTD,DF->BTF", group=group)
+    x, g = rand(m, k, seed=1).astype(jnp.bfloat16), rand(m, n, seed=2).astype(jnp.bfloat16)
+    assert int4_matmul.supported(k, n, group)
+    kernel = lambda x: int4_matmul.matmul(x, leaf.codes, leaf.scale, group, True)
+    y, pull = jax.vjp(jax.jit(kernel), x)
+    want, pull_reference = jax.vjp(lambda x: int4_matmul.reference(x, leaf.codes, leaf.scale, group), x)
+    assert relative(*map(jnp.float32, (y, want))) < 4e-3  # bfloat16 keeps 8 bits
+    assert relative(*map(jnp.float32, (pull(g)[0], pull_reference(g)[0]))) < 4e-3
+    np.testing.assert_allclose(leaf.forward("BTD,DF->BTF", x[None])[0], want, rtol=0.02, atol=0.1)
+
+
+# --- calibration ---
+
+
+def inputs(tokens, k, seed=3):
+    """Columns of different size that lean on one another, as activations do."""
+    x = rand(tokens, k, seed=seed) @ (jnp.eye(k) + 2 * rand(k, k, seed=4) / k**0.5)
+    return np.asarray(x * jnp.exp(rand(k, seed=6)), np.float64)
+
+
+@pytest.mark.parametrize("group", [16, 24, 64])
+def test_gptq_is_the_update_of_the_paper(group):
+    """Eq. 2, with the inverse of what is left of X'X taken anew for each row, in float64 and without a Cholesky."""
+    k, n = 48, 6
+    w, x = np.asarray(rand(k, n), np.float64), inputs(300, k)
+    h = x.T @ x
+    h += _calibrate.DAMPING * np.trace(h) / k * np.eye(k)
+    left, want = w.copy(), np.zeros_like(w)
+    for i in range(k):
+        if i % group == 0:
+            scale = np.asarray(jnp.asarray(np.abs(left[i : i + group]).max(0) / 7, jnp.bfloat16), np.float64)
+        want[i] = np.clip(np.round(left[i] / scale), -8, 7) * scale
+        inverse = np.linalg.inv(h[i:, i:])
+        left[i + 1 :] -= np.outer(inverse[1:, 0] / inverse[0, 0], left[i] - want[i])
+    solve = functools.partial(_calibrate.gptq, _calibrate.factor(x.T @ x))
+    leaf = int4.encode(jnp.asarray(w, jnp.float32), "BTD,DF->BTF", group=group, solve=solve)
+    ours = leaf.dense(spec_of("BTD,DF->BTF", (k, n)))
+    np.testing.assert_allclose(ours, want, atol=1e-5)
+    nearest = int4.encode(jnp.asarray(w, jnp.float32), "BTD,DF->BTF", group=group).dense(spec_of("BTD,DF->BTF", (k, n)))
+    assert np.linalg.norm(x @ (ours - w)) < 0.8 * np.linalg.norm(x @ (nearest - w))
+
+
+def test_awq_is_the_search_of_the_paper():
+    """Eq. 4 and 5 over 20 exponents, on the activations themselves."""
+    k, n, group, eqn = 64, 8, 32, "BTD,DF->BTF"
+    w, x = np.asarray(rand(k, n), np.float32), np.float32(inputs(300, k))
+    size = np.abs(x).mean(0)
+    best, least = None, np.inf
+    for a in np.arange(20) / 20:
+        s = (size / size.mean()) ** a
+        s = s / np.sqrt(s.max() * s.min())
+        s = 1 / np.float32(jnp.asarray(1 / s, jnp.bfloat16))[:, None]
+        groups = (w * s).reshape(k // group, group, n)
+        scale = np.float32(jnp.asarray(np.abs(groups).max(1, keepdims=True) / 7, jnp.bfloat16))
+        rounded = (np.clip(np.round(groups / scale), -8, 7) * scale).reshape(k, n) / s
+        if (error := np.linalg.norm(x @ (rounded - w))) < least:
+            best, least, exponent = rounded, error, a
+    seen = _calibrate._inputs(jnp.asarray(x), k)
+    leaf = _calibrate.awq(jnp.asarray(w), eqn, seen, functools.partial(int4.encode, group=group))
+    assert 0 < exponent < 0.95
+    np.testing.assert_allclose(leaf.dense(spec_of(eqn, (k, n))), best, atol=1e-5)
+    np.testing.assert_allclose(
+        _calibrate.output_error(jnp.asarray(w), eqn, leaf, seen.gram), least / np.linalg.norm(x @ w), rtol=1e-3
+    )
+
+
+def test_smoothquant_by_hand():
+    """Peaks 4 and 1 of x, 1 and 4 of the rows of W, strength 1/2: factors 2 and 1/2, so that both peaks become 2."""
+    w = jnp.array([[1.0], [-4.0]])
+    seen = _calibrate.Inputs(jnp.eye(2), jnp.ones(2), jnp.array([4.0, 1.0]))
+    leaf = _calibrate.smoothquant(w, "BTD,DF->BTF", seen, functools.partial(int8.encode, activations=True))
+    np.testing.assert_array_equal(leaf.inverse[:, 0], [0.5, 2])
+    np.testing.assert_array_equal(leaf.codes[:, 0], [127, -127])
+    y = weights.einsum("BTD,DF->BTF", jnp.array([[[4.0, 1.0]]]), leaf)
+    np.testing.assert_allclose(y.item(), 0, atol=1e-5)
+
+
+def test_a_quantised_folder_opens_alone(tmp_path, capsys):
+    """Calibrated layer by layer, saved and read back without the model it came from; bad words end with exit code 2."""
+    from argparse import Namespace
+
+    from data import tokenizer
+    from infer import load
+    from infer.lm import LM
+    from tools import quantize
+
+    model = tiny()
+    lm = LM(model, jax.jit(model.init)(jax.random.key(0)), tokenizer.load("bytes"))
+    quantize.save(tmp_path / "float", lm, {"name": ""}, Namespace(dtype="float32", seed=0))
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"text": f"{i} is a number " * 20}) for i in range(40)))
+    argv = [f"--model={tmp_path / 'float'}", f"--data={tmp_path / 'data.jsonl'}", "--rows=8", "--seq_len=64"]
+    argv += [f"--out={tmp_path / 'small'}", "--quant=int4", "--eval_tokens=128", "--dtype=float32"]
+    for wrong in ("--group=x", "--grup=32", "--method=awq --quant=nf4", "--calibration=max", "--quant=int5"):
+        assert quantize.main([*argv, *wrong.split()]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "small").exists()
+    assert quantize.main([*argv, "--group=32", "--method=awq"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("output error") == 2 and "perplexity" in told
+    shutil.rmtree(tmp_path / "float")
+    small = load(tmp_path / "small")
+    leaves = jax.tree.leaves(small.params["layers"], is_leaf=weights.is_weight)
+    assert sum(isinstance(leaf, int4.Int4) for leaf in leaves) == 7
+    assert quantize.main([*argv]) == 2  # not empty
+    small.generate("1 is a", max_new_tokens=2)

@@ -48,7 +48,7 @@ def options(quant: str, method: str, words: list[str]) -> dict[str, Any]:
     found = {name: key.default for name, key in keys.items()}
     if method in ("awq", "smoothquant"):
         if "scaled" not in keys:
-            raise UserError(f"{quant} has no factors on its inputs, which {method} fits", "--method", "int4 or int8 can")
+            raise UserError(f"{method} scales inputs, which {quant} does not", "--method", "int4 and int8 do")
         found["scaled"] = True
     for word in words:
         name, _, text = word.removeprefix("--").partition("=")

@@ -125,19 +125,6 @@ def nearest(m: Array, form: Format) -> Rounded:
     return Rounded(_number(m, a, b, form.grid), scale, offset)
 
 
-def pack(codes: Array) -> Array:
-    """Two codes of 4 bits a byte: rows 2i (low) and 2i + 1 of [..., K, N] -> uint8 [..., ceil(K / 2), N]."""
-    codes = codes.astype(jnp.int32) & 15
-    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 2) + [(0, codes.shape[-2] % 2), (0, 0)])
-    return (codes[..., ::2, :] | codes[..., 1::2, :] << 4).astype(jnp.uint8)
-
-
-def unpack(packed: Array, k: int) -> Array:
-    """The inverse of `pack` on k rows: uint8 [..., k, N]."""
-    pairs = jnp.stack([packed & 15, packed >> 4], -2)
-    return pairs.reshape(*packed.shape[:-2], -1, packed.shape[-1])[..., :k, :]
-
-
 @flax.struct.dataclass
 class Quantised(Weight):
     """A frozen weight as numbers * scale + offset, of a matrix [..., K, N], or [..., N, K] as `transposed` says.

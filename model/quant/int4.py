@@ -10,17 +10,54 @@ from functools import partial
 from typing import Literal
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.quant._matrix import Calibration, Format, Quantised, matrix, nearest, pack, transform, unpack
+from kernels.packing import pack, signed, unpack
+from model import weights
+from model.quant._matrix import Calibration, Format, Quantised, matrix, nearest, transform, transposed
 
 
 @flax.struct.dataclass
 class Int4(Quantised):
     def numbers(self, codes: Array) -> Array:
-        nibbles = unpack(codes, self.kn[0])
-        return ((nibbles ^ 8).astype(jnp.int8) - 8).astype(jnp.float32)  # two's complement
+        return signed(unpack(codes, self.kn[0])).astype(jnp.float32)
+
+    def forward(self, eqn: str, x: Array) -> Array:
+        plain = super().forward
+        if not self._kernel_takes(eqn, x):
+            return plain(eqn, x)
+        from kernels.int4_matmul import matmul
+
+        def tpu(x: Array, codes: Array, scale: Array) -> Array:
+            return matmul(x.reshape(-1, self.kn[0]), codes, scale, self.tile[0]).reshape(shape)
+
+        shape = jax.eval_shape(lambda x: plain(eqn, x), x).shape
+        return jax.lax.platform_dependent(x, self.codes, self.scale, tpu=tpu, default=lambda x, *_: plain(eqn, x))
+
+    def backward(self, eqn: str, g: Array) -> Array:
+        plain = super().backward
+        if not self._kernel_takes(eqn, g):
+            return plain(eqn, g)
+        from kernels.int4_matmul import gradient
+
+        def tpu(g: Array, codes: Array, scale: Array) -> Array:
+            return gradient(g.reshape(-1, self.kn[1]), codes, scale, self.tile[0]).reshape(shape)
+
+        shape = jax.eval_shape(lambda g: plain(eqn, g), g).shape
+        return jax.lax.platform_dependent(g, self.codes, self.scale, tpu=tpu, default=lambda g, *_: plain(eqn, g))
+
+    def _kernel_takes(self, eqn: str, x: Array) -> bool:
+        """Whether the product is one of two matrices on one device; the partitioner cannot split a kernel."""
+        xs, _, out = weights.operands(eqn)
+        shared, contracted, produced = weights.split(eqn)
+        kept = xs.removesuffix(contracted)
+        if xs != kept + contracted or out != kept + produced or shared or transposed(self.eqn) or weights.sharded():
+            return False
+        from kernels.int4_matmul import supported
+
+        return x.dtype == jnp.bfloat16 and self.offset is None and supported(*self.kn, self.tile[0])
 
 
 def grid(v: Array) -> Array:

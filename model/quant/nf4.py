@@ -12,8 +12,9 @@ import flax.struct
 import jax.numpy as jnp
 from jax import Array
 
+from kernels.packing import pack, unpack
 from model import weights
-from model.quant._matrix import Format, Quantised, Rounded, matrix, nearest, pack, transform, unpack
+from model.quant._matrix import Format, Quantised, Rounded, matrix, nearest, transform
 from model.weights import Spec
 
 # Appendix E of the paper.
