@@ -69,6 +69,7 @@ class Weight:
     """Base of the leaves that are more than an array. Subclasses are `flax.struct.dataclass`es."""
 
     trainable: ClassVar[tuple[str, ...]] = ()  # fields that "adapters" trains
+    whole: ClassVar[bool] = False  # counts as one array: has the `shape`, `ndim` and `size` of what it stands for
 
     def einsum(self, eqn: str, x: Array) -> Array:
         """`jnp.einsum(eqn, x, dense)` without building `dense`."""
@@ -166,6 +167,11 @@ def name(path: tuple) -> str:
             case GetAttrKey(name=n):
                 parts.append(n)
     return "/".join(parts)
+
+
+def arrays(tree: Any) -> list[Any]:
+    """The arrays of a tree; codes and scales of a quantised one count as the array that they stand for."""
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Weight) and x.whole)
 
 
 def map_named(f: Callable, tree: Any, *rest: Any, is_leaf: Callable | None = None) -> Any:

@@ -5,19 +5,28 @@ import importlib
 import itertools
 import json
 import shutil
+from argparse import Namespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import schema
+from data import tokenizer
+from infer import load
+from infer.lm import LM
 from kernels import int4_matmul
 from kernels.packing import pack, unpack
 from model import weights
+from model.peft import lora
 from model.quant import _calibrate, fp8, int4, int8, nf4, qat, train8
 from model.quant._matrix import Format, nearest
 from model.weights import Spec
 from tests.test_weights import METHODS, activation, rand, tiny
+from tools import quantize
+from train.cost import cost
+from train.main import run
 
 EQNS = {  # sizes are odd, and no multiple of a group
     "BTD,DNH->BTNH": (70, 3, 5),
@@ -293,10 +302,6 @@ def test_rounding_at_random_is_right_on_average():
 @pytest.mark.parametrize("name", ["qlora_tiny", "qat_tiny", "int8_train_tiny"])
 def test_it_learns(name, tmp_path):
     """The run of the config, shortened: the loss falls, and the folder opens as the model that was trained."""
-    from configs import schema
-    from infer import load
-    from train.main import run
-
     argv = [
         f"--config=configs/quant/{name}.py", f"--workdir={tmp_path}", "--config.steps=40", "--config.log_every=39",
         "--config.eval_batches=1", "--config.ckpt.every=0", "--config.samples=()",
@@ -315,7 +320,7 @@ def test_it_learns(name, tmp_path):
 @pytest.mark.parametrize(
     "m, k, n, group",
     [
-        (5, 512, 160, 64),
+        pytest.param(5, 512, 160, 64, marks=pytest.mark.slow),
         (16, 576, 300, 128),
         (130, 2048, 200, 64),
         pytest.param(200, 8192, 256, 128, marks=pytest.mark.slow),
@@ -326,8 +331,8 @@ def test_int4_kernel_is_its_reference(m, k, n, group):
     leaf = int4.encode(rand(k, n), "BTD,DF->BTF", group=group)
     x, g = rand(m, k, seed=1).astype(jnp.bfloat16), rand(m, n, seed=2).astype(jnp.bfloat16)
     assert int4_matmul.supported(k, n, group)
-    kernel = lambda x: int4_matmul.matmul(x, leaf.codes, leaf.scale, group, True)
-    y, pull = jax.vjp(jax.jit(kernel), x)
+    kernel = jax.jit(lambda x, *w: int4_matmul.matmul(x, *w, group, True))
+    y, pull = jax.vjp(lambda x: kernel(x, leaf.codes, leaf.scale), x)
     want, pull_reference = jax.vjp(lambda x: int4_matmul.reference(x, leaf.codes, leaf.scale, group), x)
     assert relative(*map(jnp.float32, (y, want))) < 4e-3  # bfloat16 keeps 8 bits
     assert relative(*map(jnp.float32, (pull(g)[0], pull_reference(g)[0]))) < 4e-3
@@ -400,30 +405,63 @@ def test_smoothquant_by_hand():
     np.testing.assert_allclose(y.item(), 0, atol=1e-5)
 
 
-def test_a_quantised_folder_opens_alone(tmp_path, capsys):
-    """Calibrated layer by layer, saved and read back without the model it came from; bad words end with exit code 2."""
-    from argparse import Namespace
+@pytest.mark.parametrize(
+    "wrong", ["--group=x", "--grup=32", "--method=awq --quant=nf4", "--calibration=max", "--quant=int5"]
+)
+def test_bad_words_to_quantize_are_one_line(wrong, tmp_path, capsys):
+    argv = ["--model=none", f"--out={tmp_path / 'small'}", "--quant=int4", *wrong.split()]
+    assert quantize.main(argv) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "small").exists()
 
-    from data import tokenizer
-    from infer import load
-    from infer.lm import LM
-    from tools import quantize
 
+def numbers(folder):
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"{i} is a number " * 20}) for i in range(40)))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_quantised_folder_opens_alone(method, tmp_path, capsys):
+    """Calibrated layer by layer, saved and read back without the model it came from."""
     model = tiny()
     lm = LM(model, jax.jit(model.init)(jax.random.key(0)), tokenizer.load("bytes"))
     quantize.save(tmp_path / "float", lm, {"name": ""}, Namespace(dtype="float32", seed=0))
-    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"text": f"{i} is a number " * 20}) for i in range(40)))
-    argv = [f"--model={tmp_path / 'float'}", f"--data={tmp_path / 'data.jsonl'}", "--rows=8", "--seq_len=64"]
+    argv = [f"--model={tmp_path / 'float'}", f"--data={numbers(tmp_path)}", "--rows=8", "--seq_len=64"]
     argv += [f"--out={tmp_path / 'small'}", "--quant=int4", "--eval_tokens=128", "--dtype=float32"]
-    for wrong in ("--group=x", "--grup=32", "--method=awq --quant=nf4", "--calibration=max", "--quant=int5"):
-        assert quantize.main([*argv, *wrong.split()]) == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "small").exists()
-    assert quantize.main([*argv, "--group=32", "--method=awq"]) == 0
+    assert quantize.main([*argv, "--group=32", f"--method={method}"]) == 0
     told = capsys.readouterr().out
     assert told.count("output error") == 2 and "perplexity" in told
     shutil.rmtree(tmp_path / "float")
     small = load(tmp_path / "small")
     leaves = jax.tree.leaves(small.params["layers"], is_leaf=weights.is_weight)
     assert sum(isinstance(leaf, int4.Int4) for leaf in leaves) == 7
-    assert quantize.main([*argv]) == 2  # not empty
+    assert quantize.main(argv) == 2  # not empty
     small.generate("1 is a", max_new_tokens=2)
+
+
+@pytest.mark.slow
+def test_a_qat_run_becomes_the_model_it_was_trained_as(tmp_path):
+    """Bit for bit, through the command line."""
+    argv = ["--config=configs/quant/qat_tiny.py", f"--workdir={tmp_path / 'run'}", "--config.steps=2"]
+    argv += ["--config.samples=()", "--config.eval_batches=1", f"--config.data.cache={tmp_path}/cache"]
+    assert run(schema.load(argv)) == 0
+    words = [f"--model={tmp_path / 'run'}", "--quant=int4", f"--out={tmp_path / 'small'}", "--dtype=float32"]
+    assert quantize.main([*words, f"--data={numbers(tmp_path)}", "--seq_len=64", "--eval_tokens=0"]) == 0
+    tokens = jnp.arange(24).reshape(2, 12)
+    trained, small = load(tmp_path / "run"), load(tmp_path / "small")
+    assert isinstance(small.params["layers"]["attn"]["wq"], int4.Int4)
+    np.testing.assert_array_equal(trained.logits(tokens), small.logits(tokens))
+
+
+def test_a_quantised_base_costs_what_its_equations_say():
+    """FLOPs and parameters are those of the matrices, not of the bytes that hold them."""
+    model = tiny()
+    prices = []
+    for name in ("nf4", None):
+        quantise = LEAVES[name] if name else lambda p, *_: p
+        base = jax.eval_shape(lambda p, f=quantise: f(p, model.specs, None), model.abstract)
+        adapted = jax.eval_shape(lambda p: lora.make(rank=4)(p, model.specs, jax.random.key(0)), base)
+        mask = weights.trainable(adapted, "adapters")
+        prices.append(cost(model.config, adapted, model.specs, mask, 64))
+    assert prices[0] == prices[1]

@@ -39,14 +39,15 @@ def cost(config: ModelConfig, params: Any, specs: Any, mask: Any, seq_len: int) 
         if not spec.eqn or (path.startswith("embed") and not c.tied):
             return
         part = "head" if path == head_path else "layer"
-        for x, moves in zip(jax.tree.leaves(w), jax.tree.leaves(m), strict=True):
+        for x, moves in zip(weights.arrays(w), weights.arrays(m), strict=True):
             if x.ndim - spec.stacked >= 2:
                 totals[part] += 2 * x.size
-                totals[part + "_dw"] += 2 * x.size * moves
+                totals[part + "_dw"] += 2 * x.size * any(jax.tree.leaves(moves))
 
     weights.map_named(lambda p, s, w, m: count(p, w, s, m), specs, params, mask, is_leaf=weights.is_spec)
     attention = 4 * c.layers * c.heads * c.head_dim * (seq_len + 1) / 2
-    sizes = [(x.size, m) for x, m in zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True)]
+    pairs = zip(weights.arrays(params), weights.arrays(mask), strict=True)
+    sizes = [(x.size, any(jax.tree.leaves(m))) for x, m in pairs]
     return Cost(
         params=sum(n for n, _ in sizes),
         trained=sum(n for n, m in sizes if m),

@@ -23,7 +23,6 @@ from model.weights import Params, Spec, Weight
 
 BLOCK = 128  # rows that GPTQ rounds before it corrects the rest
 DAMPING = 0.01  # of the mean of X'X's diagonal, added to it
-METHODS = ("rtn", "gptq", "awq", "smoothquant")
 
 
 class Inputs(NamedTuple):
@@ -134,16 +133,11 @@ def output_error(w: Array, eqn: str, leaf: Weight, gram: Array) -> Array:
 
 def solve(method: str, w: Array, eqn: str, inputs: Inputs, upper: Callable[[], Array], encode: Callable) -> Quantised:
     """The leaf of one matrix by a method's name; `upper()` is `factor` of the inputs."""
-    match method:
-        case "rtn":  # every weight to the nearest number
-            return encode(w, eqn)
-        case "gptq":
-            return encode(w, eqn, solve=functools.partial(gptq, upper()))
-        case "awq":
-            return awq(w, eqn, inputs, encode)
-        case "smoothquant":
-            return smoothquant(w, eqn, inputs, encode)
-    raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    if method == "rtn":  # every weight to the nearest number
+        return encode(w, eqn)
+    if method == "gptq":
+        return encode(w, eqn, solve=functools.partial(gptq, upper()))
+    return {"awq": awq, "smoothquant": smoothquant}[method](w, eqn, inputs, encode)
 
 
 # --- layer by layer ---

@@ -8,7 +8,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import flax.struct
 import jax
@@ -139,6 +139,7 @@ class Quantised(Weight):
     eqn: str = flax.struct.field(pytree_node=False)  # the equation that the weight was declared with
     sizes: tuple[int, ...] = flax.struct.field(pytree_node=False)  # of its letters
     tile: tuple[int, int] = flax.struct.field(pytree_node=False)
+    whole: ClassVar[bool] = True
 
     def numbers(self, codes: Array) -> Array:
         """Numbers of codes in matrix order, float32 [..., K, N]."""

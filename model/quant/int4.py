@@ -25,39 +25,26 @@ class Int4(Quantised):
         return signed(unpack(codes, self.kn[0])).astype(jnp.float32)
 
     def forward(self, eqn: str, x: Array) -> Array:
-        plain = super().forward
-        if not self._kernel_takes(eqn, x):
-            return plain(eqn, x)
-        from kernels.int4_matmul import matmul
-
-        def tpu(x: Array, codes: Array, scale: Array) -> Array:
-            return matmul(x.reshape(-1, self.kn[0]), codes, scale, self.tile[0]).reshape(shape)
-
-        shape = jax.eval_shape(lambda x: plain(eqn, x), x).shape
-        return jax.lax.platform_dependent(x, self.codes, self.scale, tpu=tpu, default=lambda x, *_: plain(eqn, x))
+        return self._on_tpu("matmul", eqn, x, super().forward)
 
     def backward(self, eqn: str, g: Array) -> Array:
-        plain = super().backward
-        if not self._kernel_takes(eqn, g):
-            return plain(eqn, g)
-        from kernels.int4_matmul import gradient
+        return self._on_tpu("gradient", eqn, g, super().backward)
 
-        def tpu(g: Array, codes: Array, scale: Array) -> Array:
-            return gradient(g.reshape(-1, self.kn[1]), codes, scale, self.tile[0]).reshape(shape)
+    def _on_tpu(self, kernel: str, eqn: str, x: Array, plain: Callable) -> Array:
+        """By a kernel on a TPU, where the product is one of two matrices on one device: a kernel is not partitioned."""
+        from kernels import int4_matmul
 
-        shape = jax.eval_shape(lambda g: plain(eqn, g), g).shape
-        return jax.lax.platform_dependent(g, self.codes, self.scale, tpu=tpu, default=lambda g, *_: plain(eqn, g))
-
-    def _kernel_takes(self, eqn: str, x: Array) -> bool:
-        """Whether the product is one of two matrices on one device; the partitioner cannot split a kernel."""
         xs, _, out = weights.operands(eqn)
-        shared, contracted, produced = weights.split(eqn)
+        _, contracted, produced = weights.split(eqn)
         kept = xs.removesuffix(contracted)
-        if xs != kept + contracted or out != kept + produced or shared or transposed(self.eqn) or weights.sharded():
-            return False
-        from kernels.int4_matmul import supported
-
-        return x.dtype == jnp.bfloat16 and self.offset is None and supported(*self.kn, self.tile[0])
+        one = (xs, out) == (kept + contracted, kept + produced) and not (transposed(self.eqn) or weights.sharded())
+        fits = x.dtype == jnp.bfloat16 and self.offset is None and int4_matmul.supported(*self.kn, self.tile[0])
+        if not (one and fits):
+            return plain(eqn, x)
+        shape, width = jax.eval_shape(partial(plain, eqn), x).shape, self.kn[kernel == "gradient"]
+        multiply = getattr(int4_matmul, kernel)
+        tpu = lambda x, *w: multiply(x.reshape(-1, width), *w, self.tile[0]).reshape(shape)
+        return jax.lax.platform_dependent(x, self.codes, self.scale, tpu=tpu, default=lambda x, *_: plain(eqn, x))
 
 
 def grid(v: Array) -> Array:
