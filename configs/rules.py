@@ -32,6 +32,8 @@ ALLOWED: dict[str, str | tuple[str, ...]] = {
     "model.param_dtype": ("float32", "bfloat16", "float16"),
     "model.remat": ("none", "dots", "full"),
     "peft.rank": COUNT,
+    "quant.group": COUNT,
+    "quant.start": ANY_COUNT,
     "data.holdout": "[0, 1)",
     "data.format": ("auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt", "preference"),
     "data.seq_len": COUNT,

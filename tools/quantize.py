@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from configs import base, methods, overrides, schema
+from configs import base, methods, overrides, rules, schema
 from configs.errors import UserError
 
 HELD_OUT = 0.1  # share of the documents, the last ones, that nothing is calibrated on
@@ -33,6 +33,8 @@ def main(argv: list[str]) -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     args, rest = parser.parse_known_args(argv)
     try:
+        if min(args.rows, args.seq_len, args.seed + 1, args.eval_tokens + 1) < 1:
+            raise UserError("must be counts", "--rows --seq_len --eval_tokens --seed", "give numbers above 0")
         return quantise(args, options(args.quant, args.method, rest))
     except UserError as e:
         print(e, file=sys.stderr)
@@ -58,18 +60,20 @@ def options(quant: str, method: str, words: list[str]) -> dict[str, Any]:
             found[name] = overrides.parse(text, keys[name].type, keys[name].nullable)
         except ValueError as e:
             raise UserError(f"{name} {e}", "command line") from None
-        if keys[name].choices and found[name] not in keys[name].choices:
-            raise UserError(f"unknown {name} {text!r}", "command line", f"one of {', '.join(keys[name].choices)}")
+        for problem, fix in rules.check_value(f"quant.{name}", found[name], keys[name].choices):
+            raise UserError(f"{name} {text!r}: {problem}", "command line", fix)
     return found
 
 
 def quantise(args: argparse.Namespace, settings: dict[str, Any]) -> int:
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from data import tokenizer as tokenizers
     from infer.lm import LM
     from infer.models import load, open_model
+    from model import weights
 
     out = Path(args.out)
     if out.exists() and any(out.iterdir()):
@@ -79,6 +83,8 @@ def quantise(args: argparse.Namespace, settings: dict[str, Any]) -> int:
     fit_on, judge_on = texts(args, tokenizer)
     print(f"{args.model} · {args.quant} by {args.method} · {len(fit_on)} x {args.seq_len} tokens of {args.data}")
     model, params, trained = fitted(opened, args, settings, fit_on)
+    cast = lambda w: w if weights.is_weight(w) else w.astype(args.dtype)
+    params = jax.tree.map(jnp.asarray, jax.tree.map(cast, params, is_leaf=weights.is_weight))
     save(out, LM(model, params, tokenizer), trained or {"name": args.quant, **settings}, args)
     reloaded = load(out, dtype="float32")
     held, disk = (
@@ -131,12 +137,13 @@ def fitted(opened: Any, args: argparse.Namespace, settings: dict, rows: Any) -> 
     import jax
     import numpy as np
 
-    from model import weights
     from model.quant import _calibrate, qat
     from model.transformer import Transformer
 
-    model = Transformer(opened.config, args.dtype, args.dtype)
-    if (cfg := getattr(opened, "cfg", None)) and cfg.quant.name == "qat":
+    model = Transformer(opened.config, "float32", args.dtype)
+    if (cfg := getattr(opened, "cfg", None)) and cfg.quant.name == "qat" and not cfg.peft.name:
+        if cfg.quant.format != args.quant:
+            raise UserError(f"it was trained for {cfg.quant.format}", args.model, f"--quant={cfg.quant.format}")
         params = qat.converted(opened.params(model.specs, None, "float32"))
         fake = {k: cfg.quant[k] for k in ("group", "activations") if cfg.quant[k] is not None}
         return model, params, {"name": cfg.quant.format, **fake, "where": cfg.quant.where}
@@ -146,15 +153,14 @@ def fitted(opened: Any, args: argparse.Namespace, settings: dict, rows: Any) -> 
         **{k: v for k, v in settings.items() if k not in skipped},
     )
     params, layer = reader(opened, model, args.dtype)
-    batches = [rows[i : i + 8] for i in range(0, len(rows) - len(rows) % 8 or len(rows), 8)]
-    xs = [_calibrate.embed(model, params, tokens) for tokens in batches]
+    xs = [_calibrate.embed(model, params, rows[i : i + 8]) for i in range(0, len(rows), 8)]
     layers = []
     for i, (one, errors) in enumerate(_calibrate.calibrate(model, xs, layer, args.method, encode, settings["where"])):
         told = "  ".join(f"{path} {100 * e:.2f}%" for path, e in errors.items())
         print(f"layer {i}: output error {told}", flush=True)
         layers.append(one)
     params["layers"] = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
-    return model, weights.map_named(lambda _, x: jax.numpy.asarray(x), params), None
+    return model, params, None
 
 
 def reader(opened: Any, model: Any, dtype: str) -> tuple[dict, Any]:

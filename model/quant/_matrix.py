@@ -48,6 +48,12 @@ def matrix(w: Array, eqn: str) -> Array:
     return m.swapaxes(-1, -2) if swap else m
 
 
+def align(a: Array, own: str, to: str) -> Array:
+    """An array with the axes `own` so that it broadcasts against one with the axes `to`; what `to` lacks has size 1."""
+    size = dict(zip(own, a.shape, strict=True))
+    return a.reshape([size.get(c, 1) for c in to])
+
+
 class Format(NamedTuple):
     """A grid of numbers and how it is laid over a matrix."""
 
@@ -166,10 +172,14 @@ class Quantised(Weight):
     def size(self) -> int:
         return math.prod(self.shape)
 
+    def _sizes(self, side: str) -> list[int]:
+        size = dict(zip(weights.operands(self.eqn)[1], self.sizes, strict=True))
+        return [size[c] for c in side]
+
     @property
     def kn(self) -> tuple[int, int]:
-        size = dict(zip(weights.operands(self.eqn)[1], self.sizes, strict=True))
-        return tuple(math.prod(size[c] for c in side) for side in letters(self.eqn)[1:])
+        _, k, n = letters(self.eqn)
+        return math.prod(self._sizes(k)), math.prod(self._sizes(n))
 
     def with_inverse(self, inverse: Array) -> "Quantised":
         """The leaf of a matrix whose rows were divided by `inverse` [..., K, 1]."""
@@ -185,48 +195,42 @@ class Quantised(Weight):
         """[..., K, N] in the shape of the weight."""
         return self._swap(m).reshape(self.shape)
 
-    def _matrix(self, dtype: Any) -> Array:
-        """Dequantised [..., K, N], without `inverse`."""
+    def _matrix(self) -> Array:
+        """Dequantised float32 [..., K, N], without `inverse`."""
         m = self.numbers(self._swap(self.codes)) * spread(self._scale().astype(jnp.float32), self.tile, self.kn)
         if self.offset is not None:
             m = m + spread(self._swap(self.offset).astype(jnp.float32), self.tile, self.kn)
-        return m.astype(dtype)
+        return m
 
     def _factors(self, dtype: Any) -> tuple[Array, Array | None]:
         """The weight as an array times a scale [N letters], which is None where a column has several."""
         shared, _, n = letters(self.eqn)
         if self.tile[0] < self.kn[0] or self.offset is not None or shared:
-            return self._array(self._matrix(dtype)), None
-        size = dict(zip(weights.operands(self.eqn)[1], self.sizes, strict=True))
+            return self._array(self._matrix()).astype(dtype), None
         scale = spread(self._scale().astype(jnp.float32), self.tile, (1, self.kn[1]))
         array = self._array(self.numbers(self._swap(self.codes))).astype(dtype)
-        return array, jnp.broadcast_to(scale, (1, self.kn[1])).reshape([size[c] for c in n])
-
-    def _columns(self, scale: Array, to: str) -> Array:
-        """A scale [N letters] that broadcasts against an array of the letters `to`."""
-        size = dict(zip(letters(self.eqn)[2], scale.shape, strict=True))
-        return scale.reshape([size.get(c, 1) for c in to])
+        return array, jnp.broadcast_to(scale, (1, self.kn[1])).reshape(self._sizes(n))
 
     def forward(self, eqn: str, x: Array) -> Array:
         w, scale = self._factors(x.dtype)
         y = weights.product(eqn, x, w, jnp.float32)
-        return (y if scale is None else y * self._columns(scale, weights.operands(eqn)[2])).astype(x.dtype)
+        y = y if scale is None else y * align(scale, letters(self.eqn)[2], weights.operands(eqn)[2])
+        return y.astype(x.dtype)
 
     def backward(self, eqn: str, g: Array) -> Array:
         """The gradient of `forward` by x."""
         xs, ws, out = weights.operands(eqn)
         w, scale = self._factors(g.dtype)
-        g = g if scale is None else (g * self._columns(scale, out)).astype(g.dtype)
+        g = g if scale is None else (g * align(scale, letters(self.eqn)[2], out)).astype(g.dtype)
         return weights.product(f"{out},{ws}->{xs}", g, w, jnp.float32).astype(g.dtype)
 
     def einsum(self, eqn: str, x: Array) -> Array:
         if weights.split(eqn)[1] != letters(self.eqn)[1]:  # the other side is summed: no format is made for that
             return weights.product(eqn, x, jax.lax.stop_gradient(self._dense(x.dtype)))
         if self.inverse is not None:
-            xs, (_, k, _) = weights.operands(eqn)[0], letters(self.eqn)
-            size = dict(zip(weights.operands(self.eqn)[1], self.sizes, strict=True))
-            inverse = self._swap(self.inverse).reshape([size[c] if c in k else 1 for c in xs])
-            x = x * inverse.astype(x.dtype)
+            shared, k, _ = letters(self.eqn)
+            inverse = self._swap(self.inverse).reshape(self._sizes(shared + k))
+            x = x * align(inverse, shared + k, weights.operands(eqn)[0]).astype(x.dtype)
         return _multiply(eqn, x, self)
 
     def take(self, ids: Array, dtype: Any) -> Array:
@@ -243,10 +247,9 @@ class Quantised(Weight):
         return self
 
     def _dense(self, dtype: Any) -> Array:
-        m = self._matrix(jnp.float32)
-        return self._array(m if self.inverse is None else m * self._swap(self.inverse).astype(jnp.float32)).astype(
-            dtype
-        )
+        m = self._matrix()
+        m = m if self.inverse is None else m * self._swap(self.inverse).astype(jnp.float32)
+        return self._array(m).astype(dtype)
 
     def dense(self, spec: Spec) -> Array:
         return self._dense(spec.value.dtype)

@@ -8,11 +8,12 @@ from functools import partial
 from typing import Literal
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from model import weights
-from model.quant._matrix import Calibration, Format, Quantised, matrix, nearest, transform
+from model.quant._matrix import Calibration, Format, Quantised, align, letters, matrix, nearest, transform
 
 
 @flax.struct.dataclass
@@ -23,27 +24,31 @@ class Int8(Quantised):
         return codes.astype(jnp.float32)
 
     def forward(self, eqn: str, x: Array) -> Array:
-        """W8A8 (Dettmers et al. 2022, arXiv 2208.07339, without outliers): x is rounded too, its gradient is not."""
+        """W8A8: x is rounded too, token by token; its gradient is as if it were not. Experts take x as it is."""
         if not self.activations or weights.split(eqn)[0]:
             return super().forward(eqn, x)
         xs, _, out = weights.operands(eqn)
-        q, per_token = round_rows(x, [xs.index(c) for c in weights.split(eqn)[1]])
+        q, per_token = round_rows(x, xs, weights.split(eqn)[1])
         w, scale = self._factors(jnp.int8)
         y = weights.product(eqn, q, w, jnp.int32).astype(jnp.float32)
-        kept = dict(zip(xs, per_token.shape, strict=True))
-        per_token = per_token.reshape([kept.get(c, 1) for c in out])
-        return (y * per_token * self._columns(scale, out)).astype(x.dtype)
+        return (y * align(per_token, xs, out) * align(scale, letters(self.eqn)[2], out)).astype(x.dtype)
 
 
 def grid(v: Array) -> Array:
     return jnp.clip(jnp.round(v), -127, 127)
 
 
-def round_rows(x: Array, over: list[int]) -> tuple[Array, Array]:
-    """(int8 codes, float32 scales with ones in `over`): one scale for all of the axes `over`."""
+def round_rows(x: Array, own: str, summed: str, key: Array | None = None) -> tuple[Array, Array]:
+    """(int8 codes, float32 scales with ones in the axes `summed`) of an array whose axes are the letters `own`.
+
+    With a key they are rounded up or down at random, so that the mean is exact.
+    """
     x = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.abs(x).max(over, keepdims=True) * (1 / 127), 1e-30)
-    return grid(x / scale).astype(jnp.int8), scale
+    peak = jnp.abs(x).max([own.index(c) for c in summed], keepdims=True)
+    scale = jnp.maximum(peak * (1 / 127), 1e-30)
+    v = x / scale
+    v = v if key is None else jnp.floor(v + jax.random.uniform(key, v.shape))
+    return grid(v).astype(jnp.int8), scale
 
 
 def encode(

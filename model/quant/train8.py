@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from model import weights
-from model.quant._matrix import transform
+from model.quant._matrix import align, transform
 from model.quant.fp8 import FORMATS, round_float
+from model.quant.int8 import round_rows
 from model.weights import Spec, Weight
 
 
@@ -47,18 +48,11 @@ class QuantTrain(Weight):
 
 
 def quantise(x: Array, own: str, summed: str, dtype: str, key: Array | None = None) -> tuple[Array, Array]:
-    """(codes, float32 scales with ones in the axes `summed`) of an array whose axes are the letters `own`.
-
-    With a key they are rounded up or down at random, so that the mean is exact.
-    """
-    x = x.astype(jnp.float32)
-    peak = jnp.abs(x).max([own.index(c) for c in summed], keepdims=True)
+    """As int8.round_rows, to int8 or to a float of fp8.FORMATS."""
     if dtype == "int8":
-        scale = jnp.maximum(peak * (1 / 127), 1e-30)
-        v = x / scale
-        v = jnp.round(v) if key is None else jnp.floor(v + jax.random.uniform(key, v.shape))
-        return jnp.clip(v, -127, 127).astype(jnp.int8), scale
-    kind, *bits = FORMATS[dtype]
+        return round_rows(x, own, summed, key)
+    x, (kind, *bits) = x.astype(jnp.float32), FORMATS[dtype]
+    peak = jnp.abs(x).max([own.index(c) for c in summed], keepdims=True)
     scale = jnp.maximum(peak * (1 / bits[-1]), 1e-30)
     return round_float(x / scale, *bits, key).astype(kind), scale
 
@@ -71,12 +65,6 @@ def _product(eqn: str, a: Array, b: Array, floats: Any) -> Array:
     return weights.product(eqn, a.astype(floats), b.astype(floats), jnp.float32)
 
 
-def _align(scale: Array, own: str, to: str) -> Array:
-    """`scale`, whose axes are the letters `own`, against an array of the letters `to`; what `to` lacks has size 1."""
-    size = dict(zip(own, scale.shape, strict=True))
-    return scale.reshape([size.get(c, 1) for c in to])
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _multiply(eqn: str, dtype: str, x: Array, w: Array, key: Array | None) -> Array:
     return _forward(eqn, dtype, x, w, key)[0]
@@ -87,7 +75,7 @@ def _forward(eqn: str, dtype: str, x: Array, w: Array, key: Array | None) -> tup
     format = {"int8": "int8", "fp8": "e4m3"}[dtype]
     qx, sx = quantise(x, xs, contracted, format)
     qw, sw = quantise(w, ws, contracted, format)
-    y = _product(eqn, qx, qw, x.dtype) * _align(sx, xs, out) * _align(sw, ws, out)
+    y = _product(eqn, qx, qw, x.dtype) * align(sx, xs, out) * align(sw, ws, out)
     like = jnp.empty(0, w.dtype)
     return y.astype(x.dtype), (qx, sx, qw, sw, like, key)
 
@@ -99,10 +87,10 @@ def _backward(eqn: str, dtype: str, residuals: tuple, g: Array) -> tuple:
     k1, k2 = (None, None) if key is None else jax.random.split(key)
     produced = "".join(c for c in ws if c not in xs)
     tokens = "".join(c for c in xs if c not in ws)
-    gx, s = quantise(g * _align(sw, ws, out), out, produced, format, k1)
-    dx = _product(f"{out},{ws}->{xs}", gx, qw, g.dtype) * _align(s, out, xs)
-    gw, s = quantise(g * _align(sx, xs, out), out, tokens, format, k2)
-    dw = _product(f"{xs},{out}->{ws}", qx, gw, g.dtype) * _align(s, out, ws)
+    gx, s = quantise(g * align(sw, ws, out), out, produced, format, k1)
+    dx = _product(f"{out},{ws}->{xs}", gx, qw, g.dtype) * align(s, out, xs)
+    gw, s = quantise(g * align(sx, xs, out), out, tokens, format, k2)
+    dw = _product(f"{xs},{out}->{ws}", qx, gw, g.dtype) * align(s, out, ws)
     return dx.astype(g.dtype), dw.astype(like.dtype), None
 
 
