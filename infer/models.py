@@ -91,7 +91,9 @@ class Run:
 
         What was not trained is derived from the config, as training did. Raises UserError when it is not the same.
         """
-        transform = jax.jit(build.transform(self.cfg, specs))  # compiled as in training: codes come out the same
+        transform = build.transform(self.cfg, specs)
+        if self.cfg.quant.name:
+            transform = jax.jit(transform)  # compiled as in training: the codes come out the same
         learnt = {k.removeprefix("policy/"): v for k, v in self.saved.params.items() if k.startswith("policy/")}
         if (self.workdir / SHAPE).is_file():
             policy = jax.eval_shape(transform, self.model.abstract, jax.random.key(0))

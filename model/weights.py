@@ -133,7 +133,7 @@ def product(eqn: str, x: Array, w: Array, dtype: Any = None) -> Array:
     flat_w = w.reshape(-1, _size(tail)) if first else w.reshape(_size(tail), -1)
     dims = (((1,), (0 if first else 1,)), ((), ()))
     y = jax.lax.dot_general(flat_x, flat_w, dims, preferred_element_type=dtype)
-    return y[:rows].reshape(x.shape[:-n] + tail)
+    return (y[:rows] if len(y) > rows else y).reshape(x.shape[:-n] + tail)
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -10,6 +10,7 @@ quantised. One layer at a time is in memory.
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,10 +88,8 @@ def quantise(args: argparse.Namespace, settings: dict[str, Any]) -> int:
     params = jax.tree.map(jnp.asarray, jax.tree.map(cast, params, is_leaf=weights.is_weight))
     save(out, LM(model, params, tokenizer), trained or {"name": args.quant, **settings}, args)
     reloaded = load(out, dtype="float32")
-    held, disk = (
-        sum(x.nbytes for x in jax.tree.leaves(params)),
-        sum(p.stat().st_size for p in out.rglob("*/state/**/*")),
-    )
+    held = sum(x.nbytes for x in jax.tree.leaves(params))
+    disk = sum(p.stat().st_size for p in out.rglob("*/state/**/*") if p.is_file())
     wide = sum(4 * x.size for x in jax.tree.leaves(model.abstract))
     print(f"bytes {wide:,} in float32 -> {held:,}, {disk:,} on disk in {out / 'ckpt'}")
     if args.eval_tokens:  # the only step that holds a whole float model
@@ -147,11 +146,9 @@ def fitted(opened: Any, args: argparse.Namespace, settings: dict, rows: Any) -> 
         params = qat.converted(opened.params(model.specs, None, "float32"))
         fake = {k: cfg.quant[k] for k in ("group", "activations") if cfg.quant[k] is not None}
         return model, params, {"name": cfg.quant.format, **fake, "where": cfg.quant.where}
-    skipped = ("where", "scaled")
-    encode = partial(
-        importlib.import_module(f"model.quant.{args.quant}").encode,
-        **{k: v for k, v in settings.items() if k not in skipped},
-    )
+    check_where(model.specs, settings["where"])
+    kwargs = {k: v for k, v in settings.items() if k not in ("where", "scaled")}
+    encode = partial(importlib.import_module(f"model.quant.{args.quant}").encode, **kwargs)
     params, layer = reader(opened, model, args.dtype)
     xs = [_calibrate.embed(model, params, rows[i : i + 8]) for i in range(0, len(rows), 8)]
     layers = []
@@ -161,6 +158,22 @@ def fitted(opened: Any, args: argparse.Namespace, settings: dict, rows: Any) -> 
         layers.append(one)
     params["layers"] = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
     return model, params, None
+
+
+def check_where(specs: Any, where: str) -> None:
+    """Raises UserError unless `where` takes matrices of the layers, each with one input, and nothing else."""
+    import jax
+
+    from model import weights
+
+    chosen = []
+    for path, spec in jax.tree.leaves_with_path(specs, is_leaf=weights.is_spec):
+        if spec.eqn and re.fullmatch(where, weights.name(path)):
+            chosen.append(weights.name(path))
+            if not chosen[-1].startswith("layers/") or weights.split(spec.eqn)[0]:
+                raise UserError(f"takes {chosen[-1]}, which is no plain matrix of a layer", "--where")
+    if not chosen:
+        raise UserError(f"{where!r} takes no matrix", "--where", "as layers/mlp/.*")
 
 
 def reader(opened: Any, model: Any, dtype: str) -> tuple[dict, Any]:

@@ -157,7 +157,7 @@ def calibrate(
     """(parameters, relative output errors by path) of each layer in turn, from embedded batches `xs` [B,T,D].
 
     `layer(i)` reads the float parameters of one; nothing else is in memory. A layer sees what the quantised ones before
-    it put out, as in GPTQ.
+    it put out, as in GPTQ. `where` takes plain matrices: the experts of a layer see other tokens each.
     """
     for i in range(model.config.layers):
         windowed = bool(model.config.windows and model.config.windows[i])
@@ -193,8 +193,7 @@ def _observe(model: Transformer, windowed: bool, where: str, params: Params, x: 
     seen: dict[tuple[str, str], Array] = {}
 
     def probe(path: str, spec: Spec, w: Array) -> Any:
-        expert = spec.eqn and letters(spec.eqn)[0]  # each sees other tokens
-        chosen = spec.eqn and not expert and re.fullmatch(where, f"layers/{path}")
+        chosen = spec.eqn and re.fullmatch(where, f"layers/{path}")
         return Probe(w, (path, spec.eqn), seen) if chosen else w
 
     params = weights.map_named(probe, model.specs["layers"], params, is_leaf=weights.is_spec)
