@@ -30,9 +30,11 @@ def reference(x: Array, packed: Array, scale: Array, group: int) -> Array:
     return jnp.dot(x, w.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def supported(k: int, n: int, group: int) -> bool:
-    """Whether the kernels take these shapes: whole bytes, and blocks that Mosaic can cut."""
-    return k % 2 == 0 and group % 32 == 0 and n >= 128 and _rows(k, group, BLOCKS[0][2]) <= 2 * BLOCKS[0][2]
+def supported(m: int, k: int, n: int, group: int) -> bool:
+    """Whether `matmul` takes these shapes: whole bytes, and blocks that Mosaic can cut and VMEM hold. `gradient` takes
+    what it takes of more than FEW rows."""
+    rows = _rows(k, group, BLOCKS[m > FEW][2])
+    return k % 2 == 0 and group % 32 == 0 and n >= 128 and rows <= (2**14 if m <= FEW else 2**11)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -40,52 +42,53 @@ def matmul(x: Array, packed: Array, scale: Array, group: int, interpret: bool = 
     """x [M, K] times W [K, N] -> [M, N], accumulated in float32. Only x has a gradient: W is frozen."""
     (m, k), n = x.shape, packed.shape[1]
     bm, bn, bk = BLOCKS[m > FEW]
-    bm, bn, bk = min(bm, m), min(bn, n), _rows(k, group, bk)
-    return pl.pallas_call(
-        functools.partial(_scaled_parts if m <= FEW else _dequantised, group),
-        grid=(pl.cdiv(m, bm), pl.cdiv(n, bn), k // bk),
-        in_specs=[
-            pl.BlockSpec((bm, bk), lambda i, j, l: (i, l)),
-            pl.BlockSpec((bk // 2, bn), lambda i, j, l: (l, j)),
-            pl.BlockSpec((pl.cdiv(bk, group), bn), lambda i, j, l: (l, j)),
-        ],
-        out_specs=pl.BlockSpec((bm, bn), lambda i, j, l: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
-        scratch_shapes=[pltpu.VMEM((bm, bn), jnp.float32)],
-        compiler_params=_params(),
-        interpret=interpret,
-    )(x, packed, scale)
+    rows = _rows(k, group, bk)
+    block = (min(bm, m), min(bn, n, max(2**21 // rows // 128, 1) * 128), rows)
+    at = lambda i, j, l: (l, j)
+    return _call(
+        _scaled_parts if m <= FEW else _dequantised, x, packed, scale, group, n, block, block[:0:-1], at, interpret
+    )
 
 
 def gradient(g: Array, packed: Array, scale: Array, group: int, interpret: bool = False) -> Array:
     """dx = g W' [M, K] of g [M, N], from the packed W: no dequantised copy is kept or made."""
     (m, n), k = g.shape, 2 * packed.shape[0]
-    bm, bk, bn = BLOCKS[1]
-    bm, bk, bn = min(bm, m), _rows(k, group, bk), min(bn, n)
+    bm, bn, bk = BLOCKS[1]
+    block = (min(bm, m), _rows(k, group, bk), min(bn, n))
+    body, at = functools.partial(_dequantised_transposed, n), lambda i, j, l: (j, l)
+    return _call(body, g, packed, scale, group, k, block, block[1:], at, interpret)
+
+
+def _call(
+    body: Callable, a: Array, packed: Array, scale: Array, group: int, width: int, block: tuple[int, int, int],
+    w_block: tuple[int, int], w_at: Callable, interpret: bool,
+) -> Array:  # fmt: skip
+    """A grid over rows of `a` and columns [width] of the result, in blocks, that sums over the columns of `a` last.
+    `w_block` is the block of W in rows and columns, and `w_at` which one a step takes."""
+    (m, total), (bm, outer, inner) = a.shape, block
+    rows, columns = w_block
     return pl.pallas_call(
-        functools.partial(_dequantised_transposed, group, n),
-        grid=(pl.cdiv(m, bm), k // bk, pl.cdiv(n, bn)),
+        functools.partial(body, group),
+        grid=(pl.cdiv(m, bm), pl.cdiv(width, outer), pl.cdiv(total, inner)),
         in_specs=[
-            pl.BlockSpec((bm, bn), lambda i, j, l: (i, l)),
-            pl.BlockSpec((bk // 2, bn), lambda i, j, l: (j, l)),
-            pl.BlockSpec((pl.cdiv(bk, group), bn), lambda i, j, l: (j, l)),
+            pl.BlockSpec((bm, inner), lambda i, j, l: (i, l)),
+            pl.BlockSpec((rows // 2, columns), w_at),
+            pl.BlockSpec((pl.cdiv(rows, group), columns), w_at),
         ],
-        out_specs=pl.BlockSpec((bm, bk), lambda i, j, l: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((m, k), g.dtype),
-        scratch_shapes=[pltpu.VMEM((bm, bk), jnp.float32)],
-        compiler_params=_params(),
+        out_specs=pl.BlockSpec((bm, outer), lambda i, j, l: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((m, width), a.dtype),
+        scratch_shapes=[pltpu.VMEM((bm, outer), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
+        ),
         interpret=interpret,
-    )(g, packed, scale)
+    )(a, packed, scale)
 
 
 matmul.defvjp(
     lambda x, packed, scale, group, interpret: (matmul(x, packed, scale, group, interpret), (packed, scale)),
     lambda group, interpret, residuals, g: (gradient(g, *residuals, group, interpret), None, None),
 )
-
-
-def _params() -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM)
 
 
 def _rows(k: int, group: int, limit: int) -> int:
@@ -136,7 +139,7 @@ def _dequantised(group: int, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum
     _accumulate(lambda: jnp.dot(x_ref[...], w(), preferred_element_type=jnp.float32), y_ref, sum_ref)
 
 
-def _dequantised_transposed(group: int, n: int, g_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any) -> None:
+def _dequantised_transposed(n: int, group: int, g_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any) -> None:
     def part() -> Array:
         g, w = g_ref[...], _block(group, w_ref, s_ref, g_ref.dtype)
         if n % g.shape[1]:  # what lies behind the last column is not zero, nor even finite

@@ -366,7 +366,7 @@ def test_int4_kernel_is_its_reference(m, k, n, group):
     """Both regimes and both directions, with ragged columns, rows and groups; bfloat16 inputs, sums in float32."""
     leaf = int4.encode(rand(k, n), "BTD,DF->BTF", group=group)
     x, g = rand(m, k, seed=1).astype(jnp.bfloat16), rand(m, n, seed=2).astype(jnp.bfloat16)
-    assert int4_matmul.supported(k, n, group)
+    assert int4_matmul.supported(m, k, n, group)
     kernel = jax.jit(lambda x, *w: int4_matmul.matmul(x, *w, group, True))
     y, pull = jax.vjp(lambda x: kernel(x, leaf.codes, leaf.scale), x)
     want, pull_reference = jax.vjp(lambda x: int4_matmul.reference(x, leaf.codes, leaf.scale, group), x)

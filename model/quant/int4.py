@@ -38,7 +38,8 @@ class Int4(Quantised):
         _, contracted, produced = weights.split(eqn)
         kept = xs.removesuffix(contracted)
         one = (xs, out) == (kept + contracted, kept + produced) and not (transposed(self.eqn) or weights.sharded())
-        fits = x.dtype == jnp.bfloat16 and self.offset is None and int4_matmul.supported(*self.kn, self.tile[0])
+        rows = x.size // self.kn[0] if kernel == "matmul" else int4_matmul.FEW + 1
+        fits = x.dtype == jnp.bfloat16 and self.offset is None and int4_matmul.supported(rows, *self.kn, self.tile[0])
         if not (one and fits):
             return plain(eqn, x)
         shape, width = jax.eval_shape(partial(plain, eqn), x).shape, self.kn[kernel == "gradient"]
