@@ -86,9 +86,8 @@ def pairs(first, second, quick):
 
 
 FILES = ["int8", "w8a8", "int4 asymmetric", "nf4", "e4m3 block", "qat", "train8"]  # at least one of each
-QUICK = {(name, "BTNH,NHD->BTD") for name in FILES}
-QUICK |= {("int4 g32", eqn) for eqn in ("BTD,DNH->BTNH", "BTV,VD->BTD", "BTED,EDF->BTEF")}
-BY_NAME = [n if n in ("w8a8", "int4 asymmetric", "nf4") else pytest.param(n, marks=pytest.mark.slow) for n in LEAVES]
+QUICK = {(name, "BTNH,NHD->BTD") for name in ("w8a8", "nf4", "train8")}
+QUICK |= {("int4 g32", eqn) for eqn in ("BTD,DNH->BTNH", "BTED,EDF->BTEF")}
 
 
 @pytest.mark.parametrize("name, eqn", pairs(LEAVES, EQNS, lambda *p: p in QUICK))
@@ -111,7 +110,8 @@ def test_einsum_and_its_gradient_are_those_of_the_dense_array(name, eqn):
     assert by_format < 0.2 and by_forward < limit and by_backward < limit_x
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEAVES)
 def test_a_table_is_looked_up_and_is_a_tied_head(name):
     leaf, _, spec = leaf_of(name, "BTV,VD->BTD")
     ids = jnp.array([[3, 0, 10], [5, 5, 1]])
@@ -123,7 +123,9 @@ def test_a_table_is_looked_up_and_is_a_tied_head(name):
     assert all(g.dtype == jax.dtypes.float0 or jnp.isfinite(g).all() for g in jax.tree.leaves(by_w))
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize(
+    "name", [n if n == "int4 asymmetric" else pytest.param(n, marks=pytest.mark.slow) for n in LEAVES]
+)
 def test_stacked_leaves_are_scanned_and_named(name):
     eqn = "BTD,DNH->BTNH"
     leaf, w, spec = leaf_of(name, eqn, stack=(3,))
@@ -139,13 +141,17 @@ def test_stacked_leaves_are_scanned_and_named(name):
 
 def test_bytes_are_the_formats_arithmetic():
     """Of a matrix 4096 x 512; and the double quantisation of QLoRA: 0.5 bit a weight for scales becomes 0.127."""
-    w, eqn = jnp.zeros((4096, 512)), "BTD,DF->BTF"
-    bits = lambda leaf: 8 * sum(x.nbytes for x in jax.tree.leaves(leaf)) / w.size
-    assert bits(int8.encode(w, eqn)) == 8 + 16 / 4096
-    assert [bits(int4.encode(w, eqn, group=g)) for g in (32, 64, 128)] == [4.5, 4.25, 4.125]
-    assert bits(int4.encode(w, eqn, group=64, symmetric=False)) == 4.5
-    assert bits(fp8.encode(w, eqn, scale="block")) == 8 + 16 / 128**2
-    assert bits(nf4.encode(w, eqn)) - 4 == 8 / 64 + 32 / (64 * 256)
+    w, eqn = jax.ShapeDtypeStruct((4096, 512), jnp.float32), "BTD,DF->BTF"
+
+    def bits(encode, **options):
+        leaf = jax.eval_shape(lambda w: encode(w, eqn, **options), w)
+        return 8 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(leaf)) / w.size
+
+    assert bits(int8.encode) == 8 + 16 / 4096
+    assert [bits(int4.encode, group=g) for g in (32, 64, 128)] == [4.5, 4.25, 4.125]
+    assert bits(int4.encode, group=64, symmetric=False) == 4.5
+    assert bits(fp8.encode, scale="block") == 8 + 16 / 128**2
+    assert bits(nf4.encode) - 4 == 8 / 64 + 32 / (64 * 256)
     assert round(8 / 64 + 32 / (64 * 256), 3) == 0.127
 
 
@@ -204,8 +210,10 @@ def test_packing_is_undone():
     np.testing.assert_array_equal(unpack(pack(codes), 7), codes)
 
 
-def error(w, leaf):
-    return 100 * relative(leaf.dense(spec_of("BTD,DF->BTF", w.shape)), w)
+def error(w, encode):
+    """Relative RMS error in %."""
+    spec = spec_of("BTD,DF->BTF", w.shape)
+    return 100 * float(jax.jit(lambda w: distance(encode(w, spec.eqn).dense(spec), w))(w))
 
 
 # Relative RMS error in % of Gaussian weights, for groups of 32, 64, 128: measured apart, with numpy.
@@ -223,8 +231,7 @@ def test_errors_of_4_bits_on_gaussian_weights(kind):
         else:
             options = dict(symmetric=False) if kind == "asymmetric" else dict(calibration=kind)
             encode = functools.partial(int4.encode, group=group, **options)
-        leaf = jax.jit(lambda w, f=encode: f(w, "BTD,DF->BTF"))(w)
-        assert (0.95 if kind == "asymmetric" else 0.98) < error(w, leaf) / want < 1.02
+        assert (0.95 if kind == "asymmetric" else 0.98) < error(w, encode) / want < 1.02
 
 
 def test_order_of_formats_on_gaussian_weights():
@@ -232,26 +239,26 @@ def test_order_of_formats_on_gaussian_weights():
     w = rand(4096, 256)
     fp4 = nearest(w, Format(lambda v: fp8.round_float(v, 1, 0, 6.0), 6.0, (64, 1)))
     e2m1 = 100 * relative(fp4.numbers * jnp.repeat(fp4.scale, 64, 0), w)
-    assert error(w, nf4.encode(w, "BTD,DF->BTF")) < e2m1 < error(w, int4.encode(w, "BTD,DF->BTF", group=64))
-    np.testing.assert_allclose(error(w, int8.encode(w, "BTD,DF->BTF")), 0.87, rtol=0.03)
-    np.testing.assert_allclose(error(w, fp8.encode(w, "BTD,DF->BTF")), 2.65, rtol=0.03)
+    assert error(w, nf4.encode) < e2m1 < error(w, int4.encode)
+    np.testing.assert_allclose(error(w, int8.encode), 0.87, rtol=0.03)
+    np.testing.assert_allclose(error(w, fp8.encode), 2.65, rtol=0.03)
 
 
 # --- beside other methods ---
 
 
-def test_quantised_twice_is_quantised_once():
-    for make in (int8.make, int4.make, nf4.make, fp8.make):
-        w, spec = rand(128, 6), spec_of("BTD,DF->BTF", (128, 6))
-        options = {"double": False} if make is nf4.make else {}
-        once = make(where=".*", **options)({"w": w}, {"w": spec}, None)["w"]
-        again = make(where=".*", **options)({"w": once.dense(spec)}, {"w": spec}, None)["w"]
-        jax.tree.map(np.testing.assert_array_equal, once, again)
+@pytest.mark.parametrize("encode", [int8.encode, int4.encode, functools.partial(nf4.encode, double=False), fp8.encode])
+def test_quantised_twice_is_quantised_once(encode):
+    """Compiled or not: no division or sum rounds otherwise."""
+    eqn = "BTD,DF->BTF"
+    once = encode(rand(128, 6), eqn)
+    again = jax.jit(lambda leaf: encode(leaf.dense(spec_of(eqn, (128, 6))), eqn))(once)
+    jax.tree.map(np.testing.assert_array_equal, once, again)
 
 
 @pytest.mark.parametrize(
     "name, method",
-    pairs(FILES, METHODS, lambda *p: p == ("nf4", "lora")),
+    pairs(FILES, METHODS, lambda *_: False),
 )
 def test_every_peft_method_on_every_quantiser(name, method):
     """Starts as the base, merges to what it computes, trains its adapters alone.
@@ -259,7 +266,7 @@ def test_every_peft_method_on_every_quantiser(name, method):
     XLA may sum in another order once a graph has grown, which may turn an activation of 8 bits to the next code.
     """
     model, close = tiny(layers=1), 0.1 if name in ("w8a8", "train8") else 2e-5
-    base = jax.jit(lambda p: LEAVES[name](p, model.specs, None))(model.init(jax.random.key(0)))
+    base = jax.jit(lambda p: LEAVES[name](p, model.specs, None))(jax.jit(model.init)(jax.random.key(0)))
     adapt = importlib.import_module(f"model.peft.{method}").make(where=".*")
     adapted = jax.jit(lambda p, key: adapt(p, model.specs, key))(base, jax.random.key(1))
     tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 512)
@@ -284,8 +291,8 @@ def test_every_peft_method_on_every_quantiser(name, method):
 def test_fake_quantisation_is_the_converted_model_bit_for_bit(format, options):
     """At inference and in training; before step `start` it is the float model, and gradients reach the weights."""
     model = tiny(layers=1)
-    params = model.init(jax.random.key(0))
-    fake = qat.make(where=".*", format=format, start=3, **options)(params, model.specs, None)
+    params = jax.jit(model.init)(jax.random.key(0))
+    fake = qat.make(format=format, start=3, **options)(params, model.specs, None)
     tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 512)
     run = jax.jit(model)
     want = run(jax.jit(qat.converted)(fake), tokens)
@@ -304,9 +311,9 @@ def test_rounding_at_random_is_right_on_average():
     x = rand(1, 64)
     for dtype in ("int8", "e5m2"):
         draw = lambda key, dtype=dtype: jnp.multiply(*map(jnp.float32, train8.quantise(x, "BD", "D", dtype, key)))
-        draws = jax.vmap(draw)(jax.random.split(jax.random.key(1), 4000))
+        draws = jax.vmap(draw)(jax.random.split(jax.random.key(1), 1500))
         sure = jnp.multiply(*map(jnp.float32, train8.quantise(x, "BD", "D", dtype)))
-        assert relative(draws.mean(0), x) < 0.1 * relative(sure, x)
+        assert relative(draws.mean(0), x) < 0.15 * relative(sure, x)
 
 
 @pytest.mark.slow
@@ -332,7 +339,7 @@ def test_it_learns(name, tmp_path):
 def test_sharded_is_unsharded(name):
     """Codes and scales lie over the mesh as their base does, where they divide."""
     model, mesh = tiny(layers=1), make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
-    params = jax.jit(lambda p: LEAVES[name](p, model.specs, None))(model.init(jax.random.key(0)))
+    params = jax.jit(lambda p: LEAVES[name](p, model.specs, None))(jax.jit(model.init)(jax.random.key(0)))
     tokens = jax.random.randint(jax.random.key(2), (4, 12), 0, 512)
     want = jax.jit(model)(params, tokens)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
@@ -345,7 +352,7 @@ def test_sharded_is_unsharded(name):
 @pytest.mark.slow
 def test_bfloat16_takes_the_plain_way_where_there_is_no_tpu():
     model = dataclasses.replace(tiny(layers=1), dtype="bfloat16")
-    params = int4.make(group=32)(model.init(jax.random.key(0)), model.specs, None)
+    params = int4.make(group=32)(jax.jit(model.init)(jax.random.key(0)), model.specs, None)
     tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 512)
     assert "tpu_custom_call" not in jax.jit(model).lower(params, tokens).as_text()
     exact = dataclasses.replace(model, dtype="float32")(params, tokens)
@@ -360,7 +367,7 @@ def test_bfloat16_takes_the_plain_way_where_there_is_no_tpu():
     [
         pytest.param(5, 512, 160, 64, marks=pytest.mark.slow),
         (16, 576, 300, 128),
-        (130, 2048, 200, 64),
+        pytest.param(130, 2048, 200, 64, marks=pytest.mark.slow),
         pytest.param(200, 8192, 256, 128, marks=pytest.mark.slow),
     ],
 )
