@@ -32,6 +32,11 @@ ALLOWED: dict[str, str | tuple[str, ...]] = {
     "model.param_dtype": ("float32", "bfloat16", "float16"),
     "model.remat": ("none", "dots", "full"),
     "peft.rank": COUNT,
+    "peft.alpha": POSITIVE,
+    "peft.dropout": "[0, 1)",
+    "peft.block": "[2, inf)",
+    "peft.terms": ANY_COUNT,
+    "peft.tokens": COUNT,
     "quant.group": COUNT,
     "quant.start": ANY_COUNT,
     "data.holdout": "[0, 1)",
@@ -65,7 +70,8 @@ ALLOWED: dict[str, str | tuple[str, ...]] = {
     "chip": ("", *json.loads((methods.ROOT / "train/chips.json").read_text("utf-8"))["chips"]),
 }
 STRINGS = ("allow", "evals", "samples")  # tuples of these
-REGEXES = ("peft.where", "quant.where")
+REGEXES = ("peft.where", "peft.inputs", "quant.where")
+FACTORS = ("optim.lr_scale", "peft.ranks", "peft.alphas")  # pairs of a regular expression and a number
 
 
 def check_value(path: str, value: Any, choices: tuple = ()) -> Iterator[tuple[str, str]]:
@@ -84,8 +90,8 @@ def check_value(path: str, value: Any, choices: tuple = ()) -> Iterator[tuple[st
                 yield "unknown choice", near
     if path in REGEXES or (path == "trainable" and value not in ("all", "adapters")):
         yield from _regex(value)
-    if path == "optim.lr_scale":
-        yield from _lr_scale(value)
+    if path in FACTORS:
+        yield from _factors(value)
     if path == "data.fields" and not re.fullmatch(r"(\s*\w+\s*=[^=,]+(,|$))*", value):
         yield "must be NEW=OLD pairs between commas", 'like "prompt=question,completion=answer"'
     if path.startswith("mesh.") and value != -1 and value < 1:
@@ -106,7 +112,7 @@ def _regex(value: str) -> Iterator[tuple[str, str]]:
         yield f"is no regular expression: {e}", ""
 
 
-def _lr_scale(rules: tuple) -> Iterator[tuple[str, str]]:
+def _factors(rules: tuple) -> Iterator[tuple[str, str]]:
     for rule in rules:
         if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str) and _is_factor(rule[1])):
             yield "must be pairs of a regular expression and a factor", 'like (("embed/.*", 0.1),)'
@@ -120,7 +126,7 @@ def _is_factor(x: Any) -> bool:
 
 def check_between(c: Mapping[str, Any], ok: Callable[..., bool]) -> Iterator[Problem]:
     """Rules that need several keys, or folders. `c`: path -> value; `ok(*paths)`: all there, each right by itself."""
-    for rule in (_shape, _init, _trainable, _rows, _pairs, _schedule, _evals):
+    for rule in (_shape, _init, _trainable, _saved, _rows, _pairs, _schedule, _evals):
         for path, text, fix in rule(c, ok):
             yield Problem(f"config.{path}", show(c[path]), text, fix)
 
@@ -158,6 +164,11 @@ def _init(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
 def _trainable(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     if ok("trainable", "peft.name") and c["trainable"] == "adapters" and not c["peft.name"]:
         yield "trainable", "there are no adapters", "name a method in config.peft.name, or train all"
+
+
+def _saved(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
+    if ok("init", "peft.name", "peft.folder") and c["peft.name"] == "saved" and c["init"] == c["peft.folder"]:
+        yield "init", "is the run whose adapter goes on", "name the base that the adapter was trained on"
 
 
 def _rows(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from configs.errors import UserError
 from infer.sample import Knobs, sample
-from model.transformer import Transformer, unstack
+from model.transformer import Transformer, unstack, virtual_tokens
 from model.weights import Params
 
 PREFILL = 512  # prompt tokens a forward pass: bounds the attention scores, and the number of shapes
@@ -145,11 +145,11 @@ def row_keys(prompts: Sequence[Sequence[int]], rows: int, seed: int) -> Array:
 
 def _start(model: Transformer, params: Params, prompts: Any, n: int, seed: int, knobs: Knobs, ends: Array) -> State:
     """Prefill, and the first token of every row."""
-    _check(model, prompts, n)
+    _check(model, params, prompts, n)
     batch = pad(prompts)
     rows, width = batch[0].shape
     room = bucket(n, 64)  # the usual lengths share a program
-    cache = model.cache(rows, width + room)
+    cache = _cache(model, params, rows, width + room)
     for start in range(0, width, PREFILL):
         tokens, positions, segments = (a[:, start : start + PREFILL] for a in batch)
         x, cache = _prefill(model, params, tokens, positions, segments, cache)
@@ -166,8 +166,8 @@ def _start(model: Transformer, params: Params, prompts: Any, n: int, seed: int, 
     return _first(model, params, state, x, knobs, ends)
 
 
-def _check(model: Transformer, prompts: Sequence[Sequence[int]], n: int) -> None:
-    limit, vocab = model.config.max_len, model.config.vocab_size
+def _check(model: Transformer, params: Params, prompts: Sequence[Sequence[int]], n: int) -> None:
+    limit, vocab = model.config.max_len - virtual_tokens(params), model.config.vocab_size
     if n < 1:
         raise UserError(f"max_new_tokens={n}", fix="at least 1")
     for i, prompt in enumerate(prompts):
@@ -196,6 +196,11 @@ def _rows(state: State, rows: int) -> tuple[list[list[int]], list[np.ndarray]]:
     tokens, logps, length = _fetch((state.tokens, state.logps, state.length))
     cut = lambda a: [a[i, : length[i]] for i in range(rows)]
     return [row.tolist() for row in cut(tokens)], cut(logps)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _cache(model: Transformer, params: Params, rows: int, length: int) -> dict:
+    return model.cache(rows, length, params=params)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)

@@ -12,7 +12,7 @@ from configs import schema
 from configs.errors import UserError
 from data import tokenizer as tokenizers
 from infer.lm import LM
-from model import build, saved, weights
+from model import adapters, build, saved, weights
 from model.config import ModelConfig
 from model.pretrained import Pretrained, open_pretrained
 from model.transformer import Transformer
@@ -25,17 +25,41 @@ def load(name: str | Path, adapter: str | Path | None = None, dtype: str | None 
     """A model that is ready to generate and to score.
 
     `name`: a Hugging Face folder, a .gguf file, a packaged model's name, a hub id, or a run folder. `adapter`: a run
-    folder whose adapters are put on the model. `dtype` of weights and activations; None: float32, or the run's own.
-    Raises UserError.
+    folder or a PEFT folder, whose adapters are put on the model. `dtype` of weights and activations; None: float32, or
+    the run's own. Raises UserError.
     """
-    opened = Run(Path(adapter), base=open_model(name)) if adapter else open_model(name)
-    if isinstance(opened, Run):
+    foreign = adapter and (Path(adapter).expanduser() / adapters.CONFIG).exists()
+    opened = Run(Path(adapter), base=open_model(name)) if adapter and not foreign else open_model(name)
+    if foreign:
+        model = Transformer(opened.config, dtype or "float32", dtype or "float32")
+        base = opened.load(model.specs, None, model.param_dtype)
+        params = adapters.read(adapter)(base, model.specs, jax.random.key(0))
+    elif isinstance(opened, Run):
         model = opened.model if dtype is None else dataclasses.replace(opened.model, dtype=dtype, param_dtype=dtype)
         params = opened.params(model.specs, None, model.param_dtype)
     else:
         model = Transformer(opened.config, dtype or "float32", dtype or "float32")
         params = opened.load(model.specs, None, model.param_dtype)
     return LM(model, params, tokenizers.load(opened.tokenizer_source))
+
+
+def before_and_after(source: str | Path, base: str | Path = "") -> tuple[LM, Params]:
+    """A tuned model, with its adapters, and the plain parameters of its base. `base` may be left out for a run.
+
+    `source`: a run folder, a PEFT folder or a model. Raises UserError.
+    """
+    path = Path(source).expanduser()
+    run = Run(path) if (path / "ckpt").is_dir() else None
+    adapter = (path / adapters.CONFIG).exists() or bool(run and run.cfg.peft.name)
+    start = base or (run.cfg.init if run else "")
+    if not start and not run:
+        raise UserError("does not say what it was tuned from", str(source), "name it: --base=MODEL")
+    lm = load(start, adapter=source) if adapter and start else load(source)
+    if adapter:
+        return lm, weights.dense(weights.base(lm.params), lm.model.specs)
+    if not start:
+        raise UserError("started from random weights", str(source), "name what to compare it with: --base=MODEL")
+    return lm, weights.dense(load(start).params, lm.model.specs)
 
 
 def open_model(name: str | Path) -> "Pretrained | Run":
@@ -94,31 +118,18 @@ class Run:
         transform = build.transform(self.cfg, specs)
         if self.cfg.quant.name:
             transform = jax.jit(transform)  # compiled as in training: the codes come out the same
-        learnt = {k.removeprefix("policy/"): v for k, v in self.saved.params.items() if k.startswith("policy/")}
         if (self.workdir / SHAPE).is_file():
             policy = jax.eval_shape(transform, self.model.abstract, jax.random.key(0))
+            if saved.named(policy).keys() - {name.removeprefix("policy/") for name in self.saved.params}:
+                raise UserError("it does not hold every parameter", str(self.workdir))
         else:
             policy = transform(self._base(specs, shardings, dtype), jax.random.key(self.cfg.seed))
-        names = set(saved.named(policy))
-        if strange := learnt.keys() - names:
-            raise UserError(f"the run has learnt {min(strange)}, which its config does not have", str(self.workdir))
-        frozen = weights.map_named(lambda path, x: None if path in learnt else x, policy)
+        frozen = weights.map_named(lambda path, x: None if f"policy/{path}" in self.saved.params else x, policy)
         if self.cfg.peft.name and self.saved.frozen not in ("", saved.fingerprint({"policy": frozen})):
             raise UserError("its adapters were trained on another base than this one", str(self.workdir))
-        return weights.map_named(lambda path, x: _like(learnt.get(path), x), policy)
+        return saved.put(self.saved, policy, self.workdir)
 
     def _base(self, specs: Specs, shardings: Any, dtype: str) -> Params:
         if self.init is not None:
             return self.init.load(specs, shardings, dtype)
         return jax.jit(self.model.init, out_shardings=shardings)(jax.random.key(self.cfg.seed))
-
-
-def _like(value: Any, x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-    """`value` in the type and the place of `x`; `x` itself without one."""
-    if value is None:
-        if not isinstance(x, jax.Array):
-            raise UserError("it does not hold every parameter", "run folder")
-        return x
-    if value.shape != x.shape:
-        raise UserError(f"a saved parameter has shape {value.shape}, the model wants {x.shape}", "run folder")
-    return jax.device_put(value.astype(x.dtype), x.sharding)

@@ -83,9 +83,11 @@ def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
 
 
 def mask(q_pos: Array, q_seg: Array, k_pos: Array, k_seg: Array, window: int = 0) -> Array:
-    """[B,T,S] bool: same document, not later, within `window` positions when it is not 0. Segment 0 is padding."""
+    """[B,T,S] bool: same document, not later, within `window` positions when it is not 0. Segment 0 is padding, and
+    keys of segment -1, virtual tokens, are seen from every document."""
     distance = q_pos[:, :, None] - k_pos[:, None, :]
-    see = (q_seg[:, :, None] == k_seg[:, None, :]) & (k_seg[:, None, :] > 0) & (distance >= 0)
+    same = (q_seg[:, :, None] == k_seg[:, None, :]) & (k_seg[:, None, :] > 0)
+    see = (same | (k_seg[:, None, :] == -1)) & (distance >= 0)
     return see & (distance < window) if window else see
 
 

@@ -121,9 +121,16 @@ class Block(Layer):
 
     @nn.compact
     def __call__(self, x: Array, context: dict, cache: dict | None, windowed: Any) -> tuple[Array, dict | None]:
-        y, cache = Attention(self.config, name="attn")(Norm(self.config, name="attn_norm")(x), context, cache, windowed)
-        x = x + y
-        return x + MLP(self.config, name="mlp")(Norm(self.config, name="mlp_norm")(x)), cache
+        h = Norm(self.config, name="attn_norm")(x)
+        y, cache = Attention(self.config, name="attn")(h, context, cache, windowed)
+        x = x + self.adapted("attn_adapter", h, y)
+        h = Norm(self.config, name="mlp_norm")(x)
+        return x + self.adapted("mlp_adapter", h, MLP(self.config, name="mlp")(h)), cache
+
+    def adapted(self, name: str, x: Array, y: Array) -> Array:
+        """The output y of a sublayer with input x, through its adapter where it has one."""
+        adapter = self.get_variable("params", name)
+        return y if adapter is None else adapter(x, y)
 
 
 def context(config: ModelConfig, positions: Array, segments: Array, cache: dict | None) -> dict:

@@ -36,13 +36,14 @@ def parse(layout: str) -> tuple[list[str], str]:
     return axes, ours
 
 
-def _size(letters: str, sizes: dict[str, int]) -> int:
+def size(letters: str, sizes: dict[str, int]) -> int:
+    """Of merged axes."""
     return math.prod(int(c) if c.isdigit() else sizes[c] for c in letters)
 
 
 def shape(key: Key, sizes: dict[str, int]) -> tuple[int, ...]:
     """Of the checkpoint's tensor."""
-    return tuple(_size(letters, sizes) for letters in parse(key.layout)[0])
+    return tuple(size(letters, sizes) for letters in parse(key.layout)[0])
 
 
 def our_shape(key: Key, sizes: dict[str, int]) -> tuple[int, ...]:
@@ -59,9 +60,9 @@ def read(key: Key, tensor: Callable[[Index], np.ndarray], sizes: dict[str, int],
     cuts, split = [], []
     for merged in axes:
         letters = merged.lstrip("0123456789")
-        inner = _size(letters[1:], sizes)
+        inner = size(letters[1:], sizes)
         start, stop, _ = wanted.pop(letters[0]).indices(sizes[letters[0]])
-        offset = key.part * _size(letters, sizes) if letters != merged else 0
+        offset = key.part * size(letters, sizes) if letters != merged else 0
         cuts.append(slice(offset + start * inner, offset + stop * inner))
         split += [stop - start, *(sizes[c] for c in letters[1:])]
     order = "".join(axes).translate({ord(d): None for d in "0123456789"})
@@ -76,6 +77,6 @@ def write(parts: list[tuple[Key, np.ndarray]], sizes: dict[str, int]) -> np.ndar
         axes, ours = parse(key.layout)
         letters = [merged.lstrip("0123456789") for merged in axes]
         x = x.transpose([ours.index(c) for c in "".join(letters)])
-        arrays.append(x.reshape([_size(l, sizes) for l in letters]))
+        arrays.append(x.reshape([size(l, sizes) for l in letters]))
     several = next((i for i, merged in enumerate(axes) if merged[0].isdigit()), 0)
     return np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, several))

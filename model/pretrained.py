@@ -145,11 +145,15 @@ def open_pretrained(name: str) -> Pretrained:
     return Pretrained(config, source, str(path))
 
 
+def families() -> list[str]:
+    """Names of the files in model/families."""
+    return sorted(p.stem for p in (Path(__file__).parent / "families").glob("[a-z]*.py"))
+
+
 def family(name: Any) -> ModuleType:
     """The file model/families/<name>.py; the name is Hugging Face's `model_type`."""
-    known = sorted(p.stem for p in (Path(__file__).parent / "families").glob("[a-z]*.py"))
-    if name not in known:
-        raise UserError(f"model family {name!r} is not computed here; known: {', '.join(known)}", "model_type")
+    if name not in families():
+        raise UserError(f"model family {name!r} is not computed here; known: {', '.join(families())}", "model_type")
     return importlib.import_module(f"model.families.{name}")
 
 

@@ -92,8 +92,8 @@ def digests(arrays: dict[str, Any]) -> dict[str, str]:
 
 
 def fingerprint(tree: Any) -> str:
-    """One digest for a whole tree, names included; "" for a tree without arrays."""
-    hashes = digests(named(tree))
+    """One digest for a whole tree, names included and derived fields left out; "" for a tree without arrays."""
+    hashes = digests(named(weights.underived(tree)))
     lines = json.dumps(hashes, sort_keys=True).encode()
     return hashlib.blake2b(lines, digest_size=8).hexdigest() if hashes else ""
 
@@ -215,6 +215,24 @@ def load_params(workdir: str | Path, step: int | None = None, verified: bool = T
         except (OSError, ValueError, MemoryError) as e:
             raise UserError(first_line(e), str(workdir), "is this a run folder?") from e
     raise UserError(problem, str(workdir), "train it first, or name another step")
+
+
+def put(run: Saved, policy: Any, where: Any) -> Any:
+    """`policy` with what a run has learnt in it, in the types and places of its arrays. Raises UserError."""
+    learnt = {k.removeprefix("policy/"): v for k, v in run.params.items() if k.startswith("policy/")}
+    if strange := learnt.keys() - named(policy).keys():
+        raise UserError(f"the run has learnt {min(strange)}, which its config does not have", str(where))
+
+    def like(name: str, x: Any) -> Any:
+        value = learnt.get(name)
+        if value is None:
+            return x
+        if value.shape != x.shape:
+            raise UserError(f"{name} was saved with shape {value.shape}, the model wants {x.shape}", str(where))
+        value = value.astype(x.dtype)
+        return jnp.asarray(value) if isinstance(x, jax.core.Tracer) else jax.device_put(value, x.sharding)
+
+    return weights.map_named(like, policy)
 
 
 def _wanted(manifest: dict) -> dict[str, np.ndarray]:

@@ -91,6 +91,11 @@ class Transformer:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if segments is None:
             segments = jnp.ones_like(positions)
+        kept = cache is not None
+        if virtual := virtual_tokens(params):
+            positions = positions + virtual
+            if not kept:
+                cache = self.cache(*tokens.shape, isinstance(params["layers"], tuple), params)
         x = weights.take(params["embed"]["table"], tokens, self.dtype)
         if c.position == "learned":
             x = x + weights.take(params["position"]["table"], positions, self.dtype)
@@ -98,11 +103,10 @@ class Transformer:
         ctx = context(c, positions, segments, cache)
         x, kv = self._layers(params["layers"], x, ctx, cache and cache["layers"])
         x = Norm(c).apply({"params": params["final_norm"]}, x)
-        if cache is not None:
-            cache = {"layers": kv, "index": ctx["index"] + tokens.shape[1]} | {
-                k: ctx[k] for k in ("positions", "segments")
-            }
-        return x, cache
+        if not kept:
+            return x, None
+        seen = {k: ctx[k] for k in ("positions", "segments")}
+        return x, {"layers": kv, "index": ctx["index"] + tokens.shape[1], **seen}
 
     def _layers(self, layers: Any, x: Array, ctx: dict, kv: Any) -> tuple[Array, Any]:
         c = self.config
@@ -135,14 +139,48 @@ class Transformer:
 
     # --- decoding ---
 
-    def cache(self, batch: int, length: int, unrolled: bool = True) -> dict:
-        """An empty key-value cache for `length` positions of `batch` rows. `segments` 0 marks what is not written."""
+    def cache(self, batch: int, length: int, unrolled: bool = True, params: Params | None = None) -> dict:
+        """A key-value cache for `length` positions of `batch` rows. `segments` 0 marks what is not written.
+
+        It is empty unless `params` hold virtual tokens (prefix and prompt tuning): these stand at its start.
+        """
         c = self.config
         shape = (batch * c.kv_heads, length, c.head_dim)
         one = lambda lead=(): {n: jnp.zeros(lead + shape, self.dtype) for n in ("k", "v")}
-        ints = lambda: jnp.zeros((batch, length), jnp.int32)
         layers = tuple(one() for _ in range(c.layers)) if unrolled else one((c.layers,))
-        return {"layers": layers, "index": jnp.int32(0), "positions": ints(), "segments": ints()}
+        positions = segments = jnp.zeros((batch, length), jnp.int32)
+        virtual = virtual_tokens(params or {})
+        if virtual:
+            repeat = lambda x: jnp.tile(x.astype(self.dtype), (*(1,) * (x.ndim - 3), batch, 1, 1))  # [B*K,P,H]
+            join = lambda first, rest: jnp.concatenate([repeat(first), rest], -2)
+            layers = jax.tree.map(join, self._virtual(params), layers)
+            first = jnp.broadcast_to(jnp.arange(virtual, dtype=jnp.int32), (batch, virtual))
+            positions = jnp.concatenate([first, positions], 1)
+            segments = jnp.concatenate([jnp.full_like(first, -1), segments], 1)
+        return {"layers": layers, "index": jnp.int32(virtual), "positions": positions, "segments": segments}
+
+    def _virtual(self, params: Params) -> Any:
+        """Keys and values [K,P,H] of the virtual tokens, in the shape of a cache's layers."""
+        layers = params["layers"]
+        if "prompt" not in params:
+            pick = lambda p: {n: getattr(p["attn"]["prefix"], n).swapaxes(-3, -2) for n in ("k", "v")}
+            return tuple(map(pick, layers)) if isinstance(layers, tuple) else pick(layers)
+        x = params["prompt"].table.astype(self.dtype)[None]
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        if self.config.position == "learned":
+            x = x + weights.take(params["position"]["table"], positions, self.dtype)
+        empty = self.cache(1, x.shape[1], isinstance(layers, tuple))
+        ctx = context(self.config, positions, jnp.ones_like(positions), empty)
+        return self._layers(layers, x, ctx, empty["layers"])[1]
+
+
+def virtual_tokens(params: Params) -> int:
+    """How many trained tokens stand before every document: those of prefix or prompt tuning."""
+    if "prompt" in params:
+        return params["prompt"].table.shape[0]
+    layers = params.get("layers", {})
+    prefix = (layers[0] if isinstance(layers, tuple) else layers).get("attn", {}).get("prefix")
+    return 0 if prefix is None else prefix.k.shape[-3]
 
 
 def constrain(x: Array) -> Array:

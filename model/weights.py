@@ -18,8 +18,11 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from configs.errors import UserError
+
 Params = Any  # nested dicts whose leaves are arrays or Weights
 Specs = Any  # the same dicts, with a Spec at every parameter
+Transform = Callable[[Params, Specs, Array], Params]  # what a method is; the last argument is a random key
 
 # Letter of an equation -> logical axis of a weight. train/mesh.py maps logical axes to mesh axes.
 AXES = dict(
@@ -69,6 +72,7 @@ class Weight:
     """Base of the leaves that are more than an array. Subclasses are `flax.struct.dataclass`es."""
 
     trainable: ClassVar[tuple[str, ...]] = ()  # fields that "adapters" trains
+    derived: ClassVar[tuple[str, ...]] = ()  # frozen fields that follow from the others: no part of a fingerprint
     whole: ClassVar[bool] = False  # counts as one array: has the `shape`, `ndim` and `size` of what it stands for
 
     def einsum(self, eqn: str, x: Array) -> Array:
@@ -94,6 +98,24 @@ class Weight:
         """
         inner = {f: getattr(self, f) for f in fields(self) if is_weight(getattr(self, f))}
         return self.replace(**{f: w.in_training(key_for(key, f), step) for f, w in inner.items()})
+
+    def macs(self, stacked: int) -> "Weight":
+        """This node with the multiply-adds that each array costs a token in its place: a matrix costs its size.
+
+        `stacked` is the number of leading axes that a layer does not see.
+        """
+        one = lambda x: x.macs(stacked) if is_weight(x) else x.size * (x.ndim - stacked >= 2)
+        return self.replace(**{f: jax.tree.map(one, getattr(self, f), is_leaf=is_weight) for f in fields(self)})
+
+
+class Extra(Weight):
+    """Base of the nodes that stand beside the declared parameters, where a layer reads them when they are there.
+
+    They cannot be merged, and without them the model is the base.
+    """
+
+    def dense(self, spec: Spec | None) -> Array:
+        raise UserError(f"{type(self).__name__} cannot be merged into weights", "adapter", "keep it as an adapter")
 
 
 def einsum(eqn: str, x: Array, w: Array | Weight) -> Array:
@@ -179,9 +201,26 @@ def map_named(f: Callable, tree: Any, *rest: Any, is_leaf: Callable | None = Non
     return jax.tree.map_with_path(lambda path, *xs: f(name(path), *xs), tree, *rest, is_leaf=is_leaf)
 
 
-def replace(params: Params, specs: Specs, f: Callable[[str, Any, Spec], Any]) -> Params:
-    """`f(name, leaf, spec)` at every declared parameter; the way a Transform is written."""
-    return map_named(lambda path, spec, leaf: f(path, leaf, spec), specs, params, is_leaf=is_spec)
+def replace(params: Params, specs: Specs, f: Callable[[str, Any, Spec | None], Any]) -> Params:
+    """`f(name, leaf, spec)` at every parameter; the spec of an Extra is None."""
+    declared = {name(path): spec for path, spec in jax.tree.leaves_with_path(specs, is_leaf=is_spec)}
+    return map_named(lambda path, leaf: f(path, leaf, declared.get(path)), params, is_leaf=is_weight)
+
+
+def wrapping(where: str, f: Callable[[str, Any, Spec, Array], Any]) -> Transform:
+    """A Transform that puts `f(name, leaf, spec, key)` at every multiplied parameter whose name matches `where`.
+
+    Raises ValueError when none does.
+    """
+
+    def transform(params: Params, specs: Specs, key: Array) -> Params:
+        chosen = lambda path, spec: spec is not None and spec.eqn and re.fullmatch(where, path)
+        if not any(chosen(name(path), s) for path, s in jax.tree.leaves_with_path(specs, is_leaf=is_spec)):
+            raise ValueError(f"peft.where={where!r} matches no multiplied parameter")
+        wrap = lambda path, leaf, spec: f(path, leaf, spec, key_for(key, path)) if chosen(path, spec) else leaf
+        return replace(params, specs, wrap)
+
+    return transform
 
 
 def key_for(key: Array, path: str) -> Array:
@@ -238,21 +277,47 @@ def in_training(params: Params, key: Array, step: Array) -> Params:
 
 
 def base(params: Params) -> Params:
-    """Adapters off: every leaf that wraps a frozen `base` gives way to it. Under LoRA the reference policy is free."""
+    """Adapters off: a leaf that wraps a frozen `base` gives way to it, every Extra goes. A free reference policy."""
+    if isinstance(params, dict):
+        return {k: base(v) for k, v in params.items() if not isinstance(v, Extra)}
+    if isinstance(params, tuple):
+        return tuple(map(base, params))
+    while is_weight(params) and "base" in fields(params):
+        params = params.base
+    return params
+
+
+def quantised_under_adapters(params: Params) -> bool:
+    """Whether an adapter wraps a leaf that is no plain array once all adapters are off."""
+    off = [(w, base(w)) for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w)]
+    return any(w is not under and is_weight(under) for w, under in off)
+
+
+def underived(params: Params) -> Params:
+    """None in place of what the Weights derive, which another machine rounds otherwise."""
 
     def strip(w: Any) -> Any:
-        while is_weight(w) and "base" in fields(w):
-            w = w.base
-        return w
+        if not is_weight(w):
+            return w
+        kept = {f: jax.tree.map(strip, getattr(w, f), is_leaf=is_weight) for f in fields(w)}
+        return w.replace(**kept | dict.fromkeys(w.derived))
 
     return jax.tree.map(strip, params, is_leaf=is_weight)
 
 
 def dense(params: Params, specs: Specs) -> Params:
     """Every Weight merged into the plain array it stands for."""
-    return replace(params, specs, lambda _, w, spec: w.dense(spec) if is_weight(w) else w)
+    return replace(params, specs, lambda _, w, spec: dense_of(w, spec))
+
+
+def dense_of(w: Array | Weight, spec: Spec) -> Array:
+    return w.dense(spec) if is_weight(w) else w
 
 
 def axes(params: Params, specs: Specs) -> Any:
     """Logical axis names (a tuple) at every array of `params`."""
-    return replace(params, specs, lambda _, w, spec: w.axes(spec) if is_weight(w) else spec.names)
+    return replace(params, specs, lambda _, w, spec: axes_of(w, spec))
+
+
+def axes_of(w: Array | Weight, spec: Spec) -> Any:
+    return w.axes(spec) if is_weight(w) else spec.names

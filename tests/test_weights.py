@@ -1,14 +1,19 @@
 """The leaf contract: what every Weight keeps, crossed with every equation that a model uses."""
 
+import functools
 import importlib
+import inspect
 import pkgutil
+from pathlib import Path
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import model.peft
+from configs.errors import UserError
 from configs.models import SHAPES
 from model import weights
 from model.config import ModelConfig
@@ -23,7 +28,23 @@ EQNS = {
     "BTD,VD->BTV": (11, 8),
     "BTED,EDF->BTEF": (4, 8, 6),
 }
-METHODS = [m.name for m in pkgutil.iter_modules(model.peft.__path__)]
+METHODS = [m.name for m in pkgutil.iter_modules(model.peft.__path__) if m.name != "saved"]  # it needs a folder
+QUANTISERS = [m.name for m in pkgutil.iter_modules([str(Path(model.__path__[0]) / "quant")]) if m.name[0] != "_"]
+BESIDE = ("bottleneck", "prefix", "prompt")  # their parameters stand beside the weights: they cannot be merged
+VIRTUAL = ("prefix", "prompt")  # they change the model from the start
+
+
+@functools.cache
+def start() -> tuple:
+    """A tiny model and its parameters."""
+    model = tiny()
+    return model, jax.jit(model.init)(jax.random.key(0))
+
+
+def everywhere(method: str):
+    """The method's Transform on every parameter that it can wrap."""
+    make = importlib.import_module(f"model.peft.{method}").make
+    return make(**{"where": ".*"} if "where" in inspect.signature(make).parameters else {})
 
 
 def tiny(**changes) -> Transformer:
@@ -77,10 +98,8 @@ class TestMethods:
     """Every file in model/peft, by existing. Scanned layers, tied embedding, every multiplied parameter wrapped."""
 
     def adapted(self, method, noise=0.0):
-        model = tiny()
-        params = jax.jit(model.init)(jax.random.key(0))
-        make = importlib.import_module(f"model.peft.{method}").make
-        adapted = make(where=".*")(params, model.specs, jax.random.key(1))
+        model, params = start()
+        adapted = everywhere(method)(params, model.specs, jax.random.key(1))
         train, frozen = weights.partition(adapted, weights.trainable(adapted, "adapters"))
         train = jax.tree.map(lambda x: x + noise * rand(*x.shape, seed=7), train)
         return model, params, weights.combine(train, frozen)
@@ -88,14 +107,21 @@ class TestMethods:
     def test_starts_as_the_base_bit_for_bit(self, method):
         model, params, adapted = self.adapted(method)
         tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 512)
+        if method in VIRTUAL:
+            assert not np.allclose(jax.jit(model)(params, tokens), jax.jit(model)(adapted, tokens), atol=1e-4)
+            return
         np.testing.assert_array_equal(jax.jit(model)(params, tokens), jax.jit(model)(adapted, tokens))
 
     def test_merged_equals_unmerged(self, method):
         model, _, adapted = self.adapted(method, noise=0.05)
         tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 512)
+        if method in BESIDE:
+            with pytest.raises(UserError, match="cannot be merged"):
+                weights.dense(adapted, model.specs)
+            return
         merged = weights.dense(adapted, model.specs)
         assert not any(map(weights.is_weight, jax.tree.leaves(merged, is_leaf=weights.is_weight)))
-        np.testing.assert_allclose(model(merged, tokens), model(adapted, tokens), atol=1e-4)
+        np.testing.assert_allclose(jax.jit(model)(merged, tokens), jax.jit(model)(adapted, tokens), atol=1e-4)
 
     def test_base_is_what_was_wrapped(self, method):
         _, params, adapted = self.adapted(method, noise=0.05)
@@ -111,6 +137,54 @@ class TestMethods:
         model, _, adapted = self.adapted(method)
         named = weights.axes(adapted, model.specs)
         jax.tree.map(lambda x, names: np.testing.assert_equal(len(names), x.ndim), adapted, named)
+
+
+@flax.struct.dataclass
+class Rounded(weights.Weight):
+    """A stand-in for a quantised leaf: nothing but what a Weight must have."""
+
+    values: jax.Array
+
+    def einsum(self, eqn, x):
+        return jnp.einsum(eqn, x, self.values.astype(x.dtype))
+
+    def take(self, ids, dtype):
+        return self.values[ids].astype(dtype)
+
+    def dense(self, spec):
+        return self.values.astype(spec.value.dtype)
+
+    def axes(self, spec):
+        return self.replace(values=spec.names)
+
+
+def rounded():
+    return lambda params, specs, key: weights.replace(
+        params, specs, lambda _, w, spec: Rounded(w.astype(jnp.bfloat16)) if spec.eqn else w
+    )
+
+
+@pytest.mark.parametrize("quant", ["rounded", *QUANTISERS])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in BESIDE])
+def test_methods_over_quantised_bases(method, quant):
+    """A leaf starts as its quantised base, which stays as it is; once moved, all of the adapter has a gradient."""
+    model, params = start()
+    make = rounded if quant == "rounded" else importlib.import_module(f"model.quant.{quant}").make
+    base = make()(params, model.specs, jax.random.key(1))
+    adapted = everywhere(method)(base, model.specs, jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, weights.base(adapted), base)
+    named = weights.axes(adapted, model.specs)
+    jax.tree.map(lambda x, names: np.testing.assert_equal(len(names), x.ndim), adapted, named)
+    for at, name in (("attn", "wq"), ("mlp", "down")):
+        eqn = model.specs["layers"][at][name].eqn
+        leaf, under = (jax.tree.map(lambda x: x[0], p["layers"][at][name]) for p in (adapted, base))
+        x = activation(eqn, model.specs["layers"][at][name].shape[1:])
+        np.testing.assert_allclose(weights.einsum(eqn, x, leaf), weights.einsum(eqn, x, under), atol=1e-5)
+        train, frozen = weights.partition(leaf, weights.trainable({"w": leaf}, "adapters")["w"])
+        moved = jax.tree.map(lambda x: x + 0.05 * rand(*x.shape, seed=7), train)
+        loss = lambda t: jnp.square(weights.einsum(eqn, x, weights.combine(t, frozen))).sum()  # noqa: B023
+        grads = jax.grad(loss)(moved)
+        assert all(bool(jnp.isfinite(g).all()) and float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
 
 
 def test_trainable_by_regex_and_by_role():

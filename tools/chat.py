@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.chat", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model")
-    parser.add_argument("--adapter", help="a run folder whose adapters are put on MODEL")
+    parser.add_argument("--adapter", help="a run or PEFT folder whose adapters are put on MODEL")
     parser.add_argument("--system", default="", help="the system's turn of every conversation")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy")
     parser.add_argument("--top-k", type=int, default=0)

@@ -1,8 +1,11 @@
 """Write a model as a Hugging Face folder: adapters merged, logits compared with what was written.
 
-    python -m tools.export --from=NAME_OR_RUN --to=DIR [--dtype=float32|bfloat16|float16]
+    python -m tools.export --from=NAME_OR_RUN --to=DIR [--adapter=DIR] [--dtype=float32|bfloat16|float16]
+    python -m tools.export --from=RUN --to=DIR --adapter-only
 
-NAME_OR_RUN: a run folder, a packaged model's name, a .gguf file, a Hugging Face folder or a hub id.
+NAME_OR_RUN: a run folder, a packaged model's name, a .gguf file, a Hugging Face folder or a hub id. --adapter: a run or
+PEFT folder that is put on it. --adapter-only writes a PEFT folder. Adapters on a quantised base are merged into
+dequantised weights, which are larger and not those that the adapter will meet elsewhere: --merge-quantised allows it.
 """
 
 import argparse
@@ -17,10 +20,15 @@ def main(argv: list[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--from", dest="source", required=True)
     parser.add_argument("--to", required=True)
+    parser.add_argument("--adapter", default="")
+    parser.add_argument("--adapter-only", action="store_true")
+    parser.add_argument("--merge-quantised", action="store_true")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args(argv)
     try:
-        return export(args.source, args.to, args.dtype)
+        if args.adapter_only:
+            return export_adapter(args.source, args.adapter, args.to)
+        return export(args.source, args.adapter, args.to, args.dtype, args.merge_quantised)
     except UserError as e:
         print(e, file=sys.stderr)
         return 2
@@ -29,16 +37,32 @@ def main(argv: list[str]) -> int:
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")  # kept of generation_config.json
 
 
-def export(source: str, to: str, dtype: str) -> int:
+def export(source: str, adapter: str, to: str, dtype: str, merge_quantised: bool) -> int:
     from infer.models import load, open_model
+    from model import weights
     from model.export import export_hf
 
     settings = getattr(open_model(source), "generation", {})  # a run folder has none
-    lm = load(source)
+    lm = load(source, adapter or None)
+    if weights.quantised_under_adapters(lm.params) and not merge_quantised:
+        what = "its adapters lie on a quantised base"
+        raise UserError(what, adapter or source, "--adapter-only keeps them apart, --merge-quantised merges")
     generation = {name: settings[name] for name in SAMPLING if name in settings}
     delta = export_hf(lm.model, lm.params, lm.tokenizer, to, dtype=dtype, generation=generation)
     print(f"{to} · read back, the logits differ by at most {delta:.1g} of their scale")
     print(f"vllm serve {shlex.quote(to)}")
+    return 0
+
+
+def export_adapter(source: str, adapter: str, to: str) -> int:
+    from infer.models import load, open_model
+    from model import adapters_write
+
+    opened = open_model(source)
+    base = source if adapter else getattr(getattr(opened, "cfg", None), "init", "")
+    lm = load(source, adapter or None)
+    adapters_write.write(to, lm.model, lm.params, base)
+    print(f"{to} · PeftModel.from_pretrained(base, {to!r}) opens it on {base or 'its base'}")
     return 0
 
 

@@ -7,6 +7,7 @@ import jax
 
 from model import weights
 from model.config import ModelConfig
+from model.transformer import virtual_tokens
 from train.chips import Chip
 
 
@@ -27,25 +28,30 @@ class Cost(NamedTuple):
 
 def cost(config: ModelConfig, params: Any, specs: Any, mask: Any, seq_len: int) -> Cost:
     """FLOPs of a policy by its equations: 2 a multiply-add forward, 2 for the gradient of the input, and 2 for that of
-    a weight only when it trains. Attention counts a full causal row: (T + 1) / 2 keys a query.
+    a weight only when it trains. Attention counts a full causal row: (T + 1) / 2 keys a query, and virtual tokens.
 
-    A lookup costs nothing. Under LoRA this makes a step 4 N instead of 6 N (Schulman et al. 2025, LoRA Without Regret).
+    A lookup costs nothing. What a method does once a step and not for each token is left out: norms of DoRA, the
+    inverses of OFT, the virtual tokens of a prompt going through the layers.
+    Under LoRA this makes a step 4 N instead of 6 N (Schulman et al. 2025, LoRA Without Regret).
     """
     c = config
     totals = dict(layer=0.0, layer_dw=0.0, head=0.0, head_dw=0.0)
     head_path = "embed/table" if c.tied else "unembed/table"
 
     def count(path: str, w: Any, spec: Any, m: Any) -> None:
-        if not spec.eqn or (path.startswith("embed") and not c.tied):
+        if (spec and not spec.eqn) or (path.startswith("embed") and not c.tied):
             return
         part = "head" if path == head_path else "layer"
-        for x, moves in zip(weights.arrays(w), weights.arrays(m), strict=True):
-            if x.ndim - spec.stacked >= 2:
-                totals[part] += 2 * x.size
-                totals[part + "_dw"] += 2 * x.size * any(jax.tree.leaves(moves))
+        stacked = spec.stacked if spec else path.startswith("layers/")
+        macs = w.macs(stacked) if weights.is_weight(w) else w.size
+        for n, moves in zip(jax.tree.leaves(macs), jax.tree.leaves(m), strict=True):
+            totals[part] += 2 * n
+            totals[part + "_dw"] += 2 * n * moves
 
-    weights.map_named(lambda p, s, w, m: count(p, w, s, m), specs, params, mask, is_leaf=weights.is_spec)
-    attention = 4 * c.layers * c.heads * c.head_dim * (seq_len + 1) / 2
+    masks = iter(jax.tree.leaves(mask, is_leaf=weights.is_weight))
+    weights.replace(params, specs, lambda path, w, spec: count(path, w, spec, next(masks)))
+    keys = (seq_len + 1) / 2 + virtual_tokens(params)
+    attention = 4 * c.layers * c.heads * c.head_dim * keys
     pairs = zip(weights.arrays(params), weights.arrays(mask), strict=True)
     sizes = [(x.size, any(jax.tree.leaves(m))) for x, m in pairs]
     return Cost(

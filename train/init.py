@@ -45,7 +45,8 @@ def plan(cfg: Any, model: Transformer, mesh: Any) -> Plan:
     except ValueError as e:
         raise UserError(str(e), "config", "see the parameter table of --plan") from e
     params = {"policy": policy}
-    if "initial" in objective.roles.values() and what != "adapters":
+    fresh = what == "adapters" and cfg.peft.name != "saved"  # then adapters off is the policy as it starts
+    if "initial" in objective.roles.values() and not fresh:
         role = next(r for r, kind in objective.roles.items() if kind == "initial")
         params[role], mask[role] = policy, jax.tree.map(lambda _: False, mask["policy"])
     specs = dict.fromkeys(params, model.specs)

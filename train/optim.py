@@ -73,14 +73,14 @@ def _decay(lr: Callable, rate: float) -> optax.GradientTransformation:
 
 def matrices(params: Any, specs: Any) -> Any:
     """True at arrays that multiply activations, as opposed to norm scales and biases: these decay."""
-    return _by_spec(params, specs, lambda x, spec, names: bool(spec.eqn) and x.ndim - spec.stacked >= 2)
+    return _by_spec(params, specs, lambda x, spec, names: bool(spec and spec.eqn) and x.ndim - spec.stacked >= 2)
 
 
 def muon_axes(params: Any, specs: Any) -> Any:
     """How Muon reads each array as a matrix; None (Adam) for vectors and for tables over the vocabulary."""
 
     def numbers(x: Any, spec: Any, names: tuple) -> Any:
-        if not spec.eqn or "vocab" in names or x.ndim - spec.stacked < 2:
+        if not (spec and spec.eqn) or "vocab" in names or x.ndim - spec.stacked < 2:
             return None
         shared, contracted, _ = weights.split(spec.eqn)
         inner = {"rank"} if names[-1] != "rank" else set(names[:-1])

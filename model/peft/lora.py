@@ -2,16 +2,16 @@
 
 import math
 import re
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from configs.errors import UserError
 from model import weights
-from model.weights import AXES, Params, Spec, Specs, Weight
+from model.weights import AXES, Spec, Transform, Weight
 
 
 @flax.struct.dataclass
@@ -19,7 +19,7 @@ class LoRA(Weight):
     """`base` plus scale * A B. A is [contracted..., R] and B is [R, produced...], both behind the base's shared axes.
 
     The same leaf serves an equation that contracts the other side (a tied unembedding): the factor that holds the
-    contracted letters goes first.
+    contracted letters goes first. `used` says which of the two uses of a tied table the adapter changes.
     """
 
     base: Any
@@ -27,38 +27,70 @@ class LoRA(Weight):
     b: Array
     eqn: str = flax.struct.field(pytree_node=False)  # the equation that the weight was declared with
     scale: float = flax.struct.field(pytree_node=False)
+    start: Any = None  # (A, B) of step 0 when their product is not 0: what is added is the change since
+    noise: Any = None  # of dropout, in training only: the data of a key
+    dropout: float = flax.struct.field(default=0.0, pytree_node=False)
+    used: str = flax.struct.field(default="both", pytree_node=False)  # | "lookup" | "head"
     trainable: ClassVar[tuple[str, ...]] = ("a", "b")
+    derived: ClassVar[tuple[str, ...]] = ("a", "start")  # A, where it stays as it was drawn (LoRA-FA)
 
     @property
     def letters(self) -> tuple[str, str]:
         return factors(self.eqn)
 
     def einsum(self, eqn: str, x: Array) -> Array:
+        y = weights.einsum(eqn, x, self.base)
+        if self.used == "lookup":
+            return y
+        if self.noise is not None:
+            keep = jax.random.bernoulli(jax.random.wrap_key_data(self.noise), 1 - self.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+        change = self._product(eqn, x, self.a, self.b)
+        return y + (change if self.start is None else change - self._product(eqn, x, *self.start))
+
+    def _product(self, eqn: str, x: Array, a: Array, b: Array) -> Array:
+        """scale * x A B."""
         xs, _, out = weights.operands(eqn)
         contracted = weights.split(eqn)[1]
-        (first, f), (second, s) = zip((self.a, self.b), self.letters, strict=True)
+        (first, f), (second, s) = zip((a, b), self.letters, strict=True)
         if not set(contracted) <= set(f):
             (first, f), (second, s) = (second, s), (first, f)
         low = xs.translate({ord(c): None for c in contracted}) + "R"  # [..., R]
         y = self.scale * weights.einsum(f"{xs},{f}->{low}", x, first)  # scaled where it is small, backwards too
-        return weights.einsum(eqn, x, self.base) + weights.einsum(f"{low},{s}->{out}", y, second)
+        return weights.einsum(f"{low},{s}->{out}", y, second)
 
     def take(self, ids: Array, dtype: Any) -> Array:
-        low = weights.take(self.a, ids, dtype)
-        return weights.take(self.base, ids, dtype) + self.scale * (low @ self.b.astype(dtype))
+        y = weights.take(self.base, ids, dtype)
+        if self.used == "head":
+            return y
+        look = lambda a, b: weights.take(a, ids, dtype) @ b.astype(dtype)
+        change = look(self.a, self.b) if self.start is None else look(self.a, self.b) - look(*self.start)
+        return y + self.scale * change
 
     def dense(self, spec: Spec) -> Array:
-        base = self.base.dense(spec) if isinstance(self.base, Weight) else self.base
-        a, b = self.letters
-        _, w, _ = weights.operands(self.eqn)
-        delta = jnp.einsum(f"...{a},...{b}->...{w}", self.a, self.b, precision="highest")
-        return (base + self.scale * delta).astype(base.dtype)
+        if self.used != "both":
+            raise UserError("an adapter of one use of a tied table cannot be merged", "adapter", "keep it apart")
+        base = weights.dense_of(self.base, spec)
+        return (base + self.delta()).astype(base.dtype)
+
+    def delta(self) -> Array:
+        """scale * A B, whole: the shape of the weight."""
+        (a, b), w = self.letters, weights.operands(self.eqn)[1]
+        whole = lambda x, y: jnp.einsum(f"...{a},...{b}->...{w}", x, y, precision="highest")
+        return self.scale * (whole(self.a, self.b) - (0 if self.start is None else whole(*self.start)))
 
     def axes(self, spec: Spec) -> "LoRA":
         stacked = spec.names[: spec.stacked]
         a, b = (stacked + tuple(AXES[c] for c in letters) for letters in self.letters)
-        base = self.base.axes(spec) if isinstance(self.base, Weight) else spec.names
-        return self.replace(base=base, a=a, b=b)
+        start = None if self.start is None else (a, b)
+        return self.replace(base=weights.axes_of(self.base, spec), a=a, b=b, start=start)
+
+    def in_training(self, key: Array, step: Array) -> "LoRA":
+        leaf = super().in_training(key, step)
+        if not self.dropout:
+            return leaf
+        stack = self.a.shape[: self.a.ndim - len(self.letters[0])]
+        return leaf.replace(noise=jax.random.key_data(jax.random.split(weights.key_for(key, "dropout"), stack)))
 
 
 def factors(eqn: str) -> tuple[str, str]:
@@ -67,33 +99,108 @@ def factors(eqn: str) -> tuple[str, str]:
     return f"{shared}{contracted}R", f"{shared}R{produced}"
 
 
-def make(*, rank: int = 16, alpha: float = 32.0, where: str = r"layers/.*", rslora: bool = False) -> Callable:
+def scale_of(alpha: float, rank: int, rslora: bool) -> float:
+    """alpha / rank, or alpha / sqrt(rank) (rsLoRA: Kalajdzievski 2023, arXiv 2312.03732)."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def make(
+    *,
+    rank: int = 16,
+    alpha: float = 32.0,
+    where: str = r"layers/.*",
+    rslora: bool = False,
+    dropout: float = 0.0,
+    ranks: tuple = (),
+    alphas: tuple = (),
+    init: Literal["zero_b", "pissa", "orthogonal"] = "zero_b",
+) -> Transform:
     """A Transform that wraps every multiplied parameter whose name matches `where`.
 
-    A starts as N(0, 1/fan_in), B at zero, so that the transformed model equals the base bit for bit. The scale is
-    alpha / rank, or alpha / sqrt(rank) with `rslora` (Kalajdzievski 2023, arXiv 2312.03732).
-    Raises ValueError when `where` matches nothing.
+    `ranks` and `alphas` give some of them their own: (("layers/mlp/.*", 8), ...), first match wins. `dropout` acts on
+    the adapter's input. `init`: "zero_b" draws A from N(0, 1/fan_in) and sets B to zero, so that the transformed model
+    equals the base bit for bit; "pissa" starts at the largest singular vectors of W (Meng et al. 2024, arXiv
+    2404.02948) and adds the change since; "orthogonal" draws A and B whose product is zero.
+    Raises ValueError when `where` or a rule matches nothing, or when a rank is too large for `init`.
     """
-    scale = alpha / math.sqrt(rank) if rslora else alpha / rank
+    return transform(LoRA, rank, alpha, where, rslora, dropout, ranks, alphas, init)
 
-    def transform(params: Params, specs: Specs, key: Array) -> Params:
-        wrapped = []
 
-        def wrap(path: str, leaf: Any, spec: Spec) -> Any:
-            if not spec.eqn or not re.fullmatch(where, path):
-                return leaf
-            wrapped.append(path)
-            a, b = factors(spec.eqn)
-            size = dict(zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :], strict=True)) | {"R": rank}
-            stack = spec.shape[: spec.stacked]
-            shape = lambda letters: stack + tuple(size[c] for c in letters)
-            fan_in = math.prod(size[c] for c in weights.split(spec.eqn)[1])
-            noise = jax.random.normal(weights.key_for(key, path), shape(a), spec.value.dtype)
-            return LoRA(leaf, noise / math.sqrt(fan_in), jnp.zeros(shape(b), spec.value.dtype), spec.eqn, scale)
+def transform(
+    leaf: type[LoRA], rank: int, alpha: float, where: str, rslora: bool, dropout: float, ranks: tuple, alphas: tuple,
+    init: str,
+) -> Transform:  # fmt: skip
+    """`make` for LoRA and for what is built on it."""
 
-        out = weights.replace(params, specs, wrap)
-        if not wrapped:
-            raise ValueError(f"peft.where={where!r} matches no multiplied parameter")
-        return out
+    def wrap(path: str, base: Any, spec: Spec, key: Array) -> Any:
+        r = int(first_match(ranks, path, rank))
+        scale = scale_of(first_match(alphas, path, alpha), r, rslora)
+        a, b = factors(spec.eqn)
+        size = dict(zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :], strict=True)) | {"R": r}
+        stack = spec.shape[: spec.stacked]
+        shapes = [stack + tuple(size[c] for c in letters) for letters in (a, b)]
+        start = STARTS[init](weights.dense_of(base, spec) if init == "pissa" else None, spec, shapes, scale, key)
+        start = [x.astype(spec.value.dtype) for x in start]
+        kept = tuple(start) if init == "pissa" else None
+        return leaf(base, *start, spec.eqn, scale, start=kept, dropout=dropout)
 
-    return transform
+    return weights.wrapping(where, wrap)
+
+
+def first_match(rules: tuple, path: str, default: float) -> float:
+    """The value of the first (regex, value) whose regex matches the whole path."""
+    return next((value for pattern, value in rules if re.fullmatch(pattern, path)), default)
+
+
+def _zero_b(base: None, spec: Spec, shapes: list[tuple], scale: float, key: Array) -> tuple[Array, Array]:
+    contracted = factors(spec.eqn)[0][len(weights.split(spec.eqn)[0]) : -1]
+    fan_in = math.prod(shapes[0][-1 - len(contracted) : -1])
+    return jax.random.normal(key, shapes[0]) / math.sqrt(fan_in), jnp.zeros(shapes[1])
+
+
+def _orthogonal(base: None, spec: Spec, shapes: list[tuple], scale: float, key: Array) -> tuple[Array, Array]:
+    """Random columns on the even and the odd rows of one orthogonal matrix, as PEFT draws them."""
+    rank = shapes[0][-1]
+    if rank % 2:
+        raise ValueError(f"init='orthogonal' needs an even rank, not {rank}")
+    lead = shapes[0][: spec.stacked + len(weights.split(spec.eqn)[0])]
+    turn, left, right = jax.random.split(key, 3)
+    q = jax.vmap(lambda k: jnp.linalg.qr(jax.random.normal(k, (rank, rank)))[0])
+    q = q(jax.random.split(turn, math.prod(lead))).reshape(*lead, rank, rank)
+    half = lambda k, n: jax.random.normal(k, (*lead, n, rank // 2)) / 10
+    a = half(left, math.prod(shapes[0][len(lead) : -1])) @ q[..., 0::2, :]
+    b = jnp.swapaxes(half(right, math.prod(shapes[1][len(lead) + 1 :])) @ q[..., 1::2, :], -1, -2)
+    return a.reshape(shapes[0]), b.reshape(shapes[1])
+
+
+def _pissa(base: Array, spec: Spec, shapes: list[tuple], scale: float, key: Array) -> tuple[Array, Array]:
+    a, b, _ = truncate(base.astype(jnp.float32), spec, shapes[0][-1])
+    return a / math.sqrt(scale), b / math.sqrt(scale)
+
+
+STARTS = {"zero_b": _zero_b, "orthogonal": _orthogonal, "pissa": _pissa}
+
+
+def truncate(w: Array, spec: Spec, rank: int) -> tuple[Array, Array, Array]:
+    """A, B of the best approximation A B of rank `rank` (Eckart & Young 1936) of an array of `spec`, and all singular
+    values [..., min(in, out)]; singular values are split evenly. Raises ValueError for a rank larger than the matrix.
+    """
+    _, contracted, produced = weights.split(spec.eqn)
+    m = matrix(w, spec)
+    if rank > min(m.shape[-2:]):
+        raise ValueError(f"rank {rank} exceeds that of a {m.shape[-2]} x {m.shape[-1]} matrix")
+    u, s, v = jnp.linalg.svd(m, full_matrices=False)
+    root = jnp.sqrt(s[..., :rank])
+    size = dict(zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :], strict=True))
+    lead = m.shape[:-2]
+    a = (u[..., :rank] * root[..., None, :]).reshape(*lead, *(size[c] for c in contracted), rank)
+    return a, (root[..., None] * v[..., :rank, :]).reshape(*lead, rank, *(size[c] for c in produced)), s
+
+
+def matrix(w: Array, spec: Spec) -> Array:
+    """A weight as [..., contracted, produced], one matrix for each layer and expert."""
+    shared, contracted, produced = weights.split(spec.eqn)
+    letters = weights.operands(spec.eqn)[1]
+    w = jnp.einsum(f"...{letters}->...{shared}{contracted}{produced}", w)
+    lead = w.shape[: spec.stacked + len(shared)]
+    return w.reshape(*lead, math.prod(w.shape[len(lead) : len(lead) + len(contracted)]), -1)

@@ -176,6 +176,11 @@ class Quantised(Weight):
         size = dict(zip(weights.operands(self.eqn)[1], self.sizes, strict=True))
         return [size[c] for c in side]
 
+    def macs(self, stacked: int) -> "Quantised":
+        """The codes stand for the whole matrix."""
+        none = {f: 0 for f in weights.fields(self) if getattr(self, f) is not None}
+        return self.replace(**none | {"codes": self.size})
+
     @property
     def kn(self) -> tuple[int, int]:
         _, k, n = letters(self.eqn)

@@ -1,0 +1,20 @@
+"""Any PEFT method from end to end in seconds, on the task of configs/sft/tiny.py: adapters train, the base is frozen.
+
+    python -m train.main --config=configs/peft/method_tiny.py:dora --workdir=runs/dora_tiny
+
+Hardware: a laptop CPU. Expected: the loss falls, more slowly the fewer parameters train; a random base is a poor one.
+Methods are the files of model/peft. Without a name it is DoRA. LoRA-FA (arXiv 2308.03303) is lora with
+--config.trainable=".*/b". To go on with an adapter in a new stage, or with one from PEFT: --config.peft.name=saved
+--config.peft.folder=FOLDER, and as init the base that it was trained on.
+"""
+
+from configs.sft import tiny
+
+LEARNING_RATES = {"ia3": 3e-2, "prefix": 3e-2, "prompt": 3e-2}  # few parameters move far
+
+
+def get_config(method="dora"):
+    c = tiny.get_config()
+    c.peft.name = method or "dora"
+    c.optim.lr = LEARNING_RATES.get(c.peft.name, 3e-3)
+    return c

@@ -1,0 +1,63 @@
+"""Bottleneck adapters: a small network behind a sublayer (Houlsby et al. 2019, arXiv 1902.00751) or beside it.
+
+Sequential: y + s f(y D) U, y the sublayer's output. Parallel: y + s f(x D) U, x its input (He et al. 2021,
+arXiv 2110.04366). Without biases.
+"""
+
+import math
+import re
+from typing import ClassVar, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model import weights
+from model.weights import Extra, Params, Spec, Specs, Transform
+
+SUBLAYERS = ("attn", "mlp")
+
+
+@flax.struct.dataclass
+class Bottleneck(Extra):
+    """`down` [layers, D, R] and `up` [layers, R, D]; a layer sees its own. The block calls it after a sublayer."""
+
+    down: Array
+    up: Array
+    parallel: bool = flax.struct.field(pytree_node=False)
+    scale: float = flax.struct.field(pytree_node=False)
+    trainable: ClassVar[tuple[str, ...]] = ("down", "up")
+
+    def __call__(self, x: Array, y: Array) -> Array:
+        """The sublayer's output [B,T,D] as the residual stream gets it; x [B,T,D] is its input."""
+        low = jax.nn.relu(weights.einsum("BTD,DR->BTR", x if self.parallel else y, self.down))
+        return y + self.scale * weights.einsum("BTR,RD->BTD", low, self.up)
+
+    def axes(self, spec: Spec | None) -> "Bottleneck":
+        return self.replace(down=("layers", "embed", "rank"), up=("layers", "rank", "embed"))
+
+
+def make(
+    *, rank: int = 64, kind: Literal["sequential", "parallel"] = "sequential", scale: float = 1.0,
+    where: str = "attn|mlp",
+) -> Transform:  # fmt: skip
+    """A Transform that adds one to every sublayer, attn or mlp, that matches `where`; up starts at zero.
+
+    Raises ValueError when none does.
+    """
+    chosen = [name for name in SUBLAYERS if re.fullmatch(where, name)]
+    if not chosen:
+        raise ValueError(f"peft.where={where!r} matches neither attn nor mlp")
+
+    def transform(params: Params, specs: Specs, key: Array) -> Params:
+        spec = specs["layers"]["attn_norm"]["scale"]
+        layers, embed = spec.shape
+        added = {}
+        for name in chosen:
+            noise = jax.random.normal(weights.key_for(key, name), (layers, embed, rank), spec.value.dtype)
+            up = jnp.zeros((layers, rank, embed), spec.value.dtype)
+            added[f"{name}_adapter"] = Bottleneck(noise / math.sqrt(embed), up, kind == "parallel", scale)
+        return {**params, "layers": params["layers"] | added}
+
+    return transform

@@ -1,0 +1,98 @@
+"""DoRA (Liu et al. 2024, arXiv 2402.09353): a weight's direction moves by LoRA, its magnitude by a vector.
+
+Eq. 5: W' = m (W + s A B) / ||W + s A B||, with a norm for each output feature.
+"""
+
+from typing import Any, ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model import weights
+from model.peft import lora
+from model.peft.lora import LoRA
+from model.weights import Spec, Transform
+
+
+@flax.struct.dataclass
+class DoRA(LoRA):
+    """LoRA whose sum is scaled for each output feature; `magnitude` and `squares` are flat [outputs]."""
+
+    magnitude: Any = None
+    squares: Any = None  # ||W||^2 of the base
+    trainable: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
+    derived: ClassVar[tuple[str, ...]] = ("a", "start", "squares")
+
+    def einsum(self, eqn: str, x: Array) -> Array:
+        outputs = weights.split(self.eqn)[0] + weights.split(self.eqn)[2]
+        if self.used == "lookup":
+            return weights.einsum(eqn, x, self.base)
+        if set(outputs) <= set(weights.operands(eqn)[2]):
+            y = super().einsum(eqn, x)
+            return y * self.ratio(y.shape[-len(outputs) :]).astype(y.dtype)
+        return super().einsum(eqn, x * self.ratio(x.shape[-len(outputs) :]).astype(x.dtype))  # a tied unembedding
+
+    def take(self, ids: Array, dtype: Any) -> Array:
+        y = super().take(ids, dtype)
+        return y if self.used == "head" else y * self.ratio(y.shape[-1:]).astype(dtype)
+
+    def ratio(self, shape: tuple[int, ...]) -> Array:
+        """m / ||W + s A B||. The norm is a constant to the gradient (section 4.3).
+
+        ||W + s A B||^2 = ||W||^2 + 2 s <A^T W, B> + s^2 <A^T A B, B> for each output: no matrix of W's size is made.
+        """
+        shared, contracted, produced = weights.split(self.eqn)
+        letters, out = weights.operands(self.eqn)[1], f"{shared}R{produced}"
+        a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
+        rows = jnp.einsum(f"{shared}{contracted}R->{shared}R{contracted}", a)
+        projected = weights.einsum(f"{shared}R{contracted},{letters}->{out}", rows, self.base)
+        gram = jnp.einsum(f"{shared}{contracted}R,{shared}{contracted}r->{shared}Rr", a, a)
+        inner = 2 * projected + self.scale * jnp.einsum(f"{shared}Rr,{shared}r{produced}->{out}", gram, b)
+        squares = self.squares + self.scale * (inner * b).sum(len(shared)).reshape(-1)
+        norm = jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(squares, 1e-30)))
+        return (1 + (self.magnitude - norm) / norm).reshape(shape)  # exactly 1 at the start, however XLA divides
+
+    def dense(self, spec: Spec) -> Array:
+        w = super().dense(spec).astype(jnp.float32)
+        shared, _, produced = weights.split(self.eqn)
+        letters = weights.operands(self.eqn)[1]
+        stack, outputs = w.shape[: spec.stacked], shared + produced
+        shape = [w.shape[spec.stacked + letters.index(c)] for c in outputs]
+        ratio = (self.magnitude / norms(w, spec)).reshape(*stack, *shape)
+        return jnp.einsum(f"...{letters},...{outputs}->...{letters}", w, ratio).astype(spec.value.dtype)
+
+    def axes(self, spec: Spec) -> "DoRA":
+        flat = (*spec.names[: spec.stacked], None)
+        return super().axes(spec).replace(magnitude=flat, squares=flat)
+
+
+def norms(w: Array, spec: Spec) -> Array:
+    """[stack..., outputs]: the norm of a weight for each output feature, over what it contracts."""
+    m = lora.matrix(w.astype(jnp.float32), spec)
+    return jnp.sqrt(jnp.square(m).sum(-2)).reshape(*spec.shape[: spec.stacked], -1)
+
+
+def make(
+    *,
+    rank: int = 16,
+    alpha: float = 32.0,
+    where: str = r"layers/.*",
+    rslora: bool = False,
+    dropout: float = 0.0,
+    ranks: tuple = (),
+    alphas: tuple = (),
+) -> Transform:
+    """As LoRA's (model/peft/lora.py); magnitudes start as the norms, so that the model starts as the base."""
+    wrap = lora.transform(DoRA, rank, alpha, where, rslora, dropout, ranks, alphas, "zero_b")
+    return lambda params, specs, key: weights.replace(wrap(params, specs, key), specs, measure)
+
+
+def measure(path: str, leaf: Any, spec: Spec | None) -> Any:
+    """A new DoRA leaf with the norms of its base."""
+    if not isinstance(leaf, DoRA):
+        return leaf
+    squares = jnp.square(norms(weights.dense_of(leaf.base, spec), spec))
+    magnitude = jnp.sqrt(squares).astype(spec.value.dtype) if leaf.magnitude is None else leaf.magnitude
+    return leaf.replace(magnitude=magnitude, squares=squares)

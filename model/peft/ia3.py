@@ -1,0 +1,59 @@
+"""IA3 (Liu et al. 2022, arXiv 2205.05638): keys, values and what enters the down projection are rescaled."""
+
+import re
+from typing import Any, ClassVar
+
+import flax.struct
+import jax.numpy as jnp
+from jax import Array
+
+from model import weights
+from model.weights import Spec, Transform, Weight
+
+
+@flax.struct.dataclass
+class IA3(Weight):
+    """`base` with its features over `letters`, inputs or outputs, times `scale`, which is flat [features]."""
+
+    base: Any
+    scale: Array
+    letters: str = flax.struct.field(pytree_node=False)
+    trainable: ClassVar[tuple[str, ...]] = ("scale",)
+
+    def einsum(self, eqn: str, x: Array) -> Array:
+        n = len(self.letters)
+        if set(self.letters) <= set(weights.operands(eqn)[2]):
+            y = weights.einsum(eqn, x, self.base)
+            return y * self.scale.reshape(y.shape[-n:]).astype(y.dtype)
+        return weights.einsum(eqn, x * self.scale.reshape(x.shape[-n:]).astype(x.dtype), self.base)
+
+    def take(self, ids: Array, dtype: Any) -> Array:
+        y, scale = weights.take(self.base, ids, dtype), self.scale.astype(dtype)
+        return y * (scale if self.letters == "D" else scale[ids][..., None])
+
+    def dense(self, spec: Spec) -> Array:
+        base, w = weights.dense_of(self.base, spec), weights.operands(spec.eqn)[1]
+        sizes = [spec.shape[spec.stacked + w.index(c)] for c in self.letters]
+        scale = self.scale.reshape(*spec.shape[: spec.stacked], *sizes)
+        return jnp.einsum(f"...{w},...{self.letters}->...{w}", base, scale).astype(base.dtype)
+
+    def axes(self, spec: Spec) -> "IA3":
+        return self.replace(base=weights.axes_of(self.base, spec), scale=(*spec.names[: spec.stacked], None))
+
+
+def make(*, where: str = r"layers/attn/w[kv]|layers/mlp/down", inputs: str = r"layers/mlp/down") -> Transform:
+    """A Transform; of the parameters that match `inputs` the inputs are rescaled, of the others the outputs.
+
+    Raises ValueError when `where` matches nothing.
+    """
+
+    def wrap(path: str, base: Any, spec: Spec, key: Array) -> IA3:
+        shared, contracted, produced = weights.split(spec.eqn)
+        letters = shared + (contracted if re.fullmatch(inputs, path) else produced)
+        w = weights.operands(spec.eqn)[1]
+        n = 1
+        for c in letters:
+            n *= spec.shape[spec.stacked + w.index(c)]
+        return IA3(base, jnp.ones((*spec.shape[: spec.stacked], n), spec.value.dtype), letters)
+
+    return weights.wrapping(where, wrap)

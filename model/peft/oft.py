@@ -1,0 +1,97 @@
+"""Orthogonal fine-tuning (Qiu et al. 2023, arXiv 2306.07280): y = (x R) W, with R orthogonal and block-diagonal."""
+
+import math
+from typing import Any, ClassVar
+
+import flax.struct
+import jax.numpy as jnp
+from jax import Array
+
+from model import weights
+from model.weights import Spec, Transform, Weight
+
+
+@flax.struct.dataclass
+class OFT(Weight):
+    """`base` with its features over `letters` rotated: its inputs, or the width of an embedding table.
+
+    `q` [blocks, b (b - 1) / 2] holds what is above the diagonal of skew-symmetric blocks Q.
+    """
+
+    base: Any
+    q: Array
+    letters: str = flax.struct.field(pytree_node=False)
+    terms: int = flax.struct.field(pytree_node=False)
+    trainable: ClassVar[tuple[str, ...]] = ("q",)
+
+    def rotation(self) -> Array:
+        """R [..., blocks, b, b]: Cayley's (I - Q)(I + Q)^-1, or the first `terms` of the series of (I + Q)(I - Q)^-1.
+
+        The series (Qiu et al. 2025, arXiv 2506.19847) is I + 2 Q + 2 Q^2 + ... + Q^(terms - 1); signs and the last
+        factor as in PEFT. It is orthogonal for small Q only.
+        """
+        b = block_of(self.q.shape[-1])
+        rows, columns = jnp.triu_indices(b, 1)
+        q = jnp.zeros((*self.q.shape[:-1], b, b), jnp.float32).at[..., rows, columns].set(self.q.astype(jnp.float32))
+        q, one = q - jnp.swapaxes(q, -1, -2), jnp.eye(b)
+        if not self.terms:  # X (I + Q) = I - Q, and (I + Q)^T = I - Q
+            return jnp.swapaxes(jnp.linalg.solve(one - q, jnp.swapaxes(one - q, -1, -2)), -1, -2)
+        total, power = one, one
+        for i in range(1, self.terms):
+            power = power @ q
+            total = total + (1 if i == self.terms - 1 and i > 1 else 2) * power
+        return total
+
+    def einsum(self, eqn: str, x: Array) -> Array:
+        n = len(self.letters)
+        if set(self.letters) <= set(weights.split(eqn)[1]):
+            return weights.einsum(eqn, self._turn(x, n, "...nc,nck->...nk"), self.base)
+        return self._turn(weights.einsum(eqn, x, self.base), n, "...nk,nck->...nc")
+
+    def take(self, ids: Array, dtype: Any) -> Array:
+        return self._turn(weights.take(self.base, ids, dtype), 1, "...nk,nck->...nc")
+
+    def _turn(self, x: Array, n: int, eqn: str) -> Array:
+        """The last `n` axes of x, flat, in blocks times R."""
+        r = self.rotation().astype(x.dtype)
+        return jnp.einsum(eqn, x.reshape(*x.shape[:-n], *r.shape[:2]), r).reshape(x.shape)
+
+    def dense(self, spec: Spec) -> Array:
+        w, at = weights.dense_of(self.base, spec), weights.operands(spec.eqn)[1]
+        others = "".join(c for c in at if c not in self.letters)
+        moved = jnp.einsum(f"...{at}->...{others}{self.letters}", w)
+        r = self.rotation()
+        flat = moved.reshape(*w.shape[: spec.stacked], -1, *r.shape[-3:-1])
+        moved = jnp.einsum("...onk,...nck->...onc", flat, r, precision="highest").reshape(moved.shape)
+        return jnp.einsum(f"...{others}{self.letters}->...{at}", moved).astype(w.dtype)
+
+    def axes(self, spec: Spec) -> "OFT":
+        return self.replace(base=weights.axes_of(self.base, spec), q=(*spec.names[: spec.stacked], None, None))
+
+    def macs(self, stacked: int) -> "OFT":
+        b = block_of(self.q.shape[-1])
+        return super().macs(stacked).replace(q=math.prod(self.q.shape[:-1]) * b * b)
+
+
+def block_of(elements: int) -> int:
+    """The b of b (b - 1) / 2 elements."""
+    return (1 + math.isqrt(1 + 8 * elements)) // 2
+
+
+def make(*, block: int = 32, where: str = r"layers/.*", terms: int = 5) -> Transform:
+    """A Transform that rotates in blocks of `block` features. `terms` of the series; 0: the exact inverse.
+
+    Raises ValueError when `where` matches nothing or `block` does not divide the features of a match.
+    """
+
+    def wrap(path: str, base: Any, spec: Spec, key: Array) -> OFT:
+        _, letters, produced = weights.split(spec.eqn)
+        letters = produced if letters == "V" else letters
+        at = weights.operands(spec.eqn)[1]
+        size = math.prod(spec.shape[spec.stacked + at.index(c)] for c in letters)
+        if size % block or block < 2:
+            raise ValueError(f"peft.block={block} does not divide the {size} inputs of {path}")
+        shape = (*spec.shape[: spec.stacked], size // block, block * (block - 1) // 2)
+        return OFT(base, jnp.zeros(shape, spec.value.dtype), letters, terms)
+
+    return weights.wrapping(where, wrap)

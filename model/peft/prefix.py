@@ -1,0 +1,45 @@
+"""Prefix tuning (Li & Liang 2021, arXiv 2101.00190): every layer attends to trained keys and values first.
+
+It is a key-value cache that does not start empty: see Transformer.cache.
+"""
+
+from typing import ClassVar
+
+import flax.struct
+import jax
+from jax import Array
+
+from model.weights import Extra, Params, Spec, Specs, Transform
+
+
+@flax.struct.dataclass
+class Prefix(Extra):
+    """Keys, already at their positions, and values [layers, P, K, H] of P virtual tokens."""
+
+    k: Array
+    v: Array
+    trainable: ClassVar[tuple[str, ...]] = ("k", "v")
+
+    def axes(self, spec: Spec | None) -> "Prefix":
+        names = ("layers", None, "kv_heads", "head_dim")
+        return self.replace(k=names, v=names)
+
+    def macs(self, stacked: int) -> "Prefix":
+        return self.replace(k=0, v=0)  # the cost of attention counts virtual tokens
+
+
+def make(*, tokens: int = 20, deviation: float = 0.02) -> Transform:
+    """A Transform that gives every layer `tokens` virtual tokens, drawn with a standard deviation of `deviation`."""
+
+    def transform(params: Params, specs: Specs, key: Array) -> Params:
+        spec = specs["layers"]["attn"]["wk"]
+        layers, _, heads, dim = spec.shape
+        draw = lambda k: deviation * jax.random.normal(k, (layers, tokens, heads, dim), spec.value.dtype)
+        return with_prefix(params, Prefix(*map(draw, jax.random.split(key))))
+
+    return transform
+
+
+def with_prefix(params: Params, prefix: Prefix) -> Params:
+    attn = params["layers"]["attn"] | {"prefix": prefix}
+    return {**params, "layers": {**params["layers"], "attn": attn}}

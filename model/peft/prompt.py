@@ -1,0 +1,39 @@
+"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691): trained embeddings stand before every document.
+
+Nothing comes before them, so their keys and values are the same for every document: one row computes them, and the
+rest is prefix tuning. See Transformer.cache.
+"""
+
+from typing import ClassVar
+
+import flax.struct
+import jax
+from jax import Array
+
+from model import weights
+from model.weights import Extra, Params, Spec, Specs, Transform
+
+
+@flax.struct.dataclass
+class Prompt(Extra):
+    """Embeddings [P, D] of P virtual tokens."""
+
+    table: Array
+    trainable: ClassVar[tuple[str, ...]] = ("table",)
+
+    def axes(self, spec: Spec | None) -> "Prompt":
+        return self.replace(table=(None, "embed"))
+
+    def macs(self, stacked: int) -> "Prompt":
+        return self.replace(table=0)  # the cost of attention counts virtual tokens
+
+
+def make(*, tokens: int = 20) -> Transform:
+    """A Transform that adds `tokens` virtual tokens, which start as embeddings of tokens drawn from the vocabulary."""
+
+    def transform(params: Params, specs: Specs, key: Array) -> Params:
+        spec = specs["embed"]["table"]
+        ids = jax.random.randint(key, (tokens,), 0, spec.shape[0])
+        return {**params, "prompt": Prompt(weights.take(params["embed"]["table"], ids, spec.value.dtype))}
+
+    return transform

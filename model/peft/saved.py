@@ -1,0 +1,30 @@
+"""An adapter that exists: the one of a run folder or of a PEFT folder, to go on with in a new stage."""
+
+from pathlib import Path
+
+import jax
+
+from configs import schema
+from configs.errors import UserError
+from model import adapters, build, saved
+from model.weights import Params, Specs, Transform
+
+
+def make(*, folder: str) -> Transform:
+    """A Transform that puts the adapter of `folder` on the base that it was trained on.
+
+    A run folder gives its newest whole checkpoint. Raises UserError for a folder that holds no adapter.
+    """
+    path = Path(folder).expanduser()
+    if (path / adapters.CONFIG).exists():
+        return adapters.read(path)
+    run = saved.load_params(path)
+    cfg = schema.from_dict(run.config)
+    if not cfg.peft.name:
+        raise UserError("the run has trained no adapter", folder, "use it as config.init")
+    wrap = build.find("model.peft", cfg.peft)()
+
+    def transform(params: Params, specs: Specs, key: jax.Array) -> Params:
+        return saved.put(run, wrap(params, specs, jax.random.key(cfg.seed)), folder)
+
+    return transform

@@ -1,0 +1,99 @@
+"""Adapters of PEFT and ours: the same logits and gradients for the same folder, in both directions."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+from model import adapters, adapters_write, weights  # noqa: E402
+from tests.parity.test_families import close, open_ours, peer  # noqa: E402
+
+pytestmark = pytest.mark.parity
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PATTERNS = dict(rank_pattern={"layers.1.self_attn.q_proj": 6, "down_proj": 2}, alpha_pattern={"0.mlp.up_proj": 3})
+DOWN = "down_proj"
+TIED = ["q_proj", "embed_tokens"]
+lora = lambda **k: peft.LoraConfig(**dict(r=4, lora_alpha=8, target_modules=ALL) | k)
+CASES = {
+    "lora": ("llama", lora()),
+    "lora-rslora-patterns": ("llama", lora(use_rslora=True, **PATTERNS)),
+    "lora-some-layers": ("qwen2", lora(layers_to_transform=[0, 2], layers_pattern="layers")),
+    "lora-orthogonal": ("llama", lora(init_lora_weights="orthogonal")),
+    "lora-embeddings": ("llama", lora(target_modules=["q_proj", "embed_tokens", "lm_head"])),
+    "lora-tied": ("llama-tied-mha", lora(target_modules=TIED, ensure_weight_tying=True)),
+    "lora-tied-lookup": ("llama-tied-mha", lora(target_modules=TIED)),
+    "lora-tied-head": ("llama-tied-mha", lora(target_modules=["q_proj", "lm_head"])),
+    "lora-gpt2": ("gpt2-untied", lora(target_modules=["c_attn", "c_fc", "mlp.c_proj"], fan_in_fan_out=True)),
+    "dora": ("llama", lora(use_dora=True, **PATTERNS)),
+    "dora-qwen2": ("qwen2", lora(use_dora=True)),
+    "dora-tied": ("llama-tied-mha", lora(target_modules=TIED, use_dora=True, ensure_weight_tying=True)),
+    "ia3": ("llama", peft.IA3Config(target_modules=["k_proj", "v_proj", DOWN], feedforward_modules=[DOWN])),
+    "oft": ("llama", peft.OFTConfig(oft_block_size=8, target_modules=ALL)),
+    "oft-exact": ("qwen3", peft.OFTConfig(oft_block_size=4, target_modules=ALL, use_cayley_neumann=False)),
+    "prefix": ("llama", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
+    "prefix-gpt2": ("gpt2", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
+    "prefix-window": ("mistral", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
+    "prompt": ("llama", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
+    "prompt-gpt2": ("gpt2", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
+}
+
+
+def adapted(case, folder):
+    """A PEFT model with every adapter parameter moved, saved with its base; and the base and the adapter, opened."""
+    family, config = CASES[case]
+    base = peer(family)
+    base.save_pretrained(folder / "base")
+    theirs = peft.get_peft_model(base, copy.deepcopy(config)).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * (0.02 if "oft" in name else 0.1))
+    theirs.save_pretrained(folder / "adapter")
+    model, params = open_ours(folder / "base")
+    return theirs, model, params, adapters.read(folder / "adapter")(params, model.specs, jax.random.key(0))
+
+
+def logits_of(theirs, tokens):
+    return theirs(input_ids=torch.from_numpy(tokens)).logits[:, -tokens.shape[1] :]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients(case, tmp_path):
+    theirs, model, params, ours = adapted(case, tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 272, (2, 20))
+    wanted = logits_of(theirs, tokens)
+    without = np.asarray(jax.jit(model)(params, tokens))
+    assert np.abs(without - wanted.detach().numpy()).max() > 1e-3  # the adapter does something
+    close(jax.jit(model)(ours, tokens), wanted, 1e-5, f"{case} logits")
+
+    # The gradient along one direction, that of the adapters themselves, says whether all of them agree.
+    mask = weights.trainable(ours, "adapters")
+    train, frozen = weights.partition(ours, mask)
+    loss = lambda t: jnp.square(model(weights.combine(t, frozen), tokens)).mean()
+    grads = jax.jit(jax.grad(loss))(train)
+    along = sum(float((g * p).sum()) for g, p in zip(jax.tree.leaves(grads), jax.tree.leaves(train)))
+    wanted.square().mean().backward()
+    moving = [p for p in theirs.parameters() if p.requires_grad]
+    expected = sum(float((p.grad * p).sum()) for p in moving if p.grad is not None)
+    print(f"{case} gradient: {along:.6g} {expected:.6g}")
+    np.testing.assert_allclose(along, expected, rtol=2e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_we_write_opens_in_peft(case, tmp_path):
+    theirs, model, params, ours = adapted(case, tmp_path)
+    adapters_write.write(tmp_path / "again", model, ours)
+    tokens = np.random.default_rng(1).integers(0, 272, (2, 20))
+    opened = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "again"
+    ).eval()
+    close(logits_of(theirs, tokens).detach(), logits_of(opened, tokens), 1e-5, f"{case} written")
+    again = adapters.read(tmp_path / "again")(params, model.specs, jax.random.key(0))
+    close(model(again, tokens), logits_of(opened, tokens), 1e-5, f"{case} read again")

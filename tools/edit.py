@@ -1,0 +1,90 @@
+"""Edit skills as updates of weights: add, subtract, scale and merge what tunings have added to their base.
+
+    python -m tools.edit --base=MODEL --to=DIR [--method=linear|ties|dare] [--density=0.2] [--seed=0] [--rank=R]
+                         SOURCE[:FACTOR] [SOURCE[:FACTOR] ...]
+
+A SOURCE is a run folder, a PEFT folder or a whole model; its update is itself minus MODEL, times FACTOR (1; negative
+factors take a skill away). linear sums the updates (arXiv 2212.04089); ties keeps the largest `density` share of each
+and lets signs vote (arXiv 2306.01708); dare keeps a random share (arXiv 2311.03099). The result is a Hugging Face
+folder, or with --rank a PEFT folder: a LoRA of each changed matrix by truncated SVD, its error printed.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from configs.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.edit", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("sources", nargs="+", metavar="SOURCE[:FACTOR]")
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--to", required=True)
+    parser.add_argument("--method", choices=("linear", "ties", "dare"), default="linear")
+    parser.add_argument("--density", type=float, default=0.2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rank", type=int, default=0)
+    try:
+        edit(**vars(parser.parse_args(argv)))
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
+    return 0
+
+
+def edit(sources: list[str], base: str, to: str, method: str, density: float, seed: int, rank: int) -> None:
+    """Does what the command line says. Raises UserError before anything is written."""
+    if not 0 < density <= 1:
+        raise UserError(f"density {density} is no share", "--density", "in (0, 1]")
+    if Path(to).exists():
+        raise UserError("exists", to, "choose a new folder")
+    parsed = [source_and_factor(text) for text in sources]
+    from infer.models import before_and_after, load
+    from model import adapters_write, update, weights
+    from model.export import export_hf
+
+    lm = load(base)
+    specs, updates = lm.model.specs, []
+    for source, _ in parsed:
+        other, before = before_and_after(source, base)
+        if other.config != lm.config:
+            raise UserError("is not of the same shape as the base", source)
+        updates.append(update.difference(other.params, before, specs))
+    factors = [factor for _, factor in parsed]
+    match method:
+        case "linear":
+            result = update.linear(updates, factors)
+        case "ties":
+            result = update.ties(updates, factors, density)
+        case "dare":
+            result = update.dare(updates, factors, density, seed)
+    plain = weights.dense(lm.params, specs)
+    if not rank:
+        delta = export_hf(lm.model, update.add(plain, result), lm.tokenizer, to)
+        print(f"{to} · read back, the logits differ by at most {delta:.1g} of their scale")
+        return
+    params, missed = update.to_lora(plain, result, specs, rank)
+    adapters_write.write(to, lm.model, params, base)
+    lost, whole = (sum(pair[i] for pair in missed.values()) for i in (0, 1))
+    share = {name: math.sqrt(pair[0] / pair[1]) for name, pair in missed.items() if pair[1]}
+    worst = max(share, key=share.__getitem__)
+    print(f"{to} · rank {rank} misses {math.sqrt(lost / whole):.2%} of the update's norm; {worst} {share[worst]:.2%}")
+
+
+def source_and_factor(text: str) -> tuple[str, float]:
+    """ "runs/a:-0.5" -> ("runs/a", -0.5)."""
+    source, colon, factor = text.rpartition(":")
+    try:
+        value = float(factor)
+    except ValueError:
+        return text, 1.0
+    if not colon or not math.isfinite(value):
+        return text, 1.0
+    return source, value
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
