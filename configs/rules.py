@@ -38,6 +38,8 @@ ALLOWED: dict[str, str | tuple[str, ...]] = {
     "peft.block": "[2, inf)",
     "peft.terms": ANY_COUNT,
     "peft.tokens": COUNT,
+    "quant.group": COUNT,
+    "quant.start": ANY_COUNT,
     "data.holdout": "[0, 1)",
     "data.format": ("auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt", "preference"),
     "data.seq_len": COUNT,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from model.config import ModelConfig
 from model.pretrained import Pretrained, open_pretrained
 from model.transformer import Transformer
 from model.weights import Params, Specs
+
+SHAPE = "model.json"  # the ModelConfig, in a folder that holds every parameter
 
 
 def load(name: str | Path, adapter: str | Path | None = None, dtype: str | None = None) -> LM:
@@ -86,6 +89,12 @@ class Run:
 
     @functools.cached_property
     def model(self) -> Transformer:
+        if (shape := self.workdir / SHAPE).is_file():  # the folder holds every parameter, and needs no `init`
+            try:
+                config = ModelConfig.from_dict(json.loads(shape.read_text()))
+            except (ValueError, TypeError) as e:
+                raise UserError(f"is not the shape of a model: {e}", str(shape)) from None
+            return Transformer(config, self.cfg.model.dtype, self.cfg.model.param_dtype)
         return build.model(self.cfg, self.init, tokenizers.load(self.tokenizer_source).vocab_size)
 
     @property
@@ -106,9 +115,15 @@ class Run:
 
         What was not trained is derived from the config, as training did. Raises UserError when it is not the same.
         """
-        base = self._base(specs, shardings, dtype)
         transform = build.transform(self.cfg, specs)
-        policy = transform(base, jax.random.key(self.cfg.seed))
+        if self.cfg.quant.name:
+            transform = jax.jit(transform)  # compiled as in training: the codes come out the same
+        if (self.workdir / SHAPE).is_file():
+            policy = jax.eval_shape(transform, self.model.abstract, jax.random.key(0))
+            if saved.named(policy).keys() - {name.removeprefix("policy/") for name in self.saved.params}:
+                raise UserError("it does not hold every parameter", str(self.workdir))
+        else:
+            policy = transform(self._base(specs, shardings, dtype), jax.random.key(self.cfg.seed))
         frozen = weights.map_named(lambda path, x: None if f"policy/{path}" in self.saved.params else x, policy)
         if self.cfg.peft.name and self.saved.frozen not in ("", saved.fingerprint({"policy": frozen})):
             raise UserError("its adapters were trained on another base than this one", str(self.workdir))

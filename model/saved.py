@@ -226,6 +226,8 @@ def put(run: Saved, policy: Any, where: Any) -> Any:
     def like(name: str, x: Any) -> Any:
         value = learnt.get(name)
         if value is None:
+            if isinstance(x, jax.ShapeDtypeStruct):
+                raise UserError(f"it does not hold {name}", str(where))
             return x
         if value.shape != x.shape:
             raise UserError(f"{name} was saved with shape {value.shape}, the model wants {x.shape}", str(where))

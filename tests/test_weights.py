@@ -29,7 +29,7 @@ EQNS = {
     "BTED,EDF->BTEF": (4, 8, 6),
 }
 METHODS = [m.name for m in pkgutil.iter_modules(model.peft.__path__) if m.name != "saved"]  # it needs a folder
-QUANTISERS = [m.name for m in pkgutil.iter_modules([str(Path(model.__path__[0]) / "quant")])]
+QUANTISERS = [m.name for m in pkgutil.iter_modules([str(Path(model.__path__[0]) / "quant")]) if m.name[0] != "_"]
 BESIDE = ("bottleneck", "prefix", "prompt")  # their parameters stand beside the weights: they cannot be merged
 VIRTUAL = ("prefix", "prompt")  # they change the model from the start
 

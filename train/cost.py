@@ -52,7 +52,8 @@ def cost(config: ModelConfig, params: Any, specs: Any, mask: Any, seq_len: int) 
     weights.replace(params, specs, lambda path, w, spec: count(path, w, spec, next(masks)))
     keys = (seq_len + 1) / 2 + virtual_tokens(params)
     attention = 4 * c.layers * c.heads * c.head_dim * keys
-    sizes = [(x.size, m) for x, m in zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True)]
+    pairs = zip(weights.arrays(params), weights.arrays(mask), strict=True)
+    sizes = [(x.size, any(jax.tree.leaves(m))) for x, m in pairs]
     return Cost(
         params=sum(n for n, _ in sizes),
         trained=sum(n for n, m in sizes if m),

@@ -1,0 +1,205 @@
+"""Codes fitted to what a layer sees: GPTQ, AWQ and SmoothQuant on captured activations, one layer in memory at a time.
+
+All of them need of the inputs X [tokens, K] of a matrix only X'X and two figures a column.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from model import weights
+from model.layers import Block, context
+from model.quant._matrix import Format, Quantised, Rounded, fit, letters, matrix, nearest, spread
+from model.transformer import Transformer
+from model.weights import Params, Spec, Weight
+
+BLOCK = 128  # rows that GPTQ rounds before it corrects the rest
+DAMPING = 0.01  # of the mean of X'X's diagonal, added to it
+
+
+class Inputs(NamedTuple):
+    """Of X [tokens, K], summed or maximised over tokens."""
+
+    gram: Array  # X'X
+    size: Array  # sum of |x|
+    peak: Array  # max of |x|
+
+
+@flax.struct.dataclass
+class Probe(Weight):
+    """Multiplies as `w`, and notes in `seen` what its input was in this trace."""
+
+    w: Array
+    at: tuple[str, str] = flax.struct.field(pytree_node=False)  # path, equation
+    seen: dict[tuple[str, str], Array] = flax.struct.field(pytree_node=False)
+
+    def einsum(self, eqn: str, x: Array) -> Array:
+        self.seen[self.at] = x
+        return weights.einsum(eqn, x, self.w)
+
+
+def _inputs(x: Array, k: int) -> Inputs:
+    x = x.reshape(-1, k).astype(jnp.float32)
+    size = jnp.abs(x)
+    return Inputs(x.T @ x, size.sum(0), size.max(0))
+
+
+# --- the methods: matrix [K, N], what is known of its inputs -> a solver or a leaf ---
+
+
+def factor(gram: Array) -> Array:
+    """Upper Cholesky factor U of the inverse of the damped X'X: inverse = U'U."""
+    h = np.asarray(gram, np.float64)
+    h = h + DAMPING * (np.trace(h) / len(h) or 1.0) * np.eye(len(h))
+    return jnp.asarray(np.linalg.cholesky(np.linalg.inv(h)).T, jnp.float32)
+
+
+def gptq(upper: Array, m: Array, form: Format) -> Rounded:
+    """GPTQ (Frantar et al. 2022, arXiv 2210.17323, algorithm 1): rows of K are rounded one after the other, each error
+    is made up for by the rows that are left, as X'X says. A group's scale is fitted when its first row is due."""
+    m, k = m.astype(jnp.float32), m.shape[0]
+    groups = form.tile[0] < k
+    whole, step = None if groups else fit(m, form), form.tile[0] if groups else BLOCK
+    numbers, scales = [], []
+    for at in range(0, k, step):
+        end = min(at + step, k)
+        scale = fit(m[at:end], form) if groups else whole
+        scales.append(scale)
+        done, errors = _gptq_block(form, m[at:end], upper[at:end, at:end], *scale)
+        numbers.append(done)
+        m = m.at[end:].add(-upper[at:end, end:].T @ errors)
+    scale, offset = (None if s[0] is None else jnp.concatenate(s) for s in zip(*scales))
+    if not groups:
+        scale, offset = whole
+    return Rounded(jnp.concatenate(numbers), scale, offset)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gptq_block(form: Format, m: Array, upper: Array, scale: Array, offset: Array | None) -> tuple[Array, Array]:
+    """Numbers of some rows, and their errors divided by U's diagonal."""
+    scale = spread(scale, form.tile, m.shape)[0]
+    offset = jnp.zeros(()) if offset is None else spread(offset, form.tile, m.shape)[0]
+
+    def row(i: Array, carry: tuple) -> tuple:
+        m, numbers, errors = carry
+        n = form.grid((m[i] - offset) / scale)
+        e = (m[i] - n * scale - offset) / upper[i, i]
+        later = jnp.where(jnp.arange(len(m)) > i, upper[i], 0)
+        return m - later[:, None] * e, numbers.at[i].set(n), errors.at[i].set(e)
+
+    return jax.lax.fori_loop(0, len(m), row, (m, jnp.zeros_like(m), jnp.zeros_like(m)))[1:]
+
+
+def rescaled(w: Array, eqn: str, factors: Array, encode: Callable) -> Quantised:
+    """The leaf of `w` whose inputs are divided by `factors` [K] and its rows multiplied by them."""
+    inverse = (1 / factors).astype(jnp.bfloat16)[:, None]
+    return encode(w, eqn, solve=lambda m, form: nearest(m / inverse.astype(jnp.float32), form)).with_inverse(inverse)
+
+
+def awq(w: Array, eqn: str, inputs: Inputs, encode: Callable, steps: int = 20) -> Quantised:
+    """AWQ (Lin et al. 2023, arXiv 2306.00978, eq. 4-5): factors |x|^a, the exponent that leaves the least error."""
+    size = jnp.maximum(inputs.size / inputs.size.mean(), 1e-4)
+    best, least = None, np.inf
+    for i in range(steps):
+        factors = size ** (i / steps)
+        leaf = rescaled(w, eqn, factors / jnp.sqrt(factors.max() * factors.min()), encode)
+        if (e := float(output_error(w, eqn, leaf, inputs.gram))) < least:
+            best, least = leaf, e
+    return best
+
+
+def smoothquant(w: Array, eqn: str, inputs: Inputs, encode: Callable, strength: float = 0.5) -> Quantised:
+    """SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, eq. 4): outliers of the inputs move into the weights."""
+    rows = jnp.abs(matrix(w, eqn)).max(-1)
+    factors = jnp.maximum(inputs.peak, 1e-5) ** strength / jnp.maximum(rows, 1e-5) ** (1 - strength)
+    return rescaled(w, eqn, factors, encode)
+
+
+def output_error(w: Array, eqn: str, leaf: Weight, gram: Array) -> Array:
+    """|X W - X W'| / |X W|; activations are not rounded here."""
+    m = matrix(w, eqn).astype(jnp.float32)
+    e = m - matrix(leaf._dense(jnp.float32), eqn)
+    square = lambda a: ((gram @ a) * a).sum()
+    return jnp.sqrt(jnp.maximum(square(e), 0) / jnp.maximum(square(m), 1e-30))
+
+
+def solve(method: str, w: Array, eqn: str, inputs: Inputs, upper: Callable[[], Array], encode: Callable) -> Quantised:
+    """The leaf of one matrix by a method's name; `upper()` is `factor` of the inputs."""
+    if method == "rtn":  # every weight to the nearest number
+        return encode(w, eqn)
+    if method == "gptq":
+        return encode(w, eqn, solve=functools.partial(gptq, upper()))
+    return {"awq": awq, "smoothquant": smoothquant}[method](w, eqn, inputs, encode)
+
+
+# --- layer by layer ---
+
+
+def embed(model: Transformer, params: Params, tokens: np.ndarray) -> np.ndarray:
+    """What the first layer sees of tokens [B,T]."""
+    x = weights.take(params["embed"]["table"], jnp.asarray(tokens), model.dtype)
+    if model.config.position == "learned":
+        x = x + params["position"]["table"][: tokens.shape[1]].astype(model.dtype)
+    return np.asarray(x)
+
+
+def calibrate(
+    model: Transformer, xs: list[np.ndarray], layer: Callable[[int], Params], method: str, encode: Callable, where: str
+) -> Iterator[tuple[Params, dict[str, float]]]:
+    """(parameters, relative output errors by path) of each layer in turn, from embedded batches `xs` [B,T,D].
+
+    `layer(i)` reads the float parameters of one; nothing else is in memory. A layer sees what the quantised ones before
+    it put out, as in GPTQ. `where` takes plain matrices: the experts of a layer see other tokens each.
+    """
+    for i in range(model.config.layers):
+        windowed = bool(model.config.windows and model.config.windows[i])
+        params = layer(i)
+        seen = functools.reduce(_add, (_observe(model, windowed, where, params, x) for x in xs))
+        leaves, errors = {}, {}
+        for same, inputs in seen.items():
+            upper = functools.cache(functools.partial(factor, inputs.gram))
+            for path, eqn in same:
+                w = functools.reduce(lambda tree, key: tree[key], path.split("/"), params)
+                leaves[path] = solve(method, w, eqn, inputs, upper, encode)
+                errors[path] = float(output_error(w, eqn, leaves[path], inputs.gram))
+        params = weights.map_named(lambda path, w, new=leaves: new.get(path, w), params)
+        xs = [np.asarray(_run(model, windowed, params, x)) for x in xs]
+        yield jax.tree.map(np.asarray, params), errors
+
+
+def _add(a: dict[tuple, Inputs], b: dict[tuple, Inputs]) -> dict[tuple, Inputs]:
+    joined = lambda x, y: Inputs(x.gram + y.gram, x.size + y.size, jnp.maximum(x.peak, y.peak))
+    return {key: joined(a[key], b[key]) for key in a}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(model: Transformer, windowed: bool, params: Params, x: Array) -> Array:
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    ctx = context(model.config, positions, jnp.ones_like(positions), None)
+    return Block(model.config).apply({"params": params}, x, ctx, None, windowed)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _observe(model: Transformer, windowed: bool, where: str, params: Params, x: Array) -> dict[tuple, Inputs]:
+    """What a layer's matrices see: {((path, equation), ...) of those that see the same: Inputs}."""
+    seen: dict[tuple[str, str], Array] = {}
+
+    def probe(path: str, spec: Spec, w: Array) -> Any:
+        chosen = spec.eqn and re.fullmatch(where, f"layers/{path}")
+        return Probe(w, (path, spec.eqn), seen) if chosen else w
+
+    params = weights.map_named(probe, model.specs["layers"], params, is_leaf=weights.is_spec)
+    _run.__wrapped__(model, windowed, params, x)
+    same: dict[int, list] = {}
+    for at, value in seen.items():
+        same.setdefault(id(value), []).append(at)
+    sizes = {tuple(ats): seen[ats[0]] for ats in same.values()}
+    return {ats: _inputs(x, math.prod(x.shape[-len(letters(ats[0][1])[1]) :])) for ats, x in sizes.items()}

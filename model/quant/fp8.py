@@ -1,0 +1,61 @@
+"""Eight-bit floats (Micikevicius et al. 2022, arXiv 2209.05433), one scale a tensor, an output channel or a block."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model.quant._matrix import Calibration, Format, Quantised, matrix, nearest, transform
+
+FORMATS = {  # bits of the mantissa, smallest exponent, largest number
+    "e4m3": (jnp.float8_e4m3fn, 3, -6, 448.0),
+    "e5m2": (jnp.float8_e5m2, 2, -14, 57344.0),
+}
+BLOCK = 128  # both ways (DeepSeek-V3, arXiv 2412.19437)
+
+
+@flax.struct.dataclass
+class FP8(Quantised):
+    def numbers(self, codes: Array) -> Array:
+        return codes.astype(jnp.float32)
+
+
+def round_float(v: Array, mantissa: int, smallest: int, top: float, key: Array | None = None) -> Array:
+    """To the nearest float of few bits, ties to even, clipped; with a key up or down at random, so that the mean is
+    exact. By arithmetic: XLA drops a pair of casts."""
+    exponent = jnp.maximum(jnp.frexp(v)[1] - 1, smallest)
+    step = jnp.ldexp(jnp.float32(1), exponent - mantissa)
+    steps = jnp.round(v / step) if key is None else jnp.floor(v / step + jax.random.uniform(key, v.shape))
+    return jnp.clip(steps * step, -top, top)
+
+
+@cache
+def _grid(format: str) -> Callable[[Array], Array]:
+    """One object a format: programs are compiled for it."""
+    return lambda v: round_float(v, *FORMATS[format][1:])
+
+
+def encode(
+    w: Array, eqn: str, *, format: Literal["e4m3", "e5m2"] = "e4m3",
+    scale: Literal["tensor", "channel", "block"] = "channel", calibration: Calibration = "absmax",
+    solve: Callable = nearest,
+) -> FP8:  # fmt: skip
+    m = matrix(w, eqn)
+    dtype, *bits = FORMATS[format]
+    k, n = m.shape[-2:]
+    tile = {"tensor": (k, n), "channel": (k, 1), "block": (min(BLOCK, k), min(BLOCK, n))}[scale]
+    form = Format(_grid(format), bits[-1], tile, calibration)
+    r = solve(m, form)
+    return FP8.of(r, r.numbers.astype(dtype), w, eqn, form)
+
+
+def make(
+    *, format: Literal["e4m3", "e5m2"] = "e4m3", scale: Literal["tensor", "channel", "block"] = "channel",
+    calibration: Literal["absmax", "percentile", "mse"] = "absmax", where: str = r"layers/.*",
+) -> Callable:  # fmt: skip
+    """A Transform: 8 bits a weight, and 16 a tensor, an output channel or a block of 128 x 128."""
+    return transform(where, partial(encode, format=format, scale=scale, calibration=calibration))

@@ -1,0 +1,100 @@
+"""Quantisation-aware training (Jacob et al. 2018, arXiv 1712.05877): the forward pass of the quantised model, and the
+gradient as if it were not quantised (straight-through, Bengio et al. 2013, arXiv 1308.3432)."""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model import weights
+from model.quant._matrix import transform
+from model.weights import Params, Spec, Weight
+
+
+@flax.struct.dataclass
+class FakeQuant(Weight):
+    """A float weight that multiplies as its quantised leaf does, bit for bit, from step `start` of training on."""
+
+    w: Array
+    eqn: str = flax.struct.field(pytree_node=False)
+    format: str = flax.struct.field(pytree_node=False)  # a file of this folder
+    options: tuple[tuple[str, Any], ...] = flax.struct.field(pytree_node=False)  # for its `encode`
+    start: int = flax.struct.field(pytree_node=False)
+    live: Array | None = None  # bool [stack...]; set in training alone
+    trainable: ClassVar[tuple[str, ...]] = ("w",)
+
+    @property
+    def encode(self) -> Callable[[Array], Weight]:
+        """From a float weight to the quantised leaf."""
+        module = importlib.import_module(f"model.quant.{self.format}")
+        return functools.partial(module.encode, eqn=self.eqn, **dict(self.options))
+
+    def convert(self) -> Weight:
+        return self.encode(self.w)
+
+    def in_training(self, key: Array, step: Array) -> "FakeQuant":
+        stack = self.w.shape[: self.w.ndim - len(weights.operands(self.eqn)[1])]
+        return self.replace(live=jnp.broadcast_to(step >= self.start, stack) if self.start else None)
+
+    def einsum(self, eqn: str, x: Array) -> Array:
+        return _straight_through(functools.partial(weights.einsum, eqn), x, self.w, self.live, self.encode)
+
+    def take(self, ids: Array, dtype: Any) -> Array:
+        read = lambda ids, w: weights.take(w, ids, dtype)
+        return _straight_through(read, ids, self.w, self.live, self.encode)
+
+    def dense(self, spec: Spec) -> Array:
+        return self.convert().dense(spec)
+
+    def axes(self, spec: Spec) -> "FakeQuant":
+        return self.replace(w=spec.names)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
+def _straight_through(use: Callable, x: Array, w: Array, live: Array | None, encode: Callable) -> Array:
+    # The barrier makes what follows the graph of the quantised model: fused with the rounding, a sum may change order.
+    quantised = lambda: use(x, jax.lax.optimization_barrier(encode(w)))
+    return quantised() if live is None else jax.lax.cond(live, quantised, lambda: use(x, w))
+
+
+def _forward(use: Callable, x: Array, w: Array, live: Array | None, encode: Callable) -> tuple[Array, tuple]:
+    return _straight_through(use, x, w, live, encode), (x, w, live)
+
+
+def _backward(use: Callable, encode: Callable, residuals: tuple, g: Array) -> tuple:
+    """To x through the quantised weight, to w as if it had been used itself."""
+    x, w, live = residuals
+    moves = jnp.issubdtype(x.dtype, jnp.inexact)
+    by_x = lambda leaf: jax.vjp(lambda x: use(x, leaf), x)[1](g)[0]
+    dx = None
+    if moves:
+        quantised = lambda: by_x(encode(w))
+        dx = quantised() if live is None else jax.lax.cond(live, quantised, lambda: by_x(w))
+    return dx, jax.vjp(lambda w: use(x, w), w)[1](g)[0], None
+
+
+_straight_through.defvjp(_forward, _backward)
+
+
+def converted(params: Params) -> Params:
+    """Every FakeQuant as its quantised leaf: the model to store after training."""
+    fake = lambda x: isinstance(x, FakeQuant)
+    return jax.tree.map(lambda w: w.convert() if fake(w) else w, params, is_leaf=fake)
+
+
+def make(
+    *, format: Literal["int4", "int8", "nf4", "fp8"] = "int4", group: int | None = None,
+    activations: bool | None = None, start: int = 0, where: str = r"layers/.*",
+) -> Callable:  # fmt: skip
+    """A Transform. `group` is for int4 and nf4, `activations` for int8. Raises ValueError for a format without it."""
+    options = {k: v for k, v in dict(group=group, activations=activations).items() if v is not None}
+    takes = {"int4": {"group"}, "nf4": {"group"}, "int8": {"activations"}}.get(format, set())
+    if wrong := options.keys() - takes:
+        raise ValueError(f"quant.{min(wrong)} is no option of format {format!r}")
+    pairs = tuple(sorted(options.items()))
+    return transform(where, lambda w, eqn: FakeQuant(w, eqn, format, pairs, start))

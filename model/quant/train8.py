@@ -1,0 +1,102 @@
+"""Training with products of eight bits, forwards and backwards (as AQT and FP8-LM, arXiv 2310.18313, do).
+
+Weights stay float and are rounded at each use. Scales must not stand inside a sum, so those that would are folded into
+the gradient before it is rounded: W's for the gradient of x, which then takes the codes of the forward pass, and the
+tokens' own for that of W.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model import weights
+from model.quant._matrix import align, transform
+from model.quant.fp8 import FORMATS, round_float
+from model.quant.int8 import round_rows
+from model.weights import Spec, Weight
+
+
+@flax.struct.dataclass
+class QuantTrain(Weight):
+    w: Array
+    eqn: str = flax.struct.field(pytree_node=False)
+    dtype: str = flax.struct.field(pytree_node=False)
+    stochastic: bool = flax.struct.field(pytree_node=False)
+    key: Array | None = None  # [stack...] of keys, for stochastic rounding; set in training alone
+    trainable: ClassVar[tuple[str, ...]] = ("w",)
+
+    def in_training(self, key: Array, step: Array) -> "QuantTrain":
+        stack = self.w.shape[: self.w.ndim - len(weights.operands(self.eqn)[1])]
+        return self.replace(key=jax.random.split(key, stack) if self.stochastic else None)
+
+    def einsum(self, eqn: str, x: Array) -> Array:
+        return _multiply(eqn, self.dtype, x, self.w, self.key)
+
+    def take(self, ids: Array, dtype: Any) -> Array:
+        return weights.take(self.w, ids, dtype)
+
+    def dense(self, spec: Spec) -> Array:
+        return self.w
+
+    def axes(self, spec: Spec) -> "QuantTrain":
+        return self.replace(w=spec.names)
+
+
+def quantise(x: Array, own: str, summed: str, dtype: str, key: Array | None = None) -> tuple[Array, Array]:
+    """As int8.round_rows, to int8 or to a float of fp8.FORMATS."""
+    if dtype == "int8":
+        return round_rows(x, own, summed, key)
+    x, (kind, *bits) = x.astype(jnp.float32), FORMATS[dtype]
+    peak = jnp.abs(x).max([own.index(c) for c in summed], keepdims=True)
+    scale = jnp.maximum(peak * (1 / bits[-1]), 1e-30)
+    return round_float(x / scale, *bits, key).astype(kind), scale
+
+
+def _product(eqn: str, a: Array, b: Array, floats: Any) -> Array:
+    """Of codes. Those that are floats stand in the type `floats`, which holds them exactly: the compiler of a GPU makes
+    a product of eight bits of that, and other devices have none."""
+    if jnp.issubdtype(a.dtype, jnp.integer):
+        return weights.product(eqn, a, b, jnp.int32).astype(jnp.float32)
+    return weights.product(eqn, a.astype(floats), b.astype(floats), jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _multiply(eqn: str, dtype: str, x: Array, w: Array, key: Array | None) -> Array:
+    return _forward(eqn, dtype, x, w, key)[0]
+
+
+def _forward(eqn: str, dtype: str, x: Array, w: Array, key: Array | None) -> tuple[Array, tuple]:
+    (xs, ws, out), contracted = weights.operands(eqn), weights.split(eqn)[1]
+    format = {"int8": "int8", "fp8": "e4m3"}[dtype]
+    qx, sx = quantise(x, xs, contracted, format)
+    qw, sw = quantise(w, ws, contracted, format)
+    y = _product(eqn, qx, qw, x.dtype) * align(sx, xs, out) * align(sw, ws, out)
+    like = jnp.empty(0, w.dtype)
+    return y.astype(x.dtype), (qx, sx, qw, sw, like, key)
+
+
+def _backward(eqn: str, dtype: str, residuals: tuple, g: Array) -> tuple:
+    qx, sx, qw, sw, like, key = residuals
+    xs, ws, out = weights.operands(eqn)
+    format = {"int8": "int8", "fp8": "e5m2"}[dtype]
+    k1, k2 = (None, None) if key is None else jax.random.split(key)
+    produced = "".join(c for c in ws if c not in xs)
+    tokens = "".join(c for c in xs if c not in ws)
+    gx, s = quantise(g * align(sw, ws, out), out, produced, format, k1)
+    dx = _product(f"{out},{ws}->{xs}", gx, qw, g.dtype) * align(s, out, xs)
+    gw, s = quantise(g * align(sx, xs, out), out, tokens, format, k2)
+    dw = _product(f"{xs},{out}->{ws}", qx, gw, g.dtype) * align(s, out, ws)
+    return dx.astype(g.dtype), dw.astype(like.dtype), None
+
+
+_multiply.defvjp(_forward, _backward)
+
+
+def make(*, dtype: Literal["int8", "fp8"] = "int8", stochastic: bool = True, where: str = r"layers/.*") -> Callable:
+    """A Transform. fp8 is e4m3 forwards and e5m2 backwards."""
+    return transform(where, lambda w, eqn: QuantTrain(w, eqn, dtype, stochastic))

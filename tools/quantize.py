@@ -1,0 +1,222 @@
+"""Quantise a trained model, say what that cost, and save it as a folder that infer.load opens.
+
+    python -m tools.quantize --model=NAME_OR_RUN --quant=int4 --out=DIR [--method=rtn|gptq|awq|smoothquant]
+        [--data=sotu] [--rows=32] [--seq_len=256] [--eval_tokens=8192] [--seed=0] [--dtype=bfloat16] [--KEY=VALUE ...]
+
+NAME_OR_RUN: a packaged model's name, a .gguf file, a Hugging Face folder, a hub id, or a run folder; of a run with
+quant.name=qat the trained weights become what they were trained as. --quant: a file of model/quant; KEY is one of its
+arguments, as --group=64. --data: documents to calibrate on, and the last of them to measure on. --dtype: of what is not
+quantised. One layer at a time is in memory.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from configs import base, methods, overrides, rules, schema
+from configs.errors import UserError
+
+HELD_OUT = 0.1  # share of the documents, the last ones, that nothing is calibrated on
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.quantize", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    for name in ("model", "quant", "out"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--method", default="rtn", choices=("rtn", "gptq", "awq", "smoothquant"))
+    parser.add_argument("--data", default="sotu")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    for name, default in dict(rows=32, seq_len=256, eval_tokens=8192, seed=0).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args, rest = parser.parse_known_args(argv)
+    try:
+        if min(args.rows, args.seq_len, args.seed + 1, args.eval_tokens + 1) < 1:
+            raise UserError("must be counts", "--rows --seq_len --eval_tokens --seed", "give numbers above 0")
+        return quantise(args, options(args.quant, args.method, rest))
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
+
+
+def options(quant: str, method: str, words: list[str]) -> dict[str, Any]:
+    """The quantiser's arguments from the command line, its defaults filled in. Raises UserError."""
+    known = [n for n in methods.names(methods.FOLDERS["quant"], "make") if n not in ("qat", "train8")]
+    if quant not in known:
+        raise UserError(f"no format {quant!r}", "--quant", f"one of {', '.join(known)}")
+    keys = methods.method("quant", quant).arguments
+    found = {name: key.default for name, key in keys.items()}
+    if method in ("awq", "smoothquant"):
+        if "scaled" not in keys:
+            raise UserError(f"{method} scales inputs, which {quant} does not", "--method", "int4 and int8 do")
+        found["scaled"] = True
+    for word in words:
+        name, _, text = word.removeprefix("--").partition("=")
+        if name not in keys or not word.startswith("--"):
+            raise UserError(f"{word!r} is no argument of {quant}", "command line", f"it takes {', '.join(keys)}")
+        try:
+            found[name] = overrides.parse(text, keys[name].type, keys[name].nullable)
+        except ValueError as e:
+            raise UserError(f"{name} {e}", "command line") from None
+        for problem, fix in rules.check_value(f"quant.{name}", found[name], keys[name].choices):
+            raise UserError(f"{name} {text!r}: {problem}", "command line", fix)
+    return found
+
+
+def quantise(args: argparse.Namespace, settings: dict[str, Any]) -> int:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from data import tokenizer as tokenizers
+    from infer.lm import LM
+    from infer.models import load, open_model
+    from model import weights
+
+    out = Path(args.out)
+    if out.exists() and any(out.iterdir()):
+        raise UserError("is not empty", str(out), "choose another --out")
+    opened = open_model(args.model)
+    tokenizer = tokenizers.load(opened.tokenizer_source)
+    fit_on, judge_on = texts(args, tokenizer)
+    print(f"{args.model} · {args.quant} by {args.method} · {len(fit_on)} x {args.seq_len} tokens of {args.data}")
+    model, params, trained = fitted(opened, args, settings, fit_on)
+    cast = lambda w: w if weights.is_weight(w) else w.astype(args.dtype)
+    params = jax.tree.map(jnp.asarray, jax.tree.map(cast, params, is_leaf=weights.is_weight))
+    save(out, LM(model, params, tokenizer), trained or {"name": args.quant, **settings}, args)
+    reloaded = load(out, dtype="float32")
+    held = sum(x.nbytes for x in jax.tree.leaves(params))
+    disk = sum(p.stat().st_size for p in out.rglob("*/state/**/*") if p.is_file())
+    wide = sum(4 * x.size for x in jax.tree.leaves(model.abstract))
+    print(f"bytes {wide:,} in float32 -> {held:,}, {disk:,} on disk in {out / 'ckpt'}")
+    if args.eval_tokens:  # the only step that holds a whole float model
+        before, after = load(args.model, dtype="float32").loss(judge_on), reloaded.loss(judge_on)
+        n = f"{after[1]} held-out tokens of {args.data}, seed {args.seed}"
+        print(f"perplexity {np.exp(before[0]):.3f} -> {np.exp(after[0]):.3f} on {n}")
+    return 0
+
+
+def texts(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, list[str]]:
+    """(token rows [rows, seq_len] to calibrate on, texts of `eval_tokens` tokens held out), drawn by seed."""
+    import numpy as np
+
+    from data import sources
+
+    documents = [r["text"] for r in sources.records(args.data) if isinstance(r.get("text"), str)]
+    cut = len(documents) - max(int(HELD_OUT * len(documents)), 1)
+    if cut < 1:
+        raise UserError("needs two documents with a text", args.data)
+    rng = np.random.default_rng(args.seed)
+    rows, held = [], []
+    for i in rng.permutation(cut):
+        ids = tokenizer.encode(documents[i])
+        starts = range(0, len(ids) - args.seq_len + 1, args.seq_len)
+        rows += [ids[at : at + args.seq_len] for at in rng.permutation(starts)[:4]]  # few of each, of many
+        if len(rows) >= args.rows:
+            break
+    if not rows:
+        raise UserError(f"no document has {args.seq_len} tokens", args.data, "lower --seq_len")
+    left = args.eval_tokens
+    for i in rng.permutation(range(cut, len(documents))):
+        ids = tokenizer.encode(documents[i])[: min(left, 1024)]
+        held, left = [*held, tokenizer.decode(ids)], left - len(ids)
+        if left <= 0:
+            break
+    return np.array(rows[: args.rows], np.int32), held
+
+
+def fitted(opened: Any, args: argparse.Namespace, settings: dict, rows: Any) -> tuple[Any, Any, Any]:
+    """(model, its quantised parameters, the group "quant" of the config when the run was trained for a format)."""
+    import importlib
+    from functools import partial
+
+    import jax
+    import numpy as np
+
+    from model.quant import _calibrate, qat
+    from model.transformer import Transformer
+
+    model = Transformer(opened.config, "float32", args.dtype)
+    if (cfg := getattr(opened, "cfg", None)) and cfg.quant.name == "qat" and not cfg.peft.name:
+        if cfg.quant.format != args.quant:
+            raise UserError(f"it was trained for {cfg.quant.format}", args.model, f"--quant={cfg.quant.format}")
+        params = qat.converted(opened.params(model.specs, None, "float32"))
+        fake = {k: cfg.quant[k] for k in ("group", "activations") if cfg.quant[k] is not None}
+        return model, params, {"name": cfg.quant.format, **fake, "where": cfg.quant.where}
+    check_where(model.specs, settings["where"])
+    kwargs = {k: v for k, v in settings.items() if k not in ("where", "scaled")}
+    encode = partial(importlib.import_module(f"model.quant.{args.quant}").encode, **kwargs)
+    params, layer = reader(opened, model, args.dtype)
+    xs = [_calibrate.embed(model, params, rows[i : i + 8]) for i in range(0, len(rows), 8)]
+    layers = []
+    for i, (one, errors) in enumerate(_calibrate.calibrate(model, xs, layer, args.method, encode, settings["where"])):
+        told = "  ".join(f"{path} {100 * e:.2f}%" for path, e in errors.items())
+        print(f"layer {i}: output error {told}", flush=True)
+        layers.append(one)
+    params["layers"] = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+    return model, params, None
+
+
+def check_where(specs: Any, where: str) -> None:
+    """Raises UserError unless `where` takes matrices of the layers, each with one input, and nothing else."""
+    import jax
+
+    from model import weights
+
+    chosen = []
+    for path, spec in jax.tree.leaves_with_path(specs, is_leaf=weights.is_spec):
+        if spec.eqn and re.fullmatch(where, weights.name(path)):
+            chosen.append(weights.name(path))
+            if not chosen[-1].startswith("layers/") or weights.split(spec.eqn)[0]:
+                raise UserError(f"takes {chosen[-1]}, which is no plain matrix of a layer", "--where")
+    if not chosen:
+        raise UserError(f"{where!r} takes no matrix", "--where", "as layers/mlp/.*")
+
+
+def reader(opened: Any, model: Any, dtype: str) -> tuple[dict, Any]:
+    """(parameters outside of the layers, a function that reads those of one layer in float32)."""
+    import jax
+    import jax.numpy as jnp
+
+    from model import weights
+
+    if hasattr(opened, "read"):
+        opened.check(model.specs)
+        outside = {k: v for k, v in model.specs.items() if k != "layers"}
+        read = lambda path, layer=None: jnp.asarray(opened.read(path, layer), "float32")
+        params = weights.map_named(lambda path, _: read(path).astype(dtype), outside, is_leaf=weights.is_spec)
+        specs = model.specs["layers"]
+        layer = lambda i: weights.map_named(lambda path, _: read(f"layers/{path}", i), specs, is_leaf=weights.is_spec)
+        return params, layer
+    params = opened.load(model.specs, None, "float32")  # a run folder is read as a whole
+    layers = params.pop("layers")
+    return jax.tree.map(lambda x: x.astype(dtype), params), lambda i: jax.tree.map(lambda x: x[i], layers)
+
+
+def save(out: Path, lm: Any, quant: dict, args: argparse.Namespace) -> None:
+    """A run folder at step 0 that needs no `init`: its checkpoint holds every parameter, model.json their shape."""
+    import dataclasses
+
+    from infer.models import SHAPE
+    from train import files
+    from train.checkpoint import Checkpointer
+    from train.state import TrainState
+
+    cfg = base.get_config()
+    cfg.model.param_dtype = args.dtype
+    cfg.quant = quant
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(out / "config.json", schema.to_dict(cfg))
+    files.write_json(out / SHAPE, dataclasses.asdict(lm.config))
+    lm.tokenizer.save(out / "tokenizer")
+    checkpointer = Checkpointer(out / "ckpt", cfg.ckpt)
+    state = TrainState.create({"policy": lm.params}, {}, SimpleNamespace(init=lambda _: ()), args.seed)
+    checkpointer.maybe_save(0, state, SimpleNamespace(state_dict=dict), force=True)
+    checkpointer.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
