@@ -125,7 +125,10 @@ class Run:
         else:
             policy = transform(self._base(specs, shardings, dtype), jax.random.key(self.cfg.seed))
         frozen = weights.map_named(lambda path, x: None if f"policy/{path}" in self.saved.params else x, policy)
-        if self.cfg.peft.name and self.saved.frozen not in ("", saved.fingerprint({"policy": frozen})):
+        # An objective with a reference froze the policy as it started, too.
+        held = ({"policy": frozen}, {"policy": frozen, "ref": policy})
+        known = (self.saved.frozen == saved.fingerprint(tree) for tree in held)
+        if self.cfg.peft.name and self.saved.frozen and not any(known):
             raise UserError("its adapters were trained on another base than this one", str(self.workdir))
         return saved.put(self.saved, policy, self.workdir)
 
