@@ -58,9 +58,8 @@ def plan(cfg: Any, model: Any, devices: list[Any], what: str = "train") -> dict[
         held["gradients"] = out["config"]["bytes_per_device"]["gradients"]
     # A loop of unknown length is the head's, or the decoder's, whose body is one token.
     program = plan_hlo.Program(compiled.as_text(), -(-local // chunk) if what == "train" else 1)
-    found = program.collectives(dict(mesh.shape))
-    out |= {"fits": True, "verdict": "compiled", "largest": program.largest(6)}
-    out |= {"sent": plan_hlo.by_axis(found), "traffic": program.traffic()}
+    out |= {"fits": True, "largest": program.largest(6)}
+    out |= {"sent": program.sent(dict(mesh.shape)), "traffic": program.traffic()}
     return out | outlook(cfg, planned, out, devices)
 
 
