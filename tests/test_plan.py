@@ -69,6 +69,12 @@ def test_bytes_sent_are_those_of_the_loop():
 
 
 LOOP = """
+%add (l: bf16[], r: bf16[]) -> bf16[] {
+  %l = bf16[] parameter(0)
+  %r = bf16[] parameter(1)
+  ROOT %sum = bf16[] add(%l, %r)
+}
+
 %cond (p: (u32[], bf16[4])) -> pred[] {
   %limit = u32[]{:T(128)} constant(8)
   %p = (u32[]{:T(128)}, /*index=1*/bf16[4]{0}) parameter(0)
@@ -106,6 +112,7 @@ def test_trips_as_a_tpu_writes_them():
 @pytest.mark.parametrize("changes", [{}, {"peft.name": "lora"}, {"objective.name": "dpo"}], ids=["sft", "lora", "dpo"])
 def test_bytes_are_those_that_devices_hold(changes):
     """Arguments by kind against a real state and batch on eight CPU devices."""
+    changes = changes | ({"data.packing": "none"} if "objective.name" in changes else {})
     c = config(**{"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2, "data.seq_len": 32, "data.batch_size": 8} | changes)
     c, _ = schema.resolve(c)
     model = build.model(c, None, 500)

@@ -106,6 +106,39 @@ def search(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> list[dict[str
     return sorted(found, key=lambda p: -p["rank"])
 
 
+def show(p: dict[str, Any]) -> None:
+    """Prints one plan."""
+    d, gb = p["config"], lambda size: f"{size / 1e9:.3f} GB"
+    rows = [("slice", f"{p['topology']}, {d['devices']} devices of type {p['device']}: {axes(p['mesh'])}")]
+    rows += [("step", f"{p['what']}, {p['rows']} rows, accum {p['accum']}; attention: {d['attention']}")]
+    rows += [("parameters", f"{d['parameters']:,}, of which {d['trained']:,} train")]
+    rows += [(f"{kind.replace('_', ' ')} a device", gb(size)) for kind, size in p["bytes"].items()]
+    if not p["fits"]:
+        return table([*rows, ("fits", f"no: {p['verdict']}"), ("turn", p["turn"])])
+    rows += [("fits", "yes, says libtpu")]
+    rows += [("a large array", f"{gb(size)} {shape} of {source}") for size, shape, source in p["largest"]]
+    for axis, kinds in p["sent"].items():
+        text = ", ".join(f"{kind} {gb(size)}" for kind, size in sorted(kinds.items()))
+        rows += [(f"sent over {axis}", f"{text} a device and step")]
+    rows += [("FLOPs a step", f"{p['flops_per_step']:.4g}, with recomputation {p['flops_with_recomputation']:.4g}")]
+    rows += [(f"{name} alone", span(t, ",.4f") + " s") for name, t in p.get("seconds_by", {}).items()]
+    rows += [("a step", span(p.get("seconds"), ",.4f") + " s"), ("tokens/s", span(p.get("tokens_per_second")))]
+    rows += [("MFU", span(p.get("mfu"), ".1%") + " at these bounds")]
+    rows += [(f"whole run: {name.replace('_', ' ')}", span(v, ",.1f")) for name, v in p.get("run", {}).items()]
+    table(rows, *p["assumed"])
+
+
+def rank(found: list[dict[str, Any]]) -> None:
+    """Prints what fits, the fastest first."""
+    told = lambda p: " ".join(f"--config.{k}={v}" for k, v in p["changes"].items())
+    line = lambda p: (f"{span(p['tokens_per_second'])} tokens/s", f"peak {p['bytes']['peak'] / 1e9:.2f} GB", told(p))
+    table([line(p) for p in found] or [("nothing fits",)])
+
+
+def axes(mesh: dict[str, int]) -> str:
+    return ", ".join(f"{a} {n}" for a, n in mesh.items() if n > 1) or "one"
+
+
 def span(values: Any, form: str = ",.0f") -> str:
     if values is None:
         return "n/a"
@@ -113,50 +146,14 @@ def span(values: Any, form: str = ",.0f") -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def show(p: dict[str, Any]) -> None:
-    """Prints one plan."""
+def table(rows: list[tuple[str, ...]], *notes: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console, table = Console(soft_wrap=True, highlight=False), Table(show_header=False)
-    d, add = p["config"], table.add_row
-    mesh = ", ".join(f"{a} {n}" for a, n in p["mesh"].items() if n > 1) or "1 device"
-    add("slice", f"{p['topology']}, {d['devices']} devices of type {p['device']} ({mesh})")
-    add("step", f"{p['what']}, {p['rows']} rows, accum {p['accum']}; attention: {d['attention']}")
-    add("parameters", f"{d['parameters']:,}, of which {d['trained']:,} train")
-    for kind, size in p["bytes"].items():
-        add(f"{kind.replace('_', ' ')} a device", f"{size / 1e9:.3f} GB")
-    add("fits", "yes" if p["fits"] else f"no: {p['verdict']}")
-    if not p["fits"]:
-        add("turn", p["turn"])
-        return console.print(table)
-    for size, shape, source in p["largest"]:
-        add("a large array", f"{size / 1e9:.3f} GB {shape} of {source.split('/', 1)[-1]}")
-    for axes, kinds in p["sent"].items():
-        text = ", ".join(f"{kind} {size / 1e9:.3f}" for kind, size in sorted(kinds.items()))
-        add(f"sent over {axes}", f"{text} GB a device and step")
-    add("FLOPs a step", f"{p['flops_per_step']:.4g}, with recomputation {p['flops_with_recomputation']:.4g}")
-    for name, (low, high) in p.get("seconds_by", {}).items():
-        add(f"{name} alone", f"{span((1e3 * low, 1e3 * high), ',.1f')} ms")
-    add("a step", span(p.get("seconds"), ",.3f") + " s")
-    add("tokens/s", span(p.get("tokens_per_second")))
-    add("MFU", span(p.get("mfu"), ".1%") + " at the bounds, not a forecast")
-    for name, values in p.get("run", {}).items():
-        add(f"whole run: {name.replace('_', ' ')}", span(values, ",.1f"))
-    console.print(table, *p["assumed"], sep="\n")
-
-
-def rank(found: list[dict[str, Any]]) -> None:
-    """Prints what fits, the fastest first."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("planned tokens/s", "MFU bounds", "peak GB a device", "set")
-    for p in found:
-        told = " ".join(f"--config.{k}={v}" for k, v in p["changes"].items())
-        rate, mfu = span(p["tokens_per_second"]), span(p["mfu"], ".0%")
-        table.add_row(rate, mfu, f"{p['bytes']['peak'] / 1e9:.2f}", told)
-    Console(soft_wrap=True).print(table if found else "nothing fits")
+    grid = Table(show_header=False)
+    for row in rows:
+        grid.add_row(*row)
+    Console(highlight=False).print(grid, *notes, sep="\n", markup=False)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a compiled program sends between its devices and moves through memory, read from its HLO text.
 
-A loop's body counts as often as it turns. An async collective that XLA cut into several fusions keeps its channel and
-counts once. An all-reduce inside an `all-reduce-scatter` fusion moves what a reduce-scatter moves.
+A loop's body counts as often as it turns. An async collective that XLA cut into several fusions has a chain_id and the
+same channel in each, and counts once. An all-reduce in an `all-reduce-scatter` fusion moves what a reduce-scatter does.
 """
 
 import collections
@@ -107,8 +107,8 @@ class Program:
                 groups = device_groups(op.attrs, math.prod(mesh_shape.values()))
                 operand = sum(nbytes(ops[o].type) for o in op.operands if o in ops)
                 size = operand * SENT[kind](groups.shape[1]) * self.times[where]
-                channel = re.search(r"channel_id=(\d+)", op.attrs)
-                key = channel[1] if channel else f"{where}/{op.name}"
+                channel = "chain_id" in op.attrs and re.search(r"channel_id=\d+", op.attrs)
+                key = channel[0] if channel else f"{where}/{op.name}"
                 found[key] = min(
                     found.get(key, (math.inf, "", "")), (size, "+".join(spanned(groups, mesh_shape)), kind)
                 )

@@ -99,7 +99,7 @@ def decode_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:
         return generate.State(cache, tokens, tokens * 0.0, jnp.int32(1), zeros, zeros, zeros > 0, keys)
 
     state = jax.tree.map(place, jax.eval_shape(begin))
-    knobs = sample.Knobs(*(jax.ShapeDtypeStruct((), jnp.asarray(k).dtype) for k in sample.Knobs(0.0, 0, 1.0, 0.0)))
+    knobs = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, sample.Knobs()))
     number = jax.ShapeDtypeStruct((), jnp.int32)
     ends = jax.ShapeDtypeStruct((4,), jnp.int32)
     params = {**stacked, "layers": layers}
