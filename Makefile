@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test slow parity lint clean
+.PHONY: demo test slow parity tpu plan lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m tools.demo
@@ -18,6 +18,14 @@ slow: $(VENV)/ready
 
 parity: $(VENV)/parity
 	$(BIN)/python -m pytest -q -m parity
+
+tpu: $(VENV)-tpu/ready
+	$(VENV)-tpu/bin/python -m pytest -q -m tpu tests/test_plan.py
+
+plan: $(VENV)-tpu/ready
+	$(VENV)-tpu/bin/python -m tools.plan --config=configs/pretrain/llama2_7b.py --topology=v5e:4x4
+	$(VENV)-tpu/bin/python -m tools.plan --config=configs/pretrain/llama2_7b.py --topology=v5p:2x2x1 \
+		--config.data.batch_size=16
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -34,5 +42,10 @@ $(VENV)/parity: $(VENV)/ready requirements/parity.txt
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements/parity.txt
 	@touch $@
 
+$(VENV)-tpu/ready: requirements/tpu.txt requirements/base.txt
+	$(PYTHON) -m venv $(VENV)-tpu
+	$(VENV)-tpu/bin/pip install -q --disable-pip-version-check -r requirements/tpu.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-tpu runs .pytest_cache .ruff_cache

@@ -13,8 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from model import weights
+
+ROWS = ("data", "fsdp", "context")  # mesh axes that split the rows
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits at once on a shard; 341 rows at V = 49152
 
@@ -69,10 +72,30 @@ def _count_first(x: Array, targets: Array, weight: Array) -> tuple[tuple[Array, 
     return (pick(x), pick(targets), pick(weight)), undo
 
 
+def _copies(tree: Any, shards: int) -> Any:
+    """A copy [S, ...] of each array for every shard of the rows, in which all of it but the vocabulary is whole.
+
+    Without them the partitioner gathers the head, and sums up its gradient over the devices, in every turn of the loop.
+    """
+
+    def copy(a: Array) -> Array:
+        a = jnp.broadcast_to(a, (shards, *a.shape))
+        places = P(ROWS, *[P.UNCONSTRAINED] * (a.ndim - 1))
+        split = shards > 1 and shards == weights.shards(*ROWS)
+        return jax.lax.with_sharding_constraint(a, places) if split else a
+
+    return jax.tree.map(copy, tree)
+
+
+def chunk_rows(rows: int, vocab: int) -> int:
+    """Rows of a shard whose logits exist at once. Chunks are equal: a last one of few rows would cost a whole one."""
+    return -(-rows // -(-4 * rows * vocab // CHUNK_BYTES))
+
+
 def _loop(x: Array, weight: Array, vocab: int, body: Callable, carry: Any) -> Any:
     """`carry = body(start, rows, carry)` over chunks of rows, as many as the fullest shard needs."""
     R = weight.shape[1]
-    size = -(-R // -(-4 * R * vocab // CHUNK_BYTES))  # equal chunks: a last one of few rows would cost a whole one
+    size = chunk_rows(R, vocab)
     needed = -(-(weight != 0).sum(1).max() // size)
 
     def step(i: Array, carry: Any) -> Any:
@@ -84,19 +107,30 @@ def _loop(x: Array, weight: Array, vocab: int, body: Callable, carry: Any) -> An
     return jax.lax.fori_loop(0, needed, step, carry)
 
 
-def _pieces(unembed: Unembed, head: Any, x: Array, targets: Array) -> tuple[Array, Callable]:
-    """log p(targets) of a chunk and the pullback of it: cotangent [S,C] -> (d head, d x)."""
-    logits, pull = jax.vjp(unembed, head, x)
-    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    unnormalised = jnp.exp(logits - top)
-    total = unnormalised.sum(-1, keepdims=True)
-    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-    logps = jnp.where(hit, logits, 0).sum(-1) - (jnp.log(total) + top)[..., 0]
-    return logps, lambda g: pull((hit - unnormalised / total) * g[..., None])
+def _pieces(unembed: Unembed, head: Any, x: Array, targets: Array, g: Array) -> tuple[Array, Any, Array]:
+    """log p(targets) [S,C] of a chunk x [S,C,D], and the pullback of a cotangent g [S,C]: (d moving, d x).
+
+    `head` is (moving, fixed), in a copy a shard.
+    """
+
+    def shard(moving: Any, fixed: Any, x: Array, targets: Array, g: Array) -> tuple[Array, Any, Array]:
+        logits, pull = jax.vjp(lambda m, x: unembed(weights.combine(m, fixed), x[None])[0], moving, x)
+        top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+        unnormalised = jnp.exp(logits - top)
+        total = unnormalised.sum(-1, keepdims=True)
+        hit = jnp.arange(logits.shape[-1]) == targets[:, None]
+        logps = jnp.where(hit, logits, 0).sum(-1) - (jnp.log(total) + top)[:, 0]
+        return logps, *pull((hit - unnormalised / total) * g[:, None])
+
+    return jax.vmap(shard)(*head, x, targets, g)
 
 
 def _zeros(tree: Any) -> Any:
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
+
+
+def _summed(copies: Any) -> Any:
+    return jax.tree.map(lambda a: a.sum(0), copies)
 
 
 def _write(out: Array, chunk: Array, start: Array, fresh: Array) -> Array:
@@ -112,9 +146,10 @@ def _write(out: Array, chunk: Array, start: Array, fresh: Array) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _nll(unembed: Unembed, head: Any, x: Array, targets: Array, weight: Array) -> Array:
     vocab = jax.eval_shape(unembed, head, x).shape[-1]
+    copies = _copies((jax.tree.map(lambda _: None, head), head), x.shape[0])
 
     def body(cut: Callable, start: Array, fresh: Array, total: Array) -> Array:
-        logps, _ = _pieces(unembed, head, cut(x), cut(targets))
+        logps, *_ = _pieces(unembed, copies, cut(x), cut(targets), cut(weight))
         return total - (logps * cut(weight) * fresh).sum()
 
     return _loop(x, weight, vocab, body, jnp.float32(0))
@@ -124,18 +159,18 @@ def _nll_forward(unembed: Unembed, head: Any, x: Any, targets: Any, weight: Any)
     x, targets, weight = x.value, targets.value, weight.value
     moving, fixed = _by_perturbed(head)
     vocab = jax.eval_shape(unembed, weights.combine(moving, fixed), x).shape[-1]
+    copies = _copies((moving, fixed), x.shape[0])
 
     def body(cut: Callable, start: Array, fresh: Array, carry: Any) -> Any:
         total, d_head, d_x = carry
         w = cut(weight) * fresh
-        partly = lambda m, x: unembed(weights.combine(m, fixed), x)
-        logps, pull = _pieces(partly, moving, cut(x), cut(targets))
-        dm, dx = pull(-w)
+        logps, dm, dx = _pieces(unembed, copies, cut(x), cut(targets), -w)
         d_head = jax.tree.map(jnp.add, d_head, dm)
         return total - (logps * w).sum(), d_head, _write(d_x, dx, start, fresh)
 
-    total, d_head, d_x = _loop(x, weight, vocab, body, (jnp.float32(0), _zeros(moving), _zeros(x)))
-    return total, (d_head, d_x)
+    d_head = _copies(_zeros(moving), x.shape[0])
+    total, d_head, d_x = _loop(x, weight, vocab, body, (jnp.float32(0), d_head, _zeros(x)))
+    return total, (_summed(d_head), d_x)
 
 
 def _nll_backward(unembed: Unembed, residuals: Any, g: Array) -> tuple:
@@ -160,9 +195,10 @@ def _by_perturbed(head: Any) -> tuple[Any, Any]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _logps(unembed: Unembed, head: Any, x: Array, targets: Array, mask: Array) -> Array:
     vocab = jax.eval_shape(unembed, head, x).shape[-1]
+    copies = _copies((jax.tree.map(lambda _: None, head), head), x.shape[0])
 
     def body(cut: Callable, start: Array, fresh: Array, out: Array) -> Array:
-        logps, _ = _pieces(unembed, head, cut(x), cut(targets))
+        logps, *_ = _pieces(unembed, copies, cut(x), cut(targets), cut(mask))
         return _write(out, logps * (cut(mask) != 0), start, fresh)
 
     return _loop(x, mask, vocab, body, jnp.zeros(mask.shape))
@@ -176,17 +212,16 @@ def _logps_forward(unembed: Unembed, head: Any, x: Any, targets: Any, mask: Any)
 
 def _logps_backward(unembed: Unembed, residuals: Any, g: Array) -> tuple:
     moving, fixed, x, targets, mask = residuals
-    partly = lambda m, x: unembed(weights.combine(m, fixed), x)
-    vocab = jax.eval_shape(partly, moving, x).shape[-1]
+    vocab = jax.eval_shape(unembed, weights.combine(moving, fixed), x).shape[-1]
+    copies = _copies((moving, fixed), x.shape[0])
 
     def body(cut: Callable, start: Array, fresh: Array, carry: Any) -> Any:
         d_head, d_x = carry
-        _, pull = _pieces(partly, moving, cut(x), cut(targets))
-        dm, dx = pull(cut(g) * (cut(mask) != 0) * fresh)
+        _, dm, dx = _pieces(unembed, copies, cut(x), cut(targets), cut(g) * (cut(mask) != 0) * fresh)
         return jax.tree.map(jnp.add, d_head, dm), _write(d_x, dx, start, fresh)
 
-    d_head, d_x = _loop(x, mask, vocab, body, (_zeros(moving), _zeros(x)))
-    return d_head, d_x, None, None
+    d_head, d_x = _loop(x, mask, vocab, body, (_copies(_zeros(moving), x.shape[0]), _zeros(x)))
+    return _summed(d_head), d_x, None, None
 
 
 _logps.defvjp(_logps_forward, _logps_backward, symbolic_zeros=True)

@@ -1,0 +1,229 @@
+"""What a compiled program sends between its devices and moves through memory, read from its HLO text.
+
+A loop's body counts as often as it turns. An async collective that XLA cut into several fusions has a chain_id and the
+same channel in each, and counts once. An all-reduce in an `all-reduce-scatter` fusion moves what a reduce-scatter does.
+"""
+
+import collections
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+# Bytes that one device sends in a group of g, as a multiple of the bytes of its operand, by ring algorithms (Thakur et
+# al. 2005, Optimization of Collective Communication Operations in MPICH).
+SENT = {
+    "all-gather": lambda g: g - 1,
+    "reduce-scatter": lambda g: (g - 1) / g,
+    "all-reduce": lambda g: 2 * (g - 1) / g,
+    "all-to-all": lambda g: (g - 1) / g,
+    "collective-permute": lambda g: 1.0,
+}
+ALIASES = ("parameter", "constant", "get-tuple-element", "tuple", "while", "bitcast", "conditional", "call")
+BITS = dict(pred=8, token=0)
+ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
+
+
+class Op(NamedTuple):
+    name: str
+    type: str
+    kind: str
+    operands: tuple[str, ...]
+    attrs: str
+
+    @property
+    def called(self) -> list[str]:
+        return [name for names in CALLED.findall(self.attrs) for name in re.findall(r"%([\w.\-]+)", names)]
+
+    @property
+    def source(self) -> str:
+        """The operation of the model that it serves."""
+        found = re.search(r'op_name="([^"]*)"', self.attrs)
+        return found[1] if found else ""
+
+
+class Program:
+    """Computations by name, and how often each one runs; a loop whose length depends on data, `unknown_trips` times."""
+
+    def __init__(self, text: str, unknown_trips: float):
+        self.ops: dict[str, dict[str, Op]] = {}
+        self.roots: dict[str, Op] = {}
+        self.times: dict[str, float] = collections.defaultdict(float)
+        self.unknown_trips = unknown_trips
+        entry = here = ""
+        for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+            if line.endswith("{") and (m := re.match(r"(ENTRY )?%?([\w.\-]+) .*->", line)):
+                here, entry = m[2], m[2] if m[1] else entry
+                self.ops[here] = {}
+            elif here and (op := parse(line)):
+                self.ops[here][op.name] = op
+                if line.lstrip().startswith("ROOT "):
+                    self.roots[here] = op
+        self._count(entry, 1.0)
+
+    def _count(self, name: str, times: float) -> None:
+        self.times[name] += times
+        for op in self.ops[name].values():
+            for inner in op.called:
+                self._count(inner, times * (self.trips(name, op) if op.kind == "while" else 1.0))
+
+    def trips(self, where: str, loop: Op) -> float:
+        """Turns of a while loop that counts up to a constant; a TPU's HLO does not say `known_trip_count`."""
+        if m := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.attrs):
+            return int(m[1])
+        condition, body = (re.search(rf"\b{k}=%([\w.\-]+)", loop.attrs)[1] for k in ("condition", "body"))
+        test, new, init = self.roots[condition], self.roots[body], self.ops[where].get(loop.operands[0])
+        counter = [o for o in map(self.ops[condition].get, test.operands) if o and o.kind == "get-tuple-element"]
+        limit = self._constant(condition, test.operands)
+        if test.kind != "compare" or "direction=LT" not in test.attrs or not counter or limit is None:
+            return self.unknown_trips
+        index = int(re.search(r"index=(\d+)", counter[0].attrs)[1])
+        start = self._constant(where, init.operands[index : index + 1]) if init and init.kind == "tuple" else 0
+        add = self.ops[body].get(new.operands[index]) if new.kind == "tuple" else None
+        step = self._constant(body, add.operands) if add and add.kind == "add" else 1
+        return max(math.ceil((limit - (start or 0)) / (step or 1)), 0)
+
+    def _constant(self, where: str, names: Iterable[str]) -> int | None:
+        for op in map(self.ops[where].get, names):
+            while op and op.kind == "copy":
+                op = self.ops[where].get(op.operands[0])
+            if op and op.kind == "constant" and op.operands[0].isdigit():
+                return int(op.operands[0])
+        return None
+
+    def sent(self, mesh_shape: dict[str, int]) -> dict[str, dict[str, float]]:
+        """Bytes that one device sends, by the mesh axes that a collective spans ("fsdp", "data+fsdp") and its kind."""
+        found: dict[str, tuple[float, str, str]] = {}
+        for where, ops in self.ops.items():
+            for op in ops.values() if self.times[where] else ():
+                kind = op.kind.removesuffix("-start")
+                if kind not in SENT:
+                    continue
+                if kind == "all-reduce" and where.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"
+                groups = device_groups(op.attrs, math.prod(mesh_shape.values()))
+                operand = sum(nbytes(ops[o].type) for o in op.operands if o in ops)
+                size = operand * SENT[kind](groups.shape[1]) * self.times[where]
+                channel = "chain_id" in op.attrs and re.search(r"channel_id=\d+", op.attrs)
+                key = channel[0] if channel else f"{where}/{op.name}"
+                found[key] = min(
+                    found.get(key, (math.inf, "", "")), (size, "+".join(spanned(groups, mesh_shape)), kind)
+                )
+        out: dict[str, dict[str, float]] = {}
+        for size, axes, kind in found.values():
+            kinds = out.setdefault(axes or "none", {})
+            kinds[kind] = kinds.get(kind, 0.0) + size
+        return out
+
+    def _outer(self) -> Iterator[tuple[str, Op]]:
+        """Operations that run outside of fusions and move arrays, with their computations."""
+        inner = {c for ops in self.ops.values() for op in ops.values() if op.kind == "fusion" for c in op.called}
+        for where, ops in self.ops.items():
+            if where not in inner and self.times[where]:
+                yield from ((where, op) for op in ops.values() if op.kind not in ALIASES)
+
+    def largest(self, n: int) -> list[tuple[int, str, str]]:
+        """(bytes, type, source) of the largest arrays that operations write, one a type."""
+        seen: dict[str, tuple[int, str, str]] = {}
+        for _, op in self._outer():
+            for shape in (f"{m[0]}[{m[1]}]" for m in ARRAY.findall(op.type) if op.source):
+                seen.setdefault(shape, (nbytes(shape), shape, op.source))
+        return sorted(seen.values(), reverse=True)[:n]
+
+    def traffic(self) -> float:
+        """Bytes that operations read and write, but for what the compiler keeps in vector memory (space 1).
+
+        Of an operand that an operation only slices the slices count, and of an update in place the update.
+        """
+        total = 0.0
+        for where, op in self._outer():
+            inside = self.ops[op.called[0]] if op.kind == "fusion" else {op.name: op}
+            root = self.roots[op.called[0]] if op.kind == "fusion" else op
+            order = {int(o.operands[0]): o.name for o in inside.values() if o.kind == "parameter"}
+            update = inside.get(root.operands[1]) if root.kind == "dynamic-update-slice" else None
+            moved = nbytes((update or op).type) if "S(1)" not in op.type else 0
+            for i, operand in enumerate(op.operands):
+                if (given := self.ops[where].get(operand)) and "S(1)" not in given.type:
+                    moved += _read(inside, order.get(i, operand), nbytes(given.type))
+            total += self.times[where] * moved
+        return total
+
+
+def _read(inside: dict[str, Op], name: str, whole: int) -> int:
+    users = [u for u in inside.values() if name in u.operands]
+    if any(u.operands[0] != name for u in users) or not users:
+        return whole
+    if any(u.kind not in ("dynamic-slice", "gather", "dynamic-update-slice") for u in users):
+        return whole
+    return min(whole, sum(nbytes(u.type) for u in users if u.kind != "dynamic-update-slice"))
+
+
+def parse(line: str) -> Op | None:
+    """`%name = type kind(operands), attrs`; a tuple's type holds spaces between its brackets."""
+    m = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
+    if not m:
+        return None
+    type_, rest = _until(line[m.end() :], 0, " ")
+    kind, _, rest = rest.partition("(")
+    operands, attrs = _until(rest, 1, ")")
+    return Op(m[1], type_, kind, tuple(o.strip().split(" ")[-1].lstrip("%") for o in operands.split(",")), attrs)
+
+
+def _until(text: str, depth: int, stop: str) -> tuple[str, str]:
+    """Splits at the first `stop` outside of all brackets."""
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        if c == stop and not depth:
+            return text[:i], text[i + 1 :]
+    return text, ""
+
+
+def nbytes(type_: str) -> int:
+    """Bytes of all arrays in an HLO type; layouts and padding left out."""
+    bits = lambda dtype: BITS[dtype] if dtype in BITS else int(re.search(r"\d+", dtype)[0])
+    return sum(math.prod(_ints(dims)) * bits(dtype) for dtype, dims in ARRAY.findall(type_)) // 8
+
+
+def _ints(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def device_groups(attrs: str, devices: int) -> np.ndarray:
+    """[groups, members] partition ids, from any of the forms in which HLO writes them; of a permute, its pairs."""
+    if m := re.search(r"(source_target_pairs|replica_groups)=\{(\{.*?\})\}", attrs):
+        return np.array([_ints(g) for g in m[2].split("},")])
+    if m := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attrs):
+        return _iota(m[2], m[3]).reshape(_ints(m[1]))
+    form = r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}"
+    if m := re.search(form, attrs):
+        return _named(m)
+    return np.arange(devices)[None]
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    ids = np.arange(math.prod(_ints(dims))).reshape(_ints(dims))
+    return ids.transpose(_ints(order)) if order else ids
+
+
+def _named(m: re.Match) -> np.ndarray:
+    """mesh['a'=4,'b'=2] {'a'}: one group a value of b. 'a':(2)2 is a part of a: 2 major positions, then 2 members."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", m[1])}
+    ids = _iota(m[2], m[3]) if m[2] else np.arange(math.prod(sizes.values()))
+    shape, members = [], []
+    parts = dict(re.findall(r"'([^']+)'(?::(\(\d+\)\d+))?", m[4]))
+    for name, size in sizes.items():
+        major, part = _ints(parts[name]) if parts.get(name) else (1, size)
+        members += [len(shape) + 1] if name in parts else []
+        shape += [major, part, size // (major * part)]
+    n = math.prod(shape[i] for i in members)
+    return np.moveaxis(ids.reshape(shape), members, range(-len(members), 0)).reshape(-1, n)
+
+
+def spanned(groups: Iterable, mesh_shape: dict[str, int]) -> tuple[str, ...]:
+    """Mesh axes along which members of a group differ; partition i lies at the i-th place of the mesh."""
+    coords = np.stack(np.unravel_index(np.asarray(groups), tuple(mesh_shape.values())))  # [axes, groups, members]
+    differ = (coords != coords[..., :1]).any(axis=(1, 2))
+    return tuple(a for a, d in zip(mesh_shape, differ) if d)
