@@ -149,10 +149,11 @@ def span(values: Any, form: str = ",.0f") -> str:
 def table(rows: list[tuple[str, ...]], *notes: str) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     grid = Table(show_header=False)
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(Text, row))  # a shape in brackets is no markup
     Console(highlight=False).print(grid, *notes, sep="\n", markup=False)
 
 
