@@ -236,18 +236,19 @@ def trainable(params: Params, what: str) -> Any:
     Raises ValueError when nothing would train.
     """
 
-    def pick(path: str, leaf: Any, inside: bool) -> Any:
+    def pick(path: str, leaf: Any, moves: bool | None) -> Any:  # None: not inside a Weight
         if is_weight(leaf):
-            return leaf.replace(**{f: walk(f"{path}/{f}", getattr(leaf, f), f in leaf.trainable) for f in fields(leaf)})
+            own = lambda f: f in leaf.trainable and moves is not False
+            return leaf.replace(**{f: walk(f"{path}/{f}", getattr(leaf, f), own(f)) for f in fields(leaf)})
         if what in ("all", "adapters"):
-            return inside and jnp.issubdtype(leaf.dtype, jnp.inexact)
+            return (what == "all" if moves is None else moves) and jnp.issubdtype(leaf.dtype, jnp.inexact)
         return re.fullmatch(what, path) is not None
 
-    def walk(prefix: str, tree: Any, inside: bool) -> Any:
+    def walk(prefix: str, tree: Any, moves: bool | None) -> Any:
         join = lambda path: "/".join(filter(None, (prefix, path)))
-        return map_named(lambda path, x: pick(join(path), x, inside), tree, is_leaf=is_weight)
+        return map_named(lambda path, x: pick(join(path), x, moves), tree, is_leaf=is_weight)
 
-    mask = walk("", params, what != "adapters")
+    mask = walk("", params, None)
     if not any(jax.tree.leaves(mask)):
         raise ValueError(f"trainable={what!r} selects no parameter")
     return mask

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import inspect
 import itertools
 import json
 import shutil
@@ -256,28 +257,31 @@ def test_quantised_twice_is_quantised_once(encode):
     jax.tree.map(np.testing.assert_array_equal, once, again)
 
 
-@pytest.mark.parametrize(
-    "name, method",
-    pairs(FILES, METHODS, lambda *_: False),
-)
+@pytest.mark.parametrize("name, method", pairs(FILES, METHODS, lambda *_: False))
 def test_every_peft_method_on_every_quantiser(name, method):
-    """Starts as the base, merges to what it computes, trains its adapters alone.
+    """Starts as the base, merges to what it computes where it can be merged, trains its adapters alone.
 
     XLA may sum in another order once a graph has grown, which may turn an activation of 8 bits to the next code.
     """
     model, close = tiny(layers=1), 0.1 if name in ("w8a8", "train8") else 2e-5
     base = jax.jit(lambda p: LEAVES[name](p, model.specs, None))(jax.jit(model.init)(jax.random.key(0)))
-    adapt = importlib.import_module(f"model.peft.{method}").make(where=".*")
+    make = importlib.import_module(f"model.peft.{method}").make
+    adapt = make(**{"where": ".*"} if "where" in inspect.signature(make).parameters else {})
     adapted = jax.jit(lambda p, key: adapt(p, model.specs, key))(base, jax.random.key(1))
     tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 512)
     run = jax.jit(model)
-    np.testing.assert_allclose(run(adapted, tokens), run(base, tokens), atol=close)
+    extra = any(isinstance(w, weights.Extra) for w in jax.tree.leaves(adapted, is_leaf=weights.is_weight))
+    if not extra:
+        np.testing.assert_allclose(run(adapted, tokens), run(base, tokens), atol=close)
     jax.tree.map(np.testing.assert_array_equal, weights.base(adapted), base)
     train, frozen = weights.partition(adapted, weights.trainable(adapted, "adapters"))
     train = jax.tree.map(lambda x: x + 0.05 * rand(*x.shape, seed=7), train)
     moved = weights.combine(train, frozen)
-    merged = jax.jit(lambda p: weights.dense(p, model.specs))(moved)
-    np.testing.assert_allclose(run(moved, tokens), run(merged, tokens), atol=10 * close)
+    if extra:
+        assert float(jnp.abs(run(moved, tokens) - run(base, tokens)).max()) > 10 * close
+    else:
+        merged = jax.jit(lambda p: weights.dense(p, model.specs))(moved)
+        np.testing.assert_allclose(run(moved, tokens), run(merged, tokens), atol=10 * close)
     named = weights.axes(adapted, model.specs)
     jax.tree.map(lambda x, names: np.testing.assert_equal(len(names), x.ndim), adapted, named)
     grads = jax.jit(jax.grad(lambda t: model(weights.combine(t, frozen), tokens).std()))(train)

@@ -183,7 +183,7 @@ def _add(a: dict[tuple, Inputs], b: dict[tuple, Inputs]) -> dict[tuple, Inputs]:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(model: Transformer, windowed: bool, params: Params, x: Array) -> Array:
     positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-    ctx = context(model.config, positions, jnp.ones_like(positions), None)
+    ctx = context(model.config, positions, jnp.ones_like(positions), None, model.attention)
     return Block(model.config).apply({"params": params}, x, ctx, None, windowed)[0]
 
 
