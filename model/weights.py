@@ -216,7 +216,7 @@ def wrapping(where: str, f: Callable[[str, Any, Spec, Array], Any]) -> Transform
     def transform(params: Params, specs: Specs, key: Array) -> Params:
         chosen = lambda path, spec: spec is not None and spec.eqn and re.fullmatch(where, path)
         if not any(chosen(name(path), s) for path, s in jax.tree.leaves_with_path(specs, is_leaf=is_spec)):
-            raise ValueError(f"peft.where={where!r} matches no multiplied parameter")
+            raise ValueError(f"where={where!r} matches no multiplied parameter")
         wrap = lambda path, leaf, spec: f(path, leaf, spec, key_for(key, path)) if chosen(path, spec) else leaf
         return replace(params, specs, wrap)
 

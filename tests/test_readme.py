@@ -32,7 +32,7 @@ def checkout(tmp_path_factory) -> Path:
 
 
 def execute(command: list[str] | str, folder: Path) -> None:
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} | {"JAX_PLATFORMS": "cpu"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     done = subprocess.run(
         command, cwd=folder, env=env, shell=isinstance(command, str), capture_output=True, text=True, timeout=600

@@ -108,15 +108,17 @@ def llama_cpp(gguf: str, prompt: int, new_tokens: int) -> Callable[[], Round]:
     """Greedy decoding of one row, with the weights as the file holds them."""
     import os
 
-    import llama_cpp
+    import xllamacpp
 
-    net = llama_cpp.Llama(gguf, n_ctx=prompt + new_tokens, n_threads=os.cpu_count(), verbose=False)
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.cpuparams.n_threads = gguf, prompt + new_tokens, os.cpu_count()
+    server = xllamacpp.Server(params)
+    request = {"prompt": list(range(100, 100 + prompt)), "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
 
     def generate(n: int) -> None:
-        net.reset()
-        stream = net.generate(list(range(100, 100 + prompt)), temp=0.0, reset=True)
-        for _ in range(n):
-            next(stream)
+        told = server.handle_completions(request | {"max_tokens": n})
+        if told["usage"]["completion_tokens"] != n:
+            raise RuntimeError(f"llama.cpp made {told['usage']} for {n} tokens")
 
     return lambda: decoding(generate, 1, new_tokens)
 

@@ -1,6 +1,10 @@
-"""Named sets of compiler flags for TPUs, per version of libtpu: it aborts the process on a flag it does not know."""
+"""What XLA reads from the environment before it starts: named sets of compiler flags for TPUs, threads for a CPU.
+
+The sets are per version of libtpu, which aborts the process on a flag it does not know.
+"""
 
 import os
+import re
 from importlib import metadata
 
 from configs.errors import UserError
@@ -45,3 +49,15 @@ def apply(preset: str) -> None:
         raise UserError(f"no preset {preset!r} for libtpu {version}", where, f"known: {', '.join(known)}")
     flags = [f"--{name}={value}" for name, value in known[preset].items()]
     os.environ["LIBTPU_INIT_ARGS"] = " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *flags]).strip()
+
+
+def spare_threads() -> None:
+    """More threads than fake CPU devices, where XLA has one for each; call it before anything asks for devices.
+
+    A collective holds one thread a device until all have come, and a product that shares its work out waits for one:
+    with none left, both wait, and XLA aborts the process after 40 s.
+    """
+    found = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    devices = int(found[-1]) if found else 1
+    if devices > 1:
+        os.environ.setdefault("NPROC", str(2 * devices + (os.cpu_count() or 1)))  # the size of XLA's pools
