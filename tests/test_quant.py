@@ -19,7 +19,6 @@ from configs import schema
 from data import sources, tokenizer
 from infer import load
 from infer.lm import LM
-from kernels import int4_matmul
 from kernels.packing import pack, unpack
 from model import weights
 from model.peft import lora
@@ -374,31 +373,6 @@ def test_bfloat16_takes_the_plain_way_where_there_is_no_tpu():
     assert "tpu_custom_call" not in jax.jit(model).lower(params, tokens).as_text()
     exact = dataclasses.replace(model, dtype="float32")(params, tokens)
     np.testing.assert_allclose(jax.jit(model)(params, tokens), exact, atol=0.1)
-
-
-# --- kernels ---
-
-
-@pytest.mark.parametrize(
-    "m, k, n, group",
-    [
-        pytest.param(5, 512, 160, 64, marks=pytest.mark.slow),
-        (16, 576, 300, 128),
-        pytest.param(130, 2048, 200, 64, marks=pytest.mark.slow),
-        pytest.param(200, 8192, 256, 128, marks=pytest.mark.slow),
-    ],
-)
-def test_int4_kernel_is_its_reference(m, k, n, group):
-    """Both regimes and both directions, with ragged columns, rows and groups; bfloat16 inputs, sums in float32."""
-    leaf = int4.encode(rand(k, n), "BTD,DF->BTF", group=group)
-    x, g = rand(m, k, seed=1).astype(jnp.bfloat16), rand(m, n, seed=2).astype(jnp.bfloat16)
-    assert int4_matmul.supported(m, k, n, group)
-    kernel = jax.jit(lambda x, *w: int4_matmul.matmul(x, *w, group, True))
-    y, pull = jax.vjp(lambda x: kernel(x, leaf.codes, leaf.scale), x)
-    want, pull_reference = jax.vjp(lambda x: int4_matmul.reference(x, leaf.codes, leaf.scale, group), x)
-    assert relative(*map(jnp.float32, (y, want))) < 4e-3  # bfloat16 keeps 8 bits
-    assert relative(*map(jnp.float32, (pull(g)[0], pull_reference(g)[0]))) < 4e-3
-    np.testing.assert_allclose(leaf.forward("BTD,DF->BTF", x[None])[0], want, rtol=0.02, atol=0.1)
 
 
 # --- calibration ---

@@ -16,7 +16,17 @@ from jax import Array
 
 from kernels.packing import pack, signed, unpack
 from model import weights
-from model.quant._matrix import Calibration, Format, Quantised, matrix, nearest, transform, transposed
+from model.quant._matrix import (
+    ACTIVATIONS,
+    Calibration,
+    Format,
+    Quantised,
+    matrix,
+    mesh_axes,
+    nearest,
+    transform,
+    transposed,
+)
 
 
 @flax.struct.dataclass
@@ -25,26 +35,30 @@ class Int4(Quantised):
         return signed(unpack(codes, self.kn[0])).astype(jnp.float32)
 
     def forward(self, eqn: str, x: Array) -> Array:
-        return self._on_tpu("matmul", eqn, x, super().forward)
+        return self._on_tpu(eqn, x, super().forward, backward=False)
 
     def backward(self, eqn: str, g: Array) -> Array:
-        return self._on_tpu("gradient", eqn, g, super().backward)
+        return self._on_tpu(eqn, g, super().backward, backward=True)
 
-    def _on_tpu(self, kernel: str, eqn: str, x: Array, plain: Callable) -> Array:
-        """By a kernel on a TPU, where the product is one of two matrices on one device: a kernel is not partitioned."""
-        from kernels import int4_matmul
+    def _on_tpu(self, eqn: str, x: Array, plain: Callable, backward: bool) -> Array:
+        """By a kernel on a TPU, where the product is one of two matrices."""
+        from kernels import int4_matmul, partition
 
         xs, _, out = weights.operands(eqn)
         _, contracted, produced = weights.split(eqn)
         kept = xs.removesuffix(contracted)
-        one = (xs, out) == (kept + contracted, kept + produced) and not (transposed(self.eqn) or weights.sharded())
-        rows = x.size // self.kn[0] if kernel == "matmul" else int4_matmul.FEW + 1
-        fits = x.dtype == jnp.bfloat16 and self.offset is None and int4_matmul.supported(rows, *self.kn, self.tile[0])
+        one = (xs, out) == (kept + contracted, kept + produced) and not transposed(self.eqn)
+        part = [size // weights.shards(*axes) for size, axes in zip(self.kn, self.split())]
+        fits = x.dtype == jnp.bfloat16 and self.offset is None and int4_matmul.supported(*part, self.tile[0])
         if not (one and fits):
             return plain(eqn, x)
-        shape, width = jax.eval_shape(partial(plain, eqn), x).shape, self.kn[kernel == "gradient"]
-        multiply = getattr(int4_matmul, kernel)
-        tpu = lambda x, *w: multiply(x.reshape(-1, width), *w, self.tile[0]).reshape(shape)
+        lead, shape = x.shape[: len(kept)], jax.eval_shape(partial(plain, eqn), x).shape
+        rows = mesh_axes([ACTIVATIONS.get(c) for c in kept], lead)
+        kernel = partial(int4_matmul.gradient if backward else int4_matmul.matmul, group=self.tile[0])
+
+        def tpu(x: Array, *w: Array) -> Array:
+            return partition.product(kernel, x.reshape(*lead, -1), w, rows, self.split(), backward).reshape(shape)
+
         return jax.lax.platform_dependent(x, self.codes, self.scale, tpu=tpu, default=lambda x, *_: plain(eqn, x))
 
 

@@ -7,22 +7,28 @@ magnitudes as 8-bit floats less their mean; here they are 256 equal steps from 0
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels.packing import pack, unpack
+from kernels.packing import LEVELS, pack, unpack
 from model import weights
-from model.quant._matrix import Format, Quantised, Rounded, matrix, nearest, transform
+from model.quant._matrix import (
+    ACTIVATIONS,
+    Format,
+    Quantised,
+    Rounded,
+    matrix,
+    mesh_axes,
+    nearest,
+    transform,
+    transposed,
+)
 from model.weights import Spec
 
-# Appendix E of the paper.
-LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
 BLOCK = 256  # scales that share a second scale
 
 
@@ -44,6 +50,24 @@ class NF4(Quantised):
 
     def _scale(self) -> Array:
         return self._swap(self._plain().scale)
+
+    def _factors(self, dtype: Any) -> tuple[Array, Array | None]:
+        """Dequantised by a kernel on a TPU; experts are left to XLA."""
+        from kernels import nf4_dequantise, partition
+
+        plain, split, group = super()._factors, self.split(), self.tile[0]
+        part = [size // weights.shards(*axes) for size, axes in zip(self.kn, split)]
+        one = self.codes.ndim == 2 and not transposed(self.eqn) and group < self.kn[0]
+        if not (one and dtype == jnp.bfloat16 and nf4_dequantise.supported(*part, group)):
+            return plain(dtype)
+        rows = {a for axes in mesh_axes(list(ACTIVATIONS.values()), (0, 0)) for a in axes}
+        kernel = partial(nf4_dequantise.dequantise, group=group)
+
+        def tpu(codes: Array, scale: Array) -> Array:
+            return self._array(partition.elementwise(kernel, (codes, scale.astype(jnp.float32)), split, rows))
+
+        default = lambda *_: plain(dtype)[0]
+        return jax.lax.platform_dependent(self.codes, self._scale(), tpu=tpu, default=default), None
 
     def axes(self, spec: Spec) -> "NF4":
         named = super().axes(spec)

@@ -1,0 +1,85 @@
+"""W [K, N] of NF4 codes, dequantised on a TPU once a use, for XLA's product.
+
+A lookup inside a product would be repeated for every block of rows. XLA's own lookup takes three times as long as this.
+A 32-bit word of packed bytes holds eight rows of a column. Two tables of eight levels each fill a register of eight
+sublanes, and a gather along sublanes looks all of a register's codes up at once; the fourth bit says in which table.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels import blocks
+from kernels.blocks import cut
+from kernels.cases import Case, array
+from kernels.packing import LEVELS, by_columns, unpack
+
+ROWS = 64  # of W in a register of 32-bit words
+
+
+def reference(packed: Array, scale: Array, group: int) -> Array:
+    """Levels times scales, bfloat16 [K, N], of bytes [K / 2, N] and scales [K / group, N]."""
+    levels = jnp.take(jnp.asarray(LEVELS, jnp.float32), unpack(packed, 2 * packed.shape[0]), mode="clip")
+    return (levels * jnp.repeat(scale.astype(jnp.float32), group, 0)).astype(jnp.bfloat16)
+
+
+def supported(k: int, n: int, group: int) -> bool:
+    """Whether `dequantise` takes these shapes: a register has one row of scales."""
+    return k % group == 0 and group % ROWS == 0 and n >= 128
+
+
+def dequantise(packed: Array, scale: Array, group: int) -> Array:
+    """`reference`, bit for bit; `scale` is float32."""
+    k, n = 2 * packed.shape[0], packed.shape[1]
+    rows, columns = cut(k, blocks.NF4[0], 8 * group), blocks.NF4[1]
+    at, swapped = lambda i, j: (i, j), by_columns(*packed.shape)
+    codes = pl.BlockSpec((rows // 2, columns), at)
+    if swapped:  # as the bytes lie, `packed.T` is no copy, and `packed` would be one
+        codes = pl.BlockSpec((columns, rows // 2), lambda i, j: (j, i))
+    return pl.pallas_call(
+        functools.partial(_dequantise, group, swapped),
+        grid=(pl.cdiv(k, rows), pl.cdiv(n, columns)),
+        in_specs=[codes, pl.BlockSpec((rows // group, columns), at)],
+        out_specs=pl.BlockSpec((rows, columns), at),
+        out_shape=jax.ShapeDtypeStruct((k, n), jnp.bfloat16),
+        scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=blocks.VMEM
+        ),
+    )(packed.T if swapped else packed, scale)
+
+
+def _dequantise(group: int, swapped: bool, w_ref: Any, s_ref: Any, y_ref: Any, rows_ref: Any) -> None:
+    columns = y_ref.shape[1]
+    tables = [_register(LEVELS[at : at + 8], columns) for at in (0, 8)]
+    packed = w_ref[...].T if swapped else w_ref[...]
+    for at in range(0, y_ref.shape[0], ROWS):
+        words = pltpu.bitcast(packed[at // 2 : (at + ROWS) // 2], jnp.int32)  # [8, columns], of rows 8 i .. 8 i + 7
+        scale = jnp.broadcast_to(s_ref[at // group : at // group + 1, :], words.shape)
+        for j in range(8):
+            codes = words >> 4 * j
+            low, high = (jnp.take_along_axis(t, codes & 7, 0, mode="promise_in_bounds") for t in tables)
+            rows_ref[pl.ds(at + j, 8, stride=8), :] = jnp.where(codes & 8, high, low) * scale
+        y_ref[at : at + ROWS, :] = rows_ref[at : at + ROWS, :].astype(y_ref.dtype)
+
+
+def _register(values: tuple[float, ...], columns: int) -> Array:
+    """[8, columns] with a value a sublane; a kernel cannot capture an array."""
+    row = jax.lax.broadcasted_iota(jnp.int32, (8, columns), 0)
+    return sum(jnp.where(row == i, jnp.float32(v), 0) for i, v in enumerate(values))
+
+
+def cases() -> Iterator[Case]:
+    """A whole weight of a 7 B model, and one whose columns are not aligned."""
+    for k, n in ((4096, 4096), (4096, 14336), (4096, 4100)):
+        args = array(k // 2, n, dtype="uint8"), array(k // 64, n, dtype="float32")
+        yield Case(
+            "nf4 dequantise", f"{k}x{n} g64", functools.partial(dequantise, group=64),
+            functools.partial(reference, group=64), args, quick=n == 4096,
+        )  # fmt: skip

@@ -1,0 +1,51 @@
+"""A kernel under a mesh: each device works on its own part of W, since XLA does not partition a kernel."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+Axes = tuple[str, ...]  # of a mesh, that a dimension is split over
+
+
+def product(
+    kernel: Callable, x: Array, w: Sequence[Array], rows: Sequence[Axes], split: tuple[Axes, Axes], backward: bool
+) -> Array:
+    """x [..., K] times W [K, N] -> [..., N], or when `backward` x [..., N] times the transposed W -> [..., K].
+
+    The leading dimensions of x lie over `rows`, and the two of W, of its codes as of its scales, over `split`. W is
+    gathered, packed, over the axes that rows lie over too; the others split the sum, whose parts are added, or the
+    result. `kernel(x, *w, dtype)` multiplies matrices.
+    """
+    taken = {a for axes in rows for a in axes}
+    left = [tuple(a for a in axes if a not in taken) for axes in split]
+    summed, made = left[::-1] if backward else left
+
+    def local(x: Array, *w: Array) -> Array:
+        w = _gather(w, split, taken)
+        y = kernel(x.reshape(-1, x.shape[-1]), *w, dtype=jnp.float32 if summed else x.dtype)
+        y = y.reshape(*x.shape[:-1], -1)
+        return jax.lax.psum(y, summed).astype(x.dtype) if summed else y
+
+    if not (taken or any(split)):
+        return local(x, *w)
+    specs = P(*rows, summed), *[P(*split)] * len(w)
+    return jax.shard_map(local, in_specs=specs, out_specs=P(*rows, made), check_vma=False)(x, *w)
+
+
+def elementwise(kernel: Callable, w: Sequence[Array], split: tuple[Axes, Axes], gathered: set[str]) -> Array:
+    """`kernel(*w)` [K, N] of codes and scales that lie over `split`, gathered over some axes while they are small."""
+    if not any(split):
+        return kernel(*w)
+    local = lambda *w: kernel(*_gather(w, split, gathered))
+    left = P(*[tuple(a for a in axes if a not in gathered) for axes in split])
+    return jax.shard_map(local, in_specs=(P(*split),) * len(w), out_specs=left, check_vma=False)(*w)
+
+
+def _gather(w: Sequence[Array], split: tuple[Axes, Axes], over: set[str]) -> list[Array]:
+    for dim, axes in enumerate(split):
+        if axes := tuple(a for a in axes if a in over):
+            w = [jax.lax.all_gather(a, axes, axis=dim, tiled=True) for a in w]
+    return list(w)

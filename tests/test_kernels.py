@@ -1,0 +1,198 @@
+"""Kernels against their references, interpreted on the CPU; whole and on shards; and how the report reads a listing."""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from kernels import blocks, int4_matmul, nf4_dequantise, packing
+from model.quant import int4, nf4
+from tests.test_quant import rand, relative
+from tools import kernel_report, kernel_report_schedule
+from train.mesh import RULES, make_mesh
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels run on the CPU, and leaves choose as they do on a TPU."""
+    call = pl.pallas_call
+    monkeypatch.setattr(pl, "pallas_call", lambda *a, **k: call(*a, **k | {"interpret": True}))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, tpu, default: tpu(*a))
+
+
+@pytest.mark.parametrize(
+    "m, k, n, group",
+    [
+        (5, 512, 160, 64),  # whole blocks of bytes, column after column
+        (16, 576, 300, 128),  # a ragged last group
+        pytest.param(3, 6656, 130, 64, marks=pytest.mark.slow),  # the last block of rows holds less
+        pytest.param(130, 2048, 200, 64, marks=pytest.mark.slow),
+        pytest.param(200, 2560, 256, 64, marks=pytest.mark.slow),
+        pytest.param(1100, 256, 2100, 32, marks=pytest.mark.slow),  # several blocks each way
+    ],
+)
+def test_int4_is_its_reference(interpreted, m, k, n, group):
+    """Both regimes and both directions, with ragged columns, rows and groups; bfloat16 inputs, sums in float32."""
+    leaf = int4.encode(rand(k, n), "BTD,DF->BTF", group=group)
+    x, g = rand(m, k, seed=1).astype(jnp.bfloat16), rand(m, n, seed=2).astype(jnp.bfloat16)
+    assert int4_matmul.supported(k, n, group)
+    kernel = jax.jit(lambda x, *w: int4_matmul.matmul(x, *w, group))
+    y, pull = jax.vjp(lambda x: kernel(x, leaf.codes, leaf.scale), x)
+    want, pull_reference = jax.vjp(lambda x: int4_matmul.reference(x, leaf.codes, leaf.scale, group), x)
+    assert relative(*map(jnp.float32, (y, want))) < 4e-3  # bfloat16 keeps 8 bits
+    assert relative(*map(jnp.float32, (pull(g)[0], pull_reference(g)[0]))) < 4e-3
+    exact = int4_matmul.matmul(x[:5].astype(jnp.float32), leaf.codes, leaf.scale, group)
+    want = int4_matmul.reference(x[:5].astype(jnp.float32), leaf.codes, leaf.scale, group)
+    assert relative(exact, want) < 1e-5
+
+
+def test_int4_by_hand(interpreted):
+    """Rows 3, -2, 0, ... of one group with scale 0.5, times 2, 1, 0, ...: (6 - 2) / 2."""
+    codes = packing.pack(jnp.zeros((64, 128)).at[0].set(3).at[1].set(-2))
+    x = jnp.zeros((1, 64), jnp.bfloat16).at[0, :2].set(jnp.array([2, 1]))
+    y = int4_matmul.matmul(x, codes, jnp.full((1, 128), 0.5, jnp.bfloat16), 64)
+    np.testing.assert_array_equal(y, jnp.full((1, 128), 2.0))
+
+
+@pytest.mark.parametrize(
+    "k, n", [(256, 160), *[pytest.param(*s, marks=pytest.mark.slow) for s in ((576, 130), (4608, 128))]]
+)
+def test_nf4_is_its_reference_bit_for_bit(interpreted, k, n):
+    leaf = nf4.encode(rand(k, n), "BTD,DF->BTF")
+    assert nf4_dequantise.supported(k, n, 64)
+    scale = leaf._plain().scale
+    got = jax.jit(functools.partial(nf4_dequantise.dequantise, group=64))(leaf.codes, scale)
+    np.testing.assert_array_equal(got, nf4_dequantise.reference(leaf.codes, scale, 64))
+    np.testing.assert_array_equal(got, leaf._matrix().astype(jnp.bfloat16))
+    assert got[3, 5] == jnp.bfloat16(np.float32(packing.LEVELS[int(packing.unpack(leaf.codes, k)[3, 5])]) * scale[0, 5])
+
+
+@pytest.mark.parametrize(
+    "rows, columns, turned", [(2048, 4096, 0), (2048, 4100, 1), (768, 576, 1), (288, 576, 0), (288, 192, 0)]
+)
+def test_bytes_lie_as_xla_lays_them(rows, columns, turned):
+    """Against the layouts that libtpu gave parameters of these shapes."""
+    assert packing.by_columns(rows, columns) == turned
+
+
+def test_blocks_pad_least():
+    assert blocks.cut(4096, 768, 256) == 512 and blocks.cut(4100, 768, 256) == 768
+    assert blocks.cut(11008, 6144, 512) == 5632 and blocks.cut(300, 768, 256) == 300
+
+
+# --- shards ---
+
+FORMATS = {"int4": functools.partial(int4.encode, group=64), "nf4": nf4.encode}
+
+
+@pytest.mark.parametrize(
+    "fmt, eqn, shape",
+    [
+        ("int4", "BTD,DF->BTF", (256, 256)),
+        ("int4", "BTNH,NHD->BTD", (4, 64, 512)),
+        ("nf4", "BTF,FD->BTD", (256, 512)),
+        pytest.param("nf4", "BTD,DF->BTF", (256, 256), marks=pytest.mark.slow),
+        pytest.param("nf4", "BTNH,NHD->BTD", (4, 64, 512), marks=pytest.mark.slow),
+    ],
+)
+def test_on_shards_it_is_the_plain_product(interpreted, monkeypatch, fmt, eqn, shape):
+    """W over fsdp and tensor, both ways: columns over tensor stay split, rows over tensor are summed."""
+    used = []
+    for module, name in ((int4_matmul, "matmul"), (int4_matmul, "gradient"), (nf4_dequantise, "dequantise")):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, k=kernel, **kw: used.append(a[-2].shape) or k(*a, **kw))
+    leaf = FORMATS[fmt](rand(*shape), eqn)
+    x = rand(4, 2, *shape[: len(shape) - 1], seed=1).astype(jnp.bfloat16)
+    plain = leaf.replace(codes=leaf.codes)
+    want, pull = jax.vjp(lambda x: jnp.einsum(eqn, x, plain._dense(jnp.bfloat16)), x)
+    g = rand(*want.shape, seed=2).astype(jnp.bfloat16)
+    with jax.set_mesh(make_mesh({"data": 1, "fsdp": 4, "tensor": 2})), nn.logical_axis_rules(RULES):
+        got, dx = jax.jit(
+            lambda x, g, leaf: (lambda y, back: (y, back(g)[0]))(*jax.vjp(lambda x: leaf.einsum(eqn, x), x))
+        )(x, g, leaf)
+    assert relative(*map(jnp.float32, (got, want))) < 5e-3
+    assert relative(*map(jnp.float32, (dx, pull(g)[0]))) < 5e-3
+    k, n = leaf.kn
+    rows, columns = {"BTD,DF->BTF": (k, n // 2)}.get(eqn, (k // 2, n))
+    assert used and set(used) == {(rows // 2, columns)}  # gathered over fsdp, not over tensor
+
+
+# --- the report ---
+
+LISTING = """
+     0   :  { %s1 = smov 0 } /* Start region 1 :: End region 1 */
+   0x1 LB: > { %v1 = vmatmul.bf16.gmra.mxu0 %v2 /* Start region 2 */ }
+   0x2   : > { sbr.rel (%p1) target = $region9 }
+{skipped}
+  0x50   : > { %v3 = vst [vmem:[#allocation7_spill] sm:$0xff] %v1 /* Start region 9 */ }
+  0x51   : > { %p2 = scmp.ge.s32.totalorder %s1_s2, 6 /* loop exit test */ /* stage = 1 */ }
+  0x52   : > { sbr.rel (!%p2) target = $region2 }
+  0x53   :  { shalt.err }
+"""
+
+
+def test_a_listing_by_hand():
+    """Six turns of which two fill and drain; 30 bundles of the body run once in three."""
+    skipped = "\n".join(f"  {0x10 + i:#x}   : > {{ %v9 = vadd.f32 %v1, %v2 }}" for i in range(30))
+    got = kernel_report_schedule.read(LISTING.replace("{skipped}", skipped), sums=3)
+    assert (got.turns, got.hot, got.products, got.spills, got.known) == (4, 2 + 3 + 1, 1, 1, True)
+    assert got.cycles == 1 + 4 * 6 + 30 * 2  # ceil(4 / 3) of the skipped ones
+
+
+def test_moved_bytes_by_hand():
+    """W [256, 300] is read once, x [1100, 256] once for each of one block of columns, y [1100, 300] written once."""
+    args = jnp.zeros((1100, 256), jnp.bfloat16), jnp.zeros((128, 300), jnp.uint8), jnp.zeros((4, 300), jnp.bfloat16)
+    (grid,) = kernel_report.calls(jax.make_jaxpr(lambda *a: int4_matmul.matmul(*a, 64))(*args).jaxpr)
+    assert grid.grid == (2, 1, 1)
+    assert kernel_report.moved(grid) == 2 * 1100 * 256 + 128 * 300 + 2 * 4 * 300 + 2 * 1100 * 300
+
+
+def test_every_kernel_is_in_the_report():
+    names = {case.name for case in kernel_report.cases()}
+    assert {"int4", "int4 dx", "nf4 dequantise", "w8a8"} <= names
+    for case in kernel_report.cases():
+        if case.kernel:
+            assert jax.eval_shape(case.kernel, *case.args) == jax.eval_shape(case.xla, *case.args)
+
+
+def test_an_unknown_chip_is_one_line(capsys):
+    assert kernel_report.main(["--chip=v9"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+GOLDEN = ROOT / "tests" / "golden" / "kernels.json"
+
+
+@pytest.mark.tpu
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: make tpu")
+def test_schedules_are_those_committed():
+    """Cycles within 5 % and bytes moved exactly; KUNGFU_GOLDEN=1 writes the file anew."""
+    argv = [sys.executable, "-m", "tools.kernel_report", "--shapes=quick", "--json"]
+    told = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout
+    keep = ("cycles", "bytes_moved", "bytes_temporary")
+    got = {
+        f"{r['chip']} {r['case']} {r['shape']} {by}": {k: r[by][k] for k in keep}
+        for r in json.loads(told) for by in ("kernel", "xla") if by in r
+    }  # fmt: skip
+    got = {name: row for name, row in got.items() if name.endswith("kernel") or " w8a8 " in name}
+    if os.environ.get("KUNGFU_GOLDEN"):
+        GOLDEN.write_text(json.dumps(got, indent=1) + "\n")
+    want = json.loads(GOLDEN.read_text())
+    assert got.keys() == want.keys()
+    for name, row in want.items():
+        assert got[name]["cycles"] == pytest.approx(row["cycles"], rel=0.05), name
+        assert (
+            got[name]["bytes_moved"] == row["bytes_moved"] and got[name]["bytes_temporary"] == row["bytes_temporary"]
+        ), name

@@ -1,0 +1,93 @@
+"""What a TPU's compiler scheduled, read from its listing of bundles: a bundle issues in one cycle when nothing stalls.
+
+A loop is a branch back to the start of a region; its turns stand in its exit test. A region that a branch forward can
+skip and that holds neither a product nor a copy is what a kernel does in its first or its last step of a sum.
+"""
+
+import itertools
+import math
+import re
+from typing import NamedTuple
+
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+[A-Z ]*:\s*(?:>\s*)*(\{.*)")
+_START = re.compile(r"Start(?:/End empty)? region (\d+)")
+_BRANCH = re.compile(r"sbr\.rel \([^)]*\) target = \$region(\d+)")
+_TURNS = re.compile(r"scmp\.ge\.s32\.totalorder [^,]*, (\d+) /\* loop exit test")
+_WORK = re.compile(r"\bvmatmul|\bdma\.")
+_SPILL = re.compile(r"vst\S* \[vmem:\[#allocation\d+_spill")
+DELAY = 4  # bundles behind a branch that still issue
+SMALL = 24  # bundles: what skips less is a guard of the pipeline
+
+
+class Loop(NamedTuple):
+    start: int  # of its bundles
+    end: int  # behind the last
+    turns: int
+
+
+class Schedule(NamedTuple):
+    """One program's bundles."""
+
+    cycles: int
+    hot: int  # bundles of a turn of the loop that takes longest
+    turns: int  # of it
+    products: int  # MXU instructions of a turn
+    spills: int  # vector registers stored in a turn because there were too few
+    known: bool  # whether every loop says how often it turns
+
+
+def bundles(text: str) -> list[str]:
+    """Instructions of each bundle; a comment may run over lines."""
+    found: list[str] = []
+    for line in text.splitlines():
+        if match := _BUNDLE.match(line):
+            found.append(match.group(1))
+        elif found:
+            found[-1] += " " + line
+    return found
+
+
+def read(text: str, sums: int = 1) -> Schedule:
+    """The schedule of a listing; of a kernel that adds up over `sums` steps, one in `sums` begins or ends a sum."""
+    code = bundles(text)
+    starts = {region: i for i, b in enumerate(code) for region in _START.findall(b)}
+    jumps = [(i, starts[r]) for i, b in enumerate(code) for r in _BRANCH.findall(b) if r in starts]
+    loops, known = [], True
+    for i, to in jumps:
+        if to <= i:
+            end = min(i + DELAY + 1, len(code))
+            turns = _turns(code[to:end])
+            known &= turns is not None
+            loops.append(Loop(to, end, turns or 1))
+    times = [math.prod(loop.turns for loop in loops if loop.start <= i < loop.end) for i in range(len(code))]
+    work = list(itertools.accumulate((bool(_WORK.search(b)) for b in code), initial=0))
+    cycles = list(times)
+    for i, to in jumps:
+        inside = any(loop.start < i and to <= loop.end for loop in loops)
+        if to - i > SMALL and inside and work[i] == work[to]:
+            cycles[i + 1 : to] = [math.ceil(n / sums) for n in times[i + 1 : to]]
+    if not loops:
+        return Schedule(len(code), len(code), 1, _count(r"\bvmatmul", code), len(_SPILL.findall("".join(code))), True)
+    cost = lambda loop: sum(cycles[loop.start : loop.end])
+    hot = max(loops, key=lambda loop: (cost(loop) - sum(cost(o) for o in loops if _within(o, loop)), loop.end))
+    body = code[hot.start : hot.end]
+    hot_bundles = sum(cycles[i] == times[i] for i in range(hot.start, hot.end))
+    return Schedule(
+        sum(cycles), hot_bundles, hot.turns, _count(r"\bvmatmul", body), len(_SPILL.findall("".join(body))), known
+    )
+
+
+def _within(inner: Loop, outer: Loop) -> bool:
+    return inner != outer and outer.start <= inner.start and inner.end <= outer.end
+
+
+def _count(pattern: str, code: list[str]) -> int:
+    return sum(len(re.findall(pattern, b)) for b in code)
+
+
+def _turns(body: list[str]) -> int | None:
+    """By its last exit test. A pipelined loop over windows turns twice more, to fill and to drain."""
+    tests = [int(n) for b in body for n in _TURNS.findall(b)]
+    if not tests:
+        return None
+    return max(tests[-1] - 2 * any("stage = 1" in b for b in body), 1)
