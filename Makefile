@@ -20,7 +20,7 @@ parity: $(VENV)/parity
 	$(BIN)/python -m pytest -q -m parity
 
 tpu: $(VENV)-tpu/ready
-	$(VENV)-tpu/bin/python -m pytest -q -m tpu tests/test_plan.py
+	$(VENV)-tpu/bin/python -m pytest -q -m tpu tests/test_plan.py tests/test_kernels.py
 
 plan: $(VENV)-tpu/ready
 	$(VENV)-tpu/bin/python -m tools.plan --config=configs/pretrain/llama2_7b.py --topology=v5e:4x4

@@ -39,8 +39,8 @@ def _dense(packed: Array, scale: Array, group: int, like: Array) -> Array:
 
 
 def supported(k: int, n: int, group: int) -> bool:
-    """Whether `matmul` and `gradient` take a W of these shapes: whole bytes and registers."""
-    return k % 2 == 0 and group % 32 == 0 and n >= 128
+    """Whether `matmul` and `gradient` take a W of these shapes: whole bytes and registers, a tile of scales a block."""
+    return k % 2 == 0 and group in (32, 64, 128) and n >= 128
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -30,8 +30,8 @@ def reference(packed: Array, scale: Array, group: int) -> Array:
 
 
 def supported(k: int, n: int, group: int) -> bool:
-    """Whether `dequantise` takes these shapes: a register has one row of scales."""
-    return k % group == 0 and group % ROWS == 0 and n >= 128
+    """Whether `dequantise` takes these shapes: a register has one row of scales, and a block a tile of them."""
+    return k % group == 0 and group in (64, 128, 256, 512) and n >= 128
 
 
 def dequantise(packed: Array, scale: Array, group: int) -> Array:
