@@ -83,7 +83,8 @@ def decode_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:
     whole = lambda tree: weights.combine(tree.params["policy"], tree.frozen["policy"])
     stacked = jax.tree.map(_placed, whole(planned.abstract), whole(planned.shardings))
     one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=NamedSharding(mesh, P(*x.sharding.spec[1:])))
-    layers = (jax.tree.map(one, stacked["layers"]),) * model.config.layers
+    layers = {part: jax.tree.map(one, tree) for part, tree in stacked["layers"].items()}
+    layers = tuple({k: v for k, v in layers.items() if i in model.config.stack(f"layers/{k}")} for i in range(model.config.layers))
     axes = ("data", "fsdp", "tensor")
 
     def place(x: Any) -> Any:
