@@ -6,7 +6,6 @@ def _llama(vocab_size, layers, embed, heads, kv_heads, mlp, **more):
     return dict(vocab_size=vocab_size, layers=layers, embed=embed, heads=heads, kv_heads=kv_heads, mlp=mlp, **more)
 
 
-
 def _griffin(*sizes, window, **more):
     layers, embed = sizes[1:3]
     return _llama(

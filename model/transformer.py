@@ -61,7 +61,8 @@ class Transformer:
         ctx = context(c, one * 0, one, None, "xla")
         keys = jax.random.split(k_layers, c.layers)
         layer = lambda kind: lambda k: BLOCKS[kind](c).init(k, x, ctx, None, False)["params"]
-        layers = join({kind: jax.vmap(layer(kind))(keys[jnp.asarray(c.stack(f"layers/{kind}"))]) for kind in set(c.kinds)}, c)
+        of = lambda kind: keys[jnp.asarray(c.stack(f"layers/{kind}"))]
+        layers = join({kind: jax.vmap(layer(kind))(of(kind)) for kind in sorted(set(c.kinds))}, c)
         stack = lambda s: s.replace(names=("layers", *s.names))
         table = lambda k, shape, names, eqn: Spec(jax.random.normal(k, shape) * c.embed**-0.5, names, eqn=eqn)
         out = {

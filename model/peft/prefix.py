@@ -29,7 +29,7 @@ class Prefix(Extra):
 
 
 def make(*, tokens: int = 20, deviation: float = 0.02) -> Transform:
-    """A Transform that gives every layer of attention `tokens` virtual tokens, drawn with a standard deviation of `deviation`.
+    """A Transform that gives each layer of attention `tokens` virtual tokens, drawn with a standard `deviation`.
 
     Raises ValueError when there is no such layer.
     """

@@ -36,7 +36,7 @@ def make(*, tokens: int = 20) -> Transform:
 
     def transform(params: Params, specs: Specs, key: Array) -> Params:
         if "recurrent" in specs["layers"]:
-            raise ValueError("prompt tuning needs attention in every layer: a state would have to start from the prompt")
+            raise ValueError("prompt tuning needs attention in every layer")
         spec = specs["embed"]["table"]
         ids = jax.random.randint(key, (tokens,), 0, spec.shape[0])
         return {**params, "prompt": Prompt(weights.take(params["embed"]["table"], ids, spec.value.dtype))}
