@@ -132,7 +132,7 @@ def sample(prompt: Prompt, example: Example, completion: str, score: float) -> d
 def flops_per_token(lm: Any) -> float:
     """2 FLOPs for each multiply-add of the equations (Kaplan et al. 2020), head included; attention is left out.
 
-    That is its scores, and with them the keys of virtual tokens (prefix and prompt tuning), which multiply nothing else.
+    Virtual tokens of prefix and prompt tuning are keys of attention, and so left out with its scores.
     """
     tied, found = lm.config.tied, []
 
