@@ -84,7 +84,7 @@ def test_documents_of_a_row_do_not_see_each_other(griffin):
     np.testing.assert_array_equal(other[:, 13:], packed[:, 13:])
 
 
-@pytest.mark.parametrize("layers,blocks", [(4, CONFIG.blocks), (2, ("recurrent",))])
+@pytest.mark.parametrize("layers,blocks", [(4, CONFIG.blocks), pytest.param(2, ("recurrent",), marks=pytest.mark.slow)])
 def test_stacked_unrolled_and_cached_agree(layers, blocks):
     """A period and a rest, one kind alone; a cache that is filled in two calls."""
     model = Transformer(dataclasses.replace(CONFIG, layers=layers, windows=(6,) * layers, blocks=blocks))
