@@ -80,6 +80,7 @@ def get_config() -> ConfigDict:
     c.eval_batches = 8  # held-out batches an evaluation
     c.evals = ()  # names in evals/tasks, scored with `eval_n` examples each
     c.eval_n = 64  # examples a task
+    c.eval_text = ""  # data whose text the base knows: the rise of the loss on it, eval/text_nll, is forgetting
     c.samples = ()  # prompts answered before and after training, kept in samples.jsonl
 
     c.ckpt = ConfigDict()

@@ -6,6 +6,15 @@ def _llama(vocab_size, layers, embed, heads, kv_heads, mlp, **more):
     return dict(vocab_size=vocab_size, layers=layers, embed=embed, heads=heads, kv_heads=kv_heads, mlp=mlp, **more)
 
 
+def _griffin(*sizes, window, **more):
+    layers, embed = sizes[1:3]
+    return _llama(
+        *sizes, family="recurrent_gemma", norm_eps=1e-6, act="gelu_tanh", bias="rest", rotary=0.5, tied=True,
+        windows=(window,) * layers, blocks=("recurrent", "recurrent", "attn"), recurrent=embed, scale_embed=True,
+        logit_cap=30.0, **more,
+    )  # fmt: skip
+
+
 SHAPES = {
     "tiny": _llama(512, 2, 64, 4, 2, 128, max_len=512, tied=True),  # tests and dry runs
     "small": _llama(2048, 4, 128, 4, 4, 344, max_len=1024, tied=True),  # one minute from scratch on a laptop
@@ -16,4 +25,6 @@ SHAPES = {
         151936, 28, 1024, 16, 8, 3072, family="qwen3", head_dim=128, rope_theta=1e6, tied=True,
         qk_norm=True, norm_eps=1e-6, max_len=40960,
     ),
+    "tiny-griffin": _griffin(512, 3, 64, 4, 1, 128, window=32),  # two recurrent layers, one of attention
+    "recurrentgemma-2b": _griffin(256000, 26, 2560, 10, 1, 7680, window=2048),
 }  # fmt: skip

@@ -148,6 +148,8 @@ def _shape(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     if heads % kv_heads:
         path = "model.kv_heads" if own_kv_heads else "model.heads"
         yield path, f"heads {heads} is not a multiple of kv_heads {kv_heads}", "each key head serves as many"
+    if shape.get("recurrent", 0) % heads:
+        yield "model.heads", f"the recurrent width {shape['recurrent']} is not a multiple of heads {heads}", ""
     if ok("mesh.tensor") and c["mesh.tensor"] > 1 and heads % c["mesh.tensor"]:
         yield "mesh.tensor", f"does not divide heads {heads}", "whole heads lie on a device"
 

@@ -12,6 +12,7 @@ import numpy as np
 from configs.errors import UserError
 from evals import task as tasks
 from evals.task import Example, Prompt, Task
+from model import weights
 
 BATCH = 16  # prompts at once; no score depends on it
 Z = 1.959964  # two-sided 95 %
@@ -129,6 +130,17 @@ def sample(prompt: Prompt, example: Example, completion: str, score: float) -> d
 
 
 def flops_per_token(lm: Any) -> float:
-    """2 FLOPs for each parameter that multiplies (Kaplan et al. 2020), head included; attention scores are left out."""
-    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree) if x.ndim >= 2)
-    return 2.0 * (size(lm.params) - (0 if lm.model.config.tied else size(lm.params["embed"])))
+    """2 FLOPs for each multiply-add of the equations (Kaplan et al. 2020), head included; attention is left out.
+
+    Virtual tokens of prefix and prompt tuning are keys of attention, and so left out with its scores.
+    """
+    tied, found = lm.config.tied, []
+
+    def count(path: str, w: Any, spec: Any) -> None:
+        if (spec and not spec.eqn) or (path.startswith("embed") and not tied):
+            return
+        stacked = spec.stacked if spec else path.startswith("layers/")
+        found.extend(jax.tree.leaves(w.macs(stacked) if weights.is_weight(w) else w.size))
+
+    weights.replace(lm.params, lm.model.specs, count)
+    return 2.0 * sum(found)

@@ -99,7 +99,7 @@ def stream(
 
 def unrolled(model: Transformer, params: Params) -> Params:
     """The layers as a tuple, which decodes 1.5 times as fast on a CPU: a scan copies each layer out of the stack."""
-    return params if isinstance(params["layers"], tuple) else _unstack(params, model.config.layers)
+    return params if isinstance(params["layers"], tuple) else _unstack(params, model.config)
 
 
 _unstack = jax.jit(unstack, static_argnums=1)

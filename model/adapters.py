@@ -112,6 +112,8 @@ def read(path: str | Path) -> Transform:
     keys = folder.keys()
 
     def transform(params: Params, specs: Specs, key: jax.Array) -> Params:
+        if "recurrent" in specs["layers"]:
+            raise UserError("PEFT folders of models with recurrent layers are not read here", str(folder.path))
         sizes = {}
         for spec in jax.tree.leaves(specs, is_leaf=weights.is_spec):
             sizes |= zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :]) if spec.eqn else {}

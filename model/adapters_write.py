@@ -36,6 +36,8 @@ def write(path: str | Path, model: Transformer, params: Params, base: str = "") 
     path, adapters = Path(path).absolute(), {}
     if path.exists():
         raise UserError("exists", str(path), "choose a new folder")
+    if "recurrent" in model.config.blocks:
+        raise UserError("PEFT folders of models with recurrent layers are not written here", str(path))
     for at, w in jax.tree.leaves_with_path(params, is_leaf=weights.is_weight):
         while weights.is_weight(w) and w.trainable:
             under = getattr(w, "base", None)

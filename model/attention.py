@@ -16,7 +16,7 @@ def rope_frequencies(config: ModelConfig, length: Any) -> tuple[Array, float]:
     Types as in Hugging Face configs: default, linear (Chen et al. 2023, arXiv 2306.15595), dynamic (NTK-aware: it
     stretches once `length` exceeds `max_len`), llama3 (Llama 3.1), yarn (Peng et al. 2023, arXiv 2309.00071).
     """
-    dim, theta = config.head_dim, config.rope_theta
+    dim, theta = int(config.head_dim * config.rotary), config.rope_theta
     scaling = dict(config.rope_scaling)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     exponent = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
@@ -76,10 +76,11 @@ def rope_angles(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
 
 
 def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
-    """RoPE on x [B,T,N,H]: the first and the second half of a head are the two coordinates, as in Hugging Face."""
+    """RoPE on x [B,T,N,H]: the first and the second half of what turns are the two coordinates, as in Hugging Face."""
     cos, sin = angles
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    n = cos.shape[-1]
+    a, b, still = jnp.split(x.astype(jnp.float32), (n, 2 * n), axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, still], axis=-1).astype(x.dtype)
 
 
 def mask(q_pos: Array, q_seg: Array, k_pos: Array, k_seg: Array, window: Any = None) -> Array:

@@ -66,5 +66,7 @@ def _shape(c: Any, vocab_size: int | None) -> ModelConfig:
         changed.setdefault("kv_heads", min(SHAPES[c.shape]["kv_heads"], changed.get("heads", 1 << 30)))
         at = {**SHAPES[c.shape], **changed}
         changed["head_dim"] = at["embed"] // at["heads"]
+    if "layers" in changed:
+        changed["windows"] = (SHAPES[c.shape].get("windows", ()) * c.layers)[: c.layers]
     vocab = c.vocab_size or (-(-vocab_size // 64) * 64 if vocab_size else SHAPES[c.shape]["vocab_size"])
     return ModelConfig.from_dict({**SHAPES[c.shape], **changed, "vocab_size": vocab})

@@ -25,19 +25,38 @@ class ModelConfig:
     act: str = "silu"  # | "gelu" | "gelu_tanh"
     gated: bool = True  # SwiGLU-like: act(x @ gate) * (x @ up)
     position: str = "rope"  # | "learned"
+    rotary: float = 1.0  # share of a head that rope turns
     max_len: int = 8192
     rope_theta: float = 10000.0
     rope_scaling: tuple[tuple[str, Any], ...] = ()
     tied: bool = False  # the unembedding is the embedding's transpose
-    bias: str = "none"  # | "qkv" (Qwen2) | "all" (GPT-2)
+    bias: str = "none"  # | "qkv" (Qwen2) | "all" (GPT-2) | "rest": all but q, k and v (RecurrentGemma)
     qk_norm: bool = False  # RMSNorm on each query and key head (Qwen3)
     windows: tuple[int, ...] = ()
+    blocks: tuple[str, ...] = ("attn",)  # | "recurrent" (model/recurrent.py): kinds of the layers, again and again
+    recurrent: int = 0  # W, the width of recurrent layers
+    conv: int = 4  # C, the taps of their convolution
+    scale_embed: bool = False  # embeddings times sqrt(D) (Gemma)
+    logit_cap: float = 0.0  # logits become cap * tanh(logits / cap); 0: they stay
 
     @property
     def sizes(self) -> dict[str, int]:
         """Letter of an einsum equation -> size; P is that of learned positions."""
         heads = dict(N=self.heads, K=self.kv_heads, H=self.head_dim)
+        if "recurrent" in self.blocks:  # I and J: a block of W, of which a head's gates see one
+            block = self.recurrent // self.heads
+            heads |= dict(W=self.recurrent, C=self.conv, I=block, J=block)
         return dict(V=self.vocab_size, D=self.embed, F=self.mlp, P=self.max_len, **heads)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """ "attn" or "recurrent" for each layer."""
+        return (self.blocks * self.layers)[: self.layers]
+
+    def stack(self, path: str) -> list[int]:
+        """The layers that have the parameter "layers/attn/wq", in the order in which it is stacked."""
+        part = path.split("/")[1]
+        return [i for i, kind in enumerate(self.kinds) if part == kind or part not in self.blocks]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -49,4 +68,5 @@ class ModelConfig:
         pairs = scaling.items() if isinstance(scaling, dict) else scaling
         d["rope_scaling"] = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in pairs))
         d["windows"] = tuple(d.get("windows") or ())
+        d["blocks"] = tuple(d.get("blocks") or ("attn",))
         return cls(**d)

@@ -77,8 +77,8 @@ def tensors(model: Transformer, params: Params) -> Iterator[tuple[str, np.ndarra
         if "{}" not in name:
             yield name, layout.write([(keys[path], x) for path, x in host.items()], sizes)
             continue
-        for layer in range(model.config.layers):
-            yield name.format(layer), layout.write([(keys[path], x[layer]) for path, x in host.items()], sizes)
+        for at, layer in enumerate(model.config.stack(paths[0])):
+            yield name.format(layer), layout.write([(keys[path], x[at]) for path, x in host.items()], sizes)
 
 
 def _configs(model: Transformer, tokenizer: Any, dtype: str, generation: dict) -> tuple[dict, dict]:

@@ -16,6 +16,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from model import weights
+from model.layers import softcap
 
 ROWS = ("data", "fsdp", "context")  # mesh axes that split the rows
 
@@ -44,11 +45,11 @@ def token_logps(model: Any, params: Any, x: Array, targets: Array, mask: Array) 
 
 def _unembed(model: Any, params: Any) -> tuple[Unembed, Any]:
     eqn, table = model.head(params)
-    return functools.partial(_logits, eqn), table
+    return functools.partial(_logits, eqn, model.config.logit_cap), table
 
 
-def _logits(eqn: str, table: Any, x: Array) -> Array:
-    return weights.einsum(eqn, x, table).astype(jnp.float32)
+def _logits(eqn: str, cap: float, table: Any, x: Array) -> Array:
+    return softcap(weights.einsum(eqn, x, table).astype(jnp.float32), cap)
 
 
 def _count_first(x: Array, targets: Array, weight: Array) -> tuple[tuple[Array, Array, Array], Callable]:

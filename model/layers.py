@@ -67,7 +67,7 @@ class Attention(Layer):
     @nn.compact
     def __call__(self, x: Array, context: dict, cache: dict | None, windowed: Any) -> tuple[Array, dict | None]:
         c = self.config
-        qkv, out = c.bias in ("qkv", "all"), c.bias == "all"
+        qkv, out = c.bias in ("qkv", "all"), c.bias in ("all", "rest")
         q = weights.einsum("BTD,DNH->BTNH", x, self.weight("wq", "BTD,DNH->BTNH"))
         k = weights.einsum("BTD,DKH->BTKH", x, self.weight("wk", "BTD,DKH->BTKH"))
         v = weights.einsum("BTD,DKH->BTKH", x, self.weight("wv", "BTD,DKH->BTKH"))
@@ -103,11 +103,12 @@ class MLP(Layer):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        act, biased = ACTIVATIONS[c.act], c.bias == "all"
+        act, biased = ACTIVATIONS[c.act], c.bias in ("all", "rest")
         up = weights.einsum("BTD,DF->BTF", x, self.weight("up", "BTD,DF->BTF"))
         up = self.bias("bup", "F", up, biased)
         if c.gated:
-            h = act(weights.einsum("BTD,DF->BTF", x, self.weight("gate", "BTD,DF->BTF"))) * up
+            gate = weights.einsum("BTD,DF->BTF", x, self.weight("gate", "BTD,DF->BTF"))
+            h = act(self.bias("bgate", "F", gate, biased)) * up
         else:
             h = act(up)
         down = self.weight("down", "BTF,FD->BTD", (2 * c.layers) ** -0.5)
@@ -120,10 +121,14 @@ class Block(Layer):
     @nn.compact
     def __call__(self, x: Array, context: dict, cache: dict | None, windowed: Any) -> tuple[Array, dict | None]:
         h = Norm(self.config, name="attn_norm")(x)
-        y, cache = Attention(self.config, name="attn")(h, context, cache, windowed)
+        y, cache = self.mix(h, context, cache, windowed)
         x = x + self.adapted("attn_adapter", h, y)
         h = Norm(self.config, name="mlp_norm")(x)
         return x + self.adapted("mlp_adapter", h, MLP(self.config, name="mlp")(h)), cache
+
+    def mix(self, h: Array, context: dict, cache: dict | None, windowed: Any) -> tuple[Array, dict | None]:
+        """The sublayer in which tokens see each other."""
+        return Attention(self.config, name="attn")(h, context, cache, windowed)
 
     def adapted(self, name: str, x: Array, y: Array) -> Array:
         """The output y of a sublayer with input x, through its adapter where it has one."""
@@ -131,14 +136,24 @@ class Block(Layer):
         return y if adapter is None else adapter(x, y)
 
 
-def context(config: ModelConfig, positions: Array, segments: Array, cache: dict | None, attention: str) -> dict:
-    """What every layer needs from positions [B,T], segments [B,T] and the cache, computed once."""
+def softcap(logits: Array, cap: float) -> Array:
+    """cap * tanh(logits / cap): within (-cap, cap). A cap of 0 leaves them."""
+    return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+def context(
+    config: ModelConfig, positions: Array, segments: Array, cache: dict | None, attention: str, virtual: int = 0
+) -> dict:
+    """What every layer needs from positions [B,T], segments [B,T] and the cache, computed once.
+
+    `virtual` is the position of a document's first token.
+    """
     k_pos, k_seg, index = positions, segments, jnp.int32(0)
     if cache is not None:
         index = cache["index"]
         k_pos = jax.lax.dynamic_update_slice(cache["positions"], positions, (0, index))
         k_seg = jax.lax.dynamic_update_slice(cache["segments"], segments, (0, index))
-    out = {"index": index, "positions": k_pos, "segments": k_seg}
+    out = {"index": index, "positions": k_pos, "segments": k_seg, "age": positions - virtual}
     out |= {"attention": "cache" if cache else attention, "windows": config.windows}
     out["see"] = mask(positions, segments, k_pos, k_seg)
     if any(config.windows):

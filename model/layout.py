@@ -2,7 +2,7 @@
 
 The one declaration serves both ways, and tells which slice of the file a slice of ours needs. Letters are those of the
 equations in model/weights.py, and P of learned positions. A digit marks an axis that holds several parameters one
-after the other: "D(3NH)->DNH" with part 1 is the middle third (GPT-2's keys).
+after the other: "D(3NH)->DNH" with part 1 is the middle third (GPT-2's keys). An axis "1" is one that we do not have.
 """
 
 import math
@@ -18,6 +18,7 @@ class Key(NamedTuple):
     name: str  # in the checkpoint; {} stands for the layer
     layout: str
     part: int = 0
+    less: float = 0.0  # the checkpoint holds ours less this (Gemma's scales: 1)
 
 
 def parse(layout: str) -> tuple[list[str], str]:
@@ -60,6 +61,9 @@ def read(key: Key, tensor: Callable[[Index], np.ndarray], sizes: dict[str, int],
     cuts, split = [], []
     for merged in axes:
         letters = merged.lstrip("0123456789")
+        if not letters:
+            cuts.append(slice(0, 1))
+            continue
         inner = size(letters[1:], sizes)
         start, stop, _ = wanted.pop(letters[0]).indices(sizes[letters[0]])
         offset = key.part * size(letters, sizes) if letters != merged else 0
@@ -67,7 +71,8 @@ def read(key: Key, tensor: Callable[[Index], np.ndarray], sizes: dict[str, int],
         split += [stop - start, *(sizes[c] for c in letters[1:])]
     order = "".join(axes).translate({ord(d): None for d in "0123456789"})
     x = tensor(tuple(cuts)).reshape(split).transpose([order.index(c) for c in ours])
-    return x[tuple(wanted.get(c, slice(None)) for c in ours)]
+    x = x[tuple(wanted.get(c, slice(None)) for c in ours)]
+    return x.astype(np.float32) + np.float32(key.less) if key.less else x
 
 
 def write(parts: list[tuple[Key, np.ndarray]], sizes: dict[str, int]) -> np.ndarray:
@@ -77,6 +82,6 @@ def write(parts: list[tuple[Key, np.ndarray]], sizes: dict[str, int]) -> np.ndar
         axes, ours = parse(key.layout)
         letters = [merged.lstrip("0123456789") for merged in axes]
         x = x.transpose([ours.index(c) for c in "".join(letters)])
-        arrays.append(x.reshape([size(l, sizes) for l in letters]))
+        arrays.append((x - key.less if key.less else x).reshape([size(l, sizes) for l in letters]))
     several = next((i for i, merged in enumerate(axes) if merged[0].isdigit()), 0)
     return np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, several))

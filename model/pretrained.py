@@ -85,7 +85,7 @@ class Pretrained:
         if not path.startswith("layers/"):
             return np.ascontiguousarray(self.read(path, None, cuts), dtype)
         out = np.empty([stop - start for start, stop in at], dtype)
-        for i, layer in enumerate(range(*at[0])):
+        for i, layer in enumerate(self.config.stack(path)[slice(*at[0])]):
             out[i] = self.read(path, layer, cuts[1:])
         return out
 
@@ -102,7 +102,7 @@ class Pretrained:
                 problems.append(
                     f"{path}: wanted {spec.shape[stacked:]}, has {layout.our_shape(key, self.config.sizes)}"
                 )
-            for layer in range(spec.shape[0]) if stacked else (None,):
+            for layer in self.config.stack(path) if stacked else (None,):
                 name = self.source.stored(key.name.format(layer))
                 seen.add(name)
                 problems += self._problem(name, layout.shape(key, self.config.sizes))

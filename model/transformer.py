@@ -11,7 +11,8 @@ from jax import Array
 
 from model import weights
 from model.config import ModelConfig
-from model.layers import Block, Norm, context
+from model.layers import Norm, context, softcap
+from model.recurrent import BLOCKS, block_of, initial, join, pick, scan
 from model.weights import Params, Spec, Specs
 
 # What the backward pass keeps of a layer. "dots" keeps what `weights.einsum` returns and recomputes the rest; on a CPU
@@ -58,8 +59,10 @@ class Transformer:
         x = jnp.zeros((1, 1, c.embed))
         one = jnp.ones((1, 1), jnp.int32)
         ctx = context(c, one * 0, one, None, "xla")
-        layer = lambda k: Block(c).init(k, x, ctx, None, False)["params"]
-        layers = jax.vmap(layer)(jax.random.split(k_layers, c.layers))
+        keys = jax.random.split(k_layers, c.layers)
+        layer = lambda kind: lambda k: BLOCKS[kind](c).init(k, x, ctx, None, False)["params"]
+        of = lambda kind: keys[jnp.asarray(c.stack(f"layers/{kind}"))]
+        layers = join({kind: jax.vmap(layer(kind))(of(kind)) for kind in sorted(set(c.kinds))}, c)
         stack = lambda s: s.replace(names=("layers", *s.names))
         table = lambda k, shape, names, eqn: Spec(jax.random.normal(k, shape) * c.embed**-0.5, names, eqn=eqn)
         out = {
@@ -97,11 +100,8 @@ class Transformer:
             positions = positions + virtual
             if not kept:
                 cache = self.cache(*tokens.shape, isinstance(params["layers"], tuple), params)
-        x = weights.take(params["embed"]["table"], tokens, self.dtype)
-        if c.position == "learned":
-            x = x + weights.take(params["position"]["table"], positions, self.dtype)
-        x = constrain(x)
-        ctx = context(c, positions, segments, cache, self.attention)
+        x = constrain(self.embedded(params, weights.take(params["embed"]["table"], tokens, self.dtype), positions))
+        ctx = context(c, positions, segments, cache, self.attention, virtual)
         x, kv = self._layers(params["layers"], x, ctx, cache and cache["layers"])
         x = Norm(c).apply({"params": params["final_norm"]}, x)
         if not kept:
@@ -109,11 +109,20 @@ class Transformer:
         seen = {k: ctx[k] for k in ("positions", "segments")}
         return x, {"layers": kv, "index": ctx["index"] + tokens.shape[1], **seen}
 
+    def embedded(self, params: Params, x: Array, positions: Array) -> Array:
+        """Rows of the embedding table [B,T,D] as the first layer sees them."""
+        c = self.config
+        if c.scale_embed:
+            x = x * jnp.bfloat16(c.embed**0.5).astype(x.dtype)  # Gemma was trained with the rounded root
+        if c.position == "learned":
+            x = x + weights.take(params["position"]["table"], positions, self.dtype)
+        return x
+
     def _layers(self, layers: Any, x: Array, ctx: dict, kv: Any) -> tuple[Array, Any]:
         c = self.config
 
         def block(x: Array, p: Params, kv: Any, windowed: Any) -> tuple[Array, Any]:
-            y, kv = Block(c).apply({"params": p}, x, ctx, kv, windowed)
+            y, kv = block_of(c, p).apply({"params": p}, x, ctx, kv, windowed)
             return constrain(y), kv
 
         if isinstance(layers, tuple):  # unrolled: no slice of the stack is copied, which is what decoding needs
@@ -125,7 +134,7 @@ class Transformer:
         if self.remat != "none":
             block = jax.checkpoint(block, policy=REMAT[self.remat], prevent_cse=False)
         windowed = jnp.asarray([w > 0 for w in c.windows or (0,) * c.layers])
-        return jax.lax.scan(lambda x, xs: block(x, *xs), x, (layers, kv, windowed))
+        return scan(block, x, layers, kv, windowed, c)
 
     def head(self, params: Params) -> tuple[str, Any]:
         """The equation and the table that turn hidden states into logits."""
@@ -136,40 +145,48 @@ class Transformer:
     def logits(self, params: Params, x: Array) -> Array:
         """Logits [B,T,V] in float32 of hidden states [B,T,D]."""
         eqn, table = self.head(params)
-        return weights.einsum(eqn, x, table).astype(jnp.float32)
+        return softcap(weights.einsum(eqn, x, table).astype(jnp.float32), self.config.logit_cap)
 
     # --- decoding ---
 
     def cache(self, batch: int, length: int, unrolled: bool = True, params: Params | None = None) -> dict:
         """A key-value cache for `length` positions of `batch` rows. `segments` 0 marks what is not written.
 
+        Recurrent layers have a state in its place. Stacked, layers of several kinds are a dict by kind.
+
         It is empty unless `params` hold virtual tokens (prefix and prompt tuning): these stand at its start.
         """
         c = self.config
         shape = (batch * c.kv_heads, length, c.head_dim)
-        one = lambda lead=(): {n: jnp.zeros(lead + shape, self.dtype) for n in ("k", "v")}
-        layers = tuple(one() for _ in range(c.layers)) if unrolled else one((c.layers,))
+        keys = lambda lead: {n: jnp.zeros(lead + shape, self.dtype) for n in ("k", "v")}
+        one = lambda kind, lead=(): keys(lead) if kind == "attn" else initial(c, (*lead, batch), self.dtype)
+        if unrolled:
+            layers = tuple(map(one, c.kinds))
+        else:
+            layers = {kind: one(kind, (c.kinds.count(kind),)) for kind in set(c.kinds)}
+            layers = layers if len(layers) > 1 else layers[c.kinds[0]]
         positions = segments = jnp.zeros((batch, length), jnp.int32)
         virtual = virtual_tokens(params or {})
         if virtual:
             repeat = lambda x: jnp.tile(x.astype(self.dtype), (*(1,) * (x.ndim - 3), batch, 1, 1))  # [B*K,P,H]
-            join = lambda first, rest: jnp.concatenate([repeat(first), rest], -2)
-            layers = jax.tree.map(join, self._virtual(params), layers)
+            before = lambda first, rest: rest if first is None else jnp.concatenate([repeat(first), rest], -2)
+            layers = jax.tree.map(before, self._virtual(params), layers, is_leaf=lambda x: x is None)
             first = jnp.broadcast_to(jnp.arange(virtual, dtype=jnp.int32), (batch, virtual))
             positions = jnp.concatenate([first, positions], 1)
             segments = jnp.concatenate([jnp.full_like(first, -1), segments], 1)
         return {"layers": layers, "index": jnp.int32(virtual), "positions": positions, "segments": segments}
 
     def _virtual(self, params: Params) -> Any:
-        """Keys and values [K,P,H] of the virtual tokens, in the shape of a cache's layers."""
+        """Keys and values [K,P,H] of the virtual tokens, in the shape of a cache's layers; None for recurrent ones."""
         layers = params["layers"]
         if "prompt" not in params:
-            pick = lambda p: {n: getattr(p["attn"]["prefix"], n).swapaxes(-3, -2) for n in ("k", "v")}
-            return tuple(map(pick, layers)) if isinstance(layers, tuple) else pick(layers)
+            one = lambda p: {n: getattr(p["attn"]["prefix"], n).swapaxes(-3, -2) for n in ("k", "v")}
+            if isinstance(layers, tuple):
+                return tuple(one(p) if "attn" in p else None for p in layers)
+            return {"attn": one(layers), "recurrent": None} if "recurrent" in layers else one(layers)
         x = params["prompt"].table.astype(self.dtype)[None]
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-        if self.config.position == "learned":
-            x = x + weights.take(params["position"]["table"], positions, self.dtype)
+        x = self.embedded(params, x, positions)
         empty = self.cache(1, x.shape[1], isinstance(layers, tuple))
         ctx = context(self.config, positions, jnp.ones_like(positions), empty, self.attention)
         return self._layers(layers, x, ctx, empty["layers"])[1]
@@ -180,7 +197,8 @@ def virtual_tokens(params: Params) -> int:
     if "prompt" in params:
         return params["prompt"].table.shape[0]
     layers = params.get("layers", {})
-    prefix = (layers[0] if isinstance(layers, tuple) else layers).get("attn", {}).get("prefix")
+    each = layers if isinstance(layers, tuple) else (layers,)
+    prefix = next((p["attn"].get("prefix") for p in each if "attn" in p), None)
     return 0 if prefix is None else prefix.k.shape[-3]
 
 
@@ -189,7 +207,6 @@ def constrain(x: Array) -> Array:
     return nn.with_logical_constraint(x, ("act_batch", "act_seq", "act_embed")[: x.ndim])
 
 
-def unstack(params: Params, layers: int) -> Params:
+def unstack(params: Params, config: ModelConfig) -> Params:
     """The stacked layers as a tuple of trees, for unrolled decoding."""
-    one = lambda i: jax.tree.map(lambda x: x[i], params["layers"])
-    return {**params, "layers": tuple(one(i) for i in range(layers))}
+    return {**params, "layers": tuple(pick(params["layers"], config.kinds, i) for i in range(config.layers))}

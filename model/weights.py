@@ -28,7 +28,7 @@ Transform = Callable[[Params, Specs, Array], Params]  # what a method is; the la
 # Letter of an equation -> logical axis of a weight. train/mesh.py maps logical axes to mesh axes.
 AXES = dict(
     B="batch", T="seq", S="seq", D="embed", F="mlp", N="heads", K="kv_heads", H="head_dim", V="vocab",
-    E="experts", R="rank",
+    E="experts", R="rank", W="recurrent", C="taps", X="taps", Y="taps", Z="taps", I="block_in", J="block_out",
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from model import build
 from tests.test_step import config, rows
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("configs", "data", "kernels", "model", "infer", "evals", "train", "tools")
+PACKAGES = ("configs", "data", "kernels", "model", "infer", "evals", "train", "tools", "examples")
 
 # What each package may import, besides itself. `model` and `data` stand beside each other.
 ALLOWED = {
@@ -27,7 +27,8 @@ ALLOWED = {
     "infer": {"configs", "data", "model"},
     "evals": {"configs", "data", "model", "infer"},
     "train": {"configs", "data", "model", "infer", "evals"},
-    "tools": set(PACKAGES),
+    "tools": set(PACKAGES) - {"examples"},
+    "examples": set(PACKAGES),
 }
 HEAVY = {"torch", "transformers", "peft", "trl"}
 

@@ -1,3 +1,4 @@
+import importlib
 import json
 import random
 from importlib import metadata
@@ -11,7 +12,7 @@ from configs.errors import UserError
 from configs.models import SHAPES
 from data import tokenizer as tokenizers
 from evals import export, heldout, main, task
-from evals.run import choose, evaluate, interval
+from evals.run import choose, evaluate, flops_per_token, interval
 from evals.task import Task, chat
 from evals.tasks import dates, modules
 from infer.lm import LM
@@ -230,3 +231,20 @@ def test_lines_are_appended_behind_a_torn_one(tmp_path):
     path.write_text('{"a": 1}\n{"b": ')
     main.append(path, {"c": 3})
     assert path.read_text().splitlines()[-1] == '{"c": 3}'
+
+
+# --- FLOPs ---
+
+
+@pytest.mark.parametrize("method", ["", "prefix", "prompt", "lora"])
+def test_flops_of_a_token_by_hand(lm, method):
+    """Two layers of q and o 64 x 64, k and v 64 x 32, three matrices 64 x 128; the tied table is the head. Virtual
+    tokens multiply nothing, norm scales neither; LoRA of rank 16 adds A and B of every matrix."""
+    matrices = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
+    macs = 2 * sum(i * o for i, o in matrices) + lm.config.vocab_size * 64
+    macs += 2 * sum(16 * (i + o) for i, o in matrices) * (method == "lora")
+    params = lm.params
+    if method:
+        make = importlib.import_module(f"model.peft.{method}").make
+        params = make()(params, lm.model.specs, jax.random.key(1))
+    assert flops_per_token(LM(lm.model, params, lm.tokenizer)) == 2 * macs

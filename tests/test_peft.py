@@ -255,7 +255,7 @@ def test_flops_are_those_of_the_compiled_step(small, method):
     ids = tokens(8, 64)
 
     def loss(train, frozen):
-        whole = unstack(weights.combine(train, frozen), model.config.layers)
+        whole = unstack(weights.combine(train, frozen), model.config)
         return model.logits(whole, model.hidden(whole, ids)[0]).mean()
 
     compiled = jax.jit(jax.grad(loss)).lower(train, frozen).compile().cost_analysis()["flops"]

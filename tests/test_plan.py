@@ -141,7 +141,7 @@ def test_flops_are_those_of_an_unrolled_compile(peft):
     T, B = 16, 2
     part = {k: jax.ShapeDtypeStruct((B, T), jnp.int32) for k in ("tokens", "targets", "segments", "positions")}
     part["mask"] = jax.ShapeDtypeStruct((B, T), jnp.float32)
-    undo = lambda tree: unstack(tree, model.config.layers)
+    undo = lambda tree: unstack(tree, model.config)
     train, frozen = (jax.eval_shape(undo, x["policy"]) for x in (planned.abstract.params, planned.abstract.frozen))
 
     def loss(train, frozen, batch):

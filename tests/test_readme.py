@@ -26,7 +26,7 @@ def packaged() -> bool:
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
-    for package in ("configs", "data", "evals", "infer", "kernels", "model", "tools", "train"):
+    for package in ("configs", "data", "evals", "examples", "infer", "kernels", "model", "tools", "train"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 

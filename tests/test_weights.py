@@ -226,7 +226,7 @@ def test_frozen_weights_cost_no_gradient():
         train, frozen = weights.partition(params, mask)
 
         def loss(train, frozen):
-            whole = unstack(weights.combine(train, frozen), model.config.layers)
+            whole = unstack(weights.combine(train, frozen), model.config)
             return model.logits(whole, model.hidden(whole, tokens)[0]).mean()
 
         compiled = jax.jit(jax.grad(loss)).lower(train, frozen).compile()

@@ -83,7 +83,8 @@ def decode_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:
     whole = lambda tree: weights.combine(tree.params["policy"], tree.frozen["policy"])
     stacked = jax.tree.map(_placed, whole(planned.abstract), whole(planned.shardings))
     one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=NamedSharding(mesh, P(*x.sharding.spec[1:])))
-    layers = (jax.tree.map(one, stacked["layers"]),) * model.config.layers
+    layers = jax.tree.map(one, stacked["layers"])
+    parts = lambda i: {k: tree for k, tree in layers.items() if i in model.config.stack(f"layers/{k}")}
     axes = ("data", "fsdp", "tensor")
 
     def place(x: Any) -> Any:
@@ -102,7 +103,7 @@ def decode_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:
     knobs = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, sample.Knobs()))
     number = jax.ShapeDtypeStruct((), jnp.int32)
     ends = jax.ShapeDtypeStruct((4,), jnp.int32)
-    params = {**stacked, "layers": layers}
+    params = {**stacked, "layers": tuple(map(parts, range(model.config.layers)))}
     lowered = generate._decode.lower(model, params, state, number, knobs, ends)
     return lowered, {"params": params, "cache": state.cache}
 

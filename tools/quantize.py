@@ -166,6 +166,8 @@ def check_where(specs: Any, where: str) -> None:
 
     from model import weights
 
+    if "recurrent" in specs["layers"]:
+        raise UserError("calibrates models of attention alone", "--model", "round it by --config.quant.name")
     chosen = []
     for path, spec in jax.tree.leaves_with_path(specs, is_leaf=weights.is_spec):
         if spec.eqn and re.fullmatch(where, weights.name(path)):

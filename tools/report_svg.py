@@ -9,10 +9,12 @@ WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 40
 
 
-def lines(series: Sequence[tuple[str, str, Points]], x_label: str, y_label: str, zero: bool = True) -> str:
+def lines(
+    series: Sequence[tuple[str, str, Points]], x_label: str, y_label: str, zero: bool = True, log_x: bool = False
+) -> str:
     """A line chart of (label, CSS class, points); logarithmic in y where the values span more than 30 times.
 
-    `zero`: a linear y axis holds 0.
+    `zero`: a linear y axis holds 0. `log_x`: x, which is positive, is logarithmic.
     """
     points = [p for _, _, points in series for p in points]
     if not points:
@@ -21,16 +23,18 @@ def lines(series: Sequence[tuple[str, str, Points]], x_label: str, y_label: str,
     log = min(y for _, y in points) > 0 and max(ys) / min(ys) > 30
     low = min([y for _, y in points] + [0.0] * zero)
     y_ticks = decades(min(ys), max(ys)) if log else ticks(low, max(y for _, y in points))
-    x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
+    x_ticks = (decades if log_x else ticks)(min(x for x, _ in points), max(x for x, _ in points))
     scale = math.log10 if log else float
-    x_at = linear(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
+    along = math.log10 if log_x else float
+    x_of = linear(along(x_ticks[0]), along(x_ticks[-1]), LEFT, WIDTH - RIGHT)
+    x_at = lambda x: x_of(along(x))
     y_of = linear(scale(y_ticks[0]), scale(y_ticks[-1]), HEIGHT - BOTTOM, TOP)
     y_at = lambda y: y_of(scale(y))
     out = [_y_grid(y, y_at(y)) for y in y_ticks] + [_x_tick(x, x_at(x)) for x in x_ticks]
     for _, css, found in series:
         path = " ".join(f"{'L' if i else 'M'}{x_at(x):.1f} {y_at(y):.1f}" for i, (x, y) in enumerate(found))
         out.append(f'<path class="line {css}" d="{path}"/>')
-        if "heldout" in css or "dots" in css:
+        if any(kind in css for kind in ("heldout", "dots", "marked")):
             out += [f'<circle class="dot {css}" cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="3.5"/>' for x, y in found]
     label = f"{y_label}{', logarithmic' if log else ''}"
     out.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>')

@@ -30,6 +30,10 @@ class Result(NamedTuple):
     step: int
     value: float | None
     time: float  # of the last line
+    method: str  # of config.peft
+    rank: int | None
+    trained: int | None  # parameters
+    forgetting: float | None  # nats a token: eval/text_nll at the end less that of the start
 
     @property
     def final(self) -> bool:
@@ -60,9 +64,12 @@ def results(out: Path, metric: str) -> list[Result]:
         folder, point = path.parent, runs.load(path)
         lines, curve = runs.read(folder), runs.curve(folder, metric)
         step, time = (max((line[key] for line in lines), default=0) for key in ("step", "time"))
-        state = runs.state(folder, runs.load(folder / "config.json").get("steps", 0))
-        value = curve[-1][1] if curve else None
-        found.append((point["index"], Result(folder.name, point["values"], state, step, value, time)))
+        config, known = runs.load(folder / "config.json"), [y for _, y in runs.curve(folder, "eval/text_nll")]
+        peft, trained = config.get("peft", {}), runs.load(folder / "cost.json").get("trained")
+        forgetting = known[-1] - known[0] if len(known) > 1 and None not in (known[0], known[-1]) else None
+        state, value = runs.state(folder, config.get("steps", 0)), curve[-1][1] if curve else None
+        size = peft.get("name") or "full", peft.get("rank"), trained, forgetting
+        found.append((point["index"], Result(folder.name, point["values"], state, step, value, time, *size)))
     return [result for _, result in sorted(found, key=lambda x: (x[0], x[1].id))]
 
 
@@ -113,10 +120,12 @@ def write(out: Path, metric: str, maximize: bool) -> Path:
 
 def _csv(rows: list[Result], metric: str, used: dict[str, Gas]) -> str:
     keys, table = list(dict.fromkeys(key for r in rows for key in r.values)), io.StringIO()
-    lines = [["point", "state", *keys, "step", metric, "flops", "chip_hours", "usd"]]
+    lines = [["point", "state", *keys, "step", metric, "flops", "chip_hours", "usd", "trained", "forgetting"]]
     for r in rows:
         g = used.get(r.id, Gas())
-        lines.append([r.id, r.state, *map(r.values.get, keys), r.step, r.value, g.flops, g.hours, g.usd])
+        lines.append(
+            [r.id, r.state, *map(r.values.get, keys), r.step, r.value, g.flops, g.hours, g.usd, r.trained, r.forgetting]
+        )
     csv.writer(table, lineterminator="\n").writerows(lines)
     return table.getvalue()
 
@@ -133,6 +142,7 @@ def _html(name: str, rows: list[Result], metric: str, maximize: bool, used: dict
     parts += ['<div class="lead">', *(f"<p>{escape(s)}</p>" for s in lead), "</div>"]
     if ranked:
         parts += ["<h2>What the keys do</h2>", parallel(ranked, pruned, metric)]
+        parts += sizes(rows, ranked, metric)
         parts += ["<h2>Best so far</h2>", _best(rows, metric, maximize)]
     parts += ["<h2>Points</h2>", _table(rows, ranked, metric, used)]
     return report_page.document(f"Sweep {name}", "\n".join(parts))
@@ -203,6 +213,29 @@ def axis(values: list[Any]) -> tuple[Callable[[Any], float], list[Any]]:
         if all(abs(y_at(v) - y_at(other)) >= 26 for other in labels):
             labels.append(v)
     return y_at, labels
+
+
+def sizes(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
+    """Charts of the metric and of forgetting by rank and by trained parameters, where settings differ in these.
+
+    A line for each method; of settings of one size it has the best one's means over seeds.
+    """
+    best: dict[tuple, tuple[Result, float, float | None]] = {}
+    for g in ranked:
+        same = [r for r in rows if r.final and r.setting == g.values]
+        lost = [r.forgetting for r in same if r.forgetting is not None]
+        best.setdefault(same[0][6:9], (same[0], g.mean, sum(lost) / len(lost) if len(lost) == len(same) else None))
+    charts = []
+    for field, name in (("rank", "rank"), ("trained", "trained parameters")):
+        known = [(getattr(r, field), r.method, *ys) for r, *ys in best.values() if getattr(r, field)]
+        if len({x for x, *_ in known}) < 2:
+            continue
+        for i, label in enumerate((metric, "forgetting, nats a token of general text")):
+            points = sorted((x, method, ys[i]) for x, method, *ys in known if ys[i] is not None)
+            methods = list(dict.fromkeys(method for _, method, _ in points))
+            series = [(m, f"c{j} marked", [(x, y) for x, of, y in points if of == m]) for j, m in enumerate(methods)]
+            charts += [report_svg.lines(series, name, label, zero=False, log_x=True)] if points else []
+    return ["<h2>What size buys</h2>", *charts] if charts else []
 
 
 def _best(rows: list[Result], metric: str, maximize: bool) -> str:

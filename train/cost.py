@@ -30,7 +30,8 @@ def cost(config: ModelConfig, params: Any, specs: Any, mask: Any, seq_len: int) 
     """FLOPs of a policy by its equations: 2 a multiply-add forward, 2 for the gradient of the input, and 2 for that of
     a weight only when it trains. Attention counts a full causal row: (T + 1) / 2 keys a query, and virtual tokens.
 
-    A lookup costs nothing. What a method does once a step and not for each token is left out: norms of DoRA, the
+    A lookup costs nothing, and neither does what is no product: norms, activations, the recurrence of recurrent layers
+    and their convolution. What a method does once a step and not for each token is left out: norms of DoRA, the
     inverses of OFT, the virtual tokens of a prompt going through the layers.
     Under LoRA this makes a step 4 N instead of 6 N (Schulman et al. 2025, LoRA Without Regret).
     """
@@ -51,7 +52,7 @@ def cost(config: ModelConfig, params: Any, specs: Any, mask: Any, seq_len: int) 
     masks = iter(jax.tree.leaves(mask, is_leaf=weights.is_weight))
     weights.replace(params, specs, lambda path, w, spec: count(path, w, spec, next(masks)))
     keys = (seq_len + 1) / 2 + virtual_tokens(params)
-    attention = 4 * c.layers * c.heads * c.head_dim * keys
+    attention = 4 * c.kinds.count("attn") * c.heads * c.head_dim * keys
     pairs = zip(weights.arrays(params), weights.arrays(mask), strict=True)
     sizes = [(x.size, any(jax.tree.leaves(m))) for x, m in pairs]
     return Cost(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from configs.errors import UserError
 from model import build, saved, weights
+from model.layers import Block
 from train import hosts, init, inputs
 from train.mesh import RULES, make_mesh
 
@@ -130,15 +131,15 @@ def _forward(loss: Callable[[], dict], layers: int) -> tuple[list[str], dict]:
         out = call(*args, **kwargs)
         if context.method_name != "__call__":
             return out
-        x, path, kind = jax.tree.leaves(out)[0], context.module.path, type(context.module).__name__
-        inside = bool(path) or kind == "Block"
+        x, path = jax.tree.leaves(out)[0], context.module.path
+        inside = bool(path) or isinstance(context.module, Block)
         name = "/".join((f"layers/{done % layers}", *path)) if inside else "final_norm"
         broken = _not_finite(x)
         if broken or not path or done == 0:  # of the other layers, only the whole
             top = float(jnp.abs(x).max())
             print(f"  {name:<44} {x.dtype} {list(x.shape)}  max |x| {top:.4g}")
         bad.extend([name] * broken)
-        done += kind == "Block"
+        done += isinstance(context.module, Block)
         return out
 
     with jax.disable_jit(), nn.intercept_methods(look):

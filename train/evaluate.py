@@ -2,7 +2,10 @@
 
 from typing import Any
 
+from configs.errors import UserError
 from model.weights import combine
+
+PASSAGES = 32  # of `eval_text`
 
 
 class Judge:
@@ -11,11 +14,12 @@ class Judge:
     def __init__(self, cfg: Any, plan: Any, heldout: Any | None, tokenizer: Any, metrics: Any):
         self.cfg, self.model, self.heldout = cfg, plan.model, heldout
         self.tokenizer, self.metrics = tokenizer, metrics
+        self.texts = _texts(cfg.eval_text)
 
     def __call__(self, state: Any, step: int) -> None:
         with self.metrics.timer("eval"):
             policy = combine(state.params["policy"], state.frozen["policy"])
-            figures = self._heldout(policy) | self._tasks(policy, step)
+            figures = self._heldout(policy) | self._tasks(policy, step) | self._general(policy)
             if figures:
                 self.metrics.write(step, "eval", **figures)
             if step in (0, self.cfg.steps):
@@ -43,6 +47,13 @@ class Judge:
             self.metrics.write(step, "task", **result.to_dict())
         return figures
 
+    def _general(self, policy: Any) -> dict[str, float]:
+        if not self.texts:
+            return {}
+        from infer.lm import LM
+
+        return {"text_nll": LM(self.model, policy, self.tokenizer).loss(self.texts)[0]}
+
     def _samples(self, policy: Any, step: int) -> None:
         if not self.cfg.samples:
             return
@@ -51,3 +62,14 @@ class Judge:
         lm, prompts = LM(self.model, policy, self.tokenizer), list(self.cfg.samples)
         for prompt, answer in zip(prompts, lm.answer(prompts), strict=True):
             self.metrics.write(step, "sample", prompt=prompt, answer=answer)
+
+
+def _texts(source: str) -> list[str]:
+    """What the loss on general text is measured on. Raises UserError when the source has no long document."""
+    if not source:
+        return []
+    from evals.heldout import PASSAGE, passages
+
+    if not (found := passages(source, PASSAGES)):
+        raise UserError(f"{source!r} has no text of {2 * PASSAGE} characters", "config.eval_text")
+    return found

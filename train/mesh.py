@@ -26,6 +26,7 @@ RULES = (
     ("mlp", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
+    ("recurrent", "tensor"),
     ("experts", "expert"),
 )
 BATCH = P(("data", "fsdp"), "context")  # [B,T]

@@ -29,9 +29,14 @@ class Prefix(Extra):
 
 
 def make(*, tokens: int = 20, deviation: float = 0.02) -> Transform:
-    """A Transform that gives every layer `tokens` virtual tokens, drawn with a standard deviation of `deviation`."""
+    """A Transform that gives each layer of attention `tokens` virtual tokens, drawn with a standard `deviation`.
+
+    Raises ValueError when there is no such layer.
+    """
 
     def transform(params: Params, specs: Specs, key: Array) -> Params:
+        if "attn" not in specs["layers"]:
+            raise ValueError("prefix tuning needs a layer of attention")
         spec = specs["layers"]["attn"]["wk"]
         layers, _, heads, dim = spec.shape
         draw = lambda k: deviation * jax.random.normal(k, (layers, tokens, heads, dim), spec.value.dtype)

@@ -29,9 +29,14 @@ class Prompt(Extra):
 
 
 def make(*, tokens: int = 20) -> Transform:
-    """A Transform that adds `tokens` virtual tokens, which start as embeddings of tokens drawn from the vocabulary."""
+    """A Transform that adds `tokens` virtual tokens, which start as embeddings of tokens drawn from the vocabulary.
+
+    Raises ValueError for a model with recurrent layers.
+    """
 
     def transform(params: Params, specs: Specs, key: Array) -> Params:
+        if "recurrent" in specs["layers"]:
+            raise ValueError("prompt tuning needs attention in every layer")
         spec = specs["embed"]["table"]
         ids = jax.random.randint(key, (tokens,), 0, spec.shape[0])
         return {**params, "prompt": Prompt(weights.take(params["embed"]["table"], ids, spec.value.dtype))}

@@ -146,9 +146,7 @@ def solve(method: str, w: Array, eqn: str, inputs: Inputs, upper: Callable[[], A
 def embed(model: Transformer, params: Params, tokens: np.ndarray) -> np.ndarray:
     """What the first layer sees of tokens [B,T]."""
     x = weights.take(params["embed"]["table"], jnp.asarray(tokens), model.dtype)
-    if model.config.position == "learned":
-        x = x + params["position"]["table"][: tokens.shape[1]].astype(model.dtype)
-    return np.asarray(x)
+    return np.asarray(model.embedded(params, x, jnp.arange(tokens.shape[1])))
 
 
 def calibrate(

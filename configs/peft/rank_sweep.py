@@ -1,0 +1,42 @@
+"""How large must an adapter be? Rank by method by learning rate, and full tuning, on one pretrained model.
+
+    python -m train.main --config=configs/pretrain/tiny.py --workdir=runs/pretrain
+    python -m tools.sweep --config=configs/peft/rank_sweep.py --out=runs/sweeps/rank --jobs=2
+
+The sweep's page plots held-out loss on sums, and forgetting (the rise of the loss on documentation, which the base was
+trained on), by rank and by trained parameters; each point is the best learning rate's. `--sweep=seeds,best` takes three
+seeds of one learning rate. Hardware: a laptop CPU, ten minutes. Expected: the loss falls with the rank, full tuning is
+best and forgets most; --config=configs/peft/rank_sweep.py alone trains one adapter.
+"""
+
+from configs import base
+from configs.sweeps import chain, product
+
+RANKS, METHODS = (1, 4, 16, 64), ("lora", "dora")
+
+
+def get_config():
+    c = base.get_config()
+    c.init = "runs/pretrain"
+    c.steps = 150
+    c.data.source = "synthetic:add?n=4000&digits=2"
+    c.data.seq_len = 64
+    c.data.batch_size = 16
+    c.optim.lr = 3e-3
+    c.peft.name = "lora"
+    c.peft.rank = 16
+    c.eval_text = "pydocs"
+    return c
+
+
+def sweep():
+    adapters = product({"peft.name": METHODS, "peft.rank": RANKS, "optim.lr": (1e-3, 4e-3, 1.6e-2)})
+    yield from chain(adapters, product({"peft.name": ("",), "optim.lr": (2.5e-4, 1e-3, 4e-3)}))
+
+
+def sweep_best():
+    return product({"peft.name": METHODS, "peft.rank": RANKS})
+
+
+def sweep_seeds():
+    return [{"seed": seed} for seed in range(3)]

@@ -1,0 +1,106 @@
+"""Skills as vectors: one added, one removed by subtraction, two combined; a score for each, from random weights.
+
+    python -m examples.skills --out=runs/skills [--seeds=3]
+
+A tiny base meets two tasks in passing, sums of digits and copying words. Adapters learn each alone and both at once;
+`tools.edit` does the rest. Hardware: a laptop CPU, two minutes a seed. Sums are learnt by heart (all 100 occur in
+training), words are not. Expected: see README; a lone skill is added at the cost of the other.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from configs import schema
+from configs.errors import UserError
+
+TASKS = {"sums": "synthetic:add?n=4000&digits=1", "words": "synthetic:copy?n=4000&length=3"}
+HELD_OUT, SEED = 200, 1000  # questions, and the seed that draws them
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m examples.skills", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args(argv)
+    try:
+        show([skills(Path(args.out) / f"seed{seed}", seed) for seed in range(args.seeds)])
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
+    return 0
+
+
+def skills(out: Path, seed: int) -> dict[str, dict[str, float]]:
+    """{model: {task: share of right answers}}; everything made lies in the folder `out`."""
+    base, runs = out / "base", {name: out / name for name in ("sums", "words", "both")}
+    both = ",".join(TASKS.values())
+    train(base, seed, {"data.source": both, "steps": "150"})
+    for name, folder in runs.items():
+        adapter = {"init": str(base), "peft.name": "lora", "peft.rank": "16", "steps": "300"}
+        train(folder, seed, adapter | {"data.source": TASKS.get(name, both)})
+    sums, words, joint = map(str, runs.values())
+    edits = {
+        "both - sums": ("linear", [joint, f"{sums}:-1"]),
+        "both - words": ("linear", [joint, f"{words}:-1"]),
+        "sums + words, linear": ("linear", [sums, words]),
+        "sums + words, TIES": ("ties", [sums, words]),
+    }
+    scores = {name: score(folder) for name, folder in {"base": base, **runs}.items()}
+    for name, (method, sources) in edits.items():
+        scores[name] = score(edited(sources, base, out / name.replace(" ", "_"), method))
+    return scores
+
+
+def train(folder: Path, seed: int, keys: dict[str, str]) -> None:
+    """A run of configs/sft/tiny.py with some of its keys changed; a finished one is kept."""
+    from train.main import run
+
+    argv = [f"--config.{key}={value}" for key, value in {"seed": seed, "samples": "()", **keys}.items()]
+    if code := run(schema.load(["--config=configs/sft/tiny.py", f"--workdir={folder}", *argv])):
+        raise UserError(f"training ended with exit code {code}", str(folder))
+
+
+def edited(sources: list[str], base: Path, to: Path, method: str) -> Path:
+    from tools.edit import edit
+
+    if not to.exists():
+        edit(sources, str(base), str(to), method, density=0.5, seed=0, rank=0)
+    return to
+
+
+def score(folder: Path) -> dict[str, float]:
+    from data.sources import records
+    from evals.run import evaluate
+    from evals.task import Task
+    from infer.models import load
+
+    def task(spec: str) -> Task:
+        asked = [{**r, "answer": r["completion"]} for r in records(f"{spec}&seed={SEED}")]
+        right = lambda example, completion: float(completion == example["answer"])
+        return Task(lambda split: asked, lambda example, shots: example["prompt"], right, max_new_tokens=5)
+
+    lm = load(folder)
+    return {name: evaluate(task(spec), lm, HELD_OUT, batch_size=HELD_OUT).mean for name, spec in TASKS.items()}
+
+
+def show(seeds: list[dict[str, dict[str, float]]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "model", *TASKS, title=f"right of {HELD_OUT} questions, mean over {len(seeds)} seeds (lowest-highest)"
+    )
+    for model in seeds[0]:
+        cells = []
+        for task in TASKS:
+            found: list[Any] = [scores[model][task] for scores in seeds]
+            cells.append(f"{sum(found) / len(found):.0%} ({min(found):.0%}-{max(found):.0%})")
+        table.add_row(model, *cells)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
