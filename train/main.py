@@ -67,7 +67,7 @@ def run(loaded: Any) -> int:
     from train.mesh import RULES, make_mesh
     from train.metrics import Metrics
     from train.runs import PREEMPTED, RunDir
-    from train.step import make_step
+    from train.step import compile_step
     from train.trace import Trace
 
     cfg = loaded.config
@@ -98,8 +98,7 @@ def run(loaded: Any) -> int:
             metrics.rewind(done)
 
         judge = Judge(cfg, planned, heldout, tokenizer, metrics)
-        step = make_step(planned.objective.loss, planned.tx, cfg.accum)
-        step = jax.jit(step, donate_argnums=0, out_shardings=(planned.shardings, None))
+        step = compile_step(planned, cfg.accum)
         clock = Clock(cfg, planned)
         trace = enter(contextlib.closing(Trace(loaded.flags.get("profile", 0), folder.path / "profile")))
         if done == 0:
