@@ -62,8 +62,8 @@ def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
 
 
 def row_shards(cfg: Any, mesh: Any) -> int:
-    """How many devices share out the rows of a batch. Raises UserError when a batch [B,T] does not divide over the mesh,
-    whose axis of -1 is known only now."""
+    """How many devices share out the rows of a batch. Raises UserError when the mesh does not divide a batch [B,T],
+    which only the number of devices tells where an axis is -1."""
     shards, rows = mesh.shape["data"] * mesh.shape["fsdp"], cfg.data.batch_size
     if rows % (shards * cfg.accum):
         told = f"{rows} rows do not divide over {shards} devices x {cfg.accum} micro-batches"
