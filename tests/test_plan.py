@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from configs import schema
 from model import build, weights
 from model.transformer import unstack
+from tests.test_contracts import OBJECTIVES
 from tests.test_step import config
 from tools import plan, plan_hlo, plan_step
 from train import cost, init
@@ -184,25 +185,27 @@ def planned(capsys, *argv):
     return code, json.loads(capsys.readouterr().out)
 
 
-CASES = {
-    "v5e:2x4 sft": ("configs/sft/tiny.py", "--config.mesh.fsdp=4", "--config.mesh.tensor=2", "--config.mesh.data=1"),
-    "v5p:2x2x1 lora": ("configs/peft/lora_tiny.py", "--config.mesh.fsdp=4"),
-    "v6e:2x2 dpo": ("configs/rlhf/dpo_tiny.py", "--config.mesh.fsdp=2"),
-    "tpu7x:2x2x1 accum": ("configs/pretrain/tiny.py", "--config.accum=2"),
-    "v5e:2x2 decode": ("configs/sft/tiny.py", "--what=decode"),
+SLICES = {
+    "v5e:2x4": ("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"),
+    "v5p:2x2x1": ("--config.mesh.fsdp=4",),
+    "v6e:2x2": ("--config.mesh.fsdp=2",),
+    "tpu7x:2x2x1": ("--config.accum=2",),
 }
+STEPS = {name: (f"--config.objective.name={name}", "--config.data.packing=none") for name in OBJECTIVES}
+STEPS |= {"lora": ("--config.peft.name=lora",), "decode": ("--what=decode",)}
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=tpu) for c in CASES])
-def test_compiles_for_a_slice_that_is_absent(case, capsys):
-    path, *more = CASES[case]
-    code, got = planned(capsys, f"--config={path}", f"--topology={case.split()[0]}", *more)
+@pytest.mark.parametrize("on", [pytest.param(s, marks=tpu) for s in SLICES])
+@pytest.mark.parametrize("name", STEPS)
+def test_compiles_for_a_slice_that_is_absent(name, on, capsys):
+    argv = ["--config=configs/sft/tiny.py", f"--topology={on}", "--config.data.batch_size=16"]
+    code, got = planned(capsys, *argv, *SLICES[on], *STEPS[name])
     assert code == 0 and got["fits"]
     held = sum(got["bytes"].get(k, 0) for k in ("params", "optimizer", "frozen", "batch", "cache"))
     assert 0 < held <= 1.3 * got["bytes"]["arguments"]  # tiles are padded, and what is not read is left out
     low, high = got["seconds"]
     assert 0 < low <= high and 0 < got["mfu"][0] <= got["mfu"][1] <= 1
-    if "fsdp" in " ".join(more):
+    if got["mesh"]["fsdp"] > 1:
         assert "all-gather" in got["sent"]["fsdp"]
 
 
