@@ -92,7 +92,8 @@ def run(loaded: Any) -> int:
             state = init.first_state(cfg, planned, start)
 
             # Where to start: 1. this run's newest whole checkpoint, 2. `init`, 3. at random.
-            ckpt = enter(contextlib.closing(Checkpointer(folder.path / "ckpt", cfg.ckpt, cfg.allow, metrics.event)))
+            place, first = folder.home / "ckpt", lambda: (metrics.sync(), folder.publish())
+            ckpt = enter(contextlib.closing(Checkpointer(place, cfg.ckpt, cfg.allow, metrics.event, first)))
             state = ckpt.restore(state, source)
             done = int(state.step)
             metrics.rewind(done)
@@ -128,8 +129,7 @@ def run(loaded: Any) -> int:
                     judge(state, done)
             stop = not last and folder.stop_requested(done)
             with clock.paused(), metrics.timer("checkpoint"):
-                if ckpt.maybe_save(done, state, source, force=last or stop):
-                    metrics.sync()
+                ckpt.maybe_save(done, state, source, force=last or stop)
                 if stop or last:
                     ckpt.wait()
             if stop:
