@@ -1,5 +1,6 @@
 """Runs and data at gs://: a bucket on disk behind etils and fsspec, and where gcsfs is installed an emulated server."""
 
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,9 +23,11 @@ from fsspec.registry import _registry
 from configs import paths
 from configs.errors import UserError
 from data import sources
+from model import saved
 from tests import test_main
 from tools import report
 from train import files, lease, runs
+from train.checkpoint import Checkpointer
 
 OTHER = "pid 1 on elsewhere since 2026-01-01 00:00:00\n"
 
@@ -105,6 +109,21 @@ def test_small_files_of_a_run_go_and_come_back(bucket, tmp_path, monkeypatch):
             assert paths.sizes(folder.path).keys() == {*names, "LOCK"}
     (copy := report.local("gs://bucket/run", str(tmp_path / "copy"))).joinpath("metrics.jsonl").read_text()
     assert copy.name == "run" and not (copy / "ckpt").exists()
+
+
+def test_a_step_in_a_store_is_one_that_has_its_manifest(bucket):
+    home = paths.parse("gs://bucket/run/ckpt")
+    for name in ("3/state/d/0", "3/state_hashes.json", "4/state/d/1", "4/state_hashes.json", "5/state/d/2", "note"):
+        (home / name).write_text(name)
+    told = []
+    cfg = SimpleNamespace(keep=1, keep_every=0)
+    with contextlib.closing(Checkpointer(home, cfg, log=told.append)) as ckpt:
+        assert saved.steps(home) == [4, 3] and len(told) == 1 and "note ignored" in told[0]
+        assert not (home / "5").exists()  # a save that a kill cut short
+        ckpt._prune()
+        assert sorted(p.name for p in home.iterdir()) == ["4", "note"]
+        ckpt._set_aside(home / "4")
+    assert not saved.steps(home) and paths.sizes(home / "invalid-4-0") == {"state/d/1": 11, "state_hashes.json": 19}
 
 
 def test_a_run_in_use_is_refused(bucket, monkeypatch):

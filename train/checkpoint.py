@@ -55,7 +55,8 @@ class Checkpointer:
         self._pending: Future | None = None
         self._frozen: str | None = None
         if hosts.primary():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not paths.remote(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
             self._tidy()
 
     def restore(self, state: Any, source: Any) -> Any:

@@ -65,7 +65,10 @@ class Lease:
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
-        self.path.unlink(missing_ok=True)
+        try:
+            self.path.unlink(missing_ok=True)
+        except Exception as e:  # it lapses by itself
+            print(f"warning: {self.path}: {e}", file=sys.stderr)
 
 
 def _read(path: Any) -> str:
