@@ -76,9 +76,9 @@ def plan(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> dict[str, Any]:
 def search(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> list[dict[str, Any]]:
     """What fits, by planned tokens/s, of what was tried within `--minutes`.
 
-    All devices lie on fsdp, but for what tensor takes. The first mesh and remat policy start from the config's batch,
-    the others from the best so far: rows are halved until they fit, or doubled while that gains 2 %. Where the config's
-    batch does not fit it is tried in the fewest parts that do. A wider tensor axis that is slower ends the search.
+    First every remat policy with all devices on fsdp; then the best of them with 2, 4 or 8 on tensor, as long as that
+    gains. Each starts from the best batch so far, at first the config's: rows are halved until they fit, or doubled
+    while that gains 2 %. At the end a config's batch that is larger than the best is tried in parts of that size.
     """
     found: list[dict[str, Any]] = []
     end = time.monotonic() + 60 * flags["minutes"]
@@ -95,31 +95,29 @@ def search(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> list[dict[str
         found.extend([got | {"changes": changes, "rank": rate}] if rate else [])
         return rate
 
-    def climb(mesh: dict[str, Any], rows: int) -> tuple[float, int]:
-        """(tokens/s, rows) of the batch where this mesh does best."""
-        shards, start = mesh["mesh.fsdp"], rows
+    def climb(tensor: int, remat: str, rows: int) -> tuple[float, int, str]:
+        """(tokens/s, rows, remat) of the batch where a mesh does best."""
+        shards = len(devices) // tensor
+        mesh = {"mesh.data": 1, "mesh.fsdp": shards, "mesh.tensor": tensor, "model.remat": remat}
+        rows = start = max(rows // shards, 1) * shards
         while not (rate := attempt(mesh | {"data.batch_size": rows, "accum": 1})) and rows >= 2 * shards:
             rows = rows // shards // 2 * shards
         while (
             rate and rows >= start and (new := attempt(mesh | {"data.batch_size": 2 * rows, "accum": 1})) > 1.02 * rate
         ):
             rows, rate = 2 * rows, new
-        accum = cfg.data.batch_size // rows
-        if rate and flags["what"] == "train" and accum > 1 and cfg.data.batch_size == accum * rows:
-            attempt(mesh | {"data.batch_size": cfg.data.batch_size, "accum": accum})
-        return rate, rows
+        return rate, rows, remat
 
-    best, before = (0.0, cfg.data.batch_size), 0.0
-    for tensor in (t for t in (1, 2, 4, 8) if len(devices) % t == 0):
-        fsdp = len(devices) // tensor
-        for remat in ("full", "dots", "none"):
-            rows = max(best[1] // fsdp, 1) * fsdp
-            best = max(
-                best, climb({"mesh.data": 1, "mesh.fsdp": fsdp, "mesh.tensor": tensor, "model.remat": remat}, rows)
-            )
-        if best[0] == before:
+    best = (0.0, cfg.data.batch_size, "full")
+    for remat in ("full", "dots", "none"):
+        best = max(best, climb(1, remat, best[1]))
+    for tensor in (t for t in (2, 4, 8) if len(devices) % t == 0):
+        before, best = best, max(best, climb(tensor, best[2], best[1]))
+        if best == before:
             break
-        before = best[0]
+    whole, accum = cfg.data.batch_size, cfg.data.batch_size // best[1]
+    if found and flags["what"] == "train" and accum > 1 and whole == accum * best[1]:
+        attempt(max(found, key=lambda p: p["rank"])["changes"] | {"data.batch_size": whole, "accum": accum})
     return sorted(found, key=lambda p: -p["rank"])
 
 
