@@ -64,13 +64,17 @@ def topology(name: str) -> list[Any]:
 
 def plan(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> dict[str, Any]:
     """One config on one slice; see tools.plan_step."""
-    from model import build
     from tools import plan_step
+
+    return {"topology": flags["topology"]} | plan_step.plan(cfg, model_of(cfg), devices, flags["what"])
+
+
+def model_of(cfg: Any) -> Any:
+    from model import build
     from train import inputs
 
     start = inputs.pretrained(cfg)
-    model = build.model(cfg, start, inputs.vocabulary(cfg, start))
-    return {"topology": flags["topology"]} | plan_step.plan(cfg, model, devices, flags["what"])
+    return build.model(cfg, start, inputs.vocabulary(cfg, start))
 
 
 def search(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> list[dict[str, Any]]:
@@ -111,7 +115,7 @@ def search(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> list[dict[str
     best = (0.0, cfg.data.batch_size, "full")
     for remat in ("full", "dots", "none"):
         best = max(best, climb(1, remat, best[1]))
-    for tensor in (t for t in (2, 4, 8) if len(devices) % t == 0):
+    for tensor in (t for t in (2, 4, 8) if math.gcd(len(devices), model_of(cfg).config.heads) % t == 0):
         before, best = best, max(best, climb(tensor, best[2], best[1]))
         if best == before:
             break
