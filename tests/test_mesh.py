@@ -29,7 +29,7 @@ from model.ring import FAR, ring_attention
 from tests import test_main
 from tests.test_step import B, T, config, losses, mesh_of, rows
 from tools.mesh import table
-from train import flags, mesh, source
+from train import flags, inputs, mesh, source
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = {"2": (1, 1, 1, 2), "4": (1, 1, 1, 4), "x fsdp": (1, 2, 1, 4), "x tensor": (1, 1, 2, 2), "all": (1, 2, 2, 2)}
@@ -95,6 +95,21 @@ def test_columns_of_a_batch_lie_where_the_mesh_says():
     jax.tree.map(np.testing.assert_array_equal, batch, want)
     assert {s.data.shape for s in batch["tokens"].addressable_shards} == {(B // 2, T // 4)}
     assert counts["tokens"] == (want["segments"] > 0).sum()
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "told"),
+    [
+        ((3,), {}, "8 rows do not divide over 3 devices x 1"),
+        ((2, 2), {"accum": 4}, "over 4 devices x 4 micro-batches · a multiple of 16"),
+        ((1, 1, 1, 3), {}, "tokens of a row do not divide over 3 devices"),
+    ],
+)
+def test_a_batch_that_the_mesh_does_not_divide_is_one_line(shape, changes, told):
+    c = config(**{"data.batch_size": 8} | changes)
+    with pytest.raises(UserError) as e:
+        inputs.sources(c, None, mesh_of(*shape))
+    assert told in str(e.value) and "\n" not in str(e.value)
 
 
 def test_the_head_moves_no_row():

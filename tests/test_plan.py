@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from configs import schema
 from model import build, weights
 from model.transformer import unstack
+from tests.test_contracts import OBJECTIVES
 from tests.test_step import config
 from tools import plan, plan_hlo, plan_step
 from train import cost, init
@@ -163,6 +164,32 @@ def test_what_a_user_gets_wrong_is_one_line(capsys):
     assert "train or decode" in capsys.readouterr().err
 
 
+def test_a_search_finds_the_best_in_few_plans(monkeypatch):
+    """Against a machine of 16 devices in two equations: what a device holds, and what it does a second."""
+    tried = []
+
+    def planned(cfg, devices, flags):
+        rows, tensor = cfg.data.batch_size // cfg.accum / cfg.mesh.fsdp, cfg.mesh.tensor
+        held = rows / tensor * {"full": 1, "dots": 3, "none": 6}[cfg.model.remat]
+        rate = (
+            1e5 * rows / (rows + 1) / tensor * {"full": 1.0, "dots": 1.2, "none": 1.3}[cfg.model.remat] / cfg.accum**0.1
+        )
+        tried.append((rows, tensor, cfg.model.remat, cfg.accum))
+        return {"fits": held <= 7, "tokens_per_second": (rate, rate)}
+
+    monkeypatch.setattr(plan, "plan", planned)
+    c, _ = schema.resolve(config(**{"data.batch_size": 256, "model.heads": 8, "model.kv_heads": 8}))
+    found = plan.search(c, [None] * 16, {"what": "train", "minutes": 1.0})
+    assert tried[:4] == [(16, 1, "full", 1), (8, 1, "full", 1), (4, 1, "full", 1), (4, 1, "dots", 1)]
+    best = {"mesh.data": 1, "mesh.fsdp": 16, "mesh.tensor": 1, "model.remat": "full", "data.batch_size": 64, "accum": 1}
+    assert found[0]["changes"] == best and [f["rank"] for f in found] == sorted(
+        (f["rank"] for f in found), reverse=True
+    )
+    assert {tensor for _, tensor, _, _ in tried} == {1, 2} and len(tried) < 12
+    assert tried[-1] == (4, 1, "full", 4)
+    assert plan.search(c, [None] * 16, {"what": "train", "minutes": -1.0}) == []
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_libtpu(capsys):
     assert plan.main(["--config=configs/pretrain/tiny.py", "--topology=v5e:2x2"]) == 2
@@ -184,25 +211,27 @@ def planned(capsys, *argv):
     return code, json.loads(capsys.readouterr().out)
 
 
-CASES = {
-    "v5e:2x4 sft": ("configs/sft/tiny.py", "--config.mesh.fsdp=4", "--config.mesh.tensor=2", "--config.mesh.data=1"),
-    "v5p:2x2x1 lora": ("configs/peft/lora_tiny.py", "--config.mesh.fsdp=4"),
-    "v6e:2x2 dpo": ("configs/rlhf/dpo_tiny.py", "--config.mesh.fsdp=2"),
-    "tpu7x:2x2x1 accum": ("configs/pretrain/tiny.py", "--config.accum=2"),
-    "v5e:2x2 decode": ("configs/sft/tiny.py", "--what=decode"),
+SLICES = {
+    "v5e:2x4": ("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"),
+    "v5p:2x2x1": ("--config.mesh.fsdp=4",),
+    "v6e:2x2": ("--config.mesh.fsdp=2",),
+    "tpu7x:2x2x1": ("--config.accum=2",),
 }
+STEPS = {name: (f"--config.objective.name={name}", "--config.data.packing=none") for name in OBJECTIVES}
+STEPS |= {"lora": ("--config.peft.name=lora",), "decode": ("--what=decode",)}
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=tpu) for c in CASES])
-def test_compiles_for_a_slice_that_is_absent(case, capsys):
-    path, *more = CASES[case]
-    code, got = planned(capsys, f"--config={path}", f"--topology={case.split()[0]}", *more)
+@pytest.mark.parametrize("on", [pytest.param(s, marks=tpu) for s in SLICES])
+@pytest.mark.parametrize("name", STEPS)
+def test_compiles_for_a_slice_that_is_absent(name, on, capsys):
+    argv = ["--config=configs/sft/tiny.py", f"--topology={on}", "--config.data.batch_size=16"]
+    code, got = planned(capsys, *argv, *SLICES[on], *STEPS[name])
     assert code == 0 and got["fits"]
     held = sum(got["bytes"].get(k, 0) for k in ("params", "optimizer", "frozen", "batch", "cache"))
     assert 0 < held <= 1.3 * got["bytes"]["arguments"]  # tiles are padded, and what is not read is left out
     low, high = got["seconds"]
     assert 0 < low <= high and 0 < got["mfu"][0] <= got["mfu"][1] <= 1
-    if "fsdp" in " ".join(more):
+    if got["mesh"]["fsdp"] > 1:
         assert "all-gather" in got["sent"]["fsdp"]
 
 
@@ -214,6 +243,13 @@ def test_says_what_to_turn_when_memory_runs_out(n, capsys):
     assert not got["fits"] and "RESOURCE_EXHAUSTED" in got["verdict"] and "config.accum=2" in got["turn"]
     assert plan.main([argv[0], "--topology=v5e:2x2", "--json"]) == 2
     assert "more devices" in json.loads(capsys.readouterr().out)["turn"]
+
+
+@pytest.mark.parametrize("minutes", [pytest.param(0.1, marks=tpu)])
+def test_a_search_ends_in_time(minutes, capsys):
+    argv = ["--config=configs/sft/tiny.py", "--topology=v5e:2x2", "--search", f"--minutes={minutes}"]
+    code, got = planned(capsys, *argv)
+    assert code == 0 and got[0]["fits"] and got[0]["changes"]["model.remat"] == "full"
 
 
 @pytest.mark.parametrize("name", [pytest.param("v5e:banana", marks=tpu)])

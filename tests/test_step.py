@@ -14,7 +14,7 @@ from model import build
 from train import init
 from train.mesh import BATCH, RULES, make_mesh
 from train.objectives import dpo
-from train.step import make_step
+from train.step import compile_step, make_step
 
 B, T = 8, 32
 CPU = jax.devices()
@@ -50,8 +50,7 @@ def losses(c, shape=(1, 1, 1), steps=20, batch=None):
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         plan = init.plan(c, build.model(c, None, 500), mesh)
         state = init.first_state(c, plan, None)
-        step = make_step(plan.objective.loss, plan.tx, c.accum)
-        step = jax.jit(step, donate_argnums=0, out_shardings=(plan.shardings, None))
+        step = compile_step(plan, c.accum)
         batch = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, BATCH)), batch or rows())
         out = []
         for _ in range(steps):

@@ -18,7 +18,7 @@ def train(model: str, lora: bool, batch: int, length: int, steps: int) -> Callab
     from model import build
     from train import init, inputs
     from train.mesh import make_mesh
-    from train.step import make_step
+    from train.step import compile_step
 
     cfg = base.get_config()
     cfg.init, cfg.peft.name = model, "lora" if lora else ""
@@ -26,8 +26,7 @@ def train(model: str, lora: bool, batch: int, length: int, steps: int) -> Callab
         cfg.peft.rank, cfg.peft.alpha = 16, 32.0
     start = inputs.pretrained(cfg)
     planned = init.plan(cfg, build.model(cfg, start), make_mesh(cfg.mesh))
-    step = make_step(planned.objective.loss, planned.tx)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(planned.shardings, None))
+    step = compile_step(planned)
     tokens = np.random.default_rng(0).integers(0, start.config.vocab_size, (batch, length + 1), np.int32)
     ones = np.ones((batch, length), np.int32)
     rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": ones.astype(np.float32)}

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from configs import overrides, schema
 from configs.errors import UserError
+from configs.paths import STORE
 
 TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 FLAGS = dict.fromkeys(("on", "accelerator", "zone", "project", "bucket", "nfs", "from"), "")
@@ -106,9 +107,12 @@ def check(flags: Mapping[str, Any], target: Mapping[str, Any], a: Slice, config:
             raise UserError(f"{flags[option]!r} is not of the form {form}", f"--{option}", target.get("fix", ""))
     if target["kind"]:
         mesh_shape(config.mesh, a.chips * chips.find(a.product).devices)
-    if target.get("hosts") and not flags["nfs"] and (flags["spot"] or a.hosts > 1):
+    shared = flags["nfs"] or flags["workdir"].startswith(STORE)
+    if target.get("hosts") and not shared and (flags["spot"] or a.hosts > 1):
         why = f"{a.hosts} hosts must see one run folder" if a.hosts > 1 else "a spot machine takes its disk along"
-        raise UserError(why, "--nfs", "name an NFS share that the machines reach, as 10.0.0.2:/share (Filestore)")
+        raise UserError(
+            why, "--nfs", "name a share that the machines reach, as 10.0.0.2:/share, or a --workdir at gs://"
+        )
 
 
 def make(flags: Mapping[str, Any], target: Mapping[str, Any], a: Slice, args: overrides.Args) -> Plan:
@@ -118,6 +122,10 @@ def make(flags: Mapping[str, Any], target: Mapping[str, Any], a: Slice, args: ov
     values |= {"topology": row.get("topologies", {}).get(str(a.chips)), "machine": f"{row.get('machine')}-{a.host}t"}
     # Only --nfs and several hosts make these steps; an empty group of words drops out of its command.
     absent = {"mount": not flags["nfs"], "policy": a.hosts == 1, "delete-policy": a.hosts == 1}
+    values |= {"packages": "base", "lines": f"kungfu/{flags['workdir']}", "page": flags["workdir"]}
+    if flags["workdir"].startswith(STORE):  # the run is in its bucket already; a host has a copy of its lines
+        absent |= dict.fromkeys(("fetch-vm", "fetch-bucket", "keep"), True)
+        values |= {"packages": "cloud", "lines": "~/.cache/kungfu/runs/*", "page": f"runs/{name}"}
     groups = {k: words.format(**values).split() for k, words in TABLE["groups"].items()}
     groups |= {k: groups[k] * spot for k in ("spot", "model")}
     groups["capacity"] = groups["capacity"][:1] if spot else groups["capacity"][1:]

@@ -1,11 +1,11 @@
 """What a run would hold, send and take on TPUs that are not here: its very step, compiled by libtpu on this CPU.
 
     python -m tools.plan --config=configs/X.py --topology=v5e:4x4 [--config.key=value ...] [--what=decode] [--json]
-    python -m tools.plan --config=configs/X.py --topology=v5p:2x2x1 --search
+    python -m tools.plan --config=configs/X.py --topology=v5p:2x2x1 --search [--minutes=15]
 
 `--what=decode` plans one token of `data.batch_size` rows behind a cache of `data.seq_len`. `--search` tries meshes,
-remat policies, batches and accumulation, and ranks what fits by planned tokens/s. It needs requirements/tpu.txt.
-Exit code 2: the input must change, or the plan does not fit.
+remat policies, batches and accumulation, and ranks what fits by planned tokens/s; it begins no plan after `--minutes`.
+It needs requirements/tpu.txt. Exit code 2: the input must change, or the plan does not fit.
 """
 
 import importlib.util
@@ -13,13 +13,14 @@ import json
 import math
 import os
 import sys
+import time
 from typing import Any
 
 from configs import schema
 from configs.errors import UserError
 from train import flags as presets
 
-FLAGS = {"topology": "", "what": "train", "search": False, "json": False}
+FLAGS = {"topology": "", "what": "train", "search": False, "minutes": 15.0, "json": False}
 
 
 def main(argv: list[str]) -> int:
@@ -63,25 +64,33 @@ def topology(name: str) -> list[Any]:
 
 def plan(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> dict[str, Any]:
     """One config on one slice; see tools.plan_step."""
-    from model import build
     from tools import plan_step
+
+    return {"topology": flags["topology"]} | plan_step.plan(cfg, model_of(cfg), devices, flags["what"])
+
+
+def model_of(cfg: Any) -> Any:
+    from model import build
     from train import inputs
 
     start = inputs.pretrained(cfg)
-    model = build.model(cfg, start, inputs.vocabulary(cfg, start))
-    return {"topology": flags["topology"]} | plan_step.plan(cfg, model, devices, flags["what"])
+    return build.model(cfg, start, inputs.vocabulary(cfg, start))
 
 
 def search(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> list[dict[str, Any]]:
-    """What fits, by planned tokens/s. All devices lie on fsdp, but for what tensor takes.
+    """What fits, by planned tokens/s, of what was tried within `--minutes`.
 
-    On each mesh and remat policy the rows double until they do not fit or gain less than 2 %. The config's own batch is
-    tried with the least accumulation whose part fits.
+    First every remat policy with all devices on fsdp; then the best of them with 2, 4 or 8 on tensor, as long as that
+    gains. Each starts from the best batch so far, at first the config's: rows are halved until they fit, or doubled
+    while that gains 2 %. At the end a config's batch that is larger than the best is tried in parts of that size.
     """
     found: list[dict[str, Any]] = []
+    end = time.monotonic() + 60 * flags["minutes"]
 
     def attempt(changes: dict[str, Any]) -> float:
-        """Planned tokens/s, the geometric mean of the range; 0 when it does not fit."""
+        """Planned tokens/s, the geometric mean of the range; 0 when it does not fit, or when time is over."""
+        if time.monotonic() > end:
+            return 0.0
         changed, _ = schema.resolve(cfg, changes)
         got = plan(changed, devices, flags)
         rate = math.prod(got["tokens_per_second"]) ** 0.5 if got["fits"] else 0.0
@@ -90,19 +99,29 @@ def search(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> list[dict[str
         found.extend([got | {"changes": changes, "rank": rate}] if rate else [])
         return rate
 
-    for tensor in (1, 2, 4, 8):
-        fsdp = len(devices) // tensor
-        if len(devices) % tensor:
-            continue
-        for remat in ("full", "dots", "none"):
-            mesh = {"mesh.data": 1, "mesh.fsdp": fsdp, "mesh.tensor": tensor, "model.remat": remat}
-            rows, rate, best = fsdp, 0.0, 0.0
-            while (rate := attempt(mesh | {"data.batch_size": rows, "accum": 1})) > 1.02 * best:
-                rows, best = 2 * rows, rate
-            fit = rows if rate else rows // 2
-            accum = cfg.data.batch_size // max(fit, 1)
-            if flags["what"] == "train" and fit >= fsdp and accum > 1 and cfg.data.batch_size % fit == 0:
-                attempt(mesh | {"data.batch_size": cfg.data.batch_size, "accum": accum})
+    def climb(tensor: int, remat: str, rows: int) -> tuple[float, int, str]:
+        """(tokens/s, rows, remat) of the batch where a mesh does best."""
+        shards = len(devices) // tensor
+        mesh = {"mesh.data": 1, "mesh.fsdp": shards, "mesh.tensor": tensor, "model.remat": remat}
+        rows = start = max(rows // shards, 1) * shards
+        while not (rate := attempt(mesh | {"data.batch_size": rows, "accum": 1})) and rows >= 2 * shards:
+            rows = rows // shards // 2 * shards
+        while (
+            rate and rows >= start and (new := attempt(mesh | {"data.batch_size": 2 * rows, "accum": 1})) > 1.02 * rate
+        ):
+            rows, rate = 2 * rows, new
+        return rate, rows, remat
+
+    best = (0.0, cfg.data.batch_size, "full")
+    for remat in ("full", "dots", "none"):
+        best = max(best, climb(1, remat, best[1]))
+    for tensor in (t for t in (2, 4, 8) if math.gcd(len(devices), model_of(cfg).config.heads) % t == 0):
+        before, best = best, max(best, climb(tensor, best[2], best[1]))
+        if best == before:
+            break
+    whole, accum = cfg.data.batch_size, cfg.data.batch_size // best[1]
+    if found and flags["what"] == "train" and accum > 1 and whole == accum * best[1]:
+        attempt(max(found, key=lambda p: p["rank"])["changes"] | {"data.batch_size": whole, "accum": accum})
     return sorted(found, key=lambda p: -p["rank"])
 
 

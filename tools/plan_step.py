@@ -10,14 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs.errors import UserError
 from infer import generate, sample
 from model import head, weights
 from tools import plan_hlo
 from train import chips, cost, init
 from train import mesh as meshes
 from train import plan as plans
-from train.step import make_step
+from train.step import compile_step
 
 ASSUMED = (
     "time: low, everything overlaps at the chip's peaks and HBM is read and written once; high, nothing overlaps, what"
@@ -30,10 +29,7 @@ ASSUMED = (
 def plan(cfg: Any, model: Any, devices: list[Any], what: str = "train") -> dict[str, Any]:
     """Everything that tools.plan prints, of one step of `what`: "train" or "decode" (one token a row)."""
     mesh = meshes.make_mesh(cfg.mesh, devices)
-    rows, shards = cfg.data.batch_size, mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % (shards * cfg.accum):
-        fix = f"a multiple of {shards * cfg.accum}"
-        raise UserError(f"{rows} rows do not divide over {shards} devices x {cfg.accum}", "config.data.batch_size", fix)
+    rows, shards = cfg.data.batch_size, meshes.row_shards(cfg, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
         planned = init.plan(cfg, model, mesh)
         lowered, arguments = (train_step if what == "train" else decode_step)(cfg, planned)
@@ -65,8 +61,6 @@ def plan(cfg: Any, model: Any, devices: list[Any], what: str = "train") -> dict[
 
 def train_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:
     """The step of train.main, lowered, and its arguments by kind."""
-    step = make_step(planned.objective.loss, planned.tx, cfg.accum)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(planned.shardings, None))
     state = jax.tree.map(_placed, planned.abstract, planned.shardings)
     place = NamedSharding(planned.mesh, meshes.BATCH)
     array = lambda dtype: jax.ShapeDtypeStruct((cfg.data.batch_size, cfg.data.seq_len), dtype, sharding=place)
@@ -74,7 +68,7 @@ def train_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:
     part = {k: array(jnp.float32 if k == "mask" else jnp.int32) for k in keys}
     batch = part if "tokens" in planned.objective.batch else {"chosen": part, "rejected": part}
     kinds = {"params": state.params, "optimizer": state.opt_state, "frozen": state.frozen, "batch": batch}
-    return step.lower(state, batch), kinds
+    return compile_step(planned, cfg.accum).lower(state, batch), kinds
 
 
 def decode_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:

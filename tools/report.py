@@ -2,16 +2,19 @@
 
     python -m tools.report RUN... [--out=report.html]
 
-RUN is a run folder, or a folder with the evals.jsonl of evals.main. The page is one static HTML file without scripts or
-links to elsewhere; report.md, its short form, is written beside it.
+RUN is a run folder, here or at gs://BUCKET/FOLDER, or a folder with the evals.jsonl of evals.main. The page is one
+static HTML file without scripts or links to elsewhere; report.md, its short form, is written beside it.
 """
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
+from configs import paths
 from configs.errors import UserError
 from tools import report_data, report_page
+from train import files
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +38,8 @@ def write(folders: list[str | Path], out: Path) -> Path:
     """Writes the page at `out` and its short form; both appear whole or not at all. Raises UserError."""
     if not folders:
         raise UserError("no run folders", "tools.report", "python -m tools.report runs/a runs/b")
-    runs = [report_data.read(folder) for folder in folders]
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = [report_data.read(local(folder, scratch)) for folder in folders]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for path, text in ((out, report_page.html(runs)), (out.with_suffix(".md"), report_page.markdown(runs))):
@@ -45,6 +49,18 @@ def write(folders: list[str | Path], out: Path) -> Path:
     except OSError as e:
         raise UserError(f"cannot be written: {e.strerror}", str(out), "choose another --out") from e
     return out
+
+
+def local(folder: str | Path, scratch: str) -> Path:
+    """The folder, or a copy in `scratch` of what a run at gs://BUCKET/FOLDER holds beside its checkpoints."""
+    home = paths.parse(folder)
+    if not paths.remote(home):
+        return home
+    copy = Path(scratch) / files.mirror(home).name / home.name
+    copy.mkdir(parents=True)
+    with paths.told(home):
+        files.fetch(home, copy)
+    return copy
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 A step is written as `ckpt/<step>.tmp` in the background and gets its name by one rename when all of it, the manifest of
 digests included, is on disk: a process killed at any moment leaves a step or a `.tmp` folder, which the next start
-removes. All processes of a run must see the same folder.
+removes. In an object store it is written in place, and is a step once its manifest, written last, is there. All
+processes of a run must see the same folder.
 """
 
 import itertools
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from configs import paths
 from configs.errors import UserError
 from model import saved
 from model.saved import MANIFEST, Damaged
@@ -33,18 +34,29 @@ def warn(message: str) -> None:
 class Checkpointer:
     """Saves and restores a TrainState: everything but `frozen`, of which it keeps and checks a digest.
 
-    `cfg` is the config's `ckpt`; `allow` its `allow`. `log` hears in one line of every damaged step and failed save.
+    `cfg` is the config's `ckpt`; `allow` its `allow`. `log` hears in one line of every damaged step and failed save;
+    `first` is called before each save, and makes durable what must not be older than the step.
     """
 
-    def __init__(self, folder: str | Path, cfg: Any, allow: Iterable[str] = (), log: Callable[[str], None] = warn):
-        self.folder, self.cfg, self.allow, self.log = Path(folder).resolve(), cfg, tuple(allow), log
+    def __init__(
+        self,
+        folder: str | Path,
+        cfg: Any,
+        allow: Iterable[str] = (),
+        log: Callable[[str], None] = warn,
+        first: Callable[[], None] = lambda: None,
+    ):
+        folder = paths.parse(folder)
+        self.folder = folder if paths.remote(folder) else folder.resolve()
+        self.cfg, self.allow, self.log, self.first = cfg, tuple(allow), log, first
         self._saved: int | None = None  # the step that a save was last begun or restored for
         self._when = time.monotonic()
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
         self._frozen: str | None = None
         if hosts.primary():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not paths.remote(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
             self._tidy()
 
     def restore(self, state: Any, source: Any) -> Any:
@@ -108,13 +120,15 @@ class Checkpointer:
         return bool(hosts.from_first(time.monotonic() - self._when >= 60 * self.cfg.minutes))
 
     def _begin(self, step: int, state: Any, source: Any) -> None:
-        final, part = self.folder / str(step), self.folder / f"{step}.tmp"
+        final = self.folder / str(step)
+        part = final if paths.remote(final) else self.folder / f"{step}.tmp"
         if hosts.primary():
             self._remove_unfinished()
             if final.exists():
                 self._set_aside(final)
         hosts.from_first(0)
         self._saved, self._when = step, time.monotonic()
+        self.first()
         arrays = saved.named(state.replace(frozen=None))
         manifest = {
             "step": step,
@@ -130,15 +144,16 @@ class Checkpointer:
         else:
             self._pending = self._writer.submit(self._commit, response, manifest, part, final)
 
-    def _commit(self, response: Any, manifest: dict, part: Path, final: Path) -> None:
+    def _commit(self, response: Any, manifest: dict, part: Any, final: Any) -> None:
         """Waits for the arrays, then makes them a step; the writer thread runs it."""
         try:
             response.result()
             if hosts.primary():
                 manifest["files"] = _sizes(part)
                 files.write(part / MANIFEST, saved.seal(manifest))
-                part.rename(final)
-                files.sync(self.folder)
+                if part != final:
+                    part.rename(final)
+                    files.sync(self.folder)
                 self._prune()
         except BaseException:
             if hosts.primary():
@@ -149,9 +164,12 @@ class Checkpointer:
         """Deletes steps beyond the newest `keep`, except every `keep_every`-th."""
         for step in saved.steps(self.folder)[self.cfg.keep :]:
             if not self.cfg.keep_every or step % self.cfg.keep_every:
-                doomed = self.folder / f"{step}.tmp"  # renamed first: half a deletion must not look like a step
-                (self.folder / str(step)).rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                doomed = self.folder / str(step)  # half a deletion must not look like a step
+                if paths.remote(doomed):
+                    (doomed / MANIFEST).unlink()
+                else:
+                    doomed = doomed.rename(self.folder / f"{step}.tmp")
+                files.remove(doomed)
 
     def _load(self, step: int, state: Any, source: Any) -> tuple[str, Any]:
         """(problem, state): what is wrong with a step, or the state it holds."""
@@ -208,16 +226,21 @@ class Checkpointer:
         """Removes what killed saves left; names what does not belong here."""
         self._remove_unfinished()
         ours = {str(step) for step in saved.steps(self.folder)}
-        foreign = sorted(p.name for p in self.folder.iterdir() if p.name not in ours and "invalid-" not in p.name)
+        foreign = sorted(name for name in self._names() if name not in ours and "invalid-" not in name)
         if foreign:
             self.log(f"{self.folder}: {', '.join(foreign[:5])} ignored: not a checkpoint")
 
     def _remove_unfinished(self) -> None:
-        for path in self.folder.iterdir():
-            if UNFINISHED.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
+        whole = set(map(str, saved.steps(self.folder)))
+        for name in self._names():
+            begun = paths.remote(self.folder) and name not in whole and saved.STEP.fullmatch(name)
+            if begun or UNFINISHED.fullmatch(name):
+                files.remove(self.folder / name)
 
-    def _set_aside(self, folder: Path) -> None:
+    def _names(self) -> list[str]:
+        return [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
+
+    def _set_aside(self, folder: Any) -> None:
         if hosts.primary():
             names = (self.folder / f"invalid-{folder.name}-{n}" for n in itertools.count())
             folder.rename(next(name for name in names if not name.exists()))
@@ -237,7 +260,7 @@ def _fingerprint(source: Any) -> dict:
     return {k: v for k, v in source.state_dict().items() if k == "fingerprint"}
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _sizes(folder: Any) -> dict[str, int]:
     """Bytes of each file that a step cannot be read without; copying a step may lose Orbax's empty markers."""
-    wanted = [folder / "_CHECKPOINT_METADATA", *folder.glob("state/**/*")]
-    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(wanted) if p.is_file()}
+    found = sorted(paths.sizes(folder).items())
+    return {name: size for name, size in found if name == "_CHECKPOINT_METADATA" or name.startswith("state/")}

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from configs import paths
 from configs.errors import UserError
 from model import build, saved, weights
 from model.layers import Block
@@ -32,14 +33,14 @@ def run(cfg: Any, workdir: str | None) -> int:
         source, _ = inputs.sources(cfg, tokenizer, mesh)
         model = build.model(cfg, start, tokenizer.vocab_size)
         planned = init.plan(cfg, model, mesh)
-        state = _newest(init.first_state(cfg, planned, start), Path(workdir or scratch) / "ckpt")
+        state = _newest(init.first_state(cfg, planned, start), paths.parse(workdir or scratch) / "ckpt")
         batch, _ = source.batch(int(state.step))
         inputs.check(planned.objective, batch)
         _show_batch(source.loader.batch(int(state.step)), tokenizer, int(state.step))
         return _examine(planned, state, batch)
 
 
-def _newest(state: Any, folder: Path) -> Any:
+def _newest(state: Any, folder: Any) -> Any:
     """`state` with what the newest step of a run holds; `state` itself without one. The step is not verified."""
     for step in saved.steps(folder)[:1]:
         arrays = saved.named(state.replace(frozen=None))

@@ -39,8 +39,10 @@ def vocabulary(cfg: Any, start: Any | None) -> int | None:
 def sources(cfg: Any, tokenizer: Any, mesh: Any) -> tuple[Any, Any | None]:
     """Training and held-out batches on the mesh; held-out is None when nothing is held out."""
     from data.loader import make_loaders
+    from train.mesh import row_shards
     from train.source import Source, local_rows
 
+    row_shards(cfg, mesh)
     mine = local_rows(mesh, cfg.data.batch_size)
     train, heldout = make_loaders(cfg.data, tokenizer, cfg.seed, mine)
     return Source(train, mesh), heldout and Source(heldout, mesh)

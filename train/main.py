@@ -67,7 +67,7 @@ def run(loaded: Any) -> int:
     from train.mesh import RULES, make_mesh
     from train.metrics import Metrics
     from train.runs import PREEMPTED, RunDir
-    from train.step import make_step
+    from train.step import compile_step
     from train.trace import Trace
 
     cfg = loaded.config
@@ -93,14 +93,14 @@ def run(loaded: Any) -> int:
             state = init.first_state(cfg, planned, start)
 
             # Where to start: 1. this run's newest whole checkpoint, 2. `init`, 3. at random.
-            ckpt = enter(contextlib.closing(Checkpointer(folder.path / "ckpt", cfg.ckpt, cfg.allow, metrics.event)))
+            place, first = folder.home / "ckpt", lambda: (metrics.sync(), folder.publish())
+            ckpt = enter(contextlib.closing(Checkpointer(place, cfg.ckpt, cfg.allow, metrics.event, first)))
             state = ckpt.restore(state, source)
             done = int(state.step)
             metrics.rewind(done)
 
         judge = Judge(cfg, planned, heldout, tokenizer, metrics)
-        step = make_step(planned.objective.loss, planned.tx, cfg.accum)
-        step = jax.jit(step, donate_argnums=0, out_shardings=(planned.shardings, None))
+        step = compile_step(planned, cfg.accum)
         clock = Clock(cfg, planned)
         trace = enter(contextlib.closing(Trace(loaded.flags.get("profile", 0), folder.path / "profile")))
         if done == 0:
@@ -130,8 +130,7 @@ def run(loaded: Any) -> int:
                     judge(state, done)
             stop = not last and folder.stop_requested(done)
             with clock.paused(), metrics.timer("checkpoint"):
-                if ckpt.maybe_save(done, state, source, force=last or stop):
-                    metrics.sync()
+                ckpt.maybe_save(done, state, source, force=last or stop)
                 if stop or last:
                     ckpt.wait()
             if stop:

@@ -62,6 +62,20 @@ def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
+def row_shards(cfg: Any, mesh: Any) -> int:
+    """How many devices share out the rows of a batch. Raises UserError when the mesh does not divide a batch [B,T],
+    which only the number of devices tells where an axis is -1."""
+    shards, rows = mesh.shape["data"] * mesh.shape["fsdp"], cfg.data.batch_size
+    if rows % (shards * cfg.accum):
+        told = f"{rows} rows do not divide over {shards} devices x {cfg.accum} micro-batches"
+        fix = f"a multiple of {shards * cfg.accum}, or fewer devices on config.mesh.data and config.mesh.fsdp"
+        raise UserError(told, "config.data.batch_size", fix)
+    if cfg.data.seq_len % mesh.shape["context"]:
+        told = f"{cfg.data.seq_len} tokens of a row do not divide over {mesh.shape['context']} devices"
+        raise UserError(told, "config.data.seq_len", "a multiple of that, or fewer devices on config.mesh.context")
+    return shards
+
+
 def abstract_mesh(cfg: Any, devices: int = 0) -> AbstractMesh:
     """The mesh of a plan: no device is touched, and without their number an axis of -1 counts as 1."""
     shape = mesh_shape(cfg, devices) if devices else tuple(max(cfg.get(a, 1), 1) for a in AXES)

@@ -33,7 +33,7 @@ class Metrics:
     """Writes lines {"step", "time", "kind": "train" | "eval" | "event", ...}; only the first process does.
 
     `tracker` is the config's name, or an object with `log(step, numbers)` and `close()`. Call `rewind` once the state
-    is restored, `sync` when a checkpoint is saved, `end` before the session ends.
+    is restored, `sync` before a checkpoint is saved, `end` before the session ends.
     """
 
     def __init__(self, path: str | Path, total_steps: int, tracker: Any = "", run_config: dict | None = None):

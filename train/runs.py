@@ -19,9 +19,11 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from configs import paths
 from configs.errors import UserError
 from model import saved
 from train import files, hosts
+from train.lease import Lease
 
 PREEMPTED = 75  # exit code (EX_TEMPFAIL): run the same command again
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections", "rich")
@@ -38,16 +40,21 @@ SAFE = (
 class RunDir:
     """Opens `workdir` for one run, new or resumed, and holds its lock until `close` or the process's end.
 
+    A run may live at gs://BUCKET/FOLDER: checkpoints are written straight there, `home / "ckpt"`; all other files lie
+    on this machine, in `path`, and `publish` copies those that changed. Elsewhere `path` is `home`.
     `config` is the resolved config as plain data, `overrides` what the command line changed, `source` its file.
     Raises UserError: the folder is in use or cannot be written, a resume changes the config (unless "config" is in its
     `allow`; "data" for keys under data), or the processes of the launch differ.
     """
 
     def __init__(self, workdir: str | Path, config: dict, overrides: Any = None, source: str | Path = ""):
-        self.path = Path(workdir)
+        self.home = paths.parse(workdir)
+        self.path = files.mirror(self.home) if paths.remote(self.home) else self.home
         self.config = json.loads(json.dumps(config))  # tuples compare as the lists they come back as
         self.resumed, self.changes = False, []
         self._lock: int | None = None
+        self._lease: Lease | None = None
+        self._published: dict[str, tuple[int, int]] = {}
         hosts.require_same({"config": json.dumps(self.config, sort_keys=True), "code": code_digest()})
         try:
             hosts.refuse_together(self._open(overrides, source) if hosts.primary() else None)
@@ -63,11 +70,23 @@ class RunDir:
         """
         return self._stop.requested(step)
 
+    def publish(self) -> None:
+        """Call it before a save that needs these files, and at the end: a resume on another machine reads them."""
+        if self._lease:
+            with paths.told(self.home):
+                files.put(self.path, self.home, self._published)
+
     def close(self) -> None:
         self._stop.restore()
-        self._unlock()
+        try:
+            self.publish()
+        finally:
+            self._unlock()
 
     def _unlock(self) -> None:
+        if self._lease:
+            self._lease.close()
+            self._lease = None
         if self._lock is not None:
             os.ftruncate(self._lock, 0)
             os.close(self._lock)
@@ -82,13 +101,18 @@ class RunDir:
     def _open(self, overrides: Any, source: str | Path) -> UserError | None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = take_lock(self.path / "LOCK")
+            self._lock = take_lock(self.path / files.LOCK, self.home)
+            if paths.remote(self.home):
+                with paths.told(self.home):
+                    self._lease = Lease(self.home, holder())
+                    files.fetch(self.home, self.path)
             self._compare()
             files.write_json(self.path / "config.json", self.config)
             files.write_json(self.path / "overrides.json", overrides or {})
             files.write_json(self.path / "environment.json", environment())
             if source:
                 shutil.copyfile(source, self.path / "config_source.py")
+            self.publish()
         except OSError as e:
             return UserError(f"cannot be used: {e.strerror or e}", str(self.path), "choose another --workdir")
         except UserError as e:
@@ -98,7 +122,7 @@ class RunDir:
     def _compare(self) -> None:
         """Prints what a resume changes in the config; raises UserError when that is not safe."""
         path = self.path / "config.json"
-        self.resumed = bool(saved.steps(self.path / "ckpt"))
+        self.resumed = bool(saved.steps(self.home / "ckpt"))
         if not self.resumed or not path.exists():
             return
         try:
@@ -138,7 +162,7 @@ def _under(key: str, names: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(name + ".") for name in names)
 
 
-def take_lock(path: Path) -> int:
+def take_lock(path: Path, home: Any = None) -> int:
     """An exclusive lock as an open file; the kernel drops it with the process, so a killed run leaves none behind.
 
     Raises UserError that says who holds it. Where the file system knows no locks, only a notice is left.
@@ -147,21 +171,25 @@ def take_lock(path: Path) -> int:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.pread(fd, 500, 0).decode(errors="replace").strip() or "another process"
+        before = os.pread(fd, 500, 0).decode(errors="replace").strip() or "another process"
         os.close(fd)
-        raise UserError(f"the run is in use by {holder}", str(path.parent), "stop it, or use a new --workdir") from None
+        where = str(home or path.parent)
+        raise UserError(f"the run is in use by {before}", where, "stop it, or use a new --workdir") from None
     except OSError as e:
         print(
             f"warning: {path.parent} cannot be locked ({e.strerror}): start one run at a time",
             file=sys.stderr,
         )
-    me = f"pid {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}\n"
     before = os.pread(fd, 500, 0).decode(errors="replace").strip()
     if before and f" on {socket.gethostname()} " not in before:
         print(f"warning: taking over the lock that {before} left", file=sys.stderr)
     os.ftruncate(fd, 0)
-    os.pwrite(fd, me.encode(), 0)
+    os.pwrite(fd, holder().encode(), 0)
     return fd
+
+
+def holder() -> str:
+    return f"pid {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}\n"
 
 
 class StopSignals:

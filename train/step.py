@@ -9,6 +9,7 @@ import optax
 from jax import Array
 
 from model import weights
+from train.init import Plan
 from train.objectives import Pair
 from train.state import TrainState
 
@@ -75,6 +76,12 @@ def make_step(
         return state, metrics | {"grad_norm": (norm, one), "bad": (state.bad, one), "skipped": (state.skipped, one)}
 
     return step
+
+
+def compile_step(plan: Plan, accum: int = 1) -> Any:
+    """`make_step` of a planned run under jit: the state is donated and comes back where the plan places it."""
+    step = make_step(plan.objective.loss, plan.tx, accum)
+    return jax.jit(step, donate_argnums=0, out_shardings=(plan.shardings, None))
 
 
 def _split_rows(x: Array, parts: int) -> Array:
