@@ -117,15 +117,18 @@ def row(case: Any, name: str, device: Any, dump: str) -> dict[str, Any]:
 def compiled(f: Any, args: tuple, device: Any, dump: str) -> dict[str, Any]:
     """Figures of a function of abstract arrays, compiled for a device."""
     import jax
+    from jax.experimental.layout import Format, Layout
     from jax.sharding import SingleDeviceSharding
 
     from tools import kernel_report_schedule as schedule
 
     for old in glob.glob(f"{dump}/*"):
         os.unlink(old)
-    here = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(device)) for a in args]
-    program = jax.jit(f).lower(*here).compile()
+    one = SingleDeviceSharding(device)
+    here = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for a in args]
     grids = list(calls(jax.make_jaxpr(f)(*args).jaxpr))
+    # What a kernel writes goes on within a program, where XLA need not lay it out as a result.
+    program = jax.jit(f, out_shardings=Format(Layout((0, 1)), one) if grids else None).lower(*here).compile()
     sums = grids[0].grid[-1] if grids else math.inf
     listings = sorted(glob.glob(f"{dump}/*final_bundles.txt"))
     listings = [p for p in listings if not re.search("schedule-analysis|<late|-TLP-", p)]
