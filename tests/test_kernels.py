@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from kernels import blocks, int4_matmul, nf4_dequantise, packing
 from model.quant import int4, nf4
 from tests.test_quant import rand, relative
 from tools import kernel_report, kernel_report_schedule
+from tools.plan import topology
 from train.mesh import RULES, make_mesh
 
 ROOT = Path(__file__).parents[1]
@@ -196,3 +200,21 @@ def test_schedules_are_those_committed():
         assert (
             got[name]["bytes_moved"] == row["bytes_moved"] and got[name]["bytes_temporary"] == row["bytes_temporary"]
         ), name
+
+
+@pytest.mark.tpu
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: make tpu")
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_four_absent_chips_gather_packed_weights(fmt):
+    """A forward and a backward pass: two kernels, codes gathered as bytes over fsdp, no float W on the wire."""
+    eqn, mesh = "BTF,FD->BTD", make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, topology("v5e:2x2"))
+    laid = lambda a, *axes: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P(*axes)))
+    leaf = jax.eval_shape(lambda w: FORMATS[fmt](w, eqn), jax.ShapeDtypeStruct((1024, 512), jnp.float32))
+    leaf = jax.tree.map(lambda a: laid(a, *("tensor", "fsdp") if a.shape[-1] == 512 else ()), leaf)
+    x = laid(jax.ShapeDtypeStruct((4, 256, 1024), jnp.bfloat16), "fsdp", None, "tensor")
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        both = jax.value_and_grad(lambda x, leaf: leaf.einsum(eqn, x).astype(jnp.float32).sum())
+        text = jax.jit(both).lower(x, leaf).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
+    gathered = set(re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", text))
+    assert ("u8", "256,512") in gathered and all("512,512" not in shape for _, shape in gathered)

@@ -3,9 +3,10 @@
     python -m tools.kernel_report --chip=v5e,v5p,v6e,tpu7x [--shapes=quick|all] [--only=REGEX] [--json]
 
 By shape: bundles of the hot loop and its turns, the MXU's least cycles over those of the schedule, bytes moved over the
-least, VMEM, registers spilled, and beside it what XLA makes of the same operands. Times go from what bounds the kernel
-(the schedule, or HBM at its peak) to both in turn for the first and the last block, which nothing overlaps; of XLA to
-its own estimate. No stall is in them: they rank kernels to about 10 %. It needs requirements/tpu.txt.
+least, VMEM, registers spilled; beside it, but for quick shapes, what XLA makes of the same operands. Times go from what
+bounds the kernel (the schedule, or HBM at its peak) to that and the part of the first block that nothing overlaps; of
+XLA to its own estimate. No stall is in them: they rank kernels to about 10 %. TPU7x's products a cycle are a guess from
+its peak: its schedules go below. It needs requirements/tpu.txt.
 """
 
 import argparse
@@ -73,6 +74,7 @@ def report(names: list[str], quick: bool, only: str) -> list[dict[str, Any]]:
         )
         devices = {name: topology(TPUS[name].topology)[0] for name in names}
         chosen = [c for c in cases() if (c.quick or not quick) and re.search(only, f"{c.name} {c.shape}")]
+        chosen = [c._replace(xla=None) if quick and c.kernel else c for c in chosen]
         return [row(case, name, device, dump) for name, device in devices.items() for case in chosen]
 
 
@@ -93,7 +95,7 @@ def row(case: Any, name: str, device: Any, dump: str) -> dict[str, Any]:
     hertz = chip.tflops.value / tpu.devices * 1e12 / tpu.flops["bfloat16"]
     bandwidth = chip.hbm_bandwidth.value / tpu.devices
     size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    least = size(case.args) + size(jax.eval_shape(case.xla, *case.args))
+    least = size(case.args) + size(jax.eval_shape(case.kernel or case.xla, *case.args))
     found: dict[str, Any] = {"chip": name, "case": case.name, "shape": case.shape, "bytes_least": least}
     for by, f in (("kernel", case.kernel), ("xla", case.xla)):
         if f is None:
@@ -115,15 +117,18 @@ def row(case: Any, name: str, device: Any, dump: str) -> dict[str, Any]:
 def compiled(f: Any, args: tuple, device: Any, dump: str) -> dict[str, Any]:
     """Figures of a function of abstract arrays, compiled for a device."""
     import jax
+    from jax.experimental.layout import Format, Layout
     from jax.sharding import SingleDeviceSharding
 
     from tools import kernel_report_schedule as schedule
 
     for old in glob.glob(f"{dump}/*"):
         os.unlink(old)
-    here = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(device)) for a in args]
-    program = jax.jit(f).lower(*here).compile()
+    one = SingleDeviceSharding(device)
+    here = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for a in args]
     grids = list(calls(jax.make_jaxpr(f)(*args).jaxpr))
+    # What a kernel writes goes on within a program, where XLA need not lay it out as a result.
+    program = jax.jit(f, out_shardings=Format(Layout((0, 1)), one) if grids else None).lower(*here).compile()
     sums = grids[0].grid[-1] if grids else math.inf
     listings = sorted(glob.glob(f"{dump}/*final_bundles.txt"))
     listings = [p for p in listings if not re.search("schedule-analysis|<late|-TLP-", p)]

@@ -41,13 +41,13 @@ class Int4(Quantised):
         return self._on_tpu(eqn, g, super().backward, backward=True)
 
     def _on_tpu(self, eqn: str, x: Array, plain: Callable, backward: bool) -> Array:
-        """By a kernel on a TPU, where the product is one of two matrices."""
+        """By a kernel on a TPU, where the product is one of two matrices; experts are left to XLA."""
         from kernels import int4_matmul, partition
 
         xs, _, out = weights.operands(eqn)
         _, contracted, produced = weights.split(eqn)
         kept = xs.removesuffix(contracted)
-        one = (xs, out) == (kept + contracted, kept + produced) and not transposed(self.eqn)
+        one = (xs, out) == (kept + contracted, kept + produced) and self.codes.ndim == 2 and not transposed(self.eqn)
         part = [size // weights.shards(*axes) for size, axes in zip(self.kn, self.split())]
         fits = x.dtype == jnp.bfloat16 and self.offset is None and int4_matmul.supported(*part, self.tile[0])
         if not (one and fits):
