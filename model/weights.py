@@ -208,7 +208,8 @@ def replace(params: Params, specs: Specs, f: Callable[[str, Any, Spec | None], A
 
 
 def wrapping(where: str, f: Callable[[str, Any, Spec, Array], Any]) -> Transform:
-    """A Transform that puts `f(name, leaf, spec, key)` at every multiplied parameter whose name matches `where`.
+    """A Transform that puts `f(name, leaf, spec, key)` at every multiplied parameter whose name matches `where`; all
+    get the same key, of which `key_for` makes their own.
 
     Raises ValueError when none does.
     """
@@ -217,7 +218,7 @@ def wrapping(where: str, f: Callable[[str, Any, Spec, Array], Any]) -> Transform
         chosen = lambda path, spec: spec is not None and spec.eqn and re.fullmatch(where, path)
         if not any(chosen(name(path), s) for path, s in jax.tree.leaves_with_path(specs, is_leaf=is_spec)):
             raise ValueError(f"where={where!r} matches no multiplied parameter")
-        wrap = lambda path, leaf, spec: f(path, leaf, spec, key_for(key, path)) if chosen(path, spec) else leaf
+        wrap = lambda path, leaf, spec: f(path, leaf, spec, key) if chosen(path, spec) else leaf
         return replace(params, specs, wrap)
 
     return transform

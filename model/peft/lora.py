@@ -139,6 +139,7 @@ def transform(
         size = dict(zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :], strict=True)) | {"R": r}
         stack = spec.shape[: spec.stacked]
         shapes = [stack + tuple(size[c] for c in letters) for letters in (a, b)]
+        key = weights.key_for(key, path)
         start = STARTS[init](weights.dense_of(base, spec) if init == "pissa" else None, spec, shapes, scale, key)
         start = [x.astype(spec.value.dtype) for x in start]
         kept = tuple(start) if init == "pissa" else None

@@ -6,7 +6,6 @@ and no fusion changes a dequantised value, and quantising it once more gives the
 
 import functools
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from model import weights
-from model.weights import AXES, Params, Spec, Specs, Weight
+from model.weights import AXES, Spec, Transform, Weight
 
 Calibration = Literal["absmax", "percentile", "mse"]
 PERCENTILE = 99.9  # of the magnitudes of a tile
@@ -296,23 +295,15 @@ def _multiply(eqn: str, x: Array, w: Quantised) -> Array:
 _multiply.defvjp(lambda eqn, x, w: (w.forward(eqn, x), w), lambda eqn, w, g: (w.backward(eqn, g), None))
 
 
-def transform(
-    where: str, encode: Callable[[Array, str], Weight], scaled: bool = False
-) -> Callable[[Params, Specs, Array], Params]:
+def transform(where: str, encode: Callable[[Array, str], Weight], scaled: bool = False) -> Transform:
     """A Transform that replaces every multiplied parameter whose name matches `where` by `encode(w, eqn)`.
 
     With `scaled` a leaf has room for the factors on its inputs that AWQ and SmoothQuant find; here they are 1.
     Raises ValueError when `where` matches nothing.
     """
 
-    def one(w: Array, eqn: str) -> Weight:
-        leaf = encode(w, eqn)
+    def one(path: str, w: Array, spec: Spec, key: Array) -> Weight:
+        leaf = encode(w, spec.eqn)
         return leaf.with_inverse(jnp.ones((*leaf.codes.shape[:-2], leaf.kn[0], 1))) if scaled else leaf
 
-    def apply(params: Params, specs: Specs, key: Array) -> Params:
-        hit = lambda path, spec: bool(spec.eqn and re.fullmatch(where, path))
-        if not any(jax.tree.leaves(weights.map_named(hit, specs, is_leaf=weights.is_spec))):
-            raise ValueError(f"quant.where={where!r} matches no multiplied parameter")
-        return weights.replace(params, specs, lambda path, w, spec: one(w, spec.eqn) if hit(path, spec) else w)
-
-    return apply
+    return weights.wrapping(where, one)
