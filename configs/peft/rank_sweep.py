@@ -5,7 +5,7 @@
 
 The sweep's page plots held-out loss on sums, and forgetting (the rise of the loss on documentation, which the base was
 trained on), by rank and by trained parameters; each point is the best learning rate's. `--sweep=seeds,best` takes three
-seeds of one learning rate. Hardware: a laptop CPU, a quarter of an hour. Expected: (LoRA at 3e-3, one seed) 1.33 nats at
+seeds of one rate. Hardware: a laptop CPU, a quarter of an hour. Expected: with LoRA at 3e-3, one seed, 1.33 nats at
 rank 1, 0.93 at 4 and 0.92 at 16; forgetting falls with the rank, from 5.8 to 0.9 nats at 64, since alpha / rank does.
 """
 
