@@ -26,7 +26,7 @@ from model.quant import _calibrate, fp8, int4, int8, nf4, qat, train8
 from model.quant._matrix import Format, nearest
 from model.weights import Spec
 from tests.test_weights import METHODS, activation, rand, tiny
-from tools import quantize
+from tools import export, quantize
 from train.cost import cost
 from train.main import run
 from train.mesh import RULES, make_mesh, shardings
@@ -482,6 +482,10 @@ def test_a_quantised_folder_opens_alone(method, tmp_path, capsys):
     leaves = jax.tree.leaves(small.params["layers"], is_leaf=weights.is_weight)
     assert sum(isinstance(leaf, int4.Int4) for leaf in leaves) == 7
     assert quantize.main(argv) == 2  # not empty
+    exported = export.main([f"--from={tmp_path / 'small'}", f"--to={tmp_path / 'hf'}"])
+    assert exported == (2 if method == "awq" else 0)  # no Hugging Face format has its scaled inputs
+    if method == "gptq":
+        np.testing.assert_allclose(load(tmp_path / "hf").logits([1, 2, 3]), small.logits([1, 2, 3]), atol=1e-5)
     small.generate("1 is a", max_new_tokens=2)
 
 
