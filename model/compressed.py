@@ -88,6 +88,12 @@ def _scheme(path: str, leaf: Quantised, key: Key) -> dict:
     }
 
 
+def weights_only(params: Params) -> Params:
+    """With float activations, as `read` gives the model back."""
+    float_inputs = lambda w: w.replace(activations=False) if isinstance(w, Int8) else w
+    return jax.tree.map(float_inputs, params, is_leaf=weights.is_weight)
+
+
 def tensors(leaf: Quantised, key: Key, layers: int) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of all that the format stores of a stacked leaf for which `config` has a scheme."""
     kind = _scheme("", leaf, key)

@@ -55,7 +55,7 @@ def export_hf(
     plain = _merged(model, params, dequantise)
     if any(map(weights.is_weight, jax.tree.leaves(plain, is_leaf=weights.is_weight))):
         config["quantization_config"] = compressed.config(model, plain, family(model.config.family).KEYS)
-        params = weights.dense(plain, model.specs)  # for the comparison: what is read back rounds no activations
+        params = compressed.weights_only(plain)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

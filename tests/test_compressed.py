@@ -48,7 +48,7 @@ def test_written_and_read_back(name, tmp_path):
     make, format = STORED[name]
     model, params = random_model(TINY)
     small = jax.jit(lambda p: make(p, model.specs, None))(params)
-    assert export.export_hf(model, small, tokenizer.load("bytes"), tmp_path / "out") < 1e-6
+    assert export.export_hf(model, small, tokenizer.load("bytes"), tmp_path / "out") < 1e-5
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert config["format"] == format
     if name != "int4 of a column":  # of 32 rows here, of 64 there
@@ -76,7 +76,7 @@ def test_several_formats_name_their_modules(tmp_path):
     model, params = random_model(CONFIGS["qwen2"])
     small = int4.make(group=16, where=".*/mlp/.*")(params, model.specs, None)
     small = int8.make(where=".*/attn/w[qk]", activations=True)(small, model.specs, None)
-    assert export.export_hf(model, small, tokenizer.load("bytes"), tmp_path / "out") < 1e-6
+    assert export.export_hf(model, small, tokenizer.load("bytes"), tmp_path / "out") < 1e-5
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert config["format"] == "mixed-precision" and len(config["config_groups"]) == 2
     ignored = {rf"re:^model\.layers\.\d+\.self_attn\.{m}$" for m in ("v_proj", "o_proj")}
@@ -135,4 +135,4 @@ def test_activations_of_8_bits_are_not_part_of_the_comparison(tmp_path):
     tokens = jnp.arange(24).reshape(2, 12)
     rounded = jax.jit(model)(small, tokens)
     assert float(jnp.abs(rounded - jax.jit(model)(weights.dense(small, model.specs), tokens)).max()) > 1e-3
-    assert export.export_hf(model, small, tokenizer.load("bytes"), tmp_path / "out") < 1e-6
+    assert export.export_hf(model, small, tokenizer.load("bytes"), tmp_path / "out") < 1e-5
