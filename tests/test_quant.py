@@ -29,9 +29,11 @@ from model.quant._matrix import Format, nearest
 from model.weights import Spec
 from tests.test_weights import METHODS, activation, rand, tiny
 from tools import export, quantize
+from train.checkpoint import Checkpointer
 from train.cost import cost
 from train.main import run
 from train.mesh import RULES, make_mesh, shardings
+from train.state import TrainState
 
 EQNS = {  # sizes are odd, and no multiple of a group
     "BTD,DNH->BTNH": (70, 3, 5),
@@ -523,6 +525,30 @@ def test_the_budgets_choice_is_the_best_of_all():
         if fits:
             best = _budget.choose(options, room)
             assert cost(best.values(), 0) <= room and cost(best.values(), 1) == min(cost(names, 1) for names in fits)
+
+
+@pytest.mark.parametrize(
+    "quant, options, bits",
+    [
+        ("int8", {}, 8 + 16 / 512),
+        pytest.param("int4", {"group": 64}, 4 + 16 / 64, marks=pytest.mark.slow),
+        pytest.param("int4", {"group": 32, "symmetric": False}, 4 + 32 / 32, marks=pytest.mark.slow),
+        pytest.param("nf4", {}, 4 + 8 / 64 + 32 / (64 * 256), marks=pytest.mark.slow),
+        pytest.param("fp8", {"scale": "block"}, 8 + 16 / 128**2, marks=pytest.mark.slow),
+    ],
+)
+def test_bytes_in_memory_and_on_disk_are_the_arithmetics(quant, options, bits, tmp_path):
+    """Of a saved leaf of 512 x 512; a checkpoint is compressed, so that codes of few values take less on disk."""
+    module = importlib.import_module(f"model.quant.{quant}")
+    leaf = module.encode(rand(512, 512), "BTD,DF->BTF", **options)
+    want = 512 * 512 * bits / 8
+    assert abs(sum(x.nbytes for x in jax.tree.leaves(leaf)) / want - 1) < 0.02
+    state = TrainState.create({"policy": {"w": leaf}}, {}, Namespace(init=lambda _: ()), 0)
+    checkpointer = Checkpointer(tmp_path, schema.load(["--config=configs/sft/tiny.py"]).config.ckpt)
+    checkpointer.maybe_save(0, state, Namespace(state_dict=dict), force=True)
+    checkpointer.close()
+    disk = sum(p.stat().st_size for p in tmp_path.rglob("*/state/**/*") if p.is_file())
+    assert 0.7 * want < disk < 1.02 * want + 8192  # and the names, shapes and places of the arrays
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from configs.sweeps import product
 
 def get_config():
     c = tiny.get_config()
+    c.steps = 100
     c.samples = ()
     return c
 
