@@ -21,6 +21,7 @@ from typing import Any
 from configs import base, methods, overrides, rules, schema
 from configs.errors import UserError
 
+MATRICES = "layers/.*"  # what a budget is spent on
 HELD_OUT = 0.1  # share of the documents, the last ones, that nothing is calibrated on
 
 
@@ -161,21 +162,21 @@ def fitted(opened: Any, args: argparse.Namespace, settings: dict, rows: Any) -> 
         params = qat.converted(opened.params(model.specs, None, "float32"))
         fake = {k: cfg.quant[k] for k in ("group", "activations") if cfg.quant[k] is not None}
         return model, params, {"name": cfg.quant.format, **fake, "where": cfg.quant.where}
+    limit = settings.pop("budget", None)
+    where = lambda: settings.get("where") or "|".join(where for where, _ in settings["formats"])
+    check_where(model.specs, MATRICES if limit else where())
     params, layer = reader(opened, model, args.dtype)
     xs = [_calibrate.embed(model, params, rows[i : i + 8]) for i in range(0, len(rows), 8)]
-    if limit := settings.pop("budget", None):
+    if limit:
         settings["formats"] = search(model, layer, xs[0], limit, settings["group"], args.dtype)
     if args.quant == "mixed":
-        where = "|".join(where for where, _ in settings["formats"])
         encoder = partial(mixed.encoder, **settings)
     else:
-        where = settings["where"]
         kwargs = {k: v for k, v in settings.items() if k not in ("where", "scaled")}
         encode = partial(importlib.import_module(f"model.quant.{args.quant}").encode, **kwargs)
         encoder = lambda path: encode
-    check_where(model.specs, where)
     layers = []
-    for i, (one, errors) in enumerate(_calibrate.calibrate(model, xs, layer, args.method, encoder, where)):
+    for i, (one, errors) in enumerate(_calibrate.calibrate(model, xs, layer, args.method, encoder, where())):
         told = "  ".join(f"{path} {100 * e:.2f}%" for path, e in errors.items())
         print(f"layer {i}: output error {told}", flush=True)
         layers.append(one)
@@ -193,13 +194,13 @@ def search(model: Any, layer: Any, x: Any, limit: tuple[float, str], group: int,
 
     encoders = {name: mixed.encoder("", ((".*", name),), group) for name in ("int4", "int8")}
     specs = {weights.name(path): s for path, s in jax.tree.leaves_with_path(model.specs, is_leaf=weights.is_spec)}
-    chosen = {p: s for p, s in specs.items() if p.startswith("layers/") and s.eqn and not weights.split(s.eqn)[0]}
+    chosen = {path: spec for path, spec in specs.items() if spec.eqn and re.fullmatch(MATRICES, path)}
     wide = jnp.dtype(dtype).itemsize
     searched = sum(s.value.size for s in chosen.values())
     rest = wide * (sum(s.value.size for s in specs.values()) - searched)
     number, unit = limit
     room = number * searched / 8 if unit == "bits" else number * 10 ** {"KB": 3, "MB": 6, "GB": 9}[unit] - rest
-    errors = _budget.measure(model, x, layer, encoders, "|".join(map(re.escape, chosen)))
+    errors = _budget.measure(model, x, layer, encoders, MATRICES)
     table = {
         path: {f: (_budget.size(spec, encoders[f]), e) for f, e in errors[path].items()}
         | {dtype: (wide * spec.value.size, 0.0)}
