@@ -37,13 +37,13 @@ def config(model: Transformer, params: Params, keys: dict[str, Key]) -> dict:
         if not isinstance(leaf, Quantised):
             spec = functools.reduce(lambda tree, name: tree[name], path.split("/"), model.specs)
             if spec.eqn and "V" not in weights.split(spec.eqn)[1]:  # a table that is looked up is no Linear
-                ignored.append(_target(keys[path]))
+                ignored.append(_target(model, path, keys[path]))
             continue
         scheme = _scheme(path, leaf, keys[path])
         same = next((targets for known, targets in groups if known == scheme), None)
         if same is None:
             groups.append((scheme, same := []))
-        same.append(_target(keys[path]))
+        same.append(_target(model, path, keys[path]))
     named = [scheme | {"targets": ["Linear"] if len(groups) == 1 else targets} for scheme, targets in groups]
     formats = {scheme["format"] for scheme in named}
     return {
@@ -55,10 +55,14 @@ def config(model: Transformer, params: Params, keys: dict[str, Key]) -> dict:
     }
 
 
-def _target(key: Key) -> str:
-    """The module of a tensor, in every layer."""
+def _target(model: Transformer, path: str, key: Key) -> str:
+    """The module of a tensor, in every layer that has the parameter `path`."""
     name = key.name.removesuffix(".weight")
-    return "re:^" + re.escape(name).replace(re.escape("{}"), r"\d+") + "$" if "{}" in name else name
+    if "{}" not in name:
+        return name
+    layers = list(model.config.stack(path))
+    number = r"\d+" if len(layers) == model.config.layers else f"({'|'.join(map(str, layers))})"
+    return "re:^" + re.escape(name).replace(re.escape("{}"), number) + "$"
 
 
 def _scheme(path: str, leaf: Quantised, key: Key) -> dict:
@@ -94,11 +98,11 @@ def weights_only(params: Params) -> Params:
     return jax.tree.map(float_inputs, params, is_leaf=weights.is_weight)
 
 
-def tensors(leaf: Quantised, key: Key, layers: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of all that the format stores of a stacked leaf for which `config` has a scheme."""
+def tensors(leaf: Quantised, key: Key, layers: Iterable[int]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of all that the format stores of a leaf, stacked over `layers`, for which `config` has a scheme."""
     kind = _scheme("", leaf, key)
-    for layer in range(layers) if "{}" in key.name else (None,):
-        one = leaf if layer is None else jax.tree.map(lambda x, i=layer: x[i], leaf)
+    for at, layer in enumerate(layers) if "{}" in key.name else [(None, None)]:
+        one = leaf if at is None else jax.tree.map(lambda x, i=at: x[i], leaf)
         name, numbers = key.name.format(layer), np.asarray(one.numbers(one._swap(one.codes))).T
         scale = np.asarray(one._scale()).T
         yield f"{name}_scale", scale.reshape(-1) if kind["weights"]["strategy"] == "tensor" else scale

@@ -87,7 +87,7 @@ def tensors(model: Transformer, params: Params) -> Iterator[tuple[str, np.ndarra
     leaves = {weights.name(path): w for path, w in jax.tree.leaves_with_path(params, is_leaf=weights.is_weight)}
     for path, leaf in leaves.items():
         if isinstance(leaf, Quantised):
-            yield from compressed.tensors(leaf, keys[path], model.config.layers)
+            yield from compressed.tensors(leaf, keys[path], model.config.stack(path))
         else:
             holders[keys[path].name].append(path)
     for name, paths in holders.items():
