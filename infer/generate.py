@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from configs.errors import UserError
 from infer.sample import Knobs, sample
+from model.kv_cache import KINDS
 from model.transformer import Transformer, unstack, virtual_tokens
 from model.weights import Params
 
@@ -60,8 +61,9 @@ def generate(
     seed: int = 0,
     stop_ids: Sequence[int] = (),
     stop: Callable[[list[int]], bool] | None = None,
+    cache: str = "float",
 ) -> Samples:
-    """Continues token prompts; greedy at temperature 0.
+    """Continues token prompts; greedy at temperature 0. `cache`: "float", or "int8" or "fp8" for less memory.
 
     A row's sample depends on the seed, its prompt and how many equal prompts stand before it, and on nothing else in
     the batch. `stop(tokens)` is asked now and then whether a row may end; what was sampled after is still returned.
@@ -71,7 +73,7 @@ def generate(
     knobs = Knobs(temperature, top_k, top_p, min_p)
     params = unrolled(model, params)
     ends = _stop_ids(stop_ids)
-    state = _start(model, params, prompts, max_new_tokens, seed, knobs, ends)
+    state = _start(model, params, prompts, max_new_tokens, seed, knobs, ends, cache)
     rows = len(prompts)
     while int(state.step) < max_new_tokens and not bool(state.done.all()):
         until = min(max_new_tokens, int(state.step) + LOOK) if stop else max_new_tokens
@@ -84,11 +86,11 @@ def generate(
 
 def stream(
     model: Transformer, params: Params, prompt: Sequence[int], *, max_new_tokens: int, seed: int = 0,
-    stop_ids: Sequence[int] = (), **knobs: float,
+    stop_ids: Sequence[int] = (), cache: str = "float", **knobs: float,
 ) -> Iterator[int]:  # fmt: skip
     """The tokens of `generate` for one prompt, as they come."""
     params, ends, knobs = unrolled(model, params), _stop_ids(stop_ids), Knobs(**knobs)
-    state = _start(model, params, [prompt], max_new_tokens, seed, knobs, ends)
+    state = _start(model, params, [prompt], max_new_tokens, seed, knobs, ends, cache)
     for i in range(max_new_tokens):
         if i:
             state = _decode(model, params, state, i + 1, knobs, ends)
@@ -143,13 +145,17 @@ def row_keys(prompts: Sequence[Sequence[int]], rows: int, seed: int) -> Array:
     return fold(data)
 
 
-def _start(model: Transformer, params: Params, prompts: Any, n: int, seed: int, knobs: Knobs, ends: Array) -> State:
+def _start(
+    model: Transformer, params: Params, prompts: Any, n: int, seed: int, knobs: Knobs, ends: Array, kind: str
+) -> State:
     """Prefill, and the first token of every row."""
     _check(model, params, prompts, n)
+    if kind not in KINDS:
+        raise UserError(f"cache={kind!r}", fix=f"one of {', '.join(KINDS)}")
     batch = pad(prompts)
     rows, width = batch[0].shape
     room = bucket(n, 64)  # the usual lengths share a program
-    cache = _cache(model, params, rows, width + room)
+    cache = _cache(model, params, rows, width + room, kind)
     for start in range(0, width, PREFILL):
         tokens, positions, segments = (a[:, start : start + PREFILL] for a in batch)
         x, cache = _prefill(model, params, tokens, positions, segments, cache)
@@ -198,9 +204,9 @@ def _rows(state: State, rows: int) -> tuple[list[list[int]], list[np.ndarray]]:
     return [row.tolist() for row in cut(tokens)], cut(logps)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _cache(model: Transformer, params: Params, rows: int, length: int) -> dict:
-    return model.cache(rows, length, params=params)
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
+def _cache(model: Transformer, params: Params, rows: int, length: int, kind: str) -> dict:
+    return model.cache(rows, length, params=params, kind=kind)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)

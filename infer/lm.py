@@ -54,7 +54,7 @@ class LM:
         """One continuation a prompt, without the prompt and without what follows a string of `stop`.
 
         `prompts` is one prompt or several. Knobs as in infer.generate: temperature (0: greedy), top_k, top_p, min_p,
-        seed. An answer ends at the tokenizer's end tokens.
+        seed, cache. An answer ends at the tokenizer's end tokens.
         """
         asked = [self.encode(p) for p in _several(prompts)]
         stopped = lambda tokens: any(s in self.tokenizer.decode(tokens, skip_special=True) for s in stop)

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.errors import UserError
-from model import layout, weights
+from model import compressed, layout, weights
 from model.hf import INDEX
 from model.pretrained import family, open_pretrained
+from model.quant import qat
+from model.quant._matrix import Quantised
 from model.transformer import Transformer
-from model.weights import Params
+from model.weights import Params, dense_of
 
 SHARD_BYTES = 5 * 10**9
 # Largest difference of the logits, as a share of the largest logit, that rounding the weights to this type explains.
@@ -34,12 +36,15 @@ def export_hf(
     dtype: str = "float32",
     check: bool = True,
     generation: dict | None = None,
+    dequantise: bool = False,
 ) -> float:
     """Merge adapters, write everything, read it back and compare logits; only then does `folder` appear.
 
-    `params` are stacked. `generation` adds to generation_config.json (temperature, ...). Returns the largest difference
-    of the logits as a share of the largest logit (0.0 without `check`). Raises UserError when the folder is not empty,
-    when the family cannot say what the model is, and when the check fails.
+    `params` are stacked. Quantised leaves are stored as they are, in the compressed-tensors format, or as floats with
+    `dequantise`; an adapter and its base become one float array. `generation` adds to generation_config.json
+    (temperature, ...). Returns the largest difference of the logits as a share of the largest logit (0.0 without
+    `check`). Raises UserError when the folder is not empty, when the family or the format cannot say what the model is,
+    and when the check fails.
     """
     folder = Path(folder).absolute()
     if dtype not in TOLERANCE:
@@ -47,6 +52,10 @@ def export_hf(
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError("exists and is not empty", str(folder), "choose a new folder")
     config, generation = _configs(model, tokenizer, dtype, generation or {})
+    plain = _merged(model, params, dequantise)
+    if any(map(weights.is_weight, jax.tree.leaves(plain, is_leaf=weights.is_weight))):
+        config["quantization_config"] = compressed.config(model, plain, family(model.config.family).KEYS)
+        params = compressed.weights_only(plain)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -54,7 +63,7 @@ def export_hf(
         _write_json(temporary / "config.json", config)
         _write_json(temporary / "generation_config.json", generation)
         tokenizer.save(temporary)
-        _write_tensors(model, weights.dense(params, model.specs), temporary, dtype)
+        _write_tensors(model, plain, temporary, dtype)
         delta = _difference(model, params, temporary) if check else 0.0
         if not delta <= TOLERANCE[dtype]:
             what = f"logits read back differ by {delta:.2g} of their scale, over {TOLERANCE[dtype]:.0e} for {dtype}"
@@ -65,13 +74,22 @@ def export_hf(
     return delta
 
 
+def _merged(model: Transformer, params: Params, dequantise: bool) -> Params:
+    """Plain arrays, and beside them the quantised leaves that are to be stored as they are."""
+    kept = lambda w: isinstance(w, Quantised) and not dequantise
+    return weights.replace(qat.converted(params), model.specs, lambda _, w, spec: w if kept(w) else dense_of(w, spec))
+
+
 def tensors(model: Transformer, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of every tensor of the checkpoint, from plain stacked parameters: the inverse of loading."""
+    """(name, array) of every tensor of the checkpoint, from stacked parameters: the inverse of loading."""
     keys, sizes = family(model.config.family).KEYS, model.config.sizes
     holders = defaultdict(list)  # name in the checkpoint -> our parameters in it
-    leaves = {weights.name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-    for path in leaves:
-        holders[keys[path].name].append(path)
+    leaves = {weights.name(path): w for path, w in jax.tree.leaves_with_path(params, is_leaf=weights.is_weight)}
+    for path, leaf in leaves.items():
+        if isinstance(leaf, Quantised):
+            yield from compressed.tensors(leaf, keys[path], model.config.stack(path))
+        else:
+            holders[keys[path].name].append(path)
     for name, paths in holders.items():
         host = {path: np.asarray(leaves[path]) for path in paths}
         if "{}" not in name:
@@ -110,7 +128,8 @@ def _write_tensors(model: Transformer, params: Params, folder: Path, dtype: str)
         shard.clear()
 
     for name, x in tensors(model, params):
-        x = np.ascontiguousarray(x, jnp.dtype(dtype))
+        codes = x.dtype.itemsize == 1 or x.dtype.kind == "i"
+        x = np.ascontiguousarray(x, x.dtype if codes else jnp.dtype(dtype))
         if shard and sum(t.nbytes for t in shard.values()) + x.nbytes > SHARD_BYTES:
             flush()
         shard[name] = x

@@ -5,14 +5,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from configs.errors import UserError
+from model import compressed
 from model.layout import Index
 
 FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "chat_template*")  # what is fetched of a hub repository
 INDEX = "model.safetensors.index.json"
-DTYPES = ("F32", "BF16", "F16", "F64")
+DTYPES = ("F32", "BF16", "F16", "F64", "I8", "I32", "I64")  # the integers are codes
 
 
 class Folder:
@@ -22,8 +24,8 @@ class Folder:
         self.path = path
         self.hf_config = read_json(path / "config.json")
         self.generation = read_json(path / "generation_config.json", optional=True)
-        if "quantization_config" in self.hf_config:
-            raise UserError("weights are stored quantised", str(path), "open the unquantised model, or its .gguf")
+        if quantised := self.hf_config.get("quantization_config"):
+            compressed.check(quantised, str(path))
         self.shards = self._shards()
 
     def _shards(self) -> dict[str, str]:
@@ -60,21 +62,37 @@ class Folder:
 
     @property
     def names(self) -> set[str]:
-        return set(self.shards)
+        return compressed.names(self.shards)
 
     def stored(self, name: str) -> str:
         """The name here of a tensor of a causal model: a bare body has no "model." or "transformer." in front."""
         bare = name.split(".", 1)[1]
-        return bare if name not in self.shards and bare in self.shards else name
+        return bare if name not in self.names and bare in self.names else name
 
     def shape(self, name: str) -> tuple[int, ...]:
+        return compressed.shape(self, name) if f"{name}_packed" in self.shards else self.stored_shape(name)
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, cuts: Index) -> np.ndarray:
+        return compressed.read(self, name, cuts) if f"{name}_scale" in self.shards else self.tensor(name, cuts)
+
+    def tensor(self, name: str, cuts: Index) -> np.ndarray:
         tensor = self._slice(name)
+        if tensor.get_dtype() == "F8_E4M3":
+            return self._bytes(name)[cuts].view(ml_dtypes.float8_e4m3fn)
         if tensor.get_dtype() not in DTYPES:
             raise UserError(f"{name} is stored as {tensor.get_dtype()}; known: {', '.join(DTYPES)}", str(self.path))
         return tensor[cuts]
+
+    def _bytes(self, name: str) -> np.ndarray:
+        """A tensor of a type that the library does not give to numpy, from where the file's header says it lies."""
+        path = self.path / self.shards[name]
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))[name]
+        return np.memmap(path, np.uint8, "r", 8 + size + header["data_offsets"][0], tuple(header["shape"]))
 
 
 def read_json(path: Path, optional: bool = False) -> dict:

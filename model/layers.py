@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model import weights
+from model import kv_cache, weights
 from model.attention import mask, rope_angles, rotate
 from model.backends import attend
 from model.config import ModelConfig
@@ -78,8 +78,8 @@ class Attention(Layer):
             q, k = rotate(q, context["angles"]), rotate(k, context["angles"])
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B,K,S,H]
         if cache is not None:
-            k, v = write(cache["k"], k, context["index"]), write(cache["v"], v, context["index"])
-            cache = {"k": k, "v": v}
+            cache = {n: kv_cache.write(cache[n], x, context["index"]) for n, x in (("k", k), ("v", v))}
+            k, v = (kv_cache.read(cache[n], q.dtype) for n in ("k", "v"))
         y = attend(q, k.astype(q.dtype), v.astype(q.dtype), context, windowed)
         scale = (2 * c.layers) ** -0.5  # keeps the residual stream's variance independent of depth (GPT-2)
         y = weights.einsum("BTNH,NHD->BTD", y, self.weight("wo", "BTNH,NHD->BTD", scale))
@@ -89,12 +89,6 @@ class Attention(Layer):
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.config.norm_eps)
         return (h * self.vector(name, "H", 1.0)).astype(x.dtype)
-
-
-def write(cache: Array, new: Array, index: Array) -> Array:
-    """`new` [B,K,T,H] into a cache [B*K,S,H] at `index`."""
-    new = new.reshape(-1, *new.shape[2:]).astype(cache.dtype)
-    return jax.lax.dynamic_update_slice(cache, new, (0, index, 0))
 
 
 class MLP(Layer):

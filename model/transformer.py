@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model import weights
+from model import kv_cache, weights
 from model.config import ModelConfig
 from model.layers import Norm, context, softcap
 from model.recurrent import BLOCKS, block_of, initial, join, pick, scan
@@ -149,27 +149,32 @@ class Transformer:
 
     # --- decoding ---
 
-    def cache(self, batch: int, length: int, unrolled: bool = True, params: Params | None = None) -> dict:
+    def cache(
+        self, batch: int, length: int, unrolled: bool = True, params: Params | None = None, kind: str = "float"
+    ) -> dict:
         """A key-value cache for `length` positions of `batch` rows. `segments` 0 marks what is not written.
 
-        Recurrent layers have a state in its place. Stacked, layers of several kinds are a dict by kind.
+        `kind`: one of kv_cache.KINDS. Recurrent layers have a state in its place. Stacked, layers of several kinds are
+        a dict by kind.
 
         It is empty unless `params` hold virtual tokens (prefix and prompt tuning): these stand at its start.
         """
         c = self.config
         shape = (batch * c.kv_heads, length, c.head_dim)
-        keys = lambda lead: {n: jnp.zeros(lead + shape, self.dtype) for n in ("k", "v")}
-        one = lambda kind, lead=(): keys(lead) if kind == "attn" else initial(c, (*lead, batch), self.dtype)
+        keys = lambda lead: {n: kv_cache.encode(jnp.zeros(lead + shape, self.dtype), kind) for n in ("k", "v")}
+        one = lambda block, lead=(): keys(lead) if block == "attn" else initial(c, (*lead, batch), self.dtype)
         if unrolled:
             layers = tuple(map(one, c.kinds))
         else:
-            layers = {kind: one(kind, (c.kinds.count(kind),)) for kind in set(c.kinds)}
+            layers = {block: one(block, (c.kinds.count(block),)) for block in set(c.kinds)}
             layers = layers if len(layers) > 1 else layers[c.kinds[0]]
         positions = segments = jnp.zeros((batch, length), jnp.int32)
         virtual = virtual_tokens(params or {})
         if virtual:
             repeat = lambda x: jnp.tile(x.astype(self.dtype), (*(1,) * (x.ndim - 3), batch, 1, 1))  # [B*K,P,H]
-            before = lambda first, rest: rest if first is None else jnp.concatenate([repeat(first), rest], -2)
+            behind = lambda first, rest: jnp.concatenate([first, rest], -2)
+            stored = lambda x: kv_cache.encode(repeat(x), kind)
+            before = lambda first, rest: rest if first is None else jax.tree.map(behind, stored(first), rest)
             layers = jax.tree.map(before, self._virtual(params), layers, is_leaf=lambda x: x is None)
             first = jnp.broadcast_to(jnp.arange(virtual, dtype=jnp.int32), (batch, virtual))
             positions = jnp.concatenate([first, positions], 1)

@@ -220,6 +220,9 @@ def test_decoding_with_a_cache_is_the_full_forward_pass(small, method):
         full = jax.nn.log_softmax(forward(params, row)[0])[len(prompt_) - 1 : len(prompt_) + 3]
         assert full.argmax(-1).tolist() == new
         np.testing.assert_allclose(full.max(-1), logps, atol=1e-4)
+    if method == "prefix":  # what stands at the start of the cache is rounded too
+        rounded = generate(model, params, prompts, max_new_tokens=4, cache="int8")
+        np.testing.assert_allclose(np.stack(rounded.logps), np.stack(out.logps), atol=0.05)
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])

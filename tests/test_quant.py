@@ -6,6 +6,7 @@ import importlib
 import inspect
 import itertools
 import json
+import re
 import shutil
 from argparse import Namespace
 
@@ -16,20 +17,23 @@ import numpy as np
 import pytest
 
 from configs import schema
+from configs.errors import UserError
 from data import sources, tokenizer
 from infer import load
 from infer.lm import LM
 from kernels.packing import pack, unpack
 from model import weights
 from model.peft import lora
-from model.quant import _calibrate, fp8, int4, int8, nf4, qat, train8
+from model.quant import _budget, _calibrate, fp8, int4, int8, nf4, qat, train8
 from model.quant._matrix import Format, nearest
 from model.weights import Spec
 from tests.test_weights import METHODS, activation, rand, tiny
-from tools import quantize
+from tools import export, quantize
+from train.checkpoint import Checkpointer
 from train.cost import cost
 from train.main import run
 from train.mesh import RULES, make_mesh, shardings
+from train.state import TrainState
 
 EQNS = {  # sizes are odd, and no multiple of a group
     "BTD,DNH->BTNH": (70, 3, 5),
@@ -451,6 +455,9 @@ def test_smoothquant_by_hand():
         "--method=awq --quant=nf4",
         "--calibration=max",
         "--quant=int5",
+        "--budget=1GB",
+        "--quant=mixed",
+        "--quant=mixed --budget=1TB",
     ],
 )
 def test_bad_words_to_quantize_are_one_line(wrong, tmp_path, capsys):
@@ -482,6 +489,10 @@ def test_a_quantised_folder_opens_alone(method, tmp_path, capsys):
     leaves = jax.tree.leaves(small.params["layers"], is_leaf=weights.is_weight)
     assert sum(isinstance(leaf, int4.Int4) for leaf in leaves) == 7
     assert quantize.main(argv) == 2  # not empty
+    exported = export.main([f"--from={tmp_path / 'small'}", f"--to={tmp_path / 'hf'}"])
+    assert exported == (2 if method == "awq" else 0)  # no Hugging Face format has its scaled inputs
+    if method == "gptq":
+        np.testing.assert_allclose(load(tmp_path / "hf").logits([1, 2, 3]), small.logits([1, 2, 3]), atol=1e-5)
     small.generate("1 is a", max_new_tokens=2)
 
 
@@ -497,6 +508,70 @@ def test_a_qat_run_becomes_the_model_it_was_trained_as(tmp_path):
     trained, small = load(tmp_path / "run"), load(tmp_path / "small")
     assert isinstance(small.params["layers"]["attn"]["wq"], int4.Int4)
     np.testing.assert_array_equal(trained.logits(tokens), small.logits(tokens))
+
+
+def test_the_budgets_choice_is_the_best_of_all():
+    """Against every combination; and by hand: 5 bytes buy the better format where it saves 3, not where it saves 1."""
+    by_hand = {"a": {"wide": (3, 0.0), "small": (1, 3.0)}, "b": {"wide": (4, 0.0), "small": (2, 1.0)}}
+    assert _budget.choose(by_hand, 5) == {"a": "wide", "b": "small"}
+    with pytest.raises(UserError, match="at least"):
+        _budget.choose(by_hand, 2)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        options = {p: {f: (int(rng.integers(1, 40)), float(rng.random())) for f in "xyz"} for p in "abcde"}
+        room = int(rng.integers(60, 150))
+        cost = lambda names, i, o=options: sum(o[p][f][i] for p, f in zip(o, names, strict=True))
+        fits = [names for names in itertools.product("xyz", repeat=5) if cost(names, 0) <= room]
+        if fits:
+            best = _budget.choose(options, room)
+            assert cost(best.values(), 0) <= room and cost(best.values(), 1) == min(cost(names, 1) for names in fits)
+
+
+@pytest.mark.parametrize(
+    "quant, options, bits",
+    [
+        ("int8", {}, 8 + 16 / 512),
+        pytest.param("int4", {"group": 64}, 4 + 16 / 64, marks=pytest.mark.slow),
+        pytest.param("int4", {"group": 32, "symmetric": False}, 4 + 32 / 32, marks=pytest.mark.slow),
+        pytest.param("nf4", {}, 4 + 8 / 64 + 32 / (64 * 256), marks=pytest.mark.slow),
+        pytest.param("fp8", {"scale": "block"}, 8 + 16 / 128**2, marks=pytest.mark.slow),
+    ],
+)
+def test_bytes_in_memory_and_on_disk_are_the_arithmetics(quant, options, bits, tmp_path):
+    """Of a saved leaf of 512 x 512; a checkpoint is compressed, so that codes of few values take less on disk."""
+    module = importlib.import_module(f"model.quant.{quant}")
+    leaf = module.encode(rand(512, 512), "BTD,DF->BTF", **options)
+    want = 512 * 512 * bits / 8
+    assert abs(sum(x.nbytes for x in jax.tree.leaves(leaf)) / want - 1) < 0.02
+    state = TrainState.create({"policy": {"w": leaf}}, {}, Namespace(init=lambda _: ()), 0)
+    checkpointer = Checkpointer(tmp_path, schema.load(["--config=configs/sft/tiny.py"]).config.ckpt)
+    checkpointer.maybe_save(0, state, Namespace(state_dict=dict), force=True)
+    checkpointer.close()
+    disk = sum(p.stat().st_size for p in tmp_path.rglob("*/state/**/*") if p.is_file())
+    assert 0.7 * want < disk < 1.02 * want + 8192  # and the names, shapes and places of the arrays
+
+
+@pytest.mark.slow
+def test_a_budget_is_kept_and_the_folder_opens(tmp_path, capsys):
+    """Every matrix is what the table says, and 8 bits have a hundredth of the squared error of 4 (256 by theory)."""
+    model = tiny()
+    lm = LM(model, jax.jit(model.init)(jax.random.key(0)), tokenizer.load("bytes"))
+    quantize.save(tmp_path / "float", lm, {"name": ""}, Namespace(dtype="float32", seed=0))
+    argv = [f"--model={tmp_path / 'float'}", f"--data={numbers(tmp_path)}", "--rows=8", "--seq_len=64"]
+    argv += [f"--out={tmp_path / 'small'}", "--quant=mixed", "--eval_tokens=128", "--method=gptq", "--group=32"]
+    assert quantize.main([*argv, "--budget=1KB"]) == 2 and not (tmp_path / "small").exists()
+    assert quantize.main([*argv, "--budget=6bits"]) == 0
+    told = capsys.readouterr().out
+    assert float(re.search(r"([\d.]+) bits a weight", told)[1]) <= 6
+    small = load(tmp_path / "small")
+    kinds = {weights.name(p): w for p, w in jax.tree.leaves_with_path(small.params, is_leaf=weights.is_weight)}
+    chosen = dict(re.findall(r"(layers/\S+) -> (\w+)", told))
+    assert len(chosen) == 7 and {"int4", "int8"} <= set(chosen.values())
+    errors = np.float64(re.findall(r"int4 \S+ bytes, error (\S+)  int8 \S+ bytes, error (\S+) ", told))
+    assert len(errors) == 7 and (errors[:, 1] < errors[:, 0] / 100).all()
+    for path, format in chosen.items():
+        assert type(kinds[path]).__name__.lower() == (format if format != "bfloat16" else "arrayimpl")
+    assert export.main([f"--from={tmp_path / 'small'}", f"--to={tmp_path / 'hf'}"]) == 0
 
 
 def test_a_quantised_base_costs_what_its_equations_say():

@@ -1,6 +1,6 @@
 """Talk to a model in the terminal.
 
-    python -m tools.chat MODEL [--adapter=RUN] [--system=TEXT] [--temperature=0.7] [--seed=0] [--max-new-tokens=256]
+    python -m tools.chat MODEL [--adapter=RUN] [--system=TEXT] [--temperature=0.7] [--cache=int8] [--max-new-tokens=256]
     echo "What is the capital of France?" | python -m tools.chat MODEL
 
 MODEL: a packaged model's name, a Hugging Face folder, a .gguf file, a hub id or a run folder. In a terminal every line
@@ -28,6 +28,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache", default="float", choices=("float", "int8", "fp8"), help="of keys and values")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     args = vars(parser.parse_args(argv))
     model, adapter, system = args.pop("model"), args.pop("adapter"), args.pop("system")

@@ -4,8 +4,9 @@
     python -m tools.export --from=RUN --to=DIR --adapter-only
 
 NAME_OR_RUN: a run folder, a packaged model's name, a .gguf file, a Hugging Face folder or a hub id. --adapter: a run or
-PEFT folder that is put on it. --adapter-only writes a PEFT folder. Adapters on a quantised base are merged into
-dequantised weights, which are larger and not those that the adapter will meet elsewhere: --merge-quantised allows it.
+PEFT folder that is put on it. --adapter-only writes a PEFT folder. Weights in int4, int8 or fp8 stay so, in the
+compressed-tensors format; --dtype is that of the rest and of the scales. --dequantise writes them as floats. Adapters
+on a quantised base are merged into such floats only, which are not those that the adapter will meet elsewhere.
 """
 
 import argparse
@@ -22,13 +23,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--to", required=True)
     parser.add_argument("--adapter", default="")
     parser.add_argument("--adapter-only", action="store_true")
-    parser.add_argument("--merge-quantised", action="store_true")
+    parser.add_argument("--dequantise", action="store_true")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args(argv)
     try:
         if args.adapter_only:
             return export_adapter(args.source, args.adapter, args.to)
-        return export(args.source, args.adapter, args.to, args.dtype, args.merge_quantised)
+        return export(args.source, args.adapter, args.to, args.dtype, args.dequantise)
     except UserError as e:
         print(e, file=sys.stderr)
         return 2
@@ -37,18 +38,18 @@ def main(argv: list[str]) -> int:
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")  # kept of generation_config.json
 
 
-def export(source: str, adapter: str, to: str, dtype: str, merge_quantised: bool) -> int:
+def export(source: str, adapter: str, to: str, dtype: str, dequantise: bool) -> int:
     from infer.models import load, open_model
     from model import weights
     from model.export import export_hf
 
     settings = getattr(open_model(source), "generation", {})  # a run folder has none
     lm = load(source, adapter or None)
-    if weights.quantised_under_adapters(lm.params) and not merge_quantised:
+    if weights.quantised_under_adapters(lm.params) and not dequantise:
         what = "its adapters lie on a quantised base"
-        raise UserError(what, adapter or source, "--adapter-only keeps them apart, --merge-quantised merges")
+        raise UserError(what, adapter or source, "--adapter-only keeps them apart, --dequantise merges")
     generation = {name: settings[name] for name in SAMPLING if name in settings}
-    delta = export_hf(lm.model, lm.params, lm.tokenizer, to, dtype=dtype, generation=generation)
+    delta = export_hf(lm.model, lm.params, lm.tokenizer, to, dtype=dtype, generation=generation, dequantise=dequantise)
     print(f"{to} · read back, the logits differ by at most {delta:.1g} of their scale")
     print(f"vllm serve {shlex.quote(to)}")
     return 0

@@ -2,11 +2,13 @@
 
     python -m tools.quantize --model=NAME_OR_RUN --quant=int4 --out=DIR [--method=rtn|gptq|awq|smoothquant]
         [--data=sotu] [--rows=32] [--seq_len=256] [--eval_tokens=8192] [--seed=0] [--dtype=bfloat16] [--KEY=VALUE ...]
+    python -m tools.quantize --model=NAME_OR_RUN --quant=mixed --budget=0.1GB --out=DIR [...]
 
 NAME_OR_RUN: a packaged model's name, a .gguf file, a Hugging Face folder, a hub id, or a run folder; of a run with
 quant.name=qat the trained weights become what they were trained as. --quant: a file of model/quant; KEY is one of its
-arguments, as --group=64. --data: documents to calibrate on, and the last of them to measure on. --dtype: of what is not
-quantised. One layer at a time is in memory.
+arguments, as --group=64. --budget: bytes of the whole model (KB, MB, GB), or bits a weight of the layers' matrices as
+4.5bits; each kind of matrix stays float or becomes int8 or int4, so that the error is least. --data: documents to
+calibrate on, and the last of them to measure on. --dtype: of what is not quantised. One layer at a time is in memory.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from typing import Any
 from configs import base, methods, overrides, rules, schema
 from configs.errors import UserError
 
+MATRICES = "layers/.*"  # what a budget is spent on
 HELD_OUT = 0.1  # share of the documents, the last ones, that nothing is calibrated on
 
 
@@ -28,6 +31,7 @@ def main(argv: list[str]) -> int:
     for name in ("model", "quant", "out"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--method", default="rtn", choices=("rtn", "gptq", "awq", "smoothquant"))
+    parser.add_argument("--budget", default="")
     parser.add_argument("--data", default="sotu")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     for name, default in dict(rows=32, seq_len=256, eval_tokens=8192, seed=0).items():
@@ -36,14 +40,24 @@ def main(argv: list[str]) -> int:
     try:
         if min(args.rows, args.seq_len, args.seed + 1, args.eval_tokens + 1) < 1:
             raise UserError("must be counts", "--rows --seq_len --eval_tokens --seed", "give numbers above 0")
-        return quantise(args, options(args.quant, args.method, rest))
+        return quantise(args, options(args.quant, args.method, rest, budget(args.budget)))
     except UserError as e:
         print(e, file=sys.stderr)
         return 2
 
 
-def options(quant: str, method: str, words: list[str]) -> dict[str, Any]:
+def budget(text: str) -> tuple[float, str] | None:
+    """(number, unit) of --budget. Raises UserError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB|bits)", text)
+    if text and not found:
+        raise UserError(f"{text!r} is no size", "--budget", "as 0.1GB, 90MB or 4.5bits")
+    return (float(found[1]), found[2]) if found else None
+
+
+def options(quant: str, method: str, words: list[str], limit: tuple[float, str] | None) -> dict[str, Any]:
     """The quantiser's arguments from the command line, its defaults filled in. Raises UserError."""
+    if limit and quant != "mixed":
+        raise UserError(f"{quant} is one format for all", "--budget", "--quant=mixed chooses")
     known = [n for n in methods.names(methods.FOLDERS["quant"], "make") if n not in ("qat", "train8")]
     if quant not in known:
         raise UserError(f"no format {quant!r}", "--quant", f"one of {', '.join(known)}")
@@ -63,7 +77,9 @@ def options(quant: str, method: str, words: list[str]) -> dict[str, Any]:
             raise UserError(f"{name} {e}", "command line") from None
         for problem, fix in rules.check_value(f"quant.{name}", found[name], keys[name].choices):
             raise UserError(f"{name} {text!r}: {problem}", "command line", fix)
-    return found
+    if quant == "mixed" and bool(limit) == bool(found["formats"]):
+        raise UserError("takes a --budget or --formats, one of them", "--quant=mixed")
+    return found | {"budget": limit} if limit else found
 
 
 def quantise(args: argparse.Namespace, settings: dict[str, Any]) -> int:
@@ -136,7 +152,7 @@ def fitted(opened: Any, args: argparse.Namespace, settings: dict, rows: Any) -> 
     import jax
     import numpy as np
 
-    from model.quant import _calibrate, qat
+    from model.quant import _calibrate, mixed, qat
     from model.transformer import Transformer
 
     model = Transformer(opened.config, "float32", args.dtype)
@@ -146,18 +162,59 @@ def fitted(opened: Any, args: argparse.Namespace, settings: dict, rows: Any) -> 
         params = qat.converted(opened.params(model.specs, None, "float32"))
         fake = {k: cfg.quant[k] for k in ("group", "activations") if cfg.quant[k] is not None}
         return model, params, {"name": cfg.quant.format, **fake, "where": cfg.quant.where}
-    check_where(model.specs, settings["where"])
-    kwargs = {k: v for k, v in settings.items() if k not in ("where", "scaled")}
-    encode = partial(importlib.import_module(f"model.quant.{args.quant}").encode, **kwargs)
+    limit = settings.pop("budget", None)
+    where = lambda: settings.get("where") or "|".join(where for where, _ in settings["formats"])
+    check_where(model.specs, MATRICES if limit else where())
     params, layer = reader(opened, model, args.dtype)
     xs = [_calibrate.embed(model, params, rows[i : i + 8]) for i in range(0, len(rows), 8)]
+    if limit:
+        settings["formats"] = search(model, layer, xs[0], limit, settings["group"], args.dtype)
+    if args.quant == "mixed":
+        encoder = partial(mixed.encoder, **settings)
+    else:
+        kwargs = {k: v for k, v in settings.items() if k not in ("where", "scaled")}
+        encode = partial(importlib.import_module(f"model.quant.{args.quant}").encode, **kwargs)
+        encoder = lambda path: encode
     layers = []
-    for i, (one, errors) in enumerate(_calibrate.calibrate(model, xs, layer, args.method, encode, settings["where"])):
+    for i, (one, errors) in enumerate(_calibrate.calibrate(model, xs, layer, args.method, encoder, where())):
         told = "  ".join(f"{path} {100 * e:.2f}%" for path, e in errors.items())
         print(f"layer {i}: output error {told}", flush=True)
         layers.append(one)
     params["layers"] = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
     return model, params, None
+
+
+def search(model: Any, layer: Any, x: Any, limit: tuple[float, str], group: int, dtype: str) -> tuple:
+    """The `formats` of model/quant/mixed.py that fit into the budget with the least error on x, one batch."""
+    import jax
+    import jax.numpy as jnp
+
+    from model import weights
+    from model.quant import _budget, mixed
+
+    encoders = {name: mixed.encoder("", ((".*", name),), group) for name in ("int4", "int8")}
+    specs = {weights.name(path): s for path, s in jax.tree.leaves_with_path(model.specs, is_leaf=weights.is_spec)}
+    chosen = {path: spec for path, spec in specs.items() if spec.eqn and re.fullmatch(MATRICES, path)}
+    wide = jnp.dtype(dtype).itemsize
+    searched = sum(s.value.size for s in chosen.values())
+    rest = wide * (sum(s.value.size for s in specs.values()) - searched)
+    number, unit = limit
+    room = number * searched / 8 if unit == "bits" else number * 10 ** {"KB": 3, "MB": 6, "GB": 9}[unit] - rest
+    errors = _budget.measure(model, x, layer, encoders, MATRICES)
+    table = {
+        path: {f: (_budget.size(spec, encoders[f]), e) for f, e in errors[path].items()}
+        | {dtype: (wide * spec.value.size, 0.0)}
+        for path, spec in chosen.items()
+    }
+    best = _budget.choose(table, int(room))
+    for path, formats in table.items():
+        told = "  ".join(f"{f} {size:,} bytes, error {e:.2e}" for f, (size, e) in formats.items())
+        print(f"{path} -> {best[path]}: {told}")
+    taken = sum(table[path][f][0] for path, f in best.items())
+    print(f"{taken:,} of {int(room):,} bytes, {8 * taken / searched:.2f} bits a weight of the layers' matrices")
+    if not (formats := tuple((re.escape(path), f) for path, f in best.items() if f != dtype)):
+        raise UserError(f"holds the whole model in {dtype}", "--budget", "lower it")
+    return formats
 
 
 def check_where(specs: Any, where: str) -> None:

@@ -150,12 +150,14 @@ def embed(model: Transformer, params: Params, tokens: np.ndarray) -> np.ndarray:
 
 
 def calibrate(
-    model: Transformer, xs: list[np.ndarray], layer: Callable[[int], Params], method: str, encode: Callable, where: str
-) -> Iterator[tuple[Params, dict[str, float]]]:
+    model: Transformer, xs: list[np.ndarray], layer: Callable[[int], Params], method: str,
+    encoder: Callable[[str], Callable], where: str,
+) -> Iterator[tuple[Params, dict[str, float]]]:  # fmt: skip
     """(parameters, relative output errors by path) of each layer in turn, from embedded batches `xs` [B,T,D].
 
-    `layer(i)` reads the float parameters of one; nothing else is in memory. A layer sees what the quantised ones before
-    it put out, as in GPTQ. `where` takes plain matrices: the experts of a layer see other tokens each.
+    `layer(i)` reads the float parameters of one; nothing else is in memory. `encoder(path)` encodes a matrix. A layer
+    sees what the quantised ones before it put out, as in GPTQ. `where` takes plain matrices: the experts of a layer see
+    other tokens each.
     """
     for i in range(model.config.layers):
         windowed = bool(model.config.windows and model.config.windows[i])
@@ -166,10 +168,10 @@ def calibrate(
             upper = functools.cache(functools.partial(factor, inputs.gram))
             for path, eqn in same:
                 w = functools.reduce(lambda tree, key: tree[key], path.split("/"), params)
-                leaves[path] = solve(method, w, eqn, inputs, upper, encode)
+                leaves[path] = solve(method, w, eqn, inputs, upper, encoder(f"layers/{path}"))
                 errors[path] = float(output_error(w, eqn, leaves[path], inputs.gram))
         params = weights.map_named(lambda path, w, new=leaves: new.get(path, w), params)
-        xs = [np.asarray(_run(model, windowed, params, x)) for x in xs]
+        xs = [np.asarray(run_layer(model, windowed, params, x)) for x in xs]
         yield jax.tree.map(np.asarray, params), errors
 
 
@@ -179,7 +181,8 @@ def _add(a: dict[tuple, Inputs], b: dict[tuple, Inputs]) -> dict[tuple, Inputs]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(model: Transformer, windowed: bool, params: Params, x: Array) -> Array:
+def run_layer(model: Transformer, windowed: bool, params: Params, x: Array) -> Array:
+    """What one layer makes of x [B,T,D]."""
     positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
     ctx = context(model.config, positions, jnp.ones_like(positions), None, model.attention)
     return Block(model.config).apply({"params": params}, x, ctx, None, windowed)[0]
@@ -195,7 +198,7 @@ def _observe(model: Transformer, windowed: bool, where: str, params: Params, x: 
         return Probe(w, (path, spec.eqn), seen) if chosen else w
 
     params = weights.map_named(probe, model.specs["layers"], params, is_leaf=weights.is_spec)
-    _run.__wrapped__(model, windowed, params, x)
+    run_layer.__wrapped__(model, windowed, params, x)
     same: dict[int, list] = {}
     for at, value in seen.items():
         same.setdefault(id(value), []).append(at)

@@ -1,0 +1,21 @@
+"""What int8 products cost in quality: the runs of configs/pretrain/tiny.py with and without, on the same data.
+
+    python -m tools.sweep --config=configs/quant/int8_train_sweep.py --out=runs/sweeps/int8_train
+
+Hardware: a laptop CPU, on which it shows the quality and not the speed. Expected: a gap of held-out loss within the
+spread of the seeds.
+"""
+
+from configs.pretrain import tiny
+from configs.sweeps import product
+
+
+def get_config():
+    c = tiny.get_config()
+    c.steps = 100
+    c.samples = ()
+    return c
+
+
+def sweep():
+    yield from product({"quant.name": ("", "train8"), "seed": range(3)})

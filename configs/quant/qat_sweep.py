@@ -1,0 +1,27 @@
+"""How much of what rounding to 4 bits costs comes back by training for it: float, PTQ and QAT on the same data.
+
+    python -m tools.sweep --config=configs/quant/qat_sweep.py --out=runs/sweeps/qat
+
+A run that starts to round after its last step is trained in float and evaluated in 4 bits: PTQ to the nearest number.
+recovered = (QAT - PTQ) / (float - PTQ), of held-out losses. A column shares one scale, the coarsest that 4 bits have;
+there is no format below. Hardware: a laptop CPU. Expected: the QAT runs recover most of the loss.
+"""
+
+from configs.pretrain import tiny
+from configs.sweeps import product
+
+
+def get_config():
+    c = tiny.get_config()
+    c.steps = 200
+    c.model.shape = "tiny"
+    c.data.tokenizer = "bytes"
+    c.samples = ()
+    c.quant.name = "qat"
+    c.quant.format = "int4"
+    c.quant.group = 4096  # more than a column has
+    return c
+
+
+def sweep():
+    yield from product([{"quant.name": ""}, {"quant.start": 10**6}, {"quant.start": 100}], {"seed": range(3)})

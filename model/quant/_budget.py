@@ -1,0 +1,79 @@
+"""Which format for which matrix: the least error that fits into a number of bytes."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from configs.errors import UserError
+from model import weights
+from model.quant._calibrate import run_layer
+from model.transformer import Transformer
+from model.weights import Params
+
+Options = dict[str, dict[str, tuple[int, float]]]  # path -> format -> (bytes, error)
+
+
+def measure(
+    model: Transformer, x: np.ndarray, layer: Callable[[int], Params], encoders: dict[str, Callable], where: str
+) -> dict[str, dict[str, float]]:
+    """{path: {format: error}} of the matrices that match `where`, each rounded alone, on embedded tokens x [B,T,D].
+
+    The error is that of a layer's output, squared, over the output's own square, the mean of the tokens, summed over
+    the layers: of unlike matrices it is counted at the same place. `layer(i)` reads the parameters of one.
+    """
+    errors: dict[str, dict[str, Array]] = {}
+    chosen = lambda path, spec: spec.eqn and re.fullmatch(where, f"layers/{path}")
+    for i in range(model.config.layers):
+        windowed = bool(model.config.windows and model.config.windows[i])
+        params = layer(i)
+        y = run_layer(model, windowed, params, x)
+        for path, spec in jax.tree.leaves_with_path(model.specs["layers"], is_leaf=weights.is_spec):
+            if not chosen(path := weights.name(path), spec):
+                continue
+            for format, encode in encoders.items():
+                rounded = functools.partial(_rounded, path, spec.eqn, encode)
+                other = run_layer(model, windowed, weights.map_named(rounded, params), x)
+                total = errors.setdefault(f"layers/{path}", {})
+                total[format] = total.get(format, 0) + float(_relative(other, y))
+        x = np.asarray(y)
+    return errors
+
+
+def _rounded(path: str, eqn: str, encode: Callable, name: str, w: Array) -> Array:
+    return encode(w, eqn)._dense(w.dtype) if name == path else w
+
+
+@jax.jit
+def _relative(a: Array, b: Array) -> Array:
+    square = lambda x: jnp.square(x.astype(jnp.float32)).sum(-1)
+    return (square(a - b) / square(b)).mean()
+
+
+def choose(options: Options, budget: int) -> dict[str, str]:
+    """{path: format} of the least sum of errors within `budget` bytes: the knapsack's exact answer, path by path over
+    the choices so far that no other beats in both. Raises UserError when the smallest formats do not fit."""
+    front: list[tuple[int, float, tuple[str, ...]]] = [(0, 0.0, ())]
+    for formats in options.values():
+        pairs = ((state, one) for state in front for one in formats.items())
+        grown = sorted((b + more, e + worse, (*names, name)) for (b, e, names), (name, (more, worse)) in pairs)
+        front = []
+        for state in grown:
+            if state[0] <= budget and (not front or state[1] < front[-1][1]):
+                front.append(state)
+    if not front:
+        least = sum(min(size for size, _ in formats.values()) for formats in options.values())
+        raise UserError(f"leaves {budget:,} bytes for matrices that take {least:,} at least", "--budget")
+    return dict(zip(options, front[-1][2], strict=True))
+
+
+def size(spec: Any, encode: Callable) -> int:
+    """Bytes of the leaf of a parameter."""
+    return sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda w: encode(w, spec.eqn), spec.value))
+    )

@@ -1,0 +1,36 @@
+"""A format for each matrix, as they are given or as the search of tools.quantize finds them for a budget of bytes."""
+
+import importlib
+import re
+from collections.abc import Callable
+from functools import partial
+
+from jax import Array
+
+from model import weights
+from model.weights import Spec, Weight
+
+GROUPED = ("int4", "nf4")
+FORMATS = (*GROUPED, "int8", "fp8")
+
+
+def encoder(path: str, formats: tuple, group: int) -> Callable | None:
+    """(w, eqn) -> the leaf of the parameter `path`; None where it stays float."""
+    format = next((format for where, format in formats if re.fullmatch(where, path)), None)
+    options = {"group": group} if format in GROUPED else {}
+    return format and partial(importlib.import_module(f"model.quant.{format}").encode, **options)
+
+
+def make(*, formats: tuple, group: int = 64) -> Callable:
+    """A Transform. `formats`: (("layers/mlp/.*", "int4"), ("layers/attn/w[vo]", "int8"), ...), the first regex that
+    matches a whole name decides, and what none matches stays float. `group` is that of int4 and nf4.
+
+    Raises ValueError for another format, and when a regex matches nothing.
+    """
+    if not formats or any(len(pair) != 2 or pair[1] not in FORMATS for pair in formats):
+        raise ValueError(f"quant.formats={formats!r} is no list of (regex, one of {', '.join(FORMATS)})")
+
+    def one(path: str, w: Array, spec: Spec, key: Array) -> Weight:
+        return encoder(path, formats, group)(w, spec.eqn)
+
+    return weights.wrapping("|".join(where for where, _ in formats), one)
