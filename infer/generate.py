@@ -145,14 +145,10 @@ def row_keys(prompts: Sequence[Sequence[int]], rows: int, seed: int) -> Array:
 
 def _start(model: Transformer, params: Params, prompts: Any, n: int, seed: int, knobs: Knobs, ends: Array) -> State:
     """Prefill, and the first token of every row."""
-    _check(model, params, prompts, n)
+    check(model, params, prompts, n)
     batch = pad(prompts)
-    rows, width = batch[0].shape
-    room = bucket(n, 64)  # the usual lengths share a program
-    cache = _cache(model, params, rows, width + room)
-    for start in range(0, width, PREFILL):
-        tokens, positions, segments = (a[:, start : start + PREFILL] for a in batch)
-        x, cache = _prefill(model, params, tokens, positions, segments, cache)
+    rows, room = len(batch[0]), bucket(n, 64)  # the usual lengths share a program
+    x, cache = prefill(model, params, batch, room)
     state = State(
         cache=cache,
         tokens=jnp.zeros((rows, room), jnp.int32),
@@ -166,7 +162,18 @@ def _start(model: Transformer, params: Params, prompts: Any, n: int, seed: int, 
     return _first(model, params, state, x, knobs, ends)
 
 
-def _check(model: Transformer, params: Params, prompts: Sequence[Sequence[int]], n: int) -> None:
+def prefill(model: Transformer, params: Params, batch: Any, room: int) -> tuple[Array, Any]:
+    """The last column's hidden states [B,1,D] of padded prompts, and a cache of theirs with `room` for more tokens."""
+    rows, width = batch[0].shape
+    cache = _cache(model, params, rows, width + room)
+    for start in range(0, width, PREFILL):
+        tokens, positions, segments = (a[:, start : start + PREFILL] for a in batch)
+        x, cache = _prefill(model, params, tokens, positions, segments, cache)
+    return x, cache
+
+
+def check(model: Transformer, params: Params, prompts: Sequence[Sequence[int]], n: int) -> None:
+    """Raises UserError for prompts that cannot be continued by `n` tokens."""
     limit, vocab = model.config.max_len - virtual_tokens(params), model.config.vocab_size
     if n < 1:
         raise UserError(f"max_new_tokens={n}", fix="at least 1")
