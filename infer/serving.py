@@ -83,7 +83,7 @@ class Batcher:
         self.waiting: deque[Request] = deque()
         self.changed = threading.Condition()
         self.closed = False
-        self.cache = lm.model.cache(rows, self.length)
+        self.cache = jax.jit(lm.model.cache, static_argnums=(0, 1))(rows, self.length)  # no two of its arrays are one
         self.params: Params = None  # for the rows as they are
 
     def submit(
