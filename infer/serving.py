@@ -78,6 +78,8 @@ class Batcher:
     def __init__(self, lm: LM, rows: int = 8, length: int = 1024, waiting: int = 64):
         if virtual_tokens(lm.params):
             raise UserError("a prefix or a trained prompt cannot share a batch", "model", "use tools.chat")
+        if "recurrent" in lm.config.kinds:
+            raise UserError("recurrent layers keep a state, which is no ring", "model", "use tools.chat")
         self.lm, self.length, self.limit = lm, min(length, lm.config.max_len), waiting
         self.rows: list[Request | None] = [None] * rows
         self.waiting: deque[Request] = deque()

@@ -45,7 +45,7 @@ class Store:
         self.free = {path: list(range(n))[::-1] for path, n in self.room.items()}
         self.held: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()  # the least recently used first
         self.stacks: dict[str, list[tuple[Array, Array]]] = {path: [] for path in paths}  # of each layer in turn
-        take = lambda path, leaf, _: (self.stacks[path].append((leaf.a, leaf.b)), leaf.replace(a=None, b=None))[1]
+        take = lambda path, leaf: (self.stacks[path].append((leaf.a, leaf.b)), leaf.replace(a=None, b=None))[1]
         self.params = many.map_many(take, unrolled(model, many.empty(base, model.specs, self.room)))
 
     def fits(self, names: Sequence[str | None]) -> bool:
@@ -76,8 +76,10 @@ class Store:
         """
         routes = {path: self._route(path, names, rows) for path in self.room}
 
-        def place(path: str, leaf: Many, layer: int) -> Many:
-            a, b = self.stacks[path][layer]
+        turns = {path: iter(stacks) for path, stacks in self.stacks.items()}
+
+        def place(path: str, leaf: Many) -> Many:
+            a, b = next(turns[path])
             return leaf.replace(a=a, b=b, route=routes[path])
 
         return many.map_many(place, self.params)

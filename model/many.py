@@ -3,6 +3,7 @@
 The rank rows of all adapters lie behind one another in two stacks for each weight; kernels/paged_lora.py multiplies.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ def factors_of(params: Params, specs: Specs, where: str) -> Adapter:
                 what = f"{type(leaf).__name__} on {path} cannot share a batch with other adapters"
                 raise UserError(what, where, "only LoRA, on a weight as a whole, can: serve this one alone")
             if weights.split(spec.eqn)[0]:
-                raise UserError(f"adapters on experts ({path}) cannot share a batch", where, "serve this one alone")
+                raise UserError(f"adapters on the blocks of {path} cannot share a batch", where, "serve this one alone")
             found[path] = _host(leaf, spec.stacked)
         return leaf
 
@@ -114,15 +115,7 @@ def empty(params: Params, specs: Specs, rows: dict[str, int]) -> Params:
     return weights.replace(params, specs, wrap)
 
 
-def map_many(f: Callable[[str, Many, int], Many], params: Params) -> Params:
-    """`f(name, leaf, layer)` at every Many of unrolled parameters; the name is that of the stacked weight, which
-    has a layer 0 alone where it is not stacked."""
-
-    def at(path: str, leaf: Any) -> Any:
-        if not isinstance(leaf, Many):
-            return leaf
-        parts = path.split("/")
-        layer = int(parts.pop(1)) if parts[0] == "layers" else 0
-        return f("/".join(parts), leaf, layer)
-
+def map_many(f: Callable[[str, Many], Many], params: Params) -> Params:
+    """`f(name, leaf)` at every Many of unrolled parameters, layer after layer; the name is the stacked weight's."""
+    at = lambda path, leaf: f(re.sub(r"^layers/\d+/", "layers/", path), leaf) if isinstance(leaf, Many) else leaf
     return weights.map_named(at, params, is_leaf=weights.is_weight)
