@@ -8,3 +8,10 @@ def load(name: Any, adapter: Any = None, dtype: str | None = None) -> Any:
     from infer import models  # jax is not imported before a model is wanted
 
     return models.load(name, adapter, dtype)
+
+
+def load_many(name: Any, folders: dict[str, Any], dtype: str | None = None) -> Any:
+    """The LM of a base with adapters {name: run or PEFT folder} to choose from; see infer.models.load_many."""
+    from infer import models
+
+    return models.load_many(name, folders, dtype)

@@ -149,16 +149,12 @@ def _start(
     model: Transformer, params: Params, prompts: Any, n: int, seed: int, knobs: Knobs, ends: Array, kind: str
 ) -> State:
     """Prefill, and the first token of every row."""
-    _check(model, params, prompts, n)
+    check(model, params, prompts, n)
     if kind not in KINDS:
         raise UserError(f"cache={kind!r}", fix=f"one of {', '.join(KINDS)}")
     batch = pad(prompts)
-    rows, width = batch[0].shape
-    room = bucket(n, 64)  # the usual lengths share a program
-    cache = _cache(model, params, rows, width + room, kind)
-    for start in range(0, width, PREFILL):
-        tokens, positions, segments = (a[:, start : start + PREFILL] for a in batch)
-        x, cache = _prefill(model, params, tokens, positions, segments, cache)
+    rows, room = len(batch[0]), bucket(n, 64)  # the usual lengths share a program
+    x, cache = prefill(model, params, batch, room, kind)
     state = State(
         cache=cache,
         tokens=jnp.zeros((rows, room), jnp.int32),
@@ -172,7 +168,18 @@ def _start(
     return _first(model, params, state, x, knobs, ends)
 
 
-def _check(model: Transformer, params: Params, prompts: Sequence[Sequence[int]], n: int) -> None:
+def prefill(model: Transformer, params: Params, batch: Any, room: int, kind: str = "float") -> tuple[Array, Any]:
+    """The last column's hidden states [B,1,D] of padded prompts, and a cache of theirs with `room` for more tokens."""
+    rows, width = batch[0].shape
+    cache = _cache(model, params, rows, width + room, kind)
+    for start in range(0, width, PREFILL):
+        tokens, positions, segments = (a[:, start : start + PREFILL] for a in batch)
+        x, cache = _prefill(model, params, tokens, positions, segments, cache)
+    return x, cache
+
+
+def check(model: Transformer, params: Params, prompts: Sequence[Sequence[int]], n: int) -> None:
+    """Raises UserError for prompts that cannot be continued by `n` tokens."""
     limit, vocab = model.config.max_len - virtual_tokens(params), model.config.vocab_size
     if n < 1:
         raise UserError(f"max_new_tokens={n}", fix="at least 1")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from configs.errors import UserError
 from data import chat
 from data.tokenizer import Tokenizer
 from infer.generate import bucket, generate, stream, unrolled
+from infer.store import Store
 from model import head
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -37,30 +38,43 @@ class LM:
     model: Transformer
     params: Params
     tokenizer: Tokenizer
+    store: Store | None = None  # of adapters to choose from; `params` is their base
 
     @property
     def config(self) -> ModelConfig:
         return self.model.config
 
     @functools.cached_property
-    def _unrolled(self) -> Params:
+    def unrolled(self) -> Params:
         return unrolled(self.model, self.params)
+
+    def _serving(self, adapters: Sequence[str | None]) -> Params:
+        """The unrolled parameters for prompts with these adapters."""
+        if self.store:
+            return self.store.serving(adapters, bucket(len(adapters)))
+        if any(adapters):
+            raise UserError("this model was loaded without adapters to choose from", "adapters", "infer.load_many")
+        return self.unrolled
 
     # --- text ---
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 64, stop: Sequence[str] = (), **knobs: Any
-    ) -> list[str]:
+        self, prompts: Prompt | Sequence[Prompt], *, adapters: Sequence[str | None] = (), max_new_tokens: int = 64,
+        stop: Sequence[str] = (), **knobs: Any,
+    ) -> list[str]:  # fmt: skip
         """One continuation a prompt, without the prompt and without what follows a string of `stop`.
 
-        `prompts` is one prompt or several. Knobs as in infer.generate: temperature (0: greedy), top_k, top_p, min_p,
-        seed, cache. An answer ends at the tokenizer's end tokens.
+        `prompts` is one prompt or several; `adapters` names one of the store for each, None is the base. Knobs as in
+        infer.generate: temperature (0: greedy), top_k, top_p, min_p, seed, cache. An answer ends at the tokenizer's end
+        tokens.
         """
         asked = [self.encode(p) for p in _several(prompts)]
+        if adapters and len(adapters) != len(asked):
+            raise UserError(f"{len(adapters)} adapters for {len(asked)} prompts", "adapters", "one a prompt, or none")
         stopped = lambda tokens: any(s in self.tokenizer.decode(tokens, skip_special=True) for s in stop)
         out = generate(
             self.model,
-            self._unrolled,
+            self._serving(adapters or [None] * len(asked)),
             asked,
             max_new_tokens=max_new_tokens,
             stop_ids=self.tokenizer.eos_ids,
@@ -77,16 +91,24 @@ class LM:
         answers = self.generate(several, **knobs)
         return answers[0] if isinstance(questions, str) else answers
 
-    def stream(self, prompt: Prompt, *, max_new_tokens: int = 64, **knobs: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, *, adapter: str | None = None, max_new_tokens: int = 64, **knobs: Any
+    ) -> Iterator[str]:
         """The text of `generate` for one prompt, a piece a token; "" while a character is not whole."""
-        text, ends, asked = self.tokenizer.stream(), self.tokenizer.eos_ids, self.encode(prompt)
-        tokens, said = [], ""
-        for token in stream(self.model, self._unrolled, asked, max_new_tokens=max_new_tokens, stop_ids=ends, **knobs):
-            tokens.append(token)
+        asked, params = self.encode(prompt), self._serving([adapter])
+        ends = self.tokenizer.eos_ids
+        tokens = stream(self.model, params, asked, max_new_tokens=max_new_tokens, stop_ids=ends, **knobs)
+        return self.pieces(asked, tokens)
+
+    def pieces(self, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
+        """The text of tokens behind a prompt, as they come."""
+        text, seen, said = self.tokenizer.stream(), [], ""
+        for token in tokens:
+            seen.append(token)
             piece = text(token)
             said += piece
             yield piece
-        whole = self._continuation(asked, tokens)
+        whole = self._continuation(prompt, seen)
         if len(whole) > len(said) and whole.startswith(said):
             yield whole[len(said) :]  # bytes that never became a character
 

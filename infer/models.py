@@ -12,7 +12,8 @@ from configs import schema
 from configs.errors import UserError
 from data import tokenizer as tokenizers
 from infer.lm import LM
-from model import adapters, build, saved, weights
+from infer.store import RANK_ROWS, Store
+from model import adapters, build, many, saved, weights
 from model.config import ModelConfig
 from model.pretrained import Pretrained, open_pretrained
 from model.transformer import Transformer
@@ -41,6 +42,32 @@ def load(name: str | Path, adapter: str | Path | None = None, dtype: str | None 
         model = Transformer(opened.config, dtype or "float32", dtype or "float32")
         params = opened.load(model.specs, None, model.param_dtype)
     return LM(model, params, tokenizers.load(opened.tokenizer_source))
+
+
+def load_many(
+    name: str | Path, folders: dict[str, str | Path], dtype: str | None = None, rank_rows: int = RANK_ROWS
+) -> LM:
+    """The base of a model, with the LoRA adapters of run and PEFT folders to choose from for every prompt.
+
+    A run folder as `name` gives its base, quantised as its adapter was trained on it. `rank_rows` bounds what lies on
+    the device for each weight; the others wait on the host. Raises UserError.
+    """
+    lm = load(name, dtype=dtype)
+    base, specs = weights.base(lm.params), lm.model.specs
+    read = {n: many.factors_of(_adapted(path, base, specs), specs, str(path)) for n, path in folders.items()}
+    return dataclasses.replace(lm, params=base, store=Store(lm.model, base, read, rank_rows))
+
+
+def _adapted(folder: str | Path, base: Params, specs: Specs) -> Params:
+    """A base with the adapter of a folder. Raises UserError when a run has trained it on another one."""
+    path = Path(folder).expanduser()
+    if (path / adapters.CONFIG).exists():
+        return adapters.read(path)(base, specs, jax.random.key(0))
+    run = Run(path)
+    if not run.cfg.peft.name:
+        raise UserError("the run has trained no adapter", str(folder), "serve it as a model")
+    wrap = build.find("model.peft", run.cfg.peft)()
+    return run.learnt(wrap(base, specs, jax.random.key(run.cfg.seed)))
 
 
 def before_and_after(source: str | Path, base: str | Path = "") -> tuple[LM, Params]:
@@ -124,6 +151,11 @@ class Run:
                 raise UserError("it does not hold every parameter", str(self.workdir))
         else:
             policy = transform(self._base(specs, shardings, dtype), jax.random.key(self.cfg.seed))
+        return self.learnt(policy)
+
+    def learnt(self, policy: Params) -> Params:
+        """A policy as the run started from it, with what the run has learnt in it. Raises UserError when the rest is
+        not what it was."""
         frozen = weights.map_named(lambda path, x: None if f"policy/{path}" in self.saved.params else x, policy)
         # An objective with a reference froze the policy as it started, too.
         held = ({"policy": frozen}, {"policy": frozen, "ref": policy})

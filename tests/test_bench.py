@@ -23,7 +23,7 @@ def test_one_round(tmp_path, capsys, monkeypatch):
     result = json.loads(out.read_text())
     assert result["machine"]["cores"] and result["machine"]["versions"]["jax"]
     titles = [contest["title"] for contest in result["contests"]]
-    assert len(titles) == 6 and titles[-1] in capsys.readouterr().out
+    assert len(titles) == 7 and titles[-1] in capsys.readouterr().out
     for contest in result["contests"]:
         for side in contest["sides"]:
             assert side["tokens_per_second"] > 0 and side["peak_bytes"] > 1e7

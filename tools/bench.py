@@ -1,6 +1,6 @@
 """Speed and memory of training, fine-tuning and decoding on this CPU, beside torch and llama.cpp where installed.
 
-    python -m tools.bench [--what=train,sft,decode] [--rounds=3] [--out=runs/bench.json]
+    python -m tools.bench [--what=train,sft,decode,adapters] [--rounds=3] [--out=runs/bench.json]
 
 Sides run in processes of their own and take turns, so that a slow minute hits all. Ratios are medians over the turns
 of ours over theirs. Everything measured, with the machine's facts, goes to --out.
@@ -128,7 +128,22 @@ def decoding(model: str, peers: str, _: str) -> Iterator[Contest]:
         yield Contest(f"decoding, batch {batch}", sides)
 
 
-WHAT = {"train": training, "sft": tuning, "decode": decoding}
+def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
+    """A batch whose rows have adapters of their own, on the queries and values, against one adapter and against none.
+
+    PEFT keeps all adapters in the model: its side has as many as rows.
+    """
+    case = dict(batch=8, prompt=64, new_tokens=48)
+    ranks = lambda n: [8 + 13 * i % 57 for i in range(n)]  # 8 to 64 in a scattered order, 36 in the mean
+    many = lambda n: case | dict(what="adapters", ranks=ranks(n) if n > 1 else [36])
+    sides = [Side(f"ours, {n} adapter{'s' * (n > 1)}", OURS, many(n) | {"model": model}) for n in (1000, 8, 1)]
+    sides.append(Side("ours, none", OURS, case | dict(what="decode", model=model)))
+    if peers:
+        sides.append(Side("PEFT, 8 adapters", PEERS, many(8) | {"model": peers}))
+    yield Contest("decoding 8 rows, adapters of ranks 8 to 64", sides)
+
+
+WHAT = {"train": training, "sft": tuning, "decode": decoding, "adapters": adapting}
 
 
 def questions(limit: int = 1000) -> list[dict[str, str]]:
@@ -201,7 +216,7 @@ def table(result: dict[str, Any]) -> Any:
             side["name"], show(side["tokens_per_second"], 1), show(cpu and 1e3 * cpu), show(side["peak_bytes"] / 1e9),
             show(ratio["tokens_per_second"]), show(ratio["per_cpu_second"]), show(ratio["peak_bytes"]),
         )  # fmt: skip
-    if "decoding" in result["title"] and not any("llama" in side["name"] for side in result["sides"]):
+    if "decoding, batch" in result["title"] and not any("llama" in side["name"] for side in result["sides"]):
         out.caption = "llama.cpp n/a (xllamacpp not installed)"
     return out
 

@@ -1,6 +1,7 @@
 """Our sides of the contests of tools.bench. Each function prepares, and returns what runs one round."""
 
 import contextlib
+import itertools
 import json
 import tempfile
 from collections.abc import Callable
@@ -79,5 +80,36 @@ def decode(model: str, batch: int, prompt: int, new_tokens: int) -> Callable[[],
     return lambda: decoding(lambda n: generate(lm.model, params, prompts, max_new_tokens=n), batch, new_tokens)
 
 
+def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: int) -> Callable[[], Round]:
+    """Greedy decoding with another adapter on every row, in turn; every round goes on with the next ones.
+
+    What it takes to bring them to the device is counted.
+    """
+    from infer.generate import generate
+    from infer.models import load
+    from infer.store import Store
+
+    lm, rng = load(model), np.random.default_rng(0)
+    specs = lm.model.specs["layers"]["attn"]
+    draw = lambda *shape: (rng.random(shape, np.float32) * 0.02 - 0.01).astype(np.float16)
+
+    def adapter(rank: int) -> dict:
+        shapes = {f"layers/attn/{name}": specs[name].shape for name in ("wq", "wv")}  # [L,D,N,H]
+        return {p: (draw(s[0], rank, s[1]), draw(s[0], rank, *s[2:])) for p, s in shapes.items()}
+
+    store = Store(lm.model, lm.params, {str(i): adapter(r) for i, r in enumerate(ranks)}, batch * max(ranks) * 2)
+    prompts = rng.integers(0, lm.config.vocab_size, (batch, prompt)).tolist()
+    turn = itertools.count()
+
+    def run() -> Round:
+        names = [str(next(turn) % len(ranks)) for _ in range(batch)]
+        seconds, cpu = timed(lambda: jax.block_until_ready(store.serving(names, batch)))
+        params = store.serving(names, batch)
+        done = decoding(lambda n: generate(lm.model, params, prompts, max_new_tokens=n), batch, new_tokens)
+        return done | {"seconds": done["seconds"] + seconds, "cpu_seconds": done["cpu_seconds"] + cpu}
+
+    return run
+
+
 if __name__ == "__main__":
-    serve({"train": train, "sft": sft, "decode": decode})
+    serve({"train": train, "sft": sft, "decode": decode, "adapters": adapters})

@@ -104,6 +104,29 @@ def decode(model: str, batch: int, prompt: int, new_tokens: int) -> Callable[[],
     return lambda: decoding(generate, batch, new_tokens)
 
 
+def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: int) -> Callable[[], Round]:
+    """Greedy `generate` with another adapter on every row, by PEFT's `adapter_names`."""
+    import peft
+    import torch
+
+    net = _load(model).eval()
+    vocab = net.config.vocab_size
+    of = lambda r: peft.LoraConfig(r=r, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    net = peft.get_peft_model(net, of(ranks[0]), adapter_name="0")
+    for i, rank in enumerate(ranks[1:], 1):
+        net.add_adapter(str(i), of(rank))
+    net.eval()
+    tokens = torch.randint(0, vocab, (batch, prompt), generator=torch.Generator().manual_seed(0))
+    names = [str(i % len(ranks)) for i in range(batch)]
+
+    @torch.inference_mode()
+    def generate(n: int) -> None:
+        counts = dict(max_new_tokens=n, min_new_tokens=n, do_sample=False, adapter_names=names)
+        net.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **counts)
+
+    return lambda: decoding(generate, batch, new_tokens)
+
+
 def llama_cpp(gguf: str, prompt: int, new_tokens: int) -> Callable[[], Round]:
     """Greedy decoding of one row, with the weights as the file holds them."""
     import os
@@ -124,4 +147,4 @@ def llama_cpp(gguf: str, prompt: int, new_tokens: int) -> Callable[[], Round]:
 
 
 if __name__ == "__main__":
-    serve({"train": train, "sft": sft, "decode": decode, "llama_cpp": llama_cpp})
+    serve({"train": train, "sft": sft, "decode": decode, "adapters": adapters, "llama_cpp": llama_cpp})

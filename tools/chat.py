@@ -1,10 +1,12 @@
 """Talk to a model in the terminal.
 
     python -m tools.chat MODEL [--adapter=RUN] [--system=TEXT] [--temperature=0.7] [--cache=int8] [--max-new-tokens=256]
+    python -m tools.chat MODEL --adapters=[NAME=]RUN,...
     echo "What is the capital of France?" | python -m tools.chat MODEL
 
 MODEL: a packaged model's name, a Hugging Face folder, a .gguf file, a hub id or a run folder. In a terminal every line
-is a turn; /reset forgets the conversation, /exit ends it. From a pipe, all of the input is one question. A model
+is a turn; /reset forgets the conversation, /exit ends it; with --adapters, /adapter NAME answers with one of them from
+here on (at first it is the first), /adapter alone with the base. From a pipe, all of the input is one question. A model
 without a chat template continues the text. Speed goes to stderr, with the wait for the first token beside it.
 """
 
@@ -12,6 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
@@ -22,6 +25,7 @@ def main(argv: list[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model")
     parser.add_argument("--adapter", help="a run or PEFT folder whose adapters are put on MODEL")
+    parser.add_argument("--adapters", default="", help="several of them, to choose from")
     parser.add_argument("--system", default="", help="the system's turn of every conversation")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy")
     parser.add_argument("--top-k", type=int, default=0)
@@ -31,13 +35,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cache", default="float", choices=("float", "int8", "fp8"), help="of keys and values")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     args = vars(parser.parse_args(argv))
-    model, adapter, system = args.pop("model"), args.pop("adapter"), args.pop("system")
+    model, adapter, several, system = (args.pop(k) for k in ("model", "adapter", "adapters", "system"))
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        from infer.models import load
+        from infer.models import load, load_many
 
-        chat = Chat(load(model, adapter), system, args)
+        if adapter and several:
+            raise UserError("one adapter or several to choose from", "--adapter and --adapters", "leave one out")
+        folders = named(several)
+        chat = Chat(load_many(model, folders) if folders else load(model, adapter), system, args)
         return converse(chat) if sys.stdin.isatty() else ask(chat, sys.stdin.read().strip())
     except UserError as e:
         print(e, file=sys.stderr)
@@ -46,11 +53,24 @@ def main(argv: list[str]) -> int:
         return 130
 
 
+def named(text: str) -> dict[str, str]:
+    """Folders by name, of "[NAME=]FOLDER,...". Raises UserError for a name that is taken twice."""
+    out: dict[str, str] = {}
+    for item in filter(None, text.split(",")):
+        name, given, folder = item.rpartition("=")
+        name = name if given else Path(folder).expanduser().resolve().name
+        if name in out:
+            raise UserError(f"two adapters have the name {name!r}", "--adapters", "write NAME=FOLDER")
+        out[name] = folder
+    return out
+
+
 class Chat:
     """A conversation so far; an answer that fails or is interrupted leaves it as it was."""
 
     def __init__(self, lm: Any, system: str, knobs: dict[str, Any]):
         self.lm, self.knobs = lm, knobs
+        self.adapter = next(iter(lm.store.adapters)) if lm.store else None
         self.start = [{"role": "system", "content": system}] if system else []
         self.reset()
 
@@ -61,10 +81,19 @@ class Chat:
         """Pieces of the answer, as they come."""
         turns = [*self.messages, {"role": "user", "content": text}]
         pieces = []
-        for piece in self.lm.stream(turns if self.lm.tokenizer.chat_template else text, **self.knobs):
+        asked = turns if self.lm.tokenizer.chat_template else text
+        for piece in self.lm.stream(asked, adapter=self.adapter, **self.knobs):
             pieces.append(piece)
             yield piece
         self.messages = [*turns, {"role": "assistant", "content": "".join(pieces)}]
+
+    def choose(self, name: str) -> str:
+        """Answers with this adapter from here on, "" is the base; what to say about it."""
+        known = list(self.lm.store.adapters) if self.lm.store else []
+        if name and name not in known:
+            return f"no adapter {name!r}; known: {', '.join(known) or 'none, start with --adapters'}"
+        self.adapter = name or None
+        return f"{name or 'the base'} answers"
 
 
 def ask(chat: Chat, text: str) -> int:
@@ -94,6 +123,8 @@ def converse(chat: Chat) -> int:
             return 0
         if line == "/reset":
             chat.reset()
+        elif line.split(" ")[0] == "/adapter":
+            print(chat.choose(line.removeprefix("/adapter").strip()), file=sys.stderr)
         elif line:
             try:
                 ask(chat, line)

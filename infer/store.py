@@ -1,0 +1,136 @@
+"""Adapters on the host, of which a bounded number of rank rows lies on the device; the least recently used leave first.
+
+One compiled program serves all of them: a row of a batch finds its rank rows by number, so that to swap an adapter in
+is to write rows of arrays that stay where they are.
+"""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from configs.errors import UserError
+from infer.generate import unrolled
+from kernels.paged_lora import BLOCK
+from model import many
+from model.many import Adapter, Many, Route
+from model.transformer import Transformer
+from model.weights import Params
+
+RANK_ROWS = 4096  # of a weight on the device: 64 adapters of rank 64
+
+
+class Store:
+    """Adapters by name, on one base. Not for several threads at once."""
+
+    def __init__(self, model: Transformer, base: Params, adapters: dict[str, Adapter], rank_rows: int = RANK_ROWS):
+        """`base` is stacked and without adapters. `rank_rows` bounds what lies on the device for each weight.
+
+        Raises UserError when an adapter is larger than that.
+        """
+        self.adapters = adapters
+        self.ranks = {n: {path: a.shape[_axis(path)] for path, (a, _) in x.items()} for n, x in adapters.items()}
+        paths = sorted({path for x in adapters.values() for path in x})
+        each = {path: [r.get(path, 0) for r in self.ranks.values()] for path in paths}
+        self.room = {path: min(sum(ranks), rank_rows) for path, ranks in each.items()}
+        for name, ranks in self.ranks.items():
+            if max(ranks.values()) > rank_rows:
+                raise UserError(f"rank {max(ranks.values())} exceeds the {rank_rows} rank rows on the device", name)
+        self.pages = {path: -(-max(ranks) // BLOCK) for path, ranks in each.items()}  # of a row of the batch, at most
+        self.free = {path: list(range(n))[::-1] for path, n in self.room.items()}
+        self.held: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()  # the least recently used first
+        self.stacks: dict[str, list[tuple[Array, Array]]] = {path: [] for path in paths}  # of each layer in turn
+        take = lambda path, leaf: (self.stacks[path].append((leaf.a, leaf.b)), leaf.replace(a=None, b=None))[1]
+        self.params = many.map_many(take, unrolled(model, many.empty(base, model.specs, self.room)))
+
+    def fits(self, names: Sequence[str | None]) -> bool:
+        """Whether these adapters can lie on the device together."""
+        chosen = [self.ranks[n] for n in set(names) if n]
+        return all(sum(r.get(path, 0) for r in chosen) <= room for path, room in self.room.items())
+
+    def serving(self, names: Sequence[str | None], rows: int) -> Params:
+        """`route` for adapters that are put on the device first; see `hold` for what it raises."""
+        self.hold(names)
+        return self.route(names, rows)
+
+    def hold(self, names: Sequence[str | None]) -> None:
+        """Puts adapters on the device. Raises UserError for an unknown name, and for more than there is room for."""
+        wanted = dict.fromkeys(n for n in names if n is not None)
+        for name in wanted:
+            if name not in self.adapters:
+                raise UserError(f"no adapter {name!r}", fix=f"known: {', '.join(self.adapters)}")
+        if not self.fits(names):
+            raise UserError("more adapters in one batch than the device has rank rows for", fix="ask for fewer at once")
+        for name in wanted:
+            self._hold(name, wanted)
+
+    def route(self, names: Sequence[str | None], rows: int) -> Params:
+        """The unrolled parameters for a batch of `rows` rows, the first of which use these adapters; None is the base.
+
+        They are of use until `hold` puts another adapter on the device.
+        """
+        routes = {path: self._route(path, names, rows) for path in self.room}
+
+        turns = {path: iter(stacks) for path, stacks in self.stacks.items()}
+
+        def place(path: str, leaf: Many) -> Many:
+            a, b = next(turns[path])
+            return leaf.replace(a=a, b=b, route=routes[path])
+
+        return many.map_many(place, self.params)
+
+    def _hold(self, name: str, wanted: Collection[str]) -> None:
+        """Puts an adapter on the device, in the place of others if need be."""
+        if name in self.held:
+            self.held.move_to_end(name)
+            return
+        ranks = self.ranks[name]
+        while any(len(self.free[path]) < r for path, r in ranks.items()):
+            oldest = next(n for n in self.held if n not in wanted)
+            for path, at in self.held.pop(oldest).items():
+                self.free[path] += at.tolist()
+        self.held[name] = {path: np.array([self.free[path].pop() for _ in range(r)]) for path, r in ranks.items()}
+        for path, at in self.held[name].items():
+            for start in range(0, len(at), BLOCK):
+                self._write(path, at[start : start + BLOCK], self.adapters[name][path], start)
+
+    def _write(self, path: str, at: np.ndarray, factors: tuple[np.ndarray, np.ndarray], start: int) -> None:
+        """Up to BLOCK rank rows of every layer, as one shape: what is left over goes nowhere."""
+        axis, n = _axis(path), len(at)
+        places = np.full(BLOCK, self.room[path], np.int32)
+        places[:n] = at
+        parts = []
+        for x in factors:
+            x = x if axis else x[None]
+            part = np.zeros((len(x), BLOCK, *x.shape[2:]), x.dtype)
+            part[:, :n] = x[:, start : start + n]
+            parts.append(part)
+        self.stacks[path] = _put(self.stacks[path], places, *parts)
+
+    def _route(self, path: str, names: Sequence[str | None], rows: int) -> Route:
+        pages = np.full((rows * self.pages[path], BLOCK), -1, np.int32)
+        row, count = np.zeros(len(pages), np.int32), 0
+        for i, name in enumerate(names):
+            at = self.held[name].get(path, ()) if name else ()
+            for start in range(0, len(at), BLOCK):
+                part = at[start : start + BLOCK]
+                pages[count, : len(part)], row[count] = part, i
+                count += 1
+        return Route(*map(jnp.asarray, (pages, row, np.int32(count))))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stacks: list[tuple[Array, Array]], places: Any, a: Any, b: Any) -> list[tuple[Array, Array]]:
+    """Rank rows a and b [L,BLOCK,...] at their places [BLOCK] in the stacks of every layer."""
+    put = lambda stack, new: stack.at[places].set(new.astype(stack.dtype), mode="drop")
+    return [(put(s[0], a[i]), put(s[1], b[i])) for i, s in enumerate(stacks)]
+
+
+def _axis(path: str) -> int:
+    """Where rank lies in a factor: behind the layers, if there are any."""
+    return int(path.startswith("layers/"))

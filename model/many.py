@@ -1,0 +1,121 @@
+"""Many LoRA adapters on one frozen base, in a batch whose rows each use one of them or none.
+
+The rank rows of all adapters lie behind one another in two stacks for each weight; kernels/paged_lora.py multiplies.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from configs.errors import UserError
+from kernels import paged_lora
+from model import weights
+from model.peft.lora import LoRA, factors
+from model.weights import AXES, Extra, Params, Spec, Specs, Weight
+
+# The factors of an adapter on the host, of every weight by its name: A [stack..., R, contracted...] and
+# scale * B [stack..., R, produced...].
+Adapter = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+class Route(NamedTuple):
+    """Which rank rows each row of a batch uses, as paged_lora.matmul takes them."""
+
+    pages: Any  # [P,BLOCK]
+    row: Any  # [P]
+    count: Any  # []
+
+
+@flax.struct.dataclass
+class Many(Weight):
+    """`base` plus, for every row of the batch, the products of the rank rows that `route` gives it."""
+
+    base: Any
+    a: Array  # [C, contracted...]
+    b: Array  # [C, produced...]
+    eqn: str = flax.struct.field(pytree_node=False)  # the equation that the weight was declared with
+    route: Route | None = None  # None: no row has an adapter
+
+    def einsum(self, eqn: str, x: Array) -> Array:
+        y = weights.einsum(eqn, x, self.base)
+        if self.route is None:
+            return y
+        turned = weights.split(eqn)[1] != weights.split(self.eqn)[1]  # a tied unembedding
+        a, b = (w.reshape(len(w), -1).astype(x.dtype) for w in ((self.b, self.a) if turned else (self.a, self.b)))
+        flat = x.reshape(*x.shape[:2], -1)
+        multiply = paged_lora.reference if weights.sharded() else paged_lora.matmul
+        return y + multiply(flat, a, b, *self.route).reshape(y.shape)
+
+    def take(self, ids: Array, dtype: Any) -> Array:
+        y = weights.take(self.base, ids, dtype)
+        if self.route is None:
+            return y
+        low = jnp.take(self.a, ids, axis=1).astype(dtype)  # [C,B,T]
+        own = paged_lora.owned(y, self.a, *self.route)
+        return y + jnp.einsum("cbt,bc,cd->btd", low, own, self.b.astype(dtype))
+
+    def dense(self, spec: Spec) -> Array:
+        raise UserError("many adapters cannot be merged into one weight", "adapters", "merge one of them")
+
+    def axes(self, spec: Spec) -> "Many":
+        (a, b), stacked = factors(self.eqn), spec.names[: spec.stacked]
+        a, b = (stacked + tuple(AXES[c] for c in ("R" + letters.replace("R", ""))) for letters in (a, b))
+        route = self.route and Route(*((*stacked, *(None,) * n) for n in (2, 1, 0)))
+        return self.replace(base=weights.axes_of(self.base, spec), a=a, b=b, route=route)
+
+
+def factors_of(params: Params, specs: Specs, where: str) -> Adapter:
+    """The LoRA factors of a tree, on the host; `where` names it in the errors.
+
+    Raises UserError when it has none, or other adapters too.
+    """
+    found: Adapter = {}
+
+    def read(path: str, leaf: Any, spec: Spec | None) -> Any:
+        if isinstance(leaf, Extra) or (weights.is_weight(leaf) and weights.base(leaf) is not leaf):
+            if type(leaf) is not LoRA or weights.base(leaf.base) is not leaf.base or leaf.used != "both":
+                what = f"{type(leaf).__name__} on {path} cannot share a batch with other adapters"
+                raise UserError(what, where, "only LoRA, on a weight as a whole, can: serve this one alone")
+            if weights.split(spec.eqn)[0]:
+                raise UserError(f"adapters on the blocks of {path} cannot share a batch", where, "serve this one alone")
+            found[path] = _host(leaf, spec.stacked)
+        return leaf
+
+    weights.replace(params, specs, read)
+    if not found:
+        raise UserError("holds no LoRA adapter", where)
+    return found
+
+
+def _host(leaf: LoRA, stacked: int) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.moveaxis(np.asarray(leaf.a), -1, stacked), np.asarray(leaf.b)
+    if leaf.start is not None:  # what is added is the change since: twice the rank
+        a = np.concatenate([a, np.moveaxis(np.asarray(leaf.start[0]), -1, stacked)], stacked)
+        b = np.concatenate([b, -np.asarray(leaf.start[1])], stacked)
+    return a, (b * np.float32(leaf.scale)).astype(b.dtype)
+
+
+def empty(params: Params, specs: Specs, rows: dict[str, int]) -> Params:
+    """Stacked parameters with room for so many rank rows at each of the weights that `rows` names."""
+
+    def wrap(path: str, base: Any, spec: Spec | None) -> Any:
+        if path not in rows:
+            return base
+        size = dict(zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :], strict=True))
+        room = lambda letters: jnp.zeros(
+            (*spec.shape[: spec.stacked], rows[path], *(size[c] for c in letters if c != "R")), spec.value.dtype
+        )
+        return Many(base, *map(room, factors(spec.eqn)), spec.eqn)
+
+    return weights.replace(params, specs, wrap)
+
+
+def map_many(f: Callable[[str, Many], Many], params: Params) -> Params:
+    """`f(name, leaf)` at every Many of unrolled parameters, layer after layer; the name is the stacked weight's."""
+    at = lambda path, leaf: f(re.sub(r"^layers/\d+/", "layers/", path), leaf) if isinstance(leaf, Many) else leaf
+    return weights.map_named(at, params, is_leaf=weights.is_weight)

@@ -1,0 +1,379 @@
+"""Many adapters in one batch against each alone: products, a bounded device, decoding."""
+
+import functools
+import http.client
+import json
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.errors import UserError
+from data.tokenizer import load as load_tokenizer
+from infer import generate as decoding
+from infer import store as stores
+from infer.generate import generate
+from infer.lm import LM
+from infer.models import load, load_many
+from infer.sample import Knobs
+from infer.serving import Batcher, Full
+from infer.store import Store
+from kernels import paged_lora
+from model import adapters_write, many, weights
+from model.config import ModelConfig
+from model.export import export_hf
+from model.peft import dora, lora
+from model.quant import nf4
+from model.transformer import Transformer
+from tests.test_weights import rand
+
+SMALL = ModelConfig(
+    vocab_size=320, layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=64, max_len=128, tied=True
+)  # fmt: skip
+RANKS = {"a": 3, "b": 17, "c": 8, "d": 1}
+WHERE = {"a": r"layers/.*", "b": r"layers/attn/w[qv]|embed/table", "c": r"layers/.*", "d": r"layers/attn/wo"}
+PROMPTS = [[5, 9, 2, 44, 17, 3, 8, 61], [12], [7, 7, 30], [4, 4], [300, 2, 9, 9, 1], [6]]
+NAMES = ["a", None, "b", "c", "b", "d"]
+
+
+@pytest.fixture(scope="module", params=["plain", pytest.param("nf4", marks=pytest.mark.slow)])
+def served(request):
+    """A model, its base, and the trees of four adapters of different ranks on different weights."""
+    return make(request.param)
+
+
+@functools.cache
+def make(kind="plain"):
+    model = Transformer(SMALL)
+    base = jax.jit(model.init)(jax.random.key(1))
+    base["embed"]["table"] *= 4
+    if kind != "plain":
+        base = nf4.make()(base, model.specs, jax.random.key(0))
+    return model, base, {n: adapted(model, base, n) for n in RANKS}
+
+
+def adapted(model, base, name):
+    init = "pissa" if name == "a" and not weights.is_weight(base["layers"]["attn"]["wq"]) else "zero_b"
+    wrap = lora.make(rank=RANKS[name], alpha=2.0 * RANKS[name], where=WHERE[name], init=init)
+
+    @jax.jit
+    def moved(base):
+        out = wrap(base, model.specs, jax.random.key(len(name)))
+        train, frozen = weights.partition(out, weights.trainable(out, "adapters"))
+        return weights.combine(jax.tree.map(lambda x: x + 0.1 * rand(*x.shape, seed=ord(name)), train), frozen)
+
+    return moved(base)
+
+
+def store_of(model, base, trees, **kwargs):
+    return Store(model, base, {n: many.factors_of(t, model.specs, n) for n, t in trees.items()}, **kwargs)
+
+
+def stacked(params):
+    return {**params, "layers": jax.tree.map(lambda *x: jnp.stack(x), *params["layers"])}
+
+
+def alone(model, base, trees, names, prompts, n):
+    out = [generate(model, trees.get(name, base), [p], max_new_tokens=n) for name, p in zip(names, prompts)]
+    return [o.tokens[0] for o in out]
+
+
+def test_by_hand():
+    """Row 0 has rank rows 2 and 0, row 1 has none: x = 2, A = (1, 5, 3), B = (10, 7, 100): 2 * (3 * 100 + 1 * 10)."""
+    pages = jnp.full((1, paged_lora.BLOCK), -1).at[0, :2].set(jnp.array([2, 0]))
+    args = jnp.array([[1.0], [5.0], [3.0]]), jnp.array([[10.0], [7.0], [100.0]]), pages, jnp.array([0]), jnp.int32(1)
+    x = jnp.full((2, 1, 1), 2.0)
+    for product in (paged_lora.matmul, paged_lora.reference):
+        np.testing.assert_array_equal(product(x, *args)[:, 0, 0], [620.0, 0.0])
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_product_equals_its_reference(tokens):
+    model, base, trees = make()
+    store = store_of(model, base, trees)
+    route = store.serving(NAMES, 7)["layers"][0]["attn"]["wq"].route
+    leaf = store.stacks["layers/attn/wq"][0]
+    a, b = (rand(len(w), w[0].size, seed=i) for i, w in enumerate(leaf))
+    x = rand(7, tokens, a.shape[1], seed=5)
+    ours = jax.jit(paged_lora.matmul)(x, a, b, *route)
+    np.testing.assert_allclose(ours, paged_lora.reference(x, a, b, *route), atol=1e-4)
+    assert not ours[1].any() and not ours[6].any() and ours[2].any()
+
+
+def test_a_mixed_batch_has_the_logits_of_each_alone(served):
+    model, base, trees = served
+    store = store_of(model, base, trees)
+    tokens = jax.random.randint(jax.random.key(3), (len(NAMES), 9), 0, 320)
+    forward = jax.jit(model.__call__)
+    unrolled = store.serving(NAMES, len(NAMES))
+    for params in (unrolled, stacked(unrolled)):
+        ours = forward(params, tokens)
+        for i, name in enumerate(NAMES):
+            want = forward(trees.get(name, base), tokens)[i]
+            np.testing.assert_allclose(ours[i], want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+def test_the_device_holds_the_sum_of_the_adapters():
+    model, base, trees = make()
+    store = store_of(model, base, trees)
+    own = lambda tree: sum(
+        x.nbytes for x in jax.tree.leaves(weights.partition(tree, weights.trainable(tree, "adapters"))[0])
+    )
+    starts = sum(
+        x.nbytes
+        for x in jax.tree.leaves(
+            [w.start for w in jax.tree.leaves(trees["a"], is_leaf=weights.is_weight) if isinstance(w, lora.LoRA)]
+        )
+    )
+    assert sum(x.nbytes for x in jax.tree.leaves(store.stacks)) == sum(map(own, trees.values())) + starts
+
+
+@pytest.mark.slow
+def test_decoding_a_mixed_batch_gives_the_tokens_of_each_alone():
+    model, base, trees = make()
+    store = store_of(model, base, trees)
+    ours = generate(model, store.serving(NAMES, 6), PROMPTS, max_new_tokens=12)
+    assert ours.tokens == alone(model, base, trees, NAMES, PROMPTS, 12)
+    assert len({tuple(t) for t in ours.tokens}) > 3
+
+
+@pytest.mark.slow
+def test_the_least_recently_used_leave_and_nothing_compiles_again():
+    model, base, trees = make()
+    store = store_of(model, base, trees, rank_rows=24)  # a has 6, since it counts from its start
+    batches = [["a", None], ["b", "a"], ["c", "d"], ["c", "a"], ["b", "b"], ["a", "b"]]
+    counts = []
+    for names in batches:
+        ours = generate(model, store.serving(names, 2), PROMPTS[:2], max_new_tokens=6)
+        assert ours.tokens == alone(model, base, trees, names, PROMPTS, 6), names
+        counts.append([f._cache_size() for f in (decoding._decode, decoding._prefill, stores._put)])
+    assert counts[-1] == counts[3] and "d" not in store.held  # each weight's stacks were written once by then
+    with pytest.raises(UserError, match="rank rows"):
+        store.serving(["a", "b", "c"], 3)
+    with pytest.raises(UserError, match="no adapter 'e'"):
+        store.serving(["e"], 1)
+    with pytest.raises(UserError, match="exceeds"):
+        store_of(model, base, trees, rank_rows=16)
+
+
+def test_other_adapters_than_lora_are_refused():
+    model, base, _ = make()
+    tree = dora.make(rank=2)(base, model.specs, jax.random.key(0))
+    with pytest.raises(UserError, match="DoRA"):
+        many.factors_of(tree, model.specs, "folder")
+    with pytest.raises(UserError, match="no LoRA"):
+        many.factors_of(base, model.specs, "folder")
+
+
+# --- continuous batching ---
+
+
+@pytest.fixture(scope="module")
+def lm():
+    model, base, trees = make()
+    return LM(model, base, load_tokenizer("bytes"), store_of(model, base, trees, rank_rows=24)), trees
+
+
+def test_requests_join_and_leave_a_running_batch(lm):
+    """More requests than rows, more adapters than the device holds, a ring that turns over: each as if alone."""
+    lm, trees = lm
+    batcher = Batcher(lm, rows=3, length=40)
+    lengths = [9, 30, 3, 25, 14, 34]
+    asked = list(zip(PROMPTS, NAMES, lengths))
+    requests = [batcher.submit(p, adapter=a, max_new_tokens=n) for p, a, n in asked[:4]]
+    for _ in range(7):
+        batcher.step()
+    requests += [batcher.submit(p, adapter=a, max_new_tokens=n) for p, a, n in asked[4:]]
+    while batcher.waiting or any(batcher.rows):
+        batcher.step()
+    for request, (prompt, name, n) in zip(requests, asked):
+        wanted = generate(lm.model, trees.get(name, lm.params), [prompt], max_new_tokens=n, stop_ids=(257,)).tokens[0]
+        assert list(request) == wanted, name
+
+
+@pytest.mark.slow
+def test_each_request_has_knobs_of_its_own(lm):
+    lm, trees = lm
+    knobs = [Knobs(), Knobs(0.9), Knobs(1.5, 5, 0.9, 0.05)]
+    batcher = Batcher(lm, rows=3, length=64)
+    requests = [batcher.submit(PROMPTS[0], adapter="b", max_new_tokens=10, knobs=k, seed=3) for k in knobs]
+    while any(batcher.rows) or batcher.waiting:
+        batcher.step()
+    for request, k in zip(requests, knobs):
+        alone = generate(lm.model, trees["b"], [PROMPTS[0]], max_new_tokens=10, seed=3, **k._asdict(), stop_ids=(257,))
+        assert list(request) == alone.tokens[0]
+    assert len({tuple(r.tokens) for r in requests}) == 3
+
+
+def test_what_cannot_be_answered_is_refused(lm):
+    batcher = Batcher(lm[0], rows=1, length=16, waiting=1)
+    with pytest.raises(UserError, match="exceed the 16"):
+        batcher.submit([1] * 9, max_new_tokens=8)
+    with pytest.raises(UserError, match="no adapter"):
+        batcher.submit([1], adapter="x", max_new_tokens=1)
+    first = batcher.submit([1], max_new_tokens=8)
+    with pytest.raises(Full):
+        batcher.submit([1], max_new_tokens=1)
+    batcher.step()
+    first.cancelled = True
+    batcher.step()
+    assert not any(batcher.rows) and len(list(first)) == 3
+
+
+# --- from folders to answers ---
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model, a LoRA run on it and a PEFT folder for it."""
+    from train.main import main
+
+    folder = tmp_path_factory.mktemp("folders")
+    model, base, trees = make()
+    export_hf(model, base, load_tokenizer("bytes"), folder / "model", check=False)
+    adapters_write.write(folder / "peft", model, trees["c"], str(folder / "model"))
+    small = {
+        "steps": 2, "data.source": "synthetic:add?n=200&digits=1", "samples": "()", "model.shape": "",
+        "init": folder / "model", "optim.lr": 0.1, "data.tokenizer": "bytes",
+    }  # fmt: skip
+    flags = [f"--config.{k}={v}" for k, v in small.items()]
+    assert main(["--config=configs/peft/lora_tiny.py", f"--workdir={folder / 'run'}", *flags]) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_folders_of_both_kinds_answer_in_one_batch(folders):
+    names = {"run": folders / "run", "peft": folders / "peft"}
+    lm = load_many(folders / "model", names)
+    prompts, order = ["2+3=", "2+3=", "2+3=", "1+1="], ["peft", None, "run", "run"]
+    one = lambda name, p: load(folders / "model", names.get(name)).generate(p, max_new_tokens=8)[0]
+    answers = lm.generate(prompts, adapters=order, max_new_tokens=8)
+    assert answers == [one(name, p) for name, p in zip(order, prompts)]
+    assert len(set(answers[:3])) == 3
+    assert "".join(lm.stream("2+3=", adapter="run", max_new_tokens=8)) == answers[2]
+    with pytest.raises(UserError, match="adapters for 2 prompts"):
+        lm.generate(["a", "b"], adapters=["run"])
+    with pytest.raises(UserError, match="without adapters"):
+        load(folders / "model").generate(["a"], adapters=["run"])
+
+
+@pytest.mark.slow
+def test_a_run_on_another_base_is_refused(folders, tmp_path):
+    model, base, _ = make()
+    export_hf(model, jax.tree.map(lambda x: x * 1.5, base), load_tokenizer("bytes"), tmp_path / "other", check=False)
+    with pytest.raises(UserError, match="another base"):
+        load_many(tmp_path / "other", {"run": folders / "run"})
+
+
+@pytest.fixture(scope="module")
+def server(folders):
+    from tools import serve
+
+    server = serve.Server(0, "base")
+    lm = load_many(folders / "model", {"run": folders / "run", "peft": folders / "peft"})
+    server.batcher = Batcher(lm, rows=2, length=96)
+    threads = [threading.Thread(target=f, daemon=True) for f in (server.serve_forever, server.batcher.run)]
+    for thread in threads:
+        thread.start()
+    yield server, lm
+    server.shutdown()
+    server.batcher.close()
+    server.server_close()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def ask(server, method="POST", path="/v1/chat/completions", headers=(), body=None, **content):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    body = json.dumps(content) if body is None else body
+    connection.request(method, path, body, {"Content-Type": "application/json", **dict(headers)})
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    return answer.status, json.loads(text) if answer.headers["Content-Type"] == "application/json" else text
+
+
+USER = [{"role": "user", "content": "2+3="}]
+
+
+@pytest.mark.slow
+def test_server_answers_as_the_model_does_alone(server):
+    server, lm = server
+    assert [m["id"] for m in ask(server, "GET", "/v1/models")[1]["data"]] == ["base", "run", "peft"]
+    names, out = ["base", "run", "peft", "run", "base"], {}
+    fetch = lambda i: out.update({i: ask(server, model=names[i], messages=USER, max_tokens=8 + i, temperature=0)})
+    threads = [threading.Thread(target=fetch, args=(i,)) for i in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, name in enumerate(names):
+        adapter = None if name == "base" else name
+        want = lm.generate("2+3=", adapters=[adapter], max_new_tokens=8 + i)[0]
+        status, answer = out[i]
+        assert status == 200 and answer["choices"][0]["message"]["content"] == want
+        assert answer["usage"]["completion_tokens"] <= 8 + i and answer["model"] == name
+
+
+@pytest.mark.slow
+def test_server_streams_and_stops(server):
+    server, _ = server
+    asked = dict(model="run", messages=USER, max_tokens=24, temperature=1.3, seed=4)
+    whole = ask(server, **asked)[1]["choices"][0]
+    status, text = ask(server, stream=True, **asked)
+    events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    chunks = [json.loads(e)["choices"][0] for e in events[:-1]]
+    assert status == 200 and events[-1] == "[DONE]" and len(chunks) > 3
+    assert "".join(c["delta"].get("content", "") for c in chunks) == whole["message"]["content"]
+    assert chunks[-1]["finish_reason"] == whole["finish_reason"]
+    stop = whole["message"]["content"][3:5]
+    cut = ask(server, stop=[stop], **asked)[1]["choices"][0]
+    assert cut["message"]["content"] == whole["message"]["content"].split(stop)[0] and cut["finish_reason"] == "stop"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("status", "request_"),
+    [
+        (404, dict(method="GET", path="/")),
+        (404, dict(model="other", messages=USER)),
+        (400, dict(body="{")),
+        (400, dict(body="[1]")),
+        (400, dict(model="base", messages=[])),
+        (400, dict(model="base", messages=[{"role": "user"}])),
+        (400, dict(model="base", messages=USER, max_tokens=0)),
+        (400, dict(model="base", messages=USER, max_tokens=True)),
+        (400, dict(model="base", messages=USER, temperature="1")),
+        (400, dict(model="base", messages=USER, temperature=float("nan"))),
+        (400, dict(model="base", messages=USER, n=2)),
+        (400, dict(model="base", messages=USER, tools=[{}])),
+        (400, dict(model="base", messages=USER, max_tokens=1000)),
+        (413, dict(headers={"Content-Length": str(1 << 30)}, body=b"")),
+        (411, dict(headers={"Content-Length": "-1"}, body=b"")),
+        (415, dict(headers={"Content-Type": "text/plain"}, model="base", messages=USER)),
+        (403, dict(headers={"Host": "evil.example"}, method="GET", path="/v1/models")),
+    ],
+)
+def test_server_refuses_in_one_line(server, status, request_):
+    got, answer = ask(server[0], **request_)
+    assert got == status and "\n" not in answer["error"]["message"] and answer["error"]["code"] == status
+
+
+@pytest.mark.slow
+def test_chat_picks_an_adapter(folders, capsys, monkeypatch):
+    from tools import chat
+
+    talk = chat.Chat(load_many(folders / "model", {"run": folders / "run", "peft": folders / "peft"}), "", {
+        "temperature": 0.0, "max_new_tokens": 8})  # fmt: skip
+    lines = iter(["2+3=", "/reset", "/adapter", "2+3=", "/adapter nobody", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert chat.converse(talk) == 0
+    out, err = capsys.readouterr()
+    tuned, plain = (talk.lm.generate("2+3=", adapters=[a], max_new_tokens=8)[0] for a in ("run", None))
+    assert tuned != plain and out.startswith(tuned) and plain in out
+    assert "the base answers" in err and "no adapter 'nobody'; known: run, peft" in err
+    with pytest.raises(UserError, match="two adapters"):
+        chat.named("x/a,y/a")
+    assert chat.named("x/a,b=y/a") == {"a": "x/a", "b": "y/a"}
