@@ -176,6 +176,7 @@ def lm():
     return LM(model, base, load_tokenizer("bytes"), store_of(model, base, trees, rank_rows=24)), trees
 
 
+@pytest.mark.slow
 def test_requests_join_and_leave_a_running_batch(lm):
     """More requests than rows, more adapters than the device holds, a ring that turns over: each as if alone."""
     lm, trees = lm
