@@ -16,9 +16,8 @@ from jax import Array
 
 from configs.errors import UserError
 from infer.generate import unrolled
-from kernels.paged_lora import BLOCK
 from model import many
-from model.many import Adapter, Many, Route
+from model.many import BLOCK, Adapter, Many, Route
 from model.transformer import Transformer
 from model.weights import Params
 

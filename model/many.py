@@ -14,6 +14,7 @@ from jax import Array
 
 from configs.errors import UserError
 from kernels import paged_lora
+from kernels.paged_lora import BLOCK  # noqa: F401 (for who makes routes)
 from model import weights
 from model.peft.lora import LoRA, factors
 from model.weights import AXES, Extra, Params, Spec, Specs, Weight
