@@ -160,10 +160,10 @@ def read(folder: Any, name: str, cuts: Index) -> np.ndarray:
     else:
         numbers = folder.codes(name, (cuts[0], slice(None)))
     held = folder.stored_shape(f"{name}_scale")
+    groups = held[1] if len(held) > 1 else 1
+    if f"{name}_zero_point" in folder.shards or held[0] not in (1, height) or columns % groups:
+        raise UserError(f"{name} has zero points or uneven groups, which are not read", str(folder.path))
     rows = cuts[0] if held[0] > 1 else slice(None)  # one scale for the tensor
     scale = folder.tensor(f"{name}_scale", (rows, *[slice(None)] * (len(held) - 1))).astype(np.float32)
-    scale = scale.reshape(len(scale), -1)
-    even = held[0] in (1, height) and columns % scale.shape[1] == 0
-    if f"{name}_zero_point" in folder.shards or not even:
-        raise UserError(f"{name} has zero points or uneven groups, which are not read", str(folder.path))
-    return (numbers.astype(np.float32) * np.repeat(scale, columns // scale.shape[1], 1))[:, cuts[1]]
+    scale = np.repeat(scale.reshape(-1, groups), columns // groups, 1)
+    return (numbers.astype(np.float32) * scale)[:, cuts[1]]
