@@ -161,7 +161,7 @@ def read(folder: Any, name: str, cuts: Index) -> np.ndarray:
         numbers = folder.codes(name, (cuts[0], slice(None)))
     held = folder.stored_shape(f"{name}_scale")
     groups = held[1] if len(held) > 1 else 1
-    if f"{name}_zero_point" in folder.shards or held[0] not in (1, height) or columns % groups:
+    if f"{name}_zero_point" in folder.shards or held[0] not in (1, height) or not groups or columns % groups:
         raise UserError(f"{name} has zero points or uneven groups, which are not read", str(folder.path))
     rows = cuts[0] if held[0] > 1 else slice(None)  # one scale for the tensor
     scale = folder.tensor(f"{name}_scale", (rows, *[slice(None)] * (len(held) - 1))).astype(np.float32)
