@@ -144,7 +144,7 @@ def names(stored: Iterable[str]) -> set[str]:
 
 def shape(folder: Any, name: str) -> tuple[int, ...]:
     """Of a weight that is stored packed."""
-    rows, columns = (int(n) for n in folder.tensor(f"{name}_shape", (slice(2),)))
+    rows, columns = (int(n) for n in folder.codes(f"{name}_shape", (slice(2),)))
     held = folder.stored_shape(f"{name}_packed")
     if held not in [(rows, -(-columns * bits // 32)) for bits in (4, 8)]:
         raise UserError(f"{name} is said to be {rows} x {columns}, its codes are {held}", str(folder.path))
@@ -153,16 +153,17 @@ def shape(folder: Any, name: str) -> tuple[int, ...]:
 
 def read(folder: Any, name: str, cuts: Index) -> np.ndarray:
     """A slice of a weight, dequantised, float32."""
+    height, columns = folder.shape(name)
     if f"{name}_packed" in folder.shards:
-        columns = shape(folder, name)[1]
-        words = folder.tensor(f"{name}_packed", (cuts[0], slice(None)))
+        words = folder.codes(f"{name}_packed", (cuts[0], slice(None)))
         numbers = unpack(words, 4 if words.shape[1] == -(-columns // 8) else 8, columns)
     else:
-        columns, numbers = folder.stored_shape(name)[1], folder.tensor(name, (cuts[0], slice(None)))
+        numbers = folder.codes(name, (cuts[0], slice(None)))
     held = folder.stored_shape(f"{name}_scale")
+    groups = held[1] if len(held) > 1 else 1
+    if f"{name}_zero_point" in folder.shards or held[0] not in (1, height) or not groups or columns % groups:
+        raise UserError(f"{name} has zero points or uneven groups, which are not read", str(folder.path))
     rows = cuts[0] if held[0] > 1 else slice(None)  # one scale for the tensor
     scale = folder.tensor(f"{name}_scale", (rows, *[slice(None)] * (len(held) - 1))).astype(np.float32)
-    scale = scale.reshape(len(scale), -1)
-    if f"{name}_zero_point" in folder.shards or columns % scale.shape[1]:
-        raise UserError(f"{name} has zero points or uneven groups, which are not read", str(folder.path))
-    return (numbers.astype(np.float32) * np.repeat(scale, columns // scale.shape[1], 1))[:, cuts[1]]
+    scale = np.repeat(scale.reshape(-1, groups), columns // groups, 1)
+    return (numbers.astype(np.float32) * scale)[:, cuts[1]]

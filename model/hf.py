@@ -14,7 +14,8 @@ from model.layout import Index
 
 FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "chat_template*")  # what is fetched of a hub repository
 INDEX = "model.safetensors.index.json"
-DTYPES = ("F32", "BF16", "F16", "F64", "I8", "I32", "I64")  # the integers are codes
+DTYPES = ("F32", "BF16", "F16", "F64")
+CODES = ("I8", "I32", "I64", "F8_E4M3")  # of quantised weights
 
 
 class Folder:
@@ -78,13 +79,16 @@ class Folder:
     def read(self, name: str, cuts: Index) -> np.ndarray:
         return compressed.read(self, name, cuts) if f"{name}_scale" in self.shards else self.tensor(name, cuts)
 
-    def tensor(self, name: str, cuts: Index) -> np.ndarray:
+    def tensor(self, name: str, cuts: Index, known: tuple[str, ...] = DTYPES) -> np.ndarray:
         tensor = self._slice(name)
+        if tensor.get_dtype() not in known:
+            raise UserError(f"{name} is stored as {tensor.get_dtype()}; known: {', '.join(known)}", str(self.path))
         if tensor.get_dtype() == "F8_E4M3":
             return self._bytes(name)[cuts].view(ml_dtypes.float8_e4m3fn)
-        if tensor.get_dtype() not in DTYPES:
-            raise UserError(f"{name} is stored as {tensor.get_dtype()}; known: {', '.join(DTYPES)}", str(self.path))
         return tensor[cuts]
+
+    def codes(self, name: str, cuts: Index) -> np.ndarray:
+        return self.tensor(name, cuts, CODES)
 
     def _bytes(self, name: str) -> np.ndarray:
         """A tensor of a type that the library does not give to numpy, from where the file's header says it lies."""

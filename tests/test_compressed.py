@@ -114,6 +114,8 @@ def test_what_the_format_cannot_say_is_refused(make, family, said, tmp_path):
     [
         ({"weight_shape": np.array([32, 999], np.int64)}, "said to be 32 x 999"),
         ({"weight_scale": np.ones((32, 5), np.float32)}, "uneven groups"),
+        ({"weight_scale": np.ones((31, 1), np.float32)}, "uneven groups"),
+        ({"weight_packed": np.ones((32, 8), np.float32)}, "is stored as F32"),
         ({"weight_zero_point": np.ones((4, 1), np.int32)}, "zero points"),
     ],
 )

@@ -2,8 +2,8 @@
 
     python -m tools.sweep --config=configs/quant/int8_train_sweep.py --out=runs/sweeps/int8_train
 
-Hardware: a laptop CPU, on which it shows the quality and not the speed. Expected: a gap of held-out loss within the
-spread of the seeds.
+Hardware: a laptop CPU, one to two minutes a run; it shows the quality and not the speed. Expected: about 5.5 nats a
+token in float after 100 steps; the gap is the mean of the three differences of runs of the same seed.
 """
 
 from configs.pretrain import tiny

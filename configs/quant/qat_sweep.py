@@ -4,7 +4,8 @@
 
 A run that starts to round after its last step is trained in float and evaluated in 4 bits: PTQ to the nearest number.
 recovered = (QAT - PTQ) / (float - PTQ), of held-out losses. A column shares one scale, the coarsest that 4 bits have;
-there is no format below. Hardware: a laptop CPU. Expected: the QAT runs recover most of the loss.
+there is no format below. Hardware: a laptop CPU, half a minute a run. Expected: means of three seeds 2.189 in float,
+2.230 by PTQ, 2.208 by QAT, in nats a byte; recovered 0.55 +- 0.13 (95 %, t of the three).
 """
 
 from configs.pretrain import tiny
