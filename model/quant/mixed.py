@@ -21,7 +21,7 @@ def encoder(path: str, formats: tuple, group: int) -> Callable | None:
     return format and partial(importlib.import_module(f"model.quant.{format}").encode, **options)
 
 
-def make(*, formats: tuple, group: int = 64) -> Callable:
+def make(*, formats: tuple = (("layers/mlp/.*", "int4"), ("layers/.*", "int8")), group: int = 64) -> Callable:
     """A Transform. `formats`: (("layers/mlp/.*", "int4"), ("layers/attn/w[vo]", "int8"), ...), the first regex that
     matches a whole name decides, and what none matches stays float. `group` is that of int4 and nf4.
 
