@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from etils.epath import backend
 from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 from fsspec.registry import _registry
 
 from configs import paths
@@ -32,13 +32,32 @@ from train.checkpoint import Checkpointer
 OTHER = "pid 1 on elsewhere since 2026-01-01 00:00:00\n"
 
 
+class Whole(LocalFileOpener):
+    """A file that is there once it is closed."""
+
+    def close(self):
+        if not self.closed:
+            self.commit()
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class Objects(LocalFileSystem):
+    def _open(self, path, mode="rb", block_size=None, **kwargs):
+        if mode != "wb":
+            return super()._open(path, mode, block_size, **kwargs)
+        self.makedirs(self._parent(path), exist_ok=True)
+        return Whole(self._strip_protocol(path), mode, autocommit=False, fs=self)
+
+
 class Bucket(DirFileSystem):
-    """A folder as gs://; like a store it makes folders as needed, and creates an object once."""
+    """A folder as gs://; like a store it makes folders as needed, creates an object once, never shows half of it."""
 
     cachable, root = False, ""
 
     def __init__(self, **_):
-        super().__init__(self.root, LocalFileSystem(auto_mkdir=True))
+        super().__init__(self.root, Objects(auto_mkdir=True))
 
     def _join(self, path):
         strip = lambda p: p.removeprefix("gs://").rstrip("/")
@@ -154,7 +173,9 @@ def test_a_holder_that_was_replaced_ends(bucket, monkeypatch):
     ended = []
     monkeypatch.setattr(lease, "BEAT", 0.05)
     monkeypatch.setattr(lease.os, "_exit", lambda code: (ended.append(code), held._stop.set()))
-    held = lease.Lease(paths.parse("gs://bucket/run"), OTHER)
+    home = paths.parse("gs://bucket/run")
+    held = lease.Lease(home, OTHER)
+    assert paths.create(home / "LOCK.1", "another")
     held.path.unlink()
     held._thread.join(5)
     assert ended == [runs.PREEMPTED]

@@ -26,10 +26,11 @@ class Lease:
     def __init__(self, folder: Any, holder: str):
         self.folder, self.holder, self._stop = folder, holder, threading.Event()
         while True:
-            held = sorted(int(m[1]) for m in map(LOCK.fullmatch, paths.sizes(folder)) if m)
+            held = _held(folder)
             if held:
                 self._watch(folder / f"LOCK.{held[-1]}")
-            self.path = folder / f"LOCK.{held[-1] + 1 if held else 0}"
+            self.number = held[-1] + 1 if held else 0
+            self.path = folder / f"LOCK.{self.number}"
             if paths.create(self.path, holder):
                 break
         for n in held:
@@ -54,7 +55,8 @@ class Lease:
         beats = 0
         while not self._stop.wait(BEAT):
             try:
-                if not _read(self.path).startswith(self.holder):
+                # A later lock tells it too: this one may have been written again just after it was taken away.
+                if _held(self.folder)[-1:] != [self.number] or not _read(self.path).startswith(self.holder):
                     os.write(2, f"\n{self.path} was taken over: another process runs this run now\n".encode())
                     os._exit(PREEMPTED)
                 beats += 1
@@ -69,6 +71,11 @@ class Lease:
             self.path.unlink(missing_ok=True)
         except Exception as e:  # it lapses by itself
             print(f"warning: {self.path}: {e}", file=sys.stderr)
+
+
+def _held(folder: Any) -> list[int]:
+    """The numbers of the locks that are there."""
+    return sorted(int(m[1]) for m in map(LOCK.fullmatch, paths.sizes(folder)) if m)
 
 
 def _read(path: Any) -> str:
