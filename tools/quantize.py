@@ -77,8 +77,8 @@ def options(quant: str, method: str, words: list[str], limit: tuple[float, str] 
             raise UserError(f"{name} {e}", "command line") from None
         for problem, fix in rules.check_value(f"quant.{name}", found[name], keys[name].choices):
             raise UserError(f"{name} {text!r}: {problem}", "command line", fix)
-    if quant == "mixed" and bool(limit) == bool(found["formats"]):
-        raise UserError("takes a --budget or --formats, one of them", "--quant=mixed")
+    if limit and any(word.startswith("--formats") for word in words):
+        raise UserError("the budget chooses the formats", "--formats", "give one of the two")
     return found | {"budget": limit} if limit else found
 
 
