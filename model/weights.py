@@ -239,7 +239,8 @@ def trainable(params: Params, what: str) -> Any:
 
     def pick(path: str, leaf: Any, moves: bool | None) -> Any:  # None: not inside a Weight
         if is_weight(leaf):
-            own = lambda f: f in leaf.trainable and moves is not False
+            adapter = "base" in fields(leaf)  # one may wrap another, as on a tied table, and both train
+            own = lambda f: f in leaf.trainable and (moves is not False or adapter)
             return leaf.replace(**{f: walk(f"{path}/{f}", getattr(leaf, f), own(f)) for f in fields(leaf)})
         if what in ("all", "adapters"):
             return (what == "all" if moves is None else moves) and jnp.issubdtype(leaf.dtype, jnp.inexact)
