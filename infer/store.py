@@ -74,7 +74,6 @@ class Store:
         They are of use until `hold` puts another adapter on the device.
         """
         routes = {path: self._route(path, names, rows) for path in self.room}
-
         turns = {path: iter(stacks) for path, stacks in self.stacks.items()}
 
         def place(path: str, leaf: Many) -> Many:

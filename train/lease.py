@@ -74,8 +74,8 @@ class Lease:
 
 
 def _held(folder: Any) -> list[int]:
-    """The numbers of the locks that are there."""
-    return sorted(int(m[1]) for m in map(LOCK.fullmatch, paths.sizes(folder)) if m)
+    """The numbers of the locks that are there; the checkpoints beside them are not listed."""
+    return sorted(int(m[1]) for m in (LOCK.fullmatch(path.name) for path in folder.glob("LOCK.*")) if m)
 
 
 def _read(path: Any) -> str:
