@@ -1,9 +1,19 @@
-"""Eight CPU devices, so that meshes are real in every test; set before jax is imported."""
+"""Eight CPU devices, so that meshes are real in every test; set before jax is imported.
+
+Most of the time of these tests is compilation: LLVM does without its optimisations in this process (programs started
+by tests are compiled as for a user), and what two tests or processes both compile is compiled once.
+"""
 
 import os
+from pathlib import Path
 
 from train import flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 flags.spare_threads()

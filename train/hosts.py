@@ -18,9 +18,10 @@ def connect() -> None:
     GKE, or on the hosts of a TPU slice by JAX_NUM_PROCESSES alone. Call it before anything asks for devices.
     """
     env = os.environ
-    cache = env.get("JAX_COMPILATION_CACHE_DIR") or os.path.expanduser(f"~/.cache/kungfu/xla-{jax.__version__}")
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    cache = os.path.expanduser(f"~/.cache/kungfu/xla-{jax.__version__}")
+    for name, value in {"jax_compilation_cache_dir": cache, "jax_persistent_cache_min_compile_time_secs": 0.5}.items():
+        if name.upper() not in env:
+            jax.config.update(name, value)
     if env.get("JAX_COORDINATOR_ADDRESS"):
         count, index = env.get("JAX_NUM_PROCESSES"), env.get("JAX_PROCESS_ID")
         jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count and int(count), index and int(index))
