@@ -5,7 +5,10 @@ by tests are compiled as for a user), and what two tests or processes both compi
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from train import flags
 
@@ -17,3 +20,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 flags.spare_threads()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget() -> Iterator[None]:
+    """What a module compiled would stay in memory until the last one."""
+    yield
+    import jax
+
+    jax.clear_caches()

@@ -124,6 +124,8 @@ def test_topologies_hold_as_many_chips_as_they_say():
         (argv("gke", "tpu7x-8", "--config.mesh.data=4"), "is not 8 devices"),  # two devices a chip
         (argv("tpu-vm", "v5e-16", "--nfs="), "4 hosts must see one run folder"),
         (argv("tpu-vm", "v5e-8", "--nfs=", "--spot"), "takes its disk along"),
+        (argv("tpu-vm", "v5e-8", "--slices=2"), "--on=gke"),
+        (argv("gke", "v5e-16", "--slices=2", "--config.mesh.data=1", "--config.mesh.fsdp=-1"), "a multiple of 2"),
         (argv("tpu-vm", "v5e-8", "--zone="), "--zone"),
         (argv("mig", "v6e-8", "--bucket="), "--bucket"),
         (argv("tpu-vm", "v5e-8", "--name=a;rm -rf ~"), "--name"),
@@ -139,6 +141,13 @@ def test_refusals(capsys, args, words):
     assert launch.main(args) == 2
     out, err = capsys.readouterr()
     assert words in err and not out
+
+
+def test_several_slices_are_one_run(printed, capsys):
+    commands = [c for c in printed("gke", "v5e-16", "--slices=2") if c[0] == "xpk"]
+    assert [c[2] for c in commands if "--num-slices=2" in c] == ["create", "create"]
+    launch.main(argv("gke", "v5e-16", "--slices=2"))
+    assert "# 2 x v5litepod-16: chips 32, hosts 8, about $" in capsys.readouterr().out
 
 
 def test_a_hostile_value_stays_one_word(printed):

@@ -2,7 +2,7 @@
 
     python -m tools.launch --on=tpu-vm|queued|mig|gke|slurm|local --accelerator=v5e-16 --config=configs/X.py
         --workdir=runs/NAME [--config.key=value ...] [--name=N] [--zone=Z --project=P] [--spot] [--nfs=HOST:/SHARE]
-        [--bucket=gs://B] [--go [--from=STEP]]
+        [--bucket=gs://B] [--slices=2 (gke)] [--go [--from=STEP]]
 
 Checks the config and the mesh, then prints the commands; --go runs them one by one and stops at the first that fails. A
 run that exits with 75 is started again; a machine that was taken away is replaced, and the same command goes on from
@@ -26,7 +26,7 @@ from configs.paths import STORE
 
 TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 FLAGS = dict.fromkeys(("on", "accelerator", "zone", "project", "bucket", "nfs", "from"), "")
-FLAGS |= {"name": "kungfu", "spot": False, "go": False}
+FLAGS |= {"name": "kungfu", "spot": False, "go": False, "slices": 1}
 LOST = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "SUSPENDED", "SUSPENDING", "FAILED")
 OWN_CODES = (2, 70)  # exit codes of train.main that no other machine would change
 POLL = 30.0  # seconds between two looks at a machine's state
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         plan = make(flags, target, a, overrides.parse_args(argv, FLAGS))
         if flags["from"] not in ("", *plan.names("go")):
             raise UserError(f"no step {flags['from']!r}", "--from", f"one of {', '.join(plan.names('go'))}")
-        return go(plan, flags["from"]) if flags["go"] else show(plan, a, flags["spot"])
+        return go(plan, flags["from"]) if flags["go"] else show(plan, a, flags)
     except UserError as e:
         print(e, file=sys.stderr)
         return 2
@@ -105,8 +105,15 @@ def check(flags: Mapping[str, Any], target: Mapping[str, Any], a: Slice, config:
     for option, form in (TABLE["forms"] | {"workdir": target["workdir"]}).items():
         if (flags[option] or option in target["needs"]) and not re.fullmatch(form, flags[option]):
             raise UserError(f"{flags[option]!r} is not of the form {form}", f"--{option}", target.get("fix", ""))
+    slices = flags["slices"]
+    if slices < 1 or (slices > 1 and not target.get("slices")):
+        where = [on for on, other in TABLE["targets"].items() if other.get("slices")]
+        raise UserError(f"{slices} slices", "--slices", f"1, or more with --on={' or '.join(where)}")
     if target["kind"]:
-        mesh_shape(config.mesh, a.chips * chips.find(a.product).devices)
+        shape = mesh_shape(config.mesh, slices * a.chips * chips.find(a.product).devices)
+        if shape[0] % slices:
+            fix = f"slices split the data axis: make it a multiple of {slices}"
+            raise UserError(f"data {shape[0]} on {slices} slices", "config.mesh.data", fix)
     shared = flags["nfs"] or flags["workdir"].startswith(STORE)
     if target.get("hosts") and not shared and (flags["spot"] or a.hosts > 1):
         why = f"{a.hosts} hosts must see one run folder" if a.hosts > 1 else "a spot machine takes its disk along"
@@ -153,13 +160,14 @@ def fill(template: str, values: Mapping[str, Any], groups: Mapping[str, list[str
     return [x for w in words for x in (groups[w[1:-1]] if w[1:-1] in groups else [w.format(**values)])]
 
 
-def show(plan: Plan, a: Slice, spot: bool) -> int:
+def show(plan: Plan, a: Slice, flags: Mapping[str, Any]) -> int:
     from train import chips
 
-    chip = chips.find(a.product)
+    chip, slices, spot = chips.find(a.product), flags["slices"], flags["spot"]
     usd = chip and (chip.usd_hour_spot if spot else chip.usd_hour)
-    cost = f"about ${a.chips * usd.value:,.2f} an hour{' spot' * spot} ({usd.date})" if usd else "price n/a"
-    print(f"# {a.type}: chips {a.chips}, hosts {a.hosts}, {cost}")
+    cost = f"about ${slices * a.chips * usd.value:,.2f} an hour{' spot' * spot} ({usd.date})" if usd else "price n/a"
+    times = f"{slices} x " if slices > 1 else ""
+    print(f"# {times}{a.type}: chips {slices * a.chips}, hosts {slices * a.hosts}, {cost}")
     print(f"# Commands as of {TABLE['date']}: {plan.target['link']}")
     for name, text in plan.files.items():
         print(f"# {name}, which --go writes:", *text.splitlines(), sep="\n#   ")

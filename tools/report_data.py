@@ -98,9 +98,12 @@ def method(run: Run) -> str:
         return "prompting"
     peft = c.get("peft") or {}
     if peft.get("name"):
-        rank = f" r={peft['rank']}" if "rank" in peft else ""
-        return METHODS.get(peft["name"], peft["name"]) + rank
+        return label(peft["name"], peft.get("rank"))
     return "full fine-tuning" if c.get("init") else "from scratch"
+
+
+def label(method: str, rank: int | None) -> str:
+    return METHODS.get(method, method) + (f" r={rank}" if rank else "")
 
 
 def seconds(run: Run) -> float | None:
@@ -115,9 +118,9 @@ def used(runs: list[Run]) -> list[tuple[str, gas.Gas]]:
     return rows + [("all runs", gas.total(g for _, g in rows))] * (len(rows) > 1)
 
 
-def stored(run: Run) -> int | None:
+def stored(folder: Path) -> int | None:
     """Bytes of the trained parameters in the newest checkpoint: what has to be kept beside the model it came from."""
-    steps = sorted((p for p in (run.path / "ckpt").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
+    steps = sorted((p for p in (folder / "ckpt").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
     leaves = _json(steps[-1] / "state_hashes.json").get("manifest", {}).get("leaves", {}) if steps else {}
     sizes = [_bytes(leaf) for name, leaf in leaves.items() if name.startswith("params/")]
     return sum(sizes) if sizes else None
@@ -167,7 +170,7 @@ def choice(run: Run, result: dict, runs: list[Run]) -> Choice:
         flops=run.done.get("flops") if trained else 0,
         seconds=seconds(run) if trained else 0,
         peak_bytes=run.done.get("peak_rss_bytes"),
-        store_bytes=stored(run) if trained else 0,
+        store_bytes=stored(run.path) if trained else 0,
         forgetting=change if trained else 0,
         text=text,
     )

@@ -34,6 +34,13 @@ class Result(NamedTuple):
     rank: int | None
     trained: int | None  # parameters
     forgetting: float | None  # nats a token: eval/text_nll at the end less that of the start
+    stored: int | None = None  # bytes of the trained parameters in a checkpoint
+    peak: int | None = None  # bytes of memory of the host
+    rate: float | None = None  # tokens a second of training
+
+    @property
+    def kind(self) -> tuple[str, int | None, int | None]:
+        return self.method, self.rank, self.trained
 
     @property
     def final(self) -> bool:
@@ -68,8 +75,10 @@ def results(out: Path, metric: str) -> list[Result]:
         peft, trained = config.get("peft", {}), runs.load(folder / "cost.json").get("trained")
         forgetting = known[-1] - known[0] if len(known) > 1 and None not in (known[0], known[-1]) else None
         state, value = runs.state(folder, config.get("steps", 0)), curve[-1][1] if curve else None
-        size = peft.get("name") or "full", peft.get("rank"), trained, forgetting
-        found.append((point["index"], Result(folder.name, point["values"], state, step, value, time, *size)))
+        size = peft.get("name") or "full", peft.get("rank"), trained, forgetting, report_data.stored(folder)
+        done = next((line for line in lines[::-1] if line.get("event") == "done"), {})
+        price = done.get("peak_rss_bytes"), done.get("tokens_per_second")
+        found.append((point["index"], Result(folder.name, point["values"], state, step, value, time, *size, *price)))
     return [result for _, result in sorted(found, key=lambda x: (x[0], x[1].id))]
 
 
@@ -121,11 +130,11 @@ def write(out: Path, metric: str, maximize: bool) -> Path:
 def _csv(rows: list[Result], metric: str, used: dict[str, Gas]) -> str:
     keys, table = list(dict.fromkeys(key for r in rows for key in r.values)), io.StringIO()
     lines = [["point", "state", *keys, "step", metric, "flops", "chip_hours", "usd", "trained", "forgetting"]]
+    lines[0] += ["stored_bytes", "peak_rss_bytes", "tokens_per_second"]
     for r in rows:
         g = used.get(r.id, Gas())
-        lines.append(
-            [r.id, r.state, *map(r.values.get, keys), r.step, r.value, g.flops, g.hours, g.usd, r.trained, r.forgetting]
-        )
+        price, size = (g.flops, g.hours, g.usd), (r.trained, r.forgetting, r.stored, r.peak, r.rate)
+        lines.append([r.id, r.state, *map(r.values.get, keys), r.step, r.value, *price, *size])
     csv.writer(table, lineterminator="\n").writerows(lines)
     return table.getvalue()
 
@@ -142,6 +151,7 @@ def _html(name: str, rows: list[Result], metric: str, maximize: bool, used: dict
     parts += ['<div class="lead">', *(f"<p>{escape(s)}</p>" for s in lead), "</div>"]
     if ranked:
         parts += ["<h2>What the keys do</h2>", parallel(ranked, pruned, metric)]
+        parts += methods(rows, ranked, metric)
         parts += sizes(rows, ranked, metric)
         parts += ["<h2>Best so far</h2>", _best(rows, metric, maximize)]
     parts += ["<h2>Points</h2>", _table(rows, ranked, metric, used)]
@@ -215,19 +225,54 @@ def axis(values: list[Any]) -> tuple[Callable[[Any], float], list[Any]]:
     return y_at, labels
 
 
+def of_each_kind(rows: list[Result], ranked: list[Group]) -> list[tuple[Group, list[Result]]]:
+    """The best setting of each method and size, the best first, with its points."""
+    best: dict[tuple, tuple[Group, list[Result]]] = {}
+    for g in ranked:
+        same = [r for r in rows if r.final and r.setting == g.values]
+        best.setdefault(same[0].kind, (g, same))
+    return list(best.values())
+
+
+def average(points: list[Result], field: str) -> float | None:
+    """None unless all of them have it."""
+    values = [getattr(r, field) for r in points]
+    return None if None in values else sum(values) / len(values)
+
+
+def methods(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
+    """A row for each method and size at its best setting, where there are several: what it brings and what it takes."""
+    best = of_each_kind(rows, ranked)
+    if len(best) < 2:
+        return []
+    keys = [key for key in varying([g for g, _ in best]) if key not in ("peft.name", "peft.rank")]
+    heads = [("", ""), (metric, "mean over seeds"), ("forgetting", "nats a token"), ("trained", "parameters")]
+    heads += [("stored", ""), ("peak memory", "of the host"), ("tokens/s", "of training")]
+    heads += [(key, "the best of those tried") for key in keys]
+    table = []
+    for g, same in best:
+        method, rank, trained = same[0].kind
+        head, _, tail = str(g).partition(" (")
+        mean = lambda field, same=same: average(same, field)
+        cells = [
+            (f"<b>{head}</b>", tail.rstrip(")").replace("95 % interval ", "")),
+            (text.signed(mean("forgetting")), ""),
+        ]
+        cells += [(text.integer(trained), ""), (text.size(mean("stored")), ""), (text.size(mean("peak")), "")]
+        cells += [(text.integer(mean("rate")), ""), *((escape(shown(g.values.get(key))), "") for key in keys)]
+        table.append((report_data.label(method, rank), cells))
+    return ["<h2>Methods</h2>", report_page.table(heads, table)]
+
+
 def sizes(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
     """Charts of the metric and of forgetting by rank and by trained parameters, where settings differ in these.
 
     A line for each method; of settings of one size it has the best one's means over seeds.
     """
-    best: dict[tuple, tuple[Result, float, float | None]] = {}
-    for g in ranked:
-        same = [r for r in rows if r.final and r.setting == g.values]
-        lost = [r.forgetting for r in same if r.forgetting is not None]
-        best.setdefault(same[0][6:9], (same[0], g.mean, sum(lost) / len(lost) if len(lost) == len(same) else None))
+    best = [(same[0], g.mean, average(same, "forgetting")) for g, same in of_each_kind(rows, ranked)]
     charts = []
     for field, name in (("rank", "rank"), ("trained", "trained parameters")):
-        known = [(getattr(r, field), r.method, *ys) for r, *ys in best.values() if getattr(r, field)]
+        known = [(getattr(r, field), r.method, *ys) for r, *ys in best if getattr(r, field)]
         if len({x for x, *_ in known}) < 2:
             continue
         for i, label in enumerate((metric, "forgetting, nats a token of general text")):

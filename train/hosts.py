@@ -15,7 +15,8 @@ def connect() -> None:
     """Joins the other processes of a launch, a no-op for a single one, and keeps what is compiled across launches.
 
     A launch of several is told by JAX_COORDINATOR_ADDRESS (with JAX_NUM_PROCESSES and JAX_PROCESS_ID), by Slurm, by
-    GKE, or on the hosts of a TPU slice by JAX_NUM_PROCESSES alone. Call it before anything asks for devices.
+    GKE, for several slices too, or on the hosts of a TPU slice by JAX_NUM_PROCESSES alone. Call it before anything
+    asks for devices.
     """
     env = os.environ
     cache = os.path.expanduser(f"~/.cache/kungfu/xla-{jax.__version__}")
@@ -26,8 +27,8 @@ def connect() -> None:
         count, index = env.get("JAX_NUM_PROCESSES"), env.get("JAX_PROCESS_ID")
         jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count and int(count), index and int(index))
         return
-    several = max(int(env.get(name) or 1) for name in ("JAX_NUM_PROCESSES", "SLURM_NTASKS")) > 1
-    if several or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
+    counts = "JAX_NUM_PROCESSES", "SLURM_NTASKS", "MEGASCALE_NUM_SLICES"
+    if max(int(env.get(name) or 1) for name in counts) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
 
 
