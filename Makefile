@@ -11,10 +11,10 @@ demo: $(VENV)/ready
 	$(BIN)/python -m tools.demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not parity"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not parity"
 
 slow: $(VENV)/ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not parity"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not parity"
 
 parity: $(VENV)/parity
 	$(BIN)/python -m pytest -q -m parity

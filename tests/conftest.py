@@ -29,3 +29,8 @@ def forget() -> Iterator[None]:
     import jax
 
     jax.clear_caches()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests start many programs come first, for no worker to be left alone with them at the end."""
+    items.sort(key=lambda item: item.path.stem not in ("test_readme", "test_main", "test_sweep"))
