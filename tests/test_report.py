@@ -125,7 +125,7 @@ def test_overlapping_intervals_claim_no_gain(runs):
 
 def test_costs_are_read_from_the_folder(runs):
     lora = report_data.read(runs[1])
-    assert report_data.stored(lora) == 200 * 4 + 200 * 2
+    assert report_data.stored(lora.path) == 200 * 4 + 200 * 2
     assert report_data.seconds(lora) == 23.0  # compile and steps of the last line
     session = {"step": 5, "time": 1.0, "kind": "event", "event": "session", "seconds": {"compile": 2.0, "step": 7.0}}
     assert report_data.seconds(lora._replace(metrics=[session, *lora.metrics])) == 32.0
