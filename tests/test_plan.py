@@ -256,3 +256,25 @@ def test_a_search_ends_in_time(minutes, capsys):
 def test_an_unknown_slice_is_one_line(name, capsys):
     assert plan.main(["--config=configs/sft/tiny.py", f"--topology={name}"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("slices", [pytest.param(2, marks=tpu)])
+def test_slices_exchange_gradients_alone(slices, capsys):
+    """Over the data axis between two slices each device sends, of an all-reduce of its share, 2 (s - 1) / s = once."""
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=4"]
+    argv = ["--config=configs/sft/tiny.py", "--topology=v5e:2x2", "--config.data.batch_size=16", *mesh]
+    code, got = planned(capsys, *argv, f"--slices={slices}")
+    assert code == 0 and got["fits"] and got["mesh"]["data"] == slices
+    between = got["sent"][plan_hlo.BETWEEN]
+    assert between.keys() == {"all-reduce"}
+    gradients = got["bytes"]["gradients"]
+    assert gradients <= between["all-reduce"] <= 3 * gradients  # tiles of small arrays are padded
+    low, _ = got["seconds_by"]["data center network"]
+    assert low == pytest.approx(between["all-reduce"] / 3.125e9)
+
+
+def test_how_many_slices_a_transfer_joins():
+    target = lambda t: plan_hlo._megascale(
+        f'a="b",_xla_megascale_target="{t}",_xla_megascale_transfer_type="ALL_REDUCE"'
+    )
+    assert [target(t) for t in ("{1,2}x{0:3}", "{1:4}x{0:3}", "{1:2,5}x{0}")] == [2, 4, 3]

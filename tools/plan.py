@@ -1,10 +1,11 @@
 """What a run would hold, send and take on TPUs that are not here: its very step, compiled by libtpu on this CPU.
 
-    python -m tools.plan --config=configs/X.py --topology=v5e:4x4 [--config.key=value ...] [--what=decode] [--json]
+    python -m tools.plan --config=configs/X.py --topology=v5e:4x4 [--slices=2] [--config.key=value ...] [--json]
     python -m tools.plan --config=configs/X.py --topology=v5p:2x2x1 --search [--minutes=15]
 
-`--what=decode` plans one token of `data.batch_size` rows behind a cache of `data.seq_len`. `--search` tries meshes,
-remat policies, batches and accumulation, and ranks what fits by planned tokens/s; it begins no plan after `--minutes`.
+`--slices=2` joins two of them by the data center's network, over the data axis. `--what=decode` plans one token of
+`data.batch_size` rows behind a cache of `data.seq_len`. `--search` tries meshes, remat policies, batches and
+accumulation, and ranks what fits by planned tokens/s; it begins no plan after `--minutes`.
 It needs requirements/tpu.txt. Exit code 2: the input must change, or the plan does not fit.
 """
 
@@ -20,7 +21,7 @@ from configs import schema
 from configs.errors import UserError
 from train import flags as presets
 
-FLAGS = {"topology": "", "what": "train", "search": False, "minutes": 15.0, "json": False}
+FLAGS = {"topology": "", "slices": 1, "what": "train", "search": False, "minutes": 15.0, "json": False}
 
 
 def main(argv: list[str]) -> int:
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
         if loaded.flags["what"] not in ("train", "decode"):
             raise UserError(f"cannot plan {loaded.flags['what']!r}", "--what", "train or decode")
         presets.apply(loaded.config.xla_preset)
-        devices = topology(loaded.flags["topology"])
+        devices = topology(loaded.flags["topology"], loaded.flags["slices"])
         if loaded.flags["search"]:
             plans = search(loaded.config, devices, loaded.flags)
         else:
@@ -44,10 +45,12 @@ def main(argv: list[str]) -> int:
     return 0 if plans and plans[0]["fits"] else 2
 
 
-def topology(name: str) -> list[Any]:
-    """The devices of a TPU slice by name, described by libtpu; they can be compiled for, and nothing else."""
+def topology(name: str, slices: int = 1) -> list[Any]:
+    """The devices of equal TPU slices by name, described by libtpu; they can be compiled for, and nothing else."""
     if not name:
         raise UserError("no slice named", "--topology", "as v5e:4x4, v5p:2x2x1, v6e:4x4 or tpu7x:2x2x1")
+    if slices < 1:
+        raise UserError(f"{slices} slices", "--slices", "1 or more")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu is not installed", "tools.plan", "pip install -r requirements/tpu.txt")
     # Other processes may hold libtpu's lock file, and this host need not be a TPU's.
@@ -56,7 +59,7 @@ def topology(name: str) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices
     except Exception as e:
         reason = str(e).splitlines()[0][:160]
         raise UserError(f"{name!r} is no slice that libtpu knows: {reason}", "--topology", "as v5e:4x4") from e
@@ -66,7 +69,8 @@ def plan(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> dict[str, Any]:
     """One config on one slice; see tools.plan_step."""
     from tools import plan_step
 
-    return {"topology": flags["topology"]} | plan_step.plan(cfg, model_of(cfg), devices, flags["what"])
+    name = f"{flags['slices']} x {flags['topology']}" if flags["slices"] > 1 else flags["topology"]
+    return {"topology": name} | plan_step.plan(cfg, model_of(cfg), devices, flags["what"])
 
 
 def model_of(cfg: Any) -> Any:

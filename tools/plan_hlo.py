@@ -21,6 +21,7 @@ SENT = {
     "all-to-all": lambda g: (g - 1) / g,
     "collective-permute": lambda g: 1.0,
 }
+BETWEEN = "data, between slices"
 ALIASES = ("parameter", "constant", "get-tuple-element", "tuple", "while", "bitcast", "conditional", "call")
 BITS = dict(pred=8, token=0)
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
@@ -100,6 +101,11 @@ class Program:
         for where, ops in self.ops.items():
             for op in ops.values() if self.times[where] else ():
                 kind = op.kind.removesuffix("-start")
+                if kind == "send" and (m := re.search(r'_xla_megascale_transfer_type="([A-Z_]+)"', op.attrs)):
+                    kind, slices = m[1].lower().replace("_", "-"), _megascale(op.attrs)
+                    size = nbytes(ops[op.operands[0]].type) * SENT[kind](slices) * self.times[where]
+                    found[f"{where}/{op.name}"] = size, BETWEEN, kind
+                    continue
                 if kind not in SENT:
                     continue
                 if kind == "all-reduce" and where.startswith("all-reduce-scatter"):
@@ -189,6 +195,13 @@ def nbytes(type_: str) -> int:
 
 def _ints(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def _megascale(attrs: str) -> int:
+    """How many slices a transfer between them joins: {1,2}x{0:3} are slices 1 and 2, {1:4}x{0:3} four."""
+    inside = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', attrs)[1]
+    ranges = [_ints(part) for part in inside.split(",")]
+    return sum(r[-1] - r[0] + 1 for r in ranges)
 
 
 def device_groups(attrs: str, devices: int) -> np.ndarray:

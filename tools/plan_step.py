@@ -132,11 +132,15 @@ def outlook(cfg: Any, planned: Any, out: dict[str, Any], devices: list[Any]) -> 
     peak, hbm, ici = (x.value / chip.devices for x in (chip.tflops, chip.hbm_bandwidth, chip.ici_bandwidth))
     once = sum(held.get(k, 0) for k in ("params", "optimizer", "frozen", "batch", "cache"))
     once += sum(held[k] for k in ("params", "optimizer")) if out["what"] == "train" else 0  # written, too
-    sent = sum(sum(kinds.values()) for kinds in out["sent"].values())
+    between = sum(out["sent"].get(plan_hlo.BETWEEN, {}).values())
+    if between and not chip.dcn_bandwidth:
+        return numbers  # no figure of that network is known
+    sent = sum(sum(kinds.values()) for kinds in out["sent"].values()) - between
     torus = max(sum(len(set(axis)) > 1 for axis in zip(*(getattr(d, "coords", (0,)) for d in devices))), 1)
     terms = {"compute": (hardware / len(devices) / (peak * 1e12),) * 2}
     terms["HBM"] = (once / hbm, max(out["traffic"], once) / hbm)
     terms["links"] = (sent / ici, torus * sent / ici)
+    terms |= {"data center network": (between * chip.devices / chip.dcn_bandwidth.value,) * 2} if between else {}
     low, high = max(t for t, _ in terms.values()), sum(t for _, t in terms.values())
     numbers |= {"seconds_by": terms, "seconds": (low, high), "tokens_per_second": (tokens / high, tokens / low)}
     numbers["mfu"] = tuple(model / (t * n * chip.tflops.value * 1e12) for t in (high, low))

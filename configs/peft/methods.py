@@ -38,4 +38,4 @@ def sweep():
 
 
 def sweep_seeds():
-    return product({"seed": range(3), "evals": (("dates",),), "eval_text": ("pydocs",)})
+    return product({"seed": range(3), "evals": (("dates",),), "eval_n": (32,), "eval_text": ("pydocs",)})
