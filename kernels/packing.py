@@ -1,4 +1,4 @@
-"""Two codes of four bits a byte, and the values of NF4's."""
+"""Codes of few bits in bytes, and the values of NF4's."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -11,17 +11,18 @@ LEVELS = (
 )  # fmt: skip
 
 
-def pack(codes: Array) -> Array:
-    """Rows 2i (low) and 2i + 1 (high) of [..., K, N] share a byte -> uint8 [..., ceil(K / 2), N]."""
-    codes = codes.astype(jnp.int32) & 15
-    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 2) + [(0, codes.shape[-2] % 2), (0, 0)])
-    return (codes[..., ::2, :] | codes[..., 1::2, :] << 4).astype(jnp.uint8)
+def pack(codes: Array, bits: int = 4) -> Array:
+    """n = 8 / bits neighbouring rows of [..., K, N] share a byte, the first lowest -> uint8 [..., ceil(K / n), N]."""
+    n = 8 // bits
+    codes = codes.astype(jnp.int32) & (2**bits - 1)
+    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 2) + [(0, -codes.shape[-2] % n), (0, 0)])
+    return sum(codes[..., i::n, :] << bits * i for i in range(n)).astype(jnp.uint8)
 
 
-def unpack(packed: Array, k: int) -> Array:
+def unpack(packed: Array, k: int, bits: int = 4) -> Array:
     """The inverse of `pack` on k rows: uint8 [..., k, N]."""
-    pairs = jnp.stack([packed & 15, packed >> 4], -2)
-    return pairs.reshape(*packed.shape[:-2], -1, packed.shape[-1])[..., :k, :]
+    rows = jnp.stack([packed >> bits * i & (2**bits - 1) for i in range(8 // bits)], -2)
+    return rows.reshape(*packed.shape[:-2], -1, packed.shape[-1])[..., :k, :]
 
 
 def signed(nibbles: Array) -> Array:

@@ -1,4 +1,4 @@
-"""How much of what rounding to 4 bits costs comes back by training for it: float, PTQ and QAT on the same data.
+"""How much of what rounding costs comes back by training for it: float, PTQ and QAT at 4 and 2 bits, on the same data.
 
     python -m tools.sweep --config=configs/quant/qat_sweep.py --out=runs/sweeps/qat
 
@@ -25,4 +25,6 @@ def get_config():
 
 
 def sweep():
-    yield from product([{"quant.name": ""}, {"quant.start": 10**6}, {"quant.start": 100}], {"seed": range(3)})
+    after, half_way = {"quant.start": 10**6}, {"quant.start": 100}
+    low = {"quant.format": "int2", "quant.group": 64}
+    yield from product([{"quant.name": ""}, after, half_way, low | after, low | half_way], {"seed": range(3)})

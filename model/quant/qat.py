@@ -88,12 +88,12 @@ def converted(params: Params) -> Params:
 
 
 def make(
-    *, format: Literal["int4", "int8", "nf4", "fp8"] = "int4", group: int | None = None,
+    *, format: Literal["int2", "int4", "int8", "nf4", "fp8"] = "int4", group: int | None = None,
     activations: bool | None = None, start: int = 0, where: str = r"layers/.*",
 ) -> Callable:  # fmt: skip
-    """A Transform. `group` is for int4 and nf4, `activations` for int8. Raises ValueError for a format without it."""
+    """A Transform. `group` is for formats with groups, `activations` for int8. Raises ValueError for one without it."""
     options = {k: v for k, v in dict(group=group, activations=activations).items() if v is not None}
-    takes = {"int4": {"group"}, "nf4": {"group"}, "int8": {"activations"}}.get(format, set())
+    takes = {"int2": {"group"}, "int4": {"group"}, "nf4": {"group"}, "int8": {"activations"}}.get(format, set())
     if wrong := options.keys() - takes:
         raise ValueError(f"quant.{min(wrong)} is no option of format {format!r}")
     pairs = tuple(sorted(options.items()))
