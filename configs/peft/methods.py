@@ -6,7 +6,7 @@
     python -m tools.sweep --config=configs/peft/methods.py --sweep=best,seeds --out=runs/sweeps/methods-best \
         --metric=eval/dates --maximize
 
-The first sweep tries three learning rates a method and ranks by held-out loss; the second scores the best ones on the
+The first sweep tries learning rates, three or more a method until the best is no end, and ranks by held-out loss; the second scores the best ones on the
 task of the demo and on what they forgot of documentation. Hardware: a laptop CPU, half an hour and an hour, 8 GB.
 """
 
@@ -14,15 +14,18 @@ from configs.demo import full
 from configs.sweeps import product
 
 RATES = {  # by method; "" is full tuning
-    "": (3e-5, 1e-4, 3e-4),
+    "": (1e-5, 3e-5, 1e-4, 3e-4),
     "lora": (3e-4, 1e-3, 3e-3),
     "dora": (3e-4, 1e-3, 3e-3),
-    "oft": (3e-4, 1e-3, 3e-3),
+    "oft": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
     "ia3": (1e-2, 3e-2, 1e-1),
     "bottleneck": (3e-4, 1e-3, 3e-3),
-    "prefix": (3e-3, 1e-2, 3e-2),
+    "prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "prompt": (1e-2, 3e-2, 1e-1),
 }
+BEST = {
+    "": 3e-5, "lora": 1e-3, "dora": 1e-3, "oft": 1e-4, "ia3": 3e-2, "bottleneck": 1e-3, "prefix": 1e-1, "prompt": 3e-2,
+}  # fmt: skip
 
 
 def get_config():
@@ -35,6 +38,10 @@ def get_config():
 def sweep():
     for name, rates in RATES.items():
         yield from product({"peft.name": (name,), "optim.lr": rates})
+
+
+def sweep_best():
+    return [{"peft.name": name, "optim.lr": rate} for name, rate in BEST.items()]
 
 
 def sweep_seeds():
