@@ -6,8 +6,9 @@
     python -m tools.sweep --config=configs/peft/methods.py --sweep=best,seeds --out=runs/sweeps/methods-best \
         --metric=eval/dates --maximize
 
-The first sweep tries learning rates, three or more a method until the best is no end, and ranks by held-out loss; the second scores the best ones on the
-task of the demo and on what they forgot of documentation. Hardware: a laptop CPU, half an hour and an hour, 8 GB.
+The first sweep tries learning rates, until a method's best is none at the end of its list, and ranks by held-out loss;
+the second scores the best ones on the task of the demo, and on what they forgot of documentation.
+Hardware: a laptop CPU, half an hour and an hour, 8 GB.
 """
 
 from configs.demo import full
