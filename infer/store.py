@@ -1,10 +1,11 @@
 """Adapters on the host, of which a bounded number of rank rows lies on the device; the least recently used leave first.
 
-One compiled program serves all of them: a row of a batch finds its rank rows by number, so that to swap an adapter in
-is to write rows of arrays that stay where they are.
+One compiled program serves all of them: a row of a batch finds its pages of rank rows by number, so that to swap an
+adapter in is to write pages of arrays that stay where they are.
 """
 
 import functools
+import math
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -28,29 +29,31 @@ class Store:
     """Adapters by name, on one base. Not for several threads at once."""
 
     def __init__(self, model: Transformer, base: Params, adapters: dict[str, Adapter], rank_rows: int = RANK_ROWS):
-        """`base` is stacked and without adapters. `rank_rows` bounds what lies on the device for each weight.
+        """`base` is stacked and without adapters. `rank_rows` bounds what lies on the device for each weight, in whole
+        pages.
 
         Raises UserError when an adapter is larger than that.
         """
         self.adapters = adapters
-        self.ranks = {n: {path: a.shape[_axis(path)] for path, (a, _) in x.items()} for n, x in adapters.items()}
+        count = lambda a, path: -(-a.shape[_axis(path)] // BLOCK)
+        self.pages = {n: {path: count(a, path) for path, (a, _) in x.items()} for n, x in adapters.items()}
         paths = sorted({path for x in adapters.values() for path in x})
-        each = {path: [r.get(path, 0) for r in self.ranks.values()] for path in paths}
-        self.room = {path: min(sum(ranks), rank_rows) for path, ranks in each.items()}
-        for name, ranks in self.ranks.items():
-            if max(ranks.values()) > rank_rows:
-                raise UserError(f"rank {max(ranks.values())} exceeds the {rank_rows} rank rows on the device", name)
-        self.pages = {path: -(-max(ranks) // BLOCK) for path, ranks in each.items()}  # of a row of the batch, at most
+        each = {path: [p.get(path, 0) for p in self.pages.values()] for path in paths}
+        self.room = {path: min(sum(pages), rank_rows // BLOCK) for path, pages in each.items()}
+        for name, pages in self.pages.items():
+            if (n := max(pages.values())) > rank_rows // BLOCK:
+                raise UserError(f"{n} pages of {BLOCK} rank rows exceed the {rank_rows} rows on the device", name)
+        self.most = {path: max(pages) for path, pages in each.items()}  # of a row of the batch
         self.free = {path: list(range(n))[::-1] for path, n in self.room.items()}
-        self.held: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()  # the least recently used first
+        self.held: OrderedDict[str, dict[str, list[int]]] = OrderedDict()  # pages; the least recently used first
         self.stacks: dict[str, list[tuple[Array, Array]]] = {path: [] for path in paths}  # of each layer in turn
         take = lambda path, leaf: (self.stacks[path].append((leaf.a, leaf.b)), leaf.replace(a=None, b=None))[1]
         self.params = many.map_many(take, unrolled(model, many.empty(base, model.specs, self.room)))
 
     def fits(self, names: Sequence[str | None]) -> bool:
         """Whether these adapters can lie on the device together."""
-        chosen = [self.ranks[n] for n in set(names) if n]
-        return all(sum(r.get(path, 0) for r in chosen) <= room for path, room in self.room.items())
+        chosen = [self.pages[n] for n in set(names) if n]
+        return all(sum(p.get(path, 0) for p in chosen) <= room for path, room in self.room.items())
 
     def serving(self, names: Sequence[str | None], rows: int) -> Params:
         """`route` for adapters that are put on the device first; see `hold` for what it raises."""
@@ -87,45 +90,34 @@ class Store:
         if name in self.held:
             self.held.move_to_end(name)
             return
-        ranks = self.ranks[name]
-        while any(len(self.free[path]) < r for path, r in ranks.items()):
+        pages = self.pages[name]
+        while any(len(self.free[path]) < n for path, n in pages.items()):
             oldest = next(n for n in self.held if n not in wanted)
             for path, at in self.held.pop(oldest).items():
-                self.free[path] += at.tolist()
-        self.held[name] = {path: np.array([self.free[path].pop() for _ in range(r)]) for path, r in ranks.items()}
+                self.free[path] += at
+        self.held[name] = {path: [self.free[path].pop() for _ in range(n)] for path, n in pages.items()}
         for path, at in self.held[name].items():
-            for start in range(0, len(at), BLOCK):
-                self._write(path, at[start : start + BLOCK], self.adapters[name][path], start)
+            for i, page in enumerate(at):
+                self._write(path, page, self.adapters[name][path], i * BLOCK)
 
-    def _write(self, path: str, at: np.ndarray, factors: tuple[np.ndarray, np.ndarray], start: int) -> None:
-        """Up to BLOCK rank rows of every layer, as one shape: what is left over goes nowhere."""
-        axis, n = _axis(path), len(at)
-        places = np.full(BLOCK, self.room[path], np.int32)
-        places[:n] = at
+    def _write(self, path: str, page: int, factors: tuple[np.ndarray, np.ndarray], start: int) -> None:
+        """A page of every layer, as one shape: behind an adapter's last rank row it is zero."""
         parts = []
         for x in factors:
-            x = x if axis else x[None]
-            part = np.zeros((len(x), BLOCK, *x.shape[2:]), x.dtype)
-            part[:, :n] = x[:, start : start + n]
-            parts.append(part)
-        self.stacks[path] = _put(self.stacks[path], places, *parts)
+            x = x if _axis(path) else x[None]
+            rows = x[:, start : start + BLOCK].reshape(len(x), -1, math.prod(x.shape[2:]))
+            parts.append(np.pad(rows, ((0, 0), (0, BLOCK - rows.shape[1]), (0, 0))))
+        self.stacks[path] = _put(self.stacks[path], page * BLOCK, *parts)
 
     def _route(self, path: str, names: Sequence[str | None], rows: int) -> Route:
-        pages = np.full((rows * self.pages[path], BLOCK), -1, np.int32)
-        row, count = np.zeros(len(pages), np.int32), 0
-        for i, name in enumerate(names):
-            at = self.held[name].get(path, ()) if name else ()
-            for start in range(0, len(at), BLOCK):
-                part = at[start : start + BLOCK]
-                pages[count, : len(part)], row[count] = part, i
-                count += 1
-        return Route(*map(jnp.asarray, (pages, row, np.int32(count))))
+        pairs = [(page, i) for i, name in enumerate(names) if name for page in self.held[name].get(path, ())]
+        return Route(*map(jnp.asarray, many.route(pairs, rows * self.most[path])))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(stacks: list[tuple[Array, Array]], places: Any, a: Any, b: Any) -> list[tuple[Array, Array]]:
-    """Rank rows a and b [L,BLOCK,...] at their places [BLOCK] in the stacks of every layer."""
-    put = lambda stack, new: stack.at[places].set(new.astype(stack.dtype), mode="drop")
+def _put(stacks: list[tuple[Array, Array]], start: Any, a: Any, b: Any) -> list[tuple[Array, Array]]:
+    """Pages a and b [L,BLOCK,...] at a row of the stacks of every layer."""
+    put = lambda stack, new: jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype), (start, 0))
     return [(put(s[0], a[i]), put(s[1], b[i])) for i, s in enumerate(stacks)]
 
 

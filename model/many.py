@@ -1,11 +1,12 @@
 """Many LoRA adapters on one frozen base, in a batch whose rows each use one of them or none.
 
-The rank rows of all adapters lie behind one another in two stacks for each weight; kernels/paged_lora.py multiplies.
+The rank rows of all adapters lie in the pages of two stacks for each weight; kernels/paged_lora.py multiplies.
 """
 
+import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ from jax import Array
 
 from configs.errors import UserError
 from kernels import paged_lora
-from kernels.paged_lora import BLOCK  # noqa: F401 (for who makes routes)
+from kernels.paged_lora import BLOCK, Route, route  # noqa: F401 (for who makes routes)
 from model import weights
-from model.peft.lora import LoRA, factors
+from model.peft.lora import LoRA
 from model.weights import AXES, Extra, Params, Spec, Specs, Weight
 
 # The factors of an adapter on the host, of every weight by its name: A [stack..., R, contracted...] and
@@ -24,21 +25,13 @@ from model.weights import AXES, Extra, Params, Spec, Specs, Weight
 Adapter = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-class Route(NamedTuple):
-    """Which rank rows each row of a batch uses, as paged_lora.matmul takes them."""
-
-    pages: Any  # [P,BLOCK]
-    row: Any  # [P]
-    count: Any  # []
-
-
 @flax.struct.dataclass
 class Many(Weight):
-    """`base` plus, for every row of the batch, the products of the rank rows that `route` gives it."""
+    """`base` plus, for every row of the batch, the products of the pages that `route` gives it."""
 
     base: Any
-    a: Array  # [C, contracted...]
-    b: Array  # [C, produced...]
+    a: Array  # [C, contracted]: flat, as a kernel reads them
+    b: Array  # [C, produced]
     eqn: str = flax.struct.field(pytree_node=False)  # the equation that the weight was declared with
     route: Route | None = None  # None: no row has an adapter
 
@@ -47,27 +40,28 @@ class Many(Weight):
         if self.route is None:
             return y
         turned = weights.split(eqn)[1] != weights.split(self.eqn)[1]  # a tied unembedding
-        a, b = (w.reshape(len(w), -1).astype(x.dtype) for w in ((self.b, self.a) if turned else (self.a, self.b)))
+        a, b = (self.b, self.a) if turned else (self.a, self.b)
         flat = x.reshape(*x.shape[:2], -1)
-        multiply = paged_lora.reference if weights.sharded() else paged_lora.matmul
-        return y + multiply(flat, a, b, *self.route).reshape(y.shape)
+        multiply = paged_lora.reference if weights.sharded() else paged_lora.matmul  # which XLA partitions
+        return y + multiply(flat, a, b, self.route).reshape(y.shape)
 
     def take(self, ids: Array, dtype: Any) -> Array:
         y = weights.take(self.base, ids, dtype)
         if self.route is None:
             return y
         low = jnp.take(self.a, ids, axis=1).astype(dtype)  # [C,B,T]
-        own = paged_lora.owned(y, self.a, *self.route)
+        own = paged_lora.owned(y, self.a, self.route)
         return y + jnp.einsum("cbt,bc,cd->btd", low, own, self.b.astype(dtype))
 
     def dense(self, spec: Spec) -> Array:
         raise UserError("many adapters cannot be merged into one weight", "adapters", "merge one of them")
 
     def axes(self, spec: Spec) -> "Many":
-        (a, b), stacked = factors(self.eqn), spec.names[: spec.stacked]
-        a, b = (stacked + tuple(AXES[c] for c in ("R" + letters.replace("R", ""))) for letters in (a, b))
-        route = self.route and Route(*((*stacked, *(None,) * n) for n in (2, 1, 0)))
-        return self.replace(base=weights.axes_of(self.base, spec), a=a, b=b, route=route)
+        stacked = spec.names[: spec.stacked]
+        _, contracted, produced = weights.split(self.eqn)
+        a, b = ((*stacked, "rank", AXES[letters[0]]) for letters in (contracted, produced))
+        pairs = self.route and Route(*((*stacked, *(None,) * n) for n in (1, 1, 1, 0)))
+        return self.replace(base=weights.axes_of(self.base, spec), a=a, b=b, route=pairs)
 
 
 def factors_of(params: Params, specs: Specs, where: str) -> Adapter:
@@ -85,6 +79,8 @@ def factors_of(params: Params, specs: Specs, where: str) -> Adapter:
             if weights.split(spec.eqn)[0]:
                 raise UserError(f"adapters on the blocks of {path} cannot share a batch", where, "serve this one alone")
             found[path] = _host(leaf, spec.stacked)
+            if not all(np.isfinite(x.astype(np.float32)).all() for x in found[path]):  # it would reach other rows
+                raise UserError(f"the adapter of {path} holds numbers that are not finite", where)
         return leaf
 
     weights.replace(params, specs, read)
@@ -101,17 +97,17 @@ def _host(leaf: LoRA, stacked: int) -> tuple[np.ndarray, np.ndarray]:
     return a, (b * np.float32(leaf.scale)).astype(b.dtype)
 
 
-def empty(params: Params, specs: Specs, rows: dict[str, int]) -> Params:
-    """Stacked parameters with room for so many rank rows at each of the weights that `rows` names."""
+def empty(params: Params, specs: Specs, pages: dict[str, int]) -> Params:
+    """Stacked parameters with room for so many pages at each of the weights that `pages` names."""
 
     def wrap(path: str, base: Any, spec: Spec | None) -> Any:
-        if path not in rows:
+        if path not in pages:
             return base
         size = dict(zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :], strict=True))
         room = lambda letters: jnp.zeros(
-            (*spec.shape[: spec.stacked], rows[path], *(size[c] for c in letters if c != "R")), spec.value.dtype
+            (*spec.shape[: spec.stacked], pages[path] * BLOCK, math.prod(size[c] for c in letters)), spec.value.dtype
         )
-        return Many(base, *map(room, factors(spec.eqn)), spec.eqn)
+        return Many(base, *map(room, weights.split(spec.eqn)[1:]), spec.eqn)
 
     return weights.replace(params, specs, wrap)
 

@@ -100,6 +100,10 @@ class Weight:
         inner = {f: getattr(self, f) for f in fields(self) if is_weight(getattr(self, f))}
         return self.replace(**{f: w.in_training(key_for(key, f), step) for f, w in inner.items()})
 
+    def settled(self) -> "Weight":
+        """This leaf, of one layer, for use without training: what follows from its arrays alone is there already."""
+        return self.replace(**{f: settled(getattr(self, f)) for f in fields(self) if is_weight(getattr(self, f))})
+
     def macs(self, stacked: int) -> "Weight":
         """This node with the multiply-adds that each array costs a token in its place: a matrix costs its size.
 
@@ -277,6 +281,11 @@ def in_training(params: Params, key: Array, step: Array) -> Params:
     """Every Weight as the step `step` sees it; see Weight.in_training."""
     live = lambda path, w: w.in_training(key_for(key, path), step) if is_weight(w) else w
     return map_named(live, params, is_leaf=is_weight)
+
+
+def settled(params: Params) -> Params:
+    """Every Weight of unstacked parameters settled."""
+    return jax.tree.map(lambda w: w.settled() if is_weight(w) else w, params, is_leaf=is_weight)
 
 
 def base(params: Params) -> Params:

@@ -165,7 +165,7 @@ def test_moved_bytes_by_hand():
 
 def test_every_kernel_is_in_the_report():
     names = {case.name for case in kernel_report.cases()}
-    assert {"int4", "int4 dx", "nf4 dequantise", "w8a8"} <= names
+    assert {"int4", "int4 dx", "nf4 dequantise", "paged lora", "w8a8"} <= names
     for case in kernel_report.cases():
         if case.kernel:
             assert jax.eval_shape(case.kernel, *case.args) == jax.eval_shape(case.xla, *case.args)

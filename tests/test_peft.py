@@ -11,13 +11,13 @@ import pytest
 
 from configs.errors import UserError
 from evals import change
-from infer.generate import generate
+from infer.generate import generate, unrolled
 from infer.models import before_and_after, load
 from model import adapters, adapters_write, build, update, weights
 from model.config import ModelConfig
 from model.export import export_hf
 from model.peft import bottleneck, dora, ia3, lora, oft, prefix, prompt
-from model.transformer import Transformer
+from model.transformer import Transformer, unstack
 from model.weights import Spec
 from tests.test_step import config, losses, mesh_of, rows
 from tests.test_weights import METHODS, rand
@@ -225,6 +225,16 @@ def test_decoding_with_a_cache_is_the_full_forward_pass(small, method):
         np.testing.assert_allclose(np.stack(rounded.logps), np.stack(out.logps), atol=0.05)
 
 
+@pytest.mark.parametrize("method", ["dora", "oft"])
+def test_a_step_does_not_compute_again_what_follows_from_the_arrays(small, method):
+    """Norms and rotations: a token takes half the operations or less, and has the same logits."""
+    model, params = small[0], adapted(small, MAKES[method])
+    step = lambda p: jax.jit(model.__call__).lower(p, tokens(1, 1)).compile()
+    before, after = unstack(params, model.config), unrolled(model, params)
+    np.testing.assert_allclose(step(before)(before, tokens(1, 1)), step(after)(after, tokens(1, 1)), atol=1e-4)
+    assert step(after).cost_analysis()["flops"] < 0.5 * step(before).cost_analysis()["flops"]
+
+
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
 def test_packed_documents_each_see_the_virtual_tokens_and_not_each_other(small, method):
     model, params = small[0], adapted(small, MAKES[method], noise=0.5)
@@ -249,8 +259,6 @@ def test_a_prompt_is_its_tokens_when_its_embeddings_are_theirs(small):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", MAKES)
 def test_flops_are_those_of_the_compiled_step(small, method):
-    from model.transformer import unstack
-
     model = Transformer(ModelConfig(**{**SMALL.to_dict(), "embed": 128, "mlp": 512, "head_dim": 32}), remat="none")
     params = MAKES[method](model.init(jax.random.key(0)), model.specs, jax.random.key(1))
     mask = weights.trainable(params, "adapters")

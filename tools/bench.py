@@ -1,6 +1,6 @@
 """Speed and memory of training, fine-tuning and decoding on this CPU, beside torch and llama.cpp where installed.
 
-    python -m tools.bench [--what=train,sft,decode,adapters] [--rounds=3] [--out=runs/bench.json]
+    python -m tools.bench [--what=train,sft,decode,adapters,methods] [--rounds=3] [--out=runs/bench.json]
 
 Sides run in processes of their own and take turns, so that a slow minute hits all. Ratios are medians over the turns
 of ours over theirs. Everything measured, with the machine's facts, goes to --out.
@@ -11,8 +11,10 @@ import ast
 import contextlib
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import os
+import pkgutil
 import platform
 import statistics
 import subprocess
@@ -143,7 +145,19 @@ def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
     yield Contest("decoding 8 rows, adapters of ranks 8 to 64", sides)
 
 
-WHAT = {"train": training, "sft": tuning, "decode": decoding, "adapters": adapting}
+def methods(model: str, peers: str, _: str) -> Iterator[Contest]:
+    """What each adapter costs while it stays apart: the base against every method that its file's defaults make."""
+    make = lambda name: importlib.import_module(f"model.peft.{name}").make
+    free = lambda name: all(p.default is not p.empty for p in inspect.signature(make(name)).parameters.values())
+    names = [m.name for m in pkgutil.iter_modules([str(Path(__file__).parents[1] / "model" / "peft")]) if free(m.name)]
+    for batch in (1, 8):
+        case = dict(what="decode", batch=batch, prompt=64, new_tokens=48, model=model)
+        sides = [Side("none", OURS, case), Side("lora, merged", OURS, case | dict(peft="lora", merged=True))]
+        sides += [Side(name, OURS, case | {"peft": name}) for name in names]
+        yield Contest(f"decoding with an adapter, batch {batch}", sides)
+
+
+WHAT = {"train": training, "sft": tuning, "decode": decoding, "adapters": adapting, "methods": methods}
 
 
 def questions(limit: int = 1000) -> list[dict[str, str]]:
@@ -216,7 +230,7 @@ def table(result: dict[str, Any]) -> Any:
             side["name"], show(side["tokens_per_second"], 1), show(cpu and 1e3 * cpu), show(side["peak_bytes"] / 1e9),
             show(ratio["tokens_per_second"]), show(ratio["per_cpu_second"]), show(ratio["peak_bytes"]),
         )  # fmt: skip
-    if "decoding, batch" in result["title"] and not any("llama" in side["name"] for side in result["sides"]):
+    if result["title"].startswith("decoding, batch") and not any("llama" in side["name"] for side in result["sides"]):
         out.caption = "llama.cpp n/a (xllamacpp not installed)"
     return out
 

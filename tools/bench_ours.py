@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from tools.bench_worker import Round, decoding, serve, timed
 
@@ -69,13 +70,26 @@ def sft(model: str, data: str, batch: int, length: int, steps: int) -> Callable[
     return run
 
 
-def decode(model: str, batch: int, prompt: int, new_tokens: int) -> Callable[[], Round]:
-    """Greedy decoding of random prompts."""
+def decode(
+    model: str, batch: int, prompt: int, new_tokens: int, peft: str = "", merged: bool = False
+) -> Callable[[], Round]:
+    """Greedy decoding of random prompts, with an adapter that a method makes by its defaults and noise has moved."""
     from infer.generate import generate, unrolled
     from infer.models import load
+    from model import weights
+    from model.build import find
 
     lm = load(model)
-    params = unrolled(lm.model, lm.params)
+    params, specs, key = lm.params, lm.model.specs, jax.random.key(0)
+
+    def moved(params: dict) -> dict:
+        params = find("model.peft", ConfigDict({"name": peft}))()(params, specs, key)
+        train, frozen = weights.partition(params, weights.trainable(params, "adapters"))
+        noise = lambda path, x: x + 0.01 * jax.random.normal(weights.key_for(key, path), x.shape, x.dtype)
+        return weights.combine(weights.map_named(noise, train), frozen)
+
+    params = jax.jit(moved)(params) if peft else params
+    params = unrolled(lm.model, weights.dense(params, specs) if merged else params)
     prompts = np.random.default_rng(0).integers(0, lm.config.vocab_size, (batch, prompt)).tolist()
     return lambda: decoding(lambda n: generate(lm.model, params, prompts, max_new_tokens=n), batch, new_tokens)
 

@@ -22,6 +22,7 @@ class DoRA(LoRA):
 
     magnitude: Any = None
     squares: Any = None  # ||W||^2 of the base
+    fixed: Any = None  # the ratio, once nothing moves
     trainable: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
     derived: ClassVar[tuple[str, ...]] = ("a", "start", "squares")
 
@@ -43,6 +44,8 @@ class DoRA(LoRA):
 
         ||W + s A B||^2 = ||W||^2 + 2 s <A^T W, B> + s^2 <A^T A B, B> for each output: no matrix of W's size is made.
         """
+        if self.fixed is not None:
+            return self.fixed.reshape(shape)
         shared, contracted, produced = weights.split(self.eqn)
         letters, out = weights.operands(self.eqn)[1], f"{shared}R{produced}"
         a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
@@ -53,6 +56,9 @@ class DoRA(LoRA):
         squares = self.squares + self.scale * (inner * b).sum(len(shared)).reshape(-1)
         norm = jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(squares, 1e-30)))
         return (1 + (self.magnitude - norm) / norm).reshape(shape)  # exactly 1 at the start, however XLA divides
+
+    def settled(self) -> "DoRA":
+        return super().settled().replace(fixed=self.ratio(self.squares.shape))
 
     def dense(self, spec: Spec) -> Array:
         w = super().dense(spec).astype(jnp.float32)

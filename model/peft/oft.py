@@ -22,6 +22,7 @@ class OFT(Weight):
     q: Array
     letters: str = flax.struct.field(pytree_node=False)
     terms: int = flax.struct.field(pytree_node=False)
+    fixed: Any = None  # the rotation, once nothing moves
     trainable: ClassVar[tuple[str, ...]] = ("q",)
 
     def rotation(self) -> Array:
@@ -30,6 +31,8 @@ class OFT(Weight):
         The series (Qiu et al. 2025, arXiv 2506.19847) is I + 2 Q + 2 Q^2 + ... + Q^(terms - 1); signs and the last
         factor as in PEFT. It is orthogonal for small Q only.
         """
+        if self.fixed is not None:
+            return self.fixed
         b = block_of(self.q.shape[-1])
         rows, columns = jnp.triu_indices(b, 1)
         q = jnp.zeros((*self.q.shape[:-1], b, b), jnp.float32).at[..., rows, columns].set(self.q.astype(jnp.float32))
@@ -47,6 +50,9 @@ class OFT(Weight):
         if set(self.letters) <= set(weights.split(eqn)[1]):
             return weights.einsum(eqn, self._turn(x, n, "...nc,nck->...nk"), self.base)
         return self._turn(weights.einsum(eqn, x, self.base), n, "...nk,nck->...nc")
+
+    def settled(self) -> "OFT":
+        return super().settled().replace(fixed=self.rotation())
 
     def take(self, ids: Array, dtype: Any) -> Array:
         return self._turn(weights.take(self.base, ids, dtype), 1, "...nk,nck->...nc")
