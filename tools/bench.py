@@ -1,6 +1,6 @@
 """Speed and memory of training, fine-tuning and decoding on this CPU, beside torch and llama.cpp where installed.
 
-    python -m tools.bench [--what=train,sft,decode,adapters,methods] [--rounds=3] [--out=runs/bench.json]
+    python -m tools.bench [--what=train,sft,decode,small,adapters,methods] [--rounds=3] [--out=runs/bench.json]
 
 Sides run in processes of their own and take turns, so that a slow minute hits all. Ratios are medians over the turns
 of ours over theirs. Everything measured, with the machine's facts, goes to --out.
@@ -124,10 +124,25 @@ def decoding(model: str, peers: str, _: str) -> Iterator[Contest]:
         sides = [Side("ours", OURS, case | {"model": model})]
         if peers:
             sides.append(Side("transformers", PEERS, case | {"model": peers}))
-        if batch == 1 and model in PACKAGES and peers and importlib.util.find_spec("xllamacpp"):
-            case = dict(what="llama_cpp", gguf=str(package_gguf(model)), prompt=64, new_tokens=48)
-            sides.append(Side("llama.cpp, quantised", PEERS, case))
-        yield Contest(f"decoding, batch {batch}", sides)
+        yield Contest(f"decoding, batch {batch}", sides + llama_cpp(model, peers) * (batch == 1))
+
+
+def llama_cpp(model: str, peers: str) -> list[Side]:
+    """Its side of a decoding, of one row, where it is installed and reads the file that the model comes from."""
+    if not (peers and model in PACKAGES and importlib.util.find_spec("xllamacpp")):
+        return []
+    case = dict(what="llama_cpp", gguf=str(package_gguf(model)), prompt=64, new_tokens=48)
+    return [Side("llama.cpp, quantised", PEERS, case)]
+
+
+def small(model: str, peers: str, _: str) -> Iterator[Contest]:
+    """Decoding with weights of 8 and 4 bits against float32."""
+    for batch in (1, 8):
+        case = dict(what="decode", batch=batch, prompt=64, new_tokens=48, model=model)
+        formats = {"int8": dict(name="int8"), "w8a8": dict(name="int8", activations=True), "int4": dict(name="int4")}
+        sides = [Side(f"ours, {name}", OURS, case | {"quant": quant}) for name, quant in formats.items()]
+        sides.append(Side("ours, float32", OURS, case))
+        yield Contest(f"decoding quantised, batch {batch}", sides + llama_cpp(model, peers) * (batch == 1))
 
 
 def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
@@ -157,7 +172,7 @@ def methods(model: str, peers: str, _: str) -> Iterator[Contest]:
         yield Contest(f"decoding with an adapter, batch {batch}", sides)
 
 
-WHAT = {"train": training, "sft": tuning, "decode": decoding, "adapters": adapting, "methods": methods}
+WHAT = {"train": training, "sft": tuning, "decode": decoding, "small": small, "adapters": adapting, "methods": methods}
 
 
 def questions(limit: int = 1000) -> list[dict[str, str]]:

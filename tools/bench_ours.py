@@ -71,9 +71,16 @@ def sft(model: str, data: str, batch: int, length: int, steps: int) -> Callable[
 
 
 def decode(
-    model: str, batch: int, prompt: int, new_tokens: int, peft: str = "", merged: bool = False
+    model: str,
+    batch: int,
+    prompt: int,
+    new_tokens: int,
+    peft: str = "",
+    merged: bool = False,
+    quant: dict | None = None,
 ) -> Callable[[], Round]:
-    """Greedy decoding of random prompts, with an adapter that a method makes by its defaults and noise has moved."""
+    """Greedy decoding of random prompts, with an adapter that a method makes by its defaults and noise has moved, or
+    with weights in a format."""
     from infer.generate import generate, unrolled
     from infer.models import load
     from model import weights
@@ -89,6 +96,8 @@ def decode(
         return weights.combine(weights.map_named(noise, train), frozen)
 
     params = jax.jit(moved)(params) if peft else params
+    if quant:
+        params = jax.jit(lambda p: find("model.quant", ConfigDict(quant))()(p, specs, key))(params)
     params = unrolled(lm.model, weights.dense(params, specs) if merged else params)
     prompts = np.random.default_rng(0).integers(0, lm.config.vocab_size, (batch, prompt)).tolist()
     return lambda: decoding(lambda n: generate(lm.model, params, prompts, max_new_tokens=n), batch, new_tokens)
