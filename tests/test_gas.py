@@ -70,7 +70,7 @@ TWO = [
     train(10, 1e18, init=10.0, compile=20.0, data=1.0, step=49.0),
     session("TPU v6 lite", 16, seconds={"init": 10.0, "compile": 20.0, "data": 3.0, "step": 97.0}, lost_steps=10),
     train(20, 2e18, init=12.0, compile=8.0, data=1.0, step=29.0, eval=20.0),
-    {"step": 20, "kind": "task", "flops": 5e18, "mean": 0.5},
+    {"step": 20, "kind": "task", "flops": 5e18, "mean": 0.5, "seconds": 7.5},
     {"step": 20, "kind": "event", "event": "done", "flops": 2e18, "seconds": {
         "init": 12.0, "compile": 8.0, "data": 1.0, "step": 29.0, "eval": 20.0, "checkpoint": 10.0}},
 ]  # fmt: skip
@@ -84,7 +84,7 @@ def test_the_line_by_hand():
     chip_seconds = 8 * 130 + 16 * 80
     hours = chip_seconds / 3600
     assert used.chips == ("v6e",) and used.flops == 2e18
-    assert gas.line(TWO[:-1], {}).flops == 2e18  # a task's FLOPs are no training
+    assert gas.line(TWO[:-1], {}).flops == 2e18  # a task's FLOPs and seconds are no training
     assert used.hours == pytest.approx(hours)
     assert used.replayed == pytest.approx(8 * (2 + 48) / 3600)
     assert used.mfu == pytest.approx(2e18 / (918e12 * chip_seconds))

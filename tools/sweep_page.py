@@ -173,7 +173,7 @@ def sentences(ranked: list[Group], keys: list[str], metric: str, maximize: bool)
 
 
 def shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else text.value(value)
+    return f"{value:.4g}" if isinstance(value, float) else "none" if value == "" else text.value(value)
 
 
 def parallel(ranked: list[Group], pruned: list[Group], metric: str) -> str:
@@ -273,8 +273,8 @@ def sizes(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
     charts = []
     for field, name in (("rank", "rank"), ("trained", "trained parameters")):
         known = [(getattr(r, field), r.method, *ys) for r, *ys in best if getattr(r, field)]
-        if len({x for x, *_ in known}) < 2:
-            continue
+        if len({x for x, *_ in known}) == len({method for _, method, *_ in known}):
+            continue  # one size a method
         for i, label in enumerate((metric, "forgetting, nats a token of general text")):
             points = sorted((x, method, ys[i]) for x, method, *ys in known if ys[i] is not None)
             methods = list(dict.fromkeys(method for _, method, _ in points))

@@ -82,6 +82,8 @@ def sessions(lines: Iterable[dict]) -> list[Session]:
     """
     found, now = [], Session({}, {}, {}, {})
     for line in lines:
+        if line.get("kind") == "task":
+            continue  # its seconds are those of one evaluation
         spent, joules = line.get("seconds") or {}, line.get("joules") or {}
         if line.get("event") == "session":
             found += [now._replace(spent=spent, joules=joules)] * bool(spent)
