@@ -1,6 +1,7 @@
 """The bench measures: one round on a tiny model, ours alone."""
 
 import json
+from pathlib import Path
 
 import jax
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from data.tokenizer import load
 from model.export import export_hf
 from tests.test_weights import tiny
-from tools import bench
+from tools import bench, bench_ours
 
 
 @pytest.mark.slow
@@ -19,6 +20,7 @@ def test_one_round(tmp_path, capsys, monkeypatch):
     export_hf(model, params, load("bytes"), tmp_path / "model", check=False)
     out = tmp_path / "bench.json"
     argv = [f"--model={tmp_path / 'model'}", f"--out={out}", "--rounds=1", "--alone"]
+    argv.append("--what=train,sft,decode,adapters")
     assert bench.main(argv) == 0
     result = json.loads(out.read_text())
     assert result["machine"]["cores"] and result["machine"]["versions"]["jax"]
@@ -28,6 +30,21 @@ def test_one_round(tmp_path, capsys, monkeypatch):
         for side in contest["sides"]:
             assert side["tokens_per_second"] > 0 and side["peak_bytes"] > 1e7
         assert contest["sides"][0]["ratio"]["tokens_per_second"] == 1
+
+
+def test_every_method_takes_part():
+    """Every file of model/peft, found by itself, but the one that reads an adapter of a folder."""
+    (contest,) = bench.methods("tiny", "", "")
+    found = {side.case["peft"] for side in contest.sides[2:]}
+    assert found == {p.stem for p in Path("model/peft").glob("[!_]*.py")} - {"saved"} and len(found) > 6
+
+
+@pytest.mark.parametrize("merged", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_round_with_an_adapter(tmp_path, merged):
+    model = tiny()
+    export_hf(model, model.init(jax.random.key(0)), load("bytes"), tmp_path / "model", check=False)
+    run = bench_ours.decode(str(tmp_path / "model"), 2, 4, 3, peft="ia3", merged=merged)
+    assert run()["tokens"] == 4
 
 
 def test_questions_are_instructions_of_this_python():
