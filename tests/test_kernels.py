@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels import blocks, int4_matmul, nf4_dequantise, packing
+from kernels import blocks, int4_matmul, int4_triton, nf4_dequantise, packing
 from model.quant import int4, nf4
 from tests.test_quant import rand, relative
 from tools import kernel_report, kernel_report_schedule
@@ -30,43 +30,56 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Kernels run on the CPU, and leaves choose as they do on a TPU."""
+    """Kernels run on the CPU, and leaves choose as they do on a TPU, or on what `interpreted` is called with."""
     call = pl.pallas_call
     monkeypatch.setattr(pl, "pallas_call", lambda *a, **k: call(*a, **k | {"interpret": True}))
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, tpu, default: tpu(*a))
+
+    def leaves_on(platform):
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, default, **on: on.get(platform, default)(*a))
+
+    leaves_on("tpu")
+    return leaves_on
 
 
 @pytest.mark.parametrize(
-    "m, k, n, group",
+    "by, m, k, n, group",
     [
-        (5, 512, 160, 64),  # whole blocks of bytes, column after column
-        (16, 576, 300, 128),  # a ragged last group
-        pytest.param(3, 6656, 130, 64, marks=pytest.mark.slow),  # the last block of rows holds less
-        pytest.param(130, 2048, 200, 64, marks=pytest.mark.slow),
-        pytest.param(200, 2560, 256, 64, marks=pytest.mark.slow),
-        pytest.param(1100, 256, 2100, 32, marks=pytest.mark.slow),  # several blocks each way
+        (int4_matmul, 5, 512, 160, 64),  # whole blocks of bytes, column after column
+        (int4_matmul, 16, 576, 300, 128),  # a ragged last group
+        pytest.param(int4_matmul, 3, 6656, 130, 64, marks=pytest.mark.slow),  # the last block of rows holds less
+        pytest.param(int4_matmul, 130, 2048, 200, 64, marks=pytest.mark.slow),
+        pytest.param(int4_matmul, 200, 2560, 256, 64, marks=pytest.mark.slow),
+        pytest.param(int4_matmul, 1100, 256, 2100, 32, marks=pytest.mark.slow),  # several blocks each way
+        (int4_triton, 5, 1240, 97, 64),  # five shares of the groups, and a ragged last group
+        (int4_triton, 16, 576, 128, 128),
+        (int4_triton, 130, 608, 300, 32),  # W is dequantised; the last share has fewer groups
+        (int4_triton, 600, 256, 64, 64),  # left to XLA
+        pytest.param(int4_triton, 1, 4096, 64, 128, marks=pytest.mark.slow),
+        pytest.param(int4_triton, 64, 640, 3, 32, marks=pytest.mark.slow),
+        pytest.param(int4_triton, 400, 1240, 260, 64, marks=pytest.mark.slow),  # several blocks each way
     ],
 )
-def test_int4_is_its_reference(interpreted, m, k, n, group):
+def test_int4_is_its_reference(interpreted, by, m, k, n, group):
     """Both regimes and both directions, with ragged columns, rows and groups; bfloat16 inputs, sums in float32."""
     leaf = int4.encode(rand(k, n), "BTD,DF->BTF", group=group)
     x, g = rand(m, k, seed=1).astype(jnp.bfloat16), rand(m, n, seed=2).astype(jnp.bfloat16)
-    assert int4_matmul.supported(k, n, group)
-    kernel = jax.jit(lambda x, *w: int4_matmul.matmul(x, *w, group))
+    assert by.supported(k, n, group)
+    kernel = jax.jit(lambda x, *w: by.matmul(x, *w, group))
     y, pull = jax.vjp(lambda x: kernel(x, leaf.codes, leaf.scale), x)
     want, pull_reference = jax.vjp(lambda x: int4_matmul.reference(x, leaf.codes, leaf.scale, group), x)
     assert relative(*map(jnp.float32, (y, want))) < 4e-3  # bfloat16 keeps 8 bits
     assert relative(*map(jnp.float32, (pull(g)[0], pull_reference(g)[0]))) < 4e-3
-    exact = int4_matmul.matmul(x[:5].astype(jnp.float32), leaf.codes, leaf.scale, group)
+    exact = by.matmul(x[:5].astype(jnp.float32), leaf.codes, leaf.scale, group)
     want = int4_matmul.reference(x[:5].astype(jnp.float32), leaf.codes, leaf.scale, group)
     assert relative(exact, want) < 1e-5
 
 
-def test_int4_by_hand(interpreted):
+@pytest.mark.parametrize("by", [int4_matmul, int4_triton])
+def test_int4_by_hand(interpreted, by):
     """Rows 3, -2, 0, ... of one group with scale 0.5, times 2, 1, 0, ...: (6 - 2) / 2."""
     codes = packing.pack(jnp.zeros((64, 128)).at[0].set(3).at[1].set(-2))
     x = jnp.zeros((1, 64), jnp.bfloat16).at[0, :2].set(jnp.array([2, 1]))
-    y = int4_matmul.matmul(x, codes, jnp.full((1, 128), 0.5, jnp.bfloat16), 64)
+    y = by.matmul(x, codes, jnp.full((1, 128), 0.5, jnp.bfloat16), 64)
     np.testing.assert_array_equal(y, jnp.full((1, 128), 2.0))
 
 
@@ -102,19 +115,23 @@ FORMATS = {"int4": functools.partial(int4.encode, group=64), "nf4": nf4.encode}
 
 
 @pytest.mark.parametrize(
-    "fmt, eqn, shape",
+    "fmt, platform, eqn, shape",
     [
-        ("int4", "BTD,DF->BTF", (256, 256)),
-        ("int4", "BTNH,NHD->BTD", (4, 64, 512)),
-        ("nf4", "BTF,FD->BTD", (256, 512)),
-        pytest.param("nf4", "BTD,DF->BTF", (256, 256), marks=pytest.mark.slow),
-        pytest.param("nf4", "BTNH,NHD->BTD", (4, 64, 512), marks=pytest.mark.slow),
+        ("int4", "tpu", "BTD,DF->BTF", (256, 256)),
+        ("int4", "tpu", "BTNH,NHD->BTD", (4, 64, 512)),
+        ("int4", "cuda", "BTD,DF->BTF", (256, 256)),
+        ("int4", "cuda", "BTNH,NHD->BTD", (4, 64, 512)),
+        ("nf4", "tpu", "BTF,FD->BTD", (256, 512)),
+        pytest.param("nf4", "tpu", "BTD,DF->BTF", (256, 256), marks=pytest.mark.slow),
+        pytest.param("nf4", "tpu", "BTNH,NHD->BTD", (4, 64, 512), marks=pytest.mark.slow),
     ],
 )
-def test_on_shards_it_is_the_plain_product(interpreted, monkeypatch, fmt, eqn, shape):
+def test_on_shards_it_is_the_plain_product(interpreted, monkeypatch, fmt, platform, eqn, shape):
     """W over fsdp and tensor, both ways: columns over tensor stay split, rows over tensor are summed."""
+    interpreted(platform)
     used = []
-    for module, name in ((int4_matmul, "matmul"), (int4_matmul, "gradient"), (nf4_dequantise, "dequantise")):
+    tpu = (int4_matmul, "matmul"), (int4_matmul, "gradient"), (nf4_dequantise, "dequantise")
+    for module, name in {"tpu": tpu, "cuda": ((int4_triton, "matmul"),)}[platform]:
         kernel = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, k=kernel, **kw: used.append(a[-2].shape) or k(*a, **kw))
     leaf = FORMATS[fmt](rand(*shape), eqn)
