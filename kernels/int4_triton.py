@@ -61,7 +61,7 @@ matmul.defvjp(_forward, _backward)
 def _call(x: Array, packed: Array, scale: Array, group: int, dtype: Any) -> Array:
     """A grid over rows of x, columns of W and shares of the groups, which the results are summed over."""
     (m, k), n, groups = x.shape, packed.shape[1], scale.shape[0]
-    bm, bn, warps, stages = next(tile for rows, tile in blocks.INT4_TRITON.items() if m <= rows)
+    bm, bn, warps, ahead = next(tile for rows, tile in blocks.INT4_TRITON.items() if m <= rows)
     programs = pl.cdiv(m, bm) * pl.cdiv(n, bn)
     per = pl.cdiv(groups, max(min(round(blocks.WARPS / (warps * programs)), groups // 4), 1))
     shares = pl.cdiv(groups, per)
@@ -75,7 +75,7 @@ def _call(x: Array, packed: Array, scale: Array, group: int, dtype: Any) -> Arra
         ],
         out_specs=pl.BlockSpec((None, bm, bn), lambda i, j, l: (l, i, j)),
         out_shape=jax.ShapeDtypeStruct((shares, m, n), jnp.float32 if shares > 1 else dtype),
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1 + ahead * 128 // group),
     )(x, packed, scale)
     return y[0] if shares == 1 else y.sum(0).astype(dtype)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from configs import schema
 from configs.errors import UserError
+from tools import plan_gpu
 from train import flags as presets
 
 FLAGS = {"topology": "", "what": "train", "search": False, "minutes": 15.0, "json": False}
@@ -45,9 +46,11 @@ def main(argv: list[str]) -> int:
 
 
 def topology(name: str) -> list[Any]:
-    """The devices of a TPU slice by name, described by libtpu; they can be compiled for, and nothing else."""
+    """The devices of a TPU slice by name, described by libtpu, or H100s; they can be compiled for, and nothing else."""
     if not name:
-        raise UserError("no slice named", "--topology", "as v5e:4x4, v5p:2x2x1, v6e:4x4 or tpu7x:2x2x1")
+        raise UserError("no slice named", "--topology", "as v5e:4x4, v5p:2x2x1, v6e:4x4, tpu7x:2x2x1 or h100:8")
+    if name.startswith("h100:"):
+        return plan_gpu.devices(name.removeprefix("h100:"))
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu is not installed", "tools.plan", "pip install -r requirements/tpu.txt")
     # Other processes may hold libtpu's lock file, and this host need not be a TPU's.
