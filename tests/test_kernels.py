@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels import blocks, int4_matmul, int4_triton, nf4_dequantise, packing
 from model.quant import int4, nf4
+from tests.test_plan import gpu, tpu
 from tests.test_quant import rand, relative
 from tools import kernel_report, kernel_report_schedule
 from tools.plan import topology
@@ -219,19 +220,41 @@ def test_schedules_are_those_committed():
         ), name
 
 
-@pytest.mark.tpu
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: make tpu")
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_four_absent_chips_gather_packed_weights(fmt):
-    """A forward and a backward pass: two kernels, codes gathered as bytes over fsdp, no float W on the wire."""
-    eqn, mesh = "BTF,FD->BTD", make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, topology("v5e:2x2"))
+@pytest.mark.parametrize("chip", [pytest.param("h100", marks=gpu)])
+def test_no_program_spills_and_none_writes_a_float_w(chip):
+    argv = [sys.executable, "-m", "tools.kernel_report", f"--chip={chip}", "--json"]
+    told = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout
+    shapes = {f"{c.name} {c.shape}": c.args for c in kernel_report.cases() if c.platform == "cuda"}
+    rows = {f"{r['case']} {r['shape']}": r for r in json.loads(told)}
+    assert rows.keys() == shapes.keys()
+    for name, row in rows.items():
+        x, packed, _ = shapes[name]
+        w = 2 * packed.size * x.dtype.itemsize
+        assert row["kernel"]["spill_stores"] == row["kernel"]["spill_loads"] == 0 < row["kernel"]["registers"], name
+        assert row["kernel"]["bytes_temporary"] < w / 4 and row["xla"]["bytes_temporary"] >= w, name
+        assert row["bytes_least"] <= row["kernel"]["bytes_moved"] < 2 * row["bytes_least"], name
+        assert row["xla"]["bytes_moved"] > 5 * row["bytes_least"], name
+
+
+@pytest.mark.parametrize(
+    "fmt, on, kernel, calls",
+    [
+        *[pytest.param(fmt, "v5e:2x2", "tpu_custom_call", 2, marks=tpu) for fmt in FORMATS],
+        pytest.param("int4", "h100:4", "__gpu$xla.gpu.triton", 1, marks=gpu),
+    ],
+)
+def test_four_absent_chips_gather_packed_weights(fmt, on, kernel, calls):
+    """A kernel each for a forward and a backward pass, of which a GPU leaves the second to XLA; codes gathered as bytes
+    over fsdp, no float W on the wire."""
+    eqn, mesh = "BTF,FD->BTD", make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, topology(on))
     laid = lambda a, *axes: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P(*axes)))
     leaf = jax.eval_shape(lambda w: FORMATS[fmt](w, eqn), jax.ShapeDtypeStruct((1024, 512), jnp.float32))
     leaf = jax.tree.map(lambda a: laid(a, *("tensor", "fsdp") if a.shape[-1] == 512 else ()), leaf)
     x = laid(jax.ShapeDtypeStruct((4, 256, 1024), jnp.bfloat16), "fsdp", None, "tensor")
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        both = jax.value_and_grad(lambda x, leaf: leaf.einsum(eqn, x).astype(jnp.float32).sum())
-        text = jax.jit(both).lower(x, leaf).compile().as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 2
-    gathered = set(re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", text))
+        forward = lambda x, leaf: leaf.einsum(eqn, x).astype(jnp.float32).sum()
+        f = jax.value_and_grad(forward) if calls == 2 else forward
+        text = jax.jit(f).lower(x, leaf).compile().as_text()
+    assert text.count(f'custom_call_target="{kernel}"') == calls
+    gathered = set(re.findall(r"(\w+)\[([\d,]+)\]\S* all-gather(?:-start)?\(", text))
     assert ("u8", "256,512") in gathered and all("512,512" not in shape for _, shape in gathered)

@@ -19,7 +19,8 @@ def report(cases: list[Any], dump: str) -> list[dict[str, Any]]:
     """A row for each case. Raises UserError without the CUDA wheels."""
     from tools.plan import topology
 
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" --xla_dump_to={dump} --xla_dump_hlo_as_text"
+    flags = f" --xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_emitter_re=ptx"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
     device = topology("h100:1")[0]
     return [row(case, device, dump) for case in cases]
 
@@ -37,15 +38,18 @@ def row(case: Any, device: Any, dump: str) -> dict[str, Any]:
 def compiled(f: Any, args: tuple, device: Any, dump: str) -> dict[str, Any]:
     """Figures of a function of abstract arrays, compiled for a device."""
     import jax
-    from jax.sharding import SingleDeviceSharding
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
 
     from tools import plan_hlo
+    from train import mesh as meshes
 
     for old in glob.glob(f"{dump}/*"):
         os.unlink(old)
-    one = SingleDeviceSharding(device)
-    here = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for a in args]
-    program = jax.jit(f).lower(*here).compile()
+    mesh = meshes.make_mesh({}, [device])
+    here = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P())) for a in args]
+    with jax.set_mesh(mesh):  # Pallas asks it what it compiles for
+        program = jax.jit(f).lower(*here).compile()
     told = "".join(assembled(path) for path in glob.glob(f"{dump}/*.ptx"))
     shared = "".join(Path(p).read_text() for p in glob.glob(f"{dump}/*.thunk_sequence.txt"))
     most = lambda pattern, text: max(map(int, re.findall(pattern, text)), default=None)

@@ -1,11 +1,13 @@
-"""What a run would hold, send and take on TPUs that are not here: its very step, compiled by libtpu on this CPU.
+"""What a run would hold, send and take on TPUs or GPUs that are not here: its very step, compiled on this CPU.
 
     python -m tools.plan --config=configs/X.py --topology=v5e:4x4 [--config.key=value ...] [--what=decode] [--json]
     python -m tools.plan --config=configs/X.py --topology=v5p:2x2x1 --search [--minutes=15]
+    python -m tools.plan --config=configs/X.py --topology=h100:8
 
 `--what=decode` plans one token of `data.batch_size` rows behind a cache of `data.seq_len`. `--search` tries meshes,
 remat policies, batches and accumulation, and ranks what fits by planned tokens/s; it begins no plan after `--minutes`.
-It needs requirements/tpu.txt. Exit code 2: the input must change, or the plan does not fit.
+TPUs need requirements/tpu.txt, and H100s, up to eight of a machine, requirements/gpu.txt. Exit code 2: the input must
+change, or the plan does not fit.
 """
 
 import importlib.util
@@ -137,7 +139,7 @@ def show(p: dict[str, Any]) -> None:
     rows += [(f"{kind.replace('_', ' ')} a device", gb(size)) for kind, size in p["bytes"].items()]
     if not p["fits"]:
         return table([*rows, ("fits", f"no: {p['verdict']}"), ("turn", p["turn"])])
-    rows += [("fits", "yes, says libtpu")]
+    rows += [("fits", f"yes: {p['verdict']}")]
     rows += [("a large array", f"{gb(size)} {shape} of {source}") for size, shape, source in p["largest"]]
     for axis, kinds in p["sent"].items():
         text = ", ".join(f"{kind} {gb(size)}" for kind, size in sorted(kinds.items()))

@@ -39,3 +39,13 @@ def devices(count: str) -> list[Any]:
     chip = chips.find(KIND)
     target = H100.format(bandwidth=int(chip.hbm_bandwidth.value), memory=int(chip.hbm_bytes.value), kind=KIND)
     return topologies.get_topology_desc("", "cuda", topology=f"1x1x{count}", target_config=target).devices
+
+
+def room(peak: int) -> tuple[bool, str]:
+    """(whether so many bytes fit, why). The compiler does not say it; JAX takes a share of a GPU's memory."""
+    share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
+    most = share * chips.find(KIND).hbm_bytes.value
+    return (
+        peak <= most,
+        f"{peak / 1e9:.1f} GB of {most / 1e9:.1f}, XLA_PYTHON_CLIENT_MEM_FRACTION={share:g} of a device",
+    )
