@@ -23,6 +23,7 @@ from kernels.cases import Case, array
 from kernels.int4_matmul import reference, reference_gradient
 
 FEW, MOST = 64, 512  # rows of x
+DEPTH = 64  # the most rows of W in a step: 128 would ask for more shared memory than GPUs of other kinds have, 99 KiB
 
 
 def supported(k: int, n: int, group: int) -> bool:
@@ -43,7 +44,7 @@ def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: Any = None)
             rest = rest - parts[-1]
         y = _call(jnp.concatenate(parts).astype(jnp.bfloat16), packed, scale, group, jnp.float32)
         return y.reshape(3, m, -1).sum(0).astype(dtype)
-    return reference(x, packed, scale, group).astype(dtype)
+    return reference(x, packed, scale, group, dtype)
 
 
 def _forward(x: Array, packed: Array, scale: Array, group: int, dtype: Any) -> tuple[Array, tuple]:
@@ -75,30 +76,31 @@ def _call(x: Array, packed: Array, scale: Array, group: int, dtype: Any) -> Arra
         ],
         out_specs=pl.BlockSpec((None, bm, bn), lambda i, j, l: (l, i, j)),
         out_shape=jax.ShapeDtypeStruct((shares, m, n), jnp.float32 if shares > 1 else dtype),
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1 + ahead * 128 // group),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1 + ahead * DEPTH // min(group, DEPTH)),
     )(x, packed, scale)
     return y[0] if shares == 1 else y.sum(0).astype(dtype)
 
 
 def _body(shape: tuple[int, int, int], group: int, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any) -> None:
-    (m, k, n), (bm, bn), per, groups = shape, y_ref.shape, s_ref.shape[0], pl.cdiv(shape[1], group)
+    (m, k, n), (bm, bn), per, deep = shape, y_ref.shape, s_ref.shape[0], min(group, DEPTH)
     i, j, l = map(pl.program_id, range(3))
     rows, columns = _inside(i * bm, bm, m, 0), _inside(j * bn, bn, n, 1)
 
     def step(at: Array, total: Array) -> Array:
-        first = (l * per + at) * group  # row of W
-        x = _load(x_ref, slice(None), pl.ds(at * group, group), rows, _inside(first, group, k, 1))
-        half = _inside(first // 2, group // 2, k // 2, 0)
-        w = _load(w_ref, pl.ds(at * (group // 2), group // 2), slice(None), half, columns)
-        scale = _load(s_ref, pl.ds(at, 1), slice(None), columns)
-        nibbles = jnp.stack([w & 15, w >> 4], -1).swapaxes(1, 2).reshape(group, bn)
+        first = l * (per * group) + at * deep  # row of W
+        x = _load(x_ref, slice(None), pl.ds(at * deep, deep), rows, _inside(first, deep, k, 1))
+        half = _inside(first // 2, deep // 2, k // 2, 0)
+        w = _load(w_ref, pl.ds(at * (deep // 2), deep // 2), slice(None), half, columns)
+        scale = _load(s_ref, pl.ds(at * deep // group, 1), slice(None), columns)
+        nibbles = jnp.stack([w & 15, w >> 4], -1).swapaxes(1, 2).reshape(deep, bn)
         # 128 and seven bits is a bfloat16: no conversion, of which a GPU does few at a time.
         codes = jax.lax.bitcast_convert_type(nibbles.astype(jnp.uint16) ^ 0x4308, jnp.bfloat16) - jnp.bfloat16(136)
         if m <= FEW:
             return total + jnp.dot(x, codes, preferred_element_type=jnp.float32) * scale.astype(jnp.float32)
         return total + jnp.dot(x, codes * scale.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
 
-    turns = per if groups % per == 0 else jnp.minimum(per, groups - l * per)
+    groups = pl.cdiv(k, group)
+    turns = (per if groups % per == 0 else jnp.minimum(per, groups - l * per)) * (group // deep)
     total = jax.lax.fori_loop(0, turns, step, jnp.zeros((bm, bn), jnp.float32))
     triton.store(y_ref, total.astype(y_ref.dtype), mask=_all(rows, columns))
 
