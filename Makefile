@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test slow parity tpu cloud plan lint clean
+.PHONY: demo test slow parity tpu gpu cloud plan lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m tools.demo
@@ -21,6 +21,9 @@ parity: $(VENV)/parity
 
 tpu: $(VENV)-tpu/ready
 	$(VENV)-tpu/bin/python -m pytest -q -m tpu tests/test_plan.py tests/test_kernels.py
+
+gpu: $(VENV)-gpu/ready
+	$(VENV)-gpu/bin/python -m pytest -q -m gpu tests/test_plan.py tests/test_kernels.py
 
 cloud: $(VENV)-cloud/ready
 	$(VENV)-cloud/bin/python -m pytest -q tests/test_store.py
@@ -45,15 +48,10 @@ $(VENV)/parity: $(VENV)/ready requirements/parity.txt
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements/parity.txt
 	@touch $@
 
-$(VENV)-tpu/ready: requirements/tpu.txt requirements/base.txt
-	$(PYTHON) -m venv $(VENV)-tpu
-	$(VENV)-tpu/bin/pip install -q --disable-pip-version-check -r requirements/tpu.txt
-	@touch $@
-
-$(VENV)-cloud/ready: requirements/cloud.txt requirements/base.txt
-	$(PYTHON) -m venv $(VENV)-cloud
-	$(VENV)-cloud/bin/pip install -q --disable-pip-version-check -r requirements/cloud.txt
+$(VENV)-%/ready: requirements/%.txt requirements/base.txt
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/pip install -q --disable-pip-version-check -r requirements/$*.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-tpu $(VENV)-cloud runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-tpu $(VENV)-gpu $(VENV)-cloud runs .pytest_cache .ruff_cache

@@ -10,6 +10,10 @@ INT4_FEW = (128, 768, 6144)
 INT4 = (1024, 2048, 1024)
 NF4 = (4096, 128)  # rows and columns of W
 
+# On a GPU, by the most rows of x: rows, columns, warps, and 64 rows of W how often ahead. None spills on an H100.
+INT4_TRITON = {16: (16, 64, 4, 6), 64: (64, 64, 4, 6), 512: (128, 128, 8, 2)}
+WARPS = 8 * 132  # wanted, eight a multiprocessor: 24 KB under way in each, more than 600 ns of its share of HBM
+
 
 def cut(size: int, limit: int, tile: int) -> int:
     """The largest block of whole tiles up to `limit`, and of half of it or more, that pads `size` least."""

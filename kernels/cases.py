@@ -17,6 +17,7 @@ class Case(NamedTuple):
     flops: int = 0
     peak: str = "bfloat16"  # whose rate bounds the products
     quick: bool = False  # one of the few that a test compiles
+    platform: str = "tpu"
 
 
 def array(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:

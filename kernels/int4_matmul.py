@@ -2,7 +2,7 @@
 
 Two regimes. With few rows of x the weights' bytes are the time: each group's partial product is scaled, which costs
 M N / group multiplications. With many the products are: a block of W is dequantised in VMEM, hidden under the MXU.
-Elsewhere than on a TPU `reference` is what runs.
+On a GPU `int4_triton` is what runs, and elsewhere `reference`.
 """
 
 import functools
@@ -23,9 +23,9 @@ from kernels.packing import by_columns, signed, unpack
 FEW = 128  # rows of x: up to here partial products are scaled
 
 
-def reference(x: Array, packed: Array, scale: Array, group: int) -> Array:
+def reference(x: Array, packed: Array, scale: Array, group: int, dtype: Any = None) -> Array:
     """x [M, K] times W [K, N], of bytes [K / 2, N] and scales [ceil(K / group), N]: what the kernels compute."""
-    return jnp.dot(x, _dense(packed, scale, group, x), preferred_element_type=jnp.float32).astype(x.dtype)
+    return jnp.dot(x, _dense(packed, scale, group, x), preferred_element_type=jnp.float32).astype(dtype or x.dtype)
 
 
 def reference_gradient(g: Array, packed: Array, scale: Array, group: int) -> Array:

@@ -18,8 +18,9 @@ from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels import blocks, int4_matmul, nf4_dequantise, packing
+from kernels import blocks, int4_matmul, int4_triton, nf4_dequantise, packing
 from model.quant import int4, nf4
+from tests.test_plan import gpu, tpu
 from tests.test_quant import rand, relative
 from tools import kernel_report, kernel_report_schedule
 from tools.plan import topology
@@ -30,43 +31,56 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Kernels run on the CPU, and leaves choose as they do on a TPU."""
+    """Kernels run on the CPU, and leaves choose as they do on a TPU, or on what `interpreted` is called with."""
     call = pl.pallas_call
     monkeypatch.setattr(pl, "pallas_call", lambda *a, **k: call(*a, **k | {"interpret": True}))
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, tpu, default: tpu(*a))
+
+    def leaves_on(platform):
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, default, **on: on.get(platform, default)(*a))
+
+    leaves_on("tpu")
+    return leaves_on
 
 
 @pytest.mark.parametrize(
-    "m, k, n, group",
+    "by, m, k, n, group",
     [
-        (5, 512, 160, 64),  # whole blocks of bytes, column after column
-        (16, 576, 300, 128),  # a ragged last group
-        pytest.param(3, 6656, 130, 64, marks=pytest.mark.slow),  # the last block of rows holds less
-        pytest.param(130, 2048, 200, 64, marks=pytest.mark.slow),
-        pytest.param(200, 2560, 256, 64, marks=pytest.mark.slow),
-        pytest.param(1100, 256, 2100, 32, marks=pytest.mark.slow),  # several blocks each way
+        (int4_matmul, 5, 512, 160, 64),  # whole blocks of bytes, column after column
+        (int4_matmul, 16, 576, 300, 128),  # a ragged last group
+        pytest.param(int4_matmul, 3, 6656, 130, 64, marks=pytest.mark.slow),  # the last block of rows holds less
+        pytest.param(int4_matmul, 130, 2048, 200, 64, marks=pytest.mark.slow),
+        pytest.param(int4_matmul, 200, 2560, 256, 64, marks=pytest.mark.slow),
+        pytest.param(int4_matmul, 1100, 256, 2100, 32, marks=pytest.mark.slow),  # several blocks each way
+        (int4_triton, 5, 1240, 97, 64),  # five shares of the groups, and a ragged last group
+        (int4_triton, 16, 576, 128, 128),
+        (int4_triton, 130, 608, 300, 32),  # W is dequantised; the last share has fewer groups
+        (int4_triton, 600, 256, 64, 64),  # left to XLA
+        pytest.param(int4_triton, 1, 4096, 64, 128, marks=pytest.mark.slow),
+        pytest.param(int4_triton, 64, 640, 3, 32, marks=pytest.mark.slow),
+        pytest.param(int4_triton, 400, 1240, 260, 64, marks=pytest.mark.slow),  # several blocks each way
     ],
 )
-def test_int4_is_its_reference(interpreted, m, k, n, group):
+def test_int4_is_its_reference(interpreted, by, m, k, n, group):
     """Both regimes and both directions, with ragged columns, rows and groups; bfloat16 inputs, sums in float32."""
     leaf = int4.encode(rand(k, n), "BTD,DF->BTF", group=group)
     x, g = rand(m, k, seed=1).astype(jnp.bfloat16), rand(m, n, seed=2).astype(jnp.bfloat16)
-    assert int4_matmul.supported(k, n, group)
-    kernel = jax.jit(lambda x, *w: int4_matmul.matmul(x, *w, group))
+    assert by.supported(k, n, group)
+    kernel = jax.jit(lambda x, *w: by.matmul(x, *w, group))
     y, pull = jax.vjp(lambda x: kernel(x, leaf.codes, leaf.scale), x)
     want, pull_reference = jax.vjp(lambda x: int4_matmul.reference(x, leaf.codes, leaf.scale, group), x)
     assert relative(*map(jnp.float32, (y, want))) < 4e-3  # bfloat16 keeps 8 bits
     assert relative(*map(jnp.float32, (pull(g)[0], pull_reference(g)[0]))) < 4e-3
-    exact = int4_matmul.matmul(x[:5].astype(jnp.float32), leaf.codes, leaf.scale, group)
+    exact = by.matmul(x[:5].astype(jnp.float32), leaf.codes, leaf.scale, group)
     want = int4_matmul.reference(x[:5].astype(jnp.float32), leaf.codes, leaf.scale, group)
     assert relative(exact, want) < 1e-5
 
 
-def test_int4_by_hand(interpreted):
+@pytest.mark.parametrize("by", [int4_matmul, int4_triton])
+def test_int4_by_hand(interpreted, by):
     """Rows 3, -2, 0, ... of one group with scale 0.5, times 2, 1, 0, ...: (6 - 2) / 2."""
     codes = packing.pack(jnp.zeros((64, 128)).at[0].set(3).at[1].set(-2))
     x = jnp.zeros((1, 64), jnp.bfloat16).at[0, :2].set(jnp.array([2, 1]))
-    y = int4_matmul.matmul(x, codes, jnp.full((1, 128), 0.5, jnp.bfloat16), 64)
+    y = by.matmul(x, codes, jnp.full((1, 128), 0.5, jnp.bfloat16), 64)
     np.testing.assert_array_equal(y, jnp.full((1, 128), 2.0))
 
 
@@ -102,19 +116,23 @@ FORMATS = {"int4": functools.partial(int4.encode, group=64), "nf4": nf4.encode}
 
 
 @pytest.mark.parametrize(
-    "fmt, eqn, shape",
+    "fmt, platform, eqn, shape",
     [
-        ("int4", "BTD,DF->BTF", (256, 256)),
-        ("int4", "BTNH,NHD->BTD", (4, 64, 512)),
-        ("nf4", "BTF,FD->BTD", (256, 512)),
-        pytest.param("nf4", "BTD,DF->BTF", (256, 256), marks=pytest.mark.slow),
-        pytest.param("nf4", "BTNH,NHD->BTD", (4, 64, 512), marks=pytest.mark.slow),
+        ("int4", "tpu", "BTD,DF->BTF", (256, 256)),
+        ("int4", "tpu", "BTNH,NHD->BTD", (4, 64, 512)),
+        ("int4", "cuda", "BTD,DF->BTF", (256, 256)),
+        ("int4", "cuda", "BTNH,NHD->BTD", (4, 64, 512)),
+        ("nf4", "tpu", "BTF,FD->BTD", (256, 512)),
+        pytest.param("nf4", "tpu", "BTD,DF->BTF", (256, 256), marks=pytest.mark.slow),
+        pytest.param("nf4", "tpu", "BTNH,NHD->BTD", (4, 64, 512), marks=pytest.mark.slow),
     ],
 )
-def test_on_shards_it_is_the_plain_product(interpreted, monkeypatch, fmt, eqn, shape):
+def test_on_shards_it_is_the_plain_product(interpreted, monkeypatch, fmt, platform, eqn, shape):
     """W over fsdp and tensor, both ways: columns over tensor stay split, rows over tensor are summed."""
+    interpreted(platform)
     used = []
-    for module, name in ((int4_matmul, "matmul"), (int4_matmul, "gradient"), (nf4_dequantise, "dequantise")):
+    tpu = (int4_matmul, "matmul"), (int4_matmul, "gradient"), (nf4_dequantise, "dequantise")
+    for module, name in {"tpu": tpu, "cuda": ((int4_triton, "matmul"),)}[platform]:
         kernel = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, k=kernel, **kw: used.append(a[-2].shape) or k(*a, **kw))
     leaf = FORMATS[fmt](rand(*shape), eqn)
@@ -202,19 +220,41 @@ def test_schedules_are_those_committed():
         ), name
 
 
-@pytest.mark.tpu
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: make tpu")
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_four_absent_chips_gather_packed_weights(fmt):
-    """A forward and a backward pass: two kernels, codes gathered as bytes over fsdp, no float W on the wire."""
-    eqn, mesh = "BTF,FD->BTD", make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, topology("v5e:2x2"))
+@pytest.mark.parametrize("chip", [pytest.param("h100", marks=gpu)])
+def test_no_program_spills_and_none_writes_a_float_w(chip):
+    argv = [sys.executable, "-m", "tools.kernel_report", f"--chip={chip}", "--json"]
+    told = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout
+    shapes = {f"{c.name} {c.shape}": c.args for c in kernel_report.cases() if c.platform == "cuda"}
+    rows = {f"{r['case']} {r['shape']}": r for r in json.loads(told)}
+    assert rows.keys() == shapes.keys()
+    for name, row in rows.items():
+        x, packed, _ = shapes[name]
+        w = 2 * packed.size * x.dtype.itemsize
+        assert row["kernel"]["spill_stores"] == row["kernel"]["spill_loads"] == 0 < row["kernel"]["registers"], name
+        assert row["kernel"]["bytes_temporary"] < w / 4 and row["xla"]["bytes_temporary"] >= w, name
+        assert row["bytes_least"] <= row["kernel"]["bytes_moved"] < 2 * row["bytes_least"], name
+        assert row["xla"]["bytes_moved"] > 5 * row["bytes_least"], name
+
+
+@pytest.mark.parametrize(
+    "fmt, on, kernel, calls",
+    [
+        *[pytest.param(fmt, "v5e:2x2", "tpu_custom_call", 2, marks=tpu) for fmt in FORMATS],
+        pytest.param("int4", "h100:4", "__gpu$xla.gpu.triton", 1, marks=gpu),
+    ],
+)
+def test_four_absent_chips_gather_packed_weights(fmt, on, kernel, calls):
+    """A kernel each for a forward and a backward pass, of which a GPU leaves the second to XLA; codes gathered as bytes
+    over fsdp, no float W on the wire."""
+    eqn, mesh = "BTF,FD->BTD", make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, topology(on))
     laid = lambda a, *axes: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P(*axes)))
     leaf = jax.eval_shape(lambda w: FORMATS[fmt](w, eqn), jax.ShapeDtypeStruct((1024, 512), jnp.float32))
     leaf = jax.tree.map(lambda a: laid(a, *("tensor", "fsdp") if a.shape[-1] == 512 else ()), leaf)
     x = laid(jax.ShapeDtypeStruct((4, 256, 1024), jnp.bfloat16), "fsdp", None, "tensor")
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        both = jax.value_and_grad(lambda x, leaf: leaf.einsum(eqn, x).astype(jnp.float32).sum())
-        text = jax.jit(both).lower(x, leaf).compile().as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 2
-    gathered = set(re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", text))
+        forward = lambda x, leaf: leaf.einsum(eqn, x).astype(jnp.float32).sum()
+        f = jax.value_and_grad(forward) if calls == 2 else forward
+        text = jax.jit(f).lower(x, leaf).compile().as_text()
+    assert text.count(f'custom_call_target="{kernel}"') == calls
+    gathered = set(re.findall(r"(\w+)\[([\d,]+)\]\S* all-gather(?:-start)?\(", text))
     assert ("u8", "256,512") in gathered and all("512,512" not in shape for _, shape in gathered)

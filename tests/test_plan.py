@@ -17,7 +17,7 @@ from model import build, weights
 from model.transformer import unstack
 from tests.test_contracts import OBJECTIVES
 from tests.test_step import config
-from tools import plan, plan_hlo, plan_step
+from tools import plan, plan_gpu, plan_hlo, plan_step
 from train import cost, init
 from train import mesh as meshes
 
@@ -190,18 +190,43 @@ def test_a_search_finds_the_best_in_few_plans(monkeypatch):
     assert plan.search(c, [None] * 16, {"what": "train", "minutes": -1.0}) == []
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
-def test_without_libtpu(capsys):
-    assert plan.main(["--config=configs/pretrain/tiny.py", "--topology=v5e:2x2"]) == 2
+COMPILERS = {"v5e:2x2": ("tpu", "libtpu"), "h100:8": ("gpu", "jax_cuda12_plugin")}
+
+
+@pytest.mark.parametrize("on", COMPILERS)
+def test_without_the_compiler(on, capsys, monkeypatch):
+    extra, package = COMPILERS[on]
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
+    assert plan.main(["--config=configs/pretrain/tiny.py", f"--topology={on}"]) == 2
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "requirements/tpu.txt" in told
+    assert told.count("\n") == 1 and f"requirements/{extra}.txt" in told
 
 
-# --- with libtpu ---
+def test_more_gpus_than_a_machine_has_are_one_line(capsys):
+    assert plan.main(["--config=configs/pretrain/tiny.py", "--topology=h100:9"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "h100:8" in told
+
+
+def test_a_gpu_fits_what_jax_takes_of_it(monkeypatch):
+    """Of 80 GiB three quarters, or the share that the environment says."""
+    assert plan_gpu.room(64_000_000_000)[0] and not plan_gpu.room(65_000_000_000)[0]
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert plan_gpu.room(65_000_000_000) == (True, "65.0 GB of 77.3, XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 of a device")
+
+
+# --- with libtpu, or with the CUDA wheels ---
 
 tpu = [
     pytest.mark.tpu,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: make tpu"),
+]
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_cuda12_plugin") is None, reason="the CUDA wheels are not installed: make gpu"
+    ),
 ]
 TINY = ["--config.model.shape=tiny", "--config.data.tokenizer=bytes", "--config.data.seq_len=128", "--json"]
 
@@ -216,12 +241,13 @@ SLICES = {
     "v5p:2x2x1": ("--config.mesh.fsdp=4",),
     "v6e:2x2": ("--config.mesh.fsdp=2",),
     "tpu7x:2x2x1": ("--config.accum=2",),
+    "h100:4": ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"),
 }
 STEPS = {name: (f"--config.objective.name={name}", "--config.data.packing=none") for name in OBJECTIVES}
 STEPS |= {"lora": ("--config.peft.name=lora",), "decode": ("--what=decode",)}
 
 
-@pytest.mark.parametrize("on", [pytest.param(s, marks=tpu) for s in SLICES])
+@pytest.mark.parametrize("on", [pytest.param(s, marks=gpu if s.startswith("h100") else tpu) for s in SLICES])
 @pytest.mark.parametrize("name", STEPS)
 def test_compiles_for_a_slice_that_is_absent(name, on, capsys):
     argv = ["--config=configs/sft/tiny.py", f"--topology={on}", "--config.data.batch_size=16"]
@@ -243,6 +269,13 @@ def test_says_what_to_turn_when_memory_runs_out(n, capsys):
     assert not got["fits"] and "RESOURCE_EXHAUSTED" in got["verdict"] and "config.accum=2" in got["turn"]
     assert plan.main([argv[0], "--topology=v5e:2x2", "--json"]) == 2
     assert "more devices" in json.loads(capsys.readouterr().out)["turn"]
+
+
+@pytest.mark.parametrize("n", [pytest.param(1, marks=gpu)])
+def test_says_what_to_turn_when_a_gpu_is_too_small(n, capsys):
+    assert plan.main(["--config=configs/pretrain/llama2_7b.py", f"--topology=h100:{n}", "--json"]) == 2
+    got = json.loads(capsys.readouterr().out)
+    assert not got["fits"] and "of 64.4" in got["verdict"] and "more devices" in got["turn"]
 
 
 @pytest.mark.parametrize("minutes", [pytest.param(0.1, marks=tpu)])

@@ -1,12 +1,15 @@
 """What the kernels of `kernels/` cost on TPUs that are not here: compiled by libtpu on this CPU, the schedule read.
 
     python -m tools.kernel_report --chip=v5e,v5p,v6e,tpu7x [--shapes=quick|all] [--only=REGEX] [--json]
+    python -m tools.kernel_report --chip=h100 ...
 
 By shape: bundles of the hot loop and its turns, the MXU's least cycles over those of the schedule, bytes moved over the
 least, VMEM, registers spilled; beside it, but for quick shapes, what XLA makes of the same operands. Times go from what
 bounds the kernel (the schedule, or HBM at its peak) to that and the part of the first block that nothing overlaps; of
 XLA to its own estimate. No stall is in them: they rank kernels to about 10 %. TPU7x's products a cycle are a guess from
 its peak: its schedules go below. It needs requirements/tpu.txt.
+
+For an H100, with requirements/gpu.txt, it says what registers, spills, memory and bytes there are: no times are known.
 """
 
 import argparse
@@ -61,21 +64,24 @@ def main(argv: list[str]) -> int:
 
 
 def report(names: list[str], quick: bool, only: str) -> list[dict[str, Any]]:
-    """A row for each chip and case. Raises UserError for an unknown chip, or without libtpu."""
+    """A row for each chip and case. Raises UserError for an unknown chip, or without its compiler."""
+    from tools import kernel_report_gpu
     from tools.plan import topology
 
-    if unknown := [n for n in names if n not in TPUS]:
-        raise UserError(f"no chip {unknown[0]!r} is known", "--chip", "of " + ", ".join(TPUS))
+    if unknown := [n for n in names if n not in (*TPUS, "h100")]:
+        raise UserError(f"no chip {unknown[0]!r} is known", "--chip", "of " + ", ".join((*TPUS, "h100")))
+    chosen = [c for c in cases() if (c.quick or not quick) and re.search(only, f"{c.name} {c.shape}")]
+    on = {p: [c for c in chosen if c.platform == p] for p in ("tpu", "cuda")}
+    on["tpu"] = [c._replace(xla=None) if quick and c.kernel else c for c in on["tpu"]]
     with tempfile.TemporaryDirectory() as dump:
         # Read once, when libtpu is loaded.
         os.environ["LIBTPU_INIT_ARGS"] = (
             f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
             " --xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
         )
-        devices = {name: topology(TPUS[name].topology)[0] for name in names}
-        chosen = [c for c in cases() if (c.quick or not quick) and re.search(only, f"{c.name} {c.shape}")]
-        chosen = [c._replace(xla=None) if quick and c.kernel else c for c in chosen]
-        return [row(case, name, device, dump) for name, device in devices.items() for case in chosen]
+        devices = {name: topology(TPUS[name].topology)[0] for name in names if name in TPUS}
+        rows = [row(case, name, device, dump) for name, device in devices.items() for case in on["tpu"]]
+        return rows + (kernel_report_gpu.report(on["cuda"], dump) if "h100" in names else [])
 
 
 def cases() -> list[Any]:
@@ -187,8 +193,12 @@ def show(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from tools import kernel_report_gpu
+
+    if gpu := [r for r in rows if r["chip"] == "h100"]:
+        kernel_report_gpu.show(gpu)
     heads = ("", "by", "bundles", "MXU", "us", "HBM us", "bytes", "VMEM", "spills")
-    for name in dict.fromkeys(r["chip"] for r in rows):
+    for name in dict.fromkeys(r["chip"] for r in rows if r["chip"] in TPUS):
         table = Table(*heads, title=f"{name}. MXU: least cycles over the schedule's. bytes: moved, over the least")
         for r in (r for r in rows if r["chip"] == name):
             for by in ("kernel", "xla"):

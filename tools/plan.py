@@ -1,12 +1,14 @@
-"""What a run would hold, send and take on TPUs that are not here: its very step, compiled by libtpu on this CPU.
+"""What a run would hold, send and take on TPUs or GPUs that are not here: its very step, compiled on this CPU.
 
     python -m tools.plan --config=configs/X.py --topology=v5e:4x4 [--slices=2] [--config.key=value ...] [--json]
     python -m tools.plan --config=configs/X.py --topology=v5p:2x2x1 --search [--minutes=15]
+    python -m tools.plan --config=configs/X.py --topology=h100:8
 
 `--slices=2` joins two of them by the data center's network, over the data axis. `--what=decode` plans one token of
 `data.batch_size` rows behind a cache of `data.seq_len`. `--search` tries meshes, remat policies, batches and
-accumulation, and ranks what fits by planned tokens/s; it begins no plan after `--minutes`.
-It needs requirements/tpu.txt. Exit code 2: the input must change, or the plan does not fit.
+accumulation, and ranks what fits by planned tokens/s; it begins no plan after `--minutes`. TPUs need
+requirements/tpu.txt, and H100s, up to eight of a machine, requirements/gpu.txt. Exit code 2: the input must change, or
+the plan does not fit.
 """
 
 import importlib.util
@@ -19,6 +21,7 @@ from typing import Any
 
 from configs import schema
 from configs.errors import UserError
+from tools import plan_gpu
 from train import flags as presets
 
 FLAGS = {"topology": "", "slices": 1, "what": "train", "search": False, "minutes": 15.0, "json": False}
@@ -46,11 +49,14 @@ def main(argv: list[str]) -> int:
 
 
 def topology(name: str, slices: int = 1) -> list[Any]:
-    """The devices of equal TPU slices by name, described by libtpu; they can be compiled for, and nothing else."""
+    """The devices of equal TPU slices by name, described by libtpu, or H100s; they can be compiled for, and nothing
+    else."""
     if not name:
-        raise UserError("no slice named", "--topology", "as v5e:4x4, v5p:2x2x1, v6e:4x4 or tpu7x:2x2x1")
-    if slices < 1:
-        raise UserError(f"{slices} slices", "--slices", "1 or more")
+        raise UserError("no slice named", "--topology", "as v5e:4x4, v5p:2x2x1, v6e:4x4, tpu7x:2x2x1 or h100:8")
+    if slices < 1 or (slices > 1 and name.startswith("h100:")):
+        raise UserError(f"{slices} slices", "--slices", "1 or more, of TPUs")
+    if name.startswith("h100:"):
+        return plan_gpu.devices(name.removeprefix("h100:"))
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu is not installed", "tools.plan", "pip install -r requirements/tpu.txt")
     # Other processes may hold libtpu's lock file, and this host need not be a TPU's.
@@ -138,7 +144,7 @@ def show(p: dict[str, Any]) -> None:
     rows += [(f"{kind.replace('_', ' ')} a device", gb(size)) for kind, size in p["bytes"].items()]
     if not p["fits"]:
         return table([*rows, ("fits", f"no: {p['verdict']}"), ("turn", p["turn"])])
-    rows += [("fits", "yes, says libtpu")]
+    rows += [("fits", f"yes: {p['verdict']}")]
     rows += [("a large array", f"{gb(size)} {shape} of {source}") for size, shape, source in p["largest"]]
     for axis, kinds in p["sent"].items():
         text = ", ".join(f"{kind} {gb(size)}" for kind, size in sorted(kinds.items()))

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from infer import generate, sample
 from model import head, weights
-from tools import plan_hlo
+from tools import plan_gpu, plan_hlo
 from train import chips, cost, init
 from train import mesh as meshes
 from train import plan as plans
@@ -46,6 +46,9 @@ def plan(cfg: Any, model: Any, devices: list[Any], what: str = "train") -> dict[
     memory = compiled.memory_analysis()
     held |= {"arguments": memory.argument_size_in_bytes, "temp": memory.temp_size_in_bytes}
     held["peak"] = memory.peak_memory_in_bytes
+    fits, verdict = plan_gpu.room(held["peak"]) if devices[0].platform == "gpu" else (True, "says libtpu")
+    if not fits:
+        return out | {"fits": False, "verdict": verdict, "turn": knob(cfg, held, devices[0])}
     local = rows // shards // cfg.accum * (2 if "chosen" in planned.objective.batch else 1) * cfg.data.seq_len
     local //= mesh.shape["context"]
     chunk = head.chunk_rows(local, planned.model.config.vocab_size)
@@ -54,7 +57,7 @@ def plan(cfg: Any, model: Any, devices: list[Any], what: str = "train") -> dict[
         held["gradients"] = out["config"]["bytes_per_device"]["gradients"]
     # A loop of unknown length is the head's, or the decoder's, whose body is one token.
     program = plan_hlo.Program(compiled.as_text(), -(-local // chunk) if what == "train" else 1)
-    out |= {"fits": True, "largest": program.largest(6)}
+    out |= {"fits": True, "verdict": verdict, "largest": program.largest(6)}
     out |= {"sent": program.sent(dict(mesh.shape)), "traffic": program.traffic()}
     return out | outlook(cfg, planned, out, devices)
 
