@@ -82,12 +82,13 @@ def _call(x: Array, packed: Array, scale: Array, group: int, dtype: Any) -> Arra
 
 
 def _body(shape: tuple[int, int, int], group: int, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any) -> None:
-    (m, k, n), (bm, bn), per, deep = shape, y_ref.shape, s_ref.shape[0], min(group, DEPTH)
+    (m, k, n), (bm, bn), deep = shape, y_ref.shape, min(group, DEPTH)
+    steps, each = pl.cdiv(k, deep), x_ref.shape[1] // deep  # of W, and of a share
     i, j, l = map(pl.program_id, range(3))
     rows, columns = _inside(i * bm, bm, m, 0), _inside(j * bn, bn, n, 1)
 
     def step(at: Array, total: Array) -> Array:
-        first = l * (per * group) + at * deep  # row of W
+        first = (l * each + at) * deep  # row of W
         x = _load(x_ref, slice(None), pl.ds(at * deep, deep), rows, _inside(first, deep, k, 1))
         half = _inside(first // 2, deep // 2, k // 2, 0)
         w = _load(w_ref, pl.ds(at * (deep // 2), deep // 2), slice(None), half, columns)
@@ -99,8 +100,7 @@ def _body(shape: tuple[int, int, int], group: int, x_ref: Any, w_ref: Any, s_ref
             return total + jnp.dot(x, codes, preferred_element_type=jnp.float32) * scale.astype(jnp.float32)
         return total + jnp.dot(x, codes * scale.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
 
-    groups = pl.cdiv(k, group)
-    turns = (per if groups % per == 0 else jnp.minimum(per, groups - l * per)) * (group // deep)
+    turns = each if steps % each == 0 else jnp.minimum(each, steps - l * each)
     total = jax.lax.fori_loop(0, turns, step, jnp.zeros((bm, bn), jnp.float32))
     triton.store(y_ref, total.astype(y_ref.dtype), mask=_all(rows, columns))
 
