@@ -190,8 +190,9 @@ def test_every_kernel_is_in_the_report():
             assert jax.eval_shape(case.kernel, *case.args) == jax.eval_shape(case.xla, *case.args)
 
 
-def test_an_unknown_chip_is_one_line(capsys):
-    assert kernel_report.main(["--chip=v9"]) == 2
+@pytest.mark.parametrize("chips", ["v9", "v6e,h100"])
+def test_chips_that_it_cannot_report_are_one_line(capsys, chips):
+    assert kernel_report.main([f"--chip={chips}"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -70,6 +70,8 @@ def report(names: list[str], quick: bool, only: str) -> list[dict[str, Any]]:
 
     if unknown := [n for n in names if n not in (*TPUS, "h100")]:
         raise UserError(f"no chip {unknown[0]!r} is known", "--chip", "of " + ", ".join((*TPUS, "h100")))
+    if "h100" in names and len(names) > 1:
+        raise UserError("one process loads one compiler", "--chip", "h100 alone")
     chosen = [c for c in cases() if (c.quick or not quick) and re.search(only, f"{c.name} {c.shape}")]
     on = {p: [c for c in chosen if c.platform == p] for p in ("tpu", "cuda")}
     on["tpu"] = [c._replace(xla=None) if quick and c.kernel else c for c in on["tpu"]]
