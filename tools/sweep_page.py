@@ -273,7 +273,7 @@ def sizes(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
     charts = []
     for field, name in (("rank", "rank"), ("trained", "trained parameters")):
         known = [(getattr(r, field), r.method, *ys) for r, *ys in best if getattr(r, field)]
-        if len({x for x, *_ in known}) == len({method for _, method, *_ in known}):
+        if len({point[:2] for point in known}) == len({method for _, method, *_ in known}):
             continue  # one size a method
         for i, label in enumerate((metric, "forgetting, nats a token of general text")):
             points = sorted((x, method, ys[i]) for x, method, *ys in known if ys[i] is not None)
