@@ -51,13 +51,18 @@ def apply(preset: str) -> None:
     os.environ["LIBTPU_INIT_ARGS"] = " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *flags]).strip()
 
 
-def spare_threads() -> None:
-    """More threads than fake CPU devices, where XLA has one for each; call it before anything asks for devices.
+def fake_devices() -> None:
+    """What fake CPU devices need of XLA: more threads, where it has one for each, and time; call it before anything
+    asks for devices.
 
     A collective holds one thread a device until all have come, and a product that shares its work out waits for one:
-    with none left, both wait, and XLA aborts the process after 40 s.
+    with none left, both wait. XLA aborts a process whose collective has waited for 40 s, which on few and busy cores
+    says nothing.
     """
-    found = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
-    devices = int(found[-1]) if found else 1
+    flags = os.environ.get("XLA_FLAGS", "")
+    found = re.findall(r"--xla_force_host_platform_device_count=(\d+)", flags)
+    devices, patience = int(found[-1]) if found else 1, "--xla_cpu_collective_call_terminate_timeout_seconds"
     if devices > 1:
         os.environ.setdefault("NPROC", str(2 * devices + (os.cpu_count() or 1)))  # the size of XLA's pools
+        if patience not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {patience}=300"

@@ -72,7 +72,7 @@ def run(loaded: Any) -> int:
 
     cfg = loaded.config
     flags.apply(cfg.xla_preset)
-    flags.spare_threads()
+    flags.fake_devices()
     hosts.connect()
     with contextlib.ExitStack() as closing:
         enter = closing.enter_context
