@@ -244,7 +244,7 @@ def table(result: dict[str, Any]) -> Any:
             side["name"], show(side["tokens_per_second"], 1), show(cpu and 1e3 * cpu), show(side["peak_bytes"] / 1e9),
             show(ratio["tokens_per_second"]), show(ratio["per_cpu_second"]), show(ratio["peak_bytes"]),
         )  # fmt: skip
-    if "decoding, batch" in result["title"] and not any("llama" in side["name"] for side in result["sides"]):
+    if result["title"] == "decoding, batch 1" and not any("llama" in side["name"] for side in result["sides"]):
         out.caption = "llama.cpp n/a (xllamacpp not installed)"
     return out
 
