@@ -11,10 +11,8 @@ import ast
 import contextlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import os
-import pkgutil
 import platform
 import statistics
 import subprocess
@@ -26,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs.errors import UserError
+from configs.methods import FOLDERS, method, names
 from configs.packages import PACKAGES, package_gguf
 from tools.bench_worker import Worker
 
@@ -162,12 +161,11 @@ def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
 
 def methods(model: str, peers: str, _: str) -> Iterator[Contest]:
     """What each adapter costs while it stays apart: the base against every method that its file's defaults make."""
-    make = lambda name: importlib.import_module(f"model.peft.{name}").make
-    free = lambda name: all(p.default is not p.empty for p in inspect.signature(make(name)).parameters.values())
-    names = [m.name for m in pkgutil.iter_modules([str(Path(__file__).parents[1] / "model" / "peft")]) if free(m.name)]
+    free = lambda name: not any(key.required for key in method("peft", name).arguments.values())
+    found = [name for name in names(FOLDERS["peft"], "make") if free(name)]
     case = dict(what="decode", batch=8, prompt=64, new_tokens=48, model=model)
     sides = [Side("none", OURS, case), Side("lora, merged", OURS, case | dict(peft="lora", merged=True))]
-    sides += [Side(name, OURS, case | {"peft": name}) for name in names]
+    sides += [Side(name, OURS, case | {"peft": name}) for name in found]
     yield Contest("decoding 8 rows with an adapter", sides)
 
 

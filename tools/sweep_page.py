@@ -240,6 +240,12 @@ def average(points: list[Result], field: str) -> float | None:
     return None if None in values else sum(values) / len(values)
 
 
+def over_seeds(g: Group | str) -> tuple[str, str]:
+    """The mean of a group, and what stands below it: how many, and the interval."""
+    head, _, tail = str(g).partition(" (")
+    return head, tail.rstrip(")").replace("95 % interval ", "")
+
+
 def methods(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
     """A row for each method and size at its best setting, where there are several: what it brings and what it takes."""
     best = of_each_kind(rows, ranked)
@@ -252,12 +258,9 @@ def methods(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
     table = []
     for g, same in best:
         method, rank, trained = same[0].kind
-        head, _, tail = str(g).partition(" (")
+        head, below = over_seeds(g)
         mean = lambda field, same=same: average(same, field)
-        cells = [
-            (f"<b>{head}</b>", tail.rstrip(")").replace("95 % interval ", "")),
-            (text.signed(mean("forgetting")), ""),
-        ]
+        cells = [(f"<b>{head}</b>", below), (text.signed(mean("forgetting")), "")]
         cells += [(text.integer(trained), ""), (text.size(mean("stored")), ""), (text.size(mean("peak")), "")]
         cells += [(text.integer(mean("rate")), ""), *((escape(shown(g.values.get(key))), "") for key in keys)]
         table.append((report_data.label(method, rank), cells))
@@ -303,8 +306,7 @@ def _table(rows: list[Result], ranked: list[Group], metric: str, used: dict[str,
     heads += [("steps", ""), ("FLOPs", "of training"), ("chip-hours", "launch to end"), ("$", "on demand"), ("", "")]
     table = []
     for r in sorted(rows, key=lambda r: (not r.final, places.get(repr(r.setting), 0))):
-        group = str(ranked[places[repr(r.setting)]] if r.final else text.NA).partition(" (")
-        cells = [(f"<b>{number(r.value)}</b>", ""), (group[0], group[2].rstrip(")").replace("95 % interval ", ""))]
+        cells = [(f"<b>{number(r.value)}</b>", ""), over_seeds(ranked[places[repr(r.setting)]] if r.final else text.NA)]
         cells += [*((escape(shown(r.values.get(key))), "") for key in keys), (r.state, ""), (f"{r.step:,}", "")]
         g = used.get(r.id, Gas())
         cells += [(text.flops(g.flops), ""), (short(g.hours), ""), (short(g.usd), "")]
