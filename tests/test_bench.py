@@ -47,6 +47,13 @@ def test_a_round_with_an_adapter(tmp_path, merged):
     assert run()["tokens"] == 4
 
 
+def test_a_round_with_quantised_weights(tmp_path):
+    model = tiny()
+    export_hf(model, model.init(jax.random.key(0)), load("bytes"), tmp_path / "model", check=False)
+    run = bench_ours.decode(str(tmp_path / "model"), 2, 4, 3, quant={"name": "int8", "activations": True})
+    assert run()["tokens"] == 4
+
+
 def test_questions_are_instructions_of_this_python():
     rows = bench.questions(limit=20)
     assert len(rows) >= 20
