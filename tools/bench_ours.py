@@ -18,10 +18,11 @@ def train(model: str, lora: bool, batch: int, length: int, steps: int) -> Callab
     """Bare training steps on random tokens that all count."""
     from configs import base
     from model import build
-    from train import init, inputs
+    from train import flags, init, inputs
     from train.mesh import make_mesh
     from train.step import compile_step
 
+    flags.trim_after_compiling()
     cfg = base.get_config()
     cfg.init, cfg.peft.name = model, "lora" if lora else ""
     if lora:

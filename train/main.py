@@ -73,6 +73,7 @@ def run(loaded: Any) -> int:
     cfg = loaded.config
     flags.apply(cfg.xla_preset)
     flags.fake_devices()
+    flags.trim_after_compiling()
     hosts.connect()
     with contextlib.ExitStack() as closing:
         enter = closing.enter_context
