@@ -94,7 +94,9 @@ def splash(q: Array, k: Array, v: Array, segments: Array, window: int = 0) -> Ar
     local = sa.LocalMask(shape, (window - 1, 0), 0, context) if window else sa.CausalMask(shape, 0, context)
     sizes = sa.BlockSizes(block, block, block, back, back, back, back, back)
     heads = sa.MultiHeadMask([local] * (N // tensor))
-    kernel = sa.make_splash_mha(heads, block_sizes=sizes, head_shards=1, q_seq_shards=context)
+    kernel = sa.make_splash_mha(
+        heads, block_sizes=sizes, head_shards=1, q_seq_shards=context, residual_checkpoint_name="product"
+    )
     q = q.swapaxes(1, 2) * H**-0.5
 
     def run(kernel: Any, q: Array, k: Array, v: Array, mine: Array, every: Array) -> Array:

@@ -26,6 +26,7 @@ from model.attention import attention, mask
 from model.config import ModelConfig
 from model.layers import context
 from model.ring import FAR, ring_attention
+from model.transformer import REMAT
 from tests import test_main
 from tests.test_step import B, T, config, losses, mesh_of, rows
 from tools.mesh import table
@@ -178,6 +179,15 @@ def test_splash_equals_attention(monkeypatch, shape, window):
     with jax.set_mesh(mesh_of(*shape or (1,))):
         got = value_and_gradients(lambda q, k, v: backends.splash(q, k, v, segments, window), q, k, v, g)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+
+
+def test_remat_does_not_run_splash_again():
+    """What the backward pass keeps of a layer holds what the kernel returned: one forward kernel, two backward."""
+    q, k, v, *_, segments = problem(512, 64)
+    f = lambda remat: jax.checkpoint(lambda q: backends.splash(q, k, v, segments).sum(), policy=REMAT[remat])
+    lowered = lambda remat: jax.jit(jax.value_and_grad(f(remat))).trace(q).lower(lowering_platforms=("tpu",))
+    kernels = lambda remat: lowered(remat).as_text().count("@tpu_custom_call")
+    assert kernels("dots") == 3 and kernels("full") == 4
 
 
 def test_cudnn_lowers(monkeypatch):
