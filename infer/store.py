@@ -48,7 +48,9 @@ class Store:
         self.held: OrderedDict[str, dict[str, list[int]]] = OrderedDict()  # pages; the least recently used first
         self.stacks: dict[str, list[tuple[Array, Array]]] = {path: [] for path in paths}  # of each layer in turn
         take = lambda path, leaf: (self.stacks[path].append((leaf.a, leaf.b)), leaf.replace(a=None, b=None))[1]
-        self.params = many.map_many(take, unrolled(model, many.empty(base, model.specs, self.room)))
+        dtypes = {x.dtype for factors in adapters.values() for pair in factors.values() for x in pair}
+        room = many.empty(base, model.specs, self.room, jnp.result_type(*dtypes or {jnp.float32}))
+        self.params = many.map_many(take, unrolled(model, room))
 
     def fits(self, names: Sequence[str | None]) -> bool:
         """Whether these adapters can lie on the device together."""

@@ -84,10 +84,13 @@ def loop(x: Array, a: Array, b: Array, route: Route) -> Array:
 
 
 def supported(x: Array, a: Array, b: Array) -> bool:
-    """Whether `decode` takes these: XLA lays out stacks of whole registers as it reads them, and the VMEM is enough."""
+    """Whether `decode` takes these: XLA lays out stacks of whole registers as it reads them, and the VMEM is enough.
+
+    TPUs have no float16.
+    """
     rows, k, n = -(-len(x) // 16) * 16, a.shape[1], b.shape[1]
-    rooms = 2 * STEP * BLOCK * (k + n) * a.dtype.itemsize
-    return k % 128 == n % 128 == 0 and rooms + rows * (2 * k * x.dtype.itemsize + 3 * n * 4) < blocks.VMEM
+    memory = 2 * STEP * BLOCK * (k + n) * a.dtype.itemsize + rows * (2 * k * x.dtype.itemsize + 3 * n * 4)
+    return a.dtype != jnp.float16 and k % 128 == n % 128 == 0 and memory < blocks.VMEM
 
 
 def decode(x: Array, a: Array, b: Array, route: Route) -> Array:

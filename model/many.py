@@ -94,18 +94,26 @@ def _host(leaf: LoRA, stacked: int) -> tuple[np.ndarray, np.ndarray]:
     if leaf.start is not None:  # what is added is the change since: twice the rank
         a = np.concatenate([a, np.moveaxis(np.asarray(leaf.start[0]), -1, stacked)], stacked)
         b = np.concatenate([b, -np.asarray(leaf.start[1])], stacked)
-    return a, (b * np.float32(leaf.scale)).astype(b.dtype)
+    b = (b * np.float32(leaf.scale)).astype(b.dtype)
+    # In 16 bits where that loses nothing, as with an adapter that was saved so.
+    same = lambda x, dtype: x.itemsize > 2 and np.array_equal(x.astype(dtype).astype(x.dtype), x)
+    dtype = next((d for d in (jnp.bfloat16, np.float16) if same(a, d) and same(b, d)), a.dtype)
+    return a.astype(dtype), b.astype(dtype)
 
 
-def empty(params: Params, specs: Specs, pages: dict[str, int]) -> Params:
-    """Stacked parameters with room for so many pages at each of the weights that `pages` names."""
+def empty(params: Params, specs: Specs, pages: dict[str, int], dtype: Any) -> Params:
+    """Stacked parameters with room for so many pages of `dtype` at each of the weights that `pages` names.
+
+    Where the weight's own type is as narrow, the pages have that one.
+    """
 
     def wrap(path: str, base: Any, spec: Spec | None) -> Any:
         if path not in pages:
             return base
         size = dict(zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :], strict=True))
+        kind = min(spec.value.dtype, jnp.dtype(dtype), key=lambda d: d.itemsize)
         room = lambda letters: jnp.zeros(
-            (*spec.shape[: spec.stacked], pages[path] * BLOCK, math.prod(size[c] for c in letters)), spec.value.dtype
+            (*spec.shape[: spec.stacked], pages[path] * BLOCK, math.prod(size[c] for c in letters)), kind
         )
         return Many(base, *map(room, weights.split(spec.eqn)[1:]), spec.eqn)
 

@@ -34,9 +34,10 @@ def test_one_round(tmp_path, capsys, monkeypatch):
 
 def test_every_method_takes_part():
     """Every file of model/peft, found by itself, but the one that reads an adapter of a folder."""
-    (contest,) = bench.methods("tiny", "", "")
+    training, contest = bench.methods("tiny", "", "")
     found = {side.case["peft"] for side in contest.sides[2:]}
     assert found == {p.stem for p in Path("model/peft").glob("[!_]*.py")} - {"saved"} and len(found) > 6
+    assert {side.case["peft"] for side in training.sides} == {"", *found}
 
 
 @pytest.mark.parametrize("merged", [pytest.param(False, marks=pytest.mark.slow), True])

@@ -81,6 +81,22 @@ def alone(model, base, trees, names, prompts, n):
     return [o.tokens[0] for o in out]
 
 
+@pytest.mark.parametrize("saved", ["float32", "bfloat16", "float16"])
+def test_adapters_saved_in_16_bits_are_held_so(saved):
+    """And multiply as the same numbers in 32 bits do."""
+    model, base, trees = make()
+
+    def rounded(tree):
+        train, frozen = weights.partition(tree, weights.trainable(tree, "adapters"))
+        return weights.combine(jax.tree.map(lambda x: x.astype(saved).astype(x.dtype), train), frozen)
+
+    trees, names, prompts = {n: rounded(trees[n]) for n in "bcd"}, ["b", None, "c", "d"], PROMPTS[:4]
+    store = store_of(model, base, trees)
+    assert {x.dtype for pairs in store.stacks.values() for pair in pairs for x in pair} == {jnp.dtype(saved)}
+    got = generate(model, store.serving(names, 4), prompts, max_new_tokens=4)
+    assert got.tokens == alone(model, base, trees, names, prompts, 4)
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     """The TPU's kernel, on the CPU."""

@@ -96,8 +96,8 @@ def bench(args: argparse.Namespace) -> None:
 def training(model: str, peers: str, _: str) -> Iterator[Contest]:
     """Bare steps at equal shapes, and LoRA against full tuning on the same batch."""
     sides = {}
-    for kind in ("full", "LoRA"):
-        case = dict(what="train", lora=kind == "LoRA", batch=4, length=256, steps=2)
+    for kind, peft in {"full": "", "LoRA": "lora"}.items():
+        case = dict(what="train", peft=peft, batch=4, length=256, steps=2)
         sides[kind] = Side(f"ours, {kind}", OURS, case | {"model": model})
         peer = Side("torch + PEFT, LoRA" if kind == "LoRA" else "torch, full", PEERS, case | {"model": peers})
         yield Contest(f"{kind} training steps, 4 x 256", [sides[kind], *([peer] if peers else [])])
@@ -160,9 +160,15 @@ def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
 
 
 def methods(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """What each adapter costs while it stays apart: the base against every method that its file's defaults make."""
+    """What each adapter costs: in training beside full tuning, and in decoding, while it stays apart, beside the base.
+
+    Every method is as its file's defaults make it.
+    """
     free = lambda name: not any(key.required for key in method("peft", name).arguments.values())
     found = [name for name in names(FOLDERS["peft"], "make") if free(name)]
+    case = dict(what="train", batch=2, length=256, steps=2, model=model)
+    sides = [Side(name or "full", OURS, case | {"peft": name}) for name in ("", *found)]
+    yield Contest("training steps, 2 x 256", sides)
     case = dict(what="decode", batch=8, prompt=64, new_tokens=48, model=model)
     sides = [Side("none", OURS, case), Side("lora, merged", OURS, case | dict(peft="lora", merged=True))]
     sides += [Side(name, OURS, case | {"peft": name}) for name in found]

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from tools.bench_worker import Round, decoding, serve, timed
 
 
-def train(model: str, lora: bool, batch: int, length: int, steps: int) -> Callable[[], Round]:
-    """Bare training steps on random tokens that all count."""
+def train(model: str, peft: str, batch: int, length: int, steps: int) -> Callable[[], Round]:
+    """Bare training steps on random tokens that all count, of everything or of what a method makes by its defaults."""
     from configs import base
     from model import build
     from train import flags, init, inputs
@@ -24,9 +24,7 @@ def train(model: str, lora: bool, batch: int, length: int, steps: int) -> Callab
 
     flags.trim_after_compiling()
     cfg = base.get_config()
-    cfg.init, cfg.peft.name = model, "lora" if lora else ""
-    if lora:
-        cfg.peft.rank, cfg.peft.alpha = 16, 32.0
+    cfg.init, cfg.peft.name = model, peft
     start = inputs.pretrained(cfg)
     planned = init.plan(cfg, build.model(cfg, start), make_mesh(cfg.mesh))
     step = compile_step(planned)

@@ -22,15 +22,15 @@ def _load(model: str) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
 
-def train(model: str, lora: bool, batch: int, length: int, steps: int) -> Callable[[], Round]:
+def train(model: str, peft: str, batch: int, length: int, steps: int) -> Callable[[], Round]:
     """Bare eager steps, nothing recomputed, with the optimizer that train/optim.py makes by default."""
-    import peft
     import torch
+    from peft import LoraConfig, get_peft_model
 
     net = _load(model).train()
     vocab = net.config.vocab_size
-    if lora:
-        net = peft.get_peft_model(net, peft.LoraConfig(**LORA))
+    if peft:
+        net = get_peft_model(net, LoraConfig(**LORA))
     weights = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0)
     tokens = torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(0))
