@@ -88,6 +88,13 @@ def _copies(tree: Any, shards: int) -> Any:
     return jax.tree.map(copy, tree)
 
 
+def _tables(moving: Any, fixed: Any, x: Array) -> Any:
+    """Copies of the two parts of the head. A plain array is sent in the type of x where that is narrower."""
+    narrow = lambda w: w.astype(min(w.dtype, x.dtype, key=lambda d: d.itemsize))
+    sent = lambda part: part if part is None or weights.is_weight(part) else narrow(part)
+    return _copies((sent(moving), sent(fixed)), x.shape[0])
+
+
 def chunk_rows(rows: int, vocab: int) -> int:
     """Rows of a shard whose logits exist at once. Chunks are equal: a last one of few rows would cost a whole one."""
     return -(-rows // -(-4 * rows * vocab // CHUNK_BYTES))
@@ -147,7 +154,7 @@ def _write(out: Array, chunk: Array, start: Array, fresh: Array) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _nll(unembed: Unembed, head: Any, x: Array, targets: Array, weight: Array) -> Array:
     vocab = jax.eval_shape(unembed, head, x).shape[-1]
-    copies = _copies((jax.tree.map(lambda _: None, head), head), x.shape[0])
+    copies = _tables(None, head, x)
 
     def body(cut: Callable, start: Array, fresh: Array, total: Array) -> Array:
         logps, *_ = _pieces(unembed, copies, cut(x), cut(targets), cut(weight))
@@ -160,7 +167,7 @@ def _nll_forward(unembed: Unembed, head: Any, x: Any, targets: Any, weight: Any)
     x, targets, weight = x.value, targets.value, weight.value
     moving, fixed = _by_perturbed(head)
     vocab = jax.eval_shape(unembed, weights.combine(moving, fixed), x).shape[-1]
-    copies = _copies((moving, fixed), x.shape[0])
+    copies = _tables(moving, fixed, x)
 
     def body(cut: Callable, start: Array, fresh: Array, carry: Any) -> Any:
         total, d_head, d_x = carry
@@ -196,7 +203,7 @@ def _by_perturbed(head: Any) -> tuple[Any, Any]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _logps(unembed: Unembed, head: Any, x: Array, targets: Array, mask: Array) -> Array:
     vocab = jax.eval_shape(unembed, head, x).shape[-1]
-    copies = _copies((jax.tree.map(lambda _: None, head), head), x.shape[0])
+    copies = _tables(None, head, x)
 
     def body(cut: Callable, start: Array, fresh: Array, out: Array) -> Array:
         logps, *_ = _pieces(unembed, copies, cut(x), cut(targets), cut(mask))
@@ -214,7 +221,7 @@ def _logps_forward(unembed: Unembed, head: Any, x: Any, targets: Any, mask: Any)
 def _logps_backward(unembed: Unembed, residuals: Any, g: Array) -> tuple:
     moving, fixed, x, targets, mask = residuals
     vocab = jax.eval_shape(unembed, weights.combine(moving, fixed), x).shape[-1]
-    copies = _copies((moving, fixed), x.shape[0])
+    copies = _tables(moving, fixed, x)
 
     def body(cut: Callable, start: Array, fresh: Array, carry: Any) -> Any:
         d_head, d_x = carry

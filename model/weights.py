@@ -5,6 +5,7 @@ the array stood. Methods (LoRA, quantisation, ...) are functions tree -> tree th
 """
 
 import dataclasses
+import functools
 import math
 import re
 import zlib
@@ -125,8 +126,27 @@ class Extra(Weight):
 
 def einsum(eqn: str, x: Array, w: Array | Weight) -> Array:
     """`jnp.einsum` of an activation and a weight; the result has x's dtype. Remat knows it as "product"."""
-    y = w.einsum(eqn, x) if isinstance(w, Weight) else product(eqn, x, w.astype(x.dtype))
+    y = w.einsum(eqn, x) if isinstance(w, Weight) else product(eqn, x, cast(w, x.dtype))
     return checkpoint_name(y, "product")
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def cast(w: Array, dtype: Any) -> Array:
+    """`w.astype(dtype)`, of a layer's slice alone.
+
+    On a TPU mesh XLA moves a bare conversion out of the loop over the layers and keeps the whole stack a second time,
+    in `dtype`, through the step: 2.1 GB a chip for 7B parameters on four. A rounding that says the same stays where it
+    is, and leaves the gradient alone.
+    """
+    if jnp.dtype(dtype).itemsize < w.dtype.itemsize and jnp.issubdtype(w.dtype, jnp.floating):
+        form = jnp.finfo(dtype)
+        w = jax.lax.reduce_precision(w, form.nexp, form.nmant)
+    return w.astype(dtype)
+
+
+@cast.defjvp
+def _(dtype: Any, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    return cast(*primals, dtype), tangents[0].astype(dtype)
 
 
 def take(w: Array | Weight, ids: Array, dtype: Any) -> Array:

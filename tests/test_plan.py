@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import schema
@@ -259,6 +260,23 @@ def test_compiles_for_a_slice_that_is_absent(name, on, capsys):
     assert 0 < low <= high and 0 < got["mfu"][0] <= got["mfu"][1] <= 1
     if got["mesh"]["fsdp"] > 1:
         assert "all-gather" in got["sent"]["fsdp"]
+
+
+@pytest.mark.parametrize("on", [pytest.param("v5e:2x2", marks=tpu)])
+def test_layers_are_cast_one_by_one(on):
+    """XLA casts them all before the loop where it can; should it stop to, `weights.cast` is of no more use."""
+    mesh = Mesh(topologies.get_topology_desc(platform="tpu", topology_name=on).devices, "fsdp")
+    array = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+    x, w = array((8192, 2048), jnp.bfloat16, "fsdp"), array((32, 2048, 2048), jnp.float32, None, "fsdp")
+    copy = 2 * w.size // len(mesh.devices)
+
+    def temp(product):
+        layer = jax.checkpoint(lambda x, w: (product(x, w), None), prevent_cse=False)
+        run = jax.jit(jax.grad(lambda w, x: jax.lax.scan(layer, x, w)[0].astype(jnp.float32).sum()))
+        return run.lower(w, x).compile().memory_analysis().temp_size_in_bytes
+
+    bare = lambda x, w: jnp.einsum("TD,DF->TF", x, w.astype(x.dtype))
+    assert temp(functools.partial(weights.einsum, "TD,DF->TF")) <= temp(bare) - copy
 
 
 @pytest.mark.parametrize("n", [pytest.param(1, marks=tpu)])
