@@ -97,7 +97,8 @@ def _host(leaf: LoRA, stacked: int) -> tuple[np.ndarray, np.ndarray]:
     b = (b * np.float32(leaf.scale)).astype(b.dtype)
     # In 16 bits where that loses nothing, as with an adapter that was saved so.
     same = lambda x, dtype: x.itemsize > 2 and np.array_equal(x.astype(dtype).astype(x.dtype), x)
-    dtype = next((d for d in (jnp.bfloat16, np.float16) if same(a, d) and same(b, d)), a.dtype)
+    with np.errstate(over="ignore"):
+        dtype = next((d for d in (jnp.bfloat16, np.float16) if same(a, d) and same(b, d)), a.dtype)
     return a.astype(dtype), b.astype(dtype)
 
 
