@@ -2,8 +2,8 @@
 
     python -m tools.sweep --config=configs/quant/int8_train_sweep.py --out=runs/sweeps/int8_train
 
-Hardware: a laptop CPU, one to two minutes a run; it shows the quality and not the speed. Expected: about 5.5 nats a
-token in float after 100 steps; the gap is the mean of the three differences of runs of the same seed.
+Hardware: a laptop CPU, one minute a run; it shows the quality and not the speed. Expected: results/int8_training.md,
+5.496 nats a token in float after 100 steps and 5.497 in int8.
 """
 
 from configs.pretrain import tiny
