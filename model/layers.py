@@ -76,11 +76,14 @@ class Attention(Layer):
             q, k = self.head_norm("q_norm", q), self.head_norm("k_norm", k)
         if c.position == "rope":
             q, k = rotate(q, context["angles"]), rotate(k, context["angles"])
+        if cache is not None:
+            q, k, v = by_heads(q), by_heads(k), by_heads(v)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B,K,S,H]
         if cache is not None:
             cache = {n: kv_cache.write(cache[n], x, context["index"]) for n, x in (("k", k), ("v", v))}
             k, v = (kv_cache.read(cache[n], q.dtype) for n in ("k", "v"))
         y = attend(q, k.astype(q.dtype), v.astype(q.dtype), context, windowed)
+        y = y if cache is None else by_heads(y)
         scale = (2 * c.layers) ** -0.5  # keeps the residual stream's variance independent of depth (GPT-2)
         y = weights.einsum("BTNH,NHD->BTD", y, self.weight("wo", "BTNH,NHD->BTD", scale))
         return self.bias("bo", "D", y, out), cache
@@ -128,6 +131,16 @@ class Block(Layer):
         """The output y of a sublayer with input x, through its adapter where it has one."""
         adapter = self.get_variable("params", name)
         return y if adapter is None else adapter(x, y)
+
+
+def by_heads(x: Array) -> Array:
+    """[B,T,N,H] with the heads where those of the weights lie, if they divide.
+
+    Rows and heads are one axis of a cache, which no mesh splits by heads: rather than these activations of a token the
+    partitioner would send the weights.
+    """
+    even = x.shape[2] % weights.shards("tensor") == 0
+    return nn.with_logical_constraint(x, ("act_batch", "act_seq", "heads", None)) if even else x
 
 
 def softcap(logits: Array, cap: float) -> Array:

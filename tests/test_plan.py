@@ -132,6 +132,16 @@ def test_bytes_are_those_that_devices_hold(changes):
     )  # what XLA does not read is left out
 
 
+def test_decoding_sends_activations_and_no_weights():
+    """With heads over the tensor axis: a token of 4 rows sends less than the smallest matrix of a layer holds."""
+    shape = {"model.embed": 256, "model.heads": 8, "model.kv_heads": 4, "model.mlp": 512}
+    c, _ = schema.resolve(
+        config(**{"mesh.data": 1, "mesh.tensor": 4, "data.seq_len": 16, "data.batch_size": 4} | shape)
+    )
+    sent = plan_step.plan(c, build.model(c, None, 512), jax.devices()[:4], "decode")["sent"]
+    assert 0 < sum(sent["tensor"].values()) < 4 * 256 * 4 * 32
+
+
 @pytest.mark.parametrize("peft", ["", "lora"])
 def test_flops_are_those_of_an_unrolled_compile(peft):
     """The equations against XLA's count of the same loss, its loops undone, within 2 %."""
