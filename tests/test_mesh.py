@@ -182,12 +182,12 @@ def test_splash_equals_attention(monkeypatch, shape, window):
 
 
 def test_remat_does_not_run_splash_again():
-    """What the backward pass keeps of a layer holds what the kernel returned: one forward kernel, two backward."""
+    """What the backward pass keeps of a layer holds what the kernel returned; with nothing kept it runs once more."""
     q, k, v, *_, segments = problem(512, 64)
     f = lambda remat: jax.checkpoint(lambda q: backends.splash(q, k, v, segments).sum(), policy=REMAT[remat])
     lowered = lambda remat: jax.jit(jax.value_and_grad(f(remat))).trace(q).lower(lowering_platforms=("tpu",))
     kernels = lambda remat: lowered(remat).as_text().count("@tpu_custom_call")
-    assert kernels("dots") == 3 and kernels("full") == 4
+    assert kernels("full") == kernels("dots") + 1
 
 
 def test_cudnn_lowers(monkeypatch):
