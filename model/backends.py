@@ -84,6 +84,7 @@ def splash(q: Array, k: Array, v: Array, segments: Array, window: int = 0) -> Ar
 
     The partitioner cannot split a kernel: every device runs its rows and heads. Under a context axis it has its own
     queries and gathers all keys, 2 T K H numbers a row: the kernel streams them, so nothing else grows with T.
+    Remat knows what the forward kernel returns as "product", as it does that of `weights.einsum`.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 

@@ -15,8 +15,9 @@ from model.layers import Norm, context, softcap
 from model.recurrent import BLOCKS, block_of, initial, join, pick, scan
 from model.weights import Params, Spec, Specs
 
-# What the backward pass keeps of a layer. "dots" keeps what `weights.einsum` returns and recomputes the rest; on a CPU
-# that is faster than keeping everything, since stacking residuals through the scan costs more than softmax and silu.
+# What the backward pass keeps of a layer. "dots" keeps what `weights.einsum` returns, and on a TPU what the attention
+# kernel does, and recomputes the rest; on a CPU that is faster than keeping everything, since stacking residuals in the
+# scan costs more than softmax and silu.
 # By name, not by primitive: of a LoRA leaf the sum is kept, and not its two products, each as large as the sum.
 REMAT = {
     "none": None,

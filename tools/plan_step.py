@@ -75,7 +75,7 @@ def train_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def decode_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:
-    """One token a row of infer.generate, lowered: rows over the data axes, key heads over the tensor axis."""
+    """One token a row of infer.generate, lowered: rows over the data axes, a cache's over the tensor axis too."""
     model, mesh, rows = planned.model, planned.mesh, cfg.data.batch_size
     whole = lambda tree: weights.combine(tree.params["policy"], tree.frozen["policy"])
     stacked = jax.tree.map(_placed, whole(planned.abstract), whole(planned.shardings))
