@@ -21,6 +21,7 @@ from kernels.cases import Case, array
 from kernels.packing import by_columns, signed, unpack
 
 FEW = 128  # rows of x: up to here partial products are scaled
+TURNED = 256  # rows of W that are then unpacked at once; where they lie along registers, these are turned whole
 
 
 def reference(x: Array, packed: Array, scale: Array, group: int, dtype: Any = None) -> Array:
@@ -134,20 +135,22 @@ def _inside(a: Array, axis: int, total: int) -> Array:
     return jnp.where(at < total, a, 0)
 
 
-def _int4(w: _W, w_ref: Any) -> Array:
-    """A block of W [rows, columns]; two neighbouring rows are a byte."""
-    return pltpu.bitcast(w_ref[...].T if w.by_columns else w_ref[...], jnp.int4)
+def _int4(w: _W, w_ref: Any, at: int = 0, size: int | None = None) -> Array:
+    """Rows of a block of W, all or `size` from `at`; two neighbours are a byte."""
+    rows = slice(at // 2, None if size is None else (at + size) // 2)
+    return pltpu.bitcast(w_ref[:, rows].T if w.by_columns else w_ref[rows], jnp.int4)
 
 
 def _scaled_parts(w: _W, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any) -> None:
     def part() -> Array:
-        x, codes = _inside(x_ref[...], 1, w.total), _int4(w, w_ref)
+        x, total = _inside(x_ref[...], 1, w.total), jnp.zeros(sum_ref.shape, jnp.float32)
         scale = _inside(s_ref[...], 0, pl.cdiv(w.total, w.group)).astype(jnp.float32)
-        total = jnp.zeros(sum_ref.shape, jnp.float32)
-        for i, at in enumerate(range(0, x.shape[1], w.group)):
-            rows = slice(at, at + w.group)
-            y = jnp.dot(x[:, rows], codes[rows].astype(x.dtype), preferred_element_type=jnp.float32)
-            total += y * scale[i : i + 1]
+        for at in range(0, x.shape[1], w.group):
+            if at % TURNED == 0:
+                codes = _int4(w, w_ref, at, TURNED)
+            mine = codes[at % TURNED : at % TURNED + w.group].astype(x.dtype)
+            y = jnp.dot(x[:, at : at + w.group], mine, preferred_element_type=jnp.float32)
+            total += y * scale[at // w.group : at // w.group + 1]
         return total
 
     _accumulate(part, y_ref, sum_ref)
