@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
-from kernels import blocks, partition
+from kernels import blocks, paged_lora_triton, partition
 from kernels.cases import Case, array
 from kernels.partition import Axes
 
@@ -102,17 +102,25 @@ def matmul(x: Array, a: Array, b: Array, route: Route) -> Array:
     """x [B,T,K], stacks a [C,K] and b [C,N] -> [B,T,N] in x's dtype, zero for rows without a page."""
     if x.shape[1] > 1 or not supported(x, a, b):
         return loop(x, a, b, route)
-    return jax.lax.platform_dependent(x, a, b, route, tpu=decode, default=loop)
+    cuda = lambda x, a, b, route: paged_lora_triton.matmul(x[:, 0], _pages(a), _pages(b), route)[:, None]
+    return jax.lax.platform_dependent(x, a, b, route, tpu=decode, cuda=cuda, default=loop)
 
 
 def loop(x: Array, a: Array, b: Array, route: Route) -> Array:
     """`matmul` by XLA."""
-    return expand(shrink(x, a, route), b, route, len(x), x.dtype)
+    return _expand(_shrink(x, a, route), b, route, len(x), x.dtype)
 
 
 def shrink(x: Array, a: Array, route: Route) -> Array:
     """x A of each pair, [P,T,BLOCK] in float32; 0 behind the last one."""
-    a = a.reshape(-1, BLOCK, a.shape[1])
+    if x.shape[1] > 1:
+        return _shrink(x, a, route)
+    cuda = lambda x, a, route: paged_lora_triton.shrink(x[:, 0], _pages(a), route).sum(0)[:, None]
+    return jax.lax.platform_dependent(x, a, route, cuda=cuda, default=_shrink)
+
+
+def _shrink(x: Array, a: Array, route: Route) -> Array:
+    a = _pages(a)
 
     def some(at: Array, page: Array, who: Array, low: Array) -> Array:
         part = jnp.einsum("wtk,wrk->wtr", x[who], a[page].astype(x.dtype), preferred_element_type=jnp.float32)
@@ -124,19 +132,31 @@ def shrink(x: Array, a: Array, route: Route) -> Array:
 def lookup(ids: Array, a: Array, route: Route) -> Array:
     """`shrink` of rows that are 1 at `ids` [B,T] and else 0; A has columns for some of them."""
     at, there = ids[route.row], (jnp.arange(len(route.row)) < route.count)[:, None]
-    low = a.reshape(-1, BLOCK, a.shape[1]).at[route.pages[route.which][:, None], :, at].get(mode="clip")
+    low = _pages(a).at[route.pages[route.which][:, None], :, at].get(mode="clip")
     return jnp.where((there & (at >= 0) & (at < a.shape[1]))[..., None], low, 0).astype(jnp.float32)
 
 
 def expand(low: Array, b: Array, route: Route, rows: int, dtype: Any) -> Array:
     """The sum of `low` B over the pairs of each row, [B,T,N], where `low` [P,T,BLOCK] is that of `shrink`."""
-    b = b.reshape(-1, BLOCK, b.shape[1])
+    loop = lambda *args: _expand(*args, rows, dtype)
+    if low.shape[1] > 1:
+        return loop(low, b, route)
+    cuda = lambda low, b, route: paged_lora_triton.expand(low[None, :, 0], _pages(b), route, rows, dtype)[:, None]
+    return jax.lax.platform_dependent(low, b, route, cuda=cuda, default=loop)
+
+
+def _expand(low: Array, b: Array, route: Route, rows: int, dtype: Any) -> Array:
+    b = _pages(b)
 
     def some(at: Array, page: Array, who: Array, y: Array) -> Array:
         own = jnp.where((at < route.count)[:, None, None], low.at[at].get(mode="clip"), 0).astype(dtype)
         return y.at[who].add(jnp.einsum("wtr,wrn->wtn", own, b[page].astype(dtype), preferred_element_type=jnp.float32))
 
     return _fold(some, route, jnp.zeros((rows, low.shape[1], b.shape[2]), jnp.float32), rows).astype(dtype)
+
+
+def _pages(stack: Array) -> Array:
+    return stack.reshape(-1, BLOCK, stack.shape[1])
 
 
 def _fold(some: Callable, route: Route, start: Array, rows: int) -> Array:
@@ -250,4 +270,8 @@ def cases() -> Iterator[Case]:
         stack, pairs = array(pages * BLOCK, 4096, dtype=dtype), array(-(-pages // STEP) * STEP, dtype="int32")
         args = array(rows, 4096, dtype=dtype), stack, stack, pairs, pairs, pairs, array(dtype="int32")
         name = f"{rows} adapters, {pages} pages, 4096x4096 {dtype}"
-        yield Case("paged lora", name, flat(decode), flat(loop), args, peak="", quick=rows == 16)
+        cuda = lambda x, a, b, *r: paged_lora_triton.matmul(x, _pages(a), _pages(b), Route(*r))
+        for kernel, platform in ((flat(decode), "tpu"), (cuda, "cuda")):
+            yield Case(
+                "paged lora", name, kernel, flat(loop), args, peak="", quick=rows == 16, platform=platform
+            )  # fmt: skip

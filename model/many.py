@@ -113,9 +113,12 @@ def empty(params: Params, specs: Specs, pages: dict[str, int], dtype: Any) -> Pa
             return base
         size = dict(zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :], strict=True))
         kind = min(spec.value.dtype, jnp.dtype(dtype), key=lambda d: d.itemsize)
-        room = lambda letters: jnp.zeros(
-            (*spec.shape[: spec.stacked], pages[path] * BLOCK, math.prod(size[c] for c in letters)), kind
-        )
+        lead, names = (*spec.shape[: spec.stacked], pages[path] * BLOCK), (*spec.names[: spec.stacked], "rank")
+
+        def room(letters: str) -> Array:
+            shape = (*lead, math.prod(size[c] for c in letters))
+            return jnp.zeros(shape, kind, device=weights.place((*names, AXES[letters[0]]), shape))
+
         return Many(base, *map(room, weights.split(spec.eqn)[1:]), spec.eqn)
 
     return weights.replace(params, specs, wrap)

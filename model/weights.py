@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from configs.errors import UserError
@@ -210,6 +212,11 @@ def mesh_axes(names: Sequence[str | None], sizes: Sequence[int]) -> list[tuple[s
         found.append(axes if fits else ())
         used |= set(found[-1])
     return found
+
+
+def place(names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding | None:
+    """Where an array of these logical names lies on the ambient mesh; None: on the one device."""
+    return NamedSharding(jax.sharding.get_mesh(), P(*mesh_axes(names, shape))) if sharded() else None
 
 
 # --- trees -----------------------------------------------------------------------------------------------------------
