@@ -269,26 +269,27 @@ def test_four_absent_chips_gather_packed_weights(fmt, on, kernel, calls):
     assert ("u8", 256 * 512) in gathered and max(size for _, size in gathered) < 512 * 512
 
 
+@pytest.mark.parametrize("eqn, split", [("BTD,DF->BTF", (None, "tensor")), ("BTF,FD->BTD", ("tensor", None))])
 @pytest.mark.parametrize(
-    "on, kernel, fused, phases",
+    "on, kernel, calls",
     [
-        pytest.param("v5e:2x2", "tpu_custom_call", 1, 0, marks=tpu),
-        pytest.param("h100:4", "__gpu$xla.gpu.triton", 2, 2, marks=gpu),
+        pytest.param("v5e:2x2", "tpu_custom_call", (1, 0), marks=tpu),
+        pytest.param("h100:4", "__gpu$xla.gpu.triton", (2, 2), marks=gpu),
     ],
 )
-def test_four_absent_chips_keep_their_parts_of_the_adapters(on, kernel, fused, phases):
-    """Columns over tensor by the kernels of one device. With rows there the low-rank products are added between two
-    kernels on a GPU, and between two loops on a TPU. Nothing as large as the stacks is sent."""
+def test_four_absent_chips_keep_their_parts_of_the_adapters(eqn, split, on, kernel, calls):
+    """Columns over tensor by the kernels of one device. With rows there what is added lies between two kernels on a
+    GPU, and between two loops on a TPU. Nothing as large as the stacks is sent."""
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 4}, topology(on))
-    laid = lambda *shape, dtype="bfloat16", at=(): jax.ShapeDtypeStruct(
-        shape, dtype, sharding=NamedSharding(mesh, P(*at))
-    )
-    pairs = [laid(16, dtype="int32")] * 3
-    for eqn, split, calls in ("BTD,DF->BTF", (None, "tensor"), fused), ("BTF,FD->BTD", ("tensor", None), phases):
-        a, b = (laid(640, 1024, at=(None, axis)) for axis in split)
-        leaf = many.Many(laid(1024, 1024, at=split), a, b, eqn, many.Route(*pairs, laid(dtype="int32")))
-        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-            program = jax.jit(lambda x, leaf: leaf.einsum(eqn, x)).lower(laid(8, 1, 1024), leaf).compile()
-        assert program.as_text().count(f'custom_call_target="{kernel}"') == calls, eqn
-        sent = plan_hlo.Program(program.as_text(), 1).sent(dict(mesh.shape))
-        assert sum(size for kinds in sent.values() for size in kinds.values()) < 8 * 1024 * 8, eqn
+
+    def laid(*shape, dtype="bfloat16", at=()):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*at)))
+
+    a, b = (laid(640, 1024, at=(None, axis)) for axis in split)
+    route = many.Route(*[laid(16, dtype="int32")] * 3, laid(dtype="int32"))
+    leaf = many.Many(laid(1024, 1024, at=split), a, b, eqn, route)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        text = jax.jit(lambda x, leaf: leaf.einsum(eqn, x)).lower(laid(8, 1, 1024), leaf).compile().as_text()
+    assert text.count(f'custom_call_target="{kernel}"') == calls[split[1] is None]
+    sent = plan_hlo.Program(text, 1).sent(dict(mesh.shape))
+    assert sum(size for kinds in sent.values() for size in kinds.values()) < 8 * 8 * 1024
