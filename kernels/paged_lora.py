@@ -64,7 +64,8 @@ def product(
     Under a mesh B and T lie over the axes `rows`, and K and N over `split`. The stacks stay where they are: x comes to
     A, and leaves B, with as many rows as share that part of a stack, and each device reads the pages of its own rows.
     x A is a sum over K, and small: it is added up between the two products, over the axes of K, and over those whose
-    rows B has together. Where nothing is added, a kernel does both products at once.
+    rows B has together. Where nothing is added, a kernel does both products at once, as on one device; elsewhere a GPU
+    has one for each, and a TPU loops.
     """
     if partition.one_device():
         return matmul(x, a, b, route) if x.ndim == 3 else expand(lookup(x, a, route), b, route, len(x), dtype)
@@ -88,8 +89,8 @@ def product(
 
 
 def own(route: Route, axes: Axes, rows: int) -> tuple[Route, Any, Any]:
-    """The Route of the pairs of a device's rows, which lie over `axes`; the places [P] of these pairs in the whole one,
-    and of the whole one's among these, or P. By comparisons: a device sorts a few numbers slowly, and once a product.
+    """The Route of the pairs of a device's rows, which lie over `axes`; where [P] each of them stands in `route`, and
+    where each of `route` stands among them, P if it does not. By comparisons: devices sort a few numbers slowly.
     """
     if not axes:
         return route, slice(None), slice(None)
@@ -107,10 +108,11 @@ def own(route: Route, axes: Axes, rows: int) -> tuple[Route, Any, Any]:
 
 def matmul(x: Array, a: Array, b: Array, route: Route) -> Array:
     """x [B,T,K], stacks a [C,K] and b [C,N] -> [B,T,N] in x's dtype, zero for rows without a page."""
-    if x.shape[1] > 1 or not supported(x, a, b):
+    if x.shape[1] > 1:
         return loop(x, a, b, route)
     cuda = lambda x, a, b, route: paged_lora_triton.matmul(x[:, 0], _pages(a), _pages(b), route)[:, None]
-    return jax.lax.platform_dependent(x, a, b, route, tpu=decode, cuda=cuda, default=loop)
+    kernels = {"cuda": cuda} | ({"tpu": decode} if supported(x, a, b) else {})
+    return jax.lax.platform_dependent(x, a, b, route, default=loop, **kernels)
 
 
 def loop(x: Array, a: Array, b: Array, route: Route) -> Array:

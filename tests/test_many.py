@@ -105,11 +105,13 @@ def test_adapters_saved_in_16_bits_are_held_so(saved):
 
 @pytest.fixture
 def interpreted(request, monkeypatch):
-    """The kernels of a platform, on the CPU."""
-    call = pl.pallas_call
-    monkeypatch.setattr(pl, "pallas_call", lambda *a, **k: call(*a, **k | {"interpret": True}))
-    monkeypatch.setattr(paged_lora, "supported", lambda *_: True)
+    """The kernels of a platform, on the CPU: a list of those that were called."""
+    call, called = pl.pallas_call, []
+    interpret = lambda kernel, *a, **k: called.append(kernel) or call(kernel, *a, **k | {"interpret": True})
+    monkeypatch.setattr(pl, "pallas_call", interpret)
+    monkeypatch.setattr(paged_lora, "supported", lambda *_: request.param == "tpu")
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, default, **on: on.get(request.param, default)(*a))
+    return called
 
 
 kernels = pytest.mark.parametrize("interpreted", ["tpu", "cuda"], indirect=True)
@@ -137,10 +139,11 @@ def test_product_equals_its_reference(interpreted, tokens, dtype, k, n):
     x, a, b = rand(7, tokens, k, seed=5), rand(320, k, seed=1), rand(320, n, seed=2)
     a, b = (w.at[page * 16 : page * 16 + 16].set(jnp.nan) for w, page in ((a, 9), (b, 8)))  # that nobody uses
     cast = [w.astype(dtype) for w in (x, a, b)]
-    ours = jax.jit(paged_lora.matmul)(*cast, route).astype(jnp.float32)
+    ours = jax.jit(lambda *args: paged_lora.matmul(*args))(*cast, route).astype(jnp.float32)  # traced anew
     want = paged_lora.reference(*(jnp.nan_to_num(w.astype(jnp.float32)) for w in cast), route)
     np.testing.assert_allclose(ours, want, atol=(1e-5 if dtype == "float32" else 2e-2) * float(jnp.abs(want).max()))
     assert not ours[jnp.array([1, 4, 6])].any() and ours[5].any()
+    assert bool(interpreted) == (tokens == 1)
 
 
 # --- under a mesh ---
@@ -170,13 +173,19 @@ def leaf_of(eqn, pages=20, k=24, n=40):
 
 
 @pytest.mark.parametrize(
-    "mesh, interpreted",
-    [*((mesh, "cpu") for mesh in ON), ("all", "tpu"), ("data", "tpu"), ("all", "cuda")],
+    "mesh, interpreted, kernels",
+    [
+        *((mesh, "cpu", 0) for mesh in ON),
+        ("all", "tpu", 0),
+        ("data", "tpu", 1),
+        ("data", "cuda", 2),
+        ("all", "cuda", 2),
+    ],
     indirect=["interpreted"],
 )
 @pytest.mark.parametrize("eqn", ["BTD,DF->BTF", "BTF,FD->BTD", pytest.param("BTD,VD->BTV", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tokens", [1, pytest.param(6, marks=pytest.mark.slow)])
-def test_on_shards_it_is_the_reference(interpreted, mesh, eqn, tokens):
+def test_on_shards_it_is_the_reference(interpreted, mesh, kernels, eqn, tokens):
     leaf = leaf_of("BTV,VD->BTD" if "V" in eqn else eqn)
     a, b = (leaf.b, leaf.a) if "V" in eqn else (leaf.a, leaf.b)
     x = rand(8, tokens, a.shape[1], seed=5)
@@ -184,7 +193,7 @@ def test_on_shards_it_is_the_reference(interpreted, mesh, eqn, tokens):
     with on(mesh):
         got = jax.jit(lambda leaf, x: leaf.einsum(eqn, x))(leaf, x)
     np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
-    assert not got[jnp.array([1, 6])].any()
+    assert not got[jnp.array([1, 6])].any() and len(interpreted) == kernels * (tokens == 1)
 
 
 @pytest.mark.parametrize("mesh", [None, "all"])
