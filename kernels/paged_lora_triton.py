@@ -17,7 +17,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-DEPTH, WIDTH, WARPS = 512, 256, 4  # columns of A and of B that a program multiplies, and its warps
+DEPTH, WIDTH, WARPS = 512, 256, 8  # columns of A and of B that a program multiplies, and its warps: four would spill
 
 
 def matmul(x: Array, a: Array, b: Array, route: Any) -> Array:
