@@ -6,7 +6,8 @@ Punica: Chen et al. 2023, arXiv 2310.18547).
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +16,11 @@ import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
 
-from kernels import blocks
+from kernels import blocks, paged_lora_triton, partition
 from kernels.cases import Case, array
+from kernels.partition import Axes
 
 BLOCK = 16  # rank rows of a page: a tile of bfloat16
 STEP = 8  # pages that the kernel multiplies at once: 128 rank rows fill an MXU
@@ -46,41 +49,136 @@ def route(pairs: list[tuple[int, int]], room: int) -> Route:
 
 def reference(x: Array, a: Array, b: Array, route: Route) -> Array:
     """What `matmul` computes, at the price of all rank rows for every row of the batch."""
-    a, b = a.astype(x.dtype), b.astype(x.dtype)
-    return jnp.einsum("btc,cn->btn", jnp.einsum("btk,ck->btc", x, a) * owned(x, a, route)[:, None], b)
-
-
-def owned(x: Array, a: Array, route: Route) -> Array:
-    """[B,C]: 1 where a rank row belongs to a row of the batch."""
     page = jnp.where(route.row < 0, len(a), route.pages[route.which])
     one = jnp.zeros((len(x), len(a) // BLOCK), x.dtype).at[route.row, page].set(1, mode="drop")
-    return jnp.repeat(one, BLOCK, 1)
+    own = jnp.repeat(one, BLOCK, 1)[:, None]  # [B,1,C]: 1 where a rank row belongs to a row of the batch
+    a, b = a.astype(x.dtype), b.astype(x.dtype)
+    return jnp.einsum("btc,cn->btn", jnp.einsum("btk,ck->btc", x, a) * own, b)
+
+
+def product(
+    x: Array, a: Array, b: Array, route: Route, rows: Sequence[Axes], split: Sequence[Axes], dtype: Any
+) -> Array:
+    """x [B,T,K] times the pages of each row in stacks A [C,K] and B [C,N] -> [B,T,N]; ids x [B,T] take columns of A.
+
+    Under a mesh B and T lie over the axes `rows`, and K and N over `split`. The stacks stay where they are: x comes to
+    A, and leaves B, with as many rows as share that part of a stack, and each device reads the pages of its own rows.
+    x A is a sum over K, and small: it is added up between the two products, over the axes of K, and over those whose
+    rows B has together. Where nothing is added, a kernel does both products at once, as on one device; elsewhere a GPU
+    has one for each, and a TPU loops.
+    """
+    if partition.one_device():
+        return matmul(x, a, b, route) if x.ndim == 3 else expand(lookup(x, a, route), b, route, len(x), dtype)
+    (batch, tokens), (k, n) = rows, split
+    first, last = (tuple(axis for axis in batch if axis not in taken) for taken in split)
+    summed = (*k, *(axis for axis in batch if axis in n))
+    size = len(x) // math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in last)
+
+    def local(x: Array, a: Array, b: Array, route: Route) -> Array:
+        here, _, back = own(route, first, len(x))
+        if x.ndim == 3 and not summed:
+            return matmul(x, a, b, here)
+        low = shrink(x, a, here) if x.ndim == 3 else lookup(x - jax.lax.axis_index(k) * a.shape[1], a, here)
+        low = jax.lax.psum(low.at[back].get(mode="fill", fill_value=0), summed)
+        there, at, _ = own(route, last, size)
+        return expand(low[at], b, there, size, dtype)
+
+    at = P(first, tokens, k) if x.ndim == 3 else P(first, tokens)
+    specs = at, P(None, k), P(None, n), P()
+    return jax.shard_map(local, in_specs=specs, out_specs=P(last, tokens, n), check_vma=False)(x, a, b, route)
+
+
+def own(route: Route, axes: Axes, rows: int) -> tuple[Route, Any, Any]:
+    """The Route of the pairs of a device's rows, which lie over `axes`; where [P] each of them stands in `route`, and
+    where each of `route` stands among them, P if it does not. By comparisons: devices sort a few numbers slowly.
+    """
+    if not axes:
+        return route, slice(None), slice(None)
+    start, count = jax.lax.axis_index(axes) * rows, jnp.arange(len(route.row))
+    place = lambda keep: jnp.where(keep, jnp.cumsum(keep) - 1, len(count))
+    first = lambda keep: jnp.argmax(place(keep) == count[:, None], 1)  # the kept ones, in order
+    mine = (route.row >= start) & (route.row < start + rows)
+    used = (mine & (route.which == count[:, None])).any(1)
+    at, there = first(mine), count < mine.sum()
+    pages = jnp.where(count < used.sum(), route.pages[first(used)], -1)
+    which = jnp.where(there, place(used)[route.which[at]], 0)
+    row = jnp.where(there, route.row[at] - start, -1)
+    return Route(pages, which, row, mine.sum(dtype=jnp.int32)), at, place(mine)
 
 
 def matmul(x: Array, a: Array, b: Array, route: Route) -> Array:
     """x [B,T,K], stacks a [C,K] and b [C,N] -> [B,T,N] in x's dtype, zero for rows without a page."""
-    if x.shape[1] > 1 or not supported(x, a, b):
+    if x.shape[1] > 1:
         return loop(x, a, b, route)
-    return jax.lax.platform_dependent(x, a, b, route, tpu=decode, default=loop)
+    cuda = lambda x, a, b, route: paged_lora_triton.matmul(x[:, 0], _pages(a), _pages(b), route)[:, None]
+    kernels = {"cuda": cuda} | ({"tpu": decode} if supported(x, a, b) else {})
+    return jax.lax.platform_dependent(x, a, b, route, default=loop, **kernels)
 
 
 def loop(x: Array, a: Array, b: Array, route: Route) -> Array:
-    """`matmul` by XLA. Pages are read B at a time for a token a row, and one at a time for more: then each is a product
-    of two matrices."""
-    width = len(x) if x.shape[1] == 1 else 1
-    a, b = (w.reshape(-1, BLOCK, w.shape[1]) for w in (a, b))
-    pages = route.pages[route.which]
+    """`matmul` by XLA."""
+    return _expand(_shrink(x, a, route), b, route, len(x), x.dtype)
 
-    def some(i: Array, y: Array) -> Array:
+
+def shrink(x: Array, a: Array, route: Route) -> Array:
+    """x A of each pair, [P,T,BLOCK] in float32; 0 behind the last one."""
+    if x.shape[1] > 1:
+        return _shrink(x, a, route)
+    cuda = lambda x, a, route: paged_lora_triton.shrink(x[:, 0], _pages(a), route).sum(0)[:, None]
+    return jax.lax.platform_dependent(x, a, route, cuda=cuda, default=_shrink)
+
+
+def _shrink(x: Array, a: Array, route: Route) -> Array:
+    a = _pages(a)
+
+    def some(at: Array, page: Array, who: Array, low: Array) -> Array:
+        part = jnp.einsum("wtk,wrk->wtr", x[who], a[page].astype(x.dtype), preferred_element_type=jnp.float32)
+        return low.at[at].set(jnp.where((at < route.count)[:, None, None], part, 0))
+
+    return _fold(some, route, jnp.zeros((len(route.row), x.shape[1], BLOCK), jnp.float32), len(x))
+
+
+def lookup(ids: Array, a: Array, route: Route) -> Array:
+    """`shrink` of rows that are 1 at `ids` [B,T] and else 0; A has columns for some of them."""
+    at, there = ids[route.row], (jnp.arange(len(route.row)) < route.count)[:, None]
+    low = _pages(a).at[route.pages[route.which][:, None], :, at].get(mode="clip")
+    return jnp.where((there & (at >= 0) & (at < a.shape[1]))[..., None], low, 0).astype(jnp.float32)
+
+
+def expand(low: Array, b: Array, route: Route, rows: int, dtype: Any) -> Array:
+    """The sum of `low` B over the pairs of each row, [B,T,N], where `low` [P,T,BLOCK] is that of `shrink`."""
+    loop = lambda *args: _expand(*args, rows, dtype)
+    if low.shape[1] > 1:
+        return loop(low, b, route)
+    cuda = lambda low, b, route: paged_lora_triton.expand(low[None, :, 0], _pages(b), route, rows, dtype)[:, None]
+    return jax.lax.platform_dependent(low, b, route, cuda=cuda, default=loop)
+
+
+def _expand(low: Array, b: Array, route: Route, rows: int, dtype: Any) -> Array:
+    b = _pages(b)
+
+    def some(at: Array, page: Array, who: Array, y: Array) -> Array:
+        own = jnp.where((at < route.count)[:, None, None], low.at[at].get(mode="clip"), 0).astype(dtype)
+        return y.at[who].add(jnp.einsum("wtr,wrn->wtn", own, b[page].astype(dtype), preferred_element_type=jnp.float32))
+
+    return _fold(some, route, jnp.zeros((rows, low.shape[1], b.shape[2]), jnp.float32), rows).astype(dtype)
+
+
+def _pages(stack: Array) -> Array:
+    return stack.reshape(-1, BLOCK, stack.shape[1])
+
+
+def _fold(some: Callable, route: Route, start: Array, rows: int) -> Array:
+    """`some(pairs, their pages, their rows, result)` over all pairs: B at a time for a token a row, and one at a time
+    for more, since then each is a product of two matrices."""
+    width, pages = rows if start.shape[1] == 1 else 1, route.pages[route.which]
+
+    def step(i: Array, result: Array) -> Array:
         at = i * width + jnp.arange(width)
         page, who = (v.at[at].get(mode="clip") for v in (pages, route.row))
-        low = jnp.einsum("wtk,wrk->wtr", x[who], a[page].astype(x.dtype), preferred_element_type=jnp.float32)
-        low = jnp.where((at < route.count)[:, None, None], low, 0).astype(x.dtype)
-        part = jnp.einsum("wtr,wrn->wtn", low, b[page].astype(x.dtype), preferred_element_type=jnp.float32)
-        return y.at[who].add(part)
+        return some(at, page, who, result)
 
-    start = jnp.zeros((*x.shape[:2], b.shape[2]), jnp.float32)
-    return jax.lax.fori_loop(0, -(-route.count // width), some, start).astype(x.dtype)
+    return jax.lax.fori_loop(0, -(-route.count // width), step, start)
 
 
 def supported(x: Array, a: Array, b: Array) -> bool:
@@ -181,4 +279,8 @@ def cases() -> Iterator[Case]:
         stack, pairs = array(pages * BLOCK, 4096, dtype=dtype), array(-(-pages // STEP) * STEP, dtype="int32")
         args = array(rows, 4096, dtype=dtype), stack, stack, pairs, pairs, pairs, array(dtype="int32")
         name = f"{rows} adapters, {pages} pages, 4096x4096 {dtype}"
-        yield Case("paged lora", name, flat(decode), flat(loop), args, peak="", quick=rows == 16)
+        cuda = lambda x, a, b, *r: paged_lora_triton.matmul(x, _pages(a), _pages(b), Route(*r))
+        for kernel, platform in ((flat(decode), "tpu"), (cuda, "cuda")):
+            yield Case(
+                "paged lora", name, kernel, flat(loop), args, peak="", quick=rows == 16, platform=platform
+            )  # fmt: skip

@@ -29,7 +29,7 @@ def product(
         y = y.reshape(*x.shape[:-1], -1)
         return jax.lax.psum(y, summed).astype(x.dtype) if summed else y
 
-    if _one_device():
+    if one_device():
         return local(x, *w)
     specs = P(*rows, summed), *[P(*split)] * len(w)
     return jax.shard_map(local, in_specs=specs, out_specs=P(*rows, made), check_vma=False)(x, *w)
@@ -37,14 +37,14 @@ def product(
 
 def elementwise(kernel: Callable, w: Sequence[Array], split: tuple[Axes, Axes], gathered: set[str]) -> Array:
     """`kernel(*w)` [K, N] of codes and scales that lie over `split`, gathered over some axes while they are small."""
-    if _one_device():
+    if one_device():
         return kernel(*w)
     local = lambda *w: kernel(*_gather(w, split, gathered))
     left = P(*[tuple(a for a in axes if a not in gathered) for axes in split])
     return jax.shard_map(local, in_specs=(P(*split),) * len(w), out_specs=left, check_vma=False)(*w)
 
 
-def _one_device() -> bool:
+def one_device() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1
 

@@ -39,19 +39,19 @@ class Many(Weight):
         y = weights.einsum(eqn, x, self.base)
         if self.route is None:
             return y
-        turned = weights.split(eqn)[1] != weights.split(self.eqn)[1]  # a tied unembedding
-        a, b = (self.b, self.a) if turned else (self.a, self.b)
-        flat = x.reshape(*x.shape[:2], -1)
-        multiply = paged_lora.reference if weights.sharded() else paged_lora.matmul  # which XLA partitions
-        return y + multiply(flat, a, b, self.route).reshape(y.shape)
+        _, contracted, produced = weights.split(eqn)
+        return y + self._product(x.reshape(*x.shape[:2], -1), contracted, produced, x.dtype).reshape(y.shape)
 
     def take(self, ids: Array, dtype: Any) -> Array:
         y = weights.take(self.base, ids, dtype)
-        if self.route is None:
-            return y
-        low = jnp.take(self.a, ids, axis=1).astype(dtype)  # [C,B,T]
-        own = paged_lora.owned(y, self.a, self.route)
-        return y + jnp.einsum("cbt,bc,cd->btd", low, own, self.b.astype(dtype))
+        return y if self.route is None else y + self._product(ids, "V", "D", dtype)
+
+    def _product(self, x: Array, contracted: str, produced: str, dtype: Any) -> Array:
+        turned = contracted != weights.split(self.eqn)[1]  # a tied unembedding
+        a, b = (self.b, self.a) if turned else (self.a, self.b)
+        rows = weights.mesh_axes(("act_batch", "act_seq"), x.shape[:2])
+        split = weights.mesh_axes((AXES[contracted[0]], AXES[produced[0]]), (a.shape[1], b.shape[1]))
+        return paged_lora.product(x, a, b, self.route, rows, split, dtype)
 
     def dense(self, spec: Spec) -> Array:
         raise UserError("many adapters cannot be merged into one weight", "adapters", "merge one of them")
@@ -113,9 +113,12 @@ def empty(params: Params, specs: Specs, pages: dict[str, int], dtype: Any) -> Pa
             return base
         size = dict(zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :], strict=True))
         kind = min(spec.value.dtype, jnp.dtype(dtype), key=lambda d: d.itemsize)
-        room = lambda letters: jnp.zeros(
-            (*spec.shape[: spec.stacked], pages[path] * BLOCK, math.prod(size[c] for c in letters)), kind
-        )
+        lead, names = (*spec.shape[: spec.stacked], pages[path] * BLOCK), (*spec.names[: spec.stacked], "rank")
+
+        def room(letters: str) -> Array:
+            shape = (*lead, math.prod(size[c] for c in letters))
+            return jnp.zeros(shape, kind, device=weights.place((*names, AXES[letters[0]]), shape))
+
         return Many(base, *map(room, weights.split(spec.eqn)[1:]), spec.eqn)
 
     return weights.replace(params, specs, wrap)

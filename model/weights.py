@@ -9,7 +9,7 @@ import functools
 import math
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from configs.errors import UserError
@@ -196,6 +198,25 @@ def shards(*axes: str) -> int:
     """Parts into which the ambient mesh splits a dimension that lies on `axes`."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape.get(a, 1) for a in axes)
+
+
+def mesh_axes(names: Sequence[str | None], sizes: Sequence[int]) -> list[tuple[str, ...]]:
+    """Axes of the ambient mesh that dimensions of these logical names lie over by flax's rules; each is used once, and
+    none where it does not divide."""
+    mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
+    used, found = set(), []
+    for name, size in zip(names, sizes, strict=True):
+        axes = rules.get(name) or ()
+        axes = tuple(a for a in ((axes,) if isinstance(axes, str) else axes) if shards(a) > 1)
+        fits = not used & set(axes) and size % math.prod(mesh.shape[a] for a in axes) == 0
+        found.append(axes if fits else ())
+        used |= set(found[-1])
+    return found
+
+
+def place(names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding | None:
+    """Where an array of these logical names lies on the ambient mesh; None: on the one device."""
+    return NamedSharding(jax.sharding.get_mesh(), P(*mesh_axes(names, shape))) if sharded() else None
 
 
 # --- trees -----------------------------------------------------------------------------------------------------------

@@ -20,10 +20,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels import blocks, int4_matmul, int4_triton, nf4_dequantise, packing
+from model import many
 from model.quant import int4, nf4
 from tests.test_plan import gpu, tpu
 from tests.test_quant import rand, relative
-from tools import kernel_report, kernel_report_schedule
+from tools import kernel_report, kernel_report_schedule, plan_hlo
 from tools.plan import topology
 from train.mesh import RULES, make_mesh
 
@@ -230,9 +231,12 @@ def test_no_program_spills_and_none_writes_a_float_w(chip):
     rows = {f"{r['case']} {r['shape']}": r for r in json.loads(told)}
     assert rows.keys() == shapes.keys()
     for name, row in rows.items():
+        assert row["kernel"]["spill_stores"] == row["kernel"]["spill_loads"] == 0 < row["kernel"]["registers"], name
+        if row["case"] == "paged lora":
+            assert row["bytes_least"] <= row["kernel"]["bytes_moved"] < 1.01 * row["bytes_least"], name
+            continue
         x, packed, _ = shapes[name]
         w = 2 * packed.size * x.dtype.itemsize
-        assert row["kernel"]["spill_stores"] == row["kernel"]["spill_loads"] == 0 < row["kernel"]["registers"], name
         assert row["kernel"]["bytes_temporary"] < w / 4 and row["xla"]["bytes_temporary"] >= w, name
         assert row["bytes_least"] <= row["kernel"]["bytes_moved"] < 2 * row["bytes_least"], name
         assert row["xla"]["bytes_moved"] > 5 * row["bytes_least"], name
@@ -263,3 +267,29 @@ def test_four_absent_chips_gather_packed_weights(fmt, on, kernel, calls):
         (dtype, math.prod(map(int, dims.split(",")))) for dtype, dims in re.findall(r"(\w+)\[([\d,]+)\]", types)
     }
     assert ("u8", 256 * 512) in gathered and max(size for _, size in gathered) < 512 * 512
+
+
+@pytest.mark.parametrize("eqn, split", [("BTD,DF->BTF", (None, "tensor")), ("BTF,FD->BTD", ("tensor", None))])
+@pytest.mark.parametrize(
+    "on, kernel, calls",
+    [
+        pytest.param("v5e:2x2", "tpu_custom_call", (1, 0), marks=tpu),
+        pytest.param("h100:4", "__gpu$xla.gpu.triton", (2, 2), marks=gpu),
+    ],
+)
+def test_four_absent_chips_keep_their_parts_of_the_adapters(eqn, split, on, kernel, calls):
+    """Columns over tensor by the kernels of one device. With rows there what is added lies between two kernels on a
+    GPU, and between two loops on a TPU. Nothing as large as the stacks is sent."""
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 4}, topology(on))
+
+    def laid(*shape, dtype="bfloat16", at=()):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*at)))
+
+    a, b = (laid(640, 1024, at=(None, axis)) for axis in split)
+    route = many.Route(*[laid(16, dtype="int32")] * 3, laid(dtype="int32"))
+    leaf = many.Many(laid(1024, 1024, at=split), a, b, eqn, route)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        text = jax.jit(lambda x, leaf: leaf.einsum(eqn, x)).lower(laid(8, 1, 1024), leaf).compile().as_text()
+    assert text.count(f'custom_call_target="{kernel}"') == calls[split[1] is None]
+    sent = plan_hlo.Program(text, 1).sent(dict(mesh.shape))
+    assert sum(size for kinds in sent.values() for size in kinds.values()) < 8 * 8 * 1024

@@ -1,15 +1,19 @@
 """Many adapters in one batch against each alone: products, a bounded device, decoding."""
 
+import contextlib
 import functools
 import http.client
 import json
 import threading
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from configs.errors import UserError
 from data.tokenizer import load as load_tokenizer
@@ -29,6 +33,8 @@ from model.peft import dora, lora
 from model.quant import nf4
 from model.transformer import Transformer
 from tests.test_weights import rand
+from tools import plan_hlo
+from train.mesh import RULES, make_mesh, shardings
 
 SMALL = ModelConfig(
     vocab_size=320, layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=64, max_len=128, tied=True
@@ -98,35 +104,143 @@ def test_adapters_saved_in_16_bits_are_held_so(saved):
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    """The TPU's kernel, on the CPU."""
-    call = pl.pallas_call
-    monkeypatch.setattr(pl, "pallas_call", lambda *a, **k: call(*a, **k | {"interpret": True}))
-    monkeypatch.setattr(paged_lora, "supported", lambda *_: True)
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, tpu, default: tpu(*a))
+def interpreted(request, monkeypatch):
+    """The kernels of a platform, on the CPU: a list of those that were called."""
+    call, called = pl.pallas_call, []
+    interpret = lambda kernel, *a, **k: called.append(kernel) or call(kernel, *a, **k | {"interpret": True})
+    monkeypatch.setattr(pl, "pallas_call", interpret)
+    monkeypatch.setattr(paged_lora, "supported", lambda *_: request.param == "tpu")
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, default, **on: on.get(request.param, default)(*a))
+    return called
 
 
+kernels = pytest.mark.parametrize("interpreted", ["tpu", "cuda"], indirect=True)
+
+
+@kernels
 def test_by_hand(interpreted):
     """Row 0 has pages 2 and 0, row 1 has none: x = 2, A = (1, 5, 3), B = (10, 7, 100): 2 * (3 * 100 + 1 * 10)."""
     rank_row = lambda *page: jnp.zeros((3, paged_lora.BLOCK)).at[:, 4].set(jnp.array(page)).reshape(-1, 1)
     args = rank_row(1, 5, 3), rank_row(10, 7, 100), jax.tree.map(jnp.asarray, paged_lora.route([(2, 0), (0, 0)], 5))
-    for product in (paged_lora.loop, paged_lora.decode, paged_lora.reference):
+    for product in (paged_lora.matmul, paged_lora.loop, paged_lora.reference):
         np.testing.assert_array_equal(product(jnp.full((2, 1, 1), 2.0), *args)[:, 0, 0], [620.0, 0.0])
 
 
-@pytest.mark.parametrize("tokens, dtype", [(1, "float32"), (1, "bfloat16"), (5, "float32")])
-def test_product_equals_its_reference(interpreted, tokens, dtype):
-    """Two steps of the kernel, a page that two rows share, room without a page, rows without one."""
+@kernels
+@pytest.mark.parametrize(
+    "tokens, dtype, k, n", [(1, "float32", 24, 40), (1, "bfloat16", 530, 300), (5, "float32", 24, 40)]
+)
+def test_product_equals_its_reference(interpreted, tokens, dtype, k, n):
+    """Two steps of the TPU's kernel, parts of K and of N of the GPU's, a page that two rows share, room without a page,
+    rows without one."""
     own = {0: range(1, 6), 2: [3, 7, 11], 3: [3, *range(12, 18)], 5: [0]}
     route = jax.tree.map(jnp.asarray, paged_lora.route([(page, row) for row, at in own.items() for page in at], 21))
     assert len(set(route.pages.tolist()) - {-1}) == 14 and int(route.count) == 16
-    x, a, b = rand(7, tokens, 24, seed=5), rand(320, 24, seed=1), rand(320, 40, seed=2)
-    b = b.at[8 * 16 : 9 * 16].set(jnp.nan)  # a page that nobody uses
+    x, a, b = rand(7, tokens, k, seed=5), rand(320, k, seed=1), rand(320, n, seed=2)
+    a, b = (w.at[page * 16 : page * 16 + 16].set(jnp.nan) for w, page in ((a, 9), (b, 8)))  # that nobody uses
     cast = [w.astype(dtype) for w in (x, a, b)]
-    ours = jax.jit(paged_lora.matmul)(*cast, route).astype(jnp.float32)
+    ours = jax.jit(lambda *args: paged_lora.matmul(*args))(*cast, route).astype(jnp.float32)  # traced anew
     want = paged_lora.reference(*(jnp.nan_to_num(w.astype(jnp.float32)) for w in cast), route)
     np.testing.assert_allclose(ours, want, atol=(1e-5 if dtype == "float32" else 2e-2) * float(jnp.abs(want).max()))
     assert not ours[jnp.array([1, 4, 6])].any() and ours[5].any()
+    assert bool(interpreted) == (tokens == 1)
+
+
+# --- under a mesh ---
+
+ON = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 4, "tensor": 2},
+    "all": {"data": 2, "fsdp": 2, "tensor": 2},
+    "context": {"fsdp": 4, "context": 2},
+}
+
+
+def on(mesh):
+    """The context of a mesh over fake devices."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(jax.set_mesh(make_mesh({"data": 1} | ON[mesh])))
+    stack.enter_context(nn.logical_axis_rules(RULES))
+    return stack
+
+
+def leaf_of(eqn, pages=20, k=24, n=40):
+    """On a base of zeros. Rows 1 and 6 have no page, 3 and 4 share one, and one that nobody uses is not finite."""
+    own = {0: range(1, 6), 2: [3, 7], 3: [9], 4: [9, 10], 5: [0], 7: range(12, 18)}
+    route = jax.tree.map(jnp.asarray, paged_lora.route([(page, row) for row, at in own.items() for page in at], 21))
+    a, b = (rand(pages * paged_lora.BLOCK, size, seed=size).at[8 * 16 : 9 * 16].set(jnp.nan) for size in (k, n))
+    return many.Many(jnp.zeros((k, n)), a, b, eqn, route)
+
+
+@pytest.mark.parametrize(
+    "mesh, interpreted, kernels",
+    [
+        *((mesh, "cpu", 0) for mesh in ON),
+        ("all", "tpu", 0),
+        ("data", "tpu", 1),
+        ("data", "cuda", 2),
+        ("all", "cuda", 2),
+    ],
+    indirect=["interpreted"],
+)
+@pytest.mark.parametrize("eqn", ["BTD,DF->BTF", "BTF,FD->BTD", pytest.param("BTD,VD->BTV", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens", [1, pytest.param(6, marks=pytest.mark.slow)])
+def test_on_shards_it_is_the_reference(interpreted, mesh, kernels, eqn, tokens):
+    leaf = leaf_of("BTV,VD->BTD" if "V" in eqn else eqn)
+    a, b = (leaf.b, leaf.a) if "V" in eqn else (leaf.a, leaf.b)
+    x = rand(8, tokens, a.shape[1], seed=5)
+    want = paged_lora.reference(x, *map(jnp.nan_to_num, (a, b)), leaf.route)
+    with on(mesh):
+        got = jax.jit(lambda leaf, x: leaf.einsum(eqn, x))(leaf, x)
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+    assert not got[jnp.array([1, 6])].any() and len(interpreted) == kernels * (tokens == 1)
+
+
+@pytest.mark.parametrize("mesh", [None, "all"])
+def test_rows_of_a_table_are_products_with_ones(mesh):
+    leaf, ids = leaf_of("BTV,VD->BTD"), jax.random.randint(jax.random.key(0), (8, 3), 0, 24)
+    want = leaf.einsum(leaf.eqn, jax.nn.one_hot(ids, 24))
+    with on(mesh) if mesh else contextlib.nullcontext():
+        got = jax.jit(lambda leaf, ids: leaf.take(ids, jnp.float32))(leaf, ids)
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+def test_shards_do_nothing_for_pages_that_nobody_uses():
+    """As many operations and as many bytes sent with 20 pages as with 40 of them; the reference multiplies them all."""
+    eqn, x = "BTD,DF->BTF", rand(8, 1, 24)
+
+    def cost(pages, f):
+        with on("all"):
+            mesh, leaf = jax.sharding.get_mesh(), leaf_of(eqn, pages)
+            laid = {field: jax.device_put(getattr(leaf, field), NamedSharding(mesh, P(None, axis)))
+                    for field, axis in (("a", "fsdp"), ("b", "tensor"))}  # fmt: skip
+            program = jax.jit(f).lower(leaf.replace(**laid), x).compile()
+        return program.cost_analysis()["flops"], plan_hlo.Program(program.as_text(), 1).sent(dict(mesh.shape))
+
+    product = lambda leaf, x: leaf.einsum(eqn, x)
+    every = lambda leaf, x: paged_lora.reference(x, leaf.a, leaf.b, leaf.route)
+    assert cost(20, product) == cost(40, product) and cost(20, product)[1]
+    assert cost(20, every)[0] < cost(40, every)[0]
+
+
+@pytest.mark.slow
+def test_a_sharded_base_decodes_a_mixed_batch_as_one_device_does():
+    """The base and the stacks lie over the mesh; both by `generate` and by requests that join a running batch."""
+    model, base, trees = make()
+    names, prompts = [*NAMES, "c", None], [*PROMPTS, [8, 1], [33]]
+    want = generate(model, store_of(model, base, trees).serving(names, 8), prompts, max_new_tokens=6).tokens
+    with on("all"):
+        laid = jax.device_put(base, shardings(weights.axes(base, model.specs), base, jax.sharding.get_mesh()))
+        store = store_of(model, laid, trees)
+        assert generate(model, store.serving(names, 8), prompts, max_new_tokens=6).tokens == want
+        a, b = store.stacks["layers/mlp/up"][1]
+        assert [w.size // w.addressable_shards[0].data.size for w in (a, b)] == [2, 2]
+        batcher = Batcher(LM(model, laid, load_tokenizer("bytes"), store), rows=8, length=32)
+        requests = [batcher.submit(p, adapter=a, max_new_tokens=6) for p, a in zip(prompts, names)]
+        while batcher.waiting or any(batcher.rows):
+            batcher.step()
+    for request, tokens in zip(requests, want):
+        assert list(request) == tokens[: len(request.tokens)] and (len(request.tokens) == 6 or request.stopped)
 
 
 def test_a_mixed_batch_has_the_logits_of_each_alone(served):

@@ -6,10 +6,9 @@ and no fusion changes a dequantised value, and quantising it once more gives the
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -221,7 +220,7 @@ class Quantised(Weight):
         """The mesh axis that the rows of its matrix lie over, and that of its columns; only where whole tiles do."""
         _, k, n = letters(self.eqn)
         tiles = [size // t if size % t == 0 else 1 for size, t in zip(self.kn, self.tile)]
-        return tuple(a if len(a) == 1 else () for a in mesh_axes((AXES[k[0]], AXES[n[0]]), tiles))
+        return tuple(a if len(a) == 1 else () for a in weights.mesh_axes((AXES[k[0]], AXES[n[0]]), tiles))
 
     def forward(self, eqn: str, x: Array) -> Array:
         w, scale = self._factors(x.dtype)
@@ -271,20 +270,6 @@ class Quantised(Weight):
         last = (AXES[k[0]], AXES[n[0]])
         names = spec.names[: spec.stacked + len(shared)] + (last[::-1] if transposed(self.eqn) else last)
         return self.replace(**{f: names for f in weights.fields(self) if getattr(self, f) is not None})
-
-
-def mesh_axes(names: Sequence[str | None], sizes: Sequence[int]) -> list[tuple[str, ...]]:
-    """Axes of the ambient mesh that dimensions of these logical names lie over by flax's rules; each is used once, and
-    none where it does not divide."""
-    mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
-    used, found = set(), []
-    for name, size in zip(names, sizes, strict=True):
-        axes = rules.get(name) or ()
-        axes = tuple(a for a in ((axes,) if isinstance(axes, str) else axes) if weights.shards(a) > 1)
-        fits = not used & set(axes) and size % math.prod(mesh.shape[a] for a in axes) == 0
-        found.append(axes if fits else ())
-        used |= set(found[-1])
-    return found
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

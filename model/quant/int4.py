@@ -22,7 +22,6 @@ from model.quant._matrix import (
     Format,
     Quantised,
     matrix,
-    mesh_axes,
     nearest,
     transform,
     transposed,
@@ -56,7 +55,7 @@ class Int4(Quantised):
         if not backward and int4_triton.supported(*part, self.tile[0]):
             kernels["cuda"] = int4_triton.matmul
         lead, shape = x.shape[: len(kept)], jax.eval_shape(partial(plain, eqn), x).shape
-        rows = mesh_axes([ACTIVATIONS.get(c) for c in kept], lead)
+        rows = weights.mesh_axes([ACTIVATIONS.get(c) for c in kept], lead)
 
         def run(kernel: Callable, x: Array, *w: Array) -> Array:
             kernel = partial(kernel, group=self.tile[0])

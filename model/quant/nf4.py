@@ -22,7 +22,6 @@ from model.quant._matrix import (
     Quantised,
     Rounded,
     matrix,
-    mesh_axes,
     nearest,
     transform,
     transposed,
@@ -60,7 +59,7 @@ class NF4(Quantised):
         one = self.codes.ndim == 2 and not transposed(self.eqn) and group < self.kn[0]
         if not (one and dtype == jnp.bfloat16 and nf4_dequantise.supported(*part, group)):
             return plain(dtype)
-        rows = {a for axes in mesh_axes(list(ACTIVATIONS.values()), (0, 0)) for a in axes}
+        rows = {a for axes in weights.mesh_axes(list(ACTIVATIONS.values()), (0, 0)) for a in axes}
         kernel = partial(nf4_dequantise.dequantise, group=group)
 
         def tpu(codes: Array, scale: Array) -> Array:

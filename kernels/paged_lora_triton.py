@@ -1,0 +1,90 @@
+"""The two products of `paged_lora` for a token a row on an NVIDIA GPU, by Triton, without a tensor core: each page is
+read for one row of x, as in Punica's BGMV (Chen et al. 2023, arXiv 2310.18547), and what bounds that is memory.
+
+`shrink` has a program for each pair and part of K, which writes its own sum, and `expand` one for each row and block of
+N, which goes through the pairs of its row and adds up the parts: no atomics, so that results repeat. A page is read as
+often as pairs name it; rows that share one find it in the level-2 cache.
+
+Compiled for an H100 by `tools.kernel_report`, which counts registers, spills and bytes. Times were not measured.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+DEPTH, WIDTH, WARPS = 512, 256, 8  # columns of A and of B that a program multiplies, and its warps: four would spill
+
+
+def matmul(x: Array, a: Array, b: Array, route: Any) -> Array:
+    """x [B,K], stacks A [pages,R,K] and B [pages,R,N], a `paged_lora.Route` -> [B,N] in x's dtype."""
+    return expand(shrink(x, a, route), b, route, len(x), x.dtype)
+
+
+def shrink(x: Array, a: Array, route: Any) -> Array:
+    """x A of each pair, for each DEPTH of K, [S,P,R] in float32; 0 behind the last pair."""
+    (rows, k), (pages, ranks, _), pairs = x.shape, a.shape, len(route.row)
+    parts = pl.cdiv(k, DEPTH)
+    return pl.pallas_call(
+        functools.partial(_shrink, k),
+        grid=(pairs, parts),
+        in_specs=[
+            *[pl.BlockSpec()] * 3,
+            pl.BlockSpec((rows, DEPTH), lambda i, j: (0, j)),
+            pl.BlockSpec((pages, ranks, DEPTH), lambda i, j: (0, 0, j)),
+        ],
+        out_specs=pl.BlockSpec((None, None, ranks), lambda i, j: (j, i, 0)),
+        out_shape=jax.ShapeDtypeStruct((parts, pairs, ranks), jnp.float32),
+        compiler_params=triton.CompilerParams(num_warps=WARPS),
+    )(route.pages, route.which, route.row, x, a)
+
+
+def _shrink(k: int, pages_ref: Any, which_ref: Any, row_ref: Any, x_ref: Any, a_ref: Any, low_ref: Any) -> None:
+    pair, part = pl.program_id(0), pl.program_id(1)
+    row, page = row_ref[pair], pages_ref[which_ref[pair]]
+    there = (part * DEPTH + jnp.arange(DEPTH) < k) & (row >= 0)  # behind the last pair there is nothing to read
+    x = triton.load(x_ref.at[row], mask=there, other=0)
+    a = triton.load(a_ref.at[page], mask=there[None], other=0)
+    low_ref[...] = (x[None].astype(jnp.float32) * a.astype(jnp.float32)).sum(1)
+
+
+def expand(low: Array, b: Array, route: Any, rows: int, dtype: Any) -> Array:
+    """The sum over parts, and over the pairs of each row, of `low` [S,P,R] B, [B,N] of `dtype`."""
+    (parts, pairs, _), (pages, ranks, n) = low.shape, b.shape
+    power = pl.next_power_of_2  # of what a program loads at once
+    return pl.pallas_call(
+        functools.partial(_expand, n, pairs, parts),
+        grid=(rows, pl.cdiv(n, WIDTH)),
+        in_specs=[
+            *[pl.BlockSpec()] * 2,
+            pl.BlockSpec((power(pairs),), lambda i, j: (0,)),
+            pl.BlockSpec((power(parts), pairs, ranks), lambda i, j: (0, 0, 0)),
+            pl.BlockSpec((pages, ranks, WIDTH), lambda i, j: (0, 0, j)),
+        ],
+        out_specs=pl.BlockSpec((None, WIDTH), lambda i, j: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((rows, n), dtype),
+        compiler_params=triton.CompilerParams(num_warps=WARPS),
+    )(route.pages, route.which, route.row, low, b)
+
+
+def _expand(
+    n: int, pairs: int, parts: int, pages_ref: Any, which_ref: Any, row_ref: Any, low_ref: Any, b_ref: Any, y_ref: Any
+) -> None:
+    at, part = (jnp.arange(ref.shape[0]) for ref in (row_ref, low_ref))
+    mine = triton.load(row_ref, mask=at < pairs, other=-1) == pl.program_id(0)
+    inside = pl.program_id(1) * WIDTH + jnp.arange(WIDTH) < n
+    behind = lambda pair: jnp.min(jnp.where(mine & (at > pair), at, pairs))  # the next one of this row
+
+    def add(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        pair, total = state
+        low = triton.load(low_ref.at[:, pair], mask=(part < parts)[:, None], other=0).sum(0)
+        b = triton.load(b_ref.at[pages_ref[which_ref[pair]]], mask=inside[None], other=0)
+        return behind(pair), total + low[:, None] * b.astype(jnp.float32)
+
+    start = behind(-1), jnp.zeros(b_ref.shape[1:], jnp.float32)
+    _, total = jax.lax.while_loop(lambda state: state[0] < pairs, add, start)
+    triton.store(y_ref, total.sum(0).astype(y_ref.dtype), mask=inside)
