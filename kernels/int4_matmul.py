@@ -6,8 +6,8 @@ On a GPU `int4_triton` is what runs, and elsewhere `reference`.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import blocks
+from kernels import blocks, tiled
 from kernels.blocks import cut
 from kernels.cases import Case, array
-from kernels.packing import by_columns, signed, unpack
+from kernels.packing import signed, unpack
 
 FEW = 128  # rows of x: up to here partial products are scaled
 TURNED = 256  # rows of W that are then unpacked at once; where they lie along registers, these are turned whole
@@ -51,7 +51,7 @@ def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: Any = None)
     bm, bn, bk = blocks.INT4_FEW if m <= FEW else blocks.INT4
     block = cut(m, bm, 16), cut(n, bn, 256), _rows(k, bk, group)
     body = _scaled_parts if m <= FEW else _dequantised
-    return _call(body, x, packed, scale, group, n, block, block[:0:-1], lambda i, j, l: (l, j), dtype)
+    return tiled.product(body, x, packed, scale, group, n, block, block[:0:-1], lambda i, j, l: (l, j), dtype)
 
 
 def gradient(g: Array, packed: Array, scale: Array, group: int, dtype: Any = None) -> Array:
@@ -59,7 +59,7 @@ def gradient(g: Array, packed: Array, scale: Array, group: int, dtype: Any = Non
     (m, n), k = g.shape, 2 * packed.shape[0]
     bm, bn, bk = blocks.INT4
     block = cut(m, bm, 16), _rows(k, bk, group), cut(n, bn, 256)
-    return _call(_transposed, g, packed, scale, group, k, block, block[1:], lambda i, j, l: (j, l), dtype)
+    return tiled.product(_transposed, g, packed, scale, group, k, block, block[1:], lambda i, j, l: (j, l), dtype)
 
 
 def _forward(x: Array, packed: Array, scale: Array, group: int, dtype: Any) -> tuple[Array, tuple]:
@@ -79,72 +79,16 @@ def _rows(k: int, limit: int, group: int) -> int:
     return cut(k, limit, max(8 * group, 128))
 
 
-class _W(NamedTuple):
-    """What a kernel knows of W before it runs."""
-
-    group: int
-    total: int  # length of the summed axis
-    by_columns: bool
-
-
-def _call(
-    body: Callable, a: Array, packed: Array, scale: Array, group: int, width: int, block: tuple[int, int, int],
-    w_block: tuple[int, int], w_at: Callable, dtype: Any,
-) -> Array:  # fmt: skip
-    """A grid over rows of `a` and columns [width] of the result, in blocks, that sums over the columns of `a` last.
-    `w_block` is the block of W in rows and columns, and `w_at` which one a step takes."""
-    (m, total), (bm, outer, inner) = a.shape, block
-    rows, columns = w_block
-    w = _W(group, total, by_columns(*packed.shape))
-    codes = pl.BlockSpec((rows // 2, columns), w_at)
-    if w.by_columns:  # as the bytes lie, `packed.T` is no copy, and `packed` would be one
-        codes = pl.BlockSpec((columns, rows // 2), lambda *ids: w_at(*ids)[::-1])
-    return pl.pallas_call(
-        functools.partial(body, w),
-        grid=(pl.cdiv(m, bm), pl.cdiv(width, outer), pl.cdiv(total, inner)),
-        in_specs=[
-            pl.BlockSpec((bm, inner), lambda i, j, l: (i, l)),
-            codes,
-            pl.BlockSpec((pl.cdiv(rows, group), columns), w_at),
-        ],
-        out_specs=pl.BlockSpec((bm, outer), lambda i, j, l: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((m, width), dtype or a.dtype),
-        scratch_shapes=[pltpu.VMEM((bm, outer), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=blocks.VMEM
-        ),
-    )(a, packed.T if w.by_columns else packed, scale)
-
-
-def _accumulate(part: Callable[[], Array], y_ref: Any, sum_ref: Any) -> None:
-    """Adds up over the last axis of the grid; the last step writes."""
-    step = pl.program_id(2)
-    sum_ref[...] = jnp.where(step == 0, 0, sum_ref[...]) + part()
-
-    @pl.when(step == pl.num_programs(2) - 1)
-    def _() -> None:
-        y_ref[...] = sum_ref[...].astype(y_ref.dtype)
-
-
-def _inside(a: Array, axis: int, total: int) -> Array:
-    """0 for what lies behind the end of the summed axis, where a block holds anything, infinities too."""
-    size = a.shape[axis]
-    if total % size == 0:
-        return a
-    at = pl.program_id(2) * size + jax.lax.broadcasted_iota(jnp.int32, [1, size][:: 1 if axis else -1], axis)
-    return jnp.where(at < total, a, 0)
-
-
-def _int4(w: _W, w_ref: Any, at: int = 0, size: int | None = None) -> Array:
+def _int4(w: tiled.W, w_ref: Any, at: int = 0, size: int | None = None) -> Array:
     """Rows of a block of W, all or `size` from `at`; two neighbours are a byte."""
     rows = slice(at // 2, None if size is None else (at + size) // 2)
     return pltpu.bitcast(w_ref[:, rows].T if w.by_columns else w_ref[rows], jnp.int4)
 
 
-def _scaled_parts(w: _W, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any) -> None:
+def _scaled_parts(w: tiled.W, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any) -> None:
     def part() -> Array:
-        x, total = _inside(x_ref[...], 1, w.total), jnp.zeros(sum_ref.shape, jnp.float32)
-        scale = _inside(s_ref[...], 0, pl.cdiv(w.total, w.group)).astype(jnp.float32)
+        x, total = tiled.inside(x_ref[...], 1, w.total), jnp.zeros(sum_ref.shape, jnp.float32)
+        scale = tiled.inside(s_ref[...], 0, pl.cdiv(w.total, w.group)).astype(jnp.float32)
         for at in range(0, x.shape[1], w.group):
             if at % TURNED == 0:
                 codes = _int4(w, w_ref, at, TURNED)
@@ -153,31 +97,31 @@ def _scaled_parts(w: _W, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref
             total += y * scale[at // w.group : at // w.group + 1]
         return total
 
-    _accumulate(part, y_ref, sum_ref)
+    tiled.accumulate(part, y_ref, sum_ref)
 
 
-def _block(w: _W, w_ref: Any, scale: Array, dtype: Any) -> Array:
+def _block(w: tiled.W, w_ref: Any, scale: Array, dtype: Any) -> Array:
     """A dequantised block of W. An int4 times a bfloat16 is exact in float32: either way it is rounded once."""
     codes, scale = _int4(w, w_ref).astype(dtype), scale.astype(dtype)
     scale = jnp.broadcast_to(scale[:, None, :], (scale.shape[0], w.group, scale.shape[1])).reshape(-1, scale.shape[1])
     return codes * scale[: codes.shape[0]]
 
 
-def _dequantised(w: _W, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any) -> None:
+def _dequantised(w: tiled.W, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any) -> None:
     def part() -> Array:
-        x, scale = _inside(x_ref[...], 1, w.total), _inside(s_ref[...], 0, pl.cdiv(w.total, w.group))
+        x, scale = tiled.inside(x_ref[...], 1, w.total), tiled.inside(s_ref[...], 0, pl.cdiv(w.total, w.group))
         return jnp.dot(x, _block(w, w_ref, scale, x.dtype), preferred_element_type=jnp.float32)
 
-    _accumulate(part, y_ref, sum_ref)
+    tiled.accumulate(part, y_ref, sum_ref)
 
 
-def _transposed(w: _W, g_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any) -> None:
+def _transposed(w: tiled.W, g_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any) -> None:
     def part() -> Array:
-        g, scale = _inside(g_ref[...], 1, w.total), _inside(s_ref[...], 1, w.total)
+        g, scale = tiled.inside(g_ref[...], 1, w.total), tiled.inside(s_ref[...], 1, w.total)
         dims = (((1,), (1,)), ((), ()))
         return jax.lax.dot_general(g, _block(w, w_ref, scale, g.dtype), dims, preferred_element_type=jnp.float32)
 
-    _accumulate(part, y_ref, sum_ref)
+    tiled.accumulate(part, y_ref, sum_ref)
 
 
 def cases() -> Iterator[Case]:

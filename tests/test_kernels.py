@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels import blocks, int4_matmul, int4_triton, nf4_dequantise, packing
+from kernels import blocks, int4_matmul, int4_triton, packing
+from kernels import nf4 as kernel_nf4
 from model import many
 from model.quant import int4, nf4
 from tests.test_plan import gpu, tpu
@@ -91,10 +92,14 @@ def test_int4_by_hand(interpreted, by):
 )
 def test_nf4_is_its_reference_bit_for_bit(interpreted, k, n):
     leaf = nf4.encode(rand(k, n), "BTD,DF->BTF")
-    assert nf4_dequantise.supported(k, n, 64)
+    assert kernel_nf4.supported(k, n, 64)
     scale = leaf._plain().scale
-    got = jax.jit(functools.partial(nf4_dequantise.dequantise, group=64))(leaf.codes, scale)
-    np.testing.assert_array_equal(got, nf4_dequantise.reference(leaf.codes, scale, 64))
+    got = jax.jit(functools.partial(kernel_nf4.dequantise, group=64))(leaf.codes, scale)
+    np.testing.assert_array_equal(got, kernel_nf4.reference(leaf.codes, scale, 64))
+    for m in (1, 20):
+        x = rand(m, k, seed=1).astype(jnp.bfloat16)
+        y, want = (f(x, leaf.codes, scale, 64) for f in (kernel_nf4.matmul, kernel_nf4.reference_matmul))
+        assert y.dtype == want.dtype and relative(y.astype(jnp.float32), want.astype(jnp.float32)) < 3e-3
     np.testing.assert_array_equal(got, leaf._matrix().astype(jnp.bfloat16))
     assert got[3, 5] == jnp.bfloat16(np.float32(packing.LEVELS[int(packing.unpack(leaf.codes, k)[3, 5])]) * scale[0, 5])
 
@@ -133,7 +138,7 @@ def test_on_shards_it_is_the_plain_product(interpreted, monkeypatch, fmt, platfo
     """W over fsdp and tensor, both ways: columns over tensor stay split, rows over tensor are summed."""
     interpreted(platform)
     used = []
-    tpu = (int4_matmul, "matmul"), (int4_matmul, "gradient"), (nf4_dequantise, "dequantise")
+    tpu = (int4_matmul, "matmul"), (int4_matmul, "gradient"), (kernel_nf4, "dequantise"), (kernel_nf4, "matmul")
     for module, name in {"tpu": tpu, "cuda": ((int4_triton, "matmul"),)}[platform]:
         kernel = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, k=kernel, **kw: used.append(a[-2].shape) or k(*a, **kw))
@@ -185,7 +190,7 @@ def test_moved_bytes_by_hand():
 
 def test_every_kernel_is_in_the_report():
     names = {case.name for case in kernel_report.cases()}
-    assert {"int4", "int4 dx", "nf4 dequantise", "paged lora", "w8a8"} <= names
+    assert {"int4", "int4 dx", "nf4", "nf4 dequantise", "paged lora", "w8a8"} <= names
     for case in kernel_report.cases():
         if case.kernel:
             assert jax.eval_shape(case.kernel, *case.args) == jax.eval_shape(case.xla, *case.args)

@@ -4,9 +4,9 @@ Scales are bfloat16: a number of 8 bits and fewer times such a scale is exact in
 and no fusion changes a dequantised value, and quantising it once more gives the same codes.
 """
 
-import functools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import flax.struct
@@ -235,6 +235,38 @@ class Quantised(Weight):
         g = g if scale is None else (g * align(scale, letters(self.eqn)[2], out)).astype(g.dtype)
         return weights.product(f"{out},{ws}->{xs}", g, w, jnp.float32).astype(g.dtype)
 
+    def part(self) -> tuple[int, int]:
+        """Rows and columns of its matrix that a device has."""
+        return tuple(size // weights.shards(*axes) for size, axes in zip(self.kn, self.split()))
+
+    def kernels(self, x: Array, backward: bool) -> dict[str, Callable]:
+        """By platform what multiplies x by codes and scales, or by the transposed matrix; XLA does what is not there.
+
+        `kernel(x [M, K], codes, scale, group=, dtype=)`: see kernels/int4_matmul.py.
+        """
+        return {}
+
+    def multiplied(self, eqn: str, x: Array, backward: bool = False) -> Array:
+        """`forward` or `backward`, by a kernel where the product is one of two matrices; experts are left to XLA."""
+        from kernels import partition
+
+        plain, kernels = partial(self.backward if backward else self.forward, eqn), self.kernels(x, backward)
+        xs, _, out = weights.operands(eqn)
+        _, contracted, produced = weights.split(eqn)
+        kept = xs.removesuffix(contracted)
+        one = (xs, out) == (kept + contracted, kept + produced) and self.codes.ndim == 2 and not transposed(self.eqn)
+        if not kernels or not one or self.offset is not None:
+            return plain(x)
+        lead, shape = x.shape[: len(kept)], jax.eval_shape(plain, x).shape
+        rows = weights.mesh_axes([ACTIVATIONS.get(c) for c in kept], lead)
+
+        def run(kernel: Callable, x: Array, *w: Array) -> Array:
+            kernel = partial(kernel, group=self.tile[0])
+            return partition.product(kernel, x.reshape(*lead, -1), w, rows, self.split(), backward).reshape(shape)
+
+        routes = {platform: partial(run, kernel) for platform, kernel in kernels.items()}
+        return jax.lax.platform_dependent(x, self.codes, self._scale(), default=lambda x, *_: plain(x), **routes)
+
     def einsum(self, eqn: str, x: Array) -> Array:
         if weights.split(eqn)[1] != letters(self.eqn)[1]:  # the other side is summed: no format is made for that
             return weights.product(eqn, x, jax.lax.stop_gradient(self._dense(x.dtype)))
@@ -272,12 +304,12 @@ class Quantised(Weight):
         return self.replace(**{f: names for f in weights.fields(self) if getattr(self, f) is not None})
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(eqn: str, x: Array, w: Quantised) -> Array:
-    return w.forward(eqn, x)
+    return w.multiplied(eqn, x)
 
 
-_multiply.defvjp(lambda eqn, x, w: (w.forward(eqn, x), w), lambda eqn, w, g: (w.backward(eqn, g), None))
+_multiply.defvjp(lambda eqn, x, w: (w.multiplied(eqn, x), w), lambda eqn, w, g: (w.multiplied(eqn, g, True), None))
 
 
 def transform(where: str, encode: Callable[[Array, str], Weight], scaled: bool = False) -> Transform:

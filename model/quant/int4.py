@@ -10,22 +10,11 @@ from functools import partial
 from typing import Literal
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from kernels.packing import pack, signed, unpack
-from model import weights
-from model.quant._matrix import (
-    ACTIVATIONS,
-    Calibration,
-    Format,
-    Quantised,
-    matrix,
-    nearest,
-    transform,
-    transposed,
-)
+from model.quant._matrix import Calibration, Format, Quantised, matrix, nearest, transform
 
 
 @flax.struct.dataclass
@@ -33,37 +22,15 @@ class Int4(Quantised):
     def numbers(self, codes: Array) -> Array:
         return signed(unpack(codes, self.kn[0])).astype(jnp.float32)
 
-    def forward(self, eqn: str, x: Array) -> Array:
-        return self._by_kernel(eqn, x, super().forward, backward=False)
+    def kernels(self, x: Array, backward: bool) -> dict[str, Callable]:
+        from kernels import int4_matmul, int4_triton
 
-    def backward(self, eqn: str, g: Array) -> Array:
-        return self._by_kernel(eqn, g, super().backward, backward=True)
-
-    def _by_kernel(self, eqn: str, x: Array, plain: Callable, backward: bool) -> Array:
-        """By a TPU's or a GPU's kernel, where the product is one of two matrices; experts are left to XLA."""
-        from kernels import int4_matmul, int4_triton, partition
-
-        xs, _, out = weights.operands(eqn)
-        _, contracted, produced = weights.split(eqn)
-        kept = xs.removesuffix(contracted)
-        one = (xs, out) == (kept + contracted, kept + produced) and self.codes.ndim == 2 and not transposed(self.eqn)
-        if not one or self.offset is not None:
-            return plain(eqn, x)
-        part, kernels = [size // weights.shards(*axes) for size, axes in zip(self.kn, self.split())], {}
-        if x.dtype == jnp.bfloat16 and int4_matmul.supported(*part, self.tile[0]):
-            kernels["tpu"] = int4_matmul.gradient if backward else int4_matmul.matmul
-        if not backward and int4_triton.supported(*part, self.tile[0]):
-            kernels["cuda"] = int4_triton.matmul
-        lead, shape = x.shape[: len(kept)], jax.eval_shape(partial(plain, eqn), x).shape
-        rows = weights.mesh_axes([ACTIVATIONS.get(c) for c in kept], lead)
-
-        def run(kernel: Callable, x: Array, *w: Array) -> Array:
-            kernel = partial(kernel, group=self.tile[0])
-            return partition.product(kernel, x.reshape(*lead, -1), w, rows, self.split(), backward).reshape(shape)
-
-        routes = {platform: partial(run, kernel) for platform, kernel in kernels.items()}
-        default = lambda x, *_: plain(eqn, x)
-        return jax.lax.platform_dependent(x, self.codes, self.scale, default=default, **routes)
+        found, part, group = {}, self.part(), self.tile[0]
+        if x.dtype == jnp.bfloat16 and int4_matmul.supported(*part, group):
+            found["tpu"] = int4_matmul.gradient if backward else int4_matmul.matmul
+        if not backward and int4_triton.supported(*part, group):
+            found["cuda"] = int4_triton.matmul
+        return found
 
 
 def grid(v: Array) -> Array:

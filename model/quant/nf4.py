@@ -52,21 +52,32 @@ class NF4(Quantised):
 
     def _factors(self, dtype: Any) -> tuple[Array, Array | None]:
         """Dequantised by a kernel on a TPU; experts are left to XLA."""
-        from kernels import nf4_dequantise, partition
+        from kernels import nf4, partition
 
         plain, split, group = super()._factors, self.split(), self.tile[0]
-        part = [size // weights.shards(*axes) for size, axes in zip(self.kn, split)]
-        one = self.codes.ndim == 2 and not transposed(self.eqn) and group < self.kn[0]
-        if not (one and dtype == jnp.bfloat16 and nf4_dequantise.supported(*part, group)):
+        if not self._supported(dtype):
             return plain(dtype)
         rows = {a for axes in weights.mesh_axes(list(ACTIVATIONS.values()), (0, 0)) for a in axes}
-        kernel = partial(nf4_dequantise.dequantise, group=group)
+        kernel = partial(nf4.dequantise, group=group)
 
         def tpu(codes: Array, scale: Array) -> Array:
             return self._array(partition.elementwise(kernel, (codes, scale.astype(jnp.float32)), split, rows))
 
         default = lambda *_: plain(dtype)[0]
         return jax.lax.platform_dependent(self.codes, self._scale(), tpu=tpu, default=default), None
+
+    def _supported(self, dtype: Any) -> bool:
+        """Whether a TPU's kernels take it."""
+        from kernels import nf4
+
+        one = self.codes.ndim == 2 and not transposed(self.eqn) and self.tile[0] < self.kn[0]
+        return one and dtype == jnp.bfloat16 and nf4.supported(*self.part(), self.tile[0])
+
+    def kernels(self, x: Array, backward: bool) -> dict[str, Callable]:
+        from kernels import nf4
+
+        few = not backward and x.size // self.kn[0] <= nf4.FEW
+        return {"tpu": nf4.matmul} if few and self._supported(x.dtype) else {}
 
     def axes(self, spec: Spec) -> "NF4":
         named = super().axes(spec)

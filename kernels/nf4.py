@@ -1,6 +1,7 @@
-"""W [K, N] of NF4 codes, dequantised on a TPU once a use, for XLA's product.
+"""A W [K, N] of NF4 codes on a TPU: dequantised once a use for XLA's product, or within the product of few rows.
 
-A lookup inside a product would be repeated for every block of rows. XLA's own lookup takes three times as long as this.
+With many rows a lookup inside the product would be repeated for every block of them. XLA's own takes three times as
+long as this one.
 A 32-bit word of packed bytes holds eight rows of a column. Two tables of eight levels each fill a register of eight
 sublanes, and a gather along sublanes looks all of a register's codes up at once; the fourth bit says in which table.
 """
@@ -15,12 +16,13 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import blocks
+from kernels import blocks, tiled
 from kernels.blocks import cut
 from kernels.cases import Case, array
 from kernels.packing import LEVELS, by_columns, unpack
 
 ROWS = 64  # of W in a register of 32-bit words
+FEW = 128  # rows of x: up to here the lookup is part of the product, and no float W is written
 
 
 def reference(packed: Array, scale: Array, group: int) -> Array:
@@ -55,18 +57,49 @@ def dequantise(packed: Array, scale: Array, group: int) -> Array:
     )(packed.T if swapped else packed, scale)
 
 
+def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: Any = None) -> Array:
+    """x [M, K] times the dequantised W, M up to FEW -> [M, N] of `dtype` or that of x, accumulated in float32."""
+    (m, k), n = x.shape, packed.shape[1]
+    rows, columns = cut(k, blocks.NF4[0], 8 * group), blocks.NF4[1]
+    block, at = (cut(m, FEW, 16), columns, rows), lambda i, j, l: (l, j)
+    scratch = (pltpu.VMEM((rows, columns), jnp.float32),)
+    return tiled.product(
+        _multiply, x, packed, scale.astype(jnp.float32), group, n, block, (rows, columns), at, dtype, scratch
+    )
+
+
+def reference_matmul(x: Array, packed: Array, scale: Array, group: int) -> Array:
+    """What `matmul` computes."""
+    w = reference(packed, scale, group)
+    return jnp.dot(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _multiply(w: tiled.W, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any, rows_ref: Any) -> None:
+    def part() -> Array:
+        x, scale = tiled.inside(x_ref[...], 1, w.total), tiled.inside(s_ref[...], 0, w.total // w.group)
+        _look_up(w.group, w.by_columns, w_ref, scale, rows_ref)
+        return jnp.dot(x, rows_ref[...].astype(x.dtype), preferred_element_type=jnp.float32)
+
+    tiled.accumulate(part, y_ref, sum_ref)
+
+
 def _dequantise(group: int, swapped: bool, w_ref: Any, s_ref: Any, y_ref: Any, rows_ref: Any) -> None:
-    columns = y_ref.shape[1]
+    _look_up(group, swapped, w_ref, s_ref, rows_ref)
+    y_ref[...] = rows_ref[...].astype(y_ref.dtype)
+
+
+def _look_up(group: int, swapped: bool, w_ref: Any, scale: Any, rows_ref: Any) -> None:
+    """Levels times scales of a block of W, float32, into `rows_ref`."""
+    columns = rows_ref.shape[1]
     tables = [_register(LEVELS[at : at + 8], columns) for at in (0, 8)]
     packed = w_ref[...].T if swapped else w_ref[...]
-    for at in range(0, y_ref.shape[0], ROWS):
+    for at in range(0, rows_ref.shape[0], ROWS):
         words = pltpu.bitcast(packed[at // 2 : (at + ROWS) // 2], jnp.int32)  # [8, columns], of rows 8 i .. 8 i + 7
-        scale = jnp.broadcast_to(s_ref[at // group : at // group + 1, :], words.shape)
+        own = jnp.broadcast_to(scale[at // group : at // group + 1], words.shape)
         for j in range(8):
             codes = words >> 4 * j
             low, high = (jnp.take_along_axis(t, codes & 7, 0, mode="promise_in_bounds") for t in tables)
-            rows_ref[pl.ds(at + j, 8, stride=8), :] = jnp.where(codes & 8, high, low) * scale
-        y_ref[at : at + ROWS, :] = rows_ref[at : at + ROWS, :].astype(y_ref.dtype)
+            rows_ref[pl.ds(at + j, 8, stride=8), :] = jnp.where(codes & 8, high, low) * own
 
 
 def _register(values: tuple[float, ...], columns: int) -> Array:
@@ -76,10 +109,10 @@ def _register(values: tuple[float, ...], columns: int) -> Array:
 
 
 def cases() -> Iterator[Case]:
-    """A whole weight of a 7 B model, and one whose columns are not aligned."""
+    """A whole weight of a 7 B model, and one whose columns are not aligned; decoding with them."""
+    by_group = lambda f: functools.partial(f, group=64)
     for k, n in ((4096, 4096), (4096, 14336), (4096, 4100)):
         args = array(k // 2, n, dtype="uint8"), array(k // 64, n, dtype="float32")
-        yield Case(
-            "nf4 dequantise", f"{k}x{n} g64", functools.partial(dequantise, group=64),
-            functools.partial(reference, group=64), args, quick=n == 4096,
-        )  # fmt: skip
+        yield Case("nf4 dequantise", f"{k}x{n} g64", *map(by_group, (dequantise, reference)), args, quick=n == 4096)
+        few = array(16, k), *args
+        yield Case("nf4", f"16x{k}x{n} g64", *map(by_group, (matmul, reference_matmul)), few, 2 * 16 * k * n)

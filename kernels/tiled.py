@@ -1,0 +1,70 @@
+"""A product with a W [K, N] of packed codes on a TPU, block by block: what the kernels of several formats share."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels import blocks
+from kernels.packing import by_columns
+
+
+class W(NamedTuple):
+    """What a kernel knows of W before it runs."""
+
+    group: int
+    total: int  # length of the summed axis
+    by_columns: bool
+
+
+def product(
+    body: Callable, a: Array, packed: Array, scale: Array, group: int, width: int, block: tuple[int, int, int],
+    w_block: tuple[int, int], w_at: Callable, dtype: Any, scratch: tuple = (),
+) -> Array:  # fmt: skip
+    """A grid over rows of `a` and columns [width] of the result, in blocks, that sums over the columns of `a` last.
+    `w_block` is the block of W in rows and columns, and `w_at` which one a step takes."""
+    (m, total), (bm, outer, inner) = a.shape, block
+    rows, columns = w_block
+    w = W(group, total, by_columns(*packed.shape))
+    codes = pl.BlockSpec((rows // 2, columns), w_at)
+    if w.by_columns:  # as the bytes lie, `packed.T` is no copy, and `packed` would be one
+        codes = pl.BlockSpec((columns, rows // 2), lambda *ids: w_at(*ids)[::-1])
+    return pl.pallas_call(
+        functools.partial(body, w),
+        grid=(pl.cdiv(m, bm), pl.cdiv(width, outer), pl.cdiv(total, inner)),
+        in_specs=[
+            pl.BlockSpec((bm, inner), lambda i, j, l: (i, l)),
+            codes,
+            pl.BlockSpec((pl.cdiv(rows, group), columns), w_at),
+        ],
+        out_specs=pl.BlockSpec((bm, outer), lambda i, j, l: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((m, width), dtype or a.dtype),
+        scratch_shapes=[pltpu.VMEM((bm, outer), jnp.float32), *scratch],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=blocks.VMEM
+        ),
+    )(a, packed.T if w.by_columns else packed, scale)
+
+
+def accumulate(part: Callable[[], Array], y_ref: Any, sum_ref: Any) -> None:
+    """Adds up over the last axis of the grid; the last step writes."""
+    step = pl.program_id(2)
+    sum_ref[...] = jnp.where(step == 0, 0, sum_ref[...]) + part()
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _() -> None:
+        y_ref[...] = sum_ref[...].astype(y_ref.dtype)
+
+
+def inside(a: Array, axis: int, total: int) -> Array:
+    """0 for what lies behind the end of the summed axis, where a block holds anything, infinities too."""
+    size = a.shape[axis]
+    if total % size == 0:
+        return a
+    at = pl.program_id(2) * size + jax.lax.broadcasted_iota(jnp.int32, [1, size][:: 1 if axis else -1], axis)
+    return jnp.where(at < total, a, 0)
