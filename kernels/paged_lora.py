@@ -25,6 +25,8 @@ from kernels.partition import Axes
 BLOCK = 16  # rank rows of a page: a tile of bfloat16
 STEP = 8  # pages that the kernel multiplies at once: 128 rank rows fill an MXU
 
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
 
 class Route(NamedTuple):
     """Which pages of the stacks each row of a batch uses, as pairs of a page and a row."""
@@ -116,8 +118,15 @@ def matmul(x: Array, a: Array, b: Array, route: Route) -> Array:
 
 
 def loop(x: Array, a: Array, b: Array, route: Route) -> Array:
-    """`matmul` by XLA."""
-    return _expand(_shrink(x, a, route), b, route, len(x), x.dtype)
+    """`matmul` by XLA: `_expand` of `_shrink` in one loop, which a CPU does some per cent faster."""
+    a, b = _pages(a), _pages(b)
+
+    def some(at: Array, page: Array, who: Array, y: Array) -> Array:
+        low = _einsum("wtk,wrk->wtr", x[who], a[page].astype(x.dtype))
+        low = jnp.where((at < route.count)[:, None, None], low, 0).astype(x.dtype)
+        return y.at[who].add(_einsum("wtr,wrn->wtn", low, b[page].astype(x.dtype)))
+
+    return _fold(some, route, jnp.zeros((*x.shape[:2], b.shape[2]), jnp.float32), len(x)).astype(x.dtype)
 
 
 def shrink(x: Array, a: Array, route: Route) -> Array:
@@ -132,7 +141,7 @@ def _shrink(x: Array, a: Array, route: Route) -> Array:
     a = _pages(a)
 
     def some(at: Array, page: Array, who: Array, low: Array) -> Array:
-        part = jnp.einsum("wtk,wrk->wtr", x[who], a[page].astype(x.dtype), preferred_element_type=jnp.float32)
+        part = _einsum("wtk,wrk->wtr", x[who], a[page].astype(x.dtype))
         return low.at[at].set(jnp.where((at < route.count)[:, None, None], part, 0))
 
     return _fold(some, route, jnp.zeros((len(route.row), x.shape[1], BLOCK), jnp.float32), len(x))
@@ -159,7 +168,7 @@ def _expand(low: Array, b: Array, route: Route, rows: int, dtype: Any) -> Array:
 
     def some(at: Array, page: Array, who: Array, y: Array) -> Array:
         own = jnp.where((at < route.count)[:, None, None], low.at[at].get(mode="clip"), 0).astype(dtype)
-        return y.at[who].add(jnp.einsum("wtr,wrn->wtn", own, b[page].astype(dtype), preferred_element_type=jnp.float32))
+        return y.at[who].add(_einsum("wtr,wrn->wtn", own, b[page].astype(dtype)))
 
     return _fold(some, route, jnp.zeros((rows, low.shape[1], b.shape[2]), jnp.float32), rows).astype(dtype)
 
