@@ -34,6 +34,11 @@ class Int4(Quantised):
     def numbers(self, codes: Array) -> Array:
         return signed(unpack(codes, self.kn[0])).astype(jnp.float32)
 
+    @staticmethod
+    def by_place(codes: Array) -> list[Array]:
+        wide = jax.lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.int32)  # shifts of bytes are no instructions
+        return [wide << 28 >> 28, wide >> 4]
+
     def forward(self, eqn: str, x: Array) -> Array:
         return self._by_kernel(eqn, x, super().forward, backward=False)
 
@@ -44,11 +49,7 @@ class Int4(Quantised):
         """By a TPU's or a GPU's kernel, where the product is one of two matrices; experts are left to XLA."""
         from kernels import int4_matmul, int4_triton, partition
 
-        xs, _, out = weights.operands(eqn)
-        _, contracted, produced = weights.split(eqn)
-        kept = xs.removesuffix(contracted)
-        one = (xs, out) == (kept + contracted, kept + produced) and self.codes.ndim == 2 and not transposed(self.eqn)
-        if not one or self.offset is not None:
+        if (kept := self.rows(eqn)) is None:
             return plain(eqn, x)
         part, kernels = [size // weights.shards(*axes) for size, axes in zip(self.kn, self.split())], {}
         if x.dtype == jnp.bfloat16 and int4_matmul.supported(*part, self.tile[0]):
