@@ -1,12 +1,12 @@
 """Few rows times a matrix of codes on a CPU, which reads the codes alone: decoding takes the time of their bytes.
 
-XLA's CPU backend gives a product the matrix as floats. In a loop over tokens it makes them once, before the loop, and
-reads four to eight times the bytes at every step. What it does well is one loop over [parts, N] that adds up SUMMED
-products at each place, converted as they are read; a product with ones adds up the parts, as XLA's own sum would take
-the products out of that loop.
+XLA's CPU backend multiplies floats. In a loop over tokens it makes them of the codes once, before the loop, and reads
+four or eight times the bytes at every step. What it does well is one loop over [K / SUMMED, N] that adds up SUMMED rows
+at each place, and converts them as it reads them. Its own sum over what is left would draw that loop into a library's
+slow one; a product with ones does not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -14,25 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-ROWS = 4  # every row converts the codes again: from about 6 rows on the product with floats is the faster one
-SUMMED = 16  # neighbourhood of a part along K: more gives programs that compile long, less gives more parts
+ROWS = 4  # each converts the codes again: with more, the product with floats is faster
+SUMMED = 16  # more are not vectorised, fewer leave more to add up
 
 
 @partial(jax.jit, static_argnums=(3, 4))  # traced once for all layers
-def product(
-    x: Array, codes: Array, scale: Array, tile: int, numbers: Callable[[Array], Sequence[Array]]
-) -> Array:
-    """Float32 [B,N] of x [B,K], codes [K / n, N], n rows of K in each, and a scale [K / tile, N] for every `tile` rows.
+def product(x: Array, codes: Array, scale: Array, tile: int, by_place: Callable[[Array], list[Array]]) -> Array:
+    """Float32 [B,N] of x [B,K], bytes of codes, each of one or more rows of K, and scales [K / tile, N].
 
-    `numbers` gives the n numbers of codes; `tile` is a multiple of SUMMED, and K of `tile`.
+    `by_place` gives the numbers of each byte's first row, of its second, ... `tile` is a multiple of SUMMED, K of it.
     """
     x, codes = jax.lax.optimization_barrier((x, codes))  # or the conversion leaves the loop over tokens
     (b, k), n, each = x.shape, codes.shape[1], x.shape[1] // len(codes)
-    cut = max(2 // each, 1)  # XLA hands the sum of one array to a library
+    cut = max(2 // each, 1)  # sums of two arrays or more at once are none of the library's
     groups, parts, steps = k // tile, tile // SUMMED, SUMMED // (each * cut)
     x = x.T.astype(jnp.float32).reshape(groups, cut, steps, parts, each, b, 1)
     codes = jnp.broadcast_to(codes.reshape(groups, cut, steps, parts, 1, n), (groups, cut, steps, parts, b, n))
-    y = [a.astype(jnp.float32) * x[:, i, :, :, j] for i in range(cut) for j, a in enumerate(numbers(codes[:, i]))]
+    y = [a.astype(jnp.float32) * x[:, i, :, :, j] for i in range(cut) for j, a in enumerate(by_place(codes[:, i]))]
     zeros = [np.float32(0)] * len(y)
     y = sum(jax.lax.reduce(y, zeros, lambda a, b: [p + q for p, q in zip(a, b)], (1,)))  # [groups, parts, b, n]
     y *= scale.astype(jnp.float32)[:, None, None]

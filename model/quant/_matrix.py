@@ -226,7 +226,7 @@ class Quantised(Weight):
         return tuple(a if len(a) == 1 else () for a in mesh_axes((AXES[k[0]], AXES[n[0]]), tiles))
 
     def rows(self, eqn: str) -> str | None:
-        """The letters of x's rows where `eqn` multiplies two matrices and codes need no more than a scale, else None."""
+        """The letters of x's rows, where `eqn` multiplies two matrices and codes need no more than a scale."""
         xs, _, out = weights.operands(eqn)
         _, contracted, produced = weights.split(eqn)
         kept = xs.removesuffix(contracted)

@@ -25,7 +25,6 @@ from model.quant._matrix import (
     mesh_axes,
     nearest,
     transform,
-    transposed,
 )
 
 
@@ -36,7 +35,7 @@ class Int4(Quantised):
 
     @staticmethod
     def by_place(codes: Array) -> list[Array]:
-        wide = jax.lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.int32)  # shifts of bytes are no instructions
+        wide = jax.lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.int32)  # a CPU shifts no vector of bytes
         return [wide << 28 >> 28, wide >> 4]
 
     def forward(self, eqn: str, x: Array) -> Array:
