@@ -19,8 +19,9 @@ import pytest
 from configs import schema
 from configs.errors import UserError
 from data import sources, tokenizer
-from infer import load
+from infer import generate, load
 from infer.lm import LM
+from infer.sample import Knobs
 from kernels.packing import pack, unpack
 from model import weights
 from model.peft import lora
@@ -388,6 +389,38 @@ def test_sharded_is_unsharded(name):
         np.testing.assert_allclose(jax.jit(model)(laid, tokens), want, atol=2e-5 if name != "train8" else 0.1)
         codes = jax.tree.leaves(laid["layers"]["mlp"]["up"])[0]
         assert codes.addressable_shards[0].data.size == codes.size // 8
+
+
+@pytest.mark.parametrize("quant", [int8, int4, int2], ids=["int8", "int4", "int2"])
+def test_few_rows_times_codes_are_those_times_the_dense_array(quant):
+    """Sizes that a CPU multiplies without a float matrix; the heads as one, and apart."""
+    for eqn, shape in {"BTNH,NHD->BTD": (4, 48, 20), "BTD,DNH->BTNH": (192, 2, 5)}.items():
+        leaf = quant.encode(rand(*shape), eqn)
+        dense = leaf.dense(spec_of(eqn, shape))
+        x = activation(eqn, shape)[:, :1]
+        got = jax.jit(lambda x, leaf, eqn=eqn: weights.einsum(eqn, x, leaf))
+        for rows in (x, x[:1], x.astype(jnp.bfloat16)):
+            want = jnp.einsum(eqn, rows.astype(jnp.float32), dense, precision="highest")
+            assert got(rows, leaf).dtype == rows.dtype
+            assert relative(got(rows, leaf), want) < (1e-6 if rows.dtype == jnp.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("quantise", [int8.make(), int4.make()], ids=["int8", "int4"])
+def test_decoding_on_a_cpu_holds_no_floats_of_the_weights(quantise):
+    model, zeros = tiny(layers=1, embed=256, mlp=1024), functools.partial(jnp.zeros, dtype=jnp.int32)
+
+    def start(key):
+        params = generate.unrolled(model, quantise(model.init(key), model.specs, key))
+        state = generate.State(
+            cache=model.cache(1, 32), tokens=zeros((1, 16)), logps=jnp.zeros((1, 16)), step=zeros(()), length=zeros(1),
+            position=zeros(1), done=jnp.zeros(1, bool), keys=key[None],
+        )  # fmt: skip
+        return params, state
+
+    params, state = jax.eval_shape(start, jax.random.key(0))
+    compiled = generate._decode.lower(model, params, state, 8, Knobs(), zeros(4)).compile()
+    floats = 4 * sum(w.size for w in weights.arrays(params["layers"]))
+    assert compiled.memory_analysis().temp_size_in_bytes < floats / 8
 
 
 @pytest.mark.slow

@@ -23,6 +23,11 @@ class Int2(Quantised):
     def numbers(self, codes: Array) -> Array:
         return unpack(codes, self.kn[0], BITS).astype(jnp.float32) - 1.5
 
+    @staticmethod
+    def by_place(codes: Array) -> list[Array]:
+        wide = codes.astype(jnp.int32)
+        return [(wide >> at & 3).astype(jnp.float32) - 1.5 for at in range(0, 8, BITS)]
+
 
 def grid(v: Array) -> Array:
     return jnp.clip(jnp.floor(v) + 0.5, -1.5, 1.5)

@@ -23,6 +23,13 @@ class Int8(Quantised):
     def numbers(self, codes: Array) -> Array:
         return codes.astype(jnp.float32)
 
+    @staticmethod
+    def by_place(codes: Array) -> list[Array]:
+        return [codes]
+
+    def kernels(self, x: Array, backward: bool) -> dict[str, Callable]:
+        return {} if self.activations else super().kernels(x, backward)
+
     def forward(self, eqn: str, x: Array) -> Array:
         """W8A8: x is rounded too, token by token; its gradient is as if it were not. Experts take x as it is."""
         if not self.activations or weights.split(eqn)[0]:
