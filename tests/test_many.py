@@ -146,6 +146,14 @@ def test_product_equals_its_reference(interpreted, tokens, dtype, k, n):
     assert bool(interpreted) == (tokens == 1)
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_no_stack_of_bfloat16_becomes_float32(tokens):
+    stack = jax.ShapeDtypeStruct((4096, 64), jnp.bfloat16)
+    x, route = jnp.zeros((4, tokens, 64)), paged_lora.route([(7, 0)], 4)
+    memory = jax.jit(paged_lora.loop).lower(x, stack, stack, route).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4096 * 64 * 2
+
+
 # --- under a mesh ---
 
 ON = {

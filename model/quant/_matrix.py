@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from model import weights
-from model.quant import _few_rows
 from model.weights import AXES, Spec, Transform, Weight
 
 Calibration = Literal["absmax", "percentile", "mse"]
@@ -148,7 +147,6 @@ class Quantised(Weight):
     tile: tuple[int, int] = flax.struct.field(pytree_node=False)
     whole: ClassVar[bool] = True
     by_place: ClassVar[Callable | None] = None  # codes -> numbers of the first row in each byte, of the second, ...
-    by_place: ClassVar[Callable | None] = None  # codes -> numbers of the first row in each byte, of the second, ...
 
     def numbers(self, codes: Array) -> Array:
         """Numbers of codes in matrix order, float32 [..., K, N]."""
@@ -225,28 +223,7 @@ class Quantised(Weight):
         tiles = [size // t if size % t == 0 else 1 for size, t in zip(self.kn, self.tile)]
         return tuple(a if len(a) == 1 else () for a in weights.mesh_axes((AXES[k[0]], AXES[n[0]]), tiles))
 
-    def rows(self, eqn: str) -> str | None:
-        """The letters of x's rows, where `eqn` multiplies two matrices and codes need no more than a scale."""
-        xs, _, out = weights.operands(eqn)
-        _, contracted, produced = weights.split(eqn)
-        kept = xs.removesuffix(contracted)
-        one = (xs, out) == (kept + contracted, kept + produced) and self.codes.ndim == 2 and not transposed(self.eqn)
-        return kept if one and self.offset is None else None
-
     def forward(self, eqn: str, x: Array) -> Array:
-        kept, (k, _), tile = self.rows(eqn), self.kn, self.tile[0]
-        fits = kept is not None and self.by_place and tile % _few_rows.SUMMED == k % tile == 0 and not weights.sharded()
-        if not fits or math.prod(x.shape[: len(kept)]) > _few_rows.ROWS:
-            return self._product(eqn, x)
-
-        def few(x: Array, codes: Array, scale: Array) -> Array:
-            y = _few_rows.product(x.reshape(-1, k), codes, scale, tile, self.by_place)
-            return y.reshape(*x.shape[: len(kept)], *self._sizes(letters(self.eqn)[2])).astype(x.dtype)
-
-        default = lambda x, *_: self._product(eqn, x)
-        return jax.lax.platform_dependent(x, self.codes, self._scale(), cpu=few, default=default)
-
-    def _product(self, eqn: str, x: Array) -> Array:
         w, scale = self._factors(x.dtype)
         y = weights.product(eqn, x, w, jnp.float32)
         y = y if scale is None else y * align(scale, letters(self.eqn)[2], weights.operands(eqn)[2])
