@@ -19,25 +19,48 @@ ROWS = 4  # each converts the codes again: with more, the product with floats is
 SUMMED = 16  # more are not vectorised, fewer leave more to add up
 
 
-def supported(k: int, n: int, group: int) -> bool:
-    """Whether `matmul` takes a W of these shapes."""
-    return group % SUMMED == k % group == 0
+def supported(k: int, group: int, turned: bool) -> bool:
+    """Whether `matmul` takes a W of K rows: of whole groups, each of them of whole parts."""
+    return k % group == 0 and group % (64 if turned else SUMMED) == 0
 
 
-@partial(jax.jit, static_argnames=("group", "dtype", "by_place"))  # traced once for all layers
+@partial(jax.jit, static_argnames=("group", "dtype", "by_place", "turned"))  # traced once for all layers
 def matmul(
-    x: Array, codes: Array, scale: Array, group: int, dtype: Any = None, *, by_place: Callable[[Array], list[Array]]
+    x: Array, codes: Array, scale: Array, group: int, dtype: Any = None, *, by_place: Callable, turned: bool
 ) -> Array:
-    """x [M, K] times W -> [M, N] of `dtype` or that of x, of bytes of codes, each of one or more rows of K, and scales
-    [K / group, N]. `by_place` gives the numbers of each byte's first row, of its second, ..."""
-    x, codes = jax.lax.optimization_barrier((x, codes))  # or the conversion leaves the loop over tokens
-    (m, k), n, each = x.shape, codes.shape[1], x.shape[1] // len(codes)
+    """x [M, K] times W -> [M, N] of `dtype` or that of x, of bytes of codes [K / R, N] and scales [K / group, N].
+
+    `by_place` gives the numbers of the first of the R rows that share a byte, of the second, ... W is `turned` where
+    the bytes of a column lie one after another.
+    """
+    dtype, each = dtype or x.dtype, x.shape[1] // len(codes)
     cut = max(2 // each, 1)  # sums of two arrays or more at once are none of the library's
-    groups, parts, steps = k // group, group // SUMMED, SUMMED // (each * cut)
-    rows = x.T.astype(jnp.float32).reshape(groups, cut, steps, parts, each, m, 1)
-    codes = jnp.broadcast_to(codes.reshape(groups, cut, steps, parts, 1, n), (groups, cut, steps, parts, m, n))
-    y = [a.astype(jnp.float32) * rows[:, i, :, :, j] for i in range(cut) for j, a in enumerate(by_place(codes[:, i]))]
-    zeros = [np.float32(0)] * len(y)
-    y = sum(jax.lax.reduce(y, zeros, lambda a, b: [p + q for p, q in zip(a, b)], (1,)))  # [groups, parts, m, n]
-    y *= scale.astype(jnp.float32)[:, None, None]
-    return (jnp.tile(jnp.eye(m), k // SUMMED) @ y.reshape(-1, n)).astype(dtype or x.dtype)
+    lie = codes.T if turned else codes  # in memory
+    x, lie = jax.lax.optimization_barrier((x.astype(jnp.float32), lie))  # or the floats leave the loop over tokens
+    y = (_along if turned else _down)(x, lie, scale.astype(jnp.float32), group, (each, cut), by_place)
+    return y.astype(dtype)
+
+
+def _down(x: Array, codes: Array, scale: Array, group: int, by: tuple[int, int], by_place: Callable) -> Array:
+    (m, k), n, (each, cut) = x.shape, codes.shape[1], by
+    shape = (k // group, cut, SUMMED // (each * cut), group // SUMMED)
+    x = x.T.reshape(*shape, each, m, 1)
+    codes = jnp.broadcast_to(codes.reshape(*shape, 1, n), (*shape, m, n))
+    y = _sum([a * x[:, i, :, :, j] for i in range(cut) for j, a in enumerate(by_place(codes[:, i]))], 1)
+    y *= scale[:, None, None]  # [groups, parts, M, N]
+    return jnp.tile(jnp.eye(m), k // SUMMED) @ y.reshape(-1, n)
+
+
+def _along(x: Array, codes: Array, scale: Array, group: int, by: tuple[int, int], by_place: Callable) -> Array:
+    (m, k), n, (each, cut) = x.shape, codes.shape[0], by
+    shape = (k // group, cut, group // (each * cut * SUMMED), SUMMED)
+    x = x @ jnp.eye(k)  # or what x is made from is computed again in each column
+    x, codes = x.reshape(m, 1, *shape, each), codes.reshape(1, n, *shape)
+    y = _sum([a * x[:, :, :, i, ..., j] for i in range(cut) for j, a in enumerate(by_place(codes[:, :, :, i]))], 3)
+    y *= scale.T[..., None]  # [M, N, groups, SUMMED]
+    return (y.reshape(m * n, -1) @ jnp.ones(k // group * SUMMED)).reshape(m, n)
+
+
+def _sum(parts: list[Array], axis: int) -> Array:
+    zeros = [np.float32(0)] * len(parts)
+    return sum(jax.lax.reduce(parts, zeros, lambda a, b: [p + q for p, q in zip(a, b)], (axis,)))

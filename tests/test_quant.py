@@ -403,6 +403,11 @@ def test_few_rows_times_codes_are_those_times_the_dense_array(quant):
             want = jnp.einsum(eqn, rows.astype(jnp.float32), dense, precision="highest")
             assert got(rows, leaf).dtype == rows.dtype
             assert relative(got(rows, leaf), want) < (1e-6 if rows.dtype == jnp.float32 else 4e-3)
+    w = rand(67, 192)  # a table that is a tied head
+    leaf, x = quant.encode(w, "BTV,VD->BTD"), rand(2, 1, 192)
+    dense = leaf.dense(spec_of("BTV,VD->BTD", w.shape))
+    got = jax.jit(lambda x, leaf: weights.einsum("BTD,VD->BTV", x, leaf))(x, leaf)
+    assert relative(got, jnp.einsum("BTD,VD->BTV", x, dense, precision="highest")) < 1e-6
 
 
 @pytest.mark.parametrize("quantise", [int8.make(), int4.make()], ids=["int8", "int4"])

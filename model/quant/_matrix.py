@@ -241,15 +241,16 @@ class Quantised(Weight):
         return tuple(size // weights.shards(*axes) for size, axes in zip(self.kn, self.split()))
 
     def kernels(self, x: Array, backward: bool) -> dict[str, Callable]:
-        """By platform what multiplies x by codes and scales, or by the transposed matrix; XLA does what is not there.
+        """By platform what multiplies x by the matrix, or by the transposed one; XLA does what is not there.
 
         `kernel(x [M, K], codes, scale, group=, dtype=)`: see kernels/int4_matmul.py.
         """
         from kernels import few_rows
 
         few = not backward and self.by_place and x.size // self.kn[0] <= few_rows.ROWS
-        fits = few and few_rows.supported(*self.part(), self.tile[0])
-        return {"cpu": partial(few_rows.matmul, by_place=self.by_place)} if fits else {}
+        if not few or not few_rows.supported(self.part()[0], self.tile[0], transposed(self.eqn)):
+            return {}
+        return {"cpu": partial(few_rows.matmul, by_place=self.by_place, turned=transposed(self.eqn))}
 
     def multiplied(self, eqn: str, x: Array, backward: bool = False) -> Array:
         """`forward` or `backward`, by a kernel where the product is one of two matrices; experts are left to XLA."""
@@ -259,7 +260,7 @@ class Quantised(Weight):
         xs, _, out = weights.operands(eqn)
         _, contracted, produced = weights.split(eqn)
         kept = xs.removesuffix(contracted)
-        one = (xs, out) == (kept + contracted, kept + produced) and self.codes.ndim == 2 and not transposed(self.eqn)
+        one = (xs, out) == (kept + contracted, kept + produced) and self.codes.ndim == 2
         if not kernels or not one or self.offset is not None:
             return plain(x)
         lead, shape = x.shape[: len(kept)], jax.eval_shape(plain, x).shape
@@ -270,7 +271,8 @@ class Quantised(Weight):
             return partition.product(kernel, x.reshape(*lead, -1), w, rows, self.split(), backward).reshape(shape)
 
         routes = {platform: partial(run, kernel) for platform, kernel in kernels.items()}
-        return jax.lax.platform_dependent(x, self.codes, self._scale(), default=lambda x, *_: plain(x), **routes)
+        w = self._swap(self.codes), self._scale()
+        return jax.lax.platform_dependent(x, *w, default=lambda x, *_: plain(x), **routes)
 
     def einsum(self, eqn: str, x: Array) -> Array:
         if weights.split(eqn)[1] != letters(self.eqn)[1]:  # the other side is summed: no format is made for that

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels.packing import pack, signed, unpack
-from model.quant._matrix import Calibration, Format, Quantised, matrix, nearest, transform
+from model.quant._matrix import Calibration, Format, Quantised, matrix, nearest, transform, transposed
 
 
 @flax.struct.dataclass
@@ -32,6 +32,8 @@ class Int4(Quantised):
         from kernels import int4_matmul, int4_triton
 
         found, part, group = super().kernels(x, backward), self.part(), self.tile[0]
+        if transposed(self.eqn):
+            return found
         if x.dtype == jnp.bfloat16 and int4_matmul.supported(*part, group):
             found["tpu"] = int4_matmul.gradient if backward else int4_matmul.matmul
         if not backward and int4_triton.supported(*part, group):
