@@ -139,7 +139,6 @@ def small(model: str, peers: str, _: str) -> Iterator[Contest]:
     for batch in (1, 8):
         case = dict(what="decode", batch=batch, prompt=64, new_tokens=48, model=model)
         formats = {"int8": dict(name="int8"), "w8a8": dict(name="int8", activations=True), "int4": dict(name="int4")}
-        formats["int8, the table too"] = dict(name="int8", where=r"layers/.*|embed/table")
         sides = [Side(f"ours, {name}", OURS, case | {"quant": quant}) for name, quant in formats.items()]
         sides.append(Side("ours, float32", OURS, case))
         yield Contest(f"decoding quantised, batch {batch}", sides + llama_cpp(model, peers) * (batch == 1))
