@@ -19,7 +19,7 @@ from infer.models import load, open_model
 from infer.sample import Knobs, sample, truncate
 from model.config import ModelConfig
 from model.peft import lora
-from model.transformer import Transformer
+from model.transformer import Transformer, unstack
 
 TINY = ModelConfig(
     vocab_size=97, layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48, max_len=64, tied=True
@@ -194,6 +194,17 @@ def test_stream_is_generate(tiny):
     end = whole.tokens[0][4]
     streamed = list(stream(*tiny, PROMPTS[0], stop_ids=(end,), **knobs))
     assert streamed == whole.tokens[0][: whole.tokens[0].index(end) + 1]
+
+
+def test_weights_of_16_bits_become_float32_once_on_a_cpu(tiny):
+    model, params = tiny
+    narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+    ready = unrolled(model, narrow)
+    assert {w.dtype for w in jax.tree.leaves(ready)} == {jnp.dtype("float32")}
+    want = unstack(jax.tree.map(lambda w: w.astype(jnp.float32), narrow), model.config)
+    jax.tree.map(np.testing.assert_array_equal, ready, want)
+    kept = unrolled(dataclasses.replace(model, dtype="bfloat16"), narrow)
+    assert {w.dtype for w in jax.tree.leaves(kept)} == {jnp.dtype("bfloat16")}
 
 
 def test_prompts_longer_than_a_prefill_chunk(tiny, monkeypatch):
