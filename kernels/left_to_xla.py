@@ -39,6 +39,10 @@ def round_rows(x: Array) -> tuple[Array, Array]:
 
 
 def cases() -> Iterator[Case]:
+    return (case._replace(platform=platform) for platform in ("tpu", "cuda") for case in _cases())
+
+
+def _cases() -> Iterator[Case]:
     for m, k, n in ((16, 4096, 4096), (2048, 4096, 14336)):
         shape, flops, row, scale = (
             f"{m}x{k}x{n}",

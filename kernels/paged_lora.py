@@ -285,9 +285,10 @@ def cases() -> Iterator[Case]:
     """Decoding with an adapter of its own for each row, of ranks 8 to 64, their pages all that the stacks hold."""
     flat = lambda f: lambda x, a, b, *r: f(x[:, None], a, b, Route(*r))[:, 0]
     for rows, dtype in ((16, "bfloat16"), (64, "bfloat16"), (64, "float32")):
-        pages = sum(-(-(8 + 13 * i % 57) // BLOCK) for i in range(rows))
-        stack, pairs = array(pages * BLOCK, 4096, dtype=dtype), array(-(-pages // STEP) * STEP, dtype="int32")
-        args = array(rows, 4096, dtype=dtype), stack, stack, pairs, pairs, pairs, array(dtype="int32")
+        owner = [i for i in range(rows) for _ in range(-(-(8 + 13 * i % 57) // BLOCK))]  # of each page
+        pages = len(owner)
+        stack = array(pages * BLOCK, 4096, dtype=dtype)
+        args = array(rows, 4096, dtype=dtype), stack, stack, *route(list(enumerate(owner)), pages)
         name = f"{rows} adapters, {pages} pages, 4096x4096 {dtype}"
         cuda = lambda x, a, b, *r: paged_lora_triton.matmul(x, _pages(a), _pages(b), Route(*r))
         for kernel, platform in ((flat(decode), "tpu"), (cuda, "cuda")):

@@ -75,7 +75,8 @@ def attend(q: Array, k: Array, v: Array, context: dict, windowed: Any) -> Array:
         see = jnp.where(windowed, context["see_window"], see)
     if how == "cudnn":
         whole = lambda x: x.swapaxes(1, 2)
-        return jax.nn.dot_product_attention(q, whole(k), whole(v), mask=see[:, None], implementation="cudnn")
+        more = dict(mask=see[:, None], is_causal=True)  # which skips blocks that nothing sees
+        return jax.nn.dot_product_attention(q, whole(k), whole(v), **more, implementation="cudnn")
     return attention(q, k, v, see)
 
 

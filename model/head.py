@@ -20,7 +20,9 @@ from model.layers import softcap
 
 ROWS = ("data", "fsdp", "context")  # mesh axes that split the rows
 
-CHUNK_BYTES = 64 * 2**20  # of float32 logits at once on a shard; 341 rows at V = 49152
+# Of float32 logits at once on a shard, by platform; 341 rows at V = 49152 on a CPU. Every chunk reads the head and adds
+# to its gradient: an accelerator, whose products outrun its memory, needs thousands of rows for that to be little.
+CHUNK_BYTES = {"cpu": 64 * 2**20, "gpu": 512 * 2**20, "tpu": 512 * 2**20}
 
 Unembed = Callable[[Any, Array], Array]  # (head parameters, [rows, D]) -> logits [rows, V]
 
@@ -97,7 +99,7 @@ def _tables(moving: Any, fixed: Any, x: Array) -> Any:
 
 def chunk_rows(rows: int, vocab: int) -> int:
     """Rows of a shard whose logits exist at once. Chunks are equal: a last one of few rows would cost a whole one."""
-    return -(-rows // -(-4 * rows * vocab // CHUNK_BYTES))
+    return -(-rows // -(-4 * rows * vocab // CHUNK_BYTES[weights.platform()]))
 
 
 def _loop(x: Array, weight: Array, vocab: int, body: Callable, carry: Any) -> Any:

@@ -15,13 +15,18 @@ from model.layers import Norm, context, softcap
 from model.recurrent import BLOCKS, block_of, initial, join, pick, scan
 from model.weights import Params, Spec, Specs
 
-# What the backward pass keeps of a layer. "dots" keeps what `weights.einsum` returns, and on a TPU what the attention
-# kernel does, and recomputes the rest; on a CPU that is faster than keeping everything, since stacking residuals in the
-# scan costs more than softmax and silu.
+CUDNN = "dot_product_attention_fwd_wrapper"  # the primitive of its forward kernel, which JAX gives no name to keep
+
+# What the backward pass keeps of a layer. "dots" keeps what `weights.einsum` returns, and on a TPU or GPU what the
+# attention kernel does, and recomputes the rest; on a CPU that is faster than keeping everything, since stacking
+# residuals in the scan costs more than softmax and silu.
 # By name, not by primitive: of a LoRA leaf the sum is kept, and not its two products, each as large as the sum.
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.save_only_these_names("product"),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names("product"),
+        lambda primitive, *_, **__: primitive.name == CUDNN,
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

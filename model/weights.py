@@ -194,6 +194,12 @@ def sharded() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": of the devices of the ambient mesh, which may be absent, or else of JAX's own."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def shards(*axes: str) -> int:
     """Parts into which the ambient mesh splits a dimension that lies on `axes`."""
     mesh = jax.sharding.get_abstract_mesh()

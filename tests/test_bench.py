@@ -44,14 +44,14 @@ def test_every_method_takes_part():
 def test_a_round_with_an_adapter(tmp_path, merged):
     model = tiny()
     export_hf(model, model.init(jax.random.key(0)), load("bytes"), tmp_path / "model", check=False)
-    run = bench_ours.decode(str(tmp_path / "model"), 2, 4, 3, peft="ia3", merged=merged)
+    run = bench_ours.decode(str(tmp_path / "model"), 2, 4, 3, "float32", peft="ia3", merged=merged)
     assert run()["tokens"] == 4
 
 
 def test_a_round_with_quantised_weights(tmp_path):
     model = tiny()
     export_hf(model, model.init(jax.random.key(0)), load("bytes"), tmp_path / "model", check=False)
-    run = bench_ours.decode(str(tmp_path / "model"), 2, 4, 3, quant={"name": "int8", "activations": True})
+    run = bench_ours.decode(str(tmp_path / "model"), 2, 4, 3, "float32", quant={"name": "int8", "activations": True})
     assert run()["tokens"] == 4
 
 

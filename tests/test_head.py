@@ -31,7 +31,7 @@ def by_logps(model, params, mask):
 
 @pytest.fixture(params=[1, 5, 16, 1000], ids=lambda rows: f"{rows} rows a chunk")
 def rows(request, monkeypatch):
-    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 512 * request.param)
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * 512 * request.param)
 
 
 @pytest.mark.parametrize("f", [chunked, by_logps])

@@ -191,15 +191,23 @@ def test_remat_does_not_run_splash_again():
 
 
 def test_cudnn_lowers(monkeypatch):
-    """For a GPU that is absent: its flash attention forward and backward, under the mask of documents."""
+    """For a GPU that is absent: its flash attention forward and backward, under the mask of documents; with remat
+    "dots" the forward kernel runs once."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
     *tensors, positions, segments = problem(64, 64)
     ctx = context(shape(), positions, segments, None, "cudnn")
-    f = lambda *args: value_and_gradients(lambda q, k, v: backends.attend(q, k, v, ctx, False), *args)
-    traced = jax.jit(f).trace(*(x.astype(jnp.bfloat16) for x in tensors))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "fmhaScaleBiasSoftmax(" in text and "fmhaScaleBiasSoftmaxBackward(" in text
+
+    def lowered(remat):
+        attend = jax.checkpoint(lambda q, k, v: backends.attend(q, k, v, ctx, False), policy=REMAT[remat])
+        traced = jax.jit(lambda *args: value_and_gradients(attend, *args)).trace(
+            *(x.astype(jnp.bfloat16) for x in tensors)
+        )
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    count = lambda remat: lowered(remat).count("@__cudnn$fmhaScaleBiasSoftmax(")
+    assert (count("full"), count("dots")) == (2, 1) and "fmhaScaleBiasSoftmaxBackward(" in lowered("dots")
+    assert lowered("dots").count('mask_type\\22: \\22CAUSAL') == 2
 
 
 def shape(head_dim: int = 64) -> ModelConfig:

@@ -1,9 +1,12 @@
-"""Speed and memory of training, fine-tuning and decoding on this CPU, beside torch and llama.cpp where installed.
+"""Speed and memory of training, fine-tuning and decoding on this machine, beside torch and llama.cpp on a CPU.
 
     python -m tools.bench [--what=train,sft,decode,small,adapters,methods] [--rounds=3] [--out=runs/bench.json]
 
 Sides run in processes of their own and take turns, so that a slow minute hits all. Ratios are medians over the turns
 of ours over theirs. Everything measured, with the machine's facts, goes to --out.
+
+On a GPU, whose memory the sides share: JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false before it, and
+--model=llama2-7b --dtype=bfloat16 --alone behind. Memory is then the GPU's.
 """
 
 import argparse
@@ -50,7 +53,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--what", default=",".join(WHAT), help="some of " + ",".join(WHAT))
     parser.add_argument("--rounds", type=int, default=3, help="turns of every side")
     parser.add_argument("--out", default="runs/bench.json")
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="packaged name or Hugging Face folder")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="a name, a folder, or a shape, then at random")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of ours; peers: float32")
     parser.add_argument("--data", default="", help="JSON lines with prompt and completion; else questions on Python")
     parser.add_argument("--alone", action="store_true", help="without peers, though they are installed")
     args = parser.parse_args(argv)
@@ -80,14 +84,14 @@ def bench(args: argparse.Namespace) -> None:
         peers = "" if args.alone or missing else exported(args.model, folder / "model")
         for what in args.what.split(","):
             for contest in WHAT[what](args.model, peers, str(data)):
-                results.append(measure(contest, args.rounds))
+                results.append(measure(contest, args.rounds, args.dtype))
                 console.print(table(results[-1]))
     facts["load_after"] = os.getloadavg()
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     content = {"command": ["python", "-m", "tools.bench", *sys.argv[1:]], "machine": facts, "contests": results}
     out.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    console.print(f"{facts['cpu']}, {facts['cores']} cores, load {facts['load_before'][0]:.1f} · {out}", soft_wrap=True)
+    console.print(f"{', '.join((*facts['gpu'], facts['cpu']))}, {facts['cores']} cores, load {facts['load_before'][0]:.1f} · {out}", soft_wrap=True)
 
 
 # --- contests ---
@@ -135,12 +139,12 @@ def llama_cpp(model: str, peers: str) -> list[Side]:
 
 
 def small(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """Decoding with weights of 8 and 4 bits against float32."""
+    """Decoding with weights of 8 and 4 bits against those of the model."""
     for batch in (1, 8):
         case = dict(what="decode", batch=batch, prompt=64, new_tokens=48, model=model)
         formats = {"int8": dict(name="int8"), "w8a8": dict(name="int8", activations=True), "int4": dict(name="int4")}
         sides = [Side(f"ours, {name}", OURS, case | {"quant": quant}) for name, quant in formats.items()]
-        sides.append(Side("ours, float32", OURS, case))
+        sides.append(Side("ours, as it is", OURS, case))
         yield Contest(f"decoding quantised, batch {batch}", sides + llama_cpp(model, peers) * (batch == 1))
 
 
@@ -203,10 +207,11 @@ def exported(model: str, folder: Path) -> str:
 # --- measurements ---
 
 
-def measure(contest: Contest, rounds: int) -> dict[str, Any]:
-    """Rounds of all sides in turn, and the ratios of the first to each."""
+def measure(contest: Contest, rounds: int, dtype: str) -> dict[str, Any]:
+    """Rounds of all sides in turn, and the ratios of the first to each. Ours compute in `dtype`."""
+    cases = [side.case | {"dtype": dtype} if side.module == OURS else side.case for side in contest.sides]
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(Worker(side.module, side.case)) for side in contest.sides]
+        workers = [stack.enter_context(Worker(side.module, case)) for side, case in zip(contest.sides, cases)]
         turns = [[worker.round() for worker in workers] for _ in range(rounds)]
         peaks = [worker.peak_bytes() for worker in workers]
     sides = []
@@ -216,7 +221,7 @@ def measure(contest: Contest, rounds: int) -> dict[str, Any]:
         cost = lambda r: r["cpu_seconds"] / r["tokens"] if r["cpu_seconds"] else float("nan")
         sides.append({
             "name": side.name,
-            "case": side.case,
+            "case": cases[i],
             "rounds": [turn[i] for turn in turns],
             "tokens_per_second": statistics.median(rate(theirs) for _, theirs in pairs),
             "cpu_seconds_per_token": _number(statistics.median(cost(theirs) for _, theirs in pairs)),
@@ -264,12 +269,21 @@ def machine() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
     return {
         "cpu": models[0] if models else platform.processor(),
+        "gpu": boards(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def boards() -> list[str]:
+    """Name and driver of each NVIDIA board."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    return []
 
 
 if __name__ == "__main__":

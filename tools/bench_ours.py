@@ -11,11 +11,27 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tools.bench_worker import Round, decoding, serve, timed
+from configs.models import SHAPES
+from infer.models import load
+from model.config import ModelConfig
+from model.transformer import Transformer
+from model.weights import Params
+from tools.bench_worker import Round, decoding, peak_memory, serve, timed
 
 
-def train(model: str, peft: str, batch: int, length: int, steps: int) -> Callable[[], Round]:
-    """Bare training steps on random tokens that all count, of everything or of what a method makes by its defaults."""
+def opened(model: str, dtype: str) -> tuple[Transformer, Params]:
+    """A model by its name, or one of a shape's name with random weights, which says no less about speed."""
+    if model in SHAPES:
+        random = Transformer(ModelConfig(**SHAPES[model]), dtype, dtype)
+        return random, jax.jit(random.init)(jax.random.key(0))
+    lm = load(model, dtype=dtype)
+    return lm.model, lm.params
+
+
+def train(model: str, peft: str, batch: int, length: int, steps: int, dtype: str) -> Callable[[], Round]:
+    """Bare training steps on random tokens that all count, of everything or of what a method makes by its defaults.
+
+    `dtype` is that of activations; weights are float32."""
     from configs import base
     from model import build
     from train import flags, init, inputs
@@ -24,11 +40,12 @@ def train(model: str, peft: str, batch: int, length: int, steps: int) -> Callabl
 
     flags.trim_after_compiling()
     cfg = base.get_config()
-    cfg.init, cfg.peft.name = model, peft
+    cfg.model.dtype, cfg.peft.name = dtype, peft
+    cfg.model.shape, cfg.init = (model, "") if model in SHAPES else ("", model)
     start = inputs.pretrained(cfg)
     planned = init.plan(cfg, build.model(cfg, start), make_mesh(cfg.mesh))
     step = compile_step(planned)
-    tokens = np.random.default_rng(0).integers(0, start.config.vocab_size, (batch, length + 1), np.int32)
+    tokens = np.random.default_rng(0).integers(0, planned.model.config.vocab_size, (batch, length + 1), np.int32)
     ones = np.ones((batch, length), np.int32)
     rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": ones.astype(np.float32)}
     rows |= {"segments": ones, "positions": ones.cumsum(1, dtype=np.int32) - 1}
@@ -47,7 +64,7 @@ def train(model: str, peft: str, batch: int, length: int, steps: int) -> Callabl
     return run
 
 
-def sft(model: str, data: str, batch: int, length: int, steps: int) -> Callable[[], Round]:
+def sft(model: str, data: str, batch: int, length: int, steps: int, dtype: str) -> Callable[[], Round]:
     """`train.main` on prompts and completions, from the second step to the last. Padding is no token."""
     from configs import schema
     from train.main import run as train_main
@@ -55,7 +72,7 @@ def sft(model: str, data: str, batch: int, length: int, steps: int) -> Callable[
     def run() -> Round:
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(Path(__file__).parents[1]):
             argv = {
-                "init": model, "steps": steps, "log_every": steps, "eval_every": 0, "eval_batches": 1, "samples": "()",
+                "init": model, "model.dtype": dtype, "steps": steps, "log_every": steps, "eval_every": 0, "eval_batches": 1, "samples": "()",
                 "data.source": data, "data.packing": "best_fit", "data.seq_len": length, "data.batch_size": batch,
                 "ckpt.every": 0,
             }  # fmt: skip
@@ -74,6 +91,7 @@ def decode(
     batch: int,
     prompt: int,
     new_tokens: int,
+    dtype: str,
     peft: str = "",
     merged: bool = False,
     quant: dict | None = None,
@@ -81,12 +99,11 @@ def decode(
     """Greedy decoding of random prompts, with an adapter that a method makes by its defaults and noise has moved, or
     with weights in a format."""
     from infer.generate import generate, unrolled
-    from infer.models import load
     from model import weights
     from model.build import find
 
-    lm = load(model)
-    params, specs, key = lm.params, lm.model.specs, jax.random.key(0)
+    model, params = opened(model, dtype)
+    specs, key = model.specs, jax.random.key(0)
 
     def moved(params: dict) -> dict:
         params = find("model.peft", ConfigDict({"name": peft}))()(params, specs, key)
@@ -97,41 +114,45 @@ def decode(
     params = jax.jit(moved)(params) if peft else params
     if quant:
         params = jax.jit(lambda p: find("model.quant", ConfigDict(quant))()(p, specs, key))(params)
-    params = unrolled(lm.model, weights.dense(params, specs) if merged else params)
-    prompts = np.random.default_rng(0).integers(0, lm.config.vocab_size, (batch, prompt)).tolist()
-    return lambda: decoding(lambda n: generate(lm.model, params, prompts, max_new_tokens=n), batch, new_tokens)
+    params = unrolled(model, weights.dense(params, specs) if merged else params)
+    prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, prompt)).tolist()
+    return lambda: decoding(lambda n: generate(model, params, prompts, max_new_tokens=n), batch, new_tokens)
 
 
-def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: int) -> Callable[[], Round]:
+def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: int, dtype: str) -> Callable[[], Round]:
     """Greedy decoding with another adapter on every row, in turn; every round goes on with the next ones.
 
     What it takes to bring them to the device is counted.
     """
     from infer.generate import generate
-    from infer.models import load
     from infer.store import Store
 
-    lm, rng = load(model), np.random.default_rng(0)
-    specs = lm.model.specs["layers"]["attn"]
+    (model, base), rng = opened(model, dtype), np.random.default_rng(0)
+    specs = model.specs["layers"]["attn"]
     draw = lambda *shape: (rng.random(shape, np.float32) * 0.02 - 0.01).astype(np.float16)
 
     def adapter(rank: int) -> dict:
         shapes = {f"layers/attn/{name}": specs[name].shape for name in ("wq", "wv")}  # [L,D,N,H]
         return {p: (draw(s[0], rank, s[1]), draw(s[0], rank, *s[2:])) for p, s in shapes.items()}
 
-    store = Store(lm.model, lm.params, {str(i): adapter(r) for i, r in enumerate(ranks)}, batch * max(ranks) * 2)
-    prompts = rng.integers(0, lm.config.vocab_size, (batch, prompt)).tolist()
+    store = Store(model, base, {str(i): adapter(r) for i, r in enumerate(ranks)}, batch * max(ranks) * 2)
+    prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
     turn = itertools.count()
 
     def run() -> Round:
         names = [str(next(turn) % len(ranks)) for _ in range(batch)]
         seconds, cpu = timed(lambda: jax.block_until_ready(store.serving(names, batch)))
         params = store.serving(names, batch)
-        done = decoding(lambda n: generate(lm.model, params, prompts, max_new_tokens=n), batch, new_tokens)
+        done = decoding(lambda n: generate(model, params, prompts, max_new_tokens=n), batch, new_tokens)
         return done | {"seconds": done["seconds"] + seconds, "cpu_seconds": done["cpu_seconds"] + cpu}
 
     return run
 
 
+def device_memory() -> int:
+    """The most bytes that this process held of its accelerator; where there is none, of the machine."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or peak_memory()
+
+
 if __name__ == "__main__":
-    serve({"train": train, "sft": sft, "decode": decode, "adapters": adapters})
+    serve({"train": train, "sft": sft, "decode": decode, "adapters": adapters}, device_memory)

@@ -61,7 +61,12 @@ class Worker:
         self.log.close()
 
 
-def serve(sides: dict[str, Callable[..., Callable[[], Round]]]) -> None:
+def peak_memory() -> int:
+    """The most bytes that this process held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def serve(sides: dict[str, Callable[..., Callable[[], Round]]], peak: Callable[[], int] = peak_memory) -> None:
     """The child's end: `sides[what](**case)` prepares, what it returns runs a round."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not an answer
@@ -76,7 +81,7 @@ def serve(sides: dict[str, Callable[..., Callable[[], Round]]]) -> None:
     answer({})
     for _ in sys.stdin:
         answer(run())
-    answer({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})
+    answer({"peak_bytes": peak()})
 
 
 def timed(f: Callable[[], Any]) -> tuple[float, float]:

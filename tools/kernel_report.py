@@ -1,7 +1,7 @@
 """What the kernels of `kernels/` cost on TPUs that are not here: compiled by libtpu on this CPU, the schedule read.
 
     python -m tools.kernel_report --chip=v5e,v5p,v6e,tpu7x [--shapes=quick|all] [--only=REGEX] [--json]
-    python -m tools.kernel_report --chip=h100 ...
+    python -m tools.kernel_report --chip=h100|gpu ...
 
 By shape: bundles of the hot loop and its turns, the MXU's least cycles over those of the schedule, bytes moved over the
 least, VMEM, registers spilled; beside it, but for quick shapes, what XLA makes of the same operands. Times go from what
@@ -9,7 +9,8 @@ bounds the kernel (the schedule, or HBM at its peak) to that and the part of the
 XLA to its own estimate. No stall is in them: they rank kernels to about 10 %. TPU7x's products a cycle are a guess from
 its peak: its schedules go below. It needs requirements/tpu.txt.
 
-For an H100, with requirements/gpu.txt, it says what registers, spills, memory and bytes there are: no times are known.
+For an absent H100, with requirements/gpu.txt, it says what registers, spills, memory and bytes there are: no times are
+known. `--chip=gpu` runs the same on the GPU of this machine: it times kernels, and tells how far from XLA's results they are.
 """
 
 import argparse
@@ -44,6 +45,7 @@ TPUS = {
     "v6e": Tpu("v6e:2x2", {"bfloat16": 2**19, "int8": 2**20}),
     "tpu7x": Tpu("tpu7x:2x2x1", {"bfloat16": 2**19, "float8_e4m3fn": 2**20}, 2),
 }
+GPUS = ("h100", "gpu")  # absent, and that of this machine
 
 
 def main(argv: list[str]) -> int:
@@ -68,10 +70,11 @@ def report(names: list[str], quick: bool, only: str) -> list[dict[str, Any]]:
     from tools import kernel_report_gpu
     from tools.plan import topology
 
-    if unknown := [n for n in names if n not in (*TPUS, "h100")]:
-        raise UserError(f"no chip {unknown[0]!r} is known", "--chip", "of " + ", ".join((*TPUS, "h100")))
-    if "h100" in names and len(names) > 1:
-        raise UserError("one process loads one compiler", "--chip", "h100 alone")
+    if unknown := [n for n in names if n not in (*TPUS, *GPUS)]:
+        raise UserError(f"no chip {unknown[0]!r} is known", "--chip", "of " + ", ".join((*TPUS, *GPUS)))
+    gpu = next((n for n in names if n in GPUS), "")
+    if gpu and len(names) > 1:
+        raise UserError("one process loads one compiler", "--chip", f"{gpu} alone")
     chosen = [c for c in cases() if (c.quick or not quick) and re.search(only, f"{c.name} {c.shape}")]
     on = {p: [c for c in chosen if c.platform == p] for p in ("tpu", "cuda")}
     on["tpu"] = [c._replace(xla=None) if quick and c.kernel else c for c in on["tpu"]]
@@ -83,7 +86,7 @@ def report(names: list[str], quick: bool, only: str) -> list[dict[str, Any]]:
         )
         devices = {name: topology(TPUS[name].topology)[0] for name in names if name in TPUS}
         rows = [row(case, name, device, dump) for name, device in devices.items() for case in on["tpu"]]
-        return rows + (kernel_report_gpu.report(on["cuda"], dump) if "h100" in names else [])
+        return rows + (kernel_report_gpu.report(on["cuda"], dump, gpu == "gpu") if gpu else [])
 
 
 def cases() -> list[Any]:
@@ -197,7 +200,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
     from tools import kernel_report_gpu
 
-    if gpu := [r for r in rows if r["chip"] == "h100"]:
+    if gpu := [r for r in rows if r["chip"] not in TPUS]:
         kernel_report_gpu.show(gpu)
     heads = ("", "by", "bundles", "MXU", "us", "HBM us", "bytes", "VMEM", "spills")
     for name in dict.fromkeys(r["chip"] for r in rows if r["chip"] in TPUS):

@@ -28,7 +28,7 @@ def devices(count: str) -> list[Any]:
     """As many H100s of one machine. Raises UserError for another number, or without the CUDA wheels."""
     if count not in map(str, range(1, MOST + 1)):
         raise UserError(f"{count!r} H100s are not one machine", "--topology", f"h100:1 to h100:{MOST}")
-    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+    if not installed():
         raise UserError("the CUDA wheels are not installed", "tools.plan", "pip install -r requirements/gpu.txt")
     # Nothing can be timed here, so that XLA takes the first algorithm that it knows.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
@@ -39,6 +39,11 @@ def devices(count: str) -> list[Any]:
     chip = chips.find(KIND)
     target = H100.format(bandwidth=int(chip.hbm_bandwidth.value), memory=int(chip.hbm_bytes.value), kind=KIND)
     return topologies.get_topology_desc("", "cuda", topology=f"1x1x{count}", target_config=target).devices
+
+
+def installed() -> bool:
+    """Whether the CUDA wheels are, of either version that JAX is built for."""
+    return any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
 
 
 def room(peak: int) -> tuple[bool, str]:

@@ -22,7 +22,10 @@ SENT = {
     "collective-permute": lambda g: 1.0,
 }
 BETWEEN = "data, between slices"
-ALIASES = ("parameter", "constant", "get-tuple-element", "tuple", "while", "bitcast", "conditional", "call")
+ALIASES = (
+    "parameter", "constant", "get-tuple-element", "tuple", "while", "bitcast", "conditional", "call", "fusion-done",
+)  # fmt: skip
+FUSIONS = ("fusion", "fusion-start")
 BITS = dict(pred=8, token=0)
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
@@ -126,7 +129,7 @@ class Program:
 
     def _outer(self) -> Iterator[tuple[str, Op]]:
         """Operations that run outside of fusions and move arrays, with their computations."""
-        inner = {c for ops in self.ops.values() for op in ops.values() if op.kind == "fusion" for c in op.called}
+        inner = {c for ops in self.ops.values() for op in ops.values() if op.kind in FUSIONS for c in op.called}
         for where, ops in self.ops.items():
             if where not in inner and self.times[where]:
                 yield from ((where, op) for op in ops.values() if op.kind not in ALIASES)
@@ -146,11 +149,12 @@ class Program:
         """
         total = 0.0
         for where, op in self._outer():
-            inside = self.ops[op.called[0]] if op.kind == "fusion" else {op.name: op}
-            root = self.roots[op.called[0]] if op.kind == "fusion" else op
+            inside = self.ops[op.called[0]] if op.kind in FUSIONS else {op.name: op}
+            root = self.roots[op.called[0]] if op.kind in FUSIONS else op
             order = {int(o.operands[0]): o.name for o in inside.values() if o.kind == "parameter"}
             update = inside.get(root.operands[1]) if root.kind == "dynamic-update-slice" else None
-            moved = nbytes((update or op).type) if "S(1)" not in op.type else 0
+            made = root if op.kind == "fusion-start" else op  # the type of a start has its operands, too
+            moved = nbytes((update or made).type) if "S(1)" not in op.type else 0
             for i, operand in enumerate(op.operands):
                 if (given := self.ops[where].get(operand)) and "S(1)" not in given.type:
                     moved += _read(inside, order.get(i, operand), nbytes(given.type))

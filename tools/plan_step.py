@@ -35,6 +35,9 @@ def plan(cfg: Any, model: Any, devices: list[Any], what: str = "train") -> dict[
         lowered, arguments = (train_step if what == "train" else decode_step)(cfg, planned)
         held = {name: cost.bytes_per_device(x, jax.tree.map(lambda a: a.sharding, x)) for name, x in arguments.items()}
         out = {"what": what, "device": devices[0].device_kind, "config": plans.describe(cfg, planned)}
+        local = rows // shards // cfg.accum * (2 if "chosen" in planned.objective.batch else 1) * cfg.data.seq_len
+        local //= mesh.shape["context"]
+        chunk = head.chunk_rows(local, planned.model.config.vocab_size)
         out |= {"mesh": dict(mesh.shape), "rows": rows, "accum": cfg.accum, "bytes": held, "assumed": ASSUMED}
         try:
             compiled = lowered.compile()
@@ -49,9 +52,6 @@ def plan(cfg: Any, model: Any, devices: list[Any], what: str = "train") -> dict[
     fits, verdict = plan_gpu.room(held["peak"]) if devices[0].platform == "gpu" else (True, "says libtpu")
     if not fits:
         return out | {"fits": False, "verdict": verdict, "turn": knob(cfg, held, devices[0])}
-    local = rows // shards // cfg.accum * (2 if "chosen" in planned.objective.batch else 1) * cfg.data.seq_len
-    local //= mesh.shape["context"]
-    chunk = head.chunk_rows(local, planned.model.config.vocab_size)
     if what == "train":
         held["logits_chunk"] = 4 * chunk * planned.model.config.vocab_size
         held["gradients"] = out["config"]["bytes_per_device"]["gradients"]

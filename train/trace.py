@@ -55,10 +55,11 @@ def own_seconds(events: list[dict]) -> tuple[dict[str, float], dict[str, int]]:
     seconds, calls, open_ops = defaultdict(float), defaultdict(int), defaultdict(list)
     for e in sorted(ops, key=lambda e: (e["ts"], -e["dur"])):
         name = e["args"].get("hlo_op", e["name"])
+        name = e["name"] if name.startswith("command_buffer") else name  # of many kernels, which a GPU starts at once
         stack = open_ops[e["pid"], e["tid"]]
         while stack and stack[-1][1] <= e["ts"]:
             stack.pop()
-        if stack:
+        if stack and "correlation_id" not in e["args"]:  # kernels of a GPU run side by side, none within another
             seconds[stack[-1][0]] -= e["dur"] / 1e6
         seconds[name] += e["dur"] / 1e6
         calls[name] += 1
