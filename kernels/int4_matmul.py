@@ -2,7 +2,7 @@
 
 Two regimes. With few rows of x the weights' bytes are the time: each group's partial product is scaled, which costs
 M N / group multiplications. With many the products are: a block of W is dequantised in VMEM, hidden under the MXU.
-On a GPU `int4_triton` is what runs, and elsewhere `reference`.
+On a GPU `codes_triton` is what runs, and elsewhere `reference`.
 """
 
 import functools

@@ -5,7 +5,7 @@ read for one row of x, as in Punica's BGMV (Chen et al. 2023, arXiv 2310.18547),
 N, which goes through the pairs of its row and adds up the parts: no atomics, so that results repeat. A page is read as
 often as pairs name it; rows that share one find it in the level-2 cache.
 
-Compiled for an H100 by `tools.kernel_report`, which counts registers, spills and bytes. Times were not measured.
+On an H100 4.7 to 8 times as fast as XLA's loop (`results/gpu.md`).
 """
 
 import functools

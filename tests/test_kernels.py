@@ -19,10 +19,10 @@ from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels import blocks, int4_matmul, int4_triton, packing
+from kernels import blocks, codes_triton, int4_matmul, packing
 from kernels import nf4 as kernel_nf4
 from model import many
-from model.quant import int4, nf4
+from model.quant import fp8, int4, int8, nf4
 from tests.test_plan import gpu, tpu
 from tests.test_quant import rand, relative
 from tools import kernel_report, kernel_report_schedule, plan_hlo
@@ -54,20 +54,20 @@ def interpreted(monkeypatch):
         pytest.param(int4_matmul, 130, 2048, 200, 64, marks=pytest.mark.slow),
         pytest.param(int4_matmul, 200, 2560, 256, 64, marks=pytest.mark.slow),
         pytest.param(int4_matmul, 1100, 256, 2100, 32, marks=pytest.mark.slow),  # several blocks each way
-        (int4_triton, 5, 1240, 97, 64),  # five shares of the groups, and a ragged last group
-        (int4_triton, 16, 576, 128, 128),
-        (int4_triton, 130, 608, 300, 32),  # W is dequantised; the last share has fewer groups
-        (int4_triton, 600, 256, 64, 64),  # left to XLA
-        pytest.param(int4_triton, 1, 4096, 64, 128, marks=pytest.mark.slow),
-        pytest.param(int4_triton, 64, 640, 3, 32, marks=pytest.mark.slow),
-        pytest.param(int4_triton, 400, 1240, 260, 64, marks=pytest.mark.slow),  # several blocks each way
+        (codes_triton, 5, 1240, 97, 64),  # five shares of the groups, and a ragged last group
+        (codes_triton, 16, 576, 128, 128),
+        (codes_triton, 130, 608, 300, 32),  # several blocks of rows; the last share has fewer groups
+        (codes_triton, 600, 256, 64, 64),  # left to XLA
+        pytest.param(codes_triton, 1, 4096, 64, 128, marks=pytest.mark.slow),
+        pytest.param(codes_triton, 64, 640, 3, 32, marks=pytest.mark.slow),
+        pytest.param(codes_triton, 400, 1240, 260, 64, marks=pytest.mark.slow),  # several blocks each way
     ],
 )
 def test_int4_is_its_reference(interpreted, by, m, k, n, group):
     """Both regimes and both directions, with ragged columns, rows and groups; bfloat16 inputs, sums in float32."""
     leaf = int4.encode(rand(k, n), "BTD,DF->BTF", group=group)
     x, g = rand(m, k, seed=1).astype(jnp.bfloat16), rand(m, n, seed=2).astype(jnp.bfloat16)
-    assert by.supported(k, n, group)
+    assert by is codes_triton or by.supported(k, n, group)
     kernel = jax.jit(lambda x, *w: by.matmul(x, *w, group))
     y, pull = jax.vjp(lambda x: kernel(x, leaf.codes, leaf.scale), x)
     want, pull_reference = jax.vjp(lambda x: int4_matmul.reference(x, leaf.codes, leaf.scale, group), x)
@@ -78,7 +78,22 @@ def test_int4_is_its_reference(interpreted, by, m, k, n, group):
     assert relative(exact, want) < 1e-5
 
 
-@pytest.mark.parametrize("by", [int4_matmul, int4_triton])
+@pytest.mark.parametrize("m, k, n", [(5, 1240, 97), (100, 320, 200)])
+@pytest.mark.parametrize("fmt", ["int4", "nf4", "int8", "fp8"])
+def test_codes_of_every_form(interpreted, fmt, m, k, n):
+    """Ragged rows, columns and groups on a GPU, against the dequantised leaf."""
+    leaf, (form, dtype, _) = FORMATS[fmt](rand(k, n), "BTD,DF->BTF"), codes_triton.FORMS[fmt]
+    x, group, w = rand(m, k, seed=1), leaf.tile[0], leaf._matrix()
+    assert codes_triton.supported(k, group) and leaf.codes.dtype == dtype and leaf.form == form.__name__
+    args = leaf.codes, leaf._plain().scale, group, None, form
+    y, pull = jax.vjp(lambda x: codes_triton.matmul(x, *args), x.astype(jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16 and relative(y.astype(jnp.float32), x @ w) < 6e-3
+    g = rand(m, n, seed=2).astype(jnp.bfloat16)
+    assert relative(pull(g)[0].astype(jnp.float32), g.astype(jnp.float32) @ w.T) < 6e-3
+    assert relative(codes_triton.matmul(x, *args), x @ w) < 1e-5
+
+
+@pytest.mark.parametrize("by", [int4_matmul, codes_triton])
 def test_int4_by_hand(interpreted, by):
     """Rows 3, -2, 0, ... of one group with scale 0.5, times 2, 1, 0, ...: (6 - 2) / 2."""
     codes = packing.pack(jnp.zeros((64, 128)).at[0].set(3).at[1].set(-2))
@@ -119,7 +134,12 @@ def test_blocks_pad_least():
 
 # --- shards ---
 
-FORMATS = {"int4": functools.partial(int4.encode, group=64), "nf4": nf4.encode}
+FORMATS = {
+    "int4": functools.partial(int4.encode, group=64),
+    "nf4": nf4.encode,
+    "int8": int8.encode,
+    "fp8": fp8.encode,
+}
 
 
 @pytest.mark.parametrize(
@@ -129,6 +149,8 @@ FORMATS = {"int4": functools.partial(int4.encode, group=64), "nf4": nf4.encode}
         ("int4", "tpu", "BTNH,NHD->BTD", (4, 64, 512)),
         ("int4", "cuda", "BTD,DF->BTF", (256, 256)),
         ("int4", "cuda", "BTNH,NHD->BTD", (4, 64, 512)),
+        ("nf4", "cuda", "BTD,DF->BTF", (256, 256)),
+        ("int8", "cuda", "BTD,DF->BTF", (256, 256)),
         ("nf4", "tpu", "BTF,FD->BTD", (256, 512)),
         pytest.param("nf4", "tpu", "BTD,DF->BTF", (256, 256), marks=pytest.mark.slow),
         pytest.param("nf4", "tpu", "BTNH,NHD->BTD", (4, 64, 512), marks=pytest.mark.slow),
@@ -139,7 +161,7 @@ def test_on_shards_it_is_the_plain_product(interpreted, monkeypatch, fmt, platfo
     interpreted(platform)
     used = []
     tpu = (int4_matmul, "matmul"), (int4_matmul, "gradient"), (kernel_nf4, "dequantise"), (kernel_nf4, "matmul")
-    for module, name in {"tpu": tpu, "cuda": ((int4_triton, "matmul"),)}[platform]:
+    for module, name in {"tpu": tpu, "cuda": ((codes_triton, "matmul"),)}[platform]:
         kernel = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, k=kernel, **kw: used.append(a[-2].shape) or k(*a, **kw))
     leaf = FORMATS[fmt](rand(*shape), eqn)
@@ -155,7 +177,8 @@ def test_on_shards_it_is_the_plain_product(interpreted, monkeypatch, fmt, platfo
     assert relative(*map(jnp.float32, (dx, pull(g)[0]))) < 5e-3
     k, n = leaf.kn
     rows, columns = {"BTD,DF->BTF": (k, n // 2)}.get(eqn, (k // 2, n))
-    assert used and set(used) == {(rows // 2, columns)}  # gathered over fsdp, not over tensor
+    byte = 2 if leaf.codes.dtype == jnp.uint8 else 1
+    assert used and set(used) == {(rows // byte, columns)}  # gathered over fsdp, not over tensor
 
 
 # --- the report ---
@@ -232,25 +255,27 @@ def test_schedules_are_those_committed():
 def test_no_program_spills_and_none_writes_a_float_w(chip):
     argv = [sys.executable, "-m", "tools.kernel_report", f"--chip={chip}", "--json"]
     told = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout
-    shapes = {f"{c.name} {c.shape}": c.args for c in kernel_report.cases() if c.platform == "cuda"}
+    cases = {f"{c.name} {c.shape}": c for c in kernel_report.cases() if c.platform == "cuda"}
     rows = {f"{r['case']} {r['shape']}": r for r in json.loads(told)}
-    assert rows.keys() == shapes.keys()
+    assert rows.keys() == cases.keys()
     for name, row in rows.items():
+        if cases[name].kernel is None:
+            continue
         assert row["kernel"]["spill_stores"] == row["kernel"]["spill_loads"] == 0 < row["kernel"]["registers"], name
         if row["case"] == "paged lora":
             assert row["bytes_least"] <= row["kernel"]["bytes_moved"] < 1.01 * row["bytes_least"], name
             continue
-        x, packed, _ = shapes[name]
-        w = 2 * packed.size * x.dtype.itemsize
+        x, codes, _ = cases[name].args
+        w = x.shape[1] * codes.shape[1] * x.dtype.itemsize
         assert row["kernel"]["bytes_temporary"] < w / 4 and row["xla"]["bytes_temporary"] >= w, name
-        assert row["bytes_least"] <= row["kernel"]["bytes_moved"] < 2 * row["bytes_least"], name
-        assert row["xla"]["bytes_moved"] > 5 * row["bytes_least"], name
+        assert row["bytes_least"] <= row["kernel"]["bytes_moved"] < 2.5 * row["bytes_least"], name
+        assert row["xla"]["bytes_moved"] > 3 * row["bytes_least"], name
 
 
 @pytest.mark.parametrize(
     "fmt, on, kernel, calls",
     [
-        *[pytest.param(fmt, "v5e:2x2", "tpu_custom_call", 2, marks=tpu) for fmt in FORMATS],
+        *[pytest.param(fmt, "v5e:2x2", "tpu_custom_call", 2, marks=tpu) for fmt in ("int4", "nf4")],
         pytest.param("int4", "h100:4", "__gpu$xla.gpu.triton", 1, marks=gpu),
     ],
 )
@@ -261,7 +286,7 @@ def test_four_absent_chips_gather_packed_weights(fmt, on, kernel, calls):
     laid = lambda a, *axes: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P(*axes)))
     leaf = jax.eval_shape(lambda w: FORMATS[fmt](w, eqn), jax.ShapeDtypeStruct((1024, 512), jnp.float32))
     leaf = jax.tree.map(lambda a: laid(a, *("tensor", "fsdp") if a.shape[-1] == 512 else ()), leaf)
-    x = laid(jax.ShapeDtypeStruct((4, 256, 1024), jnp.bfloat16), "fsdp", None, "tensor")
+    x = laid(jax.ShapeDtypeStruct((4, 128, 1024), jnp.bfloat16), "fsdp", None, "tensor")
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         forward = lambda x, leaf: leaf.einsum(eqn, x).astype(jnp.float32).sum()
         f = jax.value_and_grad(forward) if calls == 2 else forward

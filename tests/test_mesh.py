@@ -207,7 +207,7 @@ def test_cudnn_lowers(monkeypatch):
 
     count = lambda remat: lowered(remat).count("@__cudnn$fmhaScaleBiasSoftmax(")
     assert (count("full"), count("dots")) == (2, 1) and "fmhaScaleBiasSoftmaxBackward(" in lowered("dots")
-    assert lowered("dots").count('mask_type\\22: \\22CAUSAL') == 2
+    assert lowered("dots").count("mask_type\\22: \\22CAUSAL") == 2
 
 
 def shape(head_dim: int = 64) -> ModelConfig:

@@ -235,9 +235,7 @@ tpu = [
 ]
 gpu = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        importlib.util.find_spec("jax_cuda12_plugin") is None, reason="the CUDA wheels are not installed: make gpu"
-    ),
+    pytest.mark.skipif(not plan_gpu.installed(), reason="the CUDA wheels are not installed: make gpu"),
 ]
 TINY = ["--config.model.shape=tiny", "--config.data.tokenizer=bytes", "--config.data.seq_len=128", "--json"]
 

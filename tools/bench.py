@@ -91,7 +91,8 @@ def bench(args: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     content = {"command": ["python", "-m", "tools.bench", *sys.argv[1:]], "machine": facts, "contests": results}
     out.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    console.print(f"{', '.join((*facts['gpu'], facts['cpu']))}, {facts['cores']} cores, load {facts['load_before'][0]:.1f} · {out}", soft_wrap=True)
+    chips = ", ".join((*facts["gpu"], facts["cpu"]))
+    console.print(f"{chips}, {facts['cores']} cores, load {facts['load_before'][0]:.1f} · {out}", soft_wrap=True)
 
 
 # --- contests ---

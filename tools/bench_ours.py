@@ -72,7 +72,8 @@ def sft(model: str, data: str, batch: int, length: int, steps: int, dtype: str) 
     def run() -> Round:
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(Path(__file__).parents[1]):
             argv = {
-                "init": model, "model.dtype": dtype, "steps": steps, "log_every": steps, "eval_every": 0, "eval_batches": 1, "samples": "()",
+                "init": model, "model.dtype": dtype, "steps": steps, "log_every": steps, "eval_every": 0,
+                "eval_batches": 1, "samples": "()",
                 "data.source": data, "data.packing": "best_fit", "data.seq_len": length, "data.batch_size": batch,
                 "ckpt.every": 0,
             }  # fmt: skip

@@ -10,7 +10,7 @@ XLA to its own estimate. No stall is in them: they rank kernels to about 10 %. T
 its peak: its schedules go below. It needs requirements/tpu.txt.
 
 For an absent H100, with requirements/gpu.txt, it says what registers, spills, memory and bytes there are: no times are
-known. `--chip=gpu` runs the same on the GPU of this machine: it times kernels, and tells how far from XLA's results they are.
+known. `--chip=gpu` does the same on the GPU of this machine, times both and tells how far from XLA's results ours are.
 """
 
 import argparse

@@ -21,9 +21,8 @@ from typing import Any
 from configs.errors import UserError
 from train import chips
 
-
-COLD = 256 * 2**20  # bytes of operands that no level-2 cache holds: an H100's is 50 MiB
-CALLS = 32  # the most in a program that is timed, since each of them is compiled
+COLD = 128 * 2**20  # bytes of operands, more than twice what a level-2 cache holds: an H100's is 50 MiB
+CALLS = 16  # the most in a program that is timed, since each of them is compiled
 ROUNDS = 7
 
 
@@ -44,7 +43,9 @@ def present() -> Any:
     try:
         return jax.devices("cuda")[0]
     except RuntimeError as e:
-        raise UserError(f"JAX finds no GPU: {str(e).splitlines()[0]}", "--chip", "h100 compiles for an absent one") from e
+        raise UserError(
+            f"JAX finds no GPU: {str(e).splitlines()[0]}", "--chip", "h100 compiles for an absent one"
+        ) from e
 
 
 def row(case: Any, device: Any, dump: str, here: bool) -> dict[str, Any]:
@@ -154,7 +155,11 @@ def assembled(path: str) -> str:
 def ptxas() -> str:
     """The assembler of the CUDA wheels, whose folder has the version in its name, or that of the machine."""
     nvidia = importlib.util.find_spec("nvidia")
-    found = [p for folder in nvidia.submodule_search_locations for p in glob.glob(f"{folder}/*/bin/ptxas")] if nvidia else []
+    found = (
+        [p for folder in nvidia.submodule_search_locations for p in glob.glob(f"{folder}/*/bin/ptxas")]
+        if nvidia
+        else []
+    )
     return found[0] if found else shutil.which("ptxas") or "ptxas"
 
 
@@ -169,12 +174,12 @@ def show(rows: list[dict[str, Any]]) -> None:
     told = lambda value, form: "n/a" if value is None else form(value)
     for r in rows:
         for by in (by for by in ("kernel", "xla") if by in r):
-            got = r[by]
+            got, off = r[by], r.get("off_by") if by == "kernel" else None
             table.add_row(
                 f"{r['case']} {r['shape']}", by, told(got["registers"], str),
                 told(got["spill_stores"], lambda n, got=got: f"{n} / {got['spill_loads']}"),
                 told(got["shared"], lambda n: f"{n / 2**10:.1f} KiB"), f"{got['bytes_moved'] / r['bytes_least']:.2f}",
                 f"{got['bytes_temporary'] / 1e6:.2f} MB", told(got.get("us"), "{:.1f}".format),
-                told(r["limit_us"], "{:.1f}".format), told(r.get("off_by") if by == "kernel" else None, "{:.0e}".format),
+                told(r["limit_us"], "{:.1f}".format), told(off, "{:.0e}".format),
             )  # fmt: skip
     Console(highlight=False, width=140).print(table)

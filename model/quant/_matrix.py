@@ -147,6 +147,7 @@ class Quantised(Weight):
     tile: tuple[int, int] = flax.struct.field(pytree_node=False)
     whole: ClassVar[bool] = True
     by_place: ClassVar[Callable | None] = None  # codes -> numbers of the first row in each byte, of the second, ...
+    form: ClassVar[str] = ""  # what reads the codes in kernels/codes_triton.py
 
     def numbers(self, codes: Array) -> Array:
         """Numbers of codes in matrix order, float32 [..., K, N]."""
@@ -240,37 +241,44 @@ class Quantised(Weight):
         """Rows and columns of its matrix that a device has."""
         return tuple(size // weights.shards(*axes) for size, axes in zip(self.kn, self.split()))
 
-    def kernels(self, x: Array, backward: bool) -> dict[str, Callable]:
-        """By platform what multiplies x by the matrix, or by the transposed one; XLA does what is not there.
+    def kernels(self, rows: int, dtype: Any, backward: bool) -> dict[str, Callable]:
+        """By platform what multiplies `rows` of a device by the matrix, or by the transposed one; XLA does the others.
 
-        `kernel(x [M, K], codes, scale, group=, dtype=)`: see kernels/int4_matmul.py.
+        `kernel(x [M, K], codes, scale, group=, dtype=)`: see kernels/codes_triton.py.
         """
-        from kernels import few_rows
+        from kernels import codes_triton, few_rows
 
-        few = not backward and self.by_place and x.size // self.kn[0] <= few_rows.ROWS
-        if not few or not few_rows.supported(self.part()[0], self.tile[0], transposed(self.eqn)):
-            return {}
-        return {"cpu": partial(few_rows.matmul, by_place=self.by_place, turned=transposed(self.eqn))}
+        found, (k, _), group, turned = {}, self.part(), self.tile[0], transposed(self.eqn)
+        if backward:
+            return found
+        if self.by_place and rows <= few_rows.ROWS and few_rows.supported(k, group, turned):
+            found["cpu"] = partial(few_rows.matmul, by_place=self.by_place, turned=turned)
+        by_column = not turned and self.tile[1] == 1
+        if self.form and rows <= codes_triton.MOST and by_column and codes_triton.supported(k, group):
+            found["cuda"] = partial(codes_triton.matmul, form=getattr(codes_triton, self.form))
+        return found
 
     def multiplied(self, eqn: str, x: Array, backward: bool = False) -> Array:
         """`forward` or `backward`, by a kernel where the product is one of two matrices; experts are left to XLA."""
         from kernels import partition
 
-        plain, kernels = partial(self.backward if backward else self.forward, eqn), self.kernels(x, backward)
+        plain = partial(self.backward if backward else self.forward, eqn)
         xs, _, out = weights.operands(eqn)
         _, contracted, produced = weights.split(eqn)
         kept = xs.removesuffix(contracted)
-        one = (xs, out) == (kept + contracted, kept + produced) and self.codes.ndim == 2
-        if not kernels or not one or self.offset is not None:
+        if (xs, out) != (kept + contracted, kept + produced) or self.codes.ndim > 2 or self.offset is not None:
             return plain(x)
         lead, shape = x.shape[: len(kept)], jax.eval_shape(plain, x).shape
         rows = weights.mesh_axes([ACTIVATIONS.get(c) for c in kept], lead)
+        own = math.prod(lead) // weights.shards(*(axis for axes in rows for axis in axes))
 
         def run(kernel: Callable, x: Array, *w: Array) -> Array:
             kernel = partial(kernel, group=self.tile[0])
             return partition.product(kernel, x.reshape(*lead, -1), w, rows, self.split(), backward).reshape(shape)
 
-        routes = {platform: partial(run, kernel) for platform, kernel in kernels.items()}
+        routes = {platform: partial(run, kernel) for platform, kernel in self.kernels(own, x.dtype, backward).items()}
+        if not routes:
+            return plain(x)
         w = self._swap(self.codes), self._scale()
         return jax.lax.platform_dependent(x, *w, default=lambda x, *_: plain(x), **routes)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import flax.struct
 import jax
@@ -20,6 +20,8 @@ BLOCK = 128  # both ways (DeepSeek-V3, arXiv 2412.19437)
 
 @flax.struct.dataclass
 class FP8(Quantised):
+    form: ClassVar[str] = "plain"
+
     def numbers(self, codes: Array) -> Array:
         return codes.astype(jnp.float32)
 

@@ -7,7 +7,7 @@ slower. Neighbouring rows share a byte, so that no group and no shard is torn, a
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import flax.struct
 import jax
@@ -20,6 +20,8 @@ from model.quant._matrix import Calibration, Format, Quantised, matrix, nearest,
 
 @flax.struct.dataclass
 class Int4(Quantised):
+    form: ClassVar[str] = "int4"
+
     def numbers(self, codes: Array) -> Array:
         return signed(unpack(codes, self.kn[0])).astype(jnp.float32)
 
@@ -28,16 +30,12 @@ class Int4(Quantised):
         wide = jax.lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.int32)  # a CPU shifts no vector of bytes
         return [wide << 28 >> 28, wide >> 4]
 
-    def kernels(self, x: Array, backward: bool) -> dict[str, Callable]:
-        from kernels import int4_matmul, int4_triton
+    def kernels(self, rows: int, dtype: Any, backward: bool) -> dict[str, Callable]:
+        from kernels import int4_matmul
 
-        found, part, group = super().kernels(x, backward), self.part(), self.tile[0]
-        if transposed(self.eqn):
-            return found
-        if x.dtype == jnp.bfloat16 and int4_matmul.supported(*part, group):
+        found, bf16 = super().kernels(rows, dtype, backward), dtype == jnp.bfloat16
+        if bf16 and not transposed(self.eqn) and int4_matmul.supported(*self.part(), self.tile[0]):
             found["tpu"] = int4_matmul.gradient if backward else int4_matmul.matmul
-        if not backward and int4_triton.supported(*part, group):
-            found["cuda"] = int4_triton.matmul
         return found
 
 

@@ -5,7 +5,7 @@ XLA is at the memory limit of a TPU with both and needs no kernel; products of i
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import flax.struct
 import jax
@@ -18,6 +18,7 @@ from model.quant._matrix import Calibration, Format, Quantised, align, letters, 
 
 @flax.struct.dataclass
 class Int8(Quantised):
+    form: ClassVar[str] = "plain"
     activations: bool = flax.struct.field(default=False, pytree_node=False)
 
     def numbers(self, codes: Array) -> Array:
@@ -27,8 +28,8 @@ class Int8(Quantised):
     def by_place(codes: Array) -> list[Array]:
         return [codes]
 
-    def kernels(self, x: Array, backward: bool) -> dict[str, Callable]:
-        return {} if self.activations else super().kernels(x, backward)
+    def kernels(self, rows: int, dtype: Any, backward: bool) -> dict[str, Callable]:
+        return {} if self.activations else super().kernels(rows, dtype, backward)
 
     def forward(self, eqn: str, x: Array) -> Array:
         """W8A8: x is rounded too, token by token; its gradient is as if it were not. Experts take x as it is."""

@@ -7,7 +7,7 @@ magnitudes as 8-bit floats less their mean; here they are 256 equal steps from 0
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -35,6 +35,7 @@ BLOCK = 256  # scales that share a second scale
 class NF4(Quantised):
     """`scale` holds uint8, or bfloat16 without double quantisation."""
 
+    form: ClassVar[str] = "nf4"
     scale2: Array | None = None  # float32 [..., ceil(scales / 256), 1]
 
     def numbers(self, codes: Array) -> Array:
@@ -73,11 +74,11 @@ class NF4(Quantised):
         one = self.codes.ndim == 2 and not transposed(self.eqn) and self.tile[0] < self.kn[0]
         return one and dtype == jnp.bfloat16 and nf4.supported(*self.part(), self.tile[0])
 
-    def kernels(self, x: Array, backward: bool) -> dict[str, Callable]:
+    def kernels(self, rows: int, dtype: Any, backward: bool) -> dict[str, Callable]:
         from kernels import nf4
 
-        few = not backward and x.size // self.kn[0] <= nf4.FEW
-        return {"tpu": nf4.matmul} if few and self._supported(x.dtype) else {}
+        found, few = super().kernels(rows, dtype, backward), not backward and rows <= nf4.FEW
+        return found | ({"tpu": nf4.matmul} if few and self._supported(dtype) else {})
 
     def axes(self, spec: Spec) -> "NF4":
         named = super().axes(spec)
