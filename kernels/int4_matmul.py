@@ -125,9 +125,13 @@ def _transposed(w: tiled.W, g_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_
 
 
 def cases() -> Iterator[Case]:
-    """Decoding and prefill of 7 B models, aligned and not, and the backward pass of QLoRA."""
+    """Decoding and prefill of 7 B models, aligned and not, and the backward pass of QLoRA.
+
+    A decoding loop has columns up to whole registers in memory (`Quantised.settled`): of 4,100 it reads 4,224.
+    """
     few, many = (16, 4096, 4096), (2048, 4096, 14336)
-    forward = [(*few, 128), (*few, 64), (1, 4096, 4096, 128), (16, 4096, 4100, 128), (16, 11008, 4096, 64)]
+    forward = [(*few, 128), (*few, 64), (1, 4096, 4096, 128), (16, 4096, 4100, 128), (16, 4096, 4224, 128)]
+    forward += [(16, 11008, 4096, 64)]
     forward += [(*many, 64), (*many, 128), (2000, 4096, 14300, 64), (2048, 11008, 4096, 64)]
     for backward, shapes in enumerate((forward, [(*many, 64), (2048, 4096, 4096, 128), (2000, 4096, 14300, 64)])):
         kernel, xla = ((matmul, reference), (gradient, reference_gradient))[backward]
@@ -136,5 +140,5 @@ def cases() -> Iterator[Case]:
             yield Case(
                 "int4 dx" if backward else "int4", f"{m}x{k}x{n} g{g}",
                 functools.partial(kernel, group=g), functools.partial(xla, group=g), args, 2 * m * k * n,
-                quick=(m, k, n, g) in (forward[0], forward[5]),
+                quick=(m, k, n, g) in (forward[0], (*many, 64)),
             )  # fmt: skip

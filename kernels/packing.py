@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jax import Array
 
+LANES = 128  # of a TPU's register
+
 # Of NF4: quantiles of a normal distribution (Dettmers et al. 2023, arXiv 2305.14314, appendix E).
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -33,4 +35,4 @@ def signed(nibbles: Array) -> Array:
 def by_columns(rows: int, columns: int) -> bool:
     """Whether XLA lays bytes [rows, columns] out column after column on a TPU: where tiles of 8 x 128 pad that less."""
     up = lambda size, tile: -(-size // tile) * tile
-    return up(columns, 8) * up(rows, 128) < up(rows, 8) * up(columns, 128)
+    return up(columns, 8) * up(rows, LANES) < up(rows, 8) * up(columns, LANES)

@@ -22,7 +22,7 @@ ROWS = ("data", "fsdp", "context")  # mesh axes that split the rows
 
 # Of float32 logits at once on a shard, by platform; 341 rows at V = 49152 on a CPU. Every chunk reads the head and adds
 # to its gradient: an accelerator, whose products outrun its memory, needs thousands of rows for that to be little.
-CHUNK_BYTES = {"cpu": 64 * 2**20, "gpu": 512 * 2**20, "tpu": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 64 * 2**20, "other": 512 * 2**20}
 
 Unembed = Callable[[Any, Array], Array]  # (head parameters, [rows, D]) -> logits [rows, V]
 
@@ -99,7 +99,8 @@ def _tables(moving: Any, fixed: Any, x: Array) -> Any:
 
 def chunk_rows(rows: int, vocab: int) -> int:
     """Rows of a shard whose logits exist at once. Chunks are equal: a last one of few rows would cost a whole one."""
-    return -(-rows // -(-4 * rows * vocab // CHUNK_BYTES[weights.platform()]))
+    most = CHUNK_BYTES["cpu" if weights.platform() == "cpu" else "other"]
+    return -(-rows // -(-4 * rows * vocab // most))
 
 
 def _loop(x: Array, weight: Array, vocab: int, body: Callable, carry: Any) -> Any:

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels import blocks, codes_triton, int4_matmul, packing
 from kernels import nf4 as kernel_nf4
-from model import many
+from model import many, weights
 from model.quant import fp8, int4, int8, nf4
 from tests.test_plan import gpu, tpu
 from tests.test_quant import rand, relative
@@ -125,6 +125,21 @@ def test_nf4_is_its_reference_bit_for_bit(interpreted, k, n):
 def test_bytes_lie_as_xla_lays_them(rows, columns, turned):
     """Against the layouts that libtpu gave parameters of these shapes."""
     assert packing.by_columns(rows, columns) == turned
+
+
+@pytest.mark.parametrize("fmt", ["int4", "nf4"])
+def test_a_decoding_loop_has_whole_registers_of_columns(interpreted, monkeypatch, fmt):
+    """Of a TPU, where XLA would turn the bytes of 260 columns; products and values stay what they are."""
+    leaf, x = FORMATS[fmt](rand(1024, 260), "BTD,DF->BTF"), rand(1, 3, 1024, seed=1).astype(jnp.bfloat16)
+    assert leaf.settled() is leaf  # on a CPU
+    monkeypatch.setattr(weights, "platform", lambda: "tpu")
+    wide = leaf.settled()
+    assert (wide.codes.shape, wide.scale.shape, wide.shape) == ((512, 384), (16, 384), (1024, 260))
+    np.testing.assert_array_equal(wide._dense(jnp.float32), leaf._dense(jnp.float32))
+    for rows in (x, jnp.tile(x, (1, 50, 1))):  # of the two regimes
+        y, want = (jax.jit(lambda x, w: w.einsum("BTD,DF->BTF", x))(rows, w) for w in (wide, leaf))
+        np.testing.assert_array_equal(y, want)
+    assert FORMATS[fmt](rand(1024, 256), "BTD,DF->BTF").settled().codes.shape == (512, 256)
 
 
 def test_blocks_pad_least():

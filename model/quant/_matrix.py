@@ -204,7 +204,7 @@ class Quantised(Weight):
 
     def _matrix(self) -> Array:
         """Dequantised float32 [..., K, N], without `inverse`."""
-        m = self.numbers(self._swap(self.codes)) * spread(self._scale().astype(jnp.float32), self.tile, self.kn)
+        m = self.numbers(self._swap(self.codes)[..., : self.kn[1]]) * spread(self._scale().astype(jnp.float32), self.tile, self.kn)
         if self.offset is not None:
             m = m + spread(self._swap(self.offset).astype(jnp.float32), self.tile, self.kn)
         return m
@@ -274,7 +274,8 @@ class Quantised(Weight):
 
         def run(kernel: Callable, x: Array, *w: Array) -> Array:
             kernel = partial(kernel, group=self.tile[0])
-            return partition.product(kernel, x.reshape(*lead, -1), w, rows, self.split(), backward).reshape(shape)
+            y = partition.product(kernel, x.reshape(*lead, -1), w, rows, self.split(), backward)
+            return y[..., : self.kn[0 if backward else 1]].reshape(shape)
 
         routes = {platform: partial(run, kernel) for platform, kernel in self.kernels(own, x.dtype, backward).items()}
         if not routes:
@@ -311,6 +312,17 @@ class Quantised(Weight):
 
     def dense(self, spec: Spec) -> Array:
         return self._dense(spec.value.dtype)
+
+    def settled(self) -> "Quantised":
+        """Of a TPU's kernel with whole registers of columns, where XLA would lay the bytes out column after column."""
+        from kernels import packing
+
+        plain, n = self._plain(), self.kn[1]
+        alone = weights.platform() == "tpu" and not weights.sharded() and self.codes.ndim == 2
+        if not alone or "tpu" not in self.kernels(1, jnp.bfloat16, False) or not packing.by_columns(*self.codes.shape):
+            return self
+        wide = lambda a: jnp.pad(a, ((0, 0), (0, -n % packing.LANES)))
+        return plain.replace(codes=wide(plain.codes), scale=wide(plain.scale))
 
     def axes(self, spec: Spec) -> "Quantised":
         shared, k, n = letters(self.eqn)

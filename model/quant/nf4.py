@@ -62,7 +62,8 @@ class NF4(Quantised):
         kernel = partial(nf4.dequantise, group=group)
 
         def tpu(codes: Array, scale: Array) -> Array:
-            return self._array(partition.elementwise(kernel, (codes, scale.astype(jnp.float32)), split, rows))
+            m = partition.elementwise(kernel, (codes, scale.astype(jnp.float32)), split, rows)
+            return self._array(m[:, : self.kn[1]])
 
         default = lambda *_: plain(dtype)[0]
         return jax.lax.platform_dependent(self.codes, self._scale(), tpu=tpu, default=default), None
