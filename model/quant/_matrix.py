@@ -204,7 +204,8 @@ class Quantised(Weight):
 
     def _matrix(self) -> Array:
         """Dequantised float32 [..., K, N], without `inverse`."""
-        m = self.numbers(self._swap(self.codes)[..., : self.kn[1]]) * spread(self._scale().astype(jnp.float32), self.tile, self.kn)
+        codes = self._swap(self.codes)[..., : self.kn[1]]  # `settled` may have put more behind them
+        m = self.numbers(codes) * spread(self._scale().astype(jnp.float32), self.tile, self.kn)
         if self.offset is not None:
             m = m + spread(self._swap(self.offset).astype(jnp.float32), self.tile, self.kn)
         return m
