@@ -7,7 +7,6 @@ slow one; a product with ones does not.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -24,7 +23,6 @@ def supported(k: int, group: int, turned: bool) -> bool:
     return k % group == 0 and group % (64 if turned else SUMMED) == 0
 
 
-@partial(jax.jit, static_argnames=("group", "dtype", "by_place", "turned"))  # traced once for all layers
 def matmul(
     x: Array, codes: Array, scale: Array, group: int, dtype: Any = None, *, by_place: Callable, turned: bool
 ) -> Array:

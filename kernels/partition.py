@@ -1,5 +1,6 @@
 """A kernel under a mesh: each device works on its own part of W, since XLA does not partition a kernel."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -11,13 +12,18 @@ Axes = tuple[str, ...]  # of a mesh, that a dimension is split over
 
 
 def product(
-    kernel: Callable, x: Array, w: Sequence[Array], rows: Sequence[Axes], split: tuple[Axes, Axes], backward: bool
+    kernel: functools.partial,
+    x: Array,
+    w: Sequence[Array],
+    rows: Sequence[Axes],
+    split: tuple[Axes, Axes],
+    backward: bool,
 ) -> Array:
     """x [..., K] times W [K, N] -> [..., N], or when `backward` x [..., N] times the transposed W -> [..., K].
 
     The leading dimensions of x lie over `rows`, and the two of W, of its codes as of its scales, over `split`. W is
     gathered, packed, over the axes that rows lie over too; the others split the sum, whose parts are added, or the
-    result. `kernel(x, *w, dtype)` multiplies matrices.
+    result. `kernel(x, *w, dtype=)` multiplies matrices.
     """
     taken = {a for axes in rows for a in axes}
     left = [tuple(a for a in axes if a not in taken) for axes in split]
@@ -25,7 +31,8 @@ def product(
 
     def local(x: Array, *w: Array) -> Array:
         w = _gather(w, split, taken)
-        y = kernel(x.reshape(-1, x.shape[-1]), *w, dtype=jnp.float32 if summed else x.dtype)
+        to = functools.partial(kernel, dtype=jnp.float32 if summed else x.dtype)
+        y = once(to, x.reshape(-1, x.shape[-1]), *w)
         y = y.reshape(*x.shape[:-1], -1)
         return jax.lax.psum(y, summed).astype(x.dtype) if summed else y
 
@@ -35,13 +42,23 @@ def product(
     return jax.shard_map(local, in_specs=specs, out_specs=P(*rows, made), check_vma=False)(x, *w)
 
 
-def elementwise(kernel: Callable, w: Sequence[Array], split: tuple[Axes, Axes], gathered: set[str]) -> Array:
+def elementwise(kernel: functools.partial, w: Sequence[Array], split: tuple[Axes, Axes], gathered: set[str]) -> Array:
     """`kernel(*w)` [K, N] of codes and scales that lie over `split`, gathered over some axes while they are small."""
     if one_device():
-        return kernel(*w)
-    local = lambda *w: kernel(*_gather(w, split, gathered))
+        return once(kernel, *w)
+    local = lambda *w: once(kernel, *_gather(w, split, gathered))
     left = P(*[tuple(a for a in axes if a not in gathered) for axes in split])
     return jax.shard_map(local, in_specs=(P(*split),) * len(w), out_specs=left, check_vma=False)(*w)
+
+
+def once(kernel: functools.partial, *args: Array) -> Array:
+    """`kernel(*args)`, traced once for all layers of a shape: that of NF4 takes a tenth of a second."""
+    return _once(kernel.func, tuple(kernel.keywords.items()), *args)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _once(kernel: Callable, options: tuple, *args: Array) -> Array:
+    return kernel(*args, **dict(options))
 
 
 def one_device() -> bool:

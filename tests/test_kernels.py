@@ -36,13 +36,15 @@ ROOT = Path(__file__).parents[1]
 def interpreted(monkeypatch):
     """Kernels run on the CPU, and leaves choose as they do on a TPU, or on what `interpreted` is called with."""
     call = pl.pallas_call
+    jax.clear_caches()  # of what was traced for a device
     monkeypatch.setattr(pl, "pallas_call", lambda *a, **k: call(*a, **k | {"interpret": True}))
 
     def leaves_on(platform):
         monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, default, **on: on.get(platform, default)(*a))
 
     leaves_on("tpu")
-    return leaves_on
+    yield leaves_on
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize(
@@ -290,7 +292,8 @@ def test_no_program_spills_and_none_writes_a_float_w(chip):
 @pytest.mark.parametrize(
     "fmt, on, kernel, calls",
     [
-        *[pytest.param(fmt, "v5e:2x2", "tpu_custom_call", 2, marks=tpu) for fmt in ("int4", "nf4")],
+        pytest.param("int4", "v5e:2x2", "tpu_custom_call", 2, marks=tpu),
+        pytest.param("nf4", "v5e:2x2", "tpu_custom_call", 1, marks=tpu),  # XLA merges the two, which are equal
         pytest.param("int4", "h100:4", "__gpu$xla.gpu.triton", 1, marks=gpu),
     ],
 )
@@ -304,7 +307,7 @@ def test_four_absent_chips_gather_packed_weights(fmt, on, kernel, calls):
     x = laid(jax.ShapeDtypeStruct((4, 128, 1024), jnp.bfloat16), "fsdp", None, "tensor")
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         forward = lambda x, leaf: leaf.einsum(eqn, x).astype(jnp.float32).sum()
-        f = jax.value_and_grad(forward) if calls == 2 else forward
+        f = forward if on.startswith("h100") else jax.value_and_grad(forward)
         text = jax.jit(f).lower(x, leaf).compile().as_text()
     assert text.count(f'custom_call_target="{kernel}"') == calls
     types = " ".join(re.findall(r"= (.*?) all-gather(?:-start)?\(", text))  # a GPU gathers codes and scales at once

@@ -319,7 +319,7 @@ class Quantised(Weight):
         from kernels import packing
 
         plain, n = self._plain(), self.kn[1]
-        alone = weights.platform() == "tpu" and not weights.sharded() and self.codes.ndim == 2
+        alone = weights.platform() == "tpu" and not weights.sharded() and self.codes.ndim == 2 and self.offset is None
         if not alone or "tpu" not in self.kernels(1, jnp.bfloat16, False) or not packing.by_columns(*self.codes.shape):
             return self
         wide = lambda a: jnp.pad(a, ((0, 0), (0, -n % packing.LANES)))
