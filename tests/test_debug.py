@@ -130,6 +130,14 @@ def test_time_within_an_operation_is_not_its_own():
     assert calls == {"while": 1, "dot": 2, "add": 1}
 
 
+def test_kernels_of_a_gpu_stand_for_themselves():
+    """Two that it ran side by side, out of one command buffer: [0, 10] and [2, 5]."""
+    args = {"hlo_op": "command_buffer_3", "correlation_id": "36"}
+    kernel = lambda name, ts, dur: dict(ph="X", pid=1, tid=14, ts=ts, dur=dur, name=name, args=args)
+    seconds, calls = trace.own_seconds([kernel("gemm", 0, 10), kernel("add", 2, 3)])
+    assert {k: round(1e6 * s) for k, s in seconds.items()} == {"gemm": 10, "add": 3} and calls == {"gemm": 1, "add": 1}
+
+
 def test_a_run_too_short_to_trace_says_nothing(tmp_path, capsys):
     t = trace.Trace(3, tmp_path)
     t.close()

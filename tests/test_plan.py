@@ -111,6 +111,30 @@ def test_trips_as_a_tpu_writes_them():
     assert plan_hlo.Program(LOOP.replace("constant(8)", "negate(%j)"), 100).times["body"] == 100
 
 
+STACK = """
+%write (s: bf16[28,64], u: bf16[1,64], i: s32[]) -> bf16[28,64] {
+  %s = bf16[28,64]{1,0} parameter(0)
+  %u = bf16[1,64]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %none = s32[] constant(0)
+  ROOT %new = bf16[28,64]{1,0} dynamic-update-slice(%s, %u, %i, %none)
+}
+
+ENTRY %main (a: bf16[28,64], b: bf16[1,64], n: s32[]) -> bf16[28,64] {
+  %a = bf16[28,64]{1,0} parameter(0)
+  %b = bf16[1,64]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  %begun = ((bf16[28,64]{1,0}, bf16[1,64]{1,0}, s32[]), bf16[28,64]{1,0}) fusion-start(%a, %b, %n), calls=%write
+  ROOT %done = bf16[28,64]{1,0} fusion-done(%begun)
+}
+"""
+
+
+def test_a_gpu_writes_a_row_of_a_stack_in_place():
+    """One of 128 bytes is read and written, and its number; by a fusion that goes on beside others."""
+    assert plan_hlo.Program(STACK, 1).traffic() == 2 * 128 + 4
+
+
 @pytest.mark.parametrize("changes", [{}, {"peft.name": "lora"}, {"objective.name": "dpo"}], ids=["sft", "lora", "dpo"])
 def test_bytes_are_those_that_devices_hold(changes):
     """Arguments by kind against a real state and batch on eight CPU devices."""

@@ -6,7 +6,7 @@ Sides run in processes of their own and take turns, so that a slow minute hits a
 of ours over theirs. Everything measured, with the machine's facts, goes to --out.
 
 On a GPU, whose memory the sides share: JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false before it, and
---model=llama2-7b --dtype=bfloat16 --alone behind. Memory is then the GPU's.
+--model=llama2-7b --dtype=bfloat16 behind. Memory is then the GPU's.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 from configs.errors import UserError
 from configs.methods import FOLDERS, method, names
+from configs.models import SHAPES
 from configs.packages import PACKAGES, package_gguf
 from tools.bench_worker import Worker
 
@@ -72,7 +73,8 @@ def bench(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     console = Console()
-    missing = [] if args.alone else [name for name in TORCH if not importlib.util.find_spec(name)]
+    alone = args.alone or args.model in SHAPES  # no peer reads a shape
+    missing = [] if alone else [name for name in TORCH if not importlib.util.find_spec(name)]
     if missing:
         console.print(f"{', '.join(missing)} not installed: ours is measured alone")
     facts, results = {"load_before": os.getloadavg(), **machine()}, []
@@ -81,7 +83,7 @@ def bench(args: argparse.Namespace) -> None:
         data = Path(args.data or folder / "questions.jsonl").absolute()
         if not args.data:
             data.write_text("".join(json.dumps(row) + "\n" for row in questions()), "utf-8")
-        peers = "" if args.alone or missing else exported(args.model, folder / "model")
+        peers = "" if alone or missing else exported(args.model, folder / "model")
         for what in args.what.split(","):
             for contest in WHAT[what](args.model, peers, str(data)):
                 results.append(measure(contest, args.rounds, args.dtype))
