@@ -24,6 +24,7 @@ PRESETS: dict[str, dict[str, dict[str, str]]] = {
     "0.0.42.1": {
         "overlap": _OVERLAP,
         "dense": _OVERLAP | {"xla_tpu_scoped_vmem_limit_kib": "98304"},  # larger fusions in vector memory (MaxText)
+        "memory": {"xla_tpu_enable_latency_hiding_scheduler": "false"},  # nothing is gathered ahead of its use
         "dcn": {  # gradients between slices, in parts, while the backward pass goes on
             "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
             "xla_tpu_data_parallel_opt_different_sized_ops": "true",
