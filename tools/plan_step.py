@@ -20,8 +20,8 @@ from train.step import compile_step
 
 ASSUMED = (
     "time: low, everything overlaps at the chip's peaks and HBM is read and written once; high, nothing overlaps, what"
-    " an operation reads and writes crosses HBM, and a collective has the links of one torus axis; in neither is a kernel"
-    " slower than the chip's peaks, as some are: the one step of a GPU that was timed took 1.3 times the high end",
+    " an operation reads and writes crosses HBM, and a collective has the links of one torus axis; in neither is"
+    " a kernel below the chip's peaks, as many are: the one step of a GPU that was timed took 1.3 times the high end",
     "every slot of a batch is a token of the loss; loops over the chunks of the head run to their end",
     "money and energy: steps alone, without compiling, evaluation and waiting",
 )
