@@ -5,7 +5,7 @@
         c.init = "smollm2-135m-instruct"
         ...
 
-`--config.key=value` overrides any of them. `configs/schema.py` holds the ranges and the rules between keys.
+`--config.key=value` overrides any of them. `configs/schema/rules.py` holds the ranges and the rules between keys.
 """
 
 from ml_collections import ConfigDict
@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     c.data.holdout = 0.05  # share of the documents kept out of training for held-out loss
     c.data.format = "auto"  # | text | messages | prompt_completion | alpaca | sharegpt | preference
     c.data.fields = ""  # rename columns: "prompt=question,completion=answer"
-    c.data.tokenizer = ""  # see data/tokenizer.py; "": the one of `init`, else bytes
+    c.data.tokenizer = ""  # see data/text/tokenizer.py; "": the one of `init`, else bytes
     c.data.seq_len = 256  # T
     c.data.batch_size = 8  # B, rows a step over all hosts
     c.data.packing = "best_fit"  # | "concat" (documents are split) | "none" (one a row, padded; preference pairs)
@@ -73,7 +73,7 @@ def get_config() -> ConfigDict:
     c.mesh.fsdp = 1  # splits the batch, and parameters and optimizer state along embed
     c.mesh.tensor = 1  # splits heads, mlp and vocabulary; must divide the heads
     c.mesh.context = 1  # splits the tokens of a row, for long ones; must divide seq_len
-    c.xla_preset = ""  # compiler flags of TPUs by name, see train/flags.py; "": none
+    c.xla_preset = ""  # compiler flags of TPUs by name, see train/keep/flags.py; "": none
 
     c.log_every = 10  # steps between two lines of metrics
     c.eval_every = 0  # steps; 0: only after the last step

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from common.errors import UserError
 from configs import schema
-from configs.errors import UserError
 
 Point = dict[str, Any]
 Points = Iterable[Point] | Mapping[str, Iterable[Any]]

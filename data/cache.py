@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configs.errors import UserError
+from common.errors import UserError
 
 FILES = ("tokens.bin", "mask.bin", "offsets.bin", "hashes.bin")
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.errors import UserError
-from data import cache, chat, formats, sources
+from common.errors import UserError
+from data import cache, formats, sources
 from data.cache import Document
 from data.formats import Chat, Completion, Example, Pair, Text
-from data.tokenizer import Tokenizer
+from data.text import chat
+from data.text.tokenizer import Tokenizer
 
 VERSION = 1  # goes up when the same input gives other documents
 KINDS = {Text: "text", Completion: "completion", Chat: "completion", Pair: "pair"}

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from configs.errors import UserError
+from common.errors import UserError
 
 FORMATS = ("auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt", "preference")
 # "auto" takes the first shape whose columns are all there.

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs import paths
-from configs.errors import UserError
+from common import paths
+from common.errors import UserError
 from data import synthetic
 
 MAX_LINE = 64 << 20  # bytes of one record

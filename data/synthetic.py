@@ -6,7 +6,7 @@ A spec is NAME?k=v&k=v: "add?n=1000&digits=2&seed=0". The same spec gives the sa
 import random
 from collections.abc import Iterator
 
-from configs.errors import UserError
+from common.errors import UserError
 
 VERSION = 1  # goes up when a spec gives other records
 

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from configs.errors import UserError
+from common.errors import UserError
 from evals import task as tasks
 
 

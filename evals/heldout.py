@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from data import sources
-from model import head
-from model.transformer import Transformer
+from model.net import head
+from model.net.transformer import Transformer
 
 Pair = tuple[Any, Any]  # (sum, weight)
 PASSAGE = 1000  # characters

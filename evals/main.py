@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
-from configs.problems import did_you_mean
+from common.errors import UserError
+from configs.schema.problems import did_you_mean
 
 OPTIONS = dict(
     model="", adapter="", tasks="", shots="0", n="100", seed="0", text="", passages="16", batch_size="16", out=""

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs.errors import UserError
+from common.errors import UserError
 from evals import task as tasks
 from evals.task import Example, Prompt, Task
 from model import weights

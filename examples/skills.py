@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from configs import schema
-from configs.errors import UserError
 
 TASKS = {"sums": "synthetic:add?n=4000&digits=1", "words": "synthetic:copy?n=4000&length=3"}
 HELD_OUT, SEED = 200, 1000  # questions, and the seed that draws them

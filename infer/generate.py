@@ -16,12 +16,12 @@ import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 
-from configs.errors import UserError
+from common.errors import UserError
 from infer.sample import Knobs, sample
 from model import weights
 from model.config import ModelConfig
-from model.kv_cache import KINDS
-from model.transformer import Transformer, unstack, virtual_tokens
+from model.net.kv_cache import KINDS
+from model.net.transformer import Transformer, unstack, virtual_tokens
 from model.weights import Params
 
 PREFILL = 512  # prompt tokens a forward pass: bounds the attention scores, and the number of shapes

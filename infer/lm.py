@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from configs.errors import UserError
-from data import chat
-from data.tokenizer import Tokenizer
+from common.errors import UserError
+from data.text import chat
+from data.text.tokenizer import Tokenizer
 from infer.generate import bucket, generate, stream, unrolled
-from infer.store import Store
-from model import head
+from infer.serve.store import Store
 from model.config import ModelConfig
-from model.transformer import Transformer
+from model.net import head
+from model.net.transformer import Transformer
 from model.weights import Params
 
 Message = dict[str, Any]

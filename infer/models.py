@@ -8,15 +8,16 @@ from typing import Any
 
 import jax
 
+from common.errors import UserError
 from configs import schema
-from configs.errors import UserError
-from data import tokenizer as tokenizers
+from data.text import tokenizer as tokenizers
 from infer.lm import LM
-from infer.store import RANK_ROWS, Store
-from model import adapters, build, many, saved, weights
+from infer.serve.store import RANK_ROWS, Store
+from model import build, paged, weights
 from model.config import ModelConfig
-from model.pretrained import Pretrained, open_pretrained
-from model.transformer import Transformer
+from model.io import peft_read, saved
+from model.io.pretrained import Pretrained, open_pretrained
+from model.net.transformer import Transformer
 from model.weights import Params, Specs
 
 SHAPE = "model.json"  # the ModelConfig, in a folder that holds every parameter
@@ -29,12 +30,12 @@ def load(name: str | Path, adapter: str | Path | None = None, dtype: str | None 
     folder or a PEFT folder, whose adapters are put on the model. `dtype` of weights and activations; None: float32, or
     the run's own. Raises UserError.
     """
-    foreign = adapter and (Path(adapter).expanduser() / adapters.CONFIG).exists()
+    foreign = adapter and (Path(adapter).expanduser() / peft_read.CONFIG).exists()
     opened = Run(Path(adapter), base=open_model(name)) if adapter and not foreign else open_model(name)
     if foreign:
         model = Transformer(opened.config, dtype or "float32", dtype or "float32")
         base = opened.load(model.specs, None, model.param_dtype)
-        params = adapters.read(adapter)(base, model.specs, jax.random.key(0))
+        params = peft_read.read(adapter)(base, model.specs, jax.random.key(0))
     elif isinstance(opened, Run):
         model = opened.model if dtype is None else dataclasses.replace(opened.model, dtype=dtype, param_dtype=dtype)
         params = opened.params(model.specs, None, model.param_dtype)
@@ -54,15 +55,15 @@ def load_many(
     """
     lm = load(name, dtype=dtype)
     base, specs = weights.base(lm.params), lm.model.specs
-    read = {n: many.factors_of(_adapted(path, base, specs), specs, str(path)) for n, path in folders.items()}
+    read = {n: paged.factors_of(_adapted(path, base, specs), specs, str(path)) for n, path in folders.items()}
     return dataclasses.replace(lm, params=base, store=Store(lm.model, base, read, rank_rows))
 
 
 def _adapted(folder: str | Path, base: Params, specs: Specs) -> Params:
     """A base with the adapter of a folder. Raises UserError when a run has trained it on another one."""
     path = Path(folder).expanduser()
-    if (path / adapters.CONFIG).exists():
-        return adapters.read(path)(base, specs, jax.random.key(0))
+    if (path / peft_read.CONFIG).exists():
+        return peft_read.read(path)(base, specs, jax.random.key(0))
     run = Run(path)
     if not run.cfg.peft.name:
         raise UserError("the run has trained no adapter", str(folder), "serve it as a model")
@@ -77,7 +78,7 @@ def before_and_after(source: str | Path, base: str | Path = "") -> tuple[LM, Par
     """
     path = Path(source).expanduser()
     run = Run(path) if (path / "ckpt").is_dir() else None
-    adapter = (path / adapters.CONFIG).exists() or bool(run and run.cfg.peft.name)
+    adapter = (path / peft_read.CONFIG).exists() or bool(run and run.cfg.peft.name)
     start = base or (run.cfg.init if run else "")
     if not start and not run:
         raise UserError("does not say what it was tuned from", str(source), "name it: --base=MODEL")

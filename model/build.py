@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 
-from configs.errors import UserError
+from common.errors import UserError
 from configs.models import SHAPES
 from model.config import ModelConfig
-from model.transformer import Transformer
+from model.net.transformer import Transformer
 from model.weights import Params, Specs
 
 OVERRIDES = ("layers", "embed", "heads", "kv_heads", "mlp")

@@ -33,7 +33,7 @@ class ModelConfig:
     bias: str = "none"  # | "qkv" (Qwen2) | "all" (GPT-2) | "rest": all but q, k and v (RecurrentGemma)
     qk_norm: bool = False  # RMSNorm on each query and key head (Qwen3)
     windows: tuple[int, ...] = ()
-    blocks: tuple[str, ...] = ("attn",)  # | "recurrent" (model/recurrent.py): kinds of the layers, again and again
+    blocks: tuple[str, ...] = ("attn",)  # | "recurrent" (model/net/recurrent.py): kinds of the layers, again and again
     recurrent: int = 0  # W, the width of recurrent layers
     conv: int = 4  # C, the taps of their convolution
     scale_embed: bool = False  # embeddings times sqrt(D) (Gemma)

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 from flax.linen.dtypes import promote_dtype
 
-from configs.errors import UserError
+from common.errors import UserError
 from model import weights
 from model.weights import AXES, Params, Spec, Specs, operands
 

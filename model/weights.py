@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from configs.errors import UserError
+from common.errors import UserError
 
 Params = Any  # nested dicts whose leaves are arrays or Weights
 Specs = Any  # the same dicts, with a Spec at every parameter

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from train import flags
+from train.keep import flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (

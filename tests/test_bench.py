@@ -6,10 +6,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from data.tokenizer import load
-from model.export import export_hf
+from data.text.tokenizer import load
+from model.io.export import export_hf
 from tests.test_weights import tiny
-from tools import bench, bench_ours
+from tools.bench import __main__ as bench
+from tools.bench import ours
 
 
 @pytest.mark.slow
@@ -44,14 +45,14 @@ def test_every_method_takes_part():
 def test_a_round_with_an_adapter(tmp_path, merged):
     model = tiny()
     export_hf(model, model.init(jax.random.key(0)), load("bytes"), tmp_path / "model", check=False)
-    run = bench_ours.decode(str(tmp_path / "model"), 2, 4, 3, "float32", peft="ia3", merged=merged)
+    run = ours.decode(str(tmp_path / "model"), 2, 4, 3, "float32", peft="ia3", merged=merged)
     assert run()["tokens"] == 4
 
 
 def test_a_round_with_quantised_weights(tmp_path):
     model = tiny()
     export_hf(model, model.init(jax.random.key(0)), load("bytes"), tmp_path / "model", check=False)
-    run = bench_ours.decode(str(tmp_path / "model"), 2, 4, 3, "float32", quant={"name": "int8", "activations": True})
+    run = ours.decode(str(tmp_path / "model"), 2, 4, 3, "float32", quant={"name": "int8", "activations": True})
     assert run()["tokens"] == 4
 
 

@@ -21,10 +21,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs.errors import UserError
-from model import saved
-from train.checkpoint import Checkpointer
-from train.runs import RunDir, differences
+from common.errors import UserError
+from model.io import saved
+from train.keep.checkpoint import Checkpointer
+from train.keep.runs import RunDir, differences
 from train.state import TrainState
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from configs import base, describe, methods, overrides, schema
-from configs.errors import UserError
-from configs.problems import ConfigError
+from common.errors import UserError
+from configs import base, schema
+from configs.schema import describe, methods, overrides
+from configs.schema.problems import ConfigError
 from tools import config as tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,8 +69,8 @@ def lines(*argv):
         ("1e3", "steps", 1000),
         ("1_000", "steps", 1000),
         ("2", "optim.lr", 2.0),
-        ("3", "model.layers", 3),
-        ("none", "model.layers", None),
+        ("3", "model.net.layers", 3),
+        ("none", "model.net.layers", None),
         ("False", "data.shuffle", False),
         ("a:0.7,b:0.3", "data.source", "a:0.7,b:0.3"),
         ("q=a=b", "init", "q=a=b"),
@@ -383,7 +384,7 @@ def test_every_key_has_a_comment():
 
 
 def test_the_table_names_existing_keys():
-    from configs import rules
+    from configs.schema import rules
 
     unknown = {path for path in rules.ALLOWED if path not in schema.base_keys()}
     found = ((kind, name) for kind, folder in methods.FOLDERS.items() for name in methods.names(folder, "make"))

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from configs.errors import UserError
-from data import chat, template, tokenizer
+from common.errors import UserError
+from data.text import chat, template, tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -7,12 +7,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from configs import base
-from configs.errors import UserError
-from data import cache, dataset, mixture, pack, tokenizer
-from data.layout import Part
-from data.loader import Loader, load_tokenizer, make_loaders
-from data.pack import Pieces
+from data import cache, dataset
+from data.rows import mixture, pack
+from data.rows.layout import Part
+from data.rows.loader import Loader, load_tokenizer, make_loaders
+from data.rows.pack import Pieces
+from data.text import tokenizer
 
 PAD, EOS = 258, 257
 

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from configs.errors import UserError
-from data import dataset, formats, sources, tokenizer
+from common.errors import UserError
+from data import dataset, formats, sources
 from data.formats import Chat, Completion, Pair, Text
+from data.text import tokenizer
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 

@@ -6,9 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from configs.errors import UserError
-from data import chat, tokenizer
-from data import tokenizer_formats as formats
+from common.errors import UserError
+from data.text import chat, formats, tokenizer
 
 TEXT = "Hello world! In 2024, naïve 世界 🙂\n\n\tdef f(x):  return x**2\r\n"
 LINES = [f"Line {i}: the quick brown fox isn't {i * 37} times as lazy as the dog.\n" for i in range(200)]

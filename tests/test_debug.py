@@ -11,7 +11,8 @@ from configs import schema
 from model import build
 from tests.test_main import run
 from tests.test_step import rows
-from train import debug, init, trace
+from train import debug, init
+from train.keep import trace
 from train.mesh import abstract_mesh
 from train.objectives import Objective
 

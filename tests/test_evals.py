@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.errors import UserError
+from common.errors import UserError
 from configs.models import SHAPES
-from data import tokenizer as tokenizers
+from data.text import tokenizer as tokenizers
 from evals import export, heldout, main, task
 from evals.run import choose, evaluate, flops_per_token, interval
 from evals.task import Task, chat
 from evals.tasks import dates, modules
 from infer.lm import LM
 from model.config import ModelConfig
-from model.transformer import Transformer
+from model.net.transformer import Transformer
 
 WORDS = ("apple", "fig", "pear", "plum", "quince")
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from common import chips, gas
+from common.errors import UserError
 from configs import schema
-from configs.errors import UserError
-from tools import report
-from train import chips, cost, gas
-from train.metrics import Metrics, read
-from train.power import Power
+from tools.report import __main__ as report
+from train import cost
+from train.keep.metrics import Metrics, read
+from train.keep.power import Power
 
 NAMES = ("v4", "v5e", "v5p", "v6e", "tpu7x", "a100", "a100-80gb", "h100", "h200", "b200", "l4")
 

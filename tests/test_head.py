@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import head, weights
+from model import weights
+from model.net import head
 from model.peft import lora
 from tests.test_weights import tiny
 

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.errors import UserError
+from common.errors import UserError
 from infer.generate import bucket, generate, pad, stream, unrolled
 from infer.lm import cut
 from infer.models import load, open_model
 from infer.sample import Knobs, sample, truncate
 from model.config import ModelConfig
+from model.net.transformer import Transformer, unstack
 from model.peft import lora
-from model.transformer import Transformer, unstack
 
 TINY = ModelConfig(
     vocab_size=97, layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48, max_len=64, tied=True
@@ -270,7 +270,7 @@ def run_folder(tmp_path_factory):
     from train.main import main
 
     folder = tmp_path_factory.mktemp("runs") / "lora"
-    small = {"steps": 2, "model.layers": 1, "data.source": "synthetic:add?n=200&digits=1", "samples": '("2+3=",)'}
+    small = {"steps": 2, "model.net.layers": 1, "data.source": "synthetic:add?n=200&digits=1", "samples": '("2+3=",)'}
     flags = [f"--config.{k}={v}" for k, v in small.items()]
     assert main(["--config=configs/peft/lora_tiny.py", f"--workdir={folder}", *flags]) == 0
     return folder

@@ -21,12 +21,14 @@ from jax.sharding import PartitionSpec as P
 
 from kernels import blocks, codes_triton, int4_matmul, packing
 from kernels import nf4 as kernel_nf4
-from model import many, weights
+from model import paged, weights
 from model.quant import fp8, int4, int8, nf4
 from tests.test_plan import gpu, tpu
 from tests.test_quant import rand, relative
-from tools import kernel_report, kernel_report_schedule, plan_hlo
-from tools.plan import topology
+from tools.kernel_report import __main__ as kernel_report
+from tools.kernel_report import schedule
+from tools.plan import hlo
+from tools.plan.__main__ import topology
 from train.mesh import RULES, make_mesh
 
 ROOT = Path(__file__).parents[1]
@@ -215,7 +217,7 @@ LISTING = """
 def test_a_listing_by_hand():
     """Six turns of which two fill and drain; 30 bundles of the body run once in three."""
     skipped = "\n".join(f"  {0x10 + i:#x}   : > {{ %v9 = vadd.f32 %v1, %v2 }}" for i in range(30))
-    got = kernel_report_schedule.read(LISTING.replace("{skipped}", skipped), sums=3)
+    got = schedule.read(LISTING.replace("{skipped}", skipped), sums=3)
     assert (got.turns, got.hot, got.products, got.spills, got.known) == (4, 2 + 3 + 1, 1, 1, True)
     assert got.cycles == 1 + 4 * 6 + 30 * 2  # ceil(4 / 3) of the skipped ones
 
@@ -334,10 +336,10 @@ def test_four_absent_chips_keep_their_parts_of_the_adapters(eqn, split, on, kern
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*at)))
 
     a, b = (laid(640, 1024, at=(None, axis)) for axis in split)
-    route = many.Route(*[laid(16, dtype="int32")] * 3, laid(dtype="int32"))
-    leaf = many.Many(laid(1024, 1024, at=split), a, b, eqn, route)
+    route = paged.Route(*[laid(16, dtype="int32")] * 3, laid(dtype="int32"))
+    leaf = paged.Many(laid(1024, 1024, at=split), a, b, eqn, route)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         text = jax.jit(lambda x, leaf: leaf.einsum(eqn, x)).lower(laid(8, 1, 1024), leaf).compile().as_text()
     assert text.count(f'custom_call_target="{kernel}"') == calls[split[1] is None]
-    sent = plan_hlo.Program(text, 1).sent(dict(mesh.shape))
+    sent = hlo.Program(text, 1).sent(dict(mesh.shape))
     assert sum(size for kinds in sent.values() for size in kinds.values()) < 8 * 8 * 1024

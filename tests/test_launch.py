@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import launch
-from train import hosts
+from tools.launch import __main__ as launch
+from train.keep import hosts
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDE = {"project", "quiet", "format", "filter"}  # flags of every gcloud command

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.errors import UserError
+from common.errors import UserError
 from examples import linen_lora
 from model import linen, weights
 from model.peft import dora, ia3, lora

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from model import saved
+from model.io import saved
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [

@@ -15,25 +15,26 @@ from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs.errors import UserError
-from data.tokenizer import load as load_tokenizer
+from common.errors import UserError
+from data.text.tokenizer import load as load_tokenizer
 from infer import generate as decoding
-from infer import store as stores
 from infer.generate import generate
 from infer.lm import LM
 from infer.models import load, load_many
 from infer.sample import Knobs
-from infer.serving import Batcher, Full
-from infer.store import Store
+from infer.serve import store as stores
+from infer.serve.batcher import Batcher, Full
+from infer.serve.store import Store
 from kernels import paged_lora
-from model import adapters_write, many, weights
+from model import paged, weights
 from model.config import ModelConfig
-from model.export import export_hf
+from model.io import peft_write
+from model.io.export import export_hf
+from model.net.transformer import Transformer
 from model.peft import dora, lora
 from model.quant import nf4
-from model.transformer import Transformer
 from tests.test_weights import rand
-from tools import plan_hlo
+from tools.plan import hlo
 from train.mesh import RULES, make_mesh, shardings
 
 SMALL = ModelConfig(
@@ -75,7 +76,7 @@ def adapted(model, base, name):
 
 
 def store_of(model, base, trees, **kwargs):
-    return Store(model, base, {n: many.factors_of(t, model.specs, n) for n, t in trees.items()}, **kwargs)
+    return Store(model, base, {n: paged.factors_of(t, model.specs, n) for n, t in trees.items()}, **kwargs)
 
 
 def stacked(params):
@@ -177,7 +178,7 @@ def leaf_of(eqn, pages=20, k=24, n=40):
     own = {0: range(1, 6), 2: [3, 7], 3: [9], 4: [9, 10], 5: [0], 7: range(12, 18)}
     route = jax.tree.map(jnp.asarray, paged_lora.route([(page, row) for row, at in own.items() for page in at], 21))
     a, b = (rand(pages * paged_lora.BLOCK, size, seed=size).at[8 * 16 : 9 * 16].set(jnp.nan) for size in (k, n))
-    return many.Many(jnp.zeros((k, n)), a, b, eqn, route)
+    return paged.Many(jnp.zeros((k, n)), a, b, eqn, route)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_shards_do_nothing_for_pages_that_nobody_uses():
             laid = {field: jax.device_put(getattr(leaf, field), NamedSharding(mesh, P(None, axis)))
                     for field, axis in (("a", "fsdp"), ("b", "tensor"))}  # fmt: skip
             program = jax.jit(f).lower(leaf.replace(**laid), x).compile()
-        return program.cost_analysis()["flops"], plan_hlo.Program(program.as_text(), 1).sent(dict(mesh.shape))
+        return program.cost_analysis()["flops"], hlo.Program(program.as_text(), 1).sent(dict(mesh.shape))
 
     product = lambda leaf, x: leaf.einsum(eqn, x)
     every = lambda leaf, x: paged_lora.reference(x, leaf.a, leaf.b, leaf.route)
@@ -305,12 +306,12 @@ def test_other_adapters_than_lora_are_refused():
     model, base, _ = make()
     tree = dora.make(rank=2)(base, model.specs, jax.random.key(0))
     with pytest.raises(UserError, match="DoRA"):
-        many.factors_of(tree, model.specs, "folder")
+        paged.factors_of(tree, model.specs, "folder")
     broken = jax.tree.map(lambda x: x * jnp.inf, adapted(model, base, "d"))
     with pytest.raises(UserError, match="not finite"):
-        many.factors_of(broken, model.specs, "folder")
+        paged.factors_of(broken, model.specs, "folder")
     with pytest.raises(UserError, match="no LoRA"):
-        many.factors_of(base, model.specs, "folder")
+        paged.factors_of(base, model.specs, "folder")
 
 
 # --- continuous batching ---
@@ -380,10 +381,10 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("folders")
     model, base, trees = make()
     export_hf(model, base, load_tokenizer("bytes"), folder / "model", check=False)
-    adapters_write.write(folder / "peft", model, trees["c"], str(folder / "model"))
+    peft_write.write(folder / "peft", model, trees["c"], str(folder / "model"))
     small = {
         "steps": 2, "data.source": "synthetic:add?n=200&digits=1", "samples": "()", "model.shape": "",
-        "init": folder / "model", "optim.lr": 0.1, "data.tokenizer": "bytes",
+        "init": folder / "model", "optim.lr": 0.1, "data.text.tokenizer": "bytes",
     }  # fmt: skip
     flags = [f"--config.{k}={v}" for k, v in small.items()]
     assert main(["--config=configs/peft/lora_tiny.py", f"--workdir={folder / 'run'}", *flags]) == 0

@@ -18,19 +18,20 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from common.errors import UserError
 from configs import schema
-from configs.errors import UserError
 from configs.models import SHAPES
-from model import backends, head
-from model.attention import attention, mask
 from model.config import ModelConfig
-from model.layers import context
-from model.ring import FAR, ring_attention
-from model.transformer import REMAT
+from model.net import backends, head
+from model.net.attention import attention, mask
+from model.net.layers import context
+from model.net.ring import FAR, ring_attention
+from model.net.transformer import REMAT
 from tests import test_main
 from tests.test_step import B, T, config, losses, mesh_of, rows
 from tools.mesh import table
-from train import flags, inputs, mesh, source
+from train import inputs, mesh, source
+from train.keep import flags
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = {"2": (1, 1, 1, 2), "4": (1, 1, 1, 4), "x fsdp": (1, 2, 1, 4), "x tensor": (1, 1, 2, 2), "all": (1, 2, 2, 2)}
@@ -260,7 +261,7 @@ def test_slices_split_the_data_axis_alone():
 
 # --- where parameters lie ---
 
-LLAMA = {"model.shape": "llama2-7b", "model.vocab_size": 32000, "data.tokenizer": "bytes", "data.batch_size": 16}
+LLAMA = {"model.shape": "llama2-7b", "model.vocab_size": 32000, "data.text.tokenizer": "bytes", "data.batch_size": 16}
 GOLDEN = {
     "llama2_7b_fsdp16": LLAMA | {"mesh.fsdp": 16},
     "llama2_7b_fsdp4_tensor2": LLAMA | {"mesh.fsdp": 4, "mesh.tensor": 2},

@@ -14,9 +14,10 @@ from types import ModuleType
 import jax.numpy as jnp
 import pytest
 
-from configs.errors import UserError
-from train import gas, tracker
-from train.metrics import Metrics, duration, means, progress, read
+from common import gas
+from common.errors import UserError
+from train.keep import tracker
+from train.keep.metrics import Metrics, duration, means, progress, read
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,7 +109,7 @@ def test_console_line_by_hand():
 
 def test_terminal_redraws_one_line(tmp_path):
     code = (
-        "from train.metrics import Metrics\n"
+        "from train.keep.metrics import Metrics\n"
         f"with Metrics({str(tmp_path / 'metrics.jsonl')!r}, 3) as m:\n"
         "    m.write(1, 'train', loss=1.0)\n    m.write(2, 'train', loss=[0.5][0])\n    m.event('[odd] text')\n"
     )

@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.errors import UserError
-from evals import change
+from common.errors import UserError
+from evals import spectrum
 from infer.generate import generate, unrolled
 from infer.models import before_and_after, load
-from model import adapters, adapters_write, build, update, weights
+from model import build, vectors, weights
 from model.config import ModelConfig
-from model.export import export_hf
+from model.io import peft_read, peft_write
+from model.io.export import export_hf
+from model.net.transformer import Transformer, unstack
 from model.peft import bottleneck, dora, ia3, lora, oft, prefix, prompt
-from model.transformer import Transformer, unstack
 from model.weights import Spec
 from tests.test_step import config, losses, mesh_of, rows
 from tests.test_weights import METHODS, rand
@@ -291,21 +292,21 @@ def test_same_losses_when_sharded(method):
 def test_a_peft_folder_gives_back_what_was_written(small, method, tmp_path):
     model, params = small
     wanted = adapted(small, MAKES[method])
-    adapters_write.write(tmp_path / "out", model, wanted, "some/base")
-    again = adapters.read(tmp_path / "out")(params, model.specs, jax.random.key(0))
-    assert json.loads((tmp_path / "out" / adapters.CONFIG).read_text())["base_model_name_or_path"] == "some/base"
+    peft_write.write(tmp_path / "out", model, wanted, "some/base")
+    again = peft_read.read(tmp_path / "out")(params, model.specs, jax.random.key(0))
+    assert json.loads((tmp_path / "out" / peft_read.CONFIG).read_text())["base_model_name_or_path"] == "some/base"
     same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6)
     jax.tree.map(same, *(weights.partition(p, weights.trainable(p, "adapters"))[0] for p in (wanted, again)))
 
 
 def test_bottleneck_adapters_have_no_peft_format(small, tmp_path):
     with pytest.raises(UserError, match="no format for these adapters: Bottleneck"):
-        adapters_write.write(tmp_path / "out", small[0], adapted(small, MAKES["parallel"]))
+        peft_write.write(tmp_path / "out", small[0], adapted(small, MAKES["parallel"]))
     assert not (tmp_path / "out").exists()
 
 
 def spoil(folder, **changes):
-    path = folder / adapters.CONFIG
+    path = folder / peft_read.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -321,18 +322,18 @@ def spoil(folder, **changes):
 )
 def test_what_would_change_the_result_is_refused(small, tmp_path, changes, message):
     model, params = small
-    adapters_write.write(tmp_path / "out", model, adapted(small, MAKES["lora"]))
+    peft_write.write(tmp_path / "out", model, adapted(small, MAKES["lora"]))
     spoil(tmp_path / "out", **changes)
     with pytest.raises(UserError, match=message):
-        adapters.read(tmp_path / "out")(params, model.specs, jax.random.key(0))
+        peft_read.read(tmp_path / "out")(params, model.specs, jax.random.key(0))
 
 
 def test_tensors_that_do_not_fit_are_refused(small, tmp_path):
     from safetensors.numpy import load_file, save_file
 
     model, params = small
-    adapters_write.write(tmp_path / "out", model, adapted(small, MAKES["lora"]))
-    file = tmp_path / "out" / adapters.TENSORS
+    peft_write.write(tmp_path / "out", model, adapted(small, MAKES["lora"]))
+    file = tmp_path / "out" / peft_read.TENSORS
     whole = load_file(file)
     name = "base_model.model.model.layers.{}.mlp.up_proj.lora_A.weight"
     cases = {
@@ -343,7 +344,7 @@ def test_tensors_that_do_not_fit_are_refused(small, tmp_path):
     for message, tensors in cases.items():
         save_file(tensors, file)
         with pytest.raises(UserError, match=message):
-            adapters.read(tmp_path / "out")(params, model.specs, jax.random.key(0))
+            peft_read.read(tmp_path / "out")(params, model.specs, jax.random.key(0))
 
 
 # --- updates ---
@@ -351,7 +352,7 @@ def test_tensors_that_do_not_fit_are_refused(small, tmp_path):
 
 def test_task_arithmetic_by_hand():
     a, b = {"w": np.float32([1, 2])}, {"w": np.float32([3, -4])}
-    np.testing.assert_array_equal(update.linear([a, b], [2.0, -0.5])["w"], [0.5, 6.0])
+    np.testing.assert_array_equal(vectors.linear([a, b], [2.0, -0.5])["w"], [0.5, 6.0])
 
 
 def test_ties_by_hand():
@@ -362,17 +363,17 @@ def test_ties_by_hand():
     a, b, c = (
         {"w": np.float32(x[:2]), "v": np.float32(x[2:])} for x in ([3, -2, 0.5], [-1, -4, 0.1], [1, 6, 2])
     )  # fmt: skip
-    out = update.ties([a, b, c], [1.0, 1.0, 1.0], 2 / 3)
+    out = vectors.ties([a, b, c], [1.0, 1.0, 1.0], 2 / 3)
     np.testing.assert_array_equal(np.concatenate([out["w"], out["v"]]), [3, 0, 2])
-    halved = update.ties([a, b, c], [0.5, 0.5, 0.5], 2 / 3)
+    halved = vectors.ties([a, b, c], [0.5, 0.5, 0.5], 2 / 3)
     np.testing.assert_array_equal(halved["w"], [1.5, 0])
 
 
 def test_dare_by_hand():
     """numpy's default_rng(0) starts 0.637, 0.270, 0.041, 0.017: at density 1/2 the last three stay, doubled."""
-    out = update.dare([{"w": np.float32([1, 2, 3, 4])}], [1.0], 0.5, seed=0)
+    out = vectors.dare([{"w": np.float32([1, 2, 3, 4])}], [1.0], 0.5, seed=0)
     np.testing.assert_array_equal(out["w"], [0, 4, 6, 8])
-    many = update.dare([{"w": np.ones(100_000, np.float32)}], [3.0], 0.2, seed=1)["w"]
+    many = vectors.dare([{"w": np.ones(100_000, np.float32)}], [3.0], 0.2, seed=1)["w"]
     assert set(np.unique(many)) == {0.0, 15.0} and abs(many.mean() - 3) < 0.1
 
 
@@ -380,14 +381,14 @@ def test_an_update_as_lora_misses_what_its_singular_values_say(small):
     model, params = small
     u, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(32, 3)))
     v, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(64, 3)))
-    zero = update.difference(params, params, model.specs)
+    zero = vectors.difference(params, params, model.specs)
     change_ = dict(zero, **{"layers/mlp/up": np.stack([(u * [3, 2, 1]) @ v.T] * 2).astype(np.float32)})
-    out, missed = update.to_lora(params, change_, model.specs, 2)
+    out, missed = vectors.to_lora(params, change_, model.specs, 2)
     np.testing.assert_allclose(missed["layers/mlp/up"], (2 * 1, 2 * 14), rtol=1e-5)
     delta = np.asarray(out["layers"]["mlp"]["up"].delta() - change_["layers/mlp/up"])
     np.testing.assert_allclose((delta**2).sum(), 2, rtol=1e-4)
     with pytest.raises(UserError, match="zero everywhere"):
-        update.to_lora(params, zero, model.specs, 2)
+        vectors.to_lora(params, zero, model.specs, 2)
 
 
 def test_figures_of_a_change_by_hand():
@@ -397,7 +398,7 @@ def test_figures_of_a_change_by_hand():
     """
     w = jnp.diag(jnp.array([4.0, 1.0, 1.0]))
     delta = jnp.zeros((3, 3)).at[1, 2].set(3.0).at[0, 0].set(1.0)
-    f = {k: float(x) for k, x in change.figures(w, delta).items()}
+    f = {k: float(x) for k, x in spectrum.figures(w, delta).items()}
     assert f["relative"] == pytest.approx(math.sqrt(10 / 18), rel=1e-5)
     assert f["cosine"] == pytest.approx(22 / math.sqrt(18 * 36), rel=1e-5)
     assert f["effective_rank"] == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))), rel=1e-4)
@@ -407,8 +408,8 @@ def test_figures_of_a_change_by_hand():
 def test_intruders_are_directions_that_the_base_does_not_have():
     """W spans 20 of 40 output directions; a strong dW into a new one is an intruder, one into an old one is not."""
     w = jnp.zeros((40, 40)).at[jnp.arange(20), jnp.arange(20)].set(jnp.linspace(2, 1, 20))
-    known = change.figures(w, jnp.zeros((40, 40)).at[0, 3].set(9.0))
-    new = change.figures(w[:20], jnp.zeros((20, 40)).at[0, 30].set(9.0))
+    known = spectrum.figures(w, jnp.zeros((40, 40)).at[0, 3].set(9.0))
+    new = spectrum.figures(w[:20], jnp.zeros((20, 40)).at[0, 30].set(9.0))
     assert float(known["intruders"]) == 0 and float(new["intruders"]) == 1
 
 
@@ -418,7 +419,7 @@ def test_intruders_are_directions_that_the_base_does_not_have():
 @pytest.fixture(scope="module")
 def folders(small, tmp_path_factory):
     """A base and two adapters of it, as folders."""
-    from data.tokenizer import load as load_tokenizer
+    from data.text.tokenizer import load as load_tokenizer
 
     model, params = small
     root = tmp_path_factory.mktemp("folders")
@@ -426,7 +427,7 @@ def folders(small, tmp_path_factory):
     for name, seed in (("a", 0), ("b", 1)):
         out = lora.make(rank=2, where="layers/mlp/.*")(params, model.specs, jax.random.key(seed))
         filled = lambda at, x, seed=seed: 0.1 * rand(*x.shape, seed=seed) if at.endswith("/b") else x
-        adapters_write.write(root / name, model, weights.map_named(filled, out), str(root / "base"))
+        peft_write.write(root / name, model, weights.map_named(filled, out), str(root / "base"))
     return root
 
 
@@ -448,12 +449,12 @@ def test_edit_adds_and_takes_away(folders, capsys):
 
 def test_change_of_an_adapter(folders, capsys):
     out = folders / "change.jsonl"
-    assert change.main([str(folders / "a"), f"--base={folders}/base", f"--out={out}"]) == 0
+    assert spectrum.main([str(folders / "a"), f"--base={folders}/base", f"--out={out}"]) == 0
     rows_ = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows_) == 6 and all(row["effective_rank"] <= 2 + 1e-3 for row in rows_)  # 3 matrices of 2 layers
     values = 4 * 2 * (2 * (32 * 2 + 2 * 64) + (64 * 2 + 2 * 32))
     assert f"adapter {values / 1e6:.2f} MB" in capsys.readouterr().out
-    assert change.main([str(folders / "a")]) == 2
+    assert spectrum.main([str(folders / "a")]) == 2
     lm, before = before_and_after(folders / "a", folders / "base")
     np.testing.assert_array_equal(before["layers"]["mlp"]["up"], lm.params["layers"]["mlp"]["up"].base)
 

@@ -15,10 +15,12 @@ from jax.sharding import PartitionSpec as P
 
 from configs import schema
 from model import build, weights
-from model.transformer import unstack
+from model.net.transformer import unstack
 from tests.test_contracts import OBJECTIVES
 from tests.test_step import config
-from tools import plan, plan_gpu, plan_hlo, plan_step
+from tools.plan import __main__ as plan
+from tools.plan import gpu as plan_gpu
+from tools.plan import hlo, step
 from train import cost, init
 from train import mesh as meshes
 
@@ -41,9 +43,9 @@ FSDP = [[0, 2, 4, 6], [1, 3, 5, 7], [8, 10, 12, 14], [9, 11, 13, 15]]
     ],
 )
 def test_groups_of_devices_in_every_form(attrs, groups, axes):
-    found = plan_hlo.device_groups(attrs, 16)
+    found = hlo.device_groups(attrs, 16)
     assert sorted(map(sorted, found.tolist())) == sorted(map(sorted, np.asarray(groups).tolist()))
-    assert plan_hlo.spanned(found, SHAPE) == axes
+    assert hlo.spanned(found, SHAPE) == axes
 
 
 def test_bytes_sent_are_those_of_the_loop():
@@ -61,7 +63,7 @@ def test_bytes_sent_are_those_of_the_loop():
         return jax.lax.psum(jax.lax.fori_loop(0, 5, turn, x), "data")
 
     text = jax.jit(f).lower(jax.ShapeDtypeStruct((64, 3), jnp.float32)).compile().as_text()
-    program = plan_hlo.Program(text, unknown_trips=1000)
+    program = hlo.Program(text, unknown_trips=1000)
     one, found = 8 * 3 * 4, program.sent(shape)
     assert found == {
         "fsdp": {"all-gather": 5 * one},
@@ -106,9 +108,9 @@ ENTRY %main (a: bf16[4]) -> bf16[4] {
 
 def test_trips_as_a_tpu_writes_them():
     """No known_trip_count there: 8 by steps of 2 are 4 turns, of 2 x 1/2 x 8 bytes each."""
-    program = plan_hlo.Program(LOOP, 1)
+    program = hlo.Program(LOOP, 1)
     assert program.sent({"data": 2}) == {"data": {"all-reduce": 4 * 8}}
-    assert plan_hlo.Program(LOOP.replace("constant(8)", "negate(%j)"), 100).times["body"] == 100
+    assert hlo.Program(LOOP.replace("constant(8)", "negate(%j)"), 100).times["body"] == 100
 
 
 STACK = """
@@ -132,7 +134,7 @@ ENTRY %main (a: bf16[28,64], b: bf16[1,64], n: s32[]) -> bf16[28,64] {
 
 def test_a_gpu_writes_a_row_of_a_stack_in_place():
     """One of 128 bytes is read and written, and its number; by a fusion that goes on beside others."""
-    assert plan_hlo.Program(STACK, 1).traffic() == 2 * 128 + 4
+    assert hlo.Program(STACK, 1).traffic() == 2 * 128 + 4
 
 
 @pytest.mark.parametrize("changes", [{}, {"peft.name": "lora"}, {"objective.name": "dpo"}], ids=["sft", "lora", "dpo"])
@@ -142,7 +144,7 @@ def test_bytes_are_those_that_devices_hold(changes):
     c = config(**{"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2, "data.seq_len": 32, "data.batch_size": 8} | changes)
     c, _ = schema.resolve(c)
     model = build.model(c, None, 500)
-    got = plan_step.plan(c, model, jax.devices())["bytes"]
+    got = step.plan(c, model, jax.devices())["bytes"]
     mesh = meshes.make_mesh(c.mesh, jax.devices())
     with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
         state = init.first_state(c, init.plan(c, model, mesh), None)
@@ -162,7 +164,7 @@ def test_decoding_sends_activations_and_no_weights():
     c, _ = schema.resolve(
         config(**{"mesh.data": 1, "mesh.tensor": 4, "data.seq_len": 16, "data.batch_size": 4} | shape)
     )
-    sent = plan_step.plan(c, build.model(c, None, 512), jax.devices()[:4], "decode")["sent"]
+    sent = step.plan(c, build.model(c, None, 512), jax.devices()[:4], "decode")["sent"]
     assert 0 < sum(sent["tensor"].values()) < 4 * 256 * 4 * 32
 
 
@@ -348,7 +350,7 @@ def test_slices_exchange_gradients_alone(slices, capsys):
     argv = ["--config=configs/sft/tiny.py", "--topology=v5e:2x2", "--config.data.batch_size=16", *mesh]
     code, got = planned(capsys, *argv, f"--slices={slices}")
     assert code == 0 and got["fits"] and got["mesh"]["data"] == slices
-    between = got["sent"][plan_hlo.BETWEEN]
+    between = got["sent"][hlo.BETWEEN]
     assert between.keys() == {"all-reduce"}
     gradients = got["bytes"]["gradients"]
     assert gradients <= between["all-reduce"] <= 3 * gradients  # tiles of small arrays are padded
@@ -357,7 +359,5 @@ def test_slices_exchange_gradients_alone(slices, capsys):
 
 
 def test_how_many_slices_a_transfer_joins():
-    target = lambda t: plan_hlo._megascale(
-        f'a="b",_xla_megascale_target="{t}",_xla_megascale_transfer_type="ALL_REDUCE"'
-    )
+    target = lambda t: hlo._megascale(f'a="b",_xla_megascale_target="{t}",_xla_megascale_transfer_type="ALL_REDUCE"')
     assert [target(t) for t in ("{1,2}x{0:3}", "{1:4}x{0:3}", "{1:2,5}x{0}")] == [2, 4, 3]

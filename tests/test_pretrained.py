@@ -15,15 +15,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 import tools.export
-from configs.errors import UserError
-from data import tokenizer as tokenizers
-from model import export, layout, weights
+from common.errors import UserError
+from data.text import tokenizer as tokenizers
+from model import weights
 from model.config import ModelConfig
-from model.gguf import llama3_scaling
-from model.layout import Key
+from model.families import _layout as layout
+from model.families._layout import Key
+from model.io import export
+from model.io.gguf import llama3_scaling
+from model.io.pretrained import family, open_pretrained
+from model.net.transformer import Transformer
 from model.peft import lora
-from model.pretrained import family, open_pretrained
-from model.transformer import Transformer
 
 TINY = ModelConfig(vocab_size=272, layers=3, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=64, max_len=64)
 LLAMA3 = dict(
@@ -183,8 +185,8 @@ def test_each_device_reads_its_slice(tmp_path):
     loaded = pretrained.load(model.specs, shardings)
     assert_same(params, loaded)
     assert loaded["layers"]["mlp"]["up"].sharding.spec == PartitionSpec(None, "fsdp", "tensor")
-    assert most["model.layers.0.mlp.up_proj.weight"] == 32 * 64 / 8
-    assert most["model.layers.0.self_attn.q_proj.weight"] == 32 * 32 / 8
+    assert most["model.net.layers.0.mlp.up_proj.weight"] == 32 * 64 / 8
+    assert most["model.net.layers.0.self_attn.q_proj.weight"] == 32 * 32 / 8
 
 
 # --- what is refused, in one line ---
@@ -204,18 +206,18 @@ def change_tensors(folder: Path, f):
 
 def test_every_wrong_tensor_is_named(folder):
     def f(tensors):
-        del tensors["model.layers.1.mlp.up_proj.weight"]
+        del tensors["model.net.layers.1.mlp.up_proj.weight"]
         tensors["model.norm.weight"] = np.ones(7, np.float32)
-        tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(32, np.float32)
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+        tensors["model.net.layers.0.self_attn.q_proj.bias"] = np.ones(32, np.float32)
+        tensors["model.net.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
 
     change_tensors(folder, f)
     with pytest.raises(UserError) as error:
         open_pretrained(folder).load(Transformer(TINY).specs)
     text = str(error.value)
-    assert "missing model.layers.1.mlp.up_proj.weight" in text
+    assert "missing model.net.layers.1.mlp.up_proj.weight" in text
     assert "model.norm.weight has shape (7,), wanted (32,)" in text
-    assert "unexpected model.layers.0.self_attn.q_proj.bias" in text
+    assert "unexpected model.net.layers.0.self_attn.q_proj.bias" in text
     assert "inv_freq" not in text and "\n" not in text
 
 
@@ -415,8 +417,8 @@ def test_llama3_scaling_is_found_again():
 
 MEASURE = """
 import re, jax
-from model.pretrained import open_pretrained
-from model.transformer import Transformer
+from model.io.pretrained import open_pretrained
+from model.net.transformer import Transformer
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 pretrained = open_pretrained("smollm2-135m-instruct")
 specs = Transformer(pretrained.config).specs

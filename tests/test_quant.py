@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from configs import schema
-from configs.errors import UserError
-from data import sources, tokenizer
+from data import sources
+from data.text import tokenizer
 from infer import generate, load
 from infer.lm import LM
 from infer.sample import Knobs
@@ -30,8 +31,8 @@ from model.quant._matrix import Format, nearest
 from model.weights import Spec
 from tests.test_weights import METHODS, activation, rand, tiny
 from tools import export, quantize
-from train.checkpoint import Checkpointer
 from train.cost import cost
+from train.keep.checkpoint import Checkpointer
 from train.main import run
 from train.mesh import RULES, make_mesh, shardings
 from train.state import TrainState

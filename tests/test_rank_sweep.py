@@ -8,8 +8,9 @@ import pytest
 
 from configs import schema
 from configs.peft import rank_sweep
-from tools import sweep, sweep_page
-from tools.sweep_page import Group, Result, sizes
+from tools.sweep import __main__ as sweep
+from tools.sweep import page as sweep_page
+from tools.sweep.page import Group, Result, sizes
 
 
 def test_the_config_yields_every_rank_and_full_tuning():

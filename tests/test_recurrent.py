@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from configs import schema
-from configs.errors import UserError
 from configs.models import SHAPES
 from infer.generate import generate, unrolled
 from infer.models import load
-from model import adapters_write, saved, weights
+from model import weights
 from model.config import ModelConfig
+from model.io import peft_write, saved
+from model.net.recurrent import DECAYS, SHARPNESS, Recurrent, root
+from model.net.transformer import Transformer
 from model.peft import oft
-from model.recurrent import DECAYS, SHARPNESS, Recurrent, root
-from model.transformer import Transformer
 from tests.test_weights import BESIDE, METHODS, everywhere
 
 CONFIG = ModelConfig.from_dict({**SHAPES["tiny-griffin"], "windows": (6,) * 3})
@@ -158,7 +159,7 @@ def test_prefix_needs_attention_and_peft_folders_are_refused(griffin, tmp_path):
     model, params = griffin
     adapted = everywhere("lora")(params, model.specs, jax.random.key(1))
     with pytest.raises(UserError, match="not written here"):
-        adapters_write.write(tmp_path / "out", model, adapted)
+        peft_write.write(tmp_path / "out", model, adapted)
     assert not (tmp_path / "out").exists()
 
 

@@ -7,8 +7,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from configs.errors import UserError
-from tools import demo, report, report_data, report_svg, report_text
+from common.errors import UserError
+from tools import demo
+from tools.report import __main__ as report
+from tools.report import data as report_data
+from tools.report import svg
+from tools.report import text as report_text
 
 BASE_LOSS = {"text": "pydocs", "n": 12, "tokens": 1000, "model": "base", "loss": 2.5, "time": 9.0}
 EVIL = '<script src="https://evil.example/x.js"></script>'
@@ -152,9 +156,9 @@ def test_bad_folders_are_told(tmp_path, capsys):
 
 
 def test_ticks_enclose_the_values():
-    assert report_svg.ticks(0, 9) == [0, 2, 4, 6, 8, 10]
-    assert report_svg.ticks(0.0, 0.0) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert report_svg.decades(0.003, 1.2) == [0.001, 0.01, 0.1, 1.0, 10.0]
+    assert svg.ticks(0, 9) == [0, 2, 4, 6, 8, 10]
+    assert svg.ticks(0.0, 0.0) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert svg.decades(0.003, 1.2) == [0.001, 0.01, 0.1, 1.0, 10.0]
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,14 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 from fsspec.registry import _registry
 
-from configs import paths
-from configs.errors import UserError
+from common import files, paths
+from common.errors import UserError
 from data import sources
-from model import saved
+from model.io import saved
 from tests import test_main
-from tools import report
-from train import files, lease, runs
-from train.checkpoint import Checkpointer
+from tools.report import __main__ as report
+from train.keep import lease, runs
+from train.keep.checkpoint import Checkpointer
 
 OTHER = "pid 1 on elsewhere since 2026-01-01 00:00:00\n"
 

@@ -15,12 +15,14 @@ import psutil
 import pytest
 import yaml
 
+from common.errors import UserError
 from configs import schema, sweeps
-from configs.errors import UserError
 from tests.test_main import environment
 from tests.test_report import EVIL, Page
-from tools import sweep, sweep_page, sweep_run
-from train.runs import take_lock
+from tools.sweep import __main__ as sweep
+from tools.sweep import page as sweep_page
+from tools.sweep import run as sweep_run
+from train.keep.runs import take_lock
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """
@@ -167,7 +169,7 @@ def test_bad_options(tmp_path, capsys, more, words):
 
 def test_a_search_without_optuna_says_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    monkeypatch.delitem(sys.modules, "tools.sweep_search", raising=False)
+    monkeypatch.delitem(sys.modules, "tools.sweep.search", raising=False)
     path = config(tmp_path, "def search():\n    return {'optim.lr': loguniform(1e-3, 1e-1)}\n")
     assert sweep.main([f"--config={path}", f"--out={tmp_path / 'out'}", "--search=tpe"]) == 2
     told = capsys.readouterr().err

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 import model.peft
-from configs.errors import UserError
+from common.errors import UserError
 from configs.models import SHAPES
 from model import weights
 from model.config import ModelConfig
+from model.net.transformer import Transformer
 from model.peft import lora
-from model.transformer import Transformer
 from model.weights import Spec
 
 EQNS = {
@@ -219,7 +219,7 @@ def test_frozen_weights_cost_no_gradient():
     tokens = jnp.zeros((4, 64), jnp.int32)
 
     def flops(params, what):
-        from model.transformer import unstack
+        from model.net.transformer import unstack
 
         mask = weights.trainable(params, what)
         price = cost(model.config, params, model.specs, mask, 64)

@@ -10,9 +10,10 @@ What is wrong goes to stderr, all of it at once, and the exit code is 2.
 import sys
 from pathlib import Path
 
-from configs import base, describe, overrides, schema
-from configs.errors import UserError
-from configs.problems import show as shown
+from common.errors import UserError
+from configs import base, schema
+from configs.schema import describe, overrides
+from configs.schema.problems import show as shown
 
 CONFIGS = Path(base.__file__).parent
 

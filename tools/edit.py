@@ -14,7 +14,7 @@ import math
 import sys
 from pathlib import Path
 
-from configs.errors import UserError
+from common.errors import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -43,8 +43,9 @@ def edit(sources: list[str], base: str, to: str, method: str, density: float, se
         raise UserError("exists", to, "choose a new folder")
     parsed = [source_and_factor(text) for text in sources]
     from infer.models import before_and_after, load
-    from model import adapters_write, update, weights
-    from model.export import export_hf
+    from model import vectors, weights
+    from model.io import peft_write
+    from model.io.export import export_hf
 
     lm = load(base)
     specs, updates = lm.model.specs, []
@@ -52,22 +53,22 @@ def edit(sources: list[str], base: str, to: str, method: str, density: float, se
         other, before = before_and_after(source, base)
         if other.config != lm.config:
             raise UserError("is not of the same shape as the base", source)
-        updates.append(update.difference(other.params, before, specs))
+        updates.append(vectors.difference(other.params, before, specs))
     factors = [factor for _, factor in parsed]
     match method:
         case "linear":
-            result = update.linear(updates, factors)
+            result = vectors.linear(updates, factors)
         case "ties":
-            result = update.ties(updates, factors, density)
+            result = vectors.ties(updates, factors, density)
         case "dare":
-            result = update.dare(updates, factors, density, seed)
+            result = vectors.dare(updates, factors, density, seed)
     plain = weights.dense(lm.params, specs)
     if not rank:
-        delta = export_hf(lm.model, update.add(plain, result), lm.tokenizer, to)
+        delta = export_hf(lm.model, vectors.add(plain, result), lm.tokenizer, to)
         print(f"{to} · read back, the logits differ by at most {delta:.1g} of their scale")
         return
-    params, missed = update.to_lora(plain, result, specs, rank)
-    adapters_write.write(to, lm.model, params, base)
+    params, missed = vectors.to_lora(plain, result, specs, rank)
+    peft_write.write(to, lm.model, params, base)
     lost, whole = (sum(pair[i] for pair in missed.values()) for i in (0, 1))
     share = {name: math.sqrt(pair[0] / pair[1]) for name, pair in missed.items() if pair[1]}
     worst = max(share, key=share.__getitem__)

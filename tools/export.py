@@ -13,7 +13,7 @@ import argparse
 import shlex
 import sys
 
-from configs.errors import UserError
+from common.errors import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -41,7 +41,7 @@ SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty") 
 def export(source: str, adapter: str, to: str, dtype: str, dequantise: bool) -> int:
     from infer.models import load, open_model
     from model import weights
-    from model.export import export_hf
+    from model.io.export import export_hf
 
     settings = getattr(open_model(source), "generation", {})  # a run folder has none
     lm = load(source, adapter or None)
@@ -57,12 +57,12 @@ def export(source: str, adapter: str, to: str, dtype: str, dequantise: bool) -> 
 
 def export_adapter(source: str, adapter: str, to: str) -> int:
     from infer.models import load, open_model
-    from model import adapters_write
+    from model.io import peft_write
 
     opened = open_model(source)
     base = source if adapter else getattr(getattr(opened, "cfg", None), "init", "")
     lm = load(source, adapter or None)
-    adapters_write.write(to, lm.model, lm.params, base)
+    peft_write.write(to, lm.model, lm.params, base)
     print(f"{to} · PeftModel.from_pretrained(base, {to!r}) opens it on {base or 'its base'}")
     return 0
 

@@ -8,8 +8,8 @@ No device is touched. An axis of -1 takes what remains of `--devices`; without i
 import sys
 from typing import Any
 
+from common.errors import UserError
 from configs import schema
-from configs.errors import UserError
 
 
 def main(argv: list[str]) -> int:

@@ -8,8 +8,8 @@ The result is cached where training looks for it, and the cache's hashes are ver
 
 import sys
 
+from common.errors import UserError
 from configs import schema
-from configs.errors import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -26,8 +26,8 @@ def show(config) -> None:
     from rich.console import Console
 
     from data import cache
-    from data.layout import painted
-    from data.loader import load_tokenizer, make_loaders
+    from data.rows.layout import painted
+    from data.rows.loader import load_tokenizer, make_loaders
 
     console = Console(soft_wrap=True, highlight=False)
     tokenizer = load_tokenizer(config.data, default=_own_tokenizer(config))

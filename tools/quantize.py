@@ -18,8 +18,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from configs import base, methods, overrides, rules, schema
-from configs.errors import UserError
+from common.errors import UserError
+from configs import base, schema
+from configs.schema import methods, overrides, rules
 
 MATRICES = "layers/.*"  # what a budget is spent on
 HELD_OUT = 0.1  # share of the documents, the last ones, that nothing is calibrated on
@@ -87,7 +88,7 @@ def quantise(args: argparse.Namespace, settings: dict[str, Any]) -> int:
     import jax.numpy as jnp
     import numpy as np
 
-    from data import tokenizer as tokenizers
+    from data.text import tokenizer as tokenizers
     from infer.lm import LM
     from infer.models import load, open_model
     from model import weights
@@ -152,8 +153,8 @@ def fitted(opened: Any, args: argparse.Namespace, settings: dict, rows: Any) -> 
     import jax
     import numpy as np
 
+    from model.net.transformer import Transformer
     from model.quant import _calibrate, mixed, qat
-    from model.transformer import Transformer
 
     model = Transformer(opened.config, "float32", args.dtype)
     if (cfg := getattr(opened, "cfg", None)) and cfg.quant.name == "qat" and not cfg.peft.name:
@@ -259,9 +260,9 @@ def save(out: Path, lm: Any, quant: dict, args: argparse.Namespace) -> None:
     """A run folder at step 0 that needs no `init`: its checkpoint holds every parameter, model.json their shape."""
     import dataclasses
 
+    from common import files
     from infer.models import SHAPE
-    from train import files
-    from train.checkpoint import Checkpointer
+    from train.keep.checkpoint import Checkpointer
     from train.state import TrainState
 
     cfg = base.get_config()

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
-from configs.errors import UserError
+from common.errors import UserError
 from tools.chat import named
 
 BODY = 1 << 20  # bytes of a request
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{args.port} is no port", "--port", "0 to 65535")
         folders = named(args.adapters)
         from infer.models import load, load_many
-        from infer.serving import Batcher
+        from infer.serve.batcher import Batcher
 
         try:
             server = Server(args.port, args.model)  # before the model is read: the port may be taken
@@ -254,7 +254,7 @@ def messages(value: Any) -> list[dict]:
 def submit(batcher: Any, asked: Asked, adapter: str | None) -> Any:
     """The request in the batcher's queue. Raises Refused."""
     from infer.sample import Knobs
-    from infer.serving import Full
+    from infer.serve.batcher import Full
 
     lm, o = batcher.lm, asked.options
     try:

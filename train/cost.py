@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 
+from common.chips import Chip
 from model import weights
 from model.config import ModelConfig
-from model.transformer import virtual_tokens
-from train.chips import Chip
+from model.net.transformer import virtual_tokens
 
 
 class Cost(NamedTuple):

@@ -10,11 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from configs import paths
-from configs.errors import UserError
-from model import build, saved, weights
-from model.layers import Block
-from train import hosts, init, inputs
+from common import paths
+from common.errors import UserError
+from model import build, weights
+from model.io import saved
+from model.net.layers import Block
+from train import init, inputs
+from train.keep import hosts
 from train.mesh import RULES, make_mesh
 
 BROKEN = 70  # EX_SOFTWARE
@@ -59,7 +61,7 @@ def _newest(state: Any, folder: Any) -> Any:
 def _show_batch(batch: dict, tokenizer: Any, step: int) -> None:
     from rich.console import Console
 
-    from data.layout import painted
+    from data.rows.layout import painted
 
     console = Console(soft_wrap=True, highlight=False)
     for side, rows in ({"row": batch} if "tokens" in batch else batch).items():

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from configs.errors import UserError
-from model import backends, build, weights
-from model.transformer import Transformer
+from common.errors import UserError
+from model import build, weights
+from model.net import backends
+from model.net.transformer import Transformer
 from model.weights import Params
 from train import mesh as meshes
 from train.objectives import Objective

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
+from common.errors import UserError
 
 
 def pretrained(cfg: Any) -> Any | None:
@@ -17,8 +17,8 @@ def pretrained(cfg: Any) -> Any | None:
 
 def tokenizer(cfg: Any, start: Any | None, folder: Path) -> Any:
     """The tokenizer of the config, else that of `init`, else bytes; a copy stays in the run folder."""
-    from data.loader import load_tokenizer
-    from train import hosts
+    from data.rows.loader import load_tokenizer
+    from train.keep import hosts
 
     found = load_tokenizer(cfg.data, default=start.tokenizer_source if start else "bytes")
     if hosts.primary() and not (folder / "tokenizer").exists():
@@ -28,7 +28,7 @@ def tokenizer(cfg: Any, start: Any | None, folder: Path) -> Any:
 
 def vocabulary(cfg: Any, start: Any | None) -> int | None:
     """Size of the tokenizer's vocabulary where it is known without reading data; None where it must be trained."""
-    from data.loader import load_tokenizer
+    from data.rows.loader import load_tokenizer
 
     spec = cfg.data.tokenizer or (start.tokenizer_source if start else "bytes")
     if spec.startswith(("bpe:", "spm:")):
@@ -38,7 +38,7 @@ def vocabulary(cfg: Any, start: Any | None) -> int | None:
 
 def sources(cfg: Any, tokenizer: Any, mesh: Any) -> tuple[Any, Any | None]:
     """Training and held-out batches on the mesh; held-out is None when nothing is held out."""
-    from data.loader import make_loaders
+    from data.rows.loader import make_loaders
     from train.mesh import row_shards
     from train.source import Source, local_rows
 

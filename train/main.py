@@ -12,8 +12,8 @@ import sys
 import time
 from typing import Any
 
+from common.errors import UserError
 from configs import schema
-from configs.errors import UserError
 
 BROKEN = 70  # EX_SOFTWARE
 
@@ -60,15 +60,16 @@ def run(loaded: Any) -> int:
     import jax
 
     from model import build
-    from train import flags, hosts, init, inputs, plan
-    from train.checkpoint import Checkpointer
-    from train.clock import Clock
-    from train.evaluate import Judge
+    from train import init, inputs, plan
+    from train.keep import flags, hosts
+    from train.keep.checkpoint import Checkpointer
+    from train.keep.clock import Clock
+    from train.keep.metrics import Metrics
+    from train.keep.runs import PREEMPTED, RunDir
+    from train.keep.trace import Trace
     from train.mesh import RULES, make_mesh
-    from train.metrics import Metrics
-    from train.runs import PREEMPTED, RunDir
+    from train.monitor import Judge
     from train.step import compile_step
-    from train.trace import Trace
 
     cfg = loaded.config
     flags.apply(cfg.xla_preset)

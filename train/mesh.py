@@ -10,7 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs.errors import UserError
+from common.errors import UserError
 
 # Outermost first: neighbours along the last axis are the nearest devices. "expert" is 1 until a model has experts.
 AXES = ("data", "fsdp", "expert", "context", "tensor")

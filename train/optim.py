@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from configs.errors import UserError
+from common.errors import UserError
 from model import weights
 
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from train import cost, files
+from common import files
+from train import cost
 
 
 def describe(cfg: Any, plan: Any) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def show(cfg: Any, plan: Any, path: Path | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from train import hosts
+    from train.keep import hosts
 
     d = describe(cfg, plan)
     if path and not hosts.primary():

@@ -18,7 +18,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
 
 
 class Source:
-    """A data.loader.Loader of this process's rows, whose batches become global arrays over the mesh."""
+    """A data.rows.loader.Loader of this process's rows, whose batches become global arrays over the mesh."""
 
     def __init__(self, loader: Any, mesh: Mesh):
         self.loader, self.mesh = loader, mesh

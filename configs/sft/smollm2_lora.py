@@ -7,7 +7,7 @@
 Hardware: as configs/sft/smollm2_full.py, with less memory. Expected: held-out loss close to its; see README.
 """
 
-from configs.overrides import parse_arg
+from configs.schema.overrides import parse_arg
 from configs.sft import smollm2_full
 
 

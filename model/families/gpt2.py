@@ -1,8 +1,8 @@
 """GPT-2: learned positions, LayerNorm, biases everywhere; its linear layers are stored [in, out], q, k and v in one."""
 
 from model.config import ModelConfig
+from model.families._layout import Key
 from model.families.llama import act, act_name, refuse
-from model.layout import Key
 
 LAYER = "transformer.h.{}."
 KEYS = {

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from configs.errors import UserError
+from common.errors import UserError
 from model.config import ModelConfig
-from model.layout import Key
+from model.families._layout import Key
 
 ARCHITECTURE = "LlamaForCausalLM"
-LAYER = "model.layers.{}."
+LAYER = "model.net.layers.{}."
 KEYS = {
     "embed/table": Key("model.embed_tokens.weight", "VD->VD"),
     "layers/attn_norm/scale": Key(LAYER + "input_layernorm.weight", "D->D"),

@@ -2,7 +2,7 @@
 
 from model.config import ModelConfig
 from model.families import llama
-from model.layout import Key
+from model.families._layout import Key
 
 KEYS = llama.KEYS | {
     "layers/attn/q_norm": Key(llama.LAYER + "self_attn.q_norm.weight", "H->H"),

@@ -2,7 +2,7 @@
 
 from model.config import ModelConfig
 from model.families import llama
-from model.layout import Key
+from model.families._layout import Key
 
 MIXER = llama.LAYER + "temporal_block."
 MLP = llama.LAYER + "mlp_block."

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from configs.errors import UserError
+from common.errors import UserError
 from model import weights
 from model.weights import AXES, Spec, Transform, Weight
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import jax
 
+from common.errors import UserError
 from configs import schema
-from configs.errors import UserError
-from model import adapters, build, saved
+from model import build
+from model.io import peft_read, saved
 from model.weights import Params, Specs, Transform
 
 
@@ -16,8 +17,8 @@ def make(*, folder: str) -> Transform:
     A run folder gives its newest whole checkpoint. Raises UserError for a folder that holds no adapter.
     """
     path = Path(folder).expanduser()
-    if (path / adapters.CONFIG).exists():
-        return adapters.read(path)
+    if (path / peft_read.CONFIG).exists():
+        return peft_read.read(path)
     run = saved.load_params(path)
     cfg = schema.from_dict(run.config)
     if not cfg.peft.name:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from configs.errors import UserError
+from common.errors import UserError
 from model import weights
+from model.net.transformer import Transformer
 from model.quant._calibrate import run_layer
-from model.transformer import Transformer
 from model.weights import Params
 
 Options = dict[str, dict[str, tuple[int, float]]]  # path -> format -> (bytes, error)

@@ -16,9 +16,9 @@ import numpy as np
 from jax import Array
 
 from model import weights
-from model.layers import Block, context
+from model.net.layers import Block, context
+from model.net.transformer import Transformer
 from model.quant._matrix import Format, Quantised, Rounded, fit, letters, matrix, nearest, spread
-from model.transformer import Transformer
 from model.weights import Params, Spec, Weight
 
 BLOCK = 128  # rows that GPTQ rounds before it corrects the rest
@@ -184,7 +184,7 @@ def _add(a: dict[tuple, Inputs], b: dict[tuple, Inputs]) -> dict[tuple, Inputs]:
 def run_layer(model: Transformer, windowed: bool, params: Params, x: Array) -> Array:
     """What one layer makes of x [B,T,D]."""
     positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-    ctx = context(model.config, positions, jnp.ones_like(positions), None, model.attention)
+    ctx = context(model.config, positions, jnp.ones_like(positions), None, model.net.attention)
     return Block(model.config).apply({"params": params}, x, ctx, None, windowed)[0]
 
 

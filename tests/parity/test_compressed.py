@@ -8,9 +8,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
 
-from data import tokenizer  # noqa: E402
-from model import export, weights  # noqa: E402
-from model.quant import fp8, int4, int8  # noqa: E402
+from data.text import tokenizer  # noqa: E402
+from model import weights  # noqa: E402
+from model.io import export  # noqa: E402
+from model.quant import fp8, int4, int8  # noqa: E402  # noqa: E402
 from tests.test_pretrained import CONFIGS, random_model  # noqa: E402
 
 pytestmark = pytest.mark.parity

@@ -9,13 +9,13 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from configs.errors import UserError  # noqa: E402
-from data.chat import render  # noqa: E402
-from data.tokenizer import load as load_tokenizer  # noqa: E402
-from model import export  # noqa: E402
-from model.peft import lora  # noqa: E402
-from model.pretrained import open_pretrained  # noqa: E402
-from model.transformer import Transformer  # noqa: E402
+from common.errors import UserError  # noqa: E402
+from data.text.chat import render  # noqa: E402
+from data.text.tokenizer import load as load_tokenizer  # noqa: E402
+from model.io import export  # noqa: E402
+from model.io.pretrained import open_pretrained  # noqa: E402
+from model.net.transformer import Transformer  # noqa: E402
+from model.peft import lora  # noqa: E402  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

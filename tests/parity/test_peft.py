@@ -11,7 +11,8 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from model import adapters, adapters_write, weights  # noqa: E402
+from model import weights  # noqa: E402
+from model.io import peft_read, peft_write  # noqa: E402
 from tests.parity.test_families import close, open_ours, peer  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -57,7 +58,7 @@ def adapted(case, folder):
                 p.add_(torch.randn_like(p) * (0.02 if "oft" in name else 0.1))
     theirs.save_pretrained(folder / "adapter")
     model, params = open_ours(folder / "base")
-    return theirs, model, params, adapters.read(folder / "adapter")(params, model.specs, jax.random.key(0))
+    return theirs, model, params, peft_read.read(folder / "adapter")(params, model.specs, jax.random.key(0))
 
 
 def logits_of(theirs, tokens):
@@ -89,11 +90,11 @@ def test_logits_and_gradients(case, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_what_we_write_opens_in_peft(case, tmp_path):
     theirs, model, params, ours = adapted(case, tmp_path)
-    adapters_write.write(tmp_path / "again", model, ours)
+    peft_write.write(tmp_path / "again", model, ours)
     tokens = np.random.default_rng(1).integers(0, 272, (2, 20))
     opened = peft.PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "again"
     ).eval()
     close(logits_of(theirs, tokens).detach(), logits_of(opened, tokens), 1e-5, f"{case} written")
-    again = adapters.read(tmp_path / "again")(params, model.specs, jax.random.key(0))
+    again = peft_read.read(tmp_path / "again")(params, model.specs, jax.random.key(0))
     close(model(again, tokens), logits_of(opened, tokens), 1e-5, f"{case} read again")

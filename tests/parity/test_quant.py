@@ -7,8 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from model import weights  # noqa: E402
-from model.quant import fp8, qat  # noqa: E402
+from model import weights  # noqa: E402  # noqa: E402
+from model.quant import fp8, qat  # noqa: E402  # noqa: E402
 from tests.test_weights import rand  # noqa: E402
 
 pytestmark = pytest.mark.parity

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model import head, weights
+from model import weights
+from model.net import head
 from train.objectives import Objective
 
 

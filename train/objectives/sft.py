@@ -4,7 +4,7 @@ from typing import Any
 
 from jax import Array
 
-from model import head
+from model.net import head
 from train.objectives import Objective
 
 

@@ -1,0 +1,177 @@
+"""What a run used: FLOPs, chip-hours, dollars, energy, carbon, from metrics.jsonl and chips.json alone; no jax here."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from common import chips
+
+REPLAYED = ("data", "step")  # kinds of seconds that are spent again after a restart
+COVERED = 0.9  # share of a session's time that samples of power must cover to count as measured
+
+
+class Session(NamedTuple):
+    """One launch. Seconds by kind: all that it spent, and those up to its last step that no restart cut off."""
+
+    devices: dict[str, Any]
+    spent: dict[str, float]
+    kept: dict[str, float]
+    joules: dict[str, list[float]]  # of train.keep.power
+
+
+class Range(NamedTuple):
+    value: float
+    low: float
+    high: float
+
+    def __mul__(self, x: float) -> "Range":
+        return Range(*(x * y for y in self))
+
+
+class Gas(NamedTuple):
+    """A sum over sessions or runs; None is what is not known, as all prices of a chip that chips.json lacks."""
+
+    chips: tuple[str, ...] = ()  # names, or device kinds
+    flops: float | None = None  # of training, from the equations; neither replayed steps nor evaluation count
+    peak: float | None = None  # FLOPs that all chip-hours could have done
+    hours: float | None = None  # chip-hours from launch to end: compiling, idling and replayed steps too
+    replayed: float | None = None  # chip-hours of steps that a restart had to do again
+    usd: float | None = None  # on demand
+    usd_spot: float | None = None
+    kwh: Range | None = None  # with PUE; an unknown chip that was measured: of the chip alone
+    kwh_measured: float | None = None  # of kwh.value
+    co2_kg: Range | None = None  # of that electricity, location-based
+    co2_kg_cci: float | None = None  # by compute carbon intensity, embodied emissions in: a cross-check
+    seconds: dict[str, float] = {}  # by kind, with "lost"
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs over what the chips could have done in all their hours, compiling and idling in."""
+        return self.flops / self.peak if self.flops is not None and self.peak else None
+
+    @property
+    def goodput(self) -> float | None:
+        """Share of the seconds that went into steps that count."""
+        return self.seconds.get("step", 0.0) / sum(self.seconds.values()) if any(self.seconds.values()) else None
+
+    def __str__(self) -> str:
+        site, flops = chips.site(), "n/a" if self.flops is None else f"{self.flops:.1e}".replace("e+", "e")
+        unit = "chip-h" if all(map(chips.find, self.chips)) else "device-h"
+        again = f" ({short(self.replayed)} replayed)" if self.replayed else ""
+        share = self.kwh_measured / self.kwh.value if self.kwh else 0
+        how = "measured" if share > 0.999 else "partly measured" if share else "estimate"
+        parts = (
+            f"{flops} model FLOPs (MFU {percent(self.mfu)})",
+            f"{short(self.hours)} {' + '.join(self.chips)} {unit}{again}",
+            "$ n/a" if self.usd is None else f"${short(self.usd)} on demand (${short(self.usd_spot)} spot)",
+            _told(self.kwh, "kWh", how),
+            _told(self.co2_kg, "kgCO2e", f"{site.region}, PUE {site.pue.value:g}"),
+        )
+        return "gas: " + " · ".join(parts)
+
+    def goodput_line(self) -> str:
+        spent = " · ".join(f"{kind} {short(s)} s" for kind, s in self.seconds.items() if s)
+        everything = short(sum(self.seconds.values()))
+        return f"goodput: {percent(self.goodput)} of {everything} s in steps that count · {spent}"
+
+
+def sessions(lines: Iterable[dict]) -> list[Session]:
+    """The launches that a metrics.jsonl tells of.
+
+    A "session" event opens each and says what the one before had spent by its last line. Seconds grow from line to
+    line, so the last line that a restart left has those of the steps that count.
+    """
+    found, now = [], Session({}, {}, {}, {})
+    for line in lines:
+        if line.get("kind") == "task":
+            continue  # its seconds are those of one evaluation
+        spent, joules = line.get("seconds") or {}, line.get("joules") or {}
+        if line.get("event") == "session":
+            found += [now._replace(spent=spent, joules=joules)] * bool(spent)
+            now = Session(line.get("devices") or {}, {}, {}, {})
+        elif spent:
+            now = now._replace(spent=spent, kept=spent, joules=joules)
+    return found + [now] * bool(now.spent)
+
+
+def line(lines: Iterable[dict], environment: dict[str, Any], chip: str = "") -> Gas:
+    """What the lines of a run add up to. `environment`: that of its folder, for lines that do not say their devices.
+
+    `chip`: config.chip, a name in chips.json that stands for all devices.
+    """
+    lines = list(lines)
+    used = total(_of_session(s, s.devices or environment.get("devices") or {}, chip) for s in sessions(lines))
+    flops = [x["flops"] for x in lines if x.get("flops") is not None and x.get("kind") != "task"]
+    cci = chips.find(used.chips[0]).cci if len(used.chips) == 1 and used.peak else None
+    co2 = flops[-1] / 1e18 * cci.value / 1000 if cci and flops else None
+    return used._replace(flops=flops[-1] if flops else None, co2_kg_cci=co2)
+
+
+def _of_session(s: Session, devices: dict[str, Any], name: str) -> Gas:
+    kind = devices.get("kind", "unknown")
+    count = devices.get("processes" if kind == "cpu" else "count")  # a host may show its CPU as many devices
+    chip, site = chips.find(name or kind), chips.site()
+    lost = {k: s.spent.get(k, 0.0) - s.kept.get(k, 0.0) for k in REPLAYED}
+    seconds = {k: x - lost.get(k, 0.0) for k, x in s.spent.items()} | {"lost": sum(lost.values())}
+    joules = _measured(s, devices)
+    kwh = Range(joules, joules, joules) * (1 / 3.6e6) if joules else None
+    used = Gas((chip.name if chip else kind,), kwh=kwh, kwh_measured=kwh and kwh.value, seconds=seconds)
+    if not count:
+        return used
+    n = count / (chip.devices if chip else 1)
+    hours = n * sum(s.spent.values()) / 3600
+    used = used._replace(hours=hours, replayed=n * seconds["lost"] / 3600)
+    if not chip:
+        return used
+    kwh = (kwh or Range(*chip.watts[:3]) * (hours / 1000)) * site.pue.value
+    return used._replace(
+        peak=hours * 3600 * chip.tflops.value * 1e12,
+        usd=chip.usd_hour and hours * chip.usd_hour.value,
+        usd_spot=chip.usd_hour_spot and hours * chip.usd_hour_spot.value,
+        kwh=kwh,
+        kwh_measured=kwh.value if joules else 0.0,
+        co2_kg=kwh * (site.gco2_per_kwh.value / 1000),
+    )
+
+
+def _measured(s: Session, devices: dict[str, Any]) -> float | None:
+    """Joules of all devices in the whole session. The boards of the first host stand for those of the others."""
+    host, wall = devices.get("kind") == "cpu", sum(s.spent.values())
+    joules, covered = s.joules.get("cpu" if host else "gpu", (0.0, 0.0))
+    if covered < COVERED * wall or not covered or (host and devices.get("processes") != 1):
+        return None
+    return joules * wall / covered * (1 if host else devices.get("count", 0))
+
+
+def total(parts: Iterable[Gas]) -> Gas:
+    """The sum over sessions or runs; what one of them does not know, the sum does not either."""
+    parts = list(parts)
+    return Gas(*map(_sum, zip(*parts, strict=True))) if parts else Gas()
+
+
+def _sum(values: tuple) -> Any:
+    first = values[0]
+    if any(x is None for x in values):
+        return None
+    if isinstance(first, Range):
+        return Range(*map(sum, zip(*values, strict=True)))
+    if isinstance(first, tuple):
+        return tuple(dict.fromkeys(x for names in values for x in names))
+    if isinstance(first, dict):
+        return {k: sum(x.get(k, 0.0) for x in values) for k in dict.fromkeys(k for x in values for k in x)}
+    return sum(values)
+
+
+def short(x: float | None) -> str:
+    """Two significant digits, hundreds whole."""
+    return "n/a" if x is None else f"{x:,.0f}" if abs(x) >= 99.5 else f"{x:.2g}"
+
+
+def percent(x: float | None) -> str:
+    return "n/a" if x is None else f"{100 * x:.2g} %"
+
+
+def _told(r: Range | None, unit: str, about: str) -> str:
+    if r is None:
+        return f"n/a {unit}"
+    span = "" if r.low == r.high else f"{short(r.low)}-{short(r.high)}, "
+    return f"{short(r.value)} {unit} ({span}{about})"

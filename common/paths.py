@@ -1,0 +1,72 @@
+"""Folders by name: on disk, or gs://BUCKET/FOLDER in an object store, which etils makes look like a pathlib.Path.
+
+A store knows no appending, no renaming and no locks; an object appears whole or not at all.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+
+STORE = "gs://"
+
+
+def parse(name: Any) -> Any:
+    """A Path, or for gs:// an epath.Path. Raises UserError for another scheme, and where gcsfs is missing."""
+    text = str(name)
+    if "://" not in text:
+        return Path(name)
+    if not text.startswith(STORE):
+        raise UserError("no such kind of place", text, "name a path on this machine, or gs://BUCKET/FOLDER")
+    store()
+    from etils import epath
+
+    return epath.Path(text)
+
+
+def remote(path: Any) -> bool:
+    return not isinstance(path, Path)
+
+
+def store() -> Any:
+    """The fsspec file system behind gs://. It caches no listing: other hosts write, too."""
+    import fsspec
+
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    try:
+        return fsspec.filesystem("gcs", finalize_on_close=True)  # as etils asks for it: the same instance
+    except ImportError as e:
+        raise UserError(f"not installed: {e}", STORE, "pip install -r requirements/cloud.txt") from e
+
+
+def sizes(folder: Any) -> dict[str, int]:
+    """Bytes of every file below a folder, by its path from there."""
+    if not remote(folder):
+        return {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    found, root = store().find(str(folder), detail=True), str(folder).removeprefix(STORE).rstrip("/") + "/"
+    return {name.removeprefix(root): info["size"] for name, info in found.items() if name.startswith(root)}
+
+
+def create(path: Any, text: str) -> bool:
+    """Writes an object of a store unless it is there: of several writers one succeeds."""
+    try:
+        store().pipe_file(str(path), text.encode(), mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def told(place: Any) -> Iterator[None]:
+    """What goes wrong in a store, in any of the ways of its client, as a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        if not remote(place):
+            raise
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+        raise UserError(reason, str(place), "is the bucket's name right, and may this machine use it?") from e

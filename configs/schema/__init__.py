@@ -1,0 +1,21 @@
+"""From a command line to a locked, checked config, before jax is imported."""
+
+from configs.schema.config import (
+    ConfigDict,
+    Loaded,
+    base_keys,
+    diff,
+    digest,
+    flatten,
+    from_dict,
+    load,
+    read,
+    resolve,
+    running,
+    to_dict,
+)
+
+__all__ = [
+    "ConfigDict", "Loaded", "base_keys", "diff", "digest", "flatten", "from_dict", "load", "read", "resolve", "running",
+    "to_dict",
+]  # fmt: skip

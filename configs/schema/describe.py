@@ -1,0 +1,63 @@
+"""What each key means, from the comments of base.py: the text of `--help` and of `tools.config show`."""
+
+import ast
+import functools
+import io
+import os
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs import base
+from configs.schema import base_keys, flatten, methods
+from configs.schema.methods import Key
+from configs.schema.problems import show
+
+
+@functools.cache
+def docs() -> dict[str, str]:
+    """path -> the comment behind its line in base.py."""
+    source = Path(base.__file__).read_text("utf-8")
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    paths = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+            path = ast.unparse(node.targets[0]).partition(".")[2]
+            paths[path if path in base_keys() else f"{path}.name"] = comments.get(node.end_lineno, "")
+    return {path: text for path, text in paths.items() if path in base_keys()}
+
+
+def lines(config: Any) -> Iterator[str]:
+    """One line a leaf in the order of base.py: key=value and what it means."""
+    leaves, order = flatten(config), list(docs())
+    groups = {path.partition(".")[0]: i for i, path in reversed(list(enumerate(order)))}
+    place = lambda path: order.index(path) if path in order else groups.get(path.partition(".")[0], 0)
+    for path in sorted(leaves, key=place):
+        pair = f"{path}={show(leaves[path])}"
+        yield f"{pair:34}  {docs().get(path, '')}".rstrip()
+
+
+def help_text(usage: str) -> str:
+    parts = [usage.strip(), "", "Keys, their defaults and meanings; override with --config.KEY=VALUE:"]
+    parts += [f"  {line}" for line in lines(base.get_config())]
+    parts += ["", "Names of methods and their arguments:"]
+    for kind, folder in methods.FOLDERS.items():
+        for name in methods.names(folder, "make"):
+            arguments = methods.method(kind, name).arguments.items()
+            parts.append(f"  {kind}.name={name}  " + " ".join(f"{k}={_default(key)}" for k, key in arguments))
+    return "\n".join(line.rstrip() for line in parts)
+
+
+def write(text: str) -> None:
+    """Prints to stdout; a reader that leaves early, as `head` does, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
+
+
+def _default(key: Key) -> str:
+    return "REQUIRED" if key.required else show(key.default)

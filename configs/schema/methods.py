@@ -1,0 +1,85 @@
+"""What an objective, a PEFT method or a quantiser accepts, read from its source: nothing is imported, so no jax.
+
+The keyword-only arguments of a file's `make` are the schema of its group in the config.
+"""
+
+import ast
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = {"objective": "train/objectives", "peft": "model/peft", "quant": "model/quant"}
+TASKS = "evals/tasks"
+TYPES = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple}
+
+
+class Key(NamedTuple):
+    """One leaf of a config. A type of None is not checked; a required key has no default."""
+
+    type: type | None
+    default: Any = None
+    nullable: bool = False
+    required: bool = False
+    choices: tuple = ()
+
+
+class Method(NamedTuple):
+    arguments: dict[str, Key]
+    batch: tuple[str, ...] = ()  # an objective's batch keys, () when they are not literal
+
+
+def names(folder: str, function: str) -> list[str]:
+    """Files of a folder that define the function, by name; empty when the folder does not exist."""
+    return sorted(p.stem for p in (ROOT / folder).glob("[!_]*.py") if _find(p, function))
+
+
+def method(kind: str, name: str) -> Method:
+    """Arguments and batch keys of an existing method. kind: "objective" | "peft" | "quant"."""
+    make = _find(ROOT / FOLDERS[kind] / f"{name}.py", "make")
+    assert make, f"{FOLDERS[kind]}/{name}.py has no make"
+    args = zip(make.args.kwonlyargs, make.args.kw_defaults, strict=True)
+    return Method({a.arg: _key(a.annotation, default) for a, default in args}, _batch_keys(make))
+
+
+def _find(path: Path, function: str) -> ast.FunctionDef | None:
+    tree = ast.parse(path.read_text("utf-8"), str(path))
+    return next((n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function), None)
+
+
+def _key(annotation: ast.expr | None, default: ast.expr | None) -> Key:
+    kind, nullable, choices = _annotation(annotation)
+    if default is None:
+        return Key(kind, None, nullable, True, choices)
+    try:
+        value = ast.literal_eval(default)
+    except ValueError:  # computed: only the method knows it
+        return Key(kind, None, True, False, choices)
+    if kind is None and type(value) in TYPES.values():
+        kind = type(value)
+    return Key(kind, value, nullable or value is None, False, choices)
+
+
+def _annotation(node: ast.expr | None) -> tuple[type | None, bool, tuple]:
+    """(type, may be None, choices) of float, int | None, tuple[str, ...] or Literal["a", "b"]; others have no type."""
+    match node:
+        case ast.Name(id=name):
+            return TYPES.get(name), False, ()
+        case ast.Subscript(value=ast.Name(id="tuple")):
+            return tuple, False, ()
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
+            values = ast.literal_eval(inner)
+            values = values if isinstance(values, tuple) else (values,)
+            return type(values[0]), False, values
+        case ast.BinOp(op=ast.BitOr(), left=left, right=ast.Constant(value=None)):
+            kind, _, choices = _annotation(left)
+            return kind, True, choices
+    return None, False, ()
+
+
+def _batch_keys(make: ast.FunctionDef) -> tuple[str, ...]:
+    """The second argument of `Objective(loss, ("chosen", "rejected"), ...)`."""
+    for node in ast.walk(make):
+        match node:
+            case ast.Call(func=ast.Name(id="Objective"), args=[_, ast.Tuple() as batch, *_]):
+                return tuple(ast.literal_eval(batch))
+    return ()

@@ -1,0 +1,175 @@
+"""The command line of a run: `--config=FILE[:ARG] --config.key=value ... --workdir=DIR --flag[=value]`.
+
+Values are text here; `parse` gives them the type of their key. Own parser: absl's stops at the first mistake, refuses
+1e3 for an integer, and cannot set a tuple from text or a placeholder back to none.
+"""
+
+import ast
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from common.errors import UserError
+from configs.schema.problems import Problem, did_you_mean, show
+
+NONE = ("none", "null")
+BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", tuple: "a tuple"}
+
+
+class Args(NamedTuple):
+    config: str
+    arg: str
+    overrides: dict[str, str]  # "optim.lr" -> text, in the order given; the last of a key wins
+    workdir: str | None
+    flags: dict[str, Any]
+    help: bool
+    problems: list[Problem]
+
+
+def parse_args(argv: list[str], flags: Mapping[str, Any]) -> Args:
+    """Splits a command line without reading the config. `flags` maps each extra flag to its default, whose type it has.
+
+    Every flag takes `--name=value` or `--name value`; one whose default is a bool may stand alone.
+    """
+    found: dict[str, Any] = {"config": "", "workdir": None, **flags}
+    overrides: dict[str, str] = {}
+    problems: list[Problem] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        if word in ("--help", "-h"):
+            return Args("", "", {}, None, dict(flags), True, [])
+        if not word.startswith("--"):
+            problems.append(Problem(word, "", "unexpected argument", "options are written --name=value"))
+            continue
+        if not name.startswith("config.") and name not in found:
+            known = [f"--{k}" for k in (*found, "help")]
+            problems.append(Problem(f"--{name}", text, "unknown option", did_you_mean(f"--{name}", known)))
+            continue
+        if not equals and isinstance(found.get(name), bool):
+            text = "true"
+        elif not equals and (not rest or rest[0].startswith("--")):
+            problems.append(Problem(f"--{name}", "", "needs a value", f"write --{name}=VALUE"))
+            continue
+        elif not equals:
+            text = rest.pop(0)
+        if name.startswith("config."):
+            overrides[name.removeprefix("config.")] = text
+            continue
+        try:
+            kind = type(flags[name]) if flags.get(name) is not None else str
+            found[name] = parse(text, kind)
+        except ValueError as e:
+            problems.append(Problem(f"--{name}", show(text), str(e)))
+    path, arg = split_arg(found.pop("config"))
+    return Args(path, arg, overrides, found.pop("workdir"), found, False, problems)
+
+
+def split_arg(config: str) -> tuple[str, str]:
+    """configs/x.py:rank=4 -> ("configs/x.py", "rank=4")."""
+    head, colon, arg = config.partition(".py:")
+    return (f"{head}.py", arg) if colon else (config, "")
+
+
+def parse(text: str, kind: type | None, nullable: bool = False) -> Any:
+    """Text as a value of a type: 1e3 and 1_000 are integers, `1,2` and `(1, 2)` tuples, `none` empties a placeholder.
+
+    A string is the text itself. None as the type means a Python literal, or else a string. Raises ValueError with the
+    reason.
+    """
+    if nullable and text.lower() in NONE:
+        return None
+    if kind is str:
+        return text
+    if kind is tuple:
+        return _tuple(text)
+    if kind is None:
+        return _literal(text)
+    try:
+        if kind is bool:
+            return BOOLS[text.lower()]
+        if kind is int:
+            return _int(text)
+        return float(text)
+    except (ValueError, KeyError, OverflowError):
+        raise ValueError(f"must be {TYPE_NAMES[kind]}" + (" or none" if nullable else "")) from None
+
+
+def _int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+        if not value.is_integer():
+            raise
+        return int(value)
+
+
+def _literal(text: str) -> Any:
+    lower = text.lower()
+    if lower in NONE:
+        return None
+    if lower in ("true", "false"):
+        return lower == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _tuple(text: str) -> tuple:
+    """A literal tuple or list, or items between commas; items that are no literals are strings, brackets nest."""
+    text = text.strip()
+    if not text:
+        return ()
+    try:
+        value = ast.literal_eval(text)
+        return tuple(value) if isinstance(value, tuple | list) else (value,)
+    except (ValueError, SyntaxError):
+        parts = _split(text)
+    if len(parts) == 1 and _bracketed(text):
+        parts = _split(text[1:-1])
+    return tuple(_tuple(p) if _bracketed(p) and len(_split(p[1:-1])) > 1 else _literal(p) for p in parts)
+
+
+def _bracketed(text: str) -> bool:
+    return text[0] + text[-1] in ("()", "[]")
+
+
+def _split(text: str) -> list[str]:
+    """Items between commas that lie outside brackets and quotes, trimmed; empty ones are dropped."""
+    items, depth, quote = [""], 0, ""
+    for c in text:
+        if quote or c in "\"'":
+            quote = "" if c == quote else quote or c
+        else:
+            depth += (c in "([{") - (c in ")]}")
+        if c == "," and not depth and not quote:
+            items.append("")
+        else:
+            items[-1] += c
+    return [item.strip() for item in items if item.strip()]
+
+
+def parse_arg(arg: str, **defaults: Any) -> SimpleNamespace:
+    """The argument of a config file, "rank=4,full" -> rank=4, full=True. The defaults say the names and the types.
+
+    `get_config(arg="")` calls it first: `arg = parse_arg(arg, rank=16, full=False)`. Raises UserError.
+    """
+    values = dict(defaults)
+    for item in _split(arg):
+        name, equals, text = item.partition("=")
+        if name not in defaults:
+            known = ", ".join(defaults)
+            fix = did_you_mean(name, defaults, f"it takes {known}" if known else "it takes none")
+            raise UserError(f"unknown argument {name!r}", f"config file argument {arg!r}", fix)
+        if not equals and not isinstance(defaults[name], bool):
+            raise UserError(f"{name} needs a value", f"config file argument {arg!r}", f"write {name}=VALUE")
+        kind = None if defaults[name] is None else type(defaults[name])
+        try:
+            values[name] = parse(text, kind) if equals else True
+        except ValueError as e:
+            raise UserError(f"{name} {e}", f"config file argument {arg!r}") from None
+    return SimpleNamespace(**values)

@@ -1,0 +1,67 @@
+"""What is wrong with a config: every problem at once, each with its fix."""
+
+import difflib
+import sys
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from common.errors import UserError
+
+
+class Problem(NamedTuple):
+    """`key` is written as the user types it ("config.optim.lr"); an empty `value` says that none was given."""
+
+    key: str
+    value: str
+    problem: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.key} = {self.value}" if self.value else self.key
+        return " · ".join(part for part in (where, self.problem, self.fix) if part)
+
+
+class ConfigError(UserError):
+    """All problems of a config; its str is one line each, or a table where stderr is a terminal."""
+
+    def __init__(self, problems: Iterable[Problem], where: str = ""):
+        self.problems = list(problems)
+        n = len(self.problems)
+        super().__init__(f"{n} problem{'s' if n > 1 else ''}", where, "see --help for every key")
+
+    def __str__(self) -> str:
+        if sys.stderr.isatty():
+            return self.table()
+        return "\n".join([super().__str__(), *map(str, self.problems)])
+
+    def table(self) -> str:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, title=Text(super().__str__()), title_justify="left")
+        for name in Problem._fields:
+            table.add_column(name, no_wrap=name == "key")
+        for problem in self.problems:
+            table.add_row(*map(Text, problem))
+        console = Console(stderr=True)
+        with console.capture() as text:
+            console.print(table)
+        return text.get().rstrip()
+
+
+def show(value: Any) -> str:
+    """A value as a person would type it."""
+    if isinstance(value, str):
+        return value if value else '""'
+    return repr(value)
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The question about the nearest known word or dotted path: one with the same last part, else the best spelling."""
+    known, last = list(known), word.rpartition(".")[2]
+    tails = {k.rpartition(".")[2]: k for k in reversed(known)}
+    near = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(word, known, 1, 0.75)
+    near = near or [tails[t] for t in difflib.get_close_matches(last, tails, 1, 0.75)]
+    return f"did you mean {' or '.join(near[:3])}?" if near else otherwise

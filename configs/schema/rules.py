@@ -1,0 +1,224 @@
+"""What a value may be: one table of ranges and choices, then the rules between keys.
+
+Types are those of the defaults in `base.py`, or of the method's keyword arguments.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from configs.models import SHAPES
+from configs.schema import methods
+from configs.schema.problems import Problem, did_you_mean, show
+
+SHARE, POSITIVE, COUNT, ANY_COUNT = "[0, 1]", "(0, inf)", "[1, inf)", "[0, inf)"
+
+# path -> an interval of numbers, or a tuple of choices (of every element, where the key is a tuple)
+ALLOWED: dict[str, str | tuple[str, ...]] = {
+    "seed": "[0, 4294967296)",
+    "steps": COUNT,
+    "accum": COUNT,
+    "allow": ("data", "config"),
+    "model.shape": ("", *SHAPES),
+    "model.net.layers": COUNT,
+    "model.embed": COUNT,
+    "model.heads": COUNT,
+    "model.kv_heads": COUNT,
+    "model.mlp": COUNT,
+    "model.vocab_size": COUNT,
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "model.param_dtype": ("float32", "bfloat16", "float16"),
+    "model.remat": ("none", "dots", "full"),
+    "model.net.attention": ("auto", "xla", "splash", "cudnn"),
+    "peft.rank": COUNT,
+    "peft.alpha": POSITIVE,
+    "peft.dropout": "[0, 1)",
+    "peft.block": "[2, inf)",
+    "peft.terms": ANY_COUNT,
+    "peft.tokens": COUNT,
+    "quant.group": COUNT,
+    "quant.start": ANY_COUNT,
+    "data.holdout": "[0, 1)",
+    "data.format": ("auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt", "preference"),
+    "data.seq_len": COUNT,
+    "data.batch_size": COUNT,
+    "data.packing": ("best_fit", "concat", "none"),
+    "data.max_bad": SHARE,
+    "optim.name": ("adamw", "adafactor", "lion", "muon"),
+    "optim.lr": ANY_COUNT,
+    "optim.schedule": ("cosine", "linear", "constant", "wsd"),
+    "optim.warmup": ANY_COUNT,
+    "optim.decay": SHARE,
+    "optim.final_lr": SHARE,
+    "optim.b1": "[0, 1)",
+    "optim.b2": "[0, 1)",
+    "optim.eps": POSITIVE,
+    "optim.weight_decay": ANY_COUNT,
+    "optim.clip": ANY_COUNT,
+    "optim.max_bad_steps": COUNT,
+    "log_every": COUNT,
+    "eval_every": ANY_COUNT,
+    "eval_batches": ANY_COUNT,
+    "eval_n": COUNT,
+    "ckpt.every": ANY_COUNT,
+    "ckpt.minutes": POSITIVE,
+    "ckpt.keep": COUNT,
+    "ckpt.keep_every": ANY_COUNT,
+    "ckpt.on_error": ("stop", "continue"),
+    "tracker": ("", "tensorboard", "wandb"),
+    "chip": ("", *json.loads((methods.ROOT / "common/chips.json").read_text("utf-8"))["chips"]),
+}
+STRINGS = ("allow", "evals", "samples")  # tuples of these
+REGEXES = ("peft.where", "peft.inputs", "quant.where")
+FACTORS = ("optim.lr_scale", "peft.ranks", "peft.alphas")  # pairs of a regular expression and a number
+
+
+def check_value(path: str, value: Any, choices: tuple = ()) -> Iterator[tuple[str, str]]:
+    """(problem, fix) of one value that already has its type."""
+    allowed = choices or ALLOWED.get(path, ())
+    if path in STRINGS and not all(isinstance(v, str) for v in value):
+        yield "must hold strings", "quote each one"
+    elif isinstance(allowed, str):
+        if not _inside(value, allowed):
+            yield f"must be in {allowed}", ""
+    elif allowed:
+        for v in value if isinstance(value, tuple) else (value,):
+            if v not in allowed:
+                known = "one of " + ", ".join(show(a) for a in allowed)
+                near = did_you_mean(v, filter(None, allowed), known) if isinstance(v, str) and v else known
+                yield "unknown choice", near
+    if path in REGEXES or (path == "trainable" and value not in ("all", "adapters")):
+        yield from _regex(value)
+    if path in FACTORS:
+        yield from _factors(value)
+    if path == "data.fields" and not re.fullmatch(r"(\s*\w+\s*=[^=,]+(,|$))*", value):
+        yield "must be NEW=OLD pairs between commas", 'like "prompt=question,completion=answer"'
+    if path.startswith("mesh.") and value != -1 and value < 1:
+        yield "must be at least 1, or -1", "-1 takes the devices that remain"
+
+
+def _inside(value: float, interval: str) -> bool:
+    low, high = interval[1:-1].split(", ")
+    above = value >= float(low) if interval[0] == "[" else value > float(low)
+    below = value <= float(high) if interval[-1] == "]" else value < float(high)
+    return above and below
+
+
+def _regex(value: str) -> Iterator[tuple[str, str]]:
+    try:
+        re.compile(value)
+    except re.error as e:
+        yield f"is no regular expression: {e}", ""
+
+
+def _factors(rules: tuple) -> Iterator[tuple[str, str]]:
+    for rule in rules:
+        if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str) and _is_factor(rule[1])):
+            yield "must be pairs of a regular expression and a factor", 'like (("embed/.*", 0.1),)'
+            return
+        yield from _regex(rule[0])
+
+
+def _is_factor(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < math.inf
+
+
+def check_between(c: Mapping[str, Any], ok: Callable[..., bool]) -> Iterator[Problem]:
+    """Rules that need several keys, or folders. `c`: path -> value; `ok(*paths)`: all there, each right by itself."""
+    for rule in (_shape, _init, _trainable, _saved, _rows, _pairs, _schedule, _evals):
+        for path, text, fix in rule(c, ok):
+            yield Problem(f"config.{path}", show(c[path]), text, fix)
+
+
+def _shape(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
+    if not ok("model.shape", "model.embed", "model.heads", "model.kv_heads") or not c["model.shape"]:
+        return
+    shape = SHAPES[c["model.shape"]]
+    own_embed, own_heads, own_kv_heads = (c[f"model.{k}"] for k in ("embed", "heads", "kv_heads"))
+    embed, heads = own_embed or shape["embed"], own_heads or shape["heads"]
+    kv_heads = own_kv_heads or min(shape["kv_heads"], heads)
+    if own_embed or own_heads:  # else the shape says its own head size
+        path = "model.heads" if own_heads else "model.embed"
+        if embed % heads:
+            yield path, f"embed {embed} is not a multiple of heads {heads}", "the head size is embed / heads"
+        elif embed // heads % 2:
+            yield path, f"the head size {embed} / {heads} is odd", "rotary positions turn pairs"
+    if heads % kv_heads:
+        path = "model.kv_heads" if own_kv_heads else "model.heads"
+        yield path, f"heads {heads} is not a multiple of kv_heads {kv_heads}", "each key head serves as many"
+    if shape.get("recurrent", 0) % heads:
+        yield "model.heads", f"the recurrent width {shape['recurrent']} is not a multiple of heads {heads}", ""
+    if ok("mesh.tensor") and c["mesh.tensor"] > 1 and heads % c["mesh.tensor"]:
+        yield "mesh.tensor", f"does not divide heads {heads}", "whole heads lie on a device"
+
+
+def _init(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
+    if not ok("model.shape", "init") or c["model.shape"]:
+        return
+    if not c["init"]:
+        yield "model.shape", "neither a shape nor a pretrained init", "set config.model.shape or config.init"
+    for path in (f"model.{k}" for k in ("layers", "embed", "heads", "kv_heads", "mlp", "vocab_size")):
+        if ok(path) and c[path] is not None:
+            yield path, "overrides a shape, and none is named", "set config.model.shape"
+
+
+def _trainable(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
+    if ok("trainable", "peft.name") and c["trainable"] == "adapters" and not c["peft.name"]:
+        yield "trainable", "there are no adapters", "name a method in config.peft.name, or train all"
+
+
+def _saved(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
+    if ok("init", "peft.name", "peft.folder") and c["peft.name"] == "saved" and c["init"] == c["peft.folder"]:
+        yield "init", "is the run whose adapter goes on", "name the base that the adapter was trained on"
+
+
+def _rows(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
+    axes = {a: c[f"mesh.{a}"] for a in ("data", "fsdp", "tensor", "context") if ok(f"mesh.{a}")}
+    remaining = [a for a in axes if axes[a] == -1]
+    if len(remaining) > 1:
+        yield f"mesh.{remaining[1]}", f"only one axis may be -1, {remaining[0]} is too", "give one a number"
+    if ok("data.seq_len") and axes.get("context", 1) > 1 and c["data.seq_len"] % axes["context"]:
+        yield "mesh.context", f"does not divide data.seq_len {c['data.seq_len']}", "devices hold equal parts of a row"
+    if not ok("data.batch_size", "accum"):
+        return
+    rows, accum = c["data.batch_size"], c["accum"]
+    devices = math.prod(max(axes.get(a, 1), 1) for a in ("data", "fsdp"))
+    if rows % accum:
+        yield "data.batch_size", f"is not a multiple of accum {accum}", "micro-batches have equal rows"
+    elif rows // accum % devices:
+        text = f"{rows // accum} rows a micro-batch do not divide over {devices} devices"
+        yield "data.batch_size", text, f"a multiple of {accum * devices}"
+
+
+def _pairs(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
+    if not ok("objective.name", "data.format", "data.packing"):
+        return
+    objective, form = c["objective.name"], c["data.format"]
+    pairs = "chosen" in methods.method("objective", objective).batch
+    if pairs and form not in ("auto", "preference"):
+        yield "data.format", f"objective {objective} reads preference pairs", "preference or auto"
+    if (pairs or form == "preference") and c["data.packing"] != "none":
+        yield "data.packing", "preference pairs are not packed", "set config.data.packing=none"
+
+
+def _schedule(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
+    if not ok("steps", "optim.warmup"):
+        return
+    steps, warmup = c["steps"], c["optim.warmup"]
+    if warmup >= max(1, steps):
+        yield "optim.warmup", f"warms up longer than the run, {steps} steps", "below 1 it is a share of the steps"
+        return
+    share = warmup if warmup < 1 else warmup / steps
+    if ok("optim.schedule", "optim.decay") and c["optim.schedule"] == "wsd" and share + c["optim.decay"] > 1:
+        yield "optim.decay", f"and a warm-up of {share:g} exceed the run", "shares of the steps, at most 1 in all"
+
+
+def _evals(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
+    if ok("evals") and c["evals"]:
+        tasks = methods.names(methods.TASKS, "task")
+        for name in c["evals"]:
+            if name not in tasks:
+                known = f"{methods.TASKS} has {', '.join(tasks) or 'none yet'}"
+                yield "evals", f"no task {name!r}", did_you_mean(name, tasks, known)

@@ -1,0 +1,111 @@
+"""The documents of one source as rows of a batch: what is cut, dropped or packed, and the copy into the arrays."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.errors import UserError
+from data.dataset import Dataset
+from data.rows import pack
+from data.rows.pack import Pieces, Rows, ranges
+
+PACKINGS = ("none", "concat", "best_fit")
+
+
+class Part(NamedTuple):
+    """Documents of one source (numbers; for pairs the number of the pair), and its weight in the mixture."""
+
+    dataset: Dataset
+    documents: np.ndarray
+    weight: float = 1.0
+
+
+class Packed(NamedTuple):
+    sides: list[Rows]  # one; for pairs chosen and rejected, row by row
+    report: dict  # documents that were truncated, split into several pieces, dropped
+
+
+def packed(part: Part, *, seq_len: int, packing: str, truncate: bool, max_bad: float, seed: int) -> Packed:
+    """Text is cut into pieces, so nothing is lost; a longer completion or pair loses its tail, or counts as bad.
+
+    What has nothing left to learn within `seq_len` is dropped. Pairs are never packed: a row is one answer.
+    """
+    if packing not in PACKINGS:
+        raise UserError(f"unknown packing {packing!r}", "data.packing", f"one of {' '.join(PACKINGS)}")
+    data, numbers = part.dataset, part.documents
+    paired = data.kind == "pair"
+    sides = [_pieces(data, 2 * numbers + half) for half in (0, 1)] if paired else [_pieces(data, numbers)]
+    long = np.any([side.lengths > seq_len for side in sides], axis=0)
+    whole = packing == "concat" and not paired
+    drop = np.zeros_like(long)
+    if not truncate and not whole:
+        drop = long
+        _check_long(data, int(long.sum()), len(long), seq_len, max_bad)
+    elif data.kind != "text" and not whole:
+        drop = _nothing_learnt(data, sides, long, seq_len)
+    sides = [Pieces(side.starts[~drop], side.lengths[~drop]) for side in sides]
+    report = {"truncated": 0, "split": 0, "dropped": int(drop.sum())}
+    report["split" if whole or data.kind == "text" else "truncated"] = int((long & ~drop).sum())
+    if whole:
+        return Packed([pack.concat(sides[0], seq_len)], report)
+    shorten = pack.cut if data.kind == "text" else pack.truncate
+    sides = [shorten(side, seq_len) for side in sides]
+    if packing == "best_fit" and not paired:
+        return Packed([pack.best_fit(sides[0], seq_len, seed)], report)
+    return Packed([pack.none(side) for side in sides], report)
+
+
+def _pieces(data: Dataset, numbers: np.ndarray) -> Pieces:
+    return Pieces(data.stored.offsets[numbers], data.lengths[numbers])
+
+
+def _nothing_learnt(data: Dataset, sides: list[Pieces], long: np.ndarray, seq_len: int) -> np.ndarray:
+    """True for long documents of which a side has no learnt token within a row."""
+    drop = np.zeros_like(long)
+    for i in np.flatnonzero(long):
+        kept = [np.arange(side.starts[i], side.starts[i] + min(side.lengths[i], seq_len)) for side in sides]
+        drop[i] = not all(data.stored.mask(slots).any() for slots in kept)
+    return drop
+
+
+def _check_long(data: Dataset, count: int, total: int, seq_len: int, max_bad: float) -> None:
+    if count > max_bad * total:
+        source, fix = data.stored.index["source"], "raise data.seq_len or data.max_bad, or set data.truncate=True"
+        raise UserError(f"{count} of {total} documents are longer than seq_len={seq_len}", source, fix)
+
+
+def write(batch: dict, at: np.ndarray, data: Dataset, rows: Rows, chosen: np.ndarray, pad_id: int) -> None:
+    """Copies rows `chosen` of a source into rows `at` of the arrays [B,T]; the target behind a document is padding."""
+    counts = np.diff(rows.bounds)[chosen]
+    pieces = ranges(rows.bounds[chosen], counts)
+    starts, lengths = rows.starts[pieces], rows.lengths[pieces]
+    nth = ranges(np.zeros_like(counts), counts)  # of each piece in its row
+    before = np.cumsum(lengths) - lengths
+    column = before - np.repeat(before[np.cumsum(counts) - counts], counts)
+    seq_len = batch["tokens"].shape[1]
+    to = ranges(np.repeat(at, counts) * seq_len + column, lengths)
+    slots = ranges(starts, lengths)
+    flat, offsets = data.stored.tokens, data.stored.offsets
+    following = np.minimum(slots + 1, len(flat) - 1)
+    targets = flat[following].astype(np.int32)
+    ends = starts + lengths
+    targets[(np.cumsum(lengths) - 1)[offsets[np.searchsorted(offsets, ends)] == ends]] = pad_id
+    values = {"tokens": flat[slots], "targets": targets, "mask": data.stored.mask(slots)}
+    values |= {"segments": np.repeat(nth + 1, lengths), "positions": ranges(np.zeros_like(lengths), lengths)}
+    for key, value in values.items():
+        batch[key].reshape(-1)[to] = value
+
+
+def painted(batch: dict, row: int, tokenizer: Any) -> Any:
+    """The text of a row as rich Text; a token is coloured where it is a target that counts."""
+    from rich.text import Text
+
+    segments = batch["segments"][row]
+    learnt = np.concatenate([[0], batch["mask"][row][:-1]])  # token t is the target of slot t - 1
+    text = Text()
+    for document in range(1, int(segments.max()) + 1):
+        text.append(" | " if document > 1 else "", style="bold red")
+        slots = np.flatnonzero(segments == document)
+        for run in np.split(slots, np.flatnonzero(np.diff(learnt[slots])) + 1):
+            text.append(tokenizer.decode(batch["tokens"][row, run]), style="green" if learnt[run[0]] else "dim")
+    return text

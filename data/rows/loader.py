@@ -1,0 +1,198 @@
+"""Batches as a pure function of (seed, step): nothing to store but the step, and the same on any number of hosts."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from data import sources
+from data.dataset import Dataset, has_chats, prepare, texts
+from data.rows import layout, mixture
+from data.rows.layout import Part
+from data.text import tokenizer
+from data.text.tokenizer import Tokenizer
+
+Batch = (
+    dict  # tokens targets segments positions int32 [B,T], mask float32 [B,T]; or {"chosen": Batch, "rejected": Batch}
+)
+
+
+class Loader:
+    """Batches of `batch_size` rows of `seq_len` slots; `rows` is the slice of each batch that this process reads.
+
+    Training streams go round for ever, every row once an epoch. A held-out loader goes through its rows once, in
+    order, sources interleaved; its last batch is filled up with empty rows.
+    """
+
+    def __init__(
+        self,
+        parts: list[Part],
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int = 0,
+        packing: str = "best_fit",
+        shuffle: bool = True,
+        truncate: bool = True,
+        max_bad: float = 0.001,
+        rows: slice | None = None,
+        heldout: bool = False,
+        pad_id: int = 0,
+    ):
+        self.parts, self.seq_len, self.batch_size, self.seed = parts, seq_len, batch_size, seed
+        self.shuffle, self.heldout, self.pad_id = shuffle and not heldout, heldout, pad_id
+        self.mine = np.arange(batch_size)[rows or slice(None)]
+        kinds = {part.dataset.kind for part in parts}
+        if len(kinds) > 1 and "pair" in kinds:
+            raise UserError("a mixture of preference pairs and other records", "data.source", "train on one kind")
+        self.paired = kinds == {"pair"}
+        how = {"seq_len": seq_len, "packing": packing, "truncate": truncate, "max_bad": max_bad, "seed": seed}
+        self.packed = [layout.packed(part, **how) for part in parts]
+        self.sizes = [len(packed.sides[0]) for packed in self.packed]
+        self._check_sizes()
+        self.shares = mixture.shares([part.weight for part in parts])
+        if heldout:
+            self.order = _interleave(self.sizes)
+        self.settings = {**how, "batch_size": batch_size, "shuffle": self.shuffle}
+        self.settings |= {"weights": [part.weight for part in parts], "sources": [_part_id(part) for part in parts]}
+
+    def _check_sizes(self) -> None:
+        for part, size in zip(self.parts, self.sizes):
+            name = part.dataset.stored.index["source"]
+            if size == 0:
+                raise UserError("no rows", name)
+            if size < self.batch_size and not self.heldout:
+                fix = "lower data.batch_size or data.seq_len, or bring more records"
+                raise UserError(f"{size} rows are less than one batch of {self.batch_size}", name, fix)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches that hold every row once (of all sources together)."""
+        return -(-sum(self.sizes) // self.batch_size)
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Slots of a batch over all hosts."""
+        return self.batch_size * self.seq_len * (2 if self.paired else 1)
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def report(self) -> dict:
+        """What became of the records, summed over the sources; fill is the share of slots that hold a token."""
+        total = {"documents": 0, "tokens": 0, "learnt": 0, "bad": 0, "truncated": 0, "split": 0, "dropped": 0}
+        for part, packed in zip(self.parts, self.packed):
+            for key in total:
+                total[key] += {**part.dataset.report, **packed.report}[key]
+        slots = sum(self.sizes) * self.seq_len * (2 if self.paired else 1)
+        used = sum(int(side.lengths.sum()) for packed in self.packed for side in packed.sides)
+        first = [line for part in self.parts for line in part.dataset.report["first_bad"]]
+        return {**total, "rows": sum(self.sizes), "fill": used / slots, "first_bad": first[:5]}
+
+    def batch(self, step: int) -> Batch:
+        """This process's rows of the global batch of a step."""
+        index = step * self.batch_size + self.mine
+        source, nth = self._place(index)
+        halves = [self._fill(source, nth, half) for half in range(2 if self.paired else 1)]
+        return {"chosen": halves[0], "rejected": halves[1]} if self.paired else halves[0]
+
+    def _place(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source, row) of each row of the stream; source -1 is an empty row."""
+        if self.heldout:
+            index = index % (self.num_batches * self.batch_size)
+            inside = index < len(self.order)
+            source, row = self.order[np.where(inside, index, 0)].T
+            return np.where(inside, source, -1), row
+        source, nth = mixture.assign(index, self.shares, self.seed)
+        row = np.empty_like(nth)
+        for s in np.unique(source):
+            here = source == s
+            row[here] = mixture.row(nth[here], self.sizes[s], self.seed + s, self.shuffle)
+        return source, row
+
+    def _fill(self, source: np.ndarray, row: np.ndarray, half: int) -> Batch:
+        shape = (len(source), self.seq_len)
+        batch = {key: np.zeros(shape, np.int32) for key in ("tokens", "targets", "segments", "positions")}
+        batch["tokens"][:] = batch["targets"][:] = self.pad_id
+        batch["mask"] = np.zeros(shape, np.float32)
+        for s in np.unique(source[source >= 0]):
+            here = np.flatnonzero(source == s)
+            layout.write(batch, here, self.parts[s].dataset, self.packed[s].sides[half], row[here], self.pad_id)
+        return batch
+
+    def state_dict(self) -> dict:
+        return {"fingerprint": self.fingerprint, "settings": self.settings}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Raises UserError that names what differs when the saved run read another stream of batches."""
+        if saved.get("fingerprint") == self.fingerprint:
+            return
+        old = saved.get("settings", {})
+        changed = [f"{k} {old.get(k)!r} -> {v!r}" for k, v in self.settings.items() if old.get(k) != v]
+        raise UserError(f"the data changed: {'; '.join(changed)}", "resume", 'set allow=("data",) to go on with it')
+
+
+def make_loaders(data, tok: Tokenizer, seed: int = 0, rows: slice | None = None) -> tuple[Loader, Loader | None]:
+    """Training and held-out loaders of the `data` keys of a config; held-out is None when there is nothing to hold."""
+    weights = sources.mixture(data.source)
+    datasets = {name: _prepare(data, name, tok) for name in weights}
+    options = dict(seq_len=data.seq_len, batch_size=data.batch_size, seed=seed, packing=data.packing)
+    options |= dict(truncate=data.truncate, max_bad=data.max_bad, rows=rows, pad_id=_pad_id(tok))
+    splits = {name: d.split(0.0 if data.eval_source else data.holdout) for name, d in datasets.items()}
+    train = [Part(d, splits[name][0], weights[name]) for name, d in datasets.items()]
+    if data.eval_source:
+        held = {name: _prepare(data, name, tok) for name in sources.mixture(data.eval_source)}
+        out = [Part(d, np.arange(len(d))) for d in held.values()]
+    else:
+        out = [Part(d, splits[name][1]) for name, d in datasets.items() if len(splits[name][1])]
+    loader = Loader(train, shuffle=data.shuffle, **options)
+    return loader, Loader(out, heldout=True, **options) if out else None
+
+
+def load_tokenizer(data, default: str = "bytes") -> Tokenizer:
+    """The tokenizer of a config; `default` is the model's own. "bpe:N" and "spm:N" are trained once and cached.
+
+    One without a chat template gets the default one where the data are chats, so that what is learnt is what is served.
+    """
+    spec = data.text.tokenizer or default
+    trained = spec.startswith(("bpe:", "spm:"))
+    found = _trained_tokenizer(data, spec) if trained else tokenizer.load(spec)
+    if found.chat_template is None:
+        first = next(iter(sources.mixture(data.source)))
+        found.chat_template = tokenizer.DEFAULT_TEMPLATE if has_chats(first, data.format, data.fields) else None
+    return found
+
+
+def _trained_tokenizer(data, spec: str) -> Tokenizer:
+    names = list(sources.mixture(data.source))
+    key = [spec, data.format, data.fields, [sources.content_id(name) for name in names]]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    folder = Path(data.cache).expanduser() / "tokenizers" / digest[:24]
+    if not (folder / "special_tokens_map.json").is_file():  # the last file that `save` writes
+        corpus = (text for name in names for text in texts(name, data.format, data.fields))
+        tokenizer.load(spec, lambda: corpus).save(folder)
+    return tokenizer.load(folder)
+
+
+def _prepare(data, name: str, tok: Tokenizer) -> Dataset:
+    return prepare(name, tok, folder=data.cache, form=data.format, fields=data.fields, max_bad=data.max_bad)
+
+
+def _pad_id(tok: Tokenizer) -> int:
+    return next((i for i in (tok.pad_id, tok.eos_id) if i is not None), 0)
+
+
+def _part_id(part: Part) -> str:
+    digest = hashlib.sha256(np.asarray(part.documents, np.int64).tobytes()).hexdigest()
+    return f"{part.dataset.stored.index['source']}:{part.dataset.fingerprint[:16]}:{digest[:16]}"
+
+
+def _interleave(sizes: list[int]) -> np.ndarray:
+    """(source, row) of all rows, each source spread evenly and in its own order. int64 [sum(sizes), 2]"""
+    pairs = np.array([(s, r) for s, size in enumerate(sizes) for r in range(size)], np.int64).reshape(-1, 2)
+    place = (pairs[:, 1] + 0.5) / np.maximum(np.asarray(sizes), 1)[pairs[:, 0]]
+    return pairs[np.argsort(place, kind="stable")]

@@ -1,0 +1,111 @@
+"""Documents to rows of T slots. A row is a list of pieces of documents; no token is copied here.
+
+A slot holds a token and the one that follows it, so a piece of n tokens fills n slots; behind the last token of a
+document nothing follows, and its slot does not count in the loss.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from data.rows.mixture import permute
+
+BLOCK = 10_000  # pieces that are packed together
+
+
+class Pieces(NamedTuple):
+    starts: np.ndarray  # int64 [P], slot in the flat tokens
+    lengths: np.ndarray  # int64 [P], slots
+
+
+class Rows(NamedTuple):
+    """Row r holds pieces bounds[r] to bounds[r + 1]."""
+
+    starts: np.ndarray  # int64 [P]
+    lengths: np.ndarray  # int64 [P]
+    bounds: np.ndarray  # int64 [R + 1]
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def fill(self, seq_len: int) -> float:
+        """Share of the slots that hold a token."""
+        return float(self.lengths.sum() / max(len(self) * seq_len, 1))
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """arange(s, s + n) of every piece, end to end."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def cut(pieces: Pieces, seq_len: int) -> Pieces:
+    """Pieces longer than a row, cut into full rows and a rest; nothing is lost."""
+    counts = -(-pieces.lengths // seq_len)
+    nth = ranges(np.zeros_like(counts), counts)
+    starts = np.repeat(pieces.starts, counts) + nth * seq_len
+    lengths = np.minimum(np.repeat(pieces.lengths, counts) - nth * seq_len, seq_len)
+    return Pieces(starts, lengths)
+
+
+def truncate(pieces: Pieces, seq_len: int) -> Pieces:
+    """The tail of what is longer than a row is lost."""
+    return Pieces(pieces.starts, np.minimum(pieces.lengths, seq_len))
+
+
+def none(pieces: Pieces) -> Rows:
+    """One piece a row."""
+    return Rows(*pieces, np.arange(len(pieces.starts) + 1))
+
+
+def concat(pieces: Pieces, seq_len: int) -> Rows:
+    """The documents end to end, cut every `seq_len` slots; only the last row has padding."""
+    ends = np.cumsum(pieces.lengths)
+    begins = ends - pieces.lengths
+    total = int(ends[-1]) if len(ends) else 0
+    cuts = np.union1d(begins, np.arange(0, total, seq_len))
+    document = np.searchsorted(begins, cuts, side="right") - 1
+    lengths = np.diff(np.append(cuts, total))
+    bounds = np.searchsorted(cuts, np.arange(0, total, seq_len))
+    return Rows(pieces.starts[document] + cuts - begins[document], lengths, np.append(bounds, len(cuts)))
+
+
+def best_fit(pieces: Pieces, seq_len: int, seed: int) -> Rows:
+    """Longest first, each into the fullest row that still takes it, within random blocks. No piece is cut.
+
+    Best-fit decreasing; Ding et al. 2024, "Fewer Truncations Improve Language Modeling".
+    """
+    n = len(pieces.lengths)
+    order = permute(np.arange(n), n, seed, 2) if n else np.zeros(0, np.int64)
+    rows: list[list[int]] = []
+    for begin in range(0, n, BLOCK):
+        block = order[begin : begin + BLOCK]
+        rows += [[int(block[i]) for i in row] for row in _best_fit(pieces.lengths[block], seq_len)]
+    chosen = np.array([i for row in rows for i in row], np.int64)
+    bounds = np.cumsum([0, *map(len, rows)])
+    return Rows(pieces.starts[chosen], pieces.lengths[chosen], bounds)
+
+
+def _best_fit(lengths: np.ndarray, seq_len: int) -> list[list[int]]:
+    """Rows as lists of indices. `open_` has bit s set when a row with s free slots exists: the fullest row that
+    takes n slots is the lowest set bit from n on, found in one big-integer operation."""
+    rows: list[list[int]] = []
+    by_space: list[list[int]] = [[] for _ in range(seq_len + 1)]
+    open_ = 0
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        size = int(lengths[i])
+        above = open_ >> size
+        if above:
+            space = size + (above & -above).bit_length() - 1
+            row = by_space[space].pop()
+            if not by_space[space]:
+                open_ ^= 1 << space
+            rows[row].append(i)
+        else:
+            space, row = seq_len, len(rows)
+            rows.append([i])
+        left = space - size
+        if left:
+            by_space[left].append(row)
+            open_ |= 1 << left
+    return rows

@@ -1,0 +1,174 @@
+"""Text to token ids and back. Whatever file it comes from, a tokenizer is one `tokenizers.Tokenizer` and a few ids."""
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from common.packages import locate
+
+FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json")  # fetched from the hub
+# For models that bring no chat template: plain headings and the end token, readable in any vocabulary.
+DEFAULT_TEMPLATE = (
+    "{% for m in messages %}{{ '### ' ~ m['role'] ~ '\\n' ~ m['content'] }}"
+    "{{ eos_token if m['role'] == 'assistant' else '' }}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"
+)
+# Tokens that end a turn in the templates of known families; one counts as an end when the template writes it.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|return|>", "<|eot|>")
+
+
+class Tokenizer:
+    """Ids are those of the model; `encode` adds neither BOS nor EOS, and reads control tokens only on request."""
+
+    def __init__(self, core, *, bos=None, eos=None, pad=None, add_bos=False, chat_template=None, extra_eos=()):
+        core.no_truncation()
+        core.no_padding()
+        core.encode_special_tokens = True
+        self.core = core
+        self.bos_id, self.eos_id, self.pad_id = bos, eos, pad
+        self.add_bos = add_bos and bos is not None  # documents start with BOS
+        self.chat_template = chat_template
+        self.extra_eos = tuple(extra_eos)
+        self._lock = threading.Lock()
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return max(self.core.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def special(self) -> dict[str, int]:
+        """Control tokens: text -> id."""
+        added = self.core.get_added_tokens_decoder()
+        return {token.content: i for i, token in sorted(added.items()) if token.special}
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern:
+        return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or r"(?!)")
+
+    def control_tokens(self, text: str) -> list[str]:
+        """Control tokens that a text spells out."""
+        return self._special_pattern.findall(text)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends an answer: EOS, those the model's files name, and the template's end of turn."""
+        template = self.chat_template or ""
+        ends = [self.special[t] for t in TURN_ENDS if t in self.special and t in template]
+        first = [] if self.eos_id is None else [self.eos_id]
+        return tuple(dict.fromkeys([*first, *self.extra_eos, *ends]))
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        return self.encode_batch([text], special)[0]
+
+    def encode_batch(self, texts: list[str], special: bool = False) -> list[list[int]]:
+        return [encoding.ids for encoding in self._encode(texts, special, self.core.encode_batch_fast)]
+
+    def encode_offsets(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and the span of characters of `text` that each came from."""
+        encoding = self._encode([text], special, self.core.encode_batch)[0]
+        return encoding.ids, encoding.offsets
+
+    def _encode(self, texts: list[str], special: bool, encode: Callable):
+        with self._lock:  # the switch belongs to the core, so threads take turns
+            self.core.encode_special_tokens = not special
+            try:
+                return encode(texts, add_special_tokens=False)
+            finally:
+                self.core.encode_special_tokens = True
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        return self.core.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def stream(self, skip_special: bool = True) -> Callable[[int], str]:
+        """A function id -> new text, which holds the bytes of an unfinished character back until it is whole."""
+        from tokenizers.decoders import DecodeStream
+
+        decoder = DecodeStream(skip_special_tokens=skip_special)
+        return lambda token: decoder.step(self.core, int(token)) or ""
+
+    def token_bytes(self, ids):
+        """Bytes of UTF-8 that a token (or an array of them) stands for; 0 for control tokens. int32."""
+        return self.byte_lengths[ids]
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        lengths = np.zeros(self.vocab_size, np.int32)
+        byte_level = "ByteLevel" in json.dumps(json.loads(self.core.to_str())["decoder"])
+        added = {t.content for t in self.core.get_added_tokens_decoder().values()}
+        for token, i in self.core.get_vocab(with_added_tokens=True).items():
+            if token in self.special:
+                continue
+            if token in added:
+                lengths[i] = len(token.encode())
+            elif byte_level:  # one printable character stands for one byte
+                lengths[i] = len(token)
+            elif len(token) == 6 and token.startswith("<0x"):
+                lengths[i] = 1
+            else:
+                lengths[i] = len(token.replace("\u2581", " ").encode())
+        return lengths
+
+    @cached_property
+    def _core_digest(self) -> str:
+        return hashlib.sha256(self.core.to_str().encode()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give equal ids and chats, wherever they were loaded from."""
+        template = self.chat_template or DEFAULT_TEMPLATE
+        ids = [self.bos_id, self.eos_id, self.pad_id, self.add_bos, self.extra_eos]
+        return hashlib.sha256(json.dumps([self._core_digest, ids, template]).encode()).hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Files that `load` and the usual `AutoTokenizer` both read, giving the same ids."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.core.save(str(folder / "tokenizer.json"))
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        names = {key: self.core.id_to_token(i) for key, i in ids.items() if i is not None}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": self.add_bos,
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "extra_eos_ids": list(self.extra_eos),
+            **names,
+        }
+        if self.chat_template is not None:
+            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+            config["chat_template"] = self.chat_template
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
+        (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2, ensure_ascii=False), "utf-8")
+
+
+def load(spec: str | Path, texts: Callable[[], Iterable[str]] | None = None) -> Tokenizer:
+    """The tokenizer that `spec` names.
+
+    spec: "bytes" | a folder or its tokenizer.json | file.model (SentencePiece) | file.gguf | a packaged model's name |
+    a hub id | "bpe:SIZE" or "spm:SIZE", trained on `texts()`.
+    """
+    from data.text import formats
+
+    spec = str(spec)
+    kind, _, size = spec.partition(":")
+    if spec == "bytes":
+        return formats.byte_tokenizer()
+    if kind in ("bpe", "spm") and size:
+        if not size.isdigit():
+            raise UserError("the size of a vocabulary is a whole number", spec, f"for example {kind}:2048")
+        if texts is None:
+            raise UserError("this tokenizer is trained on text, and none is at hand here", spec, "name a saved one")
+        return formats.TRAINERS[kind](texts(), int(size))
+    path = locate(spec, FILES)
+    if path.suffix == ".gguf":
+        return formats.from_gguf(path)
+    if path.suffix == ".model":
+        return formats.from_sentencepiece(path.read_bytes(), str(path))
+    return formats.from_folder(path.parent if path.suffix == ".json" else path)

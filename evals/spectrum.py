@@ -1,0 +1,139 @@
+"""What a tuning did to the weights: how far, in how many directions, and which of them the base did not know.
+
+    python -m evals.spectrum SOURCE [--base=MODEL] [--where=REGEX] [--out=FILE.jsonl]
+
+SOURCE: a run folder, a PEFT folder or a model; a run knows its base. One row a parameter, means over its layers;
+`--out` gets a line for each layer. Each figure is defined at `figures`. Below: the adapter's bytes, and what merging it
+takes and changes.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from typing import Any
+
+from common.errors import UserError
+
+TOP, COSINE = 10, 0.5  # singular vectors looked at, and the similarity below which one is an intruder
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m evals.spectrum", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("source")
+    parser.add_argument("--base", default="")
+    parser.add_argument("--where", default=r"layers/.*")
+    parser.add_argument("--out", default="")
+    args = parser.parse_args(argv)
+    try:
+        rows, cost = change(args.source, args.base, args.where)
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
+    if args.out:
+        with open(args.out, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    show(rows, cost)
+    return 0
+
+
+def change(source: str, base: str = "", where: str = r"layers/.*") -> tuple[list[dict], dict[str, float]]:
+    """`figures` of every changed matrix whose name matches `where`, one row a layer, and the cost of the adapter."""
+    import jax
+
+    from infer.models import before_and_after
+    from model import vectors, weights
+
+    lm, before = before_and_after(source, base)
+    old = {weights.name(at): x for at, x in jax.tree.leaves_with_path(before)}
+    specs = {weights.name(at): s for at, s in jax.tree.leaves_with_path(lm.model.specs, is_leaf=weights.is_spec)}
+    rows = []
+    for name, delta in vectors.difference(lm.params, before, lm.model.specs).items():
+        if specs[name].eqn and re.fullmatch(where, name) and delta.any():
+            rows += [{"name": name, **row} for row in _layers(old[name], delta, specs[name])]
+    if not rows:
+        raise UserError("no matrix has changed", source, f"--where={where}")
+    return rows, merge_cost(lm)
+
+
+def _layers(old: Any, delta: Any, spec: Any) -> list[dict]:
+    import jax
+    import jax.numpy as jnp
+
+    from model.peft import lora
+
+    matrices = [lora.matrix(jnp.asarray(x, jnp.float32), spec) for x in (old, delta)]
+    flat = [m.reshape(-1, *m.shape[-2:]) for m in matrices]
+    columns = jax.device_get(jax.lax.map(lambda pair: figures(*pair), tuple(flat)))
+    return [{"layer": i, **{k: float(x[i]) for k, x in columns.items()}} for i in range(len(flat[0]))]
+
+
+def figures(w: Any, delta: Any) -> dict[str, Any]:
+    """Of one matrix [in, out] and its change, scalars.
+
+    relative: ||dW|| / ||W||. cosine: <W, W + dW> / (||W|| ||W + dW||). With s the singular values of dW,
+    effective_rank: exp of the entropy of s / sum(s) (Roy & Vetterli 2007); stable_rank: sum(s^2) / s_1^2; rank_90: how
+    many hold 90 % of sum(s^2). intruders: of the TOP first output-side singular vectors of W + dW, those whose cosine
+    to every singular vector of W is below COSINE (Shuttleworth et al. 2024, arXiv 2410.21228).
+    """
+    import jax.numpy as jnp
+
+    s = jnp.linalg.svd(delta, compute_uv=False)
+    p, energy = s / s.sum(), jnp.square(s)
+    known, found = (jnp.linalg.svd(m, full_matrices=False)[2] for m in (w, w + delta))
+    similarity = jnp.abs(found[:TOP] @ known.T).max(-1)
+    norm = jnp.linalg.norm
+    return {
+        "relative": norm(delta) / norm(w),
+        "cosine": (w * (w + delta)).sum() / (norm(w) * norm(w + delta)),
+        "effective_rank": jnp.exp(-jnp.where(p > 0, p * jnp.log(p), 0).sum()),
+        "stable_rank": energy.sum() / energy[0],
+        "rank_90": (jnp.cumsum(energy) < 0.9 * energy.sum()).sum() + 1,
+        "intruders": (similarity < COSINE).sum(),
+    }
+
+
+def merge_cost(lm: Any) -> dict[str, float]:
+    """Bytes of the adapter, seconds to merge it (compiled, the second time), and the largest change of a logit."""
+    import jax
+    import numpy as np
+
+    from model import weights
+
+    if not any(map(weights.is_weight, jax.tree.leaves(lm.params, is_leaf=weights.is_weight))):
+        return {}
+    train, _ = weights.partition(lm.params, weights.trainable(lm.params, "adapters"))
+    merge = jax.jit(lambda p: weights.dense(p, lm.model.specs))
+    jax.block_until_ready(merge(lm.params))
+    start = time.perf_counter()
+    merged = jax.block_until_ready(merge(lm.params))
+    seconds = time.perf_counter() - start
+    tokens = np.random.default_rng(0).integers(0, lm.config.vocab_size, (1, min(32, lm.config.max_len)))
+    logits = jax.jit(lm.model.__call__)
+    apart, joined = logits(lm.params, tokens), logits(merged, tokens)
+    gap = float(abs(apart - joined).max() / abs(apart).max())
+    return {"bytes": sum(x.nbytes for x in jax.tree.leaves(train)), "merge_seconds": seconds, "merge_gap": gap}
+
+
+def show(rows: list[dict], cost: dict[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = [c for c in rows[0] if c not in ("name", "layer")]
+    table = Table("parameter", "layers", *(c.replace("_", " ") for c in columns))
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [row for row in rows if row["name"] == name]
+        table.add_row(name, str(len(mine)), *(f"{sum(r[c] for r in mine) / len(mine):.4g}" for c in columns))
+    Console().print(table)
+    print(f"intruders: of {TOP} singular vectors, those with a cosine below {COSINE} to all of the base")
+    if cost:
+        print(
+            f"adapter {cost['bytes'] / 1e6:.2f} MB · merged in {cost['merge_seconds'] * 1e3:.1f} ms · "
+            f"merging changes the logits by at most {cost['merge_gap']:.1g} of their scale"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

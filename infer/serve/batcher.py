@@ -1,0 +1,233 @@
+"""Continuous batching (Orca: Yu et al. 2022): requests join and leave a running batch of fixed rows.
+
+All rows share one key-value cache, which is a ring: a step writes one column of it for every row. A prompt that joins
+is computed alone and laid into the columns before that one. What a row sees follows from the positions and segments
+that stand in the cache, so that a column needs no meaning of its own, and one compiled program decodes whatever the
+rows are at.
+"""
+
+import functools
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from common.errors import UserError
+from infer.generate import check, pad, prefill, row_keys
+from infer.lm import LM
+from infer.sample import Knobs, sample
+from model.net.transformer import Transformer, virtual_tokens
+from model.weights import Params
+
+
+class Full(Exception):
+    """More requests wait than may wait."""
+
+
+class Request:
+    """A prompt and its answer: iterating waits for its tokens as they come, and raises what ended it too early."""
+
+    def __init__(self, prompt: list[int], adapter: str | None, max_new_tokens: int, knobs: Knobs, seed: int):
+        self.prompt, self.adapter, self.max_new_tokens, self.knobs = prompt, adapter, max_new_tokens, knobs
+        self.key = np.asarray(jax.random.key_data(row_keys([prompt], 1, seed)[0]))
+        self.tokens: list[int] = []
+        self.stopped = False  # at an end token, which is the last of `tokens`
+        self.cancelled = False  # set it to leave the batch
+        self._out: queue.SimpleQueue = queue.SimpleQueue()
+
+    def __iter__(self) -> Iterator[int]:
+        while (item := self._out.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def add(self, token: int, ends: tuple[int, ...]) -> bool:
+        """Whether it is done with this token."""
+        self.tokens.append(token)
+        self._out.put(token)
+        self.stopped = token in ends
+        return self.stopped or self.cancelled or len(self.tokens) == self.max_new_tokens
+
+    def end(self, error: BaseException | None = None) -> None:
+        self._out.put(error)
+
+
+class Rows(NamedTuple):
+    """What a step knows of each row of the batch [B]."""
+
+    live: Any
+    token: Any  # the newest, not yet in the cache
+    position: Any  # of it
+    step: Any  # tokens sampled before
+    key: Any  # [B,2]
+    knobs: Knobs
+
+
+class Batcher:
+    """A batch of `rows` rows with room for `length` tokens each, prompt and answer; so many requests may wait.
+
+    `submit` is for any thread; `step`, or `run` in a thread of its own, does the work.
+    """
+
+    def __init__(self, lm: LM, rows: int = 8, length: int = 1024, waiting: int = 64):
+        if virtual_tokens(lm.params):
+            raise UserError("a prefix or a trained prompt cannot share a batch", "model", "use tools.chat")
+        if "recurrent" in lm.config.kinds:
+            raise UserError("recurrent layers keep a state, which is no ring", "model", "use tools.chat")
+        self.lm, self.length, self.limit = lm, min(length, lm.config.max_len), waiting
+        self.rows: list[Request | None] = [None] * rows
+        self.waiting: deque[Request] = deque()
+        self.changed = threading.Condition()
+        self.closed = False
+        self.cache = jax.jit(lm.model.cache, static_argnums=(0, 1))(rows, self.length)  # no two of its arrays are one
+        self.params: Params = None  # for the rows as they are
+
+    def submit(
+        self, prompt: list[int], *, max_new_tokens: int, adapter: str | None = None, knobs: Knobs | None = None,
+        seed: int = 0,
+    ) -> Request:  # fmt: skip
+        """A request that waits for its turn. Raises UserError for one that cannot be answered, Full when many wait."""
+        check(self.lm.model, self.lm.params, [prompt], max_new_tokens)
+        if len(prompt) + max_new_tokens > self.length:
+            what = f"{len(prompt)} prompt tokens + {max_new_tokens} new ones exceed the {self.length} of a row"
+            raise UserError(what, "prompt", "shorten the prompt or ask for fewer tokens")
+        if adapter is not None and adapter not in self.names:
+            raise UserError(f"no adapter {adapter!r}", "adapter", f"known: {', '.join(self.names) or 'none'}")
+        request = Request(prompt, adapter, max_new_tokens, knobs or Knobs(), seed)
+        with self.changed:
+            if self.closed or len(self.waiting) >= self.limit:
+                raise Full("the server is closing" if self.closed else f"{self.limit} requests wait already")
+            self.waiting.append(request)
+            self.changed.notify()
+        return request
+
+    @property
+    def names(self) -> list[str]:
+        """Of the adapters."""
+        return list(self.lm.store.adapters) if self.lm.store else []
+
+    def run(self) -> None:
+        """Steps while there is something to do, until `close`; an error ends every request."""
+        error: BaseException | None = None
+        try:
+            while not self.closed:
+                with self.changed:
+                    self.changed.wait_for(lambda: self.closed or self.waiting or any(self.rows))
+                self.step()
+        except BaseException as e:
+            error = e
+            raise
+        finally:
+            self.close()
+            for request in [r for r in self.rows if r] + list(self.waiting):
+                request.end(error or Full("the server is closing"))
+
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.changed.notify()
+
+    def step(self) -> None:
+        """Lets requests in, then samples a token for every row."""
+        while (request := self._next()) is not None:
+            self._join(request, self.rows.index(None))
+        if not any(self.rows):
+            return
+        if self.params is None:
+            self.params = self._serving([r and r.adapter for r in self.rows])
+        tokens, self.cache = _step(self.lm.model, self.params, self.cache, arrays(self.rows))
+        for i, token in enumerate(np.asarray(tokens)):
+            self._add(i, int(token))
+
+    def _next(self) -> Request | None:
+        """The next request, when there is a row for it, and room for its adapter beside those at work."""
+        with self.changed:
+            while self.waiting and self.waiting[0].cancelled:
+                self.waiting.popleft().end()
+            if not self.waiting or None not in self.rows:
+                return None
+            names = [r.adapter for r in [*self.rows, self.waiting[0]] if r]
+            if self.lm.store and not self.lm.store.fits(names):
+                return None
+            return self.waiting.popleft()
+
+    def _join(self, request: Request, row: int) -> None:
+        self.rows[row] = request  # from here on its adapter stays on the device
+        if self.lm.store:
+            self.lm.store.hold([r and r.adapter for r in self.rows])
+        params = self._serving([request.adapter])
+        x, cache = prefill(self.lm.model, params, pad([request.prompt]), 0)
+        self.cache = _lay(self.cache, cache, row)
+        token = _first(self.lm.model, params, x, arrays([request]))
+        self._add(row, int(token[0]))
+        self.params = None
+
+    def _serving(self, names: list[str | None]) -> Params:
+        return self.lm.store.route(names, len(names)) if self.lm.store else self.lm.unrolled
+
+    def _add(self, row: int, token: int) -> None:
+        request = self.rows[row]
+        if request and request.add(token, self.lm.tokenizer.eos_ids):
+            request.end()
+            self.rows[row], self.params = None, None
+
+
+def arrays(rows: list[Request | None]) -> Rows:
+    """The state of the rows for a step; of a row without a request it is not live."""
+    n = len(rows)
+    knobs = Knobs(*(np.full(n, off, np.int32 if off.__class__ is int else np.float32) for off in Knobs()))
+    out = Rows(np.zeros(n, bool), *np.zeros((3, n), np.int32), np.zeros((n, 2), np.uint32), knobs)
+    for i, r in enumerate(rows):
+        if r:
+            done = len(r.tokens)
+            out.live[i], out.step[i], out.key[i] = True, done, r.key
+            out.token[i] = r.tokens[-1] if done else 0
+            out.position[i] = len(r.prompt) + done - 1
+            for knob, value in zip(out.knobs, r.knobs, strict=True):
+                knob[i] = value
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _step(model: Transformer, params: Params, cache: Any, rows: Rows) -> tuple[Array, Any]:
+    """The next token of every row [B], and the cache with the newest ones written to its next column."""
+    cache = {**cache, "index": cache["index"] % cache["positions"].shape[1]}
+    columns = (rows.token, rows.position, rows.live.astype(jnp.int32))  # segment 0 is never seen
+    x, cache = model.hidden(params, *(c[:, None] for c in columns), cache)
+    return _pick(model.logits(params, x)[:, 0], rows), cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _first(model: Transformer, params: Params, x: Array, rows: Rows) -> Array:
+    return _pick(model.logits(params, x)[:, 0], rows)
+
+
+def _pick(logits: Array, rows: Rows) -> Array:
+    """Tokens [B] of logits [B,V]: those that `generate` samples with the same key and knobs."""
+    fold = lambda key, step: jax.random.fold_in(jax.random.wrap_key_data(key), step)
+    one = lambda *row: jax.tree.map(lambda x: x[0], sample(row[0][None], fold(*row[1:3])[None], row[3])[0])
+    best = lambda: jnp.argmax(logits, -1).astype(jnp.int32)
+    draw = lambda: jax.vmap(one)(logits, rows.key, rows.step, rows.knobs)
+    return jax.lax.cond((rows.knobs.temperature == 0).all(), best, draw)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _lay(cache: Any, one: Any, row: Any) -> Any:
+    """A cache of one row laid into another's row so that it ends before the next column; the rest of it is emptied."""
+    length, index = cache["positions"].shape[1], cache["index"]
+
+    def lay(whole: Array, part: Array) -> Array:
+        part = part[:, -length:]  # what goes is padding
+        width = part.shape[1]
+        part = jnp.pad(part, ((0, 0), (0, length - width), *((0, 0),) * (part.ndim - 2)))
+        part = jnp.roll(part, index - width, axis=1)
+        return jax.lax.dynamic_update_slice(whole, part, (row * len(part), *(0,) * (part.ndim - 1)))
+
+    laid = {k: jax.tree.map(lay, cache[k], one[k]) for k in ("layers", "positions", "segments")}
+    return {**laid, "index": index}

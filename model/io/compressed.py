@@ -1,0 +1,170 @@
+"""Quantised weights in the compressed-tensors format, which vLLM and transformers read, both ways.
+
+Of a Linear [N, K] lie `weight_scale`, and codes: as `weight`, int8 or e4m3, or for products of float activations as
+`weight_packed`, 32 bits of consecutive codes of a row an int32, moved by half their range, with `weight_shape`.
+"""
+
+import functools
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.errors import UserError
+from model import weights
+from model.families import _layout as layout
+from model.families._layout import Index, Key
+from model.net.transformer import Transformer
+from model.quant._matrix import Quantised, letters
+from model.quant.fp8 import FP8
+from model.quant.int4 import Int4
+from model.quant.int8 import Int8
+from model.weights import Params
+
+METHOD = "compressed-tensors"
+FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
+PARTS = re.compile(r"(.*\.weight)_(packed|scale|shape|zero_point)")
+
+
+def config(model: Transformer, params: Params, keys: dict[str, Key]) -> dict:
+    """The `quantization_config` of stacked parameters. Raises UserError for a leaf that the format has no word for."""
+    groups: list[tuple[dict, list[str]]] = []
+    ignored = ["lm_head"] if model.config.tied else []
+    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=weights.is_weight):
+        path = weights.name(path)
+        if not isinstance(leaf, Quantised):
+            spec = functools.reduce(lambda tree, name: tree[name], path.split("/"), model.specs)
+            if spec.eqn and "V" not in weights.split(spec.eqn)[1]:  # a table that is looked up is no Linear
+                ignored.append(_target(model, path, keys[path]))
+            continue
+        scheme = _scheme(path, leaf, keys[path])
+        same = next((targets for known, targets in groups if known == scheme), None)
+        if same is None:
+            groups.append((scheme, same := []))
+        same.append(_target(model, path, keys[path]))
+    named = [scheme | {"targets": ["Linear"] if len(groups) == 1 else targets} for scheme, targets in groups]
+    formats = {scheme["format"] for scheme in named}
+    return {
+        "quant_method": METHOD,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{i}": scheme for i, scheme in enumerate(named)},
+        "ignore": ignored,
+    }
+
+
+def _target(model: Transformer, path: str, key: Key) -> str:
+    """The module of a tensor, in every layer that has the parameter `path`."""
+    name = key.name.removesuffix(".weight")
+    if "{}" not in name:
+        return name
+    layers = list(model.config.stack(path))
+    number = r"\d+" if len(layers) == model.config.layers else f"({'|'.join(map(str, layers))})"
+    return "re:^" + re.escape(name).replace(re.escape("{}"), number) + "$"
+
+
+def _scheme(path: str, leaf: Quantised, key: Key) -> dict:
+    (shared, k, n), tile, size = letters(leaf.eqn), leaf.tile, leaf.kn
+    problem = ""
+    if shared or layout.parse(key.layout)[0] != [n, k] or "V" in weights.split(leaf.eqn)[1]:
+        problem = "is no Linear of its own there"
+    elif not isinstance(leaf, Int4 | Int8 | FP8) or leaf.codes.dtype == jnp.float8_e5m2:
+        problem = "is of a type that the format lacks: it has int4, int8 and fp8 as e4m3"
+    elif leaf.offset is not None:
+        problem = "has zeros that are no whole numbers of steps, which the format wants: quantise with --symmetric=True"
+    elif leaf.inverse is not None:
+        problem = "has inputs scaled by AWQ or SmoothQuant, which the format cannot say: quantise with --method=gptq"
+    elif size[0] % tile[0] or tile[1] not in (1, size[1]) or (tile[0] < size[0] and tile[1] > 1):
+        problem = f"has scales for tiles of {tile} in a matrix of {size}, the format wants even groups of a column"
+    if problem:
+        raise UserError(f"{path} {problem}", "compressed-tensors", "or write floats: --dequantise")
+    strategy = "group" if tile[0] < size[0] else "channel" if tile[1] == 1 else "tensor"
+    kind, bits = "float" if isinstance(leaf, FP8) else "int", 4 if isinstance(leaf, Int4) else 8
+    rounded = getattr(leaf, "activations", False)
+    by_token = dict(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
+    group = {"group_size": tile[0]} if strategy == "group" else {}
+    return {
+        "weights": dict(num_bits=bits, type=kind, symmetric=True, strategy=strategy, dynamic=False) | group,
+        "input_activations": by_token if rounded else None,
+        "format": "float-quantized" if kind == "float" else "int-quantized" if rounded else "pack-quantized",
+    }
+
+
+def weights_only(params: Params) -> Params:
+    """With float activations, as `read` gives the model back."""
+    float_inputs = lambda w: w.replace(activations=False) if isinstance(w, Int8) else w
+    return jax.tree.map(float_inputs, params, is_leaf=weights.is_weight)
+
+
+def tensors(leaf: Quantised, key: Key, layers: Iterable[int]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of all that the format stores of a leaf, stacked over `layers`, for which `config` has a scheme."""
+    kind = _scheme("", leaf, key)
+    for at, layer in enumerate(layers) if "{}" in key.name else [(None, None)]:
+        one = leaf if at is None else jax.tree.map(lambda x, i=at: x[i], leaf)
+        name, numbers = key.name.format(layer), np.asarray(one.numbers(one._swap(one.codes))).T
+        scale = np.asarray(one._scale()).T
+        yield f"{name}_scale", scale.reshape(-1) if kind["weights"]["strategy"] == "tensor" else scale
+        if kind["format"] == "pack-quantized":
+            yield f"{name}_packed", pack(numbers.astype(np.int32), kind["weights"]["num_bits"])
+            yield f"{name}_shape", np.array(numbers.shape, np.int64)
+        else:
+            yield name, numbers.astype(np.asarray(one.codes).dtype)
+
+
+def pack(numbers: np.ndarray, bits: int) -> np.ndarray:
+    """Signed numbers of 4 or 8 bits [N, K] as int32 [N, ceil(K bits / 32)], the first in the lowest bits."""
+    each = 32 // bits
+    codes = (numbers + (1 << bits - 1)).astype(np.uint32)
+    codes = np.pad(codes, [(0, 0), (0, -codes.shape[1] % each)]).reshape(len(codes), -1, each)
+    return np.bitwise_or.reduce(codes << np.arange(0, 32, bits, dtype=np.uint32), -1).view(np.int32)
+
+
+def unpack(words: np.ndarray, bits: int, k: int) -> np.ndarray:
+    """The inverse of `pack` on K columns."""
+    codes = words.view(np.uint32)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32) & ((1 << bits) - 1)
+    return codes.reshape(len(words), -1)[:, :k].astype(np.int32) - (1 << bits - 1)
+
+
+# --- reading: `folder` is a model.io.hf.Folder ---
+
+
+def check(found: Any, where: str) -> None:
+    """Raises UserError unless a `quantization_config` is one whose weights `read` dequantises."""
+    ours = isinstance(found, dict) and found.get("quant_method") == METHOD and found.get("format") in FORMATS
+    if not ours or found.get("transform_config") or found.get("kv_cache_scheme"):
+        raise UserError("weights are stored quantised", where, "open the unquantised model, or its .gguf")
+
+
+def names(stored: Iterable[str]) -> set[str]:
+    """Of the weights, whatever parts they are stored in."""
+    return {m[1] if (m := PARTS.fullmatch(name)) else name for name in stored}
+
+
+def shape(folder: Any, name: str) -> tuple[int, ...]:
+    """Of a weight that is stored packed."""
+    rows, columns = (int(n) for n in folder.codes(f"{name}_shape", (slice(2),)))
+    held = folder.stored_shape(f"{name}_packed")
+    if held not in [(rows, -(-columns * bits // 32)) for bits in (4, 8)]:
+        raise UserError(f"{name} is said to be {rows} x {columns}, its codes are {held}", str(folder.path))
+    return rows, columns
+
+
+def read(folder: Any, name: str, cuts: Index) -> np.ndarray:
+    """A slice of a weight, dequantised, float32."""
+    height, columns = folder.shape(name)
+    if f"{name}_packed" in folder.shards:
+        words = folder.codes(f"{name}_packed", (cuts[0], slice(None)))
+        numbers = unpack(words, 4 if words.shape[1] == -(-columns // 8) else 8, columns)
+    else:
+        numbers = folder.codes(name, (cuts[0], slice(None)))
+    held = folder.stored_shape(f"{name}_scale")
+    groups = held[1] if len(held) > 1 else 1
+    if f"{name}_zero_point" in folder.shards or held[0] not in (1, height) or not groups or columns % groups:
+        raise UserError(f"{name} has zero points or uneven groups, which are not read", str(folder.path))
+    rows = cuts[0] if held[0] > 1 else slice(None)  # one scale for the tensor
+    scale = folder.tensor(f"{name}_scale", (rows, *[slice(None)] * (len(held) - 1))).astype(np.float32)
+    scale = np.repeat(scale.reshape(-1, groups), columns // groups, 1)
+    return (numbers.astype(np.float32) * scale)[:, cuts[1]]

@@ -1,0 +1,163 @@
+"""Write a model as a Hugging Face folder, which transformers, vLLM and llama.cpp's converter read."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.errors import UserError
+from model import weights
+from model.families import _layout as layout
+from model.io import compressed
+from model.io.hf import INDEX
+from model.io.pretrained import family, open_pretrained
+from model.net.transformer import Transformer
+from model.quant import qat
+from model.quant._matrix import Quantised
+from model.weights import Params, dense_of
+
+SHARD_BYTES = 5 * 10**9
+# Largest difference of the logits, as a share of the largest logit, that rounding the weights to this type explains.
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
+
+
+def export_hf(
+    model: Transformer,
+    params: Params,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+    check: bool = True,
+    generation: dict | None = None,
+    dequantise: bool = False,
+) -> float:
+    """Merge adapters, write everything, read it back and compare logits; only then does `folder` appear.
+
+    `params` are stacked. Quantised leaves are stored as they are, in the compressed-tensors format, or as floats with
+    `dequantise`; an adapter and its base become one float array. `generation` adds to generation_config.json
+    (temperature, ...). Returns the largest difference of the logits as a share of the largest logit (0.0 without
+    `check`). Raises UserError when the folder is not empty, when the family or the format cannot say what the model is,
+    and when the check fails.
+    """
+    folder = Path(folder).absolute()
+    if dtype not in TOLERANCE:
+        raise UserError(f"dtype {dtype!r} is not written; known: {', '.join(TOLERANCE)}", "--dtype")
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError("exists and is not empty", str(folder), "choose a new folder")
+    config, generation = _configs(model, tokenizer, dtype, generation or {})
+    plain = _merged(model, params, dequantise)
+    if any(map(weights.is_weight, jax.tree.leaves(plain, is_leaf=weights.is_weight))):
+        config["quantization_config"] = compressed.config(model, plain, family(model.config.family).KEYS)
+        params = compressed.weights_only(plain)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write_json(temporary / "config.json", config)
+        _write_json(temporary / "generation_config.json", generation)
+        tokenizer.save(temporary)
+        _write_tensors(model, plain, temporary, dtype)
+        delta = _difference(model, params, temporary) if check else 0.0
+        if not delta <= TOLERANCE[dtype]:
+            what = f"logits read back differ by {delta:.2g} of their scale, over {TOLERANCE[dtype]:.0e} for {dtype}"
+            raise UserError(what, str(folder), "nothing was written; try --dtype=float32")
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return delta
+
+
+def _merged(model: Transformer, params: Params, dequantise: bool) -> Params:
+    """Plain arrays, and beside them the quantised leaves that are to be stored as they are."""
+    kept = lambda w: isinstance(w, Quantised) and not dequantise
+    return weights.replace(qat.converted(params), model.specs, lambda _, w, spec: w if kept(w) else dense_of(w, spec))
+
+
+def tensors(model: Transformer, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of every tensor of the checkpoint, from stacked parameters: the inverse of loading."""
+    keys, sizes = family(model.config.family).KEYS, model.config.sizes
+    holders = defaultdict(list)  # name in the checkpoint -> our parameters in it
+    leaves = {weights.name(path): w for path, w in jax.tree.leaves_with_path(params, is_leaf=weights.is_weight)}
+    for path, leaf in leaves.items():
+        if isinstance(leaf, Quantised):
+            yield from compressed.tensors(leaf, keys[path], model.config.stack(path))
+        else:
+            holders[keys[path].name].append(path)
+    for name, paths in holders.items():
+        host = {path: np.asarray(leaves[path]) for path in paths}
+        if "{}" not in name:
+            yield name, layout.write([(keys[path], x) for path, x in host.items()], sizes)
+            continue
+        for at, layer in enumerate(model.config.stack(paths[0])):
+            yield name.format(layer), layout.write([(keys[path], x[at]) for path, x in host.items()], sizes)
+
+
+def _configs(model: Transformer, tokenizer: Any, dtype: str, generation: dict) -> tuple[dict, dict]:
+    c = model.config
+    module = family(c.family)
+    config = module.hf_config(c)
+    again = module.config(json.loads(json.dumps(config)))
+    if again != c:
+        lost = [f.name for f in dataclasses.fields(c) if getattr(again, f.name) != getattr(c, f.name)]
+        raise UserError(f"family {c.family} has no word for this model's {', '.join(lost)}", "export")
+    if tokenizer.vocab_size > c.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {c.vocab_size}", "export")
+    ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+    ids["eos_token_id"] = list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id
+    ids = {name: value for name, value in ids.items() if value is not None}
+    return config | ids | {"torch_dtype": dtype}, ids | generation
+
+
+def _write_tensors(model: Transformer, params: Params, folder: Path, dtype: str) -> None:
+    """Shards of at most SHARD_BYTES each, one in memory at a time, and their index when there are several."""
+    from safetensors.numpy import save_file
+
+    files, shard, total = [], {}, 0
+
+    def flush() -> None:
+        files.append((folder / f"part-{len(files)}", list(shard)))
+        save_file(shard, files[-1][0], metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", files[-1][0])  # the library writes for the owner alone
+        shard.clear()
+
+    for name, x in tensors(model, params):
+        codes = x.dtype.itemsize == 1 or x.dtype.kind == "i"
+        x = np.ascontiguousarray(x, x.dtype if codes else jnp.dtype(dtype))
+        if shard and sum(t.nbytes for t in shard.values()) + x.nbytes > SHARD_BYTES:
+            flush()
+        shard[name] = x
+        total += x.nbytes
+    flush()
+    if len(files) == 1:
+        files[0][0].rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, (path, names) in enumerate(files, 1):
+        final = f"model-{i:05d}-of-{len(files):05d}.safetensors"
+        path.rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _difference(model: Transformer, params: Params, folder: Path) -> float:
+    """Largest difference between the logits of `params`, adapters and all, and of `folder`, over the largest logit."""
+    again = open_pretrained(folder)
+    length = min(32, model.config.max_len)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length), dtype=np.int32)
+    logits = jax.jit(dataclasses.replace(model, dtype="float32").__call__)
+    wanted = np.asarray(logits(params, tokens))
+    got = np.asarray(logits(again.load(model.specs), tokens))
+    return float(np.abs(got - wanted).max() / np.abs(wanted).max())
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -1,0 +1,186 @@
+"""A GGUF file (llama.cpp) read like a Hugging Face folder: metadata as config.json, tensors dequantised."""
+
+import functools
+import math
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from common.gguf_header import read_header
+from model.families._layout import Index
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
+CHUNK = 1 << 20  # values dequantised at once: bounds the temporaries, and stays in the cache
+TRANSPOSED = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")  # in GPT-2, whose own are
+
+
+class File:
+    """Tensors by name, read and dequantised by slices, in Hugging Face's orientation and order of heads."""
+
+    def __init__(self, path: Path):
+        self.path, header = path, read_header(path)
+        self.metadata, self.tensors = header.metadata, header.tensors
+        self.architecture = self.metadata.get("general.architecture")
+        if self.architecture not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise UserError(f"architecture {self.architecture!r} is not computed here; known: {known}", str(path))
+        try:
+            self.hf_config = self._gpt2_config() if self.architecture == "gpt2" else self._llama_config()
+        except KeyError as error:
+            raise UserError(f"misses {error}", str(path)) from None
+        except (TypeError, ArithmeticError) as error:
+            raise UserError(f"metadata of a wrong kind ({error})", str(path)) from None
+        ids = {f"{t}_token_id": self.metadata.get(f"tokenizer.ggml.{t}_token_id") for t in ("bos", "eos")}
+        ids["pad_token_id"] = self.metadata.get("tokenizer.ggml.padding_token_id")
+        self.generation = {name: i for name, i in ids.items() if i is not None}
+
+    # --- metadata ---
+
+    def _get(self, key: str, *default):
+        key = f"{self.architecture}.{key}"
+        value = self.metadata.get(key, *default) if default else self.metadata[key]
+        if isinstance(value, list):
+            raise UserError(f"{key} differs between layers, which is not computed here", str(self.path))
+        # Floats are stored in 32 bits: 9.999999747e-06 is the nearest to 1e-5, and 1e-5 is what was meant.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    def _llama_config(self) -> dict:
+        embed, heads = self._get("embedding_length"), self._get("attention.head_count")
+        head_dim = self._get("attention.key_length", embed // heads)
+        same = {"attention.value_length": head_dim, "rope.dimension_count": head_dim, "expert_count": 0}
+        for key, value in same.items():
+            if self._get(key, value) != value:
+                raise UserError(f"{key} is {self._get(key)}; only {value} is computed here", str(self.path))
+        theta = self._get("rope.freq_base", 10000.0)
+        return {
+            "model_type": self.architecture,
+            "vocab_size": self.tensors["token_embd.weight"].shape[0],
+            "num_hidden_layers": self._get("block_count"),
+            "hidden_size": embed,
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._get("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "intermediate_size": self._get("feed_forward_length"),
+            "rms_norm_eps": self._get("attention.layer_norm_rms_epsilon"),
+            "max_position_embeddings": self._get("context_length"),
+            "rope_theta": theta,
+            "rope_scaling": self._rope_scaling(theta, head_dim),
+            "tie_word_embeddings": "output.weight" not in self.tensors,
+        }
+
+    def _gpt2_config(self) -> dict:
+        return {
+            "model_type": "gpt2",
+            "vocab_size": self.tensors["token_embd.weight"].shape[0],
+            "n_layer": self._get("block_count"),
+            "n_embd": self._get("embedding_length"),
+            "n_head": self._get("attention.head_count"),
+            "n_inner": self._get("feed_forward_length"),
+            "n_positions": self._get("context_length"),
+            "layer_norm_epsilon": self._get("attention.layer_norm_epsilon"),
+            "tie_word_embeddings": "output.weight" not in self.tensors,
+        }
+
+    def _rope_scaling(self, theta: float, head_dim: int) -> dict | None:
+        if "rope_freqs.weight" in self.tensors:
+            factors = self.read("rope_freqs.weight", (slice(None),))
+            return llama3_scaling(factors, theta, head_dim, str(self.path))
+        kind = self._get("rope.scaling.type", "none")
+        if kind == "none":
+            return None
+        original = self._get("rope.scaling.original_context_length", None)
+        scaling = {"rope_type": kind, "factor": self._get("rope.scaling.factor")}
+        return scaling | ({"original_max_position_embeddings": original} if original else {})
+
+    # --- tensors ---
+
+    @property
+    def names(self) -> set[str]:
+        return set(self.tensors) - {"rope_freqs.weight"}  # part of the config
+
+    @functools.cached_property
+    def _name_map(self):
+        import gguf
+
+        arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
+        return gguf.get_tensor_name_map(arch, self._get("block_count"))
+
+    def stored(self, name: str) -> str:
+        """The name here of a Hugging Face tensor."""
+        return self._name_map.get_name(name, try_suffixes=(".weight", ".bias")) or name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self.tensors[name].shape
+        return shape[::-1] if self._transposed(name) else shape
+
+    def read(self, name: str, cuts: Index) -> np.ndarray:
+        if self._transposed(name):
+            rows, columns = cuts[::-1]
+            return self._rows(name, rows)[:, columns].T
+        if len(cuts) == 1:
+            return self._unpermuted(name, self._rows(name, slice(None))[0])[cuts]
+        return self._unpermuted(name, self._rows(name, cuts[0]))[:, cuts[1]]
+
+    def _transposed(self, name: str) -> bool:
+        return self.architecture == "gpt2" and name.endswith(TRANSPOSED)
+
+    def _unpermuted(self, name: str, x: np.ndarray) -> np.ndarray:
+        """Rows of x are whole heads. llama.cpp rotates neighbours, so that architecture interleaves the two halves."""
+        if self.architecture != "llama" or (".attn_q." not in name and ".attn_k." not in name):
+            return x
+        half = self.hf_config["head_dim"] // 2
+        return x.reshape(-1, half, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+    def _rows(self, name: str, rows: slice) -> np.ndarray:
+        """Rows of a matrix in float32; a vector is one row. The file is read, not mapped: mapped pages would stay."""
+        import gguf
+
+        tensor = self.tensors[name]
+        columns = tensor.shape[-1]
+        start, stop, _ = rows.indices(math.prod(tensor.shape[:-1]))
+        try:
+            kind = gguf.GGMLQuantizationType(tensor.kind)
+            row_bytes = gguf.quants.quant_shape_to_byte_shape((columns,), kind)[0]
+            if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
+                row_bytes = columns * (4 if kind == gguf.GGMLQuantizationType.F32 else 2)
+            if tensor.offset + stop * row_bytes > self.path.stat().st_size:
+                raise ValueError("it runs past the end of the file")
+            out = np.empty((stop - start, columns), np.float32)
+            step = max(1, CHUNK // columns)
+            for i in range(0, stop - start, step):
+                count = min(step, stop - start - i)
+                offset = tensor.offset + (start + i) * row_bytes
+                data = np.fromfile(self.path, np.uint8, count * row_bytes, offset=offset)
+                out[i : i + count] = gguf.dequantize(data.reshape(count, row_bytes), kind)
+        except (ValueError, NotImplementedError, OSError) as error:
+            raise UserError(f"cannot read {name} (type {tensor.kind}): {error}", str(self.path)) from None
+        return out
+
+
+def llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, where: str) -> dict | None:
+    """The `llama3` rope scaling whose divisors of the frequencies, one a pair [H/2], are `factors`.
+
+    The file keeps the divisors alone. Between the kept and the stretched wavelengths they give `smooth`, which is
+    linear in the frequency; slope and offset determine the parameters up to a common scale, so low_freq_factor is 1.
+    """
+    if (factors == 1).all():
+        return None
+    frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
+    factor = float(factors.max())
+    smooth = (factor / factors.astype(np.float64) - 1) / (factor - 1)
+    between = (smooth > 0) & (smooth < 1)
+    if between.sum() < 2:
+        raise UserError("rope_freqs.weight is not a llama3 scaling", where)
+    slope, offset = np.polyfit(frequency[between], smooth[between], 1)
+    original, high = round(-slope / offset), round(1 - 1 / offset, 3)
+    refit = np.clip((original * frequency - 1) / (high - 1), 0, 1)
+    if not np.allclose(1 / (refit + (1 - refit) / factor), factors, rtol=1e-4):
+        raise UserError("rope_freqs.weight is not a llama3 scaling", where)
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }

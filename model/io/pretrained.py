@@ -1,0 +1,163 @@
+"""Open checkpoints, whatever they are stored as, and stream them into a parameter tree."""
+
+import dataclasses
+import importlib
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from common.errors import UserError
+from common.packages import locate
+from model import weights
+from model.config import ModelConfig
+from model.families import _layout as layout
+from model.families._layout import Index
+from model.io import gguf, hf
+from model.weights import Params, Spec, Specs
+
+IGNORED = re.compile(r".*rotary_emb\.inv_freq|.*\.attn\.(masked_)?bias")  # buffers that old checkpoints hold
+
+
+class Source(Protocol):
+    """A file or folder with tensors by name, in the orientation of Hugging Face."""
+
+    hf_config: dict
+    generation: dict  # bos_token_id, eos_token_id, temperature, ...
+
+    names: set[str]
+
+    def stored(self, name: str) -> str: ...  # its own name for a tensor of the family's table
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str, cuts: Index) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """An opened checkpoint: its shape is known, its weights are not read yet."""
+
+    config: ModelConfig
+    source: Source
+    tokenizer_source: str  # for data.text.tokenizer.load
+
+    @property
+    def generation(self) -> dict:
+        return self.source.generation
+
+    @property
+    def keys(self) -> dict[str, layout.Key]:
+        return family(self.config.family).KEYS
+
+    def read(self, path: str, layer: int | None = None, index: Index | None = None) -> np.ndarray:
+        """Our parameter `path` of one layer (None outside the layers) at `index`, in our orientation."""
+        key = self.keys[path]
+        name = self.source.stored(key.name.format(layer))
+        index = index or (slice(None),) * len(layout.our_shape(key, self.config.sizes))
+        return layout.read(key, lambda cuts: self.source.read(name, cuts), self.config.sizes, index)
+
+    def load(self, specs: Specs, shardings: Any = None, dtype: str = "float32") -> Params:
+        """The parameters of `specs`, leaf by leaf; each device is given its slice alone.
+
+        `shardings` is a tree like `specs`; None puts everything on the first device.
+        Raises UserError that names every missing, unexpected or mis-shaped tensor.
+        """
+        self.check(specs)
+        if shardings is None:
+            shardings = jax.tree.map(lambda _: _first_device(), specs, is_leaf=weights.is_spec)
+
+        def leaf(path: str, spec: Spec, sharding: jax.sharding.Sharding) -> jax.Array:
+            slices = {}  # replicas share one
+
+            def read(index: Index) -> np.ndarray:
+                at = tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
+                if at not in slices:
+                    slices[at] = self._stacked(path, at, dtype)
+                return slices[at]
+
+            # Copies to devices run behind: without waiting, the host would hold several leaves beside them.
+            return jax.block_until_ready(jax.make_array_from_callback(spec.shape, sharding, read))
+
+        return weights.map_named(leaf, specs, shardings, is_leaf=weights.is_spec)
+
+    def _stacked(self, path: str, at: tuple[tuple[int, int], ...], dtype: str) -> np.ndarray:
+        cuts = tuple(slice(*bounds) for bounds in at)
+        if not path.startswith("layers/"):
+            return np.ascontiguousarray(self.read(path, None, cuts), dtype)
+        out = np.empty([stop - start for start, stop in at], dtype)
+        for i, layer in enumerate(self.config.stack(path)[slice(*at[0])]):
+            out[i] = self.read(path, layer, cuts[1:])
+        return out
+
+    def check(self, specs: Specs) -> None:
+        """UserError unless the checkpoint holds exactly the parameters of `specs`, in their shapes."""
+        problems, seen = [], set()
+        for path, spec in jax.tree.leaves_with_path(specs, is_leaf=weights.is_spec):
+            path = weights.name(path)
+            if path not in self.keys:
+                problems.append(f"{path}: family {self.config.family} has no such parameter")
+                continue
+            key, stacked = self.keys[path], path.startswith("layers/")
+            if spec.shape[stacked:] != layout.our_shape(key, self.config.sizes):
+                problems.append(
+                    f"{path}: wanted {spec.shape[stacked:]}, has {layout.our_shape(key, self.config.sizes)}"
+                )
+            for layer in self.config.stack(path) if stacked else (None,):
+                name = self.source.stored(key.name.format(layer))
+                seen.add(name)
+                problems += self._problem(name, layout.shape(key, self.config.sizes))
+        tied = {self.source.stored("lm_head.weight")} if self.config.tied else set()  # a copy of the embedding
+        extra = sorted(n for n in self.source.names - seen - tied if not IGNORED.fullmatch(n))
+        problems += [f"unexpected {name}" for name in extra]
+        if problems:
+            more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
+            raise UserError("; ".join(problems[:12]) + more, self.tokenizer_source)
+
+    def _problem(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        if name not in self.source.names:
+            return [f"missing {name}"]
+        there = self.source.shape(name)
+        return [] if there == shape else [f"{name} has shape {there}, wanted {shape}"]
+
+
+def open_pretrained(name: str) -> Pretrained:
+    """`name`: a Hugging Face folder, a .gguf file, a packaged model's name, or a hub id when online."""
+    path = locate(str(name), hf.FILES)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError("neither a .gguf file nor a folder", str(path))
+        source = gguf.File(path)
+    elif (path / "ckpt").is_dir():
+        raise UserError("is a run folder, not an open checkpoint", str(path), "open it with infer.load")
+    else:
+        source = hf.Folder(path)
+    kind = source.hf_config.get("model_type")
+    try:
+        config = family(kind).config(source.hf_config)
+        if any(type(n) is not int or n < 1 for n in (config.layers, *config.sizes.values())):
+            raise TypeError("a size is not a positive whole number")
+        if config.heads % config.kv_heads:
+            raise TypeError(f"{config.heads} heads do not share {config.kv_heads} key heads evenly")
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"the config of {kind} is incomplete or wrong: {error}", str(path)) from None
+    return Pretrained(config, source, str(path))
+
+
+def families() -> list[str]:
+    """Names of the files in model/families."""
+    return sorted(p.stem for p in (Path(__file__).parents[1] / "families").glob("[a-z]*.py"))
+
+
+def family(name: Any) -> ModuleType:
+    """The file model/families/<name>.py; the name is Hugging Face's `model_type`."""
+    if name not in families():
+        raise UserError(f"model family {name!r} is not computed here; known: {', '.join(families())}", "model_type")
+    return importlib.import_module(f"model.families.{name}")
+
+
+def _first_device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -1,0 +1,171 @@
+"""The layers of a decoder, as flax modules that declare each parameter by the equation that uses it."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model import weights
+from model.config import ModelConfig
+from model.net import kv_cache
+from model.net.attention import mask, rope_angles, rotate
+from model.net.backends import attend
+from model.weights import AXES, Spec
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class Layer(nn.Module):
+    """Declares parameters. Once they exist they are read as they are: a leaf may have become a Weight."""
+
+    config: ModelConfig
+
+    def weight(self, name: str, eqn: str, scale: float = 1.0) -> Any:
+        """The parameter that `eqn` multiplies, at init normal with deviation scale / sqrt(fan-in)."""
+        letters = weights.operands(eqn)[1]
+        fan_in = math.prod(self.config.sizes[c] for c in weights.split(eqn)[1])
+        return self._declare(name, letters, nn.initializers.normal(scale * fan_in**-0.5), eqn)
+
+    def vector(self, name: str, letters: str, init: float) -> Array:
+        """A scale or a bias over the axes `letters`."""
+        return self._declare(name, letters, nn.initializers.constant(init), "")
+
+    def _declare(self, name: str, letters: str, init: Any, eqn: str) -> Any:
+        if not self.is_initializing():
+            return self.get_variable("params", name)
+        shape = tuple(self.config.sizes[c] for c in letters)
+        axes = tuple(AXES[c] for c in letters)
+        return self.param(name, lambda key: Spec(init(key, shape, jnp.float32), axes, eqn=eqn))
+
+    def bias(self, name: str, letters: str, x: Array, when: bool) -> Array:
+        return x + self.vector(name, letters, 0.0).astype(x.dtype) if when else x
+
+
+class Norm(Layer):
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last axis, computed in float32."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        h = x.astype(jnp.float32)
+        if c.norm == "layernorm":
+            h = h - h.mean(-1, keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + c.norm_eps)
+        h = h * self.vector("scale", "D", 1.0)
+        return self.bias("bias", "D", h, c.norm == "layernorm").astype(x.dtype)
+
+
+class Attention(Layer):
+    """Causal self-attention. With a cache, keys and values of earlier calls are seen too."""
+
+    @nn.compact
+    def __call__(self, x: Array, context: dict, cache: dict | None, windowed: Any) -> tuple[Array, dict | None]:
+        c = self.config
+        qkv, out = c.bias in ("qkv", "all"), c.bias in ("all", "rest")
+        q = weights.einsum("BTD,DNH->BTNH", x, self.weight("wq", "BTD,DNH->BTNH"))
+        k = weights.einsum("BTD,DKH->BTKH", x, self.weight("wk", "BTD,DKH->BTKH"))
+        v = weights.einsum("BTD,DKH->BTKH", x, self.weight("wv", "BTD,DKH->BTKH"))
+        q, k, v = self.bias("bq", "NH", q, qkv), self.bias("bk", "KH", k, qkv), self.bias("bv", "KH", v, qkv)
+        if c.qk_norm:
+            q, k = self.head_norm("q_norm", q), self.head_norm("k_norm", k)
+        if c.position == "rope":
+            q, k = rotate(q, context["angles"]), rotate(k, context["angles"])
+        if cache is not None:
+            q, k, v = by_heads(q), by_heads(k), by_heads(v)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B,K,S,H]
+        if cache is not None:
+            cache = {n: kv_cache.write(cache[n], x, context["index"]) for n, x in (("k", k), ("v", v))}
+            k, v = (kv_cache.read(cache[n], q.dtype) for n in ("k", "v"))
+        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), context, windowed)
+        y = y if cache is None else by_heads(y)
+        scale = (2 * c.layers) ** -0.5  # keeps the residual stream's variance independent of depth (GPT-2)
+        y = weights.einsum("BTNH,NHD->BTD", y, self.weight("wo", "BTNH,NHD->BTD", scale))
+        return self.bias("bo", "D", y, out), cache
+
+    def head_norm(self, name: str, x: Array) -> Array:
+        h = x.astype(jnp.float32)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.config.norm_eps)
+        return (h * self.vector(name, "H", 1.0)).astype(x.dtype)
+
+
+class MLP(Layer):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202) when gated, else act(x W) W."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        act, biased = ACTIVATIONS[c.act], c.bias in ("all", "rest")
+        up = weights.einsum("BTD,DF->BTF", x, self.weight("up", "BTD,DF->BTF"))
+        up = self.bias("bup", "F", up, biased)
+        if c.gated:
+            gate = weights.einsum("BTD,DF->BTF", x, self.weight("gate", "BTD,DF->BTF"))
+            h = act(self.bias("bgate", "F", gate, biased)) * up
+        else:
+            h = act(up)
+        down = self.weight("down", "BTF,FD->BTD", (2 * c.layers) ** -0.5)
+        return self.bias("bdown", "D", weights.einsum("BTF,FD->BTD", h, down), biased)
+
+
+class Block(Layer):
+    """Pre-norm residual block. `context` holds what all layers share: angles, masks, cache index."""
+
+    @nn.compact
+    def __call__(self, x: Array, context: dict, cache: dict | None, windowed: Any) -> tuple[Array, dict | None]:
+        h = Norm(self.config, name="attn_norm")(x)
+        y, cache = self.mix(h, context, cache, windowed)
+        x = x + self.adapted("attn_adapter", h, y)
+        h = Norm(self.config, name="mlp_norm")(x)
+        return x + self.adapted("mlp_adapter", h, MLP(self.config, name="mlp")(h)), cache
+
+    def mix(self, h: Array, context: dict, cache: dict | None, windowed: Any) -> tuple[Array, dict | None]:
+        """The sublayer in which tokens see each other."""
+        return Attention(self.config, name="attn")(h, context, cache, windowed)
+
+    def adapted(self, name: str, x: Array, y: Array) -> Array:
+        """The output y of a sublayer with input x, through its adapter where it has one."""
+        adapter = self.get_variable("params", name)
+        return y if adapter is None else adapter(x, y)
+
+
+def by_heads(x: Array) -> Array:
+    """[B,T,N,H] with the heads where those of the weights lie, if they divide.
+
+    Rows and heads are one axis of a cache, which no mesh splits by heads: rather than these activations of a token the
+    partitioner would send the weights.
+    """
+    even = x.shape[2] % weights.shards("tensor") == 0
+    return nn.with_logical_constraint(x, ("act_batch", "act_seq", "heads", None)) if even else x
+
+
+def softcap(logits: Array, cap: float) -> Array:
+    """cap * tanh(logits / cap): within (-cap, cap). A cap of 0 leaves them."""
+    return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+def context(
+    config: ModelConfig, positions: Array, segments: Array, cache: dict | None, attention: str, virtual: int = 0
+) -> dict:
+    """What every layer needs from positions [B,T], segments [B,T] and the cache, computed once.
+
+    `virtual` is the position of a document's first token.
+    """
+    k_pos, k_seg, index = positions, segments, jnp.int32(0)
+    if cache is not None:
+        index = cache["index"]
+        k_pos = jax.lax.dynamic_update_slice(cache["positions"], positions, (0, index))
+        k_seg = jax.lax.dynamic_update_slice(cache["segments"], segments, (0, index))
+    out = {"index": index, "positions": k_pos, "segments": k_seg, "age": positions - virtual}
+    out |= {"attention": "cache" if cache else attention, "windows": config.windows}
+    out["see"] = mask(positions, segments, k_pos, k_seg)
+    if any(config.windows):
+        out["see_window"] = mask(positions, segments, k_pos, k_seg, max(config.windows))
+    if config.position == "rope":
+        out["angles"] = rope_angles(config, positions)
+    return out

@@ -1,0 +1,108 @@
+"""Ring attention (Liu et al. 2023, arXiv 2310.01889): exact attention over rows that the mesh axis "context" splits.
+
+Every shard keeps its queries; blocks of keys and values go around the ring of shards, once forward and once backward.
+A shard holds the scores of one block, so memory falls with the square of the number of shards.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from model.net.attention import mask
+
+FAR = 1 << 30  # a window that hides nothing
+
+
+def ring_attention(q: Array, k: Array, v: Array, positions: Array, segments: Array, window: Any = FAR) -> Array:
+    """`attention` of q [B,T,N,H] and k, v [B,K,T,H] under `mask` of positions, segments [B,T] and a window, which may
+    be traced. T divides over the axis. The other axes of the mesh stay with the partitioner."""
+    rows, keys = P(None, "context"), P(None, None, "context")
+    local = jax.shard_map(
+        _ring, in_specs=(rows, keys, keys, rows, rows, P()), out_specs=rows, axis_names={"context"}, check_vma=False
+    )
+    return local(q, k, v, positions, segments, jnp.int32(window))
+
+
+def _grouped(x: Array, k: Array) -> Array:
+    """[B,T,N,H] -> [B,K,G,T,H]."""
+    B, T, N, H = x.shape
+    return x.reshape(B, T, k.shape[1], N // k.shape[1], H).transpose(0, 2, 3, 1, 4)
+
+
+def _flat(x: Array) -> Array:
+    """The inverse of `_grouped`."""
+    B, K, G, T, H = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+
+
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _scores(q: Array, k: Array, q_ids: tuple, k_ids: tuple, window: Array) -> tuple[Array, Array]:
+    """Masked scores [B,K,G,T,S] in float32 of q [B,K,G,T,H] and a block k [B,K,S,H], and what may be seen."""
+    see = mask(*q_ids, *k_ids, window)[:, None, None]
+    return jnp.where(see, _dot("BKGTH,BKSH->BKGTS", q, k) * q.shape[-1] ** -0.5, -1e30), see
+
+
+def _around(step: Any, carry: Any, block: Any) -> tuple[Any, Any]:
+    """`carry, block = step(carry, block)` for the block of every shard; after as many turns each is home again."""
+    n = jax.lax.axis_size("context")
+    onward = [(i, (i + 1) % n) for i in range(n)]
+
+    def turn(both: Any, _: None) -> tuple[Any, None]:
+        carry, block = step(*both)
+        return (carry, jax.tree.map(lambda x: jax.lax.ppermute(x, "context", onward), block)), None
+
+    return jax.lax.scan(turn, (carry, block), None, length=n)[0]
+
+
+@jax.custom_vjp
+def _ring(q: Array, k: Array, v: Array, positions: Array, segments: Array, window: Array) -> Array:
+    return _forward(q, k, v, positions, segments, window)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, positions: Array, segments: Array, window: Array) -> tuple[Array, Any]:
+    """One softmax over all blocks, rescaled whenever the running maximum `top` rises."""
+    ids, x = (positions, segments), _grouped(q, k)
+
+    def step(carry: Any, block: Any) -> tuple[Any, Any]:
+        out, top, total = carry
+        k, v, k_ids = block
+        scores, _ = _scores(x, k, ids, k_ids, window)
+        new = jnp.maximum(top, scores.max(-1))
+        probs, shrink = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
+        out = out * shrink[..., None] + _dot("BKGTS,BKSH->BKGTH", probs.astype(v.dtype), v)
+        return (out, new, total * shrink + probs.sum(-1)), block
+
+    zero = jnp.zeros(x.shape, jnp.float32)
+    (out, top, total), _ = _around(step, (zero, zero[..., 0] - 1e30, zero[..., 0]), (k, v, ids))
+    out = _flat(out / total[..., None]).astype(q.dtype)
+    return out, (q, k, v, ids, window, out, top, total)
+
+
+def _backward(residuals: Any, g: Array) -> tuple:
+    """Probabilities again from `top` and `total`; the gradients of keys and values travel with their block."""
+    q, k, v, ids, window, out, top, total = residuals
+    x, g, out = (_grouped(a, k) for a in (q, g, out))
+    delta = _dot("BKGTH,BKGTH->BKGT", g, out)
+
+    def step(dx: Array, block: Any) -> tuple[Array, Any]:
+        k, v, k_ids, dk, dv = block
+        scores, see = _scores(x, k, ids, k_ids, window)
+        probs = jnp.exp(scores - top[..., None]) / total[..., None]
+        dv = dv + _dot("BKGTS,BKGTH->BKSH", probs.astype(g.dtype), g)
+        ds = probs * (_dot("BKGTH,BKSH->BKGTS", g, v) - delta[..., None]) * x.shape[-1] ** -0.5
+        ds = jnp.where(see, ds, 0).astype(k.dtype)
+        dk = dk + _dot("BKGTS,BKGTH->BKSH", ds, x)
+        return dx + _dot("BKGTS,BKSH->BKGTH", ds, k), (k, v, k_ids, dk, dv)
+
+    zeros = lambda a: jnp.zeros(a.shape, jnp.float32)
+    dx, (*_, dk, dv) = _around(step, zeros(x), (k, v, ids, zeros(k), zeros(v)))
+    return _flat(dx).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
+
+
+_ring.defvjp(_forward, _backward)

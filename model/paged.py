@@ -1,0 +1,130 @@
+"""Many LoRA adapters on one frozen base, in a batch whose rows each use one of them or none.
+
+The rank rows of all adapters lie in the pages of two stacks for each weight; kernels/paged_lora.py multiplies.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from common.errors import UserError
+from kernels import paged_lora
+from kernels.paged_lora import BLOCK, Route, route  # noqa: F401 (for who makes routes)
+from model import weights
+from model.peft.lora import LoRA
+from model.weights import AXES, Extra, Params, Spec, Specs, Weight
+
+# The factors of an adapter on the host, of every weight by its name: A [stack..., R, contracted...] and
+# scale * B [stack..., R, produced...].
+Adapter = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+@flax.struct.dataclass
+class Many(Weight):
+    """`base` plus, for every row of the batch, the products of the pages that `route` gives it."""
+
+    base: Any
+    a: Array  # [C, contracted]: flat, as a kernel reads them
+    b: Array  # [C, produced]
+    eqn: str = flax.struct.field(pytree_node=False)  # the equation that the weight was declared with
+    route: Route | None = None  # None: no row has an adapter
+
+    def einsum(self, eqn: str, x: Array) -> Array:
+        y = weights.einsum(eqn, x, self.base)
+        if self.route is None:
+            return y
+        _, contracted, produced = weights.split(eqn)
+        return y + self._product(x.reshape(*x.shape[:2], -1), contracted, produced, x.dtype).reshape(y.shape)
+
+    def take(self, ids: Array, dtype: Any) -> Array:
+        y = weights.take(self.base, ids, dtype)
+        return y if self.route is None else y + self._product(ids, "V", "D", dtype)
+
+    def _product(self, x: Array, contracted: str, produced: str, dtype: Any) -> Array:
+        turned = contracted != weights.split(self.eqn)[1]  # a tied unembedding
+        a, b = (self.b, self.a) if turned else (self.a, self.b)
+        rows = weights.mesh_axes(("act_batch", "act_seq"), x.shape[:2])
+        split = weights.mesh_axes((AXES[contracted[0]], AXES[produced[0]]), (a.shape[1], b.shape[1]))
+        return paged_lora.product(x, a, b, self.route, rows, split, dtype)
+
+    def dense(self, spec: Spec) -> Array:
+        raise UserError("many adapters cannot be merged into one weight", "adapters", "merge one of them")
+
+    def axes(self, spec: Spec) -> "Many":
+        stacked = spec.names[: spec.stacked]
+        _, contracted, produced = weights.split(self.eqn)
+        a, b = ((*stacked, "rank", AXES[letters[0]]) for letters in (contracted, produced))
+        pairs = self.route and Route(*((*stacked, *(None,) * n) for n in (1, 1, 1, 0)))
+        return self.replace(base=weights.axes_of(self.base, spec), a=a, b=b, route=pairs)
+
+
+def factors_of(params: Params, specs: Specs, where: str) -> Adapter:
+    """The LoRA factors of a tree, on the host; `where` names it in the errors.
+
+    Raises UserError when it has none, or other adapters too.
+    """
+    found: Adapter = {}
+
+    def read(path: str, leaf: Any, spec: Spec | None) -> Any:
+        if isinstance(leaf, Extra) or (weights.is_weight(leaf) and weights.base(leaf) is not leaf):
+            if type(leaf) is not LoRA or weights.base(leaf.base) is not leaf.base or leaf.used != "both":
+                what = f"{type(leaf).__name__} on {path} cannot share a batch with other adapters"
+                raise UserError(what, where, "only LoRA, on a weight as a whole, can: serve this one alone")
+            if weights.split(spec.eqn)[0]:
+                raise UserError(f"adapters on the blocks of {path} cannot share a batch", where, "serve this one alone")
+            found[path] = _host(leaf, spec.stacked)
+            if not all(np.isfinite(x.astype(np.float32)).all() for x in found[path]):  # it would reach other rows
+                raise UserError(f"the adapter of {path} holds numbers that are not finite", where)
+        return leaf
+
+    weights.replace(params, specs, read)
+    if not found:
+        raise UserError("holds no LoRA adapter", where)
+    return found
+
+
+def _host(leaf: LoRA, stacked: int) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.moveaxis(np.asarray(leaf.a), -1, stacked), np.asarray(leaf.b)
+    if leaf.start is not None:  # what is added is the change since: twice the rank
+        a = np.concatenate([a, np.moveaxis(np.asarray(leaf.start[0]), -1, stacked)], stacked)
+        b = np.concatenate([b, -np.asarray(leaf.start[1])], stacked)
+    b = (b * np.float32(leaf.scale)).astype(b.dtype)
+    # In 16 bits where that loses nothing, as with an adapter that was saved so.
+    same = lambda x, dtype: x.itemsize > 2 and np.array_equal(x.astype(dtype).astype(x.dtype), x)
+    with np.errstate(over="ignore"):
+        dtype = next((d for d in (jnp.bfloat16, np.float16) if same(a, d) and same(b, d)), a.dtype)
+    return a.astype(dtype), b.astype(dtype)
+
+
+def empty(params: Params, specs: Specs, pages: dict[str, int], dtype: Any) -> Params:
+    """Stacked parameters with room for so many pages of `dtype` at each of the weights that `pages` names.
+
+    Where the weight's own type is as narrow, the pages have that one.
+    """
+
+    def wrap(path: str, base: Any, spec: Spec | None) -> Any:
+        if path not in pages:
+            return base
+        size = dict(zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :], strict=True))
+        kind = min(spec.value.dtype, jnp.dtype(dtype), key=lambda d: d.itemsize)
+        lead, names = (*spec.shape[: spec.stacked], pages[path] * BLOCK), (*spec.names[: spec.stacked], "rank")
+
+        def room(letters: str) -> Array:
+            shape = (*lead, math.prod(size[c] for c in letters))
+            return jnp.zeros(shape, kind, device=weights.place((*names, AXES[letters[0]]), shape))
+
+        return Many(base, *map(room, weights.split(spec.eqn)[1:]), spec.eqn)
+
+    return weights.replace(params, specs, wrap)
+
+
+def map_many(f: Callable[[str, Many], Many], params: Params) -> Params:
+    """`f(name, leaf)` at every Many of unrolled parameters, layer after layer; the name is the stacked weight's."""
+    at = lambda path, leaf: f(re.sub(r"^layers/\d+/", "layers/", path), leaf) if isinstance(leaf, Many) else leaf
+    return weights.map_named(at, params, is_leaf=weights.is_weight)

@@ -1,0 +1,87 @@
+"""Updates as vectors: what a tuning added to each weight, and sums of them (Ilharco et al. 2022, arXiv 2212.04089).
+
+An update is {"layers/attn/wq": numpy array in float32}.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.errors import UserError
+from model import weights
+from model.peft import lora
+from model.peft.lora import LoRA
+from model.weights import Params, Spec, Specs
+
+Update = dict[str, np.ndarray]
+
+
+def difference(after: Params, before: Params, specs: Specs) -> Update:
+    """after - before of every parameter, adapters merged. Raises UserError for adapters that cannot be merged."""
+    named = lambda p: {weights.name(at): x for at, x in jax.tree.leaves_with_path(weights.dense(p, specs))}
+    new, old = named(after), named(before)
+    return {name: np.asarray(new[name], np.float32) - np.asarray(old[name], np.float32) for name in old}
+
+
+def add(params: Params, update: Update) -> Params:
+    """Plain parameters plus an update."""
+    return weights.map_named(lambda name, x: (x + update[name]).astype(x.dtype), params)
+
+
+def linear(updates: Sequence[Update], factors: Sequence[float]) -> Update:
+    """The sum of factor * update: addition, subtraction and scaling of skills."""
+    return {name: sum(np.float32(f) * u[name] for f, u in zip(factors, updates)) for name in updates[0]}
+
+
+def trim(update: Update, density: float) -> Update:
+    """The `density` share of all entries that is largest in magnitude; the others become zero."""
+    sizes = np.concatenate([np.abs(x).ravel() for x in update.values()])
+    kept = max(round(density * sizes.size), 1)
+    least = np.partition(sizes, sizes.size - kept)[sizes.size - kept]
+    return {name: np.where(np.abs(x) >= least, x, 0) for name, x in update.items()}
+
+
+def ties(updates: Sequence[Update], factors: Sequence[float], density: float) -> Update:
+    """TIES (Yadav et al. 2023, arXiv 2306.01708): trim, elect the larger total's sign, mean of those that agree."""
+    updates = [linear([trim(u, density)], [f]) for u, f in zip(updates, factors)]
+
+    def merge(*xs: np.ndarray) -> np.ndarray:
+        x = np.stack(xs)
+        agree = (np.sign(x) == np.sign(x.sum(0))) & (x != 0)
+        return np.where(agree, x, 0).sum(0) / np.maximum(agree.sum(0), 1)
+
+    return {name: merge(*(u[name] for u in updates)).astype(np.float32) for name in updates[0]}
+
+
+def dare(updates: Sequence[Update], factors: Sequence[float], density: float, seed: int = 0) -> Update:
+    """DARE (Yu et al. 2023, arXiv 2311.03099): of each update a random share is kept and rescaled by 1 / density."""
+    rng = np.random.default_rng(seed)
+    drop = lambda x: np.where(rng.random(x.shape) < density, x / np.float32(density), 0)
+    return linear([{name: drop(x) for name, x in u.items()} for u in updates], factors)
+
+
+def to_lora(params: Params, update: Update, specs: Specs, rank: int) -> tuple[Params, dict[str, tuple[float, float]]]:
+    """Plain parameters with the best LoRA of `rank` for each changed matrix, and what it misses.
+
+    That is {name: (|| dW - A B ||^2, || dW ||^2)}, also for parameters that LoRA does not reach (norms, biases), which
+    are missed whole. Where a matrix is smaller than `rank`, its own rank is taken and nothing is missed.
+    """
+    missed: dict[str, tuple[float, float]] = {}
+
+    def wrap(name: str, base: jax.Array, spec: Spec) -> jax.Array | LoRA:
+        whole = float(np.square(update[name], dtype=np.float64).sum())
+        if not whole or not spec.eqn:
+            missed[name] = (whole, whole)
+            return base
+        delta = jnp.asarray(update[name])
+        r = min(rank, *lora.matrix(delta, spec).shape[-2:])
+        a, b, values = lora.truncate(delta, spec, r)
+        missed[name] = (float(jnp.square(values[..., r:]).sum()), whole)
+        return LoRA(base, a, b, spec.eqn, 1.0)
+
+    out = weights.replace(params, specs, wrap)
+    if not any(whole for _, whole in missed.values()):
+        raise UserError("the update is zero everywhere", "update", "are the base and the tuned model the same?")
+    return out, missed

@@ -1,0 +1,293 @@
+"""Speed and memory of training, fine-tuning and decoding on this machine, beside torch and llama.cpp on a CPU.
+
+    python -m tools.bench [--what=train,sft,decode,small,adapters,methods] [--rounds=3] [--out=runs/bench.json]
+
+Sides run in processes of their own and take turns, so that a slow minute hits all. Ratios are medians over the turns
+of ours over theirs. Everything measured, with the machine's facts, goes to --out.
+
+On a GPU, whose memory the sides share: JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false before it, and
+--model=llama2-7b --dtype=bfloat16 behind. Memory is then the GPU's.
+"""
+
+import argparse
+import ast
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.errors import UserError
+from common.packages import PACKAGES, package_gguf
+from configs.models import SHAPES
+from configs.schema.methods import FOLDERS, method, names
+from tools.bench.worker import Worker
+
+OURS, PEERS = "tools.bench.ours", "tools.bench.peers"
+TORCH = ("torch", "transformers", "peft", "trl")
+VERSIONS = ("jax", "jaxlib", *TORCH, "xllamacpp")
+
+
+class Side(NamedTuple):
+    name: str
+    module: str
+    case: dict
+
+
+class Contest(NamedTuple):
+    title: str
+    sides: list[Side]  # the first is compared with each of the others
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--what", default=",".join(WHAT), help="some of " + ",".join(WHAT))
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every side")
+    parser.add_argument("--out", default="runs/bench.json")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="a name, a folder, or a shape, then at random")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of ours; peers: float32")
+    parser.add_argument("--data", default="", help="JSON lines with prompt and completion; else questions on Python")
+    parser.add_argument("--alone", action="store_true", help="without peers, though they are installed")
+    args = parser.parse_args(argv)
+    try:
+        if unknown := set(args.what.split(",")) - set(WHAT):
+            raise UserError(f"unknown {min(unknown)!r}", "--what", f"some of {','.join(WHAT)}")
+        bench(args)
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
+    return 0
+
+
+def bench(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    console = Console()
+    alone = args.alone or args.model in SHAPES  # no peer reads a shape
+    missing = [] if alone else [name for name in TORCH if not importlib.util.find_spec(name)]
+    if missing:
+        console.print(f"{', '.join(missing)} not installed: ours is measured alone")
+    facts, results = {"load_before": os.getloadavg(), **machine()}, []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        data = Path(args.data or folder / "questions.jsonl").absolute()
+        if not args.data:
+            data.write_text("".join(json.dumps(row) + "\n" for row in questions()), "utf-8")
+        peers = "" if alone or missing else exported(args.model, folder / "model")
+        for what in args.what.split(","):
+            for contest in WHAT[what](args.model, peers, str(data)):
+                results.append(measure(contest, args.rounds, args.dtype))
+                console.print(table(results[-1]))
+    facts["load_after"] = os.getloadavg()
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    content = {"command": ["python", "-m", "tools.bench", *sys.argv[1:]], "machine": facts, "contests": results}
+    out.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    chips = ", ".join((*facts["gpu"], facts["cpu"]))
+    console.print(f"{chips}, {facts['cores']} cores, load {facts['load_before'][0]:.1f} · {out}", soft_wrap=True)
+
+
+# --- contests ---
+
+
+def training(model: str, peers: str, _: str) -> Iterator[Contest]:
+    """Bare steps at equal shapes, and LoRA against full tuning on the same batch."""
+    sides = {}
+    for kind, peft in {"full": "", "LoRA": "lora"}.items():
+        case = dict(what="train", peft=peft, batch=4, length=256, steps=2)
+        sides[kind] = Side(f"ours, {kind}", OURS, case | {"model": model})
+        peer = Side("torch + PEFT, LoRA" if kind == "LoRA" else "torch, full", PEERS, case | {"model": peers})
+        yield Contest(f"{kind} training steps, 4 x 256", [sides[kind], *([peer] if peers else [])])
+    yield Contest("LoRA against full tuning, 4 x 256", [sides["LoRA"], sides["full"]])
+
+
+def tuning(model: str, peers: str, data: str) -> Iterator[Contest]:
+    """LoRA on an instruction set by the documented path of each: TRL packs, or pads its default of 8 rows a batch."""
+    case = dict(what="sft", data=data, length=256, steps=6)
+    sides = [Side("ours, packed", OURS, case | dict(model=model, batch=4))]
+    if peers:
+        sides += [
+            Side("TRL, packed", PEERS, case | dict(model=peers, batch=4, packing=True)),
+            Side("TRL, padded, 8 rows", PEERS, case | dict(model=peers, batch=8, packing=False)),
+        ]
+    yield Contest("LoRA fine-tuning on instructions, useful tokens", sides)
+
+
+def decoding(model: str, peers: str, _: str) -> Iterator[Contest]:
+    """Greedy tokens after a prompt; what the prompt takes is not counted."""
+    for batch in (1, 8):
+        case = dict(what="decode", batch=batch, prompt=64, new_tokens=48)
+        sides = [Side("ours", OURS, case | {"model": model})]
+        if peers:
+            sides.append(Side("transformers", PEERS, case | {"model": peers}))
+        yield Contest(f"decoding, batch {batch}", sides + llama_cpp(model, peers) * (batch == 1))
+
+
+def llama_cpp(model: str, peers: str) -> list[Side]:
+    """Its side of a decoding, of one row, where it is installed and reads the file that the model comes from."""
+    if not (peers and model in PACKAGES and importlib.util.find_spec("xllamacpp")):
+        return []
+    case = dict(what="llama_cpp", gguf=str(package_gguf(model)), prompt=64, new_tokens=48)
+    return [Side("llama.cpp, quantised", PEERS, case)]
+
+
+def small(model: str, peers: str, _: str) -> Iterator[Contest]:
+    """Decoding with weights of 8 and 4 bits against those of the model."""
+    for batch in (1, 8):
+        case = dict(what="decode", batch=batch, prompt=64, new_tokens=48, model=model)
+        formats = {"int8": dict(name="int8"), "w8a8": dict(name="int8", activations=True), "int4": dict(name="int4")}
+        sides = [Side(f"ours, {name}", OURS, case | {"quant": quant}) for name, quant in formats.items()]
+        sides.append(Side("ours, as it is", OURS, case))
+        yield Contest(f"decoding quantised, batch {batch}", sides + llama_cpp(model, peers) * (batch == 1))
+
+
+def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
+    """A batch whose rows have adapters of their own, on the queries and values, against one adapter and against none.
+
+    PEFT keeps all adapters in the model: its side has as many as rows.
+    """
+    case = dict(batch=8, prompt=64, new_tokens=48)
+    ranks = lambda n: [8 + 13 * i % 57 for i in range(n)]  # 8 to 64 in a scattered order, 36 in the mean
+    many = lambda n: case | dict(what="adapters", ranks=ranks(n) if n > 1 else [36])
+    sides = [Side(f"ours, {n} adapter{'s' * (n > 1)}", OURS, many(n) | {"model": model}) for n in (1000, 8, 1)]
+    sides.append(Side("ours, none", OURS, case | dict(what="decode", model=model)))
+    if peers:
+        sides.append(Side("PEFT, 8 adapters", PEERS, many(8) | {"model": peers}))
+    yield Contest("decoding 8 rows, adapters of ranks 8 to 64", sides)
+
+
+def methods(model: str, peers: str, _: str) -> Iterator[Contest]:
+    """What each adapter costs: in training beside full tuning, and in decoding, while it stays apart, beside the base.
+
+    Every method is as its file's defaults make it.
+    """
+    free = lambda name: not any(key.required for key in method("peft", name).arguments.values())
+    found = [name for name in names(FOLDERS["peft"], "make") if free(name)]
+    case = dict(what="train", batch=2, length=256, steps=2, model=model)
+    sides = [Side(name or "full", OURS, case | {"peft": name}) for name in ("", *found)]
+    yield Contest("training steps, 2 x 256", sides)
+    case = dict(what="decode", batch=8, prompt=64, new_tokens=48, model=model)
+    sides = [Side("none", OURS, case), Side("lora, merged", OURS, case | dict(peft="lora", merged=True))]
+    sides += [Side(name, OURS, case | {"peft": name}) for name in found]
+    yield Contest("decoding 8 rows with an adapter", sides)
+
+
+WHAT = {"train": training, "sft": tuning, "decode": decoding, "small": small, "adapters": adapting, "methods": methods}
+
+
+def questions(limit: int = 1000) -> list[dict[str, str]]:
+    """Instructions that every machine has: what the documented functions of the standard library do."""
+    out = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.FunctionDef) and (answer := ast.get_docstring(node)):
+                prompt = f"What does the function {node.name} of Python's module {path.stem} do?\n"
+                out.append({"prompt": prompt, "completion": answer})
+    return out[:: max(1, len(out) // limit)]
+
+
+def exported(model: str, folder: Path) -> str:
+    """The model as a folder that transformers reads; written by a process that ends before anything is timed."""
+    if model not in PACKAGES:
+        return model
+    export = [sys.executable, "-m", "tools.export", f"--from={model}", f"--to={folder}"]
+    done = subprocess.run(export, capture_output=True, text=True, env={"JAX_PLATFORMS": "cpu", **os.environ})
+    if done.returncode:
+        raise UserError(done.stderr.strip().splitlines()[-1], model)
+    return str(folder)
+
+
+# --- measurements ---
+
+
+def measure(contest: Contest, rounds: int, dtype: str) -> dict[str, Any]:
+    """Rounds of all sides in turn, and the ratios of the first to each. Ours compute in `dtype`."""
+    cases = [side.case | {"dtype": dtype} if side.module == OURS else side.case for side in contest.sides]
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(Worker(side.module, case)) for side, case in zip(contest.sides, cases)]
+        turns = [[worker.round() for worker in workers] for _ in range(rounds)]
+        peaks = [worker.peak_bytes() for worker in workers]
+    sides = []
+    for i, side in enumerate(contest.sides):
+        pairs = [(turn[0], turn[i]) for turn in turns]
+        rate = lambda r: r["tokens"] / r["seconds"]
+        cost = lambda r: r["cpu_seconds"] / r["tokens"] if r["cpu_seconds"] else float("nan")
+        sides.append({
+            "name": side.name,
+            "case": cases[i],
+            "rounds": [turn[i] for turn in turns],
+            "tokens_per_second": statistics.median(rate(theirs) for _, theirs in pairs),
+            "cpu_seconds_per_token": _number(statistics.median(cost(theirs) for _, theirs in pairs)),
+            "peak_bytes": peaks[i],
+            "ratio": {
+                "tokens_per_second": statistics.median(rate(ours) / rate(theirs) for ours, theirs in pairs),
+                "per_cpu_second": _number(statistics.median(cost(theirs) / cost(ours) for ours, theirs in pairs)),
+                "peak_bytes": peaks[0] / peaks[i],
+            },
+        })  # fmt: skip
+    return {"title": contest.title, "sides": sides}
+
+
+def _number(x: float) -> float | None:
+    return None if x != x else x
+
+
+def table(result: dict[str, Any]) -> Any:
+    """One contest as a rich table. A ratio is the first row's value over this row's."""
+    from rich.table import Table
+
+    out = Table(title=result["title"], title_justify="left")
+    for column in ("", "tokens/s", "CPU ms/token", "peak GB", "ratio: tokens/s", "per CPU s", "memory"):
+        out.add_column(column, justify="right" if column else "left")
+    show = lambda x, digits=2: "n/a" if x is None else f"{x:.{digits}f}"
+    for side in result["sides"]:
+        cpu, ratio = side["cpu_seconds_per_token"], side["ratio"]
+        out.add_row(
+            side["name"], show(side["tokens_per_second"], 1), show(cpu and 1e3 * cpu), show(side["peak_bytes"] / 1e9),
+            show(ratio["tokens_per_second"]), show(ratio["per_cpu_second"]), show(ratio["peak_bytes"]),
+        )  # fmt: skip
+    if result["title"] == "decoding, batch 1" and not any("llama" in side["name"] for side in result["sides"]):
+        out.caption = "llama.cpp n/a (xllamacpp not installed)"
+    return out
+
+
+def machine() -> dict[str, Any]:
+    """What a figure means nothing without."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    versions = {}
+    for name in VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "gpu": boards(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def boards() -> list[str]:
+    """Name and driver of each NVIDIA board."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    return []
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,160 @@
+"""Our sides of the contests of tools.bench. Each function prepares, and returns what runs one round."""
+
+import contextlib
+import itertools
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs.models import SHAPES
+from infer.models import load
+from model.config import ModelConfig
+from model.net.transformer import Transformer
+from model.weights import Params
+from tools.bench.worker import Round, decoding, peak_memory, serve, timed
+
+
+def opened(model: str, dtype: str) -> tuple[Transformer, Params]:
+    """A model by its name, or one of a shape's name with random weights, which says no less about speed."""
+    if model in SHAPES:
+        random = Transformer(ModelConfig(**SHAPES[model]), dtype, dtype)
+        return random, jax.jit(random.init)(jax.random.key(0))
+    lm = load(model, dtype=dtype)
+    return lm.model, lm.params
+
+
+def train(model: str, peft: str, batch: int, length: int, steps: int, dtype: str) -> Callable[[], Round]:
+    """Bare training steps on random tokens that all count, of everything or of what a method makes by its defaults.
+
+    `dtype` is that of activations; weights are float32."""
+    from configs import base
+    from model import build
+    from train import init, inputs
+    from train.keep import flags
+    from train.mesh import make_mesh
+    from train.step import compile_step
+
+    flags.trim_after_compiling()
+    cfg = base.get_config()
+    cfg.model.dtype, cfg.peft.name = dtype, peft
+    cfg.model.shape, cfg.init = (model, "") if model in SHAPES else ("", model)
+    start = inputs.pretrained(cfg)
+    planned = init.plan(cfg, build.model(cfg, start), make_mesh(cfg.mesh))
+    step = compile_step(planned)
+    tokens = np.random.default_rng(0).integers(0, planned.model.config.vocab_size, (batch, length + 1), np.int32)
+    ones = np.ones((batch, length), np.int32)
+    rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": ones.astype(np.float32)}
+    rows |= {"segments": ones, "positions": ones.cumsum(1, dtype=np.int32) - 1}
+    state = init.first_state(cfg, planned, start)
+
+    def run() -> Round:
+        def some() -> None:
+            nonlocal state
+            for _ in range(steps):
+                state, _ = step(state, rows)
+            jax.block_until_ready(state)
+
+        seconds, cpu = timed(some)
+        return {"tokens": steps * batch * length, "seconds": seconds, "cpu_seconds": cpu}
+
+    return run
+
+
+def sft(model: str, data: str, batch: int, length: int, steps: int, dtype: str) -> Callable[[], Round]:
+    """`train.main` on prompts and completions, from the second step to the last. Padding is no token."""
+    from configs import schema
+    from train.main import run as train_main
+
+    def run() -> Round:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(Path(__file__).parents[2]):
+            argv = {
+                "init": model, "model.dtype": dtype, "steps": steps, "log_every": steps, "eval_every": 0,
+                "eval_batches": 1, "samples": "()",
+                "data.source": data, "data.packing": "best_fit", "data.seq_len": length, "data.batch_size": batch,
+                "ckpt.every": 0,
+            }  # fmt: skip
+            argv = [f"--config.{key}={value}" for key, value in argv.items()]
+            train_main(schema.load(["--config=configs/sft/smollm2_lora.py", f"--workdir={folder}/run", *argv]))
+            lines = map(json.loads, Path(folder, "run", "metrics.jsonl").read_text().splitlines())
+            line = next(line for line in lines if line["kind"] == "train")
+        seconds = line["seconds_per_step"] * (steps - 1)
+        return {"tokens": line["tokens_per_second"] * seconds, "seconds": seconds, "cpu_seconds": None}
+
+    return run
+
+
+def decode(
+    model: str,
+    batch: int,
+    prompt: int,
+    new_tokens: int,
+    dtype: str,
+    peft: str = "",
+    merged: bool = False,
+    quant: dict | None = None,
+) -> Callable[[], Round]:
+    """Greedy decoding of random prompts, with an adapter that a method makes by its defaults and noise has moved, or
+    with weights in a format."""
+    from infer.generate import generate, unrolled
+    from model import weights
+    from model.build import find
+
+    model, params = opened(model, dtype)
+    specs, key = model.specs, jax.random.key(0)
+
+    def moved(params: dict) -> dict:
+        params = find("model.peft", ConfigDict({"name": peft}))()(params, specs, key)
+        train, frozen = weights.partition(params, weights.trainable(params, "adapters"))
+        noise = lambda path, x: x + 0.01 * jax.random.normal(weights.key_for(key, path), x.shape, x.dtype)
+        return weights.combine(weights.map_named(noise, train), frozen)
+
+    params = jax.jit(moved)(params) if peft else params
+    if quant:
+        params = jax.jit(lambda p: find("model.quant", ConfigDict(quant))()(p, specs, key))(params)
+    params = unrolled(model, weights.dense(params, specs) if merged else params)
+    prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, prompt)).tolist()
+    return lambda: decoding(lambda n: generate(model, params, prompts, max_new_tokens=n), batch, new_tokens)
+
+
+def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: int, dtype: str) -> Callable[[], Round]:
+    """Greedy decoding with another adapter on every row, in turn; every round goes on with the next ones.
+
+    What it takes to bring them to the device is counted.
+    """
+    from infer.generate import generate
+    from infer.serve.store import Store
+
+    (model, base), rng = opened(model, dtype), np.random.default_rng(0)
+    specs = model.specs["layers"]["attn"]
+    draw = lambda *shape: (rng.random(shape, np.float32) * 0.02 - 0.01).astype(np.float16)
+
+    def adapter(rank: int) -> dict:
+        shapes = {f"layers/attn/{name}": specs[name].shape for name in ("wq", "wv")}  # [L,D,N,H]
+        return {p: (draw(s[0], rank, s[1]), draw(s[0], rank, *s[2:])) for p, s in shapes.items()}
+
+    store = Store(model, base, {str(i): adapter(r) for i, r in enumerate(ranks)}, batch * max(ranks) * 2)
+    prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
+    turn = itertools.count()
+
+    def run() -> Round:
+        names = [str(next(turn) % len(ranks)) for _ in range(batch)]
+        seconds, cpu = timed(lambda: jax.block_until_ready(store.serving(names, batch)))
+        params = store.serving(names, batch)
+        done = decoding(lambda n: generate(model, params, prompts, max_new_tokens=n), batch, new_tokens)
+        return done | {"seconds": done["seconds"] + seconds, "cpu_seconds": done["cpu_seconds"] + cpu}
+
+    return run
+
+
+def device_memory() -> int:
+    """The most bytes that this process held of its accelerator; where there is none, of the machine."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or peak_memory()
+
+
+if __name__ == "__main__":
+    serve({"train": train, "sft": sft, "decode": decode, "adapters": adapters}, device_memory)

@@ -1,0 +1,103 @@
+"""One side of a contest, in a process of its own: sides share neither threads nor memory, and their rounds alternate.
+
+The parent writes a line to ask for a round, the child answers it with a line of JSON; the end of input ends the child.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from common.errors import UserError
+
+Round = dict[str, Any]  # tokens, seconds, cpu_seconds (None where the side cannot tell)
+
+
+class Worker:
+    """The parent's end. Returns once the child is loaded, compiled and warm."""
+
+    def __init__(self, module: str, case: dict):
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by __exit__)
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", module, json.dumps(case)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env={"JAX_PLATFORMS": "cpu", **os.environ, "OMP_WAIT_POLICY": "PASSIVE"},  # idle threads must not spin
+        )
+        self.case = case
+        self._answer()
+
+    def round(self) -> Round:
+        self.child.stdin.write("\n")
+        self.child.stdin.flush()
+        return self._answer()
+
+    def peak_bytes(self) -> int:
+        """Ends the child; the most memory it held."""
+        self.child.stdin.close()
+        return self._answer()["peak_bytes"]
+
+    def _answer(self) -> dict:
+        line = self.child.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            last = (self.log.read().strip().splitlines() or ["it said nothing"])[-1]
+            raise UserError(f"a side of the contest died: {last}", json.dumps(self.case))
+        return json.loads(line)
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.child.kill()
+        self.child.wait()
+        self.log.close()
+
+
+def peak_memory() -> int:
+    """The most bytes that this process held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def serve(sides: dict[str, Callable[..., Callable[[], Round]]], peak: Callable[[], int] = peak_memory) -> None:
+    """The child's end: `sides[what](**case)` prepares, what it returns runs a round."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is not an answer
+
+    def answer(content: dict) -> None:
+        out.write(json.dumps(content) + "\n")
+        out.flush()
+
+    case = json.loads(sys.argv[1])
+    run = sides[case.pop("what")](**case)
+    run()  # compiles and warms up
+    answer({})
+    for _ in sys.stdin:
+        answer(run())
+    answer({"peak_bytes": peak()})
+
+
+def timed(f: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds and processor seconds that `f` takes."""
+    start, cpu = time.perf_counter(), time.process_time()
+    f()
+    return time.perf_counter() - start, time.process_time() - cpu
+
+
+def decoding(generate: Callable[[int], Any], batch: int, new_tokens: int) -> Round:
+    """A round of `generate(n)`, with what the prompt and the first token take subtracted; where another program held
+    these up for longer than all that follows, it is measured again."""
+    seconds = cpu = 0.0
+    for _ in range(10):
+        first, whole = timed(lambda: generate(1)), timed(lambda: generate(new_tokens))
+        seconds, cpu = (b - a for a, b in zip(first, whole, strict=True))
+        if seconds > 0:
+            break
+    return {"tokens": batch * (new_tokens - 1), "seconds": seconds, "cpu_seconds": cpu}

@@ -1,0 +1,230 @@
+"""What the kernels of `kernels/` cost on TPUs that are not here: compiled by libtpu on this CPU, the schedule read.
+
+    python -m tools.kernel_report --chip=v5e,v5p,v6e,tpu7x [--shapes=quick|all] [--only=REGEX] [--json]
+    python -m tools.kernel_report --chip=h100|gpu ...
+
+By shape: bundles of the hot loop and its turns, the MXU's least cycles over those of the schedule, bytes moved over the
+least, VMEM, registers spilled; beside it, but for quick shapes, what XLA makes of the same operands. Times go from what
+bounds the kernel (the schedule, or HBM at its peak) to that and the part of the first block that nothing overlaps; of
+XLA to its own estimate. No stall is in them: they rank kernels to about 10 %. TPU7x's products a cycle are a guess from
+its peak: its schedules go below. It needs requirements/tpu.txt.
+
+For an absent H100, with requirements/gpu.txt, it says what registers, spills, memory and bytes there are: no times are
+known. `--chip=gpu` does the same on the GPU of this machine, times both and tells how far from XLA's results ours are.
+"""
+
+import argparse
+import glob
+import importlib
+import json
+import math
+import os
+import pkgutil
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import chips
+from common.errors import UserError
+
+
+class Tpu(NamedTuple):
+    """A device of a chip as libtpu compiles for it; v5p's two cores are one."""
+
+    topology: str
+    flops: dict[str, int]  # a cycle, by dtype: MXUs times products each
+    devices: int = 1  # of a chip
+
+
+# 16 x 128 x 128 products take an MXU of v5e and v5p 16 cycles, 16 x 256 x 256 one of v6e and TPU7x 8; no int8 on TPU7x.
+TPUS = {
+    "v5e": Tpu("v5e:2x2", {"bfloat16": 2**17, "int8": 2**18}),
+    "v5p": Tpu("v5p:2x2x1", {"bfloat16": 2**18, "int8": 2**19}),
+    "v6e": Tpu("v6e:2x2", {"bfloat16": 2**19, "int8": 2**20}),
+    "tpu7x": Tpu("tpu7x:2x2x1", {"bfloat16": 2**19, "float8_e4m3fn": 2**20}, 2),
+}
+GPUS = ("h100", "gpu")  # absent, and that of this machine
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.kernel_report", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--chip", default=",".join(TPUS))
+    parser.add_argument("--shapes", choices=("quick", "all"), default="all")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        rows = report(args.chip.split(","), args.shapes == "quick", args.only)
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
+    print(json.dumps(rows, indent=1)) if args.json else show(rows)
+    return 0
+
+
+def report(names: list[str], quick: bool, only: str) -> list[dict[str, Any]]:
+    """A row for each chip and case. Raises UserError for an unknown chip, or without its compiler."""
+    from tools.kernel_report import gpu as kernel_report_gpu
+    from tools.plan.__main__ import topology
+
+    if unknown := [n for n in names if n not in (*TPUS, *GPUS)]:
+        raise UserError(f"no chip {unknown[0]!r} is known", "--chip", "of " + ", ".join((*TPUS, *GPUS)))
+    gpu = next((n for n in names if n in GPUS), "")
+    if gpu and len(names) > 1:
+        raise UserError("one process loads one compiler", "--chip", f"{gpu} alone")
+    chosen = [c for c in cases() if (c.quick or not quick) and re.search(only, f"{c.name} {c.shape}")]
+    on = {p: [c for c in chosen if c.platform == p] for p in ("tpu", "cuda")}
+    on["tpu"] = [c._replace(xla=None) if quick and c.kernel else c for c in on["tpu"]]
+    with tempfile.TemporaryDirectory() as dump:
+        # Read once, when libtpu is loaded.
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
+            " --xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
+        )
+        devices = {name: topology(TPUS[name].topology)[0] for name in names if name in TPUS}
+        rows = [row(case, name, device, dump) for name, device in devices.items() for case in on["tpu"]]
+        return rows + (kernel_report_gpu.report(on["cuda"], dump, gpu == "gpu") if gpu else [])
+
+
+def cases() -> list[Any]:
+    """Of every module of `kernels/` that lists some."""
+    import kernels
+
+    modules = [importlib.import_module(f"kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    return [case for m in modules if hasattr(m, "cases") for case in m.cases()]
+
+
+def row(case: Any, name: str, device: Any, dump: str) -> dict[str, Any]:
+    """One case on one chip."""
+    import jax
+
+    tpu, chip = TPUS[name], chips.find(name)
+    peak = tpu.flops.get(case.peak)
+    hertz = chip.tflops.value / tpu.devices * 1e12 / tpu.flops["bfloat16"]
+    bandwidth = chip.hbm_bandwidth.value / tpu.devices
+    size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    least = size(case.args) + size(jax.eval_shape(case.kernel or case.xla, *case.args))
+    found: dict[str, Any] = {"chip": name, "case": case.name, "shape": case.shape, "bytes_least": least}
+    for by, f in (("kernel", case.kernel), ("xla", case.xla)):
+        if f is None:
+            continue
+        got = compiled(f, case.args, device, dump)
+        mxu = case.flops / peak if peak else None
+        cycles = max(got["cycles"], mxu or 0)  # the MXU's queue lets bundles go below its own rate by up to a tenth
+        busy, estimated = cycles / hertz, got.pop("estimated") / hertz
+        hbm = (got["bytes_moved"] if by == "kernel" else least) / bandwidth
+        low = max(busy, hbm)
+        high = low + min(busy, hbm) / got["steps"] if by == "kernel" else max(low, estimated)
+        found[by] = got | {
+            "mxu_cycles": mxu, "utilisation": mxu / cycles if mxu else None,
+            "compute_us": busy * 1e6, "hbm_us": hbm * 1e6, "us": [low * 1e6, high * 1e6],
+        }  # fmt: skip
+    return found
+
+
+def compiled(f: Any, args: tuple, device: Any, dump: str) -> dict[str, Any]:
+    """Figures of a function of abstract arrays, compiled for a device."""
+    import jax
+    from jax.experimental.layout import Format, Layout
+    from jax.sharding import SingleDeviceSharding
+
+    from tools.kernel_report import schedule
+
+    for old in glob.glob(f"{dump}/*"):
+        os.unlink(old)
+    one = SingleDeviceSharding(device)
+    here = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for a in args]
+    grids = list(calls(jax.make_jaxpr(f)(*args).jaxpr))
+    # What a kernel writes goes on within a program, where XLA need not lay it out as a result.
+    program = jax.jit(f, out_shardings=Format(Layout((0, 1)), one) if grids else None).lower(*here).compile()
+    sums = grids[0].grid[-1] if grids else math.inf
+    listings = sorted(glob.glob(f"{dump}/*final_bundles.txt"))
+    listings = [p for p in listings if not re.search("schedule-analysis|<late|-TLP-", p)]
+    parts = [schedule.read(Path(p).read_text(errors="replace"), sums) for p in listings]
+    hot = max(parts, key=lambda p: (p.products * p.turns, p.hot * p.turns))
+    text, memory = program.as_text(), program.memory_analysis()
+    vmem = r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"'
+    return {
+        "cycles": sum(p.cycles for p in parts),
+        "turns_known": all(p.known for p in parts),
+        "bundles": hot.hot, "turns": hot.turns, "spills": hot.spills,
+        "steps": math.prod(grids[0].grid) if grids else 1,
+        "bytes_moved": sum(map(moved, grids)) + copied(text) if grids else None,
+        "bytes_temporary": memory.temp_size_in_bytes,
+        "vmem": max(map(int, re.findall(vmem, text)), default=0),
+        "estimated": sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))),
+    }  # fmt: skip
+
+
+def calls(jaxpr: Any) -> Any:
+    """The grids of the Pallas calls in a jaxpr."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            yield eqn.params["grid_mapping"]
+        for inner in eqn.params.values():
+            inner = getattr(inner, "jaxpr", inner)
+            yield from calls(inner) if hasattr(inner, "eqns") else ()
+
+
+def moved(grid: Any) -> int:
+    """Bytes between HBM and VMEM: a block is moved when its index is another than that of the step before."""
+    import jax
+    import jax.extend.core
+    import numpy as np
+
+    steps = np.indices(grid.grid).reshape(len(grid.grid), -1)
+    total = 0
+    for block in grid.block_mappings:
+        index = jax.vmap(jax.extend.core.jaxpr_as_fun(block.index_map_jaxpr))
+        at = np.stack(index(*steps.astype(np.int32)), -1)
+        at = at[np.append(True, (at[1:] != at[:-1]).any(-1))]
+        shape = np.array(block.array_aval.shape)
+        tile = np.array([getattr(b, "block_size", b) for b in block.block_shape])
+        total += np.minimum(tile, shape - at * tile).prod(-1).sum() * block.array_aval.dtype.itemsize
+    return int(total)
+
+
+def copied(text: str) -> int:
+    """Bytes that XLA reads and writes around a kernel, to lay an operand out anew."""
+    shapes = re.findall(r"= (\w+?)(\d+)\[([\d,]+)\]\S* (?:copy|pad|fusion|transpose)\(", text)
+    return sum(2 * int(bits) // 8 * math.prod(map(int, dims.split(","))) for _, bits, dims in shapes)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Prints a table a chip."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tools.kernel_report import gpu as kernel_report_gpu
+
+    if gpu := [r for r in rows if r["chip"] not in TPUS]:
+        kernel_report_gpu.show(gpu)
+    heads = ("", "by", "bundles", "MXU", "us", "HBM us", "bytes", "VMEM", "spills")
+    for name in dict.fromkeys(r["chip"] for r in rows if r["chip"] in TPUS):
+        table = Table(*heads, title=f"{name}. MXU: least cycles over the schedule's. bytes: moved, over the least")
+        for r in (r for r in rows if r["chip"] == name):
+            for by in ("kernel", "xla"):
+                if by in r:
+                    table.add_row(f"{r['case']} {r['shape']}", by, *line(r[by], r["bytes_least"], by == "kernel"))
+        Console(highlight=False, width=120).print(table)
+
+
+def line(got: dict[str, Any], least: int, exact: bool) -> list[str]:
+    """Of XLA's programs nobody says what bytes of theirs leave VMEM."""
+    low, high = (f"{t:.1f}" for t in got["us"])
+    return [
+        f"{got['bundles']} x {got['turns']}" + ("" if got["turns_known"] else " ?"),
+        "n/a" if got["utilisation"] is None else f"{got['utilisation']:.2f}",
+        low if low == high else f"{low}-{high}",
+        f"{got['hbm_us']:.1f}",
+        f"{got['bytes_moved'] / least:.2f}" if exact else "n/a",
+        f"{got['vmem'] / 2**20:.1f} MiB",
+        str(got["spills"]),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

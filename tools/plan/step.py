@@ -1,0 +1,172 @@
+"""A step compiled for given devices, and what the compiler and the equations say of it."""
+
+import math
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from common import chips
+from infer import generate, sample
+from model import weights
+from model.net import head
+from tools.plan import gpu, hlo
+from train import cost, init
+from train import mesh as meshes
+from train import plan as plans
+from train.step import compile_step
+
+ASSUMED = (
+    "time: low, everything overlaps at the chip's peaks and HBM is read and written once; high, nothing overlaps, what"
+    " an operation reads and writes crosses HBM, and a collective has the links of one torus axis; in neither is"
+    " a kernel below the chip's peaks, as many are: the one step of a GPU that was timed took 1.3 times the high end",
+    "every slot of a batch is a token of the loss; loops over the chunks of the head run to their end",
+    "money and energy: steps alone, without compiling, evaluation and waiting",
+)
+
+
+def plan(cfg: Any, model: Any, devices: list[Any], what: str = "train") -> dict[str, Any]:
+    """Everything that tools.plan prints, of one step of `what`: "train" or "decode" (one token a row)."""
+    mesh = meshes.make_mesh(cfg.mesh, devices)
+    rows, shards = cfg.data.batch_size, meshes.row_shards(cfg, mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
+        planned = init.plan(cfg, model, mesh)
+        lowered, arguments = (train_step if what == "train" else decode_step)(cfg, planned)
+        held = {name: cost.bytes_per_device(x, jax.tree.map(lambda a: a.sharding, x)) for name, x in arguments.items()}
+        out = {"what": what, "device": devices[0].device_kind, "config": plans.describe(cfg, planned)}
+        local = rows // shards // cfg.accum * (2 if "chosen" in planned.objective.batch else 1) * cfg.data.seq_len
+        local //= mesh.shape["context"]
+        chunk = head.chunk_rows(local, planned.model.config.vocab_size)
+        out |= {"mesh": dict(mesh.shape), "rows": rows, "accum": cfg.accum, "bytes": held, "assumed": ASSUMED}
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as e:
+            if "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            verdict = re.sub(r"\s+", " ", str(e))[:240]
+            return out | {"fits": False, "verdict": verdict, "turn": knob(cfg, held, devices[0])}
+    memory = compiled.memory_analysis()
+    held |= {"arguments": memory.argument_size_in_bytes, "temp": memory.temp_size_in_bytes}
+    held["peak"] = memory.peak_memory_in_bytes
+    fits, verdict = gpu.room(held["peak"]) if devices[0].platform == "gpu" else (True, "says libtpu")
+    if not fits:
+        return out | {"fits": False, "verdict": verdict, "turn": knob(cfg, held, devices[0])}
+    if what == "train":
+        held["logits_chunk"] = 4 * chunk * planned.model.config.vocab_size
+        held["gradients"] = out["config"]["bytes_per_device"]["gradients"]
+    # A loop of unknown length is the head's, or the decoder's, whose body is one token.
+    program = hlo.Program(compiled.as_text(), -(-local // chunk) if what == "train" else 1)
+    out |= {"fits": True, "verdict": verdict, "largest": program.largest(6)}
+    out |= {"sent": program.sent(dict(mesh.shape)), "traffic": program.traffic()}
+    return out | outlook(cfg, planned, out, devices)
+
+
+def train_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:
+    """The step of train.main, lowered, and its arguments by kind."""
+    state = jax.tree.map(_placed, planned.abstract, planned.shardings)
+    place = NamedSharding(planned.mesh, meshes.BATCH)
+    array = lambda dtype: jax.ShapeDtypeStruct((cfg.data.batch_size, cfg.data.seq_len), dtype, sharding=place)
+    keys = ("tokens", "targets", "mask", "segments", "positions")  # of a data.rows.loader.Batch
+    part = {k: array(jnp.float32 if k == "mask" else jnp.int32) for k in keys}
+    batch = part if "tokens" in planned.objective.batch else {"chosen": part, "rejected": part}
+    kinds = {"params": state.params, "optimizer": state.opt_state, "frozen": state.frozen, "batch": batch}
+    return compile_step(planned, cfg.accum).lower(state, batch), kinds
+
+
+def decode_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:
+    """One token a row of infer.generate, lowered: rows over the data axes, a cache's over the tensor axis too."""
+    model, mesh, rows = planned.model, planned.mesh, cfg.data.batch_size
+    whole = lambda tree: weights.combine(tree.params["policy"], tree.frozen["policy"])
+    stacked = jax.tree.map(_placed, whole(planned.abstract), whole(planned.shardings))
+    one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=NamedSharding(mesh, P(*x.sharding.spec[1:])))
+    layers = jax.tree.map(one, stacked["layers"])
+    parts = lambda i: {k: tree for k, tree in layers.items() if i in model.config.stack(f"layers/{k}")}
+    axes = ("data", "fsdp", "tensor")
+
+    def place(x: Any) -> Any:
+        """By the leading axis: rows, or rows x key heads of the cache."""
+        over = axes if x.ndim == 3 else axes[:2]
+        fits = x.ndim and x.shape[0] % math.prod(mesh.shape[a] for a in over) == 0
+        return _placed(x, NamedSharding(mesh, P(over) if fits else P()))
+
+    def begin() -> Any:
+        zeros, tokens = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, cfg.data.seq_len), jnp.int32)
+        keys = jax.random.split(jax.random.key(0), rows)
+        cache = model.cache(rows, cfg.data.seq_len)
+        return generate.State(cache, tokens, tokens * 0.0, jnp.int32(1), zeros, zeros, zeros > 0, keys)
+
+    state = jax.tree.map(place, jax.eval_shape(begin))
+    knobs = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, sample.Knobs()))
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    ends = jax.ShapeDtypeStruct((4,), jnp.int32)
+    params = {**stacked, "layers": tuple(map(parts, range(model.config.layers)))}
+    lowered = generate._decode.lower(model, params, state, number, knobs, ends)
+    return lowered, {"params": params, "cache": state.cache}
+
+
+def _placed(x: Any, sharding: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def flops(cfg: Any, planned: Any, what: str) -> tuple[float, float, int]:
+    """(model FLOPs, FLOPs with what is computed again, tokens) of a step, over all devices."""
+    rows, length = cfg.data.batch_size, cfg.data.seq_len
+    if what == "decode":  # every row attends to a full cache
+        price = cost.of_plan(planned, 2 * length - 1)
+        return 2 * (rows * (price.layer_flops + price.head_flops),) + (rows,)
+    price = cost.of_plan(planned, length)
+    pairs = "chosen" in planned.objective.batch
+    tokens = rows * length * (2 if pairs else 1)
+    model = price.step(tokens, tokens)
+    if "ref" in planned.objective.roles:
+        model += tokens * (price.layer_flops + price.head_flops)
+    again = price.layer_flops * (planned.model.remat == "full") + price.head_flops * pairs
+    return model, model + tokens * again, tokens
+
+
+def outlook(cfg: Any, planned: Any, out: dict[str, Any], devices: list[Any]) -> dict[str, Any]:
+    """Time, rates, money and energy as (low, high). A chip without a row in common/chips.json has none of them."""
+    model, hardware, tokens = flops(cfg, planned, out["what"])
+    numbers = {"flops_per_step": model, "flops_with_recomputation": hardware, "tokens_per_step": tokens}
+    if not (chip := chips.find(out["device"])):
+        return numbers
+    n, held = len(devices) / chip.devices, out["bytes"]
+    peak, hbm, ici = (x.value / chip.devices for x in (chip.tflops, chip.hbm_bandwidth, chip.ici_bandwidth))
+    once = sum(held.get(k, 0) for k in ("params", "optimizer", "frozen", "batch", "cache"))
+    once += sum(held[k] for k in ("params", "optimizer")) if out["what"] == "train" else 0  # written, too
+    between = sum(out["sent"].get(hlo.BETWEEN, {}).values())
+    if between and not chip.dcn_bandwidth:
+        return numbers  # no figure of that network is known
+    sent = sum(sum(kinds.values()) for kinds in out["sent"].values()) - between
+    torus = max(sum(len(set(axis)) > 1 for axis in zip(*(getattr(d, "coords", (0,)) for d in devices))), 1)
+    terms = {"compute": (hardware / len(devices) / (peak * 1e12),) * 2}
+    terms["HBM"] = (once / hbm, max(out["traffic"], once) / hbm)
+    terms["links"] = (sent / ici, torus * sent / ici)
+    terms |= {"data center network": (between * chip.devices / chip.dcn_bandwidth.value,) * 2} if between else {}
+    low, high = max(t for t, _ in terms.values()), sum(t for _, t in terms.values())
+    numbers |= {"seconds_by": terms, "seconds": (low, high), "tokens_per_second": (tokens / high, tokens / low)}
+    numbers["mfu"] = tuple(model / (t * n * chip.tflops.value * 1e12) for t in (high, low))
+    if out["what"] == "decode":
+        return numbers
+    hours = [cfg.steps * t * n / 3600 for t in (low, high)]
+    times = lambda x, y=1.0: x and (hours[0] * x.low * y, hours[1] * x.high * y)
+    run = {"chip_hours": hours, "usd": times(chip.usd_hour), "usd_spot": times(chip.usd_hour_spot)}
+    return numbers | {"run": run | {"kwh": times(chip.watts, chips.site().pue.value / 1000)}}
+
+
+def knob(cfg: Any, held: dict[str, int], device: Any) -> str:
+    """What to turn when the plan does not fit."""
+    chip, total = chips.find(device.device_kind), sum(held.values())
+    if chip and total > 0.9 * chip.hbm_bytes.value / chip.devices:
+        return f"{total / 1e9:.1f} GB a device are held: more devices on config.mesh.fsdp, or config.peft.name=lora"
+    if "cache" in held:
+        return "a smaller config.data.batch_size (rows) or config.data.seq_len (cache)"
+    if cfg.model.remat != "full":
+        return "config.model.remat=full"
+    return (
+        f"config.accum={2 * cfg.accum} (the same batch in more parts), then config.mesh.tensor or config.mesh.context"
+    )

@@ -1,0 +1,235 @@
+"""What run folders say, as plain rows: no number here that is not in their files."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import gas
+from common.errors import UserError
+
+METHODS = {"lora": "LoRA"}
+
+
+class Run(NamedTuple):
+    """A folder with what was found in it; `config` is {} for a folder that only holds results of evals.main."""
+
+    path: Path
+    config: dict
+    cost: dict
+    environment: dict
+    metrics: list[dict]
+    evals: list[dict]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def lines(self, kind: str) -> list[dict]:
+        return [line for line in self.metrics if line.get("kind") == kind]
+
+    @property
+    def done(self) -> dict:
+        """The last line of a finished run; {} while it is not."""
+        return next((line for line in reversed(self.metrics) if line.get("event") == "done"), {})
+
+
+class Choice(NamedTuple):
+    """One way to do a task, and what its training cost. None: not known."""
+
+    label: str
+    task: str
+    result: dict  # of evals.run.evaluate
+    run: Run
+    flops: float | None
+    seconds: float | None
+    peak_bytes: float | None
+    store_bytes: float | None
+    forgetting: float | None  # nats per token of general text
+    text: str  # that text
+
+
+def read(folder: str | Path) -> Run:
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError("no such folder", str(path), "name run folders, or folders with an evals.jsonl")
+    found = {name: _json(path / f"{name}.json") for name in ("config", "cost", "environment")}
+    metrics = _lines(path / "metrics.jsonl")
+    last = max((line["step"] for line in metrics if "step" in line), default=0)
+    own = [line for line in metrics if line.get("kind") == "task" and line["step"] == last]  # of config.evals
+    run = Run(path, **found, metrics=metrics, evals=own + _lines(path / "evals.jsonl"))
+    if not run.metrics and not run.evals:
+        raise UserError("holds neither metrics.jsonl nor evals.jsonl", str(path))
+    return run
+
+
+def _json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _lines(path: Path) -> list[dict]:
+    """The objects of a .jsonl; a line that a kill cut short is left out."""
+    try:
+        lines = path.read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    return [value for line in lines if (value := _parse(line))]
+
+
+def _parse(line: str) -> dict:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+# --- how it was trained ---
+
+
+def method(run: Run) -> str:
+    c = run.config
+    if not c:
+        return "prompting"
+    peft = c.get("peft") or {}
+    if peft.get("name"):
+        return label(peft["name"], peft.get("rank"))
+    return "full fine-tuning" if c.get("init") else "from scratch"
+
+
+def label(method: str, rank: int | None) -> str:
+    return METHODS.get(method, method) + (f" r={rank}" if rank else "")
+
+
+def seconds(run: Run) -> float | None:
+    """Of compiling and stepping, over all sessions; loading, evaluation and saving are left out."""
+    spent = [s.spent for s in gas.sessions(run.metrics)]
+    return sum(s.get(k, 0.0) for s in spent for k in ("compile", "data", "step")) if spent else None
+
+
+def used(runs: list[Run]) -> list[tuple[str, gas.Gas]]:
+    """(name, what it used) of every run that trained, and their sum when there are several."""
+    rows = [(r.name, gas.line(r.metrics, r.environment, r.config.get("chip") or "")) for r in runs if r.metrics]
+    return rows + [("all runs", gas.total(g for _, g in rows))] * (len(rows) > 1)
+
+
+def stored(folder: Path) -> int | None:
+    """Bytes of the trained parameters in the newest checkpoint: what has to be kept beside the model it came from."""
+    steps = sorted((p for p in (folder / "ckpt").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
+    leaves = _json(steps[-1] / "state_hashes.json").get("manifest", {}).get("leaves", {}) if steps else {}
+    sizes = [_bytes(leaf) for name, leaf in leaves.items() if name.startswith("params/")]
+    return sum(sizes) if sizes else None
+
+
+def _bytes(leaf: dict) -> int:
+    width = {"bool": 1, "bfloat16": 2}.get(leaf["dtype"]) or int("".join(filter(str.isdigit, leaf["dtype"]))) // 8
+    for n in leaf["shape"]:
+        width *= n
+    return width
+
+
+# --- the choice ---
+
+
+def choices(runs: list[Run]) -> dict[str, list[Choice]]:
+    """Ways by task, in the order of the runs. The newest result of each (folder, task, shots, n, seed) counts."""
+    out: dict[str, list[Choice]] = {}
+    for run in runs:
+        for result in newest(run.evals, ("task", "shots", "n", "seed", "adapter")):
+            out.setdefault(result["task"], []).append(choice(run, result, runs))
+    return {task: _distinct(rows) for task, rows in out.items()}
+
+
+def _distinct(rows: list[Choice]) -> list[Choice]:
+    """Equal labels get the name of their run behind them."""
+    labels = [c.label for c in rows]
+    return [c._replace(label=f"{c.label} ({c.run.name})") if labels.count(c.label) > 1 else c for c in rows]
+
+
+def newest(lines: list[dict], keys: tuple[str, ...]) -> list[dict]:
+    """The last line of each combination, where the first key is present, in the order of their first appearance."""
+    found = {tuple(map(str, map(line.get, keys))): line for line in lines if keys[0] in line}
+    return list(found.values())
+
+
+def choice(run: Run, result: dict, runs: list[Run]) -> Choice:
+    trained, shots = bool(run.config), result.get("shots", 0)
+    asked = f"{shots}-shot" if shots else "zero-shot"
+    label = asked if not trained else method(run) + (f", {asked}" if shots else "")
+    change, text = forgetting(run, runs)
+    return Choice(
+        label=label,
+        task=result["task"],
+        result=result,
+        run=run,
+        flops=run.done.get("flops") if trained else 0,
+        seconds=seconds(run) if trained else 0,
+        peak_bytes=run.done.get("peak_rss_bytes"),
+        store_bytes=stored(run.path) if trained else 0,
+        forgetting=change if trained else 0,
+        text=text,
+    )
+
+
+def forgetting(run: Run, runs: list[Run]) -> tuple[float | None, str]:
+    """Loss on general text less that of the model it started from, both measured by evals.main on the same passages."""
+    keys = ("text", "n")
+    for after in newest(run.evals, keys):
+        for other in runs:
+            for before in newest(other.evals, keys) if not other.config else ():
+                same = all(after[k] == before[k] for k in (*keys, "tokens"))
+                if same and before.get("model") == run.config.get("init"):
+                    return after["loss"] - before["loss"], after["text"]
+    return None, ""
+
+
+# --- curves, samples, configs ---
+
+
+def curves(run: Run) -> dict[str, list[tuple[float, float]]]:
+    """(step, nats per token) of the training loss and of the held-out loss."""
+    pick = lambda kind, key: [(line["step"], line[key]) for line in run.lines(kind) if _number(line.get(key))]
+    return {"train": pick("train", "loss"), "held-out": pick("eval", "nll")}
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def side_by_side(rows: list[Choice], n: int) -> list[tuple[dict, list[tuple[str, dict]]]]:
+    """(question, [(label, sample)]) of examples that all rows have answered.
+
+    Who is right on an example makes a pattern; each pattern has its turn, so that no way only shows its best side.
+    """
+    answered = {row.label: {s["prompt"]: s for s in row.result.get("samples", ())} for row in rows}
+    common = [s for s in rows[0].result.get("samples", ()) if all(s["prompt"] in a for a in answered.values())]
+    out = [(s, [(label, a[s["prompt"]]) for label, a in answered.items()]) for s in common]
+    seen: Counter = Counter()
+    turns = []
+    for pair in out:
+        pattern = tuple(s["score"] for _, s in pair[1])
+        turns.append((seen[pattern], len(set(pattern)) == 1))
+        seen[pattern] += 1
+    return [pair for _, pair in sorted(zip(turns, out, strict=True), key=lambda x: x[0])][:n]
+
+
+def flat(config: dict, path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        at = f"{path}.{key}" if path else key
+        if isinstance(value, dict):
+            yield from flat(value, at)
+        else:
+            yield at, value
+
+
+def config_rows(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """(key, a value for each run) where the runs do not all agree; "" where a run has no such key."""
+    tables = [dict(flat(run.config)) for run in runs]
+    keys = dict.fromkeys(key for table in tables for key in table)
+    rows = [(key, [json.dumps(t[key]) if key in t else "" for t in tables]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]

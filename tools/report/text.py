@@ -1,0 +1,129 @@
+"""Numbers as people read them, and the sentences that say what they mean."""
+
+import itertools
+from typing import Any
+
+from tools.report.data import Choice
+
+NA = "n/a"
+
+
+def percent(x: float | None) -> str:
+    return NA if x is None else f"{100 * x:.0f} %" if x in (0, 1) or 0.0995 <= x < 0.995 else f"{100 * x:.1f} %"
+
+
+def scaled(x: float | None, unit: str, names: str = " kMGTPE") -> str:
+    """1234567 bytes -> "1.2 MB": three digits at most, powers of 1000."""
+    if x is None:
+        return NA
+    power = 0
+    while abs(x) >= 999.5 and power < len(names) - 1:
+        x, power = x / 1000, power + 1
+    digits = f"{x:.0f}" if x >= 99.5 or x == int(x) else f"{x:.1f}"
+    return f"{digits} {names[power].strip()}{unit}"
+
+
+def size(x: float | None) -> str:
+    return scaled(x, "B")
+
+
+def flops(x: float | None) -> str:
+    return scaled(x, "FLOP")
+
+
+def seconds(x: float | None) -> str:
+    return NA if x is None else f"{x:.0f} s" if x >= 9.95 or x == 0 else f"{x:.2g} s"
+
+
+def signed(x: float | None) -> str:
+    return NA if x is None else f"{x:+.3f}" if x else "0"
+
+
+def integer(x: float | None) -> str:
+    return NA if x is None else f"{x:,.0f}"
+
+
+def value(x: Any) -> str:
+    return NA if x is None or x == "" else f"{x:,}" if isinstance(x, int) and not isinstance(x, bool) else str(x)
+
+
+def joined(parts: list[str]) -> str:
+    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else "".join(parts)
+
+
+def result(c: Choice) -> str:
+    """ "31 % (23 to 41 %, n = 100)" """
+    low, high = c.result.get("low"), c.result.get("high")
+    span = f"{percent(low).removesuffix(' %')} to {percent(high)}, " if low is not None and high is not None else ""
+    return f"{percent(c.result['mean'])} ({span}n = {c.result['n']})"
+
+
+def per_answer(c: Choice) -> float | None:
+    """Forward FLOPs of one answer, an estimate of evals.run."""
+    total, n = c.result.get("flops"), c.result.get("n")
+    return total / n if total is not None and n else None
+
+
+def sentences(rows: list[Choice]) -> list[str]:
+    """What a task's numbers say, in words; only what the intervals and the figures support."""
+    told = joined([f"{c.label} gets {percent(_mean(c))}" for c in rows])
+    out = [f"On {rows[0].task}, {told} right."]
+    prompted = [c for c in rows if not c.run.config]
+    tuned = [c for c in rows if c.run.config]
+    if prompted and tuned:
+        out += _gain(max(prompted, key=_mean), max(tuned, key=_mean))
+    out += _pairs(tuned)
+    if prompted and tuned:
+        out += _payback(max(prompted, key=_mean), min(tuned, key=lambda c: c.flops or 0))
+    out += _forgot(tuned)
+    return out
+
+
+def _mean(c: Choice) -> float:
+    return c.result["mean"]
+
+
+def _apart(a: Choice, b: Choice) -> bool:
+    """Whether the intervals leave a gap between the two."""
+    if None in (a.result.get("low"), b.result.get("low")):
+        return False
+    return a.result["low"] > b.result["high"] or b.result["low"] > a.result["high"]
+
+
+def _gain(prompt: Choice, tuned: Choice) -> list[str]:
+    gain = 100 * (_mean(tuned) - _mean(prompt))
+    if not _apart(prompt, tuned):
+        return [f"The intervals of {tuned.label} and of {prompt.label} overlap: a gain by tuning is not shown."]
+    word = "more" if gain > 0 else "fewer"
+    return [f"The best tuning is right {abs(gain):.0f} percentage points {word} often than the best prompt."]
+
+
+def _pairs(tuned: list[Choice]) -> list[str]:
+    out = []
+    for a, b in itertools.pairwise(tuned):
+        if not _apart(a, b):
+            out.append(f"These examples do not tell {a.label} and {b.label} apart: their intervals overlap.")
+        if a.store_bytes and b.store_bytes:
+            small, large = sorted((a, b), key=lambda c: c.store_bytes)
+            ratio = large.store_bytes / small.store_bytes
+            kept = f"{size(small.store_bytes)} instead of {size(large.store_bytes)}"
+            out += [f"{small.label} stores {kept}, {ratio:.0f} times less."] if ratio > 1.5 else []
+    return out
+
+
+def _payback(prompt: Choice, tuned: Choice) -> list[str]:
+    """After how many answers a longer prompt has cost what training did."""
+    more = (per_answer(prompt) or 0) - (per_answer(tuned) or 0)
+    if not tuned.flops or more <= 0:
+        return []
+    tokens = f"{prompt.result['prompt_tokens']:.0f} tokens instead of {tuned.result['prompt_tokens']:.0f}"
+    answers = f"{tuned.flops / more:,.0f}"
+    return [f"A {prompt.label} prompt is {tokens}: {tuned.label} pays back after about {answers} answers (estimate)."]
+
+
+def _forgot(tuned: list[Choice]) -> list[str]:
+    known = [c for c in tuned if c.forgetting is not None]
+    if not known:
+        return []
+    told = joined([f"{signed(c.forgetting)} for {c.label}" for c in known])
+    return [f"The loss on general text ({known[0].text}) changed by {told} nats per token."]

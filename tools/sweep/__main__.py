@@ -1,0 +1,250 @@
+"""Runs many variants of a config; all are checked and priced before the first one starts.
+
+    python -m tools.sweep --config=configs/X.py[:ARG] --out=runs/sweeps/NAME [--config.key=value ...]
+        --sweep=NAME       the points of `def sweep_NAME()` instead of `def sweep()`; NAME,OTHER: their product
+        --search=tpe       or random: --trials=20 points that Optuna draws from the ranges of `def search()`
+        --jobs=1           runs at once; each takes all accelerators that it sees
+        --retry-failed     runs again what failed
+        --metric=eval/nll  what to rank by       --maximize         the higher the better
+        --dry-run          prices, runs nothing  --collect          only writes results.csv and index.html
+        --emit=slurm       or skypilot, xpk, gcloud, lines: writes OUT/emit/ for a cluster, runs nothing
+
+A point is a run folder OUT/ID. The same command again, or at the same time from elsewhere, skips what is done or taken
+and goes on with what was killed. Exit codes: 0 done, 1 some points failed, 2 the input must change, 75 interrupted.
+"""
+
+import contextlib
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from configs import schema, sweeps
+from configs.schema import overrides
+from configs.schema.problems import ConfigError, Problem, did_you_mean
+
+FLAGS = {
+    "out": "", "sweep": "", "search": "", "trials": 20, "jobs": 1, "retry-failed": False, "metric": "eval/nll",
+    "maximize": False, "dry-run": False, "collect": False, "emit": "",
+}  # fmt: skip
+CHOICES = {"search": ("tpe", "random"), "emit": ("skypilot", "xpk", "slurm", "gcloud", "lines")}
+UTILISATION = 0.2, 0.5  # MFU of a price in advance: an estimate
+
+
+def main(argv: list[str]) -> int:
+    try:
+        args = overrides.parse_args(argv, FLAGS)
+        if args.help:
+            print(__doc__)
+            return 0
+        return run(args)
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
+
+
+def run(args: overrides.Args) -> int:
+    flags, code = args.flags, 0
+    check(args)
+    out = Path(flags["out"])
+    from tools.sweep import emit
+    from tools.sweep import page as sweep_page
+
+    if not flags["collect"]:
+        points = planned_points(args)
+        price(points, flags["trials"] if flags["search"] else 0)
+        if flags["dry-run"]:
+            return 0
+        if flags["emit"]:
+            print(*emit.write(flags["emit"], points, out), sep="\n")
+            return 0
+        code = work(args, points, out)
+    page = sweep_page.write(out, flags["metric"], flags["maximize"])
+    print(page, page.with_name("results.csv"), sep="  ")
+    return code
+
+
+def check(args: overrides.Args) -> None:
+    """Raises ConfigError with what is wrong with the options."""
+    flags, problems = args.flags, list(args.problems)
+    for name, known in CHOICES.items():
+        if flags[name] and flags[name] not in known:
+            fix = did_you_mean(flags[name], known, f"one of {', '.join(known)}")
+            problems.append(Problem(f"--{name}", flags[name], "unknown choice", fix))
+    problems += [Problem(f"--{n}", str(flags[n]), "must be at least 1") for n in ("jobs", "trials") if flags[n] < 1]
+    for name in ("emit", "sweep", "retry-failed"):
+        if flags["search"] and flags[name]:
+            problems.append(Problem(f"--{name}", "", "does not go with --search", "it draws its own points"))
+    if not flags["out"] or "://" in flags["out"]:
+        problems.append(Problem("--out", flags["out"], "is no folder", "write --out=runs/sweeps/NAME; mount a bucket"))
+    if args.workdir:
+        problems.append(Problem("--workdir", args.workdir, "each point has its own", "write --out=runs/sweeps/NAME"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def planned_points(args: overrides.Args) -> list[Any]:
+    """Every point of the sweep; of a search, all that combine the ends of its ranges and its choices.
+
+    Raises ConfigError with the problems of all of them, or UserError.
+    """
+    if args.flags["search"]:
+        ranges = sweeps.space(args.config, args.arg)
+        found = sweeps.product({key: r.choices or (r.low, r.high) for key, r in ranges.items()})
+    else:
+        found = sweeps.points(args.config, args.arg, args.flags["sweep"])
+    points, problems, make = {}, {}, maker(args)
+    for i, values in enumerate(found, 1):
+        try:
+            point = make(values)
+            points[point.id] = point
+        except ConfigError as e:
+            for problem in e.problems:
+                problems.setdefault(problem, []).append(str(i))
+    for problem, at in list(problems.items()):
+        more = f" and {len(at) - 5} more" * (len(at) > 5)
+        problems[problem] = problem._replace(problem=f"{problem.problem} (point {', '.join(at[:5])}{more})")
+    if problems or not points:
+        raise ConfigError(problems.values() or [Problem("sweep", "", "has no points")], args.config)
+    return list(points.values())
+
+
+def maker(args: overrides.Args) -> Callable[[dict[str, Any]], Any]:
+    """From what a point sets to its Point, checked as its command line will be. Raises ConfigError."""
+    from model.io import saved
+    from tools.sweep.run import Point, load
+    from train.keep import runs
+
+    config = schema.read(args.config, args.arg)
+    spec = f"--config={args.config}" + f":{args.arg}" * bool(args.arg)
+
+    def make(values: dict[str, Any]) -> Point:
+        both = values.keys() & args.overrides
+        twice = [Problem(f"config.{key}", "", "is set by the sweep too", "drop one") for key in sorted(both)]
+        texts = args.overrides | {key: text(value) for key, value in values.items()}
+        resolved, typed = schema.resolve(config, texts, twice, args.config)
+        values = {key: typed[key] for key in values}
+        name = hashlib.sha256(json.dumps(schema.to_dict(values)).encode()).hexdigest()[:8]
+        folder = Path(args.flags["out"]) / name
+        if saved.steps(folder / "ckpt"):
+            changed = dict(runs.differences(load(folder / "config.json"), schema.to_dict(resolved)))
+            if unsafe := runs.unsafe(changed, resolved.allow):
+                told = f"{folder} was trained with another: {changed[unsafe[0]]}"
+                raise ConfigError([Problem(f"config.{unsafe[0]}", "", told, "choose another --out")], args.config)
+        return Point(name, values, [spec, *(f"--config.{key}={value}" for key, value in texts.items())], resolved)
+
+    return make
+
+
+def text(value: Any) -> str:
+    """A value as a command line has it."""
+    return "none" if value is None else value if isinstance(value, str) else repr(value)
+
+
+def label(values: dict[str, Any]) -> str:
+    """Short, for a person: four digits."""
+    return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={text(v)}" for k, v in values.items())
+
+
+def price(points: list[Any], trials: int) -> None:
+    """Prints what each point holds and costs at most, and all of them; of a search, its cheapest and its dearest."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from tools.report import text as told
+    from train import main as training
+    from train import plan
+
+    plans: dict[str, dict] = {}
+    rows = []
+    for p in points:  # neither the seed nor an optimizer's settings change a price
+        key = schema.digest(schema.to_dict(p.config) | {"seed": 0, "optim": {"name": p.config.optim.name}})
+        plans[key] = plans.get(key) or plan.describe(p.config, training.planned(p.config))
+        rows.append((p, plans[key]))
+    rows = [pick(rows, key=lambda row: row[1]["flops"]) for pick in (min, max)] if trials else rows
+    table = Table("point", "sets", "trained", "tokens", "FLOPs", "bytes a device", "chip-hours", "$ on demand")
+    for p, d in rows:
+        sizes = told.flops(d["flops"]), told.size(d["bytes_per_device"]["total"]), *gas(p.config.chip, d["flops"])
+        table.add_row(p.id, Text(label(p.values)), f"{d['trained']:,}", f"{d['tokens']:,}", *sizes)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    rows, kind = (rows[-1:] * trials, "trials") if trials else (rows, "points")
+    tokens, flops = (sum(d[key] for _, d in rows) for key in ("tokens", "flops"))
+    hours, dollars = gas(points[0].config.chip, flops)
+    print(f"{len(rows)} {kind}: at most {tokens:,} tokens, {told.flops(flops)}, {hours} chip-hours, $ {dollars}")
+    if hours != told.NA:
+        print(f"Hours and $ are estimates, for an MFU of {UTILISATION[1]:.0%} to {UTILISATION[0]:.0%}.")
+
+
+def gas(name: str, flops: float) -> tuple[str, str]:
+    """Chip-hours and dollars of training FLOPs on a chip as ranges; n/a where config.chip names none."""
+    from common import chips
+    from tools.report.text import NA
+
+    chip = chips.find(name)
+    if not chip:
+        return NA, NA
+    hours = [flops / (chip.tflops.value * 1e12 * mfu) / 3600 for mfu in reversed(UTILISATION)]
+    dollars = [h * chip.usd_hour.value for h in hours] if chip.usd_hour else None
+    return tuple(f"{x[0]:.2g} to {x[1]:.2g}" if x else NA for x in (hours, dollars))
+
+
+def work(args: overrides.Args, points: list[Any], out: Path) -> int:
+    """Runs what is left of the points, or of a search; the exit code."""
+    from tools.demo import interruptible
+    from tools.sweep import run as runs
+
+    flags = args.flags
+    if flags["search"]:
+        from tools.sweep.search import Search
+
+        ranges, make = sweeps.space(args.config, args.arg), maker(args)
+        total, queue = flags["trials"], Search(ranges, make, out, flags, points[0].config)
+    else:
+        total, queue = len(points), runs.Listed(points, out, flags["retry-failed"])
+    with interruptible() as stop, screen(out, flags["metric"], total) as show:
+        if runs.drain(queue, flags["jobs"], out, stop, show):
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            return runs.PREEMPTED
+    failed = [p.parent for p in sorted(out.glob("*/ended.json")) if runs.load(p).get("state") == runs.FAILED]
+    for folder in failed:
+        said = runs.load(folder / "ended.json")["said"]
+        print(f"{folder} failed: {said} · see its log.txt; --retry-failed runs it again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+@contextlib.contextmanager
+def screen(out: Path, metric: str, total: int) -> Iterator[Callable[[], None]]:
+    """A function that shows the points of OUT: a live table on a terminal, else a line for each change of state."""
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    from tools.sweep import page as sweep_page
+    from tools.sweep import run as runs
+
+    known: dict[str, str] = {}
+    live = Live(auto_refresh=False) if sys.stdout.isatty() else None
+
+    def show() -> None:
+        rows = sweep_page.results(out, metric)
+        done = f"{sum(r.state in runs.ENDED for r in rows)} of {total} ended"
+        table = Table("point", "sets", "state", "step", metric, title=done, title_justify="left")
+        for r in sorted(rows, key=lambda r: r.state != runs.RUNNING):  # a small terminal shows the first ones
+            line = (r.id, label(r.values), r.state, f"{r.step:,}", sweep_page.number(r.value))
+            table.add_row(*map(Text, line))
+            if not live and known.get(r.id, runs.WAITING) != r.state:
+                print(f"{done} · {line[0]}  {line[1]}  {line[2]} at step {line[3]}, {metric} {line[4]}", flush=True)
+            known[r.id] = r.state
+        if live:
+            live.update(table, refresh=True)
+
+    with live or contextlib.nullcontext():
+        yield show
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

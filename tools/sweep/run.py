@@ -1,0 +1,195 @@
+"""Points of a sweep as run folders OUT/ID: their state, and the processes that work on them.
+
+A launcher locks OUT/ID/CLAIM and its child inherits that: the kernel drops the claim with the last of the two.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import files
+from common.errors import UserError
+from train.keep import metrics
+from train.keep.runs import PREEMPTED, take_lock
+
+DONE, FAILED, PRUNED, RUNNING, STOPPED, WAITING = "done", "failed", "pruned", "running", "stopped", "waiting"
+ENDED = (DONE, FAILED, PRUNED)
+_parsed: dict[Path, tuple[tuple, list[dict]]] = {}
+
+
+class Point(NamedTuple):
+    """One run of a sweep. `values` is what the sweep sets; `argv` the arguments of train.main but for the folder."""
+
+    id: str
+    values: dict[str, Any]
+    argv: list[str]
+    config: Any
+
+
+class Child(NamedTuple):
+    point: Point
+    process: subprocess.Popen
+    claim: int
+    trial: Any = None  # of a search
+
+
+class Listed:
+    """A queue of given points; tools.sweep.search has the other one. `retry`: those that failed before count too."""
+
+    def __init__(self, points: list[Point], out: Path, retry: bool):
+        self.points, self.out = {p.id: p for p in points}, out
+        with alone(out):
+            for i, point in enumerate(points):
+                declare(point, out, i)
+        self.retry = {p.id for p in points if retry and state(out / p.id, p.config.steps) == FAILED}
+
+    def take(self) -> Child | None:
+        """Starts the next point that nobody works on."""
+        for point in list(self.points.values()):
+            again = point.id in self.retry
+            if child := start(point, self.out, (WAITING, STOPPED) + (FAILED,) * again):
+                self.retry.discard(point.id)
+                return child
+            if not again and state(self.out / point.id, point.config.steps) in ENDED:
+                del self.points[point.id]
+        return None
+
+    def left(self) -> bool:
+        """Whether there is, or may come, a point to take."""
+        return bool(self.points)
+
+    def hopeless(self, child: Child) -> bool:
+        """Whether to stop it early."""
+        return False
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """One launcher at a time."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "SWEEP").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def declare(point: Point, out: Path, index: int) -> None:
+    """Makes the point's folder, by which it is known to whoever collects the results. Call it `alone`."""
+    (out / point.id).mkdir(parents=True, exist_ok=True)
+    if not (out / point.id / "point.json").exists():
+        files.write_json(out / point.id / "point.json", {"values": point.values, "index": index})
+
+
+def start(point: Point, out: Path, states: tuple[str, ...], trial: Any = None) -> Child | None:
+    """A process that runs the point; None when it is taken or, once it is ours, in none of `states`."""
+    folder = out / point.id
+    if held(folder):
+        return None
+    with contextlib.suppress(UserError):  # somebody was faster
+        claim = take_lock(folder / "CLAIM")
+        if outcome(folder, point.config.steps) in states:
+            (folder / "ended.json").unlink(missing_ok=True)
+            argv = [sys.executable, "-m", "train.main", *point.argv, f"--workdir={folder}"]
+            with (folder / "log.txt").open("a", encoding="utf-8") as log:
+                pipes = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=[claim])
+                # In a session of its own: Ctrl-C in a terminal would reach it a second time, and that means at once.
+                return Child(point, subprocess.Popen(argv, **pipes, start_new_session=True), claim, trial)
+        os.close(claim)
+    return None
+
+
+def held(folder: Path) -> bool:
+    """Whether a process has claimed the point, or runs it without a launcher."""
+    for name in ("CLAIM", "LOCK"):
+        with contextlib.suppress(FileNotFoundError), (folder / name).open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False
+
+
+def state(folder: Path, steps: int) -> str:
+    return RUNNING if held(folder) else outcome(folder, steps)
+
+
+def outcome(folder: Path, steps: int) -> str:
+    """What the files tell, whoever wrote them: a run that was killed, or whose `steps` grew, is STOPPED."""
+    lines, told = read(folder), load(folder / "ended.json")
+    if any(line.get("event") == "done" and line["step"] >= steps for line in lines):
+        return DONE
+    codes = [line["exit_code"] for line in lines if "exit_code" in line]
+    broke = bool(codes) and codes[-1] != PREEMPTED
+    return told.get("state") or (FAILED if broke else STOPPED if lines else WAITING)
+
+
+def load(path: Path) -> dict:
+    """The object of a JSON file; {} when there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text("utf-8"))
+    return {}
+
+
+def read(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, parsed again only when it has changed."""
+    path = folder / "metrics.jsonl"
+    with contextlib.suppress(FileNotFoundError):
+        now = path.stat().st_mtime_ns, path.stat().st_size
+        if _parsed.get(path, ((), []))[0] != now:
+            _parsed[path] = now, list(metrics.read(path))
+        return _parsed[path][1]
+    return []
+
+
+def curve(folder: Path, metric: str) -> list[tuple[int, float | None]]:
+    """(step, value) of a metric "KIND/NAME", such as "eval/nll"; None where it was not finite."""
+    kind, _, name = metric.partition("/")
+    return [(line["step"], line[name]) for line in read(folder) if line["kind"] == kind and name in line]
+
+
+def drain(queue: Any, jobs: int, out: Path, stop: list[int], show: Callable[[], None]) -> int:
+    """Works on a queue, `jobs` processes at once, until it is empty or `stop` holds a signal: then PREEMPTED."""
+    children: list[Child] = []
+    told: set[str] = set()
+    try:
+        while True:
+            while not stop and len(children) < jobs and (child := queue.take()):
+                children.append(child)
+                told.discard(child.point.id)
+            for child in list(children):
+                name = child.point.id
+                if child.process.poll() is not None:
+                    children.remove(child)
+                    _close(child, out / name, name in told and not stop)
+                elif name not in told and (stop or queue.hopeless(child)):
+                    child.process.send_signal(signal.SIGTERM)
+                    told.add(name)
+            show()
+            if not children and (stop or not queue.left()):
+                return PREEMPTED if stop else 0
+            time.sleep(0.25)
+    finally:
+        for child in children:
+            child.process.terminate()
+
+
+def _close(child: Child, folder: Path, hopeless: bool) -> None:
+    """Notes a failure or an early stop, and drops the claim."""
+    code, told = child.process.returncode, {}
+    if outcome(folder, child.point.config.steps) != DONE:
+        if hopeless:
+            told = {"state": PRUNED}
+        elif code not in (PREEMPTED, -signal.SIGTERM):  # that one came before the run could save
+            events = [line["event"] for line in read(folder) if line.get("exit_code") == code]
+            said = events or (folder / "log.txt").read_text("utf-8", errors="replace").strip().splitlines()
+            told = {"state": FAILED, "code": code, "said": "".join(said[-1:])}
+    if told:
+        files.write_json(folder / "ended.json", told)
+    os.close(child.claim)

@@ -1,0 +1,266 @@
+"""Saving a run so that nothing is ever lost twice, and resuming it from the newest step that is whole.
+
+A step is written as `ckpt/<step>.tmp` in the background and gets its name by one rename when all of it, the manifest of
+digests included, is on disk: a process killed at any moment leaves a step or a `.tmp` folder, which the next start
+removes. In an object store it is written in place, and is a step once its manifest, written last, is there. All
+processes of a run must see the same folder.
+"""
+
+import itertools
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from common import files, paths
+from common.errors import UserError
+from model.io import saved
+from model.io.saved import MANIFEST, Damaged
+from train.keep import hosts
+
+UNFINISHED = re.compile(r"[0-9]+\.(tmp|orbax-checkpoint-tmp).*")
+CLOCK_STEPS = 10  # with several processes: how often they agree on whether `minutes` have passed
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+class Checkpointer:
+    """Saves and restores a TrainState: everything but `frozen`, of which it keeps and checks a digest.
+
+    `cfg` is the config's `ckpt`; `allow` its `allow`. `log` hears in one line of every damaged step and failed save;
+    `first` is called before each save, and makes durable what must not be older than the step.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        cfg: Any,
+        allow: Iterable[str] = (),
+        log: Callable[[str], None] = warn,
+        first: Callable[[], None] = lambda: None,
+    ):
+        folder = paths.parse(folder)
+        self.folder = folder if paths.remote(folder) else folder.resolve()
+        self.cfg, self.allow, self.log, self.first = cfg, tuple(allow), log, first
+        self._saved: int | None = None  # the step that a save was last begun or restored for
+        self._when = time.monotonic()
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future | None = None
+        self._frozen: str | None = None
+        if hosts.primary():
+            if not paths.remote(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self._tidy()
+
+    def restore(self, state: Any, source: Any) -> Any:
+        """The newest whole step in the shardings of `state`, which may be abstract but for `frozen`; else `state`.
+
+        Damaged steps are told and moved aside to `invalid-<step>-<n>`. Raises UserError for a step that is whole but
+        belongs to other shapes, other data or other frozen weights.
+        """
+        damaged = False
+        while (step := hosts.from_first(next(iter(saved.steps(self.folder)), -1))) >= 0:
+            problem, restored = self._load(step, state, source)
+            if not problem:
+                self._saved, self._when = step, time.monotonic()
+                return restored
+            damaged = True
+            self.log(f"step {step} is skipped: {problem}")
+            self._set_aside(self.folder / str(step))
+        if damaged:
+            self.log(f"no whole checkpoint is left in {self.folder}: starting at step 0")
+        return state
+
+    def maybe_save(self, step: int, state: Any, source: Any, force: bool = False) -> bool:
+        """Begins a save when one is due, by steps or by minutes; returns whether it did. Call it after every step.
+
+        The arrays are copied before it returns, so the next step may donate them. An error of the save before shows
+        here or in `close`: UserError, or a log line with on_error="continue".
+        """
+        if not (force or self._due(step)):
+            return False
+        self.wait()
+        if step == self._saved:
+            return False
+        self._begin(step, state, source)
+        return True
+
+    def wait(self) -> None:
+        """Returns when the save in progress is on disk. Raises UserError when it failed."""
+        if self._pending is None:
+            return
+        error, self._pending = self._pending.exception(), None
+        if hosts.all_true(error is None):
+            return
+        step, self._saved = self._saved, None
+        reason = saved.first_line(error) if error else "another process failed"
+        message = f"the checkpoint of step {step} could not be written: {reason}"
+        if self.cfg.on_error == "stop":
+            raise UserError(message, str(self.folder), "make room and run the same command again") from error
+        self.log(f"{message}; the run goes on")
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+
+    def _due(self, step: int) -> bool:
+        if self.cfg.every and step % self.cfg.every == 0:
+            return True
+        if not self.cfg.minutes or (jax.process_count() > 1 and step % CLOCK_STEPS):
+            return False
+        return bool(hosts.from_first(time.monotonic() - self._when >= 60 * self.cfg.minutes))
+
+    def _begin(self, step: int, state: Any, source: Any) -> None:
+        final = self.folder / str(step)
+        part = final if paths.remote(final) else self.folder / f"{step}.tmp"
+        if hosts.primary():
+            self._remove_unfinished()
+            if final.exists():
+                self._set_aside(final)
+        hosts.from_first(0)
+        self._saved, self._when = step, time.monotonic()
+        self.first()
+        arrays = saved.named(state.replace(frozen=None))
+        manifest = {
+            "step": step,
+            "leaves": saved.describe(arrays),
+            "frozen": self._fingerprint_of(state.frozen),
+            "source": source.state_dict(),
+        }
+        try:
+            response = saved.orbax().save_async(part, arrays)
+        except Exception as e:
+            self._pending = Future()
+            self._pending.set_exception(e)
+        else:
+            self._pending = self._writer.submit(self._commit, response, manifest, part, final)
+
+    def _commit(self, response: Any, manifest: dict, part: Any, final: Any) -> None:
+        """Waits for the arrays, then makes them a step; the writer thread runs it."""
+        try:
+            response.result()
+            if hosts.primary():
+                manifest["files"] = _sizes(part)
+                files.write(part / MANIFEST, saved.seal(manifest))
+                if part != final:
+                    part.rename(final)
+                    files.sync(self.folder)
+                self._prune()
+        except BaseException:
+            if hosts.primary():
+                self._remove_unfinished()
+            raise
+
+    def _prune(self) -> None:
+        """Deletes steps beyond the newest `keep`, except every `keep_every`-th."""
+        for step in saved.steps(self.folder)[self.cfg.keep :]:
+            if not self.cfg.keep_every or step % self.cfg.keep_every:
+                doomed = self.folder / str(step)  # half a deletion must not look like a step
+                if paths.remote(doomed):
+                    (doomed / MANIFEST).unlink()
+                else:
+                    doomed = doomed.rename(self.folder / f"{step}.tmp")
+                files.remove(doomed)
+
+    def _load(self, step: int, state: Any, source: Any) -> tuple[str, Any]:
+        """(problem, state): what is wrong with a step, or the state it holds."""
+        folder, abstract = self.folder / str(step), _abstract(state)
+        problem, manifest = self._attempt(lambda: saved.read_manifest(folder))
+        if not problem:
+            self._check(manifest, abstract, state, source)
+            problem, arrays = self._attempt(lambda: saved.read(folder, abstract))
+        if not problem:
+            problem, _ = self._attempt(lambda: saved.verify(folder, arrays, manifest))
+        if problem:
+            return problem, None
+        source.load_state_dict(manifest["source"] | _fingerprint(source))
+        return "", saved.fill(state.replace(frozen=None), arrays).replace(frozen=state.frozen)
+
+    def _attempt(self, action: Callable[[], Any]) -> tuple[str, Any]:
+        """(problem, result): a step is damaged for all processes when it is for one."""
+        problem, result = "", None
+        try:
+            result = action()
+        except Damaged as e:
+            problem = str(e)
+        return (problem, result) if hosts.all_true(not problem) else (problem or "damaged for another process", None)
+
+    def _check(self, manifest: dict, abstract: dict[str, Any], state: Any, source: Any) -> None:
+        """Raises UserError when a whole step is not one of this run."""
+        where, step = str(self.folder), manifest["step"]
+        leaves = {name: (tuple(leaf["shape"]), leaf["dtype"]) for name, leaf in manifest["leaves"].items()}
+        wanted = {name: (x.shape, str(x.dtype)) for name, x in abstract.items()}
+        for name in sorted(leaves.keys() | wanted.keys()):
+            if leaves.get(name) != wanted.get(name):
+                was, want = (_shape(tree.get(name)) for tree in (leaves, wanted))
+                raise UserError(f"{name} is {was} in step {step}, {want} in this run", where, "use a new --workdir")
+        if manifest["frozen"] != self._fingerprint_of(state.frozen) and "config" not in self.allow:
+            raise UserError(
+                f"the frozen weights are not those of step {step}: `init` or the hardware has changed",
+                where,
+                "undo that, or put 'config' in config.allow",
+            )
+        data = manifest["source"].get("fingerprint")
+        if data != _fingerprint(source).get("fingerprint") and "data" not in self.allow:
+            raise UserError(
+                f"the data are not those of step {step}",
+                where,
+                "restore the files, or put 'data' in config.allow",
+            )
+
+    def _fingerprint_of(self, frozen: Any) -> str:
+        if self._frozen is None:
+            self._frozen = saved.fingerprint(frozen)
+        return self._frozen
+
+    def _tidy(self) -> None:
+        """Removes what killed saves left; names what does not belong here."""
+        self._remove_unfinished()
+        ours = {str(step) for step in saved.steps(self.folder)}
+        foreign = sorted(name for name in self._names() if name not in ours and "invalid-" not in name)
+        if foreign:
+            self.log(f"{self.folder}: {', '.join(foreign[:5])} ignored: not a checkpoint")
+
+    def _remove_unfinished(self) -> None:
+        whole = set(map(str, saved.steps(self.folder)))
+        for name in self._names():
+            begun = paths.remote(self.folder) and name not in whole and saved.STEP.fullmatch(name)
+            if begun or UNFINISHED.fullmatch(name):
+                files.remove(self.folder / name)
+
+    def _names(self) -> list[str]:
+        return [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
+
+    def _set_aside(self, folder: Any) -> None:
+        if hosts.primary():
+            names = (self.folder / f"invalid-{folder.name}-{n}" for n in itertools.count())
+            folder.rename(next(name for name in names if not name.exists()))
+
+
+def _abstract(state: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    leaves = saved.named(state.replace(frozen=None))
+    return {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in leaves.items()}
+
+
+def _shape(leaf: tuple | None) -> str:
+    return f"{leaf[1]}{list(leaf[0])}" if leaf else "absent"
+
+
+def _fingerprint(source: Any) -> dict:
+    """The data that a source reads now, as an entry of its state; {} for one that has none."""
+    return {k: v for k, v in source.state_dict().items() if k == "fingerprint"}
+
+
+def _sizes(folder: Any) -> dict[str, int]:
+    """Bytes of each file that a step cannot be read without; copying a step may lose Orbax's empty markers."""
+    found = sorted(paths.sizes(folder).items())
+    return {name: size for name, size in found if name == "_CHECKPOINT_METADATA" or name.startswith("state/")}

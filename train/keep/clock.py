@@ -1,0 +1,90 @@
+"""Rates, cost and the watch for broken numbers, from what the loop sees of each step."""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+from common import chips
+from train import cost
+from train.keep.metrics import means
+from train.optim import schedule
+from train.source import local_rows
+
+
+class Clock:
+    """Counts tokens, FLOPs and seconds of this process's session. All processes have as many rows each, though some
+    have the same: those that share out their columns or their heads."""
+
+    def __init__(self, cfg: Any, plan: Any):
+        self.cost = cost.of_plan(plan, cfg.data.seq_len)
+        self.schedule = jax.jit(schedule(cfg.optim, cfg.steps))
+        self.chip = chips.find(cfg.chip or jax.devices()[0].device_kind)
+        mine = local_rows(plan.mesh, cfg.data.batch_size)
+        self.parts = cfg.data.batch_size // (mine.stop - mine.start)  # of the batch, each counted by a process
+        self.pending: Any = None  # metrics of the step before the last
+        self.last: Any = None
+        self.since = time.perf_counter()
+        self.steps = 0
+        self.tokens = self.targets = self.since_line = 0  # since the last line
+        self.busy, self.timed = 0.0, 0  # seconds and tokens of the lines so far
+
+    def tick(self, sums: dict, counts: dict) -> None:
+        """After a step was dispatched. The first one compiles: its time is not a rate."""
+        self.steps += 1
+        self.pending, self.last = self.last, sums
+        if self.steps == 1:
+            jax.block_until_ready(sums)
+            self.since = time.perf_counter()
+        else:
+            self.since_line += 1
+            self.tokens += counts["tokens"]
+            self.targets += counts["targets"]
+
+    def bad_steps(self) -> int:
+        """Non-finite steps in a row up to the step before the last: waiting for the last would idle the device."""
+        return int(self.pending["bad"][0]) if self.pending else 0
+
+    def line(self, done: int, seen: dict[str, int]) -> dict[str, Any]:
+        """The last step's means, rates since the line before, FLOPs of all that the run has `seen`.
+
+        A chip without a known peak has no MFU.
+        """
+        out: dict[str, Any] = means(self.last)
+        out |= {k: int(out[k]) for k in ("bad", "skipped")}
+        out["lr"] = float(self.schedule(done - 1 - out["skipped"]))  # skipped steps do not advance the schedule
+        out["flops"] = self._flops(seen)
+        now, n = time.perf_counter(), self.parts
+        seconds, self.since = now - self.since, now
+        if self.tokens:
+            out["tokens_per_second"] = n * self.tokens / seconds
+            out["seconds_per_step"] = seconds / self.since_line
+            flops = n * self.cost.step(self.tokens, self.targets) / seconds
+            out["mfu"] = cost.mfu(flops, self.chip, jax.device_count())
+            self.busy, self.timed = self.busy + seconds, self.timed + self.tokens
+        self.tokens = self.targets = self.since_line = 0
+        return out
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside (evaluation, a save) is no step's time."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+    def totals(self, seen: dict[str, int]) -> dict[str, Any]:
+        """What the whole run took, over its sessions (`seen`); the rate and the memory are this session's."""
+        n = self.parts
+        return {
+            "tokens": n * seen["tokens"],
+            "targets": n * seen["targets"],
+            "flops": self._flops(seen),
+            "tokens_per_second": n * self.timed / self.busy if self.busy else None,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+    def _flops(self, seen: dict[str, int]) -> float:
+        return self.parts * self.cost.step(seen["tokens"], seen["targets"])

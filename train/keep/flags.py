@@ -1,0 +1,86 @@
+"""What XLA is told before it starts: named sets of compiler flags for TPUs, threads and memory for a CPU.
+
+The sets are per version of libtpu, which aborts the process on a flag it does not know.
+"""
+
+import ctypes
+import functools
+import os
+import re
+from importlib import metadata
+
+from common.errors import UserError
+
+_OVERLAP = {  # gather the next layer's parameters while this one computes
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+    "xla_enable_async_all_gather": "true",
+}
+
+# libtpu version -> preset -> flags. None is on by default: what pays depends on the model and the slice.
+PRESETS: dict[str, dict[str, dict[str, str]]] = {
+    "0.0.42.1": {
+        "overlap": _OVERLAP,
+        "dense": _OVERLAP | {"xla_tpu_scoped_vmem_limit_kib": "98304"},  # larger fusions in vector memory (MaxText)
+        "memory": {"xla_tpu_enable_latency_hiding_scheduler": "false"},  # nothing is gathered ahead of its use
+        "dcn": {  # gradients between slices, in parts, while the backward pass goes on
+            "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
+            "xla_tpu_data_parallel_opt_different_sized_ops": "true",
+        },
+    },
+}
+
+
+def apply(preset: str) -> None:
+    """Adds the flags of a preset to LIBTPU_INIT_ARGS; call it before anything asks for devices. "" adds none.
+
+    Raises UserError when libtpu is not installed or its version has no such preset.
+    """
+    if not preset:
+        return
+    where = "config.xla_preset"
+    try:
+        version = metadata.version("libtpu")
+    except metadata.PackageNotFoundError:
+        raise UserError(f"{preset!r} is for TPUs, and libtpu is not installed", where, "leave it empty") from None
+    known = PRESETS.get(version)
+    if known is None:
+        raise UserError(f"no presets for libtpu {version}", where, f"there are some for {', '.join(PRESETS)}")
+    if preset not in known:
+        raise UserError(f"no preset {preset!r} for libtpu {version}", where, f"known: {', '.join(known)}")
+    flags = [f"--{name}={value}" for name, value in known[preset].items()]
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *flags]).strip()
+
+
+def fake_devices() -> None:
+    """What fake CPU devices need of XLA: more threads, where it has one for each, and time; call it before anything
+    asks for devices.
+
+    A collective holds one thread a device until all have come, and a product that shares its work out waits for one:
+    with none left, both wait. XLA aborts a process whose collective has waited for 40 s, which on few and busy cores
+    says nothing.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    found = re.findall(r"--xla_force_host_platform_device_count=(\d+)", flags)
+    devices, patience = int(found[-1]) if found else 1, "--xla_cpu_collective_call_terminate_timeout_seconds"
+    if devices > 1:
+        os.environ.setdefault("NPROC", str(2 * devices + (os.cpu_count() or 1)))  # the size of XLA's pools
+        if patience not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {patience}=300"
+
+
+@functools.cache
+def trim_after_compiling() -> None:
+    """Has glibc hand back to the system what LLVM has freed, behind every compilation that took long: else 0.2 GB
+    stay in the process below a training step of 135M parameters. Once a process; without glibc it does nothing."""
+    from jax import monitoring
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+    def heard(event: str, seconds: float, **_: object) -> None:
+        if trim and event == "/jax/core/compile/backend_compile_duration" and seconds > 0.5:
+            trim(0)
+
+    monitoring.register_event_duration_secs_listener(heard)

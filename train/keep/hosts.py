@@ -1,0 +1,71 @@
+"""What the processes of one run agree on. With a single process every function here is free."""
+
+import hashlib
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from common.errors import UserError
+
+
+def connect() -> None:
+    """Joins the other processes of a launch, a no-op for a single one, and keeps what is compiled across launches.
+
+    A launch of several is told by JAX_COORDINATOR_ADDRESS (with JAX_NUM_PROCESSES and JAX_PROCESS_ID), by Slurm, by
+    GKE, for several slices too, or on the hosts of a TPU slice by JAX_NUM_PROCESSES alone. Call it before anything
+    asks for devices.
+    """
+    env = os.environ
+    cache = os.path.expanduser(f"~/.cache/kungfu/xla-{jax.__version__}")
+    for name, value in {"jax_compilation_cache_dir": cache, "jax_persistent_cache_min_compile_time_secs": 0.5}.items():
+        if name.upper() not in env:
+            jax.config.update(name, value)
+    if env.get("JAX_COORDINATOR_ADDRESS"):
+        count, index = env.get("JAX_NUM_PROCESSES"), env.get("JAX_PROCESS_ID")
+        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count and int(count), index and int(index))
+        return
+    counts = "JAX_NUM_PROCESSES", "SLURM_NTASKS", "MEGASCALE_NUM_SLICES"
+    if max(int(env.get(name) or 1) for name in counts) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
+
+
+def primary() -> bool:
+    """The one process that writes logs and renames folders."""
+    return jax.process_index() == 0
+
+
+def from_first(value: int | bool) -> int:
+    """The first process's value, on all of them; a barrier too."""
+    if jax.process_count() == 1:
+        return int(value)
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def all_true(ok: bool) -> bool:
+    """Whether `ok` holds on every process."""
+    if jax.process_count() == 1:
+        return ok
+    return bool(multihost_utils.process_allgather(np.array([ok])).all())
+
+
+def require_same(what: dict[str, Any]) -> None:
+    """Raises UserError on every process when one was started with another config, seed or code."""
+    if jax.process_count() == 1:
+        return
+    digests = [np.frombuffer(hashlib.sha256(repr(v).encode()).digest(), np.uint32) for v in what.values()]
+    seen = multihost_utils.process_allgather(np.stack(digests))  # [P, len(what), 8]
+    odd = [name for i, name in enumerate(what) if (seen[:, i] != seen[0, i]).any()]
+    if odd:
+        raise UserError(f"the processes differ in {', '.join(odd)}", "launch", "start all of them from the same files")
+
+
+def refuse_together(error: UserError | None) -> None:
+    """Raises `error`, found by the first process, everywhere: a process left alone would wait for the others."""
+    if error:
+        from_first(1)
+        raise error
+    if from_first(0):
+        raise UserError("the first process refused to start", "launch", "see its message")

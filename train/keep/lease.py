@@ -1,0 +1,86 @@
+"""The lock of a run in an object store, which does not drop it when its holder is killed."""
+
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+from common import paths
+from common.errors import UserError
+
+BEAT = 20.0  # seconds between two signs of life
+LOCK = re.compile(r"LOCK\.(\d+)")
+
+
+class Lease:
+    """Holds the object LOCK.<n> in `folder`, and writes it again every BEAT seconds until `close`.
+
+    The lock of a killed run stays, and does not change any more: who watches it for three BEATs may take the run over
+    by creating LOCK.<n+1>, which a store allows to one writer alone. `holder` tells who and where: a lock left by this
+    host needs no watching, since its kernel has dropped the one beside it. Raises UserError when the run is in use.
+    """
+
+    def __init__(self, folder: Any, holder: str):
+        self.folder, self.holder, self._stop = folder, holder, threading.Event()
+        while True:
+            held = _held(folder)
+            if held:
+                self._watch(folder / f"LOCK.{held[-1]}")
+            self.number = held[-1] + 1 if held else 0
+            self.path = folder / f"LOCK.{self.number}"
+            if paths.create(self.path, holder):
+                break
+        for n in held:
+            (folder / f"LOCK.{n}").unlink(missing_ok=True)
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread.start()
+
+    def _watch(self, path: Any) -> None:
+        """Returns when the holder of a lock has died. Raises UserError when it lives."""
+        before = _read(path)
+        if f" on {socket.gethostname()} " in before:
+            return
+        print(f"waiting {3 * BEAT:.0f} s: is the run still in use? {before}", end="", file=sys.stderr, flush=True)
+        time.sleep(3 * BEAT)
+        if (after := _read(path)) and after != before:
+            who = after.splitlines()[0]
+            raise UserError(f"the run is in use by {who}", str(self.folder), "stop it, or use a new --workdir")
+
+    def _beat(self) -> None:
+        from train.keep.runs import PREEMPTED
+
+        beats = 0
+        while not self._stop.wait(BEAT):
+            try:
+                # A later lock tells it too: this one may have been written again just after it was taken away.
+                if _held(self.folder)[-1:] != [self.number] or not _read(self.path).startswith(self.holder):
+                    os.write(2, f"\n{self.path} was taken over: another process runs this run now\n".encode())
+                    os._exit(PREEMPTED)
+                beats += 1
+                self.path.write_text(f"{self.holder}beat {beats}\n")
+            except Exception as e:  # the network may come back; if not, the next save says so
+                print(f"warning: {self.path}: {e}", file=sys.stderr)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        try:
+            self.path.unlink(missing_ok=True)
+        except Exception as e:  # it lapses by itself
+            print(f"warning: {self.path}: {e}", file=sys.stderr)
+
+
+def _held(folder: Any) -> list[int]:
+    """The numbers of the locks that are there; the checkpoints beside them are not listed."""
+    return sorted(int(m[1]) for m in (LOCK.fullmatch(path.name) for path in folder.glob("LOCK.*")) if m)
+
+
+def _read(path: Any) -> str:
+    """The text of a lock; "" for one that was dropped."""
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,230 @@
+"""The record of a run: one JSON object a line in metrics.jsonl, a line on the console, and a tracker beside them.
+
+metrics.jsonl is the truth of every report. It never holds a step that the state does not have: a resume cuts it back.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+from rich.text import Text
+
+from common import files, gas
+from train.keep.power import Power
+from train.keep.tracker import Feed
+
+KINDS = ("init", "compile", "data", "step", "eval", "checkpoint")  # where the seconds of a run go; "other": the rest
+
+
+def means(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+    """{"loss": (sum, weight)} -> {"loss": sum / weight}, fetched from the devices at once; NaN for no weight."""
+    host = jax.device_get(dict(sums))
+    return {name: float(total) / float(weight) if float(weight) else math.nan for name, (total, weight) in host.items()}
+
+
+class Metrics:
+    """Writes lines {"step", "time", "kind": "train" | "eval" | "event", ...}; only the first process does.
+
+    `tracker` is the config's name, or an object with `log(step, numbers)` and `close()`. Call `rewind` once the state
+    is restored, `sync` before a checkpoint is saved, `end` before the session ends.
+    """
+
+    def __init__(self, path: str | Path, total_steps: int, tracker: Any = "", run_config: dict | None = None):
+        self.path, self.total, self.step = Path(path), total_steps, 0
+        self.active = jax.process_index() == 0
+        self.seconds = dict.fromkeys(KINDS, 0.0)  # of this session, by kind
+        self._began = time.perf_counter()
+        self._power = Power() if self.active else None
+        self._file = _append_to(self.path) if self.active else None
+        self._feed = Feed(tracker, self.path.parent, run_config or {}) if tracker and self.active else None
+        self._console = Console(total_steps) if self.active else None
+
+    def write(self, step: int, kind: str, **numbers: Any) -> None:
+        """Appends one line. Numbers may be 0-d arrays; NaN and infinities become null, as JSON has neither."""
+        if not self.active:
+            return
+        self.step, numbers = step, {name: plain(x) for name, x in numbers.items()}
+        self._line(step, kind, **numbers, **(self._spent() if kind in ("train", "eval") else {}))
+        self._console.show(step, kind, numbers)
+        if self._feed and kind != "event":
+            self._feed.put(step, {f"{kind}/{k}": x for k, x in numbers.items() if isinstance(x, (int, float))})
+
+    def event(self, message: str, **details: Any) -> None:
+        """Something that happened, at the last step written: a failed save, a skipped checkpoint, a stop."""
+        self.write(self.step, "event", event=message, **details)
+
+    def end(self, message: str, chip: str = "", **details: Any) -> None:
+        """The last event of a session, with all its seconds; tells the run's gas line. `chip` is config.chip."""
+        if not self.active:
+            return
+        self._power.sample()
+        details |= self._spent()
+        used = gas.line([*read(self.path), {"kind": "event"} | details], {}, chip)
+        self.event(message, **details, gas=used._asdict())
+        self._console.tell(f"{used}\n{used.goodput_line()}")
+
+    def _spent(self) -> dict[str, Any]:
+        """Seconds, and joules where power can be read, of this session so far."""
+        other = max(0.0, time.perf_counter() - self._began - sum(self.seconds.values()))
+        joules = self._power.joules()
+        spent = {"seconds": {k: round(s, 3) for k, s in (*self.seconds.items(), ("other", other))}}
+        return spent | ({"joules": joules} if joules else {})
+
+    def rewind(self, step: int) -> None:
+        """Drops lines of steps that are to be done again, and half-written ones; the seconds they took stay counted.
+
+        A "session" event follows: the devices of this session, and what the one before spent.
+        """
+        if not self.active:
+            return
+        self.step = step
+        self._file.close()
+        lines = list(read(self.path))
+        lost = max([0, *(line["step"] - step for line in lines)])
+        opened = max([i + 1 for i, line in enumerate(lines) if line.get("event") == "session"], default=0)
+        ended = gas.sessions(lines[opened:])
+        for line in lines:
+            if line.get("event") == "session":
+                line["step"] = min(line["step"], step)
+        kept = [json.dumps(plain(line)) + "\n" for line in lines if line["step"] <= step]
+        files.write(self.path, "".join(kept))
+        self._file = _append_to(self.path)
+        told = {"lost_steps": lost, "seconds": ended[0].spent, "joules": ended[0].joules} if ended else {}
+        devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count()}
+        self._line(step, "event", event="session", devices=devices, **told)
+
+    def _line(self, step: int, kind: str, **numbers: Any) -> None:
+        line = {"step": step, "time": round(time.time(), 3), "kind": kind, **numbers}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    @contextmanager
+    def timer(self, kind: str, since: float | None = None) -> Iterator[None]:
+        """Counts the seconds of a block as `kind`, one of KINDS; where given, from time.perf_counter's `since` on."""
+        start = time.perf_counter() if since is None else since
+        self._began = min(self._began, start)
+        try:
+            yield
+        finally:
+            self.seconds[kind] += time.perf_counter() - start
+
+    def sync(self) -> None:
+        """Makes everything written so far durable."""
+        if self.active:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if not self.active:
+            return
+        self._console.close()
+        self._power.close()
+        if self._feed:
+            self._feed.close()
+        self.sync()
+        self._file.close()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _append_to(path: Path) -> TextIO:
+    """The file, open at its end; a line that a kill cut short is ended, so that the next one stays whole."""
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    file = path.open("a", encoding="utf-8")
+    file.write("\n" if torn and path.stat().st_size else "")
+    return file
+
+
+def plain(x: Any) -> Any:
+    """A value that strict JSON can hold; 0-d arrays become numbers."""
+    if isinstance(x, Mapping):
+        return {str(k): plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [plain(v) for v in x]
+    if hasattr(x, "tolist"):
+        return plain(x.tolist())
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def read(path: str | Path) -> Iterator[dict]:
+    """The lines of a metrics.jsonl; a line cut short by a kill is left out."""
+    for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            yield line
+
+
+class Console:
+    """One line that is redrawn in a terminal; in a file or a pipe, one plain line each time."""
+
+    def __init__(self, total: int):
+        self.total, self._live = total, None
+        if sys.stdout.isatty():
+            from rich.live import Live
+
+            self._live = Live(auto_refresh=False)
+            self._live.start()
+
+    def show(self, step: int, kind: str, numbers: Mapping[str, Any]) -> None:
+        if kind == "train":
+            line = progress(step, self.total, numbers)
+        else:
+            flat = {k: x for k, x in numbers.items() if not isinstance(x, dict)}
+            told = [number(x) if k == "event" else f"{k} {number(x)}" for k, x in flat.items()]
+            line = f"step {step}: " + "  ".join(told)
+        if self._live and kind == "train":
+            self._live.update(Text(line, no_wrap=True), refresh=True)
+        else:
+            self.tell(line)
+
+    def tell(self, text: str) -> None:
+        if self._live:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+
+
+def progress(step: int, total: int, numbers: Mapping[str, Any]) -> str:
+    """The console's line from loss, lr, tokens_per_second, mfu (0 to 1) and seconds_per_step."""
+    mfu, pace = numbers.get("mfu"), numbers.get("seconds_per_step")
+    parts = [
+        f"step {step}/{total}",
+        f"loss {number(numbers.get('loss'))}",
+        f"lr {number(numbers.get('lr'))}",
+        f"{number(numbers.get('tokens_per_second'))} tok/s",
+        f"MFU {mfu:.1%}" if mfu is not None else "MFU n/a",
+        f"{number(pace)} s/step",
+        f"ETA {duration((total - step) * pace)}" if pace is not None else "ETA n/a",
+    ]
+    return "  ".join(parts)
+
+
+def number(x: Any) -> str:
+    """Four significant digits, thousands whole."""
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        return "n/a" if x is None else str(x)
+    return f"{x:,.0f}" if abs(x) >= 1000 or isinstance(x, int) else f"{x:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """3725 -> "1:02:05"."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

@@ -1,0 +1,268 @@
+"""A run folder: one process group at a time writes it, and what it holds tells how to do the run again."""
+
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from common import files, paths
+from common.errors import UserError
+from model.io import saved
+from train.keep import hosts
+from train.keep.lease import Lease
+
+PREEMPTED = 75  # exit code (EX_TEMPFAIL): run the same command again
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections", "rich")
+ROOT = Path(__file__).resolve().parents[2]
+
+# What a resume may change: the state and the batches of every step stay what they would have been, or, as with
+# `steps`, the change is the point of the resume. Everything under a name counts.
+SAFE = (
+    "steps", "accum", "mesh", "model.net.attention", "xla_preset", "log_every", "eval_every", "eval_batches", "evals",
+    "eval_n", "samples", "ckpt", "tracker", "chip", "allow", "data.cache",
+)  # fmt: skip
+
+
+class RunDir:
+    """Opens `workdir` for one run, new or resumed, and holds its lock until `close` or the process's end.
+
+    A run may live at gs://BUCKET/FOLDER: checkpoints are written straight there, `home / "ckpt"`; all other files lie
+    on this machine, in `path`, and `publish` copies those that changed. Elsewhere `path` is `home`.
+    `config` is the resolved config as plain data, `overrides` what the command line changed, `source` its file.
+    Raises UserError: the folder is in use or cannot be written, a resume changes the config (unless "config" is in its
+    `allow`; "data" for keys under data), or the processes of the launch differ.
+    """
+
+    def __init__(self, workdir: str | Path, config: dict, overrides: Any = None, source: str | Path = ""):
+        self.home = paths.parse(workdir)
+        self.path = files.mirror(self.home) if paths.remote(self.home) else self.home
+        self.config = json.loads(json.dumps(config))  # tuples compare as the lists they come back as
+        self.resumed, self.changes = False, []
+        self._lock: int | None = None
+        self._lease: Lease | None = None
+        self._published: dict[str, tuple[int, int]] = {}
+        hosts.require_same({"config": json.dumps(self.config, sort_keys=True), "code": code_digest()})
+        try:
+            hosts.refuse_together(self._open(overrides, source) if hosts.primary() else None)
+        except UserError:
+            self._unlock()
+            raise
+        self._stop = StopSignals()
+
+    def stop_requested(self, step: int) -> bool:
+        """Whether to save `step` and exit with PREEMPTED: SIGTERM or Ctrl-C came. Ask after every step.
+
+        All processes get True at the same step, whichever of them got the signal.
+        """
+        return self._stop.requested(step)
+
+    def publish(self) -> None:
+        """Call it before a save that needs these files, and at the end: a resume on another machine reads them."""
+        if self._lease:
+            with paths.told(self.home):
+                files.put(self.path, self.home, self._published)
+
+    def close(self) -> None:
+        self._stop.restore()
+        try:
+            self.publish()
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lease:
+            self._lease.close()
+            self._lease = None
+        if self._lock is not None:
+            os.ftruncate(self._lock, 0)
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _open(self, overrides: Any, source: str | Path) -> UserError | None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = take_lock(self.path / files.LOCK, self.home)
+            if paths.remote(self.home):
+                with paths.told(self.home):
+                    self._lease = Lease(self.home, holder())
+                    files.fetch(self.home, self.path)
+            self._compare()
+            files.write_json(self.path / "config.json", self.config)
+            files.write_json(self.path / "overrides.json", overrides or {})
+            files.write_json(self.path / "environment.json", environment())
+            if source:
+                shutil.copyfile(source, self.path / "config_source.py")
+            self.publish()
+        except OSError as e:
+            return UserError(f"cannot be used: {e.strerror or e}", str(self.path), "choose another --workdir")
+        except UserError as e:
+            return e
+        return None
+
+    def _compare(self) -> None:
+        """Prints what a resume changes in the config; raises UserError when that is not safe."""
+        path = self.path / "config.json"
+        self.resumed = bool(saved.steps(self.home / "ckpt"))
+        if not self.resumed or not path.exists():
+            return
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as e:
+            raise UserError(f"not JSON: {e}", str(path), "restore it from config_source.py") from e
+        changed = dict(differences(old, self.config))
+        self.changes = [f"{key}: {text}" for key, text in changed.items()]
+        if self.changes:
+            print("config changed since the last launch:", *self.changes, sep="\n  ")
+        if refused := unsafe(changed, self.config.get("allow") or ()):
+            told = "; ".join(f"{key}: {changed[key]}" for key in refused)
+            name = "data" if all(_under(k, ("data",)) for k in refused) else "config"
+            raise UserError(
+                f"a resume must not change {told}",
+                str(self.path),
+                f"use a new --workdir, or put {name!r} in config.allow",
+            )
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """("optim.lr", "0.1 -> 0.2") for every value that two configs do not share."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield path, f"{json.dumps(old)} -> {json.dumps(new)}"
+
+
+def unsafe(changed: Iterable[str], allow: Iterable[str]) -> list[str]:
+    """Those of the changed keys that a resume refuses; `allow` is the config's."""
+    safe = SAFE + ("data",) * ("data" in allow)
+    return [] if "config" in allow else [key for key in changed if not _under(key, safe)]
+
+
+def _under(key: str, names: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in names)
+
+
+def take_lock(path: Path, home: Any = None) -> int:
+    """An exclusive lock as an open file; the kernel drops it with the process, so a killed run leaves none behind.
+
+    Raises UserError that says who holds it. Where the file system knows no locks, only a notice is left.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        before = os.pread(fd, 500, 0).decode(errors="replace").strip() or "another process"
+        os.close(fd)
+        where = str(home or path.parent)
+        raise UserError(f"the run is in use by {before}", where, "stop it, or use a new --workdir") from None
+    except OSError as e:
+        print(
+            f"warning: {path.parent} cannot be locked ({e.strerror}): start one run at a time",
+            file=sys.stderr,
+        )
+    before = os.pread(fd, 500, 0).decode(errors="replace").strip()
+    if before and f" on {socket.gethostname()} " not in before:
+        print(f"warning: taking over the lock that {before} left", file=sys.stderr)
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, holder().encode(), 0)
+    return fd
+
+
+def holder() -> str:
+    return f"pid {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}\n"
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C: the first asks the loop to stop, the second ends the process at once with 143 or 130.
+
+    With several processes SIGTERM belongs to JAX's preemption service, through which all agree on the step to stop at.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self.before = False, {}
+        if threading.current_thread() is threading.main_thread():
+            own = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+            self.before = {number: signal.signal(number, self._on_signal) for number in own}
+
+    def requested(self, step: int) -> bool:
+        if jax.process_count() == 1:
+            return self.asked
+        if stop := multihost_utils.reached_preemption_sync_point(step):
+            self.asked = True
+            self.before.setdefault(signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_signal))
+        return stop
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        if self.asked:
+            os.write(2, b"\nstopped at once; the last checkpoint stands\n")
+            os._exit(128 + number)
+        self.asked = True
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def environment() -> dict[str, Any]:
+    """What, besides config and data, a result may depend on."""
+    return {
+        "python": sys.version.split()[0],
+        "packages": {name: _version(name) for name in PACKAGES},
+        "devices": {
+            "kind": jax.devices()[0].device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+        },
+        "git": {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "-uno"))},
+        "code": code_digest(),
+        "argv": sys.argv,
+        "flags": {name: os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")},
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def code_digest() -> str:
+    """One digest for the Python files of every package of the repo."""
+    h = hashlib.sha256()
+    for package in sorted(ROOT.glob("*/__init__.py")):
+        for path in sorted(package.parent.rglob("*.py")):
+            h.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return h.hexdigest()[:16]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _git(*args: str) -> str:
+    """Its answer, or "" outside a repository."""
+    try:
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

@@ -1,0 +1,67 @@
+"""`--profile=N`: a trace of N steps that Perfetto and XProf open, and its costliest operations as text."""
+
+import gzip
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from train.keep import hosts
+
+
+class Trace:
+    """Traces `steps` steps of this session, from its second on, since the first one compiles; 0: none."""
+
+    def __init__(self, steps: int, folder: Path):
+        self.steps, self.folder, self.traced = max(0, steps), folder, -1  # -1: not begun
+
+    def tick(self, done: int, result: Any) -> None:
+        """After step `done` of the session was dispatched; `result` is any array of it."""
+        if self.steps and done == 1:
+            jax.block_until_ready(result)
+            jax.profiler.start_trace(str(self.folder), create_perfetto_trace=True)
+        if self.steps and 1 <= done <= self.steps + 1:
+            self.traced = done - 1
+        if self.steps and done == self.steps + 1:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self) -> None:
+        if self.traced < 0:
+            return
+        jax.profiler.stop_trace()
+        steps, self.traced, self.steps = self.traced, -1, 0
+        files = sorted(self.folder.rglob("perfetto_trace.json.gz"), key=lambda p: p.stat().st_mtime)
+        if hosts.primary() and files and steps:
+            print(f"{files[-1]}: open it in ui.perfetto.dev", table(files[-1], steps), sep="\n", flush=True)
+
+
+def table(path: Path, steps: int, rows: int = 10) -> str:
+    """The operations with the most time of their own, on all devices of this host: what runs inside one is not its."""
+    seconds, calls = own_seconds(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"])
+    total = sum(seconds.values())
+    lines = [f"{'ms a step':>10} {'share':>6} {'calls a step':>12}  operation"]
+    for name in sorted(seconds, key=seconds.get, reverse=True)[:rows]:
+        s = seconds[name]
+        lines.append(f"{1e3 * s / steps:>10.3f} {s / total:>6.1%} {calls[name] / steps:>12.1f}  {name}")
+    return "\n".join(lines) if total else "the trace names no operations"
+
+
+def own_seconds(events: list[dict]) -> tuple[dict[str, float], dict[str, int]]:
+    """Seconds and calls by operation, less the operations that run within it on the same thread (`while`, `call`)."""
+    ops = [e for e in events if e.get("ph") == "X" and {"hlo_op", "hlo_category"} & e.get("args", {}).keys()]
+    seconds, calls, open_ops = defaultdict(float), defaultdict(int), defaultdict(list)
+    for e in sorted(ops, key=lambda e: (e["ts"], -e["dur"])):
+        name = e["args"].get("hlo_op", e["name"])
+        name = e["name"] if name.startswith("command_buffer") else name  # of many kernels, which a GPU starts at once
+        stack = open_ops[e["pid"], e["tid"]]
+        while stack and stack[-1][1] <= e["ts"]:
+            stack.pop()
+        if stack and "correlation_id" not in e["args"]:  # kernels of a GPU run side by side, none within another
+            seconds[stack[-1][0]] -= e["dur"] / 1e6
+        seconds[name] += e["dur"] / 1e6
+        calls[name] += 1
+        stack.append((name, e["ts"] + e["dur"]))
+    return seconds, calls

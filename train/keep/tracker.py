@@ -1,0 +1,93 @@
+"""TensorBoard and Weights & Biases, fed from a thread: a tracker that hangs costs its own points, never a step."""
+
+import importlib.util
+import queue
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+
+QUEUE = 1000  # points that wait for a slow tracker; more are dropped and counted
+PATIENCE = 5.0  # seconds that the end of a run waits for it
+
+
+class Feed:
+    """Hands points to a tracker in the background. `tracker`: a name in TRACKERS, or an object with log and close.
+
+    Raises UserError for a name whose package is not installed. What fails later is told once, and the run goes on.
+    """
+
+    def __init__(self, tracker: Any, folder: Path, config: dict):
+        if isinstance(tracker, str):
+            if tracker not in TRACKERS:
+                raise UserError(f"{tracker!r} is unknown", "config.tracker", f"use one of {', '.join(TRACKERS)}")
+            if importlib.util.find_spec(tracker) is None:
+                raise UserError(f"{tracker} is not installed", "config.tracker", f"pip install {tracker}")
+        self._tracker, self._folder, self._config = tracker, folder, config
+        self._points: queue.Queue = queue.Queue(QUEUE)
+        self._offered = self._delivered = 0
+        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
+        self._thread.start()
+
+    def put(self, step: int, numbers: dict[str, float]) -> None:
+        self._offered += 1
+        with suppress(queue.Full):
+            self._points.put_nowait((step, numbers))
+
+    def close(self) -> None:
+        """Waits PATIENCE seconds for what is queued, then leaves the tracker behind."""
+        until = time.monotonic() + PATIENCE
+        with suppress(queue.Full):
+            self._points.put(None, timeout=PATIENCE)
+        self._thread.join(max(0.0, until - time.monotonic()))
+        if missed := self._offered - self._delivered:
+            print(f"warning: the tracker missed {missed} points; metrics.jsonl has them all", file=sys.stderr)
+
+    def _work(self) -> None:
+        try:
+            tracker = self._tracker
+            if isinstance(tracker, str):
+                tracker = TRACKERS[tracker](self._folder, self._config)
+            while (point := self._points.get()) is not None:
+                tracker.log(*point)
+                self._delivered += 1
+            tracker.close()
+        except Exception as e:
+            print(f"warning: the tracker stopped: {e}; metrics.jsonl goes on", file=sys.stderr)
+
+
+class TensorBoard:
+    def __init__(self, folder: Path, config: dict):
+        from tensorboard.summary import Writer
+
+        self._writer = Writer(str(folder / "tensorboard"))
+
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        for name, x in numbers.items():
+            self._writer.add_scalar(name, x, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """Steps are an ordinary number there: W&B drops points whose own step does not grow, as after a resume."""
+
+    def __init__(self, folder: Path, config: dict):
+        import wandb
+
+        self._run = wandb.init(dir=str(folder), config=config, name=folder.name)
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        self._run.log({"step": step, **numbers})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB}
