@@ -125,7 +125,7 @@ def test_damaged_parts_are_told(change, said, tmp_path):
     small = int4.make(group=32, where=".*/mlp/down")(params, model.specs, None)
     export.export_hf(model, small, tokenizer.load("bytes"), tmp_path / "out", check=False)
     path = tmp_path / "out/model.safetensors"
-    stored = load_file(path) | {f"model.net.layers.0.mlp.down_proj.{name}": x for name, x in change.items()}
+    stored = load_file(path) | {f"model.layers.0.mlp.down_proj.{name}": x for name, x in change.items()}
     save_file(stored, path)
     with pytest.raises(UserError, match=said):
         open_pretrained(tmp_path / "out").load(model.specs)

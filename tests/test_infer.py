@@ -270,7 +270,7 @@ def run_folder(tmp_path_factory):
     from train.main import main
 
     folder = tmp_path_factory.mktemp("runs") / "lora"
-    small = {"steps": 2, "model.net.layers": 1, "data.source": "synthetic:add?n=200&digits=1", "samples": '("2+3=",)'}
+    small = {"steps": 2, "model.layers": 1, "data.source": "synthetic:add?n=200&digits=1", "samples": '("2+3=",)'}
     flags = [f"--config.{k}={v}" for k, v in small.items()]
     assert main(["--config=configs/peft/lora_tiny.py", f"--workdir={folder}", *flags]) == 0
     return folder

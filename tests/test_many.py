@@ -384,7 +384,7 @@ def folders(tmp_path_factory):
     peft_write.write(folder / "peft", model, trees["c"], str(folder / "model"))
     small = {
         "steps": 2, "data.source": "synthetic:add?n=200&digits=1", "samples": "()", "model.shape": "",
-        "init": folder / "model", "optim.lr": 0.1, "data.text.tokenizer": "bytes",
+        "init": folder / "model", "optim.lr": 0.1, "data.tokenizer": "bytes",
     }  # fmt: skip
     flags = [f"--config.{k}={v}" for k, v in small.items()]
     assert main(["--config=configs/peft/lora_tiny.py", f"--workdir={folder / 'run'}", *flags]) == 0

@@ -261,7 +261,7 @@ def test_slices_split_the_data_axis_alone():
 
 # --- where parameters lie ---
 
-LLAMA = {"model.shape": "llama2-7b", "model.vocab_size": 32000, "data.text.tokenizer": "bytes", "data.batch_size": 16}
+LLAMA = {"model.shape": "llama2-7b", "model.vocab_size": 32000, "data.tokenizer": "bytes", "data.batch_size": 16}
 GOLDEN = {
     "llama2_7b_fsdp16": LLAMA | {"mesh.fsdp": 16},
     "llama2_7b_fsdp4_tensor2": LLAMA | {"mesh.fsdp": 4, "mesh.tensor": 2},

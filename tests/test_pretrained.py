@@ -185,8 +185,8 @@ def test_each_device_reads_its_slice(tmp_path):
     loaded = pretrained.load(model.specs, shardings)
     assert_same(params, loaded)
     assert loaded["layers"]["mlp"]["up"].sharding.spec == PartitionSpec(None, "fsdp", "tensor")
-    assert most["model.net.layers.0.mlp.up_proj.weight"] == 32 * 64 / 8
-    assert most["model.net.layers.0.self_attn.q_proj.weight"] == 32 * 32 / 8
+    assert most["model.layers.0.mlp.up_proj.weight"] == 32 * 64 / 8
+    assert most["model.layers.0.self_attn.q_proj.weight"] == 32 * 32 / 8
 
 
 # --- what is refused, in one line ---
@@ -206,18 +206,18 @@ def change_tensors(folder: Path, f):
 
 def test_every_wrong_tensor_is_named(folder):
     def f(tensors):
-        del tensors["model.net.layers.1.mlp.up_proj.weight"]
+        del tensors["model.layers.1.mlp.up_proj.weight"]
         tensors["model.norm.weight"] = np.ones(7, np.float32)
-        tensors["model.net.layers.0.self_attn.q_proj.bias"] = np.ones(32, np.float32)
-        tensors["model.net.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+        tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(32, np.float32)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
 
     change_tensors(folder, f)
     with pytest.raises(UserError) as error:
         open_pretrained(folder).load(Transformer(TINY).specs)
     text = str(error.value)
-    assert "missing model.net.layers.1.mlp.up_proj.weight" in text
+    assert "missing model.layers.1.mlp.up_proj.weight" in text
     assert "model.norm.weight has shape (7,), wanted (32,)" in text
-    assert "unexpected model.net.layers.0.self_attn.q_proj.bias" in text
+    assert "unexpected model.layers.0.self_attn.q_proj.bias" in text
     assert "inv_freq" not in text and "\n" not in text
 
 

@@ -158,7 +158,7 @@ def load_tokenizer(data, default: str = "bytes") -> Tokenizer:
 
     One without a chat template gets the default one where the data are chats, so that what is learnt is what is served.
     """
-    spec = data.text.tokenizer or default
+    spec = data.tokenizer or default
     trained = spec.startswith(("bpe:", "spm:"))
     found = _trained_tokenizer(data, spec) if trained else tokenizer.load(spec)
     if found.chat_template is None:

@@ -7,7 +7,7 @@ from model.config import ModelConfig
 from model.families._layout import Key
 
 ARCHITECTURE = "LlamaForCausalLM"
-LAYER = "model.net.layers.{}."
+LAYER = "model.layers.{}."
 KEYS = {
     "embed/table": Key("model.embed_tokens.weight", "VD->VD"),
     "layers/attn_norm/scale": Key(LAYER + "input_layernorm.weight", "D->D"),

@@ -184,7 +184,7 @@ def _add(a: dict[tuple, Inputs], b: dict[tuple, Inputs]) -> dict[tuple, Inputs]:
 def run_layer(model: Transformer, windowed: bool, params: Params, x: Array) -> Array:
     """What one layer makes of x [B,T,D]."""
     positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-    ctx = context(model.config, positions, jnp.ones_like(positions), None, model.net.attention)
+    ctx = context(model.config, positions, jnp.ones_like(positions), None, model.attention)
     return Block(model.config).apply({"params": params}, x, ctx, None, windowed)[0]
 
 
