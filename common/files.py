@@ -1,51 +1,219 @@
-"""Files that are either old or new, never half written; and the copy on disk of a run that lives in an object store."""
+"""Everything the project writes: files and folders that are old or new, never half written, and lines that are whole.
 
+What is being written stands beside its place under a name that begins with WRITING, locked by its writer; the kernel
+drops the lock with the process, so that the next writer in the same folder can tell and remove what a kill left.
+"""
+
+import contextlib
+import fcntl
 import hashlib
 import json
+import math
 import os
+import secrets
 import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from common import paths
 
+WRITING = ".writing-"
 LOCK = "LOCK"  # this one and those of train.keep.lease stay where they are
 MIRRORS = Path("~/.cache/kungfu/runs")
 
 
-def write(path: Any, text: str) -> None:
-    """Replaces `path` by `text`, on disk or in the store when this returns."""
+# --- whole files and folders ---
+
+
+def write(path: Any, content: str | bytes) -> None:
+    """Replaces `path` by the content, on disk or in the store when this returns. A link is replaced, not followed."""
+    data = content.encode() if isinstance(content, str) else content
     if paths.remote(path):
-        path.write_text(text)
+        path.write_bytes(data)
         return
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    with _beside(path, is_folder=False) as (part, fd):
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data)
+        os.fsync(fd)
+        os.replace(part, path)
     sync(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Any, value: Any) -> None:
+    """Raises ValueError for NaN and infinities: see `plain`."""
     write(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def sync(folder: Path) -> None:
-    """Makes renames in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
+def write_lines(path: Any, values: Iterable[Any]) -> None:
+    """A .jsonl, which appears as a whole."""
+    write(path, "".join(map(json_line, values)))
+
+
+@contextlib.contextmanager
+def folder(path: Any, marker: str) -> Iterator[Path]:
+    """An empty folder to fill. It gets the name `path` when the block ends without an error, else it is deleted.
+
+    A store renames nothing: there the files are copied to `path`, the one named `marker` last, and a folder without its
+    marker is not whole: the next writer deletes it. Raises FileExistsError when `path` is there and not empty.
+    """
+    if paths.remote(path):
+        if (path / marker).exists():
+            raise FileExistsError(f"{path} exists")
+        remove(path)
+        with tempfile.TemporaryDirectory() as work:
+            yield Path(work)
+            for name in sorted(paths.sizes(Path(work)), key=lambda name: name == marker):
+                write(path / name, (Path(work) / name).read_bytes())
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(path, is_folder=True) as (work, _):
+        yield work
+        for at, _, names in os.walk(work):
+            for each in (at, *(os.path.join(at, name) for name in names)):
+                if not os.path.islink(each):
+                    sync(each)
+        try:
+            os.rename(work, path)
+        except OSError as error:
+            raise FileExistsError(f"{path} exists") if path.exists() else error from None
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def _beside(path: Path, is_folder: bool) -> Iterator[tuple[Path, int]]:
+    """A new file or folder beside `path` and its descriptor, locked; what is left of it is deleted in the end."""
+    clean(path.parent)
+    part, fd = _locked(path, is_folder)
+    try:
+        yield part, fd
+    finally:
+        os.close(fd)
+        _delete(part)
+
+
+def _locked(path: Path, is_folder: bool) -> tuple[Path, int]:
+    while True:
+        part = path.with_name(f"{WRITING}{path.name[:100]}-{secrets.token_hex(4)}")
+        if is_folder:
+            part.mkdir()
+        else:
+            part.touch(exist_ok=False)
+        with contextlib.suppress(FileNotFoundError):  # a cleaner found it in the moment before it was locked
+            fd = os.open(part, os.O_RDONLY if is_folder else os.O_WRONLY | os.O_NOFOLLOW)
+            if _lock(fd) is not False and part.exists():
+                return part, fd
+            os.close(fd)
+
+
+def _lock(fd: int) -> bool | None:
+    """Whether the lock is now ours; None where the file system knows no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def clean(place: Path) -> None:
+    """Deletes what killed writers left in a folder; links are left alone."""
+    for part in place.glob(f"{WRITING}*"):
+        with contextlib.suppress(OSError):
+            fd = os.open(part, os.O_RDONLY | os.O_NOFOLLOW)
+            if _lock(fd):
+                _delete(part)
+            os.close(fd)
+
+
+def _delete(part: Path) -> None:
+    """Deletes a file or a folder, which may be gone; what links in it point to stays."""
+    if part.is_dir() and not part.is_symlink():
+        shutil.rmtree(part, ignore_errors=True)
+    else:
+        part.unlink(missing_ok=True)
+
+
+def sync(path: str | Path) -> None:
+    """Makes a file, or the renames in a folder, durable."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
-def remove(folder: Any) -> None:
-    """Deletes a folder, as far as it can be."""
-    if not paths.remote(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-    elif folder.exists():
-        folder.rmtree()
+def remove(place: Any) -> None:
+    """Deletes a folder; errors on disk are ignored."""
+    if not paths.remote(place):
+        shutil.rmtree(place, ignore_errors=True)
+    elif place.exists():
+        place.rmtree()
+
+
+# --- JSON and lines of it ---
+
+
+def plain(x: Any) -> Any:
+    """A value that strict JSON can hold: arrays become numbers and lists, NaN and infinities None."""
+    if isinstance(x, Mapping):
+        return {str(k): plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [plain(v) for v in x]
+    if hasattr(x, "tolist"):
+        return plain(x.tolist())
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; {} when there is none."""
+    try:
+        return _object(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return {}
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl, which may be missing or still written to; a line that a kill cut short is left out."""
+    try:
+        text = Path(path).read_text("utf-8", errors="replace")
+    except OSError:
+        return []
+    return [value for line in text.split("\n") if (value := _object(line))]
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def append(path: Path, value: dict[str, Any]) -> None:
+    """One more line of a .jsonl, in one write."""
+    with open_end(path) as file:
+        file.write(json_line(value))
+
+
+def open_end(path: Path) -> TextIO:
+    """The file, open at its end; a line that a kill cut short is ended, so that the next one stays whole."""
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
+    return path.open("a", encoding="utf-8")
+
+
+def json_line(value: Any) -> str:
+    """A value as a line of a .jsonl. Raises ValueError for NaN and infinities: see `plain`."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+# --- the copy on disk of a run that is stored in a bucket ---
 
 
 def mirror(home: Any) -> Path:
@@ -57,7 +225,7 @@ def fetch(home: Any, folder: Path) -> None:
     """Makes `folder` hold what a run in a store holds, but for its checkpoints and its locks."""
     for old in folder.iterdir():
         if old.name != LOCK:
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+            _delete(old)
     for name in paths.sizes(home):
         if not name.startswith(("ckpt/", LOCK)) and ".." not in name.split("/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -4,20 +4,21 @@ A folder holds tokens.bin (uint16 or uint32, documents end to end), mask.bin (a 
 offsets.bin (int64, documents + 1), hashes.bin (uint64 a document) and index.json (sizes, sha256, the report).
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from common import files
 from common.errors import UserError
 
 FILES = ("tokens.bin", "mask.bin", "offsets.bin", "hashes.bin")
+INDEX = "index.json"
 
 
 class Broken(UserError):
@@ -35,21 +36,21 @@ def write(folder: Path, documents: Iterable[Document], index: dict, vocab_size: 
 
     `documents` may fill `index` while they are made; `check()` is called behind the last one and may raise.
     """
-    try:
+    with contextlib.suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"cannot write here: {error.strerror}", str(folder.parent), "set data.cache") from None
+    if not os.access(folder.parent, os.W_OK):
+        raise UserError("cannot write here", str(folder.parent), "set data.cache")
     try:
-        dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-        count, tokens = _write_arrays(work, documents, dtype)
-        check()
-        files = {name: {"bytes": (work / name).stat().st_size, "sha256": sha256(work / name)} for name in FILES}
-        index = {**index, "dtype": dtype, "sequences": count, "tokens": tokens, "files": files}
-        (work / "index.json").write_text(json.dumps(index, indent=2, ensure_ascii=False), "utf-8")
-        _publish(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with files.folder(folder, INDEX) as work:
+            dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+            count, tokens = _write_arrays(work, documents, dtype)
+            check()
+            sizes = {name: {"bytes": (work / name).stat().st_size, "sha256": sha256(work / name)} for name in FILES}
+            index = {**index, "dtype": dtype, "sequences": count, "tokens": tokens, "files": sizes}
+            (work / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False), "utf-8")
+    except FileExistsError:  # another process was faster, with the same bytes
+        if not (folder / INDEX).is_file():
+            raise
 
 
 def _write_arrays(work: Path, documents: Iterable[Document], dtype: str) -> tuple[int, int]:
@@ -70,14 +71,6 @@ def _write_arrays(work: Path, documents: Iterable[Document], dtype: str) -> tupl
     return len(hashes), ends[-1]
 
 
-def _publish(work: Path, folder: Path) -> None:
-    try:
-        os.rename(work, folder)
-    except OSError:
-        if not (folder / "index.json").is_file():  # else another process was faster, with the same bytes
-            raise
-
-
 class Stored(NamedTuple):
     tokens: np.ndarray  # [N]
     bits: np.ndarray  # uint8 [ceil(N / 8)]
@@ -93,7 +86,7 @@ class Stored(NamedTuple):
 def read(folder: Path, check_hashes: bool = False) -> Stored:
     """Maps a cache; raises Broken when a file is missing, has another size or, if asked, another sha256."""
     try:
-        index = json.loads((folder / "index.json").read_text("utf-8"))
+        index = json.loads((folder / INDEX).read_text("utf-8"))
         for name in FILES:
             size = (folder / name).stat().st_size
             if size != index["files"][name]["bytes"]:

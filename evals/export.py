@@ -5,11 +5,10 @@
 `config.data.source` and `config.data.eval_source` take these files. A rerun writes the same bytes.
 """
 
-import json
-import os
 import sys
 from pathlib import Path
 
+from common import files
 from common.errors import UserError
 from evals import task as tasks
 
@@ -35,11 +34,9 @@ def export(name: str, folder: Path) -> dict[str, int]:
     task, written = tasks.load(name), {}
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "heldout"):
-        path, lines = folder / f"{split}.jsonl", [json.dumps(r, ensure_ascii=False) for r in tasks.records(task, split)]
-        part = path.with_suffix(".part")
-        part.write_text("\n".join(lines) + "\n", "utf-8")
-        os.replace(part, path)
-        written[str(path)] = len(lines)
+        path, records = folder / f"{split}.jsonl", list(tasks.records(task, split))
+        files.write_lines(path, records)
+        written[str(path)] = len(records)
     return written
 
 

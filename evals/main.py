@@ -8,14 +8,13 @@ run, when the model or the adapter is one. `--text` names a data source; its los
 tuning made the model forget.
 """
 
-import json
-import math
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common import files
 from common.errors import UserError
 from configs.schema.problems import did_you_mean
 
@@ -53,12 +52,12 @@ def run(options: dict[str, str]) -> list[dict]:
     lm = load(options["model"], adapter=options["adapter"] or None)
     results = []
     for result in _measure(lm, names, shots, options["text"], whole):
-        line = {"time": round(time.time(), 3), "model": options["model"], **_plain(result)}
+        line = {"time": round(time.time(), 3), "model": options["model"], **files.plain(result)}
         if options["adapter"]:
             line["adapter"] = options["adapter"]
         results.append(line)
         if out:
-            append(out / "evals.jsonl", line)
+            files.append(out / "evals.jsonl", line)
     show(results)
     return results
 
@@ -105,22 +104,6 @@ def _folder(options: dict[str, str]) -> Path | None:
         if name and (Path(name) / "config.json").exists() and (Path(name) / "ckpt").is_dir():
             return Path(name)
     return None
-
-
-def append(path: Path, line: dict) -> None:
-    """One line, in one write behind a whole line: a kill leaves no half line in the middle."""
-    torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * bool(torn) + json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _plain(x: Any) -> Any:
-    """As strict JSON can hold it: no infinities."""
-    if isinstance(x, dict):
-        return {k: _plain(v) for k, v in x.items()}
-    if isinstance(x, list):
-        return [_plain(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def show(results: list[dict]) -> None:

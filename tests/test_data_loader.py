@@ -271,7 +271,7 @@ def test_cache_is_whole_or_not_there(tmp_path, tok, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache, "_publish", stop)
+    monkeypatch.setattr(cache.files, "sync", stop)  # before the rename
     with pytest.raises(KeyboardInterrupt):
         made(tmp_path, tok, texts(3))
     assert list((tmp_path / "cache").iterdir()) == []

@@ -226,13 +226,6 @@ def test_command_line_refuses_before_it_loads_a_model(capsys):
     assert main.main(["--moodel=x"]) == 2
 
 
-def test_lines_are_appended_behind_a_torn_one(tmp_path):
-    path = tmp_path / "evals.jsonl"
-    path.write_text('{"a": 1}\n{"b": ')
-    main.append(path, {"c": 3})
-    assert path.read_text().splitlines()[-1] == '{"c": 3}'
-
-
 # --- FLOPs ---
 
 

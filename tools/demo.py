@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common import files
 from common.errors import UserError
 
 TASK, SHOTS, EXAMPLES, TEXT, PASSAGES = "dates", "0,4", 100, "pydocs", 12
@@ -93,7 +94,7 @@ def _measure(title: str, model: str | Path, folder: Path, shots: str, seconds: f
 
 def trained(folder: Path) -> float:
     """The share of a run's steps that are done; 1 only when its last line says so."""
-    lines = _lines(folder / "metrics.jsonl")
+    lines = files.read_lines(folder / "metrics.jsonl")
     if any(line.get("event") == "done" for line in lines[-1:]):
         return 1.0
     steps = json.loads((folder / "config.json").read_text("utf-8"))["steps"] if lines else 1
@@ -102,19 +103,9 @@ def trained(folder: Path) -> float:
 
 def measured(folder: Path, results: int) -> float:
     """The share of the results that are there and no older than the run they are of."""
-    since = max((line["time"] for line in _lines(folder / "metrics.jsonl") if "time" in line), default=0)
-    fresh = [line for line in _lines(folder / "evals.jsonl") if line["time"] >= since]
+    since = max((line["time"] for line in files.read_lines(folder / "metrics.jsonl") if "time" in line), default=0)
+    fresh = [line for line in files.read_lines(folder / "evals.jsonl") if line["time"] >= since]
     return min(1.0, len({(line.get("task"), line.get("shots"), line.get("text")) for line in fresh}) / results)
-
-
-def _lines(path: Path) -> list[dict]:
-    """The whole lines of a file that may be missing or still written to."""
-    out = []
-    with contextlib.suppress(OSError):
-        for line in path.read_text("utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                out.append(json.loads(line))
-    return out
 
 
 # --- running them ---

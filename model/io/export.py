@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common import files
 from common.errors import UserError
 from model import weights
 from model.families import _layout as layout
@@ -58,21 +58,15 @@ def export_hf(
     if any(map(weights.is_weight, jax.tree.leaves(plain, is_leaf=weights.is_weight))):
         config["quantization_config"] = compressed.config(model, plain, family(model.config.family).KEYS)
         params = compressed.weights_only(plain)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        _write_json(temporary / "config.json", config)
-        _write_json(temporary / "generation_config.json", generation)
-        tokenizer.save(temporary)
-        _write_tensors(model, plain, temporary, dtype)
-        delta = _difference(model, params, temporary) if check else 0.0
+    with files.folder(folder, "config.json") as work:
+        files.write_json(work / "config.json", config)
+        files.write_json(work / "generation_config.json", generation)
+        tokenizer.save(work)
+        _write_tensors(model, plain, work, dtype)
+        delta = _difference(model, params, work) if check else 0.0
         if not delta <= TOLERANCE[dtype]:
             what = f"logits read back differ by {delta:.2g} of their scale, over {TOLERANCE[dtype]:.0e} for {dtype}"
             raise UserError(what, str(folder), "nothing was written; try --dtype=float32")
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return delta
 
 
@@ -121,12 +115,12 @@ def _write_tensors(model: Transformer, params: Params, folder: Path, dtype: str)
     """Shards of at most SHARD_BYTES each, one in memory at a time, and their index when there are several."""
     from safetensors.numpy import save_file
 
-    files, shard, total = [], {}, 0
+    parts, shard, total = [], {}, 0
 
     def flush() -> None:
-        files.append((folder / f"part-{len(files)}", list(shard)))
-        save_file(shard, files[-1][0], metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", files[-1][0])  # the library writes for the owner alone
+        parts.append((folder / f"part-{len(parts)}", list(shard)))
+        save_file(shard, parts[-1][0], metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", parts[-1][0])  # the library writes for the owner alone
         shard.clear()
 
     for name, x in tensors(model, params):
@@ -137,15 +131,15 @@ def _write_tensors(model: Transformer, params: Params, folder: Path, dtype: str)
         shard[name] = x
         total += x.nbytes
     flush()
-    if len(files) == 1:
-        files[0][0].rename(folder / "model.safetensors")
+    if len(parts) == 1:
+        parts[0][0].rename(folder / "model.safetensors")
         return
     weight_map = {}
-    for i, (path, names) in enumerate(files, 1):
-        final = f"model-{i:05d}-of-{len(files):05d}.safetensors"
+    for i, (path, names) in enumerate(parts, 1):
+        final = f"model-{i:05d}-of-{len(parts):05d}.safetensors"
         path.rename(folder / final)
         weight_map |= dict.fromkeys(names, final)
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    files.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _difference(model: Transformer, params: Params, folder: Path) -> float:
@@ -157,7 +151,3 @@ def _difference(model: Transformer, params: Params, folder: Path) -> float:
     wanted = np.asarray(logits(params, tokens))
     got = np.asarray(logits(again.load(model.specs), tokens))
     return float(np.abs(got - wanted).max() / np.abs(wanted).max())
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -1,8 +1,6 @@
 """Adapters as a PEFT folder, which PEFT, vLLM and model/io/peft_read.py read."""
 
-import json
 import re
-import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from common import files
 from common.errors import UserError
 from model import weights
 from model.families import _layout as layout
@@ -58,16 +57,10 @@ def write(path: str | Path, model: Transformer, params: Params, base: str = "") 
 def _save(path: Path, config: dict, tensors: Tensors) -> None:
     from safetensors.numpy import save_file
 
-    part = path.with_name(f".{path.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    with files.folder(path, CONFIG) as work:
+        files.write_json(work / CONFIG, config)
         tensors = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
-        save_file(tensors, part / TENSORS, metadata={"format": "pt"})
-        part.rename(path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        save_file(tensors, work / TENSORS, metadata={"format": "pt"})
 
 
 def _virtual(model: Transformer, adapters: dict) -> tuple[dict, Tensors]:

@@ -6,7 +6,6 @@ RUN is a run folder, here or at gs://BUCKET/FOLDER, or a folder with the evals.j
 static HTML file without scripts or links to elsewhere; report.md, its short form, is written beside it.
 """
 
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -43,9 +42,7 @@ def write(folders: list[str | Path], out: Path) -> Path:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for path, text in ((out, report_page.html(runs)), (out.with_suffix(".md"), report_page.markdown(runs))):
-            part = path.with_name(path.name + ".part")
-            part.write_text(text, "utf-8")
-            os.replace(part, path)
+            files.write(path, text)
     except OSError as e:
         raise UserError(f"cannot be written: {e.strerror}", str(out), "choose another --out") from e
     return out

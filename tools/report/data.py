@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import gas
+from common import files, gas
 from common.errors import UserError
 
 METHODS = {"lora": "LoRA"}
@@ -54,39 +54,14 @@ def read(folder: str | Path) -> Run:
     path = Path(folder)
     if not path.is_dir():
         raise UserError("no such folder", str(path), "name run folders, or folders with an evals.jsonl")
-    found = {name: _json(path / f"{name}.json") for name in ("config", "cost", "environment")}
-    metrics = _lines(path / "metrics.jsonl")
+    found = {name: files.read_json(path / f"{name}.json") for name in ("config", "cost", "environment")}
+    metrics = files.read_lines(path / "metrics.jsonl")
     last = max((line["step"] for line in metrics if "step" in line), default=0)
     own = [line for line in metrics if line.get("kind") == "task" and line["step"] == last]  # of config.evals
-    run = Run(path, **found, metrics=metrics, evals=own + _lines(path / "evals.jsonl"))
+    run = Run(path, **found, metrics=metrics, evals=own + files.read_lines(path / "evals.jsonl"))
     if not run.metrics and not run.evals:
         raise UserError("holds neither metrics.jsonl nor evals.jsonl", str(path))
     return run
-
-
-def _json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _lines(path: Path) -> list[dict]:
-    """The objects of a .jsonl; a line that a kill cut short is left out."""
-    try:
-        lines = path.read_text("utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    return [value for line in lines if (value := _parse(line))]
-
-
-def _parse(line: str) -> dict:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 # --- how it was trained ---
@@ -121,7 +96,7 @@ def used(runs: list[Run]) -> list[tuple[str, gas.Gas]]:
 def stored(folder: Path) -> int | None:
     """Bytes of the trained parameters in the newest checkpoint: what has to be kept beside the model it came from."""
     steps = sorted((p for p in (folder / "ckpt").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
-    leaves = _json(steps[-1] / "state_hashes.json").get("manifest", {}).get("leaves", {}) if steps else {}
+    leaves = files.read_json(steps[-1] / "state_hashes.json").get("manifest", {}).get("leaves", {}) if steps else {}
     sizes = [_bytes(leaf) for name, leaf in leaves.items() if name.startswith("params/")]
     return sum(sizes) if sizes else None
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from common import files
 from common.errors import UserError
 from configs import schema, sweeps
 from configs.schema import overrides
@@ -115,7 +116,7 @@ def planned_points(args: overrides.Args) -> list[Any]:
 def maker(args: overrides.Args) -> Callable[[dict[str, Any]], Any]:
     """From what a point sets to its Point, checked as its command line will be. Raises ConfigError."""
     from model.io import saved
-    from tools.sweep.run import Point, load
+    from tools.sweep.run import Point
     from train.keep import runs
 
     config = schema.read(args.config, args.arg)
@@ -130,7 +131,7 @@ def maker(args: overrides.Args) -> Callable[[dict[str, Any]], Any]:
         name = hashlib.sha256(json.dumps(schema.to_dict(values)).encode()).hexdigest()[:8]
         folder = Path(args.flags["out"]) / name
         if saved.steps(folder / "ckpt"):
-            changed = dict(runs.differences(load(folder / "config.json"), schema.to_dict(resolved)))
+            changed = dict(runs.differences(files.read_json(folder / "config.json"), schema.to_dict(resolved)))
             if unsafe := runs.unsafe(changed, resolved.allow):
                 told = f"{folder} was trained with another: {changed[unsafe[0]]}"
                 raise ConfigError([Problem(f"config.{unsafe[0]}", "", told, "choose another --out")], args.config)
@@ -209,9 +210,9 @@ def work(args: overrides.Args, points: list[Any], out: Path) -> int:
         if runs.drain(queue, flags["jobs"], out, stop, show):
             print("interrupted; the same command goes on from here", file=sys.stderr)
             return runs.PREEMPTED
-    failed = [p.parent for p in sorted(out.glob("*/ended.json")) if runs.load(p).get("state") == runs.FAILED]
+    failed = [p.parent for p in sorted(out.glob("*/ended.json")) if files.read_json(p).get("state") == runs.FAILED]
     for folder in failed:
-        said = runs.load(folder / "ended.json")["said"]
+        said = files.read_json(folder / "ended.json")["said"]
         print(f"{folder} failed: {said} · see its log.txt; --retry-failed runs it again", file=sys.stderr)
     return 1 if failed else 0
 

@@ -70,11 +70,11 @@ class Group(NamedTuple):
 def results(out: Path, metric: str) -> list[Result]:
     found = []
     for path in out.glob("*/point.json"):
-        folder, point = path.parent, runs.load(path)
+        folder, point = path.parent, files.read_json(path)
         lines, curve = runs.read(folder), runs.curve(folder, metric)
         step, time = (max((line[key] for line in lines), default=0) for key in ("step", "time"))
-        config, known = runs.load(folder / "config.json"), [y for _, y in runs.curve(folder, "eval/text_nll")]
-        peft, trained = config.get("peft", {}), runs.load(folder / "cost.json").get("trained")
+        config, known = files.read_json(folder / "config.json"), [y for _, y in runs.curve(folder, "eval/text_nll")]
+        peft, trained = config.get("peft", {}), files.read_json(folder / "cost.json").get("trained")
         forgetting = known[-1] - known[0] if len(known) > 1 and None not in (known[0], known[-1]) else None
         state, value = runs.state(folder, config.get("steps", 0)), curve[-1][1] if curve else None
         size = peft.get("name") or "full", peft.get("rank"), trained, forgetting, data.stored(folder)

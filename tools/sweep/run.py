@@ -5,7 +5,6 @@ A launcher locks OUT/ID/CLAIM and its child inherits that: the kernel drops the 
 
 import contextlib
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -122,19 +121,12 @@ def state(folder: Path, steps: int) -> str:
 
 def outcome(folder: Path, steps: int) -> str:
     """What the files tell, whoever wrote them: a run that was killed, or whose `steps` grew, is STOPPED."""
-    lines, told = read(folder), load(folder / "ended.json")
+    lines, told = read(folder), files.read_json(folder / "ended.json")
     if any(line.get("event") == "done" and line["step"] >= steps for line in lines):
         return DONE
     codes = [line["exit_code"] for line in lines if "exit_code" in line]
     broke = bool(codes) and codes[-1] != PREEMPTED
     return told.get("state") or (FAILED if broke else STOPPED if lines else WAITING)
-
-
-def load(path: Path) -> dict:
-    """The object of a JSON file; {} when there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text("utf-8"))
-    return {}
 
 
 def read(folder: Path) -> list[dict]:

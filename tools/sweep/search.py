@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common import files
 from common.errors import UserError
 from configs.sweeps import Range
 from tools.sweep import run as runs
@@ -102,7 +103,7 @@ class Search:
         if state == runs.DONE and values and values[-1][1] is not None:
             self.study.tell(trial, values[-1][1])
         else:
-            worst = state == runs.PRUNED or runs.load(self.out / point.id / "ended.json").get("code") == BROKEN
+            worst = state == runs.PRUNED or files.read_json(self.out / point.id / "ended.json").get("code") == BROKEN
             self.study.tell(trial, state=states.PRUNED if worst else states.FAIL)
 
 

@@ -3,7 +3,6 @@
 metrics.jsonl is the truth of every report. It never holds a step that the state does not have: a resume cuts it back.
 """
 
-import json
 import math
 import os
 import sys
@@ -11,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 from rich.text import Text
@@ -42,7 +41,7 @@ class Metrics:
         self.seconds = dict.fromkeys(KINDS, 0.0)  # of this session, by kind
         self._began = time.perf_counter()
         self._power = Power() if self.active else None
-        self._file = _append_to(self.path) if self.active else None
+        self._file = files.open_end(self.path) if self.active else None
         self._feed = Feed(tracker, self.path.parent, run_config or {}) if tracker and self.active else None
         self._console = Console(total_steps) if self.active else None
 
@@ -50,7 +49,7 @@ class Metrics:
         """Appends one line. Numbers may be 0-d arrays; NaN and infinities become null, as JSON has neither."""
         if not self.active:
             return
-        self.step, numbers = step, {name: plain(x) for name, x in numbers.items()}
+        self.step, numbers = step, {name: files.plain(x) for name, x in numbers.items()}
         self._line(step, kind, **numbers, **(self._spent() if kind in ("train", "eval") else {}))
         self._console.show(step, kind, numbers)
         if self._feed and kind != "event":
@@ -93,16 +92,15 @@ class Metrics:
         for line in lines:
             if line.get("event") == "session":
                 line["step"] = min(line["step"], step)
-        kept = [json.dumps(plain(line)) + "\n" for line in lines if line["step"] <= step]
-        files.write(self.path, "".join(kept))
-        self._file = _append_to(self.path)
+        files.write_lines(self.path, [files.plain(line) for line in lines if line["step"] <= step])
+        self._file = files.open_end(self.path)
         told = {"lost_steps": lost, "seconds": ended[0].spent, "joules": ended[0].joules} if ended else {}
         devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count()}
         self._line(step, "event", event="session", devices=devices, **told)
 
     def _line(self, step: int, kind: str, **numbers: Any) -> None:
         line = {"step": step, "time": round(time.time(), 3), "kind": kind, **numbers}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.write(files.json_line(line))
         self._file.flush()
 
     @contextmanager
@@ -137,34 +135,9 @@ class Metrics:
         self.close()
 
 
-def _append_to(path: Path) -> TextIO:
-    """The file, open at its end; a line that a kill cut short is ended, so that the next one stays whole."""
-    torn = path.exists() and not path.read_bytes().endswith(b"\n")
-    file = path.open("a", encoding="utf-8")
-    file.write("\n" if torn and path.stat().st_size else "")
-    return file
-
-
-def plain(x: Any) -> Any:
-    """A value that strict JSON can hold; 0-d arrays become numbers."""
-    if isinstance(x, Mapping):
-        return {str(k): plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [plain(v) for v in x]
-    if hasattr(x, "tolist"):
-        return plain(x.tolist())
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
 def read(path: str | Path) -> Iterator[dict]:
     """The lines of a metrics.jsonl; a line cut short by a kill is left out."""
-    for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            yield line
+    return (line for line in files.read_lines(path) if isinstance(line.get("step"), int))
 
 
 class Console:
