@@ -15,10 +15,11 @@ from tools import config as tool
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {
-    "train/objectives/sft.py": "def make(model): return Objective(loss, ('tokens', 'mask'))",
+    "train/objectives/sft.py": 'BATCH = "lm"\ndef make(model): return Objective(loss, BATCH)',
     "train/objectives/dpo.py": """
+BATCH = "pair"
 def make(model, *, beta: float = 0.1, label_smoothing: float = 0.0):
-    return Objective(loss, ("chosen", "rejected"), {"policy": "train"})
+    return Objective(loss, BATCH, {"policy": "train"})
 """,
     "model/peft/lora.py": """
 import module_that_does_not_exist

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from configs import schema
+from configs.schema import methods
+from data.rows import batch as batches
 from model import build
-from tests.test_step import config, rows
+from tests.test_step import config
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("common", "configs", "data", "kernels", "model", "infer", "evals", "train", "tools", "examples")
@@ -65,20 +67,19 @@ def test_objective(name):
     model = build.model(c, None, 500)
     objective = build.find("train.objectives", c.objective)(model)
     params = dict.fromkeys(objective.roles, model.init(jax.random.key(0)))
-    part = rows(batch=2)
-    batch = part if "tokens" in objective.batch else {"chosen": part, "rejected": rows(1, batch=2)}
-    assert set(objective.batch) <= set(batch)
+    batch = batches.example(objective.batch, 2, 32, 500)
     loss = jax.jit(lambda p, b: objective.loss({**params, "policy": p}, b, jax.random.key(0)))
     metrics = loss(params["policy"], batch)
     assert all(np.shape(x) == () and np.isfinite(x) for pair in metrics.values() for x in pair)
     grads = jax.grad(lambda p: loss(p, batch)["loss"][0])(params["policy"])
     assert any(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
     hidden = jax.tree.map(np.array, batch)
-    for half in [hidden] if "tokens" in hidden else hidden.values():
-        half["targets"][half["mask"] == 0] = 3
+    for part in batches.parts(hidden).values():
+        part["targets"][part["mask"] == 0] = 3
     np.testing.assert_allclose(loss(params["policy"], hidden)["loss"], metrics["loss"], rtol=1e-6)
 
 
+SOURCES = {"lm": "synthetic:add?n=900&digits=3", "pair": "synthetic:add_pairs?n=300&digits=2"}
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*/*.py") if p.name != "__init__.py" and p.parent.name != "schema")
 
 
@@ -94,8 +95,7 @@ def test_config_runs_three_steps_at_tiny_size(path, tmp_path):
         "--config.model.vocab_size=512",
     ]  # fmt: skip
     loaded = schema.load(argv)
-    pairs = loaded.config.objective.name in ("dpo",)
-    source = "synthetic:add_pairs?n=300&digits=2" if pairs else "synthetic:add?n=900&digits=3"
+    source = SOURCES[methods.method("objective", loaded.config.objective.name).batch]
     argv += [f"--config.data.source={source}", "--config.data.eval_source=", "--config.data.fields="]
     loaded = schema.load(argv)
     assert run(loaded) == 0

@@ -26,6 +26,7 @@ def show(config) -> None:
     from rich.console import Console
 
     from data import cache
+    from data.rows.batch import parts
     from data.rows.layout import painted
     from data.rows.loader import load_tokenizer, make_loaders
 
@@ -37,8 +38,7 @@ def show(config) -> None:
     console.print(f"{config.data.source} · {train.seq_len} slots a row · {train.batch_size} rows a batch", markup=False)
     for name, value in _summary(train, heldout).items():
         console.print(f"{name:>18}  {value}", markup=False)
-    batch = train.batch(0)
-    for side, rows in (batch if train.paired else {"row": batch}).items():
+    for side, rows in parts(train.batch(0)).items():
         console.print(f"\n{side} 0 of step 0", style="bold")
         console.print(painted(rows, 0, tokenizer))
 

@@ -37,7 +37,7 @@ def run(cfg: Any, workdir: str | None) -> int:
         planned = init.plan(cfg, model, mesh)
         state = _newest(init.first_state(cfg, planned, start), paths.parse(workdir or scratch) / "ckpt")
         batch, _ = source.batch(int(state.step))
-        inputs.check(planned.objective, batch)
+        inputs.check(planned.objective, source.loader.kind)
         _show_batch(source.loader.batch(int(state.step)), tokenizer, int(state.step))
         return _examine(planned, state, batch)
 
@@ -61,10 +61,11 @@ def _newest(state: Any, folder: Any) -> Any:
 def _show_batch(batch: dict, tokenizer: Any, step: int) -> None:
     from rich.console import Console
 
+    from data.rows import batch as batches
     from data.rows.layout import painted
 
     console = Console(soft_wrap=True, highlight=False)
-    for side, rows in ({"row": batch} if "tokens" in batch else batch).items():
+    for side, rows in batches.parts(batch).items():
         console.print(f"\n{side} 0 of step {step}: green counts in the loss, dim is only read", style="bold")
         console.print(painted(rows, 0, tokenizer))
         learnt = rows["targets"][0][rows["mask"][0] > 0]

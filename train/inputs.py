@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from train.objectives import Objective
 
 
 def pretrained(cfg: Any) -> Any | None:
@@ -48,11 +49,11 @@ def sources(cfg: Any, tokenizer: Any, mesh: Any) -> tuple[Any, Any | None]:
     return Source(train, mesh), heldout and Source(heldout, mesh)
 
 
-def check(objective: Any, batch: dict) -> None:
-    """Raises UserError when the data do not give what the objective reads."""
-    if missing := set(objective.batch) - set(batch):
+def check(objective: Objective, kind: str) -> None:
+    """Raises UserError when the data give batches of another kind (data.rows.batch.KINDS) than the objective reads."""
+    if kind != objective.batch:
         raise UserError(
-            f"the objective reads {', '.join(sorted(missing))}; the data give {', '.join(sorted(batch))}",
+            f"the objective reads batches of kind {objective.batch!r}; the data give {kind!r}",
             "config.data",
-            "a preference objective needs preference data, and only it can read them",
+            "choose an objective for these data, or data for this objective: preference pairs are of kind 'pair'",
         )

@@ -90,7 +90,7 @@ def run(loaded: Any) -> int:
             source, heldout = inputs.sources(cfg, tokenizer, mesh)
             model = build.model(cfg, start, tokenizer.vocab_size)
             planned = init.plan(cfg, model, mesh)
-            inputs.check(planned.objective, source.batch(0)[0])
+            inputs.check(planned.objective, source.loader.kind)
             plan.show(cfg, planned, folder.path / "cost.json")
             state = init.first_state(cfg, planned, start)
 

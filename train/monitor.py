@@ -26,7 +26,7 @@ class Judge:
                 self._samples(policy, step)
 
     def _heldout(self, policy: Any) -> dict[str, float]:
-        if self.heldout is None or "tokens" not in self.heldout.loader.batch(0):
+        if self.heldout is None or self.heldout.loader.kind != "lm":
             return {}
         from evals.heldout import heldout
         from train.keep.metrics import means

@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from data.rows import batch as batches
 from train.mesh import BATCH
 
 
@@ -34,7 +35,7 @@ class Source:
     def batch(self, step: int) -> tuple[dict, dict[str, int]]:
         """The batch of a step, and what this process's rows hold: tokens that are not padding, targets of the loss."""
         local = self.loader.batch(step)
-        parts = [local] if "tokens" in local else local.values()
+        parts = batches.parts(local).values()
         counts = {
             "tokens": sum(int((p["segments"] > 0).sum()) for p in parts),
             "targets": sum(int((p["mask"] > 0).sum()) for p in parts),

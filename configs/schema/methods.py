@@ -25,7 +25,7 @@ class Key(NamedTuple):
 
 class Method(NamedTuple):
     arguments: dict[str, Key]
-    batch: tuple[str, ...] = ()  # an objective's batch keys, () when they are not literal
+    batch: str = ""  # the kind of batch that an objective reads (data.rows.batch.KINDS): its constant BATCH
 
 
 def names(folder: str, function: str) -> list[str]:
@@ -34,16 +34,29 @@ def names(folder: str, function: str) -> list[str]:
 
 
 def method(kind: str, name: str) -> Method:
-    """Arguments and batch keys of an existing method. kind: "objective" | "peft" | "quant"."""
-    make = _find(ROOT / FOLDERS[kind] / f"{name}.py", "make")
-    assert make, f"{FOLDERS[kind]}/{name}.py has no make"
+    """Arguments, and kind of batch, of an existing method. kind: one of FOLDERS."""
+    path = ROOT / FOLDERS[kind] / f"{name}.py"
+    make = _find(path, "make")
+    assert make, f"{path} has no make"
     args = zip(make.args.kwonlyargs, make.args.kw_defaults, strict=True)
-    return Method({a.arg: _key(a.annotation, default) for a, default in args}, _batch_keys(make))
+    return Method({a.arg: _key(a.annotation, default) for a, default in args}, constant(path, "BATCH", ""))
+
+
+def constant(path: Path, name: str, default: Any) -> Any:
+    """The literal that a file assigns to `name` at its top level, else `default`."""
+    for node in _body(path):
+        match node:
+            case ast.Assign(targets=[ast.Name(id=found)], value=value) if found == name:
+                return ast.literal_eval(value)
+    return default
 
 
 def _find(path: Path, function: str) -> ast.FunctionDef | None:
-    tree = ast.parse(path.read_text("utf-8"), str(path))
-    return next((n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function), None)
+    return next((n for n in _body(path) if isinstance(n, ast.FunctionDef) and n.name == function), None)
+
+
+def _body(path: Path) -> list[ast.stmt]:
+    return ast.parse(path.read_text("utf-8"), str(path)).body
 
 
 def _key(annotation: ast.expr | None, default: ast.expr | None) -> Key:
@@ -74,12 +87,3 @@ def _annotation(node: ast.expr | None) -> tuple[type | None, bool, tuple]:
             kind, _, choices = _annotation(left)
             return kind, True, choices
     return None, False, ()
-
-
-def _batch_keys(make: ast.FunctionDef) -> tuple[str, ...]:
-    """The second argument of `Objective(loss, ("chosen", "rejected"), ...)`."""
-    for node in ast.walk(make):
-        match node:
-            case ast.Call(func=ast.Name(id="Objective"), args=[_, ast.Tuple() as batch, *_]):
-                return tuple(ast.literal_eval(batch))
-    return ()

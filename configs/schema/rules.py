@@ -196,7 +196,7 @@ def _pairs(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     if not ok("objective.name", "data.format", "data.packing"):
         return
     objective, form = c["objective.name"], c["data.format"]
-    pairs = "chosen" in methods.method("objective", objective).batch
+    pairs = methods.method("objective", objective).batch == "pair"
     if pairs and form not in ("auto", "preference"):
         yield "data.format", f"objective {objective} reads preference pairs", "preference or auto"
     if (pairs or form == "preference") and c["data.packing"] != "none":

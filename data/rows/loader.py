@@ -9,14 +9,12 @@ import numpy as np
 from common.errors import UserError
 from data import sources
 from data.dataset import Dataset, has_chats, prepare, texts
+from data.rows import batch as batches
 from data.rows import layout, mixture
+from data.rows.batch import Batch
 from data.rows.layout import Part
 from data.text import tokenizer
 from data.text.tokenizer import Tokenizer
-
-Batch = (
-    dict  # tokens targets segments positions int32 [B,T], mask float32 [B,T]; or {"chosen": Batch, "rejected": Batch}
-)
 
 
 class Loader:
@@ -47,7 +45,8 @@ class Loader:
         kinds = {part.dataset.kind for part in parts}
         if len(kinds) > 1 and "pair" in kinds:
             raise UserError("a mixture of preference pairs and other records", "data.source", "train on one kind")
-        self.paired = kinds == {"pair"}
+        self.sides = batches.KINDS["pair" if kinds == {"pair"} else "lm"].sides
+        self.kind = batches.kind_of(batches.join(dict.fromkeys(self.sides, batches.TOKENS)))
         how = {"seq_len": seq_len, "packing": packing, "truncate": truncate, "max_bad": max_bad, "seed": seed}
         self.packed = [layout.packed(part, **how) for part in parts]
         self.sizes = [len(packed.sides[0]) for packed in self.packed]
@@ -75,7 +74,7 @@ class Loader:
     @property
     def tokens_per_batch(self) -> int:
         """Slots of a batch over all hosts."""
-        return self.batch_size * self.seq_len * (2 if self.paired else 1)
+        return self.batch_size * self.seq_len * len(self.sides)
 
     @property
     def fingerprint(self) -> str:
@@ -88,7 +87,7 @@ class Loader:
         for part, packed in zip(self.parts, self.packed):
             for key in total:
                 total[key] += {**part.dataset.report, **packed.report}[key]
-        slots = sum(self.sizes) * self.seq_len * (2 if self.paired else 1)
+        slots = sum(self.sizes) * self.seq_len * len(self.sides)
         used = sum(int(side.lengths.sum()) for packed in self.packed for side in packed.sides)
         first = [line for part in self.parts for line in part.dataset.report["first_bad"]]
         return {**total, "rows": sum(self.sizes), "fill": used / slots, "first_bad": first[:5]}
@@ -97,8 +96,7 @@ class Loader:
         """This process's rows of the global batch of a step."""
         index = step * self.batch_size + self.mine
         source, nth = self._place(index)
-        halves = [self._fill(source, nth, half) for half in range(2 if self.paired else 1)]
-        return {"chosen": halves[0], "rejected": halves[1]} if self.paired else halves[0]
+        return batches.join({side: self._fill(source, nth, i) for i, side in enumerate(self.sides)})
 
     def _place(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, row) of each row of the stream; source -1 is an empty row."""
@@ -114,14 +112,12 @@ class Loader:
             row[here] = mixture.row(nth[here], self.sizes[s], self.seed + s, self.shuffle)
         return source, row
 
-    def _fill(self, source: np.ndarray, row: np.ndarray, half: int) -> Batch:
-        shape = (len(source), self.seq_len)
-        batch = {key: np.zeros(shape, np.int32) for key in ("tokens", "targets", "segments", "positions")}
+    def _fill(self, source: np.ndarray, row: np.ndarray, side: int) -> Batch:
+        batch = {name: np.zeros((len(source), self.seq_len), dtype) for name, dtype in batches.TOKENS.items()}
         batch["tokens"][:] = batch["targets"][:] = self.pad_id
-        batch["mask"] = np.zeros(shape, np.float32)
         for s in np.unique(source[source >= 0]):
             here = np.flatnonzero(source == s)
-            layout.write(batch, here, self.parts[s].dataset, self.packed[s].sides[half], row[here], self.pad_id)
+            layout.write(batch, here, self.parts[s].dataset, self.packed[s].sides[side], row[here], self.pad_id)
         return batch
 
     def state_dict(self) -> dict:

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from common import chips
+from data.rows import batch as batches
 from infer import generate, sample
 from model import weights
 from model.net import head
@@ -38,7 +39,7 @@ def plan(cfg: Any, model: Any, devices: list[Any], what: str = "train") -> dict[
         lowered, arguments = (train_step if what == "train" else decode_step)(cfg, planned)
         held = {name: cost.bytes_per_device(x, jax.tree.map(lambda a: a.sharding, x)) for name, x in arguments.items()}
         out = {"what": what, "device": devices[0].device_kind, "config": plans.describe(cfg, planned)}
-        local = rows // shards // cfg.accum * (2 if "chosen" in planned.objective.batch else 1) * cfg.data.seq_len
+        local = rows // shards // cfg.accum * len(_sides(cfg, planned)) * cfg.data.seq_len
         local //= mesh.shape["context"]
         chunk = head.chunk_rows(local, planned.model.config.vocab_size)
         out |= {"mesh": dict(mesh.shape), "rows": rows, "accum": cfg.accum, "bytes": held, "assumed": ASSUMED}
@@ -68,11 +69,11 @@ def plan(cfg: Any, model: Any, devices: list[Any], what: str = "train") -> dict[
 def train_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:
     """The step of train.main, lowered, and its arguments by kind."""
     state = jax.tree.map(_placed, planned.abstract, planned.shardings)
-    place = NamedSharding(planned.mesh, meshes.BATCH)
-    array = lambda dtype: jax.ShapeDtypeStruct((cfg.data.batch_size, cfg.data.seq_len), dtype, sharding=place)
-    keys = ("tokens", "targets", "mask", "segments", "positions")  # of a data.rows.loader.Batch
-    part = {k: array(jnp.float32 if k == "mask" else jnp.int32) for k in keys}
-    batch = part if "tokens" in planned.objective.batch else {"chosen": part, "rejected": part}
+
+    def place(x: batches.Spec) -> jax.ShapeDtypeStruct:
+        return _placed(x, NamedSharding(planned.mesh, P(*meshes.BATCH[: len(x.shape)])))
+
+    batch = jax.tree.map(place, batches.abstract(planned.objective.batch, cfg.data.batch_size, cfg.data.seq_len))
     kinds = {"params": state.params, "optimizer": state.opt_state, "frozen": state.frozen, "batch": batch}
     return compile_step(planned, cfg.accum).lower(state, batch), kinds
 
@@ -108,6 +109,10 @@ def decode_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:
     return lowered, {"params": params, "cache": state.cache}
 
 
+def _sides(cfg: Any, planned: Any) -> dict[str, batches.Batch]:
+    return batches.parts(batches.abstract(planned.objective.batch, cfg.data.batch_size, cfg.data.seq_len))
+
+
 def _placed(x: Any, sharding: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
@@ -119,12 +124,12 @@ def flops(cfg: Any, planned: Any, what: str) -> tuple[float, float, int]:
         price = cost.of_plan(planned, 2 * length - 1)
         return 2 * (rows * (price.layer_flops + price.head_flops),) + (rows,)
     price = cost.of_plan(planned, length)
-    pairs = "chosen" in planned.objective.batch
-    tokens = rows * length * (2 if pairs else 1)
+    sides = len(_sides(cfg, planned))
+    tokens = rows * length * sides
     model = price.step(tokens, tokens)
     if "ref" in planned.objective.roles:
         model += tokens * (price.layer_flops + price.head_flops)
-    again = price.layer_flops * (planned.model.remat == "full") + price.head_flops * pairs
+    again = price.layer_flops * (planned.model.remat == "full") + price.head_flops * (sides > 1)
     return model, model + tokens * again, tokens
 
 

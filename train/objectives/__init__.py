@@ -14,9 +14,10 @@ class Objective(NamedTuple):
     `params` is {role: tree} for the `roles`: "train" follows the config's `trainable`; "initial" is
     the policy as it was before the first step. When only fresh adapters train, that is `weights.base(policy)`, and the
     role is left out of `params`.
-    `batch` names the keys that the loss reads, checked once against the source.
+    `batch` names the kind of batch that the loss reads (data.rows.batch.KINDS). An objective's file assigns it to its
+    constant BATCH, which the config's rules read too.
     """
 
     loss: Callable[[Any, dict, Array], dict[str, Pair]]
-    batch: tuple[str, ...]
+    batch: str
     roles: dict[str, str] = {"policy": "train"}

@@ -10,6 +10,8 @@ from model import weights
 from model.net import head
 from train.objectives import Objective
 
+BATCH = "pair"
+
 
 def make(model: Any, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Objective:
     """Eq. 7: -log sigmoid(beta * (log-ratio of the chosen - log-ratio of the rejected)), a mean over pairs.
@@ -32,7 +34,7 @@ def make(model: Any, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Obje
         chosen, rejected = jnp.split(ratio, 2)
         return preference_loss(chosen, rejected, beta, label_smoothing)
 
-    return Objective(loss, ("chosen", "rejected"), {"policy": "train", "ref": "initial"})
+    return Objective(loss, BATCH, {"policy": "train", "ref": "initial"})
 
 
 def preference_loss(chosen: Array, rejected: Array, beta: float, label_smoothing: float = 0.0) -> dict:

@@ -7,6 +7,8 @@ from jax import Array
 from model.net import head
 from train.objectives import Objective
 
+BATCH = "lm"
+
 
 def make(model: Any) -> Objective:
     """Mean negative log-likelihood per target token, in nats."""
@@ -17,4 +19,4 @@ def make(model: Any) -> Objective:
         nll = head.nll(model, policy, x, batch["targets"], batch["mask"])
         return {"loss": (nll, batch["mask"].sum())}
 
-    return Objective(loss, ("tokens", "targets", "mask", "positions", "segments"))
+    return Objective(loss, BATCH)

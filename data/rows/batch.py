@@ -1,0 +1,96 @@
+"""The kinds of batches: what each holds, its shapes, and an example. Only this module looks inside to tell them apart.
+
+An lm batch holds arrays [B, T], one document or several packed ones a row: tokens; targets, the token behind each;
+mask, 1.0 where the target counts in the loss; segments, the number of the document in its row from 1 on, 0 on padding;
+positions within the document. It may hold further arrays [B, T] ("tags") and columns [B] ("label").
+A batch of another kind holds one lm batch for each of its sides, row by row. A new kind is one line in KINDS; that of
+an encoder-decoder will be its two sides.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+Batch = dict[str, "np.ndarray | Batch"]  # on devices, jax arrays in place of numpy's
+TOKENS = {"tokens": np.int32, "targets": np.int32, "mask": np.float32, "segments": np.int32, "positions": np.int32}
+COLUMNS = {"label": np.int32, "rank": np.int32, "rating": np.float32, "group": np.int32, "reward": np.float32}
+ONE = "row"  # the name of the only side of an lm batch, which is the batch itself
+ANSWERS = 4  # K of a group whose data are not known yet
+
+
+class Kind(NamedTuple):
+    sides: tuple[str, ...] = (ONE,)
+    floats: tuple[str, ...] = ()  # float32 [B, T] beside TOKENS
+    columns: tuple[str, ...] = ()  # [B], of those in COLUMNS
+
+
+def answers(k: int) -> tuple[str, ...]:
+    """The sides of a group of `k` answers to one prompt; their alphabetical order is that of the answers."""
+    return tuple(f"answer{i:03d}" for i in range(k))
+
+
+KINDS = {
+    "lm": Kind(),
+    "pair": Kind(("chosen", "rejected")),
+    "group": Kind(answers(ANSWERS)),
+    "rollout": Kind(floats=("logps", "advantages", "returns", "values"), columns=("group", "reward")),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape and dtype of an array that is not there yet."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def parts(batch: Batch) -> dict[str, Batch]:
+    """{side: lm batch} of a batch of any kind."""
+    return {ONE: batch} if "tokens" in batch else {side: batch[side] for side in sorted(batch)}
+
+
+def join(parts: dict[str, Batch]) -> Batch:
+    """The inverse of `parts`."""
+    return parts.get(ONE, parts)
+
+
+def kind_of(batch: Batch) -> str:
+    """The name of the kind of a batch, by its sides and the arrays of the first one. Raises ValueError for none."""
+    sides = parts(batch)
+    if tuple(sides) == answers(len(sides)):
+        return "group"
+    names = set(next(iter(sides.values())))
+    found = [name for name, k in KINDS.items() if {*k.sides} == {*sides} and names >= {*k.floats, *k.columns}]
+    if not found:
+        raise ValueError(f"no kind of batch has the sides {', '.join(sides)}")
+    return found[-1]  # a kind that asks for more than another stands behind it
+
+
+def abstract(kind: str, rows: int, seq_len: int, k: int = ANSWERS) -> Batch:
+    """The Specs of a batch of `rows` rows; `k` is the number of answers of a group."""
+    spec = KINDS[kind]
+    part = {name: Spec((rows, seq_len), np.dtype(dtype)) for name, dtype in TOKENS.items()}
+    part |= {name: Spec((rows, seq_len), np.dtype(np.float32)) for name in spec.floats}
+    part |= {name: Spec((rows,), np.dtype(COLUMNS[name])) for name in spec.columns}
+    return join(dict.fromkeys(answers(k) if kind == "group" else spec.sides, part))
+
+
+def example(kind: str, rows: int, seq_len: int, vocab_size: int, seed: int = 0) -> Batch:
+    """Random ids in rows of one document each, whose masks keep very different numbers of targets."""
+    rng = np.random.default_rng(seed)
+
+    def part(spec: Batch) -> Batch:
+        ids = rng.integers(0, vocab_size, (rows, seq_len + 1)).astype(np.int32)
+        ones = np.ones((rows, seq_len), np.int32)
+        made = {
+            "tokens": ids[:, :-1],
+            "targets": ids[:, 1:],
+            "segments": ones,
+            "positions": ones.cumsum(1, np.int32) - 1,
+        }
+        made["mask"] = (np.arange(seq_len) < rng.integers(1, seq_len, (rows, 1))).astype(np.float32)
+        return made | {name: rng.random(s.shape).astype(s.dtype) for name, s in spec.items() if name not in made}
+
+    return join({side: part(spec) for side, spec in parts(abstract(kind, rows, seq_len)).items()})
