@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     c.model.mlp = placeholder(int)  # F
     c.model.vocab_size = placeholder(int)  # unset: the tokenizer's, rounded up to a multiple of 64
     c.model.dtype = "float32"  # activations
-    c.model.param_dtype = "float32"  # weights and optimizer state
+    c.model.param_dtype = "float32"  # weights and optimizer state; 16 bits are stored with stochastic rounding
     c.model.remat = "dots"  # | "none" | "full": what the backward pass keeps of each layer
     c.model.attention = "auto"  # | "xla" | "splash" (TPU) | "cudnn" (GPU): one that cannot run is an error
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from configs import base
 from model import build
-from train import init
+from train import init, optim
 from train.mesh import BATCH, RULES, make_mesh
 from train.objectives import dpo
 from train.step import compile_step, make_step
@@ -184,3 +184,30 @@ def test_specs_of_the_plan_are_those_of_the_state():
     state = init.first_state(c, plan, None)
     jax.tree.map(lambda x, s: np.testing.assert_equal((x.shape, x.dtype), (s.shape, s.dtype)), state, plan.abstract)
     assert dataclasses.asdict(plan.model.config)["layers"] == 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_parameters_of_16_bits_learn_as_those_of_32(dtype):
+    """Rounded to the nearest, bfloat16 is at 5.22 after these steps, float32 at 4.77."""
+    c = config(**{"optim.lr": 3e-4})
+    want, _ = losses(c)
+    c.model.param_dtype = dtype
+    got, state = losses(c)
+    np.testing.assert_allclose(got, want, atol=0.02)
+    start = init.first_state(c, init.plan(c, build.model(c, None, 500), mesh_of(1)), None)
+    for name, before in start.params["policy"]["layers"]["mlp"].items():
+        after = state.params["policy"]["layers"]["mlp"][name]
+        assert after.dtype == dtype and float((after != before).mean()) > 0.9
+
+
+def test_random_rounding_by_hand():
+    """1 + 2^-9 lies a quarter of the way from 1 to the next bfloat16, 1 + 2^-7; what is one already stays."""
+    x = jnp.full((64, 512), 1 + 2**-9).at[0].set(-3.0)
+    draw = jax.jit(lambda x: optim.round_randomly(x, jnp.bfloat16, jax.random.key(3)))
+    y = draw(x)
+    assert (y[0] == -3).all() and set(np.unique(y[1:])) == {1, 1 + 2**-7}
+    np.testing.assert_allclose((y[1:] > 1).mean(), 0.25, atol=0.01)
+    rows, columns = (y[1:] > 1).mean(1), (y[1:] > 1).mean(0)
+    assert abs(rows - 0.25).max() < 0.1 and abs(columns - 0.25).max() < 0.25  # no line of equal bits
+    laid = jax.device_put(x, NamedSharding(mesh_of(2, 2, 2), BATCH))
+    np.testing.assert_array_equal(draw(laid), y)

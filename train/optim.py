@@ -5,10 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import Array
 
 from common.errors import UserError
 from model import weights
+from model.io import saved
 
 
 def schedule(cfg: Any, steps: int) -> Callable:
@@ -59,7 +62,56 @@ def optimizer(cfg: Any, steps: int, params: Any, specs: Any) -> optax.GradientTr
     chain.append(tx)
     if cfg.lr_scale:
         chain.append(scale_by_path(cfg.lr_scale, params))
-    return optax.chain(*chain)
+    tx = optax.chain(*chain)
+    return randomly_rounded(tx) if any(map(_is_narrow, jax.tree.leaves(params))) else tx
+
+
+def randomly_rounded(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`tx` for parameters of 16 bits: computed in float32, and stored with stochastic rounding.
+
+    Rounded to the nearest bfloat16, an update below 1/512 of its weight is lost, at every step anew; rounded up or down
+    at random, the mean of what is stored is exact (Gupta et al. 2015, arXiv 1502.02551). That takes no memory, where
+    float32 copies of the weights take four bytes per parameter. Moments have the type of their parameter and are
+    rounded in the same way, except that those of float16, which squares of gradients underflow, are float32.
+    `update` needs the `key` of its step.
+    """
+
+    def init(params: Any) -> Any:
+        return tx.init(jax.tree.map(lambda p: _widened(p) if p.dtype == jnp.float16 else p, params))
+
+    def update(updates: Any, state: Any, params: Any, *, key: Array, **_: Any) -> tuple[Any, Any]:
+        wide = jax.tree.map(_widened, params)
+        updates, new = tx.update(jax.tree.map(_widened, updates), jax.tree.map(_widened, state), wide)
+
+        def stored(path: str, old: Array, x: Array) -> Array:
+            """x in float32, as a number of the type of `old`."""
+            return round_randomly(x, old.dtype, weights.key_for(key, path)) if _is_narrow(old) else x
+
+        new = weights.map_named(lambda path, old, x: stored(f"state/{path}", old, x).astype(old.dtype), state, new)
+        # The difference of two numbers of 16 bits, so that adding it in float32 gives the second one exactly.
+        step = lambda path, old, p, u: stored(path, old, p + u) - p
+        return weights.map_named(step, params, wide, updates), new
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def round_randomly(x: Array, dtype: Any, key: Array) -> Array:
+    """Float32 numbers rounded up or down to those of a 16-bit `dtype`, the nearer one with the greater chance, so that
+    the mean is x. The random bits of an element are a hash of its place: equal on every mesh, and part of the loop that
+    rounds, where a generator would write an array of its own."""
+    dropped = jnp.uint32(2 ** (jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant) - 1)
+    first, second = jax.random.bits(key, (2,), jnp.uint32)
+    noise = saved.scramble(saved.scramble(saved.positions(x.shape) ^ first) + second)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (noise & dropped)
+    return jax.lax.bitcast_convert_type(bits & ~dropped, jnp.float32)
+
+
+def _is_narrow(x: Array) -> bool:
+    return x.dtype in (jnp.bfloat16, jnp.float16)
+
+
+def _widened(x: Array) -> Array:
+    return x.astype(jnp.float32) if _is_narrow(x) else x
 
 
 def _decay(lr: Callable, rate: float) -> optax.GradientTransformation:

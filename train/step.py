@@ -27,6 +27,8 @@ def make_step(
     decision is taken inside, on globally reduced values, so that all hosts agree.
     """
 
+    optimizer = optax.with_extra_args_support(tx)
+
     def total(params: Any, frozen: Any, batch: Batch, key: Array, step: Array) -> tuple[Array, dict[str, Pair]]:
         roles = weights.combine(params, frozen)
         moving = {role for role in roles if jax.tree.leaves(params[role])}
@@ -60,7 +62,7 @@ def make_step(
         ok = jnp.isfinite(loss_sum) & jnp.isfinite(norm)
 
         def update() -> tuple[Any, Any]:
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, key=state.key)
             return optax.apply_updates(state.params, updates), opt_state
 
         # A branch, since a choice between old and new would make XLA copy the optimizer's state: 1 GB at 135M.

@@ -64,11 +64,17 @@ def digest(x: Array) -> Array:
     Addition does not care about order: every device sums what it holds, on the device, and nothing is gathered.
     """
     x = _words(x)
-    position = jnp.zeros(x.shape, jnp.uint32)
-    for axis in range(x.ndim):
-        stride = math.prod(x.shape[axis + 1 :]) % 2**32
-        position += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
-    return jnp.stack([jnp.sum(x * (_scramble(position ^ jnp.uint32(salt)) | 1)) for salt in (0, 0x9E3779B9)])
+    position = positions(x.shape)
+    return jnp.stack([jnp.sum(x * (scramble(position ^ jnp.uint32(salt)) | 1)) for salt in (0, 0x9E3779B9)])
+
+
+def positions(shape: tuple[int, ...]) -> Array:
+    """uint32 of `shape`: the place of each element in row-major order, modulo 2^32."""
+    position = jnp.zeros(shape, jnp.uint32)
+    for axis in range(len(shape)):
+        stride = math.prod(shape[axis + 1 :]) % 2**32
+        position += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+    return position
 
 
 def _words(x: Array) -> Array:
@@ -79,7 +85,7 @@ def _words(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
 
 
-def _scramble(x: Array) -> Array:
+def scramble(x: Array) -> Array:
     """MurmurHash3's 32-bit finaliser: neighbours get unrelated values."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
