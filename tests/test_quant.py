@@ -25,6 +25,7 @@ from infer.lm import LM
 from infer.sample import Knobs
 from kernels.packing import pack, unpack
 from model import weights
+from model.io import saved
 from model.peft import lora
 from model.quant import _budget, _calibrate, fp8, int2, int4, int8, nf4, qat, train8
 from model.quant._matrix import Format, nearest
@@ -32,10 +33,8 @@ from model.weights import Spec
 from tests.test_weights import METHODS, activation, rand, tiny
 from tools import export, quantize
 from train.cost import cost
-from train.keep.checkpoint import Checkpointer
 from train.main import run
 from train.mesh import RULES, make_mesh, shardings
-from train.state import TrainState
 
 EQNS = {  # sizes are odd, and no multiple of a group
     "BTD,DNH->BTNH": (70, 3, 5),
@@ -603,10 +602,7 @@ def test_bytes_in_memory_and_on_disk_are_the_arithmetics(quant, options, bits, t
     leaf = module.encode(rand(512, 512), "BTD,DF->BTF", **options)
     want = 512 * 512 * bits / 8
     assert abs(sum(x.nbytes for x in jax.tree.leaves(leaf)) / want - 1) < 0.02
-    state = TrainState.create({"policy": {"w": leaf}}, {}, Namespace(init=lambda _: ()), 0)
-    checkpointer = Checkpointer(tmp_path, schema.load(["--config=configs/sft/tiny.py"]).config.ckpt)
-    checkpointer.maybe_save(0, state, Namespace(state_dict=dict), force=True)
-    checkpointer.close()
+    saved.write(tmp_path / "0", {"policy": {"w": leaf}}, {"step": 0})
     disk = sum(p.stat().st_size for p in tmp_path.rglob("*/state/**/*") if p.is_file())
     assert 0.7 * want < disk < 1.02 * want + 8192  # and the names, shapes and places of the arrays
 

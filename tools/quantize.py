@@ -15,7 +15,6 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from common.errors import UserError
@@ -262,8 +261,7 @@ def save(out: Path, lm: Any, quant: dict, args: argparse.Namespace) -> None:
 
     from common import files
     from infer.models import SHAPE
-    from train.keep.checkpoint import Checkpointer
-    from train.state import TrainState
+    from model.io import saved
 
     cfg = base.get_config()
     cfg.model.param_dtype = args.dtype
@@ -272,10 +270,7 @@ def save(out: Path, lm: Any, quant: dict, args: argparse.Namespace) -> None:
     files.write_json(out / "config.json", schema.to_dict(cfg))
     files.write_json(out / SHAPE, dataclasses.asdict(lm.config))
     lm.tokenizer.save(out / "tokenizer")
-    checkpointer = Checkpointer(out / "ckpt", cfg.ckpt)
-    state = TrainState.create({"policy": lm.params}, {}, SimpleNamespace(init=lambda _: ()), args.seed)
-    checkpointer.maybe_save(0, state, SimpleNamespace(state_dict=dict), force=True)
-    checkpointer.close()
+    saved.write(out / "ckpt" / "0", {"policy": lm.params}, {"step": 0, "frozen": "", "source": {}})
 
 
 if __name__ == "__main__":

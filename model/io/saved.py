@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from common import paths
+from common import files, paths
 from common.errors import UserError
 from model import weights
+from model.weights import Params
 
 MANIFEST = "state_hashes.json"
 NAME = re.compile(r"[A-Za-z0-9_.'\[\]-]+(/[A-Za-z0-9_.'\[\]-]+)*")
@@ -109,6 +110,23 @@ def describe(arrays: dict[str, Any]) -> dict[str, dict]:
     """The manifest's entry for each array."""
     hashes = digests(arrays)
     return {n: {"shape": list(x.shape), "dtype": str(x.dtype), "hash": hashes[n]} for n, x in arrays.items()}
+
+
+def write(folder: Any, params: Params, manifest: dict) -> None:
+    """Saves {role: tree} as a step that `load_params` reads; `manifest` says what is not in the arrays."""
+    arrays = named({"params": params})
+    orbax().save(folder if paths.remote(folder) else folder.resolve(), arrays)
+    finish(folder, manifest | {"leaves": describe(arrays)})
+
+
+def finish(folder: Any, manifest: dict) -> None:
+    """Writes the manifest of a step, whose arrays are there: the last file, without which it is no step.
+
+    It lists the files that a step cannot be read without; copying a step may lose Orbax's empty markers.
+    """
+    found = sorted(paths.sizes(folder).items())
+    needed = {name: size for name, size in found if name == "_CHECKPOINT_METADATA" or name.startswith("state/")}
+    files.write(folder / MANIFEST, seal(manifest | {"files": needed}))
 
 
 def seal(manifest: dict) -> str:

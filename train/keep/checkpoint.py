@@ -149,8 +149,7 @@ class Checkpointer:
         try:
             response.result()
             if hosts.primary():
-                manifest["files"] = _sizes(part)
-                files.write(part / MANIFEST, saved.seal(manifest))
+                saved.finish(part, manifest)
                 if part != final:
                     part.rename(final)
                     files.sync(self.folder)
@@ -258,9 +257,3 @@ def _shape(leaf: tuple | None) -> str:
 def _fingerprint(source: Any) -> dict:
     """The data that a source reads now, as an entry of its state; {} for one that has none."""
     return {k: v for k, v in source.state_dict().items() if k == "fingerprint"}
-
-
-def _sizes(folder: Any) -> dict[str, int]:
-    """Bytes of each file that a step cannot be read without; copying a step may lose Orbax's empty markers."""
-    found = sorted(paths.sizes(folder).items())
-    return {name: size for name, size in found if name == "_CHECKPOINT_METADATA" or name.startswith("state/")}
