@@ -31,7 +31,7 @@ def heldout(model: Transformer, params: Any, source: Any, batches: int, tokenize
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(model: Transformer, params: Any, batch: dict, lengths: Any) -> dict[str, Pair]:
-    x, _ = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"])
+    x = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"]).x
     mask = batch["mask"]
     nll = -head.token_logps(model, params, x, batch["targets"], mask)
     written = jnp.take(lengths, batch["targets"]) * (mask > 0)  # bytes [B,T]

@@ -13,6 +13,7 @@ from common.errors import UserError
 from evals import task as tasks
 from evals.task import Example, Prompt, Task
 from model import weights
+from model.config import in_layers
 
 BATCH = 16  # prompts at once; no score depends on it
 Z = 1.959964  # two-sided 95 %
@@ -139,7 +140,7 @@ def flops_per_token(lm: Any) -> float:
     def count(path: str, w: Any, spec: Any) -> None:
         if (spec and not spec.eqn) or (path.startswith("embed") and not tied):
             return
-        stacked = spec.stacked if spec else path.startswith("layers/")
+        stacked = spec.stacked if spec else in_layers(path)
         found.extend(jax.tree.leaves(w.macs(stacked) if weights.is_weight(w) else w.size))
 
     weights.replace(lm.params, lm.model.specs, count)

@@ -20,7 +20,7 @@ from common.errors import UserError
 from infer.sample import Knobs, sample
 from model import weights
 from model.config import ModelConfig
-from model.net.kv_cache import KINDS
+from model.net.kv_cache import KINDS, Cache
 from model.net.transformer import Transformer, unstack, virtual_tokens
 from model.weights import Params
 
@@ -40,7 +40,7 @@ class Samples(NamedTuple):
 class State:
     """A batch in the making. The newest token of each row is sampled, but not yet in the cache."""
 
-    cache: Any
+    cache: Cache
     tokens: Array  # [B,N] sampled so far
     logps: Array  # [B,N]
     step: Array  # [] tokens sampled, equal for all rows
@@ -223,15 +223,15 @@ def _rows(state: State, rows: int) -> tuple[list[list[int]], list[np.ndarray]]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
-def _cache(model: Transformer, params: Params, rows: int, length: int, kind: str) -> dict:
+def _cache(model: Transformer, params: Params, rows: int, length: int, kind: str) -> Cache:
     return model.cache(rows, length, params=params, kind=kind)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
 def _prefill(model: Transformer, params: Params, tokens: Any, positions: Any, segments: Any, cache: Any) -> tuple:
     """The last column's hidden states [B,1,D] and the cache."""
-    x, cache = model.hidden(params, tokens, positions, segments, cache)
-    return x[:, -1:], cache
+    out = model.hidden(params, tokens, positions, segments, cache)
+    return out.x[:, -1:], out.cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -246,9 +246,9 @@ def _decode(model: Transformer, params: Params, state: State, until: Any, knobs:
     def step(state: State) -> State:
         token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
         position = state.position + 1
-        x, cache = model.hidden(params, token, position[:, None], jnp.ones_like(token), state.cache)
-        state = state.replace(cache=cache, position=position)
-        return _emit(state, model.logits(params, x)[:, 0], knobs, ends)
+        out = model.hidden(params, token, position[:, None], jnp.ones_like(token), state.cache)
+        state = state.replace(cache=out.cache, position=position)
+        return _emit(state, model.logits(params, out.x)[:, 0], knobs, ends)
 
     return jax.lax.while_loop(lambda s: (s.step < until) & ~s.done.all(), step, state)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +171,7 @@ class LM:
         """Sum of log p of each row's second part; rows of like length share a forward pass."""
         sums = np.zeros(len(rows))
         for batch in _batches([len(a) + len(b) for a, b in rows], BATCH_TOKENS):
-            sums[batch] = _sum_logps(self.model, self.params, *_teach([rows[i] for i in batch]))[: len(batch)]
+            sums[batch] = _sum_logps(self.model, self.params, _teach([rows[i] for i in batch]))[: len(batch)]
         return sums
 
 
@@ -197,10 +197,18 @@ def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _teach(rows: list[tuple[list[int], list[int]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, targets and mask [B,T] of (context, scored) rows, padded on the right: a causal model never looks."""
+class Taught(NamedTuple):
+    """(context, scored) rows, padded on the right [B,T]."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    mask: np.ndarray  # 1 where the target is scored
+    segments: np.ndarray  # 0: padding, which a model that looks both ways must not see
+
+
+def _teach(rows: list[tuple[list[int], list[int]]]) -> Taught:
     shape = bucket(len(rows)), bucket(max(len(a) + len(b) for a, b in rows), 16)
-    tokens, targets, mask = (np.zeros(shape, t) for t in (np.int32, np.int32, np.float32))
+    tokens, targets, mask, segments = (np.zeros(shape, t) for t in (np.int32, np.int32, np.float32, np.int32))
     for i, (before, scored) in enumerate(rows):
         if not before:
             raise UserError("the first token of a text has no probability", "prompt", "give a prompt of a token")
@@ -208,7 +216,8 @@ def _teach(rows: list[tuple[list[int], list[int]]]) -> tuple[np.ndarray, np.ndar
         tokens[i, : len(ids)] = ids
         targets[i, : len(ids) - 1] = ids[1:]
         mask[i, len(before) - 1 : len(ids) - 1] = 1
-    return tokens, targets, mask
+        segments[i, : len(ids)] = 1
+    return Taught(tokens, targets, mask, segments)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -217,7 +226,7 @@ def _logits(model: Transformer, params: Params, tokens: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sum_logps(model: Transformer, params: Params, tokens: Array, targets: Array, mask: Array) -> Array:
+def _sum_logps(model: Transformer, params: Params, rows: Taught) -> Array:
     """[B]; the vocabulary is paid for where the mask is 1 alone."""
-    x, _ = model.hidden(params, tokens)
-    return head.token_logps(model, params, x, targets, mask).sum(-1)
+    x = model.hidden(params, rows.tokens, segments=rows.segments).x
+    return head.token_logps(model, params, x, rows.targets, rows.mask).sum(-1)

@@ -33,14 +33,14 @@ def load(name: str | Path, adapter: str | Path | None = None, dtype: str | None 
     foreign = adapter and (Path(adapter).expanduser() / peft_read.CONFIG).exists()
     opened = Run(Path(adapter), base=open_model(name)) if adapter and not foreign else open_model(name)
     if foreign:
-        model = Transformer(opened.config, dtype or "float32", dtype or "float32")
+        model = build.network(opened.config, dtype)
         base = opened.load(model.specs, None, model.param_dtype)
         params = peft_read.read(adapter)(base, model.specs, jax.random.key(0))
     elif isinstance(opened, Run):
         model = opened.model if dtype is None else dataclasses.replace(opened.model, dtype=dtype, param_dtype=dtype)
         params = opened.params(model.specs, None, model.param_dtype)
     else:
-        model = Transformer(opened.config, dtype or "float32", dtype or "float32")
+        model = build.network(opened.config, dtype)
         params = opened.load(model.specs, None, model.param_dtype)
     return LM(model, params, tokenizers.load(opened.tokenizer_source))
 
@@ -122,7 +122,7 @@ class Run:
                 config = ModelConfig.from_dict(json.loads(shape.read_text()))
             except (ValueError, TypeError) as e:
                 raise UserError(f"is not the shape of a model: {e}", str(shape)) from None
-            return Transformer(config, self.cfg.model.dtype, self.cfg.model.param_dtype)
+            return build.network(config, self.cfg.model.dtype, self.cfg.model.param_dtype)
         return build.model(self.cfg, self.init, tokenizers.load(self.tokenizer_source).vocab_size)
 
     @property

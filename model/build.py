@@ -4,20 +4,22 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import jax
+from ml_collections import ConfigDict
 
 from common.errors import UserError
 from configs.models import SHAPES
 from model.config import ModelConfig
+from model.net import kinds
 from model.net.transformer import Transformer
 from model.weights import Params, Specs
 
 OVERRIDES = ("layers", "embed", "heads", "kv_heads", "mlp")
 
 
-def find(package: str, cfg: Any) -> Callable:
+def find(package: str, cfg: ConfigDict) -> Callable:
     """The `make` of a file by its name, with the config's other keys as keyword arguments."""
     folder = Path(__file__).resolve().parents[1].joinpath(*package.split("."))
     known = sorted(p.stem for p in folder.glob("[!_]*.py"))
@@ -28,7 +30,7 @@ def find(package: str, cfg: Any) -> Callable:
     return lambda *args: make(*args, **kwargs)
 
 
-def transform(cfg: Any, specs: Specs) -> Callable[[Params, jax.Array], Params]:
+def transform(cfg: ConfigDict, specs: Specs) -> Callable[[Params, jax.Array], Params]:
     """Quantises the base, then wraps adapters, as the config says; either may be absent."""
     steps = [find(f"model.{kind}", cfg[kind])() for kind in ("quant", "peft") if cfg[kind].name]
 
@@ -40,7 +42,26 @@ def transform(cfg: Any, specs: Specs) -> Callable[[Params, jax.Array], Params]:
     return apply
 
 
-def model(cfg: Any, pretrained: Any | None, vocab_size: int | None = None) -> Transformer:
+class Shaped(Protocol):
+    """An opened model: its shape is known before its weights are read."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+
+def network(
+    config: ModelConfig, dtype: str | None = None, param_dtype: str | None = None, remat: str = "dots"
+) -> Transformer:
+    """The network of a shape, its activations in `dtype` (None: float32), its weights in `param_dtype` (None: `dtype`).
+
+    Raises UserError for a shape that no network has.
+    """
+    kinds.check(config)
+    dtype = dtype or "float32"
+    return Transformer(config, dtype, param_dtype or dtype, remat)
+
+
+def model(cfg: ConfigDict, pretrained: Shaped | None, vocab_size: int | None = None) -> Transformer:
     """The model of a config: the shape of `init` or of a name, with the overrides.
 
     `vocab_size` is the tokenizer's; a model that starts at random rounds it up to a multiple of 64, which keeps the
@@ -57,10 +78,10 @@ def model(cfg: Any, pretrained: Any | None, vocab_size: int | None = None) -> Tr
             )
     if vocab_size and vocab_size > shape.vocab_size:
         raise UserError(f"the tokenizer has {vocab_size} tokens, the model {shape.vocab_size}", "config.data.tokenizer")
-    return Transformer(shape, c.dtype, c.param_dtype, c.remat)
+    return network(shape, c.dtype, c.param_dtype, c.remat)
 
 
-def _shape(c: Any, vocab_size: int | None) -> ModelConfig:
+def _shape(c: ConfigDict, vocab_size: int | None) -> ModelConfig:
     changed = {k: c[k] for k in OVERRIDES if c[k] is not None}
     if "heads" in changed or "embed" in changed:
         changed.setdefault("kv_heads", min(SHAPES[c.shape]["kv_heads"], changed.get("heads", 1 << 30)))

@@ -3,10 +3,17 @@
 import dataclasses
 from typing import Any
 
+LAYERS = "layers"  # the subtree of parameters that are stacked over layers
+
+
+def in_layers(path: str) -> bool:
+    """Whether a parameter's path, "layers/attn/wq", lies in a stack of layers."""
+    return LAYERS in path.split("/")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder. Defaults are Llama's; the letters are those of the einsum equations.
+    """A stack of layers between an embedding and a head. Defaults are Llama's; the letters are those of the equations.
 
     `rope_scaling` is the `rope_scaling` / `rope_parameters` dict of a Hugging Face config, as sorted pairs so that
     the record hashes. `windows` holds one sliding window a layer (0: full attention); empty means full everywhere.
@@ -22,6 +29,7 @@ class ModelConfig:
     family: str = "llama"  # a file in model/families: key names on import and export
     norm: str = "rmsnorm"  # | "layernorm"
     norm_eps: float = 1e-5
+    norms: str = "pre"  # x + f(norm(x)) | "post": norm(x + f(x)) (BERT) | "both": x + norm(f(norm(x))) (Gemma 2)
     act: str = "silu"  # | "gelu" | "gelu_tanh"
     gated: bool = True  # SwiGLU-like: act(x @ gate) * (x @ up)
     position: str = "rope"  # | "learned"
@@ -33,7 +41,9 @@ class ModelConfig:
     bias: str = "none"  # | "qkv" (Qwen2) | "all" (GPT-2) | "rest": all but q, k and v (RecurrentGemma)
     qk_norm: bool = False  # RMSNorm on each query and key head (Qwen3)
     windows: tuple[int, ...] = ()
-    blocks: tuple[str, ...] = ("attn",)  # | "recurrent" (model/net/recurrent.py): kinds of the layers, again and again
+    causal: bool = True  # a token sees what stands before it; False: its whole document (an encoder)
+    types: int = 0  # U, kinds of tokens with an embedding of their own (BERT's two sentences)
+    blocks: tuple[str, ...] = ("attn",)  # kinds of the layers, again and again: names in model/net/kinds.py
     recurrent: int = 0  # W, the width of recurrent layers
     conv: int = 4  # C, the taps of their convolution
     scale_embed: bool = False  # embeddings times sqrt(D) (Gemma)
@@ -42,20 +52,32 @@ class ModelConfig:
     @property
     def sizes(self) -> dict[str, int]:
         """Letter of an einsum equation -> size; P is that of learned positions."""
-        heads = dict(N=self.heads, K=self.kv_heads, H=self.head_dim)
+        sizes = dict(V=self.vocab_size, D=self.embed, F=self.mlp, P=self.max_len)
+        sizes |= dict(N=self.heads, K=self.kv_heads, H=self.head_dim)
         if "recurrent" in self.blocks:  # I and J: a block of W, of which a head's gates see one
             block = self.recurrent // self.heads
-            heads |= dict(W=self.recurrent, C=self.conv, I=block, J=block)
-        return dict(V=self.vocab_size, D=self.embed, F=self.mlp, P=self.max_len, **heads)
+            sizes |= dict(W=self.recurrent, C=self.conv, I=block, J=block)
+        if self.types:
+            sizes |= dict(U=self.types)
+        return sizes
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """ "attn" or "recurrent" for each layer."""
+        """The kind of each layer, a name in model/net/kinds.py."""
         return (self.blocks * self.layers)[: self.layers]
 
+    @property
+    def windowed(self) -> tuple[bool, ...]:
+        """Whether each layer sees no further than its window."""
+        return tuple(w > 0 for w in self.windows or (0,) * self.layers)
+
     def stack(self, path: str) -> list[int]:
-        """The layers that have the parameter "layers/attn/wq", in the order in which it is stacked."""
-        part = path.split("/")[1]
+        """The layers that have the parameter "layers/attn/wq", in the order in which it is stacked.
+
+        The name of a kind is that of the part which only layers of that kind have; every layer has the other parts.
+        """
+        parts = path.split("/")
+        part = parts[parts.index(LAYERS) + 1]
         return [i for i, kind in enumerate(self.kinds) if part == kind or part not in self.blocks]
 
     def to_dict(self) -> dict[str, Any]:

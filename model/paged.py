@@ -126,5 +126,5 @@ def empty(params: Params, specs: Specs, pages: dict[str, int], dtype: Any) -> Pa
 
 def map_many(f: Callable[[str, Many], Many], params: Params) -> Params:
     """`f(name, leaf)` at every Many of unrolled parameters, layer after layer; the name is the stacked weight's."""
-    at = lambda path, leaf: f(re.sub(r"^layers/\d+/", "layers/", path), leaf) if isinstance(leaf, Many) else leaf
+    at = lambda path, leaf: f(re.sub(r"\blayers/\d+/", "layers/", path), leaf) if isinstance(leaf, Many) else leaf
     return weights.map_named(at, params, is_leaf=weights.is_weight)

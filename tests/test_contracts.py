@@ -11,10 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from configs import schema
+from configs.models import SHAPES
 from configs.schema import methods
 from data.rows import batch as batches
-from model import build
+from model import build, heads, weights
+from model.config import ModelConfig
 from tests.test_step import config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +80,31 @@ def test_objective(name):
     for part in batches.parts(hidden).values():
         part["targets"][part["mask"] == 0] = 3
     np.testing.assert_allclose(loss(params["policy"], hidden)["loss"], metrics["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", heads.known())
+def test_head(name):
+    """A leaf beside the layers: it knows its axes and its cost, trains, goes when adapters are off, stays when merged;
+    float32 for every token, small at first, whatever the type of the hidden states."""
+    model = build.network(ModelConfig.from_dict(SHAPES["tiny"]))
+    head = heads.find(name)(model.config, jax.random.key(0))
+    params = {**model.abstract, "head": head}
+    names = weights.axes(params, model.specs)["head"]
+    jax.tree.map(lambda x, axes: len(axes) == x.ndim or pytest.fail(f"{axes} of {x.shape}"), head, names)
+    assert sum(jax.tree.leaves(head.macs(0))) > 0
+    assert weights.dense(params, model.specs)["head"] is head and "head" not in weights.base(params)
+    mask = weights.trainable(params, "adapters")
+    assert all(jax.tree.leaves(mask["head"])) and not any(jax.tree.leaves(mask["layers"]))
+    x = jax.random.normal(jax.random.key(1), (2, 5, model.config.embed), jnp.bfloat16)
+    y = heads.apply(head, x)
+    assert y.shape[:2] == (2, 5) and y.dtype == jnp.float32 and float(jnp.abs(y).max()) < 0.1
+    grads = jax.grad(lambda h: heads.apply(h, x).sum())(head)
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
+
+
+def test_a_head_that_is_no_file_is_one_line():
+    with pytest.raises(UserError, match="head · no head 'os' · known: scalar"):
+        heads.find("os")
 
 
 SOURCES = {"lm": "synthetic:add?n=900&digits=3", "pair": "synthetic:add_pairs?n=300&digits=2"}

@@ -73,7 +73,7 @@ def test_the_layer_and_the_line_of_the_first_nan(capsys, planned):
     state = changed(state, "layers/attn/wq", lambda x: x.at[1].set(1e38))  # finite, but its products are not
     code, out = examine(capsys, plan, state)
     assert code == 70
-    assert re.search(r"the output of layers/1/attn; the first NaN is made at model/\w+\.py:\d+", out), out
+    assert re.search(r"the output of layers/1/attn; the first NaN is made at model/net/\w+\.py:\d+", out), out
 
 
 def test_a_parameter(capsys, planned):

@@ -83,7 +83,7 @@ def test_logits_never_exist_whole():
     tokens = jnp.zeros((8, 256), jnp.int32)
 
     def loss(params, tokens):
-        x, _ = model.hidden(params, tokens)
+        x = model.hidden(params, tokens).x
         return head.nll(model, params, x, tokens, jnp.ones(tokens.shape))
 
     compiled = jax.jit(jax.grad(loss)).lower(model.abstract, tokens).compile()

@@ -82,8 +82,8 @@ def test_cache_matches_full_forward_at_every_position(pair):
 
     @jax.jit
     def extend(params, cache, *columns):
-        x, cache = model.hidden(params, *columns, cache)
-        return model.logits(params, x), cache
+        out = model.hidden(params, *columns, cache)
+        return model.logits(params, out.x), out.cache
 
     cache, steps = model.cache(3, T), []
     for start, end in [(0, prefill), *((t, t + 1) for t in range(prefill, T))]:
@@ -107,8 +107,8 @@ def test_a_cache_of_8_bits_is_close_to_one_of_floats(tiny, kind, bound, scanned)
 
     @jax.jit
     def run(params, cache, *columns):
-        x, cache = model.hidden(params, *columns, cache)
-        return model.logits(params, x), cache
+        out = model.hidden(params, *columns, cache)
+        return model.logits(params, out.x), out.cache
 
     logits = {}
     for name in ("float", kind):
@@ -126,8 +126,7 @@ def test_bytes_of_a_cache(kind, bits):
     """8 bits a number and 32 a token and head: of heads of 64 0.266 of float32 and 0.531 of bfloat16."""
     model = Transformer(dataclasses.replace(TINY, head_dim=64))
     held = lambda model, kind: sum(
-        x.size * x.dtype.itemsize
-        for x in jax.tree.leaves(jax.eval_shape(lambda: model.cache(3, 40, kind=kind))["layers"])
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: model.cache(3, 40, kind=kind)).layers)
     )
     numbers = 2 * TINY.layers * 3 * TINY.kv_heads * 40 * 64
     assert held(model, kind) == numbers * (bits + 32 / 64) / 8

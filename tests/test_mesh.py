@@ -23,8 +23,7 @@ from configs import schema
 from configs.models import SHAPES
 from model.config import ModelConfig
 from model.net import backends, head
-from model.net.attention import attention, mask
-from model.net.layers import context
+from model.net.attention import attention, context, mask
 from model.net.ring import FAR, ring_attention
 from model.net.transformer import REMAT
 from tests import test_main
@@ -200,7 +199,7 @@ def test_cudnn_lowers(monkeypatch):
     ctx = context(shape(), positions, segments, None, "cudnn")
 
     def lowered(remat):
-        attend = jax.checkpoint(lambda q, k, v: backends.attend(q, k, v, ctx, False), policy=REMAT[remat])
+        attend = jax.checkpoint(lambda q, k, v: backends.attend(q, k, v, ctx), policy=REMAT[remat])
         traced = jax.jit(lambda *args: value_and_gradients(attend, *args)).trace(
             *(x.astype(jnp.bfloat16) for x in tensors)
         )

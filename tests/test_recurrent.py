@@ -18,6 +18,7 @@ from infer.models import load
 from model import weights
 from model.config import ModelConfig
 from model.io import peft_write, saved
+from model.net.attention import context
 from model.net.recurrent import DECAYS, SHARPNESS, Recurrent, root
 from model.net.transformer import Transformer
 from model.peft import oft
@@ -68,7 +69,9 @@ def test_the_layer_equals_a_loop_over_tokens(griffin):
         gelu = z / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
         out.append((h * gelu) @ p["out"] + p["bout"])
     ours = jax.tree.map(lambda x: x[0], params["layers"]["recurrent"])
-    y, _ = Recurrent(CONFIG).apply({"params": ours}, jnp.float32(x)[None], {"age": jnp.asarray([age])}, None, False)
+    positions = jnp.asarray([age])
+    seen = context(CONFIG, positions, jnp.ones_like(positions), None, "xla")
+    y, _ = Recurrent(CONFIG).apply({"params": ours}, jnp.float32(x)[None], seen, None)
     np.testing.assert_allclose(y[0], out, atol=1e-5)
 
 
@@ -96,7 +99,7 @@ def test_stacked_unrolled_and_cached_agree(layers, blocks):
     call = jax.jit(model.hidden)
     for at in (slice(0, 5), slice(5, 12)):
         positions = jnp.broadcast_to(jnp.arange(12)[at], tokens[:, at].shape)
-        x, cache = call(params, tokens[:, at], positions, jnp.ones_like(positions), cache)
+        x, cache, _ = call(params, tokens[:, at], positions, jnp.ones_like(positions), cache)
         parts.append(model.logits(params, x))
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
 
@@ -112,7 +115,7 @@ def test_decoding_keeps_a_state_and_equals_the_whole_pass(griffin):
         row[0, : len(prompt + new)] = prompt + new
         logits = run(params, row)[0]
         assert [int(logits[len(prompt) - 1 + i].argmax()) for i in range(8)] == new
-    shapes = lambda n: [x.shape for x in jax.tree.leaves(model.cache(2, n)["layers"][0])]
+    shapes = lambda n: [x.shape for x in jax.tree.leaves(model.cache(2, n).layers[0])]
     assert shapes(64) == shapes(4096) == [(2, 3, 64), (2, 64)]
 
 

@@ -152,10 +152,10 @@ def fitted(opened: Any, args: argparse.Namespace, settings: dict, rows: Any) -> 
     import jax
     import numpy as np
 
-    from model.net.transformer import Transformer
+    from model import build
     from model.quant import _calibrate, mixed, qat
 
-    model = Transformer(opened.config, "float32", args.dtype)
+    model = build.network(opened.config, "float32", args.dtype)
     if (cfg := getattr(opened, "cfg", None)) and cfg.quant.name == "qat" and not cfg.peft.name:
         if cfg.quant.format != args.quant:
             raise UserError(f"it was trained for {cfg.quant.format}", args.model, f"--quant={cfg.quant.format}")
@@ -222,14 +222,16 @@ def check_where(specs: Any, where: str) -> None:
     import jax
 
     from model import weights
+    from model.config import in_layers
+    from model.net.kinds import without_columns
 
-    if "recurrent" in specs["layers"]:
+    if without_columns(specs["layers"]):
         raise UserError("calibrates models of attention alone", "--model", "round it by --config.quant.name")
     chosen = []
     for path, spec in jax.tree.leaves_with_path(specs, is_leaf=weights.is_spec):
         if spec.eqn and re.fullmatch(where, weights.name(path)):
             chosen.append(weights.name(path))
-            if not chosen[-1].startswith("layers/") or weights.split(spec.eqn)[0]:
+            if not in_layers(chosen[-1]) or weights.split(spec.eqn)[0]:
                 raise UserError(f"takes {chosen[-1]}, which is no plain matrix of a layer", "--where")
     if not chosen:
         raise UserError(f"{where!r} takes no matrix", "--where", "as layers/mlp/.*")

@@ -7,7 +7,8 @@ import jax
 
 from common.chips import Chip
 from model import weights
-from model.config import ModelConfig
+from model.config import ModelConfig, in_layers
+from model.net.kinds import KINDS
 from model.net.transformer import virtual_tokens
 
 
@@ -28,7 +29,8 @@ class Cost(NamedTuple):
 
 def cost(config: ModelConfig, params: Any, specs: Any, mask: Any, seq_len: int) -> Cost:
     """FLOPs of a policy by its equations: 2 a multiply-add forward, 2 for the gradient of the input, and 2 for that of
-    a weight only when it trains. Attention counts a full causal row: (T + 1) / 2 keys a query, and virtual tokens.
+    a weight only when it trains. Attention counts a full row, of a causal model (T + 1) / 2 keys a query, and virtual
+    tokens.
 
     A lookup costs nothing, and neither does what is no product: norms, activations, the recurrence of recurrent layers
     and their convolution. What a method does once a step and not for each token is left out: norms of DoRA, the
@@ -43,7 +45,7 @@ def cost(config: ModelConfig, params: Any, specs: Any, mask: Any, seq_len: int) 
         if (spec and not spec.eqn) or (path.startswith("embed") and not c.tied):
             return
         part = "head" if path == head_path else "layer"
-        stacked = spec.stacked if spec else path.startswith("layers/")
+        stacked = spec.stacked if spec else in_layers(path)
         macs = w.macs(stacked) if weights.is_weight(w) else w.size
         for n, moves in zip(jax.tree.leaves(macs), jax.tree.leaves(m), strict=True):
             totals[part] += 2 * n
@@ -51,8 +53,8 @@ def cost(config: ModelConfig, params: Any, specs: Any, mask: Any, seq_len: int) 
 
     masks = iter(jax.tree.leaves(mask, is_leaf=weights.is_weight))
     weights.replace(params, specs, lambda path, w, spec: count(path, w, spec, next(masks)))
-    keys = (seq_len + 1) / 2 + virtual_tokens(params)
-    attention = 4 * c.kinds.count("attn") * c.heads * c.head_dim * keys
+    virtual = virtual_tokens(params)
+    attention = 4 * c.heads * c.head_dim * sum(KINDS[kind].keys(c, seq_len, virtual) for kind in c.kinds)
     pairs = zip(weights.arrays(params), weights.arrays(mask), strict=True)
     sizes = [(x.size, any(jax.tree.leaves(m))) for x, m in pairs]
     return Cost(

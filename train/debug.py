@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from common import paths
 from common.errors import UserError
 from model import build, weights
+from model.config import in_layers
 from model.io import saved
 from model.net.layers import Block
 from train import init, inputs
@@ -117,7 +118,7 @@ def _broken(tree: Any) -> list[str]:
 
     def look(path: str, x: Any) -> None:
         if jnp.issubdtype(x.dtype, jnp.inexact) and not bool(jnp.isfinite(x).all()):
-            bad = ~jnp.isfinite(x.reshape(x.shape[0], -1)).all(1) if "/layers/" in f"/{path}" else None
+            bad = ~jnp.isfinite(x.reshape(x.shape[0], -1)).all(1) if in_layers(path) else None
             layer = -1 if bad is None else int(jnp.max(jnp.where(bad, jnp.arange(len(bad)), -1)))
             place = 2 if "embed/" in path and "unembed" not in path else int(layer >= 0)  # the table is met last
             found.append((place, -layer, path + (f" in layer {layer}" if layer >= 0 else "")))

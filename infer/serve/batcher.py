@@ -22,6 +22,8 @@ from common.errors import UserError
 from infer.generate import check, pad, prefill, row_keys
 from infer.lm import LM
 from infer.sample import Knobs, sample
+from model.net.kinds import without_columns
+from model.net.kv_cache import Cache
 from model.net.transformer import Transformer, virtual_tokens
 from model.weights import Params
 
@@ -78,8 +80,8 @@ class Batcher:
     def __init__(self, lm: LM, rows: int = 8, length: int = 1024, waiting: int = 64):
         if virtual_tokens(lm.params):
             raise UserError("a prefix or a trained prompt cannot share a batch", "model", "use tools.chat")
-        if "recurrent" in lm.config.kinds:
-            raise UserError("recurrent layers keep a state, which is no ring", "model", "use tools.chat")
+        if others := without_columns(lm.config.blocks):
+            raise UserError(f"{others[0]} layers keep a state, which is no ring", "model", "use tools.chat")
         self.lm, self.length, self.limit = lm, min(length, lm.config.max_len), waiting
         self.rows: list[Request | None] = [None] * rows
         self.waiting: deque[Request] = deque()
@@ -195,12 +197,12 @@ def arrays(rows: list[Request | None]) -> Rows:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _step(model: Transformer, params: Params, cache: Any, rows: Rows) -> tuple[Array, Any]:
+def _step(model: Transformer, params: Params, cache: Cache, rows: Rows) -> tuple[Array, Cache]:
     """The next token of every row [B], and the cache with the newest ones written to its next column."""
-    cache = {**cache, "index": cache["index"] % cache["positions"].shape[1]}
+    cache = cache._replace(index=cache.index % cache.positions.shape[1])
     columns = (rows.token, rows.position, rows.live.astype(jnp.int32))  # segment 0 is never seen
-    x, cache = model.hidden(params, *(c[:, None] for c in columns), cache)
-    return _pick(model.logits(params, x)[:, 0], rows), cache
+    out = model.hidden(params, *(c[:, None] for c in columns), cache)
+    return _pick(model.logits(params, out.x)[:, 0], rows), out.cache
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -210,17 +212,24 @@ def _first(model: Transformer, params: Params, x: Array, rows: Rows) -> Array:
 
 def _pick(logits: Array, rows: Rows) -> Array:
     """Tokens [B] of logits [B,V]: those that `generate` samples with the same key and knobs."""
-    fold = lambda key, step: jax.random.fold_in(jax.random.wrap_key_data(key), step)
-    one = lambda *row: jax.tree.map(lambda x: x[0], sample(row[0][None], fold(*row[1:3])[None], row[3])[0])
-    best = lambda: jnp.argmax(logits, -1).astype(jnp.int32)
-    draw = lambda: jax.vmap(one)(logits, rows.key, rows.step, rows.knobs)
+
+    def one(logits: Array, key: Array, step: Array, knobs: Knobs) -> Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
+        return sample(logits[None], key[None], knobs)[0][0]
+
+    def best() -> Array:
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+
+    def draw() -> Array:
+        return jax.vmap(one)(logits, rows.key, rows.step, rows.knobs)
+
     return jax.lax.cond((rows.knobs.temperature == 0).all(), best, draw)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _lay(cache: Any, one: Any, row: Any) -> Any:
+def _lay(cache: Cache, one: Cache, row: Any) -> Cache:
     """A cache of one row laid into another's row so that it ends before the next column; the rest of it is emptied."""
-    length, index = cache["positions"].shape[1], cache["index"]
+    length, index = cache.positions.shape[1], cache.index
 
     def lay(whole: Array, part: Array) -> Array:
         part = part[:, -length:]  # what goes is padding
@@ -229,5 +238,5 @@ def _lay(cache: Any, one: Any, row: Any) -> Any:
         part = jnp.roll(part, index - width, axis=1)
         return jax.lax.dynamic_update_slice(whole, part, (row * len(part), *(0,) * (part.ndim - 1)))
 
-    laid = {k: jax.tree.map(lay, cache[k], one[k]) for k in ("layers", "positions", "segments")}
-    return {**laid, "index": index}
+    layers = jax.tree.map(lay, cache.layers, one.layers)
+    return Cache(index, layers, lay(cache.positions, one.positions), lay(cache.segments, one.segments))

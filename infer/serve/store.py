@@ -18,6 +18,7 @@ from jax import Array
 from common.errors import UserError
 from infer.generate import unrolled
 from model import paged
+from model.config import in_layers
 from model.net.transformer import Transformer
 from model.paged import BLOCK, Adapter, Many, Route
 from model.weights import Params
@@ -125,4 +126,4 @@ def _put(stacks: list[tuple[Array, Array]], start: Any, a: Any, b: Any) -> list[
 
 def _axis(path: str) -> int:
     """Where rank lies in a factor: behind the layers, if there are any."""
-    return int(path.startswith("layers/"))
+    return int(in_layers(path))

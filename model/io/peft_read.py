@@ -17,6 +17,7 @@ from model.families import _layout as layout
 from model.families._layout import Key
 from model.io import hf
 from model.io.pretrained import families, family
+from model.net.kinds import without_columns
 from model.peft.dora import DoRA, measure
 from model.peft.ia3 import IA3
 from model.peft.lora import LoRA, factors, first_match, scale_of
@@ -114,8 +115,8 @@ def read(path: str | Path) -> Transform:
     keys = folder.keys()
 
     def transform(params: Params, specs: Specs, key: jax.Array) -> Params:
-        if "recurrent" in specs["layers"]:
-            raise UserError("PEFT folders of models with recurrent layers are not read here", str(folder.path))
+        if others := without_columns(specs["layers"]):
+            raise UserError(f"PEFT folders of models with {others[0]} layers are not read here", str(folder.path))
         sizes = {}
         for spec in jax.tree.leaves(specs, is_leaf=weights.is_spec):
             sizes |= zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :]) if spec.eqn else {}

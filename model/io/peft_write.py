@@ -15,6 +15,7 @@ from model.families import _layout as layout
 from model.families._layout import Key
 from model.io.peft_read import CONFIG, HEAD, ROOT, TENSORS, factor_keys, groups, has_bias
 from model.io.pretrained import family
+from model.net.kinds import without_columns
 from model.net.transformer import Transformer
 from model.peft.dora import DoRA
 from model.peft.ia3 import IA3
@@ -36,8 +37,8 @@ def write(path: str | Path, model: Transformer, params: Params, base: str = "") 
     path, adapters = Path(path).absolute(), {}
     if path.exists():
         raise UserError("exists", str(path), "choose a new folder")
-    if "recurrent" in model.config.blocks:
-        raise UserError("PEFT folders of models with recurrent layers are not written here", str(path))
+    if others := without_columns(model.config.blocks):
+        raise UserError(f"PEFT folders of models with {others[0]} layers are not written here", str(path))
     for at, w in jax.tree.leaves_with_path(params, is_leaf=weights.is_weight):
         while weights.is_weight(w) and w.trainable:
             under = getattr(w, "base", None)

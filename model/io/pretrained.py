@@ -13,7 +13,7 @@ import numpy as np
 from common.errors import UserError
 from common.packages import locate
 from model import weights
-from model.config import ModelConfig
+from model.config import ModelConfig, in_layers
 from model.families import _layout as layout
 from model.families._layout import Index
 from model.io import gguf, hf
@@ -84,7 +84,7 @@ class Pretrained:
 
     def _stacked(self, path: str, at: tuple[tuple[int, int], ...], dtype: str) -> np.ndarray:
         cuts = tuple(slice(*bounds) for bounds in at)
-        if not path.startswith("layers/"):
+        if not in_layers(path):
             return np.ascontiguousarray(self.read(path, None, cuts), dtype)
         out = np.empty([stop - start for start, stop in at], dtype)
         for i, layer in enumerate(self.config.stack(path)[slice(*at[0])]):
@@ -99,7 +99,7 @@ class Pretrained:
             if path not in self.keys:
                 problems.append(f"{path}: family {self.config.family} has no such parameter")
                 continue
-            key, stacked = self.keys[path], path.startswith("layers/")
+            key, stacked = self.keys[path], in_layers(path)
             if spec.shape[stacked:] != layout.our_shape(key, self.config.sizes):
                 problems.append(
                     f"{path}: wanted {spec.shape[stacked:]}, has {layout.our_shape(key, self.config.sizes)}"

@@ -1,16 +1,40 @@
 """Rotary positions, masks and grouped-query attention."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from model.config import ModelConfig
+from model.net.kv_cache import Cache
+
+Angles = tuple[Array, Array]  # cos and sin [B,T,1,H/2]
 
 
-def rope_frequencies(config: ModelConfig, length: Any) -> tuple[Array, float]:
+class Context(NamedTuple):
+    """What the layers know of their tokens [B,T] and of the columns [B,S] that these may see.
+
+    Without a cache the columns are the tokens, and S is T.
+    """
+
+    age: Array  # [B,T] tokens of its document before each token
+    positions: Array  # [B,S]
+    segments: Array  # [B,S]
+    index: Array  # [] the first column of the tokens
+    see: Array  # [B,T,S] bool: what a layer without a window sees
+    see_window: Array | None  # the same of layers with a window, if there are any
+    angles: Angles | None
+    backend: str  # "cache", or one of model/net/backends.py
+    windows: tuple[int, ...]  # of all layers
+    causal: bool
+    windowed: bool | Array = False  # whether the layer at hand has a window
+    report: tuple[str, ...] = ()  # what layers are asked to report
+
+
+def rope_frequencies(config: ModelConfig, length: int | Array) -> tuple[Array, float]:
     """Inverse frequencies [H/2] and the factor on cos and sin, after the config's `rope_scaling`.
 
     Types as in Hugging Face configs: default, linear (Chen et al. 2023, arXiv 2306.15595), dynamic (NTK-aware: it
@@ -60,7 +84,10 @@ def _yarn(freq: Array, factor: float, scaling: dict, config: ModelConfig) -> tup
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = jnp.clip((jnp.arange(dim // 2, dtype=jnp.float32) - low) / max(high - low, 0.001), 0.0, 1.0)
-    mscale = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    def mscale(m: float) -> float:
+        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
     temperature = scaling.get("attention_factor")
     if temperature is None:
         m, m_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
@@ -68,14 +95,14 @@ def _yarn(freq: Array, factor: float, scaling: dict, config: ModelConfig) -> tup
     return freq / factor * ramp + freq * (1 - ramp), float(temperature)
 
 
-def rope_angles(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
+def rope_angles(config: ModelConfig, positions: Array) -> Angles:
     """cos and sin [B,T,1,H/2] in float32 for positions [B,T]."""
     freq, scale = rope_frequencies(config, positions.max() + 1)
     angle = positions[..., None, None].astype(jnp.float32) * freq
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
-def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
+def rotate(x: Array, angles: Angles) -> Array:
     """RoPE on x [B,T,N,H]: the first and the second half of what turns are the two coordinates, as in Hugging Face."""
     cos, sin = angles
     n = cos.shape[-1]
@@ -83,13 +110,62 @@ def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, still], axis=-1).astype(x.dtype)
 
 
-def mask(q_pos: Array, q_seg: Array, k_pos: Array, k_seg: Array, window: Any = None) -> Array:
-    """[B,T,S] bool: same document, not later, within `window` positions unless it is None. Segment 0 is padding, and
-    keys of segment -1, virtual tokens, are seen from every document."""
+def mask(
+    q_pos: Array, q_seg: Array, k_pos: Array, k_seg: Array, window: int | Array | None = None, causal: bool = True
+) -> Array:
+    """[B,T,S] bool: same document, within `window` positions unless it is None, and not later if `causal`.
+
+    Positions and segments of queries are [B,T], of keys [B,S]. Segment 0 is padding, which nothing sees; keys of
+    segment -1, virtual tokens, are seen from every document.
+    """
     distance = q_pos[:, :, None] - k_pos[:, None, :]
-    same = (q_seg[:, :, None] == k_seg[:, None, :]) & (k_seg[:, None, :] > 0)
-    see = (same | (k_seg[:, None, :] == -1)) & (distance >= 0)
+    see = (q_seg[:, :, None] == k_seg[:, None, :]) & (k_seg[:, None, :] > 0)
+    see = see | (k_seg[:, None, :] == -1)
+    if causal:
+        see = see & (distance >= 0)
+    elif window is not None:
+        distance = jnp.abs(distance)
     return see if window is None else see & (distance < window)
+
+
+def context(
+    config: ModelConfig,
+    positions: Array,
+    segments: Array,
+    cache: Cache | None,
+    backend: str,
+    virtual: int = 0,
+    report: Sequence[str] = (),
+) -> Context:
+    """What the layers need from positions [B,T], segments [B,T] and the cache, computed once.
+
+    `virtual` is the position of a document's first token.
+    """
+    k_pos, k_seg, index = positions, segments, jnp.int32(0)
+    if cache is not None:
+        index = cache.index
+        k_pos = jax.lax.dynamic_update_slice(cache.positions, positions, (0, index))
+        k_seg = jax.lax.dynamic_update_slice(cache.segments, segments, (0, index))
+    age = positions - virtual
+    columns = positions, segments, k_pos, k_seg
+    see, see_window, angles = mask(*columns, causal=config.causal), None, None
+    if any(config.windows):
+        see_window = mask(*columns, max(config.windows), config.causal)
+    if config.position == "rope":
+        angles = rope_angles(config, positions)
+    return Context(
+        age=age,
+        positions=k_pos,
+        segments=k_seg,
+        index=index,
+        see=see,
+        see_window=see_window,
+        angles=angles,
+        backend=backend if cache is None else "cache",
+        windows=config.windows,
+        causal=config.causal,
+        report=tuple(report),
+    )
 
 
 def attention(q: Array, k: Array, v: Array, see: Array) -> Array:

@@ -5,7 +5,7 @@ column is a later position. Decoding with a cache, and rows that do not divide o
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from common.errors import UserError
 from model.config import ModelConfig
-from model.net.attention import attention
+from model.net.attention import Context, attention
 from model.net.ring import FAR, ring_attention
 from model.weights import shards
 
@@ -23,15 +23,13 @@ BLOCKS = (1024, 512, 256, 128)  # columns of a tile of splash; 1024 has the fewe
 ROWS = ("data", "fsdp")
 
 
-def choose(
-    asked: str, config: ModelConfig, dtype: str, seq_len: int, platform: str, context: int = 1
-) -> tuple[str, str]:
-    """(backend, why) for training rows of `seq_len` that `context` devices split. `asked`: "auto" or a backend.
+def choose(asked: str, config: ModelConfig, dtype: str, seq_len: int, platform: str, split: int = 1) -> tuple[str, str]:
+    """(backend, why) for training rows of `seq_len` that `split` devices share out. `asked`: "auto" or a backend.
 
     Raises UserError when the one asked for cannot run.
     """
     native = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
-    problem = _problem(native if asked == "auto" else asked, config, dtype, seq_len, platform, context)
+    problem = _problem(native if asked == "auto" else asked, config, dtype, seq_len, platform, split)
     if asked != "auto":
         if problem:
             raise UserError(f"{asked!r} cannot run: {problem}", "config.model.attention", 'let it be "auto"')
@@ -39,48 +37,58 @@ def choose(
     return ("xla", f"{native} cannot run: {problem}") if problem else (native, f"the devices are of type {platform}")
 
 
-def _problem(backend: str, c: ModelConfig, dtype: str, seq_len: int, platform: str, context: int) -> str:
+def _problem(backend: str, c: ModelConfig, dtype: str, seq_len: int, platform: str, split: int) -> str:
     checks = {
         "xla": (),
         "splash": (
             (platform != "tpu", f"it needs a TPU, the devices are of type {platform}"),
             (c.head_dim % 64, f"the head size {c.head_dim} is not a multiple of 64"),
-            (seq_len % (128 * context), f"{seq_len} tokens over {context} devices are not a multiple of 128 each"),
+            (seq_len % (128 * split), f"{seq_len} tokens over {split} devices are not a multiple of 128 each"),
         ),
         "cudnn": (
             (platform != "gpu", f"it needs a GPU, the devices are of type {platform}"),
             (dtype not in ("bfloat16", "float16"), f"activations are {dtype}, it takes bfloat16 or float16"),
             (c.head_dim % 8 or c.head_dim > 128, f"the head size {c.head_dim} is not a multiple of 8 up to 128"),
-            (context > 1, "it sees whole rows, and the context axis splits them"),
+            (split > 1, "it sees whole rows, and the context axis splits them"),
         ),
     }
     return next((text for wrong, text in checks[backend] if wrong), "")
 
 
-def attend(q: Array, k: Array, v: Array, context: dict, windowed: Any) -> Array:
-    """Attention of q [B,T,N,H] to k, v [B,K,S,H] (see `attention` for a cache) by the `context` of model.net.layers."""
-    how, windows = context["attention"], context["windows"]
+def attend(q: Array, k: Array, v: Array, context: Context) -> Array:
+    """Attention of q [B,T,N,H] to k, v [B,K,S,H] (see `attention` for a cache) -> [B,T,N,H]."""
+    how, window = context.backend, max(context.windows, default=0)
     (B, T), split = q.shape[:2], shards("context")
     even = T % split == 0 and B % shards(*ROWS) == 0
     if how == "splash" and even and T // split % BLOCKS[-1] == 0:
-        masked = lambda window: lambda: splash(q, k, v, context["segments"], window)
-        if len(set(windows)) < 2:
-            return masked(max(windows, default=0))()
-        return jax.lax.cond(windowed, masked(max(windows)), masked(0))
+        return _splash_of_layer(q, k, v, context, window)
     if how != "cache" and even and split > 1:
-        window = jnp.where(windowed, max(windows), FAR) if any(windows) else FAR
-        return ring_attention(q, k, v, context["positions"], context["segments"], window)
-    see = context["see"]
-    if "see_window" in context:
-        see = jnp.where(windowed, context["see_window"], see)
+        far = jnp.where(context.windowed, window, FAR) if window else FAR
+        return ring_attention(q, k, v, context.positions, context.segments, far, context.causal)
+    see = context.see
+    if context.see_window is not None:
+        see = jnp.where(context.windowed, context.see_window, see)
     if how == "cudnn":
-        whole = lambda x: x.swapaxes(1, 2)
-        more = dict(mask=see[:, None], is_causal=True)  # which skips blocks that nothing sees
-        return jax.nn.dot_product_attention(q, whole(k), whole(v), **more, implementation="cudnn")
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        # is_causal skips blocks that nothing sees
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=see[:, None], is_causal=context.causal, implementation="cudnn"
+        )
     return attention(q, k, v, see)
 
 
-def splash(q: Array, k: Array, v: Array, segments: Array, window: int = 0) -> Array:
+def _splash_of_layer(q: Array, k: Array, v: Array, context: Context, window: int) -> Array:
+    """`splash` with the layer's window, of which the kernel must be chosen by a branch where layers differ."""
+
+    def seeing(window: int) -> Callable[[], Array]:
+        return lambda: splash(q, k, v, context.segments, window, context.causal)
+
+    if len(set(context.windows)) < 2:
+        return seeing(window)()
+    return jax.lax.cond(context.windowed, seeing(window), seeing(0))
+
+
+def splash(q: Array, k: Array, v: Array, segments: Array, window: int = 0, causal: bool = True) -> Array:
     """Flash attention by JAX's TPU kernel, forward and backward. q [B,T,N,H]; k, v [B,K,T,H]; segments [B,T].
 
     The partitioner cannot split a kernel: every device runs its rows and heads. Under a context axis it has its own
@@ -89,20 +97,25 @@ def splash(q: Array, k: Array, v: Array, segments: Array, window: int = 0) -> Ar
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
-    mesh, context, tensor = jax.sharding.get_abstract_mesh(), shards("context"), shards("tensor")
+    mesh, split, tensor = jax.sharding.get_abstract_mesh(), shards("context"), shards("tensor")
     T, N, H = q.shape[1:]
-    shape, block = (T, T), next(b for b in BLOCKS if T // context % b == 0)
+    shape, block = (T, T), next(b for b in BLOCKS if T // split % b == 0)
     back = min(block, 512)
-    local = sa.LocalMask(shape, (window - 1, 0), 0, context) if window else sa.CausalMask(shape, 0, context)
+    if window:
+        local = sa.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0, split)
+    else:
+        local = sa.CausalMask(shape, 0, split) if causal else sa.FullMask(shape)
     sizes = sa.BlockSizes(block, block, block, back, back, back, back, back)
     heads = sa.MultiHeadMask([local] * (N // tensor))
     kernel = sa.make_splash_mha(
-        heads, block_sizes=sizes, head_shards=1, q_seq_shards=context, residual_checkpoint_name="product"
+        heads, block_sizes=sizes, head_shards=1, q_seq_shards=split, residual_checkpoint_name="product"
     )
     q = q.swapaxes(1, 2) * H**-0.5
 
-    def run(kernel: Any, q: Array, k: Array, v: Array, mine: Array, every: Array) -> Array:
-        row = lambda q, k, v, mine, every: kernel(q, k, v, segment_ids=sa.SegmentIds(mine, every))
+    def run(kernel: Callable[..., Array], q: Array, k: Array, v: Array, mine: Array, every: Array) -> Array:
+        def row(q: Array, k: Array, v: Array, mine: Array, every: Array) -> Array:
+            return kernel(q, k, v, segment_ids=sa.SegmentIds(mine, every))
+
         return jax.vmap(row)(q, k, v, mine, every)
 
     if mesh.empty:

@@ -1,6 +1,6 @@
 """Keys and values of earlier tokens: floats, or codes of 8 bits with a scale for each token and head."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -16,6 +16,22 @@ KINDS = {"float": None, "int8": "int8", "fp8": "e4m3"}
 class Rounded:
     codes: Array  # [...,S,H] int8 or e4m3
     scale: Array  # [...,S,1] float32
+
+
+class KV(NamedTuple):
+    """What a layer of attention keeps: [B*K,S,H] each, stacked layers [layers,B*K,S,H]."""
+
+    k: Array | Rounded
+    v: Array | Rounded
+
+
+class Cache(NamedTuple):
+    """What is kept of earlier tokens: S columns, of which the next tokens take those from `index` on."""
+
+    index: Array  # []
+    layers: Any  # a tuple of what each layer keeps; of stacked layers one stack, or {kind: stack} of several kinds
+    positions: Array  # [B,S] of the token of each column
+    segments: Array  # [B,S]; 0: nothing is written there, or padding
 
 
 def encode(x: Array, kind: str) -> Array | Rounded:
@@ -34,7 +50,7 @@ def write(cache: Array | Rounded, new: Array, index: Array) -> Array | Rounded:
 
 
 def read(cache: Array | Rounded, dtype: Any) -> Array:
-    """[B*K,S,H]."""
+    """[B*K,S,H] in `dtype`."""
     if isinstance(cache, Rounded):
         return (cache.codes.astype(jnp.float32) * cache.scale).astype(dtype)
     return cache.astype(dtype)

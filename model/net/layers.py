@@ -11,9 +11,10 @@ from jax import Array
 from model import weights
 from model.config import ModelConfig
 from model.net import kv_cache
-from model.net.attention import mask, rope_angles, rotate
+from model.net.attention import Context, rotate
 from model.net.backends import attend
-from model.weights import AXES, Spec
+from model.net.kv_cache import KV
+from model.weights import AXES, Spec, Weight
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -27,7 +28,7 @@ class Layer(nn.Module):
 
     config: ModelConfig
 
-    def weight(self, name: str, eqn: str, scale: float = 1.0) -> Any:
+    def weight(self, name: str, eqn: str, scale: float = 1.0) -> Array | Weight:
         """The parameter that `eqn` multiplies, at init normal with deviation scale / sqrt(fan-in)."""
         letters = weights.operands(eqn)[1]
         fan_in = math.prod(self.config.sizes[c] for c in weights.split(eqn)[1])
@@ -37,7 +38,7 @@ class Layer(nn.Module):
         """A scale or a bias over the axes `letters`."""
         return self._declare(name, letters, nn.initializers.constant(init), "")
 
-    def _declare(self, name: str, letters: str, init: Any, eqn: str) -> Any:
+    def _declare(self, name: str, letters: str, init: nn.initializers.Initializer, eqn: str) -> Array | Weight:
         if not self.is_initializing():
             return self.get_variable("params", name)
         shape = tuple(self.config.sizes[c] for c in letters)
@@ -63,10 +64,10 @@ class Norm(Layer):
 
 
 class Attention(Layer):
-    """Causal self-attention. With a cache, keys and values of earlier calls are seen too."""
+    """Self-attention of x [B,T,D]. With a cache, keys and values of earlier calls are seen too."""
 
     @nn.compact
-    def __call__(self, x: Array, context: dict, cache: dict | None, windowed: Any) -> tuple[Array, dict | None]:
+    def __call__(self, x: Array, context: Context, cache: KV | None) -> tuple[Array, KV | None]:
         c = self.config
         qkv, out = c.bias in ("qkv", "all"), c.bias in ("all", "rest")
         q = weights.einsum("BTD,DNH->BTNH", x, self.weight("wq", "BTD,DNH->BTNH"))
@@ -76,14 +77,14 @@ class Attention(Layer):
         if c.qk_norm:
             q, k = self.head_norm("q_norm", q), self.head_norm("k_norm", k)
         if c.position == "rope":
-            q, k = rotate(q, context["angles"]), rotate(k, context["angles"])
+            q, k = rotate(q, context.angles), rotate(k, context.angles)
         if cache is not None:
             q, k, v = by_heads(q), by_heads(k), by_heads(v)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B,K,S,H]
         if cache is not None:
-            cache = {n: kv_cache.write(cache[n], x, context["index"]) for n, x in (("k", k), ("v", v))}
-            k, v = (kv_cache.read(cache[n], q.dtype) for n in ("k", "v"))
-        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), context, windowed)
+            cache = KV(kv_cache.write(cache.k, k, context.index), kv_cache.write(cache.v, v, context.index))
+            k, v = kv_cache.read(cache.k, q.dtype), kv_cache.read(cache.v, q.dtype)
+        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), context)
         y = y if cache is None else by_heads(y)
         scale = (2 * c.layers) ** -0.5  # keeps the residual stream's variance independent of depth (GPT-2)
         y = weights.einsum("BTNH,NHD->BTD", y, self.weight("wo", "BTNH,NHD->BTD", scale))
@@ -114,24 +115,54 @@ class MLP(Layer):
 
 
 class Block(Layer):
-    """Pre-norm residual block. `context` holds what all layers share: angles, masks, cache index."""
+    """Two sublayers in a residual stream x [B,T,D]: tokens see each other in `mix`, each is seen alone by `feed`.
+
+    `cache` is what the layer keeps of earlier tokens, None when nothing is kept.
+    """
 
     @nn.compact
-    def __call__(self, x: Array, context: dict, cache: dict | None, windowed: Any) -> tuple[Array, dict | None]:
-        h = Norm(self.config, name="attn_norm")(x)
-        y, cache = self.mix(h, context, cache, windowed)
-        x = x + self.adapted("attn_adapter", h, y)
-        h = Norm(self.config, name="mlp_norm")(x)
-        return x + self.adapted("mlp_adapter", h, MLP(self.config, name="mlp")(h)), cache
+    def __call__(self, x: Array, context: Context, cache: Any) -> tuple[Array, Any]:
+        h = self.norm_before("attn_norm", x)
+        y, cache = self.mix(h, context, cache)
+        x = self.norm_behind("attn", x, self.adapted("attn_adapter", h, y))
+        h = self.norm_before("mlp_norm", x)
+        x = self.norm_behind("mlp", x, self.adapted("mlp_adapter", h, self.feed(h, context)))
+        if "hidden" in context.report:
+            report(self, "hidden", x)
+        return x, cache
 
-    def mix(self, h: Array, context: dict, cache: dict | None, windowed: Any) -> tuple[Array, dict | None]:
+    def mix(self, h: Array, context: Context, cache: Any) -> tuple[Array, Any]:
         """The sublayer in which tokens see each other."""
-        return Attention(self.config, name="attn")(h, context, cache, windowed)
+        return Attention(self.config, name="attn")(h, context, cache)
+
+    def feed(self, h: Array, context: Context) -> Array:
+        """The sublayer that sees each token alone."""
+        return MLP(self.config, name="mlp")(h)
+
+    def norm_before(self, name: str, x: Array) -> Array:
+        """The input of a sublayer."""
+        return x if self.config.norms == "post" else Norm(self.config, name=name)(x)
+
+    def norm_behind(self, name: str, x: Array, y: Array) -> Array:
+        """The residual stream x with the output y of a sublayer in it."""
+        match self.config.norms:
+            case "pre":
+                return x + y
+            case "post":
+                return Norm(self.config, name=f"{name}_norm")(x + y)
+            case "both":
+                return x + Norm(self.config, name=f"{name}_out_norm")(y)
+        raise ValueError(f"norms={self.config.norms!r}; known: pre, post, both")
 
     def adapted(self, name: str, x: Array, y: Array) -> Array:
         """The output y of a sublayer with input x, through its adapter where it has one."""
         adapter = self.get_variable("params", name)
         return y if adapter is None else adapter(x, y)
+
+
+def report(module: nn.Module, name: str, value: Array) -> None:
+    """Notes a value of a layer for who asked `Transformer.hidden` for it."""
+    module.sow("reports", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
 def by_heads(x: Array) -> Array:
@@ -147,25 +178,3 @@ def by_heads(x: Array) -> Array:
 def softcap(logits: Array, cap: float) -> Array:
     """cap * tanh(logits / cap): within (-cap, cap). A cap of 0 leaves them."""
     return cap * jnp.tanh(logits / cap) if cap else logits
-
-
-def context(
-    config: ModelConfig, positions: Array, segments: Array, cache: dict | None, attention: str, virtual: int = 0
-) -> dict:
-    """What every layer needs from positions [B,T], segments [B,T] and the cache, computed once.
-
-    `virtual` is the position of a document's first token.
-    """
-    k_pos, k_seg, index = positions, segments, jnp.int32(0)
-    if cache is not None:
-        index = cache["index"]
-        k_pos = jax.lax.dynamic_update_slice(cache["positions"], positions, (0, index))
-        k_seg = jax.lax.dynamic_update_slice(cache["segments"], segments, (0, index))
-    out = {"index": index, "positions": k_pos, "segments": k_seg, "age": positions - virtual}
-    out |= {"attention": "cache" if cache else attention, "windows": config.windows}
-    out["see"] = mask(positions, segments, k_pos, k_seg)
-    if any(config.windows):
-        out["see_window"] = mask(positions, segments, k_pos, k_seg, max(config.windows))
-    if config.position == "rope":
-        out["angles"] = rope_angles(config, positions)
-    return out

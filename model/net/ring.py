@@ -15,14 +15,18 @@ from jax.sharding import PartitionSpec as P
 from model.net.attention import mask
 
 FAR = 1 << 30  # a window that hides nothing
+Ids = tuple[Array, Array]  # positions and segments [B,T]
 
 
-def ring_attention(q: Array, k: Array, v: Array, positions: Array, segments: Array, window: Any = FAR) -> Array:
+def ring_attention(
+    q: Array, k: Array, v: Array, positions: Array, segments: Array, window: int | Array = FAR, causal: bool = True
+) -> Array:
     """`attention` of q [B,T,N,H] and k, v [B,K,T,H] under `mask` of positions, segments [B,T] and a window, which may
     be traced. T divides over the axis. The other axes of the mesh stay with the partitioner."""
     rows, keys = P(None, "context"), P(None, None, "context")
+    ring = functools.partial(_ring, causal)
     local = jax.shard_map(
-        _ring, in_specs=(rows, keys, keys, rows, rows, P()), out_specs=rows, axis_names={"context"}, check_vma=False
+        ring, in_specs=(rows, keys, keys, rows, rows, P()), out_specs=rows, axis_names={"context"}, check_vma=False
     )
     return local(q, k, v, positions, segments, jnp.int32(window))
 
@@ -42,9 +46,9 @@ def _flat(x: Array) -> Array:
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _scores(q: Array, k: Array, q_ids: tuple, k_ids: tuple, window: Array) -> tuple[Array, Array]:
+def _scores(q: Array, k: Array, q_ids: Ids, k_ids: Ids, window: Array, causal: bool) -> tuple[Array, Array]:
     """Masked scores [B,K,G,T,S] in float32 of q [B,K,G,T,H] and a block k [B,K,S,H], and what may be seen."""
-    see = mask(*q_ids, *k_ids, window)[:, None, None]
+    see = mask(*q_ids, *k_ids, window, causal)[:, None, None]
     return jnp.where(see, _dot("BKGTH,BKSH->BKGTS", q, k) * q.shape[-1] ** -0.5, -1e30), see
 
 
@@ -60,19 +64,21 @@ def _around(step: Any, carry: Any, block: Any) -> tuple[Any, Any]:
     return jax.lax.scan(turn, (carry, block), None, length=n)[0]
 
 
-@jax.custom_vjp
-def _ring(q: Array, k: Array, v: Array, positions: Array, segments: Array, window: Array) -> Array:
-    return _forward(q, k, v, positions, segments, window)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ring(causal: bool, q: Array, k: Array, v: Array, positions: Array, segments: Array, window: Array) -> Array:
+    return _forward(causal, q, k, v, positions, segments, window)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, positions: Array, segments: Array, window: Array) -> tuple[Array, Any]:
+def _forward(
+    causal: bool, q: Array, k: Array, v: Array, positions: Array, segments: Array, window: Array
+) -> tuple[Array, Any]:
     """One softmax over all blocks, rescaled whenever the running maximum `top` rises."""
     ids, x = (positions, segments), _grouped(q, k)
 
     def step(carry: Any, block: Any) -> tuple[Any, Any]:
         out, top, total = carry
         k, v, k_ids = block
-        scores, _ = _scores(x, k, ids, k_ids, window)
+        scores, _ = _scores(x, k, ids, k_ids, window, causal)
         new = jnp.maximum(top, scores.max(-1))
         probs, shrink = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
         out = out * shrink[..., None] + _dot("BKGTS,BKSH->BKGTH", probs.astype(v.dtype), v)
@@ -84,7 +90,7 @@ def _forward(q: Array, k: Array, v: Array, positions: Array, segments: Array, wi
     return out, (q, k, v, ids, window, out, top, total)
 
 
-def _backward(residuals: Any, g: Array) -> tuple:
+def _backward(causal: bool, residuals: Any, g: Array) -> tuple:
     """Probabilities again from `top` and `total`; the gradients of keys and values travel with their block."""
     q, k, v, ids, window, out, top, total = residuals
     x, g, out = (_grouped(a, k) for a in (q, g, out))
@@ -92,7 +98,7 @@ def _backward(residuals: Any, g: Array) -> tuple:
 
     def step(dx: Array, block: Any) -> tuple[Array, Any]:
         k, v, k_ids, dk, dv = block
-        scores, see = _scores(x, k, ids, k_ids, window)
+        scores, see = _scores(x, k, ids, k_ids, window, causal)
         probs = jnp.exp(scores - top[..., None]) / total[..., None]
         dv = dv + _dot("BKGTS,BKGTH->BKSH", probs.astype(g.dtype), g)
         ds = probs * (_dot("BKGTH,BKSH->BKGTS", g, v) - delta[..., None]) * x.shape[-1] ** -0.5
@@ -100,7 +106,9 @@ def _backward(residuals: Any, g: Array) -> tuple:
         dk = dk + _dot("BKGTS,BKGTH->BKSH", ds, x)
         return dx + _dot("BKGTS,BKSH->BKGTH", ds, k), (k, v, k_ids, dk, dv)
 
-    zeros = lambda a: jnp.zeros(a.shape, jnp.float32)
+    def zeros(a: Array) -> Array:
+        return jnp.zeros(a.shape, jnp.float32)
+
     dx, (*_, dk, dv) = _around(step, zeros(x), (k, v, ids, zeros(k), zeros(v)))
     return _flat(dx).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
 

@@ -1,20 +1,25 @@
-"""The decoder as three functions of a parameter tree: `hidden`, `logits`, `init`. Blocks are flax modules."""
+"""A stack of layers as three functions of a parameter tree: `hidden`, `logits`, `init`. Blocks are flax modules."""
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax import Array
 
+from common.errors import UserError
 from model import weights
 from model.config import ModelConfig
-from model.net import kv_cache
-from model.net.layers import Norm, context, softcap
-from model.net.recurrent import BLOCKS, block_of, initial, join, pick, scan
-from model.weights import Params, Spec, Specs
+from model.net import kv_cache, stack
+from model.net.attention import Context, context
+from model.net.kinds import KINDS
+from model.net.kv_cache import KV, Cache
+from model.net.layers import Norm, softcap
+from model.weights import Params, Spec, Specs, Weight
 
 CUDNN = "dot_product_attention_fwd_wrapper"  # the primitive of its forward kernel, which JAX gives no name to keep
 
@@ -32,9 +37,20 @@ REMAT = {
 }
 
 
+REPORTS = ("hidden",)  # what layers report when asked: the residual stream behind each of them, [layers,B,T,D]
+
+
+class Hidden(NamedTuple):
+    """What the layers make of tokens [B,T]."""
+
+    x: Array  # [B,T,D], what the head sees
+    cache: Cache | None  # with these tokens written to it
+    reports: dict[str, Array]  # what was asked for: name -> [layers that report it, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """A decoder-only language model. `params["layers"]` is a stacked tree (scanned) or a tuple of trees (unrolled)."""
+    """A model of one stack of layers. `params["layers"]` is a stacked tree (scanned) or a tuple of trees (unrolled)."""
 
     config: ModelConfig
     dtype: str = "float32"  # of activations
@@ -52,8 +68,12 @@ class Transformer:
     @functools.cached_property
     def specs(self) -> Specs:
         """A Spec (abstract value, logical axes, equation) at every parameter. No array is made."""
-        cast = lambda s: s.replace(value=jax.ShapeDtypeStruct(s.shape, self.param_dtype))
-        return jax.tree.map(cast, jax.eval_shape(lambda: self._boxes(jax.random.key(0))), is_leaf=weights.is_spec)
+        boxes = jax.eval_shape(lambda: self._boxes(jax.random.key(0)))
+
+        def cast(spec: Spec) -> Spec:
+            return spec.replace(value=jax.ShapeDtypeStruct(spec.shape, self.param_dtype))
+
+        return jax.tree.map(cast, boxes, is_leaf=weights.is_spec)
 
     @property
     def abstract(self) -> Params:
@@ -63,41 +83,68 @@ class Transformer:
     def _boxes(self, key: Array) -> Specs:
         c = self.config
         k_embed, k_pos, k_layers, k_head = jax.random.split(key, 4)
-        x = jnp.zeros((1, 1, c.embed))
-        one = jnp.ones((1, 1), jnp.int32)
-        ctx = context(c, one * 0, one, None, "xla")
-        keys = jax.random.split(k_layers, c.layers)
-        layer = lambda kind: lambda k: BLOCKS[kind](c).init(k, x, ctx, None, False)["params"]
-        of = lambda kind: keys[jnp.asarray(c.stack(f"layers/{kind}"))]
-        layers = join({kind: jax.vmap(layer(kind))(of(kind)) for kind in sorted(set(c.kinds))}, c)
-        stack = lambda s: s.replace(names=("layers", *s.names))
-        table = lambda k, shape, names, eqn: Spec(jax.random.normal(k, shape) * c.embed**-0.5, names, eqn=eqn)
+
+        def table(key: Array, shape: tuple[int, int], names: tuple[str, str], eqn: str) -> dict[str, Spec]:
+            return {"table": Spec(jax.random.normal(key, shape) * c.embed**-0.5, names, eqn=eqn)}
+
+        layers = self._layer_boxes(k_layers)
         out = {
-            "embed": {"table": table(k_embed, (c.vocab_size, c.embed), ("vocab", "embed"), "BTV,VD->BTD")},
-            "layers": jax.tree.map(stack, layers, is_leaf=weights.is_spec),
-            "final_norm": Norm(c).init(key, x)["params"],
+            "embed": table(k_embed, (c.vocab_size, c.embed), ("vocab", "embed"), "BTV,VD->BTD"),
+            "layers": layers,
+            "embed_norm" if c.norms == "post" else "final_norm": Norm(c).init(key, jnp.zeros(c.embed))["params"],
         }
         if c.position == "learned":
-            out["position"] = {"table": table(k_pos, (c.max_len, c.embed), ("position", "embed"), "")}
+            out["position"] = table(k_pos, (c.max_len, c.embed), ("position", "embed"), "")
+        if c.types:
+            k_types = weights.key_for(key, "types")
+            out["types"] = table(k_types, (c.types, c.embed), ("types", "embed"), "")
         if not c.tied:
-            head = table(k_head, (c.embed, c.vocab_size), ("embed", "vocab"), "BTD,DV->BTV")
-            out["unembed"] = {"table": head}
+            out["unembed"] = table(k_head, (c.embed, c.vocab_size), ("embed", "vocab"), "BTD,DV->BTV")
         return out
+
+    def _layer_boxes(self, key: Array) -> Specs:
+        c = self.config
+        x, one = jnp.zeros((1, 1, c.embed)), jnp.ones((1, 1), jnp.int32)
+        ctx = context(c, one * 0, one, None, "xla")
+        keys = jax.random.split(key, c.layers)
+
+        def of_kind(kind: str) -> Specs:
+            block = KINDS[kind].block(c)
+            mine = keys[jnp.asarray(c.stack(f"layers/{kind}"))]
+            return jax.vmap(lambda k: block.init(k, x, ctx, None)["params"])(mine)
+
+        layers = stack.join({kind: of_kind(kind) for kind in sorted(set(c.kinds))}, c)
+        named = lambda spec: spec.replace(names=("layers", *spec.names))
+        return jax.tree.map(named, layers, is_leaf=weights.is_spec)
 
     # --- forward ---
 
-    def __call__(self, params: Params, tokens: Array, positions: Any = None, segments: Any = None) -> Array:
+    def __call__(
+        self, params: Params, tokens: Array, positions: Array | None = None, segments: Array | None = None
+    ) -> Array:
         """Logits [B,T,V] in float32 of tokens [B,T]."""
-        return self.logits(params, self.hidden(params, tokens, positions, segments)[0])
+        return self.logits(params, self.hidden(params, tokens, positions, segments).x)
 
     def hidden(
-        self, params: Params, tokens: Array, positions: Any = None, segments: Any = None, cache: Any = None
-    ) -> tuple[Array, Any]:
-        """Final hidden states [B,T,D], after the last norm, and the cache with these tokens written to it.
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        cache: Cache | None = None,
+        *,
+        types: Array | None = None,
+        report: Sequence[str] = (),
+    ) -> Hidden:
+        """The hidden states of tokens [B,T], the cache with them written to it, and of `report` what layers report.
 
-        Without `positions` and `segments` every row is one document that starts at 0.
+        Positions, segments and types (0 when left out, of a model that has them) are [B,T] too. Without positions and
+        segments every row is one document that starts at 0; segment 0 is padding. Raises UserError for a report that
+        no layer makes.
         """
         c = self.config
+        if unknown := set(report) - set(REPORTS):
+            raise UserError(f"no layer reports {min(unknown)!r}", "report", f"known: {', '.join(REPORTS)}")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if segments is None:
@@ -107,43 +154,49 @@ class Transformer:
             positions = positions + virtual
             if not kept:
                 cache = self.cache(*tokens.shape, isinstance(params["layers"], tuple), params)
-        x = constrain(self.embedded(params, weights.take(params["embed"]["table"], tokens, self.dtype), positions))
-        ctx = context(c, positions, segments, cache, self.attention, virtual)
-        x, kv = self._layers(params["layers"], x, ctx, cache and cache["layers"])
-        x = Norm(c).apply({"params": params["final_norm"]}, x)
-        if not kept:
-            return x, None
-        seen = {k: ctx[k] for k in ("positions", "segments")}
-        return x, {"layers": kv, "index": ctx["index"] + tokens.shape[1], **seen}
+        rows = weights.take(params["embed"]["table"], tokens, self.dtype)
+        x = constrain(self.embedded(params, rows, positions, types))
+        ctx = context(c, positions, segments, cache, self.attention, virtual, report)
+        x, layers, reports = self._layers(params["layers"], x, ctx, cache and cache.layers)
+        if c.norms != "post":
+            x = Norm(c).apply({"params": params["final_norm"]}, x)
+        if kept:
+            cache = Cache(ctx.index + tokens.shape[1], layers, ctx.positions, ctx.segments)
+        return Hidden(x, cache if kept else None, reports)
 
-    def embedded(self, params: Params, x: Array, positions: Array) -> Array:
+    def embedded(self, params: Params, x: Array, positions: Array, types: Array | None = None) -> Array:
         """Rows of the embedding table [B,T,D] as the first layer sees them."""
         c = self.config
         if c.scale_embed:
             x = x * jnp.bfloat16(c.embed**0.5).astype(x.dtype)  # Gemma was trained with the rounded root
         if c.position == "learned":
             x = x + weights.take(params["position"]["table"], positions, self.dtype)
+        if c.types:
+            types = jnp.zeros_like(positions) if types is None else types
+            x = x + weights.take(params["types"]["table"], types, self.dtype)
+        if c.norms == "post":  # what a layer sees is always normalised
+            x = Norm(c).apply({"params": params["embed_norm"]}, x)
         return x
 
-    def _layers(self, layers: Any, x: Array, ctx: dict, kv: Any) -> tuple[Array, Any]:
-        c = self.config
+    def layer(
+        self, kind: str, x: Array, params: Params, cache: Any, windowed: bool | Array, ctx: Context
+    ) -> tuple[Array, Any, stack.Reports]:
+        """One layer: x [B,T,D], what it keeps of earlier tokens, and what it reports."""
+        block, ctx = KINDS[kind].block(self.config), ctx._replace(windowed=windowed)
+        (y, cache), told = block.apply({"params": params}, x, ctx, cache, mutable=["reports"])
+        return constrain(y), cache, flatten_dict(told.get("reports", {}), sep="/")
 
-        def block(x: Array, p: Params, kv: Any, windowed: Any) -> tuple[Array, Any]:
-            y, kv = block_of(c, p).apply({"params": p}, x, ctx, kv, windowed)
-            return constrain(y), kv
-
-        if isinstance(layers, tuple):  # unrolled: no slice of the stack is copied, which is what decoding needs
-            kvs = []
-            for i, p in enumerate(layers):
-                x, new = block(x, p, kv and kv[i], bool(c.windows and c.windows[i]))
-                kvs.append(new)
-            return x, kv and tuple(kvs)
+    def _layers(
+        self, layers: Params | tuple[Params, ...], x: Array, ctx: Context, caches: Any
+    ) -> tuple[Array, Any, stack.Reports]:
+        one = functools.partial(self.layer, ctx=ctx)
+        if isinstance(layers, tuple):
+            return stack.unrolled(one, x, layers, caches, self.config)
         if self.remat != "none":
-            block = jax.checkpoint(block, policy=REMAT[self.remat], prevent_cse=False)
-        windowed = jnp.asarray([w > 0 for w in c.windows or (0,) * c.layers])
-        return scan(block, x, layers, kv, windowed, c)
+            one = jax.checkpoint(one, policy=REMAT[self.remat], prevent_cse=False, static_argnums=0)
+        return stack.scan(one, x, layers, caches, self.config)
 
-    def head(self, params: Params) -> tuple[str, Any]:
+    def head(self, params: Params) -> tuple[str, Array | Weight]:
         """The equation and the table that turn hidden states into logits."""
         if self.config.tied:
             return "BTD,VD->BTV", params["embed"]["table"]
@@ -158,50 +211,72 @@ class Transformer:
 
     def cache(
         self, batch: int, length: int, unrolled: bool = True, params: Params | None = None, kind: str = "float"
-    ) -> dict:
-        """A key-value cache for `length` positions of `batch` rows. `segments` 0 marks what is not written.
-
-        `kind`: one of kv_cache.KINDS. Recurrent layers have a state in its place. Stacked, layers of several kinds are
-        a dict by kind.
+    ) -> Cache:
+        """A cache for `length` tokens of `batch` rows; `kind`: one of kv_cache.KINDS.
 
         It is empty unless `params` hold virtual tokens (prefix and prompt tuning): these stand at its start.
         """
         c = self.config
-        shape = (batch * c.kv_heads, length, c.head_dim)
-        keys = lambda lead: {n: kv_cache.encode(jnp.zeros(lead + shape, self.dtype), kind) for n in ("k", "v")}
-        one = lambda block, lead=(): keys(lead) if block == "attn" else initial(c, (*lead, batch), self.dtype)
-        if unrolled:
-            layers = tuple(map(one, c.kinds))
-        else:
-            layers = {block: one(block, (c.kinds.count(block),)) for block in set(c.kinds)}
+
+        def keeps(name: str, lead: tuple[int, ...]) -> Any:
+            return KINDS[name].cache(c, lead, batch, length, self.dtype, kind)
+
+        layers: Any = tuple(keeps(name, ()) for name in c.kinds)
+        if not unrolled:
+            layers = {name: keeps(name, (c.kinds.count(name),)) for name in sorted(set(c.kinds))}
             layers = layers if len(layers) > 1 else layers[c.kinds[0]]
         positions = segments = jnp.zeros((batch, length), jnp.int32)
         virtual = virtual_tokens(params or {})
         if virtual:
-            repeat = lambda x: jnp.tile(x.astype(self.dtype), (*(1,) * (x.ndim - 3), batch, 1, 1))  # [B*K,P,H]
-            behind = lambda first, rest: jnp.concatenate([first, rest], -2)
-            stored = lambda x: kv_cache.encode(repeat(x), kind)
-            before = lambda first, rest: rest if first is None else jax.tree.map(behind, stored(first), rest)
-            layers = jax.tree.map(before, self._virtual(params), layers, is_leaf=lambda x: x is None)
+            layers = _behind(self._virtual(params), layers, batch, self.dtype, kind)
             first = jnp.broadcast_to(jnp.arange(virtual, dtype=jnp.int32), (batch, virtual))
             positions = jnp.concatenate([first, positions], 1)
             segments = jnp.concatenate([jnp.full_like(first, -1), segments], 1)
-        return {"layers": layers, "index": jnp.int32(virtual), "positions": positions, "segments": segments}
+        return Cache(jnp.int32(virtual), layers, positions, segments)
 
     def _virtual(self, params: Params) -> Any:
-        """Keys and values [K,P,H] of the virtual tokens, in the shape of a cache's layers; None for recurrent ones."""
+        """Keys and values [K,P,H] of the virtual tokens, in the shape of a cache's layers; None where there are none.
+
+        Raises UserError for a prompt of a model that looks both ways: what it computes for a prompt depends on the
+        document.
+        """
         layers = params["layers"]
         if "prompt" not in params:
-            one = lambda p: {n: getattr(p["attn"]["prefix"], n).swapaxes(-3, -2) for n in ("k", "v")}
             if isinstance(layers, tuple):
-                return tuple(one(p) if "attn" in p else None for p in layers)
-            return {"attn": one(layers), "recurrent": None} if "recurrent" in layers else one(layers)
+                return tuple(map(_prefix, layers))
+            others = [name for name in KINDS if name in layers and name != "attn"]
+            return {"attn": _prefix(layers), **dict.fromkeys(others)} if others else _prefix(layers)
+        if not self.config.causal:
+            raise UserError("prompt tuning needs a model that looks back only", "peft.name", "use prefix")
         x = params["prompt"].table.astype(self.dtype)[None]
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         x = self.embedded(params, x, positions)
         empty = self.cache(1, x.shape[1], isinstance(layers, tuple))
         ctx = context(self.config, positions, jnp.ones_like(positions), empty, self.attention)
-        return self._layers(layers, x, ctx, empty["layers"])[1]
+        return self._layers(layers, x, ctx, empty.layers)[1]
+
+
+def _prefix(layer: Params) -> KV | None:
+    """The trained keys and values of a layer, or of a stack of them."""
+    if "attn" not in layer:
+        return None
+    prefix = layer["attn"]["prefix"]
+    return KV(prefix.k.swapaxes(-3, -2), prefix.v.swapaxes(-3, -2))
+
+
+def _behind(virtual: Any, layers: Any, batch: int, dtype: str, kind: str) -> Any:
+    """A cache's `layers` behind the keys and values [K,P,H] of virtual tokens, which are the same for every row."""
+
+    def stored(x: Array) -> Any:
+        rows = jnp.tile(x.astype(dtype), (*(1,) * (x.ndim - 3), batch, 1, 1))  # [B*K,P,H]
+        return kv_cache.encode(rows, kind)
+
+    def behind(first: Array | None, rest: Any) -> Any:
+        if first is None:
+            return rest
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b], -2), stored(first), rest)
+
+    return jax.tree.map(behind, virtual, layers, is_leaf=lambda x: x is None)
 
 
 def virtual_tokens(params: Params) -> int:
@@ -221,4 +296,4 @@ def constrain(x: Array) -> Array:
 
 def unstack(params: Params, config: ModelConfig) -> Params:
     """The stacked layers as a tuple of trees, for unrolled decoding."""
-    return {**params, "layers": tuple(pick(params["layers"], config.kinds, i) for i in range(config.layers))}
+    return {**params, "layers": tuple(stack.pick(params["layers"], config.kinds, i) for i in range(config.layers))}

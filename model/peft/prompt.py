@@ -11,6 +11,7 @@ import jax
 from jax import Array
 
 from model import weights
+from model.net.kinds import without_columns
 from model.weights import Extra, Params, Spec, Specs, Transform
 
 
@@ -31,11 +32,11 @@ class Prompt(Extra):
 def make(*, tokens: int = 20) -> Transform:
     """A Transform that adds `tokens` virtual tokens, which start as embeddings of tokens drawn from the vocabulary.
 
-    Raises ValueError for a model with recurrent layers.
+    Raises ValueError for a model with layers that keep no key and value for each token.
     """
 
     def transform(params: Params, specs: Specs, key: Array) -> Params:
-        if "recurrent" in specs["layers"]:
+        if without_columns(specs["layers"]):
             raise ValueError("prompt tuning needs attention in every layer")
         spec = specs["embed"]["table"]
         ids = jax.random.randint(key, (tokens,), 0, spec.shape[0])

@@ -30,15 +30,14 @@ def measure(
     errors: dict[str, dict[str, Array]] = {}
     chosen = lambda path, spec: spec.eqn and re.fullmatch(where, f"layers/{path}")
     for i in range(model.config.layers):
-        windowed = bool(model.config.windows and model.config.windows[i])
-        params = layer(i)
-        y = run_layer(model, windowed, params, x)
+        which, params = (model.config.kinds[i], model.config.windowed[i]), layer(i)
+        y = run_layer(model, which, params, x)
         for path, spec in jax.tree.leaves_with_path(model.specs["layers"], is_leaf=weights.is_spec):
             if not chosen(path := weights.name(path), spec):
                 continue
             for format, encode in encoders.items():
                 rounded = functools.partial(_rounded, path, spec.eqn, encode)
-                other = run_layer(model, windowed, weights.map_named(rounded, params), x)
+                other = run_layer(model, which, weights.map_named(rounded, params), x)
                 total = errors.setdefault(f"layers/{path}", {})
                 total[format] = total.get(format, 0) + float(_relative(other, y))
         x = np.asarray(y)

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from model import weights
-from model.net.layers import Block, context
+from model.net.attention import context
 from model.net.transformer import Transformer
 from model.quant._matrix import Format, Quantised, Rounded, fit, letters, matrix, nearest, spread
 from model.weights import Params, Spec, Weight
@@ -160,9 +160,8 @@ def calibrate(
     other tokens each.
     """
     for i in range(model.config.layers):
-        windowed = bool(model.config.windows and model.config.windows[i])
-        params = layer(i)
-        seen = functools.reduce(_add, (_observe(model, windowed, where, params, x) for x in xs))
+        which, params = (model.config.kinds[i], model.config.windowed[i]), layer(i)
+        seen = functools.reduce(_add, (_observe(model, which, where, params, x) for x in xs))
         leaves, errors = {}, {}
         for same, inputs in seen.items():
             upper = functools.cache(functools.partial(factor, inputs.gram))
@@ -171,7 +170,7 @@ def calibrate(
                 leaves[path] = solve(method, w, eqn, inputs, upper, encoder(f"layers/{path}"))
                 errors[path] = float(output_error(w, eqn, leaves[path], inputs.gram))
         params = weights.map_named(lambda path, w, new=leaves: new.get(path, w), params)
-        xs = [np.asarray(run_layer(model, windowed, params, x)) for x in xs]
+        xs = [np.asarray(run_layer(model, which, params, x)) for x in xs]
         yield jax.tree.map(np.asarray, params), errors
 
 
@@ -180,16 +179,24 @@ def _add(a: dict[tuple, Inputs], b: dict[tuple, Inputs]) -> dict[tuple, Inputs]:
     return {key: joined(a[key], b[key]) for key in a}
 
 
+Which = tuple[str, bool]  # the kind of a layer, and whether it has a window
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def run_layer(model: Transformer, windowed: bool, params: Params, x: Array) -> Array:
+def run_layer(model: Transformer, which: Which, params: Params, x: Array) -> Array:
     """What one layer makes of x [B,T,D]."""
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    return _layer(model, which, params, x)
+
+
+def _layer(model: Transformer, which: Which, params: Params, x: Array) -> Array:
+    (kind, windowed), shape = which, x.shape[:2]
+    positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
     ctx = context(model.config, positions, jnp.ones_like(positions), None, model.attention)
-    return Block(model.config).apply({"params": params}, x, ctx, None, windowed)[0]
+    return model.layer(kind, x, params, None, windowed, ctx)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _observe(model: Transformer, windowed: bool, where: str, params: Params, x: Array) -> dict[tuple, Inputs]:
+def _observe(model: Transformer, which: Which, where: str, params: Params, x: Array) -> dict[tuple, Inputs]:
     """What a layer's matrices see: {((path, equation), ...) of those that see the same: Inputs}."""
     seen: dict[tuple[str, str], Array] = {}
 
@@ -198,7 +205,7 @@ def _observe(model: Transformer, windowed: bool, where: str, params: Params, x: 
         return Probe(w, (path, spec.eqn), seen) if chosen else w
 
     params = weights.map_named(probe, model.specs["layers"], params, is_leaf=weights.is_spec)
-    run_layer.__wrapped__(model, windowed, params, x)
+    _layer(model, which, params, x)
     same: dict[int, list] = {}
     for at, value in seen.items():
         same.setdefault(id(value), []).append(at)

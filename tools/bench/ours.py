@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from configs.models import SHAPES
 from infer.models import load
+from model import build
 from model.config import ModelConfig
 from model.net.transformer import Transformer
 from model.weights import Params
@@ -22,7 +23,7 @@ from tools.bench.worker import Round, decoding, peak_memory, serve, timed
 def opened(model: str, dtype: str) -> tuple[Transformer, Params]:
     """A model by its name, or one of a shape's name with random weights, which says no less about speed."""
     if model in SHAPES:
-        random = Transformer(ModelConfig(**SHAPES[model]), dtype, dtype)
+        random = build.network(ModelConfig.from_dict(SHAPES[model]), dtype)
         return random, jax.jit(random.init)(jax.random.key(0))
     lm = load(model, dtype=dtype)
     return lm.model, lm.params
@@ -33,7 +34,6 @@ def train(model: str, peft: str, batch: int, length: int, steps: int, dtype: str
 
     `dtype` is that of activations; weights are float32."""
     from configs import base
-    from model import build
     from train import init, inputs
     from train.keep import flags
     from train.mesh import make_mesh

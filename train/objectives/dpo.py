@@ -23,7 +23,7 @@ def make(model: Any, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Obje
 
     def logps(params: Any, batch: dict) -> Array:
         """Sum of log p over a row's masked targets [B]."""
-        x, _ = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"])
+        x = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"]).x
         return head.token_logps(model, params, x, batch["targets"], batch["mask"]).sum(-1)
 
     def loss(params: Any, batch: dict, key: Array) -> dict:

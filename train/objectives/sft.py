@@ -15,7 +15,7 @@ def make(model: Any) -> Objective:
 
     def loss(params: Any, batch: dict, key: Array) -> dict:
         policy = params["policy"]
-        x, _ = model.hidden(policy, batch["tokens"], batch["positions"], batch["segments"])
+        x = model.hidden(policy, batch["tokens"], batch["positions"], batch["segments"]).x
         nll = head.nll(model, policy, x, batch["targets"], batch["mask"])
         return {"loss": (nll, batch["mask"].sum())}
 

@@ -1,0 +1,128 @@
+"""Stacks of layers: parameters, caches and reports of all layers as one tree, and the loop over them.
+
+Layers of several kinds are stacked by what they have: norms and MLPs over all layers, "attn" and "recurrent" over the
+layers of that kind. So a method finds "layers/attn/wq" where it is in any model.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from model.config import LAYERS, ModelConfig
+from model.weights import Params
+
+Reports = dict[str, Any]  # name -> value
+
+
+class Layer(Protocol):
+    """(kind, x [B,T,D], parameters, cache, whether it has a window) -> (x, cache, reports)."""
+
+    def __call__(
+        self, kind: str, x: Array, params: Params, cache: Any, windowed: bool | Array, /
+    ) -> tuple[Array, Any, Reports]: ...
+
+
+def join(stacks: dict[str, Params], config: ModelConfig) -> Params:
+    """{kind: parameters stacked over its layers} as one tree; what several kinds have is stacked over all layers."""
+    order = np.argsort(np.concatenate([config.stack(f"{LAYERS}/{kind}") for kind in stacks]))
+
+    def whole(*each: Array) -> Array:
+        return each[0] if len(each) < len(stacks) or len(stacks) == 1 else jnp.concatenate(each)[order]
+
+    names = dict.fromkeys(part for stack in stacks.values() for part in stack)
+    parts = {name: [stack[name] for stack in stacks.values() if name in stack] for name in names}
+    return {name: jax.tree.map(whole, *trees) for name, trees in parts.items()}
+
+
+def pick(stacked: Params, kinds: Sequence[str], i: int) -> Params:
+    """Layer i of stacked parameters; `kinds` are those of the layers."""
+    out = {}
+    for part, tree in stacked.items():
+        if part not in kinds:
+            out[part] = _at(tree, i)
+        elif part == kinds[i]:
+            out[part] = _at(tree, kinds[:i].count(part))
+    return out
+
+
+def _at(tree: Any, i: int) -> Any:
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def gather(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One dict for each layer -> {name: its values, stacked over the layers that have it}."""
+    names = dict.fromkeys(name for one in each for name in one)
+    values = {name: [one[name] for one in each if name in one] for name in names}
+    return {name: jax.tree.map(lambda *xs: jnp.stack(xs), *trees) for name, trees in values.items()}
+
+
+def unrolled(
+    layer: Layer, x: Array, layers: Sequence[Params], caches: Sequence[Any] | None, config: ModelConfig
+) -> tuple[Array, tuple | None, Reports]:
+    """One layer after the other, of a tuple of parameters; no slice of a stack is copied."""
+    kept, reports = [], []
+    for i, (kind, params, windowed) in enumerate(zip(config.kinds, layers, config.windowed, strict=True)):
+        x, cache, report = layer(kind, x, params, caches and caches[i], windowed)
+        kept.append(cache)
+        reports.append(report)
+    return x, tuple(kept) if caches else None, gather(reports)
+
+
+def scan(layer: Layer, x: Array, layers: Params, caches: Any, config: ModelConfig) -> tuple[Array, Any, Reports]:
+    """A loop over stacked layers; `caches` is a stack, {kind: stack} of several kinds, or None.
+
+    Where layers are of several kinds, a turn of the loop takes a period of them; what does not fill one comes behind.
+    """
+    windowed = jnp.asarray(config.windowed)
+    if len(set(config.kinds)) == 1:
+
+        def one(x: Array, layer_i: tuple) -> tuple[Array, tuple]:
+            x, cache, report = layer(config.kinds[0], x, *layer_i)
+            return x, (cache, report)
+
+        x, (caches, reports) = jax.lax.scan(one, x, (layers, caches, windowed))
+        return x, caches, reports
+
+    period, turns = config.blocks, config.layers // len(config.blocks)
+    stacks = (layers, caches or {}, {"windowed": windowed})
+
+    def some(x: Array, stacks: tuple, kinds: Sequence[str]) -> tuple[Array, tuple[dict, Reports]]:
+        """Layers of these kinds, from the start of a period; stacks of what each kind keeps, and of reports."""
+        layers, caches, flags = stacks
+        kept, reports = [], []
+        for i, kind in enumerate(kinds):
+            before = pick(caches, period, i).get(kind)
+            x, cache, report = layer(kind, x, pick(layers, period, i), before, flags["windowed"][i])
+            kept.append({} if before is None else {kind: cache})
+            reports.append(report)
+        return x, (gather(kept), gather(reports))
+
+    whole, rest = zip(*(_split(tree, period, turns) for tree in stacks))
+    x, looped = jax.lax.scan(lambda x, turn: some(x, turn, period), x, whole)
+    x, last = some(x, rest, period[: config.layers % len(period)])
+    caches, reports = (_behind(a, b) for a, b in zip(looped, last))
+    return x, caches or None, reports
+
+
+def _split(stacked: dict[str, Any], period: Sequence[str], turns: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `turns` turns of a loop take of each stack [turns, layers of a turn, ...], and the rest."""
+    looped, rest = {}, {}
+    for part, tree in stacked.items():
+        n = period.count(part) if part in period else len(period)
+        looped[part] = jax.tree.map(lambda a, n=n: a[: turns * n].reshape(turns, n, *a.shape[1:]), tree)
+        rest[part] = jax.tree.map(lambda a, n=n: a[turns * n :], tree)
+    return looped, rest
+
+
+def _behind(looped: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `_split`, of stacks by name."""
+    out = {}
+    for name, tree in looped.items():
+        out[name] = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
+        if name in rest:
+            out[name] = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out[name], rest[name])
+    return out
