@@ -42,12 +42,12 @@ def get_config() -> ConfigDict:
     c.data.source = "pydocs"  # see data/sources.py; several with weights: "pydocs:0.7,sotu:0.3"
     c.data.eval_source = ""  # held-out records; "": cut from `source` by `holdout`
     c.data.holdout = 0.05  # share of the documents kept out of training for held-out loss
-    c.data.format = "auto"  # | text | messages | prompt_completion | alpaca | sharegpt | preference
+    c.data.format = "auto"  # by the columns of the records | one of FORMATS in data/formats.py
     c.data.fields = ""  # rename columns: "prompt=question,completion=answer"
     c.data.tokenizer = ""  # see data/text/tokenizer.py; "": the one of `init`, else bytes
     c.data.seq_len = 256  # T
     c.data.batch_size = 8  # B, rows a step over all hosts
-    c.data.packing = "best_fit"  # | "concat" (documents are split) | "none" (one a row, padded; preference pairs)
+    c.data.packing = "best_fit"  # | "concat" (documents are split) | "none" (one a row, padded; answers and labels)
     c.data.truncate = True  # cut documents longer than seq_len; False: they count as bad rows
     c.data.max_bad = 0.001  # share of bad rows skipped before it is an error
     c.data.shuffle = True  # a new order every epoch, from `seed`

@@ -1,15 +1,17 @@
 """Tokenised documents on disk: flat, memory-mapped, named by the fingerprint of all that made them.
 
 A folder holds tokens.bin (uint16 or uint32, documents end to end), mask.bin (a bit a token: is the next one learnt),
-offsets.bin (int64, documents + 1), hashes.bin (uint64 a document) and index.json (sizes, sha256, the report).
+offsets.bin (int64, documents + 1), hashes.bin (uint64 a document) and index.json (sizes, sha256, the report). Where
+documents have them, columns.bin (float64 [documents, columns]) and tags.bin (int16, a tag a token) stand beside.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +19,7 @@ import numpy as np
 from common import files
 from common.errors import UserError
 
+VERSION = 2  # of the files; a cache of another version is made again
 FILES = ("tokens.bin", "mask.bin", "offsets.bin", "hashes.bin")
 INDEX = "index.json"
 
@@ -29,6 +32,8 @@ class Document(NamedTuple):
     ids: list[int]
     learnt: list[int] | None  # 1 where the token itself counts in the loss; None: all
     hash: int  # of the text that decides on which side of the held-out split it falls
+    columns: Mapping[str, float] = MappingProxyType({})  # numbers; all documents of a cache have the same ones
+    tags: list[int] | None = None  # a number a token, -1 for none; int16
 
 
 def write(folder: Path, documents: Iterable[Document], index: dict, vocab_size: int, check: Callable) -> None:
@@ -43,32 +48,44 @@ def write(folder: Path, documents: Iterable[Document], index: dict, vocab_size: 
     try:
         with files.folder(folder, INDEX) as work:
             dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-            count, tokens = _write_arrays(work, documents, dtype)
+            written = _write_arrays(work, documents, dtype)
             check()
-            sizes = {name: {"bytes": (work / name).stat().st_size, "sha256": sha256(work / name)} for name in FILES}
-            index = {**index, "dtype": dtype, "sequences": count, "tokens": tokens, "files": sizes}
+            sizes = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in work.iterdir()}
+            index = {**index, **written, "layout": VERSION, "dtype": dtype, "files": sizes}
             (work / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False), "utf-8")
     except FileExistsError:  # another process was faster, with the same bytes
         if not (folder / INDEX).is_file():
             raise
 
 
-def _write_arrays(work: Path, documents: Iterable[Document], dtype: str) -> tuple[int, int]:
-    ends, hashes, bits = [0], [], np.zeros(0, np.uint8)
-    with open(work / "tokens.bin", "wb") as tokens, open(work / "mask.bin", "wb") as masks:
-        for ids, learnt, digest in documents:
-            tokens.write(np.asarray(ids, dtype).tobytes())
-            mask = np.ones(len(ids), np.uint8) if learnt is None else np.asarray(learnt, np.uint8)
-            bits = np.concatenate([bits, mask[1:], [0]]).astype(np.uint8)  # the last token has no next one
+def _write_arrays(work: Path, documents: Iterable[Document], dtype: str) -> dict:
+    """The arrays of a cache; what the index says of them."""
+    ends, hashes, columns, bits, names = [0], [], [], np.zeros(0, np.uint8), ()
+    with (
+        open(work / "tokens.bin", "wb") as tokens,
+        open(work / "mask.bin", "wb") as masks,
+        open(work / "tags.bin", "wb") as tags,
+    ):
+        for document in documents:
+            tokens.write(np.asarray(document.ids, dtype).tobytes())
+            learnt = np.ones(len(document.ids)) if document.learnt is None else document.learnt
+            bits = np.concatenate([bits, learnt[1:], [0]]).astype(np.uint8)  # the last token has no next one
             whole = len(bits) // 8 * 8
             masks.write(np.packbits(bits[:whole]).tobytes())
             bits = bits[whole:]
-            ends.append(ends[-1] + len(ids))
-            hashes.append(digest)
+            ends.append(ends[-1] + len(document.ids))
+            hashes.append(document.hash)
+            names = tuple(document.columns)
+            columns.append(tuple(document.columns.values()))
+            tags.write(np.asarray(document.tags or (), np.int16).tobytes())
         masks.write(np.packbits(bits).tobytes())
     np.asarray(ends, np.int64).tofile(work / "offsets.bin")
     np.asarray(hashes, np.uint64).tofile(work / "hashes.bin")
-    return len(hashes), ends[-1]
+    if not (work / "tags.bin").stat().st_size:
+        (work / "tags.bin").unlink()
+    if names:
+        np.asarray(columns, np.float64).tofile(work / "columns.bin")
+    return {"sequences": len(hashes), "tokens": ends[-1], "columns": names}
 
 
 class Stored(NamedTuple):
@@ -77,6 +94,8 @@ class Stored(NamedTuple):
     offsets: np.ndarray  # int64 [documents + 1]
     hashes: np.ndarray  # uint64 [documents]
     index: dict
+    columns: np.ndarray | None = None  # float64 [documents, columns], named by index["columns"]
+    tags: np.ndarray | None = None  # int16 [N], -1 for none
 
     def mask(self, slots: np.ndarray) -> np.ndarray:
         """1 where the token behind slot s counts in the loss. float32, the shape of `slots`."""
@@ -87,17 +106,26 @@ def read(folder: Path, check_hashes: bool = False) -> Stored:
     """Maps a cache; raises Broken when a file is missing, has another size or, if asked, another sha256."""
     try:
         index = json.loads((folder / INDEX).read_text("utf-8"))
-        for name in FILES:
+        if (layout := index.get("layout", 1)) != VERSION:
+            raise Broken(f"written in layout {layout}, this version reads {VERSION}", str(folder))
+        for name, file in index["files"].items():
             size = (folder / name).stat().st_size
-            if size != index["files"][name]["bytes"]:
-                raise Broken(f"{name} has {size} bytes, not {index['files'][name]['bytes']}", str(folder))
-            if check_hashes and sha256(folder / name) != index["files"][name]["sha256"]:
+            if size != file["bytes"]:
+                raise Broken(f"{name} has {size} bytes, not {file['bytes']}", str(folder))
+            if check_hashes and sha256(folder / name) != file["sha256"]:
                 raise Broken(f"{name} does not have the sha256 it was written with", str(folder))
         dtypes = (np.dtype(index["dtype"]), np.uint8, np.int64, np.uint64)
         arrays = [np.memmap(folder / name, dtype, "r") for name, dtype in zip(FILES, dtypes)]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        columns = tags = None
+        if "columns.bin" in index["files"]:
+            columns = np.memmap(folder / "columns.bin", np.float64, "r").reshape(-1, len(index["columns"]))
+        if "tags.bin" in index["files"]:
+            tags = np.memmap(folder / "tags.bin", np.int16, "r")
+    except Broken:
+        raise
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise Broken(f"not a token cache ({error})", str(folder), "delete it; it is made again") from None
-    stored = Stored(*arrays, index)
+    stored = Stored(*arrays, index, columns, tags)
     if len(stored.offsets) != index["sequences"] + 1 or stored.offsets[-1] != len(stored.tokens):
         raise Broken("the offsets do not fit the tokens", str(folder), "delete it; it is made again")
     return stored

@@ -16,18 +16,17 @@ import numpy as np
 from common.errors import UserError
 from data import cache, formats, sources
 from data.cache import Document
-from data.formats import Chat, Completion, Example, Pair, Text
-from data.text import chat
+from data.examples import Chat, Example
 from data.text.tokenizer import Tokenizer
 
 VERSION = 1  # goes up when the same input gives other documents
-KINDS = {Text: "text", Completion: "completion", Chat: "completion", Pair: "pair"}
-SHOWN = 5  # bad rows kept in the report
+CAUSES = 100  # different reasons of bad rows that are counted apart
+SHOWN = 5  # of them, in messages
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Documents of one kind: "text" (all learnt, may be cut into pieces), "completion", or "pair" (two a item)."""
+    """Items of one kind (data.examples), each a document for each of its sides."""
 
     stored: cache.Stored
     folder: Path
@@ -37,12 +36,22 @@ class Dataset:
         return self.stored.index["kind"]
 
     @property
+    def sides(self) -> tuple[str, ...]:
+        """As in a batch: one for texts and completions, two for pairs, K for answers."""
+        return tuple(self.stored.index["sides"])
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the numbers that every document has."""
+        return tuple(self.stored.index["columns"])
+
+    @property
     def fingerprint(self) -> str:
         return self.stored.index["fingerprint"]
 
     @property
     def report(self) -> dict:
-        """documents, tokens, learnt (tokens in the loss), bad, first_bad."""
+        """documents, tokens, learnt (tokens in the loss), bad, causes {reason: (bad rows, the first one)}."""
         return self.stored.index["report"]
 
     @cached_property
@@ -50,15 +59,15 @@ class Dataset:
         return np.diff(self.stored.offsets)
 
     def __len__(self) -> int:
-        """Documents; pairs count once."""
-        return len(self.stored.hashes) // (2 if self.kind == "pair" else 1)
+        """Items: the answers to a prompt count once."""
+        return len(self.stored.hashes) // len(self.sides)
 
     def split(self, holdout: float) -> tuple[np.ndarray, np.ndarray]:
-        """Document numbers for training and held out. A document's side depends on its own text alone.
+        """Item numbers for training and held out. Where an item goes depends only on its prompt, or on its text.
 
-        With 2 documents or more and holdout > 0, one at least is held out.
+        With 2 items or more and holdout > 0, one at least is held out.
         """
-        hashes = self.stored.hashes[:: 2 if self.kind == "pair" else 1]
+        hashes = self.stored.hashes[:: len(self.sides)]
         out = hashes < np.uint64(min(int(holdout * 2**64), 2**64 - 1))
         if holdout > 0 and not out.any() and len(hashes) > 1:
             out = hashes == hashes.min()
@@ -91,8 +100,8 @@ def prepare(
         except cache.Broken as error:
             logging.warning("made again: %s", error)
             shutil.rmtree(path)
-    index = {"version": VERSION, "fingerprint": fingerprint, "source": source, "kind": ""}
-    index["report"] = {"documents": 0, "tokens": 0, "learnt": 0, "bad": 0, "first_bad": []}
+    index = {"version": VERSION, "fingerprint": fingerprint, "source": source, "kind": "", "sides": ()}
+    index["report"] = {"documents": 0, "tokens": 0, "learnt": 0, "bad": 0, "causes": {}}
     documents = _documents(source, tokenizer, form, formats.parse_fields(fields), index)
     cache.write(path, documents, index, tokenizer.vocab_size, lambda: _check(index["report"], source, max_bad))
     return Dataset(cache.read(path), path)
@@ -101,24 +110,29 @@ def prepare(
 def _check(report: dict, source: str, max_bad: float) -> None:
     total = report["documents"] + report["bad"]
     if report["bad"] > max_bad * total:
-        shown = "; ".join(report["first_bad"])
-        raise UserError(
-            f"{report['bad']} of {total} records are bad: {shown}", source, "mend them, or raise data.max_bad"
-        )
+        problem = f"{report['bad']} of {total} records are bad: {'; '.join(causes(report['causes']))}"
+        raise UserError(problem, source, "mend them, or raise data.max_bad")
     if not report["documents"]:
         raise UserError("no records", source)
+
+
+def causes(found: dict[str, tuple[int, str]]) -> list[str]:
+    """Lines on the most frequent reasons of bad rows: each with its count and its first row."""
+    ordered = sorted(found.items(), key=lambda item: -item[1][0])
+    lines = [f"{reason} ({n:,} row{'s' * (n > 1)}, first: {first})" for reason, (n, first) in ordered[:SHOWN]]
+    return [*lines, f"and {len(ordered) - SHOWN} more reasons"] if len(ordered) > SHOWN else lines
 
 
 def has_chats(source: str, form: str = "auto", fields: str = "") -> bool:
     """Whether the first readable record is a chat."""
     first = next(_examples(source, form, fields), None)
-    return isinstance(first.chosen if isinstance(first, Pair) else first, Chat)
+    return first is not None and isinstance(first.parts()[0], Chat)
 
 
 def texts(source: str, form: str = "auto", fields: str = "") -> Iterator[str]:
     """The plain text of every readable record; what a tokenizer is trained on."""
     for found in _examples(source, form, fields):
-        yield _plain(found.chosen if isinstance(found, Pair) else found)
+        yield found.plain()
 
 
 def _examples(source: str, form: str, fields: str) -> Iterator[Example]:
@@ -129,38 +143,29 @@ def _examples(source: str, form: str, fields: str) -> Iterator[Example]:
             yield formats.example(row.record or {}, form, names)
 
 
-def _plain(found: Text | Completion | Chat) -> str:
-    if isinstance(found, Chat):
-        return "\n".join(message["content"] for message in found.messages)
-    return "".join(found)
-
-
 # ---- records to documents ----
 
 
 def _documents(source: str, tokenizer: Tokenizer, form: str, fields: dict, index: dict) -> Iterator[Document]:
-    """Fills `index` (kind, report) while it goes."""
-    report = index["report"]
-
-    def bad(where: str, reason: str) -> None:
-        report["bad"] += 1
-        if len(report["first_bad"]) < SHOWN:
-            report["first_bad"].append(f"{where}: {reason}")
-
-    rows = sources.rows(source)
+    """Fills `index` (kind, sides, report) while it goes."""
+    report, rows = index["report"], sources.rows(source)
     while block := list(islice(rows, 256)):
-        examples = [_example(row, form, fields, bad) for row in block]
-        plain = iter(tokenizer.encode_batch([e.text for e in examples if isinstance(e, Text)]))
-        for row, found in zip(block, examples):
+        examples = [_example(row, form, fields, report) for row in block]
+        texts = [found.texts() if found else [] for found in examples]
+        encoded = iter(tokenizer.encode_batch([text for each in texts for text in each]))
+        for row, found, own in zip(block, examples, texts, strict=True):
+            ids = iter([next(encoded) for _ in own])
             if found is None:
                 continue
-            index["kind"] = index["kind"] or KINDS[type(found)]
+            index["kind"], index["sides"] = index["kind"] or found.kind, index["sides"] or found.sides
             try:
-                if KINDS[type(found)] != index["kind"]:
-                    raise UserError(f"a {KINDS[type(found)]} record among {index['kind']} records")
-                documents = _tokenise(found, tokenizer, plain)
+                if found.kind != index["kind"]:
+                    raise UserError(f"a {found.kind} record among {index['kind']} records")
+                documents = found.documents(tokenizer, ids)
+                if not all(map(_learnt, documents)):
+                    raise UserError("no token to learn")
             except UserError as error:
-                bad(row.where, str(error))
+                _bad(report, row.where, str(error))
                 continue
             report["documents"] += 1
             for document in documents:
@@ -169,53 +174,25 @@ def _documents(source: str, tokenizer: Tokenizer, form: str, fields: dict, index
                 yield document
 
 
-def _example(row: sources.Row, form: str, fields: dict, bad) -> Example | None:
+def _example(row: sources.Row, form: str, fields: dict, report: dict) -> Example | None:
     if row.record is None:
-        bad(row.where, row.reason)
+        _bad(report, row.where, row.reason)
         return None
     try:
         return formats.example(row.record, form, fields)
     except UserError as error:
-        bad(row.where, str(error))
+        _bad(report, row.where, str(error))
         return None
 
 
-def _tokenise(found: Example, tokenizer: Tokenizer, plain: Iterator[list[int]]) -> list[Document]:
-    if isinstance(found, Text):
-        ids = [*_start(tokenizer), *next(plain), *_end(tokenizer)]
-        documents = [Document(ids, None, _hash(found.text))]
-    elif isinstance(found, Pair):
-        documents = [_answer(side, tokenizer) for side in found]
-    else:
-        documents = [_answer(found, tokenizer)]
-    if not all(map(_learnt, documents)):
-        raise UserError("no token to learn")
-    return documents
-
-
-def _answer(found: Completion | Chat, tokenizer: Tokenizer) -> Document:
-    """The completion or the assistant's turns are learnt, and their end token even where padding has the same id."""
-    if isinstance(found, Chat):
-        ids, learnt = chat.tokens_and_mask(found.messages, tokenizer, found.tools, found.first)
-        return Document(ids, learnt, _hash(json.dumps(found.messages[: found.first] or found.messages)))
-    prompt = [*_start(tokenizer), *tokenizer.encode(found.prompt)]
-    completion = [*tokenizer.encode(found.completion), *_end(tokenizer)]
-    learnt = [0] * len(prompt) + [1] * len(completion)
-    return Document(prompt + completion, learnt, _hash(found.prompt or found.completion))
-
-
-def _start(tokenizer: Tokenizer) -> list[int]:
-    return [tokenizer.bos_id] if tokenizer.add_bos else []
-
-
-def _end(tokenizer: Tokenizer) -> list[int]:
-    return [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+def _bad(report: dict, where: str, reason: str) -> None:
+    report["bad"] += 1
+    causes = report["causes"]
+    reason = reason if reason in causes or len(causes) < CAUSES else "other reasons"
+    count, first = causes.get(reason, (0, where))
+    causes[reason] = (count + 1, first)
 
 
 def _learnt(document: Document) -> int:
     """Tokens that are a target and count; the first token of a document is no target."""
     return len(document.ids) - 1 if document.learnt is None else sum(document.learnt[1:])
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")

@@ -1,48 +1,38 @@
-"""Records of any usual shape to one of four examples: text, prompt and completion, messages, or a preference pair."""
+"""Records of any usual shape to examples: text, prompt and completion, messages, a preference pair, answers, tags."""
 
-from typing import NamedTuple
+import math
 
 from common.errors import UserError
+from data.examples import Chat, Completion, Example, Group, Pair, Scored, Tagged, Text
 
-FORMATS = ("auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt", "preference")
+# Format -> the kind of batch that its records make (data.rows.batch.KINDS); the rules of a config read this too.
+FORMATS = {
+    "auto": "",
+    "text": "lm",
+    "messages": "lm",
+    "prompt_completion": "lm",
+    "alpaca": "lm",
+    "sharegpt": "lm",
+    "tagged": "lm",
+    "labelled": "lm",
+    "rated": "lm",
+    "preference": "pair",
+    "ranked": "group",
+}
 # "auto" takes the first shape whose columns are all there.
 SHAPES = {
     "preference": {"chosen", "rejected"},
+    "ranked": {"prompt", "answers"},
     "messages": {"messages"},
     "sharegpt": {"conversations"},
     "prompt_completion": {"prompt", "completion"},
     "alpaca": {"instruction", "output"},
     "text": {"text"},
+    "tagged": {"tokens", "tags"},
 }
+SCORED = {"labelled": "label", "rated": "rating"}  # one of the shapes of text or chat, and this column
 ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant", "bard": "assistant"}
 ROLES |= {"observation": "tool", "function_response": "tool", "model": "assistant"}
-
-
-class Text(NamedTuple):
-    text: str
-
-
-class Completion(NamedTuple):
-    prompt: str
-    completion: str
-
-
-class Chat(NamedTuple):
-    """Assistant turns from message `first` on are learnt."""
-
-    messages: list[dict]
-    first: int = 0
-    tools: list | None = None
-
-
-class Pair(NamedTuple):
-    """Two answers to one prompt, each a Completion or a Chat."""
-
-    chosen: Completion | Chat
-    rejected: Completion | Chat
-
-
-Example = Text | Completion | Chat | Pair
 
 
 def parse_fields(spec: str) -> dict[str, str]:
@@ -71,10 +61,20 @@ def example(record: dict, form: str = "auto", fields: dict[str, str] | None = No
     if form not in FORMATS:
         raise UserError(f"unknown format {form!r}", "data.format", f"one of {' '.join(FORMATS)}")
     form = detect(record) if form == "auto" else form
+    if form in SCORED:
+        return _scored(record, SCORED[form])
     for column in sorted(SHAPES[form]):
         if record.get(column) is None:
             raise UserError(f"no column {column!r}")
     return READERS[form](record)
+
+
+def _scored(record: dict, column: str) -> Scored:
+    value = _number(record.get(column), column)
+    found = example(record)
+    if not isinstance(found, Text | Completion | Chat):
+        raise UserError(f"a {found.kind} record takes no {column}")
+    return Scored(found, column, value)
 
 
 def _text(record: dict) -> Text:
@@ -118,6 +118,36 @@ def _preference(record: dict) -> Pair:
     return Pair(_answer(prompt, chosen, "chosen", tools), _answer(prompt, rejected, "rejected", tools))
 
 
+def _ranked(record: dict) -> Group:
+    """The answers to a prompt, and their `ranks` (1 is the best) or `ratings`."""
+    column = "rank" if record.get("ranks") is not None else "rating"
+    found, values = record["answers"], record.get(column + "s")
+    if not isinstance(found, list) or len(found) < 2:
+        raise UserError("column 'answers' is not a list of two or more")
+    if not isinstance(values, list) or len(values) != len(found):
+        raise UserError("no column 'ranks' or 'ratings' with a number for each answer")
+    tools = _tools(record)
+    answers = tuple(_answer(record["prompt"], answer, "answers", tools) for answer in found)
+    return Group(answers, column, tuple(_number(value, column + "s") for value in values))
+
+
+def _tagged(record: dict) -> Tagged:
+    words, tags = record["tokens"], record["tags"]
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
+        raise UserError("column 'tokens' is not a list of words")
+    if not isinstance(tags, list) or len(tags) != len(words):
+        raise UserError("column 'tags' has not one number for each of the tokens")
+    if not all(type(tag) is int and -1 <= tag < 1 << 15 for tag in tags):
+        raise UserError("column 'tags' holds something else than whole numbers from -1 to 32767")
+    return Tagged(tuple(words), tuple(tags))
+
+
+def _number(value: object, column: str) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"no number in column {column!r}")
+    return float(value)
+
+
 READERS = {
     "text": _text,
     "messages": _messages,
@@ -125,6 +155,8 @@ READERS = {
     "alpaca": _alpaca,
     "sharegpt": _sharegpt,
     "preference": _preference,
+    "ranked": _ranked,
+    "tagged": _tagged,
 }
 
 

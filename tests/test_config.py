@@ -211,7 +211,9 @@ def test_config_is_required():
          "below 1 it is a share of the steps"),
         ("trainable=adapters", "config.trainable = adapters · there are no adapters · "
          "name a method in config.peft.name, or train all"),
-        ("data.format=preference", "config.data.packing = best_fit · preference pairs are not packed · "
+        ("data.format=preference", "config.data.format = preference · makes batches of kind 'pair', objective sft "
+         "reads 'lm' · one of auto, text, messages, prompt_completion, alpaca, sharegpt, tagged, labelled, rated"),
+        ("data.format=rated", "config.data.packing = best_fit · pairs, groups and scored records are not packed · "
          "set config.data.packing=none"),
         ("evals=arit", "config.evals = ('arit',) · no task 'arit' · did you mean arith?"),
         ("evals=xyzzy", "config.evals = ('xyzzy',) · no task 'xyzzy' · evals/tasks has arith"),
@@ -245,8 +247,9 @@ def test_problem(root, argv, line):
         ("quant.name=int quant.bits=4 quant.kind=nf5",
          "config.quant.kind = nf5 · unknown choice · one of nf4, fp4"),
         ("objective.name=dpo data.packing=none data.format=text",
-         "config.data.format = text · objective dpo reads preference pairs · preference or auto"),
-        ("objective.name=dpo", "config.data.packing = best_fit · preference pairs are not packed · "
+         "config.data.format = text · makes batches of kind 'lm', objective dpo reads 'pair' · "
+         "one of auto, preference"),
+        ("objective.name=dpo", "config.data.packing = best_fit · pairs, groups and scored records are not packed · "
          "set config.data.packing=none"),
         ("model.shape= init=a model.layers=3",
          "config.model.layers = 3 · overrides a shape, and none is named · set config.model.shape"),

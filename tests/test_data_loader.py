@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from common.errors import UserError
 from configs import base
 from data import cache, dataset
+from data.rows import batch as batches
 from data.rows import mixture, pack
 from data.rows.layout import Part
 from data.rows.loader import Loader, load_tokenizer, make_loaders
@@ -86,6 +88,46 @@ def test_pairs_are_two_batches(tmp_path, tok):
     assert batch["chosen"]["mask"].tolist() == [[0, 1, 1, 0, 0, 0]]
     assert batch["rejected"]["mask"].tolist() == [[0, 1, 1, 1, 0, 0]]
     assert batch["rejected"]["segments"].tolist() == [[1, 1, 1, 1, 1, 0]]
+
+
+def test_a_group_is_a_batch_of_each_answer_with_its_number(tmp_path, tok):
+    """The answers of a row belong to one prompt, in their order, and the ratings come along as [B]."""
+    rows = [{"prompt": f"{i}:", "answers": ["x", "yy", "z"], "ratings": [i, 0.5, -1]} for i in range(6)]
+    data = made(tmp_path, tok, rows)
+    assert len(data) == 6 and data.sides == batches.answers(3)
+    found = loader(data, seq_len=6, batch_size=4, packing="best_fit", shuffle=True)
+    batch = found.batch(0)
+    assert found.kind == batches.kind_of(batch) == "group" and found.tokens_per_batch == 3 * 4 * 6
+    parts = list(batches.parts(batch).values())
+    prompts = parts[0]["tokens"][:, 0] - ord("0")
+    assert len(set(prompts)) == 4 and all((p["tokens"][:, 0] - ord("0") == prompts).all() for p in parts)
+    assert [bytes(p["tokens"][0, 2:4].astype(np.uint8)) for p in parts] == [b"x\1", b"yy", b"z\1"]
+    assert parts[0]["rating"].dtype == np.float32 and (parts[0]["rating"] == prompts).all()
+    assert parts[1]["rating"].tolist() == [0.5] * 4 and parts[2]["rating"].tolist() == [-1.0] * 4
+    held = data.split(0.4)[1]
+    assert 0 < len(held) < 6
+    parts = batches.parts(Loader([Part(data, held)], seq_len=6, batch_size=9, heldout=True).batch(0))
+    wanted = [*held, *[0] * (9 - len(held))]  # the last batch is filled up with empty rows
+    assert parts["answer000"]["rating"].tolist() == wanted and parts["answer000"]["segments"][len(held) :].sum() == 0
+
+
+def test_labels_are_a_column_of_the_batch(tmp_path, tok):
+    """One record a row, whatever the packing; a text that is too long is cut off, not continued in another row."""
+    rows = [{"text": "ab" * (1 + 8 * (i == 2)), "label": i % 2 == 0} for i in range(4)]
+    data = made(tmp_path, tok, rows, form="labelled")
+    batch = loader(data, seq_len=8, batch_size=4, packing="best_fit").batch(0)
+    assert batch["label"].tolist() == [1, 0, 1, 0] and batch["label"].dtype == np.int32
+    assert batch["segments"].max() == 1 and (batch["segments"] > 0).sum(1).tolist() == [3, 3, 8, 3]
+    with pytest.raises(UserError, match="a mixture of labelled text and text records"):
+        plain = made(tmp_path, tok, rows, form="text")
+        Loader([Part(d, np.arange(4)) for d in (data, plain)], seq_len=8, batch_size=2)
+
+
+def test_tags_stand_at_the_first_token_of_their_word(tmp_path, tok):
+    data = made(tmp_path, tok, [{"tokens": ["Ann", "is", "ü"], "tags": [3, 0, 2]}, {"tokens": ["a"], "tags": [7]}])
+    batch = loader(data, seq_len=16, batch_size=1, packing="concat").batch(0)
+    assert batch["tokens"][0, :10].tolist() == [*"Ann is ü".encode(), EOS]
+    assert batch["tags"].tolist() == [[3, -1, -1, -1, 0, -1, -1, 2, -1, -1, 7, -1, -1, -1, -1, -1]]
 
 
 # ---- packing ----
@@ -246,6 +288,26 @@ def test_the_split_depends_on_the_document_alone(tmp_path, tok):
     assert len(made(tmp_path, tok, texts(2)).split(1e-9)[1]) == 1
 
 
+@pytest.mark.parametrize(
+    "source, packing, fingerprint, batch",
+    [
+        ("synthetic:add?n=300:0.7,synthetic:copy?n=300:0.3", "concat", "b70d2b3bac08", "d0b06de66c4e"),
+        ("synthetic:add_pairs?n=300", "none", "805b24f4de72", "9fd16fa0cc4c"),
+    ],
+)
+def test_batches_are_those_of_earlier_versions(config, tok, source, packing, fingerprint, batch):
+    """Bit for bit, and a saved run of then goes on with them: both were written at commit 27232ea."""
+    config.source, config.packing = source, packing
+    train, _ = make_loaders(config, tok, 3)
+    assert train.fingerprint.startswith(fingerprint) and digest(train.batch(5)) == batch
+
+
+def digest(batch) -> str:
+    """Of the keys in alphabetical order: of each array its bytes, of each side its digest."""
+    parts = (digest(x) if isinstance(x, dict) else sha256(x.tobytes()).hexdigest() for _, x in sorted(batch.items()))
+    return sha256("".join(parts).encode()).hexdigest()[:12]
+
+
 def test_resume_refuses_other_data_and_says_what_changed(tmp_path, tok):
     data = made(tmp_path, tok, texts(20))
     one = loader(data, seq_len=5, batch_size=4, packing="none")
@@ -277,6 +339,17 @@ def test_cache_is_whole_or_not_there(tmp_path, tok, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_a_cache_of_an_older_layout_is_made_again(tmp_path, tok, caplog):
+    data = made(tmp_path, tok, texts(3))
+    index = json.loads((data.folder / "index.json").read_text())
+    for key in ("layout", "sides", "columns"):
+        del index[key]
+    (data.folder / "index.json").write_text(json.dumps(index))
+    again = made(tmp_path, tok, texts(3))
+    assert again.fingerprint == data.fingerprint and again.sides == ("row",)
+    assert "made again" in caplog.text and "layout 1" in caplog.text
+
+
 def test_a_damaged_cache_is_noticed_and_made_again(tmp_path, tok):
     data = made(tmp_path, tok, texts(30))
     tokens = data.folder / "tokens.bin"
@@ -293,16 +366,23 @@ def test_a_damaged_cache_is_noticed_and_made_again(tmp_path, tok):
 def test_cache_gives_back_what_was_written(tmp_path):
     rng = np.random.default_rng(0)
     documents = [
-        cache.Document(rng.integers(0, 70_000, n).tolist(), rng.integers(0, 2, n).tolist(), int(n))
+        cache.Document(
+            rng.integers(0, 70_000, n).tolist(),
+            rng.integers(0, 2, n).tolist(),
+            int(n),
+            {"rank": int(n), "rating": n / 7},
+            rng.integers(-1, 9, n).tolist(),
+        )
         for n in rng.integers(1, 40, 50)
     ]
     cache.write(tmp_path / "c", documents, {}, 70_000, lambda: None)
     stored = cache.read(tmp_path / "c")
     assert stored.tokens.dtype == np.uint32
-    for i, (ids, learnt, digest) in enumerate(documents):
+    for i, (ids, learnt, digest, columns, tags) in enumerate(documents):
         slots = np.arange(stored.offsets[i], stored.offsets[i + 1])
         assert stored.tokens[slots].tolist() == ids and stored.hashes[i] == digest
-        assert stored.mask(slots).tolist() == [*learnt[1:], 0]
+        assert stored.mask(slots).tolist() == [*learnt[1:], 0] and stored.tags[slots].tolist() == tags
+        assert dict(zip(stored.index["columns"], stored.columns[i])) == columns
 
 
 # ---- tokenizers of a config ----

@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import UserError
 from data import dataset, formats, sources
-from data.formats import Chat, Completion, Pair, Text
+from data.examples import Chat, Completion, Group, Pair, Scored, Tagged, Text
 from data.text import tokenizer
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -118,6 +118,7 @@ BAD_LINES = [
     (b'{"text": 7}\n', "column 'text' is a int, not text"),
     (b'{"text": null}\n', "no column 'text'"),
     (b'{"prompt": "a", "completion": "b"}\n', "a completion record among text records"),
+    (b'{"prompt": "a", "answers": ["b", "c"], "ranks": [1, 2]}\n', "a 2-answer rank record among text records"),
 ]
 
 
@@ -128,11 +129,25 @@ def test_bad_rows_are_named_and_skipped(line, reason, tmp_path):
     tok = tokenizer.load("bytes")
     made = dataset.prepare(str(path), tok, folder=tmp_path / "cache", max_bad=0.5)
     assert made.report["documents"] == 3 and made.report["bad"] == 1
-    assert made.report["first_bad"][0].startswith(f"{path}:3: ") and reason in made.report["first_bad"][0]
+    (cause, (count, first)) = next(iter(made.report["causes"].items()))
+    assert reason in cause and (count, first) == (1, f"{path}:3")
     for _ in range(2):  # made, then from the cache
         with pytest.raises(UserError, match="1 of 4 records are bad") as error:
             dataset.prepare(str(path), tok, folder=tmp_path / "cache", max_bad=0.1)
         assert f"{path}:3" in str(error.value)
+
+
+def test_reasons_of_bad_rows_are_told_once_with_their_count(tmp_path):
+    lines = [b'{"t": 1}\n', b"[]\n", b'{"t": 2}\n', b'{"t": 3}\n']
+    (tmp_path / "x.jsonl").write_bytes(b"".join(lines))
+    with pytest.raises(UserError) as error:
+        dataset.prepare(str(tmp_path / "x.jsonl"), tokenizer.load("bytes"), folder=tmp_path / "cache", form="text")
+    said = f"4 of 4 records are bad: no column 'text' (3 rows, first: {tmp_path}/x.jsonl:1); a list, not an object"
+    assert f"{said} (1 row, first: {tmp_path}/x.jsonl:2) · mend" in str(error.value)
+    many = {f"reason {i}": (i + 1, "here") for i in range(7)}
+    assert (
+        dataset.causes(many)[0] == "reason 6 (7 rows, first: here)" and dataset.causes(many)[5] == "and 2 more reasons"
+    )
 
 
 def test_a_broken_gzip_is_a_bad_row(tmp_path):
@@ -176,9 +191,30 @@ SHAPES = [
 ]
 
 
+SCORED = {"text": "t", "prompt": "Q", "completion": "A", "label": True, "rating": 2}
+ANSWERS = {"prompt": "Q", "answers": ["A", "B"]}
+SHAPES += [
+    (ANSWERS | {"ranks": [2, 1]}, Group((Completion("Q", "A"), Completion("Q", "B")), "rank", (2.0, 1.0))),
+    (ANSWERS | {"answers": [[ASSISTANT], "B"], "ratings": [0.5, 1]},
+     Group((Chat([USER, ASSISTANT], 1), Completion("Q", "B")), "rating", (0.5, 1.0))),
+    ({"tokens": ["Ann", "is"], "tags": [1, 0]}, Tagged(("Ann", "is"), (1, 0))),
+    (SCORED, Completion("Q", "A")),  # a column that no format asks for changes nothing
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("record, wanted", SHAPES)
 def test_shapes_are_detected(record, wanted):
     assert formats.example(record) == wanted
+
+
+def test_numbers_of_a_record_are_read_when_the_format_asks_for_them():
+    assert formats.example(SCORED, "labelled") == Scored(Completion("Q", "A"), "label", 1.0)
+    assert formats.example({"text": "t", "rating": 2}, "rated") == Scored(Text("t"), "rating", 2.0)
+    assert formats.example({"text": "t", "stars": 2}, "rated", {"rating": "stars"}).value == 2.0
+    with pytest.raises(UserError, match="no number in column 'label'"):
+        formats.example({"text": "t", "label": "good"}, "labelled")
+    with pytest.raises(UserError, match="a pair record takes no label"):
+        formats.example({"chosen": "a", "rejected": "b", "label": 1}, "labelled")
 
 
 def test_fields_rename_columns():
@@ -201,6 +237,10 @@ def test_fields_rename_columns():
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not text"),
         ({"prompt": "q", "completion": ""}, "is empty"),
         ({"chosen": [USER], "rejected": [ASSISTANT]}, "share no prompt"),
+        (ANSWERS, "no column 'ranks' or 'ratings'"),
+        (ANSWERS | {"ranks": [1]}, "a number for each answer"),
+        (ANSWERS | {"ratings": [1, "x"]}, "no number in column 'ratings'"),
+        ({"tokens": ["a", "b"], "tags": [1]}, "not one number for each"),
     ],
 )
 def test_unfit_records(record, said):

@@ -56,7 +56,7 @@ def _summary(train, heldout) -> dict[str, str]:
     summary = {"documents": f"{report['documents']:,}", "tokens": f"{report['tokens']:,}"}
     summary["in the loss"] = f"{report['learnt'] / max(report['tokens'], 1):.1%} of the tokens"
     summary["bad"] = f"{report['bad']:,} skipped"
-    summary |= {f"bad row {i}": line for i, line in enumerate(report["first_bad"], 1)}
+    summary |= {f"bad, reason {i}": line for i, line in enumerate(report["causes"], 1)}
     summary["cut"] = (
         f"{report['split']:,} into pieces, {report['truncated']:,} at seq_len, {report['dropped']:,} dropped"
     )

@@ -15,6 +15,8 @@ from configs.schema.problems import Problem, did_you_mean, show
 
 SHARE, POSITIVE, COUNT, ANY_COUNT = "[0, 1]", "(0, inf)", "[1, inf)", "[0, inf)"
 
+FORMATS, SCORED = (methods.constant(methods.ROOT / "data/formats.py", name, {}) for name in ("FORMATS", "SCORED"))
+
 # path -> an interval of numbers, or a tuple of choices (of every element, where the key is a tuple)
 ALLOWED: dict[str, str | tuple[str, ...]] = {
     "seed": "[0, 4294967296)",
@@ -41,7 +43,7 @@ ALLOWED: dict[str, str | tuple[str, ...]] = {
     "quant.group": COUNT,
     "quant.start": ANY_COUNT,
     "data.holdout": "[0, 1)",
-    "data.format": ("auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt", "preference"),
+    "data.format": tuple(FORMATS),
     "data.seq_len": COUNT,
     "data.batch_size": COUNT,
     "data.packing": ("best_fit", "concat", "none"),
@@ -127,7 +129,7 @@ def _is_factor(x: Any) -> bool:
 
 def check_between(c: Mapping[str, Any], ok: Callable[..., bool]) -> Iterator[Problem]:
     """Rules that need several keys, or folders. `c`: path -> value; `ok(*paths)`: all there, each right by itself."""
-    for rule in (_shape, _init, _trainable, _saved, _rows, _pairs, _schedule, _evals):
+    for rule in (_shape, _init, _trainable, _saved, _rows, _kinds, _schedule, _evals):
         for path, text, fix in rule(c, ok):
             yield Problem(f"config.{path}", show(c[path]), text, fix)
 
@@ -192,15 +194,17 @@ def _rows(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
         yield "data.batch_size", text, f"a multiple of {accum * devices}"
 
 
-def _pairs(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
+def _kinds(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     if not ok("objective.name", "data.format", "data.packing"):
         return
     objective, form = c["objective.name"], c["data.format"]
-    pairs = methods.method("objective", objective).batch == "pair"
-    if pairs and form not in ("auto", "preference"):
-        yield "data.format", f"objective {objective} reads preference pairs", "preference or auto"
-    if (pairs or form == "preference") and c["data.packing"] != "none":
-        yield "data.packing", "preference pairs are not packed", "set config.data.packing=none"
+    kind, given = methods.method("objective", objective).batch, FORMATS[form]
+    fitting = [name for name, made in FORMATS.items() if made in ("", kind)]
+    if given not in ("", kind) and len(fitting) > 1:  # "auto" alone: the batches are no data's
+        text = f"makes batches of kind {given!r}, objective {objective} reads {kind!r}"
+        yield "data.format", text, f"one of {', '.join(fitting)}"
+    elif c["data.packing"] != "none" and ({kind, given} & {"pair", "group"} or form in SCORED):
+        yield "data.packing", "pairs, groups and scored records are not packed", "set config.data.packing=none"
 
 
 def _schedule(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:

@@ -13,7 +13,7 @@ PACKINGS = ("none", "concat", "best_fit")
 
 
 class Part(NamedTuple):
-    """Documents of one source (numbers; for pairs the number of the pair), and its weight in the mixture."""
+    """Items of one source, by their numbers, and its weight in the mixture."""
 
     dataset: Dataset
     documents: np.ndarray
@@ -21,22 +21,25 @@ class Part(NamedTuple):
 
 
 class Packed(NamedTuple):
-    sides: list[Rows]  # one; for pairs chosen and rejected, row by row
+    sides: list[Rows]  # of each side of the items (data.rows.batch), row by row
     report: dict  # documents that were truncated, split into several pieces, dropped
+    items: np.ndarray | None = None  # the number of each row's item, where a row holds just one
 
 
 def packed(part: Part, *, seq_len: int, packing: str, truncate: bool, max_bad: float, seed: int) -> Packed:
-    """Text is cut into pieces, so nothing is lost; a longer completion or pair loses its tail, or counts as bad.
+    """Text is cut into pieces, so nothing is lost; what is longer of another kind loses its tail, or counts as bad.
 
-    What has nothing left to learn within `seq_len` is dropped. Pairs are never packed: a row is one answer.
+    What has nothing left to learn within `seq_len` is dropped. Items with several sides or with columns are never
+    packed: a row is one of them.
     """
     if packing not in PACKINGS:
         raise UserError(f"unknown packing {packing!r}", "data.packing", f"one of {' '.join(PACKINGS)}")
     data, numbers = part.dataset, part.documents
-    paired = data.kind == "pair"
-    sides = [_pieces(data, 2 * numbers + half) for half in (0, 1)] if paired else [_pieces(data, numbers)]
+    count = len(data.sides)
+    alone = count > 1 or bool(data.columns)
+    sides = [_pieces(data, count * numbers + side) for side in range(count)]
     long = np.any([side.lengths > seq_len for side in sides], axis=0)
-    whole = packing == "concat" and not paired
+    whole = packing == "concat" and not alone
     drop = np.zeros_like(long)
     if not truncate and not whole:
         drop = long
@@ -50,9 +53,9 @@ def packed(part: Part, *, seq_len: int, packing: str, truncate: bool, max_bad: f
         return Packed([pack.concat(sides[0], seq_len)], report)
     shorten = pack.cut if data.kind == "text" else pack.truncate
     sides = [shorten(side, seq_len) for side in sides]
-    if packing == "best_fit" and not paired:
+    if packing == "best_fit" and not alone:
         return Packed([pack.best_fit(sides[0], seq_len, seed)], report)
-    return Packed([pack.none(side) for side in sides], report)
+    return Packed([pack.none(side) for side in sides], report, numbers[~drop] if alone else None)
 
 
 def _pieces(data: Dataset, numbers: np.ndarray) -> Pieces:
@@ -91,6 +94,8 @@ def write(batch: dict, at: np.ndarray, data: Dataset, rows: Rows, chosen: np.nda
     ends = starts + lengths
     targets[(np.cumsum(lengths) - 1)[offsets[np.searchsorted(offsets, ends)] == ends]] = pad_id
     values = {"tokens": flat[slots], "targets": targets, "mask": data.stored.mask(slots)}
+    if data.stored.tags is not None:
+        values["tags"] = data.stored.tags[slots]
     values |= {"segments": np.repeat(nth + 1, lengths), "positions": ranges(np.zeros_like(lengths), lengths)}
     for key, value in values.items():
         batch[key].reshape(-1)[to] = value

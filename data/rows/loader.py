@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from data import sources
+from data import dataset, sources
 from data.dataset import Dataset, has_chats, prepare, texts
 from data.rows import batch as batches
 from data.rows import layout, mixture
@@ -42,10 +42,11 @@ class Loader:
         self.parts, self.seq_len, self.batch_size, self.seed = parts, seq_len, batch_size, seed
         self.shuffle, self.heldout, self.pad_id = shuffle and not heldout, heldout, pad_id
         self.mine = np.arange(batch_size)[rows or slice(None)]
-        kinds = {part.dataset.kind for part in parts}
-        if len(kinds) > 1 and "pair" in kinds:
-            raise UserError("a mixture of preference pairs and other records", "data.source", "train on one kind")
-        self.sides = batches.KINDS["pair" if kinds == {"pair"} else "lm"].sides
+        holds = {(d.sides, d.columns, d.stored.tags is not None) for d in (part.dataset for part in parts)}
+        if len(holds) > 1:
+            kinds = " and ".join(sorted({part.dataset.kind for part in parts}))
+            raise UserError(f"a mixture of {kinds} records", "data.source", "train on one kind")
+        self.sides, self.columns, self.tagged = holds.pop()
         self.kind = batches.kind_of(batches.join(dict.fromkeys(self.sides, batches.TOKENS)))
         how = {"seq_len": seq_len, "packing": packing, "truncate": truncate, "max_bad": max_bad, "seed": seed}
         self.packed = [layout.packed(part, **how) for part in parts]
@@ -84,13 +85,14 @@ class Loader:
     def report(self) -> dict:
         """What became of the records, summed over the sources; fill is the share of slots that hold a token."""
         total = {"documents": 0, "tokens": 0, "learnt": 0, "bad": 0, "truncated": 0, "split": 0, "dropped": 0}
+        causes = []
         for part, packed in zip(self.parts, self.packed):
+            causes += dataset.causes(part.dataset.report["causes"])
             for key in total:
                 total[key] += {**part.dataset.report, **packed.report}[key]
         slots = sum(self.sizes) * self.seq_len * len(self.sides)
         used = sum(int(side.lengths.sum()) for packed in self.packed for side in packed.sides)
-        first = [line for part in self.parts for line in part.dataset.report["first_bad"]]
-        return {**total, "rows": sum(self.sizes), "fill": used / slots, "first_bad": first[:5]}
+        return {**total, "rows": sum(self.sizes), "fill": used / slots, "causes": causes}
 
     def batch(self, step: int) -> Batch:
         """This process's rows of the global batch of a step."""
@@ -115,9 +117,15 @@ class Loader:
     def _fill(self, source: np.ndarray, row: np.ndarray, side: int) -> Batch:
         batch = {name: np.zeros((len(source), self.seq_len), dtype) for name, dtype in batches.TOKENS.items()}
         batch["tokens"][:] = batch["targets"][:] = self.pad_id
+        batch |= {name: np.zeros(len(source), batches.COLUMNS[name]) for name in self.columns}
+        if self.tagged:
+            batch["tags"] = np.full_like(batch["tokens"], -1)
         for s in np.unique(source[source >= 0]):
             here = np.flatnonzero(source == s)
-            layout.write(batch, here, self.parts[s].dataset, self.packed[s].sides[side], row[here], self.pad_id)
+            data, packed = self.parts[s].dataset, self.packed[s]
+            layout.write(batch, here, data, packed.sides[side], row[here], self.pad_id)
+            for i, name in enumerate(self.columns):
+                batch[name][here] = data.stored.columns[len(self.sides) * packed.items[row[here]] + side, i]
         return batch
 
     def state_dict(self) -> dict:

@@ -1,0 +1,204 @@
+"""What a record becomes: an example, which knows the texts to encode and makes one document for each of its sides."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from data.cache import Document
+from data.rows import batch as batches
+from data.text import chat
+from data.text.tokenizer import Tokenizer
+
+ADJECTIVES = {"label": "labelled", "rating": "rated"}
+
+
+class Example:
+    """One record. The records of a source share `kind`, a word for messages, and so their sides and columns."""
+
+    kind: str
+    sides: tuple[str, ...] = (batches.ONE,)
+
+    def parts(self) -> tuple["Example", ...]:
+        """What stands on each side; a text, a chat and an answer is its own only part."""
+        return (self,)
+
+    def plain(self) -> str:
+        """Text to train a tokenizer on."""
+        raise NotImplementedError
+
+    def texts(self) -> list[str]:
+        """What is encoded as it stands; the tokenizer takes the texts of many examples at once."""
+        return []
+
+    def documents(self, tokenizer: Tokenizer, encoded: Iterator[list[int]]) -> list[Document]:
+        """One document for each side; `encoded` gives the ids of `texts`. Raises UserError for a chat that its template
+        cannot write."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Text(Example):
+    """All of it is learnt, and it may be cut into pieces."""
+
+    text: str
+    kind: ClassVar[str] = "text"
+
+    def plain(self) -> str:
+        return self.text
+
+    def texts(self) -> list[str]:
+        return [self.text]
+
+    def documents(self, tokenizer: Tokenizer, encoded: Iterator[list[int]]) -> list[Document]:
+        return [Document([*_start(tokenizer), *next(encoded), *_end(tokenizer)], None, _hash(self.text))]
+
+
+@dataclass(frozen=True)
+class Completion(Example):
+    """The completion is learnt, and its end token even where padding has the same id."""
+
+    prompt: str
+    completion: str
+    kind: ClassVar[str] = "completion"
+
+    def plain(self) -> str:
+        return self.prompt + self.completion
+
+    def texts(self) -> list[str]:
+        return [self.prompt, self.completion]
+
+    def documents(self, tokenizer: Tokenizer, encoded: Iterator[list[int]]) -> list[Document]:
+        prompt = [*_start(tokenizer), *next(encoded)]
+        completion = [*next(encoded), *_end(tokenizer)]
+        learnt = [0] * len(prompt) + [1] * len(completion)
+        return [Document(prompt + completion, learnt, _hash(self.prompt or self.completion))]
+
+
+@dataclass(frozen=True)
+class Chat(Example):
+    """Assistant turns from message `first` on are learnt."""
+
+    messages: list[dict[str, Any]]
+    first: int = 0
+    tools: list | None = None
+    kind: ClassVar[str] = "completion"
+
+    def plain(self) -> str:
+        return "\n".join(message["content"] for message in self.messages)
+
+    def documents(self, tokenizer: Tokenizer, encoded: Iterator[list[int]]) -> list[Document]:
+        ids, learnt = chat.tokens_and_mask(self.messages, tokenizer, self.tools, self.first)
+        return [Document(ids, learnt, _hash(json.dumps(self.messages[: self.first] or self.messages)))]
+
+
+@dataclass(frozen=True)
+class Tagged(Example):
+    """Words with a number each, as in named-entity recognition; the first token of a word carries it."""
+
+    words: tuple[str, ...]
+    tags: tuple[int, ...]
+    kind: ClassVar[str] = "tagged"
+
+    def plain(self) -> str:
+        return " ".join(self.words)
+
+    def documents(self, tokenizer: Tokenizer, encoded: Iterator[list[int]]) -> list[Document]:
+        text = self.plain()
+        ids, offsets = tokenizer.encode_offsets(text)
+        starts, at = {}, 0  # first character of a word -> its tag
+        for word, tag in zip(self.words, self.tags, strict=True):
+            starts[at], at = tag, at + len(word) + 1
+        tags = []
+        for begin, end in offsets:
+            found = next((at for at in range(begin, end) if at in starts), None)
+            tags.append(-1 if found is None else starts.pop(found))
+        before, behind = _start(tokenizer), _end(tokenizer)
+        tags = [-1] * len(before) + tags + [-1] * len(behind)
+        return [Document([*before, *ids, *behind], None, _hash(text), tags=tags)]
+
+
+class Parts(Example):
+    """An example of other ones, whose documents have numbers."""
+
+    def columns(self) -> tuple[dict[str, float], ...]:
+        """The numbers of each part's document."""
+        return ({},) * len(self.sides)
+
+    def plain(self) -> str:
+        return self.parts()[0].plain()
+
+    def texts(self) -> list[str]:
+        return [text for part in self.parts() for text in part.texts()]
+
+    def documents(self, tokenizer: Tokenizer, encoded: Iterator[list[int]]) -> list[Document]:
+        made = [document for part in self.parts() for document in part.documents(tokenizer, encoded)]
+        return [document._replace(columns=columns) for document, columns in zip(made, self.columns(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Pair(Parts):
+    """Two answers to one prompt."""
+
+    chosen: Completion | Chat
+    rejected: Completion | Chat
+    kind: ClassVar[str] = "pair"
+    sides: ClassVar[tuple[str, ...]] = batches.KINDS["pair"].sides
+
+    def parts(self) -> tuple[Completion | Chat, ...]:
+        return self.chosen, self.rejected
+
+
+@dataclass(frozen=True)
+class Group(Parts):
+    """Several answers to one prompt with a number each: `column` is "rank" (1 is the best) or "rating"."""
+
+    answers: tuple[Completion | Chat, ...]
+    column: str
+    values: tuple[float, ...]
+
+    @property
+    def kind(self) -> str:
+        return f"{len(self.answers)}-answer {self.column}"
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        return batches.answers(len(self.answers))
+
+    def parts(self) -> tuple[Completion | Chat, ...]:
+        return self.answers
+
+    def columns(self) -> tuple[dict[str, float], ...]:
+        return tuple({self.column: value} for value in self.values)
+
+
+@dataclass(frozen=True)
+class Scored(Parts):
+    """A text, completion or chat with a number: `column` is "label" or "rating"."""
+
+    example: Text | Completion | Chat
+    column: str
+    value: float
+
+    @property
+    def kind(self) -> str:
+        return f"{ADJECTIVES[self.column]} {self.example.kind}"
+
+    def parts(self) -> tuple[Text | Completion | Chat]:
+        return (self.example,)
+
+    def columns(self) -> tuple[dict[str, float]]:
+        return ({self.column: self.value},)
+
+
+def _start(tokenizer: Tokenizer) -> list[int]:
+    return [tokenizer.bos_id] if tokenizer.add_bos else []
+
+
+def _end(tokenizer: Tokenizer) -> list[int]:
+    return [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
