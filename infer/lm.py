@@ -102,7 +102,7 @@ class LM:
 
     def pieces(self, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
         """The text of tokens behind a prompt, as they come."""
-        text, seen, said = self.tokenizer.stream(), [], ""
+        text, seen, said = self.tokenizer.stream(prompt), [], ""
         for token in tokens:
             seen.append(token)
             piece = text(token)

@@ -45,7 +45,7 @@ class ByteTokenizer(Tokenizer):
 
 def byte_tokenizer() -> Tokenizer:
     """Ids 0..255 are the bytes of UTF-8; then BOS, EOS and padding."""
-    core = Core(models.BPE({char: byte for byte, char in enumerate(_byte_characters())}, []))
+    core = Core(models.BPE({char: byte for byte, char in enumerate(byte_characters())}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<|bos|>", "<|eos|>", "<|pad|>"])
@@ -105,7 +105,7 @@ def sentencepiece_model(texts: Iterable[str], vocab_size: int, model_type: str =
 TRAINERS = {"bpe": train_bpe, "spm": train_sentencepiece}
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The printable character that byte-level BPE writes for each byte (GPT-2's table)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     rest = iter(range(256, 512))

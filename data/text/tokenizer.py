@@ -86,28 +86,54 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         return self.core.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
-    def stream(self, skip_special: bool = True) -> Callable[[int], str]:
-        """A function id -> new text, which holds the bytes of an unfinished character back until it is whole."""
+    def stream(self, prompt: Iterable[int] = (), skip_special: bool = True) -> Callable[[int], str]:
+        """A function id -> new text behind `prompt`, which holds back the bytes of an unfinished character.
+
+        Without the prompt, decoders that strip the space before a text would strip the answer's.
+        """
         from tokenizers.decoders import DecodeStream
 
-        decoder = DecodeStream(skip_special_tokens=skip_special)
+        decoder = DecodeStream(list(prompt), skip_special)
         return lambda token: decoder.step(self.core, int(token)) or ""
 
     def token_bytes(self, ids):
         """Bytes of UTF-8 that a token (or an array of them) stands for; 0 for control tokens. int32."""
         return self.byte_lengths[ids]
 
+    def spelled(self, token: int) -> bytes:
+        """The UTF-8 that a token stands for, perhaps a part of a character; a control token is spelled by its name."""
+        text = self.core.id_to_token(token) or ""
+        if text in self._added:
+            return text.encode()
+        if self._byte_level:
+            return bytes(self._byte_of[char] for char in text)
+        if len(text) == 6 and text.startswith("<0x"):
+            return bytes.fromhex(text[3:5])
+        return text.replace("\u2581", " ").encode()
+
+    @cached_property
+    def _added(self) -> set[str]:
+        return {token.content for token in self.core.get_added_tokens_decoder().values()}
+
+    @cached_property
+    def _byte_of(self) -> dict[str, int]:
+        from data.text.formats import byte_characters
+
+        return {char: byte for byte, char in enumerate(byte_characters())}
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        return "ByteLevel" in json.dumps(json.loads(self.core.to_str())["decoder"])
+
     @cached_property
     def byte_lengths(self) -> np.ndarray:
         lengths = np.zeros(self.vocab_size, np.int32)
-        byte_level = "ByteLevel" in json.dumps(json.loads(self.core.to_str())["decoder"])
-        added = {t.content for t in self.core.get_added_tokens_decoder().values()}
         for token, i in self.core.get_vocab(with_added_tokens=True).items():
             if token in self.special:
                 continue
-            if token in added:
+            if token in self._added:
                 lengths[i] = len(token.encode())
-            elif byte_level:  # one printable character stands for one byte
+            elif self._byte_level:  # one printable character stands for one byte
                 lengths[i] = len(token)
             elif len(token) == 6 and token.startswith("<0x"):
                 lengths[i] = 1

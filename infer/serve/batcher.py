@@ -10,7 +10,7 @@ import functools
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,21 +27,44 @@ from model.net.kv_cache import Cache
 from model.net.transformer import Transformer, virtual_tokens
 from model.weights import Params
 
+TOP = 20  # alternatives of a token whose log-probabilities a step hands out
+
 
 class Full(Exception):
     """More requests wait than may wait."""
 
 
-class Request:
-    """A prompt and its answer: iterating waits for its tokens as they come, and raises what ended it too early."""
+class Score(NamedTuple):
+    """Log-probabilities of a sampled token and of the most likely ones, by the model itself: at temperature 1, before
+    any truncation."""
 
-    def __init__(self, prompt: list[int], adapter: str | None, max_new_tokens: int, knobs: Knobs, seed: int):
+    token: int
+    logp: float
+    top: list[tuple[int, float]]  # the most likely first
+
+
+Item = int | BaseException | None  # a token; None behind the last one; what ended the answer too early
+
+
+class Request:
+    """A prompt and its answer: iterating waits for its tokens as they come, and raises what ended it too early.
+
+    With `put`, that function receives each item instead, in the batcher's thread. `top` alternatives of each token
+    are scored; None: no scores.
+    """
+
+    def __init__(
+        self, prompt: list[int], adapter: str | None, max_new_tokens: int, knobs: Knobs, seed: int,
+        top: int | None = None, put: Callable[[Item], None] | None = None,
+    ):  # fmt: skip
         self.prompt, self.adapter, self.max_new_tokens, self.knobs = prompt, adapter, max_new_tokens, knobs
         self.key = np.asarray(jax.random.key_data(row_keys([prompt], 1, seed)[0]))
         self.tokens: list[int] = []
+        self.top, self.scores = top, []  # one Score per token, where they are asked for
         self.stopped = False  # at an end token, which is the last of `tokens`
         self.cancelled = False  # set it to leave the batch
-        self._out: queue.SimpleQueue = queue.SimpleQueue()
+        self._out: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._put = put or self._out.put
 
     def __iter__(self) -> Iterator[int]:
         while (item := self._out.get()) is not None:
@@ -52,12 +75,12 @@ class Request:
     def add(self, token: int, ends: tuple[int, ...]) -> bool:
         """Whether it is done with this token."""
         self.tokens.append(token)
-        self._out.put(token)
         self.stopped = token in ends
+        self._put(token)
         return self.stopped or self.cancelled or len(self.tokens) == self.max_new_tokens
 
     def end(self, error: BaseException | None = None) -> None:
-        self._out.put(error)
+        self._put(error)
 
 
 class Rows(NamedTuple):
@@ -68,7 +91,17 @@ class Rows(NamedTuple):
     position: Any  # of it
     step: Any  # tokens sampled before
     key: Any  # [B,2]
+    scored: Any  # whether its tokens get a Score
     knobs: Knobs
+
+
+class Picked(NamedTuple):
+    """What a step sampled; the scores are zeros where no row asks for them."""
+
+    tokens: Array  # [B]
+    logps: Array  # [B]
+    best: Array  # [B,TOP] the most likely tokens
+    best_logps: Array  # [B,TOP]
 
 
 class Batcher:
@@ -92,7 +125,7 @@ class Batcher:
 
     def submit(
         self, prompt: list[int], *, max_new_tokens: int, adapter: str | None = None, knobs: Knobs | None = None,
-        seed: int = 0,
+        seed: int = 0, top: int | None = None, put: Callable[[Item], None] | None = None,
     ) -> Request:  # fmt: skip
         """A request that waits for its turn. Raises UserError for one that cannot be answered, Full when many wait."""
         check(self.lm.model, self.lm.params, [prompt], max_new_tokens)
@@ -101,7 +134,7 @@ class Batcher:
             raise UserError(what, "prompt", "shorten the prompt or ask for fewer tokens")
         if adapter is not None and adapter not in self.names:
             raise UserError(f"no adapter {adapter!r}", "adapter", f"known: {', '.join(self.names) or 'none'}")
-        request = Request(prompt, adapter, max_new_tokens, knobs or Knobs(), seed)
+        request = Request(prompt, adapter, max_new_tokens, knobs or Knobs(), seed, top, put)
         with self.changed:
             if self.closed or len(self.waiting) >= self.limit:
                 raise Full("the server is closing" if self.closed else f"{self.limit} requests wait already")
@@ -143,15 +176,15 @@ class Batcher:
             return
         if self.params is None:
             self.params = self._serving([r and r.adapter for r in self.rows])
-        tokens, self.cache = _step(self.lm.model, self.params, self.cache, arrays(self.rows))
-        for i, token in enumerate(np.asarray(tokens)):
-            self._add(i, int(token))
+        picked, self.cache = _step(self.lm.model, self.params, self.cache, arrays(self.rows))
+        self._add(range(len(self.rows)), picked)
 
     def _next(self) -> Request | None:
         """The next request, when there is a row for it, and room for its adapter beside those at work."""
         with self.changed:
-            while self.waiting and self.waiting[0].cancelled:
-                self.waiting.popleft().end()
+            for request in [r for r in self.waiting if r.cancelled]:
+                self.waiting.remove(request)
+                request.end()
             if not self.waiting or None not in self.rows:
                 return None
             names = [r.adapter for r in [*self.rows, self.waiting[0]] if r]
@@ -166,30 +199,40 @@ class Batcher:
         params = self._serving([request.adapter])
         x, cache = prefill(self.lm.model, params, pad([request.prompt]), 0)
         self.cache = _lay(self.cache, cache, row)
-        token = _first(self.lm.model, params, x, arrays([request]))
-        self._add(row, int(token[0]))
+        self._add([row], _first(self.lm.model, params, x, arrays([request])))
         self.params = None
 
     def _serving(self, names: list[str | None]) -> Params:
         return self.lm.store.route(names, len(names)) if self.lm.store else self.lm.unrolled
 
-    def _add(self, row: int, token: int) -> None:
-        request = self.rows[row]
-        if request and request.add(token, self.lm.tokenizer.eos_ids):
-            request.end()
-            self.rows[row], self.params = None, None
+    def _add(self, rows: Sequence[int], picked: Picked) -> None:
+        """Hands the tokens of a step to the requests in these rows, with their scores where they are asked for."""
+        requests = [self.rows[row] for row in rows]
+        tokens = np.asarray(picked.tokens).tolist()
+        if any(r and r.top is not None for r in requests):
+            logps, best, best_logps = (np.asarray(x).tolist() for x in picked[1:])
+        for i, (row, request) in enumerate(zip(rows, requests)):
+            if not request:
+                continue
+            if request.top is not None:
+                pairs = list(zip(best[i], best_logps[i]))[: request.top]
+                request.scores.append(Score(tokens[i], logps[i], pairs))
+            if request.add(tokens[i], self.lm.tokenizer.eos_ids):
+                request.end()
+                self.rows[row], self.params = None, None
 
 
 def arrays(rows: list[Request | None]) -> Rows:
     """The state of the rows for a step; of a row without a request it is not live."""
     n = len(rows)
     knobs = Knobs(*(np.full(n, off, np.int32 if off.__class__ is int else np.float32) for off in Knobs()))
-    out = Rows(np.zeros(n, bool), *np.zeros((3, n), np.int32), np.zeros((n, 2), np.uint32), knobs)
+    out = Rows(np.zeros(n, bool), *np.zeros((3, n), np.int32), np.zeros((n, 2), np.uint32), np.zeros(n, bool), knobs)
     for i, r in enumerate(rows):
         if r:
             done = len(r.tokens)
             out.live[i], out.step[i], out.key[i] = True, done, r.key
             out.token[i] = r.tokens[-1] if done else 0
+            out.scored[i] = r.top is not None
             out.position[i] = len(r.prompt) + done - 1
             for knob, value in zip(out.knobs, r.knobs, strict=True):
                 knob[i] = value
@@ -197,8 +240,8 @@ def arrays(rows: list[Request | None]) -> Rows:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _step(model: Transformer, params: Params, cache: Cache, rows: Rows) -> tuple[Array, Cache]:
-    """The next token of every row [B], and the cache with the newest ones written to its next column."""
+def _step(model: Transformer, params: Params, cache: Cache, rows: Rows) -> tuple[Picked, Cache]:
+    """The next token of every row, and the cache with the newest ones written to its next column."""
     cache = cache._replace(index=cache.index % cache.positions.shape[1])
     columns = (rows.token, rows.position, rows.live.astype(jnp.int32))  # segment 0 is never seen
     out = model.hidden(params, *(c[:, None] for c in columns), cache)
@@ -206,12 +249,13 @@ def _step(model: Transformer, params: Params, cache: Cache, rows: Rows) -> tuple
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _first(model: Transformer, params: Params, x: Array, rows: Rows) -> Array:
+def _first(model: Transformer, params: Params, x: Array, rows: Rows) -> Picked:
     return _pick(model.logits(params, x)[:, 0], rows)
 
 
-def _pick(logits: Array, rows: Rows) -> Array:
-    """Tokens [B] of logits [B,V]: those that `generate` samples with the same key and knobs."""
+def _pick(logits: Array, rows: Rows) -> Picked:
+    """Tokens of logits [B,V]: those that `generate` samples with the same key and knobs."""
+    top = min(TOP, logits.shape[-1])
 
     def one(logits: Array, key: Array, step: Array, knobs: Knobs) -> Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
@@ -223,7 +267,17 @@ def _pick(logits: Array, rows: Rows) -> Array:
     def draw() -> Array:
         return jax.vmap(one)(logits, rows.key, rows.step, rows.knobs)
 
-    return jax.lax.cond((rows.knobs.temperature == 0).all(), best, draw)
+    def scores() -> tuple[Array, Array, Array]:
+        logps = jax.nn.log_softmax(logits)
+        best_logps, best = jax.lax.top_k(logps, top)
+        return jnp.take_along_axis(logps, tokens[:, None], axis=-1)[:, 0], best, best_logps
+
+    def no_scores() -> tuple[Array, Array, Array]:
+        shape = len(logits), top
+        return jnp.zeros(len(logits), logits.dtype), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, logits.dtype)
+
+    tokens = jax.lax.cond((rows.knobs.temperature == 0).all(), best, draw)
+    return Picked(tokens, *jax.lax.cond(rows.scored.any(), scores, no_scores))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -1,0 +1,313 @@
+"""OpenAI's formats: what the body of a request asks for, and the objects that answer it."""
+
+import json
+import secrets
+import time
+import uuid
+import zlib
+from collections import deque
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from infer.lm import LM
+from infer.sample import Knobs
+from infer.serve import Refused
+from infer.serve.batcher import TOP, Request, Score
+from infer.serve.messages import turns
+
+CHOICES = 32  # answers of one request
+STOP = 256  # characters of a stop string
+
+
+class Field(NamedTuple):
+    """A parameter that is used: its type, its default, its least and its greatest value."""
+
+    kind: type
+    default: Any
+    least: float = 0
+    most: float = 1
+
+
+BOTH = {
+    "max_tokens": Field(int, None, 1, 1 << 62), "n": Field(int, 1, 1, CHOICES), "stream": Field(bool, False),
+    "temperature": Field(float, 1.0, 0, 100), "top_p": Field(float, 1.0), "top_k": Field(int, 0, -1, 1 << 30),
+    "min_p": Field(float, 0.0), "seed": Field(int, None, -(1 << 63), 1 << 63),
+}  # fmt: skip
+CHAT = BOTH | {
+    "max_completion_tokens": Field(int, None, 1, 1 << 62), "logprobs": Field(bool, False),
+    "top_logprobs": Field(int, None, 0, TOP),
+}  # fmt: skip
+COMPLETION = BOTH | {"max_tokens": Field(int, 16, 1, 1 << 62), "logprobs": Field(int, None, 0, TOP)}
+READ = {"model", "stop", "stream_options"}  # read by name below
+LABELS = {"user": str, "metadata": dict, "safety_identifier": str, "prompt_cache_key": str}  # never change an answer
+# Parameters that are not supported, with the values at which they change nothing; null is one of them for all.
+NEUTRAL: dict[str, tuple] = {
+    "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "length_penalty": (1,),
+    "logit_bias": ({},), "best_of": (1,), "echo": (False,), "suffix": ("",), "min_tokens": (0,), "typical_p": (1,),
+    "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+    "function_call": ("none", "auto"), "parallel_tool_calls": (True, False), "modalities": (["text"],),
+    "service_tier": ("auto", "default"), "store": (False,), "ignore_eos": (False,), "stop_token_ids": ([],),
+    "skip_special_tokens": (True,), "add_generation_prompt": (True,), "chat_template_kwargs": ({},),
+}  # fmt: skip
+INSTEAD = {
+    "response_format": "answers are not constrained to JSON: ask for it in the prompt",
+    "tools": "the model is not asked to call tools: describe them in a message",
+}
+
+
+class Asked(NamedTuple):
+    """A request, read."""
+
+    model: str
+    chat: bool
+    prompts: list[Any]  # of a chat its messages; else texts or lists of ids
+    max_tokens: int | None
+    n: int
+    knobs: Knobs
+    seed: int | None
+    stop: list[str]
+    top: int | None  # alternatives of each token to score
+    stream: bool
+    usage: bool  # in the stream
+
+
+def read(body: bytes, chat: bool, models: Collection[str]) -> Asked:
+    """What a chat's or a completion's body asks for. Raises Refused; nothing in it is ignored."""
+    fields, prompt = (CHAT, "messages") if chat else (COMPLETION, "prompt")
+    content = {k: v for k, v in _object(body).items() if v is not None}
+    for name, value in content.items():
+        if name not in READ and name != prompt and name not in fields:
+            _neutral(name, value)
+    if "model" not in content:
+        raise Refused(400, "name the model", "model")
+    if content["model"] not in models:
+        message = f"no model {str(content['model'])[:80]!r}; there are {', '.join(models)}"
+        raise Refused(404, message, "model", "model_not_found")
+    o = {name: _value(name, field, content.get(name)) for name, field in fields.items()}
+    stream_options = content.get("stream_options", {})
+    if stream_options and not o["stream"]:
+        raise Refused(400, "stream_options needs stream: true", "stream_options")
+    return Asked(
+        model=content["model"],
+        chat=chat,
+        prompts=[turns(content.get("messages"))] if chat else _prompts(content.get("prompt")),
+        max_tokens=_max_tokens(o),
+        n=o["n"],
+        knobs=Knobs(float(o["temperature"]), max(o["top_k"], 0), float(o["top_p"]), float(o["min_p"])),
+        seed=o["seed"],
+        stop=_stop(content.get("stop", [])),
+        top=_top(o) if chat else o["logprobs"],
+        stream=o["stream"],
+        usage=_usage(stream_options),
+    )
+
+
+def ids(lm: LM, prompt: str | list[int]) -> list[int]:
+    """The ids of a completion's prompt. Its text may spell control tokens, as a rendered chat does."""
+    if not isinstance(prompt, str):
+        return prompt
+    out, tokenizer = lm.tokenizer.encode(prompt, special=True), lm.tokenizer
+    return [tokenizer.bos_id, *out] if tokenizer.add_bos and out[:1] != [tokenizer.bos_id] else out
+
+
+def seed(given: int | None, choice: int) -> int:
+    """The 31-bit seed of one of a request's choices: drawn anew without a seed; the first has a small seed as given."""
+    if given is None:
+        return secrets.randbits(31)
+    return given if not choice and abs(given) < 1 << 31 else zlib.crc32(f"{given} {choice}".encode()) >> 1
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(body)
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except UnicodeEncodeError:
+        raise Refused(400, "a text in the body has a lone surrogate, which is no character") from None
+    except (ValueError, RecursionError):
+        raise Refused(400, "the body is not JSON") from None
+    if not isinstance(content, dict):
+        raise Refused(400, "the body is not a JSON object")
+    return content
+
+
+def _neutral(name: str, value: Any) -> None:
+    """Raises Refused for a parameter that would change the answer, were it supported."""
+    if name in LABELS:
+        if not isinstance(value, LABELS[name]):
+            raise Refused(400, f"{name} has another type", name)
+        return
+    if name not in NEUTRAL:
+        raise Refused(400, f"unknown parameter {name[:80]!r}", name[:80], "unknown_parameter")
+    if value not in NEUTRAL[name]:
+        instead = INSTEAD.get(name, f"leave it out, or send {json.dumps(NEUTRAL[name][0])}")
+        raise Refused(400, f"{name} = {json.dumps(value)[:80]} is not supported; {instead}", name, "unsupported_value")
+
+
+def _value(name: str, field: Field, value: Any) -> Any:
+    if value is None:
+        return field.default
+    right = type(value) is field.kind or (field.kind is float and type(value) is int)
+    if not right or not field.least <= value <= field.most:
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[field.kind]
+        bounds = "" if field.kind is bool else f" from {field.least} to {field.most}"
+        raise Refused(400, f"{name} must be {kind}{bounds}", name, "invalid_value")
+    return value
+
+
+def _max_tokens(o: dict[str, Any]) -> int | None:
+    old, new = o["max_tokens"], o.get("max_completion_tokens")
+    if old and new and old != new:
+        raise Refused(400, "max_tokens and max_completion_tokens differ: send one of them", "max_tokens")
+    return new or old
+
+
+def _top(o: dict[str, Any]) -> int | None:
+    if o["top_logprobs"] and not o["logprobs"]:
+        raise Refused(400, "top_logprobs needs logprobs: true", "top_logprobs")
+    return (o["top_logprobs"] or 0) if o["logprobs"] else None
+
+
+def _stop(value: Any) -> list[str]:
+    stop = [value] if isinstance(value, str) else value
+    right = isinstance(stop, list) and len(stop) <= 4
+    if not right or not all(isinstance(s, str) and 0 < len(s) <= STOP for s in stop):
+        raise Refused(400, f"stop must be a text of 1 to {STOP} characters, or a list of up to 4", "stop")
+    return stop
+
+
+def _usage(options: Any) -> bool:
+    unknown = options.keys() - {"include_usage", "include_obfuscation"} if isinstance(options, dict) else {""}
+    if unknown or not all(isinstance(v, bool | None) for v in options.values()):
+        raise Refused(400, "stream_options must be {include_usage: true or false}", "stream_options")
+    if options.get("include_obfuscation"):
+        raise Refused(400, "include_obfuscation is not supported", "stream_options", "unsupported_value")
+    return bool(options.get("include_usage"))
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """The prompts of a completion: a text, texts, ids, or lists of ids."""
+
+    def ids(x: Any) -> bool:
+        return isinstance(x, list) and len(x) > 0 and all(type(i) is int for i in x)
+
+    prompts = [value] if isinstance(value, str) or ids(value) else value
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) or ids(p) for p in prompts):
+        raise Refused(400, "prompt must be a text, a list of texts, or token ids", "prompt")
+    if len(prompts) > CHOICES:
+        raise Refused(400, f"a request has at most {CHOICES} prompts", "prompt")
+    return prompts
+
+
+# --- answers ---
+
+
+class Choice:
+    """One answer in the making: its tokens become text, which ends before the first stop string."""
+
+    def __init__(self, lm: LM, request: Request, stop: list[str]):
+        self.request, self.stop = request, stop
+        self.tokens = 0  # with the end token, and with those of a stop string
+        self.finish: str | None = None
+        self._tokenizer = lm.tokenizer
+        self._tokens: deque[int | None] = deque()
+        self._pieces = lm.pieces(request.prompt, iter(self._tokens.popleft, None))  # one per token, then the rest
+        self._held, self._sent = "", 0  # text that may begin a stop string; characters before it
+        self._scores: deque[tuple[int, Score]] = deque()  # with the character of the answer where the token begins
+
+    def add(self, token: int | None) -> None:
+        """The next token; None ends the answer. What comes behind its end is not looked at."""
+        if self.finish:
+            return
+        self._tokens.append(token)
+        if token is None:
+            self._held += "".join(self._pieces)
+            self.finish = "stop" if self.request.stopped else "length"
+        else:
+            if self.request.top is not None and token not in self._tokenizer.eos_ids:
+                self._scores.append((self._sent + len(self._held), self.request.scores[self.tokens]))
+            self.tokens += 1
+            self._held += next(self._pieces)
+        found = [at for s in self.stop if (at := self._held.find(s)) >= 0]
+        if found:
+            self._held, self.finish, self.request.cancelled = self._held[: min(found)], "stop", True
+            end = self._sent + len(self._held)
+            self._scores = deque((at, score) for at, score in self._scores if at < end)
+
+    def take(self) -> tuple[str, list[tuple[int, Score]]]:
+        """The text since the last call that is certain to be in the answer, and the scores of its tokens."""
+        ready = len(self._held) if self.finish else len(self._held) - _held_back(self._held, self.stop)
+        text, self._held = self._held[:ready], self._held[ready:]
+        self._sent += len(text)
+        scores = []
+        while self._scores and (self.finish or self._scores[0][0] < self._sent):
+            scores.append(self._scores.popleft())
+        return text, scores
+
+    def logprobs(self, scores: list[tuple[int, Score]], chat: bool) -> dict | None:
+        """Scores in OpenAI's format; None when they were not asked for."""
+        if self.request.top is None:
+            return None
+        if chat:
+            content = [self._entry(s.token, s.logp) | {"top_logprobs": [self._entry(*t) for t in s.top]}
+                       for _, s in scores]  # fmt: skip
+            return {"content": content, "refusal": None}
+        text = lambda token: self._entry(token, 0)["token"]
+        return {
+            "tokens": [text(s.token) for _, s in scores],
+            "token_logprobs": [s.logp for _, s in scores],
+            "top_logprobs": [{text(token): logp for token, logp in s.top} for _, s in scores],
+            "text_offset": [at for at, _ in scores],
+        }
+
+    def _entry(self, token: int, logp: float) -> dict:
+        spelled = self._tokenizer.spelled(token)
+        return {"token": spelled.decode(errors="replace"), "logprob": max(logp, -9999.0), "bytes": list(spelled)}
+
+
+def _held_back(text: str, stop: list[str]) -> int:
+    """Characters at the end of a text that begin a stop string."""
+    for n in range(min(len(text), max(map(len, stop), default=0)), 0, -1):
+        if any(s.startswith(text[-n:]) for s in stop):
+            return n
+    return 0
+
+
+def head(asked: Asked) -> dict:
+    """What all objects of an answer have in common."""
+    if asked.chat:
+        kind = "chat.completion.chunk" if asked.stream else "chat.completion"
+    else:
+        kind = "text_completion"
+    name = f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}"
+    return {"id": name, "object": kind, "created": int(time.time()), "model": asked.model}
+
+
+def usage(choices: list[Choice], n: int) -> dict[str, int]:
+    """A prompt counts once, however many answers it has."""
+    prompt = sum(len(choice.request.prompt) for choice in choices[::n])
+    completion = sum(choice.tokens for choice in choices)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def whole(asked: Asked, choices: list[Choice]) -> dict:
+    """The answer at once."""
+    out = []
+    for i, choice in enumerate(choices):
+        text, scores = choice.take()
+        said = {"message": {"role": "assistant", "content": text}} if asked.chat else {"text": text}
+        logprobs = choice.logprobs(scores, asked.chat)
+        out.append({"index": i, **said, "logprobs": logprobs, "finish_reason": choice.finish})
+    return head(asked) | {"choices": out, "usage": usage(choices, asked.n)}
+
+
+def chunks(asked: Asked, i: int, choice: Choice) -> list[dict]:
+    """Entries of `choices` in a stream: what is new of choice `i`, and its end."""
+    text, scores = choice.take()
+    out = []
+    if text or scores:
+        said = {"delta": {"content": text}} if asked.chat else {"text": text}
+        out.append({"index": i, **said, "logprobs": choice.logprobs(scores, asked.chat), "finish_reason": None})
+    if choice.finish:
+        end = {"delta": {}} if asked.chat else {"text": ""}
+        out.append({"index": i, **end, "logprobs": None, "finish_reason": choice.finish})
+    return out

@@ -1,0 +1,331 @@
+"""OpenAI's HTTP interface to a running batch: starlette routes, served by uvicorn on the loopback interface.
+
+The batcher works in a thread of its own and hands each token to the event loop. Clients are bounded in number, in what
+they send and in how long they take; a client that leaves ends its requests; a signal ends the server once what was
+asked is answered.
+"""
+
+import asyncio
+import contextlib
+import functools
+import json
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from common.errors import UserError
+from infer.serve import Refused, api, messages
+from infer.serve.batcher import Batcher, Full, Item
+from infer.serve.connection import Connection
+
+HOST = "127.0.0.1"
+BODY = 1 << 20  # bytes of a request
+BACKLOG = 2048  # connections that the system holds until they are accepted
+KEEP_ALIVE = 60  # seconds that an idle connection stays: longer than clients keep theirs, or they would be cut off
+DRAIN = 60  # seconds for the answers in progress after a signal
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
+
+
+def listen(port: int) -> socket.socket:
+    """A listening socket on this machine; 0: any port that is free. Raises UserError when it is taken."""
+    try:
+        return socket.create_server((HOST, port), backlog=BACKLOG)
+    except OSError as e:
+        raise UserError(e.strerror or str(e), f"port {port}", "choose another --port") from None
+
+
+def make(batcher: Batcher, name: str) -> uvicorn.Server:
+    """A server whose base model is called `name`."""
+    options = dict(http=Connection, ws="none", lifespan="off", log_level="error", access_log=False, server_header=False)
+    limits = dict(backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=DRAIN)
+    return uvicorn.Server(uvicorn.Config(application(batcher, name), **options, **limits))
+
+
+def run(server: uvicorn.Server, batcher: Batcher, listening: socket.socket) -> None:
+    """Serves until SIGINT or SIGTERM, answers what was asked by then, and returns. Raises what ended the batcher."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            batcher.run()
+        except BaseException as e:
+            errors.append(e)
+        server.should_exit = True
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn has handlers of its own, then raises them again
+            signal.signal(number, signal.SIG_IGN)
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        server.run(sockets=[listening])
+    finally:
+        batcher.close()
+        worker.join()
+    if errors:
+        raise errors[0]
+
+
+def application(batcher: Batcher, name: str) -> Starlette:
+    """The routes; `name` is the base model's, beside those of its adapters."""
+    service = Service(batcher, name)
+    routes = [
+        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route("/v1/completions", service.complete, methods=["POST"]),
+        Route("/v1/models", service.models),
+        Route("/v1/models/{model:path}", service.model),
+        Route("/health", service.health),
+        Route("/metrics", service.metrics),
+    ]
+    handlers = {Refused: refuse, HTTPException: no_route, UserError: user_error, Exception: broken}
+    return Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(Guard, meters=service.meters)])
+
+
+class Meters:
+    """What /metrics shows."""
+
+    def __init__(self, batcher: Batcher):
+        self.registry = r = CollectorRegistry()
+        self.requests = Counter("kungfu_requests", "HTTP requests answered", ["path", "status"], registry=r)
+        self.tokens = Counter("kungfu_tokens", "Tokens of prompts and of answers", ["kind"], registry=r)
+        self.seconds = Histogram("kungfu_request_seconds", "Seconds until an answer is whole", ["path"], registry=r)
+        self.first = Histogram("kungfu_first_token_seconds", "Seconds from the request to its first token", registry=r)
+        waiting = Gauge("kungfu_requests_waiting", "Answers that wait for a row of the batch", registry=r)
+        waiting.set_function(lambda: len(batcher.waiting))
+        running = Gauge("kungfu_requests_running", "Rows of the batch at work", registry=r)
+        running.set_function(lambda: sum(row is not None for row in batcher.rows))
+
+
+class Service:
+    """The endpoints of one batcher."""
+
+    def __init__(self, batcher: Batcher, name: str):
+        self.batcher, self.name, self.meters = batcher, name, Meters(batcher)
+        self.created = int(time.time())
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name, *self.batcher.names]
+
+    async def chat(self, request: Request) -> "Reply":
+        return await self.reply(request, chat=True)
+
+    async def complete(self, request: Request) -> "Reply":
+        return await self.reply(request, chat=False)
+
+    async def models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self.card(name) for name in self.names]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        if name not in self.names:
+            raise Refused(404, f"no model {name[:80]!r}; there are {', '.join(self.names)}", "model", "model_not_found")
+        return JSONResponse(self.card(name))
+
+    def card(self, name: str) -> dict:
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "local"}
+
+    async def health(self, _: Request) -> Response:
+        if self.batcher.closed:
+            raise Refused(503, "the server is closing")
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, _: Request) -> Response:
+        return Response(generate_latest(self.meters.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def reply(self, request: Request, chat: bool) -> "Reply":
+        begin = time.perf_counter()
+        asked = api.read(await body_of(request), chat, self.names)
+        inbox: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
+        put = functools.partial(_post, asyncio.get_running_loop(), inbox)
+        choices = await run_in_threadpool(self.submit, asked, put)
+        return Reply(asked, choices, inbox, self.meters, begin)
+
+    def submit(self, asked: api.Asked, put: Callable[[int, Item], None]) -> list[api.Choice]:
+        """The answers of a request, in the batcher's queue; all or none. Raises Refused and UserError."""
+        lm, choices = self.batcher.lm, []
+        adapter = None if asked.model == self.name else asked.model
+        try:
+            for prompt in asked.prompts:
+                ids = messages.encode(lm, prompt) if asked.chat else api.ids(lm, prompt)
+                room = self.batcher.length - len(ids)
+                if room < 1:
+                    what = f"the prompt has {len(ids)} tokens; with an answer a request has {self.batcher.length}"
+                    raise Refused(400, what, "messages" if asked.chat else "prompt", "context_length_exceeded")
+                for choice in range(asked.n):
+                    request = self.batcher.submit(
+                        ids, adapter=adapter, max_new_tokens=min(asked.max_tokens or room, room), knobs=asked.knobs,
+                        seed=api.seed(asked.seed, choice), top=asked.top, put=functools.partial(put, len(choices)),
+                    )  # fmt: skip
+                    choices.append(api.Choice(lm, request, asked.stop))
+        except BaseException as e:
+            for choice in choices:
+                choice.request.cancelled = True
+            if isinstance(e, Full):
+                raise Refused(503 if self.batcher.closed else 429, str(e), code="overloaded") from None
+            raise
+        return choices
+
+
+def _post(loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue, i: int, item: Item) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+        loop.call_soon_threadsafe(inbox.put_nowait, (i, item))
+
+
+class Reply:
+    """The response to a request whose answers are being made: whole, or as server-sent events."""
+
+    def __init__(
+        self, asked: api.Asked, choices: list[api.Choice], inbox: asyncio.Queue[tuple[int, Item]], meters: Meters,
+        begin: float,
+    ):  # fmt: skip
+        self.asked, self.choices, self.inbox, self.meters, self.begin = asked, choices, inbox, meters, begin
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watcher = asyncio.create_task(self.watch(receive))
+        try:
+            if self.asked.stream:
+                await self.stream(send)
+            else:
+                while not self.ended:
+                    await self.advance()
+                await JSONResponse(api.whole(self.asked, self.choices))(scope, receive, send)
+        finally:
+            watcher.cancel()
+            self.cancel()
+            for kind, number in api.usage(self.choices, self.asked.n).items():
+                if kind != "total_tokens":
+                    self.meters.tokens.labels(kind.removesuffix("_tokens")).inc(number)
+
+    @property
+    def ended(self) -> bool:
+        return all(choice.finish for choice in self.choices)
+
+    async def watch(self, receive: Receive) -> None:
+        """Cancels the requests when the client leaves."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.cancel()
+
+    def cancel(self) -> None:
+        for choice in self.choices:
+            choice.request.cancelled = True
+
+    async def advance(self) -> list[int]:
+        """Waits for tokens, gives all that are there to their choices, and says which moved. Raises Refused."""
+        moved: dict[int, None] = {}
+        while not moved or not self.inbox.empty():
+            i, item = await self.inbox.get()
+            if isinstance(item, BaseException):
+                raise Refused(503 if isinstance(item, Full) else 500, str(item) or type(item).__name__)
+            if self.begin and item is not None:
+                self.meters.first.observe(time.perf_counter() - self.begin)
+                self.begin = 0.0
+            self.choices[i].add(item)
+            moved[i] = None
+        return list(moved)
+
+    async def stream(self, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        start = api.head(self.asked) | ({"usage": None} if self.asked.usage else {})
+
+        async def events(contents: list[dict], last: bytes | None = None) -> None:
+            data = b"".join(b"data: %b\n\n" % json.dumps(content).encode() for content in contents)
+            await send({"type": "http.response.body", "body": data + (last or b""), "more_body": last is None})
+
+        if self.asked.chat:
+            role = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            await events([start | {"choices": [{"index": i, **role}]} for i in range(len(self.choices))])
+        try:
+            open_ = set(range(len(self.choices)))
+            while open_:
+                moved = [i for i in await self.advance() if i in open_]
+                parts = [part for i in moved for part in api.chunks(self.asked, i, self.choices[i])]
+                open_ -= {i for i in moved if self.choices[i].finish}
+                if parts:
+                    await events([start | {"choices": [part]} for part in parts])
+        except Refused as e:  # the status has been sent
+            return await events([e.content], b"")
+        total = {"choices": [], "usage": api.usage(self.choices, self.asked.n)}
+        await events([start | total] if self.asked.usage else [], b"data: [DONE]\n\n")
+
+
+async def body_of(request: Request) -> bytes:
+    """The body of a request. Raises Refused for other content than JSON, and for too much of it."""
+    if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refused(415, "send Content-Type: application/json")  # which pages of other sites may not send
+    too_large = Refused(413, f"a request has at most {BODY} bytes")
+    if int(request.headers.get("Content-Length", 0)) > BODY:
+        raise too_large
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > BODY:
+            raise too_large
+    return bytes(body)
+
+
+class Guard:
+    """Refuses requests under another host's name, and counts and times the others."""
+
+    def __init__(self, app: ASGIApp, meters: Meters):
+        self.app, self.meters = app, meters
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begin, status = time.perf_counter(), 499  # the client left
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        host = next((value for key, value in scope["headers"] if key == b"host"), b"")
+        path = next((p for p in PATHS if scope["path"] == p or scope["path"].startswith(f"{p}/")), "other")
+        try:
+            # Pages of other sites reach this port through the reader's browser, under a name of theirs.
+            if host.partition(b":")[0] not in (b"127.0.0.1", b"localhost"):
+                await error_response(Refused(403, "the host is not this machine"))(scope, receive, counted)
+            else:
+                await self.app(scope, receive, counted)
+        except ClientDisconnect:
+            pass  # before its request was whole: there is nobody to answer
+        except Exception:
+            status = 500
+            raise
+        finally:
+            self.meters.requests.labels(path, status).inc()
+            self.meters.seconds.labels(path).observe(time.perf_counter() - begin)
+
+
+def error_response(e: Refused) -> Response:
+    return JSONResponse(e.content, e.status, {"Retry-After": "1"} if e.status in (429, 503) else None)
+
+
+async def refuse(_: Request, e: Refused) -> Response:
+    return error_response(e)
+
+
+async def no_route(request: Request, e: HTTPException) -> Response:
+    return error_response(Refused(e.status_code, f"no {request.method} {request.url.path[:80]}", code="not_found"))
+
+
+async def user_error(_: Request, e: UserError) -> Response:
+    return error_response(Refused(400, str(e)))
+
+
+async def broken(_: Request, e: Exception) -> Response:
+    return error_response(Refused(500, f"the server failed: {type(e).__name__}"))
