@@ -2,9 +2,6 @@
 
 import contextlib
 import functools
-import http.client
-import json
-import threading
 
 import flax.linen as nn
 import jax
@@ -21,9 +18,8 @@ from infer import generate as decoding
 from infer.generate import generate
 from infer.lm import LM
 from infer.models import load, load_many
-from infer.sample import Knobs
 from infer.serve import store as stores
-from infer.serve.batcher import Batcher, Full
+from infer.serve.batcher import Batcher
 from infer.serve.store import Store
 from kernels import paged_lora
 from model import paged, weights
@@ -314,62 +310,6 @@ def test_other_adapters_than_lora_are_refused():
         paged.factors_of(base, model.specs, "folder")
 
 
-# --- continuous batching ---
-
-
-@pytest.fixture(scope="module")
-def lm():
-    model, base, trees = make()
-    return LM(model, base, load_tokenizer("bytes"), store_of(model, base, trees, rank_rows=48)), trees
-
-
-@pytest.mark.slow
-def test_requests_join_and_leave_a_running_batch(lm):
-    """More requests than rows, more adapters than the device holds, a ring that turns over: each as if alone."""
-    lm, trees = lm
-    batcher = Batcher(lm, rows=3, length=40)
-    lengths = [9, 30, 3, 25, 14, 34]
-    asked = list(zip(PROMPTS, NAMES, lengths))
-    requests = [batcher.submit(p, adapter=a, max_new_tokens=n) for p, a, n in asked[:4]]
-    for _ in range(7):
-        batcher.step()
-    requests += [batcher.submit(p, adapter=a, max_new_tokens=n) for p, a, n in asked[4:]]
-    while batcher.waiting or any(batcher.rows):
-        batcher.step()
-    for request, (prompt, name, n) in zip(requests, asked):
-        wanted = generate(lm.model, trees.get(name, lm.params), [prompt], max_new_tokens=n, stop_ids=(257,)).tokens[0]
-        assert list(request) == wanted, name
-
-
-@pytest.mark.slow
-def test_each_request_has_knobs_of_its_own(lm):
-    lm, trees = lm
-    knobs = [Knobs(), Knobs(0.9), Knobs(1.5, 5, 0.9, 0.05)]
-    batcher = Batcher(lm, rows=3, length=64)
-    requests = [batcher.submit(PROMPTS[0], adapter="b", max_new_tokens=10, knobs=k, seed=3) for k in knobs]
-    while any(batcher.rows) or batcher.waiting:
-        batcher.step()
-    for request, k in zip(requests, knobs):
-        alone = generate(lm.model, trees["b"], [PROMPTS[0]], max_new_tokens=10, seed=3, **k._asdict(), stop_ids=(257,))
-        assert list(request) == alone.tokens[0]
-    assert len({tuple(r.tokens) for r in requests}) == 3
-
-
-def test_what_cannot_be_answered_is_refused(lm):
-    batcher = Batcher(lm[0], rows=1, length=16, waiting=1)
-    with pytest.raises(UserError, match="exceed the 16"):
-        batcher.submit([1] * 9, max_new_tokens=8)
-    with pytest.raises(UserError, match="no adapter"):
-        batcher.submit([1], adapter="x", max_new_tokens=1)
-    first = batcher.submit([1], max_new_tokens=8)
-    with pytest.raises(Full):
-        batcher.submit([1], max_new_tokens=1)
-    batcher.step()
-    first.cancelled = True
-    batcher.step()
-    assert not any(batcher.rows) and len(list(first)) == 3
-
-
 # --- from folders to answers ---
 
 
@@ -413,100 +353,6 @@ def test_a_run_on_another_base_is_refused(folders, tmp_path):
     export_hf(model, jax.tree.map(lambda x: x * 1.5, base), load_tokenizer("bytes"), tmp_path / "other", check=False)
     with pytest.raises(UserError, match="another base"):
         load_many(tmp_path / "other", {"run": folders / "run"})
-
-
-@pytest.fixture(scope="module")
-def server(folders):
-    from tools import serve
-
-    server = serve.Server(0, "base")
-    lm = load_many(folders / "model", {"run": folders / "run", "peft": folders / "peft"})
-    server.batcher = Batcher(lm, rows=2, length=96)
-    threads = [threading.Thread(target=f, daemon=True) for f in (server.serve_forever, server.batcher.run)]
-    for thread in threads:
-        thread.start()
-    yield server, lm
-    server.shutdown()
-    server.batcher.close()
-    server.server_close()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-
-
-def ask(server, method="POST", path="/v1/chat/completions", headers=(), body=None, **content):
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
-    body = json.dumps(content) if body is None else body
-    connection.request(method, path, body, {"Content-Type": "application/json", **dict(headers)})
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    return answer.status, json.loads(text) if answer.headers["Content-Type"] == "application/json" else text
-
-
-USER = [{"role": "user", "content": "2+3="}]
-
-
-@pytest.mark.slow
-def test_server_answers_as_the_model_does_alone(server):
-    server, lm = server
-    assert [m["id"] for m in ask(server, "GET", "/v1/models")[1]["data"]] == ["base", "run", "peft"]
-    names, out = ["base", "run", "peft", "run", "base"], {}
-    fetch = lambda i: out.update({i: ask(server, model=names[i], messages=USER, max_tokens=8 + i, temperature=0)})
-    threads = [threading.Thread(target=fetch, args=(i,)) for i in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i, name in enumerate(names):
-        adapter = None if name == "base" else name
-        want = lm.generate("2+3=", adapters=[adapter], max_new_tokens=8 + i)[0]
-        status, answer = out[i]
-        assert status == 200 and answer["choices"][0]["message"]["content"] == want
-        assert answer["usage"]["completion_tokens"] <= 8 + i and answer["model"] == name
-
-
-@pytest.mark.slow
-def test_server_streams_and_stops(server):
-    server, _ = server
-    asked = dict(model="run", messages=USER, max_tokens=24, temperature=1.3, seed=4)
-    whole = ask(server, **asked)[1]["choices"][0]
-    status, text = ask(server, stream=True, **asked)
-    events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
-    chunks = [json.loads(e)["choices"][0] for e in events[:-1]]
-    assert status == 200 and events[-1] == "[DONE]" and len(chunks) > 3
-    assert "".join(c["delta"].get("content", "") for c in chunks) == whole["message"]["content"]
-    assert chunks[-1]["finish_reason"] == whole["finish_reason"]
-    stop = whole["message"]["content"][3:5]
-    cut = ask(server, stop=[stop], **asked)[1]["choices"][0]
-    assert cut["message"]["content"] == whole["message"]["content"].split(stop)[0] and cut["finish_reason"] == "stop"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("status", "request_"),
-    [
-        (404, dict(method="GET", path="/")),
-        (404, dict(model="other", messages=USER)),
-        (400, dict(body="{")),
-        (400, dict(body="[1]")),
-        (400, dict(model="base", messages=[])),
-        (400, dict(model="base", messages=[{"role": "user"}])),
-        (400, dict(model="base", messages=USER, max_tokens=0)),
-        (400, dict(model="base", messages=USER, max_tokens=True)),
-        (400, dict(model="base", messages=USER, temperature="1")),
-        (400, dict(model="base", messages=USER, temperature=float("nan"))),
-        (400, dict(model="base", messages=USER, n=2)),
-        (400, dict(model="base", messages=USER, tools=[{}])),
-        (400, dict(model="base", messages=USER, max_tokens=1000)),
-        (413, dict(headers={"Content-Length": str(1 << 30)}, body=b"")),
-        (411, dict(headers={"Content-Length": "-1"}, body=b"")),
-        (415, dict(headers={"Content-Type": "text/plain"}, model="base", messages=USER)),
-        (403, dict(headers={"Host": "evil.example"}, method="GET", path="/v1/models")),
-    ],
-)
-def test_server_refuses_in_one_line(server, status, request_):
-    got, answer = ask(server[0], **request_)
-    assert got == status and "\n" not in answer["error"]["message"] and answer["error"]["code"] == status
 
 
 @pytest.mark.slow
