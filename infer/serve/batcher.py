@@ -11,7 +11,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,8 @@ class Request:
         self.prompt, self.adapter, self.max_new_tokens, self.knobs = prompt, adapter, max_new_tokens, knobs
         self.key = np.asarray(jax.random.key_data(row_keys([prompt], 1, seed)[0]))
         self.tokens: list[int] = []
-        self.top, self.scores = top, []  # one Score per token, where they are asked for
+        self.top = top
+        self.scores: list[Score] = []  # one per token, where they are asked for
         self.stopped = False  # at an end token, which is the last of `tokens`
         self.cancelled = False  # set it to leave the batch
         self._out: queue.SimpleQueue[Item] = queue.SimpleQueue()
@@ -84,14 +85,14 @@ class Request:
 
 
 class Rows(NamedTuple):
-    """What a step knows of each row of the batch [B]."""
+    """What a step knows of each row of the batch [B]; in numpy until it is traced."""
 
-    live: Any
-    token: Any  # the newest, not yet in the cache
-    position: Any  # of it
-    step: Any  # tokens sampled before
-    key: Any  # [B,2]
-    scored: Any  # whether its tokens get a Score
+    live: Array | np.ndarray
+    token: Array | np.ndarray  # the newest, not yet in the cache
+    position: Array | np.ndarray  # of it
+    step: Array | np.ndarray  # tokens sampled before
+    key: Array | np.ndarray  # [B,2]
+    scored: Array | np.ndarray  # whether its tokens get a Score
     knobs: Knobs
 
 
@@ -281,7 +282,7 @@ def _pick(logits: Array, rows: Rows) -> Picked:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _lay(cache: Cache, one: Cache, row: Any) -> Cache:
+def _lay(cache: Cache, one: Cache, row: int | Array) -> Cache:
     """A cache of one row laid into another's row so that it ends before the next column; the rest of it is emptied."""
     length, index = cache.positions.shape[1], cache.index
 
