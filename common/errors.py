@@ -1,5 +1,8 @@
 """The one exception that means: the user can fix this."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Bad input, told in one line: what is wrong, where, and the fix. Command lines print it and exit with code 2."""
@@ -7,3 +10,17 @@ class UserError(ValueError):
     def __init__(self, what: str, where: str = "", fix: str = ""):
         self.what, self.where, self.fix = what, where, fix
         super().__init__(" · ".join(part for part in (where, what, fix) if part))
+        self.__suppress_context__ = True
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows of it."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The question about the nearest known word or dotted path: one with the same last part, else the best spelling."""
+    known, last = list(known), word.rpartition(".")[2]
+    tails = {k.rpartition(".")[2]: k for k in reversed(known)}
+    near = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(word, known, 1, 0.75)
+    near = near or [tails[t] for t in difflib.get_close_matches(last, tails, 1, 0.75)]
+    return f"did you mean {' or '.join(near[:3])}?" if near else otherwise

@@ -8,25 +8,18 @@
 import sys
 from pathlib import Path
 
-from common import files
-from common.errors import UserError
+from common import cli, files
 from evals import task as tasks
 
 
-def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    try:
-        given = dict(word.removeprefix("--").partition("=")[::2] for word in argv)
-        if set(given) != {"task", "out"} or not all(given.values()):
-            raise UserError("wants --task=NAME and --out=FOLDER", "evals.export")
-        for path, n in export(given["task"], Path(given["out"])).items():
-            print(f"{path}: {n} records")
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
-    return 0
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("evals.export", __doc__)
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    for path, n in export(args.task, args.out).items():
+        print(f"{path}: {n} records")
 
 
 def export(name: str, folder: Path) -> dict[str, int]:

@@ -8,53 +8,47 @@ run, when the model or the adapter is one. `--text` names a data source; its los
 tuning made the model forget.
 """
 
+import argparse
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import files
+from common import cli, files
 from common.errors import UserError
-from configs.schema.problems import did_you_mean
-
-OPTIONS = dict(
-    model="", adapter="", tasks="", shots="0", n="100", seed="0", text="", passages="16", batch_size="16", out=""
-)
 
 
-def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    try:
-        run(parse(argv))
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
-    return 0
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("evals.main", __doc__)
+    parser.add_argument("--model", required=True)
+    for name in ("adapter", "text", "out"):
+        parser.add_argument(f"--{name}", default="")
+    parser.add_argument("--tasks", default="", type=cli.listed)
+    parser.add_argument("--shots", default="0", type=cli.counts)
+    for name, default in dict(n=100, seed=0, passages=16, batch_size=16).items():
+        parser.add_argument(f"--{name}", default=default, type=cli.count)
+    run(parser.parse_args(argv))
 
 
-def run(options: dict[str, str]) -> list[dict]:
+def run(args: argparse.Namespace) -> list[dict]:
     """The results of a command line's options, written and shown as they come."""
-    whole = {k: _whole(k, options[k]) for k in ("n", "seed", "passages", "batch_size")}
-    shots = [_whole("shots", k) for k in options["shots"].split(",")]
-    names = [name.strip() for name in options["tasks"].split(",") if name.strip()]
-    if not options["model"] or not (names or options["text"]):
-        raise UserError("--model, and --tasks or --text, are needed", "evals.main", "see --help")
+    if not (args.tasks or args.text):
+        raise UserError("--tasks or --text is needed", "evals.main", "see --help")
     from evals import task
 
-    for name in names:
+    for name in args.tasks:
         task.load(name)  # a typo shows before the model is read
-    out = _folder(options)
+    out = _folder(args)
     from infer.models import load
 
-    lm = load(options["model"], adapter=options["adapter"] or None)
+    lm = load(args.model, adapter=args.adapter or None)
     results = []
-    for result in _measure(lm, names, shots, options["text"], whole):
-        line = {"time": round(time.time(), 3), "model": options["model"], **files.plain(result)}
-        if options["adapter"]:
-            line["adapter"] = options["adapter"]
+    for result in _measure(lm, args):
+        line = {"time": round(time.time(), 3), "model": args.model, **files.plain(result)}
+        if args.adapter:
+            line["adapter"] = args.adapter
         results.append(line)
         if out:
             files.append(out / "evals.jsonl", line)
@@ -62,45 +56,27 @@ def run(options: dict[str, str]) -> list[dict]:
     return results
 
 
-def _measure(lm: Any, names: list[str], shots: list[int], text: str, whole: dict[str, int]) -> Iterator[dict]:
+def _measure(lm: Any, args: argparse.Namespace) -> Iterator[dict]:
     from evals import heldout
     from evals.run import evaluate
 
-    for name in names:
-        for k in shots:
-            yield evaluate(name, lm, whole["n"], whole["seed"], k, whole["batch_size"]).to_dict()
-    if text:
-        texts = heldout.passages(text, whole["passages"])
+    for name in args.tasks:
+        for k in args.shots:
+            yield evaluate(name, lm, args.n, args.seed, k, args.batch_size).to_dict()
+    if args.text:
+        texts = heldout.passages(args.text, args.passages)
         start = time.perf_counter()
         total, tokens = heldout.text_loss(lm, texts)
         seconds = time.perf_counter() - start
-        yield {"text": text, "loss": total / tokens, "tokens": tokens, "n": len(texts), "seconds": seconds}
+        yield {"text": args.text, "loss": total / tokens, "tokens": tokens, "n": len(texts), "seconds": seconds}
 
 
-def parse(argv: list[str]) -> dict[str, str]:
-    options = dict(OPTIONS)
-    for word in argv:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in OPTIONS:
-            raise UserError("unknown option", word, did_you_mean(name, list(OPTIONS), "see --help"))
-        if not equals:
-            raise UserError("needs a value", word, f"write --{name}=VALUE")
-        options[name] = value
-    return options
-
-
-def _whole(name: str, text: str) -> int:
-    if not text.strip().isdigit():
-        raise UserError(f"{text!r} is not a whole number", f"--{name}")
-    return int(text)
-
-
-def _folder(options: dict[str, str]) -> Path | None:
+def _folder(args: argparse.Namespace) -> Path | None:
     """Where results go: `out`, else the run folder that was measured, else nowhere."""
-    if options["out"]:
-        Path(options["out"]).mkdir(parents=True, exist_ok=True)
-        return Path(options["out"])
-    for name in (options["adapter"], options["model"]):
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        return Path(args.out)
+    for name in (args.adapter, args.model):
         if name and (Path(name) / "config.json").exists() and (Path(name) / "ckpt").is_dir():
             return Path(name)
     return None

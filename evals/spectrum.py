@@ -7,36 +7,30 @@ SOURCE: a run folder, a PEFT folder or a model; a run knows its base. One row a 
 takes and changes.
 """
 
-import argparse
-import json
 import re
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+from common import cli, files
 from common.errors import UserError
 
 TOP, COSINE = 10, 0.5  # singular vectors looked at, and the similarity below which one is an intruder
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evals.spectrum", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("evals.spectrum", __doc__)
     parser.add_argument("source")
     parser.add_argument("--base", default="")
     parser.add_argument("--where", default=r"layers/.*")
     parser.add_argument("--out", default="")
     args = parser.parse_args(argv)
-    try:
-        rows, cost = change(args.source, args.base, args.where)
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
+    rows, cost = change(args.source, args.base, args.where)
     if args.out:
-        with open(args.out, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        files.write_lines(Path(args.out), rows)
     show(rows, cost)
-    return 0
 
 
 def change(source: str, base: str = "", where: str = r"layers/.*") -> tuple[list[dict], dict[str, float]]:

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.errors import UserError
-from configs.schema.problems import did_you_mean
+from common.errors import UserError, did_you_mean
 
 Example = dict[str, Any]  # "answer" and what `prompt` reads; "options" as well where one of them is to be chosen
 Prompt = str | list[dict]  # a text to continue, or chat messages that end with a user's turn

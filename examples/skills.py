@@ -9,11 +9,11 @@ sums more than words, and the other way round; of the two combinations TIES keep
 training: a sum of skills that forget each other is no substitute for it.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
+from common import cli
 from common.errors import UserError
 from configs import schema
 
@@ -21,18 +21,13 @@ TASKS = {"sums": "synthetic:add?n=4000&digits=1", "words": "synthetic:copy?n=400
 HELD_OUT, SEED = 200, 1000  # questions, and the seed that draws them
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m examples.skills", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("examples.skills", __doc__)
     parser.add_argument("--out", required=True)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args(argv)
-    try:
-        show([skills(Path(args.out) / f"seed{seed}", seed) for seed in range(args.seeds)])
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
-    return 0
+    show([skills(Path(args.out) / f"seed{seed}", seed) for seed in range(args.seeds)])
 
 
 def skills(out: Path, seed: int) -> dict[str, dict[str, float]]:

@@ -28,7 +28,7 @@ from tests.test_quant import rand, relative
 from tools.kernel_report import __main__ as kernel_report
 from tools.kernel_report import schedule
 from tools.plan import hlo
-from tools.plan.__main__ import topology
+from tools.plan import topology
 from train.mesh import RULES, make_mesh
 
 ROOT = Path(__file__).parents[1]
@@ -302,7 +302,7 @@ def test_no_program_spills_and_none_writes_a_float_w(chip):
 def test_four_absent_chips_gather_packed_weights(fmt, on, kernel, calls):
     """A kernel each for a forward and a backward pass, of which a GPU leaves the second to XLA; codes gathered as bytes
     over fsdp, no float W on the wire."""
-    eqn, mesh = "BTF,FD->BTD", make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, topology(on))
+    eqn, mesh = "BTF,FD->BTD", make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, topology.devices(on))
     laid = lambda a, *axes: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P(*axes)))
     leaf = jax.eval_shape(lambda w: FORMATS[fmt](w, eqn), jax.ShapeDtypeStruct((1024, 512), jnp.float32))
     leaf = jax.tree.map(lambda a: laid(a, *("tensor", "fsdp") if a.shape[-1] == 512 else ()), leaf)
@@ -330,7 +330,7 @@ def test_four_absent_chips_gather_packed_weights(fmt, on, kernel, calls):
 def test_four_absent_chips_keep_their_parts_of_the_adapters(eqn, split, on, kernel, calls):
     """Columns over tensor by the kernels of one device. With rows there what is added lies between two kernels on a
     GPU, and between two loops on a TPU. Nothing as large as the stacks is sent."""
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 4}, topology(on))
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 4}, topology.devices(on))
 
     def laid(*shape, dtype="bfloat16", at=()):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*at)))

@@ -28,7 +28,7 @@ from model.net.ring import FAR, ring_attention
 from model.net.transformer import REMAT
 from tests import test_main
 from tests.test_step import B, T, config, losses, mesh_of, rows
-from tools.mesh import table
+from tools.plan.parameters import table
 from train import inputs, mesh, source
 from train.keep import flags
 
@@ -282,10 +282,10 @@ def test_places_of_parameters(name):
 def test_the_table_command():
     """6,738,415,616 parameters of 4 bytes over 16 devices: all of them divide. No backend is asked for."""
     script = (
-        "import sys; from tools.mesh import main; code = main(sys.argv[1:]); from jax._src import xla_bridge;"
+        "import sys; from tools.plan.__main__ import main; code = main(sys.argv[1:]); from jax._src import xla_bridge;"
         "assert not xla_bridge._backends, 'a device was touched'; sys.exit(code)"
     )
-    args = ["--config=configs/pretrain/tiny.py", "--devices=16", "--config.mesh.data=1"]
+    args = ["--config=configs/pretrain/tiny.py", "--parameters", "--devices=16", "--config.mesh.data=1"]
     args += [f"--config.{key}={value}" for key, value in GOLDEN["llama2_7b_fsdp16"].items()]
     run = lambda *more: subprocess.run(
         [sys.executable, "-c", script, *args, *more], cwd=ROOT, capture_output=True, text=True, timeout=120

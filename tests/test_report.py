@@ -208,7 +208,7 @@ def test_an_interrupt_reaches_the_stage_once_and_is_told(tmp_path):
         time.sleep(0.1)
     child.send_signal(signal.SIGINT)
     assert b"the same command goes on" in child.communicate(timeout=30)[1]
-    assert child.returncode == demo.INTERRUPTED and (tmp_path / "saved.txt").exists()
+    assert child.returncode == exits.PREEMPTED and (tmp_path / "saved.txt").exists()
 
 
 def test_stages_know_what_is_done(runs, tmp_path):

@@ -20,7 +20,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 from fsspec.registry import _registry
 
-from common import files, paths
+from common import exits, files, paths
 from common.errors import UserError
 from data import sources
 from model.io import saved
@@ -178,7 +178,7 @@ def test_a_holder_that_was_replaced_ends(bucket, monkeypatch):
     assert paths.create(home / "LOCK.1", "another")
     held.path.unlink()
     held._thread.join(5)
-    assert ended == [runs.PREEMPTED]
+    assert ended == [exits.PREEMPTED]
 
 
 # --- with gcsfs and the emulator of requirements/cloud.txt ---

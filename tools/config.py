@@ -10,6 +10,7 @@ What is wrong goes to stderr, all of it at once, and the exit code is 2.
 import sys
 from pathlib import Path
 
+from common import cli
 from common.errors import UserError
 from configs import base, schema
 from configs.schema import describe, overrides
@@ -18,36 +19,31 @@ from configs.schema.problems import show as shown
 CONFIGS = Path(base.__file__).parent
 
 
-def main(argv: list[str]) -> int:
+@cli.command
+def main(argv: list[str]) -> int | None:
     verb, *rest = argv or ["--help"]
     if verb in ("-h", "--help"):
         print(__doc__)
         return 0
-    try:
-        if verb not in VERBS:
-            raise UserError(f"unknown verb {verb!r}", "tools.config", f"one of {', '.join(VERBS)}")
-        return VERBS[verb](rest)
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
+    if verb not in VERBS:
+        raise UserError(f"unknown verb {verb!r}", "tools.config", f"one of {', '.join(VERBS)}")
+    return VERBS[verb](rest)
 
 
-def show(argv: list[str]) -> int:
+def show(argv: list[str]) -> None:
     config = schema.load(argv, usage=__doc__).config
     default = schema.flatten(base.get_config())
     leaves = schema.flatten(config)
     same = lambda path: path in default and leaves[path] == default[path]
     lines = (("  " if same(line.partition("=")[0]) else "* ") + line for line in describe.lines(config))
-    describe.write("\n".join(lines))
-    return 0
+    print("\n".join(lines))
 
 
-def diff(argv: list[str]) -> int:
+def diff(argv: list[str]) -> None:
     if len(argv) != 2:
         raise UserError("diff takes two config files or run folders", "tools.config diff", "diff A B")
     for path, old, new in schema.diff(*map(_resolved, argv)):
         print(f"{path}: {shown(old)} -> {shown(new)}")
-    return 0
 
 
 def _resolved(spec: str) -> schema.ConfigDict:

@@ -8,53 +8,27 @@ yourself; its output goes to a log beside its results. Run it again after an int
 a training run goes on from its last checkpoint.
 """
 
-import contextlib
-import json
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from common import files
-from common.errors import UserError
+from common import cli, files, jobs
+from common.jobs import Stage
 
 TASK, SHOTS, EXAMPLES, TEXT, PASSAGES = "dates", "0,4", 100, "pydocs", 12
 MODEL = "smollm2-135m-instruct"
-INTERRUPTED = 75
 
 
-class Stage(NamedTuple):
-    """`share` is the part of the stage that is done, from 0 to 1, read from its files; 1 means: skip it."""
-
-    title: str
-    argv: list[str]  # python -m ...
-    share: Callable[[], float]
-    seconds: float  # about, on two cores: the length of its part of the bar
-
-
+@cli.command
 def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    try:
-        given = [word.partition("=") for word in argv]
-        if any(name != "--out" or not value for name, _, value in given):
-            raise UserError(
-                f"unknown options {' '.join(argv)!r}", "tools.demo", "python -m tools.demo [--out=runs/demo]"
-            )
-        return demo(Path(given[-1][2] if given else "runs/demo"))
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
+    parser = cli.Parser("tools.demo", __doc__)
+    parser.add_argument("--out", type=Path, default="runs/demo")
+    return demo(parser.parse_args(argv).out)
 
 
 def demo(out: Path) -> int:
     """Runs what is left of the stages. 0: done; 75: interrupted; otherwise the exit code of the stage that failed."""
     out.mkdir(parents=True, exist_ok=True)
-    code = run(stages(out), out)
+    code = jobs.run(stages(out), out)
     if code == 0:
         print((out / "report.md").read_text("utf-8").split("\n## ")[0].partition("\n")[2].strip())
         print(f"\nThe report: {out / 'report.html'}")
@@ -97,7 +71,7 @@ def trained(folder: Path) -> float:
     lines = files.read_lines(folder / "metrics.jsonl")
     if any(line.get("event") == "done" for line in lines[-1:]):
         return 1.0
-    steps = json.loads((folder / "config.json").read_text("utf-8"))["steps"] if lines else 1
+    steps = files.read_json(folder / "config.json").get("steps", 1)
     return min(0.99, max((line.get("step", 0) for line in lines), default=0) / steps)
 
 
@@ -106,94 +80,6 @@ def measured(folder: Path, results: int) -> float:
     since = max((line["time"] for line in files.read_lines(folder / "metrics.jsonl") if "time" in line), default=0)
     fresh = [line for line in files.read_lines(folder / "evals.jsonl") if line["time"] >= since]
     return min(1.0, len({(line.get("task"), line.get("shots"), line.get("text")) for line in fresh}) / results)
-
-
-# --- running them ---
-
-
-def run(stages: list[Stage], out: Path) -> int:
-    """Runs the stages that are not done, one after the other, under one progress bar."""
-    with _bar(stages) as show, interruptible() as stop:
-        for i, stage in enumerate(stages):
-            if stage.share() >= 1:
-                continue
-            code = _run(stage, out / f"{i + 1}.log", lambda i=i: show(i), stop)
-            if code:
-                _explain(stage, out / f"{i + 1}.log", INTERRUPTED if stop else code)
-                return INTERRUPTED if stop else code
-        show(len(stages))
-    return 0
-
-
-def _run(stage: Stage, log: Path, tick: Callable[[], None], stop: list[int]) -> int:
-    """The exit code of a stage. A signal to stop is passed on once, and the stage may save before it ends.
-
-    The child has a session of its own: Ctrl-C in a terminal would reach it a second time, and that means at once.
-    """
-    argv, told = [sys.executable, "-m", *stage.argv], False
-    with log.open("a", encoding="utf-8") as file:
-        child = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            while child.poll() is None:
-                tick()
-                if stop and not told:
-                    child.send_signal(stop[0])
-                    told = True
-                time.sleep(0.25)
-        finally:
-            child.kill()
-    return child.wait()
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """A list that holds the signal once Ctrl-C or SIGTERM came; a second one ends the process as usual."""
-    caught: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, _: Any) -> None:
-        caught.append(signal.SIGTERM)
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _bar(stages: list[Stage]) -> Iterator[Callable[[int], None]]:
-    """A function that shows stage i (`len(stages)`: all done): a bar on a terminal, else a line for each new stage."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    console, shown = Console(), set()
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=sum(stage.seconds for stage in stages))
-
-        def show(i: int) -> None:
-            now = stages[i].share() * stages[i].seconds if i < len(stages) else 0
-            title = f"{i + 1}/{len(stages)} {stages[i].title}" if i < len(stages) else "done"
-            progress.update(task, completed=sum(s.seconds for s in stages[:i]) + now, description=title)
-            if i not in shown and not console.is_terminal:
-                print(title, flush=True)
-            shown.add(i)
-
-        yield show
-
-
-def _explain(stage: Stage, log: Path, code: int) -> None:
-    if code == INTERRUPTED:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return
-    tail = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-12:])
-    print(f"{tail}\n{stage.title}: failed with exit code {code}; all of it is in {log}", file=sys.stderr)
-    print(f"the command: python -m {' '.join(stage.argv)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

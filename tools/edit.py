@@ -9,17 +9,17 @@ and lets signs vote (arXiv 2306.01708); dare keeps a random share (arXiv 2311.03
 folder, or with --rank a PEFT folder: a LoRA of each changed matrix by truncated SVD, its error printed.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
 
+from common import cli
 from common.errors import UserError
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.edit", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("tools.edit", __doc__)
     parser.add_argument("sources", nargs="+", metavar="SOURCE[:FACTOR]")
     parser.add_argument("--base", required=True)
     parser.add_argument("--to", required=True)
@@ -27,12 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--density", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rank", type=int, default=0)
-    try:
-        edit(**vars(parser.parse_args(argv)))
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
-    return 0
+    edit(**vars(parser.parse_args(argv)))
 
 
 def edit(sources: list[str], base: str, to: str, method: str, density: float, seed: int, rank: int) -> None:

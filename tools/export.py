@@ -9,16 +9,16 @@ compressed-tensors format; --dtype is that of the rest and of the scales. --dequ
 on a quantised base are merged into such floats only, which are not those that the adapter will meet elsewhere.
 """
 
-import argparse
 import shlex
 import sys
 
+from common import cli
 from common.errors import UserError
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("tools.export", __doc__)
     parser.add_argument("--from", dest="source", required=True)
     parser.add_argument("--to", required=True)
     parser.add_argument("--adapter", default="")
@@ -26,19 +26,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dequantise", action="store_true")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args(argv)
-    try:
-        if args.adapter_only:
-            return export_adapter(args.source, args.adapter, args.to)
-        return export(args.source, args.adapter, args.to, args.dtype, args.dequantise)
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
+    if args.adapter_only:
+        export_adapter(args.source, args.adapter, args.to)
+    else:
+        export(args.source, args.adapter, args.to, args.dtype, args.dequantise)
 
 
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")  # kept of generation_config.json
 
 
-def export(source: str, adapter: str, to: str, dtype: str, dequantise: bool) -> int:
+def export(source: str, adapter: str, to: str, dtype: str, dequantise: bool) -> None:
     from infer.models import load, open_model
     from model import weights
     from model.io.export import export_hf
@@ -52,10 +49,9 @@ def export(source: str, adapter: str, to: str, dtype: str, dequantise: bool) -> 
     delta = export_hf(lm.model, lm.params, lm.tokenizer, to, dtype=dtype, generation=generation, dequantise=dequantise)
     print(f"{to} · read back, the logits differ by at most {delta:.1g} of their scale")
     print(f"vllm serve {shlex.quote(to)}")
-    return 0
 
 
-def export_adapter(source: str, adapter: str, to: str) -> int:
+def export_adapter(source: str, adapter: str, to: str) -> None:
     from infer.models import load, open_model
     from model.io import peft_write
 
@@ -64,7 +60,6 @@ def export_adapter(source: str, adapter: str, to: str) -> int:
     lm = load(source, adapter or None)
     peft_write.write(to, lm.model, lm.params, base)
     print(f"{to} · PeftModel.from_pretrained(base, {to!r}) opens it on {base or 'its base'}")
-    return 0
 
 
 if __name__ == "__main__":

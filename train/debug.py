@@ -20,7 +20,6 @@ from train import init, inputs
 from train.keep import hosts
 from train.mesh import RULES, make_mesh
 
-BROKEN = 70  # EX_SOFTWARE
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -104,7 +103,7 @@ def _examine(planned: Any, state: Any, batch: dict) -> int:
 
 def _tell(what: str, where: str) -> int:
     print(f"not finite: {what} {where}")
-    return BROKEN
+    return exits.BROKEN
 
 
 def _not_finite(tree: Any) -> bool:

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 from ml_collections.config_dict import RequiredValueError, placeholder
 
-from common.errors import UserError
+from common.errors import UserError, did_you_mean
 from configs import base
 from configs.schema import methods, overrides, rules
 from configs.schema.methods import Key
-from configs.schema.problems import ConfigError, Problem, did_you_mean, show
+from configs.schema.problems import ConfigError, Problem, show
 
 USAGE = "python -m train.main --config=configs/X.py[:ARG] --workdir=DIR [--config.key=value ...] [--plan]"
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from common.errors import UserError
-from configs.schema.problems import Problem, did_you_mean, show
+from common.errors import UserError, did_you_mean
+from configs.schema.problems import Problem, show
 
 NONE = ("none", "null")
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

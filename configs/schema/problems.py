@@ -1,6 +1,5 @@
 """What is wrong with a config: every problem at once, each with its fix."""
 
-import difflib
 import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -56,12 +55,3 @@ def show(value: Any) -> str:
     if isinstance(value, str):
         return value if value else '""'
     return repr(value)
-
-
-def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """The question about the nearest known word or dotted path: one with the same last part, else the best spelling."""
-    known, last = list(known), word.rpartition(".")[2]
-    tails = {k.rpartition(".")[2]: k for k in reversed(known)}
-    near = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(word, known, 1, 0.75)
-    near = near or [tails[t] for t in difflib.get_close_matches(last, tails, 1, 0.75)]
-    return f"did you mean {' or '.join(near[:3])}?" if near else otherwise

@@ -9,9 +9,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from common.errors import did_you_mean
 from configs.models import SHAPES
 from configs.schema import methods
-from configs.schema.problems import Problem, did_you_mean, show
+from configs.schema.problems import Problem, show
 
 SHARE, POSITIVE, COUNT, ANY_COUNT = "[0, 1]", "(0, inf)", "[1, inf)", "[0, inf)"
 

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common import cli
 from common.errors import UserError
 from common.packages import PACKAGES, package_gguf
 from configs.models import SHAPES
@@ -48,9 +49,9 @@ class Contest(NamedTuple):
     sides: list[Side]  # the first is compared with each of the others
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("tools.bench", __doc__)
     parser.add_argument("--what", default=",".join(WHAT), help="some of " + ",".join(WHAT))
     parser.add_argument("--rounds", type=int, default=3, help="turns of every side")
     parser.add_argument("--out", default="runs/bench.json")
@@ -59,14 +60,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data", default="", help="JSON lines with prompt and completion; else questions on Python")
     parser.add_argument("--alone", action="store_true", help="without peers, though they are installed")
     args = parser.parse_args(argv)
-    try:
-        if unknown := set(args.what.split(",")) - set(WHAT):
-            raise UserError(f"unknown {min(unknown)!r}", "--what", f"some of {','.join(WHAT)}")
-        bench(args)
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
-    return 0
+    if unknown := set(args.what.split(",")) - set(WHAT):
+        raise UserError(f"unknown {min(unknown)!r}", "--what", f"some of {','.join(WHAT)}")
+    bench(args)
 
 
 def bench(args: argparse.Namespace) -> None:

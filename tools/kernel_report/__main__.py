@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
 def report(names: list[str], quick: bool, only: str) -> list[dict[str, Any]]:
     """A row for each chip and case. Raises UserError for an unknown chip, or without its compiler."""
     from tools.kernel_report import gpu as kernel_report_gpu
-    from tools.plan.__main__ import topology
+    from tools.plan import topology
 
     if unknown := [n for n in names if n not in (*TPUS, *GPUS)]:
         raise UserError(f"no chip {unknown[0]!r} is known", "--chip", "of " + ", ".join((*TPUS, *GPUS)))
@@ -84,7 +84,7 @@ def report(names: list[str], quick: bool, only: str) -> list[dict[str, Any]]:
             f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
             " --xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
         )
-        devices = {name: topology(TPUS[name].topology)[0] for name in names if name in TPUS}
+        devices = {name: topology.devices(TPUS[name].topology)[0] for name in names if name in TPUS}
         rows = [row(case, name, device, dump) for name, device in devices.items() for case in on["tpu"]]
         return rows + (kernel_report_gpu.report(on["cuda"], dump, gpu == "gpu") if gpu else [])
 

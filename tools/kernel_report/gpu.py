@@ -28,11 +28,11 @@ ROUNDS = 7
 
 def report(cases: list[Any], dump: str, here: bool) -> list[dict[str, Any]]:
     """A row for each case: on the GPU that is `here`, timed, or on an absent H100. Raises UserError without either."""
-    from tools.plan.__main__ import topology
+    from tools.plan import topology
 
     flags = f" --xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_emitter_re=ptx"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
-    device = present() if here else topology("h100:1")[0]
+    device = present() if here else topology.devices("h100:1")[0]
     return [row(case, device, dump, here) for case in cases]
 
 

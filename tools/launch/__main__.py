@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common import cli, exits
 from common.errors import UserError
 from common.paths import STORE
 from configs import schema
@@ -29,7 +30,7 @@ TABLE = tomllib.loads(Path(__file__).with_name("targets.toml").read_text("utf-8"
 FLAGS = dict.fromkeys(("on", "accelerator", "zone", "project", "bucket", "nfs", "from"), "")
 FLAGS |= {"name": "kungfu", "spot": False, "go": False, "slices": 1}
 LOST = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "SUSPENDED", "SUSPENDING", "FAILED")
-OWN_CODES = (2, 70)  # exit codes of train.main that no other machine would change
+OWN_CODES = (exits.INPUT, exits.BROKEN)  # exit codes of train.main that no other machine would change
 POLL = 30.0  # seconds between two looks at a machine's state
 
 
@@ -55,22 +56,19 @@ class Plan(NamedTuple):
         return [name for name in self.target.get(part, ()) if name in self.steps]
 
 
-def main(argv: list[str]) -> int:
-    try:
-        loaded = schema.load(argv, flags=FLAGS, usage=__doc__)
-        flags = {**loaded.flags, "workdir": loaded.workdir or ""}
-        target = TABLE["targets"].get(flags["on"])
-        if target is None:
-            raise UserError(f"no target {flags['on']!r}", "--on", f"one of {', '.join(TABLE['targets'])}")
-        a = slice_of(flags["accelerator"], target)
-        check(flags, target, a, loaded.config)
-        plan = make(flags, target, a, overrides.parse_args(argv, FLAGS))
-        if flags["from"] not in ("", *plan.names("go")):
-            raise UserError(f"no step {flags['from']!r}", "--from", f"one of {', '.join(plan.names('go'))}")
-        return go(plan, flags["from"]) if flags["go"] else show(plan, a, flags)
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
+@cli.command
+def main(argv: list[str]) -> int | None:
+    loaded = schema.load(argv, flags=FLAGS, usage=__doc__)
+    flags = {**loaded.flags, "workdir": loaded.workdir or ""}
+    target = TABLE["targets"].get(flags["on"])
+    if target is None:
+        raise UserError(f"no target {flags['on']!r}", "--on", f"one of {', '.join(TABLE['targets'])}")
+    a = slice_of(flags["accelerator"], target)
+    check(flags, target, a, loaded.config)
+    plan = make(flags, target, a, overrides.parse_args(argv, FLAGS))
+    if flags["from"] not in ("", *plan.names("go")):
+        raise UserError(f"no step {flags['from']!r}", "--from", f"one of {', '.join(plan.names('go'))}")
+    return go(plan, flags["from"]) if flags["go"] else show(plan, a, flags)
 
 
 def slice_of(name: str, target: Mapping[str, Any]) -> Slice:
@@ -197,10 +195,8 @@ def go(plan: Plan, start: str = "") -> int:
 
 def attend(plan: Plan, name: str) -> int:
     """Trains until it is done or broken: again after 75, on new machines when the old ones are lost."""
-    from train.keep.runs import PREEMPTED
-
     while code := execute(plan, name):
-        if code == PREEMPTED:
+        if code == exits.PREEMPTED:
             continue
         if code in OWN_CODES or not lost(plan):
             return code

@@ -3,72 +3,56 @@
     python -m tools.plan --config=configs/X.py --topology=v5e:4x4 [--slices=2] [--config.key=value ...] [--json]
     python -m tools.plan --config=configs/X.py --topology=v5p:2x2x1 --search [--minutes=15]
     python -m tools.plan --config=configs/X.py --topology=h100:8
+    python -m tools.plan --config=configs/X.py --parameters [--devices=16]
 
 `--slices=2` joins two of them by the data center's network, over the data axis. `--what=decode` plans one token of
 `data.batch_size` rows behind a cache of `data.seq_len`. `--search` tries meshes, remat policies, batches and
 accumulation, and ranks what fits by planned tokens/s; it begins no plan after `--minutes`. TPUs need
-requirements/tpu.txt, and H100s, up to eight of a machine, requirements/gpu.txt. Exit code 2: the input must change, or
+requirements/tpu.txt, and H100s, up to eight of a machine, requirements/gpu.txt. `--parameters` says where every
+parameter is placed on the mesh: its shape, its axes, its bytes per device; an axis of -1 takes what remains of
+`--devices`, and counts as 1 without it. Exit code 2: the input must change, or
 the plan does not fit.
 """
 
-import importlib.util
 import json
 import math
-import os
 import sys
 import time
 from typing import Any
 
+from common import cli, exits
 from common.errors import UserError
+from common.numbers import size, span
 from configs import schema
-from tools.plan import gpu
+from tools.plan import parameters, topology
 from train.keep import flags as presets
 
-FLAGS = {"topology": "", "slices": 1, "what": "train", "search": False, "minutes": 15.0, "json": False}
+FLAGS = {
+    "topology": "", "slices": 1, "what": "train", "search": False, "minutes": 15.0, "json": False, "parameters": False,
+    "devices": 0,
+}  # fmt: skip
 
 
-def main(argv: list[str]) -> int:
-    try:
-        loaded = schema.load(argv, flags=FLAGS, usage=__doc__)
-        if loaded.flags["what"] not in ("train", "decode"):
-            raise UserError(f"cannot plan {loaded.flags['what']!r}", "--what", "train or decode")
-        presets.apply(loaded.config.xla_preset)
-        devices = topology(loaded.flags["topology"], loaded.flags["slices"])
-        if loaded.flags["search"]:
-            plans = search(loaded.config, devices, loaded.flags)
-        else:
-            plans = [plan(loaded.config, devices, loaded.flags)]
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
-    if loaded.flags["json"]:
-        print(json.dumps(plans if loaded.flags["search"] else plans[0], indent=1))
+@cli.command
+def main(argv: list[str]) -> int | None:
+    loaded = schema.load(argv, flags=FLAGS, usage=__doc__)
+    cfg, flags = loaded.config, loaded.flags
+    if flags["what"] not in ("train", "decode"):
+        raise UserError(f"cannot plan {flags['what']!r}", "--what", "train or decode")
+    if flags["parameters"]:
+        print(parameters.table(cfg, flags["devices"]))
+        return exits.DONE
+    presets.apply(cfg.xla_preset)
+    devices = topology.devices(flags["topology"], flags["slices"])
+    found = search(cfg, devices, flags) if flags["search"] else plan(cfg, devices, flags)
+    if flags["json"]:
+        print(json.dumps(found, indent=1))
+    elif flags["search"]:
+        rank(found)
     else:
-        (rank if loaded.flags["search"] else show)(plans if loaded.flags["search"] else plans[0])
-    return 0 if plans and plans[0]["fits"] else 2
-
-
-def topology(name: str, slices: int = 1) -> list[Any]:
-    """The devices of equal TPU slices by name, described by libtpu, or H100s; they can be compiled for, and nothing
-    else."""
-    if not name:
-        raise UserError("no slice named", "--topology", "as v5e:4x4, v5p:2x2x1, v6e:4x4, tpu7x:2x2x1 or h100:8")
-    if slices < 1 or (slices > 1 and name.startswith("h100:")):
-        raise UserError(f"{slices} slices", "--slices", "1 or more, of TPUs")
-    if name.startswith("h100:"):
-        return gpu.devices(name.removeprefix("h100:"))
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("libtpu is not installed", "tools.plan", "pip install -r requirements/tpu.txt")
-    # Other processes may hold libtpu's lock file, and this host need not be a TPU's.
-    os.environ |= dict(JAX_PLATFORMS="cpu", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1")
-    os.environ |= dict(TPU_ACCELERATOR_TYPE="v5litepod-1", TPU_WORKER_HOSTNAMES="localhost")
-    from jax.experimental import topologies
-
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices
-    except Exception as e:
-        reason = str(e).splitlines()[0][:160]
-        raise UserError(f"{name!r} is no slice that libtpu knows: {reason}", "--topology", "as v5e:4x4") from e
+        show(found)
+    fits = bool(found) if flags["search"] else found["fits"]
+    return exits.DONE if fits else exits.INPUT
 
 
 def plan(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> dict[str, Any]:
@@ -76,15 +60,7 @@ def plan(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> dict[str, Any]:
     from tools.plan import step
 
     name = f"{flags['slices']} x {flags['topology']}" if flags["slices"] > 1 else flags["topology"]
-    return {"topology": name} | step.plan(cfg, model_of(cfg), devices, flags["what"])
-
-
-def model_of(cfg: Any) -> Any:
-    from model import build
-    from train import inputs
-
-    start = inputs.pretrained(cfg)
-    return build.model(cfg, start, inputs.vocabulary(cfg, start))
+    return {"topology": name} | step.plan(cfg, parameters.model_of(cfg), devices, flags["what"])
 
 
 def search(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> list[dict[str, Any]]:
@@ -125,7 +101,7 @@ def search(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> list[dict[str
     best = (0.0, cfg.data.batch_size, "full")
     for remat in ("full", "dots", "none"):
         best = max(best, climb(1, remat, best[1]))
-    for tensor in (t for t in (2, 4, 8) if math.gcd(len(devices), model_of(cfg).config.heads) % t == 0):
+    for tensor in (t for t in (2, 4, 8) if math.gcd(len(devices), parameters.model_of(cfg).config.heads) % t == 0):
         before, best = best, max(best, climb(tensor, best[2], best[1]))
         if best == before:
             break
@@ -137,17 +113,17 @@ def search(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> list[dict[str
 
 def show(p: dict[str, Any]) -> None:
     """Prints one plan."""
-    d, gb = p["config"], lambda size: f"{size / 1e9:.3f} GB"
+    d = p["config"]
     rows = [("slice", f"{p['topology']}, {d['devices']} devices of type {p['device']}: {axes(p['mesh'])}")]
     rows += [("step", f"{p['what']}, {p['rows']} rows, accum {p['accum']}; attention: {d['attention']}")]
     rows += [("parameters", f"{d['parameters']:,}, of which {d['trained']:,} train")]
-    rows += [(f"{kind.replace('_', ' ')} a device", gb(size)) for kind, size in p["bytes"].items()]
+    rows += [(f"{kind.replace('_', ' ')} a device", size(n)) for kind, n in p["bytes"].items()]
     if not p["fits"]:
         return table([*rows, ("fits", f"no: {p['verdict']}"), ("turn", p["turn"])])
     rows += [("fits", f"yes: {p['verdict']}")]
-    rows += [("a large array", f"{gb(size)} {shape} of {source}") for size, shape, source in p["largest"]]
+    rows += [("a large array", f"{size(n)} {shape} of {source}") for n, shape, source in p["largest"]]
     for axis, kinds in p["sent"].items():
-        text = ", ".join(f"{kind} {gb(size)}" for kind, size in sorted(kinds.items()))
+        text = ", ".join(f"{kind} {size(n)}" for kind, n in sorted(kinds.items()))
         rows += [(f"sent over {axis}", f"{text} a device and step")]
     rows += [("FLOPs a step", f"{p['flops_per_step']:.4g}, with recomputation {p['flops_with_recomputation']:.4g}")]
     rows += [(f"{name} alone", span(t, ",.4f") + " s") for name, t in p.get("seconds_by", {}).items()]
@@ -160,19 +136,12 @@ def show(p: dict[str, Any]) -> None:
 def rank(found: list[dict[str, Any]]) -> None:
     """Prints what fits, the fastest first."""
     told = lambda p: " ".join(f"--config.{k}={v}" for k, v in p["changes"].items())
-    line = lambda p: (f"{span(p['tokens_per_second'])} tokens/s", f"peak {p['bytes']['peak'] / 1e9:.2f} GB", told(p))
+    line = lambda p: (f"{span(p['tokens_per_second'])} tokens/s", f"peak {size(p['bytes']['peak'])}", told(p))
     table([line(p) for p in found] or [("nothing fits",)])
 
 
 def axes(mesh: dict[str, int]) -> str:
     return ", ".join(f"{a} {n}" for a, n in mesh.items() if n > 1) or "one"
-
-
-def span(values: Any, form: str = ",.0f") -> str:
-    if values is None:
-        return "n/a"
-    low, high = (format(v, form) for v in values)
-    return low if low == high else f"{low} to {high}"
 
 
 def table(rows: list[tuple[str, ...]], *notes: str) -> None:

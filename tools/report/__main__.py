@@ -10,27 +10,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import files, paths
+from common import cli, files, paths
 from common.errors import UserError
 from tools.report import data
 from tools.report import page as report_page
 
 
-def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv) or not argv:
-        print(__doc__)
-        return 0 if argv else 2
-    try:
-        out = [word.partition("=")[2] for word in argv if word.startswith("--out=")]
-        folders = [word for word in argv if not word.startswith("--")]
-        if strange := [w for w in argv if w.startswith("--") and not w.startswith("--out=")]:
-            raise UserError("unknown option", strange[0], "--out=report.html is the only one")
-        page = write(folders, Path(out[-1] if out and out[-1] else "report.html"))
-        print(f"{page}  {page.with_suffix('.md')}")
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
-    return 0
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("tools.report", __doc__)
+    parser.add_argument("runs", nargs="*", metavar="RUN")
+    parser.add_argument("--out", type=Path, default="report.html")
+    args = parser.parse_args(argv)
+    page = write(args.runs, args.out)
+    print(f"{page}  {page.with_suffix('.md')}")
 
 
 def write(folders: list[str | Path], out: Path) -> Path:

@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common import files
-from common.errors import UserError
+from common import cli, exits, files, jobs
+from common.errors import did_you_mean
 from configs import schema, sweeps
 from configs.schema import overrides
-from configs.schema.problems import ConfigError, Problem, did_you_mean
+from configs.schema.problems import ConfigError, Problem
 
 FLAGS = {
     "out": "", "sweep": "", "search": "", "trials": 20, "jobs": 1, "retry-failed": False, "metric": "eval/nll",
@@ -35,16 +35,13 @@ CHOICES = {"search": ("tpe", "random"), "emit": ("skypilot", "xpk", "slurm", "gc
 UTILISATION = 0.2, 0.5  # MFU of a price in advance: an estimate
 
 
+@cli.command
 def main(argv: list[str]) -> int:
-    try:
-        args = overrides.parse_args(argv, FLAGS)
-        if args.help:
-            print(__doc__)
-            return 0
-        return run(args)
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
+    args = overrides.parse_args(argv, FLAGS)
+    if args.help:
+        print(__doc__)
+        return exits.DONE
+    return run(args)
 
 
 def run(args: overrides.Args) -> int:
@@ -195,7 +192,6 @@ def gas(name: str, flops: float) -> tuple[str, str]:
 
 def work(args: overrides.Args, points: list[Any], out: Path) -> int:
     """Runs what is left of the points, or of a search; the exit code."""
-    from tools.demo import interruptible
     from tools.sweep import run as runs
 
     flags = args.flags
@@ -206,10 +202,11 @@ def work(args: overrides.Args, points: list[Any], out: Path) -> int:
         total, queue = flags["trials"], Search(ranges, make, out, flags, points[0].config)
     else:
         total, queue = len(points), runs.Listed(points, out, flags["retry-failed"])
-    with interruptible() as stop, screen(out, flags["metric"], total) as show:
-        if runs.drain(queue, flags["jobs"], out, stop, show):
-            print("interrupted; the same command goes on from here", file=sys.stderr)
-            return runs.PREEMPTED
+    with jobs.interruptible() as stop, screen(out, flags["metric"], total) as show:
+        jobs.drain(queue, flags["jobs"], stop, show)
+    if stop:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return exits.PREEMPTED
     failed = [p.parent for p in sorted(out.glob("*/ended.json")) if files.read_json(p).get("state") == runs.FAILED]
     for folder in failed:
         said = files.read_json(folder / "ended.json")["said"]

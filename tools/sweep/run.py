@@ -8,16 +8,14 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import files
+from common import exits, files, jobs
 from common.errors import UserError
 from train.keep import metrics
-from train.keep.runs import PREEMPTED, take_lock
+from train.keep.runs import take_lock
 
 DONE, FAILED, PRUNED, RUNNING, STOPPED, WAITING = "done", "failed", "pruned", "running", "stopped", "waiting"
 ENDED = (DONE, FAILED, PRUNED)
@@ -62,12 +60,27 @@ class Listed:
         return None
 
     def left(self) -> bool:
-        """Whether there is, or may come, a point to take."""
         return bool(self.points)
 
     def hopeless(self, child: Child) -> bool:
-        """Whether to stop it early."""
         return False
+
+    def close(self, child: Child, hopeless: bool) -> None:
+        finish(child, self.out / child.point.id, hopeless)
+
+
+def finish(child: Child, folder: Path, hopeless: bool) -> None:
+    """Notes a failure or an early stop, and drops the claim."""
+    code, told = child.process.returncode, {}
+    if outcome(folder, child.point.config.steps) != DONE:
+        if hopeless:
+            told = {"state": PRUNED}
+        elif code not in (exits.PREEMPTED, -signal.SIGTERM):  # that one came before the run could save
+            events = [line["event"] for line in read(folder) if line.get("exit_code") == code]
+            told = {"state": FAILED, "code": code, "said": "".join((events or jobs.tail(folder / "log.txt", 1))[-1:])}
+    if told:
+        files.write_json(folder / "ended.json", told)
+    os.close(child.claim)
 
 
 @contextlib.contextmanager
@@ -95,11 +108,8 @@ def start(point: Point, out: Path, states: tuple[str, ...], trial: Any = None) -
         claim = take_lock(folder / "CLAIM")
         if outcome(folder, point.config.steps) in states:
             (folder / "ended.json").unlink(missing_ok=True)
-            argv = [sys.executable, "-m", "train.main", *point.argv, f"--workdir={folder}"]
-            with (folder / "log.txt").open("a", encoding="utf-8") as log:
-                pipes = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=[claim])
-                # In a session of its own: Ctrl-C in a terminal would reach it a second time, and that means at once.
-                return Child(point, subprocess.Popen(argv, **pipes, start_new_session=True), claim, trial)
+            argv = ["train.main", *point.argv, f"--workdir={folder}"]
+            return Child(point, jobs.start(argv, folder / "log.txt", pass_fds=[claim]), claim, trial)
         os.close(claim)
     return None
 
@@ -125,7 +135,7 @@ def outcome(folder: Path, steps: int) -> str:
     if any(line.get("event") == "done" and line["step"] >= steps for line in lines):
         return DONE
     codes = [line["exit_code"] for line in lines if "exit_code" in line]
-    broke = bool(codes) and codes[-1] != PREEMPTED
+    broke = bool(codes) and codes[-1] != exits.PREEMPTED
     return told.get("state") or (FAILED if broke else STOPPED if lines else WAITING)
 
 
@@ -144,44 +154,3 @@ def curve(folder: Path, metric: str) -> list[tuple[int, float | None]]:
     """(step, value) of a metric "KIND/NAME", such as "eval/nll"; None where it was not finite."""
     kind, _, name = metric.partition("/")
     return [(line["step"], line[name]) for line in read(folder) if line["kind"] == kind and name in line]
-
-
-def drain(queue: Any, jobs: int, out: Path, stop: list[int], show: Callable[[], None]) -> int:
-    """Works on a queue, `jobs` processes at once, until it is empty or `stop` holds a signal: then PREEMPTED."""
-    children: list[Child] = []
-    told: set[str] = set()
-    try:
-        while True:
-            while not stop and len(children) < jobs and (child := queue.take()):
-                children.append(child)
-                told.discard(child.point.id)
-            for child in list(children):
-                name = child.point.id
-                if child.process.poll() is not None:
-                    children.remove(child)
-                    _close(child, out / name, name in told and not stop)
-                elif name not in told and (stop or queue.hopeless(child)):
-                    child.process.send_signal(signal.SIGTERM)
-                    told.add(name)
-            show()
-            if not children and (stop or not queue.left()):
-                return PREEMPTED if stop else 0
-            time.sleep(0.25)
-    finally:
-        for child in children:
-            child.process.terminate()
-
-
-def _close(child: Child, folder: Path, hopeless: bool) -> None:
-    """Notes a failure or an early stop, and drops the claim."""
-    code, told = child.process.returncode, {}
-    if outcome(folder, child.point.config.steps) != DONE:
-        if hopeless:
-            told = {"state": PRUNED}
-        elif code not in (PREEMPTED, -signal.SIGTERM):  # that one came before the run could save
-            events = [line["event"] for line in read(folder) if line.get("exit_code") == code]
-            said = events or (folder / "log.txt").read_text("utf-8", errors="replace").strip().splitlines()
-            told = {"state": FAILED, "code": code, "said": "".join(said[-1:])}
-    if told:
-        files.write_json(folder / "ended.json", told)
-    os.close(child.claim)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import files
+from common import exits, files
 from common.errors import UserError
 from configs.sweeps import Range
 from tools.sweep import run as runs
@@ -20,7 +20,6 @@ except ImportError as e:
     raise UserError("needs the package optuna", "--search", "pip install -r requirements/search.txt") from e
 
 ETA = 3  # of successive halving: the share 1 / ETA that goes on at each rung
-BROKEN = 70  # exit code of a run whose numbers broke down
 
 
 class Search:
@@ -86,6 +85,9 @@ class Search:
         """Reports what the run has written since, one step after the other: each rung is judged when it is reached."""
         return self._report(child.trial, child.point)
 
+    def close(self, child: Child, hopeless: bool) -> None:
+        runs.finish(child, self.out / child.point.id, hopeless)
+
     def _report(self, trial: Any, point: Point) -> bool:
         seen = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
         for step, value in runs.curve(self.out / point.id, self.metric):
@@ -103,7 +105,9 @@ class Search:
         if state == runs.DONE and values and values[-1][1] is not None:
             self.study.tell(trial, values[-1][1])
         else:
-            worst = state == runs.PRUNED or files.read_json(self.out / point.id / "ended.json").get("code") == BROKEN
+            worst = (
+                state == runs.PRUNED or files.read_json(self.out / point.id / "ended.json").get("code") == exits.BROKEN
+            )
             self.study.tell(trial, state=states.PRUNED if worst else states.FAIL)
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from typing import Any
 
-from common import paths
+from common import exits, paths
 from common.errors import UserError
 
 BEAT = 20.0  # seconds between two signs of life
@@ -50,15 +50,13 @@ class Lease:
             raise UserError(f"the run is in use by {who}", str(self.folder), "stop it, or use a new --workdir")
 
     def _beat(self) -> None:
-        from train.keep.runs import PREEMPTED
-
         beats = 0
         while not self._stop.wait(BEAT):
             try:
                 # A later lock tells it too: this one may have been written again just after it was taken away.
                 if _held(self.folder)[-1:] != [self.number] or not _read(self.path).startswith(self.holder):
                     os.write(2, f"\n{self.path} was taken over: another process runs this run now\n".encode())
-                    os._exit(PREEMPTED)
+                    os._exit(exits.PREEMPTED)
                 beats += 1
                 self.path.write_text(f"{self.holder}beat {beats}\n")
             except Exception as e:  # the network may come back; if not, the next save says so

@@ -25,7 +25,6 @@ from model.io import saved
 from train.keep import hosts
 from train.keep.lease import Lease
 
-PREEMPTED = 75  # exit code (EX_TEMPFAIL): run the same command again
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections", "rich")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,7 +63,7 @@ class RunDir:
         self._stop = StopSignals()
 
     def stop_requested(self, step: int) -> bool:
-        """Whether to save `step` and exit with PREEMPTED: SIGTERM or Ctrl-C came. Ask after every step.
+        """Whether to save `step` and exit with exits.PREEMPTED: SIGTERM or Ctrl-C came. Ask after every step.
 
         All processes get True at the same step, whichever of them got the signal.
         """

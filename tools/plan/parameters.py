@@ -1,34 +1,27 @@
-"""Where every parameter of a run lies: its shape, logical axes, place on the mesh, and bytes on one device.
+"""Where every parameter of a run is placed: its shape, logical axes, mesh axes, and bytes on one device."""
 
-    python -m tools.mesh --config=configs/X.py [--config.mesh.fsdp=16 ...] [--devices=N]
+from typing import TYPE_CHECKING, Any
 
-No device is touched. An axis of -1 takes what remains of `--devices`; without it, it counts as 1.
-"""
+from ml_collections import ConfigDict
 
-import sys
-from typing import Any
-
-from common.errors import UserError
-from configs import schema
+if TYPE_CHECKING:
+    from model.net.transformer import Transformer
 
 
-def main(argv: list[str]) -> int:
-    try:
-        loaded = schema.load(argv, flags={"devices": 0}, usage=__doc__)
-        print(table(loaded.config, loaded.flags["devices"]))
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
-    return 0
-
-
-def table(cfg: Any, devices: int = 0) -> str:
-    """A line for every parameter and for the whole; "*" marks those that train. Roles beside the policy are copies."""
-    from model import build, weights
-    from train import cost, init, inputs, mesh
+def model_of(cfg: ConfigDict) -> "Transformer":
+    from model import build
+    from train import inputs
 
     start = inputs.pretrained(cfg)
-    model = build.model(cfg, start, inputs.vocabulary(cfg, start))
+    return build.model(cfg, start, inputs.vocabulary(cfg, start))
+
+
+def table(cfg: ConfigDict, devices: int = 0) -> str:
+    """A line for every parameter and for the whole; "*" marks those that train. Roles beside the policy are copies."""
+    from model import weights
+    from train import cost, init, mesh
+
+    model = model_of(cfg)
     plan = init.plan(cfg, model, mesh.abstract_mesh(cfg.mesh, devices))
     both = lambda state: weights.combine(state.params["policy"], state.frozen["policy"])
     policy, places = both(plan.abstract), both(plan.shardings)
@@ -46,7 +39,3 @@ def table(cfg: Any, devices: int = 0) -> str:
     lines = ["  ".join(cell.ljust(n) for cell, n in zip(r, widths, strict=True)).rstrip() for r in rows]
     shape = ", ".join(f"{a} {n}" for a, n in plan.mesh.shape.items() if n > 1)
     return "\n".join([f"mesh: {shape or 'one device'}; * trains", *lines])
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

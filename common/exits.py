@@ -1,0 +1,7 @@
+"""Exit codes of every command; 1 is left to Python's own failures, 128 + N to signals."""
+
+DONE = 0
+INPUT = 2  # the input must change: a UserError
+BROKEN = 70  # EX_SOFTWARE: the numbers broke down
+PREEMPTED = 75  # EX_TEMPFAIL: interrupted, run the same command again
+INTERRUPTED = 130  # Ctrl-C, with nothing to resume

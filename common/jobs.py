@@ -1,0 +1,181 @@
+"""Commands run as processes: several at once from a queue, or stage after stage under a progress bar.
+
+What is done stays done: a queue gives only what is left, and a stage says from its files how much of it is.
+"""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from common import exits
+
+
+class Running(Protocol):
+    """What a queue hands out: a process, and whatever else the queue wants to know of it."""
+
+    @property
+    def process(self) -> subprocess.Popen: ...
+
+
+R = TypeVar("R", bound=Running)
+
+
+class Queue(Protocol[R]):
+    def take(self) -> R | None:
+        """Starts the next command; None when there is none to start now."""
+
+    def left(self) -> bool:
+        """Whether there is, or may come, a command to take."""
+
+    def hopeless(self, job: R) -> bool:
+        """Whether to stop it early."""
+
+    def close(self, job: R, hopeless: bool) -> None:
+        """Its process has ended; `hopeless`: since it was stopped early."""
+
+
+class Stage(NamedTuple):
+    """`share` is the part of the stage that is done, from 0 to 1, read from its files; 1 means: skip it."""
+
+    title: str
+    argv: list[str]  # python -m ...
+    share: Callable[[], float]
+    seconds: float  # about: the length of its part of the bar
+
+
+def start(argv: Sequence[str], log: Path, **options: Any) -> subprocess.Popen:
+    """`python -m ARGV`, its output behind that of earlier tries in `log`.
+
+    In a session of its own: Ctrl-C in a terminal would reach it a second time, and that means to a run: at once.
+    """
+    with log.open("a", encoding="utf-8") as file:
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        return subprocess.Popen([sys.executable, "-m", *argv], **pipes, start_new_session=True, **options)
+
+
+def tail(log: Path, lines: int) -> list[str]:
+    return log.read_text("utf-8", errors="replace").strip().splitlines()[-lines:]
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """A list that holds SIGTERM once that or Ctrl-C came; a second one ends the process as usual."""
+    caught: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(*_: Any) -> None:
+        caught.append(signal.SIGTERM)
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        restore()
+
+
+def drain(queue: Queue[R], at_once: int, stop: list[int], show: Callable[[], None]) -> None:
+    """Works on a queue until it is empty, or `stop` holds a signal, which is passed on; all processes have ended then.
+
+    `show` is called four times a second.
+    """
+    running: list[R] = []
+    told: list[R] = []  # those that were asked to stop
+    try:
+        while True:
+            while not stop and len(running) < at_once and (job := queue.take()):
+                running.append(job)
+            for job in list(running):
+                if job.process.poll() is not None:
+                    running.remove(job)
+                    queue.close(job, hopeless=job in told and not stop)
+                elif job not in told and (stop or queue.hopeless(job)):
+                    job.process.send_signal(signal.SIGTERM)
+                    told.append(job)
+            show()
+            if not running and (stop or not queue.left()):
+                return
+            time.sleep(0.25)
+    finally:
+        for job in running:
+            job.process.terminate()
+
+
+# --- stage after stage ---
+
+
+class _Stages:
+    """The queue of stages, one at a time; a stage that fails is the last."""
+
+    def __init__(self, stages: list[Stage], out: Path):
+        self.stages, self.out, self.at, self.code = stages, out, 0, 0
+
+    def log(self) -> Path:
+        return self.out / f"{self.at + 1}.log"
+
+    def take(self) -> "_Job | None":
+        while self.left() and self.stages[self.at].share() >= 1:
+            self.at += 1
+        return _Job(start(self.stages[self.at].argv, self.log())) if self.left() else None
+
+    def left(self) -> bool:
+        return not self.code and self.at < len(self.stages)
+
+    def hopeless(self, job: "_Job") -> bool:
+        return False
+
+    def close(self, job: "_Job", hopeless: bool) -> None:
+        self.code = job.process.returncode
+        self.at += self.code == 0
+
+
+class _Job(NamedTuple):
+    process: subprocess.Popen
+
+
+def run(stages: list[Stage], out: Path) -> int:
+    """Runs the stages that are not done, each with a log in `out`. Returns 0, PREEMPTED, or the code of a failure."""
+    queue = _Stages(stages, out)
+    with _bar(stages) as show, interruptible() as stop:
+        drain(queue, 1, stop, lambda: show(queue.at))
+    if stop and (queue.code or queue.left()):
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return exits.PREEMPTED
+    if queue.code:
+        stage, log = stages[queue.at], queue.log()
+        print(*tail(log, 12), sep="\n", file=sys.stderr)
+        print(f"{stage.title}: failed with exit code {queue.code}; all of it is in {log}", file=sys.stderr)
+        print(f"the command: python -m {' '.join(stage.argv)}", file=sys.stderr)
+    return queue.code
+
+
+@contextlib.contextmanager
+def _bar(stages: list[Stage]) -> Iterator[Callable[[int], None]]:
+    """A function that shows stage i (`len(stages)`: all done): a bar on a terminal, else a line for each new stage."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    console, shown = Console(), set()
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=sum(stage.seconds for stage in stages))
+
+        def show(i: int) -> None:
+            now = stages[i].share() * stages[i].seconds if i < len(stages) else 0
+            title = f"{i + 1}/{len(stages)} {stages[i].title}" if i < len(stages) else "done"
+            progress.update(task, completed=sum(s.seconds for s in stages[:i]) + now, description=title)
+            if i not in shown and not console.is_terminal:
+                print(title, flush=True)
+            shown.add(i)
+
+        yield show

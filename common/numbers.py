@@ -1,0 +1,78 @@
+"""Numbers as people read them. What is not known, None, is "n/a"; powers are of 1000."""
+
+from collections.abc import Sequence
+from typing import Any
+
+NA = "n/a"
+
+
+def number(x: Any) -> str:
+    """Four significant digits, thousands whole; what is no number as it is."""
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        return NA if x is None else str(x)
+    return f"{x:,.0f}" if abs(x) >= 1000 or isinstance(x, int) else f"{x:.4g}"
+
+
+def short(x: float | None) -> str:
+    """Two significant digits, hundreds whole."""
+    return NA if x is None else f"{x:,.0f}" if abs(x) >= 99.5 else f"{x:.2g}"
+
+
+def integer(x: float | None) -> str:
+    return NA if x is None else f"{x:,.0f}"
+
+
+def signed(x: float | None) -> str:
+    return NA if x is None else f"{x:+.3f}" if x else "0"
+
+
+def percent(x: float | None) -> str:
+    """0.31 -> "31 %", 0.043 -> "4.3 %", 0.0043 -> "0.43 %"."""
+    if x is None:
+        return NA
+    if x in (0, 1) or 0.0995 <= abs(x) < 0.995:
+        return f"{100 * x:.0f} %"
+    return f"{100 * x:.1f} %" if abs(x) >= 0.0095 else f"{100 * x:.2g} %"
+
+
+def scaled(x: float | None, unit: str = "", names: str = " kMGTPE") -> str:
+    """1234567 with "B" -> "1.2 MB": three digits at most."""
+    if x is None:
+        return NA
+    power = 0
+    while abs(x) >= 999.5 and power < len(names) - 1:
+        x, power = x / 1000, power + 1
+    digits = f"{x:.0f}" if x >= 99.5 or x == int(x) else f"{x:.1f}"
+    return f"{digits} {names[power].strip()}{unit}".rstrip()
+
+
+def size(x: float | None) -> str:
+    """Bytes."""
+    return scaled(x, "B")
+
+
+def flops(x: float | None) -> str:
+    return scaled(x, "FLOP")
+
+
+def seconds(x: float | None) -> str:
+    return NA if x is None else f"{x:.0f} s" if x >= 9.95 or x == 0 else f"{x:.2g} s"
+
+
+def duration(x: float) -> str:
+    """3725 seconds -> "1:02:05"."""
+    minutes, s = divmod(round(x), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+def span(values: Sequence[float] | None, form: str = ",.0f", between: str = " to ") -> str:
+    """(low, high) -> "1 to 2", one of them where both read the same."""
+    if values is None:
+        return NA
+    low, high = (format(v, form) for v in values)
+    return low if low == high else f"{low}{between}{high}"
+
+
+def joined(parts: Sequence[str]) -> str:
+    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else "".join(parts)
