@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from common import chips
+from common.numbers import percent, short
 
 REPLAYED = ("data", "step")  # kinds of seconds that are spent again after a restart
 COVERED = 0.9  # share of a session's time that samples of power must cover to count as measured
@@ -159,15 +160,6 @@ def _sum(values: tuple) -> Any:
     if isinstance(first, dict):
         return {k: sum(x.get(k, 0.0) for x in values) for k in dict.fromkeys(k for x in values for k in x)}
     return sum(values)
-
-
-def short(x: float | None) -> str:
-    """Two significant digits, hundreds whole."""
-    return "n/a" if x is None else f"{x:,.0f}" if abs(x) >= 99.5 else f"{x:.2g}"
-
-
-def percent(x: float | None) -> str:
-    return "n/a" if x is None else f"{100 * x:.2g} %"
 
 
 def _told(r: Range | None, unit: str, about: str) -> str:

@@ -1,7 +1,6 @@
 """Scores a model on a task: what it answers, how often that is right, and how sure the number is."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from common import stats
 from common.errors import UserError
 from evals import task as tasks
 from evals.task import Example, Prompt, Task
@@ -16,7 +16,6 @@ from model import weights
 from model.config import in_layers
 
 BATCH = 16  # prompts at once; no score depends on it
-Z = 1.959964  # two-sided 95 %
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +69,7 @@ def evaluate(
         completions = answer(lm, prompts, task.max_new_tokens, batch_size)
         written = [len(lm.tokenizer.encode(c)) + 1 for c in completions]  # and the token that ends it
     scores = [float(task.score(e, c)) for e, c in zip(examples, completions, strict=True)]
-    low, high = interval(scores)
+    low, high = stats.of_scores(scores)
     return Result(
         task=name, n=len(scores), shots=shots, seed=seed, score=sum(scores), low=low, high=high, normalised=normalised,
         prompt_tokens=float(np.mean(asked)),
@@ -107,21 +106,6 @@ def choose(lm: Any, prompts: Sequence[Prompt], options: Sequence[Sequence[str]])
         by_sum.append(row[int(np.argmax(mine))])
         by_byte.append(row[int(np.argmax([x / max(len(o.encode()), 1) for x, o in zip(mine, row, strict=True)]))])
     return by_sum, by_byte
-
-
-def interval(scores: Sequence[float]) -> tuple[float, float]:
-    """95 % confidence interval of the mean: Wilson (1927) for scores of 0 and 1, else normal; n = 1 says nothing.
-
-    Wilson's stays inside [0, 1] and does not collapse at 0 or n right answers.
-    """
-    n, p = len(scores), float(np.mean(scores))
-    if set(scores) <= {0.0, 1.0}:
-        centre, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-        return max(0.0, (centre - half) / (1 + Z**2 / n)), min(1.0, (centre + half) / (1 + Z**2 / n))
-    if n < 2:
-        return -math.inf, math.inf
-    half = Z * float(np.std(scores, ddof=1)) / math.sqrt(n)
-    return p - half, p + half
 
 
 def sample(prompt: Prompt, example: Example, completion: str, score: float) -> dict:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from common.stats import of_scores
 from configs.models import SHAPES
 from data.text import tokenizer as tokenizers
 from evals import export, heldout, main, task
-from evals.run import choose, evaluate, flops_per_token, interval
+from evals.run import choose, evaluate, flops_per_token
 from evals.task import Task, chat
 from evals.tasks import dates, modules
 from infer.lm import LM
@@ -45,21 +46,21 @@ def toy(kind="generate", score=lambda e, c: float(c == e["answer"])) -> Task:
 
 def test_wilson_interval_by_hand():
     """8 of 10: (0.8 + 0.19207 -+ 1.96 sqrt(0.016 + 0.0096036)) / 1.384146 = 0.4902, 0.9433."""
-    assert interval([1.0] * 8 + [0.0] * 2) == pytest.approx((0.490162, 0.943318), abs=1e-5)
+    assert of_scores([1.0] * 8 + [0.0] * 2) == pytest.approx((0.490162, 0.943318), abs=1e-5)
 
 
 def test_wilson_interval_does_not_collapse_at_the_ends():
-    low, high = interval([0.0] * 100)
+    low, high = of_scores([0.0] * 100)
     assert low == 0 and high == pytest.approx(0.036995, abs=1e-5)  # z^2 / (n + z^2)
 
 
 def test_normal_interval_by_hand():
     """0.2, 0.4, 0.6: mean 0.4, sd 0.2, half 1.96 * 0.2 / sqrt(3) = 0.22632."""
-    assert interval([0.2, 0.4, 0.6]) == pytest.approx((0.4 - 0.226321, 0.4 + 0.226321), abs=1e-5)
+    assert of_scores([0.2, 0.4, 0.6]) == pytest.approx((0.4 - 0.226321, 0.4 + 0.226321), abs=1e-5)
 
 
 def test_one_graded_score_says_nothing_about_the_mean():
-    assert interval([0.5]) == (-np.inf, np.inf)
+    assert of_scores([0.5]) == (-np.inf, np.inf)
 
 
 # --- tasks ---

@@ -10,7 +10,7 @@ import pytest
 from common import chips, gas
 from common.errors import UserError
 from configs import schema
-from tools.report import __main__ as report
+from tools.report import page as report
 from train import cost
 from train.keep.metrics import Metrics, read
 from train.keep.power import Power

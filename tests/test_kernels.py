@@ -27,8 +27,7 @@ from tests.test_plan import gpu, tpu
 from tests.test_quant import rand, relative
 from tools.kernel_report import __main__ as kernel_report
 from tools.kernel_report import schedule
-from tools.plan import hlo
-from tools.plan import topology
+from tools.plan import hlo, topology
 from train.mesh import RULES, make_mesh
 
 ROOT = Path(__file__).parents[1]

@@ -16,8 +16,9 @@ import pytest
 
 from common import gas
 from common.errors import UserError
+from common.numbers import duration
 from train.keep import tracker
-from train.keep.metrics import Metrics, duration, means, progress, read
+from train.keep.metrics import Metrics, means, progress, read
 
 ROOT = Path(__file__).resolve().parents[1]
 

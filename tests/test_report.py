@@ -7,10 +7,12 @@ from html.parser import HTMLParser
 
 import pytest
 
+from common import exits, jobs, numbers
 from common.errors import UserError
 from tools import demo
-from tools.report import __main__ as report
+from tools.report import __main__ as door
 from tools.report import data as report_data
+from tools.report import page as report
 from tools.report import svg
 from tools.report import text as report_text
 
@@ -149,8 +151,8 @@ def test_short_form(runs, tmp_path):
 
 
 def test_bad_folders_are_told(tmp_path, capsys):
-    assert report.main([str(tmp_path / "none")]) == 2 and "no such folder" in capsys.readouterr().err
-    assert report.main([str(tmp_path)]) == 2 and "neither metrics.jsonl nor evals.jsonl" in capsys.readouterr().err
+    assert door.main([str(tmp_path / "none")]) == 2 and "no such folder" in capsys.readouterr().err
+    assert door.main([str(tmp_path)]) == 2 and "neither metrics.jsonl nor evals.jsonl" in capsys.readouterr().err
     with pytest.raises(UserError, match="no run folders"):
         report.write([], tmp_path / "r.html")
 
@@ -166,7 +168,7 @@ def test_ticks_enclose_the_values():
     [("1.2 MB", 1_234_567), ("538 MB", 538_060_032), ("999 B", 999), ("1.0 kB", 999.6), ("0 B", 0), ("n/a", None)],
 )
 def test_sizes(shown, value):
-    assert report_text.size(value) == shown
+    assert numbers.size(value) == shown
 
 
 # --- the demo's stages ---
@@ -175,7 +177,7 @@ def test_sizes(shown, value):
 def stage(folder, name, code):
     """A stage that is done when its file exists. `code` runs as python -m NAME in `folder`."""
     (folder / f"{name}.py").write_text(f"from pathlib import Path\n{code}\n")
-    return demo.Stage(name, [name], lambda: float((folder / f"{name}.txt").exists()), 1)
+    return jobs.Stage(name, [name], lambda: float((folder / f"{name}.txt").exists()), 1)
 
 
 def test_a_failed_stage_stops_the_demo_and_a_rerun_goes_on(tmp_path, monkeypatch, capsys):
@@ -184,11 +186,11 @@ def test_a_failed_stage_stops_the_demo_and_a_rerun_goes_on(tmp_path, monkeypatch
     first = stage(tmp_path, "first", count.format("first") + "p.write_text('')")
     second = stage(tmp_path, "second", "print('out of luck'); raise SystemExit(3)")
     third = stage(tmp_path, "third", "Path('third.txt').write_text('')")
-    assert demo.run([first, second, third], tmp_path) == 3
+    assert jobs.run([first, second, third], tmp_path) == 3
     told = capsys.readouterr().err
     assert "out of luck" in told and "python -m second" in told and not (tmp_path / "third.txt").exists()
     stage(tmp_path, "second", "Path('second.txt').write_text('')")
-    assert demo.run([first, second, third], tmp_path) == 0
+    assert jobs.run([first, second, third], tmp_path) == 0
     assert (tmp_path / "first.n").read_text() == "x" and (tmp_path / "third.txt").exists()
 
 
@@ -196,8 +198,8 @@ def test_an_interrupt_reaches_the_stage_once_and_is_told(tmp_path):
     code = "import signal, sys, time\nsave = lambda *_: (Path('saved.txt').write_text(''), sys.exit(75))\n"
     code += "signal.signal(signal.SIGTERM, save)\nPath('up.txt').write_text('')\ntime.sleep(60)"
     stage(tmp_path, "long", code)
-    run = "from pathlib import Path; from tools import demo; import sys;"
-    run += "sys.exit(demo.run([demo.Stage('long', ['long'], lambda: 0.0, 1)], Path('.')))"
+    run = "from pathlib import Path; from common import jobs; import sys;"
+    run += "sys.exit(jobs.run([jobs.Stage('long', ['long'], lambda: 0.0, 1)], Path('.')))"
     root = str(demo.__file__).rsplit("/tools/", 1)[0]
     child = subprocess.Popen(
         [sys.executable, "-c", run], cwd=tmp_path, env={"PYTHONPATH": f"{root}:{tmp_path}"}, stderr=subprocess.PIPE

@@ -25,7 +25,7 @@ from common.errors import UserError
 from data import sources
 from model.io import saved
 from tests import test_main
-from tools.report import __main__ as report
+from tools.report import page as report
 from train.keep import lease, runs
 from train.keep.checkpoint import Checkpointer
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from common import stats
 from common.errors import UserError
 from configs import schema, sweeps
 from tests.test_main import environment
@@ -192,7 +193,7 @@ def test_the_price_adds_up(tmp_path, capsys):
 def test_the_launcher_leaves_the_devices_to_its_runs(tmp_path):
     path = config(tmp_path, "def sweep():\n    yield {'seed': 0}\n")
     script = (
-        "import sys; from tools.sweep import main; code = main(sys.argv[1:]); from jax._src import xla_bridge;"
+        "import sys; from tools.sweep.__main__ import main; code = main(sys.argv[1:]); from jax._src import xla_bridge;"
         "assert not xla_bridge._backends, 'a device was touched'; sys.exit(code)"
     )
     argv = [sys.executable, "-c", script, f"--config={path}", f"--out={tmp_path / 'out'}"]
@@ -242,8 +243,8 @@ def test_states(tmp_path):
 
 def test_mean_by_hand():
     """1, 2, 3: standard error 1 / sqrt(3), and Student's t with two degrees of freedom is 4.3027."""
-    assert sweep_page.mean([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
-    assert sweep_page.mean([1.5]) == (1.5, None, None)
+    assert stats.student([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
+    assert stats.student([1.5]) is None
 
 
 @pytest.fixture

@@ -10,19 +10,19 @@ here on (at first it is the first), /adapter alone with the base. From a pipe, a
 without a chat template continues the text. Speed goes to stderr, with the wait for the first token beside it.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from common import cli
+from common.cli import named
 from common.errors import UserError
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.chat", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("tools.chat", __doc__)
     parser.add_argument("model")
     parser.add_argument("--adapter", help="a run or PEFT folder whose adapters are put on MODEL")
     parser.add_argument("--adapters", default="", help="several of them, to choose from")
@@ -38,31 +38,13 @@ def main(argv: list[str]) -> int:
     model, adapter, several, system = (args.pop(k) for k in ("model", "adapter", "adapters", "system"))
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        from infer.models import load, load_many
+    from infer.models import load, load_many
 
-        if adapter and several:
-            raise UserError("one adapter or several to choose from", "--adapter and --adapters", "leave one out")
-        folders = named(several)
-        chat = Chat(load_many(model, folders) if folders else load(model, adapter), system, args)
-        return converse(chat) if sys.stdin.isatty() else ask(chat, sys.stdin.read().strip())
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, BrokenPipeError):
-        return 130
-
-
-def named(text: str) -> dict[str, str]:
-    """Folders by name, of "[NAME=]FOLDER,...". Raises UserError for a name that is taken twice."""
-    out: dict[str, str] = {}
-    for item in filter(None, text.split(",")):
-        name, given, folder = item.rpartition("=")
-        name = name if given else Path(folder).expanduser().resolve().name
-        if name in out:
-            raise UserError(f"two adapters have the name {name!r}", "--adapters", "write NAME=FOLDER")
-        out[name] = folder
-    return out
+    if adapter and several:
+        raise UserError("one adapter or several to choose from", "--adapter and --adapters", "leave one out")
+    folders = named(several)
+    chat = Chat(load_many(model, folders) if folders else load(model, adapter), system, args)
+    return converse(chat) if sys.stdin.isatty() else ask(chat, sys.stdin.read().strip())
 
 
 class Chat:

@@ -73,7 +73,8 @@ def experiments() -> list[Path]:
 
 def is_experiment(path: Path) -> bool:
     """False for the modules beside them that a glob like configs/**/*.py also gives."""
-    return path.resolve().parent != CONFIGS and path.name != "__init__.py"
+    parent = path.resolve().parent
+    return parent not in (CONFIGS, CONFIGS / "schema") and path.name != "__init__.py"
 
 
 VERBS = {"show": show, "diff": diff, "check": check}

@@ -8,18 +8,13 @@ The result is cached where training looks for it, and the cache's hashes are ver
 
 import sys
 
-from common.errors import UserError
+from common import cli
 from configs import schema
 
 
-def main(argv: list[str]) -> int:
-    try:
-        config = schema.load(argv, usage=__doc__).config
-        show(config)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+@cli.command
+def main(argv: list[str]) -> int | None:
+    show(schema.load(argv, usage=__doc__).config)
 
 
 def show(config) -> None:

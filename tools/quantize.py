@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common import cli
 from common.errors import UserError
 from configs import base, schema
 from configs.schema import methods, overrides, rules
@@ -25,9 +26,9 @@ MATRICES = "layers/.*"  # what a budget is spent on
 HELD_OUT = 0.1  # share of the documents, the last ones, that nothing is calibrated on
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.quantize", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("tools.quantize", __doc__)
     for name in ("model", "quant", "out"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--method", default="rtn", choices=("rtn", "gptq", "awq", "smoothquant"))
@@ -37,13 +38,9 @@ def main(argv: list[str]) -> int:
     for name, default in dict(rows=32, seq_len=256, eval_tokens=8192, seed=0).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args, rest = parser.parse_known_args(argv)
-    try:
-        if min(args.rows, args.seq_len, args.seed + 1, args.eval_tokens + 1) < 1:
-            raise UserError("must be counts", "--rows --seq_len --eval_tokens --seed", "give numbers above 0")
-        return quantise(args, options(args.quant, args.method, rest, budget(args.budget)))
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
+    if min(args.rows, args.seq_len, args.seed + 1, args.eval_tokens + 1) < 1:
+        raise UserError("must be counts", "--rows --seq_len --eval_tokens --seed", "give numbers above 0")
+    return quantise(args, options(args.quant, args.method, rest, budget(args.budget)))
 
 
 def budget(text: str) -> tuple[float, str] | None:

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from common import paths
+from common import exits, paths
 from common.errors import UserError
 from model import build, weights
 from model.config import in_layers

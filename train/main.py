@@ -12,27 +12,23 @@ import sys
 import time
 from typing import Any
 
+from common import cli, exits
 from common.errors import UserError
 from configs import schema
 
-BROKEN = 70  # EX_SOFTWARE
 
-
+@cli.command
 def main(argv: list[str]) -> int:
-    try:
-        loaded = schema.load(argv, flags={"plan": False, "debug": False, "profile": 0})
-        if loaded.flags["plan"]:
-            return show_plan(loaded.config)
-        if loaded.flags["debug"]:
-            from train import debug
+    loaded = schema.load(argv, flags={"plan": False, "debug": False, "profile": 0})
+    if loaded.flags["plan"]:
+        return show_plan(loaded.config)
+    if loaded.flags["debug"]:
+        from train import debug
 
-            return debug.run(loaded.config, loaded.workdir)
-        if not loaded.workdir:
-            raise UserError("no run folder", "--workdir", "name one, as --workdir=runs/first; the same one resumes")
-        return run(loaded)
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
+        return debug.run(loaded.config, loaded.workdir)
+    if not loaded.workdir:
+        raise UserError("no run folder", "--workdir", "name one, as --workdir=runs/first; the same one resumes")
+    return run(loaded)
 
 
 def show_plan(cfg: Any) -> int:
@@ -65,7 +61,7 @@ def run(loaded: Any) -> int:
     from train.keep.checkpoint import Checkpointer
     from train.keep.clock import Clock
     from train.keep.metrics import Metrics
-    from train.keep.runs import PREEMPTED, RunDir
+    from train.keep.runs import RunDir
     from train.keep.trace import Trace
     from train.mesh import RULES, make_mesh
     from train.monitor import Judge
@@ -125,8 +121,8 @@ def run(loaded: Any) -> int:
             with metrics.timer("step"):  # where the time of a step goes: its dispatch returned at once
                 bad_steps = clock.bad_steps()
             if bad_steps >= cfg.optim.max_bad_steps:
-                metrics.end(f"{cfg.optim.max_bad_steps} non-finite steps in a row", cfg.chip, exit_code=BROKEN)
-                return BROKEN
+                metrics.end(f"{cfg.optim.max_bad_steps} non-finite steps in a row", cfg.chip, exit_code=exits.BROKEN)
+                return exits.BROKEN
             if last or (cfg.eval_every and done % cfg.eval_every == 0):
                 with clock.paused():
                     judge(state, done)
@@ -136,8 +132,10 @@ def run(loaded: Any) -> int:
                 if stop or last:
                     ckpt.wait()
             if stop:
-                metrics.end("stopped by a signal; the same command goes on from here", cfg.chip, exit_code=PREEMPTED)
-                return PREEMPTED
+                metrics.end(
+                    "stopped by a signal; the same command goes on from here", cfg.chip, exit_code=exits.PREEMPTED
+                )
+                return exits.PREEMPTED
             if last:
                 metrics.end("done", cfg.chip, **clock.totals(source.seen))
     return 0

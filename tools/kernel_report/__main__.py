@@ -13,7 +13,6 @@ For an absent H100, with requirements/gpu.txt, it says what registers, spills, m
 known. `--chip=gpu` does the same on the GPU of this machine, times both and tells how far from XLA's results ours are.
 """
 
-import argparse
 import glob
 import importlib
 import json
@@ -26,7 +25,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import chips
+from common import chips, cli
 from common.errors import UserError
 
 
@@ -48,21 +47,19 @@ TPUS = {
 GPUS = ("h100", "gpu")  # absent, and that of this machine
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.kernel_report", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("tools.kernel_report", __doc__)
     parser.add_argument("--chip", default=",".join(TPUS))
     parser.add_argument("--shapes", choices=("quick", "all"), default="all")
     parser.add_argument("--only", default="")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    try:
-        rows = report(args.chip.split(","), args.shapes == "quick", args.only)
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
-    print(json.dumps(rows, indent=1)) if args.json else show(rows)
-    return 0
+    rows = report(args.chip.split(","), args.shapes == "quick", args.only)
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        show(rows)
 
 
 def report(names: list[str], quick: bool, only: str) -> list[dict[str, Any]]:

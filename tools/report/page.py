@@ -1,11 +1,14 @@
 """The page: sections of HTML around the rows of report_data, every number with its unit and n/a for the unknown."""
 
 import datetime
+import tempfile
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from common.gas import short
+from common import files, paths
+from common.errors import UserError
+from common.numbers import NA, flops, integer, percent, scaled, seconds, short, signed, size
 from tools.report import data, svg, text
 from tools.report.data import Choice, Run
 
@@ -19,6 +22,33 @@ HEADS = [
     ("peak memory", "of training"), ("to store", "bytes"), ("prompt", "tokens"), ("per answer", "FLOPs, estimate"),
     ("forgetting", "Δ nats per token"),
 ]  # fmt: skip
+
+
+def write(folders: list[str | Path], out: Path) -> Path:
+    """Writes the page at `out` and its short form; both appear whole or not at all. Raises UserError."""
+    if not folders:
+        raise UserError("no run folders", "tools.report", "python -m tools.report runs/a runs/b")
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = [data.read(local(folder, scratch)) for folder in folders]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for path, text in ((out, html(runs)), (out.with_suffix(".md"), markdown(runs))):
+            files.write(path, text)
+    except OSError as e:
+        raise UserError(f"cannot be written: {e.strerror}", str(out), "choose another --out") from e
+    return out
+
+
+def local(folder: str | Path, scratch: str) -> Path:
+    """The folder, or a copy in `scratch` of what a run at gs://BUCKET/FOLDER holds beside its checkpoints."""
+    home = paths.parse(folder)
+    if not paths.remote(home):
+        return home
+    copy = Path(scratch) / files.mirror(home).name / home.name
+    copy.mkdir(parents=True)
+    with paths.told(home):
+        files.fetch(home, copy)
+    return copy
 
 
 def html(runs: list[Run]) -> str:
@@ -52,9 +82,7 @@ def document(title: str, body: str) -> str:
 def _header(runs: list[Run], found: dict[str, list[Choice]]) -> str:
     lead = [s for rows in found.values() for s in text.sentences(rows)] or _losses(runs)
     times = [line["time"] for run in runs for line in (*run.metrics, *run.evals) if "time" in line]
-    when = (
-        datetime.datetime.fromtimestamp(max(times), datetime.UTC).strftime("%d %B %Y, %H:%M UTC") if times else text.NA
-    )
+    when = datetime.datetime.fromtimestamp(max(times), datetime.UTC).strftime("%d %B %Y, %H:%M UTC") if times else NA
     meta = f"{', '.join(escape(run.name) for run in runs)} · {when}"
     told = "".join(f"<p>{escape(s)}</p>" for s in _paragraphs(lead))
     return f'<header><h1>{TITLE}</h1><p class="meta">{meta}</p></header><div class="lead">{told}</div>'
@@ -95,23 +123,23 @@ def _choice_table(rows: list[Choice]) -> str:
 def _choice_cells(c: Choice) -> list[Cell]:
     r = c.result
     low, high = r.get("low"), r.get("high")
-    span = f"{text.percent(low).removesuffix(' %')}–{text.percent(high)}" if None not in (low, high) else text.NA
-    peak = text.size(c.peak_bytes) if c.run.config else "none"
+    span = f"{percent(low).removesuffix(' %')}–{percent(high)}" if None not in (low, high) else NA
+    peak = size(c.peak_bytes) if c.run.config else "none"
     return [
-        (f"<b>{text.percent(r['mean'])}</b>", f"{span}, n = {r['n']}"),
-        (text.flops(c.flops), ""),
-        (text.seconds(c.seconds), ""),
+        (f"<b>{percent(r['mean'])}</b>", f"{span}, n = {r['n']}"),
+        (flops(c.flops), ""),
+        (seconds(c.seconds), ""),
         (peak, ""),
-        (text.size(c.store_bytes), ""),
-        (text.integer(r.get("prompt_tokens")), ""),
-        (text.flops(text.per_answer(c)), ""),
-        (text.signed(c.forgetting), escape(c.text)),
+        (size(c.store_bytes), ""),
+        (integer(r.get("prompt_tokens")), ""),
+        (flops(text.per_answer(c)), ""),
+        (signed(c.forgetting), escape(c.text)),
     ]
 
 
 def table(heads: Sequence[tuple[str, str]], rows: Sequence[tuple[str, list[Cell]]]) -> str:
     small = lambda s: f"<small>{s}</small>" if s else ""
-    cell = lambda v, below: f"<td{' class=na' if v == text.NA else ''}>{v}{small(below)}</td>"
+    cell = lambda v, below: f"<td{' class=na' if v == NA else ''}>{v}{small(below)}</td>"
     head = "".join(f'<th scope="col">{escape(a)}{small(escape(b))}</th>' for a, b in heads)
     body = "".join(
         f'<tr><th scope="row">{escape(label)}</th>{"".join(cell(*c) for c in cells)}</tr>' for label, cells in rows
@@ -180,16 +208,16 @@ def _run_cells(run: Run) -> list[Cell]:
         f"{done['step']:,}" if done else f"{max((m['step'] for m in run.metrics if 'step' in m), default=0):,} so far"
     )
     fell = lambda key: [line[key] for line in run.lines("eval") if isinstance(line.get(key), float)]
-    path = lambda v: " → ".join(f"{x:.3f}" for x in dict.fromkeys((v[0], v[-1]))) if v else text.NA
+    path = lambda v: " → ".join(f"{x:.3f}" for x in dict.fromkeys((v[0], v[-1]))) if v else NA
     return [
         (escape(data.method(run)), ""),
-        (text.scaled(cost.get("trained"), ""), f"of {text.scaled(cost.get('parameters'), '')}"),
+        (scaled(cost.get("trained")), f"of {scaled(cost.get('parameters'))}"),
         (steps, ""),
-        (text.integer(done.get("tokens")), text.integer(done.get("targets"))),
-        (text.integer(done.get("tokens_per_second")), ""),
-        (text.flops(done.get("flops")), ""),
-        (text.seconds(data.seconds(run)), ""),
-        (text.size(done.get("peak_rss_bytes")), ""),
+        (integer(done.get("tokens")), integer(done.get("targets"))),
+        (integer(done.get("tokens_per_second")), ""),
+        (flops(done.get("flops")), ""),
+        (seconds(data.seconds(run)), ""),
+        (size(done.get("peak_rss_bytes")), ""),
         (path(fell("nll")), path(fell("bits_per_byte"))),
     ]
 
@@ -247,7 +275,7 @@ def _environment(runs: list[Run]) -> str:
 
 def _plain(x: object) -> str:
     if isinstance(x, dict):
-        return ", ".join(f"{k} {v}" for k, v in x.items()) or text.NA
+        return ", ".join(f"{k} {v}" for k, v in x.items()) or NA
     return text.value(x)
 
 

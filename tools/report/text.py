@@ -3,52 +3,12 @@
 import itertools
 from typing import Any
 
+from common.numbers import NA, joined, percent, signed, size
 from tools.report.data import Choice
-
-NA = "n/a"
-
-
-def percent(x: float | None) -> str:
-    return NA if x is None else f"{100 * x:.0f} %" if x in (0, 1) or 0.0995 <= x < 0.995 else f"{100 * x:.1f} %"
-
-
-def scaled(x: float | None, unit: str, names: str = " kMGTPE") -> str:
-    """1234567 bytes -> "1.2 MB": three digits at most, powers of 1000."""
-    if x is None:
-        return NA
-    power = 0
-    while abs(x) >= 999.5 and power < len(names) - 1:
-        x, power = x / 1000, power + 1
-    digits = f"{x:.0f}" if x >= 99.5 or x == int(x) else f"{x:.1f}"
-    return f"{digits} {names[power].strip()}{unit}"
-
-
-def size(x: float | None) -> str:
-    return scaled(x, "B")
-
-
-def flops(x: float | None) -> str:
-    return scaled(x, "FLOP")
-
-
-def seconds(x: float | None) -> str:
-    return NA if x is None else f"{x:.0f} s" if x >= 9.95 or x == 0 else f"{x:.2g} s"
-
-
-def signed(x: float | None) -> str:
-    return NA if x is None else f"{x:+.3f}" if x else "0"
-
-
-def integer(x: float | None) -> str:
-    return NA if x is None else f"{x:,.0f}"
 
 
 def value(x: Any) -> str:
     return NA if x is None or x == "" else f"{x:,}" if isinstance(x, int) and not isinstance(x, bool) else str(x)
-
-
-def joined(parts: list[str]) -> str:
-    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else "".join(parts)
 
 
 def result(c: Choice) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common import cli, exits, files, jobs
+from common import chips, cli, exits, files, jobs, numbers
 from common.errors import did_you_mean
 from configs import schema, sweeps
 from configs.schema import overrides
@@ -153,7 +153,6 @@ def price(points: list[Any], trials: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from tools.report import text as told
     from train import main as training
     from train import plan
 
@@ -166,28 +165,25 @@ def price(points: list[Any], trials: int) -> None:
     rows = [pick(rows, key=lambda row: row[1]["flops"]) for pick in (min, max)] if trials else rows
     table = Table("point", "sets", "trained", "tokens", "FLOPs", "bytes a device", "chip-hours", "$ on demand")
     for p, d in rows:
-        sizes = told.flops(d["flops"]), told.size(d["bytes_per_device"]["total"]), *gas(p.config.chip, d["flops"])
+        sizes = numbers.flops(d["flops"]), numbers.size(d["bytes_per_device"]["total"]), *gas(p.config.chip, d["flops"])
         table.add_row(p.id, Text(label(p.values)), f"{d['trained']:,}", f"{d['tokens']:,}", *sizes)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     rows, kind = (rows[-1:] * trials, "trials") if trials else (rows, "points")
     tokens, flops = (sum(d[key] for _, d in rows) for key in ("tokens", "flops"))
     hours, dollars = gas(points[0].config.chip, flops)
-    print(f"{len(rows)} {kind}: at most {tokens:,} tokens, {told.flops(flops)}, {hours} chip-hours, $ {dollars}")
-    if hours != told.NA:
+    print(f"{len(rows)} {kind}: at most {tokens:,} tokens, {numbers.flops(flops)}, {hours} chip-hours, $ {dollars}")
+    if hours != numbers.NA:
         print(f"Hours and $ are estimates, for an MFU of {UTILISATION[1]:.0%} to {UTILISATION[0]:.0%}.")
 
 
 def gas(name: str, flops: float) -> tuple[str, str]:
     """Chip-hours and dollars of training FLOPs on a chip as ranges; n/a where config.chip names none."""
-    from common import chips
-    from tools.report.text import NA
-
     chip = chips.find(name)
     if not chip:
-        return NA, NA
+        return numbers.NA, numbers.NA
     hours = [flops / (chip.tflops.value * 1e12 * mfu) / 3600 for mfu in reversed(UTILISATION)]
     dollars = [h * chip.usd_hour.value for h in hours] if chip.usd_hour else None
-    return tuple(f"{x[0]:.2g} to {x[1]:.2g}" if x else NA for x in (hours, dollars))
+    return numbers.span(hours, ".2g"), numbers.span(dollars, ".2g")
 
 
 def work(args: overrides.Args, points: list[Any], out: Path) -> int:

@@ -8,17 +8,14 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scipy.special import stdtrit
-
-from common import files
+from common import files, stats
 from common.errors import UserError
-from common.gas import Gas, short
-from tools.report import __main__ as report
+from common.gas import Gas
+from common.numbers import NA, flops, integer, joined, number, short, signed, size
 from tools.report import data, text
 from tools.report import page as report_page
 from tools.report import svg as report_svg
 from tools.sweep import run as runs
-from train.keep.metrics import number
 
 HEIGHT, TOP, BOTTOM, LEFT, RIGHT = 340, 64, 24, 20, 96  # of the parallel coordinates, with room for the last labels
 
@@ -90,17 +87,12 @@ def groups(rows: list[Result], maximize: bool) -> list[Group]:
     for r in rows:
         if r.final:
             found.setdefault(repr(r.setting), []).append(r)
-    out = [Group(same[0].setting, *mean([r.value for r in same]), len(same)) for same in found.values()]
+    out = []
+    for same in found.values():
+        values = [r.value for r in same]
+        low, high = stats.student(values) or (None, None)
+        out.append(Group(same[0].setting, sum(values) / len(values), low, high, len(values)))
     return sorted(out, key=lambda g: -g.mean if maximize else g.mean)
-
-
-def mean(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """The mean and Student's 95 % interval; one value has none."""
-    n, centre = len(values), sum(values) / len(values)
-    if n < 2:
-        return centre, None, None
-    half = float(stdtrit(n - 1, 0.975)) * math.sqrt(sum((v - centre) ** 2 for v in values) / (n - 1) / n)
-    return centre, centre - half, centre + half
 
 
 def varying(rows: Sequence[Result | Group]) -> list[str]:
@@ -123,7 +115,7 @@ def write(out: Path, metric: str, maximize: bool) -> Path:
         for folder in begun:
             page = folder / "report.html"
             if not page.exists() or page.stat().st_mtime < (folder / "metrics.jsonl").stat().st_mtime:
-                report.write([folder], page)
+                report_page.write([folder], page)
         files.write(out / "results.csv", _csv(rows, metric, used))
         files.write(out / "index.html", _html(out.name, rows, metric, maximize, used))
     return out / "index.html"
@@ -144,7 +136,7 @@ def _csv(rows: list[Result], metric: str, used: dict[str, Gas]) -> str:
 def _html(name: str, rows: list[Result], metric: str, maximize: bool, used: dict[str, Gas]) -> str:
     ranked, states = groups(rows, maximize), [r.state for r in rows]
     pruned = [Group(r.setting, r.value, None, None, 1) for r in rows if r.state == runs.PRUNED and r.value is not None]
-    told = text.joined([f"{states.count(s)} {s}" for s in dict.fromkeys(states)])
+    told = joined([f"{states.count(s)} {s}" for s in dict.fromkeys(states)])
     parts = [f'<header><h1>Sweep {escape(name)}</h1><p class="meta">{len(rows)} points: {told}</p></header>']
     lead = [
         *sentences(ranked, varying(ranked + pruned), metric, maximize),
@@ -201,7 +193,7 @@ def parallel(ranked: list[Group], pruned: list[Group], metric: str) -> str:
         drawn.append(f'<g><title>{title}</title><path {look} d="M{" L".join(line)}"/></g>')
     caption = "a line for each setting that is done, its mean over seeds; the best in the other colour"
     caption += "; dashed: stopped early, with the last value" * bool(pruned)
-    label = escape(f"parallel coordinates of {text.joined(keys)}")
+    label = escape(f"parallel coordinates of {joined(keys)}")
     svg = f'<svg viewBox="0 0 {report_svg.WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
     return f"<figure><figcaption>{caption}</figcaption>{svg}{''.join(drawn[::-1] + out)}</svg></figure>"
 
@@ -262,9 +254,9 @@ def methods(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
         method, rank, trained = same[0].kind
         head, below = over_seeds(g)
         mean = lambda field, same=same: average(same, field)
-        cells = [(f"<b>{head}</b>", below), (text.signed(mean("forgetting")), "")]
-        cells += [(text.integer(trained), ""), (text.size(mean("stored")), ""), (text.size(mean("peak")), "")]
-        cells += [(text.integer(mean("rate")), ""), *((escape(shown(g.values.get(key))), "") for key in keys)]
+        cells = [(f"<b>{head}</b>", below), (signed(mean("forgetting")), "")]
+        cells += [(integer(trained), ""), (size(mean("stored")), ""), (size(mean("peak")), "")]
+        cells += [(integer(mean("rate")), ""), *((escape(shown(g.values.get(key))), "") for key in keys)]
         table.append((data.label(method, rank), cells))
     return ["<h2>Methods</h2>", report_page.table(heads, table)]
 
@@ -308,10 +300,10 @@ def _table(rows: list[Result], ranked: list[Group], metric: str, used: dict[str,
     heads += [("steps", ""), ("FLOPs", "of training"), ("chip-hours", "launch to end"), ("$", "on demand"), ("", "")]
     table = []
     for r in sorted(rows, key=lambda r: (not r.final, places.get(repr(r.setting), 0))):
-        cells = [(f"<b>{number(r.value)}</b>", ""), over_seeds(ranked[places[repr(r.setting)]] if r.final else text.NA)]
+        cells = [(f"<b>{number(r.value)}</b>", ""), over_seeds(ranked[places[repr(r.setting)]] if r.final else NA)]
         cells += [*((escape(shown(r.values.get(key))), "") for key in keys), (r.state, ""), (f"{r.step:,}", "")]
         g = used.get(r.id, Gas())
-        cells += [(text.flops(g.flops), ""), (short(g.hours), ""), (short(g.usd), "")]
+        cells += [(flops(g.flops), ""), (short(g.hours), ""), (short(g.usd), "")]
         cells.append((f'<a href="{r.id}/report.html">report</a>' if r.step else "", ""))
         table.append((r.id, cells))
     return report_page.table(heads, table)

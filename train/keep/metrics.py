@@ -16,6 +16,7 @@ import jax
 from rich.text import Text
 
 from common import files, gas
+from common.numbers import duration, number
 from train.keep.power import Power
 from train.keep.tracker import Feed
 
@@ -187,17 +188,3 @@ def progress(step: int, total: int, numbers: Mapping[str, Any]) -> str:
         f"ETA {duration((total - step) * pace)}" if pace is not None else "ETA n/a",
     ]
     return "  ".join(parts)
-
-
-def number(x: Any) -> str:
-    """Four significant digits, thousands whole."""
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        return "n/a" if x is None else str(x)
-    return f"{x:,.0f}" if abs(x) >= 1000 or isinstance(x, int) else f"{x:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """3725 -> "1:02:05"."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
