@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
     c.data.packing = "best_fit"  # | "concat" (documents are split) | "none" (one a row, padded; answers and labels)
     c.data.truncate = True  # cut documents longer than seq_len; False: they count as bad rows
     c.data.max_bad = 0.001  # share of bad rows skipped before it is an error
+    c.data.view = ConfigDict({"name": "next"})  # what a row becomes: a file in data/views + its keyword arguments
     c.data.shuffle = True  # a new order every epoch, from `seed`
     c.data.cache = "~/.cache/kungfu/data"  # tokenised documents, memory-mapped, keyed by fingerprint
 

@@ -1,15 +1,14 @@
 """From a run's config to its model and to what is done to its parameters. Training and inference both start here."""
 
 import dataclasses
-import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import jax
 from ml_collections import ConfigDict
 
 from common.errors import UserError
+from common.methods import find
 from configs.models import SHAPES
 from model.config import ModelConfig
 from model.net import kinds
@@ -17,17 +16,6 @@ from model.net.transformer import Transformer
 from model.weights import Params, Specs
 
 OVERRIDES = ("layers", "embed", "heads", "kv_heads", "mlp")
-
-
-def find(package: str, cfg: ConfigDict) -> Callable:
-    """The `make` of a file by its name, with the config's other keys as keyword arguments."""
-    folder = Path(__file__).resolve().parents[1].joinpath(*package.split("."))
-    known = sorted(p.stem for p in folder.glob("[!_]*.py"))
-    if cfg.name not in known:  # a config read from a run folder is data: it must not name any other module
-        raise UserError(f"no {cfg.name!r} in {package}", "config", f"known: {', '.join(known)}")
-    make = importlib.import_module(f"{package}.{cfg.name}").make
-    kwargs = {k: v for k, v in cfg.items() if k != "name" and v is not None}
-    return lambda *args: make(*args, **kwargs)
 
 
 def transform(cfg: ConfigDict, specs: Specs) -> Callable[[Params, jax.Array], Params]:

@@ -31,6 +31,8 @@ def make(
     *, group: int | None = None, bits: Literal[4, 8], kind: Literal["nf4", "fp4"] = "nf4", skip: tuple[str, ...] = ()
 ): ...
 """,
+    "data/views/next.py": "def make(tokenizer, seq_len): ...",
+    "data/views/mlm.py": "def make(tokenizer, seq_len, *, rate: float = 0.15): ...",
     "evals/tasks/arith.py": "def task(): ...",
     "x.py": """
 from configs import base
@@ -226,6 +228,9 @@ def test_config_is_required():
          "model/peft has lora"),
         ("objective.beta=1", "config.objective.beta = 1 · no argument of the chosen objective · it takes none"),
         ("peft.rank=1", "config.peft.rank = 1 · no argument of the chosen peft · it takes none"),
+        ("data.view.rate=0.1", "config.data.view.rate = 0.1 · no argument of the chosen data.view · it takes none"),
+        ("data.view.name=nexxt", "config.data.view.name = nexxt · no file data/views/nexxt.py with make() · "
+         "did you mean next?"),
         ("quant.name=int", "config.quant.bits · missing, the chosen quant needs it · set config.quant.bits"),
     ],
 )  # fmt: skip
@@ -243,6 +248,9 @@ def test_problem(root, argv, line):
         ("peft.name=lora peft.rank=0", "config.peft.rank = 0 · must be in [1, inf)"),
         ("peft.name=lora peft.where=[", "config.peft.where = [ · is no regular expression: "
          "unterminated character set at position 0"),
+        ("data.view.name=mlm data.view.rte=1",
+         "config.data.view.rte = 1 · no argument of the chosen data.view · did you mean rate?"),
+        ("data.view.name=mlm data.view.rate=x", "config.data.view.rate = x · must be a number"),
         ("quant.name=int quant.bits=5", "config.quant.bits = 5 · unknown choice · one of 4, 8"),
         ("quant.name=int quant.bits=4 quant.kind=nf5",
          "config.quant.kind = nf5 · unknown choice · one of nf4, fp4"),
@@ -379,6 +387,21 @@ def test_resolve_does_not_touch_its_input(root):
     resolved, values = schema.resolve(config, {"optim.lr": 0.5, "steps": "2e2"})  # a sweep gives values, or text
     assert (resolved.optim.lr, resolved.steps, resolved.eval_every) == (0.5, 200, 20)
     assert config.optim.lr == 3e-4 and not config.is_locked and values == {"optim.lr": 0.5, "steps": 200}
+
+
+def test_a_method_in_a_group_brings_its_arguments(root):
+    loaded = load("--config.data.view.name=mlm", "--config.data.view.rate=1")
+    assert loaded.config.data.view.to_dict() == {"name": "mlm", "rate": 1.0}
+    again = schema.resolve(schema.from_dict(schema.to_dict(loaded.config)), {"data.view.name": "next"})[0]
+    assert again.data.view.to_dict() == {"name": "next"} and load().config.data.view.name == "next"
+
+
+def test_a_config_of_an_earlier_version_gets_the_keys_that_came_since(root):
+    old = schema.to_dict(load().config)
+    del old["data"]["view"], old["optim"]["clip"]
+    (root / "run").mkdir()
+    (root / "run/config.json").write_text(json.dumps(old))
+    assert schema.resolve(schema.read("run"))[0].to_dict() == load().config.to_dict()
 
 
 def test_every_key_has_a_comment():

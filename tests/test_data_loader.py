@@ -17,6 +17,7 @@ from data.rows.layout import Part
 from data.rows.loader import Loader, load_tokenizer, make_loaders
 from data.rows.pack import Pieces
 from data.text import tokenizer
+from data.views import View
 
 PAD, EOS = 258, 257
 
@@ -306,6 +307,27 @@ def digest(batch) -> str:
     """Of the keys in alphabetical order: of each array its bytes, of each side its digest."""
     parts = (digest(x) if isinstance(x, dict) else sha256(x.tobytes()).hexdigest() for _, x in sorted(batch.items()))
     return sha256("".join(parts).encode()).hexdigest()[:12]
+
+
+def test_a_view_changes_rows_by_seed_step_and_place(tmp_path, tok):
+    """The same on any number of hosts, other numbers at every step, and part of what a resume compares."""
+
+    def cover(row, rng):
+        return row | {"tokens": np.where(rng.random(5) < 0.5, row["tokens"], 0), "covered": rng.random(2)}
+
+    data = made(tmp_path, tok, texts(8))
+    options = dict(seq_len=5, batch_size=8, packing="none", view=View(cover, {"name": "cover"}))
+    plain, one = loader(data, **options | {"view": View()}), loader(data, **options)
+    halves = [loader(data, rows=rows, **options) for rows in (slice(0, 4), slice(4, 8))]
+    batch = one.batch(0)
+    assert batch["covered"].shape == (8, 2) and (batch["targets"] == plain.batch(0)["targets"]).all()
+    kept = batch["tokens"] == plain.batch(0)["tokens"]
+    assert 0.2 < kept.mean() < 0.8 and len({tuple(row) for row in kept.tolist()}) > 4
+    for name, x in batch.items():
+        assert (np.concatenate([half.batch(0)[name] for half in halves]) == x).all()
+    assert (one.batch(1)["covered"] != batch["covered"]).all()
+    with pytest.raises(UserError, match=r"view None -> \{'name': 'cover'\}"):
+        one.load_state_dict(plain.state_dict())
 
 
 def test_resume_refuses_other_data_and_says_what_changed(tmp_path, tok):

@@ -2,8 +2,8 @@
 
     loaded = load(sys.argv[1:], flags={"plan": False})
 
-Keys, types, defaults and meanings come from `base.py`; those of `objective`, `peft` and `quant` from the keyword
-arguments of the named file. The resolved config holds a method's defaults too, so that a run folder says all of it.
+Keys, types, defaults and meanings come from `base.py`; those of `objective`, `peft`, `quant` and `data.view` from the
+keyword arguments of the named file. The resolved config holds a method's defaults too, so that a run folder says all.
 """
 
 import contextlib
@@ -144,10 +144,12 @@ def _schema(config: ConfigDict, changes: dict, problems: list[Problem]) -> tuple
     """
     keys, loose = dict(base_keys()), set()
     for kind, folder in methods.FOLDERS.items():
-        group = config.get(kind)
+        group = config
+        for part in kind.split("."):
+            group = group.get(part) if isinstance(group, ConfigDict) else None
         old = group.get("name") if isinstance(group, ConfigDict) else None
         name = changes.get(f"{kind}.name", old)
-        if not name and kind != "objective":
+        if not name and kind in ("peft", "quant"):
             arguments = {}
         elif name in (known := methods.names(folder, "make")):
             arguments = methods.method(kind, name).arguments
@@ -172,7 +174,7 @@ def _apply(
     for path, raw in changes.items():
         *groups, name = path.split(".")
         key = schema.get(path)
-        if key is None and not (len(groups) == 1 and groups[0] in loose):
+        if key is None and ".".join(groups) not in loose:
             problems.append(_unknown(path, raw, schema))
             continue
         try:
@@ -194,7 +196,7 @@ def _unknown(path: str, value: Any, schema: Mapping[str, Key]) -> Problem:
     if inside:
         return Problem(f"config.{path}", show(value), "is a group, not a key", f"its keys: {', '.join(inside)}")
     if kind in methods.FOLDERS:
-        arguments = [k.partition(".")[2] for k in schema if k.startswith(f"{kind}.") and k != f"{kind}.name"]
+        arguments = [k.removeprefix(f"{kind}.") for k in schema if k.startswith(f"{kind}.") and k != f"{kind}.name"]
         fix = f"it takes {', '.join(arguments)}" if arguments else "it takes none"
         near = did_you_mean(name, arguments, fix)
         return Problem(f"config.{path}", show(value), f"no argument of the chosen {kind}", near)
@@ -210,7 +212,7 @@ def _check_leaves(
     leaves = {}
     for path, value in given.items():
         key = schema.get(path)
-        if path in told or path.partition(".")[0] in loose:
+        if path in told or path.rpartition(".")[0] in loose:
             leaves[path] = value
         elif key is None:
             problems.append(_unknown(path, value, schema))
@@ -222,8 +224,8 @@ def _check_leaves(
                 wrong = [(str(e), "")]
             problems += (Problem(f"config.{path}", show(value), text, fix) for text, fix in wrong)
     for path, key in schema.items():
-        kind = path.partition(".")[0]
-        if path in given or kind in given or path in told:
+        kind = path.rpartition(".")[0]
+        if path in given or path in told or _inside(path, given):
             continue
         if key.required:
             problems.append(Problem(f"config.{path}", "", f"missing, the chosen {kind} needs it", f"set config.{path}"))
@@ -232,6 +234,12 @@ def _check_leaves(
         else:
             leaves[path] = _tuples(key.default)
     return leaves
+
+
+def _inside(path: str, leaves: Iterable[str]) -> bool:
+    """Whether one of the leaves stands where a group above the path should be."""
+    parts = path.split(".")
+    return any(".".join(parts[:n]) in leaves for n in range(1, len(parts)))
 
 
 def fit(value: Any, key: Key) -> Any:
@@ -297,8 +305,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(d: Mapping[str, Any]) -> ConfigDict:
-    """A config of `to_dict`'s data, unlocked and not checked; lists become tuples."""
-    return _build({path: _tuples(value) for path, value in flatten(d).items()}, base_keys())
+    """A config of `to_dict`'s data, unlocked and not checked; lists become tuples.
+
+    A key that an earlier version did not know gets its default, which is what that version did.
+    """
+    given = flatten(d)
+    newer = {path: key.default for path, key in base_keys().items() if path not in given and not _inside(path, given)}
+    return _build({path: _tuples(value) for path, value in (given | newer).items()}, base_keys())
 
 
 def diff(a: Any, b: Any) -> list[tuple[str, Any, Any]]:

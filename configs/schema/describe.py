@@ -33,8 +33,8 @@ def docs() -> dict[str, str]:
 def lines(config: Any) -> Iterator[str]:
     """One line a leaf in the order of base.py: key=value and what it means."""
     leaves, order = flatten(config), list(docs())
-    groups = {path.partition(".")[0]: i for i, path in reversed(list(enumerate(order)))}
-    place = lambda path: order.index(path) if path in order else groups.get(path.partition(".")[0], 0)
+    groups = {path.rpartition(".")[0]: i for i, path in reversed(list(enumerate(order)))}
+    place = lambda path: order.index(path) if path in order else groups.get(path.rpartition(".")[0], 0)
     for path in sorted(leaves, key=place):
         pair = f"{path}={show(leaves[path])}"
         yield f"{pair:34}  {docs().get(path, '')}".rstrip()

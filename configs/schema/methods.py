@@ -1,4 +1,4 @@
-"""What an objective, a PEFT method or a quantiser accepts, read from its source: nothing is imported, so no jax.
+"""What an objective, a PEFT method, a quantiser or a view accepts, read from its source: no import, so no jax.
 
 The keyword-only arguments of a file's `make` are the schema of its group in the config.
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = {"objective": "train/objectives", "peft": "model/peft", "quant": "model/quant"}
+FOLDERS = {"objective": "train/objectives", "peft": "model/peft", "quant": "model/quant", "data.view": "data/views"}
 TASKS = "evals/tasks"
 TYPES = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple}
 

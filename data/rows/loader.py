@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from data import dataset, sources
+from data import dataset, sources, views
 from data.dataset import Dataset, has_chats, prepare, texts
 from data.rows import batch as batches
 from data.rows import layout, mixture
@@ -15,6 +15,7 @@ from data.rows.batch import Batch
 from data.rows.layout import Part
 from data.text import tokenizer
 from data.text.tokenizer import Tokenizer
+from data.views import View
 
 
 class Loader:
@@ -38,9 +39,11 @@ class Loader:
         rows: slice | None = None,
         heldout: bool = False,
         pad_id: int = 0,
+        view: View = View(),  # noqa: B008
     ):
         self.parts, self.seq_len, self.batch_size, self.seed = parts, seq_len, batch_size, seed
         self.shuffle, self.heldout, self.pad_id = shuffle and not heldout, heldout, pad_id
+        self.view = view
         self.mine = np.arange(batch_size)[rows or slice(None)]
         holds = {(d.sides, d.columns, d.stored.tags is not None) for d in (part.dataset for part in parts)}
         if len(holds) > 1:
@@ -56,6 +59,8 @@ class Loader:
         if heldout:
             self.order = _interleave(self.sizes)
         self.settings = {**how, "batch_size": batch_size, "shuffle": self.shuffle}
+        if view.apply:
+            self.settings["view"] = view.settings
         self.settings |= {"weights": [part.weight for part in parts], "sources": [_part_id(part) for part in parts]}
 
     def _check_sizes(self) -> None:
@@ -98,7 +103,16 @@ class Loader:
         """This process's rows of the global batch of a step."""
         index = step * self.batch_size + self.mine
         source, nth = self._place(index)
-        return batches.join({side: self._fill(source, nth, i) for i, side in enumerate(self.sides)})
+        parts = {side: self._fill(source, nth, i) for i, side in enumerate(self.sides)}
+        return batches.join(self._viewed(parts, step) if self.view.apply else parts)
+
+    def _viewed(self, parts: dict[str, Batch], step: int) -> dict[str, Batch]:
+        rows = {side: [] for side in parts}
+        for i, place in enumerate(self.mine.tolist()):
+            rng = np.random.default_rng((self.seed, step, place))
+            for side, part in parts.items():
+                rows[side].append(self.view.apply({name: x[i] for name, x in part.items()}, rng))
+        return {side: {name: np.stack([row[name] for row in each]) for name in each[0]} for side, each in rows.items()}
 
     def _place(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, row) of each row of the stream; source -1 is an empty row."""
@@ -146,6 +160,7 @@ def make_loaders(data, tok: Tokenizer, seed: int = 0, rows: slice | None = None)
     datasets = {name: _prepare(data, name, tok) for name in weights}
     options = dict(seq_len=data.seq_len, batch_size=data.batch_size, seed=seed, packing=data.packing)
     options |= dict(truncate=data.truncate, max_bad=data.max_bad, rows=rows, pad_id=_pad_id(tok))
+    options["view"] = views.view(data.view, tok, data.seq_len)
     splits = {name: d.split(0.0 if data.eval_source else data.holdout) for name, d in datasets.items()}
     train = [Part(d, splits[name][0], weights[name]) for name, d in datasets.items()]
     if data.eval_source:

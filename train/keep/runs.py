@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from common import files, paths
 from common.errors import UserError
+from configs import schema
 from model.io import saved
 from train.keep import hosts
 from train.keep.lease import Lease
@@ -125,10 +126,10 @@ class RunDir:
         if not self.resumed or not path.exists():
             return
         try:
-            old = json.loads(path.read_text())
-        except ValueError as e:
-            raise UserError(f"not JSON: {e}", str(path), "restore it from config_source.py") from e
-        changed = dict(differences(old, self.config))
+            old, new = (schema.to_dict(schema.from_dict(c)) for c in (json.loads(path.read_text()), self.config))
+        except (ValueError, TypeError) as e:
+            raise UserError(f"not JSON of a config: {e}", str(path), "restore it from config_source.py") from e
+        changed = dict(differences(old, new))
         self.changes = [f"{key}: {text}" for key, text in changed.items()]
         if self.changes:
             print("config changed since the last launch:", *self.changes, sep="\n  ")
