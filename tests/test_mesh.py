@@ -24,6 +24,7 @@ from configs.models import SHAPES
 from model.config import ModelConfig
 from model.net import backends, head
 from model.net.attention import attention, context, mask
+from model.net.layers import unembed
 from model.net.ring import FAR, ring_attention
 from model.net.transformer import REMAT
 from tests import test_main
@@ -117,7 +118,7 @@ def test_the_head_moves_no_row():
     """Each shard sorts and unembeds its own rows: what the devices exchange is the number of chunks."""
     on, model = (
         mesh_of(2, 1, 1, 4),
-        SimpleNamespace(head=lambda table: ("BTD,DV->BTV", table), config=SimpleNamespace(logit_cap=0.0)),
+        SimpleNamespace(head=lambda table: (functools.partial(unembed, "BTD,DV->BTV", 0.0), table)),
     )
     place, whole = NamedSharding(on, mesh.BATCH), NamedSharding(on, P())
     keys = jax.random.split(jax.random.key(0), 3)

@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary: the logits [rows, V] never exist whole, and only rows that count are computed.
+"""Functions of the logits over a large vocabulary: [rows, V] never exist whole, and only rows that count are computed.
 
 Rows whose weight is 0 (prompts, padding) are sorted behind the others and the loop over chunks stops before them, so a
 completion-only loss pays for the vocabulary on few rows. Under a mesh every shard of the batch and of the sequence
@@ -6,17 +6,18 @@ sorts its own rows: none leaves its device.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
 from model import weights
-from model.net.layers import softcap
+from model.weights import Params
 
 ROWS = ("data", "fsdp", "context")  # mesh axes that split the rows
 
@@ -24,39 +25,91 @@ ROWS = ("data", "fsdp", "context")  # mesh axes that split the rows
 # to its gradient: an accelerator, whose products outrun its memory, needs thousands of rows for that to be little.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "other": 512 * 2**20}
 
-Unembed = Callable[[Any, Array], Array]  # (head parameters, [rows, D]) -> logits [rows, V]
+Unembed = Callable[[Params, Array], Array]  # (the head's parameters, x [B,T,D]) -> logits [B,T,V] in float32
 
 
-def nll(model: Any, params: Any, x: Array, targets: Array, weight: Array) -> Array:
+class Network(Protocol):
+    def head(self, params: Params) -> tuple[Unembed, Params]: ...
+
+
+Side = tuple[Network, Params, Array]  # a model, its parameters, and its hidden states [B,T,D]
+
+
+def nll(model: Network, params: Params, x: Array, targets: Array, weight: Array) -> Array:
     """sum(weight * -log p(targets)), a scalar. x [B,T,D], targets and weight [B,T].
 
     The gradient is computed in the forward pass, chunk by chunk, since the logits are there: 2/3 of the products that
     recomputing them would take. For a loss that is not linear in the log-probabilities use `token_logps`.
     """
-    unembed, head = _unembed(model, params)
-    rows, _ = _count_first(x, targets, weight)
-    return _nll(unembed, head, *rows)
+    unembed, head = model.head(params)
+    (x, targets, weight), _ = _count_first(weight, x, targets)
+    return _nll(unembed, head, x, targets, weight)
 
 
-def token_logps(model: Any, params: Any, x: Array, targets: Array, mask: Array) -> Array:
-    """log p(targets) [B,T], 0 where mask is 0; differentiable with any cotangent. Logits are recomputed backwards."""
-    unembed, head = _unembed(model, params)
-    rows, undo = _count_first(x, targets, mask)
-    return undo(_logps(unembed, head, *rows))
+def token_logps(
+    model: Network, params: Params, x: Array, targets: Array, mask: Array, temperature: float = 1.0
+) -> Array:
+    """log p(targets) [B,T] of the logits over `temperature`, 0 where mask is 0. x [B,T,D], targets and mask [B,T]."""
+
+    def f(logits: Array, targets: Array) -> Array:
+        return _logp(logits / temperature, targets)
+
+    return over_rows(f, [(model, params, x)], mask, targets)
 
 
-def _unembed(model: Any, params: Any) -> tuple[Unembed, Any]:
-    eqn, table = model.head(params)
-    return functools.partial(_logits, eqn, model.config.logit_cap), table
+def entropy(model: Network, params: Params, x: Array, mask: Array) -> Array:
+    """-sum p log p over the vocabulary [B,T], in nats, 0 where mask is 0."""
+
+    def f(logits: Array) -> Array:
+        logps = jax.nn.log_softmax(logits)
+        return -(jnp.exp(logps) * logps).sum(-1)
+
+    return over_rows(f, [(model, params, x)], mask)
 
 
-def _logits(eqn: str, cap: float, table: Any, x: Array) -> Array:
-    return softcap(weights.einsum(eqn, x, table).astype(jnp.float32), cap)
+def kl(of: Side, to: Side, mask: Array, temperature: float = 1.0) -> Array:
+    """KL(of || to) = sum p_of (log p_of - log p_to) over the vocabulary [B,T], in nats, 0 where mask is 0.
+
+    Distillation is `kl(teacher, student, mask)`; its two networks share a vocabulary and nothing else.
+    """
+
+    def f(of: Array, to: Array) -> Array:
+        a, b = jax.nn.log_softmax(of / temperature), jax.nn.log_softmax(to / temperature)
+        return (jnp.exp(a) * (a - b)).sum(-1)
+
+    return over_rows(f, [of, to], mask)
 
 
-def _count_first(x: Array, targets: Array, weight: Array) -> tuple[tuple[Array, Array, Array], Callable]:
-    """Rows [S,R,...], one S a shard of the batch and sequence, those that count first; and the way back to [B,T]."""
-    B, T = targets.shape
+def over_rows(f: Callable[..., Any], sides: Sequence[Side], mask: Array, *extra: Array) -> Any:
+    """`f(logits, ..., *extra)` at the rows [B,T] whose mask is not 0, and 0 at the others.
+
+    `f` is given logits [R,V] of every side and the R rows of each of `extra` [B,T,...]; it returns [R], or a tree of
+    such, row by row, and is differentiable. So is the result, with any cotangent, by what moves of the sides' heads and
+    hidden states and of the extras; logits are recomputed backwards.
+    """
+    unembeds, trees = zip(*(model.head(params) for model, params, _ in sides))
+    (*rows, mask), undo = _count_first(mask, *(x for *_, x in sides), *extra)
+    vocab = sum(jax.eval_shape(u, tree, x).shape[-1] for u, tree, x in zip(unembeds, trees, rows))
+
+    def of_shard(trees: Sequence[Params], rows: Sequence[Array]) -> Any:
+        logits = [u(tree, x[None])[0] for u, tree, x in zip(unembeds, trees, rows)]
+        return f(*logits, *rows[len(logits) :])
+
+    return jax.tree.map(undo, _over(jax.vmap(of_shard), vocab, trees, tuple(rows), mask))
+
+
+def _logp(logits: Array, targets: Array) -> Array:
+    """log p(targets) [R] of logits [R,V]."""
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    hit = jnp.arange(logits.shape[-1]) == targets[:, None]
+    total = jnp.exp(logits - top).sum(-1, keepdims=True)
+    return jnp.where(hit, logits, 0).sum(-1) - (jnp.log(total) + top)[:, 0]
+
+
+def _count_first(mask: Array, *arrays: Array) -> tuple[tuple[Array, ...], Callable[[Array], Array]]:
+    """Rows [S,R,...] of arrays [B,T,...] and of the mask, one S a shard of the batch and sequence, those that count
+    first; and the way back to [B,T]."""
+    B, T = mask.shape
     S, C = weights.shards("data", "fsdp"), weights.shards("context")
     S, C = S if B % S == 0 else 1, C if T % C == 0 else 1
 
@@ -64,15 +117,17 @@ def _count_first(x: Array, targets: Array, weight: Array) -> tuple[tuple[Array, 
         a = a.reshape(S, B // S, C, T // C, *a.shape[2:]).swapaxes(1, 2).reshape(S * C, B * T // S // C, *a.shape[2:])
         return nn.with_logical_constraint(a, ("act_rows", *[None] * (a.ndim - 1)))
 
-    x, targets, weight = flat(x), flat(targets), flat(weight.astype(jnp.float32))
-    order = jnp.argsort(weight == 0, axis=1, stable=True)
-    pick = lambda a: jnp.take_along_axis(a, order.reshape(order.shape + (1,) * (a.ndim - 2)), axis=1)
+    *arrays, mask = map(flat, (*arrays, mask.astype(jnp.float32)))
+    order = jnp.argsort(mask == 0, axis=1, stable=True)
+
+    def first(a: Array) -> Array:
+        return jnp.take_along_axis(a, order.reshape(order.shape + (1,) * (a.ndim - 2)), axis=1)
 
     def undo(rows: Array) -> Array:
         rows = jnp.take_along_axis(rows, jnp.argsort(order, axis=1), axis=1)
         return rows.reshape(S, C, B // S, T // C).swapaxes(1, 2).reshape(B, T)
 
-    return (pick(x), pick(targets), pick(weight)), undo
+    return tuple(map(first, (*arrays, mask))), undo
 
 
 def _copies(tree: Any, shards: int) -> Any:
@@ -90,11 +145,14 @@ def _copies(tree: Any, shards: int) -> Any:
     return jax.tree.map(copy, tree)
 
 
-def _tables(moving: Any, fixed: Any, x: Array) -> Any:
-    """Copies of the two parts of the head. A plain array is sent in the type of x where that is narrower."""
-    narrow = lambda w: w.astype(min(w.dtype, x.dtype, key=lambda d: d.itemsize))
-    sent = lambda part: part if part is None or weights.is_weight(part) else narrow(part)
-    return _copies((sent(moving), sent(fixed)), x.shape[0])
+def _sent(tree: Any, x: Array) -> Any:
+    """Copies of a head, or of a part of one, for the shards of x [S,R,D]. A plain array is sent in the type of x where
+    that is narrower."""
+
+    def narrow(w: Any) -> Any:
+        return w.astype(x.dtype) if not weights.is_weight(w) and x.dtype.itemsize < w.dtype.itemsize else w
+
+    return _copies(jax.tree.map(narrow, tree, is_leaf=weights.is_weight), x.shape[0])
 
 
 def chunk_rows(rows: int, vocab: int) -> int:
@@ -103,8 +161,12 @@ def chunk_rows(rows: int, vocab: int) -> int:
     return -(-rows // -(-4 * rows * vocab // most))
 
 
-def _loop(x: Array, weight: Array, vocab: int, body: Callable, carry: Any) -> Any:
-    """`carry = body(start, rows, carry)` over chunks of rows, as many as the fullest shard needs."""
+Cut = Callable[[Array], Array]
+
+
+def _loop(weight: Array, vocab: int, body: Callable[[Cut, Array, Array, Any], Any], carry: Any) -> Any:
+    """`carry = body(cut, start, fresh, carry)` over chunks of the rows of weight [S,R], as many as the fullest shard
+    needs. `cut` takes the chunk [S,C,...] of rows [S,R,...], which begins at `start`; `fresh` [C]: not seen before."""
     R = weight.shape[1]
     size = chunk_rows(R, vocab)
     needed = -(-(weight != 0).sum(1).max() // size)
@@ -112,7 +174,10 @@ def _loop(x: Array, weight: Array, vocab: int, body: Callable, carry: Any) -> An
     def step(i: Array, carry: Any) -> Any:
         start = jnp.minimum(i * size, R - size)  # the last chunk overlaps the one before; `fresh` masks what was seen
         fresh = start + jnp.arange(size) >= i * size
-        cut = lambda a: jax.lax.dynamic_slice_in_dim(a, start, size, axis=1)
+
+        def cut(a: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(a, start, size, axis=1)
+
         return body(cut, start, fresh, carry)
 
     return jax.lax.fori_loop(0, needed, step, carry)
@@ -157,22 +222,22 @@ def _write(out: Array, chunk: Array, start: Array, fresh: Array) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _nll(unembed: Unembed, head: Any, x: Array, targets: Array, weight: Array) -> Array:
     vocab = jax.eval_shape(unembed, head, x).shape[-1]
-    copies = _tables(None, head, x)
+    copies = None, _sent(head, x)
 
-    def body(cut: Callable, start: Array, fresh: Array, total: Array) -> Array:
+    def body(cut: Cut, start: Array, fresh: Array, total: Array) -> Array:
         logps, *_ = _pieces(unembed, copies, cut(x), cut(targets), cut(weight))
         return total - (logps * cut(weight) * fresh).sum()
 
-    return _loop(x, weight, vocab, body, jnp.float32(0))
+    return _loop(weight, vocab, body, jnp.float32(0))
 
 
 def _nll_forward(unembed: Unembed, head: Any, x: Any, targets: Any, weight: Any) -> tuple[Array, Any]:
     x, targets, weight = x.value, targets.value, weight.value
     moving, fixed = _by_perturbed(head)
     vocab = jax.eval_shape(unembed, weights.combine(moving, fixed), x).shape[-1]
-    copies = _tables(moving, fixed, x)
+    copies = _sent(moving, x), _sent(fixed, x)
 
-    def body(cut: Callable, start: Array, fresh: Array, carry: Any) -> Any:
+    def body(cut: Cut, start: Array, fresh: Array, carry: Any) -> Any:
         total, d_head, d_x = carry
         w = cut(weight) * fresh
         logps, dm, dx = _pieces(unembed, copies, cut(x), cut(targets), -w)
@@ -180,7 +245,7 @@ def _nll_forward(unembed: Unembed, head: Any, x: Any, targets: Any, weight: Any)
         return total - (logps * w).sum(), d_head, _write(d_x, dx, start, fresh)
 
     d_head = _copies(_zeros(moving), x.shape[0])
-    total, d_head, d_x = _loop(x, weight, vocab, body, (jnp.float32(0), d_head, _zeros(x)))
+    total, d_head, d_x = _loop(weight, vocab, body, (jnp.float32(0), d_head, _zeros(x)))
     return total, (_summed(d_head), d_x)
 
 
@@ -192,47 +257,72 @@ def _nll_backward(unembed: Unembed, residuals: Any, g: Array) -> tuple:
 _nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
 
 
-def _by_perturbed(head: Any) -> tuple[Any, Any]:
-    """The head's arrays that are differentiated, and the others (None in each other's places)."""
-    primal = lambda p: hasattr(p, "perturbed")
-    mask = jax.tree.map(lambda p: p.perturbed, head, is_leaf=primal)
-    values = jax.tree.map(lambda p: p.value, head, is_leaf=primal)
+def _by_perturbed(tree: Any) -> tuple[Any, Any]:
+    """The arrays that are differentiated, and the others (None in each other's places)."""
+
+    def primal(p: Any) -> bool:
+        return hasattr(p, "perturbed")
+
+    def moves(p: Any) -> bool:
+        return p.perturbed and jnp.issubdtype(p.value.dtype, jnp.inexact)
+
+    mask = jax.tree.map(moves, tree, is_leaf=primal)
+    values = jax.tree.map(lambda p: p.value, tree, is_leaf=primal)
     return weights.partition(values, mask)
 
 
-# --- log-probabilities of the targets, logits recomputed in the backward pass ---
+# --- any function of the logits of a row, logits recomputed in the backward pass ---
+
+Rows = tuple[Array, ...]  # [S,R,...]: hidden states of every side, then the extras
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _logps(unembed: Unembed, head: Any, x: Array, targets: Array, mask: Array) -> Array:
-    vocab = jax.eval_shape(unembed, head, x).shape[-1]
-    copies = _tables(None, head, x)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _over(f: Callable[[Any, Rows], Any], vocab: int, trees: tuple, rows: Rows, mask: Array) -> Any:
+    """f(heads [S,...], rows [S,C,...]) chunk by chunk, [S,R] each; `vocab` numbers of logits a row exist at once."""
+    copies = tuple(map(_sent, trees, rows))
+    like = jax.eval_shape(f, copies, rows)
 
-    def body(cut: Callable, start: Array, fresh: Array, out: Array) -> Array:
-        logps, *_ = _pieces(unembed, copies, cut(x), cut(targets), cut(mask))
-        return _write(out, logps * (cut(mask) != 0), start, fresh)
+    def body(cut: Cut, start: Array, fresh: Array, out: Any) -> Any:
+        counts = cut(mask) != 0
+        new = f(copies, tuple(map(cut, rows)))
+        return jax.tree.map(lambda o, n: _write(o, jnp.where(counts, n, 0), start, fresh), out, new)
 
-    return _loop(x, mask, vocab, body, jnp.zeros(mask.shape))
-
-
-def _logps_forward(unembed: Unembed, head: Any, x: Any, targets: Any, mask: Any) -> tuple[Array, Any]:
-    moving, fixed = _by_perturbed(head)
-    rest = (x.value, targets.value, mask.value)
-    return _logps(unembed, weights.combine(moving, fixed), *rest), (moving, fixed, *rest)
+    return _loop(mask, vocab, body, _zeros(like))
 
 
-def _logps_backward(unembed: Unembed, residuals: Any, g: Array) -> tuple:
-    moving, fixed, x, targets, mask = residuals
-    vocab = jax.eval_shape(unembed, weights.combine(moving, fixed), x).shape[-1]
-    copies = _tables(moving, fixed, x)
-
-    def body(cut: Callable, start: Array, fresh: Array, carry: Any) -> Any:
-        d_head, d_x = carry
-        _, dm, dx = _pieces(unembed, copies, cut(x), cut(targets), cut(g) * (cut(mask) != 0) * fresh)
-        return jax.tree.map(jnp.add, d_head, dm), _write(d_x, dx, start, fresh)
-
-    d_head, d_x = _loop(x, mask, vocab, body, (_copies(_zeros(moving), x.shape[0]), _zeros(x)))
-    return _summed(d_head), d_x, None, None
+def _over_forward(f: Callable, vocab: int, trees: Any, rows: Any, mask: Any) -> tuple[Any, Any]:
+    moving, fixed = _by_perturbed((trees, rows))
+    trees, rows = weights.combine(moving, fixed)
+    return _over(f, vocab, trees, rows, mask.value), (moving, fixed, mask.value)
 
 
-_logps.defvjp(_logps_forward, _logps_backward, symbolic_zeros=True)
+def _over_backward(f: Callable, vocab: int, residuals: Any, g: Any) -> tuple:
+    moving, fixed, mask = residuals
+    xs = weights.combine(moving, fixed)[1]
+    heads, others = (tuple(map(_sent, part[0], xs)) for part in (moving, fixed))
+    g = jax.tree.map(_instantiated, g, is_leaf=_is_symbolic)
+
+    def body(cut: Cut, start: Array, fresh: Array, carry: Any) -> Any:
+        d_heads, d_rows = carry
+        counts = (cut(mask) != 0) & fresh
+        rest = jax.tree.map(cut, fixed[1])
+        chunk = lambda heads, rows: f(weights.combine(heads, others), weights.combine(rows, rest))
+        _, pull = jax.vjp(chunk, heads, jax.tree.map(cut, moving[1]))
+        more, new = pull(jax.tree.map(lambda a: jnp.where(counts, cut(a), 0), g))
+        return jax.tree.map(jnp.add, d_heads, more), jax.tree.map(lambda d, n: _write(d, n, start, fresh), d_rows, new)
+
+    zeros = (_copies(_zeros(moving[0]), mask.shape[0]), _zeros(moving[1]))
+    d_heads, d_rows = _loop(mask, vocab, body, zeros)
+    return _summed(d_heads), d_rows, None
+
+
+_over.defvjp(_over_forward, _over_backward, symbolic_zeros=True)
+
+
+def _is_symbolic(x: Any) -> bool:
+    return isinstance(x, SymbolicZero)
+
+
+def _instantiated(g: Any) -> Array:
+    """The cotangent of an output; of one that nothing used it is a symbol."""
+    return jnp.zeros(g.shape, g.dtype) if _is_symbolic(g) else g

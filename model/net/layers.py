@@ -175,6 +175,11 @@ def by_heads(x: Array) -> Array:
     return nn.with_logical_constraint(x, ("act_batch", "act_seq", "heads", None)) if even else x
 
 
+def unembed(eqn: str, cap: float, table: Array | Weight, x: Array) -> Array:
+    """Logits [B,T,V] in float32 of hidden states x [B,T,D]."""
+    return softcap(weights.einsum(eqn, x, table).astype(jnp.float32), cap)
+
+
 def softcap(logits: Array, cap: float) -> Array:
     """cap * tanh(logits / cap): within (-cap, cap). A cap of 0 leaves them."""
     return cap * jnp.tanh(logits / cap) if cap else logits

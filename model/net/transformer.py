@@ -16,10 +16,11 @@ from model import weights
 from model.config import ModelConfig
 from model.net import kv_cache, stack
 from model.net.attention import Context, context
+from model.net.head import Unembed
 from model.net.kinds import KINDS
 from model.net.kv_cache import KV, Cache
-from model.net.layers import Norm, softcap
-from model.weights import Params, Spec, Specs, Weight
+from model.net.layers import Norm, unembed
+from model.weights import Params, Spec, Specs
 
 CUDNN = "dot_product_attention_fwd_wrapper"  # the primitive of its forward kernel, which JAX gives no name to keep
 
@@ -196,16 +197,17 @@ class Transformer:
             one = jax.checkpoint(one, policy=REMAT[self.remat], prevent_cse=False, static_argnums=0)
         return stack.scan(one, x, layers, caches, self.config)
 
-    def head(self, params: Params) -> tuple[str, Array | Weight]:
-        """The equation and the table that turn hidden states into logits."""
+    def head(self, params: Params) -> tuple[Unembed, Params]:
+        """A function (tree, hidden states [B,T,D]) -> logits [B,T,V] in float32, and its tree of parameters."""
+        cap = self.config.logit_cap
         if self.config.tied:
-            return "BTD,VD->BTV", params["embed"]["table"]
-        return "BTD,DV->BTV", params["unembed"]["table"]
+            return functools.partial(unembed, "BTD,VD->BTV", cap), params["embed"]["table"]
+        return functools.partial(unembed, "BTD,DV->BTV", cap), params["unembed"]["table"]
 
     def logits(self, params: Params, x: Array) -> Array:
         """Logits [B,T,V] in float32 of hidden states [B,T,D]."""
-        eqn, table = self.head(params)
-        return softcap(weights.einsum(eqn, x, table).astype(jnp.float32), self.config.logit_cap)
+        f, tree = self.head(params)
+        return f(tree, x)
 
     # --- decoding ---
 
