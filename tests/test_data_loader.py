@@ -282,6 +282,26 @@ def test_held_out_rows_come_once_in_order_and_never_in_training(config, tok):
     assert last["mask"][len(out) % config.batch_size :].sum() == 0 or len(out) % config.batch_size == 0
 
 
+def test_the_validation_files_of_a_folder_are_held_out(config, tok, tmp_path, capsys):
+    """Without a share of the training files; an eval_source of one's own wins, and they are not trained on even so."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, rows in (("train", texts(40)), ("validation", [{"text": f"v{i:03d}"} for i in range(5)])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.source, config.seq_len, config.packing = str(folder), 5, "none"
+    train, heldout = make_loaders(config, tok, 0)
+    assert (train.report["rows"], heldout.report["rows"]) == (40, 5)
+    assert names(heldout.batch(0))[:5] == ["v000", "v001", "v002", "v003", "v004"]
+    said = f"{folder}: of its splits train, validation train is trained on; held out: {folder}@validation\n"
+    assert capsys.readouterr().err == said
+    config.eval_source = str(folder / "train.jsonl")
+    train, heldout = make_loaders(config, tok, 0)
+    assert (train.report["rows"], heldout.report["rows"]) == (40, 40) and "train.jsonl" in capsys.readouterr().err
+    config.source, config.eval_source, config.holdout = f"{folder}@train", "", 0.2
+    train, heldout = make_loaders(config, tok, 0)
+    assert train.report["rows"] + heldout.report["rows"] == 40 and capsys.readouterr().err == ""
+
+
 def test_the_split_depends_on_the_document_alone(tmp_path, tok):
     few, more = made(tmp_path, tok, texts(50)), made(tmp_path, tok, texts(100))
     held = few.split(0.2)[1].tolist()

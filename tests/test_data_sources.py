@@ -73,6 +73,34 @@ def test_hub_folder_through_datasets(tmp_path):
         list(sources.records(f"hf:{tmp_path}@nonesuch"))
 
 
+def test_a_folder_has_the_splits_that_its_files_name(tmp_path):
+    def rows(spec):
+        return [record["text"] for record in sources.records(str(spec))]
+
+    for name in ("train-00", "train-01", "dev", "a.test", "more"):
+        jsonl(tmp_path / f"{name}.jsonl", {"text": name})
+    (tmp_path / "validation").mkdir()
+    jsonl(tmp_path / "validation" / "x.jsonl", {"text": "x"})
+    assert sources.splits(str(tmp_path)) == ["test", "train", "validation"]
+    assert rows(tmp_path) == rows(f"{tmp_path}@train") == ["more", "train-00", "train-01"]
+    assert rows(f"{tmp_path}@validation") == ["dev", "x"] and rows(f"{tmp_path}@test") == ["a.test"]
+    assert len({sources.content_id(f"{tmp_path}{at}") for at in ("", "@validation", "@test")}) == 3
+    assert rows(f"{tmp_path}/*.jsonl") == ["a.test", "dev", "more", "train-00", "train-01"]  # a glob says what it wants
+    for name in ("train-00", "train-01"):
+        (tmp_path / f"{name}.jsonl").unlink()
+    assert sources.splits(str(tmp_path)) == [] and len(rows(tmp_path)) == 4  # a name alone may mean anything
+    with pytest.raises(UserError, match="no files of a validation split"):
+        rows(f"{tmp_path}@validation")
+
+
+def test_splits_of_a_hub_dataset(tmp_path):
+    pytest.importorskip("datasets")
+    for name in ("train", "validation"):
+        jsonl(tmp_path / f"{name}.jsonl", {"text": name})
+    assert sorted(sources.splits(f"hf:{tmp_path}")) == ["train", "validation"]
+    assert sources.splits(f"hf:{tmp_path}@train") == []
+
+
 def test_synthetic_tasks_are_right_and_repeat():
     records = list(sources.records("synthetic:add?n=50&digits=3&seed=1"))
     assert records == list(sources.records("synthetic:add?n=50&digits=3&seed=1"))

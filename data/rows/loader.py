@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -155,21 +156,33 @@ class Loader:
 
 
 def make_loaders(data, tok: Tokenizer, seed: int = 0, rows: slice | None = None) -> tuple[Loader, Loader | None]:
-    """Training and held-out loaders of the `data` keys of a config; held-out is None when there is nothing to hold."""
+    """Training and held-out loaders of the `data` keys of a config; held-out is None when there is nothing to hold.
+
+    Without `eval_source`, a source's own validation split is held out, else a share of its documents.
+    """
     weights = sources.mixture(data.source)
     datasets = {name: _prepare(data, name, tok) for name in weights}
     options = dict(seq_len=data.seq_len, batch_size=data.batch_size, seed=seed, packing=data.packing)
     options |= dict(truncate=data.truncate, max_bad=data.max_bad, rows=rows, pad_id=_pad_id(tok))
     options["view"] = views.view(data.view, tok, data.seq_len)
-    splits = {name: d.split(0.0 if data.eval_source else data.holdout) for name, d in datasets.items()}
-    train = [Part(d, splits[name][0], weights[name]) for name, d in datasets.items()]
-    if data.eval_source:
-        held = {name: _prepare(data, name, tok) for name in sources.mixture(data.eval_source)}
-        out = [Part(d, np.arange(len(d))) for d in held.values()]
-    else:
-        out = [Part(d, splits[name][1]) for name, d in datasets.items() if len(splits[name][1])]
+    own = {name: _own_split(name, data.eval_source) for name in weights}
+    apart = sources.mixture(data.eval_source) if data.eval_source else [held for held in own.values() if held]
+    sides = {n: d.split(0.0 if data.eval_source or own[n] else data.holdout) for n, d in datasets.items()}
+    train = [Part(d, sides[name][0], weights[name]) for name, d in datasets.items()]
+    out = [Part(d, np.arange(len(d))) for d in (_prepare(data, name, tok) for name in apart)]
+    out += [Part(d, sides[name][1]) for name, d in datasets.items() if len(sides[name][1])]
     loader = Loader(train, shuffle=data.shuffle, **options)
     return loader, Loader(out, heldout=True, **options) if out else None
+
+
+def _own_split(name: str, eval_source: str) -> str:
+    """The source of the validation split that comes with a source, "" without one; says what becomes of the splits."""
+    splits = sources.splits(name)
+    held = next((f"{name}@{split}" for split in splits if sources.SPLITS.get(split) == "validation"), "")
+    if splits:
+        out = eval_source or held or "a share of it"
+        print(f"{name}: of its splits {', '.join(splits)} train is trained on; held out: {out}", file=sys.stderr)
+    return held
 
 
 def load_tokenizer(data, default: str = "bytes") -> Tokenizer:
