@@ -20,6 +20,7 @@ from common.errors import UserError
 from configs import schema, sweeps
 from tests.test_main import environment
 from tests.test_report import EVIL, Page
+from tools.report import svg
 from tools.sweep import __main__ as sweep
 from tools.sweep import page as sweep_page
 from tools.sweep import run as sweep_run
@@ -294,19 +295,19 @@ def test_the_other_direction_and_an_unknown_metric(swept, capsys):
 def test_best_so_far_is_a_staircase(swept):
     """Losses come as 1, 2, 3, 5, 6, 7.5: the lowest never changes, the highest does each time."""
     for maximize, values in ((False, 1), (True, 6)):
-        svg = sweep_page._best(sweep_page.results(swept, "eval/nll"), "eval/nll", maximize)
-        points = re.findall(r"([\d.]+) ([\d.]+)", re.search(r'class="line c1" d="(M[^"]+)"', svg)[1])
+        chart = sweep_page._best(sweep_page.results(swept, "eval/nll"), "eval/nll", maximize)
+        points = re.findall(r"([\d.]+) ([\d.]+)", re.search(r'class="line c1" d="(M[^"]+)"', chart)[1])
         xs, ys = zip(*((float(x), float(y)) for x, y in points))
         assert len(set(ys)) == values and list(ys) == sorted(ys, reverse=True) and list(xs) == sorted(xs)
         assert len(set(xs)) == 8  # those without a value took steps too
 
 
 def test_axis():
-    y_at, labels = sweep_page.axis([1e-4, 1e-2, 1e-3])
+    y_at, labels = svg.axis([1e-4, 1e-2, 1e-3])
     assert sorted(labels) == [1e-4, 1e-3, 1e-2] and y_at(1e-3) == pytest.approx((y_at(1e-4) + y_at(1e-2)) / 2)
-    y_at, labels = sweep_page.axis([8, 16, 12, 12.1])
+    y_at, labels = svg.axis([8, 16, 12, 12.1])
     assert y_at(12) == pytest.approx((y_at(8) + y_at(16)) / 2) and labels == [8, 16, 12]
-    y_at, labels = sweep_page.axis(["a", None, "a"])
+    y_at, labels = svg.axis(["a", None, "a"])
     assert labels == ["a", None] and y_at("a") > y_at(None)
 
 

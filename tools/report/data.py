@@ -166,6 +166,14 @@ def forgetting(run: Run, runs: list[Run]) -> tuple[float | None, str]:
 # --- curves, samples, configs ---
 
 
+def written(run: Run) -> list[tuple[str, list[tuple[int, str]]]]:
+    """(prompt, [(step, answer)]) of the samples that a run wrote before and after training."""
+    out: dict[str, list[tuple[int, str]]] = {}
+    for line in run.lines("sample"):
+        out.setdefault(line.get("prompt", ""), []).append((line["step"], line.get("answer", "")))
+    return list(out.items())
+
+
 def curves(run: Run) -> dict[str, list[tuple[float, float]]]:
     """(step, nats per token) of the training loss and of the held-out loss."""
     pick = lambda kind, key: [(line["step"], line[key]) for line in run.lines(kind) if _number(line.get(key))]

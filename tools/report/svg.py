@@ -1,8 +1,11 @@
 """Charts as inline SVG: no script, colours from the page's CSS, readable at the width of a phone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
 
 Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 640, 300
@@ -11,14 +14,14 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 40
 
 def lines(
     series: Sequence[tuple[str, str, Points]], x_label: str, y_label: str, zero: bool = True, log_x: bool = False
-) -> str:
+) -> Markup:
     """A line chart of (label, CSS class, points); logarithmic in y where the values span more than 30 times.
 
     `zero`: a linear y axis holds 0. `log_x`: x, which is positive, is logarithmic.
     """
     points = [p for _, _, points in series for p in points]
     if not points:
-        return '<p class="na">n/a: no points yet</p>'
+        return Markup('<p class="na">n/a: no points yet</p>')
     ys = [y for _, y in points if y > 0] or [1.0]
     log = min(y for _, y in points) > 0 and max(ys) / min(ys) > 30
     low = min([y for _, y in points] + [0.0] * zero)
@@ -38,12 +41,15 @@ def lines(
             out += [f'<circle class="dot {css}" cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="3.5"/>' for x, y in found]
     label = f"{y_label}{', logarithmic' if log else ''}"
     out.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>')
-    title = escape(f"{label} by {x_label}: {', '.join(name for name, _, _ in series)}")
+    title = f"{label} by {x_label}: {', '.join(name for name, _, _ in series)}"
     legend = "".join(f'<li><i class="key {css}"></i>{escape(name)}</li>' for name, css, _ in series)
-    return (
-        f'<figure><figcaption>{escape(label)}</figcaption><ul class="legend">{legend}</ul>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(out)}</svg></figure>'
-    )
+    return _figure(label, title, HEIGHT, out, f'<ul class="legend">{legend}</ul>')
+
+
+def _figure(caption: str, label: str, height: int, parts: Sequence[str], legend: str = "") -> Markup:
+    """`label` describes it to those who do not see it."""
+    drawing = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    return Markup(f"<figure><figcaption>{escape(caption)}</figcaption>{legend}{drawing}</figure>")
 
 
 def _y_grid(value: float, y: float) -> str:
@@ -57,7 +63,7 @@ def _x_tick(value: float, x: float) -> str:
     return f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>'
 
 
-def bars(rows: Sequence[tuple[str, float, float | None, float | None]], label: str) -> str:
+def bars(rows: Sequence[tuple[str, float, float | None, float | None]], label: str) -> Markup:
     """Means between 0 and 1 as dots with their intervals: (name, mean, low, high)."""
     step, height = 56, 56 * len(rows) + 40
     x_at = linear(0.0, 1.0, 24, WIDTH - 24)
@@ -73,14 +79,69 @@ def bars(rows: Sequence[tuple[str, float, float | None, float | None]], label: s
             a, b = x_at(max(low, 0)), x_at(min(high, 1))
             out.append(f'<line class="interval" x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}"/>')
         out.append(f'<circle class="mean" cx="{x_at(mean):.1f}" cy="{y}" r="6"/>')
-    title = escape(label + ": " + ", ".join(f"{name} {mean:.0%}" for name, mean, _, _ in rows))
-    return (
-        f"<figure><figcaption>{escape(label)}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{title}">{"".join(out)}</svg></figure>'
-    )
+    title = label + ": " + ", ".join(f"{name} {mean:.0%}" for name, mean, _, _ in rows)
+    return _figure(label, title, height, out)
 
 
-def linear(low: float, high: float, start: float, end: float):
+class Path(NamedTuple):
+    """A line through parallel axes."""
+
+    values: Sequence[Any]  # one for each axis
+    title: str  # shown when the pointer rests on it
+    look: str  # CSS classes
+    opacity: float
+
+
+PARALLEL, ABOVE, BELOW, BESIDE, LAST = 340, 64, 24, 20, 96  # height, and margins with room for the last labels
+
+
+def parallel(axes: Sequence[str], paths: Sequence[Path], caption: str, show: Callable[[Any], str]) -> Markup:
+    """Parallel coordinates: an axis for each name; the first path lies on top. `show`: a value as a label."""
+    out: list[str] = []
+    points: list[list[str]] = [[] for _ in paths]
+    for i, name in enumerate(axes):
+        x = BESIDE + i * (WIDTH - BESIDE - LAST) / max(len(axes) - 1, 1)
+        values = [path.values[i] for path in paths]
+        y_at, labels = axis(values)
+        anchor = "middle" if i else "start"
+        out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{ABOVE}" y2="{PARALLEL - BELOW}"/>')
+        out.append(f'<text class="name" x="{x:.1f}" y="{22 + i % 2 * 24}" text-anchor="{anchor}">{escape(name)}</text>')
+        for v in labels:
+            out.append(f'<text class="halo" x="{x + 7:.1f}" y="{y_at(v) + 5:.1f}">{escape(show(v))}</text>')
+        for line, v in zip(points, values, strict=True):
+            line.append(f"{x:.1f} {y_at(v):.1f}")
+    drawn = []
+    for line, p in zip(points, paths, strict=True):
+        path = f'<path class="{p.look}" opacity="{p.opacity:.2f}" d="M{" L".join(line)}"/>'
+        drawn.append(f"<g><title>{escape(p.title)}</title>{path}</g>")
+    return _figure(caption, f"parallel coordinates of {', '.join(axes)}", PARALLEL, drawn[::-1] + out)
+
+
+def axis(values: Sequence[Any]) -> tuple[Callable[[Any], float], list[Any]]:
+    """A function from a value to its y, and the values to label.
+
+    Numbers have their scale, logarithmic where they span ten times or more; others stand in the order they come.
+    """
+    start, end = PARALLEL - BELOW, ABOVE
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        names = list(dict.fromkeys(map(repr, values)))
+        place = linear(-0.5, len(names) - 0.5, start, end)
+        return lambda v: place(names.index(repr(v))), list({repr(v): v for v in values}.values())
+    low, high = min(values), max(values)
+    log = math.log10 if low > 0 and high >= 10 * low else float
+    place = linear(log(low), log(high), start, end)
+
+    def y_at(v: float) -> float:
+        return place(log(v))
+
+    labels = [low, high] if high > low else [low]
+    for v in dict.fromkeys(values):  # the best settings first, where there is room
+        if all(abs(y_at(v) - y_at(other)) >= 26 for other in labels):
+            labels.append(v)
+    return y_at, labels
+
+
+def linear(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     span = (high - low) or 1.0
     return lambda v: start + (v - low) / span * (end - start)
 

@@ -2,9 +2,7 @@
 
 import csv
 import io
-import math
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +10,10 @@ from common import files, stats
 from common.errors import UserError
 from common.gas import Gas
 from common.numbers import NA, flops, integer, joined, number, short, signed, size
-from tools.report import data, text
+from tools.report import data, svg, text
 from tools.report import page as report_page
-from tools.report import svg as report_svg
+from tools.report.page import Cell, Table
 from tools.sweep import run as runs
-
-HEIGHT, TOP, BOTTOM, LEFT, RIGHT = 340, 64, 24, 20, 96  # of the parallel coordinates, with room for the last labels
 
 
 class Result(NamedTuple):
@@ -137,19 +133,18 @@ def _html(name: str, rows: list[Result], metric: str, maximize: bool, used: dict
     ranked, states = groups(rows, maximize), [r.state for r in rows]
     pruned = [Group(r.setting, r.value, None, None, 1) for r in rows if r.state == runs.PRUNED and r.value is not None]
     told = joined([f"{states.count(s)} {s}" for s in dict.fromkeys(states)])
-    parts = [f'<header><h1>Sweep {escape(name)}</h1><p class="meta">{len(rows)} points: {told}</p></header>']
-    lead = [
-        *sentences(ranked, varying(ranked + pruned), metric, maximize),
-        *(str(g) for g in list(used.values())[-1:]),
-    ]  # the last is the sum
-    parts += ['<div class="lead">', *(f"<p>{escape(s)}</p>" for s in lead), "</div>"]
-    if ranked:
-        parts += ["<h2>What the keys do</h2>", parallel(ranked, pruned, metric)]
-        parts += methods(rows, ranked, metric)
-        parts += sizes(rows, ranked, metric)
-        parts += ["<h2>Best so far</h2>", _best(rows, metric, maximize)]
-    parts += ["<h2>Points</h2>", _table(rows, ranked, metric, used)]
-    return report_page.document(f"Sweep {name}", "\n".join(parts))
+    lead = sentences(ranked, varying(ranked + pruned), metric, maximize)
+    return report_page.render(
+        "sweep.html.j2",
+        title=f"Sweep {name}",
+        meta=f"{len(rows)} points: {told}",
+        paragraphs=[*lead, *map(str, list(used.values())[-1:])],  # the last is the sum
+        keys=parallel(ranked, pruned, metric) if ranked else "",
+        methods=methods(rows, ranked, metric),
+        sizes=sizes(rows, ranked, metric),
+        best=_best(rows, metric, maximize) if ranked else "",
+        points=_points(rows, ranked, metric, used),
+    )
 
 
 def sentences(ranked: list[Group], keys: list[str], metric: str, maximize: bool) -> list[str]:
@@ -171,52 +166,18 @@ def shown(value: Any) -> str:
 
 
 def parallel(ranked: list[Group], pruned: list[Group], metric: str) -> str:
-    """Parallel coordinates: an axis for each key that varies, the last for the metric; the best one stands out."""
-    settings = ranked + pruned
-    keys, out, lines = [*varying(settings), metric], [], [[] for _ in settings]
-    for i, key in enumerate(keys):
-        x = LEFT + i * (report_svg.WIDTH - LEFT - RIGHT) / max(len(keys) - 1, 1)
-        values = [g.mean if key == metric else g.values.get(key) for g in settings]
-        y_at, labels = axis(values)
-        anchor, name = "middle" if i else "start", key if key == metric else key.rpartition(".")[2]
-        out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        out.append(f'<text class="name" x="{x:.1f}" y="{22 + i % 2 * 24}" text-anchor="{anchor}">{escape(name)}</text>')
-        for v in labels:
-            out.append(f'<text class="halo" x="{x + 7:.1f}" y="{y_at(v) + 5:.1f}">{escape(shown(v))}</text>')
-        for line, v in zip(lines, values, strict=True):
-            line.append(f"{x:.1f} {y_at(v):.1f}")
-    drawn = []
-    for i, (line, g) in enumerate(zip(lines, settings, strict=True)):
-        look = f'class="line c0" opacity="{0.8 - 0.6 * i / len(ranked):.2f}"' if i else 'class="line c1"'
-        look = look if i < len(ranked) else 'class="line heldout c5" opacity="0.5"'
-        title = escape(f"{', '.join(f'{k} {shown(v)}' for k, v in g.values.items())}: {g}")
-        drawn.append(f'<g><title>{title}</title><path {look} d="M{" L".join(line)}"/></g>')
+    """An axis for each key that varies, the last for the metric; the best setting stands out."""
+    keys, paths = varying(ranked + pruned), []
+    for i, g in enumerate(ranked + pruned):
+        look, opacity = ("line c0", 0.8 - 0.6 * i / len(ranked)) if i else ("line c1", 1.0)
+        if i >= len(ranked):
+            look, opacity = "line heldout c5", 0.5
+        title = f"{', '.join(f'{k} {shown(v)}' for k, v in g.values.items())}: {g}"
+        paths.append(svg.Path([*map(g.values.get, keys), g.mean], title, look, opacity))
     caption = "a line for each setting that is done, its mean over seeds; the best in the other colour"
-    caption += "; dashed: stopped early, with the last value" * bool(pruned)
-    label = escape(f"parallel coordinates of {joined(keys)}")
-    svg = f'<svg viewBox="0 0 {report_svg.WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
-    return f"<figure><figcaption>{caption}</figcaption>{svg}{''.join(drawn[::-1] + out)}</svg></figure>"
-
-
-def axis(values: list[Any]) -> tuple[Callable[[Any], float], list[Any]]:
-    """A function from a value to its y, and the values to label.
-
-    Numbers have their scale, logarithmic where they span ten times or more; others stand in the order they come.
-    """
-    start, end = HEIGHT - BOTTOM, TOP
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        names = list(dict.fromkeys(map(repr, values)))
-        place = report_svg.linear(-0.5, len(names) - 0.5, start, end)
-        return lambda v: place(names.index(repr(v))), list({repr(v): v for v in values}.values())
-    low, high = min(values), max(values)
-    log = math.log10 if low > 0 and high >= 10 * low else float
-    place = report_svg.linear(log(low), log(high), start, end)
-    y_at = lambda v: place(log(v))
-    labels = [low, high] if high > low else [low]
-    for v in sorted(set(values), key=values.index):  # the best settings first, where there is room
-        if all(abs(y_at(v) - y_at(other)) >= 26 for other in labels):
-            labels.append(v)
-    return y_at, labels
+    if pruned:
+        caption += "; dashed: stopped early, with the last value"
+    return svg.parallel([*(key.rpartition(".")[2] for key in keys), metric], paths, caption, shown)
 
 
 def of_each_kind(rows: list[Result], ranked: list[Group]) -> list[tuple[Group, list[Result]]]:
@@ -234,31 +195,27 @@ def average(points: list[Result], field: str) -> float | None:
     return None if None in values else sum(values) / len(values)
 
 
-def over_seeds(g: Group | str) -> tuple[str, str]:
-    """The mean of a group, and what stands below it: how many, and the interval."""
+def over_seeds(g: Group, strong: bool = False) -> Cell:
+    """The mean of a group, and below it how many there are and the interval."""
     head, _, tail = str(g).partition(" (")
-    return head, tail.rstrip(")").replace("95 % interval ", "")
+    return Cell(head, tail.rstrip(")").replace("95 % interval ", ""), strong)
 
 
-def methods(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
+def methods(rows: list[Result], ranked: list[Group], metric: str) -> Table:
     """A row for each method and size at its best setting, where there are several: what it brings and what it takes."""
     best = of_each_kind(rows, ranked)
-    if len(best) < 2:
-        return []
     keys = [key for key in varying([g for g, _ in best]) if key not in ("peft.name", "peft.rank")]
-    heads = [("", ""), (metric, "mean over seeds"), ("forgetting", "nats a token"), ("trained", "parameters")]
+    heads = [("", ""), (metric, "mean over seeds"), ("forgetting", "nats per token"), ("trained", "parameters")]
     heads += [("stored", ""), ("peak memory", "of the host"), ("tokens/s", "of training")]
     heads += [(key, "the best of those tried") for key in keys]
     table = []
-    for g, same in best:
+    for g, same in best if len(best) > 1 else ():
         method, rank, trained = same[0].kind
-        head, below = over_seeds(g)
-        mean = lambda field, same=same: average(same, field)
-        cells = [(f"<b>{head}</b>", below), (signed(mean("forgetting")), "")]
-        cells += [(integer(trained), ""), (size(mean("stored")), ""), (size(mean("peak")), "")]
-        cells += [(integer(mean("rate")), ""), *((escape(shown(g.values.get(key))), "") for key in keys)]
+        forgetting, stored, peak, rate = (average(same, field) for field in ("forgetting", "stored", "peak", "rate"))
+        figures = signed(forgetting), integer(trained), size(stored), size(peak), integer(rate)
+        cells = [over_seeds(g, strong=True), *map(Cell, figures), *(Cell(shown(g.values.get(key))) for key in keys)]
         table.append((data.label(method, rank), cells))
-    return ["<h2>Methods</h2>", report_page.table(heads, table)]
+    return Table(heads, table)
 
 
 def sizes(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
@@ -272,12 +229,12 @@ def sizes(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
         known = [(getattr(r, field), r.method, *ys) for r, *ys in best if getattr(r, field)]
         if len({point[:2] for point in known}) == len({method for _, method, *_ in known}):
             continue  # one size a method
-        for i, label in enumerate((metric, "forgetting, nats a token of general text")):
+        for i, label in enumerate((metric, "forgetting, nats per token of general text")):
             points = sorted((x, method, ys[i]) for x, method, *ys in known if ys[i] is not None)
             methods = list(dict.fromkeys(method for _, method, _ in points))
             series = [(m, f"c{j} marked", [(x, y) for x, of, y in points if of == m]) for j, m in enumerate(methods)]
-            charts += [report_svg.lines(series, name, label, zero=False, log_x=True)] if points else []
-    return ["<h2>What size buys</h2>", *charts] if charts else []
+            charts += [svg.lines(series, name, label, zero=False, log_x=True)] if points else []
+    return charts
 
 
 def _best(rows: list[Result], metric: str, maximize: bool) -> str:
@@ -290,20 +247,21 @@ def _best(rows: list[Result], metric: str, maximize: bool) -> str:
             each.append((spent, r.value))
             best.append((spent, (max if maximize else min)([r.value] + [y for _, y in best[-1:]])))
     series = [("each point when it was done", "dots c0", each), ("the best so far", "c1", best)]
-    return report_svg.lines(series, "optimizer steps of all points", metric, zero=False)
+    return svg.lines(series, "optimizer steps of all points", metric, zero=False)
 
 
-def _table(rows: list[Result], ranked: list[Group], metric: str, used: dict[str, Gas]) -> str:
+def _points(rows: list[Result], ranked: list[Group], metric: str, used: dict[str, Gas]) -> Table:
     """The best setting first, its seeds together; then the points that have no final value."""
     keys, places = varying(rows), {repr(g.values): i for i, g in enumerate(ranked)}
     heads = [("point", ""), (metric, "last"), ("over seeds", "mean"), *((key, "") for key in keys), ("state", "")]
     heads += [("steps", ""), ("FLOPs", "of training"), ("chip-hours", "launch to end"), ("$", "on demand"), ("", "")]
     table = []
     for r in sorted(rows, key=lambda r: (not r.final, places.get(repr(r.setting), 0))):
-        cells = [(f"<b>{number(r.value)}</b>", ""), over_seeds(ranked[places[repr(r.setting)]] if r.final else NA)]
-        cells += [*((escape(shown(r.values.get(key))), "") for key in keys), (r.state, ""), (f"{r.step:,}", "")]
-        g = used.get(r.id, Gas())
-        cells += [(flops(g.flops), ""), (short(g.hours), ""), (short(g.usd), "")]
-        cells.append((f'<a href="{r.id}/report.html">report</a>' if r.step else "", ""))
+        gas = used.get(r.id, Gas())
+        cells = [Cell(number(r.value), strong=True)]
+        cells.append(over_seeds(ranked[places[repr(r.setting)]]) if r.final else Cell(NA))
+        cells += [Cell(shown(r.values.get(key))) for key in keys]
+        cells += map(Cell, (r.state, f"{r.step:,}", flops(gas.flops), short(gas.hours), short(gas.usd)))
+        cells.append(Cell("report", href=f"{r.id}/report.html") if r.step else Cell(""))
         table.append((r.id, cells))
-    return report_page.table(heads, table)
+    return Table(heads, table)
