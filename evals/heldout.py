@@ -19,7 +19,7 @@ PASSAGE = 1000  # characters
 def heldout(model: Transformer, params: Any, source: Any, batches: int, tokenizer: Any) -> dict[str, Pair]:
     """nll (nats per target) and bits_per_byte of the first `batches` batches, as (sum, weight) pairs.
 
-    `source.batch(i)` gives device arrays and counts, as train.source.Source does. Empty when `batches` is 0 or nothing
+    `source.batch(i)` gives device arrays and counts, as train.source.Batches does. Empty when `batches` is 0 or nothing
     is masked in. Bits per byte compares tokenizers: it leaves out control tokens, which stand for no byte.
     """
     total = None

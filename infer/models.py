@@ -157,12 +157,8 @@ class Run:
     def learnt(self, policy: Params) -> Params:
         """A policy as the run started from it, with what the run has learnt in it. Raises UserError when the rest is
         not what it was."""
-        frozen = weights.map_named(lambda path, x: None if f"policy/{path}" in self.saved.params else x, policy)
-        # An objective with a reference froze the policy as it started, too.
-        held = ({"policy": frozen}, {"policy": frozen, "ref": policy})
-        known = (self.saved.frozen == saved.fingerprint(tree) for tree in held)
-        if self.cfg.peft.name and self.saved.frozen and not any(known):
-            raise UserError("its adapters were trained on another base than this one", str(self.workdir))
+        if self.cfg.peft.name:
+            saved.check_base(self.saved, policy, self.workdir)
         return saved.put(self.saved, policy, self.workdir)
 
     def _base(self, specs: Specs, shardings: Any, dtype: str) -> Params:

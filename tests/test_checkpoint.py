@@ -144,7 +144,7 @@ def test_hostile_names_are_refused(tree):
 
 def test_dotted_names_do_not_collide(tmp_path):
     class Tree(dict):
-        frozen = None
+        frozen = {}
         replace = lambda self, frozen: self
 
     tree = Tree({"a.b": jnp.float32(1), "a": {"b": jnp.float32(2)}})
@@ -362,7 +362,7 @@ def test_load_params(tmp_path):
     got = saved.load_params(tmp_path)
     assert got.step == 5 and got.config == {"steps": 3} and sorted(got.params) == ["policy/table", "policy/wq/a"]
     assert got.params["policy/table"].tobytes() == np.asarray(make_state(5).params["policy"]["table"]).tobytes()
-    assert got.frozen == saved.fingerprint(make_state(0).frozen)
+    assert got.frozen == saved.fingerprints(make_state(0).frozen)
     assert saved.load_params(tmp_path, step=3).step == 3
     os.truncate(largest(tmp_path / "ckpt" / "5"), 10)
     assert saved.load_params(tmp_path).step == 3 and saved.steps(tmp_path / "ckpt") == [5, 3]
@@ -546,7 +546,7 @@ def child_pair(port: str, index: str, folder: str) -> None:
         make = lambda n: {"w": x + n, "b": jnp.full((4,), n, jnp.bfloat16)}
         place = {"w": NamedSharding(mesh, P("fsdp", "tensor")), "b": NamedSharding(mesh, P())}
         create = jax.jit(lambda n: make(n), out_shardings=place)
-        tree = lambda n: SimpleTree(params=create(n), frozen=None)
+        tree = lambda n: SimpleTree(params=create(n), frozen={})
         ckpt = Checkpointer(f"{folder}/ckpt", config(every=0, minutes=0))
         for step in range(1, 3000):
             if step == 3:

@@ -69,7 +69,7 @@ def test_objective(name):
     c = config(**{"objective.name": name})
     model = build.model(c, None, 500)
     objective = build.find("train.objectives", c.objective)(model)
-    params = dict.fromkeys(objective.roles, model.init(jax.random.key(0)))
+    params = {name: (r.model or model).init(jax.random.key(0)) for name, r in objective.roles.items()}
     batch = batches.example(objective.batch, 2, 32, 500)
     loss = jax.jit(lambda p, b: objective.loss({**params, "policy": p}, b, jax.random.key(0)))
     metrics = loss(params["policy"], batch)

@@ -26,7 +26,7 @@ TINY = [
 def planned():
     cfg = schema.load(TINY).config
     model = build.model(cfg, None, 500)
-    plan = init.plan(cfg, model, abstract_mesh(cfg.mesh))
+    plan = init.blueprint(cfg, model, abstract_mesh(cfg.mesh))
     params = model.init(jax.random.key(0))
     state = init.TrainState.create({"policy": params}, jax.tree.map(lambda _: None, {"policy": params}), plan.tx, 0)
     return plan, state

@@ -92,7 +92,7 @@ def test_two_processes_share_rows_and_one_resumes(tmp_path):
 def test_columns_of_a_batch_lie_where_the_mesh_says():
     on = mesh_of(2, 1, 1, 4)
     loader = SimpleNamespace(batch_size=B, batch=lambda step: packed(step))
-    batch, counts = source.Source(loader, on).batch(3)
+    batch, counts = source.Batches(loader, on).batch(3)
     want = packed(3)
     jax.tree.map(np.testing.assert_array_equal, batch, want)
     assert {s.data.shape for s in batch["tokens"].addressable_shards} == {(B // 2, T // 4)}

@@ -188,7 +188,7 @@ def test_lora_training_does_not_depend_on_how_alpha_and_the_starts_share_a_facto
         c.model.layers = 1
         mesh = mesh_of(1, 1, 1)
         with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-            plan = init.plan(c, build.model(c, None, 500), mesh)
+            plan = init.blueprint(c, build.model(c, None, 500), mesh)
             state = init.first_state(c, plan, None)
             larger = lambda name, x: x * p if name.endswith("/a") else x
             state = state.replace(params=weights.map_named(larger, state.params))

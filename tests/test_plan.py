@@ -147,7 +147,7 @@ def test_bytes_are_those_that_devices_hold(changes):
     got = step.plan(c, model, jax.devices())["bytes"]
     mesh = meshes.make_mesh(c.mesh, jax.devices())
     with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
-        state = init.first_state(c, init.plan(c, model, mesh), None)
+        state = init.first_state(c, init.blueprint(c, model, mesh), None)
     on = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
     assert got["params"] == on(state.params)
     assert got["optimizer"] == on(state.opt_state)
@@ -175,7 +175,7 @@ def test_flops_are_those_of_an_unrolled_compile(peft):
     c, _ = schema.resolve(config(**shape | {"peft.name": peft}))
     model = build.model(c, None, 500)
     mesh = jax.make_mesh((1,) * len(meshes.AXES), meshes.AXES, devices=jax.devices()[:1])
-    planned = init.plan(c, model, mesh)
+    planned = init.blueprint(c, model, mesh)
     T, B = 16, 2
     part = {k: jax.ShapeDtypeStruct((B, T), jnp.int32) for k in ("tokens", "targets", "segments", "positions")}
     part["mask"] = jax.ShapeDtypeStruct((B, T), jnp.float32)

@@ -1,6 +1,7 @@
 """The step keeps its promises on every mesh: same losses, exact accumulation, bad steps change nothing."""
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,10 +11,11 @@ import pytest
 from jax.sharding import NamedSharding
 
 from configs import base
-from model import build
-from train import init, optim
+from model import build, heads, weights
+from model.net import head
+from train import cost, init, optim
 from train.mesh import BATCH, RULES, make_mesh
-from train.objectives import dpo
+from train.objectives import Objective, Role, dpo
 from train.step import compile_step, make_step
 
 B, T = 8, 32
@@ -48,7 +50,7 @@ def mesh_of(*shape):
 def losses(c, shape=(1, 1, 1), steps=20, batch=None):
     mesh = mesh_of(*shape)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        plan = init.plan(c, build.model(c, None, 500), mesh)
+        plan = init.blueprint(c, build.model(c, None, 500), mesh)
         state = init.first_state(c, plan, None)
         step = compile_step(plan, c.accum)
         batch = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, BATCH)), batch or rows())
@@ -102,7 +104,7 @@ def test_packed_equals_unpacked():
 def test_bad_step_changes_nothing_but_its_counters():
     c = config()
     model = build.model(c, None, 500)
-    plan = init.plan(c, model, mesh_of(1, 1, 1))
+    plan = init.blueprint(c, model, mesh_of(1, 1, 1))
     state = init.first_state(c, plan, None)
     nan_at = lambda bad: lambda p, b, k: jax.tree.map(lambda x: x * jnp.where(b["bad"], jnp.nan, 1.0), loss(p, b, k))
     loss = plan.objective.loss
@@ -180,7 +182,7 @@ def test_schedules_by_hand():
 
 def test_specs_of_the_plan_are_those_of_the_state():
     c = config(**{"peft.name": "lora"})
-    plan = init.plan(c, build.model(c, None, 500), mesh_of(2, 2, 2))
+    plan = init.blueprint(c, build.model(c, None, 500), mesh_of(2, 2, 2))
     state = init.first_state(c, plan, None)
     jax.tree.map(lambda x, s: np.testing.assert_equal((x.shape, x.dtype), (s.shape, s.dtype)), state, plan.abstract)
     assert dataclasses.asdict(plan.model.config)["layers"] == 2
@@ -194,7 +196,7 @@ def test_parameters_of_16_bits_learn_as_those_of_32(dtype):
     c.model.param_dtype = dtype
     got, state = losses(c)
     np.testing.assert_allclose(got, want, atol=0.02)
-    start = init.first_state(c, init.plan(c, build.model(c, None, 500), mesh_of(1)), None)
+    start = init.first_state(c, init.blueprint(c, build.model(c, None, 500), mesh_of(1)), None)
     for name, before in start.params["policy"]["layers"]["mlp"].items():
         after = state.params["policy"]["layers"]["mlp"][name]
         assert after.dtype == dtype and float((after != before).mean()) > 0.9
@@ -211,3 +213,79 @@ def test_random_rounding_by_hand():
     assert abs(rows - 0.25).max() < 0.1 and abs(columns - 0.25).max() < 0.25  # no line of equal bits
     laid = jax.device_put(x, NamedSharding(mesh_of(2, 2, 2), BATCH))
     np.testing.assert_array_equal(draw(laid), y)
+
+
+def teacher_objective(model):
+    """A loss of all kinds of roles: a policy, a critic on its base, a reference, a teacher of another shape."""
+    small = build.model(config(**{"model.layers": 1, "model.embed": 32, "model.heads": 2, "model.mlp": 48}), None, 500)
+
+    def loss(roles, batch, key):
+        hidden = lambda net, p: net.hidden(p, batch["tokens"], batch["positions"], batch["segments"]).x
+        nll = lambda net, p: head.nll(net, p, hidden(net, p), batch["targets"], batch["mask"])
+        ref = roles["ref"] if "ref" in roles else weights.base(roles["policy"])
+        values = heads.apply(roles["critic"]["head"], hidden(model, roles["critic"]))
+        own, critic = nll(model, roles["policy"]), (jnp.square(values - 1) * batch["mask"]).sum()
+        fixed = jax.lax.stop_gradient(nll(model, ref) + nll(small, roles["teacher"]))
+        n = batch["mask"].sum()
+        return {"loss": (own + 2 * critic, n), "fixed": (fixed, n)}
+
+    roles = {
+        "policy": Role("train"), "critic": Role("train", head="scalar", shares="policy"), "ref": Role("initial"),
+        "teacher": Role("frozen", start=Random(small, 7), model=small),
+    }  # fmt: skip
+    return Objective(loss, "lm", roles)
+
+
+class Random(NamedTuple):
+    """An opened model with weights from a seed."""
+
+    model: Any
+    seed: int
+
+    def load(self, specs, shardings=None, dtype="float32"):
+        return jax.jit(self.model.init, out_shardings=shardings)(jax.random.key(self.seed))
+
+
+@pytest.mark.parametrize("peft", ["", "lora"])
+def test_roles_start_share_and_stay_as_they_say(peft, monkeypatch):
+    """The critic moves on the policy's frozen base, the teacher keeps its shape and its weights, the reference the
+    policy's first ones; only what trains is in `params`."""
+    monkeypatch.setattr(build, "find", lambda package, cfg, find=build.find: (
+        teacher_objective if package == "train.objectives" else find(package, cfg)))  # fmt: skip
+    c = config(**{"peft.name": peft} | ({"peft.rank": 1} if peft else {}))
+    with jax.set_mesh(mesh_of(1, 1, 1)), nn.logical_axis_rules(RULES):
+        plan = init.blueprint(c, build.model(c, None, 500), mesh_of(1, 1, 1))
+        state = init.first_state(c, plan, None)
+        before = jax.tree.map(np.asarray, {name: state.role(name) for name in state.roles})
+        step = compile_step(plan)
+        for _ in range(3):
+            state, _ = step(state, rows())
+    assert set(state.params) == {"policy", "critic"} and ("ref" in state.roles) == (not peft)
+    assert "critic" not in state.frozen
+    after = {name: state.role(name) for name in state.roles}
+    same = {name: all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), before[name], after[name])))
+            for name in after}  # fmt: skip
+    assert same == {"policy": False, "critic": False, "teacher": True} | ({} if peft else {"ref": True})
+    assert after["teacher"]["embed"]["table"].shape[1] == 32
+    assert not before["critic"]["head"].w.any() and after["critic"]["head"].w.any()
+    trunk = {k: v for k, v in before["critic"].items() if k != "head"}
+    alike = jax.tree.map(lambda x, y: bool((x == y).all()), before["policy"], trunk)
+    assert all(jax.tree.leaves(alike))
+    base = [weights.base(after[name])["layers"]["attn"]["wq"] for name in ("policy", "critic")]
+    assert bool((base[0] == base[1]).all()) == bool(peft)
+    prices = cost.of_roles(plan, T)
+    assert prices["ref"].layer_train_flops == pytest.approx(prices["policy"].layer_flops, rel=0 if not peft else 0.2)
+    assert prices["teacher"].trained == 0 < prices["critic"].trained
+    assert cost.of_plan(plan, T).step(1, 1) == sum(p.step(1, 1) for p in prices.values())
+
+
+def test_dpo_costs_its_reference_too():
+    """8 N FLOPs a token of full tuning: 6 N of the policy and 2 N of the reference; 6 N under LoRA."""
+    for peft, per_weight in (("", 8), ("lora", 6)):
+        c = config(
+            **{"objective.name": "dpo", "peft.name": peft, "data.packing": "none"} | ({"peft.rank": 1} if peft else {})
+        )
+        plan = init.blueprint(c, build.model(c, None, 500), mesh_of(1, 1, 1))
+        n = cost.of_roles(plan, 1)["ref"].layer_flops / 2
+        total = cost.of_plan(plan, 1)
+        assert total.layer_train_flops / n == pytest.approx(per_weight, rel=0.12)

@@ -10,13 +10,15 @@ from model import weights
 from model.config import ModelConfig, in_layers
 from model.net.kinds import KINDS
 from model.net.transformer import virtual_tokens
+from model.weights import Params, Specs
+from train.init import Blueprint
 
 
 class Cost(NamedTuple):
     """FLOPs of one token that goes through the layers, and of one loss-bearing token through the head."""
 
-    params: int
-    trained: int
+    params: float
+    trained: float
     layer_flops: float  # forward, per token
     layer_train_flops: float  # forward and backward, per token
     head_flops: float
@@ -26,9 +28,13 @@ class Cost(NamedTuple):
         """Training FLOPs of a batch. Recomputation under remat is not counted: it is no work of the model's."""
         return tokens * self.layer_train_flops + targets * self.head_train_flops
 
+    def forward(self) -> "Cost":
+        """The same of a model that is only read."""
+        return self._replace(trained=0, layer_train_flops=self.layer_flops, head_train_flops=self.head_flops)
 
-def cost(config: ModelConfig, params: Any, specs: Any, mask: Any, seq_len: int) -> Cost:
-    """FLOPs of a policy by its equations: 2 a multiply-add forward, 2 for the gradient of the input, and 2 for that of
+
+def cost(config: ModelConfig, params: Params, specs: Specs, mask: Any, seq_len: int) -> Cost:
+    """FLOPs of a model by its equations: 2 a multiply-add forward, 2 for the gradient of the input, and 2 for that of
     a weight only when it trains. Attention counts a full row, of a causal model (T + 1) / 2 keys a query, and virtual
     tokens.
 
@@ -67,10 +73,26 @@ def cost(config: ModelConfig, params: Any, specs: Any, mask: Any, seq_len: int) 
     )
 
 
-def of_plan(plan: Any, seq_len: int) -> Cost:
-    """The cost of a planned run's policy (train.init.Plan)."""
-    policy = weights.combine(plan.abstract.params["policy"], plan.abstract.frozen["policy"])
-    return cost(plan.model.config, policy, plan.model.specs, plan.mask["policy"], seq_len)
+def of_roles(plan: Blueprint, seq_len: int) -> dict[str, Cost]:
+    """The cost of each role of a run. The reference of a fresh adapter, which has no tree of its own, is its base."""
+    found = {}
+    for name, role in plan.objective.roles.items():
+        network = plan.network(name)
+        if name in plan.mask:
+            tree, mask = plan.abstract.role(name), plan.mask[name]
+        else:
+            tree = weights.base(plan.abstract.role("policy"))
+            mask = jax.tree.map(lambda _: False, tree)
+        price = cost(network.config, tree, network.specs, mask, seq_len)
+        if role.head:  # it answers in place of the unembedding
+            price = price._replace(head_flops=0.0, head_train_flops=0.0)
+        found[name] = price if role.kind == "train" else price.forward()
+    return found
+
+
+def of_plan(plan: Blueprint, seq_len: int) -> Cost:
+    """The cost of a token of a run, all its roles together: the loss takes each batch through each of them once."""
+    return Cost(*map(sum, zip(*of_roles(plan, seq_len).values(), strict=True)))
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:

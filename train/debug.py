@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from common import exits, paths
 from common.errors import UserError
@@ -19,11 +20,12 @@ from model.net.layers import Block
 from train import init, inputs
 from train.keep import hosts
 from train.mesh import RULES, make_mesh
+from train.state import Roles, TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(cfg: Any, workdir: str | None) -> int:
+def run(cfg: ConfigDict, workdir: str | None) -> int:
     """Looks at the step after the newest checkpoint of `workdir`, or at step 1; 70 when a number is not finite."""
     hosts.connect()
     with cfg.unlocked():
@@ -31,10 +33,10 @@ def run(cfg: Any, workdir: str | None) -> int:
     mesh = make_mesh(cfg.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES), tempfile.TemporaryDirectory() as scratch:
         start = inputs.pretrained(cfg)
-        tokenizer = inputs.tokenizer(cfg, start, Path(scratch))
+        tokenizer = inputs.tokenizer(cfg, start)
         source, _ = inputs.sources(cfg, tokenizer, mesh)
         model = build.model(cfg, start, tokenizer.vocab_size)
-        planned = init.plan(cfg, model, mesh)
+        planned = init.blueprint(cfg, model, mesh)
         state = _newest(init.first_state(cfg, planned, start), paths.parse(workdir or scratch) / "ckpt")
         batch, _ = source.batch(int(state.step))
         inputs.check(planned.objective, source.loader.kind)
@@ -42,7 +44,7 @@ def run(cfg: Any, workdir: str | None) -> int:
         return _examine(planned, state, batch)
 
 
-def _newest(state: Any, folder: Any) -> Any:
+def _newest(state: TrainState, folder: Any) -> TrainState:
     """`state` with what the newest step of a run holds; `state` itself without one. The step is not verified."""
     for step in saved.steps(folder)[:1]:
         arrays = saved.named(state.replace(frozen=None))
@@ -74,13 +76,12 @@ def _show_batch(batch: dict, tokenizer: Any, step: int) -> None:
             print(f"  {name:<12} {x.dtype} {list(x.shape)}")
 
 
-def _examine(planned: Any, state: Any, batch: dict) -> int:
-    key, moving = state.key, {role for role, tree in state.params.items() if jax.tree.leaves(tree)}
-
-    def loss(params: Any) -> dict:
-        roles = weights.combine(params, state.frozen)
-        roles = {r: weights.in_training(p, key, state.step) if r in moving else p for r, p in roles.items()}
-        return planned.objective.loss(roles, batch, key)
+def _examine(planned: init.Blueprint, state: TrainState, batch: dict) -> int:
+    def loss(params: Roles) -> dict:
+        whole = state.replace(params=params)
+        roles = {name: whole.role(name) for name in whole.roles}
+        roles |= {name: weights.in_training(roles[name], state.key, state.step) for name in params}
+        return planned.objective.loss(roles, batch, state.key)
 
     print("\nparameters")
     weights.map_named(lambda path, x: print(f"  {path:<44} {x.dtype} {list(x.shape)}"), state.params)

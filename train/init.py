@@ -5,39 +5,43 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import optax
+from jax import Array
+from jax.sharding import AbstractMesh, Mesh
+from ml_collections import ConfigDict
 
 from common.errors import UserError
-from model import build, weights
+from model import build, heads, weights
 from model.net import backends
 from model.net.transformer import Transformer
+from model.peft import saved as saved_adapter
 from model.weights import Params
 from train import mesh as meshes
-from train.objectives import Objective
+from train.objectives import Objective, Role
 from train.optim import optimizer
-from train.state import TrainState
+from train.state import Roles, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Blueprint:
     """What a run will hold, before any of it exists: abstract values and shardings of the whole train state."""
 
-    model: Transformer
+    model: Transformer  # the policy's
     objective: Objective
-    transform: Callable[[Params, jax.Array], Params]
-    tx: Any
-    mask: Any  # {role: tree of bools}: what trains
+    transform: Callable[[Params, Array], Params]  # of a role that trains
+    tx: optax.GradientTransformation
+    mask: dict[str, Any]  # {role: tree of bools}: what trains
     abstract: TrainState  # ShapeDtypeStructs
     shardings: TrainState
-    mesh: Any
+    mesh: Mesh | AbstractMesh
     attention: str  # which backend and why; "" without devices
 
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return tuple(self.mask)
+    def network(self, role: str) -> Transformer:
+        """The network of a role."""
+        return self.objective.roles[role].model or self.model
 
 
-def plan(cfg: Any, model: Transformer, mesh: Any) -> Plan:
+def blueprint(cfg: ConfigDict, model: Transformer, mesh: Mesh | AbstractMesh) -> Blueprint:
     """Everything about the first state that does not need an array."""
     attention = ""
     if isinstance(mesh, Mesh):
@@ -46,36 +50,78 @@ def plan(cfg: Any, model: Transformer, mesh: Any) -> Plan:
         model, attention = dataclasses.replace(model, attention=found[0]), ", ".join(found)
     objective = build.find("train.objectives", cfg.objective)(model)
     transform = build.transform(cfg, model.specs)
-    try:
-        policy = jax.eval_shape(lambda base: transform(base, jax.random.key(0)), model.abstract)
-        what = "adapters" if cfg.peft.name and cfg.trainable == "all" else cfg.trainable
-        mask = {"policy": weights.trainable(policy, what)}
-    except ValueError as e:
-        raise UserError(str(e), "config", "see the parameter table of --plan") from e
-    params = {"policy": policy}
+    what = "adapters" if cfg.peft.name and cfg.trainable == "all" else cfg.trainable
     fresh = what == "adapters" and cfg.peft.name != "saved"  # then adapters off is the policy as it starts
-    if "initial" in objective.roles.values() and not fresh:
-        role = next(r for r, kind in objective.roles.items() if kind == "initial")
-        params[role], mask[role] = policy, jax.tree.map(lambda _: False, mask["policy"])
-    specs = dict.fromkeys(params, model.specs)
-    axes = {role: weights.axes(tree, model.specs) for role, tree in params.items()}
-    places = meshes.shardings(axes, params, mesh)
-    train, _ = weights.partition(params, mask)
+    abstract, mask, specs, axes, shares = {}, {}, {}, {}, {}
+    for name, role in objective.roles.items():
+        if role.kind == "initial" and fresh:
+            continue
+        network = role.model or model
+        abstract[name] = _abstract(network, role, transform)
+        mask[name] = _mask(abstract[name], role, what)
+        specs[name] = network.specs
+        axes[name] = weights.axes(abstract[name], network.specs)
+        if other := role.shares or ("policy" if role.kind == "initial" else ""):
+            shares[name] = other
+    places = meshes.shardings(axes, abstract, mesh)
+    train, _ = _halves(objective.roles, abstract, mask, shares)
     tx = optimizer(cfg.optim, cfg.steps, train, specs)
 
-    def create(params: Params) -> TrainState:
-        return TrainState.create(*weights.partition(params, mask), tx, cfg.seed)
+    def create(roles: Roles) -> TrainState:
+        return TrainState.create(*_halves(objective.roles, roles, mask, shares), tx, cfg.seed, tuple(shares.items()))
 
-    abstract = jax.eval_shape(create, params)
-    shardings = meshes.replicated(abstract, mesh)
-    train_places, frozen_places = weights.partition(places, mask)
-    opt_places = _like_params(abstract.opt_state, abstract.params, train_places, shardings.opt_state)
+    state = jax.eval_shape(create, abstract)
+    train_places, frozen_places = _halves(objective.roles, places, mask, shares)
+    shardings = meshes.replicated(state, mesh)
+    opt_places = _like_params(state.opt_state, state.params, train_places, shardings.opt_state)
     shardings = shardings.replace(params=train_places, frozen=frozen_places, opt_state=opt_places)
-    return Plan(model, objective, transform, tx, mask, abstract, shardings, mesh, attention)
+    return Blueprint(model, objective, transform, tx, mask, state, shardings, mesh, attention)
+
+
+def _abstract(network: Transformer, role: Role, transform: Callable[[Params, Array], Params]) -> Params:
+    """The tree of a role as ShapeDtypeStructs. Raises UserError where the config's methods do not fit the network."""
+    try:
+        return jax.eval_shape(lambda base: _grown(network, role, transform, base, jax.random.key(0)), network.abstract)
+    except ValueError as e:
+        raise UserError(str(e), "config", "see the parameter table of --plan") from e
+
+
+def _grown(
+    network: Transformer, role: Role, transform: Callable[[Params, Array], Params], base: Params, key: Array
+) -> Params:
+    """The tree of a role from the plain weights it starts from."""
+    tree = base if role.kind == "frozen" else transform(base, key)
+    if role.head:
+        tree = tree | {"head": heads.find(role.head)(network.config, weights.key_for(key, "head"))}
+    return tree
+
+
+def _mask(tree: Params, role: Role, what: str) -> Any:
+    """True where a role trains. An "initial" role has the policy's mask: what it freezes is what the policy moves."""
+    if role.kind == "frozen":
+        return jax.tree.map(lambda _: False, tree)
+    try:
+        return weights.trainable(tree, what)
+    except ValueError as e:
+        raise UserError(str(e), "config", "see the parameter table of --plan") from e
+
+
+def _halves(roles: dict[str, Role], trees: Roles, mask: dict[str, Any], shares: dict[str, str]) -> tuple[Roles, Roles]:
+    """(params, frozen) of a TrainState from {role: whole tree}."""
+    params, frozen = {}, {}
+    for name, tree in trees.items():
+        moving, fixed = weights.partition(tree, mask[name])
+        if roles[name].kind == "train":
+            params[name] = moving
+        elif roles[name].kind == "initial":
+            fixed = moving  # as it starts; the rest is the policy's own frozen half
+        if roles[name].kind != "train" or name not in shares:
+            frozen[name] = fixed
+    return params, frozen
 
 
 def _like_params(opt_state: Any, params: Any, places: Any, default: Any) -> Any:
-    """Optimizer arrays that repeat a parameter (same path ending, same shape) lie where it lies."""
+    """Optimizer state shaped like a parameter takes that parameter's sharding, matched by path suffix and shape."""
     where = {}
     weights.map_named(lambda path, x, s: where.setdefault(path, (x.shape, s)), params, places)
 
@@ -90,18 +136,35 @@ def _like_params(opt_state: Any, params: Any, places: Any, default: Any) -> Any:
     return weights.map_named(place, opt_state, default)
 
 
-def first_state(cfg: Any, plan: Plan, pretrained: Any | None) -> TrainState:
-    """Step 0: weights at random, or streamed from a checkpoint leaf by leaf, then transformed; born sharded."""
-    model, key = plan.model, jax.random.key(cfg.seed)
-    base_places = meshes.shardings(weights.axes(model.abstract, model.specs), model.abstract, plan.mesh)
-    if pretrained is None:
-        base = jax.jit(model.init, out_shardings=base_places)(key)
-    else:
-        base = pretrained.load(model.specs, base_places, model.param_dtype)
+def first_state(cfg: ConfigDict, plan: Blueprint, pretrained: Any | None) -> TrainState:
+    """Step 0: weights at random, or streamed from a checkpoint leaf by leaf, then transformed; born sharded.
 
-    def create(base: Params, key: jax.Array) -> TrainState:
-        policy = plan.transform(base, key)
-        params = dict.fromkeys(plan.roles, policy)
-        return TrainState.create(*weights.partition(params, plan.mask), plan.tx, cfg.seed)
+    Raises UserError when the adapter to go on with was trained on another base.
+    """
+    roles, shares, key = plan.objective.roles, dict(plan.abstract.shares), jax.random.key(cfg.seed)
+    bases = {"policy": _load(plan, "policy", pretrained, key)}
+    for name in plan.mask:
+        if roles[name].start is not None:
+            bases[name] = _load(plan, name, roles[name].start, key)
 
-    return jax.jit(create, out_shardings=plan.shardings, donate_argnums=0)(base, key)
+    def create(bases: Roles, key: Array) -> TrainState:
+        trees = {}
+        for name in plan.mask:
+            base = bases.get(name, bases["policy"])
+            trees[name] = _grown(plan.network(name), roles[name], plan.transform, base, key)
+        halves = _halves(roles, trees, plan.mask, shares)
+        return TrainState.create(*halves, plan.tx, cfg.seed, plan.abstract.shares)
+
+    state = jax.jit(create, out_shardings=plan.shardings, donate_argnums=0)(bases, key)
+    if cfg.peft.name == "saved":
+        saved_adapter.check_base(cfg.peft.folder, state.role("policy"))
+    return state
+
+
+def _load(plan: Blueprint, role: str, start: Any | None, key: Array) -> Params:
+    """The plain weights that a role starts from, in their places."""
+    network = plan.network(role)
+    places = meshes.shardings(weights.axes(network.abstract, network.specs), network.abstract, plan.mesh)
+    if start is None:
+        return jax.jit(network.init, out_shardings=places)(key)
+    return start.load(network.specs, places, network.param_dtype)

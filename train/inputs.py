@@ -1,52 +1,59 @@
 """What a run starts from: a pretrained model, its tokenizer, the data."""
 
 from pathlib import Path
-from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from common.errors import UserError
+from data.rows.loader import load_tokenizer, make_loaders
+from data.text.tokenizer import Tokenizer
+from infer.models import Run, open_model
+from model import build
+from model.io.pretrained import Pretrained
+from model.net.transformer import Transformer
+from train.keep import hosts
+from train.mesh import row_shards
 from train.objectives import Objective
+from train.source import Batches, local_rows
 
 
-def pretrained(cfg: Any) -> Any | None:
+def pretrained(cfg: ConfigDict) -> Pretrained | Run | None:
     """The opened checkpoint of `init`, weights not read yet; None for a random start."""
-    if not cfg.init:
-        return None
-    from infer.models import open_model
-
-    return open_model(cfg.init)
+    return open_model(cfg.init) if cfg.init else None
 
 
-def tokenizer(cfg: Any, start: Any | None, folder: Path) -> Any:
-    """The tokenizer of the config, else that of `init`, else bytes; a copy stays in the run folder."""
-    from data.rows.loader import load_tokenizer
-    from train.keep import hosts
+def model(cfg: ConfigDict) -> Transformer:
+    """The network of a config, before its data are read."""
+    start = pretrained(cfg)
+    return build.model(cfg, start, vocabulary(cfg, start))
 
-    found = load_tokenizer(cfg.data, default=start.tokenizer_source if start else "bytes")
+
+def tokenizer(cfg: ConfigDict, start: Pretrained | Run | None) -> Tokenizer:
+    """The tokenizer of the config, else that of `init`, else bytes."""
+    return load_tokenizer(cfg.data, default=start.tokenizer_source if start else "bytes")
+
+
+def keep_tokenizer(found: Tokenizer, folder: Path) -> None:
+    """A copy of the tokenizer in the run folder, where it is not there yet."""
     if hosts.primary() and not (folder / "tokenizer").exists():
         found.save(folder / "tokenizer")
-    return found
 
 
-def vocabulary(cfg: Any, start: Any | None) -> int | None:
+def vocabulary(cfg: ConfigDict, start: Pretrained | Run | None) -> int | None:
     """Size of the tokenizer's vocabulary where it is known without reading data; None where it must be trained."""
-    from data.rows.loader import load_tokenizer
-
     spec = cfg.data.tokenizer or (start.tokenizer_source if start else "bytes")
     if spec.startswith(("bpe:", "spm:")):
         return int(spec.split(":")[1])
     return load_tokenizer(cfg.data, default=spec).vocab_size
 
 
-def sources(cfg: Any, tokenizer: Any, mesh: Any) -> tuple[Any, Any | None]:
+def sources(cfg: ConfigDict, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Batches, Batches | None]:
     """Training and held-out batches on the mesh; held-out is None when nothing is held out."""
-    from data.rows.loader import make_loaders
-    from train.mesh import row_shards
-    from train.source import Source, local_rows
-
     row_shards(cfg, mesh)
     mine = local_rows(mesh, cfg.data.batch_size)
     train, heldout = make_loaders(cfg.data, tokenizer, cfg.seed, mine)
-    return Source(train, mesh), heldout and Source(heldout, mesh)
+    return Batches(train, mesh), heldout and Batches(heldout, mesh)
 
 
 def check(objective: Objective, kind: str) -> None:

@@ -3,7 +3,6 @@
 from typing import Any
 
 from common.errors import UserError
-from model.weights import combine
 
 PASSAGES = 32  # of `eval_text`
 
@@ -18,7 +17,7 @@ class Judge:
 
     def __call__(self, state: Any, step: int) -> None:
         with self.metrics.timer("eval"):
-            policy = combine(state.params["policy"], state.frozen["policy"])
+            policy = state.role("policy")
             figures = self._heldout(policy) | self._tasks(policy, step) | self._general(policy)
             if figures:
                 self.metrics.write(step, "eval", **figures)

@@ -3,24 +3,28 @@
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from common import files
 from train import cost
+from train.init import Blueprint
 
 
-def describe(cfg: Any, plan: Any) -> dict[str, Any]:
-    """Parameters, FLOPs from the equations and bytes per device of a planned run (train.init.Plan)."""
-    price = cost.of_plan(plan, cfg.data.seq_len)
+def describe(cfg: ConfigDict, plan: Blueprint) -> dict[str, Any]:
+    """Parameters of the policy, FLOPs of all roles from the equations, and bytes per device of a run."""
+    roles = cost.of_roles(plan, cfg.data.seq_len)
+    policy, price = roles["policy"], cost.of_plan(plan, cfg.data.seq_len)
     tokens = cfg.data.batch_size * cfg.data.seq_len
     size = lambda field: cost.bytes_per_device(getattr(plan.abstract, field), getattr(plan.shardings, field))
     held = {field: size(field) for field in ("params", "frozen", "opt_state")}
     held["gradients"] = held["params"]
     return {
-        "parameters": price.params,
-        "trained": price.trained,
+        "parameters": policy.params,
+        "trained": policy.trained,
         "tokens_per_step": tokens,
         "tokens": tokens * cfg.steps,
         "flops_per_token": price.layer_train_flops + price.head_train_flops,
-        "flops_forward_per_token": price.layer_flops + price.head_flops,
+        "flops_forward_per_token": policy.layer_flops + policy.head_flops,
         "flops": price.step(tokens, tokens) * cfg.steps,
         "devices": plan.mesh.size,
         "attention": plan.attention,
@@ -28,7 +32,7 @@ def describe(cfg: Any, plan: Any) -> dict[str, Any]:
     }
 
 
-def show(cfg: Any, plan: Any, path: Path | None = None) -> None:
+def show(cfg: ConfigDict, plan: Blueprint, path: Path | None = None) -> None:
     """Prints the plan, and keeps it at `path`."""
     from rich.console import Console
     from rich.table import Table

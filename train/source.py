@@ -1,6 +1,6 @@
 """Batches on devices: each process reads only the rows that its own devices hold."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -8,7 +8,38 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from data.rows import batch as batches
+from data.rows.loader import Loader
 from train.mesh import BATCH
+from train.state import TrainState
+
+Batch = dict[str, Any]  # of data.rows.batch, as global arrays
+Counts = dict[str, int]  # tokens that are not padding, and targets of the loss, of this process's rows
+
+
+class Source(Protocol):
+    """Where a run's batches come from. Batches of data ignore the state; an on-policy source samples from it.
+
+    The batch of step n is a function of the seed, the state and n: after a kill, steps are repeated from the newest
+    checkpoint and give the same bits.
+    """
+
+    seen: Counts  # over all sessions of the run
+
+    def next(self, state: TrainState, step: int) -> tuple[Batch, Counts]:
+        """The batch that turns step `step` into the next one, counted as seen."""
+        ...
+
+    def resumable(self, step: int) -> bool:
+        """Whether a run may go on from a checkpoint of this step; a rollout that serves several steps is not cut."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint's manifest keeps, as plain data."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError when the run read other data."""
+        ...
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> slice:
@@ -18,21 +49,23 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
     return slice(min(a for a, _ in edges), max(b for _, b in edges))
 
 
-class Source:
-    """A data.rows.loader.Loader of this process's rows, whose batches become global arrays over the mesh."""
+class Batches:
+    """The Source of a data.rows.loader.Loader of this process's rows: its batches as global arrays over the mesh."""
 
-    def __init__(self, loader: Any, mesh: Mesh):
+    def __init__(self, loader: Loader, mesh: Mesh):
         self.loader, self.mesh = loader, mesh
         self.first = local_rows(mesh, loader.batch_size).start
-        self.seen = {"tokens": 0, "targets": 0}  # of this process's rows, over all sessions of the run
+        self.seen = {"tokens": 0, "targets": 0}
 
-    def next(self, step: int) -> tuple[dict, dict[str, int]]:
-        """`batch`, counted as seen."""
+    def next(self, state: TrainState, step: int) -> tuple[Batch, Counts]:
         batch, counts = self.batch(step)
         self.seen = {k: self.seen[k] + n for k, n in counts.items()}
         return batch, counts
 
-    def batch(self, step: int) -> tuple[dict, dict[str, int]]:
+    def resumable(self, step: int) -> bool:
+        return True
+
+    def batch(self, step: int) -> tuple[Batch, Counts]:
         """The batch of a step, and what this process's rows hold: tokens that are not padding, targets of the loss."""
         local = self.loader.batch(step)
         parts = batches.parts(local).values()
@@ -52,9 +85,9 @@ class Source:
 
         return jax.make_array_from_callback(shape, NamedSharding(self.mesh, P(*BATCH[: x.ndim])), shard)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return self.loader.state_dict() | {"seen": self.seen}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loader.load_state_dict(state)
         self.seen = state["seen"]

@@ -1,6 +1,6 @@
 """The state of a run: everything a step reads and writes."""
 
-from typing import Any
+from functools import reduce
 
 import flax.struct
 import jax
@@ -8,28 +8,54 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from model import weights
+from model.weights import Params
+
+Roles = dict[str, Params]
+
 
 @flax.struct.dataclass
 class TrainState:
     """`params` and `frozen` are {role: tree}: the same tree twice, with None in each other's places.
 
     Only `params` is differentiated, has optimizer state and goes into a checkpoint; `frozen` is derived again from the
-    config. Every random number of step n comes from fold_in(seed, n).
+    config. A role that trains nothing is only in `frozen`; `role` puts a tree together, with the frozen half of
+    another role where it has none of its own. Every random number of step n comes from fold_in(seed, n).
     """
 
     step: Array  # int32
-    params: Any
-    frozen: Any
-    opt_state: Any
+    params: Roles
+    frozen: Roles
+    opt_state: optax.OptState
     seed: Array  # uint32
     bad: Array  # int32: non-finite steps in a row, each skipped
     skipped: Array  # int32: all of them
+    shares: tuple[tuple[str, str], ...] = flax.struct.field(pytree_node=False, default=())  # (role, whose frozen half)
 
     @classmethod
-    def create(cls, params: Any, frozen: Any, tx: optax.GradientTransformation, seed: int) -> "TrainState":
-        zero = lambda: jnp.zeros((), jnp.int32)
-        return cls(zero(), params, frozen, tx.init(params), jnp.uint32(seed), zero(), zero())
+    def create(
+        cls,
+        params: Roles,
+        frozen: Roles,
+        tx: optax.GradientTransformation,
+        seed: int,
+        shares: tuple[tuple[str, str], ...] = (),
+    ) -> "TrainState":
+        step, bad, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))  # arrays of their own: each is donated
+        return cls(step, params, frozen, tx.init(params), jnp.uint32(seed), bad, skipped, shares)
 
     @property
     def key(self) -> Array:
         return jax.random.fold_in(jax.random.key(self.seed), self.step)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return tuple(self.params | self.frozen)
+
+    def role(self, name: str) -> Params:
+        """The whole tree of a role: what trains, what is frozen, and what it shares with another role."""
+        parts = [tree[name] for tree in (self.params, self.frozen) if name in tree]
+        if shared := dict(self.shares).get(name):
+            own = jax.tree.map(lambda _: None, parts[0])  # a head of its own, where the other role has nothing
+            parts.append(own | self.frozen[shared])
+        return reduce(weights.combine, parts)

@@ -9,15 +9,15 @@ import optax
 from jax import Array
 
 from model import weights
-from train.init import Plan
+from train.init import Blueprint
 from train.objectives import Pair
-from train.state import TrainState
+from train.state import Roles, TrainState
 
 Batch = dict[str, Any]
 
 
 def make_step(
-    loss: Callable[[Any, Batch, Array], dict[str, Pair]], tx: optax.GradientTransformation, accum: int = 1
+    loss: Callable[[Roles, Batch, Array], dict[str, Pair]], tx: optax.GradientTransformation, accum: int = 1
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Pair]]]:
     """A function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
@@ -29,28 +29,28 @@ def make_step(
 
     optimizer = optax.with_extra_args_support(tx)
 
-    def total(params: Any, frozen: Any, batch: Batch, key: Array, step: Array) -> tuple[Array, dict[str, Pair]]:
-        roles = weights.combine(params, frozen)
-        moving = {role for role in roles if jax.tree.leaves(params[role])}
-        roles = {role: weights.in_training(p, key, step) if role in moving else p for role, p in roles.items()}
+    def total(params: Roles, state: TrainState, batch: Batch, key: Array) -> tuple[Array, dict[str, Pair]]:
+        state = state.replace(params=params)
+        roles = {name: state.role(name) for name in state.roles}
+        for name in params:
+            roles[name] = weights.in_training(roles[name], key, state.step)
         metrics = loss(roles, batch, key)
         return metrics["loss"][0], metrics
 
-    def gradients(state: TrainState, batch: Batch) -> tuple[Any, dict[str, Pair]]:
+    def gradients(state: TrainState, batch: Batch) -> tuple[Roles, dict[str, Pair]]:
         grad = jax.grad(total, has_aux=True)
         if accum == 1:
-            return grad(state.params, state.frozen, batch, state.key, state.step)
+            return grad(state.params, state, batch, state.key)
 
-        def micro(carry: Any, xs: tuple) -> tuple[Any, None]:
+        def micro(carry: tuple, xs: tuple) -> tuple[tuple, None]:
             index, part = xs
-            new = grad(state.params, state.frozen, part, jax.random.fold_in(state.key, index), state.step)
+            new = grad(state.params, state, part, jax.random.fold_in(state.key, index))
             return jax.tree.map(jnp.add, carry, new), None
 
         parts = jax.tree.map(lambda x: _split_rows(x, accum), batch)
         first = jax.tree.map(lambda x: x[0], parts)
         zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype),
-            jax.eval_shape(grad, state.params, state.frozen, first, state.key, state.step),
+            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, state.params, state, first, state.key)
         )
         return jax.lax.scan(micro, zeros, (jnp.arange(accum), parts))[0]
 
@@ -61,7 +61,7 @@ def make_step(
         norm = optax.global_norm(grads)
         ok = jnp.isfinite(loss_sum) & jnp.isfinite(norm)
 
-        def update() -> tuple[Any, Any]:
+        def update() -> tuple[Roles, optax.OptState]:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, key=state.key)
             return optax.apply_updates(state.params, updates), opt_state
 
@@ -80,10 +80,10 @@ def make_step(
     return step
 
 
-def compile_step(plan: Plan, accum: int = 1) -> Any:
-    """`make_step` of a planned run under jit: the state is donated and comes back where the plan places it."""
-    step = make_step(plan.objective.loss, plan.tx, accum)
-    return jax.jit(step, donate_argnums=0, out_shardings=(plan.shardings, None))
+def compile_step(blueprint: Blueprint, accum: int = 1) -> Any:
+    """`make_step` of a run under jit: the state is donated and comes back where the blueprint places it."""
+    step = make_step(blueprint.objective.loss, blueprint.tx, accum)
+    return jax.jit(step, donate_argnums=0, out_shardings=(blueprint.shardings, None))
 
 
 def _split_rows(x: Array, parts: int) -> Array:

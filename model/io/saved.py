@@ -106,6 +106,11 @@ def fingerprint(tree: Any) -> str:
     return hashlib.blake2b(lines, digest_size=8).hexdigest() if hashes else ""
 
 
+def fingerprints(frozen: dict[str, Any]) -> dict[str, str]:
+    """{role: fingerprint} of {role: frozen tree}, without the roles that hold no array."""
+    return {role: digest for role, tree in frozen.items() if (digest := fingerprint(tree))}
+
+
 def describe(arrays: dict[str, Any]) -> dict[str, dict]:
     """The manifest's entry for each array."""
     hashes = digests(arrays)
@@ -220,7 +225,7 @@ class Saved(NamedTuple):
     step: int
     config: dict
     params: dict[str, np.ndarray]  # "policy/layers/attn/wq/a" and so on; adapters only, where only they were trained
-    frozen: str  # `fingerprint` of the frozen weights it was trained with; "" when there were none
+    frozen: dict[str, str] | str  # `fingerprints` of the frozen weights it was trained with
 
 
 def load_params(workdir: str | Path, step: int | None = None, verified: bool = True) -> Saved:
@@ -244,6 +249,18 @@ def load_params(workdir: str | Path, step: int | None = None, verified: bool = T
         except (OSError, ValueError, MemoryError) as e:
             raise UserError(first_line(e), str(workdir), "is this a run folder?") from e
     raise UserError(problem, str(workdir), "train it first, or name another step")
+
+
+def check_base(run: Saved, policy: Any, where: Any) -> None:
+    """Raises UserError when what a run has not learnt of `policy` is not what it was trained with."""
+    frozen = weights.map_named(lambda path, x: None if f"policy/{path}" in run.params else x, policy)
+    if isinstance(run.frozen, str):  # one digest for all roles, as runs had before each role had its own
+        known = (fingerprint(tree) for tree in ({"policy": frozen}, {"policy": frozen, "ref": policy}))
+        same = not run.frozen or run.frozen in known
+    else:
+        same = run.frozen.get("policy", "") == fingerprint(frozen)
+    if not same:
+        raise UserError("its adapters were trained on another base than this one", str(where))
 
 
 def put(run: Saved, policy: Any, where: Any) -> Any:

@@ -11,6 +11,15 @@ from model.io import peft_read, saved
 from model.weights import Params, Specs, Transform
 
 
+def check_base(folder: str, policy: Params) -> None:
+    """Raises UserError when the adapter of `folder`, which `policy` holds, was trained on another base.
+
+    Only a run folder says what its base was; a PEFT folder does not.
+    """
+    if not (Path(folder).expanduser() / peft_read.CONFIG).exists():
+        saved.check_base(saved.load_params(folder, verified=False), policy, folder)
+
+
 def make(*, folder: str) -> Transform:
     """A Transform that puts the adapter of `folder` on the base that it was trained on.
 

@@ -44,7 +44,7 @@ def train(model: str, peft: str, batch: int, length: int, steps: int, dtype: str
     cfg.model.dtype, cfg.peft.name = dtype, peft
     cfg.model.shape, cfg.init = (model, "") if model in SHAPES else ("", model)
     start = inputs.pretrained(cfg)
-    planned = init.plan(cfg, build.model(cfg, start), make_mesh(cfg.mesh))
+    planned = init.blueprint(cfg, build.model(cfg, start), make_mesh(cfg.mesh))
     step = compile_step(planned)
     tokens = np.random.default_rng(0).integers(0, planned.model.config.vocab_size, (batch, length + 1), np.int32)
     ones = np.ones((batch, length), np.int32)

@@ -58,9 +58,10 @@ def main(argv: list[str]) -> int | None:
 def plan(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> dict[str, Any]:
     """One config on one slice; see tools.plan.step."""
     from tools.plan import step
+    from train import inputs
 
     name = f"{flags['slices']} x {flags['topology']}" if flags["slices"] > 1 else flags["topology"]
-    return {"topology": name} | step.plan(cfg, parameters.model_of(cfg), devices, flags["what"])
+    return {"topology": name} | step.plan(cfg, inputs.model(cfg), devices, flags["what"])
 
 
 def search(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> list[dict[str, Any]]:
@@ -70,6 +71,8 @@ def search(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> list[dict[str
     gains. Each starts from the best batch so far, at first the config's: rows are halved until they fit, or doubled
     while that gains 2 %. At the end a config's batch that is larger than the best is tried in parts of that size.
     """
+    from train import inputs
+
     found: list[dict[str, Any]] = []
     end = time.monotonic() + 60 * flags["minutes"]
 
@@ -101,7 +104,7 @@ def search(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> list[dict[str
     best = (0.0, cfg.data.batch_size, "full")
     for remat in ("full", "dots", "none"):
         best = max(best, climb(1, remat, best[1]))
-    for tensor in (t for t in (2, 4, 8) if math.gcd(len(devices), parameters.model_of(cfg).config.heads) % t == 0):
+    for tensor in (t for t in (2, 4, 8) if math.gcd(len(devices), inputs.model(cfg).config.heads) % t == 0):
         before, best = best, max(best, climb(tensor, best[2], best[1]))
         if best == before:
             break

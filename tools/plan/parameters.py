@@ -1,30 +1,17 @@
 """Where every parameter of a run is placed: its shape, logical axes, mesh axes, and bytes on one device."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ml_collections import ConfigDict
-
-if TYPE_CHECKING:
-    from model.net.transformer import Transformer
-
-
-def model_of(cfg: ConfigDict) -> "Transformer":
-    from model import build
-    from train import inputs
-
-    start = inputs.pretrained(cfg)
-    return build.model(cfg, start, inputs.vocabulary(cfg, start))
 
 
 def table(cfg: ConfigDict, devices: int = 0) -> str:
     """A line for every parameter and for the whole; "*" marks those that train. Roles beside the policy are copies."""
     from model import weights
-    from train import cost, init, mesh
+    from train import cost, init, inputs, mesh
 
-    model = model_of(cfg)
-    plan = init.plan(cfg, model, mesh.abstract_mesh(cfg.mesh, devices))
-    both = lambda state: weights.combine(state.params["policy"], state.frozen["policy"])
-    policy, places = both(plan.abstract), both(plan.shardings)
+    plan = init.blueprint(cfg, inputs.model(cfg), mesh.abstract_mesh(cfg.mesh, devices))
+    policy, places = plan.abstract.role("policy"), plan.shardings.role("policy")
     rows = [("parameter", "shape", "dtype", "logical axes", "mesh axes", "bytes a device")]
 
     def row(path: str, x: Any, place: Any, names: tuple, trains: bool) -> None:
@@ -33,7 +20,7 @@ def table(cfg: ConfigDict, devices: int = 0) -> str:
         name, shape = path + " *" * trains, " x ".join(map(str, x.shape))
         rows.append((name, shape, str(x.dtype), ", ".join(names), axes, f"{size:,}"))
 
-    weights.map_named(row, policy, places, weights.axes(policy, model.specs), plan.mask["policy"])
+    weights.map_named(row, policy, places, weights.axes(policy, plan.model.specs), plan.mask["policy"])
     rows.append(("all", "", "", "", "", f"{cost.bytes_per_device(policy, places):,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(n) for cell, n in zip(r, widths, strict=True)).rstrip() for r in rows]

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 from common import chips
 from data.rows import batch as batches
 from infer import generate, sample
-from model import weights
 from model.net import head
 from tools.plan import gpu, hlo
 from train import cost, init
@@ -35,7 +34,7 @@ def plan(cfg: Any, model: Any, devices: list[Any], what: str = "train") -> dict[
     mesh = meshes.make_mesh(cfg.mesh, devices)
     rows, shards = cfg.data.batch_size, meshes.row_shards(cfg, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
-        planned = init.plan(cfg, model, mesh)
+        planned = init.blueprint(cfg, model, mesh)
         lowered, arguments = (train_step if what == "train" else decode_step)(cfg, planned)
         held = {name: cost.bytes_per_device(x, jax.tree.map(lambda a: a.sharding, x)) for name, x in arguments.items()}
         out = {"what": what, "device": devices[0].device_kind, "config": plans.describe(cfg, planned)}
@@ -81,8 +80,7 @@ def train_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:
 def decode_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:
     """One token a row of infer.generate, lowered: rows over the data axes, a cache's over the tensor axis too."""
     model, mesh, rows = planned.model, planned.mesh, cfg.data.batch_size
-    whole = lambda tree: weights.combine(tree.params["policy"], tree.frozen["policy"])
-    stacked = jax.tree.map(_placed, whole(planned.abstract), whole(planned.shardings))
+    stacked = jax.tree.map(_placed, planned.abstract.role("policy"), planned.shardings.role("policy"))
     one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=NamedSharding(mesh, P(*x.sharding.spec[1:])))
     layers = jax.tree.map(one, stacked["layers"])
     parts = lambda i: {k: tree for k, tree in layers.items() if i in model.config.stack(f"layers/{k}")}
@@ -121,15 +119,15 @@ def flops(cfg: Any, planned: Any, what: str) -> tuple[float, float, int]:
     """(model FLOPs, FLOPs with what is computed again, tokens) of a step, over all devices."""
     rows, length = cfg.data.batch_size, cfg.data.seq_len
     if what == "decode":  # every row attends to a full cache
-        price = cost.of_plan(planned, 2 * length - 1)
-        return 2 * (rows * (price.layer_flops + price.head_flops),) + (rows,)
+        policy = cost.of_roles(planned, 2 * length - 1)["policy"]
+        model = rows * (policy.layer_flops + policy.head_flops)
+        return model, model, rows
     price = cost.of_plan(planned, length)
     sides = len(_sides(cfg, planned))
     tokens = rows * length * sides
     model = price.step(tokens, tokens)
-    if "ref" in planned.objective.roles:
-        model += tokens * (price.layer_flops + price.head_flops)
-    again = price.layer_flops * (planned.model.remat == "full") + price.head_flops * (sides > 1)
+    policy = cost.of_roles(planned, length)["policy"]
+    again = policy.layer_flops * (planned.model.remat == "full") + policy.head_flops * (sides > 1)
     return model, model + tokens * again, tokens
 
 

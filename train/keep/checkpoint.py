@@ -22,6 +22,7 @@ from common.errors import UserError
 from model.io import saved
 from model.io.saved import MANIFEST, Damaged
 from train.keep import hosts
+from train.state import TrainState
 
 UNFINISHED = re.compile(r"[0-9]+\.(tmp|orbax-checkpoint-tmp).*")
 CLOCK_STEPS = 10  # with several processes: how often they agree on whether `minutes` have passed
@@ -53,13 +54,13 @@ class Checkpointer:
         self._when = time.monotonic()
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
-        self._frozen: str | None = None
+        self._frozen: dict[str, str] | None = None
         if hosts.primary():
             if not paths.remote(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             self._tidy()
 
-    def restore(self, state: Any, source: Any) -> Any:
+    def restore(self, state: TrainState, source: Any) -> TrainState:
         """The newest whole step in the shardings of `state`, which may be abstract but for `frozen`; else `state`.
 
         Damaged steps are told and moved aside to `invalid-<step>-<n>`. Raises UserError for a step that is whole but
@@ -78,7 +79,7 @@ class Checkpointer:
             self.log(f"no whole checkpoint is left in {self.folder}: starting at step 0")
         return state
 
-    def maybe_save(self, step: int, state: Any, source: Any, force: bool = False) -> bool:
+    def maybe_save(self, step: int, state: TrainState, source: Any, force: bool = False) -> bool:
         """Begins a save when one is due, by steps or by minutes; returns whether it did. Call it after every step.
 
         The arrays are copied before it returns, so the next step may donate them. An error of the save before shows
@@ -119,7 +120,7 @@ class Checkpointer:
             return False
         return bool(hosts.from_first(time.monotonic() - self._when >= 60 * self.cfg.minutes))
 
-    def _begin(self, step: int, state: Any, source: Any) -> None:
+    def _begin(self, step: int, state: TrainState, source: Any) -> None:
         final = self.folder / str(step)
         part = final if paths.remote(final) else self.folder / f"{step}.tmp"
         if hosts.primary():
@@ -133,7 +134,7 @@ class Checkpointer:
         manifest = {
             "step": step,
             "leaves": saved.describe(arrays),
-            "frozen": self._fingerprint_of(state.frozen),
+            "frozen": self._fingerprints(state),
             "source": source.state_dict(),
         }
         try:
@@ -170,7 +171,7 @@ class Checkpointer:
                     doomed = doomed.rename(self.folder / f"{step}.tmp")
                 files.remove(doomed)
 
-    def _load(self, step: int, state: Any, source: Any) -> tuple[str, Any]:
+    def _load(self, step: int, state: TrainState, source: Any) -> tuple[str, TrainState | None]:
         """(problem, state): what is wrong with a step, or the state it holds."""
         folder, abstract = self.folder / str(step), _abstract(state)
         problem, manifest = self._attempt(lambda: saved.read_manifest(folder))
@@ -193,7 +194,7 @@ class Checkpointer:
             problem = str(e)
         return (problem, result) if hosts.all_true(not problem) else (problem or "damaged for another process", None)
 
-    def _check(self, manifest: dict, abstract: dict[str, Any], state: Any, source: Any) -> None:
+    def _check(self, manifest: dict, abstract: dict[str, Any], state: TrainState, source: Any) -> None:
         """Raises UserError when a whole step is not one of this run."""
         where, step = str(self.folder), manifest["step"]
         leaves = {name: (tuple(leaf["shape"]), leaf["dtype"]) for name, leaf in manifest["leaves"].items()}
@@ -202,9 +203,9 @@ class Checkpointer:
             if leaves.get(name) != wanted.get(name):
                 was, want = (_shape(tree.get(name)) for tree in (leaves, wanted))
                 raise UserError(f"{name} is {was} in step {step}, {want} in this run", where, "use a new --workdir")
-        if manifest["frozen"] != self._fingerprint_of(state.frozen) and "config" not in self.allow:
+        if (of := self._moved(manifest["frozen"], state)) and "config" not in self.allow:
             raise UserError(
-                f"the frozen weights are not those of step {step}: `init` or the hardware has changed",
+                f"the frozen weights of {of} are not those of step {step}: `init` or the hardware has changed",
                 where,
                 "undo that, or put 'config' in config.allow",
             )
@@ -216,9 +217,18 @@ class Checkpointer:
                 "restore the files, or put 'data' in config.allow",
             )
 
-    def _fingerprint_of(self, frozen: Any) -> str:
+    def _moved(self, recorded: dict[str, str] | str, state: TrainState) -> str:
+        """The roles whose frozen weights are not the recorded ones; "" when all are."""
+        if isinstance(recorded, str):  # one digest for all roles, as runs had before each role had its own
+            copies = {role: state.role(role) for role in dict(state.shares)}
+            whole = state.frozen | copies
+            return "" if recorded == saved.fingerprint(whole) else "the run"
+        now = self._fingerprints(state)
+        return ", ".join(role for role in sorted(now | recorded) if now.get(role) != recorded.get(role))
+
+    def _fingerprints(self, state: TrainState) -> dict[str, str]:
         if self._frozen is None:
-            self._frozen = saved.fingerprint(frozen)
+            self._frozen = saved.fingerprints(state.frozen)
         return self._frozen
 
     def _tidy(self) -> None:
@@ -245,7 +255,7 @@ class Checkpointer:
             folder.rename(next(name for name in names if not name.exists()))
 
 
-def _abstract(state: Any) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract(state: TrainState) -> dict[str, jax.ShapeDtypeStruct]:
     leaves = saved.named(state.replace(frozen=None))
     return {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in leaves.items()}
 

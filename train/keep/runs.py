@@ -199,7 +199,7 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self.asked, self.before = False, {}
+        self.asked, self.agreed, self.before = False, False, {}
         if threading.current_thread() is threading.main_thread():
             own = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
             self.before = {number: signal.signal(number, self._on_signal) for number in own}
@@ -207,10 +207,10 @@ class StopSignals:
     def requested(self, step: int) -> bool:
         if jax.process_count() == 1:
             return self.asked
-        if stop := multihost_utils.reached_preemption_sync_point(step):
-            self.asked = True
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.asked = self.agreed = True
             self.before.setdefault(signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_signal))
-        return stop
+        return self.agreed
 
     def restore(self) -> None:
         for number, handler in self.before.items():

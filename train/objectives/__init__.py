@@ -1,23 +1,43 @@
 """What is learned. Each file exposes `make(model, **config) -> Objective`; the keyword arguments are its schema."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jax import Array
 
+from model.net.transformer import Transformer
+
 Pair = tuple[Array, Array]  # (sum, weight)
+Roles = dict[str, Any]  # {role: parameter tree}, as a loss gets them
+
+
+class Role(NamedTuple):
+    """One parameter tree that a loss reads.
+
+    `kind`: "train" follows the config's `trainable`, `peft` and `quant`; "initial" is the policy as it was before the
+    first step, held fixed; "frozen" is another model, held fixed.
+    `start` is an opened model (`infer.models.open_model`): whose weights the role starts from; None: those of the run.
+    `model` is the role's network where it is not the policy's shape, `head` a file of model/heads whose head stands in
+    its tree at "head" and is what the role answers with, in place of logits. `shares` names a role whose frozen half this one
+    uses instead of a copy of its own: a critic under LoRA then costs its adapters, and not a second base.
+    """
+
+    kind: Literal["train", "initial", "frozen"]
+    start: Any = None
+    model: Transformer | None = None
+    head: str = ""
+    shares: str = ""
 
 
 class Objective(NamedTuple):
-    """`loss(params, batch, key)` returns metrics as (sum, weight) pairs and minimises the mean of metrics["loss"].
+    """`loss(roles, batch, key)` returns metrics as (sum, weight) pairs; the mean of metrics["loss"] is minimised.
 
-    `params` is {role: tree} for the `roles`: "train" follows the config's `trainable`; "initial" is
-    the policy as it was before the first step. When only fresh adapters train, that is `weights.base(policy)`, and the
-    role is left out of `params`.
+    `roles` always holds "policy". When only fresh adapters train, an "initial" role is left out of what the loss gets:
+    it is `weights.base(policy)`, the base with its adapters off, and costs no memory.
     `batch` names the kind of batch that the loss reads (data.rows.batch.KINDS). An objective's file assigns it to its
     constant BATCH, which the config's rules read too.
     """
 
-    loss: Callable[[Any, dict, Array], dict[str, Pair]]
+    loss: Callable[[Roles, dict, Array], dict[str, Pair]]
     batch: str
-    roles: dict[str, str] = {"policy": "train"}
+    roles: dict[str, Role] = {"policy": Role("train")}

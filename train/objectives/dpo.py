@@ -8,7 +8,7 @@ from jax import Array
 
 from model import weights
 from model.net import head
-from train.objectives import Objective
+from train.objectives import Objective, Role
 
 BATCH = "pair"
 
@@ -34,7 +34,7 @@ def make(model: Any, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Obje
         chosen, rejected = jnp.split(ratio, 2)
         return preference_loss(chosen, rejected, beta, label_smoothing)
 
-    return Objective(loss, BATCH, {"policy": "train", "ref": "initial"})
+    return Objective(loss, BATCH, {"policy": Role("train"), "ref": Role("initial")})
 
 
 def preference_loss(chosen: Array, rejected: Array, beta: float, label_smoothing: float = 0.0) -> dict:

@@ -1,0 +1,133 @@
+"""The flow of a run, from a checked config to a trained, resumed, measured model."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+import flax.linen as nn
+import jax
+from ml_collections import ConfigDict
+
+from common import exits
+from configs import schema
+from model import build
+from train import init, inputs, plan
+from train.keep import flags, hosts
+from train.keep.checkpoint import Checkpointer
+from train.keep.clock import Clock
+from train.keep.metrics import Metrics
+from train.keep.runs import RunDir
+from train.keep.trace import Trace
+from train.mesh import RULES, make_mesh
+from train.monitor import Judge
+from train.objectives import Pair
+from train.source import Batch, Source
+from train.state import TrainState
+from train.step import compile_step
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass
+class Session:
+    """What one launch of a run works with, from its start to its end."""
+
+    cfg: ConfigDict
+    folder: RunDir
+    metrics: Metrics
+    source: Source
+    state: TrainState
+    ckpt: Checkpointer
+    judge: Judge
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Pair]]]
+    clock: Clock
+    trace: Trace
+
+
+def run(loaded: schema.Loaded, began: float) -> int:
+    """Trains in the run folder, from its newest whole checkpoint on; returns the exit code.
+
+    `began` is time.perf_counter() when the launch began, before jax was imported.
+    """
+    flags.apply(loaded.config.xla_preset)
+    flags.fake_devices()
+    flags.trim_after_compiling()
+    hosts.connect()
+    with contextlib.ExitStack() as closing:
+        return train(open_session(loaded, closing.enter_context, began))
+
+
+def open_session(loaded: schema.Loaded, enter: Callable[[AbstractContextManager[T]], T], began: float) -> Session:
+    """Model, data and the state to go on from. Shapes and shardings are known before any array exists."""
+    cfg = loaded.config
+    folder = enter(RunDir(loaded.workdir, schema.to_dict(cfg), loaded.overrides, loaded.path))
+    metrics = enter(Metrics(folder.path / "metrics.jsonl", cfg.steps, cfg.tracker, folder.config))
+    with metrics.timer("init", since=began):
+        mesh = make_mesh(cfg.mesh)
+        enter(jax.set_mesh(mesh))
+        enter(nn.logical_axis_rules(RULES))
+        start = inputs.pretrained(cfg)
+        tokenizer = inputs.tokenizer(cfg, start)
+        inputs.keep_tokenizer(tokenizer, folder.path)
+        source, heldout = inputs.sources(cfg, tokenizer, mesh)
+        blueprint = init.blueprint(cfg, build.model(cfg, start, tokenizer.vocab_size), mesh)
+        inputs.check(blueprint.objective, source.loader.kind)
+        plan.show(cfg, blueprint, folder.path / "cost.json")
+        state = init.first_state(cfg, blueprint, start)
+
+        # Where to start: 1. this run's newest whole checkpoint, 2. `init`, 3. at random.
+        def before_a_save() -> None:
+            metrics.sync()
+            folder.publish()
+
+        saves = Checkpointer(folder.home / "ckpt", cfg.ckpt, cfg.allow, metrics.event, before_a_save)
+        ckpt = enter(contextlib.closing(saves))
+        state = ckpt.restore(state, source)
+        metrics.rewind(int(state.step))
+    judge = Judge(cfg, blueprint, heldout, tokenizer, metrics)
+    trace = enter(contextlib.closing(Trace(loaded.flags.get("profile", 0), folder.path / "profile")))
+    step = compile_step(blueprint, cfg.accum)
+    return Session(cfg, folder, metrics, source, state, ckpt, judge, step, Clock(cfg, blueprint), trace)
+
+
+def train(s: Session) -> int:
+    """The loop. Step n reads batch n - 1 and the state: a resume does what an uninterrupted run would have done."""
+    cfg, metrics, clock, source = s.cfg, s.metrics, s.clock, s.source
+    done = int(s.state.step)
+    if done == 0:
+        s.judge(s.state, 0)
+    while done < cfg.steps:
+        with metrics.timer("data"):
+            batch, counts = source.next(s.state, done)
+        with metrics.timer("step" if clock.steps else "compile"):
+            s.state, sums = s.step(s.state, batch)
+            clock.tick(sums, counts)
+        with clock.paused():
+            s.trace.tick(clock.steps, sums)
+        done += 1
+        last = done == cfg.steps
+        if done % cfg.log_every == 0 or last:
+            with metrics.timer("step"):
+                metrics.write(done, "train", **clock.line(done, source.seen))
+        with metrics.timer("step"):  # dispatch returns immediately; this is the call that waits for the device
+            bad_steps = clock.bad_steps()
+        if bad_steps >= cfg.optim.max_bad_steps:
+            metrics.end(f"{cfg.optim.max_bad_steps} non-finite steps in a row", cfg.chip, exit_code=exits.BROKEN)
+            return exits.BROKEN
+        if last or (cfg.eval_every and done % cfg.eval_every == 0):
+            with clock.paused():
+                s.judge(s.state, done)
+        stop = s.folder.stop_requested(done) and source.resumable(done) and not last
+        with clock.paused(), metrics.timer("checkpoint"):
+            if source.resumable(done):
+                s.ckpt.maybe_save(done, s.state, source, force=last or stop)
+            if stop or last:
+                s.ckpt.wait()
+        if stop:
+            metrics.end("stopped by a signal; the same command goes on from here", cfg.chip, exit_code=exits.PREEMPTED)
+            return exits.PREEMPTED
+        if last:
+            metrics.end("done", cfg.chip, **clock.totals(source.seen))
+    return 0
