@@ -595,6 +595,6 @@ def test_two_processes(tmp_path):
     steps = {out.strip().splitlines()[-1] for out, _ in results}
     assert len(steps) == 1 and steps.pop().startswith("stopped")
     step = saved.steps(tmp_path / "ckpt")[0]
-    one = SimpleTree({"w": jnp.zeros((8, 8)), "b": jnp.zeros(4, jnp.bfloat16)}, None)
+    one = SimpleTree({"w": jnp.zeros((8, 8)), "b": jnp.zeros(4, jnp.bfloat16)}, {})
     got, told = restore(tmp_path / "ckpt", one)  # and by one process alone
     assert not told and (got.params["w"] == jnp.arange(64.0).reshape(8, 8) + step).all()
