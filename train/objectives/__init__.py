@@ -18,8 +18,9 @@ class Role(NamedTuple):
     first step, held fixed; "frozen" is another model, held fixed.
     `start` is an opened model (`infer.models.open_model`): whose weights the role starts from; None: those of the run.
     `model` is the role's network where it is not the policy's shape, `head` a file of model/heads whose head stands in
-    its tree at "head" and is what the role answers with, in place of logits. `shares` names a role whose frozen half this one
-    uses instead of a copy of its own: a critic under LoRA then costs its adapters, and not a second base.
+    its tree at "head" and is what the role answers with, in place of logits.
+    `shares` names a role whose frozen half this one uses instead of a copy of its own: a critic under LoRA then costs
+    its adapters and its head, and not a second base.
     """
 
     kind: Literal["train", "initial", "frozen"]
