@@ -10,7 +10,7 @@ import jax
 
 from common.errors import UserError
 from configs import schema
-from data.text import tokenizer as tokenizers
+from data.text import formats as tokenizers
 from infer.lm import LM
 from infer.serve.store import RANK_ROWS, Store
 from model import build, paged, weights

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from data.text.tokenizer import load
+from data.text.formats import load
 from model.io.export import export_hf
 from tests.test_weights import tiny
 from tools.bench import __main__ as bench

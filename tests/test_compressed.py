@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from common.errors import UserError
-from data.text import tokenizer
+from data.text import formats
 from model import weights
 from model.io import compressed, export
 from model.io.pretrained import open_pretrained
@@ -49,7 +49,7 @@ def test_written_and_read_back(name, tmp_path):
     make, format = STORED[name]
     model, params = random_model(TINY)
     small = jax.jit(lambda p: make(p, model.specs, None))(params)
-    assert export.export_hf(model, small, tokenizer.load("bytes"), tmp_path / "out") < 1e-5
+    assert export.export_hf(model, small, formats.load("bytes"), tmp_path / "out") < 1e-5
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert config["format"] == format
     if name != "int4 of a column":  # of 32 rows here, of 64 there
@@ -65,7 +65,7 @@ def test_bytes_on_disk_are_the_formats(tmp_path):
     """int4 in groups of 16 with bfloat16 scales: 5 bits a weight; and 16 bytes for a shape."""
     model, params = random_model(TINY)
     small = int4.make(group=16)(params, model.specs, None)
-    export.export_hf(model, small, tokenizer.load("bytes"), tmp_path / "out", dtype="bfloat16")
+    export.export_hf(model, small, formats.load("bytes"), tmp_path / "out", dtype="bfloat16")
     stored = load_file(tmp_path / "out/model.safetensors")
     for name in ("q_proj", "down_proj"):
         parts = [x for key, x in stored.items() if f"{name}.weight" in key]
@@ -77,7 +77,7 @@ def test_several_formats_name_their_modules(tmp_path):
     model, params = random_model(CONFIGS["qwen2"])
     small = int4.make(group=16, where=".*/mlp/.*")(params, model.specs, None)
     small = int8.make(where=".*/attn/w[qk]", activations=True)(small, model.specs, None)
-    assert export.export_hf(model, small, tokenizer.load("bytes"), tmp_path / "out") < 1e-5
+    assert export.export_hf(model, small, formats.load("bytes"), tmp_path / "out") < 1e-5
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert config["format"] == "mixed-precision" and len(config["config_groups"]) == 2
     ignored = {rf"re:^model\.layers\.\d+\.self_attn\.{m}$" for m in ("v_proj", "o_proj")}
@@ -102,7 +102,7 @@ def test_what_the_format_cannot_say_is_refused(make, family, said, tmp_path):
     wide = dataclasses.replace(TINY, layers=1, mlp=192)  # a block and a half
     model, params = random_model(CONFIGS["gpt2"] if family == "gpt2" else wide)
     small = jax.jit(lambda p: make(p, model.specs, None))(params)
-    write = partial(export.export_hf, model, small, tokenizer.load("bytes"), tmp_path / "out", check=False)
+    write = partial(export.export_hf, model, small, formats.load("bytes"), tmp_path / "out", check=False)
     with pytest.raises(UserError, match=said):
         write()
     assert not list(tmp_path.iterdir())
@@ -123,7 +123,7 @@ def test_what_the_format_cannot_say_is_refused(make, family, said, tmp_path):
 def test_damaged_parts_are_told(change, said, tmp_path):
     model, params = random_model(TINY)
     small = int4.make(group=32, where=".*/mlp/down")(params, model.specs, None)
-    export.export_hf(model, small, tokenizer.load("bytes"), tmp_path / "out", check=False)
+    export.export_hf(model, small, formats.load("bytes"), tmp_path / "out", check=False)
     path = tmp_path / "out/model.safetensors"
     stored = load_file(path) | {f"model.layers.0.mlp.down_proj.{name}": x for name, x in change.items()}
     save_file(stored, path)
@@ -138,4 +138,4 @@ def test_activations_of_8_bits_are_not_part_of_the_comparison(tmp_path):
     tokens = jnp.arange(24).reshape(2, 12)
     rounded = jax.jit(model)(small, tokens)
     assert float(jnp.abs(rounded - jax.jit(model)(weights.dense(small, model.specs), tokens)).max()) > 1e-3
-    assert export.export_hf(model, small, tokenizer.load("bytes"), tmp_path / "out") < 1e-5
+    assert export.export_hf(model, small, formats.load("bytes"), tmp_path / "out") < 1e-5

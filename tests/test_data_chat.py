@@ -5,7 +5,7 @@ import time
 import pytest
 
 from common.errors import UserError
-from data.text import chat, template, tokenizer
+from data.text import chat, formats, template
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -27,7 +27,7 @@ TURNS = [
 
 def make(chat_template: str | None = None, spec: str = "bytes"):
     words = "Hello Hi More assistant user Hello Hi\n\n A: U: Hello\n"
-    tok = tokenizer.load(spec, lambda: [words] * 20)
+    tok = formats.load(spec, lambda: [words] * 20)
     tok.chat_template = chat_template
     return tok
 

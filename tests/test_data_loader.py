@@ -16,7 +16,8 @@ from data.rows import mixture, pack
 from data.rows.layout import Part
 from data.rows.loader import Loader, load_tokenizer, make_loaders
 from data.rows.pack import Pieces
-from data.text import tokenizer
+from data.text import formats
+from data.text.tokenizer import DEFAULT_TEMPLATE
 from data.views import View
 
 PAD, EOS = 258, 257
@@ -24,7 +25,7 @@ PAD, EOS = 258, 257
 
 @pytest.fixture(scope="module")
 def tok():
-    return tokenizer.load("bytes")
+    return formats.load("bytes")
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_a_cut_document_keeps_every_target(tmp_path, tok):
 
 
 def test_completion_and_its_end_are_learnt_even_where_padding_is_eos(tmp_path):
-    tok = tokenizer.load("bytes")
+    tok = formats.load("bytes")
     tok.pad_id = tok.eos_id
     data = made(tmp_path, tok, [{"prompt": "1+1=", "completion": "2"}])
     batch = loader(data, seq_len=8, batch_size=1, packing="none", pad_id=EOS).batch(0)
@@ -367,7 +368,7 @@ def test_cache_is_found_again_and_a_changed_source_makes_another(tmp_path, tok):
     assert made(tmp_path, tok, texts(3)).folder.joinpath("tokens.bin").stat().st_mtime_ns == stamp
     assert made(tmp_path, tok, texts(4)).fingerprint != first.fingerprint
     assert made(tmp_path, tok, texts(3), form="text").fingerprint != first.fingerprint
-    other = tokenizer.load("bpe:300", lambda: ["text"])
+    other = formats.load("bpe:300", lambda: ["text"])
     assert made(tmp_path, other, texts(3)).fingerprint != first.fingerprint
 
 
@@ -440,7 +441,7 @@ def test_chat_data_bring_a_template(config, tmp_path):
     row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
     (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
     config.source = str(tmp_path / "chat.jsonl")
-    assert load_tokenizer(config).chat_template == tokenizer.DEFAULT_TEMPLATE
+    assert load_tokenizer(config).chat_template == DEFAULT_TEMPLATE
 
 
 def test_prepare_shows_the_data(tmp_path, capsys):

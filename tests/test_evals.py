@@ -11,7 +11,7 @@ import pytest
 from common.errors import UserError
 from common.stats import of_scores
 from configs.models import SHAPES
-from data.text import tokenizer as tokenizers
+from data.text import formats as tokenizers
 from evals import export, heldout, main, task
 from evals.run import choose, evaluate, flops_per_token
 from evals.task import Task, chat

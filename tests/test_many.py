@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from common.errors import UserError
-from data.text.tokenizer import load as load_tokenizer
+from data.text.formats import load as load_tokenizer
 from infer import generate as decoding
 from infer.generate import generate
 from infer.lm import LM

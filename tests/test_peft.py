@@ -419,7 +419,7 @@ def test_intruders_are_directions_that_the_base_does_not_have():
 @pytest.fixture(scope="module")
 def folders(small, tmp_path_factory):
     """A base and two adapters of it, as folders."""
-    from data.text.tokenizer import load as load_tokenizer
+    from data.text.formats import load as load_tokenizer
 
     model, params = small
     root = tmp_path_factory.mktemp("folders")

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import tools.export
 from common.errors import UserError
-from data.text import tokenizer as tokenizers
+from data.text import formats as tokenizers
 from model import weights
 from model.config import ModelConfig
 from model.families import _layout as layout

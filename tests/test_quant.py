@@ -19,7 +19,7 @@ import pytest
 from common.errors import UserError
 from configs import schema
 from data import sources
-from data.text import tokenizer
+from data.text import formats
 from infer import generate, load
 from infer.lm import LM
 from infer.sample import Knobs
@@ -536,7 +536,7 @@ def numbers(folder):
 def test_a_quantised_folder_opens_alone(method, tmp_path, capsys):
     """Calibrated layer by layer, saved and read back without the model it came from."""
     model = tiny()
-    lm = LM(model, jax.jit(model.init)(jax.random.key(0)), tokenizer.load("bytes"))
+    lm = LM(model, jax.jit(model.init)(jax.random.key(0)), formats.load("bytes"))
     quantize.save(tmp_path / "float", lm, {"name": ""}, Namespace(dtype="float32", seed=0))
     argv = [f"--model={tmp_path / 'float'}", f"--data={numbers(tmp_path)}", "--rows=8", "--seq_len=64"]
     argv += [f"--out={tmp_path / 'small'}", "--quant=int4", "--eval_tokens=128", "--dtype=float32"]
@@ -611,7 +611,7 @@ def test_bytes_in_memory_and_on_disk_are_the_arithmetics(quant, options, bits, t
 def test_a_budget_is_kept_and_the_folder_opens(tmp_path, capsys):
     """Every matrix is what the table says, and 8 bits have a hundredth of the squared error of 4 (256 by theory)."""
     model = tiny()
-    lm = LM(model, jax.jit(model.init)(jax.random.key(0)), tokenizer.load("bytes"))
+    lm = LM(model, jax.jit(model.init)(jax.random.key(0)), formats.load("bytes"))
     quantize.save(tmp_path / "float", lm, {"name": ""}, Namespace(dtype="float32", seed=0))
     argv = [f"--model={tmp_path / 'float'}", f"--data={numbers(tmp_path)}", "--rows=8", "--seq_len=64"]
     argv += [f"--out={tmp_path / 'small'}", "--quant=mixed", "--eval_tokens=128", "--method=gptq", "--group=32"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from data.text.tokenizer import load as load_tokenizer
+from data.text.formats import load as load_tokenizer
 from infer.generate import generate
 from infer.lm import LM
 from infer.sample import Knobs

@@ -84,7 +84,7 @@ def quantise(args: argparse.Namespace, settings: dict[str, Any]) -> int:
     import jax.numpy as jnp
     import numpy as np
 
-    from data.text import tokenizer as tokenizers
+    from data.text import formats as tokenizers
     from infer.lm import LM
     from infer.models import load, open_model
     from model import weights

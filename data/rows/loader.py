@@ -14,8 +14,8 @@ from data.rows import batch as batches
 from data.rows import layout, mixture
 from data.rows.batch import Batch
 from data.rows.layout import Part
-from data.text import tokenizer
-from data.text.tokenizer import Tokenizer
+from data.text import formats
+from data.text.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 from data.views import View
 
 
@@ -192,10 +192,10 @@ def load_tokenizer(data, default: str = "bytes") -> Tokenizer:
     """
     spec = data.tokenizer or default
     trained = spec.startswith(("bpe:", "spm:"))
-    found = _trained_tokenizer(data, spec) if trained else tokenizer.load(spec)
+    found = _trained_tokenizer(data, spec) if trained else formats.load(spec)
     if found.chat_template is None:
         first = next(iter(sources.mixture(data.source)))
-        found.chat_template = tokenizer.DEFAULT_TEMPLATE if has_chats(first, data.format, data.fields) else None
+        found.chat_template = DEFAULT_TEMPLATE if has_chats(first, data.format, data.fields) else None
     return found
 
 
@@ -206,8 +206,8 @@ def _trained_tokenizer(data, spec: str) -> Tokenizer:
     folder = Path(data.cache).expanduser() / "tokenizers" / digest[:24]
     if not (folder / "special_tokens_map.json").is_file():  # the last file that `save` writes
         corpus = (text for name in names for text in texts(name, data.format, data.fields))
-        tokenizer.load(spec, lambda: corpus).save(folder)
-    return tokenizer.load(folder)
+        formats.load(spec, lambda: corpus).save(folder)
+    return formats.load(folder)
 
 
 def _prepare(data, name: str, tok: Tokenizer) -> Dataset:

@@ -2,8 +2,7 @@
 
 import io
 import json
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -11,8 +10,10 @@ from tokenizers import Tokenizer as Core
 
 from common.errors import UserError
 from common.gguf_header import read_header
+from common.packages import locate
 from data.text.tokenizer import Tokenizer
 
+FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json")  # fetched from the hub
 MAX_FILE = 256 << 20  # bytes of one tokenizer file
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # piece types of SentencePiece and GGUF
 LLAMA3 = (
@@ -31,6 +32,30 @@ SPLITS = {
     "smaug-bpe": LLAMA3,
     "qwen2": QWEN2,
 }
+
+
+def load(spec: str | Path, texts: Callable[[], Iterable[str]] | None = None) -> Tokenizer:
+    """The tokenizer that `spec` names.
+
+    spec: "bytes" | a folder or its tokenizer.json | file.model (SentencePiece) | file.gguf | a packaged model's name |
+    a hub id | "bpe:SIZE" or "spm:SIZE", trained on `texts()`.
+    """
+    spec = str(spec)
+    kind, _, size = spec.partition(":")
+    if spec == "bytes":
+        return byte_tokenizer()
+    if kind in ("bpe", "spm") and size:
+        if not size.isdigit():
+            raise UserError("the size of a vocabulary is a whole number", spec, f"for example {kind}:2048")
+        if texts is None:
+            raise UserError("this tokenizer is trained on text, and none is at hand here", spec, "name a saved one")
+        return TRAINERS[kind](texts(), int(size))
+    path = locate(spec, FILES)
+    if path.suffix == ".gguf":
+        return from_gguf(path)
+    if path.suffix == ".model":
+        return from_sentencepiece(path.read_bytes(), str(path))
+    return from_folder(path.parent if path.suffix == ".json" else path)
 
 
 # ---- bytes and trained vocabularies ----
@@ -268,24 +293,26 @@ def _add_tokens(core: Core, tokens: list[str], types: list[int]) -> None:
 
 
 def from_sentencepiece(model: bytes, where: str) -> Tokenizer:
-    """A .model file. It is a protobuf of five fields that matter, read here without protobuf."""
+    """A .model file."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
     try:
-        fields = list(_protobuf(model))
-        pieces = [_fields(value) for field, value in fields if field == 1]
-        trainer = _fields(next(value for field, value in fields if field == 2))
-        normalizer = _fields(next(value for field, value in fields if field == 3))
-        tokens = [piece[1].decode() for piece in pieces]
-        scores = [struct.unpack("<f", piece.get(2, b"\0\0\0\0"))[0] for piece in pieces]
-    except (ValueError, IndexError, KeyError, StopIteration, struct.error, AttributeError):
+        proto = ModelProto.FromString(model)
+        tokens = [piece.piece for piece in proto.pieces]
+    except (DecodeError, UnicodeDecodeError):
         raise UserError("not a SentencePiece model", where) from None
+    if not (tokens and proto.HasField("trainer_spec") and proto.HasField("normalizer_spec")):
+        raise UserError("not a SentencePiece model", where)
+    normalizer = proto.normalizer_spec
     core = _sentencepiece_core(
         tokens,
-        scores,
-        [piece.get(3, NORMAL) for piece in pieces],
-        bpe=trainer.get(3, 1) == 2,
-        dummy_prefix=bool(normalizer.get(3, 1)),
-        squeeze=bool(normalizer.get(4, 1)),
-        charsmap=normalizer.get(2, b""),
+        [piece.score for piece in proto.pieces],
+        [piece.type for piece in proto.pieces],
+        bpe=proto.trainer_spec.model_type == proto.trainer_spec.BPE,
+        dummy_prefix=normalizer.add_dummy_prefix,
+        squeeze=normalizer.remove_extra_whitespaces,
+        charsmap=normalizer.precompiled_charsmap,
     )
     ids = {key: core.token_to_id(name) for key, name in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))}
     return Tokenizer(core, **ids)
@@ -328,37 +355,3 @@ def _merges(vocab: dict[str, int], scores: list[float], types: list[int]) -> lis
             if left is not None and right is not None:
                 found.append((-scores[i], left, right, token[:cut], token[cut:]))
     return [(left, right) for *_, left, right in sorted(found)]
-
-
-def _fields(message: bytes) -> dict:
-    return dict(_protobuf(message))
-
-
-def _protobuf(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of one message; nested messages stay bytes, fixed-width numbers too."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        kind = tag & 7
-        if kind == 0:
-            value, at = _varint(message, at)
-        else:
-            if kind == 2:
-                length, at = _varint(message, at)
-            else:
-                length = {1: 8, 5: 4}[kind]
-            value, at = message[at : at + length], at + length
-            if at > len(message):
-                raise ValueError("cut off")
-        yield tag >> 3, value
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while shift < 64:
-        byte = message[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
-    raise ValueError("varint")

@@ -10,10 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError
-from common.packages import locate
-
-FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json")  # fetched from the hub
 # For models that bring no chat template: plain headings and the end token, readable in any vocabulary.
 DEFAULT_TEMPLATE = (
     "{% for m in messages %}{{ '### ' ~ m['role'] ~ '\\n' ~ m['content'] }}"
@@ -172,29 +168,3 @@ class Tokenizer:
             config["chat_template"] = self.chat_template
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
         (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2, ensure_ascii=False), "utf-8")
-
-
-def load(spec: str | Path, texts: Callable[[], Iterable[str]] | None = None) -> Tokenizer:
-    """The tokenizer that `spec` names.
-
-    spec: "bytes" | a folder or its tokenizer.json | file.model (SentencePiece) | file.gguf | a packaged model's name |
-    a hub id | "bpe:SIZE" or "spm:SIZE", trained on `texts()`.
-    """
-    from data.text import formats
-
-    spec = str(spec)
-    kind, _, size = spec.partition(":")
-    if spec == "bytes":
-        return formats.byte_tokenizer()
-    if kind in ("bpe", "spm") and size:
-        if not size.isdigit():
-            raise UserError("the size of a vocabulary is a whole number", spec, f"for example {kind}:2048")
-        if texts is None:
-            raise UserError("this tokenizer is trained on text, and none is at hand here", spec, "name a saved one")
-        return formats.TRAINERS[kind](texts(), int(size))
-    path = locate(spec, FILES)
-    if path.suffix == ".gguf":
-        return formats.from_gguf(path)
-    if path.suffix == ".model":
-        return formats.from_sentencepiece(path.read_bytes(), str(path))
-    return formats.from_folder(path.parent if path.suffix == ".json" else path)

@@ -41,7 +41,7 @@ class Pretrained:
 
     config: ModelConfig
     source: Source
-    tokenizer_source: str  # for data.text.tokenizer.load
+    tokenizer_source: str  # for data.text.formats.load
 
     @property
     def generation(self) -> dict:

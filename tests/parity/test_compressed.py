@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
 
-from data.text import tokenizer  # noqa: E402
+from data.text import formats  # noqa: E402
 from model import weights  # noqa: E402
 from model.io import export  # noqa: E402
 from model.quant import fp8, int4, int8  # noqa: E402  # noqa: E402
@@ -30,7 +30,7 @@ def both(make, family, folder):
     model, params = random_model(CONFIGS[family])
     params["embed"]["table"] *= 3
     small = make(params, model.specs, None)
-    export.export_hf(model, small, tokenizer.load("bytes"), folder)
+    export.export_hf(model, small, formats.load("bytes"), folder)
     tokens = np.random.default_rng(1).integers(0, 272, (2, 24))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     run = torch.no_grad()(lambda: theirs(torch.from_numpy(tokens)).logits.numpy())

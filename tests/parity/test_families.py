@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 from common.errors import UserError  # noqa: E402
 from data.text.chat import render  # noqa: E402
-from data.text.tokenizer import load as load_tokenizer  # noqa: E402
+from data.text.formats import load as load_tokenizer  # noqa: E402
 from model.io import export  # noqa: E402
 from model.io.pretrained import open_pretrained  # noqa: E402
 from model.net.transformer import Transformer  # noqa: E402
