@@ -60,6 +60,28 @@ def test_imports_point_one_way(package):
             assert not used & {"jax", "flax"}, path
 
 
+def test_no_module_imports_itself_in_a_circle():
+    """At import time, that is; what a function imports when it is called may look back."""
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+    used = {}
+    for name, path in modules.items():
+        nodes = [n for n in ast.parse(path.read_text("utf-8")).body if isinstance(n, ast.ImportFrom) and n.module]
+        pairs = [(f"{n.module}.{alias.name}", n.module) for n in nodes for alias in n.names]
+        used[name] = {whole if whole in modules else part for whole, part in pairs} & modules.keys()
+    while leaves := {name for name, others in used.items() if not others}:  # what is left when no leaf is, is a circle
+        used = {name: others - leaves for name, others in used.items() if name not in leaves}
+    assert not used
+
+
+def test_functions_are_at_most_60_lines():
+    """But for the table of all keys."""
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef) and (path.name, node.name) != ("base.py", "get_config"):
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+
+
 OBJECTIVES = sorted(p.stem for p in (ROOT / "train/objectives").glob("[!_]*.py"))
 
 
