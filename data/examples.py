@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from data.cache import Document
 from data.rows import batch as batches
@@ -80,7 +80,7 @@ class Completion(Example):
 class Chat(Example):
     """Assistant turns from message `first` on are learnt."""
 
-    messages: list[dict[str, Any]]
+    messages: chat.Messages
     first: int = 0
     tools: list | None = None
     kind: ClassVar[str] = "completion"

@@ -160,7 +160,7 @@ READERS = {
 }
 
 
-def _answer(prompt, completion, column: str, tools) -> Completion | Chat:
+def _answer(prompt: object, completion: object, column: str, tools: list | None) -> Completion | Chat:
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion:
             raise UserError(f"column {column!r} is empty")
@@ -189,7 +189,7 @@ def _common_messages(chosen: list, rejected: list) -> tuple[list, list, list]:
     return chosen[:size], chosen[size:], rejected[size:]
 
 
-def messages(value, column: str) -> list[dict]:
+def messages(value: object, column: str) -> list[dict]:
     """Role and content of each turn, whichever of the two spellings (role/content, from/value) is used."""
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
         raise UserError(f"column {column!r} is not a list of messages")
@@ -212,7 +212,7 @@ def _message(turn: dict, column: str, i: int) -> dict:
     return {"role": ROLES.get(role, role), "content": content, **extra}
 
 
-def _part(part, where: str) -> str:
+def _part(part: object, where: str) -> str:
     if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
         raise UserError("content that is not text", where)
     return part["text"]

@@ -47,7 +47,7 @@ ALLOWED: dict[str, str | tuple[str, ...]] = {
     "data.format": tuple(FORMATS),
     "data.seq_len": COUNT,
     "data.batch_size": COUNT,
-    "data.packing": ("best_fit", "concat", "none"),
+    "data.packing": methods.constant(methods.ROOT / "data/rows/layout.py", "PACKINGS", ()),
     "data.max_bad": SHARE,
     "optim.name": ("adamw", "adafactor", "lion", "muon"),
     "optim.lr": ANY_COUNT,

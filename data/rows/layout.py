@@ -1,13 +1,18 @@
 """The documents of one source as rows of a batch: what is cut, dropped or packed, and the copy into the arrays."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from common.errors import UserError
 from data.dataset import Dataset
 from data.rows import pack
+from data.rows.batch import Batch
 from data.rows.pack import Pieces, Rows, ranges
+from data.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import rich.text
 
 PACKINGS = ("none", "concat", "best_fit")
 
@@ -77,7 +82,7 @@ def _check_long(data: Dataset, count: int, total: int, seq_len: int, max_bad: fl
         raise UserError(f"{count} of {total} documents are longer than seq_len={seq_len}", source, fix)
 
 
-def write(batch: dict, at: np.ndarray, data: Dataset, rows: Rows, chosen: np.ndarray, pad_id: int) -> None:
+def write(batch: Batch, at: np.ndarray, data: Dataset, rows: Rows, chosen: np.ndarray, pad_id: int) -> None:
     """Copies rows `chosen` of a source into rows `at` of the arrays [B,T]; the target behind a document is padding."""
     counts = np.diff(rows.bounds)[chosen]
     pieces = ranges(rows.bounds[chosen], counts)
@@ -101,7 +106,7 @@ def write(batch: dict, at: np.ndarray, data: Dataset, rows: Rows, chosen: np.nda
         batch[key].reshape(-1)[to] = value
 
 
-def painted(batch: dict, row: int, tokenizer: Any) -> Any:
+def painted(batch: Batch, row: int, tokenizer: Tokenizer) -> "rich.text.Text":
     """The text of a row as rich Text; a token is coloured where it is a target that counts."""
     from rich.text import Text
 

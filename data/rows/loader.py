@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from common.errors import UserError
 from data import dataset, sources, views
@@ -155,7 +156,9 @@ class Loader:
         raise UserError(f"the data changed: {'; '.join(changed)}", "resume", 'set allow=("data",) to go on with it')
 
 
-def make_loaders(data, tok: Tokenizer, seed: int = 0, rows: slice | None = None) -> tuple[Loader, Loader | None]:
+def make_loaders(
+    data: ConfigDict, tok: Tokenizer, seed: int = 0, rows: slice | None = None
+) -> tuple[Loader, Loader | None]:
     """Training and held-out loaders of the `data` keys of a config; held-out is None when there is nothing to hold.
 
     Without `eval_source`, a source's own validation split is held out, else a share of its documents.
@@ -185,7 +188,7 @@ def _own_split(name: str, eval_source: str) -> str:
     return held
 
 
-def load_tokenizer(data, default: str = "bytes") -> Tokenizer:
+def load_tokenizer(data: ConfigDict, default: str = "bytes") -> Tokenizer:
     """The tokenizer of a config; `default` is the model's own. "bpe:N" and "spm:N" are trained once and cached.
 
     One without a chat template gets the default one where the data are chats, so that what is learnt is what is served.
@@ -199,7 +202,7 @@ def load_tokenizer(data, default: str = "bytes") -> Tokenizer:
     return found
 
 
-def _trained_tokenizer(data, spec: str) -> Tokenizer:
+def _trained_tokenizer(data: ConfigDict, spec: str) -> Tokenizer:
     names = list(sources.mixture(data.source))
     key = [spec, data.format, data.fields, [sources.content_id(name) for name in names]]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -210,7 +213,7 @@ def _trained_tokenizer(data, spec: str) -> Tokenizer:
     return formats.load(folder)
 
 
-def _prepare(data, name: str, tok: Tokenizer) -> Dataset:
+def _prepare(data: ConfigDict, name: str, tok: Tokenizer) -> Dataset:
     return prepare(name, tok, folder=data.cache, form=data.format, fields=data.fields, max_bad=data.max_bad)
 
 

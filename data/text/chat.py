@@ -9,10 +9,11 @@ from data.text import template
 from data.text.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 
 Messages = list[dict]
+Tools = list[dict] | None  # the functions that a template may show to the model
 Span = tuple[int, int]  # characters [start, end) of a rendered chat
 
 
-def render(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = False, tools=None) -> str:
+def render(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = False, tools: Tools = None) -> str:
     """The chat as text, by the tokenizer's template. BOS is in it where the template writes one: never add another.
 
     Refuses content that spells a control token, which could end or open a turn.
@@ -20,13 +21,15 @@ def render(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool
     return _render(messages, tokenizer, add_generation_prompt, tools)
 
 
-def encode(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = True, tools=None) -> list[int]:
+def encode(
+    messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = True, tools: Tools = None
+) -> list[int]:
     """The ids a model is asked to continue."""
     return tokenizer.encode(render(messages, tokenizer, add_generation_prompt, tools), special=True)
 
 
 def tokens_and_mask(
-    messages: Messages, tokenizer: Tokenizer, tools=None, first: int = 0
+    messages: Messages, tokenizer: Tokenizer, tools: Tools = None, first: int = 0
 ) -> tuple[list[int], list[int]]:
     """Ids of the whole chat, and 1 on those of assistant turns with their end tokens (from message `first` on).
 
@@ -40,7 +43,9 @@ def tokens_and_mask(
     return ids, mask
 
 
-def assistant_spans(messages: Messages, tokenizer: Tokenizer, tools=None, first: int = 0) -> tuple[str, list[Span]]:
+def assistant_spans(
+    messages: Messages, tokenizer: Tokenizer, tools: Tools = None, first: int = 0
+) -> tuple[str, list[Span]]:
     """The rendered chat and the characters that the model would have written."""
     if "endgeneration" in (tokenizer.chat_template or ""):
         return _spans_by_marks(messages, tokenizer, tools, first)
@@ -49,7 +54,7 @@ def assistant_spans(messages: Messages, tokenizer: Tokenizer, tools=None, first:
     return text, [_span(messages, i, text, tokenizer, tools) for i in turns]
 
 
-def _spans_by_marks(messages: Messages, tokenizer: Tokenizer, tools, first: int) -> tuple[str, list[Span]]:
+def _spans_by_marks(messages: Messages, tokenizer: Tokenizer, tools: Tools, first: int) -> tuple[str, list[Span]]:
     nonce = secrets.token_hex(8)
     left, right = f"<{nonce}(>", f"<{nonce})>"
     marked = _render(messages, tokenizer, False, tools, (left, right))
@@ -64,7 +69,7 @@ def _spans_by_marks(messages: Messages, tokenizer: Tokenizer, tools, first: int)
     return text, spans[earlier:]
 
 
-def _span(messages: Messages, i: int, text: str, tokenizer: Tokenizer, tools) -> Span:
+def _span(messages: Messages, i: int, text: str, tokenizer: Tokenizer, tools: Tools) -> Span:
     """Turn i starts where its prompt ends, and ends behind its first end token."""
     prompt = _render(messages[:i], tokenizer, True, tools)
     upto = text if i + 1 == len(messages) else _render(messages[: i + 1], tokenizer, False, tools)
@@ -111,7 +116,13 @@ def _check(text: str, spans: list[Span], ids: list[int], mask: list[int], tokeni
         raise UserError(f"the loss mask covers {learnt[:120]!r}, the assistant wrote {wanted[:120]!r}", "chat template")
 
 
-def _render(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool, tools, marks=("", "")) -> str:
+def _render(
+    messages: Messages,
+    tokenizer: Tokenizer,
+    add_generation_prompt: bool,
+    tools: Tools,
+    marks: tuple[str, str] = ("", ""),
+) -> str:
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UserError("a message needs a role and a content", f"message {i}")
@@ -127,6 +138,6 @@ def _render(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: boo
     )
 
 
-def _refuse_control_tokens(content, tokenizer: Tokenizer, i: int) -> None:
+def _refuse_control_tokens(content: object, tokenizer: Tokenizer, i: int) -> None:
     if isinstance(content, str) and (found := tokenizer.control_tokens(content)):
         raise UserError(f"the text spells the control token {found[0]!r}", f"message {i}", "remove or rephrase it")

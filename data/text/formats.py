@@ -194,12 +194,12 @@ def _read_json(path: Path) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _token_id(core: Core, token) -> int | None:
+def _token_id(core: Core, token: object) -> int | None:
     content = token.get("content") if isinstance(token, dict) else token
     return core.token_to_id(content) if isinstance(content, str) else None
 
 
-def _chat_template(folder: Path, named) -> str | None:
+def _chat_template(folder: Path, named: object) -> str | None:
     """chat_template.jinja wins over chat_template.json and the config, as in transformers."""
     if (folder / "chat_template.jinja").is_file():
         return _read(folder / "chat_template.jinja")
@@ -318,7 +318,16 @@ def from_sentencepiece(model: bytes, where: str) -> Tokenizer:
     return Tokenizer(core, **ids)
 
 
-def _sentencepiece_core(tokens, scores, types, *, bpe, dummy_prefix, squeeze, charsmap) -> Core:
+def _sentencepiece_core(
+    tokens: list[str],
+    scores: list[float],
+    types: list[int],
+    *,
+    bpe: bool,
+    dummy_prefix: bool,
+    squeeze: bool,
+    charsmap: bytes,
+) -> Core:
     """Ids equal SentencePiece's, but text that starts with whitespace gets no dummy prefix (as in transformers)."""
     unknown = next((i for i, kind in enumerate(types) if kind == UNKNOWN), None)
     byte_fallback = BYTE in types

@@ -7,8 +7,12 @@ import threading
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # For models that bring no chat template: plain headings and the end token, readable in any vocabulary.
 DEFAULT_TEMPLATE = (
@@ -23,7 +27,17 @@ TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>
 class Tokenizer:
     """Ids are those of the model; `encode` adds neither BOS nor EOS, and reads control tokens only on request."""
 
-    def __init__(self, core, *, bos=None, eos=None, pad=None, add_bos=False, chat_template=None, extra_eos=()):
+    def __init__(
+        self,
+        core: "tokenizers.Tokenizer",
+        *,
+        bos: int | None = None,
+        eos: int | None = None,
+        pad: int | None = None,
+        add_bos: bool = False,
+        chat_template: str | None = None,
+        extra_eos: Iterable[int] = (),
+    ):
         core.no_truncation()
         core.no_padding()
         core.encode_special_tokens = True
@@ -71,7 +85,7 @@ class Tokenizer:
         encoding = self._encode([text], special, self.core.encode_batch)[0]
         return encoding.ids, encoding.offsets
 
-    def _encode(self, texts: list[str], special: bool, encode: Callable):
+    def _encode(self, texts: list[str], special: bool, encode: Callable) -> "list[tokenizers.Encoding]":
         with self._lock:  # the switch belongs to the core, so threads take turns
             self.core.encode_special_tokens = not special
             try:
@@ -92,7 +106,7 @@ class Tokenizer:
         decoder = DecodeStream(list(prompt), skip_special)
         return lambda token: decoder.step(self.core, int(token)) or ""
 
-    def token_bytes(self, ids):
+    def token_bytes(self, ids: int | np.ndarray) -> np.ndarray:
         """Bytes of UTF-8 that a token (or an array of them) stands for; 0 for control tokens. int32."""
         return self.byte_lengths[ids]
 
