@@ -191,6 +191,7 @@ def prefill(model: Transformer, params: Params, batch: Any, room: int, kind: str
 
 def check(model: Transformer, params: Params, prompts: Sequence[Sequence[int]], n: int) -> None:
     """Raises UserError for prompts that cannot be continued by `n` tokens."""
+    needs_causal(model)
     limit, vocab = model.config.max_len - virtual_tokens(params), model.config.vocab_size
     if n < 1:
         raise UserError(f"max_new_tokens={n}", fix="at least 1")
@@ -202,6 +203,12 @@ def check(model: Transformer, params: Params, prompts: Sequence[Sequence[int]], 
             raise UserError(what, f"prompt {i}", "shorten the prompt or lower max_new_tokens")
         if min(prompt) < 0 or max(prompt) >= vocab:
             raise UserError(f"token id outside the vocabulary of {vocab}", f"prompt {i}", "use the model's tokenizer")
+
+
+def needs_causal(model: Transformer) -> None:
+    """Raises UserError for a model that sees the tokens whose probabilities are asked for."""
+    if not model.config.causal:
+        raise UserError("a model that looks both ways has no next token", "model", "load one that looks back only")
 
 
 def _stop_ids(ids: Sequence[int]) -> Array:

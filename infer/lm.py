@@ -13,7 +13,7 @@ from jax import Array
 from common.errors import UserError
 from data.text import chat
 from data.text.tokenizer import Tokenizer
-from infer.generate import bucket, generate, stream, unrolled
+from infer.generate import bucket, generate, needs_causal, stream, unrolled
 from infer.serve.store import Store
 from model.config import ModelConfig
 from model.net import head
@@ -169,6 +169,7 @@ class LM:
 
     def _sums(self, rows: list[tuple[list[int], list[int]]]) -> np.ndarray:
         """Sum of log p of each row's second part; rows of like length share a forward pass."""
+        needs_causal(self.model)
         sums = np.zeros(len(rows))
         for batch in _batches([len(a) + len(b) for a, b in rows], BATCH_TOKENS):
             sums[batch] = _sum_logps(self.model, self.params, _teach([rows[i] for i in batch]))[: len(batch)]

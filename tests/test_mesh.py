@@ -156,29 +156,34 @@ def value_and_gradients(f, q, k, v, g) -> tuple:
     return jax.jit(both)(q, k, v, g)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 2), (1, 1, 4, 2), (1, 2, 1, 4)], ids=str)
-def test_ring_equals_attention(shape, window):
+def test_ring_equals_attention(shape, window, causal):
     """Values and gradients; with tensor 4 the two key heads do not divide."""
     q, k, v, g, positions, segments = problem(32, 16)
-    see = mask(positions, segments, positions, segments, window or None)
+    see = mask(positions, segments, positions, segments, window or None, causal)
     want = value_and_gradients(lambda q, k, v: attention(q, k, v, see), q, k, v, g)
     with jax.set_mesh(mesh_of(*shape)):
-        ring = lambda q, k, v: ring_attention(q, k, v, positions, segments, window or FAR)
+        ring = lambda q, k, v: ring_attention(q, k, v, positions, segments, window or FAR, causal)
         got = value_and_gradients(ring, q, k, v, g)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
-@pytest.mark.parametrize(("shape", "window"), [(None, 0), ((1, 1, 4), 100), ((2, 1, 2, 2), 100)], ids=str)
-def test_splash_equals_attention(monkeypatch, shape, window):
+@pytest.mark.parametrize(
+    ("shape", "window", "causal"),
+    [(None, 0, True), ((1, 1, 4), 100, True), ((2, 1, 2, 2), 100, True), ((2, 1, 2, 2), 0, False), (None, 100, False)],
+    ids=str,
+)
+def test_splash_equals_attention(monkeypatch, shape, window, causal):
     """The TPU's kernel, interpreted: values and gradients, with grouped heads, documents and a window."""
     interpreted = functools.partial(splash_attention.make_splash_mha, interpret=True)
     monkeypatch.setattr(splash_attention, "make_splash_mha", interpreted)
     q, k, v, g, positions, segments = problem(512, 64)
-    see = mask(positions, segments, positions, segments, window or None)
+    see = mask(positions, segments, positions, segments, window or None, causal)
     want = value_and_gradients(lambda q, k, v: attention(q, k, v, see), q, k, v, g)
     with jax.set_mesh(mesh_of(*shape or (1,))):
-        got = value_and_gradients(lambda q, k, v: backends.splash(q, k, v, segments, window), q, k, v, g)
+        got = value_and_gradients(lambda q, k, v: backends.splash(q, k, v, segments, window, causal), q, k, v, g)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 

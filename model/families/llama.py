@@ -106,8 +106,8 @@ def act_name(ours: str) -> str:
 
 
 def refuse(hf: dict, **expected: Any) -> None:
-    """UserError when a config asks for what the layers do not compute."""
-    for key, value in expected.items():
+    """UserError when a config asks for what the layers do not compute. No family looks both ways yet."""
+    for key, value in {"is_causal": True, "use_bidirectional_attention": False, **expected}.items():
         if hf.get(key, value) not in (value, None):
             raise UserError(f"{key}={hf[key]!r} is not computed here; only {value!r} is", hf.get("model_type", ""))
 

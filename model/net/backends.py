@@ -101,10 +101,11 @@ def splash(q: Array, k: Array, v: Array, segments: Array, window: int = 0, causa
     T, N, H = q.shape[1:]
     shape, block = (T, T), next(b for b in BLOCKS if T // split % b == 0)
     back = min(block, 512)
-    if window:
-        local = sa.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0, split)
-    else:
-        local = sa.CausalMask(shape, 0, split) if causal else sa.FullMask(shape)
+    if causal and not window:
+        local = sa.CausalMask(shape, 0, split)
+    else:  # a FullMask cannot be split over devices; blocks that are seen whole cost as little here
+        reach = (window or T) - 1
+        local = sa.LocalMask(shape, (reach, 0 if causal else reach), 0, split)
     sizes = sa.BlockSizes(block, block, block, back, back, back, back, back)
     heads = sa.MultiHeadMask([local] * (N // tensor))
     kernel = sa.make_splash_mha(

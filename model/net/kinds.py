@@ -14,6 +14,8 @@ from model.net import kv_cache, recurrent
 from model.net.kv_cache import KV
 from model.net.layers import Block
 
+NORMS = ("pre", "post", "both")
+
 
 class Kind(NamedTuple):
     """`columns`: what a layer keeps of earlier tokens is a column of keys and values for each of them.
@@ -55,7 +57,9 @@ KINDS = {
 
 
 def check(config: ModelConfig) -> None:
-    """Raises UserError for layers of a kind that is not known, or that cannot look both ways."""
+    """Raises UserError for norms or layers that are not known, and for layers that cannot look both ways."""
+    if config.norms not in NORMS:
+        raise UserError(f"norms={config.norms!r}", "model", f"known: {', '.join(NORMS)}")
     for name in config.blocks:
         if name not in KINDS:
             raise UserError(f"no layer of kind {name!r}", "model", f"known: {', '.join(KINDS)}")

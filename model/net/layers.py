@@ -145,14 +145,11 @@ class Block(Layer):
 
     def norm_behind(self, name: str, x: Array, y: Array) -> Array:
         """The residual stream x with the output y of a sublayer in it."""
-        match self.config.norms:
-            case "pre":
-                return x + y
-            case "post":
-                return Norm(self.config, name=f"{name}_norm")(x + y)
-            case "both":
-                return x + Norm(self.config, name=f"{name}_out_norm")(y)
-        raise ValueError(f"norms={self.config.norms!r}; known: pre, post, both")
+        if self.config.norms == "post":
+            return Norm(self.config, name=f"{name}_norm")(x + y)
+        if self.config.norms == "both":
+            y = Norm(self.config, name=f"{name}_out_norm")(y)
+        return x + y
 
     def adapted(self, name: str, x: Array, y: Array) -> Array:
         """The output y of a sublayer with input x, through its adapter where it has one."""
