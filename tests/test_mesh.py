@@ -172,7 +172,7 @@ def test_ring_equals_attention(shape, window, causal):
 
 @pytest.mark.parametrize(
     ("shape", "window", "causal"),
-    [(None, 0, True), ((1, 1, 4), 100, True), ((2, 1, 2, 2), 100, True), ((2, 1, 2, 2), 0, False), (None, 100, False)],
+    [(None, 0, True), ((1, 1, 4), 100, True), ((2, 1, 2, 2), 100, True), ((1, 1, 4), 0, False), (None, 100, False)],
     ids=str,
 )
 def test_splash_equals_attention(monkeypatch, shape, window, causal):
@@ -244,6 +244,12 @@ def test_choice_of_attention(asked, head_dim, dtype, length, platform, context, 
     else:
         found = choose()
         assert found[0] == backend and why in found[1]
+
+
+def test_splash_leaves_rows_that_are_split_and_looked_at_both_ways_to_the_ring():
+    both_ways = ModelConfig.from_dict({**shape().to_dict(), "causal": False})
+    choose = lambda split: backends.choose("auto", both_ways, "bfloat16", 2048, "tpu", split)
+    assert choose(1)[0] == "splash" and choose(2)[0] == "xla" and "sees all" in choose(2)[1]
 
 
 # --- slices ---

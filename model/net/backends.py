@@ -42,6 +42,7 @@ def _problem(backend: str, c: ModelConfig, dtype: str, seq_len: int, platform: s
         "xla": (),
         "splash": (
             (platform != "tpu", f"it needs a TPU, the devices are of type {platform}"),
+            (not c.causal and split > 1, "it cannot split a row in which every token sees all"),
             (c.head_dim % 64, f"the head size {c.head_dim} is not a multiple of 64"),
             (seq_len % (128 * split), f"{seq_len} tokens over {split} devices are not a multiple of 128 each"),
         ),
@@ -60,7 +61,7 @@ def attend(q: Array, k: Array, v: Array, context: Context) -> Array:
     how, window = context.backend, max(context.windows, default=0)
     (B, T), split = q.shape[:2], shards("context")
     even = T % split == 0 and B % shards(*ROWS) == 0
-    if how == "splash" and even and T // split % BLOCKS[-1] == 0:
+    if how == "splash" and even and T // split % BLOCKS[-1] == 0 and (context.causal or split == 1):
         return _splash_of_layer(q, k, v, context, window)
     if how != "cache" and even and split > 1:
         far = jnp.where(context.windowed, window, FAR) if window else FAR
@@ -101,11 +102,10 @@ def splash(q: Array, k: Array, v: Array, segments: Array, window: int = 0, causa
     T, N, H = q.shape[1:]
     shape, block = (T, T), next(b for b in BLOCKS if T // split % b == 0)
     back = min(block, 512)
-    if causal and not window:
-        local = sa.CausalMask(shape, 0, split)
-    else:  # a FullMask cannot be split over devices; blocks that are seen whole cost as little here
-        reach = (window or T) - 1
-        local = sa.LocalMask(shape, (reach, 0 if causal else reach), 0, split)
+    if window:
+        local = sa.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0, split)
+    else:
+        local = sa.CausalMask(shape, 0, split) if causal else sa.FullMask(shape)
     sizes = sa.BlockSizes(block, block, block, back, back, back, back, back)
     heads = sa.MultiHeadMask([local] * (N // tensor))
     kernel = sa.make_splash_mha(
