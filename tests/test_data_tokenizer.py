@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import decoders
 
 from common.errors import UserError
 from data.text import chat, formats
@@ -58,13 +59,23 @@ def test_folder_round_trip(spec, tmp_path, request):
 def test_token_bytes_sum_to_the_text(spec, request):
     tok = request.getfixturevalue("smollm2") if spec == "smollm2" else formats.load(spec, lambda: LINES)
     assert tok.token_bytes(np.array(tok.encode(TEXT))).sum() == len(TEXT.encode())
-    assert tok.token_bytes(tok.eos_id) == 0
+    assert b"".join(map(tok.spelled, tok.encode(TEXT))).decode() == TEXT
+    assert tok.token_bytes(tok.eos_id) == 0 and tok.spelled(tok.eos_id).decode() in tok.special
 
 
 def test_stream_holds_unfinished_characters_back():
     tok = formats.load("bytes")
     push = tok.stream()
     assert [push(i) for i in tok.encode("aé世")] == ["a", "", "é", "", "", "世"]
+
+
+def test_a_stream_behind_a_prompt_keeps_the_space_before_it():
+    """Decoders of Llama strip the first space of a text, which is not the first of an answer."""
+    tok = tokenizer.load("spm:400", lambda: LINES)
+    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tok.core.decoder = decoders.Sequence(strip)
+    prompt, answer = tok.encode("one"), tok.encode("one two")[len(tok.encode("one")) :]
+    assert "".join(map(tok.stream(prompt), answer)) == " two"
 
 
 def test_training_is_deterministic_and_splits_digits():

@@ -3,9 +3,13 @@
 import contextlib
 import http.client
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +24,7 @@ from infer.sample import Knobs
 from infer.serve import Refused, api, connection, messages
 from infer.serve import http as serving
 from infer.serve.batcher import Batcher, Full
+from model.io.export import export_hf
 from tests.test_many import NAMES, PROMPTS, make, store_of
 
 # --- continuous batching ---
@@ -305,6 +310,7 @@ def test_more_tokens_than_fit_are_clamped(port):
         (400, "stream_options", dict(stream=True, stream_options={"other": True})),
         (400, "prompt", dict(path="/v1/completions")),
         (400, "prompt", dict(path="/v1/completions", prompt=[[]])),
+        (400, "n", dict(path="/v1/completions", prompt=["a"] * 5, n=20)),
         (400, None, dict(path="/v1/completions", prompt="")),
         (400, None, dict(path="/v1/completions", prompt=[320])),
         (400, "echo", dict(path="/v1/completions", prompt="a", echo=True)),
@@ -481,3 +487,156 @@ def test_an_error_of_the_batch_is_answered_and_ends_the_server(batcher, stream):
         text = b"".join(iter(lambda: client.recv(1000), b"")).decode()
     assert "the step broke" in text and "server_error" in text and "[DONE]" not in text
     assert [str(e) for e in errors] == ["the step broke"]
+
+
+@pytest.mark.slow
+def test_64_clients_are_all_answered(port):
+    """Each of them connects anew for each of its 15 requests."""
+    statuses = []
+
+    def client():
+        for _ in range(15):
+            status, _, headers = ask(port, max_tokens=4, temperature=0)
+            statuses.append(status)
+            assert status == 200 or headers["Retry-After"]
+
+    threads = [threading.Thread(target=client) for _ in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(statuses) == 960 and set(statuses) <= {200, 429} and statuses.count(200) > 480
+
+
+@pytest.mark.slow
+def test_200_clients_that_drip_do_not_slow_an_honest_one(port, monkeypatch):
+    monkeypatch.setattr(connection, "PATIENCE", 5.0)
+
+    def p95():
+        seconds = []
+        for _ in range(60):
+            begin = time.perf_counter()
+            assert ask(port, max_tokens=8, temperature=0)[0] == 200
+            seconds.append(time.perf_counter() - begin)
+        return sorted(seconds)[56]
+
+    p95()
+    alone = p95()
+    whole = request_of()
+    clients = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(200)]
+    done = threading.Event()
+
+    def drip():
+        for at in range(60):
+            for client in clients:
+                with contextlib.suppress(OSError):
+                    client.send(whole[at : at + 1])
+            if done.wait(1):
+                return
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    among = p95()
+    time.sleep(6)
+    done.set()
+    thread.join()
+    for client in clients:  # all are cut
+        assert client.recv(1000).startswith(b"HTTP/1.1 408")
+        client.close()
+    assert among < 2 * alone + 0.005
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    model, base, _ = make()
+    export_hf(model, base, load_tokenizer("bytes"), folder, check=False)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_answers_end(exported, number):
+    command = [sys.executable, "-m", "tools.serve", str(exported), "--name=tiny", "--port=0", "--length=128"]
+    root = Path(__file__).resolve().parents[1]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        assert line.endswith("/v1 serves tiny\n"), process.stderr.read()
+        port = int(line.split("/")[2].split(":")[1])
+        ask(port, model="tiny", max_tokens=2)
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+            client.sendall(request_of(model="tiny", stream=True, max_tokens=120, temperature=0))
+            text = client.recv(100)
+            process.send_signal(number)
+            text += b"".join(iter(lambda: client.recv(10_000), b""))
+        assert b'"finish_reason": "length"' in text and b"data: [DONE]" in text
+        assert process.wait(60) == 0
+        assert not process.stderr.read()
+
+
+# --- the official client ---
+
+
+@pytest.fixture
+def openai_client(port):
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+ASKED = dict(model="c", messages=USER, max_tokens=24, temperature=8, seed=4)
+
+
+@pytest.mark.parity
+def test_openai_client_chats(openai_client, batcher):
+    create = openai_client.chat.completions.create
+    answer = create(**ASKED, n=2, frequency_penalty=0, logit_bias={}, response_format={"type": "text"}, tools=[])
+    first, second = answer.choices
+    want = batcher.lm.generate("2+3=", adapters=["c"], max_new_tokens=24, temperature=8.0, seed=4)[0]
+    assert first.message.content == want != second.message.content and first.message.role == "assistant"
+    assert answer.usage.prompt_tokens == 4 and answer.usage.completion_tokens == 48
+    stopped = create(**ASKED, stop=[want[3:6]]).choices[0]
+    assert (stopped.message.content, stopped.finish_reason) == (want[:3], "stop")
+    history = [*USER, first.message.model_dump(), *USER]
+    assert create(**ASKED | {"messages": history, "max_tokens": 2}).usage.completion_tokens == 2
+
+    events = list(create(**ASKED, stream=True, stream_options={"include_usage": True}, logprobs=True, top_logprobs=2))
+    parts = [e.choices[0] for e in events if e.choices]
+    assert "".join(p.delta.content or "" for p in parts) == want and parts[-1].finish_reason == "length"
+    assert events[-1].usage.total_tokens == 28
+    whole = create(**ASKED, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    entries = [entry for p in parts if p.logprobs for entry in p.logprobs.content]
+    assert [e.token for e in entries] == [e.token for e in whole] and len(whole) == 24
+    assert [e.logprob for e in entries] == pytest.approx([e.logprob for e in whole], abs=1e-4)
+    assert all(len(entry.top_logprobs) == 2 and entry.logprob <= 0 for entry in whole)
+    with create(**ASKED | {"max_tokens": 10_000}, stream=True) as stream:
+        next(iter(stream))  # and leaves
+    wait(lambda: not any(batcher.rows))
+
+
+@pytest.mark.parity
+def test_openai_client_completes_and_lists(openai_client, batcher):
+    create = openai_client.completions.create
+    asked = dict(model="base", prompt="2+3=", max_tokens=5, temperature=0)
+    want = batcher.lm.generate("2+3=", max_new_tokens=5)[0]
+    answer = create(**asked, logprobs=1, best_of=1, echo=False)
+    assert answer.choices[0].text == want and len(answer.choices[0].logprobs.tokens) == 5
+    assert "".join(e.choices[0].text for e in create(**asked, stream=True)) == want
+    assert [m.id for m in openai_client.models.list()] == ["base", "c", "d"]
+    assert openai_client.models.retrieve("d").id == "d"
+
+
+@pytest.mark.parity
+def test_openai_client_raises_its_own_errors(openai_client, batcher, monkeypatch):
+    import openai
+
+    create = openai_client.chat.completions.create
+    with pytest.raises(openai.NotFoundError) as missing:
+        create(model="other", messages=USER)
+    assert missing.value.code == "model_not_found" and missing.value.param == "model"
+    with pytest.raises(openai.BadRequestError, match="json_object") as refused:
+        create(**ASKED, response_format={"type": "json_object"})
+    assert refused.value.param == "response_format" and refused.value.type == "invalid_request_error"
+    monkeypatch.setattr(batcher, "limit", 0)
+    with pytest.raises(openai.RateLimitError):
+        create(**ASKED)

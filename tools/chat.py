@@ -13,11 +13,14 @@ without a chat template continues the text. Speed goes to stderr, with the wait 
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from common import cli
 from common.cli import named
 from common.errors import UserError
+
+if TYPE_CHECKING:  # jax is not imported before the options are read
+    from infer.lm import LM
 
 
 @cli.command
@@ -50,7 +53,7 @@ def main(argv: list[str]) -> int | None:
 class Chat:
     """A conversation so far; an answer that fails or is interrupted leaves it as it was."""
 
-    def __init__(self, lm: Any, system: str, knobs: dict[str, Any]):
+    def __init__(self, lm: "LM", system: str, knobs: dict[str, float | int | str]):
         self.lm, self.knobs = lm, knobs
         self.adapter = next(iter(lm.store.adapters)) if lm.store else None
         self.start = [{"role": "system", "content": system}] if system else []

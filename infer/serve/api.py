@@ -84,13 +84,16 @@ def read(body: bytes, chat: bool, models: Collection[str]) -> Asked:
         message = f"no model {str(content['model'])[:80]!r}; there are {', '.join(models)}"
         raise Refused(404, message, "model", "model_not_found")
     o = {name: _value(name, field, content.get(name)) for name, field in fields.items()}
+    prompts = [turns(content.get("messages"))] if chat else _prompts(content.get("prompt"))
+    if len(prompts) * o["n"] > CHOICES:
+        raise Refused(400, f"a request has at most {CHOICES} answers", "n", "invalid_value")
     stream_options = content.get("stream_options", {})
     if stream_options and not o["stream"]:
         raise Refused(400, "stream_options needs stream: true", "stream_options")
     return Asked(
         model=content["model"],
         chat=chat,
-        prompts=[turns(content.get("messages"))] if chat else _prompts(content.get("prompt")),
+        prompts=prompts,
         max_tokens=_max_tokens(o),
         n=o["n"],
         knobs=Knobs(float(o["temperature"]), max(o["top_k"], 0), float(o["top_p"]), float(o["min_p"])),
@@ -193,8 +196,6 @@ def _prompts(value: Any) -> list[str | list[int]]:
     prompts = [value] if isinstance(value, str) or ids(value) else value
     if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) or ids(p) for p in prompts):
         raise Refused(400, "prompt must be a text, a list of texts, or token ids", "prompt")
-    if len(prompts) > CHOICES:
-        raise Refused(400, f"a request has at most {CHOICES} prompts", "prompt")
     return prompts
 
 
