@@ -13,17 +13,15 @@ supported are refused unless they change nothing. SIGINT (Ctrl-C) or SIGTERM end
 are answered.
 """
 
-import argparse
-import contextlib
 import sys
 
+from common import cli
 from common.errors import UserError
-from tools.chat import named
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.serve", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("tools.serve", __doc__)
     parser.add_argument("model")
     parser.add_argument("--name", default="", help="what requests call the model; MODEL by default")
     parser.add_argument("--adapters", default="", help="run or PEFT folders, with commas between them")
@@ -31,33 +29,24 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rows", type=int, default=8, help="answers at a time")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a prompt and its answer")
     args = parser.parse_args(argv)
-    name = args.name or args.model
-    try:
-        if min(args.rows, args.length) < 1:
-            raise UserError("must be at least 1", "--rows and --length")
-        if not 0 <= args.port < 1 << 16:
-            raise UserError(f"{args.port} is no port", "--port", "0 to 65535")
-        folders = named(args.adapters)
-        if name in folders:
-            raise UserError(f"{name!r} is the model's own name", "--adapters", "NAME=FOLDER")
-        from infer.models import load, load_many
-        from infer.serve import http
-        from infer.serve.batcher import Batcher
+    name, folders = args.name or args.model, cli.named(args.adapters)
+    if min(args.rows, args.length) < 1:
+        raise UserError("must be at least 1", "--rows and --length")
+    if not 0 <= args.port < 1 << 16:
+        raise UserError(f"{args.port} is no port", "--port", "0 to 65535")
+    if name in folders:
+        raise UserError(f"{name!r} is the model's own name", "--adapters", "NAME=FOLDER")
+    from infer.models import load, load_many
+    from infer.serve import http
+    from infer.serve.batcher import Batcher
 
-        with http.listen(args.port) as listening:  # before the model is read: the port may be taken
-            lm = load_many(args.model, folders) if folders else load(args.model)
-            batcher = Batcher(lm, args.rows, args.length)
-            names = ", ".join([name, *batcher.names])
-            print(f"http://{http.HOST}:{listening.getsockname()[1]}/v1 serves {names}", flush=True)
-            http.run(http.make(batcher, name), batcher, listening)
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # while the model was read
-        return 130
-    return 0
+    with http.listen(args.port) as listening:  # before the model is read: the port may be taken
+        lm = load_many(args.model, folders) if folders else load(args.model)
+        batcher = Batcher(lm, args.rows, args.length)
+        names = ", ".join([name, *batcher.names])
+        print(f"http://{http.HOST}:{listening.getsockname()[1]}/v1 serves {names}", flush=True)
+        http.run(http.make(batcher, name), batcher, listening)
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))
