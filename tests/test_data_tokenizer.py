@@ -71,7 +71,7 @@ def test_stream_holds_unfinished_characters_back():
 
 def test_a_stream_behind_a_prompt_keeps_the_space_before_it():
     """Decoders of Llama strip the first space of a text, which is not the first of an answer."""
-    tok = tokenizer.load("spm:400", lambda: LINES)
+    tok = formats.load("spm:400", lambda: LINES)
     strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tok.core.decoder = decoders.Sequence(strip)
     prompt, answer = tok.encode("one"), tok.encode("one two")[len(tok.encode("one")) :]
