@@ -193,7 +193,7 @@ class Scored(Parts):
 
 
 def _start(tokenizer: Tokenizer) -> list[int]:
-    return [tokenizer.bos_id] if tokenizer.add_bos else []
+    return list(tokenizer.prefix)
 
 
 def _end(tokenizer: Tokenizer) -> list[int]:

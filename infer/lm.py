@@ -116,10 +116,7 @@ class LM:
         """The ids that stand before an answer; texts start with BOS where the tokenizer says so, chats by template."""
         if not isinstance(prompt, str):
             return chat.encode(list(prompt), self.tokenizer)
-        return self._start() + self.tokenizer.encode(prompt)
-
-    def _start(self) -> list[int]:
-        return [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
+        return [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)]
 
     def _continuation(self, prompt: list[int], tokens: list[int]) -> str:
         """Decoded behind its prompt: alone, SentencePiece would drop the leading space."""

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.errors import UserError
+
 if TYPE_CHECKING:
-    import tokenizers
+    from tokenizers import Tokenizer as Core
 
 # For models that bring no chat template: plain headings and the end token, readable in any vocabulary.
 DEFAULT_TEMPLATE = (
@@ -29,13 +31,14 @@ class Tokenizer:
 
     def __init__(
         self,
-        core: "tokenizers.Tokenizer",
+        core: "Core",
         *,
         bos: int | None = None,
         eos: int | None = None,
         pad: int | None = None,
-        add_bos: bool = False,
+        prefix: tuple[int, ...] = (),
         chat_template: str | None = None,
+        tool_template: str | None = None,
         extra_eos: Iterable[int] = (),
     ):
         core.no_truncation()
@@ -43,10 +46,15 @@ class Tokenizer:
         core.encode_special_tokens = True
         self.core = core
         self.bos_id, self.eos_id, self.pad_id = bos, eos, pad
-        self.add_bos = add_bos and bos is not None  # documents start with BOS
+        self.prefix = prefix  # ids that documents start with: BOS, as a rule
         self.chat_template = chat_template
+        self.tool_template = tool_template  # for chats with tools, where the model has one of their own
         self.extra_eos = tuple(extra_eos)
         self._lock = threading.Lock()
+
+    @property
+    def add_bos(self) -> bool:
+        return self.bos_id is not None and self.bos_id in self.prefix
 
     @cached_property
     def vocab_size(self) -> int:
@@ -85,11 +93,13 @@ class Tokenizer:
         encoding = self._encode([text], special, self.core.encode_batch)[0]
         return encoding.ids, encoding.offsets
 
-    def _encode(self, texts: list[str], special: bool, encode: Callable) -> "list[tokenizers.Encoding]":
+    def _encode(self, texts: list[str], special: bool, encode: Callable):
         with self._lock:  # the switch belongs to the core, so threads take turns
             self.core.encode_special_tokens = not special
             try:
                 return encode(texts, add_special_tokens=False)
+            except TypeError:
+                raise UserError("the text holds half a surrogate pair, which is no character", "text") from None
             finally:
                 self.core.encode_special_tokens = True
 
@@ -106,7 +116,7 @@ class Tokenizer:
         decoder = DecodeStream(list(prompt), skip_special)
         return lambda token: decoder.step(self.core, int(token)) or ""
 
-    def token_bytes(self, ids: int | np.ndarray) -> np.ndarray:
+    def token_bytes(self, ids):
         """Bytes of UTF-8 that a token (or an array of them) stands for; 0 for control tokens. int32."""
         return self.byte_lengths[ids]
 
@@ -159,8 +169,10 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Equal for tokenizers that give equal ids and chats, wherever they were loaded from."""
         template = self.chat_template or DEFAULT_TEMPLATE
-        ids = [self.bos_id, self.eos_id, self.pad_id, self.add_bos, self.extra_eos]
-        return hashlib.sha256(json.dumps([self._core_digest, ids, template]).encode()).hexdigest()
+        prefix = self.add_bos if self.prefix in ((), (self.bos_id,)) else self.prefix
+        ids = [self.bos_id, self.eos_id, self.pad_id, prefix, self.extra_eos]
+        parts = [self._core_digest, ids, template, *([self.tool_template] if self.tool_template else [])]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
         """Files that `load` and the usual `AutoTokenizer` both read, giving the same ids."""
@@ -171,7 +183,7 @@ class Tokenizer:
         names = {key: self.core.id_to_token(i) for key, i in ids.items() if i is not None}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "add_bos_token": self.add_bos,
+            **({"add_bos_token": self.add_bos} if self.prefix in ((), (self.bos_id,)) else {}),
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
             "extra_eos_ids": list(self.extra_eos),
@@ -180,5 +192,8 @@ class Tokenizer:
         if self.chat_template is not None:
             (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
             config["chat_template"] = self.chat_template
+        if self.tool_template is not None:
+            (folder / "additional_chat_templates").mkdir(exist_ok=True)
+            (folder / "additional_chat_templates/tool_use.jinja").write_text(self.tool_template, encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
         (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2, ensure_ascii=False), "utf-8")

@@ -1,0 +1,273 @@
+"""Hugging Face folders: the vocabulary, and every file beside it that says what else the tokenizer is."""
+
+import importlib
+import json
+import logging
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Core
+
+from common.errors import UserError
+from data.text import gguf, pieces
+from data.text.splits import QWEN2
+from data.text.tokenizer import Tokenizer
+
+MAX_FILE = 256 << 20  # bytes of one tokenizer file
+MAX_GAP = 4096  # ids that nothing names, before one that a file names
+NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+# Names of tokens that a class has where its folder is silent; only folders without tokenizer.json ask.
+GPT2 = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+BERT = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+CLASSES = {"GPT2": GPT2, "Qwen2": {"eos_token": "<|endoftext|>"}, "Llama": LLAMA, "": LLAMA}
+CLASSES |= {"CodeLlama": LLAMA, "Gemma": {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}}
+CLASSES |= {"Bert": BERT, "DistilBert": BERT, "Electra": BERT}
+FILES = ("*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json", "added_tokens.json", "tokenizer*")
+
+
+def from_folder(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder, or of the tokenizer/ of a run."""
+    if (folder / "tokenizer" / "tokenizer.json").is_file():
+        folder = folder / "tokenizer"
+    names = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
+    kind = str(names.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
+    core = _core(folder, kind, names)
+    if core is None:
+        ggufs = sorted(folder.glob("*.gguf"))
+        if len(ggufs) == 1 and not _vocabularies(folder):
+            return gguf.from_gguf(ggufs[0])
+        core, names = _by_transformers(folder, kind, names)
+    elif not (folder / "tokenizer.json").is_file():
+        names = {**CLASSES[kind], **names}
+    return _finished(core, folder, names)
+
+
+def _finished(core: Core, folder: Path, names: dict) -> Tokenizer:
+    core.no_truncation()
+    core.no_padding()
+    _add_tokens(core, folder, names)
+    ids = {key: _token_id(core, names.get(f"{key}_token")) for key in ("bos", "eos", "pad")}
+    templates = _chat_templates(folder, names.get("chat_template"))
+    return Tokenizer(
+        core,
+        **ids,
+        prefix=_prefix(core, names, ids["bos"]),
+        chat_template=templates.get("default"),
+        tool_template=templates.get("tool_use"),
+        extra_eos=[*names.get("extra_eos_ids", ()), *_generation_eos(folder, ids["eos"])],
+    )
+
+
+# ---- the vocabulary ----
+
+
+def _core(folder: Path, kind: str, names: dict) -> Core | None:
+    """None where the folder holds no kind of vocabulary that is read here."""
+    if (folder / "tokenizer.json").is_file():
+        try:
+            return Core.from_str(_read(folder / "tokenizer.json"))
+        except Exception as error:  # the Rust side raises a bare Exception
+            raise UserError(f"not a tokenizer this library reads: {error}", str(folder / "tokenizer.json")) from None
+    if kind not in CLASSES:
+        return None
+    if (path := folder / "tokenizer.model").is_file():
+        return _sentencepiece(path, kind, names)
+    if kind in ("GPT2", "Qwen2") and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return _byte_level(folder, kind, names)
+    if CLASSES[kind] is BERT and (folder / "vocab.txt").is_file():
+        return _word_piece(folder, names)
+    return None
+
+
+def _sentencepiece(path: Path, kind: str, names: dict) -> Core | None:
+    """As the class of the folder reads the file: Llama's puts a space before the text, once unless `legacy`."""
+    renamed = {int(i): _content(token) for i, token in (names.get("added_tokens_decoder") or {}).items()}
+    try:
+        core = pieces.sentencepiece(path.read_bytes(), str(path), renamed)
+    except UserError:
+        if b" " in path.read_bytes()[:64]:  # a list of base64 and ranks, as tiktoken writes
+            return None
+        raise
+    if kind.endswith("Llama"):
+        spaced = names.get("add_prefix_space") is not False
+        scheme = ("always" if names.get("legacy") else "first") if spaced else "never"
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        core.decoder = pieces.sentencepiece_decoder(spaced)
+    return core
+
+
+def _byte_level(folder: Path, kind: str, names: dict) -> Core:
+    lines = _read(folder / "merges.txt").split("\n")
+    merges = [tuple(line.split(" ", 1)) for line in lines if " " in line and not line.startswith("#version")]
+    spaced = bool(names.get("add_prefix_space"))
+    try:
+        core = Core(models.BPE(_read_json(folder / "vocab.json"), merges))
+    except Exception as error:
+        raise UserError(f"vocab.json and merges.txt do not fit: {error}", str(folder)) from None
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced, use_regex=True)
+    if kind == "Qwen2":
+        split = pre_tokenizers.Split(Regex(QWEN2), "isolated")
+        core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(spaced, use_regex=False)])
+        core.normalizer = normalizers.NFC()
+    core.decoder = decoders.ByteLevel()
+    return core
+
+
+def _word_piece(folder: Path, names: dict) -> Core:
+    names = {**BERT, **names}
+    words = _read(folder / "vocab.txt").splitlines()
+    core = Core(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token=_content(names["unk_token"])))
+    core.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=names.get("tokenize_chinese_chars", True),
+        strip_accents=names.get("strip_accents"),
+        lowercase=names.get("do_lower_case", True),
+    )
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece(prefix="##")
+    ends = [(name, core.token_to_id(name)) for name in (_content(names["cls_token"]), _content(names["sep_token"]))]
+    if all(i is not None for _, i in ends):
+        core.post_processor = processors.TemplateProcessing(f"{ends[0][0]} $A {ends[1][0]}", special_tokens=ends)
+    return core
+
+
+def _by_transformers(folder: Path, kind: str, names: dict) -> tuple[Core, dict]:
+    """What only transformers can express; no code of the folder is run."""
+    found = _vocabularies(folder)
+    if not found:
+        raise UserError("no tokenizer.json, tokenizer.model, vocabulary or single .gguf in this folder", str(folder))
+    what = f"a tokenizer of {', '.join(found)}" + f" (class {kind}Tokenizer)" * bool(kind)
+    try:
+        auto = importlib.import_module("transformers").AutoTokenizer
+    except ImportError:
+        fix = "pip install transformers, or bring the tokenizer.json that its save_pretrained writes"
+        raise UserError(f"{what} is read by transformers, which is not installed", str(folder), fix) from None
+    try:
+        theirs = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        core = Core.from_str(theirs.backend_tokenizer.to_str())
+    except Exception as error:  # whatever a file of a stranger can cause there
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what} is not read by transformers either: {reason}", str(folder)) from None
+    return core, names | {key: str(token) for key, token in theirs.special_tokens_map.items() if isinstance(token, str)}
+
+
+def _vocabularies(folder: Path) -> list[str]:
+    """Names of the files that may hold one."""
+    return sorted({path.name for name in FILES for path in folder.glob(name)} - {"tokenizer_config.json"})
+
+
+# ---- what the other files add ----
+
+
+def _add_tokens(core: Core, folder: Path, names: dict) -> None:
+    """Tokens that the vocabulary lacks, in the order of their ids, and which of all are control tokens."""
+    at = {int(i): token for i, token in (names.get("added_tokens_decoder") or {}).items() if str(i).isdigit()}
+    for content, i in _read_json(folder / "added_tokens.json").items():
+        if isinstance(i, int):
+            at.setdefault(i, {"content": content})
+    there = {token.content: token for token in core.get_added_tokens_decoder().values()}
+    wanted = {}
+    for i in sorted(at):
+        token = _added(at[i], bool(isinstance(at[i], dict) and at[i].get("special")))
+        if token.content and repr(there.get(token.content)) != repr(token):
+            wanted |= {filler.content: filler for filler in _fillers(core, wanted, token.content, i, str(folder))}
+            wanted[token.content] = token
+    size = core.get_vocab_size()
+    for key, token in _named(names):
+        content = _content(token)
+        before = wanted.get(content) or there.get(content)
+        if before is None and core.token_to_id(content) is None:
+            new = size + sum(core.token_to_id(known) is None for known in wanted)
+            what = "%s: %s %r is not in the vocabulary: added as id %d, which no model was trained on"
+            logging.warning(what, folder, key, content, new)
+        if before is None or not before.special:
+            flags = {flag: getattr(before, flag) for flag in FLAGS} if before else {}
+            wanted[content] = AddedToken(content, special=True, **flags) if before else _added(token, special=True)
+    core.add_tokens(list(wanted.values()))
+    for i, content in ((i, _content(token)) for i, token in at.items()):
+        if content and core.token_to_id(content) != i:
+            what = "%s: token %r has id %d beside the vocabulary and %d in it; the latter counts"
+            logging.warning(what, folder, content, i, core.token_to_id(content))
+
+
+def _named(names: dict) -> list[tuple[str, object]]:
+    """(key, token) of every control token that the config and the map name."""
+    found = [(f"{key}_token", names.get(f"{key}_token")) for key in NAMES]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = names.get(key)
+        more = more.values() if isinstance(more, dict) else more if isinstance(more, list) else ()
+        found += [(key, token) for token in more]
+    return [(key, token) for key, token in found if _content(token)]
+
+
+def _fillers(core: Core, wanted: dict, content: str, i: int, where: str) -> list[AddedToken]:
+    """Placeholders for the ids between the end of the vocabulary and the id of a new token."""
+    end = core.get_vocab_size() + sum(core.token_to_id(known) is None for known in wanted)
+    if core.token_to_id(content) is not None or content in wanted or i <= end:
+        return []
+    if i - end > MAX_GAP:
+        raise UserError(f"token {content!r} has id {i}, and the vocabulary ends at {end - 1}", where)
+    return [AddedToken(f"<|no token {j}|>", special=True) for j in range(end, i)]
+
+
+def _added(token: object, special: bool) -> AddedToken:
+    flags = token if isinstance(token, dict) else {}
+    flags = {flag: bool(flags.get(flag)) for flag in FLAGS} | {"normalized": bool(flags.get("normalized", not special))}
+    return AddedToken(_content(token), special=special, **flags)
+
+
+def _content(token: object) -> str:
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else ""
+
+
+def _token_id(core: Core, token: object) -> int | None:
+    return core.token_to_id(_content(token)) if _content(token) else None
+
+
+def _prefix(core: Core, names: dict, bos: int | None) -> tuple[int, ...]:
+    """Ids before every text: as the flags say where there are any, else as the post-processor does."""
+    flags = [names.get(key) for key in ("add_bos_token", "add_eos_token")]
+    if any(isinstance(flag, bool) for flag in flags):
+        return (bos,) if flags[0] and bos is not None else ()
+    plain, whole = (core.encode("a", add_special_tokens=special).ids for special in (False, True))
+    return tuple(whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)])
+
+
+def _chat_templates(folder: Path, named: object) -> dict[str, str]:
+    """{"default": ..., "tool_use": ...}: files win over the config, as in transformers."""
+    named = _read_json(folder / "chat_template.json").get("chat_template", named)
+    if isinstance(named, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
+        named = {each.get("name"): each.get("template") for each in named if isinstance(each, dict)}
+    found = named if isinstance(named, dict) else {"default": named}
+    found |= {path.stem: _read(path) for path in (folder / "additional_chat_templates").glob("*.jinja")}
+    if (folder / "chat_template.jinja").is_file():
+        found["default"] = _read(folder / "chat_template.jinja")
+    return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
+def _generation_eos(folder: Path, eos: int | None) -> list[int]:
+    ids = _read_json(folder / "generation_config.json").get("eos_token_id", [])
+    ids = ids if isinstance(ids, list) else [ids]
+    return [i for i in ids if isinstance(i, int) and i != eos]
+
+
+def _read(path: Path) -> str:
+    if path.stat().st_size > MAX_FILE:
+        raise UserError(f"larger than {MAX_FILE >> 20} MiB", str(path))
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 ({error})", str(path)) from None
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON ({error})", str(path)) from None
+    return value if isinstance(value, dict) else {}
