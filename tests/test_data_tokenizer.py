@@ -8,7 +8,7 @@ import pytest
 from tokenizers import decoders
 
 from common.errors import UserError
-from data.text import chat, formats
+from data.text import chat, formats, pieces
 
 TEXT = "Hello world! In 2024, naïve 世界 🙂\n\n\tdef f(x):  return x**2\r\n"
 LINES = [f"Line {i}: the quick brown fox isn't {i * 37} times as lazy as the dog.\n" for i in range(200)]
@@ -90,7 +90,7 @@ def test_training_is_deterministic_and_splits_digits():
 def test_sentencepiece_gives_the_ids_of_its_library(model_type):
     sentencepiece = pytest.importorskip("sentencepiece")
     model = formats.sentencepiece_model(LINES, 400, model_type)
-    ours, theirs = formats.from_sentencepiece(model, "m"), sentencepiece.SentencePieceProcessor(model_proto=model)
+    ours, theirs = pieces.from_sentencepiece(model, "m"), sentencepiece.SentencePieceProcessor(model_proto=model)
     for line in [*LINES[:50], TEXT, "x", " two  spaces "]:
         assert ours.encode(line) == theirs.encode(line)
 
