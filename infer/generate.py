@@ -27,6 +27,9 @@ from model.weights import Params
 PREFILL = 512  # prompt tokens a forward pass: bounds the attention scores, and the number of shapes
 LOOK = 16  # steps between two looks of `stop` at the tokens
 
+Prompts = Sequence[Sequence[int]]  # token ids
+Padded = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, positions and segments [B,T] int32
+
 
 class Samples(NamedTuple):
     """What was generated, one entry a prompt."""
@@ -53,7 +56,7 @@ class State:
 def generate(
     model: Transformer,
     params: Params,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -114,7 +117,10 @@ def unrolled(model: Transformer, params: Params) -> Params:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _unroll(params: Params, config: ModelConfig, widen: bool) -> Params:
     params = weights.settled(unstack(params, config))
-    wide = lambda w: w if weights.is_weight(w) or w.dtype != jnp.bfloat16 else w.astype(jnp.float32)
+
+    def wide(w: Array | weights.Weight) -> Array | weights.Weight:
+        return w if weights.is_weight(w) or w.dtype != jnp.bfloat16 else w.astype(jnp.float32)
+
     return jax.tree.map(wide, params, is_leaf=weights.is_weight) if widen else params
 
 
@@ -128,7 +134,7 @@ def bucket(n: int, least: int = 1) -> int:
     return power
 
 
-def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pad(prompts: Prompts) -> Padded:
     """Prompts as tokens, positions and segments [B,T] int32, padded on the left to a round shape.
 
     Columns beyond PREFILL come in multiples of it. Rows that fill up the batch are all padding.
@@ -144,7 +150,7 @@ def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.nd
     return tokens, positions, segments
 
 
-def row_keys(prompts: Sequence[Sequence[int]], rows: int, seed: int) -> Array:
+def row_keys(prompts: Prompts, rows: int, seed: int) -> Array:
     """A key a row [rows] from the seed, the row's prompt and how many equal prompts stand before it."""
     seen: dict[int, int] = {}
     data = np.zeros((rows, 2), np.uint32)
@@ -157,7 +163,7 @@ def row_keys(prompts: Sequence[Sequence[int]], rows: int, seed: int) -> Array:
 
 
 def _start(
-    model: Transformer, params: Params, prompts: Any, n: int, seed: int, knobs: Knobs, ends: Array, kind: str
+    model: Transformer, params: Params, prompts: Prompts, n: int, seed: int, knobs: Knobs, ends: Array, kind: str
 ) -> State:
     """Prefill, and the first token of every row."""
     check(model, params, prompts, n)
@@ -179,7 +185,7 @@ def _start(
     return _first(model, params, state, x, knobs, ends)
 
 
-def prefill(model: Transformer, params: Params, batch: Any, room: int, kind: str = "float") -> tuple[Array, Any]:
+def prefill(model: Transformer, params: Params, batch: Padded, room: int, kind: str = "float") -> tuple[Array, Cache]:
     """The last column's hidden states [B,1,D] of padded prompts, and a cache of theirs with `room` for more tokens."""
     rows, width = batch[0].shape
     cache = _cache(model, params, rows, width + room, kind)
@@ -189,7 +195,7 @@ def prefill(model: Transformer, params: Params, batch: Any, room: int, kind: str
     return x, cache
 
 
-def check(model: Transformer, params: Params, prompts: Sequence[Sequence[int]], n: int) -> None:
+def check(model: Transformer, params: Params, prompts: Prompts, n: int) -> None:
     """Raises UserError for prompts that cannot be continued by `n` tokens."""
     needs_causal(model)
     limit, vocab = model.config.max_len - virtual_tokens(params), model.config.vocab_size
@@ -235,7 +241,9 @@ def _cache(model: Transformer, params: Params, rows: int, length: int, kind: str
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _prefill(model: Transformer, params: Params, tokens: Any, positions: Any, segments: Any, cache: Any) -> tuple:
+def _prefill(
+    model: Transformer, params: Params, tokens: Array, positions: Array, segments: Array, cache: Cache
+) -> tuple[Array, Cache]:
     """The last column's hidden states [B,1,D] and the cache."""
     out = model.hidden(params, tokens, positions, segments, cache)
     return out.x[:, -1:], out.cache
@@ -247,7 +255,7 @@ def _first(model: Transformer, params: Params, state: State, x: Array, knobs: Kn
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(model: Transformer, params: Params, state: State, until: Any, knobs: Knobs, ends: Array) -> State:
+def _decode(model: Transformer, params: Params, state: State, until: int | Array, knobs: Knobs, ends: Array) -> State:
     """Steps until `until` tokens are sampled or every row is done."""
 
     def step(state: State) -> State:

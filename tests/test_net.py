@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import UserError
 from configs.models import SHAPES
-from data.text.tokenizer import load as load_tokenizer
+from data.text.formats import load as load_tokenizer
 from infer.generate import generate
 from infer.lm import LM
 from model import build, weights

@@ -226,7 +226,7 @@ class Batcher:
 def arrays(rows: list[Request | None]) -> Rows:
     """The state of the rows for a step; of a row without a request it is not live."""
     n = len(rows)
-    knobs = Knobs(*(np.full(n, off, np.int32 if off.__class__ is int else np.float32) for off in Knobs()))
+    knobs = Knobs(*(np.full(n, off, np.int32 if isinstance(off, int) else np.float32) for off in Knobs()))
     out = Rows(np.zeros(n, bool), *np.zeros((3, n), np.int32), np.zeros((n, 2), np.uint32), np.zeros(n, bool), knobs)
     for i, r in enumerate(rows):
         if r:

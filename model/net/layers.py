@@ -50,7 +50,7 @@ class Layer(nn.Module):
 
 
 class Norm(Layer):
-    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last axis, computed in float32."""
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last axis of x [...,D], computed in float32."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -64,7 +64,7 @@ class Norm(Layer):
 
 
 class Attention(Layer):
-    """Self-attention of x [B,T,D]. With a cache, keys and values of earlier calls are seen too."""
+    """Self-attention, x [B,T,D] -> [B,T,D]. With a cache, keys and values of earlier calls are seen too."""
 
     @nn.compact
     def __call__(self, x: Array, context: Context, cache: KV | None) -> tuple[Array, KV | None]:
@@ -91,13 +91,14 @@ class Attention(Layer):
         return self.bias("bo", "D", y, out), cache
 
     def head_norm(self, name: str, x: Array) -> Array:
+        """RMSNorm of every head of x [B,T,N,H]."""
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.config.norm_eps)
         return (h * self.vector(name, "H", 1.0)).astype(x.dtype)
 
 
 class MLP(Layer):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202) when gated, else act(x W) W."""
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202) when gated, else act(x W) W; x [B,T,D] -> [B,T,D]."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:

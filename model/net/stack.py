@@ -4,6 +4,8 @@ Layers of several kinds are stacked by what they have: norms and MLPs over all l
 layers of that kind. So a method finds "layers/attn/wq" where it is in any model.
 """
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -50,7 +52,7 @@ def pick(stacked: Params, kinds: Sequence[str], i: int) -> Params:
 
 
 def _at(tree: Any, i: int) -> Any:
-    return jax.tree.map(lambda x: x[i], tree)
+    return jax.tree.map(operator.itemgetter(i), tree)
 
 
 def gather(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -113,9 +115,13 @@ def _split(stacked: dict[str, Any], period: Sequence[str], turns: int) -> tuple[
     looped, rest = {}, {}
     for part, tree in stacked.items():
         n = period.count(part) if part in period else len(period)
-        looped[part] = jax.tree.map(lambda a, n=n: a[: turns * n].reshape(turns, n, *a.shape[1:]), tree)
-        rest[part] = jax.tree.map(lambda a, n=n: a[turns * n :], tree)
+        looped[part] = jax.tree.map(functools.partial(_turned, turns, n), tree)
+        rest[part] = jax.tree.map(operator.itemgetter(slice(turns * n, None)), tree)
     return looped, rest
+
+
+def _turned(turns: int, n: int, a: Array) -> Array:
+    return a[: turns * n].reshape(turns, n, *a.shape[1:])
 
 
 def _behind(looped: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
