@@ -24,8 +24,8 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from common.errors import UserError
 
-Params = Any  # nested dicts whose leaves are arrays or Weights
-Specs = Any  # the same dicts, with a Spec at every parameter
+Params = dict[str, Any]  # nested dicts whose leaves are arrays or Weights
+Specs = dict[str, Any]  # the same dicts, with a Spec at every parameter
 Transform = Callable[[Params, Specs, Array], Params]  # what a method is; the last argument is a random key
 
 # Letter of an equation -> logical axis of a weight. train/mesh.py maps logical axes to mesh axes.

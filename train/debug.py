@@ -9,10 +9,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from common import exits, paths
 from common.errors import UserError
+from common.types import Config
 from model import build, weights
 from model.config import in_layers
 from model.io import saved
@@ -25,7 +25,7 @@ from train.state import Roles, TrainState
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(cfg: ConfigDict, workdir: str | None) -> int:
+def run(cfg: Config, workdir: str | None) -> int:
     """Looks at the step after the newest checkpoint of `workdir`, or at step 1; 70 when a number is not finite."""
     hosts.connect()
     with cfg.unlocked():

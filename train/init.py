@@ -8,9 +8,9 @@ import jax
 import optax
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh
-from ml_collections import ConfigDict
 
 from common.errors import UserError
+from common.types import Config
 from model import build, heads, weights
 from model.net import backends
 from model.net.transformer import Transformer
@@ -41,7 +41,7 @@ class Blueprint:
         return self.objective.roles[role].model or self.model
 
 
-def blueprint(cfg: ConfigDict, model: Transformer, mesh: Mesh | AbstractMesh) -> Blueprint:
+def blueprint(cfg: Config, model: Transformer, mesh: Mesh | AbstractMesh) -> Blueprint:
     """Everything about the first state that does not need an array."""
     attention = ""
     if isinstance(mesh, Mesh):
@@ -136,7 +136,7 @@ def _like_params(opt_state: Any, params: Any, places: Any, default: Any) -> Any:
     return weights.map_named(place, opt_state, default)
 
 
-def first_state(cfg: ConfigDict, plan: Blueprint, pretrained: Any | None) -> TrainState:
+def first_state(cfg: Config, plan: Blueprint, pretrained: Any | None) -> TrainState:
     """Step 0: weights at random, or streamed from a checkpoint leaf by leaf, then transformed; born sharded.
 
     Raises UserError when the adapter to go on with was trained on another base.

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from common.errors import UserError
+from common.types import Config
 
 # Outermost first: neighbours along the last axis are the nearest devices. "expert" is 1 until a model has experts.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -32,7 +33,7 @@ RULES = (
 BATCH = P(("data", "fsdp"), "context")  # [B,T]
 
 
-def mesh_shape(cfg: Any, devices: int) -> tuple[int, ...]:
+def mesh_shape(cfg: Config, devices: int) -> tuple[int, ...]:
     """Sizes of the axes; at most one -1 takes the devices that remain. Raises UserError when they do not fit."""
     sizes = [cfg.get(a, 1) for a in AXES]
     known = math.prod(s for s in sizes if s > 0)
@@ -43,7 +44,7 @@ def mesh_shape(cfg: Any, devices: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def make_mesh(cfg: Any, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices. Auto axes: the partitioner places what the rules leave open."""
     devices = jax.devices() if devices is None else devices
     grid = arrange(mesh_shape(cfg, len(devices)), devices)
@@ -62,7 +63,7 @@ def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
-def row_shards(cfg: Any, mesh: Any) -> int:
+def row_shards(cfg: Config, mesh: Any) -> int:
     """How many devices share out the rows of a batch. Raises UserError when the mesh does not divide a batch [B,T],
     which only the number of devices tells where an axis is -1."""
     shards, rows = mesh.shape["data"] * mesh.shape["fsdp"], cfg.data.batch_size
@@ -76,7 +77,7 @@ def row_shards(cfg: Any, mesh: Any) -> int:
     return shards
 
 
-def abstract_mesh(cfg: Any, devices: int = 0) -> AbstractMesh:
+def abstract_mesh(cfg: Config, devices: int = 0) -> AbstractMesh:
     """The mesh of a plan: no device is touched, and without their number an axis of -1 counts as 1."""
     shape = mesh_shape(cfg, devices) if devices else tuple(max(cfg.get(a, 1), 1) for a in AXES)
     return AbstractMesh(shape, AXES)

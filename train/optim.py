@@ -10,11 +10,12 @@ import optax
 from jax import Array
 
 from common.errors import UserError
+from common.types import Config
 from model import weights
 from model.io import saved
 
 
-def schedule(cfg: Any, steps: int) -> Callable:
+def schedule(cfg: Config, steps: int) -> Callable:
     """Learning rate of an optimizer step: linear warm-up to `lr`, then cosine | linear | constant | wsd."""
     warmup = int(cfg.warmup if cfg.warmup >= 1 else round(cfg.warmup * steps))
     rest, end = max(steps - warmup, 1), cfg.lr * cfg.final_lr
@@ -37,7 +38,7 @@ def schedule(cfg: Any, steps: int) -> Callable:
     return optax.join_schedules([ramp, after], [warmup]) if warmup else after
 
 
-def optimizer(cfg: Any, steps: int, params: Any, specs: Any) -> optax.GradientTransformation:
+def optimizer(cfg: Config, steps: int, params: Any, specs: Any) -> optax.GradientTransformation:
     """The transformation of a config's `optim` for the trainable `params` ({role: tree}, None where frozen)."""
     lr = schedule(cfg, steps)
     decay = dict(weight_decay=cfg.weight_decay, mask=matrices(params, specs))

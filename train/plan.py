@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from common import files
+from common.types import Config
 from train import cost
 from train.init import Blueprint
 
 
-def describe(cfg: ConfigDict, plan: Blueprint) -> dict[str, Any]:
+def describe(cfg: Config, plan: Blueprint) -> dict[str, Any]:
     """Parameters of the policy, FLOPs of all roles from the equations, and bytes per device of a run."""
     roles = cost.of_roles(plan, cfg.data.seq_len)
     policy, price = roles["policy"], cost.of_plan(plan, cfg.data.seq_len)
@@ -32,7 +31,7 @@ def describe(cfg: ConfigDict, plan: Blueprint) -> dict[str, Any]:
     }
 
 
-def show(cfg: ConfigDict, plan: Blueprint, path: Path | None = None) -> None:
+def show(cfg: Config, plan: Blueprint, path: Path | None = None) -> None:
     """Prints the plan, and keeps it at `path`."""
     from rich.console import Console
     from rich.table import Table
