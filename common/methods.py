@@ -4,12 +4,11 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from common.errors import UserError
+from common.types import Config
 
 
-def find(package: str, cfg: ConfigDict) -> Callable:
+def find(package: str, cfg: Config) -> Callable:
     """The `make` of a file by its name, with the config's other keys as keyword arguments."""
     folder = Path(__file__).resolve().parents[1].joinpath(*package.split("."))
     known = sorted(p.stem for p in folder.glob("[!_]*.py"))

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 import jax
-from ml_collections import ConfigDict
 
 from common.errors import UserError
 from common.methods import find
+from common.types import Config
 from configs.models import SHAPES
 from model.config import ModelConfig
 from model.net import kinds
@@ -18,7 +18,7 @@ from model.weights import Params, Specs
 OVERRIDES = ("layers", "embed", "heads", "kv_heads", "mlp")
 
 
-def transform(cfg: ConfigDict, specs: Specs) -> Callable[[Params, jax.Array], Params]:
+def transform(cfg: Config, specs: Specs) -> Callable[[Params, jax.Array], Params]:
     """Quantises the base, then wraps adapters, as the config says; either may be absent."""
     steps = [find(f"model.{kind}", cfg[kind])() for kind in ("quant", "peft") if cfg[kind].name]
 
@@ -49,7 +49,7 @@ def network(
     return Transformer(config, dtype, param_dtype or dtype, remat)
 
 
-def model(cfg: ConfigDict, pretrained: Shaped | None, vocab_size: int | None = None) -> Transformer:
+def model(cfg: Config, pretrained: Shaped | None, vocab_size: int | None = None) -> Transformer:
     """The model of a config: the shape of `init` or of a name, with the overrides.
 
     `vocab_size` is the tokenizer's; a model that starts at random rounds it up to a multiple of 64, which keeps the
@@ -69,7 +69,7 @@ def model(cfg: ConfigDict, pretrained: Shaped | None, vocab_size: int | None = N
     return network(shape, c.dtype, c.param_dtype, c.remat)
 
 
-def _shape(c: ConfigDict, vocab_size: int | None) -> ModelConfig:
+def _shape(c: Config, vocab_size: int | None) -> ModelConfig:
     changed = {k: c[k] for k in OVERRIDES if c[k] is not None}
     if "heads" in changed or "embed" in changed:
         changed.setdefault("kv_heads", min(SHAPES[c.shape]["kv_heads"], changed.get("heads", 1 << 30)))

@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import flax.linen as nn
 import jax
-from ml_collections import ConfigDict
 
 from common import exits
+from common.types import Config
 from configs import schema
 from model import build
 from train import init, inputs, plan
@@ -34,7 +34,7 @@ T = TypeVar("T")
 class Session:
     """What one launch of a run works with, from its start to its end."""
 
-    cfg: ConfigDict
+    cfg: Config
     folder: RunDir
     metrics: Metrics
     source: Source

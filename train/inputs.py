@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from common.errors import UserError
+from common.types import Config
 from data.rows.loader import load_tokenizer, make_loaders
 from data.text.tokenizer import Tokenizer
 from infer.models import Run, open_model
@@ -18,18 +18,18 @@ from train.objectives import Objective
 from train.source import Batches, local_rows
 
 
-def pretrained(cfg: ConfigDict) -> Pretrained | Run | None:
+def pretrained(cfg: Config) -> Pretrained | Run | None:
     """The opened checkpoint of `init`, weights not read yet; None for a random start."""
     return open_model(cfg.init) if cfg.init else None
 
 
-def model(cfg: ConfigDict) -> Transformer:
+def model(cfg: Config) -> Transformer:
     """The network of a config, before its data are read."""
     start = pretrained(cfg)
     return build.model(cfg, start, vocabulary(cfg, start))
 
 
-def tokenizer(cfg: ConfigDict, start: Pretrained | Run | None) -> Tokenizer:
+def tokenizer(cfg: Config, start: Pretrained | Run | None) -> Tokenizer:
     """The tokenizer of the config, else that of `init`, else bytes."""
     return load_tokenizer(cfg.data, default=start.tokenizer_source if start else "bytes")
 
@@ -40,7 +40,7 @@ def keep_tokenizer(found: Tokenizer, folder: Path) -> None:
         found.save(folder / "tokenizer")
 
 
-def vocabulary(cfg: ConfigDict, start: Pretrained | Run | None) -> int | None:
+def vocabulary(cfg: Config, start: Pretrained | Run | None) -> int | None:
     """Size of the tokenizer's vocabulary where it is known without reading data; None where it must be trained."""
     spec = cfg.data.tokenizer or (start.tokenizer_source if start else "bytes")
     if spec.startswith(("bpe:", "spm:")):
@@ -48,7 +48,7 @@ def vocabulary(cfg: ConfigDict, start: Pretrained | Run | None) -> int | None:
     return load_tokenizer(cfg.data, default=spec).vocab_size
 
 
-def sources(cfg: ConfigDict, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Batches, Batches | None]:
+def sources(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Batches, Batches | None]:
     """Training and held-out batches on the mesh; held-out is None when nothing is held out."""
     row_shards(cfg, mesh)
     mine = local_rows(mesh, cfg.data.batch_size)

@@ -10,10 +10,9 @@ Exit codes: 0 done, 2 the input must change, 70 the numbers broke down, 75 preem
 import sys
 import time
 
-from ml_collections import ConfigDict
-
 from common import cli
 from common.errors import UserError
+from common.types import Config
 from configs import schema
 
 
@@ -31,7 +30,7 @@ def main(argv: list[str]) -> int:
     return run(loaded)
 
 
-def show_plan(cfg: ConfigDict) -> int:
+def show_plan(cfg: Config) -> int:
     """Prints what the run would hold and cost. No device is touched: -1 in the mesh counts as 1."""
     from train import init, inputs, mesh, plan
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from common.errors import UserError
+from common.types import Config
 
 PASSAGES = 32  # of `eval_text`
 
@@ -10,7 +11,7 @@ PASSAGES = 32  # of `eval_text`
 class Judge:
     """Writes held-out figures, task scores and samples of a state. Samples and tasks run before and after training."""
 
-    def __init__(self, cfg: Any, plan: Any, heldout: Any | None, tokenizer: Any, metrics: Any):
+    def __init__(self, cfg: Config, plan: Any, heldout: Any | None, tokenizer: Any, metrics: Any):
         self.cfg, self.model, self.heldout = cfg, plan.model, heldout
         self.tokenizer, self.metrics = tokenizer, metrics
         self.texts = _texts(cfg.eval_text)

@@ -32,7 +32,7 @@ USAGE = "python -m train.main --config=configs/X.py[:ARG] --workdir=DIR [--confi
 
 
 class Loaded(NamedTuple):
-    config: ConfigDict  # locked
+    config: Config  # locked
     path: str
     arg: str
     overrides: dict[str, Any]  # "optim.lr" -> value
@@ -58,7 +58,7 @@ def load(argv: list[str], flags: Mapping[str, Any] | None = None, usage: str | N
     return Loaded(config, args.config, args.arg, values, args.workdir, args.flags)
 
 
-def read(path: str, arg: str = "") -> ConfigDict:
+def read(path: str, arg: str = "") -> Config:
     """What a config file's `get_config(arg)` returns, or the config of a run folder; not checked yet."""
     file = Path(path)
     if (file / "config.json").exists():
@@ -109,8 +109,8 @@ def _where(error: Exception, file: str) -> str:
 
 
 def resolve(
-    config: ConfigDict, changes: Mapping[str, Any] | None = None, found: Iterable[Problem] = (), where: str = ""
-) -> tuple[ConfigDict, dict[str, Any]]:
+    config: Config, changes: Mapping[str, Any] | None = None, found: Iterable[Problem] = (), where: str = ""
+) -> tuple[Config, dict[str, Any]]:
     """Applies changes ("optim.lr" -> text or value), fills in the methods' defaults and checks everything.
 
     Returns the locked config and the changes as values. Raises ConfigError with all problems, `found` among them.
@@ -304,7 +304,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(config)
 
 
-def from_dict(d: Mapping[str, Any]) -> ConfigDict:
+def from_dict(d: Mapping[str, Any]) -> Config:
     """A config of `to_dict`'s data, unlocked and not checked; lists become tuples.
 
     A key that an earlier version did not know gets its default, which is what that version did.

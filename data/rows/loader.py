@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from common.errors import UserError
+from common.types import Config
 from data import dataset, sources, views
 from data.dataset import Dataset, has_chats, prepare, texts
 from data.rows import batch as batches
@@ -157,7 +157,7 @@ class Loader:
 
 
 def make_loaders(
-    data: ConfigDict, tok: Tokenizer, seed: int = 0, rows: slice | None = None
+    data: Config, tok: Tokenizer, seed: int = 0, rows: slice | None = None
 ) -> tuple[Loader, Loader | None]:
     """Training and held-out loaders of the `data` keys of a config; held-out is None when there is nothing to hold.
 
@@ -188,7 +188,7 @@ def _own_split(name: str, eval_source: str) -> str:
     return held
 
 
-def load_tokenizer(data: ConfigDict, default: str = "bytes") -> Tokenizer:
+def load_tokenizer(data: Config, default: str = "bytes") -> Tokenizer:
     """The tokenizer of a config; `default` is the model's own. "bpe:N" and "spm:N" are trained once and cached.
 
     One without a chat template gets the default one where the data are chats, so that what is learnt is what is served.
@@ -202,7 +202,7 @@ def load_tokenizer(data: ConfigDict, default: str = "bytes") -> Tokenizer:
     return found
 
 
-def _trained_tokenizer(data: ConfigDict, spec: str) -> Tokenizer:
+def _trained_tokenizer(data: Config, spec: str) -> Tokenizer:
     names = list(sources.mixture(data.source))
     key = [spec, data.format, data.fields, [sources.content_id(name) for name in names]]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -213,7 +213,7 @@ def _trained_tokenizer(data: ConfigDict, spec: str) -> Tokenizer:
     return formats.load(folder)
 
 
-def _prepare(data: ConfigDict, name: str, tok: Tokenizer) -> Dataset:
+def _prepare(data: Config, name: str, tok: Tokenizer) -> Dataset:
     return prepare(name, tok, folder=data.cache, form=data.format, fields=data.fields, max_bad=data.max_bad)
 
 

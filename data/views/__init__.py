@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from common.methods import find
+from common.types import Config
 from data.text.tokenizer import Tokenizer
 
 Row = dict[str, np.ndarray]  # one row of an lm batch: its arrays [T], and its columns as scalars
@@ -23,6 +23,6 @@ class View(NamedTuple):
     settings: dict = {}  # of the config: a resume compares them
 
 
-def view(cfg: ConfigDict, tokenizer: Tokenizer, seq_len: int) -> View:
+def view(cfg: Config, tokenizer: Tokenizer, seq_len: int) -> View:
     """The view that a config's `data.view` names."""
     return find("data.views", cfg)(tokenizer, seq_len)._replace(settings=cfg.to_dict())

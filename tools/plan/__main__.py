@@ -23,6 +23,7 @@ from typing import Any
 from common import cli, exits
 from common.errors import UserError
 from common.numbers import size, span
+from common.types import Config
 from configs import schema
 from tools.plan import parameters, topology
 from train.keep import flags as presets
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int | None:
     return exits.DONE if fits else exits.INPUT
 
 
-def plan(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> dict[str, Any]:
+def plan(cfg: Config, devices: list[Any], flags: dict[str, Any]) -> dict[str, Any]:
     """One config on one slice; see tools.plan.step."""
     from tools.plan import step
     from train import inputs
@@ -64,7 +65,7 @@ def plan(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> dict[str, Any]:
     return {"topology": name} | step.plan(cfg, inputs.model(cfg), devices, flags["what"])
 
 
-def search(cfg: Any, devices: list[Any], flags: dict[str, Any]) -> list[dict[str, Any]]:
+def search(cfg: Config, devices: list[Any], flags: dict[str, Any]) -> list[dict[str, Any]]:
     """What fits, by planned tokens/s, of what was tried within `--minutes`.
 
     First every remat policy with all devices on fsdp; then the best of them with 2, 4 or 8 on tensor, as long as that

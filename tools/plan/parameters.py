@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from ml_collections import ConfigDict
+from common.types import Config
 
 
-def table(cfg: ConfigDict, devices: int = 0) -> str:
+def table(cfg: Config, devices: int = 0) -> str:
     """A line for every parameter and for the whole; "*" marks those that train. Roles beside the policy are copies."""
     from model import weights
     from train import cost, init, inputs, mesh

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from common import chips
+from common.types import Config
 from data.rows import batch as batches
 from infer import generate, sample
 from model.net import head
@@ -29,7 +30,7 @@ ASSUMED = (
 )
 
 
-def plan(cfg: Any, model: Any, devices: list[Any], what: str = "train") -> dict[str, Any]:
+def plan(cfg: Config, model: Any, devices: list[Any], what: str = "train") -> dict[str, Any]:
     """Everything that tools.plan prints, of one step of `what`: "train" or "decode" (one token a row)."""
     mesh = meshes.make_mesh(cfg.mesh, devices)
     rows, shards = cfg.data.batch_size, meshes.row_shards(cfg, mesh)
@@ -65,7 +66,7 @@ def plan(cfg: Any, model: Any, devices: list[Any], what: str = "train") -> dict[
     return out | outlook(cfg, planned, out, devices)
 
 
-def train_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:
+def train_step(cfg: Config, planned: Any) -> tuple[Any, dict[str, Any]]:
     """The step of train.main, lowered, and its arguments by kind."""
     state = jax.tree.map(_placed, planned.abstract, planned.shardings)
 
@@ -77,7 +78,7 @@ def train_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:
     return compile_step(planned, cfg.accum).lower(state, batch), kinds
 
 
-def decode_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:
+def decode_step(cfg: Config, planned: Any) -> tuple[Any, dict[str, Any]]:
     """One token a row of infer.generate, lowered: rows over the data axes, a cache's over the tensor axis too."""
     model, mesh, rows = planned.model, planned.mesh, cfg.data.batch_size
     stacked = jax.tree.map(_placed, planned.abstract.role("policy"), planned.shardings.role("policy"))
@@ -107,7 +108,7 @@ def decode_step(cfg: Any, planned: Any) -> tuple[Any, dict[str, Any]]:
     return lowered, {"params": params, "cache": state.cache}
 
 
-def _sides(cfg: Any, planned: Any) -> dict[str, batches.Batch]:
+def _sides(cfg: Config, planned: Any) -> dict[str, batches.Batch]:
     return batches.parts(batches.abstract(planned.objective.batch, cfg.data.batch_size, cfg.data.seq_len))
 
 
@@ -115,7 +116,7 @@ def _placed(x: Any, sharding: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def flops(cfg: Any, planned: Any, what: str) -> tuple[float, float, int]:
+def flops(cfg: Config, planned: Any, what: str) -> tuple[float, float, int]:
     """(model FLOPs, FLOPs with what is computed again, tokens) of a step, over all devices."""
     rows, length = cfg.data.batch_size, cfg.data.seq_len
     if what == "decode":  # every row attends to a full cache
@@ -131,7 +132,7 @@ def flops(cfg: Any, planned: Any, what: str) -> tuple[float, float, int]:
     return model, model + tokens * again, tokens
 
 
-def outlook(cfg: Any, planned: Any, out: dict[str, Any], devices: list[Any]) -> dict[str, Any]:
+def outlook(cfg: Config, planned: Any, out: dict[str, Any], devices: list[Any]) -> dict[str, Any]:
     """Time, rates, money and energy as (low, high). A chip without a row in common/chips.json has none of them."""
     model, hardware, tokens = flops(cfg, planned, out["what"])
     numbers = {"flops_per_step": model, "flops_with_recomputation": hardware, "tokens_per_step": tokens}
@@ -161,7 +162,7 @@ def outlook(cfg: Any, planned: Any, out: dict[str, Any], devices: list[Any]) -> 
     return numbers | {"run": run | {"kwh": times(chip.watts, chips.site().pue.value / 1000)}}
 
 
-def knob(cfg: Any, held: dict[str, int], device: Any) -> str:
+def knob(cfg: Config, held: dict[str, int], device: Any) -> str:
     """What to turn when the plan does not fit."""
     chip, total = chips.find(device.device_kind), sum(held.values())
     if chip and total > 0.9 * chip.hbm_bytes.value / chip.devices:

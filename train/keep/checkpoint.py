@@ -19,6 +19,7 @@ import jax
 
 from common import files, paths
 from common.errors import UserError
+from common.types import Config
 from model.io import saved
 from model.io.saved import MANIFEST, Damaged
 from train.keep import hosts
@@ -42,7 +43,7 @@ class Checkpointer:
     def __init__(
         self,
         folder: str | Path,
-        cfg: Any,
+        cfg: Config,
         allow: Iterable[str] = (),
         log: Callable[[str], None] = warn,
         first: Callable[[], None] = lambda: None,

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from common import chips
+from common.types import Config
 from train import cost
 from train.keep.metrics import means
 from train.optim import schedule
@@ -19,7 +20,7 @@ class Clock:
     """Counts tokens, FLOPs and seconds of this process's session. All processes have as many rows each, though some
     have the same: those that share out their columns or their heads."""
 
-    def __init__(self, cfg: Any, plan: Any):
+    def __init__(self, cfg: Config, plan: Any):
         self.cost = cost.of_plan(plan, cfg.data.seq_len)
         self.schedule = jax.jit(schedule(cfg.optim, cfg.steps))
         self.chip = chips.find(cfg.chip or jax.devices()[0].device_kind)
