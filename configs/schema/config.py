@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import RequiredValueError, placeholder
 
 from common.errors import UserError, did_you_mean
+from common.types import Config
 from configs import base
 from configs.schema import methods, overrides, rules
 from configs.schema.methods import Key
