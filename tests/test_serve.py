@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import uvicorn
 
 from common.errors import UserError
 from data.text.formats import load as load_tokenizer
@@ -246,6 +247,8 @@ def test_completions_take_texts_and_ids(batcher, port):
     logprobs = scored["logprobs"]
     assert [max(t, key=t.get) for t in logprobs["top_logprobs"]] == logprobs["tokens"]
     assert logprobs["text_offset"] == [0, 1, 2, 3, 4] and len(logprobs["token_logprobs"]) == 5
+    drawn = choice(port, prompt="ab", logprobs=0, **complete | {"temperature": 3, "seed": 1})["logprobs"]
+    assert [[*t.items()] for t in drawn["top_logprobs"]] == [[p] for p in zip(drawn["tokens"], drawn["token_logprobs"])]
     default = ask(port, path="/v1/completions", prompt="ab", seed=1)[1]["usage"]["completion_tokens"]
     assert default <= 16
     assert api.ids(batcher.lm, "a<|eos|>") == [97, 257]
@@ -463,6 +466,30 @@ def test_a_request_has_a_deadline_however_it_drips(port, monkeypatch):
             client.sendall(request_of(max_tokens=1))
             assert client.recv(10_000).startswith(b"HTTP/1.1 200")
             time.sleep(0.2)
+
+
+def test_a_client_that_does_not_read_is_cut(monkeypatch):
+    monkeypatch.setattr(connection, "PATIENCE", 0.3)
+    sent = []
+
+    async def endless(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while (await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})) is None:
+            sent.append(time.monotonic())
+            if not server.server_state.connections:
+                return
+
+    config = uvicorn.Config(endless, http=connection.Connection, ws="none", lifespan="off", log_level="error")
+    server, listening = uvicorn.Server(config), serving.listen(0)
+    port, thread = listening.getsockname()[1], threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        wait(lambda: sent and not server.server_state.connections, 5)
+    assert sent[-1] - sent[-2] > 0.2
+    server.should_exit = True
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_clients_and_waiting_requests_are_bounded(batcher, port, monkeypatch):

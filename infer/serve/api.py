@@ -252,11 +252,11 @@ class Choice:
             content = [self._entry(s.token, s.logp) | {"top_logprobs": [self._entry(*t) for t in s.top]}
                        for _, s in scores]  # fmt: skip
             return {"content": content, "refusal": None}
-        text = lambda token: self._entry(token, 0)["token"]
+        entries = [[self._entry(*t) for t in [*s.top, (s.token, s.logp)]] for _, s in scores]  # the sampled one last
         return {
-            "tokens": [text(s.token) for _, s in scores],
-            "token_logprobs": [s.logp for _, s in scores],
-            "top_logprobs": [{text(token): logp for token, logp in s.top} for _, s in scores],
+            "tokens": [row[-1]["token"] for row in entries],
+            "token_logprobs": [row[-1]["logprob"] for row in entries],
+            "top_logprobs": [{e["token"]: e["logprob"] for e in row} for row in entries],
             "text_offset": [at for at, _ in scores],
         }
 
