@@ -399,6 +399,8 @@ def test_messages_are_rendered_by_the_template():
         (CALLS, [{"role": "assistant", "tool_calls": [CALL | {"type": "custom"}]}], "'function'"),
         (CHATML, [{"role": "user", "content": "<|eos|>"}], "control token"),
         (CHATML, [USER[0] | {"mood": "good"}], "mood is not supported"),
+        (CHATML, [USER[0] | {"content": [{"type": "text", "text": "a", "mood": "good"}]}], "mood is not supported"),
+        (CALLS, [{"role": "assistant", "tool_calls": [CALL | {"mood": "good"}]}], "mood is not supported"),
     ],
 )
 def test_what_a_template_would_drop_is_refused(template, chat, why):

@@ -23,7 +23,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         if len(self.connections) > CONNECTIONS:
-            self.end(Refused(429, f"{CONNECTIONS} clients are connected already", code="overloaded"))
+            self.end(Refused(429, f"{CONNECTIONS} clients are connected already", code="rate_limit_exceeded"))
         else:
             self.arriving = self.loop.call_later(PATIENCE, self.late)
 

@@ -175,7 +175,8 @@ class Service:
             for choice in choices:
                 choice.request.cancelled = True
             if isinstance(e, Full):
-                raise Refused(503 if self.batcher.closed else 429, str(e), code="overloaded") from None
+                code = None if self.batcher.closed else "rate_limit_exceeded"
+                raise Refused(429 if code else 503, str(e), code=code) from None
             raise
         return choices
 

@@ -69,8 +69,7 @@ def _turn(message: Any, where: str) -> Message:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise Refused(400, f"{where} needs a role: {', '.join(sorted(ROLES))}", where)
     given = {k: v for k, v in message.items() if v is not None and v != []}
-    if unknown := sorted(given.keys() - FIELDS):
-        raise Refused(400, f"{where}.{unknown[0]} is not supported", f"{where}.{unknown[0]}")
+    _only(given, FIELDS, where)
     out = given | {"content": _content(message.get("content"), "tool_calls" in given, where)}
     if "tool_calls" in given:
         if not isinstance(given["tool_calls"], list):
@@ -91,6 +90,7 @@ def _content(content: Any, optional: bool, where: str) -> str:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 kind = part.get("type") if isinstance(part, dict) else part
                 raise Refused(400, f"{where}.content: only parts of text are supported, not {kind!r:.60}", where)
+            _only(part, {"type", "text"}, f"{where}.content")
         return "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise Refused(400, f"{where}.content must be a text or a list of parts of text", f"{where}.content")
@@ -104,6 +104,8 @@ def _call(call: Any, where: str) -> dict:
         raise Refused(400, f"{where} needs a function with a name", where)
     if call.get("type", "function") != "function":
         raise Refused(400, f"{where}: only calls of type 'function' are supported", where)
+    _only(call, {"id", "type", "function", "index"}, where)
+    _only(function, {"name", "arguments"}, f"{where}.function")
     arguments = function.get("arguments") or {}
     try:
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
@@ -112,3 +114,8 @@ def _call(call: Any, where: str) -> dict:
     if not isinstance(arguments, dict):
         raise Refused(400, f"{where}.function.arguments must be a JSON object", where)
     return call | {"type": "function", "function": function | {"arguments": arguments}}
+
+
+def _only(given: dict, known: set[str], where: str) -> None:
+    if unknown := sorted(given.keys() - known):
+        raise Refused(400, f"{where}.{unknown[0]} is not supported", f"{where}.{unknown[0]}")
