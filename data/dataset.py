@@ -89,6 +89,8 @@ def prepare(
 
     Raises UserError when more than `max_bad` of the records are bad, or none is left.
     """
+    if missed := sources.passed_over(source):
+        logging.warning("%s: passed over, not read: %s", source, ", ".join(missed))
     parts = [VERSION, sources.content_id(source), tokenizer.fingerprint, form, formats.parse_fields(fields)]
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     path = Path(folder).expanduser() / fingerprint[:24]

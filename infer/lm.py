@@ -128,6 +128,7 @@ class LM:
 
     def logits(self, tokens: Any) -> Array:
         """[B,T,V] in float32 of token ids [B,T]; [T,V] of [T]."""
+        self._check(np.asarray(tokens))
         tokens = jnp.asarray(tokens, jnp.int32)
         return _logits(self.model, self.params, tokens) if tokens.ndim == 2 else self.logits(tokens[None])[0]
 
@@ -157,6 +158,13 @@ class LM:
         sums = self._sums(rows)
         return [(float(total), len(scored)) for total, (_, scored) in zip(sums, rows, strict=True)]
 
+    def _check(self, ids: np.ndarray) -> None:
+        """Raises UserError for ids that the model has no vector for: a lookup would give nan, or another token's."""
+        size = self.config.vocab_size
+        if ids.size and not 0 <= ids.min() <= ids.max() < size:
+            odd = int(ids.max() if ids.max() >= size else ids.min())
+            raise UserError(f"token id {odd} is outside the model's vocabulary of {size}", fix="use its own tokenizer")
+
     def _split(self, prompt: Prompt, completion: str) -> tuple[list[int], list[int]]:
         before = self.encode(prompt)
         whole = self.encode(prompt + completion) if isinstance(prompt, str) else []
@@ -167,6 +175,7 @@ class LM:
     def _sums(self, rows: list[tuple[list[int], list[int]]]) -> np.ndarray:
         """Sum of log p of each row's second part; rows of like length share a forward pass."""
         needs_causal(self.model)
+        self._check(np.fromiter((i for row in rows for part in row for i in part), np.int64))
         sums = np.zeros(len(rows))
         for batch in _batches([len(a) + len(b) for a, b in rows], BATCH_TOKENS):
             sums[batch] = _sum_logps(self.model, self.params, _teach([rows[i] for i in batch]))[: len(batch)]

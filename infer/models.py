@@ -11,6 +11,7 @@ import jax
 from common.errors import UserError
 from configs import schema
 from data.text import formats as tokenizers
+from data.text.tokenizer import Absent, NoTokenizer
 from infer.lm import LM
 from infer.serve.store import RANK_ROWS, Store
 from model import build, paged, weights
@@ -23,12 +24,17 @@ from model.weights import Params, Specs
 SHAPE = "model.json"  # the ModelConfig, in a folder that holds every parameter
 
 
-def load(name: str | Path, adapter: str | Path | None = None, dtype: str | None = None) -> LM:
+def load(
+    name: str | Path,
+    adapter: str | Path | None = None,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+) -> LM:
     """A model that is ready to generate and to score.
 
     `name`: a Hugging Face folder, a .gguf file, a packaged model's name, a hub id, or a run folder. `adapter`: a run
     folder or a PEFT folder, whose adapters are put on the model. `dtype` of weights and activations; None: float32, or
-    the run's own. Raises UserError.
+    the run's own. `tokenizer` names another than the adapter's, or the model's own. Raises UserError.
     """
     foreign = adapter and (Path(adapter).expanduser() / peft_read.CONFIG).exists()
     opened = Run(Path(adapter), base=open_model(name)) if adapter and not foreign else open_model(name)
@@ -42,7 +48,18 @@ def load(name: str | Path, adapter: str | Path | None = None, dtype: str | None 
     else:
         model = build.network(opened.config, dtype)
         params = opened.load(model.specs, None, model.param_dtype)
-    return LM(model, params, tokenizers.load(opened.tokenizer_source))
+    beside = foreign and (Path(adapter).expanduser() / "tokenizer_config.json").exists()
+    return LM(model, params, _tokenizer(tokenizer, str(adapter) if beside else opened.tokenizer_source))
+
+
+def _tokenizer(named: str | Path | None, source: str) -> tokenizers.Tokenizer | Absent:
+    """The one that is named, else that of the files; weights alone open too, for ids."""
+    try:
+        return tokenizers.load(named or source)
+    except NoTokenizer as error:
+        if named:
+            raise
+        return Absent(error)
 
 
 def load_many(

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from common.errors import UserError
-from data import dataset, formats, sources
+from data import dataset, files, formats, sources
 from data.examples import Chat, Completion, Group, Pair, Scored, Tagged, Text
 from data.text.formats import load
 
@@ -33,7 +33,10 @@ def test_files_of_every_kind_give_the_same_records(tmp_path):
     for name in ("a.jsonl", "b.jsonl.gz", "c.json", "d.parquet"):
         assert list(sources.records(str(tmp_path / name))) == rows
     assert list(sources.records(str(tmp_path / "*.txt"))) == rows[:1]
-    assert list(sources.records(str(tmp_path))) == rows * 4 + rows[:1]
+    assert list(sources.records(str(tmp_path))) == rows * 4 and sources.passed_over(str(tmp_path)) == ["e.txt"]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "e.txt").rename(tmp_path / "texts/e.txt")
+    assert list(sources.records(str(tmp_path / "texts"))) == rows[:1]
 
 
 def test_a_long_text_file_becomes_documents_cut_at_empty_lines(tmp_path):
@@ -41,7 +44,7 @@ def test_a_long_text_file_becomes_documents_cut_at_empty_lines(tmp_path):
     (tmp_path / "long.txt").write_text("\n\n".join(paragraphs))
     parts = [record["text"] for record in sources.records(str(tmp_path / "long.txt"))]
     assert len(parts) > 5 and "\n\n".join(parts) == "\n\n".join(paragraphs)
-    assert max(map(len, parts)) <= sources.TEXT_PART
+    assert max(map(len, parts)) <= files.TEXT_PART
 
 
 def test_pydocs_need_nothing():

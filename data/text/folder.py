@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Core
 from common.errors import UserError
 from data.text import gguf, pieces
 from data.text.splits import QWEN2
-from data.text.tokenizer import Tokenizer
+from data.text.tokenizer import NoTokenizer, Tokenizer
 
 MAX_FILE = 256 << 20  # bytes of one tokenizer file
 MAX_GAP = 4096  # ids that nothing names, before one that a file names
@@ -137,7 +137,7 @@ def _by_transformers(folder: Path, kind: str, names: dict) -> tuple[Core, dict]:
     """What only transformers can express; no code of the folder is run."""
     found = _vocabularies(folder)
     if not found:
-        raise UserError("no tokenizer.json, tokenizer.model, vocabulary or single .gguf in this folder", str(folder))
+        raise NoTokenizer("no tokenizer.json, tokenizer.model, vocabulary or single .gguf in this folder", str(folder))
     what = f"a tokenizer of {', '.join(found)}" + f" (class {kind}Tokenizer)" * bool(kind)
     try:
         auto = importlib.import_module("transformers").AutoTokenizer

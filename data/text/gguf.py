@@ -11,7 +11,7 @@ from common.gguf_header import read_header
 from data.text import pieces
 from data.text.pieces import CONTROL, NORMAL
 from data.text.splits import ADD_BOS, NFC, SPLITS, WHOLE_WORDS
-from data.text.tokenizer import TURN_ENDS, Tokenizer
+from data.text.tokenizer import TURN_ENDS, NoTokenizer, Tokenizer
 
 KEY = "tokenizer.ggml."
 
@@ -21,7 +21,7 @@ def from_gguf(path: Path) -> Tokenizer:
     header = read_header(path).metadata
     meta = {name.removeprefix(KEY): value for name, value in header.items() if name.startswith(KEY)}
     if not meta.get("tokens"):
-        raise UserError("this GGUF carries no tokenizer", str(path))
+        raise NoTokenizer("this GGUF carries no tokenizer", str(path))
     if meta.get("model") not in ("gpt2", "llama", "t5"):
         raise UserError(f"unknown tokenizer model {meta.get('model')!r}", str(path), "gpt2, llama and t5 are read")
     _repair(meta, str(path))

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -24,6 +24,20 @@ DEFAULT_TEMPLATE = (
 )
 # Tokens that end a turn in the templates of known families; one counts as an end when the template writes it.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|return|>", "<|eot|>")
+
+
+class NoTokenizer(UserError):
+    """A model's files hold none."""
+
+
+class Absent:
+    """Stands for the tokenizer of a model without one, which still computes on ids; any use of it raises UserError."""
+
+    def __init__(self, error: NoTokenizer):
+        self.error = error
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise UserError(str(self.error), "text needs a tokenizer", 'name one: load(..., tokenizer="...")')
 
 
 class Tokenizer:

@@ -12,7 +12,8 @@ from common.errors import UserError
 from model.families._layout import Index
 from model.io import compressed
 
-FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "chat_template*")  # what is fetched of a hub repository
+# What is fetched of a hub repository.
+FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "vocab.txt", "merges.txt", "*.tiktoken", "*chat_template*")
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16", "F64")
 CODES = ("I8", "I32", "I64", "F8_E4M3")  # of quantised weights

@@ -1,0 +1,213 @@
+"""Records out of one file: JSON lines, JSON arrays, CSV, Arrow, Parquet and text; plain, or by gzip or Zstandard."""
+
+import contextlib
+import csv
+import gzip
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TextIO
+
+from common import paths
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+MAX_RECORD = 64 << 20  # bytes
+TEXT_PART = 64 << 10  # characters: longer text files become several documents, cut at an empty line
+CHUNK = 1 << 20  # characters of a JSON list that are read at a time
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class Row(NamedTuple):
+    """One record and its place; `record` is None when it could not be read, and `reason` says why."""
+
+    where: str
+    record: dict | None
+    reason: str = ""
+
+
+def read(path: Path) -> Iterator[Row]:
+    """The records of a file. What cannot be read of it is a Row that says so, the last one where nothing follows."""
+    last = Row(f"{path}:0", None)
+    try:
+        for last in READERS[kind(path)](path):
+            yield last
+    except UserError:
+        raise
+    except UnicodeDecodeError:
+        yield Row(str(path), None, f"not UTF-8, behind {last.where}" if last.record else "not UTF-8")
+    except (OSError, EOFError, ValueError, csv.Error) as error:  # those of pyarrow are of these kinds, too
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield Row(str(path), None, f"not readable: {reason}" + f", behind {last.where}" * (last.record is not None))
+
+
+def kind(path: Path) -> str:
+    """The ending of its name that says what it holds, ".jsonl" of "x.jsonl.gz"; "" for one that is not read."""
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    return next((suffix for suffix in READERS if name.endswith(suffix)), "")
+
+
+class _Unpacked(io.RawIOBase):
+    """The stream of a decompressor that can only `read`."""
+
+    def __init__(self, stream: "pyarrow.CompressedInputStream"):
+        self.stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:
+        data = self.stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Its bytes, unpacked. The files of fsspec know no limit of readline."""
+    with path.open("rb") as file:
+        if path.name.lower().endswith(".gz"):
+            file = gzip.open(file)
+        elif path.name.lower().endswith(".zst"):
+            import pyarrow
+
+            file = io.BufferedReader(_Unpacked(pyarrow.CompressedInputStream(file, "zstd")), 1 << 20)
+        yield io.BufferedReader(file, 1 << 20) if paths.remote(path) else file
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    with opened(path) as file:
+        number = 0
+        while line := file.readline(MAX_RECORD):
+            number += 1
+            if len(line) == MAX_RECORD:
+                raise UserError(f"a line longer than {MAX_RECORD >> 20} MiB", f"{path}:{number}")
+            if line.strip():
+                yield _parsed(line, f"{path}:{number}")
+
+
+def _parsed(line: bytes, where: str) -> Row:
+    try:
+        return _checked(json.loads(line.decode("utf-8-sig")), where)
+    except UnicodeDecodeError:
+        return Row(where, None, "not UTF-8")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is no JSONDecodeError
+        return Row(where, None, f"not JSON: {str(error).split(';')[0]}")
+
+
+def _checked(record: object, where: str) -> Row:
+    if not isinstance(record, dict):
+        return Row(where, None, f"a {type(record).__name__}, not an object")
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return Row(where, None, "text with half a surrogate pair, which is no character")
+    return Row(where, record)
+
+
+def _json(path: Path) -> Iterator[Row]:
+    """A list of objects, as many published sets come; or lines of objects."""
+    with opened(path) as file:
+        start = file.read(4096).decode("utf-8-sig", "ignore").lstrip()[:1]
+    if start != "[":
+        yield from _jsonl(path)
+        return
+    with opened(path) as file, io.TextIOWrapper(file, "utf-8-sig") as text:
+        for i, record in enumerate(_entries(text)):
+            yield _checked(record, f"{path}[{i}]")
+
+
+def _entries(text: TextIO) -> Iterator[object]:
+    """The entries of a JSON list, of which one is in memory at a time. Raises ValueError at what is none."""
+    decoder, buffer, at, mark = json.JSONDecoder(), "", 0, "["
+    while True:
+        try:
+            start = SPACE.match(buffer, at).end()
+            if buffer[start] == "]" and mark == ",":
+                return
+            if buffer[start] != mark:
+                raise ValueError(f"{buffer[start : start + 20]!r} where {mark!r} should be")
+            start = SPACE.match(buffer, start + 1).end()
+            if buffer[start] == "]" and mark == "[":
+                return
+            entry, at = decoder.raw_decode(buffer, start)
+        except (IndexError, ValueError) as error:  # broken, or not read to its end
+            buffer, at = buffer[at:], 0
+            more = text.read(max(CHUNK, len(buffer))) if len(buffer) <= MAX_RECORD else ""
+            if not more:
+                raise ValueError(f"not JSON: {str(error).split(';')[0]}") from None
+            buffer += more
+            continue
+        yield entry
+        mark = ","
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    """A table with a header, its cells apart by commas, semicolons or tabs; all cells are text."""
+    csv.field_size_limit(MAX_RECORD)
+    with opened(path) as file:
+        first = file.readline(MAX_RECORD)
+    mark = "\t" if kind(path) == ".tsv" else max(",;", key=lambda mark: first.count(mark.encode()))
+    with opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+        table = csv.reader(text, delimiter=mark, strict=True)
+        header = [name.strip() for name in next(table, [])]
+        if len(set(header)) < len(header):
+            raise UserError("two columns have the same name", str(path))
+        for cells in table:
+            where = f"{path}:{table.line_num}"
+            if len(cells) == len(header):
+                yield Row(where, dict(zip(header, cells, strict=True)))
+            elif cells:
+                yield Row(where, None, f"{len(cells)} cells where the header has {len(header)}")
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    with opened(path) as file:
+        yield from _batches(pyarrow.parquet.ParquetFile(file).iter_batches(1024), path)
+
+
+def _arrow(path: Path) -> Iterator[Row]:
+    """What `save_to_disk` of datasets writes."""
+    import pyarrow
+
+    with opened(path) as file:
+        yield from _batches(pyarrow.ipc.open_stream(file), path)
+
+
+def _batches(batches: Iterable["pyarrow.RecordBatch"], path: Path) -> Iterator[Row]:
+    records = (record for batch in batches for record in batch.to_pylist())
+    for number, record in enumerate(records):
+        yield Row(f"{path}:{number}", record)
+
+
+def _text(path: Path) -> Iterator[Row]:
+    with opened(path) as file:
+        text = file.read().decode("utf-8-sig")
+    at = 0
+    while at < len(text) or at == 0:
+        end = len(text)
+        if end - at > TEXT_PART:
+            end = next((cut for mark in ("\n\n", "\n") if (cut := text.rfind(mark, at + 1, at + TEXT_PART)) > at), 0)
+            end = end or at + TEXT_PART
+        part = text[at:end]
+        yield Row(f"{path}@{at}" if at else str(path), {"text": part.strip("\n") if at else part})
+        at = max(end, at + 1)
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".txt": _text,
+    ".md": _text,
+}
