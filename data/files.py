@@ -71,7 +71,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """Its bytes, unpacked. The files of fsspec know no limit of readline."""
     with path.open("rb") as file:
         if path.name.lower().endswith(".gz"):
-            file = gzip.open(file)
+            file = gzip.GzipFile(fileobj=file)
         elif path.name.lower().endswith(".zst"):
             import pyarrow
 
