@@ -12,8 +12,7 @@ the product, which is the vendor's.
 """
 
 import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,9 +20,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
 
-from kernels import blocks, left_to_xla
-from kernels.cases import Case, array
+from kernels import blocks
 from kernels.packing import LEVELS
 
 MOST = 256  # rows of x
@@ -48,55 +47,32 @@ def nf4(codes: Array, level: Callable) -> list[Array]:
     return [level(nibbles.astype(jnp.int32)) for nibbles in (codes & 15, codes >> 4)]
 
 
-def supported(k: int, group: int) -> bool:
-    """Whether `matmul` takes a W of K rows: groups that are whole tiles, or one for a column."""
-    return group in (32, 64, 128) or group >= k
+FORMS = {"plain": plain, "int4": int4, "nf4": nf4}
 
 
-def reference(x: Array, codes: Array, scale: Array, group: int, dtype: Any = None, form: Form = int4) -> Array:
-    """What `matmul` computes, of a W that is written."""
-    w = _dense(codes, scale, group, form, x)
-    return jnp.dot(x, w, preferred_element_type=jnp.float32).astype(dtype or x.dtype)
+def supported(form: str, rows: int, k: int, group: int, dtype: DTypeLike) -> bool:
+    """Whether `matmul` takes so many rows of a type, and a W of K rows: groups are whole tiles, or one per column.
+
+    Three bfloat16 numbers hold a float32, and one a code, except that of an NF4 level.
+    """
+    few = rows <= MOST if dtype == jnp.bfloat16 else dtype == jnp.float32 and 3 * rows <= MOST and form != "nf4"
+    return form in FORMS and few and (group in (32, 64, 128) or group >= k)
 
 
-def _dense(codes: Array, scale: Array, group: int, form: Form, like: Array) -> Array:
-    numbers = form(codes, lambda index: jnp.take(jnp.asarray(LEVELS, jnp.float32), index))
-    w = jnp.stack(numbers, 1).reshape(-1, codes.shape[1]).astype(jnp.float32)
-    w *= jnp.repeat(scale.astype(jnp.float32), group, 0)[: len(w)]
-    return w[: like.shape[1]].astype(like.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def matmul(x: Array, codes: Array, scale: Array, group: int, dtype: Any = None, form: Form = int4) -> Array:
-    """x [M, K] times W [K, N] -> [M, N] of `dtype` or that of x, accumulated in float32. Only x has a gradient.
+    """x [M, K] times W [K, N] -> [M, N] of `dtype` or that of x, accumulated in float32.
 
     `codes` are bytes [K / R, N] that R rows share, `scale` [ceil(K / group), N].
     """
-    m, dtype = x.shape[0], dtype or x.dtype
-    if x.dtype == jnp.bfloat16 and m <= MOST:
+    dtype = dtype or x.dtype
+    if x.dtype == jnp.bfloat16:
         return _call(x, codes, scale, group, dtype, form)
-    # Three bfloat16 numbers hold a float32, and one a code, but for NF4's levels.
-    if x.dtype == jnp.float32 and 3 * m <= MOST and form is not nf4:
-        rest, parts = x, []
-        for _ in range(3):
-            parts.append(jax.lax.reduce_precision(rest, 8, 7))  # XLA drops a pair of casts, but never this
-            rest = rest - parts[-1]
-        y = _call(jnp.concatenate(parts).astype(jnp.bfloat16), codes, scale, group, jnp.float32, form)
-        return y.reshape(3, m, -1).sum(0).astype(dtype)
-    return reference(x, codes, scale, group, dtype, form)
-
-
-def _forward(x: Array, codes: Array, scale: Array, group: int, dtype: Any, form: Form) -> tuple[Array, tuple]:
-    return matmul(x, codes, scale, group, dtype, form), (codes, scale, x)
-
-
-def _backward(group: int, dtype: Any, form: Form, kept: tuple, g: Array) -> tuple:
-    codes, scale, x = kept
-    w = _dense(codes, scale, group, form, x)
-    return jnp.dot(g, w.T, preferred_element_type=jnp.float32).astype(x.dtype), None, None
-
-
-matmul.defvjp(_forward, _backward)
+    rest, parts = x, []
+    for _ in range(3):
+        parts.append(jax.lax.reduce_precision(rest, 8, 7))  # XLA drops a pair of casts, but never this
+        rest = rest - parts[-1]
+    y = _call(jnp.concatenate(parts).astype(jnp.bfloat16), codes, scale, group, jnp.float32, form)
+    return y.reshape(3, len(x), -1).sum(0).astype(dtype)
 
 
 def _call(x: Array, codes: Array, scale: Array, group: int, dtype: Any, form: Form) -> Array:
@@ -173,39 +149,3 @@ def _load(ref: Any, rows: Any, *masks: Array | None) -> Array:
     """Rows of a block, 0 for what lies outside of the array."""
     mask = _all(*masks)
     return triton.load(ref.at[rows, :], mask=mask, other=_none(mask))
-
-
-FORMS = {  # with the type of the codes, and how many share a byte
-    "int4": (int4, "uint8", 2),
-    "nf4": (nf4, "uint8", 2),
-    "int8": (plain, "int8", 1),
-    "fp8": (plain, "float8_e4m3fn", 1),
-}
-
-
-def cases() -> Iterator[Case]:
-    """Decoding of 7 B models, aligned and not, up to the most rows that a kernel takes; bfloat16 to compare it with."""
-    wide = (4096, 11008)
-    shapes = {
-        "int4": [(1, 4096, 4096), (16, 4096, 4096), *((m, *wide) for m in (1, 16, 64, 256)), (16, *wide[::-1])],
-        "int8": [(16, 4096, 4096), *((m, *wide) for m in (1, 16, 64, 256))],
-        "nf4": [(16, *wide)],
-        "fp8": [(16, *wide)],
-    }
-    listed = [(name, "bfloat16", *shape, 128) for name in shapes for shape in shapes[name]]
-    listed += [
-        ("int4", "bfloat16", *odd) for odd in ((5, 4096, 4100, 128), (16, 4000, 4096, 128), (16, 4096, 4096, 32))
-    ]
-    listed += [("int4", "float32", 16, 4096, 4096, 128)]
-    for m in (1, 16, 64, 256):
-        args = array(m, wide[0]), array(*wide)
-        yield Case("bf16", f"{m}x4096x11008", None, left_to_xla.plain, args, 2 * m * math.prod(wide), platform="cuda")
-    for name, dtype, m, k, n, group in listed:
-        form, codes, each = FORMS[name]
-        options = dict(group=group if each == 2 else k, form=form)
-        args = array(m, k, dtype=dtype), array(k // each, n, dtype=codes), array(-(-k // options["group"]), n)
-        yield Case(
-            name if dtype == "bfloat16" else f"{name} f32", f"{m}x{k}x{n}" + (f" g{group}" if each == 2 else ""),
-            functools.partial(matmul, **options), functools.partial(reference, **options), args, 2 * m * k * n,
-            quick=(m, n, group) == (16, 4096, 128), platform="cuda",
-        )  # fmt: skip

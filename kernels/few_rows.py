@@ -18,24 +18,25 @@ ROWS = 4  # each converts the codes again: with more, the product with floats is
 SUMMED = 16  # more are not vectorised, fewer leave more to add up
 
 
-def supported(k: int, group: int, turned: bool) -> bool:
-    """Whether `matmul` takes a W of K rows: of whole groups, each of them of whole parts."""
-    return k % group == 0 and group % (64 if turned else SUMMED) == 0
+def supported(rows: int, k: int, group: int, transposed: bool) -> bool:
+    """Whether `matmul` takes so many rows of x, and a W of K rows: of whole groups, each of them of whole parts."""
+    return rows <= ROWS and k % group == 0 and group % (64 if transposed else SUMMED) == 0
 
 
 def matmul(
-    x: Array, codes: Array, scale: Array, group: int, dtype: Any = None, *, by_place: Callable, turned: bool
+    x: Array, codes: Array, scale: Array, group: int, dtype: Any = None, *, by_place: Callable, transposed: bool
 ) -> Array:
     """x [M, K] times W -> [M, N] of `dtype` or that of x, of bytes of codes [K / R, N] and scales [K / group, N].
 
-    `by_place` gives the numbers of the first of the R rows that share a byte, of the second, ... W is `turned` where
-    the bytes of a column lie one after another.
+    `by_place` gives the numbers of the first of the R rows that share a byte, of the second, ... W is `transposed`
+    where [N, K / R] is what is stored.
     """
     dtype, each = dtype or x.dtype, x.shape[1] // len(codes)
-    cut = max(2 // each, 1)  # sums of two arrays or more at once are none of the library's
-    lie = codes.T if turned else codes  # in memory
-    x, lie = jax.lax.optimization_barrier((x.astype(jnp.float32), lie))  # or the floats leave the loop over tokens
-    y = (_along if turned else _down)(x, lie, scale.astype(jnp.float32), group, (each, cut), by_place)
+    cut = max(2 // each, 1)  # a joint reduction of two or more arrays is not handed to the (slow) library routine
+    stored = codes.T if transposed else codes
+    # Without the barrier XLA hoists the dequantised floats out of the decoding loop.
+    x, stored = jax.lax.optimization_barrier((x.astype(jnp.float32), stored))
+    y = (_along if transposed else _down)(x, stored, scale.astype(jnp.float32), group, (each, cut), by_place)
     return y.astype(dtype)
 
 

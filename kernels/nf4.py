@@ -7,7 +7,6 @@ sublanes, and a gather along sublanes looks all of a register's codes up at once
 """
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,17 +17,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import blocks, tiled
 from kernels.blocks import cut
-from kernels.cases import Case, array
-from kernels.packing import LEVELS, by_columns, unpack
+from kernels.packing import LEVELS, by_columns
 
 ROWS = 64  # of W in a register of 32-bit words
 FEW = 128  # rows of x: up to here the lookup is part of the product, and no float W is written
-
-
-def reference(packed: Array, scale: Array, group: int) -> Array:
-    """Levels times scales, bfloat16 [K, N], of bytes [K / 2, N] and scales [K / group, N]."""
-    levels = jnp.take(jnp.asarray(LEVELS, jnp.float32), unpack(packed, 2 * packed.shape[0]), mode="clip")
-    return (levels * jnp.repeat(scale.astype(jnp.float32), group, 0)).astype(jnp.bfloat16)
 
 
 def supported(k: int, n: int, group: int) -> bool:
@@ -37,15 +29,15 @@ def supported(k: int, n: int, group: int) -> bool:
 
 
 def dequantise(packed: Array, scale: Array, group: int) -> Array:
-    """`reference`, bit for bit; `scale` is float32."""
+    """Levels times scales, bfloat16 [K, N], of bytes [K / 2, N] and float32 scales [K / group, N]."""
     k, n = 2 * packed.shape[0], packed.shape[1]
     rows, columns = cut(k, blocks.NF4[0], 8 * group), blocks.NF4[1]
-    at, swapped = lambda i, j: (i, j), by_columns(*packed.shape)
+    at, columnar = lambda i, j: (i, j), by_columns(*packed.shape)
     codes = pl.BlockSpec((rows // 2, columns), at)
-    if swapped:  # as the bytes lie, `packed.T` is no copy, and `packed` would be one
+    if columnar:  # as the bytes lie, `packed.T` is no copy, and `packed` would be one
         codes = pl.BlockSpec((columns, rows // 2), lambda i, j: (j, i))
     return pl.pallas_call(
-        functools.partial(_dequantise, group, swapped),
+        functools.partial(_dequantise, group, columnar),
         grid=(pl.cdiv(k, rows), pl.cdiv(n, columns)),
         in_specs=[codes, pl.BlockSpec((rows // group, columns), at)],
         out_specs=pl.BlockSpec((rows, columns), at),
@@ -54,7 +46,7 @@ def dequantise(packed: Array, scale: Array, group: int) -> Array:
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=blocks.VMEM
         ),
-    )(packed.T if swapped else packed, scale)
+    )(packed.T if columnar else packed, scale)
 
 
 def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: Any = None) -> Array:
@@ -68,12 +60,6 @@ def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: Any = None)
     )
 
 
-def reference_matmul(x: Array, packed: Array, scale: Array, group: int) -> Array:
-    """What `matmul` computes."""
-    w = reference(packed, scale, group)
-    return jnp.dot(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
-
-
 def _multiply(w: tiled.W, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any, rows_ref: Any) -> None:
     def part() -> Array:
         x, scale = tiled.inside(x_ref[...], 1, w.total), tiled.inside(s_ref[...], 0, w.total // w.group)
@@ -83,16 +69,16 @@ def _multiply(w: tiled.W, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_re
     tiled.accumulate(part, y_ref, sum_ref)
 
 
-def _dequantise(group: int, swapped: bool, w_ref: Any, s_ref: Any, y_ref: Any, rows_ref: Any) -> None:
-    _look_up(group, swapped, w_ref, s_ref, rows_ref)
+def _dequantise(group: int, columnar: bool, w_ref: Any, s_ref: Any, y_ref: Any, rows_ref: Any) -> None:
+    _look_up(group, columnar, w_ref, s_ref, rows_ref)
     y_ref[...] = rows_ref[...].astype(y_ref.dtype)
 
 
-def _look_up(group: int, swapped: bool, w_ref: Any, scale: Any, rows_ref: Any) -> None:
+def _look_up(group: int, columnar: bool, w_ref: Any, scale: Any, rows_ref: Any) -> None:
     """Levels times scales of a block of W, float32, into `rows_ref`."""
     columns = rows_ref.shape[1]
     tables = [_register(LEVELS[at : at + 8], columns) for at in (0, 8)]
-    packed = w_ref[...].T if swapped else w_ref[...]
+    packed = w_ref[...].T if columnar else w_ref[...]
     for at in range(0, rows_ref.shape[0], ROWS):
         words = pltpu.bitcast(packed[at // 2 : (at + ROWS) // 2], jnp.int32)  # [8, columns], of rows 8 i .. 8 i + 7
         own = jnp.broadcast_to(scale[at // group : at // group + 1], words.shape)
@@ -106,13 +92,3 @@ def _register(values: tuple[float, ...], columns: int) -> Array:
     """[8, columns] with a value a sublane; a kernel cannot capture an array."""
     row = jax.lax.broadcasted_iota(jnp.int32, (8, columns), 0)
     return sum(jnp.where(row == i, jnp.float32(v), 0) for i, v in enumerate(values))
-
-
-def cases() -> Iterator[Case]:
-    """A whole weight of a 7 B model, and one whose columns are not aligned; decoding with them."""
-    by_group = lambda f: functools.partial(f, group=64)
-    for k, n in ((4096, 4096), (4096, 14336), (4096, 4100)):
-        args = array(k // 2, n, dtype="uint8"), array(k // 64, n, dtype="float32")
-        yield Case("nf4 dequantise", f"{k}x{n} g64", *map(by_group, (dequantise, reference)), args, quick=n == 4096)
-        few = array(16, k), *args
-        yield Case("nf4", f"16x{k}x{n} g64", *map(by_group, (matmul, reference_matmul)), few, 2 * 16 * k * n)

@@ -7,7 +7,7 @@ Punica: Chen et al. 2023, arXiv 2310.18547).
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,6 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from kernels import blocks, paged_lora_triton, partition
-from kernels.cases import Case, array
 from kernels.partition import Axes
 
 BLOCK = 16  # rank rows of a page: a tile of bfloat16
@@ -69,7 +68,7 @@ def product(
     rows B has together. Where nothing is added, a kernel does both products at once, as on one device; elsewhere a GPU
     has one for each, and a TPU loops.
     """
-    if partition.one_device():
+    if not partition.sharded():
         return matmul(x, a, b, route) if x.ndim == 3 else expand(lookup(x, a, route), b, route, len(x), dtype)
     (batch, tokens), (k, n) = rows, split
     first, last = (tuple(axis for axis in batch if axis not in taken) for taken in split)
@@ -279,19 +278,3 @@ def _product(x: Array, a: Array, b: Array, which: Array, row: Array) -> Array:
     own = dot(from_row, to_page)  # [B, STEP BLOCK]
     low = jnp.where(own > 0, dot(x, a.astype(x.dtype).T), 0).astype(x.dtype)
     return dot(low, b.astype(x.dtype))
-
-
-def cases() -> Iterator[Case]:
-    """Decoding with an adapter of its own for each row, of ranks 8 to 64, their pages all that the stacks hold."""
-    flat = lambda f: lambda x, a, b, *r: f(x[:, None], a, b, Route(*r))[:, 0]
-    for rows, dtype in ((16, "bfloat16"), (64, "bfloat16"), (64, "float32")):
-        owner = [i for i in range(rows) for _ in range(-(-(8 + 13 * i % 57) // BLOCK))]  # of each page
-        pages = len(owner)
-        stack = array(pages * BLOCK, 4096, dtype=dtype)
-        args = array(rows, 4096, dtype=dtype), stack, stack, *route(list(enumerate(owner)), pages)
-        name = f"{rows} adapters, {pages} pages, 4096x4096 {dtype}"
-        cuda = lambda x, a, b, *r: paged_lora_triton.matmul(x, _pages(a), _pages(b), Route(*r))
-        for kernel, platform in ((flat(decode), "tpu"), (cuda, "cuda")):
-            yield Case(
-                "paged lora", name, kernel, flat(loop), args, peak="", quick=rows == 16, platform=platform
-            )  # fmt: skip

@@ -36,7 +36,7 @@ def product(
         y = y.reshape(*x.shape[:-1], -1)
         return jax.lax.psum(y, summed).astype(x.dtype) if summed else y
 
-    if one_device():
+    if not sharded():
         return local(x, *w)
     specs = P(*rows, summed), *[P(*split)] * len(w)
     return jax.shard_map(local, in_specs=specs, out_specs=P(*rows, made), check_vma=False)(x, *w)
@@ -44,7 +44,7 @@ def product(
 
 def elementwise(kernel: functools.partial, w: Sequence[Array], split: tuple[Axes, Axes], gathered: set[str]) -> Array:
     """`kernel(*w)` [K, N] of codes and scales that lie over `split`, gathered over some axes while they are small."""
-    if one_device():
+    if not sharded():
         return once(kernel, *w)
     local = lambda *w: once(kernel, *_gather(w, split, gathered))
     left = P(*[tuple(a for a in axes if a not in gathered) for axes in split])
@@ -61,9 +61,10 @@ def _once(kernel: Callable, options: tuple, *args: Array) -> Array:
     return kernel(*args, **dict(options))
 
 
-def one_device() -> bool:
+def sharded() -> bool:
+    """Whether the ambient mesh (`jax.set_mesh`) has more than one device."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or mesh.size == 1
+    return not mesh.empty and mesh.size > 1
 
 
 def _gather(w: Sequence[Array], split: tuple[Axes, Axes], over: set[str]) -> list[Array]:

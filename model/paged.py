@@ -47,8 +47,8 @@ class Many(Weight):
         return y if self.route is None else y + self._product(ids, "V", "D", dtype)
 
     def _product(self, x: Array, contracted: str, produced: str, dtype: Any) -> Array:
-        turned = contracted != weights.split(self.eqn)[1]  # a tied unembedding
-        a, b = (self.b, self.a) if turned else (self.a, self.b)
+        tied_head = contracted != weights.split(self.eqn)[1]
+        a, b = (self.b, self.a) if tied_head else (self.a, self.b)
         rows = weights.mesh_axes(("act_batch", "act_seq"), x.shape[:2])
         split = weights.mesh_axes((AXES[contracted[0]], AXES[produced[0]]), (a.shape[1], b.shape[1]))
         return paged_lora.product(x, a, b, self.route, rows, split, dtype)

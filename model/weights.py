@@ -18,15 +18,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from common.errors import UserError
+from kernels.partition import sharded
 
 Params = dict[str, Any]  # nested dicts whose leaves are arrays or Weights
 Specs = dict[str, Any]  # the same dicts, with a Spec at every parameter
 Transform = Callable[[Params, Specs, Array], Params]  # what a method is; the last argument is a random key
+
+Rules = Sequence[tuple[str, str | tuple[str, ...]]]  # logical axis -> mesh axes
 
 # Letter of an equation -> logical axis of a weight. train/mesh.py maps logical axes to mesh axes.
 AXES = dict(
@@ -178,20 +181,14 @@ def product(eqn: str, x: Array, w: Array, dtype: Any = None) -> Array:
     n = len(contracted)
     flat_x = x.reshape(-1, math.prod(x.shape[-n:]))
     rows = flat_x.shape[0]
-    if jnp.issubdtype(x.dtype, jnp.integer):  # two rows of integers take a CPU a quarter of the time of one
-        flat_x = jnp.pad(flat_x, ((0, max(2 - rows, 0)), (0, 0)))
+    if jnp.issubdtype(x.dtype, jnp.integer) and rows == 1:  # two rows of integers take a CPU a quarter of the time
+        flat_x = jnp.pad(flat_x, ((0, 1), (0, 0)))
     first = ws.startswith(contracted)
     tail = w.shape[n:] if first else w.shape[:-n]
     flat_w = w.reshape(-1, math.prod(tail)) if first else w.reshape(math.prod(tail), -1)
     dims = (((1,), (0 if first else 1,)), ((), ()))
     y = jax.lax.dot_general(flat_x, flat_w, dims, preferred_element_type=dtype)
     return (y[:rows] if len(y) > rows else y).reshape(x.shape[:-n] + tail)
-
-
-def sharded() -> bool:
-    """Whether the ambient mesh (`jax.set_mesh`) has more than one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.size > 1
 
 
 def platform() -> str:
@@ -206,18 +203,28 @@ def shards(*axes: str) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape.get(a, 1) for a in axes)
 
 
-def mesh_axes(names: Sequence[str | None], sizes: Sequence[int]) -> list[tuple[str, ...]]:
-    """Axes of the ambient mesh that dimensions of these logical names lie over by flax's rules; each is used once, and
-    none where it does not divide."""
-    mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
-    used, found = set(), []
+def assigned_axes(
+    names: Sequence[str | None], sizes: Sequence[int], mesh: Mesh | AbstractMesh, rules: Rules
+) -> list[tuple[str, ...]]:
+    """Mesh axes that dimensions of these logical names are sharded over.
+
+    A dimension that its mesh axes do not divide is replicated. Each mesh axis shards at most one dimension: the first
+    that maps to it.
+    """
+    table, used, found = dict(rules), set(), []
     for name, size in zip(names, sizes, strict=True):
-        axes = rules.get(name) or ()
-        axes = tuple(a for a in ((axes,) if isinstance(axes, str) else axes) if shards(a) > 1)
-        fits = not used & set(axes) and size % math.prod(mesh.shape[a] for a in axes) == 0
+        axes = table.get(name) or ()
+        axes = (axes,) if isinstance(axes, str) else axes
+        fits = not used & set(axes) and size % math.prod(mesh.shape.get(a, 1) for a in axes) == 0
         found.append(axes if fits else ())
         used |= set(found[-1])
     return found
+
+
+def mesh_axes(names: Sequence[str | None], sizes: Sequence[int]) -> list[tuple[str, ...]]:
+    """`assigned_axes` of the ambient mesh by flax's rules, without axes of one device."""
+    found = assigned_axes(names, sizes, jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules())
+    return [tuple(a for a in axes if shards(a) > 1) for axes in found]
 
 
 def place(names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding | None:

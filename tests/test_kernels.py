@@ -22,11 +22,12 @@ from jax.sharding import PartitionSpec as P
 from kernels import blocks, codes_triton, int4_matmul, packing
 from kernels import nf4 as kernel_nf4
 from model import paged, weights
-from model.quant import fp8, int4, int8, nf4
+from model.quant import _multiply, fp8, int4, int8, nf4
 from tests.test_plan import gpu, tpu
 from tests.test_quant import rand, relative
 from tools.kernel_report import __main__ as kernel_report
 from tools.kernel_report import schedule
+from tools.kernel_report.cases import by_xla, cases
 from tools.plan import hlo, topology
 from train.mesh import RULES, make_mesh
 
@@ -68,32 +69,35 @@ def interpreted(monkeypatch):
 )
 def test_int4_is_its_reference(interpreted, by, m, k, n, group):
     """Both regimes and both directions, with ragged columns, rows and groups; bfloat16 inputs, sums in float32."""
-    leaf = int4.encode(rand(k, n), "BTD,DF->BTF", group=group)
+    eqn, platform = "TD,DF->TF", "tpu" if by is int4_matmul else "cuda"
+    leaf = int4.make(group=group).encode(rand(k, n), eqn)
     x, g = rand(m, k, seed=1).astype(jnp.bfloat16), rand(m, n, seed=2).astype(jnp.bfloat16)
-    assert by is codes_triton or by.supported(k, n, group)
-    kernel = jax.jit(lambda x, *w: by.matmul(x, *w, group))
-    y, pull = jax.vjp(lambda x: kernel(x, leaf.codes, leaf.scale), x)
-    want, pull_reference = jax.vjp(lambda x: int4_matmul.reference(x, leaf.codes, leaf.scale, group), x)
+    taken = _multiply.kernels(leaf, m, jnp.bfloat16, backward=False)
+    assert (platform in taken) == (m <= codes_triton.MOST or by is int4_matmul)
+    interpreted(platform)
+    product = jax.jit(lambda x, leaf: leaf.einsum(eqn, x))  # no constants: XLA folds those of 4 bits wrongly on a CPU
+    y, pull = jax.vjp(lambda x: product(x, leaf), x)
+    want, pull_plain = jax.vjp(lambda x: by_xla(leaf, False, x, leaf.codes, leaf.scale), x)
     assert relative(*map(jnp.float32, (y, want))) < 4e-3  # bfloat16 keeps 8 bits
-    assert relative(*map(jnp.float32, (pull(g)[0], pull_reference(g)[0]))) < 4e-3
-    exact = by.matmul(x[:5].astype(jnp.float32), leaf.codes, leaf.scale, group)
-    want = int4_matmul.reference(x[:5].astype(jnp.float32), leaf.codes, leaf.scale, group)
-    assert relative(exact, want) < 1e-5
+    assert relative(*map(jnp.float32, (pull(g)[0], pull_plain(g)[0]))) < 4e-3
+    few = x[:5].astype(jnp.float32)
+    assert relative(by.matmul(few, leaf.codes, leaf.scale, group), few @ leaf.floats(jnp.float32)) < 1e-5
 
 
 @pytest.mark.parametrize("m, k, n", [(5, 1240, 97), (100, 320, 200)])
 @pytest.mark.parametrize("fmt", ["int4", "nf4", "int8", "fp8"])
 def test_codes_of_every_form(interpreted, fmt, m, k, n):
     """Ragged rows, columns and groups on a GPU, against the dequantised leaf."""
-    leaf, (form, dtype, _) = FORMATS[fmt](rand(k, n), "BTD,DF->BTF"), codes_triton.FORMS[fmt]
-    x, group, w = rand(m, k, seed=1), leaf.tile[0], leaf._matrix()
-    assert codes_triton.supported(k, group) and leaf.codes.dtype == dtype and leaf.form == form.__name__
-    args = leaf.codes, leaf._plain().scale, group, None, form
-    y, pull = jax.vjp(lambda x: codes_triton.matmul(x, *args), x.astype(jnp.bfloat16))
+    interpreted("cuda")
+    leaf = FORMATS[fmt].encode(rand(k, n), "TD,DF->TF")
+    x, w = rand(m, k, seed=1), leaf.matrix()
+    y, pull = jax.vjp(lambda x: leaf.einsum("TD,DF->TF", x), x.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16 and relative(y.astype(jnp.float32), x @ w) < 6e-3
     g = rand(m, n, seed=2).astype(jnp.bfloat16)
     assert relative(pull(g)[0].astype(jnp.float32), g.astype(jnp.float32) @ w.T) < 6e-3
-    assert relative(codes_triton.matmul(x, *args), x @ w) < 1e-5
+    taken = [_multiply.kernels(leaf, m, dtype, backward=False) for dtype in (jnp.bfloat16, jnp.float32)]
+    assert ["cuda" in kernels for kernels in taken] == [True, fmt != "nf4" and 3 * m <= codes_triton.MOST]
+    assert relative(leaf.einsum("TD,DF->TF", x), x @ w) < 1e-5
 
 
 @pytest.mark.parametrize("by", [int4_matmul, codes_triton])
@@ -109,40 +113,39 @@ def test_int4_by_hand(interpreted, by):
     "k, n", [(256, 160), *[pytest.param(*s, marks=pytest.mark.slow) for s in ((576, 130), (4608, 128))]]
 )
 def test_nf4_is_its_reference_bit_for_bit(interpreted, k, n):
-    leaf = nf4.encode(rand(k, n), "BTD,DF->BTF")
+    leaf = nf4.make().encode(rand(k, n), "TD,DF->TF").plain_scales()
     assert kernel_nf4.supported(k, n, 64)
-    scale = leaf._plain().scale
+    scale = leaf.scale
     got = jax.jit(functools.partial(kernel_nf4.dequantise, group=64))(leaf.codes, scale)
-    np.testing.assert_array_equal(got, kernel_nf4.reference(leaf.codes, scale, 64))
+    np.testing.assert_array_equal(got, leaf.floats(jnp.bfloat16))
     for m in (1, 20):
         x = rand(m, k, seed=1).astype(jnp.bfloat16)
-        y, want = (f(x, leaf.codes, scale, 64) for f in (kernel_nf4.matmul, kernel_nf4.reference_matmul))
+        y, want = kernel_nf4.matmul(x, leaf.codes, scale, 64), by_xla(leaf, False, x, leaf.codes, scale)
         assert y.dtype == want.dtype and relative(y.astype(jnp.float32), want.astype(jnp.float32)) < 3e-3
-    np.testing.assert_array_equal(got, leaf._matrix().astype(jnp.bfloat16))
     assert got[3, 5] == jnp.bfloat16(np.float32(packing.LEVELS[int(packing.unpack(leaf.codes, k)[3, 5])]) * scale[0, 5])
 
 
 @pytest.mark.parametrize(
-    "rows, columns, turned", [(2048, 4096, 0), (2048, 4100, 1), (768, 576, 1), (288, 576, 0), (288, 192, 0)]
+    "rows, columns, by_columns", [(2048, 4096, 0), (2048, 4100, 1), (768, 576, 1), (288, 576, 0), (288, 192, 0)]
 )
-def test_bytes_lie_as_xla_lays_them(rows, columns, turned):
+def test_bytes_lie_as_xla_lays_them(rows, columns, by_columns):
     """Against the layouts that libtpu gave parameters of these shapes."""
-    assert packing.by_columns(rows, columns) == turned
+    assert packing.by_columns(rows, columns) == by_columns
 
 
 @pytest.mark.parametrize("fmt", ["int4", "nf4"])
 def test_a_decoding_loop_has_whole_registers_of_columns(interpreted, monkeypatch, fmt):
     """Of a TPU, where XLA would turn the bytes of 260 columns; products and values stay what they are."""
-    leaf, x = FORMATS[fmt](rand(1024, 260), "BTD,DF->BTF"), rand(1, 3, 1024, seed=1).astype(jnp.bfloat16)
+    leaf, x = FORMATS[fmt].encode(rand(1024, 260), "BTD,DF->BTF"), rand(1, 3, 1024, seed=1).astype(jnp.bfloat16)
     assert leaf.settled() is leaf  # on a CPU
     monkeypatch.setattr(weights, "platform", lambda: "tpu")
     wide = leaf.settled()
     assert (wide.codes.shape, wide.scale.shape, wide.shape) == ((512, 384), (16, 384), (1024, 260))
-    np.testing.assert_array_equal(wide._dense(jnp.float32), leaf._dense(jnp.float32))
+    np.testing.assert_array_equal(wide.floats(jnp.float32), leaf.floats(jnp.float32))
     for rows in (x, jnp.tile(x, (1, 50, 1))):  # of the two regimes
         y, want = (jax.jit(lambda x, w: w.einsum("BTD,DF->BTF", x))(rows, w) for w in (wide, leaf))
         np.testing.assert_array_equal(y, want)
-    assert FORMATS[fmt](rand(1024, 256), "BTD,DF->BTF").settled().codes.shape == (512, 256)
+    assert FORMATS[fmt].encode(rand(1024, 256), "BTD,DF->BTF").settled().codes.shape == (512, 256)
 
 
 def test_blocks_pad_least():
@@ -152,12 +155,7 @@ def test_blocks_pad_least():
 
 # --- shards ---
 
-FORMATS = {
-    "int4": functools.partial(int4.encode, group=64),
-    "nf4": nf4.encode,
-    "int8": int8.encode,
-    "fp8": fp8.encode,
-}
+FORMATS = {"int4": int4.make(group=64), "nf4": nf4.make(), "int8": int8.make(), "fp8": fp8.make()}
 
 
 @pytest.mark.parametrize(
@@ -182,10 +180,10 @@ def test_on_shards_it_is_the_plain_product(interpreted, monkeypatch, fmt, platfo
     for module, name in {"tpu": tpu, "cuda": ((codes_triton, "matmul"),)}[platform]:
         kernel = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, k=kernel, **kw: used.append(a[-2].shape) or k(*a, **kw))
-    leaf = FORMATS[fmt](rand(*shape), eqn)
+    leaf = FORMATS[fmt].encode(rand(*shape), eqn)
     x = rand(4, 2, *shape[: len(shape) - 1], seed=1).astype(jnp.bfloat16)
     plain = leaf.replace(codes=leaf.codes)
-    want, pull = jax.vjp(lambda x: jnp.einsum(eqn, x, plain._dense(jnp.bfloat16)), x)
+    want, pull = jax.vjp(lambda x: jnp.einsum(eqn, x, plain.floats(jnp.bfloat16)), x)
     g = rand(*want.shape, seed=2).astype(jnp.bfloat16)
     with jax.set_mesh(make_mesh({"data": 1, "fsdp": 4, "tensor": 2})), nn.logical_axis_rules(RULES):
         got, dx = jax.jit(
@@ -230,9 +228,9 @@ def test_moved_bytes_by_hand():
 
 
 def test_every_kernel_is_in_the_report():
-    names = {case.name for case in kernel_report.cases()}
+    names = {case.name for case in cases()}
     assert {"int4", "int4 dx", "nf4", "nf4 dequantise", "paged lora", "w8a8"} <= names
-    for case in kernel_report.cases():
+    for case in cases():
         if case.kernel:
             assert jax.eval_shape(case.kernel, *case.args) == jax.eval_shape(case.xla, *case.args)
 
@@ -273,17 +271,17 @@ def test_schedules_are_those_committed():
 def test_no_program_spills_and_none_writes_a_float_w(chip):
     argv = [sys.executable, "-m", "tools.kernel_report", f"--chip={chip}", "--json"]
     told = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout
-    cases = {f"{c.name} {c.shape}": c for c in kernel_report.cases() if c.platform == "cuda"}
+    by_name = {f"{c.name} {c.shape}": c for c in cases() if c.platform == "cuda"}
     rows = {f"{r['case']} {r['shape']}": r for r in json.loads(told)}
-    assert rows.keys() == cases.keys()
+    assert rows.keys() == by_name.keys()
     for name, row in rows.items():
-        if cases[name].kernel is None:
+        if by_name[name].kernel is None:
             continue
         assert row["kernel"]["spill_stores"] == row["kernel"]["spill_loads"] == 0 < row["kernel"]["registers"], name
         if row["case"] == "paged lora":
             assert row["bytes_least"] <= row["kernel"]["bytes_moved"] < 1.01 * row["bytes_least"], name
             continue
-        x, codes, _ = cases[name].args
+        x, codes, _ = by_name[name].args
         w = x.shape[1] * codes.shape[1] * x.dtype.itemsize
         assert row["kernel"]["bytes_temporary"] < w / 4 and row["xla"]["bytes_temporary"] >= w, name
         assert row["bytes_least"] <= row["kernel"]["bytes_moved"] < 2.5 * row["bytes_least"], name
@@ -303,7 +301,7 @@ def test_four_absent_chips_gather_packed_weights(fmt, on, kernel, calls):
     over fsdp, no float W on the wire."""
     eqn, mesh = "BTF,FD->BTD", make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, topology.devices(on))
     laid = lambda a, *axes: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P(*axes)))
-    leaf = jax.eval_shape(lambda w: FORMATS[fmt](w, eqn), jax.ShapeDtypeStruct((1024, 512), jnp.float32))
+    leaf = jax.eval_shape(lambda w: FORMATS[fmt].encode(w, eqn), jax.ShapeDtypeStruct((1024, 512), jnp.float32))
     leaf = jax.tree.map(lambda a: laid(a, *("tensor", "fsdp") if a.shape[-1] == 512 else ()), leaf)
     x = laid(jax.ShapeDtypeStruct((4, 128, 1024), jnp.bfloat16), "fsdp", None, "tensor")
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):

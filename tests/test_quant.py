@@ -150,16 +150,16 @@ def test_bytes_are_the_formats_arithmetic():
     """Of a matrix 4096 x 512; and the double quantisation of QLoRA: 0.5 bit a weight for scales becomes 0.127."""
     w, eqn = jax.ShapeDtypeStruct((4096, 512), jnp.float32), "BTD,DF->BTF"
 
-    def bits(encode, **options):
-        leaf = jax.eval_shape(lambda w: encode(w, eqn, **options), w)
+    def bits(make, **options):
+        leaf = jax.eval_shape(lambda w: make(**options).encode(w, eqn), w)
         return 8 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(leaf)) / w.size
 
-    assert bits(int8.encode) == 8 + 16 / 4096
-    assert [bits(int4.encode, group=g) for g in (32, 64, 128)] == [4.5, 4.25, 4.125]
-    assert bits(int4.encode, group=64, symmetric=False) == 4.5
-    assert bits(int2.encode, group=64) == 2.25
-    assert bits(fp8.encode, scale="block") == 8 + 16 / 128**2
-    assert bits(nf4.encode) - 4 == 8 / 64 + 32 / (64 * 256)
+    assert bits(int8.make) == 8 + 16 / 4096
+    assert [bits(int4.make, group=g) for g in (32, 64, 128)] == [4.5, 4.25, 4.125]
+    assert bits(int4.make, group=64, symmetric=False) == 4.5
+    assert bits(int2.make, group=64) == 2.25
+    assert bits(fp8.make, scale="block") == 8 + 16 / 128**2
+    assert bits(nf4.make) - 4 == 8 / 64 + 32 / (64 * 256)
     assert round(8 / 64 + 32 / (64 * 256), 3) == 0.127
 
 
@@ -174,33 +174,33 @@ class TestByHand:
 
     def test_int8(self):
         """Largest 127, so the scale is 1."""
-        leaf = int8.encode(self.column(127.0, -63.4, 0.6, 0.0), "BTD,DF->BTF")
+        leaf = int8.make().encode(self.column(127.0, -63.4, 0.6, 0.0), "BTD,DF->BTF")
         np.testing.assert_array_equal(self.values(leaf), [127, -63, 1, 0])
 
     def test_int4(self):
         """Scale 1; asymmetric: 15 steps from -8 to 7 of 2 .. 17, offset 2 + 8 = 10."""
-        leaf = int4.encode(self.column(7.0, -3.4, 2.6, -0.2), "BTD,DF->BTF")
+        leaf = int4.make().encode(self.column(7.0, -3.4, 2.6, -0.2), "BTD,DF->BTF")
         np.testing.assert_array_equal(self.values(leaf), [7, -3, 3, 0])
         np.testing.assert_array_equal(leaf.codes[:, 0], [7 | 13 << 4, 3 | 0 << 4])  # -3 is 13 in two's complement
-        leaf = int4.encode(self.column(2.0, 17.0, 9.6, 5.2), "BTD,DF->BTF", symmetric=False)
+        leaf = int4.make(symmetric=False).encode(self.column(2.0, 17.0, 9.6, 5.2), "BTD,DF->BTF")
         np.testing.assert_array_equal(self.values(leaf), [2, 17, 10, 5])
         assert leaf.offset.item() == 10
 
     def test_int2(self):
         """Largest 3, so the scale is 2 and the levels are -3, -1, 1, 3: codes 3, 0, 2, 1 from the lowest bits on."""
-        leaf = int2.encode(self.column(3.0, -2.4, 0.2, -0.2), "BTD,DF->BTF", calibration="absmax")
+        leaf = int2.make(calibration="absmax").encode(self.column(3.0, -2.4, 0.2, -0.2), "BTD,DF->BTF")
         np.testing.assert_array_equal(self.values(leaf), [3, -3, 1, -1])
         np.testing.assert_array_equal(leaf.codes[:, 0], [3 | 0 << 2 | 2 << 4 | 1 << 6])
 
     def test_nf4(self):
         """Largest 2; 0.5 is 0.25 of it, next to the level 0.2461; the scale's step is 2 / 255, its code 255."""
-        leaf = nf4.encode(self.column(2.0, -2.0, 0.5, 0.01), "BTD,DF->BTF")
+        leaf = nf4.make().encode(self.column(2.0, -2.0, 0.5, 0.01), "BTD,DF->BTF")
         np.testing.assert_allclose(self.values(leaf), [2, -2, 2 * 0.24611230194568634, 0], rtol=1e-6)
         assert leaf.scale.item() == 255
 
     def test_fp8(self):
         """Scale 1: e4m3 has 8 steps an octave, 448 = 1.75 * 2^8; 17 lies between 16 and 18, the first is even."""
-        leaf = fp8.encode(self.column(448.0, 17.0, -1.06, 2.0**-9), "BTD,DF->BTF")
+        leaf = fp8.make().encode(self.column(448.0, 17.0, -1.06, 2.0**-9), "BTD,DF->BTF")
         np.testing.assert_array_equal(self.values(leaf), [448, 16, -1, 2.0**-9])
 
     def test_train8(self):
@@ -243,10 +243,10 @@ def test_errors_of_4_bits_on_gaussian_weights(kind):
     w = rand(4096, 128)
     for group, want in zip((32, 64, 128), TABLE[kind], strict=True):
         if kind == "nf4":
-            encode = functools.partial(nf4.encode, group=group)
+            encode = nf4.make(group=group).encode
         else:
             options = dict(symmetric=False) if kind == "asymmetric" else dict(calibration=kind)
-            encode = functools.partial(int4.encode, group=group, **options)
+            encode = int4.make(group=group, **options).encode
         assert (0.95 if kind == "asymmetric" else 0.98) < error(w, encode) / want < 1.02
 
 
@@ -255,11 +255,11 @@ def test_order_of_formats_on_gaussian_weights():
     w = rand(4096, 256)
     fp4 = nearest(w, Format(lambda v: fp8.round_float(v, 1, 0, 6.0), 6.0, (64, 1)))
     e2m1 = 100 * relative(fp4.numbers * jnp.repeat(fp4.scale, 64, 0), w)
-    assert error(w, nf4.encode) < e2m1 < error(w, int4.encode)
-    np.testing.assert_allclose(error(w, int8.encode), 0.87, rtol=0.03)
+    assert error(w, nf4.make().encode) < e2m1 < error(w, int4.make().encode)
+    np.testing.assert_allclose(error(w, int8.make().encode), 0.87, rtol=0.03)
     best = 100 * 0.1188**0.5  # of a normal distribution on four equal steps (Max 1960, table II)
-    assert best < error(w, functools.partial(int2.encode, group=256)) < 1.03 * best
-    np.testing.assert_allclose(error(w, fp8.encode), 2.65, rtol=0.03)
+    assert best < error(w, int2.make(group=256).encode) < 1.03 * best
+    np.testing.assert_allclose(error(w, fp8.make().encode), 2.65, rtol=0.03)
 
 
 # --- beside other methods ---
@@ -268,11 +268,11 @@ def test_order_of_formats_on_gaussian_weights():
 @pytest.mark.parametrize(
     "encode",
     [
-        int8.encode,
-        int4.encode,
-        functools.partial(int2.encode, calibration="absmax"),
-        functools.partial(nf4.encode, double=False),
-        fp8.encode,
+        int8.make().encode,
+        int4.make().encode,
+        int2.make(calibration="absmax").encode,
+        nf4.make(double=False).encode,
+        fp8.make().encode,
     ],
 )
 def test_quantised_twice_is_quantised_once(encode):
@@ -395,7 +395,7 @@ def test_sharded_is_unsharded(name):
 def test_few_rows_times_codes_are_those_times_the_dense_array(quant):
     """Sizes that a CPU multiplies without a float matrix; the heads as one, and apart."""
     for eqn, shape in {"BTNH,NHD->BTD": (4, 48, 20), "BTD,DNH->BTNH": (192, 2, 5)}.items():
-        leaf = quant.encode(rand(*shape), eqn)
+        leaf = quant.make().encode(rand(*shape), eqn)
         dense = leaf.dense(spec_of(eqn, shape))
         x = activation(eqn, shape)[:, :1]
         got = jax.jit(lambda x, leaf, eqn=eqn: weights.einsum(eqn, x, leaf))
@@ -404,7 +404,7 @@ def test_few_rows_times_codes_are_those_times_the_dense_array(quant):
             assert got(rows, leaf).dtype == rows.dtype
             assert relative(got(rows, leaf), want) < (1e-6 if rows.dtype == jnp.float32 else 4e-3)
     w = rand(67, 192)  # a table that is a tied head
-    leaf, x = quant.encode(w, "BTV,VD->BTD"), rand(2, 1, 192)
+    leaf, x = quant.make().encode(w, "BTV,VD->BTD"), rand(2, 1, 192)
     dense = leaf.dense(spec_of("BTV,VD->BTD", w.shape))
     got = jax.jit(lambda x, leaf: weights.einsum("BTD,VD->BTV", x, leaf))(x, leaf)
     assert relative(got, jnp.einsum("BTD,VD->BTV", x, dense, precision="highest")) < 1e-6
@@ -462,10 +462,12 @@ def test_gptq_is_the_update_of_the_paper(group):
         inverse = np.linalg.inv(h[i:, i:])
         left[i + 1 :] -= np.outer(inverse[1:, 0] / inverse[0, 0], left[i] - want[i])
     solve = functools.partial(_calibrate.gptq, _calibrate.factor(x.T @ x))
-    leaf = int4.encode(jnp.asarray(w, jnp.float32), "BTD,DF->BTF", group=group, solve=solve)
+    leaf = int4.make(group=group).encode(jnp.asarray(w, jnp.float32), "BTD,DF->BTF", solve)
     ours = leaf.dense(spec_of("BTD,DF->BTF", (k, n)))
     np.testing.assert_allclose(ours, want, atol=1e-5)
-    nearest = int4.encode(jnp.asarray(w, jnp.float32), "BTD,DF->BTF", group=group).dense(spec_of("BTD,DF->BTF", (k, n)))
+    nearest = (
+        int4.make(group=group).encode(jnp.asarray(w, jnp.float32), "BTD,DF->BTF").dense(spec_of("BTD,DF->BTF", (k, n)))
+    )
     assert np.linalg.norm(x @ (ours - w)) < 0.8 * np.linalg.norm(x @ (nearest - w))
 
 
@@ -485,7 +487,7 @@ def test_awq_is_the_search_of_the_paper():
         if (error := np.linalg.norm(x @ (rounded - w))) < least:
             best, least, exponent = rounded, error, a
     seen = _calibrate._inputs(jnp.asarray(x), k)
-    leaf = _calibrate.awq(jnp.asarray(w), eqn, seen, functools.partial(int4.encode, group=group))
+    leaf = _calibrate.awq(jnp.asarray(w), eqn, seen, int4.make(group=group).encode)
     assert 0 < exponent < 0.95
     np.testing.assert_allclose(leaf.dense(spec_of(eqn, (k, n))), best, atol=1e-5)
     np.testing.assert_allclose(
@@ -497,7 +499,7 @@ def test_smoothquant_by_hand():
     """Peaks 4 and 1 of x, 1 and 4 of the rows of W, strength 1/2: factors 2 and 1/2, so that both peaks become 2."""
     w = jnp.array([[1.0], [-4.0]])
     seen = _calibrate.Inputs(jnp.eye(2), jnp.ones(2), jnp.array([4.0, 1.0]))
-    leaf = _calibrate.smoothquant(w, "BTD,DF->BTF", seen, functools.partial(int8.encode, activations=True))
+    leaf = _calibrate.smoothquant(w, "BTD,DF->BTF", seen, int8.make(activations=True).encode)
     np.testing.assert_array_equal(leaf.inverse[:, 0], [0.5, 2])
     np.testing.assert_array_equal(leaf.codes[:, 0], [127, -127])
     y = weights.einsum("BTD,DF->BTF", jnp.array([[[4.0, 1.0]]]), leaf)
@@ -599,7 +601,7 @@ def test_the_budgets_choice_is_the_best_of_all():
 def test_bytes_in_memory_and_on_disk_are_the_arithmetics(quant, options, bits, tmp_path):
     """Of a saved leaf of 512 x 512; a checkpoint is compressed, so that codes of few values take less on disk."""
     module = importlib.import_module(f"model.quant.{quant}")
-    leaf = module.encode(rand(512, 512), "BTD,DF->BTF", **options)
+    leaf = module.make(**options).encode(rand(512, 512), "BTD,DF->BTF")
     want = 512 * 512 * bits / 8
     assert abs(sum(x.nbytes for x in jax.tree.leaves(leaf)) / want - 1) < 0.02
     saved.write(tmp_path / "0", {"policy": {"w": leaf}}, {"step": 0})

@@ -169,9 +169,8 @@ def fitted(opened: Any, args: argparse.Namespace, settings: dict, rows: Any) -> 
     if args.quant == "mixed":
         encoder = partial(mixed.encoder, **settings)
     else:
-        kwargs = {k: v for k, v in settings.items() if k not in ("where", "scaled")}
-        encode = partial(importlib.import_module(f"model.quant.{args.quant}").encode, **kwargs)
-        encoder = lambda path: encode
+        quantiser = importlib.import_module(f"model.quant.{args.quant}").make(**settings)
+        encoder = lambda path: quantiser.encode
     layers = []
     for i, (one, errors) in enumerate(_calibrate.calibrate(model, xs, layer, args.method, encoder, where())):
         told = "  ".join(f"{path} {100 * e:.2f}%" for path, e in errors.items())

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from common.errors import UserError
 from common.types import Config
+from model import weights
 
 # Outermost first: neighbours along the last axis are the nearest devices. "expert" is 1 until a model has experts.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -83,22 +84,9 @@ def abstract_mesh(cfg: Config, devices: int = 0) -> AbstractMesh:
     return AbstractMesh(shape, AXES)
 
 
-def partition_spec(names: tuple, shape: tuple[int, ...], mesh: Any) -> P:
-    """Logical names of an array -> PartitionSpec. An axis that does not divide is replicated, and each mesh axis is
-    used once, by the first that asks."""
-    table, used, out = dict(RULES), set(), []
-    for name, size in zip(names, shape, strict=True):
-        axis = table.get(name)
-        names_of = (axis,) if isinstance(axis, str) else axis or ()
-        fits = not used & set(names_of) and size % math.prod(mesh.shape[a] for a in names_of) == 0
-        used |= set(names_of) if fits else set()
-        out.append(axis if fits else None)
-    return P(*out)
-
-
 def shardings(axes: Any, abstract: Any, mesh: Any) -> Any:
     """A NamedSharding at every array of `abstract`; `axes` holds its logical names."""
-    named = lambda x, names: NamedSharding(mesh, partition_spec(names, x.shape, mesh))
+    named = lambda x, names: NamedSharding(mesh, P(*weights.assigned_axes(names, x.shape, mesh, RULES)))
     return jax.tree.map(named, abstract, axes)
 
 

@@ -18,7 +18,8 @@ from model import weights
 from model.families import _layout as layout
 from model.families._layout import Index, Key
 from model.net.transformer import Transformer
-from model.quant._matrix import Quantised, letters
+from model.quant._leaf import Quantised
+from model.quant._matrix import letters
 from model.quant.fp8 import FP8
 from model.quant.int4 import Int4
 from model.quant.int8 import Int8
@@ -83,13 +84,12 @@ def _scheme(path: str, leaf: Quantised, key: Key) -> dict:
         raise UserError(f"{path} {problem}", "compressed-tensors", "or write floats: --dequantise")
     strategy = "group" if tile[0] < size[0] else "channel" if tile[1] == 1 else "tensor"
     kind, bits = "float" if isinstance(leaf, FP8) else "int", 4 if isinstance(leaf, Int4) else 8
-    rounded = getattr(leaf, "activations", False)
     by_token = dict(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
     group = {"group_size": tile[0]} if strategy == "group" else {}
     return {
         "weights": dict(num_bits=bits, type=kind, symmetric=True, strategy=strategy, dynamic=False) | group,
-        "input_activations": by_token if rounded else None,
-        "format": "float-quantized" if kind == "float" else "int-quantized" if rounded else "pack-quantized",
+        "input_activations": by_token if leaf.activations else None,
+        "format": "float-quantized" if kind == "float" else "int-quantized" if leaf.activations else "pack-quantized",
     }
 
 
@@ -104,8 +104,8 @@ def tensors(leaf: Quantised, key: Key, layers: Iterable[int]) -> Iterator[tuple[
     kind = _scheme("", leaf, key)
     for at, layer in enumerate(layers) if "{}" in key.name else [(None, None)]:
         one = leaf if at is None else jax.tree.map(lambda x, i=at: x[i], leaf)
-        name, numbers = key.name.format(layer), np.asarray(one.numbers(one._swap(one.codes))).T
-        scale = np.asarray(one._scale()).T
+        name, numbers = key.name.format(layer), np.asarray(one.numbers(one.in_order(one.codes))).T
+        scale = np.asarray(one.scales()).T
         yield f"{name}_scale", scale.reshape(-1) if kind["weights"]["strategy"] == "tensor" else scale
         if kind["format"] == "pack-quantized":
             yield f"{name}_packed", pack(numbers.astype(np.int32), kind["weights"]["num_bits"])

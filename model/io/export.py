@@ -21,7 +21,7 @@ from model.io.hf import INDEX
 from model.io.pretrained import family, open_pretrained
 from model.net.transformer import Transformer
 from model.quant import qat
-from model.quant._matrix import Quantised
+from model.quant._leaf import Quantised
 from model.weights import Params, dense_of
 
 SHARD_BYTES = 5 * 10**9

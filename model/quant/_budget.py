@@ -3,7 +3,6 @@
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +13,14 @@ from common.errors import UserError
 from model import weights
 from model.net.transformer import Transformer
 from model.quant._calibrate import run_layer
-from model.weights import Params
+from model.quant._leaf import Encode
+from model.weights import Params, Spec
 
 Options = dict[str, dict[str, tuple[int, float]]]  # path -> format -> (bytes, error)
 
 
 def measure(
-    model: Transformer, x: np.ndarray, layer: Callable[[int], Params], encoders: dict[str, Callable], where: str
+    model: Transformer, x: np.ndarray, layer: Callable[[int], Params], encoders: dict[str, Encode], where: str
 ) -> dict[str, dict[str, float]]:
     """{path: {format: error}} of the matrices that match `where`, each rounded alone, on embedded tokens x [B,T,D].
 
@@ -44,8 +44,8 @@ def measure(
     return errors
 
 
-def _rounded(path: str, eqn: str, encode: Callable, name: str, w: Array) -> Array:
-    return encode(w, eqn)._dense(w.dtype) if name == path else w
+def _rounded(path: str, eqn: str, encode: Encode, name: str, w: Array) -> Array:
+    return encode(w, eqn).floats(w.dtype) if name == path else w
 
 
 @jax.jit
@@ -71,7 +71,7 @@ def choose(options: Options, budget: int) -> dict[str, str]:
     return dict(zip(options, front[-1][2], strict=True))
 
 
-def size(spec: Any, encode: Callable) -> int:
+def size(spec: Spec, encode: Encode) -> int:
     """Bytes of the leaf of a parameter."""
     return sum(
         x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda w: encode(w, spec.eqn), spec.value))

@@ -18,7 +18,8 @@ from jax import Array
 from model import weights
 from model.net.attention import context
 from model.net.transformer import Transformer
-from model.quant._matrix import Format, Quantised, Rounded, fit, letters, matrix, nearest, spread
+from model.quant._leaf import Encode, Quantised
+from model.quant._matrix import Format, Rounded, fit, letters, matrix, nearest, spread
 from model.weights import Params, Spec, Weight
 
 BLOCK = 128  # rows that GPTQ rounds before it corrects the rest
@@ -98,13 +99,13 @@ def _gptq_block(form: Format, m: Array, upper: Array, scale: Array, offset: Arra
     return jax.lax.fori_loop(0, len(m), row, (m, jnp.zeros_like(m), jnp.zeros_like(m)))[1:]
 
 
-def rescaled(w: Array, eqn: str, factors: Array, encode: Callable) -> Quantised:
+def rescaled(w: Array, eqn: str, factors: Array, encode: Encode) -> Quantised:
     """The leaf of `w` whose inputs are divided by `factors` [K] and its rows multiplied by them."""
     inverse = (1 / factors).astype(jnp.bfloat16)[:, None]
     return encode(w, eqn, solve=lambda m, form: nearest(m / inverse.astype(jnp.float32), form)).with_inverse(inverse)
 
 
-def awq(w: Array, eqn: str, inputs: Inputs, encode: Callable, steps: int = 20) -> Quantised:
+def awq(w: Array, eqn: str, inputs: Inputs, encode: Encode, steps: int = 20) -> Quantised:
     """AWQ (Lin et al. 2023, arXiv 2306.00978, eq. 4-5): factors |x|^a, the exponent that leaves the least error."""
     size = jnp.maximum(inputs.size / inputs.size.mean(), 1e-4)
     best, least = None, np.inf
@@ -116,22 +117,22 @@ def awq(w: Array, eqn: str, inputs: Inputs, encode: Callable, steps: int = 20) -
     return best
 
 
-def smoothquant(w: Array, eqn: str, inputs: Inputs, encode: Callable, strength: float = 0.5) -> Quantised:
+def smoothquant(w: Array, eqn: str, inputs: Inputs, encode: Encode, strength: float = 0.5) -> Quantised:
     """SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, eq. 4): outliers of the inputs move into the weights."""
     rows = jnp.abs(matrix(w, eqn)).max(-1)
     factors = jnp.maximum(inputs.peak, 1e-5) ** strength / jnp.maximum(rows, 1e-5) ** (1 - strength)
     return rescaled(w, eqn, factors, encode)
 
 
-def output_error(w: Array, eqn: str, leaf: Weight, gram: Array) -> Array:
+def output_error(w: Array, eqn: str, leaf: Quantised, gram: Array) -> Array:
     """|X W - X W'| / |X W|; activations are not rounded here."""
     m = matrix(w, eqn).astype(jnp.float32)
-    e = m - matrix(leaf._dense(jnp.float32), eqn)
+    e = m - matrix(leaf.floats(jnp.float32), eqn)
     square = lambda a: ((gram @ a) * a).sum()
     return jnp.sqrt(jnp.maximum(square(e), 0) / jnp.maximum(square(m), 1e-30))
 
 
-def solve(method: str, w: Array, eqn: str, inputs: Inputs, upper: Callable[[], Array], encode: Callable) -> Quantised:
+def solve(method: str, w: Array, eqn: str, inputs: Inputs, upper: Callable[[], Array], encode: Encode) -> Quantised:
     """The leaf of one matrix by a method's name; `upper()` is `factor` of the inputs."""
     if method == "rtn":  # every weight to the nearest number
         return encode(w, eqn)
@@ -151,7 +152,7 @@ def embed(model: Transformer, params: Params, tokens: np.ndarray) -> np.ndarray:
 
 def calibrate(
     model: Transformer, xs: list[np.ndarray], layer: Callable[[int], Params], method: str,
-    encoder: Callable[[str], Callable], where: str,
+    encoder: Callable[[str], Encode], where: str,
 ) -> Iterator[tuple[Params, dict[str, float]]]:  # fmt: skip
     """(parameters, relative output errors by path) of each layer in turn, from embedded batches `xs` [B,T,D].
 

@@ -1,4 +1,4 @@
-"""Eight-bit floats (Micikevicius et al. 2022, arXiv 2209.05433), one scale a tensor, an output channel or a block."""
+"""Eight-bit floats (Micikevicius et al. 2022, arXiv 2209.05433), one scale per tensor, output channel or block."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.quant._matrix import Calibration, Format, Quantised, matrix, nearest, transform
+from model.quant._leaf import Quantised, Quantiser
+from model.quant._matrix import WHOLE, Format
 
 FORMATS = {  # bits of the mantissa, smallest exponent, largest number
     "e4m3": (jnp.float8_e4m3fn, 3, -6, 448.0),
@@ -37,27 +38,17 @@ def round_float(v: Array, mantissa: int, smallest: int, top: float, key: Array |
 
 @cache
 def _grid(format: str) -> Callable[[Array], Array]:
-    """One object a format: programs are compiled for it."""
+    """One object per format: programs are compiled for it."""
     return lambda v: round_float(v, *FORMATS[format][1:])
-
-
-def encode(
-    w: Array, eqn: str, *, format: Literal["e4m3", "e5m2"] = "e4m3",
-    scale: Literal["tensor", "channel", "block"] = "channel", calibration: Calibration = "absmax",
-    solve: Callable = nearest,
-) -> FP8:  # fmt: skip
-    m = matrix(w, eqn)
-    dtype, *bits = FORMATS[format]
-    k, n = m.shape[-2:]
-    tile = {"tensor": (k, n), "channel": (k, 1), "block": (min(BLOCK, k), min(BLOCK, n))}[scale]
-    form = Format(_grid(format), bits[-1], tile, calibration)
-    r = solve(m, form)
-    return FP8.of(r, r.numbers.astype(dtype), w, eqn, form)
 
 
 def make(
     *, format: Literal["e4m3", "e5m2"] = "e4m3", scale: Literal["tensor", "channel", "block"] = "channel",
     calibration: Literal["absmax", "percentile", "mse"] = "absmax", where: str = r"layers/.*",
-) -> Callable:  # fmt: skip
-    """A Transform: 8 bits a weight, and 16 a tensor, an output channel or a block of 128 x 128."""
-    return transform(where, partial(encode, format=format, scale=scale, calibration=calibration))
+) -> Quantiser:  # fmt: skip
+    """A Transform: 8 bits per weight, and 16 per tensor, output channel or block of 128 x 128."""
+
+    tile = {"tensor": (WHOLE, WHOLE), "channel": (WHOLE, 1), "block": (BLOCK, BLOCK)}[scale]
+    dtype, *_, top = FORMATS[format]
+    form = Format(_grid(format), top, tile, calibration)
+    return Quantiser(partial(FP8.of, form, lambda numbers: numbers.astype(dtype)), where)

@@ -1,10 +1,9 @@
-"""Two-bit integers: -1.5, -0.5, 0.5 and 1.5 times a scale a group along the summed axis; four codes a byte.
+"""Two-bit integers: -1.5, -0.5, 0.5 and 1.5 times a scale per group along the summed axis; four codes per byte.
 
 No level is 0, or only three of the four would be in use. Rounding to 2 bits ruins a trained model; one that trains for
 it (qat.py) keeps part of its quality (ParetoQ, Liu et al. 2025, arXiv 2502.02631).
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -13,7 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels.packing import pack, unpack
-from model.quant._matrix import Calibration, Format, Quantised, matrix, nearest, transform
+from model.quant._leaf import Quantised, Quantiser
+from model.quant._matrix import Format
 
 BITS = 2
 
@@ -33,16 +33,11 @@ def grid(v: Array) -> Array:
     return jnp.clip(jnp.floor(v) + 0.5, -1.5, 1.5)
 
 
-def encode(w: Array, eqn: str, *, group: int = 64, calibration: Calibration = "mse", solve: Callable = nearest) -> Int2:
-    m = matrix(w, eqn)
-    form = Format(grid, 1.5, (min(group, m.shape[-2]), 1), calibration)
-    r = solve(m, form)
-    return Int2.of(r, pack(r.numbers + 1.5, BITS), w, eqn, form)
-
-
 def make(
     *, group: int = 64, calibration: Literal["absmax", "percentile", "mse"] = "mse", scaled: bool = False,
     where: str = r"layers/.*",
-) -> Callable:  # fmt: skip
-    """A Transform: 2 + 16 / group bits a weight."""
-    return transform(where, partial(encode, group=group, calibration=calibration), scaled)
+) -> Quantiser:  # fmt: skip
+    """A Transform: 2 + 16 / group bits per weight."""
+
+    codes = lambda numbers: pack(numbers + 1.5, BITS)
+    return Quantiser(partial(Int2.of, Format(grid, 1.5, (group, 1), calibration), codes), where, scaled)

@@ -2,26 +2,27 @@
 
 import importlib
 import re
-from collections.abc import Callable
-from functools import partial
 
 from jax import Array
 
 from model import weights
-from model.weights import Spec, Weight
+from model.quant._leaf import Encode, Quantised
+from model.weights import Spec, Transform
 
 GROUPED = ("int4", "nf4")
 FORMATS = (*GROUPED, "int8", "fp8")
 
 
-def encoder(path: str, formats: tuple, group: int) -> Callable | None:
-    """(w, eqn) -> the leaf of the parameter `path`; None where it stays float."""
-    format = next((format for where, format in formats if re.fullmatch(where, path)), None)
-    options = {"group": group} if format in GROUPED else {}
-    return format and partial(importlib.import_module(f"model.quant.{format}").encode, **options)
+def encoder(path: str, formats: tuple[tuple[str, str], ...], group: int) -> Encode | None:
+    """What encodes the parameter `path`; None where it stays float."""
+    for where, format in formats:
+        if re.fullmatch(where, path):
+            options = {"group": group} if format in GROUPED else {}
+            return importlib.import_module(f"model.quant.{format}").make(**options).encode
+    return None
 
 
-def make(*, formats: tuple = (("layers/mlp/.*", "int4"), ("layers/.*", "int8")), group: int = 64) -> Callable:
+def make(*, formats: tuple = (("layers/mlp/.*", "int4"), ("layers/.*", "int8")), group: int = 64) -> Transform:
     """A Transform. `formats`: (("layers/mlp/.*", "int4"), ("layers/attn/w[vo]", "int8"), ...), the first regex that
     matches a whole name decides, and what none matches stays float. `group` is that of int4 and nf4.
 
@@ -30,7 +31,7 @@ def make(*, formats: tuple = (("layers/mlp/.*", "int4"), ("layers/.*", "int8")),
     if not formats or any(len(pair) != 2 or pair[1] not in FORMATS for pair in formats):
         raise ValueError(f"quant.formats={formats!r} is no list of (regex, one of {', '.join(FORMATS)})")
 
-    def one(path: str, w: Array, spec: Spec, key: Array) -> Weight:
+    def one(path: str, w: Array, spec: Spec, key: Array | None) -> Quantised:
         return encoder(path, formats, group)(w, spec.eqn)
 
     return weights.wrapping("|".join(where for where, _ in formats), one)

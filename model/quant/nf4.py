@@ -5,27 +5,16 @@ magnitudes as 8-bit floats less their mean; here they are 256 equal steps from 0
 0.2 % is small beside that of the weights, 9 %.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from kernels.packing import LEVELS, pack, unpack
 from model import weights
-from model.quant._matrix import (
-    ACTIVATIONS,
-    Format,
-    Quantised,
-    Rounded,
-    matrix,
-    nearest,
-    transform,
-    transposed,
-)
+from model.quant._leaf import Quantised, Quantiser
+from model.quant._matrix import Format, Solve, nearest
 from model.weights import Spec
 
 BLOCK = 256  # scales that share a second scale
@@ -41,45 +30,12 @@ class NF4(Quantised):
     def numbers(self, codes: Array) -> Array:
         return jnp.take(jnp.asarray(LEVELS, jnp.float32), unpack(codes, self.kn[0]), mode="clip")
 
-    def _plain(self) -> "NF4":
+    def plain_scales(self) -> "NF4":
         if self.scale2 is None:
             return self
         flat = self.scale.reshape(*self.scale.shape[:-2], -1)
         steps = jnp.repeat(self.scale2[..., 0], BLOCK, -1)[..., : flat.shape[-1]]
         return self.replace(scale=(flat * steps).reshape(self.scale.shape), scale2=None)
-
-    def _scale(self) -> Array:
-        return self._swap(self._plain().scale)
-
-    def _factors(self, dtype: Any) -> tuple[Array, Array | None]:
-        """Dequantised by a kernel on a TPU; experts are left to XLA."""
-        from kernels import nf4, partition
-
-        plain, split, group = super()._factors, self.split(), self.tile[0]
-        if not self._supported(dtype):
-            return plain(dtype)
-        rows = {a for axes in weights.mesh_axes(list(ACTIVATIONS.values()), (0, 0)) for a in axes}
-        kernel = partial(nf4.dequantise, group=group)
-
-        def tpu(codes: Array, scale: Array) -> Array:
-            m = partition.elementwise(kernel, (codes, scale.astype(jnp.float32)), split, rows)
-            return self._array(m[:, : self.kn[1]])
-
-        default = lambda *_: plain(dtype)[0]
-        return jax.lax.platform_dependent(self.codes, self._scale(), tpu=tpu, default=default), None
-
-    def _supported(self, dtype: Any) -> bool:
-        """Whether a TPU's kernels take it."""
-        from kernels import nf4
-
-        one = self.codes.ndim == 2 and not transposed(self.eqn) and self.tile[0] < self.kn[0]
-        return one and dtype == jnp.bfloat16 and nf4.supported(*self.part(), self.tile[0])
-
-    def kernels(self, rows: int, dtype: Any, backward: bool) -> dict[str, Callable]:
-        from kernels import nf4
-
-        found, few = super().kernels(rows, dtype, backward), not backward and rows <= nf4.FEW
-        return found | ({"tpu": nf4.matmul} if few and self._supported(dtype) else {})
 
     def axes(self, spec: Spec) -> "NF4":
         named = super().axes(spec)
@@ -106,14 +62,13 @@ def _double(leaf: NF4) -> NF4:
     return leaf.replace(scale=codes.reshape(leaf.scale.shape), scale2=step)
 
 
-def encode(w: Array, eqn: str, *, group: int = 64, double: bool = True, solve: Callable = nearest) -> NF4:
-    m = matrix(w, eqn)
-    form = Format(grid, 1, (min(group, m.shape[-2]), 1))
-    r: Rounded = solve(m, form)
-    leaf = NF4.of(r, pack(index(r.numbers)), w, eqn, form)
-    return _double(leaf) if double else leaf
+def make(*, group: int = 64, double: bool = True, where: str = r"layers/.*") -> Quantiser:
+    """A Transform: 4 bits per weight and 8.125 per group; without `double` 16 per group."""
 
+    form = Format(grid, 1, (group, 1))
 
-def make(*, group: int = 64, double: bool = True, where: str = r"layers/.*") -> Callable:
-    """A Transform: 4 bits a weight and 8.125 a group; without `double` 16 a group."""
-    return transform(where, partial(encode, group=group, double=double))
+    def encode(w: Array, eqn: str, solve: Solve = nearest) -> NF4:
+        leaf = NF4.of(form, lambda numbers: pack(index(numbers)), w, eqn, solve)
+        return _double(leaf) if double else leaf
+
+    return Quantiser(encode, where)

@@ -4,15 +4,16 @@ gradient as if it were not quantised (straight-through, Bengio et al. 2013, arXi
 import functools
 import importlib
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from model import weights
-from model.quant._matrix import transform
+from model.quant._leaf import Quantiser
 from model.weights import Params, Spec, Weight
 
 
@@ -23,7 +24,7 @@ class FakeQuant(Weight):
     w: Array
     eqn: str = flax.struct.field(pytree_node=False)
     format: str = flax.struct.field(pytree_node=False)  # a file of this folder
-    options: tuple[tuple[str, Any], ...] = flax.struct.field(pytree_node=False)  # for its `encode`
+    options: tuple[tuple[str, int | bool], ...] = flax.struct.field(pytree_node=False)  # for its `make`
     start: int = flax.struct.field(pytree_node=False)
     live: Array | None = None  # bool [stack...]; set in training alone
     trainable: ClassVar[tuple[str, ...]] = ("w",)
@@ -31,8 +32,8 @@ class FakeQuant(Weight):
     @property
     def encode(self) -> Callable[[Array], Weight]:
         """From a float weight to the quantised leaf."""
-        module = importlib.import_module(f"model.quant.{self.format}")
-        return functools.partial(module.encode, eqn=self.eqn, **dict(self.options))
+        make = importlib.import_module(f"model.quant.{self.format}").make
+        return functools.partial(make(**dict(self.options)).encode, eqn=self.eqn)
 
     def convert(self) -> Weight:
         return self.encode(self.w)
@@ -44,7 +45,7 @@ class FakeQuant(Weight):
     def einsum(self, eqn: str, x: Array) -> Array:
         return _straight_through(functools.partial(weights.einsum, eqn), x, self.w, self.live, self.encode)
 
-    def take(self, ids: Array, dtype: Any) -> Array:
+    def take(self, ids: Array, dtype: DTypeLike) -> Array:
         read = lambda ids, w: weights.take(w, ids, dtype)
         return _straight_through(read, ids, self.w, self.live, self.encode)
 
@@ -90,11 +91,11 @@ def converted(params: Params) -> Params:
 def make(
     *, format: Literal["int2", "int4", "int8", "nf4", "fp8"] = "int4", group: int | None = None,
     activations: bool | None = None, start: int = 0, where: str = r"layers/.*",
-) -> Callable:  # fmt: skip
+) -> Quantiser:  # fmt: skip
     """A Transform. `group` is for formats with groups, `activations` for int8. Raises ValueError for one without it."""
     options = {k: v for k, v in dict(group=group, activations=activations).items() if v is not None}
     takes = {"int2": {"group"}, "int4": {"group"}, "nf4": {"group"}, "int8": {"activations"}}.get(format, set())
     if wrong := options.keys() - takes:
         raise ValueError(f"quant.{min(wrong)} is no option of format {format!r}")
     pairs = tuple(sorted(options.items()))
-    return transform(where, lambda w, eqn: FakeQuant(w, eqn, format, pairs, start))
+    return Quantiser(lambda w, eqn: FakeQuant(w, eqn, format, pairs, start), where)

@@ -5,19 +5,20 @@ the gradient before it is rounded: W's for the gradient of x, which then takes t
 tokens' own for that of W.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from model import weights
-from model.quant._matrix import align, transform
+from model.quant._leaf import Quantiser
+from model.quant._matrix import align, round_rows
+from model.quant._multiply import product_of_codes
 from model.quant.fp8 import FORMATS, round_float
-from model.quant.int8 import round_rows
 from model.weights import Spec, Weight
 
 
@@ -37,7 +38,7 @@ class QuantTrain(Weight):
     def einsum(self, eqn: str, x: Array) -> Array:
         return _multiply(eqn, self.dtype, x, self.w, self.key)
 
-    def take(self, ids: Array, dtype: Any) -> Array:
+    def take(self, ids: Array, dtype: DTypeLike) -> Array:
         return weights.take(self.w, ids, dtype)
 
     def dense(self, spec: Spec) -> Array:
@@ -48,7 +49,7 @@ class QuantTrain(Weight):
 
 
 def quantise(x: Array, own: str, summed: str, dtype: str, key: Array | None = None) -> tuple[Array, Array]:
-    """As int8.round_rows, to int8 or to a float of fp8.FORMATS."""
+    """As `round_rows`, to int8 or to a float of fp8.FORMATS."""
     if dtype == "int8":
         return round_rows(x, own, summed, key)
     x, (kind, *bits) = x.astype(jnp.float32), FORMATS[dtype]
@@ -57,11 +58,11 @@ def quantise(x: Array, own: str, summed: str, dtype: str, key: Array | None = No
     return round_float(x / scale, *bits, key).astype(kind), scale
 
 
-def _product(eqn: str, a: Array, b: Array, floats: Any) -> Array:
+def _product(eqn: str, a: Array, b: Array, floats: DTypeLike) -> Array:
     """Of codes. Those that are floats stand in the type `floats`, which holds them exactly: the compiler of a GPU makes
     a product of eight bits of that, and other devices have none."""
     if jnp.issubdtype(a.dtype, jnp.integer):
-        return weights.product(eqn, a, b, jnp.int32).astype(jnp.float32)
+        return product_of_codes(eqn, a, b)
     return weights.product(eqn, a.astype(floats), b.astype(floats), jnp.float32)
 
 
@@ -97,6 +98,6 @@ def _backward(eqn: str, dtype: str, residuals: tuple, g: Array) -> tuple:
 _multiply.defvjp(_forward, _backward)
 
 
-def make(*, dtype: Literal["int8", "fp8"] = "int8", stochastic: bool = True, where: str = r"layers/.*") -> Callable:
+def make(*, dtype: Literal["int8", "fp8"] = "int8", stochastic: bool = True, where: str = r"layers/.*") -> Quantiser:
     """A Transform. fp8 is e4m3 forwards and e5m2 backwards."""
-    return transform(where, lambda w, eqn: QuantTrain(w, eqn, dtype, stochastic))
+    return Quantiser(lambda w, eqn: QuantTrain(w, eqn, dtype, stochastic), where)

@@ -14,11 +14,9 @@ known. `--chip=gpu` does the same on the GPU of this machine, times both and tel
 """
 
 import glob
-import importlib
 import json
 import math
 import os
-import pkgutil
 import re
 import sys
 import tempfile
@@ -65,6 +63,7 @@ def main(argv: list[str]) -> int | None:
 def report(names: list[str], quick: bool, only: str) -> list[dict[str, Any]]:
     """A row for each chip and case. Raises UserError for an unknown chip, or without its compiler."""
     from tools.kernel_report import gpu as kernel_report_gpu
+    from tools.kernel_report.cases import cases
     from tools.plan import topology
 
     if unknown := [n for n in names if n not in (*TPUS, *GPUS)]:
@@ -84,14 +83,6 @@ def report(names: list[str], quick: bool, only: str) -> list[dict[str, Any]]:
         devices = {name: topology.devices(TPUS[name].topology)[0] for name in names if name in TPUS}
         rows = [row(case, name, device, dump) for name, device in devices.items() for case in on["tpu"]]
         return rows + (kernel_report_gpu.report(on["cuda"], dump, gpu == "gpu") if gpu else [])
-
-
-def cases() -> list[Any]:
-    """Of every module of `kernels/` that lists some."""
-    import kernels
-
-    modules = [importlib.import_module(f"kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
-    return [case for m in modules if hasattr(m, "cases") for case in m.cases()]
 
 
 def row(case: Any, name: str, device: Any, dump: str) -> dict[str, Any]:

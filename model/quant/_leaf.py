@@ -1,0 +1,168 @@
+"""The quantised leaf: codes, and scales of their tiles, in place of a weight; and the Transform that makes such leaves.
+
+Which product multiplies by them is in `_multiply.py`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import flax.struct
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from model import weights
+from model.quant import _multiply
+from model.quant._matrix import Format, Solve, align, letters, matrix, nearest, spread, transposed
+from model.weights import AXES, Params, Spec, Specs, Weight
+
+Encode = Callable[..., Weight]  # (w, eqn) -> the leaf of a weight; a quantised one also takes `solve`
+
+
+@flax.struct.dataclass
+class Quantised(Weight):
+    """A frozen weight as numbers * scale + offset, of a matrix [..., K, N] that is stored as [..., N, K] where the
+    equation says `transposed`. Only products with it have a gradient, that of the other operand."""
+
+    codes: Array
+    scale: Array  # one per tile
+    offset: Array | None  # one per tile
+    inverse: Array | None  # [..., K, 1]: inputs are multiplied by it first (AWQ, SmoothQuant)
+    eqn: str = flax.struct.field(pytree_node=False)  # the equation that the weight was declared with
+    sizes: tuple[int, ...] = flax.struct.field(pytree_node=False)  # of its letters
+    tile: tuple[int, int] = flax.struct.field(pytree_node=False)
+    whole: ClassVar[bool] = True
+    activations: ClassVar[bool] = False  # whether inputs are rounded too
+    by_place: ClassVar[Callable[[Array], list[Array]] | None] = None  # codes -> numbers of each row in a byte
+    form: ClassVar[str] = ""  # what the kernels call these codes
+
+    def numbers(self, codes: Array) -> Array:
+        """Numbers of codes in matrix order, float32 [..., K, N]."""
+        raise NotImplementedError
+
+    @classmethod
+    def of(
+        cls, form: Format, codes: Callable[[Array], Array], w: Array, eqn: str, solve: Solve = nearest
+    ) -> "Quantised":
+        """A leaf in place of the weight `w`, rounded by `solve`; `codes` encodes its numbers [..., K, N]. Tiles are
+        cut to the matrix."""
+        m = matrix(w, eqn)
+        form = form._replace(tile=tuple(map(min, form.tile, m.shape[-2:])))
+        r = solve(m, form)
+        stored = lambda a: a.swapaxes(-1, -2) if transposed(eqn) else a
+        small = lambda a: None if a is None else stored(a.astype(jnp.bfloat16))
+        sizes = w.shape[w.ndim - len(weights.operands(eqn)[1]) :]
+        return cls(stored(codes(r.numbers)), small(r.scale), small(r.offset), None, eqn, sizes, form.tile)
+
+    def with_inverse(self, inverse: Array) -> "Quantised":
+        """The leaf of a matrix whose rows were divided by `inverse` [..., K, 1]."""
+        return self.replace(inverse=self.in_order(inverse).astype(jnp.bfloat16))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight it stands for."""
+        return self.codes.shape[: self.codes.ndim - 2 - len(letters(self.eqn)[0])] + self.sizes
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def kn(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        _, k, n = letters(self.eqn)
+        return math.prod(self.sizes_of(k)), math.prod(self.sizes_of(n))
+
+    def sizes_of(self, side: str) -> list[int]:
+        """Of some letters of the weight."""
+        size = dict(zip(weights.operands(self.eqn)[1], self.sizes, strict=True))
+        return [size[c] for c in side]
+
+    def in_order(self, a: Array) -> Array:
+        """An array as it is stored, in the order of the matrix [..., K, N]; or the reverse, which is the same."""
+        return a.swapaxes(-1, -2) if transposed(self.eqn) else a
+
+    def scales(self) -> Array:
+        """One per tile, in the order of the matrix."""
+        return self.in_order(self.plain_scales().scale)
+
+    def plain_scales(self) -> "Quantised":
+        """This leaf with scales that are numbers and not codes themselves."""
+        return self
+
+    def matrix(self) -> Array:
+        """Dequantised float32 [..., K, N], without `inverse`."""
+        codes = self.in_order(self.codes)[..., : self.kn[1]]  # `settled` may have put more behind them
+        m = self.numbers(codes) * spread(self.scales().astype(jnp.float32), self.tile, self.kn)
+        if self.offset is not None:
+            m = m + spread(self.in_order(self.offset).astype(jnp.float32), self.tile, self.kn)
+        return m
+
+    def shaped(self, m: Array) -> Array:
+        """A matrix [..., K, N] in the shape of the weight."""
+        return self.in_order(m).reshape(self.shape)
+
+    def floats(self, dtype: DTypeLike) -> Array:
+        """The plain array this leaf stands for."""
+        m = self.matrix()
+        m = m if self.inverse is None else m * self.in_order(self.inverse).astype(jnp.float32)
+        return self.shaped(m).astype(dtype)
+
+    def dense(self, spec: Spec) -> Array:
+        return self.floats(spec.value.dtype)
+
+    def einsum(self, eqn: str, x: Array) -> Array:
+        if self.inverse is not None and weights.split(eqn)[1] == letters(self.eqn)[1]:
+            shared, k, _ = letters(self.eqn)
+            inverse = self.in_order(self.inverse).reshape(self.sizes_of(shared + k))
+            x = x * align(inverse, shared + k, weights.operands(eqn)[0]).astype(x.dtype)
+        return _multiply.einsum(eqn, x, self)
+
+    def take(self, ids: Array, dtype: DTypeLike) -> Array:
+        rows = lambda a, n: None if a is None else a if a.shape[0] == 1 else weights.take(a, ids.ravel() // n, a.dtype)
+        plain = self.plain_scales()
+        fine = plain.replace(
+            codes=rows(self.codes, 1), scale=rows(plain.scale, self.tile[1]),
+            offset=rows(self.offset, self.tile[1]), sizes=(ids.size, self.sizes[1]), tile=(self.tile[0], 1),
+        )  # fmt: skip
+        return fine.floats(dtype).reshape(*ids.shape, -1)
+
+    def settled(self) -> "Quantised":
+        return _multiply.settled(self)
+
+    def macs(self, stacked: int) -> "Quantised":
+        """The codes stand for the whole matrix."""
+        none = {f: 0 for f in weights.fields(self) if getattr(self, f) is not None}
+        return self.replace(**none | {"codes": self.size})
+
+    def axes(self, spec: Spec) -> "Quantised":
+        shared, k, n = letters(self.eqn)
+        last = (AXES[k[0]], AXES[n[0]])
+        names = spec.names[: spec.stacked + len(shared)] + (last[::-1] if transposed(self.eqn) else last)
+        return self.replace(**{f: names for f in weights.fields(self) if getattr(self, f) is not None})
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantiser:
+    """A Transform that replaces every multiplied parameter whose name matches `where` by `encode(w, eqn)`.
+
+    With `scaled` a leaf has room for the factors on its inputs that AWQ and SmoothQuant find; here they are 1.
+    Calling it raises ValueError when `where` matches nothing.
+    """
+
+    encode: Encode
+    where: str
+    scaled: bool = False
+
+    def __call__(self, params: Params, specs: Specs, key: Array | None) -> Params:
+        return weights.wrapping(self.where, self._leaf)(params, specs, key)
+
+    def _leaf(self, path: str, w: Array, spec: Spec, key: Array | None) -> Weight:
+        leaf = self.encode(w, spec.eqn)
+        return leaf.with_inverse(jnp.ones((*leaf.codes.shape[:-2], leaf.kn[0], 1))) if self.scaled else leaf

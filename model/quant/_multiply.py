@@ -1,0 +1,192 @@
+"""Products with a quantised leaf: by a kernel where the platform has one for them, else by XLA with a float matrix.
+
+A kernel multiplies rows of x on one device by its part of the matrix; XLA does the rest: experts, offsets, and what no
+kernel supports. `kernels/` says what each kernel is for.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from model import weights
+from model.quant._matrix import align, letters, round_rows, spread, transposed
+from model.weights import AXES
+
+if TYPE_CHECKING:
+    from model.quant._leaf import Quantised
+
+ACTIVATIONS = {"B": "act_batch", "T": "act_seq"}  # letter of an activation -> logical axis
+Axes = tuple[str, ...]  # of a mesh, that a dimension is sharded over
+Kernel = Callable[..., Array]  # (x [M,K], codes, scale, group=, dtype=) -> [M,N]
+
+
+def einsum(eqn: str, x: Array, leaf: "Quantised") -> Array:
+    """`jnp.einsum` of x and the weight that a leaf stands for, but for its `inverse`."""
+    if weights.split(eqn)[1] != letters(leaf.eqn)[1]:  # the other side is summed: no format is made for that
+        return weights.product(eqn, x, jax.lax.stop_gradient(leaf.floats(x.dtype)))
+    return _product(eqn, x, leaf)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(eqn: str, x: Array, leaf: "Quantised") -> Array:
+    return routed(eqn, x, leaf)
+
+
+def _forward(eqn: str, x: Array, leaf: "Quantised") -> tuple[Array, "Quantised"]:
+    return routed(eqn, x, leaf), leaf
+
+
+def _backward(eqn: str, leaf: "Quantised", g: Array) -> tuple[Array, None]:
+    """Between the passes only codes are kept: the matrix is dequantised once more."""
+    return routed(eqn, g, leaf, backward=True), None
+
+
+_product.defvjp(_forward, _backward)
+
+
+def routed(eqn: str, x: Array, leaf: "Quantised", backward: bool = False) -> Array:
+    """The product; or when `backward` its gradient by the activation, for the gradient x of its result."""
+    from kernels import partition
+
+    by_xla = partial(gradient if backward else product, eqn)
+    xs, _, out = weights.operands(eqn)
+    _, contracted, produced = weights.split(eqn)
+    kept = xs.removesuffix(contracted)
+    if (xs, out) != (kept + contracted, kept + produced) or leaf.codes.ndim > 2 or leaf.offset is not None:
+        return by_xla(x, leaf)
+    lead, side = x.shape[: len(kept)], contracted if backward else produced
+    rows = weights.mesh_axes([ACTIVATIONS.get(c) for c in kept], lead)
+    found = kernels(leaf, math.prod(lead) // weights.shards(*sum(rows, ())), x.dtype, backward)
+    if not found:
+        return by_xla(x, leaf)
+
+    def run(kernel: Kernel, x: Array, *w: Array) -> Array:
+        kernel = partial(kernel, group=leaf.tile[0])
+        y = partition.product(kernel, x.reshape(*lead, -1), w, rows, _split(leaf), backward)
+        return y[..., : leaf.kn[0 if backward else 1]].reshape(*lead, *leaf.sizes_of(side))
+
+    routes = {platform: partial(run, kernel) for platform, kernel in found.items()}
+    default = lambda x, *_: by_xla(x, leaf)
+    return jax.lax.platform_dependent(x, leaf.in_order(leaf.codes), leaf.scales(), default=default, **routes)
+
+
+def kernels(leaf: "Quantised", rows: int, dtype: DTypeLike, backward: bool) -> dict[str, Kernel]:
+    """By platform what multiplies `rows` of x per device by the matrix, or when `backward` by the transposed one."""
+    from kernels import codes_triton, few_rows, int4_matmul, nf4
+
+    found: dict[str, Kernel] = {}
+    if leaf.activations:
+        return found
+    (k, n), group, turned = _part(leaf), leaf.tile[0], transposed(leaf.eqn)
+    if not backward and leaf.by_place and few_rows.supported(rows, k, group, turned):
+        found["cpu"] = partial(few_rows.matmul, by_place=leaf.by_place, transposed=turned)
+    if turned:
+        return found
+    if not backward and leaf.tile[1] == 1 and codes_triton.supported(leaf.form, rows, k, group, dtype):
+        found["cuda"] = partial(codes_triton.matmul, form=codes_triton.FORMS[leaf.form])
+    if leaf.form == "int4" and dtype == jnp.bfloat16 and int4_matmul.supported(k, n, group):
+        found["tpu"] = int4_matmul.gradient if backward else int4_matmul.matmul
+    if _looked_up(leaf, dtype) and not backward and rows <= nf4.FEW:
+        found["tpu"] = nf4.matmul
+    return found
+
+
+def _looked_up(leaf: "Quantised", dtype: DTypeLike) -> bool:
+    """Whether a TPU has a kernel that dequantises the leaf."""
+    from kernels import nf4
+
+    if leaf.form != "nf4" or dtype != jnp.bfloat16 or leaf.codes.ndim > 2 or transposed(leaf.eqn):
+        return False
+    return leaf.tile[0] < leaf.kn[0] and nf4.supported(*_part(leaf), leaf.tile[0])
+
+
+def _split(leaf: "Quantised") -> tuple[Axes, Axes]:
+    """The mesh axis that the rows of its matrix are sharded over, and that of its columns; only over whole tiles."""
+    _, k, n = letters(leaf.eqn)
+    tiles = [size // t if size % t == 0 else 1 for size, t in zip(leaf.kn, leaf.tile)]
+    rows, columns = (a if len(a) == 1 else () for a in weights.mesh_axes((AXES[k[0]], AXES[n[0]]), tiles))
+    return rows, columns
+
+
+def _part(leaf: "Quantised") -> tuple[int, int]:
+    """Rows and columns of its matrix on a device."""
+    k, n = (size // weights.shards(*axes) for size, axes in zip(leaf.kn, _split(leaf)))
+    return k, n
+
+
+# --- by XLA ---
+
+
+def product(eqn: str, x: Array, leaf: "Quantised") -> Array:
+    """The product, with the matrix as an array. With `activations` (W8A8) x is rounded too, per token, and its gradient
+    is as if it were not; experts take x as it is."""
+    xs, _, out = weights.operands(eqn)
+    shared, contracted, _ = weights.split(eqn)
+    to_columns = lambda scale: align(scale, letters(leaf.eqn)[2], out)
+    if leaf.activations and not shared:
+        q, per_token = round_rows(x, xs, contracted)
+        w, scale = _factors(leaf, jnp.int8)
+        y = product_of_codes(eqn, q, w) * align(per_token, xs, out) * to_columns(scale)
+        return y.astype(x.dtype)
+    w, scale = _factors(leaf, x.dtype)
+    y = weights.product(eqn, x, w, jnp.float32)
+    return (y if scale is None else y * to_columns(scale)).astype(x.dtype)
+
+
+def gradient(eqn: str, g: Array, leaf: "Quantised") -> Array:
+    """The gradient of `product` by x."""
+    xs, ws, out = weights.operands(eqn)
+    w, scale = _factors(leaf, g.dtype)
+    g = g if scale is None else (g * align(scale, letters(leaf.eqn)[2], out)).astype(g.dtype)
+    return weights.product(f"{out},{ws}->{xs}", g, w, jnp.float32).astype(g.dtype)
+
+
+def product_of_codes(eqn: str, a: Array, b: Array) -> Array:
+    """Of int8 and int8, in float32."""
+    return weights.product(eqn, a, b, jnp.int32).astype(jnp.float32)
+
+
+def _factors(leaf: "Quantised", dtype: DTypeLike) -> tuple[Array, Array | None]:
+    """The weight as an array times a scale [N letters], which is None where a column has several."""
+    shared, _, n = letters(leaf.eqn)
+    if leaf.tile[0] < leaf.kn[0] or leaf.offset is not None or shared:
+        return _dequantised(leaf, dtype), None
+    scale = spread(leaf.scales().astype(jnp.float32), leaf.tile, (1, leaf.kn[1]))
+    array = leaf.shaped(leaf.numbers(leaf.in_order(leaf.codes))).astype(dtype)
+    return array, jnp.broadcast_to(scale, (1, leaf.kn[1])).reshape(leaf.sizes_of(n))
+
+
+def _dequantised(leaf: "Quantised", dtype: DTypeLike) -> Array:
+    """By a kernel on a TPU where there is one."""
+    from kernels import nf4, partition
+
+    plain = lambda *_: leaf.shaped(leaf.matrix()).astype(dtype)
+    if not _looked_up(leaf, dtype):
+        return plain()
+    rows = {a for axes in weights.mesh_axes(list(ACTIVATIONS.values()), (0, 0)) for a in axes}
+    kernel = partial(nf4.dequantise, group=leaf.tile[0])
+
+    def by_kernel(codes: Array, scale: Array) -> Array:
+        m = partition.elementwise(kernel, (codes, scale.astype(jnp.float32)), _split(leaf), rows)
+        return leaf.shaped(m[:, : leaf.kn[1]])
+
+    return jax.lax.platform_dependent(leaf.codes, leaf.scales(), tpu=by_kernel, default=plain)
+
+
+def settled(leaf: "Quantised") -> "Quantised":
+    """For the kernel of a TPU, pads the columns to whole registers where XLA would otherwise store the bytes
+    column-major."""
+    from kernels import packing, partition
+
+    alone = weights.platform() == "tpu" and not partition.sharded() and leaf.codes.ndim == 2 and leaf.offset is None
+    if not alone or not packing.by_columns(*leaf.codes.shape) or "tpu" not in kernels(leaf, 1, jnp.bfloat16, False):
+        return leaf
+    plain, n = leaf.plain_scales(), leaf.kn[1]
+    wide = lambda a: jnp.pad(a, ((0, 0), (0, -n % packing.LANES)))
+    return plain.replace(codes=wide(plain.codes), scale=wide(plain.scale))

@@ -1,0 +1,172 @@
+"""What the report compiles: the kernels of `kernels/`, beside what XLA makes of the same operands without them.
+
+XLA's side multiplies by the float matrix that the leaf stands for. Products without a kernel are here to show
+why: XLA converts an 8-bit W inside its dot, so that a decoding step takes what the bytes take, and a prefill what the
+MXU takes; rounding rows of x to int8 takes what reading and writing them takes.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kernels import codes_triton, int4_matmul, nf4, paged_lora, paged_lora_triton
+from model import weights
+from model.quant import _multiply, fp8, int4, int8
+from model.quant import nf4 as nf4_leaves
+from model.quant._leaf import Quantised, Quantiser
+from model.quant._matrix import round_rows
+
+EQN = "TD,DF->TF"  # x [M,K], W [K,N]
+
+
+class Case(NamedTuple):
+    """One operation on one shape."""
+
+    name: str
+    shape: str
+    kernel: Callable | None  # None: XLA is left to do it
+    xla: Callable | None  # the same of the same operands, without a kernel
+    args: tuple[Any, ...]  # abstract arrays, or arrays where their values matter
+    flops: int = 0
+    peak: str = "bfloat16"  # whose rate bounds the products
+    quick: bool = False  # one of the few that a test compiles
+    platform: str = "tpu"
+
+
+def cases() -> list[Case]:
+    left = [case._replace(platform=platform) for platform in ("tpu", "cuda") for case in _left_to_xla()]
+    return [*_int4(), *_nf4(), *_codes_triton(), *_paged_lora(), *left]
+
+
+def array(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _leaf(quantiser: Quantiser, k: int, n: int) -> Quantised:
+    """The abstract leaf of a W [K, N], its scales as kernels take them."""
+    leaf = jax.eval_shape(functools.partial(quantiser.encode, eqn=EQN), array(k, n, dtype="float32"))
+    return jax.eval_shape(lambda leaf: leaf.plain_scales(), leaf)
+
+
+def by_xla(leaf: Quantised, backward: bool, x: Array, codes: Array, scale: Array) -> Array:
+    """x times the float W of a leaf with these arrays, or the transposed W: what kernels are tested against."""
+    w = leaf.replace(codes=codes, scale=scale).floats(x.dtype)
+    return weights.product("TF,DF->TD" if backward else EQN, x, w, jnp.float32).astype(x.dtype)
+
+
+def _product(leaf: Quantised, m: int, kernel: Callable, name: str, label: str, **options: Any) -> Case:
+    """`kernel` against XLA with M rows of x, and `backward` with M rows of the result's gradient."""
+    (k, n), backward, dtype = leaf.kn, options.pop("backward", False), options.pop("dtype", "bfloat16")
+    args = array(m, n if backward else k, dtype=dtype), leaf.codes, leaf.scale
+    kernel = functools.partial(kernel, group=leaf.tile[0])
+    xla = functools.partial(by_xla, leaf, backward)
+    return Case(name, f"{m}x{k}x{n}{label}", kernel, xla, args, 2 * m * k * n, **options)
+
+
+def _int4() -> Iterator[Case]:
+    """Decoding and prefill of 7 B models, aligned and not, and the backward pass of QLoRA.
+
+    A decoding loop has columns up to whole registers in memory (`_multiply.settled`): of 4,100 it reads 4,224.
+    """
+    few, many = (16, 4096, 4096), (2048, 4096, 14336)
+    forward = [(*few, 128), (*few, 64), (1, 4096, 4096, 128), (16, 4096, 4100, 128), (16, 4096, 4224, 128)]
+    forward += [(16, 11008, 4096, 64)]
+    forward += [(*many, 64), (*many, 128), (2000, 4096, 14300, 64), (2048, 11008, 4096, 64)]
+    for m, k, n, g in forward:
+        leaf, quick = _leaf(int4.make(group=g), k, n), (m, k, n, g) in ((*few, 128), (*many, 64))
+        yield _product(leaf, m, int4_matmul.matmul, "int4", f" g{g}", quick=quick)
+    for m, k, n, g in [(*many, 64), (2048, 4096, 4096, 128), (2000, 4096, 14300, 64)]:
+        leaf, quick = _leaf(int4.make(group=g), k, n), (m, k, n, g) == (*many, 64)
+        yield _product(leaf, m, int4_matmul.gradient, "int4 dx", f" g{g}", backward=True, quick=quick)
+
+
+def _nf4() -> Iterator[Case]:
+    """A whole weight of a 7 B model, and one whose columns are not aligned; decoding with them."""
+    for k, n in ((4096, 4096), (4096, 14336), (4096, 4100)):
+        leaf = _leaf(nf4_leaves.make(), k, n)
+        kernel = functools.partial(nf4.dequantise, group=64)
+        xla = lambda codes, scale, leaf=leaf: leaf.replace(codes=codes, scale=scale).floats(jnp.bfloat16)
+        yield Case("nf4 dequantise", f"{k}x{n} g64", kernel, xla, (leaf.codes, leaf.scale), quick=n == 4096)
+        yield _product(leaf, 16, nf4.matmul, "nf4", " g64")
+
+
+def _codes_triton() -> Iterator[Case]:
+    """Decoding of 7 B models, aligned and not, up to the most rows that a kernel takes; bfloat16 to compare it with."""
+    wide = (4096, 11008)
+    shapes = {
+        "int4": [(1, 4096, 4096), (16, 4096, 4096), *((m, *wide) for m in (1, 16, 64, 256)), (16, *wide[::-1])],
+        "int8": [(16, 4096, 4096), *((m, *wide) for m in (1, 16, 64, 256))],
+        "nf4": [(16, *wide)],
+        "fp8": [(16, *wide)],
+    }
+    listed = [(name, "bfloat16", *shape, 128) for name in shapes for shape in shapes[name]]
+    listed += [
+        ("int4", "bfloat16", *odd) for odd in ((5, 4096, 4100, 128), (16, 4000, 4096, 128), (16, 4096, 4096, 32))
+    ]
+    listed += [("int4", "float32", 16, 4096, 4096, 128)]
+    for m in (1, 16, 64, 256):
+        args = array(m, wide[0]), array(*wide)
+        yield Case("bf16", f"{m}x4096x11008", None, _plain, args, 2 * m * math.prod(wide), platform="cuda")
+    for name, dtype, m, k, n, group in listed:
+        makers = {
+            "int4": functools.partial(int4.make, group=group), "int8": int8.make, "fp8": fp8.make,
+            "nf4": functools.partial(nf4_leaves.make, group=group, double=False),
+        }  # fmt: skip
+        leaf = _leaf(makers[name](), k, n)
+        kernel = functools.partial(codes_triton.matmul, form=codes_triton.FORMS[leaf.form])
+        yield _product(
+            leaf, m, kernel, name if dtype == "bfloat16" else f"{name} f32", f" g{group}" * (leaf.tile[0] < k),
+            dtype=dtype, quick=(m, n, group) == (16, 4096, 128), platform="cuda",
+        )  # fmt: skip
+
+
+def _paged_lora() -> Iterator[Case]:
+    """Decoding with an adapter of its own for each row, of ranks 8 to 64, their pages all that the stacks hold."""
+    size, route = paged_lora.BLOCK, paged_lora.Route
+    flat = lambda f: lambda x, a, b, *r: f(x[:, None], a, b, route(*r))[:, 0]
+    paged = lambda stack: stack.reshape(-1, size, stack.shape[1])
+    for rows, dtype in ((16, "bfloat16"), (64, "bfloat16"), (64, "float32")):
+        owner = [i for i in range(rows) for _ in range(-(-(8 + 13 * i % 57) // size))]  # of each page
+        pages = len(owner)
+        stack = array(pages * size, 4096, dtype=dtype)
+        args = array(rows, 4096, dtype=dtype), stack, stack, *paged_lora.route(list(enumerate(owner)), pages)
+        name = f"{rows} adapters, {pages} pages, 4096x4096 {dtype}"
+        cuda = lambda x, a, b, *r: paged_lora_triton.matmul(x, paged(a), paged(b), route(*r))
+        for kernel, platform in ((flat(paged_lora.decode), "tpu"), (cuda, "cuda")):
+            xla, quick = flat(paged_lora.loop), rows == 16
+            yield Case("paged lora", name, kernel, xla, args, peak="", quick=quick, platform=platform)
+
+
+def _plain(x: Array, w: Array) -> Array:
+    return weights.product(EQN, x, w, jnp.float32).astype(x.dtype)
+
+
+def _w8a8(x: Array, w: Array, per_row: Array, scale: Array) -> Array:
+    """int8 times int8, with a scale per row of x and one per column of W."""
+    return (_multiply.product_of_codes(EQN, x, w) * per_row * scale).astype(jnp.bfloat16)
+
+
+def _w8a8_gradient(g: Array, w: Array, per_row: Array) -> Array:
+    """g of int8, into which the scales of W's columns were folded, times the transposed W."""
+    return (_multiply.product_of_codes("TF,DF->TD", g, w) * per_row).astype(jnp.bfloat16)
+
+
+def _left_to_xla() -> Iterator[Case]:
+    for m, k, n in ((16, 4096, 4096), (2048, 4096, 14336)):
+        shape, flops = f"{m}x{k}x{n}", 2 * m * k * n
+        row, scale = array(m, 1, dtype="float32"), array(n, dtype="float32")
+        yield Case("bf16", shape, None, _plain, (array(m, k), array(k, n)), flops)
+        for name, quantiser in (("int8", int8.make()), ("float8", fp8.make())):
+            leaf = _leaf(quantiser, k, n)
+            xla = lambda x, codes, scale, leaf=leaf: _multiply.product(EQN, x, leaf.replace(codes=codes, scale=scale))
+            yield Case(f"{name} weight only", shape, None, xla, (array(m, k), leaf.codes, leaf.scale), flops)
+        args = array(m, k, dtype="int8"), array(k, n, dtype="int8"), row, scale
+        yield Case("w8a8", shape, None, _w8a8, args, flops, "int8", quick=m == 16)
+    args = array(m, n, dtype="int8"), array(k, n, dtype="int8"), row
+    yield Case("w8a8 dx", shape, None, _w8a8_gradient, args, flops, "int8")
+    yield Case("round rows", f"{m}x{k}", None, lambda x: round_rows(x, "TD", "D"), (array(m, k),))
