@@ -7,7 +7,7 @@ shapes, and everything else is traced, so that a process compiles a handful of p
 import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import flax.struct
 import jax
@@ -42,6 +42,10 @@ class Samples(NamedTuple):
 @flax.struct.dataclass
 class State:
     """A batch in the making. The newest token of each row is sampled, but not yet in the cache."""
+
+    if TYPE_CHECKING:  # flax.struct adds it
+
+        def replace(self, **changes: object) -> "State": ...
 
     cache: Cache
     tokens: Array  # [B,N] sampled so far
@@ -94,11 +98,11 @@ def stream(
     stop_ids: Sequence[int] = (), cache: str = "float", **knobs: float,
 ) -> Iterator[int]:  # fmt: skip
     """The tokens of `generate` for one prompt, as they come."""
-    params, ends, knobs = unrolled(model, params), _stop_ids(stop_ids), Knobs(**knobs)
-    state = _start(model, params, [prompt], max_new_tokens, seed, knobs, ends, cache)
+    params, ends, how = unrolled(model, params), _stop_ids(stop_ids), Knobs(**cast(dict[str, Any], knobs))
+    state = _start(model, params, [prompt], max_new_tokens, seed, how, ends, cache)
     for i in range(max_new_tokens):
         if i:
-            state = _decode(model, params, state, i + 1, knobs, ends)
+            state = _decode(model, params, state, i + 1, how, ends)
         yield int(state.tokens[0, i])
         if state.done[0]:
             return
@@ -119,7 +123,7 @@ def _unroll(params: Params, config: ModelConfig, widen: bool) -> Params:
     params = weights.settled(unstack(params, config))
 
     def wide(w: Array | weights.Weight) -> Array | weights.Weight:
-        return w if weights.is_weight(w) or w.dtype != jnp.bfloat16 else w.astype(jnp.float32)
+        return w if isinstance(w, weights.Weight) or w.dtype != jnp.bfloat16 else w.astype(jnp.float32)
 
     return jax.tree.map(wide, params, is_leaf=weights.is_weight) if widen else params
 
@@ -246,7 +250,7 @@ def _prefill(
 ) -> tuple[Array, Cache]:
     """The last column's hidden states [B,1,D] and the cache."""
     out = model.hidden(params, tokens, positions, segments, cache)
-    return out.x[:, -1:], out.cache
+    return out.x[:, -1:], cast(Cache, out.cache)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

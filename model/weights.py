@@ -10,9 +10,10 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeGuard, TypeVar
 
 import flax.linen as nn
+import flax.linen.spmd as spmd
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 from common.errors import UserError
 from kernels.partition import sharded
 
+T = TypeVar("T")
 Params = dict[str, Any]  # nested dicts whose leaves are arrays or Weights
 Specs = dict[str, Any]  # the same dicts, with a Spec at every parameter
 Transform = Callable[[Params, Specs, Array], Params]  # what a method is; the last argument is a random key
@@ -82,6 +84,10 @@ class Weight:
     derived: ClassVar[tuple[str, ...]] = ()  # frozen fields that follow from the others: no part of a fingerprint
     whole: ClassVar[bool] = False  # counts as one array: has the `shape`, `ndim` and `size` of what it stands for
 
+    if TYPE_CHECKING:  # flax.struct adds it
+
+        def replace(self, **changes: object) -> Self: ...
+
     def einsum(self, eqn: str, x: Array) -> Array:
         """`jnp.einsum(eqn, x, dense)` without building `dense`."""
         raise NotImplementedError
@@ -90,11 +96,11 @@ class Weight:
         """Rows `ids` of a [V, D] table."""
         raise NotImplementedError
 
-    def dense(self, spec: Spec) -> Array:
+    def dense(self, spec: Spec | None) -> Array:
         """The plain array this leaf stands for: merge, export, and the oracle of the tests."""
         raise NotImplementedError
 
-    def axes(self, spec: Spec) -> "Weight":
+    def axes(self, spec: Spec | None) -> "Weight":
         """This node with logical axis names (tuples) in place of its arrays, so that it shards like its base."""
         raise NotImplementedError
 
@@ -162,8 +168,8 @@ def take(w: Array | Weight, ids: Array, dtype: Any) -> Array:
     if isinstance(w, Weight):
         return w.take(ids, dtype)
     # From a table that is split along embed, rows come out split the same way, and XLA rematerialises them whole.
-    w = nn.with_logical_constraint(w, ("vocab", None))
-    return jnp.take(w, ids, axis=0).astype(dtype)
+    table: Any = spmd.with_logical_constraint(w, ("vocab", None))
+    return jnp.take(table, ids, axis=0).astype(dtype)
 
 
 def product(eqn: str, x: Array, w: Array, dtype: Any = None) -> Array:
@@ -213,7 +219,7 @@ def assigned_axes(
     """
     table, used, found = dict(rules), set(), []
     for name, size in zip(names, sizes, strict=True):
-        axes = table.get(name) or ()
+        axes = table.get(name or "") or ()
         axes = (axes,) if isinstance(axes, str) else axes
         fits = not used & set(axes) and size % math.prod(mesh.shape.get(a, 1) for a in axes) == 0
         found.append(axes if fits else ())
@@ -234,8 +240,13 @@ def place(names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding | 
 
 # --- trees -----------------------------------------------------------------------------------------------------------
 
-is_weight = lambda x: isinstance(x, Weight)
-is_spec = lambda x: isinstance(x, Spec)
+
+def is_weight(x: object) -> TypeGuard[Weight]:
+    return isinstance(x, Weight)
+
+
+def is_spec(x: object) -> TypeGuard[Spec]:
+    return isinstance(x, Spec)
 
 
 def name(path: tuple) -> str:
@@ -319,17 +330,18 @@ def trainable(params: Params, what: str) -> Any:
 
 def fields(node: Weight) -> list[str]:
     """The fields of a Weight that hold arrays or other Weights."""
-    return [f.name for f in dataclasses.fields(node) if f.metadata.get("pytree_node", True)]
+    declared: Any = node  # its own class is a dataclass, Weight is not
+    return [f.name for f in dataclasses.fields(declared) if f.metadata.get("pytree_node", True)]
 
 
-def partition(params: Params, mask: Any) -> tuple[Params, Params]:
+def partition(params: T, mask: Any) -> tuple[T, T]:
     """(trainable, frozen): the same tree twice, with None where the other half has the array."""
     chosen = jax.tree.map(lambda m, x: x if m else None, mask, params)
     others = jax.tree.map(lambda m, x: None if m else x, mask, params)
     return chosen, others
 
 
-def combine(a: Params, b: Params) -> Params:
+def combine(a: T, b: T) -> T:
     """The inverse of `partition`."""
     return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None)
 
@@ -345,15 +357,16 @@ def settled(params: Params) -> Params:
     return jax.tree.map(lambda w: w.settled() if is_weight(w) else w, params, is_leaf=is_weight)
 
 
-def base(params: Params) -> Params:
+def base(params: Any) -> Any:
     """Adapters off: a leaf that wraps a frozen `base` gives way to it, every Extra goes. A free reference policy."""
     if isinstance(params, dict):
         return {k: base(v) for k, v in params.items() if not isinstance(v, Extra)}
     if isinstance(params, tuple):
         return tuple(map(base, params))
-    while is_weight(params) and "base" in fields(params):
-        params = params.base
-    return params
+    leaf: Any = params
+    while is_weight(leaf) and "base" in fields(leaf):
+        leaf = vars(leaf)["base"]
+    return leaf
 
 
 def quantised_under_adapters(params: Params) -> bool:
@@ -379,8 +392,8 @@ def dense(params: Params, specs: Specs) -> Params:
     return replace(params, specs, lambda _, w, spec: dense_of(w, spec))
 
 
-def dense_of(w: Array | Weight, spec: Spec) -> Array:
-    return w.dense(spec) if is_weight(w) else w
+def dense_of(w: Array | Weight, spec: Spec | None) -> Array:
+    return w.dense(spec) if isinstance(w, Weight) else w
 
 
 def axes(params: Params, specs: Specs) -> Any:
@@ -388,5 +401,8 @@ def axes(params: Params, specs: Specs) -> Any:
     return replace(params, specs, lambda _, w, spec: axes_of(w, spec))
 
 
-def axes_of(w: Array | Weight, spec: Spec) -> Any:
-    return w.axes(spec) if is_weight(w) else spec.names
+def axes_of(w: Array | Weight, spec: Spec | None) -> Any:
+    if isinstance(w, Weight):
+        return w.axes(spec)
+    assert spec, "only a Weight may stand where nothing is declared"
+    return spec.names

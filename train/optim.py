@@ -80,7 +80,7 @@ def randomly_rounded(tx: optax.GradientTransformation) -> optax.GradientTransfor
     def init(params: Any) -> Any:
         return tx.init(jax.tree.map(lambda p: _widened(p) if p.dtype == jnp.float16 else p, params))
 
-    def update(updates: Any, state: Any, params: Any, *, key: Array, **_: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, *, key: Array, **_: Any) -> tuple[Any, Any]:
         wide = jax.tree.map(_widened, params)
         updates, new = tx.update(jax.tree.map(_widened, updates), jax.tree.map(_widened, state), wide)
 
@@ -118,7 +118,7 @@ def _widened(x: Array) -> Array:
 def _decay(lr: Callable, rate: float) -> optax.GradientTransformation:
     """Decoupled weight decay after a transformation that already holds the learning rate."""
 
-    def update(updates: Any, count: Any, params: Any) -> tuple[Any, Any]:
+    def update(updates: Any, count: Any, params: Any = None) -> tuple[Any, Any]:
         return jax.tree.map(lambda u, p: u - lr(count) * rate * p, updates, params), count + 1
 
     return optax.GradientTransformation(lambda params: jax.numpy.zeros((), jax.numpy.int32), update)

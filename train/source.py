@@ -8,11 +8,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from data.rows import batch as batches
+from data.rows.batch import Batch
 from data.rows.loader import Loader
 from train.mesh import BATCH
 from train.state import TrainState
 
-Batch = dict[str, Any]  # of data.rows.batch, as global arrays
 Counts = dict[str, int]  # tokens that are not padding, and targets of the loss, of this process's rows
 
 
@@ -45,7 +45,7 @@ class Source(Protocol):
 def local_rows(mesh: Mesh, batch_size: int) -> slice:
     """The rows of a global batch that this process's devices hold, as one range."""
     held = NamedSharding(mesh, P(BATCH[0])).addressable_devices_indices_map((batch_size,)).values()
-    edges = [index[0].indices(batch_size)[:2] for index in held]
+    edges = [index[0].indices(batch_size)[:2] for index in held if index]
     return slice(min(a for a, _ in edges), max(b for _, b in edges))
 
 
@@ -79,7 +79,8 @@ class Batches:
         """This process's rows [b, T] or [b] as its part of a global array."""
         shape = (self.loader.batch_size, *x.shape[1:])
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index
             start, stop, _ = index[0].indices(shape[0])
             return x[start - self.first : stop - self.first, *index[1:]]
 

@@ -1,6 +1,7 @@
 """The state of a run: everything a step reads and writes."""
 
 from functools import reduce
+from typing import TYPE_CHECKING
 
 import flax.struct
 import jax
@@ -31,6 +32,10 @@ class TrainState:
     bad: Array  # int32: non-finite steps in a row, each skipped
     skipped: Array  # int32: all of them
     shares: tuple[tuple[str, str], ...] = flax.struct.field(pytree_node=False, default=())  # (role, whose frozen half)
+
+    if TYPE_CHECKING:  # flax.struct adds it
+
+        def replace(self, **changes: object) -> "TrainState": ...
 
     @classmethod
     def create(

@@ -1,19 +1,18 @@
 """One optimizer step, for every objective."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
+from data.rows.batch import Batch
 from model import weights
 from train.init import Blueprint
 from train.objectives import Pair
 from train.state import Roles, TrainState
-
-Batch = dict[str, Any]
 
 
 def make_step(
@@ -61,7 +60,7 @@ def make_step(
 
         def update() -> tuple[Roles, optax.OptState]:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, key=state.key)
-            return optax.apply_updates(state.params, updates), opt_state
+            return cast(Roles, optax.apply_updates(state.params, updates)), opt_state
 
         # `cond`, not `where`: a selection makes XLA keep a second copy of the optimizer state, 1 GB at 135M parameters.
         params, opt_state = jax.lax.cond(ok, update, lambda: (state.params, state.opt_state))

@@ -8,11 +8,12 @@ an encoder-decoder will be its two sides.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-Batch = dict[str, "np.ndarray | Batch"]  # on devices, jax arrays in place of numpy's
+Side = dict[str, np.ndarray]  # an lm batch; on devices, jax arrays in place of numpy's
+Batch = dict[str, Any]  # a Side, or a Side for each of its sides
 TOKENS = {"tokens": np.int32, "targets": np.int32, "mask": np.float32, "segments": np.int32, "positions": np.int32}
 COLUMNS = {"label": np.int32, "rank": np.int32, "rating": np.float32, "group": np.int32, "reward": np.float32}
 ONE = "row"  # the name of the only side of an lm batch, which is the batch itself
@@ -46,7 +47,7 @@ class Spec:
     dtype: np.dtype
 
 
-def parts(batch: Batch) -> dict[str, Batch]:
+def parts(batch: Batch) -> dict[str, Side]:
     """{side: lm batch} of a batch of any kind."""
     return {ONE: batch} if "tokens" in batch else {side: batch[side] for side in sorted(batch)}
 

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import flax.linen as nn
+import flax.linen.spmd as spmd
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -115,9 +115,9 @@ def _count_first(mask: Array, *arrays: Array) -> tuple[tuple[Array, ...], Callab
 
     def flat(a: Array) -> Array:
         a = a.reshape(S, B // S, C, T // C, *a.shape[2:]).swapaxes(1, 2).reshape(S * C, B * T // S // C, *a.shape[2:])
-        return nn.with_logical_constraint(a, ("act_rows", *[None] * (a.ndim - 1)))
+        return spmd.with_logical_constraint(a, ("act_rows", *[None] * (a.ndim - 1)))
 
-    *arrays, mask = map(flat, (*arrays, mask.astype(jnp.float32)))
+    *rows, mask = map(flat, (*arrays, mask.astype(jnp.float32)))
     order = jnp.argsort(mask == 0, axis=1, stable=True)
 
     def first(a: Array) -> Array:
@@ -127,7 +127,7 @@ def _count_first(mask: Array, *arrays: Array) -> tuple[tuple[Array, ...], Callab
         rows = jnp.take_along_axis(rows, jnp.argsort(order, axis=1), axis=1)
         return rows.reshape(S, C, B // S, T // C).swapaxes(1, 2).reshape(B, T)
 
-    return tuple(map(first, (*arrays, mask))), undo
+    return tuple(map(first, (*rows, mask))), undo
 
 
 def _copies(tree: Any, shards: int) -> Any:
@@ -198,7 +198,8 @@ def _pieces(unembed: Unembed, head: Any, x: Array, targets: Array, g: Array) -> 
         logps = jnp.where(hit, logits, 0).sum(-1) - (jnp.log(total) + top)[:, 0]
         return logps, *pull((hit - unnormalised / total) * g[:, None])
 
-    return jax.vmap(shard)(*head, x, targets, g)
+    moving, fixed = head
+    return jax.vmap(shard)(moving, fixed, x, targets, g)
 
 
 def _zeros(tree: Any) -> Any:
@@ -298,7 +299,7 @@ def _over_forward(f: Callable, vocab: int, trees: Any, rows: Any, mask: Any) -> 
 
 def _over_backward(f: Callable, vocab: int, residuals: Any, g: Any) -> tuple:
     moving, fixed, mask = residuals
-    xs = weights.combine(moving, fixed)[1]
+    _, xs = weights.combine(moving, fixed)
     heads, others = (tuple(map(_sent, part[0], xs)) for part in (moving, fixed))
     g = jax.tree.map(_instantiated, g, is_leaf=_is_symbolic)
 
