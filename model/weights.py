@@ -112,8 +112,8 @@ class Weight:
         inner = {f: getattr(self, f) for f in fields(self) if is_weight(getattr(self, f))}
         return self.replace(**{f: w.in_training(key_for(key, f), step) for f, w in inner.items()})
 
-    def settled(self) -> "Weight":
-        """This leaf, of one layer, for use without training: what follows from its arrays alone is there already."""
+    def settled(self) -> "Weight | Array":
+        """The (unstacked) leaf prepared for inference: values that depend only on its arrays are precomputed."""
         return self.replace(**{f: settled(getattr(self, f)) for f in fields(self) if is_weight(getattr(self, f))})
 
     def macs(self, stacked: int) -> "Weight":

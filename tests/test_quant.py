@@ -26,6 +26,7 @@ from infer.sample import Knobs
 from kernels.packing import pack, unpack
 from model import weights
 from model.io import saved
+from model.net.transformer import unstack
 from model.peft import lora
 from model.quant import _budget, _calibrate, fp8, int2, int4, int8, nf4, qat, train8
 from model.quant._matrix import Format, nearest
@@ -426,6 +427,24 @@ def test_decoding_on_a_cpu_holds_no_floats_of_the_weights(quantise):
     compiled = generate._decode.lower(model, params, state, 8, Knobs(), zeros(4)).compile()
     floats = 4 * sum(w.size for w in weights.arrays(params["layers"]))
     assert compiled.memory_analysis().temp_size_in_bytes < floats / 8
+
+
+@pytest.mark.parametrize("name, kind", [("nf4", jax.Array), ("int4 asymmetric", jax.Array), ("int4 g32", int4.Int4)])
+def test_decoding_on_a_cpu_makes_floats_once_where_it_has_no_kernel(name, kind):
+    """So a step has none to make. On a mesh the leaves stay, and what comes before decoding sends nothing."""
+    model, base, _, _ = quantised(name)
+    ready, after = generate.unrolled(model, base), unstack(base, model.config)["layers"][0]["mlp"]["up"]
+    up = ready["layers"][0]["mlp"]["up"]
+    assert isinstance(up, kind)
+    np.testing.assert_array_equal(up if kind is jax.Array else up.floats("float32"), after.floats("float32"))
+    tokens = lambda params: generate.generate(model, params, [[5, 9, 2], [12]], max_new_tokens=4).tokens
+    want, mesh = tokens(base), make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        laid = jax.device_put(base, shardings(weights.axes(base, model.specs), base, mesh))
+        assert weights.is_weight(generate.unrolled(model, laid)["layers"][0]["mlp"]["up"])
+        text = generate._unroll.lower(laid, model.config, False).compile().as_text()
+        assert not re.search("all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", text)
+        assert tokens(laid) == want
 
 
 @pytest.mark.slow

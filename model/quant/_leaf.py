@@ -133,7 +133,7 @@ class Quantised(Weight):
         )  # fmt: skip
         return fine.floats(dtype).reshape(*ids.shape, -1)
 
-    def settled(self) -> "Quantised":
+    def settled(self) -> "Quantised | Array":
         return _multiply.settled(self)
 
     def macs(self, stacked: int) -> "Quantised":

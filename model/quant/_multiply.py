@@ -179,13 +179,25 @@ def _dequantised(leaf: "Quantised", dtype: DTypeLike) -> Array:
     return jax.lax.platform_dependent(leaf.codes, leaf.scales(), tpu=by_kernel, default=plain)
 
 
-def settled(leaf: "Quantised") -> "Quantised":
-    """For the kernel of a TPU, pads the columns to whole registers where XLA would otherwise store the bytes
-    column-major."""
+def settled(leaf: "Quantised") -> "Quantised | Array":
+    """The leaf of one layer as decoding on one device has it.
+
+    A CPU without a kernel multiplies floats: they are made once, where each step of a stream would allocate and write
+    those of all layers. For the kernel of a TPU the columns are padded to whole registers, where XLA would otherwise
+    store the bytes column-major.
+    On a mesh the leaf stays what it is: scales of scales go across its shards, and decoding them takes collectives.
+    """
     from kernels import packing, partition
 
-    alone = weights.platform() == "tpu" and not partition.sharded() and leaf.codes.ndim == 2 and leaf.offset is None
-    if not alone or not packing.by_columns(*leaf.codes.shape) or "tpu" not in kernels(leaf, 1, jnp.bfloat16, False):
+    platform, alone = weights.platform(), leaf.codes.ndim == 2 and leaf.offset is None
+    if partition.sharded():
+        return leaf
+    if platform == "cpu" and leaf.inverse is None and not leaf.activations:
+        by_kernel = alone and "cpu" in kernels(leaf, 1, jnp.float32, False)
+        return leaf if by_kernel else leaf.floats(jnp.float32)
+    if platform != "tpu" or not alone or not packing.by_columns(*leaf.codes.shape):
+        return leaf
+    if "tpu" not in kernels(leaf, 1, jnp.bfloat16, False):
         return leaf
     plain, n = leaf.plain_scales(), leaf.kn[1]
     wide = lambda a: jnp.pad(a, ((0, 0), (0, -n % packing.LANES)))
