@@ -12,6 +12,11 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
+def one_of(default: str, *_: str) -> str:
+    """The default of a key that takes these values and no others; configs/schema/keys.py reads them here."""
+    return default
+
+
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # everything random derives from it: init, data order, dropout
@@ -29,10 +34,10 @@ def get_config() -> ConfigDict:
     c.model.kv_heads = placeholder(int)  # K, divides heads
     c.model.mlp = placeholder(int)  # F
     c.model.vocab_size = placeholder(int)  # unset: the tokenizer's, rounded up to a multiple of 64
-    c.model.dtype = "float32"  # activations
-    c.model.param_dtype = "float32"  # weights and optimizer state; 16 bits are stored with stochastic rounding
-    c.model.remat = "dots"  # | "none" | "full": what the backward pass keeps of each layer
-    c.model.attention = "auto"  # | "xla" | "splash" (TPU) | "cudnn" (GPU): one that cannot run is an error
+    c.model.dtype = one_of("float32", "bfloat16", "float16")  # activations
+    c.model.param_dtype = one_of("float32", "bfloat16", "float16")  # weights, optimizer; 16 bits: rounded at random
+    c.model.remat = one_of("dots", "none", "full")  # what the backward pass keeps of each layer
+    c.model.attention = one_of("auto", "xla", "splash", "cudnn")  # splash: TPU, cudnn: GPU, elsewhere an error
 
     c.objective = ConfigDict({"name": "sft"})  # a file in train/objectives + its keyword arguments
     c.peft = ConfigDict({"name": ""})  # a file in model/peft + its keyword arguments; "": none
@@ -55,9 +60,9 @@ def get_config() -> ConfigDict:
     c.data.cache = "~/.cache/kungfu/data"  # tokenised documents, memory-mapped, keyed by fingerprint
 
     c.optim = ConfigDict()
-    c.optim.name = "adamw"  # | "adafactor" | "lion" | "muon"
+    c.optim.name = one_of("adamw", "adafactor", "lion", "muon")  # muon: of matrices, adamw of the rest
     c.optim.lr = 3e-4  # peak
-    c.optim.schedule = "cosine"  # | "linear" | "constant" | "wsd" (warm up, stay, decay)
+    c.optim.schedule = one_of("cosine", "linear", "constant", "wsd")  # wsd: warm up, stay, decay
     c.optim.warmup = 0.05  # share of the steps when < 1, else steps
     c.optim.decay = 0.2  # wsd only: share of the steps of the last phase
     c.optim.final_lr = 0.1  # share of the peak at the end
@@ -82,15 +87,15 @@ def get_config() -> ConfigDict:
     c.evals = ()  # names in evals/tasks, scored with `eval_n` examples each
     c.eval_n = 64  # examples a task
     c.eval_text = ""  # data whose text the base knows: the rise of the loss on it, eval/text_nll, is forgetting
-    c.samples = ()  # prompts answered before and after training, kept in samples.jsonl
+    c.samples = ()  # prompts answered before and after training, kept in metrics.jsonl
 
     c.ckpt = ConfigDict()
     c.ckpt.every = 100  # steps; 0: only at the end
     c.ckpt.minutes = 10.0  # and at least this often
     c.ckpt.keep = 2  # the newest ones
     c.ckpt.keep_every = 0  # and every n-th step for ever
-    c.ckpt.on_error = "stop"  # | "continue" when a save fails (disk full)
+    c.ckpt.on_error = one_of("stop", "continue")  # when a save fails (disk full)
 
-    c.tracker = ""  # | "tensorboard" | "wandb": fed beside metrics.jsonl, never waited for
+    c.tracker = one_of("", "tensorboard", "wandb")  # receives the same metrics, in the background
     c.chip = ""  # price and peak of this accelerator; "": by the device's own name
     return c

@@ -1,5 +1,8 @@
 """Shapes by name: `c.model.shape = "tiny"`. Each entry is keyword arguments of model.config.ModelConfig."""
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def _llama(vocab_size, layers, embed, heads, kv_heads, mlp, **more):
     more.setdefault("head_dim", embed // heads)
@@ -28,3 +31,15 @@ SHAPES = {
     "tiny-griffin": _griffin(512, 3, 64, 4, 1, 128, window=32),  # two recurrent layers, one of attention
     "recurrentgemma-2b": _griffin(256000, 26, 2560, 10, 1, 7680, window=2048),
 }  # fmt: skip
+
+
+def resized(name: str, changes: Mapping[str, int]) -> dict[str, Any]:
+    """A shape with other sizes. With other heads or another width, a head is embed / heads wide, and there are at most
+    as many key heads as heads."""
+    shape = {**SHAPES[name], **changes}
+    if "heads" in changes or "embed" in changes:
+        shape["kv_heads"] = changes.get("kv_heads") or min(shape["kv_heads"], shape["heads"])
+        shape["head_dim"] = shape["embed"] // shape["heads"]
+    if "windows" in shape:
+        shape["windows"] = (shape["windows"] * shape["layers"])[: shape["layers"]]
+    return shape

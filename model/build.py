@@ -9,7 +9,7 @@ import jax
 from common.errors import UserError
 from common.methods import find
 from common.types import Config
-from configs.models import SHAPES
+from configs.models import SHAPES, resized
 from model.config import ModelConfig
 from model.net import kinds
 from model.net.transformer import Transformer
@@ -70,12 +70,6 @@ def model(cfg: Config, pretrained: Shaped | None, vocab_size: int | None = None)
 
 
 def _shape(c: Config, vocab_size: int | None) -> ModelConfig:
-    changed = {k: c[k] for k in OVERRIDES if c[k] is not None}
-    if "heads" in changed or "embed" in changed:
-        changed.setdefault("kv_heads", min(SHAPES[c.shape]["kv_heads"], changed.get("heads", 1 << 30)))
-        at = {**SHAPES[c.shape], **changed}
-        changed["head_dim"] = at["embed"] // at["heads"]
-    if "layers" in changed:
-        changed["windows"] = (SHAPES[c.shape].get("windows", ()) * c.layers)[: c.layers]
+    changes = {k: c[k] for k in OVERRIDES if c[k] is not None}
     vocab = c.vocab_size or (-(-vocab_size // 64) * 64 if vocab_size else SHAPES[c.shape]["vocab_size"])
-    return ModelConfig.from_dict({**SHAPES[c.shape], **changed, "vocab_size": vocab})
+    return ModelConfig.from_dict(resized(c.shape, changes | {"vocab_size": vocab}))

@@ -198,8 +198,8 @@ def test_config_is_required():
          'like "prompt=question,completion=answer"'),
         # between keys
         ("accum=3", "config.data.batch_size = 8 · is not a multiple of accum 3 · micro-batches have equal rows"),
-        ("mesh.fsdp=3", "config.data.batch_size = 8 · 8 rows a micro-batch do not divide over 3 devices · "
-         "a multiple of 3"),
+        ("mesh.fsdp=3", "config.data.batch_size = 8 · 8 rows do not divide over 3 devices x 1 "
+         "micro-batches · a multiple of 3, or fewer devices on config.mesh.data and config.mesh.fsdp"),
         ("mesh.fsdp=-1", "config.mesh.fsdp = -1 · only one axis may be -1, data is too · give one a number"),
         ("mesh.tensor=3", "config.mesh.tensor = 3 · does not divide heads 4 · whole heads lie on a device"),
         ("model.shape=", 'config.model.shape = "" · neither a shape nor a pretrained init · '

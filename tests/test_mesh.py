@@ -104,7 +104,7 @@ def test_columns_of_a_batch_lie_where_the_mesh_says():
     [
         ((3,), {}, "8 rows do not divide over 3 devices x 1"),
         ((2, 2), {"accum": 4}, "over 4 devices x 4 micro-batches · a multiple of 16"),
-        ((1, 1, 1, 3), {}, "tokens of a row do not divide over 3 devices"),
+        ((1, 1, 1, 3), {}, "config.mesh.context · 3 does not divide data.seq_len"),
     ],
 )
 def test_a_batch_that_the_mesh_does_not_divide_is_one_line(shape, changes, told):

@@ -173,7 +173,7 @@ def test_tracker_that_fails_is_told_once(tmp_path, capsys):
 
 
 def test_unknown_and_missing_trackers(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="use one of tensorboard, wandb"):
+    with pytest.raises(UserError, match="did you mean tensorboard"):
         Metrics(tmp_path / "metrics.jsonl", 10, "tensorbord")
     monkeypatch.setattr(tracker.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install wandb"):

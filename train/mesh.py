@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from common.errors import UserError
 from common.types import Config
+from configs.schema import rules
 from model import weights
 
 # Outermost first: neighbours along the last axis are the nearest devices. "expert" is 1 until a model has experts.
@@ -67,15 +68,9 @@ def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
 def row_shards(cfg: Config, mesh: Any) -> int:
     """How many devices share out the rows of a batch. Raises UserError when the mesh does not divide a batch [B,T],
     which only the number of devices tells where an axis is -1."""
-    shards, rows = mesh.shape["data"] * mesh.shape["fsdp"], cfg.data.batch_size
-    if rows % (shards * cfg.accum):
-        told = f"{rows} rows do not divide over {shards} devices x {cfg.accum} micro-batches"
-        fix = f"a multiple of {shards * cfg.accum}, or fewer devices on config.mesh.data and config.mesh.fsdp"
-        raise UserError(told, "config.data.batch_size", fix)
-    if cfg.data.seq_len % mesh.shape["context"]:
-        told = f"{cfg.data.seq_len} tokens of a row do not divide over {mesh.shape['context']} devices"
-        raise UserError(told, "config.data.seq_len", "a multiple of that, or fewer devices on config.mesh.context")
-    return shards
+    for path, problem, fix in rules.shares(cfg.data.batch_size, cfg.accum, cfg.data.seq_len, mesh.shape):
+        raise UserError(problem, f"config.{path}", fix)
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def abstract_mesh(cfg: Config, devices: int = 0) -> AbstractMesh:

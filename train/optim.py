@@ -11,6 +11,7 @@ from jax import Array
 
 from common.errors import UserError
 from common.types import Config
+from configs import schema
 from model import weights
 from model.io import saved
 
@@ -32,7 +33,7 @@ def schedule(cfg: Config, steps: int) -> Callable:
                 [optax.constant_schedule(cfg.lr), optax.linear_schedule(cfg.lr, end, decay)], [max(rest - decay, 0)]
             )
         case other:
-            raise UserError(f"unknown schedule {other!r}", "config.optim.schedule", "cosine, linear, constant or wsd")
+            raise schema.unknown("optim.schedule", other)
     # step + 1: the first update already moves
     ramp = lambda step: cfg.lr * (step + 1) / max(warmup, 1)
     return optax.join_schedules([ramp, after], [warmup]) if warmup else after
@@ -58,7 +59,7 @@ def optimizer(cfg: Config, steps: int, params: Any, specs: Any) -> optax.Gradien
                 adam_weight_decay=0.0, consistent_rms=0.2, muon_weight_dimension_numbers=muon_axes(params, specs),
             )  # fmt: skip
         case other:
-            raise UserError(f"unknown optimizer {other!r}", "config.optim.name", "adamw, adafactor, lion or muon")
+            raise schema.unknown("optim.name", other)
     chain = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
     chain.append(tx)
     if cfg.lr_scale:

@@ -3,10 +3,8 @@
 from configs.schema.config import (
     ConfigDict,
     Loaded,
-    base_keys,
     diff,
     digest,
-    flatten,
     from_dict,
     load,
     read,
@@ -14,8 +12,9 @@ from configs.schema.config import (
     running,
     to_dict,
 )
+from configs.schema.keys import base_keys, flatten, unknown
 
 __all__ = [
     "ConfigDict", "Loaded", "base_keys", "diff", "digest", "flatten", "from_dict", "load", "read", "resolve", "running",
-    "to_dict",
+    "to_dict", "unknown",
 ]  # fmt: skip

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import RequiredValueError, placeholder
+from ml_collections.config_dict import placeholder
 
 from common.errors import UserError, did_you_mean
 from common.types import Config
-from configs import base
-from configs.schema import methods, overrides, rules
+from configs.schema import describe, methods, overrides, rules
+from configs.schema.keys import base_keys, flatten
 from configs.schema.methods import Key
 from configs.schema.problems import ConfigError, Problem, show
 
@@ -49,8 +49,6 @@ def load(argv: list[str], flags: Mapping[str, Any] | None = None, usage: str | N
     """
     args = overrides.parse_args(argv, flags or {})
     if args.help:
-        from configs.schema import describe
-
         describe.write(describe.help_text(usage or USAGE))
         raise SystemExit(0)
     if not args.config:
@@ -125,17 +123,6 @@ def resolve(
     if problems:
         raise ConfigError(problems, where)
     return _build(leaves, schema).lock(), values
-
-
-@functools.cache
-def base_keys() -> dict[str, Key]:
-    """path -> Key of everything in base.py. A default of None is a placeholder: it may be none."""
-    config, keys = base.get_config(), {}
-    for path, value in flatten(config).items():
-        *groups, name = path.split(".")
-        group = functools.reduce(lambda c, k: c[k], groups, config)
-        keys[path] = Key(group.get_type(name), value, value is None)
-    return keys
 
 
 def _schema(config: ConfigDict, changes: dict, problems: list[Problem]) -> tuple[dict[str, Key], set[str]]:
@@ -262,21 +249,6 @@ def fit(value: Any, key: Key) -> Any:
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def flatten(config: Any) -> dict[str, Any]:
-    """Dotted path -> leaf of a config or nested dict. What a file left as a required placeholder counts as None."""
-    leaves = {}
-    for name in config:
-        try:
-            value = config[name]
-        except RequiredValueError:
-            value = None
-        if isinstance(value, ConfigDict | dict):
-            leaves |= {f"{name}.{path}": leaf for path, leaf in flatten(value).items()}
-        else:
-            leaves[name] = value
-    return leaves
 
 
 def _build(leaves: Mapping[str, Any], schema: Mapping[str, Key]) -> ConfigDict:

@@ -1,43 +1,28 @@
 """What each key means, from the comments of base.py: the text of `--help` and of `tools.config show`."""
 
-import ast
-import functools
-import io
 import os
 import sys
-import tokenize
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+
+from ml_collections import ConfigDict
 
 from configs import base
-from configs.schema import base_keys, flatten, methods
+from configs.schema import methods
+from configs.schema.keys import base_keys, docs, flatten
 from configs.schema.methods import Key
 from configs.schema.problems import show
 
 
-@functools.cache
-def docs() -> dict[str, str]:
-    """path -> the comment behind its line in base.py."""
-    source = Path(base.__file__).read_text("utf-8")
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    paths = {}
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
-            path = ast.unparse(node.targets[0]).partition(".")[2]
-            paths[path if path in base_keys() else f"{path}.name"] = comments.get(node.end_lineno, "")
-    return {path: text for path, text in paths.items() if path in base_keys()}
-
-
-def lines(config: Any) -> Iterator[str]:
+def lines(config: ConfigDict) -> Iterator[str]:
     """One line a leaf in the order of base.py: key=value and what it means."""
     leaves, order = flatten(config), list(docs())
     groups = {path.rpartition(".")[0]: i for i, path in reversed(list(enumerate(order)))}
     place = lambda path: order.index(path) if path in order else groups.get(path.rpartition(".")[0], 0)
     for path in sorted(leaves, key=place):
         pair = f"{path}={show(leaves[path])}"
-        yield f"{pair:34}  {docs().get(path, '')}".rstrip()
+        choices = base_keys()[path].choices if path in base_keys() else ()
+        parts = [" | ".join(map(show, choices)), docs().get(path, "")]
+        yield f"{pair:34}  {': '.join(filter(None, parts))}".rstrip()
 
 
 def help_text(usage: str) -> str:

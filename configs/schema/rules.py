@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from common.errors import did_you_mean
-from configs.models import SHAPES
+from configs.models import SHAPES, resized
 from configs.schema import methods
+from configs.schema.keys import refusal
 from configs.schema.problems import Problem, show
 
 SHARE, POSITIVE, COUNT, ANY_COUNT = "[0, 1]", "(0, inf)", "[1, inf)", "[0, inf)"
 
 FORMATS, SCORED = (methods.constant(methods.ROOT / "data/formats.py", name, {}) for name in ("FORMATS", "SCORED"))
 
-# path -> an interval of numbers, or a tuple of choices (of every element, where the key is a tuple)
+# path -> an interval of numbers, or a tuple of choices (of every element, where the key is a tuple) that are names of
+# something; other choices stand in base.py
 ALLOWED: dict[str, str | tuple[str, ...]] = {
     "seed": "[0, 4294967296)",
     "steps": COUNT,
@@ -31,10 +33,6 @@ ALLOWED: dict[str, str | tuple[str, ...]] = {
     "model.kv_heads": COUNT,
     "model.mlp": COUNT,
     "model.vocab_size": COUNT,
-    "model.dtype": ("float32", "bfloat16", "float16"),
-    "model.param_dtype": ("float32", "bfloat16", "float16"),
-    "model.remat": ("none", "dots", "full"),
-    "model.attention": ("auto", "xla", "splash", "cudnn"),
     "peft.rank": COUNT,
     "peft.alpha": POSITIVE,
     "peft.dropout": "[0, 1)",
@@ -49,9 +47,7 @@ ALLOWED: dict[str, str | tuple[str, ...]] = {
     "data.batch_size": COUNT,
     "data.packing": methods.constant(methods.ROOT / "data/rows/layout.py", "PACKINGS", ()),
     "data.max_bad": SHARE,
-    "optim.name": ("adamw", "adafactor", "lion", "muon"),
     "optim.lr": ANY_COUNT,
-    "optim.schedule": ("cosine", "linear", "constant", "wsd"),
     "optim.warmup": ANY_COUNT,
     "optim.decay": SHARE,
     "optim.final_lr": SHARE,
@@ -69,8 +65,6 @@ ALLOWED: dict[str, str | tuple[str, ...]] = {
     "ckpt.minutes": POSITIVE,
     "ckpt.keep": COUNT,
     "ckpt.keep_every": ANY_COUNT,
-    "ckpt.on_error": ("stop", "continue"),
-    "tracker": ("", "tensorboard", "wandb"),
     "chip": ("", *json.loads((methods.ROOT / "common/chips.json").read_text("utf-8"))["chips"]),
 }
 STRINGS = ("allow", "evals", "samples")  # tuples of these
@@ -87,11 +81,8 @@ def check_value(path: str, value: Any, choices: tuple = ()) -> Iterator[tuple[st
         if not _inside(value, allowed):
             yield f"must be in {allowed}", ""
     elif allowed:
-        for v in value if isinstance(value, tuple) else (value,):
-            if v not in allowed:
-                known = "one of " + ", ".join(show(a) for a in allowed)
-                near = did_you_mean(v, filter(None, allowed), known) if isinstance(v, str) and v else known
-                yield "unknown choice", near
+        wrong = [v for v in (value if isinstance(value, tuple) else (value,)) if v not in allowed]
+        yield from (refusal(v, allowed) for v in wrong)
     if path in REGEXES or (path == "trainable" and value not in ("all", "adapters")):
         yield from _regex(value)
     if path in FACTORS:
@@ -138,18 +129,17 @@ def check_between(c: Mapping[str, Any], ok: Callable[..., bool]) -> Iterator[Pro
 def _shape(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     if not ok("model.shape", "model.embed", "model.heads", "model.kv_heads") or not c["model.shape"]:
         return
-    shape = SHAPES[c["model.shape"]]
-    own_embed, own_heads, own_kv_heads = (c[f"model.{k}"] for k in ("embed", "heads", "kv_heads"))
-    embed, heads = own_embed or shape["embed"], own_heads or shape["heads"]
-    kv_heads = own_kv_heads or min(shape["kv_heads"], heads)
-    if own_embed or own_heads:  # else the shape says its own head size
-        path = "model.heads" if own_heads else "model.embed"
+    own = {k: c[f"model.{k}"] for k in ("embed", "heads", "kv_heads") if c[f"model.{k}"]}
+    shape = resized(c["model.shape"], own)
+    embed, heads, kv_heads = (shape[k] for k in ("embed", "heads", "kv_heads"))
+    if own.keys() & {"embed", "heads"}:  # else the shape says its own head size
+        path = "model.heads" if "heads" in own else "model.embed"
         if embed % heads:
             yield path, f"embed {embed} is not a multiple of heads {heads}", "the head size is embed / heads"
         elif embed // heads % 2:
             yield path, f"the head size {embed} / {heads} is odd", "rotary positions turn pairs"
     if heads % kv_heads:
-        path = "model.kv_heads" if own_kv_heads else "model.heads"
+        path = "model.kv_heads" if "kv_heads" in own else "model.heads"
         yield path, f"heads {heads} is not a multiple of kv_heads {kv_heads}", "each key head serves as many"
     if shape.get("recurrent", 0) % heads:
         yield "model.heads", f"the recurrent width {shape['recurrent']} is not a multiple of heads {heads}", ""
@@ -178,21 +168,25 @@ def _saved(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
 
 
 def _rows(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
-    axes = {a: c[f"mesh.{a}"] for a in ("data", "fsdp", "tensor", "context") if ok(f"mesh.{a}")}
-    remaining = [a for a in axes if axes[a] == -1]
+    sizes = {a: c[f"mesh.{a}"] for a in ("data", "fsdp", "tensor", "context") if ok(f"mesh.{a}")}
+    remaining = [a for a in sizes if sizes[a] == -1]
     if len(remaining) > 1:
         yield f"mesh.{remaining[1]}", f"only one axis may be -1, {remaining[0]} is too", "give one a number"
-    if ok("data.seq_len") and axes.get("context", 1) > 1 and c["data.seq_len"] % axes["context"]:
-        yield "mesh.context", f"does not divide data.seq_len {c['data.seq_len']}", "devices hold equal parts of a row"
-    if not ok("data.batch_size", "accum"):
-        return
-    rows, accum = c["data.batch_size"], c["accum"]
-    devices = math.prod(max(axes.get(a, 1), 1) for a in ("data", "fsdp"))
+    if ok("data.batch_size", "accum", "data.seq_len"):
+        known = {a: n for a, n in sizes.items() if n > 0}
+        yield from shares(c["data.batch_size"], c["accum"], c["data.seq_len"], known)
+
+
+def shares(rows: int, accum: int, length: int, mesh: Mapping[str, int]) -> Iterator[tuple[str, str, str]]:
+    """What keeps a batch of [rows, length] from being split over the axes of a mesh: (path, problem, fix)."""
+    devices, context = mesh.get("data", 1) * mesh.get("fsdp", 1), mesh.get("context", 1)
     if rows % accum:
         yield "data.batch_size", f"is not a multiple of accum {accum}", "micro-batches have equal rows"
-    elif rows // accum % devices:
-        text = f"{rows // accum} rows a micro-batch do not divide over {devices} devices"
-        yield "data.batch_size", text, f"a multiple of {accum * devices}"
+    elif rows % (accum * devices):
+        fix = f"a multiple of {accum * devices}, or fewer devices on config.mesh.data and config.mesh.fsdp"
+        yield "data.batch_size", f"{rows} rows do not divide over {devices} devices x {accum} micro-batches", fix
+    if length % context:
+        yield "mesh.context", f"{context} does not divide data.seq_len {length}", "devices hold equal parts of a row"
 
 
 def _kinds(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from configs import schema
 
 QUEUE = 1000  # points that wait for a slow tracker; more are dropped and counted
 PATIENCE = 5.0  # seconds that the end of a run waits for it
@@ -24,7 +25,7 @@ class Feed:
     def __init__(self, tracker: Any, folder: Path, config: dict):
         if isinstance(tracker, str):
             if tracker not in TRACKERS:
-                raise UserError(f"{tracker!r} is unknown", "config.tracker", f"use one of {', '.join(TRACKERS)}")
+                raise schema.unknown("tracker", tracker)
             if importlib.util.find_spec(tracker) is None:
                 raise UserError(f"{tracker} is not installed", "config.tracker", f"pip install {tracker}")
         self._tracker, self._folder, self._config = tracker, folder, config

@@ -1,0 +1,88 @@
+"""The keys of base.py: their types, defaults, choices and meanings, as its source says them."""
+
+import ast
+import functools
+import io
+import tokenize
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import RequiredValueError
+
+from common.errors import UserError, did_you_mean
+from configs import base
+from configs.schema.methods import Key
+from configs.schema.problems import show
+
+
+@functools.cache
+def base_keys() -> dict[str, Key]:
+    """path -> Key of everything in base.py. A default of None is a placeholder: it may be none."""
+    config, keys = base.get_config(), {}
+    for path, value in flatten(config).items():
+        *groups, name = path.split(".")
+        group = functools.reduce(lambda c, k: c[k], groups, config)
+        keys[path] = Key(group.get_type(name), value, value is None, choices=_choices().get(path, ()))
+    return keys
+
+
+@functools.cache
+def docs() -> dict[str, str]:
+    """path -> the comment behind its line in base.py."""
+    tokens = tokenize.generate_tokens(io.StringIO(_source()).readline)
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    paths = {path: comments.get(node.end_lineno, "") for path, node in _assignments().items()}
+    named = {path if path in base_keys() else f"{path}.name": text for path, text in paths.items()}
+    return {path: text for path, text in named.items() if path in base_keys()}
+
+
+def unknown(path: str, value: Any) -> UserError:
+    """What to raise for a value that is none of the choices of a key."""
+    problem, fix = refusal(value, base_keys()[path].choices)
+    return UserError(problem, f"config.{path} = {show(value)}", fix)
+
+
+def refusal(value: Any, choices: tuple) -> tuple[str, str]:
+    """(problem, fix) of such a value."""
+    known = "one of " + ", ".join(map(show, choices))
+    near = did_you_mean(value, filter(None, choices), known) if isinstance(value, str) and value else known
+    return "unknown choice", near
+
+
+def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted path -> leaf of a config or nested dict. What a file left as a required placeholder counts as None."""
+    leaves = {}
+    for name in config:
+        try:
+            value = config[name]
+        except RequiredValueError:
+            value = None
+        if isinstance(value, ConfigDict | dict):
+            leaves |= {f"{name}.{path}": leaf for path, leaf in flatten(value).items()}
+        else:
+            leaves[name] = value
+    return leaves
+
+
+def _source() -> str:
+    return Path(base.__file__).read_text("utf-8")
+
+
+@functools.cache
+def _assignments() -> dict[str, ast.Assign]:
+    """path -> the line `c.path = ...` of base.py."""
+    lines = [node for node in ast.walk(ast.parse(_source())) if isinstance(node, ast.Assign)]
+    return {ast.unparse(n.targets[0]).partition(".")[2]: n for n in lines if isinstance(n.targets[0], ast.Attribute)}
+
+
+@functools.cache
+def _choices() -> dict[str, tuple]:
+    """path -> the arguments of `one_of` in base.py."""
+    out = {}
+    for path, node in _assignments().items():
+        match node.value:
+            case ast.Call(func=ast.Name(id="one_of"), args=args):
+                out[path] = tuple(map(ast.literal_eval, args))
+    return out
