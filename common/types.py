@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 
 class Config(Protocol):
-    """A run's config or a group of it, by attribute: `cfg.optim.lr`. At run time it is an ml_collections.Config.
+    """A run's config or a group of it, by attribute: `cfg.optim.lr`. At run time it is an ml_collections.ConfigDict.
 
     Which keys there are, and their types, is said by configs/base.py and checked before a config gets this far.
     """

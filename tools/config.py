@@ -46,7 +46,7 @@ def diff(argv: list[str]) -> None:
         print(f"{path}: {shown(old)} -> {shown(new)}")
 
 
-def _resolved(spec: str) -> schema.Config:
+def _resolved(spec: str) -> schema.ConfigDict:
     """A run's config is taken as it is: it may come from an older version, whose keys were others."""
     path, arg = overrides.split_arg(spec)
     config = schema.read(path, arg)
