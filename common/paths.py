@@ -49,6 +49,14 @@ def sizes(folder: Any) -> dict[str, int]:
     return {name.removeprefix(root): info["size"] for name, info in found.items() if name.startswith(root)}
 
 
+def regular(place: Path) -> Path:
+    """`place`, once nothing in it is a pipe or a device, whose reading may never end. Raises UserError."""
+    for path in [place, *(place.iterdir() if place.is_dir() else ())]:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError("is neither a file nor a folder", str(path), "remove it, or name another place")
+    return place
+
+
 def create(path: Any, text: str) -> bool:
     """Writes an object of a store unless it is there: of several writers one succeeds."""
     try:

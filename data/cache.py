@@ -79,12 +79,12 @@ def _write_arrays(work: Path, documents: Iterable[Document], dtype: str) -> dict
             columns.append(tuple(document.columns.values()))
             tags.write(np.asarray(document.tags or (), np.int16).tobytes())
         masks.write(np.packbits(bits).tobytes())
-    np.asarray(ends, np.int64).tofile(work / "offsets.bin")
-    np.asarray(hashes, np.uint64).tofile(work / "hashes.bin")
+    (work / "offsets.bin").write_bytes(np.asarray(ends, np.int64))  # ndarray.tofile does not say why it failed
+    (work / "hashes.bin").write_bytes(np.asarray(hashes, np.uint64))
     if not (work / "tags.bin").stat().st_size:
         (work / "tags.bin").unlink()
     if names:
-        np.asarray(columns, np.float64).tofile(work / "columns.bin")
+        (work / "columns.bin").write_bytes(np.asarray(columns, np.float64))
     return {"sequences": len(hashes), "tokens": ends[-1], "columns": names}
 
 

@@ -166,8 +166,8 @@ def _documents(source: str, tokenizer: Tokenizer, form: str, fields: dict, index
                 documents = found.documents(tokenizer, ids)
                 if not all(map(_learnt, documents)):
                     raise UserError("no token to learn")
-            except UserError as error:
-                _bad(report, row.where, str(error))
+            except Exception as error:
+                _bad(report, row.where, _reason(error))
                 continue
             report["documents"] += 1
             for document in documents:
@@ -182,9 +182,16 @@ def _example(row: sources.Row, form: str, fields: dict, report: dict) -> Example
         return None
     try:
         return formats.example(row.record, form, fields)
-    except UserError as error:
-        _bad(report, row.where, str(error))
+    except Exception as error:
+        _bad(report, row.where, _reason(error))
         return None
+
+
+def _reason(error: Exception) -> str:
+    """Whatever one record raises is a fault of that record, and counted."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _bad(report: dict, where: str, reason: str) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -181,9 +182,22 @@ def _arrow(path: Path) -> Iterator[Row]:
 
 
 def _batches(batches: Iterable["pyarrow.RecordBatch"], path: Path) -> Iterator[Row]:
-    records = (record for batch in batches for record in batch.to_pylist())
-    for number, record in enumerate(records):
-        yield Row(f"{path}:{number}", record)
+    numbers = itertools.count()
+    for batch in batches:
+        for record, reason in _records(batch):
+            yield Row(f"{path}:{next(numbers)}", record, reason)
+
+
+def _records(batch: "pyarrow.RecordBatch") -> Iterator[tuple[dict | None, str]]:
+    """(record, why there is none): a time in the year 140,000 is one of Arrow's and none of Python's."""
+    try:
+        yield from ((record, "") for record in batch.to_pylist())
+    except (ValueError, OverflowError):
+        for i in range(batch.num_rows):
+            try:
+                yield batch.slice(i, 1).to_pylist()[0], ""
+            except (ValueError, OverflowError) as error:
+                yield None, f"not readable: {error}"
 
 
 def _text(path: Path) -> Iterator[Row]:

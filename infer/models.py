@@ -126,7 +126,7 @@ class Run:
 
     @functools.cached_property
     def cfg(self) -> Any:
-        return schema.from_dict(self.saved.config)
+        return schema.recorded(self.saved.config, str(self.workdir / "config.json"))
 
     @functools.cached_property
     def init(self) -> "Pretrained | Run | None":

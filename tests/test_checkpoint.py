@@ -294,7 +294,18 @@ def edit_manifest(step: Path) -> None:
     path.write_text(path.read_text().replace('"step": 5', '"step": 6'))
 
 
+def reseal(step: Path, **changed: Any) -> None:
+    """A manifest with a right checksum and wrong entries; None: left out."""
+    manifest = saved.read_manifest(step) | changed
+    text = saved.seal({name: value for name, value in manifest.items() if value is not None})
+    (step / saved.MANIFEST).write_text(text)
+
+
 DAMAGE = {
+    "manifest without files": lambda step: reseal(step, files=None),
+    "manifest with a list of leaves": lambda step: reseal(step, leaves=[1]),
+    "manifest with a strange leaf": lambda step: reseal(step, leaves={"params/x": {"shape": [1e9], "dtype": "int8"}}),
+    "manifest nested deep": lambda step: (step / saved.MANIFEST).write_text("[" * 100_000),
     "data file truncated": lambda step: os.truncate(largest(step), 10),
     "data file missing": lambda step: largest(step).unlink(),
     "metadata missing": lambda step: (step / "state" / "_METADATA").unlink(),
@@ -442,6 +453,33 @@ def test_differences_by_hand():
     ]
 
 
+def test_the_newest_checkpoint_knows_the_config_and_the_step(tmp_path):
+    RunDir(tmp_path, BASE).close()
+    ckpt = Checkpointer(tmp_path / "ckpt", config(), config=BASE)
+    ckpt.maybe_save(3, make_state(3), Data())
+    ckpt.close()
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"optim.lr: 0.1 -> 0.2"):
+        RunDir(tmp_path, BASE | {"optim": {"lr": 0.2}})
+    with pytest.raises(UserError, match="step 3 is done, and steps is 2"):
+        RunDir(tmp_path, BASE | {"steps": 2})
+    RunDir(tmp_path, BASE | {"steps": 3}).close()
+
+
+def test_what_must_be_durable_before_a_save_and_is_not_fails_the_save(tmp_path):
+    def first() -> None:
+        raise OSError(28, "no room")
+
+    told: list[str] = []
+    ckpt = Checkpointer(tmp_path, config(on_error="continue"), log=told.append, first=first)
+    ckpt.maybe_save(3, make_state(3), Data())
+    ckpt.wait()
+    assert len(told) == 1 and "no room" in told[0] and not saved.steps(tmp_path)
+    ckpt.maybe_save(4, make_state(4), Data())
+    with pytest.raises(UserError, match="no room"):  # the last step of a run
+        ckpt.wait(must=True)
+
+
 BASE = {"steps": 10, "allow": (), "optim": {"lr": 0.1}, "data": {"source": "a", "cache": "x"}, "mesh": {"data": 1}}
 
 
@@ -483,6 +521,21 @@ def test_run_folder_tells_how_to_do_it_again(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == names
     assert '"jax"' in (tmp_path / "environment.json").read_text()
     assert (tmp_path / "config_source.py").read_text() == Path(__file__).read_text()
+
+
+@pytest.mark.parametrize("name", ["LOCK", "config_source.py", "metrics.jsonl", "ckpt", "environment.json"])
+def test_links_in_a_run_folder_are_not_followed(tmp_path, name):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    run.mkdir()
+    outside.write_text("kept")
+    (run / name).symlink_to(outside)
+    if name in ("config_source.py", "environment.json"):
+        RunDir(run, BASE, source=__file__).close()
+        assert not (run / name).is_symlink()
+    else:
+        with pytest.raises(UserError, match=f"{name} · is a link"):
+            RunDir(run, BASE, source=__file__)
+    assert outside.read_text() == "kept"
 
 
 def test_workdir_that_cannot_be_used(tmp_path):

@@ -1,16 +1,21 @@
-"""What every package may use: files written whole, and lines of JSON."""
+"""What every package may use: files written whole, lines of JSON, and the shell of the commands."""
 
+import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
-from common import files, paths
+from common import cli, files, paths
 from tests.test_store import bucket  # noqa: F401
+from tools import prepare
 
 # --- files ---
 
@@ -104,3 +109,150 @@ def test_lines_survive_a_torn_one(tmp_path):
     path.write_bytes(path.read_bytes()[:-4] + b"\xe2")
     assert len(files.read_lines(path)) == 2
     assert files.plain({"x": (1, float("inf"), {2: float("nan")})}) == {"x": [1, None, {"2": None}]}
+
+
+def test_a_folder_that_is_there_with_the_same_files_stays(tmp_path):
+    def write(text):
+        with files.folder(tmp_path / "a", "x") as work:
+            (work / "x").write_text(text)
+
+    write("one")
+    before = (tmp_path / "a").stat().st_ino
+    write("one")  # as after a kill behind the rename
+    assert (tmp_path / "a").stat().st_ino == before
+    with pytest.raises(FileExistsError):
+        write("two")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "b").symlink_to(tmp_path / "outside")
+    with pytest.raises(FileExistsError), files.folder(tmp_path / "b", "x") as work:
+        (work / "x").write_text("")
+    files.remove(tmp_path / "b")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "outside"] and not list((tmp_path / "outside").iterdir())
+
+
+def test_what_a_full_disk_refuses_of_a_line_is_written_later(tmp_path, monkeypatch):
+    lines, write, room = files.Lines(tmp_path / "a.jsonl"), os.write, [1 << 30]
+
+    def full(fd, data):
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "")
+        part, room[0] = data[: room[0]], max(0, room[0] - len(data))
+        return write(fd, part)
+
+    monkeypatch.setattr(files.os, "write", full)
+    lines.write({"a": 1})
+    room[0] = 4
+    for value in ({"b": "\ud800"}, {"c": 3}):
+        with pytest.raises(OSError) as told:
+            lines.write(value)
+        assert str(tmp_path / "a.jsonl") in str(told.value)
+    room[0] = 1 << 30
+    lines.sync()
+    lines.close()
+    assert files.read_lines(tmp_path / "a.jsonl") == [{"a": 1}, {"b": "\ud800"}, {"c": 3}]
+
+
+def test_lines_are_not_written_through_a_link(tmp_path):
+    (tmp_path / "outside").write_text("kept")
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "outside")
+    with pytest.raises(OSError):
+        files.append(tmp_path / "a.jsonl", {"a": 1})
+    assert (tmp_path / "outside").read_text() == "kept"
+
+
+# --- commands ---
+
+TALKING = """
+import sys
+from common import cli
+
+@cli.command
+def main(argv):
+    for i in range(3000):
+        print("\\u00e9", i, flush=True)
+    open(argv[0], "w").write("whole")
+    return 75
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("end", ["| head -3", "> /dev/full", ">&-", "2>&1 | head -2", ">&- 2>&- <&-", "ASCII"])
+def test_a_console_that_goes_away_ends_no_command(tmp_path, end):
+    code = f"{shlex.quote(sys.executable)} -c {shlex.quote(TALKING)} {shlex.quote(str(tmp_path / 'file'))} "
+    environment = os.environ | ({"PYTHONIOENCODING": "ascii"} if end == "ASCII" else {})
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", code + end.replace("ASCII", "")], capture_output=True, text=True,
+        env=environment,
+    )  # fmt: skip
+    assert done.returncode == 75 and (tmp_path / "file").read_text() == "whole"
+    warned = "takes no more" in done.stderr
+    assert warned == (end in ("| head -3", "> /dev/full")) and done.stderr.count("\n") == warned
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (OSError(errno.ENOSPC, "x", "a/b"), "a/b · No space left on device · make room"),
+        (RuntimeError("cannot save: No space left on device (os error 28)"), "No space left on device · make room"),
+    ],
+)
+def test_a_full_disk_is_one_line(error, told, capsys):
+    @cli.command
+    def main(argv):
+        try:
+            raise error
+        except Exception as e:
+            raise ValueError("a library's word") from e
+
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith(told)
+
+
+def test_other_errors_are_not_hidden():
+    @cli.command
+    def main(argv):
+        raise OSError(errno.EIO, "a fault")
+
+    with pytest.raises(OSError):
+        main([])
+
+
+SLEEPING = """
+import os, sys, time
+from common import cli
+
+@cli.command
+def main(argv):
+    open(argv[0], "w").write(str(os.getpid()))
+    time.sleep(60)
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_stage_dies_with_the_process_that_runs_it(tmp_path):
+    (tmp_path / "sleeping.py").write_text(SLEEPING)
+    stage = f"jobs.Stage('sleep', ['sleeping', {str(tmp_path / 'pid')!r}], lambda: 0.0, 1)"
+    code = f"from pathlib import Path; from common import jobs; jobs.run([{stage}], Path({str(tmp_path)!r}))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), str(tmp_path)])}
+    parent = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "pid").exists() or not (pid := (tmp_path / "pid").read_text()):
+        assert parent.poll() is None
+        time.sleep(0.01)
+    assert os.path.exists(f"/proc/{pid}")
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 10
+    status = Path(f"/proc/{pid}/stat")
+    while status.exists() and " Z " not in status.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("command", ["--config.data.tokenizer={}/t.json", "--config.data.tokenizer={}"])
+def test_a_pipe_as_input_is_refused(tmp_path, command, capsys):
+    os.mkfifo(tmp_path / "t.json")
+    assert prepare.main(["--config=configs/pretrain/tiny.py", command.format(tmp_path)]) == 2
+    assert "t.json · is neither a file nor a folder" in capsys.readouterr().err

@@ -494,3 +494,22 @@ def test_cli_usage(capsys):
     assert capsys.readouterr().err == "tools.config · unknown verb 'sho' · one of show, diff, check\n"
     assert tool.main(["diff", "a"]) == 2
     assert capsys.readouterr().err == "tools.config diff · diff takes two config files or run folders · diff A B\n"
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        [], 7, None, "text", {"optim": 3}, {"optim": []}, {"steps": "many"}, {"steps": -1}, {"steps": [1]}, {"no": 1},
+        {"optim": {"lr": float("nan")}}, {"optim": {"lr": float("inf")}}, {"optim": {"lr": {"a": 1}}}, {"a.b": 1},
+        {"model": {"dtype": "float1"}}, {"peft": {"name": "../x"}}, {"peft": {"name": 3}}, {"peft": {"name": None}},
+        {"data": {"view": {"name": ["next"]}}}, {"__class__": 1}, {"seed": 1 << 70},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_run_folder_s_config_is_checked(strange):
+    whole = schema.to_dict(base.get_config())
+    if isinstance(strange, dict):
+        strange = whole | {k: whole.get(k, {}) | v if isinstance(v, dict) else v for k, v in strange.items()}
+    with pytest.raises(UserError, match="here"):
+        schema.recorded(strange, "here")
+    assert schema.to_dict(schema.recorded(whole, "here")) == whole

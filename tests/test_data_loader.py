@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -435,6 +436,12 @@ def test_trained_tokenizer_is_cached(config):
     config.source, config.tokenizer = "synthetic:copy?n=100", "bpe:300"
     one, two = load_tokenizer(config), load_tokenizer(config)
     assert one.fingerprint == two.fingerprint and one.vocab_size == 300 and one.chat_template is None
+    folder = next((Path(config.cache) / "tokenizers").iterdir())
+    whole = {p.name: p.read_bytes() for p in folder.iterdir()}
+    (folder / "special_tokens_map.json").unlink()  # as a kill left it before folders were whole
+    (folder / "tokenizer.json").write_text("{")
+    load_tokenizer(config)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == whole and len(list(folder.parent.iterdir())) == 1
 
 
 def test_chat_data_bring_a_template(config, tmp_path):

@@ -148,6 +148,9 @@ BAD_LINES = [
     (b'{"text": " "}\n', "column 'text' is empty"),
     (b'{"text": 7}\n', "column 'text' is a int, not text"),
     (b'{"text": null}\n', "no column 'text'"),
+    (b'{"text": "a\\ud800b"}\n', "half a surrogate pair"),
+    (b'{"text": "x", "n": ' + b"9" * 5000 + b"}\n", "not JSON"),
+    (b'{"text": "x", "n": ' + b"[" * 100_000 + b"}\n", "not JSON"),
     (b'{"prompt": "a", "completion": "b"}\n', "a completion record among text records"),
     (b'{"prompt": "a", "answers": ["b", "c"], "ranks": [1, 2]}\n', "a 2-answer rank record among text records"),
 ]
@@ -166,6 +169,31 @@ def test_bad_rows_are_named_and_skipped(line, reason, tmp_path):
         with pytest.raises(UserError, match="1 of 4 records are bad") as error:
             dataset.prepare(str(path), tok, folder=tmp_path / "cache", max_bad=0.1)
         assert f"{path}:3" in str(error.value)
+
+
+def test_a_time_that_python_does_not_know_is_a_bad_row(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    times = pyarrow.array([1, 2**62, 3], pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a b", "c d", "e f"], "at": times}), tmp_path / "x.parquet")
+    source, options = str(tmp_path / "x.parquet"), {"folder": tmp_path / "cache", "form": "text", "max_bad": 0.5}
+    report = dataset.prepare(source, load("bytes"), **options).report
+    assert report["documents"] == 2 and report["bad"] == 1 and next(iter(report["causes"].values()))[1].endswith(":1")
+
+
+def test_whatever_a_row_raises_is_a_bad_row(tmp_path, monkeypatch):
+    made = dataset.formats.example
+
+    def faulty(record, form, names):
+        if record["text"] == "b":
+            raise ZeroDivisionError("by this row")
+        return made(record, form, names)
+
+    monkeypatch.setattr(dataset.formats, "example", faulty)
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in "abc"))
+    found = dataset.prepare(str(tmp_path / "x.jsonl"), load("bytes"), folder=tmp_path / "cache", max_bad=0.5)
+    assert found.report["documents"] == 2 and list(found.report["causes"]) == ["ZeroDivisionError: by this row"]
 
 
 def test_reasons_of_bad_rows_are_told_once_with_their_count(tmp_path):

@@ -1,9 +1,9 @@
 """The real command line: plans, kills, signals, changed inputs, exit codes. Every run here is a process of its own."""
 
 import functools
-import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from model.io import saved
+from tests.helpers import record
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -41,14 +42,14 @@ def run(*args: str, **kwargs) -> tuple[int, str, str]:
 
 
 def outcome(folder: Path, step: int = 24) -> tuple:
-    """What must be the same, bit for bit: the digest of every array of the last step, and the losses of all steps."""
+    """What must be the same, bit for bit: the digest of every array of the last step, the losses of all steps, and the
+    whole record."""
     manifest = saved.read_manifest(folder / "ckpt" / str(step))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = record(folder)
     losses = {line["step"]: (line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "train"}
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, step + 1))
-    done = [line for line in lines if line.get("event") == "done" and line["step"] == step]
-    assert len(done) == 1
-    return manifest["leaves"], losses, done[0]["tokens"]
+    assert [line["step"] for line in lines if line.get("event") == "done"] == [step]
+    return manifest["leaves"], losses, lines
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +177,24 @@ def test_no_workdir():
     assert code == 2 and "--workdir" in err
 
 
+def test_ends_are_reached_once(tmp_path):
+    """Killed at step 0, before the first checkpoint, and between the last one and the line that says so."""
+    command = (*TINY, "--config.steps=4", '--config.samples=("2+3=",)', f"--workdir={tmp_path}")
+    assert run(*command)[0] == 0
+    path, whole = tmp_path / "metrics.jsonl", record(tmp_path)
+    lines = path.read_text().splitlines(keepends=True)
+    assert [line["kind"] for line in whole[:2]] == ["eval", "sample"] and whole[-1]["event"] == "done"
+    path.write_text("".join(lines[:-1]) + lines[-1][:100])
+    code, out, _ = run(*command)
+    assert code == 0 and "goodput" in out and record(tmp_path) == whole
+    before = path.read_bytes()
+    code, out, _ = run(*command)
+    assert code == 0 and "nothing is left to do" in out and path.read_bytes() == before
+    shutil.rmtree(tmp_path / "ckpt")
+    path.write_text("".join(lines[:3]))
+    assert run(*command)[0] == 0 and record(tmp_path) == whole
+
+
 def test_numbers_that_break_down_stop_the_run(tmp_path):
     code, out, err = run(*TINY, f"--workdir={tmp_path}", "--config.optim.lr=1e30", "--config.optim.clip=0")
     assert code == 70, err
@@ -184,7 +203,10 @@ def test_numbers_that_break_down_stop_the_run(tmp_path):
 
 def test_changed_data_and_config_are_refused(tmp_path):
     assert run(*TINY, f"--workdir={tmp_path}", "--config.steps=4")[0] == 0
+    (tmp_path / "config.json").unlink()  # the checkpoint knows
     code, _, err = run(*TINY, f"--workdir={tmp_path}", "--config.optim.lr=0.5")
     assert code == 2 and "optim.lr" in err
+    code, _, err = run(*TINY, f"--workdir={tmp_path}", "--config.steps=2")
+    assert code == 2 and "step 4 is done, and steps is 2" in err
     code, _, err = run(*TINY, f"--workdir={tmp_path}", "--config.data.source=synthetic:add?n=4001&digits=1")
     assert code == 2 and "data" in err

@@ -75,6 +75,80 @@ def test_rewind_of_a_new_run(tmp_path):
     assert [line["event"] for line in lines(tmp_path)] == ["session"]
 
 
+def test_what_was_measured_at_step_0_is_measured_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for _ in range(2):
+        with Metrics(path, 10) as m:
+            m.rewind(0)
+            m.write(0, "eval", nll=1.0)
+            m.write(0, "sample", answer="a")
+    assert [line["kind"] for line in lines(tmp_path)] == ["event", "event", "eval", "sample"]
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with Metrics(path, 3) as m:
+        m.write(3, "train", loss=1.0)
+        m.end("done")
+    before = path.read_bytes()
+    with Metrics(path, 3) as m:
+        m.rewind(3)
+        assert m.finished
+    assert path.read_bytes() == before
+    with Metrics(path, 4) as m:
+        m.rewind(3)
+        assert not m.finished
+
+
+def test_strange_lines_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    strange = ['{"step": "1", "kind": "train"}', '{"step": true, "kind": "eval"}', '{"step": 1}', "[" * 100_000]
+    strange += [
+        '{"step": 1, "kind": "train", "seconds": [1]}',
+        '{"step": 1, "kind": "train", "seconds": {"step": "x"}}',
+    ]
+    path.write_text("\n".join([*strange, '{"step": 1, "kind": "train"}', ""]))
+    with Metrics(path, 10) as m:
+        m.rewind(1)
+    assert [line["kind"] for line in lines(tmp_path)] == ["train", "event"]
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A list of one truth: whether the disk under metrics.jsonl is full."""
+    state, write = [False], os.write
+
+    def refuse(fd, data):
+        if state[0] and "metrics.jsonl" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(28, "No space left on device")
+        return write(fd, data)
+
+    monkeypatch.setattr("common.files.os.write", refuse)
+    return state
+
+
+def test_a_full_disk_stops_a_run_or_keeps_its_lines(tmp_path, full, capsys):
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(UserError, match=r"metrics.jsonl · cannot be written: No space left"), Metrics(path, 9) as m:
+        full[0] = True
+        m.write(1, "train", loss=1.0)
+    full[0] = False
+    with Metrics(path, 9, on_error="continue") as m:
+        full[0] = True
+        m.write(2, "train", loss=1.0)
+        m.event("a save failed")
+        with pytest.raises(OSError):
+            m.sync()
+        full[0] = False
+        m.write(3, "train", loss=1.0)
+        full[0] = True
+        with pytest.raises(UserError):
+            m.end("done")  # it is not, while the line is missing
+        full[0] = False
+    assert [line["step"] for line in lines(tmp_path)] == [2, 2, 3, 3]
+    assert capsys.readouterr().err.count("are kept until") == 2
+
+
 def test_seconds_survive_restarts(tmp_path):
     """3 s of work of which 1 s is lost, then 2 s and a fall back to the start, then 4 s: of 9 s, 4 s count."""
     path = tmp_path / "metrics.jsonl"

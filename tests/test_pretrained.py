@@ -156,13 +156,17 @@ def test_export_refuses(tmp_path):
 
 
 def test_export_from_the_command_line(folder, tmp_path, capsys):
-    """Half precision of a model that is already exported; then the same again, to a folder that is now full."""
+    """Half precision of a model that is already exported; then the same again, and another one to the same folder."""
     command = [f"--from={folder}", f"--to={tmp_path / 'half'}", "--dtype=float16"]
     assert tools.export.main(command) == 0
     assert capsys.readouterr().out.endswith(f"vllm serve {tmp_path / 'half'}\n")
     assert open_pretrained(tmp_path / "half").read("final_norm/scale").dtype == np.float16
-    assert tools.export.main(command) == 2
+    assert tools.export.main(command) == 0  # as after a kill behind the last rename
+    assert tools.export.main(command[:2]) == 2
     assert "not empty" in capsys.readouterr().err
+    (tmp_path / "half" / "model.safetensors").write_bytes(b"other weights")
+    assert tools.export.main(command) == 2
+    assert "not empty" in capsys.readouterr().err and not list(tmp_path.glob(".*"))
 
 
 def test_each_device_reads_its_slice(tmp_path):

@@ -8,7 +8,6 @@ import itertools
 import json
 import re
 import shutil
-from argparse import Namespace
 
 import flax.linen as nn
 import jax
@@ -558,12 +557,15 @@ def test_a_quantised_folder_opens_alone(method, tmp_path, capsys):
     """Calibrated layer by layer, saved and read back without the model it came from."""
     model = tiny()
     lm = LM(model, jax.jit(model.init)(jax.random.key(0)), formats.load("bytes"))
-    quantize.save(tmp_path / "float", lm, {"name": ""}, Namespace(dtype="float32", seed=0))
+    quantize.save(tmp_path / "float", lm, {"name": ""}, "float32", {})
     argv = [f"--model={tmp_path / 'float'}", f"--data={numbers(tmp_path)}", "--rows=8", "--seq_len=64"]
     argv += [f"--out={tmp_path / 'small'}", "--quant=int4", "--eval_tokens=128", "--dtype=float32"]
     assert quantize.main([*argv, "--group=32", f"--method={method}"]) == 0
     told = capsys.readouterr().out
     assert told.count("output error") == 2 and "perplexity" in told
+    assert quantize.main([*argv, "--group=32", f"--method={method}"]) == 0  # as after a kill before it was measured
+    again = capsys.readouterr().out
+    assert "already" in again and "output error" not in again and again.splitlines()[-1] == told.splitlines()[-1]
     shutil.rmtree(tmp_path / "float")
     small = load(tmp_path / "small")
     leaves = jax.tree.leaves(small.params["layers"], is_leaf=weights.is_weight)
@@ -633,7 +635,7 @@ def test_a_budget_is_kept_and_the_folder_opens(tmp_path, capsys):
     """Every matrix is what the table says, and 8 bits have a hundredth of the squared error of 4 (256 by theory)."""
     model = tiny()
     lm = LM(model, jax.jit(model.init)(jax.random.key(0)), formats.load("bytes"))
-    quantize.save(tmp_path / "float", lm, {"name": ""}, Namespace(dtype="float32", seed=0))
+    quantize.save(tmp_path / "float", lm, {"name": ""}, "float32", {})
     argv = [f"--model={tmp_path / 'float'}", f"--data={numbers(tmp_path)}", "--rows=8", "--seq_len=64"]
     argv += [f"--out={tmp_path / 'small'}", "--quant=mixed", "--eval_tokens=128", "--method=gptq", "--group=32"]
     assert quantize.main([*argv, "--budget=1KB"]) == 2 and not (tmp_path / "small").exists()

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import cli
+from common import cli, files
 from common.errors import UserError
 from configs import base, schema
 from configs.schema import methods, overrides, rules
@@ -89,27 +89,40 @@ def quantise(args: argparse.Namespace, settings: dict[str, Any]) -> int:
     from infer.models import load, open_model
     from model import weights
 
-    out = Path(args.out)
-    if out.exists() and any(out.iterdir()):
+    out, made = Path(args.out), {"arguments": vars(args), "settings": files.plain(settings)}
+    if whole := saved_with(out) == made:
+        print(f"{out} is there already, made by the same command")
+    elif out.exists() and any(out.iterdir()):
         raise UserError("is not empty", str(out), "choose another --out")
     opened = open_model(args.model)
     tokenizer = tokenizers.load(opened.tokenizer_source)
     fit_on, judge_on = texts(args, tokenizer)
-    print(f"{args.model} · {args.quant} by {args.method} · {len(fit_on)} x {args.seq_len} tokens of {args.data}")
-    model, params, trained = fitted(opened, args, settings, fit_on)
-    cast = lambda w: w if weights.is_weight(w) else w.astype(args.dtype)
-    params = jax.tree.map(jnp.asarray, jax.tree.map(cast, params, is_leaf=weights.is_weight))
-    save(out, LM(model, params, tokenizer), trained or {"name": args.quant, **settings}, args)
+    if not whole:
+        print(f"{args.model} · {args.quant} by {args.method} · {len(fit_on)} x {args.seq_len} tokens of {args.data}")
+        model, params, trained = fitted(opened, args, settings, fit_on)
+        cast = lambda w: w if weights.is_weight(w) else w.astype(args.dtype)
+        params = jax.tree.map(jnp.asarray, jax.tree.map(cast, params, is_leaf=weights.is_weight))
+        save(out, LM(model, params, tokenizer), trained or {"name": args.quant, **settings}, args.dtype, made)
+        held = sum(x.nbytes for x in jax.tree.leaves(params))
+        disk = sum(p.stat().st_size for p in out.rglob("*/state/**/*") if p.is_file())
+        wide = sum(4 * x.size for x in jax.tree.leaves(model.abstract))
+        print(f"bytes {wide:,} in float32 -> {held:,}, {disk:,} on disk in {out / 'ckpt'}")
     reloaded = load(out, dtype="float32")
-    held = sum(x.nbytes for x in jax.tree.leaves(params))
-    disk = sum(p.stat().st_size for p in out.rglob("*/state/**/*") if p.is_file())
-    wide = sum(4 * x.size for x in jax.tree.leaves(model.abstract))
-    print(f"bytes {wide:,} in float32 -> {held:,}, {disk:,} on disk in {out / 'ckpt'}")
     if args.eval_tokens:  # the only step that holds a whole float model
         before, after = load(args.model, dtype="float32").loss(judge_on), reloaded.loss(judge_on)
         n = f"{after[1]} held-out tokens of {args.data}, seed {args.seed}"
         print(f"perplexity {np.exp(before[0]):.3f} -> {np.exp(after[0]):.3f} on {n}")
     return 0
+
+
+def saved_with(out: Path) -> dict[str, Any]:
+    """What a folder of quantised parameters was made from; {} for a folder that is none."""
+    from model.io import saved
+
+    try:
+        return saved.read_manifest(out / "ckpt" / "0")["source"]
+    except saved.Damaged:
+        return {}
 
 
 def texts(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, list[str]]:
@@ -253,22 +266,21 @@ def reader(opened: Any, model: Any, dtype: str) -> tuple[dict, Any]:
     return jax.tree.map(lambda x: x.astype(dtype), params), lambda i: jax.tree.map(lambda x: x[i], layers)
 
 
-def save(out: Path, lm: Any, quant: dict, args: argparse.Namespace) -> None:
+def save(out: Path, lm: Any, quant: dict, dtype: str, made: dict[str, Any]) -> None:
     """A run folder at step 0 that needs no `init`: its checkpoint holds every parameter, model.json their shape."""
     import dataclasses
 
-    from common import files
     from infer.models import SHAPE
     from model.io import saved
 
     cfg = base.get_config()
-    cfg.model.param_dtype = args.dtype
+    cfg.model.param_dtype = dtype
     cfg.quant = quant
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_json(out / "config.json", schema.to_dict(cfg))
-    files.write_json(out / SHAPE, dataclasses.asdict(lm.config))
-    lm.tokenizer.save(out / "tokenizer")
-    saved.write(out / "ckpt" / "0", {"policy": lm.params}, {"step": 0, "frozen": "", "source": {}})
+    with files.folder(out, "config.json") as work:
+        files.write_json(work / "config.json", schema.to_dict(cfg))
+        files.write_json(work / SHAPE, dataclasses.asdict(lm.config))
+        lm.tokenizer.save(work / "tokenizer")
+        saved.write(work / "ckpt" / "0", {"policy": lm.params}, {"step": 0, "frozen": "", "source": made})
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def run(loaded: schema.Loaded, began: float) -> int:
     flags.fake_devices()
     flags.trim_after_compiling()
     hosts.connect()
-    with contextlib.ExitStack() as closing:
+    with contextlib.ExitStack() as closing, hosts.watched():
         return train(open_session(loaded, closing.enter_context, began))
 
 
@@ -63,7 +63,7 @@ def open_session(loaded: schema.Loaded, enter: Callable[[AbstractContextManager[
     """Model, data and the state to go on from. Shapes and shardings are known before any array exists."""
     cfg = loaded.config
     folder = enter(RunDir(loaded.workdir, schema.to_dict(cfg), loaded.overrides, loaded.path))
-    metrics = enter(Metrics(folder.path / "metrics.jsonl", cfg.steps, cfg.tracker, folder.config))
+    metrics = enter(Metrics(folder.path / "metrics.jsonl", cfg.steps, cfg.tracker, folder.config, cfg.ckpt.on_error))
     with metrics.timer("init", since=began):
         mesh = make_mesh(cfg.mesh)
         enter(jax.set_mesh(mesh))
@@ -82,7 +82,8 @@ def open_session(loaded: schema.Loaded, enter: Callable[[AbstractContextManager[
             metrics.sync()
             folder.publish()
 
-        saves = Checkpointer(folder.home / "ckpt", cfg.ckpt, cfg.allow, metrics.event, before_a_save)
+        where = folder.home / "ckpt"
+        saves = Checkpointer(where, cfg.ckpt, cfg.allow, metrics.event, before_a_save, folder.config)
         ckpt = enter(contextlib.closing(saves))
         state = ckpt.restore(state, source)
         metrics.rewind(int(state.step))
@@ -95,7 +96,7 @@ def open_session(loaded: schema.Loaded, enter: Callable[[AbstractContextManager[
 def train(s: Session) -> int:
     """The loop. Step n reads batch n - 1 and the state: a resume does what an uninterrupted run would have done."""
     cfg, metrics, clock, source = s.cfg, s.metrics, s.clock, s.source
-    done = int(s.state.step)
+    done, clock.bad = int(s.state.step), int(s.state.bad)
     if done == 0:
         s.judge(s.state, 0)
     while done < cfg.steps:
@@ -124,10 +125,12 @@ def train(s: Session) -> int:
             if source.resumable(done):
                 s.ckpt.maybe_save(done, s.state, source, force=last or stop)
             if stop or last:
-                s.ckpt.wait()
+                s.ckpt.wait(must=last)
         if stop:
             metrics.end("stopped by a signal; the same command goes on from here", cfg.chip, exit_code=exits.PREEMPTED)
             return exits.PREEMPTED
-        if last:
-            metrics.end("done", cfg.chip, **clock.totals(source.seen))
-    return 0
+    if metrics.finished:
+        print(f"step {done} of {cfg.steps} is done, and nothing is left to do")
+    else:  # after the last step, or after a kill between its checkpoint and this line
+        metrics.end("done", cfg.chip, **clock.totals(source.seen))
+    return exits.DONE

@@ -1,12 +1,14 @@
 """What a run starts from: a pretrained model, its tokenizer, the data."""
 
+import contextlib
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from common.errors import UserError
 from common.types import Config
-from data.rows.loader import load_tokenizer, make_loaders
+from data.rows.loader import load_tokenizer, make_loaders, save_tokenizer
+from data.text import formats
 from data.text.tokenizer import Tokenizer
 from infer.models import Run, open_model
 from model import build
@@ -35,9 +37,14 @@ def tokenizer(cfg: Config, start: Pretrained | Run | None) -> Tokenizer:
 
 
 def keep_tokenizer(found: Tokenizer, folder: Path) -> None:
-    """A copy of the tokenizer in the run folder, where it is not there yet."""
-    if hosts.primary() and not (folder / "tokenizer").exists():
-        found.save(folder / "tokenizer")
+    """Makes a run folder hold a copy of its tokenizer."""
+    if not hosts.primary():
+        return
+    place = folder / "tokenizer"
+    with contextlib.suppress(UserError):  # missing, damaged, or of a config that was changed before the first step
+        if not place.is_symlink() and formats.load(place).fingerprint == found.fingerprint:
+            return
+    save_tokenizer(found, place)
 
 
 def vocabulary(cfg: Config, start: Pretrained | Run | None) -> int | None:

@@ -8,6 +8,7 @@ from configs.schema.config import (
     from_dict,
     load,
     read,
+    recorded,
     resolve,
     running,
     to_dict,
@@ -15,6 +16,6 @@ from configs.schema.config import (
 from configs.schema.keys import base_keys, flatten, unknown
 
 __all__ = [
-    "ConfigDict", "Loaded", "base_keys", "diff", "digest", "flatten", "from_dict", "load", "read", "resolve", "running",
-    "to_dict", "unknown",
+    "ConfigDict", "Loaded", "base_keys", "diff", "digest", "flatten", "from_dict", "load", "read",
+    "recorded", "resolve", "running", "to_dict", "unknown",
 ]  # fmt: skip

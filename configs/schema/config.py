@@ -287,6 +287,22 @@ def from_dict(d: Mapping[str, Any]) -> Config:
     return _build({path: _tuples(value) for path, value in (given | newer).items()}, base_keys())
 
 
+def recorded(d: Any, where: str) -> Config:
+    """The config that a run folder brings, every key checked by itself. Raises UserError: it may be of another hand."""
+    problems: list[Problem] = []
+    if not isinstance(d, dict):
+        raise UserError("is not a config", where)
+    try:
+        config = from_dict(d)
+        schema, loose = _schema(config, {}, problems)
+        leaves = _check_leaves(flatten(config), schema, loose, problems)
+    except (TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
+        raise UserError(f"is not a config: {error}", where) from None
+    if problems:
+        raise ConfigError(problems, where)
+    return _build(leaves, schema)
+
+
 def diff(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
     """(path, old, new) of the leaves that differ, by path; one that is absent counts as None."""
     old, new = (flatten(from_dict(to_dict(c))) for c in (a, b))

@@ -1,5 +1,6 @@
 """Batches as a pure function of (seed, step): nothing to store but the step, and the same on any number of hosts."""
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import files
 from common.errors import UserError
 from common.types import Config
 from data import dataset, sources, views
@@ -18,6 +20,8 @@ from data.rows.layout import Part
 from data.text import formats
 from data.text.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 from data.views import View
+
+TOKENIZER_END = "special_tokens_map.json"  # the last file that `Tokenizer.save` writes
 
 
 class Loader:
@@ -207,10 +211,17 @@ def _trained_tokenizer(data: Config, spec: str) -> Tokenizer:
     key = [spec, data.format, data.fields, [sources.content_id(name) for name in names]]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     folder = Path(data.cache).expanduser() / "tokenizers" / digest[:24]
-    if not (folder / "special_tokens_map.json").is_file():  # the last file that `save` writes
+    if not (folder / TOKENIZER_END).is_file():
         corpus = (text for name in names for text in texts(name, data.format, data.fields))
-        formats.load(spec, lambda: corpus).save(folder)
+        save_tokenizer(formats.load(spec, lambda: corpus), folder)
     return formats.load(folder)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Replaces a folder by a tokenizer, which is there as a whole or not at all."""
+    files.remove(folder)
+    with contextlib.suppress(FileExistsError), files.folder(folder, TOKENIZER_END) as work:  # another one was faster
+        tokenizer.save(work)
 
 
 def _prepare(data: Config, name: str, tok: Tokenizer) -> Dataset:

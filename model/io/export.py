@@ -45,28 +45,33 @@ def export_hf(
     `params` are stacked. Quantised leaves are stored as they are, in the compressed-tensors format, or as floats with
     `dequantise`; an adapter and its base become one float array. `generation` adds to generation_config.json
     (temperature, ...). Returns the largest difference of the logits as a share of the largest logit (0.0 without
-    `check`). Raises UserError when the folder is not empty, when the family or the format cannot say what the model is,
-    and when the check fails.
+    `check`). Raises UserError when the folder holds something else, when the family or the format cannot say what the
+    model is, and when the check fails.
     """
     folder = Path(folder).absolute()
     if dtype not in TOLERANCE:
         raise UserError(f"dtype {dtype!r} is not written; known: {', '.join(TOLERANCE)}", "--dtype")
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError("exists and is not empty", str(folder), "choose a new folder")
     config, generation = _configs(model, tokenizer, dtype, generation or {})
     plain = _merged(model, params, dequantise)
     if any(map(weights.is_weight, jax.tree.leaves(plain, is_leaf=weights.is_weight))):
         config["quantization_config"] = compressed.config(model, plain, family(model.config.family).KEYS)
         params = compressed.weights_only(plain)
-    with files.folder(folder, "config.json") as work:
-        files.write_json(work / "config.json", config)
-        files.write_json(work / "generation_config.json", generation)
-        tokenizer.save(work)
-        _write_tensors(model, plain, work, dtype)
-        delta = _difference(model, params, work) if check else 0.0
-        if not delta <= TOLERANCE[dtype]:
-            what = f"logits read back differ by {delta:.2g} of their scale, over {TOLERANCE[dtype]:.0e} for {dtype}"
-            raise UserError(what, str(folder), "nothing was written; try --dtype=float32")
+    taken = UserError("exists and is not empty", str(folder), "choose a new folder")
+    used = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    if used and files.read_json(folder / "config.json") != files.plain(config):  # else perhaps of the same command
+        raise taken
+    try:
+        with files.folder(folder, "config.json") as work:
+            files.write_json(work / "config.json", config)
+            files.write_json(work / "generation_config.json", generation)
+            tokenizer.save(work)
+            _write_tensors(model, plain, work, dtype)
+            delta = _difference(model, params, work) if check else 0.0
+            if not delta <= TOLERANCE[dtype]:
+                what = f"logits read back differ by {delta:.2g} of their scale, over {TOLERANCE[dtype]:.0e} for {dtype}"
+                raise UserError(what, str(folder), "nothing was written; try --dtype=float32")
+    except FileExistsError:
+        raise taken from None
     return delta
 
 

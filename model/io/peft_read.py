@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common import paths
 from common.errors import UserError
 from model import weights
 from model.families import _layout as layout
@@ -59,6 +60,7 @@ class Folder:
     def __init__(self, path: Path):
         from safetensors import SafetensorError, safe_open
 
+        paths.regular(path)
         self.path, self.config, self.used = path, hf.read_json(path / CONFIG), set()
         self.kind = self.config.get("peft_type")
         if self.kind not in KNOWN:

@@ -30,12 +30,12 @@ Tensors = dict[str, np.ndarray]
 
 
 def write(path: str | Path, model: Transformer, params: Params, base: str = "") -> None:
-    """The adapters of stacked `params` as a PEFT folder for the model `base`; the folder must not exist yet.
+    """The adapters of stacked `params` as a PEFT folder for the model `base`; nothing else may be there.
 
     Raises UserError for what PEFT has no word for, before anything is written.
     """
     path, adapters = Path(path).absolute(), {}
-    if path.exists():
+    if path.exists() and not (path / CONFIG).exists():  # that of the same command may be whole
         raise UserError("exists", str(path), "choose a new folder")
     if others := without_columns(model.config.blocks):
         raise UserError(f"PEFT folders of models with {others[0]} layers are not written here", str(path))
@@ -58,10 +58,13 @@ def write(path: str | Path, model: Transformer, params: Params, base: str = "") 
 def _save(path: Path, config: dict, tensors: Tensors) -> None:
     from safetensors.numpy import save_file
 
-    with files.folder(path, CONFIG) as work:
-        files.write_json(work / CONFIG, config)
-        tensors = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
-        save_file(tensors, work / TENSORS, metadata={"format": "pt"})
+    try:
+        with files.folder(path, CONFIG) as work:
+            files.write_json(work / CONFIG, config)
+            tensors = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
+            save_file(tensors, work / TENSORS, metadata={"format": "pt"})
+    except FileExistsError:
+        raise UserError("exists", str(path), "choose a new folder") from None
 
 
 def _virtual(model: Transformer, adapters: dict) -> tuple[dict, Tensors]:

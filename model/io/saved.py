@@ -148,15 +148,28 @@ def read_manifest(folder: Any) -> dict:
         manifest = box["manifest"]
         if zlib.crc32(json.dumps(manifest, sort_keys=True).encode()) != box["check"]:
             raise ValueError("its checksum is wrong")
+        _check_entries(manifest)
     except FileNotFoundError:
         raise Damaged(f"{path} is missing: the save was not finished") from None
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise Damaged(f"{path} is not a manifest: {first_line(e)}") from None
     found = paths.sizes(folder)
     for name, size in manifest["files"].items():
         if (has := found.get(name)) != size:
             raise Damaged(f"{folder / name} " + ("is missing" if has is None else f"has {has} bytes, not {size}"))
     return manifest
+
+
+def _check_entries(manifest: dict) -> None:
+    """Raises one of a few errors when a manifest, of another hand perhaps, is not what `seal` was given."""
+    kinds = {"step": int, "leaves": dict, "frozen": (dict, str), "source": dict, "files": dict}
+    for name, kind in kinds.items():
+        if not isinstance(manifest[name], kind):
+            raise ValueError(f"its {name!r} is a {type(manifest[name]).__name__}")
+    for name, leaf in manifest["leaves"].items():
+        jnp.dtype(leaf["dtype"])
+        if not all(type(n) is int and n >= 0 for n in leaf["shape"]) or not isinstance(leaf["hash"], str):
+            raise ValueError(f"its entry of {name} has no shape and no hash")
 
 
 def orbax() -> ModuleType:

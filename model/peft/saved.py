@@ -29,7 +29,7 @@ def make(*, folder: str) -> Transform:
     if (path / peft_read.CONFIG).exists():
         return peft_read.read(path)
     run = saved.load_params(path)
-    cfg = schema.from_dict(run.config)
+    cfg = schema.recorded(run.config, str(folder))
     if not cfg.peft.name:
         raise UserError("the run has trained no adapter", folder, "use it as config.init")
     wrap = build.find("model.peft", cfg.peft)()

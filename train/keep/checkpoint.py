@@ -37,7 +37,8 @@ class Checkpointer:
     """Saves and restores a TrainState: everything but `frozen`, of which it keeps and checks a digest.
 
     `cfg` is the config's `ckpt`; `allow` its `allow`. `log` hears in one line of every damaged step and failed save;
-    `first` is called before each save, and makes durable what must not be older than the step.
+    `first` is called before each save, and makes durable what must not be older than the step. `config` is the run's,
+    as plain data, and goes into every step's manifest.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class Checkpointer:
         allow: Iterable[str] = (),
         log: Callable[[str], None] = warn,
         first: Callable[[], None] = lambda: None,
+        config: dict[str, Any] | None = None,
     ):
         folder = paths.parse(folder)
         self.folder = folder if paths.remote(folder) else folder.resolve()
         self.cfg, self.allow, self.log, self.first = cfg, tuple(allow), log, first
+        self.config = config
         self._saved: int | None = None  # the step that a save was last begun or restored for
         self._when = time.monotonic()
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -94,8 +97,9 @@ class Checkpointer:
         self._begin(step, state, source)
         return True
 
-    def wait(self) -> None:
-        """Returns when the save in progress is on disk. Raises UserError when it failed."""
+    def wait(self, must: bool = False) -> None:
+        """Returns when the save in progress is on disk. Raises UserError when it failed, and the run cannot go on from
+        here: with on_error="stop", or where it `must` not be missing."""
         if self._pending is None:
             return
         error, self._pending = self._pending.exception(), None
@@ -104,7 +108,7 @@ class Checkpointer:
         step, self._saved = self._saved, None
         reason = saved.first_line(error) if error else "another process failed"
         message = f"the checkpoint of step {step} could not be written: {reason}"
-        if self.cfg.on_error == "stop":
+        if must or self.cfg.on_error == "stop":
             raise UserError(message, str(self.folder), "make room and run the same command again") from error
         self.log(f"{message}; the run goes on")
 
@@ -130,13 +134,17 @@ class Checkpointer:
                 self._set_aside(final)
         hosts.from_first(0)
         self._saved, self._when = step, time.monotonic()
-        self.first()
+        if error := self._prepare():
+            self._pending = Future()
+            self._pending.set_exception(error)
+            return
         arrays = saved.named(state.replace(frozen=None))
         manifest = {
             "step": step,
             "leaves": saved.describe(arrays),
             "frozen": self._fingerprints(state),
             "source": source.state_dict(),
+            "config": self.config,
         }
         try:
             response = saved.orbax().save_async(part, arrays)
@@ -145,6 +153,15 @@ class Checkpointer:
             self._pending.set_exception(e)
         else:
             self._pending = self._writer.submit(self._commit, response, manifest, part, final)
+
+    def _prepare(self) -> Exception | None:
+        """What went wrong, on this process or another one, with that which must be durable before a step."""
+        error = None
+        try:
+            self.first()
+        except Exception as e:
+            error = e
+        return None if hosts.all_true(error is None) else error or RuntimeError("another process failed")
 
     def _commit(self, response: Any, manifest: dict, part: Any, final: Any) -> None:
         """Waits for the arrays, then makes them a step; the writer thread runs it."""

@@ -26,6 +26,7 @@ class Clock:
         self.chip = chips.find(cfg.chip or jax.devices()[0].device_kind)
         mine = local_rows(plan.mesh, cfg.data.batch_size)
         self.parts = cfg.data.batch_size // (mine.stop - mine.start)  # of the batch, each counted by a process
+        self.bad = 0  # non-finite steps in a row before this session
         self.pending: Any = None  # metrics of the step before the last
         self.last: Any = None
         self.since = time.perf_counter()
@@ -47,7 +48,7 @@ class Clock:
 
     def bad_steps(self) -> int:
         """Non-finite steps in a row up to the step before the last: waiting for the last would idle the device."""
-        return int(self.pending["bad"][0]) if self.pending else 0
+        return int(self.pending["bad"][0]) if self.pending else self.bad
 
     def line(self, done: int, seen: dict[str, int]) -> dict[str, Any]:
         """The last step's means, rates since the line before, FLOPs of all that the run has `seen`.

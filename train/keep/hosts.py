@@ -1,14 +1,20 @@
 """What the processes of one run agree on. With a single process every function here is free."""
 
+import contextlib
 import hashlib
 import os
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from common import exits
 from common.errors import UserError
+
+LOST = re.compile("closed by peer|reset by peer|onnection refused|unhealthy|heartbeat")  # of a host's process
 
 
 def connect() -> None:
@@ -30,6 +36,22 @@ def connect() -> None:
     counts = "JAX_NUM_PROCESSES", "SLURM_NTASKS", "MEGASCALE_NUM_SLICES"
     if max(int(env.get(name) or 1) for name in counts) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Ends this process at once, with one line, when another one of the launch is lost.
+
+    Its connections say so first: to leave as usual would wait for it, for more than a minute, and end in a C++ stack.
+    """
+    try:
+        yield
+    except Exception as e:
+        if jax.process_count() == 1 or not LOST.search(str(e)):
+            raise
+        told = str(e).strip().splitlines()[0][:300]
+        os.write(2, f"\nanother process of this run was lost: {told} · run the same command again\n".encode())
+        os._exit(exits.PREEMPTED)
 
 
 def primary() -> bool:

@@ -4,18 +4,18 @@ metrics.jsonl is the truth of every report. It never holds a step that the state
 """
 
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from rich.text import Text
 
 from common import files, gas
+from common.errors import UserError
 from common.numbers import duration, number
 from train.keep.power import Power
 from train.keep.tracker import Feed
@@ -33,16 +33,26 @@ class Metrics:
     """Writes lines {"step", "time", "kind": "train" | "eval" | "event", ...}; only the first process does.
 
     `tracker` is the config's name, or an object with `log(step, numbers)` and `close()`. Call `rewind` once the state
-    is restored, `sync` before a checkpoint is saved, `end` before the session ends.
+    is restored, `sync` before a checkpoint is saved, `end` before the session ends. `on_error` is the config's
+    `ckpt.on_error`: "stop" raises UserError for a line that cannot be written; with "continue" it is kept until it can.
     """
 
-    def __init__(self, path: str | Path, total_steps: int, tracker: Any = "", run_config: dict | None = None):
-        self.path, self.total, self.step = Path(path), total_steps, 0
+    def __init__(
+        self,
+        path: str | Path,
+        total_steps: int,
+        tracker: Any = "",
+        run_config: dict | None = None,
+        on_error: str = "stop",
+    ):
+        self.path, self.total, self.step, self.on_error = Path(path), total_steps, 0, on_error
         self.active = jax.process_index() == 0
+        self.finished = False  # the last step is done, and a line says so
         self.seconds = dict.fromkeys(KINDS, 0.0)  # of this session, by kind
         self._began = time.perf_counter()
+        self._refused = False  # the line before could not be written
         self._power = Power() if self.active else None
-        self._file = files.open_end(self.path) if self.active else None
+        self._file = files.Lines(self.path) if self.active else None
         self._feed = Feed(tracker, self.path.parent, run_config or {}) if tracker and self.active else None
         self._console = Console(total_steps) if self.active else None
 
@@ -69,6 +79,7 @@ class Metrics:
         used = gas.line([*read(self.path), {"kind": "event"} | details], {}, chip)
         self.event(message, **details, gas=used._asdict())
         self._console.tell(f"{used}\n{used.goodput_line()}")
+        self._settle()
 
     def _spent(self) -> dict[str, Any]:
         """Seconds, and joules where power can be read, of this session so far."""
@@ -80,29 +91,56 @@ class Metrics:
     def rewind(self, step: int) -> None:
         """Drops lines of steps that are to be done again, and half-written ones; the seconds they took stay counted.
 
-        A "session" event follows: the devices of this session, and what the one before spent.
+        What was measured at step 0 is measured again. A "session" event follows: the devices of this session, and what
+        the one before spent. A `finished` run stays as it is.
         """
         if not self.active:
             return
         self.step = step
-        self._file.close()
         lines = list(read(self.path))
+        done = any(line.get("event") == "done" and line["step"] == step for line in lines)
+        self.finished = done and step == self.total
+        if self.finished:
+            return
+        self._file.close()
         lost = max([0, *(line["step"] - step for line in lines)])
         opened = max([i + 1 for i, line in enumerate(lines) if line.get("event") == "session"], default=0)
         ended = gas.sessions(lines[opened:])
         for line in lines:
             if line.get("event") == "session":
                 line["step"] = min(line["step"], step)
-        files.write_lines(self.path, [files.plain(line) for line in lines if line["step"] <= step])
-        self._file = files.open_end(self.path)
+        kept = [line for line in lines if line["step"] <= step and (step or line["kind"] == "event")]
         told = {"lost_steps": lost, "seconds": ended[0].spent, "joules": ended[0].joules} if ended else {}
         devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count()}
-        self._line(step, "event", event="session", devices=devices, **told)
+        session = _stamped(step, "event", event="session", devices=devices, **told)
+        files.write_lines(self.path, map(files.plain, [*kept, session]))
+        self._file = files.Lines(self.path)
 
     def _line(self, step: int, kind: str, **numbers: Any) -> None:
-        line = {"step": step, "time": round(time.time(), 3), "kind": kind, **numbers}
-        self._file.write(files.json_line(line))
-        self._file.flush()
+        try:
+            self._file.write(_stamped(step, kind, **numbers))
+            self._refused = False
+        except OSError as e:
+            if self.on_error == "stop":
+                self._stop(e)
+            if not self._refused:
+                print(
+                    f"warning: {self.path}: {e.strerror}; its lines are kept until they can be written", file=sys.stderr
+                )
+            self._refused = True
+
+    def _settle(self) -> None:
+        """Makes everything durable, or raises UserError."""
+        try:
+            self.sync()
+        except OSError as e:
+            self._stop(e)
+
+    def _stop(self, error: OSError) -> NoReturn:
+        where = str(self.path)
+        raise UserError(
+            f"cannot be written: {error.strerror}", where, "make room and run the same command again"
+        ) from error
 
     @contextmanager
     def timer(self, kind: str, since: float | None = None) -> Iterator[None]:
@@ -115,9 +153,9 @@ class Metrics:
             self.seconds[kind] += time.perf_counter() - start
 
     def sync(self) -> None:
-        """Makes everything written so far durable."""
+        """Makes everything written so far durable. Raises OSError."""
         if self.active:
-            os.fsync(self._file.fileno())
+            self._file.sync()
 
     def close(self) -> None:
         if not self.active:
@@ -126,19 +164,39 @@ class Metrics:
         self._power.close()
         if self._feed:
             self._feed.close()
-        self.sync()
-        self._file.close()
+        try:
+            self._settle()
+        finally:
+            self._file.close()
 
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            self.close()
+        except UserError:
+            if kind is None:  # else what ended the run is told
+                raise
+
+
+def _stamped(step: int, kind: str, **numbers: Any) -> dict[str, Any]:
+    return {"step": step, "time": round(time.time(), 3), "kind": kind, **numbers}
 
 
 def read(path: str | Path) -> Iterator[dict]:
-    """The lines of a metrics.jsonl; a line cut short by a kill is left out."""
-    return (line for line in files.read_lines(path) if isinstance(line.get("step"), int))
+    """The lines of a metrics.jsonl; one that a kill cut short, or that `Metrics` cannot have written, is left out."""
+    return filter(_sound, files.read_lines(path))
+
+
+def _sound(line: dict) -> bool:
+    groups = [line.get(name, {}) for name in ("seconds", "joules", "devices")]
+    return (
+        type(line.get("step")) is int
+        and isinstance(line.get("kind"), str)
+        and all(isinstance(group, dict) for group in groups)
+        and all(isinstance(x, (int, float)) for x in groups[0].values())
+    )
 
 
 class Console:

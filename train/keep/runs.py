@@ -1,11 +1,11 @@
 """A run folder: one process group at a time writes it, and what it holds tells how to do the run again."""
 
+import contextlib
 import datetime
 import fcntl
 import hashlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +27,8 @@ from train.keep import hosts
 from train.keep.lease import Lease
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections", "rich")
+# What a run adds to in place; its other files are replaced as a whole.
+GROWING = (files.LOCK, "metrics.jsonl", "ckpt", "profile", "tensorboard", "wandb")
 ROOT = Path(__file__).resolve().parents[2]
 
 # What a resume may change: the state and the batches of every step stay what they would have been, or, as with
@@ -101,6 +103,8 @@ class RunDir:
     def _open(self, overrides: Any, source: str | Path) -> UserError | None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if link := next((self.path / name for name in GROWING if (self.path / name).is_symlink()), None):
+                return UserError("is a link, and a run writes only within its folder", str(link), "remove it")
             self._lock = take_lock(self.path / files.LOCK, self.home)
             if paths.remote(self.home):
                 with paths.told(self.home):
@@ -111,7 +115,7 @@ class RunDir:
             files.write_json(self.path / "overrides.json", overrides or {})
             files.write_json(self.path / "environment.json", environment())
             if source:
-                shutil.copyfile(source, self.path / "config_source.py")
+                files.write(self.path / "config_source.py", Path(source).read_bytes())
             self.publish()
         except OSError as e:
             return UserError(f"cannot be used: {e.strerror or e}", str(self.path), "choose another --workdir")
@@ -120,15 +124,18 @@ class RunDir:
         return None
 
     def _compare(self) -> None:
-        """Prints what a resume changes in the config; raises UserError when that is not safe."""
-        path = self.path / "config.json"
+        """Prints what a resume changes in the config; raises UserError when that is not safe, or undoes steps."""
         self.resumed = bool(saved.steps(self.home / "ckpt"))
-        if not self.resumed or not path.exists():
+        where, step, recorded = self._recorded()
+        if step > self.config.get("steps", step):
+            fix = f"set steps to {step} or more, or use a new --workdir"
+            raise UserError(f"step {step} is done, and steps is {self.config['steps']}", str(self.home), fix)
+        if not self.resumed or not recorded:
             return
         try:
-            old, new = (schema.to_dict(schema.from_dict(c)) for c in (json.loads(path.read_text()), self.config))
+            old, new = (schema.to_dict(schema.from_dict(c)) for c in (recorded, self.config))
         except (ValueError, TypeError) as e:
-            raise UserError(f"not JSON of a config: {e}", str(path), "restore it from config_source.py") from e
+            raise UserError(f"not a config: {e}", where, "restore it from config_source.py") from e
         changed = dict(differences(old, new))
         self.changes = [f"{key}: {text}" for key, text in changed.items()]
         if self.changes:
@@ -141,6 +148,21 @@ class RunDir:
                 str(self.path),
                 f"use a new --workdir, or put {name!r} in config.allow",
             )
+
+    def _recorded(self) -> tuple[str, int, dict[str, Any] | None]:
+        """(where it is written, step, config) of the newest whole step; runs once had it in config.json alone."""
+        step = 0
+        for at in saved.steps(self.home / "ckpt"):
+            with contextlib.suppress(saved.Damaged):
+                manifest, step = saved.read_manifest(self.home / "ckpt" / str(at)), at
+                if manifest.get("config"):
+                    return str(self.home / "ckpt" / str(at)), step, manifest["config"]
+                break
+        path = self.path / "config.json"
+        try:
+            return str(path), step, json.loads(path.read_text()) if path.exists() else None
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"not JSON: {e}", str(path), "restore it from config_source.py") from e
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -165,9 +187,10 @@ def _under(key: str, names: tuple[str, ...]) -> bool:
 def take_lock(path: Path, home: Any = None) -> int:
     """An exclusive lock as an open file; the kernel drops it with the process, so a killed run leaves none behind.
 
-    Raises UserError that says who holds it. Where the file system knows no locks, only a notice is left.
+    Raises UserError that says who holds it, and OSError for a link. Where the file system knows no locks, only a notice
+    is left.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

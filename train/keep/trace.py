@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,10 @@ class Trace:
     def close(self) -> None:
         if self.traced < 0:
             return
-        jax.profiler.stop_trace()
+        try:
+            jax.profiler.stop_trace()
+        except Exception as e:  # the disk may be full: a trace is no part of the run
+            print(f"warning: {self.folder}: the trace could not be written: {e}", file=sys.stderr)
         steps, self.traced, self.steps = self.traced, -1, 0
         files = sorted(self.folder.rglob("perfetto_trace.json.gz"), key=lambda p: p.stat().st_mtime)
         if hosts.primary() and files and steps:
