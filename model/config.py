@@ -4,6 +4,15 @@ import dataclasses
 from typing import Any
 
 LAYERS = "layers"  # the subtree of parameters that are stacked over layers
+BIASED = {  # `bias` of a config: the products of attention and MLP that have one
+    "none": (),
+    "qkv": ("qkv",),  # Qwen2
+    "attn": ("qkv", "out"),  # Llama and Qwen3 with attention_bias
+    "mlp": ("mlp",),  # Llama with mlp_bias
+    "rest": ("out", "mlp"),  # RecurrentGemma
+    "all": ("qkv", "out", "mlp"),  # GPT-2
+}
+STRETCHES = ("linear", "dynamic", "yarn")  # types of `rope_scaling` by which a context grows
 
 
 def in_layers(path: str) -> bool:
@@ -30,7 +39,7 @@ class ModelConfig:
     norm: str = "rmsnorm"  # | "layernorm"
     norm_eps: float = 1e-5
     norms: str = "pre"  # x + f(norm(x)) | "post": norm(x + f(x)) (BERT) | "both": x + norm(f(norm(x))) (Gemma 2)
-    act: str = "silu"  # | "gelu" | "gelu_tanh"
+    act: str = "silu"  # | "gelu" | "gelu_tanh" | "gelu_sigmoid" | "relu"
     gated: bool = True  # SwiGLU-like: act(x @ gate) * (x @ up)
     position: str = "rope"  # | "learned"
     rotary: float = 1.0  # share of a head that rope turns
@@ -38,7 +47,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: tuple[tuple[str, Any], ...] = ()
     tied: bool = False  # the unembedding is the embedding's transpose
-    bias: str = "none"  # | "qkv" (Qwen2) | "all" (GPT-2) | "rest": all but q, k and v (RecurrentGemma)
+    bias: str = "none"  # a name in BIASED
     qk_norm: bool = False  # RMSNorm on each query and key head (Qwen3)
     windows: tuple[int, ...] = ()
     causal: bool = True  # a token sees what stands before it; False: its whole document (an encoder)
@@ -60,6 +69,19 @@ class ModelConfig:
         if self.types:
             sizes |= dict(U=self.types)
         return sizes
+
+    @property
+    def context(self) -> int:
+        """Positions that the model takes: `max_len`, or what `rope_scaling` stretches it to."""
+        scaling = dict(self.rope_scaling)
+        if scaling.get("rope_type", scaling.get("type")) not in STRETCHES:
+            return self.max_len
+        original = scaling.get("original_max_position_embeddings") or self.max_len
+        return max(self.max_len, int(original * scaling.get("factor", 1.0)))
+
+    def biased(self, part: str) -> bool:
+        """Whether the products `part`, "qkv", "out" or "mlp", have a bias."""
+        return part in BIASED[self.bias]
 
     @property
     def kinds(self) -> tuple[str, ...]:

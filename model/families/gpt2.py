@@ -30,7 +30,15 @@ KEYS = {
 }
 
 
+DEFAULTS = dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024)
+OTHER_NAMES = dict(  # of transformers' attribute map
+    hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
+    max_position_embeddings="n_positions",
+)  # fmt: skip
+
+
 def config(hf: dict) -> ModelConfig:
+    hf = DEFAULTS | {OTHER_NAMES.get(name, name): value for name, value in hf.items()}
     refuse(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     embed, heads = hf["n_embd"], hf["n_head"]
     return ModelConfig(
@@ -47,7 +55,7 @@ def config(hf: dict) -> ModelConfig:
         act=act(hf.get("activation_function", "gelu_new")),
         gated=False,
         position="learned",
-        max_len=hf.get("n_positions", 1024),
+        max_len=hf["n_positions"],
         tied=hf.get("tie_word_embeddings", True),
         bias="all",
     )

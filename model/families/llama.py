@@ -15,14 +15,29 @@ KEYS = {
     "layers/attn/wk": Key(LAYER + "self_attn.k_proj.weight", "(KH)D->DKH"),
     "layers/attn/wv": Key(LAYER + "self_attn.v_proj.weight", "(KH)D->DKH"),
     "layers/attn/wo": Key(LAYER + "self_attn.o_proj.weight", "D(NH)->NHD"),
+    "layers/attn/bq": Key(LAYER + "self_attn.q_proj.bias", "(NH)->NH"),
+    "layers/attn/bk": Key(LAYER + "self_attn.k_proj.bias", "(KH)->KH"),
+    "layers/attn/bv": Key(LAYER + "self_attn.v_proj.bias", "(KH)->KH"),
+    "layers/attn/bo": Key(LAYER + "self_attn.o_proj.bias", "D->D"),
     "layers/mlp_norm/scale": Key(LAYER + "post_attention_layernorm.weight", "D->D"),
     "layers/mlp/gate": Key(LAYER + "mlp.gate_proj.weight", "FD->DF"),
     "layers/mlp/up": Key(LAYER + "mlp.up_proj.weight", "FD->DF"),
     "layers/mlp/down": Key(LAYER + "mlp.down_proj.weight", "DF->FD"),
+    "layers/mlp/bgate": Key(LAYER + "mlp.gate_proj.bias", "F->F"),
+    "layers/mlp/bup": Key(LAYER + "mlp.up_proj.bias", "F->F"),
+    "layers/mlp/bdown": Key(LAYER + "mlp.down_proj.bias", "D->D"),
     "final_norm/scale": Key("model.norm.weight", "D->D"),
     "unembed/table": Key("lm_head.weight", "VD->DV"),
 }
-ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+DEFAULTS = dict(  # of what a config.json may leave out, as everywhere in transformers
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+    max_position_embeddings=2048,
+)  # fmt: skip
+ACTS = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh", "quick_gelu": "gelu_sigmoid", "relu": "relu",
+}  # fmt: skip
 ROPES = {  # type: what it cannot do without
     "default": (),
     "linear": ("factor",),
@@ -30,13 +45,16 @@ ROPES = {  # type: what it cannot do without
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
 }
+BIASES = {(False, False): "none", (True, False): "attn", (False, True): "mlp", (True, True): "all"}  # attention, MLP
 
 
-def config(hf: dict, **delta: Any) -> ModelConfig:
-    """Of a config.json; `delta` is what a related family changes."""
-    refuse(hf, attention_bias=False, mlp_bias=False)
+def config(hf: dict, defaults: dict | None = None, **delta: Any) -> ModelConfig:
+    """Of a config.json; `defaults` and `delta` are what a related family has of its own."""
+    hf = DEFAULTS | (defaults or {}) | hf
     heads = hf["num_attention_heads"]
     theta, scaling = rope(hf)
+    if rotary(hf) != 1.0:
+        raise UserError("rotary positions on a part of the head are not computed here", "partial_rotary_factor")
     fields = dict(
         family="llama",
         vocab_size=hf["vocab_size"],
@@ -48,10 +66,11 @@ def config(hf: dict, **delta: Any) -> ModelConfig:
         mlp=hf["intermediate_size"],
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         act=act(hf.get("hidden_act", "silu")),
-        max_len=hf.get("max_position_embeddings", 2048),
+        max_len=hf["max_position_embeddings"],
         rope_theta=theta,
         rope_scaling=scaling,
         tied=hf.get("tie_word_embeddings", False),
+        bias=BIASES[bool(hf.get("attention_bias")), bool(hf.get("mlp_bias"))],
     )
     return ModelConfig.from_dict(fields | delta)
 
@@ -74,25 +93,46 @@ def hf_config(c: ModelConfig) -> dict:
         "rope_theta": c.rope_theta,
         "rope_scaling": dict(c.rope_scaling) or None,
         "tie_word_embeddings": c.tied,
+        "attention_bias": c.bias in ("attn", "all"),
+        "mlp_bias": c.bias in ("mlp", "all"),
     }
 
 
 def rope(hf: dict) -> tuple[float, dict]:
-    """(theta, scaling without the default) of `rope_scaling` or of transformers 5's `rope_parameters`."""
-    scaling = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    """(theta, scaling) of a config.json; no scaling is {}."""
+    scaling = dict(spelled(hf))
     if any(isinstance(v, dict) for v in scaling.values()):
         raise UserError("rope parameters that differ between layers are not computed here", "rope_parameters")
-    theta = scaling.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", "default")
-    scaling.pop("type", None)
+    theta = scaling.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
+    kind = scaling.pop("rope_type", None) or scaling.get("type") or "default"
+    for name in ("type", "partial_rotary_factor", "mrope_section", "mrope_interleaved"):
+        scaling.pop(name, None)
+    kind = "default" if kind == "mrope" else kind  # three positions a token, which are equal in text
     if kind not in ROPES:
         raise UserError(f"rope type {kind!r} is not computed here; known: {', '.join(ROPES)}", "rope_scaling")
-    if (scaling.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UserError("rotary positions on a part of the head are not computed here", "partial_rotary_factor")
+    if kind == "default":
+        return float(theta), {}
     scaling = {k: v for k, v in scaling.items() if v is not None}
+    length, original = hf.get("max_position_embeddings"), "original_max_position_embeddings"
+    if kind in ("llama3", "yarn") and hf.get(original):
+        scaling[original] = hf[original]
+    if kind == "llama3":
+        scaling.setdefault(original, length)
+    if kind == "yarn" and isinstance(scaling.get(original), int):
+        scaling.setdefault("factor", length / scaling[original])
     if missing := [k for k in ROPES[kind] if not isinstance(scaling.get(k), int | float)]:
         raise UserError(f"rope type {kind} needs the number {missing[0]}", "rope_scaling")
-    return float(theta), {"rope_type": kind, **scaling} if kind != "default" else {}
+    return float(theta), {"rope_type": kind, **scaling}
+
+
+def spelled(hf: dict) -> dict:
+    """The rope parameters of a config.json: `rope_scaling`, or transformers 5's `rope_parameters`."""
+    return hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+
+
+def rotary(hf: dict, default: float = 1.0) -> float:
+    """The share of a head that rope turns."""
+    return spelled(hf).get("partial_rotary_factor") or hf.get("partial_rotary_factor") or default
 
 
 def act(name: str) -> str:
@@ -114,10 +154,10 @@ def refuse(hf: dict, **expected: Any) -> None:
 
 def windows(hf: dict) -> tuple[int, ...]:
     """One sliding window a layer, as Qwen2 and Qwen3 say it: `layer_types`, or all layers from `max_window_layers`."""
-    layers, window = hf["num_hidden_layers"], hf.get("sliding_window")
+    layers, window = hf.get("num_hidden_layers", 32), hf.get("sliding_window", 4096)
     if not window or not hf.get("use_sliding_window"):
         return ()
-    first = hf.get("max_window_layers", layers)
+    first = hf.get("max_window_layers", 28)
     default = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     sliding = [kind == "sliding_attention" for kind in hf.get("layer_types") or default]
     return tuple(window * s for s in sliding) if any(sliding) else ()

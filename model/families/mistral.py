@@ -1,15 +1,16 @@
-"""Mistral: Llama with a sliding window in every layer."""
+"""Mistral: Llama with a sliding window in every layer, and never a bias."""
 
 from model.config import ModelConfig
 from model.families import llama
 
 KEYS = llama.KEYS
+DEFAULTS = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072)
 
 
 def config(hf: dict) -> ModelConfig:
     window = hf.get("sliding_window", 4096)
-    windows = (window,) * hf["num_hidden_layers"] if window else ()
-    return llama.config(hf, family="mistral", windows=windows)
+    windows = (window,) * hf.get("num_hidden_layers", 32) if window else ()
+    return llama.config(hf, DEFAULTS, family="mistral", windows=windows, bias="none")
 
 
 def hf_config(c: ModelConfig) -> dict:

@@ -2,17 +2,15 @@
 
 from model.config import ModelConfig
 from model.families import llama
-from model.families._layout import Key
 
-KEYS = llama.KEYS | {
-    "layers/attn/bq": Key(llama.LAYER + "self_attn.q_proj.bias", "(NH)->NH"),
-    "layers/attn/bk": Key(llama.LAYER + "self_attn.k_proj.bias", "(KH)->KH"),
-    "layers/attn/bv": Key(llama.LAYER + "self_attn.v_proj.bias", "(KH)->KH"),
-}
+KEYS = llama.KEYS
+DEFAULTS = dict(
+    vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768,
+)  # fmt: skip
 
 
 def config(hf: dict) -> ModelConfig:
-    return llama.config(hf, family="qwen2", bias="qkv", windows=llama.windows(hf))
+    return llama.config(hf, DEFAULTS, family="qwen2", bias="qkv", windows=llama.windows(hf))
 
 
 def hf_config(c: ModelConfig) -> dict:

@@ -1,7 +1,7 @@
 """Qwen3: Llama with an RMSNorm on every query and key head, and a sliding window in some layers."""
 
 from model.config import ModelConfig
-from model.families import llama
+from model.families import llama, qwen2
 from model.families._layout import Key
 
 KEYS = llama.KEYS | {
@@ -11,8 +11,10 @@ KEYS = llama.KEYS | {
 
 
 def config(hf: dict) -> ModelConfig:
+    hf = {k: v for k, v in hf.items() if k != "mlp_bias"}  # which it does not know
     head_dim = hf.get("head_dim") or 128  # the default of Qwen3, whatever the width
-    return llama.config(hf, family="qwen3", qk_norm=True, head_dim=head_dim, windows=llama.windows(hf))
+    own = dict(family="qwen3", qk_norm=True, head_dim=head_dim, windows=llama.windows(hf))
+    return llama.config(hf, qwen2.DEFAULTS, **own)
 
 
 def hf_config(c: ModelConfig) -> dict:

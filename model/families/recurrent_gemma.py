@@ -40,13 +40,18 @@ KEYS = {
     "final_norm/scale": Key("model.final_norm.weight", "D->D", less=1.0),
     "unembed/table": llama.KEYS["unembed/table"],
 }
+DEFAULTS = dict(
+    vocab_size=256000, hidden_size=2560, intermediate_size=7680, num_hidden_layers=26, num_attention_heads=10
+)  # fmt: skip
 NAMES = {"recurrent": "recurrent", "attention": "attn"}
 
 
 def config(hf: dict) -> ModelConfig:
+    hf = DEFAULTS | hf
     layers, embed, heads = hf["num_hidden_layers"], hf["hidden_size"], hf["num_attention_heads"]
-    rope = {"rope_theta": 10000.0, **hf, **(hf.get("rope_parameters") or {})}
-    llama.refuse(rope, rope_type="default")
+    theta, scaling = llama.rope(hf)
+    llama.refuse(scaling, rope_type="default")
+    window = hf.get("sliding_window") or hf.get("attention_window_size", 2048)
     return ModelConfig(
         family="recurrent_gemma",
         vocab_size=hf["vocab_size"],
@@ -58,11 +63,11 @@ def config(hf: dict) -> ModelConfig:
         mlp=hf["intermediate_size"] // 2,  # of gate and up together
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         act=llama.act(hf.get("hidden_activation", "gelu_pytorch_tanh")),
-        rotary=rope.get("partial_rotary_factor", 0.5),
-        rope_theta=rope["rope_theta"],
+        rotary=llama.rotary(hf, 0.5),
+        rope_theta=theta,
         tied=hf.get("tie_word_embeddings", True),
         bias="all" if hf.get("attention_bias") else "rest",
-        windows=(hf.get("attention_window_size", 2048),) * layers,
+        windows=(window,) * layers,
         blocks=tuple(NAMES[kind] for kind in hf.get("block_types") or ("recurrent", "recurrent", "attention")),
         recurrent=hf.get("lru_width") or embed,
         conv=hf.get("conv1d_width", 4),

@@ -27,7 +27,7 @@ from model.weights import Params
 
 METHOD = "compressed-tensors"
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
-PARTS = re.compile(r"(.*\.weight)_(packed|scale|shape|zero_point)")
+UNQUANTISED = "open the unquantised model, or its .gguf"
 
 
 def config(model: Transformer, params: Params, keys: dict[str, Key]) -> dict:
@@ -131,20 +131,19 @@ def unpack(words: np.ndarray, bits: int, k: int) -> np.ndarray:
 # --- reading: `folder` is a model.io.hf.Folder ---
 
 
-def check(found: Any, where: str) -> None:
-    """Raises UserError unless a `quantization_config` is one whose weights `read` dequantises."""
-    ours = isinstance(found, dict) and found.get("quant_method") == METHOD and found.get("format") in FORMATS
-    if not ours or found.get("transform_config") or found.get("kv_cache_scheme"):
-        raise UserError("weights are stored quantised", where, "open the unquantised model, or its .gguf")
-
-
-def names(stored: Iterable[str]) -> set[str]:
-    """Of the weights, whatever parts they are stored in."""
-    return {m[1] if (m := PARTS.fullmatch(name)) else name for name in stored}
+def check(config: dict, where: str) -> None:
+    """Raises UserError unless a `quantization_config` of this method is one whose weights `read` dequantises."""
+    form = config.get("format")
+    extra = next((k for k in ("transform_config", "kv_cache_scheme") if config.get(k)), None)
+    if form not in FORMATS or extra:
+        what = f"{METHOD} with {extra}" if extra else f"{METHOD} in its format {form!r}"
+        raise UserError(f"weights are stored quantised by {what}, which is not read", where, UNQUANTISED)
 
 
 def shape(folder: Any, name: str) -> tuple[int, ...]:
-    """Of a weight that is stored packed."""
+    """Of a weight that is stored in parts."""
+    if f"{name}_packed" not in folder.shards:
+        return folder.stored_shape(name)
     rows, columns = (int(n) for n in folder.codes(f"{name}_shape", (slice(2),)))
     held = folder.stored_shape(f"{name}_packed")
     if held not in [(rows, -(-columns * bits // 32)) for bits in (4, 8)]:
@@ -162,8 +161,10 @@ def read(folder: Any, name: str, cuts: Index) -> np.ndarray:
         numbers = folder.codes(name, (cuts[0], slice(None)))
     held = folder.stored_shape(f"{name}_scale")
     groups = held[1] if len(held) > 1 else 1
-    if f"{name}_zero_point" in folder.shards or held[0] not in (1, height) or not groups or columns % groups:
-        raise UserError(f"{name} has zero points or uneven groups, which are not read", str(folder.path))
+    odd = [part for part in ("zero_point", "g_idx", "global_scale") if f"{name}_{part}" in folder.shards]
+    if odd or held[0] not in (1, height) or not groups or columns % groups:
+        what = f"zero points or uneven groups ({', '.join(odd) or held})"
+        raise UserError(f"{name} has {what}, which are not read", str(folder.path), UNQUANTISED)
     rows = cuts[0] if held[0] > 1 else slice(None)  # one scale for the tensor
     scale = folder.tensor(f"{name}_scale", (rows, *[slice(None)] * (len(held) - 1))).astype(np.float32)
     scale = np.repeat(scale.reshape(-1, groups), columns // groups, 1)

@@ -95,6 +95,11 @@ class File:
 
     # --- tensors ---
 
+    body = ""
+
+    def unused_files(self) -> list[str]:
+        return []
+
     @property
     def names(self) -> set[str]:
         return set(self.tensors) - {"rope_freqs.weight"}  # part of the config

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from common.errors import UserError
 from model.families._layout import Index
-from model.io import compressed
+from model.io import foreign
 
 # What is fetched of a hub repository.
 FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "vocab.txt", "merges.txt", "*.tiktoken", "*chat_template*")
@@ -19,31 +20,97 @@ DTYPES = ("F32", "BF16", "F16", "F64")
 CODES = ("I8", "I32", "I64", "F8_E4M3")  # of quantised weights
 
 
+LFS = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")  # of weights
+QUIET = re.compile(  # files that lie beside weights: the same in another format, and a trainer's state
+    r"pytorch_model.*|consolidated.*|tf_model.*|flax_model.*|rust_model.*|model\.onnx.*|training_args\.bin|optimizer.*|"
+    r"scheduler.*|scaler\.pt|rng_state.*|.*\.gguf"
+)
+PART = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
+CONVERT = (
+    "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{0}').save_pretrained('{0}')\""
+)
+# Where a body's tensors lie: alone, in a causal model, or as the text part of a multimodal one; and what torch adds.
+BODIES = (
+    "model.", "transformer.", "", "language_model.model.", "model.language_model.", "model.text_model.",
+    "text_model.model.", "language_model.", "text_model.", "model.language_model.model.", "thinker.model.",
+    "llm.model.", "llm.", "model.llm.",
+)  # fmt: skip
+WRAPPERS = ("", "module.", "_orig_mod.", "model._orig_mod.")
+FIRST = re.compile(r"(.*?)(?:embed_tokens\.weight.*|wte\.weight|layers\.0\..*|h\.0\..*)")
+TEXT = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "qwen2_5_omni": "qwen2"}  # or with _text
+
+
 class Folder:
     """Tensors by name, read by slices. Metadata is read at once, tensors when asked for."""
 
+    floats = DTYPES
+
     def __init__(self, path: Path):
         self.path = path
-        self.hf_config = read_json(path / "config.json")
+        if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
+            raise UserError("holds an adapter of PEFT and no model", str(path), f"name its base, and --adapter={path}")
+        whole = read_json(path / "config.json")
+        self.hf_config = text_config(whole)
         self.generation = read_json(path / "generation_config.json", optional=True)
-        if quantised := self.hf_config.get("quantization_config"):
-            compressed.check(quantised, str(path))
         self.shards = self._shards()
+        self.quantised = whole.get("quantization_config") or self.hf_config.get("quantization_config") or {}
+        self.method = self.quantised.get("quant_method") if isinstance(self.quantised, dict) else None
+        if any(".base_layer." in name for name in self.shards):
+            raise UserError(
+                "holds adapters of PEFT that are not merged", str(path), "merge_and_unload() and save again"
+            )
+        self.coded = foreign.find(self)
+        if self.quantised:
+            foreign.check(self, self.quantised)
+        self.names = foreign.names(self)
+        self.body, self.head = self._places(self.names)
 
     def _shards(self) -> dict[str, str]:
-        """Name of a tensor -> file that holds it."""
-        if (self.path / INDEX).exists():
-            shards = read_json(self.path / INDEX).get("weight_map", {})
-            for file in set(shards.values()):
-                if not isinstance(file, str) or Path(file).name != file:
-                    raise UserError(f"shard {file!r} lies outside the folder", str(self.path / INDEX))
-            return shards
-        if (self.path / "model.safetensors").exists():
-            return dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
-        if list(self.path.glob("*.bin")) or list(self.path.glob("*.pt*")):
-            fix = "convert it: load it with transformers and save_pretrained(safe_serialization=True)"
-            raise UserError("holds pickled weights only, which can run code when opened", str(self.path), fix)
-        raise UserError("holds no model.safetensors and no index of shards", str(self.path))
+        """Name of a tensor -> file that holds it. An index says which files there are; these say what they hold."""
+        single, index = "model.safetensors", self.path / INDEX
+        if (self.path / single).exists():
+            return dict.fromkeys(self._open(single).keys(), single)
+        said = read_json(index).get("weight_map", {}) if index.exists() else {}
+        files = sorted(set(said.values()), key=str) or sorted(self._numbered())
+        for file in files:
+            if not isinstance(file, str) or Path(file).name != file:
+                raise UserError(f"shard {file!r} lies outside the folder", str(index))
+        if absent := [file for file in files if not (self.path / file).exists()]:
+            raise UserError(f"{len(absent)} of {len(files)} parts are missing: {', '.join(absent[:3])}", str(self.path))
+        shards = {name: file for file in files for name in self._open(file).keys()}  # noqa: SIM118
+        if shards:
+            return shards | {name: file for name, file in said.items() if name in self._open(file).keys()}  # noqa: SIM118
+        found = sorted(p.name for p in self.path.iterdir() if p.suffix in SUFFIXES)
+        if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in found):
+            raise UserError(
+                "holds pickled weights only, which can run code when opened", str(self.path),
+                f"if you trust them: {CONVERT.format(self.path)}",
+            )  # fmt: skip
+        what = f"; it holds {', '.join(found[:3])}" if found else ""
+        raise UserError(f"holds no model.safetensors and no index of shards{what}", str(self.path))
+
+    def _numbered(self) -> set[str]:
+        """All parts of a checkpoint without an index, from the name of one."""
+        found = (PART.fullmatch(p.name) for p in self.path.iterdir())
+        counts = {(m[2], len(m[1])) for m in found if m}
+        return {f"model-{i:0{w}d}-of-{n}.safetensors" for n, w in counts for i in range(1, min(int(n), 9999) + 1)}
+
+    @staticmethod
+    def _places(names: set[str]) -> tuple[str, str]:
+        """What stands before the names of the body, and the name of the head."""
+        before = {m[1] for name in names if (m := FIRST.fullmatch(name))}
+        bodies = [wrapper + body for wrapper in WRAPPERS for body in BODIES]
+        body = next((b for b in bodies if b in before), "")
+        parts = body.split(".")
+        heads = [".".join([*parts[:n], "lm_head.weight"]) for n in range(len(parts))]
+        return body, next((name for name in heads if name in names), "lm_head.weight")
+
+    def unused_files(self) -> list[str]:
+        """Files with weights beside those that are read, but for what lies in ordinary folders."""
+        used = set(self.shards.values())
+        others = (p.name for p in self.path.iterdir() if p.suffix in SUFFIXES and p.name not in used)
+        return sorted(name for name in others if not QUIET.fullmatch(name))
 
     @functools.cache  # noqa: B019  (lives as long as the folder is read)
     def _open(self, file: str) -> Any:
@@ -52,6 +119,10 @@ class Folder:
         try:
             return safe_open(self.path / file, framework="np")
         except (SafetensorError, OSError) as error:
+            if is_pointer(self.path / file):
+                raise UserError(
+                    "is a pointer of git-lfs, not the weights", str(self.path / file), "git lfs pull"
+                ) from None
             raise UserError(f"not a readable safetensors file ({error})", str(self.path / file)) from None
 
     def _slice(self, name: str) -> Any:
@@ -62,23 +133,21 @@ class Folder:
         except SafetensorError as error:
             raise UserError(f"the index promises {name} ({error})", str(self.path / self.shards[name])) from None
 
-    @property
-    def names(self) -> set[str]:
-        return compressed.names(self.shards)
-
     def stored(self, name: str) -> str:
-        """The name here of a tensor of a causal model: a bare body has no "model." or "transformer." in front."""
-        bare = name.split(".", 1)[1]
-        return bare if name not in self.names and bare in self.names else name
+        """The name here of a tensor of a causal model."""
+        return self.head if name == "lm_head.weight" else self.body + name.split(".", 1)[1]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return compressed.shape(self, name) if f"{name}_packed" in self.shards else self.stored_shape(name)
+        return self.coded[name].shape(self, name) if name in self.coded else self.stored_shape(name)
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, cuts: Index) -> np.ndarray:
-        return compressed.read(self, name, cuts) if f"{name}_scale" in self.shards else self.tensor(name, cuts)
+        return self.coded[name].read(self, name, cuts) if name in self.coded else self.tensor(name, cuts)
+
+    def dtype(self, name: str) -> str:
+        return self._slice(name).get_dtype()
 
     def tensor(self, name: str, cuts: Index, known: tuple[str, ...] = DTYPES) -> np.ndarray:
         tensor = self._slice(name)
@@ -98,6 +167,31 @@ class Folder:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))[name]
         return np.memmap(path, np.uint8, "r", 8 + size + header["data_offsets"][0], tuple(header["shape"]))
+
+
+def text_config(config: dict) -> dict:
+    """The config.json of the language model in that of a multimodal one, which `multimodal` then names; of any other
+    the config itself."""
+    outer = config.get("model_type") or _by_architecture(config)
+    inner = next((config[k] for k in ("text_config", "llm_config") if isinstance(config.get(k), dict)), None)
+    if inner is not None:
+        kind = str(inner.get("model_type") or "llama")
+        return inner | {"model_type": TEXT.get(kind.removesuffix("_text"), kind), "multimodal": outer}
+    return config | {"model_type": TEXT.get(outer, outer)} | ({"multimodal": outer} if outer in TEXT else {})
+
+
+def _by_architecture(config: dict) -> str | None:
+    """The family of a config.json without model_type."""
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    name = re.sub(r"(ForCausalLM|LMHeadModel|Model)$", "", name)
+    return re.sub(r"(?<!^)(?=[A-Z][a-z])", "_", name).lower() or None
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what git-lfs leaves in place of one that it has not fetched."""
+    with path.open("rb") as file:
+        return file.read(len(LFS)) == LFS
 
 
 def read_json(path: Path, optional: bool = False) -> dict:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib
+import logging
 import re
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -19,7 +21,10 @@ from model.families._layout import Index
 from model.io import gguf, hf
 from model.weights import Params, Spec, Specs
 
-IGNORED = re.compile(r".*rotary_emb\.inv_freq|.*\.attn\.(masked_)?bias")  # buffers that old checkpoints hold
+# Buffers that old checkpoints hold.
+IGNORED = re.compile(r".*rotary_emb\.(inv_freq|(cos|sin)_cached)|.*\.attn\.(masked_)?bias|.*position_ids")
+ROWS = 4096  # of two tables that are compared at once
+IN_LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blk)\.(\d+)\..*(?:weight|bias)")
 
 
 class Source(Protocol):
@@ -29,9 +34,11 @@ class Source(Protocol):
     generation: dict  # bos_token_id, eos_token_id, temperature, ...
 
     names: set[str]
+    body: str  # what stands before the names of the layers
 
     def stored(self, name: str) -> str: ...  # its own name for a tensor of the family's table
     def shape(self, name: str) -> tuple[int, ...]: ...
+    def unused_files(self) -> list[str]: ...  # with weights, beside those that are read
     def read(self, name: str, cuts: Index) -> np.ndarray: ...
 
 
@@ -62,9 +69,10 @@ class Pretrained:
         """The parameters of `specs`, leaf by leaf; each device is given its slice alone.
 
         `shardings` is a tree like `specs`; None puts everything on the first device.
-        Raises UserError that names every missing, unexpected or mis-shaped tensor.
+        Raises UserError that names every missing, unexpected or mis-shaped tensor, and says in one line what the
+        checkpoint holds beside them.
         """
-        self.check(specs)
+        report("the model does not use", self.check(specs) + self.source.unused_files(), self.tokenizer_source)
         if shardings is None:
             shardings = jax.tree.map(lambda _: _first_device(), specs, is_leaf=weights.is_spec)
 
@@ -91,8 +99,9 @@ class Pretrained:
             out[i] = self.read(path, layer, cuts[1:])
         return out
 
-    def check(self, specs: Specs) -> None:
-        """UserError unless the checkpoint holds exactly the parameters of `specs`, in their shapes."""
+    def check(self, specs: Specs) -> list[str]:
+        """The tensors that the model does not use. UserError unless the checkpoint holds the parameters of `specs`, in
+        their shapes, and no other parameter of the same layers."""
         problems, seen = [], set()
         for path, spec in jax.tree.leaves_with_path(specs, is_leaf=weights.is_spec):
             path = weights.name(path)
@@ -110,10 +119,20 @@ class Pretrained:
                 problems += self._problem(name, layout.shape(key, self.config.sizes))
         tied = {self.source.stored("lm_head.weight")} if self.config.tied else set()  # a copy of the embedding
         extra = sorted(n for n in self.source.names - seen - tied if not IGNORED.fullmatch(n))
-        problems += [f"unexpected {name}" for name in extra]
+        modules = {name.rpartition(".")[0] for name in seen}
+        ours = [n for n in extra if self._counts(n, modules)]
+        problems += [f"unexpected {name}" for name in ours]
         if problems:
             more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
             raise UserError("; ".join(problems[:12]) + more, self.tokenizer_source)
+        return sorted(set(extra) - set(ours))
+
+    def _counts(self, name: str, modules: set[str]) -> bool:
+        """Whether a tensor would change what the model computes: a weight or a bias of its modules or of its layers."""
+        module, _, last = name.rpartition(".")
+        layer = IN_LAYER.fullmatch(name)
+        inside = layer and int(layer[1]) < self.config.layers and name.startswith(self.source.body)
+        return bool(inside) or (module in modules and last in ("weight", "bias"))
 
     def _problem(self, name: str, shape: tuple[int, ...]) -> list[str]:
         if name not in self.source.names:
@@ -133,6 +152,10 @@ def open_pretrained(name: str) -> Pretrained:
         raise UserError("is a run folder, not an open checkpoint", str(path), "open it with infer.load")
     else:
         source = hf.Folder(path)
+    return Pretrained(_config(source, path), source, str(path))
+
+
+def _config(source: Source, path: Path) -> ModelConfig:
     kind = source.hf_config.get("model_type")
     try:
         config = family(kind).config(source.hf_config)
@@ -144,7 +167,42 @@ def open_pretrained(name: str) -> Pretrained:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"the config of {kind} is incomplete or wrong: {error}", str(path)) from None
-    return Pretrained(config, source, str(path))
+    return dataclasses.replace(config, tied=_tied(config, source, path))
+
+
+def _tied(config: ModelConfig, source: Source, path: Path) -> bool:
+    """Whether the head is the embedding: what the tensors say goes before the config, as in transformers."""
+    table, head = (source.stored(family(config.family).KEYS[k].name) for k in ("embed/table", "unembed/table"))
+    if head not in source.names:
+        return config.tied or "multimodal" in source.hf_config
+    if not config.tied or table not in source.names:
+        return config.tied
+    if source.shape(table) != source.shape(head):
+        return False
+    height = source.shape(table)[0]
+    for start in range(0, height, ROWS):
+        rows = (slice(start, min(start + ROWS, height)), slice(None))
+        if not np.array_equal(source.read(table, rows), source.read(head, rows)):
+            logging.warning("%s: its config ties the head to the embedding, but %s is another: it is used", path, head)
+            return False
+    return True
+
+
+def report(what: str, names: list[str], where: str) -> None:
+    """One line on what a model or an adapter holds and does not use."""
+    if not names:
+        return
+    first, kinds = {}, Counter()
+    for name in names:
+        kind = re.sub(r"\.\d+\.", ".*.", name)
+        kinds[kind] += 1
+        first.setdefault(kind, name)
+    kinds = Counter({kind if n > 1 else first[kind]: n for kind, n in kinds.items()})
+    if len(kinds) > 8:
+        kinds = Counter(".".join(name.split(".")[:2]) for name in names)
+    shown = [name if n == 1 else f"{n} x {name}" for name, n in kinds.most_common(8)]
+    more = f" and {len(kinds) - 8} kinds more" if len(kinds) > 8 else ""
+    logging.warning("%s: %s %s%s", where, what, ", ".join(shown), more)
 
 
 def families() -> list[str]:

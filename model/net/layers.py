@@ -20,6 +20,8 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_sigmoid": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
 }
 
 
@@ -69,7 +71,7 @@ class Attention(Layer):
     @nn.compact
     def __call__(self, x: Array, context: Context, cache: KV | None) -> tuple[Array, KV | None]:
         c = self.config
-        qkv, out = c.bias in ("qkv", "all"), c.bias in ("all", "rest")
+        qkv = c.biased("qkv")
         q = weights.einsum("BTD,DNH->BTNH", x, self.weight("wq", "BTD,DNH->BTNH"))
         k = weights.einsum("BTD,DKH->BTKH", x, self.weight("wk", "BTD,DKH->BTKH"))
         v = weights.einsum("BTD,DKH->BTKH", x, self.weight("wv", "BTD,DKH->BTKH"))
@@ -88,7 +90,7 @@ class Attention(Layer):
         y = y if cache is None else by_heads(y)
         scale = (2 * c.layers) ** -0.5  # keeps the residual stream's variance independent of depth (GPT-2)
         y = weights.einsum("BTNH,NHD->BTD", y, self.weight("wo", "BTNH,NHD->BTD", scale))
-        return self.bias("bo", "D", y, out), cache
+        return self.bias("bo", "D", y, c.biased("out")), cache
 
     def head_norm(self, name: str, x: Array) -> Array:
         """RMSNorm of every head of x [B,T,N,H]."""
@@ -103,7 +105,7 @@ class MLP(Layer):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        act, biased = ACTIVATIONS[c.act], c.bias in ("all", "rest")
+        act, biased = ACTIVATIONS[c.act], c.biased("mlp")
         up = weights.einsum("BTD,DF->BTF", x, self.weight("up", "BTD,DF->BTF"))
         up = self.bias("bup", "F", up, biased)
         if c.gated:

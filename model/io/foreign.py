@@ -1,0 +1,217 @@
+"""Weights that other tools have quantised, beside compressed-tensors: bitsandbytes, GPTQ, AWQ and fp8, read as floats.
+
+Of a Linear [N, K] called X lie, in the formats' own words:
+
+    bitsandbytes   X.weight, 4-bit codes of the flat matrix, two a byte, with X.weight.absmax and X.weight.quant_map;
+                   or int8 [N, K] with X.SCB [N]
+    GPTQ           X.qweight [K / 8, N], X.qzeros [G, N / 8], X.scales [G, N], X.g_idx [K] (here for 4 bits)
+    AWQ            X.qweight [K, N / 8], X.qzeros [G, N / 8], X.scales [G, N]
+    fp8            X.weight e4m3 [N, K] with X.weight_scale_inv or X.weight_scale of the tensor, of rows or of blocks
+
+The values are those that the tools themselves compute with. `folder` is a model.io.hf.Folder.
+"""
+
+import json
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.errors import UserError
+from model.families._layout import Index
+from model.io import compressed
+
+PARTS = re.compile(
+    r"(?P<weight>.*\.weight)[_.](?P<part>packed|shape|zero_point|g_idx|global_scale|scale|scale_inv|absmax|quant_map|nested_absmax|"
+    r"nested_quant_map|quant_state\..*)|(?P<module>.*)\.(?P<own>qweight|qzeros|scales|g_idx|SCB|weight_format)"
+)
+AWQ_SLOTS = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where in a word of eight codes each column lies
+FP8 = "F8_E4M3"
+
+
+class Format(NamedTuple):
+    tool: str
+    shape: Callable[[Any, str], tuple[int, ...]]
+    read: Callable[[Any, str, Index], np.ndarray]
+
+
+def find(folder: Any) -> dict[str, Format]:
+    """{name of a weight: the format it is stored in} of those that are no plain tensor."""
+    parts = defaultdict(set)
+    for name in folder.shards:
+        if m := PARTS.fullmatch(name):
+            parts[m["weight"] or f"{m['module']}.weight"].add(m["part"] or m["own"])
+    out = {name: _format(folder, name, of) for name, of in parts.items()}
+    return {name: form for name, form in out.items() if form}
+
+
+def names(folder: Any) -> set[str]:
+    """Of the tensors, where a weight in several parts counts as one."""
+    weight = lambda m: m["weight"] or f"{m['module']}.weight"
+    found = {name: PARTS.fullmatch(name) for name in folder.shards}
+    return {n for n, m in found.items() if not m or weight(m) not in folder.coded} | folder.coded.keys()
+
+
+def check(folder: Any, config: Any) -> None:
+    """Raises UserError unless a `quantization_config` is one whose weights are read, or stands beside plain ones."""
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    where, fix = str(folder.path), compressed.UNQUANTISED
+    if method is None:
+        raise UserError("weights are stored quantised, by what its quantization_config does not say", where, fix)
+    codes = [n for n in folder.shards if n.endswith(("weight", "_packed")) and folder.dtype(n) not in folder.floats]
+    if method == compressed.METHOD and folder.coded:
+        compressed.check(config, where)
+    elif strange := [n for n in codes if n.removesuffix("_packed") not in folder.coded]:
+        what = f"weights are stored quantised by {method}, which is not read ({strange[0]})"
+        raise UserError(what, where, fix)
+    elif not folder.coded:
+        logging.warning("%s: its quantization_config of %s is not applied: the weights are floats", where, method)
+
+
+def _format(folder: Any, name: str, parts: set[str]) -> Format | None:
+    dtype = folder.dtype(name) if name in folder.shards else None
+    if "packed" in parts or ("scale" in parts and folder.method == compressed.METHOD and dtype in ("I8", FP8)):
+        return Format(compressed.METHOD, compressed.shape, compressed.read)
+    if "qweight" in parts:
+        if folder.method not in ("gptq", "awq", "auto-round"):
+            raise UserError(f"{name} has codes of GPTQ or AWQ, and config.json does not say how", str(folder.path))
+        return Format("AWQ", _awq_shape, _awq) if folder.method == "awq" else Format("GPTQ", _gptq_shape, _gptq)
+    if "absmax" in parts and dtype == "U8":
+        return Format("bitsandbytes", _bnb4_shape, _bnb4)
+    if "SCB" in parts and dtype == "I8":
+        return Format("bitsandbytes", _stored_shape, _bnb8)
+    if parts & {"scale", "scale_inv"} and dtype == FP8:
+        return Format("fp8", _stored_shape, _fp8)
+    return None
+
+
+def _stored_shape(folder: Any, name: str) -> tuple[int, ...]:
+    return folder.stored_shape(name)
+
+
+def _whole(folder: Any, name: str, known: tuple[str, ...] | None = None) -> np.ndarray:
+    cuts = (slice(None),) * len(folder.stored_shape(name))
+    return folder.tensor(name, cuts, known or (*folder.floats, "U8", "I8", "I32", "I64"))
+
+
+# --- bitsandbytes ---
+
+
+def _bnb4_state(folder: Any, name: str) -> dict:
+    for kind in ("nf4", "fp4"):
+        if (state := f"{name}.quant_state.bitsandbytes__{kind}") in folder.shards:
+            return json.loads(_whole(folder, state).tobytes())
+    raise UserError(f"{name} is of bitsandbytes and holds no quant_state", str(folder.path))
+
+
+def _bnb4_shape(folder: Any, name: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in _bnb4_state(folder, name)["shape"])
+
+
+def _bnb4(folder: Any, name: str, cuts: Index) -> np.ndarray:
+    """quant_map[code] times the largest magnitude of each block of the flat matrix; the first code is the high one."""
+    state = _bnb4_state(folder, name)
+    height, width = (int(n) for n in state["shape"])
+    start, stop, _ = cuts[0].indices(height)
+    first, last = start * width, stop * width
+    packed = folder.tensor(name, (slice(first // 2, -(-last // 2)), slice(None)), ("U8",)).reshape(-1)
+    codes = np.stack([packed >> 4, packed & 15], -1).reshape(-1)[first % 2 :][: last - first]
+    peaks = _whole(folder, f"{name}.absmax")
+    if peaks.dtype == np.uint8:  # double quantisation
+        steps = _whole(folder, f"{name}.nested_absmax").repeat(int(state["nested_blocksize"]))[: len(peaks)]
+        table = _whole(folder, f"{name}.nested_quant_map")
+        peaks = table[peaks] * steps + np.float32(state.get("nested_offset", 0.0))
+    values = _whole(folder, f"{name}.quant_map")[codes]
+    values = values * peaks[np.arange(first, last) // int(state["blocksize"])]
+    return values.astype(np.float32).reshape(-1, width)[:, cuts[1]]
+
+
+def _bnb8(folder: Any, name: str, cuts: Index) -> np.ndarray:
+    scale = _whole(folder, name.removesuffix("weight") + "SCB").reshape(-1, 1)[cuts[0]]
+    return folder.tensor(name, cuts, ("I8",)).astype(np.float32) * (scale / np.float32(127))
+
+
+# --- GPTQ and AWQ ---
+
+
+def _bits(folder: Any) -> int:
+    bits = folder.quantised.get("bits", 4)
+    if bits not in (2, 4, 8):
+        raise UserError(f"codes of {bits!r} bits are not read", str(folder.path), "2, 4 and 8 are")
+    return bits
+
+
+def _unpacked(words: np.ndarray, bits: int, slots: np.ndarray | None = None) -> np.ndarray:
+    """Codes of int32 words along the last axis, the first in the lowest bits, or as `slots` says."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    codes = words.view(np.uint32)[..., None] >> (shifts if slots is None else shifts[slots]) & ((1 << bits) - 1)
+    return codes.reshape(*words.shape[:-1], -1).astype(np.int32)
+
+
+def _groups(folder: Any, module: str, size: int, groups: int) -> np.ndarray:
+    """The group of each of `size` inputs."""
+    if (name := f"{module}g_idx") in folder.shards and folder.method != "awq":
+        return _whole(folder, name)
+    step = folder.quantised.get("group_size", 128)
+    step = size if step in (-1, None) else step
+    if -(-size // step) != groups:
+        raise UserError(f"{module}scales has {groups} groups, group_size={step} makes another number", str(folder.path))
+    return np.arange(size) // step
+
+
+def _gptq_shape(folder: Any, name: str) -> tuple[int, ...]:
+    words, height = folder.stored_shape(name.removesuffix("weight") + "qweight")
+    return height, words * 32 // _bits(folder)
+
+
+def _gptq(folder: Any, name: str, cuts: Index) -> np.ndarray:
+    """scale (code - zero - 1); version 2 of the format stores the zero itself."""
+    module, bits = name.removesuffix("weight"), _bits(folder)
+    codes = _unpacked(np.ascontiguousarray(folder.codes(f"{module}qweight", (slice(None), cuts[0])).T), bits)
+    zeros = _unpacked(_whole(folder, f"{module}qzeros"), bits)[:, cuts[0]]
+    zeros = zeros + (folder.quantised.get("checkpoint_format", "gptq") != "gptq_v2")
+    scales = folder.tensor(f"{module}scales", (slice(None), cuts[0])).astype(np.float32)
+    group = _groups(folder, module, codes.shape[1], len(scales))[cuts[1]]
+    return (codes[:, cuts[1]] - zeros[group].T) * scales[group].T
+
+
+def _awq_shape(folder: Any, name: str) -> tuple[int, ...]:
+    width, words = folder.stored_shape(name.removesuffix("weight") + "qweight")
+    return words * 8, width
+
+
+def _awq(folder: Any, name: str, cuts: Index) -> np.ndarray:
+    """scale (code - zero), the eight columns of a word out of order."""
+    if folder.quantised.get("bits", 4) != 4 or str(folder.quantised.get("version", "gemm")).lower() != "gemm":
+        raise UserError(
+            "AWQ is read in 4 bits and its version gemm only", str(folder.path), "open the unquantised model"
+        )
+    module = name.removesuffix("weight")
+    codes = _unpacked(folder.codes(f"{module}qweight", (cuts[1], slice(None))), 4, AWQ_SLOTS)[:, cuts[0]]
+    zeros = _unpacked(_whole(folder, f"{module}qzeros"), 4, AWQ_SLOTS)[:, cuts[0]]
+    scales = folder.tensor(f"{module}scales", (slice(None), cuts[0])).astype(np.float32)
+    width = folder.stored_shape(f"{module}qweight")[0]
+    group = _groups(folder, module, width, len(scales))[cuts[1]]
+    return ((codes - zeros[group]) * scales[group]).T
+
+
+# --- fp8 ---
+
+
+def _fp8(folder: Any, name: str, cuts: Index) -> np.ndarray:
+    """Numbers times their scale; "inv" in the name of a block's says that it is no divisor."""
+    part = next(p for p in ("scale_inv", "scale") if f"{name}_{p}" in folder.shards)
+    scale = _whole(folder, f"{name}_{part}").astype(np.float32)
+    shape = folder.stored_shape(name)
+    scale = scale.reshape(scale.shape if scale.ndim == 2 else (-1, 1))
+    if scale.shape not in ((1, 1), (shape[0], 1)):
+        block = folder.quantised.get("weight_block_size") or (128, 128)
+        if scale.shape != tuple(-(-n // b) for n, b in zip(shape, block)):
+            raise UserError(f"{name}_{part} has shape {scale.shape}, which are no blocks of {block}", str(folder.path))
+        scale = scale.repeat(block[0], 0).repeat(block[1], 1)[cuts]
+    elif scale.shape[0] > 1:
+        scale = scale[cuts[0]]
+    return folder.tensor(name, cuts, (FP8,)).astype(np.float32) * scale

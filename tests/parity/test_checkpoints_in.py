@@ -1,0 +1,29 @@
+"""The folders of tests/test_checkpoints_in.py as transformers opens them: the same logits."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from model.io.pretrained import open_pretrained  # noqa: E402
+from model.net.transformer import Transformer  # noqa: E402
+from tests.parity.test_families import close  # noqa: E402
+from tests.test_checkpoints_in import CASES, made  # noqa: E402
+
+pytestmark = pytest.mark.parity
+# transformers needs bitsandbytes, an index or its own class of multimodal models for these.
+ELSEWHERE = {
+    "bitsandbytes in the config only", "parts without an index", "no model_type", "saved by torch.compile", "llava",
+    "qwen2-vl", "smolvlm",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if not case.error and n not in ELSEWHERE])
+def test_logits(name, tmp_path):
+    made(CASES[name], tmp_path / "m")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="float32").eval()
+    opened = open_pretrained(tmp_path / "m")
+    model = Transformer(opened.config)
+    tokens = np.random.default_rng(0).integers(0, 48, (2, 40))
+    close(model(opened.load(model.specs), tokens), theirs(torch.from_numpy(tokens)).logits, 1e-4, name)

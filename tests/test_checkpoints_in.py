@@ -1,0 +1,300 @@
+"""Checkpoints as people have them on disk: each is generated, opened, and compared with what it stands for."""
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from common.errors import UserError
+from model import weights
+from model.config import ModelConfig
+from model.io import export
+from model.io.pretrained import open_pretrained
+from model.net.transformer import Transformer
+from tests.test_pretrained import random_model
+
+TINY = ModelConfig(vocab_size=48, layers=2, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=24, max_len=64)
+SHAPES = {
+    "llama": TINY,
+    "biases": dataclasses.replace(TINY, bias="all"),
+    "tied": dataclasses.replace(TINY, tied=True),
+    "mistral": dataclasses.replace(TINY, family="mistral", windows=(8, 8)),
+    "qwen2": dataclasses.replace(TINY, family="qwen2", bias="qkv"),
+    "qwen3": dataclasses.replace(TINY, family="qwen3", qk_norm=True),
+    "gpt2": dataclasses.replace(
+        TINY, family="gpt2", kv_heads=2, norm="layernorm", norm_eps=1e-5, act="gelu_tanh", gated=False,
+        position="learned", bias="all", tied=True, mlp=64,
+    ),
+}  # fmt: skip
+Tensors = dict[str, np.ndarray]
+INDEX = "model.safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A folder of `shape` after `change(folder, config, tensors)`, which is then stored
+    unless it says that all is done.
+
+    Right is: the same parameters, and the config with `differs` in it; or a UserError that matches `error`. `said`
+    is what the log must say, "" nothing at all.
+    """
+
+    shape: str
+    change: Callable[[Path, dict, Tensors], Any]
+    differs: dict = dataclasses.field(default_factory=dict)
+    error: str = ""
+    said: str = ""
+
+
+def store(folder: Path, config: dict, tensors: Tensors, name: str = "model.safetensors") -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if tensors:
+        save_file({n: np.ascontiguousarray(x) for n, x in tensors.items()}, folder / name, {"format": "pt"})
+
+
+def made(case: Case, folder: Path) -> tuple[Transformer, dict]:
+    """Writes the folder of a case. Returns the model and the parameters that it was made of."""
+    model, params = random_model(SHAPES[case.shape])
+    config = json.loads(json.dumps(export.family(model.config.family).hf_config(model.config)))
+    tensors = dict(export.tensors(model, params))
+    folder.mkdir()
+    if not case.change(folder, config, tensors):
+        store(folder, config, tensors)
+    return model, params
+
+
+# --- config.json ---
+
+
+def config_with(**changes) -> Callable:
+    """The config with some keys changed; None takes one away."""
+
+    def change(folder: Path, config: dict, tensors: Tensors) -> None:
+        config.update(changes)
+        for key in [k for k, v in config.items() if v is None]:
+            del config[key]
+
+    return change
+
+
+def renamed(prefix: str, head: str = "lm_head.weight", **changes) -> Callable:
+    """Names with another prefix than "model."."""
+
+    def change(folder: Path, config: dict, tensors: Tensors) -> None:
+        for name in list(tensors):
+            new = head if name == "lm_head.weight" else prefix + name.split(".", 1)[1]
+            tensors[new] = tensors.pop(name)
+        config.update(changes)
+
+    return change
+
+
+def multimodal(kind: str, prefix: str, head: str, key: str = "text_config", text: str = "") -> Callable:
+    """A release with a tower for images beside the language model."""
+
+    def change(folder: Path, config: dict, tensors: Tensors) -> None:
+        inner = {k: v for k, v in config.items() if k != "architectures"} | ({"model_type": text} if text else {})
+        renamed(prefix, head)(folder, config, tensors)
+        for i in range(3):
+            tensors[f"vision_tower.encoder.layers.{i}.mlp.weight"] = np.ones((2, 2), np.float32)
+        config.clear()
+        config.update({"model_type": kind, key: inner, "vision_config": {"model_type": "clip"}})
+
+    return change
+
+
+def with_tensors(dtype=np.float32, **more) -> Callable:
+    """More tensors in the file; a double underscore in a name stands for a dot."""
+
+    def change(folder: Path, config: dict, tensors: Tensors) -> None:
+        tensors.update({name.replace("__", "."): np.ones(shape, dtype) for name, shape in more.items()})
+
+    return change
+
+
+# --- files ---
+
+
+def sharded(folder: Path, config: dict, tensors: Tensors, parts: int = 3) -> dict[str, Tensors]:
+    """Stored in parts with an index: {file: tensors}."""
+    names, files = sorted(tensors), {}
+    for i in range(parts):
+        file = f"model-{i + 1:05d}-of-{parts:05d}.safetensors"
+        files[file] = {n: tensors[n] for n in names[i::parts]}
+        store(folder, config, files[file], file)
+    index = {"metadata": {}, "weight_map": {n: file for file, own in files.items() for n in own}}
+    (folder / INDEX).write_text(json.dumps(index))
+    return files
+
+
+def part_missing(folder, config, tensors):
+    sharded(folder, config, tensors)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    return True
+
+
+def no_index(folder, config, tensors):
+    sharded(folder, config, tensors)
+    (folder / INDEX).unlink()
+    return True
+
+
+def no_index_part_missing(folder, config, tensors):
+    part_missing(folder, config, tensors)
+    (folder / INDEX).unlink()
+    return True
+
+
+def index_that_errs(folder, config, tensors):
+    """Every tensor is said to lie in the first part; that of another model is promised."""
+    files = sharded(folder, config, tensors)
+    first = min(files)
+    weight_map = dict.fromkeys([*tensors, "model.layers.7.mlp.up_proj.weight"], first)
+    weight_map |= {f"nowhere.{i}": file for i, file in enumerate(files)}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return True
+
+
+def stale_index(folder, config, tensors):
+    """The parts of another model, in whose folder a merged one was saved as one file."""
+    sharded(folder, config, {n: x + 1 for n, x in tensors.items()})
+    store(folder, config, tensors)
+
+
+def beside(*files: str) -> Callable:
+    def change(folder: Path, config: dict, tensors: Tensors) -> None:
+        for file in files:
+            (folder / file).write_bytes(b"x")
+
+    return change
+
+
+def pickled(folder, config, tensors):
+    store(folder, config, {})
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    return True
+
+
+def lfs(folder, config, tensors):
+    store(folder, config, {})
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    return True
+
+
+def other_name(folder, config, tensors):
+    store(folder, config, tensors, "weights.safetensors")
+    return True
+
+
+def adapter_only(folder, config, tensors):
+    (folder / "adapter_config.json").write_text("{}")
+    return True
+
+
+def other_head(folder, config, tensors):
+    config["tie_word_embeddings"] = True
+
+
+def same_head(folder, config, tensors):
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+
+
+def unmerged(folder, config, tensors):
+    name = "model.layers.0.self_attn.q_proj."
+    tensors[name + "base_layer.weight"] = tensors.pop(name + "weight")
+    tensors[name + "lora_A.default.weight"] = np.ones((2, 16), np.float32)
+
+
+def buffers_of_gpt2(folder, config, tensors):
+    renamed("")(folder, config, tensors)
+    for i in range(2):
+        tensors[f"h.{i}.attn.bias"] = np.ones((1, 1, 64, 64), np.uint8)
+        tensors[f"h.{i}.attn.masked_bias"] = np.float32(-1e4)
+
+
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+FOLDERS = {
+    "attention_bias and mlp_bias": Case("biases", config_with()),
+    "attention_bias that the file lacks": Case(
+        "llama", config_with(attention_bias=True), error=r"missing model\.layers\.0\.self_attn\.\w_proj\.bias"
+    ),
+    "a bias that the config lacks": Case("biases", config_with(mlp_bias=False), error="unexpected .*mlp.*bias"),
+    "mistral knows no attention_bias": Case("mistral", config_with(attention_bias=True)),
+    "no model_type": Case("qwen2", config_with(model_type=None)),
+    "names of the attribute map": Case(
+        "gpt2", config_with(n_embd=None, n_layer=None, hidden_size=16, num_hidden_layers=2, n_inner=None)
+    ),
+    "quick_gelu": Case("llama", config_with(hidden_act="quick_gelu"), {"act": "gelu_sigmoid"}),
+    "a bare gpt2 with its masks": Case("gpt2", buffers_of_gpt2),
+    "saved by torch.compile": Case("qwen3", renamed("_orig_mod.model.", "_orig_mod.lm_head.weight")),
+    "llava": Case(
+        "llama", multimodal("llava", "language_model.model.", "language_model.lm_head.weight"), said="3 x vision_tower"
+    ),
+    "qwen2-vl": Case(
+        "qwen2", multimodal("qwen2_vl", "model.language_model.", "lm_head.weight", text="qwen2_vl_text"), said="vision"
+    ),
+    "smolvlm": Case("llama", multimodal("smolvlm", "model.text_model.", "lm_head.weight"), said="vision"),
+    "a text part of no family here": Case(
+        "llama", multimodal("mllama", "language_model.model.", "lm_head.weight", text="mllama_text_model"),
+        error="'mllama_text_model' is not computed here",
+    ),
+    "a tied table that differs": Case("llama", other_head, said="ties the head .* is used"),
+    "a tied table twice": Case("tied", same_head),
+    "another head": Case("llama", with_tensors(score__weight=(2, 16)), said="does not use score.weight"),
+    "layers of multi-token prediction": Case(
+        "llama", with_tensors(model__layers__2__mlp__up_proj__weight=(24, 16)), said=r"model\.layers\.2\.mlp"
+    ),
+    "scales of a cache": Case(
+        "llama", with_tensors(model__layers__0__self_attn__k_scale=(1,)), said=r"layers\.0\.self_attn\.k_scale"
+    ),
+    "bitsandbytes in the config only": Case("llama", config_with(quantization_config=BNB), said="bitsandbytes"),
+    "absmax beside floats": Case(
+        "llama", with_tensors(model__layers__0__mlp__up_proj__weight__absmax=(6,)), said="up_proj.weight.absmax"
+    ),
+    "adapters that are not merged": Case("llama", unmerged, error="merge_and_unload"),
+    "a folder with an adapter alone": Case("llama", adapter_only, error="name its base"),
+    "sharded": Case("llama", sharded),
+    "a part is missing": Case("llama", part_missing, error="1 of 3 parts are missing: model-00002-of-00003"),
+    "parts without an index": Case("llama", no_index),
+    "parts without an index, one missing": Case("llama", no_index_part_missing, error="00002-of-00003"),
+    "an index that errs": Case("llama", index_that_errs),
+    "one file beside an old index": Case("llama", stale_index, said="model-00001-of-00003.safetensors"),
+    "a trainer's files": Case("llama", beside("training_args.bin", "optimizer.pt", "rng_state_0.pth", "x.gguf")),
+    "the same weights as a pickle": Case("llama", beside("pytorch_model.bin")),
+    "a head in a file of its own": Case("llama", beside("value_head.safetensors"), said="value_head.safetensors"),
+    "a pickle": Case("llama", pickled, error=r"pickled weights only.*from_pretrained\('.*'\)\.save_pretrained"),
+    "a pointer of git-lfs": Case("llama", lfs, error="git lfs pull"),
+    "a file of another name": Case("llama", other_name, error="it holds weights.safetensors"),
+}  # fmt: skip
+CASES = FOLDERS
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_checkpoint(name, tmp_path, caplog):
+    case = CASES[name]
+    model, params = made(case, tmp_path / "m")
+    if case.error:
+        with pytest.raises(UserError, match=case.error) as error:
+            opened = open_pretrained(tmp_path / "m")
+            opened.load(Transformer(opened.config).specs)
+        assert "\n" not in str(error.value)
+        return
+    with caplog.at_level(logging.WARNING):
+        opened = open_pretrained(tmp_path / "m")
+        got = opened.load(Transformer(opened.config).specs)
+    assert opened.config == dataclasses.replace(model.config, **case.differs)
+    weights.map_named(lambda path, x, y: np.testing.assert_array_equal(x, y, path), params, got)
+    lines = [r.getMessage() for r in caplog.records]
+    if not case.said:
+        assert not lines
+    else:
+        assert len(lines) == 1 and "\n" not in lines[0]
+        assert re.search(case.said, lines[0]), lines
