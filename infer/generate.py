@@ -202,7 +202,7 @@ def prefill(model: Transformer, params: Params, batch: Padded, room: int, kind: 
 def check(model: Transformer, params: Params, prompts: Prompts, n: int) -> None:
     """Raises UserError for prompts that cannot be continued by `n` tokens."""
     needs_causal(model)
-    limit, vocab = model.config.max_len - virtual_tokens(params), model.config.vocab_size
+    limit, vocab = model.config.context - virtual_tokens(params), model.config.vocab_size
     if n < 1:
         raise UserError(f"max_new_tokens={n}", fix="at least 1")
     for i, prompt in enumerate(prompts):

@@ -17,7 +17,7 @@ from infer.generate import bucket, generate, needs_causal, stream, unrolled
 from infer.serve.store import Store
 from model.config import ModelConfig
 from model.net import head
-from model.net.transformer import Transformer
+from model.net.transformer import Transformer, virtual_tokens
 from model.weights import Params
 
 Message = dict[str, Any]
@@ -128,7 +128,7 @@ class LM:
 
     def logits(self, tokens: Any) -> Array:
         """[B,T,V] in float32 of token ids [B,T]; [T,V] of [T]."""
-        self._check(np.asarray(tokens))
+        self._check(np.asarray(tokens), np.shape(tokens)[-1])
         tokens = jnp.asarray(tokens, jnp.int32)
         return _logits(self.model, self.params, tokens) if tokens.ndim == 2 else self.logits(tokens[None])[0]
 
@@ -141,7 +141,7 @@ class LM:
         rows = []
         for text in [texts] if isinstance(texts, str) else texts:
             ids = self.encode(text)
-            size = min(WINDOW, self.config.max_len)
+            size = min(WINDOW, self.config.context)
             windows = (ids[at : at + size + 1] for at in range(0, len(ids) - 1, size))
             rows += [(window[:1], window[1:]) for window in windows]
         tokens = sum(len(scored) for _, scored in rows)
@@ -158,12 +158,16 @@ class LM:
         sums = self._sums(rows)
         return [(float(total), len(scored)) for total, (_, scored) in zip(sums, rows, strict=True)]
 
-    def _check(self, ids: np.ndarray) -> None:
-        """Raises UserError for ids that the model has no vector for: a lookup would give nan, or another token's."""
+    def _check(self, ids: np.ndarray, longest: int) -> None:
+        """Raises UserError for ids that the model has no vector for, where a lookup would give nan or another token's,
+        and for a row that is longer than a table of learned positions."""
         size = self.config.vocab_size
         if ids.size and not 0 <= ids.min() <= ids.max() < size:
             odd = int(ids.max() if ids.max() >= size else ids.min())
             raise UserError(f"token id {odd} is outside the model's vocabulary of {size}", fix="use its own tokenizer")
+        if self.config.position == "learned" and longest + virtual_tokens(self.params) > self.config.max_len:
+            what = f"{longest} tokens in a row exceed the model's {self.config.max_len} learned positions"
+            raise UserError(what, "tokens", "shorten the text")
 
     def _split(self, prompt: Prompt, completion: str) -> tuple[list[int], list[int]]:
         before = self.encode(prompt)
@@ -175,10 +179,11 @@ class LM:
     def _sums(self, rows: list[tuple[list[int], list[int]]]) -> np.ndarray:
         """Sum of log p of each row's second part; rows of like length share a forward pass."""
         needs_causal(self.model)
-        self._check(np.fromiter((i for row in rows for part in row for i in part), np.int64))
-        sums = np.zeros(len(rows))
-        for batch in _batches([len(a) + len(b) for a, b in rows], BATCH_TOKENS):
-            sums[batch] = _sum_logps(self.model, self.params, _teach([rows[i] for i in batch]))[: len(batch)]
+        sums, lengths = np.zeros(len(rows)), [len(a) + len(b) for a, b in rows]
+        self._check(np.fromiter((i for row in rows for part in row for i in part), np.int64), max(lengths))
+        most = self.config.max_len if self.config.position == "learned" else None
+        for batch in _batches(lengths, BATCH_TOKENS):
+            sums[batch] = _sum_logps(self.model, self.params, _teach([rows[i] for i in batch], most))[: len(batch)]
         return sums
 
 
@@ -213,8 +218,10 @@ class Taught(NamedTuple):
     segments: np.ndarray  # 0: padding, which a model that looks both ways must not see
 
 
-def _teach(rows: list[tuple[list[int], list[int]]]) -> Taught:
-    shape = bucket(len(rows)), bucket(max(len(a) + len(b) for a, b in rows), 16)
+def _teach(rows: list[tuple[list[int], list[int]]], most: int | None) -> Taught:
+    """Rows of at most `most` columns, unless it is None."""
+    width = bucket(max(len(a) + len(b) for a, b in rows), 16)
+    shape = bucket(len(rows)), min(width, most or width)
     tokens, targets, mask, segments = (np.zeros(shape, t) for t in (np.int32, np.int32, np.float32, np.int32))
     for i, (before, scored) in enumerate(rows):
         if not before:

@@ -13,14 +13,16 @@ import pytest
 from safetensors.numpy import save_file
 
 from common.errors import UserError
+from infer.lm import LM
 from model import weights
 from model.config import ModelConfig
 from model.io import export
 from model.io.pretrained import open_pretrained
 from model.net.transformer import Transformer
 from tests.test_pretrained import random_model
+from train import main
 
-TINY = ModelConfig(vocab_size=48, layers=2, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=24, max_len=64)
+TINY = ModelConfig(vocab_size=272, layers=2, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=24, max_len=64)
 SHAPES = {
     "llama": TINY,
     "biases": dataclasses.replace(TINY, bias="all"),
@@ -51,6 +53,7 @@ class Case:
     differs: dict = dataclasses.field(default_factory=dict)
     error: str = ""
     said: str = ""
+    context: int = 64
 
 
 def store(folder: Path, config: dict, tensors: Tensors, name: str = "model.safetensors") -> None:
@@ -274,7 +277,54 @@ FOLDERS = {
     "a pointer of git-lfs": Case("llama", lfs, error="git lfs pull"),
     "a file of another name": Case("llama", other_name, error="it holds weights.safetensors"),
 }  # fmt: skip
-CASES = FOLDERS
+
+
+# --- rope, in every spelling ---
+
+
+def rope(context: int, changes: dict, said: str = "", error: str = "", shape: str = "llama", **scaling) -> Case:
+    """A config with these keys, that stands for a context of so many positions and the scaling."""
+    pairs = tuple(sorted(scaling.items()))
+    return Case(shape, config_with(**changes), {"rope_scaling": pairs}, error, said, context)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+KEY = "original_max_position_embeddings"
+ROPE = {
+    "yarn, Qwen's recipe": rope(
+        256, dict(rope_scaling={"type": "yarn", "factor": 4.0, KEY: 64}), **YARN | {KEY: 64}
+    ),
+    "yarn, max_position_embeddings grown already": rope(64, dict(rope_scaling=YARN), **YARN),
+    "yarn, original length beside": rope(
+        64, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, KEY: 16}, **YARN
+    ),
+    "yarn without a factor": rope(64, dict(rope_scaling={"type": "yarn", KEY: 16, "factor": None}), **YARN),
+    "yarn without an original length": rope(
+        256, dict(rope_scaling={"type": "yarn", "factor": 4.0}), rope_type="yarn", factor=4.0
+    ),
+    "linear": rope(128, dict(rope_scaling={"type": "linear", "factor": 2.0}), rope_type="linear", factor=2.0),
+    "dynamic": rope(128, dict(rope_scaling={"type": "dynamic", "factor": 2}), rope_type="dynamic", factor=2),
+    "both names of the type": rope(
+        128, dict(rope_scaling={"type": "linear", "rope_type": "linear", "factor": 2.0}), rope_type="linear", factor=2.0
+    ),
+    "rope_parameters": rope(
+        64, dict(rope_theta=None, rope_scaling=None, rope_parameters=YARN | {"rope_theta": 1e4}), **YARN
+    ),
+    "rope_scaling goes before rope_parameters": rope(
+        64, dict(rope_scaling=YARN, rope_parameters={"rope_type": "default", "rope_theta": 1e4}), **YARN
+    ),
+    "llama3": rope(64, dict(rope_scaling=LLAMA3 | {KEY: 32}), **LLAMA3 | {KEY: 32}),
+    "llama3 without an original length": rope(64, dict(rope_scaling=LLAMA3), **LLAMA3 | {KEY: 64}),
+    "default said aloud": rope(64, dict(rope_scaling={"rope_type": "default"}, rope_parameters=None)),
+    "mrope": rope(
+        64, dict(rope_scaling={"type": "mrope", "mrope_section": [2, 1, 1]}, model_type="qwen2_vl"), shape="qwen2"
+    ),
+    "a part of the head": rope(0, dict(partial_rotary_factor=0.25), error="part of the head"),
+    "longrope": rope(0, dict(rope_scaling={"type": "longrope", "long_factor": [1.0]}), error="rope type 'longrope'"),
+    "linear without a factor": rope(0, dict(rope_scaling={"type": "linear"}), error="needs the number factor"),
+}  # fmt: skip
+CASES = FOLDERS | ROPE
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -291,6 +341,7 @@ def test_checkpoint(name, tmp_path, caplog):
         opened = open_pretrained(tmp_path / "m")
         got = opened.load(Transformer(opened.config).specs)
     assert opened.config == dataclasses.replace(model.config, **case.differs)
+    assert opened.config.context == case.context
     weights.map_named(lambda path, x, y: np.testing.assert_array_equal(x, y, path), params, got)
     lines = [r.getMessage() for r in caplog.records]
     if not case.said:
@@ -298,3 +349,38 @@ def test_checkpoint(name, tmp_path, caplog):
     else:
         assert len(lines) == 1 and "\n" not in lines[0]
         assert re.search(case.said, lines[0]), lines
+
+
+# --- positions beyond the table ---
+
+
+def test_rows_beyond_the_context_are_an_error_before_the_first_step(tmp_path, capsys):
+    """64 positions of gpt2; with YARN 256, less the tokens of a prompt."""
+    made(Case("gpt2", config_with()), tmp_path / "gpt2")
+    made(CASES["yarn, Qwen's recipe"], tmp_path / "yarn")
+
+    def plan(name: str, length: int, *more: str) -> str:
+        model = [f"--config.init={tmp_path / name}", "--config.model.shape=", "--config.data.tokenizer=bytes"]
+        code = main.main(["--config=configs/sft/tiny.py", "--plan", *model, f"--config.data.seq_len={length}", *more])
+        said = capsys.readouterr()
+        assert (code == 2) == bool(said.err)
+        return said.err
+
+    assert "rows of 65 tokens exceed the model's context of 64" in plan("gpt2", 65)
+    assert not plan("gpt2", 64)
+    assert not plan("yarn", 250)
+    assert "rows of 250 tokens exceed the model's context of 248" in plan(
+        "yarn", 250, "--config.peft.name=prompt", "--config.peft.tokens=8"
+    )
+
+
+def test_a_text_as_long_as_the_table(tmp_path):
+    model, params = made(Case("gpt2", config_with()), tmp_path / "m")
+    config = dataclasses.replace(model.config, max_len=40)
+    params["position"]["table"] = params["position"]["table"][:40]
+    lm = LM(Transformer(config), params, None)
+    rows = [([1], list(range(2, 41))), ([1], [2])]
+    sums = lm._sums(rows)
+    assert np.isfinite(sums).all()
+    with pytest.raises(UserError, match="41 tokens in a row exceed the model's 40 learned positions"):
+        lm.logits(np.arange(41))

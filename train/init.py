@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.types import Config
 from model import build, heads, weights
 from model.net import backends
-from model.net.transformer import Transformer
+from model.net.transformer import Transformer, virtual_tokens
 from model.peft import saved as saved_adapter
 from model.weights import Params
 from train import mesh as meshes
@@ -63,6 +63,7 @@ def blueprint(cfg: Config, model: Transformer, mesh: Mesh | AbstractMesh) -> Blu
         axes[name] = weights.axes(abstract[name], network.specs)
         if other := role.shares or ("policy" if role.kind == "initial" else ""):
             shares[name] = other
+    _check_positions(cfg, model, abstract.get("policy", {}))
     places = meshes.shardings(axes, abstract, mesh)
     train, _ = _halves(objective.roles, abstract, mask, shares)
     tx = optimizer(cfg.optim, cfg.steps, train, specs)
@@ -76,6 +77,14 @@ def blueprint(cfg: Config, model: Transformer, mesh: Mesh | AbstractMesh) -> Blu
     opt_places = _like_params(state.opt_state, state.params, train_places, shardings.opt_state)
     shardings = shardings.replace(params=train_places, frozen=frozen_places, opt_state=opt_places)
     return Blueprint(model, objective, transform, tx, mask, state, shardings, mesh, attention)
+
+
+def _check_positions(cfg: ConfigDict, model: Transformer, policy: Params) -> None:
+    """Raises UserError for rows that are longer than the model's context."""
+    room = model.config.context - virtual_tokens(policy)
+    if cfg.data.seq_len > room:
+        what = f"rows of {cfg.data.seq_len} tokens exceed the model's context of {room}"
+        raise UserError(what, "config.data.seq_len", f"at most {room}")
 
 
 def _abstract(network: Transformer, role: Role, transform: Callable[[Params, Array], Params]) -> Params:

@@ -116,7 +116,7 @@ class Batcher:
             raise UserError("a prefix or a trained prompt cannot share a batch", "model", "use tools.chat")
         if others := without_columns(lm.config.blocks):
             raise UserError(f"{others[0]} layers keep a state, which is no ring", "model", "use tools.chat")
-        self.lm, self.length, self.limit = lm, min(length, lm.config.max_len), waiting
+        self.lm, self.length, self.limit = lm, min(length, lm.config.context), waiting
         self.rows: list[Request | None] = [None] * rows
         self.waiting: deque[Request] = deque()
         self.changed = threading.Condition()

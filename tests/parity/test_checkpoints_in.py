@@ -14,6 +14,7 @@ from tests.test_checkpoints_in import CASES, made  # noqa: E402
 pytestmark = pytest.mark.parity
 # transformers needs bitsandbytes, an index or its own class of multimodal models for these.
 ELSEWHERE = {
+    "mrope",
     "bitsandbytes in the config only", "parts without an index", "no model_type", "saved by torch.compile", "llava",
     "qwen2-vl", "smolvlm",
 }  # fmt: skip
