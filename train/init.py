@@ -79,7 +79,7 @@ def blueprint(cfg: Config, model: Transformer, mesh: Mesh | AbstractMesh) -> Blu
     return Blueprint(model, objective, transform, tx, mask, state, shardings, mesh, attention)
 
 
-def _check_positions(cfg: ConfigDict, model: Transformer, policy: Params) -> None:
+def _check_positions(cfg: Config, model: Transformer, policy: Params) -> None:
     """Raises UserError for rows that are longer than the model's context."""
     room = model.config.context - virtual_tokens(policy)
     if cfg.data.seq_len > room:
