@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test slow parity tpu gpu cloud plan lint clean
+.PHONY: demo test slow chaos parity tpu gpu cloud plan lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m tools.demo
@@ -15,6 +15,9 @@ test: $(VENV)/ready
 
 slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not parity"
+
+chaos: $(VENV)/ready
+	$(BIN)/python -m tests.chaos --seconds=$(or $(SECONDS),1800)
 
 parity: $(VENV)/parity
 	$(BIN)/python -m pytest -q -m parity
