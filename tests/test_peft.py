@@ -299,6 +299,22 @@ def test_a_peft_folder_gives_back_what_was_written(small, method, tmp_path):
     jax.tree.map(same, *(weights.partition(p, weights.trainable(p, "adapters"))[0] for p in (wanted, again)))
 
 
+def test_tensors_for_modules_that_the_config_does_not_name_stay_unused(small, tmp_path, caplog):
+    """As in PEFT, which this says in a line; and a pickle is refused with what converts it."""
+    model, params = small
+    wanted = adapted(small, MAKES["lora"])
+    peft_write.write(tmp_path / "out", model, wanted)
+    spoil(tmp_path / "out", exclude_modules=r".*\.layers\.0\..*")
+    out = peft_read.read(tmp_path / "out")(params, model.specs, jax.random.key(0))
+    found = out["layers"]["attn"]["wq"].b
+    np.testing.assert_array_equal(found[0], 0)
+    np.testing.assert_allclose(found[1], wanted["layers"]["attn"]["wq"].b[1], rtol=1e-6)
+    assert "does not name the modules of" in caplog.text and "layers.0.self_attn.q_proj.lora_A.weight" in caplog.text
+    (tmp_path / "out" / peft_read.TENSORS).rename(tmp_path / "out/adapter_model.bin")
+    with pytest.raises(UserError, match="pickle only.*save_file"):
+        peft_read.read(tmp_path / "out")
+
+
 def test_bottleneck_adapters_have_no_peft_format(small, tmp_path):
     with pytest.raises(UserError, match="no format for these adapters: Bottleneck"):
         peft_write.write(tmp_path / "out", small[0], adapted(small, MAKES["parallel"]))
@@ -313,7 +329,10 @@ def spoil(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bias": "all"}, "bias='all' changes the result"),
+        ({"lora_bias": True}, "lora_bias=True changes the result"),
+        ({"bias": "some"}, "bias='some' is no choice of PEFT"),
+        ({"alpha_pattern": {"(a+)+$": 3}}, "repeats what repeats"),
+        ({"target_modules": "("}, "is not used: missing"),
         ({"a_field_of_tomorrow": 3}, "a_field_of_tomorrow=3 changes the result"),
         ({"init_lora_weights": "pissa"}, "changes the base itself"),
         ({"peft_type": "LOHA"}, "PEFT type 'LOHA' is not computed here"),

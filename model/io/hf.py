@@ -37,7 +37,7 @@ BODIES = (
     "llm.model.", "llm.", "model.llm.",
 )  # fmt: skip
 WRAPPERS = ("", "module.", "_orig_mod.", "model._orig_mod.")
-FIRST = re.compile(r"(.*?)(?:embed_tokens\.weight.*|wte\.weight|layers\.0\..*|h\.0\..*)")
+FIRST = re.compile(r"(.*?)(?:embed_tokens\.weight.*|wte\.weight|layers\.\d+\..*|h\.\d+\..*)")
 TEXT = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "qwen2_5_omni": "qwen2"}  # or with _text
 
 

@@ -1,5 +1,7 @@
-"""Adapters of PEFT: a folder with adapter_config.json and adapter_model.safetensors, as a Transform. Written by
-model/adapters_write.py.
+"""Adapters of PEFT: a folder with adapter_config.json and adapter_model.safetensors, as a Transform.
+
+What they do is what PEFT does with them: its config says which modules they are for, and what the file holds for others
+stays unused, which is said in a line. Written by model/io/peft_write.py.
 """
 
 import re
@@ -11,22 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import paths
+from common import paths, regexes
 from common.errors import UserError
 from model import weights
+from model.config import in_layers
 from model.families import _layout as layout
 from model.families._layout import Key
 from model.io import hf
-from model.io.pretrained import families, family
+from model.io.pretrained import IGNORED, families, family, report
 from model.net.kinds import without_columns
 from model.peft.dora import DoRA, measure
 from model.peft.ia3 import IA3
-from model.peft.lora import LoRA, factors, first_match, scale_of
+from model.peft.lora import LoRA, factors, scale_of
 from model.peft.oft import OFT, block_of
 from model.peft.prefix import Prefix, with_prefix
 from model.peft.prompt import Prompt
 from model.weights import Params, Spec, Specs, Transform
 
+MAGNITUDE = ".lora_magnitude_vector"
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ROOT = "base_model.model."
 HEAD = "BTD,VD->BTV"  # a tied table as an unembedding
@@ -34,51 +38,130 @@ HEAD = "BTD,VD->BTV"  # a tied table as an unembedding
 # Fields of adapter_config.json that say where an adapter came from, or what its tensors show anyway.
 HARMLESS = {
     "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "feedforward_modules", "r",
-    "rank_pattern", "fan_in_fan_out", "ensure_weight_tying", "megatron_config", "megatron_core", "runtime_config",
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "init_ia3_weights",
-    "init_weights", "oft_block_size", "module_dropout", "eps",
+    "feedforward_modules", "r", "rank_pattern", "fan_in_fan_out", "ensure_weight_tying", "megatron_config",
+    "megatron_core", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "qalora_group_size", "init_ia3_weights", "init_weights", "oft_block_size", "module_dropout", "eps",
     "num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules",
-    "encoder_hidden_size", "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_text",
-    "tokenizer_name_or_path", "tokenizer_kwargs",
+    "encoder_hidden_size", "encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout",
+    "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
+    "tokenizer_kwargs",
 }  # fmt: skip
 # Fields that are computed here; every other one must be unset.
+WRAPS = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"}
+LORA = {"lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "init_lora_weights"}
 KNOWN = {
-    "LORA": {"lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "init_lora_weights"},
-    "IA3": set(),
-    "OFT": {"use_cayley_neumann", "num_cayley_neumann_terms"},
+    "LORA": WRAPS | LORA | {"trainable_token_indices"},
+    "IA3": WRAPS,
+    "OFT": WRAPS | {"use_cayley_neumann", "num_cayley_neumann_terms"},
     "PREFIX_TUNING": set(),
     "PROMPT_TUNING": set(),
+    "P_TUNING": set(),
 }
+VIRTUAL = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+TOKENS = ".token_adapter.trainable_tokens_delta"
+PICKLE, CONVERT = (
+    "adapter_model.bin",
+    (
+        "python -c \"import torch; from safetensors.torch import save_file; p = '{}/adapter_model'; save_file({{k: "
+        "v.contiguous() for k, v in torch.load(p + '.bin', weights_only=True).items()}}, p + '.safetensors')\""
+    ),
+)
 UNSET = (None, False, 0, "none", [], {})
 INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base when PEFT loads them
 
 
 class Folder:
-    """A PEFT folder: its config, checked, and its tensors, each of which must be asked for."""
+    """A PEFT folder: its config, checked, and its tensors under the names of a causal model, each to be asked for."""
 
     def __init__(self, path: Path):
-        from safetensors import SafetensorError, safe_open
-
         paths.regular(path)
         self.path, self.config, self.used = path, hf.read_json(path / CONFIG), set()
         self.kind = self.config.get("peft_type")
-        if self.kind not in KNOWN:
-            raise UserError(f"PEFT type {self.kind!r} is not computed here; known: {', '.join(KNOWN)}", str(path))
-        for field, value in self.config.items():
-            if field not in HARMLESS | KNOWN[self.kind] and value not in UNSET:
-                raise UserError(f"{field}={value!r} changes the result and is not computed here", str(path / CONFIG))
-        if self.config.get("init_lora_weights", True) not in INITS:
-            what = f"init_lora_weights={self.config['init_lora_weights']!r} changes the base itself"
-            raise UserError(what, str(path / CONFIG), "save it with path_initial_model_for_weight_conversion")
-        try:
-            with safe_open(path / TENSORS, framework="np") as file:
-                self.tensors = {n: np.asarray(file.get_tensor(n), np.float32) for n in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"not a readable safetensors file ({error})", str(path / TENSORS)) from None
+        self._check()
+        self._patterns: dict[str, re.Pattern] = {}
+        tensors = {name.removesuffix(".weight") if MAGNITUDE in name else name: x for name, x in self._read().items()}
+        before = {m[1] for n in tensors if (m := hf.FIRST.fullmatch(n.removeprefix(ROOT)))}
+        self.body = next((b for b in hf.BODIES if b in before), "model.")  # of a multimodal base perhaps
+        self.unused = sorted(n for n in tensors if self.kind not in VIRTUAL and not self._wanted(n))
+        self.tensors = {self._renamed(n): x for n, x in tensors.items() if n not in self.unused}
         vectors = {n: x for n, x in self.tensors.items() if n.endswith(".ia3_l")}
         self.inputs = {n for n, x in vectors.items() if x.shape[0] == 1}  # [1, in]; outputs are [out, 1]
         self.tensors |= {n: x.reshape(-1) for n, x in vectors.items()}
+
+    def _check(self) -> None:
+        """Raises UserError for a config that asks for what is not computed here."""
+        path = str(self.path / CONFIG)
+        if self.kind not in KNOWN:
+            known = ", ".join(KNOWN)
+            raise UserError(f"PEFT type {self.kind!r} is not computed here; known: {known}", str(self.path))
+        for field, value in self.config.items():
+            if field not in HARMLESS | KNOWN[self.kind] and value not in UNSET:
+                raise UserError(f"{field}={value!r} changes the result and is not computed here", path)
+        if self.config.get("init_lora_weights", True) not in INITS:
+            what = f"init_lora_weights={self.config['init_lora_weights']!r} changes the base itself"
+            raise UserError(what, path, "save it with path_initial_model_for_weight_conversion")
+        if self.config.get("bias", "none") not in ("none", "all", "lora_only", "oft_only"):
+            raise UserError(f"bias={self.config['bias']!r} is no choice of PEFT", path)
+
+    def _read(self) -> dict[str, np.ndarray]:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path / TENSORS
+        if not path.exists() and (self.path / PICKLE).exists():
+            what, fix = "holds a pickle only, which can run code when opened", CONVERT.format(self.path)
+            raise UserError(what, str(self.path), f"if you trust it: {fix}")
+        try:
+            with safe_open(path, framework="np") as file:
+                return {n: np.asarray(file.get_tensor(n), np.float32) for n in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, TypeError) as error:
+            fix = "git lfs pull" if path.exists() and hf.is_pointer(path) else ""
+            raise UserError(f"not a readable safetensors file ({error})", str(path), fix) from None
+
+    def _renamed(self, name: str) -> str:
+        """The name in a causal model alone of a tensor in the text part of another."""
+        inner = name.removeprefix(ROOT)
+        if self.body in ("model.", "transformer.") or not inner.startswith(self.body):
+            head = inner.startswith("lm_head.") or not re.match(r"(.*\.)?lm_head\.", inner)
+            return name if head else ROOT + inner[inner.index("lm_head.") :]
+        return f"{ROOT}model.{inner.removeprefix(self.body)}"
+
+    def _wanted(self, name: str) -> bool:
+        """Whether PEFT has a place for a tensor: in an adapter of a module that the config names, or in a copy."""
+        module = re.sub(
+            r"\.(lora_|ia3_l|oft_R|token_adapter|base_layer).*|\.(weight|bias)$", "", name.removeprefix(ROOT)
+        )
+        adapter = re.search(r"\.(lora_|ia3_l|oft_R)", name)
+        return self.targets(module) if adapter else True
+
+    def targets(self, module: str) -> bool:
+        """Whether the config names a module, as PEFT reads it."""
+        names, without = self.config.get("target_modules"), self.config.get("exclude_modules")
+        copies = self.config.get("modules_to_save") or []
+        if any(self._match(rf"(^|.*\.){name}($|\..*)", module) for name in copies):
+            return False
+        if without and (self._match(without, module) if isinstance(without, str) else _ends(module, without)):
+            return False
+        if not names:
+            return True
+        if isinstance(names, str):
+            linear = not re.search(r"(^|\.)(lm_head|embed_tokens|wte|wpe)$", module)
+            return linear if names.lower() == "all-linear" else bool(self._match(names, module))
+        return module in names or (_ends(module, names) and self._in_layers(module))
+
+    def _in_layers(self, module: str) -> bool:
+        """Whether a module lies in one of `layers_to_transform`, if the config has them."""
+        chosen, patterns = self.config.get("layers_to_transform"), self.config.get("layers_pattern")
+        if chosen is None or chosen == []:
+            return True
+        patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
+        found = (self._match(rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\..*", module) for p in patterns)
+        match = next((m for m in found if m), None)
+        return bool(match) and int(match["idx"]) in ([chosen] if isinstance(chosen, int) else chosen)
+
+    def _match(self, pattern: str, text: str) -> re.Match | None:
+        if pattern not in self._patterns:
+            self._patterns[pattern] = regexes.bounded(pattern, str(self.path / CONFIG))
+        return self._patterns[pattern].fullmatch(text)
 
     def get(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray | None:
         """A tensor, None when it is not there. Raises UserError for another shape; None in `shape` is any size."""
@@ -92,10 +175,11 @@ class Folder:
     def alpha(self, module: str) -> float:
         """PEFT's lora_alpha of a module: the first pattern that its name ends with."""
         patterns = self.config.get("alpha_pattern") or {}
+        module = self.body + module.removeprefix("model.") if self.body != "transformer." else module
         try:
-            rules = tuple((rf"(.*\.)?({pattern})", value) for pattern, value in patterns.items())
-            return float(first_match(rules, module, self.config.get("lora_alpha", 8)))
-        except (re.error, TypeError, ValueError) as error:
+            found = (value for p, value in patterns.items() if self._match(rf"(.*\.)?({p})", module))
+            return float(next(found, self.config.get("lora_alpha", 8)))
+        except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"alpha_pattern: {error}", str(self.path / CONFIG)) from None
 
     def keys(self) -> dict[str, Key]:
@@ -106,6 +190,10 @@ class Folder:
             if all(name.startswith(known) for name in found):
                 return keys
         raise UserError("its modules are those of no family computed here", str(self.path / TENSORS))
+
+
+def _ends(module: str, names: Any) -> bool:
+    return isinstance(names, list) and any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def read(path: str | Path) -> Transform:
@@ -122,12 +210,15 @@ def read(path: str | Path) -> Transform:
         sizes = {}
         for spec in jax.tree.leaves(specs, is_leaf=weights.is_spec):
             sizes |= zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :]) if spec.eqn else {}
-        if folder.kind in ("PREFIX_TUNING", "PROMPT_TUNING"):
+        if "position" in specs:
+            sizes["P"] = specs["position"]["table"].shape[0]
+        if folder.kind in VIRTUAL:
             out = _virtual(folder, params, specs)
         else:
             out = weights.replace(params, specs, lambda n, w, s: _leaf(folder, keys, sizes, specs, n, w, s))
-        if strange := sorted(folder.tensors.keys() - folder.used):
+        if strange := sorted(n for n in folder.tensors.keys() - folder.used if not IGNORED.fullmatch(n)):
             raise UserError(f"{strange[0]} has no place in this model", str(folder.path / TENSORS))
+        report("the adapter's config does not name the modules of", folder.unused, str(folder.path))
         return out
 
     return transform
@@ -135,7 +226,7 @@ def read(path: str | Path) -> Transform:
 
 def _virtual(folder: Folder, params: Params, specs: Specs) -> Params:
     layers, embed, heads, dim = specs["layers"]["attn"]["wk"].shape
-    prompt = folder.kind == "PROMPT_TUNING"
+    prompt = folder.kind != "PREFIX_TUNING"
     flat = folder.get("prompt_embeddings", (None, embed if prompt else layers * 2 * heads * dim))
     if flat is None:
         raise UserError("holds no prompt_embeddings", str(folder.path / TENSORS))
@@ -146,28 +237,82 @@ def _virtual(folder: Folder, params: Params, specs: Specs) -> Params:
 
 
 def _leaf(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base: Any, spec: Spec | None) -> Any:
-    """A parameter with its adapter, when the folder has one for it."""
-    if spec is None or not spec.eqn or path not in keys:
+    """A parameter with what the folder has for it."""
+    if spec is None or path not in keys:
         return base
+    if path == "embed/table" and "unembed" not in specs:
+        return _tied_table(folder, keys, sizes, specs, base, spec)
+    base = _own(folder, keys[path], sizes, path, base, spec)
+    if path in ("embed/table", "unembed/table"):
+        base = _tokens(folder, keys[path], base, spec)
+    if not spec.eqn:
+        return _scaled_bias(folder, keys, sizes, specs, path, base) if folder.kind == "IA3" else base
     if not spec.stacked and folder.kind != "LORA":
         return base
-    if not spec.stacked:
-        own = _read(folder, keys[path], sizes, _names(keys[path], spec, ".base_layer.weight"))[0]
-        if own is not None and not weights.is_weight(base):
-            base = jnp.asarray(own, base.dtype)  # PEFT keeps a table beside its adapter, and loads it
-    if path != "embed/table":
-        return READERS[folder.kind](folder, keys[path], sizes, specs, path, base, spec)
-    leaf = _lora(folder, keys[path], sizes, specs, path, base, spec)
-    if "unembed" in specs:
-        return leaf
-    key = Key(keys["unembed/table"].name, "VD->VD")
-    folder.get(ROOT + "lm_head.base_layer.weight", spec.shape)  # the same table
-    head = _lora(folder, key, sizes, specs, path, base, spec.replace(eqn=HEAD))
+    return READERS[folder.kind](folder, keys[path], sizes, specs, path, base, spec)
+
+
+def _own(folder: Folder, key: Key, sizes: dict, path: str, base: Any, spec: Spec) -> Any:
+    """A parameter with what the folder holds of it whole: copies of `modules_to_save`, trained biases, tables that PEFT
+    keeps beside their adapters."""
+    module, _, last = key.name.rpartition(".")
+    for inner in ("", ".base_layer"):
+        name = f"{ROOT}{module}{inner}.{last}"
+        layers = range(spec.shape[0]) if in_layers(path) else [None]
+        for i, x in zip(layers, _read(folder, key, sizes, [name.format(i) for i in layers])):
+            if x is not None:
+                base = weights.dense_of(base, spec)
+                base = jnp.asarray(x, base.dtype) if i is None else base.at[i].set(x)
+    return base
+
+
+def _tokens(folder: Folder, key: Key, base: Any, spec: Spec) -> Any:
+    """A table [V, D] or head [D, V] with the rows of `trainable_token_indices`."""
+    module = key.name.removesuffix(".weight")
+    table = key.layout == "VD->VD"
+    rows = folder.get(ROOT + module + TOKENS, (None, spec.shape[table]))
+    if rows is None:
+        return base
+    said = folder.config.get("trainable_token_indices")
+    ids = next((v for k, v in said.items() if _ends(module, [k])), None) if isinstance(said, dict) else said
+    size = spec.shape[not table]
+    if not isinstance(ids, list) or len(ids) != len(rows) or not all(type(i) is int and 0 <= i < size for i in ids):
+        raise UserError(f"trainable_token_indices does not name the {len(rows)} rows of {module}", str(folder.path))
+    base = weights.dense_of(base, spec)
+    return base.at[jnp.asarray(ids)].set(rows) if table else base.at[:, jnp.asarray(ids)].set(rows.T)
+
+
+def _tied_table(folder: Folder, keys: dict, sizes: dict, specs: Specs, base: Any, spec: Spec) -> Any:
+    """A table that is the head too: PEFT's copies and adapters are for one use of it, unless they are the same."""
+    uses = {"lookup": (keys["embed/table"], spec)}
+    uses["head"] = Key(keys["unembed/table"].name, "VD->VD"), spec.replace(eqn=HEAD)
+    copies = {}
+    for use, (key, _) in uses.items():
+        module = key.name.removesuffix(".weight")
+        copy = folder.get(ROOT + key.name, spec.shape)
+        if copy is not None and _ends(module, folder.config.get("modules_to_save")):
+            copies[use], copy = copy, None
+        kept = folder.get(f"{ROOT}{module}.base_layer.weight", spec.shape)
+        if (own := kept if copy is None else copy) is not None:
+            base = jnp.asarray(own, weights.dense_of(base, spec).dtype)
+    if (len(copies) == 2 and np.array_equal(*copies.values())) or (copies and folder.config.get("ensure_weight_tying")):
+        base, copies = jnp.asarray(next(iter(copies.values())), weights.dense_of(base, spec).dtype), {}
+    base = _tokens(folder, uses["lookup"][0], base, spec)
+    for use, copy in copies.items():
+        base = _change(base, copy, uses[use][1], use)
+    leaf, head = (_lora(folder, k, sizes, specs, "embed/table", base, s) for k, s in uses.values())
     if head is base:
         return leaf if leaf is base else leaf.replace(used="lookup")
     if leaf is base:
         return head.replace(used="head")
     return leaf if _tied(folder, keys) else head.replace(used="head", base=leaf.replace(used="lookup"))
+
+
+def _change(base: Any, copy: np.ndarray, spec: Spec, use: str) -> LoRA:
+    """One use of a table [V, D] as of another table: a LoRA of full rank that adds the difference."""
+    change, one = copy - weights.dense_of(weights.base(base), spec), jnp.eye(copy.shape[1])
+    a, b = (one, change.T) if use == "head" else (change, one)
+    return LoRA(base, a, b, spec.eqn, 1.0, used=use)
 
 
 def _tied(folder: Folder, keys: dict) -> bool:
@@ -246,13 +391,21 @@ def _lora(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: 
         a[i], b[i] = whole
     leaf = DoRA if c.get("use_dora") else LoRA
     leaf = leaf(base, _stack(a, spec), _stack(b, spec), spec.eqn, scale, dropout=float(c.get("lora_dropout") or 0))
-    if not c.get("use_dora"):
-        return leaf
-    suffix = ".lora_magnitude_vector"
-    if missing := [name for name in _names(key, spec, suffix) if name not in folder.tensors]:
+    return _measured(folder, key, sizes, path, leaf, spec, ranks) if c.get("use_dora") else leaf
+
+
+def _measured(folder: Folder, key: Key, sizes: dict, path: str, leaf: DoRA, spec: Spec, ranks: list[int]) -> DoRA:
+    """A DoRA leaf with its magnitudes; a layer without an adapter keeps the norms of its base."""
+    names, group = _names(key, spec, MAGNITUDE), groups(key, spec.eqn)[1]
+    if missing := [name for name, rank in zip(names, ranks) if rank and name not in folder.tensors]:
         raise UserError(f"holds no {missing[0]}", str(folder.path / TENSORS))
-    magnitude = _vectors(folder, key, sizes, spec, suffix, groups(key, spec.eqn)[1])
-    return measure(path, leaf.replace(magnitude=magnitude), spec)
+    found = _read(folder, Key(key.name, f"({group})->{group.lstrip('0123456789')}", key.part), sizes, names)
+    leaf = measure(path, leaf, spec)
+    magnitude = leaf.magnitude
+    for i, x in enumerate(found):
+        if x is not None:
+            magnitude = magnitude.at[i].set(x.reshape(-1)) if spec.stacked else jnp.asarray(x.reshape(-1))
+    return leaf.replace(magnitude=magnitude)
 
 
 def _ia3(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: Any, spec: Spec) -> Any:
@@ -261,9 +414,24 @@ def _ia3(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: A
     scale = _vectors(folder, key, sizes, spec, ".ia3_l", group)
     if scale is None:
         return base
-    if not inputs and has_bias(specs, path):
-        raise UserError(f"IA3 in PEFT rescales the bias of {path} too, which is not computed here", str(folder.path))
     return IA3(base, scale, group.lstrip("0123456789"))
+
+
+def _scaled_bias(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base: Any) -> Any:
+    """A bias as PEFT's IA3 has it, which rescales all that leaves a module."""
+    parent, _, name = path.rpartition("/")
+    weight = next((p for p in (f"{parent}/w{name[1:]}", f"{parent}/{name[1:]}") if p in keys), None)
+    spec = weight and _spec(specs, weight)
+    if not spec or not spec.stacked or folder.inputs & set(_names(keys[weight], spec, ".ia3_l")):
+        return base
+    scale = _vectors(folder, keys[weight], sizes, spec, ".ia3_l", groups(keys[weight], spec.eqn)[1])
+    return base if scale is None else base * scale.reshape(base.shape).astype(base.dtype)
+
+
+def _spec(specs: Specs, path: str) -> Spec | None:
+    for part in path.split("/"):
+        specs = specs.get(part, {})
+    return specs or None
 
 
 def has_bias(specs: Specs, path: str) -> bool:

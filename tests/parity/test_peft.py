@@ -65,7 +65,7 @@ def logits_of(theirs, tokens):
     return theirs(input_ids=torch.from_numpy(tokens)).logits[:, -tokens.shape[1] :]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", list(CASES))
 def test_logits_and_gradients(case, tmp_path):
     theirs, model, params, ours = adapted(case, tmp_path)
     tokens = np.random.default_rng(0).integers(0, 272, (2, 20))
@@ -87,14 +87,94 @@ def test_logits_and_gradients(case, tmp_path):
     np.testing.assert_allclose(along, expected, rtol=2e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", list(CASES))
 def test_what_we_write_opens_in_peft(case, tmp_path):
     theirs, model, params, ours = adapted(case, tmp_path)
     peft_write.write(tmp_path / "again", model, ours)
     tokens = np.random.default_rng(1).integers(0, 272, (2, 20))
-    opened = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "again"
-    ).eval()
-    close(logits_of(theirs, tokens).detach(), logits_of(opened, tokens), 1e-5, f"{case} written")
+    written = logits_of(opened(tmp_path / "again", tmp_path), tokens)
+    close(logits_of(theirs, tokens).detach(), written, 1e-5, f"{case} written")
     again = peft_read.read(tmp_path / "again")(params, model.specs, jax.random.key(0))
-    close(model(again, tokens), logits_of(opened, tokens), 1e-5, f"{case} read again")
+    close(model(again, tokens), written, 1e-5, f"{case} read again")
+
+
+BOTH = ["embed_tokens", "lm_head"]
+ia3 = lambda **k: peft.IA3Config(**dict(target_modules=["k_proj", "v_proj", DOWN], feedforward_modules=[DOWN]) | k)
+READ = {
+    "dora in one layer": ("llama", lora(use_dora=True, layers_to_transform=[1], layers_pattern="layers")),
+    "a layer by number": ("llama", lora(layers_to_transform=2)),
+    "dora with ranks": ("qwen2", lora(use_dora=True, use_rslora=True, layers_to_transform=[0, 2], **PATTERNS)),
+    "all-linear": ("llama", lora(target_modules="all-linear")),
+    "a regex": ("llama", lora(target_modules=r"model\.layers\.(0|2)\..*\.(q|v|up)_proj")),
+    "excluded by name": ("llama", lora(exclude_modules=["1.self_attn.q_proj", "down_proj"])),
+    "excluded by a regex": ("llama", lora(exclude_modules=r".*\.0\..*")),
+    "alpha by a regex": (
+        "llama",
+        lora(alpha_pattern={r"^model\.layers\.\d+\.mlp\..*": 3, "layers.1.self_attn.q_proj": 5}),
+    ),
+    "copies of both tables": ("llama", lora(target_modules=["q_proj"], modules_to_save=BOTH)),
+    "copies of norms and of a matrix": (
+        "qwen3",
+        lora(target_modules=["q_proj"], modules_to_save=["norm", "up_proj", "q_norm"]),
+    ),
+    "copies in gpt2": ("gpt2", lora(target_modules=["c_attn"], modules_to_save=["wpe", "ln_1", "mlp.c_proj"])),
+    "a copy of the tied table": ("llama-tied-mha", lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"])),
+    "a copy of the tied head": ("llama-tied-mha", lora(target_modules=["q_proj"], modules_to_save=["lm_head"])),
+    "copies of both uses of a table": ("llama-tied-mha", lora(target_modules=["q_proj"], modules_to_save=BOTH)),
+    "copies that stay tied": (
+        "llama-tied-mha",
+        lora(target_modules=["q_proj"], modules_to_save=BOTH, ensure_weight_tying=True),
+    ),
+    "every bias": ("qwen2", lora(bias="all")),
+    "biases of the adapted": (
+        "gpt2",
+        lora(target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True, bias="lora_only"),
+    ),
+    "tokens": ("llama", lora(target_modules=["q_proj"], trainable_token_indices=[3, 7, 270])),
+    "tokens of a tied table": ("llama-tied-mha", lora(target_modules=["q_proj"], trainable_token_indices=[3, 7])),
+    "tokens by name": (
+        "llama",
+        lora(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5], "lm_head": [5, 6]}),
+    ),
+    "drawn as eva draws": ("llama", lora(init_lora_weights="gaussian", lora_dropout=0.3)),
+    "ia3 with biases": ("qwen2", ia3()),
+    "ia3 of all, with copies": (
+        "llama",
+        ia3(target_modules=ALL, feedforward_modules=[DOWN, "o_proj"], modules_to_save=["lm_head"]),
+    ),
+    "ia3 in gpt2": (
+        "gpt2",
+        ia3(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True),
+    ),
+    "oft with copies": (
+        "llama",
+        peft.OFTConfig(oft_block_size=8, target_modules=ALL, layers_to_transform=[1], modules_to_save=["norm"]),
+    ),
+    "oft by rank": ("llama", peft.OFTConfig(r=4, oft_block_size=0, target_modules=["q_proj"])),
+    "p-tuning": (
+        "llama",
+        peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=16),
+    ),
+    "prefix with projection": (
+        "llama",
+        peft.PrefixTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=16
+        ),
+    ),
+}
+CASES |= READ  # for `adapted`; the tests above walk what was there before
+
+
+@pytest.mark.parametrize("case", READ)
+def test_what_peft_writes(case, tmp_path):
+    _, model, params, ours = adapted(case, tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 272, (2, 20))
+    tokens[0, :4] = [3, 7, 5, 270]
+    wanted = logits_of(opened(tmp_path / "adapter", tmp_path), tokens).detach()
+    assert np.abs(np.asarray(model(params, tokens)) - wanted.numpy()).max() > 1e-3  # the adapter does something
+    close(model(ours, tokens), wanted, 1e-5, case)
+
+
+def opened(adapter, folder):
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype="float32")
+    return peft.PeftModel.from_pretrained(base, adapter).eval()
