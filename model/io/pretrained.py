@@ -198,8 +198,9 @@ def report(what: str, names: list[str], where: str) -> None:
         kinds[kind] += 1
         first.setdefault(kind, name)
     kinds = Counter({kind if n > 1 else first[kind]: n for kind, n in kinds.items()})
-    if len(kinds) > 8:
-        kinds = Counter(".".join(name.split(".")[:2]) for name in names)
+    depth = 9
+    while len(kinds) > 8 and (depth := depth - 1) > 1:
+        kinds = Counter(".".join(re.sub(r"\.\d+\.", ".*.", name).split(".")[:depth]) for name in names)
     shown = [name if n == 1 else f"{n} x {name}" for name, n in kinds.most_common(8)]
     more = f" and {len(kinds) - 8} kinds more" if len(kinds) > 8 else ""
     logging.warning("%s: %s %s%s", where, what, ", ".join(shown), more)
