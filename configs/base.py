@@ -50,6 +50,9 @@ def get_config() -> ConfigDict:
     c.data.format = "auto"  # by the columns of the records | one of FORMATS in data/formats.py
     c.data.fields = ""  # rename columns: "prompt=question,completion=answer"
     c.data.tokenizer = ""  # see data/text/tokenizer.py; "": the one of `init`, else bytes
+    c.data.chat_template = ""  # FILE | a name in data/text/templates | "none": prompts stay raw; "": the model's own
+    c.data.read_control = False  # read control tokens that rows of text spell out, such as rendered chats, as such
+    c.data.learn = "all"  # | "last": the answers of a chat that are learnt
     c.data.seq_len = 256  # T
     c.data.batch_size = 8  # B, rows a step over all hosts
     c.data.packing = "best_fit"  # | "concat" (documents are split) | "none" (one a row, padded; answers and labels)

@@ -16,9 +16,12 @@ import numpy as np
 from common.errors import UserError
 from data import cache, formats, sources
 from data.cache import Document
-from data.examples import Chat, Example
+from data.examples import Chat, Completion, Example, wrapped
+from data.text.chat import Asked
 from data.text.tokenizer import Tokenizer
 
+# Entries of a report; a cache whose report lacks one is made again, with the same documents.
+REPORT = {"documents", "tokens", "learnt", "bad", "causes", "wrapped", "spelled", "answers", "ended", "unused", "notes"}
 VERSION = 1  # goes up when the same input gives other documents
 CAUSES = 100  # different reasons of bad rows that are counted apart
 SHOWN = 5  # of them, in messages
@@ -51,7 +54,9 @@ class Dataset:
 
     @property
     def report(self) -> dict:
-        """documents, tokens, learnt (tokens in the loss), bad, causes {reason: (bad rows, the first one)}."""
+        """documents, tokens, learnt (tokens in the loss), bad, causes {reason: (bad rows, the first one)}; rows that
+        were wrapped in the template, or spell control tokens; answers, and those that end with an end token; unused
+        {column: rows that had it}; notes {what was done: rows}; system, texts that chats begin with (two at most)."""
         return self.stored.index["report"]
 
     @cached_property
@@ -84,27 +89,33 @@ def prepare(
     form: str = "auto",
     fields: str = "",
     max_bad: float = 0.001,
+    learn: str = "all",
 ) -> Dataset:
     """The tokenised source, from its cache below `folder` or made now.
 
-    Raises UserError when more than `max_bad` of the records are bad, or none is left.
+    Prompts with completions become chats where the tokenizer has a template. `learn`: "all" answers of a chat, or the
+    "last". Raises UserError when more than `max_bad` of the records are bad, or none is left.
     """
     if missed := sources.passed_over(source):
         logging.warning("%s: passed over, not read: %s", source, ", ".join(missed))
     parts = [VERSION, sources.content_id(source), tokenizer.fingerprint, form, formats.parse_fields(fields)]
+    wraps = tokenizer.chat_template is not None and _first_part(source, form, fields, Completion)
+    parts += ["wrapped"] * wraps + [learn] * (learn != "all")
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     path = Path(folder).expanduser() / fingerprint[:24]
     if path.exists():
         try:
             found = Dataset(cache.read(path), path)
-            _check(found.report, source, max_bad)
-            return found
+            if found.report.keys() >= REPORT:
+                _check(found.report, source, max_bad)
+                return found
         except cache.Broken as error:
             logging.warning("made again: %s", error)
-            shutil.rmtree(path)
+        shutil.rmtree(path)
     index = {"version": VERSION, "fingerprint": fingerprint, "source": source, "kind": "", "sides": ()}
     index["report"] = {"documents": 0, "tokens": 0, "learnt": 0, "bad": 0, "causes": {}}
-    documents = _documents(source, tokenizer, form, formats.parse_fields(fields), index)
+    index["report"] |= {"wrapped": 0, "spelled": 0, "answers": 0, "ended": 0, "unused": {}, "notes": {}, "system": []}
+    documents = _documents(source, tokenizer, form, formats.parse_fields(fields), Asked(learn), index)
     cache.write(path, documents, index, tokenizer.vocab_size, lambda: _check(index["report"], source, max_bad))
     return Dataset(cache.read(path), path)
 
@@ -125,10 +136,35 @@ def causes(found: dict[str, tuple[int, str]]) -> list[str]:
     return [*lines, f"and {len(ordered) - SHOWN} more reasons"] if len(ordered) > SHOWN else lines
 
 
+def notes(report: dict, tokenizer: Tokenizer) -> list[str]:
+    """Lines on what was done with the records, and on what to look at before they are learnt."""
+    lines = [f"{count:,} {what}" for what, count in report["notes"].items()]
+    if report["wrapped"]:
+        lines.append(
+            f"{report['wrapped']:,} prompts are wrapped in the chat template (data.chat_template=none: left raw)"
+        )
+    if report["spelled"]:
+        fix = "data.read_control=True reads them as such"
+        lines.append(f"{report['spelled']:,} rows spell control tokens, which are read as plain text ({fix})")
+    if report["answers"] and not report["ended"]:
+        ends = ", ".join(repr(tokenizer.core.id_to_token(i)) for i in tokenizer.eos_ids) or "none is known"
+        lines.append(f"no answer ends with a token that ends generation ({ends}): the model will not learn to stop")
+    return lines
+
+
+def unused(report: dict) -> str:
+    """The columns and fields that nothing used, with the rows that had them."""
+    return ", ".join(f"{name} ({count:,} rows)" for name, count in sorted(report["unused"].items()))
+
+
 def has_chats(source: str, form: str = "auto", fields: str = "") -> bool:
     """Whether the first readable record is a chat."""
+    return _first_part(source, form, fields, Chat)
+
+
+def _first_part(source: str, form: str, fields: str, kind: type[Example]) -> bool:
     first = next(_examples(source, form, fields), None)
-    return first is not None and isinstance(first.parts()[0], Chat)
+    return first is not None and isinstance(first.parts()[0], kind)
 
 
 def texts(source: str, form: str = "auto", fields: str = "") -> Iterator[str]:
@@ -148,11 +184,14 @@ def _examples(source: str, form: str, fields: str) -> Iterator[Example]:
 # ---- records to documents ----
 
 
-def _documents(source: str, tokenizer: Tokenizer, form: str, fields: dict, index: dict) -> Iterator[Document]:
+def _documents(
+    source: str, tokenizer: Tokenizer, form: str, fields: dict, asked: Asked, index: dict
+) -> Iterator[Document]:
     """Fills `index` (kind, sides, report) while it goes."""
     report, rows = index["report"], sources.rows(source)
+    report["unused"], report["notes"] = asked.unused, asked.notes
     while block := list(islice(rows, 256)):
-        examples = [_example(row, form, fields, report) for row in block]
+        examples = [_example(row, form, fields, tokenizer, report) for row in block]
         texts = [found.texts() if found else [] for found in examples]
         encoded = iter(tokenizer.encode_batch([text for each in texts for text in each]))
         for row, found, own in zip(block, examples, texts, strict=True):
@@ -163,28 +202,47 @@ def _documents(source: str, tokenizer: Tokenizer, form: str, fields: dict, index
             try:
                 if found.kind != index["kind"]:
                     raise UserError(f"a {found.kind} record among {index['kind']} records")
-                documents = found.documents(tokenizer, ids)
+                documents = found.documents(tokenizer, ids, asked)
                 if not all(map(_learnt, documents)):
                     raise UserError("no token to learn")
             except Exception as error:
                 _bad(report, row.where, _reason(error))
                 continue
-            report["documents"] += 1
-            for document in documents:
-                report["tokens"] += len(document.ids)
-                report["learnt"] += _learnt(document)
-                yield document
+            _count(report, found, own, documents, tokenizer)
+            yield from documents
 
 
-def _example(row: sources.Row, form: str, fields: dict, report: dict) -> Example | None:
+def _count(report: dict, found: Example, texts: list[str], documents: list[Document], tokenizer: Tokenizer) -> None:
+    report["documents"] += 1
+    report["spelled"] += not tokenizer.reads_control and any(map(tokenizer.control_tokens, texts))
+    for part in found.parts():
+        first = part.messages[0] if isinstance(part, Chat) else {"role": ""}
+        text = first["content"] if first["role"] == "system" else ""
+        if text not in report["system"] and len(report["system"]) < 2:
+            report["system"].append(text)
+    for document in documents:
+        report["tokens"] += len(document.ids)
+        report["learnt"] += _learnt(document)
+        if document.learnt is not None:
+            last = max(i for i, learnt in enumerate(document.learnt) if learnt)
+            report["answers"] += 1
+            report["ended"] += document.ids[last] in tokenizer.eos_ids
+
+
+def _example(row: sources.Row, form: str, fields: dict, tokenizer: Tokenizer, report: dict) -> Example | None:
     if row.record is None:
         _bad(report, row.where, row.reason)
         return None
     try:
-        return formats.example(row.record, form, fields)
+        found, unused = formats.read(row.record, form, fields)
     except Exception as error:
         _bad(report, row.where, _reason(error))
         return None
+    report["unused"].update(unused)
+    if tokenizer.chat_template is None or not isinstance(found.parts()[0], Completion):
+        return found
+    report["wrapped"] += 1
+    return found.each(wrapped)
 
 
 def _reason(error: Exception) -> str:

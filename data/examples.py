@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from data.cache import Document
 from data.rows import batch as batches
 from data.text import chat
+from data.text.chat import Asked
 from data.text.tokenizer import Tokenizer
 
 ADJECTIVES = {"label": "labelled", "rating": "rated"}
@@ -24,6 +26,10 @@ class Example:
         """What stands on each side; a text, a chat and an answer is its own only part."""
         return (self,)
 
+    def each(self, change: Callable[["Example"], "Example"]) -> "Example":
+        """This example with its parts changed."""
+        return change(self)
+
     def plain(self) -> str:
         """Text to train a tokenizer on."""
         raise NotImplementedError
@@ -32,7 +38,9 @@ class Example:
         """What is encoded as it stands; the tokenizer takes the texts of many examples at once."""
         return []
 
-    def documents(self, tokenizer: Tokenizer, encoded: Iterator[list[int]]) -> list[Document]:
+    def documents(
+        self, tokenizer: Tokenizer, encoded: Iterator[list[int]], asked: Asked | None = None
+    ) -> list[Document]:
         """One document for each side; `encoded` gives the ids of `texts`. Raises UserError for a chat that its template
         cannot write."""
         raise NotImplementedError
@@ -51,8 +59,14 @@ class Text(Example):
     def texts(self) -> list[str]:
         return [self.text]
 
-    def documents(self, tokenizer: Tokenizer, encoded: Iterator[list[int]]) -> list[Document]:
-        return [Document([*_start(tokenizer), *next(encoded), *_end(tokenizer)], None, _hash(self.text))]
+    def documents(
+        self, tokenizer: Tokenizer, encoded: Iterator[list[int]], asked: Asked | None = None
+    ) -> list[Document]:
+        ids, start, end = next(encoded), _start(tokenizer), _end(tokenizer)
+        if tokenizer.reads_control:  # a rendered chat may bring its own
+            start = [] if start == ids[: len(start)] else start
+            end = [] if end and self.text.rstrip().endswith(tokenizer.core.id_to_token(end[0])) else end
+        return [Document([*start, *ids, *end], None, _hash(self.text))]
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,9 @@ class Completion(Example):
     def texts(self) -> list[str]:
         return [self.prompt, self.completion]
 
-    def documents(self, tokenizer: Tokenizer, encoded: Iterator[list[int]]) -> list[Document]:
+    def documents(
+        self, tokenizer: Tokenizer, encoded: Iterator[list[int]], asked: Asked | None = None
+    ) -> list[Document]:
         prompt = [*_start(tokenizer), *next(encoded)]
         completion = [*next(encoded), *_end(tokenizer)]
         learnt = [0] * len(prompt) + [1] * len(completion)
@@ -88,8 +104,10 @@ class Chat(Example):
     def plain(self) -> str:
         return "\n".join(message["content"] for message in self.messages)
 
-    def documents(self, tokenizer: Tokenizer, encoded: Iterator[list[int]]) -> list[Document]:
-        ids, learnt = chat.tokens_and_mask(self.messages, tokenizer, self.tools, self.first)
+    def documents(
+        self, tokenizer: Tokenizer, encoded: Iterator[list[int]], asked: Asked | None = None
+    ) -> list[Document]:
+        ids, learnt = chat.tokens_and_mask(self.messages, tokenizer, self.tools, self.first, asked)
         return [Document(ids, learnt, _hash(json.dumps(self.messages[: self.first] or self.messages)))]
 
 
@@ -104,7 +122,9 @@ class Tagged(Example):
     def plain(self) -> str:
         return " ".join(self.words)
 
-    def documents(self, tokenizer: Tokenizer, encoded: Iterator[list[int]]) -> list[Document]:
+    def documents(
+        self, tokenizer: Tokenizer, encoded: Iterator[list[int]], asked: Asked | None = None
+    ) -> list[Document]:
         text = self.plain()
         ids, offsets = tokenizer.encode_offsets(text)
         starts, at = {}, 0  # first character of a word -> its tag
@@ -132,8 +152,10 @@ class Parts(Example):
     def texts(self) -> list[str]:
         return [text for part in self.parts() for text in part.texts()]
 
-    def documents(self, tokenizer: Tokenizer, encoded: Iterator[list[int]]) -> list[Document]:
-        made = [document for part in self.parts() for document in part.documents(tokenizer, encoded)]
+    def documents(
+        self, tokenizer: Tokenizer, encoded: Iterator[list[int]], asked: Asked | None = None
+    ) -> list[Document]:
+        made = [document for part in self.parts() for document in part.documents(tokenizer, encoded, asked)]
         return [document._replace(columns=columns) for document, columns in zip(made, self.columns(), strict=True)]
 
 
@@ -148,6 +170,9 @@ class Pair(Parts):
 
     def parts(self) -> tuple[Completion | Chat, ...]:
         return self.chosen, self.rejected
+
+    def each(self, change: Callable[[Example], Example]) -> "Pair":
+        return Pair(change(self.chosen), change(self.rejected))
 
 
 @dataclass(frozen=True)
@@ -169,6 +194,9 @@ class Group(Parts):
     def parts(self) -> tuple[Completion | Chat, ...]:
         return self.answers
 
+    def each(self, change: Callable[[Example], Example]) -> "Group":
+        return replace(self, answers=tuple(map(change, self.answers)))
+
     def columns(self) -> tuple[dict[str, float], ...]:
         return tuple({self.column: value} for value in self.values)
 
@@ -188,8 +216,26 @@ class Scored(Parts):
     def parts(self) -> tuple[Text | Completion | Chat]:
         return (self.example,)
 
+    def each(self, change: Callable[[Example], Example]) -> "Scored":
+        return replace(self, example=change(self.example))
+
     def columns(self) -> tuple[dict[str, float]]:
         return ({self.column: self.value},)
+
+
+def wrapped(found: Example) -> Example:
+    """A prompt and its completion as the turns of a chat, for models that have a template; all else as it is.
+
+    A transcript of turns, as Anthropic's sets write them, is taken apart.
+    """
+    if not isinstance(found, Completion):
+        return found
+    pieces = re.split(r"\n\n(Human|Assistant):", found.prompt)
+    before = [{"role": "user", "content": found.prompt.strip()}]
+    if len(pieces) > 2 and not pieces[0].strip() and pieces[-2] == "Assistant" and not pieces[-1].strip():
+        roles = ["user" if name == "Human" else "assistant" for name in pieces[1:-2:2]]
+        before = [{"role": role, "content": text.strip()} for role, text in zip(roles, pieces[2:-2:2], strict=True)]
+    return Chat([*before, {"role": "assistant", "content": found.completion.strip()}], len(before))
 
 
 def _start(tokenizer: Tokenizer) -> list[int]:

@@ -1,9 +1,12 @@
 """Records of any usual shape to examples: text, prompt and completion, messages, a preference pair, answers, tags."""
 
 import math
+from collections.abc import Iterable
 
 from common.errors import UserError
 from data.examples import Chat, Completion, Example, Group, Pair, Scored, Tagged, Text
+from data.messages import Message, are_turns, messages, parsed, turn
+from data.messages import tools as functions
 
 # Format -> the kind of batch that its records make (data.rows.batch.KINDS); the rules of a config read this too.
 FORMATS = {
@@ -19,7 +22,7 @@ FORMATS = {
     "preference": "pair",
     "ranked": "group",
 }
-# "auto" takes the first shape whose columns are all there.
+# "auto" takes the first shape whose columns are all there, first among these names,
 SHAPES = {
     "preference": {"chosen", "rejected"},
     "ranked": {"prompt", "answers"},
@@ -30,9 +33,63 @@ SHAPES = {
     "text": {"text"},
     "tagged": {"tokens", "tags"},
 }
+# then among those of published sets: (format, {name above: theirs}).
+PUBLISHED = (
+    ("preference", {"chosen": "chosen_response", "rejected": "rejected_response"}),
+    ("preference", {"chosen": "response_j", "rejected": "response_k"}),
+    ("preference", {"chosen": "preferred_output", "rejected": "non_preferred_output"}),
+    ("ranked", {"prompt": "prompt", "answers": "responses"}),
+    ("ranked", {"prompt": "prompt", "answers": "generations"}),
+    ("ranked", {"prompt": "instruction", "answers": "generations"}),
+    ("ranked", {"prompt": "instruction", "answers": "completions"}),
+    ("messages", {"messages": "conversation"}),
+    ("alpaca", {"instruction": "instruction", "output": "response"}),
+    ("prompt_completion", {"prompt": "prompt", "completion": "response"}),
+    ("prompt_completion", {"prompt": "question", "completion": "answer"}),
+    ("prompt_completion", {"prompt": "question", "completion": "response"}),
+    ("prompt_completion", {"prompt": "query", "completion": "response"}),
+    ("prompt_completion", {"prompt": "input", "completion": "output"}),
+    ("text", {"text": "content"}),
+)
 SCORED = {"labelled": "label", "rated": "rating"}  # one of the shapes of text or chat, and this column
-ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant", "bard": "assistant"}
-ROLES |= {"observation": "tool", "function_response": "tool", "model": "assistant"}
+PROMPTS = ("prompt", "question", "instruction", "query", "conversations", "messages", "input")  # of a preference
+SYSTEM, GIVEN, TOOLS = ("system", "system_prompt"), ("input", "context"), ("tools", "functions")
+RANKS, RATINGS = ("ranks", "rank"), ("ratings", "rating", "scores", "overall_score", "score")
+ANSWER = ("answer", "response", "content", "text")
+# Columns that say where a record comes from; whatever else nothing used is counted.
+IRRELEVANT = {
+    "", "unnamed: 0", "__index_level_0__", "id", "idx", "index", "uid", "uuid", "hash", "prompt_id", "conversation_id",
+    "message_id", "source", "dataset", "url", "split", "timestamp", "created", "date", "lang", "language", "license",
+    "meta", "metadata", "tags", "model", "name", "year", "title", "author",
+}  # fmt: skip
+
+
+class Seen(dict):
+    """A record that knows which of its columns were asked for."""
+
+    def __init__(self, record: dict):
+        super().__init__(record)
+        self.used: set[str] = set()
+
+    def __getitem__(self, column: str) -> object:
+        self.used.add(column)
+        return super().__getitem__(column)
+
+    def get(self, column: str, default: object = None) -> object:
+        self.used.add(column)
+        return super().get(column, default)
+
+    def first(self, columns: Iterable[str]) -> object:
+        """The value of the first of these columns that has one."""
+        return next((self.get(column) for column in columns if dict.get(self, column) not in (None, "")), None)
+
+    def unused(self) -> set[str]:
+        left = (column for column in self if column not in self.used and _holds(dict.get(self, column)))
+        return {column for column in left if str(column).lower() not in IRRELEVANT}
+
+
+def _holds(value: object) -> bool:
+    return value is not None and value != "" and value != [] and value != {}
 
 
 def parse_fields(spec: str) -> dict[str, str]:
@@ -44,130 +101,169 @@ def parse_fields(spec: str) -> dict[str, str]:
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
-def detect(record: dict) -> str:
-    for name, columns in SHAPES.items():
-        if columns <= record.keys():
-            return name
-    raise UserError(f"no known shape has the columns {', '.join(map(str, record)) or '(none)'}", "", "set data.fields")
+def detect(record: dict, form: str = "auto") -> tuple[str, dict[str, str]]:
+    """The format of a record, and {our name: its column} where its columns have other names."""
+    there = {column for column, value in record.items() if value is not None}
+    known = [(name, {column: column for column in columns}) for name, columns in SHAPES.items()]
+    for name, columns in (*known, *PUBLISHED):
+        if form in ("auto", name) and set(columns.values()) <= there:
+            return name, columns
+    nearest = next((columns for columns in SHAPES.values() if columns <= record.keys()), None)
+    if form == "auto" and nearest is None:
+        what = f"no known shape has the columns {', '.join(map(str, record)) or '(none)'}"
+        raise UserError(what, "", "set data.fields")
+    raise UserError(f"no column {min((nearest or SHAPES[form]) - there)!r}")
 
 
 def example(record: dict, form: str = "auto", fields: dict[str, str] | None = None) -> Example:
     """The example in a record; raises UserError that says which column is missing, empty or of the wrong type."""
+    return read(record, form, fields)[0]
+
+
+def read(record: dict, form: str = "auto", fields: dict[str, str] | None = None) -> tuple[Example, set[str]]:
+    """The example in a record, and the columns with something in them that it has no use for."""
     fields = fields or {}
     for ours, theirs in fields.items():
         if theirs not in record:
             raise UserError(f"no column {theirs!r} (for {ours})")
-    record = record | {ours: record[theirs] for ours, theirs in fields.items()}
     if form not in FORMATS:
         raise UserError(f"unknown format {form!r}", "data.format", f"one of {' '.join(FORMATS)}")
-    form = detect(record) if form == "auto" else form
-    if form in SCORED:
-        return _scored(record, SCORED[form])
-    for column in sorted(SHAPES[form]):
-        if record.get(column) is None:
-            raise UserError(f"no column {column!r}")
+    seen = Seen(record | {ours: record[theirs] for ours, theirs in fields.items()})
+    seen.used |= set(fields.values())
+    found = _scored(seen, SCORED[form]) if form in SCORED else _plain(seen, form)
+    unused = seen.unused()
+    said = _said(found) if unused else []  # a column that repeats a prompt, or the whole, has nothing of its own
+    return found, {name for name in unused if not _repeated(said, dict.get(seen, name))}
+
+
+def _said(found: Example) -> list[str]:
+    parts = [part.texts() or [turn["content"] for turn in getattr(part, "messages", ())] for part in found.parts()]
+    return [text for part in parts for text in part if text]
+
+
+def _repeated(said: list[str], value: object) -> bool:
+    return isinstance(value, str) and bool(said) and (value in said or all(text in value for text in said))
+
+
+def _plain(record: Seen, form: str) -> Example:
+    form, names = detect(record, form)
+    for ours, theirs in names.items():
+        value = record[theirs]
+        if ours != theirs:
+            record[ours] = value
+            record.used.add(ours)
     return READERS[form](record)
 
 
-def _scored(record: dict, column: str) -> Scored:
+def _scored(record: Seen, column: str) -> Scored:
     value = _number(record.get(column), column)
-    found = example(record)
+    found = _plain(record, "auto")
     if not isinstance(found, Text | Completion | Chat):
         raise UserError(f"a {found.kind} record takes no {column}")
     return Scored(found, column, value)
 
 
-def _text(record: dict) -> Text:
+def _text(record: Seen) -> Text:
     return Text(_string(record, "text"))
 
 
-def _messages(record: dict) -> Chat:
-    return Chat(messages(record["messages"], "messages"), 0, _tools(record))
+def _messages(record: Seen) -> Chat:
+    return Chat(_with_system(record, messages(record["messages"], "messages")), 0, _tools(record))
 
 
-def _sharegpt(record: dict) -> Chat:
-    turns = messages(record["conversations"], "conversations")
-    if isinstance(system := record.get("system"), str) and system and turns[0]["role"] != "system":
-        turns = [{"role": "system", "content": system}, *turns]
-    return Chat(turns, 0, _tools(record))
+def _sharegpt(record: Seen) -> Chat:
+    return Chat(_with_system(record, messages(record["conversations"], "conversations")), 0, _tools(record))
 
 
-def _alpaca(record: dict) -> Chat:
-    """Instruction and input become the user's turn, parted by an empty line."""
-    ask = _string(record, "instruction")
-    if isinstance(given := record.get("input"), str) and given.strip():
-        ask = f"{ask}\n\n{given}"
-    return Chat([_turn("user", ask), _turn("assistant", _string(record, "output"))])
+def _alpaca(record: Seen) -> Chat:
+    """Instruction and input become the user's turn, parted by an empty line; what was said before is only read."""
+    asked = _question(record, "instruction")
+    before = _with_system(record, _history(record))
+    answer = _string(record, "output")
+    return Chat([*before, turn("user", asked), turn("assistant", answer)], len(before) and len(before) + 1)
 
 
-def _prompt_completion(record: dict) -> Completion | Chat:
-    return _answer(record["prompt"], record["completion"], "completion", _tools(record))
+def _question(record: Seen, column: str) -> str:
+    given = record.first(GIVEN) if column == "instruction" else None
+    asked = _string(record, column)
+    return f"{asked}\n\n{given}" if isinstance(given, str) and given.strip() else asked
 
 
-def _preference(record: dict) -> Pair:
-    chosen, rejected = record["chosen"], record["rejected"]
+def _prompt_completion(record: Seen) -> Completion | Chat:
+    prompt, completion = _turns(record["prompt"]), _turns(record["completion"])
+    before = _with_system(record, _history(record))
+    if before:
+        prompt = [*before, *([turn("user", prompt)] if isinstance(prompt, str) else messages(prompt, "prompt"))]
+    return _answer(prompt, completion, "completion", _tools(record))
+
+
+def _with_system(record: Seen, turns: list[Message]) -> list[Message]:
+    """The system text that stands in a column of its own goes before the turns, unless they begin with one."""
+    text = record.first(SYSTEM)
+    if not isinstance(text, str) or not text.strip() or (turns and turns[0]["role"] in ("system", "developer")):
+        return turns
+    return [turn("system", text), *turns]
+
+
+def _history(record: Seen) -> list[Message]:
+    """Earlier questions and answers: LLaMA-Factory's list of pairs, or messages."""
+    found = parsed(record.get("history")) or []
+    if are_turns(found):
+        return messages(found, "history")
+    if not isinstance(found, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in found):
+        raise UserError("column 'history' is not a list of questions and answers")
+    return [turn(role, str(text)) for pair in found for role, text in zip(("user", "assistant"), pair, strict=True)]
+
+
+# ---- pairs and ranked answers ----
+
+
+def _preference(record: Seen) -> Pair:
+    chosen, rejected = _turns(record["chosen"]), _turns(record["rejected"])
     if type(chosen) is not type(rejected):
         raise UserError("chosen and rejected differ in type")
     if chosen == rejected:
         raise UserError("chosen equals rejected")
-    prompt = record.get("prompt")
-    if prompt is None:
-        split = _common_messages if isinstance(chosen, list) else _common_text
-        prompt, chosen, rejected = split(chosen, rejected)
+    column = next((name for name in PROMPTS if _holds(dict.get(record, name))), "")
+    prompt = _asked(record, column)
+    if isinstance(chosen, str) and isinstance(prompt, str):
+        if not column:
+            prompt, chosen, rejected = _common_text(chosen, rejected)
+        elif all(_repeats(answer, prompt) for answer in (chosen, rejected)):
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    elif isinstance(chosen, list):
+        prompt, chosen, rejected = _common_messages(
+            _as_turns(prompt, "prompt"), messages(chosen, "chosen"), messages(rejected, "rejected")
+        )
     tools = _tools(record)
     return Pair(_answer(prompt, chosen, "chosen", tools), _answer(prompt, rejected, "rejected", tools))
 
 
-def _ranked(record: dict) -> Group:
-    """The answers to a prompt, and their `ranks` (1 is the best) or `ratings`."""
-    column = "rank" if record.get("ranks") is not None else "rating"
-    found, values = record["answers"], record.get(column + "s")
-    if not isinstance(found, list) or len(found) < 2:
-        raise UserError("column 'answers' is not a list of two or more")
-    if not isinstance(values, list) or len(values) != len(found):
-        raise UserError("no column 'ranks' or 'ratings' with a number for each answer")
-    tools = _tools(record)
-    answers = tuple(_answer(record["prompt"], answer, "answers", tools) for answer in found)
-    return Group(answers, column, tuple(_number(value, column + "s") for value in values))
+def _asked(record: Seen, column: str) -> str | list[Message]:
+    """The prompt of a preference, with the system text and the earlier turns in columns of their own; "" for none."""
+    value = parsed(record[column]) if column in ("input", "prompt") else record.get(column, "")
+    if isinstance(value, dict) and "messages" in value:  # OpenAI's: {"messages": [...], "tools": [...]}
+        record.setdefault("tools", value.get("tools"))
+        value = value["messages"]
+    value = _turns(value)
+    if isinstance(value, str) and column == "instruction":
+        value = _question(record, column)
+    before = _with_system(record, _history(record)) if isinstance(value, str) else []
+    if before:
+        return [*before, *_as_turns(value, column)]
+    return value if isinstance(value, str) else _with_system(record, messages(value, column))
 
 
-def _tagged(record: dict) -> Tagged:
-    words, tags = record["tokens"], record["tags"]
-    if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
-        raise UserError("column 'tokens' is not a list of words")
-    if not isinstance(tags, list) or len(tags) != len(words):
-        raise UserError("column 'tags' has not one number for each of the tokens")
-    if not all(type(tag) is int and -1 <= tag < 1 << 15 for tag in tags):
-        raise UserError("column 'tags' holds something else than whole numbers from -1 to 32767")
-    return Tagged(tuple(words), tuple(tags))
+def _as_turns(prompt: str | list[Message], column: str) -> list[Message]:
+    if isinstance(prompt, str):
+        return [turn("user", prompt)] if prompt else []
+    return messages(prompt, column)
 
 
-def _number(value: object, column: str) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"no number in column {column!r}")
-    return float(value)
-
-
-READERS = {
-    "text": _text,
-    "messages": _messages,
-    "prompt_completion": _prompt_completion,
-    "alpaca": _alpaca,
-    "sharegpt": _sharegpt,
-    "preference": _preference,
-    "ranked": _ranked,
-    "tagged": _tagged,
-}
-
-
-def _answer(prompt: object, completion: object, column: str, tools: list | None) -> Completion | Chat:
-    if isinstance(prompt, str) and isinstance(completion, str):
-        if not completion:
-            raise UserError(f"column {column!r} is empty")
-        return Completion(prompt, completion)
-    before = [_turn("user", prompt)] if isinstance(prompt, str) else messages(prompt, "prompt")
-    after = [_turn("assistant", completion)] if isinstance(completion, str) else messages(completion, column)
-    return Chat(before + after, len(before), tools)
+def _repeats(answer: str, prompt: str) -> bool:
+    """Whether an answer begins with its prompt, which then ends between two words."""
+    at = len(prompt)
+    return answer.startswith(prompt) and len(answer) > at and (prompt[-1:].isspace() or not answer[at].isalnum())
 
 
 def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -182,47 +278,109 @@ def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     return chosen[:size], chosen[size:], rejected[size:]
 
 
-def _common_messages(chosen: list, rejected: list) -> tuple[list, list, list]:
+def _common_messages(
+    prompt: list[Message], chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """The prompt, which may stand apart, at the head of both answers, or in both places; and the answers behind it.
+
+    Where the two places differ, the one in the answers counts, as in TRL; a system text that only `prompt` has is kept.
+    """
     size = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
-    if size == 0:
-        raise UserError("chosen and rejected share no prompt")
-    return chosen[:size], chosen[size:], rejected[size:]
+    inside = chosen[:size]
+    if not inside or (prompt and inside[0]["role"] == "assistant"):
+        if not prompt:
+            raise UserError("chosen and rejected share no prompt")
+        return prompt, chosen, rejected
+    system = prompt[:1] if prompt and prompt[0]["role"] == "system" and inside[0]["role"] != "system" else []
+    return system + inside, chosen[size:], rejected[size:]
 
 
-def messages(value: object, column: str) -> list[dict]:
-    """Role and content of each turn, whichever of the two spellings (role/content, from/value) is used."""
-    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
-        raise UserError(f"column {column!r} is not a list of messages")
-    return [_message(turn, column, i) for i, turn in enumerate(value)]
+def _ranked(record: Seen) -> Group:
+    """The answers to a prompt, and their ranks (1 is the best) or ratings, beside them or within."""
+    answers = parsed(record["answers"])
+    if not isinstance(answers, list) or len(answers) < 2:
+        raise UserError("column 'answers' is not a list of two or more")
+    column, values = "rank", parsed(record.first(RANKS))
+    if values is None:
+        column, values = "rating", parsed(record.first(RATINGS))
+    if all(isinstance(answer, dict) and "role" not in answer for answer in answers):
+        values, column = _within(answers) if values is None else (values, column)
+        answers = [next((answer[key] for key in ANSWER if key in answer), None) for answer in answers]
+    if not isinstance(values, list) or len(values) != len(answers):
+        raise UserError("no column 'ranks' or 'ratings' with a number for each answer")
+    prompt, tools = _turns(record["prompt"]), _tools(record)
+    before = _with_system(record, [])
+    prompt = [*before, *_as_turns(prompt, "prompt")] if before else prompt
+    found = tuple(_answer(prompt, _turns(answer), "answers", tools) for answer in answers)
+    return Group(found, column, tuple(_number(value, column + "s") for value in values))
 
 
-def _message(turn: dict, column: str, i: int) -> dict:
-    where = f"{column}[{i}]"
-    role = turn.get("role", turn.get("from"))
-    if not isinstance(role, str):
-        raise UserError("a message without a role", where)
-    content = turn.get("content", turn.get("value"))
-    if isinstance(content, list):
-        content = "".join(_part(part, where) for part in content)
-    if content is None and turn.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        raise UserError("a message without text", where)
-    extra = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value") and v is not None}
-    return {"role": ROLES.get(role, role), "content": content, **extra}
+def _within(answers: list[dict]) -> tuple[list | None, str]:
+    for column, names in (("rank", RANKS), ("rating", RATINGS)):
+        for name in names:
+            if all(answer.get(name) is not None for answer in answers):
+                return [answer[name] for answer in answers], column
+    return None, "rating"
 
 
-def _part(part: object, where: str) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise UserError("content that is not text", where)
-    return part["text"]
+def _tagged(record: Seen) -> Tagged:
+    words, tags = record["tokens"], record["tags"]
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
+        raise UserError("column 'tokens' is not a list of words")
+    if not isinstance(tags, list) or len(tags) != len(words):
+        raise UserError("column 'tags' has not one number for each of the tokens")
+    if not all(type(tag) is int and -1 <= tag < 1 << 15 for tag in tags):
+        raise UserError("column 'tags' holds something else than whole numbers from -1 to 32767")
+    return Tagged(tuple(words), tuple(tags))
 
 
-def _turn(role: str, content: str) -> dict:
-    return {"role": role, "content": content}
+READERS = {
+    "text": _text,
+    "messages": _messages,
+    "prompt_completion": _prompt_completion,
+    "alpaca": _alpaca,
+    "sharegpt": _sharegpt,
+    "preference": _preference,
+    "ranked": _ranked,
+    "tagged": _tagged,
+}
 
 
-def _string(record: dict, column: str) -> str:
+# ---- cells ----
+
+
+def _answer(prompt: object, completion: object, column: str, tools: list | None) -> Completion | Chat:
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not completion:
+            raise UserError(f"column {column!r} is empty")
+        return Completion(prompt, completion)
+    before = [turn("user", prompt)] if isinstance(prompt, str) else messages(prompt, "prompt")
+    after = [turn("assistant", completion)] if isinstance(completion, str) else messages(completion, column)
+    return Chat(before + after, len(before), tools)
+
+
+def _turns(value: object) -> object:
+    """Turns that are written as JSON, or one that stands alone, as a list; all else as it is."""
+    found = parsed(value)
+    if isinstance(found, dict) and are_turns([found]):
+        return [found]
+    return found if are_turns(found) else value
+
+
+def _number(value: object, column: str) -> float:
+    """Of a number, or of its text, as tables hold it."""
+    if isinstance(value, str):
+        value = {"true": 1, "false": 0}.get(value.strip().lower(), value)
+    try:
+        found = float(value) if isinstance(value, int | float | str) else math.nan
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise UserError(f"no number in column {column!r}")
+    return found
+
+
+def _string(record: Seen, column: str) -> str:
     value = record[column]
     if not isinstance(value, str):
         raise UserError(f"column {column!r} is a {type(value).__name__}, not text")
@@ -231,8 +389,5 @@ def _string(record: dict, column: str) -> str:
     return value
 
 
-def _tools(record: dict) -> list | None:
-    tools = record.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise UserError("column 'tools' is not a list")
-    return tools or None
+def _tools(record: Seen) -> list[dict] | None:
+    return functions(record.first(TOOLS))

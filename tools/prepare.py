@@ -1,23 +1,26 @@
 """Tokenise an experiment's data and look at what training will see.
 
-    python -m tools.prepare --config=configs/X.py [--config.key=value ...]
+    python -m tools.prepare --config=configs/X.py [--config.key=value ...] [--strict]
 
-Prints what became of the records, and one packed row: green counts in the loss, dim is only read, | parts documents.
-The result is cached where training looks for it, and the cache's hashes are verified. Exit code 2: the data are unfit.
+Prints what became of the records, which of their columns and fields nothing used, and one packed row: green counts in
+the loss, dim is only read, reversed are control tokens, | parts documents. The result is cached where training looks
+for it, and the cache's hashes are verified. Exit code 2: the data are unfit, or --strict and something is unused.
 """
 
 import sys
 
 from common import cli
+from common.errors import UserError
+from common.types import Config
 from configs import schema
 
 
 @cli.command
 def main(argv: list[str]) -> int | None:
-    show(schema.load(argv, usage=__doc__).config)
+    show(schema.load([arg for arg in argv if arg != "--strict"], usage=__doc__).config, "--strict" in argv)
 
 
-def show(config) -> None:
+def show(config: Config, strict: bool = False) -> None:
     from rich.console import Console
 
     from data import cache
@@ -33,12 +36,16 @@ def show(config) -> None:
     console.print(f"{config.data.source} · {train.seq_len} slots a row · {train.batch_size} rows a batch", markup=False)
     for name, value in _summary(train, heldout).items():
         console.print(f"{name:>18}  {value}", markup=False)
+    for line in train.notes(tokenizer):
+        console.print(f"{'note':>18}  {line}", markup=False)
+    if strict and (lost := [line for line in train.notes(tokenizer) if "unused: " in line]):
+        raise UserError("; ".join(lost), fix="use these columns, drop them, or leave --strict out")
     for side, rows in parts(train.batch(0)).items():
         console.print(f"\n{side} 0 of step 0", style="bold")
         console.print(painted(rows, 0, tokenizer))
 
 
-def _own_tokenizer(config) -> str:
+def _own_tokenizer(config: Config) -> str:
     if not config.init:
         return "bytes"
     from infer.models import open_model  # reads the files' headers, not the weights

@@ -1,6 +1,7 @@
 """What a run starts from: a pretrained model, its tokenizer, the data."""
 
 import contextlib
+import logging
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -60,6 +61,8 @@ def sources(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Batches, Bat
     row_shards(cfg, mesh)
     mine = local_rows(mesh, cfg.data.batch_size)
     train, heldout = make_loaders(cfg.data, tokenizer, cfg.seed, mine)
+    for line in train.notes(tokenizer) if hosts.primary() else ():
+        logging.warning(line)
     return Batches(train, mesh), heldout and Batches(heldout, mesh)
 
 

@@ -43,6 +43,7 @@ ALLOWED: dict[str, str | tuple[str, ...]] = {
     "quant.start": ANY_COUNT,
     "data.holdout": "[0, 1)",
     "data.format": tuple(FORMATS),
+    "data.learn": ("all", "last"),
     "data.seq_len": COUNT,
     "data.batch_size": COUNT,
     "data.packing": methods.constant(methods.ROOT / "data/rows/layout.py", "PACKINGS", ()),

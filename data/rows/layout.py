@@ -107,15 +107,17 @@ def write(batch: Batch, at: np.ndarray, data: Dataset, rows: Rows, chosen: np.nd
 
 
 def painted(batch: Batch, row: int, tokenizer: Tokenizer) -> "rich.text.Text":
-    """The text of a row as rich Text; a token is coloured where it is a target that counts."""
+    """The text of a row as rich Text; a token is coloured where it is a target that counts, and control tokens are set
+    apart from text that merely looks like them."""
     from rich.text import Text
 
-    segments = batch["segments"][row]
+    segments, control = batch["segments"][row], np.isin(batch["tokens"][row], list(tokenizer.special.values()))
     learnt = np.concatenate([[0], batch["mask"][row][:-1]])  # token t is the target of slot t - 1
     text = Text()
     for document in range(1, int(segments.max()) + 1):
         text.append(" | " if document > 1 else "", style="bold red")
         slots = np.flatnonzero(segments == document)
-        for run in np.split(slots, np.flatnonzero(np.diff(learnt[slots])) + 1):
-            text.append(tokenizer.decode(batch["tokens"][row, run]), style="green" if learnt[run[0]] else "dim")
+        for run in np.split(slots, np.flatnonzero(np.diff(2 * learnt[slots] + control[slots])) + 1):
+            style = ("green" if learnt[run[0]] else "dim") + " reverse" * bool(control[run[0]])
+            text.append(tokenizer.decode(batch["tokens"][row, run]), style=style)
     return text

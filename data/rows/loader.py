@@ -17,7 +17,7 @@ from data.rows import batch as batches
 from data.rows import layout, mixture
 from data.rows.batch import Batch
 from data.rows.layout import Part
-from data.text import formats
+from data.text import formats, template
 from data.text.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 from data.views import View
 
@@ -47,6 +47,7 @@ class Loader:
         pad_id: int = 0,
         view: View = View(),  # noqa: B008
     ):
+        self.raw = False  # whether prompts are left without a template that the model has
         self.parts, self.seq_len, self.batch_size, self.seed = parts, seq_len, batch_size, seed
         self.shuffle, self.heldout, self.pad_id = shuffle and not heldout, heldout, pad_id
         self.view = view
@@ -104,6 +105,16 @@ class Loader:
         slots = sum(self.sizes) * self.seq_len * len(self.sides)
         used = sum(int(side.lengths.sum()) for packed in self.packed for side in packed.sides)
         return {**total, "rows": sum(self.sizes), "fill": used / slots, "causes": causes}
+
+    def notes(self, tokenizer: Tokenizer) -> list[str]:
+        """What to know of the records of each source, in lines: columns that nothing used, and what was done."""
+        lines = ["data.chat_template=none: prompts and completions are joined as they are"] if self.raw else []
+        for part in self.parts:
+            report, source = part.dataset.report, part.dataset.stored.index["source"]
+            found = dataset.notes(report, tokenizer)
+            found += [f"unused: {left}"] if (left := dataset.unused(report)) else []
+            lines += [f"{source}: {line}" for line in found]
+        return lines
 
     def batch(self, step: int) -> Batch:
         """This process's rows of the global batch of a step."""
@@ -179,6 +190,7 @@ def make_loaders(
     out = [Part(d, np.arange(len(d))) for d in (_prepare(data, name, tok) for name in apart)]
     out += [Part(d, sides[name][1]) for name, d in datasets.items() if len(sides[name][1])]
     loader = Loader(train, shuffle=data.shuffle, **options)
+    loader.raw = data.chat_template == "none"
     return loader, Loader(out, heldout=True, **options) if out else None
 
 
@@ -195,11 +207,15 @@ def _own_split(name: str, eval_source: str) -> str:
 def load_tokenizer(data: Config, default: str = "bytes") -> Tokenizer:
     """The tokenizer of a config; `default` is the model's own. "bpe:N" and "spm:N" are trained once and cached.
 
-    One without a chat template gets the default one where the data are chats, so that what is learnt is what is served.
+    `data.chat_template` replaces its template. One without a chat template gets the default one where the data are
+    chats, so that what is learnt is what is served.
     """
     spec = data.tokenizer or default
     trained = spec.startswith(("bpe:", "spm:"))
     found = _trained_tokenizer(data, spec) if trained else formats.load(spec)
+    found.reads_control = data.read_control
+    if data.chat_template:
+        found.chat_template, found.tool_template = template.named(data.chat_template), None
     if found.chat_template is None:
         first = next(iter(sources.mixture(data.source)))
         found.chat_template = DEFAULT_TEMPLATE if has_chats(first, data.format, data.fields) else None
@@ -225,7 +241,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _prepare(data: Config, name: str, tok: Tokenizer) -> Dataset:
-    return prepare(name, tok, folder=data.cache, form=data.format, fields=data.fields, max_bad=data.max_bad)
+    options = dict(form=data.format, fields=data.fields, max_bad=data.max_bad, learn=data.learn)
+    return prepare(name, tok, folder=data.cache, **options)
 
 
 def _pad_id(tok: Tokenizer) -> int:

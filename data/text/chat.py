@@ -1,16 +1,63 @@
 """Messages to text to ids, and which ids the assistant wrote: one path for training, evaluation and serving."""
 
+import functools
+import json
 import re
 import secrets
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 from common.errors import UserError
 from data.text import template
 from data.text.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 
 Messages = list[dict]
-Tools = list[dict] | None  # the functions that a template may show to the model
+Tools = list[dict] | None
 Span = tuple[int, int]  # characters [start, end) of a rendered chat
+OPENED = re.compile(r"\s*[<\[][^<>\[\]]*(?:think|thought)[^<>\[\]]*[>\]]\s*", re.I)  # a thought that a prompt begins
+READ = {"role", "content", "tool_calls", "reasoning_content", "weight"}  # what is looked after here; else the template
+PIECEWISE = (
+    "chats whose template shows answers otherwise than it asks for them: each was written as when it is asked for"
+)
+LAST = (
+    "chats of which the last answer alone is learnt, as the template shows the others otherwise than it asks for them"
+)
+
+
+@dataclass
+class Asked:
+    """What is to be learnt of chats: "all" answers or the "last"; and what was found on the way, with its count."""
+
+    learn: str = "all"
+    unused: Counter = field(default_factory=Counter)  # fields of messages that the template has no place for
+    notes: Counter = field(default_factory=Counter)
+
+
+class Writer(NamedTuple):
+    """The template of a tokenizer, for chats with these tools."""
+
+    tokenizer: Tokenizer
+    tools: Tools = None
+
+    @property
+    def template(self) -> str:
+        own = self.tokenizer.tool_template if self.tools else None
+        return own or self.tokenizer.chat_template or DEFAULT_TEMPLATE
+
+    def text(self, messages: Messages, prompt: bool = False, marks: tuple[str, str] = ("", "")) -> str:
+        """The chat, with the head of the answer that is asked for where `prompt` is set."""
+        tok = self.tokenizer
+        ids = {"bos_token": tok.bos_id, "eos_token": tok.eos_id, "pad_token": tok.pad_id}
+        names = {name: "" if i is None else tok.core.id_to_token(i) for name, i in ids.items()}
+        asked = {"messages": messages, "tools": self.tools, "add_generation_prompt": prompt}
+        return template.render(self.template, marks, **asked, **names)
+
+
+class NoPrefix(UserError):
+    """A chat's text does not begin with the text of its first turns."""
 
 
 def render(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = False, tools: Tools = None) -> str:
@@ -18,7 +65,8 @@ def render(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool
 
     Refuses content that spells a control token, which could end or open a turn.
     """
-    return _render(messages, tokenizer, add_generation_prompt, tools)
+    writer = Writer(tokenizer, tools)
+    return writer.text(_fitted(messages, writer, Asked()), add_generation_prompt)
 
 
 def encode(
@@ -29,60 +77,157 @@ def encode(
 
 
 def tokens_and_mask(
-    messages: Messages, tokenizer: Tokenizer, tools: Tools = None, first: int = 0
+    messages: Messages, tokenizer: Tokenizer, tools: Tools = None, first: int = 0, asked: Asked | None = None
 ) -> tuple[list[int], list[int]]:
-    """Ids of the whole chat, and 1 on those of assistant turns with their end tokens (from message `first` on).
+    """Ids of the whole chat, and 1 on those of assistant turns with their end tokens (from message `first` on, but for
+    those of weight 0).
 
     Decoding the masked ids gives the assistant's texts and end tokens; that is checked here, for every chat.
     """
-    text, spans = assistant_spans(messages, tokenizer, tools, first)
-    if not spans:
+    asked, writer = asked or Asked(), Writer(tokenizer, tools)
+    messages = _fitted(messages, writer, asked)
+    turns = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
+    turns = [i for i in turns if messages[i].get("weight") != 0][-1 if asked.learn == "last" else 0 :]
+    if not turns:
         raise UserError("no assistant turn, so no token would be learnt")
+    text, spans = _spans(messages, turns, writer, asked)
+    _count_dropped(text, messages, turns, asked)
     ids, mask = mask_ids(text, spans, tokenizer)
     _check(text, spans, ids, mask, tokenizer)
     return ids, mask
 
 
-def assistant_spans(
-    messages: Messages, tokenizer: Tokenizer, tools: Tools = None, first: int = 0
-) -> tuple[str, list[Span]]:
-    """The rendered chat and the characters that the model would have written."""
-    if "endgeneration" in (tokenizer.chat_template or ""):
-        return _spans_by_marks(messages, tokenizer, tools, first)
-    text = _render(messages, tokenizer, False, tools)
-    turns = [i for i in range(first, len(messages)) if messages[i].get("role") == "assistant"]
-    return text, [_span(messages, i, text, tokenizer, tools) for i in turns]
+# ---- which characters the assistant wrote ----
 
 
-def _spans_by_marks(messages: Messages, tokenizer: Tokenizer, tools: Tools, first: int) -> tuple[str, list[Span]]:
+def _spans(messages: Messages, turns: list[int], writer: Writer, asked: Asked) -> tuple[str, list[Span]]:
+    """The rendered chat and the characters of these turns that the model would have written.
+
+    A template that shows an answer otherwise once more is said (Qwen3 drops its thoughts), or that begins a thought in
+    the prompt and drops it from the answer (DeepSeek-R1), cannot be cut as it is. Then every answer is rendered as when
+    it is the last, which is how the model is asked for it; where that cannot be done, only the last one is learnt.
+    """
+    if "endgeneration" in writer.template:
+        return _spans_by_marks(messages, turns, writer)
+    try:
+        text = writer.text(messages)
+        return text, [_span(messages, i, text, writer) for i in turns]
+    except NoPrefix as why:
+        try:
+            text, found = _piecewise(messages, writer)
+            asked.notes[PIECEWISE] += 1
+            return text, [found[i] for i in turns]
+        except UserError:
+            if len(messages) - 1 != turns[-1] or len(turns) == 1:
+                raise why from None
+        span = _span(messages, turns[-1], text, writer)
+        asked.notes[LAST] += 1
+        return text, [span]
+
+
+def _spans_by_marks(messages: Messages, turns: list[int], writer: Writer) -> tuple[str, list[Span]]:
     nonce = secrets.token_hex(8)
     left, right = f"<{nonce}(>", f"<{nonce})>"
-    marked = _render(messages, tokenizer, False, tools, (left, right))
+    marked = writer.text(messages, False, (left, right))
     text, spans = "", []
     for piece in re.split(f"({re.escape(left)}.*?{re.escape(right)})", marked, flags=re.S):
         inside = piece.startswith(left)
         piece = piece.removeprefix(left).removesuffix(right)
-        if inside and piece:
+        if inside:
             spans.append((len(text), len(text) + len(piece)))
         text += piece
-    earlier = sum(m.get("role") == "assistant" for m in messages[:first])
-    return text, spans[earlier:]
+    written = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(spans) != len(written):
+        what = f"{len(spans)} generation blocks for {len(written)} answers"
+        raise UserError(what, "chat template", "one block around each answer")
+    return text, [span for i, span in zip(written, spans, strict=True) if i in turns and span[1] > span[0]]
 
 
-def _span(messages: Messages, i: int, text: str, tokenizer: Tokenizer, tools: Tools) -> Span:
+def _span(messages: Messages, i: int, text: str, writer: Writer) -> Span:
     """Turn i starts where its prompt ends, and ends behind its first end token."""
-    prompt = _render(messages[:i], tokenizer, True, tools)
-    upto = text if i + 1 == len(messages) else _render(messages[: i + 1], tokenizer, False, tools)
+    prompt = writer.text(messages[:i], True)
+    upto = text if i + 1 == len(messages) else writer.text(messages[: i + 1])
     for prefix in (prompt, upto):
         if not text.startswith(prefix):
-            raise UserError(
+            raise NoPrefix(
                 f"a part of the chat is not a prefix of the whole: {prefix[-120:]!r} against {text[:4000][-120:]!r}",
                 f"chat template, turn {i}",
                 "use a template with {% generation %} blocks",
             )
+    return len(prompt), _end(text, len(prompt), len(upto), writer.tokenizer)
+
+
+def _end(text: str, start: int, stop: int, tokenizer: Tokenizer) -> int:
+    """Behind the first end token of an answer, else behind the whole answer."""
     ends = [tokenizer.core.id_to_token(e) for e in tokenizer.eos_ids]
-    found = [at + len(end) for end in ends if (at := text.find(end, len(prompt), len(upto))) >= 0]
-    return len(prompt), min(found, default=len(upto))
+    return min((at + len(end) for end in ends if (at := text.find(end, start, stop)) >= 0), default=stop)
+
+
+def _piecewise(messages: Messages, writer: Writer) -> tuple[str, dict[int, Span]]:
+    """The chat with every answer as the template writes the last one, and the characters of each answer."""
+    written = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    text, spans, before, ending = "", {}, None, ""
+    for i in written:
+        prompt = writer.text(messages[:i], True)
+        if before is None:
+            text = prompt
+        else:
+            behind = _behind(messages, before, i, writer)
+            if not behind.startswith(ending):
+                raise UserError("an answer ends otherwise when another follows", "chat template")
+            text += behind[len(ending) :]
+        ending = _behind(messages, i, i + 1, writer, last=True)
+        answer = _answer(prompt, messages, i, ending, writer)
+        spans[i] = len(text), _end(text + answer, len(text), len(text) + len(answer), writer.tokenizer)
+        text, before = text + answer, i
+    if before + 1 < len(messages):
+        text += _behind(messages, before, len(messages), writer, last=True)[len(ending) :]
+    return text, spans
+
+
+def _behind(messages: Messages, i: int, stop: int, writer: Writer, last: bool = False) -> str:
+    """What follows the content of answer i: its end, the turns up to `stop`, and the head of the next answer."""
+    stand_in = secrets.token_hex(8)
+    answer = {"role": "assistant", "content": stand_in}
+    text = writer.text([*messages[:i], answer, *messages[i + 1 : stop]], not last)
+    if stand_in not in text:
+        raise UserError("an answer is not in the text", "chat template")
+    return text.rpartition(stand_in)[2]
+
+
+def _answer(prompt: str, messages: Messages, i: int, ending: str, writer: Writer) -> str:
+    """Answer i as the model would write it behind its prompt, with its end."""
+    whole = writer.text(messages[: i + 1])
+    if whole.startswith(prompt):
+        return whole[len(prompt) :]
+    size = next((at for at, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
+    opened = prompt[size:]
+    if not OPENED.fullmatch(opened) or messages[i].get("tool_calls"):
+        raise UserError("the prompt of an answer is not how the chat begins", "chat template")
+    opens = opened.strip()
+    closes = opens[0] + "/" + opens[1:]
+    said = messages[i]["content"]
+    if closes in said:  # its thought stands in the content
+        return said.lstrip().removeprefix(opens).lstrip("\n") + ending
+    return f"\n{closes}\n\n{said}{ending}"
+
+
+def _count_dropped(text: str, messages: Messages, turns: list[int], asked: Asked) -> None:
+    """Counts what a template leaves out in silence; raises UserError where it is an answer to learn."""
+    for i, message in enumerate(messages):
+        thought, closes, said = (message["content"] or "").rpartition("</think>")
+        thought = message.get("reasoning_content") or (closes and thought.rpartition("<think>")[2])
+        if said.strip() not in text:
+            if i in turns:
+                raise UserError(
+                    "the chat template drops the text of an answer", f"message {i}", "data.chat_template=FILE"
+                )
+            asked.unused[f"messages of {message['role']}"] += 1
+        if i in turns and thought.strip() not in text:
+            asked.unused["thoughts of answers"] += 1
+
+
+# ---- ids ----
 
 
 def mask_ids(text: str, spans: list[Span], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -118,28 +263,95 @@ def _check(text: str, spans: list[Span], ids: list[int], mask: list[int], tokeni
         raise UserError(f"the loss mask covers {learnt[:120]!r}, the assistant wrote {wanted[:120]!r}", "chat template")
 
 
-def _render(
-    messages: Messages,
-    tokenizer: Tokenizer,
-    add_generation_prompt: bool,
-    tools: Tools,
-    marks: tuple[str, str] = ("", ""),
-) -> str:
+# ---- messages as a template wants them ----
+
+
+def _fitted(messages: Messages, writer: Writer, asked: Asked) -> Messages:
+    """The messages with their fields where the template looks for them; counts those that it has no place for.
+
+    Raises UserError for a call of a tool that the template drops: its turn would be learnt as an empty answer.
+    """
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UserError("a message needs a role and a content", f"message {i}")
-        _refuse_control_tokens(message.get("content"), tokenizer, i)
-    names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
-    return template.render(
-        tokenizer.chat_template or DEFAULT_TEMPLATE,
-        marks,
-        messages=messages,
-        tools=tools,
-        add_generation_prompt=add_generation_prompt,
-        **{name: "" if i is None else tokenizer.core.id_to_token(i) for name, i in names.items()},
+        _refuse_control_tokens(message.get("content"), writer.tokenizer, i)
+    text = writer.template
+    fitted = [_thought_placed(_role_placed(message, text), text) for message in messages]
+    asked.unused.update({f"messages.{key}" for m in fitted for key in m if key not in READ and not _names(text, key)})
+    if any("reasoning_content" in m for m in fitted) and not _names(text, "reasoning_content"):
+        asked.unused["messages.reasoning_content"] += 1
+    if writer.tools and not _names(text, "tools"):
+        asked.unused["tools"] += 1
+    if not any(message.get("tool_calls") for message in fitted):
+        return fitted
+    for variant in _variants(fitted):
+        if _shows_calls(variant, writer):
+            return variant
+    raise UserError(
+        "the chat template has no place for the calls of tools", "chat template", "choose another by data.chat_template"
     )
 
 
+def _names(text: str, name: str) -> bool:
+    """Whether a template looks at a field or a variable of this name."""
+    return bool(re.search(rf"\.{name}\b|['\"]{name}['\"]|[\s(]{name}\b", text))
+
+
+def _role_placed(message: dict, text: str) -> dict:
+    if message["role"] == "developer" and "developer" not in text:
+        return message | {"role": "system"}
+    return message
+
+
+def _thought_placed(message: dict, text: str) -> dict:
+    """The thought in the field that the template knows, or before the content where it looks for </think>."""
+    thought = message.get("reasoning_content")
+    if not thought or _names(text, "reasoning_content"):
+        return message
+    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+    for name in ("thinking", "reasoning"):
+        if _names(text, name):
+            return rest | {name: thought}
+    if "</think>" in text:
+        return rest | {"content": f"<think>\n{thought.strip()}\n</think>\n\n{message['content']}"}
+    return message
+
+
+def _variants(messages: Messages) -> Iterator[Messages]:
+    """Templates differ in what they take for the content of a call, and for its arguments: an object or its JSON."""
+    for content in ("", None):
+        for write in (None, functools.partial(json.dumps, ensure_ascii=False)):
+            yield [_called(message, content, write) if message.get("tool_calls") else message for message in messages]
+
+
+def _called(message: dict, content: str | None, write: Callable[[object], str] | None) -> dict:
+    calls = [dict(call) for call in message["tool_calls"]]
+    for call in calls:
+        arguments = call["function"]["arguments"]
+        if write and not isinstance(arguments, str):
+            call["function"] = call["function"] | {"arguments": write(arguments)}
+    return message | {"tool_calls": calls, "content": message["content"] or content}
+
+
+def _shows_calls(messages: Messages, writer: Writer) -> bool:
+    """Whether the text has the name of every called function more often than it would have without the calls."""
+    names = [call["function"]["name"] for m in messages for call in m.get("tool_calls", ())]
+    bare = [{k: v for k, v in m.items() if k != "tool_calls"} for m in messages]
+    bare = [m | {"content": m["content"] or ""} for m in bare]
+    try:
+        text = writer.text(messages)
+    except UserError:
+        return False
+    try:
+        without = writer.text(bare)
+    except UserError:
+        without = ""
+    return all(text.count(name) > without.count(name) for name in names)
+
+
 def _refuse_control_tokens(content: object, tokenizer: Tokenizer, i: int) -> None:
-    if isinstance(content, str) and (found := tokenizer.control_tokens(content)):
-        raise UserError(f"the text spells the control token {found[0]!r}", f"message {i}", "remove or rephrase it")
+    if tokenizer.reads_control or not isinstance(content, str):
+        return
+    if found := tokenizer.control_tokens(content):
+        what = f"the text spells the control token {found[0]!r}"
+        raise UserError(what, f"message {i}", "rephrase it, or set data.read_control to have it read as one")

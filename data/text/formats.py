@@ -50,7 +50,9 @@ class ByteTokenizer(Tokenizer):
     """Same ids as its core, without the work of looking for merges that are not there."""
 
     def encode_batch(self, texts: list[str], special: bool = False) -> list[list[int]]:
-        return super().encode_batch(texts, special) if special else [list(text.encode()) for text in texts]
+        if special or self.reads_control:
+            return super().encode_batch(texts, special)
+        return [list(text.encode()) for text in texts]
 
 
 def byte_tokenizer() -> Tokenizer:

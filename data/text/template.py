@@ -4,6 +4,7 @@ import json
 import threading
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 
 from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
@@ -16,6 +17,7 @@ from common.errors import UserError
 BUDGET = 1 << 25  # characters made by one rendering; a turn of a loop or macro counts as TURN of them
 TURN = 64
 MAX_TEMPLATE = 1 << 20  # characters
+TEMPLATES = Path(__file__).with_name("templates")  # by the families that use them; all mark what is learnt
 # fmt: off
 FILTERS = [
     "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby", "int",
@@ -207,6 +209,27 @@ def render(template: str, marks: tuple[str, str] = ("", ""), **variables) -> str
         if isinstance(error, UserError):
             raise
         raise UserError(f"{type(error).__name__}: {error}", "chat template") from None
+
+
+def named(spec: str) -> str | None:
+    """The template that `spec` names: a file, or one of data/text/templates; None for "none"."""
+    if spec == "none":
+        return None
+    path = Path(spec).expanduser()
+    known = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+    if spec in known:
+        path = TEMPLATES / f"{spec}.jinja"
+    if not path.is_file():
+        raise UserError(
+            "no such file or template", f"data.chat_template={spec}", f"none, {', '.join(known)}, or a FILE"
+        )
+    text = path.read_text("utf-8")
+    if path.suffix == ".json":  # as transformers once wrote it
+        text = json.loads(text).get("chat_template", "")
+    if not isinstance(text, str) or not text.strip():
+        raise UserError("holds no chat template", str(path))
+    _compiled(text)
+    return text
 
 
 def _raise(message):

@@ -64,6 +64,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.tool_template = tool_template  # for chats with tools, where the model has one of their own
         self.extra_eos = tuple(extra_eos)
+        self.reads_control = False  # whether control tokens that a text spells out are read as such, unasked
         self._lock = threading.Lock()
 
     @property
@@ -109,7 +110,7 @@ class Tokenizer:
 
     def _encode(self, texts: list[str], special: bool, encode: Callable):
         with self._lock:  # the switch belongs to the core, so threads take turns
-            self.core.encode_special_tokens = not special
+            self.core.encode_special_tokens = not (special or self.reads_control)
             try:
                 return encode(texts, add_special_tokens=False)
             except TypeError:
@@ -186,6 +187,7 @@ class Tokenizer:
         prefix = self.add_bos if self.prefix in ((), (self.bos_id,)) else self.prefix
         ids = [self.bos_id, self.eos_id, self.pad_id, prefix, self.extra_eos]
         parts = [self._core_digest, ids, template, *([self.tool_template] if self.tool_template else [])]
+        parts += ["reads control tokens"] if self.reads_control else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:

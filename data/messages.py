@@ -1,0 +1,147 @@
+"""Chats in every spelling that is published, as one: role, content, tool_calls, reasoning_content, and what else a
+template may ask for. Read from the documentation of OpenAI, Mistral, TRL, LLaMA-Factory, axolotl and ShareGPT."""
+
+import json
+
+from common.errors import UserError
+
+Message = dict[str, object]
+
+ROLES = {
+    "assistant": "gpt bing chatgpt bard model ai bot",
+    "user": "human prompter",
+    "tool": "observation function function_response tool_response tool_result ipython",
+    "call": "function_call tool_call",  # an assistant's turn whose text is the call
+}
+ROLE = {name: role for role, names in ROLES.items() for name in (role, *names.split())} | {"system": "system"}
+TEXT = ("text", "input_text", "output_text", "refusal")  # kinds of parts of a content, and where each holds its text
+THOUGHT = ("thinking", "reasoning")
+IDLE = {
+    "annotations",
+    "audio",
+    "id",
+    "index",
+    "logprobs",
+    "function_call",
+    "refusal",
+    "from",
+    "value",
+    "train",
+    "weight",
+}
+
+
+def messages(value: object, column: str) -> list[Message]:
+    """The turns of a column: a list of objects, or JSON of one. Raises UserError that names the first unfit one."""
+    value = parsed(value)
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
+        raise UserError(f"column {column!r} is not a list of messages")
+    return [_message(without_nulls(turn), f"{column}[{i}]") for i, turn in enumerate(value)]
+
+
+def are_turns(value: object) -> bool:
+    """Whether a value is a list of messages by the look of it."""
+    keys = {"role", "from"}
+    return (
+        isinstance(value, list) and bool(value) and all(isinstance(turn, dict) and keys & turn.keys() for turn in value)
+    )
+
+
+def turn(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def tools(value: object) -> list[dict] | None:
+    """The functions that a model may call, as OpenAI writes them; from a list, or JSON of it or of its entries."""
+    value = without_nulls(parsed(value))
+    value = [value] if isinstance(value, dict) else value
+    if not value:
+        return None
+    found = [parsed(tool) for tool in value] if isinstance(value, list) else [None]
+    if not all(isinstance(tool, dict) for tool in found):
+        raise UserError("column 'tools' is not a list of functions")
+    return [tool if "function" in tool or "name" not in tool else _wrapped(tool) for tool in found]
+
+
+def parsed(value: object) -> object:
+    """What a text of JSON stands for, where it is a list or an object; all else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def without_nulls(value: object) -> object:
+    """Less the fields that are null: Arrow and pandas give every object of a column the fields of all others."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _message(given: dict, where: str) -> Message:
+    role = given.get("role", given.get("from"))
+    if not isinstance(role, str) or not role.strip():
+        raise UserError("a message without a role", where)
+    role = ROLE.get(role.strip().lower(), role)
+    content, thought = _content(given.get("content", given.get("value")), role, where)
+    calls = given.get("tool_calls") or given.get("function_call")
+    if role == "call":
+        role, calls, content = "assistant", content, ""
+    found = {"role": role, "content": content or given.get("refusal", "")}
+    if calls := _calls(calls, where):
+        found["tool_calls"] = calls
+    thoughts = [given.get(name) for name in ("reasoning_content", *THOUGHT)]
+    thought = next((text for text in [*thoughts, thought] if isinstance(text, str) and text.strip()), "")
+    if thought:
+        found["reasoning_content"] = thought
+    if given.get("weight") == 0 or given.get("train") in (False, 0):
+        found["weight"] = 0  # OpenAI, Mistral and axolotl: this turn is read, and not learnt
+    if not (found["content"] or calls or thought or "content" in given or "value" in given):
+        raise UserError("a message without text", where)
+    known = {"role", "content", "tool_calls", "reasoning_content", "weight", *THOUGHT, *IDLE}
+    return found | {key: value for key, value in given.items() if key not in known}
+
+
+def _content(value: object, role: str, where: str) -> tuple[str, str]:
+    """Text and thought of a content: a text, a list of parts, or what a tool has returned."""
+    if value is None or isinstance(value, str):
+        return value or "", ""
+    if isinstance(value, list) and all(isinstance(p, str) or (isinstance(p, dict) and "type" in p) for p in value):
+        said = [_part(part, where) for part in value]
+        return "".join(text for text, _ in said), "".join(thought for _, thought in said)
+    if role in ("tool", "call"):
+        return json.dumps(value, ensure_ascii=False), ""
+    raise UserError("content that is not text", where)
+
+
+def _part(part: str | dict, where: str) -> tuple[str, str]:
+    if isinstance(part, str):
+        return part, ""
+    kind = part["type"]
+    if kind in THOUGHT:
+        return "", _content(part.get(kind, part.get("text")), "assistant", where)[0]
+    text = part.get("refusal" if kind == "refusal" else "text")
+    if kind not in TEXT or not isinstance(text, str):
+        raise UserError(f"content of type {kind!r}, not text", where)
+    return text, ""
+
+
+def _calls(value: object, where: str) -> list[dict]:
+    value = parsed(value)
+    value = [value] if isinstance(value, dict) else value or []
+    found = [parsed(call) for call in value] if isinstance(value, list) else [None]
+    found = [call if isinstance(call, dict) and "function" in call else {"function": call} for call in found]
+    for call in found:
+        function = call["function"] = parsed(call["function"])
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError("a call without the name of a function", where)
+        call["function"] = {"name": function["name"], "arguments": parsed(function.get("arguments") or {})}
+        call.setdefault("type", "function")
+    return found
+
+
+def _wrapped(function: dict) -> dict:
+    return {"type": "function", "function": function}
