@@ -183,14 +183,14 @@ def test_a_time_that_python_does_not_know_is_a_bad_row(tmp_path):
 
 
 def test_whatever_a_row_raises_is_a_bad_row(tmp_path, monkeypatch):
-    made = dataset.formats.example
+    made = dataset.formats.read
 
     def faulty(record, form, names):
         if record["text"] == "b":
             raise ZeroDivisionError("by this row")
         return made(record, form, names)
 
-    monkeypatch.setattr(dataset.formats, "example", faulty)
+    monkeypatch.setattr(dataset.formats, "read", faulty)
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in "abc"))
     found = dataset.prepare(str(tmp_path / "x.jsonl"), load("bytes"), folder=tmp_path / "cache", max_bad=0.5)
     assert found.report["documents"] == 2 and list(found.report["causes"]) == ["ZeroDivisionError: by this row"]
