@@ -13,14 +13,13 @@ the product, which is the vendor's.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, Ref
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from kernels import blocks
 from kernels.packing import LEVELS
@@ -59,7 +58,9 @@ def supported(form: str, rows: int, k: int, group: int, dtype: DTypeLike) -> boo
     return form in FORMS and few and (group in (32, 64, 128) or group >= k)
 
 
-def matmul(x: Array, codes: Array, scale: Array, group: int, dtype: Any = None, form: Form = int4) -> Array:
+def matmul(
+    x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike | None = None, form: Form = int4
+) -> Array:
     """x [M, K] times W [K, N] -> [M, N] of `dtype` or that of x, accumulated in float32.
 
     `codes` are bytes [K / R, N] that R rows share, `scale` [ceil(K / group), N].
@@ -75,7 +76,7 @@ def matmul(x: Array, codes: Array, scale: Array, group: int, dtype: Any = None, 
     return y.reshape(3, len(x), -1).sum(0).astype(dtype)
 
 
-def _call(x: Array, codes: Array, scale: Array, group: int, dtype: Any, form: Form) -> Array:
+def _call(x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike, form: Form) -> Array:
     """A grid over rows of x, columns of W and shares of its rows, which the results are summed over."""
     (m, k), (height, n) = x.shape, codes.shape
     each = -(-k // height)
@@ -104,7 +105,7 @@ def _call(x: Array, codes: Array, scale: Array, group: int, dtype: Any, form: Fo
 
 def _body(
     form: Form, shape: tuple[int, int, int], by: tuple[int, int, int],
-    levels_ref: Any, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any,
+    levels_ref: Ref, x_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref,
 ) -> None:  # fmt: skip
     (m, n, height), (group, depth, per), (rows, columns) = shape, by, y_ref.shape  # group and depth in rows of bytes
     i, j, first = pl.program_id(0), pl.program_id(1), pl.program_id(2) * per
@@ -129,7 +130,7 @@ def _body(
     triton.store(y_ref, y.astype(y_ref.dtype), mask=_all(there, inside))
 
 
-def _inside(start: Any, size: int, total: int, axis: int) -> Array | None:
+def _inside(start: ArrayLike, size: int, total: int, axis: int) -> Array | None:
     """Which of `size` rows (axis 0) or columns there are; None where all always are."""
     if total % size == 0:
         return None
@@ -145,7 +146,7 @@ def _none(mask: Array | None) -> int | None:
     return None if mask is None else 0
 
 
-def _load(ref: Any, rows: Any, *masks: Array | None) -> Array:
+def _load(ref: Ref, rows: pl.Slice, *masks: Array | None) -> Array:
     """Rows of a block, 0 for what lies outside of the array."""
     mask = _all(*masks)
     return triton.load(ref.at[rows, :], mask=mask, other=_none(mask))

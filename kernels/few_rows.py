@@ -7,12 +7,12 @@ slow one; a product with ones does not.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 ROWS = 4  # each converts the codes again: with more, the product with floats is faster
 SUMMED = 16  # more are not vectorised, fewer leave more to add up
@@ -24,8 +24,9 @@ def supported(rows: int, k: int, group: int, transposed: bool) -> bool:
 
 
 def matmul(
-    x: Array, codes: Array, scale: Array, group: int, dtype: Any = None, *, by_place: Callable, transposed: bool
-) -> Array:
+    x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike | None = None, *,
+    by_place: Callable, transposed: bool,
+) -> Array:  # fmt: skip
     """x [M, K] times W -> [M, N] of `dtype` or that of x, of bytes of codes [K / R, N] and scales [K / group, N].
 
     `by_place` gives the numbers of the first of the R rows that share a byte, of the second, ... W is `transposed`

@@ -4,13 +4,12 @@ Two regimes. With few rows of x the weights' bytes are the time: each group's pa
 M N / group multiplications. With many the products are: a block of W is dequantised in VMEM, hidden under the MXU.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, Ref
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from kernels import blocks, tiled
 from kernels.blocks import cut
@@ -24,7 +23,7 @@ def supported(k: int, n: int, group: int) -> bool:
     return k % 2 == 0 and group in (32, 64, 128) and n >= 128
 
 
-def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: Any = None) -> Array:
+def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike | None = None) -> Array:
     """x [M, K] times W [K, N] -> [M, N] of `dtype` or that of x, accumulated in float32.
 
     W is of bytes [K / 2, N] and scales [ceil(K / group), N]."""
@@ -35,7 +34,7 @@ def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: Any = None)
     return tiled.product(body, x, packed, scale, group, n, block, block[:0:-1], lambda i, j, l: (l, j), dtype)
 
 
-def gradient(g: Array, packed: Array, scale: Array, group: int, dtype: Any = None) -> Array:
+def gradient(g: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike | None = None) -> Array:
     """dx = g W' [M, K] of g [M, N], from the packed W: no dequantised copy is kept or made."""
     (m, n), k = g.shape, 2 * packed.shape[0]
     bm, bn, bk = blocks.INT4
@@ -48,13 +47,13 @@ def _rows(k: int, limit: int, group: int) -> int:
     return cut(k, limit, max(8 * group, 128))
 
 
-def _int4(w: tiled.W, w_ref: Any, at: int = 0, size: int | None = None) -> Array:
+def _int4(w: tiled.W, w_ref: Ref, at: int = 0, size: int | None = None) -> Array:
     """Rows of a block of W, all or `size` from `at`; two neighbours are a byte."""
     rows = slice(at // 2, None if size is None else (at + size) // 2)
     return pltpu.bitcast(w_ref[:, rows].T if w.by_columns else w_ref[rows], jnp.int4)
 
 
-def _scaled_parts(w: tiled.W, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any) -> None:
+def _scaled_parts(w: tiled.W, x_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref, sum_ref: Ref) -> None:
     def part() -> Array:
         x, total = tiled.inside(x_ref[...], 1, w.total), jnp.zeros(sum_ref.shape, jnp.float32)
         scale = tiled.inside(s_ref[...], 0, pl.cdiv(w.total, w.group)).astype(jnp.float32)
@@ -69,14 +68,14 @@ def _scaled_parts(w: tiled.W, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, su
     tiled.accumulate(part, y_ref, sum_ref)
 
 
-def _block(w: tiled.W, w_ref: Any, scale: Array, dtype: Any) -> Array:
+def _block(w: tiled.W, w_ref: Ref, scale: Array, dtype: DTypeLike) -> Array:
     """A dequantised block of W. An int4 times a bfloat16 is exact in float32: either way it is rounded once."""
     codes, scale = _int4(w, w_ref).astype(dtype), scale.astype(dtype)
     scale = jnp.broadcast_to(scale[:, None, :], (scale.shape[0], w.group, scale.shape[1])).reshape(-1, scale.shape[1])
     return codes * scale[: codes.shape[0]]
 
 
-def _dequantised(w: tiled.W, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any) -> None:
+def _dequantised(w: tiled.W, x_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref, sum_ref: Ref) -> None:
     def part() -> Array:
         x, scale = tiled.inside(x_ref[...], 1, w.total), tiled.inside(s_ref[...], 0, pl.cdiv(w.total, w.group))
         return jnp.dot(x, _block(w, w_ref, scale, x.dtype), preferred_element_type=jnp.float32)
@@ -84,7 +83,7 @@ def _dequantised(w: tiled.W, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum
     tiled.accumulate(part, y_ref, sum_ref)
 
 
-def _transposed(w: tiled.W, g_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any) -> None:
+def _transposed(w: tiled.W, g_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref, sum_ref: Ref) -> None:
     def part() -> Array:
         g, scale = tiled.inside(g_ref[...], 1, w.total), tiled.inside(s_ref[...], 1, w.total)
         dims = (((1,), (1,)), ((), ()))

@@ -7,13 +7,13 @@ sublanes, and a gather along sublanes looks all of a register's codes up at once
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, Ref
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from kernels import blocks, tiled
 from kernels.blocks import cut
@@ -49,7 +49,7 @@ def dequantise(packed: Array, scale: Array, group: int) -> Array:
     )(packed.T if columnar else packed, scale)
 
 
-def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: Any = None) -> Array:
+def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike | None = None) -> Array:
     """x [M, K] times the dequantised W, M up to FEW -> [M, N] of `dtype` or that of x, accumulated in float32."""
     (m, k), n = x.shape, packed.shape[1]
     rows, columns = cut(k, blocks.NF4[0], 8 * group), blocks.NF4[1]
@@ -60,7 +60,7 @@ def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: Any = None)
     )
 
 
-def _multiply(w: tiled.W, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any, rows_ref: Any) -> None:
+def _multiply(w: tiled.W, x_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref, sum_ref: Ref, rows_ref: Ref) -> None:
     def part() -> Array:
         x, scale = tiled.inside(x_ref[...], 1, w.total), tiled.inside(s_ref[...], 0, w.total // w.group)
         _look_up(w.group, w.by_columns, w_ref, scale, rows_ref)
@@ -69,12 +69,12 @@ def _multiply(w: tiled.W, x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_re
     tiled.accumulate(part, y_ref, sum_ref)
 
 
-def _dequantise(group: int, columnar: bool, w_ref: Any, s_ref: Any, y_ref: Any, rows_ref: Any) -> None:
+def _dequantise(group: int, columnar: bool, w_ref: Ref, s_ref: Ref, y_ref: Ref, rows_ref: Ref) -> None:
     _look_up(group, columnar, w_ref, s_ref, rows_ref)
     y_ref[...] = rows_ref[...].astype(y_ref.dtype)
 
 
-def _look_up(group: int, columnar: bool, w_ref: Any, scale: Any, rows_ref: Any) -> None:
+def _look_up(group: int, columnar: bool, w_ref: Ref, scale: Array | Ref, rows_ref: Ref) -> None:
     """Levels times scales of a block of W, float32, into `rows_ref`."""
     columns = rows_ref.shape[1]
     tables = [_register(LEVELS[at : at + 8], columns) for at in (0, 8)]

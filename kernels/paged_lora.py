@@ -8,15 +8,16 @@ Punica: Chen et al. 2023, arXiv 2310.18547).
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, Ref
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from kernels import blocks, paged_lora_triton, partition
 from kernels.partition import Axes
@@ -30,10 +31,10 @@ _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 class Route(NamedTuple):
     """Which pages of the stacks each row of a batch uses, as pairs of a page and a row."""
 
-    pages: Any  # [P] in use, each once, then -1; P is a multiple of STEP
-    which: Any  # [P] of each pair the place in `pages`, in its order
-    row: Any  # [P] of each pair, then -1
-    count: Any  # [] of pairs
+    pages: Array | np.ndarray  # [P] in use, each once, then -1; P is a multiple of STEP
+    which: Array | np.ndarray  # [P] of each pair the place in `pages`, in its order
+    row: Array | np.ndarray  # [P] of each pair, then -1
+    count: Array | np.int32  # [] of pairs
 
 
 def route(pairs: list[tuple[int, int]], room: int) -> Route:
@@ -58,7 +59,7 @@ def reference(x: Array, a: Array, b: Array, route: Route) -> Array:
 
 
 def product(
-    x: Array, a: Array, b: Array, route: Route, rows: Sequence[Axes], split: Sequence[Axes], dtype: Any
+    x: Array, a: Array, b: Array, route: Route, rows: Sequence[Axes], split: Sequence[Axes], dtype: DTypeLike
 ) -> Array:
     """x [B,T,K] times the pages of each row in stacks A [C,K] and B [C,N] -> [B,T,N]; ids x [B,T] take columns of A.
 
@@ -89,7 +90,7 @@ def product(
     return jax.shard_map(local, in_specs=specs, out_specs=P(last, tokens, n), check_vma=False)(x, a, b, route)
 
 
-def own(route: Route, axes: Axes, rows: int) -> tuple[Route, Any, Any]:
+def own(route: Route, axes: Axes, rows: int) -> tuple[Route, Array | slice, Array | slice]:
     """The Route of the pairs of a device's rows, which lie over `axes`; where [P] each of them stands in `route`, and
     where each of `route` stands among them, P if it does not. By comparisons: devices sort a few numbers slowly.
     """
@@ -150,7 +151,7 @@ def lookup(ids: Array, a: Array, route: Route) -> Array:
     return jnp.where((there & (at >= 0) & (at < a.shape[1]))[..., None], low, 0).astype(jnp.float32)
 
 
-def expand(low: Array, b: Array, route: Route, rows: int, dtype: Any) -> Array:
+def expand(low: Array, b: Array, route: Route, rows: int, dtype: DTypeLike) -> Array:
     """The sum of `low` B over the pairs of each row, [B,T,N], where `low` [P,T,BLOCK] is that of `shrink`."""
     loop = lambda *args: _expand(*args, rows, dtype)
     if low.shape[1] > 1:
@@ -159,7 +160,7 @@ def expand(low: Array, b: Array, route: Route, rows: int, dtype: Any) -> Array:
     return jax.lax.platform_dependent(low, b, route, cuda=cuda, default=loop)
 
 
-def _expand(low: Array, b: Array, route: Route, rows: int, dtype: Any) -> Array:
+def _expand(low: Array, b: Array, route: Route, rows: int, dtype: DTypeLike) -> Array:
     def some(at: Array, page: Array, who: Array, y: Array) -> Array:
         own = jnp.where((at < route.count)[:, None, None], low.at[at].get(mode="clip"), 0).astype(dtype)
         return y.at[who].add(_einsum("wtr,wrn->wtn", own, _read(b, page, dtype)))
@@ -171,7 +172,7 @@ def _pages(stack: Array) -> Array:
     return stack.reshape(-1, BLOCK, stack.shape[1])
 
 
-def _read(stack: Array, page: Array, dtype: Any) -> Array:
+def _read(stack: Array, page: Array, dtype: DTypeLike) -> Array:
     """Pages of a stack, read within the loop: ahead of it a CPU would turn all of a bfloat16 stack into float32."""
     stack, page = jax.lax.optimization_barrier((stack, page))
     return _pages(stack)[page].astype(dtype)
@@ -224,8 +225,8 @@ def decode(x: Array, a: Array, b: Array, route: Route) -> Array:
 
 
 def _decode(
-    pages: Any, which_ref: Any, row_ref: Any, x_ref: Any, a_ref: Any, b_ref: Any, y_ref: Any,
-    a_room: Any, b_room: Any, arrived: Any,
+    pages: Ref, which_ref: Ref, row_ref: Ref, x_ref: Ref, a_ref: Ref, b_ref: Ref, y_ref: Ref,
+    a_room: Ref, b_room: Ref, arrived: Ref,
 ) -> None:  # fmt: skip
     """`pages` [P] of scalars; `which` [P,1] and `row` [1,P]; two rooms for the pages of a step of A and of B."""
     step = pl.program_id(0)
@@ -237,7 +238,7 @@ def _decode(
             page, into, done = pages[step * STEP + i], (step % 2, within(i)), arrived.at[step % 2]
 
             @pl.when(page >= 0)
-            def _(page: Array = page, into: tuple = into, done: Any = done) -> None:
+            def _(page: Array = page, into: tuple = into, done: Ref = done) -> None:
                 rows = pl.ds(page * BLOCK, BLOCK)
                 for stack, room in ((a_ref, a_room), (b_ref, b_room)):
                     do(pltpu.make_async_copy(stack.at[rows], room.at[into], done))

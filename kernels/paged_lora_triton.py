@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, Ref
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
 
 DEPTH, WIDTH, WARPS = 512, 256, 8  # columns of A and of B that a program multiplies, and its warps: four would spill
 
@@ -43,7 +44,7 @@ def shrink(x: Array, a: Array, route: Any) -> Array:
     )(route.pages, route.which, route.row, x, a)
 
 
-def _shrink(k: int, pages_ref: Any, which_ref: Any, row_ref: Any, x_ref: Any, a_ref: Any, low_ref: Any) -> None:
+def _shrink(k: int, pages_ref: Ref, which_ref: Ref, row_ref: Ref, x_ref: Ref, a_ref: Ref, low_ref: Ref) -> None:
     pair, part = pl.program_id(0), pl.program_id(1)
     row, page = row_ref[pair], pages_ref[which_ref[pair]]
     there = (part * DEPTH + jnp.arange(DEPTH) < k) & (row >= 0)  # behind the last pair there is nothing to read
@@ -52,7 +53,7 @@ def _shrink(k: int, pages_ref: Any, which_ref: Any, row_ref: Any, x_ref: Any, a_
     low_ref[...] = (x[None].astype(jnp.float32) * a.astype(jnp.float32)).sum(1)
 
 
-def expand(low: Array, b: Array, route: Any, rows: int, dtype: Any) -> Array:
+def expand(low: Array, b: Array, route: Any, rows: int, dtype: DTypeLike) -> Array:
     """The sum over parts, and over the pairs of each row, of `low` [S,P,R] B, [B,N] of `dtype`."""
     (parts, pairs, _), (pages, ranks, n) = low.shape, b.shape
     power = pl.next_power_of_2  # of what a program loads at once
@@ -72,7 +73,7 @@ def expand(low: Array, b: Array, route: Any, rows: int, dtype: Any) -> Array:
 
 
 def _expand(
-    n: int, pairs: int, parts: int, pages_ref: Any, which_ref: Any, row_ref: Any, low_ref: Any, b_ref: Any, y_ref: Any
+    n: int, pairs: int, parts: int, pages_ref: Ref, which_ref: Ref, row_ref: Ref, low_ref: Ref, b_ref: Ref, y_ref: Ref
 ) -> None:
     at, part = (jnp.arange(ref.shape[0]) for ref in (row_ref, low_ref))
     mine = triton.load(row_ref, mask=at < pairs, other=-1) == pl.program_id(0)

@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, Ref
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from kernels import blocks
 from kernels.packing import by_columns
@@ -24,7 +25,7 @@ class W(NamedTuple):
 
 def product(
     body: Callable, a: Array, packed: Array, scale: Array, group: int, width: int, block: tuple[int, int, int],
-    w_block: tuple[int, int], w_at: Callable, dtype: Any, scratch: tuple = (),
+    w_block: tuple[int, int], w_at: Callable, dtype: DTypeLike, scratch: tuple = (),
 ) -> Array:  # fmt: skip
     """A grid over rows of `a` and columns [width] of the result, in blocks, that sums over the columns of `a` last.
     `w_block` is the block of W in rows and columns, and `w_at` which one a step takes."""
@@ -51,7 +52,7 @@ def product(
     )(a, packed.T if w.by_columns else packed, scale)
 
 
-def accumulate(part: Callable[[], Array], y_ref: Any, sum_ref: Any) -> None:
+def accumulate(part: Callable[[], Array], y_ref: Ref, sum_ref: Ref) -> None:
     """Adds up over the last axis of the grid; the last step writes."""
     step = pl.program_id(2)
     sum_ref[...] = jnp.where(step == 0, 0, sum_ref[...]) + part()

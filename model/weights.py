@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+from jax.typing import DTypeLike
 
 from common.errors import UserError
 from kernels.partition import sharded
@@ -29,9 +30,10 @@ from kernels.partition import sharded
 T = TypeVar("T")
 Params = dict[str, Any]  # nested dicts whose leaves are arrays or Weights
 Specs = dict[str, Any]  # the same dicts, with a Spec at every parameter
+Tree = Any  # any pytree of arrays or of what stands for them: shapes, shardings, bools
 Transform = Callable[[Params, Specs, Array], Params]  # what a method is; the last argument is a random key
 
-Rules = Sequence[tuple[str, str | tuple[str, ...]]]  # logical axis -> mesh axes
+Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]  # logical axis -> mesh axes
 
 # Letter of an equation -> logical axis of a weight. train/mesh.py maps logical axes to mesh axes.
 AXES = dict(
@@ -92,7 +94,7 @@ class Weight:
         """`jnp.einsum(eqn, x, dense)` without building `dense`."""
         raise NotImplementedError
 
-    def take(self, ids: Array, dtype: Any) -> Array:
+    def take(self, ids: Array, dtype: DTypeLike) -> Array:
         """Rows `ids` of a [V, D] table."""
         raise NotImplementedError
 
@@ -141,7 +143,7 @@ def einsum(eqn: str, x: Array, w: Array | Weight) -> Array:
     return checkpoint_name(y, "product")
 
 
-def cast(w: Array, dtype: Any) -> Array:
+def cast(w: Array, dtype: DTypeLike) -> Array:
     """`w.astype(dtype)`, of a layer's slice alone.
 
     On a TPU mesh XLA moves a bare conversion out of the loop over the layers and keeps the whole stack a second time,
@@ -153,17 +155,17 @@ def cast(w: Array, dtype: Any) -> Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _rounded(w: Array, dtype: Any) -> Array:
+def _rounded(w: Array, dtype: DTypeLike) -> Array:
     form = jnp.finfo(dtype)
     return jax.lax.reduce_precision(w, form.nexp, form.nmant).astype(dtype)
 
 
 @_rounded.defjvp
-def _(dtype: Any, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+def _(dtype: DTypeLike, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     return _rounded(*primals, dtype), tangents[0].astype(dtype)  # a gradient is cast, and not rounded again
 
 
-def take(w: Array | Weight, ids: Array, dtype: Any) -> Array:
+def take(w: Array | Weight, ids: Array, dtype: DTypeLike) -> Array:
     """Embedding lookup: rows `ids` [...] of a table [V, D] -> [..., D] in `dtype`."""
     if isinstance(w, Weight):
         return w.take(ids, dtype)
@@ -172,7 +174,7 @@ def take(w: Array | Weight, ids: Array, dtype: Any) -> Array:
     return jnp.take(table, ids, axis=0).astype(dtype)
 
 
-def product(eqn: str, x: Array, w: Array, dtype: Any = None) -> Array:
+def product(eqn: str, x: Array, w: Array, dtype: DTypeLike | None = None) -> Array:
     """`jnp.einsum` of two arrays, accumulated in `dtype`; on one device as a product of two matrices where it is one.
 
     XLA's CPU backend is fast on rank-2 products only: with [B,T,D] activations the weight gradient contracts two axes
@@ -263,23 +265,23 @@ def name(path: tuple) -> str:
     return "/".join(parts)
 
 
-def arrays(tree: Any) -> list[Any]:
+def arrays(tree: Tree) -> list[Array | Weight]:
     """The arrays of a tree; codes and scales of a quantised one count as the array that they stand for."""
     return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Weight) and x.whole)
 
 
-def map_named(f: Callable, tree: Any, *rest: Any, is_leaf: Callable | None = None) -> Any:
+def map_named(f: Callable, tree: Tree, *rest: Tree, is_leaf: Callable[[object], bool] | None = None) -> Tree:
     """`tree_map` whose function also gets the path as a string first."""
     return jax.tree.map_with_path(lambda path, *xs: f(name(path), *xs), tree, *rest, is_leaf=is_leaf)
 
 
-def replace(params: Params, specs: Specs, f: Callable[[str, Any, Spec | None], Any]) -> Params:
+def replace(params: Params, specs: Specs, f: Callable[[str, Tree, Spec | None], Tree]) -> Params:
     """`f(name, leaf, spec)` at every parameter; the spec of an Extra is None."""
     declared = {name(path): spec for path, spec in jax.tree.leaves_with_path(specs, is_leaf=is_spec)}
     return map_named(lambda path, leaf: f(path, leaf, declared.get(path)), params, is_leaf=is_weight)
 
 
-def wrapping(where: str, f: Callable[[str, Any, Spec, Array], Any]) -> Transform:
+def wrapping(where: str, f: Callable[[str, Array | Weight, Spec, Array], Weight]) -> Transform:
     """A Transform that puts `f(name, leaf, spec, key)` at every multiplied parameter whose name matches `where`; all
     get the same key, of which `key_for` makes their own.
 
@@ -301,7 +303,7 @@ def key_for(key: Array, path: str) -> Array:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def trainable(params: Params, what: str) -> Any:
+def trainable(params: Params, what: str) -> Tree:
     """A tree of bools over the arrays of `params`. `what`: "all" | "adapters" | a regex that names must match whole.
 
     "all" leaves out integers, and what sits inside a Weight without being one of its trainable fields: quantised values
@@ -309,8 +311,8 @@ def trainable(params: Params, what: str) -> Any:
     Raises ValueError when nothing would train.
     """
 
-    def pick(path: str, leaf: Any, moves: bool | None) -> Any:  # None: not inside a Weight
-        if is_weight(leaf):
+    def pick(path: str, leaf: Array | Weight, moves: bool | None) -> Tree:  # None: not inside a Weight
+        if isinstance(leaf, Weight):
             adapter = "base" in fields(leaf)  # one may wrap another, as on a tied table, and both train
             own = lambda f: f in leaf.trainable and (moves is not False or adapter)
             return leaf.replace(**{f: walk(f"{path}/{f}", getattr(leaf, f), own(f)) for f in fields(leaf)})
@@ -318,7 +320,7 @@ def trainable(params: Params, what: str) -> Any:
             return (what == "all" if moves is None else moves) and jnp.issubdtype(leaf.dtype, jnp.inexact)
         return re.fullmatch(what, path) is not None
 
-    def walk(prefix: str, tree: Any, moves: bool | None) -> Any:
+    def walk(prefix: str, tree: Tree, moves: bool | None) -> Tree:
         join = lambda path: "/".join(filter(None, (prefix, path)))
         return map_named(lambda path, x: pick(join(path), x, moves), tree, is_leaf=is_weight)
 
@@ -334,7 +336,7 @@ def fields(node: Weight) -> list[str]:
     return [f.name for f in dataclasses.fields(declared) if f.metadata.get("pytree_node", True)]
 
 
-def partition(params: T, mask: Any) -> tuple[T, T]:
+def partition(params: T, mask: Tree) -> tuple[T, T]:
     """(trainable, frozen): the same tree twice, with None where the other half has the array."""
     chosen = jax.tree.map(lambda m, x: x if m else None, mask, params)
     others = jax.tree.map(lambda m, x: None if m else x, mask, params)
@@ -357,13 +359,13 @@ def settled(params: Params) -> Params:
     return jax.tree.map(lambda w: w.settled() if is_weight(w) else w, params, is_leaf=is_weight)
 
 
-def base(params: Any) -> Any:
+def base(params: Tree) -> Tree:
     """Adapters off: a leaf that wraps a frozen `base` gives way to it, every Extra goes. A free reference policy."""
     if isinstance(params, dict):
         return {k: base(v) for k, v in params.items() if not isinstance(v, Extra)}
     if isinstance(params, tuple):
         return tuple(map(base, params))
-    leaf: Any = params
+    leaf: Array | Weight = params
     while is_weight(leaf) and "base" in fields(leaf):
         leaf = vars(leaf)["base"]
     return leaf
@@ -378,7 +380,7 @@ def quantised_under_adapters(params: Params) -> bool:
 def underived(params: Params) -> Params:
     """None in place of what the Weights derive, which another machine rounds otherwise."""
 
-    def strip(w: Any) -> Any:
+    def strip(w: Array | Weight) -> Array | Weight:
         if not is_weight(w):
             return w
         kept = {f: jax.tree.map(strip, getattr(w, f), is_leaf=is_weight) for f in fields(w)}
@@ -396,12 +398,12 @@ def dense_of(w: Array | Weight, spec: Spec | None) -> Array:
     return w.dense(spec) if isinstance(w, Weight) else w
 
 
-def axes(params: Params, specs: Specs) -> Any:
+def axes(params: Params, specs: Specs) -> Tree:
     """Logical axis names (a tuple) at every array of `params`."""
     return replace(params, specs, lambda _, w, spec: axes_of(w, spec))
 
 
-def axes_of(w: Array | Weight, spec: Spec | None) -> Any:
+def axes_of(w: Array | Weight, spec: Spec | None) -> Weight | tuple[str | None, ...]:
     if isinstance(w, Weight):
         return w.axes(spec)
     assert spec, "only a Weight may stand where nothing is declared"

@@ -7,17 +7,19 @@ sorts its own rows: none leaves its device.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import flax.linen.spmd as spmd
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import PartitionSpec as P
 
 from model import weights
-from model.weights import Params
+from model.weights import Params, Tree, Weight
+
+T = TypeVar("T")
 
 ROWS = ("data", "fsdp", "context")  # mesh axes that split the rows
 
@@ -80,7 +82,7 @@ def kl(of: Side, to: Side, mask: Array, temperature: float = 1.0) -> Array:
     return over_rows(f, [of, to], mask)
 
 
-def over_rows(f: Callable[..., Any], sides: Sequence[Side], mask: Array, *extra: Array) -> Any:
+def over_rows(f: Callable[..., Tree], sides: Sequence[Side], mask: Array, *extra: Array) -> Tree:
     """`f(logits, ..., *extra)` at the rows [B,T] whose mask is not 0, and 0 at the others.
 
     `f` is given logits [R,V] of every side and the R rows of each of `extra` [B,T,...]; it returns [R], or a tree of
@@ -91,7 +93,7 @@ def over_rows(f: Callable[..., Any], sides: Sequence[Side], mask: Array, *extra:
     (*rows, mask), undo = _count_first(mask, *(x for *_, x in sides), *extra)
     vocab = sum(jax.eval_shape(u, tree, x).shape[-1] for u, tree, x in zip(unembeds, trees, rows))
 
-    def of_shard(trees: Sequence[Params], rows: Sequence[Array]) -> Any:
+    def of_shard(trees: Sequence[Params], rows: Sequence[Array]) -> Tree:
         logits = [u(tree, x[None])[0] for u, tree, x in zip(unembeds, trees, rows)]
         return f(*logits, *rows[len(logits) :])
 
@@ -130,7 +132,7 @@ def _count_first(mask: Array, *arrays: Array) -> tuple[tuple[Array, ...], Callab
     return tuple(map(first, (*rows, mask))), undo
 
 
-def _copies(tree: Any, shards: int) -> Any:
+def _copies(tree: Tree, shards: int) -> Tree:
     """A copy [S, ...] of each array for every shard of the rows, in which all of it but the vocabulary is whole.
 
     Without them the partitioner gathers the head, and sums up its gradient over the devices, in every turn of the loop.
@@ -145,12 +147,12 @@ def _copies(tree: Any, shards: int) -> Any:
     return jax.tree.map(copy, tree)
 
 
-def _sent(tree: Any, x: Array) -> Any:
+def _sent(tree: Tree, x: Array) -> Tree:
     """Copies of a head, or of a part of one, for the shards of x [S,R,D]. A plain array is sent in the type of x where
     that is narrower."""
 
-    def narrow(w: Any) -> Any:
-        return w.astype(x.dtype) if not weights.is_weight(w) and x.dtype.itemsize < w.dtype.itemsize else w
+    def narrow(w: Array | Weight) -> Array | Weight:
+        return w if isinstance(w, Weight) or x.dtype.itemsize >= w.dtype.itemsize else w.astype(x.dtype)
 
     return _copies(jax.tree.map(narrow, tree, is_leaf=weights.is_weight), x.shape[0])
 
@@ -164,14 +166,14 @@ def chunk_rows(rows: int, vocab: int) -> int:
 Cut = Callable[[Array], Array]
 
 
-def _loop(weight: Array, vocab: int, body: Callable[[Cut, Array, Array, Any], Any], carry: Any) -> Any:
+def _loop(weight: Array, vocab: int, body: Callable[[Cut, Array, Array, T], T], carry: T) -> T:
     """`carry = body(cut, start, fresh, carry)` over chunks of the rows of weight [S,R], as many as the fullest shard
     needs. `cut` takes the chunk [S,C,...] of rows [S,R,...], which begins at `start`; `fresh` [C]: not seen before."""
     R = weight.shape[1]
     size = chunk_rows(R, vocab)
     needed = -(-(weight != 0).sum(1).max() // size)
 
-    def step(i: Array, carry: Any) -> Any:
+    def step(i: Array, carry: T) -> T:
         start = jnp.minimum(i * size, R - size)  # the last chunk overlaps the one before; `fresh` masks what was seen
         fresh = start + jnp.arange(size) >= i * size
 
@@ -183,13 +185,13 @@ def _loop(weight: Array, vocab: int, body: Callable[[Cut, Array, Array, Any], An
     return jax.lax.fori_loop(0, needed, step, carry)
 
 
-def _pieces(unembed: Unembed, head: Any, x: Array, targets: Array, g: Array) -> tuple[Array, Any, Array]:
+def _pieces(unembed: Unembed, head: tuple[Tree, Tree], x: Array, targets: Array, g: Array) -> tuple[Array, Tree, Array]:
     """log p(targets) [S,C] of a chunk x [S,C,D], and the pullback of a cotangent g [S,C]: (d moving, d x).
 
     `head` is (moving, fixed), in a copy a shard.
     """
 
-    def shard(moving: Any, fixed: Any, x: Array, targets: Array, g: Array) -> tuple[Array, Any, Array]:
+    def shard(moving: Tree, fixed: Tree, x: Array, targets: Array, g: Array) -> tuple[Array, Tree, Array]:
         logits, pull = jax.vjp(lambda m, x: unembed(weights.combine(m, fixed), x[None])[0], moving, x)
         top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
         unnormalised = jnp.exp(logits - top)
@@ -202,11 +204,11 @@ def _pieces(unembed: Unembed, head: Any, x: Array, targets: Array, g: Array) -> 
     return jax.vmap(shard)(moving, fixed, x, targets, g)
 
 
-def _zeros(tree: Any) -> Any:
+def _zeros(tree: Tree) -> Tree:
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
 
 
-def _summed(copies: Any) -> Any:
+def _summed(copies: Tree) -> Tree:
     return jax.tree.map(lambda a: a.sum(0), copies)
 
 
@@ -221,7 +223,7 @@ def _write(out: Array, chunk: Array, start: Array, fresh: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nll(unembed: Unembed, head: Any, x: Array, targets: Array, weight: Array) -> Array:
+def _nll(unembed: Unembed, head: Params, x: Array, targets: Array, weight: Array) -> Array:
     vocab = jax.eval_shape(unembed, head, x).shape[-1]
     copies = None, _sent(head, x)
 
@@ -232,13 +234,13 @@ def _nll(unembed: Unembed, head: Any, x: Array, targets: Array, weight: Array) -
     return _loop(weight, vocab, body, jnp.float32(0))
 
 
-def _nll_forward(unembed: Unembed, head: Any, x: Any, targets: Any, weight: Any) -> tuple[Array, Any]:
-    x, targets, weight = x.value, targets.value, weight.value
+def _nll_forward(unembed: Unembed, head: Tree, *rows: CustomVJPPrimal) -> tuple[Array, Tree]:
+    x, targets, weight = (row.value for row in rows)
     moving, fixed = _by_perturbed(head)
     vocab = jax.eval_shape(unembed, weights.combine(moving, fixed), x).shape[-1]
     copies = _sent(moving, x), _sent(fixed, x)
 
-    def body(cut: Cut, start: Array, fresh: Array, carry: Any) -> Any:
+    def body(cut: Cut, start: Array, fresh: Array, carry: tuple[Array, Tree, Array]) -> tuple[Array, Tree, Array]:
         total, d_head, d_x = carry
         w = cut(weight) * fresh
         logps, dm, dx = _pieces(unembed, copies, cut(x), cut(targets), -w)
@@ -250,7 +252,7 @@ def _nll_forward(unembed: Unembed, head: Any, x: Any, targets: Any, weight: Any)
     return total, (_summed(d_head), d_x)
 
 
-def _nll_backward(unembed: Unembed, residuals: Any, g: Array) -> tuple:
+def _nll_backward(unembed: Unembed, residuals: Tree, g: Array) -> tuple:
     d_head, d_x = jax.tree.map(lambda a: (a * g).astype(a.dtype), residuals)
     return d_head, d_x, None, None
 
@@ -258,13 +260,13 @@ def _nll_backward(unembed: Unembed, residuals: Any, g: Array) -> tuple:
 _nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
 
 
-def _by_perturbed(tree: Any) -> tuple[Any, Any]:
+def _by_perturbed(tree: Tree) -> tuple[Tree, Tree]:
     """The arrays that are differentiated, and the others (None in each other's places)."""
 
-    def primal(p: Any) -> bool:
+    def primal(p: object) -> bool:
         return hasattr(p, "perturbed")
 
-    def moves(p: Any) -> bool:
+    def moves(p: CustomVJPPrimal) -> bool:
         return p.perturbed and jnp.issubdtype(p.value.dtype, jnp.inexact)
 
     mask = jax.tree.map(moves, tree, is_leaf=primal)
@@ -278,12 +280,12 @@ Rows = tuple[Array, ...]  # [S,R,...]: hidden states of every side, then the ext
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _over(f: Callable[[Any, Rows], Any], vocab: int, trees: tuple, rows: Rows, mask: Array) -> Any:
+def _over(f: Callable[[tuple, Rows], Tree], vocab: int, trees: tuple, rows: Rows, mask: Array) -> Tree:
     """f(heads [S,...], rows [S,C,...]) chunk by chunk, [S,R] each; `vocab` numbers of logits a row exist at once."""
     copies = tuple(map(_sent, trees, rows))
     like = jax.eval_shape(f, copies, rows)
 
-    def body(cut: Cut, start: Array, fresh: Array, out: Any) -> Any:
+    def body(cut: Cut, start: Array, fresh: Array, out: Tree) -> Tree:
         counts = cut(mask) != 0
         new = f(copies, tuple(map(cut, rows)))
         return jax.tree.map(lambda o, n: _write(o, jnp.where(counts, n, 0), start, fresh), out, new)
@@ -291,19 +293,19 @@ def _over(f: Callable[[Any, Rows], Any], vocab: int, trees: tuple, rows: Rows, m
     return _loop(mask, vocab, body, _zeros(like))
 
 
-def _over_forward(f: Callable, vocab: int, trees: Any, rows: Any, mask: Any) -> tuple[Any, Any]:
+def _over_forward(f: Callable, vocab: int, trees: Tree, rows: Tree, mask: CustomVJPPrimal) -> tuple[Tree, tuple]:
     moving, fixed = _by_perturbed((trees, rows))
     trees, rows = weights.combine(moving, fixed)
     return _over(f, vocab, trees, rows, mask.value), (moving, fixed, mask.value)
 
 
-def _over_backward(f: Callable, vocab: int, residuals: Any, g: Any) -> tuple:
+def _over_backward(f: Callable, vocab: int, residuals: tuple, g: Tree) -> tuple:
     moving, fixed, mask = residuals
     _, xs = weights.combine(moving, fixed)
     heads, others = (tuple(map(_sent, part[0], xs)) for part in (moving, fixed))
     g = jax.tree.map(_instantiated, g, is_leaf=_is_symbolic)
 
-    def body(cut: Cut, start: Array, fresh: Array, carry: Any) -> Any:
+    def body(cut: Cut, start: Array, fresh: Array, carry: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
         d_heads, d_rows = carry
         counts = (cut(mask) != 0) & fresh
         rest = jax.tree.map(cut, fixed[1])
@@ -320,10 +322,10 @@ def _over_backward(f: Callable, vocab: int, residuals: Any, g: Any) -> tuple:
 _over.defvjp(_over_forward, _over_backward, symbolic_zeros=True)
 
 
-def _is_symbolic(x: Any) -> bool:
+def _is_symbolic(x: object) -> bool:
     return isinstance(x, SymbolicZero)
 
 
-def _instantiated(g: Any) -> Array:
+def _instantiated(g: Tree) -> Array:
     """The cotangent of an output; of one that nothing used it is a symbol."""
     return jnp.zeros(g.shape, g.dtype) if _is_symbolic(g) else g

@@ -4,17 +4,21 @@ A new kind is a Block and an entry here. Its name is that of the part which only
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import Array
 
 from common.errors import UserError
 from model.config import ModelConfig
 from model.net import kv_cache, recurrent
-from model.net.kv_cache import KV
+from model.net.kv_cache import KV, Rounded
 from model.net.layers import Block
 
 NORMS = ("pre", "post", "both")
+
+
+Kept = KV | recurrent.Memory  # what a layer keeps of earlier tokens
 
 
 class Kind(NamedTuple):
@@ -26,14 +30,14 @@ class Kind(NamedTuple):
     block: type[Block]
     # (config, lead, batch, length, dtype, cache kind) -> what a layer keeps before the first token; `lead` is () or
     # the number of stacked layers.
-    cache: Callable[[ModelConfig, tuple[int, ...], int, int, str, str], Any]
+    cache: Callable[[ModelConfig, tuple[int, ...], int, int, str, str], Kept]
     # (config, tokens of a row, virtual tokens) -> keys that a query is multiplied with, on average
     keys: Callable[[ModelConfig, int, int], float]
     columns: bool
 
 
 def _attention_cache(config: ModelConfig, lead: tuple[int, ...], batch: int, length: int, dtype: str, kind: str) -> KV:
-    def empty() -> Any:
+    def empty() -> Array | Rounded:
         shape = (*lead, batch * config.kv_heads, length, config.head_dim)
         return kv_cache.encode(jnp.zeros(shape, dtype), kind)
 

@@ -1,13 +1,15 @@
 """Keys and values of earlier tokens: floats, or codes of 8 bits with a scale for each token and head."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from model.quant.train8 import quantise
+from model.weights import Tree
 
 KINDS = {"float": None, "int8": "int8", "fp8": "e4m3"}
 
@@ -29,7 +31,7 @@ class Cache(NamedTuple):
     """What is kept of earlier tokens: S columns, of which the next tokens take those from `index` on."""
 
     index: Array  # []
-    layers: Any  # a tuple of what each layer keeps; of stacked layers one stack, or {kind: stack} of several kinds
+    layers: Tree  # a tuple of what each layer keeps; of stacked layers one stack, or {kind: stack} of several kinds
     positions: Array  # [B,S] of the token of each column
     segments: Array  # [B,S]; 0: nothing is written there, or padding
 
@@ -49,7 +51,7 @@ def write(cache: Array | Rounded, new: Array, index: Array) -> Array | Rounded:
     return jax.tree.map(put, cache, encode(new.reshape(-1, *new.shape[2:]), kind))
 
 
-def read(cache: Array | Rounded, dtype: Any) -> Array:
+def read(cache: Array | Rounded, dtype: DTypeLike) -> Array:
     """[B*K,S,H] in `dtype`."""
     if isinstance(cache, Rounded):
         return (cache.codes.astype(jnp.float32) * cache.scale).astype(dtype)

@@ -1,7 +1,6 @@
 """The layers of a decoder, as flax modules that declare each parameter by the equation that uses it."""
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,7 +13,7 @@ from model.net import kv_cache
 from model.net.attention import Context, rotate
 from model.net.backends import attend
 from model.net.kv_cache import KV
-from model.weights import AXES, Spec, Weight
+from model.weights import AXES, Spec, Tree, Weight
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -124,7 +123,7 @@ class Block(Layer):
     """
 
     @nn.compact
-    def __call__(self, x: Array, context: Context, cache: Any) -> tuple[Array, Any]:
+    def __call__(self, x: Array, context: Context, cache: Tree) -> tuple[Array, Tree]:
         h = self.norm_before("attn_norm", x)
         y, cache = self.mix(h, context, cache)
         x = self.norm_behind("attn", x, self.adapted("attn_adapter", h, y))
@@ -134,7 +133,7 @@ class Block(Layer):
             report(self, "hidden", x)
         return x, cache
 
-    def mix(self, h: Array, context: Context, cache: Any) -> tuple[Array, Any]:
+    def mix(self, h: Array, context: Context, cache: Tree) -> tuple[Array, Tree]:
         """The sublayer in which tokens see each other."""
         return Attention(self.config, name="attn")(h, context, cache)
 

@@ -5,7 +5,8 @@ A shard holds the scores of one block, so memory falls with the square of the nu
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ from model.net.attention import mask
 
 FAR = 1 << 30  # a window that hides nothing
 Ids = tuple[Array, Array]  # positions and segments [B,T]
+Residuals = tuple[Array, Array, Array, Ids, Array, Array, Array, Array]  # q, k, v, ids, window, out, top, total
+Carry = TypeVar("Carry")
+Block = TypeVar("Block")
 
 
 def ring_attention(
@@ -52,12 +56,12 @@ def _scores(q: Array, k: Array, q_ids: Ids, k_ids: Ids, window: Array, causal: b
     return jnp.where(see, _dot("BKGTH,BKSH->BKGTS", q, k) * q.shape[-1] ** -0.5, -1e30), see
 
 
-def _around(step: Any, carry: Any, block: Any) -> tuple[Any, Any]:
+def _around(step: Callable[[Carry, Block], tuple[Carry, Block]], carry: Carry, block: Block) -> tuple[Carry, Block]:
     """`carry, block = step(carry, block)` for the block of every shard; after as many turns each is home again."""
     n = jax.lax.axis_size("context")
     onward = [(i, (i + 1) % n) for i in range(n)]
 
-    def turn(both: Any, _: None) -> tuple[Any, None]:
+    def turn(both: tuple[Carry, Block], _: None) -> tuple[tuple[Carry, Block], None]:
         carry, block = step(*both)
         return (carry, jax.tree.map(lambda x: jax.lax.ppermute(x, "context", onward), block)), None
 
@@ -71,11 +75,11 @@ def _ring(causal: bool, q: Array, k: Array, v: Array, positions: Array, segments
 
 def _forward(
     causal: bool, q: Array, k: Array, v: Array, positions: Array, segments: Array, window: Array
-) -> tuple[Array, Any]:
+) -> tuple[Array, Residuals]:
     """One softmax over all blocks, rescaled whenever the running maximum `top` rises."""
     ids, x = (positions, segments), _grouped(q, k)
 
-    def step(carry: Any, block: Any) -> tuple[Any, Any]:
+    def step(carry: tuple[Array, Array, Array], block: tuple[Array, Array, Ids]) -> tuple:
         out, top, total = carry
         k, v, k_ids = block
         scores, _ = _scores(x, k, ids, k_ids, window, causal)
@@ -90,13 +94,13 @@ def _forward(
     return out, (q, k, v, ids, window, out, top, total)
 
 
-def _backward(causal: bool, residuals: Any, g: Array) -> tuple:
+def _backward(causal: bool, residuals: Residuals, g: Array) -> tuple:
     """Probabilities again from `top` and `total`; the gradients of keys and values travel with their block."""
     q, k, v, ids, window, out, top, total = residuals
     x, g, out = (_grouped(a, k) for a in (q, g, out))
     delta = _dot("BKGTH,BKGTH->BKGT", g, out)
 
-    def step(dx: Array, block: Any) -> tuple[Array, Any]:
+    def step(dx: Array, block: tuple[Array, Array, Ids, Array, Array]) -> tuple[Array, tuple]:
         k, v, k_ids, dk, dv = block
         scores, see = _scores(x, k, ids, k_ids, window, causal)
         probs = jnp.exp(scores - top[..., None]) / total[..., None]

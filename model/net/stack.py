@@ -7,7 +7,7 @@ layers of that kind. So a method finds "layers/attn/wq" where it is in any model
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,18 @@ import numpy as np
 from jax import Array
 
 from model.config import LAYERS, ModelConfig
-from model.weights import Params
+from model.weights import Params, Tree
 
-Reports = dict[str, Any]  # name -> value
+T = TypeVar("T")
+Reports = dict[str, Array]  # name -> value
 
 
 class Layer(Protocol):
     """(kind, x [B,T,D], parameters, cache, whether it has a window) -> (x, cache, reports)."""
 
     def __call__(
-        self, kind: str, x: Array, params: Params, cache: Any, windowed: bool | Array, /
-    ) -> tuple[Array, Any, Reports]: ...
+        self, kind: str, x: Array, params: Params, cache: Tree, windowed: bool | Array, /
+    ) -> tuple[Array, Tree, Reports]: ...
 
 
 def join(stacks: dict[str, Params], config: ModelConfig) -> Params:
@@ -51,11 +52,11 @@ def pick(stacked: Params, kinds: Sequence[str], i: int) -> Params:
     return out
 
 
-def _at(tree: Any, i: int) -> Any:
+def _at(tree: T, i: int) -> T:
     return jax.tree.map(operator.itemgetter(i), tree)
 
 
-def gather(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def gather(each: Sequence[dict[str, Tree]]) -> dict[str, Tree]:
     """One dict for each layer -> {name: its values, stacked over the layers that have it}."""
     names = dict.fromkeys(name for one in each for name in one)
     values = {name: [one[name] for one in each if name in one] for name in names}
@@ -63,7 +64,7 @@ def gather(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def unrolled(
-    layer: Layer, x: Array, layers: Sequence[Params], caches: Sequence[Any] | None, config: ModelConfig
+    layer: Layer, x: Array, layers: Sequence[Params], caches: Sequence[Tree] | None, config: ModelConfig
 ) -> tuple[Array, tuple | None, Reports]:
     """One layer after the other, of a tuple of parameters; no slice of a stack is copied."""
     kept, reports = [], []
@@ -74,7 +75,7 @@ def unrolled(
     return x, tuple(kept) if caches else None, gather(reports)
 
 
-def scan(layer: Layer, x: Array, layers: Params, caches: Any, config: ModelConfig) -> tuple[Array, Any, Reports]:
+def scan(layer: Layer, x: Array, layers: Params, caches: Tree, config: ModelConfig) -> tuple[Array, Tree, Reports]:
     """A loop over stacked layers; `caches` is a stack, {kind: stack} of several kinds, or None.
 
     Where layers are of several kinds, a turn of the loop takes a period of them; what does not fill one comes behind.
@@ -110,7 +111,7 @@ def scan(layer: Layer, x: Array, layers: Params, caches: Any, config: ModelConfi
     return x, caches or None, reports
 
 
-def _split(stacked: dict[str, Any], period: Sequence[str], turns: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split(stacked: dict[str, Tree], period: Sequence[str], turns: int) -> tuple[dict[str, Tree], dict[str, Tree]]:
     """What `turns` turns of a loop take of each stack [turns, layers of a turn, ...], and the rest."""
     looped, rest = {}, {}
     for part, tree in stacked.items():
@@ -124,7 +125,7 @@ def _turned(turns: int, n: int, a: Array) -> Array:
     return a[: turns * n].reshape(turns, n, *a.shape[1:])
 
 
-def _behind(looped: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+def _behind(looped: dict[str, Tree], rest: dict[str, Tree]) -> dict[str, Tree]:
     """The inverse of `_split`, of stacks by name."""
     out = {}
     for name, tree in looped.items():

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,10 +17,10 @@ from model.config import ModelConfig
 from model.net import kv_cache, stack
 from model.net.attention import Context, context
 from model.net.head import Unembed
-from model.net.kinds import KINDS
+from model.net.kinds import KINDS, Kept
 from model.net.kv_cache import KV, Cache
 from model.net.layers import Norm, unembed
-from model.weights import Params, Spec, Specs
+from model.weights import Params, Spec, Specs, Tree
 
 CUDNN = "dot_product_attention_fwd_wrapper"  # the primitive of its forward kernel, which JAX gives no name to keep
 
@@ -180,16 +180,16 @@ class Transformer:
         return x
 
     def layer(
-        self, kind: str, x: Array, params: Params, cache: Any, windowed: bool | Array, ctx: Context
-    ) -> tuple[Array, Any, stack.Reports]:
+        self, kind: str, x: Array, params: Params, cache: Tree, windowed: bool | Array, ctx: Context
+    ) -> tuple[Array, Tree, stack.Reports]:
         """One layer: x [B,T,D], what it keeps of earlier tokens, and what it reports."""
         block, ctx = KINDS[kind].block(self.config), ctx._replace(windowed=windowed)
         (y, cache), told = block.apply({"params": params}, x, ctx, cache, mutable=["reports"])
         return constrain(y), cache, flatten_dict(told.get("reports", {}), sep="/")
 
     def _layers(
-        self, layers: Params | tuple[Params, ...], x: Array, ctx: Context, caches: Any
-    ) -> tuple[Array, Any, stack.Reports]:
+        self, layers: Params | tuple[Params, ...], x: Array, ctx: Context, caches: Tree
+    ) -> tuple[Array, Tree, stack.Reports]:
         one = functools.partial(self.layer, ctx=ctx)
         if isinstance(layers, tuple):
             return stack.unrolled(one, x, layers, caches, self.config)
@@ -220,10 +220,10 @@ class Transformer:
         """
         c = self.config
 
-        def keeps(name: str, lead: tuple[int, ...]) -> Any:
+        def keeps(name: str, lead: tuple[int, ...]) -> Kept:
             return KINDS[name].cache(c, lead, batch, length, self.dtype, kind)
 
-        layers: Any = tuple(keeps(name, ()) for name in c.kinds)
+        layers: Tree = tuple(keeps(name, ()) for name in c.kinds)
         if not unrolled:
             layers = {name: keeps(name, (c.kinds.count(name),)) for name in sorted(set(c.kinds))}
             layers = layers if len(layers) > 1 else layers[c.kinds[0]]
@@ -236,7 +236,7 @@ class Transformer:
             segments = jnp.concatenate([jnp.full_like(first, -1), segments], 1)
         return Cache(jnp.int32(virtual), layers, positions, segments)
 
-    def _virtual(self, params: Params) -> Any:
+    def _virtual(self, params: Params) -> Tree:
         """Keys and values [K,P,H] of the virtual tokens, in the shape of a cache's layers; None where there are none.
 
         Raises UserError for a prompt of a model that looks both ways: what it computes for a prompt depends on the
@@ -266,14 +266,14 @@ def _prefix(layer: Params) -> KV | None:
     return KV(prefix.k.swapaxes(-3, -2), prefix.v.swapaxes(-3, -2))
 
 
-def _behind(virtual: Any, layers: Any, batch: int, dtype: str, kind: str) -> Any:
+def _behind(virtual: Tree, layers: Tree, batch: int, dtype: str, kind: str) -> Tree:
     """A cache's `layers` behind the keys and values [K,P,H] of virtual tokens, which are the same for every row."""
 
-    def stored(x: Array) -> Any:
+    def stored(x: Array) -> Array | kv_cache.Rounded:
         rows = jnp.tile(x.astype(dtype), (*(1,) * (x.ndim - 3), batch, 1, 1))  # [B*K,P,H]
         return kv_cache.encode(rows, kind)
 
-    def behind(first: Array | None, rest: Any) -> Any:
+    def behind(first: Array | None, rest: Tree) -> Tree:
         if first is None:
             return rest
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b], -2), stored(first), rest)

@@ -3,26 +3,27 @@
 Eq. 5: W' = m (W + s A B) / ||W + s A B||, with a norm for each output feature.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from model import weights
 from model.peft import lora
 from model.peft.lora import LoRA
-from model.weights import Spec, Transform
+from model.weights import Spec, Transform, Weight
 
 
 @flax.struct.dataclass
 class DoRA(LoRA):
     """LoRA whose sum is scaled for each output feature; `magnitude` and `squares` are flat [outputs]."""
 
-    magnitude: Any = None
-    squares: Any = None  # ||W||^2 of the base
-    fixed: Any = None  # the ratio, once nothing moves
+    magnitude: Array | None = None
+    squares: Array | None = None  # ||W||^2 of the base
+    fixed: Array | None = None  # the ratio, once nothing moves
     trainable: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
     derived: ClassVar[tuple[str, ...]] = ("a", "start", "squares")
 
@@ -35,7 +36,7 @@ class DoRA(LoRA):
             return y * self.ratio(y.shape[-len(outputs) :]).astype(y.dtype)
         return super().einsum(eqn, x * self.ratio(x.shape[-len(outputs) :]).astype(x.dtype))  # a tied unembedding
 
-    def take(self, ids: Array, dtype: Any) -> Array:
+    def take(self, ids: Array, dtype: DTypeLike) -> Array:
         y = super().take(ids, dtype)
         return y if self.used == "head" else y * self.ratio(y.shape[-1:]).astype(dtype)
 
@@ -95,7 +96,7 @@ def make(
     return lambda params, specs, key: weights.replace(wrap(params, specs, key), specs, measure)
 
 
-def measure(path: str, leaf: Any, spec: Spec | None) -> Any:
+def measure(path: str, leaf: Array | Weight, spec: Spec | None) -> Array | Weight:
     """A new DoRA leaf with the norms of its base."""
     if not isinstance(leaf, DoRA):
         return leaf

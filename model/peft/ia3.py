@@ -1,11 +1,12 @@
 """IA3 (Liu et al. 2022, arXiv 2205.05638): keys, values and what enters the down projection are rescaled."""
 
 import re
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.struct
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from model import weights
 from model.weights import Spec, Transform, Weight
@@ -15,7 +16,7 @@ from model.weights import Spec, Transform, Weight
 class IA3(Weight):
     """`base` with its features over `letters`, inputs or outputs, times `scale`, which is flat [features]."""
 
-    base: Any
+    base: Array | Weight
     scale: Array
     letters: str = flax.struct.field(pytree_node=False)
     trainable: ClassVar[tuple[str, ...]] = ("scale",)
@@ -27,7 +28,7 @@ class IA3(Weight):
             return y * self.scale.reshape(y.shape[-n:]).astype(y.dtype)
         return weights.einsum(eqn, x * self.scale.reshape(x.shape[-n:]).astype(x.dtype), self.base)
 
-    def take(self, ids: Array, dtype: Any) -> Array:
+    def take(self, ids: Array, dtype: DTypeLike) -> Array:
         y, scale = weights.take(self.base, ids, dtype), self.scale.astype(dtype)
         return y * (scale if self.letters == "D" else scale[ids][..., None])
 
@@ -47,7 +48,7 @@ def make(*, where: str = r"layers/attn/w[kv]|layers/mlp/down", inputs: str = r"l
     Raises ValueError when `where` matches nothing.
     """
 
-    def wrap(path: str, base: Any, spec: Spec, key: Array) -> IA3:
+    def wrap(path: str, base: Array | Weight, spec: Spec, key: Array) -> IA3:
         shared, contracted, produced = weights.split(spec.eqn)
         letters = shared + (contracted if re.fullmatch(inputs, path) else produced)
         w = weights.operands(spec.eqn)[1]

@@ -2,12 +2,13 @@
 
 import math
 import re
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from common.errors import UserError
 from model import weights
@@ -22,13 +23,13 @@ class LoRA(Weight):
     contracted letters goes first. `used` says which of the two uses of a tied table the adapter changes.
     """
 
-    base: Any
+    base: Array | Weight
     a: Array
     b: Array
     eqn: str = flax.struct.field(pytree_node=False)  # the equation that the weight was declared with
     scale: float = flax.struct.field(pytree_node=False)
-    start: Any = None  # (A, B) of step 0 when their product is not 0: what is added is the change since
-    noise: Any = None  # of dropout, in training only: the data of a key
+    start: tuple[Array, Array] | None = None  # (A, B) of step 0 when A B is not 0: the change since is added
+    noise: Array | None = None  # of dropout, in training only: the data of a key
     dropout: float = flax.struct.field(default=0.0, pytree_node=False)
     used: str = flax.struct.field(default="both", pytree_node=False)  # | "lookup" | "head"
     trainable: ClassVar[tuple[str, ...]] = ("a", "b")
@@ -59,7 +60,7 @@ class LoRA(Weight):
         y = self.scale * weights.einsum(f"{xs},{f}->{low}", x, first)  # scaled where it is small, backwards too
         return weights.einsum(f"{low},{s}->{out}", y, second)
 
-    def take(self, ids: Array, dtype: Any) -> Array:
+    def take(self, ids: Array, dtype: DTypeLike) -> Array:
         y = weights.take(self.base, ids, dtype)
         if self.used == "head":
             return y
@@ -132,7 +133,7 @@ def transform(
 ) -> Transform:  # fmt: skip
     """`make` for LoRA and for what is built on it."""
 
-    def wrap(path: str, base: Any, spec: Spec, key: Array) -> Any:
+    def wrap(path: str, base: Array | Weight, spec: Spec, key: Array) -> LoRA:
         r = int(first_match(ranks, path, rank))
         scale = scale_of(first_match(alphas, path, alpha), r, rslora)
         a, b = factors(spec.eqn)

@@ -1,11 +1,12 @@
 """Orthogonal fine-tuning (Qiu et al. 2023, arXiv 2306.07280): y = (x R) W, with R orthogonal and block-diagonal."""
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.struct
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from model import weights
 from model.weights import Spec, Transform, Weight
@@ -18,11 +19,11 @@ class OFT(Weight):
     `q` [blocks, b (b - 1) / 2] holds what is above the diagonal of skew-symmetric blocks Q.
     """
 
-    base: Any
+    base: Array | Weight
     q: Array
     letters: str = flax.struct.field(pytree_node=False)
     terms: int = flax.struct.field(pytree_node=False)
-    fixed: Any = None  # the rotation, once nothing moves
+    fixed: Array | None = None  # the rotation, once nothing moves
     trainable: ClassVar[tuple[str, ...]] = ("q",)
 
     def rotation(self) -> Array:
@@ -54,7 +55,7 @@ class OFT(Weight):
     def settled(self) -> "OFT":
         return super().settled().replace(fixed=self.rotation())
 
-    def take(self, ids: Array, dtype: Any) -> Array:
+    def take(self, ids: Array, dtype: DTypeLike) -> Array:
         return self._turn(weights.take(self.base, ids, dtype), 1, "...nk,nck->...nc")
 
     def _turn(self, x: Array, n: int, eqn: str) -> Array:
@@ -90,7 +91,7 @@ def make(*, block: int = 32, where: str = r"layers/.*", terms: int = 5) -> Trans
     Raises ValueError when `where` matches nothing or `block` does not divide the features of a match.
     """
 
-    def wrap(path: str, base: Any, spec: Spec, key: Array) -> OFT:
+    def wrap(path: str, base: Array | Weight, spec: Spec, key: Array) -> OFT:
         _, letters, produced = weights.split(spec.eqn)
         letters = produced if letters == "V" else letters
         at = weights.operands(spec.eqn)[1]
