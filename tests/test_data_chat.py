@@ -144,3 +144,18 @@ def test_templates_get_what_they_use():
         "{{ messages[-1:] | map(attribute='role') | join }}{{ strftime_now('%Y') | length }}"
     )
     assert template.render(text, messages=TURNS[:3], tools=None) == '0Hi1MoreMorea, b{"k": "é"}Trueuser4'
+
+
+@pytest.mark.parametrize("path", sorted(template.TEMPLATES.glob("*.jinja")), ids=lambda path: path.stem)
+def test_named_templates_mark_what_is_learnt(path):
+    """What is learnt stands behind the prompt that is served, and ends with an end token."""
+    tok = make(template.named(path.stem))
+    tok.core.add_special_tokens(["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<｜end▁of▁sentence｜>"])
+    turns = [{"role": "system", "content": "S"}, TURNS[0], {"role": "assistant", "content": "Yo"}, *TURNS[2:]]
+    ids, mask = chat.tokens_and_mask(turns, tok)
+    prompt = chat.encode(turns[:2], tok)
+    assert ids[: len(prompt)] == prompt and mask[: len(prompt)] == [0] * len(prompt) and mask[len(prompt)] == 1
+    last = [i for i, inside in zip(ids, mask) if inside][-1]
+    assert "Yo" in learnt(tok, ids, mask) and tok.core.id_to_token(last) in tok.special
+    with pytest.raises(UserError, match="no such file or template"):
+        template.named("nonesuch")
