@@ -483,7 +483,7 @@ def test_a_client_that_does_not_read_is_cut(monkeypatch):
 
     config = uvicorn.Config(endless, http=connection.Connection, ws="none", lifespan="off", log_level="error")
     server, listening = uvicorn.Server(config), serving.listen(0)
-    port, thread = listening.getsockname()[1], threading.Thread(target=server.run, args=([listening],))
+    port, thread = listening.getsockname()[1], threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     with socket.create_connection(("127.0.0.1", port)) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
