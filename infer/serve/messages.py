@@ -33,8 +33,6 @@ def encode(lm: LM, messages: list[Message]) -> list[int]:
             raise Refused(400, f"the model has no chat template that could render {extra[0]!r}", "messages")
         return lm.encode("\n".join(m["content"] for m in messages))
     for i, message in enumerate(messages):
-        if message["role"] == "developer" and "developer" not in template:
-            message["role"] = "system"  # its name in templates
         rest = json.dumps({k: v for k, v in message.items() if k in extra}, ensure_ascii=False)
         if found := lm.tokenizer.control_tokens(rest):
             raise Refused(400, f"messages[{i}] spells the control token {found[0]!r}", f"messages[{i}]")
@@ -45,7 +43,7 @@ def encode(lm: LM, messages: list[Message]) -> list[int]:
 
 def _refuse_dropped(lm: LM, messages: list[Message], fields: list[str]) -> None:
     """Raises Refused when the rendered chat is the same without one of these fields, or without a role."""
-    roles = {m["role"] for m in messages} & {"system", "tool"}
+    roles = {m["role"] for m in messages} & {"system", "developer", "tool"}
     if not fields and not roles:
         return
     text = chat.render(messages, lm.tokenizer, True)
