@@ -3,6 +3,9 @@
 from collections.abc import ItemsView
 from typing import Any, Protocol
 
+Leaf = bool | int | float | str | tuple | None  # what a key of a config holds
+Json = dict[str, Any]  # an object of a JSON file or request
+
 
 class Config(Protocol):
     """A run's config or a group of it, by attribute: `cfg.optim.lr`. At run time it is an ml_collections.ConfigDict.

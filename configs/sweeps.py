@@ -15,16 +15,17 @@ import itertools
 import random
 import re
 import runpy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from common.errors import UserError
+from common.types import Leaf
 from configs import schema
 
-Point = dict[str, Any]
-Points = Iterable[Point] | Mapping[str, Iterable[Any]]
+Point = dict[str, Leaf]  # dotted key -> value
+Points = Iterable[Point] | Mapping[str, Iterable[Leaf]]
 
 
 def product(*parts: Points) -> list[Point]:
@@ -111,7 +112,7 @@ def integers(low: int, high: int, log: bool = False) -> Range:
     return _range(int(low), int(high), log)
 
 
-def choice(*values: Any) -> Range:
+def choice(*values: Leaf) -> Range:
     if not values or not all(v is None or isinstance(v, str | int | float) for v in values):
         raise ValueError(f"choice takes strings, numbers, booleans and None, not {values!r}")
     return Range(choices=values)
@@ -152,17 +153,17 @@ def space(path: str, arg: str = "") -> dict[str, Range]:
         return ranges
 
 
-def _functions(path: str, pattern: str) -> dict[str, Any]:
+def _functions(path: str, pattern: str) -> dict[str, Callable]:
     if not path.endswith(".py") or not Path(path).is_file():
         raise UserError("no such config file", path or "--config", "a sweep is told by a .py file")
     return {n: f for n, f in runpy.run_path(path).items() if inspect.isfunction(f) and re.fullmatch(pattern, n)}
 
 
-def _call(function: Any, arg: Any) -> Any:
+def _call(function: Callable, arg: object) -> Any:
     return function(arg) if inspect.signature(function).parameters else function()
 
 
-def _point(point: Any) -> Point:
+def _point(point: object) -> Point:
     """Its keys without a leading "config.", numpy's numbers as Python's."""
     if not isinstance(point, Mapping) or not all(isinstance(key, str) for key in point):
         raise UserError(f"{point!r} is no dict of dotted keys", "sweep", 'yield {"optim.lr": 1e-3}')

@@ -13,10 +13,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from common import cli, files
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    from infer.lm import LM
 
 
 @cli.command
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     return results
 
 
-def _measure(lm: Any, args: argparse.Namespace) -> Iterator[dict]:
+def _measure(lm: "LM", args: argparse.Namespace) -> Iterator[dict]:
     from evals import heldout
     from evals.run import evaluate
 

@@ -3,17 +3,20 @@
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from common import stats
 from common.errors import UserError
+from common.types import Json
 from evals import task as tasks
 from evals.task import Example, Prompt, Task
+from infer.lm import LM
 from model import weights
 from model.config import in_layers
+from model.weights import Spec, Weight
 
 BATCH = 16  # prompts at once; no score depends on it
 
@@ -40,12 +43,12 @@ class Result:
     def mean(self) -> float:
         return self.score / self.n
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         return {"task": self.task, "mean": self.mean, **dataclasses.asdict(self)}
 
 
 def evaluate(
-    task: str | Task, lm: Any, n: int = 100, seed: int = 0, shots: int = 0, batch_size: int = BATCH, keep: int = 50
+    task: str | Task, lm: LM, n: int = 100, seed: int = 0, shots: int = 0, batch_size: int = BATCH, keep: int = 50
 ) -> Result:
     """Greedy answers, or the likeliest option, of `lm` (infer.lm.LM) on `n` held-out examples.
 
@@ -80,7 +83,7 @@ def evaluate(
     )  # fmt: skip
 
 
-def answer(lm: Any, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int) -> list[str]:
+def answer(lm: LM, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int) -> list[str]:
     """Greedy completions. Prompts of like lengths share a batch, and the last is filled up: few shapes are compiled."""
     order = sorted(range(len(prompts)), key=lambda i: len(lm.encode(prompts[i])))
     batch_size, texts = min(batch_size, len(prompts)), [""] * len(prompts)
@@ -93,7 +96,7 @@ def answer(lm: Any, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: 
     return texts
 
 
-def choose(lm: Any, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
+def choose(lm: LM, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
     """Of each row of options the one with the highest log-likelihood behind its prompt, and the highest per byte.
 
     The second does not prefer short options. The first of equals wins.
@@ -114,14 +117,14 @@ def sample(prompt: Prompt, example: Example, completion: str, score: float) -> d
     return {"prompt": question, "answer": example["answer"], "completion": completion, "score": score}
 
 
-def flops_per_token(lm: Any) -> float:
+def flops_per_token(lm: LM) -> float:
     """2 FLOPs for each multiply-add of the equations (Kaplan et al. 2020), head included; attention is left out.
 
     Virtual tokens of prefix and prompt tuning are keys of attention, and so left out with its scores.
     """
     tied, found = lm.config.tied, []
 
-    def count(path: str, w: Any, spec: Any) -> None:
+    def count(path: str, w: Array | Weight, spec: Spec | None) -> None:
         if (spec and not spec.eqn) or (path.startswith("embed") and not tied):
             return
         stacked = spec.stacked if spec else in_layers(path)

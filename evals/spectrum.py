@@ -11,10 +11,17 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from common import cli, files
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jax import Array
+
+    from infer.lm import LM
+    from model.weights import Spec
 
 TOP, COSINE = 10, 0.5  # singular vectors looked at, and the similarity below which one is an intruder
 
@@ -52,7 +59,7 @@ def change(source: str, base: str = "", where: str = r"layers/.*") -> tuple[list
     return rows, merge_cost(lm)
 
 
-def _layers(old: Any, delta: Any, spec: Any) -> list[dict]:
+def _layers(old: "Array", delta: "np.ndarray", spec: "Spec") -> list[dict]:
     import jax
     import jax.numpy as jnp
 
@@ -64,7 +71,7 @@ def _layers(old: Any, delta: Any, spec: Any) -> list[dict]:
     return [{"layer": i, **{k: float(x[i]) for k, x in columns.items()}} for i in range(len(flat[0]))]
 
 
-def figures(w: Any, delta: Any) -> dict[str, Any]:
+def figures(w: "Array", delta: "Array") -> dict[str, "Array"]:
     """Of one matrix [in, out] and its change, scalars.
 
     relative: ||dW|| / ||W||. cosine: <W, W + dW> / (||W|| ||W + dW||). With s the singular values of dW,
@@ -89,7 +96,7 @@ def figures(w: Any, delta: Any) -> dict[str, Any]:
     }
 
 
-def merge_cost(lm: Any) -> dict[str, float]:
+def merge_cost(lm: "LM") -> dict[str, float]:
     """Bytes of the adapter, seconds to merge it (compiled, the second time), and the largest change of a logit."""
     import jax
     import numpy as np

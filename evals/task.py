@@ -7,11 +7,12 @@ import importlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from common.errors import UserError, did_you_mean
+from common.types import Json, Leaf
 
-Example = dict[str, Any]  # "answer" and what `prompt` reads; "options" as well where one of them is to be chosen
+Example = Json  # "answer" and what `prompt` reads; "options" as well where one of them is to be chosen
 Prompt = str | list[dict]  # a text to continue, or chat messages that end with a user's turn
 TASKS = Path(__file__).parent / "tasks"
 
@@ -30,7 +31,7 @@ class Task(NamedTuple):
     max_new_tokens: int = 32
 
 
-def load(name: str, **options: Any) -> Task:
+def load(name: str, **options: Leaf) -> Task:
     known = sorted(p.stem for p in TASKS.glob("[!_]*.py"))
     if name not in known:
         raise UserError(f"no task {name!r}", "evals/tasks", did_you_mean(name, known, f"known: {', '.join(known)}"))

@@ -8,7 +8,6 @@ adapters off, the base is what it was.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,6 +16,7 @@ import optax
 
 from model import linen, weights
 from model.peft import lora
+from model.weights import Params
 
 LETTERS, LENGTH = 5, 16
 STEPS, BATCH, HELD_OUT = 400, 64, 2000
@@ -39,12 +39,12 @@ def draw(key: jax.Array, pair: tuple[int, int], n: int) -> tuple[jax.Array, jax.
     return tokens, found.any(1).astype(jnp.int32)
 
 
-def train(apply: Callable, params: Any, what: str, pair: tuple[int, int], seed: int) -> Any:
+def train(apply: Callable, params: Params, what: str, pair: tuple[int, int], seed: int) -> Params:
     """`params` after STEPS of Adam on what `weights.trainable` calls `what`."""
     moving, frozen = weights.partition(params, weights.trainable(params, what))
     tx = optax.adam(3e-3)
 
-    def loss(moving: Any, key: jax.Array) -> jax.Array:
+    def loss(moving: Params, key: jax.Array) -> jax.Array:
         tokens, labels = draw(key, pair, BATCH)
         logits = apply(weights.combine(moving, frozen), tokens)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -71,7 +71,7 @@ def main() -> dict[str, float]:
     adapted = lora.make(rank=4, alpha=8.0, where=".*")(params, specs, jax.random.key(2))
     adapted = train(apply, adapted, "adapters", ba, seed=3)
 
-    def right(apply: Callable, params: Any, pair: tuple[int, int]) -> float:
+    def right(apply: Callable, params: Params, pair: tuple[int, int]) -> float:
         tokens, labels = draw(jax.random.key(9), pair, HELD_OUT)
         return float((jax.jit(apply)(params, tokens).argmax(-1) == labels).mean())
 

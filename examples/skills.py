@@ -11,7 +11,6 @@ training: a sum of skills that forget each other is no substitute for it.
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from common import cli
 from common.errors import UserError
@@ -93,7 +92,7 @@ def show(seeds: list[dict[str, dict[str, float]]]) -> None:
     for model in seeds[0]:
         cells = []
         for task in TASKS:
-            found: list[Any] = [scores[model][task] for scores in seeds]
+            found = [scores[model][task] for scores in seeds]
             cells.append(f"{sum(found) / len(found):.0%} ({min(found):.0%}-{max(found):.0%})")
         table.add_row(model, *cells)
     Console().print(table)

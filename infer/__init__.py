@@ -1,16 +1,25 @@
 """The door for notebooks: `from infer import load; lm = load("smollm2-135m-instruct"); lm.answer("...")`."""
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from infer.lm import LM
 
 
-def load(name: Any, adapter: Any = None, dtype: str | None = None, tokenizer: Any = None) -> Any:
+def load(
+    name: str | Path,
+    adapter: str | Path | None = None,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+) -> "LM":
     """The LM of a folder, a .gguf file, a packaged model's name, a hub id or a run folder; see infer.models.load."""
     from infer import models  # jax is not imported before a model is wanted
 
     return models.load(name, adapter, dtype, tokenizer)
 
 
-def load_many(name: Any, folders: dict[str, Any], dtype: str | None = None) -> Any:
+def load_many(name: str | Path, folders: dict[str, str | Path], dtype: str | None = None) -> "LM":
     """The LM of a base with adapters {name: run or PEFT folder} to choose from; see infer.models.load_many."""
     from infer import models
 

@@ -22,7 +22,7 @@ from model import weights
 from model.config import ModelConfig
 from model.net.kv_cache import KINDS, Cache
 from model.net.transformer import Transformer, unstack, virtual_tokens
-from model.weights import Params
+from model.weights import Params, Tree
 
 PREFILL = 512  # prompt tokens a forward pass: bounds the attention scores, and the number of shapes
 LOOK = 16  # steps between two looks of `stop` at the tokens
@@ -226,7 +226,7 @@ def _stop_ids(ids: Sequence[int]) -> Array:
     return jnp.asarray([*ids, *[-1] * (bucket(len(ids), 4) - len(ids))], jnp.int32)
 
 
-def _fetch(tree: Any) -> Any:
+def _fetch(tree: Tree) -> Tree:
     """Arrays on the host, whole: under a mesh of several processes each holds a part only."""
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(tree, tiled=True)

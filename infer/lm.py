@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from common.errors import UserError
+from common.types import Json
 from data.text import chat
 from data.text.tokenizer import Tokenizer
 from infer.generate import bucket, generate, needs_causal, stream, unrolled
@@ -20,7 +22,7 @@ from model.net import head
 from model.net.transformer import Transformer, virtual_tokens
 from model.weights import Params
 
-Message = dict[str, Any]
+Message = Json
 Prompt = str | Sequence[Message]  # a text to continue, or a chat to answer
 
 WINDOW = 1024  # tokens of context that `loss` gives a text
@@ -60,7 +62,7 @@ class LM:
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, adapters: Sequence[str | None] = (), max_new_tokens: int = 64,
-        stop: Sequence[str] = (), **knobs: Any,
+        stop: Sequence[str] = (), **knobs: float | str,
     ) -> list[str]:  # fmt: skip
         """One continuation a prompt, without the prompt and without what follows a string of `stop`.
 
@@ -83,7 +85,7 @@ class LM:
         )
         return [cut(self._continuation(p, t), stop) for p, t in zip(asked, out.tokens, strict=True)]
 
-    def answer(self, questions: str | Sequence[str], **knobs: Any) -> str | list[str]:
+    def answer(self, questions: str | Sequence[str], **knobs: float | str) -> str | list[str]:
         """Answers to a user's questions, one or several; a model without a chat template continues them as texts."""
         several = [questions] if isinstance(questions, str) else list(questions)
         if self.tokenizer.chat_template is not None:
@@ -92,7 +94,7 @@ class LM:
         return answers[0] if isinstance(questions, str) else answers
 
     def stream(
-        self, prompt: Prompt, *, adapter: str | None = None, max_new_tokens: int = 64, **knobs: Any
+        self, prompt: Prompt, *, adapter: str | None = None, max_new_tokens: int = 64, **knobs: float | str
     ) -> Iterator[str]:
         """The text of `generate` for one prompt, a piece a token; "" while a character is not whole."""
         asked, params = self.encode(prompt), self._serving([adapter])
@@ -126,7 +128,7 @@ class LM:
 
     # --- numbers ---
 
-    def logits(self, tokens: Any) -> Array:
+    def logits(self, tokens: ArrayLike) -> Array:
         """[B,T,V] in float32 of token ids [B,T]; [T,V] of [T]."""
         self._check(np.asarray(tokens), np.shape(tokens)[-1])
         tokens = jnp.asarray(tokens, jnp.int32)

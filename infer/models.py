@@ -4,11 +4,11 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from common.errors import UserError
+from common.types import Config
 from configs import schema
 from data.text import formats as tokenizers
 from data.text.tokenizer import Absent, NoTokenizer
@@ -19,7 +19,7 @@ from model.config import ModelConfig
 from model.io import peft_read, saved
 from model.io.pretrained import Pretrained, open_pretrained
 from model.net.transformer import Transformer
-from model.weights import Params, Specs
+from model.weights import Params, Specs, Tree
 
 SHAPE = "model.json"  # the ModelConfig, in a folder that holds every parameter
 
@@ -125,7 +125,7 @@ class Run:
         return saved.load_params(self.workdir)
 
     @functools.cached_property
-    def cfg(self) -> Any:
+    def cfg(self) -> Config:
         return schema.recorded(self.saved.config, str(self.workdir / "config.json"))
 
     @functools.cached_property
@@ -150,12 +150,12 @@ class Run:
     def tokenizer_source(self) -> str:
         return str(self.workdir / "tokenizer")
 
-    def load(self, specs: Specs, shardings: Any = None, dtype: str = "float32") -> Params:
+    def load(self, specs: Specs, shardings: Tree = None, dtype: str = "float32") -> Params:
         """Plain parameters, adapters merged: what a run starts from whose `init` is this folder."""
         params = self.params(specs, shardings, dtype)
         return jax.jit(lambda p: weights.dense(p, specs), out_shardings=shardings)(params)
 
-    def params(self, specs: Specs, shardings: Any = None, dtype: str = "float32") -> Params:
+    def params(self, specs: Specs, shardings: Tree = None, dtype: str = "float32") -> Params:
         """The policy as it was trained, with its adapters and quantised leaves.
 
         What was not trained is derived from the config, as training did. Raises UserError when it is not the same.
@@ -178,7 +178,7 @@ class Run:
             saved.check_base(self.saved, policy, self.workdir)
         return saved.put(self.saved, policy, self.workdir)
 
-    def _base(self, specs: Specs, shardings: Any, dtype: str) -> Params:
+    def _base(self, specs: Specs, shardings: Tree, dtype: str) -> Params:
         if self.init is not None:
             return self.init.load(specs, shardings, dtype)
         return jax.jit(self.model.init, out_shardings=shardings)(jax.random.key(self.cfg.seed))

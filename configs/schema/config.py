@@ -17,13 +17,13 @@ import runpy
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from common.errors import UserError, did_you_mean
-from common.types import Config
+from common.types import Config, Json, Leaf
 from configs.schema import describe, methods, overrides, rules
 from configs.schema.keys import base_keys, flatten
 from configs.schema.methods import Key
@@ -36,12 +36,12 @@ class Loaded(NamedTuple):
     config: Config  # locked
     path: str
     arg: str
-    overrides: dict[str, Any]  # "optim.lr" -> value
+    overrides: dict[str, Leaf]  # "optim.lr" -> value
     workdir: str | None
-    flags: dict[str, Any]
+    flags: dict[str, Leaf]
 
 
-def load(argv: list[str], flags: Mapping[str, Any] | None = None, usage: str | None = None) -> Loaded:
+def load(argv: list[str], flags: Mapping[str, Leaf] | None = None, usage: str | None = None) -> Loaded:
     """The config of a command line; `flags` declares further options by their defaults.
 
     `--help` prints `usage` and every key, then exits with 0. Raises ConfigError with all problems, or UserError when
@@ -108,8 +108,8 @@ def _where(error: Exception, file: str) -> str:
 
 
 def resolve(
-    config: Config, changes: Mapping[str, Any] | None = None, found: Iterable[Problem] = (), where: str = ""
-) -> tuple[Config, dict[str, Any]]:
+    config: Config, changes: Mapping[str, Leaf] | None = None, found: Iterable[Problem] = (), where: str = ""
+) -> tuple[Config, dict[str, Leaf]]:
     """Applies changes ("optim.lr" -> text or value), fills in the methods' defaults and checks everything.
 
     Returns the locked config and the changes as values. Raises ConfigError with all problems, `found` among them.
@@ -156,7 +156,7 @@ def _schema(config: ConfigDict, changes: dict, problems: list[Problem]) -> tuple
 
 def _apply(
     config: ConfigDict, changes: dict, schema: dict[str, Key], loose: set[str], problems: list[Problem]
-) -> dict[str, Any]:
+) -> dict[str, Leaf]:
     """Sets the changes in place, so that what refers to a field follows it; returns them as values."""
     values = {}
     for path, raw in changes.items():
@@ -178,7 +178,7 @@ def _apply(
     return values
 
 
-def _unknown(path: str, value: Any, schema: Mapping[str, Key]) -> Problem:
+def _unknown(path: str, value: object, schema: Mapping[str, Key]) -> Problem:
     kind, _, name = path.rpartition(".")
     inside = [k for k in schema if k.startswith(path + ".")]
     if inside:
@@ -193,8 +193,8 @@ def _unknown(path: str, value: Any, schema: Mapping[str, Key]) -> Problem:
 
 
 def _check_leaves(
-    given: dict[str, Any], schema: dict[str, Key], loose: set[str], problems: list[Problem]
-) -> dict[str, Any]:
+    given: dict[str, Leaf], schema: dict[str, Key], loose: set[str], problems: list[Problem]
+) -> dict[str, Leaf]:
     """The leaves with their exact types, the methods' defaults filled in."""
     told = {p.key.removeprefix("config.") for p in problems}  # one problem a key
     leaves = {}
@@ -230,7 +230,7 @@ def _inside(path: str, leaves: Iterable[str]) -> bool:
     return any(".".join(parts[:n]) in leaves for n in range(1, len(parts)))
 
 
-def fit(value: Any, key: Key) -> Any:
+def fit(value: object, key: Key) -> Leaf:
     """The value with its key's exact type: 1 is a number, 1e3 an integer, a list a tuple; True is no integer.
 
     Raises ValueError.
@@ -247,11 +247,11 @@ def fit(value: Any, key: Key) -> Any:
     return value
 
 
-def _tuples(value: Any) -> Any:
+def _tuples(value: object) -> object:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _build(leaves: Mapping[str, Any], schema: Mapping[str, Key]) -> ConfigDict:
+def _build(leaves: Mapping[str, Leaf], schema: Mapping[str, Key]) -> ConfigDict:
     """The inverse of `flatten`; None becomes a placeholder, which keeps its type."""
     config = ConfigDict()
     for path, value in leaves.items():
@@ -266,10 +266,10 @@ def _build(leaves: Mapping[str, Any], schema: Mapping[str, Key]) -> ConfigDict:
     return config
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Config | Mapping) -> Json:
     """Plain sorted data that JSON takes: tuples become lists."""
 
-    def plain(value: Any) -> Any:
+    def plain(value: object) -> object:
         if isinstance(value, ConfigDict | dict):
             return {k: plain(value[k]) for k in sorted(value)}
         return [plain(v) for v in value] if isinstance(value, list | tuple) else value
@@ -277,7 +277,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(config)
 
 
-def from_dict(d: Mapping[str, Any]) -> Config:
+def from_dict(d: Json) -> Config:
     """A config of `to_dict`'s data, unlocked and not checked; lists become tuples.
 
     A key that an earlier version did not know gets its default, which is what that version did.
@@ -287,7 +287,7 @@ def from_dict(d: Mapping[str, Any]) -> Config:
     return _build({path: _tuples(value) for path, value in (given | newer).items()}, base_keys())
 
 
-def recorded(d: Any, where: str) -> Config:
+def recorded(d: object, where: str) -> Config:
     """The config that a run folder brings, every key checked by itself. Raises UserError: it may be of another hand."""
     problems: list[Problem] = []
     if not isinstance(d, dict):
@@ -303,13 +303,13 @@ def recorded(d: Any, where: str) -> Config:
     return _build(leaves, schema)
 
 
-def diff(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
+def diff(a: Config | Json, b: Config | Json) -> list[tuple[str, Leaf, Leaf]]:
     """(path, old, new) of the leaves that differ, by path; one that is absent counts as None."""
     old, new = (flatten(from_dict(to_dict(c))) for c in (a, b))
     return [(k, old.get(k), new.get(k)) for k in sorted(old | new) if old.get(k) != new.get(k)]
 
 
-def digest(config: Any) -> str:
+def digest(config: Config | Json) -> str:
     """16 hex digits that two configs share when they say the same."""
     text = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -6,12 +6,12 @@ import io
 import tokenize
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import RequiredValueError
 
 from common.errors import UserError, did_you_mean
+from common.types import Leaf
 from configs import base
 from configs.schema.methods import Key
 from configs.schema.problems import show
@@ -38,20 +38,20 @@ def docs() -> dict[str, str]:
     return {path: text for path, text in named.items() if path in base_keys()}
 
 
-def unknown(path: str, value: Any) -> UserError:
+def unknown(path: str, value: object) -> UserError:
     """What to raise for a value that is none of the choices of a key."""
     problem, fix = refusal(value, base_keys()[path].choices)
     return UserError(problem, f"config.{path} = {show(value)}", fix)
 
 
-def refusal(value: Any, choices: tuple) -> tuple[str, str]:
+def refusal(value: object, choices: tuple) -> tuple[str, str]:
     """(problem, fix) of such a value."""
     known = "one of " + ", ".join(map(show, choices))
     near = did_you_mean(value, filter(None, choices), known) if isinstance(value, str) and value else known
     return "unknown choice", near
 
 
-def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+def flatten(config: ConfigDict | Mapping) -> dict[str, Leaf]:
     """Dotted path -> leaf of a config or nested dict. What a file left as a required placeholder counts as None."""
     leaves = {}
     for name in config:

@@ -5,7 +5,9 @@ The keyword-only arguments of a file's `make` are the schema of its group in the
 
 import ast
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from common.types import Leaf
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"objective": "train/objectives", "peft": "model/peft", "quant": "model/quant", "data.view": "data/views"}
@@ -17,7 +19,7 @@ class Key(NamedTuple):
     """One leaf of a config. A type of None is not checked; a required key has no default."""
 
     type: type | None
-    default: Any = None
+    default: Leaf = None
     nullable: bool = False
     required: bool = False
     choices: tuple = ()
@@ -42,7 +44,7 @@ def method(kind: str, name: str) -> Method:
     return Method({a.arg: _key(a.annotation, default) for a, default in args}, constant(path, "BATCH", ""))
 
 
-def constant(path: Path, name: str, default: Any) -> Any:
+def constant(path: Path, name: str, default: Leaf) -> Leaf:
     """The literal that a file assigns to `name` at its top level, else `default`."""
     for node in _body(path):
         match node:

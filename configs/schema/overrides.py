@@ -7,9 +7,10 @@ Values are text here; `parse` gives them the type of their key. Own parser: absl
 import ast
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from common.errors import UserError, did_you_mean
+from common.types import Leaf
 from configs.schema.problems import Problem, show
 
 NONE = ("none", "null")
@@ -22,17 +23,17 @@ class Args(NamedTuple):
     arg: str
     overrides: dict[str, str]  # "optim.lr" -> text, in the order given; the last of a key wins
     workdir: str | None
-    flags: dict[str, Any]
+    flags: dict[str, Leaf]
     help: bool
     problems: list[Problem]
 
 
-def parse_args(argv: list[str], flags: Mapping[str, Any]) -> Args:
+def parse_args(argv: list[str], flags: Mapping[str, Leaf]) -> Args:
     """Splits a command line without reading the config. `flags` maps each extra flag to its default, whose type it has.
 
     Every flag takes `--name=value` or `--name value`; one whose default is a bool may stand alone.
     """
-    found: dict[str, Any] = {"config": "", "workdir": None, **flags}
+    found: dict[str, Leaf] = {"config": "", "workdir": None, **flags}
     overrides: dict[str, str] = {}
     problems: list[Problem] = []
     rest = list(argv)
@@ -73,7 +74,7 @@ def split_arg(config: str) -> tuple[str, str]:
     return (f"{head}.py", arg) if colon else (config, "")
 
 
-def parse(text: str, kind: type | None, nullable: bool = False) -> Any:
+def parse(text: str, kind: type | None, nullable: bool = False) -> Leaf:
     """Text as a value of a type: 1e3 and 1_000 are integers, `1,2` and `(1, 2)` tuples, `none` empties a placeholder.
 
     A string is the text itself. None as the type means a Python literal, or else a string. Raises ValueError with the
@@ -107,7 +108,7 @@ def _int(text: str) -> int:
         return int(value)
 
 
-def _literal(text: str) -> Any:
+def _literal(text: str) -> Leaf:
     lower = text.lower()
     if lower in NONE:
         return None
@@ -153,7 +154,7 @@ def _split(text: str) -> list[str]:
     return [item.strip() for item in items if item.strip()]
 
 
-def parse_arg(arg: str, **defaults: Any) -> SimpleNamespace:
+def parse_arg(arg: str, **defaults: Leaf) -> SimpleNamespace:
     """The argument of a config file, "rank=4,full" -> rank=4, full=True. The defaults say the names and the types.
 
     `get_config(arg="")` calls it first: `arg = parse_arg(arg, rank=16, full=False)`. Raises UserError.

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from common.errors import UserError
 
@@ -50,7 +50,7 @@ class ConfigError(UserError):
         return text.get().rstrip()
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """A value as a person would type it."""
     if isinstance(value, str):
         return value if value else '""'

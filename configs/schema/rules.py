@@ -7,9 +7,9 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 from common.errors import did_you_mean
+from common.types import Leaf
 from configs.models import SHAPES, resized
 from configs.schema import methods
 from configs.schema.keys import refusal
@@ -73,7 +73,7 @@ REGEXES = ("peft.where", "peft.inputs", "quant.where")
 FACTORS = ("optim.lr_scale", "peft.ranks", "peft.alphas")  # pairs of a regular expression and a number
 
 
-def check_value(path: str, value: Any, choices: tuple = ()) -> Iterator[tuple[str, str]]:
+def check_value(path: str, value: Leaf, choices: tuple = ()) -> Iterator[tuple[str, str]]:
     """(problem, fix) of one value that already has its type."""
     allowed = choices or ALLOWED.get(path, ())
     if path in STRINGS and not all(isinstance(v, str) for v in value):
@@ -116,11 +116,11 @@ def _factors(rules: tuple) -> Iterator[tuple[str, str]]:
         yield from _regex(rule[0])
 
 
-def _is_factor(x: Any) -> bool:
+def _is_factor(x: object) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < math.inf
 
 
-def check_between(c: Mapping[str, Any], ok: Callable[..., bool]) -> Iterator[Problem]:
+def check_between(c: Mapping[str, Leaf], ok: Callable[..., bool]) -> Iterator[Problem]:
     """Rules that need several keys, or folders. `c`: path -> value; `ok(*paths)`: all there, each right by itself."""
     for rule in (_shape, _init, _trainable, _saved, _rows, _kinds, _schedule, _evals):
         for path, text, fix in rule(c, ok):

@@ -8,12 +8,12 @@ import functools
 import math
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from common.errors import UserError
 from infer.generate import unrolled
@@ -118,7 +118,7 @@ class Store:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(stacks: list[tuple[Array, Array]], start: Any, a: Any, b: Any) -> list[tuple[Array, Array]]:
+def _put(stacks: list[tuple[Array, Array]], start: ArrayLike, a: Array, b: Array) -> list[tuple[Array, Array]]:
     """Pages a and b [L,BLOCK,...] at a row of the stacks of every layer."""
     put = lambda stack, new: jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype), (start, 0))
     return [(put(s[0], a[i]), put(s[1], b[i])) for i, s in enumerate(stacks)]
