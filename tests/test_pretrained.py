@@ -21,7 +21,7 @@ from model import weights
 from model.config import ModelConfig
 from model.families import _layout as layout
 from model.families._layout import Key
-from model.io import export
+from model.io import export, gguf_write
 from model.io.gguf import llama3_scaling
 from model.io.pretrained import family, open_pretrained
 from model.net.transformer import Transformer
@@ -442,3 +442,23 @@ def test_loading_never_holds_the_model_twice():
     run = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     print("peak over model size:", run.stdout)
     assert float(run.stdout) < 1.35
+
+
+# --- GGUF, written ---
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3", "yarn", "qwen2", "qwen3", "gpt2"])
+def test_gguf_that_we_write_gives_the_parameters_back(name, tmp_path):
+    config = dataclasses.replace(CONFIGS[name], windows=())
+    model, params = random_model(config)
+    gguf_write.write(tmp_path / "m.gguf", model, params, {}, "F32")
+    again = open_pretrained(tmp_path / "m.gguf")
+    assert again.config == config
+    assert_same(params, again.load(model.specs))
+
+
+def test_gguf_is_refused_for_what_llama_cpp_does_not_compute(tmp_path):
+    model, params = random_model(CONFIGS["mistral"])
+    with pytest.raises(UserError, match="this model's sliding windows"):
+        gguf_write.write(tmp_path / "m.gguf", model, params, {}, "F32")
+    assert not list(tmp_path.iterdir())

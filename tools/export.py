@@ -2,6 +2,7 @@
 
     python -m tools.export --from=NAME_OR_RUN --to=DIR [--adapter=DIR] [--dtype=float32|bfloat16|float16]
     python -m tools.export --from=RUN --to=DIR --adapter-only
+    python -m tools.export --from=NAME_OR_RUN --to=FILE.gguf --format=gguf [--dtype=F16|BF16|F32|Q8_0|Q4_0|Q4_1]
 
 NAME_OR_RUN: a run folder, a packaged model's name, a .gguf file, a Hugging Face folder or a hub id. --adapter: a run or
 PEFT folder that is put on it. --adapter-only writes a PEFT folder. Weights in int4, int8 or fp8 stay so, in the
@@ -24,12 +25,15 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--adapter", default="")
     parser.add_argument("--adapter-only", action="store_true")
     parser.add_argument("--dequantise", action="store_true")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="")
+    parser.add_argument("--format", default="hf", choices=("hf", "gguf"))
     args = parser.parse_args(argv)
     if args.adapter_only:
         export_adapter(args.source, args.adapter, args.to)
+    elif args.format == "gguf":
+        export_gguf(args.source, args.adapter, args.to, args.dtype or "F16")
     else:
-        export(args.source, args.adapter, args.to, args.dtype, args.dequantise)
+        export(args.source, args.adapter, args.to, args.dtype or "float32", args.dequantise)
 
 
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")  # kept of generation_config.json
@@ -49,6 +53,16 @@ def export(source: str, adapter: str, to: str, dtype: str, dequantise: bool) -> 
     delta = export_hf(lm.model, lm.params, lm.tokenizer, to, dtype=dtype, generation=generation, dequantise=dequantise)
     print(f"{to} · read back, the logits differ by at most {delta:.1g} of their scale")
     print(f"vllm serve {shlex.quote(to)}")
+
+
+def export_gguf(source: str, adapter: str, to: str, kind: str) -> None:
+    from data.text import gguf_write as words
+    from infer.models import load
+    from model.io import gguf_write
+
+    lm = load(source, adapter or None)
+    delta = gguf_write.write(to, lm.model, lm.params, words.metadata(lm.tokenizer, lm.config.vocab_size), kind.upper())
+    print(f"{to} · read back, the logits differ by at most {delta:.1g} of their scale")
 
 
 def export_adapter(source: str, adapter: str, to: str) -> None:

@@ -1,0 +1,137 @@
+"""Write a model as a GGUF file, which llama.cpp and model/io/gguf.py read."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from common.errors import UserError
+from model import weights
+from model.config import ModelConfig
+from model.io import export
+from model.io.gguf import TRANSPOSED
+from model.io.pretrained import open_pretrained
+from model.net.attention import rope_frequencies
+from model.net.transformer import Transformer
+from model.weights import Params
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2"}
+BIAS = {"llama": "none", "qwen2": "qkv", "qwen3": "none", "gpt2": "all"}
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
+# Largest difference of the logits, as a share of the largest logit, that rounding to this type explains.
+TOLERANCE = {"F32": 1e-4, "F16": 1e-2, "BF16": 6e-2, "Q8_0": 0.1, "Q4_0": 1.0, "Q4_1": 1.0}
+
+
+def write(path: str | Path, model: Transformer, params: Params, tokenizer: dict[str, Any], kind: str = "F16") -> float:
+    """Merged `params` as a file whose matrices are of the type `kind`, with the metadata of a tokenizer; read back.
+
+    Returns the largest difference of the logits as a share of the largest logit. Raises UserError for what llama.cpp
+    does not compute, when the file exists, and when reading back shows another model.
+    """
+    path, config = Path(path), model.config
+    if kind not in FILE_TYPES:
+        raise UserError(f"type {kind!r} is not written", "--dtype", f"known: {', '.join(FILE_TYPES)}")
+    if path.exists():
+        raise UserError("exists", str(path), "choose a new name")
+    _check(config)
+    plain = weights.dense(params, model.specs)
+    work = path.with_name(f".{path.name}.part.gguf")
+    try:
+        _file(work, model, plain, tokenizer, kind)
+        delta = _difference(model, params, work)
+        if not delta <= TOLERANCE[kind]:
+            what = f"logits read back differ by {delta:.2g} of their scale, over {TOLERANCE[kind]:.0e} for {kind}"
+            raise UserError(what, str(path), "nothing was written")
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
+    return delta
+
+
+def _check(config: ModelConfig) -> None:
+    """Raises UserError for a model that llama.cpp has no word for."""
+    arch, scaling = ARCHITECTURES.get(config.family), dict(config.rope_scaling).get("rope_type", "none")
+    act = "gelu_tanh" if arch == "gpt2" else "silu"
+    said = {
+        f"family {config.family}": arch is not None,
+        f"bias {config.bias}": arch is not None and config.bias == BIAS[arch],
+        f"activation {config.act}": config.act == act,
+        "sliding windows": not any(0 < w < config.max_len for w in config.windows),
+        f"rope type {scaling}": scaling in ("none", "linear", "yarn", "llama3"),
+    }
+    if lost := [name for name, fits in said.items() if not fits]:
+        raise UserError(f"GGUF is not written for this model's {', '.join(lost)}", "export", "--format=hf")
+
+
+def _file(path: Path, model: Transformer, params: Params, tokenizer: dict[str, Any], kind: str) -> None:
+    import gguf
+
+    c, arch = model.config, ARCHITECTURES[model.config.family]
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_file_type(FILE_TYPES[kind])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _shape(writer, c, arch)
+    for name, value in tokenizer.items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+        if value != []:
+            add[type(value)](name, value)
+    names = gguf.get_tensor_name_map(next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch), c.layers)
+    if dict(c.rope_scaling).get("rope_type") == "llama3":
+        plain = dataclasses.replace(c, rope_scaling=())
+        factors = np.asarray(rope_frequencies(plain, 1)[0]) / np.asarray(rope_frequencies(c, 1)[0])
+        writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
+    for theirs, x in export.tensors(model, params):
+        name, x = names.get_name(theirs, try_suffixes=(".weight", ".bias")), np.asarray(x, np.float32)
+        if arch == "gpt2" and name.endswith(TRANSPOSED):
+            x = x.T
+        if arch == "llama" and (".attn_q." in name or ".attn_k." in name):  # llama.cpp rotates neighbours
+            x = x.reshape(-1, 2, c.head_dim // 2, c.embed).swapaxes(1, 2).reshape(x.shape)
+        to = gguf.GGMLQuantizationType[_kind(kind, x)]
+        writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(x), to), raw_dtype=to)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _kind(kind: str, x: np.ndarray) -> str:
+    """Vectors stay floats, and rows that are no whole blocks of 32 have 16 bits."""
+    if x.ndim < 2:
+        return "F32"
+    return "F16" if kind.startswith("Q") and x.shape[-1] % 32 else kind
+
+
+def _shape(writer: Any, c: ModelConfig, arch: str) -> None:
+    import gguf
+
+    writer.add_block_count(c.layers)
+    writer.add_context_length(c.max_len)
+    writer.add_embedding_length(c.embed)
+    writer.add_feed_forward_length(c.mlp)
+    writer.add_head_count(c.heads)
+    if arch == "gpt2":
+        writer.add_layer_norm_eps(c.norm_eps)
+        return
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_head_count_kv(c.kv_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_vocab_size(c.vocab_size)
+    scaling = dict(c.rope_scaling)
+    if scaling.get("rope_type") in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling["rope_type"]))
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling.get("original_max_position_embeddings") or c.max_len)
+
+
+def _difference(model: Transformer, params: Params, path: Path) -> float:
+    """Largest difference between the logits of `params` and of the file, over the largest logit."""
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, min(32, model.config.max_len)))
+    logits = jax.jit(dataclasses.replace(model, dtype="float32").__call__)
+    wanted, got = (np.asarray(logits(p, tokens)) for p in (params, open_pretrained(path).load(model.specs)))
+    return float(np.abs(got - wanted).max() / np.abs(wanted).max())
