@@ -1,6 +1,7 @@
 """Serving: requests in a running batch, and OpenAI's HTTP interface before it."""
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import signal
@@ -252,6 +253,9 @@ def test_completions_take_texts_and_ids(batcher, port):
     default = ask(port, path="/v1/completions", prompt="ab", seed=1)[1]["usage"]["completion_tokens"]
     assert default <= 16
     assert api.ids(batcher.lm, "a<|eos|>") == [97, 257]
+    with_bos = dataclasses.replace(batcher.lm, tokenizer=load_tokenizer("bytes"))
+    with_bos.tokenizer.prefix = (256,)
+    assert api.ids(with_bos, "a") == api.ids(with_bos, "<|bos|>a") == [256, 97]
 
 
 def test_a_seed_repeats_an_answer_and_none_draws_anew(batcher, port):

@@ -109,8 +109,8 @@ def ids(lm: LM, prompt: str | list[int]) -> list[int]:
     """The ids of a completion's prompt. Its text may spell control tokens, as a rendered chat does."""
     if not isinstance(prompt, str):
         return prompt
-    out, tokenizer = lm.tokenizer.encode(prompt, special=True), lm.tokenizer
-    return [tokenizer.bos_id, *out] if tokenizer.add_bos and out[:1] != [tokenizer.bos_id] else out
+    out, prefix = lm.tokenizer.encode(prompt, special=True), list(lm.tokenizer.prefix)
+    return out if out[: len(prefix)] == prefix else [*prefix, *out]
 
 
 def seed(given: int | None, choice: int) -> int:

@@ -117,6 +117,7 @@ class Batcher:
         if others := without_columns(lm.config.blocks):
             raise UserError(f"{others[0]} layers keep a state, which is no ring", "model", "use tools.chat")
         self.lm, self.length, self.limit = lm, min(length, lm.config.context), waiting
+        self.ends = lm.tokenizer.eos_ids  # raises UserError for a model without a tokenizer
         self.rows: list[Request | None] = [None] * rows
         self.waiting: deque[Request] = deque()
         self.changed = threading.Condition()
@@ -218,7 +219,7 @@ class Batcher:
             if request.top is not None:
                 pairs = list(zip(best[i], best_logps[i]))[: request.top]
                 request.scores.append(Score(tokens[i], logps[i], pairs))
-            if request.add(tokens[i], self.lm.tokenizer.eos_ids):
+            if request.add(tokens[i], self.ends):
                 request.end()
                 self.rows[row], self.params = None, None
 
