@@ -3,5 +3,6 @@
 DONE = 0
 INPUT = 2  # the input must change: a UserError
 BROKEN = 70  # EX_SOFTWARE: the numbers broke down
+BELOW_FLOOR = 71  # a figure crossed one of config.floors
 PREEMPTED = 75  # EX_TEMPFAIL: interrupted, run the same command again
 INTERRUPTED = 130  # Ctrl-C, with nothing to resume

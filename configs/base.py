@@ -90,6 +90,7 @@ def get_config() -> ConfigDict:
     c.evals = ()  # names in evals/tasks, scored with `eval_n` examples each
     c.eval_n = 64  # examples a task
     c.eval_text = ""  # data whose text the base knows: the rise of the loss on it, eval/text_nll, is forgetting
+    c.floors = ()  # what must hold, or it ends: (("eval/dates", ">=", 0.8), ...) | "<=" | "drop" | "rise" since step 0
     c.samples = ()  # prompts answered before and after training, kept in metrics.jsonl
 
     c.ckpt = ConfigDict()

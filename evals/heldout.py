@@ -1,52 +1,42 @@
 """Loss on text that training has not seen: of batches, and of plain text before and after a tuning."""
 
-import functools
 import math
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from data import sources
+from data.text.tokenizer import Tokenizer
+from infer.lm import LM
 from model.net import head
 from model.net.transformer import Transformer
+from model.weights import Params
 
-Pair = tuple[Any, Any]  # (sum, weight)
+Pair = tuple[Array, Array]  # (sum, weight)
 PASSAGE = 1000  # characters
 
 
-def heldout(model: Transformer, params: Any, source: Any, batches: int, tokenizer: Any) -> dict[str, Pair]:
-    """nll (nats per target) and bits_per_byte of the first `batches` batches, as (sum, weight) pairs.
+def bits_per_byte(model: Transformer, params: Params, batch: dict[str, Array], lengths: Array) -> Pair:
+    """(bits, bytes) of the targets [B,T] of an lm batch, which compares tokenizers.
 
-    `source.batch(i)` gives device arrays and counts, as train.source.Batches does. Empty when `batches` is 0 or nothing
-    is masked in. Bits per byte compares tokenizers: it leaves out control tokens, which stand for no byte.
+    `lengths` [V] is `byte_lengths`. Control tokens stand for no byte and are left out of both.
     """
-    total = None
-    for i in range(min(batches, source.loader.num_batches)):
-        new = _sums(model, params, source.batch(i)[0], _byte_lengths(model, tokenizer))
-        total = new if total is None else jax.tree.map(jnp.add, total, new)
-    return total or {}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _sums(model: Transformer, params: Any, batch: dict, lengths: Any) -> dict[str, Pair]:
     x = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"]).x
-    mask = batch["mask"]
-    nll = -head.token_logps(model, params, x, batch["targets"], mask)
-    written = jnp.take(lengths, batch["targets"]) * (mask > 0)  # bytes [B,T]
-    bits = jnp.where(written > 0, nll, 0).sum() / math.log(2)
-    return {"nll": (nll.sum(), mask.sum()), "bits_per_byte": (bits, written.sum().astype(jnp.float32))}
+    logps = head.token_logps(model, params, x, batch["targets"], batch["mask"])
+    written = jnp.take(lengths, batch["targets"]) * (batch["mask"] > 0)  # bytes [B,T]
+    bits = -jnp.where(written > 0, logps, 0).sum() / math.log(2)
+    return bits, written.sum().astype(jnp.float32)
 
 
-def _byte_lengths(model: Transformer, tokenizer: Any) -> np.ndarray:
+def byte_lengths(model: Transformer, tokenizer: Tokenizer) -> np.ndarray:
     """Bytes of every id of the model's vocabulary [V], which may be larger than the tokenizer's."""
     lengths = np.zeros(model.config.vocab_size, np.int32)
     lengths[: tokenizer.vocab_size] = tokenizer.byte_lengths
     return lengths
 
 
-def text_loss(lm: Any, texts: list[str]) -> Pair:
+def text_loss(lm: LM, texts: list[str]) -> tuple[float, int]:
     """(sum, weight) of the nats per token of plain texts. The difference of two models on one text is forgetting."""
     mean, tokens = lm.loss(texts)
     return mean * tokens, tokens

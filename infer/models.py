@@ -32,12 +32,13 @@ def load(
 ) -> LM:
     """A model that is ready to generate and to score.
 
-    `name`: a Hugging Face folder, a .gguf file, a packaged model's name, a hub id, or a run folder. `adapter`: a run
-    folder or a PEFT folder, whose adapters are put on the model. `dtype` of weights and activations; None: float32, or
-    the run's own. `tokenizer` names another than the adapter's, or the model's own. Raises UserError.
+    `name`: a Hugging Face folder, a .gguf file, a packaged model's name, a hub id, or a run folder; RUN/ckpt/STEP is a
+    step of a run. `adapter`: a run folder or a PEFT folder, whose adapters are put on the model. `dtype` of weights and
+    activations; None: float32, or the run's own. `tokenizer` names another than the adapter's, or the model's own.
+    Raises UserError.
     """
     foreign = adapter and (Path(adapter).expanduser() / peft_read.CONFIG).exists()
-    opened = Run(Path(adapter), base=open_model(name)) if adapter and not foreign else open_model(name)
+    opened = run_at(Path(adapter), base=open_model(name)) if adapter and not foreign else open_model(name)
     if foreign:
         model = build.network(opened.config, dtype)
         base = opened.load(model.specs, None, model.param_dtype)
@@ -81,7 +82,7 @@ def _adapted(folder: str | Path, base: Params, specs: Specs) -> Params:
     path = Path(folder).expanduser()
     if (path / peft_read.CONFIG).exists():
         return peft_read.read(path)(base, specs, jax.random.key(0))
-    run = Run(path)
+    run = run_at(path)
     if not run.cfg.peft.name:
         raise UserError("the run has trained no adapter", str(folder), "serve it as a model")
     wrap = build.find("model.peft", run.cfg.peft)()
@@ -94,7 +95,7 @@ def before_and_after(source: str | Path, base: str | Path = "") -> tuple[LM, Par
     `source`: a run folder, a PEFT folder or a model. Raises UserError.
     """
     path = Path(source).expanduser()
-    run = Run(path) if (path / "ckpt").is_dir() else None
+    run = run_at(path) if is_run(path) else None
     adapter = (path / peft_read.CONFIG).exists() or bool(run and run.cfg.peft.name)
     start = base or (run.cfg.init if run else "")
     if not start and not run:
@@ -110,19 +111,39 @@ def before_and_after(source: str | Path, base: str | Path = "") -> tuple[LM, Par
 def open_model(name: str | Path) -> "Pretrained | Run":
     """An opened model: its shape is known, its weights are not read yet."""
     path = Path(name).expanduser()
-    return Run(path) if (path / "ckpt").is_dir() else open_pretrained(str(name))
+    return run_at(path) if is_run(path) else open_pretrained(str(name))
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run or a step of one, RUN/ckpt/STEP."""
+    return (path / "ckpt").is_dir() or _is_step(path)
+
+
+def run_at(path: Path, base: "Pretrained | Run | None" = None) -> "Run":
+    """The run of a folder, at its newest step or at the step that the folder is."""
+    if _is_step(path):
+        return Run(path.parents[1], base, int(path.name))
+    return Run(path, base)
+
+
+def _is_step(path: Path) -> bool:
+    return path.parent.name == "ckpt" and bool(saved.STEP.fullmatch(path.name)) and path.is_dir()
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder as a pretrained model. `base` stands for the `init` of its config when that lies elsewhere now."""
+    """A run folder as a pretrained model, at its newest whole step or at `step`.
+
+    `base` stands for the `init` of its config when that lies elsewhere now.
+    """
 
     workdir: Path
     base: "Pretrained | Run | None" = None
+    step: int | None = None
 
     @functools.cached_property
     def saved(self) -> saved.Saved:
-        return saved.load_params(self.workdir)
+        return saved.load_params(self.workdir, self.step)
 
     @functools.cached_property
     def cfg(self) -> Config:

@@ -4,7 +4,6 @@ import random
 from importlib import metadata
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -173,40 +172,6 @@ def test_no_examples_is_an_error(lm):
 
 
 # --- held-out loss ---
-
-
-class Batches:
-    """Two batches as a source of training gives them."""
-
-    def __init__(self, tokens):
-        self.loader, self.tokens = self, tokens
-        self.num_batches = len(tokens)
-
-    def batch(self, i):
-        tokens = jnp.asarray(self.tokens[i])
-        ones = jnp.ones_like(tokens[:, :-1])
-        batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": ones.astype(jnp.float32)}
-        positions = jnp.broadcast_to(jnp.arange(ones.shape[1]), ones.shape)
-        return batch | {"segments": ones, "positions": positions}, {}
-
-
-def test_heldout_sums_and_control_tokens_cost_no_bits(lm):
-    control = lm.tokenizer.eos_id
-    tokens = np.random.default_rng(0).integers(0, 200, (2, 3, 9)).astype(np.int32)
-    tokens[:, :, -1] = control
-    tokens[tokens[:, :, :] < 5] = 5
-    out = heldout.heldout(lm.model, lm.params, Batches(tokens), 8, lm.tokenizer)
-    flat = tokens.reshape(6, 9)
-    logps = jax.nn.log_softmax(lm.logits(flat[:, :-1]))
-    nll = -np.take_along_axis(np.asarray(logps), flat[:, 1:, None], -1)[..., 0]
-    lengths = lm.tokenizer.byte_lengths[flat[:, 1:]]
-    assert float(out["nll"][0]) == pytest.approx(nll.sum(), rel=1e-5) and float(out["nll"][1]) == 48
-    assert lengths[:, -1].sum() == 0 and float(out["bits_per_byte"][1]) == lengths.sum()
-    assert float(out["bits_per_byte"][0]) == pytest.approx(nll[lengths > 0].sum() / np.log(2), rel=1e-5)
-
-
-def test_no_heldout_batches(lm):
-    assert heldout.heldout(lm.model, lm.params, Batches(np.zeros((0, 1, 4), np.int32)), 8, lm.tokenizer) == {}
 
 
 def test_passages_and_their_loss(lm):

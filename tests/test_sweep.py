@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import yaml
 
-from common import stats
+from common import exits, stats
 from common.errors import UserError
 from configs import schema, sweeps
 from tests.test_main import environment
@@ -233,10 +234,23 @@ def test_states(tmp_path):
     assert state("d", DONE) == "done" and sweep_run.state(tmp_path / "d", 10) == "stopped"
     assert state("e", stop(75), stop(70)) == state("f", ended={"state": "failed"}) == "failed"
     assert state("g", held_out(1.0, 3), ended={"state": "pruned"}) == "pruned"
+    assert state("h", stop(71)) == state("i", ended={"state": "below floor"}) == "below floor"
     lock = take_lock(tmp_path / "a" / "CLAIM")
     assert sweep_run.state(tmp_path / "a", 9) == "running"
     os.close(lock)
     assert sweep_run.state(tmp_path / "a", 9) == "waiting"
+
+
+def test_a_point_below_its_floor_is_not_run_again(tmp_path):
+    below = {"step": 5, "kind": "event", "event": "eval/nll is 3, above 2", "exit_code": exits.BELOW_FLOOR}
+    at = folder(tmp_path, "low", {"seed": 0}, held_out(3.0, 5), below)
+    process = SimpleNamespace(returncode=exits.BELOW_FLOOR)
+    point = sweep_run.Point("low", {"seed": 0}, [], SimpleNamespace(steps=9))
+    sweep_run.finish(sweep_run.Child(point, process, os.open(at / "CLAIM", os.O_CREAT)), at, False)
+    told = json.loads((at / "ended.json").read_text())
+    assert (told["state"], told["said"]) == ("below floor", "eval/nll is 3, above 2")
+    queue = sweep_run.Listed([point], tmp_path, retry=True)
+    assert queue.take() is None and not queue.left()
 
 
 # --- the page ---

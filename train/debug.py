@@ -34,13 +34,12 @@ def run(cfg: Config, workdir: str | None) -> int:
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES), tempfile.TemporaryDirectory() as scratch:
         start = inputs.pretrained(cfg)
         tokenizer = inputs.tokenizer(cfg, start)
-        source, _ = inputs.sources(cfg, tokenizer, mesh)
+        data, _ = inputs.sources(cfg, tokenizer, mesh)
         model = build.model(cfg, start, tokenizer.vocab_size)
         planned = init.blueprint(cfg, model, mesh)
         state = _newest(init.first_state(cfg, planned, start), paths.parse(workdir or scratch) / "ckpt")
-        batch, _ = source.batch(int(state.step))
-        inputs.check(planned.objective, source.loader.kind)
-        _show_batch(source.loader.batch(int(state.step)), tokenizer, int(state.step))
+        batch, _ = inputs.source(planned, data, cfg.steps).next(state, int(state.step))
+        _show_batch(jax.device_get(batch), tokenizer, int(state.step))
         return _examine(planned, state, batch)
 
 

@@ -21,7 +21,7 @@ from train.keep.metrics import Metrics
 from train.keep.runs import RunDir
 from train.keep.trace import Trace
 from train.mesh import RULES, make_mesh
-from train.monitor import Judge
+from train.monitor import Monitor
 from train.objectives import Pair
 from train.source import Batch, Source
 from train.state import TrainState
@@ -40,7 +40,7 @@ class Session:
     source: Source
     state: TrainState
     ckpt: Checkpointer
-    judge: Judge
+    monitor: Monitor
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Pair]]]
     clock: Clock
     trace: Trace
@@ -71,9 +71,9 @@ def open_session(loaded: schema.Loaded, enter: Callable[[AbstractContextManager[
         start = inputs.pretrained(cfg)
         tokenizer = inputs.tokenizer(cfg, start)
         inputs.keep_tokenizer(tokenizer, folder.path)
-        source, heldout = inputs.sources(cfg, tokenizer, mesh)
+        data, heldout = inputs.sources(cfg, tokenizer, mesh)
         blueprint = init.blueprint(cfg, build.model(cfg, start, tokenizer.vocab_size), mesh)
-        inputs.check(blueprint.objective, source.loader.kind)
+        source = inputs.source(blueprint, data, cfg.steps)
         plan.show(cfg, blueprint, folder.path / "cost.json")
         state = init.first_state(cfg, blueprint, start)
 
@@ -87,19 +87,21 @@ def open_session(loaded: schema.Loaded, enter: Callable[[AbstractContextManager[
         ckpt = enter(contextlib.closing(saves))
         state = ckpt.restore(state, source)
         metrics.rewind(int(state.step))
-    judge = Judge(cfg, blueprint, heldout, tokenizer, metrics)
+    monitor = Monitor(cfg, blueprint, heldout, tokenizer, metrics)
+    ckpt.passed = monitor.passed
     trace = enter(contextlib.closing(Trace(loaded.flags.get("profile", 0), folder.path / "profile")))
     step = compile_step(blueprint, cfg.accum)
-    return Session(cfg, folder, metrics, source, state, ckpt, judge, step, Clock(cfg, blueprint), trace)
+    return Session(cfg, folder, metrics, source, state, ckpt, monitor, step, Clock(cfg, blueprint), trace)
 
 
 def train(s: Session) -> int:
     """The loop. Step n reads batch n - 1 and the state: a resume does what an uninterrupted run would have done."""
     cfg, metrics, clock, source = s.cfg, s.metrics, s.clock, s.source
     done, clock.bad = int(s.state.step), int(s.state.bad)
-    if done == 0:
-        s.judge(s.state, 0)
-    while done < cfg.steps:
+    verdict = s.monitor.verdict(done) if done else s.monitor(s.state, 0)
+    if cfg.floors and done == 0:
+        s.ckpt.maybe_save(0, s.state, source, force=True)
+    while done < cfg.steps and not verdict:
         with metrics.timer("data"):
             batch, counts = source.next(s.state, done)
         with metrics.timer("step" if clock.steps else "compile"):
@@ -117,20 +119,35 @@ def train(s: Session) -> int:
         if bad_steps >= cfg.optim.max_bad_steps:
             metrics.end(f"{cfg.optim.max_bad_steps} non-finite steps in a row", cfg.chip, exit_code=exits.BROKEN)
             return exits.BROKEN
-        if last or (cfg.eval_every and done % cfg.eval_every == 0):
+        evaluated = last or bool(cfg.eval_every and done % cfg.eval_every == 0)
+        if evaluated:
             with clock.paused():
-                s.judge(s.state, done)
-        stop = s.folder.stop_requested(done) and source.resumable(done) and not last
+                verdict = s.monitor(s.state, done)
+        resumable = source.resumable(done)
+        stop = s.folder.stop_requested(done) and resumable and not last
         with clock.paused(), metrics.timer("checkpoint"):
-            if source.resumable(done):
-                s.ckpt.maybe_save(done, s.state, source, force=last or stop)
+            if resumable:
+                s.ckpt.maybe_save(done, s.state, source, force=last or stop or (evaluated and bool(cfg.floors)))
             if stop or last:
                 s.ckpt.wait(must=last)
+        if verdict:
+            break
         if stop:
             metrics.end("stopped by a signal; the same command goes on from here", cfg.chip, exit_code=exits.PREEMPTED)
             return exits.PREEMPTED
+    if verdict:
+        return below_floor(s, verdict)
     if metrics.finished:
         print(f"step {done} of {cfg.steps} is done, and nothing is left to do")
     else:  # after the last step, or after a kill between its checkpoint and this line
         metrics.end("done", cfg.chip, **clock.totals(source.seen))
     return exits.DONE
+
+
+def below_floor(s: Session, verdict: str) -> int:
+    """Ends a run that has crossed a floor; a launch of the same command ends here again."""
+    s.ckpt.wait()
+    step = s.ckpt.last_passed()
+    kept = "no step passed" if step is None else f"step {step} passed last and is kept: {s.ckpt.folder / str(step)}"
+    s.metrics.end(f"{verdict}; {kept}", s.cfg.chip, exit_code=exits.BELOW_FLOOR)
+    return exits.BELOW_FLOOR

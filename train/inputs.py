@@ -15,10 +15,10 @@ from infer.models import Run, open_model
 from model import build
 from model.io.pretrained import Pretrained
 from model.net.transformer import Transformer
+from train.init import Blueprint
 from train.keep import hosts
 from train.mesh import row_shards
-from train.objectives import Objective
-from train.source import Batches, local_rows
+from train.source import Batches, Source, local_rows
 
 
 def pretrained(cfg: Config) -> Pretrained | Run | None:
@@ -66,11 +66,22 @@ def sources(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Batches, Bat
     return Batches(train, mesh), heldout and Batches(heldout, mesh)
 
 
-def check(objective: Objective, kind: str) -> None:
-    """Raises UserError when the data give batches of another kind (data.rows.batch.KINDS) than the objective reads."""
+def source(blueprint: Blueprint, data: Batches, steps: int) -> Source:
+    """What the run's batches come from: the data, or what the objective samples with the data as prompts.
+
+    Raises UserError when the data give batches of another kind (data.rows.batch.KINDS) than the objective reads, or
+    when a run of `steps` steps would end in the middle of a rollout, where it cannot be saved.
+    """
+    objective, kind = blueprint.objective, data.loader.kind
+    if objective.source:
+        made = objective.source(data, blueprint)
+        if not made.resumable(steps):
+            raise UserError(f"{steps} steps end in the middle of a rollout", "config.steps", "end it with a rollout")
+        return made
     if kind != objective.batch:
         raise UserError(
             f"the objective reads batches of kind {objective.batch!r}; the data give {kind!r}",
             "config.data",
             "choose an objective for these data, or data for this objective: preference pairs are of kind 'pair'",
         )
+    return data

@@ -4,7 +4,8 @@
 
 --plan shows what the run would hold; --debug examines one step and the batch of it; --profile=N traces N steps.
 
-Exit codes: 0 done, 2 the input must change, 70 the numbers broke down, 75 preempted: run the same command again.
+Exit codes: 0 done, 2 the input must change, 70 the numbers broke down, 71 a figure crossed one of config.floors,
+75 preempted: run the same command again.
 """
 
 import sys

@@ -5,6 +5,7 @@ from typing import Any
 
 from common import files
 from common.types import Config
+from data.rows.batch import KINDS
 from train import cost
 from train.init import Blueprint
 
@@ -13,7 +14,7 @@ def describe(cfg: Config, plan: Blueprint) -> dict[str, Any]:
     """Parameters of the policy, FLOPs of all roles from the equations, and bytes per device of a run."""
     roles = cost.of_roles(plan, cfg.data.seq_len)
     policy, price = roles["policy"], cost.of_plan(plan, cfg.data.seq_len)
-    tokens = cfg.data.batch_size * cfg.data.seq_len
+    tokens = cfg.data.batch_size * cfg.data.seq_len * len(KINDS[plan.objective.batch].sides)
     size = lambda field: cost.bytes_per_device(getattr(plan.abstract, field), getattr(plan.shardings, field))
     held = {field: size(field) for field in ("params", "frozen", "opt_state")}
     held["gradients"] = held["params"]

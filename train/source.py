@@ -13,7 +13,9 @@ from data.rows.loader import Loader
 from train.mesh import BATCH
 from train.state import TrainState
 
-Counts = dict[str, int]  # tokens that are not padding, and targets of the loss, of this process's rows
+# Of this process's rows: "tokens" that are not padding, and "targets" of the loss. A source that samples adds
+# "ROLE/tokens" and "ROLE/targets": what went forward only through a role's layers, and through its head.
+Counts = dict[str, int]
 
 
 class Source(Protocol):
@@ -30,7 +32,10 @@ class Source(Protocol):
         ...
 
     def resumable(self, step: int) -> bool:
-        """Whether a run may go on from a checkpoint of this step; a rollout that serves several steps is not cut."""
+        """Whether a run may go on from a checkpoint of this step; a rollout that serves several steps is not cut.
+
+        A function of the step alone, as all processes must agree. True for step 0 and for the last one.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:

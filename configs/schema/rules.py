@@ -70,6 +70,9 @@ ALLOWED: dict[str, str | tuple[str, ...]] = {
 }
 STRINGS = ("allow", "evals", "samples")  # tuples of these
 REGEXES = ("peft.where", "peft.inputs", "quant.where")
+# A floor bounds a figure of an evaluation, or what it may lose, in its own unit, since step 0: where higher is better
+# by a drop, where lower is better by a rise.
+FLOORS = (">=", "<=", "drop", "rise")
 FACTORS = ("optim.lr_scale", "peft.ranks", "peft.alphas")  # pairs of a regular expression and a number
 
 
@@ -88,6 +91,8 @@ def check_value(path: str, value: Leaf, choices: tuple = ()) -> Iterator[tuple[s
         yield from _regex(value)
     if path in FACTORS:
         yield from _factors(value)
+    if path == "floors":
+        yield from _floors(value)
     if path == "data.fields" and not re.fullmatch(r"(\s*\w+\s*=[^=,]+(,|$))*", value):
         yield "must be NEW=OLD pairs between commas", 'like "prompt=question,completion=answer"'
     if path.startswith("mesh.") and value != -1 and value < 1:
@@ -117,12 +122,28 @@ def _factors(rules: tuple) -> Iterator[tuple[str, str]]:
 
 
 def _is_factor(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < math.inf
+    return _is_number(x) and x >= 0
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _floors(floors: tuple) -> Iterator[tuple[str, str]]:
+    for floor in floors:
+        match floor:
+            case (str(name), ">=" | "<=", bound) if name.startswith("eval/") and _is_number(bound):
+                continue
+            case (str(name), "drop" | "rise", bound) if name.startswith("eval/") and _is_factor(bound):
+                continue
+        fix = 'like (("eval/dates", ">=", 0.8), ("eval/nll", "rise", 0.1)); a drop or a rise is not negative'
+        yield f"must be triples of a figure, one of {', '.join(FLOORS)}, and a number", fix
+        return
 
 
 def check_between(c: Mapping[str, Leaf], ok: Callable[..., bool]) -> Iterator[Problem]:
     """Rules that need several keys, or folders. `c`: path -> value; `ok(*paths)`: all there, each right by itself."""
-    for rule in (_shape, _init, _trainable, _saved, _rows, _kinds, _schedule, _evals):
+    for rule in (_shape, _init, _trainable, _saved, _rows, _kinds, _schedule, _evals, _measured):
         for path, text, fix in rule(c, ok):
             yield Problem(f"config.{path}", show(c[path]), text, fix)
 
@@ -222,3 +243,13 @@ def _evals(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
             if name not in tasks:
                 known = f"{methods.TASKS} has {', '.join(tasks) or 'none yet'}"
                 yield "evals", f"no task {name!r}", did_you_mean(name, tasks, known)
+
+
+def _measured(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
+    if not ok("floors", "evals", "eval_text"):
+        return
+    for figure in (name.removeprefix("eval/") for name, _, _ in c["floors"]):
+        if figure in methods.names(methods.TASKS, "task") and figure not in c["evals"]:
+            yield "floors", f"task {figure!r} is not scored", "add it to config.evals"
+        if figure == "text_nll" and not c["eval_text"]:
+            yield "floors", "there is no text for eval/text_nll", "set config.eval_text"

@@ -30,7 +30,8 @@ TABLE = tomllib.loads(Path(__file__).with_name("targets.toml").read_text("utf-8"
 FLAGS = dict.fromkeys(("on", "accelerator", "zone", "project", "bucket", "nfs", "from"), "")
 FLAGS |= {"name": "kungfu", "spot": False, "go": False, "slices": 1}
 LOST = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "SUSPENDED", "SUSPENDING", "FAILED")
-OWN_CODES = (exits.INPUT, exits.BROKEN)  # exit codes of train.main that no other machine would change
+# Exit codes of train.main that no other machine would change.
+OWN_CODES = (exits.INPUT, exits.BROKEN, exits.BELOW_FLOOR)
 POLL = 30.0  # seconds between two looks at a machine's state
 
 

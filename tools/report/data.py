@@ -175,9 +175,9 @@ def written(run: Run) -> list[tuple[str, list[tuple[int, str]]]]:
 
 
 def curves(run: Run) -> dict[str, list[tuple[float, float]]]:
-    """(step, nats per token) of the training loss and of the held-out loss."""
+    """(step, loss) in training and held out."""
     pick = lambda kind, key: [(line["step"], line[key]) for line in run.lines(kind) if _number(line.get(key))]
-    return {"train": pick("train", "loss"), "held-out": pick("eval", "nll")}
+    return {"train": pick("train", "loss"), "held-out": pick("eval", "nll") or pick("eval", "loss")}
 
 
 def _number(x: Any) -> bool:

@@ -18,7 +18,8 @@ from train.keep import metrics
 from train.keep.runs import take_lock
 
 DONE, FAILED, PRUNED, RUNNING, STOPPED, WAITING = "done", "failed", "pruned", "running", "stopped", "waiting"
-ENDED = (DONE, FAILED, PRUNED)
+BELOW = "below floor"  # one of config.floors ended it: the same run again would end there again
+ENDED = (DONE, FAILED, PRUNED, BELOW)
 _parsed: dict[Path, tuple[tuple, list[dict]]] = {}
 
 
@@ -77,7 +78,8 @@ def finish(child: Child, folder: Path, hopeless: bool) -> None:
             told = {"state": PRUNED}
         elif code not in (exits.PREEMPTED, -signal.SIGTERM):  # that one came before the run could save
             events = [line["event"] for line in read(folder) if line.get("exit_code") == code]
-            told = {"state": FAILED, "code": code, "said": "".join((events or jobs.tail(folder / "log.txt", 1))[-1:])}
+            said = "".join((events or jobs.tail(folder / "log.txt", 1))[-1:])
+            told = {"state": BELOW if code == exits.BELOW_FLOOR else FAILED, "code": code, "said": said}
     if told:
         files.write_json(folder / "ended.json", told)
     os.close(child.claim)
@@ -135,8 +137,10 @@ def outcome(folder: Path, steps: int) -> str:
     if any(line.get("event") == "done" and line["step"] >= steps for line in lines):
         return DONE
     codes = [line["exit_code"] for line in lines if "exit_code" in line]
-    broke = bool(codes) and codes[-1] != exits.PREEMPTED
-    return told.get("state") or (FAILED if broke else STOPPED if lines else WAITING)
+    if "state" in told or not lines:
+        return told.get("state", WAITING)
+    ends = {exits.PREEMPTED: STOPPED, exits.BELOW_FLOOR: BELOW}
+    return ends.get(codes[-1], FAILED) if codes else STOPPED
 
 
 def read(folder: Path) -> list[dict]:

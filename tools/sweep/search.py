@@ -98,16 +98,15 @@ class Search:
         return False
 
     def _tell(self, trial: Any, point: Point, state: str) -> None:
-        """A run whose numbers broke down counts as the worst; a crash says nothing of its point."""
+        """A run whose numbers broke down or crossed a floor counts as the worst; a crash says nothing of its point."""
         states = optuna.trial.TrialState
         self._report(trial, point)
         values = runs.curve(self.out / point.id, self.metric)
         if state == runs.DONE and values and values[-1][1] is not None:
             self.study.tell(trial, values[-1][1])
         else:
-            worst = (
-                state == runs.PRUNED or files.read_json(self.out / point.id / "ended.json").get("code") == exits.BROKEN
-            )
+            code = files.read_json(self.out / point.id / "ended.json").get("code")
+            worst = state in (runs.PRUNED, runs.BELOW) or code == exits.BROKEN
             self.study.tell(trial, state=states.PRUNED if worst else states.FAIL)
 
 

@@ -10,7 +10,7 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Checkpointer:
     `cfg` is the config's `ckpt`; `allow` its `allow`. `log` hears in one line of every damaged step and failed save;
     `first` is called before each save, and makes durable what must not be older than the step. `config` is the run's,
     as plain data, and goes into every step's manifest.
+    `passed` holds the steps that passed the run's floors; the newest of them is never pruned.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class Checkpointer:
         self.folder = folder if paths.remote(folder) else folder.resolve()
         self.cfg, self.allow, self.log, self.first = cfg, tuple(allow), log, first
         self.config = config
-        self._saved: int | None = None  # the step that a save was last begun or restored for
+        self._saved: int | None = None  # the step that a save was last begun or restored for, unless it failed
+        self._begun = 0  # the same, also when it failed
+        self.passed: Container[int] = ()
         self._when = time.monotonic()
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
@@ -74,7 +77,8 @@ class Checkpointer:
         while (step := hosts.from_first(next(iter(saved.steps(self.folder)), -1))) >= 0:
             problem, restored = self._load(step, state, source)
             if not problem:
-                self._saved, self._when = step, time.monotonic()
+                self._saved = self._begun = step
+                self._when = time.monotonic()
                 return restored
             damaged = True
             self.log(f"step {step} is skipped: {problem}")
@@ -84,7 +88,8 @@ class Checkpointer:
         return state
 
     def maybe_save(self, step: int, state: TrainState, source: Any, force: bool = False) -> bool:
-        """Begins a save when one is due, by steps or by minutes; returns whether it did. Call it after every step.
+        """Begins a save when one is due, by steps or by minutes; returns whether it did. Call it after every step that
+        a run may go on from: one that is due at another step is made at the next of these.
 
         The arrays are copied before it returns, so the next step may donate them. An error of the save before shows
         here or in `close`: UserError, or a log line with on_error="continue".
@@ -112,6 +117,10 @@ class Checkpointer:
             raise UserError(message, str(self.folder), "make room and run the same command again") from error
         self.log(f"{message}; the run goes on")
 
+    def last_passed(self) -> int | None:
+        """The newest saved step that passed the floors."""
+        return next((step for step in saved.steps(self.folder) if step in self.passed), None)
+
     def close(self) -> None:
         try:
             self.wait()
@@ -119,7 +128,7 @@ class Checkpointer:
             self._writer.shutdown()
 
     def _due(self, step: int) -> bool:
-        if self.cfg.every and step % self.cfg.every == 0:
+        if self.cfg.every and step // self.cfg.every > self._begun // self.cfg.every:
             return True
         if not self.cfg.minutes or (jax.process_count() > 1 and step % CLOCK_STEPS):
             return False
@@ -133,7 +142,8 @@ class Checkpointer:
             if final.exists():
                 self._set_aside(final)
         hosts.from_first(0)
-        self._saved, self._when = step, time.monotonic()
+        self._saved = self._begun = step
+        self._when = time.monotonic()
         if error := self._prepare():
             self._pending = Future()
             self._pending.set_exception(error)
@@ -179,9 +189,10 @@ class Checkpointer:
             raise
 
     def _prune(self) -> None:
-        """Deletes steps beyond the newest `keep`, except every `keep_every`-th."""
+        """Deletes steps beyond the newest `keep`, except every `keep_every`-th and the last that passed."""
+        last_passed = self.last_passed()
         for step in saved.steps(self.folder)[self.cfg.keep :]:
-            if not self.cfg.keep_every or step % self.cfg.keep_every:
+            if step != last_passed and (not self.cfg.keep_every or step % self.cfg.keep_every):
                 doomed = self.folder / str(step)  # half a deletion must not look like a step
                 if paths.remote(doomed):
                     (doomed / MANIFEST).unlink()

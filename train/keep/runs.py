@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # `steps`, the change is the point of the resume. Everything under a name counts.
 SAFE = (
     "steps", "accum", "mesh", "model.attention", "xla_preset", "log_every", "eval_every", "eval_batches", "evals",
-    "eval_n", "samples", "ckpt", "tracker", "chip", "allow", "data.cache",
+    "eval_n", "floors", "samples", "ckpt", "tracker", "chip", "allow", "data.cache",
 )  # fmt: skip
 
 

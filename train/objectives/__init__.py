@@ -1,11 +1,15 @@
 """What is learned. Each file exposes `make(model, **config) -> Objective`; the keyword arguments are its schema."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jax import Array
 
 from model.net.transformer import Transformer
+from train.source import Batches, Source
+
+if TYPE_CHECKING:
+    from train.init import Blueprint
 
 Pair = tuple[Array, Array]  # (sum, weight)
 Roles = dict[str, Any]  # {role: parameter tree}, as a loss gets them
@@ -36,9 +40,16 @@ class Objective(NamedTuple):
     `roles` always holds "policy". When only fresh adapters train, an "initial" role is left out of what the loss gets:
     it is `weights.base(policy)`, the base with its adapters off, and costs no memory.
     `batch` names the kind of batch that the loss reads (data.rows.batch.KINDS). An objective's file assigns it to its
-    constant BATCH, which the config's rules read too.
+    constant BATCH, which the config's rules read too. A row without targets, as the last held-out batch may have,
+    counts in no metric.
+    `nll`: the loss is the negative log-likelihood of the targets of an lm batch, in nats. Held out it is called "nll",
+    and bits per byte are given beside it.
+    `source` makes the run's batches where those of the data are only prompts: an on-policy objective samples from the
+    state. It gets the data's batches and the run's blueprint.
     """
 
     loss: Callable[[Roles, dict, Array], dict[str, Pair]]
     batch: str
     roles: dict[str, Role] = {"policy": Role("train")}
+    nll: bool = False
+    source: Callable[[Batches, "Blueprint"], Source] | None = None

@@ -8,7 +8,7 @@ from jax import Array
 
 from model import weights
 from model.net import head
-from train.objectives import Objective, Role
+from train.objectives import Objective, Pair, Role
 
 BATCH = "pair"
 
@@ -32,18 +32,24 @@ def make(model: Any, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Obje
         both = jax.tree.map(lambda c, r: jnp.concatenate([c, r]), batch["chosen"], batch["rejected"])
         ratio = logps(policy, both) - logps(ref, both)  # [2B] log pi/pi_ref
         chosen, rejected = jnp.split(ratio, 2)
-        return preference_loss(chosen, rejected, beta, label_smoothing)
+        there = (batch["chosen"]["mask"] + batch["rejected"]["mask"]).any(-1)
+        return preference_loss(chosen, rejected, beta, label_smoothing, there.astype(jnp.float32))
 
     return Objective(loss, BATCH, {"policy": Role("train"), "ref": Role("initial")})
 
 
-def preference_loss(chosen: Array, rejected: Array, beta: float, label_smoothing: float = 0.0) -> dict:
-    """Metrics of log-ratios log(pi/pi_ref) [B] of the chosen and of the rejected answer."""
+def preference_loss(
+    chosen: Array, rejected: Array, beta: float, label_smoothing: float = 0.0, weight: Array | float = 1.0
+) -> dict[str, Pair]:
+    """Metrics of log-ratios log(pi/pi_ref) [B] of the chosen and of the rejected answer.
+
+    `weight` [B] is 0 for a row that holds no pair, whose log-ratios are 0.
+    """
     margin = beta * (chosen - rejected)
     each = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin)
-    n = jnp.float32(margin.size)
+    n = jnp.broadcast_to(jnp.float32(weight), margin.shape).sum()
     return {
-        "loss": (each.sum(), n),
+        "loss": ((each * weight).sum(), n),
         "accuracy": ((margin > 0).sum().astype(jnp.float32), n),
         "margin": (margin.sum(), n),
         "reward_chosen": (beta * chosen.sum(), n),

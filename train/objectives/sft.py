@@ -19,4 +19,4 @@ def make(model: Any) -> Objective:
         nll = head.nll(model, policy, x, batch["targets"], batch["mask"])
         return {"loss": (nll, batch["mask"].sum())}
 
-    return Objective(loss, BATCH)
+    return Objective(loss, BATCH, nll=True)
