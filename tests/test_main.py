@@ -28,8 +28,8 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
     return env | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
 
 
-def start(*args: str, devices: int = 1, **env: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "train.main", *args]
+def start(*args: str, devices: int = 1, module: str = "train.main", **env: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", module, *args]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment(devices, **env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -90,12 +90,12 @@ def test_killed_runs_end_with_the_same_bits(tmp_path, whole, times):
     assert outcome(tmp_path) == whole
 
 
-def pair(folder: Path, *args: str, devices: int = 1) -> list[subprocess.Popen]:
+def pair(folder: Path, *args: str, devices: int = 1, **more: str) -> list[subprocess.Popen]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
     env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    run = functools.partial(start, *TINY, f"--workdir={folder}", *args, devices=devices, **env)
+    run = functools.partial(start, *TINY, f"--workdir={folder}", *args, devices=devices, **env, **more)
     return [run(JAX_PROCESS_ID=str(i)) for i in range(2)]
 
 

@@ -3,8 +3,6 @@
 import json
 import math
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -237,37 +235,47 @@ def test_a_floor_on_an_unknown_figure_is_one_line(tmp_path):
 # --- batches of the state ---
 
 
-def launch(folder: Path, *more: str, **env: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.toy", *test_main.TINY, f"--workdir={folder}", *more]
-    return subprocess.Popen(
-        command, cwd=test_main.ROOT, env=test_main.environment(**env),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def end(process: subprocess.Popen) -> tuple[int, str]:
-    out, _ = process.communicate(timeout=300)
-    return process.returncode, out
+def online(folder: Path, *more: str, **env: str) -> tuple[int, str]:
+    """(exit code, output) of the toy run of 12 steps, each rollout serving three."""
+    args = (*test_main.TINY, "--config.steps=12", "--config.ckpt.keep=9", f"--workdir={folder}", *more)
+    code, *told = test_main.run(*args, module="tests.toy", **env)
+    return code, "".join(told)
 
 
 def test_an_online_run_killed_in_the_middle_of_a_rollout_ends_with_the_same_bits(tmp_path):
-    """A rollout serves three steps. The frozen teacher, of another shape, is derived again at each launch."""
-    args = ("--config.steps=12", "--config.ckpt.keep=9")
-    assert end(launch(tmp_path / "whole", *args))[0] == 0
+    """The frozen teacher, of another shape, is derived again at each launch."""
+    assert online(tmp_path / "whole")[0] == 0
     whole = test_main.outcome(tmp_path / "whole", 12)
-    assert saved.steps(tmp_path / "whole" / "ckpt") == [12, 9, 6]  # every 4 steps, where a rollout ends
+    assert saved.steps(tmp_path / "whole" / "ckpt") == [12, 9, 6]  # every 4 steps, at the end of a rollout
 
-    code, told = end(launch(tmp_path / "killed", *args, KILL=f"{int(signal.SIGKILL)}:10"))
-    assert code == -signal.SIGKILL, told
-    assert saved.steps(tmp_path / "killed" / "ckpt")[-1] == 6
-    assert end(launch(tmp_path / "killed", *args))[0] == 0
+    code, told = online(tmp_path / "killed", KILL=f"{int(signal.SIGKILL)}:10")
+    assert code == -signal.SIGKILL and saved.steps(tmp_path / "killed" / "ckpt")[-1] == 6, told
+    assert online(tmp_path / "killed")[0] == 0
     assert test_main.outcome(tmp_path / "killed", 12) == whole
 
-    code, told = end(launch(tmp_path / "stopped", *args, "--config.ckpt.every=0", KILL=f"{int(signal.SIGTERM)}:4"))
+    code, told = online(tmp_path / "stopped", "--config.ckpt.every=0", KILL=f"{int(signal.SIGTERM)}:4")
     assert code == exits.PREEMPTED and saved.steps(tmp_path / "stopped" / "ckpt") == [6], told
-    assert end(launch(tmp_path / "stopped", *args, "--config.ckpt.every=0"))[0] == 0
+    assert online(tmp_path / "stopped", "--config.ckpt.every=0")[0] == 0
     assert test_main.outcome(tmp_path / "stopped", 12) == whole
     reopens(tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_rollout_and_at_the_same_floor(tmp_path):
+    """Both are told to stop before step 4; both have the verdict of the first one."""
+    args = ("--config.steps=120", "--config.ckpt.every=0")
+    stopped = test_main.pair(tmp_path, *args, module="tests.toy", KILL=f"{int(signal.SIGTERM)}:4")
+    told = [process.communicate(timeout=300) for process in stopped]
+    assert [process.returncode for process in stopped] == [exits.PREEMPTED] * 2, told
+    (step,) = saved.steps(tmp_path / "ckpt")
+    assert step > 4 and step % toy.SERVES == 0
+    floors = '--config.floors=(("eval/loss", "rise", 99.0), ("eval/loss", "<=", 0.0))'
+    more = ("--config.steps=150", f"--config.eval_every={step + 3}", floors)
+    for _ in range(2):  # the second time by what the first one wrote
+        ended = test_main.pair(tmp_path, *args, *more, module="tests.toy")
+        told = [process.communicate(timeout=300) for process in ended]
+        assert [process.returncode for process in ended] == [exits.BELOW_FLOOR] * 2, told
+        assert saved.steps(tmp_path / "ckpt")[0] == step + 3
 
 
 def reopens(folder: Path) -> None:
@@ -291,5 +299,5 @@ def reopens(folder: Path) -> None:
 
 
 def test_a_run_that_would_end_in_the_middle_of_a_rollout_is_refused(tmp_path):
-    code, told = end(launch(tmp_path, "--config.steps=11"))
+    code, told = online(tmp_path, "--config.steps=11")
     assert code == exits.INPUT and "config.steps · 11 steps end in the middle of a rollout" in told

@@ -48,7 +48,7 @@ class Monitor:
         self.verdicts: dict[int, str] = {}
         self.passed: set[int] = set()
         for line in read(metrics.path):
-            if line["kind"] == "eval":
+            if line["kind"] == "eval" and all(_key(name) in line for name, _, _ in cfg.floors):
                 self._judge(line["step"], line)
 
     def __call__(self, state: TrainState, step: int) -> str:
