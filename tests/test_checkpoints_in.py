@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -384,3 +385,113 @@ def test_a_text_as_long_as_the_table(tmp_path):
     assert np.isfinite(sums).all()
     with pytest.raises(UserError, match="41 tokens in a row exceed the model's 40 learned positions"):
         lm.logits(np.arange(41))
+
+
+# --- quantised by other tools: each writes a matrix in its format, value by value, and says what it stands for ---
+
+NF4 = np.sort(np.random.default_rng(5).normal(size=16)).astype(np.float32)  # any table will do: the file brings it
+
+
+def bnb4(w: np.ndarray, name: str, nested: bool) -> tuple[Tensors, np.ndarray]:
+    """Blocks of 64 of the flat matrix; their peaks as floats, or as codes of a table and a second peak."""
+    rng, flat = np.random.default_rng(6), w.reshape(-1)
+    codes = rng.integers(0, 16, flat.size)
+    peaks = np.abs(rng.normal(size=-(-flat.size // 64))).astype(np.float32)
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(w.shape)}
+    out = {"weight.quant_map": NF4}
+    if nested:
+        table, indices = np.linspace(-1, 1, 256, dtype=np.float32), rng.integers(0, 256, len(peaks)).astype(np.uint8)
+        state |= {"nested_blocksize": 256, "nested_offset": 0.5, "nested_dtype": "float32"}
+        out |= {"weight.nested_quant_map": table, "weight.nested_absmax": np.array([1.5], np.float32)}
+        peaks = np.array([table[i] * np.float32(1.5) + np.float32(0.5) for i in indices])
+        out["weight.absmax"] = indices
+    else:
+        out["weight.absmax"] = peaks
+    out["weight"] = np.array([[16 * a + b] for a, b in codes.reshape(-1, 2)], np.uint8)
+    out["weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    values = [NF4[code] * peaks[i // 64] for i, code in enumerate(codes)]
+    return {name + part: x for part, x in out.items()}, np.array(values, np.float32).reshape(w.shape)
+
+
+def bnb8(w: np.ndarray, name: str) -> tuple[Tensors, np.ndarray]:
+    peaks = np.abs(w).max(1)
+    codes = np.round(w / peaks[:, None] * 127).astype(np.int8)
+    stored = {"weight": codes, "SCB": peaks.astype(np.float32), "weight_format": np.array(0, np.uint8)}
+    return {name + part: x for part, x in stored.items()}, codes * (peaks[:, None] / np.float32(127))
+
+
+def words(codes: np.ndarray, order: list[int]) -> np.ndarray:
+    """Eight codes of 4 bits a word along the last axis; slot i of a word holds the code order[i]."""
+    out = np.zeros((*codes.shape[:-1], codes.shape[-1] // 8), np.uint32)
+    for at in np.ndindex(out.shape):
+        for slot, k in enumerate(order):
+            out[at] |= np.uint32(int(codes[(*at[:-1], at[-1] * 8 + k)]) << 4 * slot)
+    return out.view(np.int32)
+
+
+def packed(w: np.ndarray, name: str, awq: bool, acted: bool = False) -> tuple[Tensors, np.ndarray]:
+    """GPTQ or AWQ with groups of 8 inputs; `acted`: the inputs of a group lie apart."""
+    (n, k), rng = w.shape, np.random.default_rng(7)
+    codes, zeros = rng.integers(0, 16, (k, n)), rng.integers(1, 16, (k // 8, n))
+    scales = np.abs(rng.normal(size=(k // 8, n))).astype(np.float16)
+    group = rng.permutation(k) // 8 if acted else np.arange(k) // 8
+    order = [0, 2, 4, 6, 1, 3, 5, 7] if awq else list(range(8))
+    stored = {"scales": scales, "qzeros": words(zeros if awq else zeros - 1, order)}
+    stored["qweight"] = words(codes, order) if awq else words(codes.T, order).T
+    if not awq:
+        stored["g_idx"] = group.astype(np.int32)
+    value = [[np.float32(scales[group[i], j]) * (codes[i, j] - zeros[group[i], j]) for i in range(k)] for j in range(n)]
+    return {name + part: x for part, x in stored.items()}, np.array(value, np.float32)
+
+
+def fp8(w: np.ndarray, name: str, part: str, block: tuple[int, int] | None) -> tuple[Tensors, np.ndarray]:
+    codes, rng = w.astype(ml_dtypes.float8_e4m3fn), np.random.default_rng(8)
+    (n, k), (a, b) = w.shape, block or w.shape
+    scale = np.abs(rng.normal(size=(-(-n // a), -(-k // b)))).astype(np.float32)
+    value = [[np.float32(codes[i, j]) * scale[i // a, j // b] for j in range(k)] for i in range(n)]
+    return {f"{name}weight": codes, f"{name}weight_{part}": scale if block else scale.reshape(())}, np.array(value)
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": True}
+FP8 = {"quant_method": "fp8", "weight_block_size": [8, 8], "activation_scheme": "dynamic"}
+FORMATS = {
+    "bitsandbytes nf4": (BNB, lambda w, n: bnb4(w, n, False)),
+    "bitsandbytes nf4, double": (BNB, lambda w, n: bnb4(w, n, True)),
+    "bitsandbytes int8": (BNB | {"load_in_8bit": True}, bnb8),
+    "gptq": (GPTQ, lambda w, n: packed(w, n, False)),
+    "gptq, act order": (GPTQ, lambda w, n: packed(w, n, False, True)),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm"}, lambda w, n: packed(w, n, True)),
+    "fp8 of blocks": (FP8, lambda w, n: fp8(w, n, "scale_inv", (8, 8))),
+    "fp8 of rows": ({"quant_method": "fbgemm_fp8"}, lambda w, n: fp8(w, n, "scale", (1, w.shape[1]))),
+    "fp8 of tensors": ({"quant_method": "fp8"}, lambda w, n: fp8(w, n, "scale_inv", None)),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantised_by_another_tool(name, tmp_path):
+    """The values are those of the format, in whole and in slices."""
+    quantised, encode = FORMATS[name]
+    model, params = random_model(SHAPES["llama"])
+    tensors, values = dict(export.tensors(model, params)), {}
+    for n in [n for n in tensors if n.endswith("_proj.weight")]:
+        stored, values[n] = encode(tensors.pop(n), n.removesuffix("weight"))
+        tensors |= stored
+    config = export.family("llama").hf_config(model.config) | {"quantization_config": quantised}
+    store(tmp_path / "m", config, tensors)
+    opened = open_pretrained(tmp_path / "m")
+    opened.load(model.specs)
+    for n, wanted in values.items():
+        got = opened.source.read(n, np.s_[:, :])
+        np.testing.assert_allclose(got, wanted, rtol=1e-6, err_msg=n)
+        np.testing.assert_array_equal(opened.source.read(n, np.s_[3:8, 5:11]), got[3:8, 5:11])
+
+
+@pytest.mark.parametrize("method", ["hqq", "aqlm", "quanto", "mxfp4", "torchao"])
+def test_quantised_by_a_tool_that_is_not_read(method, tmp_path):
+    def change(folder: Path, config: dict, tensors: Tensors) -> None:
+        config["quantization_config"] = {"quant_method": method}
+        tensors["model.layers.0.mlp.up_proj.weight"] = np.ones((24, 8), np.uint8)
+
+    made(Case("llama", change), tmp_path / "m")
+    with pytest.raises(UserError, match=f"stored quantised by {method}, which is not read.*unquantised model"):
+        open_pretrained(tmp_path / "m")

@@ -17,6 +17,9 @@ from safetensors.numpy import load_file, save_file
 import tools.export
 from common.errors import UserError
 from data.text import formats as tokenizers
+from data.text import gguf_write as words
+from data.text import pieces
+from data.text.tokenizer import Tokenizer
 from model import weights
 from model.config import ModelConfig
 from model.families import _layout as layout
@@ -462,3 +465,18 @@ def test_gguf_is_refused_for_what_llama_cpp_does_not_compute(tmp_path):
     with pytest.raises(UserError, match="this model's sliding windows"):
         gguf_write.write(tmp_path / "m.gguf", model, params, {}, "F32")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_goes_into_the_gguf_and_comes_back(tmp_path):
+    """SentencePiece BPE as GGUF has it, its template and its ends too; a byte-level one is tested with llama.cpp."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "a", "b", "\u2581a", "\u2581ab"]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * 5]
+    scores = [0.0] * 262 + [-1.0, -2.0]
+    core = pieces.sentencepiece_core(tokens, scores, kinds, bpe=True, dummy_prefix=True, squeeze=False, charsmap=b"")
+    tokenizer = Tokenizer(core, bos=1, eos=2, prefix=(1,), chat_template="{{ messages }}")
+    model, params = random_model(dataclasses.replace(TINY, vocab_size=266))
+    gguf_write.write(tmp_path / "m.gguf", model, params, words.metadata(tokenizer, 266), "Q8_0")
+    again = tokenizers.load(tmp_path / "m.gguf")
+    for text in ("ab a b", " ab", "hé", "abab  a"):
+        assert again.encode(text) == tokenizer.encode(text)
+    assert (again.chat_template, again.eos_ids, again.prefix) == ("{{ messages }}", (2,), (1,))

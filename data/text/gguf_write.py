@@ -32,7 +32,8 @@ def metadata(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
         rank = {}
         for i, (a, b) in enumerate(pairs):
             rank.setdefault(a + b, i)
-        spaces = "Prepend" in json.dumps(core["normalizer"]) or '"always"' in json.dumps(core["pre_tokenizer"])
+        before = json.dumps([core["normalizer"], core["pre_tokenizer"]])
+        spaces = "Prepend" in before or '"first"' in before or '"always"' in before
         scores = [-float(rank.get(token, len(pairs))) for token in out["tokens"]]
         out |= {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": spaces}
     found = {KEY + name: value for name, value in out.items()}

@@ -61,7 +61,7 @@ def check(folder: Any, config: Any) -> None:
     where, fix = str(folder.path), compressed.UNQUANTISED
     if method is None:
         raise UserError("weights are stored quantised, by what its quantization_config does not say", where, fix)
-    codes = [n for n in folder.shards if n.endswith(("weight", "_packed")) and folder.dtype(n) not in folder.floats]
+    codes = [n for n in folder.shards if n.endswith((".weight", "_packed")) and folder.dtype(n) not in folder.floats]
     if method == compressed.METHOD and folder.coded:
         compressed.check(config, where)
     elif strange := [n for n in codes if n.removesuffix("_packed") not in folder.coded]:
