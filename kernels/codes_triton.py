@@ -1,7 +1,7 @@
 """y = x W on an NVIDIA GPU, by Triton, of a W of 8 bits or fewer as it lies; XLA would write the whole float W first.
 
 A program has a block of columns and a share of the rows of W. A decoding step has too few columns to keep a GPU busy:
-rows are shared out among programs, and XLA adds their sums. What bounds it is how many bytes are under way.
+rows are shared out among programs, and XLA adds their sums. Throughput is limited by the number of bytes in flight.
 
 The transposed W is the first operand of the tensor core, which lies in registers: as the second one, a tile of bytes
 would go through shared memory byte by byte. So few rows of x are no worse than one: multiplying without a tensor core
@@ -36,7 +36,7 @@ def plain(codes: Array, _: Callable) -> list[Array]:
 
 
 def int4(codes: Array, _: Callable) -> list[Array]:
-    """128 and seven bits is a bfloat16: no conversion, of which a GPU does few at a time."""
+    """ORs the nibble into the mantissa of 128.0 and subtracts 136: conversions from int to float are slow on GPUs."""
     number = lambda nibbles: jax.lax.bitcast_convert_type(nibbles.astype(jnp.uint16) ^ 0x4308, jnp.bfloat16)
     return [number(nibbles) - jnp.bfloat16(136) for nibbles in (codes & 15, codes >> 4)]
 

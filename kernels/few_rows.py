@@ -14,49 +14,48 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-ROWS = 4  # each converts the codes again: with more, the product with floats is faster
+MOST = 4  # each converts the codes again: with more, the product with floats is faster
 SUMMED = 16  # more are not vectorised, fewer leave more to add up
 
 
 def supported(rows: int, k: int, group: int, transposed: bool) -> bool:
     """Whether `matmul` takes so many rows of x, and a W of K rows: of whole groups, each of them of whole parts."""
-    return rows <= ROWS and k % group == 0 and group % (64 if transposed else SUMMED) == 0
+    return rows <= MOST and k % group == 0 and group % (64 if transposed else SUMMED) == 0
 
 
 def matmul(
-    x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike | None = None, *,
-    by_place: Callable, transposed: bool,
-) -> Array:  # fmt: skip
-    """x [M, K] times W -> [M, N] of `dtype` or that of x, of bytes of codes [K / R, N] and scales [K / group, N].
+    x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike, *, by_place: Callable, transposed: bool
+) -> Array:
+    """x [M, K] times W -> [M, N] of `dtype`, of bytes of codes [K / R, N] and scales [K / group, N].
 
     `by_place` gives the numbers of the first of the R rows that share a byte, of the second, ... W is `transposed`
     where [N, K / R] is what is stored.
     """
-    dtype, each = dtype or x.dtype, x.shape[1] // len(codes)
-    cut = max(2 // each, 1)  # a joint reduction of two or more arrays is not handed to the (slow) library routine
+    each = x.shape[1] // len(codes)
+    halves = max(2 // each, 1)  # a joint reduction of two or more arrays is not handed to the (slow) library routine
     stored = codes.T if transposed else codes
     # Without the barrier XLA hoists the dequantised floats out of the decoding loop.
     x, stored = jax.lax.optimization_barrier((x.astype(jnp.float32), stored))
-    y = (_along if transposed else _down)(x, stored, scale.astype(jnp.float32), group, (each, cut), by_place)
+    y = (_along if transposed else _down)(x, stored, scale.astype(jnp.float32), group, (each, halves), by_place)
     return y.astype(dtype)
 
 
 def _down(x: Array, codes: Array, scale: Array, group: int, by: tuple[int, int], by_place: Callable) -> Array:
-    (m, k), n, (each, cut) = x.shape, codes.shape[1], by
-    shape = (k // group, cut, SUMMED // (each * cut), group // SUMMED)
+    (m, k), n, (each, halves) = x.shape, codes.shape[1], by
+    shape = (k // group, halves, SUMMED // (each * halves), group // SUMMED)
     x = x.T.reshape(*shape, each, m, 1)
     codes = jnp.broadcast_to(codes.reshape(*shape, 1, n), (*shape, m, n))
-    y = _sum([a * x[:, i, :, :, j] for i in range(cut) for j, a in enumerate(by_place(codes[:, i]))], 1)
+    y = _sum([a * x[:, i, :, :, j] for i in range(halves) for j, a in enumerate(by_place(codes[:, i]))], 1)
     y *= scale[:, None, None]  # [groups, parts, M, N]
     return jnp.tile(jnp.eye(m), k // SUMMED) @ y.reshape(-1, n)
 
 
 def _along(x: Array, codes: Array, scale: Array, group: int, by: tuple[int, int], by_place: Callable) -> Array:
-    (m, k), n, (each, cut) = x.shape, codes.shape[0], by
-    shape = (k // group, cut, group // (each * cut * SUMMED), SUMMED)
+    (m, k), n, (each, halves) = x.shape, codes.shape[0], by
+    shape = (k // group, halves, group // (each * halves * SUMMED), SUMMED)
     x = x @ jnp.eye(k)  # or what x is made from is computed again in each column
     x, codes = x.reshape(m, 1, *shape, each), codes.reshape(1, n, *shape)
-    y = _sum([a * x[:, :, :, i, ..., j] for i in range(cut) for j, a in enumerate(by_place(codes[:, :, :, i]))], 3)
+    y = _sum([a * x[:, :, :, i, ..., j] for i in range(halves) for j, a in enumerate(by_place(codes[:, :, :, i]))], 3)
     y *= scale.T[..., None]  # [M, N, groups, SUMMED]
     return (y.reshape(m * n, -1) @ jnp.ones(k // group * SUMMED)).reshape(m, n)
 

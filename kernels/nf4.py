@@ -19,7 +19,7 @@ from kernels import blocks, tiled
 from kernels.blocks import cut
 from kernels.packing import LEVELS, by_columns
 
-ROWS = 64  # of W in a register of 32-bit words
+REGISTER = 64  # rows of W in a register of 32-bit words
 FEW = 128  # rows of x: up to here the lookup is part of the product, and no float W is written
 
 
@@ -79,8 +79,8 @@ def _look_up(group: int, columnar: bool, w_ref: Ref, scale: Array | Ref, rows_re
     columns = rows_ref.shape[1]
     tables = [_register(LEVELS[at : at + 8], columns) for at in (0, 8)]
     packed = w_ref[...].T if columnar else w_ref[...]
-    for at in range(0, rows_ref.shape[0], ROWS):
-        words = pltpu.bitcast(packed[at // 2 : (at + ROWS) // 2], jnp.int32)  # [8, columns], of rows 8 i .. 8 i + 7
+    for at in range(0, rows_ref.shape[0], REGISTER):
+        words = pltpu.bitcast(packed[at // 2 : (at + REGISTER) // 2], jnp.int32)  # [8, columns], of rows 8 i .. 8 i + 7
         own = jnp.broadcast_to(scale[at // group : at // group + 1], words.shape)
         for j in range(8):
             codes = words >> 4 * j

@@ -1,6 +1,6 @@
 """y = x A B for a batch whose rows each have their own A and B, of any rank, out of one stack of rank rows.
 
-Rank rows are found as a paged key-value cache finds its tokens: the stacks are cut into pages of BLOCK rows, each of
+Rank rows are found as a paged key-value cache finds its tokens: the stacks are cut into pages of PAGE rows, each of
 one adapter. Nothing is padded but an adapter's last page, with zeros (S-LoRA: Sheng et al. 2023, arXiv 2311.03285;
 Punica: Chen et al. 2023, arXiv 2310.18547).
 """
@@ -22,19 +22,22 @@ from jax.typing import DTypeLike
 from kernels import blocks, paged_lora_triton, partition
 from kernels.partition import Axes
 
-BLOCK = 16  # rank rows of a page: a tile of bfloat16
+PAGE = 16  # rank rows of a page: a tile of bfloat16
 STEP = 8  # pages that the kernel multiplies at once: 128 rank rows fill an MXU
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
+Indices = Array | np.ndarray | np.integer  # int32
+
+
 class Route(NamedTuple):
     """Which pages of the stacks each row of a batch uses, as pairs of a page and a row."""
 
-    pages: Array | np.ndarray  # [P] in use, each once, then -1; P is a multiple of STEP
-    which: Array | np.ndarray  # [P] of each pair the place in `pages`, in its order
-    row: Array | np.ndarray  # [P] of each pair, then -1
-    count: Array | np.int32  # [] of pairs
+    pages: Indices  # [P] in use, each once, then -1; P is a multiple of STEP
+    which: Indices  # [P] of each pair the place in `pages`, in its order
+    row: Indices  # [P] of each pair, then -1
+    count: Indices  # [] of pairs
 
 
 def route(pairs: list[tuple[int, int]], room: int) -> Route:
@@ -52,8 +55,8 @@ def route(pairs: list[tuple[int, int]], room: int) -> Route:
 def reference(x: Array, a: Array, b: Array, route: Route) -> Array:
     """What `matmul` computes, at the price of all rank rows for every row of the batch."""
     page = jnp.where(route.row < 0, len(a), route.pages[route.which])
-    one = jnp.zeros((len(x), len(a) // BLOCK), x.dtype).at[route.row, page].set(1, mode="drop")
-    own = jnp.repeat(one, BLOCK, 1)[:, None]  # [B,1,C]: 1 where a rank row belongs to a row of the batch
+    one = jnp.zeros((len(x), len(a) // PAGE), x.dtype).at[route.row, page].set(1, mode="drop")
+    own = jnp.repeat(one, PAGE, 1)[:, None]  # [B,1,C]: 1 where a rank row belongs to a row of the batch
     a, b = a.astype(x.dtype), b.astype(x.dtype)
     return jnp.einsum("btc,cn->btn", jnp.einsum("btk,ck->btc", x, a) * own, b)
 
@@ -97,8 +100,15 @@ def own(route: Route, axes: Axes, rows: int) -> tuple[Route, Array | slice, Arra
     if not axes:
         return route, slice(None), slice(None)
     start, count = jax.lax.axis_index(axes) * rows, jnp.arange(len(route.row))
-    place = lambda keep: jnp.where(keep, jnp.cumsum(keep) - 1, len(count))
-    first = lambda keep: jnp.argmax(place(keep) == count[:, None], 1)  # the kept ones, in order
+
+    def place(keep: Array) -> Array:
+        """Of each pair among those that are kept."""
+        return jnp.where(keep, jnp.cumsum(keep) - 1, len(count))
+
+    def first(keep: Array) -> Array:
+        """The pairs that are kept, in order."""
+        return jnp.argmax(place(keep) == count[:, None], 1)
+
     mine = (route.row >= start) & (route.row < start + rows)
     used = (mine & (route.which == count[:, None])).any(1)
     at, there = first(mine), count < mine.sum()
@@ -129,7 +139,7 @@ def loop(x: Array, a: Array, b: Array, route: Route) -> Array:
 
 
 def shrink(x: Array, a: Array, route: Route) -> Array:
-    """x A of each pair, [P,T,BLOCK] in float32; 0 behind the last one."""
+    """x A of each pair, [P,T,PAGE] in float32; 0 behind the last one."""
     if x.shape[1] > 1:
         return _shrink(x, a, route)
     cuda = lambda x, a, route: paged_lora_triton.shrink(x[:, 0], _pages(a), route).sum(0)[:, None]
@@ -141,7 +151,7 @@ def _shrink(x: Array, a: Array, route: Route) -> Array:
         part = _einsum("wtk,wrk->wtr", x[who], _read(a, page, x.dtype))
         return low.at[at].set(jnp.where((at < route.count)[:, None, None], part, 0))
 
-    return _fold(some, route, jnp.zeros((len(route.row), x.shape[1], BLOCK), jnp.float32), len(x))
+    return _fold(some, route, jnp.zeros((len(route.row), x.shape[1], PAGE), jnp.float32), len(x))
 
 
 def lookup(ids: Array, a: Array, route: Route) -> Array:
@@ -152,7 +162,7 @@ def lookup(ids: Array, a: Array, route: Route) -> Array:
 
 
 def expand(low: Array, b: Array, route: Route, rows: int, dtype: DTypeLike) -> Array:
-    """The sum of `low` B over the pairs of each row, [B,T,N], where `low` [P,T,BLOCK] is that of `shrink`."""
+    """The sum of `low` B over the pairs of each row, [B,T,N], where `low` [P,T,PAGE] is that of `shrink`."""
     loop = lambda *args: _expand(*args, rows, dtype)
     if low.shape[1] > 1:
         return loop(low, b, route)
@@ -169,7 +179,7 @@ def _expand(low: Array, b: Array, route: Route, rows: int, dtype: DTypeLike) -> 
 
 
 def _pages(stack: Array) -> Array:
-    return stack.reshape(-1, BLOCK, stack.shape[1])
+    return stack.reshape(-1, PAGE, stack.shape[1])
 
 
 def _read(stack: Array, page: Array, dtype: DTypeLike) -> Array:
@@ -197,7 +207,7 @@ def supported(x: Array, a: Array, b: Array) -> bool:
     TPUs have no float16.
     """
     rows, k, n = -(-len(x) // 16) * 16, a.shape[1], b.shape[1]
-    memory = 2 * STEP * BLOCK * (k + n) * a.dtype.itemsize + rows * (2 * k * x.dtype.itemsize + 3 * n * 4)
+    memory = 2 * STEP * PAGE * (k + n) * a.dtype.itemsize + rows * (2 * k * x.dtype.itemsize + 3 * n * 4)
     return a.dtype != jnp.float16 and k % 128 == n % 128 == 0 and memory < blocks.VMEM
 
 
@@ -216,7 +226,7 @@ def decode(x: Array, a: Array, b: Array, route: Route) -> Array:
         in_specs=[scalars, whole(pairs, 1), whole(1, pairs), whole(rows, k), anywhere, anywhere],
         out_specs=whole(rows, n),
         out_shape=jax.ShapeDtypeStruct((rows, n), jnp.float32),
-        scratch_shapes=[*(pltpu.VMEM((2, STEP * BLOCK, w), a.dtype) for w in (k, n)), pltpu.SemaphoreType.DMA((2,))],
+        scratch_shapes=[*(pltpu.VMEM((2, STEP * PAGE, w), a.dtype) for w in (k, n)), pltpu.SemaphoreType.DMA((2,))],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=blocks.VMEM, disable_bounds_checks=True
         ),
@@ -230,7 +240,7 @@ def _decode(
 ) -> None:  # fmt: skip
     """`pages` [P] of scalars; `which` [P,1] and `row` [1,P]; two rooms for the pages of a step of A and of B."""
     step = pl.program_id(0)
-    within = lambda i: pl.ds(i * BLOCK, BLOCK)
+    within = lambda i: pl.ds(i * PAGE, PAGE)
 
     def each(step: Array, do: Callable) -> None:
         """`do(copy)` for both copies of each page of a step."""
@@ -239,7 +249,7 @@ def _decode(
 
             @pl.when(page >= 0)
             def _(page: Array = page, into: tuple = into, done: Ref = done) -> None:
-                rows = pl.ds(page * BLOCK, BLOCK)
+                rows = pl.ds(page * PAGE, PAGE)
                 for stack, room in ((a_ref, a_room), (b_ref, b_room)):
                     do(pltpu.make_async_copy(stack.at[rows], room.at[into], done))
 
@@ -248,12 +258,12 @@ def _decode(
         each(step, lambda copy: copy.start())
 
         @pl.when((pages[step * STEP] >= 0) & (pages[step * STEP + STEP - 1] < 0))
-        def _() -> None:  # where no page comes lies anything, and no number times zero is none
+        def _() -> None:  # slots without a page are uninitialised and may hold NaN, which times zero is still NaN
             for i in range(STEP):
 
                 @pl.when(pages[step * STEP + i] < 0)
                 def _(i: int = i) -> None:
-                    b_room[step % 2, within(i)] = jnp.zeros((BLOCK, b_room.shape[2]), b_room.dtype)
+                    b_room[step % 2, within(i)] = jnp.zeros((PAGE, b_room.shape[2]), b_room.dtype)
 
     @pl.when(step == 0)
     def _() -> None:
@@ -269,13 +279,13 @@ def _decode(
 
 
 def _product(x: Array, a: Array, b: Array, which: Array, row: Array) -> Array:
-    """x [B,K], the pages of a step in A [STEP BLOCK,K] and B [STEP BLOCK,N] -> [B,N], float32."""
+    """x [B,K], the pages of a step in A [STEP PAGE,K] and B [STEP PAGE,N] -> [B,N], float32."""
     dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
     iota = lambda shape, axis: jax.lax.broadcasted_iota(jnp.int32, shape, axis)
     one = lambda mask: jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16)
     pairs, ranks = row.shape[1], len(a)
     from_row = one(iota((len(x), pairs), 0) == row)
-    to_page = one(iota((pairs, ranks), 1) >> BLOCK.bit_length() - 1 == which)
-    own = dot(from_row, to_page)  # [B, STEP BLOCK]
+    to_page = one(iota((pairs, ranks), 1) >> PAGE.bit_length() - 1 == which)
+    own = dot(from_row, to_page)  # [B, STEP PAGE]
     low = jnp.where(own > 0, dot(x, a.astype(x.dtype).T), 0).astype(x.dtype)
     return dot(low, b.astype(x.dtype))

@@ -9,7 +9,7 @@ On an H100 4.7 to 8 times as fast as XLA's loop (`results/gpu.md`).
 """
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 
+if TYPE_CHECKING:
+    from kernels.paged_lora import Route
+
 DEPTH, WIDTH, WARPS = 512, 256, 8  # columns of A and of B that a program multiplies, and its warps: four would spill
 
 
-def matmul(x: Array, a: Array, b: Array, route: Any) -> Array:
+def matmul(x: Array, a: Array, b: Array, route: "Route") -> Array:
     """x [B,K], stacks A [pages,R,K] and B [pages,R,N], a `paged_lora.Route` -> [B,N] in x's dtype."""
     return expand(shrink(x, a, route), b, route, len(x), x.dtype)
 
 
-def shrink(x: Array, a: Array, route: Any) -> Array:
+def shrink(x: Array, a: Array, route: "Route") -> Array:
     """x A of each pair, for each DEPTH of K, [S,P,R] in float32; 0 behind the last pair."""
     (rows, k), (pages, ranks, _), pairs = x.shape, a.shape, len(route.row)
     parts = pl.cdiv(k, DEPTH)
@@ -53,7 +56,7 @@ def _shrink(k: int, pages_ref: Ref, which_ref: Ref, row_ref: Ref, x_ref: Ref, a_
     low_ref[...] = (x[None].astype(jnp.float32) * a.astype(jnp.float32)).sum(1)
 
 
-def expand(low: Array, b: Array, route: Any, rows: int, dtype: DTypeLike) -> Array:
+def expand(low: Array, b: Array, route: "Route", rows: int, dtype: DTypeLike) -> Array:
     """The sum over parts, and over the pairs of each row, of `low` [S,P,R] B, [B,N] of `dtype`."""
     (parts, pairs, _), (pages, ranks, n) = low.shape, b.shape
     power = pl.next_power_of_2  # of what a program loads at once

@@ -1,4 +1,4 @@
-"""Many LoRA adapters on one frozen base, in a batch whose rows each use one of them or none.
+"""PagedLoRA LoRA adapters on one frozen base, in a batch whose rows each use one of them or none.
 
 The rank rows of all adapters lie in the pages of two stacks for each weight; kernels/paged_lora.py multiplies.
 """
@@ -6,16 +6,16 @@ The rank rows of all adapters lie in the pages of two stacks for each weight; ke
 import math
 import re
 from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 from common.errors import UserError
 from kernels import paged_lora
-from kernels.paged_lora import BLOCK, Route, route  # noqa: F401 (for who makes routes)
+from kernels.paged_lora import PAGE, Route, route  # noqa: F401 (for who makes routes)
 from model import weights
 from model.peft.lora import LoRA
 from model.weights import AXES, Extra, Params, Spec, Specs, Weight
@@ -26,10 +26,10 @@ Adapter = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @flax.struct.dataclass
-class Many(Weight):
+class PagedLoRA(Weight):
     """`base` plus, for every row of the batch, the products of the pages that `route` gives it."""
 
-    base: Any
+    base: Array | Weight
     a: Array  # [C, contracted]: flat, as a kernel reads them
     b: Array  # [C, produced]
     eqn: str = flax.struct.field(pytree_node=False)  # the equation that the weight was declared with
@@ -42,11 +42,11 @@ class Many(Weight):
         _, contracted, produced = weights.split(eqn)
         return y + self._product(x.reshape(*x.shape[:2], -1), contracted, produced, x.dtype).reshape(y.shape)
 
-    def take(self, ids: Array, dtype: Any) -> Array:
+    def take(self, ids: Array, dtype: DTypeLike) -> Array:
         y = weights.take(self.base, ids, dtype)
         return y if self.route is None else y + self._product(ids, "V", "D", dtype)
 
-    def _product(self, x: Array, contracted: str, produced: str, dtype: Any) -> Array:
+    def _product(self, x: Array, contracted: str, produced: str, dtype: DTypeLike) -> Array:
         tied_head = contracted != weights.split(self.eqn)[1]
         a, b = (self.b, self.a) if tied_head else (self.a, self.b)
         rows = weights.mesh_axes(("act_batch", "act_seq"), x.shape[:2])
@@ -56,7 +56,7 @@ class Many(Weight):
     def dense(self, spec: Spec) -> Array:
         raise UserError("many adapters cannot be merged into one weight", "adapters", "merge one of them")
 
-    def axes(self, spec: Spec) -> "Many":
+    def axes(self, spec: Spec) -> "PagedLoRA":
         stacked = spec.names[: spec.stacked]
         _, contracted, produced = weights.split(self.eqn)
         a, b = ((*stacked, "rank", AXES[letters[0]]) for letters in (contracted, produced))
@@ -71,7 +71,7 @@ def factors_of(params: Params, specs: Specs, where: str) -> Adapter:
     """
     found: Adapter = {}
 
-    def read(path: str, leaf: Any, spec: Spec | None) -> Any:
+    def read(path: str, leaf: Array | Weight, spec: Spec | None) -> Array | Weight:
         if isinstance(leaf, Extra) or (weights.is_weight(leaf) and weights.base(leaf) is not leaf):
             if type(leaf) is not LoRA or weights.base(leaf.base) is not leaf.base or leaf.used != "both":
                 what = f"{type(leaf).__name__} on {path} cannot share a batch with other adapters"
@@ -102,29 +102,29 @@ def _host(leaf: LoRA, stacked: int) -> tuple[np.ndarray, np.ndarray]:
     return a.astype(dtype), b.astype(dtype)
 
 
-def empty(params: Params, specs: Specs, pages: dict[str, int], dtype: Any) -> Params:
+def empty(params: Params, specs: Specs, pages: dict[str, int], dtype: DTypeLike) -> Params:
     """Stacked parameters with room for so many pages of `dtype` at each of the weights that `pages` names.
 
     Where the weight's own type is as narrow, the pages have that one.
     """
 
-    def wrap(path: str, base: Any, spec: Spec | None) -> Any:
+    def wrap(path: str, base: Array | Weight, spec: Spec | None) -> Array | Weight:
         if path not in pages:
             return base
         size = dict(zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :], strict=True))
         kind = min(spec.value.dtype, jnp.dtype(dtype), key=lambda d: d.itemsize)
-        lead, names = (*spec.shape[: spec.stacked], pages[path] * BLOCK), (*spec.names[: spec.stacked], "rank")
+        lead, names = (*spec.shape[: spec.stacked], pages[path] * PAGE), (*spec.names[: spec.stacked], "rank")
 
         def room(letters: str) -> Array:
             shape = (*lead, math.prod(size[c] for c in letters))
             return jnp.zeros(shape, kind, device=weights.place((*names, AXES[letters[0]]), shape))
 
-        return Many(base, *map(room, weights.split(spec.eqn)[1:]), spec.eqn)
+        return PagedLoRA(base, *map(room, weights.split(spec.eqn)[1:]), spec.eqn)
 
     return weights.replace(params, specs, wrap)
 
 
-def map_many(f: Callable[[str, Many], Many], params: Params) -> Params:
-    """`f(name, leaf)` at every Many of unrolled parameters, layer after layer; the name is the stacked weight's."""
-    at = lambda path, leaf: f(re.sub(r"\blayers/\d+/", "layers/", path), leaf) if isinstance(leaf, Many) else leaf
+def map_paged(f: Callable[[str, PagedLoRA], PagedLoRA], params: Params) -> Params:
+    """`f(name, leaf)` at every PagedLoRA of unrolled parameters, layer by layer; the name is the stacked weight's."""
+    at = lambda path, leaf: f(re.sub(r"\blayers/\d+/", "layers/", path), leaf) if isinstance(leaf, PagedLoRA) else leaf
     return weights.map_named(at, params, is_leaf=weights.is_weight)

@@ -83,7 +83,7 @@ class Weight:
     """Base of the leaves that are more than an array. Subclasses are `flax.struct.dataclass`es."""
 
     trainable: ClassVar[tuple[str, ...]] = ()  # fields that "adapters" trains
-    derived: ClassVar[tuple[str, ...]] = ()  # frozen fields that follow from the others: no part of a fingerprint
+    derived: ClassVar[tuple[str, ...]] = ()  # fields recomputed from the others: not in the fingerprint
     whole: ClassVar[bool] = False  # counts as one array: has the `shape`, `ndim` and `size` of what it stands for
 
     if TYPE_CHECKING:  # flax.struct adds it
@@ -138,17 +138,18 @@ class Extra(Weight):
 
 
 def einsum(eqn: str, x: Array, w: Array | Weight) -> Array:
-    """`jnp.einsum` of an activation and a weight; the result has x's dtype. Remat knows it as "product"."""
+    """`jnp.einsum` of an activation and a weight; the result has x's dtype.
+
+    It is tagged with the checkpoint name "product", so that remat policies can save it."""
     y = w.einsum(eqn, x) if isinstance(w, Weight) else product(eqn, x, cast(w, x.dtype))
     return checkpoint_name(y, "product")
 
 
 def cast(w: Array, dtype: DTypeLike) -> Array:
-    """`w.astype(dtype)`, of a layer's slice alone.
+    """`w.astype(dtype)` of one layer's slice.
 
-    On a TPU mesh XLA moves a bare conversion out of the loop over the layers and keeps the whole stack a second time,
-    in `dtype`, through the step: 2.1 GB a chip for 7B parameters on four. A rounding that says the same stays where it
-    is.
+    On a TPU mesh XLA hoists a plain convert out of the layer loop and keeps a second copy of the whole stack, 2.1 GB
+    per chip for 7B parameters on four; `reduce_precision` is not hoisted.
     """
     narrows = jnp.dtype(dtype).itemsize < w.dtype.itemsize and jnp.issubdtype(w.dtype, jnp.floating)
     return _rounded(w, dtype) if narrows else w.astype(dtype)
@@ -175,7 +176,7 @@ def take(w: Array | Weight, ids: Array, dtype: DTypeLike) -> Array:
 
 
 def product(eqn: str, x: Array, w: Array, dtype: DTypeLike | None = None) -> Array:
-    """`jnp.einsum` of two arrays, accumulated in `dtype`; on one device as a product of two matrices where it is one.
+    """`jnp.einsum` of two arrays, accumulated in `dtype`; on one device, a rank-2 matmul whenever the equation is one.
 
     XLA's CPU backend is fast on rank-2 products only: with [B,T,D] activations the weight gradient contracts two axes
     and loses 1.65x on an MLP. Under a mesh the dimensions stay, since the partitioner needs them.

@@ -334,7 +334,7 @@ def test_four_absent_chips_keep_their_parts_of_the_adapters(eqn, split, on, kern
 
     a, b = (laid(640, 1024, at=(None, axis)) for axis in split)
     route = paged.Route(*[laid(16, dtype="int32")] * 3, laid(dtype="int32"))
-    leaf = paged.Many(laid(1024, 1024, at=split), a, b, eqn, route)
+    leaf = paged.PagedLoRA(laid(1024, 1024, at=split), a, b, eqn, route)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         text = jax.jit(lambda x, leaf: leaf.einsum(eqn, x)).lower(laid(8, 1, 1024), leaf).compile().as_text()
     assert text.count(f'custom_call_target="{kernel}"') == calls[split[1] is None]

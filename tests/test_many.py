@@ -117,7 +117,7 @@ kernels = pytest.mark.parametrize("interpreted", ["tpu", "cuda"], indirect=True)
 @kernels
 def test_by_hand(interpreted):
     """Row 0 has pages 2 and 0, row 1 has none: x = 2, A = (1, 5, 3), B = (10, 7, 100): 2 * (3 * 100 + 1 * 10)."""
-    rank_row = lambda *page: jnp.zeros((3, paged_lora.BLOCK)).at[:, 4].set(jnp.array(page)).reshape(-1, 1)
+    rank_row = lambda *page: jnp.zeros((3, paged_lora.PAGE)).at[:, 4].set(jnp.array(page)).reshape(-1, 1)
     args = rank_row(1, 5, 3), rank_row(10, 7, 100), jax.tree.map(jnp.asarray, paged_lora.route([(2, 0), (0, 0)], 5))
     for product in (paged_lora.matmul, paged_lora.loop, paged_lora.reference):
         np.testing.assert_array_equal(product(jnp.full((2, 1, 1), 2.0), *args)[:, 0, 0], [620.0, 0.0])
@@ -173,8 +173,8 @@ def leaf_of(eqn, pages=20, k=24, n=40):
     """On a base of zeros. Rows 1 and 6 have no page, 3 and 4 share one, and one that nobody uses is not finite."""
     own = {0: range(1, 6), 2: [3, 7], 3: [9], 4: [9, 10], 5: [0], 7: range(12, 18)}
     route = jax.tree.map(jnp.asarray, paged_lora.route([(page, row) for row, at in own.items() for page in at], 21))
-    a, b = (rand(pages * paged_lora.BLOCK, size, seed=size).at[8 * 16 : 9 * 16].set(jnp.nan) for size in (k, n))
-    return paged.Many(jnp.zeros((k, n)), a, b, eqn, route)
+    a, b = (rand(pages * paged_lora.PAGE, size, seed=size).at[8 * 16 : 9 * 16].set(jnp.nan) for size in (k, n))
+    return paged.PagedLoRA(jnp.zeros((k, n)), a, b, eqn, route)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_the_device_holds_the_pages_of_the_adapters():
     """17 rank rows take two pages of 16, anything less one."""
     model, base, trees = make()
     store = store_of(model, base, trees)
-    pages = {path: -(-stack[0][0].shape[0] // paged_lora.BLOCK) for path, stack in store.stacks.items()}
+    pages = {path: -(-stack[0][0].shape[0] // paged_lora.PAGE) for path, stack in store.stacks.items()}
     wanted = {"embed/table": 2, "layers/attn/wq": 4, "layers/attn/wk": 2, "layers/attn/wo": 3, "layers/mlp/up": 2}
     assert wanted.items() <= pages.items()
 

@@ -14,13 +14,24 @@ calibrate on, and the last of them to measure on. --dtype: of what is not quanti
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import cli, files
 from common.errors import UserError
 from configs import base, schema
 from configs.schema import methods, overrides, rules
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from data.text.tokenizer import Tokenizer
+    from infer.lm import LM
+    from infer.models import Run
+    from model.io.pretrained import Pretrained
+    from model.net.transformer import Transformer
+    from model.weights import Params, Specs
 
 MATRICES = "layers/.*"  # what a budget is spent on
 HELD_OUT = 0.1  # share of the documents, the last ones, that nothing is calibrated on
@@ -125,7 +136,7 @@ def saved_with(out: Path) -> dict[str, Any]:
         return {}
 
 
-def texts(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, list[str]]:
+def texts(args: argparse.Namespace, tokenizer: "Tokenizer") -> tuple["np.ndarray", list[str]]:
     """(token rows [rows, seq_len] to calibrate on, texts of `eval_tokens` tokens held out), drawn by seed."""
     import numpy as np
 
@@ -154,7 +165,9 @@ def texts(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, list[str]]:
     return np.array(rows[: args.rows], np.int32), held
 
 
-def fitted(opened: Any, args: argparse.Namespace, settings: dict, rows: Any) -> tuple[Any, Any, Any]:
+def fitted(
+    opened: "Run | Pretrained", args: argparse.Namespace, settings: dict[str, Any], rows: "np.ndarray"
+) -> "tuple[Transformer, Params, dict[str, Any] | None]":
     """(model, its quantised parameters, the group "quant" of the config when the run was trained for a format)."""
     import importlib
     from functools import partial
@@ -193,7 +206,10 @@ def fitted(opened: Any, args: argparse.Namespace, settings: dict, rows: Any) -> 
     return model, params, None
 
 
-def search(model: Any, layer: Any, x: Any, limit: tuple[float, str], group: int, dtype: str) -> tuple:
+def search(
+    model: "Transformer", layer: "Callable[[int], Params]", x: "np.ndarray", limit: tuple[float, str], group: int,
+    dtype: str,
+) -> tuple[tuple[str, str], ...]:  # fmt: skip
     """The `formats` of model/quant/mixed.py that fit into the budget with the least error on x, one batch."""
     import jax
     import jax.numpy as jnp
@@ -222,11 +238,11 @@ def search(model: Any, layer: Any, x: Any, limit: tuple[float, str], group: int,
     taken = sum(table[path][f][0] for path, f in best.items())
     print(f"{taken:,} of {int(room):,} bytes, {8 * taken / searched:.2f} bits a weight of the layers' matrices")
     if not (formats := tuple((re.escape(path), f) for path, f in best.items() if f != dtype)):
-        raise UserError(f"holds the whole model in {dtype}", "--budget", "lower it")
+        raise UserError(f"the whole model fits in {dtype} already", "--budget", "lower the budget")
     return formats
 
 
-def check_where(specs: Any, where: str) -> None:
+def check_where(specs: "Specs", where: str) -> None:
     """Raises UserError unless `where` takes matrices of the layers, each with one input, and nothing else."""
     import jax
 
@@ -246,7 +262,7 @@ def check_where(specs: Any, where: str) -> None:
         raise UserError(f"{where!r} takes no matrix", "--where", "as layers/mlp/.*")
 
 
-def reader(opened: Any, model: Any, dtype: str) -> tuple[dict, Any]:
+def reader(opened: "Run | Pretrained", model: "Transformer", dtype: str) -> "tuple[Params, Callable[[int], Params]]":
     """(parameters outside of the layers, a function that reads those of one layer in float32)."""
     import jax
     import jax.numpy as jnp
@@ -266,7 +282,7 @@ def reader(opened: Any, model: Any, dtype: str) -> tuple[dict, Any]:
     return jax.tree.map(lambda x: x.astype(dtype), params), lambda i: jax.tree.map(lambda x: x[i], layers)
 
 
-def save(out: Path, lm: Any, quant: dict, dtype: str, made: dict[str, Any]) -> None:
+def save(out: Path, lm: "LM", quant: dict[str, Any], dtype: str, made: dict[str, Any]) -> None:
     """A run folder at step 0 that needs no `init`: its checkpoint holds every parameter, model.json their shape."""
     import dataclasses
 

@@ -20,7 +20,7 @@ from infer.generate import unrolled
 from model import paged
 from model.config import in_layers
 from model.net.transformer import Transformer
-from model.paged import BLOCK, Adapter, Many, Route
+from model.paged import PAGE, Adapter, PagedLoRA, Route
 from model.weights import Params
 
 RANK_ROWS = 4096  # of a weight on the device: 64 adapters of rank 64
@@ -36,14 +36,14 @@ class Store:
         Raises UserError when an adapter is larger than that.
         """
         self.adapters = adapters
-        count = lambda a, path: -(-a.shape[_axis(path)] // BLOCK)
+        count = lambda a, path: -(-a.shape[_axis(path)] // PAGE)
         self.pages = {n: {path: count(a, path) for path, (a, _) in x.items()} for n, x in adapters.items()}
         paths = sorted({path for x in adapters.values() for path in x})
         each = {path: [p.get(path, 0) for p in self.pages.values()] for path in paths}
-        self.room = {path: min(sum(pages), rank_rows // BLOCK) for path, pages in each.items()}
+        self.room = {path: min(sum(pages), rank_rows // PAGE) for path, pages in each.items()}
         for name, pages in self.pages.items():
-            if (n := max(pages.values())) > rank_rows // BLOCK:
-                raise UserError(f"{n} pages of {BLOCK} rank rows exceed the {rank_rows} rows on the device", name)
+            if (n := max(pages.values())) > rank_rows // PAGE:
+                raise UserError(f"{n} pages of {PAGE} rank rows exceed the {rank_rows} rows on the device", name)
         self.most = {path: max(pages) for path, pages in each.items()}  # of a row of the batch
         self.free = {path: list(range(n))[::-1] for path, n in self.room.items()}
         self.held: OrderedDict[str, dict[str, list[int]]] = OrderedDict()  # pages; the least recently used first
@@ -51,7 +51,7 @@ class Store:
         take = lambda path, leaf: (self.stacks[path].append((leaf.a, leaf.b)), leaf.replace(a=None, b=None))[1]
         dtypes = {x.dtype for factors in adapters.values() for pair in factors.values() for x in pair}
         room = paged.empty(base, model.specs, self.room, jnp.result_type(*dtypes or {jnp.float32}))
-        self.params = paged.map_many(take, unrolled(model, room))
+        self.params = paged.map_paged(take, unrolled(model, room))
 
     def fits(self, names: Sequence[str | None]) -> bool:
         """Whether these adapters can lie on the device together."""
@@ -82,11 +82,11 @@ class Store:
         routes = {path: self._route(path, names, rows) for path in self.room}
         turns = {path: iter(stacks) for path, stacks in self.stacks.items()}
 
-        def place(path: str, leaf: Many) -> Many:
+        def place(path: str, leaf: PagedLoRA) -> PagedLoRA:
             a, b = next(turns[path])
             return leaf.replace(a=a, b=b, route=routes[path])
 
-        return paged.map_many(place, self.params)
+        return paged.map_paged(place, self.params)
 
     def _hold(self, name: str, wanted: Collection[str]) -> None:
         """Puts an adapter on the device, in the place of others if need be."""
@@ -101,16 +101,16 @@ class Store:
         self.held[name] = {path: [self.free[path].pop() for _ in range(n)] for path, n in pages.items()}
         for path, at in self.held[name].items():
             for i, page in enumerate(at):
-                self._write(path, page, self.adapters[name][path], i * BLOCK)
+                self._write(path, page, self.adapters[name][path], i * PAGE)
 
     def _write(self, path: str, page: int, factors: tuple[np.ndarray, np.ndarray], start: int) -> None:
         """A page of every layer, as one shape: behind an adapter's last rank row it is zero."""
         parts = []
         for x in factors:
             x = x if _axis(path) else x[None]
-            rows = x[:, start : start + BLOCK].reshape(len(x), -1, math.prod(x.shape[2:]))
-            parts.append(np.pad(rows, ((0, 0), (0, BLOCK - rows.shape[1]), (0, 0))))
-        self.stacks[path] = _put(self.stacks[path], page * BLOCK, *parts)
+            rows = x[:, start : start + PAGE].reshape(len(x), -1, math.prod(x.shape[2:]))
+            parts.append(np.pad(rows, ((0, 0), (0, PAGE - rows.shape[1]), (0, 0))))
+        self.stacks[path] = _put(self.stacks[path], page * PAGE, *parts)
 
     def _route(self, path: str, names: Sequence[str | None], rows: int) -> Route:
         pairs = [(page, i) for i, name in enumerate(names) if name for page in self.held[name].get(path, ())]
@@ -119,7 +119,7 @@ class Store:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(stacks: list[tuple[Array, Array]], start: ArrayLike, a: Array, b: Array) -> list[tuple[Array, Array]]:
-    """Pages a and b [L,BLOCK,...] at a row of the stacks of every layer."""
+    """Pages a and b [L,PAGE,...] at a row of the stacks of every layer."""
     put = lambda stack, new: jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype), (start, 0))
     return [(put(s[0], a[i]), put(s[1], b[i])) for i, s in enumerate(stacks)]
 

@@ -7,7 +7,7 @@ Of a Linear [N, K] lie `weight_scale`, and codes: as `weight`, int8 or e4m3, or 
 import functools
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from model.quant.fp8 import FP8
 from model.quant.int4 import Int4
 from model.quant.int8 import Int8
 from model.weights import Params
+
+if TYPE_CHECKING:
+    from model.io.hf import Folder
 
 METHOD = "compressed-tensors"
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
@@ -116,19 +119,20 @@ def tensors(leaf: Quantised, key: Key, layers: Iterable[int]) -> Iterator[tuple[
 
 def pack(numbers: np.ndarray, bits: int) -> np.ndarray:
     """Signed numbers of 4 or 8 bits [N, K] as int32 [N, ceil(K bits / 32)], the first in the lowest bits."""
-    each = 32 // bits
-    codes = (numbers + (1 << bits - 1)).astype(np.uint32)
-    codes = np.pad(codes, [(0, 0), (0, -codes.shape[1] % each)]).reshape(len(codes), -1, each)
-    return np.bitwise_or.reduce(codes << np.arange(0, 32, bits, dtype=np.uint32), -1).view(np.int32)
+    each, half = 32 // bits, 2 ** (bits - 1)
+    codes = np.pad((numbers + half).astype(np.uint32), [(0, 0), (0, -numbers.shape[1] % each)])
+    shifted = codes.reshape(len(codes), -1, each) << np.arange(0, 32, bits, dtype=np.uint32)
+    return np.bitwise_or.reduce(shifted, -1).view(np.int32)
 
 
 def unpack(words: np.ndarray, bits: int, k: int) -> np.ndarray:
     """The inverse of `pack` on K columns."""
-    codes = words.view(np.uint32)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32) & ((1 << bits) - 1)
-    return codes.reshape(len(words), -1)[:, :k].astype(np.int32) - (1 << bits - 1)
+    shifted = words.view(np.uint32)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)
+    codes = shifted & (2**bits - 1)
+    return codes.reshape(len(words), -1)[:, :k].astype(np.int32) - 2 ** (bits - 1)
 
 
-# --- reading: `folder` is a model.io.hf.Folder ---
+# --- reading ---
 
 
 def check(config: dict, where: str) -> None:
@@ -140,7 +144,7 @@ def check(config: dict, where: str) -> None:
         raise UserError(f"weights are stored quantised by {what}, which is not read", where, UNQUANTISED)
 
 
-def shape(folder: Any, name: str) -> tuple[int, ...]:
+def shape(folder: "Folder", name: str) -> tuple[int, ...]:
     """Of a weight that is stored in parts."""
     if f"{name}_packed" not in folder.shards:
         return folder.stored_shape(name)
@@ -151,7 +155,7 @@ def shape(folder: Any, name: str) -> tuple[int, ...]:
     return rows, columns
 
 
-def read(folder: Any, name: str, cuts: Index) -> np.ndarray:
+def read(folder: "Folder", name: str, cuts: Index) -> np.ndarray:
     """A slice of a weight, dequantised, float32."""
     height, columns = folder.shape(name)
     if f"{name}_packed" in folder.shards:

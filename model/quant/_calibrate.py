@@ -7,7 +7,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -19,10 +19,10 @@ from model import weights
 from model.net.attention import context
 from model.net.transformer import Transformer
 from model.quant._leaf import Encode, Quantised
-from model.quant._matrix import Format, Rounded, fit, letters, matrix, nearest, spread
+from model.quant._matrix import Format, Rounding, fit, letters, matrix, nearest, spread
 from model.weights import Params, Spec, Weight
 
-BLOCK = 128  # rows that GPTQ rounds before it corrects the rest
+STEP = 128  # rows that GPTQ rounds before it corrects the rest
 DAMPING = 0.01  # of the mean of X'X's diagonal, added to it
 
 
@@ -63,12 +63,12 @@ def factor(gram: Array) -> Array:
     return jnp.asarray(np.linalg.cholesky(np.linalg.inv(h)).T, jnp.float32)
 
 
-def gptq(upper: Array, m: Array, form: Format) -> Rounded:
+def gptq(upper: Array, m: Array, form: Format) -> Rounding:
     """GPTQ (Frantar et al. 2022, arXiv 2210.17323, algorithm 1): rows of K are rounded one after the other, each error
     is made up for by the rows that are left, as X'X says. A group's scale is fitted when its first row is due."""
     m, k = m.astype(jnp.float32), m.shape[0]
     groups = form.tile[0] < k
-    whole, step = None if groups else fit(m, form), form.tile[0] if groups else BLOCK
+    whole, step = None if groups else fit(m, form), form.tile[0] if groups else STEP
     numbers, scales = [], []
     for at in range(0, k, step):
         end = min(at + step, k)
@@ -80,7 +80,7 @@ def gptq(upper: Array, m: Array, form: Format) -> Rounded:
     scale, offset = (None if s[0] is None else jnp.concatenate(s) for s in zip(*scales))
     if not groups:
         scale, offset = whole
-    return Rounded(jnp.concatenate(numbers), scale, offset)
+    return Rounding(jnp.concatenate(numbers), scale, offset)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -201,7 +201,7 @@ def _observe(model: Transformer, which: Which, where: str, params: Params, x: Ar
     """What a layer's matrices see: {((path, equation), ...) of those that see the same: Inputs}."""
     seen: dict[tuple[str, str], Array] = {}
 
-    def probe(path: str, spec: Spec, w: Array) -> Any:
+    def probe(path: str, spec: Spec, w: Array) -> Array | Probe:
         chosen = spec.eqn and re.fullmatch(where, f"layers/{path}")
         return Probe(w, (path, spec.eqn), seen) if chosen else w
 

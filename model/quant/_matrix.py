@@ -62,7 +62,7 @@ class Format(NamedTuple):
     symmetric: bool = True  # else the grid is moved by an offset a tile
 
 
-class Rounded(NamedTuple):
+class Rounding(NamedTuple):
     """m = numbers * scale + offset, [..., K, N] with scale and offset a tile."""
 
     numbers: Array
@@ -70,11 +70,11 @@ class Rounded(NamedTuple):
     offset: Array | None
 
 
-Solve = Callable[[Array, Format], Rounded]  # how a matrix [..., K, N] is rounded: `nearest`, or GPTQ
+Solve = Callable[[Array, Format], Rounding]  # how a matrix [..., K, N] is rounded: `nearest`, or GPTQ
 
 
 def bf16(x: Array) -> Array:
-    """Rounded to bfloat16, in float32; XLA drops a pair of casts, but never this."""
+    """Rounding to bfloat16, in float32; XLA drops a pair of casts, but never this."""
     return jax.lax.reduce_precision(x, 8, 7)
 
 
@@ -110,26 +110,29 @@ def fit(m: Array, form: Format) -> tuple[Array, Array | None]:
 
     if form.calibration != "mse":
         return at(1.0)
-    best = (*at(1.0), jnp.full(half.shape, jnp.inf))
-    for ratio in RATIOS:
-        scale, offset = at(ratio)
+
+    def error(scale: Array, offset: Array | None) -> Array:
+        """Summed squares over each tile."""
         a, b = (x if x is None else x[..., :, None, :, None] for x in (scale, offset))
-        error = jnp.square(_number(t, a, b, form.grid) * a + (0 if b is None else b) - t).sum(over)
-        better = error < best[2]
-        best = jax.tree.map(lambda new, old, c=better: jnp.where(c, new, old), (scale, offset, error), best)
-    return best[:2]
+        return jnp.square(_number(t, a, b, form.grid) * a + (0 if b is None else b) - t).sum(over)
+
+    fits = [at(ratio) for ratio in RATIOS]
+    best = jnp.argmin(jnp.stack([error(*found) for found in fits]), 0)
+    chosen = lambda xs: jnp.choose(best, xs, mode="clip")
+    scales, offsets = zip(*fits)
+    return chosen(scales), None if form.symmetric else chosen(offsets)
 
 
 def _number(m: Array, scale: Array, offset: Array | None, grid: Callable) -> Array:
     return grid((m if offset is None else m - offset) / scale)
 
 
-def nearest(m: Array, form: Format) -> Rounded:
+def nearest(m: Array, form: Format) -> Rounding:
     """Every value to the nearest number of its tile's grid."""
     m = m.astype(jnp.float32)
     scale, offset = fit(m, form)
     a, b = (x if x is None else spread(x, form.tile, m.shape[-2:]) for x in (scale, offset))
-    return Rounded(_number(m, a, b, form.grid), scale, offset)
+    return Rounding(_number(m, a, b, form.grid), scale, offset)
 
 
 def int8_grid(v: Array) -> Array:

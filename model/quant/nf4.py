@@ -17,7 +17,7 @@ from model.quant._leaf import Quantised, Quantiser
 from model.quant._matrix import Format, Solve, nearest
 from model.weights import Spec
 
-BLOCK = 256  # scales that share a second scale
+SHARED = 256  # scales that share a second scale
 
 
 @flax.struct.dataclass
@@ -34,7 +34,7 @@ class NF4(Quantised):
         if self.scale2 is None:
             return self
         flat = self.scale.reshape(*self.scale.shape[:-2], -1)
-        steps = jnp.repeat(self.scale2[..., 0], BLOCK, -1)[..., : flat.shape[-1]]
+        steps = jnp.repeat(self.scale2[..., 0], SHARED, -1)[..., : flat.shape[-1]]
         return self.replace(scale=(flat * steps).reshape(self.scale.shape), scale2=None)
 
     def axes(self, spec: Spec) -> "NF4":
@@ -56,7 +56,7 @@ def grid(v: Array) -> Array:
 def _double(leaf: NF4) -> NF4:
     """Scales as uint8, with a float32 step for each 256 of them."""
     s = leaf.scale.astype(jnp.float32).reshape(*leaf.scale.shape[:-2], -1)
-    blocks = jnp.pad(s, [(0, 0)] * (s.ndim - 1) + [(0, -s.shape[-1] % BLOCK)]).reshape(*s.shape[:-1], -1, BLOCK)
+    blocks = jnp.pad(s, [(0, 0)] * (s.ndim - 1) + [(0, -s.shape[-1] % SHARED)]).reshape(*s.shape[:-1], -1, SHARED)
     step = blocks.max(-1, keepdims=True) * (1 / 255)
     codes = jnp.round(blocks / step).astype(jnp.uint8).reshape(*s.shape[:-1], -1)[..., : s.shape[-1]]
     return leaf.replace(scale=codes.reshape(leaf.scale.shape), scale2=step)

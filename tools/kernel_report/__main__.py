@@ -20,11 +20,17 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import chips, cli
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
+
+    from tools.kernel_report.cases import Case
 
 
 class Tpu(NamedTuple):
@@ -85,15 +91,17 @@ def report(names: list[str], quick: bool, only: str) -> list[dict[str, Any]]:
         return rows + (kernel_report_gpu.report(on["cuda"], dump, gpu == "gpu") if gpu else [])
 
 
-def row(case: Any, name: str, device: Any, dump: str) -> dict[str, Any]:
+def row(case: "Case", name: str, device: "jax.Device", dump: str) -> dict[str, Any]:
     """One case on one chip."""
     import jax
+
+    from tools.kernel_report import gpu as kernel_report_gpu
 
     tpu, chip = TPUS[name], chips.find(name)
     peak = tpu.flops.get(case.peak)
     hertz = chip.tflops.value / tpu.devices * 1e12 / tpu.flops["bfloat16"]
     bandwidth = chip.hbm_bandwidth.value / tpu.devices
-    size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    size = kernel_report_gpu.size
     least = size(case.args) + size(jax.eval_shape(case.kernel or case.xla, *case.args))
     found: dict[str, Any] = {"chip": name, "case": case.name, "shape": case.shape, "bytes_least": least}
     for by, f in (("kernel", case.kernel), ("xla", case.xla)):
@@ -113,7 +121,7 @@ def row(case: Any, name: str, device: Any, dump: str) -> dict[str, Any]:
     return found
 
 
-def compiled(f: Any, args: tuple, device: Any, dump: str) -> dict[str, Any]:
+def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> dict[str, Any]:
     """Figures of a function of abstract arrays, compiled for a device."""
     import jax
     from jax.experimental.layout import Format, Layout
@@ -147,7 +155,7 @@ def compiled(f: Any, args: tuple, device: Any, dump: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def calls(jaxpr: Any) -> Any:
+def calls(jaxpr: "jax.extend.core.Jaxpr") -> Iterator[Any]:
     """The grids of the Pallas calls in a jaxpr."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "pallas_call":

@@ -6,7 +6,6 @@ MXU takes; rounding rows of x to int8 takes what reading and writing them takes.
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -47,25 +46,26 @@ def array(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _leaf(quantiser: Quantiser, k: int, n: int) -> Quantised:
-    """The abstract leaf of a W [K, N], its scales as kernels take them."""
-    leaf = jax.eval_shape(functools.partial(quantiser.encode, eqn=EQN), array(k, n, dtype="float32"))
-    return jax.eval_shape(lambda leaf: leaf.plain_scales(), leaf)
-
-
 def by_xla(leaf: Quantised, backward: bool, x: Array, codes: Array, scale: Array) -> Array:
     """x times the float W of a leaf with these arrays, or the transposed W: what kernels are tested against."""
     w = leaf.replace(codes=codes, scale=scale).floats(x.dtype)
     return weights.product("TF,DF->TD" if backward else EQN, x, w, jnp.float32).astype(x.dtype)
 
 
-def _product(leaf: Quantised, m: int, kernel: Callable, name: str, label: str, **options: Any) -> Case:
-    """`kernel` against XLA with M rows of x, and `backward` with M rows of the result's gradient."""
-    (k, n), backward, dtype = leaf.kn, options.pop("backward", False), options.pop("dtype", "bfloat16")
+def _leaf(quantiser: Quantiser, k: int, n: int) -> Quantised:
+    """The abstract leaf of a W [K, N], its scales as kernels take them."""
+    encode = lambda w: quantiser.encode(w, EQN).plain_scales()
+    return jax.eval_shape(encode, array(k, n, dtype="float32"))
+
+
+def _product(name: str, quantiser: Quantiser, m: int, k: int, n: int, kernel: Callable, **options: Any) -> Case:
+    """`kernel` against XLA with M rows of x, or when `backward` of the result's gradient."""
+    leaf, dtype, backward = _leaf(quantiser, k, n), options.pop("dtype", "bfloat16"), options.pop("backward", False)
+    group = leaf.tile[0]
     args = array(m, n if backward else k, dtype=dtype), leaf.codes, leaf.scale
-    kernel = functools.partial(kernel, group=leaf.tile[0])
-    xla = functools.partial(by_xla, leaf, backward)
-    return Case(name, f"{m}x{k}x{n}{label}", kernel, xla, args, 2 * m * k * n, **options)
+    shape = f"{m}x{k}x{n}" + (f" g{group}" if group < k else "")
+    kernel, xla = functools.partial(kernel, group=group), functools.partial(by_xla, leaf, backward)
+    return Case(name, shape, kernel, xla, args, 2 * m * k * n, **options)
 
 
 def _int4() -> Iterator[Case]:
@@ -77,12 +77,12 @@ def _int4() -> Iterator[Case]:
     forward = [(*few, 128), (*few, 64), (1, 4096, 4096, 128), (16, 4096, 4100, 128), (16, 4096, 4224, 128)]
     forward += [(16, 11008, 4096, 64)]
     forward += [(*many, 64), (*many, 128), (2000, 4096, 14300, 64), (2048, 11008, 4096, 64)]
-    for m, k, n, g in forward:
-        leaf, quick = _leaf(int4.make(group=g), k, n), (m, k, n, g) in ((*few, 128), (*many, 64))
-        yield _product(leaf, m, int4_matmul.matmul, "int4", f" g{g}", quick=quick)
-    for m, k, n, g in [(*many, 64), (2048, 4096, 4096, 128), (2000, 4096, 14300, 64)]:
-        leaf, quick = _leaf(int4.make(group=g), k, n), (m, k, n, g) == (*many, 64)
-        yield _product(leaf, m, int4_matmul.gradient, "int4 dx", f" g{g}", backward=True, quick=quick)
+    for *shape, g in forward:
+        quick = (*shape, g) in (forward[0], (*many, 64))
+        yield _product("int4", int4.make(group=g), *shape, int4_matmul.matmul, quick=quick)
+    for *shape, g in [(*many, 64), (2048, 4096, 4096, 128), (2000, 4096, 14300, 64)]:
+        quick = (*shape, g) == (*many, 64)
+        yield _product("int4 dx", int4.make(group=g), *shape, int4_matmul.gradient, quick=quick, backward=True)
 
 
 def _nf4() -> Iterator[Case]:
@@ -92,42 +92,31 @@ def _nf4() -> Iterator[Case]:
         kernel = functools.partial(nf4.dequantise, group=64)
         xla = lambda codes, scale, leaf=leaf: leaf.replace(codes=codes, scale=scale).floats(jnp.bfloat16)
         yield Case("nf4 dequantise", f"{k}x{n} g64", kernel, xla, (leaf.codes, leaf.scale), quick=n == 4096)
-        yield _product(leaf, 16, nf4.matmul, "nf4", " g64")
+        yield _product("nf4", nf4_leaves.make(), 16, k, n, nf4.matmul)
 
 
 def _codes_triton() -> Iterator[Case]:
     """Decoding of 7 B models, aligned and not, up to the most rows that a kernel takes; bfloat16 to compare it with."""
-    wide = (4096, 11008)
-    shapes = {
-        "int4": [(1, 4096, 4096), (16, 4096, 4096), *((m, *wide) for m in (1, 16, 64, 256)), (16, *wide[::-1])],
-        "int8": [(16, 4096, 4096), *((m, *wide) for m in (1, 16, 64, 256))],
-        "nf4": [(16, *wide)],
-        "fp8": [(16, *wide)],
-    }
-    listed = [(name, "bfloat16", *shape, 128) for name in shapes for shape in shapes[name]]
-    listed += [
-        ("int4", "bfloat16", *odd) for odd in ((5, 4096, 4100, 128), (16, 4000, 4096, 128), (16, 4096, 4096, 32))
-    ]
-    listed += [("int4", "float32", 16, 4096, 4096, 128)]
-    for m in (1, 16, 64, 256):
-        args = array(m, wide[0]), array(*wide)
-        yield Case("bf16", f"{m}x4096x11008", None, _plain, args, 2 * m * math.prod(wide), platform="cuda")
-    for name, dtype, m, k, n, group in listed:
-        makers = {
-            "int4": functools.partial(int4.make, group=group), "int8": int8.make, "fp8": fp8.make,
-            "nf4": functools.partial(nf4_leaves.make, group=group, double=False),
-        }  # fmt: skip
-        leaf = _leaf(makers[name](), k, n)
+    wide, square = (4096, 11008), (16, 4096, 4096)
+    rows = [(m, *wide) for m in (1, 16, 64, 256)]
+    for m, k, n in rows:
+        yield Case("bf16", f"{m}x{k}x{n}", None, _plain, (array(m, k), array(k, n)), 2 * m * k * n, platform="cuda")
+    grouped = int4.make(group=128)
+    listed = [("int4", grouped, shape) for shape in ((1, *square[1:]), square, *rows, (16, *wide[::-1]))]
+    listed += [("int8", int8.make(), shape) for shape in (square, *rows)]
+    listed += [("nf4", nf4_leaves.make(group=128, double=False), rows[1]), ("fp8", fp8.make(), rows[1])]
+    listed += [("int4", grouped, (5, 4096, 4100)), ("int4", grouped, (16, 4000, 4096))]
+    listed += [("int4", int4.make(group=32), square), ("int4 f32", grouped, square)]
+    for name, quantiser, shape in listed:
+        leaf, dtype = _leaf(quantiser, *shape[1:]), "float32" if "f32" in name else "bfloat16"
         kernel = functools.partial(codes_triton.matmul, form=codes_triton.FORMS[leaf.form])
-        yield _product(
-            leaf, m, kernel, name if dtype == "bfloat16" else f"{name} f32", f" g{group}" * (leaf.tile[0] < k),
-            dtype=dtype, quick=(m, n, group) == (16, 4096, 128), platform="cuda",
-        )  # fmt: skip
+        quick = (shape[0], shape[2]) == (16, 4096) and leaf.tile[0] > 32
+        yield _product(name, quantiser, *shape, kernel, quick=quick, platform="cuda", dtype=dtype)
 
 
 def _paged_lora() -> Iterator[Case]:
     """Decoding with an adapter of its own for each row, of ranks 8 to 64, their pages all that the stacks hold."""
-    size, route = paged_lora.BLOCK, paged_lora.Route
+    size, route = paged_lora.PAGE, paged_lora.Route
     flat = lambda f: lambda x, a, b, *r: f(x[:, None], a, b, route(*r))[:, 0]
     paged = lambda stack: stack.reshape(-1, size, stack.shape[1])
     for rows, dtype in ((16, "bfloat16"), (64, "bfloat16"), (64, "float32")):

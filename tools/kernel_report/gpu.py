@@ -16,17 +16,22 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import chips
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
+
+    from tools.kernel_report.cases import Case
 
 COLD = 128 * 2**20  # bytes of operands, more than twice what a level-2 cache holds: an H100's is 50 MiB
 CALLS = 16  # the most in a program that is timed, since each of them is compiled
 ROUNDS = 7
 
 
-def report(cases: list[Any], dump: str, here: bool) -> list[dict[str, Any]]:
+def report(cases: list["Case"], dump: str, here: bool) -> list[dict[str, Any]]:
     """A row for each case: on the GPU that is `here`, timed, or on an absent H100. Raises UserError without either."""
     from tools.plan import topology
 
@@ -36,7 +41,7 @@ def report(cases: list[Any], dump: str, here: bool) -> list[dict[str, Any]]:
     return [row(case, device, dump, here) for case in cases]
 
 
-def present() -> Any:
+def present() -> "jax.Device":
     """The first GPU of this machine. Raises UserError where JAX finds none."""
     import jax
 
@@ -48,7 +53,7 @@ def present() -> Any:
         ) from e
 
 
-def row(case: Any, device: Any, dump: str, here: bool) -> dict[str, Any]:
+def row(case: "Case", device: "jax.Device", dump: str, here: bool) -> dict[str, Any]:
     import jax
 
     chip = chips.find(device.device_kind)
@@ -75,12 +80,12 @@ def size(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def drawn(args: tuple, seed: int) -> list[Any]:
+def drawn(args: tuple, seed: int) -> "list[jax.Array]":
     """Operands of a case: random ones of its shapes, and its own where it has values."""
     import jax
     import jax.numpy as jnp
 
-    def one(a: Any, key: Any) -> Any:
+    def one(a: Any, key: jax.Array) -> jax.Array:
         if not isinstance(a, jax.ShapeDtypeStruct):
             return jnp.asarray(a)
         if jnp.issubdtype(a.dtype, jnp.floating):
@@ -107,7 +112,7 @@ def seconds(f: Callable, args: tuple) -> float:
     return statistics.median(took)
 
 
-def distance(ours: Any, theirs: Any) -> float:
+def distance(ours: "jax.Array", theirs: "jax.Array") -> float:
     """The norm of the difference over that of `theirs`."""
     import jax.numpy as jnp
 
@@ -115,7 +120,7 @@ def distance(ours: Any, theirs: Any) -> float:
     return float(jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs))
 
 
-def compiled(f: Any, args: tuple, device: Any, dump: str) -> dict[str, Any]:
+def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> dict[str, Any]:
     """Figures of a function of abstract arrays, compiled for a device."""
     import jax
     from jax.sharding import NamedSharding
