@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from common import paths
+from common.paths import Place
+from common.types import Json
 
 WRITING = ".writing-"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -30,7 +32,7 @@ MIRRORS = Path("~/.cache/kungfu/runs")
 # --- whole files and folders ---
 
 
-def write(path: Any, content: str | bytes) -> None:
+def write(path: Place, content: str | bytes) -> None:
     """Replaces `path` by the content, on disk or in the store when this returns. A link is replaced, not followed."""
     data = content.encode() if isinstance(content, str) else content
     if paths.remote(path):
@@ -45,18 +47,18 @@ def write(path: Any, content: str | bytes) -> None:
         sync(path.parent)
 
 
-def write_json(path: Any, value: Any) -> None:
+def write_json(path: Place, value: Any) -> None:
     """Raises ValueError for NaN and infinities: see `plain`."""
     write(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def write_lines(path: Any, values: Iterable[Any]) -> None:
+def write_lines(path: Place, values: Iterable[Json]) -> None:
     """A .jsonl, which appears as a whole."""
     write(path, "".join(map(json_line, values)))
 
 
 @contextlib.contextmanager
-def folder(path: Any, marker: str) -> Iterator[Path]:
+def folder(path: Place, marker: str) -> Iterator[Path]:
     """An empty folder to fill. It gets the name `path` when the block ends without an error, else it is deleted.
 
     A store renames nothing: there the files are copied to `path`, the one named `marker` last, and a folder without its
@@ -171,7 +173,7 @@ def sync(path: str | Path) -> None:
         os.close(fd)
 
 
-def remove(place: Any) -> None:
+def remove(place: Place) -> None:
     """Deletes a folder; errors within it on disk are ignored. A link is deleted, not followed."""
     if not paths.remote(place):
         _delete(place)
@@ -193,7 +195,7 @@ def plain(x: Any) -> Any:
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Json:
     """The object of a JSON file; {} when there is none."""
     try:
         return _object(path.read_text("utf-8"))
@@ -201,7 +203,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def read_lines(path: str | Path) -> list[dict[str, Any]]:
+def read_lines(path: str | Path) -> list[Json]:
     """The objects of a .jsonl, which may be missing or still written to; a line that a kill cut short is left out."""
     try:
         text = Path(path).read_text("utf-8", errors="replace")
@@ -210,7 +212,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     return [value for line in text.split("\n") if (value := _object(line))]
 
 
-def _object(text: str) -> dict[str, Any]:
+def _object(text: str) -> Json:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -223,7 +225,7 @@ def not_followed(path: str | Path, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
-def append(path: Path, value: dict[str, Any]) -> None:
+def append(path: Path, value: Json) -> None:
     """One more line of a .jsonl, in one write."""
     with contextlib.closing(Lines(path)) as lines:
         lines.write(value)
@@ -243,7 +245,7 @@ class Lines:
         if end and os.pread(self._fd, 1, end - 1) != b"\n":
             self._left = b"\n"
 
-    def write(self, value: dict[str, Any]) -> None:
+    def write(self, value: Json) -> None:
         """Raises ValueError for NaN and infinities: see `plain`."""
         self._left += json_line(value).encode("utf-8", "backslashreplace")
         self.flush()
@@ -264,7 +266,7 @@ class Lines:
         os.close(self._fd)
 
 
-def json_line(value: Any) -> str:
+def json_line(value: Json) -> str:
     """A value as a line of a .jsonl. Raises ValueError for NaN and infinities: see `plain`."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -272,12 +274,12 @@ def json_line(value: Any) -> str:
 # --- the copy on disk of a run that is stored in a bucket ---
 
 
-def mirror(home: Any) -> Path:
+def mirror(home: Place) -> Path:
     """Where this machine keeps the small files of a run in a store, since a store cannot append to them."""
     return MIRRORS.expanduser() / hashlib.sha256(str(home).encode()).hexdigest()[:16]
 
 
-def fetch(home: Any, folder: Path) -> None:
+def fetch(home: Place, folder: Path) -> None:
     """Makes `folder` hold what a run in a store holds, but for its checkpoints and its locks."""
     for old in folder.iterdir():
         if old.name != LOCK:
@@ -288,7 +290,7 @@ def fetch(home: Any, folder: Path) -> None:
             (folder / name).write_bytes((home / name).read_bytes())
 
 
-def put(folder: Path, home: Any, known: dict[str, tuple[int, int]]) -> None:
+def put(folder: Path, home: Place, known: dict[str, tuple[int, int]]) -> None:
     """Copies the files that changed since they were `known`, by size and time, to a run in a store."""
     for name, size in paths.sizes(folder).items():
         stamp = (size, (folder / name).stat().st_mtime_ns)

@@ -6,14 +6,23 @@ A store knows no appending, no renaming and no locks; an object appears whole or
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    from etils import epath
+    from fsspec import AbstractFileSystem
+    from typing_extensions import TypeIs
+
+    Place = Path | epath.Path  # on this machine, or in a store
+else:
+    Place = Path
 
 STORE = "gs://"
 
 
-def parse(name: Any) -> Any:
+def parse(name: str | Place) -> Place:
     """A Path, or for gs:// an epath.Path. Raises UserError for another scheme, and where gcsfs is missing."""
     text = str(name)
     if "://" not in text:
@@ -26,11 +35,11 @@ def parse(name: Any) -> Any:
     return epath.Path(text)
 
 
-def remote(path: Any) -> bool:
+def remote(path: Place) -> "TypeIs[epath.Path]":
     return not isinstance(path, Path)
 
 
-def store() -> Any:
+def store() -> "AbstractFileSystem":
     """The fsspec file system behind gs://. It caches no listing: other hosts write, too."""
     import fsspec
 
@@ -41,7 +50,7 @@ def store() -> Any:
         raise UserError(f"not installed: {e}", STORE, "pip install -r requirements/cloud.txt") from e
 
 
-def sizes(folder: Any) -> dict[str, int]:
+def sizes(folder: Place) -> dict[str, int]:
     """Bytes of every file below a folder, by its path from there."""
     if not remote(folder):
         return {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
@@ -57,7 +66,7 @@ def regular(place: Path) -> Path:
     return place
 
 
-def create(path: Any, text: str) -> bool:
+def create(path: Place, text: str) -> bool:
     """Writes an object of a store unless it is there: of several writers one succeeds."""
     try:
         store().pipe_file(str(path), text.encode(), mode="create")
@@ -67,7 +76,7 @@ def create(path: Any, text: str) -> bool:
 
 
 @contextlib.contextmanager
-def told(place: Any) -> Iterator[None]:
+def told(place: Place) -> Iterator[None]:
     """What goes wrong in a store, in any of the ways of its client, as a UserError."""
     try:
         yield

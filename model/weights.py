@@ -266,7 +266,7 @@ def name(path: tuple) -> str:
     return "/".join(parts)
 
 
-def arrays(tree: Tree) -> list[Array | Weight]:
+def arrays(tree: Tree) -> list[Array]:
     """The arrays of a tree; codes and scales of a quantised one count as the array that they stand for."""
     return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Weight) and x.whole)
 

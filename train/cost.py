@@ -1,16 +1,17 @@
 """What a run costs, from the equations: parameters, FLOPs, bytes; on abstract values, before the first step."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+from jax import Array
 
 from common.chips import Chip
 from model import weights
 from model.config import ModelConfig, in_layers
 from model.net.kinds import KINDS
 from model.net.transformer import virtual_tokens
-from model.weights import Params, Specs
+from model.weights import Params, Spec, Specs, Tree, Weight
 from train.init import Blueprint
 
 
@@ -33,7 +34,7 @@ class Cost(NamedTuple):
         return self._replace(trained=0, layer_train_flops=self.layer_flops, head_train_flops=self.head_flops)
 
 
-def cost(config: ModelConfig, params: Params, specs: Specs, mask: Any, seq_len: int) -> Cost:
+def cost(config: ModelConfig, params: Params, specs: Specs, mask: Tree, seq_len: int) -> Cost:
     """FLOPs of a model by its equations: 2 a multiply-add forward, 2 for the gradient of the input, and 2 for that of
     a weight only when it trains. Attention counts a full row, of a causal model (T + 1) / 2 keys a query, and virtual
     tokens.
@@ -47,12 +48,12 @@ def cost(config: ModelConfig, params: Params, specs: Specs, mask: Any, seq_len: 
     totals = dict(layer=0.0, layer_dw=0.0, head=0.0, head_dw=0.0)
     head_path = "embed/table" if c.tied else "unembed/table"
 
-    def count(path: str, w: Any, spec: Any, m: Any) -> None:
+    def count(path: str, w: Array | Weight, spec: Spec | None, m: Tree) -> None:
         if (spec and not spec.eqn) or (path.startswith("embed") and not c.tied):
             return
         part = "head" if path == head_path else "layer"
         stacked = spec.stacked if spec else in_layers(path)
-        macs = w.macs(stacked) if weights.is_weight(w) else w.size
+        macs = w.macs(stacked) if isinstance(w, Weight) else w.size
         for n, moves in zip(jax.tree.leaves(macs), jax.tree.leaves(m), strict=True):
             totals[part] += 2 * n
             totals[part + "_dw"] += 2 * n * moves
@@ -95,7 +96,7 @@ def of_plan(plan: Blueprint, seq_len: int) -> Cost:
     return Cost(*map(sum, zip(*of_roles(plan, seq_len).values(), strict=True)))
 
 
-def bytes_per_device(tree: Any, shardings: Any) -> int:
+def bytes_per_device(tree: Tree, shardings: Tree) -> int:
     """Bytes of the largest share of a tree of (abstract) arrays on one device."""
     one = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
     return sum(jax.tree.leaves(jax.tree.map(one, tree, shardings)))

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import TypeVar
 
 import flax.linen as nn
 import jax
@@ -26,8 +24,6 @@ from train.objectives import Pair
 from train.source import Batch, Source
 from train.state import TrainState
 from train.step import compile_step
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -56,12 +52,13 @@ def run(loaded: schema.Loaded, began: float) -> int:
     flags.trim_after_compiling()
     hosts.connect()
     with contextlib.ExitStack() as closing, hosts.watched():
-        return train(open_session(loaded, closing.enter_context, began))
+        return train(open_session(loaded, closing, began))
 
 
-def open_session(loaded: schema.Loaded, enter: Callable[[AbstractContextManager[T]], T], began: float) -> Session:
+def open_session(loaded: schema.Loaded, closing: contextlib.ExitStack, began: float) -> Session:
     """Model, data and the state to go on from. Shapes and shardings are known before any array exists."""
-    cfg = loaded.config
+    cfg, enter = loaded.config, closing.enter_context
+    assert loaded.workdir, "the command line has been checked"
     folder = enter(RunDir(loaded.workdir, schema.to_dict(cfg), loaded.overrides, loaded.path))
     metrics = enter(Metrics(folder.path / "metrics.jsonl", cfg.steps, cfg.tracker, folder.config, cfg.ckpt.on_error))
     with metrics.timer("init", since=began):

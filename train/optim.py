@@ -2,18 +2,20 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import DTypeLike
 
 from common.errors import UserError
 from common.types import Config
 from configs import schema
 from model import weights
 from model.io import saved
+from model.weights import Spec, Specs, Tree, Weight
+from train.state import Roles
 
 
 def schedule(cfg: Config, steps: int) -> Callable:
@@ -39,7 +41,7 @@ def schedule(cfg: Config, steps: int) -> Callable:
     return optax.join_schedules([ramp, after], [warmup]) if warmup else after
 
 
-def optimizer(cfg: Config, steps: int, params: Any, specs: Any) -> optax.GradientTransformation:
+def optimizer(cfg: Config, steps: int, params: Roles, specs: Specs) -> optax.GradientTransformation:
     """The transformation of a config's `optim` for the trainable `params` ({role: tree}, None where frozen)."""
     lr = schedule(cfg, steps)
     decay = dict(weight_decay=cfg.weight_decay, mask=matrices(params, specs))
@@ -78,10 +80,11 @@ def randomly_rounded(tx: optax.GradientTransformation) -> optax.GradientTransfor
     `update` needs the `key` of its step.
     """
 
-    def init(params: Any) -> Any:
+    def init(params: Tree) -> Tree:
         return tx.init(jax.tree.map(lambda p: _widened(p) if p.dtype == jnp.float16 else p, params))
 
-    def update(updates: Any, state: Any, params: Any = None, *, key: Array, **_: Any) -> tuple[Any, Any]:
+    def update(updates: Tree, state: Tree, params: Tree = None, **extra: Array) -> tuple[Tree, Tree]:
+        key = extra["key"]
         wide = jax.tree.map(_widened, params)
         updates, new = tx.update(jax.tree.map(_widened, updates), jax.tree.map(_widened, state), wide)
 
@@ -97,7 +100,7 @@ def randomly_rounded(tx: optax.GradientTransformation) -> optax.GradientTransfor
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def round_randomly(x: Array, dtype: Any, key: Array) -> Array:
+def round_randomly(x: Array, dtype: DTypeLike, key: Array) -> Array:
     """Float32 numbers rounded up or down to those of a 16-bit `dtype`, the nearer one with the greater chance, so that
     the mean is x. The random bits of an element are a hash of its place: equal on every mesh, and part of the loop that
     rounds, where a generator would write an array of its own."""
@@ -119,21 +122,21 @@ def _widened(x: Array) -> Array:
 def _decay(lr: Callable, rate: float) -> optax.GradientTransformation:
     """Decoupled weight decay after a transformation that already holds the learning rate."""
 
-    def update(updates: Any, count: Any, params: Any = None) -> tuple[Any, Any]:
-        return jax.tree.map(lambda u, p: u - lr(count) * rate * p, updates, params), count + 1
+    def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
+        return jax.tree.map(lambda u, p: u - lr(state) * rate * p, updates, params), state + 1
 
     return optax.GradientTransformation(lambda params: jax.numpy.zeros((), jax.numpy.int32), update)
 
 
-def matrices(params: Any, specs: Any) -> Any:
+def matrices(params: Roles, specs: Specs) -> Tree:
     """True at arrays that multiply activations, as opposed to norm scales and biases: these decay."""
     return _by_spec(params, specs, lambda x, spec, names: bool(spec and spec.eqn) and x.ndim - spec.stacked >= 2)
 
 
-def muon_axes(params: Any, specs: Any) -> Any:
+def muon_axes(params: Roles, specs: Specs) -> Tree:
     """How Muon reads each array as a matrix; None (Adam) for vectors and for tables over the vocabulary."""
 
-    def numbers(x: Any, spec: Any, names: tuple) -> Any:
+    def numbers(x: Array, spec: Spec | None, names: tuple) -> optax.contrib.MuonDimensionNumbers | None:
         if not (spec and spec.eqn) or "vocab" in names or x.ndim - spec.stacked < 2:
             return None
         shared, contracted, _ = weights.split(spec.eqn)
@@ -147,17 +150,17 @@ def muon_axes(params: Any, specs: Any) -> Any:
     return _by_spec(params, specs, numbers)
 
 
-def _by_spec(params: Any, specs: Any, f: Callable) -> Any:
+def _by_spec(params: Roles, specs: Specs, f: Callable) -> Tree:
     """`f(array, spec, logical names)` at every array of {role: tree}."""
 
-    def leaf(_: str, w: Any, spec: Any) -> Any:
-        names = w.axes(spec) if weights.is_weight(w) else spec.names
+    def leaf(_: str, w: Array | Weight, spec: Spec | None) -> Tree:
+        names = weights.axes_of(w, spec)
         return jax.tree.map(lambda x, n: None if x is None else f(x, spec, n), w, names, is_leaf=lambda x: x is None)
 
     return {role: weights.replace(tree, specs[role], leaf) for role, tree in params.items()}
 
 
-def scale_by_path(rules: tuple, params: Any) -> optax.GradientTransformation:
+def scale_by_path(rules: tuple, params: Roles) -> optax.GradientTransformation:
     """Multiplies the update of each parameter by the factor of the first (regex, factor) whose regex matches its path.
 
     Paths are those of the model ("layers/attn/wq", "embed/table"), without the role. Raises UserError for a rule that
@@ -165,7 +168,7 @@ def scale_by_path(rules: tuple, params: Any) -> optax.GradientTransformation:
     """
     used = set()
 
-    def factor(path: str, _: Any) -> float:
+    def factor(path: str, _: Array) -> float:
         for i, (pattern, value) in enumerate(rules):
             if re.fullmatch(pattern, path.split("/", 1)[1]):
                 used.add(i)

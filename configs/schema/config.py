@@ -17,7 +17,7 @@ import runpy
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -38,7 +38,7 @@ class Loaded(NamedTuple):
     arg: str
     overrides: dict[str, Leaf]  # "optim.lr" -> value
     workdir: str | None
-    flags: dict[str, Leaf]
+    flags: dict[str, Any]  # each of the type of its default
 
 
 def load(argv: list[str], flags: Mapping[str, Leaf] | None = None, usage: str | None = None) -> Loaded:

@@ -12,21 +12,24 @@ import sys
 import time
 from collections.abc import Callable, Container, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from common import files, paths
 from common.errors import UserError
-from common.types import Config
+from common.paths import Place
+from common.types import Config, Json
 from model.io import saved
 from model.io.saved import MANIFEST, Damaged
 from train.keep import hosts
+from train.source import Source
 from train.state import TrainState
 
 UNFINISHED = re.compile(r"[0-9]+\.(tmp|orbax-checkpoint-tmp).*")
 CLOCK_STEPS = 10  # with several processes: how often they agree on whether `minutes` have passed
+
+Abstract = dict[str, jax.ShapeDtypeStruct]  # path -> a leaf that is not there yet
 
 
 def warn(message: str) -> None:
@@ -44,15 +47,15 @@ class Checkpointer:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Place,
         cfg: Config,
         allow: Iterable[str] = (),
         log: Callable[[str], None] = warn,
         first: Callable[[], None] = lambda: None,
-        config: dict[str, Any] | None = None,
+        config: Json | None = None,
     ):
-        folder = paths.parse(folder)
-        self.folder = folder if paths.remote(folder) else folder.resolve()
+        place = paths.parse(folder)
+        self.folder = place if paths.remote(place) else place.resolve()
         self.cfg, self.allow, self.log, self.first = cfg, tuple(allow), log, first
         self.config = config
         self._saved: int | None = None  # the step that a save was last begun or restored for, unless it failed
@@ -67,7 +70,7 @@ class Checkpointer:
                 self.folder.mkdir(parents=True, exist_ok=True)
             self._tidy()
 
-    def restore(self, state: TrainState, source: Any) -> TrainState:
+    def restore(self, state: TrainState, source: Source) -> TrainState:
         """The newest whole step in the shardings of `state`, which may be abstract but for `frozen`; else `state`.
 
         Damaged steps are told and moved aside to `invalid-<step>-<n>`. Raises UserError for a step that is whole but
@@ -76,7 +79,7 @@ class Checkpointer:
         damaged = False
         while (step := hosts.from_first(next(iter(saved.steps(self.folder)), -1))) >= 0:
             problem, restored = self._load(step, state, source)
-            if not problem:
+            if restored is not None:
                 self._saved = self._begun = step
                 self._when = time.monotonic()
                 return restored
@@ -87,7 +90,7 @@ class Checkpointer:
             self.log(f"no whole checkpoint is left in {self.folder}: starting at step 0")
         return state
 
-    def maybe_save(self, step: int, state: TrainState, source: Any, force: bool = False) -> bool:
+    def maybe_save(self, step: int, state: TrainState, source: Source, force: bool = False) -> bool:
         """Begins a save when one is due, by steps or by minutes; returns whether it did. Call it after every step that
         a run may go on from: one that is due at another step is made at the next of these.
 
@@ -134,7 +137,7 @@ class Checkpointer:
             return False
         return bool(hosts.from_first(time.monotonic() - self._when >= 60 * self.cfg.minutes))
 
-    def _begin(self, step: int, state: TrainState, source: Any) -> None:
+    def _begin(self, step: int, state: TrainState, source: Source) -> None:
         final = self.folder / str(step)
         part = final if paths.remote(final) else self.folder / f"{step}.tmp"
         if hosts.primary():
@@ -173,13 +176,13 @@ class Checkpointer:
             error = e
         return None if hosts.all_true(error is None) else error or RuntimeError("another process failed")
 
-    def _commit(self, response: Any, manifest: dict, part: Any, final: Any) -> None:
+    def _commit(self, response: Future, manifest: dict, part: Place, final: Place) -> None:
         """Waits for the arrays, then makes them a step; the writer thread runs it."""
         try:
             response.result()
             if hosts.primary():
                 saved.finish(part, manifest)
-                if part != final:
+                if not paths.remote(self.folder):
                     part.rename(final)
                     files.sync(self.folder)
                 self._prune()
@@ -200,7 +203,7 @@ class Checkpointer:
                     doomed = doomed.rename(self.folder / f"{step}.tmp")
                 files.remove(doomed)
 
-    def _load(self, step: int, state: TrainState, source: Any) -> tuple[str, TrainState | None]:
+    def _load(self, step: int, state: TrainState, source: Source) -> tuple[str, TrainState | None]:
         """(problem, state): what is wrong with a step, or the state it holds."""
         folder, abstract = self.folder / str(step), _abstract(state)
         problem, manifest = self._attempt(lambda: saved.read_manifest(folder))
@@ -223,7 +226,7 @@ class Checkpointer:
             problem = str(e)
         return (problem, result) if hosts.all_true(not problem) else (problem or "damaged for another process", None)
 
-    def _check(self, manifest: dict, abstract: dict[str, Any], state: TrainState, source: Any) -> None:
+    def _check(self, manifest: Json, abstract: Abstract, state: TrainState, source: Source) -> None:
         """Raises UserError when a whole step is not one of this run."""
         where, step = str(self.folder), manifest["step"]
         leaves = {name: (tuple(leaf["shape"]), leaf["dtype"]) for name, leaf in manifest["leaves"].items()}
@@ -278,13 +281,13 @@ class Checkpointer:
     def _names(self) -> list[str]:
         return [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
 
-    def _set_aside(self, folder: Any) -> None:
+    def _set_aside(self, folder: Place) -> None:
         if hosts.primary():
             names = (self.folder / f"invalid-{folder.name}-{n}" for n in itertools.count())
             folder.rename(next(name for name in names if not name.exists()))
 
 
-def _abstract(state: TrainState) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract(state: TrainState) -> Abstract:
     leaves = saved.named(state.replace(frozen=None))
     return {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in leaves.items()}
 
@@ -293,6 +296,6 @@ def _shape(leaf: tuple | None) -> str:
     return f"{leaf[1]}{list(leaf[0])}" if leaf else "absent"
 
 
-def _fingerprint(source: Any) -> dict:
+def _fingerprint(source: Source) -> dict:
     """The data that a source reads now, as an entry of its state; {} for one that has none."""
     return {k: v for k, v in source.state_dict().items() if k == "fingerprint"}

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from common import chips
 from common.types import Config
@@ -28,6 +29,7 @@ class Clock:
         self.roles = cost.of_roles(plan, cfg.data.seq_len)
         self.schedule = jax.jit(schedule(cfg.optim, cfg.steps))
         self.chip = chips.find(cfg.chip or jax.devices()[0].device_kind)
+        assert isinstance(plan.mesh, Mesh), "only a plan has an abstract one"
         mine = local_rows(plan.mesh, cfg.data.batch_size)
         self.parts = cfg.data.batch_size // (mine.stop - mine.start)  # of the batch, each counted by a process
         self.bad = 0  # non-finite steps in a row before this session

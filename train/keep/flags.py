@@ -79,8 +79,8 @@ def trim_after_compiling() -> None:
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
-    def heard(event: str, seconds: float, **_: object) -> None:
-        if trim and event == "/jax/core/compile/backend_compile_duration" and seconds > 0.5:
+    def heard(event: str, duration_secs: float, **_: str | int) -> None:
+        if trim and event == "/jax/core/compile/backend_compile_duration" and duration_secs > 0.5:
             trim(0)
 
     monitoring.register_event_duration_secs_listener(heard)

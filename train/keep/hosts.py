@@ -30,8 +30,9 @@ def connect() -> None:
         if name.upper() not in env:
             jax.config.update(name, value)
     if env.get("JAX_COORDINATOR_ADDRESS"):
-        count, index = env.get("JAX_NUM_PROCESSES"), env.get("JAX_PROCESS_ID")
-        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count and int(count), index and int(index))
+        numbers = (env.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        count, index = (int(text) if text else None for text in numbers)
+        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index)
         return
     counts = "JAX_NUM_PROCESSES", "SLURM_NTASKS", "MEGASCALE_NUM_SLICES"
     if max(int(env.get(name) or 1) for name in counts) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):

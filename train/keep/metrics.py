@@ -48,13 +48,12 @@ class Metrics:
         self.path, self.total, self.step, self.on_error = Path(path), total_steps, 0, on_error
         self.active = jax.process_index() == 0
         self.finished = False  # the last step is done, and a line says so
-        self.seconds = dict.fromkeys(KINDS, 0.0)  # of this session, by kind
+        self.seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)  # of this session, by kind
         self._began = time.perf_counter()
         self._refused = False  # the line before could not be written
-        self._power = Power() if self.active else None
-        self._file = files.Lines(self.path) if self.active else None
+        if self.active:
+            self._power, self._console, self._file = Power(), Console(total_steps), files.Lines(self.path)
         self._feed = Feed(tracker, self.path.parent, run_config or {}) if tracker and self.active else None
-        self._console = Console(total_steps) if self.active else None
 
     def write(self, step: int, kind: str, **numbers: Any) -> None:
         """Appends one line. Numbers may be 0-d arrays; NaN and infinities become null, as JSON has neither."""

@@ -4,6 +4,7 @@ import os
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ class Power:
 
     def sample(self) -> None:
         """Adds what was used since the sample before; a source that fails now is asked again next time."""
+        sources: dict[str, Callable[[], Any]] = {"gpu": board_watts, "cpu": self._counters}
         with self._lock:
-            for name, read in (("gpu", board_watts), ("cpu", self._counters)):
+            for name, read in sources.items():
                 try:
                     now, value = time.monotonic(), read()
                     then, before = self._last.get(name, (now, value))

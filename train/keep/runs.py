@@ -14,13 +14,14 @@ import threading
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 from common import files, paths
 from common.errors import UserError
+from common.paths import Place
+from common.types import Json, Leaf
 from configs import schema
 from model.io import saved
 from train.keep import hosts
@@ -49,7 +50,9 @@ class RunDir:
     `allow`; "data" for keys under data), or the processes of the launch differ.
     """
 
-    def __init__(self, workdir: str | Path, config: dict, overrides: Any = None, source: str | Path = ""):
+    def __init__(
+        self, workdir: str | Place, config: dict, overrides: dict[str, Leaf] | None = None, source: str | Path = ""
+    ):
         self.home = paths.parse(workdir)
         self.path = files.mirror(self.home) if paths.remote(self.home) else self.home
         self.config = json.loads(json.dumps(config))  # tuples compare as the lists they come back as
@@ -97,10 +100,10 @@ class RunDir:
     def __enter__(self) -> "RunDir":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self, overrides: Any, source: str | Path) -> UserError | None:
+    def _open(self, overrides: dict[str, Leaf] | None, source: str | Path) -> UserError | None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if link := next((self.path / name for name in GROWING if (self.path / name).is_symlink()), None):
@@ -149,7 +152,7 @@ class RunDir:
                 f"use a new --workdir, or put {name!r} in config.allow",
             )
 
-    def _recorded(self) -> tuple[str, int, dict[str, Any] | None]:
+    def _recorded(self) -> tuple[str, int, Json | None]:
         """(where it is written, step, config) of the newest whole step; runs once had it in config.json alone."""
         step = 0
         for at in saved.steps(self.home / "ckpt"):
@@ -165,7 +168,7 @@ class RunDir:
             raise UserError(f"not JSON: {e}", str(path), "restore it from config_source.py") from e
 
 
-def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def differences(old: Json | Leaf, new: Json | Leaf, path: str = "") -> Iterator[tuple[str, str]]:
     """("optim.lr", "0.1 -> 0.2") for every value that two configs do not share."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
@@ -184,7 +187,7 @@ def _under(key: str, names: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(name + ".") for name in names)
 
 
-def take_lock(path: Path, home: Any = None) -> int:
+def take_lock(path: Path, home: Place | None = None) -> int:
     """An exclusive lock as an open file; the kernel drops it with the process, so a killed run leaves none behind.
 
     Raises UserError that says who holds it, and OSError for a link. Where the file system knows no locks, only a notice
@@ -239,7 +242,7 @@ class StopSignals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _on_signal(self, number: int, _: Any) -> None:
+    def _on_signal(self, number: int, _: object) -> None:
         if self.asked:
             os.write(2, b"\nstopped at once; the last checkpoint stands\n")
             os._exit(128 + number)
@@ -249,7 +252,7 @@ class StopSignals:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Json:
     """What, besides config and data, a result may depend on."""
     return {
         "python": sys.version.split()[0],

@@ -47,8 +47,7 @@ def table(path: Path, steps: int, rows: int = 10) -> str:
     seconds, calls = own_seconds(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"])
     total = sum(seconds.values())
     lines = [f"{'ms a step':>10} {'share':>6} {'calls a step':>12}  operation"]
-    for name in sorted(seconds, key=seconds.get, reverse=True)[:rows]:
-        s = seconds[name]
+    for name, s in sorted(seconds.items(), key=lambda item: item[1], reverse=True)[:rows]:
         lines.append(f"{1e3 * s / steps:>10.3f} {s / total:>6.1%} {calls[name] / steps:>12.1f}  {name}")
     return "\n".join(lines) if total else "the trace names no operations"
 

@@ -63,7 +63,7 @@ class Feed:
 
 class TensorBoard:
     def __init__(self, folder: Path, config: dict):
-        from tensorboard.summary import Writer
+        from tensorboard.summary import Writer  # pyright: ignore[reportMissingImports]
 
         self._writer = Writer(str(folder / "tensorboard"))
 
@@ -79,7 +79,7 @@ class WandB:
     """Steps are an ordinary number there: W&B drops points whose own step does not grow, as after a resume."""
 
     def __init__(self, folder: Path, config: dict):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._run = wandb.init(dir=str(folder), config=config, name=folder.name)
         self._run.define_metric("*", step_metric="step")
