@@ -6,6 +6,7 @@ import pytest
 
 from common.errors import UserError
 from data.text import chat, formats, template
+from data.text import tokenizer as tokenizer_module
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -159,3 +160,12 @@ def test_named_templates_mark_what_is_learnt(path):
     assert "Yo" in learnt(tok, ids, mask) and tok.core.id_to_token(last) in tok.special
     with pytest.raises(UserError, match="no such file or template"):
         template.named("nonesuch")
+
+
+def test_a_kept_system_text_is_for_chats_without_one():
+    own, text = make(), 'Say "hé"\n{{ x }} %}'
+    system = {"role": "system", "content": text}
+    kept = make(template.with_system(tokenizer_module.DEFAULT_TEMPLATE, text))
+    assert chat.render(TURNS[:1], kept, True) == chat.render([system, *TURNS[:1]], own, True)
+    other = [{"role": "system", "content": "Other"}, *TURNS[:1]]
+    assert chat.render(other, kept, True) == chat.render(other, own, True)

@@ -1,6 +1,7 @@
 """What a run starts from: a pretrained model, its tokenizer, the data."""
 
 import contextlib
+import copy
 import logging
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from jax.sharding import Mesh
 from common.errors import UserError
 from common.types import Config
 from data.rows.loader import load_tokenizer, make_loaders, save_tokenizer
-from data.text import formats
+from data.text import formats, template
 from data.text.tokenizer import Tokenizer
 from infer.models import Run, open_model
 from model import build
@@ -37,10 +38,18 @@ def tokenizer(cfg: Config, start: Pretrained | Run | None) -> Tokenizer:
     return load_tokenizer(cfg.data, default=start.tokenizer_source if start else "bytes")
 
 
-def keep_tokenizer(found: Tokenizer, folder: Path) -> None:
-    """Makes a run folder hold a copy of its tokenizer."""
+def keep_tokenizer(found: Tokenizer, folder: Path, system: str = "") -> None:
+    """Makes a run folder hold a copy of its tokenizer.
+
+    The system text that all chats began with goes into its template, for chats that bring none: what answers in this
+    run's name, here or from an export, is asked as in training.
+    """
     if not hosts.primary():
         return
+    if system and found.chat_template is not None:
+        found = copy.copy(found)
+        found.chat_template = template.with_system(found.chat_template, system)
+        found.tool_template = found.tool_template and template.with_system(found.tool_template, system)
     place = folder / "tokenizer"
     with contextlib.suppress(UserError):  # missing, damaged, or of a config that was changed before the first step
         if not place.is_symlink() and formats.load(place).fingerprint == found.fingerprint:

@@ -106,6 +106,12 @@ class Loader:
         used = sum(int(side.lengths.sum()) for packed in self.packed for side in packed.sides)
         return {**total, "rows": sum(self.sizes), "fill": used / slots, "causes": causes}
 
+    @property
+    def system(self) -> str:
+        """The system text that every chat of every source begins with; "" where they differ or have none."""
+        texts = {text for part in self.parts for text in part.dataset.report["system"]}
+        return texts.pop() if len(texts) == 1 else ""
+
     def notes(self, tokenizer: Tokenizer) -> list[str]:
         """What to know of the records of each source, in lines: columns that nothing used, and what was done."""
         lines = ["data.chat_template=none: prompts and completions are joined as they are"] if self.raw else []

@@ -211,6 +211,13 @@ def render(template: str, marks: tuple[str, str] = ("", ""), **variables) -> str
         raise UserError(f"{type(error).__name__}: {error}", "chat template") from None
 
 
+def with_system(template: str, system: str) -> str:
+    """The template, with a system text for chats that begin with none."""
+    text = json.dumps(system, ensure_ascii=False)
+    head = "{% if not messages or messages[0]['role'] not in ['system', 'developer'] %}{% set messages = "
+    return f"{head}[{{'role': 'system', 'content': {text}}}] + messages %}}{{% endif %}}{template}"
+
+
 def named(spec: str) -> str | None:
     """The template that `spec` names: a file, or one of data/text/templates; None for "none"."""
     if spec == "none":
