@@ -1,7 +1,8 @@
 """Kills commands at chosen points and at any moment, and fills their disk; the same command must then end as if nothing
 had happened: with the same bits, the same record and no file left over.
 
-    python -m tests.chaos [--seconds=600] [--tries=N] [--seed=0] [--only=train,resume,quantize,export,prepare]
+    python -m tests.chaos [--seconds=600] [--tries=N] [--seed=0] [--kinds=kill,full,moment]
+        [--only=train,continue,resume,quantize,export,prepare]
 
 The tries are drawn by seed from all points of all commands (tests/chaos/points.py) and from random moments, in turn
 from each command and each way, until --seconds have passed or --tries are done. Exit code 1 when one of them failed.
@@ -43,6 +44,7 @@ from tools import export as tool_export
 from tools import prepare, quantize
 from train import main as training
 
+NAMES = ["train", "continue", "resume", "quantize", "export", "prepare"]
 PATIENCE = 120.0  # seconds that a command may take
 TINY = [
     "--config=configs/sft/tiny.py", "--config.steps=4", "--config.log_every=1", "--config.ckpt.every=2",
@@ -67,6 +69,7 @@ def commands(base: Path) -> dict[str, Command]:
     nothing = lambda root: None
     return {
         "train": Command(training.main, train, nothing),
+        "continue": Command(training.main, lambda root: [*train(root), "--config.ckpt.on_error=continue"], nothing),
         "resume": Command(training.main, train, lambda root: _copy(base / "half", root)),
         "quantize": Command(
             quantize.main,
@@ -177,7 +180,7 @@ def measured(name: str, command: Command, root: Path) -> Case:
     return Case(name, command, outcome(root), found, seconds)
 
 
-def tries(cases: list[Case], r: random.Random) -> Iterator[tuple[Case, str, float]]:
+def tries(cases: list[Case], kinds: list[str], r: random.Random) -> Iterator[tuple[Case, str, float]]:
     """Without end: (case, kind, point or seconds), from each case and kind in turn, points drawn without repetition."""
 
     def drawn(case: Case, kind: str) -> Iterator[tuple[Case, str, float]]:
@@ -189,8 +192,7 @@ def tries(cases: list[Case], r: random.Random) -> Iterator[tuple[Case, str, floa
         while True:
             yield case, "moment", r.uniform(0, case.seconds)
 
-    streams = [drawn(case, "kill") for case in cases] + [drawn(case, "full") for case in cases]
-    streams += [moments(case) for case in cases]
+    streams = [moments(case) if kind == "moment" else drawn(case, kind) for kind in kinds for case in cases]
     yield from itertools.chain.from_iterable(zip(*streams, strict=True))
 
 
@@ -239,7 +241,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=cli.count, default=600)
     parser.add_argument("--tries", type=cli.count, default=1 << 30)
     parser.add_argument("--seed", type=cli.count, default=0)
-    parser.add_argument("--only", type=cli.listed, default=["train", "resume", "quantize", "export", "prepare"])
+    parser.add_argument(
+        "--only", type=cli.listed, default=["train", "continue", "resume", "quantize", "export", "prepare"]
+    )
+    parser.add_argument("--kinds", type=cli.listed, default=["kill", "full", "moment"])
     args = parser.parse_args(argv)
     end, done, failed = time.monotonic() + args.seconds, Counter(), 0
     with tempfile.TemporaryDirectory() as work:
@@ -247,7 +252,7 @@ def main(argv: list[str]) -> int:
         for case in cases:
             sizes = ", ".join(f"{len(names)} points to {kind}" for kind, names in case.points.items())
             print(f"{case.name}: {sizes}, {case.seconds:.1f} s", flush=True)
-        for case, kind, at in itertools.islice(tries(cases, random.Random(args.seed)), args.tries):
+        for case, kind, at in itertools.islice(tries(cases, args.kinds, random.Random(args.seed)), args.tries):
             if time.monotonic() > end:
                 break
             wrong = attempt(case, kind, at, Path(work) / "root")
