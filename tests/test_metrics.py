@@ -82,7 +82,9 @@ def test_what_was_measured_at_step_0_is_measured_again(tmp_path):
             m.rewind(0)
             m.write(0, "eval", nll=1.0)
             m.write(0, "sample", answer="a")
-    assert [line["kind"] for line in lines(tmp_path)] == ["event", "event", "eval", "sample"]
+            m.end("a floor is crossed", exit_code=71)
+    told = [line.get("event", line["kind"]) for line in lines(tmp_path)]
+    assert told == ["session", "session", "eval", "sample", "a floor is crossed"]
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path):

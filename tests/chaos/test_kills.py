@@ -21,7 +21,7 @@ def environment() -> dict[str, str]:
 @pytest.mark.slow
 def test_kills_and_full_disks_leave_no_trace():
     """A kill at a point, a full disk and a kill at a random moment for each of six commands."""
-    command = [sys.executable, "-m", "tests.chaos", "--tries=18", "--seconds=150"]
+    command = [sys.executable, "-m", "tests.chaos", "--tries=18", "--seconds=200"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0 and "0 failed" in done.stdout, done.stdout + done.stderr
 

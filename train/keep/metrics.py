@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import jax
 from rich.text import Text
 
-from common import files, gas
+from common import exits, files, gas
 from common.errors import UserError
 from common.numbers import duration, number
 from train.keep.power import Power
@@ -109,6 +109,9 @@ class Metrics:
             if line.get("event") == "session":
                 line["step"] = min(line["step"], step)
         kept = [line for line in lines if line["step"] <= step and (step or line["kind"] == "event")]
+        kept = [
+            line for line in kept if line.get("exit_code", exits.PREEMPTED) == exits.PREEMPTED
+        ]  # an end comes again
         told = {"lost_steps": lost, "seconds": ended[0].spent, "joules": ended[0].joules} if ended else {}
         devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count()}
         session = _stamped(step, "event", event="session", devices=devices, **told)
