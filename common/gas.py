@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from common import chips
 from common.numbers import percent, short
+from common.types import Json
 
 REPLAYED = ("data", "step")  # kinds of seconds that are spent again after a restart
 COVERED = 0.9  # share of a session's time that samples of power must cover to count as measured
@@ -13,7 +14,7 @@ COVERED = 0.9  # share of a session's time that samples of power must cover to c
 class Session(NamedTuple):
     """One launch. Seconds by kind: all that it spent, and those up to its last step that no restart cut off."""
 
-    devices: dict[str, Any]
+    devices: Json
     spent: dict[str, float]
     kept: dict[str, float]
     joules: dict[str, list[float]]  # of train.keep.power
@@ -94,7 +95,7 @@ def sessions(lines: Iterable[dict]) -> list[Session]:
     return found + [now] * bool(now.spent)
 
 
-def line(lines: Iterable[dict], environment: dict[str, Any], chip: str = "") -> Gas:
+def line(lines: Iterable[dict], environment: Json, chip: str = "") -> Gas:
     """What the lines of a run add up to. `environment`: that of its folder, for lines that do not say their devices.
 
     `chip`: config.chip, a name in chips.json that stands for all devices.
@@ -107,7 +108,7 @@ def line(lines: Iterable[dict], environment: dict[str, Any], chip: str = "") -> 
     return used._replace(flops=flops[-1] if flops else None, co2_kg_cci=co2)
 
 
-def _of_session(s: Session, devices: dict[str, Any], name: str) -> Gas:
+def _of_session(s: Session, devices: Json, name: str) -> Gas:
     kind = devices.get("kind", "unknown")
     count = devices.get("processes" if kind == "cpu" else "count")  # a host may show its CPU as many devices
     chip, site = chips.find(name or kind), chips.site()
@@ -134,7 +135,7 @@ def _of_session(s: Session, devices: dict[str, Any], name: str) -> Gas:
     )
 
 
-def _measured(s: Session, devices: dict[str, Any]) -> float | None:
+def _measured(s: Session, devices: Json) -> float | None:
     """Joules of all devices in the whole session. The boards of the first host stand for those of the others."""
     host, wall = devices.get("kind") == "cpu", sum(s.spent.values())
     joules, covered = s.joules.get("cpu" if host else "gpu", (0.0, 0.0))

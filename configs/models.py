@@ -1,7 +1,8 @@
 """Shapes by name: `c.model.shape = "tiny"`. Each entry is keyword arguments of model.config.ModelConfig."""
 
 from collections.abc import Mapping
-from typing import Any
+
+from common.types import Leaf
 
 
 def _llama(vocab_size, layers, embed, heads, kv_heads, mlp, **more):
@@ -33,7 +34,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-def resized(name: str, changes: Mapping[str, int]) -> dict[str, Any]:
+def resized(name: str, changes: Mapping[str, int]) -> dict[str, Leaf]:
     """A shape with other sizes. With other heads or another width, a head is embed / heads wide, and there are at most
     as many key heads as heads."""
     shape = {**SHAPES[name], **changes}

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from common.types import Json
+
 LAYERS = "layers"  # the subtree of parameters that are stacked over layers
 BIASED = {  # `bias` of a config: the products of attention and MLP that have one
     "none": (),
@@ -102,11 +104,11 @@ class ModelConfig:
         part = parts[parts.index(LAYERS) + 1]
         return [i for i, kind in enumerate(self.kinds) if part == kind or part not in self.blocks]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, d: dict[str, Any]) -> "ModelConfig":
+    def from_dict(cls, d: Json) -> "ModelConfig":
         d = dict(d)
         scaling = d.get("rope_scaling") or ()
         pairs = scaling.items() if isinstance(scaling, dict) else scaling

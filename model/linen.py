@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax.linen.dtypes import promote_dtype
+from jax import Array
 
 from common.errors import UserError
 from model import weights
@@ -31,7 +32,7 @@ def specs(apply: Callable, params: Params, *args: Any, **kwargs: Any) -> Specs:
     """
     found: dict[str, str] = {}
 
-    def record(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    def record(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         module = context.module
         if (eqn := _equation(module)) and context.method_name == "__call__":
             found["/".join((*module.path, _name(module)))] = eqn
@@ -40,7 +41,7 @@ def specs(apply: Callable, params: Params, *args: Any, **kwargs: Any) -> Specs:
     with nn.intercept_methods(record):
         jax.eval_shape(apply, params, *args, **kwargs)
 
-    def spec(path: str, x: Any) -> Spec:
+    def spec(path: str, x: Array) -> Spec:
         eqn = found.get(path, "")
         names = tuple(AXES[c] for c in operands(eqn)[1]) if eqn else ()
         lead = (None,) * (x.ndim - len(names))  # of layers that a model stacks
@@ -58,7 +59,7 @@ def wrap(apply: Callable, specs: Specs) -> Callable:
     """
     declared = {weights.name(path): s for path, s in jax.tree.leaves_with_path(specs, is_leaf=weights.is_spec)}
 
-    def multiply(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    def multiply(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         module = context.module
         leaf = module.get_variable("params", _name(module)) if _equation(module) else None
         if not weights.is_weight(leaf) or context.method_name not in ("__call__", "attend"):

@@ -16,10 +16,11 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common import cli, files
 from common.errors import UserError
+from common.types import Json
 from configs import base, schema
 from configs.schema import methods, overrides, rules
 
@@ -62,7 +63,7 @@ def budget(text: str) -> tuple[float, str] | None:
     return (float(found[1]), found[2]) if found else None
 
 
-def options(quant: str, method: str, words: list[str], limit: tuple[float, str] | None) -> dict[str, Any]:
+def options(quant: str, method: str, words: list[str], limit: tuple[float, str] | None) -> Json:
     """The quantiser's arguments from the command line, its defaults filled in. Raises UserError."""
     if limit and quant != "mixed":
         raise UserError(f"{quant} is one format for all", "--budget", "--quant=mixed chooses")
@@ -90,7 +91,7 @@ def options(quant: str, method: str, words: list[str], limit: tuple[float, str] 
     return found | {"budget": limit} if limit else found
 
 
-def quantise(args: argparse.Namespace, settings: dict[str, Any]) -> int:
+def quantise(args: argparse.Namespace, settings: Json) -> int:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -126,7 +127,7 @@ def quantise(args: argparse.Namespace, settings: dict[str, Any]) -> int:
     return 0
 
 
-def saved_with(out: Path) -> dict[str, Any]:
+def saved_with(out: Path) -> Json:
     """What a folder of quantised parameters was made from; {} for a folder that is none."""
     from model.io import saved
 
@@ -166,8 +167,8 @@ def texts(args: argparse.Namespace, tokenizer: "Tokenizer") -> tuple["np.ndarray
 
 
 def fitted(
-    opened: "Run | Pretrained", args: argparse.Namespace, settings: dict[str, Any], rows: "np.ndarray"
-) -> "tuple[Transformer, Params, dict[str, Any] | None]":
+    opened: "Run | Pretrained", args: argparse.Namespace, settings: Json, rows: "np.ndarray"
+) -> "tuple[Transformer, Params, Json | None]":
     """(model, its quantised parameters, the group "quant" of the config when the run was trained for a format)."""
     import importlib
     from functools import partial
@@ -282,7 +283,7 @@ def reader(opened: "Run | Pretrained", model: "Transformer", dtype: str) -> "tup
     return jax.tree.map(lambda x: x.astype(dtype), params), lambda i: jax.tree.map(lambda x: x[i], layers)
 
 
-def save(out: Path, lm: "LM", quant: dict[str, Any], dtype: str, made: dict[str, Any]) -> None:
+def save(out: Path, lm: "LM", quant: Json, dtype: str, made: Json) -> None:
     """A run folder at step 0 that needs no `init`: its checkpoint holds every parameter, model.json their shape."""
     import dataclasses
 

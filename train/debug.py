@@ -4,19 +4,22 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from common import exits, paths
 from common.errors import UserError
+from common.paths import Place
 from common.types import Config
+from data.text.tokenizer import Tokenizer
 from model import build, weights
 from model.config import in_layers
 from model.io import saved
 from model.net.layers import Block
+from model.weights import Tree
 from train import init, inputs
 from train.keep import hosts
 from train.mesh import RULES, make_mesh
@@ -43,7 +46,7 @@ def run(cfg: Config, workdir: str | None) -> int:
         return _examine(planned, state, batch)
 
 
-def _newest(state: TrainState, folder: Any) -> TrainState:
+def _newest(state: TrainState, folder: Place) -> TrainState:
     """`state` with what the newest step of a run holds; `state` itself without one. The step is not verified."""
     for step in saved.steps(folder)[:1]:
         arrays = saved.named(state.replace(frozen=None))
@@ -59,7 +62,7 @@ def _newest(state: TrainState, folder: Any) -> TrainState:
     return state
 
 
-def _show_batch(batch: dict, tokenizer: Any, step: int) -> None:
+def _show_batch(batch: dict, tokenizer: Tokenizer, step: int) -> None:
     from rich.console import Console
 
     from data.rows import batch as batches
@@ -106,16 +109,16 @@ def _tell(what: str, where: str) -> int:
     return exits.BROKEN
 
 
-def _not_finite(tree: Any) -> bool:
+def _not_finite(tree: Tree) -> bool:
     numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return not all(bool(jnp.isfinite(x).all()) for x in numbers)
 
 
-def _broken(tree: Any) -> list[str]:
+def _broken(tree: Tree) -> list[str]:
     """Leaves that are not finite, the nearest to the loss first: that is where a gradient broke. Layers are stacked."""
     found = []
 
-    def look(path: str, x: Any) -> None:
+    def look(path: str, x: Array) -> None:
         if jnp.issubdtype(x.dtype, jnp.inexact) and not bool(jnp.isfinite(x).all()):
             bad = ~jnp.isfinite(x.reshape(x.shape[0], -1)).all(1) if in_layers(path) else None
             layer = -1 if bad is None else int(jnp.max(jnp.where(bad, jnp.arange(len(bad)), -1)))
@@ -130,7 +133,7 @@ def _forward(loss: Callable[[], dict], layers: int) -> tuple[list[str], dict]:
     """Runs the loss op by op, prints what the modules return; (the outputs that are not finite, metrics)."""
     bad, done = [], 0
 
-    def look(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    def look(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Tree:
         nonlocal done
         out = call(*args, **kwargs)
         if context.method_name != "__call__":
@@ -151,7 +154,7 @@ def _forward(loss: Callable[[], dict], layers: int) -> tuple[list[str], dict]:
     return bad, metrics
 
 
-def _first_nan(loss: Callable[[], Any]) -> str:
+def _first_nan(loss: Callable[[], Tree]) -> str:
     """The line of the code that makes the first NaN; "" when there are only infinities."""
     try:
         with jax.disable_jit(), jax.debug_nans(True):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from common.errors import UserError
 from common.types import Config
@@ -15,7 +15,7 @@ from model import build, heads, weights
 from model.net import backends
 from model.net.transformer import Transformer, virtual_tokens
 from model.peft import saved as saved_adapter
-from model.weights import Params
+from model.weights import Params, Tree
 from train import mesh as meshes
 from train.objectives import Objective, Role
 from train.optim import optimizer
@@ -30,7 +30,7 @@ class Blueprint:
     objective: Objective
     transform: Callable[[Params, Array], Params]  # of a role that trains
     tx: optax.GradientTransformation
-    mask: dict[str, Any]  # {role: tree of bools}: what trains
+    mask: dict[str, Tree]  # {role: tree of bools}: what trains
     abstract: TrainState  # ShapeDtypeStructs
     shardings: TrainState
     mesh: Mesh | AbstractMesh
@@ -105,7 +105,7 @@ def _grown(
     return tree
 
 
-def _mask(tree: Params, role: Role, what: str) -> Any:
+def _mask(tree: Params, role: Role, what: str) -> Tree:
     """True where a role trains. An "initial" role has the policy's mask: what it freezes is what the policy moves."""
     if role.kind == "frozen":
         return jax.tree.map(lambda _: False, tree)
@@ -115,7 +115,7 @@ def _mask(tree: Params, role: Role, what: str) -> Any:
         raise UserError(str(e), "config", "see the parameter table of --plan") from e
 
 
-def _halves(roles: dict[str, Role], trees: Roles, mask: dict[str, Any], shares: dict[str, str]) -> tuple[Roles, Roles]:
+def _halves(roles: dict[str, Role], trees: Roles, mask: dict[str, Tree], shares: dict[str, str]) -> tuple[Roles, Roles]:
     """(params, frozen) of a TrainState from {role: whole tree}."""
     params, frozen = {}, {}
     for name, tree in trees.items():
@@ -129,12 +129,12 @@ def _halves(roles: dict[str, Role], trees: Roles, mask: dict[str, Any], shares: 
     return params, frozen
 
 
-def _like_params(opt_state: Any, params: Any, places: Any, default: Any) -> Any:
+def _like_params(opt_state: Tree, params: Roles, places: Tree, default: Tree) -> Tree:
     """Optimizer state shaped like a parameter takes that parameter's sharding, matched by path suffix and shape."""
     where = {}
     weights.map_named(lambda path, x, s: where.setdefault(path, (x.shape, s)), params, places)
 
-    def place(path: str, x: Any, other: Any) -> Any:
+    def place(path: str, x: Array, other: NamedSharding) -> NamedSharding:
         parts = path.split("/")
         for i in range(len(parts)):
             shape, sharding = where.get("/".join(parts[i:]), (None, None))

@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.types import Config
 from configs.schema import rules
 from model import weights
+from model.weights import Tree
 
 # Outermost first: neighbours along the last axis are the nearest devices. "expert" is 1 until a model has experts.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -65,7 +66,7 @@ def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
-def row_shards(cfg: Config, mesh: Any) -> int:
+def row_shards(cfg: Config, mesh: Mesh | AbstractMesh) -> int:
     """How many devices share out the rows of a batch. Raises UserError when the mesh does not divide a batch [B,T],
     which only the number of devices tells where an axis is -1."""
     for path, problem, fix in rules.shares(cfg.data.batch_size, cfg.accum, cfg.data.seq_len, mesh.shape):
@@ -79,11 +80,11 @@ def abstract_mesh(cfg: Config, devices: int = 0) -> AbstractMesh:
     return AbstractMesh(shape, AXES)
 
 
-def shardings(axes: Any, abstract: Any, mesh: Any) -> Any:
+def shardings(axes: Tree, abstract: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """A NamedSharding at every array of `abstract`; `axes` holds its logical names."""
     named = lambda x, names: NamedSharding(mesh, P(*weights.assigned_axes(names, x.shape, mesh, RULES)))
     return jax.tree.map(named, abstract, axes)
 
 
-def replicated(tree: Any, mesh: Any) -> Any:
+def replicated(tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     return jax.tree.map(lambda _: NamedSharding(mesh, P()), tree)

@@ -1,16 +1,15 @@
 """`--plan`: what a run will be and hold, in seconds and without touching a device."""
 
 from pathlib import Path
-from typing import Any
 
 from common import files
-from common.types import Config
+from common.types import Config, Json
 from data.rows.batch import KINDS
 from train import cost
 from train.init import Blueprint
 
 
-def describe(cfg: Config, plan: Blueprint) -> dict[str, Any]:
+def describe(cfg: Config, plan: Blueprint) -> Json:
     """Parameters of the policy, FLOPs of all roles from the equations, and bytes per device of a run."""
     roles = cost.of_roles(plan, cfg.data.seq_len)
     policy, price = roles["policy"], cost.of_plan(plan, cfg.data.seq_len)

@@ -1,12 +1,13 @@
 """Batches on devices: each process reads only the rows that its own devices hold."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from common.types import Json
 from data.rows import batch as batches
 from data.rows.batch import Batch
 from data.rows.loader import Loader
@@ -38,11 +39,11 @@ class Source(Protocol):
         """
         ...
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Json:
         """What a checkpoint's manifest keeps, as plain data."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Json) -> None:
         """Raises UserError when the run read other data."""
         ...
 
@@ -91,9 +92,9 @@ class Batches:
 
         return jax.make_array_from_callback(shape, NamedSharding(self.mesh, P(*BATCH[: x.ndim])), shard)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Json:
         return self.loader.state_dict() | {"seen": self.seen}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Json) -> None:
         self.loader.load_state_dict(state)
         self.seen = state["seen"]

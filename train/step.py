@@ -1,7 +1,7 @@
 """One optimizer step, for every objective."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,9 @@ def make_step(
     return step
 
 
-def compile_step(blueprint: Blueprint, accum: int = 1) -> Any:
+def compile_step(
+    blueprint: Blueprint, accum: int = 1
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Pair]]]:
     """`make_step` of a run under jit: the state is donated and comes back where the blueprint places it."""
     step = make_step(blueprint.objective.loss, blueprint.tx, accum)
     return jax.jit(step, donate_argnums=0, out_shardings=(blueprint.shardings, None))

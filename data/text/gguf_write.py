@@ -1,16 +1,16 @@
 """A tokenizer as the metadata of a GGUF file, which llama.cpp and data/text/gguf.py read."""
 
 import json
-from typing import Any
 
 from common.errors import UserError
+from common.types import Json
 from data.text.gguf import KEY
 from data.text.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from data.text.splits import GPT2, NFC, SPLITS, WHOLE_WORDS
 from data.text.tokenizer import Tokenizer
 
 
-def metadata(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
+def metadata(tokenizer: Tokenizer, size: int) -> Json:
     """{key: value} for a model with a table of `size` rows. Raises UserError for what GGUF has no word for."""
     core = json.loads(tokenizer.core.to_str())
     model = core["model"]

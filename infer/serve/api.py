@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+from common.types import Json
 from infer.lm import LM
 from infer.sample import Knobs
 from infer.serve import Refused
@@ -120,7 +121,7 @@ def seed(given: int | None, choice: int) -> int:
     return given if not choice and abs(given) < 1 << 31 else zlib.crc32(f"{given} {choice}".encode()) >> 1
 
 
-def _object(body: bytes) -> dict[str, Any]:
+def _object(body: bytes) -> Json:
     try:
         content = json.loads(body)
         json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair is no text
@@ -133,7 +134,7 @@ def _object(body: bytes) -> dict[str, Any]:
     return content
 
 
-def _neutral(name: str, value: Any) -> None:
+def _neutral(name: str, value: object) -> None:
     """Raises Refused for a parameter that would change the answer, were it supported."""
     if name in LABELS:
         if not isinstance(value, LABELS[name]):
@@ -146,7 +147,7 @@ def _neutral(name: str, value: Any) -> None:
         raise Refused(400, f"{name} = {json.dumps(value)[:80]} is not supported; {instead}", name, "unsupported_value")
 
 
-def _value(name: str, field: Field, value: Any) -> Any:
+def _value(name: str, field: Field, value: object) -> Any:
     if value is None:
         return field.default
     right = type(value) is field.kind or (field.kind is float and type(value) is int)
@@ -157,20 +158,20 @@ def _value(name: str, field: Field, value: Any) -> Any:
     return value
 
 
-def _max_tokens(o: dict[str, Any]) -> int | None:
+def _max_tokens(o: Json) -> int | None:
     old, new = o["max_tokens"], o.get("max_completion_tokens")
     if old and new and old != new:
         raise Refused(400, "max_tokens and max_completion_tokens differ: send one of them", "max_tokens")
     return new or old
 
 
-def _top(o: dict[str, Any]) -> int | None:
+def _top(o: Json) -> int | None:
     if o["top_logprobs"] and not o["logprobs"]:
         raise Refused(400, "top_logprobs needs logprobs: true", "top_logprobs")
     return (o["top_logprobs"] or 0) if o["logprobs"] else None
 
 
-def _stop(value: Any) -> list[str]:
+def _stop(value: object) -> list[str]:
     stop = [value] if isinstance(value, str) else value
     right = isinstance(stop, list) and len(stop) <= 4
     if not right or not all(isinstance(s, str) and 0 < len(s) <= STOP for s in stop):
@@ -178,7 +179,7 @@ def _stop(value: Any) -> list[str]:
     return stop
 
 
-def _usage(options: Any) -> bool:
+def _usage(options: object) -> bool:
     unknown = options.keys() - {"include_usage", "include_obfuscation"} if isinstance(options, dict) else {""}
     if unknown or not all(isinstance(v, bool | None) for v in options.values()):
         raise Refused(400, "stream_options must be {include_usage: true or false}", "stream_options")
@@ -187,10 +188,10 @@ def _usage(options: Any) -> bool:
     return bool(options.get("include_usage"))
 
 
-def _prompts(value: Any) -> list[str | list[int]]:
+def _prompts(value: object) -> list[str | list[int]]:
     """The prompts of a completion: a text, texts, ids, or lists of ids."""
 
-    def ids(x: Any) -> bool:
+    def ids(x: object) -> bool:
         return isinstance(x, list) and len(x) > 0 and all(type(i) is int for i in x)
 
     prompts = [value] if isinstance(value, str) or ids(value) else value

@@ -4,7 +4,6 @@ What the model's template would drop is refused, with the reason: no field of a 
 """
 
 import json
-from typing import Any
 
 from common.errors import UserError
 from data.text import chat
@@ -17,7 +16,7 @@ LINKS = {"tool_call_id"}  # the order of the turns says the same
 FIELDS = {"role", "content", "name", "tool_calls"} | THOUGHTS | LINKS
 
 
-def turns(value: Any) -> list[Message]:
+def turns(value: object) -> list[Message]:
     """The messages of a request, each with a text as its content. Raises Refused."""
     if not isinstance(value, list) or not value:
         raise Refused(400, "messages must be a list of at least one message", "messages")
@@ -63,7 +62,7 @@ def _refuse_dropped(lm: LM, messages: list[Message], fields: list[str]) -> None:
             raise Refused(400, f"the model's chat template does not render messages of role {role!r}", "messages")
 
 
-def _turn(message: Any, where: str) -> Message:
+def _turn(message: object, where: str) -> Message:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise Refused(400, f"{where} needs a role: {', '.join(sorted(ROLES))}", where)
     given = {k: v for k, v in message.items() if v is not None and v != []}
@@ -79,7 +78,7 @@ def _turn(message: Any, where: str) -> Message:
     return out
 
 
-def _content(content: Any, optional: bool, where: str) -> str:
+def _content(content: object, optional: bool, where: str) -> str:
     """A text, or OpenAI's list of parts of text."""
     if content is None and optional:
         return ""
@@ -95,7 +94,7 @@ def _content(content: Any, optional: bool, where: str) -> str:
     return content
 
 
-def _call(call: Any, where: str) -> dict:
+def _call(call: object, where: str) -> dict:
     """A call with its arguments as an object, which is how templates expect them."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):

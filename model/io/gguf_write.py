@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from common.errors import UserError
+from common.types import Json
 from model import weights
 from model.config import ModelConfig
 from model.io import export
@@ -25,7 +26,7 @@ FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 TOLERANCE = {"F32": 1e-4, "F16": 1e-2, "BF16": 6e-2, "Q8_0": 0.1, "Q4_0": 1.0, "Q4_1": 1.0}
 
 
-def write(path: str | Path, model: Transformer, params: Params, tokenizer: dict[str, Any], kind: str = "F16") -> float:
+def write(path: str | Path, model: Transformer, params: Params, tokenizer: Json, kind: str = "F16") -> float:
     """Merged `params` as a file whose matrices are of the type `kind`, with the metadata of a tokenizer; read back.
 
     Returns the largest difference of the logits as a share of the largest logit. Raises UserError for what llama.cpp
@@ -66,7 +67,7 @@ def _check(config: ModelConfig) -> None:
         raise UserError(f"GGUF is not written for this model's {', '.join(lost)}", "export", "--format=hf")
 
 
-def _file(path: Path, model: Transformer, params: Params, tokenizer: dict[str, Any], kind: str) -> None:
+def _file(path: Path, model: Transformer, params: Params, tokenizer: Json, kind: str) -> None:
     import gguf
 
     c, arch = model.config, ARCHITECTURES[model.config.family]

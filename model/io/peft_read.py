@@ -7,11 +7,11 @@ stays unused, which is said in a line. Written by model/io/peft_write.py.
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from common import paths, regexes
 from common.errors import UserError
@@ -28,10 +28,11 @@ from model.peft.lora import LoRA, factors, scale_of
 from model.peft.oft import OFT, block_of
 from model.peft.prefix import Prefix, with_prefix
 from model.peft.prompt import Prompt
-from model.weights import Params, Spec, Specs, Transform
+from model.weights import Params, Spec, Specs, Transform, Weight
 
 MAGNITUDE = ".lora_magnitude_vector"
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+Stored = Array | Weight  # what stands at a parameter
 ROOT = "base_model.model."
 HEAD = "BTD,VD->BTV"  # a tied table as an unembedding
 
@@ -192,7 +193,7 @@ class Folder:
         raise UserError("its modules are those of no family computed here", str(self.path / TENSORS))
 
 
-def _ends(module: str, names: Any) -> bool:
+def _ends(module: str, names: object) -> bool:
     return isinstance(names, list) and any(module == name or module.endswith(f".{name}") for name in names)
 
 
@@ -236,7 +237,7 @@ def _virtual(folder: Folder, params: Params, specs: Specs) -> Params:
     return with_prefix(params, Prefix(jnp.asarray(k), jnp.asarray(v)))
 
 
-def _leaf(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base: Any, spec: Spec | None) -> Any:
+def _leaf(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base: Stored, spec: Spec | None) -> Stored:
     """A parameter with what the folder has for it."""
     if spec is None or path not in keys:
         return base
@@ -252,7 +253,7 @@ def _leaf(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base
     return READERS[folder.kind](folder, keys[path], sizes, specs, path, base, spec)
 
 
-def _own(folder: Folder, key: Key, sizes: dict, path: str, base: Any, spec: Spec) -> Any:
+def _own(folder: Folder, key: Key, sizes: dict, path: str, base: Stored, spec: Spec) -> Stored:
     """A parameter with what the folder holds of it whole: copies of `modules_to_save`, trained biases, tables that PEFT
     keeps beside their adapters."""
     module, _, last = key.name.rpartition(".")
@@ -266,7 +267,7 @@ def _own(folder: Folder, key: Key, sizes: dict, path: str, base: Any, spec: Spec
     return base
 
 
-def _tokens(folder: Folder, key: Key, base: Any, spec: Spec) -> Any:
+def _tokens(folder: Folder, key: Key, base: Stored, spec: Spec) -> Stored:
     """A table [V, D] or head [D, V] with the rows of `trainable_token_indices`."""
     module = key.name.removesuffix(".weight")
     table = key.layout == "VD->VD"
@@ -282,7 +283,7 @@ def _tokens(folder: Folder, key: Key, base: Any, spec: Spec) -> Any:
     return base.at[jnp.asarray(ids)].set(rows) if table else base.at[:, jnp.asarray(ids)].set(rows.T)
 
 
-def _tied_table(folder: Folder, keys: dict, sizes: dict, specs: Specs, base: Any, spec: Spec) -> Any:
+def _tied_table(folder: Folder, keys: dict, sizes: dict, specs: Specs, base: Stored, spec: Spec) -> Stored:
     """A table that is the head too: PEFT's copies and adapters are for one use of it, unless they are the same."""
     uses = {"lookup": (keys["embed/table"], spec)}
     uses["head"] = Key(keys["unembed/table"].name, "VD->VD"), spec.replace(eqn=HEAD)
@@ -308,7 +309,7 @@ def _tied_table(folder: Folder, keys: dict, sizes: dict, specs: Specs, base: Any
     return leaf if _tied(folder, keys) else head.replace(used="head", base=leaf.replace(used="lookup"))
 
 
-def _change(base: Any, copy: np.ndarray, spec: Spec, use: str) -> LoRA:
+def _change(base: Stored, copy: np.ndarray, spec: Spec, use: str) -> LoRA:
     """One use of a table [V, D] as of another table: a LoRA of full rank that adds the difference."""
     change, one = copy - weights.dense_of(weights.base(base), spec), jnp.eye(copy.shape[1])
     a, b = (one, change.T) if use == "head" else (change, one)
@@ -367,7 +368,7 @@ def _vectors(folder: Folder, key: Key, sizes: dict, spec: Spec, suffix: str, gro
     return _stack([ones if x is None else x.reshape(-1) for x in found], spec)
 
 
-def _lora(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: Any, spec: Spec) -> Any:
+def _lora(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: Stored, spec: Spec) -> Stored:
     c, embedding = folder.config, path == "embed/table" and spec.eqn != HEAD
     a_key, b_key = factor_keys(key, spec.eqn)
     suffixes = (".lora_embedding_A", ".lora_embedding_B") if embedding else (".lora_A.weight", ".lora_B.weight")
@@ -408,7 +409,7 @@ def _measured(folder: Folder, key: Key, sizes: dict, path: str, leaf: DoRA, spec
     return leaf.replace(magnitude=magnitude)
 
 
-def _ia3(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: Any, spec: Spec) -> Any:
+def _ia3(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: Stored, spec: Spec) -> Stored:
     inputs = bool(folder.inputs & set(_names(key, spec, ".ia3_l")))
     group = groups(key, spec.eqn)[not inputs]
     scale = _vectors(folder, key, sizes, spec, ".ia3_l", group)
@@ -417,7 +418,7 @@ def _ia3(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: A
     return IA3(base, scale, group.lstrip("0123456789"))
 
 
-def _scaled_bias(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base: Any) -> Any:
+def _scaled_bias(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base: Stored) -> Stored:
     """A bias as PEFT's IA3 has it, which rescales all that leaves a module."""
     parent, _, name = path.rpartition("/")
     weight = next((p for p in (f"{parent}/w{name[1:]}", f"{parent}/{name[1:]}") if p in keys), None)
@@ -441,7 +442,7 @@ def has_bias(specs: Specs, path: str) -> bool:
     return "b" + name.removeprefix("w") in specs
 
 
-def _oft(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: Any, spec: Spec) -> Any:
+def _oft(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: Stored, spec: Spec) -> Stored:
     found = [folder.get(n, (None, None)) for n in _names(key, spec, ".oft_R.weight")]
     if all(q is None for q in found):
         return base

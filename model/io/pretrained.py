@@ -19,7 +19,7 @@ from model.config import ModelConfig, in_layers
 from model.families import _layout as layout
 from model.families._layout import Index
 from model.io import gguf, hf
-from model.weights import Params, Spec, Specs
+from model.weights import Params, Spec, Specs, Tree
 
 # Buffers that old checkpoints hold.
 IGNORED = re.compile(r".*rotary_emb\.(inv_freq|(cos|sin)_cached)|.*\.attn\.(masked_)?bias|.*position_ids")
@@ -65,7 +65,7 @@ class Pretrained:
         index = index or (slice(None),) * len(layout.our_shape(key, self.config.sizes))
         return layout.read(key, lambda cuts: self.source.read(name, cuts), self.config.sizes, index)
 
-    def load(self, specs: Specs, shardings: Any = None, dtype: str = "float32") -> Params:
+    def load(self, specs: Specs, shardings: Tree = None, dtype: str = "float32") -> Params:
         """The parameters of `specs`, leaf by leaf; each device is given its slice alone.
 
         `shardings` is a tree like `specs`; None puts everything on the first device.

@@ -21,9 +21,11 @@ from jax import Array
 
 from common import files, paths
 from common.errors import UserError
+from common.paths import Place
 from model import weights
-from model.weights import Params
+from model.weights import Params, Tree
 
+Leaves = dict[str, Any]  # path -> array, or its shape
 MANIFEST = "state_hashes.json"
 NAME = re.compile(r"[A-Za-z0-9_.'\[\]-]+(/[A-Za-z0-9_.'\[\]-]+)*")
 STEP = re.compile(r"0|[1-9][0-9]{0,8}")
@@ -33,12 +35,12 @@ class Damaged(Exception):
     """A step that must not be loaded; the message is one line that names the leaf and the file."""
 
 
-def named(tree: Any) -> dict[str, Any]:
+def named(tree: Tree) -> Leaves:
     """{"params/policy/embed/table": leaf}: Orbax never sees the tree's own node types.
 
     Raises ValueError for a name that two leaves share or that is not plain: Orbax would load wrong values silently.
     """
-    out: dict[str, Any] = {}
+    out: Leaves = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
         key = weights.name(path)
         if key in out or not plain(key):
@@ -51,7 +53,7 @@ def plain(name: str) -> bool:
     return bool(NAME.fullmatch(name)) and not {".", ".."} & set(name.split("/"))
 
 
-def fill(tree: Any, arrays: dict[str, Any]) -> Any:
+def fill(tree: Tree, arrays: Leaves) -> Tree:
     """`tree` with the named arrays as its leaves. Raises KeyError for one that is missing."""
     return weights.map_named(lambda key, _: arrays[key], tree)
 
@@ -93,38 +95,38 @@ def scramble(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
-def digests(arrays: dict[str, Any]) -> dict[str, str]:
+def digests(arrays: Leaves) -> dict[str, str]:
     """Sixteen hex digits for each array. All are started before the first is awaited."""
     pending = {name: digest(x) for name, x in arrays.items()}
     return {name: "{:08x}{:08x}".format(*lanes) for name, lanes in jax.device_get(pending).items()}
 
 
-def fingerprint(tree: Any) -> str:
+def fingerprint(tree: Tree) -> str:
     """One digest for a whole tree, names included and derived fields left out; "" for a tree without arrays."""
     hashes = digests(named(weights.underived(tree)))
     lines = json.dumps(hashes, sort_keys=True).encode()
     return hashlib.blake2b(lines, digest_size=8).hexdigest() if hashes else ""
 
 
-def fingerprints(frozen: dict[str, Any]) -> dict[str, str]:
+def fingerprints(frozen: dict[str, Params]) -> dict[str, str]:
     """{role: fingerprint} of {role: frozen tree}, without the roles that hold no array."""
     return {role: digest for role, tree in frozen.items() if (digest := fingerprint(tree))}
 
 
-def describe(arrays: dict[str, Any]) -> dict[str, dict]:
+def describe(arrays: Leaves) -> dict[str, dict]:
     """The manifest's entry for each array."""
     hashes = digests(arrays)
     return {n: {"shape": list(x.shape), "dtype": str(x.dtype), "hash": hashes[n]} for n, x in arrays.items()}
 
 
-def write(folder: Any, params: Params, manifest: dict) -> None:
+def write(folder: Place, params: Params, manifest: dict) -> None:
     """Saves {role: tree} as a step that `load_params` reads; `manifest` says what is not in the arrays."""
     arrays = named({"params": params})
     orbax().save(folder if paths.remote(folder) else folder.resolve(), arrays)
     finish(folder, manifest | {"leaves": describe(arrays)})
 
 
-def finish(folder: Any, manifest: dict) -> None:
+def finish(folder: Place, manifest: dict) -> None:
     """Writes the manifest of a step, whose arrays are there: the last file, without which it is no step.
 
     It lists the files that a step cannot be read without; copying a step may lose Orbax's empty markers.
@@ -140,7 +142,7 @@ def seal(manifest: dict) -> str:
     return json.dumps({"check": zlib.crc32(body.encode()), "manifest": manifest}, sort_keys=True) + "\n"
 
 
-def read_manifest(folder: Any) -> dict:
+def read_manifest(folder: Place) -> dict:
     """What a step must hold. Raises Damaged when it is missing or altered, or when a file has another size."""
     path = folder / MANIFEST
     try:
@@ -186,7 +188,7 @@ def _not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in Path(record.pathname).parts
 
 
-def steps(folder: Any) -> list[int]:
+def steps(folder: Place) -> list[int]:
     """Steps that look saved, newest first; only `read_manifest` and the digests tell whether they are whole.
 
     On disk a step gets its name when it is whole; in a store, where nothing can be renamed, its manifest comes last.
@@ -197,7 +199,7 @@ def steps(folder: Any) -> list[int]:
     return sorted((int(p.name) for p in found if STEP.fullmatch(p.name) and p.is_dir()), reverse=True)
 
 
-def read(folder: Any, abstract: dict[str, Any]) -> dict[str, Any]:
+def read(folder: Place, abstract: Leaves) -> Leaves:
     """The arrays that `abstract` names: numpy where it holds numpy, else sharded as it says, whatever mesh saved them.
 
     Raises Damaged. The values are not verified yet: see `verify`.
@@ -217,7 +219,7 @@ def read(folder: Any, abstract: dict[str, Any]) -> dict[str, Any]:
     return arrays
 
 
-def verify(folder: Any, arrays: dict[str, Any], manifest: dict) -> None:
+def verify(folder: Place, arrays: Leaves, manifest: dict) -> None:
     """Raises Damaged for the first array that is not what was saved."""
     hashes = digests(arrays)
     for name in arrays:
@@ -264,7 +266,7 @@ def load_params(workdir: str | Path, step: int | None = None, verified: bool = T
     raise UserError(problem, str(workdir), "train it first, or name another step")
 
 
-def check_base(run: Saved, policy: Any, where: Any) -> None:
+def check_base(run: Saved, policy: Params, where: str | Place) -> None:
     """Raises UserError when what a run has not learnt of `policy` is not what it was trained with."""
     frozen = weights.map_named(lambda path, x: None if f"policy/{path}" in run.params else x, policy)
     if isinstance(run.frozen, str):  # one digest for all roles, as runs had before each role had its own
@@ -276,13 +278,13 @@ def check_base(run: Saved, policy: Any, where: Any) -> None:
         raise UserError("its adapters were trained on another base than this one", str(where))
 
 
-def put(run: Saved, policy: Any, where: Any) -> Any:
+def put(run: Saved, policy: Params, where: str | Place) -> Params:
     """`policy` with what a run has learnt in it, in the types and places of its arrays. Raises UserError."""
     learnt = {k.removeprefix("policy/"): v for k, v in run.params.items() if k.startswith("policy/")}
     if strange := learnt.keys() - named(policy).keys():
         raise UserError(f"the run has learnt {min(strange)}, which its config does not have", str(where))
 
-    def like(name: str, x: Any) -> Any:
+    def like(name: str, x: Array | jax.ShapeDtypeStruct) -> Array:
         value = learnt.get(name)
         if value is None:
             if isinstance(x, jax.ShapeDtypeStruct):

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 from common import cli
 from common.errors import UserError
 from common.packages import PACKAGES, package_gguf
+from common.types import Json
 from configs.models import SHAPES
 from configs.schema.methods import FOLDERS, method, names
 from tools.bench.worker import Worker
@@ -206,7 +207,7 @@ def exported(model: str, folder: Path) -> str:
 # --- measurements ---
 
 
-def measure(contest: Contest, rounds: int, dtype: str) -> dict[str, Any]:
+def measure(contest: Contest, rounds: int, dtype: str) -> Json:
     """Rounds of all sides in turn, and the ratios of the first to each. Ours compute in `dtype`."""
     cases = [side.case | {"dtype": dtype} if side.module == OURS else side.case for side in contest.sides]
     with contextlib.ExitStack() as stack:
@@ -238,7 +239,7 @@ def _number(x: float) -> float | None:
     return None if x != x else x
 
 
-def table(result: dict[str, Any]) -> Any:
+def table(result: Json) -> Any:
     """One contest as a rich table. A ratio is the first row's value over this row's."""
     from rich.table import Table
 
@@ -257,7 +258,7 @@ def table(result: dict[str, Any]) -> Any:
     return out
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Json:
     """What a figure means nothing without."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

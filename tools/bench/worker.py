@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 from common.errors import UserError
+from common.types import Json
 
-Round = dict[str, Any]  # tokens, seconds, cpu_seconds (None where the side cannot tell)
+Round = Json  # tokens, seconds, cpu_seconds (None where the side cannot tell)
 
 
 class Worker:
@@ -55,7 +56,7 @@ class Worker:
     def __enter__(self) -> "Worker":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.child.kill()
         self.child.wait()
         self.log.close()

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import chips, cli
 from common.errors import UserError
+from common.types import Json
 
 if TYPE_CHECKING:
     import jax
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int | None:
         show(rows)
 
 
-def report(names: list[str], quick: bool, only: str) -> list[dict[str, Any]]:
+def report(names: list[str], quick: bool, only: str) -> list[Json]:
     """A row for each chip and case. Raises UserError for an unknown chip, or without its compiler."""
     from tools.kernel_report import gpu as kernel_report_gpu
     from tools.kernel_report.cases import cases
@@ -91,7 +92,7 @@ def report(names: list[str], quick: bool, only: str) -> list[dict[str, Any]]:
         return rows + (kernel_report_gpu.report(on["cuda"], dump, gpu == "gpu") if gpu else [])
 
 
-def row(case: "Case", name: str, device: "jax.Device", dump: str) -> dict[str, Any]:
+def row(case: "Case", name: str, device: "jax.Device", dump: str) -> Json:
     """One case on one chip."""
     import jax
 
@@ -103,7 +104,7 @@ def row(case: "Case", name: str, device: "jax.Device", dump: str) -> dict[str, A
     bandwidth = chip.hbm_bandwidth.value / tpu.devices
     size = kernel_report_gpu.size
     least = size(case.args) + size(jax.eval_shape(case.kernel or case.xla, *case.args))
-    found: dict[str, Any] = {"chip": name, "case": case.name, "shape": case.shape, "bytes_least": least}
+    found: Json = {"chip": name, "case": case.name, "shape": case.shape, "bytes_least": least}
     for by, f in (("kernel", case.kernel), ("xla", case.xla)):
         if f is None:
             continue
@@ -121,7 +122,7 @@ def row(case: "Case", name: str, device: "jax.Device", dump: str) -> dict[str, A
     return found
 
 
-def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> dict[str, Any]:
+def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
     """Figures of a function of abstract arrays, compiled for a device."""
     import jax
     from jax.experimental.layout import Format, Layout
@@ -189,7 +190,7 @@ def copied(text: str) -> int:
     return sum(2 * int(bits) // 8 * math.prod(map(int, dims.split(","))) for _, bits, dims in shapes)
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def show(rows: list[Json]) -> None:
     """Prints a table a chip."""
     from rich.console import Console
     from rich.table import Table
@@ -208,7 +209,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         Console(highlight=False, width=120).print(table)
 
 
-def line(got: dict[str, Any], least: int, exact: bool) -> list[str]:
+def line(got: Json, least: int, exact: bool) -> list[str]:
     """Of XLA's programs nobody says what bytes of theirs leave VMEM."""
     low, high = (f"{t:.1f}" for t in got["us"])
     return [

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from common import chips
 from common.errors import UserError
+from common.types import Json
+from model.weights import Tree
 
 if TYPE_CHECKING:
     import jax
@@ -31,7 +33,7 @@ CALLS = 16  # the most in a program that is timed, since each of them is compile
 ROUNDS = 7
 
 
-def report(cases: list["Case"], dump: str, here: bool) -> list[dict[str, Any]]:
+def report(cases: list["Case"], dump: str, here: bool) -> list[Json]:
     """A row for each case: on the GPU that is `here`, timed, or on an absent H100. Raises UserError without either."""
     from tools.plan import topology
 
@@ -53,7 +55,7 @@ def present() -> "jax.Device":
         ) from e
 
 
-def row(case: "Case", device: "jax.Device", dump: str, here: bool) -> dict[str, Any]:
+def row(case: "Case", device: "jax.Device", dump: str, here: bool) -> Json:
     import jax
 
     chip = chips.find(device.device_kind)
@@ -74,7 +76,7 @@ def row(case: "Case", device: "jax.Device", dump: str, here: bool) -> dict[str, 
     return found
 
 
-def size(tree: Any) -> int:
+def size(tree: Tree) -> int:
     import jax
 
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -120,7 +122,7 @@ def distance(ours: "jax.Array", theirs: "jax.Array") -> float:
     return float(jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs))
 
 
-def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> dict[str, Any]:
+def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
     """Figures of a function of abstract arrays, compiled for a device."""
     import jax
     from jax.sharding import NamedSharding
@@ -168,7 +170,7 @@ def ptxas() -> str:
     return found[0] if found else shutil.which("ptxas") or "ptxas"
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def show(rows: list[Json]) -> None:
     """Prints a table."""
     from rich.console import Console
     from rich.table import Table

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from common import cli, exits
 from common.errors import UserError
 from common.paths import STORE
+from common.types import Json
 from configs import schema
 from configs.schema import overrides
 
@@ -49,7 +50,7 @@ class Slice(NamedTuple):
 
 
 class Plan(NamedTuple):
-    target: Mapping[str, Any]
+    target: Json
     steps: dict[str, list[str]]  # step -> words of its command, of the steps that apply
     files: dict[str, str]  # what the steps read besides the repository
 
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> int | None:
     return go(plan, flags["from"]) if flags["go"] else show(plan, a, flags)
 
 
-def slice_of(name: str, target: Mapping[str, Any]) -> Slice:
+def slice_of(name: str, target: Json) -> Slice:
     """The slice or the GPUs of a product name. Raises UserError."""
     from common import chips
 
@@ -97,7 +98,7 @@ def slice_of(name: str, target: Mapping[str, Any]) -> Slice:
     return Slice(product, f"{row['type']}-{n}", int(count), min(int(count), single if count <= single else 4))
 
 
-def check(flags: Mapping[str, Any], target: Mapping[str, Any], a: Slice, config: Any) -> None:
+def check(flags: Json, target: Json, a: Slice, config: Any) -> None:
     """Raises UserError for an option that is missing or of another form, and for a mesh that is not this slice."""
     from common import chips
     from train.mesh import mesh_shape
@@ -122,7 +123,7 @@ def check(flags: Mapping[str, Any], target: Mapping[str, Any], a: Slice, config:
         )
 
 
-def make(flags: Mapping[str, Any], target: Mapping[str, Any], a: Slice, args: overrides.Args) -> Plan:
+def make(flags: Json, target: Json, a: Slice, args: overrides.Args) -> Plan:
     """Every command of a target; nothing is in them that was not checked or quoted."""
     row, spot, name = TABLE["generations"].get(a.product, {}), flags["spot"], flags["name"]
     values = {**flags, **row, **a._asdict(), "hosts": a.hosts, "region": flags["zone"].rpartition("-")[0]}
@@ -146,7 +147,7 @@ def make(flags: Mapping[str, Any], target: Mapping[str, Any], a: Slice, args: ov
     return Plan(target, steps, {f"{name}.boot.sh": values["boot"]} if "template" in target["go"] else {})
 
 
-def train_command(args: overrides.Args, target: Mapping[str, Any], hosts: int) -> list[str]:
+def train_command(args: overrides.Args, target: Json, hosts: int) -> list[str]:
     """The run, as the user wrote it. JAX_NUM_PROCESSES tells it of the hosts of the slice: see train/keep/hosts.py."""
     several = ["env", f"JAX_NUM_PROCESSES={hosts}"] * (target.get("hosts", False) and hosts > 1)
     config = f"{args.config}:{args.arg}" if args.arg else args.config
@@ -154,13 +155,13 @@ def train_command(args: overrides.Args, target: Mapping[str, Any], hosts: int) -
     return [*several, target["python"], "-m", "train.main", f"--config={config}", f"--workdir={args.workdir}", *keys]
 
 
-def fill(template: str, values: Mapping[str, Any], groups: Mapping[str, list[str]]) -> list[str]:
+def fill(template: str, values: Json, groups: Mapping[str, list[str]]) -> list[str]:
     """The words of a command, each filled in by itself: what a value holds never becomes a word of its own."""
     words = shlex.split(template)
     return [x for w in words for x in (groups[w[1:-1]] if w[1:-1] in groups else [w.format(**values)])]
 
 
-def show(plan: Plan, a: Slice, flags: Mapping[str, Any]) -> int:
+def show(plan: Plan, a: Slice, flags: Json) -> int:
     from common import chips
 
     chip, slices, spot = chips.find(a.product), flags["slices"], flags["spot"]

@@ -23,7 +23,7 @@ from typing import Any
 from common import cli, exits
 from common.errors import UserError
 from common.numbers import size, span
-from common.types import Config
+from common.types import Config, Json
 from configs import schema
 from tools.plan import parameters, topology
 from train.keep import flags as presets
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int | None:
     return exits.DONE if fits else exits.INPUT
 
 
-def plan(cfg: Config, devices: list[Any], flags: dict[str, Any]) -> dict[str, Any]:
+def plan(cfg: Config, devices: list[Any], flags: Json) -> Json:
     """One config on one slice; see tools.plan.step."""
     from tools.plan import step
     from train import inputs
@@ -65,7 +65,7 @@ def plan(cfg: Config, devices: list[Any], flags: dict[str, Any]) -> dict[str, An
     return {"topology": name} | step.plan(cfg, inputs.model(cfg), devices, flags["what"])
 
 
-def search(cfg: Config, devices: list[Any], flags: dict[str, Any]) -> list[dict[str, Any]]:
+def search(cfg: Config, devices: list[Any], flags: Json) -> list[Json]:
     """What fits, by planned tokens/s, of what was tried within `--minutes`.
 
     First every remat policy with all devices on fsdp; then the best of them with 2, 4 or 8 on tensor, as long as that
@@ -74,10 +74,10 @@ def search(cfg: Config, devices: list[Any], flags: dict[str, Any]) -> list[dict[
     """
     from train import inputs
 
-    found: list[dict[str, Any]] = []
+    found: list[Json] = []
     end = time.monotonic() + 60 * flags["minutes"]
 
-    def attempt(changes: dict[str, Any]) -> float:
+    def attempt(changes: Json) -> float:
         """Planned tokens/s, the geometric mean of the range; 0 when it does not fit, or when time is over."""
         if time.monotonic() > end:
             return 0.0
@@ -115,7 +115,7 @@ def search(cfg: Config, devices: list[Any], flags: dict[str, Any]) -> list[dict[
     return sorted(found, key=lambda p: -p["rank"])
 
 
-def show(p: dict[str, Any]) -> None:
+def show(p: Json) -> None:
     """Prints one plan."""
     d = p["config"]
     rows = [("slice", f"{p['topology']}, {d['devices']} devices of type {p['device']}: {axes(p['mesh'])}")]
@@ -137,7 +137,7 @@ def show(p: dict[str, Any]) -> None:
     table(rows, *p["assumed"])
 
 
-def rank(found: list[dict[str, Any]]) -> None:
+def rank(found: list[Json]) -> None:
     """Prints what fits, the fastest first."""
     told = lambda p: " ".join(f"--config.{k}={v}" for k, v in p["changes"].items())
     line = lambda p: (f"{span(p['tokens_per_second'])} tokens/s", f"peak {size(p['bytes']['peak'])}", told(p))

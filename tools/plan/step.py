@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from common import chips
-from common.types import Config
+from common.types import Config, Json
 from data.rows import batch as batches
 from infer import generate, sample
 from model.net import head
@@ -30,7 +30,7 @@ ASSUMED = (
 )
 
 
-def plan(cfg: Config, model: Any, devices: list[Any], what: str = "train") -> dict[str, Any]:
+def plan(cfg: Config, model: Any, devices: list[jax.Device], what: str = "train") -> Json:
     """Everything that tools.plan prints, of one step of `what`: "train" or "decode" (one token a row)."""
     mesh = meshes.make_mesh(cfg.mesh, devices)
     rows, shards = cfg.data.batch_size, meshes.row_shards(cfg, mesh)
@@ -66,7 +66,7 @@ def plan(cfg: Config, model: Any, devices: list[Any], what: str = "train") -> di
     return out | outlook(cfg, planned, out, devices)
 
 
-def train_step(cfg: Config, planned: Any) -> tuple[Any, dict[str, Any]]:
+def train_step(cfg: Config, planned: Any) -> tuple[Any, Json]:
     """The step of train.main, lowered, and its arguments by kind."""
     state = jax.tree.map(_placed, planned.abstract, planned.shardings)
 
@@ -78,7 +78,7 @@ def train_step(cfg: Config, planned: Any) -> tuple[Any, dict[str, Any]]:
     return compile_step(planned, cfg.accum).lower(state, batch), kinds
 
 
-def decode_step(cfg: Config, planned: Any) -> tuple[Any, dict[str, Any]]:
+def decode_step(cfg: Config, planned: Any) -> tuple[Any, Json]:
     """One token a row of infer.generate, lowered: rows over the data axes, a cache's over the tensor axis too."""
     model, mesh, rows = planned.model, planned.mesh, cfg.data.batch_size
     stacked = jax.tree.map(_placed, planned.abstract.role("policy"), planned.shardings.role("policy"))
@@ -132,7 +132,7 @@ def flops(cfg: Config, planned: Any, what: str) -> tuple[float, float, int]:
     return model, model + tokens * again, tokens
 
 
-def outlook(cfg: Config, planned: Any, out: dict[str, Any], devices: list[Any]) -> dict[str, Any]:
+def outlook(cfg: Config, planned: Any, out: Json, devices: list[jax.Device]) -> Json:
     """Time, rates, money and energy as (low, high). A chip without a row in common/chips.json has none of them."""
     model, hardware, tokens = flops(cfg, planned, out["what"])
     numbers = {"flops_per_step": model, "flops_with_recomputation": hardware, "tokens_per_step": tokens}

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from common import files, gas, paths
 from common.errors import UserError
 from common.numbers import NA, flops, integer, percent, scaled, seconds, short, signed, size
+from common.types import Json
 from tools.report import data, svg, text
 from tools.report.data import Choice, Run
 
@@ -171,7 +172,7 @@ def _choice(c: Choice) -> list[Cell]:
 # --- the runs ---
 
 
-def _trained(runs: list[Run]) -> dict[str, Any]:
+def _trained(runs: list[Run]) -> Json:
     names = [("", ""), *((run.name, "") for run in runs)]
     differ = data.config_rows(runs) if len(runs) > 1 else []
     return {

@@ -19,13 +19,17 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from common import chips, cli, exits, files, jobs, numbers
 from common.errors import did_you_mean
+from common.types import Leaf
 from configs import schema, sweeps
 from configs.schema import overrides
 from configs.schema.problems import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from tools.sweep.run import Point
 
 FLAGS = {
     "out": "", "sweep": "", "search": "", "trials": 20, "jobs": 1, "retry-failed": False, "metric": "eval/nll",
@@ -84,7 +88,7 @@ def check(args: overrides.Args) -> None:
         raise ConfigError(problems)
 
 
-def planned_points(args: overrides.Args) -> list[Any]:
+def planned_points(args: overrides.Args) -> "list[Point]":
     """Every point of the sweep; of a search, all that combine the ends of its ranges and its choices.
 
     Raises ConfigError with the problems of all of them, or UserError.
@@ -110,7 +114,7 @@ def planned_points(args: overrides.Args) -> list[Any]:
     return list(points.values())
 
 
-def maker(args: overrides.Args) -> Callable[[dict[str, Any]], Any]:
+def maker(args: overrides.Args) -> "Callable[[dict[str, Leaf]], Point]":
     """From what a point sets to its Point, checked as its command line will be. Raises ConfigError."""
     from model.io import saved
     from tools.sweep.run import Point
@@ -119,7 +123,7 @@ def maker(args: overrides.Args) -> Callable[[dict[str, Any]], Any]:
     config = schema.read(args.config, args.arg)
     spec = f"--config={args.config}" + f":{args.arg}" * bool(args.arg)
 
-    def make(values: dict[str, Any]) -> Point:
+    def make(values: dict[str, Leaf]) -> Point:
         both = values.keys() & args.overrides
         twice = [Problem(f"config.{key}", "", "is set by the sweep too", "drop one") for key in sorted(both)]
         texts = args.overrides | {key: text(value) for key, value in values.items()}
@@ -137,17 +141,17 @@ def maker(args: overrides.Args) -> Callable[[dict[str, Any]], Any]:
     return make
 
 
-def text(value: Any) -> str:
+def text(value: Leaf) -> str:
     """A value as a command line has it."""
     return "none" if value is None else value if isinstance(value, str) else repr(value)
 
 
-def label(values: dict[str, Any]) -> str:
+def label(values: dict[str, Leaf]) -> str:
     """Short, for a person: four digits."""
     return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={text(v)}" for k, v in values.items())
 
 
-def price(points: list[Any], trials: int) -> None:
+def price(points: "list[Point]", trials: int) -> None:
     """Prints what each point holds and costs at most, and all of them; of a search, its cheapest and its dearest."""
     from rich.console import Console
     from rich.table import Table
@@ -186,7 +190,7 @@ def gas(name: str, flops: float) -> tuple[str, str]:
     return numbers.span(hours, ".2g"), numbers.span(dollars, ".2g")
 
 
-def work(args: overrides.Args, points: list[Any], out: Path) -> int:
+def work(args: overrides.Args, points: "list[Point]", out: Path) -> int:
     """Runs what is left of the points, or of a search; the exit code."""
     from tools.sweep import run as runs
 

@@ -4,12 +4,13 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from common import files, stats
 from common.errors import UserError
 from common.gas import Gas
 from common.numbers import NA, flops, integer, joined, number, short, signed, size
+from common.types import Json, Leaf
 from tools.report import data, svg, text
 from tools.report import page as report_page
 from tools.report.page import Cell, Table
@@ -20,7 +21,7 @@ class Result(NamedTuple):
     """A point as its folder has it. `value` is the metric's last one, final when the state is done."""
 
     id: str
-    values: dict[str, Any]
+    values: dict[str, Leaf]
     state: str
     step: int
     value: float | None
@@ -42,14 +43,14 @@ class Result(NamedTuple):
         return self.state == runs.DONE and self.value is not None
 
     @property
-    def setting(self) -> dict[str, Any]:
+    def setting(self) -> Json:
         return {key: value for key, value in self.values.items() if key != "seed"}
 
 
 class Group(NamedTuple):
     """Finished points that differ in nothing but their seed; [low, high] holds the mean with 95 % confidence."""
 
-    values: dict[str, Any]
+    values: dict[str, Leaf]
     mean: float
     low: float | None
     high: float | None
@@ -161,7 +162,7 @@ def sentences(ranked: list[Group], keys: list[str], metric: str, maximize: bool)
     return out
 
 
-def shown(value: Any) -> str:
+def shown(value: Leaf) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "none" if value == "" else text.value(value)
 
 

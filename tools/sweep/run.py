@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from common import exits, files, jobs
 from common.errors import UserError
+from common.types import Leaf
 from train.keep import metrics
 from train.keep.runs import take_lock
 
@@ -27,7 +28,7 @@ class Point(NamedTuple):
     """One run of a sweep. `values` is what the sweep sets; `argv` the arguments of train.main but for the folder."""
 
     id: str
-    values: dict[str, Any]
+    values: dict[str, Leaf]
     argv: list[str]
     config: Any
 

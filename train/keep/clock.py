@@ -5,13 +5,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from common import chips
-from common.types import Config
+from common.types import Config, Json
 from train import cost
 from train.init import Blueprint
 from train.keep.metrics import means
@@ -56,12 +55,12 @@ class Clock:
         """Non-finite steps in a row up to the step before the last: waiting for the last would idle the device."""
         return int(self.pending["bad"][0]) if self.pending else self.bad
 
-    def line(self, done: int, seen: Counts) -> dict[str, Any]:
+    def line(self, done: int, seen: Counts) -> Json:
         """The last step's means, rates since the line before, FLOPs of all that the run has `seen`.
 
         A chip without a known peak has no MFU.
         """
-        out: dict[str, Any] = means(self.last)
+        out: Json = means(self.last)
         out |= {k: int(out[k]) for k in ("bad", "skipped")}
         out["lr"] = float(self.schedule(done - 1 - out["skipped"]))  # skipped steps do not advance the schedule
         out["flops"] = self._flops(seen)
@@ -83,7 +82,7 @@ class Clock:
         yield
         self.since += time.perf_counter() - start
 
-    def totals(self, seen: Counts) -> dict[str, Any]:
+    def totals(self, seen: Counts) -> Json:
         """What the whole run took, over its sessions (`seen`); the rate and the memory are this session's."""
         n = self.parts
         return {

@@ -5,7 +5,6 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from common import exits
 from common.errors import UserError
+from common.types import Json
 
 LOST = re.compile("closed by peer|reset by peer|onnection refused|unhealthy|heartbeat")  # of a host's process
 
@@ -74,7 +74,7 @@ def all_true(ok: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array([ok])).all())
 
 
-def require_same(what: dict[str, Any]) -> None:
+def require_same(what: Json) -> None:
     """Raises UserError on every process when one was started with another config, seed or code."""
     if jax.process_count() == 1:
         return

@@ -6,10 +6,10 @@ import socket
 import sys
 import threading
 import time
-from typing import Any
 
 from common import exits, paths
 from common.errors import UserError
+from common.paths import Place
 
 BEAT = 20.0  # seconds between two signs of life
 LOCK = re.compile(r"LOCK\.(\d+)")
@@ -23,7 +23,7 @@ class Lease:
     host needs no watching, since its kernel has dropped the one beside it. Raises UserError when the run is in use.
     """
 
-    def __init__(self, folder: Any, holder: str):
+    def __init__(self, folder: Place, holder: str):
         self.folder, self.holder, self._stop = folder, holder, threading.Event()
         while True:
             held = _held(folder)
@@ -38,7 +38,7 @@ class Lease:
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 
-    def _watch(self, path: Any) -> None:
+    def _watch(self, path: Place) -> None:
         """Returns when the holder of a lock has died. Raises UserError when it lives."""
         before = _read(path)
         if f" on {socket.gethostname()} " in before:
@@ -71,12 +71,12 @@ class Lease:
             print(f"warning: {self.path}: {e}", file=sys.stderr)
 
 
-def _held(folder: Any) -> list[int]:
+def _held(folder: Place) -> list[int]:
     """The numbers of the locks that are there; the checkpoints beside them are not listed."""
     return sorted(int(m[1]) for m in (LOCK.fullmatch(path.name) for path in folder.glob("LOCK.*")) if m)
 
 
-def _read(path: Any) -> str:
+def _read(path: Place) -> str:
     """The text of a lock; "" for one that was dropped."""
     try:
         return path.read_text()

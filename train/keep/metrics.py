@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+from jax.typing import ArrayLike
 from rich.text import Text
 
 from common import exits, files, gas
 from common.errors import UserError
 from common.numbers import duration, number
+from common.types import Json
 from train.keep.power import Power
 from train.keep.tracker import Feed
 
 KINDS = ("init", "compile", "data", "step", "eval", "checkpoint")  # where the seconds of a run go; "other": the rest
 
 
-def means(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+def means(sums: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> dict[str, float]:
     """{"loss": (sum, weight)} -> {"loss": sum / weight}, fetched from the devices at once; NaN for no weight."""
     host = jax.device_get(dict(sums))
     return {name: float(total) / float(weight) if float(weight) else math.nan for name, (total, weight) in host.items()}
@@ -80,7 +82,7 @@ class Metrics:
         self._console.tell(f"{used}\n{used.goodput_line()}")
         self._settle()
 
-    def _spent(self) -> dict[str, Any]:
+    def _spent(self) -> Json:
         """Seconds, and joules where power can be read, of this session so far."""
         other = max(0.0, time.perf_counter() - self._began - sum(self.seconds.values()))
         joules = self._power.joules()
@@ -174,7 +176,7 @@ class Metrics:
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.close()
         except UserError:
@@ -182,7 +184,7 @@ class Metrics:
                 raise
 
 
-def _stamped(step: int, kind: str, **numbers: Any) -> dict[str, Any]:
+def _stamped(step: int, kind: str, **numbers: Any) -> Json:
     return {"step": step, "time": round(time.time(), 3), "kind": kind, **numbers}
 
 
@@ -212,7 +214,7 @@ class Console:
             self._live = Live(auto_refresh=False)
             self._live.start()
 
-    def show(self, step: int, kind: str, numbers: Mapping[str, Any]) -> None:
+    def show(self, step: int, kind: str, numbers: Json) -> None:
         if kind == "train":
             line = progress(step, self.total, numbers)
         else:
@@ -235,7 +237,7 @@ class Console:
             self._live.stop()
 
 
-def progress(step: int, total: int, numbers: Mapping[str, Any]) -> str:
+def progress(step: int, total: int, numbers: Json) -> str:
     """The console's line from loss, lr, tokens_per_second, mfu (0 to 1) and seconds_per_step."""
     mfu, pace = numbers.get("mfu"), numbers.get("seconds_per_step")
     parts = [

@@ -1,19 +1,20 @@
 """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290)."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from data.rows.batch import Batch
 from model import weights
 from model.net import head
-from train.objectives import Objective, Pair, Role
+from model.net.transformer import Transformer
+from model.weights import Params
+from train.objectives import Objective, Pair, Role, Roles
 
 BATCH = "pair"
 
 
-def make(model: Any, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Objective:
+def make(model: Transformer, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Objective:
     """Eq. 7: -log sigmoid(beta * (log-ratio of the chosen - log-ratio of the rejected)), a mean over pairs.
 
     The reference is the policy as training found it: the base under a fresh adapter, which costs no memory, else a
@@ -21,12 +22,12 @@ def make(model: Any, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Obje
     `label_smoothing` is cDPO's eps: the share of pairs whose label is thought to be flipped.
     """
 
-    def logps(params: Any, batch: dict) -> Array:
+    def logps(params: Params, batch: Batch) -> Array:
         """Sum of log p over a row's masked targets [B]."""
         x = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"]).x
         return head.token_logps(model, params, x, batch["targets"], batch["mask"]).sum(-1)
 
-    def loss(params: Any, batch: dict, key: Array) -> dict:
+    def loss(params: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
         policy = params["policy"]
         ref = jax.lax.stop_gradient(params["ref"] if "ref" in params else weights.base(policy))
         both = jax.tree.map(lambda c, r: jnp.concatenate([c, r]), batch["chosen"], batch["rejected"])

@@ -1,19 +1,19 @@
 """Next-token prediction on the targets that the mask keeps: pretraining, and supervised fine-tuning."""
 
-from typing import Any
-
 from jax import Array
 
+from data.rows.batch import Batch
 from model.net import head
-from train.objectives import Objective
+from model.net.transformer import Transformer
+from train.objectives import Objective, Pair, Roles
 
 BATCH = "lm"
 
 
-def make(model: Any) -> Objective:
+def make(model: Transformer) -> Objective:
     """Mean negative log-likelihood per target token, in nats."""
 
-    def loss(params: Any, batch: dict, key: Array) -> dict:
+    def loss(params: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
         policy = params["policy"]
         x = model.hidden(policy, batch["tokens"], batch["positions"], batch["segments"]).x
         nll = head.nll(model, policy, x, batch["targets"], batch["mask"])
