@@ -30,6 +30,7 @@ from model.peft.prefix import Prefix, with_prefix
 from model.peft.prompt import Prompt
 from model.weights import Params, Spec, Specs, Transform, Weight
 
+TABLES = ["embed_tokens", "wte", "lm_head"]
 MAGNITUDE = ".lora_magnitude_vector"
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 Stored = Array | Weight  # what stands at a parameter
@@ -132,7 +133,10 @@ class Folder:
             r"\.(lora_|ia3_l|oft_R|token_adapter|base_layer).*|\.(weight|bias)$", "", name.removeprefix(ROOT)
         )
         adapter = re.search(r"\.(lora_|ia3_l|oft_R)", name)
-        return self.targets(module) if adapter else True
+        if not adapter:
+            return True
+        tables = TABLES if self.config.get("ensure_weight_tying") and _ends(module, TABLES) else []
+        return self.targets(module) or any(map(self.targets, tables))  # PEFT adds the twin of a tied table itself
 
     def targets(self, module: str) -> bool:
         """Whether the config names a module, as PEFT reads it."""
@@ -145,7 +149,7 @@ class Folder:
         if not names:
             return True
         if isinstance(names, str):
-            linear = not re.search(r"(^|\.)(lm_head|embed_tokens|wte|wpe)$", module)
+            linear = not _ends(module, [*TABLES, "wpe"])
             return linear if names.lower() == "all-linear" else bool(self._match(names, module))
         return module in names or (_ends(module, names) and self._in_layers(module))
 
