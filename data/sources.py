@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from common import paths
 from common.errors import UserError
 from data import files as readers
-from data import synthetic
+from data import llamafactory, synthetic
 from data.files import Row
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def rows(spec: str) -> Iterator[Row]:
         return (Row(f"{spec}:{i}", record) for i, record in enumerate(synthetic.records(rest), 1))
     if spec in BUILT_IN:
         return BUILT_IN[spec]()
-    return (row for path in files(spec) for row in readers.read(path))
+    return (row for path in files(spec) for row in _read(path))
 
 
 def content_id(spec: str) -> str:
@@ -84,6 +84,8 @@ def content_id(spec: str) -> str:
     digest = hashlib.sha256()
     for path in files(spec):
         digest.update(path.name.encode() + b"\0")
+        if entry := llamafactory.mapping(path):
+            digest.update(json.dumps(entry, sort_keys=True).encode())
         with contextlib.suppress(OSError), path.open("rb") as file:  # reading it will say why it cannot be read
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -121,6 +123,11 @@ def mixture(spec: str) -> dict[str, float]:
 
 
 # ---- files ----
+
+
+def _read(path: Path) -> Iterator[Row]:
+    entry = llamafactory.mapping(path)
+    return (llamafactory.mapped(row, entry) for row in readers.read(path)) if entry else readers.read(path)
 
 
 def files(spec: str) -> list[Path]:

@@ -250,7 +250,17 @@ def with_a_note(path: Path) -> tuple[list, list[str]]:
     return list(sources.records(str(path))), sources.passed_over(str(path))
 
 
+def with_info(path: Path) -> str:
+    entry = {"file_name": "x.json", "formatting": "sharegpt", "columns": {"messages": "talk", "system": "sys"},
+             "tags": {"role_tag": "who", "content_tag": "says", "user_tag": "me", "assistant_tag": "you"}}  # fmt: skip
+    talk = [{"who": "me", "says": "Q"}, {"who": "you", "says": "A"}]
+    rows_of(path / "dataset_info.json", json.dumps({"mine": entry}).encode())
+    rows_of(path / "x.json", json.dumps([{"talk": talk, "sys": "S"}]).encode())
+    return whole(next(sources.records(str(path / "x.json"))))
+
+
 FILES = {
+    "a dataset_info.json": (with_info, "<system\nS><user\nQ><assistant\nA>"),
     "a spreadsheet's CSV": (lambda p: rows_of(p / "x.csv", TABLE), [ROW]),
     "semicolons": (lambda p: rows_of(p / "x.csv", b"prompt;completion\nQ;A, b\n"), [ROW]),
     "tabs": (lambda p: rows_of(p / "x.tsv", b"prompt\tcompletion\nQ\tA, b\n"), [ROW]),
