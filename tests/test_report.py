@@ -138,6 +138,23 @@ def test_costs_are_read_from_the_folder(runs):
     assert [c.result["mean"] for c in report_data.choices([lora])["fruit"]] == [0.9]  # the newest
 
 
+@pytest.mark.parametrize(
+    ("told", "keys"),
+    [
+        ("prompting", {}),
+        ("full fine-tuning", {"init": "base", "peft": {"name": ""}, "trainable": "all"}),
+        ("from scratch", {"init": "", "objective": {"name": "sft"}}),
+        ("LoRA on nf4 r=4", {"init": "base", "peft": {"name": "lora", "rank": 4}, "quant": {"name": "nf4"}}),
+        ("dpo with full fine-tuning", {"init": "base", "objective": {"name": "dpo", "beta": 0.1}}),
+        ("dpo with prefix", {"init": "base", "peft": {"name": "prefix"}, "objective": {"name": "dpo"}}),
+        ("full fine-tuning (qat)", {"init": "base", "quant": {"name": "qat"}}),
+        ("fine-tuning of layers/attn/.*", {"init": "base", "trainable": "layers/attn/.*"}),
+    ],
+)
+def test_a_run_is_called_what_it_did(told, keys):
+    assert report_data.of_run(report_data.Run(None, keys, {}, {}, [], [])) == told
+
+
 def test_forgetting_is_unknown_on_other_passages(runs):
     prompting, lora = report_data.read(runs[0]), report_data.read(runs[1])
     assert report_data.forgetting(lora, [prompting, lora]) == (0.125, "pydocs")

@@ -67,18 +67,34 @@ def read(folder: str | Path) -> Run:
 # --- how it was trained ---
 
 
-def method(run: Run) -> str:
-    c = run.config
-    if not c:
+def method(config: dict) -> str:
+    """What was trained, and how: the adapters and what they lie on, or the weights; the objective, unless it is sft."""
+    if not config:
         return "prompting"
-    peft = c.get("peft") or {}
-    if peft.get("name"):
-        return label(peft["name"], peft.get("rank"))
-    return "full fine-tuning" if c.get("init") else "from scratch"
+    name = lambda key: (config.get(key) or {}).get("name") or ""
+    peft, quant, objective = name("peft"), name("quant"), name("objective")
+    trainable = config.get("trainable") or "all"
+    if peft:
+        told = METHODS.get(peft, peft) + (f" on {quant}" if quant else "")
+    elif not config.get("init"):
+        told = "from scratch"
+    elif trainable in ("all", "auto"):
+        told = "full fine-tuning"
+    else:
+        told = f"fine-tuning of {trainable}"
+    if quant and not peft:
+        told += f" ({quant})"
+    if objective in ("", "sft"):
+        return told
+    return f"{objective} {told}" if told.startswith("from scratch") else f"{objective} with {told}"
 
 
 def label(method: str, rank: int | None) -> str:
-    return METHODS.get(method, method) + (f" r={rank}" if rank else "")
+    return method + (f" r={rank}" if rank else "")
+
+
+def of_run(run: Run) -> str:
+    return label(method(run.config), (run.config.get("peft") or {}).get("rank"))
 
 
 def seconds(run: Run) -> float | None:
@@ -135,7 +151,7 @@ def newest(lines: list[dict], keys: tuple[str, ...]) -> list[dict]:
 def choice(run: Run, result: dict, runs: list[Run]) -> Choice:
     trained, shots = bool(run.config), result.get("shots", 0)
     asked = f"{shots}-shot" if shots else "zero-shot"
-    label = asked if not trained else method(run) + (f", {asked}" if shots else "")
+    label = asked if not trained else of_run(run) + (f", {asked}" if shots else "")
     change, text = forgetting(run, runs)
     return Choice(
         label=label,

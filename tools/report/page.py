@@ -206,7 +206,7 @@ def _run(run: Run) -> list[Cell]:
     done, cost = run.done, run.cost
     reached = max((line["step"] for line in run.metrics if "step" in line), default=0)
     return [
-        Cell(data.method(run)),
+        Cell(data.of_run(run)),
         Cell(scaled(cost.get("trained")), f"of {scaled(cost.get('parameters'))}"),
         Cell(f"{done['step']:,}" if done else f"{reached:,} so far"),
         Cell(integer(done.get("tokens")), integer(done.get("targets"))),

@@ -26,7 +26,7 @@ class Result(NamedTuple):
     step: int
     value: float | None
     time: float  # of the last line
-    method: str  # of config.peft
+    method: str  # tools.report.data.method
     rank: int | None
     trained: int | None  # parameters
     forgetting: float | None  # nats a token: eval/text_nll at the end less that of the start
@@ -68,10 +68,10 @@ def results(out: Path, metric: str) -> list[Result]:
         lines, curve = runs.read(folder), runs.curve(folder, metric)
         step, time = (max((line[key] for line in lines), default=0) for key in ("step", "time"))
         config, known = files.read_json(folder / "config.json"), [y for _, y in runs.curve(folder, "eval/text_nll")]
-        peft, trained = config.get("peft", {}), files.read_json(folder / "cost.json").get("trained")
+        rank, trained = config.get("peft", {}).get("rank"), files.read_json(folder / "cost.json").get("trained")
         forgetting = known[-1] - known[0] if len(known) > 1 and None not in (known[0], known[-1]) else None
         state, value = runs.state(folder, config.get("steps", 0)), curve[-1][1] if curve else None
-        size = peft.get("name") or "full", peft.get("rank"), trained, forgetting, data.stored(folder)
+        size = data.method(config), rank, trained, forgetting, data.stored(folder)
         done = next((line for line in lines[::-1] if line.get("event") == "done"), {})
         price = done.get("peak_rss_bytes"), done.get("tokens_per_second")
         found.append((point["index"], Result(folder.name, point["values"], state, step, value, time, *size, *price)))
