@@ -33,9 +33,9 @@ def main(argv: list[str]) -> int:
 
 def show_plan(cfg: Config) -> int:
     """Prints what the run would hold and cost. No device is touched: -1 in the mesh counts as 1."""
-    from train import init, inputs, mesh, plan
+    from train import plan
 
-    plan.show(cfg, init.blueprint(cfg, inputs.model(cfg), mesh.abstract_mesh(cfg.mesh)))
+    plan.show(cfg, plan.blueprint(cfg))
     return 0
 
 

@@ -3,10 +3,16 @@
 from pathlib import Path
 
 from common import files
+from common.numbers import size
 from common.types import Config, Json
 from data.rows.batch import KINDS
-from train import cost
+from train import cost, init, inputs, mesh
 from train.init import Blueprint
+
+
+def blueprint(cfg: Config, devices: int = 0) -> Blueprint:
+    """That of a config on abstract devices; without their number, -1 in the mesh counts as 1."""
+    return init.blueprint(cfg, inputs.model(cfg), mesh.abstract_mesh(cfg.mesh, devices))
 
 
 def describe(cfg: Config, plan: Blueprint) -> Json:
@@ -14,8 +20,10 @@ def describe(cfg: Config, plan: Blueprint) -> Json:
     roles = cost.of_roles(plan, cfg.data.seq_len)
     policy, price = roles["policy"], cost.of_plan(plan, cfg.data.seq_len)
     tokens = cfg.data.batch_size * cfg.data.seq_len * len(KINDS[plan.objective.batch].sides)
-    size = lambda field: cost.bytes_per_device(getattr(plan.abstract, field), getattr(plan.shardings, field))
-    held = {field: size(field) for field in ("params", "frozen", "opt_state")}
+    held = {
+        field: cost.bytes_per_device(getattr(plan.abstract, field), getattr(plan.shardings, field))
+        for field in ("params", "frozen", "opt_state")
+    }
     held["gradients"] = held["params"]
     return {
         "parameters": policy.params,
@@ -46,13 +54,13 @@ def show(cfg: Config, plan: Blueprint, path: Path | None = None) -> None:
     table = Table(show_header=False)
     share = 100 * d["trained"] / d["parameters"]
     table.add_row("parameters", f"{d['parameters']:,}, of which {d['trained']:,} train ({share:.2f} %)")
-    table.add_row("tokens", f"{d['tokens_per_step']:,} a step x {cfg.steps:,} steps = {d['tokens']:,} at most")
+    table.add_row("tokens", f"{d['tokens_per_step']:,} per step x {cfg.steps:,} steps = {d['tokens']:,} at most")
     table.add_row(
-        "FLOPs a token", f"{d['flops_per_token']:.3g} in training, {d['flops_forward_per_token']:.3g} forward"
+        "FLOPs per token", f"{d['flops_per_token']:.3g} in training, {d['flops_forward_per_token']:.3g} forward"
     )
     table.add_row("FLOPs of the run", f"{d['flops']:.3g} at most: padding and masked targets cost less")
-    for kind, size in d["bytes_per_device"].items():
-        table.add_row(f"{kind.replace('_', ' ')} a device", f"{size / 2**20:,.1f} MiB")
+    for kind, held in d["bytes_per_device"].items():
+        table.add_row(f"{kind.replace('_', ' ')} per device", size(held))
     axes = ", ".join(f"{a} {n}" for a, n in plan.mesh.shape.items() if n > 1)
     table.add_row("devices", f"{d['devices']} ({axes})" if axes else "1")
     if plan.attention:

@@ -8,9 +8,10 @@ from common.types import Config
 def table(cfg: Config, devices: int = 0) -> str:
     """A line for every parameter and for the whole; "*" marks those that train. Roles beside the policy are copies."""
     from model import weights
-    from train import cost, init, inputs, mesh
+    from train import cost
+    from train.plan import blueprint
 
-    plan = init.blueprint(cfg, inputs.model(cfg), mesh.abstract_mesh(cfg.mesh, devices))
+    plan = blueprint(cfg, devices)
     policy, places = plan.abstract.role("policy"), plan.shardings.role("policy")
     rows = [("parameter", "shape", "dtype", "logical axes", "mesh axes", "bytes a device")]
 

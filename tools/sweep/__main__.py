@@ -157,17 +157,16 @@ def price(points: "list[Point]", trials: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from train import main as training
     from train import plan
 
     plans: dict[str, dict] = {}
     rows = []
     for p in points:  # neither the seed nor an optimizer's settings change a price
         key = schema.digest(schema.to_dict(p.config) | {"seed": 0, "optim": {"name": p.config.optim.name}})
-        plans[key] = plans.get(key) or plan.describe(p.config, training.planned(p.config))
+        plans[key] = plans.get(key) or plan.describe(p.config, plan.blueprint(p.config))
         rows.append((p, plans[key]))
     rows = [pick(rows, key=lambda row: row[1]["flops"]) for pick in (min, max)] if trials else rows
-    table = Table("point", "sets", "trained", "tokens", "FLOPs", "bytes a device", "chip-hours", "$ on demand")
+    table = Table("point", "sets", "trained", "tokens", "FLOPs", "bytes per device", "chip-hours", "$ on demand")
     for p, d in rows:
         sizes = numbers.flops(d["flops"]), numbers.size(d["bytes_per_device"]["total"]), *gas(p.config.chip, d["flops"])
         table.add_row(p.id, Text(label(p.values)), f"{d['trained']:,}", f"{d['tokens']:,}", *sizes)
