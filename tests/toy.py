@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from model import build
-from tests.test_step import Random, config
 from train import main
 from train.init import Blueprint
 from train.objectives import Objective, Role
@@ -22,6 +21,8 @@ SERVES = 3  # steps a rollout
 
 def online(model) -> Objective:
     """On-policy distillation: the reverse KL divergence from the teacher, on what the policy has sampled."""
+    from tests.test_step import Random, config  # asks for devices, which a launch of several processes first connects
+
     small = {"model.layers": 1, "model.embed": 32, "model.heads": 2, "model.mlp": 48}
     teacher = build.model(config(**small), None, model.config.vocab_size)
 
