@@ -1,7 +1,11 @@
 """The one exception that means: the user can fix this."""
 
 import difflib
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 class UserError(ValueError):
@@ -15,6 +19,19 @@ class UserError(ValueError):
     def _render_traceback_(self) -> list[str]:
         """What a notebook shows of it."""
         return [f"{type(self).__name__}: {self}"]
+
+
+def outermost(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of the public interface: its UserErrors come without the frames and the causes below it."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except UserError as e:
+            raise e.with_traceback(None) from None
+
+    return called
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:

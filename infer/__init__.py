@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.errors import outermost
+
 if TYPE_CHECKING:
     from infer.lm import LM
 
 
+@outermost
 def load(
     name: str | Path,
     adapter: str | Path | None = None,
@@ -19,6 +22,7 @@ def load(
     return models.load(name, adapter, dtype, tokenizer)
 
 
+@outermost
 def load_many(name: str | Path, folders: dict[str, str | Path], dtype: str | None = None) -> "LM":
     """The LM of a base with adapters {name: run or PEFT folder} to choose from; see infer.models.load_many."""
     from infer import models

@@ -32,7 +32,7 @@ def means(sums: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> dict[str, float]:
 
 
 class Metrics:
-    """Writes lines {"step", "time", "kind": "train" | "eval" | "event", ...}; only the first process does.
+    """Writes lines {"step", "time", "kind", ...} of kind train, eval, task, sample or event; the first process does.
 
     `tracker` is the config's name, or an object with `log(step, numbers)` and `close()`. Call `rewind` once the state
     is restored, `sync` before a checkpoint is saved, `end` before the session ends. `on_error` is the config's

@@ -143,6 +143,8 @@ class RunDir:
         self.changes = [f"{key}: {text}" for key, text in changed.items()]
         if self.changes:
             print("config changed since the last launch:", *self.changes, sep="\n  ")
+        if "steps" in changed:
+            print("the learning rate follows the schedule of the new number of steps: it may jump here")
         if refused := unsafe(changed, self.config.get("allow") or ()):
             told = "; ".join(f"{key}: {changed[key]}" for key in refused)
             name = "data" if all(_under(k, ("data",)) for k in refused) else "config"
