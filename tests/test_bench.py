@@ -60,8 +60,3 @@ def test_questions_are_instructions_of_this_python():
     rows = bench.questions(limit=20)
     assert len(rows) >= 20
     assert all(row["prompt"].startswith("What does the function") and row["completion"] for row in rows)
-
-
-def test_an_unknown_contest_is_a_user_error(capsys):
-    assert bench.main(["--what=speed"]) == 2
-    assert "speed" in capsys.readouterr().err

@@ -269,3 +269,45 @@ def test_a_pipe_as_input_is_refused(tmp_path, command, capsys):
     os.mkfifo(tmp_path / "t.json")
     assert prepare.main(["--config=configs/pretrain/tiny.py", command.format(tmp_path)]) == 2
     assert "t.json · is neither a file nor a folder" in capsys.readouterr().err
+
+
+# What each command cannot take, and what it says; none but the last needs jax to know.
+WRONG = {
+    "train.main": (["--config=configs/none.py"], "no such config file"),
+    "evals.main": (["--model=x", "--tasks=datse"], "did you mean dates?"),
+    "evals.export": (["--task=datse", "--out=x"], "did you mean dates?"),
+    "evals.spectrum": ([], "arguments are required: source"),
+    "tools.bench.__main__": (["--what=speed"], "unknown 'speed'"),
+    "tools.chat": (["--top-k=x", "model"], "invalid int value: 'x'"),
+    "tools.config": (["sho"], "unknown verb 'sho'"),
+    "tools.demo": (["--outt=x"], "did you mean --out?"),
+    "tools.edit": (["--base=x", "--to=y", "--density=2", "z"], "density 2.0 is no share"),
+    "tools.export": (["--from=x"], "arguments are required: --to"),
+    "tools.launch.__main__": (["--config=configs/sft/tiny.py", "--on=moon"], "no target 'moon'"),
+    "tools.plan.__main__": (["--config=configs/sft/tiny.py", "--what=dance"], "cannot plan 'dance'"),
+    "tools.prepare": (["--config=configs/none.py"], "no such config file"),
+    "tools.quantize": (["--model=x", "--quant=int5", "--out=y"], "no format 'int5'"),
+    "tools.report.__main__": (["no/such/run"], "no such folder"),
+    "tools.serve": (["model", "--port=99999"], "99999 is no port"),
+    "tools.kernel_report.__main__": (["--chip=v0"], "no chip 'v0' is known"),  # the last: its cases are made by jax
+}
+
+
+@pytest.fixture(scope="module")
+def refusals():
+    """[exit code, what went to stderr, whether jax is loaded by now] of every command, in one process."""
+    code = "import contextlib, importlib, io, json, sys\nout = {}\n"
+    code += "for name, (argv, _) in json.loads(sys.argv[1]).items():\n"
+    code += "    with contextlib.redirect_stderr(io.StringIO()) as err:\n"
+    code += "        code = importlib.import_module(name).main(argv)\n"
+    code += "    out[name] = code, err.getvalue(), 'jax' in sys.modules\nprint(json.dumps(out))"
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(WRONG)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_mistake_is_one_line_and_code_2_before_jax(refusals, name):
+    code, told, jax = refusals[name]
+    assert (code, told.count("\n")) == (2, 1) and WRONG[name][1] in told, told
+    assert not jax or name == "tools.kernel_report.__main__"
