@@ -72,7 +72,8 @@ def generate(
     stop: Callable[[list[int]], bool] | None = None,
     cache: str = "float",
 ) -> Samples:
-    """Continues token prompts; greedy at temperature 0. `cache`: "float", or "int8" or "fp8" for less memory.
+    """Continues prompts, B rows of token ids of any lengths, by at most `max_new_tokens` each; greedy at temperature 0.
+    `cache`: "float", or "int8" or "fp8" for less memory.
 
     A row's sample depends on the seed, its prompt and how many equal prompts stand before it, and on nothing else in
     the batch. `stop(tokens)` is asked now and then whether a row may end; what was sampled after is still returned.

@@ -138,7 +138,8 @@ class Extra(Weight):
 
 
 def einsum(eqn: str, x: Array, w: Array | Weight) -> Array:
-    """`jnp.einsum` of an activation and a weight; the result has x's dtype.
+    """`jnp.einsum` of an activation and a weight; the result has x's dtype. The equation names the axes: "BTD,DF->BTF"
+    takes x [B,T,D] and w [D,F] to [B,T,F].
 
     It is tagged with the checkpoint name "product", so that remat policies can save it."""
     y = w.einsum(eqn, x) if isinstance(w, Weight) else product(eqn, x, cast(w, x.dtype))

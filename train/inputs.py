@@ -46,9 +46,9 @@ def keep_tokenizer(found: Tokenizer, folder: Path, system: str = "") -> None:
     """
     if not hosts.primary():
         return
-    if system and found.chat_template is not None:
+    if system and (own := found.chat_template) is not None:
         found = copy.copy(found)
-        found.chat_template = template.with_system(found.chat_template, system)
+        found.chat_template = template.with_system(own, system)
         found.tool_template = found.tool_template and template.with_system(found.tool_template, system)
     place = folder / "tokenizer"
     with contextlib.suppress(UserError):  # missing, damaged, or of a config that was changed before the first step
