@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # everything random derives from it: init, data order, dropout
     c.steps = 1000  # optimizer steps
+    c.epochs = 0.0  # passes over the rows of all sources; above 0 it sets `steps`, once the data are read
     c.accum = 1  # micro-batches a step; the batch is split, the result is the same
     c.init = ""  # pretrained start: folder, .gguf, run folder, package-carried name or hub id; "": random
     c.trainable = "all"  # with peft: its adapters alone | "adapters" | a regex on parameter paths

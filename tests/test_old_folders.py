@@ -69,3 +69,17 @@ def test_the_loss_curve_of_a_config_stays(tmp_path):
     argv += [f"--config.data.cache={tmp_path}/cache", "--config.eval_batches=0"]
     assert run(schema.load(argv)) == 0
     assert losses(tmp_path / "run")[:5] == pytest.approx(CURVE, rel=5e-3)
+
+
+def test_epochs_set_the_steps(tmp_path):
+    """1.5 passes over the packed rows, then 2 by the same command; the last batch may go beyond."""
+    argv = ["--config=configs/sft/tiny.py", f"--workdir={tmp_path}/run", "--config.log_every=1", "--config.samples=()"]
+    argv += [f"--config.data.cache={tmp_path}/cache", "--config.eval_batches=0", "--config.model.layers=1"]
+    argv += ["--config.data.source=synthetic:add?n=600&digits=1", "--config.steps=1"]
+    for epochs in (1.5, 2.0):
+        loaded = schema.load([*argv, f"--config.epochs={epochs}"])
+        assert run(loaded) == 0
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        last = [line for line in lines if line["kind"] == "train"][-1]
+        assert last["step"] == loaded.config.steps > 1
+        assert 0 <= last["epoch"] - epochs < 16 / 50

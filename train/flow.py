@@ -40,6 +40,7 @@ class Session:
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Pair]]]
     clock: Clock
     trace: Trace
+    rows: int  # of the data: an epoch
 
 
 def run(loaded: schema.Loaded, began: float) -> int:
@@ -51,6 +52,7 @@ def run(loaded: schema.Loaded, began: float) -> int:
     flags.fake_devices()
     flags.trim_after_compiling()
     hosts.connect()
+    inputs.follow_epochs(loaded.config)
     with contextlib.ExitStack() as closing, hosts.watched():
         return train(open_session(loaded, closing, began))
 
@@ -88,7 +90,8 @@ def open_session(loaded: schema.Loaded, closing: contextlib.ExitStack, began: fl
     ckpt.passed = monitor.passed
     trace = enter(contextlib.closing(Trace(loaded.flags.get("profile", 0), folder.path / "profile")))
     step = compile_step(blueprint, cfg.accum)
-    return Session(cfg, folder, metrics, source, state, ckpt, monitor, step, Clock(cfg, blueprint), trace)
+    clock, rows = Clock(cfg, blueprint), sum(data.loader.sizes)
+    return Session(cfg, folder, metrics, source, state, ckpt, monitor, step, clock, trace, rows)
 
 
 def train(s: Session) -> int:
@@ -110,7 +113,8 @@ def train(s: Session) -> int:
         last = done == cfg.steps
         if done % cfg.log_every == 0 or last:
             with metrics.timer("step"):
-                metrics.write(done, "train", **clock.line(done, source.seen))
+                epoch = done * cfg.data.batch_size / s.rows
+                metrics.write(done, "train", epoch=epoch, **clock.line(done, source.seen))
         with metrics.timer("step"):  # dispatch returns immediately; this is the call that waits for the device
             bad_steps = clock.bad_steps()
         if bad_steps >= cfg.optim.max_bad_steps:

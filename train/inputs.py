@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+import math
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -73,6 +74,13 @@ def sources(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Batches, Bat
     for line in train.notes(tokenizer) if hosts.primary() else ():
         logging.warning(line)
     return Batches(train, mesh), heldout and Batches(heldout, mesh)
+
+
+def follow_epochs(cfg: Config) -> None:
+    """Sets `steps` to `epochs` passes over the training rows, of which the last may be cut; 0 epochs leave it alone."""
+    if cfg.epochs:
+        train, _ = make_loaders(cfg.data, tokenizer(cfg, pretrained(cfg)), cfg.seed)
+        cfg.steps = math.ceil(cfg.epochs * sum(train.sizes) / cfg.data.batch_size)
 
 
 def source(blueprint: Blueprint, data: Batches, steps: int) -> Source:

@@ -55,6 +55,10 @@ def show(cfg: Config, plan: Blueprint, path: Path | None = None) -> None:
     share = 100 * d["trained"] / d["parameters"]
     table.add_row("parameters", f"{d['parameters']:,}, of which {d['trained']:,} train ({share:.2f} %)")
     table.add_row("tokens", f"{d['tokens_per_step']:,} per step x {cfg.steps:,} steps = {d['tokens']:,} at most")
+    if cfg.epochs and not path:
+        table.add_row(
+            "epochs", f"{cfg.epochs:g}: the steps follow when the data are read; {cfg.steps:,} are assumed here"
+        )
     table.add_row(
         "FLOPs per token", f"{d['flops_per_token']:.3g} in training, {d['flops_forward_per_token']:.3g} forward"
     )

@@ -24,6 +24,7 @@ FORMATS, SCORED = (methods.constant(methods.ROOT / "data/formats.py", name, {}) 
 ALLOWED: dict[str, str | tuple[str, ...]] = {
     "seed": "[0, 4294967296)",
     "steps": COUNT,
+    "epochs": ANY_COUNT,
     "accum": COUNT,
     "allow": ("data", "config"),
     "model.shape": ("", *SHAPES),

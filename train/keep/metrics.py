@@ -238,10 +238,10 @@ class Console:
 
 
 def progress(step: int, total: int, numbers: Json) -> str:
-    """The console's line from loss, lr, tokens_per_second, mfu (0 to 1) and seconds_per_step."""
+    """The console's line from epoch, loss, lr, tokens_per_second, mfu (0 to 1) and seconds_per_step."""
     mfu, pace = numbers.get("mfu"), numbers.get("seconds_per_step")
     parts = [
-        f"step {step}/{total}",
+        f"step {step}/{total}" + (f" (epoch {numbers['epoch']:.2f})" if "epoch" in numbers else ""),
         f"loss {number(numbers.get('loss'))}",
         f"lr {number(numbers.get('lr'))}",
         f"{number(numbers.get('tokens_per_second'))} tok/s",

@@ -35,8 +35,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # What a resume may change: the state and the batches of every step stay what they would have been, or, as with
 # `steps`, the change is the point of the resume. Everything under a name counts.
 SAFE = (
-    "steps", "accum", "mesh", "model.attention", "xla_preset", "log_every", "eval_every", "eval_batches", "evals",
-    "eval_n", "floors", "samples", "ckpt", "tracker", "chip", "allow", "data.cache",
+    "steps", "epochs", "accum", "mesh", "model.attention", "xla_preset", "log_every", "eval_every", "eval_batches",
+    "evals", "eval_n", "floors", "samples", "ckpt", "tracker", "chip", "allow", "data.cache",
 )  # fmt: skip
 
 
