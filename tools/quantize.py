@@ -297,7 +297,7 @@ def save(out: Path, lm: "LM", quant: Json, dtype: str, made: Json) -> None:
         files.write_json(work / "config.json", schema.to_dict(cfg))
         files.write_json(work / SHAPE, dataclasses.asdict(lm.config))
         lm.tokenizer.save(work / "tokenizer")
-        saved.write(work / "ckpt" / "0", {"policy": lm.params}, {"step": 0, "frozen": "", "source": made})
+        saved.write(work / "ckpt" / "0", {"policy": lm.params}, {"step": 0, "frozen": {}, "source": made})
 
 
 if __name__ == "__main__":
