@@ -133,7 +133,7 @@ def test_bytes_lie_as_xla_lays_them(rows, columns, by_columns):
     assert packing.by_columns(rows, columns) == by_columns
 
 
-@pytest.mark.parametrize("fmt", ["int4", "nf4"])
+@pytest.mark.parametrize("fmt", ["int4", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_a_decoding_loop_has_whole_registers_of_columns(interpreted, monkeypatch, fmt):
     """Of a TPU, where XLA would turn the bytes of 260 columns; products and values stay what they are."""
     leaf, x = FORMATS[fmt].encode(rand(1024, 260), "BTD,DF->BTF"), rand(1, 3, 1024, seed=1).astype(jnp.bfloat16)

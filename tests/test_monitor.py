@@ -242,6 +242,7 @@ def online(folder: Path, *more: str, **env: str) -> tuple[int, str]:
     return code, "".join(told)
 
 
+@pytest.mark.slow
 def test_an_online_run_killed_in_the_middle_of_a_rollout_ends_with_the_same_bits(tmp_path):
     """The frozen teacher, of another shape, is derived again at each launch."""
     assert online(tmp_path / "whole")[0] == 0

@@ -178,7 +178,7 @@ def test_a_stack_below_a_prefix():
 
 
 @pytest.mark.parametrize("config", [TINY, BERT, GRIFFIN], ids=["llama", "bert", "griffin"])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_hidden_states_are_those_of_a_run_layer_by_layer(config, remat):
     """Scanned and unrolled; of a period and a rest; with a gradient that goes through them."""
     model = Transformer(config, remat=remat)

@@ -51,6 +51,7 @@ BIASES = {(False, False): "none", (True, False): "attn", (False, True): "mlp", (
 def config(hf: dict, defaults: dict | None = None, **delta: Any) -> ModelConfig:
     """Of a config.json; `defaults` and `delta` are what a related family has of its own."""
     hf = DEFAULTS | (defaults or {}) | hf
+    refuse(hf)
     heads = hf["num_attention_heads"]
     theta, scaling = rope(hf)
     if rotary(hf) != 1.0:
