@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_contracts import PACKAGES
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 SHELL = [c for block in re.findall(r"```sh\n(.*?)```", README, re.S) for c in block.splitlines() if c.strip()]
@@ -26,7 +28,7 @@ def packaged() -> bool:
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
-    for package in ("configs", "data", "evals", "examples", "infer", "kernels", "model", "tools", "train"):
+    for package in PACKAGES:
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
