@@ -51,9 +51,9 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], in
         except KeyboardInterrupt:
             return exits.INTERRUPTED
         except Exception as e:
-            if not (told := full_disk(e)):
+            if not (problem := full_disk(e)):
                 raise
-            print(told, file=sys.stderr)
+            print(problem, file=sys.stderr)
             return exits.INPUT
 
     return shell

@@ -9,7 +9,7 @@ P, R = ParamSpec("P"), TypeVar("R")
 
 
 class UserError(ValueError):
-    """Bad input, told in one line: what is wrong, where, and the fix. Command lines print it and exit with code 2."""
+    """Bad input in one line: what is wrong, where, and the fix. Command lines print it and exit with code 2."""
 
     def __init__(self, what: str, where: str = "", fix: str = ""):
         self.what, self.where, self.fix = what, where, fix

@@ -106,7 +106,7 @@ def drain(queue: Queue[R], at_once: int, stop: list[int], show: Callable[[], Non
     `show` is called four times a second.
     """
     running: list[R] = []
-    told: list[R] = []  # those that were asked to stop
+    asked: list[R] = []  # to stop
     try:
         while True:
             while not stop and len(running) < at_once and (job := queue.take()):
@@ -114,10 +114,10 @@ def drain(queue: Queue[R], at_once: int, stop: list[int], show: Callable[[], Non
             for job in list(running):
                 if job.process.poll() is not None:
                     running.remove(job)
-                    queue.close(job, hopeless=job in told and not stop)
-                elif job not in told and (stop or queue.hopeless(job)):
+                    queue.close(job, hopeless=job in asked and not stop)
+                elif job not in asked and (stop or queue.hopeless(job)):
                     job.process.send_signal(signal.SIGTERM)
-                    told.append(job)
+                    asked.append(job)
             show()
             if not running and (stop or not queue.left()):
                 return

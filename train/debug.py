@@ -80,9 +80,7 @@ def _show_batch(batch: dict, tokenizer: Tokenizer, step: int) -> None:
 
 def _examine(planned: init.Blueprint, state: TrainState, batch: dict) -> int:
     def loss(params: Roles) -> dict:
-        whole = state.replace(params=params)
-        roles = {name: whole.role(name) for name in whole.roles}
-        roles |= {name: weights.in_training(roles[name], state.key, state.step) for name in params}
+        roles = state.replace(params=params).in_training(state.key)
         return planned.objective.loss(roles, batch, state.key)
 
     print("\nparameters")

@@ -88,7 +88,7 @@ class Monitor:
     def _heldout(self, state: TrainState) -> dict[str, float]:
         if self.heldout is None:
             return {}
-        roles = {name: state.role(name) for name in state.roles}
+        roles = state.roles
         total: dict[str, Pair] = {}
         for i in range(min(self.cfg.eval_batches, self.heldout.loader.num_batches)):
             key = jax.random.fold_in(jax.random.key(self.cfg.seed), i)  # the same draws at every evaluation

@@ -54,8 +54,14 @@ class TrainState:
         return jax.random.fold_in(jax.random.key(self.seed), self.step)
 
     @property
-    def roles(self) -> tuple[str, ...]:
-        return tuple(self.params | self.frozen)
+    def roles(self) -> Roles:
+        """The whole tree of every role."""
+        return {name: self.role(name) for name in self.params | self.frozen}
+
+    def in_training(self, key: Array) -> Roles:
+        """The roles as a training step sees them: those that train with their noise and their schedules."""
+        roles = self.roles
+        return roles | {name: weights.in_training(roles[name], key, self.step) for name in self.params}
 
     def role(self, name: str) -> Params:
         """The whole tree of a role: what trains, what is frozen, and what it shares with another role."""

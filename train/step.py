@@ -9,7 +9,6 @@ import optax
 from jax import Array
 
 from data.rows.batch import Batch
-from model import weights
 from train.init import Blueprint
 from train.objectives import Pair
 from train.state import Roles, TrainState
@@ -28,11 +27,7 @@ def make_step(
     optimizer = optax.with_extra_args_support(tx)
 
     def total(params: Roles, state: TrainState, batch: Batch, key: Array) -> tuple[Array, dict[str, Pair]]:
-        state = state.replace(params=params)
-        roles = {name: state.role(name) for name in state.roles}
-        for name in params:
-            roles[name] = weights.in_training(roles[name], key, state.step)
-        metrics = loss(roles, batch, key)
+        metrics = loss(state.replace(params=params).in_training(key), batch, key)
         return metrics["loss"][0], metrics
 
     def gradients(state: TrainState, batch: Batch) -> tuple[Roles, dict[str, Pair]]:
