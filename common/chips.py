@@ -26,7 +26,7 @@ class Chip(NamedTuple):
     usd_hour: Number | None  # a chip-hour on demand
     usd_hour_spot: Number | None
     watts: Number  # average, with the host's share where the source has it
-    cci: Number | None  # compute carbon intensity, gCO2e per 1e18 utilised FLOPs (Schneider et al. 2025)
+    cci: Number | None  # compute carbon intensity, gCO2e per 1e18 utilized FLOPs (Schneider et al. 2025)
     dcn_bandwidth: Number | None = None  # bytes/s between slices, a chip's share
 
 

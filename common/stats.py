@@ -13,8 +13,8 @@ def of_scores(scores: Sequence[float]) -> tuple[float, float]:
     """
     n, p = len(scores), sum(scores) / len(scores)
     if set(scores) <= {0.0, 1.0}:
-        centre, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-        return max(0.0, (centre - half) / (1 + Z**2 / n)), min(1.0, (centre + half) / (1 + Z**2 / n))
+        center, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+        return max(0.0, (center - half) / (1 + Z**2 / n)), min(1.0, (center + half) / (1 + Z**2 / n))
     half = Z * standard_error(scores) if n > 1 else math.inf
     return p - half, p + half
 
@@ -23,13 +23,13 @@ def student(values: Sequence[float]) -> tuple[float, float] | None:
     """Student's interval, for few values whose spread is not known, such as those of seeds; one value has none."""
     from scipy.special import stdtrit
 
-    n, centre = len(values), sum(values) / len(values)
+    n, center = len(values), sum(values) / len(values)
     if n < 2:
         return None
     half = float(stdtrit(n - 1, 0.975)) * standard_error(values)
-    return centre - half, centre + half
+    return center - half, center + half
 
 
 def standard_error(values: Sequence[float]) -> float:
-    n, centre = len(values), sum(values) / len(values)
-    return math.sqrt(sum((v - centre) ** 2 for v in values) / (n - 1) / n)
+    n, center = len(values), sum(values) / len(values)
+    return math.sqrt(sum((v - center) ** 2 for v in values) / (n - 1) / n)

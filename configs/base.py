@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
     c.data.max_bad = 0.001  # share of bad rows skipped before it is an error
     c.data.view = ConfigDict({"name": "next"})  # what a row becomes: a file in data/views + its keyword arguments
     c.data.shuffle = True  # a new order every epoch, from `seed`
-    c.data.cache = "~/.cache/kungfu/data"  # tokenised documents, memory-mapped, keyed by fingerprint
+    c.data.cache = "~/.cache/kungfu/data"  # tokenized documents, memory-mapped, keyed by fingerprint
 
     c.optim = ConfigDict()
     c.optim.name = one_of("adamw", "adafactor", "lion", "muon")  # muon: of matrices, adamw of the rest

@@ -1,4 +1,4 @@
-"""Tokenised documents on disk: flat, memory-mapped, named by the fingerprint of all that made them.
+"""Tokenized documents on disk: flat, memory-mapped, named by the fingerprint of all that made them.
 
 A folder holds tokens.bin (uint16 or uint32, documents end to end), mask.bin (a bit a token: is the next one learnt),
 offsets.bin (int64, documents + 1), hashes.bin (uint64 a document) and index.json (sizes, sha256, the report). Where

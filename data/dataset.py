@@ -1,4 +1,4 @@
-"""One source, tokenised: records -> examples -> documents of ids, with a report of all that was left out."""
+"""One source, tokenized: records -> examples -> documents of ids, with a report of all that was left out."""
 
 import contextlib
 import hashlib
@@ -91,7 +91,7 @@ def prepare(
     max_bad: float = 0.001,
     learn: str = "all",
 ) -> Dataset:
-    """The tokenised source, from its cache below `folder` or made now.
+    """The tokenized source, from its cache below `folder` or made now.
 
     Prompts with completions become chats where the tokenizer has a template. `learn`: "all" answers of a chat, or the
     "last". Raises UserError when more than `max_bad` of the records are bad, or none is left.

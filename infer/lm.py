@@ -154,7 +154,7 @@ class LM:
     def logps(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[tuple[float, int]]:
         """(sum of log p, number of tokens) of each completion behind its prompt.
 
-        No token spans the boundary: a completion is tokenised as the model would have written it.
+        No token spans the boundary: a completion is tokenized as the model would have written it.
         """
         rows = [self._split(p, c) for p, c in zip(prompts, completions, strict=True)]
         sums = self._sums(rows)

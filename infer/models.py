@@ -68,7 +68,7 @@ def load_many(
 ) -> LM:
     """The base of a model, with the LoRA adapters of run and PEFT folders to choose from for every prompt.
 
-    A run folder as `name` gives its base, quantised as its adapter was trained on it. `rank_rows` bounds what lies on
+    A run folder as `name` gives its base, quantized as its adapter was trained on it. `rank_rows` bounds what lies on
     the device for each weight; the others wait on the host. Raises UserError.
     """
     lm = load(name, dtype=dtype)
@@ -177,7 +177,7 @@ class Run:
         return jax.jit(lambda p: weights.dense(p, specs), out_shardings=shardings)(params)
 
     def params(self, specs: Specs, shardings: Tree = None, dtype: str = "float32") -> Params:
-        """The policy as it was trained, with its adapters and quantised leaves.
+        """The policy as it was trained, with its adapters and quantized leaves.
 
         What was not trained is derived from the config, as training did. Raises UserError when it is not the same.
         """

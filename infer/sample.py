@@ -22,7 +22,7 @@ def sample(logits: Array, keys: Array, knobs: Knobs) -> tuple[Array, Array]:
     """Tokens [B] from logits [B,V] with one key a row, and their log-probabilities [B].
 
     The log-probabilities are the model's at this temperature before any truncation (greedy: at temperature 1). That is
-    what a trainer recomputes; probabilities renormalised over the kept tokens would bias its importance ratios.
+    what a trainer recomputes; probabilities renormalized over the kept tokens would bias its importance ratios.
     """
     greedy = knobs.temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, knobs.temperature)

@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 MOST = 4  # each converts the codes again: with more, the product with floats is faster
-SUMMED = 16  # more are not vectorised, fewer leave more to add up
+SUMMED = 16  # more are not vectorized, fewer leave more to add up
 
 
 def supported(rows: int, k: int, group: int, transposed: bool) -> bool:
@@ -34,7 +34,7 @@ def matmul(
     each = x.shape[1] // len(codes)
     halves = max(2 // each, 1)  # a joint reduction of two or more arrays is not handed to the (slow) library routine
     stored = codes.T if transposed else codes
-    # Without the barrier XLA hoists the dequantised floats out of the decoding loop.
+    # Without the barrier XLA hoists the dequantized floats out of the decoding loop.
     x, stored = jax.lax.optimization_barrier((x.astype(jnp.float32), stored))
     y = (_along if transposed else _down)(x, stored, scale.astype(jnp.float32), group, (each, halves), by_place)
     return y.astype(dtype)

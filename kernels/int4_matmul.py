@@ -1,7 +1,7 @@
 """y = x W on a TPU, for a W of 4-bit integers with a scale a group of rows; XLA would write the whole float W there.
 
 Two regimes. With few rows of x the weights' bytes are the time: each group's partial product is scaled, which costs
-M N / group multiplications. With many the products are: a block of W is dequantised in VMEM, hidden under the MXU.
+M N / group multiplications. With many the products are: a block of W is dequantized in VMEM, hidden under the MXU.
 """
 
 import jax
@@ -30,12 +30,12 @@ def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike |
     (m, k), n = x.shape, packed.shape[1]
     bm, bn, bk = blocks.INT4_FEW if m <= FEW else blocks.INT4
     block = cut(m, bm, 16), cut(n, bn, 256), _rows(k, bk, group)
-    body = _scaled_parts if m <= FEW else _dequantised
+    body = _scaled_parts if m <= FEW else _dequantized
     return tiled.product(body, x, packed, scale, group, n, block, block[:0:-1], lambda i, j, l: (l, j), dtype)
 
 
 def gradient(g: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike | None = None) -> Array:
-    """dx = g W' [M, K] of g [M, N], from the packed W: no dequantised copy is kept or made."""
+    """dx = g W' [M, K] of g [M, N], from the packed W: no dequantized copy is kept or made."""
     (m, n), k = g.shape, 2 * packed.shape[0]
     bm, bn, bk = blocks.INT4
     block = cut(m, bm, 16), _rows(k, bk, group), cut(n, bn, 256)
@@ -48,7 +48,7 @@ def _rows(k: int, limit: int, group: int) -> int:
 
 
 def _int4(w: tiled.W, w_ref: Ref, at: int = 0, size: int | None = None) -> Array:
-    """Rows of a block of W, all or `size` from `at`; two neighbours are a byte."""
+    """Rows of a block of W, all or `size` from `at`; two neighbors are a byte."""
     rows = slice(at // 2, None if size is None else (at + size) // 2)
     return pltpu.bitcast(w_ref[:, rows].T if w.by_columns else w_ref[rows], jnp.int4)
 
@@ -69,13 +69,13 @@ def _scaled_parts(w: tiled.W, x_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref, su
 
 
 def _block(w: tiled.W, w_ref: Ref, scale: Array, dtype: DTypeLike) -> Array:
-    """A dequantised block of W. An int4 times a bfloat16 is exact in float32: either way it is rounded once."""
+    """A dequantized block of W. An int4 times a bfloat16 is exact in float32: either way it is rounded once."""
     codes, scale = _int4(w, w_ref).astype(dtype), scale.astype(dtype)
     scale = jnp.broadcast_to(scale[:, None, :], (scale.shape[0], w.group, scale.shape[1])).reshape(-1, scale.shape[1])
     return codes * scale[: codes.shape[0]]
 
 
-def _dequantised(w: tiled.W, x_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref, sum_ref: Ref) -> None:
+def _dequantized(w: tiled.W, x_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref, sum_ref: Ref) -> None:
     def part() -> Array:
         x, scale = tiled.inside(x_ref[...], 1, w.total), tiled.inside(s_ref[...], 0, pl.cdiv(w.total, w.group))
         return jnp.dot(x, _block(w, w_ref, scale, x.dtype), preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""A W [K, N] of NF4 codes on a TPU: dequantised once a use for XLA's product, or within the product of few rows.
+"""A W [K, N] of NF4 codes on a TPU: dequantized once a use for XLA's product, or within the product of few rows.
 
 With many rows a lookup inside the product would be repeated for every block of them. XLA's own takes three times as
 long as this one.
@@ -24,11 +24,11 @@ FEW = 128  # rows of x: up to here the lookup is part of the product, and no flo
 
 
 def supported(k: int, n: int, group: int) -> bool:
-    """Whether `dequantise` takes these shapes: a register has one row of scales, and a block a tile of them."""
+    """Whether `dequantize` takes these shapes: a register has one row of scales, and a block a tile of them."""
     return k % group == 0 and group in (64, 128, 256, 512) and n >= 128
 
 
-def dequantise(packed: Array, scale: Array, group: int) -> Array:
+def dequantize(packed: Array, scale: Array, group: int) -> Array:
     """Levels times scales, bfloat16 [K, N], of bytes [K / 2, N] and float32 scales [K / group, N]."""
     k, n = 2 * packed.shape[0], packed.shape[1]
     rows, columns = cut(k, blocks.NF4[0], 8 * group), blocks.NF4[1]
@@ -37,7 +37,7 @@ def dequantise(packed: Array, scale: Array, group: int) -> Array:
     if columnar:  # as the bytes lie, `packed.T` is no copy, and `packed` would be one
         codes = pl.BlockSpec((columns, rows // 2), lambda i, j: (j, i))
     return pl.pallas_call(
-        functools.partial(_dequantise, group, columnar),
+        functools.partial(_dequantize, group, columnar),
         grid=(pl.cdiv(k, rows), pl.cdiv(n, columns)),
         in_specs=[codes, pl.BlockSpec((rows // group, columns), at)],
         out_specs=pl.BlockSpec((rows, columns), at),
@@ -50,7 +50,7 @@ def dequantise(packed: Array, scale: Array, group: int) -> Array:
 
 
 def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike | None = None) -> Array:
-    """x [M, K] times the dequantised W, M up to FEW -> [M, N] of `dtype` or that of x, accumulated in float32."""
+    """x [M, K] times the dequantized W, M up to FEW -> [M, N] of `dtype` or that of x, accumulated in float32."""
     (m, k), n = x.shape, packed.shape[1]
     rows, columns = cut(k, blocks.NF4[0], 8 * group), blocks.NF4[1]
     block, at = (cut(m, FEW, 16), columns, rows), lambda i, j, l: (l, j)
@@ -69,7 +69,7 @@ def _multiply(w: tiled.W, x_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref, sum_re
     tiled.accumulate(part, y_ref, sum_ref)
 
 
-def _dequantise(group: int, columnar: bool, w_ref: Ref, s_ref: Ref, y_ref: Ref, rows_ref: Ref) -> None:
+def _dequantize(group: int, columnar: bool, w_ref: Ref, s_ref: Ref, y_ref: Ref, rows_ref: Ref) -> None:
     _look_up(group, columnar, w_ref, s_ref, rows_ref)
     y_ref[...] = rows_ref[...].astype(y_ref.dtype)
 

@@ -14,7 +14,7 @@ LEVELS = (
 
 
 def pack(codes: Array, bits: int = 4) -> Array:
-    """n = 8 / bits neighbouring rows of [..., K, N] share a byte, the first lowest -> uint8 [..., ceil(K / n), N]."""
+    """n = 8 / bits neighboring rows of [..., K, N] share a byte, the first lowest -> uint8 [..., ceil(K / n), N]."""
     n = 8 // bits
     codes = codes.astype(jnp.int32) & (2**bits - 1)
     codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 2) + [(0, -codes.shape[-2] % n), (0, 0)])

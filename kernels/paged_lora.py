@@ -258,7 +258,7 @@ def _decode(
         each(step, lambda copy: copy.start())
 
         @pl.when((pages[step * STEP] >= 0) & (pages[step * STEP + STEP - 1] < 0))
-        def _() -> None:  # slots without a page are uninitialised and may hold NaN, which times zero is still NaN
+        def _() -> None:  # slots without a page are uninitialized and may hold NaN, which times zero is still NaN
             for i in range(STEP):
 
                 @pl.when(pages[step * STEP + i] < 0)

@@ -19,7 +19,7 @@ OVERRIDES = ("layers", "embed", "heads", "kv_heads", "mlp")
 
 
 def transform(cfg: Config, specs: Specs) -> Callable[[Params, jax.Array], Params]:
-    """Quantises the base, then wraps adapters, as the config says; either may be absent."""
+    """Quantizes the base, then wraps adapters, as the config says; either may be absent."""
     steps = [find(f"model.{kind}", cfg[kind])() for kind in ("quant", "peft") if cfg[kind].name]
 
     def apply(params: Params, key: jax.Array) -> Params:

@@ -1,7 +1,7 @@
 """A parameter is a leaf, and a leaf knows how to multiply. The only file that knows a parameter may not be an array.
 
 Layers call `einsum(eqn, x, w)` and `take(w, ids)`. `w` is an array or a `Weight`: a pytree node that stands where
-the array stood. Methods (LoRA, quantisation, ...) are functions tree -> tree that replace such leaves.
+the array stood. Methods (LoRA, quantization, ...) are functions tree -> tree that replace such leaves.
 """
 
 import dataclasses
@@ -171,7 +171,7 @@ def take(w: Array | Weight, ids: Array, dtype: DTypeLike) -> Array:
     """Embedding lookup: rows `ids` [...] of a table [V, D] -> [..., D] in `dtype`."""
     if isinstance(w, Weight):
         return w.take(ids, dtype)
-    # From a table that is split along embed, rows come out split the same way, and XLA rematerialises them whole.
+    # From a table that is split along embed, rows come out split the same way, and XLA rematerializes them whole.
     table: Any = spmd.with_logical_constraint(w, ("vocab", None))
     return jnp.take(table, ids, axis=0).astype(dtype)
 
@@ -268,7 +268,7 @@ def name(path: tuple) -> str:
 
 
 def arrays(tree: Tree) -> list[Array]:
-    """The arrays of a tree; codes and scales of a quantised one count as the array that they stand for."""
+    """The arrays of a tree; codes and scales of a quantized one count as the array that they stand for."""
     return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Weight) and x.whole)
 
 
@@ -308,7 +308,7 @@ def key_for(key: Array, path: str) -> Array:
 def trainable(params: Params, what: str) -> Tree:
     """A tree of bools over the arrays of `params`. `what`: "all" | "adapters" | a regex that names must match whole.
 
-    "all" leaves out integers, and what sits inside a Weight without being one of its trainable fields: quantised values
+    "all" leaves out integers, and what sits inside a Weight without being one of its trainable fields: quantized values
     cannot be moved by a gradient, and the base of an adapter is frozen by definition.
     Raises ValueError when nothing would train.
     """
@@ -373,7 +373,7 @@ def base(params: Tree) -> Tree:
     return leaf
 
 
-def quantised_under_adapters(params: Params) -> bool:
+def quantized_under_adapters(params: Params) -> bool:
     """Whether an adapter wraps a leaf that is no plain array once all adapters are off."""
     off = [(w, base(w)) for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w)]
     return any(w is not under and is_weight(under) for w, under in off)

@@ -1,6 +1,6 @@
 """Eight CPU devices, so that meshes are real in every test; set before jax is imported.
 
-Most of the time of these tests is compilation: LLVM does without its optimisations in this process (programs started
+Most of the time of these tests is compilation: LLVM does without its optimizations in this process (programs started
 by tests are compiled as for a user), and what two tests or processes both compile is compiled once.
 """
 

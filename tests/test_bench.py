@@ -49,7 +49,7 @@ def test_a_round_with_an_adapter(tmp_path, merged):
     assert run()["tokens"] == 4
 
 
-def test_a_round_with_quantised_weights(tmp_path):
+def test_a_round_with_quantized_weights(tmp_path):
     model = tiny()
     export_hf(model, model.init(jax.random.key(0)), load("bytes"), tmp_path / "model", check=False)
     run = ours.decode(str(tmp_path / "model"), 2, 4, 3, "float32", quant={"name": "int8", "activations": True})

@@ -387,7 +387,7 @@ def test_a_text_as_long_as_the_table(tmp_path):
         lm.logits(np.arange(41))
 
 
-# --- quantised by other tools: each writes a matrix in its format, value by value, and says what it stands for ---
+# --- quantized by other tools: each writes a matrix in its format, value by value, and says what it stands for ---
 
 NF4 = np.sort(np.random.default_rng(5).normal(size=16)).astype(np.float32)  # any table will do: the file brings it
 
@@ -468,15 +468,15 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_quantised_by_another_tool(name, tmp_path):
+def test_quantized_by_another_tool(name, tmp_path):
     """The values are those of the format, in whole and in slices."""
-    quantised, encode = FORMATS[name]
+    quantized, encode = FORMATS[name]
     model, params = random_model(SHAPES["llama"])
     tensors, values = dict(export.tensors(model, params)), {}
     for n in [n for n in tensors if n.endswith("_proj.weight")]:
         stored, values[n] = encode(tensors.pop(n), n.removesuffix("weight"))
         tensors |= stored
-    config = export.family("llama").hf_config(model.config) | {"quantization_config": quantised}
+    config = export.family("llama").hf_config(model.config) | {"quantization_config": quantized}
     store(tmp_path / "m", config, tensors)
     opened = open_pretrained(tmp_path / "m")
     opened.load(model.specs)
@@ -487,11 +487,11 @@ def test_quantised_by_another_tool(name, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["hqq", "aqlm", "quanto", "mxfp4", "torchao"])
-def test_quantised_by_a_tool_that_is_not_read(method, tmp_path):
+def test_quantized_by_a_tool_that_is_not_read(method, tmp_path):
     def change(folder: Path, config: dict, tensors: Tensors) -> None:
         config["quantization_config"] = {"quant_method": method}
         tensors["model.layers.0.mlp.up_proj.weight"] = np.ones((24, 8), np.uint8)
 
     made(Case("llama", change), tmp_path / "m")
-    with pytest.raises(UserError, match=f"stored quantised by {method}, which is not read.*unquantised model"):
+    with pytest.raises(UserError, match=f"stored quantized by {method}, which is not read.*unquantized model"):
         open_pretrained(tmp_path / "m")

@@ -106,7 +106,7 @@ def test_what_the_format_cannot_say_is_refused(make, family, said, tmp_path):
     with pytest.raises(UserError, match=said):
         write()
     assert not list(tmp_path.iterdir())
-    write(dequantise=True)
+    write(dequantize=True)
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
 
 

@@ -47,7 +47,7 @@ def get_config(arg=""):
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A repository with two objectives, an adapter, a quantiser and a task; x.py is its config."""
+    """A repository with two objectives, an adapter, a quantizer and a task; x.py is its config."""
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)

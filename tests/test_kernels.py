@@ -87,7 +87,7 @@ def test_int4_is_its_reference(interpreted, by, m, k, n, group):
 @pytest.mark.parametrize("m, k, n", [(5, 1240, 97), (100, 320, 200)])
 @pytest.mark.parametrize("fmt", ["int4", "nf4", "int8", "fp8"])
 def test_codes_of_every_form(interpreted, fmt, m, k, n):
-    """Ragged rows, columns and groups on a GPU, against the dequantised leaf."""
+    """Ragged rows, columns and groups on a GPU, against the dequantized leaf."""
     interpreted("cuda")
     leaf = FORMATS[fmt].encode(rand(k, n), "TD,DF->TF")
     x, w = rand(m, k, seed=1), leaf.matrix()
@@ -116,7 +116,7 @@ def test_nf4_is_its_reference_bit_for_bit(interpreted, k, n):
     leaf = nf4.make().encode(rand(k, n), "TD,DF->TF").plain_scales()
     assert kernel_nf4.supported(k, n, 64)
     scale = leaf.scale
-    got = jax.jit(functools.partial(kernel_nf4.dequantise, group=64))(leaf.codes, scale)
+    got = jax.jit(functools.partial(kernel_nf4.dequantize, group=64))(leaf.codes, scale)
     np.testing.assert_array_equal(got, leaf.floats(jnp.bfloat16))
     for m in (1, 20):
         x = rand(m, k, seed=1).astype(jnp.bfloat16)
@@ -176,7 +176,7 @@ def test_on_shards_it_is_the_plain_product(interpreted, monkeypatch, fmt, platfo
     """W over fsdp and tensor, both ways: columns over tensor stay split, rows over tensor are summed."""
     interpreted(platform)
     used = []
-    tpu = (int4_matmul, "matmul"), (int4_matmul, "gradient"), (kernel_nf4, "dequantise"), (kernel_nf4, "matmul")
+    tpu = (int4_matmul, "matmul"), (int4_matmul, "gradient"), (kernel_nf4, "dequantize"), (kernel_nf4, "matmul")
     for module, name in {"tpu": tpu, "cuda": ((codes_triton, "matmul"),)}[platform]:
         kernel = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, k=kernel, **kw: used.append(a[-2].shape) or k(*a, **kw))
@@ -229,7 +229,7 @@ def test_moved_bytes_by_hand():
 
 def test_every_kernel_is_in_the_report():
     names = {case.name for case in cases()}
-    assert {"int4", "int4 dx", "nf4", "nf4 dequantise", "paged lora", "w8a8"} <= names
+    assert {"int4", "int4 dx", "nf4", "nf4 dequantize", "paged lora", "w8a8"} <= names
     for case in cases():
         if case.kernel:
             assert jax.eval_shape(case.kernel, *case.args) == jax.eval_shape(case.xla, *case.args)

@@ -42,7 +42,7 @@ def test_an_old_run_opens_with_the_same_loss(old):
 
 
 def test_an_old_run_goes_on_with_the_same_loss(old):
-    """Its data are tokenised again where the cache is of an older form; the new step has a digest for each role."""
+    """Its data are tokenized again where the cache is of an older form; the new step has a digest for each role."""
     assert train("run", steps=6) == 0
     assert losses(old / "run") == pytest.approx([1.8817100, 1.8870953, 1.6966686], rel=1e-5)
     assert set(saved.read_manifest(old / "run" / "ckpt" / "6")["frozen"]) == {"policy"}

@@ -274,7 +274,7 @@ def test_damaged_safetensors(folder, damage):
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "needs the number low_freq_factor"),
         ({"rope_theta": "much"}, "could not convert"),
         ({"num_attention_heads": 0, "head_dim": None}, "by zero"),
-        ({"quantization_config": {"bits": 4}}, "stored quantised"),
+        ({"quantization_config": {"bits": 4}}, "stored quantized"),
         ({"hidden_size": None}, "not a positive whole number"),
         ({"num_key_value_heads": 3}, "4 heads do not share 3 key heads"),
     ],
@@ -378,7 +378,7 @@ def test_gguf_of_every_architecture(name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
-def test_gguf_quantised(kind, tmp_path):
+def test_gguf_quantized(kind, tmp_path):
     model, params = random_model(TINY)
     quant = gguf.GGMLQuantizationType[kind]
     write_gguf(tmp_path / "m.gguf", model, params, quant)

@@ -1,4 +1,4 @@
-"""Quantised leaves: the leaf contract for every file of model/quant, the formats' arithmetic and accuracy by hand."""
+"""Quantized leaves: the leaf contract for every file of model/quant, the formats' arithmetic and accuracy by hand."""
 
 import dataclasses
 import functools
@@ -148,7 +148,7 @@ def test_stacked_leaves_are_scanned_and_named(name):
 
 
 def test_bytes_are_the_formats_arithmetic():
-    """Of a matrix 4096 x 512; and the double quantisation of QLoRA: 0.5 bit a weight for scales becomes 0.127."""
+    """Of a matrix 4096 x 512; and the double quantization of QLoRA: 0.5 bit a weight for scales becomes 0.127."""
     w, eqn = jax.ShapeDtypeStruct((4096, 512), jnp.float32), "BTD,DF->BTF"
 
     def bits(make, **options):
@@ -165,7 +165,7 @@ def test_bytes_are_the_formats_arithmetic():
 
 
 class TestByHand:
-    """One column, so that N = 1: x = 1 at row k reads the dequantised weight k."""
+    """One column, so that N = 1: x = 1 at row k reads the dequantized weight k."""
 
     def values(self, leaf):
         return np.asarray(leaf.dense(spec_of("BTD,DF->BTF", (4, 1))))[:, 0]
@@ -276,7 +276,7 @@ def test_order_of_formats_on_gaussian_weights():
         fp8.make().encode,
     ],
 )
-def test_quantised_twice_is_quantised_once(encode):
+def test_quantized_twice_is_quantized_once(encode):
     """Compiled or not: no division or sum rounds otherwise."""
     eqn = "BTD,DF->BTF"
     once = encode(rand(128, 6), eqn)
@@ -285,8 +285,8 @@ def test_quantised_twice_is_quantised_once(encode):
 
 
 @functools.cache
-def quantised(name):
-    """A model, its quantised parameters, its compiled forward pass and the logits of `TOKENS`."""
+def quantized(name):
+    """A model, its quantized parameters, its compiled forward pass and the logits of `TOKENS`."""
     model = tiny(layers=1)
     base = jax.jit(lambda p: LEAVES[name](p, model.specs, None))(jax.jit(model.init)(jax.random.key(0)))
     run = jax.jit(model)
@@ -295,14 +295,14 @@ def quantised(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, method", SAMPLED)
-def test_every_peft_method_on_a_quantised_model(name, method):
+def test_every_peft_method_on_a_quantized_model(name, method):
     """Starts as the base, merges to what it computes where it can be merged, trains its adapters alone. One format for
     each method: tests/test_weights.py crosses them all, leaf by leaf.
 
     XLA may sum in another order once a graph has grown, which may turn an activation of 8 bits to the next code.
     """
     close = 0.1 if name in ("w8a8", "train8") else 2e-5
-    model, base, run, want = quantised(name)
+    model, base, run, want = quantized(name)
     make = importlib.import_module(f"model.peft.{method}").make
     adapt = make(**{"where": ".*"} if "where" in inspect.signature(make).parameters else {})
     adapted = jax.jit(lambda p, key: adapt(p, model.specs, key))(base, jax.random.key(1))
@@ -333,7 +333,7 @@ def test_every_peft_method_on_a_quantised_model(name, method):
     "format, options",
     [("int4", {"group": 32}), pytest.param("int8", {"activations": True}, marks=pytest.mark.slow)],
 )
-def test_fake_quantisation_is_the_converted_model_bit_for_bit(format, options):
+def test_fake_quantization_is_the_converted_model_bit_for_bit(format, options):
     """At inference and in training; before step `start` it is the float model, and gradients reach the weights."""
     model = tiny(layers=1)
     params = jax.jit(model.init)(jax.random.key(0))
@@ -355,9 +355,9 @@ def test_fake_quantisation_is_the_converted_model_bit_for_bit(format, options):
 def test_rounding_at_random_is_right_on_average():
     x = rand(1, 64)
     for dtype in ("int8", "e5m2"):
-        draw = lambda key, dtype=dtype: jnp.multiply(*map(jnp.float32, train8.quantise(x, "BD", "D", dtype, key)))
+        draw = lambda key, dtype=dtype: jnp.multiply(*map(jnp.float32, train8.quantize(x, "BD", "D", dtype, key)))
         draws = jax.vmap(draw)(jax.random.split(jax.random.key(1), 1500))
-        sure = jnp.multiply(*map(jnp.float32, train8.quantise(x, "BD", "D", dtype)))
+        sure = jnp.multiply(*map(jnp.float32, train8.quantize(x, "BD", "D", dtype)))
         assert relative(draws.mean(0), x) < 0.15 * relative(sure, x)
 
 
@@ -413,12 +413,12 @@ def test_few_rows_times_codes_are_those_times_the_dense_array(quant):
     assert relative(got, jnp.einsum("BTD,VD->BTV", x, dense, precision="highest")) < 1e-6
 
 
-@pytest.mark.parametrize("quantise", [int8.make(), int4.make()], ids=["int8", "int4"])
-def test_decoding_on_a_cpu_holds_no_floats_of_the_weights(quantise):
+@pytest.mark.parametrize("quantize", [int8.make(), int4.make()], ids=["int8", "int4"])
+def test_decoding_on_a_cpu_holds_no_floats_of_the_weights(quantize):
     model, zeros = tiny(layers=1, embed=256, mlp=1024), functools.partial(jnp.zeros, dtype=jnp.int32)
 
     def start(key):
-        params = generate.unrolled(model, quantise(model.init(key), model.specs, key))
+        params = generate.unrolled(model, quantize(model.init(key), model.specs, key))
         state = generate.State(
             cache=model.cache(1, 32), tokens=zeros((1, 16)), logps=jnp.zeros((1, 16)), step=zeros(()), length=zeros(1),
             position=zeros(1), done=jnp.zeros(1, bool), keys=key[None],
@@ -434,7 +434,7 @@ def test_decoding_on_a_cpu_holds_no_floats_of_the_weights(quantise):
 @pytest.mark.parametrize("name, kind", [("nf4", jax.Array), ("int4 asymmetric", jax.Array), ("int4 g32", int4.Int4)])
 def test_decoding_on_a_cpu_makes_floats_once_where_it_has_no_kernel(name, kind):
     """So a step has none to make. On a mesh the leaves stay, and what comes before decoding sends nothing."""
-    model, base, _, _ = quantised(name)
+    model, base, _, _ = quantized(name)
     ready, after = generate.unrolled(model, base), unstack(base, model.config)["layers"][0]["mlp"]["up"]
     up = ready["layers"][0]["mlp"]["up"]
     assert isinstance(up, kind)
@@ -556,7 +556,7 @@ def numbers(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_a_quantised_folder_opens_alone(method, tmp_path, capsys):
+def test_a_quantized_folder_opens_alone(method, tmp_path, capsys):
     """Calibrated layer by layer, saved and read back without the model it came from."""
     model = tiny()
     lm = LM(model, jax.jit(model.init)(jax.random.key(0)), formats.load("bytes"))
@@ -656,13 +656,13 @@ def test_a_budget_is_kept_and_the_folder_opens(tmp_path, capsys):
     assert export.main([f"--from={tmp_path / 'small'}", f"--to={tmp_path / 'hf'}"]) == 0
 
 
-def test_a_quantised_base_costs_what_its_equations_say():
+def test_a_quantized_base_costs_what_its_equations_say():
     """FLOPs and parameters are those of the matrices, not of the bytes that hold them."""
     model = tiny()
     prices = []
     for name in ("nf4", None):
-        quantise = LEAVES[name] if name else lambda p, *_: p
-        base = jax.eval_shape(lambda p, f=quantise: f(p, model.specs, None), model.abstract)
+        quantize = LEAVES[name] if name else lambda p, *_: p
+        base = jax.eval_shape(lambda p, f=quantize: f(p, model.specs, None), model.abstract)
         adapted = jax.eval_shape(lambda p: lora.make(rank=4)(p, model.specs, jax.random.key(0)), base)
         mask = weights.trainable(adapted, "adapters")
         prices.append(cost(model.config, adapted, model.specs, mask, 64))

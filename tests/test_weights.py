@@ -141,7 +141,7 @@ class TestMethods:
 
 @flax.struct.dataclass
 class Rounded(weights.Weight):
-    """A stand-in for a quantised leaf: nothing but what a Weight must have."""
+    """A stand-in for a quantized leaf: nothing but what a Weight must have."""
 
     values: jax.Array
 
@@ -166,8 +166,8 @@ def rounded():
 
 @pytest.mark.parametrize("quant", ["rounded", *QUANTISERS])
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in BESIDE])
-def test_methods_over_quantised_bases(method, quant):
-    """A leaf starts as its quantised base, which stays as it is; once moved, all of the adapter has a gradient."""
+def test_methods_over_quantized_bases(method, quant):
+    """A leaf starts as its quantized base, which stays as it is; once moved, all of the adapter has a gradient."""
     model, params = start()
     make = rounded if quant == "rounded" else importlib.import_module(f"model.quant.{quant}").make
     base = make()(params, model.specs, jax.random.key(1))

@@ -6,8 +6,8 @@
 
 NAME_OR_RUN: a run folder, a packaged model's name, a .gguf file, a Hugging Face folder or a hub id. --adapter: a run or
 PEFT folder that is put on it. --adapter-only writes a PEFT folder. Weights in int4, int8 or fp8 stay so, in the
-compressed-tensors format; --dtype is that of the rest and of the scales. --dequantise writes them as floats. Adapters
-on a quantised base are merged into such floats only, which are not those that the adapter will meet elsewhere.
+compressed-tensors format; --dtype is that of the rest and of the scales. --dequantize writes them as floats. Adapters
+on a quantized base are merged into such floats only, which are not those that the adapter will meet elsewhere.
 """
 
 import shlex
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--to", required=True)
     parser.add_argument("--adapter", default="")
     parser.add_argument("--adapter-only", action="store_true")
-    parser.add_argument("--dequantise", action="store_true")
+    parser.add_argument("--dequantize", action="store_true")
     parser.add_argument("--dtype", default="")
     parser.add_argument("--format", default="hf", choices=("hf", "gguf"))
     args = parser.parse_args(argv)
@@ -33,24 +33,24 @@ def main(argv: list[str]) -> int | None:
     elif args.format == "gguf":
         export_gguf(args.source, args.adapter, args.to, args.dtype or "F16")
     else:
-        export(args.source, args.adapter, args.to, args.dtype or "float32", args.dequantise)
+        export(args.source, args.adapter, args.to, args.dtype or "float32", args.dequantize)
 
 
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")  # kept of generation_config.json
 
 
-def export(source: str, adapter: str, to: str, dtype: str, dequantise: bool) -> None:
+def export(source: str, adapter: str, to: str, dtype: str, dequantize: bool) -> None:
     from infer.models import load, open_model
     from model import weights
     from model.io.export import export_hf
 
     settings = getattr(open_model(source), "generation", {})  # a run folder has none
     lm = load(source, adapter or None)
-    if weights.quantised_under_adapters(lm.params) and not dequantise:
-        what = "its adapters lie on a quantised base"
-        raise UserError(what, adapter or source, "--adapter-only keeps them apart, --dequantise merges")
+    if weights.quantized_under_adapters(lm.params) and not dequantize:
+        what = "its adapters lie on a quantized base"
+        raise UserError(what, adapter or source, "--adapter-only keeps them apart, --dequantize merges")
     generation = {name: settings[name] for name in SAMPLING if name in settings}
-    delta = export_hf(lm.model, lm.params, lm.tokenizer, to, dtype=dtype, generation=generation, dequantise=dequantise)
+    delta = export_hf(lm.model, lm.params, lm.tokenizer, to, dtype=dtype, generation=generation, dequantize=dequantize)
     print(f"{to} · read back, the logits differ by at most {delta:.1g} of their scale")
     print(f"vllm serve {shlex.quote(to)}")
 

@@ -1,4 +1,4 @@
-"""Tokenise an experiment's data and look at what training will see.
+"""Tokenize an experiment's data and look at what training will see.
 
     python -m tools.prepare --config=configs/X.py [--config.key=value ...] [--strict]
 

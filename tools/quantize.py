@@ -1,4 +1,4 @@
-"""Quantise a trained model, say what that cost, and save it as a folder that infer.load opens.
+"""Quantize a trained model, say what that cost, and save it as a folder that infer.load opens.
 
     python -m tools.quantize --model=NAME_OR_RUN --quant=int4 --out=DIR [--method=rtn|gptq|awq|smoothquant]
         [--data=sotu] [--rows=32] [--seq_len=256] [--eval_tokens=8192] [--seed=0] [--dtype=bfloat16] [--KEY=VALUE ...]
@@ -8,7 +8,7 @@ NAME_OR_RUN: a packaged model's name, a .gguf file, a Hugging Face folder, a hub
 quant.name=qat the trained weights become what they were trained as. --quant: a file of model/quant; KEY is one of its
 arguments, as --group=64. --budget: bytes of the whole model (KB, MB, GB), or bits a weight of the layers' matrices as
 4.5bits; each kind of matrix stays float or becomes int8 or int4, so that the error is least. --data: documents to
-calibrate on, and the last of them to measure on. --dtype: of what is not quantised. One layer at a time is in memory.
+calibrate on, and the last of them to measure on. --dtype: of what is not quantized. One layer at a time is in memory.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int | None:
     args, rest = parser.parse_known_args(argv)
     if min(args.rows, args.seq_len, args.seed + 1, args.eval_tokens + 1) < 1:
         raise UserError("must be counts", "--rows --seq_len --eval_tokens --seed", "give numbers above 0")
-    return quantise(args, options(args.quant, args.method, rest, budget(args.budget)))
+    return quantize(args, options(args.quant, args.method, rest, budget(args.budget)))
 
 
 def budget(text: str) -> tuple[float, str] | None:
@@ -64,7 +64,7 @@ def budget(text: str) -> tuple[float, str] | None:
 
 
 def options(quant: str, method: str, words: list[str], limit: tuple[float, str] | None) -> Json:
-    """The quantiser's arguments from the command line, its defaults filled in. Raises UserError."""
+    """The quantizer's arguments from the command line, its defaults filled in. Raises UserError."""
     if limit and quant != "mixed":
         raise UserError(f"{quant} is one format for all", "--budget", "--quant=mixed chooses")
     known = [n for n in methods.names(methods.FOLDERS["quant"], "make") if n not in ("qat", "train8")]
@@ -91,7 +91,7 @@ def options(quant: str, method: str, words: list[str], limit: tuple[float, str] 
     return found | {"budget": limit} if limit else found
 
 
-def quantise(args: argparse.Namespace, settings: Json) -> int:
+def quantize(args: argparse.Namespace, settings: Json) -> int:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -128,7 +128,7 @@ def quantise(args: argparse.Namespace, settings: Json) -> int:
 
 
 def saved_with(out: Path) -> Json:
-    """What a folder of quantised parameters was made from; {} for a folder that is none."""
+    """What a folder of quantized parameters was made from; {} for a folder that is none."""
     from model.io import saved
 
     try:
@@ -169,7 +169,7 @@ def texts(args: argparse.Namespace, tokenizer: "Tokenizer") -> tuple["np.ndarray
 def fitted(
     opened: "Run | Pretrained", args: argparse.Namespace, settings: Json, rows: "np.ndarray"
 ) -> "tuple[Transformer, Params, Json | None]":
-    """(model, its quantised parameters, the group "quant" of the config when the run was trained for a format)."""
+    """(model, its quantized parameters, the group "quant" of the config when the run was trained for a format)."""
     import importlib
     from functools import partial
 
@@ -196,8 +196,8 @@ def fitted(
     if args.quant == "mixed":
         encoder = partial(mixed.encoder, **settings)
     else:
-        quantiser = importlib.import_module(f"model.quant.{args.quant}").make(**settings)
-        encoder = lambda path: quantiser.encode
+        quantizer = importlib.import_module(f"model.quant.{args.quant}").make(**settings)
+        encoder = lambda path: quantizer.encode
     layers = []
     for i, (one, errors) in enumerate(_calibrate.calibrate(model, xs, layer, args.method, encoder, where())):
         told = "  ".join(f"{path} {100 * e:.2f}%" for path, e in errors.items())

@@ -103,5 +103,5 @@ def bytes_per_device(tree: Tree, shardings: Tree) -> int:
 
 
 def mfu(flops_per_second: float, chip: Chip | None, devices: int) -> float | None:
-    """Model FLOPs utilisation against the bf16 peak of all devices; None for a chip that is not known."""
+    """Model FLOPs utilization against the bf16 peak of all devices; None for a chip that is not known."""
     return flops_per_second / (chip.tflops.value * 1e12 * devices / chip.devices) if chip else None

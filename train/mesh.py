@@ -16,11 +16,11 @@ from configs.schema import rules
 from model import weights
 from model.weights import Tree
 
-# Outermost first: neighbours along the last axis are the nearest devices. "expert" is 1 until a model has experts.
+# Outermost first: neighbors along the last axis are the nearest devices. "expert" is 1 until a model has experts.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 # Logical axis -> mesh axes. Activations have names of their own: a weight and an activation that share the axis
-# "embed" make XLA rematerialise whole arrays at the embedding. What is not listed is replicated.
+# "embed" make XLA rematerialize whole arrays at the embedding. What is not listed is replicated.
 RULES = (
     ("act_batch", ("data", "fsdp")),
     ("act_seq", "context"),
@@ -56,7 +56,7 @@ def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
 
 def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     """The devices in the order of the network. Several TPU slices split the data axis: between them, over the data
-    centre's network, only gradients go. Raises UserError when that axis does not divide over them."""
+    center's network, only gradients go. Raises UserError when that axis does not divide over them."""
     slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

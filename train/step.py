@@ -19,7 +19,7 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Pair]]]:
     """A function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    `loss` returns metrics as (sum, weight) pairs; the mean of metrics["loss"] is minimised. Gradients of the sum are
+    `loss` returns metrics as (sum, weight) pairs; the mean of metrics["loss"] is minimized. Gradients of the sum are
     added up over `accum` micro-batches and divided once by the whole weight, so that the result does not depend on how
     tokens fall into micro-batches. A step whose loss or gradient is not finite changes nothing but its counters; the
     decision is taken inside, on globally reduced values, so that all hosts agree.

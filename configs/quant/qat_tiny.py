@@ -1,4 +1,4 @@
-"""Quantisation-aware training from end to end in seconds: the run of configs/sft/tiny.py, 4 bits a weight from step 50.
+"""Quantization-aware training from end to end in seconds: the run of configs/sft/tiny.py, 4 bits a weight from step 50.
 
     python -m train.main --config=configs/quant/qat_tiny.py --workdir=runs/qat_tiny
 

@@ -1,4 +1,4 @@
-"""What an objective, a PEFT method, a quantiser or a view accepts, read from its source: no import, so no jax.
+"""What an objective, a PEFT method, a quantizer or a view accepts, read from its source: no import, so no jax.
 
 The keyword-only arguments of a file's `make` are the schema of its group in the config.
 """

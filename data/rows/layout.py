@@ -107,7 +107,7 @@ def write(batch: Batch, at: np.ndarray, data: Dataset, rows: Rows, chosen: np.nd
 
 
 def painted(batch: Batch, row: int, tokenizer: Tokenizer) -> "rich.text.Text":
-    """The text of a row as rich Text; a token is coloured where it is a target that counts, and control tokens are set
+    """The text of a row as rich Text; a token is colored where it is a target that counts, and control tokens are set
     apart from text that merely looks like them."""
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""Quantised weights in the compressed-tensors format, which vLLM and transformers read, both ways.
+"""Quantized weights in the compressed-tensors format, which vLLM and transformers read, both ways.
 
 Of a Linear [N, K] lie `weight_scale`, and codes: as `weight`, int8 or e4m3, or for products of float activations as
 `weight_packed`, 32 bits of consecutive codes of a row an int32, moved by half their range, with `weight_shape`.
@@ -18,7 +18,7 @@ from model import weights
 from model.families import _layout as layout
 from model.families._layout import Index, Key
 from model.net.transformer import Transformer
-from model.quant._leaf import Quantised
+from model.quant._leaf import Quantized
 from model.quant._matrix import letters
 from model.quant.fp8 import FP8
 from model.quant.int4 import Int4
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 METHOD = "compressed-tensors"
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
-UNQUANTISED = "open the unquantised model, or its .gguf"
+UNQUANTISED = "open the unquantized model, or its .gguf"
 
 
 def config(model: Transformer, params: Params, keys: dict[str, Key]) -> dict:
@@ -39,7 +39,7 @@ def config(model: Transformer, params: Params, keys: dict[str, Key]) -> dict:
     ignored = ["lm_head"] if model.config.tied else []
     for path, leaf in jax.tree.leaves_with_path(params, is_leaf=weights.is_weight):
         path = weights.name(path)
-        if not isinstance(leaf, Quantised):
+        if not isinstance(leaf, Quantized):
             spec = functools.reduce(lambda tree, name: tree[name], path.split("/"), model.specs)
             if spec.eqn and "V" not in weights.split(spec.eqn)[1]:  # a table that is looked up is no Linear
                 ignored.append(_target(model, path, keys[path]))
@@ -70,7 +70,7 @@ def _target(model: Transformer, path: str, key: Key) -> str:
     return "re:^" + re.escape(name).replace(re.escape("{}"), number) + "$"
 
 
-def _scheme(path: str, leaf: Quantised, key: Key) -> dict:
+def _scheme(path: str, leaf: Quantized, key: Key) -> dict:
     (shared, k, n), tile, size = letters(leaf.eqn), leaf.tile, leaf.kn
     problem = ""
     if shared or layout.parse(key.layout)[0] != [n, k] or "V" in weights.split(leaf.eqn)[1]:
@@ -78,13 +78,13 @@ def _scheme(path: str, leaf: Quantised, key: Key) -> dict:
     elif not isinstance(leaf, Int4 | Int8 | FP8) or leaf.codes.dtype == jnp.float8_e5m2:
         problem = "is of a type that the format lacks: it has int4, int8 and fp8 as e4m3"
     elif leaf.offset is not None:
-        problem = "has zeros that are no whole numbers of steps, which the format wants: quantise with --symmetric=True"
+        problem = "has zeros that are no whole numbers of steps, which the format wants: quantize with --symmetric=True"
     elif leaf.inverse is not None:
-        problem = "has inputs scaled by AWQ or SmoothQuant, which the format cannot say: quantise with --method=gptq"
+        problem = "has inputs scaled by AWQ or SmoothQuant, which the format cannot say: quantize with --method=gptq"
     elif size[0] % tile[0] or tile[1] not in (1, size[1]) or (tile[0] < size[0] and tile[1] > 1):
         problem = f"has scales for tiles of {tile} in a matrix of {size}, the format wants even groups of a column"
     if problem:
-        raise UserError(f"{path} {problem}", "compressed-tensors", "or write floats: --dequantise")
+        raise UserError(f"{path} {problem}", "compressed-tensors", "or write floats: --dequantize")
     strategy = "group" if tile[0] < size[0] else "channel" if tile[1] == 1 else "tensor"
     kind, bits = "float" if isinstance(leaf, FP8) else "int", 4 if isinstance(leaf, Int4) else 8
     by_token = dict(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
@@ -102,7 +102,7 @@ def weights_only(params: Params) -> Params:
     return jax.tree.map(float_inputs, params, is_leaf=weights.is_weight)
 
 
-def tensors(leaf: Quantised, key: Key, layers: Iterable[int]) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(leaf: Quantized, key: Key, layers: Iterable[int]) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of all that the format stores of a leaf, stacked over `layers`, for which `config` has a scheme."""
     kind = _scheme("", leaf, key)
     for at, layer in enumerate(layers) if "{}" in key.name else [(None, None)]:
@@ -136,12 +136,12 @@ def unpack(words: np.ndarray, bits: int, k: int) -> np.ndarray:
 
 
 def check(config: dict, where: str) -> None:
-    """Raises UserError unless a `quantization_config` of this method is one whose weights `read` dequantises."""
+    """Raises UserError unless a `quantization_config` of this method is one whose weights `read` dequantizes."""
     form = config.get("format")
     extra = next((k for k in ("transform_config", "kv_cache_scheme") if config.get(k)), None)
     if form not in FORMATS or extra:
         what = f"{METHOD} with {extra}" if extra else f"{METHOD} in its format {form!r}"
-        raise UserError(f"weights are stored quantised by {what}, which is not read", where, UNQUANTISED)
+        raise UserError(f"weights are stored quantized by {what}, which is not read", where, UNQUANTISED)
 
 
 def shape(folder: "Folder", name: str) -> tuple[int, ...]:
@@ -156,7 +156,7 @@ def shape(folder: "Folder", name: str) -> tuple[int, ...]:
 
 
 def read(folder: "Folder", name: str, cuts: Index) -> np.ndarray:
-    """A slice of a weight, dequantised, float32."""
+    """A slice of a weight, dequantized, float32."""
     height, columns = folder.shape(name)
     if f"{name}_packed" in folder.shards:
         words = folder.codes(f"{name}_packed", (cuts[0], slice(None)))

@@ -21,7 +21,7 @@ from model.io.hf import INDEX
 from model.io.pretrained import family, open_pretrained
 from model.net.transformer import Transformer
 from model.quant import qat
-from model.quant._leaf import Quantised
+from model.quant._leaf import Quantized
 from model.weights import Params, dense_of
 
 SHARD_BYTES = 5 * 10**9
@@ -38,12 +38,12 @@ def export_hf(
     dtype: str = "float32",
     check: bool = True,
     generation: dict | None = None,
-    dequantise: bool = False,
+    dequantize: bool = False,
 ) -> float:
     """Merge adapters, write everything, read it back and compare logits; only then does `folder` appear.
 
-    `params` are stacked. Quantised leaves are stored as they are, in the compressed-tensors format, or as floats with
-    `dequantise`; an adapter and its base become one float array. `generation` adds to generation_config.json
+    `params` are stacked. Quantized leaves are stored as they are, in the compressed-tensors format, or as floats with
+    `dequantize`; an adapter and its base become one float array. `generation` adds to generation_config.json
     (temperature, ...). Returns the largest difference of the logits as a share of the largest logit (0.0 without
     `check`). Raises UserError when the folder holds something else, when the family or the format cannot say what the
     model is, and when the check fails.
@@ -52,7 +52,7 @@ def export_hf(
     if dtype not in TOLERANCE:
         raise UserError(f"dtype {dtype!r} is not written; known: {', '.join(TOLERANCE)}", "--dtype")
     config, generation = _configs(model, tokenizer, dtype, generation or {})
-    plain = _merged(model, params, dequantise)
+    plain = _merged(model, params, dequantize)
     if any(map(weights.is_weight, jax.tree.leaves(plain, is_leaf=weights.is_weight))):
         config["quantization_config"] = compressed.config(model, plain, family(model.config.family).KEYS)
         params = compressed.weights_only(plain)
@@ -75,9 +75,9 @@ def export_hf(
     return delta
 
 
-def _merged(model: Transformer, params: Params, dequantise: bool) -> Params:
-    """Plain arrays, and beside them the quantised leaves that are to be stored as they are."""
-    kept = lambda w: isinstance(w, Quantised) and not dequantise
+def _merged(model: Transformer, params: Params, dequantize: bool) -> Params:
+    """Plain arrays, and beside them the quantized leaves that are to be stored as they are."""
+    kept = lambda w: isinstance(w, Quantized) and not dequantize
     return weights.replace(qat.converted(params), model.specs, lambda _, w, spec: w if kept(w) else dense_of(w, spec))
 
 
@@ -87,7 +87,7 @@ def tensors(model: Transformer, params: Params) -> Iterator[tuple[str, np.ndarra
     holders = defaultdict(list)  # name in the checkpoint -> our parameters in it
     leaves = {weights.name(path): w for path, w in jax.tree.leaves_with_path(params, is_leaf=weights.is_weight)}
     for path, leaf in leaves.items():
-        if isinstance(leaf, Quantised):
+        if isinstance(leaf, Quantized):
             yield from compressed.tensors(leaf, keys[path], model.config.stack(path))
         else:
             holders[keys[path].name].append(path)

@@ -1,4 +1,4 @@
-"""Weights that other tools have quantised, beside compressed-tensors: bitsandbytes, GPTQ, AWQ and fp8, read as floats.
+"""Weights that other tools have quantized, beside compressed-tensors: bitsandbytes, GPTQ, AWQ and fp8, read as floats.
 
 Of a Linear [N, K] called X lie, in the formats' own words:
 
@@ -60,12 +60,12 @@ def check(folder: Any, config: Any) -> None:
     method = config.get("quant_method") if isinstance(config, dict) else None
     where, fix = str(folder.path), compressed.UNQUANTISED
     if method is None:
-        raise UserError("weights are stored quantised, by what its quantization_config does not say", where, fix)
+        raise UserError("weights are stored quantized, by what its quantization_config does not say", where, fix)
     codes = [n for n in folder.shards if n.endswith((".weight", "_packed")) and folder.dtype(n) not in folder.floats]
     if method == compressed.METHOD and folder.coded:
         compressed.check(config, where)
     elif strange := [n for n in codes if n.removesuffix("_packed") not in folder.coded]:
-        what = f"weights are stored quantised by {method}, which is not read ({strange[0]})"
+        what = f"weights are stored quantized by {method}, which is not read ({strange[0]})"
         raise UserError(what, where, fix)
     elif not folder.coded:
         logging.warning("%s: its quantization_config of %s is not applied: the weights are floats", where, method)
@@ -120,7 +120,7 @@ def _bnb4(folder: Any, name: str, cuts: Index) -> np.ndarray:
     packed = folder.tensor(name, (slice(first // 2, -(-last // 2)), slice(None)), ("U8",)).reshape(-1)
     codes = np.stack([packed >> 4, packed & 15], -1).reshape(-1)[first % 2 :][: last - first]
     peaks = _whole(folder, f"{name}.absmax")
-    if peaks.dtype == np.uint8:  # double quantisation
+    if peaks.dtype == np.uint8:  # double quantization
         steps = _whole(folder, f"{name}.nested_absmax").repeat(int(state["nested_blocksize"]))[: len(peaks)]
         table = _whole(folder, f"{name}.nested_quant_map")
         peaks = table[peaks] * steps + np.float32(state.get("nested_offset", 0.0))
@@ -138,7 +138,7 @@ def _bnb8(folder: Any, name: str, cuts: Index) -> np.ndarray:
 
 
 def _bits(folder: Any) -> int:
-    bits = folder.quantised.get("bits", 4)
+    bits = folder.quantized.get("bits", 4)
     if bits not in (2, 4, 8):
         raise UserError(f"codes of {bits!r} bits are not read", str(folder.path), "2, 4 and 8 are")
     return bits
@@ -155,7 +155,7 @@ def _groups(folder: Any, module: str, size: int, groups: int) -> np.ndarray:
     """The group of each of `size` inputs."""
     if (name := f"{module}g_idx") in folder.shards and folder.method != "awq":
         return _whole(folder, name)
-    step = folder.quantised.get("group_size", 128)
+    step = folder.quantized.get("group_size", 128)
     step = size if step in (-1, None) else step
     if -(-size // step) != groups:
         raise UserError(f"{module}scales has {groups} groups, group_size={step} makes another number", str(folder.path))
@@ -172,7 +172,7 @@ def _gptq(folder: Any, name: str, cuts: Index) -> np.ndarray:
     module, bits = name.removesuffix("weight"), _bits(folder)
     codes = _unpacked(np.ascontiguousarray(folder.codes(f"{module}qweight", (slice(None), cuts[0])).T), bits)
     zeros = _unpacked(_whole(folder, f"{module}qzeros"), bits)[:, cuts[0]]
-    zeros = zeros + (folder.quantised.get("checkpoint_format", "gptq") != "gptq_v2")
+    zeros = zeros + (folder.quantized.get("checkpoint_format", "gptq") != "gptq_v2")
     scales = folder.tensor(f"{module}scales", (slice(None), cuts[0])).astype(np.float32)
     group = _groups(folder, module, codes.shape[1], len(scales))[cuts[1]]
     return (codes[:, cuts[1]] - zeros[group].T) * scales[group].T
@@ -185,9 +185,9 @@ def _awq_shape(folder: Any, name: str) -> tuple[int, ...]:
 
 def _awq(folder: Any, name: str, cuts: Index) -> np.ndarray:
     """scale (code - zero), the eight columns of a word out of order."""
-    if folder.quantised.get("bits", 4) != 4 or str(folder.quantised.get("version", "gemm")).lower() != "gemm":
+    if folder.quantized.get("bits", 4) != 4 or str(folder.quantized.get("version", "gemm")).lower() != "gemm":
         raise UserError(
-            "AWQ is read in 4 bits and its version gemm only", str(folder.path), "open the unquantised model"
+            "AWQ is read in 4 bits and its version gemm only", str(folder.path), "open the unquantized model"
         )
     module = name.removesuffix("weight")
     codes = _unpacked(folder.codes(f"{module}qweight", (cuts[1], slice(None))), 4, AWQ_SLOTS)[:, cuts[0]]
@@ -208,7 +208,7 @@ def _fp8(folder: Any, name: str, cuts: Index) -> np.ndarray:
     shape = folder.stored_shape(name)
     scale = scale.reshape(scale.shape if scale.ndim == 2 else (-1, 1))
     if scale.shape not in ((1, 1), (shape[0], 1)):
-        block = folder.quantised.get("weight_block_size") or (128, 128)
+        block = folder.quantized.get("weight_block_size") or (128, 128)
         if scale.shape != tuple(-(-n // b) for n, b in zip(shape, block)):
             raise UserError(f"{name}_{part} has shape {scale.shape}, which are no blocks of {block}", str(folder.path))
         scale = scale.repeat(block[0], 0).repeat(block[1], 1)[cuts]

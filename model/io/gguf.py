@@ -1,4 +1,4 @@
-"""A GGUF file (llama.cpp) read like a Hugging Face folder: metadata as config.json, tensors dequantised."""
+"""A GGUF file (llama.cpp) read like a Hugging Face folder: metadata as config.json, tensors dequantized."""
 
 import functools
 import math
@@ -11,12 +11,12 @@ from common.gguf_header import read_header
 from model.families._layout import Index
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
-CHUNK = 1 << 20  # values dequantised at once: bounds the temporaries, and stays in the cache
+CHUNK = 1 << 20  # values dequantized at once: bounds the temporaries, and stays in the cache
 TRANSPOSED = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")  # in GPT-2, whose own are
 
 
 class File:
-    """Tensors by name, read and dequantised by slices, in Hugging Face's orientation and order of heads."""
+    """Tensors by name, read and dequantized by slices, in Hugging Face's orientation and order of heads."""
 
     def __init__(self, path: Path):
         self.path, header = path, read_header(path)
@@ -131,7 +131,7 @@ class File:
         return self.architecture == "gpt2" and name.endswith(TRANSPOSED)
 
     def _unpermuted(self, name: str, x: np.ndarray) -> np.ndarray:
-        """Rows of x are whole heads. llama.cpp rotates neighbours, so that architecture interleaves the two halves."""
+        """Rows of x are whole heads. llama.cpp rotates neighbors, so that architecture interleaves the two halves."""
         if self.architecture != "llama" or (".attn_q." not in name and ".attn_k." not in name):
             return x
         half = self.hf_config["head_dim"] // 2

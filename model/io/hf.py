@@ -17,7 +17,7 @@ from model.io import foreign
 FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "vocab.txt", "merges.txt", "*.tiktoken", "*chat_template*")
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16", "F64")
-CODES = ("I8", "I32", "I64", "F8_E4M3")  # of quantised weights
+CODES = ("I8", "I32", "I64", "F8_E4M3")  # of quantized weights
 
 
 LFS = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
@@ -54,15 +54,15 @@ class Folder:
         self.hf_config = text_config(whole)
         self.generation = read_json(path / "generation_config.json", optional=True)
         self.shards = self._shards()
-        self.quantised = whole.get("quantization_config") or self.hf_config.get("quantization_config") or {}
-        self.method = self.quantised.get("quant_method") if isinstance(self.quantised, dict) else None
+        self.quantized = whole.get("quantization_config") or self.hf_config.get("quantization_config") or {}
+        self.method = self.quantized.get("quant_method") if isinstance(self.quantized, dict) else None
         if any(".base_layer." in name for name in self.shards):
             raise UserError(
                 "holds adapters of PEFT that are not merged", str(path), "merge_and_unload() and save again"
             )
         self.coded = foreign.find(self)
-        if self.quantised:
-            foreign.check(self, self.quantised)
+        if self.quantized:
+            foreign.check(self, self.quantized)
         self.names = foreign.names(self)
         self.body, self.head = self._places(self.names)
 

@@ -89,7 +89,7 @@ def _words(x: Array) -> Array:
 
 
 def scramble(x: Array) -> Array:
-    """MurmurHash3's 32-bit finaliser: neighbours get unrelated values."""
+    """MurmurHash3's 32-bit finalizer: neighbors get unrelated values."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -194,11 +194,11 @@ def _pieces(unembed: Unembed, head: tuple[Tree, Tree], x: Array, targets: Array,
     def shard(moving: Tree, fixed: Tree, x: Array, targets: Array, g: Array) -> tuple[Array, Tree, Array]:
         logits, pull = jax.vjp(lambda m, x: unembed(weights.combine(m, fixed), x[None])[0], moving, x)
         top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-        unnormalised = jnp.exp(logits - top)
-        total = unnormalised.sum(-1, keepdims=True)
+        unnormalized = jnp.exp(logits - top)
+        total = unnormalized.sum(-1, keepdims=True)
         hit = jnp.arange(logits.shape[-1]) == targets[:, None]
         logps = jnp.where(hit, logits, 0).sum(-1) - (jnp.log(total) + top)[:, 0]
-        return logps, *pull((hit - unnormalised / total) * g[:, None])
+        return logps, *pull((hit - unnormalized / total) * g[:, None])
 
     moving, fixed = head
     return jax.vmap(shard)(moving, fixed, x, targets, g)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from model.quant.train8 import quantise
+from model.quant.train8 import quantize
 from model.weights import Tree
 
 KINDS = {"float": None, "int8": "int8", "fp8": "e4m3"}
@@ -41,7 +41,7 @@ def encode(x: Array, kind: str) -> Array | Rounded:
     if kind == "float":
         return x
     axes = "abcdefgh"[: x.ndim]
-    return Rounded(*quantise(x, axes, axes[-1], KINDS[kind]))
+    return Rounded(*quantize(x, axes, axes[-1], KINDS[kind]))
 
 
 def write(cache: Array | Rounded, new: Array, index: Array) -> Array | Rounded:

@@ -175,7 +175,7 @@ class Transformer:
         if c.types:
             types = jnp.zeros_like(positions) if types is None else types
             x = x + weights.take(params["types"]["table"], types, self.dtype)
-        if c.norms == "post":  # what a layer sees is always normalised
+        if c.norms == "post":  # what a layer sees is always normalized
             x = Norm(c).apply({"params": params["embed_norm"]}, x)
         return x
 

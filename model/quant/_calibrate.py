@@ -18,7 +18,7 @@ from jax import Array
 from model import weights
 from model.net.attention import context
 from model.net.transformer import Transformer
-from model.quant._leaf import Encode, Quantised
+from model.quant._leaf import Encode, Quantized
 from model.quant._matrix import Format, Rounding, fit, letters, matrix, nearest, spread
 from model.weights import Params, Spec, Weight
 
@@ -27,7 +27,7 @@ DAMPING = 0.01  # of the mean of X'X's diagonal, added to it
 
 
 class Inputs(NamedTuple):
-    """Of X [tokens, K], summed or maximised over tokens."""
+    """Of X [tokens, K], summed or maximized over tokens."""
 
     gram: Array  # X'X
     size: Array  # sum of |x|
@@ -99,13 +99,13 @@ def _gptq_block(form: Format, m: Array, upper: Array, scale: Array, offset: Arra
     return jax.lax.fori_loop(0, len(m), row, (m, jnp.zeros_like(m), jnp.zeros_like(m)))[1:]
 
 
-def rescaled(w: Array, eqn: str, factors: Array, encode: Encode) -> Quantised:
+def rescaled(w: Array, eqn: str, factors: Array, encode: Encode) -> Quantized:
     """The leaf of `w` whose inputs are divided by `factors` [K] and its rows multiplied by them."""
     inverse = (1 / factors).astype(jnp.bfloat16)[:, None]
     return encode(w, eqn, solve=lambda m, form: nearest(m / inverse.astype(jnp.float32), form)).with_inverse(inverse)
 
 
-def awq(w: Array, eqn: str, inputs: Inputs, encode: Encode, steps: int = 20) -> Quantised:
+def awq(w: Array, eqn: str, inputs: Inputs, encode: Encode, steps: int = 20) -> Quantized:
     """AWQ (Lin et al. 2023, arXiv 2306.00978, eq. 4-5): factors |x|^a, the exponent that leaves the least error."""
     size = jnp.maximum(inputs.size / inputs.size.mean(), 1e-4)
     best, least = None, np.inf
@@ -117,14 +117,14 @@ def awq(w: Array, eqn: str, inputs: Inputs, encode: Encode, steps: int = 20) -> 
     return best
 
 
-def smoothquant(w: Array, eqn: str, inputs: Inputs, encode: Encode, strength: float = 0.5) -> Quantised:
+def smoothquant(w: Array, eqn: str, inputs: Inputs, encode: Encode, strength: float = 0.5) -> Quantized:
     """SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, eq. 4): outliers of the inputs move into the weights."""
     rows = jnp.abs(matrix(w, eqn)).max(-1)
     factors = jnp.maximum(inputs.peak, 1e-5) ** strength / jnp.maximum(rows, 1e-5) ** (1 - strength)
     return rescaled(w, eqn, factors, encode)
 
 
-def output_error(w: Array, eqn: str, leaf: Quantised, gram: Array) -> Array:
+def output_error(w: Array, eqn: str, leaf: Quantized, gram: Array) -> Array:
     """|X W - X W'| / |X W|; activations are not rounded here."""
     m = matrix(w, eqn).astype(jnp.float32)
     e = m - matrix(leaf.floats(jnp.float32), eqn)
@@ -132,7 +132,7 @@ def output_error(w: Array, eqn: str, leaf: Quantised, gram: Array) -> Array:
     return jnp.sqrt(jnp.maximum(square(e), 0) / jnp.maximum(square(m), 1e-30))
 
 
-def solve(method: str, w: Array, eqn: str, inputs: Inputs, upper: Callable[[], Array], encode: Encode) -> Quantised:
+def solve(method: str, w: Array, eqn: str, inputs: Inputs, upper: Callable[[], Array], encode: Encode) -> Quantized:
     """The leaf of one matrix by a method's name; `upper()` is `factor` of the inputs."""
     if method == "rtn":  # every weight to the nearest number
         return encode(w, eqn)
@@ -157,7 +157,7 @@ def calibrate(
     """(parameters, relative output errors by path) of each layer in turn, from embedded batches `xs` [B,T,D].
 
     `layer(i)` reads the float parameters of one; nothing else is in memory. `encoder(path)` encodes a matrix. A layer
-    sees what the quantised ones before it put out, as in GPTQ. `where` takes plain matrices: the experts of a layer see
+    sees what the quantized ones before it put out, as in GPTQ. `where` takes plain matrices: the experts of a layer see
     other tokens each.
     """
     for i in range(model.config.layers):

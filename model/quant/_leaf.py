@@ -1,4 +1,4 @@
-"""The quantised leaf: codes, and scales of their tiles, in place of a weight; and the Transform that makes such leaves.
+"""The quantized leaf: codes, and scales of their tiles, in place of a weight; and the Transform that makes such leaves.
 
 Which product multiplies by them is in `_multiply.py`.
 """
@@ -18,11 +18,11 @@ from model.quant import _multiply
 from model.quant._matrix import Format, Solve, align, letters, matrix, nearest, spread, transposed
 from model.weights import AXES, Params, Spec, Specs, Weight
 
-Encode = Callable[..., Weight]  # (w, eqn) -> the leaf of a weight; a quantised one also takes `solve`
+Encode = Callable[..., Weight]  # (w, eqn) -> the leaf of a weight; a quantized one also takes `solve`
 
 
 @flax.struct.dataclass
-class Quantised(Weight):
+class Quantized(Weight):
     """A frozen weight as numbers * scale + offset, of a matrix [..., K, N] that is stored as [..., N, K] where the
     equation says `transposed`. Only products with it have a gradient, that of the other operand."""
 
@@ -45,7 +45,7 @@ class Quantised(Weight):
     @classmethod
     def of(
         cls, form: Format, codes: Callable[[Array], Array], w: Array, eqn: str, solve: Solve = nearest
-    ) -> "Quantised":
+    ) -> "Quantized":
         """A leaf in place of the weight `w`, rounded by `solve`; `codes` encodes its numbers [..., K, N]. Tiles are
         cut to the matrix."""
         m = matrix(w, eqn)
@@ -56,7 +56,7 @@ class Quantised(Weight):
         sizes = w.shape[w.ndim - len(weights.operands(eqn)[1]) :]
         return cls(stored(codes(r.numbers)), small(r.scale), small(r.offset), None, eqn, sizes, form.tile)
 
-    def with_inverse(self, inverse: Array) -> "Quantised":
+    def with_inverse(self, inverse: Array) -> "Quantized":
         """The leaf of a matrix whose rows were divided by `inverse` [..., K, 1]."""
         return self.replace(inverse=self.in_order(inverse).astype(jnp.bfloat16))
 
@@ -92,12 +92,12 @@ class Quantised(Weight):
         """One per tile, in the order of the matrix."""
         return self.in_order(self.plain_scales().scale)
 
-    def plain_scales(self) -> "Quantised":
+    def plain_scales(self) -> "Quantized":
         """This leaf with scales that are numbers and not codes themselves."""
         return self
 
     def matrix(self) -> Array:
-        """Dequantised float32 [..., K, N], without `inverse`."""
+        """Dequantized float32 [..., K, N], without `inverse`."""
         codes = self.in_order(self.codes)[..., : self.kn[1]]  # `settled` may have put more behind them
         m = self.numbers(codes) * spread(self.scales().astype(jnp.float32), self.tile, self.kn)
         if self.offset is not None:
@@ -133,15 +133,15 @@ class Quantised(Weight):
         )  # fmt: skip
         return fine.floats(dtype).reshape(*ids.shape, -1)
 
-    def settled(self) -> "Quantised | Array":
+    def settled(self) -> "Quantized | Array":
         return _multiply.settled(self)
 
-    def macs(self, stacked: int) -> "Quantised":
+    def macs(self, stacked: int) -> "Quantized":
         """The codes stand for the whole matrix."""
         none = {f: 0 for f in weights.fields(self) if getattr(self, f) is not None}
         return self.replace(**none | {"codes": self.size})
 
-    def axes(self, spec: Spec) -> "Quantised":
+    def axes(self, spec: Spec) -> "Quantized":
         shared, k, n = letters(self.eqn)
         last = (AXES[k[0]], AXES[n[0]])
         names = spec.names[: spec.stacked + len(shared)] + (last[::-1] if transposed(self.eqn) else last)
@@ -149,7 +149,7 @@ class Quantised(Weight):
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantiser:
+class Quantizer:
     """A Transform that replaces every multiplied parameter whose name matches `where` by `encode(w, eqn)`.
 
     With `scaled` a leaf has room for the factors on its inputs that AWQ and SmoothQuant find; here they are 1.

@@ -1,7 +1,7 @@
 """A weight as a matrix, and its rounding to a grid of numbers with a scale per tile.
 
 Scales are bfloat16: a number of 8 bits and fewer times such a scale is exact in float32, so that no order of operations
-and no fusion changes a dequantised value, and quantising it once more gives the same codes.
+and no fusion changes a dequantized value, and quantizing it once more gives the same codes.
 """
 
 import math

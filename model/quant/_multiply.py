@@ -1,4 +1,4 @@
-"""Products with a quantised leaf: by a kernel where the platform has one for them, else by XLA with a float matrix.
+"""Products with a quantized leaf: by a kernel where the platform has one for them, else by XLA with a float matrix.
 
 A kernel multiplies rows of x on one device by its part of the matrix; XLA does the rest: experts, offsets, and what no
 kernel supports. `kernels/` says what each kernel is for.
@@ -19,14 +19,14 @@ from model.quant._matrix import align, letters, round_rows, spread, transposed
 from model.weights import AXES
 
 if TYPE_CHECKING:
-    from model.quant._leaf import Quantised
+    from model.quant._leaf import Quantized
 
 ACTIVATIONS = {"B": "act_batch", "T": "act_seq"}  # letter of an activation -> logical axis
 Axes = tuple[str, ...]  # of a mesh, that a dimension is sharded over
 Kernel = Callable[..., Array]  # (x [M,K], codes, scale, group=, dtype=) -> [M,N]
 
 
-def einsum(eqn: str, x: Array, leaf: "Quantised") -> Array:
+def einsum(eqn: str, x: Array, leaf: "Quantized") -> Array:
     """`jnp.einsum` of x and the weight that a leaf stands for, but for its `inverse`."""
     if weights.split(eqn)[1] != letters(leaf.eqn)[1]:  # the other side is summed: no format is made for that
         return weights.product(eqn, x, jax.lax.stop_gradient(leaf.floats(x.dtype)))
@@ -34,23 +34,23 @@ def einsum(eqn: str, x: Array, leaf: "Quantised") -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(eqn: str, x: Array, leaf: "Quantised") -> Array:
+def _product(eqn: str, x: Array, leaf: "Quantized") -> Array:
     return routed(eqn, x, leaf)
 
 
-def _forward(eqn: str, x: Array, leaf: "Quantised") -> tuple[Array, "Quantised"]:
+def _forward(eqn: str, x: Array, leaf: "Quantized") -> tuple[Array, "Quantized"]:
     return routed(eqn, x, leaf), leaf
 
 
-def _backward(eqn: str, leaf: "Quantised", g: Array) -> tuple[Array, None]:
-    """Between the passes only codes are kept: the matrix is dequantised once more."""
+def _backward(eqn: str, leaf: "Quantized", g: Array) -> tuple[Array, None]:
+    """Between the passes only codes are kept: the matrix is dequantized once more."""
     return routed(eqn, g, leaf, backward=True), None
 
 
 _product.defvjp(_forward, _backward)
 
 
-def routed(eqn: str, x: Array, leaf: "Quantised", backward: bool = False) -> Array:
+def routed(eqn: str, x: Array, leaf: "Quantized", backward: bool = False) -> Array:
     """The product; or when `backward` its gradient by the activation, for the gradient x of its result."""
     from kernels import partition
 
@@ -76,7 +76,7 @@ def routed(eqn: str, x: Array, leaf: "Quantised", backward: bool = False) -> Arr
     return jax.lax.platform_dependent(x, leaf.in_order(leaf.codes), leaf.scales(), default=default, **routes)
 
 
-def kernels(leaf: "Quantised", rows: int, dtype: DTypeLike, backward: bool) -> dict[str, Kernel]:
+def kernels(leaf: "Quantized", rows: int, dtype: DTypeLike, backward: bool) -> dict[str, Kernel]:
     """By platform what multiplies `rows` of x per device by the matrix, or when `backward` by the transposed one."""
     from kernels import codes_triton, few_rows, int4_matmul, nf4
 
@@ -97,8 +97,8 @@ def kernels(leaf: "Quantised", rows: int, dtype: DTypeLike, backward: bool) -> d
     return found
 
 
-def _looked_up(leaf: "Quantised", dtype: DTypeLike) -> bool:
-    """Whether a TPU has a kernel that dequantises the leaf."""
+def _looked_up(leaf: "Quantized", dtype: DTypeLike) -> bool:
+    """Whether a TPU has a kernel that dequantizes the leaf."""
     from kernels import nf4
 
     if leaf.form != "nf4" or dtype != jnp.bfloat16 or leaf.codes.ndim > 2 or transposed(leaf.eqn):
@@ -106,7 +106,7 @@ def _looked_up(leaf: "Quantised", dtype: DTypeLike) -> bool:
     return leaf.tile[0] < leaf.kn[0] and nf4.supported(*_part(leaf), leaf.tile[0])
 
 
-def _split(leaf: "Quantised") -> tuple[Axes, Axes]:
+def _split(leaf: "Quantized") -> tuple[Axes, Axes]:
     """The mesh axis that the rows of its matrix are sharded over, and that of its columns; only over whole tiles."""
     _, k, n = letters(leaf.eqn)
     tiles = [size // t if size % t == 0 else 1 for size, t in zip(leaf.kn, leaf.tile)]
@@ -114,7 +114,7 @@ def _split(leaf: "Quantised") -> tuple[Axes, Axes]:
     return rows, columns
 
 
-def _part(leaf: "Quantised") -> tuple[int, int]:
+def _part(leaf: "Quantized") -> tuple[int, int]:
     """Rows and columns of its matrix on a device."""
     k, n = (size // weights.shards(*axes) for size, axes in zip(leaf.kn, _split(leaf)))
     return k, n
@@ -123,7 +123,7 @@ def _part(leaf: "Quantised") -> tuple[int, int]:
 # --- by XLA ---
 
 
-def product(eqn: str, x: Array, leaf: "Quantised") -> Array:
+def product(eqn: str, x: Array, leaf: "Quantized") -> Array:
     """The product, with the matrix as an array. With `activations` (W8A8) x is rounded too, per token, and its gradient
     is as if it were not; experts take x as it is."""
     xs, _, out = weights.operands(eqn)
@@ -139,7 +139,7 @@ def product(eqn: str, x: Array, leaf: "Quantised") -> Array:
     return (y if scale is None else y * to_columns(scale)).astype(x.dtype)
 
 
-def gradient(eqn: str, g: Array, leaf: "Quantised") -> Array:
+def gradient(eqn: str, g: Array, leaf: "Quantized") -> Array:
     """The gradient of `product` by x."""
     xs, ws, out = weights.operands(eqn)
     w, scale = _factors(leaf, g.dtype)
@@ -152,17 +152,17 @@ def product_of_codes(eqn: str, a: Array, b: Array) -> Array:
     return weights.product(eqn, a, b, jnp.int32).astype(jnp.float32)
 
 
-def _factors(leaf: "Quantised", dtype: DTypeLike) -> tuple[Array, Array | None]:
+def _factors(leaf: "Quantized", dtype: DTypeLike) -> tuple[Array, Array | None]:
     """The weight as an array times a scale [N letters], which is None where a column has several."""
     shared, _, n = letters(leaf.eqn)
     if leaf.tile[0] < leaf.kn[0] or leaf.offset is not None or shared:
-        return _dequantised(leaf, dtype), None
+        return _dequantized(leaf, dtype), None
     scale = spread(leaf.scales().astype(jnp.float32), leaf.tile, (1, leaf.kn[1]))
     array = leaf.shaped(leaf.numbers(leaf.in_order(leaf.codes))).astype(dtype)
     return array, jnp.broadcast_to(scale, (1, leaf.kn[1])).reshape(leaf.sizes_of(n))
 
 
-def _dequantised(leaf: "Quantised", dtype: DTypeLike) -> Array:
+def _dequantized(leaf: "Quantized", dtype: DTypeLike) -> Array:
     """By a kernel on a TPU where there is one."""
     from kernels import nf4, partition
 
@@ -170,7 +170,7 @@ def _dequantised(leaf: "Quantised", dtype: DTypeLike) -> Array:
     if not _looked_up(leaf, dtype):
         return plain()
     rows = {a for axes in weights.mesh_axes(list(ACTIVATIONS.values()), (0, 0)) for a in axes}
-    kernel = partial(nf4.dequantise, group=leaf.tile[0])
+    kernel = partial(nf4.dequantize, group=leaf.tile[0])
 
     def by_kernel(codes: Array, scale: Array) -> Array:
         m = partition.elementwise(kernel, (codes, scale.astype(jnp.float32)), _split(leaf), rows)
@@ -179,7 +179,7 @@ def _dequantised(leaf: "Quantised", dtype: DTypeLike) -> Array:
     return jax.lax.platform_dependent(leaf.codes, leaf.scales(), tpu=by_kernel, default=plain)
 
 
-def settled(leaf: "Quantised") -> "Quantised | Array":
+def settled(leaf: "Quantized") -> "Quantized | Array":
     """The leaf of one layer as decoding on one device has it.
 
     A CPU without a kernel multiplies floats: they are made once, where each step of a stream would allocate and write

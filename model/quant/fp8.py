@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.quant._leaf import Quantised, Quantiser
+from model.quant._leaf import Quantized, Quantizer
 from model.quant._matrix import WHOLE, Format
 
 FORMATS = {  # bits of the mantissa, smallest exponent, largest number
@@ -20,7 +20,7 @@ BLOCK = 128  # both ways (DeepSeek-V3, arXiv 2412.19437)
 
 
 @flax.struct.dataclass
-class FP8(Quantised):
+class FP8(Quantized):
     form: ClassVar[str] = "plain"
 
     def numbers(self, codes: Array) -> Array:
@@ -45,10 +45,10 @@ def _grid(format: str) -> Callable[[Array], Array]:
 def make(
     *, format: Literal["e4m3", "e5m2"] = "e4m3", scale: Literal["tensor", "channel", "block"] = "channel",
     calibration: Literal["absmax", "percentile", "mse"] = "absmax", where: str = r"layers/.*",
-) -> Quantiser:  # fmt: skip
+) -> Quantizer:  # fmt: skip
     """A Transform: 8 bits per weight, and 16 per tensor, output channel or block of 128 x 128."""
 
     tile = {"tensor": (WHOLE, WHOLE), "channel": (WHOLE, 1), "block": (BLOCK, BLOCK)}[scale]
     dtype, *_, top = FORMATS[format]
     form = Format(_grid(format), top, tile, calibration)
-    return Quantiser(partial(FP8.of, form, lambda numbers: numbers.astype(dtype)), where)
+    return Quantizer(partial(FP8.of, form, lambda numbers: numbers.astype(dtype)), where)

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels.packing import pack, unpack
-from model.quant._leaf import Quantised, Quantiser
+from model.quant._leaf import Quantized, Quantizer
 from model.quant._matrix import Format
 
 BITS = 2
 
 
 @flax.struct.dataclass
-class Int2(Quantised):
+class Int2(Quantized):
     def numbers(self, codes: Array) -> Array:
         return unpack(codes, self.kn[0], BITS).astype(jnp.float32) - 1.5
 
@@ -36,8 +36,8 @@ def grid(v: Array) -> Array:
 def make(
     *, group: int = 64, calibration: Literal["absmax", "percentile", "mse"] = "mse", scaled: bool = False,
     where: str = r"layers/.*",
-) -> Quantiser:  # fmt: skip
+) -> Quantizer:  # fmt: skip
     """A Transform: 2 + 16 / group bits per weight."""
 
     codes = lambda numbers: pack(numbers + 1.5, BITS)
-    return Quantiser(partial(Int2.of, Format(grid, 1.5, (group, 1), calibration), codes), where, scaled)
+    return Quantizer(partial(Int2.of, Format(grid, 1.5, (group, 1), calibration), codes), where, scaled)

@@ -1,7 +1,7 @@
 """Four-bit integers with a scale per group along the summed axis; two codes per byte.
 
 Bytes and not `jnp.int4`: a CPU would give that a byte per code, in memory and on disk, and unpack it 1.5 to 2.5 times
-slower. Neighbouring rows share a byte, so that no group and no shard is torn, and a TPU kernel reads the bytes as
+slower. Neighboring rows share a byte, so that no group and no shard is torn, and a TPU kernel reads the bytes as
 `int4` rows without a shift.
 """
 
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels.packing import pack, signed, unpack
-from model.quant._leaf import Quantised, Quantiser
+from model.quant._leaf import Quantized, Quantizer
 from model.quant._matrix import Format
 
 
 @flax.struct.dataclass
-class Int4(Quantised):
+class Int4(Quantized):
     form: ClassVar[str] = "int4"
 
     def numbers(self, codes: Array) -> Array:
@@ -38,8 +38,8 @@ def grid(v: Array) -> Array:
 def make(
     *, group: int = 64, symmetric: bool = True, calibration: Literal["absmax", "percentile", "mse"] = "absmax",
     scaled: bool = False, where: str = r"layers/.*",
-) -> Quantiser:  # fmt: skip
+) -> Quantizer:  # fmt: skip
     """A Transform: 4 + 16 / group bits per weight; without `symmetric` 4 + 32 / group."""
 
     form = Format(grid, 7, (group, 1), calibration, symmetric)
-    return Quantiser(partial(Int4.of, form, pack), where, scaled)
+    return Quantizer(partial(Int4.of, form, pack), where, scaled)

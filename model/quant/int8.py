@@ -10,12 +10,12 @@ import flax.struct
 import jax.numpy as jnp
 from jax import Array
 
-from model.quant._leaf import Quantised, Quantiser
+from model.quant._leaf import Quantized, Quantizer
 from model.quant._matrix import WHOLE, Format, Solve, int8_grid, nearest
 
 
 @flax.struct.dataclass
-class Int8(Quantised):
+class Int8(Quantized):
     form: ClassVar[str] = "plain"
     activations: bool = flax.struct.field(default=False, pytree_node=False)
 
@@ -30,7 +30,7 @@ class Int8(Quantised):
 def make(
     *, activations: bool = False, calibration: Literal["absmax", "percentile", "mse"] = "absmax",
     scaled: bool = False, where: str = r"layers/.*",
-) -> Quantiser:  # fmt: skip
+) -> Quantizer:  # fmt: skip
     """A Transform: 8 bits per weight and 16 per output channel."""
 
     form = Format(int8_grid, 127, (WHOLE, 1), calibration)
@@ -39,4 +39,4 @@ def make(
         leaf = Int8.of(form, lambda numbers: numbers.astype(jnp.int8), w, eqn, solve)
         return leaf.replace(activations=activations)
 
-    return Quantiser(encode, where, scaled)
+    return Quantizer(encode, where, scaled)

@@ -6,7 +6,7 @@ import re
 from jax import Array
 
 from model import weights
-from model.quant._leaf import Encode, Quantised
+from model.quant._leaf import Encode, Quantized
 from model.weights import Spec, Transform
 
 GROUPED = ("int4", "nf4")
@@ -31,7 +31,7 @@ def make(*, formats: tuple = (("layers/mlp/.*", "int4"), ("layers/.*", "int8")),
     if not formats or any(len(pair) != 2 or pair[1] not in FORMATS for pair in formats):
         raise ValueError(f"quant.formats={formats!r} is no list of (regex, one of {', '.join(FORMATS)})")
 
-    def one(path: str, w: Array, spec: Spec, key: Array | None) -> Quantised:
+    def one(path: str, w: Array, spec: Spec, key: Array | None) -> Quantized:
         return encoder(path, formats, group)(w, spec.eqn)
 
     return weights.wrapping("|".join(where for where, _ in formats), one)

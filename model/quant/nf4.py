@@ -1,4 +1,4 @@
-"""NF4 with double quantisation (QLoRA, Dettmers et al. 2023, arXiv 2305.14314): the quantiles of a normal distribution.
+"""NF4 with double quantization (QLoRA, Dettmers et al. 2023, arXiv 2305.14314): the quantiles of a normal distribution.
 
 4 bits a weight, 8 a group of 64 for its largest magnitude, 32 for 256 of these: 4.127 bits. The paper stores the
 magnitudes as 8-bit floats less their mean; here they are 256 equal steps from 0 to the largest of 256, whose error of
@@ -13,7 +13,7 @@ from jax import Array
 
 from kernels.packing import LEVELS, pack, unpack
 from model import weights
-from model.quant._leaf import Quantised, Quantiser
+from model.quant._leaf import Quantized, Quantizer
 from model.quant._matrix import Format, Solve, nearest
 from model.weights import Spec
 
@@ -21,8 +21,8 @@ SHARED = 256  # scales that share a second scale
 
 
 @flax.struct.dataclass
-class NF4(Quantised):
-    """`scale` holds uint8, or bfloat16 without double quantisation."""
+class NF4(Quantized):
+    """`scale` holds uint8, or bfloat16 without double quantization."""
 
     form: ClassVar[str] = "nf4"
     scale2: Array | None = None  # float32 [..., ceil(scales / 256), 1]
@@ -62,7 +62,7 @@ def _double(leaf: NF4) -> NF4:
     return leaf.replace(scale=codes.reshape(leaf.scale.shape), scale2=step)
 
 
-def make(*, group: int = 64, double: bool = True, where: str = r"layers/.*") -> Quantiser:
+def make(*, group: int = 64, double: bool = True, where: str = r"layers/.*") -> Quantizer:
     """A Transform: 4 bits per weight and 8.125 per group; without `double` 16 per group."""
 
     form = Format(grid, 1, (group, 1))
@@ -71,4 +71,4 @@ def make(*, group: int = 64, double: bool = True, where: str = r"layers/.*") -> 
         leaf = NF4.of(form, lambda numbers: pack(index(numbers)), w, eqn, solve)
         return _double(leaf) if double else leaf
 
-    return Quantiser(encode, where)
+    return Quantizer(encode, where)

@@ -1,5 +1,5 @@
-"""Quantisation-aware training (Jacob et al. 2018, arXiv 1712.05877): the forward pass of the quantised model, and the
-gradient as if it were not quantised (straight-through, Bengio et al. 2013, arXiv 1308.3432)."""
+"""Quantization-aware training (Jacob et al. 2018, arXiv 1712.05877): the forward pass of the quantized model, and the
+gradient as if it were not quantized (straight-through, Bengio et al. 2013, arXiv 1308.3432)."""
 
 import functools
 import importlib
@@ -13,13 +13,13 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from model import weights
-from model.quant._leaf import Quantiser
+from model.quant._leaf import Quantizer
 from model.weights import Params, Spec, Weight
 
 
 @flax.struct.dataclass
 class FakeQuant(Weight):
-    """A float weight that multiplies as its quantised leaf does, bit for bit, from step `start` of training on."""
+    """A float weight that multiplies as its quantized leaf does, bit for bit, from step `start` of training on."""
 
     w: Array
     eqn: str = flax.struct.field(pytree_node=False)
@@ -31,7 +31,7 @@ class FakeQuant(Weight):
 
     @property
     def encode(self) -> Callable[[Array], Weight]:
-        """From a float weight to the quantised leaf."""
+        """From a float weight to the quantized leaf."""
         make = importlib.import_module(f"model.quant.{self.format}").make
         return functools.partial(make(**dict(self.options)).encode, eqn=self.eqn)
 
@@ -58,9 +58,9 @@ class FakeQuant(Weight):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
 def _straight_through(use: Callable, x: Array, w: Array, live: Array | None, encode: Callable) -> Array:
-    # The barrier makes what follows the graph of the quantised model: fused with the rounding, a sum may change order.
-    quantised = lambda: use(x, jax.lax.optimization_barrier(encode(w)))
-    return quantised() if live is None else jax.lax.cond(live, quantised, lambda: use(x, w))
+    # The barrier makes what follows the graph of the quantized model: fused with the rounding, a sum may change order.
+    quantized = lambda: use(x, jax.lax.optimization_barrier(encode(w)))
+    return quantized() if live is None else jax.lax.cond(live, quantized, lambda: use(x, w))
 
 
 def _forward(use: Callable, x: Array, w: Array, live: Array | None, encode: Callable) -> tuple[Array, tuple]:
@@ -68,14 +68,14 @@ def _forward(use: Callable, x: Array, w: Array, live: Array | None, encode: Call
 
 
 def _backward(use: Callable, encode: Callable, residuals: tuple, g: Array) -> tuple:
-    """To x through the quantised weight, to w as if it had been used itself."""
+    """To x through the quantized weight, to w as if it had been used itself."""
     x, w, live = residuals
     moves = jnp.issubdtype(x.dtype, jnp.inexact)
     by_x = lambda leaf: jax.vjp(lambda x: use(x, leaf), x)[1](g)[0]
     dx = None
     if moves:
-        quantised = lambda: by_x(encode(w))
-        dx = quantised() if live is None else jax.lax.cond(live, quantised, lambda: by_x(w))
+        quantized = lambda: by_x(encode(w))
+        dx = quantized() if live is None else jax.lax.cond(live, quantized, lambda: by_x(w))
     return dx, jax.vjp(lambda w: use(x, w), w)[1](g)[0], None
 
 
@@ -83,7 +83,7 @@ _straight_through.defvjp(_forward, _backward)
 
 
 def converted(params: Params) -> Params:
-    """Every FakeQuant as its quantised leaf: the model to store after training."""
+    """Every FakeQuant as its quantized leaf: the model to store after training."""
     fake = lambda x: isinstance(x, FakeQuant)
     return jax.tree.map(lambda w: w.convert() if fake(w) else w, params, is_leaf=fake)
 
@@ -91,11 +91,11 @@ def converted(params: Params) -> Params:
 def make(
     *, format: Literal["int2", "int4", "int8", "nf4", "fp8"] = "int4", group: int | None = None,
     activations: bool | None = None, start: int = 0, where: str = r"layers/.*",
-) -> Quantiser:  # fmt: skip
+) -> Quantizer:  # fmt: skip
     """A Transform. `group` is for formats with groups, `activations` for int8. Raises ValueError for one without it."""
     options = {k: v for k, v in dict(group=group, activations=activations).items() if v is not None}
     takes = {"int2": {"group"}, "int4": {"group"}, "nf4": {"group"}, "int8": {"activations"}}.get(format, set())
     if wrong := options.keys() - takes:
         raise ValueError(f"quant.{min(wrong)} is no option of format {format!r}")
     pairs = tuple(sorted(options.items()))
-    return Quantiser(lambda w, eqn: FakeQuant(w, eqn, format, pairs, start), where)
+    return Quantizer(lambda w, eqn: FakeQuant(w, eqn, format, pairs, start), where)

@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from model import weights
-from model.quant._leaf import Quantiser
+from model.quant._leaf import Quantizer
 from model.quant._matrix import align, round_rows
 from model.quant._multiply import product_of_codes
 from model.quant.fp8 import FORMATS, round_float
@@ -48,7 +48,7 @@ class QuantTrain(Weight):
         return self.replace(w=spec.names)
 
 
-def quantise(x: Array, own: str, summed: str, dtype: str, key: Array | None = None) -> tuple[Array, Array]:
+def quantize(x: Array, own: str, summed: str, dtype: str, key: Array | None = None) -> tuple[Array, Array]:
     """As `round_rows`, to int8 or to a float of fp8.FORMATS."""
     if dtype == "int8":
         return round_rows(x, own, summed, key)
@@ -74,8 +74,8 @@ def _multiply(eqn: str, dtype: str, x: Array, w: Array, key: Array | None) -> Ar
 def _forward(eqn: str, dtype: str, x: Array, w: Array, key: Array | None) -> tuple[Array, tuple]:
     (xs, ws, out), contracted = weights.operands(eqn), weights.split(eqn)[1]
     format = {"int8": "int8", "fp8": "e4m3"}[dtype]
-    qx, sx = quantise(x, xs, contracted, format)
-    qw, sw = quantise(w, ws, contracted, format)
+    qx, sx = quantize(x, xs, contracted, format)
+    qw, sw = quantize(w, ws, contracted, format)
     y = _product(eqn, qx, qw, x.dtype) * align(sx, xs, out) * align(sw, ws, out)
     like = jnp.empty(0, w.dtype)
     return y.astype(x.dtype), (qx, sx, qw, sw, like, key)
@@ -88,9 +88,9 @@ def _backward(eqn: str, dtype: str, residuals: tuple, g: Array) -> tuple:
     k1, k2 = (None, None) if key is None else jax.random.split(key)
     produced = "".join(c for c in ws if c not in xs)
     tokens = "".join(c for c in xs if c not in ws)
-    gx, s = quantise(g * align(sw, ws, out), out, produced, format, k1)
+    gx, s = quantize(g * align(sw, ws, out), out, produced, format, k1)
     dx = _product(f"{out},{ws}->{xs}", gx, qw, g.dtype) * align(s, out, xs)
-    gw, s = quantise(g * align(sx, xs, out), out, tokens, format, k2)
+    gw, s = quantize(g * align(sx, xs, out), out, tokens, format, k2)
     dw = _product(f"{xs},{out}->{ws}", qx, gw, g.dtype) * align(s, out, ws)
     return dx.astype(g.dtype), dw.astype(like.dtype), None
 
@@ -98,6 +98,6 @@ def _backward(eqn: str, dtype: str, residuals: tuple, g: Array) -> tuple:
 _multiply.defvjp(_forward, _backward)
 
 
-def make(*, dtype: Literal["int8", "fp8"] = "int8", stochastic: bool = True, where: str = r"layers/.*") -> Quantiser:
+def make(*, dtype: Literal["int8", "fp8"] = "int8", stochastic: bool = True, where: str = r"layers/.*") -> Quantizer:
     """A Transform. fp8 is e4m3 forwards and e5m2 backwards."""
-    return Quantiser(lambda w, eqn: QuantTrain(w, eqn, dtype, stochastic), where)
+    return Quantizer(lambda w, eqn: QuantTrain(w, eqn, dtype, stochastic), where)

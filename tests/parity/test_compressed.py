@@ -1,4 +1,4 @@
-"""Exports of quantised models, opened by transformers with the compressed-tensors library itself."""
+"""Exports of quantized models, opened by transformers with the compressed-tensors library itself."""
 
 import jax
 import numpy as np

@@ -141,7 +141,7 @@ def smollm2():
     return pretrained, model, pretrained.load(model.specs)
 
 
-def test_dequantised_tensors_are_those_of_transformers(smollm2):
+def test_dequantized_tensors_are_those_of_transformers(smollm2):
     from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
     pretrained, _, _ = smollm2

@@ -50,6 +50,6 @@ def test_greedy_tokens_and_logprobs(name, kind, tokenizer, tmp_path):
     logits = np.asarray(ours.logits(np.asarray(ids)))[-1]
     logps = np.asarray(jax.nn.log_softmax(logits))
     assert int(logits.argmax()) == told["id"]
-    tolerance = 5e-3 if kind == "F32" else 0.15  # its cache has 16 bits; of quantised weights it rounds inputs too
+    tolerance = 5e-3 if kind == "F32" else 0.15  # its cache has 16 bits; of quantized weights it rounds inputs too
     for top in told["top_logprobs"]:
         assert math.isclose(logps[top["id"]], top["logprob"], abs_tol=tolerance), (top, logps[top["id"]])

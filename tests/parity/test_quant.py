@@ -1,4 +1,4 @@
-"""Rounding against torch's own: its 8-bit float types, and its fake quantisation with its straight-through gradient."""
+"""Rounding against torch's own: its 8-bit float types, and its fake quantization with its straight-through gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def test_floats_of_8_bits(name):
     np.testing.assert_array_equal(fp8.round_float(jnp.asarray(v), *bits), theirs)
 
 
-def test_fake_quantisation_and_its_gradient():
+def test_fake_quantization_and_its_gradient():
     """int8, one scale an output channel: y = x Q(W), and d sum(sin y) by x and by W."""
     w, x = np.array(rand(64, 6)), np.array(rand(2, 3, 64, seed=1))
     leaf = qat.FakeQuant(jnp.asarray(w), "BTD,DF->BTF", "int8", (), 0)

@@ -135,7 +135,7 @@ def llama_cpp(model: str, peers: str) -> list[Side]:
     if not (peers and model in PACKAGES and importlib.util.find_spec("xllamacpp")):
         return []
     case = dict(what="llama_cpp", gguf=str(package_gguf(model)), prompt=64, new_tokens=48)
-    return [Side("llama.cpp, quantised", PEERS, case)]
+    return [Side("llama.cpp, quantized", PEERS, case)]
 
 
 def small(model: str, peers: str, _: str) -> Iterator[Contest]:
@@ -145,7 +145,7 @@ def small(model: str, peers: str, _: str) -> Iterator[Contest]:
         formats = {"int8": dict(name="int8"), "w8a8": dict(name="int8", activations=True), "int4": dict(name="int4")}
         sides = [Side(f"ours, {name}", OURS, case | {"quant": quant}) for name, quant in formats.items()]
         sides.append(Side("ours, as it is", OURS, case))
-        yield Contest(f"decoding quantised, batch {batch}", sides + llama_cpp(model, peers) * (batch == 1))
+        yield Contest(f"decoding quantized, batch {batch}", sides + llama_cpp(model, peers) * (batch == 1))
 
 
 def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:

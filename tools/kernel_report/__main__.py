@@ -116,7 +116,7 @@ def row(case: "Case", name: str, device: "jax.Device", dump: str) -> Json:
         low = max(busy, hbm)
         high = low + min(busy, hbm) / got["steps"] if by == "kernel" else max(low, estimated)
         found[by] = got | {
-            "mxu_cycles": mxu, "utilisation": mxu / cycles if mxu else None,
+            "mxu_cycles": mxu, "utilization": mxu / cycles if mxu else None,
             "compute_us": busy * 1e6, "hbm_us": hbm * 1e6, "us": [low * 1e6, high * 1e6],
         }  # fmt: skip
     return found
@@ -214,7 +214,7 @@ def line(got: Json, least: int, exact: bool) -> list[str]:
     low, high = (f"{t:.1f}" for t in got["us"])
     return [
         f"{got['bundles']} x {got['turns']}" + ("" if got["turns_known"] else " ?"),
-        "n/a" if got["utilisation"] is None else f"{got['utilisation']:.2f}",
+        "n/a" if got["utilization"] is None else f"{got['utilization']:.2f}",
         low if low == high else f"{low}-{high}",
         f"{got['hbm_us']:.1f}",
         f"{got['bytes_moved'] / least:.2f}" if exact else "n/a",

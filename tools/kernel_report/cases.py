@@ -17,7 +17,7 @@ from kernels import codes_triton, int4_matmul, nf4, paged_lora, paged_lora_trito
 from model import weights
 from model.quant import _multiply, fp8, int4, int8
 from model.quant import nf4 as nf4_leaves
-from model.quant._leaf import Quantised, Quantiser
+from model.quant._leaf import Quantized, Quantizer
 from model.quant._matrix import round_rows
 
 EQN = "TD,DF->TF"  # x [M,K], W [K,N]
@@ -46,21 +46,21 @@ def array(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def by_xla(leaf: Quantised, backward: bool, x: Array, codes: Array, scale: Array) -> Array:
+def by_xla(leaf: Quantized, backward: bool, x: Array, codes: Array, scale: Array) -> Array:
     """x times the float W of a leaf with these arrays, or the transposed W: what kernels are tested against."""
     w = leaf.replace(codes=codes, scale=scale).floats(x.dtype)
     return weights.product("TF,DF->TD" if backward else EQN, x, w, jnp.float32).astype(x.dtype)
 
 
-def _leaf(quantiser: Quantiser, k: int, n: int) -> Quantised:
+def _leaf(quantizer: Quantizer, k: int, n: int) -> Quantized:
     """The abstract leaf of a W [K, N], its scales as kernels take them."""
-    encode = lambda w: quantiser.encode(w, EQN).plain_scales()
+    encode = lambda w: quantizer.encode(w, EQN).plain_scales()
     return jax.eval_shape(encode, array(k, n, dtype="float32"))
 
 
-def _product(name: str, quantiser: Quantiser, m: int, k: int, n: int, kernel: Callable, **options: Any) -> Case:
+def _product(name: str, quantizer: Quantizer, m: int, k: int, n: int, kernel: Callable, **options: Any) -> Case:
     """`kernel` against XLA with M rows of x, or when `backward` of the result's gradient."""
-    leaf, dtype, backward = _leaf(quantiser, k, n), options.pop("dtype", "bfloat16"), options.pop("backward", False)
+    leaf, dtype, backward = _leaf(quantizer, k, n), options.pop("dtype", "bfloat16"), options.pop("backward", False)
     group = leaf.tile[0]
     args = array(m, n if backward else k, dtype=dtype), leaf.codes, leaf.scale
     shape = f"{m}x{k}x{n}" + (f" g{group}" if group < k else "")
@@ -89,9 +89,9 @@ def _nf4() -> Iterator[Case]:
     """A whole weight of a 7 B model, and one whose columns are not aligned; decoding with them."""
     for k, n in ((4096, 4096), (4096, 14336), (4096, 4100)):
         leaf = _leaf(nf4_leaves.make(), k, n)
-        kernel = functools.partial(nf4.dequantise, group=64)
+        kernel = functools.partial(nf4.dequantize, group=64)
         xla = lambda codes, scale, leaf=leaf: leaf.replace(codes=codes, scale=scale).floats(jnp.bfloat16)
-        yield Case("nf4 dequantise", f"{k}x{n} g64", kernel, xla, (leaf.codes, leaf.scale), quick=n == 4096)
+        yield Case("nf4 dequantize", f"{k}x{n} g64", kernel, xla, (leaf.codes, leaf.scale), quick=n == 4096)
         yield _product("nf4", nf4_leaves.make(), 16, k, n, nf4.matmul)
 
 
@@ -107,11 +107,11 @@ def _codes_triton() -> Iterator[Case]:
     listed += [("nf4", nf4_leaves.make(group=128, double=False), rows[1]), ("fp8", fp8.make(), rows[1])]
     listed += [("int4", grouped, (5, 4096, 4100)), ("int4", grouped, (16, 4000, 4096))]
     listed += [("int4", int4.make(group=32), square), ("int4 f32", grouped, square)]
-    for name, quantiser, shape in listed:
-        leaf, dtype = _leaf(quantiser, *shape[1:]), "float32" if "f32" in name else "bfloat16"
+    for name, quantizer, shape in listed:
+        leaf, dtype = _leaf(quantizer, *shape[1:]), "float32" if "f32" in name else "bfloat16"
         kernel = functools.partial(codes_triton.matmul, form=codes_triton.FORMS[leaf.form])
         quick = (shape[0], shape[2]) == (16, 4096) and leaf.tile[0] > 32
-        yield _product(name, quantiser, *shape, kernel, quick=quick, platform="cuda", dtype=dtype)
+        yield _product(name, quantizer, *shape, kernel, quick=quick, platform="cuda", dtype=dtype)
 
 
 def _paged_lora() -> Iterator[Case]:
@@ -150,8 +150,8 @@ def _left_to_xla() -> Iterator[Case]:
         shape, flops = f"{m}x{k}x{n}", 2 * m * k * n
         row, scale = array(m, 1, dtype="float32"), array(n, dtype="float32")
         yield Case("bf16", shape, None, _plain, (array(m, k), array(k, n)), flops)
-        for name, quantiser in (("int8", int8.make()), ("float8", fp8.make())):
-            leaf = _leaf(quantiser, k, n)
+        for name, quantizer in (("int8", int8.make()), ("float8", fp8.make())):
+            leaf = _leaf(quantizer, k, n)
             xla = lambda x, codes, scale, leaf=leaf: _multiply.product(EQN, x, leaf.replace(codes=codes, scale=scale))
             yield Case(f"{name} weight only", shape, None, xla, (array(m, k), leaf.codes, leaf.scale), flops)
         args = array(m, k, dtype="int8"), array(k, n, dtype="int8"), row, scale

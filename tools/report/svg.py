@@ -1,4 +1,4 @@
-"""Charts as inline SVG: no script, colours from the page's CSS, readable at the width of a phone."""
+"""Charts as inline SVG: no script, colors from the page's CSS, readable at the width of a phone."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -175,7 +175,7 @@ def parallel(ranked: list[Group], pruned: list[Group], metric: str) -> str:
             look, opacity = "line heldout c5", 0.5
         title = f"{', '.join(f'{k} {shown(v)}' for k, v in g.values.items())}: {g}"
         paths.append(svg.Path([*map(g.values.get, keys), g.mean], title, look, opacity))
-    caption = "a line for each setting that is done, its mean over seeds; the best in the other colour"
+    caption = "a line for each setting that is done, its mean over seeds; the best in the other color"
     if pruned:
         caption += "; dashed: stopped early, with the last value"
     return svg.parallel([*(key.rpartition(".")[2] for key in keys), metric], paths, caption, shown)

@@ -35,7 +35,7 @@ class Role(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """`loss(roles, batch, key)` returns metrics as (sum, weight) pairs; the mean of metrics["loss"] is minimised.
+    """`loss(roles, batch, key)` returns metrics as (sum, weight) pairs; the mean of metrics["loss"] is minimized.
 
     `roles` always holds "policy". When only fresh adapters train, an "initial" role is left out of what the loss gets:
     it is `weights.base(policy)`, the base with its adapters off, and costs no memory.

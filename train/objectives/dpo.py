@@ -1,4 +1,4 @@
-"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290)."""
+"""Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290)."""
 
 import jax
 import jax.numpy as jnp
