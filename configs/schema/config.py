@@ -63,7 +63,8 @@ def read(path: str, arg: str = "") -> Config:
     if (file / "config.json").exists():
         file = file / "config.json"
     if not file.is_file():
-        near = difflib.get_close_matches(path, map(str, Path("configs").rglob("*.py")), 1)
+        known = (str(p.relative_to(overrides.CHECKOUT)) for p in (overrides.CHECKOUT / "configs").rglob("*.py"))
+        near = difflib.get_close_matches(path, known, 1)
         raise UserError("no such config file", path, f"did you mean {near[0]}?" if near else "")
     if file.suffix == ".json":
         try:

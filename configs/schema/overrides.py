@@ -6,6 +6,7 @@ Values are text here; `parse` gives them the type of their key. Own parser: absl
 
 import ast
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from common.errors import UserError, did_you_mean
 from common.types import Leaf
 from configs.schema.problems import Problem, show
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 NONE = ("none", "null")
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", tuple: "a tuple"}
@@ -69,9 +71,11 @@ def parse_args(argv: list[str], flags: Mapping[str, Leaf]) -> Args:
 
 
 def split_arg(config: str) -> tuple[str, str]:
-    """configs/x.py:rank=4 -> ("configs/x.py", "rank=4")."""
+    """configs/x.py:rank=4 -> ("configs/x.py", "rank=4"), the file in the current folder, else in the checkout."""
     head, colon, arg = config.partition(".py:")
-    return (f"{head}.py", arg) if colon else (config, "")
+    path = f"{head}.py" if colon else config
+    beside = CHECKOUT / path
+    return (path if Path(path).exists() or not beside.is_file() else str(beside)), arg
 
 
 def parse(text: str, kind: type | None, nullable: bool = False) -> Leaf:
