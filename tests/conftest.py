@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.buckets import bucket as bucket  # a fixture
 from train.keep import flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -8,7 +8,7 @@ import pytest
 
 from data.text.formats import load
 from model.io.export import export_hf
-from tests.test_weights import tiny
+from tests.helpers.models import tiny
 from tools.bench import __main__ as bench
 from tools.bench import ours
 

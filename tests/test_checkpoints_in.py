@@ -20,7 +20,7 @@ from model.config import ModelConfig
 from model.io import export
 from model.io.pretrained import open_pretrained
 from model.net.transformer import Transformer
-from tests.test_pretrained import random_model
+from tests.helpers.models import random_model
 from train import main
 
 TINY = ModelConfig(vocab_size=272, layers=2, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=24, max_len=64)

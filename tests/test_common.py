@@ -15,7 +15,6 @@ import pytest
 
 from common import cli, files, paths
 from common.errors import UserError
-from tests.test_store import bucket  # noqa: F401
 from tools import prepare
 
 # --- errors ---
@@ -95,7 +94,7 @@ def test_writers_do_not_take_each_others_files_for_abandoned(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4 * 51 and all(len(paths.sizes(p)) < 2 for p in tmp_path.iterdir())
 
 
-def test_in_a_store_the_marker_comes_last(bucket, monkeypatch):  # noqa: F811
+def test_in_a_store_the_marker_comes_last(bucket, monkeypatch):
     path, order, write = paths.parse("gs://bucket/folder"), [], files.write
     monkeypatch.setattr(files, "write", lambda at, content: (order.append(at.name), write(at, content)))
     with pytest.raises(RuntimeError), files.folder(path, "a") as work:

@@ -16,7 +16,7 @@ from model import weights
 from model.io import compressed, export
 from model.io.pretrained import open_pretrained
 from model.quant import fp8, int4, int8, nf4, qat
-from tests.test_pretrained import CONFIGS, TINY, random_model
+from tests.helpers.models import CONFIGS, TINY, random_model
 
 STORED = {
     "int4": (int4.make(group=16), "pack-quantized"),

@@ -18,10 +18,10 @@ from configs.schema import methods
 from data.rows import batch as batches
 from model import build, heads, weights
 from model.config import ModelConfig
-from tests.test_step import config
+from tests.helpers.packages import OBJECTIVES, PACKAGES, SOURCES
+from tests.helpers.steps import config
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("common", "configs", "data", "kernels", "model", "infer", "evals", "train", "tools", "examples")
 
 # What each package may import, besides itself. `model` and `data` stand beside each other.
 ALLOWED = {
@@ -74,15 +74,22 @@ def test_no_module_imports_itself_in_a_circle():
     assert not used
 
 
+def test_tests_share_helpers_and_do_not_import_each_other():
+    found = {
+        (path.name, node.module)
+        for path in (ROOT / "tests").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests.test_")
+    }
+    assert not found
+
+
 def test_functions_are_at_most_60_lines():
     """But for the table of all keys."""
     for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.FunctionDef) and (path.name, node.name) != ("base.py", "get_config"):
                 assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
-
-
-OBJECTIVES = sorted(p.stem for p in (ROOT / "train/objectives").glob("[!_]*.py"))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -129,7 +136,6 @@ def test_a_head_that_is_no_file_is_one_line():
         heads.find("os")
 
 
-SOURCES = {"lm": "synthetic:add?n=900&digits=3", "pair": "synthetic:add_pairs?n=300&digits=2"}
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*/*.py") if p.name != "__init__.py" and p.parent.name != "schema")
 
 

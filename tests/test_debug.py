@@ -9,8 +9,8 @@ import pytest
 
 from configs import schema
 from model import build
-from tests.test_main import run
-from tests.test_step import rows
+from tests.helpers.processes import run
+from tests.helpers.steps import rows
 from train import debug, init
 from train.keep import trace
 from train.mesh import abstract_mesh

@@ -13,8 +13,8 @@ from model import weights
 from model.net import head
 from model.net.layers import unembed
 from model.peft import lora
-from tests.test_step import mesh_of
-from tests.test_weights import tiny
+from tests.helpers.models import tiny
+from tests.helpers.steps import mesh_of
 from train import mesh
 
 TOKENS = jax.random.randint(jax.random.key(1), (2, 17), 0, 512)

@@ -23,8 +23,8 @@ from kernels import blocks, codes_triton, int4_matmul, packing
 from kernels import nf4 as kernel_nf4
 from model import paged, weights
 from model.quant import _multiply, fp8, int4, int8, nf4
-from tests.test_plan import gpu, tpu
-from tests.test_quant import rand, relative
+from tests.helpers.chips import gpu, tpu
+from tests.helpers.models import rand, relative
 from tools.kernel_report import __main__ as kernel_report
 from tools.kernel_report import schedule
 from tools.kernel_report.cases import by_xla, cases

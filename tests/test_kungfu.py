@@ -11,7 +11,7 @@ import pytest
 
 import kungfu
 from kungfu import __main__ as door
-from tests.test_contracts import PACKAGES
+from tests.helpers.packages import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 

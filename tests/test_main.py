@@ -1,11 +1,8 @@
 """The real command line: plans, kills, signals, changed inputs, exit codes. Every run here is a process of its own."""
 
-import functools
-import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,43 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from model.io import saved
-from tests.helpers import record
-
-ROOT = Path(__file__).resolve().parents[1]
-TINY = [
-    "--config=configs/sft/tiny.py", "--config.steps=24", "--config.log_every=1", "--config.ckpt.every=4",
-    "--config.eval_batches=1", "--config.samples=()",
-]  # fmt: skip
-
-
-def environment(devices: int = 1, **more: str) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} | more
-    return env | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-
-
-def start(*args: str, devices: int = 1, module: str = "train.main", **env: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", module, *args]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment(devices, **env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def run(*args: str, **kwargs) -> tuple[int, str, str]:
-    process = start(*args, **kwargs)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def outcome(folder: Path, step: int = 24) -> tuple:
-    """What must be the same, bit for bit: the digest of every array of the last step, the losses of all steps, and the
-    whole record."""
-    manifest = saved.read_manifest(folder / "ckpt" / str(step))
-    lines = record(folder)
-    losses = {line["step"]: (line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "train"}
-    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, step + 1))
-    assert [line["step"] for line in lines if line.get("event") == "done"].count(step) == 1
-    return manifest["leaves"], losses, lines
+from tests.helpers.processes import ROOT, TINY, environment, finish, lines, outcome, pair, record, run, start
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +20,6 @@ def whole(tmp_path_factory) -> tuple:
     code, _, err = run(*TINY, f"--workdir={folder}")
     assert code == 0, err
     return outcome(folder)
-
-
-def lines(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return path.read_text().count('"train"') if path.exists() else 0
 
 
 def kill_at_random(folder: Path, times: int, seed: int, launch) -> None:
@@ -88,21 +44,6 @@ def kill_at_random(folder: Path, times: int, seed: int, launch) -> None:
 def test_killed_runs_end_with_the_same_bits(tmp_path, whole, times):
     kill_at_random(tmp_path, times, seed=times, launch=lambda: [start(*TINY, f"--workdir={tmp_path}")])
     assert outcome(tmp_path) == whole
-
-
-def pair(folder: Path, *args: str, devices: int = 1, **more: str) -> list[subprocess.Popen]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    run = functools.partial(start, *TINY, f"--workdir={folder}", *args, devices=devices, **env, **more)
-    return [run(JAX_PROCESS_ID=str(i)) for i in range(2)]
-
-
-def finish(processes: list[subprocess.Popen]) -> None:
-    for process in processes:
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ from model.net.attention import attention, context, mask
 from model.net.layers import unembed
 from model.net.ring import FAR, ring_attention
 from model.net.transformer import REMAT
-from tests import test_main
-from tests.test_step import B, T, config, losses, mesh_of, rows
+from tests.helpers import processes
+from tests.helpers.steps import B, T, config, losses, mesh_of, rows
 from tools.plan.parameters import table
 from train import inputs, mesh, source
 from train.keep import flags
@@ -78,12 +78,12 @@ def test_a_context_axis_changes_no_loss(objective, on, accum):
 def test_two_processes_share_rows_and_one_resumes(tmp_path):
     """Each of two processes holds half of the columns of every row; then one process with another mesh goes on."""
     flat = ("--config.optim.schedule=constant", "--config.optim.warmup=0", "--config.samples=()")
-    test_main.finish([test_main.start(*test_main.TINY, *flat, f"--workdir={tmp_path / 'one'}")])
+    processes.finish([processes.start(*processes.TINY, *flat, f"--workdir={tmp_path / 'one'}")])
     half = (*flat, "--config.steps=8", "--config.mesh.context=8")
-    test_main.finish(test_main.pair(tmp_path / "many", *half, devices=4))
+    processes.finish(processes.pair(tmp_path / "many", *half, devices=4))
     axes = ("--config.mesh.context=2", "--config.mesh.fsdp=2", f"--workdir={tmp_path / 'many'}")
-    test_main.finish([test_main.start(*test_main.TINY, *flat, *axes, devices=4)])
-    (_, one, whole), (_, other, parts) = (test_main.outcome(tmp_path / name) for name in ("one", "many"))
+    processes.finish([processes.start(*processes.TINY, *flat, *axes, devices=4)])
+    (_, one, whole), (_, other, parts) = (processes.outcome(tmp_path / name) for name in ("one", "many"))
     assert parts[-1]["event"] == whole[-1]["event"] == "done" and parts[-1]["tokens"] == whole[-1]["tokens"]
     for step in one:
         np.testing.assert_allclose(other[step][0], one[step][0], rtol=2e-5)

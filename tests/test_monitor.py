@@ -21,9 +21,10 @@ from infer import load
 from infer.lm import LM
 from model.io import saved
 from model.net.transformer import Transformer
-from tests import test_main, toy
-from tests.test_contracts import SOURCES
-from tests.test_step import config, mesh_of
+from tests import toy
+from tests.helpers import processes
+from tests.helpers.packages import SOURCES
+from tests.helpers.steps import config, mesh_of
 from train import cost, init, inputs, mesh, monitor
 from train.main import run
 from train.objectives import sft
@@ -32,7 +33,7 @@ OBJECTIVES = methods.names(methods.FOLDERS["objective"], "make")
 
 
 def train(folder: Path, *more: str, file: str = "configs/sft/tiny.py") -> int:
-    argv = [f"--config={test_main.ROOT / file}", f"--workdir={folder}", "--config.samples=()", *more]
+    argv = [f"--config={processes.ROOT / file}", f"--workdir={folder}", "--config.samples=()", *more]
     return run(schema.load(argv))
 
 
@@ -179,7 +180,7 @@ def test_floors_by_hand(floor, now, told):
 )
 def test_bad_floors_are_told_before_anything_runs(floors, told):
     with pytest.raises(UserError, match=told):
-        schema.load([f"--config={test_main.ROOT}/configs/sft/tiny.py", f"--config.floors={floors}"])
+        schema.load([f"--config={processes.ROOT}/configs/sft/tiny.py", f"--config.floors={floors}"])
 
 
 @pytest.fixture(scope="module")
@@ -237,8 +238,8 @@ def test_a_floor_on_an_unknown_figure_is_one_line(tmp_path):
 
 def online(folder: Path, *more: str, **env: str) -> tuple[int, str]:
     """(exit code, output) of the toy run of 12 steps, each rollout serving three."""
-    args = (*test_main.TINY, "--config.steps=12", "--config.ckpt.keep=9", f"--workdir={folder}", *more)
-    code, *told = test_main.run(*args, module="tests.toy", **env)
+    args = (*processes.TINY, "--config.steps=12", "--config.ckpt.keep=9", f"--workdir={folder}", *more)
+    code, *told = processes.run(*args, module="tests.toy", **env)
     return code, "".join(told)
 
 
@@ -246,18 +247,18 @@ def online(folder: Path, *more: str, **env: str) -> tuple[int, str]:
 def test_an_online_run_killed_in_the_middle_of_a_rollout_ends_with_the_same_bits(tmp_path):
     """The frozen teacher, of another shape, is derived again at each launch."""
     assert online(tmp_path / "whole")[0] == 0
-    whole = test_main.outcome(tmp_path / "whole", 12)
+    whole = processes.outcome(tmp_path / "whole", 12)
     assert saved.steps(tmp_path / "whole" / "ckpt") == [12, 9, 6]  # every 4 steps, at the end of a rollout
 
     code, told = online(tmp_path / "killed", KILL=f"{int(signal.SIGKILL)}:10")
     assert code == -signal.SIGKILL and saved.steps(tmp_path / "killed" / "ckpt")[-1] == 6, told
     assert online(tmp_path / "killed")[0] == 0
-    assert test_main.outcome(tmp_path / "killed", 12) == whole
+    assert processes.outcome(tmp_path / "killed", 12) == whole
 
     code, told = online(tmp_path / "stopped", "--config.ckpt.every=0", KILL=f"{int(signal.SIGTERM)}:4")
     assert code == exits.PREEMPTED and saved.steps(tmp_path / "stopped" / "ckpt") == [6], told
     assert online(tmp_path / "stopped", "--config.ckpt.every=0")[0] == 0
-    assert test_main.outcome(tmp_path / "stopped", 12) == whole
+    assert processes.outcome(tmp_path / "stopped", 12) == whole
     reopens(tmp_path / "stopped")
 
 
@@ -265,7 +266,7 @@ def test_an_online_run_killed_in_the_middle_of_a_rollout_ends_with_the_same_bits
 def test_two_processes_stop_at_the_same_rollout_and_at_the_same_floor(tmp_path):
     """Both are told to stop before step 4; both have the verdict of the first one."""
     args = ("--config.steps=120", "--config.ckpt.every=0")
-    stopped = test_main.pair(tmp_path, *args, module="tests.toy", KILL=f"{int(signal.SIGTERM)}:4")
+    stopped = processes.pair(tmp_path, *args, module="tests.toy", KILL=f"{int(signal.SIGTERM)}:4")
     told = [process.communicate(timeout=300) for process in stopped]
     assert [process.returncode for process in stopped] == [exits.PREEMPTED] * 2, told
     (step,) = saved.steps(tmp_path / "ckpt")
@@ -273,7 +274,7 @@ def test_two_processes_stop_at_the_same_rollout_and_at_the_same_floor(tmp_path):
     floors = '--config.floors=(("eval/loss", "rise", 99.0), ("eval/loss", "<=", 0.0))'
     more = ("--config.steps=150", f"--config.eval_every={step + 3}", floors)
     for _ in range(2):  # the second time by what the first one wrote
-        ended = test_main.pair(tmp_path, *args, *more, module="tests.toy")
+        ended = processes.pair(tmp_path, *args, *more, module="tests.toy")
         told = [process.communicate(timeout=300) for process in ended]
         assert [process.returncode for process in ended] == [exits.BELOW_FLOOR] * 2, told
         assert saved.steps(tmp_path / "ckpt")[0] == step + 3

@@ -20,8 +20,8 @@ from model.io.export import export_hf
 from model.net.transformer import Transformer, unstack
 from model.peft import bottleneck, dora, ia3, lora, oft, prefix, prompt
 from model.weights import Spec
-from tests.test_step import config, losses, mesh_of, rows
-from tests.test_weights import METHODS, rand
+from tests.helpers.models import METHODS, rand
+from tests.helpers.steps import config, losses, mesh_of, rows
 from train import init
 from train.cost import cost
 from train.mesh import RULES

@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec as P
 from configs import schema
 from model import build, weights
 from model.net.transformer import unstack
-from tests.test_contracts import OBJECTIVES
-from tests.test_step import config
+from tests.helpers.chips import gpu, tpu
+from tests.helpers.packages import OBJECTIVES
+from tests.helpers.steps import config
 from tools.plan import __main__ as plan
 from tools.plan import gpu as plan_gpu
 from tools.plan import hlo, step
@@ -255,14 +256,6 @@ def test_a_gpu_fits_what_jax_takes_of_it(monkeypatch):
 
 # --- with libtpu, or with the CUDA wheels ---
 
-tpu = [
-    pytest.mark.tpu,
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: make tpu"),
-]
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not plan_gpu.installed(), reason="the CUDA wheels are not installed: make gpu"),
-]
 TINY = ["--config.model.shape=tiny", "--config.data.tokenizer=bytes", "--config.data.seq_len=128", "--json"]
 
 

@@ -21,7 +21,6 @@ from data.text import gguf_write as words
 from data.text import pieces
 from data.text.tokenizer import Tokenizer
 from model import weights
-from model.config import ModelConfig
 from model.families import _layout as layout
 from model.families._layout import Key
 from model.io import export, gguf_write
@@ -29,31 +28,7 @@ from model.io.gguf import llama3_scaling
 from model.io.pretrained import family, open_pretrained
 from model.net.transformer import Transformer
 from model.peft import lora
-
-TINY = ModelConfig(vocab_size=272, layers=3, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=64, max_len=64)
-LLAMA3 = dict(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-)
-YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
-CONFIGS = {
-    "llama": TINY,
-    "yarn": ModelConfig.from_dict(TINY.to_dict() | dict(rope_scaling=YARN)),
-    "llama3": ModelConfig.from_dict(TINY.to_dict() | dict(rope_scaling=LLAMA3, rope_theta=5e5, head_dim=64, tied=True)),
-    "mistral": dataclasses.replace(TINY, family="mistral", windows=(8, 8, 8)),
-    "qwen2": dataclasses.replace(TINY, family="qwen2", bias="qkv", windows=(0, 8, 8), tied=True),
-    "qwen3": dataclasses.replace(TINY, family="qwen3", qk_norm=True, head_dim=16),
-    "gpt2": dataclasses.replace(
-        TINY, family="gpt2", kv_heads=4, norm="layernorm", act="gelu_tanh", gated=False, position="learned",
-        bias="all", tied=True,
-    ),
-}  # fmt: skip
-
-
-def random_model(config: ModelConfig):
-    """A model with every parameter random, biases and scales too."""
-    model, rng = Transformer(config), np.random.default_rng(0)
-    draw = lambda spec: jnp.asarray(rng.normal(0, 0.3, spec.shape), jnp.float32)
-    return model, jax.tree.map(draw, model.specs, is_leaf=weights.is_spec)
+from tests.helpers.models import CONFIGS, LLAMA3, TINY, random_model
 
 
 def export_tiny(folder, config=TINY, check=False, **kwargs):

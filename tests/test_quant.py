@@ -30,7 +30,7 @@ from model.peft import lora
 from model.quant import _budget, _calibrate, fp8, int2, int4, int8, nf4, qat, train8
 from model.quant._matrix import Format, nearest
 from model.weights import Spec
-from tests.test_weights import METHODS, activation, rand, tiny
+from tests.helpers.models import METHODS, activation, distance, rand, relative, tiny
 from tools import export, quantize
 from train.cost import cost
 from train.main import run
@@ -75,14 +75,6 @@ def spec_of(eqn, shape, stack=()):
 def leaf_of(name, eqn, stack=()):
     w, spec = rand(*stack, *EQNS[eqn]), spec_of(eqn, EQNS[eqn], stack)
     return LEAVES[name]({"w": w}, {"w": spec}, jax.random.key(0))["w"], w, spec
-
-
-def distance(a, b):
-    return jnp.sqrt(jnp.square(a - b).sum() / jnp.square(b).sum())
-
-
-def relative(a, b):
-    return float(distance(a, b))
 
 
 def pairs(first, second, quick):

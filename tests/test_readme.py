@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_contracts import PACKAGES
+from tests.helpers.packages import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

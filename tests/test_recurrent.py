@@ -22,7 +22,7 @@ from model.net.attention import context
 from model.net.recurrent import DECAYS, SHARPNESS, Recurrent, root
 from model.net.transformer import Transformer
 from model.peft import oft
-from tests.test_weights import BESIDE, METHODS, everywhere
+from tests.helpers.models import BESIDE, METHODS, everywhere
 
 CONFIG = ModelConfig.from_dict({**SHAPES["tiny-griffin"], "windows": (6,) * 3})
 

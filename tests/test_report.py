@@ -3,12 +3,12 @@ import signal
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
 
 import pytest
 
 from common import exits, jobs, numbers
 from common.errors import UserError
+from tests.helpers.pages import EVIL, Page
 from tools import demo
 from tools.report import __main__ as door
 from tools.report import data as report_data
@@ -17,7 +17,6 @@ from tools.report import svg
 from tools.report import text as report_text
 
 BASE_LOSS = {"text": "pydocs", "n": 12, "tokens": 1000, "model": "base", "loss": 2.5, "time": 9.0}
-EVIL = '<script src="https://evil.example/x.js"></script>'
 
 
 def result(mean, low, high, shots=0, prompt_tokens=50, **more):
@@ -70,33 +69,6 @@ def runs(tmp_path):
         file.write('{"step": 11, "ki')
     few = result(0.4, 0.276, 0.538, shots=4, prompt_tokens=200)
     return [write(tmp_path / "prompting", evals=[result(0.04, 0.01, 0.13), few, BASE_LOSS]), lora, killed]
-
-
-class Page(HTMLParser):
-    """Collects the text, and every address and script; fails on tags that do not close in order."""
-
-    VOID = {"meta", "br", "circle", "line", "path"}
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.tags, self.addresses, self.text = [], set(), [], ""
-        self.feed(html)
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.addresses += [v for k, v in attrs if k in ("href", "src", "action")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.add(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def test_page_is_whole_static_and_escaped(runs, tmp_path):

@@ -27,7 +27,7 @@ from infer.serve import Refused, api, connection, messages
 from infer.serve import http as serving
 from infer.serve.batcher import Batcher, Full
 from model.io.export import export_hf
-from tests.test_many import NAMES, PROMPTS, make, store_of
+from tests.helpers.adapters import NAMES, PROMPTS, make, store_of
 
 # --- continuous batching ---
 

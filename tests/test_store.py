@@ -16,63 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from etils.epath import backend
-from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
-from fsspec.registry import _registry
 
 from common import exits, files, paths
 from common.errors import UserError
 from data import sources
 from model.io import saved
-from tests import test_main
+from tests.helpers import processes
 from tools.report import page as report
 from train.keep import lease, runs
 from train.keep.checkpoint import Checkpointer
 
 OTHER = "pid 1 on elsewhere since 2026-01-01 00:00:00\n"
-
-
-class Whole(LocalFileOpener):
-    """A file that is there once it is closed."""
-
-    def close(self):
-        if not self.closed:
-            self.commit()
-
-    def __exit__(self, *_):
-        self.close()
-
-
-class Objects(LocalFileSystem):
-    def _open(self, path, mode="rb", block_size=None, **kwargs):
-        if mode != "wb":
-            return super()._open(path, mode, block_size, **kwargs)
-        self.makedirs(self._parent(path), exist_ok=True)
-        return Whole(self._strip_protocol(path), mode, autocommit=False, fs=self)
-
-
-class Bucket(DirFileSystem):
-    """A folder as gs://; like a store it makes folders as needed, creates an object once, never shows half of it."""
-
-    cachable, root = False, ""
-
-    def __init__(self, **_):
-        super().__init__(self.root, Objects(auto_mkdir=True))
-
-    def _join(self, path):
-        strip = lambda p: p.removeprefix("gs://").rstrip("/")
-        return super()._join(strip(path) if isinstance(path, str) else list(map(strip, path)))
-
-
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    """gs://bucket, which is tmp_path/store/bucket."""
-    Bucket.root = str(tmp_path / "store")
-    monkeypatch.setitem(_registry, "gcs", Bucket)
-    monkeypatch.setattr(files, "MIRRORS", tmp_path / "mirrors")
-    backend.fsspec_backend._get_filesystem.cache_clear()
-    yield tmp_path / "store" / "bucket"
-    backend.fsspec_backend._get_filesystem.cache_clear()
 
 
 def test_data_are_read_as_from_disk(bucket):
@@ -102,7 +56,7 @@ def test_a_place_that_is_not_there_is_one_line(bucket, spec, told):
 
 @pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed")
 def test_without_gcsfs(tmp_path):
-    code, _, err = test_main.run(*test_main.TINY, "--workdir=gs://bucket/run", HOME=str(tmp_path))
+    code, _, err = processes.run(*processes.TINY, "--workdir=gs://bucket/run", HOME=str(tmp_path))
     assert code == 2 and err.count("\n") == 1 and "requirements/cloud.txt" in err, err
 
 
@@ -220,13 +174,13 @@ def test_killed_runs_in_a_store_end_with_the_same_bits(tmp_path, server, times):
     home = paths.parse("gs://bucket/runs/killed")
     (home.parent.parent / "data" / "sums.jsonl").write_text(data)
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla")}
-    argv = [*test_main.TINY, "--config.data.source=gs://bucket/data/sums.jsonl"]
-    code, _, err = test_main.run(*argv, f"--workdir={tmp_path / 'whole'}", **cache)
+    argv = [*processes.TINY, "--config.data.source=gs://bucket/data/sums.jsonl"]
+    code, _, err = processes.run(*argv, f"--workdir={tmp_path / 'whole'}", **cache)
     assert code == 0, err
 
     def launch(machine: int) -> tuple[subprocess.Popen, Path]:
         own = tmp_path / f"home{machine}"
-        process = test_main.start(*argv, f"--workdir={home}", HOME=str(own), **cache)
+        process = processes.start(*argv, f"--workdir={home}", HOME=str(own), **cache)
         return process, own / ".cache/kungfu/runs" / files.mirror(home).name
 
     r = random.Random(0)
@@ -235,15 +189,15 @@ def test_killed_runs_in_a_store_end_with_the_same_bits(tmp_path, server, times):
         seconds, steps = r.uniform(3, 12), r.randrange(1, 9)
         end = time.monotonic() + (seconds if r.random() < 0.3 else 120)
         before = 4 * max([0, *(int(p.name) // 4 for p in (home / "ckpt").glob("*") if p.name.isdigit())])
-        while time.monotonic() < end and test_main.lines(mirror) < before + steps and process.poll() is None:
+        while time.monotonic() < end and processes.lines(mirror) < before + steps and process.poll() is None:
             time.sleep(0.01)
         process.kill()
         process.communicate()
     process, _ = launch(2)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert test_main.outcome(home) == test_main.outcome(tmp_path / "whole")
+    assert processes.outcome(home) == processes.outcome(tmp_path / "whole")
     left = {name.split("/")[1] for name in paths.sizes(home) if name.startswith("ckpt/")}
     assert left == {"20", "24"} and not [n for n in paths.sizes(home) if n.startswith("LOCK")]
-    code, _, err = test_main.run(*argv, f"--workdir={home}", "--config.optim.lr=0.5", HOME=str(tmp_path), **cache)
+    code, _, err = processes.run(*argv, f"--workdir={home}", "--config.optim.lr=0.5", HOME=str(tmp_path), **cache)
     assert code == 2 and "optim.lr" in err

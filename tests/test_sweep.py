@@ -19,8 +19,8 @@ import yaml
 from common import exits, stats
 from common.errors import UserError
 from configs import schema, sweeps
-from tests.test_main import environment
-from tests.test_report import EVIL, Page
+from tests.helpers.pages import EVIL, Page
+from tests.helpers.processes import environment
 from tools.report import svg
 from tools.sweep import __main__ as sweep
 from tools.sweep import page as sweep_page

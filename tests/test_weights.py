@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import inspect
 import pkgutil
 from pathlib import Path
 
@@ -14,12 +13,11 @@ import pytest
 
 import model.peft
 from common.errors import UserError
-from configs.models import SHAPES
 from model import weights
-from model.config import ModelConfig
 from model.net.transformer import Transformer
 from model.peft import lora
 from model.weights import Spec
+from tests.helpers.models import BESIDE, METHODS, activation, everywhere, rand, tiny
 
 EQNS = {
     "BTD,DNH->BTNH": (8, 2, 3),
@@ -28,9 +26,7 @@ EQNS = {
     "BTD,VD->BTV": (11, 8),
     "BTED,EDF->BTEF": (4, 8, 6),
 }
-METHODS = [m.name for m in pkgutil.iter_modules(model.peft.__path__) if m.name != "saved"]  # it needs a folder
 QUANTISERS = [m.name for m in pkgutil.iter_modules([str(Path(model.__path__[0]) / "quant")]) if m.name[0] != "_"]
-BESIDE = ("bottleneck", "prefix", "prompt")  # their parameters stand beside the weights: they cannot be merged
 VIRTUAL = ("prefix", "prompt")  # they change the model from the start
 
 
@@ -39,26 +35,6 @@ def start() -> tuple:
     """A tiny model and its parameters."""
     model = tiny()
     return model, jax.jit(model.init)(jax.random.key(0))
-
-
-def everywhere(method: str):
-    """The method's Transform on every parameter that it can wrap."""
-    make = importlib.import_module(f"model.peft.{method}").make
-    return make(**{"where": ".*"} if "where" in inspect.signature(make).parameters else {})
-
-
-def tiny(**changes) -> Transformer:
-    return Transformer(ModelConfig.from_dict({**SHAPES["tiny"], **changes}))
-
-
-def rand(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
-def activation(eqn: str, w_shape: tuple[int, ...]):
-    letters, w, _ = weights.operands(eqn)
-    size = dict(zip(w, w_shape, strict=True)) | {"B": 2, "T": 5}
-    return rand(*(size[c] for c in letters), seed=1)
 
 
 @pytest.mark.parametrize("eqn", EQNS)

@@ -21,7 +21,7 @@ SERVES = 3  # steps a rollout
 
 def online(model) -> Objective:
     """On-policy distillation: the reverse KL divergence from the teacher, on what the policy has sampled."""
-    from tests.test_step import Random, config  # asks for devices, which a launch of several processes first connects
+    from tests.helpers.steps import Random, config
 
     small = {"model.layers": 1, "model.embed": 32, "model.heads": 2, "model.mlp": 48}
     teacher = build.model(config(**small), None, model.config.vocab_size)

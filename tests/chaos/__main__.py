@@ -39,7 +39,7 @@ from infer import models  # noqa: F401
 from model.io import export, saved  # noqa: F401
 from model.quant import _calibrate, int8  # noqa: F401
 from tests.chaos import points
-from tests.helpers import record
+from tests.helpers.processes import record
 from tools import export as tool_export
 from tools import prepare, quantize
 from train import main as training

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_main import lines, pair
+from tests.helpers.processes import lines, pair
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = (8, 300, 1000)  # kB: for no lock, no checkpoint, not the last one

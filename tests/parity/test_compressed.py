@@ -12,7 +12,7 @@ from data.text import formats  # noqa: E402
 from model import weights  # noqa: E402
 from model.io import export  # noqa: E402
 from model.quant import fp8, int4, int8  # noqa: E402  # noqa: E402
-from tests.test_pretrained import CONFIGS, random_model  # noqa: E402
+from tests.helpers.models import CONFIGS, random_model  # noqa: E402
 
 pytestmark = pytest.mark.parity
 MAKES = {

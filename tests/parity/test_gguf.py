@@ -14,7 +14,7 @@ from data.text import formats  # noqa: E402
 from data.text import gguf_write as words  # noqa: E402
 from infer.models import load  # noqa: E402
 from model.io import gguf_write  # noqa: E402
-from tests.test_pretrained import CONFIGS, random_model  # noqa: E402
+from tests.helpers.models import CONFIGS, random_model  # noqa: E402
 
 pytestmark = pytest.mark.parity
 TEXT = "The sea covers 71 % of the Earth; its tides follow the Moon."

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 from model import weights  # noqa: E402  # noqa: E402
 from model.quant import fp8, qat  # noqa: E402  # noqa: E402
-from tests.test_weights import rand  # noqa: E402
+from tests.helpers.models import rand  # noqa: E402
 
 pytestmark = pytest.mark.parity
 TYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}

@@ -1,0 +1,16 @@
+"""Marks of tests that need libtpu or the CUDA wheels."""
+
+import importlib.util
+
+import pytest
+
+from tools.plan import gpu as plan_gpu
+
+tpu = [
+    pytest.mark.tpu,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: make tpu"),
+]
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not plan_gpu.installed(), reason="the CUDA wheels are not installed: make gpu"),
+]
