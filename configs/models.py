@@ -29,14 +29,14 @@ SHAPES = {
         151936, 28, 1024, 16, 8, 3072, family="qwen3", head_dim=128, rope_theta=1e6, tied=True,
         qk_norm=True, norm_eps=1e-6, max_len=40960,
     ),
-    "tiny-griffin": _griffin(512, 3, 64, 4, 1, 128, window=32),  # two recurrent layers, one of attention
+    "tiny-griffin": _griffin(512, 3, 64, 4, 1, 128, window=32),  # two recurrent layers, one attention layer
     "recurrentgemma-2b": _griffin(256000, 26, 2560, 10, 1, 7680, window=2048),
 }  # fmt: skip
 
 
 def resized(name: str, changes: Mapping[str, int]) -> dict[str, Leaf]:
-    """A shape with other sizes. With other heads or another width, a head is embed / heads wide, and there are at most
-    as many key heads as heads."""
+    """A named shape with some sizes changed. If heads or embed change, the head size becomes embed / heads, and
+    kv_heads at most heads."""
     shape = {**SHAPES[name], **changes}
     if "heads" in changes or "embed" in changes:
         shape["kv_heads"] = changes.get("kv_heads") or min(shape["kv_heads"], shape["heads"])

@@ -1,13 +1,13 @@
-"""Which variants of a config to run. A config file tells them beside its `get_config`:
+"""The variants of a config to run. A config file defines them next to its `get_config`:
 
-    def sweep():  # or sweep_NAME, chosen by --sweep=NAME; those of --sweep=NAME,OTHER are multiplied
+    def sweep():  # or sweep_NAME, chosen by --sweep=NAME; --sweep=NAME,OTHER takes their product
         yield from product({"optim.lr": logspace(1e-4, 1e-2, 5), "seed": range(3)})
 
     def search():  # the ranges of --search
         return {"optim.lr": loguniform(1e-4, 1e-2), "peft.rank": choice(4, 8, 16)}
 
 A point is a dict of dotted keys and values. The helpers take points, or {key: values, ...}: an axis for each key.
-A `get_hyper(h)` as big_vision's configs have it is read too.
+A `get_hyper(h)`, as in big_vision's configs, is read too.
 """
 
 import inspect
@@ -29,12 +29,12 @@ Points = Iterable[Point] | Mapping[str, Iterable[Leaf]]
 
 
 def product(*parts: Points) -> list[Point]:
-    """Every combination; the last axis runs fastest."""
+    """Every combination; the last axis varies fastest."""
     return [_merged(points) for points in itertools.product(*_axes(parts))]
 
 
 def zip_(*parts: Points) -> list[Point]:
-    """The first of each axis together, then the second of each; ValueError when the lengths differ."""
+    """The first of each axis together, then the second of each. Raises ValueError if the lengths differ."""
     return [_merged(points) for points in zip(*_axes(parts), strict=True)]
 
 
@@ -44,12 +44,12 @@ def chain(*parts: Points) -> list[Point]:
 
 
 def sample(n: int, points: Iterable[Point], seed: int = 0) -> list[Point]:
-    """n different ones at random; ValueError when there are fewer."""
+    """n distinct points at random. Raises ValueError if there are fewer."""
     return random.Random(seed).sample(list(points), n)
 
 
 def logspace(low: float, high: float, n: int) -> list[float]:
-    """n values from low to high with equal ratios, to six digits: logspace(1, 100, 3) -> [1.0, 10.0, 100.0]."""
+    """n values from low to high with equal ratios, rounded to six digits: logspace(1, 100, 3) -> [1.0, 10.0, 100.0]."""
     return [float(f"{low * (high / low) ** (i / max(n - 1, 1)):.6g}") for i in range(n)]
 
 
@@ -75,7 +75,7 @@ def _merged(points: Iterable[Point]) -> Point:
     return merged
 
 
-HYPER = SimpleNamespace(  # the `h` of get_hyper(h)
+HYPER = SimpleNamespace(  # the argument of get_hyper(h)
     sweep=lambda key, values: [{key: value} for value in values],
     fixed=lambda key, value, length=1: [{key: value}] * length,
     product=lambda parts, name="": _under(name, product(*parts)),
@@ -120,7 +120,7 @@ def choice(*values: Leaf) -> Range:
 
 def _range(low: float, high: float, log: bool) -> Range:
     if not low <= high or (log and low <= 0):
-        raise ValueError(f"no {'logarithmic ' * log}range goes from {low} to {high}")
+        raise ValueError(f"invalid {'logarithmic ' * log}range from {low} to {high}")
     return Range(low, high, log)
 
 
@@ -130,7 +130,7 @@ def _range(low: float, high: float, log: bool) -> Range:
 def points(path: str, arg: str = "", chosen: str = "") -> list[Point]:
     """The points of a file's `sweep` or `get_hyper`, or the product of those named in `chosen` ("lr,seed").
 
-    Raises UserError: no such function, or what it yields is no point.
+    Raises UserError if there is no such function or it yields something other than points.
     """
     with schema.running(Path(path)):
         found = _functions(path, r"sweep(_\w+)?|get_hyper")
@@ -138,7 +138,7 @@ def points(path: str, arg: str = "", chosen: str = "") -> list[Point]:
         names = [f"sweep_{name}" for name in chosen.split(",") if name] or [n for n in found if "sweep_" not in n][:1]
         if not names or set(names) - set(found):
             fix = f"--sweep takes {', '.join(named)}" if named else "see configs/sweeps.py"
-            raise UserError(f"has no {' or '.join(names) or 'sweep()'}", path, fix)
+            raise UserError(f"the file has no {' or '.join(names) or 'sweep()'}", path, fix)
         parts = [_call(found[name], HYPER if name == "get_hyper" else arg) for name in names]
         return [_point(p) for p in (product(*parts) if len(parts) > 1 else parts[0])]
 
@@ -149,13 +149,13 @@ def space(path: str, arg: str = "") -> dict[str, Range]:
         found = _functions(path, "search")
         ranges = _point(_call(found["search"], arg)) if found else {}
         if not ranges or not all(isinstance(r, Range) for r in ranges.values()):
-            raise UserError("has no search() that returns {key: range}", path, "see configs/sweeps.py")
+            raise UserError("the file has no search() that returns {key: range}", path, "see configs/sweeps.py")
         return ranges
 
 
 def _functions(path: str, pattern: str) -> dict[str, Callable]:
     if not path.endswith(".py") or not Path(path).is_file():
-        raise UserError("no such config file", path or "--config", "a sweep is told by a .py file")
+        raise UserError("no such config file", path or "--config", "a sweep is defined in a .py config file")
     return {n: f for n, f in runpy.run_path(path).items() if inspect.isfunction(f) and re.fullmatch(pattern, n)}
 
 
@@ -164,8 +164,8 @@ def _call(function: Callable, arg: object) -> Any:
 
 
 def _point(point: object) -> Point:
-    """Its keys without a leading "config.", numpy's numbers as Python's."""
+    """The point with "config." dropped from its keys and NumPy scalars as Python numbers."""
     if not isinstance(point, Mapping) or not all(isinstance(key, str) for key in point):
-        raise UserError(f"{point!r} is no dict of dotted keys", "sweep", 'yield {"optim.lr": 1e-3}')
+        raise UserError(f"{point!r} is not a dict of dotted keys", "sweep", 'yield {"optim.lr": 1e-3}')
     plain = lambda v: v.item() if hasattr(v, "item") else v
     return {key.removeprefix("config."): plain(value) for key, value in point.items()}

@@ -184,38 +184,38 @@ def test_config_is_required():
         ("data.holdout=1", "config.data.holdout = 1.0 · must be in [0, 1)"),
         ("optim.b1=-0.1", "config.optim.b1 = -0.1 · must be in [0, 1)"),
         ("model.layers=0", "config.model.layers = 0 · must be in [1, inf)"),
-        ("mesh.data=0", "config.mesh.data = 0 · must be at least 1, or -1 · -1 takes the devices that remain"),
+        ("mesh.data=0", "config.mesh.data = 0 · must be at least 1, or -1 · -1 means all remaining devices"),
         ("optim.name=adamv", "config.optim.name = adamv · unknown choice · did you mean adamw?"),
         ("tracker=x", 'config.tracker = x · unknown choice · one of "", tensorboard, wandb'),
         ("allow=data,confg", "config.allow = ('data', 'confg') · unknown choice · did you mean config?"),
-        ("trainable=(", "config.trainable = ( · is no regular expression: "
+        ("trainable=(", "config.trainable = ( · is not a regular expression: "
          "missing ), unterminated subpattern at position 0"),
         ("optim.lr_scale=a,2", "config.optim.lr_scale = ('a', 2) · must be pairs of a regular expression and a "
          'factor · like (("embed/.*", 0.1),)'),
-        ("optim.lr_scale=((')',1),)", "config.optim.lr_scale = ((')', 1),) · is no regular expression: "
+        ("optim.lr_scale=((')',1),)", "config.optim.lr_scale = ((')', 1),) · is not a regular expression: "
          "unbalanced parenthesis at position 0"),
-        ("data.fields=prompt", "config.data.fields = prompt · must be NEW=OLD pairs between commas · "
+        ("data.fields=prompt", "config.data.fields = prompt · must be NEW=OLD pairs separated by commas · "
          'like "prompt=question,completion=answer"'),
         # between keys
-        ("accum=3", "config.data.batch_size = 8 · is not a multiple of accum 3 · micro-batches have equal rows"),
-        ("mesh.fsdp=3", "config.data.batch_size = 8 · 8 rows do not divide over 3 devices x 1 "
+        ("accum=3", "config.data.batch_size = 8 · is not a multiple of accum 3 · micro-batches have equal numbers of rows"),
+        ("mesh.fsdp=3", "config.data.batch_size = 8 · 8 is not divisible by 3 devices x 1 "
          "micro-batches · a multiple of 3, or fewer devices on config.mesh.data and config.mesh.fsdp"),
-        ("mesh.fsdp=-1", "config.mesh.fsdp = -1 · only one axis may be -1, data is too · give one a number"),
-        ("mesh.tensor=3", "config.mesh.tensor = 3 · does not divide heads 4 · whole heads lie on a device"),
-        ("model.shape=", 'config.model.shape = "" · neither a shape nor a pretrained init · '
-         "set config.model.shape or config.init"),
+        ("mesh.fsdp=-1", "config.mesh.fsdp = -1 · only one axis may be -1, and data is · set one to a number"),
+        ("mesh.tensor=3", "config.mesh.tensor = 3 · does not divide heads 4 · each device holds whole heads"),
+        ("model.shape=", 'config.model.shape = "" · nothing says what to build · '
+         "set config.model.shape, or config.init to start pretrained"),
         ("model.embed=65", "config.model.embed = 65 · embed 65 is not a multiple of heads 4 · "
          "the head size is embed / heads"),
-        ("model.embed=12", "config.model.embed = 12 · the head size 12 / 4 is odd · rotary positions turn pairs"),
+        ("model.embed=12", "config.model.embed = 12 · the head size 12 / 4 is odd · rotary positions rotate pairs"),
         ("model.kv_heads=3", "config.model.kv_heads = 3 · heads 4 is not a multiple of kv_heads 3 · "
-         "each key head serves as many"),
-        ("optim.warmup=1000", "config.optim.warmup = 1000.0 · warms up longer than the run, 1000 steps · "
-         "below 1 it is a share of the steps"),
+         "key heads serve equal numbers of heads"),
+        ("optim.warmup=1000", "config.optim.warmup = 1000.0 · exceeds the 1000 steps of the run · "
+         "below 1 it is a fraction of the steps"),
         ("trainable=adapters", "config.trainable = adapters · there are no adapters · "
-         "name a method in config.peft.name, or train all"),
-        ("data.format=preference", "config.data.format = preference · makes batches of kind 'pair', objective sft "
-         "reads 'lm' · one of auto, text, messages, prompt_completion, alpaca, sharegpt, tagged, labelled, rated"),
-        ("data.format=rated", "config.data.packing = best_fit · pairs, groups and scored records are not packed · "
+         "set config.peft.name, or config.trainable=all"),
+        ("data.format=preference", "config.data.format = preference · makes batches of kind 'pair', but objective "
+         "sft reads 'lm' · one of auto, text, messages, prompt_completion, alpaca, sharegpt, tagged, labelled, rated"),
+        ("data.format=rated", "config.data.packing = best_fit · pairs, groups and scored records cannot be packed · "
          "set config.data.packing=none"),
         ("evals=arit", "config.evals = ('arit',) · no task 'arit' · did you mean arith?"),
         ("evals=xyzzy", "config.evals = ('xyzzy',) · no task 'xyzzy' · evals/tasks has arith"),
@@ -246,7 +246,7 @@ def test_problem(root, argv, line):
          "it takes rank, alpha, where, rslora"),
         ("peft.name=lora peft.rank=x", "config.peft.rank = x · must be an integer"),
         ("peft.name=lora peft.rank=0", "config.peft.rank = 0 · must be in [1, inf)"),
-        ("peft.name=lora peft.where=[", "config.peft.where = [ · is no regular expression: "
+        ("peft.name=lora peft.where=[", "config.peft.where = [ · is not a regular expression: "
          "unterminated character set at position 0"),
         ("data.view.name=mlm data.view.rte=1",
          "config.data.view.rte = 1 · no argument of the chosen data.view · did you mean rate?"),
@@ -255,14 +255,14 @@ def test_problem(root, argv, line):
         ("quant.name=int quant.bits=4 quant.kind=nf5",
          "config.quant.kind = nf5 · unknown choice · one of nf4, fp4"),
         ("objective.name=dpo data.packing=none data.format=text",
-         "config.data.format = text · makes batches of kind 'lm', objective dpo reads 'pair' · "
+         "config.data.format = text · makes batches of kind 'lm', but objective dpo reads 'pair' · "
          "one of auto, preference"),
-        ("objective.name=dpo", "config.data.packing = best_fit · pairs, groups and scored records are not packed · "
+        ("objective.name=dpo", "config.data.packing = best_fit · pairs, groups and scored records cannot be packed · "
          "set config.data.packing=none"),
         ("model.shape= init=a model.layers=3",
-         "config.model.layers = 3 · overrides a shape, and none is named · set config.model.shape"),
+         "config.model.layers = 3 · overrides a shape, but none is named · set config.model.shape"),
         ("optim.schedule=wsd optim.warmup=0.5 optim.decay=0.6",
-         "config.optim.decay = 0.6 · and a warm-up of 0.5 exceed the run · shares of the steps, at most 1 in all"),
+         "config.optim.decay = 0.6 · plus a warm-up of 0.5 exceeds the run · fractions of the steps, at most 1 in all"),
     ],
 )  # fmt: skip
 def test_problem_of_several(root, argv, line):
@@ -318,7 +318,7 @@ def test_table(root, monkeypatch):
         ("def get_config(:\n", "y.py:1 · SyntaxError: invalid syntax (y.py, line 1)"),
         ("def get_config():\n    return 1 / 0\n", "y.py:2 · ZeroDivisionError: division by zero"),
         ("def get_config():\n    return {}\n", "y.py · get_config returned a dict, not a ConfigDict"),
-        ("x = 1\n", "y.py · has no get_config"),
+        ("x = 1\n", "y.py · the file has no get_config"),
     ],
 )
 def test_broken_file(root, text, line):
@@ -359,7 +359,7 @@ def test_arg_reaches_the_file(root):
     (root / "x.py").write_text(text)
     assert schema.load(["--config=x.py:5"]).config.seed == 5
     (root / "x.py").write_text(text.replace('arg=""', "").replace("arg or", ""))
-    with pytest.raises(UserError, match="get_config takes no argument, it was given '5'"):
+    with pytest.raises(UserError, match="get_config takes no argument, but was given '5'"):
         schema.load(["--config=x.py:5"])
 
 

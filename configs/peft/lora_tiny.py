@@ -2,8 +2,8 @@
 
     python -m train.main --config=configs/peft/lora_tiny.py --workdir=runs/lora_tiny [--config.init=runs/sft_tiny]
 
-Hardware: a laptop CPU. Expected: the base's digest does not change and the loss falls; see README. As there, held-out
-questions occur in training. A random base is a poor one: `init` gives it a trained one.
+Hardware: a laptop CPU. Expected: the loss falls and the digest of the base does not change; see README. The held-out
+questions also occur in training. A random base learns slowly: set `init` to start from a trained one.
 """
 
 from configs.sft import tiny

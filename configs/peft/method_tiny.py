@@ -2,15 +2,15 @@
 
     python -m train.main --config=configs/peft/method_tiny.py:dora --workdir=runs/dora_tiny
 
-Hardware: a laptop CPU. Expected: the loss falls, more slowly the fewer parameters train; a random base is a poor one.
-Methods are the files of model/peft. Without a name it is DoRA. LoRA-FA (arXiv 2308.03303) is lora with
---config.trainable=".*/b". To go on with an adapter in a new stage, or with one from PEFT: --config.peft.name=saved
---config.peft.folder=FOLDER, and as init the base that it was trained on.
+Hardware: a laptop CPU. Expected: the loss falls, more slowly with fewer trained parameters and on a random base.
+Methods are the files of model/peft; the default is dora. LoRA-FA (arXiv 2308.03303) is lora with
+--config.trainable=".*/b". To continue training an adapter of an earlier run or of PEFT: --config.peft.name=saved
+--config.peft.folder=FOLDER, with the base that it was trained on as init.
 """
 
 from configs.sft import tiny
 
-LEARNING_RATES = {"ia3": 3e-2, "prefix": 3e-2, "prompt": 3e-2}  # few parameters move far
+LEARNING_RATES = {"ia3": 3e-2, "prefix": 3e-2, "prompt": 3e-2}  # few parameters need large steps
 
 
 def get_config(method="dora"):

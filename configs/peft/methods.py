@@ -1,19 +1,19 @@
-"""Which way to teach a real model a task? Every method and full tuning, each at its own learning rate, three seeds.
+"""Which method suits a task best? Every PEFT method and full tuning, each at its own learning rate, three seeds.
 
     python -m evals.export --task=dates --out=runs/demo/dates
     python -m tools.sweep --config=configs/peft/methods.py --out=runs/sweeps/methods
     python -m tools.sweep --config=configs/peft/methods.py --sweep=best,seeds --out=runs/sweeps/methods-best \
         --metric=eval/dates --maximize
 
-The first sweep tries learning rates, until a method's best is no end of its list, and ranks by held-out loss; the
-second scores the best ones on the task of the demo, and on what they forgot of documentation. Hardware: a laptop CPU,
-half an hour and an hour, 8 GB. Expected: results/methods.md.
+The first sweep ranks learning rates by held-out loss; each list extends beyond its best rate on both sides. The second
+scores the best rates on the demo's task, and measures forgetting on Python's documentation. Hardware: a laptop CPU,
+8 GB, half an hour for the first and an hour for the second. Expected: results/methods.md.
 """
 
 from configs.demo import full
 from configs.sweeps import product
 
-RATES = {  # by method, the best one first; "" is full tuning
+RATES = {  # by method, the best first; "" is full tuning
     "": (3e-5, 1e-5, 1e-4, 3e-4),
     "lora": (1e-3, 3e-4, 3e-3),
     "dora": (1e-3, 3e-4, 3e-3),

@@ -1,12 +1,12 @@
-"""How large must an adapter be? Rank by method by learning rate, and full tuning, on one pretrained model.
+"""How large must an adapter be? Ranks, methods and learning rates, and full tuning, on one pretrained model.
 
     python -m train.main --config=configs/pretrain/tiny.py --workdir=runs/pretrain
     python -m tools.sweep --config=configs/peft/rank_sweep.py --out=runs/sweeps/rank --jobs=2
 
-The sweep's page plots held-out loss on sums, and forgetting (the rise of the loss on documentation, which the base was
-trained on), by rank and by trained parameters; each point is the best learning rate's. `--sweep=seeds,best` takes three
-seeds of one rate. Hardware: a laptop CPU, a quarter of an hour. Expected: with LoRA at 3e-3, one seed, 1.33 nats at
-rank 1, 0.93 at 4 and 0.92 at 16; forgetting falls with the rank, from 5.8 to 0.9 nats at 64, since alpha / rank does.
+The sweep's page plots the held-out loss on sums and the forgetting (the rise of the loss on documentation, on which the
+base was trained) against rank and trained parameters, each at its best learning rate. `--sweep=seeds,best` runs three
+seeds at one learning rate. Hardware: a laptop CPU, 15 minutes. Expected: with LoRA at 3e-3, one seed, 1.33 nats at rank
+1, 0.93 at 4 and 0.92 at 16; forgetting falls from 5.8 nats at rank 1 to 0.9 at 64, because alpha / rank falls.
 """
 
 from configs import base

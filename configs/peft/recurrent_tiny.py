@@ -2,9 +2,9 @@
 
     python -m train.main --config=configs/peft/recurrent_tiny.py --workdir=runs/recurrent_tiny
 
-Hardware: a laptop CPU. Expected: the loss falls below 1 nat per token and the base stays as it was drawn. No method
-knows the model: `where` matches the gates and projections of recurrent layers as any other matrix. The same shape
-trains whole with --config.peft.name= and a larger one is planned with --config.model.shape=recurrentgemma-2b --plan.
+Hardware: a laptop CPU. Expected: the loss falls below 1 nat per token and the base does not change. The method needs no
+code for recurrent layers: `where` matches their gates and projections like any other matrix. For full tuning of the
+same shape: --config.peft.name= ; to plan a larger one: --config.model.shape=recurrentgemma-2b --plan.
 """
 
 from configs.sft import tiny

@@ -1,10 +1,10 @@
-"""The shape of Llama 2 7B from random weights, for a TPU slice: what `python -m tools.plan` is asked about most.
+"""Pretrains the shape of Llama 2 7B from random weights on a TPU slice; mostly used with `python -m tools.plan`.
 
     python -m tools.plan --config=configs/pretrain/llama2_7b.py --topology=v5e:4x4
     python -m train.main --config=configs/pretrain/llama2_7b.py --workdir=gs://BUCKET/llama2_7b
 
-Hardware: 16 TPU v5e or 4 TPU v5p. Expected: what tools.plan prints; this run was planned and not made.
-The source is a stand-in: name your own corpus and its tokenizer.
+Hardware: 16 TPU v5e or 4 TPU v5p chips. Expected: the figures that tools.plan prints; the run itself was never made.
+The data source is a placeholder: set your own corpus and its tokenizer.
 """
 
 from configs import base

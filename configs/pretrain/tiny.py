@@ -1,9 +1,9 @@
-"""A small model learns English and Python from the documentation of the standard library, from random weights.
+"""Pretrains a small model on the documentation of the standard library, from random weights.
 
     python -m train.main --config=configs/pretrain/tiny.py --workdir=runs/pretrain_tiny
 
-Hardware: a laptop CPU. Expected: held-out bits per byte, see README.
-The source, the docstrings of the Python at hand, needs no download. Its tokenizer is trained on the same text.
+Hardware: a laptop CPU. Expected: see README for the held-out bits per byte. The source, the docstrings of the installed
+Python, needs no download. The tokenizer is trained on the same text.
 """
 
 from configs import base

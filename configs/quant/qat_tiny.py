@@ -1,9 +1,9 @@
-"""Quantization-aware training from end to end in seconds: the run of configs/sft/tiny.py, 4 bits a weight from step 50.
+"""Quantization-aware training from end to end in seconds: configs/sft/tiny.py with 4 bits per weight from step 50.
 
     python -m train.main --config=configs/quant/qat_tiny.py --workdir=runs/qat_tiny
 
-Hardware: a laptop CPU. Expected: the loss nears 0 as there, and tools.quantize makes the int4 model of the run, whose
-outputs are those that were trained, bit for bit.
+Hardware: a laptop CPU. Expected: the loss approaches 0, and tools.quantize turns the run into an int4 model whose
+outputs are bit-identical to those in training.
 """
 
 from configs.sft import tiny
@@ -14,5 +14,5 @@ def get_config():
     c.quant.name = "qat"
     c.quant.format = "int4"
     c.quant.group = 32
-    c.quant.start = 50  # a float model settles first (torchtune's delayed start)
+    c.quant.start = 50  # train in float first (torchtune's delayed start)
     return c

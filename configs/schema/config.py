@@ -3,7 +3,7 @@
     loaded = load(sys.argv[1:], flags={"plan": False})
 
 Keys, types, defaults and meanings come from `base.py`; those of `objective`, `peft`, `quant` and `data.view` from the
-keyword arguments of the named file. The resolved config holds a method's defaults too, so that a run folder says all.
+keyword arguments of the named file. The resolved config includes a method's defaults, so a run folder is complete.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class Loaded(NamedTuple):
     arg: str
     overrides: dict[str, Leaf]  # "optim.lr" -> value
     workdir: str | None
-    flags: dict[str, Any]  # each of the type of its default
+    flags: dict[str, Any]  # each has the type of its default
 
 
 def load(argv: list[str], flags: Mapping[str, Leaf] | None = None, usage: str | None = None) -> Loaded:
@@ -58,7 +58,7 @@ def load(argv: list[str], flags: Mapping[str, Leaf] | None = None, usage: str | 
 
 
 def read(path: str, arg: str = "") -> Config:
-    """What a config file's `get_config(arg)` returns, or the config of a run folder; not checked yet."""
+    """The result of a config file's `get_config(arg)`, or the config of a run folder; not checked yet."""
     file = Path(path)
     if (file / "config.json").exists():
         file = file / "config.json"
@@ -78,10 +78,10 @@ def _run(file: Path, arg: str) -> ConfigDict:
     with running(file):
         get_config = runpy.run_path(str(file)).get("get_config")
         if get_config is None:
-            raise UserError("has no get_config", str(file))
+            raise UserError("the file has no get_config", str(file))
         takes = bool(inspect.signature(get_config).parameters)
         if arg and not takes:
-            raise UserError(f"get_config takes no argument, it was given {arg!r}", str(file))
+            raise UserError(f"get_config takes no argument, but was given {arg!r}", str(file))
         config = get_config(arg) if takes else get_config()
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config returned a {type(config).__name__}, not a ConfigDict", str(file))
@@ -90,7 +90,7 @@ def _run(file: Path, arg: str) -> ConfigDict:
 
 @contextlib.contextmanager
 def running(file: Path) -> Iterator[None]:
-    """Around code of a config file, the user's own as any module: UserError tells the line that failed."""
+    """Runs the user's code in a config file: any exception becomes a UserError that names the line."""
     try:
         yield
     except UserError:
@@ -101,7 +101,7 @@ def running(file: Path) -> Iterator[None]:
 
 
 def _where(error: Exception, file: str) -> str:
-    """file:line of the last line of the config file that ran, or of the syntax error in what it imports."""
+    """file:line of the last line of the config file that ran, or of the syntax error in a module that it imports."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
@@ -111,9 +111,9 @@ def _where(error: Exception, file: str) -> str:
 def resolve(
     config: Config, changes: Mapping[str, Leaf] | None = None, found: Iterable[Problem] = (), where: str = ""
 ) -> tuple[Config, dict[str, Leaf]]:
-    """Applies changes ("optim.lr" -> text or value), fills in the methods' defaults and checks everything.
+    """Applies changes ("optim.lr" -> text or value), fills in the methods' defaults, and checks everything.
 
-    Returns the locked config and the changes as values. Raises ConfigError with all problems, `found` among them.
+    Returns the locked config and the changes as values. Raises ConfigError with all problems, including `found`.
     """
     config, changes, problems = copy.deepcopy(config), dict(changes or {}), list(found)
     schema, loose = _schema(config, changes, problems)
@@ -127,9 +127,9 @@ def resolve(
 
 
 def _schema(config: ConfigDict, changes: dict, problems: list[Problem]) -> tuple[dict[str, Key], set[str]]:
-    """The keys of this config, and the groups whose method is unknown: their arguments cannot be judged.
+    """The keys of this config, and the groups whose method is unknown, whose arguments cannot be checked.
 
-    A change of a method's name drops those of the file's arguments that the new method does not take.
+    If a change replaces a method, the file's arguments that the new method does not take are dropped.
     """
     keys, loose = dict(base_keys()), set()
     for kind, folder in methods.FOLDERS.items():
@@ -158,7 +158,7 @@ def _schema(config: ConfigDict, changes: dict, problems: list[Problem]) -> tuple
 def _apply(
     config: ConfigDict, changes: dict, schema: dict[str, Key], loose: set[str], problems: list[Problem]
 ) -> dict[str, Leaf]:
-    """Sets the changes in place, so that what refers to a field follows it; returns them as values."""
+    """Sets the changes in place, so that references to a field follow it; returns them as values."""
     values = {}
     for path, raw in changes.items():
         *groups, name = path.split(".")
@@ -174,7 +174,7 @@ def _apply(
                 group[name] = values[path]
         except ValueError as e:
             problems.append(Problem(f"config.{path}", show(raw), str(e)))
-        except (KeyError, TypeError, AttributeError):  # the file has no such group; it is reported as missing
+        except (KeyError, TypeError, AttributeError):  # the file has no such group, which is reported as missing
             continue
     return values
 
@@ -196,12 +196,12 @@ def _unknown(path: str, value: object, schema: Mapping[str, Key]) -> Problem:
 def _check_leaves(
     given: dict[str, Leaf], schema: dict[str, Key], loose: set[str], problems: list[Problem]
 ) -> dict[str, Leaf]:
-    """The leaves with their exact types, the methods' defaults filled in."""
-    told = {p.key.removeprefix("config.") for p in problems}  # one problem a key
+    """The leaves with their exact types and the methods' defaults."""
+    reported = {p.key.removeprefix("config.") for p in problems}  # one problem per key
     leaves = {}
     for path, value in given.items():
         key = schema.get(path)
-        if path in told or path.rpartition(".")[0] in loose:
+        if path in reported or path.rpartition(".")[0] in loose:
             leaves[path] = value
         elif key is None:
             problems.append(_unknown(path, value, schema))
@@ -214,7 +214,7 @@ def _check_leaves(
             problems += (Problem(f"config.{path}", show(value), text, fix) for text, fix in wrong)
     for path, key in schema.items():
         kind = path.rpartition(".")[0]
-        if path in given or path in told or _inside(path, given):
+        if path in given or path in reported or _inside(path, given):
             continue
         if key.required:
             problems.append(Problem(f"config.{path}", "", f"missing, the chosen {kind} needs it", f"set config.{path}"))
@@ -226,13 +226,13 @@ def _check_leaves(
 
 
 def _inside(path: str, leaves: Iterable[str]) -> bool:
-    """Whether one of the leaves stands where a group above the path should be."""
+    """Whether a leaf occupies the place of a group above the path."""
     parts = path.split(".")
     return any(".".join(parts[:n]) in leaves for n in range(1, len(parts)))
 
 
 def fit(value: object, key: Key) -> Leaf:
-    """The value with its key's exact type: 1 is a number, 1e3 an integer, a list a tuple; True is no integer.
+    """The value with its key's exact type: 1 may be a float, 1e3 an integer, a list a tuple; True is not an integer.
 
     Raises ValueError.
     """
@@ -268,7 +268,7 @@ def _build(leaves: Mapping[str, Leaf], schema: Mapping[str, Key]) -> ConfigDict:
 
 
 def to_dict(config: Config | Mapping) -> Json:
-    """Plain sorted data that JSON takes: tuples become lists."""
+    """Plain sorted data for JSON; tuples become lists."""
 
     def plain(value: object) -> object:
         if isinstance(value, ConfigDict | dict):
@@ -279,9 +279,9 @@ def to_dict(config: Config | Mapping) -> Json:
 
 
 def from_dict(d: Json) -> Config:
-    """A config of `to_dict`'s data, unlocked and not checked; lists become tuples.
+    """The inverse of `to_dict`, unlocked and not checked; lists become tuples.
 
-    A key that an earlier version did not know gets its default, which is what that version did.
+    A key that is newer than the data gets its default, which is how the older version behaved.
     """
     given = flatten(d)
     newer = {path: key.default for path, key in base_keys().items() if path not in given and not _inside(path, given)}
@@ -289,28 +289,28 @@ def from_dict(d: Json) -> Config:
 
 
 def recorded(d: object, where: str) -> Config:
-    """The config that a run folder brings, every key checked by itself. Raises UserError: it may be of another hand."""
+    """The config of a run folder, each key checked by itself, since others may have written it. Raises UserError."""
     problems: list[Problem] = []
     if not isinstance(d, dict):
-        raise UserError("is not a config", where)
+        raise UserError("the file is not a config", where)
     try:
         config = from_dict(d)
         schema, loose = _schema(config, {}, problems)
         leaves = _check_leaves(flatten(config), schema, loose, problems)
     except (TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
-        raise UserError(f"is not a config: {error}", where) from None
+        raise UserError(f"the file is not a config: {error}", where) from None
     if problems:
         raise ConfigError(problems, where)
     return _build(leaves, schema)
 
 
 def diff(a: Config | Json, b: Config | Json) -> list[tuple[str, Leaf, Leaf]]:
-    """(path, old, new) of the leaves that differ, by path; one that is absent counts as None."""
+    """(path, old, new) of the leaves that differ, sorted by path; an absent leaf counts as None."""
     old, new = (flatten(from_dict(to_dict(c))) for c in (a, b))
     return [(k, old.get(k), new.get(k)) for k in sorted(old | new) if old.get(k) != new.get(k)]
 
 
 def digest(config: Config | Json) -> str:
-    """16 hex digits that two configs share when they say the same."""
+    """16 hex digits that are equal for equal configs."""
     text = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

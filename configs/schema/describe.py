@@ -1,4 +1,4 @@
-"""What each key means, from the comments of base.py: the text of `--help` and of `tools.config show`."""
+"""The text of `--help` and of `tools.config show`: each key with its meaning, from the comments of base.py."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from configs.schema.problems import show
 
 
 def lines(config: ConfigDict) -> Iterator[str]:
-    """One line a leaf in the order of base.py: key=value and what it means."""
+    """One line per leaf in the order of base.py: key=value and its meaning."""
     leaves, order = flatten(config), list(docs())
     groups = {path.rpartition(".")[0]: i for i, path in reversed(list(enumerate(order)))}
     place = lambda path: order.index(path) if path in order else groups.get(path.rpartition(".")[0], 0)
@@ -37,11 +37,11 @@ def help_text(usage: str) -> str:
 
 
 def write(text: str) -> None:
-    """Prints to stdout; a reader that leaves early, as `head` does, is no error."""
+    """Prints to stdout. It is not an error if the reader closes the pipe early, as `head` does."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest is flushed at exit
 
 
 def _default(key: Key) -> str:

@@ -1,4 +1,4 @@
-"""The keys of base.py: their types, defaults, choices and meanings, as its source says them."""
+"""The keys of base.py: their types, defaults, choices and meanings, read from its source."""
 
 import ast
 import functools
@@ -19,7 +19,7 @@ from configs.schema.problems import show
 
 @functools.cache
 def base_keys() -> dict[str, Key]:
-    """path -> Key of everything in base.py. A default of None is a placeholder: it may be none."""
+    """path -> Key of everything in base.py. A key whose default is None may be none."""
     config, keys = base.get_config(), {}
     for path, value in flatten(config).items():
         *groups, name = path.split(".")
@@ -30,7 +30,7 @@ def base_keys() -> dict[str, Key]:
 
 @functools.cache
 def docs() -> dict[str, str]:
-    """path -> the comment behind its line in base.py."""
+    """path -> the comment on its line in base.py."""
     tokens = tokenize.generate_tokens(io.StringIO(_source()).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     paths = {path: comments.get(node.end_lineno, "") for path, node in _assignments().items()}
@@ -39,20 +39,20 @@ def docs() -> dict[str, str]:
 
 
 def unknown(path: str, value: object) -> UserError:
-    """What to raise for a value that is none of the choices of a key."""
+    """The error for a value that is not among the choices of a key."""
     problem, fix = refusal(value, base_keys()[path].choices)
     return UserError(problem, f"config.{path} = {show(value)}", fix)
 
 
 def refusal(value: object, choices: tuple) -> tuple[str, str]:
-    """(problem, fix) of such a value."""
+    """(problem, fix) for a value that is not among the choices."""
     known = "one of " + ", ".join(map(show, choices))
     near = did_you_mean(value, filter(None, choices), known) if isinstance(value, str) and value else known
     return "unknown choice", near
 
 
 def flatten(config: ConfigDict | Mapping) -> dict[str, Leaf]:
-    """Dotted path -> leaf of a config or nested dict. What a file left as a required placeholder counts as None."""
+    """Dotted path -> leaf of a config or nested dict. A required placeholder that a file has not set counts as None."""
     leaves = {}
     for name in config:
         try:
@@ -72,7 +72,7 @@ def _source() -> str:
 
 @functools.cache
 def _assignments() -> dict[str, ast.Assign]:
-    """path -> the line `c.path = ...` of base.py."""
+    """path -> the statement `c.path = ...` of base.py."""
     lines = [node for node in ast.walk(ast.parse(_source())) if isinstance(node, ast.Assign)]
     return {ast.unparse(n.targets[0]).partition(".")[2]: n for n in lines if isinstance(n.targets[0], ast.Attribute)}
 

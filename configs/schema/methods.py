@@ -1,4 +1,4 @@
-"""What an objective, a PEFT method, a quantizer or a view accepts, read from its source: no import, so no jax.
+"""The arguments of objectives, PEFT methods, quantizers and views, read from their source without importing jax.
 
 The keyword-only arguments of a file's `make` are the schema of its group in the config.
 """
@@ -16,7 +16,7 @@ TYPES = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple}
 
 
 class Key(NamedTuple):
-    """One leaf of a config. A type of None is not checked; a required key has no default."""
+    """One leaf of a config. If the type is None, the value is not checked. A required key has no default."""
 
     type: type | None
     default: Leaf = None
@@ -27,16 +27,16 @@ class Key(NamedTuple):
 
 class Method(NamedTuple):
     arguments: dict[str, Key]
-    batch: str = ""  # the kind of batch that an objective reads (data.rows.batch.KINDS): its constant BATCH
+    batch: str = ""  # the kind of batch that an objective reads (data.rows.batch.KINDS): the constant BATCH
 
 
 def names(folder: str, function: str) -> list[str]:
-    """Files of a folder that define the function, by name; empty when the folder does not exist."""
+    """Names of the files in a folder that define the function; empty if the folder does not exist."""
     return sorted(p.stem for p in (ROOT / folder).glob("[!_]*.py") if _find(p, function))
 
 
 def method(kind: str, name: str) -> Method:
-    """Arguments, and kind of batch, of an existing method. kind: one of FOLDERS."""
+    """The arguments and the kind of batch of an existing method. `kind` is one of FOLDERS."""
     path = ROOT / FOLDERS[kind] / f"{name}.py"
     make = _find(path, "make")
     assert make, f"{path} has no make"
@@ -45,7 +45,7 @@ def method(kind: str, name: str) -> Method:
 
 
 def constant(path: Path, name: str, default: Leaf) -> Leaf:
-    """The literal that a file assigns to `name` at its top level, else `default`."""
+    """The literal that a file assigns to `name` at module level, or `default`."""
     for node in _body(path):
         match node:
             case ast.Assign(targets=[ast.Name(id=found)], value=value) if found == name:
@@ -67,7 +67,7 @@ def _key(annotation: ast.expr | None, default: ast.expr | None) -> Key:
         return Key(kind, None, nullable, True, choices)
     try:
         value = ast.literal_eval(default)
-    except ValueError:  # computed: only the method knows it
+    except ValueError:  # computed when the module is imported
         return Key(kind, None, True, False, choices)
     if kind is None and type(value) in TYPES.values():
         kind = type(value)
@@ -75,7 +75,7 @@ def _key(annotation: ast.expr | None, default: ast.expr | None) -> Key:
 
 
 def _annotation(node: ast.expr | None) -> tuple[type | None, bool, tuple]:
-    """(type, may be None, choices) of float, int | None, tuple[str, ...] or Literal["a", "b"]; others have no type."""
+    """(type, may be None, choices) of float, int | None, tuple[str, ...] or Literal["a", "b"], or with type None."""
     match node:
         case ast.Name(id=name):
             return TYPES.get(name), False, ()

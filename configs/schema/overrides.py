@@ -1,7 +1,7 @@
 """The command line of a run: `--config=FILE[:ARG] --config.key=value ... --workdir=DIR --flag[=value]`.
 
-Values are text here; `parse` gives them the type of their key. Own parser: absl's stops at the first mistake, refuses
-1e3 for an integer, and cannot set a tuple from text or a placeholder back to none.
+Values are text here; `parse` converts them to the type of their key. This does not use absl's parser, which stops at
+the first mistake, refuses 1e3 for an integer, and cannot set a tuple from text or a placeholder back to none.
 """
 
 import ast
@@ -23,7 +23,7 @@ TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: 
 class Args(NamedTuple):
     config: str
     arg: str
-    overrides: dict[str, str]  # "optim.lr" -> text, in the order given; the last of a key wins
+    overrides: dict[str, str]  # "optim.lr" -> text, in the order given; the last value of a key wins
     workdir: str | None
     flags: dict[str, Leaf]
     help: bool
@@ -31,9 +31,9 @@ class Args(NamedTuple):
 
 
 def parse_args(argv: list[str], flags: Mapping[str, Leaf]) -> Args:
-    """Splits a command line without reading the config. `flags` maps each extra flag to its default, whose type it has.
+    """Splits a command line without reading the config. `flags` maps each extra flag to its default, and so its type.
 
-    Every flag takes `--name=value` or `--name value`; one whose default is a bool may stand alone.
+    A flag is written `--name=value` or `--name value`; a boolean one may omit the value.
     """
     found: dict[str, Leaf] = {"config": "", "workdir": None, **flags}
     overrides: dict[str, str] = {}
@@ -79,10 +79,10 @@ def split_arg(config: str) -> tuple[str, str]:
 
 
 def parse(text: str, kind: type | None, nullable: bool = False) -> Leaf:
-    """Text as a value of a type: 1e3 and 1_000 are integers, `1,2` and `(1, 2)` tuples, `none` empties a placeholder.
+    """Converts text to a type: 1e3 and 1_000 are integers, `1,2` and `(1, 2)` tuples; `none` is None if `nullable`.
 
-    A string is the text itself. None as the type means a Python literal, or else a string. Raises ValueError with the
-    reason.
+    A string is kept as it is. If the type is None, the text is read as a Python literal, or else kept as a string.
+    Raises ValueError with the reason.
     """
     if nullable and text.lower() in NONE:
         return None
@@ -125,7 +125,7 @@ def _literal(text: str) -> Leaf:
 
 
 def _tuple(text: str) -> tuple:
-    """A literal tuple or list, or items between commas; items that are no literals are strings, brackets nest."""
+    """A literal tuple or list, or items separated by commas; items that are not literals are strings; brackets nest."""
     text = text.strip()
     if not text:
         return ()
@@ -144,7 +144,7 @@ def _bracketed(text: str) -> bool:
 
 
 def _split(text: str) -> list[str]:
-    """Items between commas that lie outside brackets and quotes, trimmed; empty ones are dropped."""
+    """Splits at the commas outside brackets and quotes; items are stripped, empty ones dropped."""
     items, depth, quote = [""], 0, ""
     for c in text:
         if quote or c in "\"'":
@@ -159,7 +159,7 @@ def _split(text: str) -> list[str]:
 
 
 def parse_arg(arg: str, **defaults: Leaf) -> SimpleNamespace:
-    """The argument of a config file, "rank=4,full" -> rank=4, full=True. The defaults say the names and the types.
+    """Parses the argument of a config file: "rank=4,full" -> rank=4, full=True. The defaults give the names and types.
 
     `get_config(arg="")` calls it first: `arg = parse_arg(arg, rank=16, full=False)`. Raises UserError.
     """
@@ -168,7 +168,7 @@ def parse_arg(arg: str, **defaults: Leaf) -> SimpleNamespace:
         name, equals, text = item.partition("=")
         if name not in defaults:
             known = ", ".join(defaults)
-            fix = did_you_mean(name, defaults, f"it takes {known}" if known else "it takes none")
+            fix = did_you_mean(name, defaults, f"it takes {known}" if known else "it takes no arguments")
             raise UserError(f"unknown argument {name!r}", f"config file argument {arg!r}", fix)
         if not equals and not isinstance(defaults[name], bool):
             raise UserError(f"{name} needs a value", f"config file argument {arg!r}", f"write {name}=VALUE")

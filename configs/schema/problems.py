@@ -1,4 +1,4 @@
-"""What is wrong with a config: every problem at once, each with its fix."""
+"""The problems of a config: all at once, each with its fix."""
 
 import sys
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from common.errors import UserError
 
 
 class Problem(NamedTuple):
-    """`key` is written as the user types it ("config.optim.lr"); an empty `value` says that none was given."""
+    """`key` is written as the user types it ("config.optim.lr"); an empty `value` means that none was given."""
 
     key: str
     value: str
@@ -21,7 +21,7 @@ class Problem(NamedTuple):
 
 
 class ConfigError(UserError):
-    """All problems of a config; its str is one line each, or a table where stderr is a terminal."""
+    """All problems of a config. As text: one line each, or a table if stderr is a terminal."""
 
     def __init__(self, problems: Iterable[Problem], where: str = ""):
         self.problems = list(problems)

@@ -1,6 +1,6 @@
-"""What a value may be: one table of ranges and choices, then the rules between keys.
+"""The allowed values: one table of ranges and choices, then the rules between keys.
 
-Types are those of the defaults in `base.py`, or of the method's keyword arguments.
+Types are those of the defaults in `base.py` or of the method's keyword arguments.
 """
 
 import json
@@ -19,8 +19,8 @@ SHARE, POSITIVE, COUNT, ANY_COUNT = "[0, 1]", "(0, inf)", "[1, inf)", "[0, inf)"
 
 FORMATS, SCORED = (methods.constant(methods.ROOT / "data/formats.py", name, {}) for name in ("FORMATS", "SCORED"))
 
-# path -> an interval of numbers, or a tuple of choices (of every element, where the key is a tuple) that are names of
-# something; other choices stand in base.py
+# path -> an interval of numbers, or a tuple of choices (for each element, if the key is a tuple); choices that are
+# not names of files or table rows are listed in base.py
 ALLOWED: dict[str, str | tuple[str, ...]] = {
     "seed": "[0, 4294967296)",
     "steps": COUNT,
@@ -71,14 +71,14 @@ ALLOWED: dict[str, str | tuple[str, ...]] = {
 }
 STRINGS = ("allow", "evals", "samples")  # tuples of these
 REGEXES = ("peft.where", "peft.inputs", "quant.where")
-# A floor bounds a figure of an evaluation, or what it may lose, in its own unit, since step 0: where higher is better
-# by a drop, where lower is better by a rise.
+# A floor bounds an evaluation's figure, or its change since step 0 in the same unit: a drop if higher is better, a rise
+# if lower is better.
 FLOORS = (">=", "<=", "drop", "rise")
 FACTORS = ("optim.lr_scale", "peft.ranks", "peft.alphas")  # pairs of a regular expression and a number
 
 
 def check_value(path: str, value: Leaf, choices: tuple = ()) -> Iterator[tuple[str, str]]:
-    """(problem, fix) of one value that already has its type."""
+    """(problem, fix) for one value that already has its type."""
     allowed = choices or ALLOWED.get(path, ())
     if path in STRINGS and not all(isinstance(v, str) for v in value):
         yield "must hold strings", "quote each one"
@@ -95,9 +95,9 @@ def check_value(path: str, value: Leaf, choices: tuple = ()) -> Iterator[tuple[s
     if path == "floors":
         yield from _floors(value)
     if path == "data.fields" and not re.fullmatch(r"(\s*\w+\s*=[^=,]+(,|$))*", value):
-        yield "must be NEW=OLD pairs between commas", 'like "prompt=question,completion=answer"'
+        yield "must be NEW=OLD pairs separated by commas", 'like "prompt=question,completion=answer"'
     if path.startswith("mesh.") and value != -1 and value < 1:
-        yield "must be at least 1, or -1", "-1 takes the devices that remain"
+        yield "must be at least 1, or -1", "-1 means all remaining devices"
 
 
 def _inside(value: float, interval: str) -> bool:
@@ -111,7 +111,7 @@ def _regex(value: str) -> Iterator[tuple[str, str]]:
     try:
         re.compile(value)
     except re.error as e:
-        yield f"is no regular expression: {e}", ""
+        yield f"is not a regular expression: {e}", ""
 
 
 def _factors(rules: tuple) -> Iterator[tuple[str, str]]:
@@ -137,13 +137,13 @@ def _floors(floors: tuple) -> Iterator[tuple[str, str]]:
                 continue
             case (str(name), "drop" | "rise", bound) if name.startswith("eval/") and _is_factor(bound):
                 continue
-        fix = 'like (("eval/dates", ">=", 0.8), ("eval/nll", "rise", 0.1)); a drop or a rise is not negative'
-        yield f"must be triples of a figure, one of {', '.join(FLOORS)}, and a number", fix
+        fix = 'like (("eval/dates", ">=", 0.8), ("eval/nll", "rise", 0.1)); a drop or rise is not negative'
+        yield f"must be triples of a metric, one of {', '.join(FLOORS)}, and a number", fix
         return
 
 
 def check_between(c: Mapping[str, Leaf], ok: Callable[..., bool]) -> Iterator[Problem]:
-    """Rules that need several keys, or folders. `c`: path -> value; `ok(*paths)`: all there, each right by itself."""
+    """Rules that involve several keys or folders. `c`: path -> value. `ok(*paths)`: whether all are set and valid."""
     for rule in (_shape, _init, _trainable, _saved, _rows, _kinds, _schedule, _evals, _measured):
         for path, text, fix in rule(c, ok):
             yield Problem(f"config.{path}", show(c[path]), text, fix)
@@ -155,61 +155,61 @@ def _shape(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     own = {k: c[f"model.{k}"] for k in ("embed", "heads", "kv_heads") if c[f"model.{k}"]}
     shape = resized(c["model.shape"], own)
     embed, heads, kv_heads = (shape[k] for k in ("embed", "heads", "kv_heads"))
-    if own.keys() & {"embed", "heads"}:  # else the shape says its own head size
+    if own.keys() & {"embed", "heads"}:  # else the shape defines its head size
         path = "model.heads" if "heads" in own else "model.embed"
         if embed % heads:
             yield path, f"embed {embed} is not a multiple of heads {heads}", "the head size is embed / heads"
         elif embed // heads % 2:
-            yield path, f"the head size {embed} / {heads} is odd", "rotary positions turn pairs"
+            yield path, f"the head size {embed} / {heads} is odd", "rotary positions rotate pairs"
     if heads % kv_heads:
         path = "model.kv_heads" if "kv_heads" in own else "model.heads"
-        yield path, f"heads {heads} is not a multiple of kv_heads {kv_heads}", "each key head serves as many"
+        yield path, f"heads {heads} is not a multiple of kv_heads {kv_heads}", "key heads serve equal numbers of heads"
     if shape.get("recurrent", 0) % heads:
         yield "model.heads", f"the recurrent width {shape['recurrent']} is not a multiple of heads {heads}", ""
     if ok("mesh.tensor") and c["mesh.tensor"] > 1 and heads % c["mesh.tensor"]:
-        yield "mesh.tensor", f"does not divide heads {heads}", "whole heads lie on a device"
+        yield "mesh.tensor", f"does not divide heads {heads}", "each device holds whole heads"
 
 
 def _init(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     if not ok("model.shape", "init") or c["model.shape"]:
         return
     if not c["init"]:
-        yield "model.shape", "neither a shape nor a pretrained init", "set config.model.shape or config.init"
+        yield "model.shape", "nothing says what to build", "set config.model.shape, or config.init to start pretrained"
     for path in (f"model.{k}" for k in ("layers", "embed", "heads", "kv_heads", "mlp", "vocab_size")):
         if ok(path) and c[path] is not None:
-            yield path, "overrides a shape, and none is named", "set config.model.shape"
+            yield path, "overrides a shape, but none is named", "set config.model.shape"
 
 
 def _trainable(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     if ok("trainable", "peft.name") and c["trainable"] == "adapters" and not c["peft.name"]:
-        yield "trainable", "there are no adapters", "name a method in config.peft.name, or train all"
+        yield "trainable", "there are no adapters", "set config.peft.name, or config.trainable=all"
 
 
 def _saved(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     if ok("init", "peft.name", "peft.folder") and c["peft.name"] == "saved" and c["init"] == c["peft.folder"]:
-        yield "init", "is the run whose adapter goes on", "name the base that the adapter was trained on"
+        yield "init", "is the run that the adapter comes from", "name the base model that the adapter was trained on"
 
 
 def _rows(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     sizes = {a: c[f"mesh.{a}"] for a in ("data", "fsdp", "tensor", "context") if ok(f"mesh.{a}")}
     remaining = [a for a in sizes if sizes[a] == -1]
     if len(remaining) > 1:
-        yield f"mesh.{remaining[1]}", f"only one axis may be -1, {remaining[0]} is too", "give one a number"
+        yield f"mesh.{remaining[1]}", f"only one axis may be -1, and {remaining[0]} is", "set one to a number"
     if ok("data.batch_size", "accum", "data.seq_len"):
         known = {a: n for a, n in sizes.items() if n > 0}
         yield from shares(c["data.batch_size"], c["accum"], c["data.seq_len"], known)
 
 
 def shares(rows: int, accum: int, length: int, mesh: Mapping[str, int]) -> Iterator[tuple[str, str, str]]:
-    """What keeps a batch of [rows, length] from being split over the axes of a mesh: (path, problem, fix)."""
+    """The reasons why a batch [rows, length] cannot be split over the axes of a mesh: (path, problem, fix)."""
     devices, context = mesh.get("data", 1) * mesh.get("fsdp", 1), mesh.get("context", 1)
     if rows % accum:
-        yield "data.batch_size", f"is not a multiple of accum {accum}", "micro-batches have equal rows"
+        yield "data.batch_size", f"is not a multiple of accum {accum}", "micro-batches have equal numbers of rows"
     elif rows % (accum * devices):
         fix = f"a multiple of {accum * devices}, or fewer devices on config.mesh.data and config.mesh.fsdp"
-        yield "data.batch_size", f"{rows} rows do not divide over {devices} devices x {accum} micro-batches", fix
+        yield "data.batch_size", f"{rows} is not divisible by {devices} devices x {accum} micro-batches", fix
     if length % context:
-        yield "mesh.context", f"{context} does not divide data.seq_len {length}", "devices hold equal parts of a row"
+        yield "mesh.context", f"{context} does not divide data.seq_len {length}", "devices hold equal parts of each row"
 
 
 def _kinds(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
@@ -218,11 +218,11 @@ def _kinds(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     objective, form = c["objective.name"], c["data.format"]
     kind, given = methods.method("objective", objective).batch, FORMATS[form]
     fitting = [name for name, made in FORMATS.items() if made in ("", kind)]
-    if given not in ("", kind) and len(fitting) > 1:  # "auto" alone: the batches are no data's
-        text = f"makes batches of kind {given!r}, objective {objective} reads {kind!r}"
+    if given not in ("", kind) and len(fitting) > 1:  # if only "auto" fits, no data makes these batches
+        text = f"makes batches of kind {given!r}, but objective {objective} reads {kind!r}"
         yield "data.format", text, f"one of {', '.join(fitting)}"
     elif c["data.packing"] != "none" and ({kind, given} & {"pair", "group"} or form in SCORED):
-        yield "data.packing", "pairs, groups and scored records are not packed", "set config.data.packing=none"
+        yield "data.packing", "pairs, groups and scored records cannot be packed", "set config.data.packing=none"
 
 
 def _schedule(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
@@ -230,11 +230,11 @@ def _schedule(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
         return
     steps, warmup = c["steps"], c["optim.warmup"]
     if warmup >= max(1, steps):
-        yield "optim.warmup", f"warms up longer than the run, {steps} steps", "below 1 it is a share of the steps"
+        yield "optim.warmup", f"exceeds the {steps} steps of the run", "below 1 it is a fraction of the steps"
         return
     share = warmup if warmup < 1 else warmup / steps
     if ok("optim.schedule", "optim.decay") and c["optim.schedule"] == "wsd" and share + c["optim.decay"] > 1:
-        yield "optim.decay", f"and a warm-up of {share:g} exceed the run", "shares of the steps, at most 1 in all"
+        yield "optim.decay", f"plus a warm-up of {share:g} exceeds the run", "fractions of the steps, at most 1 in all"
 
 
 def _evals(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
@@ -253,4 +253,4 @@ def _measured(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
         if figure in methods.names(methods.TASKS, "task") and figure not in c["evals"]:
             yield "floors", f"task {figure!r} is not scored", "add it to config.evals"
         if figure == "text_nll" and not c["eval_text"]:
-            yield "floors", "there is no text for eval/text_nll", "set config.eval_text"
+            yield "floors", "eval/text_nll has no text to be measured on", "set config.eval_text"

