@@ -18,6 +18,7 @@ from data import cache, formats, sources
 from data.cache import Document
 from data.examples import Chat, Completion, Example, wrapped
 from data.text.chat import Asked
+from data.text.template import TemplateLimit
 from data.text.tokenizer import Tokenizer
 
 # Entries of a report; a cache whose report lacks one is made again, with the same documents.
@@ -205,6 +206,8 @@ def _documents(
                 documents = found.documents(tokenizer, ids, asked)
                 if not all(map(_learnt, documents)):
                     raise UserError("no token to learn")
+            except TemplateLimit:  # every row would take as long
+                raise
             except Exception as error:
                 _bad(report, row.where, _reason(error))
                 continue

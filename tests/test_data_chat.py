@@ -1,13 +1,20 @@
 """Chats: what is learnt is what the assistant wrote, on every path; templates cannot get out of their sandbox."""
 
+import os
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from common.errors import UserError
+from data import dataset
 from data.text import chat, formats, template
 from data.text import tokenizer as tokenizer_module
 
+ROOT = Path(__file__).resolve().parents[1]
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -108,7 +115,7 @@ ATTACKS = [
     "{{ messages.append(1) }}",
     "{{ cycler.__init__.__globals__.os }}",
     "{{ namespace.__init__.__globals__ }}",
-    "{{ messages|attr('__class__') }}",
+    "{{ messages|attr('__class__').__name__ }}",
     "{{ lipsum.__globals__['os'].popen('id') }}",
     "{{ _tick.__self__.globals }}",
     "{{ '{0.__class__}'.format(1) }}",
@@ -117,14 +124,12 @@ ATTACKS = [
     "{% import 'os' as os %}",
     "{{ range(1000000000) }}",
     "{{ 'a' * 1000000000 }}",
-    "{{ 9 ** 9 ** 9 }}",
     "{{ '%1000000000d' % 1 }}",
     "{{ 'aaaa'|replace('a', 'b' * 1000000)|replace('b', 'c' * 1000) }}",
-    "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
     "{% set n = namespace(x='aa') %}{% for a in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "{% set n = namespace(x='aa') %}{% for a in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
     "{% set n = namespace(x='a') %}{% for a in range(99) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
-    "{% set n = namespace(x=[1]) %}{% for a in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+    "{{ range(99)|random }}",
     "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
 ]
 
@@ -135,6 +140,73 @@ def test_the_sandbox_refuses(attack):
     with pytest.raises(UserError):
         template.render(attack, messages=TURNS)
     assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize(
+    "attack, limit",
+    [
+        ("{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}", "more than 2 s of CPU time"),
+        ("{% set a = 'a' * 10 ** 9 %}", "more than 512 MiB of memory"),
+        ("{% for a in range(9999) %}{{ 'a' * 9999 }}{% endfor %}", "more than 16,777,216 characters"),
+    ],
+)
+def test_a_limit_is_one_line_that_names_the_template_and_the_next_chat_is_rendered(attack, limit):
+    with pytest.raises(template.TemplateLimit) as error:
+        template.render(attack, messages=TURNS)
+    assert str(error.value).startswith(f"chat template {attack[:60]!r} · it ") and limit in str(error.value)
+    assert template.render("{{ messages[0].content }}", messages=TURNS) == "Hi"
+
+
+def test_a_template_that_takes_too_much_ends_the_reading_of_data(tmp_path):
+    """No row is at fault, and every one would take as long."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 9)
+    with pytest.raises(UserError, match="more than 512 MiB of memory"):
+        dataset.prepare(str(rows), make("{{ 'a' * 10 ** 9 }}"), folder=tmp_path / "cache", max_bad=1.0)
+
+
+def test_a_fork_and_threads_render_apart():
+    say = lambda i: template.render("{{ i }}" * 50, i=i) == str(i) * 50
+    assert say(1)
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(say, range(300)))
+    if not (pid := os.fork()):
+        os._exit(0 if all(map(say, range(20))) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and say(2)
+
+
+def test_the_process_is_slim_and_ends_with_ours():
+    """However ours ends, and even while a template runs: then it has two seconds left."""
+    program = (
+        "import os, sys\nfrom data.text import template\ntemplate.render('{{ 1 }}')\n"
+        "print(template._RENDERER._process.pid, flush=True)\nassert 'jinja2' not in sys.modules\n"
+        "sys.stdin.read(1)\nos.kill(os.getpid(), 9) if len(sys.argv) > 1 else None"
+    )
+    for killed in ([], ["killed"]):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        ours = subprocess.Popen([sys.executable, "-c", program, *killed], cwd=ROOT, **pipes)
+        place = Path("/proc", ours.stdout.readline().decode().strip())
+        libraries = (place / "maps").read_text()
+        assert "_json" in libraries and "jaxlib" not in libraries and "numpy" not in libraries
+        ours.communicate(b".")
+        end = time.monotonic() + 5
+        while place.exists() and (place / "stat").read_text().split()[2] != "Z":  # no child of ours to wait for
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_5000_chats_are_rendered_a_second():
+    chats = [
+        [{"role": "user", "content": f"{i}? " * 30}, {"role": "assistant", "content": "A. " * 60}] for i in range(5000)
+    ]
+    template.render(CHATML, messages=TURNS)
+    start = time.perf_counter()
+    for messages in chats:
+        template.render(CHATML, messages=messages)
+    rate = len(chats) / (time.perf_counter() - start)
+    print(f"{rate:,.0f} chats/s")
+    assert rate > 5000
 
 
 def test_templates_get_what_they_use():

@@ -340,6 +340,8 @@ def _shows_calls(messages: Messages, writer: Writer) -> bool:
     bare = [m | {"content": m["content"] or ""} for m in bare]
     try:
         text = writer.text(messages)
+    except template.TemplateLimit:
+        raise
     except UserError:
         return False
     try:

@@ -1,0 +1,75 @@
+"""Jinja as chat templates use it, less everything that reads outside its arguments."""
+
+import json
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import TemplateError, nodes, pass_context
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MAX_TEMPLATE = 1 << 20  # characters
+MAX_TEXT = 1 << 24  # characters of one rendered chat
+RANDOM = ("random",)  # filters whose result is another each time
+
+
+class TooLong(Exception):
+    """A template, or a chat that it renders, is longer than is allowed."""
+
+
+class Generation(Extension):
+    """`{% generation %} ... {% endgeneration %}` puts marks around what the model would write."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    @pass_context
+    def _mark(self, context, caller):
+        left, right = context["_marks"]
+        return left + caller() + right
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    def __init__(self):
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+        self.filters = {name: call for name, call in self.filters.items() if name not in RANDOM} | {"tojson": _tojson}
+        self.globals = {name: self.globals[name] for name in ("range", "namespace", "dict", "cycler", "joiner")}
+        self.globals |= {"raise_exception": _raise, "strftime_now": lambda layout: datetime.now().strftime(layout)}
+
+    def wrap_str_format(self, value):
+        return None  # then `is_safe_attribute` refuses str.format, which reads attributes
+
+    def is_safe_attribute(self, obj, attr, value):
+        return not (isinstance(obj, str) and attr.startswith("format")) and super().is_safe_attribute(obj, attr, value)
+
+
+def _raise(message):
+    raise TemplateError(str(message))
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@lru_cache(maxsize=16)
+def compiled(template: str) -> Any:
+    """The jinja2.Template. Raises TooLong and jinja2.TemplateError."""
+    if len(template) > MAX_TEMPLATE:
+        raise TooLong(f"the template is longer than {MAX_TEMPLATE:,} characters")
+    return Sandbox().from_string(template)
+
+
+def rendered(template: str, marks: tuple[str, str], variables: dict[str, Any]) -> str:
+    """The text it makes of its variables. Raises TooLong, and whatever the template raises."""
+    pieces, size = [], 0
+    for piece in compiled(template).generate(variables, _marks=marks):
+        pieces.append(piece)
+        size += len(piece)
+        if size > MAX_TEXT:
+            raise TooLong(f"it writes more than {MAX_TEXT:,} characters")
+    return "".join(pieces)
