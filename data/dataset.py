@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,6 +119,7 @@ def prepare(
     index["report"] |= {"wrapped": 0, "spelled": 0, "answers": 0, "ended": 0, "unused": {}, "notes": {}, "system": []}
     documents = _documents(source, tokenizer, form, formats.parse_fields(fields), Asked(learn), index)
     cache.write(path, documents, index, tokenizer.vocab_size, lambda: _check(index["report"], source, max_bad))
+    print(f"{source}: its tokens are kept in {path}", file=sys.stderr)
     return Dataset(cache.read(path), path)
 
 

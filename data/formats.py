@@ -111,7 +111,8 @@ def detect(record: dict, form: str = "auto") -> tuple[str, dict[str, str]]:
     nearest = next((columns for columns in SHAPES.values() if columns <= record.keys()), None)
     if form == "auto" and nearest is None:
         what = f"no known shape has the columns {', '.join(map(str, record)) or '(none)'}"
-        raise UserError(what, "", "set data.fields")
+        columns = [*map(str, record), "COLUMN", "COLUMN"]
+        raise UserError(what, "", f"name them: --config.data.fields=prompt={columns[0]},completion={columns[1]}")
     raise UserError(f"no column {min((nearest or SHAPES[form]) - there)!r}")
 
 

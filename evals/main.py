@@ -91,7 +91,7 @@ def show(results: list[dict]) -> None:
 
     scores, losses = [r for r in results if "task" in r], [r for r in results if "text" in r]
     if scores:
-        table = Table("task", "shots", "score", "95 % interval", "n", "seed", "tokens a prompt", "seconds")
+        table = Table("task", "shots", "score", "95 % interval", "n", "seed", "prompt tokens", "seconds")
         for r in scores:
             low, high = (("n/a" if r[k] is None else f"{r[k]:.3f}") for k in ("low", "high"))
             per_byte = "" if r["normalised"] is None else f" ({r['normalised']:.3f} per byte)"
@@ -100,8 +100,17 @@ def show(results: list[dict]) -> None:
                 r["task"], str(r["shots"]), f"{r['mean']:.3f}{per_byte}", f"{low} to {high}", *map(str, numbers)
             )
         Console().print(table)
+        if any(r["normalised"] is not None for r in scores):
+            print("per byte: the score when each option's log-likelihood is divided by its length in bytes")
+    for r in scores:
+        often = f"{r['commonest_n']} of {r['n']}"
+        print(f"{r['task']}, {r['shots']} shots: the most frequent answer, {often}, is {_short(r['commonest'])}")
     for r in losses:
         print(f"{r['text']}: {r['loss']:.4f} nats per token over {r['tokens']:,} tokens of {r['n']} passages")
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:59]}…")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import jax
@@ -37,6 +38,9 @@ class Result:
     completion_tokens: float  # mean
     seconds: float  # compilation included
     flops: float  # forward, an estimate: see `flops_per_token`
+    task_hash: str  # of the questions and of how they are scored: evals.task.fingerprint
+    commonest: str  # the most frequent answer, without white space around it
+    commonest_n: int  # how often it was given
     samples: list[dict]  # the first ones: prompt, answer, completion, score
 
     @property
@@ -73,12 +77,16 @@ def evaluate(
         written = [len(lm.tokenizer.encode(c)) + 1 for c in completions]  # and the token that ends it
     scores = [float(task.score(e, c)) for e, c in zip(examples, completions, strict=True)]
     low, high = stats.of_scores(scores)
+    [(commonest, often)] = Counter(c.strip() for c in completions).most_common(1)
     return Result(
         task=name, n=len(scores), shots=shots, seed=seed, score=sum(scores), low=low, high=high, normalised=normalised,
         prompt_tokens=float(np.mean(asked)),
         completion_tokens=float(np.mean(written)),
         seconds=time.perf_counter() - start,
         flops=flops_per_token(lm) * (passes * sum(asked) + sum(written)),
+        task_hash=tasks.fingerprint(task),
+        commonest=commonest,
+        commonest_n=often,
         samples=[sample(*one) for one in zip(prompts, examples, completions, scores, strict=True)][:keep],
     )  # fmt: skip
 

@@ -3,7 +3,11 @@
 A file evals/tasks/<name>.py exposes `task(**options) -> Task`; its name is the task's name.
 """
 
+import contextlib
+import hashlib
 import importlib
+import inspect
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,6 +40,16 @@ def load(name: str, **options: Leaf) -> Task:
     if name not in known:
         raise UserError(f"no task {name!r}", "evals/tasks", did_you_mean(name, known, f"known: {', '.join(known)}"))
     return importlib.import_module(f"evals.tasks.{name}").task(**options)
+
+
+def fingerprint(task: Task) -> str:
+    """12 hex digits of the questions, the right answers and the scorer's code: equal where scores may be compared."""
+    parts: list = [task.kind, task.max_new_tokens]
+    with contextlib.suppress(OSError, TypeError):  # typed in at a prompt, or no function: there is no source
+        parts.append(inspect.getsource(inspect.getmodule(task.score) or task.score))
+    for example in task.examples("heldout"):
+        parts.append([task.prompt(example, ()), example["answer"], example.get("options")])
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:12]
 
 
 def draw(task: Task, n: int, seed: int, shots: int = 0) -> list[tuple[Example, list[Example]]]:

@@ -166,6 +166,15 @@ def test_scores_are_summed_and_bounded(lm):
     assert set(json.loads(json.dumps(r.to_dict()))) >= {"task", "mean", "low", "high", "n", "shots", "seed", "samples"}
 
 
+def test_the_most_frequent_answer_and_what_was_asked_are_kept(lm, monkeypatch):
+    from evals import run
+
+    monkeypatch.setattr(run, "answer", lambda *_: ["sales", " sales\n", "it", "sales"])
+    r = evaluate(toy(), lm, n=4)
+    assert (r.commonest, r.commonest_n) == ("sales", 3)
+    assert r.task_hash == task.fingerprint(toy()) != task.fingerprint(toy()._replace(max_new_tokens=99))
+
+
 def test_no_examples_is_an_error(lm):
     with pytest.raises(UserError, match="no held-out examples"):
         evaluate(toy(), lm, n=0)

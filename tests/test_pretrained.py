@@ -137,7 +137,13 @@ def test_export_from_the_command_line(folder, tmp_path, capsys):
     """Half precision of a model that is already exported; then the same again, and another one to the same folder."""
     command = [f"--from={folder}", f"--to={tmp_path / 'half'}", "--dtype=float16"]
     assert tools.export.main(command) == 0
-    assert capsys.readouterr().out.endswith(f"vllm serve {tmp_path / 'half'}\n")
+    told = capsys.readouterr().out
+    assert "AutoModelForCausalLM.from_pretrained(" in told and told.endswith(f"vllm serve {tmp_path / 'half'}\n")
+    card = (tmp_path / "half/README.md").read_text()
+    assert (
+        card.startswith("---\nlibrary_name: transformers\n---\n\n# half\n")
+        and str(tmp_path) not in card.split("```")[0]
+    )
     assert open_pretrained(tmp_path / "half").read("final_norm/scale").dtype == np.float16
     assert tools.export.main(command) == 0  # as after a kill behind the last rename
     assert tools.export.main(command[:2]) == 2

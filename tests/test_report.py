@@ -91,8 +91,18 @@ def test_sentences_come_from_the_numbers(runs):
     told = " ".join(report_text.sentences(rows))
     assert "zero-shot gets 4.0 %, 4-shot gets 40 % and LoRA r=4 gets 90 % right" in told
     assert "50 percentage points more often than the best prompt" in told
-    assert "200 tokens instead of 50" in told and "13 answers" in told  # 2e12 / (200e9 - 50e9)
+    assert "200 + 3 tokens with 4-shot and 50 + 3 tokens with LoRA r=4" in told
+    assert "repaid its training after 13 answers" in told  # 2e12 / (200e9 - 50e9)
     assert "+0.125 for LoRA r=4" in told
+
+
+def test_two_scorings_of_a_task_stand_apart(runs):
+    prompting, lora = report_data.read(runs[0]), report_data.read(runs[1])
+    assert list(report_data.choices([prompting, lora])) == ["fruit"]
+    rescored = lora._replace(evals=[line | {"task_hash": "abc"} for line in lora.evals if "task" in line])
+    tasks = report_data.choices([prompting, rescored])
+    assert list(tasks) == ["fruit, scored as an earlier version did", "fruit, scored as abc"]
+    assert [c.label for c in tasks["fruit, scored as abc"]] == ["LoRA r=4"]
 
 
 def test_overlapping_intervals_claim_no_gain(runs):

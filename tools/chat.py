@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--adapter", help="a run or PEFT folder whose adapters are put on MODEL")
     parser.add_argument("--adapters", default="", help="several of them, to choose from")
     parser.add_argument("--system", default="", help="the system's turn of every conversation")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--min-p", type=float, default=0.0)
@@ -56,6 +56,7 @@ class Chat:
     def __init__(self, lm: "LM", system: str, knobs: dict[str, float | int | str]):
         self.lm, self.knobs = lm, knobs
         self.adapter = next(iter(lm.store.adapters)) if lm.store else None
+        self.compiled = False  # the first answer waits for it
         self.start = [{"role": "system", "content": system}] if system else []
         self.reset()
 
@@ -83,6 +84,9 @@ class Chat:
 
 def ask(chat: Chat, text: str) -> int:
     """Prints the answer to `text`, then its speed."""
+    if not chat.compiled:
+        print("[compiling for the first answer]", file=sys.stderr)
+        chat.compiled = True
     begin, times = time.perf_counter(), []
     for piece in chat.answer(text):
         times.append(time.perf_counter())
@@ -98,6 +102,8 @@ def converse(chat: Chat) -> int:
     """Turns of a terminal until /exit or the end of the input; Ctrl-C stops an answer."""
     import readline  # noqa: F401  gives input() line editing and history
 
+    temperature = chat.knobs["temperature"]
+    print(f"[temperature {temperature}, --temperature=0 repeats itself exactly; /exit ends]", file=sys.stderr)
     while True:
         try:
             line = input("> ").strip()

@@ -10,11 +10,16 @@ compressed-tensors format; --dtype is that of the rest and of the scales. --dequ
 on a quantized base are merged into such floats only, which are not those that the adapter will meet elsewhere.
 """
 
+import re
 import shlex
 import sys
+from pathlib import Path
 
-from common import cli
+from common import cli, packages
 from common.errors import UserError
+from common.types import Json
+from configs import schema
+from tools.report import data as report
 
 
 @cli.command
@@ -50,9 +55,17 @@ def export(source: str, adapter: str, to: str, dtype: str, dequantize: bool) -> 
         what = "its adapters lie on a quantized base"
         raise UserError(what, adapter or source, "--adapter-only keeps them apart, --dequantize merges")
     generation = {name: settings[name] for name in SAMPLING if name in settings}
-    delta = export_hf(lm.model, lm.params, lm.tokenizer, to, dtype=dtype, generation=generation, dequantize=dequantize)
+    use = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"tokenizer = AutoTokenizer.from_pretrained({to!r})",
+        f"model = AutoModelForCausalLM.from_pretrained({to!r})",
+    ]
+    delta = export_hf(
+        lm.model, lm.params, lm.tokenizer, to, dtype=dtype, generation=generation, dequantize=dequantize,
+        card=card(to, source, adapter, use),
+    )  # fmt: skip
     print(f"{to} · read back, the logits differ by at most {delta:.1g} of their scale")
-    print(f"vllm serve {shlex.quote(to)}")
+    print(*use, f"or: vllm serve {shlex.quote(to)}", sep="\n")
 
 
 def export_gguf(source: str, adapter: str, to: str, kind: str) -> None:
@@ -69,11 +82,51 @@ def export_adapter(source: str, adapter: str, to: str) -> None:
     from infer.models import load, open_model
     from model.io import peft_write
 
-    opened = open_model(source)
-    base = source if adapter else getattr(getattr(opened, "cfg", None), "init", "")
+    base = source if adapter else getattr(getattr(open_model(source), "cfg", None), "init", "")
+    base = packages.HUB.get(base, base)
     lm = load(source, adapter or None)
-    peft_write.write(to, lm.model, lm.params, base)
-    print(f"{to} · PeftModel.from_pretrained(base, {to!r}) opens it on {base or 'its base'}")
+    use = [
+        "from peft import AutoPeftModelForCausalLM",
+        f"model = AutoPeftModelForCausalLM.from_pretrained({to!r})",
+    ]
+    peft_write.write(to, lm.model, lm.params, base, card(to, source, adapter, use, "peft"))
+    print(f"{to} · an adapter of {base or 'its base'}", *use, sep="\n")
+
+
+# --- the model card ---
+
+
+def card(to: str, source: str, adapter: str, use: list[str], library: str = "transformers") -> str:
+    """README.md of what is exported from `source` with `adapter`, with the fields that the hub reads."""
+    run = Path(adapter or source).expanduser()
+    config = configured(run)
+    name = source if adapter or not config else origin(source)
+    base = packages.HUB.get(name, Path(name).name if Path(name).exists() else name)
+    head = ["---", f"library_name: {library}", *([f"base_model: {base}"] if "/" in base else []), "---"]
+    told = f"{base} with the adapter {run.name}, exported by Kungfu." if adapter else f"{base}, exported by Kungfu."
+    if config:
+        data = re.sub(r"[^,]*/", "", config["data"]["source"])  # no folders of this machine
+        how = report.of_run(report.Run(run, config, {}, {}, [], []))
+        told = f"{how} of {base}" if base else how
+        told += f": {config['steps']:,} steps on `{data}`, trained with Kungfu."
+    lines = [*head, "", f"# {Path(to).name}", "", told]
+    if name in packages.PACKAGES:
+        lines += ["", "The base was read from a 4-bit copy (GGUF, Q4_1), whose weights differ slightly from the hub's."]
+    return "\n".join([*lines, "", "```python", *use, "```", ""])
+
+
+def origin(source: str) -> str:
+    """The name of the model that a run, or the first of a row of runs, started from; "" for random weights."""
+    while config := configured(Path(source).expanduser()):
+        source = config["init"]
+    return source
+
+
+def configured(folder: Path) -> Json:
+    """The config of a run folder, or of a step of one; {} of any other model."""
+    from infer.models import is_run, run_at
+
+    return schema.to_dict(run_at(folder).cfg) if is_run(folder) else {}
 
 
 if __name__ == "__main__":

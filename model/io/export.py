@@ -39,14 +39,15 @@ def export_hf(
     check: bool = True,
     generation: dict | None = None,
     dequantize: bool = False,
+    card: str = "",
 ) -> float:
     """Merge adapters, write everything, read it back and compare logits; only then does `folder` appear.
 
     `params` are stacked. Quantized leaves are stored as they are, in the compressed-tensors format, or as floats with
     `dequantize`; an adapter and its base become one float array. `generation` adds to generation_config.json
-    (temperature, ...). Returns the largest difference of the logits as a share of the largest logit (0.0 without
-    `check`). Raises UserError when the folder holds something else, when the family or the format cannot say what the
-    model is, and when the check fails.
+    (temperature, ...), `card` is the text of README.md. Returns the largest difference of the logits as a share of the
+    largest logit (0.0 without `check`). Raises UserError when the folder holds something else, when the family or the
+    format cannot say what the model is, and when the check fails.
     """
     folder = Path(folder).absolute()
     if dtype not in TOLERANCE:
@@ -65,6 +66,8 @@ def export_hf(
             files.write_json(work / "config.json", config)
             files.write_json(work / "generation_config.json", generation)
             tokenizer.save(work)
+            if card:
+                (work / "README.md").write_text(card, "utf-8")
             _write_tensors(model, plain, work, dtype)
             delta = _difference(model, params, work) if check else 0.0
             if not delta <= TOLERANCE[dtype]:

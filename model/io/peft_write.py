@@ -29,8 +29,9 @@ TYPES = {LoRA: "LORA", DoRA: "LORA", IA3: "IA3", OFT: "OFT", Prefix: "PREFIX_TUN
 Tensors = dict[str, np.ndarray]
 
 
-def write(path: str | Path, model: Transformer, params: Params, base: str = "") -> None:
+def write(path: str | Path, model: Transformer, params: Params, base: str = "", card: str = "") -> None:
     """The adapters of stacked `params` as a PEFT folder for the model `base`; nothing else may be there.
+    `card` is the text of README.md.
 
     Raises UserError for what PEFT has no word for, before anything is written.
     """
@@ -52,15 +53,17 @@ def write(path: str | Path, model: Transformer, params: Params, base: str = "") 
     kind = kinds.pop()
     config, tensors = (_virtual if kind in (Prefix, Prompt) else _wrapped)(model, adapters)
     config |= {"peft_type": TYPES[kind], "task_type": "CAUSAL_LM", "inference_mode": True}
-    _save(path, config | {"base_model_name_or_path": base or None}, tensors)
+    _save(path, config | {"base_model_name_or_path": base or None}, tensors, card)
 
 
-def _save(path: Path, config: dict, tensors: Tensors) -> None:
+def _save(path: Path, config: dict, tensors: Tensors, card: str) -> None:
     from safetensors.numpy import save_file
 
     try:
         with files.folder(path, CONFIG) as work:
             files.write_json(work / CONFIG, config)
+            if card:
+                (work / "README.md").write_text(card, "utf-8")
             tensors = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
             save_file(tensors, work / TENSORS, metadata={"format": "pt"})
     except FileExistsError:

@@ -128,12 +128,18 @@ def _bytes(leaf: dict) -> int:
 
 
 def choices(runs: list[Run]) -> dict[str, list[Choice]]:
-    """Ways by task, in the order of the runs. The newest result of each (folder, task, shots, n, seed) counts."""
-    out: dict[str, list[Choice]] = {}
+    """Ways by task, in the order of the runs. The newest result of each (folder, task, shots, n, seed) counts.
+
+    Results of a task whose questions or scorer were changed in between stand apart, under "TASK, scored as HASH".
+    """
+    out: dict[tuple[str, str], list[Choice]] = {}
     for run in runs:
-        for result in newest(run.evals, ("task", "shots", "n", "seed", "adapter")):
-            out.setdefault(result["task"], []).append(choice(run, result, runs))
-    return {task: _distinct(rows) for task, rows in out.items()}
+        for result in newest(run.evals, ("task", "shots", "n", "seed", "adapter", "task_hash")):
+            key = result["task"], result.get("task_hash", "an earlier version did")
+            out.setdefault(key, []).append(choice(run, result, runs))
+    tasks = [task for task, _ in out]
+    names = {(task, how): f"{task}, scored as {how}" if tasks.count(task) > 1 else task for task, how in out}
+    return {names[key]: _distinct([c._replace(task=names[key]) for c in rows]) for key, rows in out.items()}
 
 
 def _distinct(rows: list[Choice]) -> list[Choice]:

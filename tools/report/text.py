@@ -62,7 +62,7 @@ def _pairs(tuned: list[Choice]) -> list[str]:
     out = []
     for a, b in itertools.pairwise(tuned):
         if not _apart(a, b):
-            out.append(f"These examples do not tell {a.label} and {b.label} apart: their intervals overlap.")
+            out.append(f"On these examples {a.label} and {b.label} cannot be distinguished: their intervals overlap.")
         if a.store_bytes and b.store_bytes:
             small, large = sorted((a, b), key=lambda c: c.store_bytes)
             ratio = large.store_bytes / small.store_bytes
@@ -72,13 +72,19 @@ def _pairs(tuned: list[Choice]) -> list[str]:
 
 
 def _payback(prompt: Choice, tuned: Choice) -> list[str]:
-    """After how many answers a longer prompt has cost what training did."""
+    """After how many answers the dearer answers of a prompt have cost what training did."""
     more = (per_answer(prompt) or 0) - (per_answer(tuned) or 0)
     if not tuned.flops or more <= 0:
         return []
-    tokens = f"{prompt.result['prompt_tokens']:.0f} tokens instead of {tuned.result['prompt_tokens']:.0f}"
+    each = joined([f"{_tokens(c)} with {c.label}" for c in (prompt, tuned)])
     answers = f"{tuned.flops / more:,.0f}"
-    return [f"A {prompt.label} prompt is {tokens}: {tuned.label} pays back after about {answers} answers (estimate)."]
+    return [
+        f"An answer takes {each}: in FLOPs, {tuned.label} has repaid its training after {answers} answers (estimate)."
+    ]
+
+
+def _tokens(c: Choice) -> str:
+    return f"{c.result['prompt_tokens']:,.0f} + {c.result['completion_tokens']:,.0f} tokens"
 
 
 def _forgot(tuned: list[Choice]) -> list[str]:
