@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from tokenizers import decoders
 
 from common.errors import UserError
 from data.text import chat, formats, pieces
+from tests.cases import torture
 
 TEXT = "Hello world! In 2024, naïve 世界 🙂\n\n\tdef f(x):  return x**2\r\n"
 LINES = [f"Line {i}: the quick brown fox isn't {i * 37} times as lazy as the dog.\n" for i in range(200)]
@@ -28,7 +30,7 @@ def test_bytes_are_their_own_ids():
     assert tok.encode("é1") == [0xC3, 0xA9, 0x31]
     assert (tok.bos_id, tok.eos_id, tok.pad_id, tok.vocab_size) == (256, 257, 258, 259)
     assert tok.decode(tok.encode(TEXT)) == TEXT
-    assert tok.encode(TEXT) == tok._encode([TEXT], False, tok.core.encode_batch)[0].ids
+    assert tok.encode(TEXT) == tok._encode([TEXT], False)[0].ids
     assert tok.token_bytes(65) == 1 and tok.token_bytes(257) == 0
     assert tok.encode("a<|eos|>") == list(b"a<|eos|>") and tok.encode("a<|eos|>", special=True) == [97, 257]
 
@@ -91,7 +93,8 @@ def test_sentencepiece_gives_the_ids_of_its_library(model_type):
     sentencepiece = pytest.importorskip("sentencepiece")
     model = formats.sentencepiece_model(LINES, 400, model_type)
     ours, theirs = pieces.from_sentencepiece(model, "m"), sentencepiece.SentencePieceProcessor(model_proto=model)
-    for line in [*LINES[:50], TEXT, "x", " two  spaces "]:
+    hard = [line for line in torture.lines() if not re.search(r"(.)\1{4}|<0x", line)]  # of runs several cuts are best
+    for line in [*LINES[:50], TEXT, "x", " two  spaces ", *hard]:
         assert ours.encode(line) == theirs.encode(line)
 
 

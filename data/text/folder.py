@@ -20,9 +20,10 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 # Names of tokens that a class has where its folder is silent; only folders without tokenizer.json ask.
 GPT2 = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+GEMMA = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad", "mask")}
 BERT = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
 CLASSES = {"GPT2": GPT2, "Qwen2": {"eos_token": "<|endoftext|>"}, "Llama": LLAMA, "": LLAMA}
-CLASSES |= {"CodeLlama": LLAMA, "Gemma": {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}}
+CLASSES |= {"CodeLlama": LLAMA | {"add_bos_token": True}, "Gemma": GEMMA}
 CLASSES |= {"Bert": BERT, "DistilBert": BERT, "Electra": BERT}
 FILES = ("*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json", "added_tokens.json", "tokenizer*")
 
@@ -66,10 +67,14 @@ def _finished(core: Core, folder: Path, names: dict) -> Tokenizer:
 def _core(folder: Path, kind: str, names: dict) -> Core | None:
     """None where the folder holds no kind of vocabulary that is read here."""
     if (folder / "tokenizer.json").is_file():
+        text = _read(folder / "tokenizer.json")
         try:
-            return Core.from_str(_read(folder / "tokenizer.json"))
+            core = Core.from_str(text)
         except Exception as error:  # the Rust side raises a bare Exception
             raise UserError(f"not a tokenizer this library reads: {error}", str(folder / "tokenizer.json")) from None
+        if isinstance(core.model, models.Unigram):
+            core.model = _unigram(json.loads(text)["model"])
+        return core
     if kind not in CLASSES:
         return None
     if (path := folder / "tokenizer.model").is_file():
@@ -79,6 +84,12 @@ def _core(folder: Path, kind: str, names: dict) -> Core | None:
     if CLASSES[kind] is BERT and (folder / "vocab.txt").is_file():
         return _word_piece(folder, names)
     return None
+
+
+def _unigram(model: dict) -> models.Unigram:
+    """The model with its scores as they are written; the reader of Rust changes their last digits, and so ties."""
+    vocab = [(token, score) for token, score in model["vocab"]]
+    return models.Unigram(vocab, unk_id=model["unk_id"], byte_fallback=bool(model.get("byte_fallback")))
 
 
 def _sentencepiece(path: Path, kind: str, names: dict) -> Core | None:
@@ -146,7 +157,7 @@ def _by_transformers(folder: Path, kind: str, names: dict) -> tuple[Core, dict]:
         raise UserError(f"{what} is read by transformers, which is not installed", str(folder), fix) from None
     try:
         theirs = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        core = Core.from_str(theirs.backend_tokenizer.to_str())
+        core = theirs.backend_tokenizer
     except Exception as error:  # whatever a file of a stranger can cause there
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{what} is not read by transformers either: {reason}", str(folder)) from None

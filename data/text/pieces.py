@@ -74,7 +74,8 @@ def sentencepiece_decoder(dummy_prefix: bool) -> decoders.Decoder:
 def add_tokens(core: Core, tokens: list[str], types: list[int]) -> None:
     """Registers control and user-defined pieces, which are matched before the model sees the text."""
     kinds = list(zip(tokens, types))
-    core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in kinds if k == CONTROL])
+    special = [AddedToken(t, special=True, normalized=False) for t, k in kinds if k in (CONTROL, UNKNOWN)]
+    core.add_special_tokens(special)
     core.add_tokens([AddedToken(t, special=False, normalized=False) for t, k in kinds if k == USER_DEFINED])
 
 

@@ -101,22 +101,41 @@ class Tokenizer:
         return self.encode_batch([text], special)[0]
 
     def encode_batch(self, texts: list[str], special: bool = False) -> list[list[int]]:
-        return [encoding.ids for encoding in self._encode(texts, special, self.core.encode_batch_fast)]
+        return [encoding.ids for encoding in self._encode(texts, special, offsets=False)]
 
     def encode_offsets(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and the span of characters of `text` that each came from."""
-        encoding = self._encode([text], special, self.core.encode_batch)[0]
+        encoding = self._encode([text], special)[0]
         return encoding.ids, encoding.offsets
 
-    def _encode(self, texts: list[str], special: bool, encode: Callable):
+    def _encode(self, texts: list[str], special: bool, offsets: bool = True) -> list:
+        special = special or self.reads_control
+        core = self.core if special else self._plain
         with self._lock:  # the switch belongs to the core, so threads take turns
-            self.core.encode_special_tokens = not (special or self.reads_control)
+            core.encode_special_tokens = not special
             try:
-                return encode(texts, add_special_tokens=False)
+                return (core.encode_batch if offsets else core.encode_batch_fast)(texts, add_special_tokens=False)
             except TypeError:
                 raise UserError("the text holds half a surrogate pair, which is no character", "text") from None
             finally:
-                self.core.encode_special_tokens = True
+                core.encode_special_tokens = True
+
+    @cached_property
+    def _plain(self) -> "Core":
+        """The core that takes control tokens for text. A unigram model would find them among its words, as they have
+        the best score there: it gets others in their places, and the names of bytes the worst one."""
+        from tokenizers import Tokenizer as Core
+        from tokenizers import models
+
+        if not isinstance(self.core.model, models.Unigram):
+            return self.core
+        core = Core.from_str(self.core.to_str())
+        model = json.loads(self.core.to_str())["model"]
+        worst = 1000 * min(score for _, score in model["vocab"])
+        names = {f"<0x{byte:02X}>" for byte in range(256)} if model["byte_fallback"] else set()
+        vocab = [(f"\0{t}" if t in self.special else t, worst if t in names else score) for t, score in model["vocab"]]
+        core.model = models.Unigram(vocab, unk_id=model["unk_id"], byte_fallback=model["byte_fallback"])
+        return core
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         return self.core.decode([int(i) for i in ids], skip_special_tokens=skip_special)
