@@ -139,7 +139,18 @@ def test_a_head_that_is_no_file_is_one_line():
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*/*.py") if p.name != "__init__.py" and p.parent.name != "schema")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def quick(path: Path) -> bool:
+    """Configs that at the tiny size are another one's twin, a bigger model's or a sweep's, are left to `make slow`."""
+    return path.parent.name != "demo" and path.stem.endswith("tiny")
+
+
+@pytest.mark.parametrize(
+    "path", [p if quick(p) else pytest.param(p, marks=pytest.mark.slow) for p in CONFIGS], ids=name_of
+)
 def test_config_runs_three_steps_at_tiny_size(path, tmp_path):
     """With its objective, method, optimizer and format; the shape, the batch and the source are made small."""
     from train.main import run
@@ -160,7 +171,7 @@ def test_config_runs_three_steps_at_tiny_size(path, tmp_path):
     assert all(math.isfinite(line["loss"]) for line in lines if line["kind"] == "train")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_config_tells_its_story(path):
     """What it shows, the command that runs it, the hardware, the expected result."""
     text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
