@@ -17,8 +17,8 @@ FORMATS = {
     "alpaca": "lm",
     "sharegpt": "lm",
     "tagged": "lm",
-    "labelled": "lm",
-    "rated": "lm",
+    "labelled": "labelled",
+    "rated": "rated",
     "preference": "pair",
     "ranked": "group",
 }

@@ -14,7 +14,7 @@ from model.net import head
 from tests.helpers.steps import Random, T, config, losses, mesh_of, rows
 from train import cost, init, optim
 from train.mesh import BATCH, RULES
-from train.objectives import Objective, Role, dpo
+from train.objectives import Objective, Role
 from train.step import compile_step, make_step
 
 
@@ -97,18 +97,6 @@ def test_dpo_reference_stays_while_the_policy_moves():
     for curve in (full, slim):
         np.testing.assert_allclose(curve[0], np.log(2), rtol=1e-6)
         assert curve[-1] < np.log(2) - 1e-3
-
-
-def test_dpo_by_hand():
-    """Log-ratios of policy to reference 0, 0.1, -0.9 (chosen) and 0, -9.9, -0.9 (rejected), beta 0.1.
-
-    Margins 0, 1, 0: losses softplus(-margin) = 0.6931, 0.3133, 0.6931.
-    """
-    m = dpo.preference_loss(jnp.array([0.0, 0.1, -0.9]), jnp.array([0.0, -9.9, -0.9]), beta=0.1)
-    np.testing.assert_allclose(m["loss"], (0.693147 + 0.313262 + 0.693147, 3), rtol=1e-5)
-    assert m["accuracy"] == (1, 3)
-    smooth = dpo.preference_loss(jnp.array([0.1]), jnp.array([-9.9]), beta=0.1, label_smoothing=0.25)
-    np.testing.assert_allclose(smooth["loss"][0], 0.75 * 0.313262 + 0.25 * 1.313262, rtol=1e-5)
 
 
 def test_learning_rates_by_path():

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from common.errors import UserError
 from common.types import Config
+from data.rows import batch as batches
 from data.rows.loader import load_tokenizer, make_loaders, save_tokenizer
 from data.text import formats, template
 from data.text.tokenizer import Tokenizer
@@ -95,10 +96,11 @@ def source(blueprint: Blueprint, data: Batches, steps: int) -> Source:
         if not made.resumable(steps):
             raise UserError(f"{steps} steps end in the middle of a rollout", "config.steps", "end it with a rollout")
         return made
-    if kind != objective.batch:
+    if not batches.serves(kind, objective.batch):
         raise UserError(
             f"the objective reads batches of kind {objective.batch!r}; the data give {kind!r}",
             "config.data",
-            "choose an objective for these data, or data for this objective: preference pairs are of kind 'pair'",
+            "choose an objective for these data, or data for this objective: preference pairs are of kind 'pair', rows "
+            "with a column label (config.data.format=labelled) or rating (rated) of these kinds",
         )
     return data

@@ -11,6 +11,7 @@ from jax import Array
 from common.errors import UserError
 from common.numbers import number
 from common.types import Config
+from data.rows import batch as batches
 from data.rows.batch import Batch
 from data.text.tokenizer import Tokenizer
 from evals import heldout as texts
@@ -41,7 +42,8 @@ class Monitor:
     ):
         self.cfg, self.model, self.tokenizer, self.metrics = cfg, blueprint.model, tokenizer, metrics
         kind = blueprint.objective.batch
-        self.heldout = heldout if heldout and heldout.loader.kind == kind else None  # prompts are no rollouts
+        fits = heldout and batches.serves(heldout.loader.kind, kind)  # prompts are no rollouts
+        self.heldout = heldout if fits else None
         self.texts = _texts(cfg.eval_text)
         self.measure = jax.jit(_measure(blueprint, tokenizer))
         self.first: dict[str, Any] = {}  # figures of step 0

@@ -217,11 +217,12 @@ def _kinds(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
         return
     objective, form = c["objective.name"], c["data.format"]
     kind, given = methods.method("objective", objective).batch, FORMATS[form]
-    fitting = [name for name, made in FORMATS.items() if made in ("", kind)]
-    if given not in ("", kind) and len(fitting) > 1:  # if only "auto" fits, no data makes these batches
+    kinds = ("", kind, *SCORED) if kind == "lm" else ("", kind)  # a column beside a text need not be read
+    fitting = [name for name, made in FORMATS.items() if made in kinds]
+    if given not in kinds and len(fitting) > 1:  # if only "auto" fits, no data makes these batches
         text = f"makes batches of kind {given!r}, but objective {objective} reads {kind!r}"
         yield "data.format", text, f"one of {', '.join(fitting)}"
-    elif c["data.packing"] != "none" and ({kind, given} & {"pair", "group"} or form in SCORED):
+    elif c["data.packing"] != "none" and {kind, given} & {"pair", "group", *SCORED}:
         yield "data.packing", "pairs, groups and scored records cannot be packed", "set config.data.packing=none"
 
 

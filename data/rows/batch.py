@@ -34,7 +34,9 @@ def answers(k: int) -> tuple[str, ...]:
 KINDS = {
     "lm": Kind(),
     "pair": Kind(("chosen", "rejected")),
-    "group": Kind(answers(ANSWERS)),
+    "group": Kind(answers(ANSWERS), columns=("rank",)),
+    "labelled": Kind(columns=("label",)),
+    "rated": Kind(columns=("rating",)),
     "rollout": Kind(floats=("logps", "advantages", "returns", "values"), columns=("group", "reward")),
 }
 
@@ -67,6 +69,12 @@ def kind_of(batch: Batch) -> str:
     if not found:
         raise ValueError(f"no kind of batch has the sides {', '.join(sides)}")
     return found[-1]  # a kind that asks for more than another stands behind it
+
+
+def serves(given: str, asked: str) -> bool:
+    """Whether batches of the kind `given` hold all that a reader of the kind `asked` reads."""
+    has, needs = KINDS[given], KINDS[asked]
+    return has.sides == needs.sides and {*has.columns} >= {*needs.columns} and {*has.floats} >= {*needs.floats}
 
 
 def abstract(kind: str, rows: int, seq_len: int, k: int = ANSWERS) -> Batch:

@@ -57,7 +57,8 @@ class Loader:
             kinds = " and ".join(sorted({part.dataset.kind for part in parts}))
             raise UserError(f"a mixture of {kinds} records", "data.source", "train on one kind")
         self.sides, self.columns, self.tagged = holds.pop()
-        self.kind = batches.kind_of(batches.join(dict.fromkeys(self.sides, batches.TOKENS)))
+        names = dict.fromkeys((*batches.TOKENS, *self.columns))
+        self.kind = batches.kind_of(batches.join(dict.fromkeys(self.sides, names)))
         how = {"seq_len": seq_len, "packing": packing, "truncate": truncate, "max_bad": max_bad, "seed": seed}
         self.packed = [layout.packed(part, **how) for part in parts]
         self.sizes = [len(packed.sides[0]) for packed in self.packed]

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from configs import base
 from model import build
@@ -48,7 +49,7 @@ def losses(c, shape=(1, 1, 1), steps=20, batch=None):
         plan = init.blueprint(c, build.model(c, None, 500), mesh)
         state = init.first_state(c, plan, None)
         step = compile_step(plan, c.accum)
-        batch = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, BATCH)), batch or rows())
+        batch = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P(*BATCH[: np.ndim(x)]))), batch or rows())
         out = []
         for _ in range(steps):
             state, m = step(state, batch)

@@ -1,58 +1,77 @@
-"""Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290)."""
+"""Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290) and the losses that differ in one line."""
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from data.rows.batch import Batch
-from model import weights
-from model.net import head
 from model.net.transformer import Transformer
-from model.weights import Params
 from train.objectives import Objective, Pair, Role, Roles
+from train.objectives._preference import both, lengths, logps, present, reference, summed
 
 BATCH = "pair"
 
 
-def make(model: Transformer, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Objective:
-    """Eq. 7: -log sigmoid(beta * (log-ratio of the chosen - log-ratio of the rejected)), a mean over pairs.
+def make(
+    model: Transformer,
+    *,
+    beta: float = 0.1,
+    loss: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid",
+    label_smoothing: float = 0.0,
+    length_normalized: bool = False,
+    sft_weight: float = 0.0,
+) -> Objective:
+    """A mean over pairs of a function of h = log-ratio of the chosen - log-ratio of the rejected answer.
 
-    The reference is the policy as training found it: the base under a fresh adapter, which costs no memory, else a
-    frozen copy that the flow puts at params["ref"].
-    `label_smoothing` is cDPO's eps: the share of pairs whose label is thought to be flipped.
+    sigmoid: -log sigmoid(beta h), eq. 7; `label_smoothing` is cDPO's eps, the share of labels thought to be flipped.
+    hinge:   relu(1 - beta h) (SLiC, Zhao et al. 2023, arXiv 2305.10425, eq. 8 with log-ratios).
+    ipo:     (h - 1/(2 beta))^2 (Azar et al. 2023, arXiv 2310.12036, eq. 17); h is of means over tokens, as its
+             authors confirmed to TRL.
+    robust:  the sigmoid loss, unbiased under a share `label_smoothing` of flipped labels (Chowdhury et al. 2024,
+             arXiv 2403.00409, eq. 9).
+    `length_normalized` divides each log-ratio by its answer's length, as `ipo` always does. `sft_weight` adds that many
+    times the chosen answer's mean negative log-likelihood (RPO, Pang et al. 2024, arXiv 2404.19733, eq. 1).
     """
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing {label_smoothing:g} is not in [0, 0.5)")
 
-    def logps(params: Params, batch: Batch) -> Array:
-        """Sum of log p over a row's masked targets [B]."""
-        x = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"]).x
-        return head.token_logps(model, params, x, batch["targets"], batch["mask"]).sum(-1)
-
-    def loss(params: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
-        policy = params["policy"]
-        ref = jax.lax.stop_gradient(params["ref"] if "ref" in params else weights.base(policy))
-        both = jax.tree.map(lambda c, r: jnp.concatenate([c, r]), batch["chosen"], batch["rejected"])
-        ratio = logps(policy, both) - logps(ref, both)  # [2B] log pi/pi_ref
+    def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
+        rows = both(batch)
+        policy = logps(model, roles["policy"], rows)  # [2B]
+        ratio = policy - logps(model, reference(roles), rows)  # log pi/pi_ref
+        if length_normalized or loss == "ipo":
+            ratio /= lengths(rows)
         chosen, rejected = jnp.split(ratio, 2)
-        there = (batch["chosen"]["mask"] + batch["rejected"]["mask"]).any(-1)
-        return preference_loss(chosen, rejected, beta, label_smoothing, there.astype(jnp.float32))
+        each = preference_loss(chosen - rejected, beta, loss, label_smoothing)
+        logp_chosen, logp_rejected = jnp.split(policy, 2)
+        if sft_weight:
+            each += sft_weight * -logp_chosen / lengths(batch["chosen"])
+        values = {"loss": each} | rewards(beta * chosen, beta * rejected)
+        values |= {"logp_chosen": logp_chosen, "logp_rejected": logp_rejected}
+        return summed(values, present(batch))
 
-    return Objective(loss, BATCH, {"policy": Role("train"), "ref": Role("initial")})
+    return Objective(compute, BATCH, {"policy": Role("train"), "ref": Role("initial")})
 
 
-def preference_loss(
-    chosen: Array, rejected: Array, beta: float, label_smoothing: float = 0.0, weight: Array | float = 1.0
-) -> dict[str, Pair]:
-    """Metrics of log-ratios log(pi/pi_ref) [B] of the chosen and of the rejected answer.
+def preference_loss(h: Array, beta: float, loss: str = "sigmoid", label_smoothing: float = 0.0) -> Array:
+    """The loss of each pair from h [B], the difference of its log-ratios."""
+    eps, right, wrong = label_smoothing, -jax.nn.log_sigmoid(beta * h), -jax.nn.log_sigmoid(-beta * h)
+    if loss == "hinge":
+        return jax.nn.relu(1 - beta * h)
+    if loss == "ipo":
+        return (h - 1 / (2 * beta)) ** 2
+    if loss == "robust":
+        return ((1 - eps) * right - eps * wrong) / (1 - 2 * eps)
+    return (1 - eps) * right + eps * wrong
 
-    `weight` [B] is 0 for a row that holds no pair, whose log-ratios are 0.
-    """
-    margin = beta * (chosen - rejected)
-    each = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin)
-    n = jnp.broadcast_to(jnp.float32(weight), margin.shape).sum()
+
+def rewards(chosen: Array, rejected: Array) -> dict[str, Array]:
+    """What is logged of the rewards [B] of the two answers: a policy's implicit ones, or a reward model's."""
     return {
-        "loss": ((each * weight).sum(), n),
-        "accuracy": ((margin > 0).sum().astype(jnp.float32), n),
-        "margin": (margin.sum(), n),
-        "reward_chosen": (beta * chosen.sum(), n),
-        "reward_rejected": (beta * rejected.sum(), n),
+        "accuracy": (chosen > rejected).astype(jnp.float32),
+        "margin": chosen - rejected,
+        "reward_chosen": chosen,
+        "reward_rejected": rejected,
     }

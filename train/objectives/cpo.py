@@ -1,0 +1,29 @@
+"""Contrastive preference optimization (Xu et al. 2024, arXiv 2401.08417): no reference model."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from data.rows.batch import Batch
+from model.net.transformer import Transformer
+from train.objectives import Objective, Pair, Roles
+from train.objectives._preference import both, logps, present, summed
+from train.objectives.dpo import rewards
+
+BATCH = "pair"
+
+
+def make(model: Transformer, *, beta: float = 0.1, sft_weight: float = 1.0) -> Objective:
+    """Eq. 5: -log sigmoid(beta (log p of the chosen - log p of the rejected answer)), a mean over pairs, plus
+    `sft_weight` times the negative log-likelihood of the chosen answers, a mean over their tokens."""
+
+    def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
+        chosen, rejected = jnp.split(logps(model, roles["policy"], both(batch)), 2)
+        there = present(batch)
+        # A mean over tokens as one over pairs, so that the two terms have one weight: each pair's share of all tokens.
+        tokens = batch["chosen"]["mask"].sum()
+        nll = -chosen * there.sum() / jnp.maximum(tokens, 1)
+        values = {"loss": -jax.nn.log_sigmoid(beta * (chosen - rejected)) + sft_weight * nll, "nll": nll}
+        return summed(values | rewards(beta * chosen, beta * rejected), there)
+
+    return Objective(compute, BATCH)

@@ -1,0 +1,70 @@
+"""Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv 2402.01306): answers labelled good or bad, no pairs."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from data.rows.batch import Batch
+from model.net.transformer import Transformer
+from train.objectives import Objective, Pair, Role, Roles
+from train.objectives._preference import logps, reference, summed
+
+BATCH = "labelled"
+
+
+def make(
+    model: Transformer, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> Objective:
+    """Eq. 7 and 8: weight (1 - sigmoid(beta (r - z))) for a good answer (label 1), weight (1 - sigmoid(beta (z - r)))
+    for a bad one (label 0), a mean over rows.
+
+    r is a row's log-ratio. z, which has no gradient, estimates KL(policy || reference): the mean log-ratio of
+    mismatched pairs, each prompt with the answer of the next row, at least 0. It is of the rows that are computed
+    together: a micro-batch, over all devices.
+    """
+
+    def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
+        policy, ref = roles["policy"], reference(roles)
+        other = mismatched(batch)
+        shift = logps(model, jax.lax.stop_gradient(policy), other) - logps(model, ref, other)
+        paired = other["mask"].any(-1)
+        z = jnp.maximum(jnp.where(paired, shift, 0).sum() / jnp.maximum(paired.sum(), 1), 0)
+        ratio = logps(model, policy, batch) - logps(model, ref, batch)
+        good, there = batch["label"] > 0, batch["mask"].any(-1).astype(jnp.float32)
+        each = 1 - jax.nn.sigmoid(beta * jnp.where(good, ratio - z, z - ratio))
+        values = {"loss": jnp.where(good, desirable_weight, undesirable_weight) * each, "kl": jnp.full_like(ratio, z)}
+        chosen, rejected = there * good, there * ~good
+        return (
+            summed(values, there)
+            | summed({"reward_chosen": beta * ratio}, chosen)
+            | summed({"reward_rejected": beta * ratio}, rejected)
+        )
+
+    return Objective(compute, BATCH, {"policy": Role("train"), "ref": Role("initial")})
+
+
+def mismatched(batch: Batch) -> Batch:
+    """Rows of one document each [B,T] with the answer of the row behind, the last with that of the first.
+
+    An answer begins at the first target that counts and ends with the document; what does not fit is cut.
+    """
+    width = batch["tokens"].shape[1]
+    at = jnp.arange(width)
+    here = jnp.where(batch["mask"].any(-1), batch["mask"].argmax(-1), width)[:, None]  # the last slot of the prompt
+    there = jnp.roll(here, -1, axis=0)
+    slot = at - here + there  # where each slot of the new answer comes from
+    fits = (at >= here) & (slot < width)
+
+    def moved(x: Array, empty: int = 0) -> Array:
+        next_row = jnp.take_along_axis(jnp.roll(x, -1, axis=0), jnp.clip(slot, 0, width - 1), axis=1)
+        return jnp.where(fits, next_row, empty)
+
+    prompt = at <= here  # the last slot of the prompt keeps its token, and has the new answer's first as its target
+    segments = jnp.where(prompt, batch["segments"], moved(batch["segments"]))
+    return batch | {
+        "tokens": jnp.where(prompt, batch["tokens"], moved(batch["tokens"])),
+        "targets": jnp.where(at < here, batch["targets"], moved(batch["targets"])),
+        "mask": moved(batch["mask"]),
+        "segments": segments,
+        "positions": jnp.where(segments > 0, at, 0),
+    }

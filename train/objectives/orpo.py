@@ -1,0 +1,32 @@
+"""Odds-ratio preference optimization (Hong et al. 2024, arXiv 2403.07691): no reference model."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from data.rows.batch import Batch
+from model.net.transformer import Transformer
+from train.objectives import Objective, Pair, Roles
+from train.objectives._preference import both, lengths, logps, present, summed
+from train.objectives.dpo import rewards
+
+BATCH = "pair"
+
+
+def make(model: Transformer, *, beta: float = 0.1) -> Objective:
+    """Eq. 6: the chosen answer's negative log-likelihood plus `beta` (lambda in the paper) times -log sigmoid of the
+    log odds ratio, a mean over pairs. Both terms are of mean log-probabilities per token (eq. 3 and 4)."""
+
+    def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
+        rows = both(batch)
+        chosen, rejected = jnp.split(logps(model, roles["policy"], rows) / lengths(rows), 2)
+        odds = log_odds(chosen) - log_odds(rejected)
+        values = {"loss": -chosen - beta * jax.nn.log_sigmoid(odds), "nll": -chosen, "log_odds_ratio": odds}
+        return summed(values | rewards(beta * chosen, beta * rejected), present(batch))
+
+    return Objective(compute, BATCH)
+
+
+def log_odds(logp: Array) -> Array:
+    """log(p / (1 - p)) of log p; finite for an empty answer, whose p is 1."""
+    return logp - jnp.log1p(-jnp.exp(jnp.minimum(logp, -1e-7)))

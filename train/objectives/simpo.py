@@ -1,0 +1,28 @@
+"""Simple preference optimization (Meng et al. 2024, arXiv 2405.14734): no reference model."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from data.rows.batch import Batch
+from model.net.transformer import Transformer
+from train.objectives import Objective, Pair, Roles
+from train.objectives._preference import both, lengths, logps, present, summed
+from train.objectives.dpo import rewards
+
+BATCH = "pair"
+
+
+def make(model: Transformer, *, beta: float = 2.0, gamma: float = 1.0) -> Objective:
+    """Eq. 6: -log sigmoid(beta (mean log p of the chosen - that of the rejected answer) - gamma), a mean over pairs.
+
+    `gamma` is the reward margin that is aimed at.
+    """
+
+    def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
+        rows = both(batch)
+        chosen, rejected = jnp.split(beta * logps(model, roles["policy"], rows) / lengths(rows), 2)
+        values = {"loss": -jax.nn.log_sigmoid(chosen - rejected - gamma)} | rewards(chosen, rejected)
+        return summed(values, present(batch))
+
+    return Objective(compute, BATCH)
