@@ -197,7 +197,8 @@ def test_config_is_required():
         ("data.fields=prompt", "config.data.fields = prompt · must be NEW=OLD pairs separated by commas · "
          'like "prompt=question,completion=answer"'),
         # between keys
-        ("accum=3", "config.data.batch_size = 8 · is not a multiple of accum 3 · micro-batches have equal numbers of rows"),
+        ("accum=3", "config.data.batch_size = 8 · is not a multiple of accum 3 · "
+         "micro-batches have equal numbers of rows"),
         ("mesh.fsdp=3", "config.data.batch_size = 8 · 8 is not divisible by 3 devices x 1 "
          "micro-batches · a multiple of 3, or fewer devices on config.mesh.data and config.mesh.fsdp"),
         ("mesh.fsdp=-1", "config.mesh.fsdp = -1 · only one axis may be -1, and data is · set one to a number"),
