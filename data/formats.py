@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 
 from common.errors import UserError
+from common.seen import Seen, holds
 from data.examples import Chat, Completion, Example, Group, Pair, Scored, Tagged, Text
 from data.messages import Message, are_turns, messages, parsed, turn
 from data.messages import tools as functions
@@ -64,32 +65,12 @@ IRRELEVANT = {
 }  # fmt: skip
 
 
-class Seen(dict):
+class Record(Seen):
     """A record that knows which of its columns were asked for."""
-
-    def __init__(self, record: dict):
-        super().__init__(record)
-        self.used: set[str] = set()
-
-    def __getitem__(self, column: str) -> object:
-        self.used.add(column)
-        return super().__getitem__(column)
-
-    def get(self, column: str, default: object = None) -> object:
-        self.used.add(column)
-        return super().get(column, default)
 
     def first(self, columns: Iterable[str]) -> object:
         """The value of the first of these columns that has one."""
         return next((self.get(column) for column in columns if dict.get(self, column) not in (None, "")), None)
-
-    def unused(self) -> set[str]:
-        left = (column for column in self if column not in self.used and _holds(dict.get(self, column)))
-        return {column for column in left if str(column).lower() not in IRRELEVANT}
-
-
-def _holds(value: object) -> bool:
-    return value is not None and value != "" and value != [] and value != {}
 
 
 def parse_fields(spec: str) -> dict[str, str]:
@@ -129,10 +110,10 @@ def read(record: dict, form: str = "auto", fields: dict[str, str] | None = None)
             raise UserError(f"no column {theirs!r} (for {ours})")
     if form not in FORMATS:
         raise UserError(f"unknown format {form!r}", "data.format", f"one of {' '.join(FORMATS)}")
-    seen = Seen(record | {ours: record[theirs] for ours, theirs in fields.items()})
+    seen = Record(record | {ours: record[theirs] for ours, theirs in fields.items()})
     seen.used |= set(fields.values())
     found = _scored(seen, SCORED[form]) if form in SCORED else _plain(seen, form)
-    unused = seen.unused()
+    unused = seen.unused(IRRELEVANT)
     said = _said(found) if unused else []  # a column that repeats a prompt, or the whole, has nothing of its own
     return found, {name for name in unused if not _repeated(said, dict.get(seen, name))}
 
@@ -146,7 +127,7 @@ def _repeated(said: list[str], value: object) -> bool:
     return isinstance(value, str) and bool(said) and (value in said or all(text in value for text in said))
 
 
-def _plain(record: Seen, form: str) -> Example:
+def _plain(record: Record, form: str) -> Example:
     form, names = detect(record, form)
     for ours, theirs in names.items():
         value = record[theirs]
@@ -156,7 +137,7 @@ def _plain(record: Seen, form: str) -> Example:
     return READERS[form](record)
 
 
-def _scored(record: Seen, column: str) -> Scored:
+def _scored(record: Record, column: str) -> Scored:
     value = _number(record.get(column), column)
     found = _plain(record, "auto")
     if not isinstance(found, Text | Completion | Chat):
@@ -164,19 +145,19 @@ def _scored(record: Seen, column: str) -> Scored:
     return Scored(found, column, value)
 
 
-def _text(record: Seen) -> Text:
+def _text(record: Record) -> Text:
     return Text(_string(record, "text"))
 
 
-def _messages(record: Seen) -> Chat:
+def _messages(record: Record) -> Chat:
     return Chat(_with_system(record, messages(record["messages"], "messages")), 0, _tools(record))
 
 
-def _sharegpt(record: Seen) -> Chat:
+def _sharegpt(record: Record) -> Chat:
     return Chat(_with_system(record, messages(record["conversations"], "conversations")), 0, _tools(record))
 
 
-def _alpaca(record: Seen) -> Chat:
+def _alpaca(record: Record) -> Chat:
     """Instruction and input become the user's turn, parted by an empty line; what was said before is only read."""
     asked = _question(record, "instruction")
     before = _with_system(record, _history(record))
@@ -184,13 +165,13 @@ def _alpaca(record: Seen) -> Chat:
     return Chat([*before, turn("user", asked), turn("assistant", answer)], len(before) and len(before) + 1)
 
 
-def _question(record: Seen, column: str) -> str:
+def _question(record: Record, column: str) -> str:
     given = record.first(GIVEN) if column == "instruction" else None
     asked = _string(record, column)
     return f"{asked}\n\n{given}" if isinstance(given, str) and given.strip() else asked
 
 
-def _prompt_completion(record: Seen) -> Completion | Chat:
+def _prompt_completion(record: Record) -> Completion | Chat:
     prompt, completion = _turns(record["prompt"]), _turns(record["completion"])
     before = _with_system(record, _history(record))
     if before:
@@ -198,7 +179,7 @@ def _prompt_completion(record: Seen) -> Completion | Chat:
     return _answer(prompt, completion, "completion", _tools(record))
 
 
-def _with_system(record: Seen, turns: list[Message]) -> list[Message]:
+def _with_system(record: Record, turns: list[Message]) -> list[Message]:
     """The system text that stands in a column of its own goes before the turns, unless they begin with one."""
     text = record.first(SYSTEM)
     if not isinstance(text, str) or not text.strip() or (turns and turns[0]["role"] in ("system", "developer")):
@@ -206,7 +187,7 @@ def _with_system(record: Seen, turns: list[Message]) -> list[Message]:
     return [turn("system", text), *turns]
 
 
-def _history(record: Seen) -> list[Message]:
+def _history(record: Record) -> list[Message]:
     """Earlier questions and answers: LLaMA-Factory's list of pairs, or messages."""
     found = parsed(record.get("history")) or []
     if are_turns(found):
@@ -219,13 +200,13 @@ def _history(record: Seen) -> list[Message]:
 # ---- pairs and ranked answers ----
 
 
-def _preference(record: Seen) -> Pair:
+def _preference(record: Record) -> Pair:
     chosen, rejected = _turns(record["chosen"]), _turns(record["rejected"])
     if type(chosen) is not type(rejected):
         raise UserError("chosen and rejected differ in type")
     if chosen == rejected:
         raise UserError("chosen equals rejected")
-    column = next((name for name in PROMPTS if _holds(dict.get(record, name))), "")
+    column = next((name for name in PROMPTS if holds(dict.get(record, name))), "")
     prompt = _asked(record, column)
     if isinstance(chosen, str) and isinstance(prompt, str):
         if not column:
@@ -240,7 +221,7 @@ def _preference(record: Seen) -> Pair:
     return Pair(_answer(prompt, chosen, "chosen", tools), _answer(prompt, rejected, "rejected", tools))
 
 
-def _asked(record: Seen, column: str) -> str | list[Message]:
+def _asked(record: Record, column: str) -> str | list[Message]:
     """The prompt of a preference, with the system text and the earlier turns in columns of their own; "" for none."""
     value = parsed(record[column]) if column in ("input", "prompt") else record.get(column, "")
     if isinstance(value, dict) and "messages" in value:  # OpenAI's: {"messages": [...], "tools": [...]}
@@ -296,7 +277,7 @@ def _common_messages(
     return system + inside, chosen[size:], rejected[size:]
 
 
-def _ranked(record: Seen) -> Group:
+def _ranked(record: Record) -> Group:
     """The answers to a prompt, and their ranks (1 is the best) or ratings, beside them or within."""
     answers = parsed(record["answers"])
     if not isinstance(answers, list) or len(answers) < 2:
@@ -324,7 +305,7 @@ def _within(answers: list[dict]) -> tuple[list | None, str]:
     return None, "rating"
 
 
-def _tagged(record: Seen) -> Tagged:
+def _tagged(record: Record) -> Tagged:
     words, tags = record["tokens"], record["tags"]
     if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
         raise UserError("column 'tokens' is not a list of words")
@@ -381,7 +362,7 @@ def _number(value: object, column: str) -> float:
     return found
 
 
-def _string(record: Seen, column: str) -> str:
+def _string(record: Record, column: str) -> str:
     value = record[column]
     if not isinstance(value, str):
         raise UserError(f"column {column!r} is a {type(value).__name__}, not text")
@@ -390,5 +371,5 @@ def _string(record: Seen, column: str) -> str:
     return value
 
 
-def _tools(record: Seen) -> list[dict] | None:
+def _tools(record: Record) -> list[dict] | None:
     return functions(record.first(TOOLS))

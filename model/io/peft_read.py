@@ -4,7 +4,6 @@ What they do is what PEFT does with them: its config says which modules they are
 stays unused, which is said in a line. Written by model/io/peft_write.py.
 """
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,198 +12,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from common import paths, regexes
 from common.errors import UserError
 from model import weights
 from model.config import in_layers
 from model.families import _layout as layout
 from model.families._layout import Key
-from model.io import hf
-from model.io.pretrained import IGNORED, families, family, report
+from model.io.peft_folder import CONFIG, MAGNITUDE, MERGED, ROOT, STARTS, TENSORS, TOKENS, VIRTUAL, Folder, ends
+from model.io.pretrained import IGNORED, report
 from model.net.kinds import without_columns
 from model.peft.dora import DoRA, measure
 from model.peft.ia3 import IA3
-from model.peft.lora import LoRA, factors, scale_of
+from model.peft.lora import LoRA, factors, matrix, scale_of, truncate
 from model.peft.oft import OFT, block_of
 from model.peft.prefix import Prefix, with_prefix
 from model.peft.prompt import Prompt
 from model.weights import Params, Spec, Specs, Transform, Weight
 
-TABLES = ["embed_tokens", "wte", "lm_head"]
-MAGNITUDE = ".lora_magnitude_vector"
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 Stored = Array | Weight  # what stands at a parameter
-ROOT = "base_model.model."
 HEAD = "BTD,VD->BTV"  # a tied table as an unembedding
 
-# Fields of adapter_config.json that say where an adapter came from, or what its tensors show anyway.
-HARMLESS = {
-    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
-    "feedforward_modules", "r", "rank_pattern", "fan_in_fan_out", "ensure_weight_tying", "megatron_config",
-    "megatron_core", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "qalora_group_size", "init_ia3_weights", "init_weights", "oft_block_size", "module_dropout", "eps",
-    "num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules",
-    "encoder_hidden_size", "encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout",
-    "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
-    "tokenizer_kwargs",
-}  # fmt: skip
-# Fields that are computed here; every other one must be unset.
-WRAPS = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"}
-LORA = {"lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "init_lora_weights"}
-KNOWN = {
-    "LORA": WRAPS | LORA | {"trainable_token_indices"},
-    "IA3": WRAPS,
-    "OFT": WRAPS | {"use_cayley_neumann", "num_cayley_neumann_terms"},
-    "PREFIX_TUNING": set(),
-    "PROMPT_TUNING": set(),
-    "P_TUNING": set(),
-}
-VIRTUAL = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
-TOKENS = ".token_adapter.trainable_tokens_delta"
-PICKLE, CONVERT = (
-    "adapter_model.bin",
-    (
-        "python -c \"import torch; from safetensors.torch import save_file; p = '{}/adapter_model'; save_file({{k: "
-        "v.contiguous() for k, v in torch.load(p + '.bin', weights_only=True).items()}}, p + '.safetensors')\""
-    ),
-)
-UNSET = (None, False, 0, "none", [], {})
-INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base when PEFT loads them
 
-
-class Folder:
-    """A PEFT folder: its config, checked, and its tensors under the names of a causal model, each to be asked for."""
-
-    def __init__(self, path: Path):
-        paths.regular(path)
-        self.path, self.config, self.used = path, hf.read_json(path / CONFIG), set()
-        self.kind = self.config.get("peft_type")
-        self._check()
-        self._patterns: dict[str, re.Pattern] = {}
-        tensors = {name.removesuffix(".weight") if MAGNITUDE in name else name: x for name, x in self._read().items()}
-        before = {m[1] for n in tensors if (m := hf.FIRST.fullmatch(n.removeprefix(ROOT)))}
-        self.body = next((b for b in hf.BODIES if b in before), "model.")  # of a multimodal base perhaps
-        self.unused = sorted(n for n in tensors if self.kind not in VIRTUAL and not self._wanted(n))
-        self.tensors = {self._renamed(n): x for n, x in tensors.items() if n not in self.unused}
-        vectors = {n: x for n, x in self.tensors.items() if n.endswith(".ia3_l")}
-        self.inputs = {n for n, x in vectors.items() if x.shape[0] == 1}  # [1, in]; outputs are [out, 1]
-        self.tensors |= {n: x.reshape(-1) for n, x in vectors.items()}
-
-    def _check(self) -> None:
-        """Raises UserError for a config that asks for what is not computed here."""
-        path = str(self.path / CONFIG)
-        if self.kind not in KNOWN:
-            known = ", ".join(KNOWN)
-            raise UserError(f"PEFT type {self.kind!r} is not computed here; known: {known}", str(self.path))
-        for field, value in self.config.items():
-            if field not in HARMLESS | KNOWN[self.kind] and value not in UNSET:
-                raise UserError(f"{field}={value!r} changes the result and is not computed here", path)
-        if self.config.get("init_lora_weights", True) not in INITS:
-            what = f"init_lora_weights={self.config['init_lora_weights']!r} changes the base itself"
-            raise UserError(what, path, "save it with path_initial_model_for_weight_conversion")
-        if self.config.get("bias", "none") not in ("none", "all", "lora_only", "oft_only"):
-            raise UserError(f"bias={self.config['bias']!r} is no choice of PEFT", path)
-
-    def _read(self) -> dict[str, np.ndarray]:
-        from safetensors import SafetensorError, safe_open
-
-        path = self.path / TENSORS
-        if not path.exists() and (self.path / PICKLE).exists():
-            what, fix = "holds a pickle only, which can run code when opened", CONVERT.format(self.path)
-            raise UserError(what, str(self.path), f"if you trust it: {fix}")
-        try:
-            with safe_open(path, framework="np") as file:
-                return {n: np.asarray(file.get_tensor(n), np.float32) for n in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, TypeError) as error:
-            fix = "git lfs pull" if path.exists() and hf.is_pointer(path) else ""
-            raise UserError(f"not a readable safetensors file ({error})", str(path), fix) from None
-
-    def _renamed(self, name: str) -> str:
-        """The name in a causal model alone of a tensor in the text part of another."""
-        inner = name.removeprefix(ROOT)
-        if self.body in ("model.", "transformer.") or not inner.startswith(self.body):
-            head = inner.startswith("lm_head.") or not re.match(r"(.*\.)?lm_head\.", inner)
-            return name if head else ROOT + inner[inner.index("lm_head.") :]
-        return f"{ROOT}model.{inner.removeprefix(self.body)}"
-
-    def _wanted(self, name: str) -> bool:
-        """Whether PEFT has a place for a tensor: in an adapter of a module that the config names, or in a copy."""
-        module = re.sub(
-            r"\.(lora_|ia3_l|oft_R|token_adapter|base_layer).*|\.(weight|bias)$", "", name.removeprefix(ROOT)
-        )
-        adapter = re.search(r"\.(lora_|ia3_l|oft_R)", name)
-        if not adapter:
-            return True
-        tables = TABLES if self.config.get("ensure_weight_tying") and _ends(module, TABLES) else []
-        return self.targets(module) or any(map(self.targets, tables))  # PEFT adds the twin of a tied table itself
-
-    def targets(self, module: str) -> bool:
-        """Whether the config names a module, as PEFT reads it."""
-        names, without = self.config.get("target_modules"), self.config.get("exclude_modules")
-        copies = self.config.get("modules_to_save") or []
-        if any(self._match(rf"(^|.*\.){name}($|\..*)", module) for name in copies):
-            return False
-        if without and (self._match(without, module) if isinstance(without, str) else _ends(module, without)):
-            return False
-        if not names:
-            return True
-        if isinstance(names, str):
-            linear = not _ends(module, [*TABLES, "wpe"])
-            return linear if names.lower() == "all-linear" else bool(self._match(names, module))
-        return module in names or (_ends(module, names) and self._in_layers(module))
-
-    def _in_layers(self, module: str) -> bool:
-        """Whether a module lies in one of `layers_to_transform`, if the config has them."""
-        chosen, patterns = self.config.get("layers_to_transform"), self.config.get("layers_pattern")
-        if chosen is None or chosen == []:
-            return True
-        patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
-        found = (self._match(rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\..*", module) for p in patterns)
-        match = next((m for m in found if m), None)
-        return bool(match) and int(match["idx"]) in ([chosen] if isinstance(chosen, int) else chosen)
-
-    def _match(self, pattern: str, text: str) -> re.Match | None:
-        if pattern not in self._patterns:
-            self._patterns[pattern] = regexes.bounded(pattern, str(self.path / CONFIG))
-        return self._patterns[pattern].fullmatch(text)
-
-    def get(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray | None:
-        """A tensor, None when it is not there. Raises UserError for another shape; None in `shape` is any size."""
-        x = self.tensors.get(name)
-        if x is not None:
-            self.used.add(name)
-            if x.ndim != len(shape) or any(b not in (None, a) for a, b in zip(x.shape, shape)):
-                raise UserError(f"{name} has shape {x.shape}, the model wants {shape}", str(self.path / TENSORS))
-        return x
-
-    def alpha(self, module: str) -> float:
-        """PEFT's lora_alpha of a module: the first pattern that its name ends with."""
-        patterns = self.config.get("alpha_pattern") or {}
-        module = self.body + module.removeprefix("model.") if self.body != "transformer." else module
-        try:
-            found = (value for p, value in patterns.items() if self._match(rf"(.*\.)?({p})", module))
-            return float(next(found, self.config.get("lora_alpha", 8)))
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"alpha_pattern: {error}", str(self.path / CONFIG)) from None
-
-    def keys(self) -> dict[str, Key]:
-        """The names of the first family that knows every module of the tensors."""
-        found = {re.sub(r"\.\d+\.", ".{}.", n).removeprefix(ROOT) for n in self.tensors if n.startswith(ROOT)}
-        for keys in (family(name).KEYS for name in families()):
-            known = tuple(k.name.removesuffix("weight") for k in keys.values() if k.name.endswith(".weight"))
-            if all(name.startswith(known) for name in found):
-                return keys
-        raise UserError("its modules are those of no family computed here", str(self.path / TENSORS))
-
-
-def _ends(module: str, names: object) -> bool:
-    return isinstance(names, list) and any(module == name or module.endswith(f".{name}") for name in names)
-
-
-def read(path: str | Path) -> Transform:
+def read(path: str | Path, strict: bool = False) -> Transform:
     """A Transform that puts the adapter of a PEFT folder on its base model.
 
-    Raises UserError for what would change the result and is not computed here, and for tensors that do not fit.
+    Raises UserError for what would change the result and is not supported, for tensors that do not fit, and if
+    `strict` for those that are not used.
     """
     folder = Folder(Path(path).expanduser())
     keys = folder.keys()
@@ -223,7 +55,7 @@ def read(path: str | Path) -> Transform:
             out = weights.replace(params, specs, lambda n, w, s: _leaf(folder, keys, sizes, specs, n, w, s))
         if strange := sorted(n for n in folder.tensors.keys() - folder.used if not IGNORED.fullmatch(n)):
             raise UserError(f"{strange[0]} has no place in this model", str(folder.path / TENSORS))
-        report("the adapter's config does not name the modules of", folder.unused, str(folder.path))
+        report("the adapter's config does not name the modules of", folder.unused, str(folder.path), strict)
         return out
 
     return transform
@@ -279,7 +111,7 @@ def _tokens(folder: Folder, key: Key, base: Stored, spec: Spec) -> Stored:
     if rows is None:
         return base
     said = folder.config.get("trainable_token_indices")
-    ids = next((v for k, v in said.items() if _ends(module, [k])), None) if isinstance(said, dict) else said
+    ids = next((v for k, v in said.items() if ends(module, [k])), None) if isinstance(said, dict) else said
     size = spec.shape[not table]
     if not isinstance(ids, list) or len(ids) != len(rows) or not all(type(i) is int and 0 <= i < size for i in ids):
         raise UserError(f"trainable_token_indices does not name the {len(rows)} rows of {module}", str(folder.path))
@@ -295,7 +127,7 @@ def _tied_table(folder: Folder, keys: dict, sizes: dict, specs: Specs, base: Sto
     for use, (key, _) in uses.items():
         module = key.name.removesuffix(".weight")
         copy = folder.get(ROOT + key.name, spec.shape)
-        if copy is not None and _ends(module, folder.config.get("modules_to_save")):
+        if copy is not None and ends(module, folder.config.get("modules_to_save")):
             copies[use], copy = copy, None
         kept = folder.get(f"{ROOT}{module}.base_layer.weight", spec.shape)
         if (own := kept if copy is None else copy) is not None:
@@ -396,7 +228,37 @@ def _lora(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: 
         a[i], b[i] = whole
     leaf = DoRA if c.get("use_dora") else LoRA
     leaf = leaf(base, _stack(a, spec), _stack(b, spec), spec.eqn, scale, dropout=float(c.get("lora_dropout") or 0))
+    if folder.init in STARTS:
+        shares = [at(i) / (scale or 1) if r else 0.0 for i, r in enumerate(ranks)]
+        start = _start(folder, key, path, leaf, spec, ranks, shares)
+        less = LoRA(base, *start, spec.eqn, -scale)
+        leaf = leaf.replace(base=less.dense(spec)) if c.get("use_dora") else leaf.replace(start=start)
     return _measured(folder, key, sizes, path, leaf, spec, ranks) if c.get("use_dora") else leaf
+
+
+def _start(
+    folder: Folder, key: Key, path: str, leaf: LoRA, spec: Spec, ranks: list[int], shares: list[float]
+) -> tuple[Array, Array]:
+    """The A and B that PEFT draws from the base itself, and takes from it, before it reads the adapter's.
+
+    Of PiSSA they are the largest singular vectors; of OLoRA (Buyukakyuz 2024, arXiv 2406.01775) W^T = Q R, cut.
+    `shares` are the scales of the layers over the leaf's.
+    """
+    turned = folder.init == "olora" and folder.config.get("fan_in_fan_out")
+    if path == "embed/table" or any(c.isdigit() for c in key.layout) or turned or leaf.scale <= 0:
+        what = f"init_lora_weights={folder.init!r} is not supported for {key.name}"
+        raise UserError(what, str(folder.path / CONFIG), MERGED)
+    base, rank = weights.dense_of(leaf.base, spec).astype(jnp.float32), leaf.a.shape[-1]
+    if folder.init == "pissa":
+        a, b, _ = truncate(base, spec, rank)
+        a, b = a / leaf.scale**0.5, b / leaf.scale**0.5
+    else:
+        q, r = jnp.linalg.qr(jnp.swapaxes(matrix(base, spec), -1, -2))  # W^T [..., produced, contracted]
+        a, b = (jnp.swapaxes(x, -1, -2) for x in (r[..., :rank, :], q[..., :rank]))
+        share = jnp.asarray(shares).reshape(-1, *[1] * (b.ndim - 1)) if spec.stacked else shares[0]
+        a, b = a.reshape(leaf.a.shape), (b * share).reshape(leaf.b.shape)
+    kept = jnp.arange(rank) < jnp.asarray(ranks if spec.stacked else ranks[0])[..., None]  # [stack..., R]
+    return a * kept.reshape(*kept.shape[:-1], *[1] * (a.ndim - kept.ndim), rank), b
 
 
 def _measured(folder: Folder, key: Key, sizes: dict, path: str, leaf: DoRA, spec: Spec, ranks: list[int]) -> DoRA:

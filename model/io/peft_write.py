@@ -13,7 +13,8 @@ from common.errors import UserError
 from model import weights
 from model.families import _layout as layout
 from model.families._layout import Key
-from model.io.peft_read import CONFIG, HEAD, ROOT, TENSORS, factor_keys, groups, has_bias
+from model.io.peft_folder import CONFIG, ROOT, TENSORS
+from model.io.peft_read import HEAD, factor_keys, groups, has_bias
 from model.io.pretrained import family
 from model.net.kinds import without_columns
 from model.net.transformer import Transformer

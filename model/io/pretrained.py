@@ -49,6 +49,7 @@ class Pretrained:
     config: ModelConfig
     source: Source
     tokenizer_source: str  # for data.text.formats.load
+    strict: bool = False  # whether what the model does not use is an error
 
     @property
     def generation(self) -> dict:
@@ -72,7 +73,8 @@ class Pretrained:
         Raises UserError that names every missing, unexpected or mis-shaped tensor, and says in one line what the
         checkpoint holds beside them.
         """
-        report("the model does not use", self.check(specs) + self.source.unused_files(), self.tokenizer_source)
+        unused = self.check(specs) + self.source.unused_files()
+        report("the model does not use", unused, self.tokenizer_source, self.strict)
         if shardings is None:
             shardings = jax.tree.map(lambda _: _first_device(), specs, is_leaf=weights.is_spec)
 
@@ -141,7 +143,7 @@ class Pretrained:
         return [] if there == shape else [f"{name} has shape {there}, wanted {shape}"]
 
 
-def open_pretrained(name: str) -> Pretrained:
+def open_pretrained(name: str, strict: bool = False) -> Pretrained:
     """`name`: a Hugging Face folder, a .gguf file, a packaged model's name, or a hub id when online."""
     path = locate(str(name), hf.FILES)
     if path.is_file():
@@ -152,7 +154,7 @@ def open_pretrained(name: str) -> Pretrained:
         raise UserError("is a run folder, not an open checkpoint", str(path), "open it with infer.load")
     else:
         source = hf.Folder(path)
-    return Pretrained(_config(source, path), source, str(path))
+    return Pretrained(_config(source, path), source, str(path), strict)
 
 
 def _config(source: Source, path: Path) -> ModelConfig:
@@ -188,8 +190,8 @@ def _tied(config: ModelConfig, source: Source, path: Path) -> bool:
     return True
 
 
-def report(what: str, names: list[str], where: str) -> None:
-    """One line on what a model or an adapter holds and does not use."""
+def report(what: str, names: list[str], where: str, strict: bool) -> None:
+    """One line on what a model or an adapter holds and does not use; UserError if `strict`."""
     if not names:
         return
     first, kinds = {}, Counter()
@@ -203,7 +205,10 @@ def report(what: str, names: list[str], where: str) -> None:
         kinds = Counter(".".join(re.sub(r"\.\d+\.", ".*.", name).split(".")[:depth]) for name in names)
     shown = [name if n == 1 else f"{n} x {name}" for name, n in kinds.most_common(8)]
     more = f" and {len(kinds) - 8} kinds more" if len(kinds) > 8 else ""
-    logging.warning("%s: %s %s%s", where, what, ", ".join(shown), more)
+    line = f"{what} {', '.join(shown)}{more}"
+    if strict:
+        raise UserError(line, where, "take it out of the folder, or open it without strict")
+    logging.warning("%s: %s", where, line)
 
 
 def families() -> list[str]:

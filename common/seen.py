@@ -1,0 +1,36 @@
+"""A dict that knows which of its keys were asked for: what is left was not used."""
+
+from collections.abc import Collection
+from typing import Any
+
+
+class Seen(dict):
+    """A dict whose `used` has every key that was read. Its unions with other dicts share `used`."""
+
+    def __init__(self, content: dict, used: set[str] | None = None):
+        super().__init__(content)
+        self.used: set[str] = set() if used is None else used
+
+    def __getitem__(self, key: str) -> Any:
+        self.used.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.used.add(key)
+        return super().get(key, default)
+
+    def __or__(self, other: dict) -> "Seen":
+        return Seen({**self, **other}, self.used)
+
+    def __ror__(self, other: dict) -> "Seen":
+        return Seen({**other, **self}, self.used)
+
+    def unused(self, irrelevant: Collection[str]) -> set[str]:
+        """The keys that hold something, were not read, and are not known to be irrelevant (by their lower case)."""
+        left = (key for key in self if key not in self.used and holds(dict.get(self, key)))
+        return {key for key in left if str(key).lower() not in irrelevant}
+
+
+def holds(value: object) -> bool:
+    """Whether a value is something: not null, and not empty."""
+    return value is not None and value != "" and value != [] and value != {}
