@@ -74,7 +74,8 @@ def runs(tmp_path):
 def test_page_is_whole_static_and_escaped(runs, tmp_path):
     page = Page(report.write(runs, tmp_path / "r.html").read_text("utf-8"))
     assert {"svg", "table", "style", "meta"} <= page.tags
-    assert not page.tags & {"script", "link", "img", "iframe", "object"} and page.addresses == []
+    assert not page.tags & {"script", "link", "img", "iframe", "object"}
+    assert page.addresses and all(address.startswith("#") for address in page.addresses)
     assert EVIL in page.text  # as text
     assert "@import" not in page.text and "url(" not in page.text
 
@@ -93,7 +94,7 @@ def test_sentences_come_from_the_numbers(runs):
     assert "50 percentage points more often than the best prompt" in told
     assert "200 + 3 tokens with 4-shot and 50 + 3 tokens with LoRA r=4" in told
     assert "repaid its training after 13 answers" in told  # 2e12 / (200e9 - 50e9)
-    assert "+0.125 for LoRA r=4" in told
+    assert "+0.125 nats per token for LoRA r=4" in told
 
 
 def test_two_scorings_of_a_task_stand_apart(runs):

@@ -1,6 +1,7 @@
 """The page: templates around the rows of tools.report.data, every number with its unit and n/a for the unknown."""
 
 import datetime
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,13 +53,18 @@ def render(template: str, **values: Any) -> str:
     pages = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    pages.filters["clip"] = clip
+    pages.filters |= {"clip": clip, "slug": slug}
     return pages.get_template(template).render(values)
 
 
 def clip(s: str, n: int = 240) -> str:
     s = s.strip()
     return (s if len(s) <= n else s[: n - 1] + "…") or Markup('<span class="na">(empty)</span>')
+
+
+def slug(title: str) -> str:
+    """The id of a section: "Where the configs differ" -> "where-the-configs-differ"."""
+    return re.sub(r"\W+", "-", title.lower()).strip("-")
 
 
 def write(folders: list[str | Path], out: Path) -> Path:

@@ -91,5 +91,5 @@ def _forgot(tuned: list[Choice]) -> list[str]:
     known = [c for c in tuned if c.forgetting is not None]
     if not known:
         return []
-    told = joined([f"{signed(c.forgetting)} for {c.label}" for c in known])
-    return [f"The loss on general text ({known[0].text}) changed by {told} nats per token."]
+    changes = [f"{signed(c.forgetting)}{'' if i else ' nats per token'} for {c.label}" for i, c in enumerate(known)]
+    return [f"The loss on general text ({known[0].text}) changed by {joined(changes)}."]
