@@ -38,11 +38,23 @@ def write(path: Place, content: str | bytes) -> None:
     if paths.remote(path):
         path.write_bytes(data)
         return
+    with file(path) as part:
+        part.write_bytes(data)
+
+
+@contextlib.contextmanager
+def file(path: Path, replace: bool = True) -> Iterator[Path]:
+    """An empty file to fill. It gets the name `path` when the block ends without an error, else it is deleted.
+
+    With `replace` unset, another file at `path` stays, and FileExistsError is raised; one with the same bytes, as after
+    a kill behind the rename, is none.
+    """
     with _naming(path):
-        with _beside(path, is_folder=False) as (part, fd):
-            with open(fd, "wb", closefd=False) as file:
-                file.write(data)
-            os.fsync(fd)
+        with _beside(path, is_folder=False) as part:
+            yield part
+            sync(part)
+            if not replace and os.path.lexists(path) and not filecmp.cmp(part, path, shallow=False):
+                raise FileExistsError(f"{path} exists")
             os.replace(part, path)
         sync(path.parent)
 
@@ -76,7 +88,7 @@ def folder(path: Place, marker: str) -> Iterator[Path]:
         return
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _beside(path, is_folder=True) as (work, _):
+        with _beside(path, is_folder=True) as work:
             yield work
             for at, _, names in os.walk(work):
                 for each in (at, *(os.path.join(at, name) for name in names)):
@@ -110,12 +122,12 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _beside(path: Path, is_folder: bool) -> Iterator[tuple[Path, int]]:
-    """A new file or folder beside `path` and its descriptor, locked; what is left of it is deleted in the end."""
+def _beside(path: Path, is_folder: bool) -> Iterator[Path]:
+    """A new file or folder beside `path`, locked; what is left of it is deleted in the end."""
     clean(path.parent)
     part, fd = _locked(path, is_folder)
     try:
-        yield part, fd
+        yield part
     finally:
         os.close(fd)
         _delete(part)
@@ -123,7 +135,7 @@ def _beside(path: Path, is_folder: bool) -> Iterator[tuple[Path, int]]:
 
 def _locked(path: Path, is_folder: bool) -> tuple[Path, int]:
     while True:
-        part = path.with_name(f"{WRITING}{path.name[:100]}-{secrets.token_hex(4)}")
+        part = path.with_name(f"{WRITING}{secrets.token_hex(4)}-{path.name[-100:]}")
         if is_folder:
             part.mkdir()
         else:

@@ -72,13 +72,13 @@ def test_the_next_writer_cleans_what_a_kill_left_and_nothing_else(tmp_path, what
     (outside / "kept").write_text("kept")
     (tmp_path / f"{files.WRITING}link").symlink_to(outside)
     files.write(tmp_path / "y", "")
-    assert len(list(tmp_path.glob(f"{files.WRITING}x*"))) == 1  # its writer lives
+    assert len(list(tmp_path.glob(f"{files.WRITING}*-x"))) == 1  # its writer lives
     child.send_signal(signal.SIGKILL)
     child.wait()
     if "folder" in what:
-        (next(tmp_path.glob(f"{files.WRITING}x*")) / "link").symlink_to(outside)
+        (next(tmp_path.glob(f"{files.WRITING}*-x")) / "link").symlink_to(outside)
     files.write(tmp_path / "y", "")
-    assert not list(tmp_path.glob(f"{files.WRITING}x*")) and (outside / "kept").read_text() == "kept"
+    assert not list(tmp_path.glob(f"{files.WRITING}*-x")) and (outside / "kept").read_text() == "kept"
 
 
 def test_writers_do_not_take_each_others_files_for_abandoned(tmp_path):

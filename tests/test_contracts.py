@@ -92,6 +92,50 @@ def test_functions_are_at_most_60_lines():
                 assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
 
 
+# Who writes without common/files.py, and why nothing is half written by it.
+WRITERS = {
+    "data/cache.py": "into a folder of files.folder",
+    "data/text/tokenizer.py": "into a folder of files.folder",
+    "model/io/export.py": "into a folder of files.folder",
+    "model/io/peft_write.py": "into a folder of files.folder",
+    "train/keep/checkpoint.py": "renames folders that the manifest makes whole",
+    "train/keep/runs.py": "a lock, which is held and not read",
+}
+WRITES = {
+    "write_text", "write_bytes", "tofile", "save_file", "savez", "copy", "copy2", "copyfile", "copytree", "move",
+    "rename", "symlink_to", "link_to", "hardlink_to", "touch",
+}  # fmt: skip
+MODULES = {"copy", "move", "save", "savez", "replace", "dump"}  # these only of the modules below
+OF = {"shutil", "os", "np", "numpy", "json", "pickle", "jnp"}
+
+
+def writes(call: ast.Call) -> bool:
+    """Whether a call opens a file to write it, or writes, copies or renames one."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    holder = getattr(call.func.value, "id", "") if isinstance(call.func, ast.Attribute) else ""
+    if name == "open":
+        safe = any(k.arg == "opener" and ast.unparse(k.value) == "files.not_followed" for k in call.keywords)
+        texts = [a.value for a in (*call.args, *(k.value for k in call.keywords)) if isinstance(a, ast.Constant)]
+        flags = {"O_WRONLY", "O_RDWR", "O_CREAT"} & {n.attr for n in ast.walk(call) if isinstance(n, ast.Attribute)}
+        modes = [t for t in texts if isinstance(t, str) and len(t) <= 3 and set(t) & set("wax+")]
+        return bool((modes and not safe) or (flags and "devnull" not in ast.unparse(call)))
+    return name in MODULES and holder in OF if name in MODULES else name in WRITES
+
+
+def test_files_are_written_by_the_one_helper():
+    found = {}
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and writes(node):
+                found.setdefault(str(path.relative_to(ROOT)), []).append(f"{node.lineno}: {ast.unparse(node)[:80]}")
+    found.pop("common/files.py")
+    assert found.keys() == WRITERS.keys(), {k: v for k, v in found.items() if k not in WRITERS}
+    for text in ("open(p, 'w')", "p.open('ab')", "os.replace(a, b)", "shutil.copy(a, b)", "p.write_text(t)"):
+        assert writes(ast.parse(text).body[0].value), text
+    for text in ("open(p)", "open(p, 'rb')", "t.replace('a', 'b')", "open(p, 'ab', opener=files.not_followed)"):
+        assert not writes(ast.parse(text).body[0].value), text
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objective(name):
     """Every loss is a finite (sum, weight) pair, moves with its parameters, and ignores what its mask leaves out."""

@@ -9,10 +9,11 @@ import pytest
 
 from common import chips, gas
 from common.errors import UserError
+from common.record import read
 from configs import schema
 from tools.report import page as report
 from train import cost
-from train.keep.metrics import Metrics, read
+from train.keep.metrics import Metrics
 from train.keep.power import Power
 
 NAMES = ("v4", "v5e", "v5p", "v6e", "tpu7x", "a100", "a100-80gb", "h100", "h200", "b200", "l4")

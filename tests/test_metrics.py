@@ -17,8 +17,9 @@ import pytest
 from common import gas
 from common.errors import UserError
 from common.numbers import duration
+from common.record import read
 from train.keep import tracker
-from train.keep.metrics import Metrics, means, progress, read
+from train.keep.metrics import Metrics, means, progress
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,7 +11,7 @@ a training run goes on from its last checkpoint.
 import sys
 from pathlib import Path
 
-from common import cli, files, jobs
+from common import cli, files, jobs, record
 from common.jobs import Stage
 
 TASK, SHOTS, EXAMPLES, TEXT, PASSAGES = "dates", "0,4", 100, "pydocs", 12
@@ -68,16 +68,16 @@ def _measure(title: str, model: str | Path, folder: Path, shots: str, seconds: f
 
 def trained(folder: Path) -> float:
     """The share of a run's steps that are done; 1 only when its last line says so."""
-    lines = files.read_lines(folder / "metrics.jsonl")
+    lines = record.read(folder / "metrics.jsonl")
     if any(line.get("event") == "done" for line in lines[-1:]):
         return 1.0
     steps = files.read_json(folder / "config.json").get("steps", 1)
-    return min(0.99, max((line.get("step", 0) for line in lines), default=0) / steps)
+    return min(0.99, max((line["step"] for line in lines), default=0) / steps)
 
 
 def measured(folder: Path, results: int) -> float:
     """The share of the results that are there and no older than the run they are of."""
-    since = max((line["time"] for line in files.read_lines(folder / "metrics.jsonl") if "time" in line), default=0)
+    since = max((line.get("time", 0) for line in record.read(folder / "metrics.jsonl")), default=0)
     fresh = [line for line in files.read_lines(folder / "evals.jsonl") if line["time"] >= since]
     return min(1.0, len({(line.get("task"), line.get("shots"), line.get("text")) for line in fresh}) / results)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from common import record
 from common.errors import UserError
 from common.numbers import number
 from common.types import Config
@@ -19,7 +20,7 @@ from evals.run import evaluate
 from infer.lm import LM
 from train.init import Blueprint
 from train.keep import hosts
-from train.keep.metrics import Metrics, means, read
+from train.keep.metrics import Metrics, means
 from train.objectives import Pair
 from train.source import Batches
 from train.state import Roles, TrainState
@@ -49,7 +50,7 @@ class Monitor:
         self.first: dict[str, Any] = {}  # figures of step 0
         self.verdicts: dict[int, str] = {}
         self.passed: set[int] = set()
-        for line in read(metrics.path):
+        for line in record.read(metrics.path):
             if line["kind"] == "eval" and all(_key(name) in line for name, _, _ in cfg.floors):
                 self._judge(line["step"], line)
 

@@ -1,13 +1,13 @@
 """Write a model as a GGUF file, which llama.cpp and model/io/gguf.py read."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from common import files
 from common.errors import UserError
 from common.types import Json
 from model import weights
@@ -30,25 +30,23 @@ def write(path: str | Path, model: Transformer, params: Params, tokenizer: Json,
     """Merged `params` as a file whose matrices are of the type `kind`, with the metadata of a tokenizer; read back.
 
     Returns the largest difference of the logits as a share of the largest logit. Raises UserError for what llama.cpp
-    does not compute, when the file exists, and when reading back shows another model.
+    does not compute, when another file is there, and when reading back shows another model.
     """
     path, config = Path(path), model.config
     if kind not in FILE_TYPES:
         raise UserError(f"type {kind!r} is not written", "--dtype", f"known: {', '.join(FILE_TYPES)}")
-    if path.exists():
-        raise UserError("exists", str(path), "choose a new name")
     _check(config)
     plain = weights.dense(params, model.specs)
-    work = path.with_name(f".{path.name}.part.gguf")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _file(work, model, plain, tokenizer, kind)
-        delta = _difference(model, params, work)
-        if not delta <= TOLERANCE[kind]:
-            what = f"logits read back differ by {delta:.2g} of their scale, over {TOLERANCE[kind]:.0e} for {kind}"
-            raise UserError(what, str(path), "nothing was written")
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)
+        with files.file(path, replace=False) as work:
+            _file(work, model, plain, tokenizer, kind)
+            delta = _difference(model, params, work)
+            if not delta <= TOLERANCE[kind]:
+                what = f"logits read back differ by {delta:.2g} of their scale, over {TOLERANCE[kind]:.0e} for {kind}"
+                raise UserError(what, str(path), "nothing was written")
+    except FileExistsError:
+        raise UserError("exists, with other content", str(path), "choose a new name") from None
     return delta
 
 

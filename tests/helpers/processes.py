@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from common import exits
+from common.record import read
 from model.io import saved
-from train.keep import metrics
 
 # What a line of metrics.jsonl says of the machine and the moment; all else is a function of the run.
 CLOCK = (
@@ -22,7 +22,7 @@ def record(folder: Path) -> list[dict[str, Any]]:
     """metrics.jsonl as it must be the same whatever the kills: without the clock's fields, and without the events of
     sessions, which tell of starts, stops by a signal and failed saves."""
     lines = []
-    for line in metrics.read(folder / "metrics.jsonl"):
+    for line in read(folder / "metrics.jsonl"):
         ended = line.get("event") == "done" or line.get("exit_code", exits.PREEMPTED) != exits.PREEMPTED
         if line["kind"] != "event" or ended:
             lines.append({name: value for name, value in line.items() if name not in CLOCK})

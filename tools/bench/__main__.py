@@ -14,7 +14,6 @@ import ast
 import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import statistics
@@ -26,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import cli
+from common import cli, files
 from common.errors import UserError
 from common.packages import PACKAGES, package_gguf
 from common.types import Json
@@ -79,7 +78,7 @@ def bench(args: argparse.Namespace) -> None:
         folder = Path(folder)
         data = Path(args.data or folder / "questions.jsonl").absolute()
         if not args.data:
-            data.write_text("".join(json.dumps(row) + "\n" for row in questions()), "utf-8")
+            files.write_lines(data, questions())
         peers = "" if alone or missing else exported(args.model, folder / "model")
         for what in args.what.split(","):
             for contest in WHAT[what](args.model, peers, str(data)):
@@ -89,7 +88,7 @@ def bench(args: argparse.Namespace) -> None:
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     content = {"command": ["python", "-m", "tools.bench", *sys.argv[1:]], "machine": facts, "contests": results}
-    out.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    files.write_json(out, files.plain(content))
     chips = ", ".join((*facts["gpu"], facts["cpu"]))
     console.print(f"{chips}, {facts['cores']} cores, load {facts['load_before'][0]:.1f} · {out}", soft_wrap=True)
 

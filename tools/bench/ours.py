@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from common import record
 from configs.models import SHAPES
 from infer.models import load
 from model import build
@@ -80,7 +80,7 @@ def sft(model: str, data: str, batch: int, length: int, steps: int, dtype: str) 
             }  # fmt: skip
             argv = [f"--config.{key}={value}" for key, value in argv.items()]
             train_main(schema.load(["--config=configs/sft/smollm2_lora.py", f"--workdir={folder}/run", *argv]))
-            lines = map(json.loads, Path(folder, "run", "metrics.jsonl").read_text().splitlines())
+            lines = record.read(Path(folder, "run", "metrics.jsonl"))
             line = next(line for line in lines if line["kind"] == "train")
         seconds = line["seconds_per_step"] * (steps - 1)
         return {"tokens": line["tokens_per_second"] * seconds, "seconds": seconds, "cpu_seconds": None}

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import cli, exits
+from common import cli, exits, files
 from common.errors import UserError
 from common.paths import STORE
 from common.types import Json
@@ -181,7 +181,7 @@ def show(plan: Plan, a: Slice, flags: Json) -> int:
 def go(plan: Plan, start: str = "") -> int:
     """Runs the commands; returns 0, or the exit code of the first that failed."""
     for name, text in plan.files.items():
-        Path(name).write_text(text, "utf-8")
+        files.write(Path(name), text)
     names = plan.names("go")
     for name in names[names.index(start) if start else 0 :]:
         if code := attend(plan, name) if name.startswith("run") else execute(plan, name):

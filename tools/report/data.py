@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import files, gas
+from common import files, gas, record
 from common.errors import UserError
 
 METHODS = {"lora": "LoRA"}
@@ -27,7 +27,7 @@ class Run(NamedTuple):
         return self.path.name
 
     def lines(self, kind: str) -> list[dict]:
-        return [line for line in self.metrics if line.get("kind") == kind]
+        return [line for line in self.metrics if line["kind"] == kind]
 
     @property
     def done(self) -> dict:
@@ -55,9 +55,9 @@ def read(folder: str | Path) -> Run:
     if not path.is_dir():
         raise UserError("no such folder", str(path), "name run folders, or folders with an evals.jsonl")
     found = {name: files.read_json(path / f"{name}.json") for name in ("config", "cost", "environment")}
-    metrics = files.read_lines(path / "metrics.jsonl")
-    last = max((line["step"] for line in metrics if "step" in line), default=0)
-    own = [line for line in metrics if line.get("kind") == "task" and line["step"] == last]  # of config.evals
+    metrics = record.read(path / "metrics.jsonl")
+    last = max((line["step"] for line in metrics), default=0)
+    own = [line for line in metrics if line["kind"] == "task" and line["step"] == last]  # of config.evals
     run = Run(path, **found, metrics=metrics, evals=own + files.read_lines(path / "evals.jsonl"))
     if not run.metrics and not run.evals:
         raise UserError("holds neither metrics.jsonl nor evals.jsonl", str(path))

@@ -5,6 +5,7 @@ import os
 import shlex
 from pathlib import Path
 
+from common import files
 from tools.sweep.run import Point, alone, declare
 
 # What is called how in a cluster, only its user knows: the scripts ask for environment variables.
@@ -46,7 +47,7 @@ def write(kind: str, points: list[Point], out: Path) -> list[Path]:
 
     The run folders are those of a local sweep: OUT has to be where the cluster and the collector both see it.
     """
-    folder, files, lines = out / "emit", {}, []
+    folder, made, lines = out / "emit", {}, []
     sweep = "".join(c if c.isalnum() else "-" for c in out.name.lower()).strip("-")[:24] or "sweep"
     with alone(out):
         for i, point in enumerate(points):
@@ -56,7 +57,7 @@ def write(kind: str, points: list[Point], out: Path) -> list[Path]:
         name, task = f"{sweep}-{point.id}", folder / f"{point.id}.yaml"
         if kind == "skypilot":
             mount = json.dumps(str(Path("~/sky_workdir") / out))  # an absolute OUT stays as it is
-            files[task] = SKYPILOT.format(name=name, mount=mount, command=command)
+            made[task] = SKYPILOT.format(name=name, mount=mount, command=command)
         if kind == "slurm":
             lines.append(f"{i}) exec {command} ;;")
         else:
@@ -66,11 +67,11 @@ def write(kind: str, points: list[Point], out: Path) -> list[Path]:
     if kind == "slurm":
         file = folder / "sweep.sbatch"
         last, cases = len(points) - 1, "\n".join(lines)
-        files[file] = SLURM.format(log=shlex.quote(f"{folder}/%a.log"), name=sweep, last=last, cases=cases)
+        made[file] = SLURM.format(log=shlex.quote(f"{folder}/%a.log"), name=sweep, last=last, cases=cases)
     else:
         root = shlex.quote(os.path.relpath(Path.cwd(), folder))
-        files[folder / f"{kind}.sh"] = SCRIPT.format(root=root, lines="\n".join(lines))
+        made[folder / f"{kind}.sh"] = SCRIPT.format(root=root, lines="\n".join(lines))
     folder.mkdir(exist_ok=True)
-    for path, content in files.items():
-        path.write_text(content, "utf-8")
-    return list(files)
+    for path, content in made.items():
+        files.write(path, content)
+    return list(made)

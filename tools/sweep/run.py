@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import exits, files, jobs
+from common import exits, files, jobs, record
 from common.errors import UserError
 from common.types import Leaf
-from train.keep import metrics
 from train.keep.runs import take_lock
 
 DONE, FAILED, PRUNED, RUNNING, STOPPED, WAITING = "done", "failed", "pruned", "running", "stopped", "waiting"
@@ -90,7 +89,7 @@ def finish(child: Child, folder: Path, hopeless: bool) -> None:
 def alone(out: Path) -> Iterator[None]:
     """One launcher at a time."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "SWEEP").open("a") as file:
+    with open(out / "SWEEP", "a", opener=files.not_followed) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -150,7 +149,7 @@ def read(folder: Path) -> list[dict]:
     with contextlib.suppress(FileNotFoundError):
         now = path.stat().st_mtime_ns, path.stat().st_size
         if _parsed.get(path, ((), []))[0] != now:
-            _parsed[path] = now, list(metrics.read(path))
+            _parsed[path] = now, record.read(path)
         return _parsed[path][1]
     return []
 

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 
-from common import exits, paths
+from common import exits, files, paths
 from common.errors import UserError
 from common.paths import Place
 
@@ -58,7 +58,7 @@ class Lease:
                     os.write(2, f"\n{self.path} was taken over: another process runs this run now\n".encode())
                     os._exit(exits.PREEMPTED)
                 beats += 1
-                self.path.write_text(f"{self.holder}beat {beats}\n")
+                files.write(self.path, f"{self.holder}beat {beats}\n")
             except Exception as e:  # the network may come back; if not, the next save says so
                 print(f"warning: {self.path}: {e}", file=sys.stderr)
 

@@ -15,7 +15,7 @@ import jax
 from jax.typing import ArrayLike
 from rich.text import Text
 
-from common import exits, files, gas
+from common import exits, files, gas, record
 from common.errors import UserError
 from common.numbers import duration, number
 from common.types import Json
@@ -77,7 +77,7 @@ class Metrics:
             return
         self._power.sample()
         details |= self._spent()
-        used = gas.line([*read(self.path), {"kind": "event"} | details], {}, chip)
+        used = gas.line([*record.read(self.path), {"kind": "event"} | details], {}, chip)
         self.event(message, **details, gas=used._asdict())
         self._console.tell(f"{used}\n{used.goodput_line()}")
         self._settle()
@@ -98,7 +98,7 @@ class Metrics:
         if not self.active:
             return
         self.step = step
-        lines = list(read(self.path))
+        lines = record.read(self.path)
         done = any(line.get("event") == "done" and line["step"] == step for line in lines)
         self.finished = done and step == self.total
         if self.finished:
@@ -186,21 +186,6 @@ class Metrics:
 
 def _stamped(step: int, kind: str, **numbers: Any) -> Json:
     return {"step": step, "time": round(time.time(), 3), "kind": kind, **numbers}
-
-
-def read(path: str | Path) -> Iterator[dict]:
-    """The lines of a metrics.jsonl; one that a kill cut short, or that `Metrics` cannot have written, is left out."""
-    return filter(_sound, files.read_lines(path))
-
-
-def _sound(line: dict) -> bool:
-    groups = [line.get(name, {}) for name in ("seconds", "joules", "devices")]
-    return (
-        type(line.get("step")) is int
-        and isinstance(line.get("kind"), str)
-        and all(isinstance(group, dict) for group in groups)
-        and all(isinstance(x, (int, float)) for x in groups[0].values())
-    )
 
 
 class Console:
