@@ -1,19 +1,30 @@
-"""Files of a folder that a config chooses from: the name in the config is that of the file, without a registry."""
+"""Methods by name: the name in a config is that of a file in a package, without a registry."""
 
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from common.errors import UserError
 from common.types import Config
 
 
-def find(package: str, cfg: Config) -> Callable:
-    """The `make` of a file by its name, with the config's other keys as keyword arguments."""
+def known(package: str) -> list[str]:
+    """Names of the modules of a package, such as "model.heads", except private ones."""
     folder = Path(__file__).resolve().parents[1].joinpath(*package.split("."))
-    known = sorted(p.stem for p in folder.glob("[!_]*.py"))
-    if cfg.name not in known:  # a config read from a run folder is data: it must not name any other module
-        raise UserError(f"no {cfg.name!r} in {package}", "config", f"known: {', '.join(known)}")
-    make = importlib.import_module(f"{package}.{cfg.name}").make
+    return sorted(p.stem for p in folder.glob("[!_]*.py"))
+
+
+def module(package: str, name: str) -> ModuleType:
+    """A module of a package. Raises UserError for an unknown name: a config read from a run folder is data, and must
+    not import anything else."""
+    if name not in known(package):
+        raise UserError(f"{package} has no {name!r}", "config", f"known: {', '.join(known(package))}")
+    return importlib.import_module(f"{package}.{name}")
+
+
+def find(package: str, cfg: Config) -> Callable:
+    """The `make` of a module by its name, with the config's other keys as keyword arguments."""
+    make = module(package, cfg.name).make
     kwargs = {k: v for k, v in cfg.items() if k != "name" and v is not None}
     return lambda *args: make(*args, **kwargs)

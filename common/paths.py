@@ -76,7 +76,7 @@ def create(path: Place, text: str) -> bool:
 
 
 @contextlib.contextmanager
-def told(place: Place) -> Iterator[None]:
+def store_errors(place: Place) -> Iterator[None]:
     """What goes wrong in a store, in any of the ways of its client, as a UserError."""
     try:
         yield

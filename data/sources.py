@@ -133,7 +133,7 @@ def _read(path: Path) -> Iterator[Row]:
 def files(spec: str) -> list[Path]:
     """The files behind a path, a folder (searched through, but for its READMEs) or a glob, sorted."""
     path, split = paths.parse(spec).expanduser(), "train"
-    with paths.told(path):
+    with paths.store_errors(path):
         name, _, last = path.name.rpartition("@")
         if name and last in SPLITS.values() and not path.exists():
             path, split = path.with_name(name), last

@@ -1,4 +1,4 @@
-"""From a run's config to its model and to what is done to its parameters. Training and inference both start here."""
+"""From a run's config to its model and the transforms of its parameters. Training and inference both start here."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +19,8 @@ OVERRIDES = ("layers", "embed", "heads", "kv_heads", "mlp")
 
 
 def transform(cfg: Config, specs: Specs) -> Callable[[Params, jax.Array], Params]:
-    """Quantizes the base, then wraps adapters, as the config says; either may be absent."""
+    """A function (params, key) that quantizes the base and then adds adapters, as the config says; both are
+    optional."""
     steps = [find(f"model.{kind}", cfg[kind])() for kind in ("quant", "peft") if cfg[kind].name]
 
     def apply(params: Params, key: jax.Array) -> Params:
@@ -40,9 +41,9 @@ class Shaped(Protocol):
 def network(
     config: ModelConfig, dtype: str | None = None, param_dtype: str | None = None, remat: str = "dots"
 ) -> Transformer:
-    """The network of a shape, its activations in `dtype` (None: float32), its weights in `param_dtype` (None: `dtype`).
+    """The network of a shape, with activations in `dtype` (None: float32) and weights in `param_dtype` (None: `dtype`).
 
-    Raises UserError for a shape that no network has.
+    Raises UserError for an unsupported shape.
     """
     kinds.check(config)
     dtype = dtype or "float32"
@@ -50,10 +51,10 @@ def network(
 
 
 def model(cfg: Config, pretrained: Shaped | None, vocab_size: int | None = None) -> Transformer:
-    """The model of a config: the shape of `init` or of a name, with the overrides.
+    """The model of a config: the shape of `init`, or a named shape with the config's overrides.
 
-    `vocab_size` is the tokenizer's; a model that starts at random rounds it up to a multiple of 64, which keeps the
-    unembedding on the fast tiles of every accelerator.
+    `vocab_size` is the tokenizer's; a randomly initialized model rounds it up to a multiple of 64, for which every
+    accelerator has fast tiles. Raises UserError when shape, `init` and tokenizer do not fit together.
     """
     c = cfg.model
     if not c.shape:
@@ -62,10 +63,11 @@ def model(cfg: Config, pretrained: Shaped | None, vocab_size: int | None = None)
         shape = _shape(c, vocab_size)
         if pretrained is not None and dataclasses.replace(shape, family=pretrained.config.family) != pretrained.config:
             raise UserError(
-                f"shape {c.shape!r} is not that of init {cfg.init!r}", "config.model.shape", "leave it empty"
+                f"shape {c.shape!r} differs from that of init {cfg.init!r}", "config.model.shape", "leave it empty"
             )
     if vocab_size and vocab_size > shape.vocab_size:
-        raise UserError(f"the tokenizer has {vocab_size} tokens, the model {shape.vocab_size}", "config.data.tokenizer")
+        what = f"the tokenizer has {vocab_size} tokens, the model only {shape.vocab_size}"
+        raise UserError(what, "config.data.tokenizer")
     return network(shape, c.dtype, c.param_dtype, c.remat)
 
 

@@ -1,4 +1,4 @@
-"""The shape of a model: one frozen record that a family fills from its own config and the layers read. No jax here."""
+"""The shape of a model: one frozen record that a family fills from a config.json and the layers read. No jax here."""
 
 import dataclasses
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from common.types import Json
 
 LAYERS = "layers"  # the subtree of parameters that are stacked over layers
-BIASED = {  # `bias` of a config: the products of attention and MLP that have one
+BIASED = {  # `bias` of a config -> the products of attention and MLP that have one
     "none": (),
     "qkv": ("qkv",),  # Qwen2
     "attn": ("qkv", "out"),  # Llama and Qwen3 with attention_bias
@@ -14,11 +14,11 @@ BIASED = {  # `bias` of a config: the products of attention and MLP that have on
     "rest": ("out", "mlp"),  # RecurrentGemma
     "all": ("qkv", "out", "mlp"),  # GPT-2
 }
-STRETCHES = ("linear", "dynamic", "yarn")  # types of `rope_scaling` by which a context grows
+STRETCHES = ("linear", "dynamic", "yarn")  # types of `rope_scaling` that extend the context
 
 
 def in_layers(path: str) -> bool:
-    """Whether a parameter's path, "layers/attn/wq", lies in a stack of layers."""
+    """Whether the parameter of a path such as "layers/attn/wq" is part of a stack of layers."""
     return LAYERS in path.split("/")
 
 
@@ -27,7 +27,7 @@ class ModelConfig:
     """A stack of layers between an embedding and a head. Defaults are Llama's; the letters are those of the equations.
 
     `rope_scaling` is the `rope_scaling` / `rope_parameters` dict of a Hugging Face config, as sorted pairs so that
-    the record hashes. `windows` holds one sliding window a layer (0: full attention); empty means full everywhere.
+    the record is hashable. `windows` holds one sliding window per layer (0: full attention); empty: full everywhere.
     """
 
     vocab_size: int  # V
@@ -44,7 +44,7 @@ class ModelConfig:
     act: str = "silu"  # | "gelu" | "gelu_tanh" | "gelu_sigmoid" | "relu"
     gated: bool = True  # SwiGLU-like: act(x @ gate) * (x @ up)
     position: str = "rope"  # | "learned"
-    rotary: float = 1.0  # share of a head that rope turns
+    rotary: float = 1.0  # fraction of a head's dimensions that rope rotates
     max_len: int = 8192
     rope_theta: float = 10000.0
     rope_scaling: tuple[tuple[str, Any], ...] = ()
@@ -52,20 +52,20 @@ class ModelConfig:
     bias: str = "none"  # a name in BIASED
     qk_norm: bool = False  # RMSNorm on each query and key head (Qwen3)
     windows: tuple[int, ...] = ()
-    causal: bool = True  # a token sees what stands before it; False: its whole document (an encoder)
-    types: int = 0  # U, kinds of tokens with an embedding of their own (BERT's two sentences)
-    blocks: tuple[str, ...] = ("attn",)  # kinds of the layers, again and again: names in model/net/kinds.py
+    causal: bool = True  # a token attends to itself and earlier tokens; False: to its whole document (an encoder)
+    types: int = 0  # U, token types with an embedding each (BERT's two sentences)
+    blocks: tuple[str, ...] = ("attn",)  # kinds of layers, repeated to the end: names in model/net/kinds.py
     recurrent: int = 0  # W, the width of recurrent layers
     conv: int = 4  # C, the taps of their convolution
-    scale_embed: bool = False  # embeddings times sqrt(D) (Gemma)
-    logit_cap: float = 0.0  # logits become cap * tanh(logits / cap); 0: they stay
+    scale_embed: bool = False  # embeddings are multiplied by sqrt(D) (Gemma)
+    logit_cap: float = 0.0  # logits become cap * tanh(logits / cap); 0: no cap
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Letter of an einsum equation -> size; P is that of learned positions."""
+        """Letter of an einsum equation -> size; P is the number of learned positions."""
         sizes = dict(V=self.vocab_size, D=self.embed, F=self.mlp, P=self.max_len)
         sizes |= dict(N=self.heads, K=self.kv_heads, H=self.head_dim)
-        if "recurrent" in self.blocks:  # I and J: a block of W, of which a head's gates see one
+        if "recurrent" in self.blocks:  # I and J: the block of W that a head's gates see
             block = self.recurrent // self.heads
             sizes |= dict(W=self.recurrent, C=self.conv, I=block, J=block)
         if self.types:
@@ -74,7 +74,7 @@ class ModelConfig:
 
     @property
     def context(self) -> int:
-        """Positions that the model takes: `max_len`, or what `rope_scaling` stretches it to."""
+        """Number of positions that the model supports: `max_len`, or more with `rope_scaling`."""
         scaling = dict(self.rope_scaling)
         if scaling.get("rope_type", scaling.get("type")) not in STRETCHES:
             return self.max_len
@@ -82,7 +82,7 @@ class ModelConfig:
         return max(self.max_len, int(original * scaling.get("factor", 1.0)))
 
     def biased(self, part: str) -> bool:
-        """Whether the products `part`, "qkv", "out" or "mlp", have a bias."""
+        """Whether the products of `part` ("qkv", "out" or "mlp") have a bias."""
         return part in BIASED[self.bias]
 
     @property
@@ -92,13 +92,13 @@ class ModelConfig:
 
     @property
     def windowed(self) -> tuple[bool, ...]:
-        """Whether each layer sees no further than its window."""
+        """Per layer: whether its attention is limited to a window."""
         return tuple(w > 0 for w in self.windows or (0,) * self.layers)
 
     def stack(self, path: str) -> list[int]:
-        """The layers that have the parameter "layers/attn/wq", in the order in which it is stacked.
+        """The layers that have the parameter of a path such as "layers/attn/wq", in the order of its stack.
 
-        The name of a kind is that of the part which only layers of that kind have; every layer has the other parts.
+        The name of a kind is that of the part that only layers of this kind have; every layer has the other parts.
         """
         parts = path.split("/")
         part = parts[parts.index(LAYERS) + 1]

@@ -1,12 +1,12 @@
-"""Methods on any flax.linen model, as its author wrote it: Dense, Embed, Conv and what else has a kernel.
+"""PEFT and quantization for any unmodified flax.linen model: they apply to its Dense, Embed and Conv modules.
 
     apply = lambda params, x: model.apply({"params": params}, x)
     specs = linen.specs(apply, params, x)
     params = lora.make(rank=8, where=".*/kernel")(params, specs, key)
     y = linen.wrap(apply, specs)(params, x)
 
-The model's own tree gets Weights as leaves; `wrap` takes their products where Linen would have taken the array's.
-`weights.partition` and `weights.dense` do the rest, as for any model here.
+The model's own tree gets Weights as leaves; `wrap` multiplies by them where Linen would multiply by the array.
+`weights.partition` and `weights.dense` then work as for any model of this project.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def specs(apply: Callable, params: Params, *args: Any, **kwargs: Any) -> Specs:
     """A Spec at every parameter of `params`, from one abstract call of `apply(params, ...)`.
 
     A parameter that no Dense, Embed or Conv reads has the equation "", and no method wraps it. Raises UserError when
-    there is none that one reads.
+    the model calls none of these modules.
     """
     found: dict[str, str] = {}
 
@@ -55,7 +55,7 @@ def specs(apply: Callable, params: Params, *args: Any, **kwargs: Any) -> Specs:
 def wrap(apply: Callable, specs: Specs) -> Callable:
     """`apply` for parameters whose kernels and embeddings may be Weights.
 
-    Of a Dense and an Embed no dense copy is made; a Conv runs with its merged kernel, which is small beside its images.
+    For Dense and Embed no dense copy is made; a Conv runs with its merged kernel, which is small beside its images.
     """
     declared = {weights.name(path): s for path, s in jax.tree.leaves_with_path(specs, is_leaf=weights.is_spec)}
 
@@ -82,7 +82,7 @@ def wrap(apply: Callable, specs: Specs) -> Callable:
 
 
 def _equation(module: nn.Module) -> str:
-    """What a module does with its kernel or embedding; "" for a module that has none, or one that is not known."""
+    """The equation of a module's kernel or embedding; "" for a module without one, or of an unknown class."""
     match module:
         case nn.Dense():
             return "BD,DF->BF"
@@ -101,7 +101,7 @@ def _name(module: nn.Module) -> str:
 
 def _dense(module: nn.Dense, leaf: weights.Weight, inputs: jax.Array) -> jax.Array:
     bias = module.get_variable("params", "bias") if module.use_bias else None
-    # The arrays of a Weight stand for one of its type: the first tells it.
+    # All arrays of a Weight have the dtype of the array it replaces.
     x, _, bias = promote_dtype(inputs, jax.tree.leaves(leaf)[0], bias, dtype=module.dtype)
     y = weights.einsum("BD,DF->BF", x.reshape(-1, x.shape[-1]), leaf)
     y = y.reshape(*x.shape[:-1], y.shape[-1])

@@ -1,6 +1,6 @@
-"""PagedLoRA LoRA adapters on one frozen base, in a batch whose rows each use one of them or none.
+"""Many LoRA adapters on one frozen base, in a batch whose rows each use one of them or none.
 
-The rank rows of all adapters lie in the pages of two stacks for each weight; kernels/paged_lora.py multiplies.
+The rank rows of all adapters are stored in pages of two stacks per weight; kernels/paged_lora.py multiplies by them.
 """
 
 import math
@@ -15,22 +15,22 @@ from jax.typing import DTypeLike
 
 from common.errors import UserError
 from kernels import paged_lora
-from kernels.paged_lora import PAGE, Route, route  # noqa: F401 (for who makes routes)
+from kernels.paged_lora import PAGE, Route, route  # noqa: F401 (re-exported)
 from model import weights
 from model.peft.lora import LoRA
 from model.weights import AXES, Extra, Params, Spec, Specs, Weight
 
-# The factors of an adapter on the host, of every weight by its name: A [stack..., R, contracted...] and
+# The factors of an adapter on the host, by the name of the weight: A [stack..., R, contracted...] and
 # scale * B [stack..., R, produced...].
 Adapter = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @flax.struct.dataclass
 class PagedLoRA(Weight):
-    """`base` plus, for every row of the batch, the products of the pages that `route` gives it."""
+    """`base` plus, for every row of the batch, the product with the pages that `route` assigns to it."""
 
     base: Array | Weight
-    a: Array  # [C, contracted]: flat, as a kernel reads them
+    a: Array  # [C, contracted]: flat, as the kernel reads them
     b: Array  # [C, produced]
     eqn: str = flax.struct.field(pytree_node=False)  # the equation that the weight was declared with
     route: Route | None = None  # None: no row has an adapter
@@ -54,7 +54,7 @@ class PagedLoRA(Weight):
         return paged_lora.product(x, a, b, self.route, rows, split, dtype)
 
     def dense(self, spec: Spec) -> Array:
-        raise UserError("many adapters cannot be merged into one weight", "adapters", "merge one of them")
+        raise UserError("several adapters cannot be merged into one weight", "adapters", "merge one of them")
 
     def axes(self, spec: Spec) -> "PagedLoRA":
         stacked = spec.names[: spec.stacked]
@@ -67,7 +67,7 @@ class PagedLoRA(Weight):
 def factors_of(params: Params, specs: Specs, where: str) -> Adapter:
     """The LoRA factors of a tree, on the host; `where` names it in the errors.
 
-    Raises UserError when it has none, or other adapters too.
+    Raises UserError when it has no LoRA factors, or adapters of another kind.
     """
     found: Adapter = {}
 
@@ -75,27 +75,28 @@ def factors_of(params: Params, specs: Specs, where: str) -> Adapter:
         if isinstance(leaf, Extra) or (weights.is_weight(leaf) and weights.base(leaf) is not leaf):
             if type(leaf) is not LoRA or weights.base(leaf.base) is not leaf.base or leaf.used != "both":
                 what = f"{type(leaf).__name__} on {path} cannot share a batch with other adapters"
-                raise UserError(what, where, "only LoRA, on a weight as a whole, can: serve this one alone")
+                raise UserError(what, where, "only LoRA on a whole weight can: serve this adapter by itself")
             if weights.split(spec.eqn)[0]:
-                raise UserError(f"adapters on the blocks of {path} cannot share a batch", where, "serve this one alone")
+                fix = "serve this adapter by itself"
+                raise UserError(f"adapters on the blocks of {path} cannot share a batch", where, fix)
             found[path] = _host(leaf, spec.stacked)
-            if not all(np.isfinite(x.astype(np.float32)).all() for x in found[path]):  # it would reach other rows
-                raise UserError(f"the adapter of {path} holds numbers that are not finite", where)
+            if not all(np.isfinite(x.astype(np.float32)).all() for x in found[path]):  # NaN would reach other rows
+                raise UserError(f"the adapter of {path} has values that are not finite", where)
         return leaf
 
     weights.replace(params, specs, read)
     if not found:
-        raise UserError("holds no LoRA adapter", where)
+        raise UserError("no LoRA adapter found", where)
     return found
 
 
 def _host(leaf: LoRA, stacked: int) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.moveaxis(np.asarray(leaf.a), -1, stacked), np.asarray(leaf.b)
-    if leaf.start is not None:  # what is added is the change since: twice the rank
+    if leaf.start is not None:  # only the change since then is added, which takes twice the rank
         a = np.concatenate([a, np.moveaxis(np.asarray(leaf.start[0]), -1, stacked)], stacked)
         b = np.concatenate([b, -np.asarray(leaf.start[1])], stacked)
     b = (b * np.float32(leaf.scale)).astype(b.dtype)
-    # In 16 bits where that loses nothing, as with an adapter that was saved so.
+    # Stored in 16 bits if that is exact, as for an adapter that was saved in 16 bits.
     same = lambda x, dtype: x.itemsize > 2 and np.array_equal(x.astype(dtype).astype(x.dtype), x)
     with np.errstate(over="ignore"):
         dtype = next((d for d in (jnp.bfloat16, np.float16) if same(a, d) and same(b, d)), a.dtype)
@@ -103,20 +104,19 @@ def _host(leaf: LoRA, stacked: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def empty(params: Params, specs: Specs, pages: dict[str, int], dtype: DTypeLike) -> Params:
-    """Stacked parameters with room for so many pages of `dtype` at each of the weights that `pages` names.
+    """Stacked parameters with room for `pages[name]` pages at each of the weights named there.
 
-    Where the weight's own type is as narrow, the pages have that one.
+    Pages have the narrower of `dtype` and the weight's own dtype.
     """
 
     def wrap(path: str, base: Array | Weight, spec: Spec | None) -> Array | Weight:
         if path not in pages:
             return base
-        size = dict(zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :], strict=True))
         kind = min(spec.value.dtype, jnp.dtype(dtype), key=lambda d: d.itemsize)
         lead, names = (*spec.shape[: spec.stacked], pages[path] * PAGE), (*spec.names[: spec.stacked], "rank")
 
         def room(letters: str) -> Array:
-            shape = (*lead, math.prod(size[c] for c in letters))
+            shape = (*lead, math.prod(spec.sizes[c] for c in letters))
             return jnp.zeros(shape, kind, device=weights.place((*names, AXES[letters[0]]), shape))
 
         return PagedLoRA(base, *map(room, weights.split(spec.eqn)[1:]), spec.eqn)

@@ -1,4 +1,4 @@
-"""Updates as vectors: what a tuning added to each weight, and sums of them (Ilharco et al. 2022, arXiv 2212.04089).
+"""Task vectors: the change that tuning made to each weight, and sums of them (Ilharco et al. 2022, arXiv 2212.04089).
 
 An update is {"layers/attn/wq": numpy array in float32}.
 """
@@ -31,12 +31,12 @@ def add(params: Params, update: Update) -> Params:
 
 
 def linear(updates: Sequence[Update], factors: Sequence[float]) -> Update:
-    """The sum of factor * update: addition, subtraction and scaling of skills."""
+    """The sum of factor * update: adds, subtracts and scales skills."""
     return {name: sum(np.float32(f) * u[name] for f, u in zip(factors, updates)) for name in updates[0]}
 
 
 def trim(update: Update, density: float) -> Update:
-    """The `density` share of all entries that is largest in magnitude; the others become zero."""
+    """Keeps the fraction `density` of all entries that is largest in magnitude; the others become zero."""
     sizes = np.concatenate([np.abs(x).ravel() for x in update.values()])
     kept = max(round(density * sizes.size), 1)
     least = np.partition(sizes, sizes.size - kept)[sizes.size - kept]
@@ -44,7 +44,8 @@ def trim(update: Update, density: float) -> Update:
 
 
 def ties(updates: Sequence[Update], factors: Sequence[float], density: float) -> Update:
-    """TIES (Yadav et al. 2023, arXiv 2306.01708): trim, elect the larger total's sign, mean of those that agree."""
+    """TIES (Yadav et al. 2023, arXiv 2306.01708): trims, elects the sign of the larger total, and averages the entries
+    that have it."""
     updates = [linear([trim(u, density)], [f]) for u, f in zip(updates, factors)]
 
     def merge(*xs: np.ndarray) -> np.ndarray:
@@ -56,17 +57,20 @@ def ties(updates: Sequence[Update], factors: Sequence[float], density: float) ->
 
 
 def dare(updates: Sequence[Update], factors: Sequence[float], density: float, seed: int = 0) -> Update:
-    """DARE (Yu et al. 2023, arXiv 2311.03099): of each update a random share is kept and rescaled by 1 / density."""
+    """DARE (Yu et al. 2023, arXiv 2311.03099): keeps a random fraction `density` of each update, scaled by its inverse,
+    and adds the results."""
     rng = np.random.default_rng(seed)
     drop = lambda x: np.where(rng.random(x.shape) < density, x / np.float32(density), 0)
     return linear([{name: drop(x) for name, x in u.items()} for u in updates], factors)
 
 
 def to_lora(params: Params, update: Update, specs: Specs, rank: int) -> tuple[Params, dict[str, tuple[float, float]]]:
-    """Plain parameters with the best LoRA of `rank` for each changed matrix, and what it misses.
+    """Plain parameters with the best LoRA of `rank` for each changed matrix, and its error.
 
-    That is {name: (|| dW - A B ||^2, || dW ||^2)}, also for parameters that LoRA does not reach (norms, biases), which
-    are missed whole. Where a matrix is smaller than `rank`, its own rank is taken and nothing is missed.
+    The error is {name: (|| dW - A B ||^2, || dW ||^2)}. Parameters that LoRA does not cover (norms, biases) count with
+    their whole change. A matrix smaller than `rank` gets its own rank, and the error is 0.
+
+    Raises UserError for an update that is zero everywhere.
     """
     missed: dict[str, tuple[float, float]] = {}
 

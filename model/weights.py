@@ -1,7 +1,7 @@
 """A parameter is a leaf, and a leaf knows how to multiply. The only file that knows a parameter may not be an array.
 
-Layers call `einsum(eqn, x, w)` and `take(w, ids)`. `w` is an array or a `Weight`: a pytree node that stands where
-the array stood. Methods (LoRA, quantization, ...) are functions tree -> tree that replace such leaves.
+Layers call `einsum(eqn, x, w)` and `take(w, ids)`. `w` is an array or a `Weight`: a pytree node in the array's place.
+Methods (LoRA, quantization, ...) are functions tree -> tree that replace such leaves.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from kernels.partition import sharded
 T = TypeVar("T")
 Params = dict[str, Any]  # nested dicts whose leaves are arrays or Weights
 Specs = dict[str, Any]  # the same dicts, with a Spec at every parameter
-Tree = Any  # any pytree of arrays or of what stands for them: shapes, shardings, bools
-Transform = Callable[[Params, Specs, Array], Params]  # what a method is; the last argument is a random key
+Tree = Any  # any pytree of arrays, or of shapes, shardings or bools in their places
+Transform = Callable[[Params, Specs, Array], Params]  # a method; the last argument is a random key
 
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]  # logical axis -> mesh axes
 
@@ -44,10 +44,10 @@ AXES = dict(
 
 @flax.struct.dataclass
 class Spec(nn.LogicallyPartitioned):
-    """What a parameter was declared as: abstract value, logical axes (`names`) and the equation that uses it.
+    """The declaration of a parameter: abstract value, logical axes (`names`) and the equation that uses it.
 
-    `eqn` is "" for what is not multiplied (norm scales, biases). Leading axes that the equation does not name, such as
-    "layers", come from stacking.
+    `eqn` is "" for parameters that are not multiplied (norm scales, biases). Leading axes that the equation does not
+    name, such as "layers", come from stacking.
     """
 
     eqn: str = flax.struct.field(default="", pytree_node=False)
@@ -58,8 +58,13 @@ class Spec(nn.LogicallyPartitioned):
 
     @property
     def stacked(self) -> int:
-        """Number of leading axes that the equation does not know."""
+        """Number of leading axes that the equation does not name."""
         return len(self.shape) - len(operands(self.eqn)[1]) if self.eqn else 0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Letter of the equation -> size of that axis."""
+        return dict(zip(operands(self.eqn)[1], self.shape[self.stacked :], strict=True))
 
 
 def operands(eqn: str) -> tuple[str, str, str]:
@@ -83,8 +88,8 @@ class Weight:
     """Base of the leaves that are more than an array. Subclasses are `flax.struct.dataclass`es."""
 
     trainable: ClassVar[tuple[str, ...]] = ()  # fields that "adapters" trains
-    derived: ClassVar[tuple[str, ...]] = ()  # fields recomputed from the others: not in the fingerprint
-    whole: ClassVar[bool] = False  # counts as one array: has the `shape`, `ndim` and `size` of what it stands for
+    derived: ClassVar[tuple[str, ...]] = ()  # fields recomputed from the others, and so left out of the fingerprint
+    whole: ClassVar[bool] = False  # counts as one array: has the `shape`, `ndim` and `size` of the array it replaces
 
     if TYPE_CHECKING:  # flax.struct adds it
 
@@ -95,21 +100,21 @@ class Weight:
         raise NotImplementedError
 
     def take(self, ids: Array, dtype: DTypeLike) -> Array:
-        """Rows `ids` of a [V, D] table."""
+        """Rows `ids` [...] of a table [V, D] -> [..., D] in `dtype`."""
         raise NotImplementedError
 
     def dense(self, spec: Spec | None) -> Array:
-        """The plain array this leaf stands for: merge, export, and the oracle of the tests."""
+        """The plain array that this leaf represents: used to merge and export, and as the reference in tests."""
         raise NotImplementedError
 
     def axes(self, spec: Spec | None) -> "Weight":
-        """This node with logical axis names (tuples) in place of its arrays, so that it shards like its base."""
+        """This node with logical axis names (tuples) in place of its arrays, from which it is sharded like its base."""
         raise NotImplementedError
 
     def in_training(self, key: Array, step: Array) -> "Weight":
         """This leaf as a training step sees it: with a key for its dropout or its rounding, or a schedule's value.
 
-        Outside of training a leaf has no noise. By default the weights inside it do as they do.
+        Outside of training a leaf has no noise. By default only the Weights inside this one are prepared.
         """
         inner = {f: getattr(self, f) for f in fields(self) if is_weight(getattr(self, f))}
         return self.replace(**{f: w.in_training(key_for(key, f), step) for f, w in inner.items()})
@@ -119,7 +124,7 @@ class Weight:
         return self.replace(**{f: settled(getattr(self, f)) for f in fields(self) if is_weight(getattr(self, f))})
 
     def macs(self, stacked: int) -> "Weight":
-        """This node with the multiply-adds that each array costs a token in its place: a matrix costs its size.
+        """This node with, in place of each array, its multiply-adds per token: a matrix costs its size.
 
         `stacked` is the number of leading axes that a layer does not see.
         """
@@ -128,7 +133,7 @@ class Weight:
 
 
 class Extra(Weight):
-    """Base of the nodes that stand beside the declared parameters, where a layer reads them when they are there.
+    """Base of the nodes that are added beside the declared parameters; a layer reads them if they are present.
 
     They cannot be merged, and without them the model is the base.
     """
@@ -141,7 +146,7 @@ def einsum(eqn: str, x: Array, w: Array | Weight) -> Array:
     """`jnp.einsum` of an activation and a weight; the result has x's dtype. The equation names the axes: "BTD,DF->BTF"
     takes x [B,T,D] and w [D,F] to [B,T,F].
 
-    It is tagged with the checkpoint name "product", so that remat policies can save it."""
+    The result is tagged with the checkpoint name "product", so that remat policies can save it."""
     y = w.einsum(eqn, x) if isinstance(w, Weight) else product(eqn, x, cast(w, x.dtype))
     return checkpoint_name(y, "product")
 
@@ -171,7 +176,7 @@ def take(w: Array | Weight, ids: Array, dtype: DTypeLike) -> Array:
     """Embedding lookup: rows `ids` [...] of a table [V, D] -> [..., D] in `dtype`."""
     if isinstance(w, Weight):
         return w.take(ids, dtype)
-    # From a table that is split along embed, rows come out split the same way, and XLA rematerializes them whole.
+    # Rows of a table that is sharded over embed come out sharded the same way, and XLA rematerializes them whole.
     table: Any = spmd.with_logical_constraint(w, ("vocab", None))
     return jnp.take(table, ids, axis=0).astype(dtype)
 
@@ -179,8 +184,8 @@ def take(w: Array | Weight, ids: Array, dtype: DTypeLike) -> Array:
 def product(eqn: str, x: Array, w: Array, dtype: DTypeLike | None = None) -> Array:
     """`jnp.einsum` of two arrays, accumulated in `dtype`; on one device, a rank-2 matmul whenever the equation is one.
 
-    XLA's CPU backend is fast on rank-2 products only: with [B,T,D] activations the weight gradient contracts two axes
-    and loses 1.65x on an MLP. Under a mesh the dimensions stay, since the partitioner needs them.
+    XLA's CPU backend is fast only on rank-2 products: with [B,T,D] activations the weight gradient contracts two axes
+    and takes 1.65 times as long on an MLP. Under a mesh the dimensions stay, since the partitioner needs them.
     """
     xs, ws, out = operands(eqn)
     _, contracted, produced = split(eqn)
@@ -191,7 +196,7 @@ def product(eqn: str, x: Array, w: Array, dtype: DTypeLike | None = None) -> Arr
     n = len(contracted)
     flat_x = x.reshape(-1, math.prod(x.shape[-n:]))
     rows = flat_x.shape[0]
-    if jnp.issubdtype(x.dtype, jnp.integer) and rows == 1:  # two rows of integers take a CPU a quarter of the time
+    if jnp.issubdtype(x.dtype, jnp.integer) and rows == 1:  # on a CPU two rows of integers take a quarter of the time
         flat_x = jnp.pad(flat_x, ((0, 1), (0, 0)))
     first = ws.startswith(contracted)
     tail = w.shape[n:] if first else w.shape[:-n]
@@ -202,13 +207,13 @@ def product(eqn: str, x: Array, w: Array, dtype: DTypeLike | None = None) -> Arr
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": of the devices of the ambient mesh, which may be absent, or else of JAX's own."""
+    """ "cpu", "gpu" or "tpu": the platform of the ambient mesh, whose devices may be abstract, else JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
 
 def shards(*axes: str) -> int:
-    """Parts into which the ambient mesh splits a dimension that lies on `axes`."""
+    """Parts into which the ambient mesh splits a dimension that is sharded over `axes`."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape.get(a, 1) for a in axes)
 
@@ -216,7 +221,7 @@ def shards(*axes: str) -> int:
 def assigned_axes(
     names: Sequence[str | None], sizes: Sequence[int], mesh: Mesh | AbstractMesh, rules: Rules
 ) -> list[tuple[str, ...]]:
-    """Mesh axes that dimensions of these logical names are sharded over.
+    """The mesh axes over which dimensions of these logical names are sharded, per dimension.
 
     A dimension that its mesh axes do not divide is replicated. Each mesh axis shards at most one dimension: the first
     that maps to it.
@@ -238,7 +243,7 @@ def mesh_axes(names: Sequence[str | None], sizes: Sequence[int]) -> list[tuple[s
 
 
 def place(names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding | None:
-    """Where an array of these logical names lies on the ambient mesh; None: on the one device."""
+    """The sharding of an array of these logical names on the ambient mesh; None on a single device."""
     return NamedSharding(jax.sharding.get_mesh(), P(*mesh_axes(names, shape))) if sharded() else None
 
 
@@ -268,12 +273,12 @@ def name(path: tuple) -> str:
 
 
 def arrays(tree: Tree) -> list[Array]:
-    """The arrays of a tree; codes and scales of a quantized one count as the array that they stand for."""
+    """The arrays of a tree; the codes and scales of a quantized weight count as the one array that they represent."""
     return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Weight) and x.whole)
 
 
 def map_named(f: Callable, tree: Tree, *rest: Tree, is_leaf: Callable[[object], bool] | None = None) -> Tree:
-    """`tree_map` whose function also gets the path as a string first."""
+    """`tree_map` whose function takes the path, as a string, as its first argument."""
     return jax.tree.map_with_path(lambda path, *xs: f(name(path), *xs), tree, *rest, is_leaf=is_leaf)
 
 
@@ -284,10 +289,10 @@ def replace(params: Params, specs: Specs, f: Callable[[str, Tree, Spec | None], 
 
 
 def wrapping(where: str, f: Callable[[str, Array | Weight, Spec, Array], Weight]) -> Transform:
-    """A Transform that puts `f(name, leaf, spec, key)` at every multiplied parameter whose name matches `where`; all
-    get the same key, of which `key_for` makes their own.
+    """A Transform that puts `f(name, leaf, spec, key)` at every multiplied parameter whose name matches `where`. All
+    get the same key, from which `f` derives its own with `key_for`.
 
-    Raises ValueError when none does.
+    Raises ValueError when none matches.
     """
 
     def transform(params: Params, specs: Specs, key: Array) -> Params:
@@ -301,21 +306,22 @@ def wrapping(where: str, f: Callable[[str, Array | Weight, Spec, Array], Weight]
 
 
 def key_for(key: Array, path: str) -> Array:
-    """A key of its own for every parameter, whatever else the tree holds."""
+    """A separate key for every parameter, which does not depend on the rest of the tree."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def trainable(params: Params, what: str) -> Tree:
-    """A tree of bools over the arrays of `params`. `what`: "all" | "adapters" | a regex that names must match whole.
+    """A tree of bools over the arrays of `params`: which of them train. `what` is "all", "adapters", or a regex that
+    the whole name must match.
 
-    "all" leaves out integers, and what sits inside a Weight without being one of its trainable fields: quantized values
-    cannot be moved by a gradient, and the base of an adapter is frozen by definition.
+    "all" leaves out integers and the non-trainable fields of a Weight: no gradient can update quantized values, and the
+    base of an adapter is frozen by definition.
     Raises ValueError when nothing would train.
     """
 
     def pick(path: str, leaf: Array | Weight, moves: bool | None) -> Tree:  # None: not inside a Weight
         if isinstance(leaf, Weight):
-            adapter = "base" in fields(leaf)  # one may wrap another, as on a tied table, and both train
+            adapter = "base" in fields(leaf)  # an adapter may wrap another, as on a tied table; then both train
             own = lambda f: f in leaf.trainable and (moves is not False or adapter)
             return leaf.replace(**{f: walk(f"{path}/{f}", getattr(leaf, f), own(f)) for f in fields(leaf)})
         if what in ("all", "adapters"):
@@ -339,7 +345,7 @@ def fields(node: Weight) -> list[str]:
 
 
 def partition(params: T, mask: Tree) -> tuple[T, T]:
-    """(trainable, frozen): the same tree twice, with None where the other half has the array."""
+    """(trainable, frozen): two trees of the same structure, each with None where the other one has the array."""
     chosen = jax.tree.map(lambda m, x: x if m else None, mask, params)
     others = jax.tree.map(lambda m, x: None if m else x, mask, params)
     return chosen, others
@@ -351,18 +357,19 @@ def combine(a: T, b: T) -> T:
 
 
 def in_training(params: Params, key: Array, step: Array) -> Params:
-    """Every Weight as the step `step` sees it; see Weight.in_training."""
+    """Every Weight as training step `step` sees it; see Weight.in_training."""
     live = lambda path, w: w.in_training(key_for(key, path), step) if is_weight(w) else w
     return map_named(live, params, is_leaf=is_weight)
 
 
 def settled(params: Params) -> Params:
-    """Every Weight of unstacked parameters settled."""
+    """Every Weight of unstacked parameters prepared for inference; see Weight.settled."""
     return jax.tree.map(lambda w: w.settled() if is_weight(w) else w, params, is_leaf=is_weight)
 
 
 def base(params: Tree) -> Tree:
-    """Adapters off: a leaf that wraps a frozen `base` gives way to it, every Extra goes. A free reference policy."""
+    """Adapters off: every leaf that wraps a frozen `base` is replaced by it, every Extra is dropped. This gives the
+    reference policy without a copy of the weights."""
     if isinstance(params, dict):
         return {k: base(v) for k, v in params.items() if not isinstance(v, Extra)}
     if isinstance(params, tuple):
@@ -374,13 +381,13 @@ def base(params: Tree) -> Tree:
 
 
 def quantized_under_adapters(params: Params) -> bool:
-    """Whether an adapter wraps a leaf that is no plain array once all adapters are off."""
+    """Whether any adapter wraps a quantized leaf."""
     off = [(w, base(w)) for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w)]
     return any(w is not under and is_weight(under) for w, under in off)
 
 
 def underived(params: Params) -> Params:
-    """None in place of what the Weights derive, which another machine rounds otherwise."""
+    """`params` with None in place of derived fields, which another machine may round differently."""
 
     def strip(w: Array | Weight) -> Array | Weight:
         if not is_weight(w):
@@ -392,7 +399,7 @@ def underived(params: Params) -> Params:
 
 
 def dense(params: Params, specs: Specs) -> Params:
-    """Every Weight merged into the plain array it stands for."""
+    """Every Weight merged into the plain array that it represents."""
     return replace(params, specs, lambda _, w, spec: dense_of(w, spec))
 
 
@@ -408,5 +415,5 @@ def axes(params: Params, specs: Specs) -> Tree:
 def axes_of(w: Array | Weight, spec: Spec | None) -> Weight | tuple[str | None, ...]:
     if isinstance(w, Weight):
         return w.axes(spec)
-    assert spec, "only a Weight may stand where nothing is declared"
+    assert spec, "a plain array without a Spec"
     return spec.names

@@ -155,7 +155,7 @@ def test_objective(name):
     np.testing.assert_allclose(loss(params["policy"], hidden)["loss"], metrics["loss"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", heads.known())
+@pytest.mark.parametrize("name", methods.names("model/heads", "make"))
 def test_head(name):
     """A leaf beside the layers: it knows its axes and its cost, trains, goes when adapters are off, stays when merged;
     float32 for every token, small at first, whatever the type of the hidden states."""
@@ -169,14 +169,14 @@ def test_head(name):
     mask = weights.trainable(params, "adapters")
     assert all(jax.tree.leaves(mask["head"])) and not any(jax.tree.leaves(mask["layers"]))
     x = jax.random.normal(jax.random.key(1), (2, 5, model.config.embed), jnp.bfloat16)
-    y = heads.apply(head, x)
+    y = head(x)
     assert y.shape[:2] == (2, 5) and y.dtype == jnp.float32 and float(jnp.abs(y).max()) < 0.1
-    grads = jax.grad(lambda h: heads.apply(h, x).sum())(head)
+    grads = jax.grad(lambda h: h(x).sum())(head)
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
 
 
 def test_a_head_that_is_no_file_is_one_line():
-    with pytest.raises(UserError, match="head · no head 'os' · known: scalar"):
+    with pytest.raises(UserError, match=r"config · model\.heads has no 'os' · known: scalar"):
         heads.find("os")
 
 

@@ -73,7 +73,7 @@ def test_the_layer_and_the_line_of_the_first_nan(capsys, planned):
     state = changed(state, "layers/attn/wq", lambda x: x.at[1].set(1e38))  # finite, but its products are not
     code, out = examine(capsys, plan, state)
     assert code == 70
-    assert re.search(r"the output of layers/1/attn; the first NaN is made at model/net/\w+\.py:\d+", out), out
+    assert re.search(r"the output of layers/1/attn; the first NaN comes from model/net/\w+\.py:\d+", out), out
 
 
 def test_a_parameter(capsys, planned):
@@ -107,7 +107,7 @@ def test_a_run_is_examined_where_it_stands_and_left_alone(tmp_path):
     argv = [*TINY, f"--workdir={tmp_path}", "--config.steps=4", f"--config.data.cache={tmp_path}/cache"]
     code, out, err = run(*argv, "--profile=2")
     assert code == 0, err
-    assert "ms a step" in out and list(tmp_path.glob("profile/**/perfetto_trace.json.gz"))
+    assert "ms/step" in out and list(tmp_path.glob("profile/**/perfetto_trace.json.gz"))
     shares = [float(x) for x in re.findall(r" +[\d.]+ +([\d.]+)% +[\d.]+  \S", out)]
     assert 1 <= len(shares) <= 10 and shares == sorted(shares, reverse=True) and sum(shares) <= 100.5
     assert list(tmp_path.glob("profile/**/*.xplane.pb"))
@@ -119,7 +119,7 @@ def test_a_run_is_examined_where_it_stands_and_left_alone(tmp_path):
     assert float(re.search(r"loss ([\d.]+) over", out)[1]) < 6.3  # four steps have been learnt; 6.5 at random
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "cache" not in p.parts}
     code, _, err = run(*argv, "--debug", "--config.model.layers=3")
-    assert code == 2 and "debug with the config of the run" in err and "Traceback" not in err
+    assert code == 2 and "use the config of the run" in err and "Traceback" not in err
 
 
 def test_time_within_an_operation_is_not_its_own():

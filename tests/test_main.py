@@ -75,7 +75,7 @@ def test_sigterm_saves_and_says_so(tmp_path, whole):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == 75 and "the same command goes on" in out
+    assert process.returncode == 75 and "the same command resumes" in out
     assert run(*TINY, f"--workdir={tmp_path}", "--config.ckpt.every=0")[0] == 0
     assert outcome(tmp_path) == whole
 
@@ -148,6 +148,6 @@ def test_changed_data_and_config_are_refused(tmp_path):
     code, _, err = run(*TINY, f"--workdir={tmp_path}", "--config.optim.lr=0.5")
     assert code == 2 and "optim.lr" in err
     code, _, err = run(*TINY, f"--workdir={tmp_path}", "--config.steps=2")
-    assert code == 2 and "step 4 is done, and steps is 2" in err
+    assert code == 2 and "4 steps are done, but steps is 2" in err
     code, _, err = run(*TINY, f"--workdir={tmp_path}", "--config.data.source=synthetic:add?n=4001&digits=1")
     assert code == 2 and "data" in err

@@ -225,12 +225,12 @@ def shape(head_dim: int = 64) -> ModelConfig:
     [
         ("auto", 64, "float32", 100, "cpu", 1, "xla", "type cpu"),
         ("auto", 128, "bfloat16", 2048, "tpu", 4, "splash", "type tpu"),
-        ("auto", 128, "bfloat16", 2048, "tpu", 32, "xla", "2048 tokens over 32"),
+        ("auto", 128, "bfloat16", 2048, "tpu", 32, "xla", "2048 tokens / 32"),
         ("auto", 80, "bfloat16", 2048, "tpu", 1, "xla", "head size 80"),
         ("auto", 128, "bfloat16", 2048, "gpu", 1, "cudnn", "type gpu"),
         ("auto", 128, "float32", 2048, "gpu", 1, "xla", "activations are float32"),
         ("auto", 128, "bfloat16", 2048, "gpu", 2, "xla", "whole rows"),
-        ("xla", 128, "bfloat16", 2048, "tpu", 1, "xla", "as asked"),
+        ("xla", 128, "bfloat16", 2048, "tpu", 1, "xla", "as configured"),
         ("splash", 128, "bfloat16", 2048, "cpu", 1, None, "needs a TPU"),
         ("splash", 64, "bfloat16", 2000, "tpu", 1, None, "multiple of 128"),
         ("cudnn", 256, "bfloat16", 2048, "gpu", 1, None, "head size 256"),
@@ -249,7 +249,7 @@ def test_choice_of_attention(asked, head_dim, dtype, length, platform, context, 
 def test_splash_leaves_rows_that_are_split_and_looked_at_both_ways_to_the_ring():
     both_ways = ModelConfig.from_dict({**shape().to_dict(), "causal": False})
     choose = lambda split: backends.choose("auto", both_ways, "bfloat16", 2048, "tpu", split)
-    assert choose(1)[0] == "splash" and choose(2)[0] == "xla" and "sees all" in choose(2)[1]
+    assert choose(1)[0] == "splash" and choose(2)[0] == "xla" and "bidirectional" in choose(2)[1]
 
 
 # --- slices ---

@@ -123,9 +123,9 @@ def test_what_a_model_that_looks_both_ways_cannot_do_is_one_line():
         generate(model, params, [[1, 2]], max_new_tokens=2)
     with pytest.raises(UserError, match="has no next token"):
         LM(model, params, load_tokenizer("bytes")).loss("a text")
-    with pytest.raises(UserError, match="looks back only"):
+    with pytest.raises(UserError, match="needs a causal model"):
         model(prompt.make(tokens=3)(params, model.specs, jax.random.key(1)), TOKENS)
-    with pytest.raises(UserError, match="recurrent layers see earlier tokens only"):
+    with pytest.raises(UserError, match="recurrent layers depend only on earlier tokens"):
         build.network(dataclasses.replace(GRIFFIN, causal=False))
     with pytest.raises(UserError, match="is_causal=False"):
         llama.config({"is_causal": False, "num_attention_heads": 4})

@@ -27,8 +27,8 @@ from model import weights
 from model.io import saved
 from model.net.transformer import unstack
 from model.peft import lora
-from model.quant import _budget, _calibrate, fp8, int2, int4, int8, nf4, qat, train8
-from model.quant._matrix import Format, nearest
+from model.quant import _budget, _calibrate, _matrix, fp8, int2, int4, int8, nf4, qat, train8
+from model.quant._matrix import Format, nearest, round_rows
 from model.weights import Spec
 from tests.helpers.models import METHODS, activation, distance, rand, relative, tiny
 from tools import export, quantize
@@ -206,9 +206,9 @@ class TestByHand:
 
 def test_casts_to_8_bit_floats_are_the_types_own():
     v = jnp.concatenate([rand(4096) * 10.0 ** jnp.arange(-4, 4).repeat(512), jnp.array([0.0, 448.0, -448.0, 2.0**-10])])
-    for dtype, *bits in fp8.FORMATS.values():
+    for dtype, *bits in _matrix.FLOATS.values():
         own = jnp.clip(v, -bits[-1], bits[-1]).astype(dtype).astype(jnp.float32)
-        np.testing.assert_array_equal(fp8.round_float(v, *bits), own)
+        np.testing.assert_array_equal(_matrix.round_float(v, *bits), own)
 
 
 def test_packing_is_undone():
@@ -246,7 +246,7 @@ def test_errors_of_4_bits_on_gaussian_weights(kind):
 def test_order_of_formats_on_gaussian_weights():
     """NF4 < FP4 (e2m1) < int4, groups of 64 (QLoRA, table 2); 8 bits: 0.87 % and 2.65 %."""
     w = rand(4096, 256)
-    fp4 = nearest(w, Format(lambda v: fp8.round_float(v, 1, 0, 6.0), 6.0, (64, 1)))
+    fp4 = nearest(w, Format(lambda v: _matrix.round_float(v, 1, 0, 6.0), 6.0, (64, 1)))
     e2m1 = 100 * relative(fp4.numbers * jnp.repeat(fp4.scale, 64, 0), w)
     assert error(w, nf4.make().encode) < e2m1 < error(w, int4.make().encode)
     np.testing.assert_allclose(error(w, int8.make().encode), 0.87, rtol=0.03)
@@ -347,9 +347,9 @@ def test_fake_quantization_is_the_converted_model_bit_for_bit(format, options):
 def test_rounding_at_random_is_right_on_average():
     x = rand(1, 64)
     for dtype in ("int8", "e5m2"):
-        draw = lambda key, dtype=dtype: jnp.multiply(*map(jnp.float32, train8.quantize(x, "BD", "D", dtype, key)))
+        draw = lambda key, dtype=dtype: jnp.multiply(*map(jnp.float32, round_rows(x, "BD", "D", dtype, key)))
         draws = jax.vmap(draw)(jax.random.split(jax.random.key(1), 1500))
-        sure = jnp.multiply(*map(jnp.float32, train8.quantize(x, "BD", "D", dtype)))
+        sure = jnp.multiply(*map(jnp.float32, round_rows(x, "BD", "D", dtype)))
         assert relative(draws.mean(0), x) < 0.15 * relative(sure, x)
 
 

@@ -157,7 +157,7 @@ def test_methods_know_nothing_of_the_model(griffin, method):
 
 def test_prefix_needs_attention_and_peft_folders_are_refused(griffin, tmp_path):
     hawk = Transformer(dataclasses.replace(CONFIG, blocks=("recurrent",)))
-    with pytest.raises(ValueError, match="needs a layer of attention"):
+    with pytest.raises(ValueError, match="needs an attention layer"):
         everywhere("prefix")(hawk.abstract, hawk.specs, jax.random.key(0))
     model, params = griffin
     adapted = everywhere("lora")(params, model.specs, jax.random.key(1))

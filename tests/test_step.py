@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from model import build, heads, weights
+from model import build, weights
 from model.net import head
 from tests.helpers.steps import Random, T, config, losses, mesh_of, rows
 from train import cost, init, optim
@@ -168,7 +168,7 @@ def teacher_objective(model):
         hidden = lambda net, p: net.hidden(p, batch["tokens"], batch["positions"], batch["segments"]).x
         nll = lambda net, p: head.nll(net, p, hidden(net, p), batch["targets"], batch["mask"])
         ref = roles["ref"] if "ref" in roles else weights.base(roles["policy"])
-        values = heads.apply(roles["critic"]["head"], hidden(model, roles["critic"]))
+        values = roles["critic"]["head"](hidden(model, roles["critic"]))
         own, critic = nll(model, roles["policy"]), (jnp.square(values - 1) * batch["mask"]).sum()
         fixed = jax.lax.stop_gradient(nll(model, ref) + nll(small, roles["teacher"]))
         n = batch["mask"].sum()

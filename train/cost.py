@@ -1,4 +1,4 @@
-"""What a run costs, from the equations: parameters, FLOPs, bytes; on abstract values, before the first step."""
+"""The cost of a run from its equations: parameters, FLOPs, bytes; from abstract values, before the first step."""
 
 import math
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from train.init import Blueprint
 
 
 class Cost(NamedTuple):
-    """FLOPs of one token that goes through the layers, and of one loss-bearing token through the head."""
+    """FLOPs per token through the layers, and per target (a token that counts in the loss) through the head."""
 
     params: float
     trained: float
@@ -26,23 +26,22 @@ class Cost(NamedTuple):
     head_train_flops: float
 
     def step(self, tokens: int, targets: int) -> float:
-        """Training FLOPs of a batch. Recomputation under remat is not counted: it is no work of the model's."""
+        """Training FLOPs of a batch. Recomputation under remat is not counted, as is usual for MFU."""
         return tokens * self.layer_train_flops + targets * self.head_train_flops
 
     def forward(self) -> "Cost":
-        """The same of a model that is only read."""
+        """The cost of a model that does not train."""
         return self._replace(trained=0, layer_train_flops=self.layer_flops, head_train_flops=self.head_flops)
 
 
 def cost(config: ModelConfig, params: Params, specs: Specs, mask: Tree, seq_len: int) -> Cost:
-    """FLOPs of a model by its equations: 2 a multiply-add forward, 2 for the gradient of the input, and 2 for that of
-    a weight only when it trains. Attention counts a full row, of a causal model (T + 1) / 2 keys a query, and virtual
-    tokens.
+    """FLOPs of a model from its equations. A multiply-add counts 2 in the forward pass, 2 for the gradient of the
+    input, and 2 for that of the weight if it trains. Attention counts a full row ((T + 1) / 2 keys per query in a
+    causal model) and virtual tokens.
 
-    A lookup costs nothing, and neither does what is no product: norms, activations, the recurrence of recurrent layers
-    and their convolution. What a method does once a step and not for each token is left out: norms of DoRA, the
-    inverses of OFT, the virtual tokens of a prompt going through the layers.
-    Under LoRA this makes a step 4 N instead of 6 N (Schulman et al. 2025, LoRA Without Regret).
+    Only matrix products count: not lookups, norms, activations, or the recurrence and convolution of recurrent layers.
+    Work per step rather than per token is left out: the norms of DoRA, the inverses of OFT, and the forward pass of a
+    trained prompt. Under LoRA a step costs 4 N per token instead of 6 N (Schulman et al. 2025, LoRA Without Regret).
     """
     c = config
     totals = dict(layer=0.0, layer_dw=0.0, head=0.0, head_dw=0.0)
@@ -75,7 +74,7 @@ def cost(config: ModelConfig, params: Params, specs: Specs, mask: Tree, seq_len:
 
 
 def of_roles(plan: Blueprint, seq_len: int) -> dict[str, Cost]:
-    """The cost of each role of a run. The reference of a fresh adapter, which has no tree of its own, is its base."""
+    """The cost of each role of a run. A fresh adapter's reference is its base, and has no tree of its own."""
     found = {}
     for name, role in plan.objective.roles.items():
         network = plan.network(name)
@@ -85,23 +84,23 @@ def of_roles(plan: Blueprint, seq_len: int) -> dict[str, Cost]:
             tree = weights.base(plan.abstract.role("policy"))
             mask = jax.tree.map(lambda _: False, tree)
         price = cost(network.config, tree, network.specs, mask, seq_len)
-        if role.head:  # it answers in place of the unembedding
+        if role.head:  # it is used instead of the unembedding, and costs almost nothing
             price = price._replace(head_flops=0.0, head_train_flops=0.0)
         found[name] = price if role.kind == "train" else price.forward()
     return found
 
 
 def of_plan(plan: Blueprint, seq_len: int) -> Cost:
-    """The cost of a token of a run, all its roles together: the loss takes each batch through each of them once."""
+    """The cost per token of all roles of a run together: each batch passes once through each of them."""
     return Cost(*map(sum, zip(*of_roles(plan, seq_len).values(), strict=True)))
 
 
 def bytes_per_device(tree: Tree, shardings: Tree) -> int:
-    """Bytes of the largest share of a tree of (abstract) arrays on one device."""
+    """Bytes per device of a tree of (abstract) arrays; of the largest shards, if they differ."""
     one = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
     return sum(jax.tree.leaves(jax.tree.map(one, tree, shardings)))
 
 
 def mfu(flops_per_second: float, chip: Chip | None, devices: int) -> float | None:
-    """Model FLOPs utilization against the bf16 peak of all devices; None for a chip that is not known."""
+    """Model FLOPs utilization: the fraction of the bf16 peak of all devices; None for an unknown chip."""
     return flops_per_second / (chip.tflops.value * 1e12 * devices / chip.devices) if chip else None

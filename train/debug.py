@@ -1,4 +1,7 @@
-"""`--debug`: one batch as the model sees it, one step layer by layer, and where the first number broke; read-only."""
+"""`--debug`: prints one batch as the model sees it, one step layer by layer, and the first value that is not finite.
+
+It writes nothing to the run folder.
+"""
 
 import tempfile
 import traceback
@@ -29,10 +32,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(cfg: Config, workdir: str | None) -> int:
-    """Looks at the step after the newest checkpoint of `workdir`, or at step 1; 70 when a number is not finite."""
+    """Examines the step after the newest checkpoint of `workdir`, or step 1. Returns the exit code: exits.BROKEN if a
+    value is not finite."""
     hosts.connect()
     with cfg.unlocked():
-        cfg.model.remat = "none"  # a layer that is computed again would be seen twice
+        cfg.model.remat = "none"  # recomputed layers would be printed twice
     mesh = make_mesh(cfg.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES), tempfile.TemporaryDirectory() as scratch:
         start = inputs.pretrained(cfg)
@@ -47,17 +51,17 @@ def run(cfg: Config, workdir: str | None) -> int:
 
 
 def _newest(state: TrainState, folder: Place) -> TrainState:
-    """`state` with what the newest step of a run holds; `state` itself without one. The step is not verified."""
+    """The state of the newest step of a run, or `state` itself if there is none. Digests are not verified."""
     for step in saved.steps(folder)[:1]:
         arrays = saved.named(state.replace(frozen=None))
         abstract = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in arrays.items()}
         try:
             leaves = saved.read_manifest(folder / str(step))["leaves"]
             if {n: leaf["shape"] for n, leaf in leaves.items()} != {n: list(x.shape) for n, x in abstract.items()}:
-                raise saved.Damaged(f"step {step} has other shapes than this config")
+                raise saved.Damaged(f"the shapes of step {step} differ from those of this config")
             arrays = saved.read(folder / str(step), abstract)
         except saved.Damaged as e:
-            raise UserError(str(e), str(folder), "debug with the config of the run, or without --workdir") from e
+            raise UserError(str(e), str(folder), "use the config of the run, or omit --workdir") from e
         state = saved.fill(state.replace(frozen=None), arrays).replace(frozen=state.frozen)
     return state
 
@@ -70,7 +74,7 @@ def _show_batch(batch: dict, tokenizer: Tokenizer, step: int) -> None:
 
     console = Console(soft_wrap=True, highlight=False)
     for side, rows in batches.parts(batch).items():
-        console.print(f"\n{side} 0 of step {step}: green counts in the loss, dim is only read", style="bold")
+        console.print(f"\n{side} 0 of step {step}: green tokens count in the loss, dim ones are context", style="bold")
         console.print(painted(rows, 0, tokenizer))
         learnt = rows["targets"][0][rows["mask"][0] > 0]
         print(f"in the loss: {len(learnt)} targets, {tokenizer.decode(learnt)!r}")
@@ -87,40 +91,40 @@ def _examine(planned: init.Blueprint, state: TrainState, batch: dict) -> int:
     weights.map_named(lambda path, x: print(f"  {path:<44} {x.dtype} {list(x.shape)}"), state.params)
     bad = _broken(state.params) + _broken(state.frozen)
     if bad:
-        return _tell("a parameter", bad[0])
+        return _not_finite("a parameter", bad[0])
     print("\nactivations")
     bad, metrics = _forward(lambda: loss(state.params), planned.model.config.layers)
-    bad += [f"the metric {name}" for name, pair in metrics.items() if _not_finite(pair)]
+    bad += [f"the metric {name}" for name, pair in metrics.items() if not _finite(pair)]
     if bad:
-        return _tell("the output of", bad[0] + _first_nan(lambda: loss(state.params)))
+        return _not_finite("the output of", bad[0] + _first_nan(lambda: loss(state.params)))
     total, weight = (float(x) for x in metrics["loss"])
     print(f"\nloss {total / max(weight, 1e-9):.6g} over a weight of {weight:g}")
     grads = jax.jit(jax.grad(lambda params: loss(params)["loss"][0]))(state.params)
     if bad := _broken(grads):
-        return _tell("the gradient of", bad[0])
+        return _not_finite("the gradient of", bad[0])
     print("every parameter, activation, metric and gradient is finite")
     return 0
 
 
-def _tell(what: str, where: str) -> int:
-    print(f"not finite: {what} {where}")
+def _not_finite(kind: str, name: str) -> int:
+    print(f"not finite: {kind} {name}")
     return exits.BROKEN
 
 
-def _not_finite(tree: Tree) -> bool:
+def _finite(tree: Tree) -> bool:
     numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return not all(bool(jnp.isfinite(x).all()) for x in numbers)
+    return all(bool(jnp.isfinite(x).all()) for x in numbers)
 
 
 def _broken(tree: Tree) -> list[str]:
-    """Leaves that are not finite, the nearest to the loss first: that is where a gradient broke. Layers are stacked."""
+    """Leaves that are not finite, nearest to the loss first, where a gradient breaks first. Layers are stacked."""
     found = []
 
     def look(path: str, x: Array) -> None:
         if jnp.issubdtype(x.dtype, jnp.inexact) and not bool(jnp.isfinite(x).all()):
             bad = ~jnp.isfinite(x.reshape(x.shape[0], -1)).all(1) if in_layers(path) else None
             layer = -1 if bad is None else int(jnp.max(jnp.where(bad, jnp.arange(len(bad)), -1)))
-            place = 2 if "embed/" in path and "unembed" not in path else int(layer >= 0)  # the table is met last
+            place = 2 if "embed/" in path and "unembed" not in path else int(layer >= 0)  # the embedding is last
             found.append((place, -layer, path + (f" in layer {layer}" if layer >= 0 else "")))
 
     weights.map_named(look, tree)
@@ -128,7 +132,8 @@ def _broken(tree: Tree) -> list[str]:
 
 
 def _forward(loss: Callable[[], dict], layers: int) -> tuple[list[str], dict]:
-    """Runs the loss op by op, prints what the modules return; (the outputs that are not finite, metrics)."""
+    """Runs the loss op by op and prints the outputs of modules. Returns (names of outputs that are not finite,
+    metrics)."""
     bad, done = [], 0
 
     def look(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Tree:
@@ -139,8 +144,8 @@ def _forward(loss: Callable[[], dict], layers: int) -> tuple[list[str], dict]:
         x, path = jax.tree.leaves(out)[0], context.module.path
         inside = bool(path) or isinstance(context.module, Block)
         name = "/".join((f"layers/{done % layers}", *path)) if inside else "final_norm"
-        broken = _not_finite(x)
-        if broken or not path or done == 0:  # of the other layers, only the whole
+        broken = not _finite(x)
+        if broken or not path or done == 0:  # for layers after the first, only the output of the block
             top = float(jnp.abs(x).max())
             print(f"  {name:<44} {x.dtype} {list(x.shape)}  max |x| {top:.4g}")
         bad.extend([name] * broken)
@@ -153,12 +158,12 @@ def _forward(loss: Callable[[], dict], layers: int) -> tuple[list[str], dict]:
 
 
 def _first_nan(loss: Callable[[], Tree]) -> str:
-    """The line of the code that makes the first NaN; "" when there are only infinities."""
+    """The line of code that produces the first NaN; "" if there are only infinities."""
     try:
         with jax.disable_jit(), jax.debug_nans(True):
             loss()
     except FloatingPointError as e:
         frames = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).is_relative_to(ROOT / "model")]
         if frames:
-            return f"; the first NaN is made at {Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}"
+            return f"; the first NaN comes from {Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}"
     return ""

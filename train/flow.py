@@ -28,7 +28,7 @@ from train.step import compile_step
 
 @dataclasses.dataclass
 class Session:
-    """What one launch of a run works with, from its start to its end."""
+    """The objects of one launch of a run."""
 
     cfg: Config
     folder: RunDir
@@ -40,11 +40,11 @@ class Session:
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Pair]]]
     clock: Clock
     trace: Trace
-    rows: int  # of the data: an epoch
+    rows: int  # training rows per epoch
 
 
 def run(loaded: schema.Loaded, began: float) -> int:
-    """Trains in the run folder, from its newest whole checkpoint on; returns the exit code.
+    """Trains in the run folder, starting from its newest complete checkpoint; returns the exit code.
 
     `began` is time.perf_counter() when the launch began, before jax was imported.
     """
@@ -58,7 +58,7 @@ def run(loaded: schema.Loaded, began: float) -> int:
 
 
 def open_session(loaded: schema.Loaded, closing: contextlib.ExitStack, began: float) -> Session:
-    """Model, data and the state to go on from. Shapes and shardings are known before any array exists."""
+    """Opens model, data and the state to start from. Shapes and shardings are known before any array exists."""
     cfg, enter = loaded.config, closing.enter_context
     assert loaded.workdir, "the command line has been checked"
     folder = enter(RunDir(loaded.workdir, schema.to_dict(cfg), loaded.overrides, loaded.path))
@@ -76,7 +76,7 @@ def open_session(loaded: schema.Loaded, closing: contextlib.ExitStack, began: fl
         plan.show(cfg, blueprint, folder.path / "cost.json")
         state = init.first_state(cfg, blueprint, start)
 
-        # Where to start: 1. this run's newest whole checkpoint, 2. `init`, 3. at random.
+        # The run starts from 1. its newest complete checkpoint, 2. `init`, 3. random weights.
         def before_a_save() -> None:
             metrics.sync()
             folder.publish()
@@ -95,7 +95,8 @@ def open_session(loaded: schema.Loaded, closing: contextlib.ExitStack, began: fl
 
 
 def train(s: Session) -> int:
-    """The loop. Step n reads batch n - 1 and the state: a resume does what an uninterrupted run would have done."""
+    """The training loop. Step n depends only on the state and on batch n - 1, so a resumed run gives the same result
+    as an uninterrupted one. Returns the exit code."""
     cfg, metrics, clock, source = s.cfg, s.metrics, s.clock, s.source
     done, clock.bad = int(s.state.step), int(s.state.bad)
     verdict = s.monitor.verdict(done) if done else s.monitor(s.state, 0)
@@ -134,21 +135,21 @@ def train(s: Session) -> int:
         if verdict:
             break
         if stop:
-            metrics.end("stopped by a signal; the same command goes on from here", cfg.chip, exit_code=exits.PREEMPTED)
+            metrics.end("stopped by a signal; the same command resumes here", cfg.chip, exit_code=exits.PREEMPTED)
             return exits.PREEMPTED
     if verdict:
         return below_floor(s, verdict)
     if metrics.finished:
-        print(f"step {done} of {cfg.steps} is done, and nothing is left to do")
-    else:  # after the last step, or after a kill between its checkpoint and this line
+        print(f"all {cfg.steps} steps are done; nothing is left to do")
+    else:  # after the last step, or on resuming after a kill between its checkpoint and this line
         metrics.end("done", cfg.chip, **clock.totals(source.seen))
     return exits.DONE
 
 
 def below_floor(s: Session, verdict: str) -> int:
-    """Ends a run that has crossed a floor; a launch of the same command ends here again."""
+    """Ends a run that crossed a floor; launching the same command again ends here too. Returns the exit code."""
     s.ckpt.wait()
     step = s.ckpt.last_passed()
-    kept = "no step passed" if step is None else f"step {step} passed last and is kept: {s.ckpt.folder / str(step)}"
+    kept = "no step passed" if step is None else f"the last step that passed is kept: {s.ckpt.folder / str(step)}"
     s.metrics.end(f"{verdict}; {kept}", s.cfg.chip, exit_code=exits.BELOW_FLOOR)
     return exits.BELOW_FLOOR

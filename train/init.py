@@ -1,4 +1,4 @@
-"""From a config to a model and its first state: abstract values first, then arrays that are born sharded."""
+"""From a config to a model and its first state: first abstract values, then arrays that are created sharded."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,17 +24,17 @@ from train.state import Roles, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
-    """What a run will hold, before any of it exists: abstract values and shardings of the whole train state."""
+    """A run before any array exists: abstract values and shardings of the train state, and what they depend on."""
 
     model: Transformer  # the policy's
     objective: Objective
     transform: Callable[[Params, Array], Params]  # of a role that trains
     tx: optax.GradientTransformation
-    mask: dict[str, Tree]  # {role: tree of bools}: what trains
+    mask: dict[str, Tree]  # {role: tree of bools}: which parameters train
     abstract: TrainState  # ShapeDtypeStructs
     shardings: TrainState
     mesh: Mesh | AbstractMesh
-    attention: str  # which backend and why; "" without devices
+    attention: str  # the backend and the reason for it; "" without devices
 
     def network(self, role: str) -> Transformer:
         """The network of a role."""
@@ -42,7 +42,7 @@ class Blueprint:
 
 
 def blueprint(cfg: Config, model: Transformer, mesh: Mesh | AbstractMesh) -> Blueprint:
-    """Everything about the first state that does not need an array."""
+    """All of the first state that needs no array. Raises UserError for a config that does not fit the model."""
     attention = ""
     if isinstance(mesh, Mesh):
         asked, devices = cfg.model.attention, mesh.devices.flat[0].platform
@@ -51,7 +51,7 @@ def blueprint(cfg: Config, model: Transformer, mesh: Mesh | AbstractMesh) -> Blu
     objective = build.find("train.objectives", cfg.objective)(model)
     transform = build.transform(cfg, model.specs)
     what = "adapters" if cfg.peft.name and cfg.trainable == "all" else cfg.trainable
-    fresh = what == "adapters" and cfg.peft.name != "saved"  # then adapters off is the policy as it starts
+    fresh = what == "adapters" and cfg.peft.name != "saved"  # then the first policy is the base, adapters off
     abstract, mask, specs, axes, shares = {}, {}, {}, {}, {}
     for name, role in objective.roles.items():
         if role.kind == "initial" and fresh:
@@ -80,7 +80,7 @@ def blueprint(cfg: Config, model: Transformer, mesh: Mesh | AbstractMesh) -> Blu
 
 
 def _check_positions(cfg: Config, model: Transformer, policy: Params) -> None:
-    """Raises UserError for rows that are longer than the model's context."""
+    """Raises UserError for rows longer than the model's context."""
     room = model.config.context - virtual_tokens(policy)
     if cfg.data.seq_len > room:
         what = f"rows of {cfg.data.seq_len} tokens exceed the model's context of {room}"
@@ -88,7 +88,7 @@ def _check_positions(cfg: Config, model: Transformer, policy: Params) -> None:
 
 
 def _abstract(network: Transformer, role: Role, transform: Callable[[Params, Array], Params]) -> Params:
-    """The tree of a role as ShapeDtypeStructs. Raises UserError where the config's methods do not fit the network."""
+    """The tree of a role as ShapeDtypeStructs. Raises UserError if the config's methods do not fit the network."""
     try:
         return jax.eval_shape(lambda base: _grown(network, role, transform, base, jax.random.key(0)), network.abstract)
     except ValueError as e:
@@ -106,7 +106,7 @@ def _grown(
 
 
 def _mask(tree: Params, role: Role, what: str) -> Tree:
-    """True where a role trains. An "initial" role has the policy's mask: what it freezes is what the policy moves."""
+    """True for parameters that train. An "initial" role has the mask of the policy, whose trained part it copies."""
     if role.kind == "frozen":
         return jax.tree.map(lambda _: False, tree)
     try:
@@ -123,7 +123,7 @@ def _halves(roles: dict[str, Role], trees: Roles, mask: dict[str, Tree], shares:
         if roles[name].kind == "train":
             params[name] = moving
         elif roles[name].kind == "initial":
-            fixed = moving  # as it starts; the rest is the policy's own frozen half
+            fixed = moving  # a copy from step 0; the rest is shared with the policy
         if roles[name].kind != "train" or name not in shares:
             frozen[name] = fixed
     return params, frozen
@@ -146,9 +146,10 @@ def _like_params(opt_state: Tree, params: Roles, places: Tree, default: Tree) ->
 
 
 def first_state(cfg: Config, plan: Blueprint, pretrained: Any | None) -> TrainState:
-    """Step 0: weights at random, or streamed from a checkpoint leaf by leaf, then transformed; born sharded.
+    """The state of step 0: random weights, or weights streamed from a checkpoint leaf by leaf, then transformed; all
+    created sharded.
 
-    Raises UserError when the adapter to go on with was trained on another base.
+    Raises UserError when the adapter of peft.name=saved was trained on another base.
     """
     roles, shares, key = plan.objective.roles, dict(plan.abstract.shares), jax.random.key(cfg.seed)
     bases = {"policy": _load(plan, "policy", pretrained, key)}
@@ -171,7 +172,7 @@ def first_state(cfg: Config, plan: Blueprint, pretrained: Any | None) -> TrainSt
 
 
 def _load(plan: Blueprint, role: str, start: Any | None, key: Array) -> Params:
-    """The plain weights that a role starts from, in their places."""
+    """The plain weights that a role starts from, sharded."""
     network = plan.network(role)
     places = meshes.shardings(weights.axes(network.abstract, network.specs), network.abstract, plan.mesh)
     if start is None:

@@ -1,4 +1,4 @@
-"""What a run starts from: a pretrained model, its tokenizer, the data."""
+"""The inputs of a run: a pretrained model, its tokenizer, the data."""
 
 import contextlib
 import copy
@@ -25,26 +25,26 @@ from train.source import Batches, Source, local_rows
 
 
 def pretrained(cfg: Config) -> Pretrained | Run | None:
-    """The opened checkpoint of `init`, weights not read yet; None for a random start."""
+    """The opened checkpoint of `init`, before its weights are read; None for random weights."""
     return open_model(cfg.init) if cfg.init else None
 
 
 def model(cfg: Config) -> Transformer:
-    """The network of a config, before its data are read."""
+    """The network of a config; reads no data."""
     start = pretrained(cfg)
     return build.model(cfg, start, vocabulary(cfg, start))
 
 
 def tokenizer(cfg: Config, start: Pretrained | Run | None) -> Tokenizer:
-    """The tokenizer of the config, else that of `init`, else bytes."""
+    """The tokenizer of the config, else that of `init`, else the byte tokenizer."""
     return load_tokenizer(cfg.data, default=start.tokenizer_source if start else "bytes")
 
 
 def keep_tokenizer(found: Tokenizer, folder: Path, system: str = "") -> None:
-    """Makes a run folder hold a copy of its tokenizer.
+    """Saves a copy of the tokenizer in the run folder.
 
-    The system text that all chats began with goes into its template, for chats that bring none: what answers in this
-    run's name, here or from an export, is asked as in training.
+    The system text of the training chats becomes the default in its template, so that the run, and exports of it,
+    are prompted as in training.
     """
     if not hosts.primary():
         return
@@ -53,14 +53,15 @@ def keep_tokenizer(found: Tokenizer, folder: Path, system: str = "") -> None:
         found.chat_template = template.with_system(own, system)
         found.tool_template = found.tool_template and template.with_system(found.tool_template, system)
     place = folder / "tokenizer"
-    with contextlib.suppress(UserError):  # missing, damaged, or of a config that was changed before the first step
+    with contextlib.suppress(UserError):  # it is missing, or damaged, or the config changed before the first step
         if not place.is_symlink() and formats.load(place).fingerprint == found.fingerprint:
             return
     save_tokenizer(found, place)
 
 
 def vocabulary(cfg: Config, start: Pretrained | Run | None) -> int | None:
-    """Size of the tokenizer's vocabulary where it is known without reading data; None where it must be trained."""
+    """The size of the tokenizer's vocabulary, without reading data: that of a tokenizer still to be trained is the one
+    its spec asks for."""
     spec = cfg.data.tokenizer or (start.tokenizer_source if start else "bytes")
     if spec.startswith(("bpe:", "spm:")):
         return int(spec.split(":")[1])
@@ -68,7 +69,7 @@ def vocabulary(cfg: Config, start: Pretrained | Run | None) -> int | None:
 
 
 def sources(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Batches, Batches | None]:
-    """Training and held-out batches on the mesh; held-out is None when nothing is held out."""
+    """(training batches, held-out batches) on the mesh; the latter is None when nothing is held out."""
     row_shards(cfg, mesh)
     mine = local_rows(mesh, cfg.data.batch_size)
     train, heldout = make_loaders(cfg.data, tokenizer, cfg.seed, mine)
@@ -78,14 +79,14 @@ def sources(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Batches, Bat
 
 
 def follow_epochs(cfg: Config) -> None:
-    """Sets `steps` to `epochs` passes over the training rows, of which the last may be cut; 0 epochs leave it alone."""
+    """Sets `steps` from `epochs`, passes over the training rows, rounded up; 0 epochs leave it unchanged."""
     if cfg.epochs:
         train, _ = make_loaders(cfg.data, tokenizer(cfg, pretrained(cfg)), cfg.seed)
         cfg.steps = math.ceil(cfg.epochs * sum(train.sizes) / cfg.data.batch_size)
 
 
 def source(blueprint: Blueprint, data: Batches, steps: int) -> Source:
-    """What the run's batches come from: the data, or what the objective samples with the data as prompts.
+    """The source of the run's batches: the data, or the objective's own source, which samples with the data as prompts.
 
     Raises UserError when the data give batches of another kind (data.rows.batch.KINDS) than the objective reads, or
     when a run of `steps` steps would end in the middle of a rollout, where it cannot be saved.
@@ -94,13 +95,14 @@ def source(blueprint: Blueprint, data: Batches, steps: int) -> Source:
     if objective.source:
         made = objective.source(data, blueprint)
         if not made.resumable(steps):
-            raise UserError(f"{steps} steps end in the middle of a rollout", "config.steps", "end it with a rollout")
+            fix = "choose a number of steps that completes the last rollout"
+            raise UserError(f"{steps} steps end in the middle of a rollout", "config.steps", fix)
         return made
     if not batches.serves(kind, objective.batch):
         raise UserError(
-            f"the objective reads batches of kind {objective.batch!r}; the data give {kind!r}",
+            f"the objective needs batches of kind {objective.batch!r}, the data have kind {kind!r}",
             "config.data",
-            "choose an objective for these data, or data for this objective: preference pairs are of kind 'pair', rows "
-            "with a column label (config.data.format=labelled) or rating (rated) of these kinds",
+            "choose an objective for these data, or data for this objective: preference pairs have kind 'pair', rows "
+            "with a column label (config.data.format=labelled) or rating (rated) have these kinds",
         )
     return data

@@ -1,10 +1,10 @@
-"""Trains what a config file says, or shows what that would be.
+"""Trains a model as a config file says, or shows the plan of the run.
 
     python -m train.main --config=configs/sft/tiny.py --workdir=runs/tiny [--config.key=value ...] [--plan]
 
---plan shows what the run would hold; --debug examines one step and the batch of it; --profile=N traces N steps.
+--plan prints size and cost of the run; --debug examines one step and its batch; --profile=N traces N steps.
 
-Exit codes: 0 done, 2 the input must change, 70 the numbers broke down, 71 a figure crossed one of config.floors,
+Exit codes: 0 done, 2 bad input, 70 loss or gradients stayed non-finite, 71 a metric crossed one of config.floors,
 75 preempted: run the same command again.
 """
 
@@ -27,12 +27,13 @@ def main(argv: list[str]) -> int:
 
         return debug.run(loaded.config, loaded.workdir)
     if not loaded.workdir:
-        raise UserError("no run folder", "--workdir", "name one, as --workdir=runs/first; the same one resumes")
+        fix = "name one, such as --workdir=runs/first; naming it again resumes the run"
+        raise UserError("no run folder is given", "--workdir", fix)
     return run(loaded)
 
 
 def show_plan(cfg: Config) -> int:
-    """Prints what the run would hold and cost. No device is touched: -1 in the mesh counts as 1."""
+    """Prints size and cost of the run. No device is touched: -1 in the mesh counts as 1."""
     from train import plan
 
     plan.show(cfg, plan.blueprint(cfg))
@@ -40,7 +41,7 @@ def show_plan(cfg: Config) -> int:
 
 
 def run(loaded: schema.Loaded) -> int:
-    """Trains what a validated config says, in its folder, from the newest whole checkpoint on."""
+    """Trains as a validated config says, in its folder; resumes from the newest complete checkpoint."""
     began = time.perf_counter()
     from train import flow
 

@@ -1,4 +1,4 @@
-"""The device mesh, and the one table that says which mesh axis a logical axis lives on."""
+"""The device mesh, and the table that maps logical axes to mesh axes."""
 
 import math
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from configs.schema import rules
 from model import weights
 from model.weights import Tree
 
-# Outermost first: neighbors along the last axis are the nearest devices. "expert" is 1 until a model has experts.
+# Outermost first: neighbors along the last axis are the nearest devices. "expert" is 1, since no model has experts yet.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
-# Logical axis -> mesh axes. Activations have names of their own: a weight and an activation that share the axis
-# "embed" make XLA rematerialize whole arrays at the embedding. What is not listed is replicated.
+# Logical axis -> mesh axes; axes that are not listed are replicated. Activations have separate names: if a weight and
+# an activation shared the axis "embed", XLA would rematerialize whole arrays at the embedding.
 RULES = (
     ("act_batch", ("data", "fsdp")),
     ("act_seq", "context"),
@@ -37,26 +37,26 @@ BATCH = P(("data", "fsdp"), "context")  # [B,T]
 
 
 def mesh_shape(cfg: Config, devices: int) -> tuple[int, ...]:
-    """Sizes of the axes; at most one -1 takes the devices that remain. Raises UserError when they do not fit."""
+    """Sizes of the axes; at most one -1 becomes the remaining devices. Raises UserError if they do not fit."""
     sizes = [cfg.get(a, 1) for a in AXES]
     known = math.prod(s for s in sizes if s > 0)
     sizes = [devices // known if s == -1 else s for s in sizes]
     if math.prod(sizes) != devices:
         asked = " x ".join(f"{a} {s}" for a, s in zip(AXES, sizes) if a in cfg)
-        raise UserError(f"{asked} is not {devices} devices", "config.mesh", "let one axis be -1")
+        raise UserError(f"{asked} is not {devices} devices", "config.mesh", "set one axis to -1")
     return tuple(sizes)
 
 
 def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices. Auto axes: the partitioner places what the rules leave open."""
+    """A mesh over all devices, with Auto axes: the partitioner decides where the rules do not."""
     devices = jax.devices() if devices is None else devices
     grid = arrange(mesh_shape(cfg, len(devices)), devices)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    """The devices in the order of the network. Several TPU slices split the data axis: between them, over the data
-    center's network, only gradients go. Raises UserError when that axis does not divide over them."""
+    """The devices in the order of their network. Several TPU slices split the data axis, so that only gradients cross
+    the data center's network. Raises UserError if the number of slices does not divide that axis."""
     slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -67,21 +67,21 @@ def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
 
 
 def row_shards(cfg: Config, mesh: Mesh | AbstractMesh) -> int:
-    """How many devices share out the rows of a batch. Raises UserError when the mesh does not divide a batch [B,T],
-    which only the number of devices tells where an axis is -1."""
+    """Number of shards of the rows of a batch. Raises UserError when the mesh does not divide a batch [B,T]; with an
+    axis of -1 that depends on the number of devices."""
     for path, problem, fix in rules.shares(cfg.data.batch_size, cfg.accum, cfg.data.seq_len, mesh.shape):
         raise UserError(problem, f"config.{path}", fix)
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def abstract_mesh(cfg: Config, devices: int = 0) -> AbstractMesh:
-    """The mesh of a plan: no device is touched, and without their number an axis of -1 counts as 1."""
+    """The mesh of a plan: no device is touched, and if their number is unknown (0) an axis of -1 counts as 1."""
     shape = mesh_shape(cfg, devices) if devices else tuple(max(cfg.get(a, 1), 1) for a in AXES)
     return AbstractMesh(shape, AXES)
 
 
 def shardings(axes: Tree, abstract: Tree, mesh: Mesh | AbstractMesh) -> Tree:
-    """A NamedSharding at every array of `abstract`; `axes` holds its logical names."""
+    """A NamedSharding at every array of `abstract`; `axes` holds their logical names."""
     named = lambda x, names: NamedSharding(mesh, P(*weights.assigned_axes(names, x.shape, mesh, RULES)))
     return jax.tree.map(named, abstract, axes)
 

@@ -1,4 +1,4 @@
-"""What a run measures of itself on the way: held-out figures, task scores, samples; and the floors that stop it."""
+"""Evaluation of a run in progress: held-out metrics, task scores, samples; and the floors that stop a run."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -25,17 +25,17 @@ from train.objectives import Pair
 from train.source import Batches
 from train.state import Roles, TrainState
 
-PASSAGES = 32  # of `eval_text`
+PASSAGES = 32  # number of passages of `eval_text`
 
 
 class Monitor:
-    """Writes the figures of a state, and says which of the config's `floors` they cross.
+    """Writes the metrics of a state, and says which of the config's `floors` they cross.
 
-    Held-out figures are the objective's own metrics, of all its roles, as outside of training: without dropout or
-    other noise. The loss of an objective that sets `nll` is called "nll", and "bits_per_byte" stands beside it.
-    Samples are written before and after training.
-    `verdicts` holds what each evaluation of the run found, those of earlier sessions too: {step: "" or a floor};
-    `passed` the steps whose figures crossed none of the floors, where there are any.
+    Held-out metrics are those of the objective, with all its roles but without dropout or other noise. The loss of an
+    objective that sets `nll` is called "nll" there, and "bits_per_byte" is added. Samples are written before and after
+    training.
+    `verdicts` holds the result of each evaluation of the run, including those of earlier sessions: {step: "" or the
+    floor that was crossed}; `passed` holds the steps that crossed none, if the config has floors.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class Monitor:
     ):
         self.cfg, self.model, self.tokenizer, self.metrics = cfg, blueprint.model, tokenizer, metrics
         kind = blueprint.objective.batch
-        fits = heldout and batches.serves(heldout.loader.kind, kind)  # prompts are no rollouts
+        fits = heldout and batches.serves(heldout.loader.kind, kind)  # None if the data are prompts
         self.heldout = heldout if fits else None
         self.texts = _texts(cfg.eval_text)
         self.measure = jax.jit(_measure(blueprint, tokenizer))
-        self.first: dict[str, Any] = {}  # figures of step 0
+        self.first: dict[str, Any] = {}  # the metrics of step 0
         self.verdicts: dict[int, str] = {}
         self.passed: set[int] = set()
         for line in record.read(metrics.path):
@@ -55,9 +55,9 @@ class Monitor:
                 self._judge(line["step"], line)
 
     def __call__(self, state: TrainState, step: int) -> str:
-        """Measures a state; returns the floor that it crosses in one line, "" for none, the same on all processes.
+        """Evaluates a state; returns one line about the floor that it crosses, "" for none, equal on all processes.
 
-        Raises UserError when a floor is set for a figure that is not measured.
+        Raises UserError when a floor names a metric that is not measured.
         """
         with self.metrics.timer("eval"):
             lm = LM(self.model, state.role("policy"), self.tokenizer)
@@ -69,16 +69,16 @@ class Monitor:
         for name, _, _ in self.cfg.floors:
             if _key(name) not in figures:
                 known = ", ".join(f"eval/{key}" for key in figures) or "none"
-                raise UserError(f"no evaluation gives {name!r}", "config.floors", f"those of this run: {known}")
+                raise UserError(f"no evaluation measures {name!r}", "config.floors", f"measured: {known}")
         self._judge(step, figures)
         return self.verdict(step)
 
     def verdict(self, step: int) -> str:
-        """The floor that an evaluation of this step, perhaps of an earlier session, found crossed; "" for none."""
+        """The floor that this step crossed when it was evaluated, perhaps in an earlier session; "" for none."""
         found = self.verdicts.get(step, "")
-        if not hosts.from_first(bool(found)):
+        if not hosts.broadcast(bool(found)):
             return ""
-        return found or "a floor is crossed"  # only the first process reads what earlier sessions wrote
+        return found or "a floor was crossed"  # only the first process reads the metrics of earlier sessions
 
     def _judge(self, step: int, figures: dict[str, Any]) -> None:
         if step == 0:
@@ -117,7 +117,8 @@ class Monitor:
 
 
 def _measure(blueprint: Blueprint, tokenizer: Tokenizer) -> Callable[[Roles, Batch, Array], dict[str, Pair]]:
-    """The figures of a held-out batch as (sum, weight) pairs, to be jitted: the layers are computed once."""
+    """A function that gives the metrics of a held-out batch as (sum, weight) pairs. Jitted as a whole, it computes the
+    layers once."""
     objective, model = blueprint.objective, blueprint.model
 
     def measure(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
@@ -132,7 +133,7 @@ def _measure(blueprint: Blueprint, tokenizer: Tokenizer) -> Callable[[Roles, Bat
 
 
 def crossed(floor: tuple[str, str, float], figures: Mapping[str, Any], first: Mapping[str, Any]) -> str:
-    """The floor in one line when `figures` cross it, else "". `first` are those of step 0.
+    """One line about the floor if `figures` cross it, else "". `first` are the figures of step 0.
 
     A figure that is missing or not finite crosses every floor.
     """
@@ -155,9 +156,9 @@ def _finite(x: float | None) -> float:
 
 
 def _texts(source: str) -> list[str]:
-    """What the loss on general text is measured on. Raises UserError when the source has no long document."""
+    """The passages on which the loss on general text is measured. Raises UserError if the source has no long text."""
     if not source:
         return []
     if not (found := texts.passages(source, PASSAGES)):
-        raise UserError(f"{source!r} has no text of {2 * texts.PASSAGE} characters", "config.eval_text")
+        raise UserError(f"{source!r} has no text of at least {2 * texts.PASSAGE} characters", "config.eval_text")
     return found

@@ -19,7 +19,7 @@ from train.state import Roles
 
 
 def schedule(cfg: Config, steps: int) -> Callable:
-    """Learning rate of an optimizer step: linear warm-up to `lr`, then cosine | linear | constant | wsd."""
+    """Optimizer step -> learning rate: linear warm-up to `lr`, then cosine, linear, constant or wsd."""
     warmup = int(cfg.warmup if cfg.warmup >= 1 else round(cfg.warmup * steps))
     rest, end = max(steps - warmup, 1), cfg.lr * cfg.final_lr
     match cfg.schedule:
@@ -36,13 +36,13 @@ def schedule(cfg: Config, steps: int) -> Callable:
             )
         case other:
             raise schema.unknown("optim.schedule", other)
-    # step + 1: the first update already moves
+    # step + 1, so that the learning rate of the first update is not 0
     ramp = lambda step: cfg.lr * (step + 1) / max(warmup, 1)
     return optax.join_schedules([ramp, after], [warmup]) if warmup else after
 
 
 def optimizer(cfg: Config, steps: int, params: Roles, specs: Specs) -> optax.GradientTransformation:
-    """The transformation of a config's `optim` for the trainable `params` ({role: tree}, None where frozen)."""
+    """The transformation of a config's `optim` for the trainable `params`: {role: tree with None where frozen}."""
     lr = schedule(cfg, steps)
     decay = dict(weight_decay=cfg.weight_decay, mask=matrices(params, specs))
     match cfg.name:
@@ -71,13 +71,13 @@ def optimizer(cfg: Config, steps: int, params: Roles, specs: Specs) -> optax.Gra
 
 
 def randomly_rounded(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`tx` for parameters of 16 bits: computed in float32, and stored with stochastic rounding.
+    """`tx` for 16-bit parameters: computed in float32, and stored with stochastic rounding.
 
-    Rounded to the nearest bfloat16, an update below 1/512 of its weight is lost, at every step anew; rounded up or down
-    at random, the mean of what is stored is exact (Gupta et al. 2015, arXiv 1502.02551). That takes no memory, where
-    float32 copies of the weights take four bytes per parameter. Moments have the type of their parameter and are
-    rounded in the same way, except that those of float16, which squares of gradients underflow, are float32.
-    `update` needs the `key` of its step.
+    With rounding to nearest, an update below 1/512 of a bfloat16 weight is lost, at every step; rounded up or down at
+    random, the stored values are exact in the mean (Gupta et al. 2015, arXiv 1502.02551). This takes no memory, whereas
+    float32 copies of the weights take four bytes per parameter. Moments have the dtype of their parameter and are
+    rounded in the same way; those of float16 parameters are float32, since squares of gradients underflow in float16.
+    `update` takes the `key` of its step.
     """
 
     def init(params: Tree) -> Tree:
@@ -89,11 +89,11 @@ def randomly_rounded(tx: optax.GradientTransformation) -> optax.GradientTransfor
         updates, new = tx.update(jax.tree.map(_widened, updates), jax.tree.map(_widened, state), wide)
 
         def stored(path: str, old: Array, x: Array) -> Array:
-            """x in float32, as a number of the type of `old`."""
+            """x, float32, rounded to the precision of `old`."""
             return round_randomly(x, old.dtype, weights.key_for(key, path)) if _is_narrow(old) else x
 
         new = weights.map_named(lambda path, old, x: stored(f"state/{path}", old, x).astype(old.dtype), state, new)
-        # The difference of two numbers of 16 bits, so that adding it in float32 gives the second one exactly.
+        # The difference of two 16-bit numbers, so that adding it in float32 gives the new one exactly.
         step = lambda path, old, p, u: stored(path, old, p + u) - p
         return weights.map_named(step, params, wide, updates), new
 
@@ -101,9 +101,9 @@ def randomly_rounded(tx: optax.GradientTransformation) -> optax.GradientTransfor
 
 
 def round_randomly(x: Array, dtype: DTypeLike, key: Array) -> Array:
-    """Float32 numbers rounded up or down to those of a 16-bit `dtype`, the nearer one with the greater chance, so that
-    the mean is x. The random bits of an element are a hash of its place: equal on every mesh, and part of the loop that
-    rounds, where a generator would write an array of its own."""
+    """Rounds float32 numbers up or down to a 16-bit `dtype`, with probabilities such that the mean is x. The random
+    bits of an element are a hash of its position: equal on every mesh, and fused into the loop that rounds, where a
+    generator would write an extra array."""
     dropped = jnp.uint32(2 ** (jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant) - 1)
     first, second = jax.random.bits(key, (2,), jnp.uint32)
     noise = saved.scramble(saved.scramble(saved.positions(x.shape) ^ first) + second)
@@ -120,21 +120,21 @@ def _widened(x: Array) -> Array:
 
 
 def _decay(lr: Callable, rate: float) -> optax.GradientTransformation:
-    """Decoupled weight decay after a transformation that already holds the learning rate."""
+    """Decoupled weight decay, to follow a transformation that already includes the learning rate."""
 
     def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
         return jax.tree.map(lambda u, p: u - lr(state) * rate * p, updates, params), state + 1
 
-    return optax.GradientTransformation(lambda params: jax.numpy.zeros((), jax.numpy.int32), update)
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
 
 
 def matrices(params: Roles, specs: Specs) -> Tree:
-    """True at arrays that multiply activations, as opposed to norm scales and biases: these decay."""
+    """True at matrices that multiply activations, which decay; False at norm scales and biases."""
     return _by_spec(params, specs, lambda x, spec, names: bool(spec and spec.eqn) and x.ndim - spec.stacked >= 2)
 
 
 def muon_axes(params: Roles, specs: Specs) -> Tree:
-    """How Muon reads each array as a matrix; None (Adam) for vectors and for tables over the vocabulary."""
+    """The axes that Muon treats as rows and columns of each array; None (Adam) for vectors and vocabulary tables."""
 
     def numbers(x: Array, spec: Spec | None, names: tuple) -> optax.contrib.MuonDimensionNumbers | None:
         if not (spec and spec.eqn) or "vocab" in names or x.ndim - spec.stacked < 2:
@@ -163,8 +163,8 @@ def _by_spec(params: Roles, specs: Specs, f: Callable) -> Tree:
 def scale_by_path(rules: tuple, params: Roles) -> optax.GradientTransformation:
     """Multiplies the update of each parameter by the factor of the first (regex, factor) whose regex matches its path.
 
-    Paths are those of the model ("layers/attn/wq", "embed/table"), without the role. Raises UserError for a rule that
-    matches nothing.
+    Paths are those of the model ("layers/attn/wq", "embed/table"), without the role. Raises UserError for a rule
+    without a match.
     """
     used = set()
 

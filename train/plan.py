@@ -1,4 +1,4 @@
-"""`--plan`: what a run will be and hold, in seconds and without touching a device."""
+"""`--plan`: the size and cost of a run, without touching a device."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from train.init import Blueprint
 
 
 def blueprint(cfg: Config, devices: int = 0) -> Blueprint:
-    """That of a config on abstract devices; without their number, -1 in the mesh counts as 1."""
+    """The Blueprint of a config on abstract devices; if their number is unknown (0), -1 in the mesh counts as 1."""
     return init.blueprint(cfg, inputs.model(cfg), mesh.abstract_mesh(cfg.mesh, devices))
 
 
@@ -40,7 +40,7 @@ def describe(cfg: Config, plan: Blueprint) -> Json:
 
 
 def show(cfg: Config, plan: Blueprint, path: Path | None = None) -> None:
-    """Prints the plan, and keeps it at `path`."""
+    """Prints the plan, and saves it at `path`."""
     from rich.console import Console
     from rich.table import Table
 
@@ -56,17 +56,16 @@ def show(cfg: Config, plan: Blueprint, path: Path | None = None) -> None:
     table.add_row("parameters", f"{d['parameters']:,}, of which {d['trained']:,} train ({share:.2f} %)")
     table.add_row("tokens", f"{d['tokens_per_step']:,} per step x {cfg.steps:,} steps = {d['tokens']:,} at most")
     if cfg.epochs and not path:
-        table.add_row(
-            "epochs", f"{cfg.epochs:g}: the steps follow when the data are read; {cfg.steps:,} are assumed here"
-        )
+        note = f"{cfg.epochs:g}: the number of steps depends on the data; {cfg.steps:,} are assumed here"
+        table.add_row("epochs", note)
     table.add_row(
         "FLOPs per token", f"{d['flops_per_token']:.3g} in training, {d['flops_forward_per_token']:.3g} forward"
     )
-    table.add_row("FLOPs of the run", f"{d['flops']:.3g} at most: padding and masked targets cost less")
+    table.add_row("FLOPs of the run", f"{d['flops']:.3g} at most: less with padding and masked targets")
     for kind, held in d["bytes_per_device"].items():
         table.add_row(f"{kind.replace('_', ' ')} per device", size(held))
     axes = ", ".join(f"{a} {n}" for a, n in plan.mesh.shape.items() if n > 1)
     table.add_row("devices", f"{d['devices']} ({axes})" if axes else "1")
     if plan.attention:
         table.add_row("attention", plan.attention)
-    Console().print(table, "Activations come on top; their size is the compiler's.", sep="\n")
+    Console().print(table, "Activations come on top; their size depends on the compiler.", sep="\n")

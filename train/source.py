@@ -1,4 +1,4 @@
-"""Batches on devices: each process reads only the rows that its own devices hold."""
+"""Batches on devices: each process reads only the rows of its own devices."""
 
 from typing import Protocol
 
@@ -14,13 +14,13 @@ from data.rows.loader import Loader
 from train.mesh import BATCH
 from train.state import TrainState
 
-# Of this process's rows: "tokens" that are not padding, and "targets" of the loss. A source that samples adds
-# "ROLE/tokens" and "ROLE/targets": what went forward only through a role's layers, and through its head.
+# Counts of this process's rows: "tokens" that are not padding, and "targets" of the loss. A source that samples adds
+# "ROLE/tokens" and "ROLE/targets": tokens of extra forward passes through a role's layers and through its head.
 Counts = dict[str, int]
 
 
 class Source(Protocol):
-    """Where a run's batches come from. Batches of data ignore the state; an on-policy source samples from it.
+    """The source of a run's batches. Batches of data ignore the state; an on-policy source samples from it.
 
     The batch of step n is a function of the seed, the state and n: after a kill, steps are repeated from the newest
     checkpoint and give the same bits.
@@ -29,18 +29,18 @@ class Source(Protocol):
     seen: Counts  # over all sessions of the run
 
     def next(self, state: TrainState, step: int) -> tuple[Batch, Counts]:
-        """The batch that turns step `step` into the next one, counted as seen."""
+        """The batch from which step `step` computes the next one, and its counts, which are added to `seen`."""
         ...
 
     def resumable(self, step: int) -> bool:
-        """Whether a run may go on from a checkpoint of this step; a rollout that serves several steps is not cut.
+        """Whether a run can resume from a checkpoint of this step, which is not within a rollout of several steps.
 
-        A function of the step alone, as all processes must agree. True for step 0 and for the last one.
+        It depends only on the step, since all processes must agree. True for step 0 and for the last one.
         """
         ...
 
     def state_dict(self) -> Json:
-        """What a checkpoint's manifest keeps, as plain data."""
+        """The state for a checkpoint's manifest, as plain data."""
         ...
 
     def load_state_dict(self, state: Json) -> None:
@@ -49,7 +49,7 @@ class Source(Protocol):
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> slice:
-    """The rows of a global batch that this process's devices hold, as one range."""
+    """The range of rows of a global batch that are on this process's devices."""
     held = NamedSharding(mesh, P(BATCH[0])).addressable_devices_indices_map((batch_size,)).values()
     edges = [index[0].indices(batch_size)[:2] for index in held if index]
     return slice(min(a for a, _ in edges), max(b for _, b in edges))
@@ -72,7 +72,7 @@ class Batches:
         return True
 
     def batch(self, step: int) -> tuple[Batch, Counts]:
-        """The batch of a step, and what this process's rows hold: tokens that are not padding, targets of the loss."""
+        """The batch of a step, and the counts of this process's rows."""
         local = self.loader.batch(step)
         parts = batches.parts(local).values()
         counts = {
@@ -82,7 +82,7 @@ class Batches:
         return jax.tree.map(self.place, local), counts
 
     def place(self, x: np.ndarray) -> jax.Array:
-        """This process's rows [b, T] or [b] as its part of a global array."""
+        """The global array of which this process has the rows x [b, T] or [b]."""
         shape = (self.loader.batch_size, *x.shape[1:])
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The state of a run: everything a step reads and writes."""
+"""The state of a run: everything that a step reads and writes."""
 
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -17,11 +17,12 @@ Roles = dict[str, Params]
 
 @flax.struct.dataclass
 class TrainState:
-    """`params` and `frozen` are {role: tree}: the same tree twice, with None in each other's places.
+    """`params` and `frozen` are {role: tree}: the trained and the frozen half of each role, with None in the places of
+    the other half.
 
-    Only `params` is differentiated, has optimizer state and goes into a checkpoint; `frozen` is derived again from the
-    config. A role that trains nothing is only in `frozen`; `role` puts a tree together, with the frozen half of
-    another role where it has none of its own. Every random number of step n comes from fold_in(seed, n).
+    Only `params` is differentiated, has optimizer state and is checkpointed; `frozen` is rebuilt from the config. A
+    role that does not train is only in `frozen`. `role` combines the halves; a role may share the frozen half of
+    another one. Every random number of step n comes from fold_in(seed, n).
     """
 
     step: Array  # int32
@@ -46,7 +47,7 @@ class TrainState:
         seed: int,
         shares: tuple[tuple[str, str], ...] = (),
     ) -> "TrainState":
-        step, bad, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))  # arrays of their own: each is donated
+        step, bad, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))  # three arrays, since each is donated
         return cls(step, params, frozen, tx.init(params), jnp.uint32(seed), bad, skipped, shares)
 
     @property
@@ -55,18 +56,18 @@ class TrainState:
 
     @property
     def roles(self) -> Roles:
-        """The whole tree of every role."""
+        """{role: its whole tree}."""
         return {name: self.role(name) for name in self.params | self.frozen}
 
     def in_training(self, key: Array) -> Roles:
-        """The roles as a training step sees them: those that train with their noise and their schedules."""
+        """The roles as a training step sees them: with dropout and other noise in those that train."""
         roles = self.roles
         return roles | {name: weights.in_training(roles[name], key, self.step) for name in self.params}
 
     def role(self, name: str) -> Params:
-        """The whole tree of a role: what trains, what is frozen, and what it shares with another role."""
+        """The whole tree of a role: its trained half, its frozen half, and what it shares with another role."""
         parts = [tree[name] for tree in (self.params, self.frozen) if name in tree]
         if shared := dict(self.shares).get(name):
-            own = jax.tree.map(lambda _: None, parts[0])  # a head of its own, where the other role has nothing
+            own = jax.tree.map(lambda _: None, parts[0])  # a head that the other role does not have
             parts.append(own | self.frozen[shared])
         return reduce(weights.combine, parts)

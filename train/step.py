@@ -20,9 +20,9 @@ def make_step(
     """A function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
     `loss` returns metrics as (sum, weight) pairs; the mean of metrics["loss"] is minimized. Gradients of the sum are
-    added up over `accum` micro-batches and divided once by the whole weight, so that the result does not depend on how
-    tokens fall into micro-batches. A step whose loss or gradient is not finite changes nothing but its counters; the
-    decision is taken inside, on globally reduced values, so that all hosts agree.
+    accumulated over `accum` micro-batches and divided once by the total weight, so that the result does not depend on
+    how tokens are distributed over micro-batches. A step whose loss or gradient is not finite changes only the
+    counters; the decision uses globally reduced values, so that all hosts agree.
     """
     optimizer = optax.with_extra_args_support(tx)
 
@@ -57,7 +57,7 @@ def make_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, key=state.key)
             return cast(Roles, optax.apply_updates(state.params, updates)), opt_state
 
-        # `cond`, not `where`: a selection makes XLA keep a second copy of the optimizer state, 1 GB at 135M parameters.
+        # `cond`, not `where`: `where` makes XLA keep a second copy of the optimizer state, 1 GB for 135M parameters.
         params, opt_state = jax.lax.cond(ok, update, lambda: (state.params, state.opt_state))
         state = state.replace(
             step=state.step + 1,
@@ -75,7 +75,7 @@ def make_step(
 def compile_step(
     blueprint: Blueprint, accum: int = 1
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Pair]]]:
-    """`make_step` of a run under jit: the state is donated and comes back where the blueprint places it."""
+    """The jitted `make_step` of a run: the state is donated and returned with the shardings of the blueprint."""
     step = make_step(blueprint.objective.loss, blueprint.tx, accum)
     return jax.jit(step, donate_argnums=0, out_shardings=(blueprint.shardings, None))
 

@@ -1,8 +1,9 @@
-"""How a tensor of a checkpoint lies against ours: "(NH)D->DNH" says that its rows are N and H merged, its columns D.
+"""How a tensor of a checkpoint maps to ours: "(NH)D->DNH" says that its rows are N and H merged, its columns D.
 
-The one declaration serves both ways, and tells which slice of the file a slice of ours needs. Letters are those of the
-equations in model/weights.py, and P of learned positions. A digit marks an axis that holds several parameters one
-after the other: "D(3NH)->DNH" with part 1 is the middle third (GPT-2's keys). An axis "1" is one that we do not have.
+One declaration serves reading and writing, and determines which slice of the file a slice of ours needs. Letters are
+those of the equations in model/weights.py, and P for learned positions. A digit marks an axis that holds several
+parameters one after the other: "D(3NH)->DNH" with part 1 is the middle third (GPT-2's keys). "1" is an axis of size 1
+that we do not have.
 """
 
 import math
@@ -15,10 +16,10 @@ Index = tuple[slice, ...]
 
 
 class Key(NamedTuple):
-    name: str  # in the checkpoint; {} stands for the layer
+    name: str  # in the checkpoint; {} is the number of the layer
     layout: str
     part: int = 0
-    less: float = 0.0  # the checkpoint holds ours less this (Gemma's scales: 1)
+    less: float = 0.0  # what to subtract from ours to get the checkpoint's (Gemma's scales: 1)
 
 
 def parse(layout: str) -> tuple[list[str], str]:
@@ -38,12 +39,12 @@ def parse(layout: str) -> tuple[list[str], str]:
 
 
 def size(letters: str, sizes: dict[str, int]) -> int:
-    """Of merged axes."""
+    """The size of merged axes."""
     return math.prod(int(c) if c.isdigit() else sizes[c] for c in letters)
 
 
 def shape(key: Key, sizes: dict[str, int]) -> tuple[int, ...]:
-    """Of the checkpoint's tensor."""
+    """The shape of the checkpoint's tensor."""
     return tuple(size(letters, sizes) for letters in parse(key.layout)[0])
 
 
@@ -52,9 +53,9 @@ def our_shape(key: Key, sizes: dict[str, int]) -> tuple[int, ...]:
 
 
 def read(key: Key, tensor: Callable[[Index], np.ndarray], sizes: dict[str, int], index: Index) -> np.ndarray:
-    """Our parameter at `index`, of a tensor that is itself read by slices.
+    """Our parameter at `index`, where `tensor` reads slices of the checkpoint's.
 
-    Of merged axes only the first is cut in the file, since only that keeps the slice in one piece.
+    Of merged axes only the first is sliced in the file, since only that slice is contiguous.
     """
     axes, ours = parse(key.layout)
     wanted = dict(zip(ours, index, strict=True))
@@ -76,7 +77,7 @@ def read(key: Key, tensor: Callable[[Index], np.ndarray], sizes: dict[str, int],
 
 
 def write(parts: list[tuple[Key, np.ndarray]], sizes: dict[str, int]) -> np.ndarray:
-    """The checkpoint's tensor from the parameters that it holds: the inverse of `read`."""
+    """The checkpoint's tensor from the parameters in it: the inverse of `read`."""
     arrays = []
     for key, x in sorted(parts, key=lambda part: part[0].part):
         axes, ours = parse(key.layout)

@@ -1,8 +1,8 @@
-"""GPT-2: learned positions, LayerNorm, biases everywhere; its linear layers are stored [in, out], q, k and v in one."""
+"""GPT-2: learned positions, LayerNorm, biases everywhere. Matrices are stored as [in, out], and q, k and v in one."""
 
 from model.config import ModelConfig
 from model.families._layout import Key
-from model.families.llama import act, act_name, refuse
+from model.families.llama import act, act_name, read_fields, refuse, write_fields
 
 LAYER = "transformer.h.{}."
 KEYS = {
@@ -29,9 +29,15 @@ KEYS = {
     "unembed/table": Key("lm_head.weight", "VD->DV"),
 }
 
-
-DEFAULTS = dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024)
-OTHER_NAMES = dict(  # of transformers' attribute map
+FIELDS = {  # of ModelConfig: key of a config.json
+    "vocab_size": "vocab_size", "layers": "n_layer", "embed": "n_embd", "heads": "n_head", "max_len": "n_positions",
+    "norm_eps": "layer_norm_epsilon", "tied": "tie_word_embeddings",
+}  # fmt: skip
+DEFAULTS = dict(
+    vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024, layer_norm_epsilon=1e-5,
+    tie_word_embeddings=True,
+)  # fmt: skip
+OTHER_NAMES = dict(  # from transformers' attribute map
     hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
     max_position_embeddings="n_positions",
 )  # fmt: skip
@@ -40,38 +46,20 @@ OTHER_NAMES = dict(  # of transformers' attribute map
 def config(hf: dict) -> ModelConfig:
     hf = DEFAULTS | {OTHER_NAMES.get(name, name): value for name, value in hf.items()}
     refuse(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    embed, heads = hf["n_embd"], hf["n_head"]
     return ModelConfig(
         family="gpt2",
-        vocab_size=hf["vocab_size"],
-        layers=hf["n_layer"],
-        embed=embed,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=embed // heads,
-        mlp=hf.get("n_inner") or 4 * embed,
+        **read_fields(hf, FIELDS),
+        kv_heads=hf["n_head"],
+        head_dim=hf["n_embd"] // hf["n_head"],
+        mlp=hf.get("n_inner") or 4 * hf["n_embd"],
         norm="layernorm",
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
         act=act(hf.get("activation_function", "gelu_new")),
         gated=False,
         position="learned",
-        max_len=hf["n_positions"],
-        tied=hf.get("tie_word_embeddings", True),
         bias="all",
     )
 
 
 def hf_config(c: ModelConfig) -> dict:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": c.vocab_size,
-        "n_layer": c.layers,
-        "n_embd": c.embed,
-        "n_head": c.heads,
-        "n_inner": c.mlp,
-        "n_positions": c.max_len,
-        "layer_norm_epsilon": c.norm_eps,
-        "activation_function": act_name(c.act),
-        "tie_word_embeddings": c.tied,
-    }
+    own = {"n_inner": c.mlp, "activation_function": act_name(c.act)}
+    return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **write_fields(c, FIELDS), **own}

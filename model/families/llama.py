@@ -29,16 +29,21 @@ KEYS = {
     "final_norm/scale": Key("model.norm.weight", "D->D"),
     "unembed/table": Key("lm_head.weight", "VD->DV"),
 }
-DEFAULTS = dict(  # of what a config.json may leave out, as everywhere in transformers
+FIELDS = {  # of ModelConfig: key of a config.json
+    "vocab_size": "vocab_size", "layers": "num_hidden_layers", "embed": "hidden_size", "heads": "num_attention_heads",
+    "mlp": "intermediate_size", "norm_eps": "rms_norm_eps", "max_len": "max_position_embeddings",
+    "tied": "tie_word_embeddings",
+}  # fmt: skip
+DEFAULTS = dict(  # for keys that a config.json may omit, as in transformers
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-    max_position_embeddings=2048,
+    max_position_embeddings=2048, rms_norm_eps=1e-6, tie_word_embeddings=False,
 )  # fmt: skip
 ACTS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh", "quick_gelu": "gelu_sigmoid", "relu": "relu",
 }  # fmt: skip
-ROPES = {  # type: what it cannot do without
+ROPES = {  # type: parameters that it requires
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -49,68 +54,64 @@ BIASES = {(False, False): "none", (True, False): "attn", (False, True): "mlp", (
 
 
 def config(hf: dict, defaults: dict | None = None, **delta: Any) -> ModelConfig:
-    """Of a config.json; `defaults` and `delta` are what a related family has of its own."""
+    """The ModelConfig of a config.json; `defaults` and `delta` are those of a related family.
+
+    Raises UserError for a model that is not supported.
+    """
     hf = DEFAULTS | (defaults or {}) | hf
     refuse(hf)
-    heads = hf["num_attention_heads"]
     theta, scaling = rope(hf)
     if rotary(hf) != 1.0:
-        raise UserError("rotary positions on a part of the head are not computed here", "partial_rotary_factor")
-    fields = dict(
+        raise UserError("rotary positions on a part of the head are not supported", "partial_rotary_factor")
+    fields = read_fields(hf, FIELDS) | dict(
         family="llama",
-        vocab_size=hf["vocab_size"],
-        layers=hf["num_hidden_layers"],
-        embed=hf["hidden_size"],
-        heads=heads,
-        kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        mlp=hf["intermediate_size"],
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
         act=act(hf.get("hidden_act", "silu")),
-        max_len=hf["max_position_embeddings"],
         rope_theta=theta,
         rope_scaling=scaling,
-        tied=hf.get("tie_word_embeddings", False),
         bias=BIASES[bool(hf.get("attention_bias")), bool(hf.get("mlp_bias"))],
     )
     return ModelConfig.from_dict(fields | delta)
 
 
 def hf_config(c: ModelConfig) -> dict:
-    """The config.json of this family, in the words that every version of transformers reads."""
-    return {
+    """The config.json of a model, with keys that every version of transformers reads."""
+    return write_fields(c, FIELDS) | {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
-        "vocab_size": c.vocab_size,
-        "num_hidden_layers": c.layers,
-        "hidden_size": c.embed,
-        "num_attention_heads": c.heads,
         "num_key_value_heads": c.kv_heads,
         "head_dim": c.head_dim,
-        "intermediate_size": c.mlp,
-        "rms_norm_eps": c.norm_eps,
         "hidden_act": act_name(c.act),
-        "max_position_embeddings": c.max_len,
         "rope_theta": c.rope_theta,
         "rope_scaling": dict(c.rope_scaling) or None,
-        "tie_word_embeddings": c.tied,
         "attention_bias": c.bias in ("attn", "all"),
         "mlp_bias": c.bias in ("mlp", "all"),
     }
 
 
+def read_fields(hf: dict, fields: dict[str, str]) -> dict[str, Any]:
+    """Arguments of ModelConfig from a config.json: {our field: its key}."""
+    return {ours: hf[theirs] for ours, theirs in fields.items()}
+
+
+def write_fields(c: ModelConfig, fields: dict[str, str]) -> dict[str, Any]:
+    """The inverse of `read_fields`."""
+    return {theirs: getattr(c, ours) for ours, theirs in fields.items()}
+
+
 def rope(hf: dict) -> tuple[float, dict]:
-    """(theta, scaling) of a config.json; no scaling is {}."""
+    """(theta, scaling) of a config.json; {} for no scaling. Raises UserError for an unsupported type."""
     scaling = dict(spelled(hf))
     if any(isinstance(v, dict) for v in scaling.values()):
-        raise UserError("rope parameters that differ between layers are not computed here", "rope_parameters")
+        raise UserError("rope parameters that differ between layers are not supported", "rope_parameters")
     theta = scaling.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
     kind = scaling.pop("rope_type", None) or scaling.get("type") or "default"
     for name in ("type", "partial_rotary_factor", "mrope_section", "mrope_interleaved"):
         scaling.pop(name, None)
-    kind = "default" if kind == "mrope" else kind  # three positions a token, which are equal in text
+    kind = "default" if kind == "mrope" else kind  # three positions per token, which are equal for text
     if kind not in ROPES:
-        raise UserError(f"rope type {kind!r} is not computed here; known: {', '.join(ROPES)}", "rope_scaling")
+        raise UserError(f"rope type {kind!r} is not supported; supported: {', '.join(ROPES)}", "rope_scaling")
     if kind == "default":
         return float(theta), {}
     scaling = {k: v for k, v in scaling.items() if v is not None}
@@ -132,13 +133,13 @@ def spelled(hf: dict) -> dict:
 
 
 def rotary(hf: dict, default: float = 1.0) -> float:
-    """The share of a head that rope turns."""
+    """The fraction of a head's dimensions that rope rotates."""
     return spelled(hf).get("partial_rotary_factor") or hf.get("partial_rotary_factor") or default
 
 
 def act(name: str) -> str:
     if name not in ACTS:
-        raise UserError(f"activation {name!r} is not computed here; known: {', '.join(ACTS)}", "hidden_act")
+        raise UserError(f"activation {name!r} is not supported; supported: {', '.join(ACTS)}", "hidden_act")
     return ACTS[name]
 
 
@@ -147,14 +148,14 @@ def act_name(ours: str) -> str:
 
 
 def refuse(hf: dict, **expected: Any) -> None:
-    """UserError when a config asks for what the layers do not compute. No family looks both ways yet."""
+    """Raises UserError for a setting that is not supported. All families are causal so far."""
     for key, value in {"is_causal": True, "use_bidirectional_attention": False, **expected}.items():
         if hf.get(key, value) not in (value, None):
-            raise UserError(f"{key}={hf[key]!r} is not computed here; only {value!r} is", hf.get("model_type", ""))
+            raise UserError(f"{key}={hf[key]!r} is not supported; only {value!r} is", hf.get("model_type", ""))
 
 
 def windows(hf: dict) -> tuple[int, ...]:
-    """One sliding window a layer, as Qwen2 and Qwen3 say it: `layer_types`, or all layers from `max_window_layers`."""
+    """One sliding window per layer, from the keys of Qwen2 and Qwen3: `layer_types`, else `max_window_layers`."""
     layers, window = hf.get("num_hidden_layers", 32), hf.get("sliding_window", 4096)
     if not window or not hf.get("use_sliding_window"):
         return ()

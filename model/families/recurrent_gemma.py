@@ -1,22 +1,20 @@
-"""RecurrentGemma: Griffin's recurrent layers and layers of local attention, with Gemma's norms, embedding and head."""
+"""RecurrentGemma: Griffin's recurrent layers and local attention layers, with Gemma's norms, embedding and head."""
 
 from model.config import ModelConfig
 from model.families import llama
 from model.families._layout import Key
 
 MIXER = llama.LAYER + "temporal_block."
-MLP = llama.LAYER + "mlp_block."
-KEYS = {
-    "embed/table": llama.KEYS["embed/table"],
+RENAMED = {"self_attn": "temporal_block", "mlp": "mlp_block"}  # modules of Llama that have the same tensors here
+
+
+def _renamed(key: Key) -> Key:
+    parts = key.name.split(".")
+    return key._replace(name=".".join(RENAMED.get(part, part) for part in parts))
+
+
+KEYS = {path: _renamed(key) for path, key in llama.KEYS.items()} | {
     "layers/attn_norm/scale": Key(llama.LAYER + "temporal_pre_norm.weight", "D->D", less=1.0),
-    "layers/attn/wq": Key(MIXER + "q_proj.weight", "(NH)D->DNH"),
-    "layers/attn/wk": Key(MIXER + "k_proj.weight", "(KH)D->DKH"),
-    "layers/attn/wv": Key(MIXER + "v_proj.weight", "(KH)D->DKH"),
-    "layers/attn/wo": Key(MIXER + "o_proj.weight", "D(NH)->NHD"),
-    "layers/attn/bq": Key(MIXER + "q_proj.bias", "(NH)->NH"),
-    "layers/attn/bk": Key(MIXER + "k_proj.bias", "(KH)->KH"),
-    "layers/attn/bv": Key(MIXER + "v_proj.bias", "(KH)->KH"),
-    "layers/attn/bo": Key(MIXER + "o_proj.bias", "D->D"),
     "layers/recurrent/gate": Key(MIXER + "linear_y.weight", "WD->DW"),
     "layers/recurrent/bgate": Key(MIXER + "linear_y.bias", "W->W"),
     "layers/recurrent/in": Key(MIXER + "linear_x.weight", "WD->DW"),
@@ -31,71 +29,54 @@ KEYS = {
     "layers/recurrent/brecurrence": Key(MIXER + "rg_lru.recurrent_gate_bias", "NJ->NJ"),
     "layers/recurrent/decay": Key(MIXER + "rg_lru.recurrent_param", "W->W"),
     "layers/mlp_norm/scale": Key(llama.LAYER + "channel_pre_norm.weight", "D->D", less=1.0),
-    "layers/mlp/gate": Key(MLP + "gate_proj.weight", "FD->DF"),
-    "layers/mlp/bgate": Key(MLP + "gate_proj.bias", "F->F"),
-    "layers/mlp/up": Key(MLP + "up_proj.weight", "FD->DF"),
-    "layers/mlp/bup": Key(MLP + "up_proj.bias", "F->F"),
-    "layers/mlp/down": Key(MLP + "down_proj.weight", "DF->FD"),
-    "layers/mlp/bdown": Key(MLP + "down_proj.bias", "D->D"),
     "final_norm/scale": Key("model.final_norm.weight", "D->D", less=1.0),
-    "unembed/table": llama.KEYS["unembed/table"],
 }
+FIELDS = {  # of ModelConfig: key of a config.json
+    "vocab_size": "vocab_size", "layers": "num_hidden_layers", "embed": "hidden_size", "heads": "num_attention_heads",
+    "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings", "conv": "conv1d_width", "logit_cap": "logits_soft_cap",
+}  # fmt: skip
 DEFAULTS = dict(
-    vocab_size=256000, hidden_size=2560, intermediate_size=7680, num_hidden_layers=26, num_attention_heads=10
+    vocab_size=256000, hidden_size=2560, intermediate_size=7680, num_hidden_layers=26, num_attention_heads=10,
+    rms_norm_eps=1e-6, tie_word_embeddings=True, conv1d_width=4, logits_soft_cap=30.0,
 )  # fmt: skip
 NAMES = {"recurrent": "recurrent", "attention": "attn"}
 
 
 def config(hf: dict) -> ModelConfig:
     hf = DEFAULTS | hf
-    layers, embed, heads = hf["num_hidden_layers"], hf["hidden_size"], hf["num_attention_heads"]
+    embed, heads = hf["hidden_size"], hf["num_attention_heads"]
     theta, scaling = llama.rope(hf)
     llama.refuse(hf)
     llama.refuse(scaling, rope_type="default")
     window = hf.get("sliding_window") or hf.get("attention_window_size", 2048)
     return ModelConfig(
         family="recurrent_gemma",
-        vocab_size=hf["vocab_size"],
-        layers=layers,
-        embed=embed,
-        heads=heads,
+        **llama.read_fields(hf, FIELDS),
         kv_heads=hf.get("num_key_value_heads") or heads,
         head_dim=embed // heads,
-        mlp=hf["intermediate_size"] // 2,  # of gate and up together
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        mlp=hf["intermediate_size"] // 2,  # theirs counts gate and up
         act=llama.act(hf.get("hidden_activation", "gelu_pytorch_tanh")),
         rotary=llama.rotary(hf, 0.5),
         rope_theta=theta,
-        tied=hf.get("tie_word_embeddings", True),
         bias="all" if hf.get("attention_bias") else "rest",
-        windows=(window,) * layers,
+        windows=(window,) * hf["num_hidden_layers"],
         blocks=tuple(NAMES[kind] for kind in hf.get("block_types") or ("recurrent", "recurrent", "attention")),
         recurrent=hf.get("lru_width") or embed,
-        conv=hf.get("conv1d_width", 4),
         scale_embed=True,
-        logit_cap=hf.get("logits_soft_cap", 30.0),
     )
 
 
 def hf_config(c: ModelConfig) -> dict:
-    return {
+    return llama.write_fields(c, FIELDS) | {
         "architectures": ["RecurrentGemmaForCausalLM"],
         "model_type": "recurrent_gemma",
-        "vocab_size": c.vocab_size,
-        "num_hidden_layers": c.layers,
-        "hidden_size": c.embed,
-        "num_attention_heads": c.heads,
         "num_key_value_heads": c.kv_heads,
         "intermediate_size": 2 * c.mlp,
-        "rms_norm_eps": c.norm_eps,
         "hidden_activation": llama.act_name(c.act),
         "rope_theta": c.rope_theta,
         "partial_rotary_factor": c.rotary,
-        "tie_word_embeddings": c.tied,
         "attention_bias": c.bias == "all",
         "attention_window_size": c.windows[0],
         "block_types": [next(theirs for theirs, ours in NAMES.items() if ours == kind) for kind in c.blocks],
         "lru_width": c.recurrent,
-        "conv1d_width": c.conv,
-        "logits_soft_cap": c.logit_cap,
     }

@@ -1,6 +1,6 @@
-"""A number for each token: the reward of a sequence at its last one, or the value of a state.
+"""One number per token: the reward of a sequence, read at its last token, or the value of a state.
 
-Without a bias, as in Hugging Face's models for sequence classification: rewards are compared, never read alone.
+There is no bias, as in Hugging Face's sequence classifiers: only differences of rewards matter.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class Scalar(Head):
 
 
 def make() -> Callable[[ModelConfig, Array], Scalar]:
-    """A head that starts at 0: a critic that has seen nothing expects nothing."""
+    """A head whose weights start at 0, so that an untrained critic predicts 0."""
 
     def init(config: ModelConfig, key: Array) -> Scalar:
         return Scalar(jnp.zeros(config.embed))

@@ -15,30 +15,31 @@ Angles = tuple[Array, Array]  # cos and sin [B,T,1,H/2]
 
 
 class Context(NamedTuple):
-    """What the layers know of their tokens [B,T] and of the columns [B,S] that these may see.
+    """The inputs of all layers besides x: about the tokens [B,T], and the columns [B,S] that they may attend to.
 
     Without a cache the columns are the tokens, and S is T.
     """
 
-    age: Array  # [B,T] tokens of its document before each token
+    age: Array  # [B,T] number of earlier tokens in the same document
     positions: Array  # [B,S]
     segments: Array  # [B,S]
-    index: Array  # [] the first column of the tokens
-    see: Array  # [B,T,S] bool: what a layer without a window sees
-    see_window: Array | None  # the same of layers with a window, if there are any
+    index: Array  # [] the column of the first token
+    see: Array  # [B,T,S] bool: the attention mask of layers without a window
+    see_window: Array | None  # [B,T,S] bool: that of layers with a window, if there are any
     angles: Angles | None
     backend: str  # "cache", or one of model/net/backends.py
     windows: tuple[int, ...]  # of all layers
     causal: bool
-    windowed: bool | Array = False  # whether the layer at hand has a window
-    report: tuple[str, ...] = ()  # what layers are asked to report
+    windowed: bool | Array = False  # whether the current layer has a window
+    report: tuple[str, ...] = ()  # names of the reports that layers should make
 
 
 def rope_frequencies(config: ModelConfig, length: int | Array) -> tuple[Array, float]:
-    """Inverse frequencies [H/2] and the factor on cos and sin, after the config's `rope_scaling`.
+    """(inverse frequencies [H/2], factor on cos and sin) with the config's `rope_scaling`.
 
     Types as in Hugging Face configs: default, linear (Chen et al. 2023, arXiv 2306.15595), dynamic (NTK-aware: it
     stretches once `length` exceeds `max_len`), llama3 (Llama 3.1), yarn (Peng et al. 2023, arXiv 2309.00071).
+    Raises ValueError for another type.
     """
     dim, theta = int(config.head_dim * config.rotary), config.rope_theta
     scaling = dict(config.rope_scaling)
@@ -63,7 +64,7 @@ def rope_frequencies(config: ModelConfig, length: int | Array) -> tuple[Array, f
 
 
 def _llama3(freq: Array, factor: float, scaling: dict) -> Array:
-    """Long wavelengths are stretched by `factor`, short ones kept, the band between interpolated."""
+    """Stretches long wavelengths by `factor`, keeps short ones, and interpolates between them."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # turns within the original context
     smooth = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -71,12 +72,12 @@ def _llama3(freq: Array, factor: float, scaling: dict) -> Array:
 
 
 def _yarn(freq: Array, factor: float, scaling: dict, config: ModelConfig) -> tuple[Array, float]:
-    """NTK-by-parts, eq. 23 of the paper, and its temperature on the attention logits."""
+    """NTK-by-parts, eq. 23 of the paper, and its factor on the attention logits."""
     dim = config.head_dim
     original = scaling.get("original_max_position_embeddings") or config.max_len
     factor = factor or config.max_len / original
 
-    def dimension(turns: float) -> float:  # where the wavelength makes `turns` turns in the original context
+    def dimension(turns: float) -> float:  # whose wavelength makes `turns` turns in the original context
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
@@ -103,7 +104,7 @@ def rope_angles(config: ModelConfig, positions: Array) -> Angles:
 
 
 def rotate(x: Array, angles: Angles) -> Array:
-    """RoPE on x [B,T,N,H]: the first and the second half of what turns are the two coordinates, as in Hugging Face."""
+    """RoPE on x [B,T,N,H]: pairs are (i, i + n) of the 2 n dimensions that rotate, as in Hugging Face."""
     cos, sin = angles
     n = cos.shape[-1]
     a, b, still = jnp.split(x.astype(jnp.float32), (n, 2 * n), axis=-1)
@@ -113,10 +114,11 @@ def rotate(x: Array, angles: Angles) -> Array:
 def mask(
     q_pos: Array, q_seg: Array, k_pos: Array, k_seg: Array, window: int | Array | None = None, causal: bool = True
 ) -> Array:
-    """[B,T,S] bool: same document, within `window` positions unless it is None, and not later if `causal`.
+    """The attention mask [B,T,S]: True for keys of the same document, within `window` positions unless it is None, and
+    not later than the query if `causal`.
 
-    Positions and segments of queries are [B,T], of keys [B,S]. Segment 0 is padding, which nothing sees; keys of
-    segment -1, virtual tokens, are seen from every document.
+    Positions and segments of queries are [B,T], of keys [B,S]. Keys of segment 0 (padding) are masked; keys of segment
+    -1 (virtual tokens) are visible from every document.
     """
     distance = q_pos[:, :, None] - k_pos[:, None, :]
     see = (q_seg[:, :, None] == k_seg[:, None, :]) & (k_seg[:, None, :] > 0)
@@ -137,9 +139,9 @@ def context(
     virtual: int = 0,
     report: Sequence[str] = (),
 ) -> Context:
-    """What the layers need from positions [B,T], segments [B,T] and the cache, computed once.
+    """The Context of positions [B,T], segments [B,T] and the cache, computed once for all layers.
 
-    `virtual` is the position of a document's first token.
+    `virtual` is the number of virtual tokens, and so the position of a document's first token.
     """
     k_pos, k_seg, index = positions, segments, jnp.int32(0)
     if cache is not None:
@@ -169,11 +171,11 @@ def context(
 
 
 def attention(q: Array, k: Array, v: Array, see: Array) -> Array:
-    """Grouped-query attention. q [B,T,N,H]; k, v [B,K,S,H]; see [B,T,S] -> [B,T,N,H]. Softmax in float32.
+    """Grouped-query attention. q [B,T,N,H]; k, v [B,K,S,H]; mask `see` [B,T,S] -> [B,T,N,H]. Softmax in float32.
 
-    The G query heads of a key head are rows of one product, so that keys are never repeated. Queries that see nothing
-    (padding) get the mean of v: finite, and nothing reads it. A cache's k and v are [B*K,S,H]: behind a reshape of them
-    XLA's CPU backend would copy the cache four times a layer and token.
+    The G query heads of a key head are rows of one product, so that keys are never repeated. Queries whose keys are all
+    masked (padding) get the mean of v: a finite value that nothing uses. k and v of a cache are [B*K,S,H]: reshaping
+    them would make XLA's CPU backend copy the cache four times per layer and token.
     """
     B, T, N, H = q.shape
     *lead, S, _ = k.shape

@@ -1,7 +1,8 @@
-"""Which program computes attention: einsums and a ring of them, or a kernel of the accelerator's vendor.
+"""Chooses how attention is computed: by einsums, by a ring of them, or by a kernel of the accelerator's vendor.
 
-All of them compute `model.net.attention.attention`. The kernels see a training row by index: inside a segment a later
-column is a later position. Decoding with a cache, and rows that do not divide over the mesh, take the einsums.
+All of them compute `model.net.attention.attention`. The kernels mask by column: within a segment, a later column must
+have a later position, as in training rows. Decoding with a cache, and rows that do not divide over the mesh, use the
+einsums.
 """
 
 import math
@@ -19,21 +20,22 @@ from model.net.attention import Context, attention
 from model.net.ring import FAR, ring_attention
 from model.weights import shards
 
-BLOCKS = (1024, 512, 256, 128)  # columns of a tile of splash; 1024 has the fewest compiled cycles on v5e and v6e
+BLOCKS = (1024, 512, 256, 128)  # columns of a tile of splash; 1024 takes the fewest compiled cycles on v5e and v6e
 ROWS = ("data", "fsdp")
 
 
 def choose(asked: str, config: ModelConfig, dtype: str, seq_len: int, platform: str, split: int = 1) -> tuple[str, str]:
-    """(backend, why) for training rows of `seq_len` that `split` devices share out. `asked`: "auto" or a backend.
+    """(backend, reason) for training rows of `seq_len` tokens, each split over `split` devices. `asked` is "auto" or a
+    backend.
 
-    Raises UserError when the one asked for cannot run.
+    Raises UserError when the backend asked for cannot run.
     """
     native = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
     problem = _problem(native if asked == "auto" else asked, config, dtype, seq_len, platform, split)
     if asked != "auto":
         if problem:
-            raise UserError(f"{asked!r} cannot run: {problem}", "config.model.attention", 'let it be "auto"')
-        return asked, "as asked"
+            raise UserError(f"{asked!r} cannot run: {problem}", "config.model.attention", 'set it to "auto"')
+        return asked, "as configured"
     return ("xla", f"{native} cannot run: {problem}") if problem else (native, f"the devices are of type {platform}")
 
 
@@ -42,22 +44,22 @@ def _problem(backend: str, c: ModelConfig, dtype: str, seq_len: int, platform: s
         "xla": (),
         "splash": (
             (platform != "tpu", f"it needs a TPU, the devices are of type {platform}"),
-            (not c.causal and split > 1, "it cannot split a row in which every token sees all"),
+            (not c.causal and split > 1, "it cannot split rows of a bidirectional model"),
             (c.head_dim % 64, f"the head size {c.head_dim} is not a multiple of 64"),
-            (seq_len % (128 * split), f"{seq_len} tokens over {split} devices are not a multiple of 128 each"),
+            (seq_len % (128 * split), f"{seq_len} tokens / {split} devices is not a multiple of 128"),
         ),
         "cudnn": (
             (platform != "gpu", f"it needs a GPU, the devices are of type {platform}"),
             (dtype not in ("bfloat16", "float16"), f"activations are {dtype}, it takes bfloat16 or float16"),
             (c.head_dim % 8 or c.head_dim > 128, f"the head size {c.head_dim} is not a multiple of 8 up to 128"),
-            (split > 1, "it sees whole rows, and the context axis splits them"),
+            (split > 1, "it needs whole rows, and the context axis splits them"),
         ),
     }
     return next((text for wrong, text in checks[backend] if wrong), "")
 
 
 def attend(q: Array, k: Array, v: Array, context: Context) -> Array:
-    """Attention of q [B,T,N,H] to k, v [B,K,S,H] (see `attention` for a cache) -> [B,T,N,H]."""
+    """Attention of q [B,T,N,H] to k, v [B,K,S,H] (of a cache: see `attention`) -> [B,T,N,H]."""
     how, window = context.backend, max(context.windows, default=0)
     (B, T), split = q.shape[:2], shards("context")
     even = T % split == 0 and B % shards(*ROWS) == 0
@@ -71,7 +73,7 @@ def attend(q: Array, k: Array, v: Array, context: Context) -> Array:
         see = jnp.where(context.windowed, context.see_window, see)
     if how == "cudnn":
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        # is_causal skips blocks that nothing sees
+        # is_causal skips blocks that are masked completely
         return jax.nn.dot_product_attention(
             q, k, v, mask=see[:, None], is_causal=context.causal, implementation="cudnn"
         )
@@ -79,7 +81,7 @@ def attend(q: Array, k: Array, v: Array, context: Context) -> Array:
 
 
 def _splash_of_layer(q: Array, k: Array, v: Array, context: Context, window: int) -> Array:
-    """`splash` with the layer's window, of which the kernel must be chosen by a branch where layers differ."""
+    """`splash` with the window of the layer; if layers differ, a branch chooses between two kernels."""
 
     def seeing(window: int) -> Callable[[], Array]:
         return lambda: splash(q, k, v, context.segments, window, context.causal)
@@ -92,9 +94,9 @@ def _splash_of_layer(q: Array, k: Array, v: Array, context: Context, window: int
 def splash(q: Array, k: Array, v: Array, segments: Array, window: int = 0, causal: bool = True) -> Array:
     """Flash attention by JAX's TPU kernel, forward and backward. q [B,T,N,H]; k, v [B,K,T,H]; segments [B,T].
 
-    The partitioner cannot split a kernel: every device runs its rows and heads. Under a context axis it has its own
-    queries and gathers all keys, 2 T K H numbers a row: the kernel streams them, so nothing else grows with T.
-    Remat knows what the forward kernel returns as "product", as it does that of `weights.einsum`.
+    The partitioner cannot split a kernel, so every device runs it on its own rows and heads. Under a context axis a
+    device has its own queries and gathers all keys, 2 T K H numbers per row: the kernel streams them, so nothing else
+    grows with T. Like `weights.einsum`, the forward kernel tags its result with the checkpoint name "product".
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
@@ -121,7 +123,7 @@ def splash(q: Array, k: Array, v: Array, segments: Array, window: int = 0, causa
 
     if mesh.empty:
         return run(kernel, q, k, v, segments, segments).swapaxes(1, 2)
-    if k.shape[1] % tensor:  # key heads are repeated until they divide over the axis, as query heads do
+    if k.shape[1] % tensor:  # repeat key heads until the axis divides them, as it divides the query heads
         k, v = (jnp.repeat(x, tensor // math.gcd(tensor, k.shape[1]), axis=1) for x in (k, v))
     mask_spec = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, "context")))
     queries, keys = P(ROWS, "tensor", "context"), P(ROWS, "tensor")

@@ -1,8 +1,9 @@
-"""Functions of the logits over a large vocabulary: [rows, V] never exist whole, and only rows that count are computed.
+"""Functions of the logits over a large vocabulary. The logits [rows, V] never exist as a whole, and are computed only
+for rows that count.
 
-Rows whose weight is 0 (prompts, padding) are sorted behind the others and the loop over chunks stops before them, so a
-completion-only loss pays for the vocabulary on few rows. Under a mesh every shard of the batch and of the sequence
-sorts its own rows: none leaves its device.
+Rows whose weight is 0 (prompts, padding) are sorted behind the others, and the loop over chunks stops before them: a
+completion-only loss computes the logits of few rows. Under a mesh every shard of the batch and of the sequence sorts
+its own rows; none leaves its device.
 """
 
 import functools
@@ -23,8 +24,8 @@ T = TypeVar("T")
 
 ROWS = ("data", "fsdp", "context")  # mesh axes that split the rows
 
-# Of float32 logits at once on a shard, by platform; 341 rows at V = 49152 on a CPU. Every chunk reads the head and adds
-# to its gradient: an accelerator, whose products outrun its memory, needs thousands of rows for that to be little.
+# Bytes of float32 logits at once per shard, by platform; on a CPU that is 341 rows at V = 49152. Every chunk reads the
+# head and adds to its gradient: an accelerator computes faster than it reads, so its chunks need thousands of rows.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "other": 512 * 2**20}
 
 Unembed = Callable[[Params, Array], Array]  # (the head's parameters, x [B,T,D]) -> logits [B,T,V] in float32
@@ -38,10 +39,10 @@ Side = tuple[Network, Params, Array]  # a model, its parameters, and its hidden 
 
 
 def nll(model: Network, params: Params, x: Array, targets: Array, weight: Array) -> Array:
-    """sum(weight * -log p(targets)), a scalar. x [B,T,D], targets and weight [B,T].
+    """sum(weight * -log p(targets)), a scalar, in nats. x [B,T,D], targets and weight [B,T].
 
-    The gradient is computed in the forward pass, chunk by chunk, since the logits are there: 2/3 of the products that
-    recomputing them would take. For a loss that is not linear in the log-probabilities use `token_logps`.
+    The gradient is computed in the forward pass, chunk by chunk, while the logits exist: that takes 2/3 of the FLOPs of
+    recomputing them. For a loss that is not linear in the log-probabilities use `token_logps`.
     """
     unembed, head = model.head(params)
     (x, targets, weight), _ = _count_first(weight, x, targets)
@@ -51,7 +52,7 @@ def nll(model: Network, params: Params, x: Array, targets: Array, weight: Array)
 def token_logps(
     model: Network, params: Params, x: Array, targets: Array, mask: Array, temperature: float = 1.0
 ) -> Array:
-    """log p(targets) [B,T] of the logits over `temperature`, 0 where mask is 0. x [B,T,D], targets and mask [B,T]."""
+    """log p(targets) [B,T] of logits / `temperature`; 0 where mask is 0. x [B,T,D], targets and mask [B,T]."""
 
     def f(logits: Array, targets: Array) -> Array:
         return _logp(logits / temperature, targets)
@@ -60,7 +61,7 @@ def token_logps(
 
 
 def entropy(model: Network, params: Params, x: Array, mask: Array) -> Array:
-    """-sum p log p over the vocabulary [B,T], in nats, 0 where mask is 0."""
+    """-sum p log p over the vocabulary [B,T], in nats; 0 where mask is 0. x [B,T,D], mask [B,T]."""
 
     def f(logits: Array) -> Array:
         logps = jax.nn.log_softmax(logits)
@@ -70,9 +71,9 @@ def entropy(model: Network, params: Params, x: Array, mask: Array) -> Array:
 
 
 def kl(of: Side, to: Side, mask: Array, temperature: float = 1.0) -> Array:
-    """KL(of || to) = sum p_of (log p_of - log p_to) over the vocabulary [B,T], in nats, 0 where mask is 0.
+    """KL(of || to) = sum p_of (log p_of - log p_to) over the vocabulary [B,T], in nats; 0 where mask [B,T] is 0.
 
-    Distillation is `kl(teacher, student, mask)`; its two networks share a vocabulary and nothing else.
+    Distillation is `kl(teacher, student, mask)`; the two networks need only have the same vocabulary.
     """
 
     def f(of: Array, to: Array) -> Array:
@@ -85,9 +86,9 @@ def kl(of: Side, to: Side, mask: Array, temperature: float = 1.0) -> Array:
 def over_rows(f: Callable[..., Tree], sides: Sequence[Side], mask: Array, *extra: Array) -> Tree:
     """`f(logits, ..., *extra)` at the rows [B,T] whose mask is not 0, and 0 at the others.
 
-    `f` is given logits [R,V] of every side and the R rows of each of `extra` [B,T,...]; it returns [R], or a tree of
-    such, row by row, and is differentiable. So is the result, with any cotangent, by what moves of the sides' heads and
-    hidden states and of the extras; logits are recomputed backwards.
+    `f` takes the logits [R,V] of every side and R rows of each of `extra` [B,T,...]; it computes each row by itself,
+    and returns [R] or a tree of such arrays. The result is differentiable by the sides' heads and hidden states and by
+    the extras; logits are recomputed in the backward pass.
     """
     unembeds, trees = zip(*(model.head(params) for model, params, _ in sides))
     (*rows, mask), undo = _count_first(mask, *(x for *_, x in sides), *extra)
@@ -109,8 +110,8 @@ def _logp(logits: Array, targets: Array) -> Array:
 
 
 def _count_first(mask: Array, *arrays: Array) -> tuple[tuple[Array, ...], Callable[[Array], Array]]:
-    """Rows [S,R,...] of arrays [B,T,...] and of the mask, one S a shard of the batch and sequence, those that count
-    first; and the way back to [B,T]."""
+    """Arrays [B,T,...] and the mask as rows [S,R,...], where S counts shards of batch and sequence and rows that count
+    come first; and the function that maps rows [S,R] back to [B,T]."""
     B, T = mask.shape
     S, C = weights.shards("data", "fsdp"), weights.shards("context")
     S, C = S if B % S == 0 else 1, C if T % C == 0 else 1
@@ -133,9 +134,9 @@ def _count_first(mask: Array, *arrays: Array) -> tuple[tuple[Array, ...], Callab
 
 
 def _copies(tree: Tree, shards: int) -> Tree:
-    """A copy [S, ...] of each array for every shard of the rows, in which all of it but the vocabulary is whole.
+    """A copy [S, ...] of each array for every shard of the rows, sharded only over the vocabulary.
 
-    Without them the partitioner gathers the head, and sums up its gradient over the devices, in every turn of the loop.
+    Without copies the partitioner gathers the head, and reduces its gradient over devices, in every iteration.
     """
 
     def copy(a: Array) -> Array:
@@ -148,8 +149,8 @@ def _copies(tree: Tree, shards: int) -> Tree:
 
 
 def _sent(tree: Tree, x: Array) -> Tree:
-    """Copies of a head, or of a part of one, for the shards of x [S,R,D]. A plain array is sent in the type of x where
-    that is narrower."""
+    """Copies of (a part of) a head for the shards of x [S,R,D]. Plain arrays are sent in the dtype of x if that is
+    narrower."""
 
     def narrow(w: Array | Weight) -> Array | Weight:
         return w if isinstance(w, Weight) or x.dtype.itemsize >= w.dtype.itemsize else w.astype(x.dtype)
@@ -158,7 +159,7 @@ def _sent(tree: Tree, x: Array) -> Tree:
 
 
 def chunk_rows(rows: int, vocab: int) -> int:
-    """Rows of a shard whose logits exist at once. Chunks are equal: a last one of few rows would cost a whole one."""
+    """Rows per shard whose logits exist at once. Chunks have equal sizes: a small last one would cost as much."""
     most = CHUNK_BYTES["cpu" if weights.platform() == "cpu" else "other"]
     return -(-rows // -(-4 * rows * vocab // most))
 
@@ -168,13 +169,14 @@ Cut = Callable[[Array], Array]
 
 def _loop(weight: Array, vocab: int, body: Callable[[Cut, Array, Array, T], T], carry: T) -> T:
     """`carry = body(cut, start, fresh, carry)` over chunks of the rows of weight [S,R], as many as the fullest shard
-    needs. `cut` takes the chunk [S,C,...] of rows [S,R,...], which begins at `start`; `fresh` [C]: not seen before."""
+    needs. `cut` takes the chunk [S,C,...] of rows [S,R,...] that begins at `start`; `fresh` [C] is True for rows that
+    were in no earlier chunk."""
     R = weight.shape[1]
     size = chunk_rows(R, vocab)
     needed = -(-(weight != 0).sum(1).max() // size)
 
     def step(i: Array, carry: T) -> T:
-        start = jnp.minimum(i * size, R - size)  # the last chunk overlaps the one before; `fresh` masks what was seen
+        start = jnp.minimum(i * size, R - size)  # the last chunk may overlap the one before
         fresh = start + jnp.arange(size) >= i * size
 
         def cut(a: Array) -> Array:
@@ -186,9 +188,9 @@ def _loop(weight: Array, vocab: int, body: Callable[[Cut, Array, Array, T], T], 
 
 
 def _pieces(unembed: Unembed, head: tuple[Tree, Tree], x: Array, targets: Array, g: Array) -> tuple[Array, Tree, Array]:
-    """log p(targets) [S,C] of a chunk x [S,C,D], and the pullback of a cotangent g [S,C]: (d moving, d x).
+    """(log p(targets) [S,C], gradients of `moving`, gradients of x) of a chunk x [S,C,D] for the cotangent g [S,C].
 
-    `head` is (moving, fixed), in a copy a shard.
+    `head` is (moving, fixed), with a copy per shard.
     """
 
     def shard(moving: Tree, fixed: Tree, x: Array, targets: Array, g: Array) -> tuple[Array, Tree, Array]:
@@ -213,7 +215,7 @@ def _summed(copies: Tree) -> Tree:
 
 
 def _write(out: Array, chunk: Array, start: Array, fresh: Array) -> Array:
-    """`chunk` into `out` [S,R,...] at rows `start`.., except where the rows were written before."""
+    """`out` [S,R,...] with `chunk` written at rows `start`.., except for rows that are not fresh."""
     old = jax.lax.dynamic_slice_in_dim(out, start, chunk.shape[1], axis=1)
     keep = fresh.reshape(1, -1, *(1,) * (chunk.ndim - 2))
     return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(keep, chunk, old), start, axis=1)
@@ -261,7 +263,7 @@ _nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
 
 
 def _by_perturbed(tree: Tree) -> tuple[Tree, Tree]:
-    """The arrays that are differentiated, and the others (None in each other's places)."""
+    """(differentiated arrays, the others), each with None in place of the arrays of the other tree."""
 
     def primal(p: object) -> bool:
         return hasattr(p, "perturbed")
@@ -281,7 +283,7 @@ Rows = tuple[Array, ...]  # [S,R,...]: hidden states of every side, then the ext
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _over(f: Callable[[tuple, Rows], Tree], vocab: int, trees: tuple, rows: Rows, mask: Array) -> Tree:
-    """f(heads [S,...], rows [S,C,...]) chunk by chunk, [S,R] each; `vocab` numbers of logits a row exist at once."""
+    """f(heads [S,...], rows [S,C,...]) chunk by chunk, [S,R] each; `vocab` is the number of logits per row."""
     copies = tuple(map(_sent, trees, rows))
     like = jax.eval_shape(f, copies, rows)
 
@@ -327,5 +329,5 @@ def _is_symbolic(x: object) -> bool:
 
 
 def _instantiated(g: Tree) -> Array:
-    """The cotangent of an output; of one that nothing used it is a symbol."""
+    """The cotangent of an output as an array; that of an unused output is symbolic."""
     return jnp.zeros(g.shape, g.dtype) if _is_symbolic(g) else g

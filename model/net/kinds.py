@@ -1,6 +1,6 @@
-"""Kinds of layers: what everything outside of the layers needs to know of them.
+"""Kinds of layers, and their properties that the rest of the code depends on.
 
-A new kind is a Block and an entry here. Its name is that of the part which only its layers have: "layers/attn/wq".
+A new kind is a Block and an entry here. Its name is that of the part that only its layers have: "layers/attn/wq".
 """
 
 from collections.abc import Callable, Iterable
@@ -12,32 +12,29 @@ from jax import Array
 from common.errors import UserError
 from model.config import ModelConfig
 from model.net import kv_cache, recurrent
-from model.net.kv_cache import KV, Rounded
+from model.net.kv_cache import KV, Coded
 from model.net.layers import Block
 
 NORMS = ("pre", "post", "both")
-
-
-Kept = KV | recurrent.Memory  # what a layer keeps of earlier tokens
+LayerCache = KV | recurrent.Memory
 
 
 class Kind(NamedTuple):
-    """`columns`: what a layer keeps of earlier tokens is a column of keys and values for each of them.
+    """A kind of layer. `columns`: its cache holds a column of keys and values per token.
 
-    Only then may it see virtual tokens and later ones, and share a batch whose rows begin at different steps.
+    Only such layers support virtual tokens, bidirectional models, and batches whose rows start at different steps.
     """
 
     block: type[Block]
-    # (config, lead, batch, length, dtype, cache kind) -> what a layer keeps before the first token; `lead` is () or
-    # the number of stacked layers.
-    cache: Callable[[ModelConfig, tuple[int, ...], int, int, str, str], Kept]
-    # (config, tokens of a row, virtual tokens) -> keys that a query is multiplied with, on average
+    # (config, lead, batch, length, dtype, cache kind) -> an empty cache; `lead` is () or (stacked layers,)
+    cache: Callable[[ModelConfig, tuple[int, ...], int, int, str, str], LayerCache]
+    # (config, tokens per row, virtual tokens) -> mean number of keys per query
     keys: Callable[[ModelConfig, int, int], float]
     columns: bool
 
 
 def _attention_cache(config: ModelConfig, lead: tuple[int, ...], batch: int, length: int, dtype: str, kind: str) -> KV:
-    def empty() -> Array | Rounded:
+    def empty() -> Array | Coded:
         shape = (*lead, batch * config.kv_heads, length, config.head_dim)
         return kv_cache.encode(jnp.zeros(shape, dtype), kind)
 
@@ -61,7 +58,7 @@ KINDS = {
 
 
 def check(config: ModelConfig) -> None:
-    """Raises UserError for norms or layers that are not known, and for layers that cannot look both ways."""
+    """Raises UserError for unknown norms or layers, and for a bidirectional model with layers that cannot be."""
     if config.norms not in NORMS:
         raise UserError(f"norms={config.norms!r}", "model", f"known: {', '.join(NORMS)}")
     for name in config.blocks:
@@ -69,10 +66,10 @@ def check(config: ModelConfig) -> None:
             raise UserError(f"no layer of kind {name!r}", "model", f"known: {', '.join(KINDS)}")
     if not config.causal and (names := without_columns(config.blocks)):
         raise UserError(
-            f"{names[0]} layers see earlier tokens only", "model", "a model that looks both ways needs attn"
+            f"{names[0]} layers depend only on earlier tokens", "model", "a bidirectional model needs attn layers"
         )
 
 
 def without_columns(parts: Iterable[str]) -> list[str]:
-    """Of the parts of layers, those of kinds whose layers have no key and value for each token."""
+    """Those of the parts that belong to kinds of layers without a key and value per token."""
     return [part for part in parts if part in KINDS and not KINDS[part].columns]

@@ -25,12 +25,12 @@ ACTIVATIONS = {
 
 
 class Layer(nn.Module):
-    """Declares parameters. Once they exist they are read as they are: a leaf may have become a Weight."""
+    """Declares parameters. Existing ones are read as they are, since a leaf may be a Weight by then."""
 
     config: ModelConfig
 
     def weight(self, name: str, eqn: str, scale: float = 1.0) -> Array | Weight:
-        """The parameter that `eqn` multiplies, at init normal with deviation scale / sqrt(fan-in)."""
+        """The parameter of `eqn`, initialized from a normal distribution of deviation scale / sqrt(fan-in)."""
         letters = weights.operands(eqn)[1]
         fan_in = math.prod(self.config.sizes[c] for c in weights.split(eqn)[1])
         return self._declare(name, letters, nn.initializers.normal(scale * fan_in**-0.5), eqn)
@@ -47,6 +47,7 @@ class Layer(nn.Module):
         return self.param(name, lambda key: Spec(init(key, shape, jnp.float32), axes, eqn=eqn))
 
     def bias(self, name: str, letters: str, x: Array, when: bool) -> Array:
+        """x plus a bias over the axes `letters`, if `when`."""
         return x + self.vector(name, letters, 0.0).astype(x.dtype) if when else x
 
 
@@ -65,7 +66,7 @@ class Norm(Layer):
 
 
 class Attention(Layer):
-    """Self-attention, x [B,T,D] -> [B,T,D]. With a cache, keys and values of earlier calls are seen too."""
+    """Self-attention, x [B,T,D] -> [B,T,D]. With a cache it also attends to the tokens of earlier calls."""
 
     @nn.compact
     def __call__(self, x: Array, context: Context, cache: KV | None) -> tuple[Array, KV | None]:
@@ -117,9 +118,9 @@ class MLP(Layer):
 
 
 class Block(Layer):
-    """Two sublayers in a residual stream x [B,T,D]: tokens see each other in `mix`, each is seen alone by `feed`.
+    """Two sublayers in a residual stream x [B,T,D]: `mix` works across tokens, `feed` on each token.
 
-    `cache` is what the layer keeps of earlier tokens, None when nothing is kept.
+    `cache` is the layer's cache of earlier tokens, or None. Returns x and the cache with these tokens.
     """
 
     @nn.compact
@@ -134,11 +135,11 @@ class Block(Layer):
         return x, cache
 
     def mix(self, h: Array, context: Context, cache: Tree) -> tuple[Array, Tree]:
-        """The sublayer in which tokens see each other."""
+        """The sublayer that works across tokens."""
         return Attention(self.config, name="attn")(h, context, cache)
 
     def feed(self, h: Array, context: Context) -> Array:
-        """The sublayer that sees each token alone."""
+        """The sublayer that works on each token."""
         return MLP(self.config, name="mlp")(h)
 
     def norm_before(self, name: str, x: Array) -> Array:
@@ -146,7 +147,7 @@ class Block(Layer):
         return x if self.config.norms == "post" else Norm(self.config, name=name)(x)
 
     def norm_behind(self, name: str, x: Array, y: Array) -> Array:
-        """The residual stream x with the output y of a sublayer in it."""
+        """The residual stream x plus the output y of a sublayer, normalized as the config says."""
         if self.config.norms == "post":
             return Norm(self.config, name=f"{name}_norm")(x + y)
         if self.config.norms == "both":
@@ -154,21 +155,21 @@ class Block(Layer):
         return x + y
 
     def adapted(self, name: str, x: Array, y: Array) -> Array:
-        """The output y of a sublayer with input x, through its adapter where it has one."""
+        """The output y of a sublayer with input x, passed through its bottleneck adapter if there is one."""
         adapter = self.get_variable("params", name)
         return y if adapter is None else adapter(x, y)
 
 
 def report(module: nn.Module, name: str, value: Array) -> None:
-    """Notes a value of a layer for who asked `Transformer.hidden` for it."""
+    """Records a value of a layer, which `Transformer.hidden` returns among its reports."""
     module.sow("reports", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
 def by_heads(x: Array) -> Array:
-    """[B,T,N,H] with the heads where those of the weights lie, if they divide.
+    """[B,T,N,H] with its heads sharded like those of the weights, if the axis divides them.
 
-    Rows and heads are one axis of a cache, which no mesh splits by heads: rather than these activations of a token the
-    partitioner would send the weights.
+    A cache merges rows and heads into one axis, which is not sharded by heads: without this constraint the partitioner
+    would gather the weights instead of these activations.
     """
     even = x.shape[2] % weights.shards("tensor") == 0
     return nn.with_logical_constraint(x, ("act_batch", "act_seq", "heads", None)) if even else x
@@ -180,5 +181,5 @@ def unembed(eqn: str, cap: float, table: Array | Weight, x: Array) -> Array:
 
 
 def softcap(logits: Array, cap: float) -> Array:
-    """cap * tanh(logits / cap): within (-cap, cap). A cap of 0 leaves them."""
+    """cap * tanh(logits / cap), within (-cap, cap). A cap of 0 means no cap."""
     return cap * jnp.tanh(logits / cap) if cap else logits

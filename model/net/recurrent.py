@@ -1,4 +1,4 @@
-"""Recurrent layers: the RG-LRU of Griffin (De et al. 2024, arXiv 2402.19427), alone or between layers of attention."""
+"""Recurrent layers: the RG-LRU of Griffin (De et al. 2024, arXiv 2402.19427), with or without attention layers."""
 
 from typing import NamedTuple
 
@@ -13,19 +13,20 @@ from model.net.attention import Context
 from model.net.layers import ACTIVATIONS, Block, Layer
 
 SHARPNESS = 8.0  # c of eq. 6
-DECAYS = (0.9, 0.999)  # a^c at init is uniform between them
-STEEPEST = 1000.0  # slope of the square root of eq. 4, which has none at a = 1
+DECAYS = (0.9, 0.999)  # range of a^c at initialization, uniform
+STEEPEST = 1000.0  # bound on the slope of the square root of eq. 4, which is infinite at a = 1
 
 
 class Memory(NamedTuple):
-    """What a recurrent layer keeps of earlier tokens."""
+    """The cache of a recurrent layer."""
 
-    inputs: Array  # [B,C-1,W] of the convolution
+    inputs: Array  # [B,C-1,W], the last inputs of the convolution
     state: Array  # [B,W]
 
 
 class Recurrent(Layer):
-    """out(act(x gate) * RG-LRU(conv(x in))). With a cache it goes on from the state that earlier calls have left."""
+    """out(act(x gate) * RG-LRU(conv(x in))), x [B,T,D] -> [B,T,D]. With a cache it continues from the state of earlier
+    calls."""
 
     @nn.compact
     def __call__(self, x: Array, context: Context, cache: Memory | None) -> tuple[Array, Memory | None]:
@@ -42,7 +43,7 @@ class Recurrent(Layer):
     def convolve(self, u: Array, age: Array, before: Array) -> tuple[Array, Array]:
         """Causal depthwise convolution of u [B,T,W] within a document, and the inputs that the next call needs.
 
-        `age` [B,T] counts the tokens of the document before each token; `before` [B,C-1,W] are earlier inputs.
+        `age` [B,T] is the number of earlier tokens in the document; `before` [B,C-1,W] are earlier inputs.
         """
         taps, T = self.config.conv, u.shape[1]
         w = self._declare("conv", "CW", nn.initializers.normal(taps**-0.5), "").astype(u.dtype)
@@ -55,9 +56,9 @@ class Recurrent(Layer):
         return self.bias("bconv", "W", y, True), padded[:, T:]
 
     def rg_lru(self, x: Array, age: Array, before: Array) -> tuple[Array, Array]:
-        """Eq. 1 to 4, in float32: h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t) of x [B,T,W], and the last h [B,W].
+        """(h [B,T,W], last h [B,W]) of x [B,T,W]: eq. 1 to 4 in float32, h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t).
 
-        A document's first token has a_t = 0, and its input is not scaled. Gates see a block of x each.
+        A document's first token has a_t = 0, and its input is not scaled. The gates are block-diagonal.
         """
         blocks = x.reshape(*x.shape[:2], self.config.heads, -1)  # [B,T,N,I]
 
@@ -80,21 +81,21 @@ class Recurrent(Layer):
 
 
 class RecurrentBlock(Block):
-    """A Block whose tokens see each other through a state."""
+    """A Block whose `mix` is recurrent."""
 
     def mix(self, h: Array, context: Context, cache: Memory | None) -> tuple[Array, Memory | None]:
         return Recurrent(self.config, name="recurrent")(h, context, cache)
 
 
 def initial(config: ModelConfig, lead: tuple[int, ...], dtype: str) -> Memory:
-    """What a recurrent layer remembers before the first token, of rows `lead`."""
+    """The cache of a recurrent layer before the first token, with the leading axes `lead`."""
     W = config.recurrent
     return Memory(jnp.zeros((*lead, config.conv - 1, W), dtype), jnp.zeros((*lead, W)))
 
 
 @jax.custom_jvp
 def root(x: Array) -> Array:
-    """sqrt(x) whose slope is at most STEEPEST."""
+    """sqrt(x) with a gradient of at most STEEPEST."""
     return jnp.sqrt(x)
 
 

@@ -1,7 +1,7 @@
-"""Ring attention (Liu et al. 2023, arXiv 2310.01889): exact attention over rows that the mesh axis "context" splits.
+"""Ring attention (Liu et al. 2023, arXiv 2310.01889): exact attention over rows split by the mesh axis "context".
 
-Every shard keeps its queries; blocks of keys and values go around the ring of shards, once forward and once backward.
-A shard holds the scores of one block, so memory falls with the square of the number of shards.
+Every shard keeps its queries; blocks of keys and values travel around the ring of shards, once in the forward and once
+in the backward pass. A shard holds the scores of one block, so memory falls with the square of the number of shards.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from model.net.attention import mask
 
-FAR = 1 << 30  # a window that hides nothing
+FAR = 1 << 30  # a window without effect
 Ids = tuple[Array, Array]  # positions and segments [B,T]
 Residuals = tuple[Array, Array, Array, Ids, Array, Array, Array, Array]  # q, k, v, ids, window, out, top, total
 Carry = TypeVar("Carry")
@@ -25,8 +25,8 @@ Block = TypeVar("Block")
 def ring_attention(
     q: Array, k: Array, v: Array, positions: Array, segments: Array, window: int | Array = FAR, causal: bool = True
 ) -> Array:
-    """`attention` of q [B,T,N,H] and k, v [B,K,T,H] under `mask` of positions, segments [B,T] and a window, which may
-    be traced. T divides over the axis. The other axes of the mesh stay with the partitioner."""
+    """`attention` of q [B,T,N,H] and k, v [B,K,T,H] with the `mask` of positions, segments [B,T] and a window, which
+    may be traced. The context axis must divide T. The partitioner handles the other mesh axes."""
     rows, keys = P(None, "context"), P(None, None, "context")
     ring = functools.partial(_ring, causal)
     local = jax.shard_map(
@@ -51,13 +51,13 @@ _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _scores(q: Array, k: Array, q_ids: Ids, k_ids: Ids, window: Array, causal: bool) -> tuple[Array, Array]:
-    """Masked scores [B,K,G,T,S] in float32 of q [B,K,G,T,H] and a block k [B,K,S,H], and what may be seen."""
+    """(masked scores [B,K,G,T,S] in float32, mask) of q [B,K,G,T,H] and a block k [B,K,S,H]."""
     see = mask(*q_ids, *k_ids, window, causal)[:, None, None]
     return jnp.where(see, _dot("BKGTH,BKSH->BKGTS", q, k) * q.shape[-1] ** -0.5, -1e30), see
 
 
 def _around(step: Callable[[Carry, Block], tuple[Carry, Block]], carry: Carry, block: Block) -> tuple[Carry, Block]:
-    """`carry, block = step(carry, block)` for the block of every shard; after as many turns each is home again."""
+    """`carry, block = step(carry, block)` for the block of every shard; at the end each block is home."""
     n = jax.lax.axis_size("context")
     onward = [(i, (i + 1) % n) for i in range(n)]
 
@@ -76,7 +76,7 @@ def _ring(causal: bool, q: Array, k: Array, v: Array, positions: Array, segments
 def _forward(
     causal: bool, q: Array, k: Array, v: Array, positions: Array, segments: Array, window: Array
 ) -> tuple[Array, Residuals]:
-    """One softmax over all blocks, rescaled whenever the running maximum `top` rises."""
+    """An online softmax over all blocks, rescaled whenever the running maximum `top` rises."""
     ids, x = (positions, segments), _grouped(q, k)
 
     def step(carry: tuple[Array, Array, Array], block: tuple[Array, Array, Ids]) -> tuple:
@@ -95,7 +95,7 @@ def _forward(
 
 
 def _backward(causal: bool, residuals: Residuals, g: Array) -> tuple:
-    """Probabilities again from `top` and `total`; the gradients of keys and values travel with their block."""
+    """Recomputes probabilities from `top` and `total`; the gradients of keys and values travel with their block."""
     q, k, v, ids, window, out, top, total = residuals
     x, g, out = (_grouped(a, k) for a in (q, g, out))
     delta = _dot("BKGTH,BKGTH->BKGT", g, out)

@@ -1,7 +1,7 @@
 """Stacks of layers: parameters, caches and reports of all layers as one tree, and the loop over them.
 
-Layers of several kinds are stacked by what they have: norms and MLPs over all layers, "attn" and "recurrent" over the
-layers of that kind. So a method finds "layers/attn/wq" where it is in any model.
+In a model with several kinds of layers, norms and MLPs are stacked over all layers, "attn" and "recurrent" over the
+layers of that kind. So the path "layers/attn/wq" is the same in every model.
 """
 
 import functools
@@ -22,7 +22,7 @@ Reports = dict[str, Array]  # name -> value
 
 
 class Layer(Protocol):
-    """(kind, x [B,T,D], parameters, cache, whether it has a window) -> (x, cache, reports)."""
+    """A function (kind, x [B,T,D], parameters, cache, whether it has a window) -> (x, cache, reports)."""
 
     def __call__(
         self, kind: str, x: Array, params: Params, cache: Tree, windowed: bool | Array, /
@@ -30,7 +30,7 @@ class Layer(Protocol):
 
 
 def join(stacks: dict[str, Params], config: ModelConfig) -> Params:
-    """{kind: parameters stacked over its layers} as one tree; what several kinds have is stacked over all layers."""
+    """{kind: parameters stacked over its layers} as one tree; parts of several kinds are stacked over all layers."""
     order = np.argsort(np.concatenate([config.stack(f"{LAYERS}/{kind}") for kind in stacks]))
 
     def whole(*each: Array) -> Array:
@@ -42,7 +42,7 @@ def join(stacks: dict[str, Params], config: ModelConfig) -> Params:
 
 
 def pick(stacked: Params, kinds: Sequence[str], i: int) -> Params:
-    """Layer i of stacked parameters; `kinds` are those of the layers."""
+    """The parameters of layer i; `kinds` are those of all layers."""
     out = {}
     for part, tree in stacked.items():
         if part not in kinds:
@@ -57,7 +57,7 @@ def _at(tree: T, i: int) -> T:
 
 
 def gather(each: Sequence[dict[str, Tree]]) -> dict[str, Tree]:
-    """One dict for each layer -> {name: its values, stacked over the layers that have it}."""
+    """A list of one dict per layer -> {name: its values, stacked over the layers that have it}."""
     names = dict.fromkeys(name for one in each for name in one)
     values = {name: [one[name] for one in each if name in one] for name in names}
     return {name: jax.tree.map(lambda *xs: jnp.stack(xs), *trees) for name, trees in values.items()}
@@ -66,7 +66,7 @@ def gather(each: Sequence[dict[str, Tree]]) -> dict[str, Tree]:
 def unrolled(
     layer: Layer, x: Array, layers: Sequence[Params], caches: Sequence[Tree] | None, config: ModelConfig
 ) -> tuple[Array, tuple | None, Reports]:
-    """One layer after the other, of a tuple of parameters; no slice of a stack is copied."""
+    """Runs layers whose parameters are a tuple, one after the other; no slice of a stack is copied."""
     kept, reports = [], []
     for i, (kind, params, windowed) in enumerate(zip(config.kinds, layers, config.windowed, strict=True)):
         x, cache, report = layer(kind, x, params, caches and caches[i], windowed)
@@ -76,9 +76,9 @@ def unrolled(
 
 
 def scan(layer: Layer, x: Array, layers: Params, caches: Tree, config: ModelConfig) -> tuple[Array, Tree, Reports]:
-    """A loop over stacked layers; `caches` is a stack, {kind: stack} of several kinds, or None.
+    """Runs stacked layers in a loop; `caches` is a stack, {kind: stack} for several kinds, or None.
 
-    Where layers are of several kinds, a turn of the loop takes a period of them; what does not fill one comes behind.
+    With several kinds, an iteration runs one period of layers; an incomplete last period runs after the loop.
     """
     windowed = jnp.asarray(config.windowed)
     if len(set(config.kinds)) == 1:
@@ -94,7 +94,7 @@ def scan(layer: Layer, x: Array, layers: Params, caches: Tree, config: ModelConf
     stacks = (layers, caches or {}, {"windowed": windowed})
 
     def some(x: Array, stacks: tuple, kinds: Sequence[str]) -> tuple[Array, tuple[dict, Reports]]:
-        """Layers of these kinds, from the start of a period; stacks of what each kind keeps, and of reports."""
+        """Runs layers of these kinds from the start of a period; returns x, and stacks of caches and of reports."""
         layers, caches, flags = stacks
         kept, reports = [], []
         for i, kind in enumerate(kinds):
@@ -107,12 +107,12 @@ def scan(layer: Layer, x: Array, layers: Params, caches: Tree, config: ModelConf
     whole, rest = zip(*(_split(tree, period, turns) for tree in stacks))
     x, looped = jax.lax.scan(lambda x, turn: some(x, turn, period), x, whole)
     x, last = some(x, rest, period[: config.layers % len(period)])
-    caches, reports = (_behind(a, b) for a, b in zip(looped, last))
+    caches, reports = (_joined(a, b) for a, b in zip(looped, last))
     return x, caches or None, reports
 
 
 def _split(stacked: dict[str, Tree], period: Sequence[str], turns: int) -> tuple[dict[str, Tree], dict[str, Tree]]:
-    """What `turns` turns of a loop take of each stack [turns, layers of a turn, ...], and the rest."""
+    """Each stack as the part for `turns` iterations of a loop [turns, layers per iteration, ...], and the rest."""
     looped, rest = {}, {}
     for part, tree in stacked.items():
         n = period.count(part) if part in period else len(period)
@@ -125,8 +125,8 @@ def _turned(turns: int, n: int, a: Array) -> Array:
     return a[: turns * n].reshape(turns, n, *a.shape[1:])
 
 
-def _behind(looped: dict[str, Tree], rest: dict[str, Tree]) -> dict[str, Tree]:
-    """The inverse of `_split`, of stacks by name."""
+def _joined(looped: dict[str, Tree], rest: dict[str, Tree]) -> dict[str, Tree]:
+    """The inverse of `_split`."""
     out = {}
     for name, tree in looped.items():
         out[name] = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)

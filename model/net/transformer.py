@@ -1,4 +1,4 @@
-"""A stack of layers as three functions of a parameter tree: `hidden`, `logits`, `init`. Blocks are flax modules."""
+"""A model as functions of a parameter tree: `init`, `hidden`, `logits`, `cache`. Only its blocks are flax modules."""
 
 import dataclasses
 import functools
@@ -17,17 +17,17 @@ from model.config import ModelConfig
 from model.net import kv_cache, stack
 from model.net.attention import Context, context
 from model.net.head import Unembed
-from model.net.kinds import KINDS, Kept
+from model.net.kinds import KINDS, LayerCache
 from model.net.kv_cache import KV, Cache
 from model.net.layers import Norm, unembed
 from model.weights import Params, Spec, Specs, Tree
 
-CUDNN = "dot_product_attention_fwd_wrapper"  # the primitive of its forward kernel, which JAX gives no name to keep
+CUDNN = "dot_product_attention_fwd_wrapper"  # primitive of its forward kernel, whose result has no checkpoint name
 
-# What the backward pass keeps of a layer. "dots" keeps what `weights.einsum` returns, and on a TPU or GPU what the
-# attention kernel does, and recomputes the rest; on a CPU that is faster than keeping everything, since stacking
+# What is saved of a layer for the backward pass. "dots" saves the results of `weights.einsum` and, on a TPU or GPU, of
+# the attention kernel, and recomputes the rest; on a CPU that is faster than saving everything, since stacking
 # residuals in the scan costs more than softmax and silu.
-# By name, not by primitive: of a LoRA leaf the sum is kept, and not its two products, each as large as the sum.
+# By name, not by primitive: of a LoRA leaf only the sum is saved, not its two products, each as large as the sum.
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -38,15 +38,15 @@ REMAT = {
 }
 
 
-REPORTS = ("hidden",)  # what layers report when asked: the residual stream behind each of them, [layers,B,T,D]
+REPORTS = ("hidden",)  # known reports: the residual stream after each layer, [layers,B,T,D]
 
 
 class Hidden(NamedTuple):
-    """What the layers make of tokens [B,T]."""
+    """The outputs of the layers for tokens [B,T]."""
 
-    x: Array  # [B,T,D], what the head sees
+    x: Array  # [B,T,D], the input of the head
     cache: Cache | None  # with these tokens written to it
-    reports: dict[str, Array]  # what was asked for: name -> [layers that report it, ...]
+    reports: dict[str, Array]  # the requested reports: name -> [layers that make it, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Transformer:
     config: ModelConfig
     dtype: str = "float32"  # of activations
     param_dtype: str = "float32"
-    remat: str = "dots"
-    attention: str = "xla"  # of rows without a cache; see model/net/backends.py
+    remat: str = "dots"  # a key of REMAT
+    attention: str = "xla"  # backend for rows without a cache; see model/net/backends.py
 
     # --- parameters ---
 
@@ -68,7 +68,7 @@ class Transformer:
 
     @functools.cached_property
     def specs(self) -> Specs:
-        """A Spec (abstract value, logical axes, equation) at every parameter. No array is made."""
+        """A Spec (abstract value, logical axes, equation) at every parameter. No array is allocated."""
         boxes = jax.eval_shape(lambda: self._boxes(jax.random.key(0)))
 
         def cast(spec: Spec) -> Spec:
@@ -137,11 +137,12 @@ class Transformer:
         types: Array | None = None,
         report: Sequence[str] = (),
     ) -> Hidden:
-        """The hidden states of tokens [B,T], the cache with them written to it, and of `report` what layers report.
+        """The hidden states [B,T,D] of tokens [B,T], the cache with them written to it, and the reports named in
+        `report`.
 
-        Positions, segments and types (0 when left out, of a model that has them) are [B,T] too. Without positions and
-        segments every row is one document that starts at 0; segment 0 is padding. Raises UserError for a report that
-        no layer makes.
+        Positions, segments and types (default 0, for models that have them) are [B,T] too. Without positions and
+        segments every row is one document that starts at 0; segment 0 is padding. Raises UserError for an unknown
+        report.
         """
         c = self.config
         if unknown := set(report) - set(REPORTS):
@@ -166,7 +167,7 @@ class Transformer:
         return Hidden(x, cache if kept else None, reports)
 
     def embedded(self, params: Params, x: Array, positions: Array, types: Array | None = None) -> Array:
-        """Rows of the embedding table [B,T,D] as the first layer sees them."""
+        """The input [B,T,D] of the first layer from rows [B,T,D] of the embedding table."""
         c = self.config
         if c.scale_embed:
             x = x * jnp.bfloat16(c.embed**0.5).astype(x.dtype)  # Gemma was trained with the rounded root
@@ -175,17 +176,17 @@ class Transformer:
         if c.types:
             types = jnp.zeros_like(positions) if types is None else types
             x = x + weights.take(params["types"]["table"], types, self.dtype)
-        if c.norms == "post":  # what a layer sees is always normalized
+        if c.norms == "post":  # the inputs of a layer are always normalized
             x = Norm(c).apply({"params": params["embed_norm"]}, x)
         return x
 
     def layer(
         self, kind: str, x: Array, params: Params, cache: Tree, windowed: bool | Array, ctx: Context
     ) -> tuple[Array, Tree, stack.Reports]:
-        """One layer: x [B,T,D], what it keeps of earlier tokens, and what it reports."""
+        """Runs one layer: returns x [B,T,D], its cache, and its reports."""
         block, ctx = KINDS[kind].block(self.config), ctx._replace(windowed=windowed)
-        (y, cache), told = block.apply({"params": params}, x, ctx, cache, mutable=["reports"])
-        return constrain(y), cache, flatten_dict(told.get("reports", {}), sep="/")
+        (y, cache), state = block.apply({"params": params}, x, ctx, cache, mutable=["reports"])
+        return constrain(y), cache, flatten_dict(state.get("reports", {}), sep="/")
 
     def _layers(
         self, layers: Params | tuple[Params, ...], x: Array, ctx: Context, caches: Tree
@@ -198,7 +199,7 @@ class Transformer:
         return stack.scan(one, x, layers, caches, self.config)
 
     def head(self, params: Params) -> tuple[Unembed, Params]:
-        """A function (tree, hidden states [B,T,D]) -> logits [B,T,V] in float32, and its tree of parameters."""
+        """(function, tree): the function maps (tree, hidden states [B,T,D]) to logits [B,T,V] in float32."""
         cap = self.config.logit_cap
         if self.config.tied:
             return functools.partial(unembed, "BTD,VD->BTV", cap), params["embed"]["table"]
@@ -214,33 +215,32 @@ class Transformer:
     def cache(
         self, batch: int, length: int, unrolled: bool = True, params: Params | None = None, kind: str = "float"
     ) -> Cache:
-        """A cache for `length` tokens of `batch` rows; `kind`: one of kv_cache.KINDS.
+        """A cache for `length` tokens of `batch` rows; `kind` is one of kv_cache.KINDS.
 
-        It is empty unless `params` hold virtual tokens (prefix and prompt tuning): these stand at its start.
+        It is empty, except for the virtual tokens (prefix and prompt tuning) of `params`, which come first.
         """
         c = self.config
 
-        def keeps(name: str, lead: tuple[int, ...]) -> Kept:
+        def empty(name: str, lead: tuple[int, ...]) -> LayerCache:
             return KINDS[name].cache(c, lead, batch, length, self.dtype, kind)
 
-        layers: Tree = tuple(keeps(name, ()) for name in c.kinds)
+        layers: Tree = tuple(empty(name, ()) for name in c.kinds)
         if not unrolled:
-            layers = {name: keeps(name, (c.kinds.count(name),)) for name in sorted(set(c.kinds))}
+            layers = {name: empty(name, (c.kinds.count(name),)) for name in sorted(set(c.kinds))}
             layers = layers if len(layers) > 1 else layers[c.kinds[0]]
         positions = segments = jnp.zeros((batch, length), jnp.int32)
         virtual = virtual_tokens(params or {})
         if virtual:
-            layers = _behind(self._virtual(params), layers, batch, self.dtype, kind)
+            layers = _prepended(self._virtual(params), layers, batch, self.dtype, kind)
             first = jnp.broadcast_to(jnp.arange(virtual, dtype=jnp.int32), (batch, virtual))
             positions = jnp.concatenate([first, positions], 1)
             segments = jnp.concatenate([jnp.full_like(first, -1), segments], 1)
         return Cache(jnp.int32(virtual), layers, positions, segments)
 
     def _virtual(self, params: Params) -> Tree:
-        """Keys and values [K,P,H] of the virtual tokens, in the shape of a cache's layers; None where there are none.
+        """Keys and values [K,P,H] of the virtual tokens, structured like a cache's layers; None for layers without.
 
-        Raises UserError for a prompt of a model that looks both ways: what it computes for a prompt depends on the
-        document.
+        Raises UserError for prompt tuning of a bidirectional model, where the keys of a prompt depend on the document.
         """
         layers = params["layers"]
         if "prompt" not in params:
@@ -249,7 +249,7 @@ class Transformer:
             others = [name for name in KINDS if name in layers and name != "attn"]
             return {"attn": _prefix(layers), **dict.fromkeys(others)} if others else _prefix(layers)
         if not self.config.causal:
-            raise UserError("prompt tuning needs a model that looks back only", "peft.name", "use prefix")
+            raise UserError("prompt tuning needs a causal model", "config.peft.name", "use prefix")
         x = params["prompt"].table.astype(self.dtype)[None]
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         x = self.embedded(params, x, positions)
@@ -259,30 +259,30 @@ class Transformer:
 
 
 def _prefix(layer: Params) -> KV | None:
-    """The trained keys and values of a layer, or of a stack of them."""
+    """The trained keys and values of a layer or a stack of layers."""
     if "attn" not in layer:
         return None
     prefix = layer["attn"]["prefix"]
     return KV(prefix.k.swapaxes(-3, -2), prefix.v.swapaxes(-3, -2))
 
 
-def _behind(virtual: Tree, layers: Tree, batch: int, dtype: str, kind: str) -> Tree:
-    """A cache's `layers` behind the keys and values [K,P,H] of virtual tokens, which are the same for every row."""
+def _prepended(virtual: Tree, layers: Tree, batch: int, dtype: str, kind: str) -> Tree:
+    """A cache's `layers` after the keys and values [K,P,H] of virtual tokens, which are the same for every row."""
 
-    def stored(x: Array) -> Array | kv_cache.Rounded:
+    def stored(x: Array) -> Array | kv_cache.Coded:
         rows = jnp.tile(x.astype(dtype), (*(1,) * (x.ndim - 3), batch, 1, 1))  # [B*K,P,H]
         return kv_cache.encode(rows, kind)
 
-    def behind(first: Array | None, rest: Tree) -> Tree:
+    def prepend(first: Array | None, rest: Tree) -> Tree:
         if first is None:
             return rest
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b], -2), stored(first), rest)
 
-    return jax.tree.map(behind, virtual, layers, is_leaf=lambda x: x is None)
+    return jax.tree.map(prepend, virtual, layers, is_leaf=lambda x: x is None)
 
 
 def virtual_tokens(params: Params) -> int:
-    """How many trained tokens stand before every document: those of prefix or prompt tuning."""
+    """Number of trained tokens before every document, from prefix or prompt tuning."""
     if "prompt" in params:
         return params["prompt"].table.shape[0]
     layers = params.get("layers", {})
@@ -292,10 +292,10 @@ def virtual_tokens(params: Params) -> int:
 
 
 def constrain(x: Array) -> Array:
-    """Activations [B,T,D] keep their batch on the data axes; a weight's axis of the same letter is another one."""
+    """Activations [B,T,D], sharded by their own logical axes, which differ from those of weights."""
     return nn.with_logical_constraint(x, ("act_batch", "act_seq", "act_embed")[: x.ndim])
 
 
 def unstack(params: Params, config: ModelConfig) -> Params:
-    """The stacked layers as a tuple of trees, for unrolled decoding."""
+    """Parameters with their stacked layers as a tuple of trees, for unrolled decoding."""
     return {**params, "layers": tuple(stack.pick(params["layers"], config.kinds, i) for i in range(config.layers))}

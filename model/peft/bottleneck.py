@@ -1,7 +1,7 @@
-"""Bottleneck adapters: a small network behind a sublayer (Houlsby et al. 2019, arXiv 1902.00751) or beside it.
+"""Bottleneck adapters: a small network after a sublayer (Houlsby et al. 2019, arXiv 1902.00751) or beside it.
 
-Sequential: y + s f(y D) U, y the sublayer's output. Parallel: y + s f(x D) U, x its input (He et al. 2021,
-arXiv 2110.04366). Without biases.
+Sequential: y + s f(y D) U, with y the sublayer's output. Parallel: y + s f(x D) U, with x its input (He et al. 2021,
+arXiv 2110.04366). There are no biases.
 """
 
 import math
@@ -21,7 +21,7 @@ SUBLAYERS = ("attn", "mlp")
 
 @flax.struct.dataclass
 class Bottleneck(Extra):
-    """`down` [layers, D, R] and `up` [layers, R, D]; a layer sees its own. The block calls it after a sublayer."""
+    """`down` [layers, D, R] and `up` [layers, R, D]; a layer sees its own slice. Blocks call it after a sublayer."""
 
     down: Array
     up: Array
@@ -30,7 +30,7 @@ class Bottleneck(Extra):
     trainable: ClassVar[tuple[str, ...]] = ("down", "up")
 
     def __call__(self, x: Array, y: Array) -> Array:
-        """The sublayer's output [B,T,D] as the residual stream gets it; x [B,T,D] is its input."""
+        """The adapted output [B,T,D] of a sublayer with input x [B,T,D] and output y [B,T,D]."""
         low = jax.nn.relu(weights.einsum("BTD,DR->BTR", x if self.parallel else y, self.down))
         return y + self.scale * weights.einsum("BTR,RD->BTD", low, self.up)
 
@@ -42,9 +42,9 @@ def make(
     *, rank: int = 64, kind: Literal["sequential", "parallel"] = "sequential", scale: float = 1.0,
     where: str = "attn|mlp",
 ) -> Transform:  # fmt: skip
-    """A Transform that adds one to every sublayer, attn or mlp, that matches `where`; up starts at zero.
+    """A Transform that adds an adapter to every sublayer ("attn", "mlp") that matches `where`; `up` starts at zero.
 
-    Raises ValueError when none does.
+    Raises ValueError when none matches.
     """
     chosen = [name for name in SUBLAYERS if re.fullmatch(where, name)]
     if not chosen:

@@ -1,6 +1,6 @@
-"""DoRA (Liu et al. 2024, arXiv 2402.09353): a weight's direction moves by LoRA, its magnitude by a vector.
+"""DoRA (Liu et al. 2024, arXiv 2402.09353): LoRA trains the direction of a weight, a vector its magnitude.
 
-Eq. 5: W' = m (W + s A B) / ||W + s A B||, with a norm for each output feature.
+Eq. 5: W' = m (W + s A B) / ||W + s A B||, with one norm per output feature.
 """
 
 from typing import ClassVar
@@ -19,11 +19,11 @@ from model.weights import Spec, Transform, Weight
 
 @flax.struct.dataclass
 class DoRA(LoRA):
-    """LoRA whose sum is scaled for each output feature; `magnitude` and `squares` are flat [outputs]."""
+    """LoRA whose sum is scaled per output feature; `magnitude` and `squares` are flat: [outputs]."""
 
     magnitude: Array | None = None
     squares: Array | None = None  # ||W||^2 of the base
-    fixed: Array | None = None  # the ratio, once nothing moves
+    fixed: Array | None = None  # the precomputed ratio, for inference
     trainable: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
     derived: ClassVar[tuple[str, ...]] = ("a", "start", "squares")
 
@@ -41,9 +41,9 @@ class DoRA(LoRA):
         return y if self.used == "head" else y * self.ratio(y.shape[-1:]).astype(dtype)
 
     def ratio(self, shape: tuple[int, ...]) -> Array:
-        """m / ||W + s A B||. The norm is a constant to the gradient (section 4.3).
+        """m / ||W + s A B|| per output. No gradient flows through the norm (section 4.3).
 
-        ||W + s A B||^2 = ||W||^2 + 2 s <A^T W, B> + s^2 <A^T A B, B> for each output: no matrix of W's size is made.
+        ||W + s A B||^2 = ||W||^2 + 2 s <A^T W, B> + s^2 <A^T A B, B> per output: no matrix of W's size is built.
         """
         if self.fixed is not None:
             return self.fixed.reshape(shape)
@@ -56,7 +56,7 @@ class DoRA(LoRA):
         inner = 2 * projected + self.scale * jnp.einsum(f"{shared}Rr,{shared}r{produced}->{out}", gram, b)
         squares = self.squares + self.scale * (inner * b).sum(len(shared)).reshape(-1)
         norm = jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(squares, 1e-30)))
-        return (1 + (self.magnitude - norm) / norm).reshape(shape)  # exactly 1 at the start, however XLA divides
+        return (1 + (self.magnitude - norm) / norm).reshape(shape)  # exactly 1 at the start, however XLA rounds
 
     def settled(self) -> "DoRA":
         return super().settled().replace(fixed=self.ratio(self.squares.shape))
@@ -65,9 +65,9 @@ class DoRA(LoRA):
         w = super().dense(spec).astype(jnp.float32)
         shared, _, produced = weights.split(self.eqn)
         letters = weights.operands(self.eqn)[1]
-        stack, outputs = w.shape[: spec.stacked], shared + produced
-        shape = [w.shape[spec.stacked + letters.index(c)] for c in outputs]
-        ratio = (self.magnitude / norms(w, spec)).reshape(*stack, *shape)
+        outputs = shared + produced
+        shape = (*w.shape[: spec.stacked], *(spec.sizes[c] for c in outputs))
+        ratio = (self.magnitude / norms(w, spec)).reshape(shape)
         return jnp.einsum(f"...{letters},...{outputs}->...{letters}", w, ratio).astype(spec.value.dtype)
 
     def axes(self, spec: Spec) -> "DoRA":
@@ -76,7 +76,7 @@ class DoRA(LoRA):
 
 
 def norms(w: Array, spec: Spec) -> Array:
-    """[stack..., outputs]: the norm of a weight for each output feature, over what it contracts."""
+    """[stack..., outputs]: the norm of a weight per output feature, over the contracted axes."""
     m = lora.matrix(w.astype(jnp.float32), spec)
     return jnp.sqrt(jnp.square(m).sum(-2)).reshape(*spec.shape[: spec.stacked], -1)
 
@@ -91,13 +91,13 @@ def make(
     ranks: tuple = (),
     alphas: tuple = (),
 ) -> Transform:
-    """As LoRA's (model/peft/lora.py); magnitudes start as the norms, so that the model starts as the base."""
+    """The arguments are those of model/peft/lora.py. Magnitudes start as the norms, so the model starts as the base."""
     wrap = lora.transform(DoRA, rank, alpha, where, rslora, dropout, ranks, alphas, "zero_b")
     return lambda params, specs, key: weights.replace(wrap(params, specs, key), specs, measure)
 
 
 def measure(path: str, leaf: Array | Weight, spec: Spec | None) -> Array | Weight:
-    """A new DoRA leaf with the norms of its base."""
+    """Fills in the norms of the base of a new DoRA leaf."""
     if not isinstance(leaf, DoRA):
         return leaf
     squares = jnp.square(norms(weights.dense_of(leaf.base, spec), spec))

@@ -1,5 +1,6 @@
-"""IA3 (Liu et al. 2022, arXiv 2205.05638): keys, values and what enters the down projection are rescaled."""
+"""IA3 (Liu et al. 2022, arXiv 2205.05638): keys, values and the inputs of the down projection are rescaled."""
 
+import math
 import re
 from typing import ClassVar
 
@@ -34,8 +35,7 @@ class IA3(Weight):
 
     def dense(self, spec: Spec) -> Array:
         base, w = weights.dense_of(self.base, spec), weights.operands(spec.eqn)[1]
-        sizes = [spec.shape[spec.stacked + w.index(c)] for c in self.letters]
-        scale = self.scale.reshape(*spec.shape[: spec.stacked], *sizes)
+        scale = self.scale.reshape(*spec.shape[: spec.stacked], *(spec.sizes[c] for c in self.letters))
         return jnp.einsum(f"...{w},...{self.letters}->...{w}", base, scale).astype(base.dtype)
 
     def axes(self, spec: Spec) -> "IA3":
@@ -43,7 +43,8 @@ class IA3(Weight):
 
 
 def make(*, where: str = r"layers/attn/w[kv]|layers/mlp/down", inputs: str = r"layers/mlp/down") -> Transform:
-    """A Transform; of the parameters that match `inputs` the inputs are rescaled, of the others the outputs.
+    """A Transform for the parameters that match `where`: those that also match `inputs` get their inputs rescaled, the
+    others their outputs.
 
     Raises ValueError when `where` matches nothing.
     """
@@ -51,10 +52,7 @@ def make(*, where: str = r"layers/attn/w[kv]|layers/mlp/down", inputs: str = r"l
     def wrap(path: str, base: Array | Weight, spec: Spec, key: Array) -> IA3:
         shared, contracted, produced = weights.split(spec.eqn)
         letters = shared + (contracted if re.fullmatch(inputs, path) else produced)
-        w = weights.operands(spec.eqn)[1]
-        n = 1
-        for c in letters:
-            n *= spec.shape[spec.stacked + w.index(c)]
+        n = math.prod(spec.sizes[c] for c in letters)
         return IA3(base, jnp.ones((*spec.shape[: spec.stacked], n), spec.value.dtype), letters)
 
     return weights.wrapping(where, wrap)

@@ -17,10 +17,10 @@ from model.weights import AXES, Spec, Transform, Weight
 
 @flax.struct.dataclass
 class LoRA(Weight):
-    """`base` plus scale * A B. A is [contracted..., R] and B is [R, produced...], both behind the base's shared axes.
+    """`base` plus scale * A B. A is [contracted..., R] and B is [R, produced...], after the base's shared axes.
 
     The same leaf serves an equation that contracts the other side (a tied unembedding): the factor that holds the
-    contracted letters goes first. `used` says which of the two uses of a tied table the adapter changes.
+    contracted letters is multiplied first. `used` names the uses of a tied table that the adapter changes.
     """
 
     base: Array | Weight
@@ -28,12 +28,12 @@ class LoRA(Weight):
     b: Array
     eqn: str = flax.struct.field(pytree_node=False)  # the equation that the weight was declared with
     scale: float = flax.struct.field(pytree_node=False)
-    start: tuple[Array, Array] | None = None  # (A, B) of step 0 when A B is not 0: the change since is added
-    noise: Array | None = None  # of dropout, in training only: the data of a key
+    start: tuple[Array, Array] | None = None  # (A, B) of step 0 if A B is not 0: only the change since is added
+    noise: Array | None = None  # key data for dropout, only in training
     dropout: float = flax.struct.field(default=0.0, pytree_node=False)
     used: str = flax.struct.field(default="both", pytree_node=False)  # | "lookup" | "head"
     trainable: ClassVar[tuple[str, ...]] = ("a", "b")
-    derived: ClassVar[tuple[str, ...]] = ("a", "start")  # A, where it stays as it was drawn (LoRA-FA)
+    derived: ClassVar[tuple[str, ...]] = ("a", "start")  # A too, for LoRA-FA, where it stays as it was drawn
 
     @property
     def letters(self) -> tuple[str, str]:
@@ -57,7 +57,7 @@ class LoRA(Weight):
         if not set(contracted) <= set(f):
             (first, f), (second, s) = (second, s), (first, f)
         low = xs.translate({ord(c): None for c in contracted}) + "R"  # [..., R]
-        y = self.scale * weights.einsum(f"{xs},{f}->{low}", x, first)  # scaled where it is small, backwards too
+        y = self.scale * weights.einsum(f"{xs},{f}->{low}", x, first)  # scaled at rank R, the smallest array
         return weights.einsum(f"{low},{s}->{out}", y, second)
 
     def take(self, ids: Array, dtype: DTypeLike) -> Array:
@@ -70,12 +70,14 @@ class LoRA(Weight):
 
     def dense(self, spec: Spec) -> Array:
         if self.used != "both":
-            raise UserError("an adapter of one use of a tied table cannot be merged", "adapter", "keep it apart")
+            raise UserError(
+                "an adapter for only one use of a tied table cannot be merged", "adapter", "keep it as an adapter"
+            )
         base = weights.dense_of(self.base, spec)
         return (base + self.delta()).astype(base.dtype)
 
     def delta(self) -> Array:
-        """scale * A B, whole: the shape of the weight."""
+        """scale * A B as one array of the weight's shape."""
         (a, b), w = self.letters, weights.operands(self.eqn)[1]
         whole = lambda x, y: jnp.einsum(f"...{a},...{b}->...{w}", x, y, precision="highest")
         return self.scale * (whole(self.a, self.b) - (0 if self.start is None else whole(*self.start)))
@@ -95,7 +97,7 @@ class LoRA(Weight):
 
 
 def factors(eqn: str) -> tuple[str, str]:
-    """Letters of A and of B for a weight of this equation: "BTD,DNH->BTNH" -> ("DR", "RNH")."""
+    """The letters of A and of B for a weight of this equation: "BTD,DNH->BTNH" -> ("DR", "RNH")."""
     shared, contracted, produced = weights.split(eqn)
     return f"{shared}{contracted}R", f"{shared}R{produced}"
 
@@ -118,10 +120,10 @@ def make(
 ) -> Transform:
     """A Transform that wraps every multiplied parameter whose name matches `where`.
 
-    `ranks` and `alphas` give some of them their own: (("layers/mlp/.*", 8), ...), first match wins. `dropout` acts on
-    the adapter's input. `init`: "zero_b" draws A from N(0, 1/fan_in) and sets B to zero, so that the transformed model
-    equals the base bit for bit; "pissa" starts at the largest singular vectors of W (Meng et al. 2024, arXiv
-    2404.02948) and adds the change since; "orthogonal" draws A and B whose product is zero.
+    `ranks` and `alphas` override `rank` and `alpha` by name: (("layers/mlp/.*", 8), ...), the first match wins.
+    `dropout` acts on the adapter's input. `init`: "zero_b" draws A from N(0, 1/fan_in) and sets B to zero, so that the
+    transformed model equals the base bit for bit; "pissa" starts at the largest singular vectors of W (Meng et al.
+    2024, arXiv 2404.02948) and adds only the change since; "orthogonal" draws A and B whose product is zero.
     Raises ValueError when `where` or a rule matches nothing, or when a rank is too large for `init`.
     """
     return transform(LoRA, rank, alpha, where, rslora, dropout, ranks, alphas, init)
@@ -131,15 +133,13 @@ def transform(
     leaf: type[LoRA], rank: int, alpha: float, where: str, rslora: bool, dropout: float, ranks: tuple, alphas: tuple,
     init: str,
 ) -> Transform:  # fmt: skip
-    """`make` for LoRA and for what is built on it."""
+    """`make` for LoRA and its subclasses."""
 
     def wrap(path: str, base: Array | Weight, spec: Spec, key: Array) -> LoRA:
         r = int(first_match(ranks, path, rank))
         scale = scale_of(first_match(alphas, path, alpha), r, rslora)
-        a, b = factors(spec.eqn)
-        size = dict(zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :], strict=True)) | {"R": r}
-        stack = spec.shape[: spec.stacked]
-        shapes = [stack + tuple(size[c] for c in letters) for letters in (a, b)]
+        size, stack = spec.sizes | {"R": r}, spec.shape[: spec.stacked]
+        shapes = [stack + tuple(size[c] for c in letters) for letters in factors(spec.eqn)]
         key = weights.key_for(key, path)
         start = STARTS[init](weights.dense_of(base, spec) if init == "pissa" else None, spec, shapes, scale, key)
         start = [x.astype(spec.value.dtype) for x in start]
@@ -155,13 +155,12 @@ def first_match(rules: tuple, path: str, default: float) -> float:
 
 
 def _zero_b(base: None, spec: Spec, shapes: list[tuple], scale: float, key: Array) -> tuple[Array, Array]:
-    contracted = factors(spec.eqn)[0][len(weights.split(spec.eqn)[0]) : -1]
-    fan_in = math.prod(shapes[0][-1 - len(contracted) : -1])
+    fan_in = math.prod(spec.sizes[c] for c in weights.split(spec.eqn)[1])
     return jax.random.normal(key, shapes[0]) / math.sqrt(fan_in), jnp.zeros(shapes[1])
 
 
 def _orthogonal(base: None, spec: Spec, shapes: list[tuple], scale: float, key: Array) -> tuple[Array, Array]:
-    """Random columns on the even and the odd rows of one orthogonal matrix, as PEFT draws them."""
+    """A from the even rows of one random orthogonal matrix, B from its odd rows, as in PEFT."""
     rank = shapes[0][-1]
     if rank % 2:
         raise ValueError(f"init='orthogonal' needs an even rank, not {rank}")
@@ -184,23 +183,23 @@ STARTS = {"zero_b": _zero_b, "orthogonal": _orthogonal, "pissa": _pissa}
 
 
 def truncate(w: Array, spec: Spec, rank: int) -> tuple[Array, Array, Array]:
-    """A, B of the best approximation A B of rank `rank` (Eckart & Young 1936) of an array of `spec`, and all singular
-    values [..., min(in, out)]; singular values are split evenly. Raises ValueError for a rank larger than the matrix.
+    """(A, B, singular values [..., min(in, out)]) of an array of `spec`: A B is its best approximation of rank `rank`
+    (Eckart & Young 1936), with the singular values split evenly between A and B.
+
+    Raises ValueError when `rank` exceeds that of the matrix.
     """
     _, contracted, produced = weights.split(spec.eqn)
     m = matrix(w, spec)
     if rank > min(m.shape[-2:]):
         raise ValueError(f"rank {rank} exceeds that of a {m.shape[-2]} x {m.shape[-1]} matrix")
     u, s, v = jnp.linalg.svd(m, full_matrices=False)
-    root = jnp.sqrt(s[..., :rank])
-    size = dict(zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :], strict=True))
-    lead = m.shape[:-2]
+    root, size, lead = jnp.sqrt(s[..., :rank]), spec.sizes, m.shape[:-2]
     a = (u[..., :rank] * root[..., None, :]).reshape(*lead, *(size[c] for c in contracted), rank)
     return a, (root[..., None] * v[..., :rank, :]).reshape(*lead, rank, *(size[c] for c in produced)), s
 
 
 def matrix(w: Array, spec: Spec) -> Array:
-    """A weight as [..., contracted, produced], one matrix for each layer and expert."""
+    """A weight as [..., contracted, produced], one matrix per layer and expert."""
     shared, contracted, produced = weights.split(spec.eqn)
     letters = weights.operands(spec.eqn)[1]
     w = jnp.einsum(f"...{letters}->...{shared}{contracted}{produced}", w)

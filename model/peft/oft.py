@@ -16,21 +16,21 @@ from model.weights import Spec, Transform, Weight
 class OFT(Weight):
     """`base` with its features over `letters` rotated: its inputs, or the width of an embedding table.
 
-    `q` [blocks, b (b - 1) / 2] holds what is above the diagonal of skew-symmetric blocks Q.
+    `q` [blocks, b (b - 1) / 2] holds the entries above the diagonal of the skew-symmetric blocks Q.
     """
 
     base: Array | Weight
     q: Array
     letters: str = flax.struct.field(pytree_node=False)
     terms: int = flax.struct.field(pytree_node=False)
-    fixed: Array | None = None  # the rotation, once nothing moves
+    fixed: Array | None = None  # the precomputed rotation, for inference
     trainable: ClassVar[tuple[str, ...]] = ("q",)
 
     def rotation(self) -> Array:
         """R [..., blocks, b, b]: Cayley's (I - Q)(I + Q)^-1, or the first `terms` of the series of (I + Q)(I - Q)^-1.
 
-        The series (Qiu et al. 2025, arXiv 2506.19847) is I + 2 Q + 2 Q^2 + ... + Q^(terms - 1); signs and the last
-        factor as in PEFT. It is orthogonal for small Q only.
+        The series (Qiu et al. 2025, arXiv 2506.19847) is I + 2 Q + 2 Q^2 + ... + Q^(terms - 1), with the signs and the
+        last factor of PEFT. It is orthogonal only for small Q.
         """
         if self.fixed is not None:
             return self.fixed
@@ -59,7 +59,7 @@ class OFT(Weight):
         return self._turn(weights.take(self.base, ids, dtype), 1, "...nk,nck->...nc")
 
     def _turn(self, x: Array, n: int, eqn: str) -> Array:
-        """The last `n` axes of x, flat, in blocks times R."""
+        """The last `n` axes of x, flattened and cut into blocks, times R."""
         r = self.rotation().astype(x.dtype)
         return jnp.einsum(eqn, x.reshape(*x.shape[:-n], *r.shape[:2]), r).reshape(x.shape)
 
@@ -86,7 +86,8 @@ def block_of(elements: int) -> int:
 
 
 def make(*, block: int = 32, where: str = r"layers/.*", terms: int = 5) -> Transform:
-    """A Transform that rotates in blocks of `block` features. `terms` of the series; 0: the exact inverse.
+    """A Transform that rotates in blocks of `block` features. `terms` is the length of the series; 0 means the exact
+    inverse.
 
     Raises ValueError when `where` matches nothing or `block` does not divide the features of a match.
     """
@@ -94,8 +95,7 @@ def make(*, block: int = 32, where: str = r"layers/.*", terms: int = 5) -> Trans
     def wrap(path: str, base: Array | Weight, spec: Spec, key: Array) -> OFT:
         _, letters, produced = weights.split(spec.eqn)
         letters = produced if letters == "V" else letters
-        at = weights.operands(spec.eqn)[1]
-        size = math.prod(spec.shape[spec.stacked + at.index(c)] for c in letters)
+        size = math.prod(spec.sizes[c] for c in letters)
         if size % block or block < 2:
             raise ValueError(f"peft.block={block} does not divide the {size} inputs of {path}")
         shape = (*spec.shape[: spec.stacked], size // block, block * (block - 1) // 2)

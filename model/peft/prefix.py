@@ -1,6 +1,6 @@
-"""Prefix tuning (Li & Liang 2021, arXiv 2101.00190): every layer attends to trained keys and values first.
+"""Prefix tuning (Li & Liang 2021, arXiv 2101.00190): trained keys and values stand before every document.
 
-It is a key-value cache that does not start empty: see Transformer.cache.
+They are a key-value cache that does not start empty: see Transformer.cache.
 """
 
 from typing import ClassVar
@@ -14,7 +14,7 @@ from model.weights import Extra, Params, Spec, Specs, Transform
 
 @flax.struct.dataclass
 class Prefix(Extra):
-    """Keys, already at their positions, and values [layers, P, K, H] of P virtual tokens."""
+    """Keys, with their positions already applied, and values [layers, P, K, H] of P virtual tokens."""
 
     k: Array
     v: Array
@@ -25,18 +25,18 @@ class Prefix(Extra):
         return self.replace(k=names, v=names)
 
     def macs(self, stacked: int) -> "Prefix":
-        return self.replace(k=0, v=0)  # the cost of attention counts virtual tokens
+        return self.replace(k=0, v=0)  # virtual tokens are counted in the cost of attention
 
 
 def make(*, tokens: int = 20, deviation: float = 0.02) -> Transform:
-    """A Transform that gives each layer of attention `tokens` virtual tokens, drawn with a standard `deviation`.
+    """A Transform that gives each attention layer `tokens` virtual tokens, drawn from N(0, `deviation`^2).
 
-    Raises ValueError when there is no such layer.
+    Raises ValueError when the model has no attention layer.
     """
 
     def transform(params: Params, specs: Specs, key: Array) -> Params:
         if "attn" not in specs["layers"]:
-            raise ValueError("prefix tuning needs a layer of attention")
+            raise ValueError("prefix tuning needs an attention layer")
         spec = specs["layers"]["attn"]["wk"]
         layers, _, heads, dim = spec.shape
         draw = lambda k: deviation * jax.random.normal(k, (layers, tokens, heads, dim), spec.value.dtype)

@@ -1,7 +1,7 @@
 """Prompt tuning (Lester et al. 2021, arXiv 2104.08691): trained embeddings stand before every document.
 
-Nothing comes before them, so their keys and values are the same for every document: one row computes them, and the
-rest is prefix tuning. See Transformer.cache.
+Nothing precedes them, so their keys and values are the same for every document: they are computed once, and the rest
+is prefix tuning. See Transformer.cache.
 """
 
 from typing import ClassVar
@@ -26,13 +26,13 @@ class Prompt(Extra):
         return self.replace(table=(None, "embed"))
 
     def macs(self, stacked: int) -> "Prompt":
-        return self.replace(table=0)  # the cost of attention counts virtual tokens
+        return self.replace(table=0)  # virtual tokens are counted in the cost of attention
 
 
 def make(*, tokens: int = 20) -> Transform:
-    """A Transform that adds `tokens` virtual tokens, which start as embeddings of tokens drawn from the vocabulary.
+    """A Transform that adds `tokens` virtual tokens, initialized as embeddings of random vocabulary tokens.
 
-    Raises ValueError for a model with layers that keep no key and value for each token.
+    Raises ValueError for a model with layers that cache no key and value per token.
     """
 
     def transform(params: Params, specs: Specs, key: Array) -> Params:

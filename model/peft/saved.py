@@ -1,4 +1,4 @@
-"""An adapter that exists: the one of a run folder or of a PEFT folder, to go on with in a new stage."""
+"""An adapter that was trained before, from a run folder or a PEFT folder, to continue with in a new stage."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from model.weights import Params, Specs, Transform
 
 
 def check_base(folder: str, policy: Params) -> None:
-    """Raises UserError when the adapter of `folder`, which `policy` holds, was trained on another base.
+    """Raises UserError when the adapter of `folder`, which is in `policy`, was trained on another base.
 
-    Only a run folder says what its base was; a PEFT folder does not.
+    Only a run folder records its base; a PEFT folder does not.
     """
     if not (Path(folder).expanduser() / peft_read.CONFIG).exists():
         saved.check_base(saved.load_params(folder, verified=False), policy, folder)
@@ -23,7 +23,7 @@ def check_base(folder: str, policy: Params) -> None:
 def make(*, folder: str) -> Transform:
     """A Transform that puts the adapter of `folder` on the base that it was trained on.
 
-    A run folder gives its newest whole checkpoint. Raises UserError for a folder that holds no adapter.
+    Of a run folder the newest complete checkpoint is used. Raises UserError for a folder without an adapter.
     """
     path = Path(folder).expanduser()
     if (path / peft_read.CONFIG).exists():
@@ -31,7 +31,7 @@ def make(*, folder: str) -> Transform:
     run = saved.load_params(path)
     cfg = schema.recorded(run.config, str(folder))
     if not cfg.peft.name:
-        raise UserError("the run has trained no adapter", folder, "use it as config.init")
+        raise UserError("the run trained no adapter", folder, "set config.init to it instead of config.peft.folder")
     wrap = build.find("model.peft", cfg.peft)()
 
     def transform(params: Params, specs: Specs, key: jax.Array) -> Params:

@@ -1,4 +1,4 @@
-"""Which format for which matrix: the least error that fits into a number of bytes."""
+"""Chooses a format per matrix: the least error within a budget of bytes."""
 
 import functools
 import re
@@ -22,10 +22,11 @@ Options = dict[str, dict[str, tuple[int, float]]]  # path -> format -> (bytes, e
 def measure(
     model: Transformer, x: np.ndarray, layer: Callable[[int], Params], encoders: dict[str, Encode], where: str
 ) -> dict[str, dict[str, float]]:
-    """{path: {format: error}} of the matrices that match `where`, each rounded alone, on embedded tokens x [B,T,D].
+    """{path: {format: error}} of the matrices that match `where`, with one rounded at a time, on embedded tokens x
+    [B,T,D].
 
-    The error is that of a layer's output, squared, over the output's own square, the mean of the tokens, summed over
-    the layers: of unlike matrices it is counted at the same place. `layer(i)` reads the parameters of one.
+    The error is |y' - y|^2 / |y|^2 of the layer's output y, averaged over tokens and summed over layers, so that the
+    errors of different matrices can be compared. `layer(i)` reads the parameters of layer i.
     """
     errors: dict[str, dict[str, Array]] = {}
     chosen = lambda path, spec: spec.eqn and re.fullmatch(where, f"layers/{path}")
@@ -55,8 +56,9 @@ def _relative(a: Array, b: Array) -> Array:
 
 
 def choose(options: Options, budget: int) -> dict[str, str]:
-    """{path: format} of the least sum of errors within `budget` bytes: the knapsack's exact answer, path by path over
-    the choices so far that no other beats in both. Raises UserError when the smallest formats do not fit."""
+    """{path: format} with the least sum of errors within `budget` bytes: the exact solution of the knapsack problem, by
+    dynamic programming over the Pareto front of (bytes, error). Raises UserError when the smallest formats do not fit.
+    """
     front: list[tuple[int, float, tuple[str, ...]]] = [(0, 0.0, ())]
     for formats in options.values():
         pairs = ((state, one) for state in front for one in formats.items())
@@ -67,12 +69,11 @@ def choose(options: Options, budget: int) -> dict[str, str]:
                 front.append(state)
     if not front:
         least = sum(min(size for size, _ in formats.values()) for formats in options.values())
-        raise UserError(f"leaves {budget:,} bytes for matrices that take {least:,} at least", "--budget")
+        raise UserError(f"{budget:,} bytes are left for matrices that need at least {least:,}", "--budget")
     return dict(zip(options, front[-1][2], strict=True))
 
 
 def size(spec: Spec, encode: Encode) -> int:
-    """Bytes of the leaf of a parameter."""
-    return sum(
-        x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda w: encode(w, spec.eqn), spec.value))
-    )
+    """Bytes of the quantized leaf of a parameter."""
+    leaf = jax.eval_shape(lambda w: encode(w, spec.eqn), spec.value)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(leaf))

@@ -1,6 +1,6 @@
-"""Codes fitted to what a layer sees: GPTQ, AWQ and SmoothQuant on captured activations, one layer in memory at a time.
+"""Codes fitted to a layer's inputs: GPTQ, AWQ and SmoothQuant on captured activations, with one layer in memory.
 
-All of them need of the inputs X [tokens, K] of a matrix only X'X and two figures a column.
+Of the inputs X [tokens, K] of a matrix they need only X'X and two figures per column.
 """
 
 import functools
@@ -22,21 +22,22 @@ from model.quant._leaf import Encode, Quantized
 from model.quant._matrix import Format, Rounding, fit, letters, matrix, nearest, spread
 from model.weights import Params, Spec, Weight
 
+EXPONENTS = 20  # that AWQ tries, from 0 to 1
 STEP = 128  # rows that GPTQ rounds before it corrects the rest
-DAMPING = 0.01  # of the mean of X'X's diagonal, added to it
+DAMPING = 0.01  # added to the diagonal of X'X, as a fraction of the diagonal's mean
 
 
 class Inputs(NamedTuple):
-    """Of X [tokens, K], summed or maximized over tokens."""
+    """Statistics of X [tokens, K] over tokens."""
 
-    gram: Array  # X'X
-    size: Array  # sum of |x|
-    peak: Array  # max of |x|
+    gram: Array  # X'X [K, K]
+    size: Array  # sum of |x| [K]
+    peak: Array  # max of |x| [K]
 
 
 @flax.struct.dataclass
 class Probe(Weight):
-    """Multiplies as `w`, and notes in `seen` what its input was in this trace."""
+    """Multiplies like `w`, and records its input in `seen` while tracing."""
 
     w: Array
     at: tuple[str, str] = flax.struct.field(pytree_node=False)  # path, equation
@@ -53,7 +54,7 @@ def _inputs(x: Array, k: int) -> Inputs:
     return Inputs(x.T @ x, size.sum(0), size.max(0))
 
 
-# --- the methods: matrix [K, N], what is known of its inputs -> a solver or a leaf ---
+# --- the methods: matrix [K, N], statistics of its inputs -> a solver or a leaf ---
 
 
 def factor(gram: Array) -> Array:
@@ -64,8 +65,8 @@ def factor(gram: Array) -> Array:
 
 
 def gptq(upper: Array, m: Array, form: Format) -> Rounding:
-    """GPTQ (Frantar et al. 2022, arXiv 2210.17323, algorithm 1): rows of K are rounded one after the other, each error
-    is made up for by the rows that are left, as X'X says. A group's scale is fitted when its first row is due."""
+    """GPTQ (Frantar et al. 2022, arXiv 2210.17323, algorithm 1): rounds the rows of K one after the other; X'X says how
+    the remaining rows compensate for each error. A group's scale is fitted when its first row is reached."""
     m, k = m.astype(jnp.float32), m.shape[0]
     groups = form.tile[0] < k
     whole, step = None if groups else fit(m, form), form.tile[0] if groups else STEP
@@ -85,7 +86,7 @@ def gptq(upper: Array, m: Array, form: Format) -> Rounding:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gptq_block(form: Format, m: Array, upper: Array, scale: Array, offset: Array | None) -> tuple[Array, Array]:
-    """Numbers of some rows, and their errors divided by U's diagonal."""
+    """(numbers, errors divided by U's diagonal) of some rows."""
     scale = spread(scale, form.tile, m.shape)[0]
     offset = jnp.zeros(()) if offset is None else spread(offset, form.tile, m.shape)[0]
 
@@ -100,32 +101,33 @@ def _gptq_block(form: Format, m: Array, upper: Array, scale: Array, offset: Arra
 
 
 def rescaled(w: Array, eqn: str, factors: Array, encode: Encode) -> Quantized:
-    """The leaf of `w` whose inputs are divided by `factors` [K] and its rows multiplied by them."""
+    """The leaf of `w` whose inputs are divided, and whose rows are multiplied, by `factors` [K]."""
     inverse = (1 / factors).astype(jnp.bfloat16)[:, None]
     return encode(w, eqn, solve=lambda m, form: nearest(m / inverse.astype(jnp.float32), form)).with_inverse(inverse)
 
 
-def awq(w: Array, eqn: str, inputs: Inputs, encode: Encode, steps: int = 20) -> Quantized:
-    """AWQ (Lin et al. 2023, arXiv 2306.00978, eq. 4-5): factors |x|^a, the exponent that leaves the least error."""
+def awq(w: Array, eqn: str, inputs: Inputs, encode: Encode) -> Quantized:
+    """AWQ (Lin et al. 2023, arXiv 2306.00978, eq. 4-5): factors |x|^a with the exponent a of the least error."""
     size = jnp.maximum(inputs.size / inputs.size.mean(), 1e-4)
     best, least = None, np.inf
-    for i in range(steps):
-        factors = size ** (i / steps)
+    for i in range(EXPONENTS):
+        factors = size ** (i / EXPONENTS)
         leaf = rescaled(w, eqn, factors / jnp.sqrt(factors.max() * factors.min()), encode)
         if (e := float(output_error(w, eqn, leaf, inputs.gram))) < least:
             best, least = leaf, e
     return best
 
 
-def smoothquant(w: Array, eqn: str, inputs: Inputs, encode: Encode, strength: float = 0.5) -> Quantized:
-    """SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, eq. 4): outliers of the inputs move into the weights."""
+def smoothquant(w: Array, eqn: str, inputs: Inputs, encode: Encode) -> Quantized:
+    """SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, eq. 4 with alpha 0.5): moves the outliers of the inputs into the
+    weights."""
     rows = jnp.abs(matrix(w, eqn)).max(-1)
-    factors = jnp.maximum(inputs.peak, 1e-5) ** strength / jnp.maximum(rows, 1e-5) ** (1 - strength)
+    factors = jnp.maximum(inputs.peak, 1e-5) ** 0.5 / jnp.maximum(rows, 1e-5) ** 0.5
     return rescaled(w, eqn, factors, encode)
 
 
 def output_error(w: Array, eqn: str, leaf: Quantized, gram: Array) -> Array:
-    """|X W - X W'| / |X W|; activations are not rounded here."""
+    """|X W - X W'| / |X W|, with X not rounded."""
     m = matrix(w, eqn).astype(jnp.float32)
     e = m - matrix(leaf.floats(jnp.float32), eqn)
     square = lambda a: ((gram @ a) * a).sum()
@@ -133,8 +135,8 @@ def output_error(w: Array, eqn: str, leaf: Quantized, gram: Array) -> Array:
 
 
 def solve(method: str, w: Array, eqn: str, inputs: Inputs, upper: Callable[[], Array], encode: Encode) -> Quantized:
-    """The leaf of one matrix by a method's name; `upper()` is `factor` of the inputs."""
-    if method == "rtn":  # every weight to the nearest number
+    """The leaf of one matrix by the method of a name; `upper()` is `factor` of the inputs."""
+    if method == "rtn":  # round to nearest
         return encode(w, eqn)
     if method == "gptq":
         return encode(w, eqn, solve=functools.partial(gptq, upper()))
@@ -145,7 +147,7 @@ def solve(method: str, w: Array, eqn: str, inputs: Inputs, upper: Callable[[], A
 
 
 def embed(model: Transformer, params: Params, tokens: np.ndarray) -> np.ndarray:
-    """What the first layer sees of tokens [B,T]."""
+    """The input [B,T,D] of the first layer for tokens [B,T]."""
     x = weights.take(params["embed"]["table"], jnp.asarray(tokens), model.dtype)
     return np.asarray(model.embedded(params, x, jnp.arange(tokens.shape[1])))
 
@@ -156,9 +158,9 @@ def calibrate(
 ) -> Iterator[tuple[Params, dict[str, float]]]:  # fmt: skip
     """(parameters, relative output errors by path) of each layer in turn, from embedded batches `xs` [B,T,D].
 
-    `layer(i)` reads the float parameters of one; nothing else is in memory. `encoder(path)` encodes a matrix. A layer
-    sees what the quantized ones before it put out, as in GPTQ. `where` takes plain matrices: the experts of a layer see
-    other tokens each.
+    `layer(i)` reads the float parameters of layer i; nothing else is in memory. `encoder(path)` gives the encoder of a
+    matrix. As in GPTQ, a layer's inputs are the outputs of the quantized layers before it. `where` must match only
+    plain matrices, not the experts of a layer, which see different tokens.
     """
     for i in range(model.config.layers):
         which, params = (model.config.kinds[i], model.config.windowed[i]), layer(i)
@@ -180,12 +182,12 @@ def _add(a: dict[tuple, Inputs], b: dict[tuple, Inputs]) -> dict[tuple, Inputs]:
     return {key: joined(a[key], b[key]) for key in a}
 
 
-Which = tuple[str, bool]  # the kind of a layer, and whether it has a window
+Which = tuple[str, bool]  # the kind of a layer, and whether its attention has a window
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run_layer(model: Transformer, which: Which, params: Params, x: Array) -> Array:
-    """What one layer makes of x [B,T,D]."""
+    """The output of one layer for x [B,T,D]."""
     return _layer(model, which, params, x)
 
 
@@ -198,7 +200,7 @@ def _layer(model: Transformer, which: Which, params: Params, x: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _observe(model: Transformer, which: Which, where: str, params: Params, x: Array) -> dict[tuple, Inputs]:
-    """What a layer's matrices see: {((path, equation), ...) of those that see the same: Inputs}."""
+    """The inputs of a layer's matrices: {((path, equation), ...) of the matrices that share an input: Inputs}."""
     seen: dict[tuple[str, str], Array] = {}
 
     def probe(path: str, spec: Spec, w: Array) -> Array | Probe:

@@ -1,6 +1,6 @@
-"""The quantized leaf: codes, and scales of their tiles, in place of a weight; and the Transform that makes such leaves.
+"""The quantized leaf: codes, and a scale per tile, in place of a weight; and the Transform that makes such leaves.
 
-Which product multiplies by them is in `_multiply.py`.
+`_multiply.py` chooses how to multiply by them.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ Encode = Callable[..., Weight]  # (w, eqn) -> the leaf of a weight; a quantized 
 
 @flax.struct.dataclass
 class Quantized(Weight):
-    """A frozen weight as numbers * scale + offset, of a matrix [..., K, N] that is stored as [..., N, K] where the
-    equation says `transposed`. Only products with it have a gradient, that of the other operand."""
+    """A frozen weight as numbers * scale + offset: a matrix [..., K, N], stored as [..., N, K] if it is `transposed` in
+    its equation. Products with it are differentiable only by the other operand."""
 
     codes: Array
     scale: Array  # one per tile
@@ -35,11 +35,11 @@ class Quantized(Weight):
     tile: tuple[int, int] = flax.struct.field(pytree_node=False)
     whole: ClassVar[bool] = True
     activations: ClassVar[bool] = False  # whether inputs are rounded too
-    by_place: ClassVar[Callable[[Array], list[Array]] | None] = None  # codes -> numbers of each row in a byte
-    form: ClassVar[str] = ""  # what the kernels call these codes
+    by_place: ClassVar[Callable[[Array], list[Array]] | None] = None  # codes -> numbers of each row that shares a byte
+    form: ClassVar[str] = ""  # name of the format of the codes in kernels/
 
     def numbers(self, codes: Array) -> Array:
-        """Numbers of codes in matrix order, float32 [..., K, N]."""
+        """The numbers, float32 [..., K, N], of codes in matrix order."""
         raise NotImplementedError
 
     @classmethod
@@ -47,7 +47,7 @@ class Quantized(Weight):
         cls, form: Format, codes: Callable[[Array], Array], w: Array, eqn: str, solve: Solve = nearest
     ) -> "Quantized":
         """A leaf in place of the weight `w`, rounded by `solve`; `codes` encodes its numbers [..., K, N]. Tiles are
-        cut to the matrix."""
+        limited to the size of the matrix."""
         m = matrix(w, eqn)
         form = form._replace(tile=tuple(map(min, form.tile, m.shape[-2:])))
         r = solve(m, form)
@@ -62,7 +62,7 @@ class Quantized(Weight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight it stands for."""
+        """The shape of the weight."""
         return self.codes.shape[: self.codes.ndim - 2 - len(letters(self.eqn)[0])] + self.sizes
 
     @property
@@ -80,25 +80,25 @@ class Quantized(Weight):
         return math.prod(self.sizes_of(k)), math.prod(self.sizes_of(n))
 
     def sizes_of(self, side: str) -> list[int]:
-        """Of some letters of the weight."""
+        """Sizes of some of the weight's letters."""
         size = dict(zip(weights.operands(self.eqn)[1], self.sizes, strict=True))
         return [size[c] for c in side]
 
     def in_order(self, a: Array) -> Array:
-        """An array as it is stored, in the order of the matrix [..., K, N]; or the reverse, which is the same."""
+        """A stored array in the order of the matrix [..., K, N], or the reverse, which is the same operation."""
         return a.swapaxes(-1, -2) if transposed(self.eqn) else a
 
     def scales(self) -> Array:
-        """One per tile, in the order of the matrix."""
+        """The scales, one per tile, in the order of the matrix."""
         return self.in_order(self.plain_scales().scale)
 
     def plain_scales(self) -> "Quantized":
-        """This leaf with scales that are numbers and not codes themselves."""
+        """This leaf with its scales as floats, if they are codes themselves."""
         return self
 
     def matrix(self) -> Array:
         """Dequantized float32 [..., K, N], without `inverse`."""
-        codes = self.in_order(self.codes)[..., : self.kn[1]]  # `settled` may have put more behind them
+        codes = self.in_order(self.codes)[..., : self.kn[1]]  # `settled` may have padded them
         m = self.numbers(codes) * spread(self.scales().astype(jnp.float32), self.tile, self.kn)
         if self.offset is not None:
             m = m + spread(self.in_order(self.offset).astype(jnp.float32), self.tile, self.kn)
@@ -109,7 +109,7 @@ class Quantized(Weight):
         return self.in_order(m).reshape(self.shape)
 
     def floats(self, dtype: DTypeLike) -> Array:
-        """The plain array this leaf stands for."""
+        """The plain array that this leaf represents."""
         m = self.matrix()
         m = m if self.inverse is None else m * self.in_order(self.inverse).astype(jnp.float32)
         return self.shaped(m).astype(dtype)
@@ -137,7 +137,7 @@ class Quantized(Weight):
         return _multiply.settled(self)
 
     def macs(self, stacked: int) -> "Quantized":
-        """The codes stand for the whole matrix."""
+        """The codes count as the whole matrix, the other arrays as nothing."""
         none = {f: 0 for f in weights.fields(self) if getattr(self, f) is not None}
         return self.replace(**none | {"codes": self.size})
 
@@ -152,8 +152,8 @@ class Quantized(Weight):
 class Quantizer:
     """A Transform that replaces every multiplied parameter whose name matches `where` by `encode(w, eqn)`.
 
-    With `scaled` a leaf has room for the factors on its inputs that AWQ and SmoothQuant find; here they are 1.
-    Calling it raises ValueError when `where` matches nothing.
+    With `scaled` a leaf has the input factors of AWQ and SmoothQuant, set to 1. Raises ValueError, when called, if
+    `where` matches nothing.
     """
 
     encode: Encode

@@ -1,7 +1,7 @@
 """A weight as a matrix, and its rounding to a grid of numbers with a scale per tile.
 
-Scales are bfloat16: a number of 8 bits and fewer times such a scale is exact in float32, so that no order of operations
-and no fusion changes a dequantized value, and quantizing it once more gives the same codes.
+Scales are bfloat16: a number of at most 8 bits times such a scale is exact in float32. So neither the order of
+operations nor fusion changes a dequantized value, and quantizing it again gives the same codes.
 """
 
 import math
@@ -15,26 +15,30 @@ from jax import Array
 from model import weights
 
 PERCENTILE = 99.9  # of the magnitudes of a tile
-RATIOS = [1 - i / 32 for i in range(17)]  # of the largest magnitude, tried by "mse"
+RATIOS = [1 - i / 32 for i in range(17)]  # of the largest magnitude: the clipping thresholds that "mse" tries
+FLOATS = {  # dtype, bits of the mantissa, smallest exponent, largest number
+    "e4m3": (jnp.float8_e4m3fn, 3, -6, 448.0),
+    "e5m2": (jnp.float8_e5m2, 2, -14, 57344.0),
+}
 
 
 def letters(eqn: str) -> tuple[str, str, str]:
-    """The weight's letters by role: shared, K (summed), N. Of a table that is looked up K is the width of a row: a tied
-    head sums over it, and a row is read with scales of its own."""
+    """The weight's letters by role: shared, K (contracted), N (produced). For an embedding table K is the width of a
+    row, which a tied head contracts; so every row has its own scales."""
     shared, contracted, produced = weights.split(eqn)
     return (shared, produced, contracted) if "V" in contracted else (shared, contracted, produced)
 
 
 def transposed(eqn: str) -> bool:
-    """Whether the weight lies as [shared, N, K]. Raises ValueError where K or N is not in one piece."""
+    """Whether the weight is stored as [shared, N, K]. Raises ValueError if the axes of K or N are not adjacent."""
     (shared, k, n), w = letters(eqn), weights.operands(eqn)[1]
     if w not in (shared + k + n, shared + n + k):
-        raise ValueError(f"a weight {w} of {eqn} is no matrix {k} by {n}")
+        raise ValueError(f"the weight {w} of {eqn} is not a matrix {k} by {n}")
     return w != shared + k + n
 
 
 def matrix(w: Array, eqn: str) -> Array:
-    """[..., K, N] of a weight, leading axes kept."""
+    """A weight as [..., K, N], with its leading axes unchanged."""
     _, k, n = letters(eqn)
     swap = transposed(eqn)
     lead = w.shape[: w.ndim - len(k) - len(n)]
@@ -44,49 +48,51 @@ def matrix(w: Array, eqn: str) -> Array:
 
 
 def align(a: Array, own: str, to: str) -> Array:
-    """An array with the axes `own` so that it broadcasts against one with the axes `to`; what `to` lacks has size 1."""
+    """An array with the axes `own`, reshaped to broadcast against one with the axes `to`. Axes of `own` that `to` lacks
+    must have size 1."""
     size = dict(zip(own, a.shape, strict=True))
     return a.reshape([size.get(c, 1) for c in to])
 
 
-WHOLE = 2**62  # of a tile: as far as the matrix goes
+WHOLE = 2**62  # size of a tile that spans the whole matrix
 
 
 class Format(NamedTuple):
-    """A grid of numbers and how it is laid over a matrix."""
+    """A grid of numbers, and the tiles of a matrix that share a scale."""
 
-    grid: Callable[[Array], Array]  # to the nearest number
-    top: float  # the largest one
+    grid: Callable[[Array], Array]  # rounds to the nearest number of the grid
+    top: float  # the largest number
     tile: tuple[int, int]  # rows of K and columns of N that share a scale
     calibration: Literal["absmax", "percentile", "mse"] = "absmax"
-    symmetric: bool = True  # else the grid is moved by an offset a tile
+    symmetric: bool = True  # if not, each tile also has an offset
 
 
 class Rounding(NamedTuple):
-    """m = numbers * scale + offset, [..., K, N] with scale and offset a tile."""
+    """m = numbers * scale + offset, [..., K, N], with scale and offset per tile."""
 
     numbers: Array
     scale: Array
     offset: Array | None
 
 
-Solve = Callable[[Array, Format], Rounding]  # how a matrix [..., K, N] is rounded: `nearest`, or GPTQ
+Solve = Callable[[Array, Format], Rounding]  # rounds a matrix [..., K, N]: `nearest`, or GPTQ
 
 
 def bf16(x: Array) -> Array:
-    """Rounding to bfloat16, in float32; XLA drops a pair of casts, but never this."""
+    """Rounds to bfloat16 but stays float32. XLA may drop a pair of casts, but never `reduce_precision`."""
     return jax.lax.reduce_precision(x, 8, 7)
 
 
 def spread(scale: Array, tile: tuple[int, int], shape: tuple[int, int]) -> Array:
-    """[..., K, N] of one value a tile."""
+    """Values per tile as a full matrix [..., K, N]."""
     for axis, n in ((-2, tile[0]), (-1, tile[1])):
         scale = scale if scale.shape[axis] == 1 else jnp.repeat(scale, n, axis)
     return scale[..., : shape[0], : shape[1]]
 
 
 def _tiles(m: Array, tile: tuple[int, int]) -> Array:
-    """[..., G, K / G, H, N / H]; ragged edges repeat the last row, which changes no extremum."""
+    """[..., tiles, rows of a tile, tiles, columns of a tile]; incomplete tiles repeat the last row or column, which
+    changes no extremum."""
     pad = [-n % t for n, t in zip(m.shape[-2:], tile, strict=True)]
     m = jnp.pad(m, [(0, 0)] * (m.ndim - 2) + [(0, p) for p in pad], mode="edge")
     k, n = m.shape[-2:]
@@ -94,7 +100,7 @@ def _tiles(m: Array, tile: tuple[int, int]) -> Array:
 
 
 def fit(m: Array, form: Format) -> tuple[Array, Array | None]:
-    """(scale, offset) of each tile of [..., K, N], in float32 but of bfloat16's precision."""
+    """(scale, offset) of each tile of [..., K, N], in float32 with the precision of bfloat16."""
     t, over = _tiles(m.astype(jnp.float32), form.tile), (-3, -1)
     size = jnp.abs(t)
     half, middle, top = size.max(over), 0.0, form.top
@@ -104,7 +110,7 @@ def fit(m: Array, form: Format) -> tuple[Array, Array | None]:
         half, middle, top = (t.max(over) - t.min(over)) / 2, (t.max(over) + t.min(over)) / 2, top + 0.5
 
     def at(ratio: float) -> tuple[Array, Array | None]:
-        scale = bf16(half * (ratio / top))  # a division by a constant rounds otherwise when it is not compiled
+        scale = bf16(half * (ratio / top))  # multiplied: compiled and eager divisions by a constant round differently
         scale = jnp.where(scale == 0, 1, scale)
         return scale, None if form.symmetric else bf16(middle + scale / 2)
 
@@ -112,7 +118,7 @@ def fit(m: Array, form: Format) -> tuple[Array, Array | None]:
         return at(1.0)
 
     def error(scale: Array, offset: Array | None) -> Array:
-        """Summed squares over each tile."""
+        """Sum of squared errors per tile."""
         a, b = (x if x is None else x[..., :, None, :, None] for x in (scale, offset))
         return jnp.square(_number(t, a, b, form.grid) * a + (0 if b is None else b) - t).sum(over)
 
@@ -128,7 +134,7 @@ def _number(m: Array, scale: Array, offset: Array | None, grid: Callable) -> Arr
 
 
 def nearest(m: Array, form: Format) -> Rounding:
-    """Every value to the nearest number of its tile's grid."""
+    """Rounds every value to the nearest number of its tile's grid."""
     m = m.astype(jnp.float32)
     scale, offset = fit(m, form)
     a, b = (x if x is None else spread(x, form.tile, m.shape[-2:]) for x in (scale, offset))
@@ -139,14 +145,26 @@ def int8_grid(v: Array) -> Array:
     return jnp.clip(jnp.round(v), -127, 127)
 
 
-def round_rows(x: Array, own: str, summed: str, key: Array | None = None) -> tuple[Array, Array]:
-    """(int8 codes, float32 scales with ones in the axes `summed`) of an array whose axes are the letters `own`.
+def round_float(v: Array, mantissa: int, smallest: int, top: float, key: Array | None = None) -> Array:
+    """Rounds to the nearest float of few bits, ties to even, clipped; with a key up or down at random, so that the mean
+    is exact. By arithmetic, since XLA may drop a pair of casts."""
+    exponent = jnp.maximum(jnp.frexp(v)[1] - 1, smallest)
+    step = jnp.ldexp(jnp.float32(1), exponent - mantissa)
+    steps = jnp.round(v / step) if key is None else jnp.floor(v / step + jax.random.uniform(key, v.shape))
+    return jnp.clip(steps * step, -top, top)
 
-    With a key they are rounded up or down at random, so that the mean is exact.
+
+def round_rows(x: Array, own: str, summed: str, dtype: str = "int8", key: Array | None = None) -> tuple[Array, Array]:
+    """(codes, float32 scales of size 1 in the axes `summed`) of an array whose axes are the letters `own`.
+
+    `dtype` is "int8" or one of FLOATS. With a key values are rounded up or down at random, so that the mean is exact.
     """
+    kind, *bits = FLOATS.get(dtype, (jnp.int8, 127))
     x = x.astype(jnp.float32)
     peak = jnp.abs(x).max([own.index(c) for c in summed], keepdims=True)
-    scale = jnp.maximum(peak * (1 / 127), 1e-30)
+    scale = jnp.maximum(peak * (1 / bits[-1]), 1e-30)
     v = x / scale
+    if dtype in FLOATS:
+        return round_float(v, *bits, key).astype(kind), scale
     v = v if key is None else jnp.floor(v + jax.random.uniform(key, v.shape))
-    return int8_grid(v).astype(jnp.int8), scale
+    return int8_grid(v).astype(kind), scale

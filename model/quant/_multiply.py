@@ -1,7 +1,7 @@
-"""Products with a quantized leaf: by a kernel where the platform has one for them, else by XLA with a float matrix.
+"""Products with a quantized leaf: by a kernel if the platform has a suitable one, else by XLA with a float matrix.
 
-A kernel multiplies rows of x on one device by its part of the matrix; XLA does the rest: experts, offsets, and what no
-kernel supports. `kernels/` says what each kernel is for.
+A kernel multiplies the rows of x on one device by that device's part of the matrix. XLA does the rest: experts,
+offsets, and all that no kernel supports. `kernels/` says what each kernel is for.
 """
 
 import math
@@ -27,8 +27,8 @@ Kernel = Callable[..., Array]  # (x [M,K], codes, scale, group=, dtype=) -> [M,N
 
 
 def einsum(eqn: str, x: Array, leaf: "Quantized") -> Array:
-    """`jnp.einsum` of x and the weight that a leaf stands for, but for its `inverse`."""
-    if weights.split(eqn)[1] != letters(leaf.eqn)[1]:  # the other side is summed: no format is made for that
+    """`jnp.einsum` of x and the weight that a leaf represents, without its `inverse`."""
+    if weights.split(eqn)[1] != letters(leaf.eqn)[1]:  # N is contracted, which no format supports
         return weights.product(eqn, x, jax.lax.stop_gradient(leaf.floats(x.dtype)))
     return _product(eqn, x, leaf)
 
@@ -43,7 +43,7 @@ def _forward(eqn: str, x: Array, leaf: "Quantized") -> tuple[Array, "Quantized"]
 
 
 def _backward(eqn: str, leaf: "Quantized", g: Array) -> tuple[Array, None]:
-    """Between the passes only codes are kept: the matrix is dequantized once more."""
+    """Only the codes are kept for the backward pass: the matrix is dequantized again."""
     return routed(eqn, g, leaf, backward=True), None
 
 
@@ -51,7 +51,7 @@ _product.defvjp(_forward, _backward)
 
 
 def routed(eqn: str, x: Array, leaf: "Quantized", backward: bool = False) -> Array:
-    """The product; or when `backward` its gradient by the activation, for the gradient x of its result."""
+    """The product; if `backward`, its gradient by the activation, where x is the gradient of the result."""
     from kernels import partition
 
     by_xla = partial(gradient if backward else product, eqn)
@@ -77,16 +77,16 @@ def routed(eqn: str, x: Array, leaf: "Quantized", backward: bool = False) -> Arr
 
 
 def kernels(leaf: "Quantized", rows: int, dtype: DTypeLike, backward: bool) -> dict[str, Kernel]:
-    """By platform what multiplies `rows` of x per device by the matrix, or when `backward` by the transposed one."""
+    """{platform: kernel} to multiply `rows` of x per device by the matrix, or by its transpose if `backward`."""
     from kernels import codes_triton, few_rows, int4_matmul, nf4
 
     found: dict[str, Kernel] = {}
     if leaf.activations:
         return found
-    (k, n), group, turned = _part(leaf), leaf.tile[0], transposed(leaf.eqn)
-    if not backward and leaf.by_place and few_rows.supported(rows, k, group, turned):
-        found["cpu"] = partial(few_rows.matmul, by_place=leaf.by_place, transposed=turned)
-    if turned:
+    (k, n), group, is_transposed = _part(leaf), leaf.tile[0], transposed(leaf.eqn)
+    if not backward and leaf.by_place and few_rows.supported(rows, k, group, is_transposed):
+        found["cpu"] = partial(few_rows.matmul, by_place=leaf.by_place, transposed=is_transposed)
+    if is_transposed:
         return found
     if not backward and leaf.tile[1] == 1 and codes_triton.supported(leaf.form, rows, k, group, dtype):
         found["cuda"] = partial(codes_triton.matmul, form=codes_triton.FORMS[leaf.form])
@@ -107,7 +107,7 @@ def _looked_up(leaf: "Quantized", dtype: DTypeLike) -> bool:
 
 
 def _split(leaf: "Quantized") -> tuple[Axes, Axes]:
-    """The mesh axis that the rows of its matrix are sharded over, and that of its columns; only over whole tiles."""
+    """The mesh axes over which the rows and the columns of its matrix are sharded; only whole tiles are."""
     _, k, n = letters(leaf.eqn)
     tiles = [size // t if size % t == 0 else 1 for size, t in zip(leaf.kn, leaf.tile)]
     rows, columns = (a if len(a) == 1 else () for a in weights.mesh_axes((AXES[k[0]], AXES[n[0]]), tiles))
@@ -115,7 +115,7 @@ def _split(leaf: "Quantized") -> tuple[Axes, Axes]:
 
 
 def _part(leaf: "Quantized") -> tuple[int, int]:
-    """Rows and columns of its matrix on a device."""
+    """Rows and columns of its matrix per device."""
     k, n = (size // weights.shards(*axes) for size, axes in zip(leaf.kn, _split(leaf)))
     return k, n
 
@@ -124,8 +124,8 @@ def _part(leaf: "Quantized") -> tuple[int, int]:
 
 
 def product(eqn: str, x: Array, leaf: "Quantized") -> Array:
-    """The product, with the matrix as an array. With `activations` (W8A8) x is rounded too, per token, and its gradient
-    is as if it were not; experts take x as it is."""
+    """The product, with the matrix as an array. With `activations` (W8A8) x is rounded too, per token, with a
+    straight-through gradient; for experts x is not rounded."""
     xs, _, out = weights.operands(eqn)
     shared, contracted, _ = weights.split(eqn)
     to_columns = lambda scale: align(scale, letters(leaf.eqn)[2], out)
@@ -140,7 +140,7 @@ def product(eqn: str, x: Array, leaf: "Quantized") -> Array:
 
 
 def gradient(eqn: str, g: Array, leaf: "Quantized") -> Array:
-    """The gradient of `product` by x."""
+    """The gradient of `product` by x, where g is the gradient of its result."""
     xs, ws, out = weights.operands(eqn)
     w, scale = _factors(leaf, g.dtype)
     g = g if scale is None else (g * align(scale, letters(leaf.eqn)[2], out)).astype(g.dtype)
@@ -148,12 +148,12 @@ def gradient(eqn: str, g: Array, leaf: "Quantized") -> Array:
 
 
 def product_of_codes(eqn: str, a: Array, b: Array) -> Array:
-    """Of int8 and int8, in float32."""
+    """The product of two int8 arrays, in float32."""
     return weights.product(eqn, a, b, jnp.int32).astype(jnp.float32)
 
 
 def _factors(leaf: "Quantized", dtype: DTypeLike) -> tuple[Array, Array | None]:
-    """The weight as an array times a scale [N letters], which is None where a column has several."""
+    """The weight as (array, scale [N letters]), to be multiplied; the scale is None if columns have more than one."""
     shared, _, n = letters(leaf.eqn)
     if leaf.tile[0] < leaf.kn[0] or leaf.offset is not None or shared:
         return _dequantized(leaf, dtype), None
@@ -163,7 +163,7 @@ def _factors(leaf: "Quantized", dtype: DTypeLike) -> tuple[Array, Array | None]:
 
 
 def _dequantized(leaf: "Quantized", dtype: DTypeLike) -> Array:
-    """By a kernel on a TPU where there is one."""
+    """The weight as an array; on a TPU by a kernel if there is one."""
     from kernels import nf4, partition
 
     plain = lambda *_: leaf.shaped(leaf.matrix()).astype(dtype)
@@ -180,25 +180,25 @@ def _dequantized(leaf: "Quantized", dtype: DTypeLike) -> Array:
 
 
 def settled(leaf: "Quantized") -> "Quantized | Array":
-    """The leaf of one layer as decoding on one device has it.
+    """The leaf of one layer, prepared for decoding on one device.
 
-    A CPU without a kernel multiplies floats: they are made once, where each step of a stream would allocate and write
-    those of all layers. For the kernel of a TPU the columns are padded to whole registers, where XLA would otherwise
+    A CPU without a kernel multiplies floats: they are computed once, since otherwise every step would allocate and
+    write those of all layers. For the TPU kernel the columns are padded to a multiple of 128 if XLA would otherwise
     store the bytes column-major.
-    On a mesh the leaf stays what it is: scales of scales go across its shards, and decoding them takes collectives.
+    On a mesh the leaf is left as it is: second-level scales cross its shards, and decoding them takes collectives.
     """
     from kernels import packing, partition
 
-    platform, alone = weights.platform(), leaf.codes.ndim == 2 and leaf.offset is None
+    platform, plain = weights.platform(), leaf.codes.ndim == 2 and leaf.offset is None
     if partition.sharded():
         return leaf
     if platform == "cpu" and leaf.inverse is None and not leaf.activations:
-        by_kernel = alone and "cpu" in kernels(leaf, 1, jnp.float32, False)
+        by_kernel = plain and "cpu" in kernels(leaf, 1, jnp.float32, False)
         return leaf if by_kernel else leaf.floats(jnp.float32)
-    if platform != "tpu" or not alone or not packing.by_columns(*leaf.codes.shape):
+    if platform != "tpu" or not plain or not packing.by_columns(*leaf.codes.shape):
         return leaf
     if "tpu" not in kernels(leaf, 1, jnp.bfloat16, False):
         return leaf
-    plain, n = leaf.plain_scales(), leaf.kn[1]
+    leaf, n = leaf.plain_scales(), leaf.kn[1]
     wide = lambda a: jnp.pad(a, ((0, 0), (0, -n % packing.LANES)))
-    return plain.replace(codes=wide(plain.codes), scale=wide(plain.scale))
+    return leaf.replace(codes=wide(leaf.codes), scale=wide(leaf.scale))

@@ -1,7 +1,7 @@
-"""Two-bit integers: -1.5, -0.5, 0.5 and 1.5 times a scale per group along the summed axis; four codes per byte.
+"""Two-bit integers: -1.5, -0.5, 0.5 and 1.5 times a scale per group along the contracted axis; four codes per byte.
 
-No level is 0, or only three of the four would be in use. Rounding to 2 bits ruins a trained model; one that trains for
-it (qat.py) keeps part of its quality (ParetoQ, Liu et al. 2025, arXiv 2502.02631).
+No level is 0: a symmetric grid with 0 would use only three of the four codes. Rounding to 2 bits ruins a trained model;
+quantization-aware training (qat.py) keeps part of its quality (ParetoQ, Liu et al. 2025, arXiv 2502.02631).
 """
 
 from functools import partial
@@ -38,6 +38,5 @@ def make(
     where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
     """A Transform: 2 + 16 / group bits per weight."""
-
     codes = lambda numbers: pack(numbers + 1.5, BITS)
     return Quantizer(partial(Int2.of, Format(grid, 1.5, (group, 1), calibration), codes), where, scaled)

@@ -1,8 +1,8 @@
-"""Four-bit integers with a scale per group along the summed axis; two codes per byte.
+"""Four-bit integers with a scale per group along the contracted axis; two codes per byte.
 
-Bytes and not `jnp.int4`: a CPU would give that a byte per code, in memory and on disk, and unpack it 1.5 to 2.5 times
-slower. Neighboring rows share a byte, so that no group and no shard is torn, and a TPU kernel reads the bytes as
-`int4` rows without a shift.
+Codes are packed in bytes and not `jnp.int4`, which on a CPU takes a byte per code, in memory and on disk, and 1.5 to
+2.5 times as long to unpack. Neighboring rows share a byte, so that no group and no shard is split, and a TPU kernel
+reads the bytes as `int4` rows without a shift.
 """
 
 from functools import partial
@@ -27,7 +27,7 @@ class Int4(Quantized):
 
     @staticmethod
     def by_place(codes: Array) -> list[Array]:
-        wide = jax.lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.int32)  # a CPU shifts no vector of bytes
+        wide = jax.lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.int32)  # CPUs cannot shift vectors of bytes
         return [wide << 28 >> 28, wide >> 4]
 
 
@@ -40,6 +40,5 @@ def make(
     scaled: bool = False, where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
     """A Transform: 4 + 16 / group bits per weight; without `symmetric` 4 + 32 / group."""
-
     form = Format(grid, 7, (group, 1), calibration, symmetric)
     return Quantizer(partial(Int4.of, form, pack), where, scaled)

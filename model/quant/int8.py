@@ -1,4 +1,4 @@
-"""Eight-bit integers, one scale per output channel; the activations too, one scale per token, as `activations` says.
+"""Eight-bit integers with one scale per output channel; with `activations` also the inputs, with one scale per token.
 
 On a TPU, XLA already reaches the memory bound for both variants, so there is no kernel; on a CPU, integer matmuls are
 the fast path.
@@ -32,7 +32,6 @@ def make(
     scaled: bool = False, where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
     """A Transform: 8 bits per weight and 16 per output channel."""
-
     form = Format(int8_grid, 127, (WHOLE, 1), calibration)
 
     def encode(w: Array, eqn: str, solve: Solve = nearest) -> Int8:

@@ -1,8 +1,8 @@
 """NF4 with double quantization (QLoRA, Dettmers et al. 2023, arXiv 2305.14314): the quantiles of a normal distribution.
 
-4 bits a weight, 8 a group of 64 for its largest magnitude, 32 for 256 of these: 4.127 bits. The paper stores the
-magnitudes as 8-bit floats less their mean; here they are 256 equal steps from 0 to the largest of 256, whose error of
-0.2 % is small beside that of the weights, 9 %.
+4 bits per weight, 8 per group of 64 for its largest magnitude (the scale), and 32 per 256 scales: 4.127 bits per
+weight. The paper stores the scales as 8-bit floats after subtracting their mean; here they are integer multiples of a
+step, the largest of 256 scales / 255. Their error of 0.2 % is small beside that of the weights, 9 %.
 """
 
 from typing import ClassVar
@@ -17,7 +17,7 @@ from model.quant._leaf import Quantized, Quantizer
 from model.quant._matrix import Format, Solve, nearest
 from model.weights import Spec
 
-SHARED = 256  # scales that share a second scale
+SHARED = 256  # scales that share a second-level scale
 
 
 @flax.struct.dataclass
@@ -44,7 +44,7 @@ class NF4(Quantized):
 
 
 def index(v: Array) -> Array:
-    """Of the nearest level."""
+    """The index of the nearest level."""
     middles = (jnp.asarray(LEVELS[1:], jnp.float32) + jnp.asarray(LEVELS[:-1], jnp.float32)) / 2
     return sum((v > m).astype(jnp.int32) for m in middles)
 
@@ -54,7 +54,7 @@ def grid(v: Array) -> Array:
 
 
 def _double(leaf: NF4) -> NF4:
-    """Scales as uint8, with a float32 step for each 256 of them."""
+    """Scales as uint8, with one float32 step per 256 of them."""
     s = leaf.scale.astype(jnp.float32).reshape(*leaf.scale.shape[:-2], -1)
     blocks = jnp.pad(s, [(0, 0)] * (s.ndim - 1) + [(0, -s.shape[-1] % SHARED)]).reshape(*s.shape[:-1], -1, SHARED)
     step = blocks.max(-1, keepdims=True) * (1 / 255)
@@ -64,7 +64,6 @@ def _double(leaf: NF4) -> NF4:
 
 def make(*, group: int = 64, double: bool = True, where: str = r"layers/.*") -> Quantizer:
     """A Transform: 4 bits per weight and 8.125 per group; without `double` 16 per group."""
-
     form = Format(grid, 1, (group, 1))
 
     def encode(w: Array, eqn: str, solve: Solve = nearest) -> NF4:

@@ -2,7 +2,6 @@
 gradient as if it were not quantized (straight-through, Bengio et al. 2013, arXiv 1308.3432)."""
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from common import methods
 from model import weights
 from model.quant._leaf import Quantizer
 from model.weights import Params, Spec, Weight
@@ -19,20 +19,20 @@ from model.weights import Params, Spec, Weight
 
 @flax.struct.dataclass
 class FakeQuant(Weight):
-    """A float weight that multiplies as its quantized leaf does, bit for bit, from step `start` of training on."""
+    """A float weight that multiplies bit for bit as its quantized leaf does, from training step `start` on."""
 
     w: Array
     eqn: str = flax.struct.field(pytree_node=False)
     format: str = flax.struct.field(pytree_node=False)  # a file of this folder
     options: tuple[tuple[str, int | bool], ...] = flax.struct.field(pytree_node=False)  # for its `make`
     start: int = flax.struct.field(pytree_node=False)
-    live: Array | None = None  # bool [stack...]; set in training alone
+    live: Array | None = None  # bool [stack...]: whether it quantizes yet; set only in training
     trainable: ClassVar[tuple[str, ...]] = ("w",)
 
     @property
     def encode(self) -> Callable[[Array], Weight]:
-        """From a float weight to the quantized leaf."""
-        make = importlib.import_module(f"model.quant.{self.format}").make
+        """Makes the quantized leaf of a float weight."""
+        make = methods.module("model.quant", self.format).make
         return functools.partial(make(**dict(self.options)).encode, eqn=self.eqn)
 
     def convert(self) -> Weight:
@@ -58,7 +58,7 @@ class FakeQuant(Weight):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
 def _straight_through(use: Callable, x: Array, w: Array, live: Array | None, encode: Callable) -> Array:
-    # The barrier makes what follows the graph of the quantized model: fused with the rounding, a sum may change order.
+    # Without the barrier XLA may fuse the rounding with a sum and change its order: bits would differ from inference.
     quantized = lambda: use(x, jax.lax.optimization_barrier(encode(w)))
     return quantized() if live is None else jax.lax.cond(live, quantized, lambda: use(x, w))
 
@@ -68,7 +68,7 @@ def _forward(use: Callable, x: Array, w: Array, live: Array | None, encode: Call
 
 
 def _backward(use: Callable, encode: Callable, residuals: tuple, g: Array) -> tuple:
-    """To x through the quantized weight, to w as if it had been used itself."""
+    """The gradient of x through the quantized weight, that of w as if w itself had been used."""
     x, w, live = residuals
     moves = jnp.issubdtype(x.dtype, jnp.inexact)
     by_x = lambda leaf: jax.vjp(lambda x: use(x, leaf), x)[1](g)[0]
@@ -83,7 +83,7 @@ _straight_through.defvjp(_forward, _backward)
 
 
 def converted(params: Params) -> Params:
-    """Every FakeQuant as its quantized leaf: the model to store after training."""
+    """Every FakeQuant replaced by its quantized leaf: the model to save after training."""
     fake = lambda x: isinstance(x, FakeQuant)
     return jax.tree.map(lambda w: w.convert() if fake(w) else w, params, is_leaf=fake)
 
@@ -92,10 +92,13 @@ def make(
     *, format: Literal["int2", "int4", "int8", "nf4", "fp8"] = "int4", group: int | None = None,
     activations: bool | None = None, start: int = 0, where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
-    """A Transform. `group` is for formats with groups, `activations` for int8. Raises ValueError for one without it."""
+    """A Transform. `group` is an option of formats with groups, `activations` of int8.
+
+    Raises ValueError for an option that the format does not have.
+    """
     options = {k: v for k, v in dict(group=group, activations=activations).items() if v is not None}
     takes = {"int2": {"group"}, "int4": {"group"}, "nf4": {"group"}, "int8": {"activations"}}.get(format, set())
     if wrong := options.keys() - takes:
-        raise ValueError(f"quant.{min(wrong)} is no option of format {format!r}")
+        raise ValueError(f"quant.{min(wrong)} is not an option of format {format!r}")
     pairs = tuple(sorted(options.items()))
     return Quantizer(lambda w, eqn: FakeQuant(w, eqn, format, pairs, start), where)

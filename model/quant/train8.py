@@ -1,8 +1,8 @@
-"""Training with products of eight bits, forwards and backwards (as AQT and FP8-LM, arXiv 2310.18313, do).
+"""Training with 8-bit matrix products in the forward and the backward pass (as in AQT and FP8-LM, arXiv 2310.18313).
 
-Weights stay float and are rounded at each use. Scales must not stand inside a sum, so those that would are folded into
-the gradient before it is rounded: W's for the gradient of x, which then takes the codes of the forward pass, and the
-tokens' own for that of W.
+Weights stay float and are rounded at each use. A scale cannot vary along a contracted axis. In the backward pass such
+scales are multiplied into the output's gradient before it is rounded: those of W for the gradient of x, which can then
+use the codes of the forward pass, and those of the tokens for the gradient of W.
 """
 
 from functools import partial
@@ -18,17 +18,18 @@ from model import weights
 from model.quant._leaf import Quantizer
 from model.quant._matrix import align, round_rows
 from model.quant._multiply import product_of_codes
-from model.quant.fp8 import FORMATS, round_float
 from model.weights import Spec, Weight
 
 
 @flax.struct.dataclass
 class QuantTrain(Weight):
+    """A float weight that is rounded to `dtype` at each use, as are its inputs and their gradients."""
+
     w: Array
     eqn: str = flax.struct.field(pytree_node=False)
     dtype: str = flax.struct.field(pytree_node=False)
     stochastic: bool = flax.struct.field(pytree_node=False)
-    key: Array | None = None  # [stack...] of keys, for stochastic rounding; set in training alone
+    key: Array | None = None  # keys [stack...] for stochastic rounding; set only in training
     trainable: ClassVar[tuple[str, ...]] = ("w",)
 
     def in_training(self, key: Array, step: Array) -> "QuantTrain":
@@ -48,19 +49,9 @@ class QuantTrain(Weight):
         return self.replace(w=spec.names)
 
 
-def quantize(x: Array, own: str, summed: str, dtype: str, key: Array | None = None) -> tuple[Array, Array]:
-    """As `round_rows`, to int8 or to a float of fp8.FORMATS."""
-    if dtype == "int8":
-        return round_rows(x, own, summed, key)
-    x, (kind, *bits) = x.astype(jnp.float32), FORMATS[dtype]
-    peak = jnp.abs(x).max([own.index(c) for c in summed], keepdims=True)
-    scale = jnp.maximum(peak * (1 / bits[-1]), 1e-30)
-    return round_float(x / scale, *bits, key).astype(kind), scale
-
-
 def _product(eqn: str, a: Array, b: Array, floats: DTypeLike) -> Array:
-    """Of codes. Those that are floats stand in the type `floats`, which holds them exactly: the compiler of a GPU makes
-    a product of eight bits of that, and other devices have none."""
+    """The product of codes, float32. Float codes are cast to `floats`, which represents them exactly: a GPU's compiler
+    turns that into an 8-bit product, and other devices have none."""
     if jnp.issubdtype(a.dtype, jnp.integer):
         return product_of_codes(eqn, a, b)
     return weights.product(eqn, a.astype(floats), b.astype(floats), jnp.float32)
@@ -74,8 +65,8 @@ def _multiply(eqn: str, dtype: str, x: Array, w: Array, key: Array | None) -> Ar
 def _forward(eqn: str, dtype: str, x: Array, w: Array, key: Array | None) -> tuple[Array, tuple]:
     (xs, ws, out), contracted = weights.operands(eqn), weights.split(eqn)[1]
     format = {"int8": "int8", "fp8": "e4m3"}[dtype]
-    qx, sx = quantize(x, xs, contracted, format)
-    qw, sw = quantize(w, ws, contracted, format)
+    qx, sx = round_rows(x, xs, contracted, format)
+    qw, sw = round_rows(w, ws, contracted, format)
     y = _product(eqn, qx, qw, x.dtype) * align(sx, xs, out) * align(sw, ws, out)
     like = jnp.empty(0, w.dtype)
     return y.astype(x.dtype), (qx, sx, qw, sw, like, key)
@@ -88,9 +79,9 @@ def _backward(eqn: str, dtype: str, residuals: tuple, g: Array) -> tuple:
     k1, k2 = (None, None) if key is None else jax.random.split(key)
     produced = "".join(c for c in ws if c not in xs)
     tokens = "".join(c for c in xs if c not in ws)
-    gx, s = quantize(g * align(sw, ws, out), out, produced, format, k1)
+    gx, s = round_rows(g * align(sw, ws, out), out, produced, format, k1)
     dx = _product(f"{out},{ws}->{xs}", gx, qw, g.dtype) * align(s, out, xs)
-    gw, s = quantize(g * align(sx, xs, out), out, tokens, format, k2)
+    gw, s = round_rows(g * align(sx, xs, out), out, tokens, format, k2)
     dw = _product(f"{xs},{out}->{ws}", qx, gw, g.dtype) * align(s, out, ws)
     return dx.astype(g.dtype), dw.astype(like.dtype), None
 
@@ -99,5 +90,5 @@ _multiply.defvjp(_forward, _backward)
 
 
 def make(*, dtype: Literal["int8", "fp8"] = "int8", stochastic: bool = True, where: str = r"layers/.*") -> Quantizer:
-    """A Transform. fp8 is e4m3 forwards and e5m2 backwards."""
+    """A Transform. fp8 is e4m3 in the forward and e5m2 in the backward pass."""
     return Quantizer(lambda w, eqn: QuantTrain(w, eqn, dtype, stochastic), where)

@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from model import weights  # noqa: E402  # noqa: E402
-from model.quant import fp8, qat  # noqa: E402  # noqa: E402
+from model.quant import _matrix, qat  # noqa: E402  # noqa: E402
 from tests.helpers.models import rand  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -17,10 +17,10 @@ TYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 @pytest.mark.parametrize("name", TYPES)
 def test_floats_of_8_bits(name):
-    _, *bits = fp8.FORMATS[name]
+    _, *bits = _matrix.FLOATS[name]
     v = np.array(rand(4096) * 10.0 ** jnp.arange(-6, 2).repeat(512))
     theirs = torch.from_numpy(v).to(TYPES[name]).float().numpy()
-    np.testing.assert_array_equal(fp8.round_float(jnp.asarray(v), *bits), theirs)
+    np.testing.assert_array_equal(_matrix.round_float(jnp.asarray(v), *bits), theirs)
 
 
 def test_fake_quantization_and_its_gradient():

@@ -89,7 +89,7 @@ def local(folder: str | Path, scratch: str) -> Path:
         return home
     copy = Path(scratch) / files.mirror(home).name / home.name
     copy.mkdir(parents=True)
-    with paths.told(home):
+    with paths.store_errors(home):
         files.fetch(home, copy)
     return copy
 

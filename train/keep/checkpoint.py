@@ -1,8 +1,8 @@
-"""Saving a run so that nothing is ever lost twice, and resuming it from the newest step that is whole.
+"""Saves a run atomically and resumes it from the newest complete step.
 
-A step is written as `ckpt/<step>.tmp` in the background and gets its name by one rename when all of it, the manifest of
-digests included, is on disk: a process killed at any moment leaves a step or a `.tmp` folder, which the next start
-removes. In an object store it is written in place, and is a step once its manifest, written last, is there. All
+A step is written as `ckpt/<step>.tmp` in the background and renamed once all of it is on disk, including the manifest
+of digests: a process killed at any moment leaves a complete step or a `.tmp` folder, which the next start removes. In
+an object store a step is written in place; it is complete once its manifest, which is written last, exists. All
 processes of a run must see the same folder.
 """
 
@@ -27,9 +27,9 @@ from train.source import Source
 from train.state import TrainState
 
 UNFINISHED = re.compile(r"[0-9]+\.(tmp|orbax-checkpoint-tmp).*")
-CLOCK_STEPS = 10  # with several processes: how often they agree on whether `minutes` have passed
+CLOCK_STEPS = 10  # with several processes: steps between agreements on whether `minutes` have passed
 
-Abstract = dict[str, jax.ShapeDtypeStruct]  # path -> a leaf that is not there yet
+Abstract = dict[str, jax.ShapeDtypeStruct]  # path -> abstract leaf
 
 
 def warn(message: str) -> None:
@@ -37,11 +37,11 @@ def warn(message: str) -> None:
 
 
 class Checkpointer:
-    """Saves and restores a TrainState: everything but `frozen`, of which it keeps and checks a digest.
+    """Saves and restores a TrainState: everything but `frozen`, of which it saves and checks a digest.
 
-    `cfg` is the config's `ckpt`; `allow` its `allow`. `log` hears in one line of every damaged step and failed save;
-    `first` is called before each save, and makes durable what must not be older than the step. `config` is the run's,
-    as plain data, and goes into every step's manifest.
+    `cfg` is the config's `ckpt`; `allow` its `allow`. `log` gets one line about every damaged step and failed save;
+    `first` is called before each save, and makes durable what must not be older than the step. `config` is the run's
+    config as plain data, and is stored in every step's manifest.
     `passed` holds the steps that passed the run's floors; the newest of them is never pruned.
     """
 
@@ -58,8 +58,8 @@ class Checkpointer:
         self.folder = place if paths.remote(place) else place.resolve()
         self.cfg, self.allow, self.log, self.first = cfg, tuple(allow), log, first
         self.config = config
-        self._saved: int | None = None  # the step that a save was last begun or restored for, unless it failed
-        self._begun = 0  # the same, also when it failed
+        self._saved: int | None = None  # the last step that was restored or whose save was begun and did not fail
+        self._begun = 0  # the same, failed saves included
         self.passed: Container[int] = ()
         self._when = time.monotonic()
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -71,13 +71,14 @@ class Checkpointer:
             self._tidy()
 
     def restore(self, state: TrainState, source: Source) -> TrainState:
-        """The newest whole step in the shardings of `state`, which may be abstract but for `frozen`; else `state`.
+        """The newest complete step in the shardings of `state`, which may be abstract except for `frozen`; `state`
+        itself if there is none.
 
-        Damaged steps are told and moved aside to `invalid-<step>-<n>`. Raises UserError for a step that is whole but
-        belongs to other shapes, other data or other frozen weights.
+        Damaged steps are reported and renamed to `invalid-<step>-<n>`. Raises UserError for a complete step of other
+        shapes, other data or other frozen weights.
         """
         damaged = False
-        while (step := hosts.from_first(next(iter(saved.steps(self.folder)), -1))) >= 0:
+        while (step := hosts.broadcast(next(iter(saved.steps(self.folder)), -1))) >= 0:
             problem, restored = self._load(step, state, source)
             if restored is not None:
                 self._saved = self._begun = step
@@ -87,15 +88,15 @@ class Checkpointer:
             self.log(f"step {step} is skipped: {problem}")
             self._set_aside(self.folder / str(step))
         if damaged:
-            self.log(f"no whole checkpoint is left in {self.folder}: starting at step 0")
+            self.log(f"no complete checkpoint is left in {self.folder}: starting at step 0")
         return state
 
     def maybe_save(self, step: int, state: TrainState, source: Source, force: bool = False) -> bool:
-        """Begins a save when one is due, by steps or by minutes; returns whether it did. Call it after every step that
-        a run may go on from: one that is due at another step is made at the next of these.
+        """Begins a save if one is due, by steps or by minutes; returns whether it did. Call it after every resumable
+        step: a save that is due in between is made at the next one.
 
-        The arrays are copied before it returns, so the next step may donate them. An error of the save before shows
-        here or in `close`: UserError, or a log line with on_error="continue".
+        The arrays are copied before it returns, so the next step may donate them. An error of the previous save is
+        reported here or in `close`: as UserError, or as a log line with on_error="continue".
         """
         if not (force or self._due(step)):
             return False
@@ -106,8 +107,8 @@ class Checkpointer:
         return True
 
     def wait(self, must: bool = False) -> None:
-        """Returns when the save in progress is on disk. Raises UserError when it failed, and the run cannot go on from
-        here: with on_error="stop", or where it `must` not be missing."""
+        """Returns when the save in progress is on disk. Raises UserError if it failed and on_error is "stop" or it is a
+        `must`."""
         if self._pending is None:
             return
         error, self._pending = self._pending.exception(), None
@@ -118,7 +119,7 @@ class Checkpointer:
         message = f"the checkpoint of step {step} could not be written: {reason}"
         if must or self.cfg.on_error == "stop":
             raise UserError(message, str(self.folder), "make room and run the same command again") from error
-        self.log(f"{message}; the run goes on")
+        self.log(f"{message}; the run continues")
 
     def last_passed(self) -> int | None:
         """The newest saved step that passed the floors."""
@@ -135,7 +136,7 @@ class Checkpointer:
             return True
         if not self.cfg.minutes or (jax.process_count() > 1 and step % CLOCK_STEPS):
             return False
-        return bool(hosts.from_first(time.monotonic() - self._when >= 60 * self.cfg.minutes))
+        return bool(hosts.broadcast(time.monotonic() - self._when >= 60 * self.cfg.minutes))
 
     def _begin(self, step: int, state: TrainState, source: Source) -> None:
         final = self.folder / str(step)
@@ -144,7 +145,7 @@ class Checkpointer:
             self._remove_unfinished()
             if final.exists():
                 self._set_aside(final)
-        hosts.from_first(0)
+        hosts.broadcast(0)
         self._saved = self._begun = step
         self._when = time.monotonic()
         if error := self._prepare():
@@ -168,7 +169,7 @@ class Checkpointer:
             self._pending = self._writer.submit(self._commit, response, manifest, part, final)
 
     def _prepare(self) -> Exception | None:
-        """What went wrong, on this process or another one, with that which must be durable before a step."""
+        """Calls `first`; returns its error, on this process or another one."""
         error = None
         try:
             self.first()
@@ -177,7 +178,7 @@ class Checkpointer:
         return None if hosts.all_true(error is None) else error or RuntimeError("another process failed")
 
     def _commit(self, response: Future, manifest: dict, part: Place, final: Place) -> None:
-        """Waits for the arrays, then makes them a step; the writer thread runs it."""
+        """Waits for the arrays and then completes the step; runs in the writer thread."""
         try:
             response.result()
             if hosts.primary():
@@ -192,11 +193,11 @@ class Checkpointer:
             raise
 
     def _prune(self) -> None:
-        """Deletes steps beyond the newest `keep`, except every `keep_every`-th and the last that passed."""
+        """Deletes all but the newest `keep` steps, every `keep_every`-th, and the last one that passed."""
         last_passed = self.last_passed()
         for step in saved.steps(self.folder)[self.cfg.keep :]:
             if step != last_passed and (not self.cfg.keep_every or step % self.cfg.keep_every):
-                doomed = self.folder / str(step)  # half a deletion must not look like a step
+                doomed = self.folder / str(step)  # an interrupted deletion must not look like a step
                 if paths.remote(doomed):
                     (doomed / MANIFEST).unlink()
                 else:
@@ -204,7 +205,7 @@ class Checkpointer:
                 files.remove(doomed)
 
     def _load(self, step: int, state: TrainState, source: Source) -> tuple[str, TrainState | None]:
-        """(problem, state): what is wrong with a step, or the state it holds."""
+        """("", the state of a step), or (the problem with it, None)."""
         folder, abstract = self.folder / str(step), _abstract(state)
         problem, manifest = self._attempt(lambda: saved.read_manifest(folder))
         if not problem:
@@ -218,7 +219,7 @@ class Checkpointer:
         return "", saved.fill(state.replace(frozen=None), arrays).replace(frozen=state.frozen)
 
     def _attempt(self, action: Callable[[], Any]) -> tuple[str, Any]:
-        """(problem, result): a step is damaged for all processes when it is for one."""
+        """("", result of the action), or (problem, None) if the step is damaged for any process."""
         problem, result = "", None
         try:
             result = action()
@@ -227,31 +228,26 @@ class Checkpointer:
         return (problem, result) if hosts.all_true(not problem) else (problem or "damaged for another process", None)
 
     def _check(self, manifest: Json, abstract: Abstract, state: TrainState, source: Source) -> None:
-        """Raises UserError when a whole step is not one of this run."""
+        """Raises UserError when a complete step does not belong to this run."""
         where, step = str(self.folder), manifest["step"]
         leaves = {name: (tuple(leaf["shape"]), leaf["dtype"]) for name, leaf in manifest["leaves"].items()}
         wanted = {name: (x.shape, str(x.dtype)) for name, x in abstract.items()}
         for name in sorted(leaves.keys() | wanted.keys()):
             if leaves.get(name) != wanted.get(name):
                 was, want = (_shape(tree.get(name)) for tree in (leaves, wanted))
-                raise UserError(f"{name} is {was} in step {step}, {want} in this run", where, "use a new --workdir")
+                problem = f"parameter {name} is {was} in step {step}, {want} in this run"
+                raise UserError(problem, where, "use a new --workdir")
         if (of := self._moved(manifest["frozen"], state)) and "config" not in self.allow:
-            raise UserError(
-                f"the frozen weights of {of} are not those of step {step}: `init` or the hardware has changed",
-                where,
-                "undo that, or put 'config' in config.allow",
-            )
+            problem = f"the frozen weights of {of} are not those of step {step}: `init` or the hardware has changed"
+            raise UserError(problem, where, "undo that, or put 'config' in config.allow")
         data = manifest["source"].get("fingerprint")
         if data != _fingerprint(source).get("fingerprint") and "data" not in self.allow:
-            raise UserError(
-                f"the data are not those of step {step}",
-                where,
-                "restore the files, or put 'data' in config.allow",
-            )
+            fix = "restore the files, or put 'data' in config.allow"
+            raise UserError(f"the data are not those of step {step}", where, fix)
 
     def _moved(self, recorded: dict[str, str] | str, state: TrainState) -> str:
-        """The roles whose frozen weights are not the recorded ones; "" when all are."""
-        if isinstance(recorded, str):  # one digest for all roles, as runs had before each role had its own
+        """The roles whose frozen weights differ from the recorded digests; "" if none do."""
+        if isinstance(recorded, str):  # older runs have one digest for all roles
             copies = {role: state.role(role) for role in dict(state.shares)}
             whole = state.frozen | copies
             return "" if recorded == saved.fingerprint(whole) else "the run"
@@ -264,12 +260,12 @@ class Checkpointer:
         return self._frozen
 
     def _tidy(self) -> None:
-        """Removes what killed saves left; names what does not belong here."""
+        """Removes the remains of killed saves; warns about foreign files."""
         self._remove_unfinished()
         ours = {str(step) for step in saved.steps(self.folder)}
         foreign = sorted(name for name in self._names() if name not in ours and "invalid-" not in name)
         if foreign:
-            self.log(f"{self.folder}: {', '.join(foreign[:5])} ignored: not a checkpoint")
+            self.log(f"{self.folder}: ignoring {', '.join(foreign[:5])}: not a checkpoint")
 
     def _remove_unfinished(self) -> None:
         whole = set(map(str, saved.steps(self.folder)))
@@ -297,5 +293,5 @@ def _shape(leaf: tuple | None) -> str:
 
 
 def _fingerprint(source: Source) -> dict:
-    """The data that a source reads now, as an entry of its state; {} for one that has none."""
+    """The fingerprint of a source's data, as an entry of its state; {} for a source without one."""
     return {k: v for k, v in source.state_dict().items() if k == "fingerprint"}

@@ -1,4 +1,4 @@
-"""Rates, cost and the watch for broken numbers, from what the loop sees of each step."""
+"""Rates, cost and non-finite steps, from the loop's calls for each step."""
 
 import resource
 import time
@@ -20,28 +20,31 @@ from train.source import Counts, local_rows
 
 
 class Clock:
-    """Counts tokens, FLOPs and seconds of this process's session. All processes have as many rows each, though some
-    have the same: those that share out their columns or their heads."""
+    """Counts tokens, FLOPs and seconds of this process's session.
+
+    Every process reads the same number of rows. Processes that differ only on the context or tensor axis read the same
+    ones.
+    """
 
     def __init__(self, cfg: Config, plan: Blueprint):
         self.cost = cost.of_plan(plan, cfg.data.seq_len)
         self.roles = cost.of_roles(plan, cfg.data.seq_len)
         self.schedule = jax.jit(schedule(cfg.optim, cfg.steps))
         self.chip = chips.find(cfg.chip or jax.devices()[0].device_kind)
-        assert isinstance(plan.mesh, Mesh), "only a plan has an abstract one"
+        assert isinstance(plan.mesh, Mesh), "only --plan uses an abstract mesh"
         mine = local_rows(plan.mesh, cfg.data.batch_size)
-        self.parts = cfg.data.batch_size // (mine.stop - mine.start)  # of the batch, each counted by a process
+        self.parts = cfg.data.batch_size // (mine.stop - mine.start)  # this process counts one part of the batch
         self.bad = 0  # non-finite steps in a row before this session
-        self.pending: dict[str, Pair] = {}  # metrics of the step before the last
+        self.pending: dict[str, Pair] = {}  # metrics of the second-to-last step
         self.last: dict[str, Pair] = {}
         self.since = time.perf_counter()
         self.steps = 0
         self.counts: Counter[str] = Counter()  # since the last line
-        self.since_line = 0  # steps
-        self.busy, self.timed = 0.0, 0  # seconds and tokens of the lines so far
+        self.since_line = 0  # steps since the last line
+        self.busy, self.timed = 0.0, 0  # seconds and tokens of all lines so far
 
     def tick(self, sums: dict[str, Pair], counts: Counts) -> None:
-        """After a step was dispatched. The first one compiles: its time is not a rate."""
+        """Call it after a step was dispatched. The first step compiles, and is left out of the rates."""
         self.steps += 1
         self.pending, self.last = self.last, sums
         if self.steps == 1:
@@ -52,13 +55,13 @@ class Clock:
             self.counts.update(counts)
 
     def bad_steps(self) -> int:
-        """Non-finite steps in a row up to the step before the last: waiting for the last would idle the device."""
+        """Non-finite steps in a row up to the second-to-last step: waiting for the last one would idle the device."""
         return int(self.pending["bad"][0]) if self.pending else self.bad
 
     def line(self, done: int, seen: Counts) -> Json:
-        """The last step's means, rates since the line before, FLOPs of all that the run has `seen`.
+        """The last step's metrics, rates since the previous line, and FLOPs of all tokens that the run has `seen`.
 
-        A chip without a known peak has no MFU.
+        MFU is None for a chip without a known peak.
         """
         out: Json = means(self.last)
         out |= {k: int(out[k]) for k in ("bad", "skipped")}
@@ -77,13 +80,13 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside (evaluation, a save) is no step's time."""
+        """Time inside the block (an evaluation, a save) does not count as step time."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
 
     def totals(self, seen: Counts) -> Json:
-        """What the whole run took, over its sessions (`seen`); the rate and the memory are this session's."""
+        """Totals of the whole run over its sessions (`seen`); rate and memory are those of this session."""
         n = self.parts
         return {
             "tokens": n * seen["tokens"],
@@ -94,7 +97,7 @@ class Clock:
         }
 
     def _flops(self, counts: Counts) -> float:
-        """Of all processes: the steps, and what a source took through its roles to sample."""
+        """FLOPs of all processes: of the steps, and of a source's forward passes through its roles."""
         total = self.cost.step(counts["tokens"], counts["targets"])
         for role, price in self.roles.items():
             total += price.forward().step(counts.get(f"{role}/tokens", 0), counts.get(f"{role}/targets", 0))

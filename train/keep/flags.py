@@ -1,6 +1,6 @@
-"""What XLA is told before it starts: named sets of compiler flags for TPUs, threads and memory for a CPU.
+"""Settings for XLA before it starts: named presets of compiler flags for TPUs, threads and memory for CPUs.
 
-The sets are per version of libtpu, which aborts the process on a flag it does not know.
+Presets are per version of libtpu, which aborts the process on an unknown flag.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ from importlib import metadata
 
 from common.errors import UserError
 
-_OVERLAP = {  # gather the next layer's parameters while this one computes
+_OVERLAP = {  # gathers the next layer's parameters while this one computes
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
@@ -19,13 +19,13 @@ _OVERLAP = {  # gather the next layer's parameters while this one computes
     "xla_enable_async_all_gather": "true",
 }
 
-# libtpu version -> preset -> flags. None is on by default: what pays depends on the model and the slice.
+# libtpu version -> preset -> flags. None is on by default: which one helps depends on the model and the slice.
 PRESETS: dict[str, dict[str, dict[str, str]]] = {
     "0.0.42.1": {
         "overlap": _OVERLAP,
         "dense": _OVERLAP | {"xla_tpu_scoped_vmem_limit_kib": "98304"},  # larger fusions in vector memory (MaxText)
-        "memory": {"xla_tpu_enable_latency_hiding_scheduler": "false"},  # nothing is gathered ahead of its use
-        "dcn": {  # gradients between slices, in parts, while the backward pass goes on
+        "memory": {"xla_tpu_enable_latency_hiding_scheduler": "false"},  # gathers nothing ahead of its use
+        "dcn": {  # reduces gradients between slices in parts, during the backward pass
             "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
             "xla_tpu_data_parallel_opt_different_sized_ops": "true",
         },
@@ -47,7 +47,7 @@ def apply(preset: str) -> None:
         raise UserError(f"{preset!r} is for TPUs, and libtpu is not installed", where, "leave it empty") from None
     known = PRESETS.get(version)
     if known is None:
-        raise UserError(f"no presets for libtpu {version}", where, f"there are some for {', '.join(PRESETS)}")
+        raise UserError(f"there are no presets for libtpu {version}", where, f"supported: {', '.join(PRESETS)}")
     if preset not in known:
         raise UserError(f"no preset {preset!r} for libtpu {version}", where, f"known: {', '.join(known)}")
     flags = [f"--{name}={value}" for name, value in known[preset].items()]
@@ -55,12 +55,11 @@ def apply(preset: str) -> None:
 
 
 def fake_devices() -> None:
-    """What fake CPU devices need of XLA: more threads, where it has one for each, and time; call it before anything
+    """Settings for forced host devices: a larger thread pool and a longer collective timeout. Call it before anything
     asks for devices.
 
-    A collective holds one thread a device until all have come, and a product that shares its work out waits for one:
-    with none left, both wait. XLA aborts a process whose collective has waited for 40 s, which on few and busy cores
-    says nothing.
+    A collective blocks one thread per device until all arrive, and a parallel matmul needs a free thread: if the pool
+    is exhausted, they deadlock. XLA aborts a process whose collective waits for 40 s, which happens on few, busy cores.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     found = re.findall(r"--xla_force_host_platform_device_count=(\d+)", flags)
@@ -73,14 +72,14 @@ def fake_devices() -> None:
 
 @functools.cache
 def trim_after_compiling() -> None:
-    """Has glibc hand back to the system what LLVM has freed, behind every compilation that took long: else 0.2 GB
-    stay in the process below a training step of 135M parameters. Once a process; without glibc it does nothing."""
+    """Makes glibc return freed memory to the system after each long compilation. Otherwise a process that trains 135M
+    parameters keeps 0.2 GB of LLVM's memory. It takes effect once per process, and only with glibc."""
     from jax import monitoring
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
-    def heard(event: str, duration_secs: float, **_: str | int) -> None:
+    def listener(event: str, duration_secs: float, **_: str | int) -> None:
         if trim and event == "/jax/core/compile/backend_compile_duration" and duration_secs > 0.5:
             trim(0)
 
-    monitoring.register_event_duration_secs_listener(heard)
+    monitoring.register_event_duration_secs_listener(listener)

@@ -1,4 +1,4 @@
-"""What the processes of one run agree on. With a single process every function here is free."""
+"""Coordination of the processes of one run. With a single process every function here costs nothing."""
 
 import contextlib
 import hashlib
@@ -14,15 +14,15 @@ from common import exits
 from common.errors import UserError
 from common.types import Json
 
-LOST = re.compile("closed by peer|reset by peer|onnection refused|unhealthy|heartbeat")  # of a host's process
+LOST = re.compile("closed by peer|reset by peer|onnection refused|unhealthy|heartbeat")  # errors when a process dies
 
 
 def connect() -> None:
-    """Joins the other processes of a launch, a no-op for a single one, and keeps what is compiled across launches.
+    """Joins the other processes of a launch, if there are any, and sets up the persistent compilation cache.
 
-    A launch of several is told by JAX_COORDINATOR_ADDRESS (with JAX_NUM_PROCESSES and JAX_PROCESS_ID), by Slurm, by
-    GKE, for several slices too, or on the hosts of a TPU slice by JAX_NUM_PROCESSES alone. Call it before anything
-    asks for devices.
+    A launch of several processes is recognized by JAX_COORDINATOR_ADDRESS (with JAX_NUM_PROCESSES and JAX_PROCESS_ID),
+    by Slurm, by GKE (also with several slices), or on the hosts of a TPU slice by JAX_NUM_PROCESSES. Call it before
+    anything asks for devices.
     """
     env = os.environ
     cache = os.path.expanduser(f"~/.cache/kungfu/xla-{jax.__version__}")
@@ -41,27 +41,28 @@ def connect() -> None:
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Ends this process at once, with one line, when another one of the launch is lost.
+    """Ends this process at once, with one line, when another process of the launch has died.
 
-    Its connections say so first: to leave as usual would wait for it, for more than a minute, and end in a C++ stack.
+    Its broken connections are the first sign of that. A normal exit would wait for the dead process for more than a
+    minute, and end with a C++ stack trace.
     """
     try:
         yield
     except Exception as e:
         if jax.process_count() == 1 or not LOST.search(str(e)):
             raise
-        told = str(e).strip().splitlines()[0][:300]
-        os.write(2, f"\nanother process of this run was lost: {told} · run the same command again\n".encode())
+        reason = str(e).strip().splitlines()[0][:300]
+        os.write(2, f"\nanother process of this run was lost: {reason} · run the same command again\n".encode())
         os._exit(exits.PREEMPTED)
 
 
 def primary() -> bool:
-    """The one process that writes logs and renames folders."""
+    """Whether this is the process that writes logs and renames folders."""
     return jax.process_index() == 0
 
 
-def from_first(value: int | bool) -> int:
-    """The first process's value, on all of them; a barrier too."""
+def broadcast(value: int | bool) -> int:
+    """The value of the first process, on all processes; also a barrier."""
     if jax.process_count() == 1:
         return int(value)
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
@@ -75,7 +76,7 @@ def all_true(ok: bool) -> bool:
 
 
 def require_same(what: Json) -> None:
-    """Raises UserError on every process when one was started with another config, seed or code."""
+    """Raises UserError on every process if the values of `what`, such as config and code, differ between processes."""
     if jax.process_count() == 1:
         return
     digests = [np.frombuffer(hashlib.sha256(repr(v).encode()).digest(), np.uint32) for v in what.values()]
@@ -86,9 +87,9 @@ def require_same(what: Json) -> None:
 
 
 def refuse_together(error: UserError | None) -> None:
-    """Raises `error`, found by the first process, everywhere: a process left alone would wait for the others."""
+    """Raises `error` of the first process on all processes: otherwise those without it would wait forever."""
     if error:
-        from_first(1)
+        broadcast(1)
         raise error
-    if from_first(0):
+    if broadcast(0):
         raise UserError("the first process refused to start", "launch", "see its message")

@@ -1,4 +1,4 @@
-"""The lock of a run in an object store, which does not drop it when its holder is killed."""
+"""The lock of a run in an object store, where a lock outlives a killed process."""
 
 import os
 import re
@@ -11,16 +11,16 @@ from common import exits, files, paths
 from common.errors import UserError
 from common.paths import Place
 
-BEAT = 20.0  # seconds between two signs of life
+BEAT = 20.0  # seconds between heartbeats
 LOCK = re.compile(r"LOCK\.(\d+)")
 
 
 class Lease:
-    """Holds the object LOCK.<n> in `folder`, and writes it again every BEAT seconds until `close`.
+    """Holds the object LOCK.<n> in `folder`, and rewrites it every BEAT seconds until `close`.
 
-    The lock of a killed run stays, and does not change any more: who watches it for three BEATs may take the run over
-    by creating LOCK.<n+1>, which a store allows to one writer alone. `holder` tells who and where: a lock left by this
-    host needs no watching, since its kernel has dropped the one beside it. Raises UserError when the run is in use.
+    A killed run leaves its lock behind, unchanging. After watching it for three BEATs another process may take over by
+    creating LOCK.<n+1>, which the store grants to only one writer. `holder` names process and host: a lock of this host
+    need not be watched, since its kernel has released the local lock. Raises UserError when the run is in use.
     """
 
     def __init__(self, folder: Place, holder: str):
@@ -39,7 +39,7 @@ class Lease:
         self._thread.start()
 
     def _watch(self, path: Place) -> None:
-        """Returns when the holder of a lock has died. Raises UserError when it lives."""
+        """Returns if the holder of a lock has died. Raises UserError if it is alive."""
         before = _read(path)
         if f" on {socket.gethostname()} " in before:
             return
@@ -53,13 +53,13 @@ class Lease:
         beats = 0
         while not self._stop.wait(BEAT):
             try:
-                # A later lock tells it too: this one may have been written again just after it was taken away.
+                # Check for a later lock too: this one may have been rewritten just after the takeover removed it.
                 if _held(self.folder)[-1:] != [self.number] or not _read(self.path).startswith(self.holder):
-                    os.write(2, f"\n{self.path} was taken over: another process runs this run now\n".encode())
+                    os.write(2, f"\n{self.path} was taken over: another process continues this run\n".encode())
                     os._exit(exits.PREEMPTED)
                 beats += 1
                 files.write(self.path, f"{self.holder}beat {beats}\n")
-            except Exception as e:  # the network may come back; if not, the next save says so
+            except Exception as e:  # the network may recover; if not, the next save reports it
                 print(f"warning: {self.path}: {e}", file=sys.stderr)
 
     def close(self) -> None:
@@ -67,17 +67,17 @@ class Lease:
         self._thread.join()
         try:
             self.path.unlink(missing_ok=True)
-        except Exception as e:  # it lapses by itself
+        except Exception as e:  # the lock expires by itself
             print(f"warning: {self.path}: {e}", file=sys.stderr)
 
 
 def _held(folder: Place) -> list[int]:
-    """The numbers of the locks that are there; the checkpoints beside them are not listed."""
+    """The numbers of the existing locks. Checkpoints in the same folder are not listed, which saves requests."""
     return sorted(int(m[1]) for m in (LOCK.fullmatch(path.name) for path in folder.glob("LOCK.*")) if m)
 
 
 def _read(path: Place) -> str:
-    """The text of a lock; "" for one that was dropped."""
+    """The text of a lock; "" if it was deleted."""
     try:
         return path.read_text()
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""The record of a run: one JSON object a line in metrics.jsonl, a line on the console, and a tracker beside them.
+"""The record of a run: metrics.jsonl with one JSON object per line, the console, and optionally a tracker.
 
-metrics.jsonl is the truth of every report. It never holds a step that the state does not have: a resume cuts it back.
+All reports are made from metrics.jsonl. A resume removes the lines of steps that are not in the restored state.
 """
 
 import math
@@ -22,21 +22,21 @@ from common.types import Json
 from train.keep.power import Power
 from train.keep.tracker import Feed
 
-KINDS = ("init", "compile", "data", "step", "eval", "checkpoint")  # where the seconds of a run go; "other": the rest
+KINDS = ("init", "compile", "data", "step", "eval", "checkpoint")  # uses of a run's time; "other" is the rest
 
 
 def means(sums: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> dict[str, float]:
-    """{"loss": (sum, weight)} -> {"loss": sum / weight}, fetched from the devices at once; NaN for no weight."""
+    """{"loss": (sum, weight)} -> {"loss": sum / weight}, fetched from the devices at once; NaN for a weight of 0."""
     host = jax.device_get(dict(sums))
     return {name: float(total) / float(weight) if float(weight) else math.nan for name, (total, weight) in host.items()}
 
 
 class Metrics:
-    """Writes lines {"step", "time", "kind", ...} of kind train, eval, task, sample or event; the first process does.
+    """Writes lines {"step", "time", "kind", ...} of kind train, eval, task, sample or event, in the first process.
 
-    `tracker` is the config's name, or an object with `log(step, numbers)` and `close()`. Call `rewind` once the state
+    `tracker` is the config's name, or an object with `log(step, numbers)` and `close()`. Call `rewind` after the state
     is restored, `sync` before a checkpoint is saved, `end` before the session ends. `on_error` is the config's
-    `ckpt.on_error`: "stop" raises UserError for a line that cannot be written; with "continue" it is kept until it can.
+    `ckpt.on_error`: with "stop" a line that cannot be written raises UserError, with "continue" it is kept and retried.
     """
 
     def __init__(
@@ -49,16 +49,16 @@ class Metrics:
     ):
         self.path, self.total, self.step, self.on_error = Path(path), total_steps, 0, on_error
         self.active = jax.process_index() == 0
-        self.finished = False  # the last step is done, and a line says so
+        self.finished = False  # whether the record has the end of the last step
         self.seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)  # of this session, by kind
         self._began = time.perf_counter()
-        self._refused = False  # the line before could not be written
+        self._refused = False  # whether the previous line could not be written
         if self.active:
             self._power, self._console, self._file = Power(), Console(total_steps), files.Lines(self.path)
         self._feed = Feed(tracker, self.path.parent, run_config or {}) if tracker and self.active else None
 
     def write(self, step: int, kind: str, **numbers: Any) -> None:
-        """Appends one line. Numbers may be 0-d arrays; NaN and infinities become null, as JSON has neither."""
+        """Appends one line. Numbers may be 0-d arrays; NaN and infinities become null, since JSON lacks them."""
         if not self.active:
             return
         self.step, numbers = step, {name: files.plain(x) for name, x in numbers.items()}
@@ -68,32 +68,32 @@ class Metrics:
             self._feed.put(step, {f"{kind}/{k}": x for k, x in numbers.items() if isinstance(x, (int, float))})
 
     def event(self, message: str, **details: Any) -> None:
-        """Something that happened, at the last step written: a failed save, a skipped checkpoint, a stop."""
+        """Records an event at the last step written: a failed save, a skipped checkpoint, a stop."""
         self.write(self.step, "event", event=message, **details)
 
     def end(self, message: str, chip: str = "", **details: Any) -> None:
-        """The last event of a session, with all its seconds; tells the run's gas line. `chip` is config.chip."""
+        """Records the end of a session with all its seconds, and prints the run's gas line. `chip` is config.chip."""
         if not self.active:
             return
         self._power.sample()
         details |= self._spent()
         used = gas.line([*record.read(self.path), {"kind": "event"} | details], {}, chip)
         self.event(message, **details, gas=used._asdict())
-        self._console.tell(f"{used}\n{used.goodput_line()}")
+        self._console.print(f"{used}\n{used.goodput_line()}")
         self._settle()
 
     def _spent(self) -> Json:
-        """Seconds, and joules where power can be read, of this session so far."""
+        """Seconds of this session so far, and joules if power can be read."""
         other = max(0.0, time.perf_counter() - self._began - sum(self.seconds.values()))
         joules = self._power.joules()
         spent = {"seconds": {k: round(s, 3) for k, s in (*self.seconds.items(), ("other", other))}}
         return spent | ({"joules": joules} if joules else {})
 
     def rewind(self, step: int) -> None:
-        """Drops lines of steps that are to be done again, and half-written ones; the seconds they took stay counted.
+        """Drops incomplete lines and those of steps that will be repeated; the seconds they took still count.
 
-        What was measured at step 0 is measured again. A "session" event follows: the devices of this session, and what
-        the one before spent. A `finished` run stays as it is.
+        Evaluations of step 0 are repeated too. Then a "session" event is written, with the devices of this session and
+        the seconds and joules of the previous one. The record of a `finished` run is not changed.
         """
         if not self.active:
             return
@@ -111,12 +111,11 @@ class Metrics:
             if line.get("event") == "session":
                 line["step"] = min(line["step"], step)
         kept = [line for line in lines if line["step"] <= step and (step or line["kind"] == "event")]
-        kept = [
-            line for line in kept if line.get("exit_code", exits.PREEMPTED) == exits.PREEMPTED
-        ]  # an end comes again
-        told = {"lost_steps": lost, "seconds": ended[0].spent, "joules": ended[0].joules} if ended else {}
+        # Other ends than preemption are written again.
+        kept = [line for line in kept if line.get("exit_code", exits.PREEMPTED) == exits.PREEMPTED]
+        previous = {"lost_steps": lost, "seconds": ended[0].spent, "joules": ended[0].joules} if ended else {}
         devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count()}
-        session = _stamped(step, "event", event="session", devices=devices, **told)
+        session = _stamped(step, "event", event="session", devices=devices, **previous)
         files.write_lines(self.path, map(files.plain, [*kept, session]))
         self._file = files.Lines(self.path)
 
@@ -128,27 +127,24 @@ class Metrics:
             if self.on_error == "stop":
                 self._stop(e)
             if not self._refused:
-                print(
-                    f"warning: {self.path}: {e.strerror}; its lines are kept until they can be written", file=sys.stderr
-                )
+                note = "lines are kept in memory until they can be written"
+                print(f"warning: {self.path}: {e.strerror}; {note}", file=sys.stderr)
             self._refused = True
 
     def _settle(self) -> None:
-        """Makes everything durable, or raises UserError."""
+        """Makes everything durable. Raises UserError when it cannot be written."""
         try:
             self.sync()
         except OSError as e:
             self._stop(e)
 
     def _stop(self, error: OSError) -> NoReturn:
-        where = str(self.path)
-        raise UserError(
-            f"cannot be written: {error.strerror}", where, "make room and run the same command again"
-        ) from error
+        fix = "make room and run the same command again"
+        raise UserError(f"the file cannot be written: {error.strerror}", str(self.path), fix) from error
 
     @contextmanager
     def timer(self, kind: str, since: float | None = None) -> Iterator[None]:
-        """Counts the seconds of a block as `kind`, one of KINDS; where given, from time.perf_counter's `since` on."""
+        """Counts the seconds of a block as `kind`, one of KINDS, from `since` (of time.perf_counter) if given."""
         start = time.perf_counter() if since is None else since
         self._began = min(self._began, start)
         try:
@@ -180,7 +176,7 @@ class Metrics:
         try:
             self.close()
         except UserError:
-            if kind is None:  # else what ended the run is told
+            if kind is None:  # else the error that ended the run is reported
                 raise
 
 
@@ -189,7 +185,7 @@ def _stamped(step: int, kind: str, **numbers: Any) -> Json:
 
 
 class Console:
-    """One line that is redrawn in a terminal; in a file or a pipe, one plain line each time."""
+    """Shows progress: one line that is redrawn in a terminal; plain lines in a file or a pipe."""
 
     def __init__(self, total: int):
         self.total, self._live = total, None
@@ -204,14 +200,15 @@ class Console:
             line = progress(step, self.total, numbers)
         else:
             flat = {k: x for k, x in numbers.items() if not isinstance(x, dict)}
-            told = [number(x) if k == "event" else f"{k} {number(x)}" for k, x in flat.items()]
-            line = f"step {step}: " + "  ".join(told)
+            line = f"step {step}: " + "  ".join(
+                number(x) if k == "event" else f"{k} {number(x)}" for k, x in flat.items()
+            )
         if self._live and kind == "train":
             self._live.update(Text(line, no_wrap=True), refresh=True)
         else:
-            self.tell(line)
+            self.print(line)
 
-    def tell(self, text: str) -> None:
+    def print(self, text: str) -> None:
         if self._live:
             self._live.console.print(text, markup=False, highlight=False)
         else:
@@ -223,7 +220,7 @@ class Console:
 
 
 def progress(step: int, total: int, numbers: Json) -> str:
-    """The console's line from epoch, loss, lr, tokens_per_second, mfu (0 to 1) and seconds_per_step."""
+    """The console's line for a train line's epoch, loss, lr, tokens_per_second, mfu (0 to 1) and seconds_per_step."""
     mfu, pace = numbers.get("mfu"), numbers.get("seconds_per_step")
     parts = [
         f"step {step}/{total}" + (f" (epoch {numbers['epoch']:.2f})" if "epoch" in numbers else ""),

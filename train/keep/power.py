@@ -1,4 +1,4 @@
-"""Measured power: NVIDIA boards by nvidia-smi, CPU packages by RAPL, sampled in a thread beside the steps."""
+"""Measures power in a background thread: of NVIDIA boards by nvidia-smi, of CPU packages by RAPL."""
 
 import os
 import subprocess
@@ -12,9 +12,9 @@ INTERVAL = 10.0  # seconds between samples
 
 
 class Power:
-    """Counts joules from now to `close`; where nothing can be read there is no thread, and no joules.
+    """Counts joules until `close`. If no power can be read, it starts no thread and reports no joules.
 
-    RAPL covers the packages of the CPU, neither memory nor the rest of the machine, and often only root may read it.
+    RAPL covers only the CPU packages, not memory or the rest of the machine, and often only root may read it.
     """
 
     def __init__(self, powercap: str | Path = "/sys/class/powercap", interval: float = INTERVAL):
@@ -27,11 +27,11 @@ class Power:
             threading.Thread(target=self._work, args=(interval,), name="power", daemon=True).start()
 
     def joules(self) -> dict[str, list[float]]:
-        """{"gpu": [joules a board, seconds they cover], "cpu": [joules of all packages, seconds]}, as far as known."""
+        """{"gpu": [joules per board, seconds covered], "cpu": [joules of all packages, seconds]}, if known."""
         return {name: [round(x, 2) for x in spent] for name, spent in self._spent.items()}
 
     def sample(self) -> None:
-        """Adds what was used since the sample before; a source that fails now is asked again next time."""
+        """Adds the energy since the previous sample; a source that fails is tried again next time."""
         sources: dict[str, Callable[[], Any]] = {"gpu": board_watts, "cpu": self._counters}
         with self._lock:
             for name, read in sources.items():
@@ -51,7 +51,7 @@ class Power:
         return [int((p / "energy_uj").read_text()) for p in self._packages]
 
     def _used(self, before: list[int], after: list[int]) -> float:
-        """Joules between two readings of counters that wrap around."""
+        """Joules between two readings of the counters, which may wrap around."""
         wrap = lambda p: int((p / "max_energy_range_uj").read_text())
         pairs = zip(self._packages, before, after, strict=True)
         return sum(b - a if b >= a else b - a + wrap(p) for p, a, b in pairs) / 1e6
@@ -65,8 +65,8 @@ class Power:
 
 
 def board_watts() -> float:
-    """Mean power of the boards in CUDA_VISIBLE_DEVICES, or of all; OSError without nvidia-smi."""
+    """Mean power in watts of the boards in CUDA_VISIBLE_DEVICES, or of all. Raises OSError without nvidia-smi."""
     only = os.environ.get("CUDA_VISIBLE_DEVICES")
     query = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits", *(["-i", only] if only else [])]
-    told = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.split()
-    return sum(map(float, told)) / len(told)
+    watts = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.split()
+    return sum(map(float, watts)) / len(watts)

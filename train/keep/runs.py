@@ -1,4 +1,4 @@
-"""A run folder: one process group at a time writes it, and what it holds tells how to do the run again."""
+"""A run folder: only one launch at a time writes it, and it holds all that is needed to repeat the run."""
 
 import contextlib
 import datetime
@@ -28,12 +28,12 @@ from train.keep import hosts
 from train.keep.lease import Lease
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections", "rich")
-# What a run adds to in place; its other files are replaced as a whole.
+# Files and folders that a run modifies in place; it replaces the others as a whole.
 GROWING = (files.LOCK, "metrics.jsonl", "ckpt", "profile", "tensorboard", "wandb")
 ROOT = Path(__file__).resolve().parents[2]
 
-# What a resume may change: the state and the batches of every step stay what they would have been, or, as with
-# `steps`, the change is the point of the resume. Everything under a name counts.
+# Keys that a resume may change, including all keys below them: the state and the batches of every step stay the same,
+# or, as with `steps`, the change is the purpose of the resume.
 SAFE = (
     "steps", "epochs", "accum", "mesh", "model.attention", "xla_preset", "log_every", "eval_every", "eval_batches",
     "evals", "eval_n", "floors", "samples", "ckpt", "tracker", "chip", "allow", "data.cache",
@@ -41,13 +41,13 @@ SAFE = (
 
 
 class RunDir:
-    """Opens `workdir` for one run, new or resumed, and holds its lock until `close` or the process's end.
+    """Opens `workdir` for one run, new or resumed, and holds its lock until `close` or the end of the process.
 
-    A run may live at gs://BUCKET/FOLDER: checkpoints are written straight there, `home / "ckpt"`; all other files lie
-    on this machine, in `path`, and `publish` copies those that changed. Elsewhere `path` is `home`.
-    `config` is the resolved config as plain data, `overrides` what the command line changed, `source` its file.
-    Raises UserError: the folder is in use or cannot be written, a resume changes the config (unless "config" is in its
-    `allow`; "data" for keys under data), or the processes of the launch differ.
+    For a run at gs://BUCKET/FOLDER checkpoints are written directly to `home / "ckpt"`; all other files are on this
+    machine, in `path`, and `publish` uploads those that changed. Otherwise `path` is `home`.
+    `config` is the resolved config as plain data, `overrides` are those of the command line, `source` is its file.
+    Raises UserError when the folder is in use or cannot be written, when a resume changes the config (unless "config"
+    is in its `allow`; "data" for keys under data), or when the processes of the launch differ.
     """
 
     def __init__(
@@ -69,16 +69,17 @@ class RunDir:
         self._stop = StopSignals()
 
     def stop_requested(self, step: int) -> bool:
-        """Whether to save `step` and exit with exits.PREEMPTED: SIGTERM or Ctrl-C came. Ask after every step.
+        """Whether to save `step` and exit with exits.PREEMPTED, since SIGTERM or Ctrl-C came. Call it after every step.
 
-        All processes get True at the same step, whichever of them got the signal.
+        All processes get True at the same step, no matter which of them got the signal.
         """
         return self._stop.requested(step)
 
     def publish(self) -> None:
-        """Call it before a save that needs these files, and at the end: a resume on another machine reads them."""
+        """Uploads changed files of a run in a store. Called before each save, since a resume on another machine needs
+        them, and at the end."""
         if self._lease:
-            with paths.told(self.home):
+            with paths.store_errors(self.home):
                 files.put(self.path, self.home, self._published)
 
     def close(self) -> None:
@@ -107,10 +108,10 @@ class RunDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if link := next((self.path / name for name in GROWING if (self.path / name).is_symlink()), None):
-                return UserError("is a link, and a run writes only within its folder", str(link), "remove it")
+                return UserError("a link in a run folder: a run writes only within it", str(link), "remove the link")
             self._lock = take_lock(self.path / files.LOCK, self.home)
             if paths.remote(self.home):
-                with paths.told(self.home):
+                with paths.store_errors(self.home):
                     self._lease = Lease(self.home, holder())
                     files.fetch(self.home, self.path)
             self._compare()
@@ -121,41 +122,39 @@ class RunDir:
                 files.write(self.path / "config_source.py", Path(source).read_bytes())
             self.publish()
         except OSError as e:
-            return UserError(f"cannot be used: {e.strerror or e}", str(self.path), "choose another --workdir")
+            problem = f"the run folder cannot be used: {e.strerror or e}"
+            return UserError(problem, str(self.path), "choose another --workdir")
         except UserError as e:
             return e
         return None
 
     def _compare(self) -> None:
-        """Prints what a resume changes in the config; raises UserError when that is not safe, or undoes steps."""
+        """Prints what a resume changes in the config. Raises UserError if that is not safe, or if there are fewer steps
+        than are done."""
         self.resumed = bool(saved.steps(self.home / "ckpt"))
         where, step, recorded = self._recorded()
         if step > self.config.get("steps", step):
             fix = f"set steps to {step} or more, or use a new --workdir"
-            raise UserError(f"step {step} is done, and steps is {self.config['steps']}", str(self.home), fix)
+            raise UserError(f"{step} steps are done, but steps is {self.config['steps']}", str(self.home), fix)
         if not self.resumed or not recorded:
             return
         try:
             old, new = (schema.to_dict(schema.from_dict(c)) for c in (recorded, self.config))
         except (ValueError, TypeError) as e:
-            raise UserError(f"not a config: {e}", where, "restore it from config_source.py") from e
+            raise UserError(f"this is not a config: {e}", where, "restore it from config_source.py") from e
         changed = dict(differences(old, new))
         self.changes = [f"{key}: {text}" for key, text in changed.items()]
         if self.changes:
             print("config changed since the last launch:", *self.changes, sep="\n  ")
         if "steps" in changed:
-            print("the learning rate follows the schedule of the new number of steps: it may jump here")
+            print("the learning rate now follows the schedule of the new number of steps: it may jump here")
         if refused := unsafe(changed, self.config.get("allow") or ()):
-            told = "; ".join(f"{key}: {changed[key]}" for key in refused)
+            problem = f"a resume must not change {'; '.join(f'{key}: {changed[key]}' for key in refused)}"
             name = "data" if all(_under(k, ("data",)) for k in refused) else "config"
-            raise UserError(
-                f"a resume must not change {told}",
-                str(self.path),
-                f"use a new --workdir, or put {name!r} in config.allow",
-            )
+            raise UserError(problem, str(self.path), f"use a new --workdir, or put {name!r} in config.allow")
 
     def _recorded(self) -> tuple[str, int, Json | None]:
-        """(where it is written, step, config) of the newest whole step; runs once had it in config.json alone."""
+        """(where it is recorded, step, config) of the newest complete step; older runs have only config.json."""
         step = 0
         for at in saved.steps(self.home / "ckpt"):
             with contextlib.suppress(saved.Damaged):
@@ -167,11 +166,11 @@ class RunDir:
         try:
             return str(path), step, json.loads(path.read_text()) if path.exists() else None
         except (ValueError, RecursionError) as e:
-            raise UserError(f"not JSON: {e}", str(path), "restore it from config_source.py") from e
+            raise UserError(f"the file is not JSON: {e}", str(path), "restore it from config_source.py") from e
 
 
 def differences(old: Json | Leaf, new: Json | Leaf, path: str = "") -> Iterator[tuple[str, str]]:
-    """("optim.lr", "0.1 -> 0.2") for every value that two configs do not share."""
+    """("optim.lr", "0.1 -> 0.2") for every value that differs between two configs."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
@@ -180,7 +179,7 @@ def differences(old: Json | Leaf, new: Json | Leaf, path: str = "") -> Iterator[
 
 
 def unsafe(changed: Iterable[str], allow: Iterable[str]) -> list[str]:
-    """Those of the changed keys that a resume refuses; `allow` is the config's."""
+    """The changed keys that a resume refuses; `allow` is the config's."""
     safe = SAFE + ("data",) * ("data" in allow)
     return [] if "config" in allow else [key for key in changed if not _under(key, safe)]
 
@@ -190,10 +189,10 @@ def _under(key: str, names: tuple[str, ...]) -> bool:
 
 
 def take_lock(path: Path, home: Place | None = None) -> int:
-    """An exclusive lock as an open file; the kernel drops it with the process, so a killed run leaves none behind.
+    """An exclusive lock, as an open file. The kernel releases it with the process, so a killed run leaves none behind.
 
-    Raises UserError that says who holds it, and OSError for a link. Where the file system knows no locks, only a notice
-    is left.
+    Raises UserError, which names the holder, if it is taken, and OSError for a link. On a file system without locks it
+    prints a warning.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
@@ -204,10 +203,8 @@ def take_lock(path: Path, home: Place | None = None) -> int:
         where = str(home or path.parent)
         raise UserError(f"the run is in use by {before}", where, "stop it, or use a new --workdir") from None
     except OSError as e:
-        print(
-            f"warning: {path.parent} cannot be locked ({e.strerror}): start one run at a time",
-            file=sys.stderr,
-        )
+        problem = f"{path.parent} cannot be locked ({e.strerror}): start only one run at a time in it"
+        print(f"warning: {problem}", file=sys.stderr)
     before = os.pread(fd, 500, 0).decode(errors="replace").strip()
     if before and f" on {socket.gethostname()} " not in before:
         print(f"warning: taking over the lock that {before} left", file=sys.stderr)
@@ -221,9 +218,9 @@ def holder() -> str:
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C: the first asks the loop to stop, the second ends the process at once with 143 or 130.
+    """SIGTERM and Ctrl-C: the first one asks the loop to stop, the second one exits at once with 143 or 130.
 
-    With several processes SIGTERM belongs to JAX's preemption service, through which all agree on the step to stop at.
+    With several processes SIGTERM is handled by JAX's preemption service, through which all agree on a step to stop at.
     """
 
     def __init__(self) -> None:
@@ -246,16 +243,16 @@ class StopSignals:
 
     def _on_signal(self, number: int, _: object) -> None:
         if self.asked:
-            os.write(2, b"\nstopped at once; the last checkpoint stands\n")
+            os.write(2, b"\nstopped at once; the last checkpoint remains\n")
             os._exit(128 + number)
         self.asked = True
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")
+        os.write(2, b"\nstopping after this step; signal again to stop at once\n")
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 def environment() -> Json:
-    """What, besides config and data, a result may depend on."""
+    """Everything besides config and data on which a result may depend."""
     return {
         "python": sys.version.split()[0],
         "packages": {name: _version(name) for name in PACKAGES},
@@ -273,7 +270,7 @@ def environment() -> Json:
 
 
 def code_digest() -> str:
-    """One digest for the Python files of every package of the repo."""
+    """One digest of the Python files of every package of the repo."""
     h = hashlib.sha256()
     for package in sorted(ROOT.glob("*/__init__.py")):
         for path in sorted(package.parent.rglob("*.py")):
@@ -289,7 +286,7 @@ def _version(package: str) -> str:
 
 
 def _git(*args: str) -> str:
-    """Its answer, or "" outside a repository."""
+    """The output of a git command; "" outside a repository."""
     try:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):

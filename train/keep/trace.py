@@ -1,4 +1,4 @@
-"""`--profile=N`: a trace of N steps that Perfetto and XProf open, and its costliest operations as text."""
+"""`--profile=N`: traces N steps for Perfetto and XProf, and prints the most expensive operations."""
 
 import gzip
 import json
@@ -13,13 +13,13 @@ from train.keep import hosts
 
 
 class Trace:
-    """Traces `steps` steps of this session, from its second on, since the first one compiles; 0: none."""
+    """Traces `steps` steps of this session, starting with the second one, since the first one compiles; 0: none."""
 
     def __init__(self, steps: int, folder: Path):
         self.steps, self.folder, self.traced = max(0, steps), folder, -1  # -1: not begun
 
     def tick(self, done: int, result: Any) -> None:
-        """After step `done` of the session was dispatched; `result` is any array of it."""
+        """Call it after step `done` of the session was dispatched; `result` is any array of its results."""
         if self.steps and done == 1:
             jax.block_until_ready(result)
             jax.profiler.start_trace(str(self.folder), create_perfetto_trace=True)
@@ -34,35 +34,35 @@ class Trace:
             return
         try:
             jax.profiler.stop_trace()
-        except Exception as e:  # the disk may be full: a trace is no part of the run
+        except Exception as e:  # such as a full disk, which must not end the run
             print(f"warning: {self.folder}: the trace could not be written: {e}", file=sys.stderr)
         steps, self.traced, self.steps = self.traced, -1, 0
         files = sorted(self.folder.rglob("perfetto_trace.json.gz"), key=lambda p: p.stat().st_mtime)
         if hosts.primary() and files and steps:
-            print(f"{files[-1]}: open it in ui.perfetto.dev", table(files[-1], steps), sep="\n", flush=True)
+            print(f"{files[-1]}: open this trace in ui.perfetto.dev", table(files[-1], steps), sep="\n", flush=True)
 
 
 def table(path: Path, steps: int, rows: int = 10) -> str:
-    """The operations with the most time of their own, on all devices of this host: what runs inside one is not its."""
+    """The operations with the most self time on all devices of this host; time in nested operations is not counted."""
     seconds, calls = own_seconds(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"])
     total = sum(seconds.values())
-    lines = [f"{'ms a step':>10} {'share':>6} {'calls a step':>12}  operation"]
+    lines = [f"{'ms/step':>10} {'share':>6} {'calls/step':>12}  operation"]
     for name, s in sorted(seconds.items(), key=lambda item: item[1], reverse=True)[:rows]:
         lines.append(f"{1e3 * s / steps:>10.3f} {s / total:>6.1%} {calls[name] / steps:>12.1f}  {name}")
-    return "\n".join(lines) if total else "the trace names no operations"
+    return "\n".join(lines) if total else "the trace contains no operations"
 
 
 def own_seconds(events: list[dict]) -> tuple[dict[str, float], dict[str, int]]:
-    """Seconds and calls by operation, less the operations that run within it on the same thread (`while`, `call`)."""
+    """(self time in seconds, calls) by operation: without operations nested in it on the same thread, as in `while`."""
     ops = [e for e in events if e.get("ph") == "X" and {"hlo_op", "hlo_category"} & e.get("args", {}).keys()]
     seconds, calls, open_ops = defaultdict(float), defaultdict(int), defaultdict(list)
     for e in sorted(ops, key=lambda e: (e["ts"], -e["dur"])):
         name = e["args"].get("hlo_op", e["name"])
-        name = e["name"] if name.startswith("command_buffer") else name  # of many kernels, which a GPU starts at once
+        name = e["name"] if name.startswith("command_buffer") else name  # a command buffer launches many kernels
         stack = open_ops[e["pid"], e["tid"]]
         while stack and stack[-1][1] <= e["ts"]:
             stack.pop()
-        if stack and "correlation_id" not in e["args"]:  # kernels of a GPU run side by side, none within another
+        if stack and "correlation_id" not in e["args"]:  # GPU kernels may overlap, but are not nested
             seconds[stack[-1][0]] -= e["dur"] / 1e6
         seconds[name] += e["dur"] / 1e6
         calls[name] += 1

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, fed from a thread: a tracker that hangs costs its own points, never a step."""
+"""TensorBoard and Weights & Biases, fed from a background thread: a tracker that hangs loses points, never a step."""
 
 import importlib.util
 import queue
@@ -12,14 +12,14 @@ from typing import Any
 from common.errors import UserError
 from configs import schema
 
-QUEUE = 1000  # points that wait for a slow tracker; more are dropped and counted
-PATIENCE = 5.0  # seconds that the end of a run waits for it
+QUEUE = 1000  # points that may wait for a slow tracker; more are dropped and counted
+PATIENCE = 5.0  # seconds to wait for the tracker at the end of a run
 
 
 class Feed:
-    """Hands points to a tracker in the background. `tracker`: a name in TRACKERS, or an object with log and close.
+    """Passes points to a tracker in the background. `tracker`: a name in TRACKERS, or an object with log and close.
 
-    Raises UserError for a name whose package is not installed. What fails later is told once, and the run goes on.
+    Raises UserError for a name whose package is not installed. Later failures print one warning, and the run continues.
     """
 
     def __init__(self, tracker: Any, folder: Path, config: dict):
@@ -40,13 +40,13 @@ class Feed:
             self._points.put_nowait((step, numbers))
 
     def close(self) -> None:
-        """Waits PATIENCE seconds for what is queued, then leaves the tracker behind."""
+        """Waits up to PATIENCE seconds for queued points, then abandons the tracker."""
         until = time.monotonic() + PATIENCE
         with suppress(queue.Full):
             self._points.put(None, timeout=PATIENCE)
         self._thread.join(max(0.0, until - time.monotonic()))
         if missed := self._offered - self._delivered:
-            print(f"warning: the tracker missed {missed} points; metrics.jsonl has them all", file=sys.stderr)
+            print(f"warning: the tracker missed {missed} points; metrics.jsonl has all of them", file=sys.stderr)
 
     def _work(self) -> None:
         try:
@@ -58,7 +58,7 @@ class Feed:
                 self._delivered += 1
             tracker.close()
         except Exception as e:
-            print(f"warning: the tracker stopped: {e}; metrics.jsonl goes on", file=sys.stderr)
+            print(f"warning: the tracker failed: {e}; metrics.jsonl is still written", file=sys.stderr)
 
 
 class TensorBoard:
@@ -76,7 +76,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Steps are an ordinary number there: W&B drops points whose own step does not grow, as after a resume."""
+    """Logs the step as an ordinary number, since W&B drops points whose own step does not grow, as after a resume."""
 
     def __init__(self, folder: Path, config: dict):
         import wandb  # pyright: ignore[reportMissingImports]

@@ -1,4 +1,4 @@
-"""What is learned. Each file exposes `make(model, **config) -> Objective`; the keyword arguments are its schema."""
+"""Training objectives. Each file exposes `make(model, **config) -> Objective`; the keyword arguments are its schema."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -16,15 +16,15 @@ Roles = dict[str, Any]  # {role: parameter tree}, as a loss gets them
 
 
 class Role(NamedTuple):
-    """One parameter tree that a loss reads.
+    """One of the parameter trees that a loss reads.
 
     `kind`: "train" follows the config's `trainable`, `peft` and `quant`; "initial" is the policy as it was before the
     first step, held fixed; "frozen" is another model, held fixed.
-    `start` is an opened model (`infer.models.open_model`): whose weights the role starts from; None: those of the run.
-    `model` is the role's network where it is not the policy's shape, `head` a file of model/heads whose head stands in
-    its tree at "head" and is what the role answers with, in place of logits.
-    `shares` names a role whose frozen half this one uses instead of a copy of its own: a critic under LoRA then costs
-    its adapters and its head, and not a second base.
+    `start` is an opened model (`infer.models.open_model`) whose weights the role starts from; None: those of the run.
+    `model` is the role's network if it differs from the policy's. `head` is a file of model/heads: its head is stored
+    in the role's tree at "head" and used instead of logits.
+    `shares` names a role whose frozen half this one uses instead of a copy: a critic under LoRA then costs only its
+    adapters and its head, not a second base.
     """
 
     kind: Literal["train", "initial", "frozen"]
@@ -37,15 +37,15 @@ class Role(NamedTuple):
 class Objective(NamedTuple):
     """`loss(roles, batch, key)` returns metrics as (sum, weight) pairs; the mean of metrics["loss"] is minimized.
 
-    `roles` always holds "policy". When only fresh adapters train, an "initial" role is left out of what the loss gets:
-    it is `weights.base(policy)`, the base with its adapters off, and costs no memory.
-    `batch` names the kind of batch that the loss reads (data.rows.batch.KINDS). An objective's file assigns it to its
-    constant BATCH, which the config's rules read too. A row without targets, as the last held-out batch may have,
-    counts in no metric.
-    `nll`: the loss is the negative log-likelihood of the targets of an lm batch, in nats. Held out it is called "nll",
-    and bits per byte are given beside it.
-    `source` makes the run's batches where those of the data are only prompts: an on-policy objective samples from the
-    state. It gets the data's batches and the run's blueprint.
+    `roles` always has "policy". If only fresh adapters train, the loss gets no "initial" role: it is
+    `weights.base(policy)`, the base with its adapters off, and costs no memory.
+    `batch` is the kind of batch that the loss reads (data.rows.batch.KINDS). An objective's file assigns it to its
+    constant BATCH, which the config's rules read too. Rows without targets, which the last held-out batch may have,
+    must count in no metric.
+    `nll`: the loss is the negative log-likelihood of the targets of an lm batch, in nats. On held-out data it is called
+    "nll", and bits per byte are added.
+    `source` makes the run's batches if the data are only prompts: an on-policy objective samples from the state. Its
+    arguments are the data's batches and the run's blueprint.
     """
 
     loss: Callable[[Roles, dict, Array], dict[str, Pair]]
