@@ -132,7 +132,10 @@ def full(monkeypatch):
 
 def test_a_full_disk_stops_a_run_or_keeps_its_lines(tmp_path, full, capsys):
     path = tmp_path / "metrics.jsonl"
-    with pytest.raises(UserError, match=r"metrics.jsonl · the file cannot be written: No space left"), Metrics(path, 9) as m:
+    with (
+        pytest.raises(UserError, match=r"metrics.jsonl · the file cannot be written: No space left"),
+        Metrics(path, 9) as m,
+    ):
         full[0] = True
         m.write(1, "train", loss=1.0)
     full[0] = False
