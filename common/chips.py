@@ -1,4 +1,4 @@
-"""Accelerators and what is known of them, from the one dated table beside this file; no jax here."""
+"""Accelerators and their known properties, from the dated table beside this file; no jax here."""
 
 import json
 from pathlib import Path
@@ -15,31 +15,31 @@ class Number(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """One row of chips.json. What nobody says is None."""
+    """One row of chips.json. Unpublished values are None."""
 
     name: str
-    devices: int  # jax devices that one chip shows
+    devices: int  # jax devices per chip
     tflops: Number  # peak dense bf16, 1e12 FLOP/s
     hbm_bytes: Number
     hbm_bandwidth: Number  # bytes/s
     ici_bandwidth: Number  # bytes/s one way, all links of a chip
-    usd_hour: Number | None  # a chip-hour on demand
+    usd_hour: Number | None  # per chip-hour, on demand
     usd_hour_spot: Number | None
-    watts: Number  # average, with the host's share where the source has it
+    watts: Number  # average, including the host's share if the source has it
     cci: Number | None  # compute carbon intensity, gCO2e per 1e18 utilized FLOPs (Schneider et al. 2025)
-    dcn_bandwidth: Number | None = None  # bytes/s between slices, a chip's share
+    dcn_bandwidth: Number | None = None  # bytes/s between slices, per chip
 
 
 class Site(NamedTuple):
-    """Where the energy is assumed to come from."""
+    """The assumed source of energy."""
 
     region: str
     gco2_per_kwh: Number  # location-based
-    pue: Number  # power of the building over power of the machines
+    pue: Number  # power usage effectiveness: power of the data center over power of the machines
 
 
 def find(name: str) -> Chip | None:
-    """The chip of a name ("v6e") or of a jax device_kind ("TPU v6 lite"); None where the table has none."""
+    """The chip of a name ("v6e") or a jax device_kind ("TPU v6 lite"); None if it is not in the table."""
     return _CHIPS.get(name.lower())
 
 

@@ -1,6 +1,6 @@
-"""The shell of every command line: its options, its exit codes, and errors that the user can fix as one line.
+"""Common to all command lines: options, exit codes, and user errors as one line.
 
-The console is not the record of anything: when it goes away, a command goes on without it.
+No command depends on its console: if it disappears, the command continues without it.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from common.errors import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """Options of `python -m NAME`, whose --help is the module's docstring. A mistake is a UserError."""
+    """Options of `python -m NAME`; --help shows the module's docstring. Mistakes raise UserError."""
 
     def __init__(self, name: str, doc: str | None):
         super().__init__(prog=f"python -m {name}", description=doc, allow_abbrev=False)
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
-    """`main(argv)` as a command: returns its exit code, and prints a UserError instead of raising it."""
+    """Wraps `main(argv)` as a command: it returns an exit code, and a UserError is printed, not raised."""
 
     @functools.wraps(main)
     def shell(argv: list[str]) -> int:
@@ -60,7 +60,8 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], in
 
 
 def full_disk(error: BaseException | None) -> UserError | None:
-    """The one line on a full disk when that is behind an error, which libraries written in Rust and C++ only spell."""
+    """The UserError for a full disk, if that is the cause of an error. Rust and C++ libraries raise other types, with
+    the error number in their message."""
     fix = "make room and run the same command again"
     while error is not None:
         if isinstance(error, OSError) and error.errno in files.FULL:
@@ -75,13 +76,13 @@ def full_disk(error: BaseException | None) -> UserError | None:
 
 
 def keep_console() -> None:
-    """Makes sys.stdout and sys.stderr take everything: no closed pipe, full disk or ASCII locale ends a command."""
+    """Makes sys.stdout and sys.stderr accept everything: no closed pipe, full disk or ASCII locale ends a command."""
     for fd in range(3):
         try:
             os.fstat(fd)
-        except OSError:  # closed: the next file to be opened would become the console
+        except OSError:  # closed: the next opened file would become the console
             os.open(os.devnull, os.O_RDWR)
-    if sys.stdout is sys.__stdout__:  # else somebody catches what is printed
+    if sys.stdout is sys.__stdout__:  # else the caller captures the output
         sys.stdout = _kept(sys.stdout, 1)
     if sys.stderr is sys.__stderr__:
         sys.stderr = _kept(sys.stderr, 2)
@@ -100,7 +101,7 @@ def _kept(stream: TextIO | None, fd: int) -> TextIO:
 
 
 class _Lossy(io.FileIO):
-    """A descriptor that becomes /dev/null, with one warning, when it cannot be written any more."""
+    """A descriptor that becomes /dev/null, with one warning, when it can no longer be written."""
 
     def write(self, data: Any) -> int | None:
         try:
@@ -110,7 +111,7 @@ class _Lossy(io.FileIO):
             os.dup2(null, self.fileno())
             os.close(null)
             if self.fileno() == 1:
-                print(f"warning: the console takes no more ({e.strerror}): the rest is not shown", file=sys.stderr)
+                print(f"warning: the console cannot be written ({e.strerror}): no more is shown", file=sys.stderr)
             return len(data)
 
 
@@ -118,24 +119,24 @@ class _Lossy(io.FileIO):
 
 
 def count(text: str) -> int:
-    """The type of an option: a whole number, not negative."""
+    """Option type: a non-negative integer."""
     if not text.strip().isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a non-negative integer")
     return int(text)
 
 
 def counts(text: str) -> list[int]:
-    """The type of an option: "0,4" -> [0, 4]."""
+    """Option type: "0,4" -> [0, 4]."""
     return [count(part) for part in text.split(",")]
 
 
 def listed(text: str) -> list[str]:
-    """The type of an option: "a, b" -> ["a", "b"]."""
+    """Option type: "a, b" -> ["a", "b"]."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def named(text: str) -> dict[str, str]:
-    """Folders by name, of "[NAME=]FOLDER,...". Raises UserError for a name that is taken twice."""
+    """{name: folder} from "[NAME=]FOLDER,...". Raises UserError for a duplicate name."""
     out: dict[str, str] = {}
     for item in filter(None, text.split(",")):
         name, given, folder = item.rpartition("=")

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can fix this."""
+"""The exception for errors that the user can fix."""
 
 import difflib
 import functools
@@ -9,7 +9,7 @@ P, R = ParamSpec("P"), TypeVar("R")
 
 
 class UserError(ValueError):
-    """Bad input in one line: what is wrong, where, and the fix. Command lines print it and exit with code 2."""
+    """Bad input: one line that says what is wrong, where, and the fix. Command lines print it and exit with code 2."""
 
     def __init__(self, what: str, where: str = "", fix: str = ""):
         self.what, self.where, self.fix = what, where, fix
@@ -17,12 +17,12 @@ class UserError(ValueError):
         self.__suppress_context__ = True
 
     def _render_traceback_(self) -> list[str]:
-        """What a notebook shows of it."""
+        """The text that notebooks show."""
         return [f"{type(self).__name__}: {self}"]
 
 
 def outermost(function: Callable[P, R]) -> Callable[P, R]:
-    """A function of the public interface: its UserErrors come without the frames and the causes below it."""
+    """Decorates a function of the public interface: its UserErrors have no inner frames and no causes."""
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -35,7 +35,8 @@ def outermost(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """The question about the nearest known word or dotted path: one with the same last part, else the best spelling."""
+    """ "did you mean X?", with the known word or dotted path that has the same last part or the nearest spelling; else
+    `otherwise`."""
     known, last = list(known), word.rpartition(".")[2]
     tails = {k.rpartition(".")[2]: k for k in reversed(known)}
     near = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(word, known, 1, 0.75)

@@ -1,8 +1,8 @@
 """Exit codes of every command; 1 is left to Python's own failures, 128 + N to signals."""
 
 DONE = 0
-INPUT = 2  # the input must change: a UserError
-BROKEN = 70  # EX_SOFTWARE: the numbers broke down
-BELOW_FLOOR = 71  # a figure crossed one of config.floors
+INPUT = 2  # bad input: a UserError
+BROKEN = 70  # EX_SOFTWARE: loss or gradients are not finite
+BELOW_FLOOR = 71  # a metric crossed one of config.floors
 PREEMPTED = 75  # EX_TEMPFAIL: interrupted, run the same command again
 INTERRUPTED = 130  # Ctrl-C, with nothing to resume

@@ -1,4 +1,5 @@
-"""What a run used: FLOPs, chip-hours, dollars, energy, carbon, from metrics.jsonl and chips.json alone; no jax here."""
+"""The resources of a run: FLOPs, chip-hours, dollars, energy, carbon. Computed only from metrics.jsonl and chips.json,
+without jax."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -7,17 +8,17 @@ from common import chips
 from common.numbers import percent, short
 from common.types import Json
 
-REPLAYED = ("data", "step")  # kinds of seconds that are spent again after a restart
-COVERED = 0.9  # share of a session's time that samples of power must cover to count as measured
+REPLAYED = ("data", "step")  # kinds of seconds that are repeated after a restart
+COVERED = 0.9  # fraction of a session that power samples must cover to count as measured
 
 
 class Session(NamedTuple):
-    """One launch. Seconds by kind: all that it spent, and those up to its last step that no restart cut off."""
+    """One launch of a run."""
 
     devices: Json
-    spent: dict[str, float]
-    kept: dict[str, float]
-    joules: dict[str, list[float]]  # of train.keep.power
+    spent: dict[str, float]  # all seconds by kind
+    kept: dict[str, float]  # seconds by kind up to the last step that was not repeated
+    joules: dict[str, list[float]]  # see train.keep.power
 
 
 class Range(NamedTuple):
@@ -30,29 +31,29 @@ class Range(NamedTuple):
 
 
 class Gas(NamedTuple):
-    """A sum over sessions or runs; None is what is not known, as all prices of a chip that chips.json lacks."""
+    """A sum over sessions or runs. Unknown values are None, such as prices of a chip that is not in chips.json."""
 
     chips: tuple[str, ...] = ()  # names, or device kinds
-    flops: float | None = None  # of training, from the equations; neither replayed steps nor evaluation count
-    peak: float | None = None  # FLOPs that all chip-hours could have done
-    hours: float | None = None  # chip-hours from launch to end: compiling, idling and replayed steps too
-    replayed: float | None = None  # chip-hours of steps that a restart had to do again
+    flops: float | None = None  # of training, from the equations, without repeated steps and evaluations
+    peak: float | None = None  # FLOPs at peak rate in all chip-hours
+    hours: float | None = None  # chip-hours from launch to end, with compilation, idle time and repeated steps
+    replayed: float | None = None  # chip-hours of steps repeated after a restart
     usd: float | None = None  # on demand
     usd_spot: float | None = None
-    kwh: Range | None = None  # with PUE; an unknown chip that was measured: of the chip alone
-    kwh_measured: float | None = None  # of kwh.value
+    kwh: Range | None = None  # with PUE; if an unknown chip was measured, of only the chip
+    kwh_measured: float | None = None  # the measured part of kwh.value
     co2_kg: Range | None = None  # of that electricity, location-based
-    co2_kg_cci: float | None = None  # by compute carbon intensity, embodied emissions in: a cross-check
-    seconds: dict[str, float] = {}  # by kind, with "lost"
+    co2_kg_cci: float | None = None  # from compute carbon intensity, with embodied emissions: a cross-check
+    seconds: dict[str, float] = {}  # by kind, and "lost"
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs over what the chips could have done in all their hours, compiling and idling in."""
+        """Model FLOPs over peak FLOPs in all chip-hours, with compilation and idle time."""
         return self.flops / self.peak if self.flops is not None and self.peak else None
 
     @property
     def goodput(self) -> float | None:
-        """Share of the seconds that went into steps that count."""
+        """Fraction of the seconds in steps that were not repeated."""
         return self.seconds.get("step", 0.0) / sum(self.seconds.values()) if any(self.seconds.values()) else None
 
     def __str__(self) -> str:
@@ -65,22 +66,22 @@ class Gas(NamedTuple):
             f"{flops} model FLOPs (MFU {percent(self.mfu)})",
             f"{short(self.hours)} {' + '.join(self.chips)} {unit}{again}",
             "$ n/a" if self.usd is None else f"${short(self.usd)} on demand (${short(self.usd_spot)} spot)",
-            _told(self.kwh, "kWh", how),
-            _told(self.co2_kg, "kgCO2e", f"{site.region}, PUE {site.pue.value:g}"),
+            _text(self.kwh, "kWh", how),
+            _text(self.co2_kg, "kgCO2e", f"{site.region}, PUE {site.pue.value:g}"),
         )
         return "gas: " + " · ".join(parts)
 
     def goodput_line(self) -> str:
         spent = " · ".join(f"{kind} {short(s)} s" for kind, s in self.seconds.items() if s)
         everything = short(sum(self.seconds.values()))
-        return f"goodput: {percent(self.goodput)} of {everything} s in steps that count · {spent}"
+        return f"goodput: {percent(self.goodput)} of {everything} s in training steps · {spent}"
 
 
 def sessions(lines: Iterable[dict]) -> list[Session]:
-    """The launches that a metrics.jsonl tells of.
+    """The launches recorded in a metrics.jsonl.
 
-    A "session" event opens each and says what the one before had spent by its last line. Seconds grow from line to
-    line, so the last line that a restart left has those of the steps that count.
+    Each begins with a "session" event, which also has the totals of the previous one. Seconds accumulate from line to
+    line, so the last line that a restart did not remove has those of the steps that count.
     """
     found, now = [], Session({}, {}, {}, {})
     for line in lines:
@@ -88,17 +89,18 @@ def sessions(lines: Iterable[dict]) -> list[Session]:
             continue  # its seconds are those of one evaluation
         spent, joules = line.get("seconds") or {}, line.get("joules") or {}
         if line.get("event") == "session":
-            found += [now._replace(spent=spent, joules=joules)] * bool(spent)
+            if spent:
+                found.append(now._replace(spent=spent, joules=joules))
             now = Session(line.get("devices") or {}, {}, {}, {})
         elif spent:
             now = now._replace(spent=spent, kept=spent, joules=joules)
-    return found + [now] * bool(now.spent)
+    return [*found, now] if now.spent else found
 
 
 def line(lines: Iterable[dict], environment: Json, chip: str = "") -> Gas:
-    """What the lines of a run add up to. `environment`: that of its folder, for lines that do not say their devices.
+    """The totals of a run's lines. `environment` is that of its folder, for older lines that do not name their devices.
 
-    `chip`: config.chip, a name in chips.json that stands for all devices.
+    `chip` is config.chip: a name in chips.json to use for all devices.
     """
     lines = list(lines)
     used = total(_of_session(s, s.devices or environment.get("devices") or {}, chip) for s in sessions(lines))
@@ -110,7 +112,7 @@ def line(lines: Iterable[dict], environment: Json, chip: str = "") -> Gas:
 
 def _of_session(s: Session, devices: Json, name: str) -> Gas:
     kind = devices.get("kind", "unknown")
-    count = devices.get("processes" if kind == "cpu" else "count")  # a host may show its CPU as many devices
+    count = devices.get("processes" if kind == "cpu" else "count")  # a CPU may be split into several devices
     chip, site = chips.find(name or kind), chips.site()
     lost = {k: s.spent.get(k, 0.0) - s.kept.get(k, 0.0) for k in REPLAYED}
     seconds = {k: x - lost.get(k, 0.0) for k, x in s.spent.items()} | {"lost": sum(lost.values())}
@@ -136,7 +138,7 @@ def _of_session(s: Session, devices: Json, name: str) -> Gas:
 
 
 def _measured(s: Session, devices: Json) -> float | None:
-    """Joules of all devices in the whole session. The boards of the first host stand for those of the others."""
+    """Joules of all devices in the whole session, extrapolated from the boards of the first host."""
     host, wall = devices.get("kind") == "cpu", sum(s.spent.values())
     joules, covered = s.joules.get("cpu" if host else "gpu", (0.0, 0.0))
     if covered < COVERED * wall or not covered or (host and devices.get("processes") != 1):
@@ -145,7 +147,7 @@ def _measured(s: Session, devices: Json) -> float | None:
 
 
 def total(parts: Iterable[Gas]) -> Gas:
-    """The sum over sessions or runs; what one of them does not know, the sum does not either."""
+    """The sum over sessions or runs; None for values that are unknown in any of them."""
     parts = list(parts)
     return Gas(*map(_sum, zip(*parts, strict=True))) if parts else Gas()
 
@@ -163,7 +165,7 @@ def _sum(values: tuple) -> Any:
     return sum(values)
 
 
-def _told(r: Range | None, unit: str, about: str) -> str:
+def _text(r: Range | None, unit: str, about: str) -> str:
     if r is None:
         return f"n/a {unit}"
     span = "" if r.low == r.high else f"{short(r.low)}-{short(r.high)}, "

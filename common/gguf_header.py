@@ -1,7 +1,7 @@
-"""The header of a GGUF file (version 2 or 3, little-endian): metadata, and where each tensor lies.
+"""The header of a GGUF file (version 2 or 3, little-endian): metadata, and shape, type and offset of each tensor.
 
-The `gguf` package's own reader makes a numpy object of every token: 3 s and 160 MB for a vocabulary of 49k; this one
-takes 0.2 s. Specification: ggml's docs/gguf.md.
+The reader of the `gguf` package makes a numpy object per token, which takes 3 s and 160 MB for a vocabulary of 49k;
+this one takes 0.2 s. Specification: ggml's docs/gguf.md.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from common.errors import UserError
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-MAX_ITEMS = 1 << 24  # no vocabulary is longer; a larger count means a broken file
+MAX_ITEMS = 1 << 24  # more than any vocabulary: a larger count means a corrupt file
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    shape: tuple[int, ...]  # as numpy counts: rows first
+    shape: tuple[int, ...]  # in numpy's order: rows first
     kind: int  # ggml's type number
     offset: int  # in bytes, from the start of the file
 
@@ -31,16 +31,16 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Raises UserError when the file is not GGUF or is cut short."""
+    """Reads the header of a file. Raises UserError when it is not GGUF, or truncated."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data).header()
     except (struct.error, ValueError, KeyError, RecursionError) as error:
-        raise UserError(f"not a readable GGUF file ({error})", str(path)) from None
+        raise UserError(f"this is not a readable GGUF file ({error})", str(path)) from None
 
 
 class _Reader:
-    """A position in the file; every method reads what is there and moves on."""
+    """A position in the file; every method reads a value there and advances."""
 
     def __init__(self, data: mmap.mmap):
         self.data, self.at = data, 0

@@ -1,6 +1,6 @@
-"""Commands run as processes: several at once from a queue, or stage after stage under a progress bar.
+"""Runs commands as processes: several at once from a queue, or stage after stage under a progress bar.
 
-What is done stays done: a queue gives only what is left, and a stage says from its files how much of it is.
+Finished work is not repeated: a queue hands out only the rest, and a stage reads its progress from its files.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from common import exits, files
 
-PARENT = "KUNGFU_PARENT"  # the process that a command must not outlive
+PARENT = "KUNGFU_PARENT"  # environment variable: the process that a command must not outlive
 
 
 class Running(Protocol):
-    """What a queue hands out: a process, and whatever else the queue wants to know of it."""
+    """A running command of a queue: its process, and whatever else the queue needs."""
 
     @property
     def process(self) -> subprocess.Popen: ...
@@ -30,31 +30,32 @@ R = TypeVar("R", bound=Running)
 
 class Queue(Protocol[R]):
     def take(self) -> R | None:
-        """Starts the next command; None when there is none to start now."""
+        """Starts the next command; None if there is none to start now."""
 
     def left(self) -> bool:
-        """Whether there is, or may come, a command to take."""
+        """Whether there is, or may be later, a command to start."""
 
     def hopeless(self, job: R) -> bool:
-        """Whether to stop it early."""
+        """Whether to stop a running command early."""
 
     def close(self, job: R, hopeless: bool) -> None:
-        """Its process has ended; `hopeless`: since it was stopped early."""
+        """Called when its process has ended; `hopeless` if it was stopped early."""
 
 
 class Stage(NamedTuple):
-    """`share` is the part of the stage that is done, from 0 to 1, read from its files; 1 means: skip it."""
+    """`share` is the part of the stage that is done, from 0 to 1, read from its files; at 1 the stage is skipped."""
 
     title: str
     argv: list[str]  # python -m ...
     share: Callable[[], float]
-    seconds: float  # about: the length of its part of the bar
+    seconds: float  # expected, which determines its part of the bar
 
 
 def start(argv: Sequence[str], log: Path, **options: Any) -> subprocess.Popen:
-    """`python -m ARGV`, its output behind that of earlier tries in `log`.
+    """Starts `python -m ARGV`; its output is appended to `log`.
 
-    In a session of its own: Ctrl-C in a terminal would reach it a second time, and that means to a run: at once.
+    It gets its own session, since Ctrl-C in a terminal would otherwise reach it twice, and a second signal stops a run
+    at once.
     """
     with open(log, "ab", opener=files.not_followed) as file:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
@@ -62,13 +63,13 @@ def start(argv: Sequence[str], log: Path, **options: Any) -> subprocess.Popen:
 
 
 def follow_parent() -> None:
-    """Ends this process with the one that started it for itself alone: killed, it could not stop its children."""
+    """Ties this process to the one in PARENT, if set: it is killed when that one dies, which could not stop it then."""
     parent = os.environ.pop(PARENT, "")
     if not parent:
         return
     import ctypes
 
-    with contextlib.suppress(OSError, AttributeError):  # other systems than Linux have no such call
+    with contextlib.suppress(OSError, AttributeError):  # only Linux has this call
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if parent != str(os.getppid()):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -80,7 +81,7 @@ def tail(log: Path, lines: int) -> list[str]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """A list that holds SIGTERM once that or Ctrl-C came; a second one ends the process as usual."""
+    """A list that holds SIGTERM after the first SIGTERM or Ctrl-C; a second one ends the process as usual."""
     caught: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -101,9 +102,8 @@ def interruptible() -> Iterator[list[int]]:
 
 
 def drain(queue: Queue[R], at_once: int, stop: list[int], show: Callable[[], None]) -> None:
-    """Works on a queue until it is empty, or `stop` holds a signal, which is passed on; all processes have ended then.
-
-    `show` is called four times a second.
+    """Works on a queue until it is empty, or until `stop` holds a signal, which is passed on to the processes. Returns
+    when all of them have ended. `show` is called four times per second.
     """
     running: list[R] = []
     asked: list[R] = []  # to stop
@@ -131,7 +131,7 @@ def drain(queue: Queue[R], at_once: int, stop: list[int], show: Callable[[], Non
 
 
 class _Stages:
-    """The queue of stages, one at a time; a stage that fails is the last."""
+    """A queue of stages, which ends with the first failure."""
 
     def __init__(self, stages: list[Stage], out: Path):
         self.stages, self.out, self.at, self.code = stages, out, 0, 0
@@ -144,7 +144,7 @@ class _Stages:
             self.at += 1
         if not self.left():
             return None
-        own = os.environ | {PARENT: str(os.getpid())}  # else the next start would find its run in use
+        own = os.environ | {PARENT: str(os.getpid())}  # an orphan would keep its run folder locked
         return _Job(start(self.stages[self.at].argv, self.log(), env=own))
 
     def left(self) -> bool:
@@ -168,19 +168,19 @@ def run(stages: list[Stage], out: Path) -> int:
     with _bar(stages) as show, interruptible() as stop:
         drain(queue, 1, stop, lambda: show(queue.at))
     if stop and (queue.code or queue.left()):
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command resumes here", file=sys.stderr)
         return exits.PREEMPTED
     if queue.code:
         stage, log = stages[queue.at], queue.log()
         print(*tail(log, 12), sep="\n", file=sys.stderr)
-        print(f"{stage.title}: failed with exit code {queue.code}; all of it is in {log}", file=sys.stderr)
+        print(f"{stage.title}: failed with exit code {queue.code}; the full log is {log}", file=sys.stderr)
         print(f"the command: python -m {' '.join(stage.argv)}", file=sys.stderr)
     return queue.code
 
 
 @contextlib.contextmanager
 def _bar(stages: list[Stage]) -> Iterator[Callable[[int], None]]:
-    """A function that shows stage i (`len(stages)`: all done): a bar on a terminal, else a line for each new stage."""
+    """A function that shows stage i (`len(stages)`: all done): as a bar in a terminal, else as a line per stage."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them. What is not known, None, is "n/a"; powers are of 1000."""
+"""Formats numbers for people. None is "n/a"; prefixes are powers of 1000."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,14 +7,14 @@ NA = "n/a"
 
 
 def number(x: Any) -> str:
-    """Four significant digits, thousands whole; what is no number as it is."""
+    """Four significant digits, integers from 1000 on; other types unchanged."""
     if isinstance(x, bool) or not isinstance(x, int | float):
         return NA if x is None else str(x)
     return f"{x:,.0f}" if abs(x) >= 1000 or isinstance(x, int) else f"{x:.4g}"
 
 
 def short(x: float | None) -> str:
-    """Two significant digits, hundreds whole."""
+    """Two significant digits, integers from 100 on."""
     return NA if x is None else f"{x:,.0f}" if abs(x) >= 99.5 else f"{x:.2g}"
 
 
@@ -36,7 +36,7 @@ def percent(x: float | None) -> str:
 
 
 def scaled(x: float | None, unit: str = "", names: str = " kMGTPE") -> str:
-    """1234567 with "B" -> "1.2 MB": three digits at most."""
+    """1234567 with unit "B" -> "1.2 MB": at most three digits."""
     if x is None:
         return NA
     power = 0
@@ -47,7 +47,7 @@ def scaled(x: float | None, unit: str = "", names: str = " kMGTPE") -> str:
 
 
 def size(x: float | None) -> str:
-    """Bytes."""
+    """1234567 -> "1.2 MB"."""
     return scaled(x, "B")
 
 
@@ -67,7 +67,7 @@ def duration(x: float) -> str:
 
 
 def span(values: Sequence[float] | None, form: str = ",.0f", between: str = " to ") -> str:
-    """(low, high) -> "1 to 2", one of them where both read the same."""
+    """(low, high) -> "1 to 2", or a single number if both look the same."""
     if values is None:
         return NA
     low, high = (format(v, form) for v in values)

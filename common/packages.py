@@ -1,4 +1,4 @@
-"""Where pretrained models lie: packages on this machine, paths, the hub."""
+"""Finds pretrained models: in installed packages, at paths, on the hub."""
 
 import importlib.metadata
 import re
@@ -14,10 +14,10 @@ HUB = {
 
 
 def package_gguf(name: str) -> Path:
-    """The .gguf of the installed package behind a model's name; the package itself is never imported."""
+    """The .gguf in the installed package of a model's name; the package is never imported."""
     package = PACKAGES.get(name)
     if package is None:
-        raise UserError(f"no packaged model of this name; known: {', '.join(PACKAGES)}", name)
+        raise UserError(f"no packaged model has this name; known: {', '.join(PACKAGES)}", name)
     try:
         distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
@@ -25,11 +25,12 @@ def package_gguf(name: str) -> Path:
     for file in distribution.files or ():
         if file.suffix == ".gguf":
             return Path(distribution.locate_file(file))
-    raise UserError(f"package {package} carries no .gguf file", name)
+    raise UserError(f"package {package} contains no .gguf file", name)
 
 
 def locate(name: str, patterns: tuple[str, ...]) -> Path:
-    """A packaged model's name, a path, or a hub id (then `patterns` says which files are fetched) as a local path."""
+    """The local path of a packaged model's name, a path, or a hub id, of which the files that match `patterns` are
+    downloaded. Raises UserError when there is no such model."""
     if name in PACKAGES:
         return package_gguf(name)
     path = Path(name).expanduser()
@@ -41,6 +42,6 @@ def locate(name: str, patterns: tuple[str, ...]) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as error:  # the hub's client has a dozen; all mean the same to the user
+    except Exception as error:  # the hub's client raises a dozen types, which mean the same to the user
         reason = str(error).splitlines()[0]
-        raise UserError(f"not a local path, and the hub did not give it: {reason}", name) from error
+        raise UserError(f"not a local path, and the download from the hub failed: {reason}", name) from error

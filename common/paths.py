@@ -1,6 +1,6 @@
-"""Folders by name: on disk, or gs://BUCKET/FOLDER in an object store, which etils makes look like a pathlib.Path.
+"""Paths on disk, or gs://BUCKET/FOLDER in an object store, which etils presents like a pathlib.Path.
 
-A store knows no appending, no renaming and no locks; an object appears whole or not at all.
+A store supports no appending, no renaming and no locks; writing an object is atomic.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ STORE = "gs://"
 
 
 def parse(name: str | Place) -> Place:
-    """A Path, or for gs:// an epath.Path. Raises UserError for another scheme, and where gcsfs is missing."""
+    """A Path, or for gs:// an epath.Path. Raises UserError for another scheme, and if gcsfs is not installed."""
     text = str(name)
     if "://" not in text:
         return Path(name)
     if not text.startswith(STORE):
-        raise UserError("no such kind of place", text, "name a path on this machine, or gs://BUCKET/FOLDER")
+        raise UserError("this kind of URL is not supported", text, "use a path on this machine, or gs://BUCKET/FOLDER")
     store()
     from etils import epath
 
@@ -40,7 +40,7 @@ def remote(path: Place) -> "TypeIs[epath.Path]":
 
 
 def store() -> "AbstractFileSystem":
-    """The fsspec file system behind gs://. It caches no listing: other hosts write, too."""
+    """The fsspec file system for gs://. It does not cache listings, since other hosts write too."""
     import fsspec
 
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
@@ -51,7 +51,7 @@ def store() -> "AbstractFileSystem":
 
 
 def sizes(folder: Place) -> dict[str, int]:
-    """Bytes of every file below a folder, by its path from there."""
+    """{relative path: bytes} of every file below a folder."""
     if not remote(folder):
         return {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
     found, root = store().find(str(folder), detail=True), str(folder).removeprefix(STORE).rstrip("/") + "/"
@@ -59,15 +59,15 @@ def sizes(folder: Place) -> dict[str, int]:
 
 
 def regular(place: Path) -> Path:
-    """`place`, once nothing in it is a pipe or a device, whose reading may never end. Raises UserError."""
+    """`place` itself. Raises UserError if it is, or contains, a pipe or a device, which might never end when read."""
     for path in [place, *(place.iterdir() if place.is_dir() else ())]:
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise UserError("is neither a file nor a folder", str(path), "remove it, or name another place")
+            raise UserError("this is neither a file nor a folder", str(path), "remove it, or use another path")
     return place
 
 
 def create(path: Place, text: str) -> bool:
-    """Writes an object of a store unless it is there: of several writers one succeeds."""
+    """Writes an object in a store unless it exists; returns whether it did. Of several writers one succeeds."""
     try:
         store().pipe_file(str(path), text.encode(), mode="create")
     except FileExistsError:
@@ -77,7 +77,7 @@ def create(path: Place, text: str) -> bool:
 
 @contextlib.contextmanager
 def store_errors(place: Place) -> Iterator[None]:
-    """What goes wrong in a store, in any of the ways of its client, as a UserError."""
+    """Turns any error of a store's client into a UserError."""
     try:
         yield
     except UserError:
@@ -86,4 +86,4 @@ def store_errors(place: Place) -> Iterator[None]:
         if not remote(place):
             raise
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
-        raise UserError(reason, str(place), "is the bucket's name right, and may this machine use it?") from e
+        raise UserError(reason, str(place), "check the bucket's name and this machine's access to it") from e

@@ -7,9 +7,9 @@ Z = 1.959964  # two-sided, of the normal distribution
 
 
 def of_scores(scores: Sequence[float]) -> tuple[float, float]:
-    """Wilson (1927) for scores of 0 and 1, else normal; n = 1 says nothing.
+    """Wilson's interval (1927) for scores of 0 and 1, else the normal one, which is infinite for n = 1.
 
-    Wilson's stays inside [0, 1] and does not collapse at 0 or n right answers.
+    Wilson's stays within [0, 1] and has a width even if all answers are right or all are wrong.
     """
     n, p = len(scores), sum(scores) / len(scores)
     if set(scores) <= {0.0, 1.0}:
@@ -20,7 +20,7 @@ def of_scores(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def student(values: Sequence[float]) -> tuple[float, float] | None:
-    """Student's interval, for few values whose spread is not known, such as those of seeds; one value has none."""
+    """Student's interval, for few values of unknown variance, such as those of seeds; None for a single value."""
     from scipy.special import stdtrit
 
     n, center = len(values), sum(values) / len(values)

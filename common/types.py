@@ -1,16 +1,16 @@
-"""Types that every package names."""
+"""Types used in every package."""
 
 from collections.abc import ItemsView
 from typing import Any, Protocol
 
-Leaf = bool | int | float | str | tuple | None  # what a key of a config holds
-Json = dict[str, Any]  # an object of a JSON file or request
+Leaf = bool | int | float | str | tuple | None  # the value of a config key
+Json = dict[str, Any]  # an object in a JSON file or request
 
 
 class Config(Protocol):
     """A run's config or a group of it, by attribute: `cfg.optim.lr`. At run time it is an ml_collections.ConfigDict.
 
-    Which keys there are, and their types, is said by configs/base.py and checked before a config gets this far.
+    configs/base.py declares all keys and their types, which have been checked by the time a Config is used.
     """
 
     def __getattr__(self, key: str, /) -> Any: ...

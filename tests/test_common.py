@@ -198,7 +198,7 @@ def test_a_console_that_goes_away_ends_no_command(tmp_path, end):
         env=environment,
     )  # fmt: skip
     assert done.returncode == 75 and (tmp_path / "file").read_text() == "whole"
-    warned = "takes no more" in done.stderr
+    warned = "console cannot be written" in done.stderr
     assert warned == (end in ("| head -3", "> /dev/full")) and done.stderr.count("\n") == warned
 
 
@@ -267,7 +267,7 @@ def test_a_stage_dies_with_the_process_that_runs_it(tmp_path):
 def test_a_pipe_as_input_is_refused(tmp_path, command, capsys):
     os.mkfifo(tmp_path / "t.json")
     assert prepare.main(["--config=configs/pretrain/tiny.py", command.format(tmp_path)]) == 2
-    assert "t.json · is neither a file nor a folder" in capsys.readouterr().err
+    assert "t.json · this is neither a file nor a folder" in capsys.readouterr().err
 
 
 # What each command cannot take, and what it says; none but the last needs jax to know.

@@ -331,8 +331,8 @@ def spoil(folder, **changes):
     [
         ({"lora_bias": True}, "lora_bias=True is not supported"),
         ({"bias": "some"}, "bias='some' is no choice of PEFT"),
-        ({"alpha_pattern": {"(a+)+$": 3}}, "repeats what repeats"),
-        ({"target_modules": "("}, "is not used: missing"),
+        ({"alpha_pattern": {"(a+)+$": 3}}, "repeats a pattern"),
+        ({"target_modules": "("}, "is refused: missing"),
         ({"a_field_of_tomorrow": 3}, "a_field_of_tomorrow=3 is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base itself"),
         ({"peft_type": "LOHA"}, "PEFT type 'LOHA' is not supported"),

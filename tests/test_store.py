@@ -46,7 +46,7 @@ def test_data_are_read_as_from_disk(bucket):
 
 @pytest.mark.parametrize(
     ("spec", "told"),
-    [("gs://bucket/none.jsonl", "no such source"), ("ftp://bucket/a.jsonl", "no such kind of place")],
+    [("gs://bucket/none.jsonl", "no such source"), ("ftp://bucket/a.jsonl", "this kind of URL is not supported")],
 )
 def test_a_place_that_is_not_there_is_one_line(bucket, spec, told):
     with pytest.raises(UserError, match=told) as e:

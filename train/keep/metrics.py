@@ -127,7 +127,7 @@ class Metrics:
             if self.on_error == "stop":
                 self._stop(e)
             if not self._refused:
-                note = "lines are kept in memory until they can be written"
+                note = "its lines are kept until they can be written"
                 print(f"warning: {self.path}: {e.strerror}; {note}", file=sys.stderr)
             self._refused = True
 
