@@ -17,7 +17,7 @@ from data.text.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 Messages = list[dict]
 Tools = list[dict] | None
 Span = tuple[int, int]  # characters [start, end) of a rendered chat
-OPENED = re.compile(r"\s*[<\[][^<>\[\]]*(?:think|thought)[^<>\[\]]*[>\]]\s*", re.I)  # a thought that a prompt begins
+OPENED = re.compile(r"\s*[<\[][^<>\[\]/]*(?:think|thought)[^<>\[\]]*[>\]]\s*", re.I)  # a thought that a prompt begins
 READ = {"role", "content", "tool_calls", "reasoning_content", "weight"}  # what is looked after here; else the template
 PIECEWISE = (
     "chats whose template shows answers otherwise than it asks for them: each was written as when it is asked for"
@@ -137,30 +137,48 @@ def _spans_by_marks(messages: Messages, turns: list[int], writer: Writer) -> tup
             spans.append((len(text), len(text) + len(piece)))
         text += piece
     written = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if len(spans) != len(written):
+    owners = written
+    if len(spans) != len(written):  # an answer may have several: around its thought, its calls, its text
+        upto = [writer.text(messages[: i + 1], False, (left, right)).count(left) for i in written]
+        owners = [i for i, (a, b) in zip(written, pairwise([0, *upto]), strict=True) for _ in range(b - a)]
+    if len(spans) != len(owners) or not set(written) <= set(owners):
         what = f"{len(spans)} generation blocks for {len(written)} answers"
         raise UserError(what, "chat template", "one block around each answer")
-    return text, [span for i, span in zip(written, spans, strict=True) if i in turns and span[1] > span[0]]
+    merged: list[Span] = []
+    for i, (start, end) in zip(owners, spans, strict=True):
+        if i in turns and end > start:
+            before = merged.pop() if merged and merged[-1][1] == start else (start, start)
+            merged.append((before[0], end))
+    return text, merged
 
 
 def _span(messages: Messages, i: int, text: str, writer: Writer) -> Span:
-    """Turn i starts where its prompt ends, and ends behind its first end token."""
+    """Turn i starts where its prompt ends, and ends behind its end token."""
     prompt = writer.text(messages[:i], True)
     upto = text if i + 1 == len(messages) else writer.text(messages[: i + 1])
+    same = _equal(text, upto)  # a template may write a token behind the last turn of a chat
+    end, ended = _end(text, len(prompt), same, messages[i], writer.tokenizer)
     for prefix in (prompt, upto):
-        if not text.startswith(prefix):
+        if not text.startswith(prefix) and (prefix is prompt or not ended):
             raise NoPrefix(
                 f"a part of the chat is not a prefix of the whole: {prefix[-120:]!r} against {text[:4000][-120:]!r}",
                 f"chat template, turn {i}",
                 "use a template with {% generation %} blocks",
             )
-    return len(prompt), _end(text, len(prompt), len(upto), writer.tokenizer)
+    return len(prompt), end
 
 
-def _end(text: str, start: int, stop: int, tokenizer: Tokenizer) -> int:
-    """Behind the first end token of an answer, else behind the whole answer."""
+def _end(text: str, start: int, stop: int, message: dict, tokenizer: Tokenizer) -> tuple[int, bool]:
+    """Where an answer ends, and whether all that it says and an end token stand before: behind the first such token
+    that follows what it says, else behind the whole answer."""
+    calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+    said = [part.strip() for part in (message["content"] or "", *calls) if part.strip()]
+    thought = message.get("reasoning_content", "").strip()
+    found = {part: text.rfind(part, start, stop) for part in [*said, *([thought] if thought else [])]}
+    start = max([start, *(at + len(part) for part, at in found.items() if at >= 0)])
     ends = [tokenizer.core.id_to_token(e) for e in tokenizer.eos_ids]
-    return min((at + len(end) for end in ends if (at := text.find(end, start, stop)) >= 0), default=stop)
+    end = min((at + len(end) for end in ends if (at := text.find(end, start, stop)) >= 0), default=None)
+    return (stop, False) if end is None else (end, all(found[part] >= 0 for part in said))
 
 
 def _piecewise(messages: Messages, writer: Writer) -> tuple[str, dict[int, Span]]:
@@ -178,7 +196,7 @@ def _piecewise(messages: Messages, writer: Writer) -> tuple[str, dict[int, Span]
             text += behind[len(ending) :]
         ending = _behind(messages, i, i + 1, writer, last=True)
         answer = _answer(prompt, messages, i, ending, writer)
-        spans[i] = len(text), _end(text + answer, len(text), len(text) + len(answer), writer.tokenizer)
+        spans[i] = len(text), len(text) + _end(answer, 0, len(answer), messages[i], writer.tokenizer)[0]
         text, before = text + answer, i
     if before + 1 < len(messages):
         text += _behind(messages, before, len(messages), writer, last=True)[len(ending) :]
@@ -200,16 +218,20 @@ def _answer(prompt: str, messages: Messages, i: int, ending: str, writer: Writer
     whole = writer.text(messages[: i + 1])
     if whole.startswith(prompt):
         return whole[len(prompt) :]
-    size = next((at for at, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
-    opened = prompt[size:]
+    opened = prompt[_equal(prompt, whole) :]
     if not OPENED.fullmatch(opened) or messages[i].get("tool_calls"):
         raise UserError("the prompt of an answer is not how the chat begins", "chat template")
     opens = opened.strip()
     closes = opens[0] + "/" + opens[1:]
-    said = messages[i]["content"]
+    said, thought = messages[i]["content"], messages[i].get("reasoning_content", "").strip()
     if closes in said:  # its thought stands in the content
         return said.lstrip().removeprefix(opens).lstrip("\n") + ending
-    return f"\n{closes}\n\n{said}{ending}"
+    return f"{thought}\n{closes}\n\n{said}{ending}"
+
+
+def _equal(one: str, two: str) -> int:
+    """How many characters are equal at the head of both."""
+    return next((at for at, (a, b) in enumerate(zip(one, two)) if a != b), min(len(one), len(two)))
 
 
 def _count_dropped(text: str, messages: Messages, turns: list[int], asked: Asked) -> None:
@@ -312,9 +334,19 @@ def _thought_placed(message: dict, text: str) -> dict:
     for name in ("thinking", "reasoning"):
         if _names(text, name):
             return rest | {name: thought}
-    if "</think>" in text:
+    if "</think>" in text and _keeps_thoughts(text):
         return rest | {"content": f"<think>\n{thought.strip()}\n</think>\n\n{message['content']}"}
     return message
+
+
+@functools.lru_cache(maxsize=16)
+def _keeps_thoughts(text: str) -> bool:
+    """Whether a template shows the thought in the content of a last answer."""
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "<think>\nkept\n</think>\n\na"}]
+    try:
+        return "kept" in template.render(text, messages=turns, tools=None, add_generation_prompt=False)
+    except UserError:
+        return False
 
 
 def _variants(messages: Messages) -> Iterator[Messages]:
@@ -334,21 +366,19 @@ def _called(message: dict, content: str | None, write: Callable[[object], str] |
 
 
 def _shows_calls(messages: Messages, writer: Writer) -> bool:
-    """Whether the text has the name of every called function more often than it would have without the calls."""
-    names = [call["function"]["name"] for m in messages for call in m.get("tool_calls", ())]
-    bare = [{k: v for k, v in m.items() if k != "tool_calls"} for m in messages]
-    bare = [m | {"content": m["content"] or ""} for m in bare]
+    """Whether the template writes the name of every called function."""
+    stand_in, probe = secrets.token_hex(8), []
+    for message in messages:
+        calls = [
+            call | {"function": call["function"] | {"name": f"{stand_in}_{i}_"}}
+            for i, call in enumerate(message.get("tool_calls", ()), len(probe))
+        ]
+        probe.append(message | ({"tool_calls": calls} if calls else {}))
     try:
-        text = writer.text(messages)
-    except template.TemplateLimit:
-        raise
+        text = writer.text(probe)
     except UserError:
         return False
-    try:
-        without = writer.text(bare)
-    except UserError:
-        without = ""
-    return all(text.count(name) > without.count(name) for name in names)
+    return all(call["function"]["name"] in text for message in probe for call in message.get("tool_calls", ()))
 
 
 def _refuse_control_tokens(content: object, tokenizer: Tokenizer, i: int) -> None:

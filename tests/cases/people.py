@@ -38,6 +38,21 @@ OPENS = (  # as DeepSeek-R1: the prompt begins the thought, the answer drops it
     "<A>{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<A><think>\n{% endif %}"
 )
+CLOSES = CHATML.replace(
+    "{% endfor %}{% if", "{% endfor %}{{ '<|eos|>' }}{% if"
+)  # as Phi-3: a token ends the whole chat
+THINKS = (  # as gpt-oss: a thought is a message of its own
+    "{% for m in messages %}{% if m.thinking %}<|im_start|>thought\n{{ m.thinking }}<|im_end|>{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+BLOCKS = (  # a block around the thought, and one around the rest
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% if m.reasoning_content %}{% generation %}({{ m.reasoning_content }}){% endgeneration %}{% endif %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+SHUT = FORGETS.replace(
+    "assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}"
+)  # the prompt ends the thought
 NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 U, A, B, S = ({"role": role, "content": text} for role, text in
               (("user", "Q"), ("assistant", "A"), ("assistant", "B"), ("system", "S")))  # fmt: skip
@@ -165,6 +180,17 @@ ROWS = {  # name: what came of it, what is right
         lambda: learnt({"messages": [U, A, U, B]}, FORGETS), f"<think>\n\n</think>\n\n{ENDS}<think>\n\n</think>\n\nB<|im_end|>"),
     "a thought that the prompt begins": (
         lambda: learnt({"messages": [U, A | {"content": "<think>\nhm\n</think>\n\nA"}]}, OPENS), f"hm\n</think>\n\n{ENDS}"),
+    "a thought in a field that the prompt begins": (
+        lambda: learnt({"messages": [U, A | {"reasoning_content": "hm"}]}, OPENS), f"hm\n</think>\n\n{ENDS}"),
+    "a thought where the prompt ends it": (
+        lambda: "not a prefix" in refused(learnt, {"messages": [U, A | {"reasoning_content": "hm"}]}, SHUT), True),
+    "a thought that is a message": (
+        lambda: learnt({"messages": [U, A | {"reasoning_content": "hm"}]}, THINKS), f"thought\nhm<|im_end|><|im_start|>assistant\n{ENDS}"),
+    "a token behind the whole chat": (lambda: learnt({"messages": [U, A, U, B]}, CLOSES), ENDS + "B<|im_end|>"),
+    "a block around each part": (
+        lambda: learnt({"messages": [U, A | {"reasoning_content": "hm"}, U, B]}, BLOCKS), f"(hm){ENDS}B<|im_end|>"),
+    "the name of a function in the text": (
+        lambda: called({"a": 1}, content="I add."), f"I add.{SUM}"),
     "none where the prompt begins one": (
         lambda: learnt({"messages": [U, A, U, B]}, OPENS), f"\n</think>\n\n{ENDS}\n</think>\n\nB<|im_end|>"),
     "ultrafeedback's ratings": (
