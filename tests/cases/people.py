@@ -38,9 +38,7 @@ OPENS = (  # as DeepSeek-R1: the prompt begins the thought, the answer drops it
     "<A>{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<A><think>\n{% endif %}"
 )
-CLOSES = CHATML.replace(
-    "{% endfor %}{% if", "{% endfor %}{{ '<|eos|>' }}{% if"
-)  # as Phi-3: a token ends the whole chat
+CLOSES = CHATML.replace("{% endif %}", "{% else %}<|eos|>{% endif %}")  # as Phi-3: a token ends the whole chat
 THINKS = (  # as gpt-oss: a thought is a message of its own
     "{% for m in messages %}{% if m.thinking %}<|im_start|>thought\n{{ m.thinking }}<|im_end|>{% endif %}"
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
