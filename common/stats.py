@@ -13,10 +13,15 @@ def of_scores(scores: Sequence[float]) -> tuple[float, float]:
     """
     n, p = len(scores), sum(scores) / len(scores)
     if set(scores) <= {0.0, 1.0}:
-        center, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-        return max(0.0, (center - half) / (1 + Z**2 / n)), min(1.0, (center + half) / (1 + Z**2 / n))
+        return wilson(p, n)
     half = Z * standard_error(scores) if n > 1 else math.inf
     return p - half, p + half
+
+
+def wilson(p: float, n: int) -> tuple[float, float]:
+    """The interval of a share `p` of `n`."""
+    center, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    return max(0.0, (center - half) / (1 + Z**2 / n)), min(1.0, (center + half) / (1 + Z**2 / n))
 
 
 def student(values: Sequence[float]) -> tuple[float, float] | None:

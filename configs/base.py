@@ -88,7 +88,7 @@ def get_config() -> ConfigDict:
     c.log_every = 10  # steps between lines of metrics
     c.eval_every = 0  # steps; 0: only after the last step
     c.eval_batches = 8  # held-out batches per evaluation
-    c.evals = ()  # tasks in evals/tasks to score, on `eval_n` examples each
+    c.evals = ()  # names in evals/tasks, or FILE:OPTION=VALUE (evals/rows.py); `eval_n` examples of each are scored
     c.eval_n = 64  # examples per task
     c.eval_text = ""  # source of general text; the rise of the loss on it (eval/text_nll) measures forgetting
     c.floors = ()  # the run stops below one: (("eval/dates", ">=", 0.8), ...) | "<=" | "drop" | "rise" since step 0

@@ -115,6 +115,7 @@ def prepare(
             logging.warning("made again: %s", error)
         shutil.rmtree(path)
     index = {"version": VERSION, "fingerprint": fingerprint, "source": source, "kind": "", "sides": ()}
+    index["tokenizer"] = tokenizer.fingerprint
     index["report"] = {"documents": 0, "tokens": 0, "learnt": 0, "bad": 0, "causes": {}}
     index["report"] |= {"wrapped": 0, "spelled": 0, "answers": 0, "ended": 0, "unused": {}, "notes": {}, "system": []}
     documents = _documents(source, tokenizer, form, formats.parse_fields(fields), Asked(learn), index)

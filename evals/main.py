@@ -1,11 +1,14 @@
 """Scores a model on tasks, or measures its loss on general text.
 
-    python -m evals.main --model=NAME_OR_RUN --tasks=dates,modules [--shots=0,4] [--n=100] [--seed=0]
-                         [--adapter=RUN] [--text=pydocs] [--passages=16] [--out=FOLDER]
+    python -m evals.main --model=NAME_OR_RUN --tasks=dates,rows.jsonl:scorer=number [--shots=0,4] [--n=100] [--seed=0]
+                         [--adapter=RUN] [--against=RUN] [--contamination=SOURCE] [--text=pydocs] [--passages=16]
+                         [--out=FOLDER]
 
 Prints a table and appends one line of JSON for each result to FOLDER/evals.jsonl; by default the folder is that of the
 run, when the model or the adapter is one. `--text` names a data source; its loss before and after a tuning is what the
-tuning made the model forget.
+tuning made the model forget. `--against` names a folder, or a .jsonl, of earlier results: those on the same rows are
+compared row by row. `--contamination` names what a model was trained on, a source, a run or a token cache: rows that
+stand there are named, and have a score of their own.
 """
 
 import argparse
@@ -15,20 +18,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import cli, files
+from common import cli, files, gas, stats
 from common.errors import UserError
+from common.numbers import percent
+from common.types import Json
 
 if TYPE_CHECKING:
+    from evals.task import Task
     from infer.lm import LM
+
+SURE = 0.1  # half of an interval from which a score says little; with rows for half of that, it says what to bring
 
 
 @cli.command
 def main(argv: list[str]) -> int | None:
-    parser = cli.Parser("evals.main", __doc__)
+    from evals import rows
+
+    parser = cli.Parser("evals.main", f"{__doc__}\nTasks are files in evals/tasks, or files of rows. {rows.__doc__}")
     parser.add_argument("--model", required=True)
-    for name in ("adapter", "text", "out"):
+    for name in ("adapter", "against", "text", "out"):
         parser.add_argument(f"--{name}", default="")
-    parser.add_argument("--tasks", default="", type=cli.listed)
+    for name in ("tasks", "contamination"):
+        parser.add_argument(f"--{name}", default="", type=cli.listed)
     parser.add_argument("--shots", default="0", type=cli.counts)
     for name, default in dict(n=100, seed=0, passages=16, batch_size=16).items():
         parser.add_argument(f"--{name}", default=default, type=cli.count)
@@ -41,37 +52,97 @@ def run(args: argparse.Namespace) -> list[dict]:
         raise UserError("--tasks or --text is needed", "evals.main", "see --help")
     from evals import task
 
-    for name in args.tasks:
-        task.load(name)  # a typo shows before the model is read
+    tasks = task.named(args.tasks)  # what is wrong with one shows before the model is read
+    for name, found in tasks.items():
+        for note in found.notes:
+            print(f"{name}: {note}")
+    others = _others(args, tasks)
     out = _folder(args)
     from infer.models import load
 
+    start = time.perf_counter()
     lm = load(args.model, adapter=args.adapter or None)
-    results = []
-    for result in _measure(lm, args):
-        line = {"time": round(time.time(), 3), "model": args.model, **files.plain(result)}
+    used, results = [_gas(time.perf_counter() - start, 0.0)], []
+    for result in _measure(lm, args, tasks):
+        spent = _gas(result["seconds"], result["flops"])
+        line = {"time": round(time.time(), 3), "model": args.model, **result, "gas": spent._asdict()}
         if args.adapter:
             line["adapter"] = args.adapter
+        line = files.plain(line)
+        used.append(spent)
         results.append(line)
         if out:
             files.append(out / "evals.jsonl", line)
     show(results)
+    for line in results:
+        _compare(line, others.get(line.get("task", ""), []), args)
+    print(gas.total(used))
     return results
 
 
-def _measure(lm: "LM", args: argparse.Namespace) -> Iterator[dict]:
+def _measure(lm: "LM", args: argparse.Namespace, tasks: dict[str, "Task"]) -> Iterator[Json]:
     from evals import heldout
-    from evals.run import evaluate
+    from evals.run import evaluate, flops_per_token
 
-    for name in args.tasks:
+    for name, task in tasks.items():
+        found = _contaminated(name, task, args.contamination, lm) if args.contamination else {}
+        marked = _marked(name, task, found) if found else task
         for k in args.shots:
-            yield evaluate(name, lm, args.n, args.seed, k, args.batch_size).to_dict()
+            result = evaluate(marked, lm, args.n, args.seed, k, args.batch_size, name=name).to_dict()
+            yield result | ({"contamination": found} if args.contamination else {})
     if args.text:
         texts = heldout.passages(args.text, args.passages)
         start = time.perf_counter()
         total, tokens = heldout.text_loss(lm, texts)
-        seconds = time.perf_counter() - start
-        yield {"text": args.text, "loss": total / tokens, "tokens": tokens, "n": len(texts), "seconds": seconds}
+        told = {"loss": total / tokens, "tokens": tokens, "n": len(texts), "flops": flops_per_token(lm) * tokens}
+        yield {"text": args.text, **told, "seconds": time.perf_counter() - start}
+
+
+def _gas(seconds: float, flops: float) -> gas.Gas:
+    """What an evaluation used, by its seconds and the devices at hand."""
+    import jax
+
+    kind, count, processes = jax.devices()[0].device_kind, jax.device_count(), jax.process_count()
+    devices = {"kind": kind, "count": count, "processes": processes}
+    return gas.line([{"event": "session", "devices": devices}, {"seconds": {"eval": seconds}, "flops": flops}], {})
+
+
+# --- rows that training has read ---
+
+
+def _contaminated(name: str, task: "Task", trained: list[str], lm: "LM") -> dict[str, str]:
+    """{row: the place in a training text that holds it} of the held-out rows, told in a line for each source."""
+    from evals import overlap
+
+    rows = task.examples("heldout")
+    texts = [(overlap.asked(task.prompt(row, ())), row["answer"]) for row in rows]
+    every: dict[str, str] = {}
+    for source in trained:
+        found = {_where(name, i, rows[i]): place for i, place in overlap.seen(texts, source, lm.tokenizer).items()}
+        named = "; ".join(f"{row} ({place})" for row, place in list(found.items())[: overlap.SHOWN])
+        print(f"{name}: {len(found):,} of {len(rows):,} rows stand in {source}{': ' if found else ''}{named}")
+        every |= found
+    return every
+
+
+def _where(name: str, i: int, row: Json) -> str:
+    return row.get("where", f"{name}:{i}")
+
+
+def _marked(name: str, task: "Task", found: dict[str, str]) -> "Task":
+    """The task with a slice of the rows that training has read, and one of the others."""
+
+    def examples(split: str) -> list[Json]:
+        rows = list(task.examples(split))
+        if split != "heldout":
+            return rows
+        told = [{"contaminated": "yes" if _where(name, i, row) in found else "no"} for i, row in enumerate(rows)]
+        return [row | {"slices": row.get("slices", {}) | more} for row, more in zip(rows, told, strict=True)]
+
+    return task._replace(examples=examples)
+
+
+# --- what came out ---
 
 
 def _folder(args: argparse.Namespace) -> Path | None:
@@ -85,7 +156,30 @@ def _folder(args: argparse.Namespace) -> Path | None:
     return None
 
 
-def show(results: list[dict]) -> None:
+def _others(args: argparse.Namespace, tasks: dict[str, "Task"]) -> dict[str, list[Json]]:
+    """Earlier results on the rows that are going to be scored, by task. Raises UserError when there are none."""
+    if not args.against:
+        return {}
+    from evals import paired
+    from evals import task as module
+
+    lines, found = paired.results(args.against), {}
+    for name, task in tasks.items():
+        rows = [module.identity(task, example) for example, _ in module.draw(task, args.n, args.seed)]
+        found[name] = paired.fitting(name, module.fingerprint(task), rows, lines, args.against)
+    return found
+
+
+def _compare(line: Json, others: list[Json], args: argparse.Namespace) -> None:
+    from evals import paired
+
+    for other in others:
+        who = " with ".join(filter(None, (other.get("model") or args.against, other.get("adapter"))))
+        told = f"{line['task']}, {line['shots']} shots against {who}, {other['shots']} shots"
+        print(f"{told}: {paired.pair(line, other, args.seed)}")
+
+
+def show(results: list[Json]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -93,24 +187,36 @@ def show(results: list[dict]) -> None:
     if scores:
         table = Table("task", "shots", "score", "95 % interval", "n", "seed", "prompt tokens", "seconds")
         for r in scores:
-            low, high = (("n/a" if r[k] is None else f"{r[k]:.3f}") for k in ("low", "high"))
-            per_byte = "" if r["normalised"] is None else f" ({r['normalised']:.3f} per byte)"
+            by_sum = "" if r["by_sum"] is None else f" ({r['by_sum']:.3f} by sum)"
             numbers = (r["n"], r["seed"], f"{r['prompt_tokens']:.0f}", f"{r['seconds']:.1f}")
-            table.add_row(
-                r["task"], str(r["shots"]), f"{r['mean']:.3f}{per_byte}", f"{low} to {high}", *map(str, numbers)
-            )
+            table.add_row(r["task"], str(r["shots"]), f"{r['mean']:.3f}{by_sum}", _span(r), *map(str, numbers))
+            for name, part in r["slices"].items():
+                table.add_row(f"  {name}", str(r["shots"]), f"{part['mean']:.3f}", _span(part), str(part["n"]))
         Console().print(table)
-        if any(r["normalised"] is not None for r in scores):
-            print("per byte: the score when each option's log-likelihood is divided by its length in bytes")
+        if any(r["by_sum"] is not None for r in scores):
+            print("by sum: the score when an option's log-likelihood is not divided by its length in bytes")
     for r in scores:
-        often = f"{r['commonest_n']} of {r['n']}"
-        print(f"{r['task']}, {r['shots']} shots: the most frequent answer, {often}, is {_short(r['commonest'])}")
+        told = ", ".join(f"{text[:40]!r} {percent(count / r['n'])}" for text, count in r["answers"])
+        print(f"{r['task']}, {r['shots']} shots: most frequent answers: {told}")
+        if line := _unsure(r):
+            print(f"{r['task']}, {r['shots']} shots: {line}")
     for r in losses:
         print(f"{r['text']}: {r['loss']:.4f} nats per token over {r['tokens']:,} tokens of {r['n']} passages")
 
 
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:59]}…")
+def _span(r: Json) -> str:
+    return " to ".join("n/a" if r[k] is None else f"{r[k]:.3f}" for k in ("low", "high"))
+
+
+def _unsure(r: Json) -> str:
+    """That an interval is too wide to tell much, and how many rows would halve the bound; "" when it is not."""
+    if None in (r["low"], r["high"]):
+        return "one row is not enough to tell"
+    if (half := (r["high"] - r["low"]) / 2) <= SURE:
+        return ""
+    needed = 0.25 * (2 * stats.Z / SURE) ** 2  # rows, at the most uncertain share
+    off = f"the score may be off by {100 * half:.0f} points; {needed:.0f} rows make that {50 * SURE:.0f}"
+    return f"{r['n']} rows are not enough to tell: {off}"
 
 
 if __name__ == "__main__":

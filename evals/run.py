@@ -17,9 +17,12 @@ from evals.task import Example, Prompt, Task
 from infer.lm import LM
 from model import weights
 from model.config import in_layers
+from model.net.transformer import virtual_tokens
 from model.weights import Spec, Weight
 
 BATCH = 16  # prompts at once; no score depends on it
+LEAST, MOST = 32, 512  # new tokens of a task that does not say how many
+FREQUENT = 5  # answers that a result lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +36,17 @@ class Result:
     score: float
     low: float
     high: float
-    normalised: float | None  # kind "choice": the mean when log-likelihoods are divided by the option's bytes
+    by_sum: float | None  # kind "choice": the mean when likelihoods are not divided by the option's bytes
     prompt_tokens: float  # mean
     completion_tokens: float  # mean
     seconds: float  # compilation included
     flops: float  # forward, an estimate: see `flops_per_token`
-    task_hash: str  # of the questions and of how they are scored: evals.task.fingerprint
-    commonest: str  # the most frequent answer, without white space around it
-    commonest_n: int  # how often it was given
+    answers: list[tuple[str, int]]  # the most frequent completions, with their counts
+    slices: dict[str, dict]  # "COLUMN=VALUE": n, mean, low, high of these rows
+    scorer: str  # in evals/scorers, "" for the task's own
+    task_hash: str  # of all held-out questions, their answers and how they are scored: evals.task.fingerprint
+    rows: list[str]  # evals.task.identity of each example
+    scores: list[float]  # of each
     samples: list[dict]  # the first ones: prompt, answer, completion, score
 
     @property
@@ -52,43 +58,81 @@ class Result:
 
 
 def evaluate(
-    task: str | Task, lm: LM, n: int = 100, seed: int = 0, shots: int = 0, batch_size: int = BATCH, keep: int = 50
-) -> Result:
-    """Greedy answers, or the likeliest option, of `lm` (infer.lm.LM) on `n` held-out examples.
+    task: str | Task, lm: LM, n: int = 100, seed: int = 0, shots: int = 0, batch_size: int = BATCH, keep: int = 50,
+    name: str = "unnamed",
+) -> Result:  # fmt: skip
+    """Greedy answers, or the likeliest option per byte, of `lm` (infer.lm.LM) on `n` held-out examples.
 
-    `task` is a name or a Task. `keep` samples stay in the result.
+    `task` is what evals.task.load takes, or a Task with a `name`. `keep` samples stay in the result.
     """
-    name, task = (task, tasks.load(task)) if isinstance(task, str) else ("unnamed", task)
+    if isinstance(task, str):
+        [(name, task)] = tasks.named([task]).items()
     drawn = tasks.draw(task, n, seed, shots)
     if not drawn:
         raise UserError("there are no held-out examples to score", name, "n is at least 1")
     examples = [example for example, _ in drawn]
-    prompts = [task.prompt(example, shown) for example, shown in drawn]
-    asked = [len(lm.encode(p)) for p in prompts]
-    start, normalised, passes = time.perf_counter(), None, 1
+    ask = task.raw if task.raw and lm.tokenizer.chat_template is None else task.prompt
+    prompts = [ask(example, shown) for example, shown in drawn]
+    asked, room = _fit(task, lm, name, examples, prompts)
+    start, by_sum = time.perf_counter(), None
     if task.kind == "choice":
         options = [e["options"] for e in examples]
-        completions, per_byte = choose(lm, prompts, options)
-        normalised = sum(map(task.score, examples, per_byte)) / len(examples)
+        summed, completions = choose(lm, prompts, options)
+        by_sum = sum(map(task.score, examples, summed)) / len(examples)
         written = [sum(len(lm.tokenizer.encode(o)) for o in row) for row in options]
-        passes = len(options[0])
+        read = sum(len(row) * size for row, size in zip(options, asked, strict=True))
     else:
-        completions = answer(lm, prompts, task.max_new_tokens, batch_size)
+        completions = answer(lm, prompts, room, batch_size)
         written = [len(lm.tokenizer.encode(c)) + 1 for c in completions]  # and the token that ends it
+        read = sum(asked)
     scores = [float(task.score(e, c)) for e, c in zip(examples, completions, strict=True)]
     low, high = stats.of_scores(scores)
-    [(commonest, often)] = Counter(c.strip() for c in completions).most_common(1)
     return Result(
-        task=name, n=len(scores), shots=shots, seed=seed, score=sum(scores), low=low, high=high, normalised=normalised,
+        task=name, n=len(scores), shots=shots, seed=seed, score=sum(scores), low=low, high=high, by_sum=by_sum,
         prompt_tokens=float(np.mean(asked)),
         completion_tokens=float(np.mean(written)),
         seconds=time.perf_counter() - start,
-        flops=flops_per_token(lm) * (passes * sum(asked) + sum(written)),
+        flops=flops_per_token(lm) * (read + sum(written)),
+        answers=Counter(c.strip() for c in completions).most_common(FREQUENT),
+        slices=_slices(examples, scores),
+        scorer=task.scorer,
         task_hash=tasks.fingerprint(task),
-        commonest=commonest,
-        commonest_n=often,
+        rows=[tasks.identity(task, e) for e in examples],
+        scores=scores,
         samples=[sample(*one) for one in zip(prompts, examples, completions, scores, strict=True)][:keep],
     )  # fmt: skip
+
+
+def _fit(
+    task: Task, lm: LM, name: str, examples: Sequence[Example], prompts: Sequence[Prompt]
+) -> tuple[list[int], int]:
+    """(tokens of each prompt, most new tokens). Raises UserError when a row does not fit into the model's context."""
+    asked = [len(lm.encode(p)) for p in prompts]
+    answers = [e["options"] if task.kind == "choice" else e.get("references", [e["answer"]]) for e in examples]
+    longest = [max(len(lm.tokenizer.encode(a)) for a in each) + 1 for each in answers]
+    limit, room = lm.config.context - virtual_tokens(lm.params), task.max_new_tokens
+    if task.kind != "choice":
+        longest = [room or min(size, MOST) for size in longest]
+    total = [a + b for a, b in zip(asked, longest, strict=True)]
+    if wide := [i for i, size in enumerate(total) if size > limit]:
+        where = examples[wide[0]].get("where", name)
+        what = f"{asked[wide[0]]} tokens of prompt and {longest[wide[0]]} of an answer exceed the model's {limit}"
+        fix = "shorten the rows, show fewer examples, or write :tokens=N for shorter answers"
+        raise UserError(f"{what} ({len(wide)} of {len(total)} rows)", where, fix)
+    enough = max(LEAST, -(-max(longest) * 5 // 4 // 16) * 16)
+    return asked, room or min(enough, MOST, limit - max(asked))
+
+
+def _slices(examples: Sequence[Example], scores: Sequence[float]) -> dict[str, dict]:
+    found: dict[str, list[float]] = {}
+    for example, score in zip(examples, scores, strict=True):
+        for column, value in example.get("slices", {}).items():
+            found.setdefault(f"{column}={value}", []).append(score)
+    spans = {name: stats.of_scores(part) for name, part in sorted(found.items())}
+    return {
+        name: {"n": len(found[name]), "mean": sum(found[name]) / len(found[name]), "low": low, "high": high}
+        for name, (low, high) in spans.items()
+    }
 
 
 def answer(lm: LM, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int) -> list[str]:

@@ -1,6 +1,7 @@
 """A task: examples, how to ask, and a scorer, which is also a reward.
 
-A file evals/tasks/<name>.py exposes `task(**options) -> Task`; its name is the task's name.
+A file evals/tasks/<name>.py exposes `task(**options) -> Task`; its name is the task's name. Rows of a file are a task
+as well: see evals.rows.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 from common.errors import UserError, did_you_mean
 from common.types import Json, Leaf
+from evals import scorers
 
 Example = Json  # "answer" and what `prompt` reads; "options" as well where one of them is to be chosen
 Prompt = str | list[dict]  # a text to continue, or chat messages that end with a user's turn
@@ -32,24 +34,36 @@ class Task(NamedTuple):
     prompt: Callable[[Example, Sequence[Example]], Prompt]
     score: Callable[[Example, str], float]
     kind: str = "generate"  # | "choice"
-    max_new_tokens: int = 32
+    max_new_tokens: int = 32  # 0: as many as the longest answer needs
+    raw: Callable[[Example, Sequence[Example]], str] | None = None  # `prompt` for models without a chat template
+    scorer: str = ""  # in evals/scorers; "": the task's own
+    notes: tuple[str, ...] = ()  # what to know of its rows, in lines
 
 
 def load(name: str, **options: Leaf) -> Task:
+    """The task of a file in evals/tasks, or of a source with its options (evals.rows)."""
     known = sorted(p.stem for p in TASKS.glob("[!_]*.py"))
-    if name not in known:
-        raise UserError(f"no task {name!r}", "evals/tasks", did_you_mean(name, known, f"known: {', '.join(known)}"))
-    return importlib.import_module(f"evals.tasks.{name}").task(**options)
+    if name in known:
+        return importlib.import_module(f"evals.tasks.{name}").task(**options)
+    from evals import rows
+
+    if rows.is_source(name):
+        return rows.task(name)
+    fix = did_you_mean(name, known, f"known: {', '.join(known)}; or a file of rows")
+    raise UserError(f"no task {name!r}", "evals/tasks", fix)
 
 
-def fingerprint(task: Task) -> str:
-    """12 hex digits of the questions, the right answers and the scorer's code: equal where scores may be compared."""
-    parts: list = [task.kind, task.max_new_tokens]
-    with contextlib.suppress(OSError, TypeError):  # typed in at a prompt, or no function: there is no source
-        parts.append(inspect.getsource(inspect.getmodule(task.score) or task.score))
-    for example in task.examples("heldout"):
-        parts.append([task.prompt(example, ()), example["answer"], example.get("options")])
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:12]
+def named(specs: Sequence[str]) -> dict[str, Task]:
+    """Tasks by the names of their results. Raises UserError for a name that is taken twice."""
+    from evals import rows
+
+    found: dict[str, Task] = {}
+    for spec in specs:
+        task, name = load(spec), rows.name(spec)
+        if name in found:
+            raise UserError(f"two tasks have the name {name!r}", spec, "write FILE:name=ANOTHER")
+        found[name] = task
+    return found
 
 
 def draw(task: Task, n: int, seed: int, shots: int = 0) -> list[tuple[Example, list[Example]]]:
@@ -62,6 +76,22 @@ def draw(task: Task, n: int, seed: int, shots: int = 0) -> list[tuple[Example, l
         raise UserError(f"{shots} shots, and {len(train)} training examples", "shots", "ask for fewer")
     random.Random(seed).shuffle(heldout)
     return [(e, random.Random(f"{seed}/{i}").sample(train, shots)) for i, e in enumerate(heldout[:n])]
+
+
+def identity(task: Task, example: Example) -> str:
+    """12 hex digits of a question as it is asked without shots, and of its answers."""
+    known = [task.prompt(example, ()), example.get("references", example["answer"]), example.get("options")]
+    return hashlib.blake2b(json.dumps(known, default=str).encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
+
+
+def fingerprint(task: Task) -> str:
+    """12 hex digits of the questions, the right answers and the scorer: equal where scores may be compared."""
+    parts: list = [task.kind, task.max_new_tokens, task.scorer and f"{task.scorer}/{scorers.VERSION}"]
+    if not task.scorer:
+        with contextlib.suppress(OSError, TypeError):  # typed in at a prompt, or no function: there is no source
+            parts.append(inspect.getsource(inspect.getmodule(task.score) or task.score))
+    parts += [identity(task, example) for example in task.examples("heldout")]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def chat(instruction: str, question: Callable[[Example], str]) -> Callable[[Example, Sequence[Example]], Prompt]:

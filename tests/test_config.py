@@ -83,6 +83,7 @@ def lines(*argv):
         ("arith,arith", "evals", ("arith", "arith")),
         ("(arith, arith)", "evals", ("arith", "arith")),
         ("()", "evals", ()),
+        ("a/rows.csv:scorer=number:slices=x,arith", "evals", ("a/rows.csv:scorer=number:slices=x", "arith")),
         ("2+2=,3+3=", "samples", ("2+2=", "3+3=")),
         ("'one, two',three", "samples", ("one, two", "three")),
         ("(('embed/.*', 0.1),)", "optim.lr_scale", (("embed/.*", 0.1),)),

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from common.errors import UserError
-from data import dataset, files, formats, sources
+from data import dataset, files, formats, sources, splits
 from data.examples import Chat, Completion, Group, Pair, Scored, Tagged, Text
 from data.text.formats import load
 
@@ -84,14 +84,14 @@ def test_a_folder_has_the_splits_that_its_files_name(tmp_path):
         jsonl(tmp_path / f"{name}.jsonl", {"text": name})
     (tmp_path / "validation").mkdir()
     jsonl(tmp_path / "validation" / "x.jsonl", {"text": "x"})
-    assert sources.splits(str(tmp_path)) == ["test", "train", "validation"]
+    assert sources.split_names(str(tmp_path)) == ["test", "train", "validation"]
     assert rows(tmp_path) == rows(f"{tmp_path}@train") == ["more", "train-00", "train-01"]
     assert rows(f"{tmp_path}@validation") == ["dev", "x"] and rows(f"{tmp_path}@test") == ["a.test"]
     assert len({sources.content_id(f"{tmp_path}{at}") for at in ("", "@validation", "@test")}) == 3
     assert rows(f"{tmp_path}/*.jsonl") == ["a.test", "dev", "more", "train-00", "train-01"]  # a glob says what it wants
     for name in ("train-00", "train-01"):
         (tmp_path / f"{name}.jsonl").unlink()
-    assert sources.splits(str(tmp_path)) == [] and len(rows(tmp_path)) == 4  # a name alone may mean anything
+    assert sources.split_names(str(tmp_path)) == [] and len(rows(tmp_path)) == 4  # a name alone may mean anything
     with pytest.raises(UserError, match="no files of a validation split"):
         rows(f"{tmp_path}@validation")
 
@@ -100,8 +100,8 @@ def test_splits_of_a_hub_dataset(tmp_path):
     pytest.importorskip("datasets")
     for name in ("train", "validation"):
         jsonl(tmp_path / f"{name}.jsonl", {"text": name})
-    assert sorted(sources.splits(f"hf:{tmp_path}")) == ["train", "validation"]
-    assert sources.splits(f"hf:{tmp_path}@train") == []
+    assert sorted(sources.split_names(f"hf:{tmp_path}")) == ["train", "validation"]
+    assert sources.split_names(f"hf:{tmp_path}@train") == []
 
 
 def test_synthetic_tasks_are_right_and_repeat():
@@ -305,3 +305,24 @@ def test_fields_rename_columns():
 def test_unfit_records(record, said):
     with pytest.raises(UserError, match=said):
         formats.example(record)
+
+
+def test_rows_of_a_file_have_splits_by_their_question(tmp_path):
+    """Disjoint, complete, the same whatever the other columns, the case and the spaces; a column decides before."""
+    asked = [{"question": f"What is {i}?", "answer": str(i)} for i in range(300)]
+    jsonl(tmp_path / "a.jsonl", *asked)
+    found = {s: [r["question"] for r in sources.records(f"{tmp_path}/a.jsonl@{s}")] for s in splits.SPLITS}
+    assert sorted(q for part in found.values() for q in part) == sorted(r["question"] for r in asked)
+    assert [len(part) for part in found.values()] == pytest.approx([210, 30, 60], abs=20)
+    for record in asked:
+        changed = {"question": record["question"].upper().replace(" ", "  "), "answer": "?", "id": 7}
+        assert record["question"] in found[splits.of(changed)]
+        turns = [
+            {"role": role, "content": c} for role, c in zip(("system", "user", "assistant"), ("s", *record.values()))
+        ]
+        assert splits.of({"messages": turns}) == splits.of(record)
+    assert splits.of(asked[0] | {"split": "Dev"}) == "validation"
+    with pytest.raises(UserError, match="column 'split' says 'easy'"):
+        splits.of({"question": "?", "answer": "!", "split": "easy"})
+    ids = {sources.content_id(f"{tmp_path}/a.jsonl{at}") for at in ("", "@train", "@test")}
+    assert len(ids) == 3 and sources.split_names(f"{tmp_path}/a.jsonl") == []

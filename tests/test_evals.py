@@ -166,18 +166,63 @@ def test_scores_are_summed_and_bounded(lm):
     assert set(json.loads(json.dumps(r.to_dict()))) >= {"task", "mean", "low", "high", "n", "shots", "seed", "samples"}
 
 
-def test_the_most_frequent_answer_and_what_was_asked_are_kept(lm, monkeypatch):
+def test_the_most_frequent_answers_and_what_was_asked_are_kept(lm, monkeypatch):
     from evals import run
 
     monkeypatch.setattr(run, "answer", lambda *_: ["sales", " sales\n", "it", "sales"])
     r = evaluate(toy(), lm, n=4)
-    assert (r.commonest, r.commonest_n) == ("sales", 3)
+    assert r.answers == [("sales", 3), ("it", 1)]
     assert r.task_hash == task.fingerprint(toy()) != task.fingerprint(toy()._replace(max_new_tokens=99))
 
 
 def test_no_examples_is_an_error(lm):
     with pytest.raises(UserError, match="no held-out examples"):
         evaluate(toy(), lm, n=0)
+
+
+# --- rows of a file ---
+
+
+def write(path, *records) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_a_file_is_scored_sliced_and_paired(lm, tmp_path, monkeypatch, capsys):
+    """The whole command with a tiny model, then against itself: nothing differs."""
+    from infer import models
+
+    spec = write(
+        tmp_path / "a.jsonl", *({"question": f"{i}?", "answer": WORDS[i % 3], "kind": i % 2} for i in range(90))
+    )
+    monkeypatch.setattr(models, "load", lambda *_, **__: lm)
+    argv = ["--model=tiny", f"--tasks={spec}:slices=kind", "--n=12"]
+    assert main.main([*argv, f"--out={tmp_path / 'one'}"]) == 0
+    [line] = map(json.loads, (tmp_path / "one/evals.jsonl").read_text().splitlines())
+    assert line["scorer"] == "choice" and line["n"] == len(line["rows"]) == len(line["scores"]) == 12
+    assert sum(part["n"] for part in line["slices"].values()) == 12 and line["slices"].keys() == {"kind=0", "kind=1"}
+    assert line["gas"]["flops"] == line["flops"] > 0 and line["gas"]["seconds"]["eval"] == pytest.approx(
+        line["seconds"]
+    )
+    said = capsys.readouterr().out
+    assert "scorer choice, as there are 3 different answers in 90 rows" in said
+    assert "most frequent answers: '" in said and "12 rows are not enough to tell" in said and "gas: " in said
+    assert main.main([*argv, f"--against={tmp_path / 'one'}", f"--contamination={spec}@train,{spec}"]) == 0
+    said = capsys.readouterr().out
+    assert "+0.0 points" in said and "better on 0 and worse on 0 of 12 rows" in said
+    assert "0 of 17 rows are in" in said or " rows stand in " in said
+    assert main.main([*argv[:2], "--n=9", f"--against={tmp_path / 'one'}"]) == 2
+    assert "the rows that were drawn differ" in capsys.readouterr().err
+    assert main.main([*argv[:2], "--n=12", "--seed=1", f"--against={tmp_path / 'none'}"]) == 2
+
+
+def test_answers_that_do_not_fit_are_named(lm, tmp_path):
+    long = {"question": "q " * 300, "answer": "a"}
+    made = task.load(write(tmp_path / "a.jsonl", *[long] * 3) + ":split=all:scorer=exact")
+    with pytest.raises(
+        UserError, match=r"a.jsonl:1 · \d+ tokens of prompt and 2 of an answer exceed the model's 512 \(3 of 3"
+    ):
+        evaluate(made, lm)
 
 
 # --- held-out loss ---

@@ -64,6 +64,7 @@ def open_session(loaded: schema.Loaded, closing: contextlib.ExitStack, began: fl
     folder = enter(RunDir(loaded.workdir, schema.to_dict(cfg), loaded.overrides, loaded.path))
     metrics = enter(Metrics(folder.path / "metrics.jsonl", cfg.steps, cfg.tracker, folder.config, cfg.ckpt.on_error))
     with metrics.timer("init", since=began):
+        tasks = inputs.tasks(cfg)
         mesh = make_mesh(cfg.mesh)
         enter(jax.set_mesh(mesh))
         enter(nn.logical_axis_rules(RULES))
@@ -86,7 +87,7 @@ def open_session(loaded: schema.Loaded, closing: contextlib.ExitStack, began: fl
         ckpt = enter(contextlib.closing(saves))
         state = ckpt.restore(state, source)
         metrics.rewind(int(state.step))
-    monitor = Monitor(cfg, blueprint, heldout, tokenizer, metrics)
+    monitor = Monitor(cfg, blueprint, heldout, tokenizer, metrics, tasks)
     ckpt.passed = monitor.passed
     trace = enter(contextlib.closing(Trace(loaded.flags.get("profile", 0), folder.path / "profile")))
     step = compile_step(blueprint, cfg.accum)

@@ -14,6 +14,8 @@ from data.rows import batch as batches
 from data.rows.loader import load_tokenizer, make_loaders, save_tokenizer
 from data.text import formats, template
 from data.text.tokenizer import Tokenizer
+from evals import task
+from evals.task import Task
 from infer.models import Run, open_model
 from model import build
 from model.io.pretrained import Pretrained
@@ -76,6 +78,15 @@ def sources(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Batches, Bat
     for line in train.notes(tokenizer) if hosts.primary() else ():
         logging.warning(line)
     return Batches(train, mesh), heldout and Batches(heldout, mesh)
+
+
+def tasks(cfg: Config) -> dict[str, Task]:
+    """Those of `evals`, by the names of their figures."""
+    found = task.named(cfg.evals)
+    for name, made in found.items() if hosts.primary() else ():
+        for note in made.notes:
+            logging.warning("%s: %s", name, note)
+    return found
 
 
 def follow_epochs(cfg: Config) -> None:

@@ -17,6 +17,7 @@ from data.rows.batch import Batch
 from data.text.tokenizer import Tokenizer
 from evals import heldout as texts
 from evals.run import evaluate
+from evals.task import Task
 from infer.lm import LM
 from train.init import Blueprint
 from train.keep import hosts
@@ -39,8 +40,15 @@ class Monitor:
     """
 
     def __init__(
-        self, cfg: Config, blueprint: Blueprint, heldout: Batches | None, tokenizer: Tokenizer, metrics: Metrics
+        self,
+        cfg: Config,
+        blueprint: Blueprint,
+        heldout: Batches | None,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        tasks: Mapping[str, Task],
     ):
+        self.tasks = tasks
         self.cfg, self.model, self.tokenizer, self.metrics = cfg, blueprint.model, tokenizer, metrics
         kind = blueprint.objective.batch
         fits = heldout and batches.serves(heldout.loader.kind, kind)  # None if the data are prompts
@@ -101,8 +109,8 @@ class Monitor:
 
     def _tasks(self, lm: LM, step: int) -> dict[str, float]:
         figures = {}
-        for name in self.cfg.evals:
-            result = evaluate(name, lm, n=self.cfg.eval_n, seed=self.cfg.seed)
+        for name, task in self.tasks.items():
+            result = evaluate(task, lm, n=self.cfg.eval_n, seed=self.cfg.seed, name=name)
             figures[name] = result.mean
             self.metrics.write(step, "task", **result.to_dict())
         return figures

@@ -242,7 +242,7 @@ def _evals(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     if ok("evals") and c["evals"]:
         tasks = methods.names(methods.TASKS, "task")
         for name in c["evals"]:
-            if name not in tasks:
+            if name not in tasks and not re.search(r"[./:@]", name):  # those with a path are files, read at the start
                 known = f"{methods.TASKS} has {', '.join(tasks) or 'none yet'}"
                 yield "evals", f"no task {name!r}", did_you_mean(name, tasks, known)
 

@@ -11,7 +11,7 @@ import numpy as np
 from common import files
 from common.errors import UserError
 from common.types import Config
-from data import dataset, sources, views
+from data import dataset, sources, splits, views
 from data.dataset import Dataset, has_chats, prepare, texts
 from data.rows import batch as batches
 from data.rows import layout, mixture
@@ -203,11 +203,11 @@ def make_loaders(
 
 def _own_split(name: str, eval_source: str) -> str:
     """The source of the validation split that comes with a source, "" without one; says what becomes of the splits."""
-    splits = sources.splits(name)
-    held = next((f"{name}@{split}" for split in splits if sources.SPLITS.get(split) == "validation"), "")
-    if splits:
+    names = sources.split_names(name)
+    held = next((f"{name}@{split}" for split in names if splits.NAMES.get(split) == "validation"), "")
+    if names:
         out = eval_source or held or "a share of it"
-        print(f"{name}: of its splits {', '.join(splits)} train is trained on; held out: {out}", file=sys.stderr)
+        print(f"{name}: of its splits {', '.join(names)} train is trained on; held out: {out}", file=sys.stderr)
     return held
 
 

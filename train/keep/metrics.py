@@ -199,7 +199,7 @@ class Console:
         if kind == "train":
             line = progress(step, self.total, numbers)
         else:
-            flat = {k: x for k, x in numbers.items() if not isinstance(x, dict)}
+            flat = {k: x for k, x in numbers.items() if not isinstance(x, dict | list)}
             line = f"step {step}: " + "  ".join(
                 number(x) if k == "event" else f"{k} {number(x)}" for k, x in flat.items()
             )

@@ -1,0 +1,50 @@
+"""Which split a row of a single file belongs to: what its column "split" says, else what its question does.
+
+The same question is on the same side, whatever the order, the other rows or the other columns.
+"""
+
+import hashlib
+
+from common.errors import UserError
+from data import formats
+from data.examples import Chat, Completion, Text
+
+VERSION = 1  # goes up when a row may change sides
+COLUMN = "split"
+NAMES = {"train": "train", "training": "train", "test": "test"}
+NAMES |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "heldout"), "validation")
+SPLITS = ("train", "validation", "test")
+TEST, VALIDATION = 0.2, 0.1  # shares of the questions, where no column decides
+
+
+def of(record: dict) -> str:
+    """One of SPLITS. Raises UserError when the column "split" says something else."""
+    if told := record.get(COLUMN):
+        if (name := str(told).strip().lower()) not in NAMES:
+            raise UserError(f"column {COLUMN!r} says {told!r}", "", f"one of {', '.join(SPLITS)}, or rename the column")
+        return NAMES[name]
+    place = key(question(record)) / 2**64
+    return "test" if place < TEST else "validation" if place < TEST + VALIDATION else "train"
+
+
+def key(text: str) -> int:
+    """64 bits of a text; case and spaces do not count."""
+    plain = " ".join(text.casefold().split()).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "big")
+
+
+def question(record: dict) -> str:
+    """What is asked in a record of a known shape: the text before the last answer; of another one, all of its texts."""
+    try:
+        found = formats.example(record).parts()[0]
+    except UserError:
+        found = None
+    text = ""
+    if isinstance(found, Completion):
+        text = found.prompt
+    elif isinstance(found, Text):
+        text = found.text
+    elif isinstance(found, Chat):
+        end = max((i for i, turn in enumerate(found.messages) if turn["role"] == "assistant"), default=None)
+        text = "\n".join(turn["content"] for turn in found.messages[:end] if turn["role"] != "system")
+    return text if text.strip() else "\n".join(value for value in record.values() if isinstance(value, str))

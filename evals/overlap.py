@@ -1,0 +1,165 @@
+"""Texts that are where they should not be: rows of a task that training has read, and near-duplicates across splits."""
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import numpy as np
+
+from common import files
+from common.errors import UserError
+from data import cache, formats, sources
+from data.text.tokenizer import Tokenizer
+from evals.scorers import WORD
+
+NGRAM = 13  # words: Brown et al. 2020, appendix C
+LEAST = 8  # words of a question that is looked for without its answer
+SHINGLE, JACCARD = 3, 0.8  # words of a shingle, and the similarity from which two rows are near-duplicates
+HASHES, BAND = 96, 4  # of MinHash: two rows of similarity 0.8 share a band of 4 with probability 1 - 5e-6
+MOST = 20_000  # rows that are compared, evenly spread over more
+SHOWN = 3  # pairs or rows that a line names
+BLOCK = 1 << 18  # words that are looked through at once
+MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying loses nothing
+
+Rows = Sequence[dict]
+Prompt = str | list[dict]
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters and digits in lower case."""
+    return WORD.findall(text.lower())
+
+
+def asked(prompt: Prompt) -> str:
+    """A question as plain text, without its system turn."""
+    return prompt if isinstance(prompt, str) else "\n".join(t["content"] for t in prompt if t["role"] != "system")
+
+
+# --- near-duplicates ---
+
+
+def across(parts: Mapping[str, Rows]) -> list[str]:
+    """Lines on the rows of one split that are near-duplicates of rows of another; none where there are none."""
+    lines, total = [], sum(map(len, parts.values()))
+    stride = max(1, -(-total // MOST))
+    rows = [(name, row) for name, part in parts.items() for row in part[::stride]]
+    pairs = near([asked(row["prompt"]) for _, row in rows]) if len(parts) > 1 else []
+    for a, b in combinations(parts, 2):
+        found = [(rows[i][1], rows[j][1]) for i, j in pairs if {rows[i][0], rows[j][0]} == {a, b}]
+        if found:
+            named = ", ".join(f"{x['where']} and {y['where']}" for x, y in found[:SHOWN])
+            some = f" (every {stride}th row was compared)" if stride > 1 else ""
+            lines.append(f"{len(found):,} questions of {a} and {b} are nearly the same{some}: {named}")
+    return lines
+
+
+def near(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs i < j of texts whose shingles of words have a Jaccard similarity of JACCARD or more.
+
+    Candidates are found by MinHash (Broder 1997) in bands, and then compared exactly; of a crowd of equal texts only
+    neighbours make a pair.
+    """
+    sets = [shingles(text) for text in texts]
+    factors = np.random.default_rng(0).integers(1, 1 << 62, HASHES, np.uint64) * 2 + 1
+    buckets: dict[tuple, list[int]] = defaultdict(list)
+    for i, found in enumerate(sets):
+        hashes = np.fromiter(found, np.uint64, len(found))[:, None] * MIX * factors >> np.uint64(32)
+        for at, band in enumerate(hashes.min(0).reshape(-1, BAND) if len(found) else ()):
+            buckets[at, band.tobytes()].append(i)
+    candidates = {pair for same in buckets.values() for pair in pairwise(same)}
+    similar = lambda a, b: len(a & b) >= JACCARD * len(a | b)
+    return sorted((i, j) for i, j in candidates if similar(sets[i], sets[j]))
+
+
+def shingles(text: str) -> set[int]:
+    found = words(text)
+    grams = (" ".join(found[i : i + SHINGLE]) for i in range(max(1, len(found) - SHINGLE + 1)))
+    return {zlib.crc32(gram.encode()) + 1 for gram in grams if gram}
+
+
+# --- contamination ---
+
+
+def seen(rows: Sequence[tuple[str, str]], source: str, tokenizer: Tokenizer) -> dict[int, str]:
+    """{number of a row: where the first text stands that holds it}, of rows (question, answer).
+
+    A row is held when NGRAM of its words, or all words of a shorter question, or of question and answer when that has
+    less than LEAST, stand one behind the other. `source`: what data.sources reads, a run folder, or a token cache.
+    """
+    wanted: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # length: {hash: rows}
+    for i, (question, answer) in enumerate(rows):
+        ids = _ids(words(question))
+        if len(ids) < LEAST:
+            ids = _ids(words(f"{question} {answer}"))
+        size = min(NGRAM, len(ids))
+        for h in set(_rolling(ids, size).tolist()) if size else ():
+            wanted[size][h].append(i)
+    known = {size: np.sort(np.fromiter(hashes, np.uint64, len(hashes))) for size, hashes in wanted.items()}
+    found: dict[int, str] = {}
+    for ids, starts, places in _blocks(_texts(source, tokenizer)):
+        for size, hashes in known.items():
+            here = _rolling(ids, size)
+            for at in np.flatnonzero(np.isin(here, hashes)):
+                for i in wanted[size][int(here[at])]:
+                    found.setdefault(i, places[int(np.searchsorted(starts, at, "right")) - 1])
+    return dict(sorted(found.items()))
+
+
+def _blocks(texts: Iterator[tuple[str, str]]) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
+    """(words, first word of each text, where each stands) of many texts at once, which 0 keeps apart."""
+    parts, places, size = [], [], 0
+    starts = lambda: np.cumsum([0, *(len(ids) + 1 for ids in parts[::2])])[:-1]
+    for where, text in texts:
+        parts += [_ids(words(text)), np.zeros(1, np.uint64)]
+        places.append(where)
+        size += len(parts[-2])
+        if size > BLOCK:
+            yield np.concatenate(parts), starts(), places
+            parts, places, size = [], [], 0
+    if parts:
+        yield np.concatenate(parts), starts(), places
+
+
+def _ids(found: list[str]) -> np.ndarray:
+    """64 bits a word."""
+    data = [(zlib.crc32(w.encode()) << 32) | zlib.adler32(w.encode()) for w in found]
+    return np.array(data, np.uint64) * MIX
+
+
+def _rolling(ids: np.ndarray, size: int) -> np.ndarray:
+    """The hash of every `size` neighbours: a polynomial modulo 2^64. [max(0, N - size + 1)]"""
+    total = np.zeros(max(0, len(ids) - size + 1), np.uint64)
+    for i in range(size):
+        total = (total ^ (total >> np.uint64(29))) * MIX + ids[i : i + len(total)]
+    return total
+
+
+def _texts(source: str, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+    folder = Path(source).expanduser()
+    if (folder / cache.INDEX).is_file():
+        yield from _cached(folder, tokenizer)
+    elif data := files.read_json(folder / "config.json").get("data"):
+        for name in sources.mixture(data["source"]):
+            yield from _records(name, data["format"], data["fields"])
+    else:
+        yield from _records(source, "auto", "")
+
+
+def _records(source: str, form: str, fields: str) -> Iterator[tuple[str, str]]:
+    """The texts of records; those of one that training cannot read are all its texts."""
+    for row in sources.rows(source):
+        try:
+            yield row.where, formats.example(row.record or {}, form, formats.parse_fields(fields)).plain()
+        except UserError:
+            yield row.where, "\n".join(v for v in (row.record or {}).values() if isinstance(v, str))
+
+
+def _cached(folder: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+    stored = cache.read(folder)
+    if stored.index.get("tokenizer") != tokenizer.fingerprint:
+        fix = "name the data that it was made of, or the run"
+        raise UserError("the token cache is not of this model's tokenizer", str(folder), fix)
+    for i, (start, end) in enumerate(zip(stored.offsets, stored.offsets[1:])):
+        yield f"{folder}, document {i}", tokenizer.decode(stored.tokens[start:end].tolist())

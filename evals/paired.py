@@ -1,0 +1,124 @@
+"""Two results on the same rows: the difference, how sure it is, and whether it may be chance."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common import files
+from common.errors import UserError
+from common.stats import wilson
+from common.types import Json
+
+DRAWS = 10_000  # of the bootstrap
+BLOCK = 1 << 20  # numbers drawn at a time
+
+
+class Paired(NamedTuple):
+    """`difference` is the first mean less the second, within [low, high] with 95 % confidence."""
+
+    n: int
+    difference: float
+    low: float
+    high: float
+    p: float  # two-sided, of no difference
+    wins: int  # rows on which the first is better
+    losses: int
+    test: str
+
+    def __str__(self) -> str:
+        span = f"95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}"
+        rows = f"better on {self.wins:,} and worse on {self.losses:,} of {self.n:,} rows"
+        return f"{100 * self.difference:+.1f} points ({span}, p = {self.p:.3g}, {self.test}): {rows}"
+
+
+def compare(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Paired:
+    """Scores of the same rows in the same order.
+
+    Of 0 and 1: McNemar's exact test, and Newcombe's interval of paired proportions. Else: a bootstrap over rows, and
+    its percentiles.
+    """
+    a, b = np.asarray(ours, float), np.asarray(theirs, float)
+    wins, losses = int((a > b).sum()), int((a < b).sum())
+    if set(a) | set(b) <= {0.0, 1.0}:
+        low, high = newcombe(int((a * b).sum()), wins, losses, int(((1 - a) * (1 - b)).sum()))
+        p, test = mcnemar(wins, losses), "McNemar's exact test"
+    else:
+        low, high, p = bootstrap(a - b, seed)
+        test = f"bootstrap of {DRAWS:,} draws, seed {seed}"
+    return Paired(len(a), float((a - b).mean()), low, high, p, wins, losses, test)
+
+
+def mcnemar(wins: int, losses: int) -> float:
+    """Two-sided p of that many rows where only one is right, which without a difference fall on either side alike."""
+    n = wins + losses
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n)
+
+
+def newcombe(both: int, first: int, second: int, neither: int) -> tuple[float, float]:
+    """95 % interval of the difference of two paired proportions: Newcombe 1998 (Statistics in Medicine 17, 2635),
+    method 10, of the rows that both, only the first, only the second and neither have right."""
+    n = both + first + second + neither
+    p, q = (both + first) / n, (both + second) / n
+    (p_low, p_high), (q_low, q_high) = wilson(p, n), wilson(q, n)
+    cross = both * neither - first * second
+    root = math.sqrt((both + first) * (second + neither) * (both + second) * (first + neither))
+    phi = (max(cross - n / 2, 0.0) if cross > 0 else cross) / root if root else 0.0
+
+    def distance(x: float, y: float) -> float:
+        return math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
+
+    return p - q - distance(p - p_low, q_high - q), p - q + distance(p_high - p, q - q_low)
+
+
+def bootstrap(differences: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """(low, high, p) of the mean of differences [n]: percentiles over DRAWS samples of rows, and twice the share of
+    them on the other side of 0, which is never less than 1 / DRAWS."""
+    rng, n = np.random.default_rng(seed), len(differences)
+    size = max(1, BLOCK // n)
+    blocks = [min(size, DRAWS - at) for at in range(0, DRAWS, size)]
+    means = np.concatenate([differences[rng.integers(0, n, (block, n))].mean(1) for block in blocks])
+    low, high = np.quantile(means, [0.025, 0.975])
+    tail = min((means <= 0).mean(), (means >= 0).mean())
+    return float(low), float(high), float(min(1.0, max(2 * tail, 1 / DRAWS)))
+
+
+# --- results that lie in files ---
+
+
+def results(path: str | Path) -> list[Json]:
+    """The results of tasks in a .jsonl, or in a folder's evals.jsonl and metrics.jsonl; the newest of each way of
+    asking."""
+    place = Path(path).expanduser()
+    names = [place / "metrics.jsonl", place / "evals.jsonl"] if place.is_dir() else [place]
+    lines = [line for name in names for line in files.read_lines(name) if "task" in line]
+    if not lines:
+        raise UserError("holds no results of tasks", str(path), "a folder or .jsonl that evals.main has written")
+    if not (whole := [line for line in lines if "rows" in line]):
+        raise UserError("its results do not say their rows", str(path), "score it again with this version")
+    keys = ("task_hash", "n", "seed", "shots", "model", "adapter")
+    return list({tuple(str(x.get(k)) for k in keys): x for x in whole}.values())
+
+
+def fitting(task: str, task_hash: str, rows: Sequence[str], others: Sequence[Json], source: str) -> list[Json]:
+    """Those of other results that are on the same rows with the same scoring. Raises UserError when there are none."""
+    if found := [x for x in others if x["task_hash"] == task_hash and sorted(x["rows"]) == sorted(rows)]:
+        return found
+    same = [x for x in others if x["task"] == task]
+    if not same:
+        known = ", ".join(sorted({x["task"] for x in others}))
+        raise UserError(f"no result of {task}, only of {known}", source, "score it there too")
+    other = "the task" if all(x["task_hash"] != task_hash for x in same) else "the rows that were drawn"
+    told = f"n={same[-1]['n']}, seed={same[-1]['seed']}, scorer {same[-1].get('scorer') or 'of its own'}"
+    what = f"its result of {task} ({told}) is of another kind: {other} differ{'s' * (other == 'the task')}"
+    raise UserError(what, source, "score both with the same rows, scorer, n and seed")
+
+
+def pair(ours: Json, theirs: Json, seed: int = 0) -> Paired:
+    """Two results on the same rows."""
+    scores: dict[str, list[float]] = {}
+    for row, score in zip(theirs["rows"], theirs["scores"], strict=True):
+        scores.setdefault(row, []).append(score)  # a row may stand in a file twice
+    return compare(ours["scores"], [scores[row].pop(0) for row in ours["rows"]], seed)

@@ -1,0 +1,21 @@
+"""1 when the last number of the answer, or the one behind "####" (GSM8K's mark), equals the reference's."""
+
+import math
+import re
+
+NUMBER = re.compile(r"(?<![\w.])[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+MARK = "####"
+
+
+def score(answer: str, reference: str) -> float:
+    said, wanted = value(answer), value(reference)
+    return float(said is not None and wanted is not None and math.isclose(said, wanted, rel_tol=1e-6, abs_tol=1e-9))
+
+
+def value(text: str) -> float | None:
+    """The number that a text gives as its result; commas may part thousands."""
+    before, mark, behind = text.rpartition(MARK)
+    found = NUMBER.findall(behind.replace("$", "")) if mark else NUMBER.findall(text.replace("$", ""))
+    if mark and not found:
+        return value(before)
+    return float(found[0 if mark else -1].replace(",", "")) if found else None

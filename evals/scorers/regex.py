@@ -1,0 +1,20 @@
+"""1 when the reference, a regular expression, is found in the answer."""
+
+import functools
+import re
+
+from common import regexes
+
+
+def score(answer: str, reference: str) -> float:
+    return float(pattern(reference).search(answer) is not None)
+
+
+def check(reference: str) -> None:
+    """Raises UserError for a reference that no answer can be compared with."""
+    pattern(reference)
+
+
+@functools.cache
+def pattern(reference: str) -> re.Pattern[str]:
+    return regexes.bounded(reference, "scorer regex")

@@ -1,0 +1,20 @@
+"""F1 of two sets of items, in any order: a JSON list, or what stands between commas, semicolons, lines or "and"."""
+
+import re
+
+from data.messages import parsed
+from evals.scorers import f1, normalized
+
+BETWEEN = re.compile(r"[,;\n]|\band\b")
+
+
+def score(answer: str, reference: str) -> float:
+    said, wanted = items(answer), items(reference)
+    return f1(len(said & wanted), len(said), len(wanted))
+
+
+def items(text: str) -> set[str]:
+    """The items of a list, as SQuAD normalizes each."""
+    found = parsed(text.strip())
+    parts = map(str, found) if isinstance(found, list) else BETWEEN.split(text)
+    return {item for part in parts if (item := normalized(part))}

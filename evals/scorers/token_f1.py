@@ -1,0 +1,10 @@
+"""F1 of the words that answer and reference share, as often as both have them: SQuAD's."""
+
+from collections import Counter
+
+from evals.scorers import f1, normalized
+
+
+def score(answer: str, reference: str) -> float:
+    said, wanted = normalized(answer).split(), normalized(reference).split()
+    return f1((Counter(said) & Counter(wanted)).total(), len(said), len(wanted))
