@@ -493,5 +493,5 @@ def test_quantized_by_a_tool_that_is_not_read(method, tmp_path):
         tensors["model.layers.0.mlp.up_proj.weight"] = np.ones((24, 8), np.uint8)
 
     made(Case("llama", change), tmp_path / "m")
-    with pytest.raises(UserError, match=f"stored quantized by {method}, which is not read.*unquantized model"):
+    with pytest.raises(UserError, match=f"quantized by {method}, which is not supported.*unquantized model"):
         open_pretrained(tmp_path / "m")

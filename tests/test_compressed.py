@@ -87,14 +87,14 @@ def test_several_formats_name_their_modules(tmp_path):
 @pytest.mark.parametrize(
     "make, family, said",
     [
-        (nf4.make(), "llama", "of a type that the format lacks"),
-        (fp8.make(scale="block"), "llama", "even groups"),
-        (int4.make(symmetric=False), "llama", "whole numbers of steps"),
+        (nf4.make(), "llama", "a type that the format lacks"),
+        (fp8.make(scale="block"), "llama", "equal groups of a column"),
+        (int4.make(symmetric=False), "llama", "zero points that are not integers"),
         (int4.make(scaled=True), "llama", "AWQ"),
-        (int8.make(where="embed/table"), "llama", "no Linear"),
+        (int8.make(where="embed/table"), "llama", "not a separate Linear"),
         pytest.param(fp8.make(format="e5m2"), "llama", "type that the format lacks", marks=pytest.mark.slow),
-        pytest.param(int4.make(group=24), "llama", "even groups", marks=pytest.mark.slow),
-        pytest.param(int8.make(), "gpt2", "no Linear", marks=pytest.mark.slow),
+        pytest.param(int4.make(group=24), "llama", "equal groups of a column", marks=pytest.mark.slow),
+        pytest.param(int8.make(), "gpt2", "not a separate Linear", marks=pytest.mark.slow),
     ],
 )
 def test_what_the_format_cannot_say_is_refused(make, family, said, tmp_path):

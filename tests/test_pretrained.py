@@ -255,7 +255,7 @@ def test_damaged_safetensors(folder, damage):
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "needs the number low_freq_factor"),
         ({"rope_theta": "much"}, "could not convert"),
         ({"num_attention_heads": 0, "head_dim": None}, "by zero"),
-        ({"quantization_config": {"bits": 4}}, "stored quantized"),
+        ({"quantization_config": {"bits": 4}}, "weights are quantized"),
         ({"hidden_size": None}, "not a positive whole number"),
         ({"num_key_value_heads": 3}, "4 heads do not share 3 key heads"),
     ],

@@ -1,7 +1,7 @@
-"""Quantized weights in the compressed-tensors format, which vLLM and transformers read, both ways.
+"""Reads and writes quantized weights in the compressed-tensors format, which vLLM and transformers read too.
 
-Of a Linear [N, K] lie `weight_scale`, and codes: as `weight`, int8 or e4m3, or for products of float activations as
-`weight_packed`, 32 bits of consecutive codes of a row an int32, moved by half their range, with `weight_shape`.
+A Linear [N, K] is stored as `weight_scale` and codes: `weight` (int8 or e4m3), or for float activations
+`weight_packed`, where an int32 holds consecutive codes of a row plus half their range, with `weight_shape`.
 """
 
 import functools
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 
 METHOD = "compressed-tensors"
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
-UNQUANTISED = "open the unquantized model, or its .gguf"
+UNQUANTIZED = "open the unquantized model, or its .gguf"
 
 
 def config(model: Transformer, params: Params, keys: dict[str, Key]) -> dict:
-    """The `quantization_config` of stacked parameters. Raises UserError for a leaf that the format has no word for."""
+    """The `quantization_config` of stacked parameters. Raises UserError for a leaf that the format cannot represent."""
     groups: list[tuple[dict, list[str]]] = []
     ignored = ["lm_head"] if model.config.tied else []
     for path, leaf in jax.tree.leaves_with_path(params, is_leaf=weights.is_weight):
         path = weights.name(path)
         if not isinstance(leaf, Quantized):
             spec = functools.reduce(lambda tree, name: tree[name], path.split("/"), model.specs)
-            if spec.eqn and "V" not in weights.split(spec.eqn)[1]:  # a table that is looked up is no Linear
+            if spec.eqn and "V" not in weights.split(spec.eqn)[1]:  # an embedding table is not a Linear
                 ignored.append(_target(model, path, keys[path]))
             continue
         scheme = _scheme(path, leaf, keys[path])
@@ -61,7 +61,7 @@ def config(model: Transformer, params: Params, keys: dict[str, Key]) -> dict:
 
 
 def _target(model: Transformer, path: str, key: Key) -> str:
-    """The module of a tensor, in every layer that has the parameter `path`."""
+    """The target pattern for the module of a tensor in all layers that have the parameter `path`."""
     name = key.name.removesuffix(".weight")
     if "{}" not in name:
         return name
@@ -74,17 +74,17 @@ def _scheme(path: str, leaf: Quantized, key: Key) -> dict:
     (shared, k, n), tile, size = letters(leaf.eqn), leaf.tile, leaf.kn
     problem = ""
     if shared or layout.parse(key.layout)[0] != [n, k] or "V" in weights.split(leaf.eqn)[1]:
-        problem = "is no Linear of its own there"
+        problem = "is not a separate Linear in this format"
     elif not isinstance(leaf, Int4 | Int8 | FP8) or leaf.codes.dtype == jnp.float8_e5m2:
-        problem = "is of a type that the format lacks: it has int4, int8 and fp8 as e4m3"
+        problem = "has a type that the format lacks: it supports int4, int8 and fp8 (e4m3)"
     elif leaf.offset is not None:
-        problem = "has zeros that are no whole numbers of steps, which the format wants: quantize with --symmetric=True"
+        problem = "has zero points that are not integers, as the format requires: quantize with --symmetric=True"
     elif leaf.inverse is not None:
-        problem = "has inputs scaled by AWQ or SmoothQuant, which the format cannot say: quantize with --method=gptq"
+        problem = "has inputs scaled by AWQ or SmoothQuant, which the format lacks: quantize with --method=gptq"
     elif size[0] % tile[0] or tile[1] not in (1, size[1]) or (tile[0] < size[0] and tile[1] > 1):
-        problem = f"has scales for tiles of {tile} in a matrix of {size}, the format wants even groups of a column"
+        problem = f"has scales for tiles of {tile} in a matrix of {size}; the format needs equal groups of a column"
     if problem:
-        raise UserError(f"{path} {problem}", "compressed-tensors", "or write floats: --dequantize")
+        raise UserError(f"{path} {problem}", "compressed-tensors", "or write floats with --dequantize")
     strategy = "group" if tile[0] < size[0] else "channel" if tile[1] == 1 else "tensor"
     kind, bits = "float" if isinstance(leaf, FP8) else "int", 4 if isinstance(leaf, Int4) else 8
     by_token = dict(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
@@ -97,13 +97,13 @@ def _scheme(path: str, leaf: Quantized, key: Key) -> dict:
 
 
 def weights_only(params: Params) -> Params:
-    """With float activations, as `read` gives the model back."""
+    """`params` with float activations, as `read` returns them."""
     float_inputs = lambda w: w.replace(activations=False) if isinstance(w, Int8) else w
     return jax.tree.map(float_inputs, params, is_leaf=weights.is_weight)
 
 
 def tensors(leaf: Quantized, key: Key, layers: Iterable[int]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of all that the format stores of a leaf, stacked over `layers`, for which `config` has a scheme."""
+    """(name, array) of all tensors of a leaf stacked over `layers`, which `config` must have accepted."""
     kind = _scheme("", leaf, key)
     for at, layer in enumerate(layers) if "{}" in key.name else [(None, None)]:
         one = leaf if at is None else jax.tree.map(lambda x, i=at: x[i], leaf)
@@ -118,7 +118,7 @@ def tensors(leaf: Quantized, key: Key, layers: Iterable[int]) -> Iterator[tuple[
 
 
 def pack(numbers: np.ndarray, bits: int) -> np.ndarray:
-    """Signed numbers of 4 or 8 bits [N, K] as int32 [N, ceil(K bits / 32)], the first in the lowest bits."""
+    """Packs signed numbers of 4 or 8 bits [N, K] into int32 [N, ceil(K bits / 32)], the first in the lowest bits."""
     each, half = 32 // bits, 2 ** (bits - 1)
     codes = np.pad((numbers + half).astype(np.uint32), [(0, 0), (0, -numbers.shape[1] % each)])
     shifted = codes.reshape(len(codes), -1, each) << np.arange(0, 32, bits, dtype=np.uint32)
@@ -126,7 +126,7 @@ def pack(numbers: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(words: np.ndarray, bits: int, k: int) -> np.ndarray:
-    """The inverse of `pack` on K columns."""
+    """The inverse of `pack` for K columns."""
     shifted = words.view(np.uint32)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)
     codes = shifted & (2**bits - 1)
     return codes.reshape(len(words), -1)[:, :k].astype(np.int32) - 2 ** (bits - 1)
@@ -136,27 +136,27 @@ def unpack(words: np.ndarray, bits: int, k: int) -> np.ndarray:
 
 
 def check(config: dict, where: str) -> None:
-    """Raises UserError unless a `quantization_config` of this method is one whose weights `read` dequantizes."""
+    """Raises UserError for a `quantization_config` of this method that `read` does not support."""
     form = config.get("format")
     extra = next((k for k in ("transform_config", "kv_cache_scheme") if config.get(k)), None)
     if form not in FORMATS or extra:
         what = f"{METHOD} with {extra}" if extra else f"{METHOD} in its format {form!r}"
-        raise UserError(f"weights are stored quantized by {what}, which is not read", where, UNQUANTISED)
+        raise UserError(f"weights are quantized by {what}, which is not supported", where, UNQUANTIZED)
 
 
 def shape(folder: "Folder", name: str) -> tuple[int, ...]:
-    """Of a weight that is stored in parts."""
+    """The shape of a weight that is stored as several tensors."""
     if f"{name}_packed" not in folder.shards:
         return folder.stored_shape(name)
     rows, columns = (int(n) for n in folder.codes(f"{name}_shape", (slice(2),)))
     held = folder.stored_shape(f"{name}_packed")
     if held not in [(rows, -(-columns * bits // 32)) for bits in (4, 8)]:
-        raise UserError(f"{name} is said to be {rows} x {columns}, its codes are {held}", str(folder.path))
+        raise UserError(f"{name}_shape is {rows} x {columns}, but its codes are {held}", str(folder.path))
     return rows, columns
 
 
 def read(folder: "Folder", name: str, cuts: Index) -> np.ndarray:
-    """A slice of a weight, dequantized, float32."""
+    """A slice of a weight, dequantized to float32."""
     height, columns = folder.shape(name)
     if f"{name}_packed" in folder.shards:
         words = folder.codes(f"{name}_packed", (cuts[0], slice(None)))
@@ -168,8 +168,8 @@ def read(folder: "Folder", name: str, cuts: Index) -> np.ndarray:
     odd = [part for part in ("zero_point", "g_idx", "global_scale") if f"{name}_{part}" in folder.shards]
     if odd or held[0] not in (1, height) or not groups or columns % groups:
         what = f"zero points or uneven groups ({', '.join(odd) or held})"
-        raise UserError(f"{name} has {what}, which are not read", str(folder.path), UNQUANTISED)
-    rows = cuts[0] if held[0] > 1 else slice(None)  # one scale for the tensor
+        raise UserError(f"{name} has {what}, which are not supported", str(folder.path), UNQUANTIZED)
+    rows = cuts[0] if held[0] > 1 else slice(None)  # one scale for the whole tensor
     scale = folder.tensor(f"{name}_scale", (rows, *[slice(None)] * (len(held) - 1))).astype(np.float32)
     scale = np.repeat(scale.reshape(-1, groups), columns // groups, 1)
     return (numbers.astype(np.float32) * scale)[:, cuts[1]]

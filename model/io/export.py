@@ -1,4 +1,4 @@
-"""Write a model as a Hugging Face folder, which transformers, vLLM and llama.cpp's converter read."""
+"""Writes a model as a Hugging Face folder for transformers, vLLM and llama.cpp's converter."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from model.quant._leaf import Quantized
 from model.weights import Params, dense_of
 
 SHARD_BYTES = 5 * 10**9
-# Largest difference of the logits, as a share of the largest logit, that rounding the weights to this type explains.
+# Largest difference of logits, relative to the largest logit, that is due to rounding the weights to this dtype.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 
 
@@ -41,25 +41,25 @@ def export_hf(
     dequantize: bool = False,
     card: str = "",
 ) -> float:
-    """Merge adapters, write everything, read it back and compare logits; only then does `folder` appear.
+    """Merges adapters, writes everything, reads it back and compares logits; only then does `folder` appear.
 
-    `params` are stacked. Quantized leaves are stored as they are, in the compressed-tensors format, or as floats with
-    `dequantize`; an adapter and its base become one float array. `generation` adds to generation_config.json
-    (temperature, ...), `card` is the text of README.md. Returns the largest difference of the logits as a share of the
-    largest logit (0.0 without `check`). Raises UserError when the folder holds something else, when the family or the
-    format cannot say what the model is, and when the check fails.
+    `params` are stacked. Quantized leaves are stored in the compressed-tensors format, or as floats with `dequantize`;
+    an adapter and its base become one float array. `generation` is added to generation_config.json (temperature, ...),
+    `card` is the text of README.md. Returns the largest difference of the logits relative to the largest logit (0.0
+    without `check`). Raises UserError if the folder has other content, if the family or the format cannot represent the
+    model, or if the check fails.
     """
     folder = Path(folder).absolute()
     if dtype not in TOLERANCE:
-        raise UserError(f"dtype {dtype!r} is not written; known: {', '.join(TOLERANCE)}", "--dtype")
+        raise UserError(f"dtype {dtype!r} is not supported", "--dtype", f"supported: {', '.join(TOLERANCE)}")
     config, generation = _configs(model, tokenizer, dtype, generation or {})
     plain = _merged(model, params, dequantize)
     if any(map(weights.is_weight, jax.tree.leaves(plain, is_leaf=weights.is_weight))):
         config["quantization_config"] = compressed.config(model, plain, family(model.config.family).KEYS)
         params = compressed.weights_only(plain)
-    taken = UserError("exists and is not empty", str(folder), "choose a new folder")
+    taken = UserError("the folder exists and is not empty", str(folder), "choose a new folder")
     used = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    if used and files.read_json(folder / "config.json") != files.plain(config):  # else perhaps of the same command
+    if used and files.read_json(folder / "config.json") != files.plain(config):  # else perhaps from this same command
         raise taken
     try:
         with files.folder(folder, "config.json") as work:
@@ -69,23 +69,20 @@ def export_hf(
             if card:
                 (work / "README.md").write_text(card, "utf-8")
             _write_tensors(model, plain, work, dtype)
-            delta = _difference(model, params, work) if check else 0.0
-            if not delta <= TOLERANCE[dtype]:
-                what = f"logits read back differ by {delta:.2g} of their scale, over {TOLERANCE[dtype]:.0e} for {dtype}"
-                raise UserError(what, str(folder), "nothing was written; try --dtype=float32")
+            delta = check_logits(model, params, work, folder, dtype, TOLERANCE[dtype]) if check else 0.0
     except FileExistsError:
         raise taken from None
     return delta
 
 
 def _merged(model: Transformer, params: Params, dequantize: bool) -> Params:
-    """Plain arrays, and beside them the quantized leaves that are to be stored as they are."""
+    """Parameters with adapters merged; quantized leaves are kept or dequantized."""
     kept = lambda w: isinstance(w, Quantized) and not dequantize
     return weights.replace(qat.converted(params), model.specs, lambda _, w, spec: w if kept(w) else dense_of(w, spec))
 
 
 def tensors(model: Transformer, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of every tensor of the checkpoint, from stacked parameters: the inverse of loading."""
+    """(name, array) of every tensor of the checkpoint of stacked parameters: the inverse of loading."""
     keys, sizes = family(model.config.family).KEYS, model.config.sizes
     holders = defaultdict(list)  # name in the checkpoint -> our parameters in it
     leaves = {weights.name(path): w for path, w in jax.tree.leaves_with_path(params, is_leaf=weights.is_weight)}
@@ -110,9 +107,9 @@ def _configs(model: Transformer, tokenizer: Any, dtype: str, generation: dict) -
     again = module.config(json.loads(json.dumps(config)))
     if again != c:
         lost = [f.name for f in dataclasses.fields(c) if getattr(again, f.name) != getattr(c, f.name)]
-        raise UserError(f"family {c.family} has no word for this model's {', '.join(lost)}", "export")
+        raise UserError(f"family {c.family} cannot represent this model's {', '.join(lost)}", "export")
     if tokenizer.vocab_size > c.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {c.vocab_size}", "export")
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {c.vocab_size}", "export")
     ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
     ids["eos_token_id"] = list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id
     ids = {name: value for name, value in ids.items() if value is not None}
@@ -120,7 +117,7 @@ def _configs(model: Transformer, tokenizer: Any, dtype: str, generation: dict) -
 
 
 def _write_tensors(model: Transformer, params: Params, folder: Path, dtype: str) -> None:
-    """Shards of at most SHARD_BYTES each, one in memory at a time, and their index when there are several."""
+    """Writes shards of at most SHARD_BYTES each, one in memory at a time, and an index if there are several."""
     from safetensors.numpy import save_file
 
     parts, shard, total = [], {}, 0
@@ -128,7 +125,7 @@ def _write_tensors(model: Transformer, params: Params, folder: Path, dtype: str)
     def flush() -> None:
         parts.append((folder / f"part-{len(parts)}", list(shard)))
         save_file(shard, parts[-1][0], metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", parts[-1][0])  # the library writes for the owner alone
+        shutil.copymode(folder / "config.json", parts[-1][0])  # safetensors makes files readable only by the owner
         shard.clear()
 
     for name, x in tensors(model, params):
@@ -150,12 +147,15 @@ def _write_tensors(model: Transformer, params: Params, folder: Path, dtype: str)
     files.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _difference(model: Transformer, params: Params, folder: Path) -> float:
-    """Largest difference between the logits of `params`, adapters and all, and of `folder`, over the largest logit."""
-    again = open_pretrained(folder)
+def check_logits(model: Transformer, params: Params, written: Path, final: Path, dtype: str, tolerance: float) -> float:
+    """The largest difference between the logits of `params`, with their adapters, and of the checkpoint `written`,
+    relative to the largest logit. Raises UserError, about the path `final`, if it exceeds the tolerance."""
     length = min(32, model.config.max_len)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length), dtype=np.int32)
     logits = jax.jit(dataclasses.replace(model, dtype="float32").__call__)
-    wanted = np.asarray(logits(params, tokens))
-    got = np.asarray(logits(again.load(model.specs), tokens))
-    return float(np.abs(got - wanted).max() / np.abs(wanted).max())
+    wanted, got = (np.asarray(logits(p, tokens)) for p in (params, open_pretrained(written).load(model.specs)))
+    delta = float(np.abs(got - wanted).max() / np.abs(wanted).max())
+    if not delta <= tolerance:
+        what = f"logits read back differ by {delta:.2g} of their scale, over {tolerance:.0e} for {dtype}"
+        raise UserError(what, str(final), "nothing was written; try a wider --dtype")
+    return delta

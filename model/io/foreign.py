@@ -1,14 +1,15 @@
-"""Weights that other tools have quantized, beside compressed-tensors: bitsandbytes, GPTQ, AWQ and fp8, read as floats.
+"""Reads weights that other tools have quantized as floats: bitsandbytes, GPTQ, AWQ and fp8. (For compressed-tensors see
+compressed.py.)
 
-Of a Linear [N, K] called X lie, in the formats' own words:
+The tensors of a Linear [N, K] with the name X are:
 
-    bitsandbytes   X.weight, 4-bit codes of the flat matrix, two a byte, with X.weight.absmax and X.weight.quant_map;
+    bitsandbytes   X.weight, 4-bit codes of the flat matrix, two per byte, with X.weight.absmax and X.weight.quant_map;
                    or int8 [N, K] with X.SCB [N]
-    GPTQ           X.qweight [K / 8, N], X.qzeros [G, N / 8], X.scales [G, N], X.g_idx [K] (here for 4 bits)
+    GPTQ           X.qweight [K / 8, N], X.qzeros [G, N / 8], X.scales [G, N], X.g_idx [K] (shapes for 4 bits)
     AWQ            X.qweight [K, N / 8], X.qzeros [G, N / 8], X.scales [G, N]
-    fp8            X.weight e4m3 [N, K] with X.weight_scale_inv or X.weight_scale of the tensor, of rows or of blocks
+    fp8            X.weight e4m3 [N, K] with X.weight_scale_inv or X.weight_scale per tensor, row or block
 
-The values are those that the tools themselves compute with. `folder` is a model.io.hf.Folder.
+The values equal those that the tools compute with. `folder` is a model.io.hf.Folder.
 """
 
 import json
@@ -28,7 +29,7 @@ PARTS = re.compile(
     r"(?P<weight>.*\.weight)[_.](?P<part>packed|shape|zero_point|g_idx|global_scale|scale|scale_inv|absmax|quant_map|nested_absmax|"
     r"nested_quant_map|quant_state\..*)|(?P<module>.*)\.(?P<own>qweight|qzeros|scales|g_idx|SCB|weight_format)"
 )
-AWQ_SLOTS = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where in a word of eight codes each column lies
+AWQ_SLOTS = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # the position of each column in a word of eight codes
 FP8 = "F8_E4M3"
 
 
@@ -39,7 +40,7 @@ class Format(NamedTuple):
 
 
 def find(folder: Any) -> dict[str, Format]:
-    """{name of a weight: the format it is stored in} of those that are no plain tensor."""
+    """{name of a weight: its format} of all weights that are not a plain tensor."""
     parts = defaultdict(set)
     for name in folder.shards:
         if m := PARTS.fullmatch(name):
@@ -49,26 +50,26 @@ def find(folder: Any) -> dict[str, Format]:
 
 
 def names(folder: Any) -> set[str]:
-    """Of the tensors, where a weight in several parts counts as one."""
+    """Names of all tensors, where a weight stored as several tensors counts as one."""
     weight = lambda m: m["weight"] or f"{m['module']}.weight"
     found = {name: PARTS.fullmatch(name) for name in folder.shards}
     return {n for n, m in found.items() if not m or weight(m) not in folder.coded} | folder.coded.keys()
 
 
 def check(folder: Any, config: Any) -> None:
-    """Raises UserError unless a `quantization_config` is one whose weights are read, or stands beside plain ones."""
+    """Raises UserError for a `quantization_config` that is not supported, unless the weights are plain tensors."""
     method = config.get("quant_method") if isinstance(config, dict) else None
-    where, fix = str(folder.path), compressed.UNQUANTISED
+    where, fix = str(folder.path), compressed.UNQUANTIZED
     if method is None:
-        raise UserError("weights are stored quantized, by what its quantization_config does not say", where, fix)
+        raise UserError("weights are quantized, but quantization_config names no method", where, fix)
     codes = [n for n in folder.shards if n.endswith((".weight", "_packed")) and folder.dtype(n) not in folder.floats]
     if method == compressed.METHOD and folder.coded:
         compressed.check(config, where)
     elif strange := [n for n in codes if n.removesuffix("_packed") not in folder.coded]:
-        what = f"weights are stored quantized by {method}, which is not read ({strange[0]})"
+        what = f"weights are quantized by {method}, which is not supported ({strange[0]})"
         raise UserError(what, where, fix)
     elif not folder.coded:
-        logging.warning("%s: its quantization_config of %s is not applied: the weights are floats", where, method)
+        logging.warning("%s: the quantization_config of %s is ignored, since the weights are floats", where, method)
 
 
 def _format(folder: Any, name: str, parts: set[str]) -> Format | None:
@@ -77,7 +78,7 @@ def _format(folder: Any, name: str, parts: set[str]) -> Format | None:
         return Format(compressed.METHOD, compressed.shape, compressed.read)
     if "qweight" in parts:
         if folder.method not in ("gptq", "awq", "auto-round"):
-            raise UserError(f"{name} has codes of GPTQ or AWQ, and config.json does not say how", str(folder.path))
+            raise UserError(f"{name} has codes of GPTQ or AWQ, but config.json names neither", str(folder.path))
         return Format("AWQ", _awq_shape, _awq) if folder.method == "awq" else Format("GPTQ", _gptq_shape, _gptq)
     if "absmax" in parts and dtype == "U8":
         return Format("bitsandbytes", _bnb4_shape, _bnb4)
@@ -104,7 +105,7 @@ def _bnb4_state(folder: Any, name: str) -> dict:
     for kind in ("nf4", "fp4"):
         if (state := f"{name}.quant_state.bitsandbytes__{kind}") in folder.shards:
             return json.loads(_whole(folder, state).tobytes())
-    raise UserError(f"{name} is of bitsandbytes and holds no quant_state", str(folder.path))
+    raise UserError(f"{name} has codes of bitsandbytes, but no quant_state", str(folder.path))
 
 
 def _bnb4_shape(folder: Any, name: str) -> tuple[int, ...]:
@@ -140,25 +141,26 @@ def _bnb8(folder: Any, name: str, cuts: Index) -> np.ndarray:
 def _bits(folder: Any) -> int:
     bits = folder.quantized.get("bits", 4)
     if bits not in (2, 4, 8):
-        raise UserError(f"codes of {bits!r} bits are not read", str(folder.path), "2, 4 and 8 are")
+        raise UserError(f"codes of {bits!r} bits are not supported; 2, 4 and 8 are", str(folder.path))
     return bits
 
 
 def _unpacked(words: np.ndarray, bits: int, slots: np.ndarray | None = None) -> np.ndarray:
-    """Codes of int32 words along the last axis, the first in the lowest bits, or as `slots` says."""
+    """Unpacks int32 words along the last axis; the first code is in the lowest bits, or at the positions `slots`."""
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     codes = words.view(np.uint32)[..., None] >> (shifts if slots is None else shifts[slots]) & ((1 << bits) - 1)
     return codes.reshape(*words.shape[:-1], -1).astype(np.int32)
 
 
 def _groups(folder: Any, module: str, size: int, groups: int) -> np.ndarray:
-    """The group of each of `size` inputs."""
+    """The index of the group of each of `size` inputs."""
     if (name := f"{module}g_idx") in folder.shards and folder.method != "awq":
         return _whole(folder, name)
     step = folder.quantized.get("group_size", 128)
     step = size if step in (-1, None) else step
     if -(-size // step) != groups:
-        raise UserError(f"{module}scales has {groups} groups, group_size={step} makes another number", str(folder.path))
+        what = f"{module}scales has {groups} groups, but group_size={step} implies {-(-size // step)}"
+        raise UserError(what, str(folder.path))
     return np.arange(size) // step
 
 
@@ -168,7 +170,7 @@ def _gptq_shape(folder: Any, name: str) -> tuple[int, ...]:
 
 
 def _gptq(folder: Any, name: str, cuts: Index) -> np.ndarray:
-    """scale (code - zero - 1); version 2 of the format stores the zero itself."""
+    """scale (code - zero - 1); in version 2 of the format, scale (code - zero)."""
     module, bits = name.removesuffix("weight"), _bits(folder)
     codes = _unpacked(np.ascontiguousarray(folder.codes(f"{module}qweight", (slice(None), cuts[0])).T), bits)
     zeros = _unpacked(_whole(folder, f"{module}qzeros"), bits)[:, cuts[0]]
@@ -184,11 +186,10 @@ def _awq_shape(folder: Any, name: str) -> tuple[int, ...]:
 
 
 def _awq(folder: Any, name: str, cuts: Index) -> np.ndarray:
-    """scale (code - zero), the eight columns of a word out of order."""
+    """scale (code - zero), where the eight columns of a word are permuted."""
     if folder.quantized.get("bits", 4) != 4 or str(folder.quantized.get("version", "gemm")).lower() != "gemm":
-        raise UserError(
-            "AWQ is read in 4 bits and its version gemm only", str(folder.path), "open the unquantized model"
-        )
+        what = "of AWQ only 4 bits and the version gemm are supported"
+        raise UserError(what, str(folder.path), "open the unquantized model")
     module = name.removesuffix("weight")
     codes = _unpacked(folder.codes(f"{module}qweight", (cuts[1], slice(None))), 4, AWQ_SLOTS)[:, cuts[0]]
     zeros = _unpacked(_whole(folder, f"{module}qzeros"), 4, AWQ_SLOTS)[:, cuts[0]]
@@ -202,7 +203,7 @@ def _awq(folder: Any, name: str, cuts: Index) -> np.ndarray:
 
 
 def _fp8(folder: Any, name: str, cuts: Index) -> np.ndarray:
-    """Numbers times their scale; "inv" in the name of a block's says that it is no divisor."""
+    """Numbers times their scale; a tensor named scale_inv is multiplied too."""
     part = next(p for p in ("scale_inv", "scale") if f"{name}_{p}" in folder.shards)
     scale = _whole(folder, f"{name}_{part}").astype(np.float32)
     shape = folder.stored_shape(name)
@@ -210,7 +211,8 @@ def _fp8(folder: Any, name: str, cuts: Index) -> np.ndarray:
     if scale.shape not in ((1, 1), (shape[0], 1)):
         block = folder.quantized.get("weight_block_size") or (128, 128)
         if scale.shape != tuple(-(-n // b) for n, b in zip(shape, block)):
-            raise UserError(f"{name}_{part} has shape {scale.shape}, which are no blocks of {block}", str(folder.path))
+            what = f"{name}_{part} has shape {scale.shape}, which does not fit blocks of {block}"
+            raise UserError(what, str(folder.path))
         scale = scale.repeat(block[0], 0).repeat(block[1], 1)[cuts]
     elif scale.shape[0] > 1:
         scale = scale[cuts[0]]

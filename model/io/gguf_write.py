@@ -1,10 +1,9 @@
-"""Write a model as a GGUF file, which llama.cpp and model/io/gguf.py read."""
+"""Writes a model as a GGUF file, which llama.cpp and model/io/gguf.py read."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from common import files
@@ -14,7 +13,6 @@ from model import weights
 from model.config import ModelConfig
 from model.io import export
 from model.io.gguf import TRANSPOSED
-from model.io.pretrained import open_pretrained
 from model.net.attention import rope_frequencies
 from model.net.transformer import Transformer
 from model.weights import Params
@@ -22,36 +20,33 @@ from model.weights import Params
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2"}
 BIAS = {"llama": "none", "qwen2": "qkv", "qwen3": "none", "gpt2": "all"}
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
-# Largest difference of the logits, as a share of the largest logit, that rounding to this type explains.
+# Largest difference of logits, relative to the largest logit, that is due to rounding to this type.
 TOLERANCE = {"F32": 1e-4, "F16": 1e-2, "BF16": 6e-2, "Q8_0": 0.1, "Q4_0": 1.0, "Q4_1": 1.0}
 
 
 def write(path: str | Path, model: Transformer, params: Params, tokenizer: Json, kind: str = "F16") -> float:
-    """Merged `params` as a file whose matrices are of the type `kind`, with the metadata of a tokenizer; read back.
+    """Writes merged `params` with matrices of the type `kind` and the metadata of a tokenizer, and reads them back.
 
-    Returns the largest difference of the logits as a share of the largest logit. Raises UserError for what llama.cpp
-    does not compute, when another file is there, and when reading back shows another model.
+    Returns the largest difference of the logits relative to the largest logit. Raises UserError for a model that
+    llama.cpp does not support, if the file exists with other content, and if the logits differ too much.
     """
     path, config = Path(path), model.config
     if kind not in FILE_TYPES:
-        raise UserError(f"type {kind!r} is not written", "--dtype", f"known: {', '.join(FILE_TYPES)}")
+        raise UserError(f"type {kind!r} is not supported", "--dtype", f"supported: {', '.join(FILE_TYPES)}")
     _check(config)
     plain = weights.dense(params, model.specs)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with files.file(path, replace=False) as work:
             _file(work, model, plain, tokenizer, kind)
-            delta = _difference(model, params, work)
-            if not delta <= TOLERANCE[kind]:
-                what = f"logits read back differ by {delta:.2g} of their scale, over {TOLERANCE[kind]:.0e} for {kind}"
-                raise UserError(what, str(path), "nothing was written")
+            delta = export.check_logits(model, params, work, path, kind, TOLERANCE[kind])
     except FileExistsError:
-        raise UserError("exists, with other content", str(path), "choose a new name") from None
+        raise UserError("the file exists with other content", str(path), "choose a new name") from None
     return delta
 
 
 def _check(config: ModelConfig) -> None:
-    """Raises UserError for a model that llama.cpp has no word for."""
+    """Raises UserError for a model that llama.cpp does not support."""
     arch, scaling = ARCHITECTURES.get(config.family), dict(config.rope_scaling).get("rope_type", "none")
     act = "gelu_tanh" if arch == "gpt2" else "silu"
     said = {
@@ -97,7 +92,7 @@ def _file(path: Path, model: Transformer, params: Params, tokenizer: Json, kind:
 
 
 def _kind(kind: str, x: np.ndarray) -> str:
-    """Vectors stay floats, and rows that are no whole blocks of 32 have 16 bits."""
+    """The type of a tensor: vectors stay float32, and rows that blocks of 32 do not divide get 16 bits."""
     if x.ndim < 2:
         return "F32"
     return "F16" if kind.startswith("Q") and x.shape[-1] % 32 else kind
@@ -126,11 +121,3 @@ def _shape(writer: Any, c: ModelConfig, arch: str) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType(scaling["rope_type"]))
         writer.add_rope_scaling_factor(scaling["factor"])
         writer.add_rope_scaling_orig_ctx_len(scaling.get("original_max_position_embeddings") or c.max_len)
-
-
-def _difference(model: Transformer, params: Params, path: Path) -> float:
-    """Largest difference between the logits of `params` and of the file, over the largest logit."""
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, min(32, model.config.max_len)))
-    logits = jax.jit(dataclasses.replace(model, dtype="float32").__call__)
-    wanted, got = (np.asarray(logits(p, tokens)) for p in (params, open_pretrained(path).load(model.specs)))
-    return float(np.abs(got - wanted).max() / np.abs(wanted).max())

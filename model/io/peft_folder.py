@@ -1,6 +1,6 @@
-"""A folder of PEFT: adapter_config.json and adapter_model.safetensors, as model/io/peft_read.py reads them.
+"""A PEFT folder: adapter_config.json and adapter_model.safetensors, for model/io/peft_read.py.
 
-What a config's fields do is what PEFT does with them. The tables below hold every field of PEFT 0.21's configs.
+The fields of a config mean the same as in PEFT. The tables below hold every field of PEFT 0.21's configs.
 """
 
 import re
@@ -32,7 +32,7 @@ USED = {  # by peft_type
     "IA3": WRAPS,
     "OFT": WRAPS | LAYERS | {"use_cayley_neumann", "num_cayley_neumann_terms"},
 } | {kind: set() for kind in VIRTUAL}  # fmt: skip
-# Where an adapter came from, what its tensors show anyway, and what acts in training only.
+# The origin of an adapter, values that its tensors show anyway, and fields that matter only in training.
 IRRELEVANT = {
     "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
     "feedforward_modules", "r", "rank_pattern", "fan_in_fan_out", "megatron_config", "megatron_core",
@@ -43,19 +43,19 @@ IRRELEVANT = {
     "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
     "tokenizer_kwargs",
 }  # fmt: skip
-REFUSED = {  # unless unset, as any field is that is not known; the last where there are only virtual tokens
+REFUSED = {  # unless unset, like any unknown field; the last one only for virtual tokens
     "alora_invocation_tokens", "use_qalora", "layer_replication", "lora_bias", "target_parameters", "use_bdlora",
     "arrow_config", "kasa_config", "coft", "block_share",
     "modules_to_save",
 }  # fmt: skip
 UNSET = (None, False, 0, "none", [], {})
 BIASES = ("none", "all", "lora_only", "oft_only")
-# Of init_lora_weights: drawn somehow and the base left alone; or the base changed when PEFT opens the adapter.
+# Values of init_lora_weights: those that leave the base unchanged, and those for which PEFT changes it on opening.
 DRAWN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
-STARTS = ("pissa", "olora")  # as that of the base's own weights, which can be done again
+STARTS = ("pissa", "olora")  # computed from the base's weights, which can be repeated
 CONVERTED = "save it again with path_initial_model_for_weight_conversion"
 MERGED = "merge_and_unload() in PEFT, save the model and open that"
-OTHERS = {  # ..., and what to do
+OTHERS = {  # start of the value: how to fix it
     "pissa_niter": CONVERTED, "corda": CONVERTED, "lora_ga": CONVERTED, "loftq": MERGED,
 }  # fmt: skip
 TRAINING = re.compile(r".*\.lora_(velora|monteclora)_.*")  # tensors that only training reads
@@ -70,7 +70,7 @@ PICKLE, CONVERT = (
 
 
 class Folder:
-    """A PEFT folder: its config, checked, and its tensors under the names of a causal model, each to be asked for."""
+    """A PEFT folder: its checked config, and its tensors under the names of a causal model."""
 
     def __init__(self, path: Path):
         paths.regular(path)
@@ -81,7 +81,7 @@ class Folder:
         tensors = {name.removesuffix(".weight") if MAGNITUDE in name else name: x for name, x in self._read().items()}
         tensors = {name: x for name, x in tensors.items() if not TRAINING.fullmatch(name)}
         before = {m[1] for n in tensors if (m := hf.FIRST.fullmatch(n.removeprefix(ROOT)))}
-        self.body = next((b for b in hf.BODIES if b in before), "model.")  # of a multimodal base perhaps
+        self.body = next((b for b in hf.BODIES if b in before), "model.")  # the base may be multimodal
         self.unused = sorted(n for n in tensors if self.kind not in VIRTUAL and not self._wanted(n))
         self.tensors = {self._renamed(n): x for n, x in tensors.items() if n not in self.unused}
         vectors = {n: x for n, x in self.tensors.items() if n.endswith(".ia3_l")}
@@ -89,7 +89,7 @@ class Folder:
         self.tensors |= {n: x.reshape(-1) for n, x in vectors.items()}
 
     def _check(self) -> None:
-        """Raises UserError for a config that asks for what is not supported."""
+        """Raises UserError for a config that is not supported."""
         path = str(self.path / CONFIG)
         if self.kind not in USED:
             known = ", ".join(USED)
@@ -101,11 +101,11 @@ class Folder:
             fix = next((fix for name, fix in OTHERS.items() if self.init.startswith(name)), MERGED)
             raise UserError(f"init_lora_weights={self.init!r:.80} changes the base itself", path, fix)
         if self.config.get("bias", "none") not in BIASES:
-            raise UserError(f"bias={self.config['bias']!r:.80} is no choice of PEFT", path)
+            raise UserError(f"bias={self.config['bias']!r:.80} is not a value that PEFT knows", path)
 
     @property
     def init(self) -> str:
-        """How the adapters were drawn, which changes the base for some of STARTS."""
+        """How the adapters were initialized; for STARTS that changes the base."""
         return str(self.config.get("init_lora_weights", True)).lower()
 
     def _read(self) -> dict[str, np.ndarray]:
@@ -113,17 +113,17 @@ class Folder:
 
         path = self.path / TENSORS
         if not path.exists() and (self.path / PICKLE).exists():
-            what, fix = "holds a pickle only, which can run code when opened", CONVERT.format(self.path)
+            what, fix = "the adapter is only a pickle, which can run code when opened", CONVERT.format(self.path)
             raise UserError(what, str(self.path), f"if you trust it: {fix}")
         try:
             with safe_open(path, framework="np") as file:
                 return {n: np.asarray(file.get_tensor(n), np.float32) for n in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, TypeError) as error:
             fix = "git lfs pull" if path.exists() and hf.is_pointer(path) else ""
-            raise UserError(f"not a readable safetensors file ({error})", str(path), fix) from None
+            raise UserError(f"the file is not readable safetensors ({error})", str(path), fix) from None
 
     def _renamed(self, name: str) -> str:
-        """The name in a causal model alone of a tensor in the text part of another."""
+        """The name in a causal model of a tensor in the text part of a multimodal one."""
         inner = name.removeprefix(ROOT)
         if self.body in ("model.", "transformer.") or not inner.startswith(self.body):
             head = inner.startswith("lm_head.") or not re.match(r"(.*\.)?lm_head\.", inner)
@@ -131,7 +131,7 @@ class Folder:
         return f"{ROOT}model.{inner.removeprefix(self.body)}"
 
     def _wanted(self, name: str) -> bool:
-        """Whether PEFT has a place for a tensor: in an adapter of a module that the config names, or in a copy."""
+        """Whether PEFT uses a tensor: in the adapter of a module that the config names, or in a copy of a module."""
         module = re.sub(
             r"\.(lora_|ia3_l|oft_R|token_adapter|base_layer).*|\.(weight|bias)$", "", name.removeprefix(ROOT)
         )
@@ -139,10 +139,10 @@ class Folder:
         if not adapter:
             return True
         tables = TABLES if self.config.get("ensure_weight_tying") and ends(module, TABLES) else []
-        return self.targets(module) or any(map(self.targets, tables))  # PEFT adds the twin of a tied table itself
+        return self.targets(module) or any(map(self.targets, tables))  # PEFT adds the adapter of the tied twin itself
 
     def targets(self, module: str) -> bool:
-        """Whether the config names a module, as PEFT reads it."""
+        """Whether the config selects a module, by PEFT's rules."""
         names, without = self.config.get("target_modules"), self.config.get("exclude_modules")
         copies = self.config.get("modules_to_save") or []
         if any(self._match(rf"(^|.*\.){name}($|\..*)", module) for name in copies):
@@ -157,7 +157,7 @@ class Folder:
         return module in names or (ends(module, names) and self._in_layers(module))
 
     def _in_layers(self, module: str) -> bool:
-        """Whether a module lies in one of `layers_to_transform`, if the config has them."""
+        """Whether a module is in one of `layers_to_transform`, if the config has them."""
         chosen, patterns = self.config.get("layers_to_transform"), self.config.get("layers_pattern")
         if chosen is None or chosen == []:
             return True
@@ -172,16 +172,16 @@ class Folder:
         return self._patterns[pattern].fullmatch(text)
 
     def get(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray | None:
-        """A tensor, None when it is not there. Raises UserError for another shape; None in `shape` is any size."""
+        """A tensor, or None if it is missing. None in `shape` is any size. Raises UserError for another shape."""
         x = self.tensors.get(name)
         if x is not None:
             self.used.add(name)
             if x.ndim != len(shape) or any(b not in (None, a) for a, b in zip(x.shape, shape)):
-                raise UserError(f"{name} has shape {x.shape}, the model wants {shape}", str(self.path / TENSORS))
+                raise UserError(f"{name} has shape {x.shape}, the model needs {shape}", str(self.path / TENSORS))
         return x
 
     def alpha(self, module: str) -> float:
-        """PEFT's lora_alpha of a module: the first pattern that its name ends with."""
+        """PEFT's lora_alpha of a module: the value of the first matching pattern, else the default."""
         patterns = self.config.get("alpha_pattern") or {}
         module = self.body + module.removeprefix("model.") if self.body != "transformer." else module
         try:
@@ -191,13 +191,13 @@ class Folder:
             raise UserError(f"alpha_pattern: {error}", str(self.path / CONFIG)) from None
 
     def keys(self) -> dict[str, Key]:
-        """The names of the first family that knows every module of the tensors."""
+        """The KEYS of the first family that has every module of the tensors."""
         found = {re.sub(r"\.\d+\.", ".{}.", n).removeprefix(ROOT) for n in self.tensors if n.startswith(ROOT)}
         for keys in (family(name).KEYS for name in families()):
             known = tuple(k.name.removesuffix("weight") for k in keys.values() if k.name.endswith(".weight"))
             if all(name.startswith(known) for name in found):
                 return keys
-        raise UserError("its modules are those of no family computed here", str(self.path / TENSORS))
+        raise UserError("its modules belong to no supported model family", str(self.path / TENSORS))
 
 
 def ends(module: str, names: object) -> bool:

@@ -1,7 +1,7 @@
-"""Adapters of PEFT: a folder with adapter_config.json and adapter_model.safetensors, as a Transform.
+"""Reads a PEFT folder, with adapter_config.json and adapter_model.safetensors, as a Transform.
 
-What they do is what PEFT does with them: its config says which modules they are for, and what the file holds for others
-stays unused, which is said in a line. Written by model/io/peft_write.py.
+As in PEFT, the config says which modules have adapters; tensors of other modules are not used, which is reported in one
+line. model/io/peft_write.py writes such folders.
 """
 
 from collections.abc import Callable
@@ -28,22 +28,22 @@ from model.peft.prefix import Prefix, with_prefix
 from model.peft.prompt import Prompt
 from model.weights import Params, Spec, Specs, Transform, Weight
 
-Stored = Array | Weight  # what stands at a parameter
-HEAD = "BTD,VD->BTV"  # a tied table as an unembedding
+Stored = Array | Weight  # a leaf of the parameters
+HEAD = "BTD,VD->BTV"  # the equation of a tied table as an unembedding
 
 
 def read(path: str | Path, strict: bool = False) -> Transform:
     """A Transform that puts the adapter of a PEFT folder on its base model.
 
-    Raises UserError for what would change the result and is not supported, for tensors that do not fit, and if
-    `strict` for those that are not used.
+    Raises UserError for unsupported settings that would change the result, for tensors that do not fit, and, if
+    `strict`, for tensors that are not used.
     """
     folder = Folder(Path(path).expanduser())
     keys = folder.keys()
 
     def transform(params: Params, specs: Specs, key: jax.Array) -> Params:
         if others := without_columns(specs["layers"]):
-            raise UserError(f"PEFT folders of models with {others[0]} layers are not read here", str(folder.path))
+            raise UserError(f"PEFT folders of models with {others[0]} layers are not supported", str(folder.path))
         sizes = {}
         for spec in jax.tree.leaves(specs, is_leaf=weights.is_spec):
             sizes |= zip(weights.operands(spec.eqn)[1], spec.shape[spec.stacked :]) if spec.eqn else {}
@@ -54,7 +54,7 @@ def read(path: str | Path, strict: bool = False) -> Transform:
         else:
             out = weights.replace(params, specs, lambda n, w, s: _leaf(folder, keys, sizes, specs, n, w, s))
         if strange := sorted(n for n in folder.tensors.keys() - folder.used if not IGNORED.fullmatch(n)):
-            raise UserError(f"{strange[0]} has no place in this model", str(folder.path / TENSORS))
+            raise UserError(f"this model has no parameter for {strange[0]}", str(folder.path / TENSORS))
         report("the adapter's config does not name the modules of", folder.unused, str(folder.path), strict)
         return out
 
@@ -66,7 +66,7 @@ def _virtual(folder: Folder, params: Params, specs: Specs) -> Params:
     prompt = folder.kind != "PREFIX_TUNING"
     flat = folder.get("prompt_embeddings", (None, embed if prompt else layers * 2 * heads * dim))
     if flat is None:
-        raise UserError("holds no prompt_embeddings", str(folder.path / TENSORS))
+        raise UserError("prompt_embeddings is missing", str(folder.path / TENSORS))
     if prompt:
         return {**params, "prompt": Prompt(jnp.asarray(flat))}
     k, v = flat.reshape(-1, layers, 2, heads, dim).transpose(2, 1, 0, 3, 4)  # [L,P,K,H] each
@@ -74,7 +74,7 @@ def _virtual(folder: Folder, params: Params, specs: Specs) -> Params:
 
 
 def _leaf(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base: Stored, spec: Spec | None) -> Stored:
-    """A parameter with what the folder has for it."""
+    """A parameter with the folder's adapters and tensors for it."""
     if spec is None or path not in keys:
         return base
     if path == "embed/table" and "unembed" not in specs:
@@ -90,8 +90,8 @@ def _leaf(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base
 
 
 def _own(folder: Folder, key: Key, sizes: dict, path: str, base: Stored, spec: Spec) -> Stored:
-    """A parameter with what the folder holds of it whole: copies of `modules_to_save`, trained biases, tables that PEFT
-    keeps beside their adapters."""
+    """A parameter with the folder's full tensors for it: copies of `modules_to_save`, trained biases, tables that PEFT
+    saves beside their adapters."""
     module, _, last = key.name.rpartition(".")
     for inner in ("", ".base_layer"):
         name = f"{ROOT}{module}{inner}.{last}"
@@ -120,7 +120,7 @@ def _tokens(folder: Folder, key: Key, base: Stored, spec: Spec) -> Stored:
 
 
 def _tied_table(folder: Folder, keys: dict, sizes: dict, specs: Specs, base: Stored, spec: Spec) -> Stored:
-    """A table that is the head too: PEFT's copies and adapters are for one use of it, unless they are the same."""
+    """A table that is also the head. PEFT's copies and adapters are for one of the two uses, unless they are equal."""
     uses = {"lookup": (keys["embed/table"], spec)}
     uses["head"] = Key(keys["unembed/table"].name, "VD->VD"), spec.replace(eqn=HEAD)
     copies = {}
@@ -146,14 +146,14 @@ def _tied_table(folder: Folder, keys: dict, sizes: dict, specs: Specs, base: Sto
 
 
 def _change(base: Stored, copy: np.ndarray, spec: Spec, use: str) -> LoRA:
-    """One use of a table [V, D] as of another table: a LoRA of full rank that adds the difference."""
+    """A table [V, D] that acts like `copy` in one of its uses: a LoRA of full rank adds the difference."""
     change, one = copy - weights.dense_of(weights.base(base), spec), jnp.eye(copy.shape[1])
     a, b = (one, change.T) if use == "head" else (change, one)
     return LoRA(base, a, b, spec.eqn, 1.0, used=use)
 
 
 def _tied(folder: Folder, keys: dict) -> bool:
-    """Whether the adapters of a tied table and of the head are one, as PEFT writes it with ensure_weight_tying."""
+    """Whether the adapters of a tied table and of the head are the same, as with PEFT's ensure_weight_tying."""
     embed, head = (keys[path].name.removesuffix(".weight") for path in ("embed/table", "unembed/table"))
     pairs = ((".lora_embedding_A", ".lora_B.weight"), (".lora_embedding_B", ".lora_A.weight"))
     same = (np.array_equal(folder.tensors[ROOT + embed + a].T, folder.tensors[ROOT + head + b]) for a, b in pairs)
@@ -161,7 +161,7 @@ def _tied(folder: Folder, keys: dict) -> bool:
 
 
 def groups(key: Key, eqn: str) -> tuple[str, str]:
-    """The merged letters that a checkpoint's matrix contracts, and those it produces: ("D", "NH"); "3NH" of three."""
+    """The merged letters that a checkpoint's matrix contracts and produces: ("D", "NH"), or "3NH" for three in one."""
     contracted = weights.split(eqn)[1]
     axes = layout.parse(key.layout)[0]
     inside = next(i for i, letters in enumerate(axes) if letters.lstrip("0123456789") == contracted)
@@ -169,19 +169,19 @@ def groups(key: Key, eqn: str) -> tuple[str, str]:
 
 
 def factor_keys(key: Key, eqn: str) -> tuple[Key, Key]:
-    """How lora_A [R, in] and lora_B [out, R] lie against ours."""
+    """The layouts of lora_A [R, in] and lora_B [out, R]."""
     (a, b), (inside, outside) = factors(eqn), groups(key, eqn)
     return Key(key.name, f"R({inside})->{a}"), Key(key.name, f"({outside})R->{b}", key.part)
 
 
 def _names(key: Key, spec: Spec, suffix: str) -> list[str]:
-    """Of a tensor in every layer, or outside the layers."""
+    """The names of a tensor in every layer, or its name outside the layers."""
     module = ROOT + key.name.removesuffix(".weight")
     return [module.format(i) + suffix for i in (range(spec.shape[0]) if spec.stacked else [None])]
 
 
 def _read(folder: Folder, key: Key, sizes: dict, names: list[str], wild: str = "") -> list[np.ndarray | None]:
-    """A tensor of each layer in our orientation; None where a layer has none. The size of the letter `wild` is free."""
+    """A tensor of each layer in our layout; None for layers without. The letter `wild` may have any size."""
     axes, ours = layout.parse(key.layout)
     shape = tuple(None if a == wild else n for a, n in zip(axes, layout.shape(key, sizes | {wild: 1})))
     found = [folder.get(name, shape) for name in names]
@@ -195,7 +195,7 @@ def _stack(found: list[np.ndarray], spec: Spec) -> jax.Array:
 
 
 def _vectors(folder: Folder, key: Key, sizes: dict, spec: Spec, suffix: str, group: str) -> jax.Array | None:
-    """Flat vectors [stack..., features] over a group of letters, ones where a layer has none; None if none has one."""
+    """Flat vectors [stack..., features] over a group of letters, ones for layers without; None if no layer has one."""
     letters = group.lstrip("0123456789")
     found = _read(folder, Key(key.name, f"({group})->{letters}", key.part), sizes, _names(key, spec, suffix))
     if all(x is None for x in found):
@@ -213,7 +213,7 @@ def _lora(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: 
         raise UserError(f"{key.name}: one of lora_A and lora_B is missing", str(folder.path / TENSORS))
     if all(x is None for x in a):
         return base
-    # Layers may differ in rank and alpha: a smaller rank is padded with zeros, another scale goes into B.
+    # Layers may differ in rank and alpha: smaller ranks are padded with zeros, and B absorbs another scale.
     modules = [n.removeprefix(ROOT) for n in _names(key, spec, "")]
     ranks = [0 if x is None else x.shape[-1] for x in a]
     at = lambda i: scale_of(folder.alpha(modules[i]), ranks[i], bool(c.get("use_rslora")))
@@ -239,10 +239,10 @@ def _lora(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: 
 def _start(
     folder: Folder, key: Key, path: str, leaf: LoRA, spec: Spec, ranks: list[int], shares: list[float]
 ) -> tuple[Array, Array]:
-    """The A and B that PEFT draws from the base itself, and takes from it, before it reads the adapter's.
+    """The A and B that PEFT computes from the base, and subtracts from it, before it reads those of the adapter.
 
-    Of PiSSA they are the largest singular vectors; of OLoRA (Buyukakyuz 2024, arXiv 2406.01775) W^T = Q R, cut.
-    `shares` are the scales of the layers over the leaf's.
+    For PiSSA they are the largest singular vectors; for OLoRA (Buyukakyuz 2024, arXiv 2406.01775) W^T = Q R, truncated.
+    `shares` are the scales of the layers divided by the leaf's.
     """
     turned = folder.init == "olora" and folder.config.get("fan_in_fan_out")
     if path == "embed/table" or any(c.isdigit() for c in key.layout) or turned or leaf.scale <= 0:
@@ -262,10 +262,10 @@ def _start(
 
 
 def _measured(folder: Folder, key: Key, sizes: dict, path: str, leaf: DoRA, spec: Spec, ranks: list[int]) -> DoRA:
-    """A DoRA leaf with its magnitudes; a layer without an adapter keeps the norms of its base."""
+    """A DoRA leaf with its magnitudes; those of layers without an adapter are the norms of the base."""
     names, group = _names(key, spec, MAGNITUDE), groups(key, spec.eqn)[1]
     if missing := [name for name, rank in zip(names, ranks) if rank and name not in folder.tensors]:
-        raise UserError(f"holds no {missing[0]}", str(folder.path / TENSORS))
+        raise UserError(f"{missing[0]} is missing", str(folder.path / TENSORS))
     found = _read(folder, Key(key.name, f"({group})->{group.lstrip('0123456789')}", key.part), sizes, names)
     leaf = measure(path, leaf, spec)
     magnitude = leaf.magnitude
@@ -285,7 +285,7 @@ def _ia3(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: S
 
 
 def _scaled_bias(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base: Stored) -> Stored:
-    """A bias as PEFT's IA3 has it, which rescales all that leaves a module."""
+    """A bias as PEFT's IA3 applies it: it rescales the whole output of a module, bias included."""
     parent, _, name = path.rpartition("/")
     weight = next((p for p in (f"{parent}/w{name[1:]}", f"{parent}/{name[1:]}") if p in keys), None)
     spec = weight and _spec(specs, weight)
@@ -319,7 +319,8 @@ def _oft(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: S
         raise UserError(f"{key.name}: the blocks of oft_R do not cover its inputs", str(folder.path / TENSORS))
     terms = folder.config.get("num_cayley_neumann_terms", 5) if folder.config.get("use_cayley_neumann", True) else 0
     if terms not in range(100):
-        raise UserError(f"num_cayley_neumann_terms={terms!r} is no number of terms", str(folder.path / CONFIG))
+        what = f"num_cayley_neumann_terms={terms!r} is not a number from 0 to 99"
+        raise UserError(what, str(folder.path / CONFIG))
     return OFT(base, _stack([np.zeros_like(q) if x is None else x for x in found], spec), letters, terms)
 
 

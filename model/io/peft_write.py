@@ -1,4 +1,4 @@
-"""Adapters as a PEFT folder, which PEFT, vLLM and model/io/peft_read.py read."""
+"""Writes adapters as a PEFT folder, which PEFT, vLLM and model/io/peft_read.py read."""
 
 import re
 from collections import defaultdict
@@ -31,16 +31,15 @@ Tensors = dict[str, np.ndarray]
 
 
 def write(path: str | Path, model: Transformer, params: Params, base: str = "", card: str = "") -> None:
-    """The adapters of stacked `params` as a PEFT folder for the model `base`; nothing else may be there.
-    `card` is the text of README.md.
+    """Writes the adapters of stacked `params` as a new PEFT folder for the model `base`; `card` is its README.md.
 
-    Raises UserError for what PEFT has no word for, before anything is written.
+    Raises UserError for adapters that PEFT cannot represent, before anything is written.
     """
     path, adapters = Path(path).absolute(), {}
-    if path.exists() and not (path / CONFIG).exists():  # that of the same command may be whole
-        raise UserError("exists", str(path), "choose a new folder")
+    if path.exists() and not (path / CONFIG).exists():  # else perhaps from this same command
+        raise UserError("the folder exists", str(path), "choose a new folder")
     if others := without_columns(model.config.blocks):
-        raise UserError(f"PEFT folders of models with {others[0]} layers are not written here", str(path))
+        raise UserError(f"PEFT folders of models with {others[0]} layers are not supported", str(path))
     for at, w in jax.tree.leaves_with_path(params, is_leaf=weights.is_weight):
         while weights.is_weight(w) and w.trainable:
             under = getattr(w, "base", None)
@@ -68,7 +67,7 @@ def _save(path: Path, config: dict, tensors: Tensors, card: str) -> None:
             tensors = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
             save_file(tensors, work / TENSORS, metadata={"format": "pt"})
     except FileExistsError:
-        raise UserError("exists", str(path), "choose a new folder") from None
+        raise UserError("the folder exists", str(path), "choose a new folder") from None
 
 
 def _virtual(model: Transformer, adapters: dict) -> tuple[dict, Tensors]:
@@ -83,7 +82,7 @@ def _virtual(model: Transformer, adapters: dict) -> tuple[dict, Tensors]:
 
 
 def _wrapped(model: Transformer, adapters: dict) -> tuple[dict, Tensors]:
-    """The config and the tensors of adapters that lie on weights, one PEFT module after the other."""
+    """(config, tensors) of adapters that wrap weights, one PEFT module after the other."""
     keys, tied = family(model.config.family).KEYS, model.config.tied
     config: dict[str, Any] = {"fan_in_fan_out": model.config.family == "gpt2", "target_modules": []}
     modules: dict[str, list] = defaultdict(list)
@@ -94,11 +93,11 @@ def _wrapped(model: Transformer, adapters: dict) -> tuple[dict, Tensors]:
                 key, spec = Key(keys["unembed/table"].name, "VD->VD"), spec.replace(eqn=HEAD)
             outputs = isinstance(leaf, IA3) and set(leaf.letters) != set(weights.split(spec.eqn)[1])
             if not (spec.stacked or isinstance(leaf, LoRA)) or (outputs and has_bias(model.specs, path)):
-                raise UserError(f"what PEFT does with {type(leaf).__name__} there is another thing", path)
+                raise UserError(f"PEFT's {type(leaf).__name__} of this parameter computes something else", path)
             modules[key.name.removesuffix(".weight")].append((leaf, key, spec))
             if path == "embed/table" and tied and getattr(leaf, "used", "") == "both":
                 if type(leaf) is not LoRA:
-                    raise UserError(f"PEFT has no {type(leaf).__name__} of a tied table", path)
+                    raise UserError(f"PEFT does not support {type(leaf).__name__} on a tied table", path)
                 swap = lambda x: np.swapaxes(x, -1, -2)
                 twin = leaf.replace(a=swap(leaf.b), b=swap(leaf.a), eqn=HEAD)
                 twin = twin.replace(start=leaf.start and (swap(leaf.start[1]), swap(leaf.start[0])))
@@ -124,13 +123,14 @@ def _spec(model: Transformer, path: str) -> Spec:
 
 
 def _module(config: dict, target: str, parts: list, sizes: dict, embedding: bool) -> Tensors:
-    """{suffix: tensor [stack..., ...]} of one module; several parameters may be its parts."""
+    """{suffix: tensor [stack..., ...]} of one module, which may consist of several parameters."""
     leaf, key, spec = parts[0]
     digits = re.search(r"\d+", groups(key, spec.eqn)[1])
     if isinstance(leaf, LoRA):
         out = _factors(config, target, parts, sizes, int(digits[0]) if digits else 1, embedding)
     if digits and type(leaf) is not LoRA:
-        raise UserError(f"{key.name} holds several weights, and PEFT one {type(leaf).__name__} of all", "adapter")
+        what = f"{key.name} holds several weights, of which PEFT supports only a common {type(leaf).__name__}"
+        raise UserError(what, "adapter")
     match leaf:
         case DoRA():
             return out | {".lora_magnitude_vector": leaf.magnitude}
@@ -147,7 +147,7 @@ def _module(config: dict, target: str, parts: list, sizes: dict, embedding: bool
 
 
 def _factors(config: dict, target: str, parts: list, sizes: dict, several: int, embedding: bool) -> Tensors:
-    """lora_A and lora_B; where a module holds several weights, A is all of theirs and B is block-diagonal."""
+    """lora_A and lora_B; for a module of several weights, A concatenates theirs and B is block-diagonal."""
     scale, found = parts[0][0].scale, []
     for leaf, key, spec in parts:
         a_key, b_key = factor_keys(key, spec.eqn)
@@ -176,7 +176,7 @@ def _factors(config: dict, target: str, parts: list, sizes: dict, several: int, 
 
 
 def _with_start(leaf: LoRA, spec: Spec) -> tuple[np.ndarray, np.ndarray]:
-    """A and B whose product is all that the leaf adds: twice the rank when it starts elsewhere than at zero."""
+    """A and B whose product is the whole change of the leaf; of twice the rank if it does not start at zero."""
     if leaf.start is None:
         return leaf.a, leaf.b
     axis = leaf.b.ndim - 1 - len(weights.split(spec.eqn)[2])

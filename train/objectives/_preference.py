@@ -1,4 +1,4 @@
-"""What the preference objectives share: log-probabilities of whole answers, and the metrics of a pair."""
+"""Shared by the preference objectives: log-probabilities of whole answers, and the metrics of a pair."""
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +24,17 @@ def both(batch: Batch) -> Batch:
 
 
 def reference(roles: Roles) -> Params:
-    """The policy as training found it: a frozen copy, or the base with its adapters off. No gradient."""
+    """The policy before the first step: a frozen copy, or the base with its adapters off. No gradient."""
     return jax.lax.stop_gradient(roles["ref"] if "ref" in roles else weights.base(roles["policy"]))
 
 
 def lengths(batch: Batch) -> Array:
-    """Targets that count in each row [B]; at least 1, so that an empty row divides by one."""
+    """Number of targets in each row [B]; at least 1, since it is a divisor."""
     return jnp.maximum(batch["mask"].sum(-1), 1)
 
 
 def present(batch: Batch) -> Array:
-    """1.0 for rows of a pair batch that hold a pair, 0.0 for the empty rows of a last held-out batch [B]."""
+    """1.0 for rows of a pair batch that hold a pair, 0.0 for the empty rows of the last held-out batch [B]."""
     return (batch["chosen"]["mask"] + batch["rejected"]["mask"]).any(-1).astype(jnp.float32)
 
 

@@ -20,7 +20,7 @@ def make(model: Transformer, *, beta: float = 0.1, sft_weight: float = 1.0) -> O
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
         chosen, rejected = jnp.split(logps(model, roles["policy"], both(batch)), 2)
         there = present(batch)
-        # A mean over tokens as one over pairs, so that the two terms have one weight: each pair's share of all tokens.
+        # A mean over tokens, expressed as a mean over pairs, so that both terms have the same weight.
         tokens = batch["chosen"]["mask"].sum()
         nll = -chosen * there.sum() / jnp.maximum(tokens, 1)
         values = {"loss": -jax.nn.log_sigmoid(beta * (chosen - rejected)) + sft_weight * nll, "nll": nll}

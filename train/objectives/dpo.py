@@ -1,4 +1,4 @@
-"""Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290) and the losses that differ in one line."""
+"""Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290) and variants of its loss."""
 
 from typing import Literal
 
@@ -25,11 +25,11 @@ def make(
 ) -> Objective:
     """A mean over pairs of a function of h = log-ratio of the chosen - log-ratio of the rejected answer.
 
-    sigmoid: -log sigmoid(beta h), eq. 7; `label_smoothing` is cDPO's eps, the share of labels thought to be flipped.
+    sigmoid: -log sigmoid(beta h), eq. 7; `label_smoothing` is cDPO's eps, the assumed fraction of flipped labels.
     hinge:   relu(1 - beta h) (SLiC, Zhao et al. 2023, arXiv 2305.10425, eq. 8 with log-ratios).
-    ipo:     (h - 1/(2 beta))^2 (Azar et al. 2023, arXiv 2310.12036, eq. 17); h is of means over tokens, as its
+    ipo:     (h - 1/(2 beta))^2 (Azar et al. 2023, arXiv 2310.12036, eq. 17), with h of means over tokens, as its
              authors confirmed to TRL.
-    robust:  the sigmoid loss, unbiased under a share `label_smoothing` of flipped labels (Chowdhury et al. 2024,
+    robust:  the sigmoid loss, corrected for a fraction `label_smoothing` of flipped labels (Chowdhury et al. 2024,
              arXiv 2403.00409, eq. 9).
     `length_normalized` divides each log-ratio by its answer's length, as `ipo` always does. `sft_weight` adds that many
     times the chosen answer's mean negative log-likelihood (RPO, Pang et al. 2024, arXiv 2404.19733, eq. 1).
@@ -68,7 +68,7 @@ def preference_loss(h: Array, beta: float, loss: str = "sigmoid", label_smoothin
 
 
 def rewards(chosen: Array, rejected: Array) -> dict[str, Array]:
-    """What is logged of the rewards [B] of the two answers: a policy's implicit ones, or a reward model's."""
+    """Metrics from the rewards [B] of the two answers, a policy's implicit ones or a reward model's."""
     return {
         "accuracy": (chosen > rejected).astype(jnp.float32),
         "margin": chosen - rejected,

@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv 2402.01306): answers labelled good or bad, no pairs."""
+"""Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv 2402.01306): single answers labeled good or bad."""
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ def make(
     for a bad one (label 0), a mean over rows.
 
     r is a row's log-ratio. z, which has no gradient, estimates KL(policy || reference): the mean log-ratio of
-    mismatched pairs, each prompt with the answer of the next row, at least 0. It is of the rows that are computed
-    together: a micro-batch, over all devices.
+    mismatched pairs, each prompt with the answer of the next row, at least 0. It is estimated per micro-batch, over all
+    devices.
     """
 
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
@@ -44,15 +44,16 @@ def make(
 
 
 def mismatched(batch: Batch) -> Batch:
-    """Rows of one document each [B,T] with the answer of the row behind, the last with that of the first.
+    """Rows [B,T] of one document each, where every prompt gets the answer of the next row, and the last that of the
+    first.
 
-    An answer begins at the first target that counts and ends with the document; what does not fit is cut.
+    An answer begins at the first target that counts and ends with the document; it is truncated to the row.
     """
     width = batch["tokens"].shape[1]
     at = jnp.arange(width)
     here = jnp.where(batch["mask"].any(-1), batch["mask"].argmax(-1), width)[:, None]  # the last slot of the prompt
     there = jnp.roll(here, -1, axis=0)
-    slot = at - here + there  # where each slot of the new answer comes from
+    slot = at - here + there  # the source of each slot of the new answer
     fits = (at >= here) & (slot < width)
 
     def moved(x: Array, empty: int = 0) -> Array:

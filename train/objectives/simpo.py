@@ -16,7 +16,7 @@ BATCH = "pair"
 def make(model: Transformer, *, beta: float = 2.0, gamma: float = 1.0) -> Objective:
     """Eq. 6: -log sigmoid(beta (mean log p of the chosen - that of the rejected answer) - gamma), a mean over pairs.
 
-    `gamma` is the reward margin that is aimed at.
+    `gamma` is the target reward margin.
     """
 
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
