@@ -113,7 +113,7 @@ def source(blueprint: Blueprint, data: Batches, steps: int) -> Source:
         raise UserError(
             f"the objective needs batches of kind {objective.batch!r}, the data have kind {kind!r}",
             "config.data",
-            "choose an objective for these data, or data for this objective: preference pairs have kind 'pair'; for rows"
-            " with a label or a rating see config.data.format",
+            "choose an objective for these data, or data for this objective: preference pairs have kind 'pair'; for"
+            " rows with a label or a rating see config.data.format",
         )
     return data
