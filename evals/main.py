@@ -2,7 +2,7 @@
 
     python -m evals.main --model=NAME_OR_RUN --tasks=dates,rows.jsonl:scorer=number [--shots=0,4] [--n=100] [--seed=0]
                          [--adapter=RUN] [--against=RUN] [--contamination=SOURCE] [--text=pydocs] [--passages=16]
-                         [--out=FOLDER]
+                         [--out=FOLDER] [--strict]
 
 Prints a table and appends one line of JSON for each result to FOLDER/evals.jsonl; by default the folder is that of the
 run, when the model or the adapter is one. `--text` names a data source; its loss before and after a tuning is what the
@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--shots", default="0", type=cli.counts)
     for name, default in dict(n=100, seed=0, passages=16, batch_size=16).items():
         parser.add_argument(f"--{name}", default=default, type=cli.count)
+    parser.add_argument("--strict", action="store_true", help="what the files hold and nothing uses is an error")
     run(parser.parse_args(argv))
 
 
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     from infer.models import load
 
     start = time.perf_counter()
-    lm = load(args.model, adapter=args.adapter or None)
+    lm = load(args.model, adapter=args.adapter or None, strict=args.strict)
     used, results = [_gas(time.perf_counter() - start, 0.0)], []
     for result in _measure(lm, args, tasks):
         spent = _gas(result["seconds"], result["flops"])

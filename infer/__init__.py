@@ -15,16 +15,19 @@ def load(
     adapter: str | Path | None = None,
     dtype: str | None = None,
     tokenizer: str | Path | None = None,
+    strict: bool = False,
 ) -> "LM":
     """The LM of a folder, a .gguf file, a packaged model's name, a hub id or a run folder; see infer.models.load."""
     from infer import models  # jax is not imported before a model is wanted
 
-    return models.load(name, adapter, dtype, tokenizer)
+    return models.load(name, adapter, dtype, tokenizer, strict)
 
 
 @outermost
-def load_many(name: str | Path, folders: dict[str, str | Path], dtype: str | None = None) -> "LM":
+def load_many(
+    name: str | Path, folders: dict[str, str | Path], dtype: str | None = None, *, strict: bool = False
+) -> "LM":
     """The LM of a base with adapters {name: run or PEFT folder} to choose from; see infer.models.load_many."""
     from infer import models
 
-    return models.load_many(name, folders, dtype)
+    return models.load_many(name, folders, dtype, strict=strict)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -41,6 +41,7 @@ class LM:
     params: Params
     tokenizer: Tokenizer
     store: Store | None = None  # of adapters to choose from; `params` is their base
+    tokenizers: Mapping[str, Tokenizer] = dataclasses.field(default_factory=dict)  # of adapters with one of their own
 
     @property
     def config(self) -> ModelConfig:
@@ -49,6 +50,11 @@ class LM:
     @functools.cached_property
     def unrolled(self) -> Params:
         return unrolled(self.model, self.params)
+
+    def speaking(self, adapter: str | None) -> "LM":
+        """This model with the tokenizer and the chat template of an adapter of the store."""
+        own = self.tokenizers.get(adapter or "")
+        return self if own is None else dataclasses.replace(self, tokenizer=own)
 
     def _serving(self, adapters: Sequence[str | None]) -> Params:
         """The unrolled parameters for prompts with these adapters."""
@@ -70,20 +76,27 @@ class LM:
         infer.generate: temperature (0: greedy), top_k, top_p, min_p, seed, cache. An answer ends at the tokenizer's end
         tokens.
         """
-        asked = [self.encode(p) for p in _several(prompts)]
-        if adapters and len(adapters) != len(asked):
-            raise UserError(f"{len(adapters)} adapters for {len(asked)} prompts", "adapters", "one a prompt, or none")
+        prompts = _several(prompts)
+        if adapters and len(adapters) != len(prompts):
+            raise UserError(f"{len(adapters)} adapters for {len(prompts)} prompts", "adapters", "one a prompt, or none")
+        speakers = [self.speaking(adapter) for adapter in adapters or [None] * len(prompts)]
+        asked = [lm.encode(prompt) for lm, prompt in zip(speakers, prompts, strict=True)]
+        ends = {lm.tokenizer.eos_ids for lm in speakers}
+        if len(ends) > 1:
+            what = "the answers of these adapters end at different tokens"
+            raise UserError(what, "adapters", "ask each in a call of its own")
         stopped = lambda tokens: any(s in self.tokenizer.decode(tokens, skip_special=True) for s in stop)
         out = generate(
             self.model,
             self._serving(adapters or [None] * len(asked)),
             asked,
             max_new_tokens=max_new_tokens,
-            stop_ids=self.tokenizer.eos_ids,
+            stop_ids=next(iter(ends), ()),
             stop=stopped if stop else None,
             **knobs,
         )
-        return [cut(self._continuation(p, t), stop) for p, t in zip(asked, out.tokens, strict=True)]
+        answers = zip(speakers, asked, out.tokens, strict=True)
+        return [cut(lm._continuation(prompt, tokens), stop) for lm, prompt, tokens in answers]
 
     def answer(self, questions: str | Sequence[str], **knobs: float | str) -> str | list[str]:
         """Answers to a user's questions, one or several; a model without a chat template continues them as texts."""
@@ -97,10 +110,10 @@ class LM:
         self, prompt: Prompt, *, adapter: str | None = None, max_new_tokens: int = 64, **knobs: float | str
     ) -> Iterator[str]:
         """The text of `generate` for one prompt, a piece a token; "" while a character is not whole."""
-        asked, params = self.encode(prompt), self._serving([adapter])
-        ends = self.tokenizer.eos_ids
+        lm, params = self.speaking(adapter), self._serving([adapter])
+        asked, ends = lm.encode(prompt), lm.tokenizer.eos_ids
         tokens = stream(self.model, params, asked, max_new_tokens=max_new_tokens, stop_ids=ends, **knobs)
-        return self.pieces(asked, tokens)
+        return lm.pieces(asked, tokens)
 
     def pieces(self, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
         """The text of tokens behind a prompt, as they come."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 from pathlib import Path
 
@@ -29,28 +30,31 @@ def load(
     adapter: str | Path | None = None,
     dtype: str | None = None,
     tokenizer: str | Path | None = None,
+    strict: bool = False,
 ) -> LM:
     """A model that is ready to generate and to score.
 
     `name`: a Hugging Face folder, a .gguf file, a packaged model's name, a hub id, or a run folder; RUN/ckpt/STEP is a
     step of a run. `adapter`: a run folder or a PEFT folder, whose adapters are put on the model. `dtype` of weights and
     activations; None: float32, or the run's own. `tokenizer` names another than the adapter's, or the model's own.
-    Raises UserError.
+    `strict`: what the files hold and the model does not use is an error. Raises UserError.
     """
     foreign = adapter and (Path(adapter).expanduser() / peft_read.CONFIG).exists()
-    opened = run_at(Path(adapter), base=open_model(name)) if adapter and not foreign else open_model(name)
+    opened = open_model(name, strict)
+    if adapter and not foreign:
+        opened = run_at(Path(adapter), base=opened)
     if foreign:
         model = build.network(opened.config, dtype)
         base = opened.load(model.specs, None, model.param_dtype)
-        params = peft_read.read(adapter)(base, model.specs, jax.random.key(0))
+        params = peft_read.read(adapter, strict)(base, model.specs, jax.random.key(0))
     elif isinstance(opened, Run):
         model = opened.model if dtype is None else dataclasses.replace(opened.model, dtype=dtype, param_dtype=dtype)
         params = opened.params(model.specs, None, model.param_dtype)
     else:
         model = build.network(opened.config, dtype)
         params = opened.load(model.specs, None, model.param_dtype)
-    beside = foreign and (Path(adapter).expanduser() / "tokenizer_config.json").exists()
-    return LM(model, params, _tokenizer(tokenizer, str(adapter) if beside else opened.tokenizer_source))
+    own = adapter and _tokenizer_of(Path(adapter).expanduser())
+    return LM(model, params, _tokenizer(tokenizer, own or opened.tokenizer_source))
 
 
 def _tokenizer(named: str | Path | None, source: str) -> tokenizers.Tokenizer | Absent:
@@ -63,25 +67,54 @@ def _tokenizer(named: str | Path | None, source: str) -> tokenizers.Tokenizer | 
         return Absent(error)
 
 
+def _tokenizer_of(adapter: Path) -> str:
+    """Where the tokenizer is that an adapter was trained with; "" where its folder has none."""
+    if (adapter / peft_read.CONFIG).exists():
+        return str(adapter) if (adapter / "tokenizer_config.json").exists() else ""
+    return run_at(adapter).tokenizer_source
+
+
 def load_many(
-    name: str | Path, folders: dict[str, str | Path], dtype: str | None = None, rank_rows: int = RANK_ROWS
+    name: str | Path,
+    folders: dict[str, str | Path],
+    dtype: str | None = None,
+    rank_rows: int = RANK_ROWS,
+    strict: bool = False,
 ) -> LM:
     """The base of a model, with the LoRA adapters of run and PEFT folders to choose from for every prompt.
 
+    Each adapter is asked and read with the tokenizer and the chat template that it was trained with.
+
     A run folder as `name` gives its base, quantized as its adapter was trained on it. `rank_rows` bounds what lies on
-    the device for each weight; the others wait on the host. Raises UserError.
+    the device for each weight; the others wait on the host. `strict` as in `load`. Raises UserError.
     """
-    lm = load(name, dtype=dtype)
+    lm = load(name, dtype=dtype, strict=strict)
     base, specs = weights.base(lm.params), lm.model.specs
-    read = {n: paged.factors_of(_adapted(path, base, specs), specs, str(path)) for n, path in folders.items()}
-    return dataclasses.replace(lm, params=base, store=Store(lm.model, base, read, rank_rows))
+    read = {n: paged.factors_of(_adapted(path, base, specs, strict), specs, str(path)) for n, path in folders.items()}
+    store, own = Store(lm.model, base, read, rank_rows), _own_tokenizers(folders, lm.tokenizer)
+    return dataclasses.replace(lm, params=base, store=store, tokenizers=own)
 
 
-def _adapted(folder: str | Path, base: Params, specs: Specs) -> Params:
+def _own_tokenizers(folders: dict[str, str | Path], base: tokenizers.Tokenizer | Absent) -> dict:
+    """{adapter: its tokenizer} of those that were trained with another than the base's."""
+    known, out = {}, {}
+    for name, folder in folders.items():
+        if not (source := _tokenizer_of(Path(folder).expanduser())):
+            continue
+        texts = [p for p in sorted(Path(source).iterdir()) if p.is_file() and p.suffix not in (".safetensors", ".bin")]
+        same = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in texts)).digest()
+        if same not in known:  # a thousand adapters have a few
+            known[same] = tokenizers.load(source)
+        if isinstance(base, Absent) or known[same].fingerprint != base.fingerprint:
+            out[name] = known[same]
+    return out
+
+
+def _adapted(folder: str | Path, base: Params, specs: Specs, strict: bool) -> Params:
     """A base with the adapter of a folder. Raises UserError when a run has trained it on another one."""
     path = Path(folder).expanduser()
     if (path / peft_read.CONFIG).exists():
-        return peft_read.read(path)(base, specs, jax.random.key(0))
+        return peft_read.read(path, strict)(base, specs, jax.random.key(0))
     run = run_at(path)
     if not run.cfg.peft.name:
         raise UserError("the run has trained no adapter", str(folder), "serve it as a model")
@@ -108,10 +141,10 @@ def before_and_after(source: str | Path, base: str | Path = "") -> tuple[LM, Par
     return lm, weights.dense(load(start).params, lm.model.specs)
 
 
-def open_model(name: str | Path) -> "Pretrained | Run":
-    """An opened model: its shape is known, its weights are not read yet."""
+def open_model(name: str | Path, strict: bool = False) -> "Pretrained | Run":
+    """An opened model: its shape is known, its weights are not read yet. A run folder holds nothing that is unused."""
     path = Path(name).expanduser()
-    return run_at(path) if is_run(path) else open_pretrained(str(name))
+    return run_at(path) if is_run(path) else open_pretrained(str(name), strict)
 
 
 def is_run(path: Path) -> bool:

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from common.errors import UserError
+from infer import models
 from infer.lm import LM
 from model import weights
 from model.config import ModelConfig
@@ -252,6 +253,10 @@ FOLDERS = {
     ),
     "a tied table that differs": Case("llama", other_head, said="ties the head .* is used"),
     "a tied table twice": Case("tied", same_head),
+    "a billion layers": Case("mistral", config_with(num_hidden_layers=10**9), error="1,000,000,000 layers, its files"),
+    "fields of the config that nothing reads": Case(
+        "llama", config_with(logit_scale=0.5, embedding_multiplier=None, attention_dropout=0.1), said="json:logit_scale"
+    ),
     "another head": Case("llama", with_tensors(score__weight=(2, 16)), said="does not use score.weight"),
     "layers of multi-token prediction": Case(
         "llama", with_tensors(model__layers__2__mlp__up_proj__weight=(24, 16)), said=r"model\.layers\.2\.mlp"
@@ -317,6 +322,10 @@ ROPE = {
     ),
     "llama3": rope(64, dict(rope_scaling=LLAMA3 | {KEY: 32}), **LLAMA3 | {KEY: 32}),
     "llama3 without an original length": rope(64, dict(rope_scaling=LLAMA3), **LLAMA3 | {KEY: 64}),
+    "a field of its own": rope(
+        128, dict(rope_scaling={"type": "linear", "factor": 2.0, "new": 1}), said=r"config.json:rope_scaling.new$",
+        rope_type="linear", factor=2.0, new=1,
+    ),
     "default said aloud": rope(64, dict(rope_scaling={"rope_type": "default"}, rope_parameters=None)),
     "mrope": rope(
         64, dict(rope_scaling={"type": "mrope", "mrope_section": [2, 1, 1]}, model_type="qwen2_vl"), shape="qwen2"
@@ -350,6 +359,12 @@ def test_checkpoint(name, tmp_path, caplog):
     else:
         assert len(lines) == 1 and "\n" not in lines[0]
         assert re.search(case.said, lines[0]), lines
+
+
+def test_strict_makes_it_an_error(tmp_path):
+    made(CASES["another head"], tmp_path / "m")
+    with pytest.raises(UserError, match=r"does not use score.weight .* without strict"):
+        models.load(tmp_path / "m", strict=True)
 
 
 # --- positions beyond the table ---

@@ -19,7 +19,9 @@ import pytest
 import uvicorn
 
 from common.errors import UserError
+from data.text import chat
 from data.text.formats import load as load_tokenizer
+from infer import models
 from infer.generate import generate
 from infer.lm import LM
 from infer.sample import Knobs
@@ -410,6 +412,25 @@ def test_messages_are_rendered_by_the_template():
 def test_what_a_template_would_drop_is_refused(template, chat, why):
     with pytest.raises((Refused, UserError), match=why):
         rendered(template, chat)
+
+
+def test_an_adapter_is_asked_as_it_was_trained(batcher, tmp_path):
+    """With the tokenizer and the template of its folder, where they are not the base's."""
+    own = load_tokenizer("bytes")
+    own.chat_template, own.eos_id = CHATML, 10
+    for name, tokenizer in {"c": own, "d": batcher.lm.tokenizer}.items():
+        tokenizer.save(tmp_path / name)
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "adapter_config.json").write_text("{}")
+    found = models._own_tokenizers({name: tmp_path / name for name in "cde"}, batcher.lm.tokenizer)
+    assert found.keys() == {"c"}
+    lm = dataclasses.replace(batcher.lm, tokenizers=found)
+    plain, asked = (messages.encode(lm.speaking(name), messages.turns(USER)) for name in (None, "c"))
+    assert plain == list(b"2+3=") and own.decode(asked) == chat.render(USER, own, True)
+    assert Batcher(lm, rows=1, length=16).ends == {None: (257,), "c": (10,), "d": (257,)}
+    with pytest.raises(UserError, match="end at different tokens"):
+        lm.generate(["a", "a"], adapters=["c", "d"])
 
 
 def test_text_is_held_back_while_it_may_begin_a_stop_string():

@@ -1,6 +1,7 @@
 """Talk to a model in the terminal.
 
     python -m tools.chat MODEL [--adapter=RUN] [--system=TEXT] [--temperature=0.7] [--cache=int8] [--max-new-tokens=256]
+                         [--strict]
     python -m tools.chat MODEL --adapters=[NAME=]RUN,...
     echo "What is the capital of France?" | python -m tools.chat MODEL
 
@@ -37,8 +38,11 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", default="float", choices=("float", "int8", "fp8"), help="of keys and values")
     parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--strict", action="store_true", help="what the files hold and nothing uses is an error")
     args = vars(parser.parse_args(argv))
-    model, adapter, several, system = (args.pop(k) for k in ("model", "adapter", "adapters", "system"))
+    model, adapter, several, system, strict = (
+        args.pop(k) for k in ("model", "adapter", "adapters", "system", "strict")
+    )
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8", errors="replace")
     from infer.models import load, load_many
@@ -46,7 +50,8 @@ def main(argv: list[str]) -> int | None:
     if adapter and several:
         raise UserError("one adapter or several to choose from", "--adapter and --adapters", "leave one out")
     folders = named(several)
-    chat = Chat(load_many(model, folders) if folders else load(model, adapter), system, args)
+    lm = load_many(model, folders, strict=strict) if folders else load(model, adapter, strict=strict)
+    chat = Chat(lm, system, args)
     return converse(chat) if sys.stdin.isatty() else ask(chat, sys.stdin.read().strip())
 
 
@@ -67,7 +72,7 @@ class Chat:
         """Pieces of the answer, as they come."""
         turns = [*self.messages, {"role": "user", "content": text}]
         pieces = []
-        asked = turns if self.lm.tokenizer.chat_template else text
+        asked = turns if self.lm.speaking(self.adapter).tokenizer.chat_template else text
         for piece in self.lm.stream(asked, adapter=self.adapter, **self.knobs):
             pieces.append(piece)
             yield piece

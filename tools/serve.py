@@ -1,6 +1,7 @@
 """Serve a model and adapters of it over HTTP, on this machine alone, in OpenAI's format.
 
     python -m tools.serve MODEL [--name=NAME] [--adapters=[NAME=]FOLDER,...] [--port=8000] [--rows=8] [--length=1024]
+                          [--strict]
 
     curl -N http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
         -d '{"model": "MODEL", "stream": true, "messages": [{"role": "user", "content": "Hello"}]}'
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     parser.add_argument("--rows", type=int, default=8, help="answers at a time")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a prompt and its answer")
+    parser.add_argument("--strict", action="store_true", help="what the files hold and nothing uses is an error")
     args = parser.parse_args(argv)
     name, folders = args.name or args.model, cli.named(args.adapters)
     if min(args.rows, args.length) < 1:
@@ -41,7 +43,7 @@ def main(argv: list[str]) -> int | None:
     from infer.serve.batcher import Batcher
 
     with http.listen(args.port) as listening:  # before the model is read: the port may be taken
-        lm = load_many(args.model, folders) if folders else load(args.model)
+        lm = load_many(args.model, folders, strict=args.strict) if folders else load(args.model, strict=args.strict)
         batcher = Batcher(lm, args.rows, args.length)
         names = ", ".join([name, *batcher.names])
         print(f"http://{http.HOST}:{listening.getsockname()[1]}/v1 serves {names}", flush=True)

@@ -117,7 +117,9 @@ class Batcher:
         if others := without_columns(lm.config.blocks):
             raise UserError(f"{others[0]} layers keep a state, which is no ring", "model", "use tools.chat")
         self.lm, self.length, self.limit = lm, min(length, lm.config.context), waiting
-        self.ends = lm.tokenizer.eos_ids  # raises UserError for a model without a tokenizer
+        adapters = lm.store.adapters if lm.store else ()
+        # Raises UserError for a model without a tokenizer.
+        self.ends = {name: lm.speaking(name).tokenizer.eos_ids for name in (None, *adapters)}
         self.rows: list[Request | None] = [None] * rows
         self.waiting: deque[Request] = deque()
         self.changed = threading.Condition()
@@ -219,7 +221,7 @@ class Batcher:
             if request.top is not None:
                 pairs = list(zip(best[i], best_logps[i]))[: request.top]
                 request.scores.append(Score(tokens[i], logps[i], pairs))
-            if request.add(tokens[i], self.ends):
+            if request.add(tokens[i], self.ends[request.adapter]):
                 request.end()
                 self.rows[row], self.params = None, None
 

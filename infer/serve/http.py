@@ -156,8 +156,8 @@ class Service:
 
     def submit(self, asked: api.Asked, put: Callable[[int, Item], None]) -> list[api.Choice]:
         """The answers of a request, in the batcher's queue; all or none. Raises Refused and UserError."""
-        lm, choices = self.batcher.lm, []
         adapter = None if asked.model == self.name else asked.model
+        lm, choices = self.batcher.lm.speaking(adapter), []
         try:
             for prompt in asked.prompts:
                 ids = messages.encode(lm, prompt) if asked.chat else api.ids(lm, prompt)

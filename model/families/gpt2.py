@@ -44,7 +44,7 @@ OTHER_NAMES = dict(  # from transformers' attribute map
 
 
 def config(hf: dict) -> ModelConfig:
-    hf = DEFAULTS | {OTHER_NAMES.get(name, name): value for name, value in hf.items()}
+    hf = DEFAULTS | hf | {ours: value for name, ours in OTHER_NAMES.items() if (value := hf.get(name)) is not None}
     refuse(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     return ModelConfig(
         family="gpt2",

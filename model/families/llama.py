@@ -50,6 +50,11 @@ ROPES = {  # type: parameters that it requires
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
 }
+ROPE_FIELDS = {  # of rope_scaling, whatever its type
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor",
+    "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor",
+    "truncate", "mrope_section", "mrope_interleaved", "finetuned",
+}  # fmt: skip
 BIASES = {(False, False): "none", (True, False): "attn", (False, True): "mlp", (True, True): "all"}  # attention, MLP
 
 
@@ -105,19 +110,21 @@ def rope(hf: dict) -> tuple[float, dict]:
     scaling = dict(spelled(hf))
     if any(isinstance(v, dict) for v in scaling.values()):
         raise UserError("rope parameters that differ between layers are not supported", "rope_parameters")
-    theta = scaling.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
+    beside = hf.get("rope_theta")
+    theta = scaling.pop("rope_theta", None) or beside or 10000.0
     kind = scaling.pop("rope_type", None) or scaling.get("type") or "default"
     for name in ("type", "partial_rotary_factor", "mrope_section", "mrope_interleaved"):
         scaling.pop(name, None)
+    original = "original_max_position_embeddings"
+    length, before = hf.get("max_position_embeddings"), hf.get(original)
     kind = "default" if kind == "mrope" else kind  # three positions per token, which are equal for text
     if kind not in ROPES:
         raise UserError(f"rope type {kind!r} is not supported; supported: {', '.join(ROPES)}", "rope_scaling")
     if kind == "default":
         return float(theta), {}
     scaling = {k: v for k, v in scaling.items() if v is not None}
-    length, original = hf.get("max_position_embeddings"), "original_max_position_embeddings"
-    if kind in ("llama3", "yarn") and hf.get(original):
-        scaling[original] = hf[original]
+    if kind in ("llama3", "yarn") and before:
+        scaling[original] = before
     if kind == "llama3":
         scaling.setdefault(original, length)
     if kind == "yarn" and isinstance(scaling.get(original), int):
@@ -129,12 +136,14 @@ def rope(hf: dict) -> tuple[float, dict]:
 
 def spelled(hf: dict) -> dict:
     """The rope parameters of a config.json: `rope_scaling`, or transformers 5's `rope_parameters`."""
-    return hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    older, newer = hf.get("rope_scaling"), hf.get("rope_parameters")
+    return older or newer or {}
 
 
 def rotary(hf: dict, default: float = 1.0) -> float:
     """The fraction of a head's dimensions that rope rotates."""
-    return spelled(hf).get("partial_rotary_factor") or hf.get("partial_rotary_factor") or default
+    beside = hf.get("partial_rotary_factor")
+    return spelled(hf).get("partial_rotary_factor") or beside or default
 
 
 def act(name: str) -> str:
@@ -157,11 +166,11 @@ def refuse(hf: dict, **expected: Any) -> None:
 def windows(hf: dict) -> tuple[int, ...]:
     """One sliding window per layer, from the keys of Qwen2 and Qwen3: `layer_types`, else `max_window_layers`."""
     layers, window = hf.get("num_hidden_layers", 32), hf.get("sliding_window", 4096)
-    if not window or not hf.get("use_sliding_window"):
+    first, types = hf.get("max_window_layers", 28), hf.get("layer_types")
+    if not hf.get("use_sliding_window") or not window:
         return ()
-    first = hf.get("max_window_layers", 28)
     default = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    sliding = [kind == "sliding_attention" for kind in hf.get("layer_types") or default]
+    sliding = [kind == "sliding_attention" for kind in types or default]
     return tuple(window * s for s in sliding) if any(sliding) else ()
 
 

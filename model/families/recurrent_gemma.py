@@ -46,7 +46,7 @@ def config(hf: dict) -> ModelConfig:
     hf = DEFAULTS | hf
     embed, heads = hf["hidden_size"], hf["num_attention_heads"]
     theta, scaling = llama.rope(hf)
-    llama.refuse(hf)
+    llama.refuse(hf, head_dim=embed // heads)
     llama.refuse(scaling, rope_type="default")
     window = hf.get("sliding_window") or hf.get("attention_window_size", 2048)
     return ModelConfig(

@@ -2,15 +2,18 @@
 
 import functools
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 
 from common.errors import UserError
 from common.gguf_header import read_header
+from common.seen import Seen
 from model.families._layout import Index
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
+QUIET = re.compile(r"[^.]+\.(vocab_size|tensor_data_layout|rope\.scaling\.finetuned|expert_used_count)")
 CHUNK = 1 << 20  # values dequantized at once: bounds the temporaries, and stays in the cache
 TRANSPOSED = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")  # in GPT-2, whose own are
 
@@ -20,7 +23,7 @@ class File:
 
     def __init__(self, path: Path):
         self.path, header = path, read_header(path)
-        self.metadata, self.tensors = header.metadata, header.tensors
+        self.metadata, self.tensors = Seen(header.metadata), header.tensors
         self.architecture = self.metadata.get("general.architecture")
         if self.architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
@@ -96,6 +99,11 @@ class File:
     # --- tensors ---
 
     body = ""
+
+    def unused_fields(self, _: Seen) -> list[str]:
+        """Metadata of the architecture that hold something and were not read."""
+        own = (name for name in self.metadata.unused(()) if name.startswith(f"{self.architecture}."))
+        return sorted(name for name in own if not QUIET.fullmatch(name))
 
     def unused_files(self) -> list[str]:
         return []

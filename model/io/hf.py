@@ -10,6 +10,8 @@ import ml_dtypes
 import numpy as np
 
 from common.errors import UserError
+from common.seen import Seen
+from model.families import llama
 from model.families._layout import Index
 from model.io import foreign
 
@@ -26,6 +28,26 @@ QUIET = re.compile(  # files that lie beside weights: the same in another format
     r"pytorch_model.*|consolidated.*|tf_model.*|flax_model.*|rust_model.*|model\.onnx.*|training_args\.bin|optimizer.*|"
     r"scheduler.*|scaler\.pt|rng_state.*|.*\.gguf"
 )
+# Fields of a config.json that change nothing here: where a model comes from, how it was trained, how it is sampled,
+# where the numbers of its words are, what other heads it could have.
+IRRELEVANT = {
+    "_name_or_path", "architectures", "model_type", "multimodal", "transformers_version", "dtype", "torch_dtype",
+    "quantization_config", "auto_map", "name", "custom_pipelines", "unsloth_fixed", "unsloth_version",
+    "_attn_implementation_autoset", "attn_implementation", "_attn_implementation", "use_cache", "torchscript",
+    "initializer_range", "w_init_variance_scale", "final_w_init_variance_scale", "attention_dropout",
+    "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "gradient_checkpointing", "pretraining_tp",
+    "reorder_and_upcast_attn", "use_bfloat16", "tf_legacy_loss", "tokenizer_class", "n_ctx", "is_llama_config",
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id",
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "forced_bos_token_id",
+    "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+    "begin_suppress_tokens", "return_dict_in_generate", "return_dict", "output_attentions", "output_hidden_states",
+    "chunk_size_feed_forward", "is_decoder", "is_encoder_decoder", "tie_encoder_decoder", "pruned_heads",
+    "cross_attention_hidden_size", "prefix", "task_specific_params", "problem_type", "finetuning_task", "id2label",
+    "label2id", "num_labels", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+    "summary_type", "summary_use_proj",
+}  # fmt: skip
 PART = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 CONVERT = (
     "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{0}').save_pretrained('{0}')\""
@@ -105,6 +127,12 @@ class Folder:
         parts = body.split(".")
         heads = [".".join([*parts[:n], "lm_head.weight"]) for n in range(len(parts))]
         return body, next((name for name in heads if name in names), "lm_head.weight")
+
+    def unused_fields(self, read: Seen) -> list[str]:
+        """Fields of the config that hold something and were not read, and those of its rope."""
+        rope = dict.get(read, "rope_scaling") or dict.get(read, "rope_parameters") or {}
+        inside = [f"rope_scaling.{name}" for name in rope if name not in llama.ROPE_FIELDS]
+        return [f"config.json:{name}" for name in [*sorted(read.unused(IRRELEVANT)), *inside]]
 
     def unused_files(self) -> list[str]:
         """Files with weights beside those that are read, but for what lies in ordinary folders."""

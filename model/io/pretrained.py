@@ -14,6 +14,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.packages import locate
+from common.seen import Seen
 from model import weights
 from model.config import ModelConfig, in_layers
 from model.families import _layout as layout
@@ -38,6 +39,7 @@ class Source(Protocol):
 
     def stored(self, name: str) -> str: ...  # its own name for a tensor of the family's table
     def shape(self, name: str) -> tuple[int, ...]: ...
+    def unused_fields(self, read: Seen) -> list[str]: ...  # of its config, of which `read` was read
     def unused_files(self) -> list[str]: ...  # with weights, beside those that are read
     def read(self, name: str, cuts: Index) -> np.ndarray: ...
 
@@ -49,6 +51,7 @@ class Pretrained:
     config: ModelConfig
     source: Source
     tokenizer_source: str  # for data.text.formats.load
+    unused: list[str] = dataclasses.field(default_factory=list)  # fields of the config that nothing reads
     strict: bool = False  # whether what the model does not use is an error
 
     @property
@@ -73,7 +76,7 @@ class Pretrained:
         Raises UserError that names every missing, unexpected or mis-shaped tensor, and says in one line what the
         checkpoint holds beside them.
         """
-        unused = self.check(specs) + self.source.unused_files()
+        unused = self.check(specs) + self.source.unused_files() + self.unused
         report("the model does not use", unused, self.tokenizer_source, self.strict)
         if shardings is None:
             shardings = jax.tree.map(lambda _: _first_device(), specs, is_leaf=weights.is_spec)
@@ -154,13 +157,18 @@ def open_pretrained(name: str, strict: bool = False) -> Pretrained:
         raise UserError("is a run folder, not an open checkpoint", str(path), "open it with infer.load")
     else:
         source = hf.Folder(path)
-    return Pretrained(_config(source, path), source, str(path), strict)
+    config, unused = _config(source, path)
+    return Pretrained(config, source, str(path), unused, strict)
 
 
-def _config(source: Source, path: Path) -> ModelConfig:
-    kind = source.hf_config.get("model_type")
+def _config(source: Source, path: Path) -> tuple[ModelConfig, list[str]]:
+    """The shape of a source, and the fields of its config that hold something and say nothing of it."""
+    hf_config = Seen(source.hf_config)
+    kind, layers = hf_config.get("model_type"), hf_config.get("num_hidden_layers") or hf_config.get("n_layer")
+    if isinstance(layers, int) and layers > len(source.names):  # before anything is made for each of them
+        raise UserError(f"its config says {layers:,} layers, its files hold {len(source.names):,} tensors", str(path))
     try:
-        config = family(kind).config(source.hf_config)
+        config = family(kind).config(hf_config)
         if any(type(n) is not int or n < 1 for n in (config.layers, *config.sizes.values())):
             raise TypeError("a size is not a positive whole number")
         if config.heads % config.kv_heads:
@@ -169,7 +177,7 @@ def _config(source: Source, path: Path) -> ModelConfig:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"the config of {kind} is incomplete or wrong: {error}", str(path)) from None
-    return dataclasses.replace(config, tied=_tied(config, source, path))
+    return dataclasses.replace(config, tied=_tied(config, source, path)), source.unused_fields(hf_config)
 
 
 def _tied(config: ModelConfig, source: Source, path: Path) -> bool:

@@ -6,7 +6,9 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from model.io.pretrained import open_pretrained  # noqa: E402
+from common.seen import Seen  # noqa: E402
+from model.io import hf  # noqa: E402
+from model.io.pretrained import families, family, open_pretrained  # noqa: E402
 from model.net.transformer import Transformer  # noqa: E402
 from tests.parity.test_families import close  # noqa: E402
 from tests.test_checkpoints_in import CASES, made  # noqa: E402
@@ -18,6 +20,20 @@ ELSEWHERE = {
     "bitsandbytes in the config only", "parts without an index", "no model_type", "saved by torch.compile", "llava",
     "qwen2-vl", "smolvlm",
 }  # fmt: skip
+
+
+CONFIGS = {
+    "llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig, "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config, "gpt2": transformers.GPT2Config,
+    "recurrent_gemma": transformers.RecurrentGemmaConfig,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in families() if n in CONFIGS])
+def test_every_field_of_a_config_is_read_or_known(name):
+    read = Seen(CONFIGS[name]().to_dict())
+    family(name).config(read)
+    assert not read.keys() - read.used - hf.IRRELEVANT
 
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if not case.error and n not in ELSEWHERE])
