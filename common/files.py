@@ -1,7 +1,7 @@
-"""Everything the project writes: files and folders that are old or new, never half written, and lines that are whole.
+"""All writing of the project: files and folders that are complete or absent, and lines that are complete.
 
-What is being written stands beside its place under a name that begins with WRITING, locked by its writer; the kernel
-drops the lock with the process, so that the next writer in the same folder can tell and remove what a kill left.
+A file or folder is first written beside its final path, under a name that begins with WRITING, and locked. The kernel
+releases the lock with the process, so the next writer in the same folder can recognize and delete remains of a kill.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from common.types import Json
 
 WRITING = ".writing-"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LOCK = "LOCK"  # this one and those of train.keep.lease stay where they are
+LOCK = "LOCK"  # the name of locks, which stay local (see also train.keep.lease)
 MIRRORS = Path("~/.cache/kungfu/runs")
 
 
@@ -33,7 +33,7 @@ MIRRORS = Path("~/.cache/kungfu/runs")
 
 
 def write(path: Place, content: str | bytes) -> None:
-    """Replaces `path` by the content, on disk or in the store when this returns. A link is replaced, not followed."""
+    """Replaces `path` by the content; durable when it returns. A link is replaced, not followed."""
     data = content.encode() if isinstance(content, str) else content
     if paths.remote(path):
         path.write_bytes(data)
@@ -44,10 +44,10 @@ def write(path: Place, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def file(path: Path, replace: bool = True) -> Iterator[Path]:
-    """An empty file to fill. It gets the name `path` when the block ends without an error, else it is deleted.
+    """An empty file to fill. It is renamed to `path` when the block ends without an error, else deleted.
 
-    With `replace` unset, another file at `path` stays, and FileExistsError is raised; one with the same bytes, as after
-    a kill behind the rename, is none.
+    Without `replace`, FileExistsError is raised if `path` exists with other content. Equal content is accepted, since a
+    kill after the rename leaves it.
     """
     with _naming(path):
         with _beside(path, is_folder=False) as part:
@@ -60,22 +60,22 @@ def file(path: Path, replace: bool = True) -> Iterator[Path]:
 
 
 def write_json(path: Place, value: Any) -> None:
-    """Raises ValueError for NaN and infinities: see `plain`."""
+    """Writes a JSON file. Raises ValueError for NaN and infinities: see `plain`."""
     write(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def write_lines(path: Place, values: Iterable[Json]) -> None:
-    """A .jsonl, which appears as a whole."""
+    """Writes a .jsonl atomically."""
     write(path, "".join(map(json_line, values)))
 
 
 @contextlib.contextmanager
 def folder(path: Place, marker: str) -> Iterator[Path]:
-    """An empty folder to fill. It gets the name `path` when the block ends without an error, else it is deleted.
+    """An empty folder to fill. It is renamed to `path` when the block ends without an error, else deleted.
 
-    A store renames nothing: there the files are copied to `path`, the one named `marker` last, and a folder without its
-    marker is not whole: the next writer deletes it. When `path` is there it stays: nothing happens where its files are
-    the same, as after a kill behind the rename; else FileExistsError is raised. An empty folder is replaced.
+    In a store, which cannot rename, the files are copied to `path`, the one named `marker` last; a folder without its
+    marker is incomplete, and the next writer deletes it. If `path` exists, it stays: FileExistsError is raised unless
+    its files are the same, as after a kill that followed the rename. An empty folder is replaced.
     """
     if paths.remote(path):
         if (path / marker).exists():
@@ -112,7 +112,7 @@ def _same(a: Path, b: Path) -> bool:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Puts the name that the system leaves out into the error of a full disk."""
+    """Adds the file name, which the system omits, to the error of a full disk."""
     try:
         yield
     except OSError as error:
@@ -123,7 +123,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _beside(path: Path, is_folder: bool) -> Iterator[Path]:
-    """A new file or folder beside `path`, locked; what is left of it is deleted in the end."""
+    """A new, locked file or folder beside `path`, which is deleted at the end if it is still there."""
     clean(path.parent)
     part, fd = _locked(path, is_folder)
     try:
@@ -140,7 +140,7 @@ def _locked(path: Path, is_folder: bool) -> tuple[Path, int]:
             part.mkdir()
         else:
             part.touch(exist_ok=False)
-        with contextlib.suppress(FileNotFoundError):  # a cleaner found it in the moment before it was locked
+        with contextlib.suppress(FileNotFoundError):  # another writer removed it just before it was locked
             fd = os.open(part, os.O_RDONLY if is_folder else os.O_WRONLY | os.O_NOFOLLOW)
             if _lock(fd) is not False and part.exists():
                 return part, fd
@@ -148,7 +148,7 @@ def _locked(path: Path, is_folder: bool) -> tuple[Path, int]:
 
 
 def _lock(fd: int) -> bool | None:
-    """Whether the lock is now ours; None where the file system knows no locks."""
+    """Whether this process now holds the lock; None if the file system has no locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -159,7 +159,7 @@ def _lock(fd: int) -> bool | None:
 
 
 def clean(place: Path) -> None:
-    """Deletes what killed writers left in a folder; links are left alone."""
+    """Deletes the remains of killed writers in a folder, except links."""
     for part in place.glob(f"{WRITING}*"):
         with contextlib.suppress(OSError):
             fd = os.open(part, os.O_RDONLY | os.O_NOFOLLOW)
@@ -169,7 +169,7 @@ def clean(place: Path) -> None:
 
 
 def _delete(part: Path) -> None:
-    """Deletes a file or a folder, which may be gone; what links in it point to stays."""
+    """Deletes a file or a folder, which may not exist; the targets of links in it stay."""
     if part.is_dir() and not part.is_symlink():
         shutil.rmtree(part, ignore_errors=True)
     else:
@@ -177,7 +177,7 @@ def _delete(part: Path) -> None:
 
 
 def sync(path: str | Path) -> None:
-    """Makes a file, or the renames in a folder, durable."""
+    """Makes the content of a file, or renames in a folder, durable."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -186,7 +186,7 @@ def sync(path: str | Path) -> None:
 
 
 def remove(place: Place) -> None:
-    """Deletes a folder; errors within it on disk are ignored. A link is deleted, not followed."""
+    """Deletes a folder; errors on disk are ignored. A link is deleted, not followed."""
     if not paths.remote(place):
         _delete(place)
     elif place.exists():
@@ -216,7 +216,7 @@ def read_json(path: Path) -> Json:
 
 
 def read_lines(path: str | Path) -> list[Json]:
-    """The objects of a .jsonl, which may be missing or still written to; a line that a kill cut short is left out."""
+    """The objects of a .jsonl, which may be missing or still be written; incomplete lines are left out."""
     try:
         text = Path(path).read_text("utf-8", errors="replace")
     except OSError:
@@ -233,21 +233,21 @@ def _object(text: str) -> Json:
 
 
 def not_followed(path: str | Path, flags: int) -> int:
-    """os.open for what is added to in place; OSError for a link. An `opener` of `open`."""
+    """An `opener` for `open` that raises OSError for a link; used for files that are appended to."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def append(path: Path, value: Json) -> None:
-    """One more line of a .jsonl, in one write."""
+    """Appends a line to a .jsonl, in one write."""
     with contextlib.closing(Lines(path)) as lines:
         lines.write(value)
 
 
 class Lines:
-    """A .jsonl, open at its end; a line that a kill cut short is ended first, so that the next one stays whole.
+    """A .jsonl, open at its end. If a kill left an incomplete line, it is terminated first.
 
-    A link is not followed. What cannot be written, as on a full disk, is kept: `write` and `flush` raise OSError, and
-    the next call writes it first.
+    Links are not followed. If a line cannot be written, as on a full disk, `write` and `flush` raise OSError, and the
+    next call writes it first.
     """
 
     def __init__(self, path: Path):
@@ -274,7 +274,7 @@ class Lines:
             os.fsync(self._fd)
 
     def close(self) -> None:
-        """What could not be written is lost: `flush` first."""
+        """Lines that could not be written are lost: call `flush` first."""
         os.close(self._fd)
 
 
@@ -287,12 +287,12 @@ def json_line(value: Json) -> str:
 
 
 def mirror(home: Place) -> Path:
-    """Where this machine keeps the small files of a run in a store, since a store cannot append to them."""
+    """The folder on this machine for the small files of a run in a store, since stores cannot append to files."""
     return MIRRORS.expanduser() / hashlib.sha256(str(home).encode()).hexdigest()[:16]
 
 
 def fetch(home: Place, folder: Path) -> None:
-    """Makes `folder` hold what a run in a store holds, but for its checkpoints and its locks."""
+    """Makes `folder` a copy of a run in a store, without its checkpoints and locks."""
     for old in folder.iterdir():
         if old.name != LOCK:
             _delete(old)
@@ -303,7 +303,7 @@ def fetch(home: Place, folder: Path) -> None:
 
 
 def put(folder: Path, home: Place, known: dict[str, tuple[int, int]]) -> None:
-    """Copies the files that changed since they were `known`, by size and time, to a run in a store."""
+    """Uploads files to a run in a store if their size or time differs from `known`, which is updated."""
     for name, size in paths.sizes(folder).items():
         stamp = (size, (folder / name).stat().st_mtime_ns)
         if name != LOCK and known.get(name) != stamp:

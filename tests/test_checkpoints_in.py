@@ -249,7 +249,7 @@ FOLDERS = {
     "smolvlm": Case("llama", multimodal("smolvlm", "model.text_model.", "lm_head.weight"), said="vision"),
     "a text part of no family here": Case(
         "llama", multimodal("mllama", "language_model.model.", "lm_head.weight", text="mllama_text_model"),
-        error="'mllama_text_model' is not computed here",
+        error="'mllama_text_model' is not supported",
     ),
     "a tied table that differs": Case("llama", other_head, said="ties the head .* is used"),
     "a tied table twice": Case("tied", same_head),
@@ -279,7 +279,7 @@ FOLDERS = {
     "a trainer's files": Case("llama", beside("training_args.bin", "optimizer.pt", "rng_state_0.pth", "x.gguf")),
     "the same weights as a pickle": Case("llama", beside("pytorch_model.bin")),
     "a head in a file of its own": Case("llama", beside("value_head.safetensors"), said="value_head.safetensors"),
-    "a pickle": Case("llama", pickled, error=r"pickled weights only.*from_pretrained\('.*'\)\.save_pretrained"),
+    "a pickle": Case("llama", pickled, error=r"only pickled.*from_pretrained\('.*'\)\.save_pretrained"),
     "a pointer of git-lfs": Case("llama", lfs, error="git lfs pull"),
     "a file of another name": Case("llama", other_name, error="it holds weights.safetensors"),
 }  # fmt: skip

@@ -127,9 +127,9 @@ def test_export_refuses(tmp_path):
     (tmp_path / "full/notes").touch()
     with pytest.raises(UserError, match="not empty"):
         export_tiny(tmp_path / "full")
-    with pytest.raises(UserError, match="no word for this model's qk_norm"):
+    with pytest.raises(UserError, match="cannot represent this model's qk_norm"):
         export_tiny(tmp_path / "out", dataclasses.replace(TINY, qk_norm=True))
-    with pytest.raises(UserError, match="the tokenizer has 259 tokens, the model 100"):
+    with pytest.raises(UserError, match="the tokenizer has 259 tokens, the model only 100"):
         export_tiny(tmp_path / "out", dataclasses.replace(TINY, vocab_size=100))
 
 
@@ -227,11 +227,11 @@ def test_a_bare_body_and_a_copied_head_load(folder):
 def test_pickles_and_paths_that_escape_are_refused(folder, tmp_path):
     (folder / "model.safetensors").rename(tmp_path / "away.safetensors")
     (folder / "pytorch_model.bin").touch()
-    with pytest.raises(UserError, match="pickled weights only"):
+    with pytest.raises(UserError, match="weights are only pickled"):
         open_pretrained(folder)
     index = {"weight_map": {"model.norm.weight": "../away.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="lies outside the folder"):
+    with pytest.raises(UserError, match="is outside the folder"):
         open_pretrained(folder)
 
 
@@ -246,8 +246,8 @@ def test_damaged_safetensors(folder, damage):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"model_type": "rwkv"}, "'rwkv' is not computed here; known: gpt2, llama"),
-        ({"model_type": "../llama"}, "is not computed here"),
+        ({"model_type": "rwkv"}, "'rwkv' is not supported; supported: gpt2, llama"),
+        ({"model_type": "../llama"}, "is not supported"),
         ({"hidden_act": "relu2"}, "activation 'relu2'"),
         ({"rope_scaling": {"type": "longrope"}}, "rope type 'longrope'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "part of the head"),
@@ -389,7 +389,7 @@ def test_damaged_gguf(cut, tmp_path):
     path = tmp_path / "m.gguf"
     write_gguf(path, model, params)
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(UserError, match=r"readable GGUF|cannot read|misses"):
+    with pytest.raises(UserError, match=r"readable GGUF|cannot read|is missing"):
         open_pretrained(path).load(model.specs)
 
 

@@ -1,4 +1,4 @@
-"""A GGUF file (llama.cpp) read like a Hugging Face folder: metadata as config.json, tensors dequantized."""
+"""Reads a GGUF file (llama.cpp) like a Hugging Face folder: metadata as config.json, tensors dequantized."""
 
 import functools
 import math
@@ -14,8 +14,8 @@ from model.families._layout import Index
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 QUIET = re.compile(r"[^.]+\.(vocab_size|tensor_data_layout|rope\.scaling\.finetuned|expert_used_count)")
-CHUNK = 1 << 20  # values dequantized at once: bounds the temporaries, and stays in the cache
-TRANSPOSED = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")  # in GPT-2, whose own are
+CHUNK = 1 << 20  # values dequantized at once: bounds temporary arrays, and fits the cache
+TRANSPOSED = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")  # of GPT-2
 
 
 class File:
@@ -27,13 +27,13 @@ class File:
         self.architecture = self.metadata.get("general.architecture")
         if self.architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
-            raise UserError(f"architecture {self.architecture!r} is not computed here; known: {known}", str(path))
+            raise UserError(f"architecture {self.architecture!r} is not supported; supported: {known}", str(path))
         try:
             self.hf_config = self._gpt2_config() if self.architecture == "gpt2" else self._llama_config()
         except KeyError as error:
-            raise UserError(f"misses {error}", str(path)) from None
+            raise UserError(f"{error} is missing in the metadata", str(path)) from None
         except (TypeError, ArithmeticError) as error:
-            raise UserError(f"metadata of a wrong kind ({error})", str(path)) from None
+            raise UserError(f"the metadata have a wrong type ({error})", str(path)) from None
         ids = {f"{t}_token_id": self.metadata.get(f"tokenizer.ggml.{t}_token_id") for t in ("bos", "eos")}
         ids["pad_token_id"] = self.metadata.get("tokenizer.ggml.padding_token_id")
         self.generation = {name: i for name, i in ids.items() if i is not None}
@@ -44,8 +44,8 @@ class File:
         key = f"{self.architecture}.{key}"
         value = self.metadata.get(key, *default) if default else self.metadata[key]
         if isinstance(value, list):
-            raise UserError(f"{key} differs between layers, which is not computed here", str(self.path))
-        # Floats are stored in 32 bits: 9.999999747e-06 is the nearest to 1e-5, and 1e-5 is what was meant.
+            raise UserError(f"{key} differs between layers, which is not supported", str(self.path))
+        # Floats are stored in 32 bits: 9.999999747e-06 is the nearest to 1e-5.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def _llama_config(self) -> dict:
@@ -54,7 +54,7 @@ class File:
         same = {"attention.value_length": head_dim, "rope.dimension_count": head_dim, "expert_count": 0}
         for key, value in same.items():
             if self._get(key, value) != value:
-                raise UserError(f"{key} is {self._get(key)}; only {value} is computed here", str(self.path))
+                raise UserError(f"{key}={self._get(key)} is not supported; only {value} is", str(self.path))
         theta = self._get("rope.freq_base", 10000.0)
         return {
             "model_type": self.architecture,
@@ -120,7 +120,7 @@ class File:
         return gguf.get_tensor_name_map(arch, self._get("block_count"))
 
     def stored(self, name: str) -> str:
-        """The name here of a Hugging Face tensor."""
+        """The name in this file of a Hugging Face tensor."""
         return self._name_map.get_name(name, try_suffixes=(".weight", ".bias")) or name
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -139,14 +139,16 @@ class File:
         return self.architecture == "gpt2" and name.endswith(TRANSPOSED)
 
     def _unpermuted(self, name: str, x: np.ndarray) -> np.ndarray:
-        """Rows of x are whole heads. llama.cpp rotates neighbors, so that architecture interleaves the two halves."""
+        """x, whose rows are whole heads, in Hugging Face's order. llama.cpp rotates neighboring dimensions, and so its
+        llama files interleave the two halves of a head."""
         if self.architecture != "llama" or (".attn_q." not in name and ".attn_k." not in name):
             return x
         half = self.hf_config["head_dim"] // 2
         return x.reshape(-1, half, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
     def _rows(self, name: str, rows: slice) -> np.ndarray:
-        """Rows of a matrix in float32; a vector is one row. The file is read, not mapped: mapped pages would stay."""
+        """Rows of a matrix in float32; a vector is one row. The file is read, not mapped, since mapped pages stay in
+        memory."""
         import gguf
 
         tensor = self.tensors[name]
@@ -172,10 +174,11 @@ class File:
 
 
 def llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, where: str) -> dict | None:
-    """The `llama3` rope scaling whose divisors of the frequencies, one a pair [H/2], are `factors`.
+    """The `llama3` rope scaling that divides the frequencies [H/2] by `factors`.
 
-    The file keeps the divisors alone. Between the kept and the stretched wavelengths they give `smooth`, which is
+    The file has only the divisors. Between the unchanged and the stretched wavelengths they give `smooth`, which is
     linear in the frequency; slope and offset determine the parameters up to a common scale, so low_freq_factor is 1.
+    Raises UserError for other factors.
     """
     if (factors == 1).all():
         return None

@@ -15,16 +15,16 @@ from model.families import llama
 from model.families._layout import Index
 from model.io import foreign
 
-# What is fetched of a hub repository.
+# Files that are downloaded from a hub repository.
 FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "vocab.txt", "merges.txt", "*.tiktoken", "*chat_template*")
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16", "F64")
 CODES = ("I8", "I32", "I64", "F8_E4M3")  # of quantized weights
 
 
-LFS = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
+LFS = b"version https://git-lfs"  # start of a file that git-lfs has not fetched
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")  # of weights
-QUIET = re.compile(  # files that lie beside weights: the same in another format, and a trainer's state
+QUIET = re.compile(  # files that are common beside weights: copies in another format, and a trainer's state
     r"pytorch_model.*|consolidated.*|tf_model.*|flax_model.*|rust_model.*|model\.onnx.*|training_args\.bin|optimizer.*|"
     r"scheduler.*|scaler\.pt|rng_state.*|.*\.gguf"
 )
@@ -52,7 +52,7 @@ PART = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 CONVERT = (
     "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{0}').save_pretrained('{0}')\""
 )
-# Where a body's tensors lie: alone, in a causal model, or as the text part of a multimodal one; and what torch adds.
+# Prefixes of a body's tensors: by itself, in a causal model, or as the text part of a multimodal one; and torch's own.
 BODIES = (
     "model.", "transformer.", "", "language_model.model.", "model.language_model.", "model.text_model.",
     "text_model.model.", "language_model.", "text_model.", "model.language_model.model.", "thinker.model.",
@@ -64,14 +64,15 @@ TEXT = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "qwen2_
 
 
 class Folder:
-    """Tensors by name, read by slices. Metadata is read at once, tensors when asked for."""
+    """Tensors by name, read by slices. Metadata is read at once, tensors on demand."""
 
     floats = DTYPES
 
     def __init__(self, path: Path):
         self.path = path
         if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
-            raise UserError("holds an adapter of PEFT and no model", str(path), f"name its base, and --adapter={path}")
+            what = "this is a PEFT adapter, not a model"
+            raise UserError(what, str(path), f"name its base, and --adapter={path}")
         whole = read_json(path / "config.json")
         self.hf_config = text_config(whole)
         self.generation = read_json(path / "generation_config.json", optional=True)
@@ -79,9 +80,8 @@ class Folder:
         self.quantized = whole.get("quantization_config") or self.hf_config.get("quantization_config") or {}
         self.method = self.quantized.get("quant_method") if isinstance(self.quantized, dict) else None
         if any(".base_layer." in name for name in self.shards):
-            raise UserError(
-                "holds adapters of PEFT that are not merged", str(path), "merge_and_unload() and save again"
-            )
+            what = "the checkpoint has PEFT adapters that are not merged"
+            raise UserError(what, str(path), "merge_and_unload() and save again")
         self.coded = foreign.find(self)
         if self.quantized:
             foreign.check(self, self.quantized)
@@ -89,7 +89,7 @@ class Folder:
         self.body, self.head = self._places(self.names)
 
     def _shards(self) -> dict[str, str]:
-        """Name of a tensor -> file that holds it. An index says which files there are; these say what they hold."""
+        """{name of a tensor: file that holds it}. An index names the files; the files name their tensors."""
         single, index = "model.safetensors", self.path / INDEX
         if (self.path / single).exists():
             return dict.fromkeys(self._open(single).keys(), single)
@@ -97,7 +97,7 @@ class Folder:
         files = sorted(set(said.values()), key=str) or sorted(self._numbered())
         for file in files:
             if not isinstance(file, str) or Path(file).name != file:
-                raise UserError(f"shard {file!r} lies outside the folder", str(index))
+                raise UserError(f"shard {file!r} is outside the folder", str(index))
         if absent := [file for file in files if not (self.path / file).exists()]:
             raise UserError(f"{len(absent)} of {len(files)} parts are missing: {', '.join(absent[:3])}", str(self.path))
         shards = {name: file for file in files for name in self._open(file).keys()}  # noqa: SIM118
@@ -106,21 +106,21 @@ class Folder:
         found = sorted(p.name for p in self.path.iterdir() if p.suffix in SUFFIXES)
         if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in found):
             raise UserError(
-                "holds pickled weights only, which can run code when opened", str(self.path),
+                "the weights are only pickled, which can run code when opened", str(self.path),
                 f"if you trust them: {CONVERT.format(self.path)}",
             )  # fmt: skip
         what = f"; it holds {', '.join(found[:3])}" if found else ""
-        raise UserError(f"holds no model.safetensors and no index of shards{what}", str(self.path))
+        raise UserError(f"there is neither a model.safetensors nor an index of shards{what}", str(self.path))
 
     def _numbered(self) -> set[str]:
-        """All parts of a checkpoint without an index, from the name of one."""
+        """All parts of a checkpoint without an index, derived from the name of one."""
         found = (PART.fullmatch(p.name) for p in self.path.iterdir())
         counts = {(m[2], len(m[1])) for m in found if m}
         return {f"model-{i:0{w}d}-of-{n}.safetensors" for n, w in counts for i in range(1, min(int(n), 9999) + 1)}
 
     @staticmethod
     def _places(names: set[str]) -> tuple[str, str]:
-        """What stands before the names of the body, and the name of the head."""
+        """(prefix of the body's tensors, name of the head)."""
         before = {m[1] for name in names if (m := FIRST.fullmatch(name))}
         bodies = [wrapper + body for wrapper in WRAPPERS for body in BODIES]
         body = next((b for b in bodies if b in before), "")
@@ -135,7 +135,7 @@ class Folder:
         return [f"config.json:{name}" for name in [*sorted(read.unused(IRRELEVANT)), *inside]]
 
     def unused_files(self) -> list[str]:
-        """Files with weights beside those that are read, but for what lies in ordinary folders."""
+        """Files with weights that are not read, except those of QUIET."""
         used = set(self.shards.values())
         others = (p.name for p in self.path.iterdir() if p.suffix in SUFFIXES and p.name not in used)
         return sorted(name for name in others if not QUIET.fullmatch(name))
@@ -148,9 +148,8 @@ class Folder:
             return safe_open(self.path / file, framework="np")
         except (SafetensorError, OSError) as error:
             if is_pointer(self.path / file):
-                raise UserError(
-                    "is a pointer of git-lfs, not the weights", str(self.path / file), "git lfs pull"
-                ) from None
+                what = "the file is a git-lfs pointer, not the weights"
+                raise UserError(what, str(self.path / file), "git lfs pull") from None
             raise UserError(f"not a readable safetensors file ({error})", str(self.path / file)) from None
 
     def _slice(self, name: str) -> Any:
@@ -159,10 +158,10 @@ class Folder:
         try:
             return self._open(self.shards[name]).get_slice(name)
         except SafetensorError as error:
-            raise UserError(f"the index promises {name} ({error})", str(self.path / self.shards[name])) from None
+            raise UserError(f"the index lists {name} ({error})", str(self.path / self.shards[name])) from None
 
     def stored(self, name: str) -> str:
-        """The name here of a tensor of a causal model."""
+        """The name in this folder of a tensor of a causal model."""
         return self.head if name == "lm_head.weight" else self.body + name.split(".", 1)[1]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -180,7 +179,7 @@ class Folder:
     def tensor(self, name: str, cuts: Index, known: tuple[str, ...] = DTYPES) -> np.ndarray:
         tensor = self._slice(name)
         if tensor.get_dtype() not in known:
-            raise UserError(f"{name} is stored as {tensor.get_dtype()}; known: {', '.join(known)}", str(self.path))
+            raise UserError(f"{name} is stored as {tensor.get_dtype()}; supported: {', '.join(known)}", str(self.path))
         if tensor.get_dtype() == "F8_E4M3":
             return self._bytes(name)[cuts].view(ml_dtypes.float8_e4m3fn)
         return tensor[cuts]
@@ -189,7 +188,7 @@ class Folder:
         return self.tensor(name, cuts, CODES)
 
     def _bytes(self, name: str) -> np.ndarray:
-        """A tensor of a type that the library does not give to numpy, from where the file's header says it lies."""
+        """A tensor of a dtype that safetensors cannot convert to numpy, at the offset in the file's header."""
         path = self.path / self.shards[name]
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -198,8 +197,8 @@ class Folder:
 
 
 def text_config(config: dict) -> dict:
-    """The config.json of the language model in that of a multimodal one, which `multimodal` then names; of any other
-    the config itself."""
+    """The language model's config.json within that of a multimodal model, whose type is added as `multimodal`; for any
+    other model the config itself."""
     outer = config.get("model_type") or _by_architecture(config)
     inner = next((config[k] for k in ("text_config", "llm_config") if isinstance(config.get(k), dict)), None)
     if inner is not None:
@@ -209,7 +208,7 @@ def text_config(config: dict) -> dict:
 
 
 def _by_architecture(config: dict) -> str | None:
-    """The family of a config.json without model_type."""
+    """The family of a config.json without model_type, from its architecture."""
     names = config.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else ""
     name = re.sub(r"(ForCausalLM|LMHeadModel|Model)$", "", name)
@@ -217,7 +216,7 @@ def _by_architecture(config: dict) -> str | None:
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file is what git-lfs leaves in place of one that it has not fetched."""
+    """Whether a file is the pointer that git-lfs leaves in place of one that it has not fetched."""
     with path.open("rb") as file:
         return file.read(len(LFS)) == LFS
 

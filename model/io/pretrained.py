@@ -1,4 +1,4 @@
-"""Open checkpoints, whatever they are stored as, and stream them into a parameter tree."""
+"""Opens checkpoints of any supported format, and streams them into a parameter tree."""
 
 import dataclasses
 import importlib
@@ -22,9 +22,9 @@ from model.families._layout import Index
 from model.io import gguf, hf
 from model.weights import Params, Spec, Specs, Tree
 
-# Buffers that old checkpoints hold.
+# Buffers in old checkpoints.
 IGNORED = re.compile(r".*rotary_emb\.(inv_freq|(cos|sin)_cached)|.*\.attn\.(masked_)?bias|.*position_ids")
-ROWS = 4096  # of two tables that are compared at once
+ROWS = 4096  # rows of two tables that are compared at once
 IN_LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blk)\.(\d+)\..*(?:weight|bias)")
 
 
@@ -35,24 +35,24 @@ class Source(Protocol):
     generation: dict  # bos_token_id, eos_token_id, temperature, ...
 
     names: set[str]
-    body: str  # what stands before the names of the layers
+    body: str  # prefix of the names of the layers
 
-    def stored(self, name: str) -> str: ...  # its own name for a tensor of the family's table
+    def stored(self, name: str) -> str: ...  # its name for a tensor of the family's KEYS
     def shape(self, name: str) -> tuple[int, ...]: ...
-    def unused_fields(self, read: Seen) -> list[str]: ...  # of its config, of which `read` was read
-    def unused_files(self) -> list[str]: ...  # with weights, beside those that are read
+    def unused_fields(self, read: Seen) -> list[str]: ...  # fields of its config that are not in `read`
+    def unused_files(self) -> list[str]: ...  # files with weights that are not read
     def read(self, name: str, cuts: Index) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """An opened checkpoint: its shape is known, its weights are not read yet."""
+    """An opened checkpoint: its shape is known, its weights have not been read."""
 
     config: ModelConfig
     source: Source
     tokenizer_source: str  # for data.text.formats.load
     unused: list[str] = dataclasses.field(default_factory=list)  # fields of the config that nothing reads
-    strict: bool = False  # whether what the model does not use is an error
+    strict: bool = False  # whether unused tensors, files and fields are an error
 
     @property
     def generation(self) -> dict:
@@ -63,18 +63,17 @@ class Pretrained:
         return family(self.config.family).KEYS
 
     def read(self, path: str, layer: int | None = None, index: Index | None = None) -> np.ndarray:
-        """Our parameter `path` of one layer (None outside the layers) at `index`, in our orientation."""
+        """The slice `index` of our parameter `path` of one layer (None outside the layers), in our layout."""
         key = self.keys[path]
         name = self.source.stored(key.name.format(layer))
         index = index or (slice(None),) * len(layout.our_shape(key, self.config.sizes))
         return layout.read(key, lambda cuts: self.source.read(name, cuts), self.config.sizes, index)
 
     def load(self, specs: Specs, shardings: Tree = None, dtype: str = "float32") -> Params:
-        """The parameters of `specs`, leaf by leaf; each device is given its slice alone.
+        """The parameters of `specs`, loaded leaf by leaf; each device gets only its slice.
 
-        `shardings` is a tree like `specs`; None puts everything on the first device.
-        Raises UserError that names every missing, unexpected or mis-shaped tensor, and says in one line what the
-        checkpoint holds beside them.
+        `shardings` is a tree like `specs`; None puts everything on the first device. One log line names the tensors
+        that the model does not use. Raises UserError that names missing, unexpected and mis-shaped tensors.
         """
         unused = self.check(specs) + self.source.unused_files() + self.unused
         report("the model does not use", unused, self.tokenizer_source, self.strict)
@@ -90,7 +89,7 @@ class Pretrained:
                     slices[at] = self._stacked(path, at, dtype)
                 return slices[at]
 
-            # Copies to devices run behind: without waiting, the host would hold several leaves beside them.
+            # Copies to devices are asynchronous: without waiting, the host would hold several leaves at once.
             return jax.block_until_ready(jax.make_array_from_callback(spec.shape, sharding, read))
 
         return weights.map_named(leaf, specs, shardings, is_leaf=weights.is_spec)
@@ -105,8 +104,8 @@ class Pretrained:
         return out
 
     def check(self, specs: Specs) -> list[str]:
-        """The tensors that the model does not use. UserError unless the checkpoint holds the parameters of `specs`, in
-        their shapes, and no other parameter of the same layers."""
+        """The tensors that the model does not use. Raises UserError unless the checkpoint has all parameters of
+        `specs`, with their shapes, and no other parameters of the same layers."""
         problems, seen = [], set()
         for path, spec in jax.tree.leaves_with_path(specs, is_leaf=weights.is_spec):
             path = weights.name(path)
@@ -133,7 +132,7 @@ class Pretrained:
         return sorted(set(extra) - set(ours))
 
     def _counts(self, name: str, modules: set[str]) -> bool:
-        """Whether a tensor would change what the model computes: a weight or a bias of its modules or of its layers."""
+        """Whether a tensor would change the result: a weight or a bias of the model's modules or layers."""
         module, _, last = name.rpartition(".")
         layer = IN_LAYER.fullmatch(name)
         inside = layer and int(layer[1]) < self.config.layers and name.startswith(self.source.body)
@@ -147,14 +146,14 @@ class Pretrained:
 
 
 def open_pretrained(name: str, strict: bool = False) -> Pretrained:
-    """`name`: a Hugging Face folder, a .gguf file, a packaged model's name, or a hub id when online."""
+    """Opens a Hugging Face folder, a .gguf file, a packaged model's name, or a hub id if online. Raises UserError."""
     path = locate(str(name), hf.FILES)
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError("neither a .gguf file nor a folder", str(path))
         source = gguf.File(path)
     elif (path / "ckpt").is_dir():
-        raise UserError("is a run folder, not an open checkpoint", str(path), "open it with infer.load")
+        raise UserError("this is a run folder, not an open checkpoint", str(path), "open it with infer.load")
     else:
         source = hf.Folder(path)
     config, unused = _config(source, path)
@@ -162,7 +161,7 @@ def open_pretrained(name: str, strict: bool = False) -> Pretrained:
 
 
 def _config(source: Source, path: Path) -> tuple[ModelConfig, list[str]]:
-    """The shape of a source, and the fields of its config that hold something and say nothing of it."""
+    """(shape of the model, fields of the source's config that nothing reads)."""
     hf_config = Seen(source.hf_config)
     kind, layers = hf_config.get("model_type"), hf_config.get("num_hidden_layers") or hf_config.get("n_layer")
     if isinstance(layers, int) and layers > len(source.names):  # before anything is made for each of them
@@ -181,7 +180,7 @@ def _config(source: Source, path: Path) -> tuple[ModelConfig, list[str]]:
 
 
 def _tied(config: ModelConfig, source: Source, path: Path) -> bool:
-    """Whether the head is the embedding: what the tensors say goes before the config, as in transformers."""
+    """Whether the head is the embedding: the tensors take precedence over the config, as in transformers."""
     table, head = (source.stored(family(config.family).KEYS[k].name) for k in ("embed/table", "unembed/table"))
     if head not in source.names:
         return config.tied or "multimodal" in source.hf_config
@@ -199,7 +198,7 @@ def _tied(config: ModelConfig, source: Source, path: Path) -> bool:
 
 
 def report(what: str, names: list[str], where: str, strict: bool) -> None:
-    """One line on what a model or an adapter holds and does not use; UserError if `strict`."""
+    """Logs one line about the parts of a model or an adapter that are not used; UserError if `strict`."""
     if not names:
         return
     first, kinds = {}, Counter()
@@ -215,7 +214,7 @@ def report(what: str, names: list[str], where: str, strict: bool) -> None:
     more = f" and {len(kinds) - 8} kinds more" if len(kinds) > 8 else ""
     line = f"{what} {', '.join(shown)}{more}"
     if strict:
-        raise UserError(line, where, "take it out of the folder, or open it without strict")
+        raise UserError(line, where, "remove it from the folder, or open it without strict")
     logging.warning("%s: %s", where, line)
 
 
@@ -227,7 +226,8 @@ def families() -> list[str]:
 def family(name: Any) -> ModuleType:
     """The file model/families/<name>.py; the name is Hugging Face's `model_type`."""
     if name not in families():
-        raise UserError(f"model family {name!r} is not computed here; known: {', '.join(families())}", "model_type")
+        known = ", ".join(families())
+        raise UserError(f"model family {name!r} is not supported; supported: {known}", "model_type")
     return importlib.import_module(f"model.families.{name}")
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints as data: a tree as named arrays, their digests, and reading one step of a run folder back.
+"""Checkpoints as data: a tree as named arrays, their digests, and reading a step of a run folder.
 
-A step is the folder `ckpt/<step>`: an Orbax checkpoint of {name: array}, and `state_hashes.json`, the manifest, which
-says what must be in it. Orbax itself does not notice a flipped bit.
+A step is the folder `ckpt/<step>`: an Orbax checkpoint of {name: array}, and the manifest `state_hashes.json`, which
+lists its contents and digests. Orbax itself does not notice a flipped bit.
 """
 
 import hashlib
@@ -32,13 +32,13 @@ STEP = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 class Damaged(Exception):
-    """A step that must not be loaded; the message is one line that names the leaf and the file."""
+    """A step that cannot be loaded; the message is one line that names the leaf and the file."""
 
 
 def named(tree: Tree) -> Leaves:
-    """{"params/policy/embed/table": leaf}: Orbax never sees the tree's own node types.
+    """{"params/policy/embed/table": leaf}, so that Orbax never sees the tree's own node types.
 
-    Raises ValueError for a name that two leaves share or that is not plain: Orbax would load wrong values silently.
+    Raises ValueError for a duplicate name or one that is not plain, for which Orbax would silently load wrong values.
     """
     out: Leaves = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
@@ -62,9 +62,9 @@ def fill(tree: Tree, arrays: Leaves) -> Tree:
 def digest(x: Array) -> Array:
     """A 64-bit digest as uint32[2], equal for every sharding of the same array.
 
-    Sums, modulo 2^32, the words of the array times an odd number drawn from each word's position; two such sums. An odd
-    factor is invertible, so a change within one word always shows; any other change hides with a chance of about 2^-63.
-    Addition does not care about order: every device sums what it holds, on the device, and nothing is gathered.
+    It consists of two sums, modulo 2^32, of the array's words times an odd number drawn from each word's position. Odd
+    factors are invertible, so a change in one word always shows; any other change is missed with a probability of about
+    2^-63. Addition is order-independent: every device sums its own part, and nothing is gathered.
     """
     x = _words(x)
     position = positions(x.shape)
@@ -72,7 +72,7 @@ def digest(x: Array) -> Array:
 
 
 def positions(shape: tuple[int, ...]) -> Array:
-    """uint32 of `shape`: the place of each element in row-major order, modulo 2^32."""
+    """uint32 of `shape`: the position of each element in row-major order, modulo 2^32."""
     position = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = math.prod(shape[axis + 1 :]) % 2**32
@@ -81,7 +81,7 @@ def positions(shape: tuple[int, ...]) -> Array:
 
 
 def _words(x: Array) -> Array:
-    """The bits of an array as uint32: one word an element, two for 8-byte types."""
+    """The bits of an array as uint32: one word per element, two for 8-byte types."""
     if x.dtype == jnp.bool_ or (jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8):
         x = x.astype(jnp.int8)
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
@@ -89,14 +89,14 @@ def _words(x: Array) -> Array:
 
 
 def scramble(x: Array) -> Array:
-    """MurmurHash3's 32-bit finalizer: neighbors get unrelated values."""
+    """MurmurHash3's 32-bit finalizer: neighboring inputs get unrelated values."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def digests(arrays: Leaves) -> dict[str, str]:
-    """Sixteen hex digits for each array. All are started before the first is awaited."""
+    """{name: sixteen hex digits}. All are started before the first is awaited."""
     pending = {name: digest(x) for name, x in arrays.items()}
     return {name: "{:08x}{:08x}".format(*lanes) for name, lanes in jax.device_get(pending).items()}
 
@@ -109,27 +109,27 @@ def fingerprint(tree: Tree) -> str:
 
 
 def fingerprints(frozen: dict[str, Params]) -> dict[str, str]:
-    """{role: fingerprint} of {role: frozen tree}, without the roles that hold no array."""
+    """{role: fingerprint} of {role: frozen tree}, without roles that have no arrays."""
     return {role: digest for role, tree in frozen.items() if (digest := fingerprint(tree))}
 
 
 def describe(arrays: Leaves) -> dict[str, dict]:
-    """The manifest's entry for each array."""
+    """{name: entry of the manifest} of arrays."""
     hashes = digests(arrays)
     return {n: {"shape": list(x.shape), "dtype": str(x.dtype), "hash": hashes[n]} for n, x in arrays.items()}
 
 
 def write(folder: Place, params: Params, manifest: dict) -> None:
-    """Saves {role: tree} as a step that `load_params` reads; `manifest` says what is not in the arrays."""
+    """Saves {role: tree} as a step that `load_params` reads; `manifest` is the rest of its manifest."""
     arrays = named({"params": params})
     orbax().save(folder if paths.remote(folder) else folder.resolve(), arrays)
     finish(folder, manifest | {"leaves": describe(arrays)})
 
 
 def finish(folder: Place, manifest: dict) -> None:
-    """Writes the manifest of a step, whose arrays are there: the last file, without which it is no step.
+    """Writes the manifest of a step, its last file, which completes it.
 
-    It lists the files that a step cannot be read without; copying a step may lose Orbax's empty markers.
+    It lists the files that are needed to read the step: copying a step may lose Orbax's empty marker files.
     """
     found = sorted(paths.sizes(folder).items())
     needed = {name: size for name, size in found if name == "_CHECKPOINT_METADATA" or name.startswith("state/")}
@@ -137,13 +137,13 @@ def finish(folder: Place, manifest: dict) -> None:
 
 
 def seal(manifest: dict) -> str:
-    """The manifest as text, with a checksum of its own."""
+    """The manifest as text, with a checksum."""
     body = json.dumps(manifest, sort_keys=True, allow_nan=False)
     return json.dumps({"check": zlib.crc32(body.encode()), "manifest": manifest}, sort_keys=True) + "\n"
 
 
 def read_manifest(folder: Place) -> dict:
-    """What a step must hold. Raises Damaged when it is missing or altered, or when a file has another size."""
+    """The manifest of a step. Raises Damaged when it is missing or altered, or when a file has another size."""
     path = folder / MANIFEST
     try:
         box = json.loads(path.read_text())
@@ -163,7 +163,7 @@ def read_manifest(folder: Place) -> dict:
 
 
 def _check_entries(manifest: dict) -> None:
-    """Raises one of a few errors when a manifest, of another hand perhaps, is not what `seal` was given."""
+    """Raises KeyError, TypeError, AttributeError or ValueError for a manifest that `seal` cannot have written."""
     kinds = {"step": int, "leaves": dict, "frozen": (dict, str), "source": dict, "files": dict}
     for name, kind in kinds.items():
         if not isinstance(manifest[name], kind):
@@ -175,7 +175,7 @@ def _check_entries(manifest: dict) -> None:
 
 
 def orbax() -> ModuleType:
-    """Orbax's v1 interface, without its log: what goes wrong comes as an exception, and that is told in one line."""
+    """Orbax's v1 interface, without its log: all its problems are exceptions, which are reported in one line."""
     from orbax.checkpoint import v1
 
     logger = logging.getLogger("absl")
@@ -189,9 +189,9 @@ def _not_orbax(record: logging.LogRecord) -> bool:
 
 
 def steps(folder: Place) -> list[int]:
-    """Steps that look saved, newest first; only `read_manifest` and the digests tell whether they are whole.
+    """Steps that seem complete, newest first; `read_manifest` and the digests say whether they are.
 
-    On disk a step gets its name when it is whole; in a store, where nothing can be renamed, its manifest comes last.
+    On disk a step is renamed once it is complete; in a store, where nothing can be renamed, its manifest comes last.
     """
     if not folder.is_dir():
         return []
@@ -200,9 +200,9 @@ def steps(folder: Place) -> list[int]:
 
 
 def read(folder: Place, abstract: Leaves) -> Leaves:
-    """The arrays that `abstract` names: numpy where it holds numpy, else sharded as it says, whatever mesh saved them.
+    """The arrays named in `abstract`: numpy if it holds numpy, else with its shardings, whatever mesh saved them.
 
-    Raises Damaged. The values are not verified yet: see `verify`.
+    Raises Damaged. It does not verify the values: see `verify`.
     """
     ocp = orbax()
     context = ocp.Context()
@@ -220,33 +220,33 @@ def read(folder: Place, abstract: Leaves) -> Leaves:
 
 
 def verify(folder: Place, arrays: Leaves, manifest: dict) -> None:
-    """Raises Damaged for the first array that is not what was saved."""
+    """Raises Damaged for the first array that differs from the one that was saved."""
     hashes = digests(arrays)
     for name in arrays:
         if hashes[name] != manifest["leaves"][name]["hash"]:
-            raise Damaged(f"{name} in {folder / 'state'} is not what was saved: a bit has flipped on disk")
+            raise Damaged(f"{name} in {folder / 'state'} differs from what was saved: a bit has flipped on disk")
 
 
 def first_line(error: BaseException) -> str:
-    """The cause of an error in one line; Orbax hides it behind others."""
+    """The root cause of an error in one line; Orbax wraps it in other errors."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 class Saved(NamedTuple):
-    """What a run has learned: enough to rebuild its model, once the frozen weights are derived from the config."""
+    """The trained parameters of a run; the config determines its frozen weights."""
 
     step: int
     config: dict
-    params: dict[str, np.ndarray]  # "policy/layers/attn/wq/a" and so on; adapters only, where only they were trained
-    frozen: dict[str, str] | str  # `fingerprints` of the frozen weights it was trained with
+    params: dict[str, np.ndarray]  # "policy/layers/attn/wq/a" and so on; only adapters if only they were trained
+    frozen: dict[str, str] | str  # `fingerprints` of the frozen weights that it was trained with
 
 
 def load_params(workdir: str | Path, step: int | None = None, verified: bool = True) -> Saved:
     """The trained parameters of a run folder, in host memory; optimizer state is not read.
 
-    Takes `step`, or the newest one that is whole; the run may still be going on. Raises UserError.
+    Reads `step`, or the newest complete one; the run may still be training. Raises UserError if there is none.
     """
     workdir, problem = paths.parse(workdir), "it holds no checkpoint"
     for at in steps(workdir / "ckpt") if step is None else [step]:
@@ -267,31 +267,31 @@ def load_params(workdir: str | Path, step: int | None = None, verified: bool = T
 
 
 def check_base(run: Saved, policy: Params, where: str | Place) -> None:
-    """Raises UserError when what a run has not learnt of `policy` is not what it was trained with."""
+    """Raises UserError when the frozen parameters of `policy` differ from those that a run was trained with."""
     frozen = weights.map_named(lambda path, x: None if f"policy/{path}" in run.params else x, policy)
-    if isinstance(run.frozen, str):  # one digest for all roles, as runs had before each role had its own
+    if isinstance(run.frozen, str):  # older runs have one digest for all roles
         known = (fingerprint(tree) for tree in ({"policy": frozen}, {"policy": frozen, "ref": policy}))
         same = not run.frozen or run.frozen in known
     else:
         same = run.frozen.get("policy", "") == fingerprint(frozen)
     if not same:
-        raise UserError("its adapters were trained on another base than this one", str(where))
+        raise UserError("the adapters were trained on another base than this one", str(where))
 
 
 def put(run: Saved, policy: Params, where: str | Place) -> Params:
-    """`policy` with what a run has learnt in it, in the types and places of its arrays. Raises UserError."""
-    learnt = {k.removeprefix("policy/"): v for k, v in run.params.items() if k.startswith("policy/")}
-    if strange := learnt.keys() - named(policy).keys():
-        raise UserError(f"the run has learnt {min(strange)}, which its config does not have", str(where))
+    """`policy` with the trained parameters of a run, in the dtypes and shardings of its arrays. Raises UserError."""
+    trained = {k.removeprefix("policy/"): v for k, v in run.params.items() if k.startswith("policy/")}
+    if strange := trained.keys() - named(policy).keys():
+        raise UserError(f"the run trained {min(strange)}, which is not in a model of its config", str(where))
 
     def like(name: str, x: Array | jax.ShapeDtypeStruct) -> Array:
-        value = learnt.get(name)
+        value = trained.get(name)
         if value is None:
             if isinstance(x, jax.ShapeDtypeStruct):
-                raise UserError(f"it does not hold {name}", str(where))
+                raise UserError(f"the checkpoint does not contain {name}", str(where))
             return x
         if value.shape != x.shape:
-            raise UserError(f"{name} was saved with shape {value.shape}, the model wants {x.shape}", str(where))
+            raise UserError(f"{name} was saved with shape {value.shape}, the model needs {x.shape}", str(where))
         value = value.astype(x.dtype)
         return jnp.asarray(value) if isinstance(x, jax.core.Tracer) else jax.device_put(value, x.sharding)
 
@@ -299,7 +299,7 @@ def put(run: Saved, policy: Params, where: str | Place) -> Params:
 
 
 def _wanted(manifest: dict) -> dict[str, np.ndarray]:
-    """Host arrays to read the parameters into. Raises ValueError for what no run of ours has saved."""
+    """Host arrays into which the parameters are read. Raises ValueError for entries that no run can have saved."""
     out = {}
     for name, leaf in manifest["leaves"].items():
         if name.startswith("params/"):
