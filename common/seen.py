@@ -1,4 +1,4 @@
-"""A dict that knows which of its keys were asked for: what is left was not used."""
+"""A dict that records which of its keys are read, to find those that nothing uses."""
 
 from collections.abc import Collection
 from typing import Any
@@ -26,11 +26,11 @@ class Seen(dict):
         return Seen({**other, **self}, self.used)
 
     def unused(self, irrelevant: Collection[str]) -> set[str]:
-        """The keys that hold something, were not read, and are not known to be irrelevant (by their lower case)."""
+        """The keys with a value that were not read and are not in `irrelevant` (in lower case)."""
         left = (key for key in self if key not in self.used and holds(dict.get(self, key)))
         return {key for key in left if str(key).lower() not in irrelevant}
 
 
 def holds(value: object) -> bool:
-    """Whether a value is something: not null, and not empty."""
+    """Whether a value is neither null nor empty."""
     return value is not None and value != "" and value != [] and value != {}
