@@ -182,27 +182,42 @@ def _compare(line: Json, others: list[Json], args: argparse.Namespace) -> None:
 
 def show(results: list[Json]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     scores, losses = [r for r in results if "task" in r], [r for r in results if "text" in r]
+    heads = (Column("shots"), Column("score"), Column("95 % interval", no_wrap=True), Column("n"))
     if scores:
-        table = Table("task", "shots", "score", "95 % interval", "n", "seed", "prompt tokens", "seconds")
+        table = Table(Column("task", overflow="fold"), *heads, "seed", "prompt tokens", "seconds")
         for r in scores:
-            by_sum = "" if r["by_sum"] is None else f" ({r['by_sum']:.3f} by sum)"
-            numbers = (r["n"], r["seed"], f"{r['prompt_tokens']:.0f}", f"{r['seconds']:.1f}")
-            table.add_row(r["task"], str(r["shots"]), f"{r['mean']:.3f}{by_sum}", _span(r), *map(str, numbers))
-            for name, part in r["slices"].items():
-                table.add_row(f"  {name}", str(r["shots"]), f"{part['mean']:.3f}", _span(part), str(part["n"]))
+            numbers = (r["seed"], f"{r['prompt_tokens']:.0f}", f"{r['seconds']:.1f}")
+            table.add_row(r["task"], str(r["shots"]), f"{r['mean']:.3f}", _span(r), str(r["n"]), *map(str, numbers))
         Console().print(table)
-        if any(r["by_sum"] is not None for r in scores):
-            print("by sum: the score when an option's log-likelihood is not divided by its length in bytes")
-    for r in scores:
-        told = ", ".join(f"{text[:40]!r} {percent(count / r['n'])}" for text, count in r["answers"])
-        print(f"{r['task']}, {r['shots']} shots: most frequent answers: {told}")
-        if line := _unsure(r):
-            print(f"{r['task']}, {r['shots']} shots: {line}")
+    if any(r["slices"] for r in scores):
+        table = Table(Column("slice", overflow="fold"), *heads)
+        for r in scores:
+            for name, part in r["slices"].items():
+                cells = (str(r["shots"]), f"{part['mean']:.3f}", _span(part), str(part["n"]))
+                table.add_row(f"{r['task']}, {name}", *cells)
+        Console().print(table)
+    for line in (f"{r['task']}, {r['shots']} shots: {line}" for r in scores for line in _remarks(r)):
+        print(line)
     for r in losses:
         print(f"{r['text']}: {r['loss']:.4f} nats per token over {r['tokens']:,} tokens of {r['n']} passages")
+
+
+def _remarks(r: Json) -> Iterator[str]:
+    """Lines on a result: by another length of the options, what was answered most, whether the interval is too wide."""
+    if r["by_sum"] is not None:
+        yield f"{r['by_sum']:.3f} when an option's log-likelihood is not divided by its length in bytes"
+    often = [(text, count) for text, count in r["answers"] if count > 1]
+    each = ", ".join(f"{_short(text)} {percent(count / r['n'])}" for text, count in often)
+    yield f"most frequent answers: {each}" if often else f"all {r['n']} answers differ"
+    if line := _unsure(r):
+        yield line
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:59]}…")
 
 
 def _span(r: Json) -> str:

@@ -104,21 +104,31 @@ def results(path: str | Path) -> list[Json]:
 
 def fitting(task: str, task_hash: str, rows: Sequence[str], others: Sequence[Json], source: str) -> list[Json]:
     """Those of other results that are on the same rows with the same scoring. Raises UserError when there are none."""
-    if found := [x for x in others if x["task_hash"] == task_hash and sorted(x["rows"]) == sorted(rows)]:
+    ours = {"task_hash": task_hash, "rows": list(rows)}
+    if found := [x for x in others if alike(ours, x)]:
         return found
     same = [x for x in others if x["task"] == task]
     if not same:
         known = ", ".join(sorted({x["task"] for x in others}))
         raise UserError(f"no result of {task}, only of {known}", source, "score it there too")
-    other = "the task" if all(x["task_hash"] != task_hash for x in same) else "the rows that were drawn"
-    told = f"n={same[-1]['n']}, seed={same[-1]['seed']}, scorer {same[-1].get('scorer') or 'of its own'}"
-    what = f"its result of {task} ({told}) is of another kind: {other} differ{'s' * (other == 'the task')}"
-    raise UserError(what, source, "score both with the same rows, scorer, n and seed")
+    rescored = all(x["task_hash"] != task_hash for x in same)
+    why = "the file or the scorer has changed" if rescored else "other rows were drawn"
+    drawn = f"n={same[-1]['n']}, seed={same[-1]['seed']}, scorer {same[-1].get('scorer') or 'of its own'}"
+    what = f"its result of {task} ({drawn}) cannot be compared row by row: {why}"
+    raise UserError(what, source, "score both on the same file with the same scorer, n and seed")
 
 
-def pair(ours: Json, theirs: Json, seed: int = 0) -> Paired:
-    """Two results on the same rows."""
+def alike(ours: Json, theirs: Json) -> bool:
+    """Whether two results are on the same rows with the same scoring."""
+    known = "rows" in ours and "rows" in theirs and ours["task_hash"] == theirs["task_hash"]
+    return known and sorted(ours["rows"]) == sorted(theirs["rows"])
+
+
+def pair(ours: Json, theirs: Json, seed: int = 0) -> Paired | None:
+    """Two results row by row; None where they are not alike."""
+    if not alike(ours, theirs):
+        return None
     scores: dict[str, list[float]] = {}
     for row, score in zip(theirs["rows"], theirs["scores"], strict=True):
-        scores.setdefault(row, []).append(score)  # a row may stand in a file twice
+        scores.setdefault(row, []).append(score)  # a row may be in a file twice
     return compare(ours["scores"], [scores[row].pop(0) for row in ours["rows"]], seed)

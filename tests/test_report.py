@@ -109,7 +109,24 @@ def test_two_scorings_of_a_task_stand_apart(runs):
 def test_overlapping_intervals_claim_no_gain(runs):
     rows = report_data.choices([report_data.read(r) for r in runs])["fruit"]
     weak = [r._replace(result=r.result | {"mean": 0.45, "low": 0.3, "high": 0.6}) if r.run.config else r for r in rows]
-    assert "a gain by tuning is not shown" in " ".join(report_text.sentences(weak))
+    told = " ".join(report_text.sentences(weak))
+    assert "A gain of LoRA r=4 over 4-shot is not shown: their intervals overlap." in told
+
+
+def test_results_on_the_same_rows_are_compared_row_by_row(runs):
+    """With slices and answers, in tables of their own; a collapse shows."""
+    rows = report_data.choices([report_data.read(r) for r in runs[:2]])["fruit"]
+    kept = {"rows": [f"{i}" for i in range(50)], "task_hash": "abc"}
+    right = lambda c: [float(i < 50 * c.result["mean"]) for i in range(50)]
+    part = {"kind=ripe": {"n": 9, "mean": 0.5, "low": 0.2, "high": 0.8}}
+    more = lambda c: {"scores": right(c), "slices": part, "answers": [["fig", 45], ["", 5]]} if c.run.config else {}
+    marked = [c._replace(result=c.result | kept | {"scores": right(c)} | more(c)) for c in rows]
+    told = " ".join(report_text.sentences(marked))
+    assert "(row by row, 95 % interval +" in told and "McNemar's exact test)." in told
+    (first, slices), (second, answers) = report._details(marked)
+    assert (first, second) == ("By slice", "Most frequent answers")
+    assert [cells[0].value for _, cells in slices.rows] == ["n/a", "n/a", "50 %"]
+    assert [c.below for c in answers.rows[-1][1]] == ["90 %", "10 %"] and "(empty)" in answers.rows[-1][1][1].value
 
 
 def test_costs_are_read_from_the_folder(runs):

@@ -3,7 +3,7 @@
 import datetime
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +96,12 @@ def local(folder: str | Path, scratch: str) -> Path:
 
 def html(runs: list[Run]) -> str:
     tasks = [
-        {"name": task, "scores": _scores(rows), "table": _choices(rows), "samples": data.side_by_side(rows, SAMPLES)}
+        {
+            "name": task,
+            "scores": _scores(rows),
+            "tables": [("", _choices(rows)), *_details(rows)],
+            "samples": data.side_by_side(rows, SAMPLES),
+        }
         for task, rows in data.choices(runs).items()
     ]
     trained = [run for run in runs if run.metrics]
@@ -159,12 +164,33 @@ def _choices(rows: list[Choice]) -> Table:
     return Table(CHOICE_HEADS, [(c.label, _choice(c)) for c in rows])
 
 
-def _choice(c: Choice) -> list[Cell]:
-    r = c.result
+def _details(rows: list[Choice]) -> Iterator[tuple[str, Table]]:
+    """Scores by slice, and the most frequent answers, where results say them."""
+    slices = list(dict.fromkeys(name for c in rows for name in c.result.get("slices") or ()))
+    if slices:
+        parts = [(c.label, [(c.result.get("slices") or {}).get(name) for name in slices]) for c in rows]
+        cells = [(label, [_score(part) if part else Cell(NA) for part in each]) for label, each in parts]
+        yield "By slice", Table([("", ""), *((name, "95 % interval") for name in slices)], cells)
+    if any(c.result.get("answers") for c in rows):
+        most = max(len(c.result.get("answers") or ()) for c in rows)
+        often = [(c.label, c.result["n"], (c.result.get("answers") or [])) for c in rows]
+        cells = [
+            (label, [Cell(clip(answer, 60), percent(count / n)) for answer, count in each]) for label, n, each in often
+        ]
+        filled = [(label, [*each, *[Cell(NA)] * (most - len(each))]) for label, each in cells]
+        yield "Most frequent answers", Table([("", ""), *(("", f"{i + 1}.") for i in range(most))], filled, "left")
+
+
+def _score(r: Json) -> Cell:
     low, high = r.get("low"), r.get("high")
     span = NA if low is None or high is None else f"{percent(low).removesuffix(' %')}–{percent(high)}"
+    return Cell(percent(r["mean"]), f"{span}, n = {r['n']}", strong=True)
+
+
+def _choice(c: Choice) -> list[Cell]:
+    r = c.result
     return [
-        Cell(percent(r["mean"]), f"{span}, n = {r['n']}", strong=True),
+        _score(r),
         Cell(flops(c.flops)),
         Cell(seconds(c.seconds)),
         Cell(size(c.peak_bytes) if c.run.config else "none"),

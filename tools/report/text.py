@@ -4,6 +4,7 @@ import itertools
 from typing import Any
 
 from common.numbers import NA, joined, percent, signed, size
+from evals import paired
 from tools.report.data import Choice
 
 
@@ -43,26 +44,33 @@ def _mean(c: Choice) -> float:
     return c.result["mean"]
 
 
-def _apart(a: Choice, b: Choice) -> bool:
-    """Whether the intervals leave a gap between the two."""
+def _differ(a: Choice, b: Choice) -> tuple[bool, str]:
+    """Whether two ways differ by more than chance, and how that is known: row by row where both have kept their rows,
+    else by a gap between their intervals."""
+    if found := paired.pair(a.result, b.result):
+        low, high = (f"{100 * x:+.0f}" for x in (found.low, found.high))
+        return found.p < 0.05, f"row by row, 95 % interval {low} to {high} points, p = {found.p:.2g}, {found.test}"
     if None in (a.result.get("low"), b.result.get("low")):
-        return False
-    return a.result["low"] > b.result["high"] or b.result["low"] > a.result["high"]
+        return False, "an interval is missing"
+    apart = a.result["low"] > b.result["high"] or b.result["low"] > a.result["high"]
+    return apart, "their intervals are apart" if apart else "their intervals overlap"
 
 
 def _gain(prompt: Choice, tuned: Choice) -> list[str]:
     gain = 100 * (_mean(tuned) - _mean(prompt))
-    if not _apart(prompt, tuned):
-        return [f"The intervals of {tuned.label} and of {prompt.label} overlap: a gain by tuning is not shown."]
+    shown, why = _differ(tuned, prompt)
+    if not shown:
+        return [f"A gain of {tuned.label} over {prompt.label} is not shown: {why}."]
     word = "more" if gain > 0 else "fewer"
-    return [f"The best tuning is right {abs(gain):.0f} percentage points {word} often than the best prompt."]
+    return [f"The best tuning is right {abs(gain):.0f} percentage points {word} often than the best prompt ({why})."]
 
 
 def _pairs(tuned: list[Choice]) -> list[str]:
     out = []
     for a, b in itertools.pairwise(tuned):
-        if not _apart(a, b):
-            out.append(f"On these examples {a.label} and {b.label} cannot be distinguished: their intervals overlap.")
+        shown, why = _differ(a, b)
+        if not shown:
+            out.append(f"On these examples {a.label} and {b.label} cannot be distinguished: {why}.")
         if a.store_bytes and b.store_bytes:
             small, large = sorted((a, b), key=lambda c: c.store_bytes)
             ratio = large.store_bytes / small.store_bytes
