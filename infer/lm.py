@@ -56,6 +56,12 @@ class LM:
         own = self.tokenizers.get(adapter or "")
         return self if own is None else dataclasses.replace(self, tokenizer=own)
 
+    def _speakers(self, adapters: Sequence[str | None], prompts: int) -> list["LM"]:
+        """`speaking` of each prompt's adapter."""
+        if adapters and len(adapters) != prompts:
+            raise UserError(f"{len(adapters)} adapters for {prompts} prompts", "adapters", "one a prompt, or none")
+        return [self.speaking(adapter) for adapter in adapters or [None] * prompts]
+
     def _serving(self, adapters: Sequence[str | None]) -> Params:
         """The unrolled parameters for prompts with these adapters."""
         if self.store:
@@ -77,9 +83,7 @@ class LM:
         tokens.
         """
         prompts = _several(prompts)
-        if adapters and len(adapters) != len(prompts):
-            raise UserError(f"{len(adapters)} adapters for {len(prompts)} prompts", "adapters", "one a prompt, or none")
-        speakers = [self.speaking(adapter) for adapter in adapters or [None] * len(prompts)]
+        speakers = self._speakers(adapters, len(prompts))
         asked = [lm.encode(prompt) for lm, prompt in zip(speakers, prompts, strict=True)]
         ends = {lm.tokenizer.eos_ids for lm in speakers}
         if len(ends) > 1:
@@ -98,12 +102,15 @@ class LM:
         answers = zip(speakers, asked, out.tokens, strict=True)
         return [cut(lm._continuation(prompt, tokens), stop) for lm, prompt, tokens in answers]
 
-    def answer(self, questions: str | Sequence[str], **knobs: float | str) -> str | list[str]:
+    def answer(
+        self, questions: str | Sequence[str], *, adapters: Sequence[str | None] = (), **knobs: float | str
+    ) -> str | list[str]:
         """Answers to a user's questions, one or several; a model without a chat template continues them as texts."""
         several = [questions] if isinstance(questions, str) else list(questions)
-        if self.tokenizer.chat_template is not None:
-            several = [[{"role": "user", "content": q}] for q in several]
-        answers = self.generate(several, **knobs)
+        speakers = self._speakers(adapters, len(several))
+        raw = [lm.tokenizer.chat_template is None for lm in speakers]
+        prompts = [q if plain else [{"role": "user", "content": q}] for q, plain in zip(several, raw, strict=True)]
+        answers = self.generate(prompts, adapters=adapters, **knobs)
         return answers[0] if isinstance(questions, str) else answers
 
     def stream(
