@@ -165,14 +165,21 @@ class Pair(Parts):
 
     chosen: Completion | Chat
     rejected: Completion | Chat
-    kind: ClassVar[str] = "pair"
+    numbers: tuple[tuple[str, float], ...] = ()  # its margin, or whether it is a tie: {column: value}
     sides: ClassVar[tuple[str, ...]] = batches.KINDS["pair"].sides
+
+    @property
+    def kind(self) -> str:
+        return " with ".join(["pair", *(name for name, _ in self.numbers)])
 
     def parts(self) -> tuple[Completion | Chat, ...]:
         return self.chosen, self.rejected
 
     def each(self, change: Callable[[Example], Example]) -> "Pair":
-        return Pair(change(self.chosen), change(self.rejected))
+        return replace(self, chosen=change(self.chosen), rejected=change(self.rejected))
+
+    def columns(self) -> tuple[dict[str, float], ...]:
+        return (dict(self.numbers),) * 2
 
 
 @dataclass(frozen=True)

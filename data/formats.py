@@ -218,7 +218,8 @@ def _preference(record: Record) -> Pair:
             _as_turns(prompt, "prompt"), messages(chosen, "chosen"), messages(rejected, "rejected")
         )
     tools = _tools(record)
-    return Pair(_answer(prompt, chosen, "chosen", tools), _answer(prompt, rejected, "rejected", tools))
+    numbers = tuple((name, _number(record[name], name)) for name in ("margin", "tie") if record.get(name) is not None)
+    return Pair(_answer(prompt, chosen, "chosen", tools), _answer(prompt, rejected, "rejected", tools), numbers)
 
 
 def _asked(record: Record, column: str) -> str | list[Message]:

@@ -143,6 +143,8 @@ def test_objective(name):
     model = build.model(c, None, 500)
     objective = build.find("train.objectives", c.objective)(model)
     params = {name: (r.model or model).init(jax.random.key(0)) for name, r in objective.roles.items()}
+    for role in (name for name, r in objective.roles.items() if r.head):
+        params[role]["head"] = heads.find(objective.roles[role].head)(model.config, jax.random.key(1))
     batch = batches.example(objective.batch, 2, 32, 500)
     loss = jax.jit(lambda p, b: objective.loss({**params, "policy": p}, b, jax.random.key(0)))
     metrics = loss(params["policy"], batch)

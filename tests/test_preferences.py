@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from data.rows import batch as batches
 from model import build
 from tests.helpers.steps import config, losses, rows
-from train.objectives import dpo, kto, orpo
+from train.objectives import dpo, kto, orpo, ranking
 
 LOG2 = float(np.log(2))
 
@@ -99,3 +100,77 @@ def test_kinds_with_columns_serve_those_without():
     assert batches.serves("labelled", "lm") and not batches.serves("lm", "labelled")
     assert not batches.serves("rated", "labelled") and not batches.serves("pair", "lm")
     assert list(itertools.chain(batches.abstract("rated", 2, 4)))[-1] == "rating"
+
+
+# --- reward models ---
+
+
+def test_plackett_luce_by_hand():
+    """Equal scores give log k!; two answers are Bradley-Terry; one tied with all others behind it costs nothing."""
+    for k, want in ((2, 0.693147), (3, 1.791759), (4, 3.178054)):
+        found = ranking.order_logp(jnp.zeros((1, k)), jnp.arange(k)[None])
+        np.testing.assert_allclose(-found, [want], rtol=1e-5)
+    two = ranking.order_logp(jnp.array([[0.3, 1.0]]), jnp.array([[2, 1]]))
+    np.testing.assert_allclose(two, jax.nn.log_sigmoid(jnp.array([0.7])), rtol=1e-5)
+    np.testing.assert_allclose(ranking.order_logp(jnp.array([[5.0, -3.0, 1.0]]), jnp.ones((1, 3))), [0], atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [(1, 2, 3, 4), (2, 1, 2, 3), (1, 4, 4, 4), (1, 1, 2, 2), (3, 1, 3, 3)])
+def test_ties_and_partial_orders_are_sums_over_orders(ranks):
+    scores = np.array([0.4, -1.2, 2.0, 0.1])
+    total = 0.0
+    for order in itertools.permutations(range(4)):
+        if all(ranks[a] <= ranks[b] for a, b in itertools.pairwise(order)):
+            left = [np.exp(scores[list(order[i:])]).sum() for i in range(4)]
+            total += np.prod([np.exp(scores[i]) / rest for i, rest in zip(order, left, strict=True)])
+    logp = lambda s: ranking.order_logp(s, jnp.array([ranks]))[0]
+    np.testing.assert_allclose(logp(jnp.array([scores])), np.log(total), rtol=1e-5)
+    assert np.isfinite(jax.grad(logp)(jnp.array([scores]))).all()
+
+
+def test_nine_answers_are_too_many():
+    with pytest.raises(UserError, match="9 answers to a prompt; at most 8"):
+        ranking.order_logp(jnp.zeros((1, 9)), jnp.zeros((1, 9)))
+
+
+def group(k=3):
+    ranks = np.array([1, 2, 3, 1, 2, 3, 1, 2], np.int32)
+    return {name: rows(i) | {"rank": (ranks + i) % 3} for i, name in enumerate(batches.answers(k))}
+
+
+@pytest.mark.parametrize(
+    "name, settings, batch, first",
+    [
+        ("reward", {"center": 0.1}, {"chosen": rows(1), "rejected": rows(2)}, LOG2),
+        ("ranking", {}, group(), np.log(6)),
+        ("rating", {}, rows(1) | {"rating": np.full(8, 4.0, np.float32)}, 1.0),
+        ("rating", {"loss": "ordinal"}, rows(1) | {"rating": np.full(8, 4.0, np.float32)}, 1.8509805),
+    ],
+    ids=("reward", "ranking", "rating", "ordinal"),
+)
+def test_a_reward_model_starts_at_zero_and_learns(name, settings, batch, first):
+    """Rewards start at 0: log 2, log 3!, (4 - 3)^2, and softplus of -1.5, -0.5, 0.5, -1.5 for 4 of 5."""
+    c = config(**{"objective.name": name, "optim.lr": 1e-2, "peft.name": "lora"})
+    c.objective.update(settings)
+    curve, state = losses(c, steps=4, batch=batch)
+    np.testing.assert_allclose(curve[0], first, rtol=1e-5)
+    assert curve[-1] < curve[0]
+    assert float(jnp.abs(state.params["policy"]["head"].w).max()) > 0
+
+
+def test_a_reward_is_that_of_the_last_token_wherever_padding_stands():
+    """The same document after 0 to 3 slots of padding, and before any."""
+    from model import heads
+    from train.objectives._reward import rewards
+
+    model = build.model(config(), None, 500)
+    params = model.init(jax.random.key(0))
+    params["head"] = heads.find("scalar")(model.config, jax.random.key(0)).replace(w=jnp.ones(model.config.embed))
+    batch = {name: np.zeros((5, 12), np.int32) for name in ("tokens", "segments", "positions")}
+    for row, at in enumerate((0, 1, 2, 3, 6)):
+        batch["tokens"][row, at : at + 6] = np.arange(7, 13)
+        batch["segments"][row, at : at + 6], batch["positions"][row, at : at + 6] = 1, np.arange(6)
+    found = rewards(model, params, batch)
+    np.testing.assert_allclose(found, np.full(5, found[0]), rtol=2e-5)
+    x = model.hidden(params, batch["tokens"][:1, :6]).x
+    np.testing.assert_allclose(found[0], x[0, -1].astype(jnp.float32).sum(), rtol=1e-5)

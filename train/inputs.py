@@ -116,4 +116,6 @@ def source(blueprint: Blueprint, data: Batches, steps: int) -> Source:
             "choose an objective for these data, or data for this objective: preference pairs have kind 'pair'; for"
             " rows with a label or a rating see config.data.format",
         )
+    if objective.check:
+        objective.check(data.loader.values())
     return data

@@ -16,6 +16,7 @@ Side = dict[str, np.ndarray]  # an lm batch; on devices, jax arrays in place of 
 Batch = dict[str, Any]  # a Side, or a Side for each of its sides
 TOKENS = {"tokens": np.int32, "targets": np.int32, "mask": np.float32, "segments": np.int32, "positions": np.int32}
 COLUMNS = {"label": np.int32, "rank": np.int32, "rating": np.float32, "group": np.int32, "reward": np.float32}
+COLUMNS |= {"margin": np.float32, "tie": np.int32}  # of pairs
 ONE = "row"  # the name of the only side of an lm batch, which is the batch itself
 ANSWERS = 4  # K of a group whose data are not known yet
 
@@ -100,6 +101,9 @@ def example(kind: str, rows: int, seq_len: int, vocab_size: int, seed: int = 0) 
             "positions": ones.cumsum(1, np.int32) - 1,
         }
         made["mask"] = (np.arange(seq_len) < rng.integers(1, seq_len, (rows, 1))).astype(np.float32)
-        return made | {name: rng.random(s.shape).astype(s.dtype) for name, s in spec.items() if name not in made}
+        for name, s in spec.items():
+            whole = np.issubdtype(s.dtype, np.integer)
+            made.setdefault(name, (rng.integers(0, 3, s.shape) if whole else rng.random(s.shape)).astype(s.dtype))
+        return made
 
     return join({side: part(spec) for side, spec in parts(abstract(kind, rows, seq_len)).items()})

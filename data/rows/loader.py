@@ -123,6 +123,11 @@ class Loader:
             lines += [f"{source}: {line}" for line in found]
         return lines
 
+    def values(self) -> dict[str, np.ndarray]:
+        """The numbers of every document of all sources, by column."""
+        tables = [part.dataset.stored.columns for part in self.parts]
+        return {name: np.concatenate([table[:, i] for table in tables]) for i, name in enumerate(self.columns)}
+
     def batch(self, step: int) -> Batch:
         """This process's rows of the global batch of a step."""
         index = step * self.batch_size + self.mine

@@ -12,6 +12,7 @@ A file defines `make(**settings) -> Callable[[ModelConfig, Array], Head]`, like 
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
 
 from common import methods
@@ -33,3 +34,13 @@ class Head(Extra):
 def find(name: str, **settings: Any) -> Callable[[ModelConfig, Array], Head]:
     """A function (config, random key) -> head. Raises UserError for an unknown name."""
     return methods.module("model.heads", name).make(**settings)
+
+
+def at_end(head: Head, x: Array, segments: Array) -> Array:
+    """The output of a scalar head at the last token of each row [B], for hidden states x [B,T,D] and segments [B,T].
+
+    A row is one document; its padding may be on either side.
+    """
+    width = segments.shape[1]
+    last = width - 1 - (segments[:, ::-1] > 0).argmax(-1)
+    return head(jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0]

@@ -1,8 +1,9 @@
 """Training objectives. Each file exposes `make(model, **config) -> Objective`; the keyword arguments are its schema."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 from jax import Array
 
 from model.net.transformer import Transformer
@@ -44,6 +45,9 @@ class Objective(NamedTuple):
     must count in no metric.
     `nll`: the loss is the negative log-likelihood of the targets of an lm batch, in nats. On held-out data it is called
     "nll", and bits per byte are added.
+    An objective whose policy answers through a head assigns the head's name to the constant HEAD of its file, so that
+    the run can be opened again.
+    `check` gets the columns of the training data, {name: values}, and raises UserError if they do not suffice.
     `source` makes the run's batches if the data are only prompts: an on-policy objective samples from the state. Its
     arguments are the data's batches and the run's blueprint.
     """
@@ -53,3 +57,4 @@ class Objective(NamedTuple):
     roles: dict[str, Role] = {"policy": Role("train")}
     nll: bool = False
     source: Callable[[Batches, "Blueprint"], Source] | None = None
+    check: Callable[[Mapping[str, np.ndarray]], None] | None = None

@@ -1,9 +1,13 @@
 """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv 2402.01306): single answers labeled good or bad."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from common.errors import UserError
 from data.rows.batch import Batch
 from model.net.transformer import Transformer
 from train.objectives import Objective, Pair, Role, Roles
@@ -40,7 +44,13 @@ def make(
             | summed({"reward_rejected": beta * ratio}, rejected)
         )
 
-    return Objective(compute, BATCH, {"policy": Role("train"), "ref": Role("initial")})
+    def check(columns: Mapping[str, np.ndarray]) -> None:
+        good = int((columns["label"] > 0).sum())
+        if good in (0, len(columns["label"])):
+            what = f"all {len(columns['label'])} answers are labelled {'good' if good else 'bad'}"
+            raise UserError(what, "data.source", "KTO learns from both: add answers of the other label")
+
+    return Objective(compute, BATCH, {"policy": Role("train"), "ref": Role("initial")}, check=check)
 
 
 def mismatched(batch: Batch) -> Batch:

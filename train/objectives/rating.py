@@ -1,0 +1,50 @@
+"""A reward model from ratings of single answers: regression, or an ordinal model of the steps of the scale."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from common.errors import UserError
+from data.rows.batch import Batch
+from model.net.transformer import Transformer
+from train.objectives import Objective, Pair, Role, Roles
+from train.objectives._preference import summed
+from train.objectives._reward import present, rewards
+
+BATCH = "rated"
+HEAD = "scalar"
+
+
+def make(
+    model: Transformer, *, loss: Literal["regression", "ordinal"] = "regression", low: float = 1.0, high: float = 5.0
+) -> Objective:
+    """A mean over rows. The reward is in steps of the scale from `low` to `high`, 0 at its middle.
+
+    regression: (r - (rating - middle))^2.
+    ordinal:    the all-threshold logistic loss (Rennie and Srebro 2005, eq. 13): for each step between two whole
+                ratings, -log sigmoid(r - step) if the rating is above it, else -log sigmoid(step - r).
+    """
+    middle = (low + high) / 2
+    steps = jnp.arange(low, high) + 0.5 - middle
+
+    def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
+        reward, rating = rewards(model, roles["policy"], batch), batch["rating"] - middle
+        off = reward - rating
+        if loss == "ordinal":
+            sign = jnp.where(rating[:, None] > steps, 1, -1)
+            each = -jax.nn.log_sigmoid(sign * (reward[:, None] - steps)).sum(-1)
+        else:
+            each = off**2
+        return summed({"loss": each, "mean_absolute_error": jnp.abs(off)}, present(batch))
+
+    def check(columns: Mapping[str, np.ndarray]) -> None:
+        found = columns["rating"]
+        if len(found) and not low <= found.min() <= found.max() <= high:
+            what = f"ratings from {found.min():g} to {found.max():g} do not fit a scale from {low:g} to {high:g}"
+            raise UserError(what, "config.objective", "set config.objective.low and config.objective.high")
+
+    return Objective(compute, BATCH, {"policy": Role("train", head=HEAD)}, check=check)
