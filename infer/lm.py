@@ -13,10 +13,12 @@ from jax.typing import ArrayLike
 
 from common.errors import UserError
 from common.types import Json
+from data import examples
 from data.text import chat
 from data.text.tokenizer import Tokenizer
 from infer.generate import bucket, generate, needs_causal, stream, unrolled
 from infer.serve.store import Store
+from model import heads
 from model.config import ModelConfig
 from model.net import head
 from model.net.transformer import Transformer, virtual_tokens
@@ -180,6 +182,32 @@ class LM:
         sums = self._sums(rows)
         return [(float(total), len(scored)) for total, (_, scored) in zip(sums, rows, strict=True)]
 
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """The reward of each answer to its prompt: what the model's head says of the answer's end token.
+
+        Both are written as in training: by the chat template where there is one, else one behind the other. Raises
+        UserError for a model without a head, which is no reward model.
+        """
+        if "head" not in self.params:
+            what = "the model has no head that scores"
+            raise UserError(what, fix="open a reward model, trained with objective reward, ranking or rating")
+        rows = [([], self._whole(p, a)) for p, a in zip(prompts, answers, strict=True)]
+        scores, lengths = np.zeros(len(rows)), [len(ids) for _, ids in rows]
+        self._check(np.fromiter((i for _, ids in rows for i in ids), np.int64), max(lengths, default=0))
+        most = self.config.max_len if self.config.position == "learned" else None
+        for batch in _batches(lengths, BATCH_TOKENS):
+            scores[batch] = _rewards(self.model, self.params, _teach([rows[i] for i in batch], most))[: len(batch)]
+        return scores.tolist()
+
+    def _whole(self, prompt: Prompt, answer: str) -> list[int]:
+        """The ids of a prompt and its answer, as a training row has them."""
+        if isinstance(prompt, str):
+            row = examples.Completion(prompt, answer)
+            row = row if self.tokenizer.chat_template is None else examples.wrapped(row)
+        else:
+            row = examples.Chat([*prompt, {"role": "assistant", "content": answer}], len(prompt))
+        return row.documents(self.tokenizer, iter(map(self.tokenizer.encode, row.texts())))[0].ids
+
     def _check(self, ids: np.ndarray, longest: int) -> None:
         """Raises UserError for ids that the model has no vector for, where a lookup would give nan or another token's,
         and for a row that is longer than a table of learned positions."""
@@ -201,6 +229,8 @@ class LM:
     def _sums(self, rows: list[tuple[list[int], list[int]]]) -> np.ndarray:
         """Sum of log p of each row's second part; rows of like length share a forward pass."""
         needs_causal(self.model)
+        if not all(before for before, _ in rows):
+            raise UserError("the first token of a text has no probability", "prompt", "give a prompt of a token")
         sums, lengths = np.zeros(len(rows)), [len(a) + len(b) for a, b in rows]
         self._check(np.fromiter((i for row in rows for part in row for i in part), np.int64), max(lengths))
         most = self.config.max_len if self.config.position == "learned" else None
@@ -246,12 +276,10 @@ def _teach(rows: list[tuple[list[int], list[int]]], most: int | None) -> Taught:
     shape = bucket(len(rows)), min(width, most or width)
     tokens, targets, mask, segments = (np.zeros(shape, t) for t in (np.int32, np.int32, np.float32, np.int32))
     for i, (before, scored) in enumerate(rows):
-        if not before:
-            raise UserError("the first token of a text has no probability", "prompt", "give a prompt of a token")
         ids = before + scored
         tokens[i, : len(ids)] = ids
         targets[i, : len(ids) - 1] = ids[1:]
-        mask[i, len(before) - 1 : len(ids) - 1] = 1
+        mask[i, max(len(before) - 1, 0) : len(ids) - 1] = 1
         segments[i, : len(ids)] = 1
     return Taught(tokens, targets, mask, segments)
 
@@ -266,3 +294,10 @@ def _sum_logps(model: Transformer, params: Params, rows: Taught) -> Array:
     """[B]; the vocabulary is paid for where the mask is 1 alone."""
     x = model.hidden(params, rows.tokens, segments=rows.segments).x
     return head.token_logps(model, params, x, rows.targets, rows.mask).sum(-1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _rewards(model: Transformer, params: Params, rows: Taught) -> Array:
+    """[B]"""
+    x = model.hidden(params, rows.tokens, segments=rows.segments).x
+    return heads.at_end(params["head"], x, rows.segments)

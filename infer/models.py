@@ -11,11 +11,12 @@ import jax
 from common.errors import UserError
 from common.types import Config
 from configs import schema
+from configs.schema import methods
 from data.text import formats as tokenizers
 from data.text.tokenizer import Absent, NoTokenizer
 from infer.lm import LM
 from infer.serve.store import RANK_ROWS, Store
-from model import build, paged, weights
+from model import build, heads, paged, weights
 from model.config import ModelConfig
 from model.io import peft_read, saved
 from model.io.pretrained import Pretrained, open_pretrained
@@ -52,7 +53,7 @@ def load(
         params = opened.params(model.specs, None, model.param_dtype)
     else:
         model = build.network(opened.config, dtype)
-        params = opened.load(model.specs, None, model.param_dtype)
+        params = opened.load(model.specs, None, model.param_dtype) | opened.head()
     own = adapter and _tokenizer_of(Path(adapter).expanduser())
     return LM(model, params, _tokenizer(tokenizer, own or opened.tokenizer_source))
 
@@ -205,8 +206,9 @@ class Run:
         return str(self.workdir / "tokenizer")
 
     def load(self, specs: Specs, shardings: Tree = None, dtype: str = "float32") -> Params:
-        """Plain parameters, adapters merged: what a run starts from whose `init` is this folder."""
+        """Plain parameters, adapters merged, without a head: what a run starts from whose `init` is this folder."""
         params = self.params(specs, shardings, dtype)
+        params.pop("head", None)
         return jax.jit(lambda p: weights.dense(p, specs), out_shardings=shardings)(params)
 
     def params(self, specs: Specs, shardings: Tree = None, dtype: str = "float32") -> Params:
@@ -218,12 +220,17 @@ class Run:
         if self.cfg.quant.name:
             transform = jax.jit(transform)  # compiled as in training: the codes come out the same
         if (self.workdir / SHAPE).is_file():
-            policy = jax.eval_shape(transform, self.model.abstract, jax.random.key(0))
+            policy = self._headed(jax.eval_shape(transform, self.model.abstract, jax.random.key(0)))
             if saved.named(policy).keys() - {name.removeprefix("policy/") for name in self.saved.params}:
                 raise UserError("it does not hold every parameter", str(self.workdir))
         else:
-            policy = transform(self._base(specs, shardings, dtype), jax.random.key(self.cfg.seed))
+            policy = self._headed(transform(self._base(specs, shardings, dtype), jax.random.key(self.cfg.seed)))
         return self.learnt(policy)
+
+    def _headed(self, policy: Params) -> Params:
+        """With the head that the objective gave the policy, as it started."""
+        name = methods.method("objective", self.cfg.objective.name).head
+        return policy | {"head": heads.find(name)(self.config, jax.random.key(0))} if name else policy
 
     def learnt(self, policy: Params) -> Params:
         """A policy as the run started from it, with what the run has learnt in it. Raises UserError when the rest is

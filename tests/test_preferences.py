@@ -1,16 +1,24 @@
 """Objectives of preferences, labels, rankings and ratings: values by hand, and what each must not depend on."""
 
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from common import record
 from common.errors import UserError
 from data.rows import batch as batches
+from data.rows.loader import make_loaders
+from infer.lm import LM
+from infer.models import load, open_model
 from model import build
+from model.io import export, gguf_write
+from tests.helpers.processes import ROOT
 from tests.helpers.steps import config, losses, rows
+from train.main import main
 from train.objectives import dpo, kto, orpo, ranking
 
 LOG2 = float(np.log(2))
@@ -174,3 +182,76 @@ def test_a_reward_is_that_of_the_last_token_wherever_padding_stands():
     np.testing.assert_allclose(found, np.full(5, found[0]), rtol=2e-5)
     x = model.hidden(params, batch["tokens"][:1, :6]).x
     np.testing.assert_allclose(found[0], x[0, -1].astype(jnp.float32).sum(), rtol=1e-5)
+
+
+# --- the life of a reward model ---
+
+
+@pytest.fixture(scope="module")
+def reward_run(tmp_path_factory):
+    """A few steps of LoRA and a head on pairs with margins and ties."""
+    folder = tmp_path_factory.mktemp("reward")
+    data = [
+        {"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": str(i + 2), "margin": 0.5, "tie": i % 4 == 0}
+        for i in range(64)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    argv = [
+        f"--config={ROOT}/configs/rlhf/reward_tiny.py", f"--workdir={folder}/run", "--config.steps=12",
+        f"--config.data.source={folder}/pairs.jsonl", "--config.peft.name=lora", "--config.optim.lr=0.01",
+        f"--config.data.cache={folder}/cache", "--config.model.vocab_size=272", "--config.samples=()",
+    ]  # fmt: skip
+    assert main(argv) == 0
+    return folder / "run"
+
+
+def test_a_reward_run_scores_as_it_was_trained(reward_run):
+    """The held-out accuracy and margin of the record, from `score`, on the rows that were held out."""
+    lm = load(reward_run)
+    line = [line for line in record.read(reward_run / "metrics.jsonl") if line["kind"] == "eval"][-1]
+    cfg = open_model(reward_run).cfg
+    _, held = make_loaders(cfg.data, lm.tokenizer, cfg.seed)
+    texts = list(map(json.loads, (reward_run.parent / "pairs.jsonl").read_text().splitlines()))
+    rows = [texts[i] for i in held.parts[0].documents]
+    assert len(rows) == held.sizes[0] > 0
+    chosen, rejected = (
+        lm.score([r["prompt"] for r in rows], [r[side] for r in rows]) for side in ("chosen", "rejected")
+    )
+    np.testing.assert_allclose(np.mean(chosen), line["reward_chosen"], rtol=1e-4)
+    np.testing.assert_allclose(np.mean(rejected), line["reward_rejected"], rtol=1e-4)
+    decided = [a > b for a, b, r in zip(chosen, rejected, rows, strict=True) if not r["tie"]]
+    np.testing.assert_allclose(np.mean(decided), line["accuracy"], rtol=1e-6)
+    assert abs(chosen[0]) > 1e-3
+
+
+def test_a_reward_model_exported_scores_the_same(reward_run, tmp_path):
+    lm = load(reward_run)
+    export.export_hf(lm.model, lm.params, lm.tokenizer, tmp_path / "out")
+    again = load(tmp_path / "out")
+    asked = ["3+1="] * 2, ["4", "5"]
+    np.testing.assert_allclose(again.score(*asked), lm.score(*asked), rtol=1e-4)
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+    with pytest.raises(UserError, match="reward model's head has no place"):
+        gguf_write.write(tmp_path / "x.gguf", lm.model, lm.params, {})
+
+
+def test_a_language_model_does_not_score():
+    lm = LM(build.model(config(), None, 500), {}, None)
+    with pytest.raises(UserError, match="no head that scores"):
+        lm.score(["a"], ["b"])
+
+
+def test_a_policy_starts_from_a_reward_run_without_its_head(reward_run):
+    opened = open_model(reward_run)
+    assert "head" in opened.params(opened.model.specs) and "head" not in opened.load(opened.model.specs)
+
+
+def test_kto_wants_both_labels(tmp_path, capsys):
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a", "completion": "b", "label": true}\n' * 16)
+    argv = [
+        f"--config={ROOT}/configs/rlhf/dpo_tiny.py", f"--workdir={tmp_path}/run", "--config.objective.name=kto",
+        f"--config.data.source={tmp_path}/good.jsonl", "--config.data.format=labelled", "--config.data.holdout=0",
+        f"--config.data.cache={tmp_path}/cache",
+    ]  # fmt: skip
+    assert main(argv) == 2
+    assert "all 16 answers are labelled good · KTO learns from both" in capsys.readouterr().err

@@ -28,6 +28,7 @@ class Key(NamedTuple):
 class Method(NamedTuple):
     arguments: dict[str, Key]
     batch: str = ""  # the kind of batch that an objective reads (data.rows.batch.KINDS): the constant BATCH
+    head: str = ""  # the file of model/heads with which its policy answers: the constant HEAD
 
 
 def names(folder: str, function: str) -> list[str]:
@@ -41,7 +42,11 @@ def method(kind: str, name: str) -> Method:
     make = _find(path, "make")
     assert make, f"{path} has no make"
     args = zip(make.args.kwonlyargs, make.args.kw_defaults, strict=True)
-    return Method({a.arg: _key(a.annotation, default) for a, default in args}, constant(path, "BATCH", ""))
+    return Method(
+        {a.arg: _key(a.annotation, default) for a, default in args},
+        constant(path, "BATCH", ""),
+        constant(path, "HEAD", ""),
+    )
 
 
 def constant(path: Path, name: str, default: Leaf) -> Leaf:

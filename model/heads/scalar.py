@@ -15,6 +15,8 @@ from model.config import ModelConfig
 from model.heads import Head
 from model.weights import Spec
 
+TENSOR = "score.weight"  # of Hugging Face's models for sequence classification with one label, [1,D]
+
 
 @flax.struct.dataclass
 class Scalar(Head):

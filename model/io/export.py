@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from common import files
 from common.errors import UserError
 from model import weights
 from model.families import _layout as layout
+from model.heads.scalar import TENSOR
 from model.io import compressed
 from model.io.hf import INDEX
 from model.io.pretrained import family, open_pretrained
@@ -45,7 +48,8 @@ def export_hf(
 
     `params` are stacked. Quantized leaves are stored in the compressed-tensors format, or as floats with `dequantize`;
     an adapter and its base become one float array. `generation` is added to generation_config.json (temperature, ...),
-    `card` is the text of README.md. Returns the largest difference of the logits relative to the largest logit (0.0
+    `card` is the text of README.md. A reward model's head is stored like that of transformers' models for sequence
+    classification with one label. Returns the largest difference of the logits relative to the largest logit (0.0
     without `check`). Raises UserError if the folder has other content, if the family or the format cannot represent the
     model, or if the check fails.
     """
@@ -53,6 +57,11 @@ def export_hf(
     if dtype not in TOLERANCE:
         raise UserError(f"dtype {dtype!r} is not supported", "--dtype", f"supported: {', '.join(TOLERANCE)}")
     config, generation = _configs(model, tokenizer, dtype, generation or {})
+    params = dict(params)
+    head = params.pop("head", None)
+    if head is not None:
+        config |= {"architectures": [classifier(config["architectures"][0])], "id2label": {"0": "reward"}}
+        config |= {"label2id": {"reward": 0}}
     plain = _merged(model, params, dequantize)
     if any(map(weights.is_weight, jax.tree.leaves(plain, is_leaf=weights.is_weight))):
         config["quantization_config"] = compressed.config(model, plain, family(model.config.family).KEYS)
@@ -68,7 +77,10 @@ def export_hf(
             tokenizer.save(work)
             if card:
                 (work / "README.md").write_text(card, "utf-8")
-            _write_tensors(model, plain, work, dtype)
+            named = tensors(model, plain)
+            if head is not None:
+                named = chain(named, [(TENSOR, np.asarray(head.w)[None])])
+            _write_tensors(named, work, dtype)
             delta = check_logits(model, params, work, folder, dtype, TOLERANCE[dtype]) if check else 0.0
     except FileExistsError:
         raise taken from None
@@ -116,7 +128,12 @@ def _configs(model: Transformer, tokenizer: Any, dtype: str, generation: dict) -
     return config | ids | {"torch_dtype": dtype}, ids | generation
 
 
-def _write_tensors(model: Transformer, params: Params, folder: Path, dtype: str) -> None:
+def classifier(architecture: str) -> str:
+    """The name of transformers' model for sequence classification that belongs to a language model's."""
+    return re.sub("(ForCausalLM|LMHeadModel)$", "ForSequenceClassification", architecture)
+
+
+def _write_tensors(named: Iterable[tuple[str, np.ndarray]], folder: Path, dtype: str) -> None:
     """Writes shards of at most SHARD_BYTES each, one in memory at a time, and an index if there are several."""
     from safetensors.numpy import save_file
 
@@ -128,7 +145,7 @@ def _write_tensors(model: Transformer, params: Params, folder: Path, dtype: str)
         shutil.copymode(folder / "config.json", parts[-1][0])  # safetensors makes files readable only by the owner
         shard.clear()
 
-    for name, x in tensors(model, params):
+    for name, x in named:
         codes = x.dtype.itemsize == 1 or x.dtype.kind == "i"
         x = np.ascontiguousarray(x, x.dtype if codes else jnp.dtype(dtype))
         if shard and sum(t.nbytes for t in shard.values()) + x.nbytes > SHARD_BYTES:

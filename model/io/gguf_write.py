@@ -34,6 +34,8 @@ def write(path: str | Path, model: Transformer, params: Params, tokenizer: Json,
     if kind not in FILE_TYPES:
         raise UserError(f"type {kind!r} is not supported", "--dtype", f"supported: {', '.join(FILE_TYPES)}")
     _check(config)
+    if "head" in params:
+        raise UserError("a reward model's head has no place in a .gguf file", str(path), "export it without --format")
     plain = weights.dense(params, model.specs)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -13,6 +13,7 @@ from common.errors import UserError
 from model import weights
 from model.families import _layout as layout
 from model.families._layout import Key
+from model.heads.scalar import TENSOR
 from model.io.peft_folder import CONFIG, ROOT, TENSORS
 from model.io.peft_read import HEAD, factor_keys, groups, has_bias
 from model.io.pretrained import family
@@ -40,6 +41,8 @@ def write(path: str | Path, model: Transformer, params: Params, base: str = "", 
         raise UserError("the folder exists", str(path), "choose a new folder")
     if others := without_columns(model.config.blocks):
         raise UserError(f"PEFT folders of models with {others[0]} layers are not supported", str(path))
+    params = dict(params)
+    head = params.pop("head", None)
     for at, w in jax.tree.leaves_with_path(params, is_leaf=weights.is_weight):
         while weights.is_weight(w) and w.trainable:
             under = getattr(w, "base", None)
@@ -53,6 +56,9 @@ def write(path: str | Path, model: Transformer, params: Params, base: str = "", 
     kind = kinds.pop()
     config, tensors = (_virtual if kind in (Prefix, Prompt) else _wrapped)(model, adapters)
     config |= {"peft_type": TYPES[kind], "task_type": "CAUSAL_LM", "inference_mode": True}
+    if head is not None:  # a reward model's, as PEFT keeps that of a model for sequence classification
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": [TENSOR.removesuffix(".weight")]}
+        tensors |= {f"{ROOT}{TENSOR}": np.asarray(head.w)[None]}
     _save(path, config | {"base_model_name_or_path": base or None}, tensors, card)
 
 

@@ -19,6 +19,7 @@ from model import weights
 from model.config import ModelConfig, in_layers
 from model.families import _layout as layout
 from model.families._layout import Index
+from model.heads import scalar
 from model.io import gguf, hf
 from model.weights import Params, Spec, Specs, Tree
 
@@ -103,6 +104,15 @@ class Pretrained:
             out[i] = self.read(path, layer, cuts[1:])
         return out
 
+    def head(self) -> Params:
+        """{"head": ...} of a reward model, which transformers calls a model for sequence classification with one label;
+        {} of another model."""
+        name = scalar.TENSOR
+        if name not in self.source.names or self.source.shape(name) != (1, self.config.embed):
+            return {}
+        w = self.source.read(name, (slice(None), slice(None)))
+        return {"head": scalar.Scalar(jax.numpy.asarray(w[0], "float32"))}
+
     def check(self, specs: Specs) -> list[str]:
         """The tensors that the model does not use. Raises UserError unless the checkpoint has all parameters of
         `specs`, with their shapes, and no other parameters of the same layers."""
@@ -122,7 +132,8 @@ class Pretrained:
                 seen.add(name)
                 problems += self._problem(name, layout.shape(key, self.config.sizes))
         tied = {self.source.stored("lm_head.weight")} if self.config.tied else set()  # a copy of the embedding
-        extra = sorted(n for n in self.source.names - seen - tied if not IGNORED.fullmatch(n))
+        head = {scalar.TENSOR} if self.head() else set()
+        extra = sorted(n for n in self.source.names - seen - tied - head if not IGNORED.fullmatch(n))
         modules = {name.rpartition(".")[0] for name in seen}
         ours = [n for n in extra if self._counts(n, modules)]
         problems += [f"unexpected {name}" for name in ours]
@@ -183,7 +194,8 @@ def _tied(config: ModelConfig, source: Source, path: Path) -> bool:
     """Whether the head is the embedding: the tensors take precedence over the config, as in transformers."""
     table, head = (source.stored(family(config.family).KEYS[k].name) for k in ("embed/table", "unembed/table"))
     if head not in source.names:
-        return config.tied or "multimodal" in source.hf_config
+        classifies = scalar.TENSOR in source.names  # it has no head for text
+        return config.tied or "multimodal" in source.hf_config or classifies
     if not config.tied or table not in source.names:
         return config.tied
     if source.shape(table) != source.shape(head):
