@@ -23,7 +23,7 @@ def make(
     for a bad one (label 0), a mean over rows.
 
     r is a row's log-ratio. z, which has no gradient, estimates KL(policy || reference): the mean log-ratio of
-    mismatched pairs, each prompt with the answer of the next row, at least 0. It is estimated per micro-batch, over all
+    mismatched pairs, each prompt with the answer of the row before, at least 0. It is estimated per micro-batch, over all
     devices.
     """
 
@@ -54,21 +54,21 @@ def make(
 
 
 def mismatched(batch: Batch) -> Batch:
-    """Rows [B,T] of one document each, where every prompt gets the answer of the next row, and the last that of the
-    first.
+    """Rows [B,T] of one document each, where every prompt gets the answer of the row before, and the first that of the
+    last.
 
     An answer begins at the first target that counts and ends with the document; it is truncated to the row.
     """
     width = batch["tokens"].shape[1]
     at = jnp.arange(width)
     here = jnp.where(batch["mask"].any(-1), batch["mask"].argmax(-1), width)[:, None]  # the last slot of the prompt
-    there = jnp.roll(here, -1, axis=0)
+    there = jnp.roll(here, 1, axis=0)
     slot = at - here + there  # the source of each slot of the new answer
     fits = (at >= here) & (slot < width)
 
     def moved(x: Array, empty: int = 0) -> Array:
-        next_row = jnp.take_along_axis(jnp.roll(x, -1, axis=0), jnp.clip(slot, 0, width - 1), axis=1)
-        return jnp.where(fits, next_row, empty)
+        other_row = jnp.take_along_axis(jnp.roll(x, 1, axis=0), jnp.clip(slot, 0, width - 1), axis=1)
+        return jnp.where(fits, other_row, empty)
 
     prompt = at <= here  # the last slot of the prompt keeps its token, and has the new answer's first as its target
     segments = jnp.where(prompt, batch["segments"], moved(batch["segments"]))
