@@ -254,4 +254,4 @@ def test_kto_wants_both_labels(tmp_path, capsys):
         f"--config.data.cache={tmp_path}/cache",
     ]  # fmt: skip
     assert main(argv) == 2
-    assert "all 16 answers are labelled good · KTO learns from both" in capsys.readouterr().err
+    assert "all 16 answers are labeled good · KTO learns from both" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Shared by the preference objectives: log-probabilities of whole answers, and the metrics of a pair."""
+"""Shared code of the preference objectives: log-probabilities of answers, and metrics of pairs."""
 
 import jax
 import jax.numpy as jnp

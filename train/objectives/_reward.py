@@ -1,4 +1,4 @@
-"""What the objectives of reward models share."""
+"""Shared code of the objectives of reward models."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -10,7 +10,7 @@ from model.weights import Params
 
 
 def rewards(model: Transformer, params: Params, batch: Batch) -> Array:
-    """What the head says of each row's last token [B], its end token where the row was not cut."""
+    """The output of the head at the last token of each row [B]: the end token, unless the row was truncated."""
     x = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"]).x
     return heads.at_end(params["head"], x, batch["segments"])
 

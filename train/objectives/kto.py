@@ -23,8 +23,8 @@ def make(
     for a bad one (label 0), a mean over rows.
 
     r is a row's log-ratio. z, which has no gradient, estimates KL(policy || reference): the mean log-ratio of
-    mismatched pairs, each prompt with the answer of the row before, at least 0. It is estimated per micro-batch, over all
-    devices.
+    mismatched pairs, each prompt with the answer of the row before, at least 0. It is estimated per micro-batch, over
+    all devices.
     """
 
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
@@ -47,7 +47,7 @@ def make(
     def check(columns: Mapping[str, np.ndarray]) -> None:
         good = int((columns["label"] > 0).sum())
         if good in (0, len(columns["label"])):
-            what = f"all {len(columns['label'])} answers are labelled {'good' if good else 'bad'}"
+            what = f"all {len(columns['label'])} answers are labeled {'good' if good else 'bad'}"
             raise UserError(what, "data.source", "KTO learns from both: add answers of the other label")
 
     return Objective(compute, BATCH, {"policy": Role("train"), "ref": Role("initial")}, check=check)
