@@ -14,6 +14,10 @@ from common.errors import UserError
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+OLDER = dict.fromkeys(
+    (b"lmgg", b"fmgg", b"tjgg", b"algg"), "a GGML file of 2023: convert it to GGUF by llama.cpp's tools"
+)
+OTHERS = {1: "version 1 of the format: convert the model again", 3 << 24: "stored in big-endian order"}
 MAX_ITEMS = 1 << 24  # more than any vocabulary: a larger count means a corrupt file
 
 
@@ -48,7 +52,8 @@ class _Reader:
     def header(self) -> Header:
         magic, version, tensors, count = self.unpack("4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError(f"magic {magic!r}, version {version}")
+            older = "a GGML file from before GGUF: convert it with the tools of llama.cpp" if magic in OLDER else ""
+            raise ValueError(older or OTHERS.get(version) or f"magic {magic!r}, version {version}")
         metadata = {}
         for _ in range(bounded(count)):
             key = self.string()

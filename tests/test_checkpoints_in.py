@@ -476,6 +476,10 @@ FORMATS = {
     "gptq": (GPTQ, lambda w, n: packed(w, n, False)),
     "gptq, act order": (GPTQ, lambda w, n: packed(w, n, False, True)),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm"}, lambda w, n: packed(w, n, True)),
+    "awq by auto-round": (
+        {"quant_method": "auto-round", "bits": 4, "group_size": 8, "packing_format": "auto_round:auto_awq"},
+        lambda w, n: packed(w, n, True),
+    ),
     "fp8 of blocks": (FP8, lambda w, n: fp8(w, n, "scale_inv", (8, 8))),
     "fp8 of rows": ({"quant_method": "fbgemm_fp8"}, lambda w, n: fp8(w, n, "scale", (1, w.shape[1]))),
     "fp8 of tensors": ({"quant_method": "fp8"}, lambda w, n: fp8(w, n, "scale_inv", None)),
@@ -499,6 +503,17 @@ def test_quantized_by_another_tool(name, tmp_path):
         got = opened.source.read(n, np.s_[:, :])
         np.testing.assert_allclose(got, wanted, rtol=1e-6, err_msg=n)
         np.testing.assert_array_equal(opened.source.read(n, np.s_[3:8, 5:11]), got[3:8, 5:11])
+
+
+def test_a_packing_that_is_not_read(tmp_path):
+    def change(folder: Path, config: dict, tensors: Tensors) -> None:
+        config["quantization_config"] = GPTQ | {"checkpoint_format": "marlin"}
+        name = "model.layers.0.mlp.up_proj."
+        tensors |= packed(tensors.pop(name + "weight"), name, False)[0]
+
+    made(Case("llama", change), tmp_path / "m")
+    with pytest.raises(UserError, match="by gptq in its format 'marlin', which is not supported"):
+        open_pretrained(tmp_path / "m")
 
 
 @pytest.mark.parametrize("method", ["hqq", "aqlm", "quanto", "mxfp4", "torchao"])

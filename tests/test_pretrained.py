@@ -1,6 +1,7 @@
 """Open checkpoints: layouts, safetensors, GGUF, export and load, and what is refused."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -381,6 +382,49 @@ def test_gguf_blocks_by_rows(kind, tmp_path):
     wanted = gguf.dequantize(data, quant)
     np.testing.assert_array_equal(read("blocks", np.s_[:, :]), wanted)  # in more than one chunk
     np.testing.assert_array_equal(read("blocks", np.s_[100:140, 7:9]), wanted[100:140, 7:9])
+
+
+def test_gguf_in_parts(tmp_path, monkeypatch):
+    """As llama.cpp's gguf-split cuts it: every part opens the whole, and a missing one is named."""
+    model, params = random_model(TINY)
+    monkeypatch.setattr(gguf, "GGUFWriter", functools.partial(gguf.GGUFWriter, split_max_tensors=7))
+    write_gguf(tmp_path / "m.gguf", model, params)
+    files = sorted(tmp_path.glob("m-*.gguf"))
+    assert len(files) > 2 and files[0].name.startswith("m-00001-of-0000")
+    for file in files[:2]:
+        opened = open_pretrained(file)
+        assert opened.tokenizer_source == str(files[0]) and not opened.unused
+        weights.map_named(
+            lambda path, x, y: np.testing.assert_array_equal(x, y, path), params, opened.load(model.specs)
+        )
+    files[1].unlink()
+    with pytest.raises(UserError, match=f"1 of {len(files)} parts are missing: {files[1].name}"):
+        open_pretrained(files[0])
+
+
+def test_early_gguf(tmp_path, monkeypatch):
+    """Linear scaling under its first name and without a type, as llama.cpp reads it; what nothing reads is counted."""
+    model, params = random_model(TINY)
+
+    class Writer(gguf.GGUFWriter):
+        def write_header_to_file(self):
+            self.add_float32("llama.rope.scale_linear", 2.0)
+            self.add_float32("llama.logit_scale", 0.5)
+            super().write_header_to_file()
+
+    monkeypatch.setattr(gguf, "GGUFWriter", Writer)
+    write_gguf(tmp_path / "m.gguf", model, params)
+    opened = open_pretrained(tmp_path / "m.gguf")
+    assert dict(opened.config.rope_scaling) == {"rope_type": "linear", "factor": 2.0}
+    assert opened.unused == ["llama.logit_scale"]
+    for start, why in {
+        b"tjgg": "before GGUF: convert it",
+        b"GGUF\1\0\0\0": "version 1",
+        b"GGUF\0\0\0\3": "big-endian",
+    }.items():
+        (tmp_path / "old.gguf").write_bytes(start + bytes(64))
+        with pytest.raises(UserError, match=why):
+            open_pretrained(tmp_path / "old.gguf")
 
 
 @pytest.mark.parametrize("cut", [3, 40, 400, -100])

@@ -31,6 +31,8 @@ PARTS = re.compile(
 )
 AWQ_SLOTS = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # the position of each column in a word of eight codes
 FP8 = "F8_E4M3"
+FORMS = {"gptq": "gptq", "gptq_v2": "gptq", "auto_gptq": "gptq", "auto-round": "gptq", "awq": "awq", "auto_awq": "awq"}
+FORMS |= {"gemm": "awq"}  # of AWQ, and of those that pack as they do
 
 
 class Format(NamedTuple):
@@ -79,7 +81,12 @@ def _format(folder: Any, name: str, parts: set[str]) -> Format | None:
     if "qweight" in parts:
         if folder.method not in ("gptq", "awq", "auto-round"):
             raise UserError(f"{name} has codes of GPTQ or AWQ, but config.json names neither", str(folder.path))
-        return Format("AWQ", _awq_shape, _awq) if folder.method == "awq" else Format("GPTQ", _gptq_shape, _gptq)
+        keys = ("checkpoint_format", "packing_format")  # of GPTQModel, of AutoRound
+        form = next((str(v) for k in keys if (v := folder.quantized.get(k))), folder.method).rpartition(":")[2]
+        if form not in FORMS:
+            what = f"weights are stored quantized by {folder.method} in its format {form!r}, which is not supported"
+            raise UserError(what, str(folder.path), compressed.UNQUANTIZED)
+        return Format("AWQ", _awq_shape, _awq) if FORMS[form] == "awq" else Format("GPTQ", _gptq_shape, _gptq)
     if "absmax" in parts and dtype == "U8":
         return Format("bitsandbytes", _bnb4_shape, _bnb4)
     if "SCB" in parts and dtype == "I8":

@@ -14,6 +14,7 @@ from model.families._layout import Index
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 QUIET = re.compile(r"[^.]+\.(vocab_size|tensor_data_layout|rope\.scaling\.finetuned|expert_used_count)")
+PART = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
 CHUNK = 1 << 20  # values dequantized at once: bounds temporary arrays, and fits the cache
 TRANSPOSED = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")  # of GPT-2
 
@@ -22,8 +23,12 @@ class File:
     """Tensors by name, read and dequantized by slices, in Hugging Face's orientation and order of heads."""
 
     def __init__(self, path: Path):
-        self.path, header = path, read_header(path)
-        self.metadata, self.tensors = Seen(header.metadata), header.tensors
+        files = parts(path)
+        self.path, headers = files[0], [read_header(file) for file in files]
+        self.metadata, self.tensors = Seen(headers[0].metadata), {}
+        self.files = {name: file for file, header in zip(files, headers) for name in header.tensors}  # one for each
+        for header in headers:
+            self.tensors |= header.tensors
         self.architecture = self.metadata.get("general.architecture")
         if self.architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
@@ -89,11 +94,13 @@ class File:
         if "rope_freqs.weight" in self.tensors:
             factors = self.read("rope_freqs.weight", (slice(None),))
             return llama3_scaling(factors, theta, head_dim, str(self.path))
-        kind = self._get("rope.scaling.type", "none")
+        # As llama.cpp: the key of early files counts too, and a factor without a type is that of linear scaling.
+        factor = self._get("rope.scaling.factor", None) or self._get("rope.scale_linear", None) or 1.0
+        kind = self._get("rope.scaling.type", "none" if factor == 1.0 else "linear")
+        original = self._get("rope.scaling.original_context_length", None)
         if kind == "none":
             return None
-        original = self._get("rope.scaling.original_context_length", None)
-        scaling = {"rope_type": kind, "factor": self._get("rope.scaling.factor")}
+        scaling = {"rope_type": kind, "factor": factor}
         return scaling | ({"original_max_position_embeddings": original} if original else {})
 
     # --- tensors ---
@@ -159,18 +166,33 @@ class File:
             row_bytes = gguf.quants.quant_shape_to_byte_shape((columns,), kind)[0]
             if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
                 row_bytes = columns * (4 if kind == gguf.GGMLQuantizationType.F32 else 2)
-            if tensor.offset + stop * row_bytes > self.path.stat().st_size:
+            file = self.files[name]
+            if tensor.offset + stop * row_bytes > file.stat().st_size:
                 raise ValueError("it runs past the end of the file")
             out = np.empty((stop - start, columns), np.float32)
             step = max(1, CHUNK // columns)
             for i in range(0, stop - start, step):
                 count = min(step, stop - start - i)
                 offset = tensor.offset + (start + i) * row_bytes
-                data = np.fromfile(self.path, np.uint8, count * row_bytes, offset=offset)
+                data = np.fromfile(file, np.uint8, count * row_bytes, offset=offset)
                 out[i : i + count] = gguf.dequantize(data.reshape(count, row_bytes), kind)
         except (ValueError, NotImplementedError, OSError) as error:
             raise UserError(f"cannot read {name} (type {tensor.kind}): {error}", str(self.path)) from None
         return out
+
+
+def parts(path: Path) -> list[Path]:
+    """The files of a model that llama.cpp's gguf-split has cut, from any of them; of another model its one file.
+
+    Raises UserError when some are missing.
+    """
+    match = PART.fullmatch(path.name)
+    if not match:
+        return [path]
+    files = [path.with_name(f"{match[1]}-{i:05d}-of-{match[2]}.gguf") for i in range(1, int(match[2]) + 1)]
+    if absent := [file.name for file in files if not file.exists()]:
+        raise UserError(f"{len(absent)} of {len(files)} parts are missing: {', '.join(absent[:3])}", str(path.parent))
+    return files
 
 
 def llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, where: str) -> dict | None:

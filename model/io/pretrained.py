@@ -32,6 +32,7 @@ IN_LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blk)\.(\d+)\..*(?:weight|bias)")
 class Source(Protocol):
     """A file or folder with tensors by name, in the orientation of Hugging Face."""
 
+    path: Path
     hf_config: dict
     generation: dict  # bos_token_id, eos_token_id, temperature, ...
 
@@ -168,7 +169,7 @@ def open_pretrained(name: str, strict: bool = False) -> Pretrained:
     else:
         source = hf.Folder(path)
     config, unused = _config(source, path)
-    return Pretrained(config, source, str(path), unused, strict)
+    return Pretrained(config, source, str(source.path), unused, strict)
 
 
 def _config(source: Source, path: Path) -> tuple[ModelConfig, list[str]]:
