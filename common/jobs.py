@@ -168,7 +168,7 @@ def run(stages: list[Stage], out: Path) -> int:
     with _bar(stages) as show, interruptible() as stop:
         drain(queue, 1, stop, lambda: show(queue.at))
     if stop and (queue.code or queue.left()):
-        print("interrupted; the same command resumes here", file=sys.stderr)
+        print("interrupted; run the same command to continue", file=sys.stderr)
         return exits.PREEMPTED
     if queue.code:
         stage, log = stages[queue.at], queue.log()

@@ -1,10 +1,10 @@
-"""LoRA on a flax.linen model whose author never heard of it: a small convolutional classifier of byte strings.
+"""LoRA on an ordinary flax.linen model that has no LoRA code: a small convolutional classifier of strings.
 
     python -m examples.linen_lora
 
-The model learns whether a string holds "ab"; then an adapter alone learns "ba", the base frozen. Hardware: a laptop
-CPU. Expected, in seconds: the base is right on its own task and near chance on the other, where the adapter is right;
-adapters off, the base is what it was.
+The model learns whether a string contains "ab"; then an adapter on the frozen base learns the same for "ba". Hardware:
+a laptop CPU, a few seconds. Expected: the base is right on its own task and near chance on the new one, where the
+adapter is right; with the adapter off, the base's score is unchanged.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ STEPS, BATCH, HELD_OUT = 400, 64, 2000
 
 
 class Classifier(nn.Module):
-    """The model as anybody would write it."""
+    """An ordinary model."""
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -33,14 +33,14 @@ class Classifier(nn.Module):
 
 
 def draw(key: jax.Array, pair: tuple[int, int], n: int) -> tuple[jax.Array, jax.Array]:
-    """Random strings [n, LENGTH] and whether `pair` is in each, which is so of 46 %."""
+    """Random strings [n, LENGTH], and whether each contains `pair`; 46 % do."""
     tokens = jax.random.randint(key, (n, LENGTH), 0, LETTERS)
     found = (tokens[:, :-1] == pair[0]) & (tokens[:, 1:] == pair[1])
     return tokens, found.any(1).astype(jnp.int32)
 
 
 def train(apply: Callable, params: Params, what: str, pair: tuple[int, int], seed: int) -> Params:
-    """`params` after STEPS of Adam on what `weights.trainable` calls `what`."""
+    """`params` after STEPS of Adam on the parameters that `weights.trainable(params, what)` selects."""
     moving, frozen = weights.partition(params, weights.trainable(params, what))
     tx = optax.adam(3e-3)
 
@@ -60,7 +60,7 @@ def train(apply: Callable, params: Params, what: str, pair: tuple[int, int], see
 
 
 def main() -> dict[str, float]:
-    """Prints and returns shares of held-out strings that are right."""
+    """Prints and returns the accuracy on held-out strings."""
     model, ab, ba = Classifier(), (0, 1), (1, 0)
     tokens, _ = draw(jax.random.key(0), ab, 1)
     plain = lambda params, tokens: model.apply({"params": params}, tokens)

@@ -1,12 +1,12 @@
-"""Skills as vectors: one added, one removed by subtraction, two combined; a score for each, from random weights.
+"""Task arithmetic from random weights: adds, removes and combines skills as weight updates, and scores each result.
 
     python -m examples.skills --out=runs/skills [--seeds=3]
 
-A tiny base meets two tasks in passing, sums of digits and copying words. Adapters learn each alone and both at once;
-`tools.edit` does the rest. Hardware: a laptop CPU, two minutes a seed. Sums are learnt by heart (all 100 occur in
-training), words are not. Expected: an adapter takes its skill to 100 % at the cost of the other; "both - sums" loses
-sums more than words, and the other way round; of the two combinations TIES keeps more, and both stay behind joint
-training: a sum of skills that forget each other is no substitute for it.
+A tiny base is briefly trained on two tasks, sums of digits and copying words. Adapters then learn each task separately,
+and both together; `tools.edit` combines them. Hardware: a laptop CPU, two minutes per seed. Sums are memorized (all 100
+occur in training), words are not. Expected: an adapter brings its skill to 100 % at the cost of the other; "both -
+sums" loses sums more than words, and "both - words" the reverse; of the two combinations TIES keeps more, and joint
+training is better than both.
 """
 
 import sys
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def skills(out: Path, seed: int) -> dict[str, dict[str, float]]:
-    """{model: {task: share of right answers}}; everything made lies in the folder `out`."""
+    """{model: {task: fraction of right answers}}; all models are written to the folder `out`."""
     base, runs = out / "base", {name: out / name for name in ("sums", "words", "both")}
     both = ",".join(TASKS.values())
     train(base, seed, {"data.source": both, "steps": "80"})
@@ -51,7 +51,7 @@ def skills(out: Path, seed: int) -> dict[str, dict[str, float]]:
 
 
 def train(folder: Path, seed: int, keys: dict[str, str]) -> None:
-    """A run of configs/sft/tiny.py with some of its keys changed; a finished one is kept."""
+    """Runs configs/sft/tiny.py with some keys changed; skips a finished run."""
     from train.main import run
 
     argv = [f"--config.{key}={value}" for key, value in {"seed": seed, "samples": "()", **keys}.items()]
@@ -87,7 +87,7 @@ def show(seeds: list[dict[str, dict[str, float]]]) -> None:
     from rich.table import Table
 
     table = Table(
-        "model", *TASKS, title=f"right of {HELD_OUT} questions, mean over {len(seeds)} seeds (lowest-highest)"
+        "model", *TASKS, title=f"accuracy on {HELD_OUT} questions, mean over {len(seeds)} seeds (lowest-highest)"
     )
     for model in seeds[0]:
         cells = []

@@ -1,4 +1,4 @@
-"""The door for notebooks: `from infer import load; lm = load("smollm2-135m-instruct"); lm.answer("...")`."""
+"""For notebooks: `from infer import load; lm = load("smollm2-135m-instruct"); lm.answer("...")`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ def load(
     strict: bool = False,
 ) -> "LM":
     """The LM of a folder, a .gguf file, a packaged model's name, a hub id or a run folder; see infer.models.load."""
-    from infer import models  # jax is not imported before a model is wanted
+    from infer import models  # imports jax only when a model is loaded
 
     return models.load(name, adapter, dtype, tokenizer, strict)
 
@@ -27,7 +27,7 @@ def load(
 def load_many(
     name: str | Path, folders: dict[str, str | Path], dtype: str | None = None, *, strict: bool = False
 ) -> "LM":
-    """The LM of a base with adapters {name: run or PEFT folder} to choose from; see infer.models.load_many."""
+    """The LM of a base with several adapters {name: run or PEFT folder}; see infer.models.load_many."""
     from infer import models
 
     return models.load_many(name, folders, dtype, strict=strict)

@@ -1,7 +1,7 @@
-"""Sampling with a key-value cache: prefill, then one token a row and step until every row is done.
+"""Sampling with a key-value cache: prefill, then one token per row and step until every row is done.
 
 Prompts of different lengths share a batch by padding on the left. Lengths and batch sizes are rounded up to a few
-shapes, and everything else is traced, so that a process compiles a handful of programs.
+shapes and everything else is traced, so a process compiles only a handful of programs.
 """
 
 import functools
@@ -24,24 +24,24 @@ from model.net.kv_cache import KINDS, Cache
 from model.net.transformer import Transformer, unstack, virtual_tokens
 from model.weights import Params, Tree
 
-PREFILL = 512  # prompt tokens a forward pass: bounds the attention scores, and the number of shapes
-LOOK = 16  # steps between two looks of `stop` at the tokens
+PREFILL = 512  # prompt tokens per forward pass; bounds the attention scores and the number of shapes
+CHECK_EVERY = 16  # steps between calls of `stop`
 
 Prompts = Sequence[Sequence[int]]  # token ids
 Padded = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, positions and segments [B,T] int32
 
 
 class Samples(NamedTuple):
-    """What was generated, one entry a prompt."""
+    """The generated tokens, one entry per prompt."""
 
-    tokens: list[list[int]]  # ends with the stop token when one was met
-    logps: list[np.ndarray]  # of these tokens; see infer.sample.sample
-    finished: list[bool]  # met a stop token or `stop`; False: cut at max_new_tokens
+    tokens: list[list[int]]  # including the stop token, if one was sampled
+    logps: list[np.ndarray]  # log-probabilities of these tokens; see infer.sample.sample
+    finished: list[bool]  # ended by a stop token or `stop`; False: cut off at max_new_tokens
 
 
 @flax.struct.dataclass
 class State:
-    """A batch in the making. The newest token of each row is sampled, but not yet in the cache."""
+    """A batch during decoding. The newest token of each row is sampled, but not yet in the cache."""
 
     if TYPE_CHECKING:  # flax.struct adds it
 
@@ -50,8 +50,8 @@ class State:
     cache: Cache
     tokens: Array  # [B,N] sampled so far
     logps: Array  # [B,N]
-    step: Array  # [] tokens sampled, equal for all rows
-    length: Array  # [B] of them, those before the row was done
+    step: Array  # [] tokens sampled so far, equal for all rows
+    length: Array  # [B] tokens sampled before the row was done
     position: Array  # [B] of the last token in the cache
     done: Array  # [B]
     keys: Array  # [B]
@@ -75,8 +75,9 @@ def generate(
     """Continues prompts, B rows of token ids of any lengths, by at most `max_new_tokens` each; greedy at temperature 0.
     `cache`: "float", or "int8" or "fp8" for less memory.
 
-    A row's sample depends on the seed, its prompt and how many equal prompts stand before it, and on nothing else in
-    the batch. `stop(tokens)` is asked now and then whether a row may end; what was sampled after is still returned.
+    A row's sample depends only on the seed, its prompt, and the number of equal prompts before it, not on the rest of
+    the batch. `stop(tokens)` is called every CHECK_EVERY steps and ends a row by returning True; tokens sampled in
+    between are still returned.
     """
     if not prompts:
         return Samples([], [], [])
@@ -86,7 +87,7 @@ def generate(
     state = _start(model, params, prompts, max_new_tokens, seed, knobs, ends, cache)
     rows = len(prompts)
     while int(state.step) < max_new_tokens and not bool(state.done.all()):
-        until = min(max_new_tokens, int(state.step) + LOOK) if stop else max_new_tokens
+        until = min(max_new_tokens, int(state.step) + CHECK_EVERY) if stop else max_new_tokens
         state = _decode(model, params, state, until, knobs, ends)
         if stop:
             texts = _rows(state, rows)[0]
@@ -98,7 +99,7 @@ def stream(
     model: Transformer, params: Params, prompt: Sequence[int], *, max_new_tokens: int, seed: int = 0,
     stop_ids: Sequence[int] = (), cache: str = "float", **knobs: float,
 ) -> Iterator[int]:  # fmt: skip
-    """The tokens of `generate` for one prompt, as they come."""
+    """The tokens of `generate` for one prompt, as they are sampled."""
     params, ends, how = unrolled(model, params), _stop_ids(stop_ids), Knobs(**cast(dict[str, Any], knobs))
     state = _start(model, params, [prompt], max_new_tokens, seed, how, ends, cache)
     for i in range(max_new_tokens):
@@ -110,10 +111,10 @@ def stream(
 
 
 def unrolled(model: Transformer, params: Params) -> Params:
-    """The layers as a tuple, which decodes 1.5 times as fast on a CPU: a scan copies each layer out of the stack.
+    """The layers as a tuple, which decodes 1.5 times as fast on a CPU, since a scan copies each layer out of the stack.
 
-    Weights are settled: a step does not compute again what DoRA and OFT make of their arrays, nor, on a CPU, float32
-    of bfloat16.
+    Values that depend only on the weights are computed once: the matrices of DoRA and OFT and, on a CPU, bfloat16
+    weights as float32.
     """
     widen = model.dtype == "float32" and jax.default_backend() == "cpu"
     return params if isinstance(params["layers"], tuple) else _unroll(params, model.config, widen)
@@ -130,7 +131,7 @@ def _unroll(params: Params, config: ModelConfig, widen: bool) -> Params:
 
 
 def bucket(n: int, least: int = 1) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is not below n."""
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least n."""
     power = least
     while power < n:
         if power * 3 // 2 >= n and power > 1:
@@ -140,9 +141,9 @@ def bucket(n: int, least: int = 1) -> int:
 
 
 def pad(prompts: Prompts) -> Padded:
-    """Prompts as tokens, positions and segments [B,T] int32, padded on the left to a round shape.
+    """Prompts as tokens, positions and segments [B,T] int32, padded on the left to a rounded shape.
 
-    Columns beyond PREFILL come in multiples of it. Rows that fill up the batch are all padding.
+    Widths above PREFILL are multiples of it. Rows added to fill the batch are all padding.
     """
     longest = max(map(len, prompts))
     width = bucket(longest, 16) if longest <= PREFILL else -(-longest // PREFILL) * PREFILL
@@ -156,7 +157,7 @@ def pad(prompts: Prompts) -> Padded:
 
 
 def row_keys(prompts: Prompts, rows: int, seed: int) -> Array:
-    """A key a row [rows] from the seed, the row's prompt and how many equal prompts stand before it."""
+    """One key per row [rows], from the seed, the row's prompt, and the number of equal prompts before it."""
     seen: dict[int, int] = {}
     data = np.zeros((rows, 2), np.uint32)
     for i, prompt in enumerate(prompts):
@@ -170,12 +171,12 @@ def row_keys(prompts: Prompts, rows: int, seed: int) -> Array:
 def _start(
     model: Transformer, params: Params, prompts: Prompts, n: int, seed: int, knobs: Knobs, ends: Array, kind: str
 ) -> State:
-    """Prefill, and the first token of every row."""
+    """Runs the prefill and samples the first token of every row."""
     check(model, params, prompts, n)
     if kind not in KINDS:
         raise UserError(f"cache={kind!r}", fix=f"one of {', '.join(KINDS)}")
     batch = pad(prompts)
-    rows, room = len(batch[0]), bucket(n, 64)  # the usual lengths share a program
+    rows, room = len(batch[0]), bucket(n, 64)  # common lengths share a program
     x, cache = prefill(model, params, batch, room, kind)
     state = State(
         cache=cache,
@@ -191,7 +192,7 @@ def _start(
 
 
 def prefill(model: Transformer, params: Params, batch: Padded, room: int, kind: str = "float") -> tuple[Array, Cache]:
-    """The last column's hidden states [B,1,D] of padded prompts, and a cache of theirs with `room` for more tokens."""
+    """Hidden states [B,1,D] of the last column of padded prompts, and their cache with `room` for more tokens."""
     rows, width = batch[0].shape
     cache = _cache(model, params, rows, width + room, kind)
     for start in range(0, width, PREFILL):
@@ -201,14 +202,14 @@ def prefill(model: Transformer, params: Params, batch: Padded, room: int, kind: 
 
 
 def check(model: Transformer, params: Params, prompts: Prompts, n: int) -> None:
-    """Raises UserError for prompts that cannot be continued by `n` tokens."""
+    """Raises UserError if the prompts cannot be continued by `n` tokens."""
     needs_causal(model)
     limit, vocab = model.config.context - virtual_tokens(params), model.config.vocab_size
     if n < 1:
         raise UserError(f"max_new_tokens={n}", fix="at least 1")
     for i, prompt in enumerate(prompts):
         if not len(prompt):
-            raise UserError("empty prompt: there is no token to continue", f"prompt {i}")
+            raise UserError("the prompt is empty: there is no token to continue", f"prompt {i}")
         if len(prompt) + n > limit:
             what = f"{len(prompt)} prompt tokens + max_new_tokens={n} exceed the model's context of {limit}"
             raise UserError(what, f"prompt {i}", "shorten the prompt or lower max_new_tokens")
@@ -217,18 +218,18 @@ def check(model: Transformer, params: Params, prompts: Prompts, n: int) -> None:
 
 
 def needs_causal(model: Transformer) -> None:
-    """Raises UserError for a model that sees the tokens whose probabilities are asked for."""
+    """Raises UserError for a bidirectional model, which sees the tokens it would have to predict."""
     if not model.config.causal:
-        raise UserError("a model that looks both ways has no next token", "model", "load one that looks back only")
+        raise UserError("a bidirectional model cannot predict the next token", "model", "load a causal model")
 
 
 def _stop_ids(ids: Sequence[int]) -> Array:
-    """As an array of a round length: -1 matches no token."""
+    """The ids as an array of a rounded length, filled with -1, which matches no token."""
     return jnp.asarray([*ids, *[-1] * (bucket(len(ids), 4) - len(ids))], jnp.int32)
 
 
 def _fetch(tree: Tree) -> Tree:
-    """Arrays on the host, whole: under a mesh of several processes each holds a part only."""
+    """Complete arrays on the host: in a run of several processes each holds only a part."""
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(tree, tiled=True)
     return jax.device_get(tree)
@@ -249,7 +250,7 @@ def _cache(model: Transformer, params: Params, rows: int, length: int, kind: str
 def _prefill(
     model: Transformer, params: Params, tokens: Array, positions: Array, segments: Array, cache: Cache
 ) -> tuple[Array, Cache]:
-    """The last column's hidden states [B,1,D] and the cache."""
+    """Hidden states [B,1,D] of the last column, and the cache."""
     out = model.hidden(params, tokens, positions, segments, cache)
     return out.x[:, -1:], cast(Cache, out.cache)
 
@@ -261,7 +262,7 @@ def _first(model: Transformer, params: Params, state: State, x: Array, knobs: Kn
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(model: Transformer, params: Params, state: State, until: int | Array, knobs: Knobs, ends: Array) -> State:
-    """Steps until `until` tokens are sampled or every row is done."""
+    """Decodes until `until` tokens are sampled or every row is done."""
 
     def step(state: State) -> State:
         token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)

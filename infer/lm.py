@@ -27,23 +27,23 @@ from model.weights import Params
 Message = Json
 Prompt = str | Sequence[Message]  # a text to continue, or a chat to answer
 
-WINDOW = 1024  # tokens of context that `loss` gives a text
-BATCH_TOKENS = 4096  # of a forward pass that scores
+WINDOW = 1024  # maximum context in `loss`, in tokens
+BATCH_TOKENS = 4096  # per forward pass when scoring
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LM:
     """A model, its parameters and its tokenizer.
 
-    A prompt is a text to continue, or a list of messages to answer, for which the tokenizer's chat template is used.
-    The first text generated makes a second copy of the layers, unrolled for decoding.
+    A prompt is a text to continue, or a list of messages to answer, which the tokenizer's chat template formats. The
+    first call that generates text makes a second copy of the layers, unrolled for decoding.
     """
 
     model: Transformer
     params: Params
     tokenizer: Tokenizer
-    store: Store | None = None  # of adapters to choose from; `params` is their base
-    tokenizers: Mapping[str, Tokenizer] = dataclasses.field(default_factory=dict)  # of adapters with one of their own
+    store: Store | None = None  # several adapters to choose from; `params` is their base
+    tokenizers: Mapping[str, Tokenizer] = dataclasses.field(default_factory=dict)  # of adapters that have their own
 
     @property
     def config(self) -> ModelConfig:
@@ -54,7 +54,7 @@ class LM:
         return unrolled(self.model, self.params)
 
     def speaking(self, adapter: str | None) -> "LM":
-        """This model with the tokenizer and the chat template of an adapter of the store."""
+        """This model with the tokenizer and chat template of one of the adapters."""
         own = self.tokenizers.get(adapter or "")
         return self if own is None else dataclasses.replace(self, tokenizer=own)
 
@@ -69,7 +69,7 @@ class LM:
         if self.store:
             return self.store.serving(adapters, bucket(len(adapters)))
         if any(adapters):
-            raise UserError("this model was loaded without adapters to choose from", "adapters", "infer.load_many")
+            raise UserError("the model was loaded without adapters to choose from", "adapters", "use infer.load_many")
         return self.unrolled
 
     # --- text ---
@@ -78,11 +78,11 @@ class LM:
         self, prompts: Prompt | Sequence[Prompt], *, adapters: Sequence[str | None] = (), max_new_tokens: int = 64,
         stop: Sequence[str] = (), **knobs: float | str,
     ) -> list[str]:  # fmt: skip
-        """One continuation a prompt, without the prompt and without what follows a string of `stop`.
+        """One continuation per prompt, without the prompt, cut at the first of the `stop` strings.
 
-        `prompts` is one prompt or several; `adapters` names one of the store for each, None is the base. Knobs as in
-        infer.generate: temperature (0: greedy), top_k, top_p, min_p, seed, cache. An answer ends at the tokenizer's end
-        tokens.
+        `prompts` is one prompt or several. `adapters` names an adapter for each; None is the base. Knobs as in
+        infer.generate: temperature (0: greedy), top_k, top_p, min_p, seed, cache. An answer ends at one of the
+        tokenizer's end tokens.
         """
         prompts = _several(prompts)
         speakers = self._speakers(adapters, len(prompts))
@@ -107,7 +107,7 @@ class LM:
     def answer(
         self, questions: str | Sequence[str], *, adapters: Sequence[str | None] = (), **knobs: float | str
     ) -> str | list[str]:
-        """Answers to a user's questions, one or several; a model without a chat template continues them as texts."""
+        """Answers one question or several; a model without a chat template continues them as texts."""
         several = [questions] if isinstance(questions, str) else list(questions)
         speakers = self._speakers(adapters, len(several))
         raw = [lm.tokenizer.chat_template is None for lm in speakers]
@@ -118,14 +118,14 @@ class LM:
     def stream(
         self, prompt: Prompt, *, adapter: str | None = None, max_new_tokens: int = 64, **knobs: float | str
     ) -> Iterator[str]:
-        """The text of `generate` for one prompt, a piece a token; "" while a character is not whole."""
+        """The text of `generate` for one prompt, one piece per token; "" while a character is incomplete."""
         lm, params = self.speaking(adapter), self._serving([adapter])
         asked, ends = lm.encode(prompt), lm.tokenizer.eos_ids
         tokens = stream(self.model, params, asked, max_new_tokens=max_new_tokens, stop_ids=ends, **knobs)
         return lm.pieces(asked, tokens)
 
     def pieces(self, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
-        """The text of tokens behind a prompt, as they come."""
+        """The text of the tokens that continue a prompt, as they arrive."""
         text, seen, said = self.tokenizer.stream(prompt), [], ""
         for token in tokens:
             seen.append(token)
@@ -134,16 +134,16 @@ class LM:
             yield piece
         whole = self._continuation(prompt, seen)
         if len(whole) > len(said) and whole.startswith(said):
-            yield whole[len(said) :]  # bytes that never became a character
+            yield whole[len(said) :]  # bytes that never formed a character
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The ids that stand before an answer; texts start with BOS where the tokenizer says so, chats by template."""
+        """The token ids of a prompt: a text starts with BOS if the tokenizer says so, a chat follows its template."""
         if not isinstance(prompt, str):
             return chat.encode(list(prompt), self.tokenizer)
         return [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)]
 
     def _continuation(self, prompt: list[int], tokens: list[int]) -> str:
-        """Decoded behind its prompt: alone, SentencePiece would drop the leading space."""
+        """The text of tokens, decoded together with the prompt, since SentencePiece would drop a leading space."""
         decode = functools.partial(self.tokenizer.decode, skip_special=True)
         before, whole = decode(prompt), decode(prompt + tokens)
         return whole[len(before) :] if whole.startswith(before) else decode(tokens)
@@ -151,16 +151,16 @@ class LM:
     # --- numbers ---
 
     def logits(self, tokens: ArrayLike) -> Array:
-        """[B,T,V] in float32 of token ids [B,T]; [T,V] of [T]."""
+        """Logits [B,T,V] in float32 for token ids [B,T]; [T,V] for [T]."""
         self._check(np.asarray(tokens), np.shape(tokens)[-1])
         tokens = jnp.asarray(tokens, jnp.int32)
         return _logits(self.model, self.params, tokens) if tokens.ndim == 2 else self.logits(tokens[None])[0]
 
     def loss(self, texts: str | Sequence[str]) -> tuple[float, int]:
-        """Mean negative log-likelihood of a token over all texts, in nats, and the number of tokens scored.
+        """Mean negative log-likelihood per token over all texts, in nats, and the number of tokens scored.
 
-        A text's first token is not scored unless BOS stands before it. Texts longer than WINDOW are read in windows
-        that start afresh but for one token of overlap, so that every token is scored once.
+        The first token of a text is scored only after BOS. Texts longer than WINDOW are scored in separate windows that
+        overlap by one token, so every token is scored once.
         """
         rows = []
         for text in [texts] if isinstance(texts, str) else texts:
@@ -170,37 +170,37 @@ class LM:
             rows += [(window[:1], window[1:]) for window in windows]
         tokens = sum(len(scored) for _, scored in rows)
         if not tokens:
-            raise UserError("nothing to score: no text has two tokens", "texts")
+            raise UserError("no text has two tokens, so there is nothing to score", "texts")
         return -float(self._sums(rows).sum()) / tokens, tokens
 
     def logps(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[tuple[float, int]]:
-        """(sum of log p, number of tokens) of each completion behind its prompt.
+        """(sum of log p, number of tokens) of each completion, given its prompt.
 
-        No token spans the boundary: a completion is tokenized as the model would have written it.
+        No token spans the boundary: a completion is tokenized as the model would generate it.
         """
         rows = [self._split(p, c) for p, c in zip(prompts, completions, strict=True)]
         sums = self._sums(rows)
         return [(float(total), len(scored)) for total, (_, scored) in zip(sums, rows, strict=True)]
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-        """The reward of each answer to its prompt: what the model's head says of the answer's end token.
+        """The reward of each answer to its prompt: the output of the model's head at the end token of the answer.
 
-        Both are written as in training: by the chat template where there is one, else one behind the other. Raises
-        UserError for a model without a head, which is no reward model.
+        Prompt and answer are formatted as in training: by the chat template if there is one, else concatenated. Raises
+        UserError if the model has no head, and so is not a reward model.
         """
         if "head" not in self.params:
-            what = "the model has no head that scores"
+            what = "the model has no reward head"
             raise UserError(what, fix="open a reward model, trained with objective reward, ranking or rating")
         rows = [([], self._whole(p, a)) for p, a in zip(prompts, answers, strict=True)]
         scores, lengths = np.zeros(len(rows)), [len(ids) for _, ids in rows]
         self._check(np.fromiter((i for _, ids in rows for i in ids), np.int64), max(lengths, default=0))
         most = self.config.max_len if self.config.position == "learned" else None
         for batch in _batches(lengths, BATCH_TOKENS):
-            scores[batch] = _rewards(self.model, self.params, _teach([rows[i] for i in batch], most))[: len(batch)]
+            scores[batch] = _rewards(self.model, self.params, _scored([rows[i] for i in batch], most))[: len(batch)]
         return scores.tolist()
 
     def _whole(self, prompt: Prompt, answer: str) -> list[int]:
-        """The ids of a prompt and its answer, as a training row has them."""
+        """The token ids of a prompt and its answer, as in a training row."""
         if isinstance(prompt, str):
             row = examples.Completion(prompt, answer)
             row = row if self.tokenizer.chat_template is None else examples.wrapped(row)
@@ -209,14 +209,14 @@ class LM:
         return row.documents(self.tokenizer, iter(map(self.tokenizer.encode, row.texts())))[0].ids
 
     def _check(self, ids: np.ndarray, longest: int) -> None:
-        """Raises UserError for ids that the model has no vector for, where a lookup would give nan or another token's,
-        and for a row that is longer than a table of learned positions."""
+        """Raises UserError for ids outside the vocabulary, for which a lookup returns NaN or another token's vector,
+        and for rows longer than a table of learned positions."""
         size = self.config.vocab_size
         if ids.size and not 0 <= ids.min() <= ids.max() < size:
             odd = int(ids.max() if ids.max() >= size else ids.min())
             raise UserError(f"token id {odd} is outside the model's vocabulary of {size}", fix="use its own tokenizer")
         if self.config.position == "learned" and longest + virtual_tokens(self.params) > self.config.max_len:
-            what = f"{longest} tokens in a row exceed the model's {self.config.max_len} learned positions"
+            what = f"{longest} tokens per row exceed the model's {self.config.max_len} learned positions"
             raise UserError(what, "tokens", "shorten the text")
 
     def _split(self, prompt: Prompt, completion: str) -> tuple[list[int], list[int]]:
@@ -227,7 +227,7 @@ class LM:
         return before, self.tokenizer.encode(completion)
 
     def _sums(self, rows: list[tuple[list[int], list[int]]]) -> np.ndarray:
-        """Sum of log p of each row's second part; rows of like length share a forward pass."""
+        """Sum of log p of the second part of each row; rows of similar length share a forward pass."""
         needs_causal(self.model)
         if not all(before for before, _ in rows):
             raise UserError("the first token of a text has no probability", "prompt", "give a prompt of a token")
@@ -235,12 +235,12 @@ class LM:
         self._check(np.fromiter((i for row in rows for part in row for i in part), np.int64), max(lengths))
         most = self.config.max_len if self.config.position == "learned" else None
         for batch in _batches(lengths, BATCH_TOKENS):
-            sums[batch] = _sum_logps(self.model, self.params, _teach([rows[i] for i in batch], most))[: len(batch)]
+            sums[batch] = _sum_logps(self.model, self.params, _scored([rows[i] for i in batch], most))[: len(batch)]
         return sums
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """`text` up to the first of the stop strings."""
+    """`text` up to the first stop string."""
     return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
 
 
@@ -250,7 +250,7 @@ def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
 
 
 def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Indices grouped so that a padded batch has at most `budget` tokens, or one row."""
+    """Groups indices so that each padded batch has at most `budget` tokens, or one row."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batch and bucket(len(batch) + 1) * bucket(lengths[i], 16) > budget:
@@ -261,17 +261,17 @@ def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-class Taught(NamedTuple):
+class Scored(NamedTuple):
     """(context, scored) rows, padded on the right [B,T]."""
 
     tokens: np.ndarray
     targets: np.ndarray
     mask: np.ndarray  # 1 where the target is scored
-    segments: np.ndarray  # 0: padding, which a model that looks both ways must not see
+    segments: np.ndarray  # 0: padding, which a bidirectional model must not see
 
 
-def _teach(rows: list[tuple[list[int], list[int]]], most: int | None) -> Taught:
-    """Rows of at most `most` columns, unless it is None."""
+def _scored(rows: list[tuple[list[int], list[int]]], most: int | None) -> Scored:
+    """The padded rows, of at most `most` columns unless it is None."""
     width = bucket(max(len(a) + len(b) for a, b in rows), 16)
     shape = bucket(len(rows)), min(width, most or width)
     tokens, targets, mask, segments = (np.zeros(shape, t) for t in (np.int32, np.int32, np.float32, np.int32))
@@ -281,7 +281,7 @@ def _teach(rows: list[tuple[list[int], list[int]]], most: int | None) -> Taught:
         targets[i, : len(ids) - 1] = ids[1:]
         mask[i, max(len(before) - 1, 0) : len(ids) - 1] = 1
         segments[i, : len(ids)] = 1
-    return Taught(tokens, targets, mask, segments)
+    return Scored(tokens, targets, mask, segments)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -290,14 +290,14 @@ def _logits(model: Transformer, params: Params, tokens: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sum_logps(model: Transformer, params: Params, rows: Taught) -> Array:
-    """[B]; the vocabulary is paid for where the mask is 1 alone."""
+def _sum_logps(model: Transformer, params: Params, rows: Scored) -> Array:
+    """Sums [B]; logits are computed only where the mask is 1."""
     x = model.hidden(params, rows.tokens, segments=rows.segments).x
     return head.token_logps(model, params, x, rows.targets, rows.mask).sum(-1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _rewards(model: Transformer, params: Params, rows: Taught) -> Array:
-    """[B]"""
+def _rewards(model: Transformer, params: Params, rows: Scored) -> Array:
+    """The outputs of the head [B] at the end of each row."""
     x = model.hidden(params, rows.tokens, segments=rows.segments).x
     return heads.at_end(params["head"], x, rows.segments)

@@ -1,4 +1,4 @@
-"""Models by name: what `infer.load` opens."""
+"""Opens models by name, for `infer.load`."""
 
 import dataclasses
 import functools
@@ -36,9 +36,9 @@ def load(
     """A model that is ready to generate and to score.
 
     `name`: a Hugging Face folder, a .gguf file, a packaged model's name, a hub id, or a run folder; RUN/ckpt/STEP is a
-    step of a run. `adapter`: a run folder or a PEFT folder, whose adapters are put on the model. `dtype` of weights and
-    activations; None: float32, or the run's own. `tokenizer` names another than the adapter's, or the model's own.
-    `strict`: what the files hold and the model does not use is an error. Raises UserError.
+    step of a run. `adapter`: a run folder or a PEFT folder whose adapters are added to the model. `dtype` of weights
+    and activations; None: float32, or the run's. `tokenizer`: replaces that of the adapter or the model. `strict`:
+    contents of the files that the model does not use are an error. Raises UserError.
     """
     foreign = adapter and (Path(adapter).expanduser() / peft_read.CONFIG).exists()
     opened = open_model(name, strict)
@@ -59,7 +59,7 @@ def load(
 
 
 def _tokenizer(named: str | Path | None, source: str) -> tokenizers.Tokenizer | Absent:
-    """The one that is named, else that of the files; weights alone open too, for ids."""
+    """The tokenizer `named`, else that of `source`. A folder without one still opens, for token ids only."""
     try:
         return tokenizers.load(named or source)
     except NoTokenizer as error:
@@ -69,7 +69,7 @@ def _tokenizer(named: str | Path | None, source: str) -> tokenizers.Tokenizer | 
 
 
 def _tokenizer_of(adapter: Path) -> str:
-    """Where the tokenizer is that an adapter was trained with; "" where its folder has none."""
+    """The folder of the tokenizer that an adapter was trained with; "" if there is none."""
     if (adapter / peft_read.CONFIG).exists():
         return str(adapter) if (adapter / "tokenizer_config.json").exists() else ""
     return run_at(adapter).tokenizer_source
@@ -82,12 +82,11 @@ def load_many(
     rank_rows: int = RANK_ROWS,
     strict: bool = False,
 ) -> LM:
-    """The base of a model, with the LoRA adapters of run and PEFT folders to choose from for every prompt.
+    """The base of a model, with LoRA adapters from run and PEFT folders, one of which each prompt may choose.
 
-    Each adapter is asked and read with the tokenizer and the chat template that it was trained with.
-
-    A run folder as `name` gives its base, quantized as its adapter was trained on it. `rank_rows` bounds what lies on
-    the device for each weight; the others wait on the host. `strict` as in `load`. Raises UserError.
+    Each adapter uses the tokenizer and the chat template that it was trained with. A run folder as `name` gives its
+    base, quantized as during the training of its adapter. `rank_rows` bounds the rank rows on the device per weight;
+    the other adapters stay on the host. `strict` as in `load`. Raises UserError.
     """
     lm = load(name, dtype=dtype, strict=strict)
     base, specs = weights.base(lm.params), lm.model.specs
@@ -97,7 +96,7 @@ def load_many(
 
 
 def _own_tokenizers(folders: dict[str, str | Path], base: tokenizers.Tokenizer | Absent) -> dict:
-    """{adapter: its tokenizer} of those that were trained with another than the base's."""
+    """{adapter: its tokenizer} for adapters trained with another tokenizer than the base's."""
     known, out = {}, {}
     for name, folder in folders.items():
         if not (source := _tokenizer_of(Path(folder).expanduser())):
@@ -112,15 +111,15 @@ def _own_tokenizers(folders: dict[str, str | Path], base: tokenizers.Tokenizer |
 
 
 def _adapted(folder: str | Path, base: Params, specs: Specs, strict: bool) -> Params:
-    """A base with the adapter of a folder. Raises UserError when a run has trained it on another one."""
+    """A base with the adapter of a folder. Raises UserError if a run trained the adapter on a different base."""
     path = Path(folder).expanduser()
     if (path / peft_read.CONFIG).exists():
         return peft_read.read(path, strict)(base, specs, jax.random.key(0))
     run = run_at(path)
     if not run.cfg.peft.name:
-        raise UserError("the run has trained no adapter", str(folder), "serve it as a model")
+        raise UserError("the run has no adapter", str(folder), "load it as a model")
     wrap = build.find("model.peft", run.cfg.peft)()
-    return run.learnt(wrap(base, specs, jax.random.key(run.cfg.seed)))
+    return run.with_trained(wrap(base, specs, jax.random.key(run.cfg.seed)))
 
 
 def before_and_after(source: str | Path, base: str | Path = "") -> tuple[LM, Params]:
@@ -133,12 +132,12 @@ def before_and_after(source: str | Path, base: str | Path = "") -> tuple[LM, Par
     adapter = (path / peft_read.CONFIG).exists() or bool(run and run.cfg.peft.name)
     start = base or (run.cfg.init if run else "")
     if not start and not run:
-        raise UserError("does not say what it was tuned from", str(source), "name it: --base=MODEL")
+        raise UserError("the folder does not name its base model", str(source), "name it: --base=MODEL")
     lm = load(start, adapter=source) if adapter and start else load(source)
     if adapter:
         return lm, weights.dense(weights.base(lm.params), lm.model.specs)
     if not start:
-        raise UserError("started from random weights", str(source), "name what to compare it with: --base=MODEL")
+        raise UserError("the run started from random weights", str(source), "name its base: --base=MODEL")
     return lm, weights.dense(load(start).params, lm.model.specs)
 
 
@@ -154,7 +153,7 @@ def is_run(path: Path) -> bool:
 
 
 def run_at(path: Path, base: "Pretrained | Run | None" = None) -> "Run":
-    """The run of a folder, at its newest step or at the step that the folder is."""
+    """The run of a folder, at its newest step, or at the step if the folder is RUN/ckpt/STEP."""
     if _is_step(path):
         return Run(path.parents[1], base, int(path.name))
     return Run(path, base)
@@ -166,9 +165,9 @@ def _is_step(path: Path) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder as a pretrained model, at its newest whole step or at `step`.
+    """A run folder as a pretrained model, at its newest complete step or at `step`.
 
-    `base` stands for the `init` of its config when that lies elsewhere now.
+    `base` replaces the `init` of its config, if that model has moved.
     """
 
     workdir: Path
@@ -189,11 +188,11 @@ class Run:
 
     @functools.cached_property
     def model(self) -> Transformer:
-        if (shape := self.workdir / SHAPE).is_file():  # the folder holds every parameter, and needs no `init`
+        if (shape := self.workdir / SHAPE).is_file():  # the folder holds every parameter and needs no `init`
             try:
                 config = ModelConfig.from_dict(json.loads(shape.read_text()))
             except (ValueError, TypeError) as e:
-                raise UserError(f"is not the shape of a model: {e}", str(shape)) from None
+                raise UserError(f"the file is not the shape of a model: {e}", str(shape)) from None
             return build.network(config, self.cfg.model.dtype, self.cfg.model.param_dtype)
         return build.model(self.cfg, self.init, tokenizers.load(self.tokenizer_source).vocab_size)
 
@@ -206,7 +205,7 @@ class Run:
         return str(self.workdir / "tokenizer")
 
     def load(self, specs: Specs, shardings: Tree = None, dtype: str = "float32") -> Params:
-        """Plain parameters, adapters merged, without a head: what a run starts from whose `init` is this folder."""
+        """Plain parameters with adapters merged and without a head, for a run whose `init` is this folder."""
         params = self.params(specs, shardings, dtype)
         params.pop("head", None)
         return jax.jit(lambda p: weights.dense(p, specs), out_shardings=shardings)(params)
@@ -214,27 +213,27 @@ class Run:
     def params(self, specs: Specs, shardings: Tree = None, dtype: str = "float32") -> Params:
         """The policy as it was trained, with its adapters and quantized leaves.
 
-        What was not trained is derived from the config, as training did. Raises UserError when it is not the same.
+        Frozen parameters are derived from the config again, as in training. Raises UserError if they have changed.
         """
         transform = build.transform(self.cfg, specs)
         if self.cfg.quant.name:
-            transform = jax.jit(transform)  # compiled as in training: the codes come out the same
+            transform = jax.jit(transform)  # compiled as in training, so the codes are the same
         if (self.workdir / SHAPE).is_file():
             policy = self._headed(jax.eval_shape(transform, self.model.abstract, jax.random.key(0)))
             if saved.named(policy).keys() - {name.removeprefix("policy/") for name in self.saved.params}:
-                raise UserError("it does not hold every parameter", str(self.workdir))
+                raise UserError("the folder does not hold every parameter", str(self.workdir))
         else:
             policy = self._headed(transform(self._base(specs, shardings, dtype), jax.random.key(self.cfg.seed)))
-        return self.learnt(policy)
+        return self.with_trained(policy)
 
     def _headed(self, policy: Params) -> Params:
-        """With the head that the objective gave the policy, as it started."""
+        """The policy with the head that the objective added, at its initial values."""
         name = methods.method("objective", self.cfg.objective.name).head
         return policy | {"head": heads.find(name)(self.config, jax.random.key(0))} if name else policy
 
-    def learnt(self, policy: Params) -> Params:
-        """A policy as the run started from it, with what the run has learnt in it. Raises UserError when the rest is
-        not what it was."""
+    def with_trained(self, policy: Params) -> Params:
+        """The run's initial policy with its trained parameters put in. Raises UserError if the frozen parameters are
+        not those of the training."""
         if self.cfg.peft.name:
             saved.check_base(self.saved, policy, self.workdir)
         return saved.put(self.saved, policy, self.workdir)

@@ -8,7 +8,7 @@ from jax import Array
 
 
 class Knobs(NamedTuple):
-    """How to sample. All are traced scalars: another setting never compiles again. Off: 0, 0, 1.0, 0.0."""
+    """How to sample. All are traced scalars, so changing them never recompiles. Off: 0, 0, 1.0, 0.0."""
 
     temperature: Array | float = 0.0  # 0: greedy
     top_k: Array | int = 0  # the k most likely tokens
@@ -19,10 +19,10 @@ class Knobs(NamedTuple):
 
 
 def sample(logits: Array, keys: Array, knobs: Knobs) -> tuple[Array, Array]:
-    """Tokens [B] from logits [B,V] with one key a row, and their log-probabilities [B].
+    """Samples tokens [B] from logits [B,V] with one key per row; returns them and their log-probabilities [B].
 
-    The log-probabilities are the model's at this temperature before any truncation (greedy: at temperature 1). That is
-    what a trainer recomputes; probabilities renormalized over the kept tokens would bias its importance ratios.
+    The log-probabilities are those of the model at this temperature before any truncation (greedy: at temperature 1),
+    as a trainer recomputes them; probabilities renormalized over the kept tokens would bias its importance ratios.
     """
     greedy = knobs.temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, knobs.temperature)
@@ -34,7 +34,7 @@ def sample(logits: Array, keys: Array, knobs: Knobs) -> tuple[Array, Array]:
 
 
 def truncate(logits: Array, knobs: Knobs) -> Array:
-    """Logits [B,V] with -inf at the tokens that top-k, top-p and min-p leave out. The best token always stays."""
+    """Logits [B,V] with -inf at the tokens that top-k, top-p and min-p exclude. The best token always remains."""
     sorts = (knobs.top_k > 0) | (knobs.top_p < 1)
     logits = jax.lax.cond(sorts, lambda: _top(logits, knobs), lambda: logits)
     floor = logits.max(-1, keepdims=True) + jnp.log(knobs.min_p)  # a ratio of probabilities is a difference of logits
@@ -42,7 +42,7 @@ def truncate(logits: Array, knobs: Knobs) -> Array:
 
 
 def _top(logits: Array, knobs: Knobs) -> Array:
-    """Top-k, then top-p of what is left: both keep a prefix of the sorted tokens, and what ties with its end."""
+    """Top-k, then top-p of the rest. Both keep a prefix of the sorted tokens, and all ties with its last one."""
     down = jnp.sort(logits, axis=-1, descending=True)
     rank = jnp.arange(logits.shape[-1])
     keep = (rank < knobs.top_k) | (knobs.top_k <= 0)

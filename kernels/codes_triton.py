@@ -1,14 +1,15 @@
-"""y = x W on an NVIDIA GPU, by Triton, of a W of 8 bits or fewer as it lies; XLA would write the whole float W first.
+"""y = x W on an NVIDIA GPU, in Triton, reading a W of 8 bits or fewer directly; XLA would first write W as floats.
 
-A program has a block of columns and a share of the rows of W. A decoding step has too few columns to keep a GPU busy:
-rows are shared out among programs, and XLA adds their sums. Throughput is limited by the number of bytes in flight.
+Each program computes a block of columns over some of the rows of W. A decoding step has too few columns to keep a GPU
+busy, so the rows are split over programs, whose partial sums XLA adds. Throughput is limited by the number of bytes in
+flight.
 
-The transposed W is the first operand of the tensor core, which lies in registers: as the second one, a tile of bytes
-would go through shared memory byte by byte. So few rows of x are no worse than one: multiplying without a tensor core
-took an H100 as long with one row, and 1.6 times as long with four.
+The transposed W is the first operand of the tensor core, which is held in registers; as the second operand, a tile of
+bytes would pass through shared memory byte by byte. A few rows of x therefore take no longer than one: without the
+tensor core an H100 took as long for one row, and 1.6 times as long for four.
 
-Behind MOST rows, and for the gradient, XLA does it all: what writing and reading a float W takes is then little beside
-the product, which is the vendor's.
+For more than MOST rows, and for the gradient, XLA does the whole product: writing and reading W as floats then takes
+little time compared with the vendor's matmul.
 """
 
 import functools
@@ -26,12 +27,12 @@ from kernels.packing import LEVELS
 
 MOST = 256  # rows of x
 
-# Codes as numbers of the first row of W in each byte, of the second, in bfloat16. `level` looks those of NF4 up.
+# From codes to bfloat16 numbers: of the first row of W in each byte, of the second, ... `level` reads NF4's table.
 Form = Callable[[Array, Callable], list[Array]]
 
 
 def plain(codes: Array, _: Callable) -> list[Array]:
-    """Of int8 and 8-bit floats."""
+    """int8 and 8-bit floats."""
     return [codes.astype(jnp.bfloat16)]
 
 
@@ -50,9 +51,10 @@ FORMS = {"plain": plain, "int4": int4, "nf4": nf4}
 
 
 def supported(form: str, rows: int, k: int, group: int, dtype: DTypeLike) -> bool:
-    """Whether `matmul` takes so many rows of a type, and a W of K rows: groups are whole tiles, or one per column.
+    """Whether `matmul` accepts this many rows of this type and a W of K rows: groups are whole tiles, or one per
+    column.
 
-    Three bfloat16 numbers hold a float32, and one a code, except that of an NF4 level.
+    A float32 is split into three bfloat16 numbers; a code fits into one, but an NF4 level does not.
     """
     few = rows <= MOST if dtype == jnp.bfloat16 else dtype == jnp.float32 and 3 * rows <= MOST and form != "nf4"
     return form in FORMS and few and (group in (32, 64, 128) or group >= k)
@@ -61,23 +63,23 @@ def supported(form: str, rows: int, k: int, group: int, dtype: DTypeLike) -> boo
 def matmul(
     x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike | None = None, form: Form = int4
 ) -> Array:
-    """x [M, K] times W [K, N] -> [M, N] of `dtype` or that of x, accumulated in float32.
+    """x [M, K] times W [K, N] -> [M, N] of `dtype` (that of x by default), accumulated in float32.
 
-    `codes` are bytes [K / R, N] that R rows share, `scale` [ceil(K / group), N].
+    `codes` are bytes [K / R, N], each shared by R rows; `scale` is [ceil(K / group), N].
     """
     dtype = dtype or x.dtype
     if x.dtype == jnp.bfloat16:
         return _call(x, codes, scale, group, dtype, form)
     rest, parts = x, []
     for _ in range(3):
-        parts.append(jax.lax.reduce_precision(rest, 8, 7))  # XLA drops a pair of casts, but never this
+        parts.append(jax.lax.reduce_precision(rest, 8, 7))  # XLA would remove a pair of casts, but keeps this
         rest = rest - parts[-1]
     y = _call(jnp.concatenate(parts).astype(jnp.bfloat16), codes, scale, group, jnp.float32, form)
     return y.reshape(3, len(x), -1).sum(0).astype(dtype)
 
 
 def _call(x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike, form: Form) -> Array:
-    """A grid over rows of x, columns of W and shares of its rows, which the results are summed over."""
+    """A grid over rows of x, columns of W and parts of its rows; the results are summed over the parts."""
     (m, k), (height, n) = x.shape, codes.shape
     each = -(-k // height)
     tile = next(tile for rows, tile in blocks.CODES_TRITON.items() if m <= rows)
@@ -85,11 +87,11 @@ def _call(x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike, fo
     grid, steps = (pl.cdiv(m, tile.rows), pl.cdiv(n, tile.columns)), pl.cdiv(height, depth)
     wanted = round(tile.busy * blocks.PROCESSORS / (tile.warps * grid[0] * grid[1]))
     per = pl.cdiv(steps, max(min(wanted, steps // 4), 1))
-    shares = pl.cdiv(steps, per)
+    parts = pl.cdiv(steps, per)
     x = jnp.pad(x, [(0, 0), (0, height * each - k)]).reshape(m, height, each).transpose(2, 0, 1)
     y = pl.pallas_call(
         functools.partial(_body, form, (m, n, height), (group // each, depth, per)),
-        grid=(*grid, shares),
+        grid=(*grid, parts),
         in_specs=[
             pl.BlockSpec((len(LEVELS),), lambda i, j, l: (0,)),
             pl.BlockSpec((each, tile.rows, height), lambda i, j, l: (0, i, 0)),
@@ -97,10 +99,10 @@ def _call(x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike, fo
             pl.BlockSpec((len(scale), tile.columns), lambda i, j, l: (0, j)),
         ],
         out_specs=pl.BlockSpec((None, tile.rows, tile.columns), lambda i, j, l: (l, i, j)),
-        out_shape=jax.ShapeDtypeStruct((shares, m, n), jnp.float32 if shares > 1 else dtype),
+        out_shape=jax.ShapeDtypeStruct((parts, m, n), jnp.float32 if parts > 1 else dtype),
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=1),
     )(jnp.asarray(LEVELS, jnp.bfloat16), x, codes, scale)
-    return y[0] if shares == 1 else y.sum(0).astype(dtype)
+    return y[0] if parts == 1 else y.sum(0).astype(dtype)
 
 
 def _body(
@@ -118,10 +120,10 @@ def _body(
     def step(turn: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         held, total = state
         at = first + turn
-        coming = codes(first + jnp.minimum(turn + 1, turns - 1))  # is under way while these are multiplied
+        coming = codes(first + jnp.minimum(turn + 1, turns - 1))  # loads while these are multiplied
         mask = _all(there, _inside(at * depth, depth, height, 1))
         x = lambda place: triton.load(x_ref.at[place, :, pl.ds(at * depth, depth)], mask=mask, other=_none(mask))
-        numbers = form(held, level)  # both products before their sum: in another order registers spill
+        numbers = form(held, level)  # both products before their sum: any other order spills registers
         y = sum([jnp.dot(w.T, x(jnp.int32(p)).T, preferred_element_type=jnp.float32) for p, w in enumerate(numbers)])
         return coming, total + (y if one else y * scale(at * depth // group).reshape(columns, 1))
 
@@ -131,7 +133,7 @@ def _body(
 
 
 def _inside(start: ArrayLike, size: int, total: int, axis: int) -> Array | None:
-    """Which of `size` rows (axis 0) or columns there are; None where all always are."""
+    """Mask of the rows (axis 0) or columns that exist, of `size` from `start`; None if every block is full."""
     if total % size == 0:
         return None
     return start + jax.lax.broadcasted_iota(jnp.int32, (1, size)[:: 1 if axis else -1], axis) < total
@@ -142,11 +144,11 @@ def _all(*masks: Array | None) -> Array | None:
 
 
 def _none(mask: Array | None) -> int | None:
-    """What stands for what lies outside of an array."""
+    """The value to load outside the array."""
     return None if mask is None else 0
 
 
 def _load(ref: Ref, rows: pl.Slice, *masks: Array | None) -> Array:
-    """Rows of a block, 0 for what lies outside of the array."""
+    """Rows of a block; 0 outside the array."""
     mask = _all(*masks)
     return triton.load(ref.at[rows, :], mask=mask, other=_none(mask))

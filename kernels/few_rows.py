@@ -1,9 +1,9 @@
-"""Few rows times a matrix of codes on a CPU, which reads the codes alone: decoding takes the time of their bytes.
+"""A few rows times a matrix of codes on a CPU, reading only the codes: decoding takes the time to read their bytes.
 
-XLA's CPU backend multiplies floats. In a loop over tokens it makes them of the codes once, before the loop, and reads
-four or eight times the bytes at every step. What it does well is one loop over [K / SUMMED, N] that adds up SUMMED rows
-at each place, and converts them as it reads them. Its own sum over what is left would draw that loop into a library's
-slow one; a product with ones does not.
+XLA's CPU backend multiplies floats. In a loop over tokens it would convert the codes once, before the loop, and then
+read four or eight times the bytes at every step. It does well on one loop over [K / SUMMED, N] that adds SUMMED rows at
+each position and converts them as it reads them. The remaining sum is a product with ones, because a plain sum would
+be fused with that loop into a slow library routine.
 """
 
 from collections.abc import Callable
@@ -14,22 +14,22 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-MOST = 4  # each converts the codes again: with more, the product with floats is faster
-SUMMED = 16  # more are not vectorized, fewer leave more to add up
+MOST = 4  # every row converts the codes again; with more rows, the product with floats is faster
+SUMMED = 16  # with more, XLA does not vectorize; with fewer, more partial sums are left to add
 
 
 def supported(rows: int, k: int, group: int, transposed: bool) -> bool:
-    """Whether `matmul` takes so many rows of x, and a W of K rows: of whole groups, each of them of whole parts."""
+    """Whether `matmul` accepts this many rows of x and a W of K rows: whole groups, each of whole parts."""
     return rows <= MOST and k % group == 0 and group % (64 if transposed else SUMMED) == 0
 
 
 def matmul(
     x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike, *, by_place: Callable, transposed: bool
 ) -> Array:
-    """x [M, K] times W -> [M, N] of `dtype`, of bytes of codes [K / R, N] and scales [K / group, N].
+    """x [M, K] times W [K, N] -> [M, N] of `dtype`, from bytes of codes [K / R, N] and scales [K / group, N].
 
-    `by_place` gives the numbers of the first of the R rows that share a byte, of the second, ... W is `transposed`
-    where [N, K / R] is what is stored.
+    `by_place` converts codes to numbers: those of the first of the R rows that share a byte, of the second, ... If
+    `transposed`, the codes are stored as [N, K / R].
     """
     each = x.shape[1] // len(codes)
     halves = max(2 // each, 1)  # a joint reduction of two or more arrays is not handed to the (slow) library routine
@@ -53,7 +53,7 @@ def _down(x: Array, codes: Array, scale: Array, group: int, by: tuple[int, int],
 def _along(x: Array, codes: Array, scale: Array, group: int, by: tuple[int, int], by_place: Callable) -> Array:
     (m, k), n, (each, halves) = x.shape, codes.shape[0], by
     shape = (k // group, halves, group // (each * halves * SUMMED), SUMMED)
-    x = x @ jnp.eye(k)  # or what x is made from is computed again in each column
+    x = x @ jnp.eye(k)  # else the computation of x is repeated for each column
     x, codes = x.reshape(m, 1, *shape, each), codes.reshape(1, n, *shape)
     y = _sum([a * x[:, :, :, i, ..., j] for i in range(halves) for j, a in enumerate(by_place(codes[:, :, :, i]))], 3)
     y *= scale.T[..., None]  # [M, N, groups, SUMMED]

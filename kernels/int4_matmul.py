@@ -1,8 +1,11 @@
-"""y = x W on a TPU, for a W of 4-bit integers with a scale a group of rows; XLA would write the whole float W there.
+"""y = x W on a TPU, for a W of 4-bit integers with one scale per group of rows; XLA would write all of W as floats.
 
-Two regimes. With few rows of x the weights' bytes are the time: each group's partial product is scaled, which costs
-M N / group multiplications. With many the products are: a block of W is dequantized in VMEM, hidden under the MXU.
+There are two regimes. With few rows of x, reading the weights takes the time: the partial product of each group is
+scaled, which costs M N / group multiplications. With many rows, the products take the time: a block of W is dequantized
+in VMEM, overlapped with the MXU.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,41 +17,44 @@ from jax.typing import DTypeLike
 from kernels import blocks, tiled
 from kernels.blocks import cut
 
-FEW = 128  # rows of x: up to here partial products are scaled
-UNPACKED = 256  # rows of W that are then unpacked at once; those of bytes stored column-major are transposed whole
+FEW = 128  # rows of x up to which partial products are scaled
+UNPACKED = 256  # rows of W unpacked at once in that case (column-major bytes are transposed then)
 
 
 def supported(k: int, n: int, group: int) -> bool:
-    """Whether `matmul` and `gradient` take a W of these shapes: whole bytes and registers, a tile of scales a block."""
+    """Whether `matmul` and `gradient` accept a W of this shape: whole bytes and registers, a tile of scales per
+    block."""
     return k % 2 == 0 and group in (32, 64, 128) and n >= 128
 
 
 def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike | None = None) -> Array:
-    """x [M, K] times W [K, N] -> [M, N] of `dtype` or that of x, accumulated in float32.
+    """x [M, K] times W [K, N] -> [M, N] of `dtype` (that of x by default), accumulated in float32.
 
-    W is of bytes [K / 2, N] and scales [ceil(K / group), N]."""
+    W is given as bytes [K / 2, N] and scales [ceil(K / group), N].
+    """
     (m, k), n = x.shape, packed.shape[1]
     bm, bn, bk = blocks.INT4_FEW if m <= FEW else blocks.INT4
     block = cut(m, bm, 16), cut(n, bn, 256), _rows(k, bk, group)
-    body = _scaled_parts if m <= FEW else _dequantized
+    body = _scaled_parts if m <= FEW else functools.partial(_dequantized, False)
     return tiled.product(body, x, packed, scale, group, n, block, block[:0:-1], lambda i, j, l: (l, j), dtype)
 
 
 def gradient(g: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike | None = None) -> Array:
-    """dx = g W' [M, K] of g [M, N], from the packed W: no dequantized copy is kept or made."""
+    """dx = g W' [M, K] for g [M, N], from the packed W, without a dequantized copy."""
     (m, n), k = g.shape, 2 * packed.shape[0]
     bm, bn, bk = blocks.INT4
     block = cut(m, bm, 16), _rows(k, bk, group), cut(n, bn, 256)
-    return tiled.product(_transposed, g, packed, scale, group, k, block, block[1:], lambda i, j, l: (j, l), dtype)
+    body = functools.partial(_dequantized, True)
+    return tiled.product(body, g, packed, scale, group, k, block, block[1:], lambda i, j, l: (j, l), dtype)
 
 
 def _rows(k: int, limit: int, group: int) -> int:
-    """Rows of W in a block: eight scales are a tile, and 128 columns of x."""
+    """Rows of W in a block: multiples of eight scales, which make a tile, and of 128 columns of x."""
     return cut(k, limit, max(8 * group, 128))
 
 
 def _int4(w: tiled.W, w_ref: Ref, at: int = 0, size: int | None = None) -> Array:
-    """Rows of a block of W, all or `size` from `at`; two neighbors are a byte."""
+    """Rows of a block of W as int4: all, or `size` from `at`. Two adjacent rows share a byte."""
     rows = slice(at // 2, None if size is None else (at + size) // 2)
     return pltpu.bitcast(w_ref[:, rows].T if w.by_columns else w_ref[rows], jnp.int4)
 
@@ -69,24 +75,20 @@ def _scaled_parts(w: tiled.W, x_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref, su
 
 
 def _block(w: tiled.W, w_ref: Ref, scale: Array, dtype: DTypeLike) -> Array:
-    """A dequantized block of W. An int4 times a bfloat16 is exact in float32: either way it is rounded once."""
+    """A dequantized block of W. The product of an int4 and a bfloat16 is exact in float32, so it is rounded only
+    once."""
     codes, scale = _int4(w, w_ref).astype(dtype), scale.astype(dtype)
     scale = jnp.broadcast_to(scale[:, None, :], (scale.shape[0], w.group, scale.shape[1])).reshape(-1, scale.shape[1])
     return codes * scale[: codes.shape[0]]
 
 
-def _dequantized(w: tiled.W, x_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref, sum_ref: Ref) -> None:
+def _dequantized(transposed: bool, w: tiled.W, x_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref, sum_ref: Ref) -> None:
+    axis = int(transposed)  # of W, summed
+
     def part() -> Array:
-        x, scale = tiled.inside(x_ref[...], 1, w.total), tiled.inside(s_ref[...], 0, pl.cdiv(w.total, w.group))
-        return jnp.dot(x, _block(w, w_ref, scale, x.dtype), preferred_element_type=jnp.float32)
-
-    tiled.accumulate(part, y_ref, sum_ref)
-
-
-def _transposed(w: tiled.W, g_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref, sum_ref: Ref) -> None:
-    def part() -> Array:
-        g, scale = tiled.inside(g_ref[...], 1, w.total), tiled.inside(s_ref[...], 1, w.total)
-        dims = (((1,), (1,)), ((), ()))
-        return jax.lax.dot_general(g, _block(w, w_ref, scale, g.dtype), dims, preferred_element_type=jnp.float32)
+        end = w.total if transposed else pl.cdiv(w.total, w.group)
+        x, scale = tiled.inside(x_ref[...], 1, w.total), tiled.inside(s_ref[...], axis, end)
+        dims = (((1,), (axis,)), ((), ()))
+        return jax.lax.dot_general(x, _block(w, w_ref, scale, x.dtype), dims, preferred_element_type=jnp.float32)
 
     tiled.accumulate(part, y_ref, sum_ref)

@@ -1,9 +1,9 @@
-"""A W [K, N] of NF4 codes on a TPU: dequantized once a use for XLA's product, or within the product of few rows.
+"""A W [K, N] of NF4 codes on a TPU: dequantized before each XLA matmul, or inside the product for few rows of x.
 
-With many rows a lookup inside the product would be repeated for every block of them. XLA's own takes three times as
-long as this one.
-A 32-bit word of packed bytes holds eight rows of a column. Two tables of eight levels each fill a register of eight
-sublanes, and a gather along sublanes looks all of a register's codes up at once; the fourth bit says in which table.
+With many rows of x, a lookup inside the product would be repeated for every block of rows. XLA's own lookup takes three
+times as long as this one. A 32-bit word of packed bytes holds eight rows of a column. Each of two tables of eight
+levels fills a register of eight sublanes, and a gather along sublanes looks up all codes of a register at once; the
+fourth bit selects the table.
 """
 
 import functools
@@ -20,24 +20,22 @@ from kernels.blocks import cut
 from kernels.packing import LEVELS, by_columns
 
 REGISTER = 64  # rows of W in a register of 32-bit words
-FEW = 128  # rows of x: up to here the lookup is part of the product, and no float W is written
+FEW = 128  # rows of x up to which the lookup is part of the product and W is not written as floats
 
 
 def supported(k: int, n: int, group: int) -> bool:
-    """Whether `dequantize` takes these shapes: a register has one row of scales, and a block a tile of them."""
+    """Whether `dequantize` accepts this shape: one row of scales per register, and a tile of scales per block."""
     return k % group == 0 and group in (64, 128, 256, 512) and n >= 128
 
 
 def dequantize(packed: Array, scale: Array, group: int) -> Array:
-    """Levels times scales, bfloat16 [K, N], of bytes [K / 2, N] and float32 scales [K / group, N]."""
+    """Levels times scales, bfloat16 [K, N], from bytes [K / 2, N] and float32 scales [K / group, N]."""
     k, n = 2 * packed.shape[0], packed.shape[1]
     rows, columns = cut(k, blocks.NF4[0], 8 * group), blocks.NF4[1]
-    at, columnar = lambda i, j: (i, j), by_columns(*packed.shape)
-    codes = pl.BlockSpec((rows // 2, columns), at)
-    if columnar:  # as the bytes lie, `packed.T` is no copy, and `packed` would be one
-        codes = pl.BlockSpec((columns, rows // 2), lambda i, j: (j, i))
+    at = lambda i, j: (i, j)
+    codes, operand = tiled.codes(packed, rows, columns, at)
     return pl.pallas_call(
-        functools.partial(_dequantize, group, columnar),
+        functools.partial(_dequantize, group, by_columns(*packed.shape)),
         grid=(pl.cdiv(k, rows), pl.cdiv(n, columns)),
         in_specs=[codes, pl.BlockSpec((rows // group, columns), at)],
         out_specs=pl.BlockSpec((rows, columns), at),
@@ -46,11 +44,11 @@ def dequantize(packed: Array, scale: Array, group: int) -> Array:
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=blocks.VMEM
         ),
-    )(packed.T if columnar else packed, scale)
+    )(operand, scale)
 
 
 def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike | None = None) -> Array:
-    """x [M, K] times the dequantized W, M up to FEW -> [M, N] of `dtype` or that of x, accumulated in float32."""
+    """x [M, K], M <= FEW, times the dequantized W -> [M, N] of `dtype` (that of x by default), summed in float32."""
     (m, k), n = x.shape, packed.shape[1]
     rows, columns = cut(k, blocks.NF4[0], 8 * group), blocks.NF4[1]
     block, at = (cut(m, FEW, 16), columns, rows), lambda i, j, l: (l, j)
@@ -75,12 +73,12 @@ def _dequantize(group: int, columnar: bool, w_ref: Ref, s_ref: Ref, y_ref: Ref, 
 
 
 def _look_up(group: int, columnar: bool, w_ref: Ref, scale: Array | Ref, rows_ref: Ref) -> None:
-    """Levels times scales of a block of W, float32, into `rows_ref`."""
+    """Writes the levels times scales of a block of W, float32, to `rows_ref`."""
     columns = rows_ref.shape[1]
     tables = [_register(LEVELS[at : at + 8], columns) for at in (0, 8)]
     packed = w_ref[...].T if columnar else w_ref[...]
     for at in range(0, rows_ref.shape[0], REGISTER):
-        words = pltpu.bitcast(packed[at // 2 : (at + REGISTER) // 2], jnp.int32)  # [8, columns], of rows 8 i .. 8 i + 7
+        words = pltpu.bitcast(packed[at // 2 : (at + REGISTER) // 2], jnp.int32)  # [8, columns], of rows 8 i to 8 i + 7
         own = jnp.broadcast_to(scale[at // group : at // group + 1], words.shape)
         for j in range(8):
             codes = words >> 4 * j
@@ -89,6 +87,6 @@ def _look_up(group: int, columnar: bool, w_ref: Ref, scale: Array | Ref, rows_re
 
 
 def _register(values: tuple[float, ...], columns: int) -> Array:
-    """[8, columns] with a value a sublane; a kernel cannot capture an array."""
+    """[8, columns] with one value per sublane, built from iota, since a kernel cannot capture an array."""
     row = jax.lax.broadcasted_iota(jnp.int32, (8, columns), 0)
     return sum(jnp.where(row == i, jnp.float32(v), 0) for i, v in enumerate(values))

@@ -1,11 +1,11 @@
-"""Codes of few bits in bytes, and the values of NF4's."""
+"""Packs codes of a few bits into bytes; the values of the NF4 codes."""
 
 import jax.numpy as jnp
 from jax import Array
 
-LANES = 128  # of a TPU's register
+LANES = 128  # of a TPU register
 
-# Of NF4: quantiles of a normal distribution (Dettmers et al. 2023, arXiv 2305.14314, appendix E).
+# The NF4 levels: quantiles of a normal distribution (Dettmers et al. 2023, arXiv 2305.14314, appendix E).
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -14,7 +14,7 @@ LEVELS = (
 
 
 def pack(codes: Array, bits: int = 4) -> Array:
-    """n = 8 / bits neighboring rows of [..., K, N] share a byte, the first lowest -> uint8 [..., ceil(K / n), N]."""
+    """Packs n = 8 / bits adjacent rows of [..., K, N] into a byte, the first lowest -> uint8 [..., ceil(K / n), N]."""
     n = 8 // bits
     codes = codes.astype(jnp.int32) & (2**bits - 1)
     codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 2) + [(0, -codes.shape[-2] % n), (0, 0)])
@@ -22,17 +22,17 @@ def pack(codes: Array, bits: int = 4) -> Array:
 
 
 def unpack(packed: Array, k: int, bits: int = 4) -> Array:
-    """The inverse of `pack` on k rows: uint8 [..., k, N]."""
+    """The inverse of `pack` for k rows: uint8 [..., k, N]."""
     rows = jnp.stack([packed >> bits * i & (2**bits - 1) for i in range(8 // bits)], -2)
     return rows.reshape(*packed.shape[:-2], -1, packed.shape[-1])[..., :k, :]
 
 
 def signed(nibbles: Array) -> Array:
-    """-8 .. 7, int8, of four bits in two's complement."""
+    """Four bits in two's complement as int8: -8 .. 7."""
     return (nibbles ^ 8).astype(jnp.int8) - 8
 
 
 def by_columns(rows: int, columns: int) -> bool:
-    """Whether XLA lays bytes [rows, columns] out column after column on a TPU: where tiles of 8 x 128 pad that less."""
+    """Whether XLA stores bytes [rows, columns] column-major on a TPU, as it does if 8 x 128 tiles then pad less."""
     up = lambda size, tile: -(-size // tile) * tile
     return up(columns, 8) * up(rows, LANES) < up(rows, 8) * up(columns, LANES)

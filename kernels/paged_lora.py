@@ -1,8 +1,8 @@
-"""y = x A B for a batch whose rows each have their own A and B, of any rank, out of one stack of rank rows.
+"""y = x A B for a batch in which each row has its own A and B, of any rank, stored in one stack of rank rows.
 
-Rank rows are found as a paged key-value cache finds its tokens: the stacks are cut into pages of PAGE rows, each of
-one adapter. Nothing is padded but an adapter's last page, with zeros (S-LoRA: Sheng et al. 2023, arXiv 2311.03285;
-Punica: Chen et al. 2023, arXiv 2310.18547).
+The stacks are divided into pages of PAGE rank rows, each belonging to one adapter, like the tokens of a paged key-value
+cache. Only the last page of an adapter is padded, with zeros (S-LoRA: Sheng et al. 2023, arXiv 2311.03285; Punica: Chen
+et al. 2023, arXiv 2310.18547).
 """
 
 import functools
@@ -22,8 +22,8 @@ from jax.typing import DTypeLike
 from kernels import blocks, paged_lora_triton, partition
 from kernels.partition import Axes
 
-PAGE = 16  # rank rows of a page: a tile of bfloat16
-STEP = 8  # pages that the kernel multiplies at once: 128 rank rows fill an MXU
+PAGE = 16  # rank rows per page: one bfloat16 tile
+STEP = 8  # pages multiplied at once: 128 rank rows fill an MXU
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -32,16 +32,16 @@ Indices = Array | np.ndarray | np.integer  # int32
 
 
 class Route(NamedTuple):
-    """Which pages of the stacks each row of a batch uses, as pairs of a page and a row."""
+    """The pages that each row of a batch uses, as pairs of a page and a row."""
 
-    pages: Indices  # [P] in use, each once, then -1; P is a multiple of STEP
-    which: Indices  # [P] of each pair the place in `pages`, in its order
-    row: Indices  # [P] of each pair, then -1
-    count: Indices  # [] of pairs
+    pages: Indices  # [P] pages in use, each once, then -1; P is a multiple of STEP
+    which: Indices  # [P] index into `pages` of each pair, ascending
+    row: Indices  # [P] row of each pair, then -1
+    count: Indices  # [] number of pairs
 
 
 def route(pairs: list[tuple[int, int]], room: int) -> Route:
-    """The Route of pairs of a page and a row, with room for so many, on the host."""
+    """The Route of (page, row) pairs, with room for `room` pairs, on the host."""
     size = -(-max(room, 1) // STEP) * STEP
     none = np.full(size, -1, np.int32)
     out = Route(none, np.zeros(size, np.int32), none.copy(), np.int32(len(pairs)))
@@ -53,7 +53,7 @@ def route(pairs: list[tuple[int, int]], room: int) -> Route:
 
 
 def reference(x: Array, a: Array, b: Array, route: Route) -> Array:
-    """What `matmul` computes, at the price of all rank rows for every row of the batch."""
+    """The definition of `matmul`, which multiplies every row of the batch by all rank rows."""
     page = jnp.where(route.row < 0, len(a), route.pages[route.which])
     one = jnp.zeros((len(x), len(a) // PAGE), x.dtype).at[route.row, page].set(1, mode="drop")
     own = jnp.repeat(one, PAGE, 1)[:, None]  # [B,1,C]: 1 where a rank row belongs to a row of the batch
@@ -64,13 +64,14 @@ def reference(x: Array, a: Array, b: Array, route: Route) -> Array:
 def product(
     x: Array, a: Array, b: Array, route: Route, rows: Sequence[Axes], split: Sequence[Axes], dtype: DTypeLike
 ) -> Array:
-    """x [B,T,K] times the pages of each row in stacks A [C,K] and B [C,N] -> [B,T,N]; ids x [B,T] take columns of A.
+    """x [B,T,K] times the pages of each row in stacks A [C,K] and B [C,N] -> [B,T,N]; token ids x [B,T] select columns
+    of A.
 
-    Under a mesh B and T lie over the axes `rows`, and K and N over `split`. The stacks stay where they are: x comes to
-    A, and leaves B, with as many rows as share that part of a stack, and each device reads the pages of its own rows.
-    x A is a sum over K, and small: it is added up between the two products, over the axes of K, and over those whose
-    rows B has together. Where nothing is added, a kernel does both products at once, as on one device; elsewhere a GPU
-    has one for each, and a TPU loops.
+    Under a mesh, B and T are sharded over the axes `rows`, K and N over `split`. The stacks are not moved: each device
+    multiplies the rows that need its part of A, then those that need its part of B, and reads only their pages. x A is
+    small; between the two products it is summed over the axes of K and over the row axes that B is sharded over. If
+    there is nothing to sum, one kernel does both products, as on one device; otherwise a GPU runs one kernel for each
+    and a TPU loops.
     """
     if not partition.sharded():
         return matmul(x, a, b, route) if x.ndim == 3 else expand(lookup(x, a, route), b, route, len(x), dtype)
@@ -94,19 +95,20 @@ def product(
 
 
 def own(route: Route, axes: Axes, rows: int) -> tuple[Route, Array | slice, Array | slice]:
-    """The Route of the pairs of a device's rows, which lie over `axes`; where [P] each of them stands in `route`, and
-    where each of `route` stands among them, P if it does not. By comparisons: devices sort a few numbers slowly.
+    """The Route of this device's rows, which are sharded over `axes`; the index [P] in `route` of each of its pairs;
+    and for each pair of `route` its index among them, or P. Uses comparisons, since sorting a few numbers on a device
+    is slow.
     """
     if not axes:
         return route, slice(None), slice(None)
     start, count = jax.lax.axis_index(axes) * rows, jnp.arange(len(route.row))
 
     def place(keep: Array) -> Array:
-        """Of each pair among those that are kept."""
+        """The index of each pair among the kept ones, P for the others."""
         return jnp.where(keep, jnp.cumsum(keep) - 1, len(count))
 
     def first(keep: Array) -> Array:
-        """The pairs that are kept, in order."""
+        """The kept pairs, in order."""
         return jnp.argmax(place(keep) == count[:, None], 1)
 
     mine = (route.row >= start) & (route.row < start + rows)
@@ -128,7 +130,7 @@ def matmul(x: Array, a: Array, b: Array, route: Route) -> Array:
 
 
 def loop(x: Array, a: Array, b: Array, route: Route) -> Array:
-    """`matmul` by XLA: `_expand` of `_shrink` in one loop, which a CPU does some per cent faster."""
+    """`matmul` in XLA: `_shrink` and `_expand` in one loop, which is a few per cent faster on a CPU."""
 
     def some(at: Array, page: Array, who: Array, y: Array) -> Array:
         low = _einsum("wtk,wrk->wtr", x[who], _read(a, page, x.dtype))
@@ -139,7 +141,7 @@ def loop(x: Array, a: Array, b: Array, route: Route) -> Array:
 
 
 def shrink(x: Array, a: Array, route: Route) -> Array:
-    """x A of each pair, [P,T,PAGE] in float32; 0 behind the last one."""
+    """x A of each pair, [P,T,PAGE] in float32; 0 after the last pair."""
     if x.shape[1] > 1:
         return _shrink(x, a, route)
     cuda = lambda x, a, route: paged_lora_triton.shrink(x[:, 0], _pages(a), route).sum(0)[:, None]
@@ -155,14 +157,14 @@ def _shrink(x: Array, a: Array, route: Route) -> Array:
 
 
 def lookup(ids: Array, a: Array, route: Route) -> Array:
-    """`shrink` of rows that are 1 at `ids` [B,T] and else 0; A has columns for some of them."""
+    """`shrink` of one-hot rows at `ids` [B,T]; a sharded A holds only some of the columns."""
     at, there = ids[route.row], (jnp.arange(len(route.row)) < route.count)[:, None]
     low = _pages(a).at[route.pages[route.which][:, None], :, at].get(mode="clip")
     return jnp.where((there & (at >= 0) & (at < a.shape[1]))[..., None], low, 0).astype(jnp.float32)
 
 
 def expand(low: Array, b: Array, route: Route, rows: int, dtype: DTypeLike) -> Array:
-    """The sum of `low` B over the pairs of each row, [B,T,N], where `low` [P,T,PAGE] is that of `shrink`."""
+    """`low` [P,T,PAGE], from `shrink`, times B, summed over the pairs of each row: [B,T,N]."""
     loop = lambda *args: _expand(*args, rows, dtype)
     if low.shape[1] > 1:
         return loop(low, b, route)
@@ -183,14 +185,14 @@ def _pages(stack: Array) -> Array:
 
 
 def _read(stack: Array, page: Array, dtype: DTypeLike) -> Array:
-    """Pages of a stack, read within the loop: ahead of it a CPU would turn all of a bfloat16 stack into float32."""
+    """Pages of a stack. The barrier keeps a CPU from converting all of a bfloat16 stack to float32 before the loop."""
     stack, page = jax.lax.optimization_barrier((stack, page))
     return _pages(stack)[page].astype(dtype)
 
 
 def _fold(some: Callable, route: Route, start: Array, rows: int) -> Array:
-    """`some(pairs, their pages, their rows, result)` over all pairs: B at a time for a token a row, and one at a time
-    for more, since then each is a product of two matrices."""
+    """Folds `some(pairs, their pages, their rows, result)` over all pairs: B at a time if there is one token per row,
+    else one at a time, since each is then a product of two matrices."""
     width, pages = rows if start.shape[1] == 1 else 1, route.pages[route.which]
 
     def step(i: Array, result: Array) -> Array:
@@ -202,9 +204,8 @@ def _fold(some: Callable, route: Route, start: Array, rows: int) -> Array:
 
 
 def supported(x: Array, a: Array, b: Array) -> bool:
-    """Whether `decode` takes these: XLA lays out stacks of whole registers as it reads them, and the VMEM is enough.
-
-    TPUs have no float16.
+    """Whether `decode` accepts these: the stacks consist of whole registers, so XLA stores them in the layout that the
+    kernel reads; the blocks fit into VMEM; and the type is not float16, which TPUs lack.
     """
     rows, k, n = -(-len(x) // 16) * 16, a.shape[1], b.shape[1]
     memory = 2 * STEP * PAGE * (k + n) * a.dtype.itemsize + rows * (2 * k * x.dtype.itemsize + 3 * n * 4)
@@ -212,10 +213,10 @@ def supported(x: Array, a: Array, b: Array) -> bool:
 
 
 def decode(x: Array, a: Array, b: Array, route: Route) -> Array:
-    """`matmul` of a token a row on a TPU, summed in float32.
+    """`matmul` for one token per row on a TPU, summed in float32.
 
-    A page is read once, whoever uses it, while those of the step before are multiplied: by all of x, since a product
-    with 128 rows takes the MXU little longer than with one; then each row keeps what is its own.
+    Each page is read once, even if several rows use it, while the pages of the previous step are multiplied. They are
+    multiplied by all of x, since 128 rows take the MXU little longer than one; then each row keeps its own products.
     """
     rows, k, n, pairs = len(x), a.shape[1], b.shape[1], len(route.row)
     whole = lambda *shape: pl.BlockSpec(shape, lambda i: (0, 0))
@@ -238,12 +239,13 @@ def _decode(
     pages: Ref, which_ref: Ref, row_ref: Ref, x_ref: Ref, a_ref: Ref, b_ref: Ref, y_ref: Ref,
     a_room: Ref, b_room: Ref, arrived: Ref,
 ) -> None:  # fmt: skip
-    """`pages` [P] of scalars; `which` [P,1] and `row` [1,P]; two rooms for the pages of a step of A and of B."""
+    """`pages` [P] is in scalar memory, `which` is [P,1] and `row` [1,P]; A and B have two buffers each for the pages of
+    a step."""
     step = pl.program_id(0)
     within = lambda i: pl.ds(i * PAGE, PAGE)
 
     def each(step: Array, do: Callable) -> None:
-        """`do(copy)` for both copies of each page of a step."""
+        """Calls `do` on the copies of A and B of each page of a step."""
         for i in range(STEP):
             page, into, done = pages[step * STEP + i], (step % 2, within(i)), arrived.at[step % 2]
 

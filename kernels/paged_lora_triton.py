@@ -1,11 +1,12 @@
-"""The two products of `paged_lora` for a token a row on an NVIDIA GPU, by Triton, without a tensor core: each page is
-read for one row of x, as in Punica's BGMV (Chen et al. 2023, arXiv 2310.18547), and what bounds that is memory.
+"""The two products of `paged_lora` for one token per row on an NVIDIA GPU, in Triton.
 
-`shrink` has a program for each pair and part of K, which writes its own sum, and `expand` one for each row and block of
-N, which goes through the pairs of its row and adds up the parts: no atomics, so that results repeat. A page is read as
-often as pairs name it; rows that share one find it in the level-2 cache.
+Each page is read for one row of x, as in Punica's BGMV (Chen et al. 2023, arXiv 2310.18547), which is limited by
+memory, so the tensor core is not used. `shrink` runs one program per pair and part of K, which writes its own sum;
+`expand` runs one per row and block of N, which loops over the pairs of its row and adds the parts. There are no
+atomics, so results are reproducible. A page is read once per pair that uses it; rows that share a page find it in the
+L2 cache.
 
-On an H100 4.7 to 8 times as fast as XLA's loop (`results/gpu.md`).
+4.7 to 8 times as fast as XLA's loop on an H100 (`results/gpu.md`).
 """
 
 import functools
@@ -21,16 +22,16 @@ from jax.typing import DTypeLike
 if TYPE_CHECKING:
     from kernels.paged_lora import Route
 
-DEPTH, WIDTH, WARPS = 512, 256, 8  # columns of A and of B that a program multiplies, and its warps: four would spill
+DEPTH, WIDTH, WARPS = 512, 256, 8  # columns of A and of B per program, and warps per program: four would spill
 
 
 def matmul(x: Array, a: Array, b: Array, route: "Route") -> Array:
-    """x [B,K], stacks A [pages,R,K] and B [pages,R,N], a `paged_lora.Route` -> [B,N] in x's dtype."""
+    """x [B,K], stacks A [pages,R,K] and B [pages,R,N] -> [B,N] in the dtype of x."""
     return expand(shrink(x, a, route), b, route, len(x), x.dtype)
 
 
 def shrink(x: Array, a: Array, route: "Route") -> Array:
-    """x A of each pair, for each DEPTH of K, [S,P,R] in float32; 0 behind the last pair."""
+    """x A of each pair, for each part of DEPTH along K: [S,P,R] in float32; 0 after the last pair."""
     (rows, k), (pages, ranks, _), pairs = x.shape, a.shape, len(route.row)
     parts = pl.cdiv(k, DEPTH)
     return pl.pallas_call(
@@ -50,16 +51,16 @@ def shrink(x: Array, a: Array, route: "Route") -> Array:
 def _shrink(k: int, pages_ref: Ref, which_ref: Ref, row_ref: Ref, x_ref: Ref, a_ref: Ref, low_ref: Ref) -> None:
     pair, part = pl.program_id(0), pl.program_id(1)
     row, page = row_ref[pair], pages_ref[which_ref[pair]]
-    there = (part * DEPTH + jnp.arange(DEPTH) < k) & (row >= 0)  # behind the last pair there is nothing to read
+    there = (part * DEPTH + jnp.arange(DEPTH) < k) & (row >= 0)  # after the last pair there is nothing to read
     x = triton.load(x_ref.at[row], mask=there, other=0)
     a = triton.load(a_ref.at[page], mask=there[None], other=0)
     low_ref[...] = (x[None].astype(jnp.float32) * a.astype(jnp.float32)).sum(1)
 
 
 def expand(low: Array, b: Array, route: "Route", rows: int, dtype: DTypeLike) -> Array:
-    """The sum over parts, and over the pairs of each row, of `low` [S,P,R] B, [B,N] of `dtype`."""
+    """`low` [S,P,R] times B, summed over the parts and over the pairs of each row: [B,N] of `dtype`."""
     (parts, pairs, _), (pages, ranks, n) = low.shape, b.shape
-    power = pl.next_power_of_2  # of what a program loads at once
+    power = pl.next_power_of_2  # sizes that a program loads at once
     return pl.pallas_call(
         functools.partial(_expand, n, pairs, parts),
         grid=(rows, pl.cdiv(n, WIDTH)),
@@ -81,14 +82,14 @@ def _expand(
     at, part = (jnp.arange(ref.shape[0]) for ref in (row_ref, low_ref))
     mine = triton.load(row_ref, mask=at < pairs, other=-1) == pl.program_id(0)
     inside = pl.program_id(1) * WIDTH + jnp.arange(WIDTH) < n
-    behind = lambda pair: jnp.min(jnp.where(mine & (at > pair), at, pairs))  # the next one of this row
+    following = lambda pair: jnp.min(jnp.where(mine & (at > pair), at, pairs))  # the next pair of this row
 
     def add(state: tuple[Array, Array]) -> tuple[Array, Array]:
         pair, total = state
         low = triton.load(low_ref.at[:, pair], mask=(part < parts)[:, None], other=0).sum(0)
         b = triton.load(b_ref.at[pages_ref[which_ref[pair]]], mask=inside[None], other=0)
-        return behind(pair), total + low[:, None] * b.astype(jnp.float32)
+        return following(pair), total + low[:, None] * b.astype(jnp.float32)
 
-    start = behind(-1), jnp.zeros(b_ref.shape[1:], jnp.float32)
+    start = following(-1), jnp.zeros(b_ref.shape[1:], jnp.float32)
     _, total = jax.lax.while_loop(lambda state: state[0] < pairs, add, start)
     triton.store(y_ref, total.sum(0).astype(y_ref.dtype), mask=inside)

@@ -1,4 +1,4 @@
-"""A kernel under a mesh: each device works on its own part of W, since XLA does not partition a kernel."""
+"""Kernels under a mesh: each device works on its own part of W, since XLA cannot partition a kernel."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-Axes = tuple[str, ...]  # of a mesh, that a dimension is split over
+Axes = tuple[str, ...]  # mesh axes that a dimension is sharded over
 
 
 def product(
@@ -19,11 +19,11 @@ def product(
     split: tuple[Axes, Axes],
     backward: bool,
 ) -> Array:
-    """x [..., K] times W [K, N] -> [..., N], or when `backward` x [..., N] times the transposed W -> [..., K].
+    """x [..., K] times W [K, N] -> [..., N]; if `backward`, x [..., N] times the transposed W -> [..., K].
 
-    The leading dimensions of x lie over `rows`, and the two of W, of its codes as of its scales, over `split`. W is
-    gathered, packed, over the axes that rows lie over too; the others split the sum, whose parts are added, or the
-    result. `kernel(x, *w, dtype=)` multiplies matrices.
+    The leading dimensions of x are sharded over `rows`, the two dimensions of W (of its codes and of its scales) over
+    `split`. The packed W is all-gathered over the axes that also shard the rows. The other axes shard the summed
+    dimension, which is then reduced, or the result. `kernel(x, *w, dtype=)` multiplies matrices.
     """
     taken = {a for axes in rows for a in axes}
     left = [tuple(a for a in axes if a not in taken) for axes in split]
@@ -43,7 +43,8 @@ def product(
 
 
 def elementwise(kernel: functools.partial, w: Sequence[Array], split: tuple[Axes, Axes], gathered: set[str]) -> Array:
-    """`kernel(*w)` [K, N] of codes and scales that lie over `split`, gathered over some axes while they are small."""
+    """`kernel(*w)` [K, N] for codes and scales sharded over `split`, all-gathered over `gathered` while still
+    packed."""
     if not sharded():
         return once(kernel, *w)
     local = lambda *w: once(kernel, *_gather(w, split, gathered))
@@ -52,7 +53,7 @@ def elementwise(kernel: functools.partial, w: Sequence[Array], split: tuple[Axes
 
 
 def once(kernel: functools.partial, *args: Array) -> Array:
-    """`kernel(*args)`, traced once for all layers of a shape: that of NF4 takes a tenth of a second."""
+    """`kernel(*args)`, traced once for all layers of equal shape: tracing NF4's takes 0.1 s."""
     return _once(kernel.func, tuple(kernel.keywords.items()), *args)
 
 

@@ -1,4 +1,4 @@
-"""A product with a W [K, N] of packed codes on a TPU, block by block: what the kernels of several formats share."""
+"""A blocked product with a W [K, N] of packed codes on a TPU, shared by the kernels of several formats."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from kernels.packing import by_columns
 
 
 class W(NamedTuple):
-    """What a kernel knows of W before it runs."""
+    """Static facts about W."""
 
     group: int
     total: int  # length of the summed axis
@@ -27,20 +27,18 @@ def product(
     body: Callable, a: Array, packed: Array, scale: Array, group: int, width: int, block: tuple[int, int, int],
     w_block: tuple[int, int], w_at: Callable, dtype: DTypeLike, scratch: tuple = (),
 ) -> Array:  # fmt: skip
-    """A grid over rows of `a` and columns [width] of the result, in blocks, that sums over the columns of `a` last.
-    `w_block` is the block of W in rows and columns, and `w_at` which one a step takes."""
+    """Runs `body` on a grid over the rows of `a`, the columns [width] of the result, and (innermost) the columns of
+    `a`, which are summed. `w_block` is the block of W in rows and columns, `w_at` its index in each step."""
     (m, total), (bm, outer, inner) = a.shape, block
     rows, columns = w_block
     w = W(group, total, by_columns(*packed.shape))
-    codes = pl.BlockSpec((rows // 2, columns), w_at)
-    if w.by_columns:  # as the bytes lie, `packed.T` is no copy, and `packed` would be one
-        codes = pl.BlockSpec((columns, rows // 2), lambda *ids: w_at(*ids)[::-1])
+    spec, packed = codes(packed, rows, columns, w_at)
     return pl.pallas_call(
         functools.partial(body, w),
         grid=(pl.cdiv(m, bm), pl.cdiv(width, outer), pl.cdiv(total, inner)),
         in_specs=[
             pl.BlockSpec((bm, inner), lambda i, j, l: (i, l)),
-            codes,
+            spec,
             pl.BlockSpec((pl.cdiv(rows, group), columns), w_at),
         ],
         out_specs=pl.BlockSpec((bm, outer), lambda i, j, l: (i, j)),
@@ -49,11 +47,19 @@ def product(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=blocks.VMEM
         ),
-    )(a, packed.T if w.by_columns else packed, scale)
+    )(a, packed, scale)
+
+
+def codes(packed: Array, rows: int, columns: int, at: Callable) -> tuple[pl.BlockSpec, Array]:
+    """The blocks of packed codes for `rows` x `columns` of W, and the operand: column-major bytes are transposed, which
+    needs no copy."""
+    if by_columns(*packed.shape):
+        return pl.BlockSpec((columns, rows // 2), lambda *ids: at(*ids)[::-1]), packed.T
+    return pl.BlockSpec((rows // 2, columns), at), packed
 
 
 def accumulate(part: Callable[[], Array], y_ref: Ref, sum_ref: Ref) -> None:
-    """Adds up over the last axis of the grid; the last step writes."""
+    """Sums `part()` over the last axis of the grid in `sum_ref`; the last step writes `y_ref`."""
     step = pl.program_id(2)
     sum_ref[...] = jnp.where(step == 0, 0, sum_ref[...]) + part()
 
@@ -63,7 +69,7 @@ def accumulate(part: Callable[[], Array], y_ref: Ref, sum_ref: Ref) -> None:
 
 
 def inside(a: Array, axis: int, total: int) -> Array:
-    """0 for what lies behind the end of the summed axis, where a block holds anything, infinities too."""
+    """`a` with 0 beyond the end of the summed axis, where a block holds arbitrary values, even infinities."""
     size = a.shape[axis]
     if total % size == 0:
         return a

@@ -280,15 +280,15 @@ WRONG = {
     "tools.chat": (["--top-k=x", "model"], "invalid int value: 'x'"),
     "tools.config": (["sho"], "unknown verb 'sho'"),
     "tools.demo": (["--outt=x"], "did you mean --out?"),
-    "tools.edit": (["--base=x", "--to=y", "--density=2", "z"], "density 2.0 is no share"),
+    "tools.edit": (["--base=x", "--to=y", "--density=2", "z"], "density 2.0 is out of range"),
     "tools.export": (["--from=x"], "arguments are required: --to"),
     "tools.launch.__main__": (["--config=configs/sft/tiny.py", "--on=moon"], "no target 'moon'"),
     "tools.plan.__main__": (["--config=configs/sft/tiny.py", "--what=dance"], "cannot plan 'dance'"),
     "tools.prepare": (["--config=configs/none.py"], "no such config file"),
     "tools.quantize": (["--model=x", "--quant=int5", "--out=y"], "no format 'int5'"),
     "tools.report.__main__": (["no/such/run"], "no such folder"),
-    "tools.serve": (["model", "--port=99999"], "99999 is no port"),
-    "tools.kernel_report.__main__": (["--chip=v0"], "no chip 'v0' is known"),  # the last: its cases are made by jax
+    "tools.serve": (["model", "--port=99999"], "99999 is not a port"),
+    "tools.kernel_report.__main__": (["--chip=v0"], "unknown chip 'v0'"),  # the last: its cases are made by jax
 }
 
 

@@ -116,14 +116,14 @@ def test_topologies_hold_as_many_chips_as_they_say():
     [
         (argv("tpu-vm", "tpu7x-8"), "use --on=mig or --on=gke"),
         (argv("mig", "v5e-16"), "--on=queued"),
-        (argv("tpu-vm", "v5p-7"), "2 to a chip"),
+        (argv("tpu-vm", "v5p-7"), "2 per chip"),
         (argv("tpu-vm", "v6e-12"), "no slice"),
-        (argv("tpu-vm", "h100-8"), "no TPU"),
-        (argv("slurm", "v6e-8"), "no GPUs"),
+        (argv("tpu-vm", "h100-8"), "unknown TPU"),
+        (argv("slurm", "v6e-8"), "unknown GPUs"),
         (argv("tpu-vm", "v5e-16", "--config.mesh.data=8"), "is not 16 devices"),
         (argv("gke", "tpu7x-8", "--config.mesh.data=4"), "is not 8 devices"),  # two devices a chip
-        (argv("tpu-vm", "v5e-16", "--nfs="), "4 hosts must see one run folder"),
-        (argv("tpu-vm", "v5e-8", "--nfs=", "--spot"), "takes its disk along"),
+        (argv("tpu-vm", "v5e-16", "--nfs="), "4 hosts need a shared run folder"),
+        (argv("tpu-vm", "v5e-8", "--nfs=", "--spot"), "spot VM loses its disk"),
         (argv("tpu-vm", "v5e-8", "--slices=2"), "--on=gke"),
         (argv("gke", "v5e-16", "--slices=2", "--config.mesh.data=1", "--config.mesh.fsdp=-1"), "a multiple of 2"),
         (argv("tpu-vm", "v5e-8", "--zone="), "--zone"),
@@ -263,7 +263,7 @@ def test_a_broken_run_stops_with_its_code_and_says_what_costs(cloud, capfd, code
     (cloud / "codes").write_text(str(code))
     assert launch.main(argv("tpu-vm", "v5e-8", "--nfs=", "--go")) == code
     err = capfd.readouterr().err
-    assert "--from=run-vm" in err and "costs until: gcloud compute tpus tpu-vm delete kungfu" in err
+    assert "--from=run-vm" in err and "cost money until: gcloud compute tpus tpu-vm delete kungfu" in err
     assert (cloud / "state").read_text() == "READY"
     (cloud / "codes").write_text("0 0")
     assert launch.main(argv("tpu-vm", "v5e-8", "--nfs=", "--go", "--from=run-vm")) == 0

@@ -20,8 +20,7 @@ from tests.helpers.chips import gpu, tpu
 from tests.helpers.packages import OBJECTIVES
 from tests.helpers.steps import config
 from tools.plan import __main__ as plan
-from tools.plan import gpu as plan_gpu
-from tools.plan import hlo, step
+from tools.plan import hlo, step, topology
 from train import cost, init
 from train import mesh as meshes
 
@@ -249,9 +248,9 @@ def test_more_gpus_than_a_machine_has_are_one_line(capsys):
 
 def test_a_gpu_fits_what_jax_takes_of_it(monkeypatch):
     """Of 80 GiB three quarters, or the share that the environment says."""
-    assert plan_gpu.room(64_000_000_000)[0] and not plan_gpu.room(65_000_000_000)[0]
+    assert topology.room(64_000_000_000)[0] and not topology.room(65_000_000_000)[0]
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    assert plan_gpu.room(65_000_000_000) == (True, "65.0 GB of 77.3, XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 of a device")
+    assert topology.room(65_000_000_000) == (True, "65.0 GB of 77.3, XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 of a device")
 
 
 # --- with libtpu, or with the CUDA wheels ---

@@ -636,7 +636,7 @@ def test_a_budget_is_kept_and_the_folder_opens(tmp_path, capsys):
     assert quantize.main([*argv, "--budget=1KB"]) == 2 and not (tmp_path / "small").exists()
     assert quantize.main([*argv, "--budget=6bits"]) == 0
     told = capsys.readouterr().out
-    assert float(re.search(r"([\d.]+) bits a weight", told)[1]) <= 6
+    assert float(re.search(r"([\d.]+) bits per weight", told)[1]) <= 6
     small = load(tmp_path / "small")
     kinds = {weights.name(p): w for p, w in jax.tree.leaves_with_path(small.params, is_leaf=weights.is_weight)}
     chosen = dict(re.findall(r"(layers/\S+) -> (\w+)", told))

@@ -91,7 +91,7 @@ def test_sentences_come_from_the_numbers(runs):
     rows = report_data.choices([report_data.read(r) for r in runs])["fruit"]
     told = " ".join(report_text.sentences(rows))
     assert "zero-shot gets 4.0 %, 4-shot gets 40 % and LoRA r=4 gets 90 % right" in told
-    assert "50 percentage points more often than the best prompt" in told
+    assert "50 percentage points above the best prompt" in told
     assert "200 + 3 tokens with 4-shot and 50 + 3 tokens with LoRA r=4" in told
     assert "repaid its training after 13 answers" in told  # 2e12 / (200e9 - 50e9)
     assert "+0.125 nats per token for LoRA r=4" in told
@@ -110,7 +110,7 @@ def test_overlapping_intervals_claim_no_gain(runs):
     rows = report_data.choices([report_data.read(r) for r in runs])["fruit"]
     weak = [r._replace(result=r.result | {"mean": 0.45, "low": 0.3, "high": 0.6}) if r.run.config else r for r in rows]
     told = " ".join(report_text.sentences(weak))
-    assert "A gain of LoRA r=4 over 4-shot is not shown: their intervals overlap." in told
+    assert "LoRA r=4 shows no significant gain over 4-shot: their intervals overlap." in told
 
 
 def test_results_on_the_same_rows_are_compared_row_by_row(runs):
@@ -226,7 +226,7 @@ def test_an_interrupt_reaches_the_stage_once_and_is_told(tmp_path):
             break
         time.sleep(0.1)
     child.send_signal(signal.SIGINT)
-    assert b"the same command goes on" in child.communicate(timeout=30)[1]
+    assert b"run the same command" in child.communicate(timeout=30)[1]
     assert child.returncode == exits.PREEMPTED and (tmp_path / "saved.txt").exists()
 
 

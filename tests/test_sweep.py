@@ -157,9 +157,9 @@ def test_bad_points_are_refused_before_the_first_run(tmp_path, capsys):
         (["--emit=slrum"], "did you mean slurm"),
         (["--jobs=0"], "must be at least 1"),
         (["--out=gs://mine/sweep"], "mount a bucket"),
-        (["--search=tpe", "--emit=xpk"], "does not go with --search"),
+        (["--search=tpe", "--emit=xpk"], "cannot be combined with --search"),
         (["--search=tpe"], "no search()"),
-        (["--config.seed=3"], "is set by the sweep too"),
+        (["--config.seed=3"], "is also set by the sweep"),
         (["--config.init=no/such/model", "--config.model.shape=", "--config.model.layers=none"], "no/such/model"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
@@ -188,8 +188,8 @@ def test_the_price_adds_up(tmp_path, capsys):
     assert f"{tokens:,}" in told and f"2 points: at most {3 * tokens:,} tokens" in told and "estimates" in told
     hours = [1e18 / 197e12 / mfu / 3600 for mfu in (0.5, 0.2)]
     want = tuple(f"{x[0]:.2g} to {x[1]:.2g}" for x in (hours, [1.2 * h for h in hours]))
-    assert sweep.gas("v5e", 1e18) == want == ("2.8 to 7.1", "3.4 to 8.5")
-    assert sweep.gas("abacus", 1e18) == ("n/a", "n/a")
+    assert sweep.costs("v5e", 1e18) == want == ("2.8 to 7.1", "3.4 to 8.5")
+    assert sweep.costs("abacus", 1e18) == ("n/a", "n/a")
 
 
 def test_the_launcher_leaves_the_devices_to_its_runs(tmp_path):
@@ -380,7 +380,7 @@ def test_a_sweep_killed_half_way_goes_on_and_repeats_nothing(tmp_path):
     wait_for(lambda: len(done(out)) >= 3)
     first.send_signal(signal.SIGTERM)
     code, told = finish(first)
-    assert code == 75 and "the same command goes on" in told
+    assert code == 75 and "run the same command to continue" in told
     second = start(path, out, *args, "--jobs=2")
     wait_for(lambda: len(done(out)) >= 6)
     second.kill()

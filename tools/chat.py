@@ -5,10 +5,10 @@
     python -m tools.chat MODEL --adapters=[NAME=]RUN,...
     echo "What is the capital of France?" | python -m tools.chat MODEL
 
-MODEL: a packaged model's name, a Hugging Face folder, a .gguf file, a hub id or a run folder. In a terminal every line
-is a turn; /reset forgets the conversation, /exit ends it; with --adapters, /adapter NAME answers with one of them from
-here on (at first it is the first), /adapter alone with the base. From a pipe, all of the input is one question. A model
-without a chat template continues the text. Speed goes to stderr, with the wait for the first token beside it.
+MODEL: a packaged model's name, a Hugging Face folder, a .gguf file, a hub id or a run folder. In a terminal, each line
+is a turn; /reset clears the conversation and /exit ends it. With --adapters, the first one answers until /adapter NAME
+chooses another; /adapter without a name chooses the base. From a pipe, the whole input is one question. A model without
+a chat template continues the text. The speed and the time to the first token are printed to stderr.
 """
 
 import sys
@@ -20,7 +20,7 @@ from common import cli
 from common.cli import named
 from common.errors import UserError
 
-if TYPE_CHECKING:  # jax is not imported before the options are read
+if TYPE_CHECKING:  # jax is imported after the options are read
     from infer.lm import LM
 
 
@@ -28,15 +28,17 @@ if TYPE_CHECKING:  # jax is not imported before the options are read
 def main(argv: list[str]) -> int | None:
     parser = cli.Parser("tools.chat", __doc__)
     parser.add_argument("model")
-    parser.add_argument("--adapter", help="a run or PEFT folder whose adapters are put on MODEL")
-    parser.add_argument("--adapters", default="", help="several of them, to choose from")
-    parser.add_argument("--system", default="", help="the system's turn of every conversation")
+    parser.add_argument("--adapter", help="a run or PEFT folder whose adapter is added to MODEL")
+    parser.add_argument("--adapters", default="", help="several such folders, to choose from")
+    parser.add_argument("--system", default="", help="the system message of every conversation")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache", default="float", choices=("float", "int8", "fp8"), help="of keys and values")
+    parser.add_argument(
+        "--cache", default="float", choices=("float", "int8", "fp8"), help="type of cached keys and values"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--strict", action="store_true", help="what the files hold and nothing uses is an error")
     args = vars(parser.parse_args(argv))
@@ -48,7 +50,7 @@ def main(argv: list[str]) -> int | None:
     from infer.models import load, load_many
 
     if adapter and several:
-        raise UserError("one adapter or several to choose from", "--adapter and --adapters", "leave one out")
+        raise UserError("the options exclude each other", "--adapter and --adapters", "give only one")
     folders = named(several)
     lm = load_many(model, folders, strict=strict) if folders else load(model, adapter, strict=strict)
     chat = Chat(lm, system, args)
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int | None:
 
 
 class Chat:
-    """A conversation so far; an answer that fails or is interrupted leaves it as it was."""
+    """A conversation. An answer that fails or is interrupted leaves it unchanged."""
 
     def __init__(self, lm: "LM", system: str, knobs: dict[str, float | int | str]):
         self.lm, self.knobs = lm, knobs
@@ -69,7 +71,7 @@ class Chat:
         self.messages = list(self.start)
 
     def answer(self, text: str) -> Iterator[str]:
-        """Pieces of the answer, as they come."""
+        """The pieces of the answer, as they are generated."""
         turns = [*self.messages, {"role": "user", "content": text}]
         pieces = []
         asked = turns if self.lm.speaking(self.adapter).tokenizer.chat_template else text
@@ -79,7 +81,7 @@ class Chat:
         self.messages = [*turns, {"role": "assistant", "content": "".join(pieces)}]
 
     def choose(self, name: str) -> str:
-        """Answers with this adapter from here on, "" is the base; what to say about it."""
+        """Uses this adapter, or the base if "", for the next answers. Returns a message for the user."""
         known = list(self.lm.store.adapters) if self.lm.store else []
         if name and name not in known:
             return f"no adapter {name!r}; known: {', '.join(known) or 'none, start with --adapters'}"
@@ -98,17 +100,17 @@ def ask(chat: Chat, text: str) -> int:
         print(piece, end="", flush=True)
     print(flush=True)
     if len(times) > 2:
-        rate = (len(times) - 2) / (times[-1] - times[1])  # the second may have waited for a compilation
+        rate = (len(times) - 2) / (times[-1] - times[1])  # the second token may have waited for a compilation
         print(f"[{rate:.1f} tok/s, first after {times[0] - begin:.1f} s]", file=sys.stderr)
     return 0
 
 
 def converse(chat: Chat) -> int:
-    """Turns of a terminal until /exit or the end of the input; Ctrl-C stops an answer."""
+    """Reads turns from a terminal until /exit or the end of the input. Ctrl-C stops an answer."""
     import readline  # noqa: F401  gives input() line editing and history
 
     temperature = chat.knobs["temperature"]
-    print(f"[temperature {temperature}, --temperature=0 repeats itself exactly; /exit ends]", file=sys.stderr)
+    print(f"[temperature {temperature}; --temperature=0 makes answers reproducible; /exit ends]", file=sys.stderr)
     while True:
         try:
             line = input("> ").strip()
@@ -127,7 +129,7 @@ def converse(chat: Chat) -> int:
             except KeyboardInterrupt:
                 print()
             except UserError as e:
-                print(f"{e} (/reset starts anew)", file=sys.stderr)
+                print(f"{e} (/reset starts a new conversation)", file=sys.stderr)
 
 
 if __name__ == "__main__":

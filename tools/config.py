@@ -1,10 +1,10 @@
-"""Look at experiments without running them.
+"""Inspects experiments without running them.
 
     python -m tools.config show --config=configs/X.py[:ARG] [--config.key=value ...]   every key; * differs from base.py
-    python -m tools.config diff A B       the keys that differ; A and B are config files or run folders
-    python -m tools.config check [FILE ...]   checks many, by default every experiment under configs/
+    python -m tools.config diff A B           the keys that differ; A and B are config files or run folders
+    python -m tools.config check [FILE ...]   checks config files, by default all under configs/
 
-What is wrong goes to stderr, all of it at once, and the exit code is 2.
+All problems are printed to stderr at once; the exit code is then 2.
 """
 
 import sys
@@ -47,7 +47,7 @@ def diff(argv: list[str]) -> None:
 
 
 def _resolved(spec: str) -> schema.ConfigDict:
-    """A run's config is taken as it is: it may come from an older version, whose keys were others."""
+    """A config file is resolved; a run's config is not, since an older version may have written other keys."""
     path, arg = overrides.split_arg(spec)
     config = schema.read(path, arg)
     return schema.resolve(config, where=path)[0] if path.endswith(".py") else config
@@ -67,12 +67,12 @@ def check(argv: list[str]) -> int:
 
 
 def experiments() -> list[Path]:
-    """The config files of the repository: they lie in the folders under configs/."""
+    """The config files of the repository, in the folders under configs/."""
     return [path for path in sorted(CONFIGS.glob("*/**/*.py")) if is_experiment(path)]
 
 
 def is_experiment(path: Path) -> bool:
-    """False for the modules beside them that a glob like configs/**/*.py also gives."""
+    """False for other modules that a glob like configs/**/*.py matches."""
     parent = path.resolve().parent
     return parent not in (CONFIGS, CONFIGS / "schema") and path.name != "__init__.py"
 

@@ -1,11 +1,11 @@
-"""A real chat model learns something on this machine, and what each way of teaching it cost.
+"""Trains models on this machine and compares prompting, LoRA and full fine-tuning: quality and cost.
 
     python -m tools.demo [--out=runs/demo]
 
-A small decoder learns English from nothing; then SmolLM2-135M-Instruct is asked to read dates in old speeches: as it
-is, with examples in the prompt, tuned by LoRA, and tuned as a whole. Every stage is a command that you can run
-yourself; its output goes to a log beside its results. Run it again after an interruption: what is done stays done, and
-a training run goes on from its last checkpoint.
+First a small decoder is pretrained from random weights. Then SmolLM2-135M-Instruct reads dates in old speeches:
+zero-shot, with examples in the prompt, tuned by LoRA, and fully fine-tuned. Each stage is a command that you can run
+yourself; its output is logged next to its results. After an interruption, run the demo again: finished stages are
+skipped, and a training run resumes from its last checkpoint.
 """
 
 import sys
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
 
 
 def demo(out: Path) -> int:
-    """Runs what is left of the stages. 0: done; 75: interrupted; otherwise the exit code of the stage that failed."""
+    """Runs the remaining stages. Returns 0 if done, 75 if interrupted, else the exit code of the stage that failed."""
     out.mkdir(parents=True, exist_ok=True)
     code = jobs.run(stages(out), out)
     if code == 0:
@@ -39,18 +39,18 @@ def stages(out: Path) -> list[Stage]:
     data = [f"--config.data.source={out}/{TASK}/train.jsonl", f"--config.data.eval_source={out}/{TASK}/heldout.jsonl"]
     folders = [str(out / name) for name in ("prompting", "lora", "full", "pretrain")]
     return [
-        _train("a small model learns English from nothing", out / "pretrain", 75),
+        _train("pretraining of a small model", out / "pretrain", 75),
         Stage(
             "examples of the task",
             ["evals.export", f"--task={TASK}", f"--out={out / TASK}"],
             lambda: float((out / TASK / "heldout.jsonl").exists()),
             5,
         ),
-        _measure("SmolLM2 as it is, and with examples in the prompt", MODEL, out / "prompting", SHOTS, 110),
+        _measure("SmolLM2 zero-shot and with examples in the prompt", MODEL, out / "prompting", SHOTS, 110),
         _train("LoRA", out / "lora", 60, *data),
         _measure("the model tuned by LoRA", out / "lora", out / "lora", "0", 40),
         _train("full fine-tuning", out / "full", 65, *data),
-        _measure("the model tuned as a whole", out / "full", out / "full", "0", 40),
+        _measure("the fully fine-tuned model", out / "full", out / "full", "0", 40),
         Stage("the report", ["tools.report", *folders, f"--out={out / 'report.html'}"], lambda: 0.0, 3),
     ]
 
@@ -67,7 +67,7 @@ def _measure(title: str, model: str | Path, folder: Path, shots: str, seconds: f
 
 
 def trained(folder: Path) -> float:
-    """The share of a run's steps that are done; 1 only when its last line says so."""
+    """The fraction of a run's steps that are done; 1 only if its last line says so."""
     lines = record.read(folder / "metrics.jsonl")
     if any(line.get("event") == "done" for line in lines[-1:]):
         return 1.0
@@ -76,7 +76,7 @@ def trained(folder: Path) -> float:
 
 
 def measured(folder: Path, results: int) -> float:
-    """The share of the results that are there and no older than the run they are of."""
+    """The fraction of the results that exist and are not older than their run."""
     since = max((line.get("time", 0) for line in record.read(folder / "metrics.jsonl")), default=0)
     fresh = [line for line in files.read_lines(folder / "evals.jsonl") if line["time"] >= since]
     return min(1.0, len({(line.get("task"), line.get("shots"), line.get("text")) for line in fresh}) / results)

@@ -1,12 +1,13 @@
-"""Edit skills as updates of weights: add, subtract, scale and merge what tunings have added to their base.
+"""Task arithmetic: adds, subtracts, scales and merges the weight updates of fine-tuned models.
 
     python -m tools.edit --base=MODEL --to=DIR [--method=linear|ties|dare] [--density=0.2] [--seed=0] [--rank=R]
                          SOURCE[:FACTOR] [SOURCE[:FACTOR] ...]
 
-A SOURCE is a run folder, a PEFT folder or a whole model; its update is itself minus MODEL, times FACTOR (1; negative
-factors take a skill away). linear sums the updates (arXiv 2212.04089); ties keeps the largest `density` share of each
-and lets signs vote (arXiv 2306.01708); dare keeps a random share (arXiv 2311.03099). The result is a Hugging Face
-folder, or with --rank a PEFT folder: a LoRA of each changed matrix by truncated SVD, its error printed.
+A SOURCE is a run folder, a PEFT folder or a complete model. Its update is its weights minus those of MODEL, times
+FACTOR (default 1; negative factors remove a skill). linear sums the updates (arXiv 2212.04089); ties keeps the largest
+fraction `density` of each and resolves signs by vote (arXiv 2306.01708); dare keeps a random fraction (arXiv
+2311.03099). The result is a Hugging Face folder; with --rank it is a PEFT folder that holds a LoRA of each changed
+matrix by truncated SVD, and the error is printed.
 """
 
 import math
@@ -31,11 +32,11 @@ def main(argv: list[str]) -> int | None:
 
 
 def edit(sources: list[str], base: str, to: str, method: str, density: float, seed: int, rank: int) -> None:
-    """Does what the command line says. Raises UserError before anything is written."""
+    """Writes the edited model. Raises UserError before anything is written."""
     if not 0 < density <= 1:
-        raise UserError(f"density {density} is no share", "--density", "in (0, 1]")
+        raise UserError(f"density {density} is out of range", "--density", "in (0, 1]")
     if Path(to).exists():
-        raise UserError("exists", to, "choose a new folder")
+        raise UserError("the folder exists already", to, "choose a new one")
     parsed = [source_and_factor(text) for text in sources]
     from infer.models import before_and_after, load
     from model import vectors, weights
@@ -47,7 +48,7 @@ def edit(sources: list[str], base: str, to: str, method: str, density: float, se
     for source, _ in parsed:
         other, before = before_and_after(source, base)
         if other.config != lm.config:
-            raise UserError("is not of the same shape as the base", source)
+            raise UserError("the model does not have the shape of the base", source)
         updates.append(vectors.difference(other.params, before, specs))
     factors = [factor for _, factor in parsed]
     match method:
@@ -60,18 +61,19 @@ def edit(sources: list[str], base: str, to: str, method: str, density: float, se
     plain = weights.dense(lm.params, specs)
     if not rank:
         delta = export_hf(lm.model, vectors.add(plain, result), lm.tokenizer, to)
-        print(f"{to} · read back, the logits differ by at most {delta:.1g} of their scale")
+        print(f"{to} · read back: the logits differ by at most {delta:.1g} of their scale")
         return
     params, missed = vectors.to_lora(plain, result, specs, rank)
     peft_write.write(to, lm.model, params, base)
-    lost, whole = (sum(pair[i] for pair in missed.values()) for i in (0, 1))
-    share = {name: math.sqrt(pair[0] / pair[1]) for name, pair in missed.items() if pair[1]}
-    worst = max(share, key=share.__getitem__)
-    print(f"{to} · rank {rank} misses {math.sqrt(lost / whole):.2%} of the update's norm; {worst} {share[worst]:.2%}")
+    error, norm = (sum(pair[i] for pair in missed.values()) for i in (0, 1))
+    relative = {name: math.sqrt(pair[0] / pair[1]) for name, pair in missed.items() if pair[1]}
+    worst = max(relative, key=relative.__getitem__)
+    text = f"rank {rank} misses {math.sqrt(error / norm):.2%} of the update's norm"
+    print(f"{to} · {text}; the worst is {worst} with {relative[worst]:.2%}")
 
 
 def source_and_factor(text: str) -> tuple[str, float]:
-    """ "runs/a:-0.5" -> ("runs/a", -0.5)."""
+    """Splits "runs/a:-0.5" into ("runs/a", -0.5)."""
     source, colon, factor = text.rpartition(":")
     try:
         value = float(factor)

@@ -1,13 +1,13 @@
-"""Write a model as a Hugging Face folder: adapters merged, logits compared with what was written.
+"""Writes a model as a Hugging Face folder with adapters merged, reads it back and compares the logits.
 
     python -m tools.export --from=NAME_OR_RUN --to=DIR [--adapter=DIR] [--dtype=float32|bfloat16|float16]
     python -m tools.export --from=RUN --to=DIR --adapter-only
     python -m tools.export --from=NAME_OR_RUN --to=FILE.gguf --format=gguf [--dtype=F16|BF16|F32|Q8_0|Q4_0|Q4_1]
 
 NAME_OR_RUN: a run folder, a packaged model's name, a .gguf file, a Hugging Face folder or a hub id. --adapter: a run or
-PEFT folder that is put on it. --adapter-only writes a PEFT folder. Weights in int4, int8 or fp8 stay so, in the
-compressed-tensors format; --dtype is that of the rest and of the scales. --dequantize writes them as floats. Adapters
-on a quantized base are merged into such floats only, which are not those that the adapter will meet elsewhere.
+PEFT folder whose adapter is added. --adapter-only writes a PEFT folder. int4, int8 and fp8 weights are kept, in the
+compressed-tensors format; --dtype applies to the scales and to all other weights. --dequantize writes them as floats.
+Adapters on a quantized base can only be merged into such floats, which differ from the weights of the original base.
 """
 
 import re
@@ -41,7 +41,13 @@ def main(argv: list[str]) -> int | None:
         export(args.source, args.adapter, args.to, args.dtype or "float32", args.dequantize)
 
 
-SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")  # kept of generation_config.json
+SAMPLING = (
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+)  # kept from generation_config.json
 
 
 def export(source: str, adapter: str, to: str, dtype: str, dequantize: bool) -> None:
@@ -52,8 +58,8 @@ def export(source: str, adapter: str, to: str, dtype: str, dequantize: bool) -> 
     settings = getattr(open_model(source), "generation", {})  # a run folder has none
     lm = load(source, adapter or None)
     if weights.quantized_under_adapters(lm.params) and not dequantize:
-        what = "its adapters lie on a quantized base"
-        raise UserError(what, adapter or source, "--adapter-only keeps them apart, --dequantize merges")
+        what = "the adapters are on a quantized base"
+        raise UserError(what, adapter or source, "use --adapter-only to keep them separate or --dequantize to merge")
     generation = {name: settings[name] for name in SAMPLING if name in settings}
     use = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -64,7 +70,7 @@ def export(source: str, adapter: str, to: str, dtype: str, dequantize: bool) -> 
         lm.model, lm.params, lm.tokenizer, to, dtype=dtype, generation=generation, dequantize=dequantize,
         card=card(to, source, adapter, use),
     )  # fmt: skip
-    print(f"{to} · read back, the logits differ by at most {delta:.1g} of their scale")
+    print(f"{to} · read back: the logits differ by at most {delta:.1g} of their scale")
     print(*use, f"or: vllm serve {shlex.quote(to)}", sep="\n")
 
 
@@ -75,7 +81,7 @@ def export_gguf(source: str, adapter: str, to: str, kind: str) -> None:
 
     lm = load(source, adapter or None)
     delta = gguf_write.write(to, lm.model, lm.params, words.metadata(lm.tokenizer, lm.config.vocab_size), kind.upper())
-    print(f"{to} · read back, the logits differ by at most {delta:.1g} of their scale")
+    print(f"{to} · read back: the logits differ by at most {delta:.1g} of their scale")
 
 
 def export_adapter(source: str, adapter: str, to: str) -> None:
@@ -97,33 +103,33 @@ def export_adapter(source: str, adapter: str, to: str) -> None:
 
 
 def card(to: str, source: str, adapter: str, use: list[str], library: str = "transformers") -> str:
-    """README.md of what is exported from `source` with `adapter`, with the fields that the hub reads."""
+    """The README.md of a model exported from `source` with `adapter`, including the metadata that the hub reads."""
     run = Path(adapter or source).expanduser()
     config = configured(run)
     name = source if adapter or not config else origin(source)
     base = packages.HUB.get(name, Path(name).name if Path(name).exists() else name)
     head = ["---", f"library_name: {library}", *([f"base_model: {base}"] if "/" in base else []), "---"]
-    told = f"{base} with the adapter {run.name}, exported by Kungfu." if adapter else f"{base}, exported by Kungfu."
+    summary = f"{base} with the adapter {run.name}, exported by Kungfu." if adapter else f"{base}, exported by Kungfu."
     if config:
-        data = re.sub(r"[^,]*/", "", config["data"]["source"])  # no folders of this machine
+        data = re.sub(r"[^,]*/", "", config["data"]["source"])  # without local folder names
         how = report.of_run(report.Run(run, config, {}, {}, [], []))
-        told = f"{how} of {base}" if base else how
-        told += f": {config['steps']:,} steps on `{data}`, trained with Kungfu."
-    lines = [*head, "", f"# {Path(to).name}", "", told]
+        summary = f"{how} of {base}" if base else how
+        summary += f": {config['steps']:,} steps on `{data}`, trained with Kungfu."
+    lines = [*head, "", f"# {Path(to).name}", "", summary]
     if name in packages.PACKAGES:
         lines += ["", "The base was read from a 4-bit copy (GGUF, Q4_1), whose weights differ slightly from the hub's."]
     return "\n".join([*lines, "", "```python", *use, "```", ""])
 
 
 def origin(source: str) -> str:
-    """The name of the model that a run, or the first of a row of runs, started from; "" for random weights."""
+    """The name of the model that a run, or a chain of runs, started from; "" for random weights."""
     while config := configured(Path(source).expanduser()):
         source = config["init"]
     return source
 
 
 def configured(folder: Path) -> Json:
-    """The config of a run folder, or of a step of one; {} of any other model."""
+    """The config of a run folder or of one of its steps; {} for any other model."""
     from infer.models import is_run, run_at
 
     return schema.to_dict(run_at(folder).cfg) if is_run(folder) else {}

@@ -1,10 +1,11 @@
-"""Tokenize an experiment's data and look at what training will see.
+"""Tokenizes an experiment's data and shows the rows that training will see.
 
     python -m tools.prepare --config=configs/X.py [--config.key=value ...] [--strict]
 
-Prints what became of the records, which of their columns and fields nothing used, and one packed row: green counts in
-the loss, dim is only read, reversed are control tokens, | parts documents. The result is cached where training looks
-for it, and the cache's hashes are verified. Exit code 2: the data are unfit, or --strict and something is unused.
+Prints statistics of the records, the columns and fields that were not used, and one packed row: green tokens count in
+the loss, dim ones do not, reversed ones are control tokens, and | separates documents. The result goes to the cache
+that training reads, whose hashes are verified. Exit code 2: the data cannot be used, or --strict and something is
+unused.
 """
 
 import sys
@@ -33,13 +34,13 @@ def show(config: Config, strict: bool = False) -> None:
     train, heldout = make_loaders(config.data, tokenizer, config.seed)
     for part in train.parts:
         cache.read(part.dataset.folder, check_hashes=True)
-    console.print(f"{config.data.source} · {train.seq_len} slots a row · {train.batch_size} rows a batch", markup=False)
+    console.print(f"{config.data.source} · {train.seq_len} tokens x {train.batch_size} rows per batch", markup=False)
     for name, value in _summary(train, heldout).items():
         console.print(f"{name:>18}  {value}", markup=False)
     for line in train.notes(tokenizer):
         console.print(f"{'note':>18}  {line}", markup=False)
     if strict and (lost := [line for line in train.notes(tokenizer) if "unused: " in line]):
-        raise UserError("; ".join(lost), fix="use these columns, drop them, or leave --strict out")
+        raise UserError("; ".join(lost), fix="use these columns, drop them, or omit --strict")
     for side, rows in parts(train.batch(0)).items():
         console.print(f"\n{side} 0 of step 0", style="bold")
         console.print(painted(rows, 0, tokenizer))
@@ -62,7 +63,7 @@ def _summary(train, heldout) -> dict[str, str]:
     summary["cut"] = (
         f"{report['split']:,} into pieces, {report['truncated']:,} at seq_len, {report['dropped']:,} dropped"
     )
-    summary["rows"] = f"{report['rows']:,} in {train.num_batches:,} batches an epoch, {report['fill']:.1%} full"
+    summary["rows"] = f"{report['rows']:,} in {train.num_batches:,} batches per epoch, {report['fill']:.1%} full"
     summary["held out"] = f"{sum(heldout.sizes):,} rows" if heldout else "none"
     return summary
 

@@ -1,14 +1,15 @@
-"""Quantize a trained model, say what that cost, and save it as a folder that infer.load opens.
+"""Quantizes a trained model, measures the loss of quality, and saves a folder that infer.load opens.
 
     python -m tools.quantize --model=NAME_OR_RUN --quant=int4 --out=DIR [--method=rtn|gptq|awq|smoothquant]
         [--data=sotu] [--rows=32] [--seq_len=256] [--eval_tokens=8192] [--seed=0] [--dtype=bfloat16] [--KEY=VALUE ...]
     python -m tools.quantize --model=NAME_OR_RUN --quant=mixed --budget=0.1GB --out=DIR [...]
 
-NAME_OR_RUN: a packaged model's name, a .gguf file, a Hugging Face folder, a hub id, or a run folder; of a run with
-quant.name=qat the trained weights become what they were trained as. --quant: a file of model/quant; KEY is one of its
-arguments, as --group=64. --budget: bytes of the whole model (KB, MB, GB), or bits a weight of the layers' matrices as
-4.5bits; each kind of matrix stays float or becomes int8 or int4, so that the error is least. --data: documents to
-calibrate on, and the last of them to measure on. --dtype: of what is not quantized. One layer at a time is in memory.
+NAME_OR_RUN: a packaged model's name, a .gguf file, a Hugging Face folder, a hub id, or a run folder; the weights of a
+run with quant.name=qat get the format that they were trained for. --quant: a file of model/quant; KEY is one of its
+arguments, such as --group=64. --budget: the size of the whole model (KB, MB, GB), or bits per weight of the layers'
+matrices (4.5bits); each kind of matrix stays float or becomes int8 or int4, whichever minimizes the error. --data:
+documents to calibrate on; the last ones are held out to measure on. --dtype: the type of weights that are not
+quantized. Only one layer at a time is in memory.
 """
 
 import argparse
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from model.net.transformer import Transformer
     from model.weights import Params, Specs
 
-MATRICES = "layers/.*"  # what a budget is spent on
-HELD_OUT = 0.1  # share of the documents, the last ones, that nothing is calibrated on
+MATRICES = "layers/.*"  # the matrices that a budget is spent on
+HELD_OUT = 0.1  # fraction of the documents, the last ones, not used for calibration
 
 
 @cli.command
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int | None:
         parser.add_argument(f"--{name}", type=int, default=default)
     args, rest = parser.parse_known_args(argv)
     if min(args.rows, args.seq_len, args.seed + 1, args.eval_tokens + 1) < 1:
-        raise UserError("must be counts", "--rows --seq_len --eval_tokens --seed", "give numbers above 0")
+        raise UserError("the values must be positive", "--rows --seq_len --eval_tokens --seed")
     return quantize(args, options(args.quant, args.method, rest, budget(args.budget)))
 
 
@@ -59,14 +60,14 @@ def budget(text: str) -> tuple[float, str] | None:
     """(number, unit) of --budget. Raises UserError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB|bits)", text)
     if text and not found:
-        raise UserError(f"{text!r} is no size", "--budget", "as 0.1GB, 90MB or 4.5bits")
+        raise UserError(f"{text!r} is not a size", "--budget", "such as 0.1GB, 90MB or 4.5bits")
     return (float(found[1]), found[2]) if found else None
 
 
 def options(quant: str, method: str, words: list[str], limit: tuple[float, str] | None) -> Json:
-    """The quantizer's arguments from the command line, its defaults filled in. Raises UserError."""
+    """The quantizer's arguments from the command line, with defaults. Raises UserError."""
     if limit and quant != "mixed":
-        raise UserError(f"{quant} is one format for all", "--budget", "--quant=mixed chooses")
+        raise UserError(f"{quant} uses one format for all matrices", "--budget", "use --quant=mixed")
     known = [n for n in methods.names(methods.FOLDERS["quant"], "make") if n not in ("qat", "train8")]
     if quant not in known:
         raise UserError(f"no format {quant!r}", "--quant", f"one of {', '.join(known)}")
@@ -74,12 +75,12 @@ def options(quant: str, method: str, words: list[str], limit: tuple[float, str] 
     found = {name: key.default for name, key in keys.items()}
     if method in ("awq", "smoothquant"):
         if "scaled" not in keys:
-            raise UserError(f"{method} scales inputs, which {quant} does not", "--method", "int4 and int8 do")
+            raise UserError(f"{method} scales inputs, which {quant} does not support", "--method", "use int4 or int8")
         found["scaled"] = True
     for word in words:
         name, _, text = word.removeprefix("--").partition("=")
         if name not in keys or not word.startswith("--"):
-            raise UserError(f"{word!r} is no argument of {quant}", "command line", f"it takes {', '.join(keys)}")
+            raise UserError(f"{word!r} is not an argument of {quant}", "command line", f"it takes {', '.join(keys)}")
         try:
             found[name] = overrides.parse(text, keys[name].type, keys[name].nullable)
         except ValueError as e:
@@ -87,7 +88,7 @@ def options(quant: str, method: str, words: list[str], limit: tuple[float, str] 
         for problem, fix in rules.check_value(f"quant.{name}", found[name], keys[name].choices):
             raise UserError(f"{name} {text!r}: {problem}", "command line", fix)
     if limit and any(word.startswith("--formats") for word in words):
-        raise UserError("the budget chooses the formats", "--formats", "give one of the two")
+        raise UserError("--budget chooses the formats", "--formats", "give only one of the two")
     return found | {"budget": limit} if limit else found
 
 
@@ -103,9 +104,9 @@ def quantize(args: argparse.Namespace, settings: Json) -> int:
 
     out, made = Path(args.out), {"arguments": vars(args), "settings": files.plain(settings)}
     if whole := saved_with(out) == made:
-        print(f"{out} is there already, made by the same command")
+        print(f"{out} already holds the result of this command")
     elif out.exists() and any(out.iterdir()):
-        raise UserError("is not empty", str(out), "choose another --out")
+        raise UserError("the folder is not empty", str(out), "choose another --out")
     opened = open_model(args.model)
     tokenizer = tokenizers.load(opened.tokenizer_source)
     fit_on, judge_on = texts(args, tokenizer)
@@ -120,7 +121,7 @@ def quantize(args: argparse.Namespace, settings: Json) -> int:
         wide = sum(4 * x.size for x in jax.tree.leaves(model.abstract))
         print(f"bytes {wide:,} in float32 -> {held:,}, {disk:,} on disk in {out / 'ckpt'}")
     reloaded = load(out, dtype="float32")
-    if args.eval_tokens:  # the only step that holds a whole float model
+    if args.eval_tokens:  # the only step that holds a complete float model
         before, after = load(args.model, dtype="float32").loss(judge_on), reloaded.loss(judge_on)
         n = f"{after[1]} held-out tokens of {args.data}, seed {args.seed}"
         print(f"perplexity {np.exp(before[0]):.3f} -> {np.exp(after[0]):.3f} on {n}")
@@ -128,7 +129,7 @@ def quantize(args: argparse.Namespace, settings: Json) -> int:
 
 
 def saved_with(out: Path) -> Json:
-    """What a folder of quantized parameters was made from; {} for a folder that is none."""
+    """The arguments that a folder of quantized parameters was made with; {} for any other folder."""
     from model.io import saved
 
     try:
@@ -138,7 +139,7 @@ def saved_with(out: Path) -> Json:
 
 
 def texts(args: argparse.Namespace, tokenizer: "Tokenizer") -> tuple["np.ndarray", list[str]]:
-    """(token rows [rows, seq_len] to calibrate on, texts of `eval_tokens` tokens held out), drawn by seed."""
+    """(token rows [rows, seq_len] to calibrate on, held-out texts of `eval_tokens` tokens), drawn by seed."""
     import numpy as np
 
     from data import sources
@@ -146,13 +147,13 @@ def texts(args: argparse.Namespace, tokenizer: "Tokenizer") -> tuple["np.ndarray
     documents = [r["text"] for r in sources.records(args.data) if isinstance(r.get("text"), str)]
     cut = len(documents) - max(int(HELD_OUT * len(documents)), 1)
     if cut < 1:
-        raise UserError("needs two documents with a text", args.data)
+        raise UserError("the data has fewer than two documents with a text", args.data)
     rng = np.random.default_rng(args.seed)
     rows, held = [], []
     for i in rng.permutation(cut):
         ids = tokenizer.encode(documents[i])
         starts = range(0, len(ids) - args.seq_len + 1, args.seq_len)
-        rows += [ids[at : at + args.seq_len] for at in rng.permutation(starts)[:4]]  # few of each, of many
+        rows += [ids[at : at + args.seq_len] for at in rng.permutation(starts)[:4]]  # a few of each of many documents
         if len(rows) >= args.rows:
             break
     if not rows:
@@ -169,7 +170,7 @@ def texts(args: argparse.Namespace, tokenizer: "Tokenizer") -> tuple["np.ndarray
 def fitted(
     opened: "Run | Pretrained", args: argparse.Namespace, settings: Json, rows: "np.ndarray"
 ) -> "tuple[Transformer, Params, Json | None]":
-    """(model, its quantized parameters, the group "quant" of the config when the run was trained for a format)."""
+    """(model, its quantized parameters, the config's "quant" group if the run was trained for a format)."""
     import importlib
     from functools import partial
 
@@ -182,7 +183,7 @@ def fitted(
     model = build.network(opened.config, "float32", args.dtype)
     if (cfg := getattr(opened, "cfg", None)) and cfg.quant.name == "qat" and not cfg.peft.name:
         if cfg.quant.format != args.quant:
-            raise UserError(f"it was trained for {cfg.quant.format}", args.model, f"--quant={cfg.quant.format}")
+            raise UserError(f"the run was trained for {cfg.quant.format}", args.model, f"--quant={cfg.quant.format}")
         params = qat.converted(opened.params(model.specs, None, "float32"))
         fake = {k: cfg.quant[k] for k in ("group", "activations") if cfg.quant[k] is not None}
         return model, params, {"name": cfg.quant.format, **fake, "where": cfg.quant.where}
@@ -200,8 +201,8 @@ def fitted(
         encoder = lambda path: quantizer.encode
     layers = []
     for i, (one, errors) in enumerate(_calibrate.calibrate(model, xs, layer, args.method, encoder, where())):
-        told = "  ".join(f"{path} {100 * e:.2f}%" for path, e in errors.items())
-        print(f"layer {i}: output error {told}", flush=True)
+        text = "  ".join(f"{path} {100 * e:.2f}%" for path, e in errors.items())
+        print(f"layer {i}: output error {text}", flush=True)
         layers.append(one)
     params["layers"] = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
     return model, params, None
@@ -211,7 +212,7 @@ def search(
     model: "Transformer", layer: "Callable[[int], Params]", x: "np.ndarray", limit: tuple[float, str], group: int,
     dtype: str,
 ) -> tuple[tuple[str, str], ...]:  # fmt: skip
-    """The `formats` of model/quant/mixed.py that fit into the budget with the least error on x, one batch."""
+    """The `formats` for model/quant/mixed.py that fit the budget with the least error on one batch x."""
     import jax
     import jax.numpy as jnp
 
@@ -234,17 +235,17 @@ def search(
     }
     best = _budget.choose(table, int(room))
     for path, formats in table.items():
-        told = "  ".join(f"{f} {size:,} bytes, error {e:.2e}" for f, (size, e) in formats.items())
-        print(f"{path} -> {best[path]}: {told}")
+        text = "  ".join(f"{f} {size:,} bytes, error {e:.2e}" for f, (size, e) in formats.items())
+        print(f"{path} -> {best[path]}: {text}")
     taken = sum(table[path][f][0] for path, f in best.items())
-    print(f"{taken:,} of {int(room):,} bytes, {8 * taken / searched:.2f} bits a weight of the layers' matrices")
+    print(f"{taken:,} of {int(room):,} bytes, {8 * taken / searched:.2f} bits per weight of the layers' matrices")
     if not (formats := tuple((re.escape(path), f) for path, f in best.items() if f != dtype)):
-        raise UserError(f"the whole model fits in {dtype} already", "--budget", "lower the budget")
+        raise UserError(f"the whole model already fits in {dtype}", "--budget", "lower the budget")
     return formats
 
 
 def check_where(specs: "Specs", where: str) -> None:
-    """Raises UserError unless `where` takes matrices of the layers, each with one input, and nothing else."""
+    """Raises UserError unless `where` selects only matrices of the layers, each with one input."""
     import jax
 
     from model import weights
@@ -252,19 +253,19 @@ def check_where(specs: "Specs", where: str) -> None:
     from model.net.kinds import without_columns
 
     if without_columns(specs["layers"]):
-        raise UserError("calibrates models of attention alone", "--model", "round it by --config.quant.name")
+        raise UserError("only models with attention layers can be calibrated", "--model", "use --config.quant.name")
     chosen = []
     for path, spec in jax.tree.leaves_with_path(specs, is_leaf=weights.is_spec):
         if spec.eqn and re.fullmatch(where, weights.name(path)):
             chosen.append(weights.name(path))
             if not in_layers(chosen[-1]) or weights.split(spec.eqn)[0]:
-                raise UserError(f"takes {chosen[-1]}, which is no plain matrix of a layer", "--where")
+                raise UserError(f"{where!r} selects {chosen[-1]}, which is not a plain matrix of a layer", "--where")
     if not chosen:
-        raise UserError(f"{where!r} takes no matrix", "--where", "as layers/mlp/.*")
+        raise UserError(f"{where!r} selects no matrix", "--where", "such as layers/mlp/.*")
 
 
 def reader(opened: "Run | Pretrained", model: "Transformer", dtype: str) -> "tuple[Params, Callable[[int], Params]]":
-    """(parameters outside of the layers, a function that reads those of one layer in float32)."""
+    """(parameters outside the layers, a function that reads those of one layer in float32)."""
     import jax
     import jax.numpy as jnp
 
@@ -278,13 +279,14 @@ def reader(opened: "Run | Pretrained", model: "Transformer", dtype: str) -> "tup
         specs = model.specs["layers"]
         layer = lambda i: weights.map_named(lambda path, _: read(f"layers/{path}", i), specs, is_leaf=weights.is_spec)
         return params, layer
-    params = opened.load(model.specs, None, "float32")  # a run folder is read as a whole
+    params = opened.load(model.specs, None, "float32")  # a run folder is read at once
     layers = params.pop("layers")
     return jax.tree.map(lambda x: x.astype(dtype), params), lambda i: jax.tree.map(lambda x: x[i], layers)
 
 
 def save(out: Path, lm: "LM", quant: Json, dtype: str, made: Json) -> None:
-    """A run folder at step 0 that needs no `init`: its checkpoint holds every parameter, model.json their shape."""
+    """Writes a run folder at step 0 that needs no `init`: the checkpoint holds every parameter, model.json the
+    shape."""
     import dataclasses
 
     from infer.models import SHAPE

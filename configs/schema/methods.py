@@ -80,7 +80,7 @@ def _key(annotation: ast.expr | None, default: ast.expr | None) -> Key:
 
 
 def _annotation(node: ast.expr | None) -> tuple[type | None, bool, tuple]:
-    """(type, may be None, choices) of float, int | None, tuple[str, ...] or Literal["a", "b"], or with type None."""
+    """(type, may be None, choices) of an annotation: float, int | None, tuple[str, ...] or Literal["a", "b"]."""
     match node:
         case ast.Name(id=name):
             return TYPES.get(name), False, ()

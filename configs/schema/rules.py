@@ -19,8 +19,8 @@ SHARE, POSITIVE, COUNT, ANY_COUNT = "[0, 1]", "(0, inf)", "[1, inf)", "[0, inf)"
 
 FORMATS, SCORED = (methods.constant(methods.ROOT / "data/formats.py", name, {}) for name in ("FORMATS", "SCORED"))
 
-# path -> an interval of numbers, or a tuple of choices (for each element, if the key is a tuple); choices that are
-# not names of files or table rows are listed in base.py
+# path -> an interval of numbers, or a tuple of choices (for each element, if the key is a tuple). Fixed choices are
+# listed in base.py; these come from the names of files or of table entries.
 ALLOWED: dict[str, str | tuple[str, ...]] = {
     "seed": "[0, 4294967296)",
     "steps": COUNT,
@@ -217,7 +217,7 @@ def _kinds(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
         return
     objective, form = c["objective.name"], c["data.format"]
     kind, given = methods.method("objective", objective).batch, FORMATS[form]
-    kinds = ("", kind, *SCORED) if kind == "lm" else ("", kind)  # a column beside a text need not be read
+    kinds = ("", kind, *SCORED) if kind == "lm" else ("", kind)  # columns other than the text may be ignored
     fitting = [name for name, made in FORMATS.items() if made in kinds]
     if given not in kinds and len(fitting) > 1:  # if only "auto" fits, no data makes these batches
         text = f"makes batches of kind {given!r}, but objective {objective} reads {kind!r}"

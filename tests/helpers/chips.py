@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from tools.plan import gpu as plan_gpu
+from tools.plan import topology
 
 tpu = [
     pytest.mark.tpu,
@@ -12,5 +12,5 @@ tpu = [
 ]
 gpu = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not plan_gpu.installed(), reason="the CUDA wheels are not installed: make gpu"),
+    pytest.mark.skipif(not topology.cuda_installed(), reason="the CUDA wheels are not installed: make gpu"),
 ]

@@ -1,12 +1,12 @@
-"""Speed and memory of training, fine-tuning and decoding on this machine, beside torch and llama.cpp on a CPU.
+"""Measures speed and memory of training, fine-tuning and decoding on this machine, compared with torch and llama.cpp.
 
     python -m tools.bench [--what=train,sft,decode,small,adapters,methods] [--rounds=3] [--out=runs/bench.json]
 
-Sides run in processes of their own and take turns, so that a slow minute hits all. Ratios are medians over the turns
-of ours over theirs. Everything measured, with the machine's facts, goes to --out.
+Each side runs in its own process, and the sides take turns, so that a slow minute affects all of them. Ratios (ours
+over theirs) are medians over the turns. All measurements and a description of the machine are written to --out.
 
-On a GPU, whose memory the sides share: JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false before it, and
---model=llama2-7b --dtype=bfloat16 behind. Memory is then the GPU's.
+On a GPU, whose memory the sides share, use JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false and the options
+--model=llama2-7b --dtype=bfloat16. Memory is then that of the GPU.
 """
 
 import argparse
@@ -52,16 +52,18 @@ class Contest(NamedTuple):
 @cli.command
 def main(argv: list[str]) -> int | None:
     parser = cli.Parser("tools.bench", __doc__)
-    parser.add_argument("--what", default=",".join(WHAT), help="some of " + ",".join(WHAT))
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every side")
+    parser.add_argument("--what", default=",".join(WHAT), help="one or more of " + ",".join(WHAT))
+    parser.add_argument("--rounds", type=int, default=3, help="turns per side")
     parser.add_argument("--out", default="runs/bench.json")
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="a name, a folder, or a shape, then at random")
+    parser.add_argument(
+        "--model", default="smollm2-135m-instruct", help="a name, a folder, or a shape (random weights)"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of ours; peers: float32")
-    parser.add_argument("--data", default="", help="JSON lines with prompt and completion; else questions on Python")
-    parser.add_argument("--alone", action="store_true", help="without peers, though they are installed")
+    parser.add_argument("--data", default="", help="JSON lines of prompts and completions; else questions on Python")
+    parser.add_argument("--alone", action="store_true", help="without peers, even if they are installed")
     args = parser.parse_args(argv)
     if unknown := set(args.what.split(",")) - set(WHAT):
-        raise UserError(f"unknown {min(unknown)!r}", "--what", f"some of {','.join(WHAT)}")
+        raise UserError(f"unknown {min(unknown)!r}", "--what", f"one or more of {','.join(WHAT)}")
     bench(args)
 
 
@@ -72,7 +74,7 @@ def bench(args: argparse.Namespace) -> None:
     alone = args.alone or args.model in SHAPES  # no peer reads a shape
     missing = [] if alone else [name for name in TORCH if not importlib.util.find_spec(name)]
     if missing:
-        console.print(f"{', '.join(missing)} not installed: ours is measured alone")
+        console.print(f"{', '.join(missing)} not installed: only our side is measured")
     facts, results = {"load_before": os.getloadavg(), **machine()}, []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -108,7 +110,7 @@ def training(model: str, peers: str, _: str) -> Iterator[Contest]:
 
 
 def tuning(model: str, peers: str, data: str) -> Iterator[Contest]:
-    """LoRA on an instruction set by the documented path of each: TRL packs, or pads its default of 8 rows a batch."""
+    """LoRA on an instruction set, as each side documents it: TRL packs, or pads its default batch of 8 rows."""
     case = dict(what="sft", data=data, length=256, steps=6)
     sides = [Side("ours, packed", OURS, case | dict(model=model, batch=4))]
     if peers:
@@ -120,7 +122,7 @@ def tuning(model: str, peers: str, data: str) -> Iterator[Contest]:
 
 
 def decoding(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """Greedy tokens after a prompt; what the prompt takes is not counted."""
+    """Greedy decoding after a prompt; the time of the prompt is not counted."""
     for batch in (1, 8):
         case = dict(what="decode", batch=batch, prompt=64, new_tokens=48)
         sides = [Side("ours", OURS, case | {"model": model})]
@@ -130,7 +132,7 @@ def decoding(model: str, peers: str, _: str) -> Iterator[Contest]:
 
 
 def llama_cpp(model: str, peers: str) -> list[Side]:
-    """Its side of a decoding, of one row, where it is installed and reads the file that the model comes from."""
+    """The llama.cpp side of decoding one row, if it is installed and can read the model's file."""
     if not (peers and model in PACKAGES and importlib.util.find_spec("xllamacpp")):
         return []
     case = dict(what="llama_cpp", gguf=str(package_gguf(model)), prompt=64, new_tokens=48)
@@ -138,22 +140,22 @@ def llama_cpp(model: str, peers: str) -> list[Side]:
 
 
 def small(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """Decoding with weights of 8 and 4 bits against those of the model."""
+    """Decoding with 8-bit and 4-bit weights, compared with the model's own."""
     for batch in (1, 8):
         case = dict(what="decode", batch=batch, prompt=64, new_tokens=48, model=model)
         formats = {"int8": dict(name="int8"), "w8a8": dict(name="int8", activations=True), "int4": dict(name="int4")}
         sides = [Side(f"ours, {name}", OURS, case | {"quant": quant}) for name, quant in formats.items()]
-        sides.append(Side("ours, as it is", OURS, case))
+        sides.append(Side("ours, not quantized", OURS, case))
         yield Contest(f"decoding quantized, batch {batch}", sides + llama_cpp(model, peers) * (batch == 1))
 
 
 def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """A batch whose rows have adapters of their own, on the queries and values, against one adapter and against none.
+    """Decoding a batch in which each row has its own adapter of queries and values, compared with one adapter and none.
 
-    PEFT keeps all adapters in the model: its side has as many as rows.
+    PEFT keeps all adapters in the model, so its side has only one per row.
     """
     case = dict(batch=8, prompt=64, new_tokens=48)
-    ranks = lambda n: [8 + 13 * i % 57 for i in range(n)]  # 8 to 64 in a scattered order, 36 in the mean
+    ranks = lambda n: [8 + 13 * i % 57 for i in range(n)]  # 8 to 64 in scattered order, mean 36
     many = lambda n: case | dict(what="adapters", ranks=ranks(n) if n > 1 else [36])
     sides = [Side(f"ours, {n} adapter{'s' * (n > 1)}", OURS, many(n) | {"model": model}) for n in (1000, 8, 1)]
     sides.append(Side("ours, none", OURS, case | dict(what="decode", model=model)))
@@ -163,9 +165,9 @@ def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
 
 
 def methods(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """What each adapter costs: in training beside full tuning, and in decoding, while it stays apart, beside the base.
+    """The cost of each PEFT method: training compared with full tuning, and decoding unmerged compared with the base.
 
-    Every method is as its file's defaults make it.
+    Every method uses its default arguments.
     """
     free = lambda name: not any(key.required for key in method("peft", name).arguments.values())
     found = [name for name in names(FOLDERS["peft"], "make") if free(name)]
@@ -182,7 +184,7 @@ WHAT = {"train": training, "sft": tuning, "decode": decoding, "small": small, "a
 
 
 def questions(limit: int = 1000) -> list[dict[str, str]]:
-    """Instructions that every machine has: what the documented functions of the standard library do."""
+    """An instruction set that every machine has: the docstrings of the standard library's functions."""
     out = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
@@ -193,7 +195,7 @@ def questions(limit: int = 1000) -> list[dict[str, str]]:
 
 
 def exported(model: str, folder: Path) -> str:
-    """The model as a folder that transformers reads; written by a process that ends before anything is timed."""
+    """The model as a folder for transformers, written by a process that ends before anything is timed."""
     if model not in PACKAGES:
         return model
     export = [sys.executable, "-m", "tools.export", f"--from={model}", f"--to={folder}"]
@@ -207,7 +209,7 @@ def exported(model: str, folder: Path) -> str:
 
 
 def measure(contest: Contest, rounds: int, dtype: str) -> Json:
-    """Rounds of all sides in turn, and the ratios of the first to each. Ours compute in `dtype`."""
+    """Rounds of all sides in turn, and the ratios of the first side to each. Our sides compute in `dtype`."""
     cases = [side.case | {"dtype": dtype} if side.module == OURS else side.case for side in contest.sides]
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker(side.module, case)) for side, case in zip(contest.sides, cases)]
@@ -239,7 +241,7 @@ def _number(x: float) -> float | None:
 
 
 def table(result: Json) -> Any:
-    """One contest as a rich table. A ratio is the first row's value over this row's."""
+    """One contest as a rich table. A ratio is the value of the first row over that of this row."""
     from rich.table import Table
 
     out = Table(title=result["title"], title_justify="left")
@@ -258,7 +260,7 @@ def table(result: Json) -> Any:
 
 
 def machine() -> Json:
-    """What a figure means nothing without."""
+    """The hardware and software that the figures depend on."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

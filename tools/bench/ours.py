@@ -1,4 +1,5 @@
-"""Our sides of the contests of tools.bench. Each function prepares, and returns what runs one round."""
+"""Our sides of the contests of tools.bench. Each function prepares a side and returns a function that runs one
+round."""
 
 import contextlib
 import itertools
@@ -21,7 +22,7 @@ from tools.bench.worker import Round, decoding, peak_memory, serve, timed
 
 
 def opened(model: str, dtype: str) -> tuple[Transformer, Params]:
-    """A model by its name, or one of a shape's name with random weights, which says no less about speed."""
+    """A model by name, or a shape by name with random weights, which run at the same speed."""
     if model in SHAPES:
         random = build.network(ModelConfig.from_dict(SHAPES[model]), dtype)
         return random, jax.jit(random.init)(jax.random.key(0))
@@ -30,9 +31,10 @@ def opened(model: str, dtype: str) -> tuple[Transformer, Params]:
 
 
 def train(model: str, peft: str, batch: int, length: int, steps: int, dtype: str) -> Callable[[], Round]:
-    """Bare training steps on random tokens that all count, of everything or of what a method makes by its defaults.
+    """Bare training steps on random tokens, all in the loss, of the whole model or of a PEFT method with its defaults.
 
-    `dtype` is that of activations; weights are float32."""
+    `dtype` is that of the activations; weights are float32.
+    """
     from configs import base
     from train import init, inputs
     from train.keep import flags
@@ -53,20 +55,20 @@ def train(model: str, peft: str, batch: int, length: int, steps: int, dtype: str
     state = init.first_state(cfg, planned, start)
 
     def run() -> Round:
-        def some() -> None:
+        def steps_of_a_round() -> None:
             nonlocal state
             for _ in range(steps):
                 state, _ = step(state, rows)
             jax.block_until_ready(state)
 
-        seconds, cpu = timed(some)
+        seconds, cpu = timed(steps_of_a_round)
         return {"tokens": steps * batch * length, "seconds": seconds, "cpu_seconds": cpu}
 
     return run
 
 
 def sft(model: str, data: str, batch: int, length: int, steps: int, dtype: str) -> Callable[[], Round]:
-    """`train.main` on prompts and completions, from the second step to the last. Padding is no token."""
+    """`train.main` on prompts and completions, timed from the second step. Padding is not counted."""
     from configs import schema
     from train.main import run as train_main
 
@@ -98,8 +100,7 @@ def decode(
     merged: bool = False,
     quant: dict | None = None,
 ) -> Callable[[], Round]:
-    """Greedy decoding of random prompts, with an adapter that a method makes by its defaults and noise has moved, or
-    with weights in a format."""
+    """Greedy decoding of random prompts, with an adapter (a method's defaults plus noise) or with quantized weights."""
     from infer.generate import generate, unrolled
     from model import weights
     from model.build import find
@@ -122,9 +123,9 @@ def decode(
 
 
 def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: int, dtype: str) -> Callable[[], Round]:
-    """Greedy decoding with another adapter on every row, in turn; every round goes on with the next ones.
+    """Greedy decoding with a different adapter on each row; each round takes the next adapters in turn.
 
-    What it takes to bring them to the device is counted.
+    The time to move them to the device is included.
     """
     from infer.generate import generate
     from infer.serve.store import Store
@@ -152,7 +153,7 @@ def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: 
 
 
 def device_memory() -> int:
-    """The most bytes that this process held of its accelerator; where there is none, of the machine."""
+    """Peak bytes of this process on its accelerator, or in the machine's memory if there is none."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or peak_memory()
 
 

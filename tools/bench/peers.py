@@ -1,6 +1,6 @@
 """The other sides of the contests of tools.bench: torch with transformers, PEFT and TRL, and llama.cpp.
 
-Each imports what it needs alone, since its memory is measured.
+Each function imports only what it needs, since its memory is measured.
 """
 
 import json
@@ -23,7 +23,7 @@ def _load(model: str) -> Any:
 
 
 def train(model: str, peft: str, batch: int, length: int, steps: int) -> Callable[[], Round]:
-    """Bare eager steps, nothing recomputed, with the optimizer that train/optim.py makes by default."""
+    """Bare eager steps without recomputation, with the default optimizer settings of train/optim.py."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -49,7 +49,7 @@ def train(model: str, peft: str, batch: int, length: int, steps: int) -> Callabl
 
 
 def sft(model: str, data: str, batch: int, length: int, steps: int, packing: bool) -> Callable[[], Round]:
-    """TRL's SFTTrainer with PEFT, from the second step to the last. Padding is no token."""
+    """TRL's SFTTrainer with PEFT, timed from the second step. Padding is not counted."""
     import datasets
     import peft
     import transformers
@@ -105,7 +105,7 @@ def decode(model: str, batch: int, prompt: int, new_tokens: int) -> Callable[[],
 
 
 def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: int) -> Callable[[], Round]:
-    """Greedy `generate` with another adapter on every row, by PEFT's `adapter_names`."""
+    """Greedy `generate` with a different adapter on each row, by PEFT's `adapter_names`."""
     import peft
     import torch
 
@@ -128,7 +128,7 @@ def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: 
 
 
 def llama_cpp(gguf: str, prompt: int, new_tokens: int) -> Callable[[], Round]:
-    """Greedy decoding of one row, with the weights as the file holds them."""
+    """Greedy decoding of one row with the weights as stored in the file."""
     import os
 
     import xllamacpp
@@ -139,9 +139,9 @@ def llama_cpp(gguf: str, prompt: int, new_tokens: int) -> Callable[[], Round]:
     request = {"prompt": list(range(100, 100 + prompt)), "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
 
     def generate(n: int) -> None:
-        told = server.handle_completions(request | {"max_tokens": n})
-        if told["usage"]["completion_tokens"] != n:
-            raise RuntimeError(f"llama.cpp made {told['usage']} for {n} tokens")
+        answer = server.handle_completions(request | {"max_tokens": n})
+        if answer["usage"]["completion_tokens"] != n:
+            raise RuntimeError(f"llama.cpp was asked for {n} tokens and reports {answer['usage']}")
 
     return lambda: decoding(generate, 1, new_tokens)
 

@@ -1,6 +1,7 @@
-"""One side of a contest, in a process of its own: sides share neither threads nor memory, and their rounds alternate.
+"""One side of a contest in its own process: sides share neither threads nor memory, and their rounds alternate.
 
-The parent writes a line to ask for a round, the child answers it with a line of JSON; the end of input ends the child.
+The parent writes a line to request a round, and the child answers with a line of JSON. The child ends when its input
+does.
 """
 
 import json
@@ -16,11 +17,11 @@ from typing import Any
 from common.errors import UserError
 from common.types import Json
 
-Round = Json  # tokens, seconds, cpu_seconds (None where the side cannot tell)
+Round = Json  # tokens, seconds, cpu_seconds (None if the side cannot measure it)
 
 
 class Worker:
-    """The parent's end. Returns once the child is loaded, compiled and warm."""
+    """The parent's end. The constructor returns when the child has loaded, compiled and warmed up."""
 
     def __init__(self, module: str, case: dict):
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by __exit__)
@@ -41,7 +42,7 @@ class Worker:
         return self._answer()
 
     def peak_bytes(self) -> int:
-        """Ends the child; the most memory it held."""
+        """Ends the child and returns its peak memory."""
         self.child.stdin.close()
         return self._answer()["peak_bytes"]
 
@@ -49,7 +50,7 @@ class Worker:
         line = self.child.stdout.readline()
         if not line:
             self.log.seek(0)
-            last = (self.log.read().strip().splitlines() or ["it said nothing"])[-1]
+            last = (self.log.read().strip().splitlines() or ["no output"])[-1]
             raise UserError(f"a side of the contest died: {last}", json.dumps(self.case))
         return json.loads(line)
 
@@ -63,14 +64,14 @@ class Worker:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process held."""
+    """Peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def serve(sides: dict[str, Callable[..., Callable[[], Round]]], peak: Callable[[], int] = peak_memory) -> None:
-    """The child's end: `sides[what](**case)` prepares, what it returns runs a round."""
+    """The child's end: `sides[what](**case)` prepares and returns a function that runs a round."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is not an answer
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
 
     def answer(content: dict) -> None:
         out.write(json.dumps(content) + "\n")
@@ -86,15 +87,15 @@ def serve(sides: dict[str, Callable[..., Callable[[], Round]]], peak: Callable[[
 
 
 def timed(f: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds and processor seconds that `f` takes."""
+    """Seconds and CPU seconds that `f` takes."""
     start, cpu = time.perf_counter(), time.process_time()
     f()
     return time.perf_counter() - start, time.process_time() - cpu
 
 
 def decoding(generate: Callable[[int], Any], batch: int, new_tokens: int) -> Round:
-    """A round of `generate(n)`, with what the prompt and the first token take subtracted; where another program held
-    these up for longer than all that follows, it is measured again."""
+    """A round of `generate(n)` without the time of the prompt and the first token; measured again if another program
+    delayed these by more than the rest took."""
     seconds = cpu = 0.0
     for _ in range(10):
         first, whole = timed(lambda: generate(1)), timed(lambda: generate(new_tokens))

@@ -1,16 +1,17 @@
-"""What the kernels of `kernels/` cost on TPUs that are not here: compiled by libtpu on this CPU, the schedule read.
+"""The cost of the kernels in `kernels/` on TPUs that are not present, from the schedules that libtpu compiles.
 
     python -m tools.kernel_report --chip=v5e,v5p,v6e,tpu7x [--shapes=quick|all] [--only=REGEX] [--json]
     python -m tools.kernel_report --chip=h100|gpu ...
 
-By shape: bundles of the hot loop and its turns, the MXU's least cycles over those of the schedule, bytes moved over the
-least, VMEM, registers spilled; beside it, but for quick shapes, what XLA makes of the same operands. Times go from what
-bounds the kernel (the schedule, or HBM at its peak) to that and the part of the first block that nothing overlaps; of
-XLA to its own estimate. No stall is in them: they rank kernels to about 10 %. TPU7x's products a cycle are a guess from
-its peak: its schedules go below. It needs requirements/tpu.txt.
+Prints for each shape: bundles and iterations of the hot loop, MXU utilization (least cycles over scheduled cycles),
+bytes moved over the minimum, VMEM, and spilled registers; for all but the quick shapes, also those of XLA's program for
+the same operands. A kernel's time ranges from its bound (the schedule, or HBM at peak bandwidth) to that plus the part
+of the first block that nothing overlaps; XLA's ranges to its own estimate. Stalls are not included: the times rank
+kernels to about 10 %. The products per cycle of TPU7x are a guess from its peak, which its schedules exceed. This needs
+requirements/tpu.txt.
 
-For an absent H100, with requirements/gpu.txt, it says what registers, spills, memory and bytes there are: no times are
-known. `--chip=gpu` does the same on the GPU of this machine, times both and tells how far from XLA's results ours are.
+For an absent H100 (requirements/gpu.txt) it prints registers, spills, memory and bytes; times are not known.
+`--chip=gpu` does the same on the GPU of this machine, measures the times, and compares the results with XLA's.
 """
 
 import glob
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from common import chips, cli
 from common.errors import UserError
 from common.types import Json
+from tools.kernel_report import gpu as kernel_report_gpu
 
 if TYPE_CHECKING:
     import jax
@@ -35,21 +37,22 @@ if TYPE_CHECKING:
 
 
 class Tpu(NamedTuple):
-    """A device of a chip as libtpu compiles for it; v5p's two cores are one."""
+    """One device of a chip, as libtpu compiles for it; the two cores of v5p are one device."""
 
     topology: str
-    flops: dict[str, int]  # a cycle, by dtype: MXUs times products each
-    devices: int = 1  # of a chip
+    flops: dict[str, int]  # per cycle, by dtype: MXUs times the FLOPs of each
+    devices: int = 1  # per chip
 
 
-# 16 x 128 x 128 products take an MXU of v5e and v5p 16 cycles, 16 x 256 x 256 one of v6e and TPU7x 8; no int8 on TPU7x.
+# An MXU of v5e and v5p takes 16 cycles for 16 x 128 x 128 products, one of v6e and TPU7x 8 for 16 x 256 x 256. TPU7x
+# has no int8.
 TPUS = {
     "v5e": Tpu("v5e:2x2", {"bfloat16": 2**17, "int8": 2**18}),
     "v5p": Tpu("v5p:2x2x1", {"bfloat16": 2**18, "int8": 2**19}),
     "v6e": Tpu("v6e:2x2", {"bfloat16": 2**19, "int8": 2**20}),
     "tpu7x": Tpu("tpu7x:2x2x1", {"bfloat16": 2**19, "float8_e4m3fn": 2**20}, 2),
 }
-GPUS = ("h100", "gpu")  # absent, and that of this machine
+GPUS = ("h100", "gpu")  # an absent H100, and the GPU of this machine
 
 
 @cli.command
@@ -68,21 +71,20 @@ def main(argv: list[str]) -> int | None:
 
 
 def report(names: list[str], quick: bool, only: str) -> list[Json]:
-    """A row for each chip and case. Raises UserError for an unknown chip, or without its compiler."""
-    from tools.kernel_report import gpu as kernel_report_gpu
+    """One row per chip and case. Raises UserError for an unknown chip, or if its compiler is not installed."""
     from tools.kernel_report.cases import cases
     from tools.plan import topology
 
     if unknown := [n for n in names if n not in (*TPUS, *GPUS)]:
-        raise UserError(f"no chip {unknown[0]!r} is known", "--chip", "of " + ", ".join((*TPUS, *GPUS)))
+        raise UserError(f"unknown chip {unknown[0]!r}", "--chip", "one or more of " + ", ".join((*TPUS, *GPUS)))
     gpu = next((n for n in names if n in GPUS), "")
     if gpu and len(names) > 1:
-        raise UserError("one process loads one compiler", "--chip", f"{gpu} alone")
+        raise UserError("one process can load only one compiler", "--chip", f"give only {gpu}")
     chosen = [c for c in cases() if (c.quick or not quick) and re.search(only, f"{c.name} {c.shape}")]
     on = {p: [c for c in chosen if c.platform == p] for p in ("tpu", "cuda")}
     on["tpu"] = [c._replace(xla=None) if quick and c.kernel else c for c in on["tpu"]]
     with tempfile.TemporaryDirectory() as dump:
-        # Read once, when libtpu is loaded.
+        # libtpu reads these options once, when it is loaded.
         os.environ["LIBTPU_INIT_ARGS"] = (
             f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
             " --xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
@@ -96,8 +98,6 @@ def row(case: "Case", name: str, device: "jax.Device", dump: str) -> Json:
     """One case on one chip."""
     import jax
 
-    from tools.kernel_report import gpu as kernel_report_gpu
-
     tpu, chip = TPUS[name], chips.find(name)
     peak = tpu.flops.get(case.peak)
     hertz = chip.tflops.value / tpu.devices * 1e12 / tpu.flops["bfloat16"]
@@ -110,7 +110,7 @@ def row(case: "Case", name: str, device: "jax.Device", dump: str) -> Json:
             continue
         got = compiled(f, case.args, device, dump)
         mxu = case.flops / peak if peak else None
-        cycles = max(got["cycles"], mxu or 0)  # the MXU's queue lets bundles go below its own rate by up to a tenth
+        cycles = max(got["cycles"], mxu or 0)  # the MXU's queue lets bundles take up to 10 % less
         busy, estimated = cycles / hertz, got.pop("estimated") / hertz
         hbm = (got["bytes_moved"] if by == "kernel" else least) / bandwidth
         low = max(busy, hbm)
@@ -135,7 +135,7 @@ def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
     one = SingleDeviceSharding(device)
     here = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for a in args]
     grids = list(calls(jax.make_jaxpr(f)(*args).jaxpr))
-    # What a kernel writes goes on within a program, where XLA need not lay it out as a result.
+    # Within a program, XLA need not convert the kernel's output to the layout of a result.
     program = jax.jit(f, out_shardings=Format(Layout((0, 1)), one) if grids else None).lower(*here).compile()
     sums = grids[0].grid[-1] if grids else math.inf
     listings = sorted(glob.glob(f"{dump}/*final_bundles.txt"))
@@ -167,7 +167,7 @@ def calls(jaxpr: "jax.extend.core.Jaxpr") -> Iterator[Any]:
 
 
 def moved(grid: Any) -> int:
-    """Bytes between HBM and VMEM: a block is moved when its index is another than that of the step before."""
+    """Bytes moved between HBM and VMEM: a block is moved if its index differs from that of the previous step."""
     import jax
     import jax.extend.core
     import numpy as np
@@ -185,23 +185,21 @@ def moved(grid: Any) -> int:
 
 
 def copied(text: str) -> int:
-    """Bytes that XLA reads and writes around a kernel, to lay an operand out anew."""
+    """Bytes that XLA reads and writes around a kernel to change the layout of operands."""
     shapes = re.findall(r"= (\w+?)(\d+)\[([\d,]+)\]\S* (?:copy|pad|fusion|transpose)\(", text)
     return sum(2 * int(bits) // 8 * math.prod(map(int, dims.split(","))) for _, bits, dims in shapes)
 
 
 def show(rows: list[Json]) -> None:
-    """Prints a table a chip."""
+    """Prints one table per chip."""
     from rich.console import Console
     from rich.table import Table
-
-    from tools.kernel_report import gpu as kernel_report_gpu
 
     if gpu := [r for r in rows if r["chip"] not in TPUS]:
         kernel_report_gpu.show(gpu)
     heads = ("", "by", "bundles", "MXU", "us", "HBM us", "bytes", "VMEM", "spills")
     for name in dict.fromkeys(r["chip"] for r in rows if r["chip"] in TPUS):
-        table = Table(*heads, title=f"{name}. MXU: least cycles over the schedule's. bytes: moved, over the least")
+        table = Table(*heads, title=f"{name}. MXU: least over scheduled cycles. bytes: moved over least")
         for r in (r for r in rows if r["chip"] == name):
             for by in ("kernel", "xla"):
                 if by in r:
@@ -210,7 +208,7 @@ def show(rows: list[Json]) -> None:
 
 
 def line(got: Json, least: int, exact: bool) -> list[str]:
-    """Of XLA's programs nobody says what bytes of theirs leave VMEM."""
+    """The cells of one row. The bytes of XLA's programs are n/a, since it does not report which of them leave VMEM."""
     low, high = (f"{t:.1f}" for t in got["us"])
     return [
         f"{got['bundles']} x {got['turns']}" + ("" if got["turns_known"] else " ?"),

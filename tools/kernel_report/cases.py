@@ -1,8 +1,8 @@
-"""What the report compiles: the kernels of `kernels/`, beside what XLA makes of the same operands without them.
+"""The cases of the report: the kernels of `kernels/`, and XLA's programs for the same operands.
 
-XLA's side multiplies by the float matrix that the leaf stands for. Products without a kernel are here to show
-why: XLA converts an 8-bit W inside its dot, so that a decoding step takes what the bytes take, and a prefill what the
-MXU takes; rounding rows of x to int8 takes what reading and writing them takes.
+XLA's side multiplies by the dequantized matrix. Products without a kernel are listed to show why: XLA converts an 8-bit
+W inside its dot, so a decoding step is limited by the bytes and a prefill by the MXU; rounding the rows of x to int8 is
+limited by reading and writing them.
 """
 
 import functools
@@ -28,18 +28,18 @@ class Case(NamedTuple):
 
     name: str
     shape: str
-    kernel: Callable | None  # None: XLA is left to do it
-    xla: Callable | None  # the same of the same operands, without a kernel
-    args: tuple[Any, ...]  # abstract arrays, or arrays where their values matter
+    kernel: Callable | None  # None: there is no kernel
+    xla: Callable | None  # the same operation without a kernel
+    args: tuple[Any, ...]  # abstract arrays, or concrete ones if their values matter
     flops: int = 0
-    peak: str = "bfloat16"  # whose rate bounds the products
-    quick: bool = False  # one of the few that a test compiles
+    peak: str = "bfloat16"  # the dtype whose peak rate bounds the products
+    quick: bool = False  # compiled by tests
     platform: str = "tpu"
 
 
 def cases() -> list[Case]:
-    left = [case._replace(platform=platform) for platform in ("tpu", "cuda") for case in _left_to_xla()]
-    return [*_int4(), *_nf4(), *_codes_triton(), *_paged_lora(), *left]
+    plain = [case._replace(platform=platform) for platform in ("tpu", "cuda") for case in _without_kernel()]
+    return [*_int4(), *_nf4(), *_codes_triton(), *_paged_lora(), *plain]
 
 
 def array(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
@@ -47,19 +47,19 @@ def array(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
 
 
 def by_xla(leaf: Quantized, backward: bool, x: Array, codes: Array, scale: Array) -> Array:
-    """x times the float W of a leaf with these arrays, or the transposed W: what kernels are tested against."""
+    """x times the dequantized W of a leaf with these arrays, or its transpose: the reference for the kernels."""
     w = leaf.replace(codes=codes, scale=scale).floats(x.dtype)
     return weights.product("TF,DF->TD" if backward else EQN, x, w, jnp.float32).astype(x.dtype)
 
 
 def _leaf(quantizer: Quantizer, k: int, n: int) -> Quantized:
-    """The abstract leaf of a W [K, N], its scales as kernels take them."""
+    """The abstract leaf of a W [K, N], with scales as the kernels take them."""
     encode = lambda w: quantizer.encode(w, EQN).plain_scales()
     return jax.eval_shape(encode, array(k, n, dtype="float32"))
 
 
 def _product(name: str, quantizer: Quantizer, m: int, k: int, n: int, kernel: Callable, **options: Any) -> Case:
-    """`kernel` against XLA with M rows of x, or when `backward` of the result's gradient."""
+    """`kernel` and XLA with M rows of x, or, if `backward`, of the gradient of the result."""
     leaf, dtype, backward = _leaf(quantizer, k, n), options.pop("dtype", "bfloat16"), options.pop("backward", False)
     group = leaf.tile[0]
     args = array(m, n if backward else k, dtype=dtype), leaf.codes, leaf.scale
@@ -69,9 +69,9 @@ def _product(name: str, quantizer: Quantizer, m: int, k: int, n: int, kernel: Ca
 
 
 def _int4() -> Iterator[Case]:
-    """Decoding and prefill of 7 B models, aligned and not, and the backward pass of QLoRA.
+    """Decoding and prefill of 7B models, aligned or not, and the backward pass of QLoRA.
 
-    A decoding loop has columns up to whole registers in memory (`_multiply.settled`): of 4,100 it reads 4,224.
+    A decoding loop pads the columns to whole registers (`_multiply.settled`): for 4,100 columns it reads 4,224.
     """
     few, many = (16, 4096, 4096), (2048, 4096, 14336)
     forward = [(*few, 128), (*few, 64), (1, 4096, 4096, 128), (16, 4096, 4100, 128), (16, 4096, 4224, 128)]
@@ -86,7 +86,7 @@ def _int4() -> Iterator[Case]:
 
 
 def _nf4() -> Iterator[Case]:
-    """A whole weight of a 7 B model, and one whose columns are not aligned; decoding with them."""
+    """A weight of a 7B model, and one whose columns are not aligned; decoding with them."""
     for k, n in ((4096, 4096), (4096, 14336), (4096, 4100)):
         leaf = _leaf(nf4_leaves.make(), k, n)
         kernel = functools.partial(nf4.dequantize, group=64)
@@ -96,7 +96,7 @@ def _nf4() -> Iterator[Case]:
 
 
 def _codes_triton() -> Iterator[Case]:
-    """Decoding of 7 B models, aligned and not, up to the most rows that a kernel takes; bfloat16 to compare it with."""
+    """Decoding of 7B models, aligned or not, up to the maximum rows of a kernel; and bfloat16 for comparison."""
     wide, square = (4096, 11008), (16, 4096, 4096)
     rows = [(m, *wide) for m in (1, 16, 64, 256)]
     for m, k, n in rows:
@@ -115,12 +115,12 @@ def _codes_triton() -> Iterator[Case]:
 
 
 def _paged_lora() -> Iterator[Case]:
-    """Decoding with an adapter of its own for each row, of ranks 8 to 64, their pages all that the stacks hold."""
+    """Decoding with a different adapter of rank 8 to 64 for each row; the stacks hold only their pages."""
     size, route = paged_lora.PAGE, paged_lora.Route
     flat = lambda f: lambda x, a, b, *r: f(x[:, None], a, b, route(*r))[:, 0]
     paged = lambda stack: stack.reshape(-1, size, stack.shape[1])
     for rows, dtype in ((16, "bfloat16"), (64, "bfloat16"), (64, "float32")):
-        owner = [i for i in range(rows) for _ in range(-(-(8 + 13 * i % 57) // size))]  # of each page
+        owner = [i for i in range(rows) for _ in range(-(-(8 + 13 * i % 57) // size))]  # the row of each page
         pages = len(owner)
         stack = array(pages * size, 4096, dtype=dtype)
         args = array(rows, 4096, dtype=dtype), stack, stack, *paged_lora.route(list(enumerate(owner)), pages)
@@ -141,11 +141,11 @@ def _w8a8(x: Array, w: Array, per_row: Array, scale: Array) -> Array:
 
 
 def _w8a8_gradient(g: Array, w: Array, per_row: Array) -> Array:
-    """g of int8, into which the scales of W's columns were folded, times the transposed W."""
+    """g in int8, with the column scales of W folded in, times the transposed W."""
     return (_multiply.product_of_codes("TF,DF->TD", g, w) * per_row).astype(jnp.bfloat16)
 
 
-def _left_to_xla() -> Iterator[Case]:
+def _without_kernel() -> Iterator[Case]:
     for m, k, n in ((16, 4096, 4096), (2048, 4096, 14336)):
         shape, flops = f"{m}x{k}x{n}", 2 * m * k * n
         row, scale = array(m, 1, dtype="float32"), array(n, dtype="float32")

@@ -1,8 +1,8 @@
-"""What kernels cost on a GPU that is here, or on an H100 that is not: its PTX assembled by ptxas, which counts.
+"""The cost of kernels on the GPU of this machine, or on an absent H100, from the statistics of ptxas.
 
-Registers and spills are those of the program that has most of them, shared memory that of the one that asks for most.
-Bytes are what operations read and write, each once: what the programs of a kernel read again, the rows of x, they find
-in the level-2 cache. Of the time on an absent GPU nothing is known: ptxas lists no schedule.
+Registers, spills and shared memory are the maxima over the programs. Bytes count every operand and result once: the
+rows of x, which a kernel's programs read repeatedly, are found in the L2 cache. Times on an absent GPU are not known,
+since ptxas prints no schedule.
 """
 
 import glob
@@ -21,20 +21,20 @@ from typing import TYPE_CHECKING, Any
 from common import chips
 from common.errors import UserError
 from common.types import Json
-from model.weights import Tree
 
 if TYPE_CHECKING:
     import jax
 
+    from model.weights import Tree
     from tools.kernel_report.cases import Case
 
-COLD = 128 * 2**20  # bytes of operands, more than twice what a level-2 cache holds: an H100's is 50 MiB
-CALLS = 16  # the most in a program that is timed, since each of them is compiled
+COLD = 128 * 2**20  # bytes of operands, more than twice an H100's L2 cache of 50 MiB
+CALLS = 16  # maximum calls in a timed program, since each of them is compiled
 ROUNDS = 7
 
 
 def report(cases: list["Case"], dump: str, here: bool) -> list[Json]:
-    """A row for each case: on the GPU that is `here`, timed, or on an absent H100. Raises UserError without either."""
+    """One row per case: timed on the GPU of this machine if `here`, else for an absent H100. Raises UserError."""
     from tools.plan import topology
 
     flags = f" --xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_emitter_re=ptx"
@@ -44,15 +44,14 @@ def report(cases: list["Case"], dump: str, here: bool) -> list[Json]:
 
 
 def present() -> "jax.Device":
-    """The first GPU of this machine. Raises UserError where JAX finds none."""
+    """The first GPU of this machine. Raises UserError if JAX finds none."""
     import jax
 
     try:
         return jax.devices("cuda")[0]
     except RuntimeError as e:
-        raise UserError(
-            f"JAX finds no GPU: {str(e).splitlines()[0]}", "--chip", "h100 compiles for an absent one"
-        ) from e
+        reason = str(e).splitlines()[0]
+        raise UserError(f"JAX finds no GPU: {reason}", "--chip", "h100 compiles for an absent one") from e
 
 
 def row(case: "Case", device: "jax.Device", dump: str, here: bool) -> Json:
@@ -60,7 +59,7 @@ def row(case: "Case", device: "jax.Device", dump: str, here: bool) -> Json:
 
     chip = chips.find(device.device_kind)
     least = size(case.args) + size(jax.eval_shape(case.xla, *case.args))
-    rates = {"bfloat16": 1, "int8": 2, "float8_e4m3fn": 2}  # of a tensor core, by what it multiplies
+    rates = {"bfloat16": 1, "int8": 2, "float8_e4m3fn": 2}  # relative rates of a tensor core, by dtype
     times = [least / chip.hbm_bandwidth.value] if chip else []
     times += [case.flops / (chip.tflops.value * 1e12 * rates[case.peak])] if chip and case.flops else []
     found = {"chip": device.device_kind, "case": case.name, "shape": case.shape, "bytes_least": least}
@@ -76,14 +75,14 @@ def row(case: "Case", device: "jax.Device", dump: str, here: bool) -> Json:
     return found
 
 
-def size(tree: Tree) -> int:
+def size(tree: "Tree") -> int:
     import jax
 
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def drawn(args: tuple, seed: int) -> "list[jax.Array]":
-    """Operands of a case: random ones of its shapes, and its own where it has values."""
+    """Operands of a case: its concrete arrays, and random ones for its abstract arrays."""
     import jax
     import jax.numpy as jnp
 
@@ -98,24 +97,24 @@ def drawn(args: tuple, seed: int) -> "list[jax.Array]":
 
 
 def seconds(f: Callable, args: tuple) -> float:
-    """That a call of `f` takes among others, its operands in memory: the calls of a program have each their own."""
+    """Seconds per call of `f` with operands in HBM: every call of the timed program has its own operands."""
     import jax
 
     calls = [drawn(args, i) for i in range(min(math.ceil(COLD / size(args)), CALLS))]
     program = jax.jit(lambda calls: [f(*args) for args in calls]).lower(calls).compile()
     jax.block_until_ready(program(calls))
-    took, runs = [], 10
+    times, runs = [], 10
     for _ in range(ROUNDS):
         start = time.perf_counter()
         for _ in range(runs):
             out = program(calls)
         jax.block_until_ready(out)
-        took.append((time.perf_counter() - start) / (runs * len(calls)))
-    return statistics.median(took)
+        times.append((time.perf_counter() - start) / (runs * len(calls)))
+    return statistics.median(times)
 
 
 def distance(ours: "jax.Array", theirs: "jax.Array") -> float:
-    """The norm of the difference over that of `theirs`."""
+    """The norm of the difference relative to that of `theirs`."""
     import jax.numpy as jnp
 
     ours, theirs = (x.astype(jnp.float32) for x in (ours, theirs))
@@ -131,18 +130,18 @@ def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
     from tools.plan import hlo
     from train import mesh as meshes
 
-    shutil.rmtree(dump)  # XLA makes it again
+    shutil.rmtree(dump)  # XLA creates it again
     mesh = meshes.make_mesh({}, [device])
     there = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P())) for a in args]
-    with jax.set_mesh(mesh):  # Pallas asks it what it compiles for
+    with jax.set_mesh(mesh):  # Pallas reads from it which device it compiles for
         program = jax.jit(f).lower(*there).compile()
-    told = "".join(assembled(path) for path in glob.glob(f"{dump}/*.ptx"))
+    counts = "".join(assembled(path) for path in glob.glob(f"{dump}/*.ptx"))
     shared = "".join(Path(p).read_text() for p in glob.glob(f"{dump}/*.thunk_sequence.txt"))
     most = lambda pattern, text: max(map(int, re.findall(pattern, text)), default=None)
     return {
-        "registers": most(r"Used (\d+) registers", told),
-        "spill_stores": most(r"(\d+) bytes spill stores", told),
-        "spill_loads": most(r"(\d+) bytes spill loads", told),
+        "registers": most(r"Used (\d+) registers", counts),
+        "spill_stores": most(r"(\d+) bytes spill stores", counts),
+        "spill_loads": most(r"(\d+) bytes spill loads", counts),
         "shared": most(r"shared_memory: (\d+) bytes", shared),
         "bytes_moved": int(hlo.Program(program.as_text(), 1).traffic()),
         "bytes_temporary": program.memory_analysis().temp_size_in_bytes,
@@ -150,7 +149,7 @@ def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
 
 
 def assembled(path: str) -> str:
-    """What ptxas says of the programs in a file; one without any it does not take."""
+    """The statistics that ptxas prints for a file; "" for a file without programs, which ptxas rejects."""
     text = Path(path).read_text()
     if ".entry" not in text:
         return ""
@@ -160,13 +159,10 @@ def assembled(path: str) -> str:
 
 
 def ptxas() -> str:
-    """The assembler of the CUDA wheels, whose folder has the version in its name, or that of the machine."""
+    """The path of ptxas: from the CUDA wheels, whose folder name holds the version, or from PATH."""
     nvidia = importlib.util.find_spec("nvidia")
-    found = (
-        [p for folder in nvidia.submodule_search_locations for p in glob.glob(f"{folder}/*/bin/ptxas")]
-        if nvidia
-        else []
-    )
+    folders = nvidia.submodule_search_locations if nvidia else []
+    found = [path for folder in folders for path in glob.glob(f"{folder}/*/bin/ptxas")]
     return found[0] if found else shutil.which("ptxas") or "ptxas"
 
 
@@ -176,17 +172,17 @@ def show(rows: list[Json]) -> None:
     from rich.table import Table
 
     heads = ("", "by", "registers", "spills", "shared", "bytes", "temporary", "us", "limit us", "off by")
-    what = "spills: bytes stored and loaded. bytes: moved, over the least. limit: of the least bytes, or of the FLOPs"
-    table = Table(*heads, title=f"{rows[0]['chip']}. {what}")
-    told = lambda value, form: "n/a" if value is None else form(value)
+    legend = "spills: bytes stored and loaded. bytes: moved over least. limit: by the least bytes or the FLOPs"
+    table = Table(*heads, title=f"{rows[0]['chip']}. {legend}")
+    shown = lambda value, form: "n/a" if value is None else form(value)
     for r in rows:
         for by in (by for by in ("kernel", "xla") if by in r):
             got, off = r[by], r.get("off_by") if by == "kernel" else None
             table.add_row(
-                f"{r['case']} {r['shape']}", by, told(got["registers"], str),
-                told(got["spill_stores"], lambda n, got=got: f"{n} / {got['spill_loads']}"),
-                told(got["shared"], lambda n: f"{n / 2**10:.1f} KiB"), f"{got['bytes_moved'] / r['bytes_least']:.2f}",
-                f"{got['bytes_temporary'] / 1e6:.2f} MB", told(got.get("us"), "{:.1f}".format),
-                told(r["limit_us"], "{:.1f}".format), told(off, "{:.0e}".format),
+                f"{r['case']} {r['shape']}", by, shown(got["registers"], str),
+                shown(got["spill_stores"], lambda n, got=got: f"{n} / {got['spill_loads']}"),
+                shown(got["shared"], lambda n: f"{n / 2**10:.1f} KiB"), f"{got['bytes_moved'] / r['bytes_least']:.2f}",
+                f"{got['bytes_temporary'] / 1e6:.2f} MB", shown(got.get("us"), "{:.1f}".format),
+                shown(r["limit_us"], "{:.1f}".format), shown(off, "{:.0e}".format),
             )  # fmt: skip
     Console(highlight=False, width=140).print(table)

@@ -1,7 +1,7 @@
-"""What a TPU's compiler scheduled, read from its listing of bundles: a bundle issues in one cycle when nothing stalls.
+"""Reads the schedule of a TPU program from the compiler's listing of bundles; without stalls, one issues per cycle.
 
-A loop is a branch back to the start of a region; its turns stand in its exit test. A region that a branch forward can
-skip and that holds neither a product nor a copy is what a kernel does in its first or its last step of a sum.
+A loop is a branch back to the start of a region; its exit test gives the number of iterations. A region that a forward
+branch can skip and that contains neither a product nor a copy runs only in the first or last step of a sum.
 """
 
 import itertools
@@ -15,29 +15,29 @@ _BRANCH = re.compile(r"sbr\.rel \([^)]*\) target = \$region(\d+)")
 _TURNS = re.compile(r"scmp\.ge\.s32\.totalorder [^,]*, (\d+) /\* loop exit test")
 _WORK = re.compile(r"\bvmatmul|\bdma\.")
 _SPILL = re.compile(r"vst\S* \[vmem:\[#allocation\d+_spill")
-DELAY = 4  # bundles behind a branch that still issue
-SMALL = 24  # bundles: what skips less is a guard of the pipeline
+DELAY = 4  # delay slots: bundles after a branch that still issue
+SMALL = 24  # bundles; a branch that skips fewer is a guard of the pipeline
 
 
 class Loop(NamedTuple):
-    start: int  # of its bundles
-    end: int  # behind the last
-    turns: int
+    start: int  # index of the first bundle
+    end: int  # one past the last
+    turns: int  # iterations
 
 
 class Schedule(NamedTuple):
-    """One program's bundles."""
+    """The schedule of one program."""
 
     cycles: int
-    hot: int  # bundles of a turn of the loop that takes longest
-    turns: int  # of it
-    products: int  # MXU instructions of a turn
-    spills: int  # vector registers stored in a turn because there were too few
-    known: bool  # whether every loop says how often it turns
+    hot: int  # bundles per iteration of the hottest loop
+    turns: int  # iterations of that loop
+    products: int  # MXU instructions per iteration
+    spills: int  # vector registers spilled per iteration
+    known: bool  # whether the iterations of every loop are known
 
 
 def bundles(text: str) -> list[str]:
-    """Instructions of each bundle; a comment may run over lines."""
+    """The instructions of each bundle; a comment may span lines."""
     found: list[str] = []
     for line in text.splitlines():
         if match := _BUNDLE.match(line):
@@ -48,7 +48,7 @@ def bundles(text: str) -> list[str]:
 
 
 def read(text: str, sums: int = 1) -> Schedule:
-    """The schedule of a listing; of a kernel that adds up over `sums` steps, one in `sums` begins or ends a sum."""
+    """The schedule of a listing. If a kernel sums over `sums` steps, one step in `sums` begins or ends a sum."""
     code = bundles(text)
     starts = {region: i for i, b in enumerate(code) for region in _START.findall(b)}
     jumps = [(i, starts[r]) for i, b in enumerate(code) for r in _BRANCH.findall(b) if r in starts]
@@ -86,7 +86,7 @@ def _count(pattern: str, code: list[str]) -> int:
 
 
 def _turns(body: list[str]) -> int | None:
-    """By its last exit test. A pipelined loop over windows turns twice more, to fill and to drain."""
+    """Iterations, from the last exit test. A pipelined loop over windows has two more, to fill and to drain."""
     tests = [int(n) for b in body for n in _TURNS.findall(b)]
     if not tests:
         return None

@@ -1,12 +1,12 @@
-"""What it takes to run an experiment elsewhere: the exact commands, from quota to report to cleanup.
+"""Runs an experiment on another machine: prints the exact commands, from quota to report to cleanup, or runs them.
 
     python -m tools.launch --on=tpu-vm|queued|mig|gke|slurm|local --accelerator=v5e-16 --config=configs/X.py
         --workdir=runs/NAME [--config.key=value ...] [--name=N] [--zone=Z --project=P] [--spot] [--nfs=HOST:/SHARE]
         [--bucket=gs://B] [--slices=2 (gke)] [--go [--from=STEP]]
 
-Checks the config and the mesh, then prints the commands; --go runs them one by one and stops at the first that fails. A
-run that exits with 75 is started again; a machine that was taken away is replaced, and the same command goes on from
-the last checkpoint. The commands, and where they were read, are in tools/launch/targets.toml.
+Checks the config and the mesh, then prints the commands. --go runs them one by one and stops at the first that fails; a
+run that exits with 75 is started again, a preempted machine is replaced, and the same command resumes from the last
+checkpoint. The commands and their sources are in tools/launch/targets.toml.
 """
 
 import math
@@ -31,9 +31,9 @@ TABLE = tomllib.loads(Path(__file__).with_name("targets.toml").read_text("utf-8"
 FLAGS = dict.fromkeys(("on", "accelerator", "zone", "project", "bucket", "nfs", "from"), "")
 FLAGS |= {"name": "kungfu", "spot": False, "go": False, "slices": 1}
 LOST = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "SUSPENDED", "SUSPENDING", "FAILED")
-# Exit codes of train.main that no other machine would change.
+# Exit codes of train.main that another machine would not change.
 OWN_CODES = (exits.INPUT, exits.BROKEN, exits.BELOW_FLOOR)
-POLL = 30.0  # seconds between two looks at a machine's state
+POLL = 30.0  # seconds between checks of a machine's state
 
 
 class Slice(NamedTuple):
@@ -42,7 +42,7 @@ class Slice(NamedTuple):
     product: str
     type: str  # its name for the Cloud TPU API and xpk
     chips: int
-    host: int  # chips a host
+    host: int  # chips per host
 
     @property
     def hosts(self) -> int:
@@ -51,8 +51,8 @@ class Slice(NamedTuple):
 
 class Plan(NamedTuple):
     target: Json
-    steps: dict[str, list[str]]  # step -> words of its command, of the steps that apply
-    files: dict[str, str]  # what the steps read besides the repository
+    steps: dict[str, list[str]]  # step -> words of its command, only steps that apply
+    files: dict[str, str]  # files that the steps read besides the repository
 
     def names(self, part: str) -> list[str]:
         return [name for name in self.target.get(part, ()) if name in self.steps]
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def slice_of(name: str, target: Json) -> Slice:
-    """The slice or the GPUs of a product name. Raises UserError."""
+    """The TPU slice or GPUs with this product name. Raises UserError."""
     from common import chips
 
     product, _, size = name.lower().replace("v5litepod", "v5e").partition("-")
@@ -83,80 +83,84 @@ def slice_of(name: str, target: Json) -> Slice:
         return Slice("", "this computer", 1, 1)
     if target["kind"] == "gpu":
         if row or not n or not chips.find(product):
-            raise UserError(f"no GPUs by the name {name!r}", "--accelerator", "write h100-8: the chip and how many")
+            raise UserError(f"unknown GPUs {name!r}", "--accelerator", "write the chip and the number, such as h100-8")
         return Slice(product, name, n, math.gcd(n, 8))
     if row is None:
-        raise UserError(f"no TPU by the name {name!r}", "--accelerator", f"one of {', '.join(TABLE['generations'])}")
+        raise UserError(f"unknown TPU {name!r}", "--accelerator", f"one of {', '.join(TABLE['generations'])}")
     count = n / row["cores"]
     if f"{count:g}" not in row["topologies"]:
         known = ", ".join(f"{product}-{int(c) * row['cores']}" for c in row["topologies"])
-        raise UserError(f"no slice {name!r}", "--accelerator", f"one of {known}; {row['cores']} to a chip")
+        raise UserError(f"no slice {name!r}", "--accelerator", f"one of {known}; {row['cores']} per chip")
     if target["kind"] not in row:
         where = [f"--on={on}" for on, other in TABLE["targets"].items() if other["kind"] in row]
-        raise UserError(f"{product} is not offered there", "--on", f"use {' or '.join(where)}")
+        raise UserError(f"{product} is not offered by this interface", "--on", f"use {' or '.join(where)}")
     single = row["host"] if target["kind"] == "runtime" else 4
     return Slice(product, f"{row['type']}-{n}", int(count), min(int(count), single if count <= single else 4))
 
 
 def check(flags: Json, target: Json, a: Slice, config: Any) -> None:
-    """Raises UserError for an option that is missing or of another form, and for a mesh that is not this slice."""
+    """Raises UserError for missing or malformed options, and for a mesh that does not fit the slice."""
     from common import chips
     from train.mesh import mesh_shape
 
     for option, form in (TABLE["forms"] | {"workdir": target["workdir"]}).items():
         if (flags[option] or option in target["needs"]) and not re.fullmatch(form, flags[option]):
-            raise UserError(f"{flags[option]!r} is not of the form {form}", f"--{option}", target.get("fix", ""))
+            raise UserError(f"{flags[option]!r} does not match {form}", f"--{option}", target.get("fix", ""))
     slices = flags["slices"]
     if slices < 1 or (slices > 1 and not target.get("slices")):
         where = [on for on, other in TABLE["targets"].items() if other.get("slices")]
-        raise UserError(f"{slices} slices", "--slices", f"1, or more with --on={' or '.join(where)}")
+        raise UserError(f"{slices} slices are not supported", "--slices", f"1, or more with --on={' or '.join(where)}")
     if target["kind"]:
         shape = mesh_shape(config.mesh, slices * a.chips * chips.find(a.product).devices)
         if shape[0] % slices:
-            fix = f"slices split the data axis: make it a multiple of {slices}"
-            raise UserError(f"data {shape[0]} on {slices} slices", "config.mesh.data", fix)
+            fix = f"make it a multiple of {slices}: slices split the data axis"
+            raise UserError(f"data axis {shape[0]} cannot be split over {slices} slices", "config.mesh.data", fix)
     shared = flags["nfs"] or flags["workdir"].startswith(STORE)
     if target.get("hosts") and not shared and (flags["spot"] or a.hosts > 1):
-        why = f"{a.hosts} hosts must see one run folder" if a.hosts > 1 else "a spot machine takes its disk along"
-        raise UserError(
-            why, "--nfs", "name a share that the machines reach, as 10.0.0.2:/share, or a --workdir at gs://"
-        )
+        why = f"{a.hosts} hosts need a shared run folder" if a.hosts > 1 else "a preempted spot VM loses its disk"
+        raise UserError(why, "--nfs", "name an NFS share, such as 10.0.0.2:/share, or a --workdir at gs://")
 
 
 def make(flags: Json, target: Json, a: Slice, args: overrides.Args) -> Plan:
-    """Every command of a target; nothing is in them that was not checked or quoted."""
-    row, spot, name = TABLE["generations"].get(a.product, {}), flags["spot"], flags["name"]
+    """Every command of a target, made only of checked or quoted values."""
+    row, name = TABLE["generations"].get(a.product, {}), flags["name"]
     values = {**flags, **row, **a._asdict(), "hosts": a.hosts, "region": flags["zone"].rpartition("-")[0]}
     values |= {"topology": row.get("topologies", {}).get(str(a.chips)), "machine": f"{row.get('machine')}-{a.host}t"}
-    # Only --nfs and several hosts make these steps; an empty group of words drops out of its command.
-    absent = {"mount": not flags["nfs"], "policy": a.hosts == 1, "delete-policy": a.hosts == 1}
-    values |= {"packages": "base", "lines": f"kungfu/{flags['workdir']}", "page": flags["workdir"]}
-    if flags["workdir"].startswith(STORE):  # the run is in its bucket already; a host has a copy of its lines
-        absent |= dict.fromkeys(("fetch-vm", "fetch-bucket", "keep"), True)
+    omitted = set()  # steps and scripts
+    if not flags["nfs"]:
+        omitted.add("mount")
+    if a.hosts == 1:
+        omitted |= {"policy", "delete-policy"}
+    if flags["workdir"].startswith(STORE):  # the run is already in its bucket; hosts have a copy of its metrics
+        omitted |= {"fetch-vm", "fetch-bucket", "keep"}
         values |= {"packages": "cloud", "lines": "~/.cache/kungfu/runs/*", "page": f"runs/{name}"}
+    else:
+        values |= {"packages": "base", "lines": f"kungfu/{flags['workdir']}", "page": flags["workdir"]}
     groups = {k: words.format(**values).split() for k, words in TABLE["groups"].items()}
-    groups |= {k: groups[k] * spot for k in ("spot", "model")}
-    groups["capacity"] = groups["capacity"][:1] if spot else groups["capacity"][1:]
-    groups["slice"] *= a.hosts > 1
+    groups["capacity"] = ["--spot"] if flags["spot"] else ["--on-demand"]
+    if not flags["spot"]:
+        groups["spot"] = groups["model"] = []  # an empty group drops out of its command
+    if a.hosts == 1:
+        groups["slice"] = []
     groups["train"] = train_command(args, target, a.hosts)
-    values |= {"train": shlex.join(groups["train"])}
+    values["train"] = shlex.join(groups["train"])
     for script, text in TABLE["scripts"].items():
-        values[script] = "true" if absent.get(script) else text.format(**values)
-    used = {s for part in target.values() if isinstance(part, list) for s in part if not absent.get(s)}
+        values[script] = "true" if script in omitted else text.format(**values)
+    used = {s for part in target.values() if isinstance(part, list) for s in part} - omitted
     steps = {s: fill(text, values, groups) for s, text in TABLE["steps"].items() if s in used}
     return Plan(target, steps, {f"{name}.boot.sh": values["boot"]} if "template" in target["go"] else {})
 
 
 def train_command(args: overrides.Args, target: Json, hosts: int) -> list[str]:
-    """The run, as the user wrote it. JAX_NUM_PROCESSES tells it of the hosts of the slice: see train/keep/hosts.py."""
-    several = ["env", f"JAX_NUM_PROCESSES={hosts}"] * (target.get("hosts", False) and hosts > 1)
+    """The run as the user wrote it. JAX_NUM_PROCESSES is the number of hosts of the slice; see train/keep/hosts.py."""
+    several = ["env", f"JAX_NUM_PROCESSES={hosts}"] if target.get("hosts") and hosts > 1 else []
     config = f"{args.config}:{args.arg}" if args.arg else args.config
     keys = [f"--config.{key}={text}" for key, text in args.overrides.items()]
     return [*several, target["python"], "-m", "train.main", f"--config={config}", f"--workdir={args.workdir}", *keys]
 
 
 def fill(template: str, values: Json, groups: Mapping[str, list[str]]) -> list[str]:
-    """The words of a command, each filled in by itself: what a value holds never becomes a word of its own."""
+    """The words of a command, each filled in separately, so that a value never becomes several words."""
     words = shlex.split(template)
     return [x for w in words for x in (groups[w[1:-1]] if w[1:-1] in groups else [w.format(**values)])]
 
@@ -166,12 +170,12 @@ def show(plan: Plan, a: Slice, flags: Json) -> int:
 
     chip, slices, spot = chips.find(a.product), flags["slices"], flags["spot"]
     usd = chip and (chip.usd_hour_spot if spot else chip.usd_hour)
-    cost = f"about ${slices * a.chips * usd.value:,.2f} an hour{' spot' * spot} ({usd.date})" if usd else "price n/a"
+    cost = f"about ${slices * a.chips * usd.value:,.2f} per hour{' spot' * spot} ({usd.date})" if usd else "price n/a"
     times = f"{slices} x " if slices > 1 else ""
     print(f"# {times}{a.type}: chips {slices * a.chips}, hosts {slices * a.hosts}, {cost}")
     print(f"# Commands as of {TABLE['date']}: {plan.target['link']}")
     for name, text in plan.files.items():
-        print(f"# {name}, which --go writes:", *text.splitlines(), sep="\n#   ")
+        print(f"# {name}, written by --go:", *text.splitlines(), sep="\n#   ")
     for part, title in TABLE["titles"].items():
         if names := plan.names(part):
             print(f"\n# {title}", *(f"{shlex.join(plan.steps[n])}  # {n}" for n in names), sep="\n")
@@ -185,10 +189,10 @@ def go(plan: Plan, start: str = "") -> int:
     names = plan.names("go")
     for name in names[names.index(start) if start else 0 :]:
         if code := attend(plan, name) if name.startswith("run") else execute(plan, name):
-            print(f"{name} ended with exit code {code}; mend it and go on with --from={name}", file=sys.stderr)
+            print(f"{name} ended with exit code {code}; fix the cause and continue with --from={name}", file=sys.stderr)
             for n in names + plan.names("later"):
                 if n.startswith("delete"):
-                    print(f"what was made stays and costs until: {shlex.join(plan.steps[n])}", file=sys.stderr)
+                    print(f"resources stay and cost money until: {shlex.join(plan.steps[n])}", file=sys.stderr)
             return code
     for name in plan.names("watch") + plan.names("later"):
         print(f"{'while it runs' if name.startswith('watch') else 'then'}: {shlex.join(plan.steps[name])}")
@@ -196,13 +200,13 @@ def go(plan: Plan, start: str = "") -> int:
 
 
 def attend(plan: Plan, name: str) -> int:
-    """Trains until it is done or broken: again after 75, on new machines when the old ones are lost."""
+    """Trains until done or failed: restarts after exit code 75, and on new machines if the old ones are lost."""
     while code := execute(plan, name):
         if code == exits.PREEMPTED:
             continue
         if code in OWN_CODES or not lost(plan):
             return code
-        print("the machines were taken away: replacing them", file=sys.stderr)
+        print("the machines were preempted: replacing them", file=sys.stderr)
         for step in plan.names("again"):
             if failed := execute(plan, step):
                 return failed
@@ -210,7 +214,7 @@ def attend(plan: Plan, name: str) -> int:
 
 
 def lost(plan: Plan) -> bool:
-    """Whether the machines are gone. A connection breaks before the state says so, hence several looks."""
+    """Whether the machines are gone. Checks several times, since a connection breaks before the state changes."""
     for command in [plan.steps[n] for n in plan.names("state")] * 4:
         if state_of(command) in LOST:
             return True
@@ -223,7 +227,7 @@ def state_of(command: list[str]) -> str:
 
 
 def execute(plan: Plan, name: str) -> int:
-    """Runs one step, its output on ours; one that tells a state is asked until it says ACTIVE."""
+    """Runs one step and passes on its output; a step that prints a state is repeated until it prints ACTIVE."""
     command = plan.steps[name]
     print(f"+ {shlex.join(command)}", flush=True)
     try:

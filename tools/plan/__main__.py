@@ -1,17 +1,16 @@
-"""What a run would hold, send and take on TPUs or GPUs that are not here: its very step, compiled on this CPU.
+"""Memory, communication and speed of a run on TPUs or GPUs that are not present: compiles its step on this CPU.
 
     python -m tools.plan --config=configs/X.py --topology=v5e:4x4 [--slices=2] [--config.key=value ...] [--json]
     python -m tools.plan --config=configs/X.py --topology=v5p:2x2x1 --search [--minutes=15]
     python -m tools.plan --config=configs/X.py --topology=h100:8
     python -m tools.plan --config=configs/X.py --parameters [--devices=16]
 
-`--slices=2` joins two of them by the data center's network, over the data axis. `--what=decode` plans one token of
-`data.batch_size` rows behind a cache of `data.seq_len`. `--search` tries meshes, remat policies, batches and
-accumulation, and ranks what fits by planned tokens/s; it begins no plan after `--minutes`. TPUs need
-requirements/tpu.txt, and H100s, up to eight of a machine, requirements/gpu.txt. `--parameters` says where every
-parameter is placed on the mesh: its shape, its axes, its bytes per device; an axis of -1 takes what remains of
-`--devices`, and counts as 1 without it. Exit code 2: the input must change, or
-the plan does not fit.
+`--slices=2` joins two slices by the data center network, along the data axis. `--what=decode` plans one decoding step
+of `data.batch_size` rows with a cache of `data.seq_len` tokens. `--search` tries meshes, remat policies, batch sizes
+and accumulation, and ranks those that fit by planned tokens/s; it starts no plan after `--minutes`. TPUs need
+requirements/tpu.txt; H100s, up to eight of one machine, need requirements/gpu.txt. `--parameters` prints the shape,
+mesh axes and bytes per device of every parameter; a mesh axis of -1 takes the rest of `--devices`, or 1 without it.
+Exit code 2: the input must change, or the plan does not fit.
 """
 
 import json
@@ -66,11 +65,12 @@ def plan(cfg: Config, devices: list[Any], flags: Json) -> Json:
 
 
 def search(cfg: Config, devices: list[Any], flags: Json) -> list[Json]:
-    """What fits, by planned tokens/s, of what was tried within `--minutes`.
+    """The plans that fit, of those tried within `--minutes`, sorted by planned tokens/s.
 
-    First every remat policy with all devices on fsdp; then the best of them with 2, 4 or 8 on tensor, as long as that
-    gains. Each starts from the best batch so far, at first the config's: rows are halved until they fit, or doubled
-    while that gains 2 %. At the end a config's batch that is larger than the best is tried in parts of that size.
+    First, every remat policy with all devices on fsdp; then the best policy with 2, 4 or 8 devices on tensor, as long
+    as that is faster. Each search starts from the best batch size so far (at first the config's), which is halved until
+    it fits or doubled while that gains 2 %. Finally, if the config's batch is larger than the best one, it is tried
+    with gradient accumulation.
     """
     from train import inputs
 
@@ -78,28 +78,31 @@ def search(cfg: Config, devices: list[Any], flags: Json) -> list[Json]:
     end = time.monotonic() + 60 * flags["minutes"]
 
     def attempt(changes: Json) -> float:
-        """Planned tokens/s, the geometric mean of the range; 0 when it does not fit, or when time is over."""
+        """Planned tokens/s, the geometric mean of the range; 0 if it does not fit or the time is up."""
         if time.monotonic() > end:
             return 0.0
         changed, _ = schema.resolve(cfg, changes)
         got = plan(changed, devices, flags)
         rate = math.prod(got["tokens_per_second"]) ** 0.5 if got["fits"] else 0.0
-        told = f"{rate:,.0f} tokens/s" if rate else "does not fit"
-        print(" ".join(f"{k}={v}" for k, v in changes.items()), "·", told, file=sys.stderr, flush=True)
-        found.extend([got | {"changes": changes, "rank": rate}] if rate else [])
+        result = f"{rate:,.0f} tokens/s" if rate else "does not fit"
+        print(" ".join(f"{k}={v}" for k, v in changes.items()), "·", result, file=sys.stderr, flush=True)
+        if rate:
+            found.append(got | {"changes": changes, "rank": rate})
         return rate
 
     def climb(tensor: int, remat: str, rows: int) -> tuple[float, int, str]:
-        """(tokens/s, rows, remat) of the batch where a mesh does best."""
+        """(tokens/s, rows, remat) of the best batch size for a mesh."""
         shards = len(devices) // tensor
         mesh = {"mesh.data": 1, "mesh.fsdp": shards, "mesh.tensor": tensor, "model.remat": remat}
         rows = start = max(rows // shards, 1) * shards
-        while not (rate := attempt(mesh | {"data.batch_size": rows, "accum": 1})) and rows >= 2 * shards:
+        speed = lambda rows: attempt(mesh | {"data.batch_size": rows, "accum": 1})
+        while not (rate := speed(rows)) and rows >= 2 * shards:
             rows = rows // shards // 2 * shards
-        while (
-            rate and rows >= start and (new := attempt(mesh | {"data.batch_size": 2 * rows, "accum": 1})) > 1.02 * rate
-        ):
-            rows, rate = 2 * rows, new
+        faster = bool(rate) and rows == start
+        while faster:
+            doubled = speed(2 * rows)
+            if faster := doubled > 1.02 * rate:
+                rows, rate = 2 * rows, doubled
         return rate, rows, remat
 
     best = (0.0, cfg.data.batch_size, "full")
@@ -121,26 +124,26 @@ def show(p: Json) -> None:
     rows = [("slice", f"{p['topology']}, {d['devices']} devices of type {p['device']}: {axes(p['mesh'])}")]
     rows += [("step", f"{p['what']}, {p['rows']} rows, accum {p['accum']}; attention: {d['attention']}")]
     rows += [("parameters", f"{d['parameters']:,}, of which {d['trained']:,} train")]
-    rows += [(f"{kind.replace('_', ' ')} a device", size(n)) for kind, n in p["bytes"].items()]
+    rows += [(f"{kind.replace('_', ' ')} per device", size(n)) for kind, n in p["bytes"].items()]
     if not p["fits"]:
-        return table([*rows, ("fits", f"no: {p['verdict']}"), ("turn", p["turn"])])
+        return table([*rows, ("fits", f"no: {p['verdict']}"), ("to make it fit", p["turn"])])
     rows += [("fits", f"yes: {p['verdict']}")]
-    rows += [("a large array", f"{size(n)} {shape} of {source}") for n, shape, source in p["largest"]]
+    rows += [("large array", f"{size(n)} {shape} of {source}") for n, shape, source in p["largest"]]
     for axis, kinds in p["sent"].items():
         text = ", ".join(f"{kind} {size(n)}" for kind, n in sorted(kinds.items()))
-        rows += [(f"sent over {axis}", f"{text} a device and step")]
-    rows += [("FLOPs a step", f"{p['flops_per_step']:.4g}, with recomputation {p['flops_with_recomputation']:.4g}")]
-    rows += [(f"{name} alone", span(t, ",.4f") + " s") for name, t in p.get("seconds_by", {}).items()]
-    rows += [("a step", span(p.get("seconds"), ",.4f") + " s"), ("tokens/s", span(p.get("tokens_per_second")))]
+        rows += [(f"sent over {axis}", f"{text} per device and step")]
+    rows += [("FLOPs per step", f"{p['flops_per_step']:.4g}, with recomputation {p['flops_with_recomputation']:.4g}")]
+    rows += [(f"time for {name}", span(t, ",.4f") + " s") for name, t in p.get("seconds_by", {}).items()]
+    rows += [("time per step", span(p.get("seconds"), ",.4f") + " s"), ("tokens/s", span(p.get("tokens_per_second")))]
     rows += [("MFU", span(p.get("mfu"), ".1%") + " at these bounds")]
     rows += [(f"whole run: {name.replace('_', ' ')}", span(v, ",.1f")) for name, v in p.get("run", {}).items()]
     table(rows, *p["assumed"])
 
 
 def rank(found: list[Json]) -> None:
-    """Prints what fits, the fastest first."""
-    told = lambda p: " ".join(f"--config.{k}={v}" for k, v in p["changes"].items())
-    line = lambda p: (f"{span(p['tokens_per_second'])} tokens/s", f"peak {size(p['bytes']['peak'])}", told(p))
+    """Prints the plans that fit, the fastest first."""
+    keys = lambda p: " ".join(f"--config.{k}={v}" for k, v in p["changes"].items())
+    line = lambda p: (f"{span(p['tokens_per_second'])} tokens/s", f"peak {size(p['bytes']['peak'])}", keys(p))
     table([line(p) for p in found] or [("nothing fits",)])
 
 
@@ -155,7 +158,7 @@ def table(rows: list[tuple[str, ...]], *notes: str) -> None:
 
     grid = Table(show_header=False)
     for row in rows:
-        grid.add_row(*map(Text, row))  # a shape in brackets is no markup
+        grid.add_row(*map(Text, row))  # as Text, since brackets around a shape are not markup
     Console(highlight=False).print(grid, *notes, sep="\n", markup=False)
 
 

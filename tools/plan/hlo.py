@@ -1,7 +1,8 @@
-"""What a compiled program sends between its devices and moves through memory, read from its HLO text.
+"""The bytes that a compiled program sends between devices and moves through memory, read from its HLO text.
 
-A loop's body counts as often as it turns. An async collective that XLA cut into several fusions has a chain_id and the
-same channel in each, and counts once. An all-reduce in an `all-reduce-scatter` fusion moves what a reduce-scatter does.
+The body of a loop counts once per iteration. An async collective that XLA splits into several fusions has a chain_id
+and the same channel in each of them, and counts once. An all-reduce in an `all-reduce-scatter` fusion counts as a
+reduce-scatter.
 """
 
 import collections
@@ -44,13 +45,14 @@ class Op(NamedTuple):
 
     @property
     def source(self) -> str:
-        """The operation of the model that it serves."""
+        """The operation of the model that it was compiled from."""
         found = re.search(r'op_name="([^"]*)"', self.attrs)
         return found[1] if found else ""
 
 
 class Program:
-    """Computations by name, and how often each one runs; a loop whose length depends on data, `unknown_trips` times."""
+    """Computations by name, and how often each one runs. A loop whose length depends on data counts `unknown_trips`
+    iterations."""
 
     def __init__(self, text: str, unknown_trips: float):
         self.ops: dict[str, dict[str, Op]] = {}
@@ -75,7 +77,7 @@ class Program:
                 self._count(inner, times * (self.trips(name, op) if op.kind == "while" else 1.0))
 
     def trips(self, where: str, loop: Op) -> float:
-        """Turns of a while loop that counts up to a constant; a TPU's HLO does not say `known_trip_count`."""
+        """Iterations of a while loop that counts up to a constant; TPU HLO does not contain `known_trip_count`."""
         if m := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.attrs):
             return int(m[1])
         condition, body = (re.search(rf"\b{k}=%([\w.\-]+)", loop.attrs)[1] for k in ("condition", "body"))
@@ -99,7 +101,7 @@ class Program:
         return None
 
     def sent(self, mesh_shape: dict[str, int]) -> dict[str, dict[str, float]]:
-        """Bytes that one device sends, by the mesh axes that a collective spans ("fsdp", "data+fsdp") and its kind."""
+        """Bytes sent per device, by the mesh axes that a collective spans ("fsdp", "data+fsdp") and by its kind."""
         found: dict[str, tuple[float, str, str]] = {}
         for where, ops in self.ops.items():
             for op in ops.values() if self.times[where] else ():
@@ -128,14 +130,14 @@ class Program:
         return out
 
     def _outer(self) -> Iterator[tuple[str, Op]]:
-        """Operations that run outside of fusions and move arrays, with their computations."""
+        """(computation, operation) of the operations outside fusions that move arrays."""
         inner = {c for ops in self.ops.values() for op in ops.values() if op.kind in FUSIONS for c in op.called}
         for where, ops in self.ops.items():
             if where not in inner and self.times[where]:
                 yield from ((where, op) for op in ops.values() if op.kind not in ALIASES)
 
     def largest(self, n: int) -> list[tuple[int, str, str]]:
-        """(bytes, type, source) of the largest arrays that operations write, one a type."""
+        """(bytes, type, source) of the largest arrays that operations write, one per type."""
         seen: dict[str, tuple[int, str, str]] = {}
         for _, op in self._outer():
             for shape in (f"{m[0]}[{m[1]}]" for m in ARRAY.findall(op.type) if op.source):
@@ -143,9 +145,9 @@ class Program:
         return sorted(seen.values(), reverse=True)[:n]
 
     def traffic(self) -> float:
-        """Bytes that operations read and write, but for what the compiler keeps in vector memory (space 1).
+        """Bytes that operations read and write, except those kept in vector memory (space 1).
 
-        Of an operand that an operation only slices the slices count, and of an update in place the update.
+        If an operation only slices an operand, just the slices count; for an update in place, just the update.
         """
         total = 0.0
         for where, op in self._outer():
@@ -153,7 +155,7 @@ class Program:
             root = self.roots[op.called[0]] if op.kind in FUSIONS else op
             order = {int(o.operands[0]): o.name for o in inside.values() if o.kind == "parameter"}
             update = inside.get(root.operands[1]) if root.kind == "dynamic-update-slice" else None
-            made = root if op.kind == "fusion-start" else op  # the type of a start has its operands, too
+            made = root if op.kind == "fusion-start" else op  # the type of a start includes its operands
             moved = nbytes((update or made).type) if "S(1)" not in op.type else 0
             for i, operand in enumerate(op.operands):
                 if (given := self.ops[where].get(operand)) and "S(1)" not in given.type:
@@ -172,7 +174,7 @@ def _read(inside: dict[str, Op], name: str, whole: int) -> int:
 
 
 def parse(line: str) -> Op | None:
-    """`%name = type kind(operands), attrs`; a tuple's type holds spaces between its brackets."""
+    """Parses `%name = type kind(operands), attrs`; the type of a tuple contains spaces inside its brackets."""
     m = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
     if not m:
         return None
@@ -183,7 +185,7 @@ def parse(line: str) -> Op | None:
 
 
 def _until(text: str, depth: int, stop: str) -> tuple[str, str]:
-    """Splits at the first `stop` outside of all brackets."""
+    """Splits at the first `stop` outside all brackets."""
     for i, c in enumerate(text):
         depth += (c in "([{") - (c in ")]}")
         if c == stop and not depth:
@@ -192,7 +194,7 @@ def _until(text: str, depth: int, stop: str) -> tuple[str, str]:
 
 
 def nbytes(type_: str) -> int:
-    """Bytes of all arrays in an HLO type; layouts and padding left out."""
+    """Bytes of all arrays in an HLO type, without layouts and padding."""
     bits = lambda dtype: BITS[dtype] if dtype in BITS else int(re.search(r"\d+", dtype)[0])
     return sum(math.prod(_ints(dims)) * bits(dtype) for dtype, dims in ARRAY.findall(type_)) // 8
 
@@ -202,14 +204,14 @@ def _ints(text: str) -> list[int]:
 
 
 def _megascale(attrs: str) -> int:
-    """How many slices a transfer between them joins: {1,2}x{0:3} are slices 1 and 2, {1:4}x{0:3} four."""
+    """Number of slices that a transfer connects: {1,2}x{0:3} are slices 1 and 2, {1:4}x{0:3} are four slices."""
     inside = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', attrs)[1]
     ranges = [_ints(part) for part in inside.split(",")]
     return sum(r[-1] - r[0] + 1 for r in ranges)
 
 
 def device_groups(attrs: str, devices: int) -> np.ndarray:
-    """[groups, members] partition ids, from any of the forms in which HLO writes them; of a permute, its pairs."""
+    """[groups, members] partition ids in any HLO notation; for a permute, its pairs."""
     if m := re.search(r"(source_target_pairs|replica_groups)=\{(\{.*?\})\}", attrs):
         return np.array([_ints(g) for g in m[2].split("},")])
     if m := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attrs):
@@ -226,7 +228,7 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
 
 
 def _named(m: re.Match) -> np.ndarray:
-    """mesh['a'=4,'b'=2] {'a'}: one group a value of b. 'a':(2)2 is a part of a: 2 major positions, then 2 members."""
+    """mesh['a'=4,'b'=2] {'a'}: one group per index of b. 'a':(2)2 is a part of a: 2 major positions, then 2 members."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", m[1])}
     ids = _iota(m[2], m[3]) if m[2] else np.arange(math.prod(sizes.values()))
     shape, members = [], []
@@ -240,7 +242,7 @@ def _named(m: re.Match) -> np.ndarray:
 
 
 def spanned(groups: Iterable, mesh_shape: dict[str, int]) -> tuple[str, ...]:
-    """Mesh axes along which members of a group differ; partition i lies at the i-th place of the mesh."""
+    """Mesh axes along which members of a group differ; partition i is the i-th position of the mesh."""
     coords = np.stack(np.unravel_index(np.asarray(groups), tuple(mesh_shape.values())))  # [axes, groups, members]
     differ = (coords != coords[..., :1]).any(axis=(1, 2))
     return tuple(a for a, d in zip(mesh_shape, differ) if d)

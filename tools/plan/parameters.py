@@ -1,4 +1,4 @@
-"""Where every parameter of a run is placed: its shape, logical axes, mesh axes, and bytes on one device."""
+"""A table of a run's parameters: shape, logical axes, mesh axes and bytes per device."""
 
 from typing import Any
 
@@ -6,14 +6,15 @@ from common.types import Config
 
 
 def table(cfg: Config, devices: int = 0) -> str:
-    """A line for every parameter and for the whole; "*" marks those that train. Roles beside the policy are copies."""
+    """One line per parameter and one for the sum; "*" marks trained ones. Only the policy is listed, not other
+    roles."""
     from model import weights
     from train import cost
     from train.plan import blueprint
 
     plan = blueprint(cfg, devices)
     policy, places = plan.abstract.role("policy"), plan.shardings.role("policy")
-    rows = [("parameter", "shape", "dtype", "logical axes", "mesh axes", "bytes a device")]
+    rows = [("parameter", "shape", "dtype", "logical axes", "mesh axes", "bytes per device")]
 
     def row(path: str, x: Any, place: Any, names: tuple, trains: bool) -> None:
         axes = ", ".join(str(a or "-") for a in place.spec)

@@ -1,4 +1,4 @@
-"""A step compiled for given devices, and what the compiler and the equations say of it."""
+"""Compiles a step for given devices and derives its memory, traffic, time and cost."""
 
 import math
 import re
@@ -15,23 +15,23 @@ from common.types import Config, Json
 from data.rows import batch as batches
 from infer import generate, sample
 from model.net import head
-from tools.plan import gpu, hlo
+from tools.plan import hlo, topology
 from train import cost, init
 from train import mesh as meshes
 from train import plan as plans
 from train.step import compile_step
 
 ASSUMED = (
-    "time: low, everything overlaps at the chip's peaks and HBM is read and written once; high, nothing overlaps, what"
-    " an operation reads and writes crosses HBM, and a collective has the links of one torus axis; in neither is"
-    " a kernel below the chip's peaks, as many are: the one step of a GPU that was timed took 1.3 times the high end",
-    "every slot of a batch is a token of the loss; loops over the chunks of the head run to their end",
-    "money and energy: steps alone, without compiling, evaluation and waiting",
+    "time, low end: everything overlaps at the chip's peak rates, and HBM is read and written once; high end: nothing"
+    " overlaps, every operand and result passes through HBM, and a collective uses the links of one torus axis. Both"
+    " assume kernels at peak rates, which many do not reach: the only GPU step timed took 1.3 times the high end",
+    "every position of a batch counts in the loss; loops over the chunks of the head run to their end",
+    "money and energy: only steps, without compilation, evaluation and waiting",
 )
 
 
 def plan(cfg: Config, model: Any, devices: list[jax.Device], what: str = "train") -> Json:
-    """Everything that tools.plan prints, of one step of `what`: "train" or "decode" (one token a row)."""
+    """The plan of one step of `what`: "train", or "decode" (one token per row)."""
     mesh = meshes.make_mesh(cfg.mesh, devices)
     rows, shards = cfg.data.batch_size, meshes.row_shards(cfg, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
@@ -53,13 +53,13 @@ def plan(cfg: Config, model: Any, devices: list[jax.Device], what: str = "train"
     memory = compiled.memory_analysis()
     held |= {"arguments": memory.argument_size_in_bytes, "temp": memory.temp_size_in_bytes}
     held["peak"] = memory.peak_memory_in_bytes
-    fits, verdict = gpu.room(held["peak"]) if devices[0].platform == "gpu" else (True, "says libtpu")
+    fits, verdict = topology.room(held["peak"]) if devices[0].platform == "gpu" else (True, "according to libtpu")
     if not fits:
         return out | {"fits": False, "verdict": verdict, "turn": knob(cfg, held, devices[0])}
     if what == "train":
         held["logits_chunk"] = 4 * chunk * planned.model.config.vocab_size
         held["gradients"] = out["config"]["bytes_per_device"]["gradients"]
-    # A loop of unknown length is the head's, or the decoder's, whose body is one token.
+    # A loop of unknown length is that of the head, or that of the decoder, whose body is one token.
     program = hlo.Program(compiled.as_text(), -(-local // chunk) if what == "train" else 1)
     out |= {"fits": True, "verdict": verdict, "largest": program.largest(6)}
     out |= {"sent": program.sent(dict(mesh.shape)), "traffic": program.traffic()}
@@ -67,7 +67,7 @@ def plan(cfg: Config, model: Any, devices: list[jax.Device], what: str = "train"
 
 
 def train_step(cfg: Config, planned: Any) -> tuple[Any, Json]:
-    """The step of train.main, lowered, and its arguments by kind."""
+    """The lowered step of train.main, and its arguments by kind."""
     state = jax.tree.map(_placed, planned.abstract, planned.shardings)
 
     def place(x: batches.Spec) -> jax.ShapeDtypeStruct:
@@ -79,7 +79,7 @@ def train_step(cfg: Config, planned: Any) -> tuple[Any, Json]:
 
 
 def decode_step(cfg: Config, planned: Any) -> tuple[Any, Json]:
-    """One token a row of infer.generate, lowered: rows over the data axes, a cache's over the tensor axis too."""
+    """The lowered decoding step of infer.generate. Rows are sharded over the data axes, caches also over tensor."""
     model, mesh, rows = planned.model, planned.mesh, cfg.data.batch_size
     stacked = jax.tree.map(_placed, planned.abstract.role("policy"), planned.shardings.role("policy"))
     one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=NamedSharding(mesh, P(*x.sharding.spec[1:])))
@@ -88,7 +88,7 @@ def decode_step(cfg: Config, planned: Any) -> tuple[Any, Json]:
     axes = ("data", "fsdp", "tensor")
 
     def place(x: Any) -> Any:
-        """By the leading axis: rows, or rows x key heads of the cache."""
+        """Shards the leading axis: rows, or rows x key heads of the cache."""
         over = axes if x.ndim == 3 else axes[:2]
         fits = x.ndim and x.shape[0] % math.prod(mesh.shape[a] for a in over) == 0
         return _placed(x, NamedSharding(mesh, P(over) if fits else P()))
@@ -117,7 +117,7 @@ def _placed(x: Any, sharding: Any) -> Any:
 
 
 def flops(cfg: Config, planned: Any, what: str) -> tuple[float, float, int]:
-    """(model FLOPs, FLOPs with what is computed again, tokens) of a step, over all devices."""
+    """(model FLOPs, FLOPs including recomputation, tokens) per step, over all devices."""
     rows, length = cfg.data.batch_size, cfg.data.seq_len
     if what == "decode":  # every row attends to a full cache
         policy = cost.of_roles(planned, 2 * length - 1)["policy"]
@@ -133,7 +133,7 @@ def flops(cfg: Config, planned: Any, what: str) -> tuple[float, float, int]:
 
 
 def outlook(cfg: Config, planned: Any, out: Json, devices: list[jax.Device]) -> Json:
-    """Time, rates, money and energy as (low, high). A chip without a row in common/chips.json has none of them."""
+    """Time, rates, cost and energy as (low, high); missing for chips without a row in common/chips.json."""
     model, hardware, tokens = flops(cfg, planned, out["what"])
     numbers = {"flops_per_step": model, "flops_with_recomputation": hardware, "tokens_per_step": tokens}
     if not (chip := chips.find(out["device"])):
@@ -141,10 +141,11 @@ def outlook(cfg: Config, planned: Any, out: Json, devices: list[jax.Device]) -> 
     n, held = len(devices) / chip.devices, out["bytes"]
     peak, hbm, ici = (x.value / chip.devices for x in (chip.tflops, chip.hbm_bandwidth, chip.ici_bandwidth))
     once = sum(held.get(k, 0) for k in ("params", "optimizer", "frozen", "batch", "cache"))
-    once += sum(held[k] for k in ("params", "optimizer")) if out["what"] == "train" else 0  # written, too
+    if out["what"] == "train":  # these are also written
+        once += held["params"] + held["optimizer"]
     between = sum(out["sent"].get(hlo.BETWEEN, {}).values())
     if between and not chip.dcn_bandwidth:
-        return numbers  # no figure of that network is known
+        return numbers  # the bandwidth of that network is unknown
     sent = sum(sum(kinds.values()) for kinds in out["sent"].values()) - between
     torus = max(sum(len(set(axis)) > 1 for axis in zip(*(getattr(d, "coords", (0,)) for d in devices))), 1)
     terms = {"compute": (hardware / len(devices) / (peak * 1e12),) * 2}
@@ -163,14 +164,14 @@ def outlook(cfg: Config, planned: Any, out: Json, devices: list[jax.Device]) -> 
 
 
 def knob(cfg: Config, held: dict[str, int], device: Any) -> str:
-    """What to turn when the plan does not fit."""
+    """The setting to change if the plan does not fit."""
     chip, total = chips.find(device.device_kind), sum(held.values())
     if chip and total > 0.9 * chip.hbm_bytes.value / chip.devices:
-        return f"{total / 1e9:.1f} GB a device are held: more devices on config.mesh.fsdp, or config.peft.name=lora"
+        return f"arrays take {total / 1e9:.1f} GB per device: use more devices on config.mesh.fsdp, or LoRA"
     if "cache" in held:
-        return "a smaller config.data.batch_size (rows) or config.data.seq_len (cache)"
+        return "lower config.data.batch_size (rows) or config.data.seq_len (cache)"
     if cfg.model.remat != "full":
-        return "config.model.remat=full"
+        return "set config.model.remat=full"
     return (
-        f"config.accum={2 * cfg.accum} (the same batch in more parts), then config.mesh.tensor or config.mesh.context"
+        f"set config.accum={2 * cfg.accum} (more micro-batches), then raise config.mesh.tensor or config.mesh.context"
     )

@@ -1,9 +1,9 @@
-"""One page that says what runs cost and what they brought, from their folders alone.
+"""Writes one page with the results and costs of runs, read from their folders.
 
     python -m tools.report RUN... [--out=report.html]
 
-RUN is a run folder, here or at gs://BUCKET/FOLDER, or a folder with the evals.jsonl of evals.main. The page is one
-static HTML file without scripts or links to elsewhere; report.md, its short form, is written beside it.
+RUN is a run folder, local or at gs://BUCKET/FOLDER, or a folder with an evals.jsonl from evals.main. The page is one
+static HTML file without scripts or external resources. A short form, report.md, is written next to it.
 """
 
 import sys

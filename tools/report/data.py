@@ -1,4 +1,4 @@
-"""What run folders say, as plain rows: no number here that is not in their files."""
+"""Reads run folders as plain rows; every number comes from their files."""
 
 import json
 from collections import Counter
@@ -13,7 +13,7 @@ METHODS = {"lora": "LoRA"}
 
 
 class Run(NamedTuple):
-    """A folder with what was found in it; `config` is {} for a folder that only holds results of evals.main."""
+    """A folder and its files. `config` is {} if the folder only holds results of evals.main."""
 
     path: Path
     config: dict
@@ -31,12 +31,12 @@ class Run(NamedTuple):
 
     @property
     def done(self) -> dict:
-        """The last line of a finished run; {} while it is not."""
+        """The last line of a finished run; {} if it is not finished."""
         return next((line for line in reversed(self.metrics) if line.get("event") == "done"), {})
 
 
 class Choice(NamedTuple):
-    """One way to do a task, and what its training cost. None: not known."""
+    """One way to do a task, with the cost of its training. None: not known."""
 
     label: str
     task: str
@@ -47,7 +47,7 @@ class Choice(NamedTuple):
     peak_bytes: float | None
     store_bytes: float | None
     forgetting: float | None  # nats per token of general text
-    text: str  # that text
+    text: str  # the name of that text
 
 
 def read(folder: str | Path) -> Run:
@@ -60,7 +60,7 @@ def read(folder: str | Path) -> Run:
     own = [line for line in metrics if line["kind"] == "task" and line["step"] == last]  # of config.evals
     run = Run(path, **found, metrics=metrics, evals=own + files.read_lines(path / "evals.jsonl"))
     if not run.metrics and not run.evals:
-        raise UserError("holds neither metrics.jsonl nor evals.jsonl", str(path))
+        raise UserError("the folder has neither metrics.jsonl nor evals.jsonl", str(path))
     return run
 
 
@@ -68,25 +68,26 @@ def read(folder: str | Path) -> Run:
 
 
 def method(config: dict) -> str:
-    """What was trained, and how: the adapters and what they lie on, or the weights; the objective, unless it is sft."""
+    """The method in words: the adapters and their base's format, or the trained weights; and the objective if not
+    sft."""
     if not config:
         return "prompting"
     name = lambda key: (config.get(key) or {}).get("name") or ""
     peft, quant, objective = name("peft"), name("quant"), name("objective")
     trainable = config.get("trainable") or "all"
     if peft:
-        told = METHODS.get(peft, peft) + (f" on {quant}" if quant else "")
+        text = METHODS.get(peft, peft) + (f" on {quant}" if quant else "")
     elif not config.get("init"):
-        told = "from scratch"
+        text = "from scratch"
     elif trainable in ("all", "auto"):
-        told = "full fine-tuning"
+        text = "full fine-tuning"
     else:
-        told = f"fine-tuning of {trainable}"
+        text = f"fine-tuning of {trainable}"
     if quant and not peft:
-        told += f" ({quant})"
+        text += f" ({quant})"
     if objective in ("", "sft"):
-        return told
-    return f"{objective} {told}" if told.startswith("from scratch") else f"{objective} with {told}"
+        return text
+    return f"{objective} {text}" if text.startswith("from scratch") else f"{objective} with {text}"
 
 
 def label(method: str, rank: int | None) -> str:
@@ -98,19 +99,19 @@ def of_run(run: Run) -> str:
 
 
 def seconds(run: Run) -> float | None:
-    """Of compiling and stepping, over all sessions; loading, evaluation and saving are left out."""
+    """Seconds of compiling and stepping over all sessions, without loading, evaluation and saving."""
     spent = [s.spent for s in gas.sessions(run.metrics)]
     return sum(s.get(k, 0.0) for s in spent for k in ("compile", "data", "step")) if spent else None
 
 
 def used(runs: list[Run]) -> list[tuple[str, gas.Gas]]:
-    """(name, what it used) of every run that trained, and their sum when there are several."""
+    """(name, resources used) of every run that trained, and the sum if there are several."""
     rows = [(r.name, gas.line(r.metrics, r.environment, r.config.get("chip") or "")) for r in runs if r.metrics]
     return rows + [("all runs", gas.total(g for _, g in rows))] * (len(rows) > 1)
 
 
 def stored(folder: Path) -> int | None:
-    """Bytes of the trained parameters in the newest checkpoint: what has to be kept beside the model it came from."""
+    """Bytes of the trained parameters in the newest checkpoint, to be stored in addition to the base model."""
     steps = sorted((p for p in (folder / "ckpt").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
     leaves = files.read_json(steps[-1] / "state_hashes.json").get("manifest", {}).get("leaves", {}) if steps else {}
     sizes = [_bytes(leaf) for name, leaf in leaves.items() if name.startswith("params/")]
@@ -128,9 +129,9 @@ def _bytes(leaf: dict) -> int:
 
 
 def choices(runs: list[Run]) -> dict[str, list[Choice]]:
-    """Ways by task, in the order of the runs. The newest result of each (folder, task, shots, n, seed) counts.
+    """The choices by task, in the order of the runs. The newest result of each (folder, task, shots, n, seed) counts.
 
-    Results of a task whose questions or scorer were changed in between stand apart, under "TASK, scored as HASH".
+    If the questions or the scorer of a task have changed, its results are listed separately as "TASK, scored as HASH".
     """
     out: dict[tuple[str, str], list[Choice]] = {}
     for run in runs:
@@ -143,13 +144,14 @@ def choices(runs: list[Run]) -> dict[str, list[Choice]]:
 
 
 def _distinct(rows: list[Choice]) -> list[Choice]:
-    """Equal labels get the name of their run behind them."""
+    """Appends the name of the run to labels that occur more than once."""
     labels = [c.label for c in rows]
     return [c._replace(label=f"{c.label} ({c.run.name})") if labels.count(c.label) > 1 else c for c in rows]
 
 
 def newest(lines: list[dict], keys: tuple[str, ...]) -> list[dict]:
-    """The last line of each combination, where the first key is present, in the order of their first appearance."""
+    """The last line for each combination of keys, in order of first appearance; lines without the first key are
+    ignored."""
     found = {tuple(map(str, map(line.get, keys))): line for line in lines if keys[0] in line}
     return list(found.values())
 
@@ -174,7 +176,8 @@ def choice(run: Run, result: dict, runs: list[Run]) -> Choice:
 
 
 def forgetting(run: Run, runs: list[Run]) -> tuple[float | None, str]:
-    """Loss on general text less that of the model it started from, both measured by evals.main on the same passages."""
+    """The rise of the loss on general text from that of the initial model, both from evals.main on the same
+    passages."""
     keys = ("text", "n")
     for after in newest(run.evals, keys):
         for other in runs:
@@ -189,7 +192,7 @@ def forgetting(run: Run, runs: list[Run]) -> tuple[float | None, str]:
 
 
 def written(run: Run) -> list[tuple[str, list[tuple[int, str]]]]:
-    """(prompt, [(step, answer)]) of the samples that a run wrote before and after training."""
+    """(prompt, [(step, answer)]) of the samples from before and after training."""
     out: dict[str, list[tuple[int, str]]] = {}
     for line in run.lines("sample"):
         out.setdefault(line.get("prompt", ""), []).append((line["step"], line.get("answer", "")))
@@ -197,7 +200,7 @@ def written(run: Run) -> list[tuple[str, list[tuple[int, str]]]]:
 
 
 def curves(run: Run) -> dict[str, list[tuple[float, float]]]:
-    """(step, loss) in training and held out."""
+    """(step, loss) of training and of held-out data."""
     pick = lambda kind, key: [(line["step"], line[key]) for line in run.lines(kind) if _number(line.get(key))]
     return {"train": pick("train", "loss"), "held-out": pick("eval", "nll") or pick("eval", "loss")}
 
@@ -209,7 +212,8 @@ def _number(x: Any) -> bool:
 def side_by_side(rows: list[Choice], n: int) -> list[tuple[dict, list[tuple[str, dict]]]]:
     """(question, [(label, sample)]) of examples that all rows have answered.
 
-    Who is right on an example makes a pattern; each pattern has its turn, so that no way only shows its best side.
+    Examples are picked in turn from each pattern of right and wrong answers, so that no row shows only its best
+    answers.
     """
     answered = {row.label: {s["prompt"]: s for s in row.result.get("samples", ())} for row in rows}
     common = [s for s in rows[0].result.get("samples", ()) if all(s["prompt"] in a for a in answered.values())]
@@ -233,7 +237,7 @@ def flat(config: dict, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def config_rows(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """(key, a value for each run) where the runs do not all agree; "" where a run has no such key."""
+    """(key, value per run) of the keys that differ between runs; "" if a run does not have the key."""
     tables = [dict(flat(run.config)) for run in runs]
     keys = dict.fromkeys(key for table in tables for key in table)
     rows = [(key, [json.dumps(t[key]) if key in t else "" for t in tables]) for key in keys]

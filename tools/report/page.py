@@ -1,4 +1,4 @@
-"""The page: templates around the rows of tools.report.data, every number with its unit and n/a for the unknown."""
+"""Renders the report page from the rows of tools.report.data; unknown numbers are n/a."""
 
 import datetime
 import re
@@ -23,16 +23,16 @@ TITLE = "Results and cost"
 
 class Cell(NamedTuple):
     value: str
-    below: str = ""  # in small letters
+    below: str = ""  # second line in small print
     strong: bool = False
     href: str = ""
     columns: int = 1
 
 
 class Table(NamedTuple):
-    heads: Sequence[tuple[str, str]]  # a head, and what stands below it
-    rows: Sequence[tuple[str, Sequence[Cell]]]  # a label, and the cells behind it
-    look: str = ""  # "left": cells of text
+    heads: Sequence[tuple[str, str]]  # (heading, small print below it)
+    rows: Sequence[tuple[str, Sequence[Cell]]]  # (label, cells)
+    look: str = ""  # CSS classes; "left" for text
 
 
 CHOICE_HEADS = [
@@ -41,14 +41,14 @@ CHOICE_HEADS = [
     ("forgetting", "Δ nats per token"),
 ]  # fmt: skip
 RUN_HEADS = [
-    ("", ""), ("method", ""), ("parameters", "trained of all"), ("steps", "optimizer"), ("tokens", "read, learnt"),
+    ("", ""), ("method", ""), ("parameters", "trained of all"), ("steps", "optimizer"), ("tokens", "read, in the loss"),
     ("speed", "tokens/s"), ("FLOPs", "of training"), ("time", "compile + steps"), ("peak memory", ""),
     ("held-out loss", "nats per token, bits per byte"),
 ]  # fmt: skip
 
 
 def render(template: str, **values: Any) -> str:
-    """A page of one file: its style inside, no script, no address elsewhere. Every value is escaped but Markup."""
+    """A self-contained page without scripts or external resources. All values except Markup are escaped."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -68,9 +68,9 @@ def slug(title: str) -> str:
 
 
 def write(folders: list[str | Path], out: Path) -> Path:
-    """Writes the page at `out` and its short form; both appear whole or not at all. Raises UserError."""
+    """Writes the page to `out` and the short form next to it, each atomically. Raises UserError."""
     if not folders:
-        raise UserError("no run folders", "tools.report", "python -m tools.report runs/a runs/b")
+        raise UserError("no run folders are given", "tools.report", "python -m tools.report runs/a runs/b")
     with tempfile.TemporaryDirectory() as scratch:
         runs = [data.read(local(folder, scratch)) for folder in folders]
     try:
@@ -78,12 +78,12 @@ def write(folders: list[str | Path], out: Path) -> Path:
         for path, text in ((out, html(runs)), (out.with_suffix(".md"), markdown(runs))):
             files.write(path, text)
     except OSError as e:
-        raise UserError(f"cannot be written: {e.strerror}", str(out), "choose another --out") from e
+        raise UserError(f"the page cannot be written: {e.strerror}", str(out), "choose another --out") from e
     return out
 
 
 def local(folder: str | Path, scratch: str) -> Path:
-    """The folder, or a copy in `scratch` of what a run at gs://BUCKET/FOLDER holds beside its checkpoints."""
+    """The folder, or a copy in `scratch` of a run at gs://BUCKET/FOLDER without its checkpoints."""
     home = paths.parse(folder)
     if not paths.remote(home):
         return home
@@ -120,7 +120,7 @@ def html(runs: list[Run]) -> str:
 
 
 def markdown(runs: list[Run]) -> str:
-    """The short form."""
+    """The short form, as Markdown."""
     out, tasks = [f"# {TITLE}", ""], data.choices(runs)
     for task, rows in tasks.items():
         out += [" ".join(text.sentences(rows)), "", f"## {task}", ""]
@@ -136,7 +136,7 @@ def markdown(runs: list[Run]) -> str:
 
 
 def _lead(runs: list[Run]) -> list[str]:
-    """What the tasks' numbers say; for runs without a task, what became of the held-out loss."""
+    """Sentences about the tasks' results, or about the held-out loss if there are none."""
     out = [s for rows in data.choices(runs).values() for s in text.sentences(rows)]
     if out:
         return out
@@ -144,8 +144,8 @@ def _lead(runs: list[Run]) -> list[str]:
         points = data.curves(run)["held-out"]
         if len(points) > 1:
             (_, first), (step, last) = points[0], points[-1]
-            fall = f"from {first:.3f} to {last:.3f} nats per token in {step:,} steps"
-            out.append(f"{run.name} took the held-out loss {fall}.")
+            change = f"from {first:.3f} to {last:.3f} nats per token in {step:,} steps"
+            out.append(f"The held-out loss of {run.name} went {change}.")
     return out or ["There is no held-out result yet."]
 
 
@@ -157,7 +157,7 @@ def _scores(rows: list[Choice]) -> str:
         return ""
     points = [(c.label, c.result["mean"], c.result.get("low"), c.result.get("high")) for c in rows]
     n = " or ".join(sorted({f"{c.result['n']}" for c in rows}))
-    return svg.bars(points, f"share of {n} held-out examples that are right, with 95 % intervals")
+    return svg.bars(points, f"accuracy on {n} held-out examples, with 95 % intervals")
 
 
 def _choices(rows: list[Choice]) -> Table:
@@ -218,7 +218,7 @@ def _trained(runs: list[Run]) -> Json:
 
 
 def _curves(runs: list[Run]) -> list[str]:
-    """One chart for the runs that started from the same weights."""
+    """One chart for each group of runs with the same initial weights."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.config.get("init") or run.name, []).append(run)

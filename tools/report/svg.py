@@ -1,4 +1,4 @@
-"""Charts as inline SVG: no script, colors from the page's CSS, readable at the width of a phone."""
+"""Charts as inline SVG without scripts, with colors from the page's CSS, readable on a phone."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,9 +15,9 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 40
 def lines(
     series: Sequence[tuple[str, str, Points]], x_label: str, y_label: str, zero: bool = True, log_x: bool = False
 ) -> Markup:
-    """A line chart of (label, CSS class, points); logarithmic in y where the values span more than 30 times.
+    """A line chart of (label, CSS class, points). The y axis is logarithmic if the values span a factor of 30 or more.
 
-    `zero`: a linear y axis holds 0. `log_x`: x, which is positive, is logarithmic.
+    `zero`: a linear y axis includes 0. `log_x`: the x axis is logarithmic, and x positive.
     """
     points = [p for _, _, points in series for p in points]
     if not points:
@@ -47,7 +47,7 @@ def lines(
 
 
 def _figure(caption: str, label: str, height: int, parts: Sequence[str], legend: str = "") -> Markup:
-    """`label` describes it to those who do not see it."""
+    """`label` describes the chart for screen readers."""
     drawing = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
     return Markup(f"<figure><figcaption>{escape(caption)}</figcaption>{legend}{drawing}</figure>")
 
@@ -64,14 +64,14 @@ def _x_tick(value: float, x: float) -> str:
 
 
 def bars(rows: Sequence[tuple[str, float, float | None, float | None]], label: str) -> Markup:
-    """Means between 0 and 1 as dots with their intervals: (name, mean, low, high)."""
+    """Means between 0 and 1 as dots with intervals: (name, mean, low, high)."""
     step, height = 56, 56 * len(rows) + 40
     x_at = linear(0.0, 1.0, 24, WIDTH - 24)
     out = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        x = x_at(share)
+    for value in (0, 0.25, 0.5, 0.75, 1):
+        x = x_at(value)
         out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="6" y2="{height - 30}"/>')
-        out.append(f'<text class="tick" x="{x:.1f}" y="{height - 12}" text-anchor="middle">{share:.0%}</text>')
+        out.append(f'<text class="tick" x="{x:.1f}" y="{height - 12}" text-anchor="middle">{value:.0%}</text>')
     for i, (name, mean, low, high) in enumerate(rows):
         y = step * i + 40
         out.append(f'<text class="name" x="0" y="{y - 16}">{escape(name)}</text>')
@@ -86,8 +86,8 @@ def bars(rows: Sequence[tuple[str, float, float | None, float | None]], label: s
 class Path(NamedTuple):
     """A line through parallel axes."""
 
-    values: Sequence[Any]  # one for each axis
-    title: str  # shown when the pointer rests on it
+    values: Sequence[Any]  # one per axis
+    title: str  # tooltip
     look: str  # CSS classes
     opacity: float
 
@@ -96,7 +96,8 @@ PARALLEL, ABOVE, BELOW, BESIDE, LAST = 340, 64, 24, 20, 96  # height, and margin
 
 
 def parallel(axes: Sequence[str], paths: Sequence[Path], caption: str, show: Callable[[Any], str]) -> Markup:
-    """Parallel coordinates: an axis for each name; the first path lies on top. `show`: a value as a label."""
+    """Parallel coordinates with one axis per name; the first path is drawn on top. `show` formats a value as a
+    label."""
     out: list[str] = []
     points: list[list[str]] = [[] for _ in paths]
     for i, name in enumerate(axes):
@@ -120,7 +121,7 @@ def parallel(axes: Sequence[str], paths: Sequence[Path], caption: str, show: Cal
 def axis(values: Sequence[Any]) -> tuple[Callable[[Any], float], list[Any]]:
     """A function from a value to its y, and the values to label.
 
-    Numbers have their scale, logarithmic where they span ten times or more; others stand in the order they come.
+    Numbers have a scale, logarithmic if they span a factor of ten or more; other values keep their order.
     """
     start, end = PARALLEL - BELOW, ABOVE
     if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
@@ -135,7 +136,7 @@ def axis(values: Sequence[Any]) -> tuple[Callable[[Any], float], list[Any]]:
         return place(log(v))
 
     labels = [low, high] if high > low else [low]
-    for v in dict.fromkeys(values):  # the best settings first, where there is room
+    for v in dict.fromkeys(values):  # the best settings first, if there is room
         if all(abs(y_at(v) - y_at(other)) >= 26 for other in labels):
             labels.append(v)
     return y_at, labels
@@ -147,7 +148,7 @@ def linear(low: float, high: float, start: float, end: float) -> Callable[[float
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round values that enclose [low, high], about `count` of them: ticks(0, 9) -> [0, 2, 4, 6, 8, 10]."""
+    """About `count` round values that enclose [low, high]: ticks(0, 9) -> [0, 2, 4, 6, 8, 10]."""
     if high <= low:
         high = low + 1
     rough = (high - low) / count

@@ -1,4 +1,4 @@
-"""Numbers as people read them, and the sentences that say what they mean."""
+"""Writes the numbers of the report as text, and the sentences that summarize them."""
 
 import itertools
 from typing import Any
@@ -13,22 +13,22 @@ def value(x: Any) -> str:
 
 
 def result(c: Choice) -> str:
-    """ "31 % (23 to 41 %, n = 100)" """
+    """The score as text: "31 % (23 to 41 %, n = 100)"."""
     low, high = c.result.get("low"), c.result.get("high")
     span = f"{percent(low).removesuffix(' %')} to {percent(high)}, " if low is not None and high is not None else ""
     return f"{percent(c.result['mean'])} ({span}n = {c.result['n']})"
 
 
 def per_answer(c: Choice) -> float | None:
-    """Forward FLOPs of one answer, an estimate of evals.run."""
+    """Forward FLOPs per answer, as estimated by evals.run."""
     total, n = c.result.get("flops"), c.result.get("n")
     return total / n if total is not None and n else None
 
 
 def sentences(rows: list[Choice]) -> list[str]:
-    """What a task's numbers say, in words; only what the intervals and the figures support."""
-    told = joined([f"{c.label} gets {percent(_mean(c))}" for c in rows])
-    out = [f"On {rows[0].task}, {told} right."]
+    """Sentences about the results of a task; they claim only differences that the intervals support."""
+    scores = joined([f"{c.label} gets {percent(_mean(c))}" for c in rows])
+    out = [f"On {rows[0].task}, {scores} right."]
     prompted = [c for c in rows if not c.run.config]
     tuned = [c for c in rows if c.run.config]
     if prompted and tuned:
@@ -45,24 +45,24 @@ def _mean(c: Choice) -> float:
 
 
 def _differ(a: Choice, b: Choice) -> tuple[bool, str]:
-    """Whether two ways differ by more than chance, and how that is known: row by row where both have kept their rows,
-    else by a gap between their intervals."""
+    """(whether two choices differ significantly, the reason): compared row by row if both have kept their rows, else
+    by their intervals."""
     if found := paired.pair(a.result, b.result):
         low, high = (f"{100 * x:+.0f}" for x in (found.low, found.high))
         return found.p < 0.05, f"row by row, 95 % interval {low} to {high} points, p = {found.p:.2g}, {found.test}"
     if None in (a.result.get("low"), b.result.get("low")):
         return False, "an interval is missing"
     apart = a.result["low"] > b.result["high"] or b.result["low"] > a.result["high"]
-    return apart, "their intervals are apart" if apart else "their intervals overlap"
+    return apart, "their intervals do not overlap" if apart else "their intervals overlap"
 
 
 def _gain(prompt: Choice, tuned: Choice) -> list[str]:
     gain = 100 * (_mean(tuned) - _mean(prompt))
     shown, why = _differ(tuned, prompt)
     if not shown:
-        return [f"A gain of {tuned.label} over {prompt.label} is not shown: {why}."]
-    word = "more" if gain > 0 else "fewer"
-    return [f"The best tuning is right {abs(gain):.0f} percentage points {word} often than the best prompt ({why})."]
+        return [f"{tuned.label} shows no significant gain over {prompt.label}: {why}."]
+    word = "above" if gain > 0 else "below"
+    return [f"The best tuning scores {abs(gain):.0f} percentage points {word} the best prompt ({why})."]
 
 
 def _pairs(tuned: list[Choice]) -> list[str]:
@@ -75,12 +75,13 @@ def _pairs(tuned: list[Choice]) -> list[str]:
             small, large = sorted((a, b), key=lambda c: c.store_bytes)
             ratio = large.store_bytes / small.store_bytes
             kept = f"{size(small.store_bytes)} instead of {size(large.store_bytes)}"
-            out += [f"{small.label} stores {kept}, {ratio:.0f} times less."] if ratio > 1.5 else []
+            if ratio > 1.5:
+                out.append(f"{small.label} stores {kept}, {ratio:.0f} times less.")
     return out
 
 
 def _payback(prompt: Choice, tuned: Choice) -> list[str]:
-    """After how many answers the dearer answers of a prompt have cost what training did."""
+    """The number of answers after which the tuned model has saved the cost of its training, if it does."""
     more = (per_answer(prompt) or 0) - (per_answer(tuned) or 0)
     if not tuned.flops or more <= 0:
         return []

@@ -1,16 +1,17 @@
-"""Runs many variants of a config; all are checked and priced before the first one starts.
+"""Runs many variants of a config. All of them are checked, and their cost estimated, before the first one starts.
 
     python -m tools.sweep --config=configs/X.py[:ARG] --out=runs/sweeps/NAME [--config.key=value ...]
         --sweep=NAME       the points of `def sweep_NAME()` instead of `def sweep()`; NAME,OTHER: their product
-        --search=tpe       or random: --trials=20 points that Optuna draws from the ranges of `def search()`
-        --jobs=1           runs at once; each takes all accelerators that it sees
-        --retry-failed     runs again what failed
-        --metric=eval/nll  what to rank by       --maximize         the higher the better
-        --dry-run          prices, runs nothing  --collect          only writes results.csv and index.html
-        --emit=slurm       or skypilot, xpk, gcloud, lines: writes OUT/emit/ for a cluster, runs nothing
+        --search=tpe       (or random) draws --trials=20 points with Optuna from the ranges of `def search()`
+        --jobs=1           number of concurrent runs; each uses all accelerators that it sees
+        --retry-failed     runs failed points again
+        --metric=eval/nll  the metric to rank by      --maximize     higher is better
+        --dry-run          only estimates the cost    --collect      only writes results.csv and index.html
+        --emit=slurm       (or skypilot, xpk, gcloud, lines) only writes OUT/emit/ for a cluster
 
-A point is a run folder OUT/ID. The same command again, or at the same time from elsewhere, skips what is done or taken
-and goes on with what was killed. Exit codes: 0 done, 1 some points failed, 2 the input must change, 75 interrupted.
+Each point is a run folder OUT/ID. Repeating the command, even concurrently from other machines, skips points that are
+done or running and resumes interrupted ones. Exit codes: 0 done, 1 some points failed, 2 the input must change, 75
+interrupted.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ FLAGS = {
     "maximize": False, "dry-run": False, "collect": False, "emit": "",
 }  # fmt: skip
 CHOICES = {"search": ("tpe", "random"), "emit": ("skypilot", "xpk", "slurm", "gcloud", "lines")}
-UTILISATION = 0.2, 0.5  # MFU of a price in advance: an estimate
+MFU_RANGE = 0.2, 0.5  # assumed for estimates
 
 
 @cli.command
@@ -70,7 +71,7 @@ def run(args: overrides.Args) -> int:
 
 
 def check(args: overrides.Args) -> None:
-    """Raises ConfigError with what is wrong with the options."""
+    """Raises ConfigError with all problems of the options."""
     flags, problems = args.flags, list(args.problems)
     for name, known in CHOICES.items():
         if flags[name] and flags[name] not in known:
@@ -79,9 +80,11 @@ def check(args: overrides.Args) -> None:
     problems += [Problem(f"--{n}", str(flags[n]), "must be at least 1") for n in ("jobs", "trials") if flags[n] < 1]
     for name in ("emit", "sweep", "retry-failed"):
         if flags["search"] and flags[name]:
-            problems.append(Problem(f"--{name}", "", "does not go with --search", "it draws its own points"))
+            problems.append(Problem(f"--{name}", "", "cannot be combined with --search", "drop one of the two"))
     if not flags["out"] or "://" in flags["out"]:
-        problems.append(Problem("--out", flags["out"], "is no folder", "write --out=runs/sweeps/NAME; mount a bucket"))
+        problems.append(
+            Problem("--out", flags["out"], "must be a folder; mount a bucket", "write --out=runs/sweeps/NAME")
+        )
     if args.workdir:
         problems.append(Problem("--workdir", args.workdir, "each point has its own", "write --out=runs/sweeps/NAME"))
     if problems:
@@ -89,9 +92,9 @@ def check(args: overrides.Args) -> None:
 
 
 def planned_points(args: overrides.Args) -> "list[Point]":
-    """Every point of the sweep; of a search, all that combine the ends of its ranges and its choices.
+    """Every point of the sweep; for a search, all combinations of its choices and the ends of its ranges.
 
-    Raises ConfigError with the problems of all of them, or UserError.
+    Raises ConfigError with the problems of all points, or UserError.
     """
     if args.flags["search"]:
         ranges = sweeps.space(args.config, args.arg)
@@ -115,7 +118,7 @@ def planned_points(args: overrides.Args) -> "list[Point]":
 
 
 def maker(args: overrides.Args) -> "Callable[[dict[str, Leaf]], Point]":
-    """From what a point sets to its Point, checked as its command line will be. Raises ConfigError."""
+    """A function that makes a checked Point from the values it sets, and raises ConfigError."""
     from model.io import saved
     from tools.sweep.run import Point
     from train.keep import runs
@@ -125,7 +128,9 @@ def maker(args: overrides.Args) -> "Callable[[dict[str, Leaf]], Point]":
 
     def make(values: dict[str, Leaf]) -> Point:
         both = values.keys() & args.overrides
-        twice = [Problem(f"config.{key}", "", "is set by the sweep too", "drop one") for key in sorted(both)]
+        twice = [
+            Problem(f"config.{key}", "", "is also set by the sweep", "drop one of the two") for key in sorted(both)
+        ]
         texts = args.overrides | {key: text(value) for key, value in values.items()}
         resolved, typed = schema.resolve(config, texts, twice, args.config)
         values = {key: typed[key] for key in values}
@@ -134,25 +139,25 @@ def maker(args: overrides.Args) -> "Callable[[dict[str, Leaf]], Point]":
         if saved.steps(folder / "ckpt"):
             changed = dict(runs.differences(files.read_json(folder / "config.json"), schema.to_dict(resolved)))
             if unsafe := runs.unsafe(changed, resolved.allow):
-                told = f"{folder} was trained with another: {changed[unsafe[0]]}"
-                raise ConfigError([Problem(f"config.{unsafe[0]}", "", told, "choose another --out")], args.config)
+                reason = f"{folder} was trained with another value: {changed[unsafe[0]]}"
+                raise ConfigError([Problem(f"config.{unsafe[0]}", "", reason, "choose another --out")], args.config)
         return Point(name, values, [spec, *(f"--config.{key}={value}" for key, value in texts.items())], resolved)
 
     return make
 
 
 def text(value: Leaf) -> str:
-    """A value as a command line has it."""
+    """A value as written on a command line."""
     return "none" if value is None else value if isinstance(value, str) else repr(value)
 
 
 def label(values: dict[str, Leaf]) -> str:
-    """Short, for a person: four digits."""
+    """A short text of the values, with four digits."""
     return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={text(v)}" for k, v in values.items())
 
 
 def price(points: "list[Point]", trials: int) -> None:
-    """Prints what each point holds and costs at most, and all of them; of a search, its cheapest and its dearest."""
+    """Prints the size and maximum cost of each point, or of a search's cheapest and most expensive, and the total."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -161,36 +166,40 @@ def price(points: "list[Point]", trials: int) -> None:
 
     plans: dict[str, dict] = {}
     rows = []
-    for p in points:  # neither the seed nor an optimizer's settings change a price
+    for p in points:  # neither the seed nor the optimizer's settings change the cost
         key = schema.digest(schema.to_dict(p.config) | {"seed": 0, "optim": {"name": p.config.optim.name}})
         plans[key] = plans.get(key) or plan.describe(p.config, plan.blueprint(p.config))
         rows.append((p, plans[key]))
     rows = [pick(rows, key=lambda row: row[1]["flops"]) for pick in (min, max)] if trials else rows
     table = Table("point", "sets", "trained", "tokens", "FLOPs", "bytes per device", "chip-hours", "$ on demand")
     for p, d in rows:
-        sizes = numbers.flops(d["flops"]), numbers.size(d["bytes_per_device"]["total"]), *gas(p.config.chip, d["flops"])
+        sizes = (
+            numbers.flops(d["flops"]),
+            numbers.size(d["bytes_per_device"]["total"]),
+            *costs(p.config.chip, d["flops"]),
+        )
         table.add_row(p.id, Text(label(p.values)), f"{d['trained']:,}", f"{d['tokens']:,}", *sizes)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     rows, kind = (rows[-1:] * trials, "trials") if trials else (rows, "points")
     tokens, flops = (sum(d[key] for _, d in rows) for key in ("tokens", "flops"))
-    hours, dollars = gas(points[0].config.chip, flops)
+    hours, dollars = costs(points[0].config.chip, flops)
     print(f"{len(rows)} {kind}: at most {tokens:,} tokens, {numbers.flops(flops)}, {hours} chip-hours, $ {dollars}")
     if hours != numbers.NA:
-        print(f"Hours and $ are estimates, for an MFU of {UTILISATION[1]:.0%} to {UTILISATION[0]:.0%}.")
+        print(f"Hours and $ are estimates, for an MFU of {MFU_RANGE[1]:.0%} to {MFU_RANGE[0]:.0%}.")
 
 
-def gas(name: str, flops: float) -> tuple[str, str]:
-    """Chip-hours and dollars of training FLOPs on a chip as ranges; n/a where config.chip names none."""
+def costs(name: str, flops: float) -> tuple[str, str]:
+    """Ranges of chip-hours and dollars for training FLOPs on a chip; n/a if config.chip is not set."""
     chip = chips.find(name)
     if not chip:
         return numbers.NA, numbers.NA
-    hours = [flops / (chip.tflops.value * 1e12 * mfu) / 3600 for mfu in reversed(UTILISATION)]
+    hours = [flops / (chip.tflops.value * 1e12 * mfu) / 3600 for mfu in reversed(MFU_RANGE)]
     dollars = [h * chip.usd_hour.value for h in hours] if chip.usd_hour else None
     return numbers.span(hours, ".2g"), numbers.span(dollars, ".2g")
 
 
 def work(args: overrides.Args, points: "list[Point]", out: Path) -> int:
-    """Runs what is left of the points, or of a search; the exit code."""
+    """Runs the remaining points, or trials of a search, and returns the exit code."""
     from tools.sweep import run as runs
 
     flags = args.flags
@@ -204,7 +213,7 @@ def work(args: overrides.Args, points: "list[Point]", out: Path) -> int:
     with jobs.interruptible() as stop, screen(out, flags["metric"], total) as show:
         jobs.drain(queue, flags["jobs"], stop, show)
     if stop:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command to continue", file=sys.stderr)
         return exits.PREEMPTED
     failed = [p.parent for p in sorted(out.glob("*/ended.json")) if files.read_json(p).get("state") == runs.FAILED]
     for folder in failed:
@@ -215,7 +224,7 @@ def work(args: overrides.Args, points: "list[Point]", out: Path) -> int:
 
 @contextlib.contextmanager
 def screen(out: Path, metric: str, total: int) -> Iterator[Callable[[], None]]:
-    """A function that shows the points of OUT: a live table on a terminal, else a line for each change of state."""
+    """Yields a function that shows the points of OUT: a live table in a terminal, else a line per change of state."""
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
@@ -230,7 +239,7 @@ def screen(out: Path, metric: str, total: int) -> Iterator[Callable[[], None]]:
         rows = sweep_page.results(out, metric)
         done = f"{sum(r.state in runs.ENDED for r in rows)} of {total} ended"
         table = Table("point", "sets", "state", "step", metric, title=done, title_justify="left")
-        for r in sorted(rows, key=lambda r: r.state != runs.RUNNING):  # a small terminal shows the first ones
+        for r in sorted(rows, key=lambda r: r.state != runs.RUNNING):  # a small terminal shows only the first ones
             line = (r.id, label(r.values), r.state, f"{r.step:,}", sweep_page.number(r.value))
             table.add_row(*map(Text, line))
             if not live and known.get(r.id, runs.WAITING) != r.state:

@@ -1,4 +1,4 @@
-"""Files that run a sweep's points on a cluster by the cluster's own tools, none of which is imported here."""
+"""Writes files that run a sweep's points on a cluster with the cluster's own command-line tools."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from common import files
 from tools.sweep.run import Point, alone, declare
 
-# What is called how in a cluster, only its user knows: the scripts ask for environment variables.
+# The names of a cluster's resources are known only to its user: the scripts read them from environment variables.
 LINES = {
     "lines": "{command}",
     "gcloud": 'gcloud compute tpus tpu-vm ssh "${{TPU:?}}" --zone "${{ZONE:?}}" --worker all '
@@ -45,7 +45,7 @@ run: |
 def write(kind: str, points: list[Point], out: Path) -> list[Path]:
     """Writes OUT/emit/ for "skypilot", "xpk", "slurm", "gcloud" or "lines", and returns its files.
 
-    The run folders are those of a local sweep: OUT has to be where the cluster and the collector both see it.
+    The run folders are those of a local sweep: both the cluster and the collector must be able to reach OUT.
     """
     folder, made, lines = out / "emit", {}, []
     sweep = "".join(c if c.isalnum() else "-" for c in out.name.lower()).strip("-")[:24] or "sweep"
@@ -56,7 +56,7 @@ def write(kind: str, points: list[Point], out: Path) -> list[Path]:
         command = shlex.join(["python", "-m", "train.main", *point.argv, f"--workdir={out / point.id}"])
         name, task = f"{sweep}-{point.id}", folder / f"{point.id}.yaml"
         if kind == "skypilot":
-            mount = json.dumps(str(Path("~/sky_workdir") / out))  # an absolute OUT stays as it is
+            mount = json.dumps(str(Path("~/sky_workdir") / out))  # an absolute OUT is kept
             made[task] = SKYPILOT.format(name=name, mount=mount, command=command)
         if kind == "slurm":
             lines.append(f"{i}) exec {command} ;;")

@@ -1,4 +1,4 @@
-"""What a sweep has brought, from its run folders alone: rows, results.csv and one page without scripts."""
+"""The results of a sweep, read from its run folders: rows, results.csv, and one page without scripts."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ from tools.sweep import run as runs
 
 
 class Result(NamedTuple):
-    """A point as its folder has it. `value` is the metric's last one, final when the state is done."""
+    """A point as read from its folder. `value` is the last value of the metric; it is final if the state is done."""
 
     id: str
     values: dict[str, Leaf]
@@ -29,10 +29,10 @@ class Result(NamedTuple):
     method: str  # tools.report.data.method
     rank: int | None
     trained: int | None  # parameters
-    forgetting: float | None  # nats a token: eval/text_nll at the end less that of the start
+    forgetting: float | None  # nats per token: rise of eval/text_nll since the start
     stored: int | None = None  # bytes of the trained parameters in a checkpoint
-    peak: int | None = None  # bytes of memory of the host
-    rate: float | None = None  # tokens a second of training
+    peak: int | None = None  # peak host memory in bytes
+    rate: float | None = None  # training tokens per second
 
     @property
     def kind(self) -> tuple[str, int | None, int | None]:
@@ -48,7 +48,7 @@ class Result(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Finished points that differ in nothing but their seed; [low, high] holds the mean with 95 % confidence."""
+    """Finished points that differ only in their seed; [low, high] is the 95 % interval of the mean."""
 
     values: dict[str, Leaf]
     mean: float
@@ -79,7 +79,7 @@ def results(out: Path, metric: str) -> list[Result]:
 
 
 def groups(rows: list[Result], maximize: bool) -> list[Group]:
-    """The best first."""
+    """Finished settings, the best first."""
     found: dict[str, list[Result]] = {}
     for r in rows:
         if r.final:
@@ -98,10 +98,10 @@ def varying(rows: Sequence[Result | Group]) -> list[str]:
 
 
 def write(out: Path, metric: str, maximize: bool) -> Path:
-    """Writes OUT/index.html, OUT/results.csv and a page for each point that has begun. Raises UserError."""
+    """Writes OUT/index.html, OUT/results.csv and a page for each point that has started. Raises UserError."""
     rows = results(out, metric)
     if not rows:
-        raise UserError("holds no points", str(out), "name the --out of a sweep")
+        raise UserError("the folder has no points", str(out), "name the --out of a sweep")
     if any(r.state == runs.DONE for r in rows) and not any(r.value is not None for r in rows):
         lines = [line for r in rows for line in runs.read(out / r.id) if line["kind"] in ("train", "eval")]
         known = sorted({f"{line['kind']}/{key}" for line in lines for key in line if isinstance(line[key], float)})
@@ -133,13 +133,13 @@ def _csv(rows: list[Result], metric: str, used: dict[str, Gas]) -> str:
 def _html(name: str, rows: list[Result], metric: str, maximize: bool, used: dict[str, Gas]) -> str:
     ranked, states = groups(rows, maximize), [r.state for r in rows]
     pruned = [Group(r.setting, r.value, None, None, 1) for r in rows if r.state == runs.PRUNED and r.value is not None]
-    told = joined([f"{states.count(s)} {s}" for s in dict.fromkeys(states)])
+    counts = joined([f"{states.count(s)} {s}" for s in dict.fromkeys(states)])
     lead = sentences(ranked, varying(ranked + pruned), metric, maximize)
     return report_page.render(
         "sweep.html.j2",
         title=f"Sweep {name}",
-        meta=f"{len(rows)} points: {told}",
-        paragraphs=[*lead, *map(str, list(used.values())[-1:])],  # the last is the sum
+        meta=f"{len(rows)} points: {counts}",
+        paragraphs=[*lead, *map(str, list(used.values())[-1:])],  # the last one is the sum
         keys=parallel(ranked, pruned, metric) if ranked else "",
         methods=methods(rows, ranked, metric),
         sizes=sizes(rows, ranked, metric),
@@ -150,15 +150,15 @@ def _html(name: str, rows: list[Result], metric: str, maximize: bool, used: dict
 
 def sentences(ranked: list[Group], keys: list[str], metric: str, maximize: bool) -> list[str]:
     if not ranked:
-        return [f"No point is done with a finite {metric} yet."]
+        return [f"No point with a finite {metric} has finished yet."]
     best, *others = ranked
     name = lambda g: ", ".join(f"{key} {shown(g.values.get(key))}" for key in keys) or "the only setting"
     out = [f"The {'highest' if maximize else 'lowest'} {metric} has {name(best)}: {best}."]
     if others and best.n > 1 and others[0].n > 1:
         apart = best.low > others[0].high if maximize else best.high < others[0].low
-        out.append(f"The next is {name(others[0])}: {others[0]}; the intervals {'lie apart' if apart else 'overlap'}.")
+        out.append(f"The next is {name(others[0])}: {others[0]}; the intervals {'do not ' if apart else ''}overlap.")
     elif others:
-        out.append("Where a setting has one seed, a small difference may be chance.")
+        out.append("Small differences between settings with one seed may be due to chance.")
     return out
 
 
@@ -167,7 +167,7 @@ def shown(value: Leaf) -> str:
 
 
 def parallel(ranked: list[Group], pruned: list[Group], metric: str) -> str:
-    """An axis for each key that varies, the last for the metric; the best setting stands out."""
+    """Parallel coordinates: one axis per varying key, then the metric. The best setting is highlighted."""
     keys, paths = varying(ranked + pruned), []
     for i, g in enumerate(ranked + pruned):
         look, opacity = ("line c0", 0.8 - 0.6 * i / len(ranked)) if i else ("line c1", 1.0)
@@ -175,14 +175,14 @@ def parallel(ranked: list[Group], pruned: list[Group], metric: str) -> str:
             look, opacity = "line heldout c5", 0.5
         title = f"{', '.join(f'{k} {shown(v)}' for k, v in g.values.items())}: {g}"
         paths.append(svg.Path([*map(g.values.get, keys), g.mean], title, look, opacity))
-    caption = "a line for each setting that is done, its mean over seeds; the best in the other color"
+    caption = "one line per finished setting, mean over seeds; the best is highlighted"
     if pruned:
-        caption += "; dashed: stopped early, with the last value"
+        caption += "; dashed: stopped early, last value"
     return svg.parallel([*(key.rpartition(".")[2] for key in keys), metric], paths, caption, shown)
 
 
 def of_each_kind(rows: list[Result], ranked: list[Group]) -> list[tuple[Group, list[Result]]]:
-    """The best setting of each method and size, the best first, with its points."""
+    """(best setting, its points) for each method and size, the best first."""
     best: dict[tuple, tuple[Group, list[Result]]] = {}
     for g in ranked:
         same = [r for r in rows if r.final and r.setting == g.values]
@@ -191,24 +191,24 @@ def of_each_kind(rows: list[Result], ranked: list[Group]) -> list[tuple[Group, l
 
 
 def average(points: list[Result], field: str) -> float | None:
-    """None unless all of them have it."""
+    """The mean of a field; None unless all points have it."""
     values = [getattr(r, field) for r in points]
     return None if None in values else sum(values) / len(values)
 
 
 def over_seeds(g: Group, strong: bool = False) -> Cell:
-    """The mean of a group, and below it how many there are and the interval."""
+    """The mean of a group, with the number of seeds and the interval below."""
     head, _, tail = str(g).partition(" (")
     return Cell(head, tail.rstrip(")").replace("95 % interval ", ""), strong)
 
 
 def methods(rows: list[Result], ranked: list[Group], metric: str) -> Table:
-    """A row for each method and size at its best setting, where there are several: what it brings and what it takes."""
+    """Result and cost of each method and size at its best setting; no rows if there is only one."""
     best = of_each_kind(rows, ranked)
     keys = [key for key in varying([g for g, _ in best]) if key not in ("peft.name", "peft.rank")]
     heads = [("", ""), (metric, "mean over seeds"), ("forgetting", "nats per token"), ("trained", "parameters")]
     heads += [("stored", ""), ("peak memory", "of the host"), ("tokens/s", "of training")]
-    heads += [(key, "the best of those tried") for key in keys]
+    heads += [(key, "best of those tried") for key in keys]
     table = []
     for g, same in best if len(best) > 1 else ():
         method, rank, trained = same[0].kind
@@ -220,16 +220,16 @@ def methods(rows: list[Result], ranked: list[Group], metric: str) -> Table:
 
 
 def sizes(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
-    """Charts of the metric and of forgetting by rank and by trained parameters, where settings differ in these.
+    """Charts of the metric and of forgetting over rank and over trained parameters, if settings differ in these.
 
-    A line for each method; of settings of one size it has the best one's means over seeds.
+    One line per method; each point is the mean over seeds of the best setting of that size.
     """
     best = [(same[0], g.mean, average(same, "forgetting")) for g, same in of_each_kind(rows, ranked)]
     charts = []
     for field, name in (("rank", "rank"), ("trained", "trained parameters")):
         known = [(getattr(r, field), r.method, *ys) for r, *ys in best if getattr(r, field)]
         if len({point[:2] for point in known}) == len({method for _, method, *_ in known}):
-            continue  # one size a method
+            continue  # one size per method
         for i, label in enumerate((metric, "forgetting, nats per token of general text")):
             points = sorted((x, method, ys[i]) for x, method, *ys in known if ys[i] is not None)
             methods = list(dict.fromkeys(method for _, method, _ in points))
@@ -239,7 +239,7 @@ def sizes(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
 
 
 def _best(rows: list[Result], metric: str, maximize: bool) -> str:
-    """The best final value by the steps spent until then, those of pruned and failed points counted."""
+    """The best final value over the steps spent so far, including those of pruned and failed points."""
     spent, each, best = 0, [], []
     for r in sorted((r for r in rows if r.state in runs.ENDED), key=lambda r: r.time):
         spent += r.step
@@ -247,12 +247,12 @@ def _best(rows: list[Result], metric: str, maximize: bool) -> str:
         if r.final:
             each.append((spent, r.value))
             best.append((spent, (max if maximize else min)([r.value] + [y for _, y in best[-1:]])))
-    series = [("each point when it was done", "dots c0", each), ("the best so far", "c1", best)]
+    series = [("each finished point", "dots c0", each), ("best so far", "c1", best)]
     return svg.lines(series, "optimizer steps of all points", metric, zero=False)
 
 
 def _points(rows: list[Result], ranked: list[Group], metric: str, used: dict[str, Gas]) -> Table:
-    """The best setting first, its seeds together; then the points that have no final value."""
+    """All points: the best setting first, with its seeds together; points without a final value last."""
     keys, places = varying(rows), {repr(g.values): i for i, g in enumerate(ranked)}
     heads = [("point", ""), (metric, "last"), ("over seeds", "mean"), *((key, "") for key in keys), ("state", "")]
     heads += [("steps", ""), ("FLOPs", "of training"), ("chip-hours", "launch to end"), ("$", "on demand"), ("", "")]

@@ -1,6 +1,6 @@
-"""Points of a sweep as run folders OUT/ID: their state, and the processes that work on them.
+"""Points of a sweep as run folders OUT/ID: their states and the processes that run them.
 
-A launcher locks OUT/ID/CLAIM and its child inherits that: the kernel drops the claim with the last of the two.
+A launcher locks OUT/ID/CLAIM and its child inherits the lock: the kernel releases it when both have ended.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from common.types import Leaf
 from train.keep.runs import take_lock
 
 DONE, FAILED, PRUNED, RUNNING, STOPPED, WAITING = "done", "failed", "pruned", "running", "stopped", "waiting"
-BELOW = "below floor"  # one of config.floors ended it: the same run again would end there again
+BELOW = "below floor"  # stopped by config.floors; running it again would stop at the same step
 ENDED = (DONE, FAILED, PRUNED, BELOW)
 _parsed: dict[Path, tuple[tuple, list[dict]]] = {}
 
 
 class Point(NamedTuple):
-    """One run of a sweep. `values` is what the sweep sets; `argv` the arguments of train.main but for the folder."""
+    """One run of a sweep. `values`: the keys that the sweep sets; `argv`: train.main's arguments except the folder."""
 
     id: str
     values: dict[str, Leaf]
@@ -36,11 +36,11 @@ class Child(NamedTuple):
     point: Point
     process: subprocess.Popen
     claim: int
-    trial: Any = None  # of a search
+    trial: Any = None  # if part of a search
 
 
 class Listed:
-    """A queue of given points; tools.sweep.search has the other one. `retry`: those that failed before count too."""
+    """A queue of given points; tools.sweep.search has the other kind. `retry`: run failed points again."""
 
     def __init__(self, points: list[Point], out: Path, retry: bool):
         self.points, self.out = {p.id: p for p in points}, out
@@ -50,7 +50,7 @@ class Listed:
         self.retry = {p.id for p in points if retry and state(out / p.id, p.config.steps) == FAILED}
 
     def take(self) -> Child | None:
-        """Starts the next point that nobody works on."""
+        """Starts the next point that no other process is running."""
         for point in list(self.points.values()):
             again = point.id in self.retry
             if child := start(point, self.out, (WAITING, STOPPED) + (FAILED,) * again):
@@ -71,23 +71,23 @@ class Listed:
 
 
 def finish(child: Child, folder: Path, hopeless: bool) -> None:
-    """Notes a failure or an early stop, and drops the claim."""
-    code, told = child.process.returncode, {}
+    """Records a failure or an early stop, and releases the claim."""
+    code, ended = child.process.returncode, {}
     if outcome(folder, child.point.config.steps) != DONE:
         if hopeless:
-            told = {"state": PRUNED}
-        elif code not in (exits.PREEMPTED, -signal.SIGTERM):  # that one came before the run could save
+            ended = {"state": PRUNED}
+        elif code not in (exits.PREEMPTED, -signal.SIGTERM):  # SIGTERM may arrive before the run can save
             events = [line["event"] for line in read(folder) if line.get("exit_code") == code]
             said = "".join((events or jobs.tail(folder / "log.txt", 1))[-1:])
-            told = {"state": BELOW if code == exits.BELOW_FLOOR else FAILED, "code": code, "said": said}
-    if told:
-        files.write_json(folder / "ended.json", told)
+            ended = {"state": BELOW if code == exits.BELOW_FLOOR else FAILED, "code": code, "said": said}
+    if ended:
+        files.write_json(folder / "ended.json", ended)
     os.close(child.claim)
 
 
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """One launcher at a time."""
+    """Holds a lock that only one launcher can hold at a time."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "SWEEP", "a", opener=files.not_followed) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -95,18 +95,18 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def declare(point: Point, out: Path, index: int) -> None:
-    """Makes the point's folder, by which it is known to whoever collects the results. Call it `alone`."""
+    """Creates the point's folder, from which the results are collected. Call this while holding the lock `alone`."""
     (out / point.id).mkdir(parents=True, exist_ok=True)
     if not (out / point.id / "point.json").exists():
         files.write_json(out / point.id / "point.json", {"values": point.values, "index": index})
 
 
 def start(point: Point, out: Path, states: tuple[str, ...], trial: Any = None) -> Child | None:
-    """A process that runs the point; None when it is taken or, once it is ours, in none of `states`."""
+    """Starts a process that runs the point; None if the point is taken or not in one of `states`."""
     folder = out / point.id
     if held(folder):
         return None
-    with contextlib.suppress(UserError):  # somebody was faster
+    with contextlib.suppress(UserError):  # another launcher was faster
         claim = take_lock(folder / "CLAIM")
         if outcome(folder, point.config.steps) in states:
             (folder / "ended.json").unlink(missing_ok=True)
@@ -117,7 +117,7 @@ def start(point: Point, out: Path, states: tuple[str, ...], trial: Any = None) -
 
 
 def held(folder: Path) -> bool:
-    """Whether a process has claimed the point, or runs it without a launcher."""
+    """Whether a process has claimed the point or runs it without a launcher."""
     for name in ("CLAIM", "LOCK"):
         with contextlib.suppress(FileNotFoundError), (folder / name).open() as file:
             try:
@@ -132,19 +132,19 @@ def state(folder: Path, steps: int) -> str:
 
 
 def outcome(folder: Path, steps: int) -> str:
-    """What the files tell, whoever wrote them: a run that was killed, or whose `steps` grew, is STOPPED."""
-    lines, told = read(folder), files.read_json(folder / "ended.json")
+    """The state according to the files: a run that was killed, or whose `steps` were raised, is STOPPED."""
+    lines, ended = read(folder), files.read_json(folder / "ended.json")
     if any(line.get("event") == "done" and line["step"] >= steps for line in lines):
         return DONE
     codes = [line["exit_code"] for line in lines if "exit_code" in line]
-    if "state" in told or not lines:
-        return told.get("state", WAITING)
+    if "state" in ended or not lines:
+        return ended.get("state", WAITING)
     ends = {exits.PREEMPTED: STOPPED, exits.BELOW_FLOOR: BELOW}
     return ends.get(codes[-1], FAILED) if codes else STOPPED
 
 
 def read(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, parsed again only when it has changed."""
+    """The lines of a run's metrics.jsonl, parsed again only after changes."""
     path = folder / "metrics.jsonl"
     with contextlib.suppress(FileNotFoundError):
         now = path.stat().st_mtime_ns, path.stat().st_size
@@ -155,6 +155,6 @@ def read(folder: Path) -> list[dict]:
 
 
 def curve(folder: Path, metric: str) -> list[tuple[int, float | None]]:
-    """(step, value) of a metric "KIND/NAME", such as "eval/nll"; None where it was not finite."""
+    """(step, value) of a metric "KIND/NAME", such as "eval/nll"; None if it was not finite."""
     kind, _, name = metric.partition("/")
     return [(line["step"], line[name]) for line in read(folder) if line["kind"] == kind and name in line]

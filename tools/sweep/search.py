@@ -1,6 +1,6 @@
-"""A search by Optuna over the ranges of a config: any number of launchers share the study in OUT/study.journal.
+"""An Optuna search over the ranges of a config. Any number of launchers share the study in OUT/study.journal.
 
-A trial whose launcher was killed is taken over by the next one and its run goes on from its checkpoint.
+If a launcher is killed, the next one takes over its trial, and the run resumes from its checkpoint.
 """
 
 import warnings
@@ -17,13 +17,13 @@ from tools.sweep.run import Child, Point
 try:
     import optuna
 except ImportError as e:
-    raise UserError("needs the package optuna", "--search", "pip install -r requirements/search.txt") from e
+    raise UserError("the package optuna is not installed", "--search", "pip install -r requirements/search.txt") from e
 
-ETA = 3  # of successive halving: the share 1 / ETA that goes on at each rung
+ETA = 3  # of successive halving: 1 / ETA of the trials continue at each rung
 
 
 class Search:
-    """The queue of a study of flags["trials"] trials. `make` turns values into a point, or raises UserError.
+    """A queue of flags["trials"] trials. `make` turns values into a point, or raises UserError.
 
     Runs are stopped early by asynchronous successive halving (Li et al. 2020, A System for Massively Parallel
     Hyperparameter Tuning), with rungs at eval_every steps, ETA * eval_every, ...
@@ -31,16 +31,16 @@ class Search:
 
     def __init__(self, space: dict[str, Range], make: Callable[[dict], Point], out: Path, flags: dict, config: Any):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        warnings.filterwarnings("ignore", module="optuna")  # of what it calls experimental
+        warnings.filterwarnings("ignore", module="optuna")  # its warnings about experimental features
         self.space, self.make, self.out, self.metric = space, make, out, flags["metric"]
         self.sampler, self.trials, self.seed = flags["search"], flags["trials"], config.seed
         pruner = optuna.pruners.NopPruner()
         if config.eval_every:
             pruner = optuna.pruners.SuccessiveHalvingPruner(config.eval_every, reduction_factor=ETA)
         else:
-            print("eval_every is 0: no trial is stopped early")
+            print("no trial is stopped early, since eval_every is 0")
         direction = "maximize" if flags["maximize"] else "minimize"
-        name = f"{direction} {self.metric} over {sorted(space.items())}"  # a change of these is another study
+        name = f"{direction} {self.metric} over {sorted(space.items())}"  # a change of these starts another study
         with runs.alone(out):
             backend = optuna.storages.journal.JournalFileBackend(str(out / "study.journal"))
             storage = optuna.storages.JournalStorage(backend)
@@ -48,7 +48,7 @@ class Search:
             self.study = optuna.create_study(**known, direction=direction, pruner=pruner)
 
     def take(self) -> Child | None:
-        with runs.alone(self.out):  # so that the number of trials is exact, and no two are the same draw
+        with runs.alone(self.out):  # so the number of trials is exact, and no two draws are the same
             for frozen in self._running():
                 if child := self._start(optuna.trial.Trial(self.study, frozen._trial_id)):
                     return child
@@ -62,10 +62,10 @@ class Search:
         return self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING])
 
     def _start(self, trial: Any) -> Child | None:
-        """The process of a trial; one that is no valid point, or whose point has ended before, is told at once."""
+        """Starts a trial. An invalid one, or one whose point has already ended, is reported to Optuna at once."""
         try:
             if trial.params.keys() != self.space.keys():
-                raise UserError("was drawn by halves")
+                raise UserError("the trial was only partly sampled")
             point = self.make(trial.params)
         except UserError as e:
             print(f"trial {trial.number}: {e}", flush=True)
@@ -82,7 +82,7 @@ class Search:
         return bool(self._running()) or len(self.study.get_trials(deepcopy=False)) < self.trials
 
     def hopeless(self, child: Child) -> bool:
-        """Reports what the run has written since, one step after the other: each rung is judged when it is reached."""
+        """Reports the run's new values step by step, so that each rung is judged when it is reached."""
         return self._report(child.trial, child.point)
 
     def close(self, child: Child, hopeless: bool) -> None:
@@ -91,14 +91,14 @@ class Search:
     def _report(self, trial: Any, point: Point) -> bool:
         seen = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
         for step, value in runs.curve(self.out / point.id, self.metric):
-            if step > max(seen, default=0) and value is not None:  # before the first step all are equal
+            if step > max(seen, default=0) and value is not None:  # at step 0 all are equal
                 trial.report(value, step)
                 if step < point.config.steps and trial.should_prune():
                     return True
         return False
 
     def _tell(self, trial: Any, point: Point, state: str) -> None:
-        """A run whose numbers broke down or crossed a floor counts as the worst; a crash says nothing of its point."""
+        """Reports the end: a run that diverged or crossed a floor counts as the worst; a crash does not count."""
         states = optuna.trial.TrialState
         self._report(trial, point)
         values = runs.curve(self.out / point.id, self.metric)
@@ -113,7 +113,7 @@ class Search:
 def _sampler(name: str, seed: int) -> Any:
     if name == "random":
         return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # spreads what runs at the same time
+    return optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # spreads concurrent trials
 
 
 def _distribution(r: Range) -> Any:
