@@ -1,8 +1,8 @@
-"""Writes a task's examples as data to train on: train.jsonl and heldout.jsonl, one record of messages a line.
+"""Writes a task's examples as training data: train.jsonl and heldout.jsonl, one record of messages per line.
 
     python -m evals.export --task=dates --out=runs/dates
 
-`config.data.source` and `config.data.eval_source` take these files. A rerun writes the same bytes.
+Use the files as `config.data.source` and `config.data.eval_source`. A rerun writes identical bytes.
 """
 
 import sys
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def export(name: str, folder: Path) -> dict[str, int]:
-    """Number of records by file written. A file appears whole or not at all."""
+    """Writes the files atomically; returns the number of records of each."""
     task, written = tasks.load(name), {}
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "heldout"):

@@ -1,4 +1,4 @@
-"""Loss on text that training has not seen: of batches, and of plain text before and after a tuning."""
+"""Loss on text that was not used in training: of batches, and of plain text before and after tuning."""
 
 import math
 
@@ -18,9 +18,9 @@ PASSAGE = 1000  # characters
 
 
 def bits_per_byte(model: Transformer, params: Params, batch: dict[str, Array], lengths: Array) -> Pair:
-    """(bits, bytes) of the targets [B,T] of an lm batch, which compares tokenizers.
+    """(bits, bytes) of the targets [B,T] of an lm batch; bits per byte allow comparison across tokenizers.
 
-    `lengths` [V] is `byte_lengths`. Control tokens stand for no byte and are left out of both.
+    `lengths` [V] is `byte_lengths`. Control tokens have no bytes and count in neither.
     """
     x = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"]).x
     logps = head.token_logps(model, params, x, batch["targets"], batch["mask"])
@@ -30,26 +30,26 @@ def bits_per_byte(model: Transformer, params: Params, batch: dict[str, Array], l
 
 
 def byte_lengths(model: Transformer, tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of every id of the model's vocabulary [V], which may be larger than the tokenizer's."""
+    """Bytes per token id [V]; the model's vocabulary may be larger than the tokenizer's."""
     lengths = np.zeros(model.config.vocab_size, np.int32)
     lengths[: tokenizer.vocab_size] = tokenizer.byte_lengths
     return lengths
 
 
 def text_loss(lm: LM, texts: list[str]) -> tuple[float, int]:
-    """(sum, weight) of the nats per token of plain texts. The difference of two models on one text is forgetting."""
+    """(sum, weight) of the nats per token of plain texts. Its rise from one model to the next is forgetting."""
     mean, tokens = lm.loss(texts)
     return mean * tokens, tokens
 
 
 def passages(source: str, n: int) -> list[str]:
-    """`n` passages of a data source, one a document and spread over all of its documents."""
+    """`n` passages of a data source, one per document, spread evenly over all documents."""
     texts = [text for record in sources.records(source) if (text := _passage(record))]
     return texts[:: max(len(texts) // n, 1)][:n]
 
 
 def _passage(record: dict) -> str:
-    """The middle of a document's text, from the start of a line; "" when it is shorter than a passage."""
+    """A passage from the middle of a document, from the start of a line; "" if the document is too short."""
     text = record.get("text", "")
     at = text.find("\n", max(len(text) // 2 - PASSAGE, 0)) + 1
     return text[at : at + PASSAGE] if len(text) >= 2 * PASSAGE else ""

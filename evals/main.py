@@ -4,11 +4,11 @@
                          [--adapter=RUN] [--against=RUN] [--contamination=SOURCE] [--text=pydocs] [--passages=16]
                          [--out=FOLDER] [--strict]
 
-Prints a table and appends one line of JSON for each result to FOLDER/evals.jsonl; by default the folder is that of the
-run, when the model or the adapter is one. `--text` names a data source; its loss before and after a tuning is what the
-tuning made the model forget. `--against` names a folder, or a .jsonl, of earlier results: those on the same rows are
-compared row by row. `--contamination` names what a model was trained on, a source, a run or a token cache: rows that
-stand there are named, and have a score of their own.
+Prints a table and appends one line of JSON per result to FOLDER/evals.jsonl. If the model or the adapter is a run, its
+folder is the default. `--text` names a data source; the rise of the loss on it after tuning measures forgetting.
+`--against` names a folder or .jsonl of earlier results, which are compared row by row if they are on the same rows.
+`--contamination` names training data (a source, a run or a token cache): rows that occur in it are listed and scored
+separately.
 """
 
 import argparse
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from evals.task import Task
     from infer.lm import LM
 
-SURE = 0.1  # half of an interval from which a score says little; with rows for half of that, it says what to bring
+SURE = 0.1  # maximum half-width of an interval; wider ones get a warning with the rows needed for half of SURE
 
 
 @cli.command
@@ -43,17 +43,17 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--shots", default="0", type=cli.counts)
     for name, default in dict(n=100, seed=0, passages=16, batch_size=16).items():
         parser.add_argument(f"--{name}", default=default, type=cli.count)
-    parser.add_argument("--strict", action="store_true", help="what the files hold and nothing uses is an error")
+    parser.add_argument("--strict", action="store_true", help="unused contents of the files are an error")
     run(parser.parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> list[dict]:
-    """The results of a command line's options, written and shown as they come."""
+    """Measures, writes and prints the results of a command line."""
     if not (args.tasks or args.text):
-        raise UserError("--tasks or --text is needed", "evals.main", "see --help")
+        raise UserError("--tasks or --text is required", "evals.main", "see --help")
     from evals import task
 
-    tasks = task.named(args.tasks)  # what is wrong with one shows before the model is read
+    tasks = task.named(args.tasks)  # errors in a task appear before the model is read
     for name, found in tasks.items():
         for note in found.notes:
             print(f"{name}: {note}")
@@ -95,12 +95,12 @@ def _measure(lm: "LM", args: argparse.Namespace, tasks: dict[str, "Task"]) -> It
         texts = heldout.passages(args.text, args.passages)
         start = time.perf_counter()
         total, tokens = heldout.text_loss(lm, texts)
-        told = {"loss": total / tokens, "tokens": tokens, "n": len(texts), "flops": flops_per_token(lm) * tokens}
-        yield {"text": args.text, **told, "seconds": time.perf_counter() - start}
+        figures = {"loss": total / tokens, "tokens": tokens, "n": len(texts), "flops": flops_per_token(lm) * tokens}
+        yield {"text": args.text, **figures, "seconds": time.perf_counter() - start}
 
 
 def _gas(seconds: float, flops: float) -> gas.Gas:
-    """What an evaluation used, by its seconds and the devices at hand."""
+    """The resources of an evaluation, from its seconds and the present devices."""
     import jax
 
     kind, count, processes = jax.devices()[0].device_kind, jax.device_count(), jax.process_count()
@@ -112,7 +112,7 @@ def _gas(seconds: float, flops: float) -> gas.Gas:
 
 
 def _contaminated(name: str, task: "Task", trained: list[str], lm: "LM") -> dict[str, str]:
-    """{row: the place in a training text that holds it} of the held-out rows, told in a line for each source."""
+    """{row: place in a training text} of the held-out rows that occur there; prints a line per source."""
     from evals import overlap
 
     rows = task.examples("heldout")
@@ -121,7 +121,7 @@ def _contaminated(name: str, task: "Task", trained: list[str], lm: "LM") -> dict
     for source in trained:
         found = {_where(name, i, rows[i]): place for i, place in overlap.seen(texts, source, lm.tokenizer).items()}
         named = "; ".join(f"{row} ({place})" for row, place in list(found.items())[: overlap.SHOWN])
-        print(f"{name}: {len(found):,} of {len(rows):,} rows stand in {source}{': ' if found else ''}{named}")
+        print(f"{name}: {len(found):,} of {len(rows):,} rows occur in {source}{': ' if found else ''}{named}")
         every |= found
     return every
 
@@ -131,14 +131,14 @@ def _where(name: str, i: int, row: Json) -> str:
 
 
 def _marked(name: str, task: "Task", found: dict[str, str]) -> "Task":
-    """The task with a slice of the rows that training has read, and one of the others."""
+    """The task with one slice for the contaminated rows and one for the others."""
 
     def examples(split: str) -> list[Json]:
         rows = list(task.examples(split))
         if split != "heldout":
             return rows
-        told = [{"contaminated": "yes" if _where(name, i, row) in found else "no"} for i, row in enumerate(rows)]
-        return [row | {"slices": row.get("slices", {}) | more} for row, more in zip(rows, told, strict=True)]
+        marks = [{"contaminated": "yes" if _where(name, i, row) in found else "no"} for i, row in enumerate(rows)]
+        return [row | {"slices": row.get("slices", {}) | more} for row, more in zip(rows, marks, strict=True)]
 
     return task._replace(examples=examples)
 
@@ -147,7 +147,7 @@ def _marked(name: str, task: "Task", found: dict[str, str]) -> "Task":
 
 
 def _folder(args: argparse.Namespace) -> Path | None:
-    """Where results go: `out`, else the run folder that was measured, else nowhere."""
+    """The folder for results: `out`, else the measured run folder, else None."""
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         return Path(args.out)
@@ -158,7 +158,7 @@ def _folder(args: argparse.Namespace) -> Path | None:
 
 
 def _others(args: argparse.Namespace, tasks: dict[str, "Task"]) -> dict[str, list[Json]]:
-    """Earlier results on the rows that are going to be scored, by task. Raises UserError when there are none."""
+    """Earlier results on the rows to be scored, by task. Raises UserError if there are none."""
     if not args.against:
         return {}
     from evals import paired
@@ -176,8 +176,8 @@ def _compare(line: Json, others: list[Json], args: argparse.Namespace) -> None:
 
     for other in others:
         who = " with ".join(filter(None, (other.get("model") or args.against, other.get("adapter"))))
-        told = f"{line['task']}, {line['shots']} shots against {who}, {other['shots']} shots"
-        print(f"{told}: {paired.pair(line, other, args.seed)}")
+        title = f"{line['task']}, {line['shots']} shots against {who}, {other['shots']} shots"
+        print(f"{title}: {paired.pair(line, other, args.seed)}")
 
 
 def show(results: list[Json]) -> None:
@@ -206,9 +206,9 @@ def show(results: list[Json]) -> None:
 
 
 def _remarks(r: Json) -> Iterator[str]:
-    """Lines on a result: by another length of the options, what was answered most, whether the interval is too wide."""
+    """Remarks on a result: its score without length normalization, the most frequent answers, a too wide interval."""
     if r["by_sum"] is not None:
-        yield f"{r['by_sum']:.3f} when an option's log-likelihood is not divided by its length in bytes"
+        yield f"{r['by_sum']:.3f} if log-likelihoods are not divided by the options' lengths in bytes"
     often = [(text, count) for text, count in r["answers"] if count > 1]
     each = ", ".join(f"{_short(text)} {percent(count / r['n'])}" for text, count in often)
     yield f"most frequent answers: {each}" if often else f"all {r['n']} answers differ"
@@ -225,14 +225,14 @@ def _span(r: Json) -> str:
 
 
 def _unsure(r: Json) -> str:
-    """That an interval is too wide to tell much, and how many rows would halve the bound; "" when it is not."""
+    """A warning that the interval is too wide, with the rows needed for half of SURE; "" if it is not."""
     if None in (r["low"], r["high"]):
-        return "one row is not enough to tell"
+        return "one row is not enough for an interval"
     if (half := (r["high"] - r["low"]) / 2) <= SURE:
         return ""
-    needed = 0.25 * (2 * stats.Z / SURE) ** 2  # rows, at the most uncertain share
+    needed = 0.25 * (2 * stats.Z / SURE) ** 2  # rows, for the widest interval (a mean of 0.5)
     off = f"the score may be off by {100 * half:.0f} points; {needed:.0f} rows make that {50 * SURE:.0f}"
-    return f"{r['n']} rows are not enough to tell: {off}"
+    return f"{r['n']} rows are too few: {off}"
 
 
 if __name__ == "__main__":

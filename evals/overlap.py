@@ -1,4 +1,4 @@
-"""Texts that are where they should not be: rows of a task that training has read, and near-duplicates across splits."""
+"""Contamination: rows of a task that occur in training data, and near-duplicates across splits."""
 
 import zlib
 from collections import defaultdict
@@ -15,20 +15,20 @@ from data.text.tokenizer import Tokenizer
 from evals.scorers import WORD
 
 NGRAM = 13  # words: Brown et al. 2020, appendix C
-LEAST = 8  # words of a question that is looked for without its answer
-SHINGLE, JACCARD = 3, 0.8  # words of a shingle, and the similarity from which two rows are near-duplicates
+LEAST = 8  # words; shorter questions are searched together with their answers
+SHINGLE, JACCARD = 3, 0.8  # words per shingle, and the minimum similarity of near-duplicates
 HASHES, BAND = 96, 4  # of MinHash: two rows of similarity 0.8 share a band of 4 with probability 1 - 5e-6
-MOST = 20_000  # rows that are compared, evenly spread over more
-SHOWN = 3  # pairs or rows that a line names
-BLOCK = 1 << 18  # words that are looked through at once
-MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying loses nothing
+MOST = 20_000  # maximum rows compared, evenly spread over all rows
+SHOWN = 3  # pairs or rows named per line
+BLOCK = 1 << 18  # words searched at a time
+MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so the multiplication is invertible
 
 Rows = Sequence[dict]
 Prompt = str | list[dict]
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits in lower case."""
+    """Runs of letters and digits, in lower case."""
     return WORD.findall(text.lower())
 
 
@@ -41,7 +41,7 @@ def asked(prompt: Prompt) -> str:
 
 
 def across(parts: Mapping[str, Rows]) -> list[str]:
-    """Lines on the rows of one split that are near-duplicates of rows of another; none where there are none."""
+    """Messages about rows of one split that are near-duplicates of rows of another."""
     lines, total = [], sum(map(len, parts.values()))
     stride = max(1, -(-total // MOST))
     rows = [(name, row) for name, part in parts.items() for row in part[::stride]]
@@ -58,8 +58,8 @@ def across(parts: Mapping[str, Rows]) -> list[str]:
 def near(texts: Sequence[str]) -> list[tuple[int, int]]:
     """Pairs i < j of texts whose shingles of words have a Jaccard similarity of JACCARD or more.
 
-    Candidates are found by MinHash (Broder 1997) in bands, and then compared exactly; of a crowd of equal texts only
-    neighbours make a pair.
+    Candidates are found by banded MinHash (Broder 1997) and then compared exactly. Of many equal texts, only
+    consecutive ones form pairs.
     """
     sets = [shingles(text) for text in texts]
     factors = np.random.default_rng(0).integers(1, 1 << 62, HASHES, np.uint64) * 2 + 1
@@ -83,10 +83,10 @@ def shingles(text: str) -> set[int]:
 
 
 def seen(rows: Sequence[tuple[str, str]], source: str, tokenizer: Tokenizer) -> dict[int, str]:
-    """{number of a row: where the first text stands that holds it}, of rows (question, answer).
+    """{index of a row: place of the first text that contains it} for rows (question, answer).
 
-    A row is held when NGRAM of its words, or all words of a shorter question, or of question and answer when that has
-    less than LEAST, stand one behind the other. `source`: what data.sources reads, a run folder, or a token cache.
+    A text contains a row if NGRAM consecutive words of its question occur there, or all words of a shorter question; of
+    question and answer, if the question has fewer than LEAST words. `source`: a data source, run folder or token cache.
     """
     wanted: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # length: {hash: rows}
     for i, (question, answer) in enumerate(rows):
@@ -108,7 +108,7 @@ def seen(rows: Sequence[tuple[str, str]], source: str, tokenizer: Tokenizer) -> 
 
 
 def _blocks(texts: Iterator[tuple[str, str]]) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
-    """(words, first word of each text, where each stands) of many texts at once, which 0 keeps apart."""
+    """(words, index of the first word of each text, place of each text) of many texts at once, separated by 0."""
     parts, places, size = [], [], 0
     starts = lambda: np.cumsum([0, *(len(ids) + 1 for ids in parts[::2])])[:-1]
     for where, text in texts:
@@ -123,13 +123,13 @@ def _blocks(texts: Iterator[tuple[str, str]]) -> Iterator[tuple[np.ndarray, np.n
 
 
 def _ids(found: list[str]) -> np.ndarray:
-    """64 bits a word."""
+    """64 bits per word."""
     data = [(zlib.crc32(w.encode()) << 32) | zlib.adler32(w.encode()) for w in found]
     return np.array(data, np.uint64) * MIX
 
 
 def _rolling(ids: np.ndarray, size: int) -> np.ndarray:
-    """The hash of every `size` neighbours: a polynomial modulo 2^64. [max(0, N - size + 1)]"""
+    """Hashes [max(0, N - size + 1)] of every `size` consecutive words: a polynomial modulo 2^64."""
     total = np.zeros(max(0, len(ids) - size + 1), np.uint64)
     for i in range(size):
         total = (total ^ (total >> np.uint64(29))) * MIX + ids[i : i + len(total)]
@@ -148,7 +148,7 @@ def _texts(source: str, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
 
 
 def _records(source: str, form: str, fields: str) -> Iterator[tuple[str, str]]:
-    """The texts of records; those of one that training cannot read are all its texts."""
+    """The texts of records; of a record that training cannot read, all its strings."""
     for row in sources.rows(source):
         try:
             yield row.where, formats.example(row.record or {}, form, formats.parse_fields(fields)).plain()
@@ -159,7 +159,7 @@ def _records(source: str, form: str, fields: str) -> Iterator[tuple[str, str]]:
 def _cached(folder: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
     stored = cache.read(folder)
     if stored.index.get("tokenizer") != tokenizer.fingerprint:
-        fix = "name the data that it was made of, or the run"
-        raise UserError("the token cache is not of this model's tokenizer", str(folder), fix)
+        fix = "name the data that it was made from, or the run"
+        raise UserError("the token cache was made with another tokenizer", str(folder), fix)
     for i, (start, end) in enumerate(zip(stored.offsets, stored.offsets[1:])):
         yield f"{folder}, document {i}", tokenizer.decode(stored.tokens[start:end].tolist())

@@ -1,4 +1,4 @@
-"""Two results on the same rows: the difference, how sure it is, and whether it may be chance."""
+"""Paired comparison of two results on the same rows: the difference, its interval and its significance."""
 
 import math
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ from common.errors import UserError
 from common.stats import wilson
 from common.types import Json
 
-DRAWS = 10_000  # of the bootstrap
-BLOCK = 1 << 20  # numbers drawn at a time
+DRAWS = 10_000  # bootstrap samples
+BLOCK = 1 << 20  # random numbers drawn at a time
 
 
 class Paired(NamedTuple):
-    """`difference` is the first mean less the second, within [low, high] with 95 % confidence."""
+    """`difference` is the first mean minus the second; [low, high] is its 95 % interval."""
 
     n: int
     difference: float
     low: float
     high: float
-    p: float  # two-sided, of no difference
+    p: float  # two-sided, under the hypothesis of no difference
     wins: int  # rows on which the first is better
     losses: int
     test: str
@@ -35,10 +35,10 @@ class Paired(NamedTuple):
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Paired:
-    """Scores of the same rows in the same order.
+    """Compares scores of the same rows in the same order.
 
-    Of 0 and 1: McNemar's exact test, and Newcombe's interval of paired proportions. Else: a bootstrap over rows, and
-    its percentiles.
+    Scores of only 0 and 1: McNemar's exact test and Newcombe's interval of paired proportions. Other scores:
+    percentiles of a bootstrap over rows.
     """
     a, b = np.asarray(ours, float), np.asarray(theirs, float)
     wins, losses = int((a > b).sum()), int((a < b).sum())
@@ -52,14 +52,14 @@ def compare(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Pa
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """Two-sided p of that many rows where only one is right, which without a difference fall on either side alike."""
+    """Two-sided p for rows on which only one side is right; without a difference, both sides are equally likely."""
     n = wins + losses
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n)
 
 
 def newcombe(both: int, first: int, second: int, neither: int) -> tuple[float, float]:
     """95 % interval of the difference of two paired proportions: Newcombe 1998 (Statistics in Medicine 17, 2635),
-    method 10, of the rows that both, only the first, only the second and neither have right."""
+    method 10, from the numbers of rows that both, only the first, only the second, and neither got right."""
     n = both + first + second + neither
     p, q = (both + first) / n, (both + second) / n
     (p_low, p_high), (q_low, q_high) = wilson(p, n), wilson(q, n)
@@ -74,8 +74,8 @@ def newcombe(both: int, first: int, second: int, neither: int) -> tuple[float, f
 
 
 def bootstrap(differences: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """(low, high, p) of the mean of differences [n]: percentiles over DRAWS samples of rows, and twice the share of
-    them on the other side of 0, which is never less than 1 / DRAWS."""
+    """(low, high, p) of the mean of differences [n]: percentiles over DRAWS samples of rows, and twice the fraction of
+    samples on the other side of 0, at least 1 / DRAWS."""
     rng, n = np.random.default_rng(seed), len(differences)
     size = max(1, BLOCK // n)
     blocks = [min(size, DRAWS - at) for at in range(0, DRAWS, size)]
@@ -85,36 +85,36 @@ def bootstrap(differences: np.ndarray, seed: int = 0) -> tuple[float, float, flo
     return float(low), float(high), float(min(1.0, max(2 * tail, 1 / DRAWS)))
 
 
-# --- results that lie in files ---
+# --- results in files ---
 
 
 def results(path: str | Path) -> list[Json]:
-    """The results of tasks in a .jsonl, or in a folder's evals.jsonl and metrics.jsonl; the newest of each way of
-    asking."""
+    """The task results in a .jsonl, or in a folder's evals.jsonl and metrics.jsonl: the newest for each model, adapter
+    and setting."""
     place = Path(path).expanduser()
     names = [place / "metrics.jsonl", place / "evals.jsonl"] if place.is_dir() else [place]
     lines = [line for name in names for line in files.read_lines(name) if "task" in line]
     if not lines:
-        raise UserError("holds no results of tasks", str(path), "a folder or .jsonl that evals.main has written")
+        raise UserError("there are no task results", str(path), "name a folder or .jsonl written by evals.main")
     if not (whole := [line for line in lines if "rows" in line]):
-        raise UserError("its results do not say their rows", str(path), "score it again with this version")
+        raise UserError("the results do not record their rows", str(path), "score again with this version")
     keys = ("task_hash", "n", "seed", "shots", "model", "adapter")
     return list({tuple(str(x.get(k)) for k in keys): x for x in whole}.values())
 
 
 def fitting(task: str, task_hash: str, rows: Sequence[str], others: Sequence[Json], source: str) -> list[Json]:
-    """Those of other results that are on the same rows with the same scoring. Raises UserError when there are none."""
+    """The other results on the same rows with the same scoring. Raises UserError if there are none."""
     ours = {"task_hash": task_hash, "rows": list(rows)}
     if found := [x for x in others if alike(ours, x)]:
         return found
     same = [x for x in others if x["task"] == task]
     if not same:
         known = ", ".join(sorted({x["task"] for x in others}))
-        raise UserError(f"no result of {task}, only of {known}", source, "score it there too")
+        raise UserError(f"there is no result of {task}, only of {known}", source, "score it on this task, too")
     rescored = all(x["task_hash"] != task_hash for x in same)
     why = "the file or the scorer has changed" if rescored else "other rows were drawn"
-    drawn = f"n={same[-1]['n']}, seed={same[-1]['seed']}, scorer {same[-1].get('scorer') or 'of its own'}"
-    what = f"its result of {task} ({drawn}) cannot be compared row by row: {why}"
+    drawn = f"n={same[-1]['n']}, seed={same[-1]['seed']}, scorer {same[-1].get('scorer') or 'of the task'}"
+    what = f"the result of {task} ({drawn}) cannot be compared row by row: {why}"
     raise UserError(what, source, "score both on the same file with the same scorer, n and seed")
 
 
@@ -125,7 +125,7 @@ def alike(ours: Json, theirs: Json) -> bool:
 
 
 def pair(ours: Json, theirs: Json, seed: int = 0) -> Paired | None:
-    """Two results row by row; None where they are not alike."""
+    """Compares two results row by row; None if they are not on the same rows with the same scoring."""
     if not alike(ours, theirs):
         return None
     scores: dict[str, list[float]] = {}

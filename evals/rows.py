@@ -1,16 +1,16 @@
-"""A task that is a file: rows with a question and an answer, in any of the formats that training reads.
+"""Tasks from files: rows with a question and an answer, in any format that training reads.
 
-    SOURCE[:OPTION=VALUE ...]      as in rows.jsonl:scorer=number:slices=kind
+    SOURCE[:OPTION=VALUE ...]      for example rows.jsonl:scorer=number:slices=kind
 
-SOURCE is what data.sources reads: a .jsonl, .json, .csv, .tsv or .parquet, also with .gz; a folder; hf:repo. Options:
-scorer   a file in evals/scorers, or auto (the default), which says what it chose and why
-split    the rows that are scored: train, validation, test or all; test by default, and all where SOURCE names a split
-         (FILE@test) or the file's name does. Examples in the prompt are rows of the train split. See data/splits.py
-slices   columns: COLUMN+COLUMN; each of their values has a score of its own
-options  the column that holds the options of a choice, where it is not "options" or "choices"
-tokens   most tokens of an answer; by default as many as the longest reference needs
-name     of the results, by default the file's
-and names of columns, as in data.fields: prompt=question:completion=answer
+SOURCE is any data source: a .jsonl, .json, .csv, .tsv or .parquet file, also with .gz; a folder; hf:repo. Options:
+scorer   a file in evals/scorers, or auto (the default), which prints its choice and the reason
+split    the rows to score: train, validation, test (the default) or all (the default if SOURCE or the file's name names
+         a split, such as FILE@test). Examples in the prompt are rows of the train split. See data/splits.py
+slices   COLUMN+COLUMN: columns whose values are each scored separately
+options  the column with the options of a choice, if it is not "options" or "choices"
+tokens   maximum tokens of an answer; by default enough for the longest reference
+name     name of the results; by default the file's
+and column names, as in data.fields: prompt=question:completion=answer
 
 A row may have several references: a list, or SQuAD's {"text": [...]}.
 """
@@ -36,21 +36,21 @@ OPTIONS = ("scorer", "split", "slices", "options", "tokens", "name")
 COLUMNS = (
     "prompt", "completion", "messages", "conversations", "instruction", "input", "output", "system", "references",
 )  # fmt: skip
-# Columns that hold references, the first one that is there.
+# Columns with references; the first one present is used.
 ANSWERS = ("references", "completion", "answer", "answers", "response", "output", "label", "target")
-EMPTY = "(none)"  # stands for a reference that says that there is no answer, while the row is read
-CLASSES, LABELS, SLICES = 50, 10, 50  # most options of a choice; of one that `auto` takes; values of a slice
-SHORT, PHRASE = 5, 12  # words of references that auto compares as a whole, and by their words
+EMPTY = "(none)"  # placeholder, while a row is read, for the reference "there is no answer"
+CLASSES, LABELS, SLICES = 50, 10, 50  # maximum options of a choice; of one chosen by `auto`; values of a slice
+SHORT, PHRASE = 5, 12  # maximum words of references that `auto` scores by exact match, and by token F1
 
 
 def is_source(spec: str) -> bool:
-    """Whether a task's name is one of a source: something with a path, an ending or an option, or that is there."""
+    """Whether a task's name is a source: it has a path, an ending or an option, or it exists."""
     source = parse(spec)[0]
     return bool(re.search(r"[./:@*]", spec)) or Path(source).exists()
 
 
 def parse(spec: str) -> tuple[str, dict[str, str]]:
-    """(source, options) of "SOURCE:OPTION=VALUE:..."; a colon that no option follows belongs to the source."""
+    """(source, options) of "SOURCE:OPTION=VALUE:..."; a colon without an option after it belongs to the source."""
     *before, last = spec.split(":")
     if before and (found := re.fullmatch(r"([a-z_]+)=(.*)", last, re.DOTALL)):
         source, options = parse(":".join(before))
@@ -59,7 +59,8 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def name(spec: str) -> str:
-    """What the results of a task are called: its option `name`, or the file's, with its folder before a split's."""
+    """The name of a task's results: the option `name`, or the file's name, prefixed with its folder if it is a
+    split."""
     source, options = parse(spec)
     path = Path(re.sub(r"@\w+$", "", source.partition("?")[0]))
     stem = path.name.rpartition(":")[2].split(".")[0] or path.name
@@ -67,12 +68,12 @@ def name(spec: str) -> str:
 
 
 def task(spec: str) -> Task:
-    """The task of a source. Raises UserError: rows that cannot be read, no answers, nothing to score."""
+    """The task of a source. Raises UserError if rows cannot be read or answered, or there is nothing to score."""
     source, options = parse(spec)
     for key in options:
         if key not in OPTIONS and key not in COLUMNS:
             fix = did_you_mean(key, (*OPTIONS, *COLUMNS), f"one of {', '.join((*OPTIONS, *COLUMNS))}")
-            raise UserError(f"no option {key!r}", spec, fix)
+            raise UserError(f"unknown option {key!r}", spec, fix)
     scorer = options.get("scorer", "auto")
     if scorer != "auto":
         scorers.find(scorer)
@@ -84,14 +85,14 @@ def task(spec: str) -> Task:
     _check(source, scorer, every)
     part = options.get("split") or _default(source)
     if part not in (*splits.SPLITS, "all"):
-        raise UserError(f"no split {part!r}", spec, f"one of {', '.join(splits.SPLITS)} or all")
+        raise UserError(f"unknown split {part!r}", spec, f"one of {', '.join(splits.SPLITS)} or all")
     scored = every if part == "all" else found[part]
     sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in found.items())
     if not scored:
-        raise UserError(f"no row is of the {part} split ({sizes})", source, "bring more rows, or write :split=all")
+        raise UserError(f"the {part} split has no rows ({sizes})", source, "add rows, or write :split=all")
     shown = [] if part in ("all", "train") else found["train"]
     notes = [f"{len(every):,} rows ({sizes}), scored: {part}"]
-    notes.append(f"scorer {scorer}" + (f", as there are {why}" if why else ""))
+    notes.append(f"scorer {scorer}" + (f", since there are {why}" if why else ""))
     notes += _warnings(scored) + overlap.across({name: rows for name, rows in found.items() if rows})
     score, texts = scorers.find(scorer), all(isinstance(row["prompt"], str) for row in every)
     return Task(
@@ -113,7 +114,7 @@ def _count(text: str, spec: str) -> int:
 
 
 def _default(source: str) -> str:
-    """All rows of a file that is a test or validation split by its name, or of a split that the source names."""
+    """The default split: "all" if the source or the name of the file names a split, else "test"."""
     stem = re.split("[^a-z]+", Path(source.lower()).name.split(".")[0])
     held = any(splits.NAMES.get(word, "train") != "train" for word in stem)
     return "all" if source.rpartition("@")[2] in splits.SPLITS or (held and not sources.split_names(source)) else "test"
@@ -123,7 +124,7 @@ def _default(source: str) -> str:
 
 
 def _read(source: str, options: dict[str, str], listed: bool) -> dict[str, list[dict]]:
-    """Rows by split. Raises UserError when one of them is bad: a score of the others would be one of another task."""
+    """Rows by split. Raises UserError if any row is bad, since scoring only the others would change the task."""
     found: dict[str, list[dict]] = {name: [] for name in splits.SPLITS}
     causes: dict[str, tuple[int, str]] = {}
     for part, row in _rows(source):
@@ -138,16 +139,16 @@ def _read(source: str, options: dict[str, str], listed: bool) -> dict[str, list[
             causes[reason] = (count + 1, first)
     good, bad = sum(map(len, found.values())), sum(count for count, _ in causes.values())
     if bad:
-        told = "; ".join(dataset.causes(causes))
-        fix = "mend or remove them" if good else "name the columns: FILE:prompt=COLUMN:completion=COLUMN"
-        raise UserError(f"{bad:,} of {good + bad:,} rows are no question with an answer: {told}", source, fix)
+        reasons = "; ".join(dataset.causes(causes))
+        fix = "fix or remove them" if good else "name the columns: FILE:prompt=COLUMN:completion=COLUMN"
+        raise UserError(f"{bad:,} of {good + bad:,} rows are not a question with an answer: {reasons}", source, fix)
     if not good:
-        raise UserError("no rows", source)
+        raise UserError("there are no rows", source)
     return found
 
 
 def _rows(source: str) -> Iterator[tuple[str, sources.Row]]:
-    """(split, row); "" where the row itself says its split."""
+    """(split, row); "" if the row itself names its split."""
     if names := sources.split_names(source):
         for name in names:
             yield from ((splits.NAMES.get(name, "train"), row) for row in sources.rows(f"{source}@{name}"))
@@ -159,7 +160,7 @@ def _row(record: dict, options: dict[str, str], listed: bool) -> dict:
     for ours, theirs in options.items():
         if ours in COLUMNS:
             if theirs not in record:
-                raise UserError(f"no column {theirs!r} (for {ours})")
+                raise UserError(f"there is no column {theirs!r} (for {ours})")
             record = record | {ours: record[theirs]}
     column = next((c for c in ANSWERS if c in record and record[c] is not None), "")
     given = references(record[column], column, listed) if column else None
@@ -168,20 +169,20 @@ def _row(record: dict, options: dict[str, str], listed: bool) -> dict:
     if given and (own in (None, given[0] or EMPTY) or column == "references"):
         answers = given
     elif own:
-        answers = [own]  # as training reads the row; another column does not count
+        answers = [own]  # as training reads the row, whatever other columns contain
     else:
-        raise UserError("no answer")
+        raise UserError("the row has no answer")
     row = {"prompt": prompt, "references": answers, "answer": answers[0], "slices": _slices(record, options)}
     column = options.get("options", "") or next((c for c in ("options", "choices") if record.get(c)), "")
     return row | (_options(record.get(column), column, answers) if column else {})
 
 
 def references(value: Any, column: str, listed: bool) -> list[str] | None:
-    """The references in a cell, None for turns of a chat. `listed`: a list is one reference, a set of items."""
+    """The references in a cell; None for chat turns. `listed`: a list is one reference, namely a set of items."""
     if are_turns(value) or are_turns(parsed(value)):
         return None
     if isinstance(value, dict) and isinstance(value.get("text"), list):
-        value = value["text"]  # SQuAD's; an empty list: the right answer is none
+        value = value["text"]  # SQuAD's format; an empty list means that there is no answer
     if isinstance(value, list):
         return [json.dumps(value, ensure_ascii=False)] if listed else [_text(v) for v in value] or [""]
     if isinstance(value, str) and not value.strip():
@@ -194,7 +195,7 @@ def _text(value: Any) -> str:
 
 
 def _example(record: dict, column: str, given: list[str] | None) -> Example:
-    """The example in a record, whose references may be of any type, and whose columns may have other names."""
+    """The example in a record; references may have any type, and columns other names."""
     if given:
         record = record | {column: given[0] or EMPTY}
     try:
@@ -206,38 +207,38 @@ def _example(record: dict, column: str, given: list[str] | None) -> Example:
             raise
     asked = next((c for c in (*formats.PROMPTS, "text") if record.get(c) and c != column), "")
     if not asked:
-        raise UserError("no column with a question", "", f"name it: prompt=COLUMN; there are {', '.join(record)}")
+        raise UserError("no column has a question", "", f"name it: prompt=COLUMN, one of {', '.join(record)}")
     return formats.example(record | {"prompt": record[asked], "completion": given[0] or EMPTY}, "prompt_completion")
 
 
 def _asked(found: Example) -> tuple[str | list[dict], str | None]:
-    """(prompt, answer) of an example; None where a chat ends with a question."""
+    """(prompt, answer) of an example; the answer is None if a chat ends with a question."""
     if isinstance(found, Completion):
         return found.prompt, found.completion
     if not isinstance(found, Chat):
-        raise UserError(f"a {found.kind} record is no question with an answer")
+        raise UserError(f"a {found.kind} record is not a question with an answer")
     if found.tools:
         raise UserError("tools are not supported in tasks")
     *before, last = found.messages
     if last["role"] != "assistant":
         return [*before, last], None
     if not before:
-        raise UserError("an answer without a question")
+        raise UserError("the answer has no question")
     return before, last["content"] or None
 
 
 def _slices(record: dict, options: dict[str, str]) -> dict[str, str]:
     columns = list(filter(None, options.get("slices", "").split("+")))
     if missing := [c for c in columns if c not in record]:
-        raise UserError(f"no column {missing[0]!r} (for slices)")
+        raise UserError(f"there is no column {missing[0]!r} (for slices)")
     return {c: _text(record[c]) for c in columns}
 
 
 def _options(value: Any, column: str, answers: list[str]) -> dict:
-    """Options, and the references as options: a reference may be an option's text, its label or its index."""
+    """The options, and the references as options: a reference may be the text, label or index of an option."""
     value = parsed(value)
     labels = list(string.ascii_uppercase)
-    if isinstance(value, dict) and {"text", "label"} <= value.keys():  # ARC's
+    if isinstance(value, dict) and {"text", "label"} <= value.keys():  # ARC's format
         value, labels = value["text"], list(map(_text, value["label"]))
     if not isinstance(value, list) or len(value) < 2:
         raise UserError(f"column {column!r} is not a list of two options or more")
@@ -246,7 +247,7 @@ def _options(value: Any, column: str, answers: list[str]) -> dict:
     for answer in answers:
         at = labels.index(answer) if answer in labels else int(answer) if answer.isdecimal() else len(texts)
         if answer not in texts and at >= len(texts):
-            raise UserError(f"the answer {answer!r} is none of the options")
+            raise UserError(f"the answer {answer!r} is not one of the options")
         found.append(answer if answer in texts else texts[at])
     return {"options": tuple(texts), "references": found, "answer": found[0]}
 
@@ -270,16 +271,16 @@ def _chosen(rows: Sequence[dict]) -> tuple[str, str]:
     if all(isinstance(parsed(a), list) for a in answers):
         return "set_f1", "lists in all answers"
     words = sorted(len(a.split()) for a in answers)
-    longest, told = words[-1], f"{several} references in a row" if several > 1 else "answers"
+    longest, kind = words[-1], f"up to {several} references per row" if several > 1 else "answers"
     if longest <= SHORT:
-        return "exact", f"{told} of {longest} word{'s' * (longest > 1)} at most"
+        return "exact", f"{kind} of at most {longest} word{'s' * (longest > 1)}"
     if words[math.ceil(0.95 * len(words)) - 1] <= PHRASE:
-        return "token_f1", f"{told} of {PHRASE} words at most in 95 % of the cases"
-    return "rouge_l", f"{told} of up to {longest} words"
+        return "token_f1", f"{kind}, 95 % of them of at most {PHRASE} words"
+    return "rouge_l", f"{kind} of up to {longest} words"
 
 
 def _check(source: str, scorer: str, rows: Sequence[dict]) -> None:
-    """Raises UserError where the scorer cannot read the references; gives a choice without options those there are."""
+    """Raises UserError if the scorer cannot read the references. The options of a choice default to all answers."""
     for row in rows:
         try:
             scorers.check(scorer, row["references"])
@@ -290,10 +291,10 @@ def _check(source: str, scorer: str, rows: Sequence[dict]) -> None:
         return
     classes = tuple(sorted({row["answer"] for row in rows}))
     if len(classes) > CLASSES:
-        fix = "bring a column of options, or another scorer"
+        fix = "add a column of options, or choose another scorer"
         raise UserError(f"{len(classes):,} different answers are more than {CLASSES} options", source, fix)
     if len(classes) == 1:
-        raise UserError(f"every row has the answer {classes[0]!r}: there is no choice", source, "bring other rows too")
+        raise UserError(f"every row has the answer {classes[0]!r}: there is no choice", source, "add other rows")
     for row in without:
         row["options"] = classes
 
@@ -304,24 +305,24 @@ def _warnings(rows: Sequence[dict]) -> list[str]:
     lines = []
     if count > 1 and (count > n / 5 or len(first) == 1):
         every = "every row has" if len(first) == 1 else f"{count / n:.0%} of the rows have"
-        lines.append(f"{every} the answer {answer[:40]!r}, which a model that says nothing else would get right")
+        lines.append(f"{every} the answer {answer[:40]!r}, which a model that always gives it would get right")
     for column in rows[0]["slices"]:
         if len(values := {row["slices"][column] for row in rows}) > SLICES:
             raise UserError(f"column {column!r} has {len(values):,} values", "slices", f"name one of at most {SLICES}")
     return lines
 
 
-# --- how a row is asked ---
+# --- prompts ---
 
 
 def _turns(row: dict) -> list[dict]:
-    """The question as training shows it to a model with a chat template."""
+    """The question as in training with a chat template."""
     prompt = row["prompt"]
     return prompt if isinstance(prompt, list) else wrapped(Completion(prompt, EMPTY)).messages[:-1]
 
 
 def _as_chat(row: dict, shots: Sequence[dict]) -> list[dict]:
-    """Shots are earlier turns, behind the row's own system text."""
+    """The prompt with shots as earlier turns, after the row's own system message."""
     turns = _turns(row)
     first = 1 if turns[0]["role"] == "system" else 0
     before = []

@@ -1,4 +1,4 @@
-"""Scores a model on a task: what it answers, how often that is right, and how sure the number is."""
+"""Scores a model on a task: its answers, the score and its interval."""
 
 import dataclasses
 import time
@@ -20,14 +20,14 @@ from model.config import in_layers
 from model.net.transformer import virtual_tokens
 from model.weights import Spec, Weight
 
-BATCH = 16  # prompts at once; no score depends on it
-LEAST, MOST = 32, 512  # new tokens of a task that does not say how many
-FREQUENT = 5  # answers that a result lists
+BATCH = 16  # prompts at a time; the scores do not depend on it
+LEAST, MOST = 32, 512  # limits of new tokens if the task does not set them
+FREQUENT = 5  # most frequent answers in a result
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """`score` is the sum over `n` examples; [low, high] holds the mean with 95 % confidence."""
+    """`score` is the sum over `n` examples; [low, high] is the 95 % interval of the mean."""
 
     task: str
     n: int
@@ -36,17 +36,17 @@ class Result:
     score: float
     low: float
     high: float
-    by_sum: float | None  # kind "choice": the mean when likelihoods are not divided by the option's bytes
+    by_sum: float | None  # kind "choice": the mean without dividing log-likelihoods by the options' bytes
     prompt_tokens: float  # mean
     completion_tokens: float  # mean
-    seconds: float  # compilation included
-    flops: float  # forward, an estimate: see `flops_per_token`
+    seconds: float  # including compilation
+    flops: float  # forward pass, estimated by `flops_per_token`
     answers: list[tuple[str, int]]  # the most frequent completions, with their counts
     slices: dict[str, dict]  # "COLUMN=VALUE": n, mean, low, high of these rows
-    scorer: str  # in evals/scorers, "" for the task's own
-    task_hash: str  # of all held-out questions, their answers and how they are scored: evals.task.fingerprint
+    scorer: str  # name in evals/scorers; "": the task's own
+    task_hash: str  # evals.task.fingerprint of all held-out questions, answers and the scorer
     rows: list[str]  # evals.task.identity of each example
-    scores: list[float]  # of each
+    scores: list[float]  # of each example
     samples: list[dict]  # the first ones: prompt, answer, completion, score
 
     @property
@@ -61,15 +61,15 @@ def evaluate(
     task: str | Task, lm: LM, n: int = 100, seed: int = 0, shots: int = 0, batch_size: int = BATCH, keep: int = 50,
     name: str = "unnamed",
 ) -> Result:  # fmt: skip
-    """Greedy answers, or the likeliest option per byte, of `lm` (infer.lm.LM) on `n` held-out examples.
+    """Scores greedy answers, or the most likely option per byte, of `lm` (infer.lm.LM) on `n` held-out examples.
 
-    `task` is what evals.task.load takes, or a Task with a `name`. `keep` samples stay in the result.
+    `task` is a name for evals.task.load, or a Task with a `name`. The result keeps `keep` samples.
     """
     if isinstance(task, str):
         [(name, task)] = tasks.named([task]).items()
     drawn = tasks.draw(task, n, seed, shots)
     if not drawn:
-        raise UserError("there are no held-out examples to score", name, "n is at least 1")
+        raise UserError("there are no held-out examples to score", name, "n must be at least 1")
     examples = [example for example, _ in drawn]
     ask = task.raw if task.raw and lm.tokenizer.chat_template is None else task.prompt
     prompts = [ask(example, shown) for example, shown in drawn]
@@ -83,7 +83,7 @@ def evaluate(
         read = sum(len(row) * size for row, size in zip(options, asked, strict=True))
     else:
         completions = answer(lm, prompts, room, batch_size)
-        written = [len(lm.tokenizer.encode(c)) + 1 for c in completions]  # and the token that ends it
+        written = [len(lm.tokenizer.encode(c)) + 1 for c in completions]  # including the end token
         read = sum(asked)
     scores = [float(task.score(e, c)) for e, c in zip(examples, completions, strict=True)]
     low, high = stats.of_scores(scores)
@@ -106,7 +106,7 @@ def evaluate(
 def _fit(
     task: Task, lm: LM, name: str, examples: Sequence[Example], prompts: Sequence[Prompt]
 ) -> tuple[list[int], int]:
-    """(tokens of each prompt, most new tokens). Raises UserError when a row does not fit into the model's context."""
+    """(tokens of each prompt, maximum new tokens). Raises UserError if a row exceeds the model's context."""
     asked = [len(lm.encode(p)) for p in prompts]
     answers = [e["options"] if task.kind == "choice" else e.get("references", [e["answer"]]) for e in examples]
     longest = [max(len(lm.tokenizer.encode(a)) for a in each) + 1 for each in answers]
@@ -136,7 +136,8 @@ def _slices(examples: Sequence[Example], scores: Sequence[float]) -> dict[str, d
 
 
 def answer(lm: LM, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int) -> list[str]:
-    """Greedy completions. Prompts of like lengths share a batch, and the last is filled up: few shapes are compiled."""
+    """Greedy completions. Prompts of similar length share a batch, and the last one is filled up, to compile few
+    shapes."""
     order = sorted(range(len(prompts)), key=lambda i: len(lm.encode(prompts[i])))
     batch_size, texts = min(batch_size, len(prompts)), [""] * len(prompts)
     for at in range(0, len(order), batch_size):
@@ -149,9 +150,9 @@ def answer(lm: LM, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: i
 
 
 def choose(lm: LM, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
-    """Of each row of options the one with the highest log-likelihood behind its prompt, and the highest per byte.
+    """For each row of options, those with the highest log-likelihood given the prompt: in total, and per byte.
 
-    The second does not prefer short options. The first of equals wins.
+    The second does not favor short options. The first of equals wins.
     """
     flat = [(p, o) for p, row in zip(prompts, options, strict=True) for o in row]
     logps = iter(lm.logps([p for p, _ in flat], [o for _, o in flat]))
@@ -164,16 +165,14 @@ def choose(lm: LM, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) 
 
 
 def sample(prompt: Prompt, example: Example, completion: str, score: float) -> dict:
-    """What a reader wants to see of one example: the question without its shots and instruction."""
+    """A sample for the report: the question without shots and instruction, the answers and the score."""
     question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     return {"prompt": question, "answer": example["answer"], "completion": completion, "score": score}
 
 
 def flops_per_token(lm: LM) -> float:
-    """2 FLOPs for each multiply-add of the equations (Kaplan et al. 2020), head included; attention is left out.
-
-    Virtual tokens of prefix and prompt tuning are keys of attention, and so left out with its scores.
-    """
+    """2 FLOPs per multiply-add of the equations, including the head (Kaplan et al. 2020); attention scores are not
+    counted, nor are the virtual tokens of prefix and prompt tuning, which are keys of attention."""
     tied, found = lm.config.tied, []
 
     def count(path: str, w: Array | Weight, spec: Spec | None) -> None:

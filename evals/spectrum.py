@@ -1,10 +1,10 @@
-"""What a tuning did to the weights: how far, in how many directions, and which of them the base did not know.
+"""Analyzes a weight update: its size, its rank, and new directions that the base model did not have.
 
     python -m evals.spectrum SOURCE [--base=MODEL] [--where=REGEX] [--out=FILE.jsonl]
 
-SOURCE: a run folder, a PEFT folder or a model; a run knows its base. One row a parameter, means over its layers;
-`--out` gets a line for each layer. Each figure is defined at `figures`. Below: the adapter's bytes, and what merging it
-takes and changes.
+SOURCE: a run folder, a PEFT folder or a model; a run knows its base. Prints one row per parameter, as means over its
+layers; `--out` gets one line per layer. The figures are defined in `figures`. The last line gives the adapter's size,
+the time to merge it, and the change of the logits by merging.
 """
 
 import re
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from infer.lm import LM
     from model.weights import Spec
 
-TOP, COSINE = 10, 0.5  # singular vectors looked at, and the similarity below which one is an intruder
+TOP, COSINE = 10, 0.5  # number of singular vectors compared, and the cosine below which one is an intruder
 
 
 @cli.command
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def change(source: str, base: str = "", where: str = r"layers/.*") -> tuple[list[dict], dict[str, float]]:
-    """`figures` of every changed matrix whose name matches `where`, one row a layer, and the cost of the adapter."""
+    """`figures` of every changed matrix whose name matches `where`, one row per layer, and the cost of the adapter."""
     import jax
 
     from infer.models import before_and_after
@@ -72,12 +72,12 @@ def _layers(old: "Array", delta: "np.ndarray", spec: "Spec") -> list[dict]:
 
 
 def figures(w: "Array", delta: "Array") -> dict[str, "Array"]:
-    """Of one matrix [in, out] and its change, scalars.
+    """Scalars for one matrix [in, out] and its change.
 
     relative: ||dW|| / ||W||. cosine: <W, W + dW> / (||W|| ||W + dW||). With s the singular values of dW,
-    effective_rank: exp of the entropy of s / sum(s) (Roy & Vetterli 2007); stable_rank: sum(s^2) / s_1^2; rank_90: how
-    many hold 90 % of sum(s^2). intruders: of the TOP first output-side singular vectors of W + dW, those whose cosine
-    to every singular vector of W is below COSINE (Shuttleworth et al. 2024, arXiv 2410.21228).
+    effective_rank: exp of the entropy of s / sum(s) (Roy & Vetterli 2007); stable_rank: sum(s^2) / s_1^2; rank_90: the
+    number of s that hold 90 % of sum(s^2). intruders: the number of the TOP first output-side singular vectors of W +
+    dW whose cosine to every singular vector of W is below COSINE (Shuttleworth et al. 2024, arXiv 2410.21228).
     """
     import jax.numpy as jnp
 
@@ -97,7 +97,7 @@ def figures(w: "Array", delta: "Array") -> dict[str, "Array"]:
 
 
 def merge_cost(lm: "LM") -> dict[str, float]:
-    """Bytes of the adapter, seconds to merge it (compiled, the second time), and the largest change of a logit."""
+    """Bytes of the adapter, seconds to merge it (without compilation), and the largest relative change of a logit."""
     import jax
     import numpy as np
 
@@ -128,7 +128,7 @@ def show(rows: list[dict], cost: dict[str, float]) -> None:
         mine = [row for row in rows if row["name"] == name]
         table.add_row(name, str(len(mine)), *(f"{sum(r[c] for r in mine) / len(mine):.4g}" for c in columns))
     Console().print(table)
-    print(f"intruders: of {TOP} singular vectors, those with a cosine below {COSINE} to all of the base")
+    print(f"intruders: of the first {TOP} singular vectors, those with a cosine below {COSINE} to all of the base's")
     if cost:
         print(
             f"adapter {cost['bytes'] / 1e6:.2f} MB · merged in {cost['merge_seconds'] * 1e3:.1f} ms · "

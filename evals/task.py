@@ -1,7 +1,7 @@
-"""A task: examples, how to ask, and a scorer, which is also a reward.
+"""A task: examples, a prompt for each, and a scorer, which also serves as a reward.
 
-A file evals/tasks/<name>.py exposes `task(**options) -> Task`; its name is the task's name. Rows of a file are a task
-as well: see evals.rows.
+A file evals/tasks/<name>.py defines `task(**options) -> Task`; its name is the task's name. A file of rows is also a
+task; see evals.rows.
 """
 
 import contextlib
@@ -18,26 +18,26 @@ from common.errors import UserError, did_you_mean
 from common.types import Json, Leaf
 from evals import scorers
 
-Example = Json  # "answer" and what `prompt` reads; "options" as well where one of them is to be chosen
+Example = Json  # "answer" and the fields that `prompt` reads; also "options" for a choice
 Prompt = str | list[dict]  # a text to continue, or chat messages that end with a user's turn
 TASKS = Path(__file__).parent / "tasks"
 
 
 class Task(NamedTuple):
-    """`examples(split)` gives all of "train" or "heldout", disjoint and always in the same order.
+    """`examples(split)` returns all examples of "train" or "heldout", which are disjoint, always in the same order.
 
-    `prompt(example, shots)` asks, with solved examples before the question. `score(example, completion)` is pure, and
-    1.0 is right. Kind "choice": the completion is the one of `example["options"]` that the model finds most likely.
+    `prompt(example, shots)` is the question after solved examples. `score(example, completion)` is a pure function; 1.0
+    is right. Kind "choice": the completion is the most likely of `example["options"]`.
     """
 
     examples: Callable[[str], Sequence[Example]]
     prompt: Callable[[Example, Sequence[Example]], Prompt]
     score: Callable[[Example, str], float]
     kind: str = "generate"  # | "choice"
-    max_new_tokens: int = 32  # 0: as many as the longest answer needs
+    max_new_tokens: int = 32  # 0: enough for the longest answer
     raw: Callable[[Example, Sequence[Example]], str] | None = None  # `prompt` for models without a chat template
-    scorer: str = ""  # in evals/scorers; "": the task's own
-    notes: tuple[str, ...] = ()  # what to know of its rows, in lines
+    scorer: str = ""  # name in evals/scorers; "": the task's own
+    notes: tuple[str, ...] = ()  # remarks about its rows, to print
 
 
 def load(name: str, **options: Leaf) -> Task:
@@ -54,7 +54,7 @@ def load(name: str, **options: Leaf) -> Task:
 
 
 def named(specs: Sequence[str]) -> dict[str, Task]:
-    """Tasks by the names of their results. Raises UserError for a name that is taken twice."""
+    """Tasks by the names of their results. Raises UserError if two have the same name."""
     from evals import rows
 
     found: dict[str, Task] = {}
@@ -67,35 +67,35 @@ def named(specs: Sequence[str]) -> dict[str, Task]:
 
 
 def draw(task: Task, n: int, seed: int, shots: int = 0) -> list[tuple[Example, list[Example]]]:
-    """`n` held-out examples (all, when there are fewer), each with its own `shots` from the training split.
+    """`n` held-out examples (all if there are fewer), each with its own `shots` from the training split.
 
-    The draw of an example does not depend on how many there are: the first 10 of n=100 are those of n=10.
+    The examples do not depend on `n`: the first 10 of n=100 are those of n=10.
     """
     heldout, train = list(task.examples("heldout")), task.examples("train") if shots else ()
     if shots > len(train) and shots:
-        raise UserError(f"{shots} shots, and {len(train)} training examples", "shots", "ask for fewer")
+        raise UserError(f"{shots} shots, but only {len(train)} training examples", "shots", "use fewer shots")
     random.Random(seed).shuffle(heldout)
     return [(e, random.Random(f"{seed}/{i}").sample(train, shots)) for i, e in enumerate(heldout[:n])]
 
 
 def identity(task: Task, example: Example) -> str:
-    """12 hex digits of a question as it is asked without shots, and of its answers."""
+    """12 hex digits that identify a question (without shots) and its answers."""
     known = [task.prompt(example, ()), example.get("references", example["answer"]), example.get("options")]
     return hashlib.blake2b(json.dumps(known, default=str).encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
 
 
 def fingerprint(task: Task) -> str:
-    """12 hex digits of the questions, the right answers and the scorer: equal where scores may be compared."""
+    """12 hex digits that identify the questions, answers and scorer: scores with equal digits are comparable."""
     parts: list = [task.kind, task.max_new_tokens, task.scorer and f"{task.scorer}/{scorers.VERSION}"]
     if not task.scorer:
-        with contextlib.suppress(OSError, TypeError):  # typed in at a prompt, or no function: there is no source
+        with contextlib.suppress(OSError, TypeError):  # defined interactively or not a function: there is no source
             parts.append(inspect.getsource(inspect.getmodule(task.score) or task.score))
     parts += [identity(task, example) for example in task.examples("heldout")]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def chat(instruction: str, question: Callable[[Example], str]) -> Callable[[Example, Sequence[Example]], Prompt]:
-    """A `prompt` with the instruction as the system's turn and shots as earlier turns of the conversation."""
+    """A `prompt` with the instruction as system message and shots as earlier turns of the conversation."""
 
     def prompt(example: Example, shots: Sequence[Example] = ()) -> Prompt:
         turns = [{"role": "system", "content": instruction}]
@@ -111,7 +111,7 @@ def _turn(role: str, content: str) -> dict:
 
 
 def records(task: Task, split: str) -> Iterator[dict]:
-    """A split as records that training reads: the question as it is asked without shots, and the answer."""
+    """A split as training records: the question without shots, and the answer."""
     for example in task.examples(split):
         prompt, answer = task.prompt(example, ()), example["answer"]
         if isinstance(prompt, str):

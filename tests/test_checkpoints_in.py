@@ -398,7 +398,7 @@ def test_a_text_as_long_as_the_table(tmp_path):
     rows = [([1], list(range(2, 41))), ([1], [2])]
     sums = lm._sums(rows)
     assert np.isfinite(sums).all()
-    with pytest.raises(UserError, match="41 tokens in a row exceed the model's 40 learned positions"):
+    with pytest.raises(UserError, match="41 tokens per row exceed the model's 40 learned positions"):
         lm.logits(np.arange(41))
 
 

@@ -119,9 +119,9 @@ def test_documents_of_a_row_looked_at_both_ways():
 def test_what_a_model_that_looks_both_ways_cannot_do_is_one_line():
     model = build.network(BOTH_WAYS)
     params = model.init(jax.random.key(0))
-    with pytest.raises(UserError, match="has no next token"):
+    with pytest.raises(UserError, match="cannot predict the next token"):
         generate(model, params, [[1, 2]], max_new_tokens=2)
-    with pytest.raises(UserError, match="has no next token"):
+    with pytest.raises(UserError, match="cannot predict the next token"):
         LM(model, params, load_tokenizer("bytes")).loss("a text")
     with pytest.raises(UserError, match="needs a causal model"):
         model(prompt.make(tokens=3)(params, model.specs, jax.random.key(1)), TOKENS)

@@ -161,7 +161,7 @@ def test_prefix_needs_attention_and_peft_folders_are_refused(griffin, tmp_path):
         everywhere("prefix")(hawk.abstract, hawk.specs, jax.random.key(0))
     model, params = griffin
     adapted = everywhere("lora")(params, model.specs, jax.random.key(1))
-    with pytest.raises(UserError, match="not written here"):
+    with pytest.raises(UserError, match="are not supported"):
         peft_write.write(tmp_path / "out", model, adapted)
     assert not (tmp_path / "out").exists()
 

@@ -146,7 +146,7 @@ def test_files_of_every_kind_are_one_task(tmp_path):
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     found = [task.load(str(path)) for path in sorted(tmp_path.iterdir())]
     assert len({task.fingerprint(t) for t in found}) == 1 and len(found) == 6
-    assert found[0].notes[1] == "scorer number, as there are numbers in all answers"
+    assert found[0].notes[1] == "scorer number, since there are numbers in all answers"
 
 
 @pytest.mark.parametrize(
@@ -156,35 +156,37 @@ def test_files_of_every_kind_are_one_task(tmp_path):
         ([f"so {i} is it\n#### {i}" for i in range(20)], "number", "numbers"),
         ([json.dumps({"a": i}) for i in range(20)], "json", "JSON objects"),
         ([json.dumps([i, "x"]) for i in range(20)], "set_f1", "lists"),
-        ([f"answer {i}" for i in range(20)], "exact", "answers of 2 words at most"),
-        ([f"answer {i} of a few more words" for i in range(20)], "token_f1", "12 words at most"),
+        ([f"answer {i}" for i in range(20)], "exact", "answers of at most 2 words"),
+        ([f"answer {i} of a few more words" for i in range(20)], "token_f1", "of at most 12 words"),
         ([f"answer {i} " + "of many words " * 9 for i in range(20)], "rouge_l", "up to 29 words"),
     ],
 )
 def test_auto_says_what_it_chose_and_why(tmp_path, answers, scorer, why):
     made = task.load(write(tmp_path / "a.jsonl", *({"question": f"{i}?", "answer": a} for i, a in enumerate(answers))))
     assert (
-        made.scorer == scorer and made.notes[1].startswith(f"scorer {scorer}, as there are ") and why in made.notes[1]
+        made.scorer == scorer
+        and made.notes[1].startswith(f"scorer {scorer}, since there are ")
+        and why in made.notes[1]
     )
 
 
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("fruits", ":scoer=exact", "no option 'scoer' · did you mean scorer?"),
+        ("fruits", ":scoer=exact", "unknown option 'scoer' · did you mean scorer?"),
         ("fruits", ":scorer=exat", "no scorer 'exat' · did you mean exact?"),
-        ("fruits", ":split=dev", "no split 'dev'"),
+        ("fruits", ":split=dev", "unknown split 'dev'"),
         ("fruits", ":slices=kinds", "no column 'kinds' (for slices)"),
         ("fruits", ":completion=anwser", "no column 'anwser' (for completion)"),
-        ("fruits", ":scorer=json", "the answer holds no JSON object"),
+        ("fruits", ":scorer=json", "the answer contains no JSON object"),
         ("fruits", ":tokens=many", "tokens=many is not a whole number"),
-        ("none", "", "60 of 60 rows are no question with an answer"),
-        ("empty", "", "1 of 61 rows are no question with an answer: column 'answer' is empty (1 row, first: {}:61)"),
+        ("none", "", "60 of 60 rows are not a question with an answer"),
+        ("empty", "", "1 of 61 rows are not a question with an answer: column 'answer' is empty (1 row, first: {}:61)"),
         ("one", ":scorer=choice", "every row has the answer 'fig': there is no choice"),
         ("many", ":scorer=choice", "60 different answers are more than 50 options"),
         ("binary", "", "not UTF-8"),
-        ("pair", "", "a pair record is no question with an answer"),
-        ("tiny", "", "no row is of the test split (train 2, validation 0, test 0)"),
+        ("pair", "", "a pair record is not a question with an answer"),
+        ("tiny", "", "the test split has no rows (train 2, validation 0, test 0)"),
         ("absent", "", "no such source"),
     ],
 )
@@ -369,5 +371,5 @@ def test_token_caches_and_runs_are_looked_through(tmp_path):
     other = tokenizers.load("bytes")
     other.chat_template = DEFAULT_TEMPLATE
     if other.fingerprint != tok.fingerprint:
-        with pytest.raises(UserError, match="not of this model's tokenizer"):
+        with pytest.raises(UserError, match="made with another tokenizer"):
             overlap.seen(held, str(made.folder), other)

@@ -1,7 +1,7 @@
-"""How an answer is compared with a reference: one file for each scorer.
+"""Scorers compare an answer with a reference; each is a file.
 
-A file holds `score(answer, reference) -> float`, pure, in [0, 1], where 1 is right. A row with several references
-counts the best of them.
+A file defines a pure function `score(answer, reference) -> float` in [0, 1], where 1 is right. A row with several
+references gets the best of their scores.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.errors import UserError, did_you_mean
 
-VERSION = 1  # goes up when a scorer gives another score to the same answer
+VERSION = 1  # incremented when a scorer changes the score of some answer
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 WORD = re.compile(r"[^\W_]+")
@@ -33,17 +33,17 @@ def find(name: str) -> Scorer:
 
 
 def normalized(text: str) -> str:
-    """Lower case, without punctuation, articles and repeated spaces: the evaluation script of SQuAD 1.1 (2016)."""
+    """Lower case without punctuation, articles and repeated spaces, as in the SQuAD 1.1 evaluation script (2016)."""
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
 def f1(matched: float, predicted: int, expected: int) -> float:
-    """The harmonic mean of precision and recall; 1 where both sides are empty."""
+    """The harmonic mean of precision and recall; 1 if both sides are empty."""
     return 2 * matched / (predicted + expected) if predicted + expected else 1.0
 
 
 def check(name: str, references: Sequence[str]) -> None:
-    """Raises UserError for a reference that the scorer cannot compare anything with."""
+    """Raises UserError for a reference that the scorer cannot use."""
     find(name)
     checked = getattr(importlib.import_module(f"evals.scorers.{name}"), "check", None)
     for reference in references if checked else ():

@@ -1,4 +1,4 @@
-"""1 when the option that the model finds most likely, per byte, is the reference; the answer is that option."""
+"""1 if the answer, which is the most likely option per byte, is the reference."""
 
 
 def score(answer: str, reference: str) -> float:

@@ -1,4 +1,4 @@
-"""1 when the words of the reference stand one behind the other in the answer, as SQuAD normalizes them."""
+"""1 if the answer contains the words of the reference in sequence, normalized as in SQuAD."""
 
 from evals.scorers import normalized
 

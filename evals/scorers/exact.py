@@ -1,4 +1,4 @@
-"""1 when answer and reference are the same words, as SQuAD normalizes them."""
+"""1 if answer and reference are equal, normalized as in SQuAD."""
 
 from evals.scorers import normalized
 

@@ -1,6 +1,6 @@
-"""F1 of the fields of two JSON objects: one matches when its path and its value are the same.
+"""F1 of the fields of two JSON objects; a field matches if its path and value are equal.
 
-The answer's object is the first in its text, so words or a code fence may stand around it.
+The first object in the answer is used, so words or a code fence may surround it.
 """
 
 import json
@@ -21,9 +21,9 @@ def score(answer: str, reference: str) -> float:
 
 
 def check(reference: str) -> None:
-    """Raises UserError for a reference that no answer can be compared with."""
+    """Raises UserError for a reference that is not a JSON object."""
     if first(reference) is None:
-        raise UserError("the answer holds no JSON object")
+        raise UserError("the answer contains no JSON object")
 
 
 def first(text: str) -> dict | None:
@@ -38,7 +38,7 @@ def first(text: str) -> dict | None:
 
 
 def fields(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """(path, value) of every leaf; numbers compare as numbers, texts without the spaces around them."""
+    """(path, value) of every leaf; numbers are compared as numbers, strings without surrounding spaces."""
     if isinstance(value, dict | list) and value:
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from fields(inner, f"{path}/{key}")

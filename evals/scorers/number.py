@@ -1,4 +1,4 @@
-"""1 when the last number of the answer, or the one behind "####" (GSM8K's mark), equals the reference's."""
+"""1 if the last number of the answer, or the one after "####" (GSM8K's mark), equals that of the reference."""
 
 import math
 import re
@@ -13,7 +13,7 @@ def score(answer: str, reference: str) -> float:
 
 
 def value(text: str) -> float | None:
-    """The number that a text gives as its result; commas may part thousands."""
+    """The number that a text gives as its result; commas may separate thousands."""
     before, mark, behind = text.rpartition(MARK)
     found = NUMBER.findall(behind.replace("$", "")) if mark else NUMBER.findall(text.replace("$", ""))
     if mark and not found:

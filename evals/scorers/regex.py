@@ -1,4 +1,4 @@
-"""1 when the reference, a regular expression, is found in the answer."""
+"""1 if the reference, a regular expression, matches somewhere in the answer."""
 
 import functools
 import re
@@ -11,7 +11,7 @@ def score(answer: str, reference: str) -> float:
 
 
 def check(reference: str) -> None:
-    """Raises UserError for a reference that no answer can be compared with."""
+    """Raises UserError for a reference that is not a usable regular expression."""
     pattern(reference)
 
 

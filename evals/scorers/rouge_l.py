@@ -1,6 +1,6 @@
-"""ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, precision and recall weighing the same.
+"""ROUGE-L (Lin 2004): F1 of the longest common subsequence of words.
 
-Words are runs of letters and digits in lower case, without stemming, as in the package rouge_score by default.
+Words are runs of letters and digits in lower case, without stemming, as in the defaults of the package rouge_score.
 """
 
 from evals.scorers import WORD, f1
@@ -12,7 +12,7 @@ def score(answer: str, reference: str) -> float:
 
 
 def common(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence, a row of the table at a time as the bits of a number (Hyyrö 2004)."""
+    """Length of the longest common subsequence, bit-parallel: an integer holds a row of the table (Hyyrö 2004)."""
     places: dict[str, int] = {}
     for i, word in enumerate(a):
         places[word] = places.get(word, 0) | 1 << i

@@ -1,4 +1,4 @@
-"""F1 of two sets of items, in any order: a JSON list, or what stands between commas, semicolons, lines or "and"."""
+"""F1 of two sets of items: a JSON list, or text split at commas, semicolons, line breaks and "and"."""
 
 import re
 
@@ -14,7 +14,7 @@ def score(answer: str, reference: str) -> float:
 
 
 def items(text: str) -> set[str]:
-    """The items of a list, as SQuAD normalizes each."""
+    """The items of a list, each normalized as in SQuAD."""
     found = parsed(text.strip())
     parts = map(str, found) if isinstance(found, list) else BETWEEN.split(text)
     return {item for part in parts if (item := normalized(part))}

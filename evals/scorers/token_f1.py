@@ -1,4 +1,4 @@
-"""F1 of the words that answer and reference share, as often as both have them: SQuAD's."""
+"""F1 of the words that answer and reference share, with multiplicity, as in SQuAD."""
 
 from collections import Counter
 

