@@ -45,14 +45,20 @@ PUBLISHED = (
     ("ranked", {"prompt": "instruction", "answers": "completions"}),
     ("messages", {"messages": "conversation"}),
     ("alpaca", {"instruction": "instruction", "output": "response"}),
+    ("alpaca", {"instruction": "instruction", "output": "completion"}),
+    ("alpaca", {"instruction": "INSTRUCTION", "output": "RESPONSE"}),
+    ("prompt_completion", {"prompt": "prompt", "completion": "generation"}),
     ("prompt_completion", {"prompt": "prompt", "completion": "response"}),
     ("prompt_completion", {"prompt": "question", "completion": "answer"}),
     ("prompt_completion", {"prompt": "question", "completion": "response"}),
+    ("prompt_completion", {"prompt": "question", "completion": "completion"}),
     ("prompt_completion", {"prompt": "query", "completion": "response"}),
     ("prompt_completion", {"prompt": "input", "completion": "output"}),
+    ("prompt_completion", {"prompt": "article", "completion": "summary"}),
     ("text", {"text": "content"}),
 )
-SCORED = {"labelled": "label", "rated": "rating"}  # one of the shapes of text or chat, and this column
+# One of the shapes of text or chat, and a number: its name, and the columns that hold it.
+SCORED = {"labelled": ("label", "kto_tag"), "rated": ("rating",)}
 PROMPTS = ("prompt", "question", "instruction", "query", "conversations", "messages", "input")  # of a preference
 SYSTEM, GIVEN, TOOLS = ("system", "system_prompt"), ("input", "context"), ("tools", "functions")
 RANKS, RATINGS = ("ranks", "rank"), ("ratings", "rating", "scores", "overall_score", "score")
@@ -137,12 +143,13 @@ def _plain(record: Record, form: str) -> Example:
     return READERS[form](record)
 
 
-def _scored(record: Record, column: str) -> Scored:
-    value = _number(record.get(column), column)
+def _scored(record: Record, columns: tuple[str, ...]) -> Scored:
+    name = columns[0]
+    value = _number(record.first(columns), name)
     found = _plain(record, "auto")
     if not isinstance(found, Text | Completion | Chat):
-        raise UserError(f"a {found.kind} record takes no {column}")
-    return Scored(found, column, value)
+        raise UserError(f"a {found.kind} record takes no {name}")
+    return Scored(found, name, value)
 
 
 def _text(record: Record) -> Text:

@@ -1,12 +1,21 @@
 """LLaMA-Factory's dataset_info.json: which columns of a file beside it hold what."""
 
+import functools
 import json
+import logging
 from pathlib import Path
 
 from common.errors import UserError
 from data.files import Row
 
 OURS = {"query": "input", "response": "output", "prompt": "instruction", "kto_tag": "label"}  # of alpaca rows
+TURNS = {  # formatting -> the fields of a turn where the entry names none
+    "sharegpt": {"role_tag": "from", "content_tag": "value"},
+    "openai": {"role_tag": "role", "content_tag": "content"},
+}
+ROLES = {"user": "user", "assistant": "assistant", "observation": "tool", "function": "function_call"}
+ROLES |= {"system": "system"}
+SELECTS = ("split", "subset", "folder", "num_samples")  # which rows LLaMA-Factory takes
 
 
 def mapping(path: Path) -> dict | None:
@@ -15,10 +24,24 @@ def mapping(path: Path) -> dict | None:
     if not place.is_file():
         return None
     try:
-        entries = json.loads(place.read_text("utf-8")).values()
-        return next((e for e in entries if isinstance(e, dict) and e.get("file_name") == path.name), None)
+        entries = json.loads(place.read_text("utf-8")).items()
+        found = {name: e for name, e in entries if isinstance(e, dict) and e.get("file_name") == path.name}
     except (ValueError, AttributeError) as error:
         raise UserError(f"not readable: {error}", str(place)) from None
+    if not found:
+        return None
+    name, entry = next(iter(found.items()))
+    if any(other != entry for other in found.values()):
+        raise UserError(f"{', '.join(found)} describe {path.name} differently", str(place), "leave one of them")
+    if unused := [key for key in SELECTS if entry.get(key) is not None]:
+        _warn(f"{place}: {', '.join(unused)} of {name} selects no rows here: all are read")
+    return entry
+
+
+@functools.cache
+def _warn(line: str) -> None:
+    """Once, though a file is asked for several times."""
+    logging.warning(line)
 
 
 def mapped(row: Row, entry: dict) -> Row:
@@ -26,28 +49,26 @@ def mapped(row: Row, entry: dict) -> Row:
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     if row.record is None or not (columns or tags):
         return row
-    shared = entry.get("formatting") == "sharegpt"
-    record = dict(row.record)
-    for theirs, column in columns.items():
-        if column in record:
-            record[("conversations" if theirs == "messages" else theirs) if shared else OURS.get(theirs, theirs)] = (
-                record.pop(column)
-            )
-    if shared:
-        for column in ("conversations", "chosen", "rejected"):
-            value = record.get(column)
-            if isinstance(value, dict | list):
-                turns = [_turn(turn, tags) for turn in (value if isinstance(value, list) else [value])]
-                record[column] = turns if isinstance(value, list) else turns[0]
+    fields = TURNS.get(entry.get("formatting", ""))
+    ours = {"messages": "conversations"} if fields else OURS
+    if not fields and not columns.keys() & {"response", "chosen"}:
+        ours = ours | {"prompt": "text"}  # to pretrain on
+    record = {name: value for name, value in row.record.items() if name not in columns.values()}
+    named = {theirs: column for theirs, column in columns.items() if column in row.record}
+    record |= {ours.get(theirs, theirs): row.record[column] for theirs, column in named.items()}
+    for column in ("conversations", "chosen", "rejected") if fields else ():
+        value = record.get(column)
+        if isinstance(value, dict):
+            record[column] = _turn(value, {**fields, **tags})
+        elif isinstance(value, list):
+            record[column] = [_turn(turn, {**fields, **tags}) for turn in value]
     return row._replace(record=record)
 
 
 def _turn(turn: object, tags: dict) -> object:
-    if not isinstance(turn, dict):
+    role, content = tags["role_tag"], tags["content_tag"]
+    if not isinstance(turn, dict) or role not in turn:
         return turn
-    role, content = turn.get(tags.get("role_tag", "from")), turn.get(tags.get("content_tag", "value"))
-    roles = {"user": "user", "assistant": "assistant", "observation": "tool", "function": "function_call"}
-    known = {
-        tags[f"{name}_tag"]: ours for name, ours in (roles | {"system": "system"}).items() if f"{name}_tag" in tags
-    }
-    return {"role": known.get(role, role), "content": content}
+    known = {tags[f"{name}_tag"]: ours for name, ours in ROLES.items() if f"{name}_tag" in tags}
+    rest = {field: value for field, value in turn.items() if field not in (role, content)}
+    return rest | {"role": known.get(turn[role], turn[role]), "content": turn.get(content)}

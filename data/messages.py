@@ -97,8 +97,13 @@ def _message(given: dict, where: str) -> Message:
     thought = next((text for text in [*thoughts, thought] if isinstance(text, str) and text.strip()), "")
     if thought:
         found["reasoning_content"] = thought
-    if given.get("weight") == 0 or given.get("train") in (False, 0):
+    learns = [given[name] for name in ("weight", "train") if name in given]
+    if role == "assistant" and any(value not in (0, 1) for value in learns):
+        raise UserError("a weight that is not 0 or 1", where)
+    if role == "assistant" and 0 in learns:
         found["weight"] = 0  # OpenAI, Mistral and axolotl: this turn is read, and not learnt
+    elif role != "assistant" and 1 in learns:
+        found["train"] = True  # axolotl can learn what a user says; here it is counted as unused
     if not (found["content"] or calls or thought or "content" in given or "value" in given):
         raise UserError("a message without text", where)
     known = {"role", "content", "tool_calls", "reasoning_content", "weight", *THOUGHT, *IDLE}

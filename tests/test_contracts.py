@@ -205,7 +205,7 @@ def test_config_runs_three_steps_at_tiny_size(path, tmp_path):
         f"--config={path}", f"--workdir={tmp_path}", "--config.model.shape=tiny", "--config.init=", "--config.steps=3",
         "--config.data.tokenizer=bytes", "--config.data.seq_len=64", "--config.data.batch_size=8", "--config.accum=1",
         "--config.evals=()", "--config.samples=()", "--config.eval_batches=1", "--config.log_every=1",
-        f"--config.data.cache={tmp_path}/cache", "--config.model.vocab_size=512",
+        f"--config.data.cache={tmp_path}/cache", "--config.model.vocab_size=512", "--config.epochs=0",
     ]  # fmt: skip
     loaded = schema.load(argv)
     source = SOURCES[methods.method("objective", loaded.config.objective.name).batch]

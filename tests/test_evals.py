@@ -10,6 +10,7 @@ import pytest
 from common.errors import UserError
 from common.stats import of_scores
 from configs.models import SHAPES
+from configs.schema import methods
 from data.text import formats as tokenizers
 from evals import export, heldout, main, task
 from evals.run import choose, evaluate, flops_per_token
@@ -65,7 +66,7 @@ def test_one_graded_score_says_nothing_about_the_mean():
 # --- tasks ---
 
 
-@pytest.mark.parametrize("name", ["dates", "modules"])
+@pytest.mark.parametrize("name", methods.names(methods.TASKS, "task"))
 def test_splits_are_disjoint_and_repeat(name):
     if name == "dates":
         try:

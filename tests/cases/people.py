@@ -76,6 +76,13 @@ def learnt(record: dict, template: str | None = CHATML, learn: str = "all", **mo
     return "|".join(tok.decode([i for i, mask in zip(d.ids, d.learnt, strict=True) if mask]) for d in made)
 
 
+def reported(record: dict, template: str = CHATML) -> dict:
+    """Fields of a record's turns that the template has no place for."""
+    asked = chat.Asked()
+    formats.example(record).documents(tokenizer(template), iter(()), asked)
+    return dict(asked.unused)
+
+
 def whole(record: dict, template: str = CHATML) -> str:
     tok = tokenizer(template)
     found = formats.example(record).each(dataset.wrapped).parts()[0]
@@ -146,6 +153,22 @@ ROWS = {  # name: what came of it, what is right
     "a developer's text": (lambda: whole({"messages": [S | {"role": "developer"}, U, A]}), "<system\nS><user\nQ><assistant\nA>"),
     "weight 0": (lambda: learnt({"messages": [U, A | {"weight": 0}, U, B]}), "B<|im_end|>"),
     "axolotl's train": (lambda: learnt({"messages": [U, A, U, B | {"train": False}]}), ENDS),
+    "a user's turn to learn": (
+        lambda: reported({"conversations": [{"from": "human", "value": "Q", "train": True}, {"from": "gpt", "value": "A"}]}),
+        {"messages.train": 1},
+    ),
+    "a weight between": (lambda: "not 0 or 1" in refused(learnt, {"messages": [U, A | {"weight": 0.5}]}), True),
+    "parts of an answer to learn": (lambda: reported({"messages": [U, A | {"train_detail": [{"train": False}]}]}), {"messages.train_detail": 1}),
+    "mistral's prefix": (lambda: reported({"messages": [U, A | {"prefix": True}]}), {"messages.prefix": 1}),
+    "axolotl's names": (
+        lambda: {learnt(row) for row in ({"prompt": "Q", "generation": "A"}, {"article": "Q", "summary": "A"}, {"INSTRUCTION": "Q", "RESPONSE": "A"},
+                                         {"instruction": "Q", "completion": "A"}, {"system": "S", "question": "Q", "completion": "A"})},
+        {ENDS},
+    ),
+    "a rating by its LLaMA-Factory name": (
+        lambda: (lambda e: (e.column, e.value))(formats.example({"instruction": "Q", "output": "A", "kto_tag": "false"}, "labelled")), ("label", 0.0)),
+    "the output of responses": (
+        lambda: learnt({"input": [U], "output": [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "A"}]}]}), ENDS),
     "a refusal": (lambda: learnt({"messages": [U, {"role": "assistant", "content": None, "refusal": "A"}]}), ENDS),
     "only the last answer": (lambda: learnt({"messages": [U, A, U, B]}, learn="last"), "B<|im_end|>"),
     "arguments as an object": (lambda: called({"a": 1}), SUM),
@@ -274,17 +297,31 @@ def with_a_note(path: Path) -> tuple[list, list[str]]:
     return list(sources.records(str(path))), sources.passed_over(str(path))
 
 
-def with_info(path: Path) -> str:
-    entry = {"file_name": "x.json", "formatting": "sharegpt", "columns": {"messages": "talk", "system": "sys"},
-             "tags": {"role_tag": "who", "content_tag": "says", "user_tag": "me", "assistant_tag": "you"}}  # fmt: skip
-    talk = [{"who": "me", "says": "Q"}, {"who": "you", "says": "A"}]
-    rows_of(path / "dataset_info.json", json.dumps({"mine": entry}).encode())
-    rows_of(path / "x.json", json.dumps([{"talk": talk, "sys": "S"}]).encode())
-    return whole(next(sources.records(str(path / "x.json"))))
+def with_info(path: Path, row: dict, *entries: dict) -> dict:
+    """The record of a row beside a dataset_info.json with these entries."""
+    named = {f"set{i}": {"file_name": "x.json", **entry} for i, entry in enumerate(entries)}
+    rows_of(path / "dataset_info.json", json.dumps(named).encode())
+    rows_of(path / "x.json", json.dumps([row]).encode())
+    return next(sources.records(str(path / "x.json")))
+
+
+TALK = {"talk": [{"who": "me", "says": "Q"}, {"who": "you", "says": "A"}], "sys": "S"}
+TALKS = {"formatting": "sharegpt", "columns": {"messages": "talk", "system": "sys"}}
+TALKS |= {"tags": {"role_tag": "who", "content_tag": "says", "user_tag": "me", "assistant_tag": "you"}}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
 
 
 FILES = {
-    "a dataset_info.json": (with_info, "<system\nS><user\nQ><assistant\nA>"),
+    "a dataset_info.json": (lambda p: whole(with_info(p, TALK, TALKS)), "<system\nS><user\nQ><assistant\nA>"),
+    "its turns as OpenAI's": (
+        lambda p: learnt(with_info(p, {"chat": [U, CALLED]}, {"formatting": "openai", "columns": {"messages": "chat"}}), CALLS), SUM),
+    "its texts to pretrain on": (lambda p: with_info(p, {"body": "t"}, {"columns": {"prompt": "body"}}), {"text": "t"}),
+    "its columns, exchanged": (
+        lambda p: whole(with_info(p, {"output": "Q", "instruction": "A"}, {"columns": {"prompt": "output", "response": "instruction"}})),
+        "<user\nQ><assistant\nA>",
+    ),
+    "two entries of one file": (
+        lambda p: "describe x.json differently" in refused(with_info, p, TALK, TALKS, {"columns": {"prompt": "talk"}}), True),
     "a spreadsheet's CSV": (lambda p: rows_of(p / "x.csv", TABLE), [ROW]),
     "semicolons": (lambda p: rows_of(p / "x.csv", b"prompt;completion\nQ;A, b\n"), [ROW]),
     "tabs": (lambda p: rows_of(p / "x.tsv", b"prompt\tcompletion\nQ\tA, b\n"), [ROW]),

