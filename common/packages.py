@@ -13,6 +13,32 @@ HUB = {
 }  # the same models as their authors published them
 
 
+LOGIN = "set HF_TOKEN or run `hf auth login`"
+HUB_ERRORS = (  # what the hub's libraries say, what it means, and the fix; the first that matches
+    (
+        "OfflineModeIsEnabled|outgoing traffic has been disabled",
+        "not a local path and not in the hub's cache, and HF_HUB_OFFLINE forbids a download",
+        "unset it, or download it first",
+    ),
+    (
+        "GatedRepoError|is a gated",
+        "gated: the hub gives it to those who have asked",
+        f"ask on its page at the hub, then {LOGIN}",
+    ),
+    ("RevisionNotFound|revision .*(not|n't) (found|exist)", "the hub has no such revision of it", "see its page"),
+    (
+        "RepositoryNotFound|exist on the Hub",
+        "neither a local path nor a repository that the hub shows",
+        f"check the name; for a private one {LOGIN}",
+    ),
+    (
+        "ConnectError|ConnectionError|Timeout|LocalEntryNotFound",
+        "not a local path, and the hub cannot be reached",
+        "check the network, or name a local folder",
+    ),
+)
+
+
 def package_gguf(name: str) -> Path:
     """The .gguf in the installed package of a model's name; the package is never imported."""
     package = PACKAGES.get(name)
@@ -29,19 +55,33 @@ def package_gguf(name: str) -> Path:
 
 
 def locate(name: str, patterns: tuple[str, ...]) -> Path:
-    """The local path of a packaged model's name, a path, or a hub id, of which the files that match `patterns` are
-    downloaded. Raises UserError when there is no such model."""
+    """The local path of a packaged model's name, a path, or a hub id, or ID#REVISION, of which the files that match
+    `patterns` are downloaded. Raises UserError when there is no such model."""
     if name in PACKAGES:
         return package_gguf(name)
     path = Path(name).expanduser()
     if path.exists():
         return paths.regular(path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.suffix in (".json", ".gguf", ".model"):
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:#([\w./-]+))?", name)
+    if not hub or path.suffix in (".json", ".gguf", ".model"):
         raise UserError("no such file, folder or packaged model", name, f"packaged: {', '.join(PACKAGES)}")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(snapshot_download(hub[1], revision=hub[2], allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client raises a dozen types, which mean the same to the user
-        reason = str(error).splitlines()[0]
-        raise UserError(f"not a local path, and the download from the hub failed: {reason}", name) from error
+        raise hub_error(error, name) from None
+
+
+def hub_error(error: BaseException, name: str) -> UserError:
+    """What the libraries of the hub raised, in one line with the fix. It contains no token."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    said = " ".join(f"{type(e).__name__}: {e}" for e in chain)
+    for pattern, what, fix in HUB_ERRORS:
+        if re.search(pattern, said, re.IGNORECASE):
+            return UserError(what, name, fix)
+    reason = " ".join(re.sub(r"hf_\w+", "hf_...", str(chain[0]) or type(chain[0]).__name__).split())[:300]
+    return UserError(f"cannot load: {reason}", name)

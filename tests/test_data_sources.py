@@ -3,6 +3,9 @@
 import gzip
 import importlib.metadata
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +13,7 @@ from common.errors import UserError
 from data import dataset, files, formats, sources, splits
 from data.examples import Chat, Completion, Group, Pair, Scored, Tagged, Text
 from data.text.formats import load
+from tests.helpers import hub
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 
@@ -326,3 +330,60 @@ def test_rows_of_a_file_have_splits_by_their_question(tmp_path):
         splits.of({"question": "?", "answer": "!", "split": "easy"})
     ids = {sources.content_id(f"{tmp_path}/a.jsonl{at}") for at in ("", "@train", "@test")}
     assert len(ids) == 3 and sources.split_names(f"{tmp_path}/a.jsonl") == []
+
+
+# --- the hub, whose interface a server on this machine has ---
+
+TWO = b"---\nconfigs:\n- config_name: one\n  data_files: 1/*.jsonl\n- config_name: two\n  data_files: 2/*.jsonl\n---\n"
+NEW, HELD, OLD, ONE = (f'{{"text": "{text}"}}\n'.encode() for text in ("new", "held", "old", "1"))
+REPOS = {
+    "datasets/me/rows": {"main": {"train.jsonl": NEW, "test.jsonl": HELD}, "old": {"train.jsonl": OLD}},
+    "datasets/me/two": {"main": {"README.md": TWO, "1/train.jsonl": ONE, "2/train.jsonl": NEW}},
+    "datasets/me/gated": {"main": {"train.jsonl": ONE}},
+    "models/me/model": {"main": {"config.json": b"{}"}},
+    "models/me/gated": {"main": {"config.json": b"{}"}},
+}
+ASK = """
+import json, sys
+from common import packages
+from common.errors import UserError
+from data import sources
+out = []
+for name in json.loads(sys.argv[1]):
+    try:
+        model = not name.startswith("hf:") and packages.locate(name, ("*.json",)).name
+        out.append(model or [row.record["text"] for row in sources.rows(name)])
+    except UserError as e:
+        out.append(str(e))
+print(json.dumps(out))
+"""
+GATED = "ask on its page at the hub, then set HF_TOKEN or run `hf auth login`"
+NONE = "check the name; for a private one set HF_TOKEN"
+OFFLINE = "HF_HUB_OFFLINE forbids a download · unset it, or download it first"
+
+
+def test_the_hub(tmp_path):
+    """Configs, splits and revisions; what cannot be had is one line with the fix, in which the token is not."""
+
+    def check(wanted, **more):
+        env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret", **more}
+        command = [sys.executable, "-c", ASK, json.dumps(list(wanted))]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=True)
+        assert "hf_secret" not in done.stdout + done.stderr
+        for (name, right), got in zip(wanted.items(), json.loads(done.stdout), strict=True):
+            assert got == right or (isinstance(right, str) and right in got), (name, got)
+
+    old = hub.COMMITS["old"]
+    with hub.serving(REPOS, {"datasets/me/gated", "models/me/gated"}) as endpoint:
+        check({
+            "hf:me/rows": ["new"], "hf:me/rows@test": ["held"], "hf:me/rows#old": ["old"], "hf:me/two:two": ["new"],
+            "hf:me/two": "available configs: ['one', 'two']", "hf:me/gated": GATED, "hf:me/none": NONE,
+            "hf:me/rows#never": "no such revision", "me/model": hub.COMMITS["main"], "me/gated": GATED,
+            "me/none": NONE, "me/model#never": "no such revision",
+        })  # fmt: skip
+    check({
+        f"hf:me/rows#{old}": ["old"], "hf:me/rows#main": f"downloaded last is commit {old}", "hf:me/two:two": ["new"],
+        "hf:me/gated": OFFLINE, "me/model": hub.COMMITS["main"], "me/gated": OFFLINE,
+    }, HF_HUB_OFFLINE="1")  # fmt: skip
+    check({"me/other": "the hub cannot be reached · check the network"})
