@@ -2,11 +2,12 @@
 had happened: with the same bits, the same record and no file left over.
 
     python -m tests.chaos [--seconds=600] [--tries=N] [--seed=0] [--kinds=kill,full,moment]
-        [--only=train,continue,resume,quantize,export,prepare]
+        [--only=train,continue,resume,pair,quantize,export,gguf,prepare,sweep,demo,serve] [--every]
 
 The tries are drawn by seed from all points of all commands (tests/chaos/points.py) and from random moments, in turn
-from each command and each way, until --seconds have passed or --tries are done. Exit code 1 when one of them failed.
-Every command runs in a process forked from this one, which has imported everything and holds no jax backend.
+from each command and each way, until --seconds have passed or --tries are done; --every takes all points, in their
+order. Exit code 1 when one of them failed. Every command (tests/chaos/commands.py) runs in processes forked from this
+one, which has imported everything and holds no jax backend.
 """
 
 import os
@@ -25,106 +26,93 @@ import json
 import random
 import shutil
 import signal
+import socket
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import train.flow  # noqa: F401
 from common import cli, files
+from evals import export as evals_export  # noqa: F401
 from evals import heldout, run  # noqa: F401
+from evals import main as evaluating  # noqa: F401
 from infer import models  # noqa: F401
 from model.io import export, saved  # noqa: F401
 from model.quant import _calibrate, int8  # noqa: F401
 from tests.chaos import points
-from tests.helpers.processes import record
-from tools import export as tool_export
-from tools import prepare, quantize
-from train import main as training
+from tests.chaos.commands import TWO, Command, commands, copy
+from tests.helpers.processes import CLOCK, record
 
-NAMES = ["train", "continue", "resume", "quantize", "export", "prepare"]
-PATIENCE = 120.0  # seconds that a command may take
-TINY = [
-    "--config=configs/sft/tiny.py", "--config.steps=4", "--config.log_every=1", "--config.ckpt.every=2",
-    "--config.eval_batches=1", "--config.eval_every=2", '--config.samples=("2+3=",)', "--config.data.batch_size=4",
-    "--config.data.source=synthetic:add?n=60&digits=1", "--config.data.tokenizer=bpe:270",
-]  # fmt: skip
+NAMES = ["train", "continue", "resume", "pair", "quantize", "export", "gguf", "prepare", "sweep", "demo", "serve"]
+PATIENCE = 150.0  # seconds that a command may take
+PEER = 5.0  # seconds that the other process of a launch has when one is killed
+# Files with times in them: that they are there is what counts.
+TIMED = ("*.log", "log.txt", "*.html", "report.md", "results.csv", "CLAIM", "SWEEP")
+APART = ("environment.json", files.LOCK)
 
 
-class Command(NamedTuple):
-    """`argv` runs in `root`, which `start` has filled. `outcome` is what must be the same in the end."""
+class Point(NamedTuple):
+    """A line of `names` of process `rank`."""
 
-    main: Callable[[list[str]], int]
-    argv: Callable[[Path], list[str]]
-    start: Callable[[Path], None]
-
-
-def commands(base: Path) -> dict[str, Command]:
-    """`base` holds a finished run, a run that was stopped behind its first checkpoint, and texts."""
-    train = lambda root: [*TINY, f"--workdir={root / 'run'}", f"--config.data.cache={root / 'cache'}"]
-    source = f"--model={base / 'run'}"
-    sizes = ["--rows=2", "--seq_len=16", "--eval_tokens=32", "--dtype=float32"]
-    nothing = lambda root: None
-    return {
-        "train": Command(training.main, train, nothing),
-        "continue": Command(training.main, lambda root: [*train(root), "--config.ckpt.on_error=continue"], nothing),
-        "resume": Command(training.main, train, lambda root: _copy(base / "half", root)),
-        "quantize": Command(
-            quantize.main,
-            lambda root: [source, "--quant=int8", f"--data={base / 'texts.jsonl'}", f"--out={root / 'out'}", *sizes],
-            nothing,
-        ),
-        "export": Command(
-            tool_export.main, lambda root: [f"--from={base / 'run'}", f"--to={root / 'out'}"], nothing
-        ),
-        "prepare": Command(
-            prepare.main, lambda root: [a for a in train(root) if "workdir" not in a], nothing
-        ),
-    }  # fmt: skip
-
-
-def _copy(source: Path, root: Path) -> None:
-    shutil.copytree(source, root, dirs_exist_ok=True)
+    rank: int
+    index: int
+    name: str
 
 
 # --- processes ---
 
 
-def fork(command: Command, root: Path, kind: str = "", at: int = -1) -> int:
-    """The id of a process that runs the command; its output goes to `root`.log, its points' names to `root`.names."""
+def fork(command: Command, root: Path, kind: str = "", at: Point | None = None) -> list[int]:
+    """The ids of the processes that run the command. Their output goes to `root`.log."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
     sys.stdout.flush()
+    return [_forked(command, root, kind, at, rank, address) for rank in range(command.processes)]
+
+
+def _forked(command: Command, root: Path, kind: str, at: Point | None, rank: int, address: str) -> int:
     if pid := os.fork():
         return pid
+    code = 1
     try:
         log = os.open(f"{root}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        names = open(f"{root}.names", "w")  # noqa: SIM115
-        watch = points.Points(root, kind, at)
-        points.install(watch)
+        if command.processes > 1:
+            numbers = {"JAX_NUM_PROCESSES": str(command.processes), "JAX_PROCESS_ID": str(rank)}
+            os.environ.update(numbers, JAX_COORDINATOR_ADDRESS=address)
+        names = Path(f"{root}.names{rank}") if kind and not at else None
+        points.install(points.Points(root, kind, at.index if at and at.rank == rank else -1, names))
         code = command.main(command.argv(root))
-        names.write("\n".join(watch.names))
-        names.close()
     except BaseException:
         traceback.print_exc()
-        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def wait(pid: int, seconds: float = PATIENCE) -> int:
-    """The exit code of a process, negative for a signal; one that takes longer is killed."""
-    end = time.monotonic() + seconds
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > end:
-            os.kill(pid, signal.SIGKILL)
+def wait(pids: list[int], seconds: float = PATIENCE, victim: int = 0) -> list[int]:
+    """The exit code of each process, negative for a signal. After `seconds` the victim is killed; when one was killed,
+    the others have PEER seconds."""
+    codes: dict[int, int] = {}
+    end, peers = time.monotonic() + seconds, float("inf")
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes and (status := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(status[1])
+        if -signal.SIGKILL in codes.values():
+            peers = min(peers, time.monotonic() + PEER)
+        if time.monotonic() > end and pids[victim] not in codes:
+            os.kill(pids[victim], signal.SIGKILL)
+        if time.monotonic() > min(peers, end + PATIENCE):
+            for pid in set(pids) - codes.keys():
+                os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
+    return [codes[pid] for pid in pids]
 
 
 # --- what must be the same ---
@@ -140,9 +128,12 @@ def outcome(root: Path) -> dict[str, object]:
             found[step.relative_to(root).as_posix()] = saved.read_manifest(step)["leaves"]
         elif path.name == "metrics.jsonl":
             found[name] = record(path.parent)
-        elif path.is_dir():
-            found[name] = "folder"
-        elif path.name not in ("environment.json", files.LOCK):
+        elif path.name == "evals.jsonl":
+            lines = [{k: x for k, x in line.items() if k not in CLOCK} for line in files.read_lines(path)]
+            found[name] = sorted({json.dumps(line, sort_keys=True).replace(str(root), "ROOT") for line in lines})
+        elif path.is_dir() or any(map(path.match, TIMED)):
+            found[name] = "there"
+        elif path.name not in APART:
             found[name] = hashlib.sha256(path.read_bytes().replace(str(root).encode(), b"ROOT")).hexdigest()
     return found
 
@@ -160,7 +151,7 @@ class Case(NamedTuple):
     name: str
     command: Command
     wanted: dict[str, object]
-    points: dict[str, list[str]]  # kind -> names
+    points: dict[str, list[Point]]  # by kind
     seconds: float
 
 
@@ -172,50 +163,58 @@ def measured(name: str, command: Command, root: Path) -> Case:
         root.mkdir()
         command.start(root)
         began = time.monotonic()
-        code = wait(fork(command, root, kind))
+        codes = wait(fork(command, root, kind))
         seconds = time.monotonic() - began
-        if code:
-            sys.exit(f"{name}, undisturbed: exit code {code}\n{Path(f'{root}.log').read_text()}")
-        found[kind] = Path(f"{root}.names").read_text().split("\n")
+        if any(codes):
+            sys.exit(f"{name}, undisturbed: exit codes {codes}\n{Path(f'{root}.log').read_text()}")
+        told = [Path(f"{root}.names{rank}").read_text().splitlines() for rank in range(command.processes)]
+        found[kind] = [Point(rank, i, each) for rank, names in enumerate(told) for i, each in enumerate(names)]
     return Case(name, command, outcome(root), found, seconds)
 
 
-def tries(cases: list[Case], kinds: list[str], r: random.Random) -> Iterator[tuple[Case, str, float]]:
-    """Without end: (case, kind, point or seconds), from each case and kind in turn, points drawn without repetition."""
+def tries(cases: list[Case], kinds: list[str], r: random.Random, every: bool) -> Iterator[tuple[Case, str, Point]]:
+    """(case, kind, point), from each case and kind in turn; a moment is a point whose name is its seconds.
 
-    def drawn(case: Case, kind: str) -> Iterator[tuple[Case, str, float]]:
+    Drawn without repetition, and without end unless `every` asks for each point once.
+    """
+
+    def drawn(case: Case, kind: str) -> Iterator[tuple[Case, str, Point]]:
         while True:
-            for at in r.sample(range(len(case.points[kind])), len(case.points[kind])):
-                yield case, kind, at
+            found = case.points[kind]
+            yield from ((case, kind, at) for at in (found if every else r.sample(found, len(found))))
+            if every:
+                return
 
-    def moments(case: Case) -> Iterator[tuple[Case, str, float]]:
+    def moments(case: Case) -> Iterator[tuple[Case, str, Point]]:
         while True:
-            yield case, "moment", r.uniform(0, case.seconds)
+            seconds = r.uniform(0, case.seconds)
+            yield case, "moment", Point(r.randrange(case.command.processes), 0, f"{seconds:.2f}")
 
-    streams = [moments(case) if kind == "moment" else drawn(case, kind) for kind in kinds for case in cases]
-    yield from itertools.chain.from_iterable(zip(*streams, strict=True))
+    streams = [moments(c) if kind == "moment" else drawn(c, kind)
+               for kind in kinds for c in cases if kind == "moment" or c.points[kind]]  # fmt: skip
+    for turn in itertools.zip_longest(*streams):
+        yield from filter(None, turn)
 
 
-def attempt(case: Case, kind: str, at: float, root: Path) -> str:
+def attempt(case: Case, kind: str, at: Point, root: Path) -> str:
     """Disturbs the command, then runs it again; returns what is wrong, "" when nothing is."""
     shutil.rmtree(root, ignore_errors=True)
     Path(f"{root}.log").unlink(missing_ok=True)
     root.mkdir()
     case.command.start(root)
     if kind == "moment":
-        pid = fork(case.command, root)
-        code = wait(pid, at)
+        code = wait(fork(case.command, root), float(at.name), at.rank)[at.rank]
         good = code in (0, -signal.SIGKILL)
     else:
-        code = wait(fork(case.command, root, kind, int(at)))
+        code = wait(fork(case.command, root, kind, at))[at.rank]
         told = Path(f"{root}.log").read_text()
         one_line = code == 2 and "Traceback" not in told and os.strerror(errno.ENOSPC) in told.strip().split("\n")[-1]
         good = code == -signal.SIGKILL if kind == "kill" else one_line
     if not good:
         return f"exit code {code}"
-    code = wait(fork(case.command, root))
-    if code:
-        return f"the same command again: exit code {code}"
+    codes = wait(fork(case.command, root))
+    if any(codes):
+        return f"the same command again: exit codes {codes}"
     return differences(outcome(root), case.wanted)
 
 
@@ -223,11 +222,12 @@ def made(work: Path, names: list[str]) -> list[Case]:
     """The commands, measured; what they start from is made on the way."""
     base, root = work / "base", work / "root"
     base.mkdir()
+    (base / "two.py").write_text(TWO)
     (base / "texts.jsonl").write_text("".join(json.dumps({"text": f"{i} and {i + 1} " * 20}) + "\n" for i in range(9)))
     every = commands(base)
     train = measured("train", every["train"], root)
-    _copy(root / "run", base / "run")
-    first = next(i for i, name in enumerate(train.points["kill"]) if name.startswith("after re") and "/2" in name)
+    copy(root / "run", base / "run")
+    first = next(at for at in train.points["kill"] if at.name.startswith("after re") and "/2" in at.name)
     shutil.rmtree(root)
     root.mkdir()
     wait(fork(every["train"], root, "kill", first))
@@ -241,10 +241,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=cli.count, default=600)
     parser.add_argument("--tries", type=cli.count, default=1 << 30)
     parser.add_argument("--seed", type=cli.count, default=0)
-    parser.add_argument(
-        "--only", type=cli.listed, default=["train", "continue", "resume", "quantize", "export", "prepare"]
-    )
+    parser.add_argument("--only", type=cli.listed, default=NAMES)
     parser.add_argument("--kinds", type=cli.listed, default=["kill", "full", "moment"])
+    parser.add_argument("--every", action="store_true")
     args = parser.parse_args(argv)
     end, done, failed = time.monotonic() + args.seconds, Counter(), 0
     with tempfile.TemporaryDirectory() as work:
@@ -252,16 +251,18 @@ def main(argv: list[str]) -> int:
         for case in cases:
             sizes = ", ".join(f"{len(names)} points to {kind}" for kind, names in case.points.items())
             print(f"{case.name}: {sizes}, {case.seconds:.1f} s", flush=True)
-        for case, kind, at in itertools.islice(tries(cases, args.kinds, random.Random(args.seed)), args.tries):
+        drawn = tries(cases, args.kinds, random.Random(args.seed), args.every)
+        for case, kind, at in itertools.islice(drawn, args.tries):
             if time.monotonic() > end:
+                print("the time is over")
                 break
             wrong = attempt(case, kind, at, Path(work) / "root")
             done[case.name, kind] += 1
             if wrong:
                 failed += 1
-                where = f"after {at:.2f} s" if kind == "moment" else case.points[kind][int(at)]
                 log = Path(work, "root.log").read_text().splitlines()[-12:]
-                print(f"FAILED {case.name}, {kind} {at:g}, {where}: {wrong}", *log, sep="\n    ", flush=True)
+                where = f"process {at.rank}, {at.name}"
+                print(f"FAILED {case.name}, {kind} {at.index}, {where}: {wrong}", *log, sep="\n    ", flush=True)
     for (name, kind), n in sorted(done.items()):
         print(f"{name:>9} {kind:>7} {n:>5}")
     print(f"{done.total()} tries, {failed} failed")

@@ -8,6 +8,7 @@ import builtins
 import errno
 import functools
 import io
+import mmap
 import os
 import signal
 from collections.abc import Callable
@@ -19,35 +20,44 @@ OTHERS = ("ftruncate", "rename", "replace", "unlink", "rmdir")
 
 
 class Points:
-    """Counts the points below `root`. At number `at` the process dies, or from then on the disk is full.
+    """Counts the points below `root`, of this process and of those that it forks. At number `at` this process is
+    killed, or from then on the disk is full; `names`, a file, gets a line for each, as "before write metrics.jsonl".
 
-    `names` lists what was passed, as "before write metrics.jsonl"; in a process that finds the disk full, only what a
-    full disk refuses counts.
+    Where the disk is to be full, only what a full disk refuses counts, and only in this process.
     """
 
-    def __init__(self, root: Path, kind: str = "", at: int = -1):
-        self.root, self.kind, self.at = str(root.resolve()), kind, at
-        self.names: list[str] = []
+    def __init__(self, root: Path, kind: str = "", at: int = -1, names: Path | None = None):
+        self.root, self.kind, self.at, self.pid = f"{root.resolve()}/", kind, at, os.getpid()
+        self._count = mmap.mmap(-1, 8)
+        self._names = os.open(names, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND) if names else None
+        self._write = os.write  # as it is before `install`
 
     def pass_by(self, what: str, place: str, action: Callable[[], Any]) -> Any:
         """Does what the system was asked for, unless this is the point."""
-        if not place.startswith(self.root + "/"):
+        if not place.startswith(self.root) or (self.kind == "full" and os.getpid() != self.pid):
             return action()
+        place = place.removeprefix(self.root)
         if self.kind == "full":
-            if what in GROWS:
-                self.names.append(f"{what} {place.removeprefix(self.root)}")
-                if 0 <= self.at < len(self.names):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            number = self._passed(f"{what} {place}") if what in GROWS else -1
+            if 0 <= self.at <= number:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return action()
-        self._point(f"before {what} {place.removeprefix(self.root)}")
+        self._point(f"before {what} {place}")
         result = action()
-        self._point(f"after {what} {place.removeprefix(self.root)}")
+        self._point(f"after {what} {place}")
         return result
 
+    def _passed(self, name: str) -> int:
+        """The number of this point."""
+        if self._names is not None:
+            self._write(self._names, f"{name}\n".encode())
+        number = int.from_bytes(self._count[:], "little")
+        self._count[:] = (number + 1).to_bytes(8, "little")
+        return number
+
     def _point(self, name: str) -> None:
-        self.names.append(name)
-        if self.kind == "kill" and len(self.names) == self.at + 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self._passed(name) == self.at and self.kind == "kill":
+            os.kill(self.pid, signal.SIGKILL)
 
 
 def install(points: Points) -> None:

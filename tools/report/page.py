@@ -68,14 +68,17 @@ def slug(title: str) -> str:
 
 
 def write(folders: list[str | Path], out: Path) -> Path:
-    """Writes the page to `out` and the short form next to it, each atomically. Raises UserError."""
+    """Writes the short form, then the page at `out`, each atomically: a page that is there is complete.
+
+    Raises UserError.
+    """
     if not folders:
         raise UserError("no run folders are given", "tools.report", "python -m tools.report runs/a runs/b")
     with tempfile.TemporaryDirectory() as scratch:
         runs = [data.read(local(folder, scratch)) for folder in folders]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for path, text in ((out, html(runs)), (out.with_suffix(".md"), markdown(runs))):
+        for path, text in ((out.with_suffix(".md"), markdown(runs)), (out, html(runs))):
             files.write(path, text)
     except OSError as e:
         raise UserError(f"the page cannot be written: {e.strerror}", str(out), "choose another --out") from e
