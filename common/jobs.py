@@ -48,7 +48,7 @@ class Stage(NamedTuple):
     title: str
     argv: list[str]  # python -m ...
     share: Callable[[], float]
-    seconds: float  # expected, which determines its part of the bar
+    seconds: float  # expected duration: its part of the progress bar
 
 
 def start(argv: Sequence[str], log: Path, **options: Any) -> subprocess.Popen:
@@ -63,7 +63,7 @@ def start(argv: Sequence[str], log: Path, **options: Any) -> subprocess.Popen:
 
 
 def follow_parent() -> None:
-    """Ties this process to the one in PARENT, if set: it is killed when that one dies, which could not stop it then."""
+    """If PARENT is set, makes the kernel kill this process when that one dies, which can then no longer stop it."""
     parent = os.environ.pop(PARENT, "")
     if not parent:
         return

@@ -67,7 +67,7 @@ def regular(place: Path) -> Path:
 
 
 def create(path: Place, text: str) -> bool:
-    """Writes an object in a store unless it exists; returns whether it did. Of several writers one succeeds."""
+    """Writes an object in a store unless it exists; returns whether it did. Only one of several writers succeeds."""
     try:
         store().pipe_file(str(path), text.encode(), mode="create")
     except FileExistsError:

@@ -122,7 +122,7 @@ def unrolled(model: Transformer, params: Params) -> Params:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _unroll(params: Params, config: ModelConfig, widen: bool) -> Params:
-    params = weights.settled(unstack(params, config))
+    params = weights.for_inference(unstack(params, config))
 
     def wide(w: Array | weights.Weight) -> Array | weights.Weight:
         return w if isinstance(w, weights.Weight) or w.dtype != jnp.bfloat16 else w.astype(jnp.float32)

@@ -7,6 +7,7 @@ Methods (LoRA, quantization, ...) are functions tree -> tree that replace such l
 import dataclasses
 import functools
 import math
+import operator
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -119,9 +120,9 @@ class Weight:
         inner = {f: getattr(self, f) for f in fields(self) if is_weight(getattr(self, f))}
         return self.replace(**{f: w.in_training(key_for(key, f), step) for f, w in inner.items()})
 
-    def settled(self) -> "Weight | Array":
+    def for_inference(self) -> "Weight | Array":
         """The (unstacked) leaf prepared for inference: values that depend only on its arrays are precomputed."""
-        return self.replace(**{f: settled(getattr(self, f)) for f in fields(self) if is_weight(getattr(self, f))})
+        return self.replace(**{f: for_inference(getattr(self, f)) for f in fields(self) if is_weight(getattr(self, f))})
 
     def macs(self, stacked: int) -> "Weight":
         """This node with, in place of each array, its multiply-adds per token: a matrix costs its size.
@@ -272,6 +273,11 @@ def name(path: tuple) -> str:
     return "/".join(parts)
 
 
+def at(tree: Tree, path: str) -> Tree:
+    """The part of nested dicts at a path such as "layers/attn/wq"."""
+    return functools.reduce(operator.getitem, path.split("/"), tree)
+
+
 def arrays(tree: Tree) -> list[Array]:
     """The arrays of a tree; the codes and scales of a quantized weight count as the one array that they represent."""
     return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Weight) and x.whole)
@@ -362,9 +368,9 @@ def in_training(params: Params, key: Array, step: Array) -> Params:
     return map_named(live, params, is_leaf=is_weight)
 
 
-def settled(params: Params) -> Params:
-    """Every Weight of unstacked parameters prepared for inference; see Weight.settled."""
-    return jax.tree.map(lambda w: w.settled() if is_weight(w) else w, params, is_leaf=is_weight)
+def for_inference(params: Params) -> Params:
+    """Every Weight of unstacked parameters prepared for inference; see Weight.for_inference."""
+    return jax.tree.map(lambda w: w.for_inference() if is_weight(w) else w, params, is_leaf=is_weight)
 
 
 def base(params: Tree) -> Tree:

@@ -137,15 +137,15 @@ def test_bytes_lie_as_xla_lays_them(rows, columns, by_columns):
 def test_a_decoding_loop_has_whole_registers_of_columns(interpreted, monkeypatch, fmt):
     """Of a TPU, where XLA would turn the bytes of 260 columns; products and values stay what they are."""
     leaf, x = FORMATS[fmt].encode(rand(1024, 260), "BTD,DF->BTF"), rand(1, 3, 1024, seed=1).astype(jnp.bfloat16)
-    assert leaf.settled() is leaf or fmt == "nf4"  # on a CPU
+    assert leaf.for_inference() is leaf or fmt == "nf4"  # on a CPU
     monkeypatch.setattr(weights, "platform", lambda: "tpu")
-    wide = leaf.settled()
+    wide = leaf.for_inference()
     assert (wide.codes.shape, wide.scale.shape, wide.shape) == ((512, 384), (16, 384), (1024, 260))
     np.testing.assert_array_equal(wide.floats(jnp.float32), leaf.floats(jnp.float32))
     for rows in (x, jnp.tile(x, (1, 50, 1))):  # of the two regimes
         y, want = (jax.jit(lambda x, w: w.einsum("BTD,DF->BTF", x))(rows, w) for w in (wide, leaf))
         np.testing.assert_array_equal(y, want)
-    assert FORMATS[fmt].encode(rand(1024, 256), "BTD,DF->BTF").settled().codes.shape == (512, 256)
+    assert FORMATS[fmt].encode(rand(1024, 256), "BTD,DF->BTF").for_inference().codes.shape == (512, 256)
 
 
 def test_blocks_pad_least():

@@ -60,7 +60,7 @@ def cost(config: ModelConfig, params: Params, specs: Specs, mask: Tree, seq_len:
     masks = iter(jax.tree.leaves(mask, is_leaf=weights.is_weight))
     weights.replace(params, specs, lambda path, w, spec: count(path, w, spec, next(masks)))
     virtual = virtual_tokens(params)
-    attention = 4 * c.heads * c.head_dim * sum(KINDS[kind].keys(c, seq_len, virtual) for kind in c.kinds)
+    attention = 4 * c.heads * c.head_dim * sum(KINDS[kind].keys_per_query(c, seq_len, virtual) for kind in c.kinds)
     pairs = zip(weights.arrays(params), weights.arrays(mask), strict=True)
     sizes = [(x.size, any(jax.tree.leaves(m))) for x, m in pairs]
     return Cost(

@@ -148,7 +148,8 @@ def _forward(loss: Callable[[], dict], layers: int) -> tuple[list[str], dict]:
         if broken or not path or done == 0:  # for layers after the first, only the output of the block
             top = float(jnp.abs(x).max())
             print(f"  {name:<44} {x.dtype} {list(x.shape)}  max |x| {top:.4g}")
-        bad.extend([name] * broken)
+        if broken:
+            bad.append(name)
         done += isinstance(context.module, Block)
         return out
 

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, SmolLM2. Other families of this shape are this one with a few lines changed."""
+"""Llama 2 and 3, SmolLM2. The files of related families only say how they differ."""
 
 from typing import Any
 

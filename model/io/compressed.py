@@ -4,7 +4,6 @@ A Linear [N, K] is stored as `weight_scale` and codes: `weight` (int8 or e4m3), 
 `weight_packed`, where an int32 holds consecutive codes of a row plus half their range, with `weight_shape`.
 """
 
-import functools
 import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -40,7 +39,7 @@ def config(model: Transformer, params: Params, keys: dict[str, Key]) -> dict:
     for path, leaf in jax.tree.leaves_with_path(params, is_leaf=weights.is_weight):
         path = weights.name(path)
         if not isinstance(leaf, Quantized):
-            spec = functools.reduce(lambda tree, name: tree[name], path.split("/"), model.specs)
+            spec = weights.at(model.specs, path)
             if spec.eqn and "V" not in weights.split(spec.eqn)[1]:  # an embedding table is not a Linear
                 ignored.append(_target(model, path, keys[path]))
             continue

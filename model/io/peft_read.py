@@ -302,10 +302,8 @@ def _spec(specs: Specs, path: str) -> Spec | None:
 
 
 def has_bias(specs: Specs, path: str) -> bool:
-    *parents, name = path.split("/")
-    for parent in parents:
-        specs = specs[parent]
-    return "b" + name.removeprefix("w") in specs
+    parent, _, name = path.rpartition("/")
+    return "b" + name.removeprefix("w") in weights.at(specs, parent)
 
 
 def _oft(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: Stored, spec: Spec) -> Stored:

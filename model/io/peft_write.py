@@ -94,7 +94,7 @@ def _wrapped(model: Transformer, adapters: dict) -> tuple[dict, Tensors]:
     modules: dict[str, list] = defaultdict(list)
     for path, nested in adapters.items():
         for leaf in nested:
-            key, spec = keys[path], _spec(model, path)
+            key, spec = keys[path], weights.at(model.specs, path)
             if getattr(leaf, "used", "both") == "head":
                 key, spec = Key(keys["unembed/table"].name, "VD->VD"), spec.replace(eqn=HEAD)
             outputs = isinstance(leaf, IA3) and set(leaf.letters) != set(weights.split(spec.eqn)[1])
@@ -121,13 +121,6 @@ def _wrapped(model: Transformer, adapters: dict) -> tuple[dict, Tensors]:
     return config, tensors
 
 
-def _spec(model: Transformer, path: str) -> Spec:
-    spec = model.specs
-    for part in path.split("/"):
-        spec = spec[part]
-    return spec
-
-
 def _module(config: dict, target: str, parts: list, sizes: dict, embedding: bool) -> Tensors:
     """{suffix: tensor [stack..., ...]} of one module, which may consist of several parameters."""
     leaf, key, spec = parts[0]
@@ -144,7 +137,9 @@ def _module(config: dict, target: str, parts: list, sizes: dict, embedding: bool
             return out
         case IA3():
             inputs = set(leaf.letters) == set(weights.split(spec.eqn)[1])
-            config.setdefault("feedforward_modules", []).extend([target] * inputs)
+            feedforward = config.setdefault("feedforward_modules", [])
+            if inputs:
+                feedforward.append(target)
             return {".ia3_l": leaf.scale[..., None, :] if inputs else leaf.scale[..., None]}
         case OFT():
             config |= {"oft_block_size": block_of(leaf.q.shape[-1]), "r": 0, "use_cayley_neumann": leaf.terms > 0}

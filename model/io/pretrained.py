@@ -205,7 +205,7 @@ def _tied(config: ModelConfig, source: Source, path: Path) -> bool:
     for start in range(0, height, ROWS):
         rows = (slice(start, min(start + ROWS, height)), slice(None))
         if not np.array_equal(source.read(table, rows), source.read(head, rows)):
-            logging.warning("%s: its config ties the head to the embedding, but %s is another: it is used", path, head)
+            logging.warning("%s: config.json ties the head to the embedding, but %s differs and is used", path, head)
             return False
     return True
 

@@ -55,7 +55,7 @@ def token_logps(
     """log p(targets) [B,T] of logits / `temperature`; 0 where mask is 0. x [B,T,D], targets and mask [B,T]."""
 
     def f(logits: Array, targets: Array) -> Array:
-        return _logp(logits / temperature, targets)
+        return _log_softmax(logits / temperature, targets)[0]
 
     return over_rows(f, [(model, params, x)], mask, targets)
 
@@ -101,12 +101,13 @@ def over_rows(f: Callable[..., Tree], sides: Sequence[Side], mask: Array, *extra
     return jax.tree.map(undo, _over(jax.vmap(of_shard), vocab, trees, tuple(rows), mask))
 
 
-def _logp(logits: Array, targets: Array) -> Array:
-    """log p(targets) [R] of logits [R,V]."""
+def _log_softmax(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """(log p(targets) [R], its gradient by the logits [R,V]) of logits [R,V]."""
     top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    unnormalized = jnp.exp(logits - top)
+    total = unnormalized.sum(-1, keepdims=True)
     hit = jnp.arange(logits.shape[-1]) == targets[:, None]
-    total = jnp.exp(logits - top).sum(-1, keepdims=True)
-    return jnp.where(hit, logits, 0).sum(-1) - (jnp.log(total) + top)[:, 0]
+    return jnp.where(hit, logits, 0).sum(-1) - (jnp.log(total) + top)[:, 0], hit - unnormalized / total
 
 
 def _count_first(mask: Array, *arrays: Array) -> tuple[tuple[Array, ...], Callable[[Array], Array]]:
@@ -188,22 +189,18 @@ def _loop(weight: Array, vocab: int, body: Callable[[Cut, Array, Array, T], T], 
 
 
 def _pieces(unembed: Unembed, head: tuple[Tree, Tree], x: Array, targets: Array, g: Array) -> tuple[Array, Tree, Array]:
-    """(log p(targets) [S,C], gradients of `moving`, gradients of x) of a chunk x [S,C,D] for the cotangent g [S,C].
+    """(log p(targets) [S,C], gradients of `trained`, gradients of x) of a chunk x [S,C,D] for the cotangent g [S,C].
 
-    `head` is (moving, fixed), with a copy per shard.
+    `head` is (trained, frozen), with a copy per shard.
     """
 
-    def shard(moving: Tree, fixed: Tree, x: Array, targets: Array, g: Array) -> tuple[Array, Tree, Array]:
-        logits, pull = jax.vjp(lambda m, x: unembed(weights.combine(m, fixed), x[None])[0], moving, x)
-        top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-        unnormalized = jnp.exp(logits - top)
-        total = unnormalized.sum(-1, keepdims=True)
-        hit = jnp.arange(logits.shape[-1]) == targets[:, None]
-        logps = jnp.where(hit, logits, 0).sum(-1) - (jnp.log(total) + top)[:, 0]
-        return logps, *pull((hit - unnormalized / total) * g[:, None])
+    def shard(trained: Tree, frozen: Tree, x: Array, targets: Array, g: Array) -> tuple[Array, Tree, Array]:
+        logits, pull = jax.vjp(lambda m, x: unembed(weights.combine(m, frozen), x[None])[0], trained, x)
+        logps, slope = _log_softmax(logits, targets)
+        return logps, *pull(slope * g[:, None])
 
-    moving, fixed = head
-    return jax.vmap(shard)(moving, fixed, x, targets, g)
+    trained, frozen = head
+    return jax.vmap(shard)(trained, frozen, x, targets, g)
 
 
 def _zeros(tree: Tree) -> Tree:
@@ -238,9 +235,9 @@ def _nll(unembed: Unembed, head: Params, x: Array, targets: Array, weight: Array
 
 def _nll_forward(unembed: Unembed, head: Tree, *rows: CustomVJPPrimal) -> tuple[Array, Tree]:
     x, targets, weight = (row.value for row in rows)
-    moving, fixed = _by_perturbed(head)
-    vocab = jax.eval_shape(unembed, weights.combine(moving, fixed), x).shape[-1]
-    copies = _sent(moving, x), _sent(fixed, x)
+    trained, frozen = _by_perturbed(head)
+    vocab = jax.eval_shape(unembed, weights.combine(trained, frozen), x).shape[-1]
+    copies = _sent(trained, x), _sent(frozen, x)
 
     def body(cut: Cut, start: Array, fresh: Array, carry: tuple[Array, Tree, Array]) -> tuple[Array, Tree, Array]:
         total, d_head, d_x = carry
@@ -249,7 +246,7 @@ def _nll_forward(unembed: Unembed, head: Tree, *rows: CustomVJPPrimal) -> tuple[
         d_head = jax.tree.map(jnp.add, d_head, dm)
         return total - (logps * w).sum(), d_head, _write(d_x, dx, start, fresh)
 
-    d_head = _copies(_zeros(moving), x.shape[0])
+    d_head = _copies(_zeros(trained), x.shape[0])
     total, d_head, d_x = _loop(weight, vocab, body, (jnp.float32(0), d_head, _zeros(x)))
     return total, (_summed(d_head), d_x)
 
@@ -296,27 +293,27 @@ def _over(f: Callable[[tuple, Rows], Tree], vocab: int, trees: tuple, rows: Rows
 
 
 def _over_forward(f: Callable, vocab: int, trees: Tree, rows: Tree, mask: CustomVJPPrimal) -> tuple[Tree, tuple]:
-    moving, fixed = _by_perturbed((trees, rows))
-    trees, rows = weights.combine(moving, fixed)
-    return _over(f, vocab, trees, rows, mask.value), (moving, fixed, mask.value)
+    trained, frozen = _by_perturbed((trees, rows))
+    trees, rows = weights.combine(trained, frozen)
+    return _over(f, vocab, trees, rows, mask.value), (trained, frozen, mask.value)
 
 
 def _over_backward(f: Callable, vocab: int, residuals: tuple, g: Tree) -> tuple:
-    moving, fixed, mask = residuals
-    _, xs = weights.combine(moving, fixed)
-    heads, others = (tuple(map(_sent, part[0], xs)) for part in (moving, fixed))
+    trained, frozen, mask = residuals
+    _, xs = weights.combine(trained, frozen)
+    heads, others = (tuple(map(_sent, part[0], xs)) for part in (trained, frozen))
     g = jax.tree.map(_instantiated, g, is_leaf=_is_symbolic)
 
     def body(cut: Cut, start: Array, fresh: Array, carry: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
         d_heads, d_rows = carry
         counts = (cut(mask) != 0) & fresh
-        rest = jax.tree.map(cut, fixed[1])
+        rest = jax.tree.map(cut, frozen[1])
         chunk = lambda heads, rows: f(weights.combine(heads, others), weights.combine(rows, rest))
-        _, pull = jax.vjp(chunk, heads, jax.tree.map(cut, moving[1]))
+        _, pull = jax.vjp(chunk, heads, jax.tree.map(cut, trained[1]))
         more, new = pull(jax.tree.map(lambda a: jnp.where(counts, cut(a), 0), g))
         return jax.tree.map(jnp.add, d_heads, more), jax.tree.map(lambda d, n: _write(d, n, start, fresh), d_rows, new)
 
-    zeros = (_copies(_zeros(moving[0]), mask.shape[0]), _zeros(moving[1]))
+    zeros = (_copies(_zeros(trained[0]), mask.shape[0]), _zeros(trained[1]))
     d_heads, d_rows = _loop(mask, vocab, body, zeros)
     return _summed(d_heads), d_rows, None
 

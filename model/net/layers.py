@@ -1,6 +1,7 @@
 """The layers of a decoder, as flax modules that declare each parameter by the equation that uses it."""
 
 import math
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -121,7 +122,24 @@ class Block(Layer):
     """Two sublayers in a residual stream x [B,T,D]: `mix` works across tokens, `feed` on each token.
 
     `cache` is the layer's cache of earlier tokens, or None. Returns x and the cache with these tokens.
+    Subclasses are other kinds of layers. `columns`: the cache holds a column of keys and values per token. Only such
+    layers support virtual tokens, bidirectional models, and batches whose rows start at different steps.
     """
+
+    columns: ClassVar[bool] = True
+
+    @staticmethod
+    def empty_cache(
+        config: ModelConfig, lead: tuple[int, ...], batch: int, length: int, dtype: str, kind: str
+    ) -> NamedTuple:
+        """The cache before the first token; `lead` is () or (stacked layers,), `kind` one of kv_cache.KINDS."""
+        shape = (*lead, batch * config.kv_heads, length, config.head_dim)
+        return KV(*(kv_cache.encode(jnp.zeros(shape, dtype), kind) for _ in KV._fields))
+
+    @staticmethod
+    def keys_per_query(config: ModelConfig, tokens: int, virtual: int) -> float:
+        """The mean number of keys per query, in rows of `tokens` tokens after `virtual` ones."""
+        return ((tokens + 1) / 2 if config.causal else tokens) + virtual
 
     @nn.compact
     def __call__(self, x: Array, context: Context, cache: Tree) -> tuple[Array, Tree]:

@@ -1,6 +1,6 @@
 """Recurrent layers: the RG-LRU of Griffin (De et al. 2024, arXiv 2402.19427), with or without attention layers."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -82,6 +82,18 @@ class Recurrent(Layer):
 
 class RecurrentBlock(Block):
     """A Block whose `mix` is recurrent."""
+
+    columns: ClassVar[bool] = False
+
+    @staticmethod
+    def empty_cache(
+        config: ModelConfig, lead: tuple[int, ...], batch: int, length: int, dtype: str, kind: str
+    ) -> Memory:
+        return initial(config, (*lead, batch), dtype)
+
+    @staticmethod
+    def keys_per_query(config: ModelConfig, tokens: int, virtual: int) -> float:
+        return 0.0
 
     def mix(self, h: Array, context: Context, cache: Memory | None) -> tuple[Array, Memory | None]:
         return Recurrent(self.config, name="recurrent")(h, context, cache)

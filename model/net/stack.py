@@ -112,7 +112,7 @@ def scan(layer: Layer, x: Array, layers: Params, caches: Tree, config: ModelConf
 
 
 def _split(stacked: dict[str, Tree], period: Sequence[str], turns: int) -> tuple[dict[str, Tree], dict[str, Tree]]:
-    """Each stack as the part for `turns` iterations of a loop [turns, layers per iteration, ...], and the rest."""
+    """(part for `turns` iterations of a loop [turns, layers per iteration, ...], rest) of each stack."""
     looped, rest = {}, {}
     for part, tree in stacked.items():
         n = period.count(part) if part in period else len(period)

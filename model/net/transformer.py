@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.net import kv_cache, stack
 from model.net.attention import Context, context
 from model.net.head import Unembed
-from model.net.kinds import KINDS, LayerCache
+from model.net.kinds import KINDS
 from model.net.kv_cache import KV, Cache
 from model.net.layers import Norm, unembed
 from model.weights import Params, Spec, Specs, Tree
@@ -110,7 +110,7 @@ class Transformer:
         keys = jax.random.split(key, c.layers)
 
         def of_kind(kind: str) -> Specs:
-            block = KINDS[kind].block(c)
+            block = KINDS[kind](c)
             mine = keys[jnp.asarray(c.stack(f"layers/{kind}"))]
             return jax.vmap(lambda k: block.init(k, x, ctx, None)["params"])(mine)
 
@@ -184,7 +184,7 @@ class Transformer:
         self, kind: str, x: Array, params: Params, cache: Tree, windowed: bool | Array, ctx: Context
     ) -> tuple[Array, Tree, stack.Reports]:
         """Runs one layer: returns x [B,T,D], its cache, and its reports."""
-        block, ctx = KINDS[kind].block(self.config), ctx._replace(windowed=windowed)
+        block, ctx = KINDS[kind](self.config), ctx._replace(windowed=windowed)
         (y, cache), state = block.apply({"params": params}, x, ctx, cache, mutable=["reports"])
         return constrain(y), cache, flatten_dict(state.get("reports", {}), sep="/")
 
@@ -221,8 +221,8 @@ class Transformer:
         """
         c = self.config
 
-        def empty(name: str, lead: tuple[int, ...]) -> LayerCache:
-            return KINDS[name].cache(c, lead, batch, length, self.dtype, kind)
+        def empty(name: str, lead: tuple[int, ...]) -> NamedTuple:
+            return KINDS[name].empty_cache(c, lead, batch, length, self.dtype, kind)
 
         layers: Tree = tuple(empty(name, ()) for name in c.kinds)
         if not unrolled:

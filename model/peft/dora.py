@@ -23,7 +23,7 @@ class DoRA(LoRA):
 
     magnitude: Array | None = None
     squares: Array | None = None  # ||W||^2 of the base
-    fixed: Array | None = None  # the precomputed ratio, for inference
+    cached: Array | None = None  # the precomputed ratio, for inference
     trainable: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
     derived: ClassVar[tuple[str, ...]] = ("a", "start", "squares")
 
@@ -45,8 +45,8 @@ class DoRA(LoRA):
 
         ||W + s A B||^2 = ||W||^2 + 2 s <A^T W, B> + s^2 <A^T A B, B> per output: no matrix of W's size is built.
         """
-        if self.fixed is not None:
-            return self.fixed.reshape(shape)
+        if self.cached is not None:
+            return self.cached.reshape(shape)
         shared, contracted, produced = weights.split(self.eqn)
         letters, out = weights.operands(self.eqn)[1], f"{shared}R{produced}"
         a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
@@ -58,8 +58,8 @@ class DoRA(LoRA):
         norm = jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(squares, 1e-30)))
         return (1 + (self.magnitude - norm) / norm).reshape(shape)  # exactly 1 at the start, however XLA rounds
 
-    def settled(self) -> "DoRA":
-        return super().settled().replace(fixed=self.ratio(self.squares.shape))
+    def for_inference(self) -> "DoRA":
+        return super().for_inference().replace(cached=self.ratio(self.squares.shape))
 
     def dense(self, spec: Spec) -> Array:
         w = super().dense(spec).astype(jnp.float32)

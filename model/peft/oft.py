@@ -23,7 +23,7 @@ class OFT(Weight):
     q: Array
     letters: str = flax.struct.field(pytree_node=False)
     terms: int = flax.struct.field(pytree_node=False)
-    fixed: Array | None = None  # the precomputed rotation, for inference
+    cached: Array | None = None  # the precomputed rotation, for inference
     trainable: ClassVar[tuple[str, ...]] = ("q",)
 
     def rotation(self) -> Array:
@@ -32,8 +32,8 @@ class OFT(Weight):
         The series (Qiu et al. 2025, arXiv 2506.19847) is I + 2 Q + 2 Q^2 + ... + Q^(terms - 1), with the signs and the
         last factor of PEFT. It is orthogonal only for small Q.
         """
-        if self.fixed is not None:
-            return self.fixed
+        if self.cached is not None:
+            return self.cached
         b = block_of(self.q.shape[-1])
         rows, columns = jnp.triu_indices(b, 1)
         q = jnp.zeros((*self.q.shape[:-1], b, b), jnp.float32).at[..., rows, columns].set(self.q.astype(jnp.float32))
@@ -52,8 +52,8 @@ class OFT(Weight):
             return weights.einsum(eqn, self._turn(x, n, "...nc,nck->...nk"), self.base)
         return self._turn(weights.einsum(eqn, x, self.base), n, "...nk,nck->...nc")
 
-    def settled(self) -> "OFT":
-        return super().settled().replace(fixed=self.rotation())
+    def for_inference(self) -> "OFT":
+        return super().for_inference().replace(cached=self.rotation())
 
     def take(self, ids: Array, dtype: DTypeLike) -> Array:
         return self._turn(weights.take(self.base, ids, dtype), 1, "...nk,nck->...nc")

@@ -169,7 +169,7 @@ def calibrate(
         for same, inputs in seen.items():
             upper = functools.cache(functools.partial(factor, inputs.gram))
             for path, eqn in same:
-                w = functools.reduce(lambda tree, key: tree[key], path.split("/"), params)
+                w = weights.at(params, path)
                 leaves[path] = solve(method, w, eqn, inputs, upper, encoder(f"layers/{path}"))
                 errors[path] = float(output_error(w, eqn, leaves[path], inputs.gram))
         params = weights.map_named(lambda path, w, new=leaves: new.get(path, w), params)

@@ -98,7 +98,7 @@ class Quantized(Weight):
 
     def matrix(self) -> Array:
         """Dequantized float32 [..., K, N], without `inverse`."""
-        codes = self.in_order(self.codes)[..., : self.kn[1]]  # `settled` may have padded them
+        codes = self.in_order(self.codes)[..., : self.kn[1]]  # `for_inference` may have padded them
         m = self.numbers(codes) * spread(self.scales().astype(jnp.float32), self.tile, self.kn)
         if self.offset is not None:
             m = m + spread(self.in_order(self.offset).astype(jnp.float32), self.tile, self.kn)
@@ -133,8 +133,8 @@ class Quantized(Weight):
         )  # fmt: skip
         return fine.floats(dtype).reshape(*ids.shape, -1)
 
-    def settled(self) -> "Quantized | Array":
-        return _multiply.settled(self)
+    def for_inference(self) -> "Quantized | Array":
+        return _multiply.for_inference(self)
 
     def macs(self, stacked: int) -> "Quantized":
         """The codes count as the whole matrix, the other arrays as nothing."""

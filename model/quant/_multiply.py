@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from model.quant._leaf import Quantized
 
 ACTIVATIONS = {"B": "act_batch", "T": "act_seq"}  # letter of an activation -> logical axis
-Axes = tuple[str, ...]  # of a mesh, that a dimension is sharded over
+Axes = tuple[str, ...]  # mesh axes over which a dimension is sharded
 Kernel = Callable[..., Array]  # (x [M,K], codes, scale, group=, dtype=) -> [M,N]
 
 
@@ -179,7 +179,7 @@ def _dequantized(leaf: "Quantized", dtype: DTypeLike) -> Array:
     return jax.lax.platform_dependent(leaf.codes, leaf.scales(), tpu=by_kernel, default=plain)
 
 
-def settled(leaf: "Quantized") -> "Quantized | Array":
+def for_inference(leaf: "Quantized") -> "Quantized | Array":
     """The leaf of one layer, prepared for decoding on one device.
 
     A CPU without a kernel multiplies floats: they are computed once, since otherwise every step would allocate and

@@ -71,7 +71,7 @@ def _product(name: str, quantizer: Quantizer, m: int, k: int, n: int, kernel: Ca
 def _int4() -> Iterator[Case]:
     """Decoding and prefill of 7B models, aligned or not, and the backward pass of QLoRA.
 
-    A decoding loop pads the columns to whole registers (`_multiply.settled`): for 4,100 columns it reads 4,224.
+    A decoding loop pads the columns to whole registers (`_multiply.for_inference`): for 4,100 columns it reads 4,224.
     """
     few, many = (16, 4096, 4096), (2048, 4096, 14336)
     forward = [(*few, 128), (*few, 64), (1, 4096, 4096, 128), (16, 4096, 4100, 128), (16, 4096, 4224, 128)]

@@ -107,8 +107,8 @@ class Checkpointer:
         return True
 
     def wait(self, must: bool = False) -> None:
-        """Returns when the save in progress is on disk. Raises UserError if it failed and on_error is "stop" or it is a
-        `must`."""
+        """Returns when the save in progress is on disk. Raises UserError if it failed, unless on_error is "continue"
+        and the save is not a `must`."""
         if self._pending is None:
             return
         error, self._pending = self._pending.exception(), None

@@ -111,7 +111,7 @@ class Metrics:
             if line.get("event") == "session":
                 line["step"] = min(line["step"], step)
         kept = [line for line in lines if line["step"] <= step and (step or line["kind"] == "event")]
-        # Other ends than preemption are written again.
+        # An end other than preemption is recorded again when this session reaches it.
         kept = [line for line in kept if line.get("exit_code", exits.PREEMPTED) == exits.PREEMPTED]
         previous = {"lost_steps": lost, "seconds": ended[0].spent, "joules": ended[0].joules} if ended else {}
         devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count()}

@@ -180,8 +180,10 @@ def differences(old: Json | Leaf, new: Json | Leaf, path: str = "") -> Iterator[
 
 def unsafe(changed: Iterable[str], allow: Iterable[str]) -> list[str]:
     """The changed keys that a resume refuses; `allow` is the config's."""
-    safe = SAFE + ("data",) * ("data" in allow)
-    return [] if "config" in allow else [key for key in changed if not _under(key, safe)]
+    if "config" in allow:
+        return []
+    safe = (*SAFE, "data") if "data" in allow else SAFE
+    return [key for key in changed if not _under(key, safe)]
 
 
 def _under(key: str, names: tuple[str, ...]) -> bool:
