@@ -74,7 +74,7 @@ def locate(name: str, patterns: tuple[str, ...]) -> Path:
 
 
 def hub_error(error: BaseException, name: str) -> UserError:
-    """What the libraries of the hub raised, in one line with the fix. It contains no token."""
+    """An error of the hub's libraries as one line with a fix, without access tokens."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)
