@@ -1,24 +1,32 @@
 """The exception for errors that the user can fix."""
 
+import contextlib
 import difflib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import ParamSpec, TypeVar
 
 P, R = ParamSpec("P"), TypeVar("R")
+LONGEST = 1000  # characters of a part of a message: names and values come from files of any hand
 
 
 class UserError(ValueError):
     """Bad input: one line that says what is wrong, where, and the fix. Command lines print it and exit with code 2."""
 
     def __init__(self, what: str, where: str = "", fix: str = ""):
-        self.what, self.where, self.fix = what, where, fix
-        super().__init__(" · ".join(part for part in (where, what, fix) if part))
+        self.what, self.where, self.fix = map(_clipped, (what, where, fix))
+        super().__init__(" · ".join(part for part in (self.where, self.what, self.fix) if part))
         self.__suppress_context__ = True
 
     def _render_traceback_(self) -> list[str]:
         """The text that notebooks show."""
         return [f"{type(self).__name__}: {self}"]
+
+
+def _clipped(text: str) -> str:
+    """One line that a terminal can show."""
+    text = " ".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def outermost(function: Callable[P, R]) -> Callable[P, R]:
@@ -32,6 +40,31 @@ def outermost(function: Callable[P, R]) -> Callable[P, R]:
             raise e.with_traceback(None) from None
 
     return called
+
+
+@contextlib.contextmanager
+def reading(where: object, fix: str = "") -> Iterator[None]:
+    """Around the reading of a file of another hand: whatever else it raises becomes a UserError, with its cause.
+
+    A panic of a library in Rust counts too, which is no Exception.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"cannot be read: {reason(error)}", str(where), fix) from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one short line."""
+    if isinstance(error, UserError):
+        return str(error)
+    said = (str(error).strip().splitlines() or [""])[0][:200]
+    name = "" if type(error) is ValueError else type(error).__name__
+    return ": ".join(part for part in (name, said) if part) or "ValueError"
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:

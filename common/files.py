@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common import paths
+from common.errors import UserError, reason
 from common.paths import Place
 from common.types import Json
 
@@ -207,11 +208,38 @@ def plain(x: Any) -> Any:
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
+def strict(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for what is none, and for what no value of ours is: NaN, a number
+    beyond a float's, nesting without end."""
+    try:
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"the number {text[:20]} is not finite")
+    return number
+
+
+def load_json(path: Path) -> Json:
+    """The object of a JSON file that must be there. Raises UserError."""
+    try:
+        value = strict(path.read_text("utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # no half of a surrogate pair
+    except (OSError, ValueError) as error:
+        raise UserError(f"not readable as JSON: {reason(error)}", str(path)) from error
+    if not isinstance(value, dict):
+        raise UserError("not a JSON object", str(path))
+    return value
+
+
 def read_json(path: Path) -> Json:
     """The object of a JSON file; {} when there is none."""
     try:
-        return _object(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError):
+        return load_json(path)
+    except UserError:
         return {}
 
 
@@ -226,8 +254,8 @@ def read_lines(path: str | Path) -> list[Json]:
 
 def _object(text: str) -> Json:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = strict(text)
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -12,10 +12,20 @@ def read(path: str | Path) -> list[Json]:
 
 
 def _sound(line: Json) -> bool:
-    groups = [line.get(name, {}) for name in ("seconds", "joules", "devices")]
+    seconds, joules, devices = (line.get(name, {}) for name in ("seconds", "joules", "devices"))
+    if line.get("kind") == "task" and _number(seconds):  # those of one evaluation
+        seconds = {}
     return (
         type(line.get("step")) is int
         and isinstance(line.get("kind"), str)
-        and all(isinstance(group, dict) for group in groups)
-        and all(isinstance(x, (int, float)) for x in groups[0].values())
+        and all(isinstance(group, dict) for group in (seconds, joules, devices))
+        and all(map(_number, seconds.values()))
+        and all(isinstance(pair, list) and len(pair) == 2 and all(map(_number, pair)) for pair in joules.values())
+        and isinstance(devices.get("kind", ""), str)
+        and all(_number(devices.get(name, 0)) for name in ("count", "processes"))
+        and _number(line.get("flops") or 0)
     )
+
+
+def _number(x: object) -> bool:
+    return type(x) in (int, float)

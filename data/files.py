@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TextIO
 
 from common import paths
-from common.errors import UserError
+from common.errors import UserError, reason
 
 if TYPE_CHECKING:
     import pyarrow
@@ -41,9 +41,9 @@ def read(path: Path) -> Iterator[Row]:
         raise
     except UnicodeDecodeError:
         yield Row(str(path), None, f"not UTF-8, behind {last.where}" if last.record else "not UTF-8")
-    except (OSError, EOFError, ValueError, csv.Error) as error:  # those of pyarrow are of these kinds, too
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        yield Row(str(path), None, f"not readable: {reason}" + f", behind {last.where}" * (last.record is not None))
+    except Exception as error:  # whatever a library makes of a damaged file
+        behind = f", behind {last.where}" * (last.record is not None)
+        yield Row(str(path), None, f"not readable: {reason(error)}{behind}")
 
 
 def kind(path: Path) -> str:
@@ -184,19 +184,19 @@ def _arrow(path: Path) -> Iterator[Row]:
 def _batches(batches: Iterable["pyarrow.RecordBatch"], path: Path) -> Iterator[Row]:
     numbers = itertools.count()
     for batch in batches:
-        for record, reason in _records(batch):
-            yield Row(f"{path}:{next(numbers)}", record, reason)
+        for record, why in _records(batch):
+            yield Row(f"{path}:{next(numbers)}", record, why)
 
 
 def _records(batch: "pyarrow.RecordBatch") -> Iterator[tuple[dict | None, str]]:
     """(record, why there is none): a time in the year 140,000 is one of Arrow's and none of Python's."""
     try:
         yield from ((record, "") for record in batch.to_pylist())
-    except (ValueError, OverflowError):
+    except Exception:
         for i in range(batch.num_rows):
             try:
                 yield batch.slice(i, 1).to_pylist()[0], ""
-            except (ValueError, OverflowError) as error:
+            except Exception as error:
                 yield None, f"not readable: {error}"
 
 

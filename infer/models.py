@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 import hashlib
-import json
 from pathlib import Path
 
 import jax
 
-from common.errors import UserError
+from common import files
+from common.errors import UserError, reading
 from common.types import Config
 from configs import schema
 from configs.schema import methods
@@ -189,10 +189,8 @@ class Run:
     @functools.cached_property
     def model(self) -> Transformer:
         if (shape := self.workdir / SHAPE).is_file():  # the folder holds every parameter and needs no `init`
-            try:
-                config = ModelConfig.from_dict(json.loads(shape.read_text()))
-            except (ValueError, TypeError) as e:
-                raise UserError(f"the file is not the shape of a model: {e}", str(shape)) from None
+            with reading(shape):
+                config = ModelConfig.from_dict(files.load_json(shape))
             return build.network(config, self.cfg.model.dtype, self.cfg.model.param_dtype)
         return build.model(self.cfg, self.init, tokenizers.load(self.tokenizer_source).vocab_size)
 

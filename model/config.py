@@ -14,6 +14,25 @@ BIASED = {  # `bias` of a config -> the products of attention and MLP that have 
     "rest": ("out", "mlp"),  # RecurrentGemma
     "all": ("qkv", "out", "mlp"),  # GPT-2
 }
+SIZE = (1, 2**31 - 1)
+RANGES = {  # of the numbers of a ModelConfig; SIZE of every other one
+    "layers": (1, 4096),
+    "norm_eps": (1e-20, 1),
+    "rotary": (0, 1),
+    "rope_theta": (1.001, 1e15),
+    "types": (0, 2**16),
+    "recurrent": (0, 2**31 - 1),
+    "conv": (1, 2**10),
+    "logit_cap": (0, 1e9),
+}
+POSITIVE = (1e-6, 1e6)
+SCALING = (
+    {"original_max_position_embeddings": SIZE}
+    | dict.fromkeys(  # and of the numbers of `rope_scaling`
+        ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"), POSITIVE
+    )
+    | dict.fromkeys(("mscale", "mscale_all_dim"), (0, 1e6))
+)
 STRETCHES = ("linear", "dynamic", "yarn")  # types of `rope_scaling` that extend the context
 
 
@@ -22,12 +41,21 @@ def in_layers(path: str) -> bool:
     return LAYERS in path.split("/")
 
 
+def number(name: str, value: object, low: float, high: float, whole: bool = False) -> None:
+    """Raises ValueError unless a value is a number in a range; NaN is in none."""
+    kinds = int if whole else int | float
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"{name}={str(value)[:40]} is not a {kind} from {low:g} to {high:g}")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A stack of layers between an embedding and a head. Defaults are Llama's; the letters are those of the equations.
 
     `rope_scaling` is the `rope_scaling` / `rope_parameters` dict of a Hugging Face config, as sorted pairs so that
     the record is hashable. `windows` holds one sliding window per layer (0: full attention); empty: full everywhere.
+    Raises ValueError for a field of another type or out of its range: the values come from files of any hand.
     """
 
     vocab_size: int  # V
@@ -59,6 +87,27 @@ class ModelConfig:
     conv: int = 4  # C, the taps of their convolution
     scale_embed: bool = False  # embeddings are multiplied by sqrt(D) (Gemma)
     logit_cap: float = 0.0  # logits become cap * tanh(logits / cap); 0: no cap
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, float):
+                number(field.name, value, *RANGES.get(field.name, SIZE), whole=field.type is int)
+            elif field.type in (str, bool) and type(value) is not field.type:
+                raise ValueError(f"{field.name}={str(value)[:40]!r} is not a {field.type.__name__}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads do not share {self.kv_heads} key heads evenly")
+        for window in self.windows:
+            number("windows", window, 0, SIZE[1], whole=True)
+        if len(self.windows) not in (0, self.layers):
+            raise ValueError(f"there are {len(self.windows)} windows for {self.layers} layers")
+        scaling = dict(self.rope_scaling)
+        for name, value in scaling.items():
+            for part in value if isinstance(value, tuple) else (value,):
+                if name in SCALING or not isinstance(part, str | bool | None):
+                    number(f"rope_scaling {name}", part, *SCALING.get(name, (-1e9, 1e9)))
+        if scaling.get("low_freq_factor", 1) >= scaling.get("high_freq_factor", 2):
+            raise ValueError("rope_scaling high_freq_factor is not above low_freq_factor")
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -257,7 +257,7 @@ def test_damaged_safetensors(folder, damage):
         ({"rope_theta": "much"}, "could not convert"),
         ({"num_attention_heads": 0, "head_dim": None}, "by zero"),
         ({"quantization_config": {"bits": 4}}, "weights are quantized"),
-        ({"hidden_size": None}, "not a positive whole number"),
+        ({"hidden_size": None}, "is not a whole number from 1"),
         ({"num_key_value_heads": 3}, "4 heads do not share 3 key heads"),
     ],
 )

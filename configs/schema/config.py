@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from common import files
 from common.errors import UserError, did_you_mean
 from common.types import Config, Json, Leaf
 from configs.schema import describe, methods, overrides, rules
@@ -68,7 +69,7 @@ def read(path: str, arg: str = "") -> Config:
         raise UserError("no such config file", path, f"did you mean {near[0]}?" if near else "")
     if file.suffix == ".json":
         try:
-            return from_dict(json.loads(file.read_text("utf-8")))
+            return from_dict(files.load_json(file))
         except (ValueError, AttributeError) as e:
             raise UserError(f"not a config: {e}", str(file)) from e
     return _run(file, arg)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from common.errors import UserError
+from common.errors import LONGEST, UserError
 
 
 class Problem(NamedTuple):
@@ -53,5 +53,7 @@ class ConfigError(UserError):
 def show(value: object) -> str:
     """A value as a person would type it."""
     if isinstance(value, str):
-        return value if value else '""'
-    return repr(value)
+        value = value if value else '""'
+    else:
+        value = repr(value)
+    return value if len(value) <= LONGEST else f"{value[:LONGEST]} ..."

@@ -1,13 +1,13 @@
 """Hugging Face folders: the vocabulary, and every file beside it that says what else the tokenizer is."""
 
 import importlib
-import json
 import logging
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Core
 
+from common import files
 from common.errors import UserError
 from data.text import gguf, pieces
 from data.text.splits import QWEN2
@@ -73,7 +73,7 @@ def _core(folder: Path, kind: str, names: dict) -> Core | None:
         except Exception as error:  # the Rust side raises a bare Exception
             raise UserError(f"not a tokenizer this library reads: {error}", str(folder / "tokenizer.json")) from None
         if isinstance(core.model, models.Unigram):
-            core.model = _unigram(json.loads(text)["model"])
+            core.model = _unigram(files.strict(text)["model"])
         return core
     if kind not in CLASSES:
         return None
@@ -278,7 +278,7 @@ def _read_json(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
+        value = files.strict(_read(path))
+    except ValueError as error:
         raise UserError(f"not JSON ({error})", str(path)) from None
     return value if isinstance(value, dict) else {}

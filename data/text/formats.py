@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from common.errors import UserError
+from common.errors import UserError, reading
 from common.packages import locate
 from data.text.folder import from_folder
 from data.text.gguf import from_gguf
@@ -36,11 +36,12 @@ def load(spec: str | Path, texts: Callable[[], Iterable[str]] | None = None) -> 
             raise UserError("this tokenizer is trained on text, and none is at hand here", spec, "name a saved one")
         return TRAINERS[kind](texts(), int(size))
     path = locate(spec, FILES)
-    if path.suffix == ".gguf":
-        return from_gguf(path)
-    if path.suffix == ".model":
-        return from_sentencepiece(path.read_bytes(), str(path))
-    return from_folder(path.parent if path.suffix == ".json" else path)
+    with reading(path):
+        if path.suffix == ".gguf":
+            return from_gguf(path)
+        if path.suffix == ".model":
+            return from_sentencepiece(path.read_bytes(), str(path))
+        return from_folder(path.parent if path.suffix == ".json" else path)
 
 
 # ---- bytes and trained vocabularies ----

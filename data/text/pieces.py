@@ -6,6 +6,7 @@ from tokenizers import Tokenizer as Core
 from common.errors import UserError
 from data.text.tokenizer import Tokenizer
 
+LONGEST = 1024  # characters of a piece: the work for one grows with their square
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of pieces
 
 
@@ -85,6 +86,8 @@ def _merges(vocab: dict[str, int], scores: list[float], types: list[int]) -> lis
     for token, i in vocab.items():
         if types[i] not in (NORMAL, USER_DEFINED) or len(token) < 2:
             continue
+        if len(token) > LONGEST:
+            raise ValueError(f"a piece of {len(token):,} characters, and at most {LONGEST:,} are read")
         for cut in range(1, len(token)):
             left, right = vocab.get(token[:cut]), vocab.get(token[cut:])
             if left is not None and right is not None:

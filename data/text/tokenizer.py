@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, reading
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Core
@@ -114,9 +114,12 @@ class Tokenizer:
         with self._lock:  # the switch belongs to the core, so threads take turns
             core.encode_special_tokens = not special
             try:
-                return (core.encode_batch if offsets else core.encode_batch_fast)(texts, add_special_tokens=False)
-            except TypeError:
-                raise UserError("the text holds half a surrogate pair, which is no character", "text") from None
+                with reading("text"):  # patterns and normalizers of any hand do the work
+                    return (core.encode_batch if offsets else core.encode_batch_fast)(texts, add_special_tokens=False)
+            except UserError as error:
+                if isinstance(error.__cause__, TypeError):
+                    raise UserError("the text holds half a surrogate pair, which is no character", "text") from None
+                raise
             finally:
                 core.encode_special_tokens = True
 
@@ -138,7 +141,8 @@ class Tokenizer:
         return core
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        return self.core.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        with reading("tokens"):
+            return self.core.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def stream(self, prompt: Iterable[int] = (), skip_special: bool = True) -> Callable[[int], str]:
         """A function id -> new text behind `prompt`, which holds back the bytes of an unfinished character.
@@ -148,7 +152,12 @@ class Tokenizer:
         from tokenizers.decoders import DecodeStream
 
         decoder = DecodeStream(list(prompt), skip_special)
-        return lambda token: decoder.step(self.core, int(token)) or ""
+
+        def step(token: int) -> str:
+            with reading("tokens"):
+                return decoder.step(self.core, int(token)) or ""
+
+        return step
 
     def token_bytes(self, ids):
         """Bytes of UTF-8 that a token (or an array of them) stands for; 0 for control tokens. int32."""

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from common import files
 from common.errors import UserError
 from common.seen import Seen
 from model.families import llama
@@ -73,9 +74,10 @@ class Folder:
         if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
             what = "this is a PEFT adapter, not a model"
             raise UserError(what, str(path), f"name its base, and --adapter={path}")
-        whole = read_json(path / "config.json")
+        whole = files.load_json(path / "config.json")
         self.hf_config = text_config(whole)
-        self.generation = read_json(path / "generation_config.json", optional=True)
+        generation = path / "generation_config.json"
+        self.generation = files.load_json(generation) if generation.exists() else {}
         self.shards = self._shards()
         self.quantized = whole.get("quantization_config") or self.hf_config.get("quantization_config") or {}
         self.method = self.quantized.get("quant_method") if isinstance(self.quantized, dict) else None
@@ -93,16 +95,18 @@ class Folder:
         single, index = "model.safetensors", self.path / INDEX
         if (self.path / single).exists():
             return dict.fromkeys(self._open(single).keys(), single)
-        said = read_json(index).get("weight_map", {}) if index.exists() else {}
-        files = sorted(set(said.values()), key=str) or sorted(self._numbered())
-        for file in files:
-            if not isinstance(file, str) or Path(file).name != file:
-                raise UserError(f"shard {file!r} is outside the folder", str(index))
-        if absent := [file for file in files if not (self.path / file).exists()]:
-            raise UserError(f"{len(absent)} of {len(files)} parts are missing: {', '.join(absent[:3])}", str(self.path))
-        shards = {name: file for file in files for name in self._open(file).keys()}  # noqa: SIM118
+        said = files.load_json(index).get("weight_map", {}) if index.exists() else {}
+        if not isinstance(said, dict):
+            raise UserError("weight_map is not an object", str(index))
+        parts = sorted(set(map(str, said.values()))) or sorted(self._numbered())
+        for part in parts:
+            if not part or Path(part).name != part:
+                raise UserError(f"shard {part!r} is outside the folder", str(index))
+        if absent := [part for part in parts if not (self.path / part).exists()]:
+            raise UserError(f"{len(absent)} of {len(parts)} parts are missing: {', '.join(absent[:3])}", str(self.path))
+        shards = {name: part for part in parts for name in self._open(part).keys()}  # noqa: SIM118
         if shards:
-            return shards | {name: file for name, file in said.items() if name in self._open(file).keys()}  # noqa: SIM118
+            return shards | {name: part for name, part in said.items() if name in self._open(part).keys()}  # noqa: SIM118
         found = sorted(p.name for p in self.path.iterdir() if p.suffix in SUFFIXES)
         if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in found):
             raise UserError(
@@ -219,15 +223,3 @@ def is_pointer(path: Path) -> bool:
     """Whether a file is the pointer that git-lfs leaves in place of one that it has not fetched."""
     with path.open("rb") as file:
         return file.read(len(LFS)) == LFS
-
-
-def read_json(path: Path, optional: bool = False) -> dict:
-    if optional and not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"not readable ({error})", str(path)) from None
-    if not isinstance(content, dict):
-        raise UserError("not a JSON object", str(path))
-    return content

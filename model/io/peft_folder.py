@@ -4,11 +4,13 @@ The fields of a config mean the same as in PEFT. The tables below hold every fie
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from common import paths, regexes
+from common import files, paths, regexes
 from common.errors import UserError
 from model.families._layout import Key
 from model.io import hf
@@ -49,6 +51,27 @@ REFUSED = {  # unless unset, like any unknown field; the last one only for virtu
     "modules_to_save",
 }  # fmt: skip
 UNSET = (None, False, 0, "none", [], {})
+
+
+def _number(low: float, high: float, *kinds: type) -> Callable[[Any], bool]:
+    return lambda x: type(x) in (kinds or (int, float)) and low <= x <= high
+
+
+def _texts(x: Any) -> bool:
+    return isinstance(x, str) or (isinstance(x, list) and all(isinstance(name, str) for name in x))
+
+
+_alpha, _layer = _number(-1e6, 1e6), _number(-(2**31), 2**31, int)
+VALUES: dict[str, Callable[[Any], bool]] = {  # field: whether it may have a value, if it has one
+    "peft_type": lambda x: isinstance(x, str),
+    "lora_alpha": _alpha,
+    "alpha_pattern": lambda x: isinstance(x, dict) and all(map(_alpha, x.values())),
+    "lora_dropout": _number(0, 1),
+    "layers_to_transform": lambda x: _layer(x) or (isinstance(x, list) and all(map(_layer, x))),
+    "num_cayley_neumann_terms": _number(0, 99, int),
+    **dict.fromkeys(("use_rslora", "use_dora", "use_cayley_neumann"), lambda x: isinstance(x, bool)),
+    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"), _texts),
+}
 BIASES = ("none", "all", "lora_only", "oft_only")
 # Values of init_lora_weights: those that leave the base unchanged, and those for which PEFT changes it on opening.
 DRAWN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
@@ -74,7 +97,7 @@ class Folder:
 
     def __init__(self, path: Path):
         paths.regular(path)
-        self.path, self.config, self.used = path, hf.read_json(path / CONFIG), set()
+        self.path, self.config, self.used = path, files.load_json(path / CONFIG), set()
         self.kind = self.config.get("peft_type")
         self._check()
         self._patterns: dict[str, re.Pattern] = {}
@@ -91,6 +114,9 @@ class Folder:
     def _check(self) -> None:
         """Raises UserError for a config that is not supported."""
         path = str(self.path / CONFIG)
+        for field, fits in VALUES.items():
+            if (value := self.config.get(field)) is not None and not fits(value):
+                raise UserError(f"{field}={value!r:.80} is not a valid value", path)
         if self.kind not in USED:
             known = ", ".join(USED)
             raise UserError(f"PEFT type {self.kind!r} is not supported; known: {known}", path, MERGED)
@@ -117,10 +143,13 @@ class Folder:
             raise UserError(what, str(self.path), f"if you trust it: {fix}")
         try:
             with safe_open(path, framework="np") as file:
-                return {n: np.asarray(file.get_tensor(n), np.float32) for n in file.keys()}  # noqa: SIM118
+                tensors = {n: np.asarray(file.get_tensor(n), np.float32) for n in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, TypeError) as error:
             fix = "git lfs pull" if path.exists() and hf.is_pointer(path) else ""
             raise UserError(f"the file is not readable safetensors ({error})", str(path), fix) from None
+        if broken := next((name for name, x in tensors.items() if not np.isfinite(x).all()), None):
+            raise UserError(f"the weights contain NaN or infinities ({broken})", str(path))
+        return tensors
 
     def _renamed(self, name: str) -> str:
         """The name in a causal model of a tensor in the text part of a multimodal one."""
@@ -184,11 +213,8 @@ class Folder:
         """PEFT's lora_alpha of a module: the value of the first matching pattern, else the default."""
         patterns = self.config.get("alpha_pattern") or {}
         module = self.body + module.removeprefix("model.") if self.body != "transformer." else module
-        try:
-            found = (value for p, value in patterns.items() if self._match(rf"(.*\.)?({p})", module))
-            return float(next(found, self.config.get("lora_alpha", 8)))
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"alpha_pattern: {error}", str(self.path / CONFIG)) from None
+        found = (value for p, value in patterns.items() if self._match(rf"(.*\.)?({p})", module))
+        return float(next(found, self.config.get("lora_alpha") or 8))
 
     def keys(self) -> dict[str, Key]:
         """The KEYS of the first family that has every module of the tensors."""

@@ -146,14 +146,14 @@ def read_manifest(folder: Place) -> dict:
     """The manifest of a step. Raises Damaged when it is missing or altered, or when a file has another size."""
     path = folder / MANIFEST
     try:
-        box = json.loads(path.read_text())
+        box = files.strict(path.read_text("utf-8"))
         manifest = box["manifest"]
         if zlib.crc32(json.dumps(manifest, sort_keys=True).encode()) != box["check"]:
             raise ValueError("its checksum is wrong")
         _check_entries(manifest)
     except FileNotFoundError:
         raise Damaged(f"{path} is missing: the save was not finished") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except Exception as e:
         raise Damaged(f"{path} is not a manifest: {first_line(e)}") from None
     found = paths.sizes(folder)
     for name, size in manifest["files"].items():
@@ -168,6 +168,8 @@ def _check_entries(manifest: dict) -> None:
     for name, kind in kinds.items():
         if not isinstance(manifest[name], kind):
             raise ValueError(f"its {name!r} is a {type(manifest[name]).__name__}")
+    if not all(type(n) is int for n in manifest["source"].get("seen", {}).values()):
+        raise ValueError("its 'seen' holds something else than counts")
     for name, leaf in manifest["leaves"].items():
         jnp.dtype(leaf["dtype"])
         if not all(type(n) is int and n >= 0 for n in leaf["shape"]) or not isinstance(leaf["hash"], str):
@@ -256,14 +258,22 @@ def load_params(workdir: str | Path, step: int | None = None, verified: bool = T
             arrays = read(folder, _wanted(manifest))
             if verified:
                 verify(folder, arrays, manifest)
-            config = json.loads((workdir / "config.json").read_text())
+            if broken := next((name for name, x in arrays.items() if not _finite(x)), None):
+                raise UserError(f"{broken} holds NaN or infinities", str(folder))
+            config = files.load_json(workdir / "config.json")
             params = {name.removeprefix("params/"): x for name, x in arrays.items()}
             return Saved(at, config, params, manifest["frozen"])
         except Damaged as e:
             problem = str(e)
-        except (OSError, ValueError, MemoryError) as e:
+        except UserError:
+            raise
+        except Exception as e:
             raise UserError(first_line(e), str(workdir), "is this a run folder?") from e
     raise UserError(problem, str(workdir), "train it first, or name another step")
+
+
+def _finite(x: np.ndarray) -> bool:
+    return not jnp.issubdtype(x.dtype, jnp.inexact) or bool(np.isfinite(x).all())
 
 
 def check_base(run: Saved, policy: Params, where: str | Place) -> None:

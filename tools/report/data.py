@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import files, gas, record
-from common.errors import UserError
+from common.errors import UserError, reading
 
 METHODS = {"lora": "LoRA"}
 
@@ -113,9 +113,11 @@ def used(runs: list[Run]) -> list[tuple[str, gas.Gas]]:
 def stored(folder: Path) -> int | None:
     """Bytes of the trained parameters in the newest checkpoint, to be stored in addition to the base model."""
     steps = sorted((p for p in (folder / "ckpt").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
-    leaves = files.read_json(steps[-1] / "state_hashes.json").get("manifest", {}).get("leaves", {}) if steps else {}
-    sizes = [_bytes(leaf) for name, leaf in leaves.items() if name.startswith("params/")]
-    return sum(sizes) if sizes else None
+    if not steps:
+        return None
+    with reading(steps[-1]):
+        leaves = files.load_json(steps[-1] / "state_hashes.json")["manifest"]["leaves"]
+        return sum(_bytes(leaf) for name, leaf in leaves.items() if name.startswith("params/")) or None
 
 
 def _bytes(leaf: dict) -> int:
