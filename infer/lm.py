@@ -195,7 +195,7 @@ class LM:
         scores, lengths = np.zeros(len(rows)), [len(ids) for _, ids in rows]
         self._check(np.fromiter((i for _, ids in rows for i in ids), np.int64), max(lengths, default=0))
         most = self.config.max_len if self.config.position == "learned" else None
-        for batch in _batches(lengths, BATCH_TOKENS):
+        for batch in batches(lengths, BATCH_TOKENS):
             scores[batch] = _rewards(self.model, self.params, _scored([rows[i] for i in batch], most))[: len(batch)]
         return scores.tolist()
 
@@ -234,7 +234,7 @@ class LM:
         sums, lengths = np.zeros(len(rows)), [len(a) + len(b) for a, b in rows]
         self._check(np.fromiter((i for row in rows for part in row for i in part), np.int64), max(lengths))
         most = self.config.max_len if self.config.position == "learned" else None
-        for batch in _batches(lengths, BATCH_TOKENS):
+        for batch in batches(lengths, BATCH_TOKENS):
             sums[batch] = _sum_logps(self.model, self.params, _scored([rows[i] for i in batch], most))[: len(batch)]
         return sums
 
@@ -249,7 +249,7 @@ def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     return [prompts] if one else prompts
 
 
-def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
+def batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
     """Groups indices so that each padded batch has at most `budget` tokens, or one row."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):

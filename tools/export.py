@@ -116,7 +116,7 @@ def card(to: str, source: str, adapter: str, use: list[str], library: str = "tra
         summary = f"{how} of {base}" if base else how
         summary += f": {config['steps']:,} steps on `{data}`, trained with Kungfu."
     lines = [*head, "", f"# {Path(to).name}", "", summary]
-    if name in packages.PACKAGES:
+    if name in packages.PACKAGES and packages.packaged(name).suffix == ".gguf":
         lines += ["", "The base was read from a 4-bit copy (GGUF, Q4_1), whose weights differ slightly from the hub's."]
     return "\n".join([*lines, "", "```python", *use, "```", ""])
 

@@ -103,6 +103,19 @@ class Tokenizer:
     def encode_batch(self, texts: list[str], special: bool = False) -> list[list[int]]:
         return [encoding.ids for encoding in self._encode(texts, special, offsets=False)]
 
+    def encode_inputs(self, texts: list[str], longest: int) -> list[list[int]]:
+        """Ids as an encoder reads them: with the special tokens that the tokenizer's files put around a text. A text of
+        more than `longest` ids loses its tail."""
+        with self._lock:
+            self.core.enable_truncation(longest)
+            self.core.encode_special_tokens = True
+            try:
+                return [encoding.ids for encoding in self.core.encode_batch_fast(texts, add_special_tokens=True)]
+            except TypeError:
+                raise UserError("the text holds half a surrogate pair, which is no character", "text") from None
+            finally:
+                self.core.no_truncation()
+
     def encode_offsets(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and the span of characters of `text` that each came from."""
         encoding = self._encode([text], special)[0]

@@ -35,7 +35,8 @@ IRRELEVANT = {
     "_name_or_path", "architectures", "model_type", "multimodal", "transformers_version", "dtype", "torch_dtype",
     "quantization_config", "auto_map", "name", "custom_pipelines", "unsloth_fixed", "unsloth_version",
     "_attn_implementation_autoset", "attn_implementation", "_attn_implementation", "use_cache", "torchscript",
-    "initializer_range", "w_init_variance_scale", "final_w_init_variance_scale", "attention_dropout",
+    "attention_probs_dropout_prob", "hidden_dropout_prob", "classifier_dropout", "initializer_range",
+    "w_init_variance_scale", "final_w_init_variance_scale", "attention_dropout",
     "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "gradient_checkpointing", "pretraining_tp",
     "reorder_and_upcast_attn", "use_bfloat16", "tf_legacy_loss", "tokenizer_class", "n_ctx", "is_llama_config",
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id",
@@ -57,10 +58,12 @@ CONVERT = (
 BODIES = (
     "model.", "transformer.", "", "language_model.model.", "model.language_model.", "model.text_model.",
     "text_model.model.", "language_model.", "text_model.", "model.language_model.model.", "thinker.model.",
-    "llm.model.", "llm.", "model.llm.",
+    "llm.model.", "llm.", "model.llm.", "bert.",
 )  # fmt: skip
 WRAPPERS = ("", "module.", "_orig_mod.", "model._orig_mod.")
-FIRST = re.compile(r"(.*?)(?:embed_tokens\.weight.*|wte\.weight|layers\.\d+\..*|h\.\d+\..*)")
+FIRST = re.compile(
+    r"(.*?)(?:embed_tokens\.weight.*|wte\.weight|embeddings\.word_embeddings\.weight|layers\.\d+\..*|h\.\d+\..*)"
+)
 TEXT = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "qwen2_5_omni": "qwen2"}  # or with _text
 
 

@@ -23,10 +23,12 @@ from model.heads import scalar
 from model.io import gguf, hf
 from model.weights import Params, Spec, Specs, Tree
 
-# Buffers in old checkpoints.
-IGNORED = re.compile(r".*rotary_emb\.(inv_freq|(cos|sin)_cached)|.*\.attn\.(masked_)?bias|.*position_ids")
+# Buffers in old checkpoints, and the head of BERT's next-sentence task.
+IGNORED = re.compile(
+    r".*rotary_emb\.(inv_freq|(cos|sin)_cached)|.*\.attn\.(masked_)?bias|.*position_ids|(.*\.)?pooler\.dense\.\w+"
+)
 ROWS = 4096  # rows of two tables that are compared at once
-IN_LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blk)\.(\d+)\..*(?:weight|bias)")
+IN_LAYER = re.compile(r"(?:.*\.)?(?:layers|layer|h|blk)\.(\d+)\..*(?:weight|bias)")
 
 
 class Source(Protocol):

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from common import cli, files
 from common.errors import UserError
-from common.packages import PACKAGES, package_gguf
+from common.packages import PACKAGES, packaged
 from common.types import Json
 from configs.models import SHAPES
 from configs.schema.methods import FOLDERS, method, names
@@ -135,7 +135,7 @@ def llama_cpp(model: str, peers: str) -> list[Side]:
     """The llama.cpp side of decoding one row, if it is installed and can read the model's file."""
     if not (peers and model in PACKAGES and importlib.util.find_spec("xllamacpp")):
         return []
-    case = dict(what="llama_cpp", gguf=str(package_gguf(model)), prompt=64, new_tokens=48)
+    case = dict(what="llama_cpp", gguf=str(packaged(model)), prompt=64, new_tokens=48)
     return [Side("llama.cpp, quantized", PEERS, case)]
 
 

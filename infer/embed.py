@@ -1,0 +1,133 @@
+"""Texts to vectors: an encoder, or any language model, with the pooling that its folder names."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from common.errors import UserError
+from data.text import formats as tokenizers
+from data.text.tokenizer import Tokenizer
+from infer.generate import bucket
+from infer.lm import batches
+from model import build
+from model.io import hf
+from model.io.pretrained import open_pretrained
+from model.net.transformer import Transformer
+from model.weights import Params
+
+BATCH_TOKENS = 16_384  # of a forward pass
+POOLINGS = {  # of sentence-transformers' 1_Pooling/config.json
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "first",
+    "pooling_mode_lasttoken": "last",
+}
+Pooling = Literal["mean", "first", "last"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Embedder:
+    """A model whose hidden states, pooled over a text, are the text's vector."""
+
+    model: Transformer
+    params: Params
+    tokenizer: Tokenizer
+    pooling: Pooling = "mean"
+    normalized: bool = True  # vectors have length 1
+    longest: int = 512  # tokens of a text; the rest is cut
+    prompts: tuple[tuple[str, str], ...] = ()  # (name, text that goes before): "query", "document"
+
+    @property
+    def width(self) -> int:
+        return self.model.config.embed
+
+    def embed(self, texts: Sequence[str], prompt: str = "") -> np.ndarray:
+        """Vectors [len(texts), width] in float32. `prompt` names one of the model's prompts; "" is none.
+
+        Texts of similar length share a forward pass, and no vector depends on the others.
+        """
+        before = dict(self.prompts).get(prompt, "")
+        ids = self.tokenizer.encode_inputs([before + text for text in texts], self.longest)
+        out = np.zeros((len(ids), self.width), np.float32)
+        lengths = [len(row) for row in ids]
+        for chosen in batches(lengths, BATCH_TOKENS):
+            tokens, segments = _padded([ids[i] for i in chosen], self.longest)
+            found = _vectors(self.model, self.pooling, self.normalized, self.params, tokens, segments)
+            out[chosen] = found[: len(chosen)]
+        return out
+
+
+def load(name: str | Path, dtype: str | None = None) -> Embedder:
+    """The embedder of a Hugging Face folder, a packaged model's name or a hub id.
+
+    The files of sentence-transformers beside the model give pooling, normalization, length and prompts; without them,
+    vectors are means over tokens, of length 1. Raises UserError for a pooling or a module that is not supported.
+    """
+    opened = open_pretrained(str(name))
+    model = build.network(opened.config, dtype)
+    tokenizer = tokenizers.load(opened.tokenizer_source)
+    settings = _settings(Path(opened.tokenizer_source))
+    longest = min(settings.pop("longest", opened.config.context), opened.config.context)
+    return Embedder(model, opened.load(model.specs, None, model.param_dtype), tokenizer, longest=longest, **settings)
+
+
+def _settings(folder: Path) -> dict:
+    """Fields of Embedder from the files of sentence-transformers in a folder; {} where there are none."""
+    listed = folder / "modules.json"
+    if not listed.is_file():
+        return {}
+    try:
+        kinds = [module["type"].rpartition(".")[2] for module in json.loads(listed.read_text("utf-8"))]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError("is not a list of modules with a type each", str(listed)) from None
+    if strange := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
+        raise UserError(f"module {min(strange)} is not supported", str(listed))
+    settings: dict = {"normalized": "Normalize" in kinds}
+    pooling = hf.read_json(folder / "1_Pooling/config.json")
+    modes = [name for name, on in pooling.items() if name.startswith("pooling_mode_") and on is True]
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        what = f"pooling {' + '.join(modes) or 'of no kind'} is not supported"
+        raise UserError(what, str(folder / "1_Pooling/config.json"), f"supported: {', '.join(POOLINGS)}")
+    settings["pooling"] = POOLINGS[modes[0]]
+    if longest := hf.read_json(folder / "sentence_bert_config.json", optional=True).get("max_seq_length"):
+        settings["longest"] = longest
+    prompts = hf.read_json(folder / "config_sentence_transformers.json", optional=True).get("prompts") or {}
+    return settings | {"prompts": tuple(sorted(prompts.items()))}
+
+
+def _padded(rows: list[list[int]], longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, segments) [B,T] of few different shapes; padding has segment 0."""
+    width = min(bucket(max(map(len, rows)), 16), longest)
+    tokens, segments = np.zeros((2, bucket(len(rows)), width), np.int32)
+    for i, ids in enumerate(rows):
+        tokens[i, : len(ids)] = ids
+        segments[i, : len(ids)] = 1
+    return tokens, segments
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _vectors(
+    model: Transformer, pooling: Pooling, normalized: bool, params: Params, tokens: Array, segments: Array
+) -> Array:
+    x = model.hidden(params, tokens, segments=segments).x
+    return pool(x, segments, pooling, normalized)
+
+
+def pool(x: Array, segments: Array, pooling: Pooling, normalized: bool = True) -> Array:
+    """Vectors [B,D] in float32 of hidden states x [B,T,D] over the tokens whose segment is not 0."""
+    x, there = x.astype(jnp.float32), (segments > 0)[..., None]
+    if pooling == "mean":
+        x = jnp.where(there, x, 0).sum(1) / jnp.maximum(there.sum(1), 1)
+    else:
+        count = segments.shape[1]
+        first, last = there[..., 0].argmax(-1), count - 1 - there[:, ::-1, 0].argmax(-1)
+        at = first if pooling == "first" else last
+        x = jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if normalized else x

