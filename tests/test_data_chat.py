@@ -223,7 +223,7 @@ def test_templates_get_what_they_use():
 def test_named_templates_mark_what_is_learnt(path):
     """What is learnt stands behind the prompt that is served, and ends with an end token."""
     tok = make(template.named(path.stem))
-    tok.core.add_special_tokens(["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<｜end▁of▁sentence｜>"])
+    tok.core.add_special_tokens(["<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<｜end▁of▁sentence｜>"])
     turns = [{"role": "system", "content": "S"}, TURNS[0], {"role": "assistant", "content": "Yo"}, *TURNS[2:]]
     ids, mask = chat.tokens_and_mask(turns, tok)
     prompt = chat.encode(turns[:2], tok)

@@ -121,8 +121,14 @@ def _spans(messages: Messages, turns: list[int], writer: Writer, asked: Asked) -
             if len(messages) - 1 != turns[-1] or len(turns) == 1:
                 raise why from None
         span = _span(messages, turns[-1], text, writer)
-        asked.notes[LAST] += 1
+        asked.notes[f"{LAST} ({_advice(writer.template)} to learn all)"] += 1
         return text, [span]
+
+
+def _advice(text: str) -> str:
+    """What to do about a template that does not show answers as it asks for them."""
+    name = template.twin(text)
+    return f"set data.chat_template={name}" if name else "set data.chat_template=FILE with {% generation %} blocks"
 
 
 def _spans_by_marks(messages: Messages, turns: list[int], writer: Writer) -> tuple[str, list[Span]]:
@@ -163,7 +169,7 @@ def _span(messages: Messages, i: int, text: str, writer: Writer) -> Span:
             raise NoPrefix(
                 f"a part of the chat is not a prefix of the whole: {prefix[-120:]!r} against {text[:4000][-120:]!r}",
                 f"chat template, turn {i}",
-                "use a template with {% generation %} blocks",
+                _advice(writer.template),
             )
     return len(prompt), end
 
@@ -215,18 +221,29 @@ def _behind(messages: Messages, i: int, stop: int, writer: Writer, last: bool = 
 
 def _answer(prompt: str, messages: Messages, i: int, ending: str, writer: Writer) -> str:
     """Answer i as the model would write it behind its prompt, with its end."""
+    said, thought = messages[i]["content"], messages[i].get("reasoning_content", "").strip()
     whole = writer.text(messages[: i + 1])
     if whole.startswith(prompt):
         return whole[len(prompt) :]
+    if not thought and (answer := _without_thought(prompt, messages, i, writer)):
+        return answer
     opened = prompt[_equal(prompt, whole) :]
     if not OPENED.fullmatch(opened) or messages[i].get("tool_calls"):
         raise UserError("the prompt of an answer is not how the chat begins", "chat template")
     opens = opened.strip()
     closes = opens[0] + "/" + opens[1:]
-    said, thought = messages[i]["content"], messages[i].get("reasoning_content", "").strip()
     if closes in said:  # its thought stands in the content
         return said.lstrip().removeprefix(opens).lstrip("\n") + ending
     return f"{thought}\n{closes}\n\n{said}{ending}"
+
+
+def _without_thought(prompt: str, messages: Messages, i: int, writer: Writer) -> str:
+    """Answer i with no thought where a prompt begins one and the template shows that of a last answer; else ""."""
+    stand_in = secrets.token_hex(8)
+    answer = _thought_placed(messages[i] | {"reasoning_content": stand_in}, writer.template)
+    shown = writer.text([*messages[:i], answer])
+    written = shown[len(prompt) :] if shown.startswith(prompt) else ""
+    return written.replace(stand_in, "", 1) if stand_in in written else ""
 
 
 def _equal(one: str, two: str) -> int:

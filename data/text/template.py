@@ -14,6 +14,15 @@ from data.text import sandbox
 from data.text.tokenizer import DEFAULT_TEMPLATE
 
 TEMPLATES = Path(__file__).with_name("templates")  # by the families that use them; all mark what is learnt
+FAMILIES = {  # template of TEMPLATES -> what a template of its family writes; the first that fits
+    "deepseek_r1": ("<｜Assistant｜>", "<think>"),
+    "qwen3": ("<|im_start|>", "<think>"),
+    "chatml": ("<|im_start|>",),
+    "llama3": ("<|start_header_id|>",),
+    "gemma": ("<start_of_turn>",),
+    "phi3": ("<|assistant|>", "<|end|>"),
+    "mistral": ("[INST]",),
+}
 MAX_CHAT = 1 << 24  # bytes of JSON
 PLACE = "chat template"
 _RENDERER = sandbox.Renderer()
@@ -74,6 +83,11 @@ def with_system(template: str, system: str) -> str:
     if is_own(template):
         _OWN.add(out)
     return out
+
+
+def twin(text: str) -> str:
+    """The name in TEMPLATES of a template to train with in place of this one; "" where none is of its family."""
+    return next((name for name, marks in FAMILIES.items() if all(mark in text for mark in marks)), "")
 
 
 def named(spec: str) -> str | None:

@@ -48,6 +48,11 @@ BLOCKS = (  # a block around the thought, and one around the rest
     "{% if m.reasoning_content %}{% generation %}({{ m.reasoning_content }}){% endgeneration %}{% endif %}"
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
 )
+BEGINS = (  # as Nemotron: the prompt begins a thought, and an answer without one says so otherwise
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>"
+    "{{ '\n' + m.reasoning_content + '\n' if m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
 SHUT = FORGETS.replace(
     "assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}"
 )  # the prompt ends the thought
@@ -203,8 +208,9 @@ ROWS = {  # name: what came of it, what is right
         lambda: learnt({"messages": [U, A | {"content": "<think>\nhm\n</think>\n\nA"}]}, OPENS), f"hm\n</think>\n\n{ENDS}"),
     "a thought in a field that the prompt begins": (
         lambda: learnt({"messages": [U, A | {"reasoning_content": "hm"}]}, OPENS), f"hm\n</think>\n\n{ENDS}"),
+    "none where the prompt begins one that is kept": (lambda: learnt({"messages": [U, A]}, BEGINS), f"\n</think>{ENDS}"),
     "a thought where the prompt ends it": (
-        lambda: "not a prefix" in refused(learnt, {"messages": [U, A | {"reasoning_content": "hm"}]}, SHUT), True),
+        lambda: refused(learnt, {"messages": [U, A | {"reasoning_content": "hm"}]}, SHUT)[-28:], "set data.chat_template=qwen3"),
     "a thought that is a message": (
         lambda: learnt({"messages": [U, A | {"reasoning_content": "hm"}]}, THINKS), f"thought\nhm<|im_end|><|im_start|>assistant\n{ENDS}"),
     "a token behind the whole chat": (lambda: learnt({"messages": [U, A, U, B]}, CLOSES), ENDS + "B<|im_end|>"),
