@@ -120,7 +120,7 @@ def fitting(task: str, task_hash: str, rows: Sequence[str], others: Sequence[Jso
 
 def alike(ours: Json, theirs: Json) -> bool:
     """Whether two results are on the same rows with the same scoring."""
-    known = "rows" in ours and "rows" in theirs and ours["task_hash"] == theirs["task_hash"]
+    known = "rows" in ours and "rows" in theirs and ours.get("task_hash") == theirs.get("task_hash")
     return known and sorted(ours["rows"]) == sorted(theirs["rows"])
 
 

@@ -30,7 +30,7 @@ from data.examples import Chat, Completion, Example, Text, wrapped
 from data.messages import are_turns, parsed
 from evals import overlap, scorers
 from evals.scorers import number
-from evals.task import Task
+from evals.task import Task, by
 
 OPTIONS = ("scorer", "split", "slices", "options", "tokens", "name")
 COLUMNS = (
@@ -93,12 +93,14 @@ def task(spec: str) -> Task:
     shown = [] if part in ("all", "train") else found["train"]
     notes = [f"{len(every):,} rows ({sizes}), scored: {part}"]
     notes.append(f"scorer {scorer}" + (f", since there are {why}" if why else ""))
-    notes += _warnings(scored) + overlap.across({name: rows for name, rows in found.items() if rows})
-    score, texts = scorers.find(scorer), all(isinstance(row["prompt"], str) for row in every)
+    notes += _warnings(scored)
+    if part != "all":
+        notes += overlap.across({name: rows for name, rows in found.items() if rows})
+    texts = all(isinstance(row["prompt"], str) for row in every)
     return Task(
         examples={"train": shown, "validation": found["validation"], "heldout": scored}.__getitem__,
         prompt=_as_chat,
-        score=lambda row, answer: max(score(answer, reference) for reference in row["references"]),
+        score=by(scorer),
         kind="choice" if scorer == "choice" else "generate",
         max_new_tokens=_count(options.get("tokens", "0"), spec),
         raw=_as_text if texts else None,

@@ -66,6 +66,12 @@ def named(specs: Sequence[str]) -> dict[str, Task]:
     return found
 
 
+def by(scorer: str) -> Callable[[Example, str], float]:
+    """The `score` of a scorer by name: the best over an example's references."""
+    score = scorers.find(scorer)
+    return lambda example, answer: max(score(answer, r) for r in example.get("references", [example["answer"]]))
+
+
 def draw(task: Task, n: int, seed: int, shots: int = 0) -> list[tuple[Example, list[Example]]]:
     """`n` held-out examples (all if there are fewer), each with its own `shots` from the training split.
 

@@ -68,18 +68,12 @@ def edited(sources: list[str], base: Path, to: Path, method: str) -> Path:
 
 
 def score(folder: Path) -> dict[str, float]:
-    from data.sources import records
     from evals.run import evaluate
-    from evals.task import Task
     from infer.models import load
 
-    def task(spec: str) -> Task:
-        asked = [{**r, "answer": r["completion"]} for r in records(f"{spec}&seed={SEED}")]
-        right = lambda example, completion: float(completion == example["answer"])
-        return Task(lambda split: asked, lambda example, shots: example["prompt"], right, max_new_tokens=5)
-
     lm = load(folder)
-    return {name: evaluate(task(spec), lm, HELD_OUT, batch_size=HELD_OUT).mean for name, spec in TASKS.items()}
+    asked = {name: f"{spec}&seed={SEED}:split=all:scorer=exact:tokens=5" for name, spec in TASKS.items()}
+    return {name: evaluate(task, lm, HELD_OUT, batch_size=HELD_OUT).mean for name, task in asked.items()}
 
 
 def show(seeds: list[dict[str, dict[str, float]]]) -> None:

@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Iterator
 
-from evals.task import Example, Task, chat
+from evals.task import Example, Task, by, chat
 
 MODULES = [
     "ast", "asyncio", "base64", "bisect", "calendar", "collections", "csv", "datetime", "decimal", "difflib",
@@ -24,11 +24,7 @@ INSTRUCTION = "Name the module of Python's standard library that this documentat
 
 
 def task() -> Task:
-    return Task(examples, chat(INSTRUCTION, lambda e: e["text"]), score, kind="choice")
-
-
-def score(example: Example, completion: str) -> float:
-    return float(completion.strip() == example["answer"])
+    return Task(examples, chat(INSTRUCTION, lambda e: e["text"]), by("choice"), kind="choice", scorer="choice")
 
 
 @functools.cache
