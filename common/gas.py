@@ -40,7 +40,7 @@ class Gas(NamedTuple):
     replayed: float | None = None  # chip-hours of steps repeated after a restart
     usd: float | None = None  # on demand
     usd_spot: float | None = None
-    kwh: Range | None = None  # with PUE; if an unknown chip was measured, of only the chip
+    kwh: Range | None = None  # with PUE, except for an unknown chip whose power was measured
     kwh_measured: float | None = None  # the measured part of kwh.value
     co2_kg: Range | None = None  # of that electricity, location-based
     co2_kg_cci: float | None = None  # from compute carbon intensity, with embodied emissions: a cross-check

@@ -24,11 +24,11 @@ def supported(rows: int, k: int, group: int, transposed: bool) -> bool:
 
 
 def matmul(
-    x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike, *, by_place: Callable, transposed: bool
+    x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike, *, unpack_rows: Callable, transposed: bool
 ) -> Array:
     """x [M, K] times W [K, N] -> [M, N] of `dtype`, from bytes of codes [K / R, N] and scales [K / group, N].
 
-    `by_place` converts codes to numbers: those of the first of the R rows that share a byte, of the second, ... If
+    `unpack_rows` converts codes to numbers: those of the first of the R rows that share a byte, of the second, ... If
     `transposed`, the codes are stored as [N, K / R].
     """
     each = x.shape[1] // len(codes)
@@ -36,26 +36,28 @@ def matmul(
     stored = codes.T if transposed else codes
     # Without the barrier XLA hoists the dequantized floats out of the decoding loop.
     x, stored = jax.lax.optimization_barrier((x.astype(jnp.float32), stored))
-    y = (_along if transposed else _down)(x, stored, scale.astype(jnp.float32), group, (each, halves), by_place)
+    y = (_along if transposed else _down)(x, stored, scale.astype(jnp.float32), group, (each, halves), unpack_rows)
     return y.astype(dtype)
 
 
-def _down(x: Array, codes: Array, scale: Array, group: int, by: tuple[int, int], by_place: Callable) -> Array:
+def _down(x: Array, codes: Array, scale: Array, group: int, by: tuple[int, int], unpack_rows: Callable) -> Array:
     (m, k), n, (each, halves) = x.shape, codes.shape[1], by
     shape = (k // group, halves, SUMMED // (each * halves), group // SUMMED)
     x = x.T.reshape(*shape, each, m, 1)
     codes = jnp.broadcast_to(codes.reshape(*shape, 1, n), (*shape, m, n))
-    y = _sum([a * x[:, i, :, :, j] for i in range(halves) for j, a in enumerate(by_place(codes[:, i]))], 1)
+    y = _sum([a * x[:, i, :, :, j] for i in range(halves) for j, a in enumerate(unpack_rows(codes[:, i]))], 1)
     y *= scale[:, None, None]  # [groups, parts, M, N]
     return jnp.tile(jnp.eye(m), k // SUMMED) @ y.reshape(-1, n)
 
 
-def _along(x: Array, codes: Array, scale: Array, group: int, by: tuple[int, int], by_place: Callable) -> Array:
+def _along(x: Array, codes: Array, scale: Array, group: int, by: tuple[int, int], unpack_rows: Callable) -> Array:
     (m, k), n, (each, halves) = x.shape, codes.shape[0], by
     shape = (k // group, halves, group // (each * halves * SUMMED), SUMMED)
     x = x @ jnp.eye(k)  # else the computation of x is repeated for each column
     x, codes = x.reshape(m, 1, *shape, each), codes.reshape(1, n, *shape)
-    y = _sum([a * x[:, :, :, i, ..., j] for i in range(halves) for j, a in enumerate(by_place(codes[:, :, :, i]))], 3)
+    y = _sum(
+        [a * x[:, :, :, i, ..., j] for i in range(halves) for j, a in enumerate(unpack_rows(codes[:, :, :, i]))], 3
+    )
     y *= scale.T[..., None]  # [M, N, groups, SUMMED]
     return (y.reshape(m * n, -1) @ jnp.ones(k // group * SUMMED)).reshape(m, n)
 

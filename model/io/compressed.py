@@ -126,9 +126,14 @@ def pack(numbers: np.ndarray, bits: int) -> np.ndarray:
 
 def unpack(words: np.ndarray, bits: int, k: int) -> np.ndarray:
     """The inverse of `pack` for K columns."""
-    shifted = words.view(np.uint32)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)
-    codes = shifted & (2**bits - 1)
-    return codes.reshape(len(words), -1)[:, :k].astype(np.int32) - 2 ** (bits - 1)
+    return unpack_words(words, bits)[:, :k] - 2 ** (bits - 1)
+
+
+def unpack_words(words: np.ndarray, bits: int, slots: np.ndarray | None = None) -> np.ndarray:
+    """Unpacks int32 words along the last axis; the first code is in the lowest bits, or at the positions `slots`."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    codes = words.view(np.uint32)[..., None] >> (shifts if slots is None else shifts[slots]) & ((1 << bits) - 1)
+    return codes.reshape(*words.shape[:-1], -1).astype(np.int32)
 
 
 # --- reading ---

@@ -152,13 +152,6 @@ def _bits(folder: Any) -> int:
     return bits
 
 
-def _unpacked(words: np.ndarray, bits: int, slots: np.ndarray | None = None) -> np.ndarray:
-    """Unpacks int32 words along the last axis; the first code is in the lowest bits, or at the positions `slots`."""
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    codes = words.view(np.uint32)[..., None] >> (shifts if slots is None else shifts[slots]) & ((1 << bits) - 1)
-    return codes.reshape(*words.shape[:-1], -1).astype(np.int32)
-
-
 def _groups(folder: Any, module: str, size: int, groups: int) -> np.ndarray:
     """The index of the group of each of `size` inputs."""
     if (name := f"{module}g_idx") in folder.shards and folder.method != "awq":
@@ -179,8 +172,10 @@ def _gptq_shape(folder: Any, name: str) -> tuple[int, ...]:
 def _gptq(folder: Any, name: str, cuts: Index) -> np.ndarray:
     """scale (code - zero - 1); in version 2 of the format, scale (code - zero)."""
     module, bits = name.removesuffix("weight"), _bits(folder)
-    codes = _unpacked(np.ascontiguousarray(folder.codes(f"{module}qweight", (slice(None), cuts[0])).T), bits)
-    zeros = _unpacked(_whole(folder, f"{module}qzeros"), bits)[:, cuts[0]]
+    codes = compressed.unpack_words(
+        np.ascontiguousarray(folder.codes(f"{module}qweight", (slice(None), cuts[0])).T), bits
+    )
+    zeros = compressed.unpack_words(_whole(folder, f"{module}qzeros"), bits)[:, cuts[0]]
     zeros = zeros + (folder.quantized.get("checkpoint_format", "gptq") != "gptq_v2")
     scales = folder.tensor(f"{module}scales", (slice(None), cuts[0])).astype(np.float32)
     group = _groups(folder, module, codes.shape[1], len(scales))[cuts[1]]
@@ -198,8 +193,8 @@ def _awq(folder: Any, name: str, cuts: Index) -> np.ndarray:
         what = "of AWQ only 4 bits and the version gemm are supported"
         raise UserError(what, str(folder.path), "open the unquantized model")
     module = name.removesuffix("weight")
-    codes = _unpacked(folder.codes(f"{module}qweight", (cuts[1], slice(None))), 4, AWQ_SLOTS)[:, cuts[0]]
-    zeros = _unpacked(_whole(folder, f"{module}qzeros"), 4, AWQ_SLOTS)[:, cuts[0]]
+    codes = compressed.unpack_words(folder.codes(f"{module}qweight", (cuts[1], slice(None))), 4, AWQ_SLOTS)[:, cuts[0]]
+    zeros = compressed.unpack_words(_whole(folder, f"{module}qzeros"), 4, AWQ_SLOTS)[:, cuts[0]]
     scales = folder.tensor(f"{module}scales", (slice(None), cuts[0])).astype(np.float32)
     width = folder.stored_shape(f"{module}qweight")[0]
     group = _groups(folder, module, width, len(scales))[cuts[1]]

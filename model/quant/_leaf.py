@@ -35,8 +35,10 @@ class Quantized(Weight):
     tile: tuple[int, int] = flax.struct.field(pytree_node=False)
     whole: ClassVar[bool] = True
     activations: ClassVar[bool] = False  # whether inputs are rounded too
-    by_place: ClassVar[Callable[[Array], list[Array]] | None] = None  # codes -> numbers of each row that shares a byte
-    form: ClassVar[str] = ""  # name of the format of the codes in kernels/
+    unpack_rows: ClassVar[Callable[[Array], list[Array]] | None] = (
+        None  # codes -> numbers of each row that shares a byte
+    )
+    kernel_format: ClassVar[str] = ""  # name of the format of the codes in kernels/
 
     def numbers(self, codes: Array) -> Array:
         """The numbers, float32 [..., K, N], of codes in matrix order."""

@@ -84,13 +84,13 @@ def kernels(leaf: "Quantized", rows: int, dtype: DTypeLike, backward: bool) -> d
     if leaf.activations:
         return found
     (k, n), group, is_transposed = _part(leaf), leaf.tile[0], transposed(leaf.eqn)
-    if not backward and leaf.by_place and few_rows.supported(rows, k, group, is_transposed):
-        found["cpu"] = partial(few_rows.matmul, by_place=leaf.by_place, transposed=is_transposed)
+    if not backward and leaf.unpack_rows and few_rows.supported(rows, k, group, is_transposed):
+        found["cpu"] = partial(few_rows.matmul, unpack_rows=leaf.unpack_rows, transposed=is_transposed)
     if is_transposed:
         return found
-    if not backward and leaf.tile[1] == 1 and codes_triton.supported(leaf.form, rows, k, group, dtype):
-        found["cuda"] = partial(codes_triton.matmul, form=codes_triton.FORMS[leaf.form])
-    if leaf.form == "int4" and dtype == jnp.bfloat16 and int4_matmul.supported(k, n, group):
+    if not backward and leaf.tile[1] == 1 and codes_triton.supported(leaf.kernel_format, rows, k, group, dtype):
+        found["cuda"] = partial(codes_triton.matmul, form=codes_triton.FORMS[leaf.kernel_format])
+    if leaf.kernel_format == "int4" and dtype == jnp.bfloat16 and int4_matmul.supported(k, n, group):
         found["tpu"] = int4_matmul.gradient if backward else int4_matmul.matmul
     if _looked_up(leaf, dtype) and not backward and rows <= nf4.FEW:
         found["tpu"] = nf4.matmul
@@ -101,7 +101,7 @@ def _looked_up(leaf: "Quantized", dtype: DTypeLike) -> bool:
     """Whether a TPU has a kernel that dequantizes the leaf."""
     from kernels import nf4
 
-    if leaf.form != "nf4" or dtype != jnp.bfloat16 or leaf.codes.ndim > 2 or transposed(leaf.eqn):
+    if leaf.kernel_format != "nf4" or dtype != jnp.bfloat16 or leaf.codes.ndim > 2 or transposed(leaf.eqn):
         return False
     return leaf.tile[0] < leaf.kn[0] and nf4.supported(*_part(leaf), leaf.tile[0])
 

@@ -16,7 +16,7 @@ BLOCK = 128  # rows and columns (DeepSeek-V3, arXiv 2412.19437)
 
 @flax.struct.dataclass
 class FP8(Quantized):
-    form: ClassVar[str] = "plain"
+    kernel_format: ClassVar[str] = "plain"
 
     def numbers(self, codes: Array) -> Array:
         return codes.astype(jnp.float32)

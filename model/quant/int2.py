@@ -24,7 +24,7 @@ class Int2(Quantized):
         return unpack(codes, self.kn[0], BITS).astype(jnp.float32) - 1.5
 
     @staticmethod
-    def by_place(codes: Array) -> list[Array]:
+    def unpack_rows(codes: Array) -> list[Array]:
         wide = codes.astype(jnp.int32)
         return [(wide >> at & 3).astype(jnp.float32) - 1.5 for at in range(0, 8, BITS)]
 

@@ -20,13 +20,13 @@ from model.quant._matrix import Format
 
 @flax.struct.dataclass
 class Int4(Quantized):
-    form: ClassVar[str] = "int4"
+    kernel_format: ClassVar[str] = "int4"
 
     def numbers(self, codes: Array) -> Array:
         return signed(unpack(codes, self.kn[0])).astype(jnp.float32)
 
     @staticmethod
-    def by_place(codes: Array) -> list[Array]:
+    def unpack_rows(codes: Array) -> list[Array]:
         wide = jax.lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.int32)  # CPUs cannot shift vectors of bytes
         return [wide << 28 >> 28, wide >> 4]
 

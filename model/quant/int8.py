@@ -16,14 +16,14 @@ from model.quant._matrix import WHOLE, Format, Solve, int8_grid, nearest
 
 @flax.struct.dataclass
 class Int8(Quantized):
-    form: ClassVar[str] = "plain"
+    kernel_format: ClassVar[str] = "plain"
     activations: bool = flax.struct.field(default=False, pytree_node=False)
 
     def numbers(self, codes: Array) -> Array:
         return codes.astype(jnp.float32)
 
     @staticmethod
-    def by_place(codes: Array) -> list[Array]:
+    def unpack_rows(codes: Array) -> list[Array]:
         return [codes]
 
 

@@ -24,7 +24,7 @@ SHARED = 256  # scales that share a second-level scale
 class NF4(Quantized):
     """`scale` holds uint8, or bfloat16 without double quantization."""
 
-    form: ClassVar[str] = "nf4"
+    kernel_format: ClassVar[str] = "nf4"
     scale2: Array | None = None  # float32 [..., ceil(scales / 256), 1]
 
     def numbers(self, codes: Array) -> Array:

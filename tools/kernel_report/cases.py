@@ -109,7 +109,7 @@ def _codes_triton() -> Iterator[Case]:
     listed += [("int4", int4.make(group=32), square), ("int4 f32", grouped, square)]
     for name, quantizer, shape in listed:
         leaf, dtype = _leaf(quantizer, *shape[1:]), "float32" if "f32" in name else "bfloat16"
-        kernel = functools.partial(codes_triton.matmul, form=codes_triton.FORMS[leaf.form])
+        kernel = functools.partial(codes_triton.matmul, form=codes_triton.FORMS[leaf.kernel_format])
         quick = (shape[0], shape[2]) == (16, 4096) and leaf.tile[0] > 32
         yield _product(name, quantizer, *shape, kernel, quick=quick, platform="cuda", dtype=dtype)
 

@@ -27,7 +27,7 @@ from train.source import Source
 from train.state import TrainState
 
 UNFINISHED = re.compile(r"[0-9]+\.(tmp|orbax-checkpoint-tmp).*")
-CLOCK_STEPS = 10  # with several processes: steps between agreements on whether `minutes` have passed
+CLOCK_STEPS = 10  # with several processes, `minutes` are checked only at multiples of this, since all must agree
 
 Abstract = dict[str, jax.ShapeDtypeStruct]  # path -> abstract leaf
 
