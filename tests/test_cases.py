@@ -3,6 +3,12 @@
 import pytest
 
 from tests.cases import people
+from tools import formats
+
+
+def test_the_page_of_formats_lists_the_tables_of_the_code():
+    assert formats.PAGE.read_text("utf-8") == formats.page(), "python -m tools.formats writes it anew"
+
 
 CASES = {**people.FOLDERS, **people.FILES}
 

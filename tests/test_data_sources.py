@@ -362,6 +362,7 @@ NONE = "check the name; for a private one set HF_TOKEN"
 OFFLINE = "HF_HUB_OFFLINE forbids a download · unset it, or download it first"
 
 
+@pytest.mark.slow
 def test_the_hub(tmp_path):
     """Configs, splits and revisions; what cannot be had is one line with the fix, in which the token is not."""
 

@@ -1,0 +1,168 @@
+"""Writes docs/formats.md, the lists of inputs that are read, refused and ignored, from the tables that the code uses.
+
+python -m tools.formats
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from common import cli, files
+from common.seen import Seen
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "formats.md"
+START = """\
+# Inputs that are read, refused and ignored
+
+`python -m tools.formats` writes this page from the tables that the code uses; a test compares them.
+
+The rule: no content of an input is ignored silently. It is used, or refused in one line with the fix, or counted in one
+line as unused. `--strict` (of `tools.prepare`, `tools.chat`, `tools.serve` and `evals.main`) makes
+the last case an error. Only content that is known to be irrelevant, listed below, is not counted.
+"""
+Rows = list[tuple[str, str]]
+
+
+@cli.command
+def main(argv: list[str]) -> int | None:
+    cli.Parser("tools.formats", __doc__).parse_args(argv)
+    files.write(PAGE, page())
+
+
+def page() -> str:
+    """The text of docs/formats.md."""
+    parts = [START]
+    for title, rows in {
+        "Rows of training data": rows_of_data(),
+        "Messages": messages(),
+        "Files of training data": data_files(),
+        "Checkpoints": checkpoints(),
+        "Adapters of PEFT": adapters(),
+        "Requests to the server": requests(),
+    }.items():
+        lines = [f"| {what} | {cell} |" for what, cell in [("what", "names"), ("---", "---"), *rows]]
+        parts.append("\n".join([f"## {title}\n", *lines, ""]))
+    return "\n".join(parts)
+
+
+def names(found: Iterable[object]) -> str:
+    return ", ".join("`" + str(name).replace("|", "\\|") + "`" for name in found if name != "")
+
+
+def rows_of_data() -> Rows:
+    from data import formats
+
+    shapes = [(f"shape {name}", names(sorted(columns))) for name, columns in formats.SHAPES.items()]
+    published = [(f"shape {name}, published as", names(columns.values())) for name, columns in formats.PUBLISHED]
+    scored = [
+        (f"format {form}", f"a shape of text or chat with one of {names(columns)}")
+        for form, columns in formats.SCORED.items()
+    ]
+    beside = {
+        "system text": formats.SYSTEM, "text given with an instruction": formats.GIVEN, "tools": formats.TOOLS,
+        "prompt of a preference": formats.PROMPTS, "ranks of answers": formats.RANKS,
+        "ratings of answers": formats.RATINGS, "text of a ranked answer": formats.ANSWER,
+    }  # fmt: skip
+    beside = [(f"also read: {what}", names(columns)) for what, columns in beside.items()]
+    ignored = [("irrelevant columns", names(sorted(formats.IRRELEVANT))), ("counted", "every other column")]
+    return [*shapes, *published, *scored, *beside, *ignored]
+
+
+def messages() -> Rows:
+    from data import messages as turns
+
+    roles = [(f"role {role}, also spelled", names(also.split())) for role, also in turns.ROLES.items()]
+    return [
+        *roles,
+        ("parts of a content", names(turns.TEXT)),
+        ("thoughts, in a field or a part", names(("reasoning_content", *turns.THOUGHT))),
+        ("read, or irrelevant", names(sorted(turns.IDLE))),
+        ("other fields", "given to the chat template; counted where it does not read them"),
+        ("refused", "parts of other types (images, audio), turns without a role or a text, calls without a function"),
+    ]
+
+
+def data_files() -> Rows:
+    from data import files as readers
+    from data import sources
+
+    return [
+        ("read, also with `.gz` or `.zst`", names(readers.READERS)),
+        (
+            "read from elsewhere",
+            names([*sources.BUILT_IN, "hf:repo[:config][@split][#revision]", "gs://", "synthetic:"]),
+        ),
+        ("refused: save as CSV", names(sources.OFFICE)),
+        ("irrelevant, by the start of their names", names(sources.COMPANIONS)),
+        ("named in a note", "every other file of a folder"),
+    ]
+
+
+def checkpoints() -> Rows:
+    from model.families import llama
+    from model.io import compressed, foreign, gguf, hf
+    from model.io.pretrained import IGNORED, families, family
+
+    fields = []
+    for name in families():
+        read = Seen({})  # every field has a default, as in transformers
+        family(name).config(read)
+        fields.append((f"config.json of {name}", names(sorted(read.used))))
+    needs = [f"{kind} ({', '.join(needed)})" if needed else kind for kind, needed in llama.ROPES.items()]
+    return [
+        *fields,
+        ("types of rope, and their fields", names(needs)),
+        ("fields of rope_scaling", names(sorted(llama.ROPE_FIELDS))),
+        ("activations", names(llama.ACTS)),
+        ("irrelevant fields of config.json", names(sorted(hf.IRRELEVANT))),
+        ("counted", "every other field that has a value, and every tensor outside the layers that the model has"),
+        ("prefixes of the tensors", names(hf.BODIES)),
+        ("irrelevant tensors", names([IGNORED.pattern])),
+        ("types of tensors", names((*hf.DTYPES, *hf.CODES))),
+        ("quantized by", names(("bitsandbytes", "fp8", compressed.METHOD, *foreign.FORMS))),
+        (f"formats of {compressed.METHOD}", names(compressed.FORMATS)),
+        (
+            "refused",
+            "other quantized folders; pickles (with the command that converts them); missing parts and tensors",
+        ),
+        ("irrelevant files of weights", names([hf.QUIET.pattern])),
+        ("architectures of GGUF, whole or in parts", names(gguf.ARCHITECTURES)),
+    ]
+
+
+def adapters() -> Rows:
+    from model.io import peft_folder as peft
+
+    return [
+        *((f"fields read for {kind}", names(sorted(used)) or "none") for kind, used in peft.USED.items()),
+        ("irrelevant fields", names(sorted(peft.IRRELEVANT))),
+        ("refused unless unset", names(sorted(peft.REFUSED)) + ", and every unknown field"),
+        ("init_lora_weights: the base stays", names(peft.DRAWN)),
+        ("init_lora_weights: done again from the base", names(peft.STARTS)),
+        ("init_lora_weights: refused, with the fix", names(peft.OTHERS)),
+        ("counted", "tensors of modules that the config does not name"),
+    ]
+
+
+def requests() -> Rows:
+    from infer.serve import api, messages
+
+    def fields(found: dict[str, api.Field]) -> str:
+        return names(sorted({*found, *api.READ}))
+
+    neutral = {name: " or ".join(map(json.dumps, values)) for name, values in api.NEUTRAL.items()}
+    return [
+        ("read by /v1/chat/completions", fields(api.CHAT) + ", `messages`"),
+        ("read by /v1/completions", fields(api.COMPLETION) + ", `prompt`"),
+        ("irrelevant", names(api.LABELS)),
+        ("refused unless null or", ", ".join(f"`{name}` = {values}" for name, values in neutral.items())),
+        ("refused", "every other parameter"),
+        ("roles of messages", names(sorted(messages.ROLES))),
+        ("fields of messages", names(sorted(messages.FIELDS))),
+        ("refused", "other fields of messages, and those that the model's chat template does not render"),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
