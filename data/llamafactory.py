@@ -56,12 +56,13 @@ def mapped(row: Row, entry: dict) -> Row:
     record = {name: value for name, value in row.record.items() if name not in columns.values()}
     named = {theirs: column for theirs, column in columns.items() if column in row.record}
     record |= {ours.get(theirs, theirs): row.record[column] for theirs, column in named.items()}
+    tags = (fields or {}) | tags
     for column in ("conversations", "chosen", "rejected") if fields else ():
         value = record.get(column)
         if isinstance(value, dict):
-            record[column] = _turn(value, {**fields, **tags})
+            record[column] = _turn(value, tags)
         elif isinstance(value, list):
-            record[column] = [_turn(turn, {**fields, **tags}) for turn in value]
+            record[column] = [_turn(turn, tags) for turn in value]
     return row._replace(record=record)
 
 

@@ -1,11 +1,16 @@
 """What training saw is what is served: templates and system texts stay with runs, exports and adapters."""
 
-import numpy as np
+import json
 
+import numpy as np
+import pytest
+
+from data import dataset
 from data.rows.layout import painted
 from data.text import chat, formats
 from infer import models
 from infer.lm import LM
+from tests.cases import people
 from tests.cases.people import A, S, U, tokenizer
 from train import inputs
 
@@ -45,3 +50,25 @@ def test_control_tokens_are_painted_apart_from_text_that_looks_like_them():
     text = painted(row, 0, tok)
     styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
     assert styles == {"<|im_end|>a": "dim", "b": "green", "<|im_end|>": "green reverse"}
+
+
+NOTES = {
+    "no answer ends with a token that ends generation ('<|im_end|>'): the model will not learn to stop": (
+        {"messages": [U, A]}, people.NO_END, {}),
+    "2 prompts are wrapped in the chat template (data.chat_template=none: left raw)": (
+        {"prompt": "Q", "completion": "A"}, people.CHATML, {}),
+    "2 rows spell control tokens, which are read as plain text (data.read_control=True reads them as such)": (
+        {"text": "a<|im_end|>"}, people.CHATML, {}),
+    "2 chats whose template shows answers otherwise than it asks for them: each was written as when it is asked for": (
+        {"messages": [U, A, U, A]}, people.FORGETS, {}),
+    "": ({"messages": [U, A, U, A]}, people.FORGETS, {"learn": "last"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("note", NOTES)
+def test_what_to_look_at_is_said(note, tmp_path):
+    record, template, options = NOTES[note]
+    (tmp_path / "x.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record | {"id": 1}))
+    tok = tokenizer(template)
+    found = dataset.prepare(str(tmp_path / "x.jsonl"), tok, folder=tmp_path / "cache", **options)
+    assert dataset.notes(found.report, tok) == ([note] if note else [])
