@@ -185,15 +185,19 @@ def show(results: list[Json]) -> None:
     from rich.table import Column, Table
 
     scores, losses = [r for r in results if "task" in r], [r for r in results if "text" in r]
-    heads = (Column("shots"), Column("score"), Column("95 % interval", no_wrap=True), Column("n"))
+
+    def table_of(first: str, *more: str) -> Table:
+        heads = ("shots", "score", Column("95 % interval", no_wrap=True), "n")
+        return Table(Column(first, overflow="fold"), *heads, *more)
+
     if scores:
-        table = Table(Column("task", overflow="fold"), *heads, "seed", "prompt tokens", "seconds")
+        table = table_of("task", "seed", "prompt tokens", "seconds")
         for r in scores:
             numbers = (r["seed"], f"{r['prompt_tokens']:.0f}", f"{r['seconds']:.1f}")
             table.add_row(r["task"], str(r["shots"]), f"{r['mean']:.3f}", _span(r), str(r["n"]), *map(str, numbers))
         Console().print(table)
     if any(r["slices"] for r in scores):
-        table = Table(Column("slice", overflow="fold"), *heads)
+        table = table_of("slice")
         for r in scores:
             for name, part in r["slices"].items():
                 cells = (str(r["shots"]), f"{part['mean']:.3f}", _span(part), str(part["n"]))

@@ -53,8 +53,10 @@ def compare(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Pa
 
 def mcnemar(wins: int, losses: int) -> float:
     """Two-sided p for rows on which only one side is right; without a difference, both sides are equally likely."""
-    n = wins + losses
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n)
+    n, ways, total = wins + losses, 1, 0
+    for k in range(min(wins, losses) + 1):
+        total, ways = total + ways, ways * (n - k) // (k + 1)  # binomial coefficients, exact
+    return min(1.0, 2 * total / 2**n)
 
 
 def newcombe(both: int, first: int, second: int, neither: int) -> tuple[float, float]:

@@ -206,6 +206,7 @@ def test_a_file_is_scored_sliced_and_paired(lm, tmp_path, monkeypatch, capsys):
         line["seconds"]
     )
     said = capsys.readouterr().out
+    assert said.count("│ a, kind=") == 2 and f"{line['slices']['kind=1']['mean']:.3f}" in said.partition("kind=1")[2]
     assert "scorer choice, since there are 3 different answers in 90 rows" in said
     assert "most frequent answers: '" in said and "12 rows are too few" in said and "gas: " in said
     assert main.main([*argv, f"--against={tmp_path / 'one'}", f"--contamination={spec}@train,{spec}"]) == 0

@@ -230,9 +230,16 @@ def test_the_same_command_ends_there_again_until_the_floor_is_lowered(poisoned):
     assert lines(folder, "train")[-1]["step"] == 40
 
 
-def test_a_floor_on_an_unknown_figure_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"no evaluation measures 'eval/accuracy'.*eval/bits_per_byte, eval/nll"):
-        train(tmp_path, "--config.steps=2", '--config.floors=(("eval/accuracy", ">=", 0.5),)')
+def test_a_floor_on_an_unknown_figure_is_one_line_and_rows_of_a_file_are_a_figure(tmp_path):
+    with pytest.raises(
+        UserError, match=r"no evaluation measures 'eval/accuracy'.*eval/bits_per_byte, eval/nll, eval/rows"
+    ):
+        rows = "".join(json.dumps({"question": f"{i}+1=", "answer": str(i + 1)}) + "\n" for i in range(40))
+        (tmp_path / "rows.jsonl").write_text(rows)
+        more = (f"--config.evals={tmp_path}/rows.jsonl:tokens=4", '--config.floors=(("eval/accuracy", ">=", 0.5),)')
+        train(tmp_path / "run", "--config.steps=2", *more)
+    [line] = lines(tmp_path / "run", "task")
+    assert line["task"] == "rows" and line["scorer"] == "number" and len(line["rows"]) == line["n"] <= 12
 
 
 # --- batches of the state ---

@@ -261,6 +261,38 @@ def test_a_row_is_asked_as_training_shows_it(tmp_path):
     assert task.load(write(tmp_path / "b.jsonl", *[{"messages": TURNS}] * 20) + ":split=all:scorer=exact").raw is None
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "Q?", "answer": "A b"},
+        {"instruction": "Q?", "input": "I", "output": "A b", "system": "S"},
+        {"messages": TURNS},
+        {
+            "conversations": [
+                {"from": "system", "value": "S"},
+                {"from": "human", "value": "Q"},
+                {"from": "gpt", "value": "A"},
+            ]
+        },
+    ],
+)
+@pytest.mark.parametrize("template", [DEFAULT_TEMPLATE, None])
+def test_the_tokens_asked_are_those_that_training_reads(tmp_path, record, template):
+    """Prompt and answer of a row are encoded as the document that training makes of the record."""
+    from infer.lm import LM
+
+    tok = tokenizers.load("bytes")
+    tok.chat_template = template
+    made = task.load(write(tmp_path / "a.jsonl", *[record] * 10) + ":split=all:scorer=exact")
+    found = dataset.prepare(str(tmp_path / "a.jsonl"), tok, folder=tmp_path / "cache")
+    start, end = found.stored.offsets[:2]
+    row = made.examples("heldout")[0]
+    asked = LM(None, {}, tok).encode((made.raw if made.raw and not template else made.prompt)(row, ()))
+    whole = found.stored.tokens[start:end].tolist()
+    assert whole[: len(asked)] == asked
+    assert whole[len(asked) :][: len(row["answer"])] == tok.encode(row["answer"])
+
+
 # --- results ---
 
 
