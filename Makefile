@@ -19,6 +19,7 @@ slow: $(VENV)/ready
 
 chaos: $(VENV)/ready
 	$(BIN)/python -m tests.chaos --seconds=$(or $(SECONDS),1800)
+	$(BIN)/python -m tests.chaos.fuzz --mutations=$(or $(MUTATIONS),20000)
 
 parity: $(VENV)/parity
 	$(BIN)/python -m pytest -q -m parity

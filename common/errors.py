@@ -44,9 +44,9 @@ def outermost(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextlib.contextmanager
 def reading(where: object, fix: str = "") -> Iterator[None]:
-    """Around the reading of a file of another hand: whatever else it raises becomes a UserError, with its cause.
+    """A context for reading a file that may be damaged or hostile: any other error becomes a UserError, with its cause.
 
-    A panic of a library in Rust counts too, which is no Exception.
+    That includes the PanicException of libraries in Rust, which is a BaseException.
     """
     try:
         yield
@@ -59,7 +59,7 @@ def reading(where: object, fix: str = "") -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one short line."""
+    """The message of an error in one short line, with its type."""
     if isinstance(error, UserError):
         return str(error)
     said = (str(error).strip().splitlines() or [""])[0][:200]

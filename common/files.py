@@ -209,8 +209,8 @@ def plain(x: Any) -> Any:
 
 
 def strict(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError for what is none, and for what no value of ours is: NaN, a number
-    beyond a float's, nesting without end."""
+    """The value of a JSON text. Raises ValueError also for NaN, for numbers that overflow a float, and for nesting that
+    is too deep."""
     try:
         return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except RecursionError:

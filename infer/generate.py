@@ -105,6 +105,7 @@ def stream(
     for i in range(max_new_tokens):
         if i:
             state = _decode(model, params, state, i + 1, how, ends)
+        _check_numbers(state.logps[0, i])
         yield int(state.tokens[0, i])
         if state.done[0]:
             return
@@ -238,7 +239,15 @@ def _fetch(tree: Tree) -> Tree:
 def _rows(state: State, rows: int) -> tuple[list[list[int]], list[np.ndarray]]:
     tokens, logps, length = _fetch((state.tokens, state.logps, state.length))
     cut = lambda a: [a[i, : length[i]] for i in range(rows)]
+    for row in cut(logps):
+        _check_numbers(row)
     return [row.tolist() for row in cut(tokens)], cut(logps)
+
+
+def _check_numbers(logps: np.ndarray | Array) -> None:
+    """Raises UserError if a log-probability is NaN: the token is then not the model's choice."""
+    if np.isnan(logps).any():
+        raise UserError("the logits are NaN: the weights or the activations overflow", "model", "dtype=float32")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))

@@ -354,3 +354,12 @@ def test_three_lines_in_a_notebook():
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     assert "".join(lm.stream(messages)) == "The capital of France is Paris."
     assert lm.generate(messages, stop=[" is"]) == ["The capital of France"]
+
+
+def test_overflow_is_an_error_and_not_an_answer(tiny):
+    model, params = tiny
+    broken = {**params, "final_norm": {"scale": jnp.full_like(params["final_norm"]["scale"], jnp.inf)}}
+    with pytest.raises(UserError, match="logits are NaN"):
+        generate(model, broken, PROMPTS, max_new_tokens=2)
+    with pytest.raises(UserError, match="logits are NaN"):
+        list(stream(model, broken, PROMPTS[0], max_new_tokens=2))

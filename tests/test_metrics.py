@@ -58,6 +58,7 @@ def test_rewind_drops_what_will_be_done_again(tmp_path):
     with Metrics(path, 10) as m:
         for step in range(1, 6):
             m.write(step, "train", loss=1.0 / step)
+            m.write(step, "task", task="dates", seconds=1.5)
     with path.open("a") as f:
         f.write('{"step": 6, "ki')  # the kill came here
     with Metrics(path, 10) as m:
@@ -65,9 +66,10 @@ def test_rewind_drops_what_will_be_done_again(tmp_path):
         m.rewind(3)
         m.write(4, "train", loss=9.0)
     assert [line["step"] for line in lines(tmp_path, "train")] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines(tmp_path, "task")] == [1, 2, 3]
     assert [line["event"] for line in lines(tmp_path, "event")] == ["step 5 is skipped: it was damaged", "session"]
     assert lines(tmp_path, "event")[-1]["lost_steps"] == 2
-    assert path.read_text().endswith("\n") and len(path.read_text().splitlines()) == 6
+    assert path.read_text().endswith("\n") and len(path.read_text().splitlines()) == 9
 
 
 def test_rewind_of_a_new_run(tmp_path):

@@ -38,7 +38,7 @@ import pyarrow.parquet
 from safetensors.numpy import load_file, save_file
 
 import train.flow  # noqa: F401
-from common import cli, exits, files
+from common import cli, exits, files, record
 from common.errors import UserError, reading
 from configs import schema
 from data import dataset
@@ -51,7 +51,6 @@ from model.io.pretrained import open_pretrained
 from tests.chaos import mutations
 from tools import export
 from tools.report import data as report
-from train.keep import metrics
 
 SECONDS, BYTES = 5.0, 1 << 30  # of one mutation, above the start
 BATCH = 50  # mutations of a process, whose start costs as much as ten
@@ -170,7 +169,7 @@ def read_run(root: Path) -> None:
                 saved.read_manifest(root / name / "ckpt" / str(step))
         run.__dict__["saved"] = saved.Saved(4, files.load_json(root / name / "config.json"), {}, {})
         _ = run.config.context
-        list(metrics.read(root / name / "metrics.jsonl"))
+        record.read(root / name / "metrics.jsonl")
     seen = report.read(root / "run")
     _ = report.of_run(seen), report.seconds(seen), report.used([seen]), report.stored(seen.path), seen.done
     report.choices([seen])
@@ -375,6 +374,8 @@ def main(argv: list[str]) -> int:
         if not (pid := os.fork()):
             try:
                 examples(root)
+                for name, kind in KINDS.items():
+                    assert (whole := ended(kind.read, root)).how == "read", (name, whole)
                 os._exit(exits.DONE)
             except BaseException:
                 traceback.print_exc()
