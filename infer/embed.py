@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from common import files
 from common.errors import UserError
 from data.text import formats as tokenizers
 from data.text.tokenizer import Tokenizer
 from infer.generate import bucket
 from infer.lm import batches
 from model import build
-from model.io import hf
 from model.io.pretrained import open_pretrained
 from model.net.transformer import Transformer
 from model.weights import Params
@@ -84,21 +83,21 @@ def _settings(folder: Path) -> dict:
     if not listed.is_file():
         return {}
     try:
-        kinds = [module["type"].rpartition(".")[2] for module in json.loads(listed.read_text("utf-8"))]
+        kinds = [module["type"].rpartition(".")[2] for module in files.strict(listed.read_text("utf-8"))]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError("is not a list of modules with a type each", str(listed)) from None
     if strange := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
         raise UserError(f"module {min(strange)} is not supported", str(listed))
     settings: dict = {"normalized": "Normalize" in kinds}
-    pooling = hf.read_json(folder / "1_Pooling/config.json")
+    pooling = files.load_json(folder / "1_Pooling/config.json")
     modes = [name for name, on in pooling.items() if name.startswith("pooling_mode_") and on is True]
     if len(modes) != 1 or modes[0] not in POOLINGS:
         what = f"pooling {' + '.join(modes) or 'of no kind'} is not supported"
         raise UserError(what, str(folder / "1_Pooling/config.json"), f"supported: {', '.join(POOLINGS)}")
     settings["pooling"] = POOLINGS[modes[0]]
-    if longest := hf.read_json(folder / "sentence_bert_config.json", optional=True).get("max_seq_length"):
+    if longest := files.read_json(folder / "sentence_bert_config.json").get("max_seq_length"):
         settings["longest"] = longest
-    prompts = hf.read_json(folder / "config_sentence_transformers.json", optional=True).get("prompts") or {}
+    prompts = files.read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
     return settings | {"prompts": tuple(sorted(prompts.items()))}
 
 

@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from evals import retrieval  # noqa: E402
 from infer import embed  # noqa: E402
 from model.io.pretrained import open_pretrained  # noqa: E402
 from model.net.transformer import Transformer  # noqa: E402
@@ -49,3 +50,19 @@ def test_minilm():
         x, there = theirs(**batch).last_hidden_state, batch["attention_mask"][..., None]
     mean = torch.nn.functional.normalize((x * there).sum(1) / there.sum(1)).numpy()
     assert np.abs(embed.load(folder).embed(texts) - mean).max() <= 1e-5
+
+
+def test_measures_of_rankings_are_those_of_trec_eval():
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        names = [f"d{i}" for i in range(12)]
+        relevant = {name: int(gain) for name, gain in zip(names, rng.integers(0, 4, 12), strict=True)}
+        relevant["d0"] = 2
+        ranked = list(rng.permutation(names))[:10]
+        run = {"q": {name: float(-at) for at, name in enumerate(ranked)}}
+        measures = {"recall.5", "ndcg_cut.10", "recip_rank"}
+        theirs = pytrec_eval.RelevanceEvaluator({"q": relevant}, measures).evaluate(run)["q"]
+        assert retrieval.recall(ranked, relevant, 5) == pytest.approx(theirs["recall_5"])
+        assert retrieval.ndcg(ranked, relevant, 10) == pytest.approx(theirs["ndcg_cut_10"])
+        assert retrieval.reciprocal_rank(ranked, relevant, 10) == pytest.approx(theirs["recip_rank"])

@@ -1,0 +1,26 @@
+"""How well a ranking finds the relevant documents of a question: recall, reciprocal rank, discounted gain."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+
+def recall(ranked: Sequence[str], relevant: Mapping[str, float], k: int) -> float:
+    """The share of the relevant documents among the first k."""
+    wanted = {name for name, gain in relevant.items() if gain > 0}
+    return len(wanted & set(ranked[:k])) / len(wanted)
+
+
+def reciprocal_rank(ranked: Sequence[str], relevant: Mapping[str, float], k: int) -> float:
+    """1 / the rank of the first relevant document among the first k, or 0."""
+    return next((1 / at for at, name in enumerate(ranked[:k], 1) if relevant.get(name, 0) > 0), 0.0)
+
+
+def ndcg(ranked: Sequence[str], relevant: Mapping[str, float], k: int) -> float:
+    """Normalized discounted cumulative gain at k with linear gains, as in trec_eval and BEIR (Järvelin and Kekäläinen
+    2002): sum of gain / log2(rank + 1), over that of the best order."""
+    best = _dcg(sorted((g for g in relevant.values() if g > 0), reverse=True)[:k])
+    return _dcg([relevant.get(name, 0.0) for name in ranked[:k]]) / best
+
+
+def _dcg(gains: Sequence[float]) -> float:
+    return sum(gain / math.log2(at + 1) for at, gain in enumerate(gains, 1))

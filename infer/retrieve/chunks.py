@@ -1,0 +1,91 @@
+"""Documents to chunks: a document is cut at its headings, then at empty lines, then at the ends of sentences."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from common.errors import UserError
+from common.types import Json
+from data import sources
+
+WORDS = 160  # of a chunk: about 220 tokens, fewer than small encoders read
+HEADING = re.compile(r"#{1,6}\s+(.+?)\s*#*")
+SENTENCE = re.compile(r"(?<=[.!?])\s+")
+TITLES = ("title", "name", "heading")  # columns of a record that name its document
+TEXTS = ("text", "content", "body", "document", "extract")
+
+
+class Chunk(NamedTuple):
+    document: str  # where the document was read: a file, or a file and a line
+    title: str  # of the document, then the headings above the chunk
+    text: str
+
+    @property
+    def id(self) -> str:
+        """Equal for equal contents, so that an index can be brought up to date."""
+        return hashlib.sha256("\0".join(self).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+    @property
+    def passage(self) -> str:
+        """What is searched and shown: the title and the text."""
+        return f"{self.title}\n{self.text}" if self.title else self.text
+
+
+def of_source(spec: str, words: int = WORDS) -> Iterator[Chunk]:
+    """The chunks of a source (data.sources), in its order. Raises UserError for a record without a text."""
+    for row in sources.rows(spec):
+        if row.record is None:
+            raise UserError(row.reason, row.where)
+        text = _first(row.record, TEXTS)
+        if not text:
+            raise UserError("the record has no text", row.where, f"a column named {', '.join(TEXTS)}")
+        title = _first(row.record, TITLES)
+        yield from (Chunk(row.where, *part) for part in split(text, title, words))
+
+
+def split(text: str, title: str = "", words: int = WORDS) -> Iterator[tuple[str, str]]:
+    """(title with headings, text) of each chunk of at most `words` words; a longer sentence is cut between words."""
+    for headings, section in _sections(text):
+        name = " · ".join(filter(None, (title, *headings)))
+        kept: list[str] = []
+        for piece in _pieces(section, words):
+            if kept and _count(kept) + _count([piece]) > words:
+                yield name, "\n".join(kept)
+                kept = []
+            kept.append(piece)
+        if kept:
+            yield name, "\n".join(kept)
+
+
+def _sections(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(headings above, text) of the parts between Markdown's headings."""
+    headings: list[tuple[int, str]] = []
+    lines: list[str] = []
+    for line in text.splitlines():
+        if not (found := HEADING.fullmatch(line.strip())):
+            lines.append(line)
+            continue
+        yield tuple(name for _, name in headings), "\n".join(lines)
+        level = len(line.strip()) - len(line.strip().lstrip("#"))
+        headings, lines = [*(h for h in headings if h[0] < level), (level, found[1])], []
+    yield tuple(name for _, name in headings), "\n".join(lines)
+
+
+def _pieces(section: str, words: int) -> Iterator[str]:
+    """Paragraphs, or the sentences of those that are too long, or parts of sentences."""
+    for paragraph in filter(None, (p.strip() for p in re.split(r"\n\s*\n", section))):
+        if _count([paragraph]) <= words:
+            yield paragraph
+            continue
+        for sentence in SENTENCE.split(paragraph):
+            spelled = sentence.split()
+            yield from (" ".join(spelled[at : at + words]) for at in range(0, len(spelled), words))
+
+
+def _count(texts: list[str]) -> int:
+    return sum(len(text.split()) for text in texts)
+
+
+def _first(record: Json, columns: tuple[str, ...]) -> str:
+    return next((record[c].strip() for c in columns if isinstance(record.get(c), str) and record[c].strip()), "")

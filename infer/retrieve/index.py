@@ -1,0 +1,165 @@
+"""An index: a folder with the chunks of a source, their vectors, and a record of what both were made from.
+
+INDEX/index.json      the source, its content, the settings, the embedder and a digest of its weights; written last
+INDEX/chunks.jsonl    a chunk a line
+INDEX/vectors.npy     [chunks, width] in float16, of length 1; absent without an embedder
+INDEX.parts/          vectors of an unfinished build, which the next one takes over
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common import files
+from common.errors import UserError
+from common.types import Json
+from data import sources
+from infer.embed import Embedder
+from infer.embed import load as load_embedder
+from infer.retrieve import chunks, search
+from infer.retrieve.chunks import Chunk
+from infer.retrieve.search import How
+
+RECORD, CHUNKS, VECTORS = "index.json", "chunks.jsonl", "vectors.npy"
+PART = 512  # chunks whose vectors are saved at once
+
+
+class Hit(NamedTuple):
+    chunk: Chunk
+    score: float
+
+
+class Index:
+    """An opened index. Raises UserError for a folder that is none, or whose files do not belong together."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).expanduser()
+        if not (self.folder / RECORD).is_file():
+            raise UserError("is no index", str(folder), "make one: python -m tools.index --help")
+        self.record = files.read_json(self.folder / RECORD)
+        rows = files.read_lines(self.folder / CHUNKS)
+        self.chunks = [Chunk(row["document"], row["title"], row["text"]) for row in rows]
+        self.vectors: np.ndarray | None = None
+        if self.record["embedder"]:
+            self.vectors = np.load(self.folder / VECTORS, mmap_mode="r", allow_pickle=False)
+        if len(self.chunks) != self.record["chunks"] or len(rows) != len(self.vectors if self.dense else rows):
+            raise UserError("its files hold different numbers of chunks", str(folder), "build it again")
+
+    @property
+    def dense(self) -> bool:
+        return self.vectors is not None
+
+    @functools.cached_property
+    def words(self) -> search.Words:
+        return search.Words([chunk.passage for chunk in self.chunks])
+
+    @functools.cached_property
+    def embedder(self) -> Embedder:
+        """The one that made the vectors. Raises UserError when its weights have changed."""
+        found = load_embedder(self.record["embedder"])
+        if digest(found) != self.record["digest"]:
+            what = "the weights of the embedder are not those that made the vectors"
+            raise UserError(what, self.record["embedder"], "build the index again")
+        return found
+
+    def search(self, questions: Sequence[str], k: int = 5, how: How | None = None) -> list[list[Hit]]:
+        """The k best chunks for each question, the best first.
+
+        `how`: "bm25", "dense", or a fusion of both, "rrf" or "mean"; None: "mean" where there are vectors, else "bm25".
+        Chunks without any word of the question are no hits of "bm25".
+        """
+        how = how or ("mean" if self.dense else "bm25")
+        if how != "bm25" and not self.dense:
+            raise UserError(f"the index has no vectors for {how!r}", str(self.folder), "build it with --embedder")
+        asked = self.embedder.embed(questions, "query") if how != "bm25" else [None] * len(questions)
+        return [self._one(question, vector, k, how) for question, vector in zip(questions, asked, strict=True)]
+
+    def _one(self, question: str, vector: np.ndarray | None, k: int, how: How) -> list[Hit]:
+        parts = [] if how == "dense" else [self.words.scores(question)]
+        if self.vectors is not None and vector is not None:
+            parts.append(search.cosines(self.vectors, vector))
+        scores = parts[0] if len(parts) == 1 else search.fuse(parts, how)
+        found = [Hit(self.chunks[i], float(scores[i])) for i in search.best(scores, k)]
+        return [hit for hit in found if hit.score > 0] if how == "bm25" else found
+
+
+def digest(embedder: Embedder) -> str:
+    """A hash of the vectors of three texts: it changes with the weights, the tokenizer and the pooling."""
+    found = embedder.embed(["", "a", "The quick brown fox jumps over the lazy dog."])
+    return hashlib.sha256(np.round(found, 3).astype(np.float32).tobytes()).hexdigest()[:16]
+
+
+def build(
+    documents: str,
+    folder: str | Path,
+    embedder: str = "",
+    words: int = chunks.WORDS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Json:
+    """Makes the index of a source, or brings an existing one up to date; returns its record.
+
+    Chunks that the folder had keep their vectors, and a build that was killed continues where it stopped. Raises
+    UserError for a folder with other content, and for a source without text.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and not (folder / RECORD).is_file():
+        raise UserError("exists and is no index", str(folder), "choose a new folder")
+    found = list(dict.fromkeys(chunk for spec in sources.mixture(documents) for chunk in chunks.of_source(spec, words)))
+    if not found:
+        raise UserError("the documents hold no text", documents)
+    content = {spec: sources.content_id(spec) for spec in sources.mixture(documents)}
+    record = {"documents": documents, "content": content, "words": words, "chunks": len(found), "embedder": embedder}
+    model = load_embedder(embedder) if embedder else None
+    record["digest"] = digest(model) if model else ""
+    old = files.read_json(folder / RECORD)
+    if old == record:
+        return record
+    vectors = _vectors(found, folder, model, old, record["digest"], progress) if model else None
+    files.remove(folder)
+    with files.folder(folder, RECORD) as work:
+        rows = ({"id": c.id, "document": c.document, "title": c.title, "text": c.text} for c in found)
+        files.write_lines(work / CHUNKS, rows)
+        if vectors is not None:
+            with files.file(work / VECTORS) as part, part.open("wb") as file:
+                np.save(file, vectors, allow_pickle=False)
+        files.write_json(work / RECORD, record)
+    files.remove(_parts(folder))
+    return record
+
+
+def _parts(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".parts")
+
+
+def _vectors(
+    found: list[Chunk], folder: Path, model: Embedder, old: Json, made_by: str, progress: Callable[[int, int], None]
+) -> np.ndarray:
+    """[chunks, width] in float16: those of the old index and of an unfinished build, and the rest made now."""
+    known: dict[str, np.ndarray] = {}
+    if old.get("digest") == made_by:
+        index = Index(folder)
+        known = dict(zip((c.id for c in index.chunks), index.vectors, strict=True)) if index.dense else {}
+    parts = _parts(folder)
+    for path in sorted(parts.glob(f"{made_by}-*.npz")):
+        with np.load(path, allow_pickle=False) as saved:
+            known |= dict(zip(saved["ids"].tolist(), saved["vectors"], strict=True))
+    missing = [chunk for chunk in found if chunk.id not in known]
+    for at in range(0, len(missing), PART):
+        progress(len(found) - len(missing) + at, len(found))
+        block = missing[at : at + PART]
+        made = _unit(model.embed([chunk.passage for chunk in block], "document")).astype(np.float16)
+        ids = np.array([chunk.id for chunk in block])
+        parts.mkdir(parents=True, exist_ok=True)
+        with files.file(parts / f"{made_by}-{ids[0]}.npz") as part, part.open("wb") as file:
+            np.savez(file, ids=ids, vectors=made)
+        known |= dict(zip(ids.tolist(), made, strict=True))
+    progress(len(found), len(found))
+    return np.stack([known[chunk.id] for chunk in found])
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,60 @@
+"""Scores of chunks for a question: BM25 by words, cosine by vectors, and the fusion of both."""
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+How = Literal["bm25", "dense", "rrf", "mean"]
+WORD = re.compile(r"\w+")
+BLOCK = 65_536  # vectors that are scored at once
+RANK = 60  # of reciprocal rank fusion (Cormack, Clarke, Büttcher 2009)
+
+
+class Words:
+    """BM25 over passages, by bm25s. `method` is one of its names; Lucene's is never negative (Kamphuis et al. 2020)."""
+
+    def __init__(self, passages: Sequence[str], method: str = "lucene", k1: float = 1.5, b: float = 0.75):
+        import bm25s
+
+        self.found = bm25s.BM25(method=method, k1=k1, b=b)
+        self.found.index([words(passage) for passage in passages], show_progress=False)
+
+    def scores(self, question: str) -> np.ndarray:
+        """[passages] float32; 0 for a passage that shares no word with the question."""
+        known = [word for word in dict.fromkeys(words(question)) if word in self.found.vocab_dict]
+        if not known:
+            return np.zeros(self.found.scores["num_docs"], np.float32)
+        return self.found.get_scores(known)
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters, digits and underscores, in lower case."""
+    return WORD.findall(text.lower())
+
+
+def cosines(vectors: np.ndarray, question: np.ndarray) -> np.ndarray:
+    """[N] float32: products of vectors [N,D], which may be a file in float16, with one of a question [D]."""
+    blocks = range(0, len(vectors), BLOCK)
+    found = [vectors[at : at + BLOCK].astype(np.float32) @ question for at in blocks]
+    return np.concatenate(found) if found else np.zeros(0, np.float32)
+
+
+def best(scores: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the k highest scores, the highest first; of equal ones the first comes first."""
+    k = min(k, len(scores))
+    if not k:
+        return np.zeros(0, np.int64)
+    least = np.partition(scores, -k)[-k]
+    chosen = np.concatenate([np.flatnonzero(scores > least), np.flatnonzero(scores == least)])[:k]
+    return chosen[np.argsort(-scores[chosen], kind="stable")]
+
+
+def fuse(parts: Sequence[np.ndarray], how: How) -> np.ndarray:
+    """One score [N] of several: "mean" averages them after each is scaled to [0, 1]; "rrf" adds 1 / (60 + rank)."""
+    if how == "mean":
+        spans = [(part.min(), np.ptp(part) or 1.0) for part in parts]
+        return np.mean([(part - low) / span for part, (low, span) in zip(parts, spans, strict=True)], axis=0)
+    ranks = [np.argsort(np.argsort(-part, kind="stable"), kind="stable") + 1 for part in parts]
+    return np.sum([1 / (RANK + rank) for rank in ranks], axis=0)

@@ -1,0 +1,116 @@
+"""Makes documents searchable: an index of their chunks by words (BM25) and, with an embedder, by meaning.
+
+    python -m tools.index --index=DIR --documents=SOURCE [--embedder=all-minilm-l6-v2] [--words=160]
+    python -m tools.index --index=DIR --ask="a question" [--how=mean] [--k=5]
+    python -m tools.index --index=DIR --questions=FILE [--k=5]
+
+SOURCE: a file, a folder or a built-in name, as in config.data.source; several with commas. The command again brings
+the index up to date, and continues after a kill. --embedder: a Hugging Face folder, a hub id or a packaged name.
+--ask prints the k best chunks. --questions measures retrieval: rows with a `question` and its `documents`, the names
+that --ask prints; every way to search is scored by recall@k, nDCG@10 and MRR@10 with 95 % intervals. --how: bm25,
+dense, or both fused: mean (of scores scaled to [0, 1]) or rrf (reciprocal rank fusion).
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from common import cli, stats
+from common.errors import UserError
+from common.types import Json
+
+if TYPE_CHECKING:
+    from infer.retrieve.index import Index
+
+DEPTH = 10  # chunks that nDCG and MRR look at
+
+
+@cli.command
+def main(argv: list[str]) -> int | None:
+    from infer.retrieve import chunks
+    from infer.retrieve.search import How
+
+    parser = cli.Parser("tools.index", __doc__)
+    parser.add_argument("--index", required=True)
+    for name in ("documents", "embedder", "ask", "questions"):
+        parser.add_argument(f"--{name}", default="")
+    parser.add_argument("--how", default=None, choices=get_args(How))
+    parser.add_argument("--words", type=int, default=chunks.WORDS)
+    parser.add_argument("--k", type=int, default=5)
+    args = parser.parse_args(argv)
+    if min(args.words, args.k) < 1:
+        raise UserError("the values must be positive", "--words --k")
+    if not (args.documents or args.ask or args.questions):
+        raise UserError("there is nothing to do", "tools.index", "--documents to build, --ask or --questions to search")
+    from infer.retrieve import index
+
+    if args.documents:
+        began = time.perf_counter()
+        record = index.build(args.documents, args.index, args.embedder, args.words, _progress)
+        print(f"{args.index}: {record['chunks']:,} chunks in {time.perf_counter() - began:.1f} s")
+    if args.ask:
+        for hit in index.Index(args.index).search([args.ask], args.k, args.how)[0]:
+            print(f"{hit.score:.3f}  {hit.chunk.document}\n{hit.chunk.passage}\n")
+    if args.questions:
+        print(table(measure(index.Index(args.index), questions(args.questions), args.k), args.k))
+
+
+def _progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done:,} of {total:,} chunks have vectors", end="\n" if done == total else "", file=sys.stderr)
+
+
+def questions(path: str) -> list[tuple[str, dict[str, float]]]:
+    """(question, {document: gain}) of a file of rows. Raises UserError for a row without both."""
+    from data import files
+
+    found = []
+    for row in files.read(Path(path).expanduser()):
+        record = row.record or {}
+        question, documents = record.get("question"), record.get("documents")
+        if isinstance(documents, list):
+            documents = dict.fromkeys(documents, 1.0)
+        if not isinstance(question, str) or not isinstance(documents, dict) or not documents:
+            raise UserError("the row has no question with its documents", row.where, "columns question and documents")
+        found.append((question, documents))
+    return found
+
+
+def measure(index: "Index", asked: Sequence[tuple[str, dict[str, float]]], k: int) -> dict[str, Json]:
+    """{way to search: {figure: its value per question}}; a document is found where its first chunk is."""
+    from evals import retrieval
+
+    out = {}
+    for how in ("bm25", "dense", "rrf", "mean") if index.dense else ("bm25",):
+        began = time.perf_counter()
+        hits = index.search([question for question, _ in asked], 3 * max(k, DEPTH), how)
+        seconds = (time.perf_counter() - began) / max(len(asked), 1)
+        ranked = [list(dict.fromkeys(hit.chunk.document for hit in found)) for found in hits]
+        rows = list(zip(ranked, (relevant for _, relevant in asked), strict=True))
+        out[how] = {
+            f"recall@{k}": [retrieval.recall(*row, k) for row in rows],
+            f"nDCG@{DEPTH}": [retrieval.ndcg(*row, DEPTH) for row in rows],
+            f"MRR@{DEPTH}": [retrieval.reciprocal_rank(*row, DEPTH) for row in rows],
+            "seconds": seconds,
+        }
+    return out
+
+
+def table(measured: dict[str, Json], k: int) -> str:
+    """The figures with their 95 % intervals, a way to search per line."""
+    lines = []
+    for how, figures in measured.items():
+        scored = {name: values for name, values in figures.items() if name != "seconds"}
+        n = len(next(iter(scored.values())))
+        shown = []
+        for name, values in scored.items():
+            low, high = stats.of_scores(values)
+            shown.append(f"{name} {sum(values) / n:.3f} ({low:.3f}-{high:.3f})")
+        lines.append(f"{how:5} {'  '.join(shown)}  n = {n}  {1000 * figures['seconds']:.1f} ms per question")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
