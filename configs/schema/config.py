@@ -50,7 +50,7 @@ def load(argv: list[str], flags: Mapping[str, Leaf] | None = None, usage: str | 
     """
     args = overrides.parse_args(argv, flags or {})
     if args.help:
-        describe.write(describe.help_text(usage or USAGE))
+        print(describe.help_text(usage or USAGE))
         raise SystemExit(0)
     if not args.config:
         raise ConfigError([*args.problems, Problem("--config", "", "missing", "write --config=configs/X.py")])

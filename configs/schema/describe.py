@@ -1,7 +1,5 @@
 """The text of `--help` and of `tools.config show`: each key with its meaning, from the comments of base.py."""
 
-import os
-import sys
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
@@ -34,14 +32,6 @@ def help_text(usage: str) -> str:
             arguments = methods.method(kind, name).arguments.items()
             parts.append(f"  {kind}.name={name}  " + " ".join(f"{k}={_default(key)}" for k, key in arguments))
     return "\n".join(line.rstrip() for line in parts)
-
-
-def write(text: str) -> None:
-    """Prints to stdout. It is not an error if the reader closes the pipe early, as `head` does."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest is flushed at exit
 
 
 def _default(key: Key) -> str:

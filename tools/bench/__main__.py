@@ -35,6 +35,7 @@ from tools.bench.worker import Worker
 
 OURS, PEERS = "tools.bench.ours", "tools.bench.peers"
 TORCH = ("torch", "transformers", "peft", "trl")
+DECODE = dict(what="decode", prompt=64, new_tokens=48)
 VERSIONS = ("jax", "jaxlib", *TORCH, "xllamacpp")
 
 
@@ -124,29 +125,27 @@ def tuning(model: str, peers: str, data: str) -> Iterator[Contest]:
 def decoding(model: str, peers: str, _: str) -> Iterator[Contest]:
     """Greedy decoding after a prompt; the time of the prompt is not counted."""
     for batch in (1, 8):
-        case = dict(what="decode", batch=batch, prompt=64, new_tokens=48)
-        sides = [Side("ours", OURS, case | {"model": model})]
+        sides = [Side("ours", OURS, DECODE | dict(model=model, batch=batch))]
         if peers:
-            sides.append(Side("transformers", PEERS, case | {"model": peers}))
-        yield Contest(f"decoding, batch {batch}", sides + llama_cpp(model, peers) * (batch == 1))
+            sides.append(Side("transformers", PEERS, DECODE | dict(model=peers, batch=batch)))
+        yield Contest(f"decoding, batch {batch}", sides + llama_cpp(model, peers, batch))
 
 
-def llama_cpp(model: str, peers: str) -> list[Side]:
-    """The llama.cpp side of decoding one row, if it is installed and can read the model's file."""
-    if not (peers and model in PACKAGES and importlib.util.find_spec("xllamacpp")):
+def llama_cpp(model: str, peers: str, batch: int) -> list[Side]:
+    """The llama.cpp side of decoding, if it is installed and can read the model's file; it decodes only one row."""
+    if batch > 1 or not (peers and model in PACKAGES and importlib.util.find_spec("xllamacpp")):
         return []
-    case = dict(what="llama_cpp", gguf=str(packaged(model)), prompt=64, new_tokens=48)
-    return [Side("llama.cpp, quantized", PEERS, case)]
+    return [Side("llama.cpp, quantized", PEERS, DECODE | dict(what="llama_cpp", gguf=str(packaged(model))))]
 
 
 def small(model: str, peers: str, _: str) -> Iterator[Contest]:
     """Decoding with 8-bit and 4-bit weights, compared with the model's own."""
+    formats = {"int8": dict(name="int8"), "w8a8": dict(name="int8", activations=True), "int4": dict(name="int4")}
     for batch in (1, 8):
-        case = dict(what="decode", batch=batch, prompt=64, new_tokens=48, model=model)
-        formats = {"int8": dict(name="int8"), "w8a8": dict(name="int8", activations=True), "int4": dict(name="int4")}
+        case = DECODE | dict(model=model, batch=batch)
         sides = [Side(f"ours, {name}", OURS, case | {"quant": quant}) for name, quant in formats.items()]
         sides.append(Side("ours, not quantized", OURS, case))
-        yield Contest(f"decoding quantized, batch {batch}", sides + llama_cpp(model, peers) * (batch == 1))
+        yield Contest(f"decoding quantized, batch {batch}", sides + llama_cpp(model, peers, batch))
 
 
 def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
@@ -154,13 +153,15 @@ def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
 
     PEFT keeps all adapters in the model, so its side has only one per row.
     """
-    case = dict(batch=8, prompt=64, new_tokens=48)
-    ranks = lambda n: [8 + 13 * i % 57 for i in range(n)]  # 8 to 64 in scattered order, mean 36
-    many = lambda n: case | dict(what="adapters", ranks=ranks(n) if n > 1 else [36])
-    sides = [Side(f"ours, {n} adapter{'s' * (n > 1)}", OURS, many(n) | {"model": model}) for n in (1000, 8, 1)]
-    sides.append(Side("ours, none", OURS, case | dict(what="decode", model=model)))
+
+    def case(model: str, n: int) -> Json:
+        ranks = [8 + 13 * i % 57 for i in range(n)] if n > 1 else [36]  # 8 to 64 in scattered order, mean 36
+        return DECODE | dict(what="adapters", model=model, batch=8, ranks=ranks)
+
+    sides = [Side(f"ours, {n} adapters" if n > 1 else "ours, 1 adapter", OURS, case(model, n)) for n in (1000, 8, 1)]
+    sides.append(Side("ours, none", OURS, DECODE | dict(model=model, batch=8)))
     if peers:
-        sides.append(Side("PEFT, 8 adapters", PEERS, many(8) | {"model": peers}))
+        sides.append(Side("PEFT, 8 adapters", PEERS, case(peers, 8)))
     yield Contest("decoding 8 rows, adapters of ranks 8 to 64", sides)
 
 
@@ -174,7 +175,7 @@ def methods(model: str, peers: str, _: str) -> Iterator[Contest]:
     case = dict(what="train", batch=2, length=256, steps=2, model=model)
     sides = [Side(name or "full", OURS, case | {"peft": name}) for name in ("", *found)]
     yield Contest("training steps, 2 x 256", sides)
-    case = dict(what="decode", batch=8, prompt=64, new_tokens=48, model=model)
+    case = DECODE | dict(model=model, batch=8)
     sides = [Side("none", OURS, case), Side("lora, merged", OURS, case | dict(peft="lora", merged=True))]
     sides += [Side(name, OURS, case | {"peft": name}) for name in found]
     yield Contest("decoding 8 rows with an adapter", sides)

@@ -170,7 +170,8 @@ def show(plan: Plan, a: Slice, flags: Json) -> int:
 
     chip, slices, spot = chips.find(a.product), flags["slices"], flags["spot"]
     usd = chip and (chip.usd_hour_spot if spot else chip.usd_hour)
-    cost = f"about ${slices * a.chips * usd.value:,.2f} per hour{' spot' * spot} ({usd.date})" if usd else "price n/a"
+    kind = " on spot" if spot else ""
+    cost = f"about ${slices * a.chips * usd.value:,.2f} per hour{kind} ({usd.date})" if usd else "price n/a"
     times = f"{slices} x " if slices > 1 else ""
     print(f"# {times}{a.type}: chips {slices * a.chips}, hosts {slices * a.hosts}, {cost}")
     print(f"# Commands as of {TABLE['date']}: {plan.target['link']}")

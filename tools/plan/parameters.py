@@ -19,7 +19,7 @@ def table(cfg: Config, devices: int = 0) -> str:
     def row(path: str, x: Any, place: Any, names: tuple, trains: bool) -> None:
         axes = ", ".join(str(a or "-") for a in place.spec)
         size = cost.bytes_per_device(x, place)
-        name, shape = path + " *" * trains, " x ".join(map(str, x.shape))
+        name, shape = f"{path} *" if trains else path, " x ".join(map(str, x.shape))
         rows.append((name, shape, str(x.dtype), ", ".join(names), axes, f"{size:,}"))
 
     weights.map_named(row, policy, places, weights.axes(policy, plan.model.specs), plan.mask["policy"])

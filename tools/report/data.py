@@ -107,7 +107,7 @@ def seconds(run: Run) -> float | None:
 def used(runs: list[Run]) -> list[tuple[str, gas.Gas]]:
     """(name, resources used) of every run that trained, and the sum if there are several."""
     rows = [(r.name, gas.line(r.metrics, r.environment, r.config.get("chip") or "")) for r in runs if r.metrics]
-    return rows + [("all runs", gas.total(g for _, g in rows))] * (len(rows) > 1)
+    return [*rows, ("all runs", gas.total(g for _, g in rows))] if len(rows) > 1 else rows
 
 
 def stored(folder: Path) -> int | None:

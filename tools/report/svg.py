@@ -23,9 +23,9 @@ def lines(
     if not points:
         return Markup('<p class="na">n/a: no points yet</p>')
     ys = [y for _, y in points if y > 0] or [1.0]
-    log = min(y for _, y in points) > 0 and max(ys) / min(ys) > 30
-    low = min([y for _, y in points] + [0.0] * zero)
-    y_ticks = decades(min(ys), max(ys)) if log else ticks(low, max(y for _, y in points))
+    low = min(y for _, y in points)
+    log = low > 0 and max(ys) / min(ys) > 30
+    y_ticks = decades(min(ys), max(ys)) if log else ticks(min(low, 0.0) if zero else low, max(y for _, y in points))
     x_ticks = (decades if log_x else ticks)(min(x for x, _ in points), max(x for x, _ in points))
     scale = math.log10 if log else float
     along = math.log10 if log_x else float

@@ -110,7 +110,7 @@ def planned_points(args: overrides.Args) -> "list[Point]":
             for problem in e.problems:
                 problems.setdefault(problem, []).append(str(i))
     for problem, at in list(problems.items()):
-        more = f" and {len(at) - 5} more" * (len(at) > 5)
+        more = f" and {len(at) - 5} more" if len(at) > 5 else ""
         problems[problem] = problem._replace(problem=f"{problem.problem} (point {', '.join(at[:5])}{more})")
     if problems or not points:
         raise ConfigError(problems.values() or [Problem("sweep", "", "has no points")], args.config)
@@ -124,7 +124,7 @@ def maker(args: overrides.Args) -> "Callable[[dict[str, Leaf]], Point]":
     from train.keep import runs
 
     config = schema.read(args.config, args.arg)
-    spec = f"--config={args.config}" + f":{args.arg}" * bool(args.arg)
+    spec = f"--config={args.config}:{args.arg}" if args.arg else f"--config={args.config}"
 
     def make(values: dict[str, Leaf]) -> Point:
         both = values.keys() & args.overrides

@@ -53,7 +53,8 @@ class Listed:
         """Starts the next point that no other process is running."""
         for point in list(self.points.values()):
             again = point.id in self.retry
-            if child := start(point, self.out, (WAITING, STOPPED) + (FAILED,) * again):
+            states = (WAITING, STOPPED, FAILED) if again else (WAITING, STOPPED)
+            if child := start(point, self.out, states):
                 self.retry.discard(point.id)
                 return child
             if not again and state(self.out / point.id, point.config.steps) in ENDED:
