@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("common", "configs", "evals", "examples", "kernels", "model", "results", "tools", "train")
+FOLDERS = ("common", "configs", "evals", "examples", "infer", "kernels", "model", "results", "tools", "train")
 SUFFIXES = (".py", ".md", ".j2", ".toml")
 
 UNITS = "bytes|bits|nats|tokens|rows|rates?|seconds?|ms|us|GB|MB|FLOPs|batches|examples|words|products|sizes?"

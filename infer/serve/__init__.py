@@ -2,7 +2,8 @@
 
 
 class Refused(Exception):
-    """A request that is not answered: an HTTP status and one line; the parameter it is about, and a code for it."""
+    """A refused request: an HTTP status, a one-line message, and optionally the parameter at fault and an error
+    code."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)

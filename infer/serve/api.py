@@ -1,4 +1,4 @@
-"""OpenAI's formats: what the body of a request asks for, and the objects that answer it."""
+"""OpenAI's formats: reads the bodies of requests and builds the objects that answer them."""
 
 import json
 import secrets
@@ -16,12 +16,12 @@ from infer.serve import Refused
 from infer.serve.batcher import TOP, Request, Score
 from infer.serve.messages import turns
 
-CHOICES = 32  # answers of one request
-STOP = 256  # characters of a stop string
+CHOICES = 32  # maximum answers per request
+STOP = 256  # maximum characters of a stop string
 
 
 class Field(NamedTuple):
-    """A parameter that is used: its type, its default, its least and its greatest value."""
+    """A supported parameter: its type, default, minimum and maximum."""
 
     kind: type
     default: Any
@@ -40,8 +40,13 @@ CHAT = BOTH | {
 }  # fmt: skip
 COMPLETION = BOTH | {"max_tokens": Field(int, 16, 1, 1 << 62), "logprobs": Field(int, None, 0, TOP)}
 READ = {"model", "stop", "stream_options"}  # read by name below
-LABELS = {"user": str, "metadata": dict, "safety_identifier": str, "prompt_cache_key": str}  # never change an answer
-# Parameters that are not supported, with the values at which they change nothing; null is one of them for all.
+LABELS = {
+    "user": str,
+    "metadata": dict,
+    "safety_identifier": str,
+    "prompt_cache_key": str,
+}  # without effect
+# Unsupported parameters, with the values at which they have no effect; null is always accepted.
 NEUTRAL: dict[str, tuple] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "length_penalty": (1,),
     "logit_bias": ({},), "best_of": (1,), "echo": (False,), "suffix": ("",), "min_tokens": (0,), "typical_p": (1,),
@@ -57,23 +62,23 @@ INSTEAD = {
 
 
 class Asked(NamedTuple):
-    """A request, read."""
+    """A parsed request."""
 
     model: str
     chat: bool
-    prompts: list[Any]  # of a chat its messages; else texts or lists of ids
+    prompts: list[Any]  # one list of messages for a chat, else texts or lists of ids
     max_tokens: int | None
     n: int
     knobs: Knobs
     seed: int | None
     stop: list[str]
-    top: int | None  # alternatives of each token to score
+    top: int | None  # number of alternatives to score per token
     stream: bool
-    usage: bool  # in the stream
+    usage: bool  # whether a stream ends with the usage
 
 
 def read(body: bytes, chat: bool, models: Collection[str]) -> Asked:
-    """What a chat's or a completion's body asks for. Raises Refused; nothing in it is ignored."""
+    """Parses the body of a chat or completion request. Raises Refused; no field is silently ignored."""
     fields, prompt = (CHAT, "messages") if chat else (COMPLETION, "prompt")
     content = {k: v for k, v in _object(body).items() if v is not None}
     for name, value in content.items():
@@ -107,7 +112,7 @@ def read(body: bytes, chat: bool, models: Collection[str]) -> Asked:
 
 
 def ids(lm: LM, prompt: str | list[int]) -> list[int]:
-    """The ids of a completion's prompt. Its text may spell control tokens, as a rendered chat does."""
+    """The ids of a completion's prompt. Its text may contain control tokens, such as those of a rendered chat."""
     if not isinstance(prompt, str):
         return prompt
     out, prefix = lm.tokenizer.encode(prompt, special=True), list(lm.tokenizer.prefix)
@@ -115,7 +120,7 @@ def ids(lm: LM, prompt: str | list[int]) -> list[int]:
 
 
 def seed(given: int | None, choice: int) -> int:
-    """The 31-bit seed of one of a request's choices: drawn anew without a seed; the first has a small seed as given."""
+    """The 31-bit seed of one choice of a request: random if none is given; the first choice keeps a small seed."""
     if given is None:
         return secrets.randbits(31)
     return given if not choice and abs(given) < 1 << 31 else zlib.crc32(f"{given} {choice}".encode()) >> 1
@@ -124,9 +129,9 @@ def seed(given: int | None, choice: int) -> int:
 def _object(body: bytes) -> Json:
     try:
         content = json.loads(body)
-        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        json.dumps(content, ensure_ascii=False).encode()  # fails for half a surrogate pair
     except UnicodeEncodeError:
-        raise Refused(400, "a text in the body has a lone surrogate, which is no character") from None
+        raise Refused(400, "a text in the body has a lone surrogate, which is not a character") from None
     except (ValueError, RecursionError):
         raise Refused(400, "the body is not JSON") from None
     if not isinstance(content, dict):
@@ -135,7 +140,7 @@ def _object(body: bytes) -> Json:
 
 
 def _neutral(name: str, value: object) -> None:
-    """Raises Refused for a parameter that would change the answer, were it supported."""
+    """Raises Refused for an unsupported parameter whose value would change the answer."""
     if name in LABELS:
         if not isinstance(value, LABELS[name]):
             raise Refused(400, f"{name} has another type", name)
@@ -204,20 +209,20 @@ def _prompts(value: object) -> list[str | list[int]]:
 
 
 class Choice:
-    """One answer in the making: its tokens become text, which ends before the first stop string."""
+    """An answer in progress: turns tokens into text, which ends before the first stop string."""
 
     def __init__(self, lm: LM, request: Request, stop: list[str]):
         self.request, self.stop = request, stop
-        self.tokens = 0  # with the end token, and with those of a stop string
+        self.tokens = 0  # including the end token and the tokens of a stop string
         self.finish: str | None = None
         self._tokenizer = lm.tokenizer
         self._tokens: deque[int | None] = deque()
-        self._pieces = lm.pieces(request.prompt, iter(self._tokens.popleft, None))  # one per token, then the rest
-        self._held, self._sent = "", 0  # text that may begin a stop string; characters before it
-        self._scores: deque[tuple[int, Score]] = deque()  # with the character of the answer where the token begins
+        self._pieces = lm.pieces(request.prompt, iter(self._tokens.popleft, None))  # one piece per token, then the rest
+        self._held, self._sent = "", 0  # text that may begin a stop string; number of characters before it
+        self._scores: deque[tuple[int, Score]] = deque()  # (index of the token's first character in the answer, score)
 
     def add(self, token: int | None) -> None:
-        """The next token; None ends the answer. What comes behind its end is not looked at."""
+        """Adds the next token; None ends the answer. Tokens after the end are ignored."""
         if self.finish:
             return
         self._tokens.append(token)
@@ -236,7 +241,7 @@ class Choice:
             self._scores = deque((at, score) for at, score in self._scores if at < end)
 
     def take(self) -> tuple[str, list[tuple[int, Score]]]:
-        """The text since the last call that is certain to be in the answer, and the scores of its tokens."""
+        """The new text that is certain to be part of the answer, and the scores of its tokens."""
         ready = len(self._held) if self.finish else len(self._held) - _held_back(self._held, self.stop)
         text, self._held = self._held[:ready], self._held[ready:]
         self._sent += len(text)
@@ -246,7 +251,7 @@ class Choice:
         return text, scores
 
     def logprobs(self, scores: list[tuple[int, Score]], chat: bool) -> dict | None:
-        """Scores in OpenAI's format; None when they were not asked for."""
+        """Scores in OpenAI's format; None if the request did not ask for them."""
         if self.request.top is None:
             return None
         if chat:
@@ -267,7 +272,7 @@ class Choice:
 
 
 def _held_back(text: str, stop: list[str]) -> int:
-    """Characters at the end of a text that begin a stop string."""
+    """Number of characters at the end of a text that may begin a stop string."""
     for n in range(min(len(text), max(map(len, stop), default=0)), 0, -1):
         if any(s.startswith(text[-n:]) for s in stop):
             return n
@@ -275,7 +280,7 @@ def _held_back(text: str, stop: list[str]) -> int:
 
 
 def head(asked: Asked) -> dict:
-    """What all objects of an answer have in common."""
+    """The fields that all objects of an answer share."""
     if asked.chat:
         kind = "chat.completion.chunk" if asked.stream else "chat.completion"
     else:
@@ -285,14 +290,14 @@ def head(asked: Asked) -> dict:
 
 
 def usage(choices: list[Choice], n: int) -> dict[str, int]:
-    """A prompt counts once, however many answers it has."""
+    """Token counts; a prompt counts once for all its answers."""
     prompt = sum(len(choice.request.prompt) for choice in choices[::n])
     completion = sum(choice.tokens for choice in choices)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def whole(asked: Asked, choices: list[Choice]) -> dict:
-    """The answer at once."""
+    """The complete answer as one object."""
     out = []
     for i, choice in enumerate(choices):
         text, scores = choice.take()
@@ -303,7 +308,7 @@ def whole(asked: Asked, choices: list[Choice]) -> dict:
 
 
 def chunks(asked: Asked, i: int, choice: Choice) -> list[dict]:
-    """Entries of `choices` in a stream: what is new of choice `i`, and its end."""
+    """Entries of `choices` in a stream: the new text of choice `i`, and its end."""
     text, scores = choice.take()
     out = []
     if text or scores:

@@ -1,9 +1,8 @@
 """Continuous batching (Orca: Yu et al. 2022): requests join and leave a running batch of fixed rows.
 
-All rows share one key-value cache, which is a ring: a step writes one column of it for every row. A prompt that joins
-is computed alone and laid into the columns before that one. What a row sees follows from the positions and segments
-that stand in the cache, so that a column needs no meaning of its own, and one compiled program decodes whatever the
-rows are at.
+All rows share one key-value cache, which is a ring buffer: each step writes one column for every row. A joining prompt
+is prefilled separately and copied into the columns before that one. Attention is masked by the positions and segments
+stored in the cache, not by column, so rows at different lengths share one compiled step.
 """
 
 import functools
@@ -27,30 +26,29 @@ from model.net.kv_cache import Cache
 from model.net.transformer import Transformer, virtual_tokens
 from model.weights import Params
 
-TOP = 20  # alternatives of a token whose log-probabilities a step hands out
+TOP = 20  # maximum alternatives per token with log-probabilities
 
 
 class Full(Exception):
-    """More requests wait than may wait."""
+    """The queue of waiting requests is full."""
 
 
 class Score(NamedTuple):
-    """Log-probabilities of a sampled token and of the most likely ones, by the model itself: at temperature 1, before
-    any truncation."""
+    """Log-probabilities of the sampled token and of the most likely ones, at temperature 1 before any truncation."""
 
     token: int
     logp: float
     top: list[tuple[int, float]]  # the most likely first
 
 
-Item = int | BaseException | None  # a token; None behind the last one; what ended the answer too early
+Item = int | BaseException | None  # a token; None after the last one; an error that ended the answer early
 
 
 class Request:
-    """A prompt and its answer: iterating waits for its tokens as they come, and raises what ended it too early.
+    """A prompt and its answer. Iteration waits for the tokens, and raises the error if one ended the answer early.
 
-    With `put`, that function receives each item instead, in the batcher's thread. `top` alternatives of each token
-    are scored; None: no scores.
+    If `put` is given, it receives each item instead, in the batcher's thread. `top` alternatives of each token are
+    scored; None: no scores.
     """
 
     def __init__(
@@ -61,9 +59,9 @@ class Request:
         self.key = np.asarray(jax.random.key_data(row_keys([prompt], 1, seed)[0]))
         self.tokens: list[int] = []
         self.top = top
-        self.scores: list[Score] = []  # one per token, where they are asked for
-        self.stopped = False  # at an end token, which is the last of `tokens`
-        self.cancelled = False  # set it to leave the batch
+        self.scores: list[Score] = []  # one per token, if requested
+        self.stopped = False  # by an end token, the last of `tokens`
+        self.cancelled = False  # set to True to leave the batch
         self._out: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._put = put or self._out.put
 
@@ -74,7 +72,7 @@ class Request:
             yield item
 
     def add(self, token: int, ends: tuple[int, ...]) -> bool:
-        """Whether it is done with this token."""
+        """Adds a token. Returns whether the answer is complete."""
         self.tokens.append(token)
         self.stopped = token in ends
         self._put(token)
@@ -85,19 +83,19 @@ class Request:
 
 
 class Rows(NamedTuple):
-    """What a step knows of each row of the batch [B]; in numpy until it is traced."""
+    """The inputs of a step for each row of the batch [B]; NumPy arrays until they are traced."""
 
     live: Array | np.ndarray
     token: Array | np.ndarray  # the newest, not yet in the cache
-    position: Array | np.ndarray  # of it
-    step: Array | np.ndarray  # tokens sampled before
+    position: Array | np.ndarray  # of that token
+    step: Array | np.ndarray  # number of tokens sampled so far
     key: Array | np.ndarray  # [B,2]
     scored: Array | np.ndarray  # whether its tokens get a Score
     knobs: Knobs
 
 
 class Picked(NamedTuple):
-    """What a step sampled; the scores are zeros where no row asks for them."""
+    """The outputs of a step; the scores are zeros if no row needs them."""
 
     tokens: Array  # [B]
     logps: Array  # [B]
@@ -106,16 +104,16 @@ class Picked(NamedTuple):
 
 
 class Batcher:
-    """A batch of `rows` rows with room for `length` tokens each, prompt and answer; so many requests may wait.
+    """A batch of `rows` rows with room for `length` tokens each, prompt plus answer. Up to `waiting` requests may wait.
 
-    `submit` is for any thread; `step`, or `run` in a thread of its own, does the work.
+    `submit` may be called from any thread; `step`, or `run` in its own thread, does the work.
     """
 
     def __init__(self, lm: LM, rows: int = 8, length: int = 1024, waiting: int = 64):
         if virtual_tokens(lm.params):
-            raise UserError("a prefix or a trained prompt cannot share a batch", "model", "use tools.chat")
+            raise UserError("models with prefix or prompt tuning cannot share a batch", "model", "use tools.chat")
         if others := without_columns(lm.config.blocks):
-            raise UserError(f"{others[0]} layers keep a state, which is no ring", "model", "use tools.chat")
+            raise UserError(f"{others[0]} layers cannot be served in a shared batch", "model", "use tools.chat")
         self.lm, self.length, self.limit = lm, min(length, lm.config.context), waiting
         adapters = lm.store.adapters if lm.store else ()
         # Raises UserError for a model without a tokenizer.
@@ -124,35 +122,37 @@ class Batcher:
         self.waiting: deque[Request] = deque()
         self.changed = threading.Condition()
         self.closed = False
-        self.cache = jax.jit(lm.model.cache, static_argnums=(0, 1))(rows, self.length)  # no two of its arrays are one
-        self.params: Params = None  # for the rows as they are
+        self.cache = jax.jit(lm.model.cache, static_argnums=(0, 1))(
+            rows, self.length
+        )  # jitted so that no two arrays share a buffer
+        self.params: Params = None  # for the current rows; None if these have changed
 
     def submit(
         self, prompt: list[int], *, max_new_tokens: int, adapter: str | None = None, knobs: Knobs | None = None,
         seed: int = 0, top: int | None = None, put: Callable[[Item], None] | None = None,
     ) -> Request:  # fmt: skip
-        """A request that waits for its turn. Raises UserError for one that cannot be answered, Full when many wait."""
+        """Queues a request. Raises UserError if it cannot be answered, Full if too many are waiting."""
         check(self.lm.model, self.lm.params, [prompt], max_new_tokens)
         if len(prompt) + max_new_tokens > self.length:
-            what = f"{len(prompt)} prompt tokens + {max_new_tokens} new ones exceed the {self.length} of a row"
+            what = f"{len(prompt)} prompt tokens + {max_new_tokens} new tokens exceed the {self.length} of a row"
             raise UserError(what, "prompt", "shorten the prompt or ask for fewer tokens")
         if adapter is not None and adapter not in self.names:
             raise UserError(f"no adapter {adapter!r}", "adapter", f"known: {', '.join(self.names) or 'none'}")
         request = Request(prompt, adapter, max_new_tokens, knobs or Knobs(), seed, top, put)
         with self.changed:
             if self.closed or len(self.waiting) >= self.limit:
-                raise Full("the server is closing" if self.closed else f"{self.limit} requests wait already")
+                raise Full("the server is closing" if self.closed else f"{self.limit} requests are waiting already")
             self.waiting.append(request)
             self.changed.notify()
         return request
 
     @property
     def names(self) -> list[str]:
-        """Of the adapters."""
+        """The names of the adapters."""
         return list(self.lm.store.adapters) if self.lm.store else []
 
     def run(self) -> None:
-        """Steps while there is something to do, until `close`; an error ends every request."""
+        """Runs steps while there are requests, until `close`. An error ends every request."""
         error: BaseException | None = None
         try:
             while not self.closed:
@@ -173,7 +173,7 @@ class Batcher:
             self.changed.notify()
 
     def step(self) -> None:
-        """Lets requests in, then samples a token for every row."""
+        """Admits waiting requests, then samples a token for every row."""
         while (request := self._next()) is not None:
             self._join(request, self.rows.index(None))
         if not any(self.rows):
@@ -184,7 +184,7 @@ class Batcher:
         self._add(range(len(self.rows)), picked)
 
     def _next(self) -> Request | None:
-        """The next request, when there is a row for it, and room for its adapter beside those at work."""
+        """The next request, if there is a free row and its adapter fits next to those in use."""
         with self.changed:
             for request in [r for r in self.waiting if r.cancelled]:
                 self.waiting.remove(request)
@@ -197,12 +197,12 @@ class Batcher:
             return self.waiting.popleft()
 
     def _join(self, request: Request, row: int) -> None:
-        self.rows[row] = request  # from here on its adapter stays on the device
+        self.rows[row] = request  # from now on its adapter stays on the device
         if self.lm.store:
             self.lm.store.hold([r and r.adapter for r in self.rows])
         params = self._serving([request.adapter])
         x, cache = prefill(self.lm.model, params, pad([request.prompt]), 0)
-        self.cache = _lay(self.cache, cache, row)
+        self.cache = _insert(self.cache, cache, row)
         self._add([row], _first(self.lm.model, params, x, arrays([request])))
         self.params = None
 
@@ -210,7 +210,7 @@ class Batcher:
         return self.lm.store.route(names, len(names)) if self.lm.store else self.lm.unrolled
 
     def _add(self, rows: Sequence[int], picked: Picked) -> None:
-        """Hands the tokens of a step to the requests in these rows, with their scores where they are asked for."""
+        """Passes the tokens of a step, and scores if requested, to the requests in these rows."""
         requests = [self.rows[row] for row in rows]
         tokens = np.asarray(picked.tokens).tolist()
         if any(r and r.top is not None for r in requests):
@@ -227,7 +227,7 @@ class Batcher:
 
 
 def arrays(rows: list[Request | None]) -> Rows:
-    """The state of the rows for a step; of a row without a request it is not live."""
+    """The inputs of a step; a row without a request is not live."""
     n = len(rows)
     knobs = Knobs(*(np.full(n, off, np.int32 if isinstance(off, int) else np.float32) for off in Knobs()))
     out = Rows(np.zeros(n, bool), *np.zeros((3, n), np.int32), np.zeros((n, 2), np.uint32), np.zeros(n, bool), knobs)
@@ -245,9 +245,9 @@ def arrays(rows: list[Request | None]) -> Rows:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _step(model: Transformer, params: Params, cache: Cache, rows: Rows) -> tuple[Picked, Cache]:
-    """The next token of every row, and the cache with the newest ones written to its next column."""
+    """Samples the next token of every row, and writes the newest ones to the next column of the cache."""
     cache = cache._replace(index=cache.index % cache.positions.shape[1])
-    columns = (rows.token, rows.position, rows.live.astype(jnp.int32))  # segment 0 is never seen
+    columns = (rows.token, rows.position, rows.live.astype(jnp.int32))  # segment 0 is masked
     out = model.hidden(params, *(c[:, None] for c in columns), cache)
     return _pick(model.logits(params, out.x)[:, 0], rows), out.cache
 
@@ -258,7 +258,7 @@ def _first(model: Transformer, params: Params, x: Array, rows: Rows) -> Picked:
 
 
 def _pick(logits: Array, rows: Rows) -> Picked:
-    """Tokens of logits [B,V]: those that `generate` samples with the same key and knobs."""
+    """Samples tokens from logits [B,V]: the same as `generate` with equal key and knobs."""
     top = min(TOP, logits.shape[-1])
 
     def one(logits: Array, key: Array, step: Array, knobs: Knobs) -> Array:
@@ -285,16 +285,16 @@ def _pick(logits: Array, rows: Rows) -> Picked:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _lay(cache: Cache, one: Cache, row: int | Array) -> Cache:
-    """A cache of one row laid into another's row so that it ends before the next column; the rest of it is emptied."""
+def _insert(cache: Cache, one: Cache, row: int | Array) -> Cache:
+    """Copies a one-row cache into a row of `cache`, ending before the next column; clears the rest of the row."""
     length, index = cache.positions.shape[1], cache.index
 
-    def lay(whole: Array, part: Array) -> Array:
-        part = part[:, -length:]  # what goes is padding
+    def insert(whole: Array, part: Array) -> Array:
+        part = part[:, -length:]  # drops only padding
         width = part.shape[1]
         part = jnp.pad(part, ((0, 0), (0, length - width), *((0, 0),) * (part.ndim - 2)))
         part = jnp.roll(part, index - width, axis=1)
         return jax.lax.dynamic_update_slice(whole, part, (row * len(part), *(0,) * (part.ndim - 1)))
 
-    layers = jax.tree.map(lay, cache.layers, one.layers)
-    return Cache(index, layers, lay(cache.positions, one.positions), lay(cache.segments, one.segments))
+    layers = jax.tree.map(insert, cache.layers, one.layers)
+    return Cache(index, layers, insert(cache.positions, one.positions), insert(cache.segments, one.segments))

@@ -1,4 +1,4 @@
-"""A client's connection: one of a bounded number, and cut when it takes too long to send or to read."""
+"""A client's connection: their number is bounded, and one that is too slow to send or read is closed."""
 
 import asyncio
 import json
@@ -8,17 +8,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from infer.serve import Refused
 
-CONNECTIONS = 512  # at a time
-PATIENCE = 10.0  # seconds in which a request must have arrived, and in which a client must take what was sent to it
-LINGER = 1.0  # seconds between a last answer and the end of the connection
+CONNECTIONS = 512  # maximum at a time
+PATIENCE = 10.0  # seconds for a request to arrive completely, and for a client to read sent data
+LINGER = 1.0  # seconds between the last answer and closing the connection
 
 
 class Connection(H11Protocol):
-    """uvicorn's protocol with deadlines that bytes on the way do not put off."""
+    """uvicorn's protocol with deadlines that are not extended by partial data."""
 
     arriving: asyncio.TimerHandle | None = None  # of the request that is being received
     stalled: asyncio.TimerHandle | None = None  # of a client that does not read
-    over = False  # a last answer was sent; what still comes is not read
+    over = False  # the last answer was sent; further data is ignored
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -33,7 +33,7 @@ class Connection(H11Protocol):
         if self.arriving is None:
             self.arriving = self.loop.call_later(PATIENCE, self.late)
         super().data_received(data)
-        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):  # the request is whole
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):  # the request is complete
             self.arriving = _stop(self.arriving)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -58,7 +58,7 @@ class Connection(H11Protocol):
         self.end(Refused(400, "this is not a valid HTTP request"))
 
     def end(self, e: Refused) -> None:
-        """A last answer. The connection is closed a little later: closed over unread bytes, it would be reset."""
+        """Sends a last answer. The connection is closed a little later: closing it with unread bytes would reset it."""
         body = json.dumps(e.content).encode()
         retry = "Retry-After: 1\r\n" if e.status == 429 else ""
         head = f"HTTP/1.1 {e.status} \r\nContent-Type: application/json\r\n{retry}Content-Length: {len(body)}\r\n"

@@ -1,8 +1,8 @@
 """OpenAI's HTTP interface to a running batch: starlette routes, served by uvicorn on the loopback interface.
 
-The batcher works in a thread of its own and hands each token to the event loop. Clients are bounded in number, in what
-they send and in how long they take; a client that leaves ends its requests; a signal ends the server once what was
-asked is answered.
+The batcher runs in its own thread and passes each token to the event loop. The number of clients, the size of their
+requests and their time are bounded; a client that disconnects ends its requests. After a signal the server answers the
+current requests and exits.
 """
 
 import asyncio
@@ -32,15 +32,15 @@ from infer.serve.batcher import Batcher, Full, Item
 from infer.serve.connection import Connection
 
 HOST = "127.0.0.1"
-BODY = 1 << 20  # bytes of a request
-BACKLOG = 2048  # connections that the system holds until they are accepted
-KEEP_ALIVE = 60  # seconds that an idle connection stays: longer than clients keep theirs, or they would be cut off
-DRAIN = 60  # seconds for the answers in progress after a signal
+BODY = 1 << 20  # maximum bytes of a request
+BACKLOG = 2048  # connections that the system queues until they are accepted
+KEEP_ALIVE = 60  # seconds that an idle connection stays open: longer than clients' own timeouts
+DRAIN = 60  # seconds to finish answers after a signal
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
 
 
 def listen(port: int) -> socket.socket:
-    """A listening socket on this machine; 0: any port that is free. Raises UserError when it is taken."""
+    """A listening socket on the loopback interface; 0: any free port. Raises UserError if the port is taken."""
     try:
         return socket.create_server((HOST, port), backlog=BACKLOG)
     except OSError as e:
@@ -55,7 +55,7 @@ def make(batcher: Batcher, name: str) -> uvicorn.Server:
 
 
 def run(server: uvicorn.Server, batcher: Batcher, listening: socket.socket) -> None:
-    """Serves until SIGINT or SIGTERM, answers what was asked by then, and returns. Raises what ended the batcher."""
+    """Serves until SIGINT or SIGTERM, finishes the current requests, and returns. Raises the error of the batcher."""
     errors: list[BaseException] = []
 
     def work() -> None:
@@ -66,7 +66,10 @@ def run(server: uvicorn.Server, batcher: Batcher, listening: socket.socket) -> N
         server.should_exit = True
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn has handlers of its own, then raises them again
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # uvicorn installs its own, then raises the signals again
             signal.signal(number, signal.SIG_IGN)
     worker = threading.Thread(target=work)
     worker.start()
@@ -80,7 +83,7 @@ def run(server: uvicorn.Server, batcher: Batcher, listening: socket.socket) -> N
 
 
 def application(batcher: Batcher, name: str) -> Starlette:
-    """The routes; `name` is the base model's, beside those of its adapters."""
+    """The routes. `name` is the name of the base model; adapters have their own names."""
     service = Service(batcher, name)
     routes = [
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
@@ -95,17 +98,17 @@ def application(batcher: Batcher, name: str) -> Starlette:
 
 
 class Meters:
-    """What /metrics shows."""
+    """The figures at /metrics."""
 
     def __init__(self, batcher: Batcher):
         self.registry = r = CollectorRegistry()
         self.requests = Counter("kungfu_requests", "HTTP requests answered", ["path", "status"], registry=r)
         self.tokens = Counter("kungfu_tokens", "Tokens of prompts and of answers", ["kind"], registry=r)
-        self.seconds = Histogram("kungfu_request_seconds", "Seconds until an answer is whole", ["path"], registry=r)
+        self.seconds = Histogram("kungfu_request_seconds", "Seconds until an answer is complete", ["path"], registry=r)
         self.first = Histogram("kungfu_first_token_seconds", "Seconds from the request to its first token", registry=r)
-        waiting = Gauge("kungfu_requests_waiting", "Answers that wait for a row of the batch", registry=r)
+        waiting = Gauge("kungfu_requests_waiting", "Answers waiting for a row of the batch", registry=r)
         waiting.set_function(lambda: len(batcher.waiting))
-        running = Gauge("kungfu_requests_running", "Rows of the batch at work", registry=r)
+        running = Gauge("kungfu_requests_running", "Rows of the batch in use", registry=r)
         running.set_function(lambda: sum(row is not None for row in batcher.rows))
 
 
@@ -155,7 +158,7 @@ class Service:
         return Reply(asked, choices, inbox, self.meters, begin)
 
     def submit(self, asked: api.Asked, put: Callable[[int, Item], None]) -> list[api.Choice]:
-        """The answers of a request, in the batcher's queue; all or none. Raises Refused and UserError."""
+        """Queues the answers of a request, all or none. Raises Refused and UserError."""
         adapter = None if asked.model == self.name else asked.model
         lm, choices = self.batcher.lm.speaking(adapter), []
         try:
@@ -182,12 +185,12 @@ class Service:
 
 
 def _post(loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue, i: int, item: Item) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+    with contextlib.suppress(RuntimeError):  # the loop has ended and nobody is waiting
         loop.call_soon_threadsafe(inbox.put_nowait, (i, item))
 
 
 class Reply:
-    """The response to a request whose answers are being made: whole, or as server-sent events."""
+    """The response to a queued request: complete, or as server-sent events."""
 
     def __init__(
         self, asked: api.Asked, choices: list[api.Choice], inbox: asyncio.Queue[tuple[int, Item]], meters: Meters,
@@ -216,7 +219,7 @@ class Reply:
         return all(choice.finish for choice in self.choices)
 
     async def watch(self, receive: Receive) -> None:
-        """Cancels the requests when the client leaves."""
+        """Cancels the requests when the client disconnects."""
         while (await receive())["type"] != "http.disconnect":
             pass
         self.cancel()
@@ -226,7 +229,8 @@ class Reply:
             choice.request.cancelled = True
 
     async def advance(self) -> list[int]:
-        """Waits for tokens, gives all that are there to their choices, and says which moved. Raises Refused."""
+        """Waits for tokens, adds all available ones to their choices, and returns the changed choices. Raises
+        Refused."""
         moved: dict[int, None] = {}
         while not moved or not self.inbox.empty():
             i, item = await self.inbox.get()
@@ -259,16 +263,16 @@ class Reply:
                 open_ -= {i for i in moved if self.choices[i].finish}
                 if parts:
                     await events([start | {"choices": [part]} for part in parts])
-        except Refused as e:  # the status has been sent
+        except Refused as e:  # the status was sent already
             return await events([e.content], b"")
         total = {"choices": [], "usage": api.usage(self.choices, self.asked.n)}
         await events([start | total] if self.asked.usage else [], b"data: [DONE]\n\n")
 
 
 async def body_of(request: Request) -> bytes:
-    """The body of a request. Raises Refused for other content than JSON, and for too much of it."""
+    """The body of a request. Raises Refused if it is not JSON or too large."""
     if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refused(415, "send Content-Type: application/json")  # which pages of other sites may not send
+        raise Refused(415, "send Content-Type: application/json")  # which pages of other sites are not allowed to send
     too_large = Refused(413, f"a request has at most {BODY} bytes")
     if int(request.headers.get("Content-Length", 0)) > BODY:
         raise too_large
@@ -281,13 +285,13 @@ async def body_of(request: Request) -> bytes:
 
 
 class Guard:
-    """Refuses requests under another host's name, and counts and times the others."""
+    """Refuses requests with another host name; counts and times the others."""
 
     def __init__(self, app: ASGIApp, meters: Meters):
         self.app, self.meters = app, meters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begin, status = time.perf_counter(), 499  # the client left
+        begin, status = time.perf_counter(), 499  # the client disconnected
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -297,13 +301,13 @@ class Guard:
         host = next((value for key, value in scope["headers"] if key == b"host"), b"")
         path = next((p for p in PATHS if scope["path"] == p or scope["path"].startswith(f"{p}/")), "other")
         try:
-            # Pages of other sites reach this port through the reader's browser, under a name of theirs.
+            # Pages of other sites can reach this port through the user's browser, under their own host name.
             if host.partition(b":")[0] not in (b"127.0.0.1", b"localhost"):
                 await error_response(Refused(403, "the host is not this machine"))(scope, receive, counted)
             else:
                 await self.app(scope, receive, counted)
         except ClientDisconnect:
-            pass  # before its request was whole: there is nobody to answer
+            pass  # before its request was complete: there is nobody to answer
         except Exception:
             status = 500
             raise

@@ -1,6 +1,6 @@
-"""The turns of a chat as OpenAI's clients write them, made ready for a chat template.
+"""Prepares the messages of OpenAI's clients for a chat template.
 
-What the model's template would drop is refused, with the reason: no field of a turn is ignored silently.
+Fields that the model's template would drop are refused with the reason: no field is silently ignored.
 """
 
 import json
@@ -12,19 +12,19 @@ from infer.serve import Refused
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
 THOUGHTS = {"reasoning_content", "reasoning", "thinking"}  # templates drop those of earlier turns on purpose
-LINKS = {"tool_call_id"}  # the order of the turns says the same
+LINKS = {"tool_call_id"}  # redundant, given the order of the turns
 FIELDS = {"role", "content", "name", "tool_calls"} | THOUGHTS | LINKS
 
 
 def turns(value: object) -> list[Message]:
-    """The messages of a request, each with a text as its content. Raises Refused."""
+    """The messages of a request, with text contents. Raises Refused."""
     if not isinstance(value, list) or not value:
         raise Refused(400, "messages must be a list of at least one message", "messages")
     return [_turn(message, f"messages[{i}]") for i, message in enumerate(value)]
 
 
 def encode(lm: LM, messages: list[Message]) -> list[int]:
-    """The ids that the model continues. Raises Refused, or UserError where the template refuses a turn."""
+    """The token ids of the prompt. Raises Refused, or UserError if the template rejects a turn."""
     extra = sorted({field for m in messages for field in m} - {"role", "content"} - LINKS)
     template = lm.tokenizer.chat_template
     if template is None:
@@ -34,14 +34,14 @@ def encode(lm: LM, messages: list[Message]) -> list[int]:
     for i, message in enumerate(messages):
         rest = json.dumps({k: v for k, v in message.items() if k in extra}, ensure_ascii=False)
         if found := lm.tokenizer.control_tokens(rest):
-            raise Refused(400, f"messages[{i}] spells the control token {found[0]!r}", f"messages[{i}]")
+            raise Refused(400, f"messages[{i}] contains the control token {found[0]!r}", f"messages[{i}]")
     ids = lm.encode(messages)
     _refuse_dropped(lm, messages, [f for f in extra if f not in THOUGHTS or f not in template])
     return ids
 
 
 def _refuse_dropped(lm: LM, messages: list[Message], fields: list[str]) -> None:
-    """Raises Refused when the rendered chat is the same without one of these fields, or without a role."""
+    """Raises Refused if the rendered chat is the same without one of these fields, or without a role."""
     roles = {m["role"] for m in messages} & {"system", "developer", "tool"}
     if not fields and not roles:
         return
@@ -50,7 +50,7 @@ def _refuse_dropped(lm: LM, messages: list[Message], fields: list[str]) -> None:
     def same(shorter: list[Message]) -> bool:
         try:
             return chat.render(shorter, lm.tokenizer, True) == text
-        except UserError:  # the template needs what is left out
+        except UserError:  # the template requires the removed part
             return False
 
     for field in fields:
@@ -79,7 +79,7 @@ def _turn(message: object, where: str) -> Message:
 
 
 def _content(content: object, optional: bool, where: str) -> str:
-    """A text, or OpenAI's list of parts of text."""
+    """The content as text, from a string or OpenAI's list of text parts."""
     if content is None and optional:
         return ""
     if isinstance(content, list):
@@ -95,7 +95,7 @@ def _content(content: object, optional: bool, where: str) -> str:
 
 
 def _call(call: object, where: str) -> dict:
-    """A call with its arguments as an object, which is how templates expect them."""
+    """A tool call with its arguments as an object, as templates expect."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise Refused(400, f"{where} needs a function with a name", where)

@@ -199,7 +199,7 @@ def show(rows: list[Json]) -> None:
         kernel_report_gpu.show(gpu)
     heads = ("", "by", "bundles", "MXU", "us", "HBM us", "bytes", "VMEM", "spills")
     for name in dict.fromkeys(r["chip"] for r in rows if r["chip"] in TPUS):
-        table = Table(*heads, title=f"{name}. MXU: least over scheduled cycles. bytes: moved over least")
+        table = Table(*heads, title=f"{name}. MXU: utilization. bytes: moved, relative to the least possible")
         for r in (r for r in rows if r["chip"] == name):
             for by in ("kernel", "xla"):
                 if by in r:

@@ -172,7 +172,7 @@ def show(rows: list[Json]) -> None:
     from rich.table import Table
 
     heads = ("", "by", "registers", "spills", "shared", "bytes", "temporary", "us", "limit us", "off by")
-    legend = "spills: bytes stored and loaded. bytes: moved over least. limit: by the least bytes or the FLOPs"
+    legend = "spills: bytes stored and loaded. bytes: relative to the least possible. limit: by bytes or FLOPs"
     table = Table(*heads, title=f"{rows[0]['chip']}. {legend}")
     shown = lambda value, form: "n/a" if value is None else form(value)
     for r in rows:
