@@ -122,9 +122,8 @@ class Batcher:
         self.waiting: deque[Request] = deque()
         self.changed = threading.Condition()
         self.closed = False
-        self.cache = jax.jit(lm.model.cache, static_argnums=(0, 1))(
-            rows, self.length
-        )  # jitted so that no two arrays share a buffer
+        # Jitted, so that no two of its arrays share a buffer.
+        self.cache = jax.jit(lm.model.cache, static_argnums=(0, 1))(rows, self.length)
         self.params: Params = None  # for the current rows; None if these have changed
 
     def submit(
