@@ -1,4 +1,4 @@
-"""Texts to vectors: an encoder, or any language model, with the pooling that its folder names."""
+"""Turns texts into vectors with an encoder or any language model, pooled as its folder says."""
 
 import dataclasses
 import functools
@@ -22,8 +22,8 @@ from model.io.pretrained import open_pretrained
 from model.net.transformer import Transformer
 from model.weights import Params
 
-BATCH_TOKENS = 16_384  # of a forward pass
-POOLINGS = {  # of sentence-transformers' 1_Pooling/config.json
+BATCH_TOKENS = 16_384  # per forward pass
+POOLINGS = {  # fields of 1_Pooling/config.json of sentence-transformers
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "first",
     "pooling_mode_lasttoken": "last",
@@ -33,22 +33,22 @@ Pooling = Literal["mean", "first", "last"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Embedder:
-    """A model whose hidden states, pooled over a text, are the text's vector."""
+    """A model whose pooled hidden states are the vector of a text."""
 
     model: Transformer
     params: Params
     tokenizer: Tokenizer
     pooling: Pooling = "mean"
     normalized: bool = True  # vectors have length 1
-    longest: int = 512  # tokens of a text; the rest is cut
-    prompts: tuple[tuple[str, str], ...] = ()  # (name, text that goes before): "query", "document"
+    longest: int = 512  # maximum tokens per text; the rest is cut off
+    prompts: tuple[tuple[str, str], ...] = ()  # (name, prefix), such as "query" and "document"
 
     @property
     def width(self) -> int:
         return self.model.config.embed
 
     def embed(self, texts: Sequence[str], prompt: str = "") -> np.ndarray:
-        """Vectors [len(texts), width] in float32. `prompt` names one of the model's prompts; "" is none.
+        """Vectors [len(texts), width] in float32. `prompt` names one of the model's prompts; "" means none.
 
         Texts of similar length share a forward pass, and no vector depends on the others.
         """
@@ -78,14 +78,14 @@ def load(name: str | Path, dtype: str | None = None) -> Embedder:
 
 
 def _settings(folder: Path) -> dict:
-    """Fields of Embedder from the files of sentence-transformers in a folder; {} where there are none."""
+    """Fields of Embedder from the sentence-transformers files in a folder; {} if there are none."""
     listed = folder / "modules.json"
     if not listed.is_file():
         return {}
     try:
         kinds = [module["type"].rpartition(".")[2] for module in files.strict(listed.read_text("utf-8"))]
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError("is not a list of modules with a type each", str(listed)) from None
+        raise UserError("the file is not a list of modules with a type each", str(listed)) from None
     if strange := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
         raise UserError(f"module {min(strange)} is not supported", str(listed))
     settings: dict = {"normalized": "Normalize" in kinds}
@@ -102,7 +102,7 @@ def _settings(folder: Path) -> dict:
 
 
 def _padded(rows: list[list[int]], longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, segments) [B,T] of few different shapes; padding has segment 0."""
+    """(tokens, segments) [B,T] in few distinct shapes; padding has segment 0."""
     width = min(bucket(max(map(len, rows)), 16), longest)
     tokens, segments = np.zeros((2, bucket(len(rows)), width), np.int32)
     for i, ids in enumerate(rows):

@@ -94,8 +94,8 @@ def test_errors_name_their_subject():
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-                if isinstance(node, ast.Call) and ast.unparse(node.func) == "UserError" and node.args:
-                    text = ast.unparse(node.args[0]).lstrip("f").strip("'\"")
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UserError":
+                    text = ast.unparse(node.args[0]).lstrip("f").strip("'\"") if node.args else ""
                     if re.match(bare, text):
                         problems.append(f"{path.relative_to(ROOT)}:{node.lineno}: {text}")
     assert not problems, "\n" + "\n".join(problems)
