@@ -145,8 +145,8 @@ class Tokenizer:
 
         if not isinstance(self.core.model, models.Unigram):
             return self.core
-        core = Core.from_str(self.core.to_str())
-        model = json.loads(self.core.to_str())["model"]
+        text = self.core.to_str()
+        core, model = Core.from_str(text), json.loads(text)["model"]
         worst = 1000 * min(score for _, score in model["vocab"])
         names = {f"<0x{byte:02X}>" for byte in range(256)} if model["byte_fallback"] else set()
         vocab = [(f"\0{t}" if t in self.special else t, worst if t in names else score) for t, score in model["vocab"]]

@@ -143,6 +143,16 @@ def test_folder(name, tmp_path):
     compare(transformers.AutoTokenizer.from_pretrained(folder), formats.load(folder))
 
 
+def test_llama_2_as_written_by_transformers_4(tmp_path):
+    """Its file prepends a space to every text; transformers 5 reads another rule into the class, and we the file."""
+    core = transformers.AutoTokenizer.from_pretrained(READ["llama"](tmp_path)).backend_tokenizer
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.pre_tokenizer = None
+    core.save(str(tmp_path / "tokenizer.json"))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), unk_token="<unk>")
+    compare(theirs, formats.load(tmp_path))
+
+
 @pytest.mark.parametrize("name", PRE)
 def test_byte_level_gguf(name, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(fast(tmp_path, PRE[name]))
