@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int | None:
 def show(config: Config, strict: bool = False) -> None:
     from rich.console import Console
 
-    from data import cache
+    from data import cache, sources
     from data.rows.batch import parts
     from data.rows.layout import painted
     from data.rows.loader import load_tokenizer, make_loaders
@@ -39,8 +39,11 @@ def show(config: Config, strict: bool = False) -> None:
         console.print(f"{name:>18}  {value}", markup=False)
     for line in train.notes(tokenizer):
         console.print(f"{'note':>18}  {line}", markup=False)
-    if strict and (lost := [line for line in train.notes(tokenizer) if "unused: " in line]):
-        raise UserError("; ".join(lost), fix="use these columns, drop them, or omit --strict")
+    lost = [line for line in train.notes(tokenizer) if "unused: " in line]
+    missed = {source: sources.passed_over(source) for source in sources.mixture(config.data.source)}
+    lost += [f"{source}: not read: {', '.join(files)}" for source, files in missed.items() if files]
+    if strict and lost:
+        raise UserError("; ".join(lost), fix="use these columns and files, drop them, or omit --strict")
     for side, rows in parts(train.batch(0)).items():
         console.print(f"\n{side} 0 of step 0", style="bold")
         console.print(painted(rows, 0, tokenizer))
