@@ -283,9 +283,11 @@ def _chosen(rows: Sequence[dict]) -> tuple[str, str]:
 
 def _check(source: str, scorer: str, rows: Sequence[dict]) -> None:
     """Raises UserError if the scorer cannot read the references. The options of a choice default to all answers."""
+    check = scorers.checker(scorer)
     for row in rows:
         try:
-            scorers.check(scorer, row["references"])
+            for reference in row["references"]:
+                check(reference)
         except UserError as e:
             raise UserError(e.what, row["where"], e.fix) from None
     without = [row for row in rows if "options" not in row]

@@ -7,7 +7,7 @@ references gets the best of their scores.
 import importlib
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import UserError, did_you_mean
@@ -42,9 +42,7 @@ def f1(matched: float, predicted: int, expected: int) -> float:
     return 2 * matched / (predicted + expected) if predicted + expected else 1.0
 
 
-def check(name: str, references: Sequence[str]) -> None:
-    """Raises UserError for a reference that the scorer cannot use."""
+def checker(name: str) -> Callable[[str], None]:
+    """A function that raises UserError for a reference that the scorer cannot use."""
     find(name)
-    checked = getattr(importlib.import_module(f"evals.scorers.{name}"), "check", None)
-    for reference in references if checked else ():
-        checked(reference)
+    return getattr(importlib.import_module(f"evals.scorers.{name}"), "check", lambda reference: None)
