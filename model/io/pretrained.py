@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from common import methods
 from common.errors import UserError, reading
 from common.packages import locate
 from common.seen import Seen
@@ -244,7 +245,7 @@ def report(what: str, names: list[str], where: str, strict: bool) -> None:
 
 def families() -> list[str]:
     """Names of the files in model/families."""
-    return sorted(p.stem for p in (Path(__file__).parents[1] / "families").glob("[a-z]*.py"))
+    return methods.known("model.families")
 
 
 def family(name: Any) -> ModuleType:

@@ -48,7 +48,9 @@ def encode(x: Array, kind: str) -> Array | Coded:
 
 def write(cache: Array | Coded, new: Array, index: Array) -> Array | Coded:
     """The cache [B*K,S,H] with `new` [B,K,T,H] written at `index`."""
-    kind = "float" if not isinstance(cache, Coded) else "int8" if cache.codes.dtype == jnp.int8 else "fp8"
+    kind = "float"
+    if isinstance(cache, Coded):
+        kind = "int8" if cache.codes.dtype == jnp.int8 else "fp8"
     put = lambda old, x: jax.lax.dynamic_update_slice(old, x.astype(old.dtype), (0, index, 0))
     return jax.tree.map(put, cache, encode(new.reshape(-1, *new.shape[2:]), kind))
 

@@ -127,7 +127,10 @@ class Quantized(Weight):
         return _multiply.einsum(eqn, x, self)
 
     def take(self, ids: Array, dtype: DTypeLike) -> Array:
-        rows = lambda a, n: None if a is None else a if a.shape[0] == 1 else weights.take(a, ids.ravel() // n, a.dtype)
+        def rows(a: Array | None, n: int) -> Array | None:
+            """The rows of a table, or of an array with one row per `n` of the table's, or with a single row for all."""
+            return a if a is None or a.shape[0] == 1 else weights.take(a, ids.ravel() // n, a.dtype)
+
         plain = self.plain_scales()
         fine = plain.replace(
             codes=rows(self.codes, 1), scale=rows(plain.scale, self.tile[1]),
