@@ -42,7 +42,9 @@ def lines(folder: Path, kind: str) -> list[dict]:
     return [line for line in map(json.loads, text.splitlines()) if line["kind"] == kind]
 
 
-@pytest.fixture(scope="module", params=OBJECTIVES)
+@pytest.fixture(
+    scope="module", params=[name for name in OBJECTIVES if methods.method("objective", name).batch in SOURCES]
+)
 def ran(request, tmp_path_factory) -> tuple[Path, schema.ConfigDict]:
     """Four steps with an objective on data of its kind, the held-out ones with some rows of the last batch empty."""
     folder = tmp_path_factory.mktemp(request.param)
