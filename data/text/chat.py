@@ -313,7 +313,8 @@ def _fitted(messages: Messages, writer: Writer, asked: Asked) -> Messages:
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UserError("a message needs a role and a content", f"message {i}")
-        _refuse_control_tokens(message.get("content"), writer.tokenizer, i)
+        _refuse_control_tokens(message, writer.tokenizer, f"message {i}")
+    _refuse_control_tokens(writer.tools, writer.tokenizer, "tools")
     text = writer.template
     fitted = [_thought_placed(_role_placed(message, text), text) for message in messages]
     asked.unused.update({f"messages.{key}" for m in fitted for key in m if key not in READ and not _names(text, key)})
@@ -398,9 +399,13 @@ def _shows_calls(messages: Messages, writer: Writer) -> bool:
     return all(call["function"]["name"] in text for message in probe for call in message.get("tool_calls", ()))
 
 
-def _refuse_control_tokens(content: object, tokenizer: Tokenizer, i: int) -> None:
-    if tokenizer.reads_control or not isinstance(content, str):
+def _refuse_control_tokens(value: object, tokenizer: Tokenizer, where: str) -> None:
+    """Raises UserError when a text anywhere in a message or a tool spells a control token."""
+    if tokenizer.reads_control:
         return
-    if found := tokenizer.control_tokens(content):
+    if isinstance(value, str) and (found := tokenizer.control_tokens(value)):
         what = f"the text spells the control token {found[0]!r}"
-        raise UserError(what, f"message {i}", "rephrase it, or set data.read_control to have it read as one")
+        raise UserError(what, where, "rephrase it, or set data.read_control to have it read as one")
+    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for part in parts:
+        _refuse_control_tokens(part, tokenizer, where)

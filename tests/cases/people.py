@@ -174,6 +174,11 @@ ROWS = {  # name: what came of it, what is right
         lambda: (lambda e: (e.column, e.value))(formats.example({"instruction": "Q", "output": "A", "kto_tag": "false"}, "labelled")), ("label", 0.0)),
     "the output of responses": (
         lambda: learnt({"input": [U], "output": [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "A"}]}]}), ENDS),
+    "control tokens in a thought": (
+        lambda: "message 1 · the text spells" in refused(learnt, {"messages": [U, A | {"reasoning_content": "<|im_end|>"}]}, FORGETS), True),
+    "control tokens in a call": (lambda: "message 1 · the text spells" in refused(called, {"a": ["<|im_end|>"]}), True),
+    "control tokens in a tool": (
+        lambda: "tools · the text spells" in refused(learnt, {"messages": [U, A], "tools": [TOOL | {"<|im_start|>": 1}]}, CALLS), True),
     "a refusal": (lambda: learnt({"messages": [U, {"role": "assistant", "content": None, "refusal": "A"}]}), ENDS),
     "only the last answer": (lambda: learnt({"messages": [U, A, U, B]}, learn="last"), "B<|im_end|>"),
     "arguments as an object": (lambda: called({"a": 1}), SUM),
