@@ -16,6 +16,8 @@ import pytest
 from common import cli, files, paths
 from common.errors import UserError
 from tools import prepare
+from tools.report import __main__ as report
+from train import main as training
 
 # --- errors ---
 
@@ -268,6 +270,16 @@ def test_a_pipe_as_input_is_refused(tmp_path, command, capsys):
     os.mkfifo(tmp_path / "t.json")
     assert prepare.main(["--config=configs/pretrain/tiny.py", command.format(tmp_path)]) == 2
     assert "t.json · this is neither a file nor a folder" in capsys.readouterr().err
+
+
+def test_a_pipe_in_a_run_folder_is_refused(tmp_path, capsys):
+    os.mkfifo(tmp_path / "config.json")
+    for main, argv in (
+        (training.main, ["--config=configs/sft/tiny.py", f"--workdir={tmp_path}"]),
+        (report.main, [str(tmp_path), f"--out={tmp_path}/page.html"]),
+    ):
+        assert main(argv) == 2
+        assert "config.json · this is neither a file nor a folder" in capsys.readouterr().err
 
 
 # What each command cannot take, and what it says; none but the last needs jax to know.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import files, gas, record
+from common import files, gas, paths, record
 from common.errors import UserError, reading
 
 METHODS = {"lora": "LoRA"}
@@ -54,6 +54,7 @@ def read(folder: str | Path) -> Run:
     path = Path(folder)
     if not path.is_dir():
         raise UserError("no such folder", str(path), "name run folders, or folders with an evals.jsonl")
+    paths.regular(path)
     found = {name: files.read_json(path / f"{name}.json") for name in ("config", "cost", "environment")}
     metrics = record.read(path / "metrics.jsonl")
     last = max((line["step"] for line in metrics), default=0)

@@ -107,6 +107,7 @@ class RunDir:
     def _open(self, overrides: dict[str, Leaf] | None, source: str | Path) -> UserError | None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            paths.regular(self.path)
             if link := next((self.path / name for name in GROWING if (self.path / name).is_symlink()), None):
                 return UserError("a link in a run folder: a run writes only within it", str(link), "remove the link")
             self._lock = take_lock(self.path / files.LOCK, self.home)
