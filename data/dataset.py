@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import files
 from common.errors import UserError
 from data import cache, formats, sources
 from data.cache import Document
@@ -105,6 +106,7 @@ def prepare(
     parts += ["wrapped"] * wraps + [learn] * (learn != "all")
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     path = Path(folder).expanduser() / fingerprint[:24]
+    files.clean(path.parent)  # a killed writer's, even if another process has written this cache
     if path.exists():
         try:
             found = Dataset(cache.read(path), path)

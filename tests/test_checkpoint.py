@@ -264,6 +264,21 @@ def test_flipped_bit_falls_back_and_the_step_can_be_saved_again(tmp_path):
     assert same(restore(tmp_path, big(0))[0], big(5))
 
 
+def test_a_step_whose_arrays_are_all_damaged_is_one_line(tmp_path, capfd, caplog):
+    tree, told = SimpleTree(params={f"w{i}": jnp.full(64, i) for i in range(50)}, frozen={}), []
+    ckpt = Checkpointer(tmp_path, config(), log=told.append)
+    assert ckpt.maybe_save(5, tree, Data())
+    ckpt.wait()
+    for path in (path for path in (tmp_path / "5").rglob("d/*") if path.is_file()):
+        for at in range(0, path.stat().st_size, 40):
+            flip(path, at)
+    assert ckpt.restore(tree, Data()) is tree
+    ckpt.close()
+    time.sleep(0.3)  # the other arrays' reads end
+    assert "step 5 is skipped" in told[0] and "\n" not in "".join(told)
+    assert "Traceback" not in capfd.readouterr().err and not caplog.records
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
 def test_wrong_values_are_never_loaded(tmp_path):
     """Flips a bit here and there in every file: the step is told to be damaged, or loads as it was."""

@@ -383,6 +383,14 @@ def test_cache_is_whole_or_not_there(tmp_path, tok, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_what_another_writer_of_the_same_cache_left_is_deleted(tmp_path, tok):
+    """Two processes write it, one is killed, the other one's is whole."""
+    first = made(tmp_path, tok, texts(3)).folder
+    left = first.with_name(f"{cache.files.WRITING}0-{first.name}")
+    left.mkdir()
+    assert made(tmp_path, tok, texts(3)).folder == first and not left.exists()
+
+
 def test_a_cache_of_an_older_layout_is_made_again(tmp_path, tok, caplog):
     data = made(tmp_path, tok, texts(3))
     index = json.loads((data.folder / "index.json").read_text())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
+from common import files
 from common.errors import UserError
 from common.types import Config
 from data.rows import batch as batches
@@ -58,6 +59,7 @@ def keep_tokenizer(found: Tokenizer, folder: Path, system: str = "") -> None:
     with contextlib.suppress(UserError):  # it is missing, or damaged, or the config changed before the first step
         if not place.is_symlink() and formats.load(place).fingerprint == found.fingerprint:
             return
+    files.remove(place)
     save_tokenizer(found, place)
 
 

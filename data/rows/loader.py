@@ -239,15 +239,16 @@ def _trained_tokenizer(data: Config, spec: str) -> Tokenizer:
     key = [spec, data.format, data.fields, [sources.content_id(name) for name in names]]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     folder = Path(data.cache).expanduser() / "tokenizers" / digest[:24]
+    files.clean(folder.parent)  # a killed writer's, even if another process has written this one
     if not (folder / TOKENIZER_END).is_file():
+        files.remove(folder)
         corpus = (text for name in names for text in texts(name, data.format, data.fields))
         save_tokenizer(formats.load(spec, lambda: corpus), folder)
     return formats.load(folder)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Replaces a folder by a tokenizer, which is there as a whole or not at all."""
-    files.remove(folder)
+    """The folder is there as a whole or not at all; one that is there stays."""
     with contextlib.suppress(FileExistsError), files.folder(folder, TOKENIZER_END) as work:  # another one was faster
         tokenizer.save(work)
 

@@ -4,6 +4,7 @@ A step is the folder `ckpt/<step>`: an Orbax checkpoint of {name: array}, and th
 lists its contents and digests. Orbax itself does not notice a flipped bit.
 """
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -178,7 +179,20 @@ def _check_entries(manifest: dict) -> None:
 
 def orbax() -> ModuleType:
     """Orbax's v1 interface, without its log: all its problems are exceptions, which are reported in one line."""
+    import uvloop
     from orbax.checkpoint import v1
+
+    class Patient(uvloop.Loop):
+        """Waits for its tasks. When one array cannot be read, Orbax would close its loop under the reads of the others,
+        each of which then prints a traceback."""
+
+        def close(self) -> None:
+            if left := asyncio.all_tasks(self):
+                self.run_until_complete(asyncio.wait(left, timeout=10))
+                _ = [task.cancelled() or task.exception() for task in left if task.done()]  # else it is logged
+            super().close()
+
+    uvloop.new_event_loop = Patient
 
     logger = logging.getLogger("absl")
     if _not_orbax not in logger.filters:
