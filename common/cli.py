@@ -9,7 +9,7 @@ import functools
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -73,6 +73,20 @@ def full_disk(error: BaseException | None) -> UserError | None:
 
 
 # --- the console ---
+
+
+def table(
+    rows: Iterable[Sequence[object]], heads: Sequence[str] = (), title: str = "", width: int | None = None
+) -> None:
+    """Prints a table; brackets in cells are not markup. `width`: of the console, by default the terminal's."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table(*heads, show_header=bool(heads), title=Text(title) if title else None)
+    for row in rows:
+        out.add_row(*(Text(str(cell)) for cell in row))
+    Console(highlight=False, width=width).print(out)
 
 
 def keep_console() -> None:

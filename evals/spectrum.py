@@ -119,15 +119,11 @@ def merge_cost(lm: "LM") -> dict[str, float]:
 
 
 def show(rows: list[dict], cost: dict[str, float]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    columns = [c for c in rows[0] if c not in ("name", "layer")]
-    table = Table("parameter", "layers", *(c.replace("_", " ") for c in columns))
+    columns, means = [c for c in rows[0] if c not in ("name", "layer")], []
     for name in dict.fromkeys(row["name"] for row in rows):
         mine = [row for row in rows if row["name"] == name]
-        table.add_row(name, str(len(mine)), *(f"{sum(r[c] for r in mine) / len(mine):.4g}" for c in columns))
-    Console().print(table)
+        means.append([name, len(mine), *(f"{sum(r[c] for r in mine) / len(mine):.4g}" for c in columns)])
+    cli.table(means, ["parameter", "layers", *(c.replace("_", " ") for c in columns)])
     print(f"intruders: of the first {TOP} singular vectors, those with a cosine below {COSINE} to all of the base's")
     if cost:
         print(

@@ -77,19 +77,12 @@ def score(folder: Path) -> dict[str, float]:
 
 
 def show(seeds: list[dict[str, dict[str, float]]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "model", *TASKS, title=f"accuracy on {HELD_OUT} questions, mean over {len(seeds)} seeds (lowest-highest)"
-    )
+    rows = []
     for model in seeds[0]:
-        cells = []
-        for task in TASKS:
-            found = [scores[model][task] for scores in seeds]
-            cells.append(f"{sum(found) / len(found):.0%} ({min(found):.0%}-{max(found):.0%})")
-        table.add_row(model, *cells)
-    Console().print(table)
+        found = [[scores[model][task] for scores in seeds] for task in TASKS]
+        rows.append([model, *(f"{sum(x) / len(x):.0%} ({min(x):.0%}-{max(x):.0%})" for x in found)])
+    title = f"accuracy on {HELD_OUT} questions, mean over {len(seeds)} seeds (lowest-highest)"
+    cli.table(rows, ["model", *TASKS], title)
 
 
 if __name__ == "__main__":

@@ -192,19 +192,16 @@ def copied(text: str) -> int:
 
 def show(rows: list[Json]) -> None:
     """Prints one table per chip."""
-    from rich.console import Console
-    from rich.table import Table
-
     if gpu := [r for r in rows if r["chip"] not in TPUS]:
         kernel_report_gpu.show(gpu)
     heads = ("", "by", "bundles", "MXU", "us", "HBM us", "bytes", "VMEM", "spills")
     for name in dict.fromkeys(r["chip"] for r in rows if r["chip"] in TPUS):
-        table = Table(*heads, title=f"{name}. MXU: utilization. bytes: moved, relative to the least possible")
+        cells = []
         for r in (r for r in rows if r["chip"] == name):
             for by in ("kernel", "xla"):
                 if by in r:
-                    table.add_row(f"{r['case']} {r['shape']}", by, *line(r[by], r["bytes_least"], by == "kernel"))
-        Console(highlight=False, width=120).print(table)
+                    cells.append([f"{r['case']} {r['shape']}", by, *line(r[by], r["bytes_least"], by == "kernel")])
+        cli.table(cells, heads, f"{name}. MXU: utilization. bytes: moved, relative to the least possible", width=120)
 
 
 def line(got: Json, least: int, exact: bool) -> list[str]:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import chips
+from common import chips, cli
 from common.errors import UserError
 from common.types import Json
 
@@ -168,21 +168,18 @@ def ptxas() -> str:
 
 def show(rows: list[Json]) -> None:
     """Prints a table."""
-    from rich.console import Console
-    from rich.table import Table
-
     heads = ("", "by", "registers", "spills", "shared", "bytes", "temporary", "us", "limit us", "off by")
     legend = "spills: bytes stored and loaded. bytes: relative to the least possible. limit: by bytes or FLOPs"
-    table = Table(*heads, title=f"{rows[0]['chip']}. {legend}")
+    cells = []
     shown = lambda value, form: "n/a" if value is None else form(value)
     for r in rows:
         for by in (by for by in ("kernel", "xla") if by in r):
             got, off = r[by], r.get("off_by") if by == "kernel" else None
-            table.add_row(
+            cells.append([
                 f"{r['case']} {r['shape']}", by, shown(got["registers"], str),
                 shown(got["spill_stores"], lambda n, got=got: f"{n} / {got['spill_loads']}"),
                 shown(got["shared"], lambda n: f"{n / 2**10:.1f} KiB"), f"{got['bytes_moved'] / r['bytes_least']:.2f}",
                 f"{got['bytes_temporary'] / 1e6:.2f} MB", shown(got.get("us"), "{:.1f}".format),
                 shown(r["limit_us"], "{:.1f}".format), shown(off, "{:.0e}".format),
-            )  # fmt: skip
-    Console(highlight=False, width=140).print(table)
+            ])  # fmt: skip
+    cli.table(cells, heads, f"{rows[0]['chip']}. {legend}", width=140)

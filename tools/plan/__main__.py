@@ -126,7 +126,7 @@ def show(p: Json) -> None:
     rows += [("parameters", f"{d['parameters']:,}, of which {d['trained']:,} train")]
     rows += [(f"{kind.replace('_', ' ')} per device", size(n)) for kind, n in p["bytes"].items()]
     if not p["fits"]:
-        return table([*rows, ("fits", f"no: {p['verdict']}"), ("to make it fit", p["turn"])])
+        return cli.table([*rows, ("fits", f"no: {p['verdict']}"), ("to make it fit", p["turn"])])
     rows += [("fits", f"yes: {p['verdict']}")]
     rows += [("large array", f"{size(n)} {shape} of {source}") for n, shape, source in p["largest"]]
     for axis, kinds in p["sent"].items():
@@ -137,29 +137,19 @@ def show(p: Json) -> None:
     rows += [("time per step", span(p.get("seconds"), ",.4f") + " s"), ("tokens/s", span(p.get("tokens_per_second")))]
     rows += [("MFU", span(p.get("mfu"), ".1%") + " at these bounds")]
     rows += [(f"whole run: {name.replace('_', ' ')}", span(v, ",.1f")) for name, v in p.get("run", {}).items()]
-    table(rows, *p["assumed"])
+    cli.table(rows)
+    print(*p["assumed"], sep="\n")
 
 
 def rank(found: list[Json]) -> None:
     """Prints the plans that fit, the fastest first."""
     keys = lambda p: " ".join(f"--config.{k}={v}" for k, v in p["changes"].items())
     line = lambda p: (f"{span(p['tokens_per_second'])} tokens/s", f"peak {size(p['bytes']['peak'])}", keys(p))
-    table([line(p) for p in found] or [("nothing fits",)])
+    cli.table([line(p) for p in found] or [("nothing fits",)])
 
 
 def axes(mesh: dict[str, int]) -> str:
     return ", ".join(f"{a} {n}" for a, n in mesh.items() if n > 1) or "one"
-
-
-def table(rows: list[tuple[str, ...]], *notes: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table(show_header=False)
-    for row in rows:
-        grid.add_row(*map(Text, row))  # as Text, since brackets around a shape are not markup
-    Console(highlight=False).print(grid, *notes, sep="\n", markup=False)
 
 
 if __name__ == "__main__":

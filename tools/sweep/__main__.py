@@ -158,10 +158,6 @@ def label(values: dict[str, Leaf]) -> str:
 
 def price(points: "list[Point]", trials: int) -> None:
     """Prints the size and maximum cost of each point, or of a search's cheapest and most expensive, and the total."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from train import plan
 
     plans: dict[str, dict] = {}
@@ -171,15 +167,13 @@ def price(points: "list[Point]", trials: int) -> None:
         plans[key] = plans.get(key) or plan.describe(p.config, plan.blueprint(p.config))
         rows.append((p, plans[key]))
     rows = [pick(rows, key=lambda row: row[1]["flops"]) for pick in (min, max)] if trials else rows
-    table = Table("point", "sets", "trained", "tokens", "FLOPs", "bytes per device", "chip-hours", "$ on demand")
+    heads = "point", "sets", "trained", "tokens", "FLOPs", "bytes per device", "chip-hours", "$ on demand"
+    cells = []
     for p, d in rows:
-        sizes = (
-            numbers.flops(d["flops"]),
-            numbers.size(d["bytes_per_device"]["total"]),
-            *costs(p.config.chip, d["flops"]),
-        )
-        table.add_row(p.id, Text(label(p.values)), f"{d['trained']:,}", f"{d['tokens']:,}", *sizes)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+        sizes = [f"{d['trained']:,}", f"{d['tokens']:,}", numbers.flops(d["flops"])]
+        sizes += [numbers.size(d["bytes_per_device"]["total"]), *costs(p.config.chip, d["flops"])]
+        cells.append([p.id, label(p.values), *sizes])
+    cli.table(cells, heads, width=None if sys.stdout.isatty() else 200)
     rows, kind = (rows[-1:] * trials, "trials") if trials else (rows, "points")
     tokens, flops = (sum(d[key] for _, d in rows) for key in ("tokens", "flops"))
     hours, dollars = costs(points[0].config.chip, flops)
