@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -52,6 +53,7 @@ def write(folder: Path, documents: Iterable[Document], index: dict, vocab_size: 
             check()
             sizes = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in work.iterdir()}
             index = {**index, **written, "layout": VERSION, "dtype": dtype, "files": sizes}
+            index["check"] = _checksum(index)
             (work / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False), "utf-8")
     except FileExistsError:  # another process was faster, with the same bytes
         if not (folder / INDEX).is_file():
@@ -105,9 +107,11 @@ class Stored(NamedTuple):
 def read(folder: Path, check_hashes: bool = False) -> Stored:
     """Maps a cache; raises Broken when a file is missing, has another size or, if asked, another sha256."""
     try:
-        index = json.loads((folder / INDEX).read_text("utf-8"))
+        index = files.load_json(folder / INDEX)
         if (layout := index.get("layout", 1)) != VERSION:
             raise Broken(f"written in layout {layout}, this version reads {VERSION}", str(folder))
+        if index.pop("check", None) != _checksum(index):
+            raise Broken("its index is not what was written", str(folder))
         for name, file in index["files"].items():
             size = (folder / name).stat().st_size
             if size != file["bytes"]:
@@ -123,12 +127,16 @@ def read(folder: Path, check_hashes: bool = False) -> Stored:
             tags = np.memmap(folder / "tags.bin", np.int16, "r")
     except Broken:
         raise
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except Exception as error:
         raise Broken(f"not a token cache ({error})", str(folder), "delete it; it is made again") from None
     stored = Stored(*arrays, index, columns, tags)
     if len(stored.offsets) != index["sequences"] + 1 or stored.offsets[-1] != len(stored.tokens):
         raise Broken("the offsets do not fit the tokens", str(folder), "delete it; it is made again")
     return stored
+
+
+def _checksum(index: dict) -> int:
+    return zlib.crc32(json.dumps(index, sort_keys=True).encode())
 
 
 def sha256(path: Path) -> str:

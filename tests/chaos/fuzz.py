@@ -122,6 +122,7 @@ def _records(root: Path) -> None:
     pyarrow.parquet.write_table(table, root / "rows.parquet", use_dictionary=["text"])
     with pyarrow.ipc.new_stream(root / "rows.arrow", table.schema) as stream:
         stream.write_table(table)
+    prepared(root / "rows.jsonl", root / "cache")
 
 
 # --- the readers ---
@@ -180,17 +181,18 @@ def read_arrays(root: Path) -> None:
     saved.load_params(root / "run", verified=False)
 
 
-def read_cache(root: Path) -> None:
-    read_rows("rows.jsonl", root / "cache")(root)
-
-
-def read_rows(name: str, cache: Path | None = None) -> Callable[[Path], object]:
+def read_rows(name: str) -> Callable[[Path], object]:
     def read(root: Path) -> None:
         with tempfile.TemporaryDirectory(dir=root) as work:
-            made = dataset.prepare(str(root / name), tokenizers.byte_tokenizer(), folder=work, max_bad=0.99)
-            made.split(0.1)
+            prepared(root / name, Path(work))
 
     return read
+
+
+def prepared(source: Path, cache: Path) -> None:
+    made = dataset.prepare(str(source), tokenizers.byte_tokenizer(), folder=cache, max_bad=0.99)
+    made.split(0.1)
+    _ = made.lengths.sum(), made.stored.tokens[:9], made.stored.mask(np.arange(9))
 
 
 KINDS = {
@@ -226,6 +228,7 @@ KINDS = {
     "arrays": Kind(read_arrays, ("run/ckpt/4/*", "run/ckpt/4/state/*", "run/ckpt/4/state/d/*"), 1),
     "jsonl": Kind(read_rows("rows.jsonl"), ("rows.jsonl",)),
     "json": Kind(read_rows("rows.json"), ("rows.json",)),
+    "cache": Kind(lambda root: prepared(root / "rows.jsonl", root / "cache"), ("cache/*/index.json",), 2),
     "csv": Kind(read_rows("rows.csv"), ("rows.csv",), 2),
     "parquet": Kind(read_rows("rows.parquet"), ("rows.parquet",)),
     "arrow": Kind(read_rows("rows.arrow"), ("rows.arrow",), 2),
@@ -388,6 +391,8 @@ def main(argv: list[str]) -> int:
             kind, path, what, _ = drawn(number, args.seed, root, args.only)
             slowest, largest = max(slowest, found.seconds), max(largest, found.grown)
             ends[kind, found.how if found.good else "findings"] += 1
+            if ends.total() % 1000 == 0:
+                print(f"{ends.total()} mutations", flush=True)
             if not found.good or args.at:
                 last = found.told.strip().split("\n")[-30 if args.at else -6 :]
                 print(
