@@ -1,14 +1,14 @@
-"""Makes documents searchable: an index of their chunks by words (BM25) and, with an embedder, by meaning.
+"""Makes documents searchable: indexes their chunks by words (BM25) and, with an embedder, by vectors.
 
     python -m tools.index --index=DIR --documents=SOURCE [--embedder=all-minilm-l6-v2] [--words=160]
     python -m tools.index --index=DIR --ask="a question" [--how=mean] [--k=5]
     python -m tools.index --index=DIR --questions=FILE [--k=5]
 
-SOURCE: a file, a folder or a built-in name, as in config.data.source; several with commas. The command again brings
-the index up to date, and continues after a kill. --embedder: a Hugging Face folder, a hub id or a packaged name.
---ask prints the k best chunks. --questions measures retrieval: rows with a `question` and its `documents`, the names
-that --ask prints; every way to search is scored by recall@k, nDCG@10 and MRR@10 with 95 % intervals. --how: bm25,
-dense, or both fused: mean (of scores scaled to [0, 1]) or rrf (reciprocal rank fusion).
+SOURCE: a file, a folder or a built-in name, as in config.data.source; several are separated by commas. Running the
+command again updates the index, or continues an interrupted build. --embedder: a Hugging Face folder, a hub id or a
+packaged name. --ask prints the k best chunks. --questions measures retrieval on rows with a `question` and its
+`documents` (names as printed by --ask): every way to search is scored by recall@k, nDCG@10 and MRR@10 with 95 %
+intervals. --how: bm25, dense, or a fusion of both: mean (of scores scaled to [0, 1]) or rrf (reciprocal rank fusion).
 """
 
 import sys
@@ -24,7 +24,7 @@ from common.types import Json
 if TYPE_CHECKING:
     from infer.retrieve.index import Index
 
-DEPTH = 10  # chunks that nDCG and MRR look at
+DEPTH = 10  # chunks considered by nDCG and MRR
 
 
 @cli.command

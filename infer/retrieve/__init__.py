@@ -1,1 +1,2 @@
-"""Retrieval: documents to chunks, an index of them by words and by meaning, and the chunks nearest to a question."""
+"""Retrieval: splits documents into chunks, indexes them by words and by vectors, and finds those nearest to a
+question."""

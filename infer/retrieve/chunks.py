@@ -1,4 +1,4 @@
-"""Documents to chunks: a document is cut at its headings, then at empty lines, then at the ends of sentences."""
+"""Splits documents into chunks: at headings, then at empty lines, then at the ends of sentences."""
 
 import hashlib
 import re
@@ -9,7 +9,7 @@ from common.errors import UserError
 from common.types import Json
 from data import sources
 
-WORDS = 160  # of a chunk: about 220 tokens, fewer than small encoders read
+WORDS = 160  # per chunk: about 220 tokens, less than the limit of small encoders
 HEADING = re.compile(r"#{1,6}\s+(.+?)\s*#*")
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 TITLES = ("title", "name", "heading")  # columns of a record that name its document
@@ -17,18 +17,18 @@ TEXTS = ("text", "content", "body", "document", "extract")
 
 
 class Chunk(NamedTuple):
-    document: str  # where the document was read: a file, or a file and a line
-    title: str  # of the document, then the headings above the chunk
+    document: str  # source of the document: a file, or a file and a line
+    title: str  # of the document, followed by the headings above the chunk
     text: str
 
     @property
     def id(self) -> str:
-        """Equal for equal contents, so that an index can be brought up to date."""
+        """A hash that is equal for equal contents, so that an index can be updated."""
         return hashlib.sha256("\0".join(self).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     @property
     def passage(self) -> str:
-        """What is searched and shown: the title and the text."""
+        """The title and the text, as searched and shown."""
         return f"{self.title}\n{self.text}" if self.title else self.text
 
 
@@ -45,7 +45,7 @@ def of_source(spec: str, words: int = WORDS) -> Iterator[Chunk]:
 
 
 def split(text: str, title: str = "", words: int = WORDS) -> Iterator[tuple[str, str]]:
-    """(title with headings, text) of each chunk of at most `words` words; a longer sentence is cut between words."""
+    """(title with headings, text) of chunks of at most `words` words; a longer sentence is split between words."""
     for headings, section in _sections(text):
         name = " · ".join(filter(None, (title, *headings)))
         kept: list[str] = []
@@ -59,7 +59,7 @@ def split(text: str, title: str = "", words: int = WORDS) -> Iterator[tuple[str,
 
 
 def _sections(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(headings above, text) of the parts between Markdown's headings."""
+    """(headings above, text) of the parts between Markdown headings."""
     headings: list[tuple[int, str]] = []
     lines: list[str] = []
     for line in text.splitlines():
@@ -73,7 +73,7 @@ def _sections(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _pieces(section: str, words: int) -> Iterator[str]:
-    """Paragraphs, or the sentences of those that are too long, or parts of sentences."""
+    """Paragraphs; sentences, if a paragraph is too long; or parts of too long sentences."""
     for paragraph in filter(None, (p.strip() for p in re.split(r"\n\s*\n", section))):
         if _count([paragraph]) <= words:
             yield paragraph

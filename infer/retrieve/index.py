@@ -1,9 +1,9 @@
-"""An index: a folder with the chunks of a source, their vectors, and a record of what both were made from.
+"""An index: a folder with the chunks of a source, their vectors, and a record of the inputs of both.
 
 INDEX/index.json      the source, its content, the settings, the embedder and a digest of its weights; written last
-INDEX/chunks.jsonl    a chunk a line
+INDEX/chunks.jsonl    one chunk per line
 INDEX/vectors.npy     [chunks, width] in float16, of length 1; absent without an embedder
-INDEX.parts/          vectors of an unfinished build, which the next one takes over
+INDEX.parts/          vectors of an unfinished build, which the next build reuses
 """
 
 import functools
@@ -34,7 +34,7 @@ class Hit(NamedTuple):
 
 
 class Index:
-    """An opened index. Raises UserError for a folder that is none, or whose files do not belong together."""
+    """An opened index. Raises UserError if the folder is not an index, or its files do not belong together."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
@@ -47,7 +47,7 @@ class Index:
         if self.record["embedder"]:
             self.vectors = np.load(self.folder / VECTORS, mmap_mode="r", allow_pickle=False)
         if len(self.chunks) != self.record["chunks"] or len(rows) != len(self.vectors if self.dense else rows):
-            raise UserError("its files hold different numbers of chunks", str(folder), "build it again")
+            raise UserError("the files have different numbers of chunks", str(folder), "build it again")
 
     @property
     def dense(self) -> bool:
@@ -59,7 +59,7 @@ class Index:
 
     @functools.cached_property
     def embedder(self) -> Embedder:
-        """The one that made the vectors. Raises UserError when its weights have changed."""
+        """The embedder that made the vectors. Raises UserError if its weights have changed."""
         found = load_embedder(self.record["embedder"])
         if digest(found) != self.record["digest"]:
             what = "the weights of the embedder are not those that made the vectors"
@@ -67,9 +67,9 @@ class Index:
         return found
 
     def search(self, questions: Sequence[str], k: int = 5, how: How | None = None) -> list[list[Hit]]:
-        """The k best chunks for each question, the best first.
+        """The k best chunks for each question, best first.
 
-        `how`: "bm25", "dense", or a fusion of both, "rrf" or "mean"; None: "mean" where there are vectors, else "bm25".
+        `how`: "bm25", "dense", or a fusion of both, "rrf" or "mean"; None: "mean" if there are vectors, else "bm25".
         "bm25" leaves out chunks without any word of the question.
         """
         how = how or ("mean" if self.dense else "bm25")
@@ -100,17 +100,17 @@ def build(
     words: int = chunks.WORDS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Json:
-    """Makes the index of a source, or brings an existing one up to date; returns its record.
+    """Builds the index of a source, or updates an existing one; returns its record.
 
-    Chunks that the folder had keep their vectors, and a build that was killed continues where it stopped. Raises
-    UserError for a folder with other content, and for a source without text.
+    Vectors of unchanged chunks are reused, and an interrupted build continues where it stopped. Raises UserError if the
+    folder has other content, or the source no text.
     """
     folder = Path(folder).expanduser()
     if folder.exists() and not (folder / RECORD).is_file():
         raise UserError("the folder has other content", str(folder), "choose a new folder")
     found = list(dict.fromkeys(chunk for spec in sources.mixture(documents) for chunk in chunks.of_source(spec, words)))
     if not found:
-        raise UserError("the documents hold no text", documents)
+        raise UserError("the documents have no text", documents)
     content = {spec: sources.content_id(spec) for spec in sources.mixture(documents)}
     record = {"documents": documents, "content": content, "words": words, "chunks": len(found), "embedder": embedder}
     model = load_embedder(embedder) if embedder else None
@@ -138,7 +138,7 @@ def _parts(folder: Path) -> Path:
 def _vectors(
     found: list[Chunk], folder: Path, model: Embedder, old: Json, made_by: str, progress: Callable[[int, int], None]
 ) -> np.ndarray:
-    """[chunks, width] in float16: those of the old index and of an unfinished build, and the rest made now."""
+    """Vectors [chunks, width] in float16: reused from the old index or an unfinished build, or computed now."""
     known: dict[str, np.ndarray] = {}
     if old.get("digest") == made_by:
         index = Index(folder)

@@ -8,7 +8,7 @@ import numpy as np
 
 How = Literal["bm25", "dense", "rrf", "mean"]
 WORD = re.compile(r"\w+")
-BLOCK = 65_536  # vectors that are scored at once
+BLOCK = 65_536  # vectors scored at a time
 RANK = 60  # of reciprocal rank fusion (Cormack, Clarke, Büttcher 2009)
 
 
@@ -22,7 +22,7 @@ class Words:
         self.found.index([words(passage) for passage in passages], show_progress=False)
 
     def scores(self, question: str) -> np.ndarray:
-        """[passages] float32; 0 for a passage that shares no word with the question."""
+        """Scores [passages] in float32; 0 for passages that share no word with the question."""
         known = [word for word in dict.fromkeys(words(question)) if word in self.found.vocab_dict]
         if not known:
             return np.zeros(self.found.scores["num_docs"], np.float32)
@@ -35,14 +35,14 @@ def words(text: str) -> list[str]:
 
 
 def cosines(vectors: np.ndarray, question: np.ndarray) -> np.ndarray:
-    """[N] float32: products of vectors [N,D], which may be a file in float16, with one of a question [D]."""
+    """Products [N] in float32 of vectors [N,D], which may be a float16 file, with the vector of a question [D]."""
     blocks = range(0, len(vectors), BLOCK)
     found = [vectors[at : at + BLOCK].astype(np.float32) @ question for at in blocks]
     return np.concatenate(found) if found else np.zeros(0, np.float32)
 
 
 def best(scores: np.ndarray, k: int) -> np.ndarray:
-    """Indices of the k highest scores, the highest first; of equal ones the first comes first."""
+    """Indices of the k highest scores in descending order; equal scores keep their order."""
     k = min(k, len(scores))
     if not k:
         return np.zeros(0, np.int64)
@@ -52,7 +52,7 @@ def best(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def fuse(parts: Sequence[np.ndarray], how: How) -> np.ndarray:
-    """One score [N] of several: "mean" averages them after each is scaled to [0, 1]; "rrf" adds 1 / (60 + rank)."""
+    """Fuses several scores [N] into one: "mean" averages them, each scaled to [0, 1]; "rrf" adds 1 / (60 + rank)."""
     if how == "mean":
         spans = [(part.min(), np.ptp(part) or 1.0) for part in parts]
         return np.mean([(part - low) / span for part, (low, span) in zip(parts, spans, strict=True)], axis=0)
