@@ -142,9 +142,9 @@ def test_the_command(documents, tmp_path, capsys):
     "argv, message",
     [
         (["--index=nowhere"], "there is nothing to do"),
-        (["--index=nowhere", "--ask=x"], "nowhere · is no index"),
+        (["--index=nowhere", "--ask=x"], "nowhere · there is no index here"),
         (["--index=x", "--ask=x", "--k=0"], "the values must be positive"),
-        (["--index={docs}", "--documents={docs}"], "exists and is no index"),
+        (["--index={docs}", "--documents={docs}"], "the folder has other content"),
         (["--index={tmp}/i", "--documents={docs}", "--ask=x", "--how=dense"], "has no vectors for 'dense'"),
         (["--index={tmp}/i", "--documents={bad}"], "the record has no text"),
     ],
