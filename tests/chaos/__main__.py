@@ -2,7 +2,7 @@
 had happened: with the same bits, the same record and no file left over.
 
     python -m tests.chaos [--seconds=600] [--tries=N] [--seed=0] [--kinds=kill,full,moment]
-        [--only=train,continue,resume,pair,quantize,export,gguf,prepare,sweep,demo,serve] [--every]
+        [--only=train,short,continue,resume,pair,quantize,export,gguf,prepare,sweep,demo,serve] [--every]
 
 The tries are drawn by seed from all points of all commands (tests/chaos/points.py) and from random moments, in turn
 from each command and each way, until --seconds have passed or --tries are done; --every takes all points, in their
@@ -46,7 +46,20 @@ from tests.chaos import points
 from tests.chaos.commands import TWO, Command, commands, copy
 from tests.helpers.processes import CLOCK, record
 
-NAMES = ["train", "continue", "resume", "pair", "quantize", "export", "gguf", "prepare", "sweep", "demo", "serve"]
+NAMES = [
+    "train",
+    "short",
+    "continue",
+    "resume",
+    "pair",
+    "quantize",
+    "export",
+    "gguf",
+    "prepare",
+    "sweep",
+    "demo",
+    "serve",
+]
 PATIENCE = 150.0  # seconds that a command may take
 PEER = 5.0  # seconds that the other process of a launch has when one is killed
 # Files with times in them: that they are there is what counts.

@@ -60,6 +60,7 @@ def commands(base: Path) -> dict[str, Command]:
     sweep = [f"--config={base / 'two.py'}", *TINY, "--config.steps=2", "--config.samples=()", "--jobs=2"]
     return {
         "train": Command(training.main, train),
+        "short": Command(training.main, lambda root: [*train(root), *quick, "--config.steps=2"]),
         "continue": Command(training.main, lambda root: [*train(root), "--config.ckpt.on_error=continue"]),
         "resume": Command(training.main, train, lambda root: copy(base / "half", root)),
         "pair": Command(training.main, lambda root: [*train(root), *quick], processes=2),
