@@ -240,8 +240,9 @@ def _trained_tokenizer(data: Config, spec: str) -> Tokenizer:
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     folder = Path(data.cache).expanduser() / "tokenizers" / digest[:24]
     files.clean(folder.parent)  # a killed writer's, even if another process has written this one
-    if not (folder / TOKENIZER_END).is_file():
+    if folder.is_dir() and not (folder / TOKENIZER_END).is_file():  # damaged: what appears now is whole
         files.remove(folder)
+    if not (folder / TOKENIZER_END).is_file():
         corpus = (text for name in names for text in texts(name, data.format, data.fields))
         save_tokenizer(formats.load(spec, lambda: corpus), folder)
     return formats.load(folder)
