@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,14 @@ from data import examples
 from data.text import chat
 from data.text.tokenizer import Tokenizer
 from infer.generate import bucket, generate, needs_causal, stream, unrolled
-from infer.serve.store import Store
 from model import heads
 from model.config import ModelConfig
 from model.net import head
 from model.net.transformer import Transformer, virtual_tokens
 from model.weights import Params
+
+if TYPE_CHECKING:  # it imports Pallas, which takes as long as all of this package
+    from infer.serve.store import Store
 
 Message = Json
 Prompt = str | Sequence[Message]  # a text to continue, or a chat to answer
@@ -42,7 +44,7 @@ class LM:
     model: Transformer
     params: Params
     tokenizer: Tokenizer
-    store: Store | None = None  # several adapters to choose from; `params` is their base
+    store: "Store | None" = None  # several adapters to choose from; `params` is their base
     tokenizers: Mapping[str, Tokenizer] = dataclasses.field(default_factory=dict)  # of adapters that have their own
 
     @property

@@ -15,8 +15,7 @@ from configs.schema import methods
 from data.text import formats as tokenizers
 from data.text.tokenizer import Absent, NoTokenizer
 from infer.lm import LM
-from infer.serve.store import RANK_ROWS, Store
-from model import build, heads, paged, weights
+from model import build, heads, weights
 from model.config import ModelConfig
 from model.io import peft_read, saved
 from model.io.pretrained import Pretrained, open_pretrained
@@ -79,7 +78,7 @@ def load_many(
     name: str | Path,
     folders: dict[str, str | Path],
     dtype: str | None = None,
-    rank_rows: int = RANK_ROWS,
+    rank_rows: int | None = None,
     strict: bool = False,
 ) -> LM:
     """The base of a model, with LoRA adapters from run and PEFT folders, one of which each prompt may choose.
@@ -88,10 +87,13 @@ def load_many(
     base, quantized as during the training of its adapter. `rank_rows` bounds the rank rows on the device per weight;
     the other adapters stay on the host. `strict` as in `load`. Raises UserError.
     """
+    from infer.serve.store import RANK_ROWS, Store  # imports Pallas: only where it is needed
+    from model import paged
+
     lm = load(name, dtype=dtype, strict=strict)
     base, specs = weights.base(lm.params), lm.model.specs
     read = {n: paged.factors_of(_adapted(path, base, specs, strict), specs, str(path)) for n, path in folders.items()}
-    store, own = Store(lm.model, base, read, rank_rows), _own_tokenizers(folders, lm.tokenizer)
+    store, own = Store(lm.model, base, read, rank_rows or RANK_ROWS), _own_tokenizers(folders, lm.tokenizer)
     return dataclasses.replace(lm, params=base, store=store, tokenizers=own)
 
 
