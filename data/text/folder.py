@@ -54,7 +54,7 @@ def _finished(core: Core, folder: Path, names: dict) -> Tokenizer:
     return Tokenizer(
         core,
         **ids,
-        prefix=_prefix(core, names, ids["bos"]),
+        prefix=_prefix(core, folder, names, ids["bos"]),
         chat_template=templates.get("default"),
         tool_template=templates.get("tool_use"),
         extra_eos=[*names.get("extra_eos_ids", ()), *_generation_eos(folder, ids["eos"])],
@@ -238,13 +238,27 @@ def _token_id(core: Core, token: object) -> int | None:
     return core.token_to_id(_content(token)) if _content(token) else None
 
 
-def _prefix(core: Core, names: dict, bos: int | None) -> tuple[int, ...]:
-    """Ids before every text: as the flags say where there are any, else as the post-processor does."""
+def _prefix(core: Core, folder: Path, names: dict, bos: int | None) -> tuple[int, ...]:
+    """Ids before every text: as the post-processor in tokenizer.json says, which is all that transformers reads; as the
+    flags say in a folder without that file, and in those that were written here."""
     flags = [names.get(key) for key in ("add_bos_token", "add_eos_token")]
-    if any(isinstance(flag, bool) for flag in flags):
-        return (bos,) if flags[0] and bos is not None else ()
+    flagged, written = any(isinstance(flag, bool) for flag in flags), (folder / "tokenizer.json").is_file()
+    flagged_prefix = (bos,) if flags[0] and bos is not None else ()
+    if flagged and not written:
+        name = core.id_to_token(bos) if flagged_prefix else ""
+        core.post_processor = (
+            processors.TemplateProcessing(f"{name} $A", special_tokens=[(name, bos)]) if name else None
+        )
+    if flagged and (not written or "extra_eos_ids" in names):
+        return flagged_prefix
     plain, whole = (core.encode("a", add_special_tokens=special).ids for special in (False, True))
-    return tuple(whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)])
+    prefix = tuple(whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)])
+    if isinstance(flags[0], bool) and bos is not None and flags[0] != (bos in prefix):
+        what = (
+            "%s: add_bos_token is %s, but the post-processor of tokenizer.json adds %s: this counts, as in transformers"
+        )
+        logging.warning(what, folder, flags[0], "BOS" if bos in prefix else "none")
+    return prefix
 
 
 def _chat_templates(folder: Path, named: object) -> dict[str, str]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from common.errors import UserError
 from data import dataset, formats, sources
@@ -239,11 +239,14 @@ ROWS = {  # name: what came of it, what is right
 # ---- tokenizers ----
 
 
-def folder(path: Path, config: dict, special: tuple[str, ...] = (), **files: object) -> Ours:
+def folder(path: Path, config: dict, special: tuple[str, ...] = (), begins: str = "", **files: object) -> Ours:
     """A folder of a byte-level tokenizer.json with these control tokens, and what else lies in it."""
     core = Tokenizer(models.BPE({char: i for i, char in enumerate(tokenizers.byte_characters())}, []))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
     core.add_special_tokens([AddedToken(name, special=True) for name in special])
+    if begins:
+        ids = [(begins, core.token_to_id(begins))]
+        core.post_processor = processors.TemplateProcessing(f"{begins} $A", special_tokens=ids)
     path.mkdir(exist_ok=True)
     core.save(str(path / "tokenizer.json"))
     for name, content in {"tokenizer_config": config, **files}.items():
@@ -275,8 +278,10 @@ FOLDERS = {
     "tokens in special_tokens_map": (lambda p: folder(p, {}, special_tokens_map={"eos_token": {"content": "<e>"}}).eos_id, 256),
     "an EOS that is not there": (lambda p: folder(p, {"eos_token": "</s>"}).eos_ids, (256,)),
     "additional special tokens": (lambda p: folder(p, {"additional_special_tokens": ["<x>"]}).special, {"<x>": 256}),
-    "add_bos_token": (lambda p: folder(p, {"bos_token": "<b>", "add_bos_token": True}, ("<b>",)).prefix, (256,)),
+    "add_bos_token beside tokenizer.json": (lambda p: folder(p, {"bos_token": "<b>", "add_bos_token": True}, ("<b>",)).prefix, ()),
     "no add_bos_token": (lambda p: folder(p, {"bos_token": "<b>"}, ("<b>",)).prefix, ()),
+    "a post-processor, and flags that deny it": (
+        lambda p: folder(p, {"bos_token": "<b>", "add_bos_token": False, "add_eos_token": False}, ("<b>",), begins="<b>").prefix, (256,)),
     "templates with names": (
         lambda p: folder(p, {"chat_template": [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]}).tool_template,
         "t",
