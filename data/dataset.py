@@ -25,7 +25,8 @@ from data.text.tokenizer import Tokenizer
 
 # Entries of a report; a cache whose report lacks one is made again, with the same documents.
 REPORT = {"documents", "tokens", "learnt", "bad", "causes", "wrapped", "spelled", "answers", "ended", "unused", "notes"}
-VERSION = 2  # goes up when the same input gives other documents
+REPORT |= {"masks"}  # the rules that found the ends of answers
+VERSION = 1  # goes up when the same input gives other documents
 CAUSES = 100  # different reasons of bad rows that are counted apart
 SHOWN = 5  # of them, in messages
 
@@ -119,7 +120,16 @@ def prepare(
     index = {"version": VERSION, "fingerprint": fingerprint, "source": source, "kind": "", "sides": ()}
     index["tokenizer"] = tokenizer.fingerprint
     index["report"] = {"documents": 0, "tokens": 0, "learnt": 0, "bad": 0, "causes": {}}
-    index["report"] |= {"wrapped": 0, "spelled": 0, "answers": 0, "ended": 0, "unused": {}, "notes": {}, "system": []}
+    index["report"] |= {
+        "masks": 2,
+        "wrapped": 0,
+        "spelled": 0,
+        "answers": 0,
+        "ended": 0,
+        "unused": {},
+        "notes": {},
+        "system": [],
+    }
     documents = _documents(source, tokenizer, form, formats.parse_fields(fields), Asked(learn), index)
     cache.write(path, documents, index, tokenizer.vocab_size, lambda: _check(index["report"], source, max_bad))
     print(f"{source}: its tokens are kept in {path}", file=sys.stderr)
