@@ -1,7 +1,7 @@
 """Contamination: rows of a task that occur in training data, and near-duplicates across splits."""
 
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -16,6 +16,7 @@ from evals.scorers import WORD
 
 NGRAM = 13  # words: Brown et al. 2020, appendix C
 LEAST = 8  # words; shorter questions are searched together with their answers
+FORM, FEW, SHARE = 5, 3, 0.05  # words that more than FEW rows, and this share of all, have in common are their form
 SHINGLE, JACCARD = 3, 0.8  # words per shingle, and the minimum similarity of near-duplicates
 HASHES, BAND = 96, 4  # of MinHash: two rows of similarity 0.8 share a band of 4 with probability 1 - 5e-6
 MOST = 20_000  # maximum rows compared, evenly spread over all rows
@@ -62,6 +63,9 @@ def near(texts: Sequence[str]) -> list[tuple[int, int]]:
     consecutive ones form pairs.
     """
     sets = [shingles(text) for text in texts]
+    counts = Counter(gram for found in sets for gram in found)
+    many = max(FEW, SHARE * len(texts))
+    sets = [{gram for gram in found if counts[gram] <= many} or found for found in sets]  # without a common form
     factors = np.random.default_rng(0).integers(1, 1 << 62, HASHES, np.uint64) * 2 + 1
     buckets: dict[tuple, list[int]] = defaultdict(list)
     for i, found in enumerate(sets):
@@ -85,16 +89,17 @@ def shingles(text: str) -> set[int]:
 def seen(rows: Sequence[tuple[str, str]], source: str, tokenizer: Tokenizer) -> dict[int, str]:
     """{index of a row: place of the first text that contains it} for rows (question, answer).
 
-    A text contains a row if NGRAM consecutive words of its question occur there, or all words of a shorter question; of
-    question and answer, if the question has fewer than LEAST words. `source`: a data source, run folder or token cache.
+    A text contains a row if NGRAM consecutive words of its question occur there, or all words of a shorter question.
+    Words that many rows have in common, such as an instruction, do not count; if fewer than LEAST others follow each
+    other, question and answer must occur as a whole. `source`: a data source, run folder or token cache.
     """
     wanted: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # length: {hash: rows}
-    for i, (question, answer) in enumerate(rows):
-        ids = _ids(words(question))
-        if len(ids) < LEAST:
-            ids = _ids(words(f"{question} {answer}"))
-        size = min(NGRAM, len(ids))
-        for h in set(_rolling(ids, size).tolist()) if size else ():
+    for i, own in enumerate(_own([_ids(words(question)) for question, _ in rows])):
+        size = min(NGRAM, max(map(len, own), default=0))
+        if size < LEAST:
+            own = [_ids(words(" ".join(rows[i])))]
+            size = len(own[0])
+        for h in {h for part in own for h in _rolling(part, size).tolist()} if size else ():
             wanted[size][h].append(i)
     known = {size: np.sort(np.fromiter(hashes, np.uint64, len(hashes))) for size, hashes in wanted.items()}
     found: dict[int, str] = {}
@@ -105,6 +110,19 @@ def seen(rows: Sequence[tuple[str, str]], source: str, tokenizer: Tokenizer) -> 
                 for i in wanted[size][int(here[at])]:
                     found.setdefault(i, places[int(np.searchsorted(starts, at, "right")) - 1])
     return dict(sorted(found.items()))
+
+
+def _own(rows: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Runs of words of each row, cut where FORM of them occur in many rows."""
+    grams = [_rolling(ids, FORM) for ids in rows]
+    found, counts = np.unique(np.concatenate([np.unique(g) for g in grams]), return_counts=True)
+    form = found[counts > max(FEW, SHARE * len(rows))]
+    for ids, own in zip(rows, grams, strict=True):
+        cut = np.zeros(len(ids), bool)
+        for at in np.flatnonzero(np.isin(own, form)):
+            cut[at : at + FORM] = True
+        edges = np.flatnonzero(np.diff(cut, prepend=True, append=True))
+        yield [ids[a:b] for a, b in edges.reshape(-1, 2)]
 
 
 def _blocks(texts: Iterator[tuple[str, str]]) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
@@ -151,7 +169,8 @@ def _records(source: str, form: str, fields: str) -> Iterator[tuple[str, str]]:
     """The texts of records; of a record that training cannot read, all its strings."""
     for row in sources.rows(source):
         try:
-            yield row.where, formats.example(row.record or {}, form, formats.parse_fields(fields)).plain()
+            parts = formats.example(row.record or {}, form, formats.parse_fields(fields)).parts()
+            yield row.where, "\n".join(text for part in parts for text in part.texts() or [part.plain()])
         except UserError:
             yield row.where, "\n".join(v for v in (row.record or {}).values() if isinstance(v, str))
 

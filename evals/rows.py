@@ -3,7 +3,8 @@
     SOURCE[:OPTION=VALUE ...]      for example rows.jsonl:scorer=number:slices=kind
 
 SOURCE is any data source: a .jsonl, .json, .csv, .tsv or .parquet file, also with .gz; a folder; hf:repo. Options:
-scorer   a file in evals/scorers, or auto (the default), which prints its choice and the reason
+scorer   exact, contains, number, choice, token_f1, set_f1, regex, json, rouge_l (files in evals/scorers), or auto (the
+         default), which prints its choice and the reason
 split    the rows to score: train, validation, test (the default) or all (the default if SOURCE or the file's name names
          a split, such as FILE@test). Examples in the prompt are rows of the train split. See data/splits.py
 slices   COLUMN+COLUMN: columns whose values are each scored separately

@@ -386,6 +386,24 @@ def test_rows_that_training_has_read_are_named(tmp_path):
     assert found == {0: f"{source}:2", 2: f"{source}:3", 4: f"{source}:4"}
 
 
+def test_an_instruction_that_all_rows_share_is_no_overlap(tmp_path):
+    """Neither across splits nor with training data: only what a row says itself counts."""
+    form = "Is the following review of a film positive or negative ? Answer with one word and nothing else . Review :"
+    own = lambda i: " ".join(f"w{i}x{j}" for j in range(9))
+    records = [
+        {"prompt": f"{form} {own(i)}", "completion": "yes", "split": "test" if i % 2 else "train"} for i in range(40)
+    ]
+    records.append(records[0] | {"split": "test"})
+    spec = write(tmp_path / "a.jsonl", *records)
+    [line] = [note for note in task.load(f"{spec}:scorer=exact").notes if "nearly the same" in note]
+    assert line.startswith("1 questions of train and test are nearly the same")
+    held = [(r["prompt"], "yes") for r in records if r["split"] == "test"]
+    assert list(overlap.seen(held, f"{spec}@train", tokenizers.load("bytes"))) == [20]
+    short = [(f"{form} good{i}", "yes") for i in range(20)]
+    source = write(tmp_path / "b.jsonl", {"prompt": f"{form} good7", "completion": "yes"}, {"text": f"{form} good"})
+    assert overlap.seen(short, source, tokenizers.load("bytes")) == {7: f"{source}:1"}
+
+
 def test_token_caches_and_runs_are_looked_through(tmp_path):
     tok = tokenizers.load("bytes")
     source = write(
