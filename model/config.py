@@ -14,6 +14,12 @@ BIASED = {  # `bias` of a config -> the products of attention and MLP that have 
     "rest": ("out", "mlp"),  # RecurrentGemma
     "all": ("qkv", "out", "mlp"),  # GPT-2
 }
+CHOICES = {
+    "norm": ("rmsnorm", "layernorm"),
+    "act": ("silu", "gelu", "gelu_tanh", "gelu_sigmoid", "relu"),
+    "position": ("rope", "learned"),
+    "bias": BIASED,
+}
 SIZE = (1, 2**31 - 1)
 RANGES = {  # of the numbers of a ModelConfig; SIZE of every other one
     "layers": (1, 4096),
@@ -95,8 +101,14 @@ class ModelConfig:
                 number(field.name, value, *RANGES.get(field.name, SIZE), whole=field.type is int)
             elif field.type in (str, bool) and type(value) is not field.type:
                 raise ValueError(f"{field.name}={str(value)[:40]!r} is not a {field.type.__name__}")
+            elif value not in CHOICES.get(field.name, (value,)):
+                raise ValueError(f"{field.name}={value[:40]!r} is not supported")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads do not share {self.kv_heads} key heads evenly")
+        if self.position == "rope" and int(self.head_dim * self.rotary) % 2:
+            raise ValueError(f"rotary positions turn pairs, and the head size {self.head_dim} is odd")
+        if not all(isinstance(kind, str) for kind in self.blocks):
+            raise ValueError("blocks are not names of kinds of layers")
         for window in self.windows:
             number("windows", window, 0, SIZE[1], whole=True)
         if len(self.windows) not in (0, self.layers):

@@ -46,6 +46,9 @@ def from_folder(folder: Path) -> Tokenizer:
 
 
 def _finished(core: Core, folder: Path, names: dict) -> Tokenizer:
+    size, last = core.get_vocab_size(), max(core.get_vocab().values(), default=0)
+    if last > size + MAX_GAP:
+        raise UserError(f"the vocabulary has {size:,} tokens, and one has the id {last:,}", str(folder))
     core.no_truncation()
     core.no_padding()
     _add_tokens(core, folder, names)

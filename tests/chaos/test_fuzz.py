@@ -97,6 +97,13 @@ def pattern(regex: str) -> Callable[[Path], None]:
     return changed("base/tokenizer.json", pre_tokenizer=step)
 
 
+def token(number: int) -> Callable[[Path], object]:
+    """A vocabulary in which one token has another id."""
+    model = json.loads((fuzz.OLD / "base/tokenizer.json").read_text())["model"]
+    name = next(iter(model["vocab"]))
+    return changed("base/tokenizer.json", model=model | {"vocab": model["vocab"] | {name: number}})
+
+
 def far(root: Path) -> None:
     when = pyarrow.array([1 << 60, *range(30)], pyarrow.timestamp("us"))
     table = pyarrow.table({"text": [f"a {i}" for i in range(31)], "when": when})
@@ -120,6 +127,7 @@ CASES = {  # what is wrong -> (change, reader, what the one line says; "" where 
     "a text for a number": (changed("base/config.json", hidden_size="16"), MODEL, "config of llama is"),
     "a list for a number": (changed("base/config.json", max_position_embeddings=[1]), MODEL, "max_len=[1] is not a"),
     "an empty band": (changed("base/config.json", rope_scaling=LLAMA3), MODEL, "high_freq_factor is not above"),
+    "heads of one number": (changed("base/config.json", head_dim=1), MODEL, "the head size 1 is odd"),
     "10^18 tokens": (changed("base/config.json", vocab_size=10**18), MODEL, "vocab_size=1000000000000000000 is not"),
     "generation NaN": (text("base/generation_config.json", '{"temperature": NaN}'), MODEL, "NaN is not finite"),
     "weights of NaN": (tensors("base/model.safetensors", lambda n, x: x * np.nan), MODEL, "the weights contain NaN"),
@@ -139,6 +147,7 @@ CASES = {  # what is wrong -> (change, reader, what the one line says; "" where 
     "10^9 ids of padding": (
         changed("base/tokenizer.json", padding={"strategy": {"Fixed": 10**9}, "direction": "Right",
                 "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}), TOKENIZER, ""),
+    "a token of id 10^9": (token(10**9), TOKENIZER, "one has the id 1,000,000,000"),
     "a pattern that explodes": (pattern("(a+)+$"), TOKENIZER, "retry-limit-in-match over"),
     "no ids of the end": (changed("base/tokenizer_config.json", extra_eos_ids=["x", -1, 2**70]), TOKENIZER, ""),
     "a piece of 200 kB": (pieces("a" * 200_000), fuzz.read_tokenizer("tokenizer.model"), "a piece of 200,000 char"),
@@ -161,6 +170,8 @@ CASES = {  # what is wrong -> (change, reader, what the one line says; "" where 
     "a run of another init": (changed("run/config.json", init=7), RUN, "config.init = 7"),
     "a shape of NaN": (shape(norm_eps=float("nan")), RUN, "the number NaN is not finite"),
     "a shape of texts": (shape(heads="2"), RUN, "heads=2 is not a whole number"),
+    "blocks of lists": (shape(blocks=[[1]]), RUN, "blocks are not names"),
+    "an unknown activation": (shape(act="x"), RUN, "act='x' is not supported"),
     "a shape of 10^9 layers": (shape(layers=10**9), RUN, "layers=1000000000 is not a whole number"),
 }  # fmt: skip
 
