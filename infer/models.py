@@ -9,6 +9,7 @@ import jax
 
 from common import files
 from common.errors import UserError, reading
+from common.packages import locate
 from common.types import Config
 from configs import schema
 from configs.schema import methods
@@ -17,7 +18,7 @@ from data.text.tokenizer import Absent, NoTokenizer
 from infer.lm import LM
 from model import build, heads, weights
 from model.config import ModelConfig
-from model.io import peft_read, saved
+from model.io import hf, peft_read, saved
 from model.io.pretrained import Pretrained, open_pretrained
 from model.net.transformer import Transformer
 from model.weights import Params, Specs, Tree
@@ -39,21 +40,22 @@ def load(
     and activations; None: float32, or the run's. `tokenizer`: replaces that of the adapter or the model. `strict`:
     contents of the files that the model does not use are an error. Raises UserError.
     """
-    foreign = adapter and (Path(adapter).expanduser() / peft_read.CONFIG).exists()
+    path = _adapter(adapter) if adapter else None
     opened = open_model(name, strict)
-    if adapter and not foreign:
-        opened = run_at(Path(adapter), base=opened)
-    if foreign:
+    foreign = path is not None and (path / peft_read.CONFIG).exists()
+    if path and not foreign:
+        opened = run_at(path, base=opened)
+    if path and foreign:
         model = build.network(opened.config, dtype)
         base = opened.load(model.specs, None, model.param_dtype)
-        params = peft_read.read(adapter, strict)(base, model.specs, jax.random.key(0))
+        params = peft_read.read(path, strict)(base, model.specs, jax.random.key(0))
     elif isinstance(opened, Run):
         model = opened.model if dtype is None else dataclasses.replace(opened.model, dtype=dtype, param_dtype=dtype)
         params = opened.params(model.specs, None, model.param_dtype)
     else:
         model = build.network(opened.config, dtype)
         params = opened.load(model.specs, None, model.param_dtype) | opened.head()
-    own = adapter and _tokenizer_of(Path(adapter).expanduser())
+    own = path and _tokenizer_of(path)
     return LM(model, params, _tokenizer(tokenizer, own or opened.tokenizer_source))
 
 
@@ -65,6 +67,12 @@ def _tokenizer(named: str | Path | None, source: str) -> tokenizers.Tokenizer | 
         if named:
             raise
         return Absent(error)
+
+
+def _adapter(name: str | Path) -> Path:
+    """The folder of an adapter; one that is not here is a PEFT folder of the hub."""
+    path = Path(name).expanduser()
+    return path if path.exists() or path.parent.is_dir() else locate(str(name), hf.FILES)
 
 
 def _tokenizer_of(adapter: Path) -> str:
@@ -90,20 +98,20 @@ def load_many(
     from infer.serve.store import RANK_ROWS, Store  # imports Pallas: only where it is needed
     from model import paged
 
-    lm = load(name, dtype=dtype, strict=strict)
+    lm, paths = load(name, dtype=dtype, strict=strict), {n: _adapter(folder) for n, folder in folders.items()}
     base, specs = weights.base(lm.params), lm.model.specs
-    read = {n: paged.factors_of(_adapted(path, base, specs, strict), specs, str(path)) for n, path in folders.items()}
-    store, own = Store(lm.model, base, read, rank_rows or RANK_ROWS), _own_tokenizers(folders, lm.tokenizer)
+    read = {n: paged.factors_of(_adapted(path, base, specs, strict), specs, str(path)) for n, path in paths.items()}
+    store, own = Store(lm.model, base, read, rank_rows or RANK_ROWS), _own_tokenizers(paths, lm.tokenizer)
     return dataclasses.replace(lm, params=base, store=store, tokenizers=own)
 
 
-def _own_tokenizers(folders: dict[str, str | Path], base: tokenizers.Tokenizer | Absent) -> dict:
+def _own_tokenizers(folders: dict[str, Path], base: tokenizers.Tokenizer | Absent) -> dict:
     """{adapter: its tokenizer} for adapters trained with another tokenizer than the base's."""
     known, out = {}, {}
     for name, folder in folders.items():
-        if not (source := _tokenizer_of(Path(folder).expanduser())):
+        if not (source := _tokenizer_of(folder)):
             continue
-        texts = [p for p in sorted(Path(source).iterdir()) if p.is_file() and p.suffix not in (".safetensors", ".bin")]
+        texts = sorted(path for pattern in tokenizers.FILES for path in Path(source).glob(pattern))
         same = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in texts)).digest()
         if same not in known:  # a thousand adapters have a few
             known[same] = tokenizers.load(source)
@@ -112,14 +120,13 @@ def _own_tokenizers(folders: dict[str, str | Path], base: tokenizers.Tokenizer |
     return out
 
 
-def _adapted(folder: str | Path, base: Params, specs: Specs, strict: bool) -> Params:
+def _adapted(path: Path, base: Params, specs: Specs, strict: bool) -> Params:
     """A base with the adapter of a folder. Raises UserError if a run trained the adapter on a different base."""
-    path = Path(folder).expanduser()
     if (path / peft_read.CONFIG).exists():
         return peft_read.read(path, strict)(base, specs, jax.random.key(0))
     run = run_at(path)
     if not run.cfg.peft.name:
-        raise UserError("the run has no adapter", str(folder), "load it as a model")
+        raise UserError("the run has no adapter", str(path), "load it as a model")
     wrap = build.find("model.peft", run.cfg.peft)()
     return run.with_trained(wrap(base, specs, jax.random.key(run.cfg.seed)))
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import http.client
+import inspect
 import json
 import signal
 import socket
@@ -205,7 +206,7 @@ def test_a_stream_is_the_whole_answer_and_ends_before_a_stop_string(port):
 
 def test_neutral_parameters_are_accepted_and_change_nothing(port):
     asked = dict(max_tokens=6, temperature=0)
-    neutral = {name: values[-1] for name, values in api.NEUTRAL.items()}
+    neutral = {name: next(reversed(values), None) for name, values in api.NEUTRAL.items()}
     labels = dict(user="me", metadata={"a": "b"}, safety_identifier="x", prompt_cache_key="y")
     used = dict(n=1, top_p=1, top_k=-1, min_p=0, stop=[], stream=False, seed=1)
     nothing = dict.fromkeys(("logprobs", "top_logprobs", "stop", "tools", "max_completion_tokens", "anything"))
@@ -418,13 +419,13 @@ def test_an_adapter_is_asked_as_it_was_trained(batcher, tmp_path):
     """With the tokenizer and the template of its folder, where they are not the base's."""
     own = load_tokenizer("bytes")
     own.chat_template, own.eos_id = CHATML, 10
-    for name, tokenizer in {"c": own, "d": batcher.lm.tokenizer}.items():
+    for name, tokenizer in {"c": own, "d": batcher.lm.tokenizer, "f": own}.items():
         tokenizer.save(tmp_path / name)
-        (tmp_path / name / "adapter_config.json").write_text("{}")
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "adapter_config.json").write_text("{}")
-    found = models._own_tokenizers({name: tmp_path / name for name in "cde"}, batcher.lm.tokenizer)
-    assert found.keys() == {"c"}
+    found = models._own_tokenizers({name: tmp_path / name for name in "cdef"}, batcher.lm.tokenizer)
+    assert found.keys() == {"c", "f"} and found["c"] is found["f"]
     lm = dataclasses.replace(batcher.lm, tokenizers=found)
     plain, asked = (messages.encode(lm.speaking(name), messages.turns(USER)) for name in (None, "c"))
     assert plain == list(b"2+3=") and own.decode(asked) == chat.render(USER, own, True)
@@ -639,6 +640,18 @@ def openai_client(port):
 
 
 ASKED = dict(model="c", messages=USER, max_tokens=24, temperature=8, seed=4)
+
+
+@pytest.mark.parity
+def test_every_parameter_of_the_openai_client_is_in_a_table():
+    """So that none is refused as unknown."""
+    from openai.resources.chat.completions import Completions as Chat
+    from openai.resources.completions import Completions
+
+    own = {"self", "extra_headers", "extra_query", "extra_body", "timeout", "messages", "prompt"}
+    for create, fields in ((Chat.create, api.CHAT), (Completions.create, api.COMPLETION)):
+        asked = inspect.signature(create).parameters.keys() - own
+        assert not asked - {*fields, *api.READ, *api.LABELS, *api.NEUTRAL}
 
 
 @pytest.mark.parity

@@ -156,7 +156,7 @@ def requests() -> Rows:
         ("read by /v1/chat/completions", fields(api.CHAT) + ", `messages`"),
         ("read by /v1/completions", fields(api.COMPLETION) + ", `prompt`"),
         ("irrelevant", names(api.LABELS)),
-        ("refused unless null or", ", ".join(f"`{name}` = {values}" for name, values in neutral.items())),
+        ("refused unless null or", ", ".join(f"`{name}`" + f" = {values}" * bool(values) for name, values in neutral.items())),
         ("refused", "every other parameter"),
         ("roles of messages", names(sorted(messages.ROLES))),
         ("fields of messages", names(sorted(messages.FIELDS))),

@@ -45,6 +45,8 @@ LABELS = {
     "metadata": dict,
     "safety_identifier": str,
     "prompt_cache_key": str,
+    "prompt_cache_retention": str,
+    "prompt_cache_options": dict,
 }  # without effect
 # Unsupported parameters, with the values at which they have no effect; null is always accepted.
 NEUTRAL: dict[str, tuple] = {
@@ -54,6 +56,8 @@ NEUTRAL: dict[str, tuple] = {
     "function_call": ("none", "auto"), "parallel_tool_calls": (True, False), "modalities": (["text"],),
     "service_tier": ("auto", "default"), "store": (False,), "ignore_eos": (False,), "stop_token_ids": ([],),
     "skip_special_tokens": (True,), "add_generation_prompt": (True,), "chat_template_kwargs": ({},),
+    "reasoning_effort": ("none",), "verbosity": ("medium",), "audio": (), "prediction": (), "web_search_options": (),
+    "moderation": (),
 }  # fmt: skip
 INSTEAD = {
     "response_format": "answers are not constrained to JSON: ask for it in the prompt",
@@ -148,7 +152,7 @@ def _neutral(name: str, value: object) -> None:
     if name not in NEUTRAL:
         raise Refused(400, f"unknown parameter {name[:80]!r}", name[:80], "unknown_parameter")
     if value not in NEUTRAL[name]:
-        instead = INSTEAD.get(name, f"leave it out, or send {json.dumps(NEUTRAL[name][0])}")
+        instead = INSTEAD.get(name, f"leave it out, or send {json.dumps(next(iter(NEUTRAL[name]), None))}")
         raise Refused(400, f"{name} = {json.dumps(value)[:80]} is not supported; {instead}", name, "unsupported_value")
 
 
