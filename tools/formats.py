@@ -152,11 +152,12 @@ def requests() -> Rows:
         return names(sorted({*found, *api.READ}))
 
     neutral = {name: " or ".join(map(json.dumps, values)) for name, values in api.NEUTRAL.items()}
+    neutral = [f"`{name}` = {values}" if values else f"`{name}`" for name, values in neutral.items()]
     return [
         ("read by /v1/chat/completions", fields(api.CHAT) + ", `messages`"),
         ("read by /v1/completions", fields(api.COMPLETION) + ", `prompt`"),
         ("irrelevant", names(api.LABELS)),
-        ("refused unless null or", ", ".join(f"`{name}`" + f" = {values}" * bool(values) for name, values in neutral.items())),
+        ("refused unless null or", ", ".join(neutral)),
         ("refused", "every other parameter"),
         ("roles of messages", names(sorted(messages.ROLES))),
         ("fields of messages", names(sorted(messages.FIELDS))),
