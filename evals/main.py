@@ -1,12 +1,13 @@
 """Scores a model on tasks, or measures its loss on general text.
 
     python -m evals.main --model=NAME_OR_RUN --tasks=dates,rows.jsonl:scorer=number [--shots=0,4] [--n=100] [--seed=0]
-                         [--adapter=RUN] [--against=RUN] [--contamination=SOURCE] [--text=pydocs] [--passages=16]
-                         [--out=FOLDER] [--strict]
+                         [--adapter=RUN] [--index=DIR] [--k=3] [--against=RUN] [--contamination=SOURCE]
+                         [--text=pydocs] [--passages=16] [--out=FOLDER] [--strict]
 
 Prints a table and appends one line of JSON per result to FOLDER/evals.jsonl. If the model or the adapter is a run, its
 folder is the default. `--text` names a data source; the rise of the loss on it after tuning measures forgetting.
 `--against` names a folder or .jsonl of earlier results, which are compared row by row if they are on the same rows.
+`--index` names an index of documents (tools.index); the k best chunks for each question are put before it.
 `--contamination` names training data (a source, a run or a token cache): rows that occur in it are listed and scored
 separately.
 """
@@ -36,12 +37,12 @@ def main(argv: list[str]) -> int | None:
 
     parser = cli.Parser("evals.main", f"{__doc__}\nTasks are files in evals/tasks, or files of rows. {rows.__doc__}")
     parser.add_argument("--model", required=True)
-    for name in ("adapter", "against", "text", "out"):
+    for name in ("adapter", "against", "index", "text", "out"):
         parser.add_argument(f"--{name}", default="")
     for name in ("tasks", "contamination"):
         parser.add_argument(f"--{name}", default="", type=cli.listed)
     parser.add_argument("--shots", default="0", type=cli.counts)
-    for name, default in dict(n=100, seed=0, passages=16, batch_size=16).items():
+    for name, default in dict(n=100, seed=0, passages=16, batch_size=16, k=3).items():
         parser.add_argument(f"--{name}", default=default, type=cli.count)
     parser.add_argument("--strict", action="store_true", help="unused contents of the files are an error")
     run(parser.parse_args(argv))
@@ -67,8 +68,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     for result in _measure(lm, args, tasks):
         spent = _gas(result["seconds"], result["flops"])
         line = {"time": round(time.time(), 3), "model": args.model, **result, "gas": spent._asdict()}
-        if args.adapter:
-            line["adapter"] = args.adapter
+        line |= {name: value for name in ("adapter", "index") if (value := getattr(args, name))}
         line = files.plain(line)
         used.append(spent)
         results.append(line)
@@ -84,12 +84,15 @@ def run(args: argparse.Namespace) -> list[dict]:
 def _measure(lm: "LM", args: argparse.Namespace, tasks: dict[str, "Task"]) -> Iterator[Json]:
     from evals import heldout
     from evals.run import evaluate, flops_per_token
+    from infer.retrieve import passages
+    from infer.retrieve.index import Index
 
+    context = passages.context(Index(args.index), args.k) if args.index else None
     for name, task in tasks.items():
         found = _contaminated(name, task, args.contamination, lm) if args.contamination else {}
         marked = _marked(name, task, found) if found else task
         for k in args.shots:
-            result = evaluate(marked, lm, args.n, args.seed, k, args.batch_size, name=name).to_dict()
+            result = evaluate(marked, lm, args.n, args.seed, k, args.batch_size, name=name, context=context).to_dict()
             yield result | ({"contamination": found} if args.contamination else {})
     if args.text:
         texts = heldout.passages(args.text, args.passages)

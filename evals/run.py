@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -59,11 +59,12 @@ class Result:
 
 def evaluate(
     task: str | Task, lm: LM, n: int = 100, seed: int = 0, shots: int = 0, batch_size: int = BATCH, keep: int = 50,
-    name: str = "unnamed",
+    name: str = "unnamed", context: Callable[[Sequence[Prompt]], list[Prompt]] | None = None,
 ) -> Result:  # fmt: skip
     """Scores greedy answers, or the most likely option per byte, of `lm` (infer.lm.LM) on `n` held-out examples.
 
-    `task` is a name for evals.task.load, or a Task with a `name`. The result keeps `keep` samples.
+    `task` is a name for evals.task.load, or a Task with a `name`. The result keeps `keep` samples. `context` adds text
+    to the prompts, such as retrieved passages; its seconds count.
     """
     if isinstance(task, str):
         [(name, task)] = tasks.named([task]).items()
@@ -73,8 +74,9 @@ def evaluate(
     examples = [example for example, _ in drawn]
     ask = task.raw if task.raw and lm.tokenizer.chat_template is None else task.prompt
     prompts = [ask(example, shown) for example, shown in drawn]
-    asked, room = _fit(task, lm, name, examples, prompts)
     start, by_sum = time.perf_counter(), None
+    prompts = context(prompts) if context else prompts
+    asked, room = _fit(task, lm, name, examples, prompts)
     if task.kind == "choice":
         options = [e["options"] for e in examples]
         summed, completions = choose(lm, prompts, options)

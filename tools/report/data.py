@@ -138,7 +138,7 @@ def choices(runs: list[Run]) -> dict[str, list[Choice]]:
     """
     out: dict[tuple[str, str], list[Choice]] = {}
     for run in runs:
-        for result in newest(run.evals, ("task", "shots", "n", "seed", "adapter", "task_hash")):
+        for result in newest(run.evals, ("task", "shots", "n", "seed", "adapter", "index", "task_hash")):
             key = result["task"], result.get("task_hash", "an earlier version did")
             out.setdefault(key, []).append(choice(run, result, runs))
     tasks = [task for task, _ in out]
@@ -161,8 +161,8 @@ def newest(lines: list[dict], keys: tuple[str, ...]) -> list[dict]:
 
 def choice(run: Run, result: dict, runs: list[Run]) -> Choice:
     trained, shots = bool(run.config), result.get("shots", 0)
-    asked = f"{shots}-shot" if shots else "zero-shot"
-    label = asked if not trained else of_run(run) + (f", {asked}" if shots else "")
+    ways = [f"{shots}-shot"] * bool(shots) + ["retrieval"] * bool(result.get("index"))
+    label = ", ".join([of_run(run), *ways] if trained else ways or ["zero-shot"])
     change, text = forgetting(run, runs)
     return Choice(
         label=label,
