@@ -174,7 +174,7 @@ def _check_entries(manifest: dict) -> None:
     for name, leaf in manifest["leaves"].items():
         jnp.dtype(leaf["dtype"])
         if not all(type(n) is int and n >= 0 for n in leaf["shape"]) or not isinstance(leaf["hash"], str):
-            raise ValueError(f"its entry of {name} has no shape and no hash")
+            raise ValueError(f"its entry of {name} has no valid shape or hash")
 
 
 def orbax() -> ModuleType:
