@@ -119,13 +119,13 @@ def _halves(roles: dict[str, Role], trees: Roles, mask: dict[str, Tree], shares:
     """(params, frozen) of a TrainState from {role: whole tree}."""
     params, frozen = {}, {}
     for name, tree in trees.items():
-        moving, fixed = weights.partition(tree, mask[name])
+        trained, rest = weights.partition(tree, mask[name])
         if roles[name].kind == "train":
-            params[name] = moving
+            params[name] = trained
         elif roles[name].kind == "initial":
-            fixed = moving  # a copy from step 0; the rest is shared with the policy
+            rest = trained  # a copy from step 0; the frozen half is the policy's
         if roles[name].kind != "train" or name not in shares:
-            frozen[name] = fixed
+            frozen[name] = rest
     return params, frozen
 
 
