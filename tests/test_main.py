@@ -100,7 +100,7 @@ def test_plan_answers_without_a_device():
     ("args", "words"),
     [
         (["--config.lrr=1"], "did you mean"),
-        (["--config.objective.name=dpo", "--config.data.packing=none"], "the objective reads"),
+        (["--config.objective.name=dpo", "--config.data.packing=none"], "the objective needs"),
         (["--config.init=no/such/model", "--config.model.shape="], "no/such/model"),
         (["--config.mesh.data=3"], "devices"),
         (["--config.data.source=no.jsonl"], "no.jsonl"),
