@@ -1,12 +1,13 @@
 """Serves a model and its adapters over HTTP, on this machine only, in OpenAI's format.
 
-    python -m tools.serve MODEL [--name=NAME] [--adapters=[NAME=]FOLDER,...] [--port=8000] [--rows=8] [--length=1024]
-                          [--strict]
+    python -m tools.serve MODEL [--name=NAME] [--adapters=[NAME=]FOLDER,...] [--embedder=NAME]
+                          [--port=8000] [--rows=8] [--length=1024] [--strict]
 
     curl -N http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
         -d '{"model": "MODEL", "stream": true, "messages": [{"role": "user", "content": "Hello"}]}'
 
-Paths: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics (Prometheus). A request's `model` is MODEL,
+Paths: /v1/chat/completions, /v1/completions, /v1/embeddings (of the --embedder), /v1/models, /health, /metrics
+(Prometheus). A request's `model` is MODEL,
 or NAME, or the name of an adapter (the last part of its folder, unless NAME= sets another). Requests share one batch of
 --rows rows, which they join and leave at any step; --length bounds the tokens of a prompt plus its answer. With a
 `seed` the answer equals that of infer.generate with the same settings; without one it is random. Parameters that are
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("model")
     parser.add_argument("--name", default="", help="the name of the model in requests; default: MODEL")
     parser.add_argument("--adapters", default="", help="run or PEFT folders, separated by commas")
+    parser.add_argument("--embedder", default="", help="a model for vectors: all-minilm-l6-v2, a folder or a hub id")
     parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     parser.add_argument("--rows", type=int, default=8, help="concurrent answers")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a prompt and its answer")
@@ -38,6 +40,11 @@ def main(argv: list[str]) -> int | None:
         raise UserError(f"{args.port} is not a port", "--port", "0 to 65535")
     if name in folders:
         raise UserError(f"{name!r} is the name of the model", "--adapters", "choose another: NAME=FOLDER")
+    if args.embedder in (name, *folders):
+        raise UserError(
+            f"{args.embedder!r} is the name of another model here", "--embedder", "set --name for the model"
+        )
+    from infer import embed
     from infer.models import load, load_many
     from infer.serve import http
     from infer.serve.batcher import Batcher
@@ -45,9 +52,10 @@ def main(argv: list[str]) -> int | None:
     with http.listen(args.port) as listening:  # before the model is read: the port may be taken
         lm = load_many(args.model, folders, strict=args.strict) if folders else load(args.model, strict=args.strict)
         batcher = Batcher(lm, args.rows, args.length)
-        names = ", ".join([name, *batcher.names])
+        embedders = {args.embedder: embed.load(args.embedder)} if args.embedder else {}
+        names = ", ".join([name, *batcher.names, *embedders])
         print(f"http://{http.HOST}:{listening.getsockname()[1]}/v1 serves {names}", flush=True)
-        http.run(http.make(batcher, name), batcher, listening)
+        http.run(http.make(batcher, name, embedders), batcher, listening)
 
 
 if __name__ == "__main__":

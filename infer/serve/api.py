@@ -84,7 +84,7 @@ class Asked(NamedTuple):
 def read(body: bytes, chat: bool, models: Collection[str]) -> Asked:
     """Parses the body of a chat or completion request. Raises Refused; no field is silently ignored."""
     fields, prompt = (CHAT, "messages") if chat else (COMPLETION, "prompt")
-    content = {k: v for k, v in _object(body).items() if v is not None}
+    content = {k: v for k, v in object_of(body).items() if v is not None}
     for name, value in content.items():
         if name not in READ and name != prompt and name not in fields:
             _neutral(name, value)
@@ -130,7 +130,7 @@ def seed(given: int | None, choice: int) -> int:
     return given if not choice and abs(given) < 1 << 31 else zlib.crc32(f"{given} {choice}".encode()) >> 1
 
 
-def _object(body: bytes) -> Json:
+def object_of(body: bytes) -> Json:
     try:
         content = json.loads(body)
         json.dumps(content, ensure_ascii=False).encode()  # fails for half a surrogate pair

@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -27,7 +27,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import UserError
-from infer.serve import Refused, api, messages
+from infer.embed import Embedder
+from infer.serve import Refused, api, embeddings, messages
 from infer.serve.batcher import Batcher, Full, Item
 from infer.serve.connection import Connection
 
@@ -36,7 +37,8 @@ BODY = 1 << 20  # maximum bytes of a request
 BACKLOG = 2048  # connections that the system queues until they are accepted
 KEEP_ALIVE = 60  # seconds that an idle connection stays open: longer than clients' own timeouts
 DRAIN = 60  # seconds to finish answers after a signal
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/health", "/metrics")
+Embedders = Mapping[str, Embedder]
 
 
 def listen(port: int) -> socket.socket:
@@ -47,11 +49,11 @@ def listen(port: int) -> socket.socket:
         raise UserError(e.strerror or str(e), f"port {port}", "choose another --port") from None
 
 
-def make(batcher: Batcher, name: str) -> uvicorn.Server:
-    """A server whose base model is called `name`."""
+def make(batcher: Batcher, name: str, embedders: Embedders | None = None) -> uvicorn.Server:
+    """A server whose base model is called `name`; `embedders` are the models of /v1/embeddings by name."""
     options = dict(http=Connection, ws="none", lifespan="off", log_level="error", access_log=False, server_header=False)
     limits = dict(backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=DRAIN)
-    return uvicorn.Server(uvicorn.Config(application(batcher, name), **options, **limits))
+    return uvicorn.Server(uvicorn.Config(application(batcher, name, embedders), **options, **limits))
 
 
 def run(server: uvicorn.Server, batcher: Batcher, listening: socket.socket) -> None:
@@ -82,12 +84,13 @@ def run(server: uvicorn.Server, batcher: Batcher, listening: socket.socket) -> N
         raise errors[0]
 
 
-def application(batcher: Batcher, name: str) -> Starlette:
-    """The routes. `name` is the name of the base model; adapters have their own names."""
-    service = Service(batcher, name)
+def application(batcher: Batcher, name: str, embedders: Embedders | None = None) -> Starlette:
+    """The routes. `name` is the name of the base model; adapters and embedders have their own names."""
+    service = Service(batcher, name, embedders or {})
     routes = [
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/completions", service.complete, methods=["POST"]),
+        Route("/v1/embeddings", service.embed, methods=["POST"]),
         Route("/v1/models", service.models),
         Route("/v1/models/{model:path}", service.model),
         Route("/health", service.health),
@@ -115,19 +118,25 @@ class Meters:
 class Service:
     """The endpoints of one batcher."""
 
-    def __init__(self, batcher: Batcher, name: str):
-        self.batcher, self.name, self.meters = batcher, name, Meters(batcher)
+    def __init__(self, batcher: Batcher, name: str, embedders: Embedders):
+        self.batcher, self.name, self.meters, self.embedders = batcher, name, Meters(batcher), embedders
         self.created = int(time.time())
 
     @property
     def names(self) -> list[str]:
-        return [self.name, *self.batcher.names]
+        return [self.name, *self.batcher.names, *self.embedders]
 
     async def chat(self, request: Request) -> "Reply":
         return await self.reply(request, chat=True)
 
     async def complete(self, request: Request) -> "Reply":
         return await self.reply(request, chat=False)
+
+    async def embed(self, request: Request) -> Response:
+        content = api.object_of(await body_of(request))
+        response = await run_in_threadpool(embeddings.answer, content, self.embedders)
+        self.meters.tokens.labels("prompt").inc(response["usage"]["prompt_tokens"])
+        return JSONResponse(response)
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self.card(name) for name in self.names]})
@@ -151,7 +160,7 @@ class Service:
 
     async def reply(self, request: Request, chat: bool) -> "Reply":
         begin = time.perf_counter()
-        asked = api.read(await body_of(request), chat, self.names)
+        asked = api.read(await body_of(request), chat, [self.name, *self.batcher.names])
         inbox: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
         put = functools.partial(_post, asyncio.get_running_loop(), inbox)
         choices = await run_in_threadpool(self.submit, asked, put)

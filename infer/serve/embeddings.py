@@ -1,0 +1,42 @@
+"""Requests for vectors in OpenAI's format, answered by an embedder beside the model."""
+
+import base64
+from collections.abc import Mapping
+
+import numpy as np
+
+from infer.embed import Embedder
+from infer.serve import Refused
+
+TEXTS = 2048  # maximum of a request, as in OpenAI's
+
+
+def answer(content: Mapping[str, object], embedders: Mapping[str, Embedder]) -> dict:
+    """The response to a request's JSON object. Raises Refused; no field is silently ignored."""
+    content = {key: value for key, value in content.items() if value is not None}
+    name = str(content.get("model"))
+    if (embedder := embedders.get(name)) is None:
+        what = f"no embedder {name[:80]!r}; there are {', '.join(embedders) or 'none'}"
+        raise Refused(404, what, "model", "model_not_found")
+    if strange := set(content) - {"model", "input", "encoding_format", "dimensions", "user"}:
+        raise Refused(400, f"{min(strange)[:80]} is not supported", min(strange)[:80], "unsupported_parameter")
+    if content.get("dimensions", embedder.width) != embedder.width:
+        raise Refused(400, f"vectors have {embedder.width} dimensions", "dimensions", "unsupported_value")
+    form = content.get("encoding_format", "float")
+    if form not in ("float", "base64"):
+        raise Refused(400, "encoding_format is float or base64", "encoding_format", "invalid_value")
+    texts = content.get("input")
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+        raise Refused(400, "input is a text or a list of texts, none of them empty", "input", "invalid_value")
+    if len(texts) > TEXTS:
+        raise Refused(400, f"a request has at most {TEXTS} texts", "input", "invalid_value")
+    tokens = sum(map(len, embedder.tokenizer.encode_inputs(texts, embedder.longest)))
+    vectors = embedder.embed(texts)
+    rows = [{"object": "embedding", "index": i, "embedding": spelled(v, form)} for i, v in enumerate(vectors)]
+    return {"object": "list", "data": rows, "model": name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+
+def spelled(vector: np.ndarray, form: object) -> list[float] | str:
+    """Numbers, or the bytes of little-endian float32 in base64, which OpenAI's own client asks for."""
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode() if form == "base64" else vector.tolist()
