@@ -7,6 +7,7 @@ import argparse
 import errno
 import functools
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -43,6 +44,7 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], in
     def shell(argv: list[str]) -> int:
         jobs.follow_parent()
         keep_console()
+        logging.basicConfig(format="%(message)s")  # a note to the user, without "WARNING:root:"
         try:
             return main(argv) or exits.DONE
         except UserError as e:

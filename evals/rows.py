@@ -137,7 +137,8 @@ def _read(source: str, options: dict[str, str], listed: bool) -> dict[str, list[
             made = _row(row.record, options, listed) | {"where": row.where}
             found[part or splits.of(row.record)].append(made)
         except UserError as e:
-            reason = " · ".join(filter(None, (e.what, e.fix)))
+            fix = "" if "data.fields" in e.fix else e.fix  # which names columns to training; those of a task are below
+            reason = " · ".join(filter(None, (e.what, fix)))
             count, first = causes.get(reason, (0, row.where))
             causes[reason] = (count + 1, first)
     good, bad = sum(map(len, found.values())), sum(count for count, _ in causes.values())

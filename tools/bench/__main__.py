@@ -1,4 +1,4 @@
-"""Measures speed and memory of training, fine-tuning and decoding on this machine, compared with torch and llama.cpp.
+"""Measures speed and memory of training and decoding on this machine, compared with torch and llama.cpp.
 
     python -m tools.bench [--what=train,sft,decode,small,adapters,methods] [--rounds=3] [--out=runs/bench.json]
 
