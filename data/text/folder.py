@@ -60,7 +60,7 @@ def _finished(core: Core, folder: Path, names: dict) -> Tokenizer:
         prefix=_prefix(core, folder, names, ids["bos"]),
         chat_template=templates.get("default"),
         tool_template=templates.get("tool_use"),
-        extra_eos=[*names.get("extra_eos_ids", ()), *_generation_eos(folder, ids["eos"])],
+        extra_eos=[i for i in _ends(folder, names) if i != ids["eos"]],
     )
 
 
@@ -276,10 +276,11 @@ def _chat_templates(folder: Path, named: object) -> dict[str, str]:
     return {name: text for name, text in found.items() if isinstance(text, str)}
 
 
-def _generation_eos(folder: Path, eos: int | None) -> list[int]:
-    ids = _read_json(folder / "generation_config.json").get("eos_token_id", [])
-    ids = ids if isinstance(ids, list) else [ids]
-    return [i for i in ids if isinstance(i, int) and i != eos]
+def _ends(folder: Path, names: dict) -> list[int]:
+    """Further ids that end an answer, of tokenizer_config.json and of generation_config.json."""
+    said = [names.get("extra_eos_ids"), _read_json(folder / "generation_config.json").get("eos_token_id")]
+    ids = [i for value in said for i in (value if isinstance(value, list) else [value])]
+    return [i for i in ids if type(i) is int and 0 <= i < 2**31]
 
 
 def _read(path: Path) -> str:

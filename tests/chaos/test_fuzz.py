@@ -149,7 +149,7 @@ CASES = {  # what is wrong -> (change, reader, what the one line says; "" where 
                 "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}), TOKENIZER, ""),
     "a token of id 10^9": (token(10**9), TOKENIZER, "one has the id 1,000,000,000"),
     "a pattern that explodes": (pattern("(a+)+$"), TOKENIZER, "retry-limit-in-match over"),
-    "no ids of the end": (changed("base/tokenizer_config.json", extra_eos_ids=["x", -1, 2**70]), TOKENIZER, ""),
+    "no ids of the end": (changed("base/tokenizer_config.json", extra_eos_ids=["x", -1, 2**70, [1]]), TOKENIZER, ""),
     "a piece of 200 kB": (pieces("a" * 200_000), fuzz.read_tokenizer("tokenizer.model"), "a piece of 200,000 char"),
     "many long pieces": (
         pieces(*("a" * n for n in range(800, 1025))), fuzz.read_tokenizer("tokenizer.model"), ""),
