@@ -91,7 +91,7 @@ def test_a_step_in_a_store_is_one_that_has_its_manifest(bucket):
     told = []
     cfg = SimpleNamespace(keep=1, keep_every=0)
     with contextlib.closing(Checkpointer(home, cfg, log=told.append)) as ckpt:
-        assert saved.steps(home) == [4, 3] and len(told) == 1 and "note ignored" in told[0]
+        assert saved.steps(home) == [4, 3] and len(told) == 1 and "ignoring note" in told[0]
         assert not (home / "5").exists()  # a save that a kill cut short
         ckpt._prune()
         assert sorted(p.name for p in home.iterdir()) == ["4", "note"]
