@@ -1,5 +1,7 @@
-"""Plain English in docstrings, comments, messages, help, pages and Markdown: none of the habits that readers stumble
-over. What is tested are words; whether a sentence is understood at first sight, only a reader can say."""
+"""Plain English in docstrings, comments, messages, help, pages and Markdown: habits that readers stumble over are absent.
+
+Only words are tested; whether a sentence is clear at first sight, only a reader can judge.
+"""
 
 import ast
 import io
