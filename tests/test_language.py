@@ -1,4 +1,4 @@
-"""Plain English in docstrings, comments, messages, help, pages and Markdown: habits that readers stumble over are absent.
+"""Plain English in docstrings, comments, messages, help, pages and Markdown: without the habits that stop readers.
 
 Only words are tested; whether a sentence is clear at first sight, only a reader can judge.
 """
