@@ -204,6 +204,17 @@ def adapter_only(folder, config, tensors):
     return True
 
 
+def only_notes(folder, config, tensors):
+    (folder / "notes.txt").write_text("x")
+    return True
+
+
+def two_ggufs(folder, config, tensors):
+    for name in "ab":
+        (folder / f"{name}.gguf").write_bytes(b"GGUF")
+    return True
+
+
 def other_head(folder, config, tensors):
     config["tie_word_embeddings"] = True
 
@@ -279,6 +290,8 @@ FOLDERS = {
     "a trainer's files": Case("llama", beside("training_args.bin", "optimizer.pt", "rng_state_0.pth", "x.gguf")),
     "the same weights as a pickle": Case("llama", beside("pytorch_model.bin")),
     "a head in a file of its own": Case("llama", beside("value_head.safetensors"), said="value_head.safetensors"),
+    "a folder of something else": Case("llama", only_notes, error="holds no config.json, .* it holds notes.txt"),
+    "several GGUF files": Case("llama", two_ggufs, error="holds 2 models: a.gguf, b.gguf · name one"),
     "a pickle": Case("llama", pickled, error=r"only pickled.*from_pretrained\('.*'\)\.save_pretrained"),
     "a pointer of git-lfs": Case("llama", lfs, error="git lfs pull"),
     "a file of another name": Case("llama", other_name, error="it holds weights.safetensors"),

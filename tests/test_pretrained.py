@@ -414,7 +414,7 @@ def test_early_gguf(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gguf, "GGUFWriter", Writer)
     write_gguf(tmp_path / "m.gguf", model, params)
-    opened = open_pretrained(tmp_path / "m.gguf")
+    opened = open_pretrained(tmp_path)  # which holds no other model
     assert dict(opened.config.rope_scaling) == {"rope_type": "linear", "factor": 2.0}
     assert opened.unused == ["llama.logit_scale"]
     for start, why in {

@@ -30,6 +30,10 @@ class File:
         for header in headers:
             self.tensors |= header.tensors
         self.architecture = self.metadata.get("general.architecture")
+        if self.metadata.get("general.type") == "adapter":
+            raise UserError(
+                "is an adapter of llama.cpp, not a model", str(path), "open the PEFT folder that it was made of"
+            )
         if self.architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise UserError(f"architecture {self.architecture!r} is not supported; supported: {known}", str(path))
@@ -179,6 +183,18 @@ class File:
         except (ValueError, NotImplementedError, OSError) as error:
             raise UserError(f"cannot read {name} (type {tensor.kind}): {error}", str(self.path)) from None
         return out
+
+
+def inside(folder: Path) -> Path | None:
+    """The GGUF file, or the first part, of a folder that holds one model as GGUF; None where there is none.
+
+    Raises UserError for several.
+    """
+    found = sorted({parts(path)[0] for path in folder.glob("*.gguf")})
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:5])
+        raise UserError(f"holds {len(found)} models: {names}", str(folder), "name one of the files")
+    return found[0] if found else None
 
 
 def parts(path: Path) -> list[Path]:

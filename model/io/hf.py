@@ -77,6 +77,11 @@ class Folder:
         if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
             what = "this is a PEFT adapter, not a model"
             raise UserError(what, str(path), f"name its base, and --adapter={path}")
+        if not (path / "config.json").exists():
+            held = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+            raise UserError(
+                f"holds no config.json, and so no model; it holds {held}", str(path), "name a model's folder"
+            )
         whole = files.load_json(path / "config.json")
         self.hf_config = text_config(whole)
         generation = path / "generation_config.json"

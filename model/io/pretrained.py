@@ -174,6 +174,8 @@ def open_pretrained(name: str, strict: bool = False) -> Pretrained:
     """Opens a Hugging Face folder, a .gguf file, a packaged model's name, or a hub id if online. Raises UserError."""
     path = locate(str(name), hf.FILES)
     with reading(path):
+        if path.is_dir() and not (path / "config.json").exists():
+            path = gguf.inside(path) or path
         if path.is_file():
             if path.suffix != ".gguf":
                 raise UserError("neither a .gguf file nor a folder", str(path))
