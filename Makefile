@@ -18,7 +18,7 @@ slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not parity"
 
 chaos: $(VENV)/ready
-	$(BIN)/python -m tests.chaos --seconds=$(or $(SECONDS),1800)
+	$(BIN)/python -m tests.chaos --tries=200 --seconds=$(or $(SECONDS),3600)
 	$(BIN)/python -m tests.chaos.fuzz --mutations=$(or $(MUTATIONS),20000)
 
 parity: $(VENV)/parity

@@ -19,9 +19,10 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_kills_and_full_disks_leave_no_trace():
-    """A kill at a point, a full disk and a kill at a random moment for each of six commands."""
-    command = [sys.executable, "-m", "tests.chaos", "--tries=18", "--seconds=200"]
+def test_kills_leave_no_trace():
+    """A kill at a point and one at a random moment, for each of six commands."""
+    only = "--only=train,resume,pair,quantize,export,prepare"
+    command = [sys.executable, "-m", "tests.chaos", only, "--kinds=kill,moment", "--tries=12", "--seconds=200"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0 and "0 failed" in done.stdout, done.stdout + done.stderr
 
