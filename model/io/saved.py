@@ -177,22 +177,24 @@ def _check_entries(manifest: dict) -> None:
             raise ValueError(f"its entry of {name} has no valid shape or hash")
 
 
+class _Patient:
+    """An event loop that waits for its tasks. When one array cannot be read or written, Orbax would close its loop
+    under the tasks of the others, each of which then prints a traceback."""
+
+    def close(self) -> None:
+        if not self.is_closed() and (left := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.wait(left, timeout=10))
+            _ = [task.cancelled() or task.exception() for task in left if task.done()]  # else it is logged
+        super().close()
+
+
 def orbax() -> ModuleType:
     """Orbax's v1 interface, without its log: all its problems are exceptions, which are reported in one line."""
     import uvloop
     from orbax.checkpoint import v1
 
-    class Patient(uvloop.Loop):
-        """Waits for its tasks. When one array cannot be read, Orbax would close its loop under the reads of the others,
-        each of which then prints a traceback."""
-
-        def close(self) -> None:
-            if left := asyncio.all_tasks(self):
-                self.run_until_complete(asyncio.wait(left, timeout=10))
-                _ = [task.cancelled() or task.exception() for task in left if task.done()]  # else it is logged
-            super().close()
-
-    uvloop.new_event_loop = Patient
+    uvloop.new_event_loop = type("Loop", (_Patient, uvloop.Loop), {})
+    asyncio.new_event_loop = type("Loop", (_Patient, asyncio.SelectorEventLoop), {})
 
     logger = logging.getLogger("absl")
     if _not_orbax not in logger.filters:
