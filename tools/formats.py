@@ -115,7 +115,7 @@ def checkpoints() -> Rows:
         ("types of rope, and their fields", names(needs)),
         ("fields of rope_scaling", names(sorted(llama.ROPE_FIELDS))),
         ("activations", names(llama.ACTS)),
-        ("irrelevant fields of config.json", names(sorted(hf.IRRELEVANT))),
+        ("irrelevant fields of config.json, where the family does not read them", names(sorted(hf.IRRELEVANT))),
         ("counted", "every other field that has a value, and every tensor outside the layers that the model has"),
         ("prefixes of the tensors", names(hf.BODIES)),
         ("irrelevant tensors", names([IGNORED.pattern])),

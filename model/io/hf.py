@@ -48,7 +48,7 @@ IRRELEVANT = {
     "chunk_size_feed_forward", "is_decoder", "is_encoder_decoder", "tie_encoder_decoder", "pruned_heads",
     "cross_attention_hidden_size", "prefix", "task_specific_params", "problem_type", "finetuning_task", "id2label",
     "label2id", "num_labels", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
-    "summary_type", "summary_use_proj",
+    "summary_type", "summary_use_proj", "tie_word_embeddings",
 }  # fmt: skip
 PART = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 CONVERT = (
