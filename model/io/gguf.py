@@ -32,7 +32,7 @@ class File:
         self.architecture = self.metadata.get("general.architecture")
         if self.metadata.get("general.type") == "adapter":
             raise UserError(
-                "is an adapter of llama.cpp, not a model", str(path), "open the PEFT folder that it was made of"
+                "this is an adapter of llama.cpp, not a model", str(path), "open the PEFT folder that it was made of"
             )
         if self.architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
@@ -193,7 +193,7 @@ def inside(folder: Path) -> Path | None:
     found = sorted({parts(path)[0] for path in folder.glob("*.gguf")})
     if len(found) > 1:
         names = ", ".join(path.name for path in found[:5])
-        raise UserError(f"holds {len(found)} models: {names}", str(folder), "name one of the files")
+        raise UserError(f"the folder holds {len(found)} models: {names}", str(folder), "name one of the files")
     return found[0] if found else None
 
 

@@ -80,7 +80,7 @@ class Folder:
         if not (path / "config.json").exists():
             held = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
             raise UserError(
-                f"holds no config.json, and so no model; it holds {held}", str(path), "name a model's folder"
+                f"the folder holds no config.json, and so no model; it holds {held}", str(path), "name a model's folder"
             )
         whole = files.load_json(path / "config.json")
         self.hf_config = text_config(whole)
