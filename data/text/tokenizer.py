@@ -147,7 +147,7 @@ class Tokenizer:
             return self.core
         text = self.core.to_str()
         core, model = Core.from_str(text), json.loads(text)["model"]
-        worst = 1000 * min(score for _, score in model["vocab"])
+        worst = 8 * min(score for _, score in model["vocab"])
         names = {f"<0x{byte:02X}>" for byte in range(256)} if model["byte_fallback"] else set()
         vocab = [(f"\0{t}" if t in self.special else t, worst if t in names else score) for t, score in model["vocab"]]
         core.model = models.Unigram(vocab, unk_id=model["unk_id"], byte_fallback=model["byte_fallback"])
