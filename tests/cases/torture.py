@@ -1,12 +1,12 @@
-"""Lines that tokenizers stumble over, made from Unicode's tables and from code."""
+"""Lines that tokenizers stumble over, made from Unicode's tables and Python's code."""
 
 import inspect
 import json
+import json.decoder
 import random
+import textwrap
 import unicodedata
 from collections.abc import Iterator
-
-from data.text import chat, template
 
 SCRIPTS = {  # ranges of letters, with the marks and digits among them
     "latin": (0x0041, 0x024F), "greek": (0x0370, 0x03FF), "cyrillic": (0x0400, 0x052F), "armenian": (0x0531, 0x058F),
@@ -154,7 +154,7 @@ def _characters(draw: random.Random) -> Iterator[str]:
 
 
 def _code(draw: random.Random) -> Iterator[str]:
-    text = inspect.getsource(chat) + inspect.getsource(template)
+    text = inspect.getsource(json.decoder) + inspect.getsource(textwrap)
     yield from text.split("\n")
     rows = text.split("\n\n")
     yield from draw.sample(rows, min(60, len(rows)))
