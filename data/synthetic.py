@@ -43,6 +43,34 @@ def add_pairs(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
         yield {"prompt": record["prompt"], "chosen": record["completion"], "rejected": str(wrong)}
 
 
+def add_labels(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
+    """Sums, half of them wrong, with the label 1 for right and 0 for wrong."""
+    for pair in add_pairs(rng, n, digits):
+        right = _below(rng, 2)
+        answer = pair["chosen"] if right else pair["rejected"]
+        yield {"prompt": pair["prompt"], "completion": answer, "label": right}
+
+
+def add_ratings(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
+    """Sums that are off by 0 to 4, rated 5 to 1."""
+    for record in add(rng, n, digits):
+        off = _below(rng, 5)
+        yield record | {"completion": str(int(record["completion"]) + off), "rating": 5 - off}
+
+
+def add_ranks(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
+    """Three sums that are off by 0, 1 to 4, and 5 to 8, in any order, with their ranks."""
+    for record in add(rng, n, digits):
+        answers = [int(record["completion"]), *(int(record["completion"]) + far + _below(rng, 4) for far in (1, 5))]
+        first = _below(rng, 3)
+        order = [(first + i) % 3 for i in range(3)]
+        yield {
+            "prompt": record["prompt"],
+            "answers": [str(answers[i]) for i in order],
+            "ranks": [i + 1 for i in order],
+        }
+
+
 def copy(rng: random.Random, n: int, length: int, **_) -> Iterator[dict]:
     """ "copy xyz:" -> "xyz" """
     for _ in range(n):
@@ -50,4 +78,11 @@ def copy(rng: random.Random, n: int, length: int, **_) -> Iterator[dict]:
         yield {"prompt": f"copy {word}:", "completion": word}
 
 
-TASKS = {"add": add, "add_pairs": add_pairs, "copy": copy}
+TASKS = {
+    "add": add,
+    "add_pairs": add_pairs,
+    "add_labels": add_labels,
+    "add_ratings": add_ratings,
+    "add_ranks": add_ranks,
+    "copy": copy,
+}

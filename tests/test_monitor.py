@@ -23,7 +23,7 @@ from model.io import saved
 from model.net.transformer import Transformer
 from tests import toy
 from tests.helpers import processes
-from tests.helpers.packages import SOURCES
+from tests.helpers.packages import options
 from tests.helpers.steps import config, mesh_of
 from train import cost, init, inputs, mesh, monitor
 from train.main import run
@@ -43,14 +43,17 @@ def lines(folder: Path, kind: str) -> list[dict]:
 
 
 @pytest.fixture(
-    scope="module", params=[name for name in OBJECTIVES if methods.method("objective", name).batch in SOURCES]
+    scope="module",
+    params=[
+        name if name in ("sft", "dpo", "kto") else pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES
+    ],
 )
 def ran(request, tmp_path_factory) -> tuple[Path, schema.ConfigDict]:
     """Four steps with an objective on data of its kind, the held-out ones with some rows of the last batch empty."""
     folder = tmp_path_factory.mktemp(request.param)
     kind = methods.method("objective", request.param).batch
     more = ["--config.data.packing=none", "--config.data.holdout=0.09", "--config.data.seq_len=32"]
-    more += [f"--config.objective.name={request.param}", f"--config.data.source={SOURCES[kind]}", "--config.steps=4"]
+    more += [f"--config.objective.name={request.param}", "--config.steps=4", *options(kind)]
     assert train(folder, *more, "--config.eval_every=2", "--config.eval_batches=9", "--config.log_every=1") == 0
     return folder, schema.from_dict(json.loads((folder / "config.json").read_text()))
 
