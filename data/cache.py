@@ -1,8 +1,9 @@
 """Tokenized documents on disk: flat, memory-mapped, named by the fingerprint of all that made them.
 
-A folder holds tokens.bin (uint16 or uint32, documents end to end), mask.bin (a bit a token: is the next one learnt),
-offsets.bin (int64, documents + 1), hashes.bin (uint64 a document) and index.json (sizes, sha256, the report). Where
-documents have them, columns.bin (float64 [documents, columns]) and tags.bin (int16, a tag a token) stand beside.
+A folder holds tokens.bin (uint16 or uint32, documents end to end), mask.bin (one bit per token: whether the next one
+counts), offsets.bin (int64, documents + 1), hashes.bin (uint64 per document) and index.json (sizes, sha256, the
+report). Where documents have them, columns.bin (float64 [documents, columns]) and tags.bin (int16, a tag a token) stand
+beside.
 """
 
 import contextlib

@@ -58,7 +58,7 @@ class Dataset:
 
     @property
     def report(self) -> dict:
-        """documents, tokens, learnt (tokens in the loss), bad, causes {reason: (bad rows, the first one)}; rows that
+        """documents, tokens, `learnt` (tokens in the loss), bad, causes {reason: (bad rows, the first one)}; rows that
         were wrapped in the template, or spell control tokens; answers, and those that end with an end token; unused
         {column: rows that had it}; notes {what was done: rows}; system, texts that chats begin with (two at most)."""
         return self.stored.index["report"]
@@ -140,7 +140,7 @@ def _check(report: dict, source: str, max_bad: float) -> None:
     total = report["documents"] + report["bad"]
     if report["bad"] > max_bad * total:
         problem = f"{report['bad']} of {total} records are bad: {'; '.join(causes(report['causes']))}"
-        raise UserError(problem, source, "mend them, or raise data.max_bad")
+        raise UserError(problem, source, "fix them, or raise data.max_bad")
     if not report["documents"]:
         raise UserError("no records", source)
 
@@ -153,7 +153,7 @@ def causes(found: dict[str, tuple[int, str]]) -> list[str]:
 
 
 def notes(report: dict, tokenizer: Tokenizer) -> list[str]:
-    """Lines on what was done with the records, and on what to look at before they are learnt."""
+    """Remarks about the processing of the records, to look at before training."""
     lines = [f"{count:,} {what}" for what, count in report["notes"].items()]
     if report["wrapped"]:
         lines.append(
@@ -279,5 +279,5 @@ def _bad(report: dict, where: str, reason: str) -> None:
 
 
 def _learnt(document: Document) -> int:
-    """Tokens that are a target and count; the first token of a document is no target."""
+    """Number of targets in the loss; the first token of a document is never a target."""
     return len(document.ids) - 1 if document.learnt is None else sum(document.learnt[1:])

@@ -1,4 +1,4 @@
-"""What a record becomes: an example, which knows the texts to encode and makes one document for each of its sides."""
+"""Records become examples, each of which names the texts to encode and makes one document per side."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ class Example:
     sides: tuple[str, ...] = (batches.ONE,)
 
     def parts(self) -> tuple["Example", ...]:
-        """What stands on each side; a text, a chat and an answer is its own only part."""
+        """The examples of all sides; a text, a chat or an answer has one side, itself."""
         return (self,)
 
     def each(self, change: Callable[["Example"], "Example"]) -> "Example":
@@ -48,7 +48,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Text(Example):
-    """All of it is learnt, and it may be cut into pieces."""
+    """Every token counts in the loss, and the text may be split into pieces."""
 
     text: str
     kind: ClassVar[str] = "text"
@@ -71,7 +71,7 @@ class Text(Example):
 
 @dataclass(frozen=True)
 class Completion(Example):
-    """The completion is learnt, and its end token even where padding has the same id."""
+    """The completion counts in the loss, including its end token, even if padding has the same id."""
 
     prompt: str
     completion: str
@@ -94,7 +94,7 @@ class Completion(Example):
 
 @dataclass(frozen=True)
 class Chat(Example):
-    """Assistant turns from message `first` on are learnt."""
+    """Assistant turns from message `first` on count in the loss."""
 
     messages: chat.Messages
     first: int = 0

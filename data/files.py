@@ -41,7 +41,7 @@ def read(path: Path) -> Iterator[Row]:
         raise
     except UnicodeDecodeError:
         yield Row(str(path), None, f"not UTF-8, behind {last.where}" if last.record else "not UTF-8")
-    except Exception as error:  # whatever a library makes of a damaged file
+    except Exception as error:  # libraries raise many types for a damaged file
         behind = f", behind {last.where}" * (last.record is not None)
         yield Row(str(path), None, f"not readable: {reason(error)}{behind}")
 
@@ -96,7 +96,7 @@ def _parsed(line: bytes, where: str) -> Row:
         return _checked(json.loads(line.decode("utf-8-sig")), where)
     except UnicodeDecodeError:
         return Row(where, None, "not UTF-8")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is no JSONDecodeError
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits raises a plain ValueError
         return Row(where, None, f"not JSON: {str(error).split(';')[0]}")
 
 
@@ -106,7 +106,7 @@ def _checked(record: object, where: str) -> Row:
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return Row(where, None, "text with half a surrogate pair, which is no character")
+        return Row(where, None, "text with half a surrogate pair, which is not a character")
     return Row(where, record)
 
 
@@ -174,7 +174,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _arrow(path: Path) -> Iterator[Row]:
-    """What `save_to_disk` of datasets writes."""
+    """The rows of a folder written by `save_to_disk` of datasets."""
     import pyarrow
 
     with opened(path) as file:

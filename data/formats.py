@@ -350,7 +350,7 @@ def _answer(prompt: object, completion: object, column: str, tools: list | None)
 
 
 def _turns(value: object) -> object:
-    """Turns that are written as JSON, or one that stands alone, as a list; all else as it is."""
+    """Turns written as JSON, or a single turn, as a list; any other value unchanged."""
     found = parsed(value)
     if isinstance(found, dict) and are_turns([found]):
         return [found]

@@ -19,7 +19,7 @@ SELECTS = ("split", "subset", "folder", "num_samples")  # which rows LLaMA-Facto
 
 
 def mapping(path: Path) -> dict | None:
-    """What the dataset_info.json in a file's folder says of the file; None where there is nothing."""
+    """The entry for a file in the dataset_info.json of its folder; None if there is none."""
     place = path.parent / "dataset_info.json"
     if not place.is_file():
         return None

@@ -65,7 +65,7 @@ def tools(value: object) -> list[dict] | None:
 
 
 def parsed(value: object) -> object:
-    """What a text of JSON stands for, where it is a list or an object; all else as it is."""
+    """The list or object that a JSON text encodes; any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -101,7 +101,7 @@ def _message(given: dict, where: str) -> Message:
     if role == "assistant" and any(value not in (0, 1) for value in learns):
         raise UserError("a weight that is not 0 or 1", where)
     if role == "assistant" and 0 in learns:
-        found["weight"] = 0  # OpenAI, Mistral and axolotl: this turn is read, and not learnt
+        found["weight"] = 0  # OpenAI, Mistral and axolotl: this turn does not count in the loss
     elif role != "assistant" and 1 in learns:
         found["train"] = True  # axolotl can learn what a user says; here it is counted as unused
     if not (found["content"] or calls or thought or "content" in given or "value" in given):

@@ -175,7 +175,7 @@ def _part(spec: str) -> str:
 
 
 def passed_over(spec: str) -> list[str]:
-    """Files of a folder that are no records and nothing that usually lies beside them."""
+    """Files of a folder that are neither records nor files that usually accompany them."""
     if spec in BUILT_IN or spec.startswith(("hf:", "synthetic:")):
         return []
     folder = paths.parse(spec).expanduser()

@@ -1,4 +1,5 @@
-"""The kinds of batches: what each holds, its shapes, and an example. Only this module looks inside to tell them apart.
+"""The kinds of batches: what each holds, its shapes, and an example. Only this module inspects them to distinguish the
+kinds.
 
 An lm batch holds arrays [B, T], one document or several packed ones a row: tokens; targets, the token behind each;
 mask, 1.0 where the target counts in the loss; segments, the number of the document in its row from 1 on, 0 on padding;

@@ -68,7 +68,7 @@ def _pieces(data: Dataset, numbers: np.ndarray) -> Pieces:
 
 
 def _nothing_learnt(data: Dataset, sides: list[Pieces], long: np.ndarray, seq_len: int) -> np.ndarray:
-    """True for long documents of which a side has no learnt token within a row."""
+    """True for long documents with a side that has no token of the loss within a row."""
     drop = np.zeros_like(long)
     for i in np.flatnonzero(long):
         kept = [np.arange(side.starts[i], side.starts[i] + min(side.lengths[i], seq_len)) for side in sides]

@@ -27,7 +27,7 @@ TOKENIZER_END = "special_tokens_map.json"  # the last file that `Tokenizer.save`
 class Loader:
     """Batches of `batch_size` rows of `seq_len` slots; `rows` is the slice of each batch that this process reads.
 
-    Training streams go round for ever, every row once an epoch. A held-out loader goes through its rows once, in
+    Training streams repeat forever; every row appears once per epoch. A held-out loader goes through its rows once, in
     order, sources interleaved; its last batch is filled up with empty rows.
     """
 
@@ -96,7 +96,7 @@ class Loader:
 
     @property
     def report(self) -> dict:
-        """What became of the records, summed over the sources; fill is the share of slots that hold a token."""
+        """Statistics of the records, summed over the sources; fill is the fraction of slots that hold a token."""
         total = {"documents": 0, "tokens": 0, "learnt": 0, "bad": 0, "truncated": 0, "split": 0, "dropped": 0}
         causes = []
         for part, packed in zip(self.parts, self.packed):
@@ -114,7 +114,7 @@ class Loader:
         return texts.pop() if len(texts) == 1 else ""
 
     def notes(self, tokenizer: Tokenizer) -> list[str]:
-        """What to know of the records of each source, in lines: columns that nothing used, and what was done."""
+        """Remarks about the records of each source: unused columns, and how they were processed."""
         lines = ["data.chat_template=none: prompts and completions are joined as they are"] if self.raw else []
         for part in self.parts:
             report, source = part.dataset.report, part.dataset.stored.index["source"]
@@ -180,7 +180,7 @@ class Loader:
             return
         old = saved.get("settings", {})
         changed = [f"{k} {old.get(k)!r} -> {v!r}" for k, v in self.settings.items() if old.get(k) != v]
-        raise UserError(f"the data changed: {'; '.join(changed)}", "resume", 'set allow=("data",) to go on with it')
+        raise UserError(f"the data changed: {'; '.join(changed)}", "resume", 'set allow=("data",) to continue with it')
 
 
 def make_loaders(
@@ -220,7 +220,7 @@ def load_tokenizer(data: Config, default: str = "bytes") -> Tokenizer:
     """The tokenizer of a config; `default` is the model's own. "bpe:N" and "spm:N" are trained once and cached.
 
     `data.chat_template` replaces its template. One without a chat template gets the default one where the data are
-    chats, so that what is learnt is what is served.
+    chats, so that training matches serving.
     """
     spec = data.tokenizer or default
     trained = spec.startswith(("bpe:", "spm:"))

@@ -1,4 +1,5 @@
-"""Which row comes when: permutations and mixtures by index arithmetic alone, so that any step can be computed."""
+"""The order of rows: permutations and mixtures by index arithmetic, so the rows of any step can be computed
+directly."""
 
 import numpy as np
 

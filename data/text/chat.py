@@ -23,13 +23,13 @@ PIECEWISE = (
     "chats whose template shows answers otherwise than it asks for them: each was written as when it is asked for"
 )
 LAST = (
-    "chats of which the last answer alone is learnt, as the template shows the others otherwise than it asks for them"
+    "chats with only the last answer in the loss, since the template renders earlier ones differently from its prompts"
 )
 
 
 @dataclass
 class Asked:
-    """What is to be learnt of chats: "all" answers or the "last"; and what was found on the way, with its count."""
+    """The answers of chats in the loss, "all" or the "last"; and remarks found on the way, with counts."""
 
     learn: str = "all"
     unused: Counter = field(default_factory=Counter)  # fields of messages that the template has no place for
@@ -89,7 +89,7 @@ def tokens_and_mask(
     turns = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
     turns = [i for i in turns if messages[i].get("weight") != 0][-1 if asked.learn == "last" else 0 :]
     if not turns:
-        raise UserError("no assistant turn, so no token would be learnt")
+        raise UserError("no assistant turn, so no token would count in the loss")
     text, spans = _spans(messages, turns, writer, asked)
     _count_dropped(text, messages, turns, asked)
     ids, mask = mask_ids(text, spans, tokenizer)
@@ -105,7 +105,7 @@ def _spans(messages: Messages, turns: list[int], writer: Writer, asked: Asked) -
 
     A template that shows an answer otherwise once more is said (Qwen3 drops its thoughts), or that begins a thought in
     the prompt and drops it from the answer (DeepSeek-R1), cannot be cut as it is. Then every answer is rendered as when
-    it is the last, which is how the model is asked for it; where that cannot be done, only the last one is learnt.
+    it is the last, as when the model is prompted for it; if that is impossible, only the last one counts in the loss.
     """
     if "endgeneration" in writer.template:
         return _spans_by_marks(messages, turns, writer)
@@ -126,7 +126,7 @@ def _spans(messages: Messages, turns: list[int], writer: Writer, asked: Asked) -
 
 
 def _advice(text: str) -> str:
-    """What to do about a template that does not show answers as it asks for them."""
+    """The fix for a template that renders answers differently from its prompts."""
     name = template.twin(text)
     return f"set data.chat_template={name}" if name else "set data.chat_template=FILE with {% generation %} blocks"
 
@@ -210,7 +210,7 @@ def _piecewise(messages: Messages, writer: Writer) -> tuple[str, dict[int, Span]
 
 
 def _behind(messages: Messages, i: int, stop: int, writer: Writer, last: bool = False) -> str:
-    """What follows the content of answer i: its end, the turns up to `stop`, and the head of the next answer."""
+    """The text after the content of answer i: its end, the turns up to `stop`, and the head of the next answer."""
     stand_in = secrets.token_hex(8)
     answer = {"role": "assistant", "content": stand_in}
     text = writer.text([*messages[:i], answer, *messages[i + 1 : stop]], not last)
@@ -308,7 +308,7 @@ def _check(text: str, spans: list[Span], ids: list[int], mask: list[int], tokeni
 def _fitted(messages: Messages, writer: Writer, asked: Asked) -> Messages:
     """The messages with their fields where the template looks for them; counts those that it has no place for.
 
-    Raises UserError for a call of a tool that the template drops: its turn would be learnt as an empty answer.
+    Raises UserError for a call of a tool that the template drops: its turn would be trained as an empty answer.
     """
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):

@@ -148,7 +148,7 @@ def _word_piece(folder: Path, names: dict) -> Core:
 
 
 def _by_transformers(folder: Path, kind: str, names: dict) -> tuple[Core, dict]:
-    """What only transformers can express; no code of the folder is run."""
+    """Loads tokenizers that only transformers can express; no code of the folder is run."""
     found = _vocabularies(folder)
     if not found:
         raise NoTokenizer("no tokenizer.json, tokenizer.model, vocabulary or single .gguf in this folder", str(folder))

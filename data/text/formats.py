@@ -33,7 +33,7 @@ def load(spec: str | Path, texts: Callable[[], Iterable[str]] | None = None) -> 
         if not size.isdigit():
             raise UserError("the size of a vocabulary is a whole number", spec, f"for example {kind}:2048")
         if texts is None:
-            raise UserError("this tokenizer is trained on text, and none is at hand here", spec, "name a saved one")
+            raise UserError("this tokenizer is trained on text, but there is none", spec, "name a saved one")
         return TRAINERS[kind](texts(), int(size))
     path = locate(spec, FILES)
     with reading(path):

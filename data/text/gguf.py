@@ -45,7 +45,8 @@ def from_gguf(path: Path) -> Tokenizer:
 
 
 def _repair(meta: dict, where: str) -> None:
-    """What llama.cpp mends or warns about: absent lists, empty names, ids out of range, control tokens of type text."""
+    """Repairs what llama.cpp repairs or warns about: absent lists, empty names, ids out of range, control tokens of
+    type text."""
     tokens = meta["tokens"] = [token or f"[EMPTY_{i}]" for i, token in enumerate(meta["tokens"])]
     if len(set(tokens)) < len(tokens):
         raise UserError("two tokens of the vocabulary have the same text", where)

@@ -65,7 +65,7 @@ def compiled(template: str) -> Any:
 
 
 def rendered(template: str, marks: tuple[str, str], variables: dict[str, Any]) -> str:
-    """The text it makes of its variables. Raises TooLong, and whatever the template raises."""
+    """Renders the template with its variables. Raises TooLong, and any error of the template."""
     pieces, size = [], 0
     for piece in compiled(template).generate(variables, _marks=marks):
         pieces.append(piece)

@@ -11,7 +11,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types
 
 
 def from_sentencepiece(model: bytes, where: str) -> Tokenizer:
-    """A .model file alone: the control tokens that it names itself, and no template."""
+    """Only a .model file: with the control tokens that it names itself, and without a template."""
     core = sentencepiece(model, where)
     ids = {key: core.token_to_id(name) for key, name in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))}
     return Tokenizer(core, **ids)

@@ -100,7 +100,7 @@ def _why(error: Exception, code: int) -> str:
 
 
 def encoded(message: Any) -> bytes:
-    """What JSON does not know becomes a text. Raises TypeError, ValueError and RecursionError."""
+    """Encodes a message as JSON; unknown types become strings. Raises TypeError, ValueError and RecursionError."""
     return json.dumps(message, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
 
 

@@ -1,5 +1,5 @@
 """How text is cut before byte-level BPE: `tokenizer.ggml.pre` of a GGUF -> patterns, each of which cuts what the former
-left whole. They are those of the models' own tokenizer.json files, or of llama.cpp where it alone defines them. A wrong
+left whole. They are those of the models' own tokenizer.json files, or of llama.cpp if only it defines them. A wrong
 entry gives plausible but different ids, so what is not here is refused."""
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

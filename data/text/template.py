@@ -13,7 +13,7 @@ from common.errors import UserError
 from data.text import sandbox
 from data.text.tokenizer import DEFAULT_TEMPLATE
 
-TEMPLATES = Path(__file__).with_name("templates")  # by the families that use them; all mark what is learnt
+TEMPLATES = Path(__file__).with_name("templates")  # by the families that use them; all mark the tokens of the loss
 FAMILIES = {  # template of TEMPLATES -> what a template of its family writes; the first that fits
     "deepseek_r1": ("<｜Assistant｜>", "<think>"),
     "qwen3": ("<|im_start|>", "<think>"),
@@ -26,7 +26,7 @@ FAMILIES = {  # template of TEMPLATES -> what a template of its family writes; t
 MAX_CHAT = 1 << 24  # bytes of JSON
 PLACE = "chat template"
 _RENDERER = sandbox.Renderer()
-_OWN: set[str] = set()  # templates that are no foreign programs
+_OWN: set[str] = set()  # templates that are not foreign programs
 atexit.register(_RENDERER.close)
 os.register_at_fork(after_in_child=_RENDERER.forget)
 
@@ -36,7 +36,7 @@ class TemplateLimit(UserError):
 
 
 def render(template: str, marks: tuple[str, str] = ("", ""), **variables: Any) -> str:
-    """The text a template makes of its variables; `marks` go around its `{% generation %}` blocks.
+    """Renders a template with its variables; `marks` go around its `{% generation %}` blocks.
 
     Raises UserError for a template that is broken, refuses the messages, or does what the sandbox forbids, and its
     TemplateLimit.

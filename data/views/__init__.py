@@ -1,4 +1,4 @@
-"""What a row of tokens becomes before a model reads it. A file has `make(tokenizer, seq_len, **config) -> View`."""
+"""Views transform a row of tokens before a model reads it. A file has `make(tokenizer, seq_len, **config) -> View`."""
 
 from collections.abc import Callable
 from typing import NamedTuple
