@@ -206,7 +206,7 @@ def test_reasons_of_bad_rows_are_told_once_with_their_count(tmp_path):
     with pytest.raises(UserError) as error:
         dataset.prepare(str(tmp_path / "x.jsonl"), load("bytes"), folder=tmp_path / "cache", form="text")
     said = f"4 of 4 records are bad: no column 'text' (3 rows, first: {tmp_path}/x.jsonl:1); a list, not an object"
-    assert f"{said} (1 row, first: {tmp_path}/x.jsonl:2) · mend" in str(error.value)
+    assert f"{said} (1 row, first: {tmp_path}/x.jsonl:2) · fix" in str(error.value)
     many = {f"reason {i}": (i + 1, "here") for i in range(7)}
     assert (
         dataset.causes(many)[0] == "reason 6 (7 rows, first: here)" and dataset.causes(many)[5] == "and 2 more reasons"

@@ -106,7 +106,7 @@ def named(spec: str) -> str | None:
     if path.suffix == ".json":  # as transformers once wrote it
         text = json.loads(text).get("chat_template", "")
     if not isinstance(text, str) or not text.strip():
-        raise UserError("holds no chat template", str(path))
+        raise UserError("the file has no chat template", str(path))
     if not is_own(text):
         _asked(text, ("", ""), None)
     return text
