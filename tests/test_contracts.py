@@ -100,6 +100,7 @@ WRITERS = {
     "model/io/peft_write.py": "into a folder of files.folder",
     "train/keep/checkpoint.py": "renames folders that the manifest makes whole",
     "train/keep/runs.py": "a lock, which is held and not read",
+    "infer/retrieve/index.py": "arrays, into a folder of common.files and into memory",
 }
 WRITES = {
     "write_text", "write_bytes", "tofile", "save_file", "savez", "copy", "copy2", "copyfile", "copytree", "move",

@@ -8,6 +8,7 @@ INDEX.parts/          vectors of an unfinished build, which the next build reuse
 
 import functools
 import hashlib
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -124,8 +125,7 @@ def build(
         rows = ({"id": c.id, "document": c.document, "title": c.title, "text": c.text} for c in found)
         files.write_lines(work / CHUNKS, rows)
         if vectors is not None:
-            with files.file(work / VECTORS) as part, part.open("wb") as file:
-                np.save(file, vectors, allow_pickle=False)
+            np.save(work / VECTORS, vectors, allow_pickle=False)
         files.write_json(work / RECORD, record)
     files.remove(_parts(folder))
     return record
@@ -154,8 +154,9 @@ def _vectors(
         made = _unit(model.embed([chunk.passage for chunk in block], "document")).astype(np.float16)
         ids = np.array([chunk.id for chunk in block])
         parts.mkdir(parents=True, exist_ok=True)
-        with files.file(parts / f"{made_by}-{ids[0]}.npz") as part, part.open("wb") as file:
-            np.savez(file, ids=ids, vectors=made)
+        content = io.BytesIO()
+        np.savez(content, ids=ids, vectors=made)
+        files.write(parts / f"{made_by}-{ids[0]}.npz", content.getvalue())
         known |= dict(zip(ids.tolist(), made, strict=True))
     progress(len(found), len(found))
     return np.stack([known[chunk.id] for chunk in found])
