@@ -170,7 +170,7 @@ def clean(place: Path) -> None:
 
 
 def _delete(part: Path) -> None:
-    """Deletes a file or a folder, which may not exist; the targets of links in it stay."""
+    """Deletes a file or a folder if it exists; the targets of links in it stay."""
     if part.is_dir() and not part.is_symlink():
         shutil.rmtree(part, ignore_errors=True)
     else:

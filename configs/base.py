@@ -91,7 +91,7 @@ def get_config() -> ConfigDict:
     c.evals = ()  # names in evals/tasks, or FILE:OPTION=VALUE (evals/rows.py); `eval_n` examples of each are scored
     c.eval_n = 64  # examples per task
     c.eval_text = ""  # source of general text; the rise of the loss on it (eval/text_nll) measures forgetting
-    c.floors = ()  # the run stops below one: (("eval/dates", ">=", 0.8), ...) | "<=" | "drop" | "rise" since step 0
+    c.floors = ()  # a broken one stops the run: (("eval/dates", ">=", 0.8), ...) | "<=" | "drop" or "rise" since step 0
     c.samples = ()  # prompts answered before and after training, saved in metrics.jsonl
 
     c.ckpt = ConfigDict()

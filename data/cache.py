@@ -62,7 +62,7 @@ def write(folder: Path, documents: Iterable[Document], index: dict, vocab_size: 
 
 
 def _write_arrays(work: Path, documents: Iterable[Document], dtype: str) -> dict:
-    """The arrays of a cache; what the index says of them."""
+    """The arrays of a cache, and its index, which describes them."""
     ends, hashes, columns, bits, names = [0], [], [], np.zeros(0, np.uint8), ()
     with (
         open(work / "tokens.bin", "wb") as tokens,

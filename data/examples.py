@@ -27,7 +27,7 @@ class Example:
         return (self,)
 
     def each(self, change: Callable[["Example"], "Example"]) -> "Example":
-        """This example with its parts changed."""
+        """A copy of this example with `change` applied to each part."""
         return change(self)
 
     def plain(self) -> str:

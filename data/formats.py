@@ -109,7 +109,7 @@ def example(record: dict, form: str = "auto", fields: dict[str, str] | None = No
 
 
 def read(record: dict, form: str = "auto", fields: dict[str, str] | None = None) -> tuple[Example, set[str]]:
-    """The example in a record, and the columns with something in them that it has no use for."""
+    """The example in a record, and the non-empty columns that the example does not use."""
     fields = fields or {}
     for ours, theirs in fields.items():
         if theirs not in record:

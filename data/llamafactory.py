@@ -45,7 +45,7 @@ def _warn(line: str) -> None:
 
 
 def mapped(row: Row, entry: dict) -> Row:
-    """A row with its columns, and the fields and roles of its turns, by the names that are read here."""
+    """The row with its columns, and the fields and roles of its turns, renamed to those that data.formats reads."""
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     if row.record is None or not (columns or tags):
         return row

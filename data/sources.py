@@ -212,9 +212,9 @@ def _found(path: Path) -> list[Path]:
     if path.is_dir():
         inside = [path / name for name in paths.sizes(path) if not _companion(name)]
         inside = [p for p in inside if readers.kind(p)]
-        texts = [p for p in inside if readers.kind(p) == ".txt"]
+        texts, notes = ([p for p in inside if readers.kind(p) == kind] for kind in (".txt", ".md"))
         tables = [p for p in inside if readers.kind(p) not in (".txt", ".md")]
-        return tables or texts  # a note beside records is not one of them
+        return tables or texts or notes  # a note beside records is not one of them
     if path.is_file():
         return [path]
     if paths.remote(path):

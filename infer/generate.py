@@ -177,7 +177,7 @@ def _start(
     if kind not in KINDS:
         raise UserError(f"cache={kind!r}", fix=f"one of {', '.join(KINDS)}")
     batch = pad(prompts)
-    rows, room = len(batch[0]), bucket(n, 64)  # common lengths share a program
+    rows, room = len(batch[0]), bucket(n, 64)  # similar lengths share a compiled program
     x, cache = prefill(model, params, batch, room, kind)
     state = State(
         cache=cache,

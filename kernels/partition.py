@@ -22,8 +22,9 @@ def product(
     """x [..., K] times W [K, N] -> [..., N]; if `backward`, x [..., N] times the transposed W -> [..., K].
 
     The leading dimensions of x are sharded over `rows`, the two dimensions of W (of its codes and of its scales) over
-    `split`. The packed W is all-gathered over the axes that also shard the rows. The other axes shard the summed
-    dimension, which is then reduced, or the result. `kernel(x, *w, dtype=)` multiplies matrices.
+    `split`. The packed W is all-gathered over the axes that also shard the rows. The other axes shard either
+    the contracted dimension (the partial sums are then all-reduced) or the output. `kernel(x, *w, dtype=)` multiplies
+    matrices.
     """
     taken = {a for axes in rows for a in axes}
     left = [tuple(a for a in axes if a not in taken) for axes in split]

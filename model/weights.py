@@ -109,7 +109,7 @@ class Weight:
         raise NotImplementedError
 
     def axes(self, spec: Spec | None) -> "Weight":
-        """This node with logical axis names (tuples) in place of its arrays, from which it is sharded like its base."""
+        """This node with each array replaced by a tuple of logical axis names, which shard it like its base."""
         raise NotImplementedError
 
     def in_training(self, key: Array, step: Array) -> "Weight":

@@ -113,7 +113,7 @@ def test_what_the_format_cannot_say_is_refused(make, family, said, tmp_path):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"weight_shape": np.array([32, 999], np.int64)}, "said to be 32 x 999"),
+        ({"weight_shape": np.array([32, 999], np.int64)}, "weight_shape is 32 x 999"),
         ({"weight_scale": np.ones((32, 5), np.float32)}, "uneven groups"),
         ({"weight_scale": np.ones((31, 1), np.float32)}, "uneven groups"),
         ({"weight_packed": np.ones((32, 8), np.float32)}, "is stored as F32"),

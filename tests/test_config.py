@@ -515,3 +515,14 @@ def test_a_run_folder_s_config_is_checked(strange):
     with pytest.raises(UserError, match="here"):
         schema.recorded(strange, "here")
     assert schema.to_dict(schema.recorded(whole, "here")) == whole
+
+
+def test_steps_of_a_command_line_count_more_than_epochs_of_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(schema.methods, "ROOT", Path(__file__).resolve().parents[1])
+    (tmp_path / "x.py").write_text(
+        "from configs import base\ndef get_config():\n    c = base.get_config()\n    c.model.shape = 'tiny'\n"
+        "    c.epochs = 3.0\n    return c\n"
+    )
+    load = lambda *more: schema.load([f"--config={tmp_path / 'x.py'}", *more]).config
+    assert load().epochs == 3 and load("--config.steps=20").epochs == 0
+    assert load("--config.steps=20", "--config.epochs=2").epochs == 2

@@ -388,3 +388,13 @@ def test_the_hub(tmp_path):
         "hf:me/gated": OFFLINE, "me/model": hub.COMMITS["main"], "me/gated": OFFLINE,
     }, HF_HUB_OFFLINE="1")  # fmt: skip
     check({"me/other": "the hub cannot be reached · check the network"})
+
+
+def test_a_folder_of_notes_alone_is_read(tmp_path):
+    (tmp_path / "b.md").write_text("# Two\n")
+    (tmp_path / "a.md").write_text("one")
+    (tmp_path / "README.md").write_text("about this folder")
+    assert [record["text"] for record in sources.records(str(tmp_path))] == ["one", "# Two\n"]
+    (tmp_path / "rows.jsonl").write_text('{"text": "row"}\n')
+    assert [record["text"] for record in sources.records(str(tmp_path))] == ["row"]
+    assert sources.passed_over(str(tmp_path)) == ["a.md", "b.md"]

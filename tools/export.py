@@ -61,17 +61,18 @@ def export(source: str, adapter: str, to: str, dtype: str, dequantize: bool) -> 
         what = "the adapters are on a quantized base"
         raise UserError(what, adapter or source, "use --adapter-only to keep them separate or --dequantize to merge")
     generation = {name: settings[name] for name in SAMPLING if name in settings}
+    kind = "AutoModelForSequenceClassification" if "head" in lm.params else "AutoModelForCausalLM"
     use = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {kind}, AutoTokenizer",
         f"tokenizer = AutoTokenizer.from_pretrained({to!r})",
-        f"model = AutoModelForCausalLM.from_pretrained({to!r})",
+        f"model = {kind}.from_pretrained({to!r})",
     ]
     delta = export_hf(
         lm.model, lm.params, lm.tokenizer, to, dtype=dtype, generation=generation, dequantize=dequantize,
         card=card(to, source, adapter, use),
     )  # fmt: skip
-    print(f"{to} · read back: the logits differ by at most {delta:.1g} of their scale")
-    print(*use, f"or: vllm serve {shlex.quote(to)}", sep="\n")
+    print(f"{to} · read back: the logits differ by {delta:.1g} of their scale")
+    print(*use, *([] if "head" in lm.params else [f"or: vllm serve {shlex.quote(to)}"]), sep="\n")
 
 
 def export_gguf(source: str, adapter: str, to: str, kind: str) -> None:
@@ -81,7 +82,7 @@ def export_gguf(source: str, adapter: str, to: str, kind: str) -> None:
 
     lm = load(source, adapter or None)
     delta = gguf_write.write(to, lm.model, lm.params, words.metadata(lm.tokenizer, lm.config.vocab_size), kind.upper())
-    print(f"{to} · read back: the logits differ by at most {delta:.1g} of their scale")
+    print(f"{to} · read back: the logits differ by {delta:.1g} of their scale")
 
 
 def export_adapter(source: str, adapter: str, to: str) -> None:
@@ -91,9 +92,10 @@ def export_adapter(source: str, adapter: str, to: str) -> None:
     base = source if adapter else getattr(getattr(open_model(source), "cfg", None), "init", "")
     base = packages.HUB.get(base, base)
     lm = load(source, adapter or None)
+    kind = "SequenceClassification" if "head" in lm.params else "CausalLM"
     use = [
-        "from peft import AutoPeftModelForCausalLM",
-        f"model = AutoPeftModelForCausalLM.from_pretrained({to!r})",
+        f"from peft import AutoPeftModelFor{kind}",
+        f"model = AutoPeftModelFor{kind}.from_pretrained({to!r})",
     ]
     peft_write.write(to, lm.model, lm.params, base, card(to, source, adapter, use, "peft"))
     print(f"{to} · an adapter of {base or 'its base'}", *use, sep="\n")

@@ -13,9 +13,9 @@ from common.seen import Seen
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "formats.md"
 START = """\
-# Inputs that are read, refused and ignored
+# Which inputs are read, refused or ignored
 
-`python -m tools.formats` writes this page from the tables that the code uses; a test compares them.
+`python -m tools.formats` writes this page from the tables that the code uses; a test checks that it is up to date.
 
 The rule: no content of an input is ignored silently. It is used, or refused in one line with the fix, or counted in one
 line as unused. `--strict` (of `tools.prepare`, `tools.chat`, `tools.serve` and `evals.main`) makes
@@ -139,7 +139,7 @@ def adapters() -> Rows:
         ("irrelevant fields", names(sorted(peft.IRRELEVANT))),
         ("refused unless unset", names(sorted(peft.REFUSED)) + ", and every unknown field"),
         ("init_lora_weights: the base stays", names(peft.DRAWN)),
-        ("init_lora_weights: done again from the base", names(peft.STARTS)),
+        ("init_lora_weights: recomputed from the base weights", names(peft.STARTS)),
         ("init_lora_weights: refused, with the fix", names(peft.OTHERS)),
         ("counted", "tensors of modules that the config does not name"),
     ]

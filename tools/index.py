@@ -82,7 +82,11 @@ def measure(index: "Index", asked: Sequence[tuple[str, dict[str, float]]], k: in
     """{way to search: {figure: its value per question}}; a document is found where its first chunk is."""
     from evals import retrieval
 
-    out = {}
+    known, out = {chunk.document for chunk in index.chunks}, {}
+    for question, relevant in asked:
+        if strange := set(relevant) - known:
+            fix = f"names as --ask prints them, such as {min(known)!r}"
+            raise UserError(f"the index has no document {min(strange)!r}", f"question {question!r}", fix)
     for how in ("bm25", "dense", "rrf", "mean") if index.dense else ("bm25",):
         began = time.perf_counter()
         hits = index.search([question for question, _ in asked], 3 * max(k, DEPTH), how)

@@ -1,4 +1,4 @@
-"""The cost of a run from its equations: parameters, FLOPs, bytes; from abstract values, before the first step."""
+"""The cost of a run (parameters, FLOPs, bytes) from the einsum equations and abstract values, before the first step."""
 
 import math
 from typing import NamedTuple

@@ -81,7 +81,7 @@ def abstract_mesh(cfg: Config, devices: int = 0) -> AbstractMesh:
 
 
 def shardings(axes: Tree, abstract: Tree, mesh: Mesh | AbstractMesh) -> Tree:
-    """A NamedSharding at every array of `abstract`; `axes` holds their logical names."""
+    """A tree like `abstract` with a NamedSharding for each array; `axes` holds the logical axis names of each array."""
     named = lambda x, names: NamedSharding(mesh, P(*weights.assigned_axes(names, x.shape, mesh, RULES)))
     return jax.tree.map(named, abstract, axes)
 

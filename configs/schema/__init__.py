@@ -44,7 +44,7 @@ class Loaded(NamedTuple):
 
 
 def load(argv: list[str], flags: Mapping[str, Leaf] | None = None, usage: str | None = None) -> Loaded:
-    """The config of a command line; `flags` declares further options by their defaults.
+    """Parses a command line into a config; `flags` maps the names of further options to their defaults.
 
     `--help` prints `usage` and every key, then exits with 0. Raises ConfigError with all problems, or UserError when
     the file cannot be read.
@@ -56,6 +56,8 @@ def load(argv: list[str], flags: Mapping[str, Leaf] | None = None, usage: str | 
     if not args.config:
         raise ConfigError([*args.problems, Problem("--config", "", "missing", "write --config=configs/X.py")])
     config, values = resolve(read(args.config, args.arg), args.overrides, args.problems, args.config)
+    if "steps" in values and "epochs" not in values:
+        config.epochs = 0  # those of the file, which would set the steps again
     return Loaded(config, args.config, args.arg, values, args.workdir, args.flags)
 
 

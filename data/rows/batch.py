@@ -29,7 +29,7 @@ class Kind(NamedTuple):
 
 
 def answers(k: int) -> tuple[str, ...]:
-    """The sides of a group of `k` answers to one prompt; their alphabetical order is that of the answers."""
+    """Names of the sides of a group of `k` answers to one prompt. Sorted names keep the answers in order."""
     return tuple(f"answer{i:03d}" for i in range(k))
 
 

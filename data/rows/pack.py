@@ -40,7 +40,7 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def cut(pieces: Pieces, seq_len: int) -> Pieces:
-    """Pieces longer than a row, cut into full rows and a rest; nothing is lost."""
+    """Splits pieces longer than a row into full rows and a remainder; nothing is dropped."""
     counts = -(-pieces.lengths // seq_len)
     nth = ranges(np.zeros_like(counts), counts)
     starts = np.repeat(pieces.starts, counts) + nth * seq_len

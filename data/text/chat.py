@@ -17,7 +17,7 @@ from data.text.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 Messages = list[dict]
 Tools = list[dict] | None
 Span = tuple[int, int]  # characters [start, end) of a rendered chat
-OPENED = re.compile(r"\s*[<\[][^<>\[\]/]*(?:think|thought)[^<>\[\]]*[>\]]\s*", re.I)  # a thought that a prompt begins
+OPENED = re.compile(r"\s*[<\[][^<>\[\]/]*(?:think|thought)[^<>\[\]]*[>\]]\s*", re.I)  # a thought that a prompt opens
 READ = {"role", "content", "tool_calls", "reasoning_content", "weight"}  # what is looked after here; else the template
 PIECEWISE = (
     "chats whose template shows answers otherwise than it asks for them: each was written as when it is asked for"

@@ -40,7 +40,7 @@ class Index:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
         if not (self.folder / RECORD).is_file():
-            raise UserError("there is no index here", str(folder), "make one: python -m tools.index --help")
+            raise UserError("there is no index here", str(folder), "make one: --documents=SOURCE; see --help")
         self.record = files.read_json(self.folder / RECORD)
         rows = files.read_lines(self.folder / CHUNKS)
         self.chunks = [Chunk(row["document"], row["title"], row["text"]) for row in rows]

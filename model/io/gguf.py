@@ -186,7 +186,7 @@ class File:
 
 
 def inside(folder: Path) -> Path | None:
-    """The GGUF file, or the first part, of a folder that holds one model as GGUF; None where there is none.
+    """The path of the one GGUF model in a folder (its first part, if it is split), or None if there is no such model.
 
     Raises UserError for several.
     """

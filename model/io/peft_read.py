@@ -93,8 +93,8 @@ def _leaf(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base
 
 
 def _own(folder: Folder, key: Key, sizes: dict, path: str, base: Stored, spec: Spec) -> Stored:
-    """A parameter with the folder's full tensors for it: copies of `modules_to_save`, trained biases, tables that PEFT
-    saves beside their adapters."""
+    """The parameter, replaced by the full tensors that the folder stores for it: copies of `modules_to_save`, trained
+    biases, and embedding tables that PEFT saves beside their adapters."""
     module, _, last = key.name.rpartition(".")
     for inner in ("", ".base_layer"):
         name = f"{ROOT}{module}{inner}.{last}"

@@ -111,8 +111,8 @@ def _log_softmax(logits: Array, targets: Array) -> tuple[Array, Array]:
 
 
 def _count_first(mask: Array, *arrays: Array) -> tuple[tuple[Array, ...], Callable[[Array], Array]]:
-    """Arrays [B,T,...] and the mask as rows [S,R,...], where S counts shards of batch and sequence and rows that count
-    come first; and the function that maps rows [S,R] back to [B,T]."""
+    """Reshapes arrays [B,T,...] and the mask to rows [S,R,...], where S is the number of shards of batch and sequence.
+    Rows whose mask is not 0 come first. Also returns the function that maps rows [S,R] back to [B,T]."""
     B, T = mask.shape
     S, C = weights.shards("data", "fsdp"), weights.shards("context")
     S, C = S if B % S == 0 else 1, C if T % C == 0 else 1

@@ -12,7 +12,7 @@ from model.weights import Params, Specs, Transform
 
 
 def check_base(folder: str, policy: Params) -> None:
-    """Raises UserError when the adapter of `folder`, which is in `policy`, was trained on another base.
+    """Raises UserError if the adapter that `policy` has from `folder` was trained on a different base model.
 
     Only a run folder records its base; a PEFT folder does not.
     """

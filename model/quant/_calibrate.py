@@ -86,7 +86,7 @@ def gptq(upper: Array, m: Array, form: Format) -> Rounding:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gptq_block(form: Format, m: Array, upper: Array, scale: Array, offset: Array | None) -> tuple[Array, Array]:
-    """(numbers, errors divided by U's diagonal) of some rows."""
+    """(quantized values, errors divided by U's diagonal) of a block of rows."""
     scale = spread(scale, form.tile, m.shape)[0]
     offset = jnp.zeros(()) if offset is None else spread(offset, form.tile, m.shape)[0]
 

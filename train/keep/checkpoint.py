@@ -40,8 +40,8 @@ class Checkpointer:
     """Saves and restores a TrainState: everything but `frozen`, of which it saves and checks a digest.
 
     `cfg` is the config's `ckpt`; `allow` its `allow`. `log` gets one line about every damaged step and failed save;
-    `first` is called before each save, and makes durable what must not be older than the step. `config` is the run's
-    config as plain data, and is stored in every step's manifest.
+    `first` is called before each save, to make everything durable that must be at least as recent as the step. `config`
+    is the run's config as plain data, and is stored in every step's manifest.
     `passed` holds the steps that passed the run's floors; the newest of them is never pruned.
     """
 

@@ -54,8 +54,8 @@ def make(
 
 
 def mismatched(batch: Batch) -> Batch:
-    """Rows [B,T] of one document each, where every prompt gets the answer of the row before, and the first that of the
-    last.
+    """Rows [B,T], one document each, with each prompt followed by the previous row's answer; the first row wraps around
+    to the last.
 
     An answer begins at the first target that counts and ends with the document; it is truncated to the row.
     """
