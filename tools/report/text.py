@@ -81,9 +81,9 @@ def _pairs(tuned: list[Choice]) -> list[str]:
 
 
 def _payback(prompt: Choice, tuned: Choice) -> list[str]:
-    """The number of answers after which the tuned model has saved the cost of its training, if it does."""
+    """The number of answers after which tuning has saved its cost, if it does and is no worse than the prompt."""
     more = (per_answer(prompt) or 0) - (per_answer(tuned) or 0)
-    if not tuned.flops or more <= 0:
+    if not tuned.flops or more <= 0 or _mean(tuned) < _mean(prompt):
         return []
     each = joined([f"{_tokens(c)} with {c.label}" for c in (prompt, tuned)])
     answers = f"{tuned.flops / more:,.0f}"
