@@ -103,6 +103,7 @@ def test_the_gradient_nearest_to_the_loss(capsys, planned, of, where):
     assert code == 70 and f"the gradient of {where}\n" in out
 
 
+@pytest.mark.slow
 def test_a_run_is_examined_where_it_stands_and_left_alone(tmp_path):
     argv = [*TINY, f"--workdir={tmp_path}", "--config.steps=4", f"--config.data.cache={tmp_path}/cache"]
     code, out, err = run(*argv, "--profile=2")

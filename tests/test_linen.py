@@ -118,6 +118,7 @@ def test_a_model_without_kernels_is_refused():
         linen.specs(lambda params, x: model.apply({"params": params}, x), params, x)
 
 
+@pytest.mark.slow
 def test_the_example_learns_and_leaves_its_base():
     scores = linen_lora.main()
     own, before, after, merged, off = scores.values()

@@ -45,7 +45,7 @@ def alone(model, base, trees, names, prompts, n):
     return [o.tokens[0] for o in out]
 
 
-@pytest.mark.parametrize("saved", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("saved", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16", "float16"])
 def test_adapters_saved_in_16_bits_are_held_so(saved):
     """And multiply as the same numbers in 32 bits do."""
     model, base, trees = make()

@@ -177,7 +177,14 @@ def test_a_stack_below_a_prefix():
 # --- what layers report ---
 
 
-@pytest.mark.parametrize("config", [TINY, BERT, GRIFFIN], ids=["llama", "bert", "griffin"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(TINY, id="llama"),
+        pytest.param(BERT, id="bert"),
+        pytest.param(GRIFFIN, id="griffin", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_hidden_states_are_those_of_a_run_layer_by_layer(config, remat):
     """Scanned and unrolled; of a period and a rest; with a gradient that goes through them."""
