@@ -22,7 +22,7 @@ chaos: $(VENV)/ready
 	$(BIN)/python -m tests.chaos.fuzz --mutations=$(or $(MUTATIONS),20000)
 
 parity: $(VENV)/parity
-	$(BIN)/python -m pytest -q -m parity
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m parity
 
 tpu: $(VENV)-tpu/ready
 	$(VENV)-tpu/bin/python -m pytest -q -m tpu tests/test_plan.py tests/test_kernels.py
