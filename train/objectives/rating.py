@@ -29,7 +29,7 @@ def make(
                 ratings, -log sigmoid(r - step) if the rating is above it, else -log sigmoid(step - r).
     """
     middle = (low + high) / 2
-    steps = jnp.arange(low, high) + 0.5 - middle
+    steps = np.arange(low, high) + np.float32(0.5 - middle)
 
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
         reward, rating = rewards(model, roles["policy"], batch), batch["rating"] - middle
