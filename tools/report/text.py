@@ -81,7 +81,7 @@ def _pairs(tuned: list[Choice]) -> list[str]:
 
 
 def _payback(prompt: Choice, tuned: Choice) -> list[str]:
-    """The number of answers after which tuning has saved its cost, if it does and is no worse than the prompt."""
+    """The number of answers after which tuning has saved its cost, if it does and scores at least as high."""
     more = (per_answer(prompt) or 0) - (per_answer(tuned) or 0)
     if not tuned.flops or more <= 0 or _mean(tuned) < _mean(prompt):
         return []
