@@ -19,9 +19,11 @@ TEST, VALIDATION = 0.2, 0.1  # shares of the questions, where no column decides
 
 def of(record: dict) -> str:
     """One of SPLITS. Raises UserError when the column "split" says something else."""
-    if told := record.get(COLUMN):
-        if (name := str(told).strip().lower()) not in NAMES:
-            raise UserError(f"column {COLUMN!r} says {told!r}", "", f"one of {', '.join(SPLITS)}, or rename the column")
+    if value := record.get(COLUMN):
+        if (name := str(value).strip().lower()) not in NAMES:
+            raise UserError(
+                f"column {COLUMN!r} says {value!r}", "", f"one of {', '.join(SPLITS)}, or rename the column"
+            )
         return NAMES[name]
     place = key(question(record)) / 2**64
     return "test" if place < TEST else "validation" if place < TEST + VALIDATION else "train"
