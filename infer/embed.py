@@ -18,6 +18,7 @@ from data.text.tokenizer import Tokenizer
 from infer.generate import bucket
 from infer.lm import batches
 from model import build
+from model.heads import last_token
 from model.io.pretrained import open_pretrained
 from model.net.transformer import Transformer
 from model.weights import Params
@@ -53,7 +54,14 @@ class Embedder:
         Texts of similar length share a forward pass, and no vector depends on the others.
         """
         before = dict(self.prompts).get(prompt, "")
-        ids = self.tokenizer.encode_inputs([before + text for text in texts], self.longest)
+        return self.vectors(self.encode([before + text for text in texts]))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids that the model reads for each text, at most `longest`."""
+        return self.tokenizer.encode_inputs(list(texts), self.longest)
+
+    def vectors(self, ids: Sequence[list[int]]) -> np.ndarray:
+        """The vectors of encoded texts, as `embed` returns them."""
         out = np.zeros((len(ids), self.width), np.float32)
         lengths = [len(row) for row in ids]
         for chosen in batches(lengths, BATCH_TOKENS):
@@ -124,9 +132,8 @@ def pool(x: Array, segments: Array, pooling: Pooling, normalized: bool = True) -
     x, there = x.astype(jnp.float32), (segments > 0)[..., None]
     if pooling == "mean":
         x = jnp.where(there, x, 0).sum(1) / jnp.maximum(there.sum(1), 1)
+    elif pooling == "first":
+        x = last_token(x[:, ::-1], segments[:, ::-1])[:, 0]
     else:
-        count = segments.shape[1]
-        first, last = there[..., 0].argmax(-1), count - 1 - there[:, ::-1, 0].argmax(-1)
-        at = first if pooling == "first" else last
-        x = jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
+        x = last_token(x, segments)[:, 0]
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if normalized else x

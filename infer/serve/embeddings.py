@@ -31,8 +31,8 @@ def answer(content: Mapping[str, object], embedders: Mapping[str, Embedder]) -> 
         raise Refused(400, "input is a text or a list of texts, none of them empty", "input", "invalid_value")
     if len(texts) > TEXTS:
         raise Refused(400, f"a request has at most {TEXTS} texts", "input", "invalid_value")
-    tokens = sum(map(len, embedder.tokenizer.encode_inputs(texts, embedder.longest)))
-    vectors = embedder.embed(texts)
+    ids = embedder.encode(texts)
+    tokens, vectors = sum(map(len, ids)), embedder.vectors(ids)
     rows = [{"object": "embedding", "index": i, "embedding": spelled(v, form)} for i, v in enumerate(vectors)]
     return {"object": "list", "data": rows, "model": name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
 

@@ -41,6 +41,10 @@ def at_end(head: Head, x: Array, segments: Array) -> Array:
 
     A row is one document; its padding may be on either side.
     """
-    width = segments.shape[1]
-    last = width - 1 - (segments[:, ::-1] > 0).argmax(-1)
-    return head(jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0]
+    return head(last_token(x, segments))[:, 0]
+
+
+def last_token(x: Array, segments: Array) -> Array:
+    """The hidden states [B,1,D] of each row's last token, from x [B,T,D]; padding (segment 0) may be on either side."""
+    last = segments.shape[1] - 1 - (segments[:, ::-1] > 0).argmax(-1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)
