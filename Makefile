@@ -6,16 +6,16 @@ BIN := $(VENV)/bin
 PIP := bin/pip install -q --disable-pip-version-check
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test slow chaos parity tpu gpu cloud plan lint clean
+.PHONY: demo test slow chaos parity pages tpu gpu cloud plan lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m tools.demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not parity"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not parity and not pages"
 
 slow: $(VENV)/ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not parity"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not parity and not pages"
 
 chaos: $(VENV)/ready
 	$(BIN)/python -m tests.chaos --tries=200 --seconds=$(or $(SECONDS),3600)
@@ -23,6 +23,9 @@ chaos: $(VENV)/ready
 
 parity: $(VENV)/parity
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m parity
+
+pages: $(VENV)/pages
+	$(BIN)/python -m pytest -q -m pages
 
 tpu: $(VENV)-tpu/ready
 	$(VENV)-tpu/bin/python -m pytest -q -m tpu tests/test_plan.py tests/test_kernels.py
@@ -53,6 +56,10 @@ $(VENV)/ready: requirements/base.txt requirements/models.txt pyproject.toml
 
 $(VENV)/parity: $(VENV)/ready requirements/parity.txt
 	$(VENV)/$(PIP) -r requirements/parity.txt
+	@touch $@
+
+$(VENV)/pages: $(VENV)/ready requirements/pages.txt
+	$(VENV)/$(PIP) -r requirements/pages.txt
 	@touch $@
 
 $(VENV)-%/ready: requirements/%.txt requirements/base.txt pyproject.toml
