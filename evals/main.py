@@ -8,6 +8,8 @@ Prints a table and appends one line of JSON per result to FOLDER/evals.jsonl. If
 folder is the default. `--text` names a data source; the rise of the loss on it after tuning measures forgetting.
 `--against` names a folder or .jsonl of earlier results, which are compared row by row if they are on the same rows.
 `--index` names an index of documents (tools.index); the k best chunks for each question are put before it.
+`--model=openai:URL#MODEL?in=0.15&out=0.6` asks an OpenAI-compatible endpoint; the options are its prices in dollars per
+million tokens of prompts and answers, the key is the environment variable OPENAI_API_KEY.
 `--contamination` names training data (a source, a run or a token cache): rows that occur in it are listed and scored
 separately.
 """
@@ -21,11 +23,12 @@ from typing import TYPE_CHECKING
 
 from common import cli, files, gas, stats
 from common.errors import UserError
-from common.numbers import percent
+from common.numbers import integer, percent
 from common.types import Json
 
 if TYPE_CHECKING:
     from evals.task import Task
+    from infer.hosted import Hosted
     from infer.lm import LM
 
 SURE = 0.1  # maximum half-width of an interval; wider ones get a warning with the rows needed for half of SURE
@@ -60,13 +63,17 @@ def run(args: argparse.Namespace) -> list[dict]:
             print(f"{name}: {note}")
     others = _others(args, tasks)
     out = _folder(args)
-    from infer.models import load
+    from infer import hosted
 
+    if hosted.is_hosted(args.model) and (args.text or args.contamination):
+        what = "endpoints give no log-probabilities of texts, and no tokenizer"
+        raise UserError(what, args.model, "leave out --text and --contamination")
     start = time.perf_counter()
-    lm = load(args.model, adapter=args.adapter or None, strict=args.strict)
-    used, results = [_gas(time.perf_counter() - start, 0.0)], []
+    lm = hosted.load(args.model, args.adapter or None, strict=args.strict)
+    here = not isinstance(lm, hosted.Hosted)
+    used, results = [_gas(time.perf_counter() - start, 0.0)] if here else [], []
     for result in _measure(lm, args, tasks):
-        spent = _gas(result["seconds"], result["flops"])
+        spent = _gas(result["seconds"], result["flops"]) if here else gas.Gas(usd=result["usd"])
         line = {"time": round(time.time(), 3), "model": args.model, **result, "gas": spent._asdict()}
         line |= {name: value for name in ("adapter", "index") if (value := getattr(args, name))}
         line = files.plain(line)
@@ -77,24 +84,25 @@ def run(args: argparse.Namespace) -> list[dict]:
     show(results)
     for line in results:
         _compare(line, others.get(line.get("task", ""), []), args)
-    print(gas.total(used))
+    print(lm if isinstance(lm, hosted.Hosted) else gas.total(used))
     return results
 
 
-def _measure(lm: "LM", args: argparse.Namespace, tasks: dict[str, "Task"]) -> Iterator[Json]:
+def _measure(lm: "LM | Hosted", args: argparse.Namespace, tasks: dict[str, "Task"]) -> Iterator[Json]:
     from evals import heldout
     from evals.run import evaluate, flops_per_token
+    from infer.hosted import Hosted
     from infer.retrieve import passages
     from infer.retrieve.index import Index
 
     context = passages.context(Index(args.index), args.k) if args.index else None
     for name, task in tasks.items():
-        found = _contaminated(name, task, args.contamination, lm) if args.contamination else {}
+        found = {} if isinstance(lm, Hosted) else _contaminated(name, task, args.contamination, lm)
         marked = _marked(name, task, found) if found else task
         for k in args.shots:
             result = evaluate(marked, lm, args.n, args.seed, k, args.batch_size, name=name, context=context).to_dict()
             yield result | ({"contamination": found} if args.contamination else {})
-    if args.text:
+    if args.text and not isinstance(lm, Hosted):
         texts = heldout.passages(args.text, args.passages)
         start = time.perf_counter()
         total, tokens = heldout.text_loss(lm, texts)
@@ -196,7 +204,7 @@ def show(results: list[Json]) -> None:
     if scores:
         table = table_of("task", "seed", "prompt tokens", "seconds")
         for r in scores:
-            numbers = (r["seed"], f"{r['prompt_tokens']:.0f}", f"{r['seconds']:.1f}")
+            numbers = (r["seed"], integer(r["prompt_tokens"]), f"{r['seconds']:.1f}")
             table.add_row(r["task"], str(r["shots"]), f"{r['mean']:.3f}", _span(r), str(r["n"]), *map(str, numbers))
         Console().print(table)
     if any(r["slices"] for r in scores):

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from common.errors import UserError
 from common.types import Json
 from evals import task as tasks
 from evals.task import Example, Prompt, Task
+from infer.hosted import Hosted
 from infer.lm import LM
 from model import weights
 from model.config import in_layers
@@ -37,10 +39,11 @@ class Result:
     low: float
     high: float
     by_sum: float | None  # kind "choice": the mean without dividing log-likelihoods by the options' bytes
-    prompt_tokens: float  # mean
-    completion_tokens: float  # mean
+    prompt_tokens: float | None  # mean; None: a hosted model does not say
+    completion_tokens: float | None  # mean
     seconds: float  # including compilation
-    flops: float  # forward pass, estimated by `flops_per_token`
+    flops: float | None  # forward pass, estimated by `flops_per_token`; None: hosted
+    usd: float | None  # price of a hosted model's tokens; None: not hosted, or without a price
     answers: list[tuple[str, int]]  # the most frequent completions, with their counts
     slices: dict[str, dict]  # "COLUMN=VALUE": n, mean, low, high of these rows
     scorer: str  # name in evals/scorers; "": the task's own
@@ -57,11 +60,22 @@ class Result:
         return {"task": self.task, "mean": self.mean, **dataclasses.asdict(self)}
 
 
+class Asked(NamedTuple):
+    """Completions with their cost; means are of tokens per prompt and per answer. None: not known."""
+
+    completions: list[str]
+    prompt_tokens: float | None
+    completion_tokens: float | None
+    flops: float | None = None
+    usd: float | None = None
+    by_sum: float | None = None
+
+
 def evaluate(
-    task: str | Task, lm: LM, n: int = 100, seed: int = 0, shots: int = 0, batch_size: int = BATCH, keep: int = 50,
-    name: str = "unnamed", context: Callable[[Sequence[Prompt]], list[Prompt]] | None = None,
+    task: str | Task, lm: LM | Hosted, n: int = 100, seed: int = 0, shots: int = 0, batch_size: int = BATCH,
+    keep: int = 50, name: str = "unnamed", context: Callable[[Sequence[Prompt]], list[Prompt]] | None = None,
 ) -> Result:  # fmt: skip
-    """Scores greedy answers, or the most likely option per byte, of `lm` (infer.lm.LM) on `n` held-out examples.
+    """Scores greedy answers, or the most likely option per byte, of `lm` on `n` held-out examples.
 
     `task` is a name for evals.task.load, or a Task with a `name`. The result keeps `keep` samples. `context` adds text
     to the prompts, such as retrieved passages; its seconds count.
@@ -72,11 +86,39 @@ def evaluate(
     if not drawn:
         raise UserError("there are no held-out examples to score", name, "n must be at least 1")
     examples = [example for example, _ in drawn]
-    ask = task.raw if task.raw and lm.tokenizer.chat_template is None else task.prompt
+    raw = not isinstance(lm, Hosted) and lm.tokenizer.chat_template is None
+    ask = task.raw if task.raw and raw else task.prompt
     prompts = [ask(example, shown) for example, shown in drawn]
-    start, by_sum = time.perf_counter(), None
+    start = time.perf_counter()
     prompts = context(prompts) if context else prompts
+    if isinstance(lm, Hosted):
+        asked = _ask_hosted(task, lm, name, examples, prompts)
+    else:
+        asked = _ask(task, lm, name, examples, prompts, batch_size)
+    scores = [float(task.score(e, c)) for e, c in zip(examples, asked.completions, strict=True)]
+    low, high = stats.of_scores(scores)
+    return Result(
+        task=name, n=len(scores), shots=shots, seed=seed, score=sum(scores), low=low, high=high, by_sum=asked.by_sum,
+        prompt_tokens=asked.prompt_tokens,
+        completion_tokens=asked.completion_tokens,
+        seconds=time.perf_counter() - start,
+        flops=asked.flops,
+        usd=asked.usd,
+        answers=Counter(c.strip() for c in asked.completions).most_common(FREQUENT),
+        slices=_slices(examples, scores),
+        scorer=task.scorer,
+        task_hash=tasks.fingerprint(task),
+        rows=[tasks.identity(task, e) for e in examples],
+        scores=scores,
+        samples=[sample(*one) for one in zip(prompts, examples, asked.completions, scores, strict=True)][:keep],
+    )  # fmt: skip
+
+
+def _ask(
+    task: Task, lm: LM, name: str, examples: Sequence[Example], prompts: Sequence[Prompt], batch_size: int
+) -> Asked:
     asked, room = _fit(task, lm, name, examples, prompts)
+    by_sum = None
     if task.kind == "choice":
         options = [e["options"] for e in examples]
         summed, completions = choose(lm, prompts, options)
@@ -87,22 +129,20 @@ def evaluate(
         completions = answer(lm, prompts, room, batch_size)
         written = [len(lm.tokenizer.encode(c)) + 1 for c in completions]  # including the end token
         read = sum(asked)
-    scores = [float(task.score(e, c)) for e, c in zip(examples, completions, strict=True)]
-    low, high = stats.of_scores(scores)
-    return Result(
-        task=name, n=len(scores), shots=shots, seed=seed, score=sum(scores), low=low, high=high, by_sum=by_sum,
-        prompt_tokens=float(np.mean(asked)),
-        completion_tokens=float(np.mean(written)),
-        seconds=time.perf_counter() - start,
-        flops=flops_per_token(lm) * (read + sum(written)),
-        answers=Counter(c.strip() for c in completions).most_common(FREQUENT),
-        slices=_slices(examples, scores),
-        scorer=task.scorer,
-        task_hash=tasks.fingerprint(task),
-        rows=[tasks.identity(task, e) for e in examples],
-        scores=scores,
-        samples=[sample(*one) for one in zip(prompts, examples, completions, scores, strict=True)][:keep],
-    )  # fmt: skip
+    flops = flops_per_token(lm) * (read + sum(written))
+    return Asked(completions, float(np.mean(asked)), float(np.mean(written)), flops, by_sum=by_sum)
+
+
+def _ask_hosted(task: Task, lm: Hosted, name: str, examples: Sequence[Example], prompts: Sequence[Prompt]) -> Asked:
+    """Answers of an endpoint, whose tokenizer is unknown: the room for an answer is guessed from its bytes."""
+    if task.kind == "choice":
+        what = "the options of this task are compared by log-probabilities, which endpoints do not give"
+        raise UserError(what, name, "score it with a model of this machine, or as questions without options")
+    longest = max(len(a.encode()) for e in examples for a in e.get("references", [e["answer"]]))
+    replies = lm.ask(prompts, max_new_tokens=task.max_new_tokens or min(max(LEAST, longest), MOST))
+    used = lm.used(replies)
+    means = [None if total is None else total / len(replies) for total in used[1:3]]
+    return Asked([reply.text for reply in replies], *means, usd=used.usd)
 
 
 def _fit(

@@ -31,6 +31,7 @@ from infer.serve import http as serving
 from infer.serve.batcher import Batcher, Full
 from model.io.export import export_hf
 from tests.helpers.adapters import NAMES, PROMPTS, make, store_of
+from tests.helpers.serving import running
 
 # --- continuous batching ---
 
@@ -91,27 +92,6 @@ def test_what_cannot_be_answered_is_refused(lm):
 # --- over HTTP ---
 
 LENGTH = 96
-
-
-@contextlib.contextmanager
-def running(batcher, name="base"):
-    """The port of a server in a thread, and a list of what ended it."""
-    listening, server, errors = serving.listen(0), serving.make(batcher, name), []
-
-    def work():
-        try:
-            serving.run(server, batcher, listening)
-        except BaseException as e:
-            errors.append(e)
-
-    port, thread = listening.getsockname()[1], threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        yield port, errors
-    finally:
-        server.should_exit = True
-        thread.join(60)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,246 @@
+"""Models behind an OpenAI-compatible endpoint: `openai:URL#MODEL`, with prices as `?in=0.15&out=0.6`.
+
+Prices are dollars per million tokens of prompts and of answers. Questions leave this machine unless the URL is of the
+loopback interface. The key is read from the environment variable OPENAI_API_KEY, and is never written.
+"""
+
+import dataclasses
+import hashlib
+import http.client
+import json
+import os
+import re
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import parse_qsl, urlsplit
+
+from common import files
+from common.errors import UserError, reason
+from common.numbers import integer
+from common.types import Json
+
+if TYPE_CHECKING:
+    from infer.lm import LM, Prompt
+
+PREFIX, KEY = "openai:", "OPENAI_API_KEY"
+LOCAL = ("127.0.0.1", "localhost", "::1")
+AT_ONCE = 8  # requests
+TRIES, WAIT, LONGEST = 4, 0.5, 20.0  # attempts per request; seconds before the second, doubled each time, at most
+TIMEOUT = 120  # seconds without a byte
+BODY = 1 << 24  # maximum bytes of a reply
+AGAIN = (408, 409, 425, 429)  # states that may pass, besides 5xx
+
+
+class Reply(NamedTuple):
+    """An answer and its cost. Token counts are the endpoint's; None if it does not send them."""
+
+    text: str
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    seconds: float
+    finished: bool  # False: cut at the maximum number of tokens
+
+
+class Used(NamedTuple):
+    """A sum over replies. None: not known."""
+
+    requests: int
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    usd: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosted:
+    """A model at `url` (such as https://HOST/v1), asked over HTTP; `usd` is dollars per million tokens in and out."""
+
+    name: str
+    url: str
+    model: str
+    usd: tuple[float, float] | None = None
+    replies: list[Reply] = dataclasses.field(default_factory=list, compare=False)
+
+    def __str__(self) -> str:
+        """Its cost so far, in one line."""
+        used = self.used()
+        tokens = f"{integer(used.prompt_tokens)} + {integer(used.completion_tokens)} tokens"
+        where = f"questions leave this machine for {urlsplit(self.url).hostname}" if self.leaves else "on this machine"
+        return f"hosted: {used.requests:,} requests · {tokens} · {dollars(used.usd)} · {where}"
+
+    @property
+    def leaves(self) -> bool:
+        """Whether questions leave this machine."""
+        return urlsplit(self.url).hostname not in LOCAL
+
+    def generate(self, prompts: "Prompt | Sequence[Prompt]", **options: Any) -> list[str]:
+        """One answer per prompt, with the options of `ask`."""
+        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
+        return [reply.text for reply in self.ask([prompts] if one else prompts, **options)]  # type: ignore[list-item]
+
+    def answer(self, questions: str | Sequence[str], **options: Any) -> str | list[str]:
+        """Answers one question or several."""
+        several = [questions] if isinstance(questions, str) else questions
+        found = self.generate([[{"role": "user", "content": q}] for q in several], **options)
+        return found[0] if isinstance(questions, str) else found
+
+    def ask(
+        self, prompts: "Sequence[Prompt]", *, max_new_tokens: int = 64, stop: Sequence[str] = (), seed: int = 0,
+        **knobs: float,
+    ) -> list[Reply]:  # fmt: skip
+        """One reply per prompt, AT_ONCE at a time. Messages are answered, a text is continued.
+
+        Knobs: temperature (0: greedy), top_p, top_k, min_p. Equal prompts get different seeds. Raises UserError.
+        """
+        seen: Counter[str] = Counter()
+        bodies = []
+        for prompt in prompts:
+            chat = not isinstance(prompt, str)
+            body = {"model": self.model, "messages" if chat else "prompt": list(prompt) if chat else prompt}
+            body |= {"max_tokens": max_new_tokens, "temperature": 0} | knobs | ({"stop": list(stop)} if stop else {})
+            if body["temperature"]:
+                written = json.dumps(prompt)
+                digest = hashlib.blake2b(f"{seed} {seen[written]} {written}".encode(), digest_size=4).digest()
+                body["seed"], seen[written] = int.from_bytes(digest, "big") >> 1, seen[written] + 1
+            bodies.append(("/chat/completions" if chat else "/completions", body))
+        stopped = threading.Event()
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            futures = [pool.submit(self._reply, path, body, stopped) for path, body in bodies]
+            try:
+                found = [future.result() for future in futures]
+            except BaseException:
+                stopped.set()  # no further request is paid
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        self.replies.extend(found)
+        return found
+
+    def used(self, replies: Sequence[Reply] | None = None) -> Used:
+        """The cost of these replies, or of all so far."""
+        replies = self.replies if replies is None else replies
+        read, written = (_sum(r[i] for r in replies) for i in (1, 2))
+        known = self.usd is not None and read is not None and written is not None
+        usd = (read * self.usd[0] + written * self.usd[1]) / 1e6 if known else None  # type: ignore[operator,index]
+        return Used(len(replies), read, written, usd)
+
+    def _reply(self, path: str, body: Json, stopped: threading.Event) -> Reply:
+        start = time.perf_counter()
+        found = self._sent(path, body, stopped)
+        usage = found.get("usage")
+        counts = [usage.get(f"{kind}_tokens") if isinstance(usage, dict) else None for kind in ("prompt", "completion")]
+        try:
+            [choice] = found["choices"]
+            text = choice["message"]["content"] if "messages" in body else choice["text"]
+            if not isinstance(text, str | None):
+                raise TypeError
+        except (KeyError, TypeError, ValueError):
+            raise self._error(
+                f"the reply has no answer: {json.dumps(found)[:200]}", "it is not OpenAI's format"
+            ) from None
+        read, written = (x if type(x) is int and x >= 0 else None for x in counts)
+        return Reply(text or "", read, written, time.perf_counter() - start, choice.get("finish_reason") != "length")
+
+    def _sent(self, path: str, body: Json, stopped: threading.Event) -> Json:
+        """The reply to a request, which is sent again if the endpoint is busy or away."""
+        key = os.environ.get(KEY, "")
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        if key:
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
+        problem = ""
+        for attempt in range(TRIES):
+            wait = min(WAIT * 2**attempt, LONGEST)
+            try:
+                with self._opener.open(request, timeout=TIMEOUT) as reply:
+                    text = reply.read(BODY + 1)
+                found = files.strict(text.decode())
+                if len(text) > BODY or not isinstance(found, dict):
+                    raise ValueError("not an object of JSON")
+                return found
+            except urllib.error.HTTPError as error:
+                problem = _refused(error)
+                if error.code not in AGAIN and error.code < 500:
+                    fix = f"set {KEY}" if error.code in (401, 403) else ""
+                    raise self._error(problem, fix) from None
+                wait = min(_seconds(error.headers.get("Retry-After"), wait), LONGEST)
+            except ValueError as error:  # also of a reply that is not UTF-8
+                raise self._error(f"the reply cannot be read: {reason(error)}") from None
+            except (OSError, http.client.HTTPException) as error:
+                problem = f"no reply: {reason(getattr(error, 'reason', None) or error)}"  # type: ignore[arg-type]
+                if isinstance(getattr(error, "reason", None), ssl.SSLError):
+                    raise self._error(problem) from None
+            if stopped.wait(wait if attempt + 1 < TRIES else 0):
+                break
+        raise self._error(f"{problem} ({TRIES} attempts)", "is the endpoint running, and the URL right?")
+
+    @property
+    def _opener(self) -> urllib.request.OpenerDirector:
+        proxies = None if self.leaves else {}  # a proxy cannot reach the loopback interface of this machine
+        return urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
+
+    def _error(self, what: str, fix: str = "") -> UserError:
+        return UserError(what, f"{PREFIX}{self.url}#{self.model}", fix)
+
+
+def is_hosted(name: str | Path) -> bool:
+    return str(name).startswith(PREFIX)
+
+
+def parse(name: str) -> Hosted:
+    """The model of `openai:URL#MODEL[?in=DOLLARS&out=DOLLARS]`. Raises UserError."""
+    fix = "write openai:https://HOST/v1#MODEL?in=0.15&out=0.6"
+    url, _, rest = name.removeprefix(PREFIX).partition("#")
+    model, _, options = rest.partition("?")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not model or parts.query:
+        raise UserError("the name of a hosted model needs a URL and a model", name, fix)
+    if parts.username or parts.password:
+        raise UserError("a URL with a password would be recorded", f"{PREFIX}...@{parts.hostname}", f"set {KEY}")
+    prices = dict(parse_qsl(options, keep_blank_values=True))
+    if prices and (prices.keys() != {"in", "out"} or not all(re.fullmatch(r"\d+(\.\d+)?", p) for p in prices.values())):
+        raise UserError(f"the options {options!r} are not two prices in dollars per million tokens", name, fix)
+    usd = (float(prices["in"]), float(prices["out"])) if prices else None
+    return Hosted(name, url.rstrip("/"), model, usd)
+
+
+def load(name: str | Path, adapter: str | Path | None = None, *, strict: bool = False) -> "LM | Hosted":
+    """The hosted model of this name, or the one of infer.models.load. Raises UserError."""
+    if is_hosted(name):
+        if adapter:
+            raise UserError("a hosted model takes no adapter", str(adapter), "serve it: python -m tools.serve")
+        return parse(str(name))
+    from infer import models  # imports jax
+
+    return models.load(name, adapter=adapter, strict=strict)
+
+
+def dollars(x: float | None) -> str:
+    return "$ n/a" if x is None else f"${x:.2g}"
+
+
+def _sum(counts: Any) -> int | None:
+    counts = list(counts)
+    return None if None in counts else sum(counts)
+
+
+def _refused(error: urllib.error.HTTPError) -> str:
+    """One line from the body of an error, in OpenAI's format or not."""
+    text = error.read(1 << 16).decode(errors="replace")
+    try:
+        found = json.loads(text)
+        said = found["error"]["message"] if isinstance(found["error"], dict) else found["error"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        said = text
+    return f"the endpoint answers {error.code}: {' '.join(str(said).split())[:300] or error.reason}"
+
+
+def _seconds(text: str | None, otherwise: float) -> float:
+    """Of a Retry-After header; dates are not read."""
+    return float(text) if text and re.fullmatch(r"\d{1,4}", text) else otherwise
