@@ -1,4 +1,5 @@
-"""Writes a task's examples as training data: train.jsonl and heldout.jsonl, one record of messages per line.
+"""Writes a task's examples as training data: train.jsonl, validation.jsonl and heldout.jsonl, one record of messages
+per line.
 
     python -m evals.export --task=dates --out=runs/dates
 
@@ -26,7 +27,7 @@ def export(name: str, folder: Path) -> dict[str, int]:
     """Writes the files atomically; returns the number of records of each."""
     task, written = tasks.load(name), {}
     folder.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "heldout"):
+    for split in ("train", "validation", "heldout"):
         path, records = folder / f"{split}.jsonl", list(tasks.records(task, split))
         files.write_lines(path, records)
         written[str(path)] = len(records)

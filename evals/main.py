@@ -2,16 +2,22 @@
 
     python -m evals.main --model=NAME_OR_RUN --tasks=dates,rows.jsonl:scorer=number [--shots=0,4] [--n=100] [--seed=0]
                          [--adapter=RUN] [--index=DIR] [--k=3] [--against=RUN] [--contamination=SOURCE]
+                         [--pick=random] [--instructions=FILE] [--split=heldout]
                          [--text=pydocs] [--passages=16] [--out=FOLDER] [--strict]
 
 Prints a table and appends one line of JSON per result to FOLDER/evals.jsonl. If the model or the adapter is a run, its
 folder is the default. `--text` names a data source; the rise of the loss on it after tuning measures forgetting.
 `--against` names a folder or .jsonl of earlier results, which are compared row by row if they are on the same rows.
-`--index` names an index of documents (tools.index); the k best chunks for each question are put before it.
 `--model=openai:URL#MODEL?in=0.15&out=0.6` asks an OpenAI-compatible endpoint; the options are its prices in dollars per
 million tokens of prompts and answers, the key is the environment variable OPENAI_API_KEY.
 `--contamination` names training data (a source, a run or a token cache): rows that occur in it are listed and scored
 separately.
+
+How the questions are asked, in every combination: `--shots`, numbers of solved examples in the prompt, or "full": as
+many as fit; `--pick`, which of the training rows: random for each question, fixed, diverse, or nearest to the question;
+`--instructions`, a file with system messages, one per line, in which {} stands for the task's own, or "builtin";
+`--index`, an index of documents (tools.index), whose k best chunks for each question are put before it. Choose among
+them by `--split=validation`, so that the rows of the test do not decide.
 """
 
 import argparse
@@ -28,6 +34,7 @@ from common.types import Json
 
 if TYPE_CHECKING:
     from evals.task import Task
+    from infer.context import Context
     from infer.hosted import Hosted
     from infer.lm import LM
 
@@ -40,11 +47,13 @@ def main(argv: list[str]) -> int | None:
 
     parser = cli.Parser("evals.main", f"{__doc__}\nTasks are files in evals/tasks, or files of rows. {rows.__doc__}")
     parser.add_argument("--model", required=True)
-    for name in ("adapter", "against", "index", "text", "out"):
+    for name in ("adapter", "against", "index", "instructions", "text", "out"):
         parser.add_argument(f"--{name}", default="")
     for name in ("tasks", "contamination"):
         parser.add_argument(f"--{name}", default="", type=cli.listed)
-    parser.add_argument("--shots", default="0", type=cli.counts)
+    parser.add_argument("--shots", default="0", type=_shots)
+    parser.add_argument("--pick", default="random")
+    parser.add_argument("--split", default="heldout", choices=("heldout", "validation"))
     for name, default in dict(n=100, seed=0, passages=16, batch_size=16, k=3).items():
         parser.add_argument(f"--{name}", default=default, type=cli.count)
     parser.add_argument("--strict", action="store_true", help="unused contents of the files are an error")
@@ -61,8 +70,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     for name, found in tasks.items():
         for note in found.notes:
             print(f"{name}: {note}")
-    others = _others(args, tasks)
-    out = _folder(args)
+    contexts, others, out = _contexts(args), _others(args, tasks), _folder(args)
     from infer import hosted
 
     if hosted.is_hosted(args.model) and (args.text or args.contamination):
@@ -72,11 +80,10 @@ def run(args: argparse.Namespace) -> list[dict]:
     lm = hosted.load(args.model, args.adapter or None, strict=args.strict)
     here = not isinstance(lm, hosted.Hosted)
     used, results = [_gas(time.perf_counter() - start, 0.0)] if here else [], []
-    for result in _measure(lm, args, tasks):
+    for result in _measure(lm, args, tasks, contexts):
         spent = _gas(result["seconds"], result["flops"]) if here else gas.Gas(usd=result["usd"])
         line = {"time": round(time.time(), 3), "model": args.model, **result, "gas": spent._asdict()}
-        line |= {name: value for name in ("adapter", "index") if (value := getattr(args, name))}
-        line = files.plain(line)
+        line = files.plain(line | ({"adapter": args.adapter} if args.adapter else {}))
         used.append(spent)
         results.append(line)
         if out:
@@ -88,19 +95,35 @@ def run(args: argparse.Namespace) -> list[dict]:
     return results
 
 
-def _measure(lm: "LM | Hosted", args: argparse.Namespace, tasks: dict[str, "Task"]) -> Iterator[Json]:
+def _shots(text: str) -> list[int | str]:
+    return [part if part == "full" else cli.count(part) for part in text.split(",")]
+
+
+def _contexts(args: argparse.Namespace) -> "list[Context]":
+    """Every way to ask that a command line names. Raises UserError if one is not possible."""
+    from infer.context import FULL, Context, instruction
+    from infer.retrieve.index import opened
+
+    if args.index:
+        opened(args.index)
+    shots = [FULL if n == "full" else n for n in args.shots]
+    texts = instruction.read(args.instructions) if args.instructions else [""]
+    return [Context(text, n, args.pick, args.index, args.k) for text in texts for n in shots]
+
+
+def _measure(
+    lm: "LM | Hosted", args: argparse.Namespace, tasks: dict[str, "Task"], contexts: "list[Context]"
+) -> Iterator[Json]:
     from evals import heldout
     from evals.run import evaluate, flops_per_token
     from infer.hosted import Hosted
-    from infer.retrieve import passages
-    from infer.retrieve.index import Index
 
-    context = passages.context(Index(args.index), args.k) if args.index else None
+    knobs = dict(n=args.n, seed=args.seed, batch_size=args.batch_size, split=args.split)
     for name, task in tasks.items():
-        found = {} if isinstance(lm, Hosted) else _contaminated(name, task, args.contamination, lm)
+        found = {} if isinstance(lm, Hosted) else _contaminated(name, task, args.contamination, args.split, lm)
         marked = _marked(name, task, found) if found else task
-        for k in args.shots:
-            result = evaluate(marked, lm, args.n, args.seed, k, args.batch_size, name=name, context=context).to_dict()
+        for context in contexts:
+            result = evaluate(marked, lm, name=name, context=context, **knobs).to_dict()
             yield result | ({"contamination": found} if args.contamination else {})
     if args.text and not isinstance(lm, Hosted):
         texts = heldout.passages(args.text, args.passages)
@@ -122,12 +145,12 @@ def _gas(seconds: float, flops: float) -> gas.Gas:
 # --- rows that training has read ---
 
 
-def _contaminated(name: str, task: "Task", trained: list[str], lm: "LM") -> dict[str, str]:
-    """{row: place in a training text} of the held-out rows that occur there; prints a line per source."""
+def _contaminated(name: str, task: "Task", trained: list[str], split: str, lm: "LM") -> dict[str, str]:
+    """{row: place in a training text} of the rows that occur there; prints a line per source."""
     from evals import overlap
 
-    rows = task.examples("heldout")
-    texts = [(overlap.asked(task.prompt(row, ())), row["answer"]) for row in rows]
+    rows = task.examples(split)
+    texts = [(overlap.asked(task.prompt(row)), row["answer"]) for row in rows]
     every: dict[str, str] = {}
     for source in trained:
         found = {_where(name, i, rows[i]): place for i, place in overlap.seen(texts, source, lm.tokenizer).items()}
@@ -146,7 +169,7 @@ def _marked(name: str, task: "Task", found: dict[str, str]) -> "Task":
 
     def examples(split: str) -> list[Json]:
         rows = list(task.examples(split))
-        if split != "heldout":
+        if split == "train":
             return rows
         marks = [{"contaminated": "yes" if _where(name, i, row) in found else "no"} for i, row in enumerate(rows)]
         return [row | {"slices": row.get("slices", {}) | more} for row, more in zip(rows, marks, strict=True)]
@@ -177,7 +200,7 @@ def _others(args: argparse.Namespace, tasks: dict[str, "Task"]) -> dict[str, lis
 
     lines, found = paired.results(args.against), {}
     for name, task in tasks.items():
-        rows = [module.identity(task, example) for example, _ in module.draw(task, args.n, args.seed)]
+        rows = [module.identity(task, example) for example in module.draw(task, args.n, args.seed, args.split)]
         found[name] = paired.fitting(name, module.fingerprint(task), rows, lines, args.against)
     return found
 
@@ -187,7 +210,7 @@ def _compare(line: Json, others: list[Json], args: argparse.Namespace) -> None:
 
     for other in others:
         who = " with ".join(filter(None, (other.get("model") or args.against, other.get("adapter"))))
-        title = f"{line['task']}, {line['shots']} shots against {who}, {other['shots']} shots"
+        title = f"{line['task']}, {line['asked']} against {who}, {paired.asked(other)}"
         print(f"{title}: {paired.pair(line, other, args.seed)}")
 
 
@@ -198,23 +221,23 @@ def show(results: list[Json]) -> None:
     scores, losses = [r for r in results if "task" in r], [r for r in results if "text" in r]
 
     def table_of(first: str, *more: str) -> Table:
-        heads = ("shots", "score", Column("95 % interval", no_wrap=True), "n")
+        heads = ("asked", "score", Column("95 % interval", no_wrap=True), "n")
         return Table(Column(first, overflow="fold"), *heads, *more)
 
     if scores:
         table = table_of("task", "seed", "prompt tokens", "seconds")
         for r in scores:
             numbers = (r["seed"], integer(r["prompt_tokens"]), f"{r['seconds']:.1f}")
-            table.add_row(r["task"], str(r["shots"]), f"{r['mean']:.3f}", _span(r), str(r["n"]), *map(str, numbers))
+            table.add_row(r["task"], r["asked"], f"{r['mean']:.3f}", _span(r), str(r["n"]), *map(str, numbers))
         Console().print(table)
     if any(r["slices"] for r in scores):
         table = table_of("slice")
         for r in scores:
             for name, part in r["slices"].items():
-                cells = (str(r["shots"]), f"{part['mean']:.3f}", _span(part), str(part["n"]))
+                cells = (r["asked"], f"{part['mean']:.3f}", _span(part), str(part["n"]))
                 table.add_row(f"{r['task']}, {name}", *cells)
         Console().print(table)
-    for line in (f"{r['task']}, {r['shots']} shots: {line}" for r in scores for line in _remarks(r)):
+    for line in (f"{r['task']}, {r['asked']}: {line}" for r in scores for line in _remarks(r)):
         print(line)
     for r in losses:
         print(f"{r['text']}: {r['loss']:.4f} nats per token over {r['tokens']:,} tokens of {r['n']} passages")

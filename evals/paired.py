@@ -92,7 +92,7 @@ def bootstrap(differences: np.ndarray, seed: int = 0) -> tuple[float, float, flo
 
 def results(path: str | Path) -> list[Json]:
     """The task results in a .jsonl, or in a folder's evals.jsonl and metrics.jsonl: the newest for each model, adapter
-    and setting."""
+    and way to ask."""
     place = Path(path).expanduser()
     names = [place / "metrics.jsonl", place / "evals.jsonl"] if place.is_dir() else [place]
     lines = [line for name in names for line in files.read_lines(name) if "task" in line]
@@ -100,8 +100,14 @@ def results(path: str | Path) -> list[Json]:
         raise UserError("there are no task results", str(path), "name a folder or .jsonl written by evals.main")
     if not (whole := [line for line in lines if "rows" in line]):
         raise UserError("the results do not record their rows", str(path), "score again with this version")
-    keys = ("task_hash", "n", "seed", "shots", "model", "adapter")
+    keys = ("task_hash", "split", "n", "seed", "shots", "context", "index", "model", "adapter")
     return list({tuple(str(x.get(k)) for k in keys): x for x in whole}.values())
+
+
+def asked(result: Json) -> str:
+    """How a result was asked, in words; earlier versions recorded only `shots` and `index`."""
+    parts = [f"{result['shots']}-shot"] * bool(result.get("shots")) + ["retrieval"] * bool(result.get("index"))
+    return result.get("asked") or ", ".join(parts) or "zero-shot"
 
 
 def fitting(task: str, task_hash: str, rows: Sequence[str], others: Sequence[Json], source: str) -> list[Json]:

@@ -18,6 +18,7 @@ A row may have several references: a list, or SQuAD's {"text": [...]}.
 
 import json
 import math
+import operator
 import re
 import string
 from collections import Counter
@@ -104,7 +105,7 @@ def task(spec: str) -> Task:
         score=by(scorer),
         kind="choice" if scorer == "choice" else "generate",
         max_new_tokens=_count(options.get("tokens", "0"), spec),
-        raw=_as_text if texts else None,
+        raw=operator.itemgetter("prompt") if texts else None,
         scorer=scorer,
         notes=tuple(notes),
     )
@@ -321,22 +322,7 @@ def _warnings(rows: Sequence[dict]) -> list[str]:
 # --- prompts ---
 
 
-def _turns(row: dict) -> list[dict]:
+def _as_chat(row: dict) -> list[dict]:
     """The question as in training with a chat template."""
     prompt = row["prompt"]
     return prompt if isinstance(prompt, list) else wrapped(Completion(prompt, EMPTY)).messages[:-1]
-
-
-def _as_chat(row: dict, shots: Sequence[dict]) -> list[dict]:
-    """The prompt with shots as earlier turns, after the row's own system message."""
-    turns = _turns(row)
-    first = 1 if turns[0]["role"] == "system" else 0
-    before = []
-    for shot in shots:
-        before += [turn for turn in _turns(shot) if turn["role"] != "system"]
-        before.append({"role": "assistant", "content": shot["answer"].strip()})
-    return [*turns[:first], *before, *turns[first:]]
-
-
-def _as_text(row: dict, shots: Sequence[dict]) -> str:
-    return "\n\n".join([*(shot["prompt"] + shot["answer"] for shot in shots), row["prompt"]])

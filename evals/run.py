@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.types import Json
 from evals import task as tasks
 from evals.task import Example, Prompt, Task
+from infer.context import Asker, Context
 from infer.hosted import Hosted
 from infer.lm import LM
 from model import weights
@@ -25,6 +26,7 @@ from model.weights import Spec, Weight
 BATCH = 16  # prompts at a time; the scores do not depend on it
 LEAST, MOST = 32, 512  # limits of new tokens if the task does not set them
 FREQUENT = 5  # most frequent answers in a result
+ZERO_SHOT = Context()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,10 @@ class Result:
 
     task: str
     n: int
-    shots: int
+    split: str  # "heldout", or "validation"
+    asked: str  # the label of the context: "zero-shot", "4-shot nearest, 3 passages"
+    context: Json  # infer.context.Context.to_dict
+    shots: int  # examples in each prompt
     seed: int
     score: float
     low: float
@@ -72,33 +77,34 @@ class Asked(NamedTuple):
 
 
 def evaluate(
-    task: str | Task, lm: LM | Hosted, n: int = 100, seed: int = 0, shots: int = 0, batch_size: int = BATCH,
-    keep: int = 50, name: str = "unnamed", context: Callable[[Sequence[Prompt]], list[Prompt]] | None = None,
+    task: str | Task, lm: LM | Hosted, n: int = 100, seed: int = 0, context: Context = ZERO_SHOT,
+    batch_size: int = BATCH, keep: int = 50, name: str = "unnamed", split: str = "heldout",
 ) -> Result:  # fmt: skip
-    """Scores greedy answers, or the most likely option per byte, of `lm` on `n` held-out examples.
+    """Scores greedy answers, or the most likely option per byte, of `lm` on `n` examples of a split.
 
-    `task` is a name for evals.task.load, or a Task with a `name`. The result keeps `keep` samples. `context` adds text
-    to the prompts, such as retrieved passages; its seconds count.
+    `task` is a name for evals.task.load, or a Task with a `name`. `context` says how the questions are asked; its
+    examples are of the training split. The result keeps `keep` samples. The seconds of retrieval count.
     """
     if isinstance(task, str):
         [(name, task)] = tasks.named([task]).items()
-    drawn = tasks.draw(task, n, seed, shots)
-    if not drawn:
-        raise UserError("there are no held-out examples to score", name, "n must be at least 1")
-    examples = [example for example, _ in drawn]
+    examples = tasks.draw(task, n, seed, split)
+    if not examples:
+        raise UserError(f"there are no {split} examples to score", name, "n must be at least 1")
     raw = not isinstance(lm, Hosted) and lm.tokenizer.chat_template is None
     ask = task.raw if task.raw and raw else task.prompt
-    prompts = [ask(example, shown) for example, shown in drawn]
+    pool = [(ask(e), e["answer"]) for e in task.examples("train")] if context.shots else []
     start = time.perf_counter()
-    prompts = context(prompts) if context else prompts
+    sizes = None if isinstance(lm, Hosted) else Sizes(task, lm, name, examples)
+    prompts, shots, _ = Asker(context, pool, seed)([ask(e) for e in examples], sizes and sizes.fit)
     if isinstance(lm, Hosted):
         asked = _ask_hosted(task, lm, name, examples, prompts)
     else:
-        asked = _ask(task, lm, name, examples, prompts, batch_size)
+        asked = _ask(task, lm, sizes, examples, prompts, batch_size)
     scores = [float(task.score(e, c)) for e, c in zip(examples, asked.completions, strict=True)]
     low, high = stats.of_scores(scores)
     return Result(
-        task=name, n=len(scores), shots=shots, seed=seed, score=sum(scores), low=low, high=high, by_sum=asked.by_sum,
+        task=name, n=len(scores), split=split, seed=seed, score=sum(scores), low=low, high=high, by_sum=asked.by_sum,
+        asked=dataclasses.replace(context, shots=shots).label, context=context.to_dict(), shots=shots,
         prompt_tokens=asked.prompt_tokens,
         completion_tokens=asked.completion_tokens,
         seconds=time.perf_counter() - start,
@@ -115,9 +121,9 @@ def evaluate(
 
 
 def _ask(
-    task: Task, lm: LM, name: str, examples: Sequence[Example], prompts: Sequence[Prompt], batch_size: int
+    task: Task, lm: LM, sizes: "Sizes", examples: Sequence[Example], prompts: Sequence[Prompt], batch_size: int
 ) -> Asked:
-    asked, room = _fit(task, lm, name, examples, prompts)
+    asked, room = sizes.check(prompts)
     by_sum = None
     if task.kind == "choice":
         options = [e["options"] for e in examples]
@@ -145,24 +151,31 @@ def _ask_hosted(task: Task, lm: Hosted, name: str, examples: Sequence[Example], 
     return Asked([reply.text for reply in replies], *means, usd=used.usd)
 
 
-def _fit(
-    task: Task, lm: LM, name: str, examples: Sequence[Example], prompts: Sequence[Prompt]
-) -> tuple[list[int], int]:
-    """(tokens of each prompt, maximum new tokens). Raises UserError if a row exceeds the model's context."""
-    asked = [len(lm.encode(p)) for p in prompts]
-    answers = [e["options"] if task.kind == "choice" else e.get("references", [e["answer"]]) for e in examples]
-    longest = [max(len(lm.tokenizer.encode(a)) for a in each) + 1 for each in answers]
-    limit, room = lm.config.context - virtual_tokens(lm.params), task.max_new_tokens
-    if task.kind != "choice":
-        longest = [room or min(size, MOST) for size in longest]
-    total = [a + b for a, b in zip(asked, longest, strict=True)]
-    if wide := [i for i, size in enumerate(total) if size > limit]:
-        where = examples[wide[0]].get("where", name)
-        what = f"{asked[wide[0]]} tokens of prompt and {longest[wide[0]]} of an answer exceed the model's {limit}"
-        fix = "shorten the rows, show fewer examples, or write :tokens=N for shorter answers"
-        raise UserError(f"{what} ({len(wide)} of {len(total)} rows)", where, fix)
-    enough = max(LEAST, -(-max(longest) * 5 // 4 // 16) * 16)
-    return asked, room or min(enough, MOST, limit - max(asked))
+class Sizes:
+    """Tokens of prompts and of the answers to `examples`, and whether a model's window holds both."""
+
+    def __init__(self, task: Task, lm: LM, name: str, examples: Sequence[Example]):
+        self.task, self.lm, self.name, self.examples = task, lm, name, examples
+        self.limit = lm.config.context - virtual_tokens(lm.params)
+        answers = [e["options"] if task.kind == "choice" else e.get("references", [e["answer"]]) for e in examples]
+        self.longest = [max(len(lm.tokenizer.encode(a)) for a in each) + 1 for each in answers]
+        if task.kind != "choice":
+            self.longest = [task.max_new_tokens or min(size, MOST) for size in self.longest]
+
+    def fit(self, prompts: Sequence[Prompt]) -> bool:
+        return all(len(self.lm.encode(p)) + n <= self.limit for p, n in zip(prompts, self.longest, strict=True))
+
+    def check(self, prompts: Sequence[Prompt]) -> tuple[list[int], int]:
+        """(tokens of each prompt, maximum new tokens). Raises UserError if a row exceeds the model's context."""
+        asked, longest, limit = [len(self.lm.encode(p)) for p in prompts], self.longest, self.limit
+        total = [a + b for a, b in zip(asked, longest, strict=True)]
+        if wide := [i for i, size in enumerate(total) if size > limit]:
+            where = self.examples[wide[0]].get("where", self.name)
+            what = f"{asked[wide[0]]} tokens of prompt and {longest[wide[0]]} of an answer exceed the model's {limit}"
+            fix = "shorten the rows, show fewer examples, or write :tokens=N for shorter answers"
+            raise UserError(f"{what} ({len(wide)} of {len(total)} rows)", where, fix)
+        enough = max(LEAST, -(-max(longest) * 5 // 4 // 16) * 16)
+        return asked, self.task.max_new_tokens or min(enough, MOST, limit - max(asked))
 
 
 def _slices(examples: Sequence[Example], scores: Sequence[float]) -> dict[str, dict]:

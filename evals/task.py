@@ -5,6 +5,7 @@ task; see evals.rows.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import inspect
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 from common.errors import UserError, did_you_mean
 from common.types import Json, Leaf
+from data import splits
 from evals import scorers
 
 Example = Json  # "answer" and the fields that `prompt` reads; also "options" for a choice
@@ -24,18 +26,19 @@ TASKS = Path(__file__).parent / "tasks"
 
 
 class Task(NamedTuple):
-    """`examples(split)` returns all examples of "train" or "heldout", which are disjoint, always in the same order.
+    """`examples(split)` returns all examples of "train", "validation" or "heldout", which are disjoint, always in the
+    same order. A file in evals/tasks needs no "validation": `load` sets a part of its "train" aside.
 
-    `prompt(example, shots)` is the question after solved examples. `score(example, completion)` is a pure function; 1.0
-    is right. Kind "choice": the completion is the most likely of `example["options"]`.
+    `prompt(example)` is the question. `score(example, completion)` is a pure function; 1.0 is right. Kind "choice": the
+    completion is the most likely of `example["options"]`.
     """
 
     examples: Callable[[str], Sequence[Example]]
-    prompt: Callable[[Example, Sequence[Example]], Prompt]
+    prompt: Callable[[Example], Prompt]
     score: Callable[[Example, str], float]
     kind: str = "generate"  # | "choice"
     max_new_tokens: int = 32  # 0: enough for the longest answer
-    raw: Callable[[Example, Sequence[Example]], str] | None = None  # `prompt` for models without a chat template
+    raw: Callable[[Example], str] | None = None  # `prompt` for models without a chat template
     scorer: str = ""  # name in evals/scorers; "": the task's own
     notes: tuple[str, ...] = ()  # remarks about its rows, to print
 
@@ -44,13 +47,27 @@ def load(name: str, **options: Leaf) -> Task:
     """The task of a file in evals/tasks, or of a source with its options (evals.rows)."""
     known = sorted(p.stem for p in TASKS.glob("[!_]*.py"))
     if name in known:
-        return importlib.import_module(f"evals.tasks.{name}").task(**options)
+        return _validated(importlib.import_module(f"evals.tasks.{name}").task(**options))
     from evals import rows
 
     if rows.is_source(name):
         return rows.task(name)
     fix = did_you_mean(name, known, f"known: {', '.join(known)}; or a file of rows")
     raise UserError(f"no task {name!r}", "evals/tasks", fix)
+
+
+def _validated(task: Task) -> Task:
+    """The task with a part of its training examples as "validation", by their questions."""
+
+    @functools.cache
+    def examples(split: str) -> Sequence[Example]:
+        if split == "heldout":
+            return task.examples(split)
+        share = splits.VALIDATION / (1 - splits.TEST) * 2**64
+        side = lambda e: "validation" if splits.key(json.dumps(task.prompt(e))) < share else "train"
+        return [e for e in task.examples("train") if side(e) == split]
+
+    return task._replace(examples=examples)
 
 
 def named(specs: Sequence[str]) -> dict[str, Task]:
@@ -72,21 +89,16 @@ def by(scorer: str) -> Callable[[Example, str], float]:
     return lambda example, answer: max(score(answer, r) for r in example.get("references", [example["answer"]]))
 
 
-def draw(task: Task, n: int, seed: int, shots: int = 0) -> list[tuple[Example, list[Example]]]:
-    """`n` held-out examples (all if there are fewer), each with its own `shots` from the training split.
-
-    The examples do not depend on `n`: the first 10 of n=100 are those of n=10.
-    """
-    heldout, train = list(task.examples("heldout")), task.examples("train") if shots else ()
-    if shots > len(train) and shots:
-        raise UserError(f"{shots} shots, but only {len(train)} training examples", "shots", "use fewer shots")
-    random.Random(seed).shuffle(heldout)
-    return [(e, random.Random(f"{seed}/{i}").sample(train, shots)) for i, e in enumerate(heldout[:n])]
+def draw(task: Task, n: int, seed: int, split: str = "heldout") -> list[Example]:
+    """`n` examples of a split (all if there are fewer): the first 10 of n=100 are those of n=10."""
+    found = list(task.examples(split))
+    random.Random(seed).shuffle(found)
+    return found[:n]
 
 
 def identity(task: Task, example: Example) -> str:
-    """12 hex digits that identify a question (without shots) and its answers."""
-    known = [task.prompt(example, ()), example.get("references", example["answer"]), example.get("options")]
+    """12 hex digits that identify a question and its answers."""
+    known = [task.prompt(example), example.get("references", example["answer"]), example.get("options")]
     return hashlib.blake2b(json.dumps(known, default=str).encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
 
 
@@ -100,16 +112,9 @@ def fingerprint(task: Task) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
-def chat(instruction: str, question: Callable[[Example], str]) -> Callable[[Example, Sequence[Example]], Prompt]:
-    """A `prompt` with the instruction as system message and shots as earlier turns of the conversation."""
-
-    def prompt(example: Example, shots: Sequence[Example] = ()) -> Prompt:
-        turns = [{"role": "system", "content": instruction}]
-        for shot in shots:
-            turns += [_turn("user", question(shot)), _turn("assistant", shot["answer"])]
-        return [*turns, _turn("user", question(example))]
-
-    return prompt
+def chat(instruction: str, question: Callable[[Example], str]) -> Callable[[Example], Prompt]:
+    """A `prompt` with the instruction as system message."""
+    return lambda example: [_turn("system", instruction), _turn("user", question(example))]
 
 
 def _turn(role: str, content: str) -> dict:
@@ -117,9 +122,9 @@ def _turn(role: str, content: str) -> dict:
 
 
 def records(task: Task, split: str) -> Iterator[dict]:
-    """A split as training records: the question without shots, and the answer."""
+    """A split as training records: the question and the answer."""
     for example in task.examples(split):
-        prompt, answer = task.prompt(example, ()), example["answer"]
+        prompt, answer = task.prompt(example), example["answer"]
         if isinstance(prompt, str):
             yield {"prompt": prompt, "completion": answer}
         else:

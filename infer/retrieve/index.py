@@ -88,6 +88,17 @@ class Index:
         return [hit for hit in found if hit.score > 0] if how == "bm25" else found
 
 
+def opened(folder: str | Path) -> Index:
+    """The index of a folder, which is opened once while it does not change."""
+    record = Path(folder).expanduser() / RECORD
+    return _opened(str(folder), record.stat().st_mtime_ns if record.is_file() else 0)
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(folder: str, changed: int) -> Index:
+    return Index(folder)
+
+
 def digest(embedder: Embedder) -> str:
     """A hash of the vectors of three texts: it changes with the weights, the tokenizer and the pooling."""
     found = embedder.embed(["", "a", "The quick brown fox jumps over the lazy dog."])

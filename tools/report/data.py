@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 from common import files, gas, paths, record
 from common.errors import UserError, reading
+from evals import paired
 
 METHODS = {"lora": "LoRA"}
+WAY = ("task", "split", "shots", "context", "n", "seed", "adapter", "index", "task_hash")  # newer results replace older
 
 
 class Run(NamedTuple):
@@ -132,13 +134,13 @@ def _bytes(leaf: dict) -> int:
 
 
 def choices(runs: list[Run]) -> dict[str, list[Choice]]:
-    """The choices by task, in the order of the runs. The newest result of each (folder, task, shots, n, seed) counts.
+    """The choices by task, in the order of the runs. The newest result of each folder and way counts.
 
     If the questions or the scorer of a task have changed, its results are listed separately as "TASK, scored as HASH".
     """
     out: dict[tuple[str, str], list[Choice]] = {}
     for run in runs:
-        for result in newest(run.evals, ("task", "shots", "n", "seed", "adapter", "index", "task_hash")):
+        for result in newest(run.evals, WAY):
             key = result["task"], result.get("task_hash", "an earlier version did")
             out.setdefault(key, []).append(choice(run, result, runs))
     tasks = [task for task, _ in out]
@@ -160,9 +162,8 @@ def newest(lines: list[dict], keys: tuple[str, ...]) -> list[dict]:
 
 
 def choice(run: Run, result: dict, runs: list[Run]) -> Choice:
-    trained, shots = bool(run.config), result.get("shots", 0)
-    ways = [f"{shots}-shot"] * bool(shots) + ["retrieval"] * bool(result.get("index"))
-    label = ", ".join([of_run(run), *ways] if trained else ways or ["zero-shot"])
+    trained, asked = bool(run.config), paired.asked(result)
+    label = (of_run(run) + f", {asked}" * (asked != "zero-shot")) if trained else asked
     change, text = forgetting(run, runs)
     return Choice(
         label=label,

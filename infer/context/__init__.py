@@ -1,0 +1,90 @@
+"""How a question is asked: an instruction, solved examples before the question, retrieved passages, or several of them.
+
+instruction.py   the system message
+shots/           a file per way to pick examples: random, fixed, diverse, nearest
+retrieval.py     passages of an index
+
+The order is the system message, the examples, the passages, the question: what is equal for all questions comes first.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from common.errors import UserError
+from common.types import Json
+from infer.context import instruction, retrieval, shots
+from infer.context.shots import Prompt, Shot
+from infer.retrieve.index import Hit, opened
+from infer.retrieve.search import How
+
+FULL = -1  # as many examples as the model's window holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """The setting; the default is zero-shot. `to_dict` leaves out defaults, and `Context(**dict)` reads it."""
+
+    instruction: str = ""  # the system message; "{}" stands for the question's own
+    shots: int = 0  # examples per question, or FULL
+    pick: str = "random"  # a file of infer/context/shots
+    index: str = ""  # folder of an index (tools.index)
+    k: int = 3  # its chunks per question
+    how: How | None = None  # the way to search it
+
+    def __post_init__(self) -> None:
+        if self.shots:
+            shots.find(self.pick)
+
+    def to_dict(self) -> Json:
+        used = {"pick": self.shots, "k": self.index, "how": self.index}
+        values = {field: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {f.name: v for f, v in values.items() if v != f.default and used.get(f.name, True)}
+
+    @property
+    def label(self) -> str:
+        """In words: "zero-shot", or "4-shot nearest, 3 passages"."""
+        parts = [f"instruction {_short(self.instruction)}"] if self.instruction else []
+        if self.shots:
+            many = "many-shot" if self.shots == FULL else f"{self.shots}-shot"
+            parts.append(many if self.pick == "random" else f"{many} {self.pick}")
+        if self.index:
+            parts.append(f"{self.k} passage{'s' * (self.k > 1)}")
+        return ", ".join(parts) or "zero-shot"
+
+
+class Prompts(NamedTuple):
+    prompts: list[Prompt]
+    shots: int  # examples in each prompt
+    hits: list[list[Hit]]  # the chunks in each prompt, the best first; [] without an index
+
+
+class Asker:
+    """Puts a context around questions. `pool` has the solved examples to pick from, never those to be scored."""
+
+    def __init__(self, context: Context, pool: Sequence[Shot] = (), seed: int = 0):
+        self.context, self.pool = context, pool
+        self.index = opened(context.index) if context.index else None
+        self.picked = shots.picker(context.pick, pool, context.shots, seed) if context.shots else None
+
+    def __call__(self, questions: Sequence[Prompt], fits: Callable[[list[Prompt]], bool] | None = None) -> Prompts:
+        """The prompts. `fits` says for FULL whether prompts fit into the window; without it, FULL is a UserError."""
+        hits = retrieval.found(self.index, questions, self.context.k, self.context.how) if self.index else []
+        asked = [retrieval.put(q, h) for q, h in zip(questions, hits, strict=True)] if hits else list(questions)
+        ask = functools.partial(self._ask, questions, asked)
+        n = self.context.shots
+        if n == FULL and not fits:
+            raise UserError("the model's window is not known, so examples cannot fill it", "shots", "give a number")
+        if n == FULL and fits:
+            n = shots.most(lambda n: fits(ask(n)), len(self.pool))
+        return Prompts(ask(n), n, hits)
+
+    def _ask(self, questions: Sequence[Prompt], asked: Sequence[Prompt], n: int) -> list[Prompt]:
+        chosen = self.picked([shots.text(q) for q in questions], n) if self.picked and n else [[]] * len(asked)
+        whole = (shots.put(prompt, [self.pool[i] for i in row]) for prompt, row in zip(asked, chosen, strict=True))
+        return [instruction.put(prompt, self.context.instruction) for prompt in whole]
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:39]}…")

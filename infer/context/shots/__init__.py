@@ -1,0 +1,64 @@
+"""Solved examples before a question. Each file is a way to pick them.
+
+A file defines `picker(pool, seed)`, which returns a function (questions, n) -> for each question, the indices of n
+examples of the pool, in the order in which they are shown. Questions and the pool's (question, answer) pairs are texts.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from common.errors import UserError, did_you_mean
+
+Prompt = str | list[dict]
+Shot = tuple[Prompt, str]  # a question and its answer
+Picker = Callable[[Sequence[str], int], list[list[int]]]
+
+
+def known() -> list[str]:
+    return sorted(p.stem for p in Path(__file__).parent.glob("[!_]*.py"))
+
+
+def find(name: str) -> ModuleType:
+    """The file of a way to pick. Raises UserError if there is none."""
+    if name not in known():
+        fix = did_you_mean(name, known(), f"known: {', '.join(known())}")
+        raise UserError(f"no way {name!r} to pick examples", "infer/context/shots", fix)
+    return importlib.import_module(f"infer.context.shots.{name}")
+
+
+def picker(name: str, pool: Sequence[Shot], n: int, seed: int) -> Picker:
+    """The picker of a file. Raises UserError if the pool has fewer than `n` examples, or none."""
+    if not pool or n > len(pool):
+        raise UserError(f"{max(n, 1)} shots, but only {len(pool)} training examples", "shots", "use fewer shots")
+    return find(name).picker([(text(question), answer) for question, answer in pool], seed)
+
+
+def text(question: Prompt) -> str:
+    """The question as text: a chat's last turn."""
+    return question if isinstance(question, str) else str(question[-1]["content"])
+
+
+def put(prompt: Prompt, shots: Sequence[Shot]) -> Prompt:
+    """The prompt with solved examples: earlier turns of the conversation after the system message, or texts."""
+    if isinstance(prompt, str):
+        return "\n\n".join([*(f"{question}{answer}" for question, answer in shots), prompt])
+    first = 1 if prompt[0]["role"] == "system" else 0
+    before: list[dict] = []
+    for question, answer in shots:
+        before += [turn for turn in question if turn["role"] != "system"]
+        before.append({"role": "assistant", "content": answer.strip()})
+    return [*prompt[:first], *before, *prompt[first:]]
+
+
+def most(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to `limit` that fits, by doubling and then halving; 0 if none does."""
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,11 @@
+"""The examples whose questions share most words with the question (BM25), the nearest of them last."""
+
+from collections.abc import Sequence
+
+from infer.context.shots import Picker
+from infer.retrieve import search
+
+
+def picker(pool: Sequence[tuple[str, str]], seed: int) -> Picker:
+    known = search.Words([question for question, _ in pool])
+    return lambda questions, n: [search.best(known.scores(q), n)[::-1].tolist() for q in questions]
