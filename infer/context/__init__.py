@@ -4,7 +4,7 @@ instruction.py   the system message
 shots/           a file per way to pick examples: random, fixed, diverse, nearest
 retrieval.py     passages of an index
 
-The order is the system message, the examples, the passages, the question: what is equal for all questions comes first.
+The order is system message, examples, passages, question: the parts that are equal for all questions come first.
 """
 
 import dataclasses
