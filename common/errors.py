@@ -3,6 +3,9 @@
 import contextlib
 import difflib
 import functools
+import os
+import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import ParamSpec, TypeVar
 
@@ -56,6 +59,41 @@ def reading(where: object, fix: str = "") -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"cannot be read: {reason(error)}", str(where), fix) from error
+
+
+# The report that Rust writes of a panic: where, its message, and perhaps the stack.
+PANIC = rb"\n?thread '[^\n]* panicked at [^\n]*\n[^\n]*\n(stack backtrace:\n( +[^\n]*\n)*)?(note: [^\n]*\n)?"
+
+
+class _Panics:
+    """A context in which libraries in Rust do not print their panics, which they also raise. Other text on stderr is
+    held back until all threads have left the context."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._held = threading.Lock(), 0, -1
+
+    def __enter__(self) -> None:
+        with self._lock, contextlib.suppress(OSError, AttributeError):  # memfd_create exists only on Linux
+            self._inside += 1
+            if self._inside == 1:
+                self._stderr, self._held = os.dup(2), os.memfd_create("stderr")
+                os.dup2(self._held, 2)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._held >= 0:
+                os.dup2(self._stderr, 2)
+                os.lseek(self._held, 0, os.SEEK_SET)
+                with open(self._held, "rb") as file:
+                    text = re.sub(PANIC, b"", file.read())
+                os.close(self._stderr)
+                self._held = -1
+                if text:
+                    os.write(2, text)
+
+
+panics_unprinted = _Panics()
 
 
 def reason(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from common import cli, files, paths
+from common import cli, errors, files, paths
 from common.errors import UserError
 from tools import prepare
 from tools.report import __main__ as report
@@ -322,3 +322,11 @@ def test_a_mistake_is_one_line_and_code_2_before_jax(refusals, name):
     code, told, jax = refusals[name]
     assert (code, told.count("\n")) == (2, 1) and WRONG[name][1] in told, told
     assert not jax or name == "tools.kernel_report.__main__"
+
+
+def test_panics_of_rust_are_not_printed_and_all_else_is(capfd):
+    panic = b"\nthread '<unnamed>' (7) panicked at src/lib.rs:647:23:\nretry-limit-in-match over\n"
+    stack = b"stack backtrace:\n   0: core::panicking\n             at /panic.rs:1\nnote: run with `RUST_...`\n"
+    with errors.panics_unprinted, errors.panics_unprinted:
+        os.write(2, b"before\n" + panic + b"between\n" + panic + stack + b"after\n")
+    assert capfd.readouterr().err == "before\nbetween\nafter\n"

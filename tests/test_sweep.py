@@ -1,5 +1,6 @@
 """Sweeps: the points of a file, what is refused, runs that are killed and go on, a search, files for clusters."""
 
+import contextlib
 import csv
 import json
 import os
@@ -71,6 +72,18 @@ def wait_for(condition) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_a_full_disk_is_no_failure_of_a_point(tmp_path):
+    """The same command takes the point up again."""
+    point = sweep_run.Point("p", {}, [], SimpleNamespace(steps=9))
+    for said, ended in (("No space left on device", False), ("a key is unknown", True)):
+        (tmp_path / "log.txt").write_text(f"{tmp_path}/metrics.jsonl · {said} · the fix\n")
+        child = sweep_run.Child(point, SimpleNamespace(returncode=exits.INPUT), take_lock(tmp_path / "CLAIM"))  # type: ignore[arg-type]
+        with contextlib.nullcontext() if ended else pytest.raises(UserError, match="no space is left"):
+            sweep_run.finish(child, tmp_path, False)
+        assert (tmp_path / "ended.json").exists() == ended and not sweep_run.held(tmp_path)
+    assert sweep_run.outcome(tmp_path, 9) == sweep_run.FAILED
 
 
 # --- the points of a file ---

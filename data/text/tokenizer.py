@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from common.errors import UserError, reading
+from common.errors import UserError, panics_unprinted, reading
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Core
@@ -127,7 +127,7 @@ class Tokenizer:
         with self._lock:  # the switch belongs to the core, so threads take turns
             core.encode_special_tokens = not special
             try:
-                with reading("text"):  # patterns and normalizers of any hand do the work
+                with reading("text"), panics_unprinted:  # patterns and normalizers of any hand do the work
                     return (core.encode_batch if offsets else core.encode_batch_fast)(texts, add_special_tokens=False)
             except UserError as error:
                 if isinstance(error.__cause__, TypeError):

@@ -30,6 +30,8 @@ Leaves = dict[str, Any]  # path -> array, or its shape
 MANIFEST = "state_hashes.json"
 NAME = re.compile(r"[A-Za-z0-9_.'\[\]-]+(/[A-Za-z0-9_.'\[\]-]+)*")
 STEP = re.compile(r"0|[1-9][0-9]{0,8}")
+# Arrays are compressed; those of more bytes than this per byte of a checkpoint's files come from no run.
+DENSEST, SLACK = 64, 256 << 20
 
 
 class Damaged(Exception):
@@ -326,11 +328,13 @@ def put(run: Saved, policy: Params, where: str | Place) -> Params:
 
 def _wanted(manifest: dict) -> dict[str, np.ndarray]:
     """Host arrays into which the parameters are read. Raises ValueError for entries that no run can have saved."""
-    out = {}
+    kinds, room = {}, SLACK + DENSEST * sum(manifest["files"].values())
     for name, leaf in manifest["leaves"].items():
         if name.startswith("params/"):
-            dtype = jnp.dtype(leaf["dtype"])
+            dtype, shape = jnp.dtype(leaf["dtype"]), leaf["shape"]
             if not plain(name) or not (jnp.issubdtype(dtype, jnp.number) or dtype.kind == "b"):
                 raise ValueError(f"{name!r} of type {dtype} is not a parameter")
-            out[name] = np.empty(leaf["shape"], dtype)
-    return out
+            kinds[name], room = (shape, dtype), room - math.prod(shape) * dtype.itemsize
+            if room < 0:
+                raise ValueError(f"{name} of shape {shape} is larger than the files of the checkpoint can hold")
+    return {name: np.empty(*kind) for name, kind in kinds.items()}

@@ -50,13 +50,15 @@ def test_a_small_tmpfs(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_peer_of_a_killed_process_says_so_and_ends(tmp_path):
-    first, second = pair(tmp_path, "--config.steps=2000")
+@pytest.mark.parametrize("which", ["the first process of this run, 127.0.0.1:", "another process of this run was lost"])
+def test_the_peer_of_a_killed_process_says_so_and_ends(tmp_path, which):
+    processes = pair(tmp_path, "--config.steps=2000")
     while lines(tmp_path) < 3:
-        assert first.poll() is None and second.poll() is None
+        assert all(process.poll() is None for process in processes)
         time.sleep(0.01)
-    second.kill()
-    _, told = first.communicate(timeout=60)
-    second.wait()
-    assert first.returncode == 75, told
-    assert "another process of this run was lost" in told and "Traceback" not in told
+    lost, left = processes if which.startswith("the first") else reversed(processes)
+    lost.kill()
+    _, told = left.communicate(timeout=60)
+    lost.wait()
+    assert left.returncode == 75, told
+    assert which in told.strip().splitlines()[-1] and "Traceback" not in told

@@ -72,18 +72,22 @@ class Listed:
 
 
 def finish(child: Child, folder: Path, hopeless: bool) -> None:
-    """Records a failure or an early stop, and releases the claim."""
+    """Records a failure or an early stop, and releases the claim. Raises UserError for a full disk, which is neither:
+    the same command resumes the run."""
     code, ended = child.process.returncode, {}
-    if outcome(folder, child.point.config.steps) != DONE:
+    with os.fdopen(child.claim):
+        if outcome(folder, child.point.config.steps) == DONE:
+            return
         if hopeless:
             ended = {"state": PRUNED}
         elif code not in (exits.PREEMPTED, -signal.SIGTERM):  # SIGTERM may arrive before the run can save
             events = [line["event"] for line in read(folder) if line.get("exit_code") == code]
             said = "".join((events or jobs.tail(folder / "log.txt", 1))[-1:])
+            if code == exits.INPUT and any(os.strerror(number) in said for number in files.FULL):
+                raise UserError("no space is left for the run", str(folder), "make room and run the same command again")
             ended = {"state": BELOW if code == exits.BELOW_FLOOR else FAILED, "code": code, "said": said}
-    if ended:
-        files.write_json(folder / "ended.json", ended)
-    os.close(child.claim)
+        if ended:
+            files.write_json(folder / "ended.json", ended)
 
 
 @contextlib.contextmanager

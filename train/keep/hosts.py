@@ -1,10 +1,15 @@
 """Coordination of the processes of one run. With a single process every function here costs nothing."""
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import re
+import signal
+import socket
+import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -46,14 +51,37 @@ def watched() -> Iterator[None]:
     Its broken connections are the first sign of that. A normal exit would wait for the dead process for more than a
     minute, and end with a C++ stack trace.
     """
+    if jax.process_count() > 1:
+        _delay_abort()
     try:
         yield
     except Exception as e:
         if jax.process_count() == 1 or not LOST.search(str(e)):
             raise
-        reason = str(e).strip().splitlines()[0][:300]
-        os.write(2, f"\nanother process of this run was lost: {reason} · run the same command again\n".encode())
-        os._exit(exits.PREEMPTED)
+        _end(str(e).strip().splitlines()[0][:300])
+
+
+def _delay_abort() -> None:
+    """When the first process dies, JAX aborts the others, often before they can name the reason. An abort then waits
+    for 6 s, since the handler, sleep() of C, gets the number of the signal. The handler runs without Python's lock."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.signal(signal.SIGABRT, libc.sleep)
+
+
+def _end(reason: str) -> NoReturn:
+    host, _, port = os.environ.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")
+    lost = "another process of this run was lost"
+    if host and not primary():
+        for _ in range(10):  # its port is closed a moment after its other connections
+            try:
+                socket.create_connection((host, int(port)), timeout=2).close()
+                time.sleep(0.1)
+            except OSError:
+                lost = f"the first process of this run, {host}:{port}, was lost"
+                break
+    os.write(2, f"\n{lost}: {reason} · run the same command again\n".encode())
+    os._exit(exits.PREEMPTED)
 
 
 def primary() -> bool:
