@@ -16,7 +16,10 @@ from common import cli
 from common.errors import UserError, did_you_mean
 from kungfu import ROOT
 
-NAMED = {"train": "train.main", "eval": "evals.main", "task-data": "evals.export", "spectrum": "evals.spectrum"}
+NAMED = {
+    "train": "train.main", "eval": "evals.main", "task-data": "evals.export", "spectrum": "evals.spectrum",
+    "decide": "tools.compare.page",
+}  # fmt: skip
 SHELLS = {
     "bash": "complete -o default -W '{verbs}' kungfu",
     "zsh": 'compdef \'_arguments "1:verb:({verbs})" "*:file:_files"\' kungfu',

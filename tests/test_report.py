@@ -123,7 +123,7 @@ def test_results_on_the_same_rows_are_compared_row_by_row(runs):
     marked = [c._replace(result=c.result | kept | {"scores": right(c)} | more(c)) for c in rows]
     told = " ".join(report_text.sentences(marked))
     assert "(row by row, 95 % interval +" in told and "McNemar's exact test)." in told
-    (first, slices), (second, answers) = report._details(marked)
+    (first, slices), (second, answers) = report.details([(c.label, c.result) for c in marked])
     assert (first, second) == ("By slice", "Most frequent answers")
     assert [cells[0].value for _, cells in slices.rows] == ["n/a", "n/a", "50 %"]
     assert [c.below for c in answers.rows[-1][1]] == ["90 %", "10 %"] and "(empty)" in answers.rows[-1][1][1].value

@@ -8,7 +8,7 @@ EVIL = '<script src="https://evil.example/x.js"></script>'
 class Page(HTMLParser):
     """Collects the text, and every address and script; fails on tags that do not close in order."""
 
-    VOID = {"meta", "br", "circle", "line", "path"}
+    VOID = {"meta", "br", "circle", "line", "path", "input"}
 
     def __init__(self, html):
         super().__init__()

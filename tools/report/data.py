@@ -2,12 +2,13 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import files, gas, paths, record
 from common.errors import UserError, reading
+from common.types import Json
 from evals import paired
 
 METHODS = {"lora": "LoRA"}
@@ -213,14 +214,14 @@ def _number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
-def side_by_side(rows: list[Choice], n: int) -> list[tuple[dict, list[tuple[str, dict]]]]:
-    """(question, [(label, sample)]) of examples that all rows have answered.
+def side_by_side(rows: Sequence[tuple[str, Json]], n: int) -> list[tuple[dict, list[tuple[str, dict]]]]:
+    """(question, [(label, sample)]) of examples that all have answered, from (label, result of evals.run.evaluate).
 
     Examples are picked in turn from each pattern of right and wrong answers, so that no row shows only its best
     answers.
     """
-    answered = {row.label: {s["prompt"]: s for s in row.result.get("samples", ())} for row in rows}
-    common = [s for s in rows[0].result.get("samples", ()) if all(s["prompt"] in a for a in answered.values())]
+    answered = {label: {s["prompt"]: s for s in result.get("samples", ())} for label, result in rows}
+    common = [s for s in rows[0][1].get("samples", ()) if all(s["prompt"] in a for a in answered.values())]
     out = [(s, [(label, a[s["prompt"]]) for label, a in answered.items()]) for s in common]
     seen: Counter = Counter()
     turns = []

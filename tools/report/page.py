@@ -17,7 +17,7 @@ from common.types import Json
 from tools.report import data, svg, text
 from tools.report.data import Choice, Run
 
-SAMPLES = 6
+SAMPLES, SLICES = 6, 8  # examples and slices shown
 TITLE = "Results and cost"
 
 
@@ -48,7 +48,7 @@ RUN_HEADS = [
 
 
 def render(template: str, **values: Any) -> str:
-    """A self-contained page without scripts or external resources. All values except Markup are escaped."""
+    """A self-contained page without external resources. All values except Markup are escaped."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -102,10 +102,11 @@ def html(runs: list[Run]) -> str:
         {
             "name": task,
             "scores": _scores(rows),
-            "tables": [("", _choices(rows)), *_details(rows)],
-            "samples": data.side_by_side(rows, SAMPLES),
+            "tables": [("", _choices(rows)), *details(answered)],
+            "samples": data.side_by_side(answered, SAMPLES),
         }
         for task, rows in data.choices(runs).items()
+        for answered in [[(c.label, c.result) for c in rows]]
     ]
     trained = [run for run in runs if run.metrics]
     times = [line["time"] for run in runs for line in (*run.metrics, *run.evals) if "time" in line]
@@ -167,24 +168,26 @@ def _choices(rows: list[Choice]) -> Table:
     return Table(CHOICE_HEADS, [(c.label, _choice(c)) for c in rows])
 
 
-def _details(rows: list[Choice]) -> Iterator[tuple[str, Table]]:
-    """Scores by slice, and the most frequent answers, where results say them."""
-    slices = list(dict.fromkeys(name for c in rows for name in c.result.get("slices") or ()))
-    if slices:
-        parts = [(c.label, [(c.result.get("slices") or {}).get(name) for name in slices]) for c in rows]
-        cells = [(label, [_score(part) if part else Cell(NA) for part in each]) for label, each in parts]
+def details(rows: Sequence[tuple[str, Json]]) -> Iterator[tuple[str, Table]]:
+    """Scores by slice, those that differ most first, and the most frequent answers, where results have them:
+    (label, result of evals.run.evaluate)."""
+    parts = [(label, result.get("slices") or {}) for label, result in rows]
+    found: dict[str, list[float]] = {}
+    for name, part in (item for _, of in parts for item in of.items()):
+        found.setdefault(name, []).append(part["mean"])
+    if slices := sorted(found, key=lambda name: min(found[name]) - max(found[name]))[:SLICES]:
+        cells = [(label, [score(of[name]) if name in of else Cell(NA) for name in slices]) for label, of in parts]
         yield "By slice", Table([("", ""), *((name, "95 % interval") for name in slices)], cells)
-    if any(c.result.get("answers") for c in rows):
-        most = max(len(c.result.get("answers") or ()) for c in rows)
-        often = [(c.label, c.result["n"], (c.result.get("answers") or [])) for c in rows]
-        cells = [
-            (label, [Cell(clip(answer, 60), percent(count / n)) for answer, count in each]) for label, n, each in often
+    if most := max(len(result.get("answers") or ()) for _, result in rows):
+        often = [
+            (label, [Cell(clip(answer, 60), percent(count / of["n"])) for answer, count in of.get("answers") or ()])
+            for label, of in rows
         ]
-        filled = [(label, [*each, *[Cell(NA)] * (most - len(each))]) for label, each in cells]
+        filled = [(label, [*each, *[Cell(NA)] * (most - len(each))]) for label, each in often]
         yield "Most frequent answers", Table([("", ""), *(("", f"{i + 1}.") for i in range(most))], filled, "left")
 
 
-def _score(r: Json) -> Cell:
+def score(r: Json) -> Cell:
     low, high = r.get("low"), r.get("high")
     span = NA if low is None or high is None else f"{percent(low).removesuffix(' %')}–{percent(high)}"
     return Cell(percent(r["mean"]), f"{span}, n = {r['n']}", strong=True)
@@ -193,7 +196,7 @@ def _score(r: Json) -> Cell:
 def _choice(c: Choice) -> list[Cell]:
     r = c.result
     return [
-        _score(r),
+        score(r),
         Cell(flops(c.flops)),
         Cell(seconds(c.seconds)),
         Cell(size(c.peak_bytes) if c.run.config else "none"),

@@ -7,25 +7,41 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from common import numbers
+
 Points = Sequence[tuple[float, float]]
-WIDTH, HEIGHT = 640, 300
+WIDTH, HEIGHT, SCATTER = 640, 300, 360  # scatter: the height of such a plot
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 40
+PERCENT = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def lines(
-    series: Sequence[tuple[str, str, Points]], x_label: str, y_label: str, zero: bool = True, log_x: bool = False
+    series: Sequence[tuple[str, str, Points]],
+    x_label: str,
+    y_label: str,
+    zero: bool = True,
+    log_x: bool = False,
+    percent: bool = False,
+    mark: float | None = None,
 ) -> Markup:
     """A line chart of (label, CSS class, points). The y axis is logarithmic if the values span a factor of 30 or more.
 
-    `zero`: a linear y axis includes 0. `log_x`: the x axis is logarithmic, and x positive.
+    `zero`: a linear y axis includes 0. `log_x`: the x axis is logarithmic, and x positive. `percent`: y is between 0
+    and 1. `mark`: an x to mark by a vertical line.
     """
     points = [p for _, _, points in series for p in points]
     if not points:
         return Markup('<p class="na">n/a: no points yet</p>')
     ys = [y for _, y in points if y > 0] or [1.0]
     low = min(y for _, y in points)
-    log = low > 0 and max(ys) / min(ys) > 30
-    y_ticks = decades(min(ys), max(ys)) if log else ticks(min(low, 0.0) if zero else low, max(y for _, y in points))
+    log = low > 0 and max(ys) / min(ys) > 30 and not percent
+    y_ticks = (
+        PERCENT
+        if percent
+        else decades(min(ys), max(ys))
+        if log
+        else ticks(min(low, 0.0) if zero else low, max(y for _, y in points))
+    )
     x_ticks = (decades if log_x else ticks)(min(x for x, _ in points), max(x for x, _ in points))
     scale = math.log10 if log else float
     along = math.log10 if log_x else float
@@ -33,7 +49,9 @@ def lines(
     x_at = lambda x: x_of(along(x))
     y_of = linear(scale(y_ticks[0]), scale(y_ticks[-1]), HEIGHT - BOTTOM, TOP)
     y_at = lambda y: y_of(scale(y))
-    out = [_y_grid(y, y_at(y)) for y in y_ticks] + [_x_tick(x, x_at(x)) for x in x_ticks]
+    out = [_y_grid(y, y_at(y), percent) for y in y_ticks] + [_x_tick(x, x_at(x)) for x in x_ticks]
+    if mark is not None:
+        out.append(f'<path class="mark" d="{mark_at([x for x, _ in points], mark)}"/>')
     for _, css, found in series:
         path = " ".join(f"{'L' if i else 'M'}{x_at(x):.1f} {y_at(y):.1f}" for i, (x, y) in enumerate(found))
         out.append(f'<path class="line {css}" d="{path}"/>')
@@ -42,7 +60,7 @@ def lines(
     label = f"{y_label}{', logarithmic' if log else ''}"
     out.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>')
     title = f"{label} by {x_label}: {', '.join(name for name, _, _ in series)}"
-    legend = "".join(f'<li><i class="key {css}"></i>{escape(name)}</li>' for name, css, _ in series)
+    legend = "".join(f'<li><i class="key {css}"></i>{escape(name)}</li>' for name, css, _ in series if name)
     return _figure(label, title, HEIGHT, out, f'<ul class="legend">{legend}</ul>')
 
 
@@ -52,15 +70,76 @@ def _figure(caption: str, label: str, height: int, parts: Sequence[str], legend:
     return Markup(f"<figure><figcaption>{escape(caption)}</figcaption>{legend}{drawing}</figure>")
 
 
-def _y_grid(value: float, y: float) -> str:
+def mark_at(xs: Sequence[float], x: float) -> str:
+    """The path of a mark at x in a chart of `lines` whose logarithmic x axis has the points xs."""
+    at = [math.log10(t) for t in decades(min(xs), max(xs))]
+    return f"M{linear(at[0], at[-1], LEFT, WIDTH - RIGHT)(math.log10(x)):.1f} {TOP}V{HEIGHT - BOTTOM}"
+
+
+class Dot(NamedTuple):
+    """A point of a scatter plot: x, y, and their intervals (low, high)."""
+
+    label: str
+    x: float
+    y: float
+    xs: tuple[float, float]
+    ys: tuple[float, float]
+    css: str = ""
+
+
+def scatter(dots: Sequence[Dot], x_label: str, y_label: str) -> Markup:
+    """Labelled points with intervals over a logarithmic x axis, and the line of those that no other one beats in both:
+    with a smaller x and a larger y. y is between 0 and 1."""
+    x_ticks = decades(min(d.xs[0] for d in dots), max(d.xs[1] for d in dots))
+    x_of = linear(math.log10(x_ticks[0]), math.log10(x_ticks[-1]), LEFT, WIDTH - RIGHT)
+    x_at = lambda x: x_of(math.log10(x))
+    y_at = linear(0, 1, SCATTER - BOTTOM, TOP)
+    out = [_y_grid(y, y_at(y), True) for y in PERCENT]
+    out += [_x_tick(x, x_at(x), SCATTER) for x in x_ticks]
+    front = [d for d in sorted(dots, key=lambda d: d.x) if not any(o.x <= d.x and o.y > d.y for o in dots)]
+    steps = " ".join(
+        f"{'H' if i else 'M'}{x_at(d.x):.1f}{'V' if i else ' '}{y_at(d.y):.1f}" for i, d in enumerate(front)
+    )
+    out.append(f'<path class="front" d="{steps}"/>')
+    for d in dots:
+        x, y, (bottom, top) = x_at(d.x), y_at(d.y), (y_at(min(max(end, 0), 1)) for end in d.ys)
+        ends = f"M{x_at(d.xs[0]):.1f} {y:.1f}H{x_at(d.xs[1]):.1f}M{x:.1f} {bottom:.1f}V{top:.1f}"
+        out.append(f'<path class="span {d.css}" d="{ends}"/>')
+        out.append(f'<circle class="dot {d.css}" cx="{x:.1f}" cy="{y:.1f}" r="6"/>')
+    out += _labels([(d.label, x_at(d.x), y_at(d.y)) for d in dots])
+    out.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{SCATTER - 6}" text-anchor="end">{escape(x_label)}</text>')
+    return _figure(y_label, f"{y_label} by {x_label}: " + ", ".join(f"{d.label} {d.y:.0%}" for d in dots), SCATTER, out)
+
+
+def _labels(points: Sequence[tuple[str, float, float]]) -> list[str]:
+    """Labels beside points, moved down where they would cover each other."""
+    out: list[str] = []
+    taken: list[tuple[bool, float, float]] = []
+    for label, x, y in sorted(points, key=lambda p: p[2]):
+        right = x < WIDTH * 0.6
+        while any(abs(y - other) < 20 and (side == right or abs(x - near) < 160) for side, near, other in taken):
+            y += 4
+        taken.append((right, x, y))
+        at = f'x="{x + (8 if right else -8):.1f}" y="{y - 8:.1f}" text-anchor="{"start" if right else "end"}"'
+        out.append(f'<text class="name halo" {at}>{escape(label)}</text>')
+    return out
+
+
+def _y_grid(value: float, y: float, percent: bool = False) -> str:
+    shown = f"{value:.0%}" if percent else _number(value)
     return (
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
+        f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{shown}</text>'
     )
 
 
-def _x_tick(value: float, x: float) -> str:
-    return f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>'
+def _number(x: float) -> str:
+    return numbers.scaled(x) if abs(x) >= 1e4 else f"{x:g}"
+
+
+def _x_tick(value: float, x: float, height: int = HEIGHT) -> str:
+    anchor = "end" if x > WIDTH - RIGHT - 1 else "middle"
+    return f'<text class="tick" x="{x:.1f}" y="{height - BOTTOM + 18}" text-anchor="{anchor}">{_number(value)}</text>'
 
 
 def bars(rows: Sequence[tuple[str, float, float | None, float | None]], label: str) -> Markup:
@@ -160,5 +239,5 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 def decades(low: float, high: float) -> list[float]:
     """Powers of ten that enclose [low, high]."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     return [10.0**e for e in range(first, max(last, first + 1) + 1)]

@@ -1,0 +1,370 @@
+"""From the record of a comparison: how likely each method is the best, what would change that, and the price of being
+wrong.
+
+The best method is the cheapest per month among those whose score is at most a margin below the highest score. It needs
+no price of a right answer, which few people know, only the loss of quality that they would accept to pay less.
+
+The probability of a method is the share of DRAWS in which it is the best. Each draw takes test rows with replacement,
+the same rows for all methods, then seeds with replacement, and a price from its range.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common import stats
+from common.errors import UserError
+from common.types import Json
+
+DRAWS, BLOCK = 10_000, 500  # draws in all, and at a time
+ENOUGH = 0.8  # probability from which the page recommends a method
+LEAST = 30  # test rows below which it does not, since a bootstrap of few rows is too sure
+MOST_ROWS = 1_000_000
+DOUBT = {"requests": 3, "price": 2, "labels": 3, "documents": 3, "margin": 2}  # an estimate may be wrong by this factor
+FAR = 1000  # the largest factor by which a fact is changed in search of another recommendation
+
+
+class Inputs(NamedTuple):
+    """Facts that are given, not measured."""
+
+    requests: float  # per month
+    margin: float = 0.02  # of the score, which may be lost to pay less
+    labels: float = 12.0  # months until the labels change: methods with training are trained again
+    documents: float = 1.0  # months until the documents change: they are indexed again, or learned again
+    people: float = 0.0  # dollars of people's work per training
+    idle: float = 0.0  # hours per month in which the machine is paid for and waits
+    price: float = 1.0  # a factor of the machine's price
+
+
+class Option(NamedTuple):
+    """A tested method. Amounts are (FLOPs, dollars), NaN if unknown."""
+
+    name: str
+    label: str
+    record: Json  # its entry in the record's methods
+    scores: np.ndarray  # [seeds, rows]
+    request: tuple[float, float]  # per request
+    training: tuple[float, float]  # once
+    index: tuple[float, float]  # of all documents, once
+
+    @property
+    def mean(self) -> float:
+        return float(self.scores.mean())
+
+    def monthly(self, given: Inputs, has_documents: bool) -> tuple[float, float]:
+        """(FLOPs, dollars) per month besides those of the requests."""
+        forgets = self.record["trained"] and has_documents and not self.record["documents"]
+        trained = 1 / min(given.labels, given.documents if forgets else given.labels)
+        indexed = 1 / given.documents
+        people = given.people * trained if self.record["trained"] else 0.0
+        return (
+            self.training[0] * trained + self.index[0] * indexed,
+            self.training[1] * trained + self.index[1] * indexed + people,
+        )
+
+
+class Price(NamedTuple):
+    """The cost of a FLOP on the target: (low, value, high) in `unit`, which is "$", "h" of the machine, or "FLOP"."""
+
+    unit: str
+    per_flop: tuple[float, float, float]
+    idle: float  # FLOPs that the machine could compute in an hour of waiting; 0 if unknown
+
+
+class Decision(NamedTuple):
+    """Options are sorted by probability, so the first is recommended; arrays have one value per option."""
+
+    given: Inputs
+    price: Price
+    options: list[Option]
+    cost: np.ndarray  # per month [3, options]: at the lowest, the expected and the highest price; infinite if unknown
+    probability: np.ndarray  # of being the best
+    flips: list["Flip"]  # the most likely first
+    lost: tuple[float, float, float]  # if another is best: share of draws, mean score and cost lost in these
+    rows: int  # test rows
+    rows_needed: int | None  # None: enough; MOST_ROWS: more rows do not help
+    grid: np.ndarray  # requests per month
+    curve: np.ndarray  # [grid, options]: probabilities
+    has_documents: bool
+
+    @property
+    def best(self) -> Option:
+        return self.options[0]
+
+    @property
+    def enough(self) -> bool:
+        return self.rows_needed is None
+
+
+class Flip(NamedTuple):
+    """A change of one fact with which another method is recommended."""
+
+    fact: str  # a field of Inputs, or "rows"
+    value: float | None  # of the field
+    to: int  # the option that is then recommended
+    likelihood: float
+
+
+def options(record: Json) -> list[Option]:
+    """The tested methods, with their scores on the same rows in the same order. Raises UserError."""
+    tested = [m for m in record["methods"] if m["status"] == "tested" and m["tests"]]
+    names = [m["name"] for m in tested]
+    labels = [m["label"] for m in tested]
+    rows = tested[0]["tests"][0]["result"]["rows"] if tested else []
+    known = lambda x: math.nan if x is None else float(x)
+    index, out = record.get("index") or {}, []
+    for m in tested:
+        named = m["name"] if names.count(m["name"]) == 1 else f"{m['name']}:{m['model']}"
+        label = m["label"] if labels.count(m["label"]) == 1 else f"{m['label']} ({m['model']})"
+        asked, flops = m["request"], [known(t["flops"]) for t in m["tests"]]
+        priced = asked["usd"] is not None  # by a hosted model, beside what this machine computes
+        request = (known(asked["flops"]) if not priced else asked["flops"] or 0.0, known(asked["usd"] or 0))
+        indexed = (known(index.get("flops")) if m["documents"] else 0.0, 0.0)
+        training = (float(np.mean(flops)) if m["trained"] else 0.0, 0.0)
+        scores = np.array([_in_order(t["result"], rows, m["name"]) for t in m["tests"]], float)
+        out.append(Option(named, label, m, scores, request, training, indexed))
+    return out
+
+
+def _in_order(result: Json, rows: Sequence[str], name: str) -> list[float]:
+    """The scores in the order of `rows`, of which one may occur several times."""
+    if sorted(result["rows"]) != sorted(rows):
+        raise UserError(f"the results of {name} are not on the same test rows", "comparison.json", "compare again")
+    found: dict[str, list[float]] = {}
+    for row, score in zip(result["rows"], result["scores"], strict=True):
+        found.setdefault(row, []).append(score)
+    return [found[row].pop(0) for row in rows]
+
+
+def price_of(entry: Json) -> Price:
+    """The price of a FLOP from an entry of the record's prices, in dollars if possible."""
+    seconds, usd = entry["seconds_per_flop"], entry["usd_hour"]
+    if seconds is None:
+        return Price("FLOP", (1.0, 1.0, 1.0), 0.0)
+    hours = seconds / 3600
+    if usd is None:
+        return Price("h", (hours,) * 3, 1 / hours)
+    low, value, high = (x * hours for x in usd)
+    return Price("$", (low, value, high), 1 / hours)
+
+
+def cost(found: Sequence[Option], price: Price, given: Inputs, per_flop: Any, documents: bool) -> np.ndarray:
+    """Cost per month [..., options] at prices of a FLOP [..., 1]; infinite if unknown."""
+    each = np.array([o.request for o in found])
+    fixed = np.array([o.monthly(given, documents) for o in found])
+    own = np.array([not o.record["leaves"] for o in found])
+    flops = given.requests * each[:, 0] + fixed[:, 0] + own * given.idle * price.idle
+    usd = given.requests * each[:, 1] + fixed[:, 1]
+    if price.unit != "$":
+        usd = np.where(given.requests * each[:, 1] > 0, np.inf, 0.0)  # dollars have no equal in hours or FLOPs
+    total = flops * np.asarray(per_flop) * given.price + usd
+    return np.where(np.isnan(total), np.inf, total)
+
+
+def drawn_scores(found: Sequence[Option], seed: int = 0) -> np.ndarray:
+    """Means [DRAWS, options] over rows and seeds drawn with replacement.
+
+    Seeds are few: their deviations are enlarged by √(k / (k - 1)), which makes the variance of their mean unbiased.
+    """
+    rng, n = np.random.default_rng(seed), found[0].scores.shape[1]
+    blocks = []
+    for _ in range(DRAWS // BLOCK):
+        counts = rng.multinomial(n, np.full(n, 1 / n), BLOCK).astype(np.float32)  # [BLOCK, rows]
+        means = []
+        for o in found:
+            each, k = counts @ o.scores.T.astype(np.float32) / n, len(o.scores)  # [BLOCK, seeds]
+            taken = np.take_along_axis(each, rng.integers(0, k, (BLOCK, k)), 1).mean(1)
+            center = each.mean(1)
+            means.append(center + (taken - center) * (math.sqrt(k / (k - 1)) if k > 1 else 0.0))
+        blocks.append(np.stack(means, 1))
+    return np.concatenate(blocks)
+
+
+def winners(scores: np.ndarray, costs: np.ndarray, margin: float) -> np.ndarray:
+    """The best option of each draw, from scores and costs [draws, options]: the cheapest within the margin, and the
+    better one of equally cheap ones."""
+    near = scores >= scores.max(1, keepdims=True) - margin - 1e-6
+    least = np.where(near, costs, np.inf).min(1, keepdims=True)
+    return np.where(near & (costs <= least), scores, -np.inf).argmax(1)
+
+
+class _Draws:
+    """The draws of a comparison, with which every question about it is answered."""
+
+    def __init__(self, found: Sequence[Option], price: Price, documents: bool):
+        self.found, self.price, self.documents = found, price, documents
+        self.scores = drawn_scores(found)
+        low, value, high = price.per_flop
+        rng = np.random.default_rng(1)
+        self.per_flop = rng.triangular(low, value, high, (DRAWS, 1)) if low < high else np.full((DRAWS, 1), value)
+
+    def costs(self, given: Inputs) -> np.ndarray:
+        return cost(self.found, self.price, given, self.per_flop, self.documents)
+
+    def best(self, given: Inputs, scores: np.ndarray | None = None) -> np.ndarray:
+        return winners(self.scores if scores is None else scores, self.costs(given), given.margin)
+
+    def probability(self, given: Inputs, scores: np.ndarray | None = None) -> np.ndarray:
+        return np.bincount(self.best(given, scores), minlength=len(self.found)) / DRAWS
+
+    def chosen(self, given: Inputs) -> int:
+        return int(self.probability(given).argmax())
+
+    def with_rows(self, factor: float) -> np.ndarray:
+        """Scores as they would be drawn with `factor` times the rows, if their means were the true ones."""
+        center = np.array([o.mean for o in self.found])
+        return center + (self.scores - center) / math.sqrt(factor)
+
+
+def decide(record: Json, given: Inputs, price: Price | None = None) -> Decision:
+    """Raises UserError if no method was tested."""
+    found = options(record)
+    if not found:
+        raise UserError("no method has test results", "comparison.json", "give tools.compare a larger budget")
+    price = price or price_of(record["prices"][0])
+    documents = bool(record["documents"])
+    draws = _Draws(found, price, documents)
+    probability = draws.probability(given)
+    order = sorted(range(len(found)), key=lambda i: (-probability[i], -found[i].mean))
+    found[:], draws.scores = [found[i] for i in order], draws.scores[:, order]
+    grid = given.requests * 10 ** np.linspace(-3, 3, 61)
+    return Decision(
+        given=given,
+        price=price,
+        options=found,
+        cost=cost(found, price, given, np.array(price.per_flop)[:, None], documents),
+        probability=probability[order],
+        flips=_flips(draws, given),
+        lost=_lost(draws, given),
+        rows=found[0].scores.shape[1],
+        rows_needed=_rows_needed(draws, given),
+        grid=grid,
+        curve=np.array([draws.probability(given._replace(requests=n)) for n in grid]),
+        has_documents=documents,
+    )
+
+
+def elsewhere(d: Decision, price: Price) -> int:
+    """The place of the best option at another price."""
+    return _Draws(d.options, price, d.has_documents).chosen(d.given)
+
+
+def _lost(draws: _Draws, given: Inputs) -> tuple[float, float, float]:
+    best, costs = draws.best(given), draws.costs(given)
+    wrong, at = best != 0, np.arange(DRAWS)
+    if not wrong.any():
+        return 0.0, 0.0, 0.0
+    points = (draws.scores[at, best] - draws.scores[:, 0])[wrong].clip(0)
+    more = (costs[:, 0] - costs[at, best])[wrong].clip(0)
+    return float(wrong.mean()), float(points.mean()), float(more.mean())
+
+
+def _rows_needed(draws: _Draws, given: Inputs) -> int | None:
+    """None if the rows are enough; else about how many would make a method the best with probability ENOUGH."""
+    n = draws.found[0].scores.shape[1]
+    if draws.probability(given)[0] >= ENOUGH:
+        return None if n >= LEAST else LEAST
+    size = n
+    while size < MOST_ROWS:
+        size = max(size + 1, math.ceil(size * 1.1))
+        if draws.probability(given, draws.with_rows(size / n)).max() >= ENOUGH:
+            break
+    digits = 10 ** (len(str(size)) - 2)
+    return max(LEAST, min(MOST_ROWS, math.ceil(size / digits) * digits))
+
+
+# --- which fact would change it ---
+
+
+def _flips(draws: _Draws, given: Inputs) -> list[Flip]:
+    facts = ["requests", "price", "margin"]
+    facts += ["labels"] * any(o.record["trained"] for o in draws.found) + ["documents"] * draws.documents
+    found = [_rows_flip(draws, given)]
+    found += [_nearest(draws, given, fact, direction) for fact in facts for direction in (-1, 1)]
+    return sorted((f for f in found if f), key=lambda f: -f.likelihood)
+
+
+def _rows_flip(draws: _Draws, given: Inputs) -> Flip | None:
+    """Other test rows and seeds, at the expected price."""
+    costs = cost(draws.found, draws.price, given, np.full((DRAWS, 1), draws.price.per_flop[1]), draws.documents)
+    share = np.bincount(winners(draws.scores, costs, given.margin), minlength=len(draws.found)) / DRAWS
+    own, share[0] = float(share[0]), 0.0
+    return Flip("rows", None, int(share.argmax()), 1 - own) if own < 1 else None
+
+
+def _nearest(draws: _Draws, given: Inputs, fact: str, direction: int) -> Flip | None:
+    """The smallest change of a fact, by a factor below (-1) or above (1) 1, that changes the recommendation."""
+    at: Callable[[float], Inputs] = lambda log: given._replace(**{fact: getattr(given, fact) * 10 ** (direction * log)})
+    if not getattr(given, fact):  # a factor does not change 0
+        return None
+    near, far, step = 0.0, math.log10(FAR), 0.1
+    while draws.chosen(at(near + step)) == 0:
+        near += step
+        if near >= far:
+            return None
+    beyond = near + step
+    for _ in range(6):
+        middle = (near + beyond) / 2
+        near, beyond = (middle, beyond) if draws.chosen(at(middle)) == 0 else (near, middle)
+    z = beyond / math.log10(DOUBT[fact])
+    return Flip(fact, getattr(at(beyond), fact), draws.chosen(at(beyond)), math.erfc(z / math.sqrt(2)) / 2)
+
+
+def break_even(a: Sequence[float], b: Sequence[float]) -> tuple[float | None, str]:
+    """(requests per month from which the cheaper one changes, which one is cheaper) of two (cost per month, cost per
+    request): "a" or "b" if it is always the same one, "a then b" or "b then a" if it changes, "equal"."""
+    (fixed_a, each_a), (fixed_b, each_b) = a, b
+    fixed, each = fixed_a - fixed_b, each_b - each_a  # a costs `fixed` more per month and `each` less per request
+    if fixed == each == 0:
+        return None, "equal"
+    if fixed <= 0 <= each:
+        return None, "a"
+    if fixed >= 0 >= each:
+        return None, "b"
+    return fixed / each, "b then a" if each > 0 else "a then b"
+
+
+# --- more training rows ---
+
+
+class Curve(NamedTuple):
+    """A line through measured scores: the log odds of the score rise with the logarithm of the rows."""
+
+    method: str
+    points: list[Json]  # of the record's "learning"
+    rows: float  # ten times the most rows that were measured
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def last(self) -> Json:
+        return self.points[-1]
+
+
+def extrapolate(points: Sequence[Json], factor: float = 10.0, seed: int = 0) -> Curve | None:
+    """The score with `factor` times the rows of the largest point, with a 95 % interval from the intervals of the
+    points; the error of the formula is not in it. None with fewer than two sizes.
+
+    Each point is drawn from a normal distribution of its log odds, which keep predictions between 0 and 1.
+    """
+    points = sorted(points, key=lambda p: p["rows"])
+    if len({p["rows"] for p in points}) < 2:
+        return None
+    odds = lambda x: np.log((s := np.clip(x, 0.002, 0.998)) / (1 - s))
+    x = np.log10([p["rows"] for p in points])
+    center, low, high = (odds(np.array([p[key] for p in points], float)) for key in ("mean", "low", "high"))
+    sd = np.maximum((high - low) / (2 * stats.Z), 1e-3)
+    rng = np.random.default_rng(seed)
+    ys = np.concatenate([center[None], center + sd * rng.standard_normal((DRAWS, len(x)))])
+    weight = 1 / sd**2
+    middle = (weight * x).sum() / weight.sum()
+    slope = (ys * weight * (x - middle)).sum(1) / (weight * (x - middle) ** 2).sum()
+    far = (ys * weight).sum(1) / weight.sum() + slope * (x[-1] + math.log10(factor) - middle)
+    predicted = 1 / (1 + np.exp(-far))
+    low, high = np.quantile(predicted[1:], [0.025, 0.975])
+    return Curve(
+        points[0]["method"], list(points), points[-1]["rows"] * factor, float(predicted[0]), float(low), float(high)
+    )

@@ -1,0 +1,190 @@
+"""Writes a decision in plain words: the method and why, how sure it is, what would change it, what an error costs."""
+
+import math
+from typing import NamedTuple
+
+from common.numbers import NA, flops, integer, joined, percent, short
+from common.types import Json
+from tools.compare.decide import ENOUGH, LEAST, MOST_ROWS, Curve, Decision, Flip, Option, Price
+
+ARTICLE, TITLE = 1.3, "“Pre-training, Fine-tuning, and Kungfu!”"  # May 2024: LoRA's training speed over full tuning's
+
+
+class Answer(NamedTuple):
+    """The first screen of the page."""
+
+    title: str
+    reasons: str  # two sentences
+    sure: str
+    changes: str
+    wrong: str
+    rule: str
+
+
+def answer(d: Decision, record: Json) -> Answer:
+    few = "Too close to decide" if d.rows_needed == MOST_ROWS else "Not enough test rows to decide"
+    title = f"Use {d.best.label}" if d.enough else few
+    if not d.enough and len(d.options) > 1:
+        title += f": {d.best.label} or {d.options[1].label}"
+    return Answer(title, _reasons(d, record), _sure(d), _changes(d), _wrong(d), _rule(d))
+
+
+def money(price: Price, x: float) -> str:
+    """An amount in the unit of the price: "$0.43", "1.2 machine hours", "3 TFLOP"."""
+    if not math.isfinite(x):
+        return NA
+    if price.unit == "$":
+        return "$" + dollars(x)
+    return f"{short(x)} machine hours" if price.unit == "h" else flops(x)
+
+
+def dollars(x: float) -> str:
+    """1234 -> "1,234", 0.2 -> "0.20", 0.00031 -> "0.00031"."""
+    if x >= 100 or not x:
+        return f"{x:,.0f}"
+    return f"{x:.{max(2, 1 - math.floor(math.log10(x)))}f}"
+
+
+def chance(p: float) -> str:
+    return "above 99 %" if p > 0.995 else "below 1 %" if p < 0.005 else f"{100 * p:.0f} %"
+
+
+def points(x: float) -> str:
+    number = f"{abs(100 * x):.1f}".removesuffix(".0")
+    return f"{number} point{'' if number == '1' else 's'}"
+
+
+def score(o: Option) -> str:
+    right = {0.0, 1.0}.issuperset(o.scores.flat)
+    return f"answers {percent(o.mean)} of the test questions right" if right else f"scores {percent(o.mean)}"
+
+
+def named(o: Option) -> str:
+    """The label as a subject: with a comma at its end if it has one inside."""
+    return o.label + "," * ("," in o.label)
+
+
+def sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _reasons(d: Decision, record: Json) -> str:
+    best, cost = d.best, d.cost[1]
+    per_month = f"about {money(d.price, cost[0])} per month at {integer(d.given.requests)} requests"
+    known = f" and costs {per_month}" if math.isfinite(cost[0]) else "; its price is unknown"
+    if d.enough:
+        return f"{sentence(named(best))} {score(best)}{known}. {_others(d)}"
+    what = f"{d.rows} test rows do not show which method is best"
+    if d.rows_needed == MOST_ROWS:
+        first = f"{what}, and more rows would not help: their scores or their costs are too close."
+    elif d.rows < LEAST and d.probability[0] >= ENOUGH:
+        first = f"{what}: take at least {LEAST}."
+    else:
+        first = f"{what}: about {integer(d.rows_needed)} would be needed for a probability of {percent(ENOUGH)}."
+    return f"{first} Until then {named(best)} is the first choice: it {score(best)}{known}."
+
+
+def _others(d: Decision) -> str:
+    """Why not the next best, the most accurate or the cheapest of the others: a sentence about two of them."""
+    if len(d.options) == 1:
+        return "No other method was tested."
+    top = max(range(1, len(d.options)), key=lambda i: d.options[i].mean)
+    cheapest = int(d.cost[1].argmin())
+    picked: dict[int, None] = dict.fromkeys([1 if d.probability[1] >= 0.01 else top, top])
+    if cheapest:
+        picked[cheapest] = None
+    return sentence("; ".join(_against(d, i) for i in list(picked)[:2])) + "."
+
+
+def _against(d: Decision, i: int) -> str:
+    """Another method's score and cost less those of the chosen one."""
+    more, extra = d.options[i].mean - d.best.mean, d.cost[1][i] - d.cost[1][0]
+    scores = f"{points(more)} {'more' if more > 0 else 'less'}" if abs(more) >= 0.0005 else "the same"
+    costs = "has no known price"
+    if math.isfinite(extra):
+        costs = f"costs {money(d.price, abs(extra))} {'more' if extra > 0 else 'less'}" if extra else "costs the same"
+    same = (more > 0) == (extra > 0) if extra else True
+    return f"{named(d.options[i])} scores {scores} {'but' if same and more else 'and'} {costs}"
+
+
+def _sure(d: Decision) -> str:
+    p, margin = d.probability, points(d.given.margin)
+    drawn = "of 10,000 redraws of the test rows, the trainings and the price"
+    text = f"In {chance(p[0])} {drawn} it is the cheapest method within {margin} of the best score."
+    if len(p) > 1:
+        text += f" Next is {d.options[1].label}: {chance(p[1])}."
+    if any(o.record["trained"] and len(o.scores) == 1 for o in d.options):
+        text += " Each training ran only once, so differences between trainings are not in this figure."
+    return text
+
+
+def _changes(d: Decision) -> str:
+    likely = [flip for flip in d.flips if flip.likelihood >= 0.01]
+    if not likely:
+        return "No single fact that we varied is likely to change it."
+    first, *rest = [change(d, flip) for flip in likely]
+    return f"Most likely: {first}." + (f" Less likely: {'; '.join(rest[:2])}." if rest else "")
+
+
+def change(d: Decision, flip: Flip) -> str:
+    """The change of a fact and the method that is then best."""
+    then, now = d.options[flip.to].label, getattr(d.given, flip.fact, 0.0)
+    if flip.fact == "rows" or flip.value is None:
+        return f"other test rows or seeds ({chance(flip.likelihood)}), then {then}"
+    lower = flip.value < now
+    facts = {
+        "requests": f"{'fewer' if lower else 'more'} than {short(_round(flip.value))} requests per month",
+        "price": f"a machine price {'below' if lower else 'above'} {short(flip.value / now)} times today's",
+        "margin": f"a margin {'below' if lower else 'above'} {points(flip.value)}",
+        "labels": f"labels that change {'more' if lower else 'less'} often than every {short(flip.value)} months",
+        "documents": f"documents that change {'more' if lower else 'less'} often than every {short(flip.value)} months",
+    }
+    return f"{facts[flip.fact]}, then {then}"
+
+
+def _round(x: float) -> float:
+    """Two significant digits."""
+    return float(f"{x:.1e}")
+
+
+def _wrong(d: Decision) -> str:
+    share, lost, more = d.lost
+    if not share:
+        return "In none of the redraws is another method better."
+    parts = [f"{points(lost)} of the score"]
+    parts += [f"{money(d.price, more)} per month"] if math.isfinite(more) else []
+    return (
+        f"In the {chance(share)} of redraws in which another method is best, this one loses {joined(parts)} on average."
+    )
+
+
+def _rule(d: Decision) -> str:
+    text = (
+        f"The best is the cheapest per month of the methods that score at most {points(d.given.margin)} below the best."
+    )
+    top = max(range(len(d.options)), key=lambda i: d.options[i].mean)
+    extra, more = d.cost[1][top] - d.cost[1][0], d.options[top].mean - d.best.mean
+    if top and more > 0 and math.isfinite(extra):
+        each = extra / (more * d.given.requests)
+        text += (
+            f" {sentence(named(d.options[top]))} would pay if one more right answer is worth {money(d.price, each)}."
+        )
+    return text
+
+
+def more_rows(curve: Curve | None, label: str) -> str:
+    if curve is None:
+        return "How much more training rows would help is not known: only one size was measured."
+    now, span = curve.last, f"95 % interval {percent(curve.low)} to {percent(curve.high)}"
+    text = f"{sentence(label)} scores {percent(now['mean'])} with {integer(now['rows'])} training rows and may score"
+    text += f" {percent(curve.mean)} with {integer(curve.rows)} ({span}). This is an extrapolation from"
+    return f"{text} {len(curve.points)} measured sizes, without the error of its formula."
+
+
+def speed(lora: float | None, full: float | None) -> str:
+    """How much faster LoRA trained, beside the figure of the article that the project follows."""
+    if not lora or not full:
+        return ""
+    text = f"LoRA trained {lora / full:.2f} times as fast as full fine-tuning: {integer(lora)} against {integer(full)}"
+    said = f"The article {TITLE} says about {ARTICLE} (7B parameters, 512 tokens, larger batches)."
+    return f"{text} tokens/s, measured. {said}"
