@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["load", "load_many"]
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("common", "configs", "data", "kernels", "model", "infer", "evals", "train", "tools", "examples")
+PACKAGES = (
+    "common", "configs", "data", "feedback", "kernels", "model", "infer", "evals", "train", "tools", "examples",
+)  # fmt: skip
 
 
 class Checkout(MetaPathFinder):

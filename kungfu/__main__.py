@@ -19,6 +19,7 @@ from kungfu import ROOT
 NAMED = {
     "train": "train.main", "eval": "evals.main", "task-data": "evals.export", "spectrum": "evals.spectrum",
     "decide": "tools.compare.page",
+    "feedback": "feedback.main",
 }  # fmt: skip
 SHELLS = {
     "bash": "complete -o default -W '{verbs}' kungfu",

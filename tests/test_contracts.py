@@ -28,6 +28,7 @@ ALLOWED = {
     "common": set(),
     "configs": {"common"},
     "data": {"common", "configs"},
+    "feedback": {"common", "data"},
     "kernels": set(),
     "model": {"common", "configs", "kernels"},
     "infer": {"common", "configs", "data", "model"},

@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (
-    "CONTRIBUTING.md", "README.md", "common", "configs", "data", "docs", "evals", "examples", "infer", "kernels",
+    "CONTRIBUTING.md", "README.md", "common", "configs", "data", "docs", "evals", "examples", "feedback",
+    "infer", "kernels",
     "model", "results", "tools", "train",
 )  # fmt: skip
 SUFFIXES = (".py", ".md", ".j2", ".toml")

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import uvicorn
 
+from common import loopback
 from common.errors import UserError
 from data.text import chat
 from data.text.formats import load as load_tokenizer
@@ -27,7 +28,6 @@ from infer.generate import generate
 from infer.lm import LM
 from infer.sample import Knobs
 from infer.serve import Refused, api, connection, messages
-from infer.serve import http as serving
 from infer.serve.batcher import Batcher, Full
 from model.io.export import export_hf
 from tests.helpers.adapters import NAMES, PROMPTS, make, store_of
@@ -488,7 +488,7 @@ def test_a_client_that_does_not_read_is_cut(monkeypatch):
                 return
 
     config = uvicorn.Config(endless, http=connection.Connection, ws="none", lifespan="off", log_level="error")
-    server, listening = uvicorn.Server(config), serving.listen(0)
+    server, listening = uvicorn.Server(config), loopback.listen(0)
     port, thread = listening.getsockname()[1], threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     with socket.create_connection(("127.0.0.1", port)) as client:

@@ -17,7 +17,7 @@ requests and exits.
 
 import sys
 
-from common import cli
+from common import cli, loopback
 from common.errors import UserError
 
 
@@ -36,8 +36,6 @@ def main(argv: list[str]) -> int | None:
     name, folders = args.name or args.model, cli.named(args.adapters)
     if min(args.rows, args.length) < 1:
         raise UserError("the values must be at least 1", "--rows and --length")
-    if not 0 <= args.port < 1 << 16:
-        raise UserError(f"{args.port} is not a port", "--port", "0 to 65535")
     if name in folders:
         raise UserError(f"{name!r} is the name of the model", "--adapters", "choose another: NAME=FOLDER")
     if args.embedder in (name, *folders):
@@ -49,12 +47,12 @@ def main(argv: list[str]) -> int | None:
     from infer.serve import http
     from infer.serve.batcher import Batcher
 
-    with http.listen(args.port) as listening:  # before the model is read: the port may be taken
+    with loopback.listen(args.port) as listening:  # before the model is read: the port may be taken
         lm = load_many(args.model, folders, strict=args.strict) if folders else load(args.model, strict=args.strict)
         batcher = Batcher(lm, args.rows, args.length)
         embedders = {args.embedder: embed.load(args.embedder)} if args.embedder else {}
         names = ", ".join([name, *batcher.names, *embedders])
-        print(f"http://{http.HOST}:{listening.getsockname()[1]}/v1 serves {names}", flush=True)
+        print(f"http://{loopback.HOST}:{listening.getsockname()[1]}/v1 serves {names}", flush=True)
         http.run(http.make(batcher, name, embedders), batcher, listening)
 
 

@@ -27,26 +27,17 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import UserError
+from common.loopback import BACKLOG
 from infer.embed import Embedder
 from infer.serve import Refused, api, embeddings, messages
 from infer.serve.batcher import Batcher, Full, Item
 from infer.serve.connection import Connection
 
-HOST = "127.0.0.1"
 BODY = 1 << 20  # maximum bytes of a request
-BACKLOG = 2048  # connections that the system queues until they are accepted
 KEEP_ALIVE = 60  # seconds that an idle connection stays open: longer than clients' own timeouts
 DRAIN = 60  # seconds to finish answers after a signal
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/health", "/metrics")
 Embedders = Mapping[str, Embedder]
-
-
-def listen(port: int) -> socket.socket:
-    """A listening socket on the loopback interface; 0: any free port. Raises UserError if the port is taken."""
-    try:
-        return socket.create_server((HOST, port), backlog=BACKLOG)
-    except OSError as e:
-        raise UserError(e.strerror or str(e), f"port {port}", "choose another --port") from None
 
 
 def make(batcher: Batcher, name: str, embedders: Embedders | None = None) -> uvicorn.Server:

@@ -2,7 +2,9 @@
 
 from tests.helpers.processes import ROOT
 
-PACKAGES = ("common", "configs", "data", "kernels", "model", "infer", "evals", "train", "tools", "examples")
+PACKAGES = (
+    "common", "configs", "data", "feedback", "kernels", "model", "infer", "evals", "train", "tools", "examples",
+)  # fmt: skip
 OBJECTIVES = sorted(p.stem for p in (ROOT / "train/objectives").glob("[!_]*.py"))
 SOURCES = {  # kind of batch: data that make it
     "lm": "synthetic:add?n=900&digits=3",

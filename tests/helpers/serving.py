@@ -3,13 +3,14 @@
 import contextlib
 import threading
 
+from common import loopback
 from infer.serve import http as serving
 
 
 @contextlib.contextmanager
 def running(batcher, name="base"):
     """The port of a server in a thread, and a list of what ended it."""
-    listening, server, errors = serving.listen(0), serving.make(batcher, name), []
+    listening, server, errors = loopback.listen(0), serving.make(batcher, name), []
 
     def work():
         try:

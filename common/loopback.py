@@ -1,0 +1,18 @@
+"""A listening socket that only this machine reaches."""
+
+import socket
+
+from common.errors import UserError
+
+HOST = "127.0.0.1"
+BACKLOG = 2048  # connections that the system queues until they are accepted
+
+
+def listen(port: int) -> socket.socket:
+    """A listening socket on the loopback interface; 0: any free port. Raises UserError if the port is taken."""
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"{port} is not a port", "--port", "0 to 65535")
+    try:
+        return socket.create_server((HOST, port), backlog=BACKLOG)
+    except OSError as e:
+        raise UserError(e.strerror or str(e), f"port {port}", "choose another --port") from None

@@ -1,0 +1,81 @@
+"""A scripted annotator votes through the real feedback page, in a browser, with known noise.
+
+    python -m feedback.main --db=votes.db --items=items.jsonl      prints the link
+    python -m examples.scripted_annotator LINK [--prefer=longest|shortest|FILE.py] [--noise=0.1] [--seed=0] [--most=100]
+
+FILE.py has a function `score(prompt, answer)`; the answer with the higher number is preferred, equal ones are tied.
+With probability --noise the order of an item is turned around. It needs playwright and Chromium (make .venv/pages).
+"""
+
+import random
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from common import cli
+from common.errors import UserError
+
+Score = Callable[[str, str], float]
+RULES: dict[str, Score] = {
+    "longest": lambda prompt, answer: len(answer),
+    "shortest": lambda prompt, answer: -len(answer),
+}
+
+
+def annotate(
+    link: str,
+    score: Score,
+    noise: float = 0.0,
+    seed: int = 0,
+    most: int | None = None,
+    chromium: str = "/usr/bin/chromium",
+) -> int:
+    """Votes on all items behind a link, or on the first `most`, by keys as a person would. Returns their number."""
+    from playwright.sync_api import sync_playwright
+
+    draw, done = random.Random(seed), 0
+    with sync_playwright() as p:
+        page = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page()
+        page.goto(link)
+        while done != most and page.locator("#task").get_attribute("data-item"):
+            if page.locator("dialog[open]").count():  # guidelines
+                page.keyboard.press("Escape")
+            prompt = page.locator(".prompt .text").last.text_content()
+            answers = page.locator(".answer > .text").all_text_contents()
+            for key in keys([score(prompt, answer) for answer in answers], draw.random() < noise):
+                page.keyboard.press(key)
+            with page.expect_navigation():
+                page.keyboard.press("Enter")
+            done += 1
+    return done
+
+
+def keys(scores: list[float], wrong: bool) -> list[str]:
+    """What to press: letters from the best answer to the worst, with Shift for one that is as good as the last."""
+    if len(set(scores)) == 1:
+        return ["t"]
+    order = sorted(range(len(scores)), key=lambda i: scores[i], reverse=not wrong)
+    if len(order) == 2:
+        return ["ab"[order[0]]]
+    tied = [k > 0 and scores[order[k]] == scores[order[k - 1]] for k in range(len(order))]
+    return ["Shift+" * same + "abcd"[i] for i, same in zip(order, tied)]
+
+
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("examples.scripted_annotator", __doc__)
+    parser.add_argument("link")
+    parser.add_argument("--prefer", default="longest")
+    parser.add_argument("--noise", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--most", type=cli.count, default=None, help="items; default: all")
+    args = parser.parse_args(argv)
+    if args.prefer not in RULES and not Path(args.prefer).is_file():
+        raise UserError(f"no rule and no file {args.prefer!r}", "--prefer", f"{', '.join(RULES)} or FILE.py")
+    score = RULES.get(args.prefer) or runpy.run_path(args.prefer)["score"]
+    print(f"{annotate(args.link, score, args.noise, args.seed, args.most):,} votes")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

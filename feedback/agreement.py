@@ -1,0 +1,175 @@
+"""How far people agree: Cohen's and Fleiss' kappa, Krippendorff's alpha, and position bias, with 95 % intervals.
+
+The unit is a pair of answers, and its category says which of them is preferred, that they are tied, or that all answers
+are bad. Units of one item are resampled together.
+"""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import krippendorff
+import numpy as np
+
+from common import stats
+from feedback.fold import Event, State, relation
+from feedback.items import Item
+
+CATEGORIES = (1, 0, -1, "bad")  # the first answer is preferred, tie, the second, all are bad
+DRAWS = 400
+
+
+class Figure(NamedTuple):
+    """A value of `n` units; None where it is not defined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+NONE = Figure(None, None, None, 0)
+
+
+class Units(NamedTuple):
+    """`votes[u][annotator]` is the category number of unit u, which belongs to item number `items[u]`."""
+
+    votes: list[dict[str, int]]
+    items: list[int]
+
+
+def units(state: State, items: Iterable[Item]) -> Units:
+    out = Units([], [])
+    for number, item in enumerate(items):
+        votes = state.votes.get(item.hash, {}).items()
+        for i, j in itertools.combinations(range(len(item.texts)), 2):
+            found = {name: category(event, i, j) for name, event in votes}
+            known = {name: CATEGORIES.index(value) for name, value in found.items() if value is not None}
+            if known:
+                out.votes.append(known)
+                out.items.append(number)
+    return out
+
+
+def category(event: Event, i: int, j: int) -> int | str | None:
+    return "bad" if event.content["choice"] == "bad" else relation(event.ranks, i, j)
+
+
+def cohen(table: Sequence[Sequence[float]] | np.ndarray) -> float:
+    """Kappa (1960) of a square table: how often one person chose the row's category and the other the column's."""
+    p = np.asarray(table, float)
+    p = p / p.sum()
+    chance = float(p.sum(0) @ p.sum(1))
+    return math.nan if chance == 1 else (float(np.trace(p)) - chance) / (1 - chance)
+
+
+def fleiss(counts: np.ndarray) -> float:
+    """Kappa (1971) of counts [units,categories] by the same number of people for each unit."""
+    n = counts.sum(1)
+    observed = float((((counts**2).sum(1) - n) / (n * (n - 1))).mean())
+    chance = float(((counts / n[:, None]).mean(0) ** 2).sum())
+    return math.nan if chance == 1 else (observed - chance) / (1 - chance)
+
+
+def alpha(counts: np.ndarray, level: str = "nominal") -> float:
+    """Krippendorff's; units with a single vote say nothing. NaN if all votes are in one category."""
+    if ((counts.sum(1) > 1) @ counts > 0).sum() < 2:
+        return math.nan
+    return float(krippendorff.alpha(value_counts=counts, level_of_measurement=level))  # type: ignore[arg-type]
+
+
+def interval(value: Callable[[np.ndarray], float], rows: np.ndarray, groups: Sequence[int]) -> Figure:
+    """The percentile bootstrap of a function of rows; whole groups are drawn, so that they are independent."""
+    if not len(rows):
+        return NONE
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    blocks, draw = [np.array(block) for block in members.values()], np.random.default_rng(0)
+    drawn = []
+    for _ in range(DRAWS if len(blocks) > 1 else 0):
+        chosen = draw.integers(0, len(blocks), len(blocks))
+        drawn.append(value(rows[np.concatenate([blocks[i] for i in chosen])]))
+    found, kept = value(rows), [x for x in drawn if math.isfinite(x)]
+    if not math.isfinite(found):
+        return NONE._replace(n=len(rows))
+    low, high = np.quantile(kept, [0.025, 0.975]) if len(kept) > DRAWS / 2 else (None, None)
+    return Figure(found, low, high, len(rows))
+
+
+def of_pairs(u: Units) -> dict[tuple[str, str], Figure]:
+    """Cohen's kappa of each two people who have units in common."""
+    out = {}
+    names = sorted({name for votes in u.votes for name in votes})
+    for a, b in itertools.combinations(names, 2):
+        both = [(votes[a], votes[b], item) for votes, item in zip(u.votes, u.items) if a in votes and b in votes]
+        rows = np.array([row[:2] for row in both], int).reshape(-1, 2)
+        out[a, b] = interval(lambda x: cohen(_table(x)), rows, [row[2] for row in both])
+    return {pair: figure for pair, figure in out.items() if figure.n}
+
+
+def _table(pairs: np.ndarray) -> np.ndarray:
+    out = np.zeros((len(CATEGORIES),) * 2)
+    np.add.at(out, (pairs[:, 0], pairs[:, 1]), 1)
+    return out
+
+
+def of_all(u: Units) -> dict[str, Figure]:
+    """The share of two people who agree on a unit, Fleiss' kappa (of the units with the most frequent number of votes)
+    and Krippendorff's alpha (of all that have two or more)."""
+    kept = [(votes, item) for votes, item in zip(u.votes, u.items) if len(votes) > 1]
+    if not kept:
+        return {"share": NONE, "fleiss": NONE, "alpha": NONE}
+    counts = np.array([[list(votes.values()).count(c) for c in range(len(CATEGORIES))] for votes, _ in kept], float)
+    groups, n = np.array([item for _, item in kept]), counts.sum(1)
+    same = n == Counter(n).most_common(1)[0][0]
+    share = lambda x: float((((x**2).sum(1) - x.sum(1)) / (x.sum(1) * (x.sum(1) - 1))).mean())
+    return {
+        "share": interval(share, counts, groups.tolist()),
+        "fleiss": interval(fleiss, counts[same], groups[same].tolist()),
+        "alpha": interval(alpha, counts, groups.tolist()),
+    }
+
+
+def of_ratings(state: State, items: Sequence[Item], scale: int) -> dict[str, Figure]:
+    """Krippendorff's alpha with interval distances, for each aspect; a unit is an answer."""
+    counts: dict[str, list[list[int]]] = {}
+    groups: dict[str, list[int]] = {}
+    for number, item in enumerate(items):
+        votes = state.votes.get(item.hash, {}).values()
+        for aspect, i in itertools.product(item.aspects, range(len(item.texts))):
+            given = [event.content["ratings"].get(aspect, [None] * (i + 1))[i] for event in votes]
+            if sum(value is not None for value in given) > 1:
+                counts.setdefault(aspect, []).append([given.count(value) for value in range(1, scale + 1)])
+                groups.setdefault(aspect, []).append(number)
+    value = lambda x: alpha(x, "interval")
+    return {aspect: interval(value, np.array(rows, float), groups[aspect]) for aspect, rows in counts.items()}
+
+
+def share(hits: Sequence[bool]) -> Figure:
+    """A share with Wilson's interval."""
+    if not hits:
+        return NONE
+    p = sum(hits) / len(hits)
+    return Figure(p, *stats.wilson(p, len(hits)), len(hits))
+
+
+def first_shown(events: Iterable[Event]) -> Figure:
+    """Of the decisions that prefer one of the first two answers on the page, those for the first: 50 % without bias."""
+    sides = [relation(event.ranks, *event.content["order"][:2]) for event in events]
+    return share([side > 0 for side in sides if side])
+
+
+def with_ranks(pairs: Iterable[tuple[Event, list[int | None]]]) -> Figure:
+    """How often votes prefer the same answer as given ranks (of gold, or of a judge); one answer pair per item."""
+    hits = []
+    for event, ranks in pairs:
+        strict = [
+            (relation(ranks, i, j), category(event, i, j))
+            for i, j in itertools.combinations(range(len(ranks)), 2)
+            if relation(ranks, i, j) and category(event, i, j) is not None
+        ]
+        hits += [all(a == b for a, b in strict)] if strict else []
+    return share(hits)

@@ -1,0 +1,65 @@
+"""Makes training rows of the votes in a database of feedback.main, or hands them to Argilla or Label Studio.
+
+    python -m feedback.export --db=votes.db --out=FOLDER [--each] [--format=rows|argilla|label-studio]
+
+The files of FOLDER, of which only those with rows are written: preference.jsonl (prompt, chosen, rejected),
+preference_ties.jsonl (ties too, with a column `tie`), rankings_2.jsonl to rankings_4.jsonl (answers, ranks), kto.jsonl
+(completion, label), ratings_ASPECT.jsonl, corrections.jsonl (the edit is chosen, the original rejected),
+sft.jsonl (the best answers), sft_corrections.jsonl, and flags.jsonl. `train` and TRL read them as they are. Several
+people's votes on an item become one ranking; with --each every vote counts. Exports leave out gold items and all that
+was undone or erased. --format=argilla or label-studio: one file with items and votes, which `feedback.load` reads back.
+"""
+
+import sys
+from pathlib import Path
+
+from common import cli, files
+from common.errors import UserError
+from common.numbers import integer
+from feedback import exchange, rows
+from feedback.store import Store
+
+
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("feedback.export", __doc__)
+    parser.add_argument("--db", required=True)
+    parser.add_argument("--out", required=True, help="a folder, made if there is none")
+    parser.add_argument("--each", action="store_true", help="a row for every vote, not for every item")
+    parser.add_argument("--format", default="rows", help="rows, argilla or label-studio")
+    args = parser.parse_args(argv)
+    path, out = Path(args.db).expanduser(), Path(args.out).expanduser()
+    if args.format not in ("rows", *exchange.WRITERS):
+        raise UserError(f"unknown format {args.format!r}", "--format", f"rows or {' or '.join(exchange.WRITERS)}")
+    if not path.is_file():
+        raise UserError("no such file", str(path), "python -m feedback.main makes it")
+    store = Store(path)
+    items, state = list(store.items.values()), store.state
+    if args.format == "rows":
+        found = rows.rows(items, state, args.each)
+        if flagged := list(rows.flags(items, state)):
+            found["flags"] = flagged
+        if not found:
+            raise UserError("no decision to export yet", str(path), "vote first")
+    else:
+        found = {args.format: exchange.WRITERS[args.format](items, state)}
+    written(out, found, one=args.format != "rows")
+
+
+def written(out: Path, found: rows.Rows, one: bool) -> None:
+    """Files of a former export that have no rows now are deleted: they may hold what was erased since."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for old in out.glob("*.jsonl") if not one else ():
+            if rows.known(old.stem) and old.stem not in found:
+                old.unlink()
+        for name, lines in sorted(found.items()):
+            path = out / f"{name}.{'json' if one else 'jsonl'}"
+            (files.write_json if one else files.write_lines)(path, lines)
+            print(f"{path}: {integer(len(lines))} {'items' if one else 'rows'}")
+    except OSError as e:
+        raise UserError(f"the export cannot be written: {e.strerror}", str(out), "choose another --out") from e
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,92 @@
+"""The current state: what an append-only list of events amounts to."""
+
+from typing import NamedTuple
+
+from common.types import Json
+
+
+class Event(NamedTuple):
+    """One decision. `kind`: a vote, the owner's resolution of a disagreement (resolve), an undo of the annotator's
+    decision about the same item, or a tombstone (erase), behind which nothing earlier of the annotator counts.
+
+    `version` is the number of earlier events of the annotator about the item. The content of a vote: choice (ranks, bad
+    or skip), ranks, ratings {aspect: [1 to 5 or None]}, edits and flags {answer: text}, order (of the answers on the
+    page), ms, guidelines (their version), informed (the judge's view had been seen), key, and models.
+    """
+
+    id: int
+    time: float
+    kind: str
+    annotator: str
+    item: str
+    version: int
+    content: Json
+
+    @property
+    def ranks(self) -> list[int | None] | None:
+        return self.content["ranks"] if self.content["choice"] == "ranks" else None
+
+
+class State:
+    """`votes[item][annotator]` and `resolved[item]`: the decisions that count."""
+
+    def __init__(self) -> None:
+        self.last = 0  # the number of the newest event
+        self.votes: dict[str, dict[str, Event]] = {}
+        self.resolved: dict[str, Event] = {}
+        self.versions: dict[tuple[str, str], int] = {}
+        self.newest: dict[str, Event] = {}  # of each annotator, a vote or a resolution
+
+    def apply(self, event: Event) -> None:
+        self.last = event.id
+        where = (event.annotator, event.item)
+        self.versions[where] = event.version + 1
+        if event.kind == "vote":
+            self.votes.setdefault(event.item, {})[event.annotator] = event
+            self.newest[event.annotator] = event
+        elif event.kind == "resolve":
+            self.resolved[event.item] = event
+            self.newest[event.annotator] = event
+        elif event.kind == "undo":
+            self._drop(event.annotator, event.item)
+        elif event.kind == "erase":
+            for item in [*self.votes, *self.resolved]:
+                self._drop(event.annotator, item)
+
+    def _drop(self, annotator: str, item: str) -> None:
+        self.votes.get(item, {}).pop(annotator, None)
+        if item in self.resolved and self.resolved[item].annotator == annotator:
+            del self.resolved[item]
+        if annotator in self.newest and self.newest[annotator].item == item:
+            del self.newest[annotator]
+
+    def decision(self, annotator: str, item: str) -> Event | None:
+        """The annotator's decision about an item that counts."""
+        if event := self.votes.get(item, {}).get(annotator):
+            return event
+        event = self.resolved.get(item)
+        return event if event and event.annotator == annotator else None
+
+    def of(self, annotator: str) -> list[Event]:
+        """The annotator's votes, the oldest first."""
+        found = [votes[annotator] for votes in self.votes.values() if annotator in votes]
+        return sorted(found, key=lambda event: event.id)
+
+
+def relation(ranks: list[int | None] | None, i: int, j: int) -> int | None:
+    """1 if answer i is preferred to j, -1 if j is, 0 for a tie; None if they were not compared."""
+    if ranks is None or ranks[i] is None or ranks[j] is None:
+        return None
+    return (ranks[i] < ranks[j]) - (ranks[i] > ranks[j])  # type: ignore[operator]
+
+
+def disputed(votes: dict[str, Event]) -> bool:
+    """Whether two people contradict each other on an item; a skipped item contradicts nothing."""
+    given = [event for event in votes.values() if event.content["choice"] != "skip"]
+    if len(given) < 2:
+        return False
+    if len({event.content["choice"] for event in given}) > 1:
+        return True
+    count = len(given[0].content["ranks"])
+    pairs = [(i, j) for i in range(count) for j in range(i)]
+    return any(len({relation(event.ranks, i, j) for event in given} - {None}) > 1 for i, j in pairs)

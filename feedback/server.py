@@ -1,0 +1,277 @@
+"""The page's server: starlette routes behind checks of host, origin and each person's secret link."""
+
+import functools
+import itertools
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import jinja2
+import uvicorn
+from markupsafe import Markup
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from common.errors import UserError
+from common.loopback import BACKLOG
+from common.types import Json
+from feedback import overview, votes
+from feedback.items import LETTERS, SCALE, Item
+from feedback.queue import Queue
+from feedback.store import OWNER, Stale, Store
+
+BODY = 32 << 20  # maximum bytes of a request: four edited answers
+CLIENTS = 512
+PAGES = Path(__file__).parent / "pages"
+STATIC = {"page.css": "text/css", "page.js": "text/javascript"}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+# Characters that change how others look, or have no look of their own. Joiners stay: scripts and emoji need them.
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\U000e0000-\U000e007f]"
+)
+MARKED = 2000  # of them in a text with a mark of their own
+
+
+def serve(app: Starlette) -> uvicorn.Server:
+    options = dict(ws="none", lifespan="off", log_level="error", access_log=False, server_header=False)
+    limits = dict(backlog=BACKLOG, limit_concurrency=CLIENTS, timeout_graceful_shutdown=5)
+    return uvicorn.Server(uvicorn.Config(app, **options, **limits))  # type: ignore[arg-type]
+
+
+def application(store: Store, port: int, base: str = "", wanted: int = 0) -> Starlette:
+    """`base`: the address under which a proxy passes requests on; `wanted`: votes per item, 0 for everybody's."""
+    service = Service(store, Queue(store, wanted))
+    page, act = service.page, service.act
+    routes = [
+        Route("/static/{name}", static),
+        Route("/{token}/", page(service.task)),
+        Route("/{token}/settle", page(service.settle)),
+        Route("/{token}/me", page(service.me)),
+        Route("/{token}/people/{name}", page(service.person)),
+        Route("/{token}/answer", page(service.answer)),
+        Route("/{token}/vote", act(service.vote), methods=["POST"]),
+        Route("/{token}/undo", act(service.undo), methods=["POST"]),
+        Route("/{token}/draft", act(service.draft), methods=["POST"]),
+    ]
+    origins = {f"http://{host}:{port}" for host in ("127.0.0.1", "localhost")} | ({base} if base else set())
+    app = Starlette(routes=routes, middleware=[Middleware(Guard, origins=origins)])
+    app.router.redirect_slashes = False
+    return app
+
+
+class Guard:
+    """Refuses requests under another host's name, and writes by pages of other sites. Adds headers to all answers."""
+
+    def __init__(self, app: ASGIApp, origins: set[str]):
+        self.app = app
+        parts = [urlsplit(origin) for origin in origins]
+        self.origins = {f"{part.scheme}://{part.netloc}".encode() for part in parts}
+        self.hosts = {part.netloc.encode() for part in parts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def headed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        headers = dict(scope["headers"])
+        refused = ""
+        if headers.get(b"host") not in self.hosts:
+            refused = "the request names another host"
+        elif scope["method"] not in ("GET", "HEAD") and headers.get(b"origin") not in self.origins:
+            refused = "the request comes from another site"
+        answer = PlainTextResponse(refused, 403) if refused else self.app
+        await answer(scope, receive, headed)
+
+
+class Service:
+    """What a person may see and do; the owner sees all, and resolves disagreements."""
+
+    def __init__(self, store: Store, queue: Queue):
+        self.store, self.queue = store, queue
+        self.pages = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+            undefined=jinja2.StrictUndefined,
+        )  # fmt: skip
+        self.pages.filters |= {"shown": shown}
+
+    def who(self, request: Request) -> str:
+        name = self.store.person(request.path_params["token"])
+        if name is None:
+            raise HTTPException(404, "no such page: a personal link is needed")
+        return name
+
+    def page(self, make: Callable[[str, Request], Response]) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            return await run_in_threadpool(lambda: make(self.who(request), request))
+
+        return endpoint
+
+    def act(self, make: Callable[[str, Item, Json], Json]) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+                raise HTTPException(415, "send Content-Type: application/json")
+            body = await body_of(request)
+            return await run_in_threadpool(self._done, make, request, body)
+
+        return endpoint
+
+    def _done(self, make: Callable[[str, Item, Json], Json], request: Request, body: bytes) -> Response:
+        name = self.who(request)
+        try:
+            given = votes.parse(body)
+            item = self.item(given.get("item"))
+            if type(given.get("version")) is not int:
+                raise UserError("version is not a whole number")
+            return JSONResponse(make(name, item, given))
+        except UserError as e:
+            raise HTTPException(400, str(e)) from None
+        except Stale:
+            raise HTTPException(409, "this item is decided already, perhaps in another tab") from None
+
+    def item(self, name: object) -> Item:
+        if not isinstance(name, str) or name not in self.store.items:
+            raise HTTPException(404, "no such item")
+        return self.store.items[name]
+
+    def render(self, template: str, depth: int = 1, **values: Any) -> Response:
+        return HTMLResponse(self.pages.get_template(template).render(root="../" * depth, **values))
+
+    # --- pages ---
+
+    def task(self, name: str, request: Request) -> Response:
+        """The next item of the annotator, or the one that the address names; the owner gets the overview."""
+        if name == OWNER:
+            return self.render("overview.html.j2", **overview.everybody(self.store))
+        asked = request.query_params.get("item")
+        item = self.item(asked) if asked else self.queue.take(name)
+        if item and self.store.state.decision(name, item.hash):
+            item = self.queue.take(name)
+        return self.ask(name, item, "vote")
+
+    def settle(self, name: str, request: Request) -> Response:
+        """The owner's next disagreement."""
+        if name != OWNER:
+            raise HTTPException(404, "only the owner resolves disagreements")
+        left = self.queue.disputed()
+        asked = request.query_params.get("item")
+        return self.ask(name, self.item(asked) if asked in left else next(map(self.item, left), None), "resolve")
+
+    def ask(self, name: str, item: Item | None, kind: str) -> Response:
+        state, guidelines = self.store.state, self.store.guidelines()
+        last = state.newest.get(name)
+        at = votes.shown(name, item) if item else []
+        others = state.votes.get(item.hash, {}).values() if item and kind == "resolve" else ()
+        done, total = self.queue.progress(name) if kind == "vote" else (len(state.resolved), None)
+        read = {event.content["guidelines"] for event in state.of(name)}
+        return self.render(
+            "task.html.j2", name=name, kind=kind, item=item, done=done, total=total, letters=LETTERS, scale=SCALE,
+            answers=[item.texts[i] for i in at] if item else [],
+            version=state.versions.get((name, item.hash), 0) if item else 0,
+            draft=self.store.draft(name, item.hash) if item else None,
+            guidelines=guidelines, unread=bool(guidelines) and guidelines[0].version not in read,
+            last=self.result(name, last) if last else None,
+            others=[overview.sentence(event, at) for event in others],
+        )  # fmt: skip
+
+    def result(self, name: str, event: Any) -> Json:
+        """The newest decision, to take back, and the judge's view of it."""
+        judge = self.store.items[event.item].judge
+        at = event.content["order"]
+        view = overview.spelled([judge["ranks"][i] for i in at]) if judge else ""
+        return {
+            "item": event.item, "version": event.version + 1, "mine": overview.sentence(event, at),
+            "judge": judge and judge | {"view": view, "agrees": overview.agree(event, judge["ranks"])},
+        }  # fmt: skip
+
+    def me(self, name: str, request: Request) -> Response:
+        return self.render("person.html.j2", whole=False, **overview.person(self.store, name))
+
+    def person(self, name: str, request: Request) -> Response:
+        who = request.path_params["name"]
+        if name != OWNER or who not in self.store.people():
+            raise HTTPException(404, "no such page")
+        return self.render("person.html.j2", depth=2, whole=True, **overview.person(self.store, who))
+
+    def answer(self, name: str, request: Request) -> Response:
+        """The text of an answer as it is, to be edited."""
+        item, place = self.item(request.query_params.get("item")), request.query_params.get("place", "")
+        at = votes.shown(name, item)
+        if place not in map(str, range(len(at))):
+            raise HTTPException(404, "no such answer")
+        return PlainTextResponse(item.texts[at[int(place)]])
+
+    # --- decisions ---
+
+    def vote(self, name: str, item: Item, given: Json) -> Json:
+        newest = next((g.version for g in self.store.guidelines()), 0)
+        content = votes.decision(given, item, votes.shown(name, item), newest)
+        content["informed"] = bool(given["version"] and item.judge)
+        self.store.append("resolve" if name == OWNER else "vote", name, item.hash, given["version"], content)
+        return {}
+
+    def undo(self, name: str, item: Item, given: Json) -> Json:
+        event = self.store.state.decision(name, item.hash)
+        self.store.append("undo", name, item.hash, given["version"], {"key": str(given.get("key", ""))[:64]})
+        if event:
+            self.store.keep(name, item.hash, votes.undone(event.content))
+        return {}
+
+    def draft(self, name: str, item: Item, given: Json) -> Json:
+        """Kept unless the item was decided in the meantime. Raises Stale."""
+        if self.store.state.versions.get((name, item.hash), 0) != given["version"]:
+            raise Stale
+        self.store.keep(name, item.hash, given)
+        return {}
+
+
+async def static(request: Request) -> Response:
+    name = request.path_params["name"]
+    if name not in STATIC:
+        raise HTTPException(404, "no such file")
+    return Response(_file(name), media_type=STATIC[name])
+
+
+@functools.cache
+def _file(name: str) -> bytes:
+    return (PAGES / name).read_bytes()
+
+
+async def body_of(request: Request) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > BODY:
+            raise HTTPException(413, f"a request has at most {BODY} bytes")
+    return bytes(body)
+
+
+def shown(text: str) -> Markup:
+    """A text as it is, with a mark in place of each character that cannot be seen or that reorders others."""
+    text, out, end = text.replace("\r\n", "\n"), [], 0
+    for match in itertools.islice(UNSEEN.finditer(text), MARKED):
+        out += [text[end : match.start()], Markup('<span class="unseen">{}</span>').format(code(match))]
+        end = match.end()
+    return Markup("").join([*out, UNSEEN.sub(lambda match: f"‹{code(match)}›", text[end:])])
+
+
+def code(match: re.Match) -> str:
+    return f"U+{ord(match[0]):04X}"

@@ -1,0 +1,110 @@
+"""Decisions as a page sends them: checked, and brought from the order on the page to the order of the item."""
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from common.errors import UserError
+from common.files import strict
+from common.types import Json
+from feedback.items import SCALE, Item, ranks
+
+CHOICES = ("ranks", "bad", "skip")
+REASON = 2000  # characters of a flag
+DAY = 86_400_000  # milliseconds
+
+
+def order(annotator: str, item: str) -> random.Random:
+    """A generator that gives one person the same order in every tab."""
+    return random.Random(hashlib.sha256(f"{annotator}/{item}".encode()).digest())
+
+
+def shown(annotator: str, item: Item) -> list[int]:
+    """The answers in the order in which a person sees them."""
+    numbers = list(range(len(item.texts)))
+    order(annotator, item.hash).shuffle(numbers)
+    return numbers
+
+
+def parse(body: bytes) -> Json:
+    """The object in a request. Raises UserError."""
+    try:
+        value = strict(body.decode())
+        json.dumps(value, ensure_ascii=False).encode()  # no half of a surrogate pair
+    except ValueError as e:
+        raise UserError(f"the request is not JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise UserError("the request is not an object")
+    return value
+
+
+def decision(given: Json, item: Item, at: list[int], newest: int) -> Json:
+    """The content of a vote. `at`: the order on the page; `newest`: the version of the guidelines. Raises UserError."""
+    choice, count = given.get("choice"), len(at)
+    if choice not in CHOICES:
+        raise UserError("the choice is none of ranks, bad and skip")
+    places = ranks(given.get("ranks"), count, "ranks") if choice == "ranks" else [None] * count
+    out: Json = {"choice": choice, "ranks": _moved(places, at)}
+    out["ratings"] = {name: _moved(_rating(given, name, count), at) for name in item.aspects}
+    out["edits"] = _texts(given, "edits", at)
+    out["edits"] = {i: text for i, text in out["edits"].items() if text != item.texts[int(i)]}
+    out["flags"] = {i: text[:REASON] for i, text in _texts(given, "flags", at).items()}
+    rated = any(value is not None for values in out["ratings"].values() for value in values)
+    if choice == "ranks" and sum(place is not None for place in places) < 2:
+        if not (rated or out["edits"] or out["flags"]):
+            raise UserError("nothing is decided yet", "", "rank two answers, or rate, correct or flag one")
+        out["ranks"] = [None] * count
+    answers = item.content["answers"]
+    models = {key: [answer.get(key) for answer in answers] for key in ("model", "sampling")}
+    seen = {"order": at, "ms": _number(given, "ms", DAY), "guidelines": _number(given, "guidelines", newest)}
+    return out | seen | models | {"key": str(given.get("key", ""))[:64]}
+
+
+def _moved(values: list[Any], at: list[int]) -> list[Any]:
+    out = list(values)
+    for place, answer in enumerate(at):
+        out[answer] = values[place]
+    return out
+
+
+def _rating(given: Json, name: str, count: int) -> list[int | None]:
+    values = _object(given, "ratings").get(name, [None] * count)
+    fits = isinstance(values, list) and len(values) == count
+    if not fits or not all(v is None or (type(v) is int and 1 <= v <= SCALE) for v in values):
+        raise UserError(f"ratings of {name!r} are not {count} numbers from 1 to {SCALE}")
+    return values
+
+
+def _texts(given: Json, name: str, at: list[int]) -> dict[str, str]:
+    """{answer: text}, by the place on the page in the request."""
+    out = {}
+    for place, text in _object(given, name).items():
+        if place not in map(str, range(len(at))) or not isinstance(text, str):
+            raise UserError(f"{name} are not texts by the place of their answer")
+        out[str(at[int(place)])] = text
+    return dict(sorted(out.items()))
+
+
+def _object(given: Json, name: str) -> Mapping[str, Any]:
+    value = given.get(name, {})
+    if not isinstance(value, dict):
+        raise UserError(f"{name} is not an object")
+    return value
+
+
+def _number(given: Json, name: str, most: int) -> int:
+    value = given.get(name, 0)
+    if type(value) is not int or value < 0:
+        raise UserError(f"{name} is not a whole number")
+    return min(value, most)
+
+
+def undone(content: Json) -> Json:
+    """A draft of the decision that was taken back, in the order on the page."""
+    at = content["order"]
+    places = {str(answer): str(place) for place, answer in enumerate(at)}
+    texts = {name: {places[i]: text for i, text in content[name].items()} for name in ("edits", "flags")}
+    ratings = {name: [values[i] for i in at] for name, values in content["ratings"].items()}
+    return {"choice": content["choice"], "ranks": [content["ranks"][i] for i in at], "ratings": ratings, **texts}
