@@ -52,7 +52,7 @@ def annotate(
 
 
 def keys(scores: list[float], wrong: bool) -> list[str]:
-    """What to press: letters from the best answer to the worst, with Shift for one that is as good as the last."""
+    """The keys to press: letters from the best answer to the worst, with Shift for one that is as good as the last."""
     if len(set(scores)) == 1:
         return ["t"]
     order = sorted(range(len(scores)), key=lambda i: scores[i], reverse=not wrong)
