@@ -57,7 +57,7 @@ def vote(found: Json, asked: Item, seconds: float = 0) -> Json:
 
 
 def extras(asked: Item) -> str:
-    """What is no text of an item."""
+    """All but the texts of an item."""
     rest = {key: value for key, value in asked.content.items() if key not in ("prompt", "answers")}
     rest["answers"] = [{k: v for k, v in answer.items() if k != "text"} for answer in asked.content["answers"]]
     return json.dumps(rest, ensure_ascii=False)

@@ -103,7 +103,7 @@ class Guard:
 
 
 class Service:
-    """What a person may see and do; the owner sees all, and resolves disagreements."""
+    """The pages and actions of a person; the owner sees everybody's figures and resolves disagreements."""
 
     def __init__(self, store: Store, queue: Queue):
         self.store, self.queue = store, queue

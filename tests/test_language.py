@@ -41,7 +41,7 @@ HABITS = {
     r"\bso many (bytes|rows|tokens)\b": "that many",
 }
 # Where such a word is right: a term, a name, a quotation.
-RIGHT = ("format labelled",)
+RIGHT = ("format labelled", "aria-labelledby")
 
 
 def words(path: Path) -> Iterator[tuple[int, str]]:
