@@ -101,6 +101,7 @@ WRITERS = {
     "model/io/peft_write.py": "into a folder of files.folder",
     "train/keep/checkpoint.py": "renames folders that the manifest makes whole",
     "train/keep/runs.py": "a lock, which is held and not read",
+    "feedback/store.py": "an empty file, which SQLite fills in transactions",
     "infer/retrieve/index.py": "arrays, into a folder of common.files and into memory",
 }
 WRITES = {
