@@ -13,6 +13,7 @@ from data.text import chat
 from data.text.chat import Asked
 from data.text.tokenizer import Tokenizer
 
+MOST = 1 << 20  # maximum tokens of a passage
 ADJECTIVES = {"label": "labelled", "rating": "rated"}
 
 
@@ -180,6 +181,25 @@ class Pair(Parts):
 
     def columns(self) -> tuple[dict[str, float], ...]:
         return (dict(self.numbers),) * 2
+
+
+@dataclass(frozen=True)
+class Match(Parts):
+    """A question and a passage that answers it, with the special tokens that an encoder reads."""
+
+    passage: Text
+    query: Text
+    kind: ClassVar[str] = "match"
+    sides: ClassVar[tuple[str, ...]] = batches.KINDS["match"].sides
+
+    def parts(self) -> tuple[Text, Text]:
+        return self.passage, self.query
+
+    def documents(
+        self, tokenizer: Tokenizer, encoded: Iterator[list[int]], asked: Asked | None = None
+    ) -> list[Document]:
+        ids = tokenizer.encode_inputs(self.texts(), MOST)
+        return [Document(row, None, _hash(self.query.text)) for row in ids]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""Records of any usual shape to examples: text, prompt and completion, messages, a preference pair, answers, tags."""
+"""Records of any usual shape to examples: text, prompt and completion, messages, a preference pair, answers, a question
+with its passage, tags."""
 
 import math
 from collections.abc import Iterable
 
 from common.errors import UserError
 from common.seen import Seen, holds
-from data.examples import Chat, Completion, Example, Group, Pair, Scored, Tagged, Text
+from data.examples import Chat, Completion, Example, Group, Match, Pair, Scored, Tagged, Text
 from data.messages import Message, are_turns, messages, parsed, turn
 from data.messages import tools as functions
 
@@ -21,12 +22,14 @@ FORMATS = {
     "labelled": "labelled",
     "rated": "rated",
     "preference": "pair",
+    "match": "match",
     "ranked": "group",
 }
 # "auto" takes the first shape whose columns are all there, first among these names,
 SHAPES = {
     "preference": {"chosen", "rejected"},
     "ranked": {"prompt", "answers"},
+    "match": {"query", "passage"},
     "messages": {"messages"},
     "sharegpt": {"conversations"},
     "prompt_completion": {"prompt", "completion"},
@@ -56,6 +59,8 @@ PUBLISHED = (
     ("prompt_completion", {"prompt": "input", "completion": "output"}),
     ("prompt_completion", {"prompt": "article", "completion": "summary"}),
     ("text", {"text": "content"}),
+    ("match", {"query": "anchor", "passage": "positive"}),
+    ("match", {"query": "question", "passage": "passage"}),
 )
 # One of the shapes of text or chat, and a number: its name, and the columns that hold it.
 SCORED = {"labelled": ("label", "kto_tag"), "rated": ("rating",)}
@@ -313,6 +318,10 @@ def _within(answers: list[dict]) -> tuple[list | None, str]:
     return None, "rating"
 
 
+def _match(record: Record) -> Match:
+    return Match(Text(_string(record, "passage")), Text(_string(record, "query")))
+
+
 def _tagged(record: Record) -> Tagged:
     words, tags = record["tokens"], record["tags"]
     if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
@@ -332,6 +341,7 @@ READERS = {
     "sharegpt": _sharegpt,
     "preference": _preference,
     "ranked": _ranked,
+    "match": _match,
     "tagged": _tagged,
 }
 

@@ -51,6 +51,12 @@ def add_labels(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
         yield {"prompt": pair["prompt"], "completion": answer, "label": right}
 
 
+def add_matches(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
+    """Sums, and sentences that hold them."""
+    for record in add(rng, n, digits):
+        yield {"query": record["prompt"], "passage": f"The sum is {record['prompt']}{record['completion']}."}
+
+
 def add_ratings(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
     """Sums that are off by 0 to 4, rated 5 to 1."""
     for record in add(rng, n, digits):
@@ -82,6 +88,7 @@ TASKS = {
     "add": add,
     "add_pairs": add_pairs,
     "add_labels": add_labels,
+    "add_matches": add_matches,
     "add_ratings": add_ratings,
     "add_ranks": add_ranks,
     "copy": copy,

@@ -17,9 +17,10 @@ from data.text import formats as tokenizers
 from data.text.tokenizer import Tokenizer
 from infer.generate import bucket
 from infer.lm import batches
+from infer.models import Run, open_model
 from model import build
 from model.heads import last_token
-from model.io.pretrained import open_pretrained
+from model.io.pretrained import Pretrained
 from model.net.transformer import Transformer
 from model.weights import Params
 
@@ -72,17 +73,22 @@ class Embedder:
 
 
 def load(name: str | Path, dtype: str | None = None) -> Embedder:
-    """The embedder of a Hugging Face folder, a packaged model's name or a hub id.
+    """The embedder of a Hugging Face folder, a packaged model's name, a hub id, or a run that tuned one of these.
 
     The files of sentence-transformers beside the model give pooling, normalization, length and prompts; without them,
     vectors are means over tokens, of length 1. Raises UserError for a pooling or a module that is not supported.
     """
-    opened = open_pretrained(str(name))
+    opened = open_model(name)
     model = build.network(opened.config, dtype)
     tokenizer = tokenizers.load(opened.tokenizer_source)
-    settings = _settings(Path(opened.tokenizer_source))
+    settings = _settings(Path(_first(opened).tokenizer_source))
     longest = min(settings.pop("longest", opened.config.context), opened.config.context)
     return Embedder(model, opened.load(model.specs, None, model.param_dtype), tokenizer, longest=longest, **settings)
+
+
+def _first(opened: Pretrained | Run) -> Pretrained | Run:
+    """The model that a run, or a run of a run, started from."""
+    return _first(opened.init) if isinstance(opened, Run) and opened.init else opened
 
 
 def _settings(folder: Path) -> dict:

@@ -17,6 +17,7 @@ from configs import schema
 from model import build, weights
 from model.net.transformer import unstack
 from tests.helpers.chips import gpu, tpu
+from tests.helpers.encoders import encoder
 from tests.helpers.packages import OBJECTIVES
 from tests.helpers.steps import config
 from tools.plan import __main__ as plan
@@ -286,6 +287,14 @@ def test_compiles_for_a_slice_that_is_absent(name, on, capsys):
     assert 0 < low <= high and 0 < got["mfu"][0] <= got["mfu"][1] <= 1
     if got["mesh"]["fsdp"] > 1:
         assert "all-gather" in got["sent"]["fsdp"]
+
+
+@pytest.mark.parametrize("on", [pytest.param(slice, marks=tpu) for slice in ("v5e:2x2", "v6e:2x2")])
+def test_the_step_of_an_encoder_compiles(on, tmp_path, capsys):
+    """Bidirectional, with learned positions, questions and passages over all devices."""
+    argv = [f"--config.init={encoder(tmp_path)}", "--config.data.seq_len=8", "--config.data.batch_size=16", "--json"]
+    assert plan.main(["--config=configs/embed/own_documents.py", f"--topology={on}", "--config.epochs=0", *argv]) == 0
+    assert json.loads(capsys.readouterr().out)["fits"]
 
 
 @pytest.mark.parametrize("on", [pytest.param("v5e:2x2", marks=tpu)])

@@ -3,26 +3,33 @@
     python -m tools.index --index=DIR --documents=SOURCE [--embedder=all-minilm-l6-v2] [--words=160]
     python -m tools.index --index=DIR --ask="a question" [--how=mean] [--k=5]
     python -m tools.index --index=DIR --questions=FILE [--k=5]
+    python -m tools.index --index=DIR --documents=SOURCE --embedder=runs/embedder --questions=FILE
 
 SOURCE: a file, a folder or a built-in name, as in config.data.source; several are separated by commas. Running the
-command again updates the index, or continues an interrupted build. --embedder: a Hugging Face folder, a hub id or a
-packaged name. --ask prints the k best chunks. --questions measures retrieval on rows with a `question` and its
-`documents` (names as printed by --ask): every way to search is scored by recall@k, nDCG@10 and MRR@10 with 95 %
-intervals. --how: bm25, dense, or a fusion of both: mean (of scores scaled to [0, 1]) or rrf (reciprocal rank fusion).
+command again updates the index, or continues an interrupted build. --ask prints the k best chunks. --questions measures
+retrieval on rows with a `question` and its `documents` (names as printed by --ask): every way to search is scored by
+recall@k, nDCG@10 and MRR@10 with 95 % intervals. --how: bm25, dense, or a fusion of both: mean (of scores scaled to
+[0, 1]) or rrf (reciprocal rank fusion).
+
+--embedder: a Hugging Face folder, a hub id, a packaged name, or a run that tuned one of these. Another embedder than
+that of the index replaces it only if it finds the documents of --questions better: if the 95 % interval of the
+difference of nDCG@10, searching by vectors, is above 0.
 """
 
+import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from common import cli, stats
+from common import cli, files, stats
 from common.errors import UserError
 from common.types import Json
 
 if TYPE_CHECKING:
     from infer.retrieve.index import Index
+    from infer.retrieve.search import How
 
 DEPTH = 10  # chunks considered by nDCG and MRR
 
@@ -48,13 +55,44 @@ def main(argv: list[str]) -> int | None:
 
     if args.documents:
         began = time.perf_counter()
-        record = index.build(args.documents, args.index, args.embedder, args.words, _progress)
+        judge = _judge(args) if args.embedder else lambda new: None
+        record = index.build(args.documents, args.index, args.embedder, args.words, _progress, judge)
         print(f"{args.index}: {record['chunks']:,} chunks in {time.perf_counter() - began:.1f} s")
     if args.ask:
         for hit in index.opened(args.index).search([args.ask], args.k, args.how)[0]:
             print(f"{hit.score:.3f}  {hit.chunk.document}\n{hit.chunk.passage}\n")
     if args.questions:
         print(table(measure(index.opened(args.index), questions(args.questions), args.k), args.k))
+
+
+def _judge(args: argparse.Namespace) -> "Callable[[Index], None]":
+    """A function that raises UserError if the embedder of a new index is not better than the one that it replaces."""
+    from evals import paired
+    from infer.models import is_run
+    from infer.retrieve import index
+
+    known = files.read_json(Path(args.index).expanduser() / index.RECORD).get("embedder", "")
+    if known == args.embedder or not (known or is_run(Path(args.embedder).expanduser())):
+        return lambda new: None
+    if not known:
+        fix = "build the index with the model that it was tuned from first"
+        raise UserError("a tuned embedder has to be better than another one", f"--embedder={args.embedder}", fix)
+    if not args.questions:
+        fix = "--questions=FILE, of questions that it was not tuned on"
+        raise UserError(f"whether it is better than {known} is not known", f"--embedder={args.embedder}", fix)
+    old, asked = index.Index(args.index), questions(args.questions)
+
+    def judge(new: "Index") -> None:
+        name = f"nDCG@{DEPTH}"
+        ours, theirs = (measure(one, asked, args.k, ("dense",))["dense"][name] for one in (new, old))
+        found = paired.compare(ours, theirs)
+        means = f"{name} {sum(ours) / len(ours):.3f} against {sum(theirs) / len(theirs):.3f} of {known}"
+        if found.low <= 0:
+            what = f"not better: {means}, {found}"
+            raise UserError(what, f"--embedder={args.embedder}", f"{args.index} is left as it was")
+        print(f"{args.embedder} is better: {means}, {found}")
+
+    return judge
 
 
 def _progress(done: int, total: int) -> None:
@@ -64,10 +102,10 @@ def _progress(done: int, total: int) -> None:
 
 def questions(path: str) -> list[tuple[str, dict[str, float]]]:
     """(question, {document: gain}) of a file of rows. Raises UserError for a row without both."""
-    from data import files
+    from data import files as rows
 
     found = []
-    for row in files.read(Path(path).expanduser()):
+    for row in rows.read(Path(path).expanduser()):
         record = row.record or {}
         question, documents = record.get("question"), record.get("documents")
         if isinstance(documents, list):
@@ -78,7 +116,9 @@ def questions(path: str) -> list[tuple[str, dict[str, float]]]:
     return found
 
 
-def measure(index: "Index", asked: Sequence[tuple[str, dict[str, float]]], k: int) -> dict[str, Json]:
+def measure(
+    index: "Index", asked: Sequence[tuple[str, dict[str, float]]], k: int, ways: "Sequence[How]" = ()
+) -> dict[str, Json]:
     """{way to search: {figure: its value per question}}; a document is found where its first chunk is."""
     from evals import retrieval
 
@@ -87,7 +127,7 @@ def measure(index: "Index", asked: Sequence[tuple[str, dict[str, float]]], k: in
         if strange := set(relevant) - known:
             fix = f"names as --ask prints them, such as {min(known)!r}"
             raise UserError(f"the index has no document {min(strange)!r}", f"question {question!r}", fix)
-    for how in ("bm25", "dense", "rrf", "mean") if index.dense else ("bm25",):
+    for how in ways or (("bm25", "dense", "rrf", "mean") if index.dense else ("bm25",)):
         began = time.perf_counter()
         hits = index.search([question for question, _ in asked], 3 * max(k, DEPTH), how)
         seconds = (time.perf_counter() - began) / max(len(asked), 1)

@@ -84,7 +84,7 @@ def of_roles(plan: Blueprint, seq_len: int) -> dict[str, Cost]:
             tree = weights.base(plan.abstract.role("policy"))
             mask = jax.tree.map(lambda _: False, tree)
         price = cost(network.config, tree, network.specs, mask, seq_len)
-        if role.head:  # it is used instead of the unembedding, and costs almost nothing
+        if role.head or not plan.objective.logits:  # a head, used instead of the unembedding, costs almost nothing
             price = price._replace(head_flops=0.0, head_train_flops=0.0)
         found[name] = price if role.kind == "train" else price.forward()
     return found

@@ -222,8 +222,12 @@ def _kinds(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     if given not in kinds and len(fitting) > 1:  # if only "auto" fits, no data makes these batches
         text = f"makes batches of kind {given!r}, but objective {objective} reads {kind!r}"
         yield "data.format", text, f"one of {', '.join(fitting)}"
-    elif c["data.packing"] != "none" and {kind, given} & {"pair", "group", *SCORED}:
-        yield "data.packing", "pairs, groups and scored records cannot be packed", "set config.data.packing=none"
+    elif c["data.packing"] != "none" and {kind, given} & {"pair", "match", "group", *SCORED}:
+        yield (
+            "data.packing",
+            "pairs, matches, groups and scored rows cannot be packed",
+            "set config.data.packing=none",
+        )
 
 
 def _schedule(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:

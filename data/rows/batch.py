@@ -36,6 +36,7 @@ def answers(k: int) -> tuple[str, ...]:
 KINDS = {
     "lm": Kind(),
     "pair": Kind(("chosen", "rejected")),
+    "match": Kind(("passage", "query")),
     "group": Kind(answers(ANSWERS), columns=("rank",)),
     "labelled": Kind(columns=("label",)),
     "rated": Kind(columns=("rating",)),

@@ -111,11 +111,13 @@ def build(
     embedder: str = "",
     words: int = chunks.WORDS,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    judge: Callable[[Index], None] = lambda new: None,
 ) -> Json:
     """Builds the index of a source, or updates an existing one; returns its record.
 
-    Vectors of unchanged chunks are reused, and an interrupted build continues where it stopped. Raises UserError if the
-    folder has other content, or the source no text.
+    Vectors of unchanged chunks are reused, and an interrupted build continues where it stopped. `judge` may raise an
+    error for the new index, which then does not replace the old one. Raises UserError if the folder has other content,
+    or the source no text.
     """
     folder = Path(folder).expanduser()
     if folder.exists() and not (folder / RECORD).is_file():
@@ -131,13 +133,14 @@ def build(
     if old == record:
         return record
     vectors = _vectors(found, folder, model, old, record["digest"], progress) if model else None
-    files.remove(folder)
     with files.folder(folder, RECORD) as work:
         rows = ({"id": c.id, "document": c.document, "title": c.title, "text": c.text} for c in found)
         files.write_lines(work / CHUNKS, rows)
         if vectors is not None:
             np.save(work / VECTORS, vectors, allow_pickle=False)
         files.write_json(work / RECORD, record)
+        judge(Index(work))
+        files.remove(folder)
     files.remove(_parts(folder))
     return record
 

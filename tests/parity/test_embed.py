@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from evals import retrieval  # noqa: E402
 from infer import embed  # noqa: E402
 from model.io.pretrained import open_pretrained  # noqa: E402
 from model.net.transformer import Transformer  # noqa: E402
+from train.objectives import contrastive  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -50,6 +53,25 @@ def test_minilm():
         x, there = theirs(**batch).last_hidden_state, batch["attention_mask"][..., None]
     mean = torch.nn.functional.normalize((x * there).sum(1) / there.sum(1)).numpy()
     assert np.abs(embed.load(folder).embed(texts) - mean).max() <= 1e-5
+
+
+def test_the_contrastive_loss_and_its_gradient():
+    """MultipleNegativesRankingLoss of sentence-transformers: cross-entropy of cosines times 20."""
+    rng = np.random.default_rng(0)
+    a, b = (torch.tensor(rng.standard_normal((6, 5)), requires_grad=True) for _ in range(2))
+    cosines = torch.nn.functional.normalize(a) @ torch.nn.functional.normalize(b).T
+    wanted = torch.nn.functional.cross_entropy(20 * cosines, torch.arange(6))
+    wanted.backward()
+
+    def loss(a, b):
+        unit = lambda x: x / jnp.linalg.norm(x, axis=1, keepdims=True)
+        total, n = contrastive.info_nce(unit(a) @ unit(b).T / 0.05, ~jnp.eye(6, dtype=bool), jnp.ones(6, bool))["loss"]
+        return total / n
+
+    found, grads = jax.value_and_grad(loss, (0, 1))(*(jnp.asarray(x.detach().numpy(), jnp.float32) for x in (a, b)))
+    assert found == pytest.approx(wanted.item(), rel=1e-5)
+    for ours, theirs in zip(grads, (a.grad, b.grad), strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5)
 
 
 def test_measures_of_rankings_are_those_of_trec_eval():

@@ -45,6 +45,7 @@ class Objective(NamedTuple):
     must count in no metric.
     `nll`: the loss is the negative log-likelihood of the targets of an lm batch, in nats. On held-out data it is called
     "nll", and bits per byte are added.
+    `logits`: the loss reads the logits, so that their FLOPs count.
     An objective whose policy answers through a head assigns the head's name to the constant HEAD of its file, so that
     the run can be opened again.
     `check` gets the columns of the training data, {name: values}, and raises UserError if they do not suffice.
@@ -56,5 +57,6 @@ class Objective(NamedTuple):
     batch: str
     roles: dict[str, Role] = {"policy": Role("train")}
     nll: bool = False
+    logits: bool = True
     source: Callable[[Batches, "Blueprint"], Source] | None = None
     check: Callable[[Mapping[str, np.ndarray]], None] | None = None

@@ -1,0 +1,37 @@
+"""Tunes an embedder on questions and the passages that answer them; the other passages of a batch are the wrong ones.
+
+    python -m train.main --config=configs/embed/own_documents.py:file=pairs.jsonl --workdir=runs/embedder
+
+The file: the columns query and passage, or others that --config.data.fields names. A run whose held-out questions rank
+their passages worse than before the training, by the mean reciprocal rank, ends with exit code 71. LoRA instead of all
+weights: --config.peft.name=lora --config.optim.lr=1e-3.
+
+Hardware: a laptop CPU; 3 seconds per step. Expected: "mrr" of the held-out questions rises; `tools.index --questions`
+says whether searching became better.
+"""
+
+from configs import base
+from configs.schema.overrides import parse_arg
+
+
+def get_config(arg=""):
+    arg = parse_arg(arg, file="pairs.jsonl")
+    c = base.get_config()
+    c.init = "all-minilm-l6-v2"
+    c.epochs = 1.0
+    c.objective.name = "contrastive"
+    c.objective.query_tokens = 32
+    c.data.source = arg.file
+    c.data.format = "match"
+    c.data.holdout = 0.1
+    c.data.seq_len = 128
+    c.data.batch_size = 32
+    c.data.packing = "none"
+    c.optim.lr = 5e-5
+    c.optim.warmup = 0.1
+    c.log_every = 5
+    c.eval_every = 50
+    c.eval_batches = 8
+    c.floors = (("eval/mrr", "drop", 0.0),)
+    c.ckpt.every = 50
+    return c

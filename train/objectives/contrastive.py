@@ -1,0 +1,63 @@
+"""Embeddings: a question is nearest to its own passage among those of the batch (InfoNCE, van den Oord et al. 2018,
+arXiv 1807.03748; in sentence-transformers MultipleNegativesRankingLoss)."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from data.rows.batch import Batch
+from infer.embed import pool
+from model.net.transformer import Transformer
+from model.weights import Params
+from train.objectives import Objective, Pair, Roles
+
+BATCH = "match"
+
+
+def make(
+    model: Transformer,
+    *,
+    temperature: float = 0.05,
+    pooling: Literal["mean", "first", "last"] = "mean",
+    query_tokens: int = 0,
+) -> Objective:
+    """-log softmax(cosines / temperature) of a question's own passage, a mean over questions.
+
+    The negatives are the other passages of the micro-batch, over all devices, except copies of the own passage and the
+    passages of copies of the question. `pooling` is that of the embedder. `query_tokens` cuts questions after so many
+    tokens, which saves their padding; 0 leaves them at `data.seq_len`.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature {temperature:g} is not above 0")
+
+    def vectors(params: Params, side: Batch) -> Array:
+        x = model.hidden(params, side["tokens"], side["positions"], side["segments"]).x
+        return pool(x, side["segments"], pooling)
+
+    def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
+        params, passages = roles["policy"], batch["passage"]
+        queries = {name: x[:, : query_tokens or None] for name, x in batch["query"].items()}
+        cosines = vectors(params, queries) @ vectors(params, passages).T  # [B,B], a question per row
+        return info_nce(cosines / temperature, negatives(passages, queries), (passages["segments"] > 0).any(-1))
+
+    return Objective(compute, BATCH, logits=False)
+
+
+def negatives(passages: Batch, queries: Batch) -> Array:
+    """Whether passage j is a negative of question i [B,B]: it is there, and neither of both has the same text."""
+    same = lambda tokens: jnp.all(tokens[:, None] == tokens[None], axis=-1)
+    there = (passages["segments"] > 0).any(-1)
+    return ~(same(passages["tokens"]) | same(queries["tokens"])) & there[None]
+
+
+def info_nce(logits: Array, negative: Array, there: Array) -> dict[str, Pair]:
+    """Metrics of logits [B,B] whose diagonal belongs to the right passages. `rank` counts from 1."""
+    own = jnp.diagonal(logits)
+    others = jnp.where(negative, logits, -jnp.inf)
+    loss = jax.nn.logsumexp(jnp.concatenate([own[:, None], others], 1), axis=1) - own
+    rank = 1 + (others >= own[:, None]).sum(1)
+    values = {"loss": loss, "accuracy": (rank == 1).astype(jnp.float32), "mrr": 1.0 / rank}
+    weight = there.astype(jnp.float32)
+    return {name: ((value * weight).sum(), weight.sum()) for name, value in values.items()}
