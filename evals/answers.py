@@ -1,0 +1,68 @@
+"""Prompts of any source, and answers sampled to them: items for people and judges to compare."""
+
+from collections.abc import Iterator, Sequence
+
+from common.errors import UserError
+from common.types import Json
+from data import formats, messages, sources
+from data.examples import Chat, Completion, wrapped
+from evals.task import Prompt
+from infer.hosted import Hosted
+from infer.lm import LM
+
+ROWS = 16  # answers that are sampled at a time
+
+
+def prompts(source: str) -> Iterator[tuple[str, Prompt, Json]]:
+    """(place, prompt, record) of each row: its prompt, or what stands before the answer in a row of a known shape.
+
+    Raises UserError for a row without a prompt.
+    """
+    for row in sources.rows(source):
+        if row.record is None:
+            raise UserError(row.reason, row.where)
+        try:
+            yield row.where, _prompt(row.record), row.record
+        except UserError as e:
+            fix = "name the column prompt, question, instruction or messages"
+            raise UserError(f"the row has no prompt: {e.what}", row.where, fix) from None
+
+
+def _prompt(record: Json) -> Prompt:
+    column = next((name for name in formats.PROMPTS if record.get(name)), "")
+    try:
+        found = formats.example(record).parts()[0]
+    except UserError:
+        if not column:
+            raise
+        value = messages.parsed(record[column])
+        return value if isinstance(value, str) else messages.messages(value, column)
+    if isinstance(found, Completion):
+        return found.prompt
+    if isinstance(found, Chat):
+        last = max((i for i, turn in enumerate(found.messages) if turn["role"] == "assistant"), default=None)
+        return list(found.messages[: found.first or last])
+    return found.plain()
+
+
+def asked(prompt: Prompt, lm: LM | Hosted) -> Prompt:
+    """The prompt as a model is asked: a text becomes a turn, a transcript its turns, if the model reads chats."""
+    if not isinstance(prompt, str) or (isinstance(lm, LM) and lm.tokenizer.chat_template is None):
+        return prompt
+    found = wrapped(Completion(prompt, "-"))
+    return list(found.messages[:-1]) if isinstance(found, Chat) else prompt
+
+
+def sample(
+    lm: LM | Hosted, texts: Sequence[Prompt], count: int, *, max_new_tokens: int, seed: int, **knobs: float
+) -> list[list[str]]:
+    """`count` answers to each of the prompts, which differ; an answer depends on its prompt, number and seed only."""
+    out: list[list[str]] = []
+    size = max(1, ROWS // count)
+    for at in range(0, len(texts), size):
+        rows = [asked(prompt, lm) for prompt in texts[at : at + size]]
+        filled = rows + rows[-1:] * (size - len(rows)) if isinstance(lm, LM) else rows  # to compile few shapes
+        flat = [prompt for prompt in filled for _ in range(count)]
+        found = lm.generate(flat, max_new_tokens=max_new_tokens, seed=seed, **knobs)
+        out += [found[i * count : (i + 1) * count] for i in range(len(rows))]
+    return out

@@ -1,0 +1,125 @@
+"""Samples answers of one or two models to the prompts of a file, for people and judges to compare.
+
+    python -m tools.sample_pairs --prompts=FILE --models=MODEL[,MODEL] --out=items.jsonl [--answers=2] [--n=100]
+                                 [--temperature=0.8] [--top_p=1] [--max_new_tokens=128] [--seed=0]
+
+--prompts is any data source; of rows with answers, only the prompts are used. MODEL is a model, a run, a base with an
+adapter (BASE+FOLDER), or a hosted model (openai:URL#MODEL). --answers counts the answers to a prompt, half of them from
+each of two models. A line of --out is {"id", "prompt", "answers": [{"text", "model", "sampling"}]}, as feedback.main,
+tools.judge and tools.best_of read it. Prompts that occur twice are asked once; prompts whose answers are all equal are
+left out. Killed at any time, the same command continues with the same result.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import cli, files
+from common.errors import UserError
+from common.types import Json
+
+if TYPE_CHECKING:
+    from infer.hosted import Hosted
+    from infer.lm import LM
+
+MOST = 64  # answers to a prompt
+
+
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("tools.sample_pairs", __doc__)
+    for name in ("prompts", "out"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--models", required=True, type=cli.listed)
+    for name, default in dict(answers=2, n=100, max_new_tokens=128, seed=0).items():
+        parser.add_argument(f"--{name}", default=default, type=cli.count)
+    for name, default in dict(temperature=0.8, top_p=1.0).items():
+        parser.add_argument(f"--{name}", default=default, type=float)
+    args = parser.parse_args(argv)
+    if len(args.models) not in (1, 2):
+        raise UserError(f"{len(args.models)} models are named", "--models", "one or two, separated by a comma")
+    each, rest = divmod(args.answers, len(args.models))
+    if rest or not 2 <= args.answers <= MOST:
+        raise UserError(f"{args.answers} answers", "--answers", f"2 to {MOST}, an even number for two models")
+    if not (0 <= args.temperature <= 100 and 0 < args.top_p <= 1 and args.max_new_tokens and args.n):
+        raise UserError("a setting is out of range", "tools.sample_pairs", "see --help")
+    if each > 1 and not args.temperature:
+        raise UserError("all answers of a model are equal at temperature 0", "--temperature", "choose 0.8")
+    write(args, each)
+
+
+def write(args: argparse.Namespace, each: int) -> None:
+    """Appends the items that are not in the file yet."""
+    from data import splits
+    from evals import answers
+
+    knobs = {"temperature": args.temperature, "top_p": args.top_p}
+    sampling = knobs | {"seed": args.seed, "max_new_tokens": args.max_new_tokens}
+    found = {f"{splits.key(json.dumps(prompt)):016x}": prompt for _, prompt, _ in answers.prompts(args.prompts)}
+    if not found:
+        raise UserError("there are no prompts", args.prompts)
+    drawn = dict(list(found.items())[: args.n])
+    out = Path(args.out)
+    kept = _kept(out, list(drawn), [{"model": m, "sampling": sampling} for m in args.models for _ in range(each)])
+    todo = list(drawn)[1 + max((list(drawn).index(name) for name in kept), default=-1) :]
+    lms, equal = [_load(name) for name in args.models] if todo else [], 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = files.Lines(out)
+    size = max(1, answers.ROWS // each)
+    for at in range(0, len(todo), size):
+        names = todo[at : at + size]
+        asked = [drawn[name] for name in names]
+        made = [
+            answers.sample(lm, asked, each, max_new_tokens=args.max_new_tokens, seed=args.seed, **knobs) for lm in lms
+        ]
+        for name, prompt, *texts in zip(names, asked, *made, strict=True):
+            pairs = [(model, text) for model, part in zip(args.models, texts, strict=True) for text in part]
+            if len({text for _, text in pairs}) == 1:
+                equal += 1
+                continue
+            said = [{"text": text, "model": model, "sampling": sampling} for model, text in pairs]
+            lines.write({"id": name, "prompt": prompt, "answers": said})
+        lines.sync()
+        print(f"{at + len(names):,} of {len(todo):,} prompts", flush=True)
+    lines.close()
+    count = len(files.read_lines(out))
+    print(f"{out}: {count:,} items" + (f"; {equal:,} left out, since their answers were equal" if equal else ""))
+    for lm in lms:
+        if hasattr(lm, "used"):
+            print(lm)
+
+
+def _kept(out: Path, names: list[str], answers: list[Json]) -> list[str]:
+    """The ids of the items that an earlier call has written. An incomplete line at the end of the file is removed.
+
+    Raises UserError if they were drawn in another way.
+    """
+    if not out.exists():
+        return []
+    text = out.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    try:
+        lines = [files.strict(line) for line in whole.decode().split("\n")[:-1]]
+        drawn = [[{key: answer[key] for key in ("model", "sampling")} for answer in line["answers"]] for line in lines]
+        same = all(line["id"] in names for line in lines) and all(part == answers for part in drawn)
+    except (ValueError, TypeError, KeyError):
+        same = False
+    if not same:
+        what = "the file holds something else than answers of these models to these prompts"
+        raise UserError(what, str(out), "choose another --out")
+    if whole != text:
+        files.write(out, whole)
+    return [line["id"] for line in lines]
+
+
+def _load(name: str) -> "LM | Hosted":
+    from infer import hosted
+
+    base, _, adapter = ("", "", "") if hosted.is_hosted(name) else name.partition("+")
+    return hosted.load(base or name, adapter or None)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
