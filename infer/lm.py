@@ -193,7 +193,7 @@ class LM:
         if "head" not in self.params:
             what = "the model has no reward head"
             raise UserError(what, fix="open a reward model, trained with objective reward, ranking or rating")
-        rows = [([], self._whole(p, a)) for p, a in zip(prompts, answers, strict=True)]
+        rows = [([], self.whole(p, a)) for p, a in zip(prompts, answers, strict=True)]
         scores, lengths = np.zeros(len(rows)), [len(ids) for _, ids in rows]
         self._check(np.fromiter((i for _, ids in rows for i in ids), np.int64), max(lengths, default=0))
         most = self.config.max_len if self.config.position == "learned" else None
@@ -201,7 +201,7 @@ class LM:
             scores[batch] = _rewards(self.model, self.params, _scored([rows[i] for i in batch], most))[: len(batch)]
         return scores.tolist()
 
-    def _whole(self, prompt: Prompt, answer: str) -> list[int]:
+    def whole(self, prompt: Prompt, answer: str) -> list[int]:
         """The token ids of a prompt and its answer, as in a training row."""
         if isinstance(prompt, str):
             row = examples.Completion(prompt, answer)

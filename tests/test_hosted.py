@@ -1,10 +1,7 @@
 """A model behind OpenAI's HTTP format: our own server, and a scripted one that is busy, broken or away."""
 
-import contextlib
 import json
 import socket
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -16,44 +13,9 @@ from infer.lm import LM
 from infer.serve.batcher import Batcher
 from tests.cases import people
 from tests.helpers.adapters import make
-from tests.helpers.serving import running
+from tests.helpers.serving import running, said, scripted
 
 ROWS = [{"question": f"{i}?", "answer": str(i)} for i in range(10)]
-
-
-@contextlib.contextmanager
-def scripted(*replies):
-    """The URL of a server that gives these (status, headers, body) in turn, the last one forever; and what it got."""
-    asked, lock = [], threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                status, headers, content = replies[min(len(asked), len(replies) - 1)]
-                asked.append((self.path, dict(self.headers), body))
-            content = content if isinstance(content, bytes) else json.dumps(content).encode()
-            self.send_response(status)
-            for name, value in ({"Content-Length": len(content)} | headers).items():
-                self.send_header(name, str(value))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def said(text, **usage):
-    message = {"choices": [{"message": {"content": text}, "text": text, "finish_reason": "stop"}]}
-    return 200, {}, message | ({"usage": usage} if usage else {})
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from common.errors import UserError
-from evals import answers
+from evals import answers, judge, pairs, reward
+from infer.hosted import parse
 from infer.models import load
 from model.io.export import export_hf
 from tests.cases import people
 from tests.helpers.adapters import make
+from tests.helpers.serving import scripted
 from tools import sample_pairs
 
 
@@ -85,3 +88,93 @@ def test_settings_of_sampling_are_checked_first(more, problem, tmp_path, capsys)
     source = rows(tmp_path / "x.jsonl", {"prompt": "Q"})
     assert sample_pairs.main([f"--prompts={source}", "--models=m", f"--out={tmp_path}/o", *more]) == 2
     assert problem in capsys.readouterr().err
+
+
+# --- rewards ---
+
+ANSWERS = ["It is 4.", "four four four four four four four", ""]
+
+
+def test_rewards_are_weighted_sums_of_their_parts(tmp_path, monkeypatch):
+    rows = [{"answer": "4"}, {"references": ["4", "four"]}, {"completion": "4"}]
+    give = lambda spec: reward.load(spec)(["2+2="] * 3, ANSWERS, rows)
+    assert give("scorer:number") == [1, 0, 0]
+    assert give("rule:length?most=4") == [1, 0.25, 1]
+    assert give("rule:unrepeated") == [1, 0.25, 1]
+    assert give("rule:ends") == [1, 0, 0]
+    assert give("2*scorer:number,-1*rule:length?most=4") == [1, -0.25, -1]
+    (tmp_path / "mine.py").write_text("def size(prompts, answers, rows): return map(len, answers)")
+    (tmp_path / "mine.py").open("a").write("\ndef odd(prompts, answers, rows): return [float('nan')] * len(answers)\n")
+    monkeypatch.chdir(tmp_path)
+    assert give("0.5*mine:size") == [4, 17, 0]
+    many = reward.load("mine:size")(["Q"] * 200, ["x" * i for i in range(200)], [{}] * 200)
+    assert many == list(range(200))
+    for spec, problem in {
+        "mine:odd": "not finite", "mine:none": "cannot be imported", "scorers:exact": "did you mean scorer",
+        "scorer:exakt": "exact", "rule:length": "no rule", "length": "is not", "x*rule:ends": "is not",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=problem):
+            give(spec)
+    with pytest.raises(UserError, match="no answer to compare"):
+        reward.load("scorer:exact")(["Q"], ["A"], [{}])
+
+
+# --- judges ---
+
+
+def test_a_judge_is_asked_in_both_orders(folder):
+    mine = judge.Judge("m", load(folder))
+    first, second = mine.compare(["Q", "Q"], ["one", "two"], ["two", "one"])
+    assert first.p == pytest.approx(1 - second.p, abs=1e-5) and first.votes == tuple(-v for v in second.votes[::-1])
+    grades = mine.rate(["Q"] * 3, ["one", "two", "one"])
+    assert all(0 < grade < 1 for grade in grades) and grades[0] == pytest.approx(grades[2], abs=1e-6)
+
+
+def test_position_bias_of_a_hosted_judge_is_seen():
+    def always(letter):
+        return 200, {}, lambda body: {"choices": [{"message": {"content": f"I say {letter}."}}]}
+
+    def longer(body):
+        asked = body["messages"][0]["content"]
+        a, b = (asked.partition(f"[answer {x}]")[2].partition("[")[0] for x in "AB")
+        return {"choices": [{"message": {"content": "A" if len(a) > len(b) else "B"}}]}
+
+    asked = ["Q"] * 2, ["longer", "longer"], ["short", "short"]
+    for reply, winner, p, bias in (
+        (always("A"), 0, 0.5, (1.0, 1.0)), (always("D"), 0, 0.5, (None, 0.0)), ((200, {}, longer), 1, 1.0, (0.5, 0.0)),
+    ):  # fmt: skip
+        with scripted(reply) as (url, _):
+            theirs = judge.Judge("x", parse(f"openai:{url}#m"))
+            verdicts = theirs.compare(*asked)
+        assert [v.winner for v in verdicts] == [winner] * 2 and verdicts[0].p == p and judge.bias(verdicts) == bias
+    assert theirs.unread == 0
+
+
+# --- pairs ---
+
+
+def test_votes_of_several_people_on_a_pair_are_one_pair(tmp_path):
+    """Two of three prefer A: of the three pairs of people one agrees. A ranking of three is three pairs."""
+    vote = lambda chosen, rejected: {"prompt": "Q", "chosen": chosen, "rejected": rejected}
+    ranked = {"prompt": "R", "answers": ["u", "v", "w"], "ranks": [2, 1, 2]}
+    found = pairs.read(rows(tmp_path / "x.jsonl", vote("B", "A"), vote("A", "B"), vote("A", "B"), ranked))
+    assert found[0] == pairs.Pair("Q", "A", "B", (-1, 1, 1))
+    assert [(p.chosen, p.rejected, p.votes) for p in found[1:]] == [
+        ("v", "u", (1,)),
+        ("v", "w", (1,)),
+        ("u", "w", (0,)),
+    ]
+    assert pairs.agreement(found) == [0, 0, 1]
+    assert pairs.ceiling(1) == 1 and pairs.ceiling(0.5) == 0.5 and pairs.ceiling(0.82) == pytest.approx(0.9)
+
+
+def test_predictors_that_read_no_model():
+    """Words decide: "good" is preferred to "bad"; the length does not."""
+    rng = np.random.default_rng(0)
+    noise = lambda: " ".join(rng.choice(["a", "b", "c", "d"], rng.integers(1, 9)))
+    found = [pairs.Pair(f"{i}?", f"good {noise()}", f"bad {noise()}") for i in range(100)]
+    assert np.mean(pairs.correct(pairs.bag_of_words(found))) > 0.95
+    assert 0.3 < np.mean(pairs.correct(pairs.longest(found))) < 0.7
+    assert pairs.correct(np.array([0.7, 0.2, 0.5])) == [1, 0, 0.5]
+    w = pairs.logistic(np.array([[1.0], [1.0], [-1.0]]), l2=1e-6)  # two of three: the odds are 2
+    assert w == pytest.approx(np.log(2), abs=1e-3)
