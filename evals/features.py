@@ -1,15 +1,52 @@
 """Features of answers: a frozen model's hidden state at the end of each answer, for small reward models."""
 
+import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from evals.task import Prompt
+from common import files
+from common.errors import reading
+from data import splits
+from evals import pairs
+from evals.pairs import Pair
 from infer.embed import Embedder
-from infer.lm import LM
+from infer.models import load
+
+LONGEST = 128  # tokens at the end of a prompt and its answer that the model reads
+CHUNK = 64  # pairs whose features are kept in one file
 
 
-def at_end(lm: LM, prompts: Sequence[Prompt], answers: Sequence[str], longest: int = 128) -> np.ndarray:
-    """[n,D] in float32, after the last layer's norm. Of longer rows, the model reads the last `longest` tokens."""
-    ids = [lm.whole(prompt, answer)[-longest:] for prompt, answer in zip(prompts, answers, strict=True)]
-    return Embedder(lm.model, lm.params, lm.tokenizer, "last", normalized=False, longest=longest).vectors(ids)
+def differences(name: str, found: Sequence[Pair], folder: Path) -> np.ndarray:
+    """Features of `chosen` less those of `rejected` [n,D], of the model `name`, divided by their standard deviations.
+
+    They are kept in `folder`, from which a later call reads them.
+    """
+    parts, lm = [], None
+    for at in range(0, len(found), CHUNK):
+        part = found[at : at + CHUNK]
+        path = folder / f"features-{splits.key(repr((name, LONGEST, [p[:3] for p in part]))):016x}.npy"
+        if not path.exists():
+            lm = lm or load(name)
+            ids = [lm.whole(p.prompt, answer)[-LONGEST:] for p in part for answer in p[1:3]]
+            reader = Embedder(lm.model, lm.params, lm.tokenizer, "last", normalized=False, longest=LONGEST)
+            vectors, file = reader.vectors(ids), io.BytesIO()
+            np.save(file, vectors[0::2] - vectors[1::2], allow_pickle=False)
+            files.write(path, file.getvalue())
+            print(f"features of {name}: {at + len(part):,} of {len(found):,} pairs", flush=True)
+        with reading(path, "delete the file"):
+            parts.append(np.load(path, allow_pickle=False))
+    x = np.concatenate(parts)
+    return x / np.maximum(np.sqrt((x**2).mean(0)), 1e-6)
+
+
+def predicted(name: str, found: Sequence[Pair], folds: int, folder: Path) -> np.ndarray:
+    """Probabilities [n] that people prefer `chosen`, by a linear model, each fold predicted from the others."""
+    x = differences(name, found, folder)
+    return pairs.crossed(x, pairs.folds(found, folds), penalty(x))
+
+
+def penalty(x: np.ndarray) -> float:
+    """The L2 penalty for features of unit variance [n,D] that expects log-odds of unit variance, too."""
+    return float(x.shape[1])

@@ -79,7 +79,7 @@ def _scorer(name: str) -> Rewards:
 
 
 def _references(row: Json) -> list[str]:
-    """What a row of a task, or of data, has as right answers."""
+    """The right answers of a row, of a task or of data."""
     from evals import rows
 
     column = next((name for name in rows.ANSWERS if row.get(name) not in (None, "")), None)

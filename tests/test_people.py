@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from evals import answers, judge, pairs, reward
+from evals import answers, judge, pairs, reward, router
 from infer.hosted import parse
 from infer.models import load
 from model.io.export import export_hf
 from tests.cases import people
 from tests.helpers.adapters import make
 from tests.helpers.serving import scripted
+from tools import judge as tool
 from tools import sample_pairs
 
 
@@ -178,3 +179,62 @@ def test_predictors_that_read_no_model():
     assert pairs.correct(np.array([0.7, 0.2, 0.5])) == [1, 0, 0.5]
     w = pairs.logistic(np.array([[1.0], [1.0], [-1.0]]), l2=1e-6)  # two of three: the odds are 2
     assert w == pytest.approx(np.log(2), abs=1e-3)
+
+
+# --- the table and the router ---
+
+
+def test_judges_stand_beside_what_reads_no_model(folder, tmp_path, capsys):
+    votes = [{"prompt": f"{i}?", "chosen": "good one", "rejected": f"bad {i}"} for i in range(12)]
+    source = rows(tmp_path / "x.jsonl", *votes, *votes[:4], votes[4] | {"chosen": "bad 4", "rejected": "good one"})
+    command = [f"--pairs={source}", f"--out={tmp_path}/out", f"--features={folder}", "--rewards=rule:length?most=1"]
+    command += ["--label_seconds=36", "--wage=10"]
+    with scripted((200, {}, lambda body: {"choices": [{"message": {"content": "A"}}], "usage": USAGE})) as (url, asked):
+        command.append(f"--judges={folder},openai:{url}#m?in=1&out=10")
+        assert tool.main(command) == 0
+        assert tool.main(command) == 0  # all verdicts are kept
+    assert len(asked) == 24
+    table = {row["label"].split()[0]: row for row in json.loads((tmp_path / "out/judges.json").read_text())["rows"]}
+    assert (table["people"]["mean"], table["people"]["n"], table["people"]["usd"]) == (0.8, 5, 0.1)
+    assert table["highest"]["mean"] == pytest.approx((1 + 0.6**0.5) / 2)
+    assert table["bag"]["mean"] > 0.9 and table["linear"]["n"] == table["the"]["n"] == 12
+    hosted = [
+        row for row in json.loads((tmp_path / "out/judges.json").read_text())["rows"] if "openai" in row["label"]
+    ][0]
+    assert (hosted["mean"], hosted["undecided"], hosted["first"], hosted["differ"]) == (0.5, 1, 1, 1)
+    assert hosted["usd"] == pytest.approx(2 * (5 + 10) / 1e6)
+    assert "judge openai" in capsys.readouterr().out
+
+
+USAGE = {"prompt_tokens": 5, "completion_tokens": 1}
+
+
+def test_the_unsure_and_a_random_share_go_to_people():
+    p = np.linspace(0, 1, 101)
+    found = router.route(p, people=20, audit=0.25)
+    assert found.unsure.sum() == 15 and found.audited.sum() == 5 and not (found.unsure & found.audited).any()
+    assert np.abs(p[found.unsure] - 0.5).max() <= 0.08
+    others = [router.route(p, 20, 0.25, seed).audited for seed in range(200)]
+    assert np.mean([p[a].mean() for a in others]) == pytest.approx(0.5, abs=0.05)
+    assert router.route(p, 1000, 0.1).people.all()
+
+
+def test_calibration_by_hand():
+    """Confidence 0.9 and right in 3 of 4; 0.6 and right in 1 of 2."""
+    found = router.calibration([0.9, 0.1, 0.9, 0.9, 0.6, 0.4], [1, 0, 1, 0, 1, 1])
+    assert found.accuracy == pytest.approx(4 / 6) and [b[1] for b in found.bins] == [2, 4]
+    assert found.error == pytest.approx((2 * 0.1 + 4 * 0.15) / 6)
+    assert found.brier == pytest.approx((3 * 0.01 + 0.81 + 0.16 + 0.36) / 6)
+
+
+def test_a_label_buys_most_where_the_model_is_unsure():
+    """Only two of thirty directions matter; labels of pairs far from the boundary say little."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 10)) * np.array([3, *[1] * 9])
+    x *= np.sign(x[:, :1] + 0.7 * x[:, 1:2])
+    fold, judge = np.arange(400) % 5, np.full(400, 0.5)
+    found = {order: router.curve(x, fold, judge, order, [10, 40], replays=6, l2=1.0) for order in router.ORDERS}
+    assert len({points[0].mean for points in found.values()}) == 1  # the first labels are the same
+    assert found["uncertain"][1].mean > found["random"][1].mean > found["random"][0].mean > 0.6
+    noisy = router.curve(x, fold, judge, "random", [40], replays=6, l2=1.0, noise=0.4)
+    assert noisy[0].mean < found["random"][1].mean and noisy[0].low <= noisy[0].mean <= noisy[0].high

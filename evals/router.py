@@ -1,0 +1,122 @@
+"""Spends people's labels where a judge is unsure, audits the rest at random, and measures what each label buys."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from common import stats
+from evals.pairs import correct, logistic, sigmoid
+
+Order = Literal["random", "uncertain", "disagreement"]
+ORDERS: tuple[Order, ...] = ("random", "uncertain", "disagreement")
+BINS = 5  # of confidence, in a calibration
+
+
+class Route(NamedTuple):
+    """Who labels each of the items [n]: `unsure` and `audited` ones people, the rest the judge."""
+
+    unsure: np.ndarray
+    audited: np.ndarray
+
+    @property
+    def people(self) -> np.ndarray:
+        return self.unsure | self.audited
+
+
+def route(p: np.ndarray, people: int, audit: float, seed: int = 0) -> Route:
+    """Splits `people` labels: a share `audit` to random items, the rest to those whose p [n] is nearest to one half."""
+    count = min(people, len(p))
+    random = round(count * audit)
+    order = np.random.default_rng(seed).permutation(len(p))  # also between equal p
+    unsure, audited = np.zeros((2, len(p)), bool)
+    nearest = order[np.argsort(np.abs(p[order] - 0.5), kind="stable")]
+    unsure[nearest[: count - random]] = True
+    audited[order[~unsure[order]][:random]] = True
+    return Route(unsure, audited)
+
+
+class Calibration(NamedTuple):
+    """Probabilities against labels of people. `bins`: (lowest confidence, n, mean confidence, accuracy, interval)."""
+
+    n: int
+    accuracy: float
+    low: float
+    high: float
+    brier: float  # mean (p - label)^2: 0.25 for a judge that always says one half
+    error: float  # expected calibration error: the mean distance of confidence and accuracy over the bins
+    bins: list[tuple[float, int, float, float, tuple[float, float]]]
+
+
+def calibration(p: Sequence[float], label: Sequence[float]) -> Calibration:
+    """`p` [n]: the probability that the first answer is better; `label` [n]: 1 if people say so, 0 if not, or 0.5."""
+    x, y = np.asarray(p, float), np.asarray(label, float)
+    sure = np.maximum(x, 1 - x)
+    right = np.where(x > 0.5, y, np.where(x < 0.5, 1 - y, 0.5))
+    place = np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    bins = []
+    for i in range(BINS):
+        if (at := place == i).any():
+            scores = right[at].tolist()
+            means = float(sure[at].mean()), float(np.mean(scores))
+            bins.append((0.5 + i / 2 / BINS, len(scores), *means, stats.of_scores(scores)))
+    error = sum(n * abs(mean - accuracy) for _, n, mean, accuracy, _ in bins) / len(x)
+    low, high = stats.of_scores(right.tolist())
+    return Calibration(len(x), float(right.mean()), low, high, float(((x - y) ** 2).mean()), float(error), bins)
+
+
+# --- what a label buys ---
+
+
+class Point(NamedTuple):
+    """Held-out accuracy with `labels` labels: the mean over replays and Student's interval of that mean."""
+
+    labels: int
+    mean: float
+    low: float
+    high: float
+    replays: list[float]
+
+
+def curve(
+    x: np.ndarray, fold: np.ndarray, judge: np.ndarray, order: Order, sizes: Sequence[int], replays: int = 10,
+    l2: float | None = None, noise: float = 0.0, seed: int = 0,
+) -> list[Point]:  # fmt: skip
+    """Accuracy of a linear reward model on differences of features x [n,D], against the number of labels.
+
+    A replay holds out one of the groups `fold` [n] and draws labels from the rest in this order: at random, where the
+    model is nearest to one half, or where it differs most from `judge` [n], the judge's probabilities. The first of
+    `sizes` is drawn at random in every order. `noise` is the share of labels that the annotator flips. Rows of x point
+    to the answer that people prefer, so the model is shown them with a random sign.
+    """
+    penalty = x.shape[1] if l2 is None else l2
+    found = np.array([_replay(x, fold, judge, order, sizes, penalty, noise, seed + i, i) for i in range(replays)])
+    points = []
+    for size, scores in zip(sizes, found.T, strict=True):
+        low, high = stats.student(scores.tolist()) or (math.nan, math.nan)
+        points.append(Point(size, float(scores.mean()), low, high, scores.tolist()))
+    return points
+
+
+def _replay(
+    x: np.ndarray, fold: np.ndarray, judge: np.ndarray, order: Order, sizes: Sequence[int], l2: float, noise: float,
+    seed: int, number: int,
+) -> list[float]:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    groups = np.unique(fold)
+    held = fold == groups[number % len(groups)]
+    pool = rng.permutation(np.flatnonzero(~held))
+    label = np.where(rng.random(len(x)) < noise, -1.0, 1.0)
+    taken, scores, w = pool[:0], [], np.zeros(x.shape[1])
+    for size in sizes:
+        left = pool[~np.isin(pool, taken)]
+        p = sigmoid(x[left] @ w)
+        if order == "uncertain" and len(taken):
+            left = left[np.argsort(np.abs(p - 0.5), kind="stable")]
+        elif order == "disagreement" and len(taken):
+            left = left[np.argsort(-np.abs(p - judge[left]), kind="stable")]
+        taken = np.concatenate([taken, left[: size - len(taken)]])
+        w = logistic(x[taken], label[taken], l2, w)
+        scores.append(float(np.mean(correct(sigmoid(x[held] @ w)))))
+    return scores
