@@ -103,6 +103,7 @@ WRITERS = {
     "train/keep/runs.py": "a lock, which is held and not read",
     "feedback/store.py": "an empty file, which SQLite fills in transactions",
     "infer/retrieve/index.py": "arrays, into a folder of common.files and into memory",
+    "evals/features.py": "arrays, into memory",
 }
 WRITES = {
     "write_text", "write_bytes", "tofile", "save_file", "savez", "copy", "copy2", "copyfile", "copytree", "move",
