@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import functools
+import logging
 import os
 import re
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import ParamSpec, TypeVar
 
 P, R = ParamSpec("P"), TypeVar("R")
+warn = logging.getLogger("kungfu").warning  # printed as it is: only the root logger adds "WARNING:root:"
 LONGEST = 1000  # characters of a part of a message: names and values come from files of any hand
 
 
@@ -17,7 +19,7 @@ class UserError(ValueError):
     """Bad input: one line that says what is wrong, where, and the fix. Command lines print it and exit with code 2."""
 
     def __init__(self, what: str, where: str = "", fix: str = ""):
-        self.what, self.where, self.fix = map(_clipped, (what, where, fix))
+        self.what, self.where, self.fix = map(clipped, (what, where, fix))
         super().__init__(" · ".join(part for part in (self.where, self.what, self.fix) if part))
         self.__suppress_context__ = True
 
@@ -26,7 +28,7 @@ class UserError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
-def _clipped(text: str) -> str:
+def clipped(text: str) -> str:
     """One line that a terminal can show."""
     text = " ".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"

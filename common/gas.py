@@ -69,7 +69,9 @@ class Gas(NamedTuple):
             _text(self.kwh, "kWh", how),
             _text(self.co2_kg, "kgCO2e", f"{site.region}, PUE {site.pue.value:g}"),
         )
-        return "gas: " + " · ".join(parts)
+        strange = [name for name in self.chips if not chips.find(name)]
+        why = [f"n/a: {', '.join(strange)} is not in common/chips.json, --config.chip names one"] if strange else []
+        return "gas: " + " · ".join([*parts, *why])
 
     def goodput_line(self) -> str:
         spent = " · ".join(f"{kind} {short(s)} s" for kind, s in self.seconds.items() if s)

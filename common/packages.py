@@ -79,6 +79,9 @@ def locate(name: str, patterns: tuple[str, ...]) -> Path:
     try:
         return Path(snapshot_download(hub[1], revision=hub[2], allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client raises a dozen types, which mean the same to the user
+        if path.parent.is_dir():
+            fix = paths.nearest(path, f"there is none in {path.parent}")
+            raise UserError("no such folder, and no such model at the hub", name, fix) from None
         raise hub_error(error, name) from None
 
 

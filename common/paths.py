@@ -4,6 +4,8 @@ A store supports no appending, no renaming and no locks; writing an object is at
 """
 
 import contextlib
+import difflib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,6 +66,16 @@ def regular(place: Path) -> Path:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError("this is neither a file nor a folder", str(path), "remove it, or use another path")
     return place
+
+
+def nearest(path: Place, otherwise: str = "") -> str:
+    """ "did you mean X?", with the name beside a path that does not exist which is nearest in spelling; else
+    `otherwise`."""
+    if remote(path) or not path.parent.is_dir():
+        return otherwise
+    names = [p.name for p in itertools.islice(path.parent.iterdir(), 10_000)]
+    found = difflib.get_close_matches(path.name, names, 1, 0.75)
+    return f"did you mean {path.with_name(found[0])}?" if found else otherwise
 
 
 def create(path: Place, text: str) -> bool:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import logging
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from common import files
-from common.errors import UserError
+from common.errors import UserError, warn
 from data import cache, formats, sources
 from data.cache import Document
 from data.examples import Chat, Completion, Example, wrapped
@@ -101,7 +100,7 @@ def prepare(
     "last". Raises UserError when more than `max_bad` of the records are bad, or none is left.
     """
     if missed := sources.passed_over(source):
-        logging.warning("%s: passed over, not read: %s", source, ", ".join(missed))
+        warn("%s: passed over, not read: %s", source, ", ".join(missed))
     parts = [VERSION, sources.content_id(source), tokenizer.fingerprint, form, formats.parse_fields(fields)]
     wraps = tokenizer.chat_template is not None and _first_part(source, form, fields, Completion)
     parts += ["wrapped"] * wraps + [learn] * (learn != "all")
@@ -115,7 +114,7 @@ def prepare(
                 _check(found.report, source, max_bad)
                 return found
         except cache.Broken as error:
-            logging.warning("made again: %s", error)
+            warn("made again: %s", error)
         shutil.rmtree(path)
     index = {"version": VERSION, "fingerprint": fingerprint, "source": source, "kind": "", "sides": ()}
     index["tokenizer"] = tokenizer.fingerprint

@@ -2,10 +2,9 @@
 
 import functools
 import json
-import logging
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, warn
 from data.files import Row
 
 OURS = {"query": "input", "response": "output", "prompt": "instruction", "kto_tag": "label"}  # of alpaca rows
@@ -41,7 +40,7 @@ def mapping(path: Path) -> dict | None:
 @functools.cache
 def _warn(line: str) -> None:
     """Once, though a file is asked for several times."""
-    logging.warning(line)
+    warn(line)
 
 
 def mapped(row: Row, entry: dict) -> Row:

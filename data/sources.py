@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import paths
-from common.errors import UserError
+from common.errors import UserError, did_you_mean
 from common.packages import hub_error
 from data import files as readers
 from data import llamafactory, splits, synthetic
@@ -152,7 +152,11 @@ def files(spec: str) -> list[Path]:
     if not found:
         inside = f"; passed over: {', '.join(_passed_over(path))}" if path.is_dir() else ""
         fix = f"a path to {' '.join(readers.READERS)}, or one of: {' '.join(BUILT_IN)} hf:repo synthetic:add"
-        raise UserError(f"no such source: no file, folder or built-in name{inside}", spec, fix)
+        raise UserError(
+            f"no such source: no file, folder or built-in name{inside}",
+            spec,
+            did_you_mean(spec, BUILT_IN) or paths.nearest(path, fix),
+        )
     for file in found:
         if not readers.kind(file):
             fix = "save it as CSV" if file.name.lower().endswith(OFFICE) else f"known: {' '.join(readers.READERS)}"

@@ -1,5 +1,4 @@
-"""Writes a task's examples as training data: train.jsonl, validation.jsonl and heldout.jsonl, one record of messages
-per line.
+"""Writes a task's examples as training data: train.jsonl, validation.jsonl and heldout.jsonl, one chat per line.
 
     python -m evals.export --task=dates --out=runs/dates
 

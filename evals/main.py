@@ -79,10 +79,11 @@ def run(args: argparse.Namespace) -> list[dict]:
     start = time.perf_counter()
     lm = hosted.load(args.model, args.adapter or None, strict=args.strict)
     here = not isinstance(lm, hosted.Hosted)
+    step = _step(args.adapter or args.model)
     used, results = [_gas(time.perf_counter() - start, 0.0)] if here else [], []
     for result in _measure(lm, args, tasks, contexts):
         spent = _gas(result["seconds"], result["flops"]) if here else gas.Gas(usd=result["usd"])
-        line = {"time": round(time.time(), 3), "model": args.model, **result, "gas": spent._asdict()}
+        line = {"time": round(time.time(), 3), "model": args.model, **step, **result, "gas": spent._asdict()}
         line = files.plain(line | ({"adapter": args.adapter} if args.adapter else {}))
         used.append(spent)
         results.append(line)
@@ -191,6 +192,14 @@ def _folder(args: argparse.Namespace) -> Path | None:
     return None
 
 
+def _step(name: str) -> Json:
+    """{"step": of a run folder}, the newest, of which the trained weights were read; {} for another model."""
+    from model.io import saved
+
+    steps = saved.steps(Path(name) / "ckpt")
+    return {"step": steps[0]} if steps else {}
+
+
 def _others(args: argparse.Namespace, tasks: dict[str, "Task"]) -> dict[str, list[Json]]:
     """Earlier results on the rows to be scored, by task. Raises UserError if there are none."""
     if not args.against:
@@ -246,7 +255,8 @@ def show(results: list[Json]) -> None:
 def _remarks(r: Json) -> Iterator[str]:
     """Remarks on a result: its score without length normalization, the most frequent answers, a too wide interval."""
     if r["by_sum"] is not None:
-        yield f"{r['by_sum']:.3f} if log-likelihoods are not divided by the options' lengths in bytes"
+        by_sum = f"by the whole log-likelihood the score is {r['by_sum']:.3f}"
+        yield f"the options are ranked by log-likelihood per byte; {by_sum}"
     often = [(text, count) for text, count in r["answers"] if count > 1]
     each = ", ".join(f"{_short(text)} {percent(count / r['n'])}" for text, count in often)
     yield f"most frequent answers: {each}" if often else f"all {r['n']} answers differ"

@@ -95,7 +95,7 @@ def task(spec: str) -> Task:
     shown = [] if part in ("all", "train") else found["train"]
     notes = [f"{len(every):,} rows ({sizes}), scored: {part}"]
     notes.append(f"scorer {scorer}" + (f", since there are {why}" if why else ""))
-    notes += _warnings(scored)
+    notes += _warnings(scored, "rows" if part == "all" else f"{part} rows")
     if part != "all":
         notes += overlap.across({name: rows for name, rows in found.items() if rows})
     texts = all(isinstance(row["prompt"], str) for row in every)
@@ -306,12 +306,12 @@ def _check(source: str, scorer: str, rows: Sequence[dict]) -> None:
         row["options"] = classes
 
 
-def _warnings(rows: Sequence[dict]) -> list[str]:
+def _warnings(rows: Sequence[dict], what: str) -> list[str]:
     first = Counter(row["answer"] for row in rows)
     (answer, count), n = first.most_common(1)[0], len(rows)
     lines = []
     if count > 1 and (count > n / 5 or len(first) == 1):
-        every = "every row has" if len(first) == 1 else f"{count / n:.0%} of the rows have"
+        every = f"all {what} have" if len(first) == 1 else f"{count / n:.0%} of the {what} have"
         lines.append(f"{every} the answer {answer[:40]!r}, which a model that always gives it would get right")
     for column in rows[0]["slices"]:
         if len(values := {row["slices"][column] for row in rows}) > SLICES:

@@ -189,6 +189,8 @@ def test_config_is_required():
         ("optim.name=adamv", "config.optim.name = adamv · unknown choice · did you mean adamw?"),
         ("tracker=x", 'config.tracker = x · unknown choice · one of "", tensorboard, wandb'),
         ("allow=data,confg", "config.allow = ('data', 'confg') · unknown choice · did you mean config?"),
+        ("optim.learning_rate=1", "config.optim.learning_rate = 1 · unknown key · did you mean config.optim.lr?"),
+        ("seed=" + "x" * 5000, f"config.seed = {'x' * 500} ... {'x' * 500} · must be an integer"),
         ("trainable=(", "config.trainable = ( · is not a regular expression: "
          "missing ), unterminated subpattern at position 0"),
         ("optim.lr_scale=a,2", "config.optim.lr_scale = ('a', 2) · must be pairs of a regular expression and a "

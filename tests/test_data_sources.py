@@ -390,6 +390,12 @@ def test_the_hub(tmp_path):
     check({"me/other": "the hub cannot be reached · check the network"})
 
 
+def test_a_mistyped_path_gets_the_one_beside_it(tmp_path):
+    (tmp_path / "rows.csv").touch()
+    with pytest.raises(UserError, match=r"no such source.*did you mean .*/rows\.csv\?"):
+        sources.files(str(tmp_path / "rosw.csv"))
+
+
 def test_a_folder_of_notes_alone_is_read(tmp_path):
     (tmp_path / "b.md").write_text("# Two\n")
     (tmp_path / "a.md").write_text("one")

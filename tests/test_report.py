@@ -97,6 +97,12 @@ def test_sentences_come_from_the_numbers(runs):
     assert "+0.125 nats per token for LoRA r=4" in told
 
 
+def test_a_score_of_an_earlier_step_says_so(runs):
+    old = report_data.read(runs[1])._replace(evals=[result(0.9, 0.8, 0.95, step=10)])
+    (choice,) = report_data.choices([old])["fruit"]
+    assert (choice.label, choice.flops, choice.seconds) == ("LoRA r=4, at step 10 of 20", None, None)
+
+
 def test_two_scorings_of_a_task_stand_apart(runs):
     prompting, lora = report_data.read(runs[0]), report_data.read(runs[1])
     assert list(report_data.choices([prompting, lora])) == ["fruit"]

@@ -107,7 +107,7 @@ def export_adapter(source: str, adapter: str, to: str) -> None:
 def card(to: str, source: str, adapter: str, use: list[str], library: str = "transformers") -> str:
     """The README.md of a model exported from `source` with `adapter`, including the metadata that the hub reads."""
     run = Path(adapter or source).expanduser()
-    config = configured(run)
+    config, step = configured(run)
     name = source if adapter or not config else origin(source)
     base = packages.HUB.get(name, Path(name).name if Path(name).exists() else name)
     head = ["---", f"library_name: {library}", *([f"base_model: {base}"] if "/" in base else []), "---"]
@@ -116,7 +116,8 @@ def card(to: str, source: str, adapter: str, use: list[str], library: str = "tra
         data = re.sub(r"[^,]*/", "", config["data"]["source"])  # without local folder names
         how = report.of_run(report.Run(run, config, {}, {}, [], []))
         summary = f"{how} of {base}" if base else how
-        summary += f": {config['steps']:,} steps on `{data}`, trained with Kungfu."
+        steps = f"{step:,} steps" if step == config["steps"] else f"{step:,} of {config['steps']:,} steps"
+        summary += f": {steps} on `{data}`, trained with Kungfu."
     lines = [*head, "", f"# {Path(to).name}", "", summary]
     if name in packages.PACKAGES and packages.packaged(name).suffix == ".gguf":
         lines += ["", "The base was read from a 4-bit copy (GGUF, Q4_1), whose weights differ slightly from the hub's."]
@@ -125,16 +126,19 @@ def card(to: str, source: str, adapter: str, use: list[str], library: str = "tra
 
 def origin(source: str) -> str:
     """The name of the model that a run, or a chain of runs, started from; "" for random weights."""
-    while config := configured(Path(source).expanduser()):
+    while config := configured(Path(source).expanduser())[0]:
         source = config["init"]
     return source
 
 
-def configured(folder: Path) -> Json:
-    """The config of a run folder or of one of its steps; {} for any other model."""
+def configured(folder: Path) -> tuple[Json, int]:
+    """(config, step) of a run folder, at its newest step, or of one of its steps; ({}, 0) for any other model."""
     from infer.models import is_run, run_at
 
-    return schema.to_dict(run_at(folder).cfg) if is_run(folder) else {}
+    if not is_run(folder):
+        return {}, 0
+    run = run_at(folder)
+    return schema.to_dict(run.cfg), run.saved.step
 
 
 if __name__ == "__main__":

@@ -112,6 +112,7 @@ def train(s: Session) -> int:
         with clock.paused():
             s.trace.tick(clock.steps, sums)
         done += 1
+        metrics.step = done
         last = done == cfg.steps
         if done % cfg.log_every == 0 or last:
             with metrics.timer("step"):

@@ -2,14 +2,13 @@
 
 import contextlib
 import copy
-import logging
 import math
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from common import files
-from common.errors import UserError
+from common.errors import UserError, warn
 from common.types import Config
 from data.rows import batch as batches
 from data.rows.loader import load_tokenizer, make_loaders, save_tokenizer
@@ -78,7 +77,7 @@ def sources(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Batches, Bat
     mine = local_rows(mesh, cfg.data.batch_size)
     train, heldout = make_loaders(cfg.data, tokenizer, cfg.seed, mine)
     for line in train.notes(tokenizer) if hosts.primary() else ():
-        logging.warning(line)
+        warn(line)
     return Batches(train, mesh), heldout and Batches(heldout, mesh)
 
 
@@ -87,7 +86,7 @@ def tasks(cfg: Config) -> dict[str, Task]:
     found = task.named(cfg.evals)
     for name, made in found.items() if hosts.primary() else ():
         for note in made.notes:
-            logging.warning("%s: %s", name, note)
+            warn("%s: %s", name, note)
     return found
 
 

@@ -33,6 +33,15 @@ from configs.schema.problems import ConfigError, Problem, show
 
 USAGE = "python -m train.main --config=configs/X.py[:ARG] --workdir=DIR [--config.key=value ...] [--plan]"
 
+ELSEWHERE = {  # names of keys in other libraries
+    "learning_rate": "optim.lr", "warmup_steps": "optim.warmup", "warmup_ratio": "optim.warmup",
+    "lr_scheduler_type": "optim.schedule", "max_grad_norm": "optim.clip", "optimizer": "optim.name",
+    "per_device_train_batch_size": "data.batch_size", "gradient_accumulation_steps": "accum", "max_steps": "steps",
+    "num_train_epochs": "epochs", "max_length": "data.seq_len", "max_seq_length": "data.seq_len",
+    "lora_r": "peft.rank", "lora_alpha": "peft.alpha", "logging_steps": "log_every", "save_steps": "ckpt.every",
+    "eval_steps": "eval_every", "model": "init", "model_name_or_path": "init", "dataset": "data.source",
+}  # fmt: skip
+
 
 class Loaded(NamedTuple):
     config: Config  # locked
@@ -194,7 +203,8 @@ def _unknown(path: str, value: object, schema: Mapping[str, Key]) -> Problem:
         near = did_you_mean(name, arguments, fix)
         return Problem(f"config.{path}", show(value), f"no argument of the chosen {kind}", near)
     known = [f"config.{k}" for k in schema]
-    return Problem(f"config.{path}", show(value), "unknown key", did_you_mean(f"config.{path}", known, "see --help"))
+    near = did_you_mean(f"config.{ELSEWHERE.get(name, path)}", known, "see --help")
+    return Problem(f"config.{path}", show(value), "unknown key", near)
 
 
 def _check_leaves(

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from common.errors import LONGEST, UserError
+from common.errors import UserError, clipped
 
 
 class Problem(NamedTuple):
@@ -24,7 +24,7 @@ class ConfigError(UserError):
     """All problems of a config. As text: one line each, or a table if stderr is a terminal."""
 
     def __init__(self, problems: Iterable[Problem], where: str = ""):
-        self.problems = list(problems)
+        self.problems = [Problem(*map(clipped, problem)) for problem in problems]
         n = len(self.problems)
         super().__init__(f"{n} problem{'s' if n > 1 else ''}", where, "see --help for every key")
 
@@ -53,7 +53,5 @@ class ConfigError(UserError):
 def show(value: object) -> str:
     """A value as a person would type it."""
     if isinstance(value, str):
-        value = value if value else '""'
-    else:
-        value = repr(value)
-    return value if len(value) <= LONGEST else f"{value[:LONGEST]} ..."
+        return value if value else '""'
+    return repr(value)

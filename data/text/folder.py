@@ -1,14 +1,13 @@
 """Hugging Face folders: the vocabulary, and every file beside it that says what else the tokenizer is."""
 
 import importlib
-import logging
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Core
 
 from common import files
-from common.errors import UserError
+from common.errors import UserError, warn
 from data.text import gguf, pieces
 from data.text.splits import QWEN2
 from data.text.tokenizer import NoTokenizer, Tokenizer
@@ -195,7 +194,7 @@ def _add_tokens(core: Core, folder: Path, names: dict) -> None:
         if before is None and core.token_to_id(content) is None:
             new = size + sum(core.token_to_id(known) is None for known in wanted)
             what = "%s: %s %r is not in the vocabulary: added as id %d, which no model was trained on"
-            logging.warning(what, folder, key, content, new)
+            warn(what, folder, key, content, new)
         if before is None or not before.special:
             flags = {flag: getattr(before, flag) for flag in FLAGS} if before else {}
             wanted[content] = AddedToken(content, special=True, **flags) if before else _added(token, special=True)
@@ -203,7 +202,7 @@ def _add_tokens(core: Core, folder: Path, names: dict) -> None:
     for i, content in ((i, _content(token)) for i, token in at.items()):
         if content and core.token_to_id(content) != i:
             what = "%s: token %r has id %d beside the vocabulary and %d in it; the latter counts"
-            logging.warning(what, folder, content, i, core.token_to_id(content))
+            warn(what, folder, content, i, core.token_to_id(content))
 
 
 def _named(names: dict) -> list[tuple[str, object]]:
@@ -260,7 +259,7 @@ def _prefix(core: Core, folder: Path, names: dict, bos: int | None) -> tuple[int
         what = (
             "%s: add_bos_token is %s, but the post-processor of tokenizer.json adds %s: this counts, as in transformers"
         )
-        logging.warning(what, folder, flags[0], "BOS" if bos in prefix else "none")
+        warn(what, folder, flags[0], "BOS" if bos in prefix else "none")
     return prefix
 
 

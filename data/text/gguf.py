@@ -1,12 +1,11 @@
 """The tokenizer in the header of a GGUF file, as llama.cpp reads it; files of early writers included."""
 
-import logging
 from pathlib import Path
 
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Core
 
-from common.errors import UserError
+from common.errors import UserError, warn
 from common.gguf_header import read_header
 from data.text import pieces
 from data.text.pieces import CONTROL, NORMAL
@@ -56,9 +55,7 @@ def _repair(meta: dict, where: str) -> None:
         raise UserError("fewer scores or types than tokens", where)
     for name in [name for name in meta if name.endswith("_token_id")]:
         if not 0 <= meta[name] < len(tokens):
-            logging.warning(
-                "%s: %s=%d is not in the vocabulary of %d, left out", where, name, meta.pop(name), len(tokens)
-            )
+            warn("%s: %s=%d is not in the vocabulary of %d, left out", where, name, meta.pop(name), len(tokens))
     if meta["model"] == "llama":
         for name, i in (("bos", 1), ("eos", 2)):
             meta.setdefault(f"{name}_token_id", i)
@@ -73,9 +70,7 @@ def _byte_level(meta: dict, where: str) -> Core:
         raise UserError("this GGUF has no merges, without which its vocabulary cannot be used", where)
     pre = meta.get("pre")
     if pre is None:
-        logging.warning(
-            "%s: no tokenizer.ggml.pre: text is cut as llama.cpp then does, maybe not as in training", where
-        )
+        warn("%s: no tokenizer.ggml.pre: text is cut as llama.cpp then does, maybe not as in training", where)
         pre = "default"
     if pre not in SPLITS:
         fix = f"use the model's tokenizer.json; known: {', '.join(SPLITS)}"

@@ -13,7 +13,6 @@ The values equal those that the tools compute with. `folder` is a model.io.hf.Fo
 """
 
 import json
-import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, warn
 from model.families._layout import Index
 from model.io import compressed
 
@@ -71,7 +70,7 @@ def check(folder: Any, config: Any) -> None:
         what = f"weights are quantized by {method}, which is not supported ({strange[0]})"
         raise UserError(what, where, fix)
     elif not folder.coded:
-        logging.warning("%s: the quantization_config of %s is ignored, since the weights are floats", where, method)
+        warn("%s: the quantization_config of %s is ignored, since the weights are floats", where, method)
 
 
 def _format(folder: Any, name: str, parts: set[str]) -> Format | None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import logging
 import re
 from collections import Counter
 from pathlib import Path
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 
 from common import methods
-from common.errors import UserError, reading
+from common.errors import UserError, reading, warn
 from common.packages import locate
 from common.seen import Seen
 from model import weights
@@ -219,7 +218,7 @@ def _tied(config: ModelConfig, source: Source, path: Path) -> bool:
     for start in range(0, height, ROWS):
         rows = (slice(start, min(start + ROWS, height)), slice(None))
         if not np.array_equal(source.read(table, rows), source.read(head, rows)):
-            logging.warning("%s: config.json ties the head to the embedding, but %s differs and is used", path, head)
+            warn("%s: config.json ties the head to the embedding, but %s differs and is used", path, head)
             return False
     return True
 
@@ -242,7 +241,7 @@ def report(what: str, names: list[str], where: str, strict: bool) -> None:
     line = f"{what} {', '.join(shown)}{more}"
     if strict:
         raise UserError(line, where, "remove it from the folder, or open it without strict")
-    logging.warning("%s: %s", where, line)
+    warn("%s: %s", where, line)
 
 
 def families() -> list[str]:

@@ -1,6 +1,7 @@
 """Reads run folders as plain rows; every number comes from their files."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,6 +34,11 @@ class Run(NamedTuple):
         return [line for line in self.metrics if line["kind"] == kind]
 
     @property
+    def step(self) -> int:
+        """The last step of training."""
+        return max((line["step"] for line in self.metrics), default=0)
+
+    @property
     def done(self) -> dict:
         """The last line of a finished run; {} if it is not finished."""
         return next((line for line in reversed(self.metrics) if line.get("event") == "done"), {})
@@ -56,13 +62,14 @@ class Choice(NamedTuple):
 def read(folder: str | Path) -> Run:
     path = Path(folder)
     if not path.is_dir():
-        raise UserError("no such folder", str(path), "name run folders, or folders with an evals.jsonl")
+        fix = paths.nearest(path, "name run folders, or folders with an evals.jsonl")
+        raise UserError("no such folder", str(path), fix)
     paths.regular(path)
     found = {name: files.read_json(path / f"{name}.json") for name in ("config", "cost", "environment")}
     metrics = record.read(path / "metrics.jsonl")
-    last = max((line["step"] for line in metrics), default=0)
-    own = [line for line in metrics if line["kind"] == "task" and line["step"] == last]  # of config.evals
-    run = Run(path, **found, metrics=metrics, evals=own + files.read_lines(path / "evals.jsonl"))
+    own = [line for line in metrics if line["kind"] == "task"]  # of config.evals
+    evals = sorted(own + files.read_lines(path / "evals.jsonl"), key=lambda line: line.get("step", math.inf))
+    run = Run(path, **found, metrics=metrics, evals=evals)
     if not run.metrics and not run.evals:
         raise UserError("the folder has neither metrics.jsonl nor evals.jsonl", str(path))
     return run
@@ -165,14 +172,16 @@ def newest(lines: list[dict], keys: tuple[str, ...]) -> list[dict]:
 def choice(run: Run, result: dict, runs: list[Run]) -> Choice:
     trained, asked = bool(run.config), paired.asked(result)
     label = (of_run(run) + f", {asked}" * (asked != "zero-shot")) if trained else asked
+    if old := trained and result.get("step", run.step) < run.step:
+        label += f", at step {result['step']:,} of {run.step:,}"
     change, text = forgetting(run, runs)
     return Choice(
         label=label,
         task=result["task"],
         result=result,
         run=run,
-        flops=run.done.get("flops") if trained else 0,
-        seconds=seconds(run) if trained else 0,
+        flops=(None if old else run.done.get("flops")) if trained else 0,
+        seconds=(None if old else seconds(run)) if trained else 0,
         peak_bytes=run.done.get("peak_rss_bytes"),
         store_bytes=stored(run.path) if trained else 0,
         forgetting=change if trained else 0,

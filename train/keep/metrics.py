@@ -47,7 +47,8 @@ class Metrics:
         run_config: dict | None = None,
         on_error: str = "stop",
     ):
-        self.path, self.total, self.step, self.on_error = Path(path), total_steps, 0, on_error
+        self.path, self.total, self.on_error = Path(path), total_steps, on_error
+        self.step = 0  # of events
         self.active = jax.process_index() == 0
         self.finished = False  # whether the record has the end of the last step
         self.seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)  # of this session, by kind
@@ -68,7 +69,7 @@ class Metrics:
             self._feed.put(step, {f"{kind}/{k}": x for k, x in numbers.items() if isinstance(x, (int, float))})
 
     def event(self, message: str, **details: Any) -> None:
-        """Records an event at the last step written: a failed save, a skipped checkpoint, a stop."""
+        """Records an event at the current step: a failed save, a skipped checkpoint, a stop."""
         self.write(self.step, "event", event=message, **details)
 
     def end(self, message: str, chip: str = "", **details: Any) -> None:
