@@ -6,7 +6,9 @@ from common.errors import UserError
 from common.types import Json
 from data import formats, messages, sources
 from data.examples import Chat, Completion, wrapped
+from evals import rows
 from evals.task import Prompt
+from infer import hosted
 from infer.hosted import Hosted
 from infer.lm import LM
 
@@ -43,6 +45,36 @@ def _prompt(record: Json) -> Prompt:
         last = max((i for i, turn in enumerate(found.messages) if turn["role"] == "assistant"), default=None)
         return list(found.messages[: found.first or last])
     return found.plain()
+
+
+def references(record: Json) -> list[str] | None:
+    """The right answers in a record, if it has a column of them."""
+    column = next((name for name in rows.ANSWERS if record.get(name) not in (None, "")), "")
+    return rows.references(record[column], column, listed=False) if column else None
+
+
+def items(source: str) -> list[Json]:
+    """Records {"prompt", "answers": [{"text", "model", ...}, ...]}. Raises UserError."""
+    found = []
+    for where, prompt, record in prompts(source):
+        said = messages.parsed(record.get("answers"))
+        if not isinstance(said, list) or len(said) < 2 or not all(_is_answer(a) for a in said):
+            fix = "write them with tools.sample_pairs"
+            raise UserError('the column "answers" is not a list of two or more objects with "text"', where, fix)
+        found.append(record | {"prompt": prompt, "answers": [{"model": "unnamed"} | a for a in said]})
+    if not found:
+        raise UserError("there are no items", source)
+    return found
+
+
+def _is_answer(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("text"), str) and isinstance(value.get("model", ""), str)
+
+
+def model(name: str) -> LM | Hosted:
+    """A model, a run, a base with an adapter (BASE+FOLDER), or a hosted model, by name."""
+    base, _, adapter = ("", "", "") if hosted.is_hosted(name) else name.partition("+")
+    return hosted.load(base or name, adapter or None)
 
 
 def asked(prompt: Prompt, lm: LM | Hosted) -> Prompt:

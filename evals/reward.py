@@ -22,6 +22,8 @@ from urllib.parse import parse_qsl
 from common.errors import UserError, did_you_mean, reason
 from common.types import Json
 from evals import scorers
+from evals.answers import references
+from evals.rows import ANSWERS
 from evals.task import Prompt
 
 Rewards = Callable[[Sequence[Prompt], Sequence[str], Sequence[Json]], list[float]]
@@ -80,13 +82,9 @@ def _scorer(name: str) -> Rewards:
 
 def _references(row: Json) -> list[str]:
     """The right answers of a row, of a task or of data."""
-    from evals import rows
-
-    column = next((name for name in rows.ANSWERS if row.get(name) not in (None, "")), None)
-    found = rows.references(row[column], column, listed=False) if column else None
-    if not found:
-        raise UserError("a row has no answer to compare with", "reward scorer", f"one of {', '.join(rows.ANSWERS)}")
-    return found
+    if found := references(row):
+        return found
+    raise UserError("a row has no answer to compare with", "reward scorer", f"one of {', '.join(ANSWERS)}")
 
 
 def _model(folder: str) -> Rewards:

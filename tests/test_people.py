@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from data import formats
 from evals import answers, judge, pairs, reward, router
 from infer.hosted import parse
 from infer.models import load
@@ -14,7 +15,7 @@ from tests.cases import people
 from tests.helpers.adapters import make
 from tests.helpers.serving import scripted
 from tools import judge as tool
-from tools import sample_pairs
+from tools import rank, sample_pairs
 
 
 def rows(path, *records):
@@ -74,6 +75,45 @@ def test_sampled_items_are_the_same_after_a_kill(folder, tmp_path, capsys):
         assert (tmp_path / "b.jsonl").read_bytes() == whole
     assert sample_pairs.main([*command, "--seed=1", f"--out={tmp_path}/b.jsonl"]) == 2
     assert "something else than answers of these models" in capsys.readouterr().err
+
+
+def test_answers_are_ranked_into_rows_to_train_on(folder, tmp_path, capsys):
+    """Of four answers to 2+2= the best and the worst are kept; a prompt with equal rewards has no pair."""
+    said = lambda *texts: [{"text": text, "model": "ab"[i % 2]} for i, text in enumerate(texts)]
+    items = [
+        {"prompt": "2+2=", "answers": said("4", "five", "5 or 4", "x"), "references": ["4"]},
+        {"prompt": "1+2=", "answers": said("3", "3", "3", "3"), "answer": "3"},
+    ]
+    source, command = rows(tmp_path / "items.jsonl", *items), ["--reward=scorer:number,0.1*rule:length?most=1"]
+    command.append(f"--items={source}")
+    for keep, wanted in {
+        "best": [{"prompt": "2+2=", "completion": "4"}, {"prompt": "1+2=", "completion": "3"}],
+        "pairs": [{"prompt": "2+2=", "chosen": "4", "rejected": "five"}],
+        "items": [i | {"judge": {"model": command[0][9:], "ranks": r}} for i, r in zip(items, ([1, 3, 2, 3], [1] * 4))],
+    }.items():
+        assert rank.main([*command, f"--keep={keep}", f"--out={tmp_path}/o.jsonl"]) == 0
+        assert lines(tmp_path / "o.jsonl") == wanted
+        assert all(formats.example(row) for row in lines(tmp_path / "o.jsonl") if keep != "items")
+    out = capsys.readouterr().out
+    assert "b wins 25 %" in out and "the best of 4 is at most 0.636 nats" in out
+    assert rank.main([*command, "--keep=best"]) == 2
+    both = [f"--prompts={source}", f"--models={folder},{folder}+none", f"--out={tmp_path}/both.jsonl"]
+    assert sample_pairs.main(both) == 2  # there is no such adapter
+
+
+def test_kl_is_the_mean_log_ratio_of_the_second_model(folder, tmp_path, capsys):
+    lm, prompts = load(folder), [{"role": "user", "content": "2+2="}]
+    items = [{"prompt": prompts, "answers": [{"text": t, "model": m} for t, m in (("a", ""), ("bcd", str(folder)))]}]
+    other = tmp_path / "other"
+    model, params, _ = make()
+    params = params | {"embed": {"table": params["embed"]["table"] * 0.5}}
+    export_hf(model, params, people.tokenizer(), other, check=False)
+    source = rows(
+        tmp_path / "items.jsonl", items[0] | {"answers": [{"text": "a", "model": str(other)}, items[0]["answers"][1]]}
+    )
+    assert rank.main([f"--items={source}", "--reward=rule:ends", "--kl"]) == 0
+    [(ours, _)], [(theirs, _)] = (one.logps([prompts], ["bcd"]) for one in (lm, load(other)))
+    assert f"{ours - theirs:.3g} nats per answer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

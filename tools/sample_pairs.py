@@ -6,23 +6,18 @@
 --prompts is any data source; of rows with answers, only the prompts are used. MODEL is a model, a run, a base with an
 adapter (BASE+FOLDER), or a hosted model (openai:URL#MODEL). --answers counts the answers to a prompt, half of them from
 each of two models. A line of --out is {"id", "prompt", "answers": [{"text", "model", "sampling"}]}, as feedback.main,
-tools.judge and tools.best_of read it. Prompts that occur twice are asked once; prompts whose answers are all equal are
-left out. Killed at any time, the same command continues with the same result.
+tools.judge and tools.best_of read it. Prompts that occur twice are asked once; prompts to which one model
+gives equal answers are left out. Killed at any time, the same command continues with the same result.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common import cli, files
 from common.errors import UserError
 from common.types import Json
-
-if TYPE_CHECKING:
-    from infer.hosted import Hosted
-    from infer.lm import LM
 
 MOST = 64  # answers to a prompt
 
@@ -57,14 +52,18 @@ def write(args: argparse.Namespace, each: int) -> None:
 
     knobs = {"temperature": args.temperature, "top_p": args.top_p}
     sampling = knobs | {"seed": args.seed, "max_new_tokens": args.max_new_tokens}
-    found = {f"{splits.key(json.dumps(prompt)):016x}": prompt for _, prompt, _ in answers.prompts(args.prompts)}
-    if not found:
+    drawn, right = {}, {}
+    for _, prompt, record in answers.prompts(args.prompts):
+        name = f"{splits.key(json.dumps(prompt)):016x}"
+        if len(drawn) < args.n and name not in drawn:
+            drawn[name], found = prompt, answers.references(record)
+            right[name] = {"references": found} if found else {}
+    if not drawn:
         raise UserError("there are no prompts", args.prompts)
-    drawn = dict(list(found.items())[: args.n])
     out = Path(args.out)
     kept = _kept(out, list(drawn), [{"model": m, "sampling": sampling} for m in args.models for _ in range(each)])
     todo = list(drawn)[1 + max((list(drawn).index(name) for name in kept), default=-1) :]
-    lms, equal = [_load(name) for name in args.models] if todo else [], 0
+    lms, equal = [answers.model(name) for name in args.models] if todo else [], 0
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = files.Lines(out)
     size = max(1, answers.ROWS // each)
@@ -76,11 +75,11 @@ def write(args: argparse.Namespace, each: int) -> None:
         ]
         for name, prompt, *texts in zip(names, asked, *made, strict=True):
             pairs = [(model, text) for model, part in zip(args.models, texts, strict=True) for text in part]
-            if len({text for _, text in pairs}) == 1:
+            if len(lms) == 1 and len({text for _, text in pairs}) == 1:
                 equal += 1
                 continue
             said = [{"text": text, "model": model, "sampling": sampling} for model, text in pairs]
-            lines.write({"id": name, "prompt": prompt, "answers": said})
+            lines.write({"id": name, "prompt": prompt, "answers": said} | right[name])
         lines.sync()
         print(f"{at + len(names):,} of {len(todo):,} prompts", flush=True)
     lines.close()
@@ -112,13 +111,6 @@ def _kept(out: Path, names: list[str], answers: list[Json]) -> list[str]:
     if whole != text:
         files.write(out, whole)
     return [line["id"] for line in lines]
-
-
-def _load(name: str) -> "LM | Hosted":
-    from infer import hosted
-
-    base, _, adapter = ("", "", "") if hosted.is_hosted(name) else name.partition("+")
-    return hosted.load(base or name, adapter or None)
 
 
 if __name__ == "__main__":
