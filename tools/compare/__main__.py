@@ -1,0 +1,168 @@
+"""Measures which method suits a task, and its cost: prompting, retrieval, LoRA, full fine-tuning, a hosted model.
+
+    python -m tools.compare --task=rows.csv [--models=A,B] [--documents=SOURCE] [--methods=zero_shot,lora] [--plan]
+        --budget=30min     at most; also 2h, 2usd, or FLOPs such as 1e15. Default: all that is asked for
+        --rungs=3          of successive halving; 0: the first setting of every method is tested, without a search
+        --seeds=3          trainings of each method that is tested
+        --requests=10000   per month, for the recommendation
+        --price=1:2:4      USD per hour of the machine that will answer: LOW:VALUE:HIGH or VALUE
+        --chip=v5e         that machine, a name in common/chips.json; default: this one
+        --plan             only estimates FLOPs, time, money and energy
+        --out=runs/compare
+
+The task is a file of rows with a question and an answer, with the options of evals.main: rows.csv:scorer=number. Rows
+are split by their questions: settings are chosen on validation rows, and the test rows are used once, at the end.
+Methods are files in tools/compare/methods. Killed at any moment, the same command continues, with the same choices.
+"""
+
+import functools
+import os
+import sys
+from pathlib import Path
+
+from common import cli, exits
+from common.errors import UserError, did_you_mean
+from common.methods import known, module
+from common.types import Json
+from infer import hosted
+from tools.compare import plan
+from tools.compare.engine import Engine
+from tools.compare.inputs import Comparison, base, read
+from tools.compare.method import Candidate, Method
+from tools.compare.record import Record, resumed
+
+MODEL = "smollm2-135m-instruct"
+ORDER = "zero_shot", "instruction", "few_shot", "rag", "lora", "qlora", "full", "rag_lora"
+
+
+@cli.command
+def main(argv: list[str]) -> int:
+    parser = cli.Parser("tools.compare", __doc__)
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--models", default=[MODEL], type=cli.listed)
+    parser.add_argument("--methods", default=names(), type=cli.listed)
+    for name in ("documents", "budget", "price", "chip"):
+        parser.add_argument(f"--{name}", default="")
+    parser.add_argument("--requests", default=10_000, type=float)
+    parser.add_argument("--seeds", default=3, type=cli.count)
+    parser.add_argument("--rungs", default=3, type=cli.count)
+    parser.add_argument("--out", default="runs/compare", type=Path)
+    parser.add_argument("--plan", action="store_true")
+    args = parser.parse_args(argv)
+    for name in args.methods:
+        if name not in names():
+            raise UserError(f"no method {name!r}", "--methods", did_you_mean(name, names(), f"of {', '.join(names())}"))
+    if args.seeds < 1 or not args.requests > 0:
+        raise UserError("the values must be positive", "--seeds and --requests")
+    price = plan.price(args.price)
+    machine = here()
+    prices = plan.prices(machine, price, args.chip)
+    flops, seconds = plan.budget(args.budget, prices[-1]["usd_hour"] and prices[-1]["usd_hour"][1])
+    if args.budget and not args.rungs:
+        raise UserError("a budget needs successive halving", "--rungs=0", "--rungs=1 or more")
+    task = read(args.task)
+    c = Comparison(task, {name: base(name, task) for name in args.models}, args.documents or None, args.out)
+    found, refused = candidates(c, args.methods)
+    if not any(found):
+        raise UserError(f"no method can be used: {refused[0]['why']}", "--methods")
+    from tools.compare import halving
+
+    rungs = halving.rungs(args.rungs, len(task.scored["train"]), len(task.scored["validation"]))
+    if args.plan:
+        plan.show(c, found, rungs, args.seeds, plan.planned(prices))
+        return exits.DONE
+    asked = Record(
+        task=task.record(), models=args.models, documents=c.documents, requests=args.requests,
+        seeds=list(range(args.seeds)), rungs=rungs, methods_asked=args.methods,
+        budget={"asked": args.budget, "flops": flops, "rate": None, "rate_from": ""},
+        machine=machine, prices=prices, candidates=[x.row() for x in found],
+        methods=[*(_row(x.name, x.model, x.method, "open", "") for x in first(found)), *refused],
+    )  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    from train.keep.runs import take_lock
+
+    lock = take_lock(args.out / "LOCK")
+    try:
+        return Engine(c, resumed(asked, args.out), found, seconds).run()
+    finally:
+        os.close(lock)
+
+
+def names() -> list[str]:
+    """The methods in the order in which they are tried; those without a place come last."""
+    found = known("tools.compare.methods")
+    return [*(name for name in ORDER if name in found), *(name for name in found if name not in ORDER)]
+
+
+def candidates(c: Comparison, methods: list[str]) -> tuple[list[Candidate], list[Json]]:
+    """All settings of all methods and models, and the rows of methods that are refused, with the reason."""
+    found, refused = [], []
+    for name in methods:
+        for model in c.bases:
+            method = module("tools.compare.methods", name).method(c, model)
+            on = f"@{model}" if len(c.bases) > 1 else ""
+            made = [
+                Candidate(":".join([name + on, *_settings(setting.values)]), name, model, method, setting)
+                for setting in method.settings
+            ]
+            found += made
+            if method.refused:
+                refused.append(_row(name, model, method, "refused", method.refused))
+    return found, refused
+
+
+def _settings(values: Json) -> list[str]:
+    text = ",".join(
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
+    )
+    return [text] if text else []
+
+
+def first(found: list[Candidate]) -> list[Candidate]:
+    """One candidate of each method and model."""
+    return list({x.key: x for x in reversed(found)}.values())[::-1]
+
+
+def _row(name: str, model: str, method: Method, status: str, why: str) -> Json:
+    """A method in the record, before it has been measured."""
+    return {
+        "name": name,
+        "model": model,
+        "label": method.label,
+        "how": method.how,
+        "status": status,
+        "why": why,
+        "candidate": None,
+        "documents": method.documents,
+        "trained": any(setting.train is not None for setting in method.settings),
+        "leaves": hosted.is_hosted(model) and hosted.parse(model).leaves,
+        "tests": [],
+        "request": None,
+        "forgetting": None,
+        "spent": {},
+    }
+
+
+@functools.cache
+def here() -> Json:
+    """This machine."""
+    import jax
+
+    from common import chips
+
+    kind = jax.devices()[0].device_kind
+    chip = chips.find(kind)
+    return {"name": _processor() if kind == "cpu" else kind, "devices": jax.device_count(), "chip": chip and chip.name}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
+    return f"{name}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,116 @@
+"""Successive halving over methods and their settings, on validation rows (Jamieson & Talwalkar 2016).
+
+Pure functions of recorded scores and FLOPs: no clock and no randomness decides.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from common import numbers
+from common.types import Json
+from evals import paired
+from tools.compare.method import Candidate
+
+ETA = 3  # each rung has ETA times as many training rows as the one before, and 1 / ETA of the settings
+ROWS = (50, 100, 200)  # validation rows of the rungs, at most
+LEAST = 24  # training rows of a rung, at least
+BASELINE = "zero_shot"  # tested in any case: it costs nothing to make, and the others are compared with it
+
+Result = Callable[[Candidate], Json]
+
+
+class Drop(NamedTuple):
+    candidate: Candidate
+    why: str
+
+
+def rungs(n: int, train: int, validation: int) -> list[Json]:
+    """`n` rungs or fewer: the share of the training rows, their number, and the number of validation rows. The last
+    one trains on all rows; a rung with fewer than LEAST training rows is left out."""
+    shares = [ETA**-i for i in reversed(range(n))]
+    kept = [share for share in shares if share == 1 or share * train >= LEAST]
+    rows = ROWS[-len(kept) :] if len(kept) <= len(ROWS) else (ROWS[0],) * (len(kept) - len(ROWS)) + ROWS
+    return [
+        {"share": share, "train": math.ceil(share * train), "rows": min(most, validation)}
+        for share, most in zip(kept, rows, strict=bool(kept))
+    ]
+
+
+def settings(alive: Sequence[Candidate], result: Result, last: bool) -> tuple[list[Candidate], list[Drop]]:
+    """Keeps the best third of the settings of each method; after the last rung only the best. Equal scores: the
+    first."""
+    kept, dropped = [], []
+    for key in dict.fromkeys(candidate.key for candidate in alive):
+        mine = sorted((x for x in alive if x.key == key), key=lambda x: -result(x)["mean"])
+        n = 1 if last else math.ceil(len(mine) / ETA)
+        kept += mine[:n]
+        best = f"{_named(mine[0])} scored {_score(result(mine[0]))}"
+        dropped += [Drop(x, f"{_score(result(x))} on {result(x)['n']} validation rows; {best}") for x in mine[n:]]
+    return kept, dropped
+
+
+def methods(
+    alive: Sequence[Candidate], result: Result, before: Callable[[Candidate], Json | None], full: bool
+) -> tuple[list[Candidate], list[Drop]]:
+    """Drops the methods that are clearly worse than the leader: the 95 % interval of the paired difference is above 0.
+
+    A method that has trained on a part of the rows (`full` is false) may still learn: it is dropped only if it would
+    stay clearly worse after as large a gain as that since the rung `before`; without one, it is kept.
+    """
+    best = {key: max((x for x in alive if x.key == key), key=lambda x: result(x)["mean"]) for key in _keys(alive)}
+    leader = max(best.values(), key=lambda x: result(x)["mean"])
+    kept, dropped = [], []
+    for key, mine in best.items():
+        every = [x for x in alive if x.key == key]
+        found = paired.pair(result(leader), result(mine))
+        hope = 0.0
+        if mine.trained and not full:
+            earlier = before(mine)
+            hope = max(0.0, result(mine)["mean"] - earlier["mean"]) if earlier else math.inf
+        if key[0] == BASELINE or found is None or found.low <= hope:
+            kept += every
+            continue
+        gain = ", more than its last gain could make up for" if hope else ""
+        span = f"95 % interval {100 * found.low:.0f} to {100 * found.high:.0f}"
+        points = f"{100 * found.difference:.0f} points better on {found.n} validation rows"
+        dropped += [Drop(x, f"{_named(leader)} is {points} ({span}){gain}") for x in every]
+    return kept, dropped
+
+
+def affordable(
+    alive: Sequence[Candidate], score: Callable[[Candidate], float], now: Callable[[Candidate], float],
+    later: Callable[[Candidate], float], left: float | None,
+) -> tuple[list[Candidate], list[Drop]]:  # fmt: skip
+    """Keeps the methods that `left` FLOPs can pay for, those with the highest score first.
+
+    `now`: FLOPs of a candidate in the next rung. `later`: those until a method is tested, of which the dearest one
+    of the kept methods is held back, since at least one method must be finished.
+    """
+    if left is None:
+        return list(alive), []
+    kept, dropped, spent, reserve = [], [], 0.0, 0.0
+    for key in sorted(
+        _keys(alive), key=lambda key: (key[0] != BASELINE, -max(score(x) for x in alive if x.key == key))
+    ):
+        mine = [x for x in alive if x.key == key]
+        cost, rest = sum(map(now, mine)), max(map(later, mine))
+        if spent + cost + max(reserve, rest) <= left:
+            kept += mine
+            spent, reserve = spent + cost, max(reserve, rest)
+        else:
+            needed, free = numbers.flops(cost + rest), numbers.flops(max(0.0, left - spent - reserve))
+            dropped += [Drop(x, f"the budget is spent: it needs {needed} and {free} are left") for x in mine]
+    return [x for x in alive if x in kept], dropped
+
+
+def _keys(found: Sequence[Candidate]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys(x.key for x in found))
+
+
+def _named(x: Candidate) -> str:
+    return x.row()["label"]
+
+
+def _score(result: Json) -> str:
+    return f"{100 * result['mean']:.0f} %"

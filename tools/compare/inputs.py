@@ -1,0 +1,183 @@
+"""The inputs of a comparison: the rows of the task by split, the models, and what a request costs them."""
+
+import json
+import math
+import operator
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from infer.context import Asker, Context
+
+from common import files
+from common.errors import UserError
+from common.types import Json, Leaf
+from configs import schema
+from data import sources
+from evals import rows, task
+from infer import hosted
+
+if TYPE_CHECKING:
+    from data.text.tokenizer import Tokenizer
+
+LEAST = {"train": 20, "validation": 5, "test": 10}  # rows per split; fewer can decide nothing
+SHARE = 1024  # tokens per training step
+BYTES, WINDOW = 4, 8000  # of a hosted model: bytes per token, and the context, both assumed
+CONFIG = "configs/sft/own_task.py"
+TEST = ":split=test"  # also if the file's name says that all of its rows are held out
+
+
+class Task(NamedTuple):
+    """`spec` is a file with its options, `scored[split]` its rows."""
+
+    spec: str
+    name: str
+    scored: dict[str, list[Json]]
+    test: task.Task
+
+    def record(self) -> Json:
+        source, _ = rows.parse(self.spec)
+        twice = [note for note in self.test.notes if "duplicate" in note]
+        return {
+            "name": self.name, "source": source, "hash": task.fingerprint(self.test),
+            "content": sources.content_id(source)[:16], "scorer": self.test.scorer,
+            "rows": {split: len(found) for split, found in self.scored.items()},
+            "notes": [note for note in self.test.notes if note not in twice], "duplicates": twice,
+        }  # fmt: skip
+
+
+def read(spec: str) -> Task:
+    """The task of a file. Raises UserError if its rows cannot decide anything."""
+    if not rows.is_source(spec):
+        raise UserError(f"{spec!r} is not a file of rows", "--task", "name a .csv, .jsonl, .json or .parquet file")
+    _, options = rows.parse(spec)
+    if "split" in options or "name" in options:
+        raise UserError("a comparison chooses the split and the name itself", spec, "leave them out")
+    found = rows.task(f"{spec}{TEST}")
+    scored = {name: list(found.examples("heldout" if name == "test" else name)) for name in LEAST}
+    sizes = ", ".join(f"{name} {len(part):,}" for name, part in scored.items())
+    if short := [name for name, least in LEAST.items() if len(scored[name]) < least]:
+        least = LEAST[short[0]]
+        what = f"too few rows to compare methods ({sizes}): the {short[0]} split needs {least} or more"
+        raise UserError(what, spec, "bring 200 rows or more, 1,000 to tell methods apart that differ by 5 points")
+    answers = {row["answer"] for part in scored.values() for row in part}
+    if len(answers) == 1:
+        raise UserError(f"every row has the answer {min(answers)[:40]!r}: nothing can be compared", spec)
+    return Task(spec, rows.name(spec), scored, found)
+
+
+class Base(NamedTuple):
+    """A model, and the tokens of the task's rows in it."""
+
+    name: str
+    context: int  # maximum tokens of a prompt and its answer
+    forward: float  # FLOPs per token
+    prompt: float  # mean tokens of a question
+    answer: float  # mean tokens of an answer, with the end token
+    longest: int  # tokens of the longest question with its answer
+    hosted: bool = False
+
+
+class Comparison(NamedTuple):
+    """The inputs, as methods see them."""
+
+    task: Task
+    bases: dict[str, Base]
+    documents: str | None
+    out: Path
+
+    def room(self, model: str, each: float) -> int:
+        """How many more texts of `each` tokens fit before the longest question of a model."""
+        base = self.bases[model]
+        return int(max(0.0, (base.context - base.longest - 32) // max(each, 1.0)))
+
+
+def base(model: str, rows_of: Task) -> Base:
+    """Raises UserError if rows exceed the model's context, or it cannot be opened."""
+    if hosted.is_hosted(model):
+        return _hosted(model, rows_of)
+    from data.text import formats
+    from infer.models import open_model
+    from train import plan
+
+    tokenizer = formats.load(open_model(model).tokenizer_source)
+    chats = tokenizer.chat_template is not None
+    if not chats and rows_of.test.raw is None:
+        raise UserError("the rows are chats, and the model has no chat template", model)
+    asked, answered = [], []
+    for row in (row for part in rows_of.scored.values() for row in part):
+        asked.append(_tokens(row["prompt"], tokenizer))
+        answered.append(len(tokenizer.encode(row["answer"])) + 1)
+    cfg = config({"init": model, "peft.name": ""})
+    context = open_model(model).config.context
+    longest = max(a + b for a, b in zip(asked, answered, strict=True))
+    if longest > context:
+        what = f"a row has {longest:,} tokens, and the model's context {context:,}"
+        raise UserError(what, rows_of.spec, "shorten the rows, or choose another model")
+    forward = plan.describe(cfg, plan.blueprint(cfg))["flops_forward_per_token"]
+    mean = lambda values: sum(values) / len(values)
+    return Base(model, context, forward, mean(asked), mean(answered), longest)
+
+
+def _hosted(model: str, rows_of: Task) -> Base:
+    """A model behind an endpoint, which costs no FLOPs here; its tokenizer is not known, so tokens are guessed."""
+    hosted.parse(model)
+    every = [row for part in rows_of.scored.values() for row in part]
+    size = lambda text: len(json.dumps(text).encode()) / BYTES
+    asked, answered = [size(row["prompt"]) for row in every], [size(row["answer"]) + 1 for row in every]
+    longest = math.ceil(max(map(operator.add, asked, answered)))
+    return Base(model, WINDOW, 0.0, sum(asked) / len(asked), sum(answered) / len(answered), longest, True)
+
+
+def config(changes: dict[str, Leaf]) -> schema.Config:
+    """The config of a training run of a comparison."""
+    return schema.resolve(schema.read(str(schema.overrides.CHECKOUT / CONFIG)), changes, [], CONFIG)[0]
+
+
+def shape(longest: float) -> dict[str, Leaf]:
+    """Row length and batch size of training for examples of at most `longest` tokens."""
+    length = max(64, math.ceil(longest / 64) * 64)
+    return {"data.seq_len": length, "data.batch_size": max(1, SHARE // length)}
+
+
+def order(found: list[Json]) -> list[Json]:
+    """The rows in an order that does not depend on the file's; a smaller share is the beginning of a larger one."""
+    shuffled = list(found)
+    random.Random(0).shuffle(shuffled)
+    return shuffled
+
+
+def write(path: Path, found: list[Json], context: Context) -> None:
+    """Writes rows as training data, asked as the context says: with the best passages for each question."""
+    prompts = Asker(context)([row["prompt"] for row in found]).prompts
+    files.write_lines(path, [_pair(prompt, row["answer"]) for prompt, row in zip(prompts, found, strict=True)])
+
+
+def longest(path: Path, model: str) -> int:
+    """Tokens of the longest row of training data."""
+    from data.text import formats
+    from infer.models import open_model
+
+    tokenizer = formats.load(open_model(model).tokenizer_source)
+    return max(
+        _tokens(row.get("prompt") or row["messages"][:-1], tokenizer)
+        + len(tokenizer.encode(row.get("completion") or row["messages"][-1]["content"])) + 1
+        for row in files.read_lines(path)
+    )  # fmt: skip
+
+
+def _tokens(prompt: str | list[dict], tokenizer: "Tokenizer") -> int:
+    """Tokens of a question, as a chat if the model has a template."""
+    from data.examples import Completion, wrapped
+    from data.text import chat
+
+    if tokenizer.chat_template is None:
+        return len(tokenizer.encode(prompt)) if isinstance(prompt, str) else 0
+    turns = prompt if isinstance(prompt, list) else wrapped(Completion(prompt, "-")).messages[:-1]
+    return len(chat.encode(turns, tokenizer))
+
+
+def _pair(prompt: str | list[dict], answer: str) -> Json:
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "completion": answer}
+    return {"messages": [*prompt, {"role": "assistant", "content": answer}]}

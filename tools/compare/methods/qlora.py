@@ -1,0 +1,11 @@
+"""QLoRA: LoRA on a base in 4 bits, for less memory."""
+
+from tools.compare.inputs import Comparison
+from tools.compare.method import Method, Setting, trained
+from tools.compare.methods.lora import ADAPTER, RATES
+
+
+def method(c: Comparison, model: str) -> Method:
+    how = "LoRA on a base whose matrices are stored in 4 bits (NF4), for less memory."
+    settings = (Setting({"lr": lr}, {**ADAPTER, "quant.name": "nf4", "optim.lr": lr}) for lr in RATES)
+    return trained(c, model, "QLoRA, rank 16", how, settings)

@@ -1,0 +1,8 @@
+"""The question as it is: the baseline, which costs nothing to make."""
+
+from tools.compare.inputs import Comparison
+from tools.compare.method import Method, Setting
+
+
+def method(c: Comparison, model: str) -> Method:
+    return Method("zero-shot", "The model answers the question as it is.", (Setting({}),))

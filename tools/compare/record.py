@@ -1,0 +1,90 @@
+"""The record of a comparison, OUT/comparison.json: written whole after every job, read by the page and the bundle.
+
+Paths are relative to OUT, numbers are in base units, and None is unknown. Scores and FLOPs decide; seconds are only
+reported, so a comparison that was killed and resumed has the same record except for its times.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from common import files
+from common.errors import UserError
+from common.types import Json
+
+NAME, FORMAT = "comparison.json", 1
+ASKED = ("task", "models", "documents", "seeds", "rungs", "methods_asked", "budget")  # a resume must ask for the same
+
+
+@dataclasses.dataclass
+class Record:
+    task: Json  # name, source, hash, scorer, rows by split, notes, duplicates
+    models: list[str]
+    documents: str | None
+    requests: float  # per month
+    seeds: list[int]
+    rungs: list[Json]  # of successive halving: the share of the training rows, and the number of validation rows
+    methods_asked: list[str]
+    budget: Json  # asked, flops, rate, rate_from
+    machine: Json  # name, devices, chip
+    prices: list[Json]  # the first is the target
+    index: Json | None = None  # chunks, bytes, flops, seconds
+    decisions: list[Json] = dataclasses.field(default_factory=list)
+    candidates: list[Json] = dataclasses.field(default_factory=list)
+    methods: list[Json] = dataclasses.field(default_factory=list)
+    learning: list[Json] = dataclasses.field(default_factory=list)
+    spent: Json = dataclasses.field(default_factory=lambda: {"flops": 0.0, "seconds": 0.0, "usd": 0.0})
+    unspent: Json = dataclasses.field(default_factory=lambda: {"flops": None})
+
+    def candidate(self, name: str) -> Json:
+        return next(c for c in self.candidates if c["id"] == name)
+
+    def save(self, out: Path) -> None:
+        self._count()
+        files.write_json(out / NAME, files.plain({"format": FORMAT} | dataclasses.asdict(self)))
+
+    def _count(self) -> None:
+        """Adds up everything that was spent: training and measuring, on validation and on test rows, and the index."""
+        total = {"flops": 0.0, "seconds": 0.0, "usd": 0.0}
+        for method in self.methods:
+            mine = [c for c in self.candidates if (c["method"], c["model"]) == (method["name"], method["model"])]
+            parts = [part for c in mine for rung in c["rungs"] for part in (rung, rung["result"])]
+            for test in method["tests"]:
+                parts += [test["result"], test["text"] or {}, {} if test["trained_before"] else test]
+            method["spent"] = {key: sum(part.get(key) or 0.0 for part in parts) for key in total}
+            total = {key: total[key] + method["spent"][key] for key in total}
+        if self.index:
+            total = {key: total[key] + self.index[key] for key in total}
+        self.spent = total
+        flops = self.budget["flops"]
+        self.unspent = {"flops": None if flops is None else flops - total["flops"]}
+
+
+def load(out: Path) -> Record | None:
+    """The record of a folder; None if there is none. Raises UserError for one of another version."""
+    if not (out / NAME).exists():
+        return None
+    found = files.load_json(out / NAME)
+    names = {field.name for field in dataclasses.fields(Record)}
+    if found.pop("format", None) != FORMAT or found.keys() != names:
+        raise UserError("the record is of another version", str(out / NAME), "choose a new folder: --out")
+    return Record(**found)
+
+
+def resumed(asked: Record, out: Path) -> Record:
+    """The record in a folder if it has the same inputs, with the new prices and requests; else `asked`.
+
+    Raises UserError if it is of another comparison.
+    """
+    found = load(out)
+    if found is None:
+        return asked
+    for name in ASKED:
+        ours, theirs = getattr(asked, name), getattr(found, name)
+        if name in ("task", "budget"):
+            keys = ("name", "hash", "content") if name == "task" else ("asked",)
+            ours, theirs = ([value[key] for key in keys] for value in (ours, theirs))
+        if ours != theirs:
+            what = f"the folder has another comparison, with {name.replace('_asked', '')} {theirs}"
+            raise UserError(what, str(out), "choose a new folder: --out")
+    found.prices, found.requests = asked.prices, asked.requests
+    return found

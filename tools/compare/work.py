@@ -1,0 +1,174 @@
+"""The jobs of a comparison: ordinary commands in ordinary run folders, each of which can be repeated by hand."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from common import exits, files, gas, jobs
+from common import record as metrics
+from common.errors import UserError
+from common.jobs import Stage
+from common.types import Json
+from tools.compare import inputs
+from tools.compare.inputs import Comparison
+from tools.compare.method import Candidate
+from tools.compare.plan import EPOCHS
+from tools.report import data as report
+
+TEXT, PASSAGES = "pydocs", 12  # general text, whose loss measures forgetting
+LATENCY = 20  # requests that are timed one at a time
+CLOCK = ("time", "gas")  # fields of a result that the record leaves out
+
+
+class Failed(Exception):
+    """A command that failed, with the last line of its log."""
+
+
+class Stopped(Exception):
+    """The comparison was interrupted."""
+
+
+class Asked(NamedTuple):
+    """The rows to score, and whether to measure the latency and the loss on general text, too."""
+
+    split: str
+    n: int
+    latency: bool = False
+    text: bool = False
+
+
+def index(c: Comparison) -> Json | None:
+    """Builds the index of the documents. Raises UserError if that fails."""
+    if not c.documents:
+        return None
+    folder = c.out / "index"
+    argv = ["tools.index", f"--index={folder}", f"--documents={c.documents}"]
+    try:
+        _run(c, "index of the documents", [Stage("index", argv, lambda: 0.0, 5)])
+    except Failed as e:
+        raise UserError(f"the documents cannot be indexed: {e}", c.documents) from e
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    chunks = files.load_json(folder / "index.json")["chunks"]
+    return {"chunks": chunks, "bytes": size, "flops": 0.0, "seconds": 0.0, "usd": 0.0, "commands": [argv]}
+
+
+def train(c: Comparison, x: Candidate, rows: int, seed: int, folder: Path) -> tuple[Stage, list[str]]:
+    """The stage that trains a candidate on the first `rows` training rows; its data are written beside the runs."""
+    context = x.setting.ask
+    data = c.out / "rows"
+    data.mkdir(exist_ok=True)
+    paths = []
+    for split, found in (
+        ("train", inputs.order(c.task.scored["train"])[:rows]),
+        ("validation", c.task.scored["validation"]),
+    ):
+        path = data / f"{split}-{len(found)}{f'-{context.k}-passages' if context.index else ''}.jsonl"
+        if not path.exists():
+            inputs.write(path, found, context)
+        paths.append(path)
+    base = c.bases[x.model]
+    longest = inputs.longest(paths[0], x.model) if context.index else base.longest
+    changes = {
+        "init": x.model, "seed": seed, "epochs": EPOCHS, "data.source": paths[0], "data.eval_source": paths[1],
+        **inputs.shape(min(longest, base.context)), "eval_every": 0, **(x.setting.train or {}),
+    }  # fmt: skip
+    argv = ["train.main", f"--config={inputs.CONFIG}", *(f"--config.{key}={value}" for key, value in changes.items())]
+    argv.append(f"--workdir={folder}")
+    return Stage(f"train {x.id}", argv, lambda: trained(folder), 30), argv
+
+
+def trained(folder: Path) -> float:
+    """The fraction of a run's steps that are done; 1 only if its last line says so."""
+    lines = metrics.read(folder / "metrics.jsonl")
+    if any(line.get("event") == "done" for line in lines[-1:]):
+        return 1.0
+    steps = files.read_json(folder / "config.json").get("steps") or 1
+    return min(0.99, max((line["step"] for line in lines), default=0) / steps)
+
+
+def together(x: Candidate) -> tuple:
+    """Candidates with equal keys can be asked in one command."""
+    how = x.setting.ask
+    if x.trained or how.index:
+        return (x.id,)
+    return x.model, "instruction" if how.instruction else how.pick if how.shots else "fixed"
+
+
+def ask(c: Comparison, group: Sequence[Candidate], what: Asked, folder: Path) -> tuple[Stage, list[str]]:
+    """The stage that asks candidates which go `together`; their results are in `folder`."""
+    first, each = group[0], [x.setting.ask for x in group]
+    argv = ["evals.main", f"--model={folder if first.trained else first.model}", f"--tasks={c.task.spec}{inputs.TEST}"]
+    argv += [f"--n={what.n}", f"--out={folder}"]
+    if what.split != "test":
+        argv.append(f"--split={what.split}")
+    if any(how.instruction for how in each):
+        variants = folder / "instructions.txt"
+        files.write(variants, "".join(f"{how.instruction}\n" for how in each))
+        argv.append(f"--instructions={variants}")
+    if any(how.shots for how in each):
+        pick = next(how.pick for how in each if how.shots)
+        argv += [f"--shots={','.join(str(how.shots) for how in each)}", f"--pick={pick}"]
+    if index := each[0].index:
+        argv += [f"--index={index}", f"--k={each[0].k}"]
+    argv += [f"--latency={LATENCY}"] if what.latency else []
+    argv += [f"--text={TEXT}", f"--passages={PASSAGES}"] if what.text else []
+    done = lambda: float(all(result(x, what, folder) for x in group))
+    return Stage(f"ask {', '.join(x.id for x in group)}", argv, done, 20), argv
+
+
+def result(x: Candidate, what: Asked, folder: Path) -> Json | None:
+    """The newest result of a candidate in a folder, as the record keeps it; None if something is missing."""
+    split = "heldout" if what.split == "test" else what.split
+    key = split, what.n, x.setting.ask.to_dict()
+    lines = [line for line in files.read_lines(folder / "evals.jsonl") if "task" in line]
+    found = [line for line in lines if (line["split"], line["n"], line["context"]) == key]
+    if not found or (what.text and not loss(folder)):
+        return None
+    return {name: value for name, value in found[-1].items() if name not in CLOCK}
+
+
+def loss(folder: Path) -> Json | None:
+    """The loss on general text that was measured in a folder."""
+    found = [line for line in files.read_lines(folder / "evals.jsonl") if line.get("text") == TEXT]
+    return {key: found[-1][key] for key in ("loss", "tokens", "flops", "seconds")} if found else None
+
+
+def spent(folder: Path) -> tuple[float, float]:
+    """(FLOPs, seconds) of a run's training."""
+    run = report.read(folder)
+    return run.done["flops"], report.seconds(run) or 0.0
+
+
+def everything(folder: Path) -> float:
+    """All seconds of a run, with loading and saving."""
+    return sum(sum(session.spent.values()) for session in gas.sessions(metrics.read(folder / "metrics.jsonl")))
+
+
+def do(c: Comparison, title: str, stages: list[Stage]) -> None:
+    """Runs stages that are not done. Raises Failed or Stopped."""
+    if any(stage.share() < 1 for stage in stages):
+        _run(c, title, stages)
+
+
+def _run(c: Comparison, title: str, stages: list[Stage]) -> None:
+    logs = c.out / "logs" / slug(title)
+    logs.mkdir(parents=True, exist_ok=True)
+    print(f"{title}", flush=True)
+    code = jobs.run(stages, logs)
+    if code == exits.PREEMPTED:
+        raise Stopped
+    if code:
+        last = max(logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
+        said = [line for line in jobs.tail(last, 20) if line.strip()]
+        raise Failed((said or [f"exit code {code}"])[-1].strip())
+
+
+def slug(text: str) -> str:
+    """A name for a folder."""
+    return re.sub(r"[^\w.=+-]+", "-", text).strip("-.")[:120]
+
+
+def shown(argv: Sequence[str]) -> str:
+    return shlex.join(["python", "-m", *argv])
