@@ -1,0 +1,154 @@
+"""tools.compare: which methods and settings stay, what the budget pays for, and the record of a comparison."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from common import exits, files
+from common.errors import UserError
+from configs import schema
+from infer.context import Context
+from tests.helpers.processes import run, start
+from tools.compare import __main__ as command
+from tools.compare import halving, inputs, plan, record, work
+from tools.compare.inputs import Base, Comparison
+from tools.compare.method import Candidate, Method, Setting
+from tools.compare.methods import zero_shot
+
+ROWS = [f"{i % 2}" * (40 - k) + f"{1 - i % 2}" * k for k in range(3) for i in range(20)]
+
+
+def candidate(name: str, lr: float = 0.0, model: str = "m") -> Candidate:
+    setting = Setting({"lr": lr} if lr else {}, {"optim.lr": lr} if lr else None)
+    return Candidate(f"{name}:{lr:g}", name, model, Method(name, ""), setting)
+
+
+def result(right: int, n: int = 40) -> dict:
+    scores = [1.0] * right + [0.0] * (n - right)
+    return {"mean": right / n, "n": n, "scores": scores, "rows": list(map(str, range(n))), "task_hash": "h"}
+
+
+@pytest.fixture
+def comparison(tmp_path) -> Comparison:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("question,answer\n" + "".join(f"what is {i}?,{i % 7}\n" for i in range(200)))
+    base = Base("m", 512, 1e6, 8.0, 2.0, 20)
+    return Comparison(inputs.read(str(rows)), {"m": base}, str(rows), tmp_path)
+
+
+# --- halving ---
+
+
+def test_rungs_have_three_times_the_rows():
+    found = halving.rungs(3, 900, 400)
+    assert [(r["train"], r["rows"]) for r in found] == [(100, 50), (300, 100), (900, 200)]
+    assert [r["train"] for r in halving.rungs(3, 100, 30)] == [34, 100]  # a ninth would be 12 rows
+    assert halving.rungs(0, 900, 400) == []
+
+
+def test_a_third_of_the_settings_stays_and_at_last_one():
+    alive = [candidate("lora", lr) for lr in (1e-3, 3e-4, 3e-3, 1e-2)] + [candidate("zero_shot")]
+    scores = dict(zip(alive, map(result, (20, 30, 30, 1, 5)), strict=True))
+    kept, dropped = halving.settings(alive, scores.__getitem__, last=False)
+    assert [x.id for x in kept] == ["lora:0.0003", "lora:0.003", "zero_shot:0"]
+    assert dropped[0].why == "50 % on 40 validation rows; lora, lr 0.0003 scored 75 %"
+    kept, _ = halving.settings(alive, scores.__getitem__, last=True)
+    assert [x.id for x in kept] == ["lora:0.0003", "zero_shot:0"]  # the first of equals
+
+
+def test_what_is_clearly_worse_stops():
+    """Newcombe's interval of 30 against 10 of 40 nested rows is far above 0; the baseline stays."""
+    rag, shots, zero = candidate("rag"), candidate("few_shot"), candidate("zero_shot")
+    scores = {rag: result(30), shots: result(10), zero: result(10)}
+    kept, [drop] = halving.methods(list(scores), scores.__getitem__, lambda x: None, full=True)
+    assert kept == [rag, zero] and drop.candidate == shots
+    assert drop.why.startswith("rag is 50 points better on 40 validation rows (95 % interval ")
+    scores[shots] = result(28)
+    assert halving.methods(list(scores), scores.__getitem__, lambda x: None, full=True)[1] == []
+
+
+def test_training_on_a_part_of_the_rows_may_still_learn():
+    rag, lora = candidate("rag"), candidate("lora", 1e-3)
+    scores = {rag: result(36), lora: result(10)}
+    drops = lambda before, full=False: halving.methods([rag, lora], scores.__getitem__, lambda x: before, full)[1]
+    assert not drops(None)  # nothing is known about its gain
+    assert not drops(result(0)) and drops(result(9)) and drops(None, full=True)
+
+
+def test_the_budget_pays_the_best_first_and_holds_a_test_back():
+    lora, full, zero = candidate("lora", 1e-3), candidate("full", 1e-5), candidate("zero_shot")
+    score, now = {lora: 0.9, full: 0.5, zero: 0.1}.__getitem__, {lora: 10.0, full: 20.0, zero: 1.0}.__getitem__
+    later = {lora: 30.0, full: 60.0, zero: 1.0}.__getitem__
+    everyone = [zero, lora, full]
+    assert halving.affordable(everyone, score, now, later, None) == (everyone, [])
+    assert halving.affordable(everyone, score, now, later, 91.0)[0] == everyone  # 1 + 10 + 20, and 60 later
+    kept, [drop] = halving.affordable(everyone, score, now, later, 90.0)
+    assert kept == [zero, lora] and "it needs 80 FLOP and 49 FLOP are left" in drop.why
+    assert halving.affordable(everyone, score, now, later, 1.5)[0] == []
+
+
+# --- plans ---
+
+
+def test_budgets_and_prices():
+    assert plan.budget("1e15", None) == (1e15, None) and plan.budget("", None) == (None, None)
+    assert plan.budget("30min", None) == (None, 1800) and plan.budget("2 h", None) == (None, 7200)
+    assert plan.budget("2usd", 4.0) == (None, 1800)
+    assert plan.price("2") == [2, 2, 2] and plan.price("1:2:4") == [1, 2, 4] and plan.price("") is None
+    for text in ("soon", "0", "-1h", "1e", "2usd"):
+        with pytest.raises(UserError, match="budget"):
+            plan.budget(text, None)
+    for text in ("4:2:1", "1:2", "cheap", "nan"):
+        with pytest.raises(UserError, match="price"):
+            plan.price(text)
+
+
+def test_a_request_costs_what_is_read_and_written(comparison):
+    flops = plan.Prices(comparison, 3)
+    x = Candidate("few", "few_shot", "m", Method("", ""), Setting({}, ask=Context(shots=4)))
+    low, high = flops.ask(x, 10)
+    assert low == 10 * 1e6 * (8 + 4 * 10 + 2) and high == 10 * 1e6 * (8 + 4 * 10 + plan.ROOM)
+    assert flops.ask(x, 10, {"flops": 40.0, "n": 20}) == (20.0, 20.0)
+
+
+@pytest.mark.parametrize("documents", [True, False])
+def test_every_method_is_a_config_or_a_refusal(comparison, documents):
+    c = comparison if documents else comparison._replace(documents=None)
+    found, refused = command.candidates(c, command.names())
+    assert {x.name for x in found} | {row["name"] for row in refused} == set(command.names())
+    assert {row["name"] for row in refused} == (set() if documents else {"rag", "rag_lora"})
+    assert len({x.id for x in found}) == len(found)
+    for x in (x for x in found if x.trained):
+        schema.resolve(schema.read(inputs.CONFIG), x.setting.train, [], inputs.CONFIG)
+        json.dumps(x.row())
+
+
+def test_a_hosted_model_is_prompted_and_not_trained(comparison):
+    name = "openai:https://example.org/v1#large"
+    base = inputs.base(name, comparison.task)
+    found, refused = command.candidates(comparison._replace(bases={name: base}), command.names())
+    assert {x.name for x in found} == {"zero_shot", "instruction", "few_shot", "rag"}
+    assert {row["name"] for row in refused} == {"lora", "qlora", "full", "rag_lora"}
+    assert all(row["leaves"] for row in refused)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("q", "")] * 40, "not a question with an answer"),
+        ([(f"q{i}", f"{i}") for i in range(10)], "too few rows to compare methods"),
+        ([(f"q{i}", "yes") for i in range(200)], "every row has the answer 'yes'"),
+    ],
+)
+def test_rows_that_decide_nothing_are_one_line(tmp_path, rows, message):
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer\n" + "".join(f"{q},{a}\n" for q, a in rows))
+    with pytest.raises(UserError, match=message):
+        inputs.read(str(path))
