@@ -1,4 +1,4 @@
-"""Seconds per request, for requests one at a time: compiled before, with everything that a request needs."""
+"""Seconds per request, for requests that come one at a time."""
 
 import time
 from collections.abc import Callable
@@ -8,11 +8,13 @@ import numpy as np
 from common.types import Json
 
 
-def measure(one: Callable[[int], object], n: int) -> Json:
-    """Percentiles of the seconds of `one(i)` for i < n; each is called once before, which compiles its shape."""
+def measure(one: Callable[[int], object], n: int, compiled: bool) -> Json:
+    """Percentiles of the seconds of `one(i)` for i < n. If its shapes are `compiled`, it is first called without a
+    clock."""
     seconds = []
     for i in range(n):
-        one(i)
+        if compiled:
+            one(i)
         start = time.perf_counter()
         one(i)
         seconds.append(time.perf_counter() - start)

@@ -3,7 +3,7 @@
     python -m evals.main --model=NAME_OR_RUN --tasks=dates,rows.jsonl:scorer=number [--shots=0,4] [--n=100] [--seed=0]
                          [--adapter=RUN] [--index=DIR] [--k=3] [--against=RUN] [--contamination=SOURCE]
                          [--pick=random] [--instructions=FILE] [--split=heldout]
-                         [--text=pydocs] [--passages=16] [--out=FOLDER] [--strict]
+                         [--text=pydocs] [--passages=16] [--latency=0] [--out=FOLDER] [--strict]
 
 Prints a table and appends one line of JSON per result to FOLDER/evals.jsonl. If the model or the adapter is a run, its
 folder is the default. `--text` names a data source; the rise of the loss on it after tuning measures forgetting.
@@ -11,7 +11,7 @@ folder is the default. `--text` names a data source; the rise of the loss on it 
 `--model=openai:URL#MODEL?in=0.15&out=0.6` asks an OpenAI-compatible endpoint; the options are its prices in dollars per
 million tokens of prompts and answers, the key is the environment variable OPENAI_API_KEY.
 `--contamination` names training data (a source, a run or a token cache): rows that occur in it are listed and scored
-separately.
+separately. `--latency=20` asks that many questions one at a time, too, after compilation.
 
 How the questions are asked, in every combination: `--shots`, numbers of solved examples in the prompt, or "full": as
 many as fit; `--pick`, which of the training rows: random for each question, fixed, diverse, or nearest to the question;
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--shots", default="0", type=_shots)
     parser.add_argument("--pick", default="random")
     parser.add_argument("--split", default="heldout", choices=("heldout", "validation"))
-    for name, default in dict(n=100, seed=0, passages=16, batch_size=16, k=3).items():
+    for name, default in dict(n=100, seed=0, passages=16, batch_size=16, k=3, latency=0).items():
         parser.add_argument(f"--{name}", default=default, type=cli.count)
     parser.add_argument("--strict", action="store_true", help="unused contents of the files are an error")
     run(parser.parse_args(argv))
@@ -119,7 +119,7 @@ def _measure(
     from evals.run import evaluate, flops_per_token
     from infer.hosted import Hosted
 
-    knobs = dict(n=args.n, seed=args.seed, batch_size=args.batch_size, split=args.split)
+    knobs = dict(n=args.n, seed=args.seed, batch_size=args.batch_size, split=args.split, timed=args.latency)
     for name, task in tasks.items():
         found = {} if isinstance(lm, Hosted) else _contaminated(name, task, args.contamination, args.split, lm)
         marked = _marked(name, task, found) if found else task
@@ -257,6 +257,9 @@ def _remarks(r: Json) -> Iterator[str]:
     if r["by_sum"] is not None:
         by_sum = f"by the whole log-likelihood the score is {r['by_sum']:.3f}"
         yield f"the options are ranked by log-likelihood per byte; {by_sum}"
+    if r["latency"]:
+        times = (f"{r['latency'][key]:.2f} s ({key})" for key in ("p50", "p95"))
+        yield f"{r['latency']['n']} requests one at a time: {' and '.join(times)}"
     often = [(text, count) for text, count in r["answers"] if count > 1]
     each = ", ".join(f"{_short(text)} {percent(count / r['n'])}" for text, count in often)
     yield f"most frequent answers: {each}" if often else f"all {r['n']} answers differ"

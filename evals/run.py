@@ -13,6 +13,7 @@ from jax import Array
 from common import stats
 from common.errors import UserError
 from common.types import Json
+from evals import latency
 from evals import task as tasks
 from evals.task import Example, Prompt, Task
 from infer.context import Asker, Context
@@ -56,6 +57,7 @@ class Result:
     rows: list[str]  # evals.task.identity of each example
     scores: list[float]  # of each example
     samples: list[dict]  # the first ones: prompt, answer, completion, score
+    latency: Json | None  # seconds per request, one at a time: p50, p95, n; None: not measured
 
     @property
     def mean(self) -> float:
@@ -78,12 +80,13 @@ class Asked(NamedTuple):
 
 def evaluate(
     task: str | Task, lm: LM | Hosted, n: int = 100, seed: int = 0, context: Context = ZERO_SHOT,
-    batch_size: int = BATCH, keep: int = 50, name: str = "unnamed", split: str = "heldout",
+    batch_size: int = BATCH, keep: int = 50, name: str = "unnamed", split: str = "heldout", timed: int = 0,
 ) -> Result:  # fmt: skip
     """Scores greedy answers, or the most likely option per byte, of `lm` on `n` examples of a split.
 
     `task` is a name for evals.task.load, or a Task with a `name`. `context` says how the questions are asked; its
-    examples are of the training split. The result keeps `keep` samples. The seconds of retrieval count.
+    examples are of the training split. The result keeps `keep` samples. The seconds of retrieval count. `timed`
+    examples are then asked one at a time, to measure the latency.
     """
     if isinstance(task, str):
         [(name, task)] = tasks.named([task]).items()
@@ -93,13 +96,18 @@ def evaluate(
     raw = not isinstance(lm, Hosted) and lm.tokenizer.chat_template is None
     ask = task.raw if task.raw and raw else task.prompt
     pool = [(ask(e), e["answer"]) for e in task.examples("train")] if context.shots else []
+    asker = Asker(context, pool, seed)
+
+    def answered(some: Sequence[Example]) -> tuple[list[Prompt], int, Asked]:
+        sizes = None if isinstance(lm, Hosted) else Sizes(task, lm, name, some)
+        prompts, shots, _ = asker([ask(e) for e in some], sizes and sizes.fit)
+        if isinstance(lm, Hosted):
+            return prompts, shots, _ask_hosted(task, lm, name, some, prompts)
+        return prompts, shots, _ask(task, lm, sizes, some, prompts, batch_size)
+
     start = time.perf_counter()
-    sizes = None if isinstance(lm, Hosted) else Sizes(task, lm, name, examples)
-    prompts, shots, _ = Asker(context, pool, seed)([ask(e) for e in examples], sizes and sizes.fit)
-    if isinstance(lm, Hosted):
-        asked = _ask_hosted(task, lm, name, examples, prompts)
-    else:
-        asked = _ask(task, lm, sizes, examples, prompts, batch_size)
+    prompts, shots, asked = answered(examples)
+    seconds, one = time.perf_counter() - start, lambda i: answered(examples[i : i + 1])
     scores = [float(task.score(e, c)) for e, c in zip(examples, asked.completions, strict=True)]
     low, high = stats.of_scores(scores)
     return Result(
@@ -107,7 +115,7 @@ def evaluate(
         asked=dataclasses.replace(context, shots=shots).label, context=context.to_dict(), shots=shots,
         prompt_tokens=asked.prompt_tokens,
         completion_tokens=asked.completion_tokens,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         flops=asked.flops,
         usd=asked.usd,
         answers=Counter(c.strip() for c in asked.completions).most_common(FREQUENT),
@@ -117,6 +125,7 @@ def evaluate(
         rows=[tasks.identity(task, e) for e in examples],
         scores=scores,
         samples=[sample(*one) for one in zip(prompts, examples, asked.completions, scores, strict=True)][:keep],
+        latency=latency.measure(one, min(timed, len(examples)), not isinstance(lm, Hosted)) if timed else None,
     )  # fmt: skip
 
 

@@ -1,26 +1,17 @@
 """tools.compare: which methods and settings stay, what the budget pays for, and the record of a comparison."""
 
-import dataclasses
 import json
-import os
-import random
-import shutil
-import signal
-import time
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import pytest
 
-from common import exits, files
 from common.errors import UserError
 from configs import schema
 from infer.context import Context
-from tests.helpers.processes import run, start
 from tools.compare import __main__ as command
-from tools.compare import halving, inputs, plan, record, work
+from tools.compare import halving, inputs, plan
 from tools.compare.inputs import Base, Comparison
 from tools.compare.method import Candidate, Method, Setting
-from tools.compare.methods import zero_shot
 
 ROWS = [f"{i % 2}" * (40 - k) + f"{1 - i % 2}" * k for k in range(3) for i in range(20)]
 
@@ -28,6 +19,12 @@ ROWS = [f"{i % 2}" * (40 - k) + f"{1 - i % 2}" * k for k in range(3) for i in ra
 def candidate(name: str, lr: float = 0.0, model: str = "m") -> Candidate:
     setting = Setting({"lr": lr} if lr else {}, {"optim.lr": lr} if lr else None)
     return Candidate(f"{name}:{lr:g}", name, model, Method(name, ""), setting)
+
+
+def by(values: Iterable) -> Callable[[Candidate], object]:
+    """A function of candidates, from pairs."""
+    found = {x.id: value for x, value in values}
+    return lambda x: found[x.id]
 
 
 def result(right: int, n: int = 40) -> dict:
@@ -38,9 +35,9 @@ def result(right: int, n: int = 40) -> dict:
 @pytest.fixture
 def comparison(tmp_path) -> Comparison:
     rows = tmp_path / "rows.csv"
-    rows.write_text("question,answer\n" + "".join(f"what is {i}?,{i % 7}\n" for i in range(200)))
+    rows.write_text("question,answer\n" + "".join(f"what is {i}?,{i % 23}\n" for i in range(200)))
     base = Base("m", 512, 1e6, 8.0, 2.0, 20)
-    return Comparison(inputs.read(str(rows)), {"m": base}, str(rows), tmp_path)
+    return Comparison(inputs.read(str(rows)), {"m": base}, str(rows), 3.0, tmp_path)
 
 
 # --- halving ---
@@ -55,38 +52,40 @@ def test_rungs_have_three_times_the_rows():
 
 def test_a_third_of_the_settings_stays_and_at_last_one():
     alive = [candidate("lora", lr) for lr in (1e-3, 3e-4, 3e-3, 1e-2)] + [candidate("zero_shot")]
-    scores = dict(zip(alive, map(result, (20, 30, 30, 1, 5)), strict=True))
-    kept, dropped = halving.settings(alive, scores.__getitem__, last=False)
+    scores = by(zip(alive, map(result, (20, 30, 30, 1, 5)), strict=True))
+    kept, dropped = halving.settings(alive, scores, last=False)
     assert [x.id for x in kept] == ["lora:0.0003", "lora:0.003", "zero_shot:0"]
     assert dropped[0].why == "50 % on 40 validation rows; lora, lr 0.0003 scored 75 %"
-    kept, _ = halving.settings(alive, scores.__getitem__, last=True)
+    kept, _ = halving.settings(alive, scores, last=True)
     assert [x.id for x in kept] == ["lora:0.0003", "zero_shot:0"]  # the first of equals
 
 
 def test_what_is_clearly_worse_stops():
     """Newcombe's interval of 30 against 10 of 40 nested rows is far above 0; the baseline stays."""
     rag, shots, zero = candidate("rag"), candidate("few_shot"), candidate("zero_shot")
-    scores = {rag: result(30), shots: result(10), zero: result(10)}
-    kept, [drop] = halving.methods(list(scores), scores.__getitem__, lambda x: None, full=True)
+    everyone = [rag, shots, zero]
+    scores = by(zip(everyone, map(result, (30, 10, 10)), strict=True))
+    kept, [drop] = halving.methods(everyone, scores, lambda x: None, full=True)
     assert kept == [rag, zero] and drop.candidate == shots
     assert drop.why.startswith("rag is 50 points better on 40 validation rows (95 % interval ")
-    scores[shots] = result(28)
-    assert halving.methods(list(scores), scores.__getitem__, lambda x: None, full=True)[1] == []
+    scores = by(zip(everyone, map(result, (30, 28, 10)), strict=True))
+    assert halving.methods(everyone, scores, lambda x: None, full=True)[1] == []
 
 
 def test_training_on_a_part_of_the_rows_may_still_learn():
     rag, lora = candidate("rag"), candidate("lora", 1e-3)
-    scores = {rag: result(36), lora: result(10)}
-    drops = lambda before, full=False: halving.methods([rag, lora], scores.__getitem__, lambda x: before, full)[1]
+    scores = by([(rag, result(36)), (lora, result(20))])
+    drops = lambda before, full=False: halving.methods([rag, lora], scores, lambda x: before, full)[1]
     assert not drops(None)  # nothing is known about its gain
-    assert not drops(result(0)) and drops(result(9)) and drops(None, full=True)
+    assert not drops(result(0)) and drops(result(19)) and drops(None, full=True)
 
 
 def test_the_budget_pays_the_best_first_and_holds_a_test_back():
     lora, full, zero = candidate("lora", 1e-3), candidate("full", 1e-5), candidate("zero_shot")
-    score, now = {lora: 0.9, full: 0.5, zero: 0.1}.__getitem__, {lora: 10.0, full: 20.0, zero: 1.0}.__getitem__
-    later = {lora: 30.0, full: 60.0, zero: 1.0}.__getitem__
     everyone = [zero, lora, full]
+    score, now, later = (
+        by(zip(everyone, row, strict=True)) for row in ((0.1, 0.9, 0.5), (1.0, 10.0, 20.0), (1.0, 30.0, 60.0))
+    )
     assert halving.affordable(everyone, score, now, later, None) == (everyone, [])
     assert halving.affordable(everyone, score, now, later, 91.0)[0] == everyone  # 1 + 10 + 20, and 60 later
     kept, [drop] = halving.affordable(everyone, score, now, later, 90.0)

@@ -4,6 +4,7 @@
         --budget=30min     at most; also 2h, 2usd, or FLOPs such as 1e15. Default: all that is asked for
         --rungs=3          of successive halving; 0: the first setting of every method is tested, without a search
         --seeds=3          trainings of each method that is tested
+        --epochs=3         passes of each training over its rows
         --requests=10000   per month, for the recommendation
         --price=1:2:4      USD per hour of the machine that will answer: LOW:VALUE:HIGH or VALUE
         --chip=v5e         that machine, a name in common/chips.json; default: this one
@@ -16,6 +17,7 @@ Methods are files in tools/compare/methods. Killed at any moment, the same comma
 """
 
 import functools
+import math
 import os
 import sys
 from pathlib import Path
@@ -44,6 +46,7 @@ def main(argv: list[str]) -> int:
     for name in ("documents", "budget", "price", "chip"):
         parser.add_argument(f"--{name}", default="")
     parser.add_argument("--requests", default=10_000, type=float)
+    parser.add_argument("--epochs", default=3.0, type=float)
     parser.add_argument("--seeds", default=3, type=cli.count)
     parser.add_argument("--rungs", default=3, type=cli.count)
     parser.add_argument("--out", default="runs/compare", type=Path)
@@ -52,8 +55,8 @@ def main(argv: list[str]) -> int:
     for name in args.methods:
         if name not in names():
             raise UserError(f"no method {name!r}", "--methods", did_you_mean(name, names(), f"of {', '.join(names())}"))
-    if args.seeds < 1 or not args.requests > 0:
-        raise UserError("the values must be positive", "--seeds and --requests")
+    if args.seeds < 1 or not (0 < args.requests < math.inf and 0 < args.epochs < math.inf):
+        raise UserError("the values must be positive", "--seeds, --epochs and --requests")
     price = plan.price(args.price)
     machine = here()
     prices = plan.prices(machine, price, args.chip)
@@ -61,7 +64,9 @@ def main(argv: list[str]) -> int:
     if args.budget and not args.rungs:
         raise UserError("a budget needs successive halving", "--rungs=0", "--rungs=1 or more")
     task = read(args.task)
-    c = Comparison(task, {name: base(name, task) for name in args.models}, args.documents or None, args.out)
+    c = Comparison(
+        task, {name: base(name, task) for name in args.models}, args.documents or None, args.epochs, args.out
+    )
     found, refused = candidates(c, args.methods)
     if not any(found):
         raise UserError(f"no method can be used: {refused[0]['why']}", "--methods")
@@ -73,7 +78,7 @@ def main(argv: list[str]) -> int:
         return exits.DONE
     asked = Record(
         task=task.record(), models=args.models, documents=c.documents, requests=args.requests,
-        seeds=list(range(args.seeds)), rungs=rungs, methods_asked=args.methods,
+        seeds=list(range(args.seeds)), epochs=args.epochs, rungs=rungs, methods_asked=args.methods,
         budget={"asked": args.budget, "flops": flops, "rate": None, "rate_from": ""},
         machine=machine, prices=prices, candidates=[x.row() for x in found],
         methods=[*(_row(x.name, x.model, x.method, "open", "") for x in first(found)), *refused],

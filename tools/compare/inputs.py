@@ -7,8 +7,6 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from infer.context import Asker, Context
-
 from common import files
 from common.errors import UserError
 from common.types import Json, Leaf
@@ -16,6 +14,7 @@ from configs import schema
 from data import sources
 from evals import rows, task
 from infer import hosted
+from infer.context import Asker, Context
 
 if TYPE_CHECKING:
     from data.text.tokenizer import Tokenizer
@@ -84,6 +83,7 @@ class Comparison(NamedTuple):
     task: Task
     bases: dict[str, Base]
     documents: str | None
+    epochs: float
     out: Path
 
     def room(self, model: str, each: float) -> int:
@@ -130,7 +130,8 @@ def _hosted(model: str, rows_of: Task) -> Base:
 
 
 def config(changes: dict[str, Leaf]) -> schema.Config:
-    """The config of a training run of a comparison."""
+    """The config of a training run, before its data are written."""
+    changes = {"data.source": "pydocs", "data.eval_source": "", **changes}
     return schema.resolve(schema.read(str(schema.overrides.CHECKOUT / CONFIG)), changes, [], CONFIG)[0]
 
 

@@ -6,9 +6,8 @@ A file methods/NAME.py defines `method(comparison, model) -> Method`; its name i
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from infer.context import Context
-
 from common.types import Json, Leaf
+from infer.context import Context
 from tools.compare.inputs import Comparison
 
 PASSAGE = 220  # tokens of a passage (infer.retrieve.chunks.WORDS)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import sys
 import time
 from collections.abc import Sequence
 
@@ -13,7 +14,6 @@ from tools.compare import inputs
 from tools.compare.inputs import Comparison
 from tools.compare.method import PASSAGE, Candidate
 
-EPOCHS = 3.0
 MFU = 0.2, 0.5  # of a chip's peak, assumed
 OF_PRODUCT = 0.1, 0.6  # of this machine's rate of matrix products, assumed
 ROOM = 32  # tokens that an answer may have at least: a model that does not stop writes them all
@@ -33,7 +33,7 @@ class Prices:
         base, passages = self.c.bases[x.model], self._passages(x)
         changes = {**x.setting.train, "init": x.model, **inputs.shape(base.longest + passages), "optim.lr": 1e-3}
         layer, head = _per_token(tuple(sorted(changes.items())))
-        return EPOCHS * rows * ((base.prompt + passages + base.answer) * layer + base.answer * head)
+        return self.c.epochs * rows * ((base.prompt + passages + base.answer) * layer + base.answer * head)
 
     def ask(self, x: Candidate, rows: int, result: Json | None = None) -> tuple[float, float]:
         """(low, high) of asking a number of questions; from an earlier `result` if there is one."""
@@ -162,15 +162,18 @@ def show(c: Comparison, found: Sequence[Candidate], rungs: list[Json], seeds: in
         test = flops.test(mine[0], bool(rungs))
         least, most = first + (test if key[0] == "zero_shot" or len(rungs) == 0 else 0.0), sum(each) + test
         low, high = low + least, high + most
-        cells = [mine[0].method.label, key[1], str(len(mine)), numbers.flops(least), numbers.flops(most)]
-        rows.append([*cells, *_spans(least, most, target)])
-    heads = ("method", "model", "settings", "at least", "at most", "time", "$", "kWh")
-    rows.append(["all", "", str(len(found)), numbers.flops(low), numbers.flops(high), *_spans(low, high, target)])
-    cli.table(rows, heads)
+        rows.append([mine[0].method.label, key[1], str(len(mine)), *_spans(least, most, target)])
+    rows.append(["all", "", str(len(found)), *_spans(low, high, target)])
+    heads = ("method", "model", "settings", "FLOPs", "seconds", "$", "kWh")
+    cli.table(rows, heads, width=None if sys.stdout.isatty() else 160)
     sizes = ", ".join(f"{r['train']} to train and {r['rows']} to validate" for r in rungs) or "none"
     print(f"rows of the rungs: {sizes}; seeds of the test: {seeds}")
     print(f"Time, $ and kWh are estimates for {target['name']}: {target['assumed']}.")
     return high
+
+
+def _shares(span: tuple[float, float]) -> str:
+    return f"{100 * span[0]:.0f} to {100 * span[1]:.0f} %"
 
 
 def _spans(low: float, high: float, target: Json) -> list[str]:
@@ -179,7 +182,8 @@ def _spans(low: float, high: float, target: Json) -> list[str]:
     usd, watts = target["usd_hour"], target["watts"]
     dollars = (seconds[0] / 3600 * usd[0], seconds[1] / 3600 * usd[2]) if usd else None
     energy = (seconds[0] / 3.6e6 * watts[0], seconds[1] / 3.6e6 * watts[1]) if watts else None
-    return [numbers.span(seconds, ",.0f") + " s", numbers.span(dollars, ".2g"), numbers.span(energy, ".2g")]
+    work = f"{numbers.flops(low)} to {numbers.flops(high)}"
+    return [work, numbers.span(seconds, ",.0f"), numbers.span(dollars, ".2g"), numbers.span(energy, ".2g")]
 
 
 def planned(prices: list[Json]) -> Json:
@@ -187,12 +191,11 @@ def planned(prices: list[Json]) -> Json:
     target, chip = prices[0], chips.find(prices[0]["name"])
     if chip:
         peak = chip.tflops.value * 1e12
-        span, assumed = [1 / (peak * share) for share in reversed(MFU)], f"an MFU of {MFU[0]:.0%} to {MFU[1]:.0%}"
+        span, assumed = [1 / (peak * share) for share in reversed(MFU)], f"an MFU of {_shares(MFU)}"
     else:
         product = rate()
         span = [1 / (product * share) for share in reversed(OF_PRODUCT)]
-        share = f"{OF_PRODUCT[0]:.0%} to {OF_PRODUCT[1]:.0%}"
-        assumed = f"{share} of its matrix products, measured at {product / 1e9:,.0f} GFLOP/s"
+        assumed = f"{_shares(OF_PRODUCT)} of its matrix products, measured at {product / 1e9:,.0f} GFLOP/s"
     watts = [chip.watts.low, chip.watts.high] if chip else None
     return {
         "name": target["name"],

@@ -12,7 +12,16 @@ from common.errors import UserError
 from common.types import Json
 
 NAME, FORMAT = "comparison.json", 1
-ASKED = ("task", "models", "documents", "seeds", "rungs", "methods_asked", "budget")  # a resume must ask for the same
+ASKED = (
+    "task",
+    "models",
+    "documents",
+    "seeds",
+    "epochs",
+    "rungs",
+    "methods_asked",
+    "budget",
+)  # a resume must ask for the same
 
 
 @dataclasses.dataclass
@@ -22,6 +31,7 @@ class Record:
     documents: str | None
     requests: float  # per month
     seeds: list[int]
+    epochs: float
     rungs: list[Json]  # of successive halving: the share of the training rows, and the number of validation rows
     methods_asked: list[str]
     budget: Json  # asked, flops, rate, rate_from

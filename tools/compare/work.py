@@ -14,11 +14,10 @@ from common.types import Json
 from tools.compare import inputs
 from tools.compare.inputs import Comparison
 from tools.compare.method import Candidate
-from tools.compare.plan import EPOCHS
 from tools.report import data as report
 
 TEXT, PASSAGES = "pydocs", 12  # general text, whose loss measures forgetting
-LATENCY = 20  # requests that are timed one at a time
+LATENCY = 10  # requests that are timed one at a time
 CLOCK = ("time", "gas")  # fields of a result that the record leaves out
 
 
@@ -71,7 +70,7 @@ def train(c: Comparison, x: Candidate, rows: int, seed: int, folder: Path) -> tu
     base = c.bases[x.model]
     longest = inputs.longest(paths[0], x.model) if context.index else base.longest
     changes = {
-        "init": x.model, "seed": seed, "epochs": EPOCHS, "data.source": paths[0], "data.eval_source": paths[1],
+        "init": x.model, "seed": seed, "epochs": c.epochs, "data.source": paths[0], "data.eval_source": paths[1],
         **inputs.shape(min(longest, base.context)), "eval_every": 0, **(x.setting.train or {}),
     }  # fmt: skip
     argv = ["train.main", f"--config={inputs.CONFIG}", *(f"--config.{key}={value}" for key, value in changes.items())]

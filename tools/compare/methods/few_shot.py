@@ -1,7 +1,6 @@
 """Solved examples of the training rows before the question."""
 
 from infer.context import Context
-
 from tools.compare.inputs import Comparison
 from tools.compare.method import Method, Setting
 

@@ -2,7 +2,6 @@
 
 from infer.context import Context
 from infer.context.instruction import BUILT_IN
-
 from tools.compare.inputs import Comparison
 from tools.compare.method import Method, Setting
 

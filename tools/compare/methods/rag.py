@@ -1,7 +1,6 @@
 """Retrieval: the passages of the documents that fit the question best are put before it."""
 
 from infer.context import Context
-
 from tools.compare.inputs import Comparison
 from tools.compare.method import Method, Setting, reading
 

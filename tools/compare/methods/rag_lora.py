@@ -1,7 +1,6 @@
 """A reader: LoRA on training rows with retrieved passages in their prompts, asked with retrieval."""
 
 from infer.context import Context
-
 from tools.compare.inputs import Comparison
 from tools.compare.method import Method, Setting, reading, trained
 from tools.compare.methods.lora import ADAPTER, RATES
