@@ -176,7 +176,7 @@ class Engine:
         row["tests"].append({
             "seed": seed, "result": found, "flops": flops, "seconds": seconds, "trained_before": again,
             "peak_bytes": run.done.get("peak_rss_bytes"), "run": str(folder.relative_to(self.c.out)),
-            "store_bytes": work.report.stored(folder) if x.trained else 0, "text": work.loss(folder),
+            "store_bytes": work.report.stored(folder) if x.trained else 0, "text": work.loss(folder) if text else None,
             "commands": [*commands, argv],
         })  # fmt: skip
         if final:
