@@ -58,7 +58,7 @@ def read(spec: str) -> Task:
     if short := [name for name, least in LEAST.items() if len(scored[name]) < least]:
         least = LEAST[short[0]]
         what = f"too few rows to compare methods ({sizes}): the {short[0]} split needs {least} or more"
-        raise UserError(what, spec, "bring 200 rows or more, 1,000 to tell methods apart that differ by 5 points")
+        raise UserError(what, spec, "bring 200 rows or more, 1,000 to separate methods that differ by 5 points")
     answers = {row["answer"] for part in scored.values() for row in part}
     if len(answers) == 1:
         raise UserError(f"every row has the answer {min(answers)[:40]!r}: nothing can be compared", spec)

@@ -1,4 +1,4 @@
-"""What a comparison costs, before it runs: FLOPs from the equations, then time, money and energy as ranges."""
+"""The price of a comparison before it runs: FLOPs from the equations, then time, money and energy as ranges."""
 
 import dataclasses
 import functools
