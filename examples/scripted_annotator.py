@@ -12,6 +12,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from common import cli
 from common.errors import UserError
@@ -23,31 +24,29 @@ RULES: dict[str, Score] = {
 }
 
 
-def annotate(
-    link: str,
-    score: Score,
-    noise: float = 0.0,
-    seed: int = 0,
-    most: int | None = None,
-    chromium: str = "/usr/bin/chromium",
-) -> int:
-    """Votes on all items behind a link, or on the first `most`, by keys as a person would. Returns their number."""
+def annotate(link: str, score: Score, *, chromium: str = "/usr/bin/chromium", **options: Any) -> int:
+    """Opens a link in a browser and votes: see `vote` for the options. Returns the number of votes."""
     from playwright.sync_api import sync_playwright
 
-    draw, done = random.Random(seed), 0
     with sync_playwright() as p:
         page = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page()
         page.goto(link)
-        while done != most and page.locator("#task").get_attribute("data-item"):
-            if page.locator("dialog[open]").count():  # guidelines
-                page.keyboard.press("Escape")
-            prompt = page.locator(".prompt .text").last.text_content()
-            answers = page.locator(".answer > .text").all_text_contents()
-            for key in keys([score(prompt, answer) for answer in answers], draw.random() < noise):
-                page.keyboard.press(key)
-            with page.expect_navigation():
-                page.keyboard.press("Enter")
-            done += 1
+        return vote(page, score, **options)
+
+
+def vote(page: Any, score: Score, *, noise: float = 0.0, seed: int = 0, most: int | None = None) -> int:
+    """Votes on all items of an open page, or on the first `most`, by keys as a person would."""
+    draw, done = random.Random(seed), 0
+    while done != most and page.locator("#task").get_attribute("data-item"):
+        if page.locator("dialog[open]").count():  # guidelines
+            page.keyboard.press("Escape")
+        prompt = page.locator(".prompt .text").last.text_content()
+        answers = page.locator(".answer > .text").all_text_contents()
+        for key in keys([score(prompt, answer) for answer in answers], draw.random() < noise):
+            page.keyboard.press(key)
+        with page.expect_navigation():
+            page.keyboard.press("Enter")
+        done += 1
     return done
 
 
@@ -74,7 +73,8 @@ def main(argv: list[str]) -> int | None:
     if args.prefer not in RULES and not Path(args.prefer).is_file():
         raise UserError(f"no rule and no file {args.prefer!r}", "--prefer", f"{', '.join(RULES)} or FILE.py")
     score = RULES.get(args.prefer) or runpy.run_path(args.prefer)["score"]
-    print(f"{annotate(args.link, score, args.noise, args.seed, args.most):,} votes")
+    done = annotate(args.link, score, noise=args.noise, seed=args.seed, most=args.most)
+    print(f"{done:,} votes")
 
 
 if __name__ == "__main__":

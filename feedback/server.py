@@ -65,7 +65,7 @@ def application(store: Store, port: int, base: str = "", wanted: int = 0) -> Sta
         Route("/{token}/", page(service.task)),
         Route("/{token}/settle", page(service.settle)),
         Route("/{token}/me", page(service.me)),
-        Route("/{token}/people/{name}", page(service.person)),
+        Route("/{token}/people/{name:path}", page(service.person)),
         Route("/{token}/answer", page(service.answer)),
         Route("/{token}/vote", act(service.vote), methods=["POST"]),
         Route("/{token}/undo", act(service.undo), methods=["POST"]),
@@ -196,10 +196,11 @@ class Service:
         """The newest decision, to take back, and the judge's view of it."""
         judge = self.store.items[event.item].judge
         at = event.content["order"]
+        agrees = bool(judge) and overview.agree(event, judge["ranks"])
         view = overview.spelled([judge["ranks"][i] for i in at]) if judge else ""
         return {
             "item": event.item, "version": event.version + 1, "mine": overview.sentence(event, at),
-            "judge": judge and judge | {"view": view, "agrees": overview.agree(event, judge["ranks"])},
+            "judge": judge and {"model": "the judge", "why": ""} | judge | {"view": view, "agrees": agrees},
         }  # fmt: skip
 
     def me(self, name: str, request: Request) -> Response:

@@ -362,7 +362,7 @@ def test_whatever_a_model_writes_is_shown_as_text(tmp_path):
         {"prompt": text, "answers": [text, text + "!"], "judge": {"ranks": [1, 2], "model": text, "why": text}}
         for text in HOSTILE
     ]
-    records += [{"prompt": "big", "answers": ["\u202e<" * 250_000, "x " * 250_000]}]
+    records += [{"prompt": "big", "answers": ["\u202e<" * 250_000, "x " * 250_000], "judge": {"ranks": [1, 1]}}]
     with serving(tmp_path / "v.db", records=records) as (store, people):
         store.guide(HOSTILE[0])
         for name, asked in store.items.items():
