@@ -97,7 +97,8 @@ def test_the_budget_pays_the_best_first_and_holds_a_test_back():
 
 
 def test_budgets_and_prices():
-    assert plan.budget("1e15", None) == (1e15, None) and plan.budget("", None) == (None, None)
+    assert plan.budget("1e15", None) == (1e15, None)
+    assert plan.budget("", None) == plan.budget("all", None) == (None, None)
     assert plan.budget("30min", None) == (None, 1800) and plan.budget("2 h", None) == (None, 7200)
     assert plan.budget("2usd", 4.0) == (None, 1800)
     assert plan.price("2") == [2, 2, 2] and plan.price("1:2:4") == [1, 2, 4] and plan.price("") is None

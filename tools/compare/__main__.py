@@ -1,7 +1,7 @@
 """Measures which method suits a task, and its cost: prompting, retrieval, LoRA, full fine-tuning, a hosted model.
 
     python -m tools.compare --task=rows.csv [--models=A,B] [--documents=SOURCE] [--methods=zero_shot,lora] [--plan]
-        --budget=30min     at most; also 2h, 2usd, or FLOPs such as 1e15. Default: all that is asked for
+        --budget=30min     at most; also 2h, 2usd, or FLOPs such as 1e15; "all" drops nothing early. Default: no limit
         --rungs=3          of successive halving; 0: the first setting of every method is tested, without a search
         --seeds=3          trainings of each method that is tested
         --epochs=3         passes of each training over its rows

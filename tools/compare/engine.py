@@ -10,7 +10,7 @@ from pathlib import Path
 from common import exits, numbers
 from common.errors import UserError
 from common.types import Json
-from tools.compare import halving, work
+from tools.compare import halving, plan, work
 from tools.compare.halving import Drop
 from tools.compare.inputs import Comparison
 from tools.compare.method import Candidate
@@ -87,6 +87,8 @@ class Engine:
     def _decide(self, alive: list[Candidate], number: int) -> tuple[list[Candidate], list[Drop]]:
         last = number == len(self.r.rungs) - 1
         result = lambda x: self._result(x, number)
+        if self.r.budget["asked"] == plan.ALL:
+            return halving.settings(alive, result, last) if last else (alive, [])
         alive, one = halving.settings(alive, result, last)
         alive, two = halving.methods(alive, result, lambda x: self._result(x, number - 1), last)
         if not last:

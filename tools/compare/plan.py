@@ -16,6 +16,7 @@ from tools.compare.method import PASSAGE, Candidate
 
 MFU = 0.2, 0.5  # of a chip's peak, assumed
 OF_PRODUCT = 0.1, 0.6  # of this machine's rate of matrix products, assumed
+ALL = "all"  # a budget with which every setting is measured to the end, as tools.compare.audit needs
 ROOM = 32  # tokens that an answer may have at least: a model that does not stop writes them all
 
 
@@ -76,7 +77,7 @@ def _per_token(changes: tuple) -> tuple[float, float]:
 
 def budget(text: str, usd_hour: float | None) -> tuple[float | None, float | None]:
     """(FLOPs, seconds) of "1e15", "30min", "2h" or "2usd"; one of the two is None, or both if there is none."""
-    if not text:
+    if text in ("", ALL):
         return None, None
     found = re.fullmatch(r"([0-9.]+(?:e\+?[0-9]+)?)\s*(s|min|h|usd)?", text.strip().lower())
     try:

@@ -49,10 +49,10 @@ class Record:
         return next(c for c in self.candidates if c["id"] == name)
 
     def save(self, out: Path) -> None:
-        self._count()
+        self.count()
         files.write_json(out / NAME, files.plain({"format": FORMAT} | dataclasses.asdict(self)))
 
-    def _count(self) -> None:
+    def count(self) -> None:
         """Adds up everything that was spent: training and measuring, on validation and on test rows, and the index."""
         total = {"flops": 0.0, "seconds": 0.0, "usd": 0.0}
         for method in self.methods:

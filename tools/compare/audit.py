@@ -1,0 +1,232 @@
+"""How well cheaper ways to choose a method would have chosen: replayed from comparisons that measured everything.
+
+    python -m tools.compare.audit FOLDER... [--out=audit.json]
+
+FOLDER: made by tools.compare with --budget=all, three rungs and several methods. The ways to choose:
+
+rule      of thumb, that of soup-cli 0.77 (`soup advise`): fewer than 50 rows, few-shot; documents, retrieval; else LoRA
+zero-shot prompts without examples, whatever the task
+pilot     the best setting of the first rung: a ninth of the training rows
+halving   tools.compare with a budget of a quarter of the whole
+all       everything is measured; the method with the highest score on the test rows
+
+The difference to "all" is in points on the same test rows, with a paired 95 % interval. Gas is the FLOPs until the
+chosen model exists, those of settings measured on validation rows and of one training on all rows, in percent of those
+of "all".
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common import cli, files
+from common.errors import UserError
+from common.numbers import percent
+from common.types import Json
+from evals import paired
+from tools.compare import plan
+from tools.compare.engine import Engine
+from tools.compare.halving import Drop
+from tools.compare.method import Candidate, Method, Setting
+from tools.compare.record import Record, load
+
+FEW, QUARTER, CLOSE = 50, 0.25, 0.02  # training rows; of the gas of "all"; a difference that counts as none
+
+
+class Way(NamedTuple):
+    """A way to choose. `estimated`: the chosen setting was not tested; the score is that of the method's tested setting
+    less the difference of the two on validation rows."""
+
+    name: str
+    candidate: str
+    score: float  # on the test rows
+    difference: float  # score less that of "all"
+    low: float
+    high: float
+    gas: float  # fraction of that of "all"
+    estimated: bool
+
+    @property
+    def close(self) -> bool:
+        return self.difference >= -CLOSE or self.high >= 0
+
+
+class Replay(Engine):
+    """A comparison whose measurements are those of a complete record."""
+
+    def __init__(self, full: Record, budget: float | None):
+        self.full = full
+        record = dataclasses.replace(
+            full,
+            budget={**full.budget, "asked": "", "flops": budget},
+            decisions=[],
+            candidates=[{**row, "rungs": []} for row in full.candidates],
+            methods=[{**row, "tests": [], "spent": {}} for row in full.methods],
+            spent={"flops": 0.0, "seconds": 0.0, "usd": 0.0},
+            index=None,
+        )
+        self.r, self.found, self.flops = record, [_candidate(full, row) for row in full.candidates], self
+
+    def rung(self, x: Candidate, rung: Json, result: Json | None = None) -> float:
+        """FLOPs of a candidate on a rung."""
+        number = self.r.rungs.index(rung)
+        return sum(gas(row) for row in self.full.candidate(x.id)["rungs"] if row["rung"] == number)
+
+    def test(self, x: Candidate, trained: int, result: Json | None = None) -> float:
+        """Testing is not part of the choice."""
+        return 0.0
+
+    def choose(self) -> str:
+        alive = self._survivors()
+        return max(alive, key=lambda x: self._result(x, len(self.r.rungs) - 1)["mean"]).id
+
+    def _measure(self, group: list[Candidate], number: int) -> None:
+        for x in group:
+            known = [row for row in self.full.candidate(x.id)["rungs"] if row["rung"] == number]
+            self.r.candidate(x.id)["rungs"] += known
+            if not known:
+                self.r.candidate(x.id)["failed"] = "failed in the complete comparison"
+        self.r.count()
+
+    def _decided(self, number: int, rung: Json, alive: list[Candidate], drops: list[Drop]) -> Json:
+        return {"kept": [x.id for x in alive]}
+
+    def _save(self) -> None:
+        pass
+
+
+def _candidate(record: Record, row: Json) -> Candidate:
+    method = next(m for m in record.methods if (m["name"], m["model"]) == (row["method"], row["model"]))
+    setting = Setting(row["settings"], {} if method["trained"] else None)
+    return Candidate(row["id"], row["method"], row["model"], Method(method["label"], method["how"]), setting)
+
+
+def gas(rung: Json) -> float:
+    """FLOPs of training and of validation on a rung."""
+    return rung["flops"] + (rung["result"]["flops"] or 0.0)
+
+
+# --- the ways ---
+
+
+def ways(record: Record) -> list[Way]:
+    """Every way to choose, from a complete record. Raises UserError for another one."""
+    tested = [m for m in record.methods if m["status"] == "tested"]
+    if record.budget["asked"] != plan.ALL or len(tested) < 2 or len(record.rungs) < 2:
+        raise UserError("the comparison did not measure everything", "", "make it with --budget=all and --rungs=3")
+    best = max(tested, key=lambda m: _scores(m).mean())
+    total = sum(gas(rung) for row in record.candidates for rung in row["rungs"])
+    pilot = max((row for row in record.candidates if row["rungs"]), key=lambda row: row["rungs"][0]["result"]["mean"])
+    halving = Replay(record, QUARTER * total)
+    chosen = halving.choose()
+    first = sum(gas(row["rungs"][0]) for row in record.candidates if row["rungs"])
+    rule, zero = _first(record, _rule(record)), _first(record, "zero_shot")
+    found = [
+        ("rule", rule, _training(record, rule)),
+        ("zero-shot", zero, 0.0),
+        ("pilot", pilot["id"], first + _training(record, pilot["id"])),
+        ("halving", chosen, halving.r.spent["flops"]),
+        ("all", best["candidate"], total),
+    ]
+    return [_way(record, name, candidate, best, spent / total) for name, candidate, spent in found]
+
+
+def _rule(record: Record) -> str:
+    if record.task["rows"]["train"] < FEW:
+        return "few_shot"
+    return "rag" if record.documents else "lora"
+
+
+def _first(record: Record, method: str) -> str:
+    """The first setting of a method, which is its best guess."""
+    found = [row["id"] for row in record.candidates if row["method"] == method and row["rungs"]]
+    if not found:
+        raise UserError(f"the comparison has no method {method!r}", "", "make it with all methods")
+    return found[0]
+
+
+def _training(record: Record, candidate: str) -> float:
+    """FLOPs of one training on all rows."""
+    return record.candidate(candidate)["rungs"][-1]["flops"]
+
+
+def _way(record: Record, name: str, candidate: str, best: Json, share: float) -> Way:
+    row = record.candidate(candidate)
+    key = row["method"], row["model"]
+    method = next(m for m in record.methods if (m["name"], m["model"]) == key)
+    if method["status"] != "tested":
+        raise UserError(f"{method['label']} was not tested: {method['why']}", "", "run tools.compare again")
+    missing = 0.0
+    if method["candidate"] != candidate:
+        last = lambda name: record.candidate(name)["rungs"][-1]["result"]["mean"]
+        missing = last(candidate) - last(method["candidate"])
+    mine = _scores(method)
+    pair = paired.compare((mine + missing).tolist(), _scores(best).tolist())
+    estimated = method["candidate"] != candidate
+    return Way(name, candidate, float(mine.mean()) + missing, pair.difference, pair.low, pair.high, share, estimated)
+
+
+def _scores(method: Json) -> np.ndarray:
+    """The score of each test row, as a mean over seeds, in the order of their names."""
+    each = []
+    for test in method["tests"]:
+        rows = sorted(zip(test["result"]["rows"], test["result"]["scores"], strict=True))
+        each.append([score for _, score in rows])
+    return np.mean(each, axis=0)
+
+
+# --- the command ---
+
+
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("tools.compare.audit", __doc__)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(argv)
+    found = {}
+    for folder in args.folders:
+        if not (record := load(folder)):
+            raise UserError("the folder has no comparison.json", str(folder), "name the --out of tools.compare")
+        try:
+            found[str(folder)] = record, ways(record)
+        except UserError as e:
+            raise UserError(e.what, str(folder), e.fix) from None
+    show(list(found.values()))
+    if args.out:
+        files.write_json(args.out, [_cell(record, each) for record, each in found.values()])
+
+
+def show(found: Sequence[tuple[Record, list[Way]]]) -> None:
+    rows = []
+    for record, each in found:
+        for way in each:
+            span = f"{100 * way.difference:+.1f} ({100 * way.low:+.1f} to {100 * way.high:+.1f})"
+            score = percent(way.score) + " (estimate)" * way.estimated
+            rows.append([record.task["name"], way.name, way.candidate, score, span, percent(way.gas)])
+    heads = ("task", "choice by", "chosen", "test score", "points against all", "gas")
+    cli.table(rows, heads, width=None if sys.stdout.isatty() else 160)
+    for name in [way.name for way in found[0][1]][:-1]:
+        mine = [way for _, each in found for way in each if way.name == name]
+        close = sum(way.close for way in mine)
+        worst = min(way.difference for way in mine)
+        share = percent(sum(way.gas for way in mine) / len(mine))
+        print(
+            f"{name}: within {100 * CLOSE:.0f} points or the interval of all on {close} of {len(mine)} tasks, at worst "
+            f"{100 * worst:+.1f} points, {share} of the gas"
+        )
+
+
+def _cell(record: Record, each: list[Way]) -> Json:
+    task = {key: record.task[key] for key in ("name", "hash", "scorer", "rows")}
+    return {"task": task, "models": record.models, "machine": record.machine, "seeds": record.seeds} | {
+        "epochs": record.epochs, "rungs": record.rungs, "ways": [way._asdict() | {"close": way.close} for way in each],
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
