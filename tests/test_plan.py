@@ -292,8 +292,9 @@ def test_compiles_for_a_slice_that_is_absent(name, on, capsys):
 @pytest.mark.parametrize("on", [pytest.param(slice, marks=tpu) for slice in ("v5e:2x2", "v6e:2x2")])
 def test_the_step_of_an_encoder_compiles(on, tmp_path, capsys):
     """Bidirectional, with learned positions, questions and passages over all devices."""
-    argv = [f"--config.init={encoder(tmp_path)}", "--config.data.seq_len=8", "--config.data.batch_size=16", "--json"]
-    assert plan.main(["--config=configs/embed/own_documents.py", f"--topology={on}", "--config.epochs=0", *argv]) == 0
+    argv = [f"--config.init={encoder(tmp_path)}", "--config.data.source=synthetic:add_matches", "--config.epochs=0"]
+    argv += ["--config.data.seq_len=8", "--config.data.batch_size=16", "--json"]
+    assert plan.main(["--config=configs/embed/own_documents.py", f"--topology={on}", *argv]) == 0
     assert json.loads(capsys.readouterr().out)["fits"]
 
 
