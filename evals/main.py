@@ -2,7 +2,7 @@
 
     python -m evals.main --model=NAME_OR_RUN --tasks=dates,rows.jsonl:scorer=number [--shots=0,4] [--n=100] [--seed=0]
                          [--adapter=RUN] [--index=DIR] [--k=3] [--against=RUN] [--contamination=SOURCE]
-                         [--pick=random] [--instructions=FILE] [--split=heldout]
+                         [--pick=random] [--instructions=FILE] [--cite] [--split=heldout]
                          [--text=pydocs] [--passages=16] [--latency=0] [--out=FOLDER] [--strict]
 
 Prints a table and appends one line of JSON per result to FOLDER/evals.jsonl. If the model or the adapter is a run, its
@@ -16,8 +16,9 @@ separately. `--latency=20` asks that many questions one at a time, too, after co
 How the questions are asked, in every combination: `--shots`, numbers of solved examples in the prompt, or "full": as
 many as fit; `--pick`, which of the training rows: random for each question, fixed, diverse, or nearest to the question;
 `--instructions`, a file with system messages, one per line, in which {} stands for the task's own, or "builtin";
-`--index`, an index of documents (tools.index), whose k best chunks for each question are put before it. Choose among
-them by `--split=validation`, so that the rows of the test do not decide.
+`--index`, an index of documents (tools.index), whose k best chunks for each question are put before it; with `--cite`
+the answers name those that they rest on, which is not part of what is scored. Choose among these ways by
+`--split=validation`, so that the rows of the test do not decide.
 """
 
 import argparse
@@ -56,6 +57,7 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--split", default="heldout", choices=("heldout", "validation"))
     for name, default in dict(n=100, seed=0, passages=16, batch_size=16, k=3, latency=0).items():
         parser.add_argument(f"--{name}", default=default, type=cli.count)
+    parser.add_argument("--cite", action="store_true", help="answers are to name the passages that they rest on")
     parser.add_argument("--strict", action="store_true", help="unused contents of the files are an error")
     run(parser.parse_args(argv))
 
@@ -109,7 +111,7 @@ def _contexts(args: argparse.Namespace) -> "list[Context]":
         opened(args.index)
     shots = [FULL if n == "full" else n for n in args.shots]
     texts = instruction.read(args.instructions) if args.instructions else [""]
-    return [Context(text, n, args.pick, args.index, args.k) for text in texts for n in shots]
+    return [Context(text, n, args.pick, args.index, args.k, cite=args.cite) for text in texts for n in shots]
 
 
 def _measure(
@@ -263,6 +265,13 @@ def _remarks(r: Json) -> Iterator[str]:
     often = [(text, count) for text, count in r["answers"] if count > 1]
     each = ", ".join(f"{_short(text)} {percent(count / r['n'])}" for text, count in often)
     yield f"most frequent answers: {each}" if often else f"all {r['n']} answers differ"
+    if s := r["support"]:
+        share = lambda name: percent(s[name])
+        held = f"the right answer for {share('retrieved')} of the questions, and {share('grounded')} of the model's"
+        yield f"the passages hold {held}"
+        yield f"{share('cites')} of the answers cite a passage, {share('cited')} one that holds the right answer"
+        yield f"exact match {s['exact']:.3f}, token F1 {s['f1']:.3f}"
+        yield f"{s['injections']} of {s['passages']:,} passages read as instructions"
     if line := _unsure(r):
         yield line
 

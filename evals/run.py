@@ -13,12 +13,14 @@ from jax import Array
 from common import stats
 from common.errors import UserError
 from common.types import Json
-from evals import latency
+from evals import latency, support
 from evals import task as tasks
 from evals.task import Example, Prompt, Task
-from infer.context import Asker, Context
+from infer.context import Asker, Context, Prompts, retrieval
+from infer.context.shots import text
 from infer.hosted import Hosted
 from infer.lm import LM
+from infer.retrieve.index import Hit
 from model import weights
 from model.config import in_layers
 from model.net.transformer import virtual_tokens
@@ -26,6 +28,7 @@ from model.weights import Spec, Weight
 
 BATCH = 16  # prompts at a time; the scores do not depend on it
 LEAST, MOST = 32, 512  # limits of new tokens if the task does not set them
+CITATION = 12  # tokens of an answer's citations
 FREQUENT = 5  # most frequent answers in a result
 ZERO_SHOT = Context()
 
@@ -53,6 +56,7 @@ class Result:
     answers: list[tuple[str, int]]  # the most frequent completions, with their counts
     slices: dict[str, dict]  # "COLUMN=VALUE": n, mean, low, high of these rows
     scorer: str  # name in evals/scorers; "": the task's own
+    support: Json | None  # of evals.support, if passages were retrieved
     task_hash: str  # evals.task.fingerprint of all held-out questions, answers and the scorer
     rows: list[str]  # evals.task.identity of each example
     scores: list[float]  # of each example
@@ -93,38 +97,45 @@ def evaluate(
     examples = tasks.draw(task, n, seed, split)
     if not examples:
         raise UserError(f"there are no {split} examples to score", name, "n must be at least 1")
+    if context.cite and task.kind == "choice":
+        raise UserError("the most likely option cites nothing", name, "leave out --cite")
     raw = not isinstance(lm, Hosted) and lm.tokenizer.chat_template is None
     ask = task.raw if task.raw and raw else task.prompt
     pool = [(ask(e), e["answer"]) for e in task.examples("train")] if context.shots else []
     asker = Asker(context, pool, seed)
 
-    def answered(some: Sequence[Example]) -> tuple[list[Prompt], int, Asked]:
-        sizes = None if isinstance(lm, Hosted) else Sizes(task, lm, name, some)
-        prompts, shots, _ = asker([ask(e) for e in some], sizes and sizes.fit)
+    def answered(some: Sequence[Example]) -> tuple[Prompts, Asked]:
+        sizes = None if isinstance(lm, Hosted) else Sizes(task, lm, name, some, CITATION * context.cite)
+        found = asker([ask(e) for e in some], sizes and sizes.fit)
         if isinstance(lm, Hosted):
-            return prompts, shots, _ask_hosted(task, lm, name, some, prompts)
-        return prompts, shots, _ask(task, lm, sizes, some, prompts, batch_size)
+            return found, _ask_hosted(task, lm, name, some, found.prompts)
+        return found, _ask(task, lm, sizes, some, found.prompts, batch_size)
 
     start = time.perf_counter()
-    prompts, shots, asked = answered(examples)
+    found, asked = answered(examples)
     seconds, one = time.perf_counter() - start, lambda i: answered(examples[i : i + 1])
-    scores = [float(task.score(e, c)) for e, c in zip(examples, asked.completions, strict=True)]
+    answers, cited = asked.completions, [[] for _ in examples]
+    if context.cite:
+        answers, cited = zip(*map(retrieval.citations, answers, found.hits), strict=True)
+    scores = [float(task.score(e, a)) for e, a in zip(examples, answers, strict=True)]
     low, high = stats.of_scores(scores)
+    rows = zip(examples, asked.completions, scores, found.hits or [()] * len(scores), cited, strict=True)
     return Result(
         task=name, n=len(scores), split=split, seed=seed, score=sum(scores), low=low, high=high, by_sum=asked.by_sum,
-        asked=dataclasses.replace(context, shots=shots).label, context=context.to_dict(), shots=shots,
+        asked=dataclasses.replace(context, shots=found.shots).label, context=context.to_dict(), shots=found.shots,
         prompt_tokens=asked.prompt_tokens,
         completion_tokens=asked.completion_tokens,
         seconds=seconds,
-        flops=asked.flops,
+        flops=None if asked.flops is None else asked.flops + found.flops,
         usd=asked.usd,
-        answers=Counter(c.strip() for c in asked.completions).most_common(FREQUENT),
+        answers=Counter(a.strip() for a in answers).most_common(FREQUENT),
         slices=_slices(examples, scores),
         scorer=task.scorer,
+        support=support.measure(examples, answers, found.hits, cited) if found.hits else None,
         task_hash=tasks.fingerprint(task),
         rows=[tasks.identity(task, e) for e in examples],
         scores=scores,
-        samples=[sample(*one) for one in zip(prompts, examples, asked.completions, scores, strict=True)][:keep],
+        samples=[sample(ask(e), e, *row) for e, *row in rows][:keep],
         latency=latency.measure(one, min(timed, len(examples)), not isinstance(lm, Hosted)) if timed else None,
     )  # fmt: skip
 
@@ -163,13 +174,14 @@ def _ask_hosted(task: Task, lm: Hosted, name: str, examples: Sequence[Example], 
 class Sizes:
     """Tokens of prompts and of the answers to `examples`, and whether a model's window holds both."""
 
-    def __init__(self, task: Task, lm: LM, name: str, examples: Sequence[Example]):
-        self.task, self.lm, self.name, self.examples = task, lm, name, examples
+    def __init__(self, task: Task, lm: LM, name: str, examples: Sequence[Example], more: int = 0):
+        self.lm, self.name, self.examples = lm, name, examples
+        self.room = task.max_new_tokens and task.max_new_tokens + more  # of an answer; 0: as the references need
         self.limit = lm.config.context - virtual_tokens(lm.params)
         answers = [e["options"] if task.kind == "choice" else e.get("references", [e["answer"]]) for e in examples]
         self.longest = [max(len(lm.tokenizer.encode(a)) for a in each) + 1 for each in answers]
         if task.kind != "choice":
-            self.longest = [task.max_new_tokens or min(size, MOST) for size in self.longest]
+            self.longest = [self.room or min(size, MOST) + more for size in self.longest]
 
     def fit(self, prompts: Sequence[Prompt]) -> bool:
         return all(len(self.lm.encode(p)) + n <= self.limit for p, n in zip(prompts, self.longest, strict=True))
@@ -184,7 +196,7 @@ class Sizes:
             fix = "shorten the rows, show fewer examples, or write :tokens=N for shorter answers"
             raise UserError(f"{what} ({len(wide)} of {len(total)} rows)", where, fix)
         enough = max(LEAST, -(-max(longest) * 5 // 4 // 16) * 16)
-        return asked, self.task.max_new_tokens or min(enough, MOST, limit - max(asked))
+        return asked, self.room or min(enough, MOST, limit - max(asked))
 
 
 def _slices(examples: Sequence[Example], scores: Sequence[float]) -> dict[str, dict]:
@@ -208,8 +220,8 @@ def answer(lm: LM, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: i
         rows = order[at : at + batch_size]
         filled = rows + rows[-1:] * (batch_size - len(rows))
         found = lm.generate([prompts[i] for i in filled], max_new_tokens=max_new_tokens)
-        for i, text in zip(rows, found, strict=False):
-            texts[i] = text
+        for i, written in zip(rows, found, strict=False):
+            texts[i] = written
     return texts
 
 
@@ -228,10 +240,13 @@ def choose(lm: LM, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) 
     return by_sum, by_byte
 
 
-def sample(prompt: Prompt, example: Example, completion: str, score: float) -> dict:
-    """A sample for the report: the question without shots and instruction, the answers and the score."""
-    question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return {"prompt": question, "answer": example["answer"], "completion": completion, "score": score}
+def sample(
+    question: Prompt, example: Example, completion: str, score: float, hits: Sequence[Hit], cited: Sequence[int]
+) -> dict:
+    """A sample for the report: the question without its context, the answers, the score, the passages."""
+    found = {"prompt": text(question), "answer": example["answer"], "completion": completion, "score": score}
+    passages = retrieval.sources(hits, range(1, len(hits) + 1))
+    return found | ({"passages": passages, "cited": list(cited)} if hits else {})
 
 
 def flops_per_token(lm: LM) -> float:

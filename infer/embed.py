@@ -18,7 +18,7 @@ from data.text.tokenizer import Tokenizer
 from infer.generate import bucket
 from infer.lm import batches
 from infer.models import Run, open_model
-from model import build
+from model import build, weights
 from model.heads import last_token
 from model.io.pretrained import Pretrained
 from model.net.transformer import Transformer
@@ -48,6 +48,18 @@ class Embedder:
     @property
     def width(self) -> int:
         return self.model.config.embed
+
+    @functools.cached_property
+    def flops_per_token(self) -> float:
+        """2 FLOPs per multiply-add of the layers' matrices; attention scores are not counted."""
+        found: list[int] = []
+
+        def count(path: str, w: Array | weights.Weight, spec: weights.Spec | None) -> None:
+            if spec and spec.eqn and not path.startswith(("embed", "unembed")):
+                found.extend(jax.tree.leaves(w.macs(spec.stacked) if weights.is_weight(w) else w.size))
+
+        weights.replace(self.params, self.model.specs, count)
+        return 2.0 * sum(found)
 
     def embed(self, texts: Sequence[str], prompt: str = "") -> np.ndarray:
         """Vectors [len(texts), width] in float32. `prompt` names one of the model's prompts; "" means none.

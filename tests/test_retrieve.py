@@ -86,7 +86,10 @@ def test_an_index_is_searched_by_words_and_by_meaning(documents, encoder, tmp_pa
     made = index.build(str(documents), tmp_path / "index", str(encoder))
     assert made["chunks"] == 2
     found = index.Index(tmp_path / "index")
-    assert found.vectors.dtype == np.float16
+    assert found.vectors.dtype == np.float16 and found.record["injections"] == 0
+    tokens = sum(map(len, found.embedder.encode(["rain", "in the rain"])))  # 2 layers of D = 16 and an MLP of 24
+    assert found.flops(["rain", "in the rain"]) == tokens * 2 * 2 * (4 * 16 * 16 + 2 * 16 * 24) + 2 * 2 * 2 * 16
+    assert found.flops(["rain"], "bm25") == 0
     best = found.search(["rain", "query"], 1, "bm25")
     assert [hit[0].chunk.document.rpartition(":")[2] for hit in best] == ["1", "2"]
     assert found.search(["zebra"], 2, "bm25") == [[]]

@@ -58,6 +58,8 @@ def main(argv: list[str]) -> int | None:
         judge = _judge(args) if args.embedder else lambda new: None
         record = index.build(args.documents, args.index, args.embedder, args.words, _progress, judge)
         print(f"{args.index}: {record['chunks']:,} chunks in {time.perf_counter() - began:.1f} s")
+        if record["injections"]:
+            print(f"{record['injections']:,} chunks read as instructions to a model; they are quoted as they are")
     if args.ask:
         for hit in index.opened(args.index).search([args.ask], args.k, args.how)[0]:
             print(f"{hit.score:.3f}  {hit.chunk.document}\n{hit.chunk.passage}\n")

@@ -32,10 +32,13 @@ class Context:
     index: str = ""  # folder of an index (tools.index)
     k: int = 3  # its chunks per question
     how: How | None = None  # the way to search it
+    cite: bool = False  # the answer is to name the chunks that it rests on
 
     def __post_init__(self) -> None:
         if self.shots:
             shots.find(self.pick)
+        if self.cite and not self.index:
+            raise UserError("answers can cite only passages", "--cite", "name an index of documents: --index=DIR")
 
     def to_dict(self) -> Json:
         used = {"pick": self.shots, "k": self.index, "how": self.index}
@@ -50,7 +53,7 @@ class Context:
             many = "many-shot" if self.shots == FULL else f"{self.shots}-shot"
             parts.append(many if self.pick == "random" else f"{many} {self.pick}")
         if self.index:
-            parts.append(f"{self.k} passage{'s' * (self.k > 1)}")
+            parts.append(f"{self.k} passage{'s' * (self.k > 1)}{' cited' * self.cite}")
         return ", ".join(parts) or "zero-shot"
 
 
@@ -58,6 +61,7 @@ class Prompts(NamedTuple):
     prompts: list[Prompt]
     shots: int  # examples in each prompt
     hits: list[list[Hit]]  # the chunks in each prompt, the best first; [] without an index
+    flops: float  # of the search
 
 
 class Asker:
@@ -71,14 +75,18 @@ class Asker:
     def __call__(self, questions: Sequence[Prompt], fits: Callable[[list[Prompt]], bool] | None = None) -> Prompts:
         """The prompts. `fits` says for FULL whether prompts fit into the window; without it, FULL is a UserError."""
         hits = retrieval.found(self.index, questions, self.context.k, self.context.how) if self.index else []
-        asked = [retrieval.put(q, h) for q, h in zip(questions, hits, strict=True)] if hits else list(questions)
+        asked = (
+            [retrieval.put(q, h, self.context.cite) for q, h in zip(questions, hits, strict=True)]
+            if hits
+            else list(questions)
+        )
         ask = functools.partial(self._ask, questions, asked)
         n = self.context.shots
         if n == FULL and not fits:
             raise UserError("the model's window is not known, so examples cannot fill it", "shots", "give a number")
         if n == FULL and fits:
             n = shots.most(lambda n: fits(ask(n)), len(self.pool))
-        return Prompts(ask(n), n, hits)
+        return Prompts(ask(n), n, hits, self.index.flops(map(shots.text, questions), self.context.how) if hits else 0.0)
 
     def _ask(self, questions: Sequence[Prompt], asked: Sequence[Prompt], n: int) -> list[Prompt]:
         chosen = self.picked([shots.text(q) for q in questions], n) if self.picked and n else [[]] * len(asked)

@@ -9,7 +9,7 @@ INDEX.parts/          vectors of an unfinished build, which the next build reuse
 import functools
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from common.types import Json
 from data import sources
 from infer.embed import Embedder
 from infer.embed import load as load_embedder
-from infer.retrieve import chunks, search
+from infer.retrieve import chunks, injections, search
 from infer.retrieve.chunks import Chunk
 from infer.retrieve.search import How
 
@@ -79,6 +79,14 @@ class Index:
         asked = self.embedder.embed(questions, "query") if how != "bm25" else [None] * len(questions)
         return [self._one(question, vector, k, how) for question, vector in zip(questions, asked, strict=True)]
 
+    def flops(self, questions: Iterable[str], how: How | None = None) -> float:
+        """FLOPs of `search`: the vectors of the questions, and their products with all vectors. Those of BM25 are not
+        counted."""
+        if how == "bm25" or self.vectors is None:
+            return 0.0
+        ids = self.embedder.encode(list(questions))
+        return self.embedder.flops_per_token * sum(map(len, ids)) + 2.0 * len(ids) * self.vectors.size
+
     def _one(self, question: str, vector: np.ndarray | None, k: int, how: How) -> list[Hit]:
         parts = [] if how == "dense" else [self.words.scores(question)]
         if self.vectors is not None and vector is not None:
@@ -129,6 +137,7 @@ def build(
     record = {"documents": documents, "content": content, "words": words, "chunks": len(found), "embedder": embedder}
     model = load_embedder(embedder) if embedder else None
     record["digest"] = digest(model) if model else ""
+    record["injections"] = sum(bool(injections.found(chunk.passage)) for chunk in found)
     old = files.read_json(folder / RECORD)
     if old == record:
         return record

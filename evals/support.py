@@ -1,0 +1,47 @@
+"""Whether answers from retrieved passages rest on them, apart from whether they are right."""
+
+from collections.abc import Sequence
+
+from common.types import Json
+from evals import scorers
+from evals.task import Example
+from infer.retrieve import injections
+from infer.retrieve.index import Hit
+
+
+def measure(
+    examples: Sequence[Example], answers: Sequence[str], hits: Sequence[Sequence[Hit]], cited: Sequence[Sequence[int]]
+) -> Json:
+    """Shares of the questions, and counts.
+
+    retrieved   a reference is in one of the passages
+    cites       the answer cites one of the passages, by its number
+    cited       a reference is in a passage that the answer cites
+    grounded    the model's answer is in a passage that it cites, or in any if it cites none
+    exact, f1   the best scores over the references, whatever scorer the task has
+    injections  passages that read as instructions to the model (infer.retrieve.injections), of `passages`
+    """
+    references = [example.get("references", [example["answer"]]) for example in examples]
+    passages = [[hit.chunk.passage for hit in row] for row in hits]
+    chosen = [[row[at - 1] for at in numbers] for row, numbers in zip(passages, cited, strict=True)]
+    best = lambda name: [
+        max(scorers.find(name)(a, r) for r in each) for a, each in zip(answers, references, strict=True)
+    ]
+    rows = {
+        "retrieved": [_any(row, each) for row, each in zip(passages, references, strict=True)],
+        "cites": [bool(row) for row in chosen],
+        "cited": [_any(row, each) for row, each in zip(chosen, references, strict=True)],
+        "grounded": [_any(row or every, [a]) for row, every, a in zip(chosen, passages, answers, strict=True)],
+        "exact": best("exact"),
+        "f1": best("token_f1"),
+    }
+    unique = {hit.chunk for row in hits for hit in row}
+    found = sum(bool(injections.found(chunk.passage)) for chunk in unique)
+    return {name: sum(row) / len(row) for name, row in rows.items()} | {"injections": found, "passages": len(unique)}
+
+
+def _any(passages: Sequence[str], answers: Sequence[str]) -> bool:
+    """Whether one of the texts has all words of one of the answers in sequence, as the exact scorer compares them."""
+    wanted = [normal for answer in answers if (normal := scorers.normalized(answer))]
+    texts = [f" {scorers.normalized(passage)} " for passage in passages]
+    return any(f" {answer} " in passage for answer in wanted for passage in texts)

@@ -1,0 +1,22 @@
+"""Text in documents that reads as an instruction to the model that will quote it."""
+
+import re
+
+PATTERNS = (  # orders, marks of chat templates and of our own quotation, roles, characters that nobody sees
+    r"\b(ignore|disregard|forget|override|bypass)\b[^.\n]{0,30}\b(previous|prior|above|earlier|preceding|all|your|these)\b"
+    r"[^.\n]{0,30}\b(instructions?|rules|prompts?|directions|guidelines|messages|passages)\b",
+    r"\b(system|developer|hidden) prompt\b",
+    r"\b(do not|don't|never) (tell|inform|warn|mention (this|it) to) the user\b",
+    r"\byou (are now|must now|will now|have to) (act|answer|respond|reply|behave|pretend|output|print)\b",
+    r"\b(respond|reply|answer) (only )?with (only )?[\"'“]",
+    r"<\|[a-z_]{2,20}\|>|\[/?INST\]|<</?SYS>>|<(start|end)_of_turn>|</?\s*passage\b",
+    r"^\s*#*\s*(system|assistant)\s*:",
+    r"[\U000e0020-\U000e007e]",
+)
+PATTERN = re.compile("|".join(f"(?:{p})" for p in PATTERNS), re.IGNORECASE | re.MULTILINE)
+
+
+def found(text: str) -> str:
+    """The first such text, or "". A pattern finds known wordings; that it finds nothing proves nothing."""
+    match = PATTERN.search(text)
+    return match[0].strip() if match else ""
