@@ -6,7 +6,7 @@ PATTERNS = (  # orders, marks of chat templates and of our own quotation, roles,
     r"\b(ignore|disregard|forget|override|bypass)\b[^.\n]{0,30}\b(previous|prior|above|earlier|preceding|all|your|these)\b"
     r"[^.\n]{0,30}\b(instructions?|rules|prompts?|directions|guidelines|messages|passages)\b",
     r"\b(system|developer|hidden) prompt\b",
-    r"\b(do not|don't|never) (tell|inform|warn|mention (this|it) to) the user\b",
+    r"\b(do not|don't|never) (inform|warn|alert) the user\b",
     r"\byou (are now|must now|will now|have to) (act|answer|respond|reply|behave|pretend|output|print)\b",
     r"\b(respond|reply|answer) (only )?with (only )?[\"'“]",
     r"<\|[a-z_]{2,20}\|>|\[/?INST\]|<</?SYS>>|<(start|end)_of_turn>|</?\s*passage\b",
@@ -17,6 +17,6 @@ PATTERN = re.compile("|".join(f"(?:{p})" for p in PATTERNS), re.IGNORECASE | re.
 
 
 def found(text: str) -> str:
-    """The first such text, or "". A pattern finds known wordings; that it finds nothing proves nothing."""
+    """The first such text, or "". The patterns know usual wordings only."""
     match = PATTERN.search(text)
     return match[0].strip() if match else ""
