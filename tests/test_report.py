@@ -1,9 +1,12 @@
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common import exits, jobs, numbers
@@ -178,6 +181,32 @@ def test_bad_folders_are_told(tmp_path, capsys):
     assert door.main([str(tmp_path)]) == 2 and "neither metrics.jsonl nor evals.jsonl" in capsys.readouterr().err
     with pytest.raises(UserError, match="no run folders"):
         report.write([], tmp_path / "r.html")
+
+
+SIMULATED = {  # linear RGB as seen without one kind of cone: Machado et al. 2009, severity 1
+    "all cones": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+XYZ = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+
+
+@pytest.mark.parametrize("vision", SIMULATED)
+def test_colors_of_charts_differ_for_every_eye(vision):
+    """At least 10 apart in CIELAB, and with a contrast of 3 to the paper, in both schemes."""
+    css = (Path(report.__file__).parent / "page.css").read_text()
+    for scheme in re.findall(r":root \{(.*?)\}", css, re.S)[:2]:
+        hexes = [re.search(r"--paper: #(\w+)", scheme)[1], *re.findall(r"--s\d: #(\w+)", scheme)]
+        rgb = np.array([[int(h[i : i + 2], 16) / 255 for i in (0, 2, 4)] for h in hexes])
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        xyz = (linear @ np.array(SIMULATED[vision]).T).clip(0, 1) @ np.array(XYZ).T / [0.95047, 1, 1.08883]
+        f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+        lab = np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
+        apart = np.linalg.norm(lab[1:, None] - lab[None, 1:], axis=-1) + 99 * np.eye(len(hexes) - 1)
+        light = linear @ XYZ[1]
+        assert apart.min() > 10
+        assert ((np.maximum(light[1:], light[0]) + 0.05) / (np.minimum(light[1:], light[0]) + 0.05)).min() > 3
 
 
 def test_ticks_enclose_the_values():

@@ -138,7 +138,7 @@ def html(d: Decision, record: Json, out: Path) -> str:
         given=parts.given(d),
         spent=parts.spent(record),
         decided=list(parts.decided(record)),
-        runs=[parts.runs(o) for o in d.options],
+        runs=[parts.runs(o, record) for o in d.options],
     )
     return re.sub(r"(?<=\d) %", "\u00a0%", text)  # a line does not end before its unit
 

@@ -265,12 +265,14 @@ def decided(record: Json) -> Iterator[str]:
     yield from (sentence(note) + "." for note in (*task["notes"], *task["duplicates"]))
 
 
-def runs(o: Option) -> Json:
+def runs(o: Option, record: Json) -> Json:
+    """How a method was set, and the folders and commands of its tests."""
     tests = o.record["tests"]
     return {
         "id": anchor(o),
         "label": o.label,
         "how": o.record["how"],
+        "setting": next((c["label"] for c in record["candidates"] if c["id"] == o.record["candidate"]), ""),
         "folders": list(dict.fromkeys(t["run"] for t in tests if t["run"])),
         "commands": ["python -m " + shlex.join(argv) for t in tests for argv in t["commands"]],
     }

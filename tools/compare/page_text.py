@@ -151,11 +151,10 @@ def _wrong(d: Decision) -> str:
     share, lost, more = d.lost
     if not share:
         return "In none of the redraws is another method better."
-    parts = [f"{points(lost)} of the score"]
-    parts += [f"{money(d.price, more)} per month"] if math.isfinite(more) else []
-    return (
-        f"In the {chance(share)} of redraws in which another method is best, this one loses {joined(parts)} on average."
-    )
+    parts = [f"{points(lost)} of the score"] if lost >= 0.0005 else []
+    parts += [f"{money(d.price, more)} per month"] if 0 < more < math.inf else []
+    known = f"loses {joined(parts)} on average" if parts else "loses nothing that is known"
+    return f"In the {chance(share)} of redraws in which another method is best, this one {known}."
 
 
 def _rule(d: Decision) -> str:
@@ -166,9 +165,8 @@ def _rule(d: Decision) -> str:
     extra, more = d.cost[1][top] - d.cost[1][0], d.options[top].mean - d.best.mean
     if top and more > 0 and math.isfinite(extra):
         each = extra / (more * d.given.requests)
-        text += (
-            f" {sentence(named(d.options[top]))} would pay if one more right answer is worth {money(d.price, each)}."
-        )
+        worth = f"if one more right answer is worth {money(d.price, each)} or more"
+        text += f" {sentence(named(d.options[top]))} would pay {worth}."
     return text
 
 

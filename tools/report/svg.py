@@ -1,5 +1,6 @@
 """Charts as inline SVG without scripts, with colors from the page's CSS, readable on a phone."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from html import escape
@@ -60,8 +61,14 @@ def lines(
     label = f"{y_label}{', logarithmic' if log else ''}"
     out.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>')
     title = f"{label} by {x_label}: {', '.join(name for name, _, _ in series)}"
-    legend = "".join(f'<li><i class="key {css}"></i>{escape(name)}</li>' for name, css, _ in series if name)
+    legend = "".join(f"<li>{_key(css)}{escape(name)}</li>" for name, css, _ in series if name)
     return _figure(label, title, HEIGHT, out, f'<ul class="legend">{legend}</ul>')
+
+
+def _key(css: str) -> str:
+    """A short piece of a line, for the legend."""
+    dot = f'<circle class="{css} dot" cx="14" cy="5" r="4"/>' if "dots" in css else ""
+    return f'<svg class="key" viewBox="0 0 28 10" aria-hidden="true"><path class="{css} line" d="M0 5H28"/>{dot}</svg>'
 
 
 def _figure(caption: str, label: str, height: int, parts: Sequence[str], legend: str = "") -> Markup:
@@ -112,16 +119,20 @@ def scatter(dots: Sequence[Dot], x_label: str, y_label: str) -> Markup:
 
 
 def _labels(points: Sequence[tuple[str, float, float]]) -> list[str]:
-    """Labels beside points, moved down where they would cover each other."""
+    """Labels beside points, each on the first side on which it covers no point and no other label."""
     out: list[str] = []
-    taken: list[tuple[bool, float, float]] = []
+    taken = [(x - 6, x + 6, y) for _, x, y in points]
     for label, x, y in sorted(points, key=lambda p: p[2]):
-        right = x < WIDTH * 0.6
-        while any(abs(y - other) < 20 and (side == right or abs(x - near) < 160) for side, near, other in taken):
-            y += 4
-        taken.append((right, x, y))
-        at = f'x="{x + (8 if right else -8):.1f}" y="{y - 8:.1f}" text-anchor="{"start" if right else "end"}"'
-        out.append(f'<text class="name halo" {at}>{escape(label)}</text>')
+        wide = 8.5 * len(label)
+        sides = [(x + 9, "start"), (x - 9, "end")][:: 1 if x < WIDTH * 0.6 else -1]
+        for down, (at, anchor) in itertools.product((-8, 20, 38, 56, 74, 92), sides):
+            left = at if anchor == "start" else at - wide
+            free = all(abs(y + down - 5 - other) > 15 or left > b or left + wide < a for a, b, other in taken)
+            if free and left > 0 and left + wide < WIDTH:
+                break
+        taken.append((left, left + wide, y + down - 5))
+        text = f'x="{at:.1f}" y="{y + down:.1f}" text-anchor="{anchor}">{escape(label)}</text>'
+        out.append(f'<text class="name halo" {text}')
     return out
 
 
