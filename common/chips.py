@@ -1,4 +1,4 @@
-"""Accelerators and their known properties, from the dated table beside this file; no jax here."""
+"""Accelerators and their known properties, from the dated table chips.json. This module does not import jax."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ class Chip(NamedTuple):
 
 
 class Site(NamedTuple):
-    """The assumed source of energy."""
+    """The data center whose energy is assumed."""
 
     region: str
     gco2_per_kwh: Number  # location-based
@@ -39,7 +39,7 @@ class Site(NamedTuple):
 
 
 def find(name: str) -> Chip | None:
-    """The chip of a name ("v6e") or a jax device_kind ("TPU v6 lite"); None if it is not in the table."""
+    """The chip with a name ("v6e") or a jax device_kind ("TPU v6 lite"); None if the table does not have it."""
     return _CHIPS.get(name.lower())
 
 

@@ -80,7 +80,7 @@ def full_disk(error: BaseException | None) -> UserError | None:
 def table(
     rows: Iterable[Sequence[object]], heads: Sequence[str] = (), title: str = "", width: int | None = None
 ) -> None:
-    """Prints a table; brackets in cells are not markup. `width`: of the console, by default the terminal's."""
+    """Prints a table; brackets in cells are not markup. `width` is that of the console, by default the terminal's."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -98,7 +98,7 @@ def keep_console() -> None:
             os.fstat(fd)
         except OSError:  # closed: the next opened file would become the console
             os.open(os.devnull, os.O_RDWR)
-    if sys.stdout is sys.__stdout__:  # else the caller captures the output
+    if sys.stdout is sys.__stdout__:  # otherwise the caller captures the output
         sys.stdout = _kept(sys.stdout, 1)
     if sys.stderr is sys.__stderr__:
         sys.stderr = _kept(sys.stderr, 2)

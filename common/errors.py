@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 
 P, R = ParamSpec("P"), TypeVar("R")
 warn = logging.getLogger("kungfu").warning  # printed as it is: only the root logger adds "WARNING:root:"
-LONGEST = 1000  # characters of a part of a message: names and values come from files of any hand
+LONGEST = 1000  # characters per part of a message: names and values may come from hostile files
 
 
 class UserError(ValueError):

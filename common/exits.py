@@ -1,4 +1,4 @@
-"""Exit codes of every command; 1 is left to Python's own failures, 128 + N to signals."""
+"""Exit codes of every command. Python itself exits with 1 after a traceback; 128 + N stands for signal N."""
 
 DONE = 0
 INPUT = 2  # bad input: a UserError

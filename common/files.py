@@ -1,4 +1,4 @@
-"""All writing of the project: files and folders that are complete or absent, and lines that are complete.
+"""Writes every file of the project: files and folders appear complete or not at all, lines are appended whole.
 
 A file or folder is first written beside its final path, under a name that begins with WRITING, and locked. The kernel
 releases the lock with the process, so the next writer in the same folder can recognize and delete remains of a kill.
@@ -26,7 +26,7 @@ from common.types import Json
 
 WRITING = ".writing-"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LOCK = "LOCK"  # the name of locks, which stay local (see also train.keep.lease)
+LOCK = "LOCK"  # the name of lock files, which are never uploaded (see also train.keep.lease)
 MIRRORS = Path("~/.cache/kungfu/runs")
 
 
@@ -209,12 +209,12 @@ def plain(x: Any) -> Any:
 
 
 def strict(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError also for NaN, for numbers that overflow a float, and for nesting that
-    is too deep."""
+    """The value of a JSON text. Raises ValueError also for NaN, for numbers that overflow a float, and for too deep
+    nesting."""
     try:
         return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 def _finite(text: str) -> float:
@@ -227,7 +227,7 @@ def load_json(path: Path) -> Json:
     """The object of a JSON file that must be there. Raises UserError."""
     try:
         value = strict(path.read_text("utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # no half of a surrogate pair
+        json.dumps(value, ensure_ascii=False).encode()  # raises for half a surrogate pair
     except (OSError, ValueError) as error:
         raise UserError(f"not readable as JSON: {reason(error)}", str(path)) from error
     if not isinstance(value, dict):

@@ -1,5 +1,5 @@
-"""The resources of a run: FLOPs, chip-hours, dollars, energy, carbon. Computed only from metrics.jsonl and chips.json,
-without jax."""
+"""The resources that a run used: FLOPs, chip-hours, dollars, energy, carbon. They are computed from metrics.jsonl and
+chips.json, without jax."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ class Gas(NamedTuple):
     usd_spot: float | None = None
     kwh: Range | None = None  # with PUE, except for an unknown chip whose power was measured
     kwh_measured: float | None = None  # the measured part of kwh.value
-    co2_kg: Range | None = None  # of that electricity, location-based
+    co2_kg: Range | None = None  # from that electricity, location-based
     co2_kg_cci: float | None = None  # from compute carbon intensity, with embodied emissions: a cross-check
     seconds: dict[str, float] = {}  # by kind, and "lost"
 
@@ -83,12 +83,12 @@ def sessions(lines: Iterable[dict]) -> list[Session]:
     """The launches recorded in a metrics.jsonl.
 
     Each begins with a "session" event, which also has the totals of the previous one. Seconds accumulate from line to
-    line, so the last line that a restart did not remove has those of the steps that count.
+    line, so the last line that a restart did not remove has the seconds of the steps that count.
     """
     found, now = [], Session({}, {}, {}, {})
     for line in lines:
         if line.get("kind") == "task":
-            continue  # its seconds are those of one evaluation
+            continue  # its seconds cover only one evaluation
         spent, joules = line.get("seconds") or {}, line.get("joules") or {}
         if line.get("event") == "session":
             if spent:
@@ -100,7 +100,8 @@ def sessions(lines: Iterable[dict]) -> list[Session]:
 
 
 def line(lines: Iterable[dict], environment: Json, chip: str = "") -> Gas:
-    """The totals of a run's lines. `environment` is that of its folder, for older lines that do not name their devices.
+    """The totals of the lines of a run. Older lines do not name their devices, which are then read from `environment`,
+    its environment.json.
 
     `chip` is config.chip: a name in chips.json to use for all devices.
     """

@@ -15,17 +15,17 @@ from common.errors import UserError
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 OLDER = dict.fromkeys(
-    (b"lmgg", b"fmgg", b"tjgg", b"algg"), "a GGML file of 2023: convert it to GGUF by llama.cpp's tools"
+    (b"lmgg", b"fmgg", b"tjgg", b"algg"), "an old GGML file: convert it to GGUF with the tools of llama.cpp"
 )
 OTHERS = {1: "version 1 of the format: convert the model again", 3 << 24: "stored in big-endian order"}
-MAX_ITEMS = 1 << 24  # more than any vocabulary: a larger count means a corrupt file
+MAX_ITEMS = 1 << 24  # larger than any vocabulary: a count above it means a corrupt file
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
     shape: tuple[int, ...]  # in numpy's order: rows first
     kind: int  # ggml's type number
-    offset: int  # in bytes, from the start of the file
+    offset: int  # offset in bytes from the start of the file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Reads the header of a file. Raises UserError when it is not GGUF, or truncated."""
+    """Reads the header of a file. Raises UserError when the file is not GGUF, or is truncated."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data).header()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from common import exits, files
 
-PARENT = "KUNGFU_PARENT"  # environment variable: the process that a command must not outlive
+PARENT = "KUNGFU_PARENT"  # environment variable with the process id that a command must not outlive
 
 
 class Running(Protocol):
@@ -33,7 +33,7 @@ class Queue(Protocol[R]):
         """Starts the next command; None if there is none to start now."""
 
     def left(self) -> bool:
-        """Whether there is, or may be later, a command to start."""
+        """Whether a command can be started, now or later."""
 
     def hopeless(self, job: R) -> bool:
         """Whether to stop a running command early."""
@@ -48,7 +48,7 @@ class Stage(NamedTuple):
     title: str
     argv: list[str]  # python -m ...
     share: Callable[[], float]
-    seconds: float  # expected duration: its part of the progress bar
+    seconds: float  # expected duration, which sets its part of the progress bar
 
 
 def start(argv: Sequence[str], log: Path, **options: Any) -> subprocess.Popen:
@@ -63,7 +63,7 @@ def start(argv: Sequence[str], log: Path, **options: Any) -> subprocess.Popen:
 
 
 def follow_parent() -> None:
-    """If PARENT is set, makes the kernel kill this process when that one dies, which can then no longer stop it."""
+    """If PARENT is set, makes the kernel kill this process when its parent dies, since a dead parent cannot stop it."""
     parent = os.environ.pop(PARENT, "")
     if not parent:
         return

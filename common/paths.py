@@ -30,7 +30,7 @@ def parse(name: str | Place) -> Place:
     if "://" not in text:
         return Path(name)
     if not text.startswith(STORE):
-        raise UserError("this kind of URL is not supported", text, "use a path on this machine, or gs://BUCKET/FOLDER")
+        raise UserError("this kind of URL is not supported", text, "use a local path, or gs://BUCKET/FOLDER")
     store()
     from etils import epath
 
@@ -47,7 +47,7 @@ def store() -> "AbstractFileSystem":
 
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     try:
-        return fsspec.filesystem("gcs", finalize_on_close=True)  # as etils asks for it: the same instance
+        return fsspec.filesystem("gcs", finalize_on_close=True)  # as etils calls it, for the same instance
     except ImportError as e:
         raise UserError(f"not installed: {e}", STORE, "pip install -r requirements/cloud.txt") from e
 
@@ -69,7 +69,7 @@ def regular(place: Path) -> Path:
 
 
 def nearest(path: Place, otherwise: str = "") -> str:
-    """ "did you mean X?", with the name beside a path that does not exist which is nearest in spelling; else
+    """ "did you mean X?" for a path that does not exist, where X is the most similar name in the same folder; else
     `otherwise`."""
     if remote(path) or not path.parent.is_dir():
         return otherwise

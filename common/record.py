@@ -1,4 +1,4 @@
-"""The lines of a run's metrics.jsonl, which `train.keep.metrics` writes, for whoever reads them; no jax here."""
+"""Reads the lines of a run's metrics.jsonl, which `train.keep.metrics` writes. This module does not import jax."""
 
 from pathlib import Path
 
@@ -7,13 +7,14 @@ from common.types import Json
 
 
 def read(path: str | Path) -> list[Json]:
-    """{"step", "time", "kind", ...} each. A line that a kill cut short, or that no run can have written, is missing."""
+    """The lines of a file, each a dict {"step", "time", "kind", ...}. Lines that a kill cut short, or that no run can
+    have written, are left out."""
     return list(filter(_sound, files.read_lines(path)))
 
 
 def _sound(line: Json) -> bool:
     seconds, joules, devices = (line.get(name, {}) for name in ("seconds", "joules", "devices"))
-    if line.get("kind") == "task" and _number(seconds):  # those of one evaluation
+    if line.get("kind") == "task" and _number(seconds):  # the seconds of one evaluation
         seconds = {}
     return (
         type(line.get("step")) is int

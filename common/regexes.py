@@ -1,4 +1,4 @@
-"""Regular expressions from untrusted files: compiled only if they cannot be slow on short names."""
+"""Compiles regular expressions from untrusted files, but only those that are fast on every short name."""
 
 import re
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ from typing import Any
 
 from common.errors import UserError
 
-# Limits: characters; long repeats, each of which may raise the power of the text's length by one; repeats and
-# branches, each of which may double the time.
+# Limits of a pattern: its characters; its long repeats, each of which may multiply the time by the text's length; its
+# repeats and branches, each of which may double the time.
 LONGEST, WIDE, CHOICES = 2000, 4, 16
 REPEATS = {op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT}
 DIGITS = [(op.IN, [(op.CATEGORY, op.CATEGORY_DIGIT)])]

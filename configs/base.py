@@ -21,23 +21,23 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # for everything random: initial weights, data order, dropout
     c.steps = 1000  # optimizer steps
-    c.epochs = 0.0  # passes over the rows of all sources; above 0 it sets `steps` once the data is read
-    c.accum = 1  # micro-batches per step: the batch is split and the result is the same
+    c.epochs = 0.0  # passes over the rows of all sources; if above 0, it determines `steps` once the data is read
+    c.accum = 1  # micro-batches per step; splitting the batch does not change the result
     c.init = ""  # pretrained weights: folder, .gguf, run folder, packaged model's name or hub id; "": random
     c.trainable = "all"  # | "adapters" | a regex on parameter paths; with peft, "all" means the adapters
     c.allow = ()  # changes that a resume accepts even though they alter the result: "data", "config"
 
     c.model = ConfigDict()
     c.model.shape = ""  # a name in configs/models.py; "" takes the shape of `init`
-    c.model.layers = placeholder(int)  # overrides the shape; so do the next four
+    c.model.layers = placeholder(int)  # overrides the shape, as do the next four
     c.model.embed = placeholder(int)  # D; the head size is embed / heads
     c.model.heads = placeholder(int)  # N
     c.model.kv_heads = placeholder(int)  # K, divides heads
     c.model.mlp = placeholder(int)  # F
-    c.model.vocab_size = placeholder(int)  # unset: the tokenizer's, rounded up to a multiple of 64
+    c.model.vocab_size = placeholder(int)  # unset: the size of the tokenizer's, rounded up to a multiple of 64
     c.model.dtype = one_of("float32", "bfloat16", "float16")  # activations
     c.model.param_dtype = one_of("float32", "bfloat16", "float16")  # weights, optimizer; 16 bits: stochastic rounding
-    c.model.remat = one_of("dots", "none", "full")  # what the backward pass keeps of each layer
+    c.model.remat = one_of("dots", "none", "full")  # what is kept of each layer for the backward pass
     c.model.attention = one_of("auto", "xla", "splash", "cudnn")  # splash: TPU only, cudnn: GPU only
 
     c.objective = ConfigDict({"name": "sft"})  # a file in train/objectives and its keyword arguments
@@ -45,20 +45,20 @@ def get_config() -> ConfigDict:
     c.quant = ConfigDict({"name": ""})  # a file in model/quant and its keyword arguments; "": none
 
     c.data = ConfigDict()
-    c.data.source = "pydocs"  # see data/sources.py; several with weights: "pydocs:0.7,sotu:0.3"
+    c.data.source = "pydocs"  # see data/sources.py; several sources with weights: "pydocs:0.7,sotu:0.3"
     c.data.eval_source = ""  # held-out records; "": the validation split of `source` if it has one, else `holdout`
     c.data.holdout = 0.05  # fraction of the documents held out of training to measure the loss on
     c.data.format = "auto"  # chosen by the columns of the records | one of FORMATS in data/formats.py
     c.data.fields = ""  # rename columns: "prompt=question,completion=answer"
-    c.data.tokenizer = ""  # see data/text/tokenizer.py; "": the one of `init`, else bytes
+    c.data.tokenizer = ""  # see data/text/tokenizer.py; "": that of `init`, else bytes
     c.data.chat_template = ""  # FILE | a name in data/text/templates | "none": prompts stay raw; "": the model's own
     c.data.read_control = False  # parse control tokens written in the text of the data, for chats rendered in advance
-    c.data.learn = "all"  # answers of a chat that count in the loss | "last"
+    c.data.learn = "all"  # which answers of a chat count in the loss | "last"
     c.data.seq_len = 256  # T
     c.data.batch_size = 8  # B, rows per step over all hosts
     c.data.packing = "best_fit"  # | "concat" (documents are split) | "none" (one document per row, padded)
     c.data.truncate = True  # cut documents longer than seq_len; False: count them as bad rows
-    c.data.max_bad = 0.001  # fraction of bad rows that may be skipped before it is an error
+    c.data.max_bad = 0.001  # largest fraction of bad rows that may be skipped; more are an error
     c.data.view = ConfigDict({"name": "next"})  # what is predicted: a file in data/views and its keyword arguments
     c.data.shuffle = True  # a new order every epoch, from `seed`
     c.data.cache = "~/.cache/kungfu/data"  # tokenized documents, memory-mapped, keyed by fingerprint
@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
     c.optim.lr = 3e-4  # peak
     c.optim.schedule = one_of("cosine", "linear", "constant", "wsd")  # wsd: warm up, stay constant, decay
     c.optim.warmup = 0.05  # fraction of the steps if below 1, else steps
-    c.optim.decay = 0.2  # wsd only: fraction of the steps in the last phase
+    c.optim.decay = 0.2  # wsd only: fraction of the steps in which the rate decays
     c.optim.final_lr = 0.1  # at the end, as a fraction of the peak
     c.optim.b1 = 0.9  # decay of the running mean of the gradient
     c.optim.b2 = 0.95  # decay of the running mean of its square
@@ -91,16 +91,16 @@ def get_config() -> ConfigDict:
     c.evals = ()  # names in evals/tasks, or FILE:OPTION=VALUE (evals/rows.py); `eval_n` examples of each are scored
     c.eval_n = 64  # examples per task
     c.eval_text = ""  # source of general text; the rise of the loss on it (eval/text_nll) measures forgetting
-    c.floors = ()  # a broken one stops the run: (("eval/dates", ">=", 0.8), ...) | "<=" | "drop" or "rise" since step 0
+    c.floors = ()  # crossing one stops the run: (("eval/dates", ">=", 0.8), ...) | "<=" | "drop" or "rise" since step 0
     c.samples = ()  # prompts answered before and after training, saved in metrics.jsonl
 
     c.ckpt = ConfigDict()
     c.ckpt.every = 100  # steps between checkpoints; 0: only at the end
-    c.ckpt.minutes = 10.0  # also at least this often
+    c.ckpt.minutes = 10.0  # most minutes between checkpoints
     c.ckpt.keep = 2  # how many of the newest checkpoints to keep
     c.ckpt.keep_every = 0  # keep every n-th step forever; 0: none
-    c.ckpt.on_error = one_of("stop", "continue")  # what to do if a save fails (disk full)
+    c.ckpt.on_error = one_of("stop", "continue")  # what to do if a save fails, as on a full disk
 
-    c.tracker = one_of("", "tensorboard", "wandb")  # receives the same metrics, in the background
-    c.chip = ""  # accelerator that sets peak FLOP/s and price; "": by the device's own name
+    c.tracker = one_of("", "tensorboard", "wandb")  # service that receives the same metrics, in the background
+    c.chip = ""  # name of the accelerator, for peak FLOP/s and prices; "": the device's own name
     return c

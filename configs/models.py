@@ -1,4 +1,5 @@
-"""Shapes by name: `c.model.shape = "tiny"`. Each entry is keyword arguments of model.config.ModelConfig."""
+"""Named model shapes, as in `c.model.shape = "tiny"`. Each entry holds keyword arguments of
+model.config.ModelConfig."""
 
 from collections.abc import Mapping
 
@@ -36,7 +37,7 @@ SHAPES = {
 
 def resized(name: str, changes: Mapping[str, int]) -> dict[str, Leaf]:
     """A named shape with some sizes changed. If heads or embed change, the head size becomes embed / heads, and
-    kv_heads at most heads."""
+    kv_heads is limited to heads."""
     shape = {**SHAPES[name], **changes}
     if "heads" in changes or "embed" in changes:
         shape["kv_heads"] = changes.get("kv_heads") or min(shape["kv_heads"], shape["heads"])

@@ -6,8 +6,8 @@
     def search():  # the ranges of --search
         return {"optim.lr": loguniform(1e-4, 1e-2), "peft.rank": choice(4, 8, 16)}
 
-A point is a dict of dotted keys and values. The helpers take points, or {key: values, ...}: an axis for each key.
-A `get_hyper(h)`, as in big_vision's configs, is read too.
+A point is a dict of dotted keys and their values. The helpers take lists of points, or {key: values, ...} with one axis
+per key. A `get_hyper(h)`, as in big_vision's configs, is read too.
 """
 
 import inspect
@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.types import Leaf
 from configs import schema
 
-Point = dict[str, Leaf]  # dotted key -> value
+Point = dict[str, Leaf]  # {dotted key: value}
 Points = Iterable[Point] | Mapping[str, Iterable[Leaf]]
 
 
@@ -34,12 +34,13 @@ def product(*parts: Points) -> list[Point]:
 
 
 def zip_(*parts: Points) -> list[Point]:
-    """The first of each axis together, then the second of each. Raises ValueError if the lengths differ."""
+    """Combines the first values of all axes, then the second values, and so on. Raises ValueError if the lengths
+    differ."""
     return [_merged(points) for points in zip(*_axes(parts), strict=True)]
 
 
 def chain(*parts: Points) -> list[Point]:
-    """One axis after the other."""
+    """The points of one axis after those of the other."""
     return list(itertools.chain(*_axes(parts)))
 
 
@@ -70,7 +71,7 @@ def _merged(points: Iterable[Point]) -> Point:
     merged: Point = {}
     for point in points:
         if twice := merged.keys() & point.keys():
-            raise UserError(f"{', '.join(sorted(twice))} is set twice", "sweep", "chain puts axes one after the other")
+            raise UserError(f"{', '.join(sorted(twice))} is set twice", "sweep", "chain joins axes one after the other")
         merged |= point
     return merged
 
@@ -92,7 +93,7 @@ def _under(name: str, points: list[Point]) -> list[Point]:
 
 
 class Range(NamedTuple):
-    """From low to high, both included, or one of `choices`."""
+    """A range from low to high, both included, or a list of `choices`."""
 
     low: float = 0
     high: float = 0

@@ -66,7 +66,8 @@ def first_line(module: str) -> str:
 
 
 def forward(module: str, argv: list[str]) -> None:
-    """Becomes `python -m module`. Its children, too, find the checkout's packages and not the current folder's."""
+    """Replaces this process by `python -m module`. That process and its children import the checkout's packages, not
+    those of the current folder."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     os.execve(
         sys.executable,
@@ -76,7 +77,7 @@ def forward(module: str, argv: list[str]) -> None:
 
 
 def console() -> None:
-    """What the installed command runs."""
+    """The entry point of the installed command."""
     sys.exit(main(sys.argv[1:]))
 
 

@@ -357,7 +357,7 @@ for name in json.loads(sys.argv[1]):
         out.append(str(e))
 print(json.dumps(out))
 """
-GATED = "ask on its page at the hub, then set HF_TOKEN or run `hf auth login`"
+GATED = "request access on its page, then set HF_TOKEN or run `hf auth login`"
 NONE = "check the name; for a private one set HF_TOKEN"
 OFFLINE = "HF_HUB_OFFLINE forbids a download · unset it, or download it first"
 

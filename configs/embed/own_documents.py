@@ -2,12 +2,12 @@
 
     python -m train.main --config=configs/embed/own_documents.py:file=pairs.jsonl --workdir=runs/embedder
 
-The file: the columns query and passage, or others that --config.data.fields names. A run whose held-out questions rank
-their passages worse than before the training, by the mean reciprocal rank, ends with exit code 71. LoRA instead of all
+The file: the columns query and passage, or others that --config.data.fields names. If the mean reciprocal rank of the
+held-out questions' passages becomes worse than before the training, the run ends with exit code 71. LoRA instead of all
 weights: --config.peft.name=lora --config.optim.lr=1e-3.
 
 Hardware: a laptop CPU; 3 seconds per step. Expected: "mrr" of the held-out questions rises; `tools.index --questions`
-says whether searching became better.
+measures whether search became better.
 """
 
 from configs import base

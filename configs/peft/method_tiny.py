@@ -4,8 +4,8 @@
 
 Hardware: a laptop CPU. Expected: the loss falls, more slowly with fewer trained parameters and on a random base.
 Methods are the files of model/peft; the default is dora. LoRA-FA (arXiv 2308.03303) is lora with
---config.trainable=".*/b". To continue training an adapter of an earlier run or of PEFT: --config.peft.name=saved
---config.peft.folder=FOLDER, with the base that it was trained on as init.
+--config.trainable=".*/b". To continue training the adapter of an earlier run or of a PEFT folder:
+--config.peft.name=saved --config.peft.folder=FOLDER, and as init the base on which it was trained.
 """
 
 from configs.sft import tiny

@@ -1,9 +1,9 @@
-"""Measures the loss of quality from int8 products: configs/pretrain/tiny.py with and without them, on the same data.
+"""Measures how much quality is lost by int8 products: configs/pretrain/tiny.py with and without them, on the same data.
 
     python -m tools.sweep --config=configs/quant/int8_train_sweep.py --out=runs/sweeps/int8_train
 
-One run on its own: train.main with --config=configs/pretrain/tiny.py --config.quant.name=train8.
-Hardware: a laptop CPU, one minute per run; it shows the quality but not the speed. Expected: 5.496 nats per token in
+A single run: train.main with --config=configs/pretrain/tiny.py --config.quant.name=train8.
+Hardware: a laptop CPU, one minute per run; this shows the quality but not the speed. Expected: 5.496 nats per token in
 float after 100 steps and 5.497 in int8; see results/int8_training.md.
 """
 

@@ -47,7 +47,7 @@ class Loaded(NamedTuple):
     config: Config  # locked
     path: str
     arg: str
-    overrides: dict[str, Leaf]  # "optim.lr" -> value
+    overrides: dict[str, Leaf]  # {"optim.lr": value}
     workdir: str | None
     flags: dict[str, Any]  # each has the type of its default
 
@@ -66,7 +66,7 @@ def load(argv: list[str], flags: Mapping[str, Leaf] | None = None, usage: str | 
         raise ConfigError([*args.problems, Problem("--config", "", "missing", "write --config=configs/X.py")])
     config, values = resolve(read(args.config, args.arg), args.overrides, args.problems, args.config)
     if "steps" in values and "epochs" not in values:
-        config.epochs = 0  # those of the file, which would set the steps again
+        config.epochs = 0  # otherwise the file's epochs would set the steps again
     return Loaded(config, args.config, args.arg, values, args.workdir, args.flags)
 
 
@@ -140,7 +140,7 @@ def resolve(
 
 
 def _schema(config: ConfigDict, changes: dict, problems: list[Problem]) -> tuple[dict[str, Key], set[str]]:
-    """The keys of this config, and the groups whose method is unknown, whose arguments cannot be checked.
+    """The keys of this config; and the groups whose method is unknown, so that their arguments cannot be checked.
 
     If a change replaces a method, the file's arguments that the new method does not take are dropped.
     """
@@ -210,7 +210,7 @@ def _unknown(path: str, value: object, schema: Mapping[str, Key]) -> Problem:
 def _check_leaves(
     given: dict[str, Leaf], schema: dict[str, Key], loose: set[str], problems: list[Problem]
 ) -> dict[str, Leaf]:
-    """The leaves with their exact types and the methods' defaults."""
+    """The values of all keys with their exact types and the methods' defaults."""
     reported = {p.key.removeprefix("config.") for p in problems}  # one problem per key
     leaves = {}
     for path, value in given.items():
@@ -240,7 +240,7 @@ def _check_leaves(
 
 
 def _inside(path: str, leaves: Iterable[str]) -> bool:
-    """Whether a leaf occupies the place of a group above the path."""
+    """Whether the config holds a value where the path needs a group."""
     parts = path.split(".")
     return any(".".join(parts[:n]) in leaves for n in range(1, len(parts)))
 
@@ -303,7 +303,8 @@ def from_dict(d: Json) -> Config:
 
 
 def recorded(d: object, where: str) -> Config:
-    """The config of a run folder, each key checked by itself, since others may have written it. Raises UserError."""
+    """The config of a run folder. Each key is checked, since the folder may come from somebody else. Raises
+    UserError."""
     problems: list[Problem] = []
     if not isinstance(d, dict):
         raise UserError("the file is not a config", where)
@@ -319,12 +320,12 @@ def recorded(d: object, where: str) -> Config:
 
 
 def diff(a: Config | Json, b: Config | Json) -> list[tuple[str, Leaf, Leaf]]:
-    """(path, old, new) of the leaves that differ, sorted by path; an absent leaf counts as None."""
+    """(path, old, new) for the keys whose values differ, sorted by path; an absent key counts as None."""
     old, new = (flatten(from_dict(to_dict(c))) for c in (a, b))
     return [(k, old.get(k), new.get(k)) for k in sorted(old | new) if old.get(k) != new.get(k)]
 
 
 def digest(config: Config | Json) -> str:
-    """16 hex digits that are equal for equal configs."""
+    """A hash of a config in 16 hex digits."""
     text = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

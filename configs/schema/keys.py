@@ -52,7 +52,8 @@ def refusal(value: object, choices: tuple) -> tuple[str, str]:
 
 
 def flatten(config: ConfigDict | Mapping) -> dict[str, Leaf]:
-    """Dotted path -> leaf of a config or nested dict. A required placeholder that a file has not set counts as None."""
+    """{dotted path: value} of a config or nested dict. A required placeholder that a file has not set counts as
+    None."""
     leaves = {}
     for name in config:
         try:

@@ -16,7 +16,7 @@ TYPES = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple}
 
 
 class Key(NamedTuple):
-    """One leaf of a config. If the type is None, the value is not checked. A required key has no default."""
+    """One key of a config. If the type is None, the value is not checked. A required key has no default."""
 
     type: type | None
     default: Leaf = None
@@ -28,11 +28,11 @@ class Key(NamedTuple):
 class Method(NamedTuple):
     arguments: dict[str, Key]
     batch: str = ""  # the kind of batch that an objective reads (data.rows.batch.KINDS): the constant BATCH
-    head: str = ""  # the file of model/heads with which its policy answers: the constant HEAD
+    head: str = ""  # the file of model/heads that its model needs: the constant HEAD
 
 
 def names(folder: str, function: str) -> list[str]:
-    """Names of the files in a folder that define the function; empty if the folder does not exist."""
+    """Names of the files in a folder that define this function; empty if the folder does not exist."""
     return sorted(p.stem for p in (ROOT / folder).glob("[!_]*.py") if _find(p, function))
 
 

@@ -1,4 +1,4 @@
-"""Finds all problems of a config in one pass; each comes with its fix."""
+"""The problems of a config, each with its fix, and the error that reports all of them at once."""
 
 import sys
 from collections.abc import Iterable
@@ -51,7 +51,7 @@ class ConfigError(UserError):
 
 
 def show(value: object) -> str:
-    """A value as a person would type it."""
+    """A value as the user would type it."""
     if isinstance(value, str):
         return value if value else '""'
     return repr(value)

@@ -1,4 +1,4 @@
-"""The allowed values: one table of ranges and choices, then the rules between keys.
+"""The allowed values of a config: a table of ranges and choices per key, then the rules that involve several keys.
 
 Types are those of the defaults in `base.py` or of the method's keyword arguments.
 """
@@ -71,8 +71,8 @@ ALLOWED: dict[str, str | tuple[str, ...]] = {
 }
 STRINGS = ("allow", "evals", "samples")  # tuples of these
 REGEXES = ("peft.where", "peft.inputs", "quant.where")
-# A floor bounds an evaluation's figure, or its change since step 0 in the same unit: a drop if higher is better, a rise
-# if lower is better.
+# A floor bounds a metric of an evaluation, or its change since step 0: a drop if higher is better, a rise if lower is
+# better.
 FLOORS = (">=", "<=", "drop", "rise")
 FACTORS = ("optim.lr_scale", "peft.ranks", "peft.alphas")  # pairs of a regular expression and a number
 
@@ -155,7 +155,7 @@ def _shape(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     own = {k: c[f"model.{k}"] for k in ("embed", "heads", "kv_heads") if c[f"model.{k}"]}
     shape = resized(c["model.shape"], own)
     embed, heads, kv_heads = (shape[k] for k in ("embed", "heads", "kv_heads"))
-    if own.keys() & {"embed", "heads"}:  # else the shape defines its head size
+    if own.keys() & {"embed", "heads"}:  # otherwise the shape defines its own head size
         path = "model.heads" if "heads" in own else "model.embed"
         if embed % heads:
             yield path, f"embed {embed} is not a multiple of heads {heads}", "the head size is embed / heads"
@@ -219,7 +219,7 @@ def _kinds(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     kind, given = methods.method("objective", objective).batch, FORMATS[form]
     kinds = ("", kind, *SCORED) if kind == "lm" else ("", kind)  # columns other than the text may be ignored
     fitting = [name for name, made in FORMATS.items() if made in kinds]
-    if given not in kinds and len(fitting) > 1:  # if only "auto" fits, no data makes these batches
+    if given not in kinds and len(fitting) > 1:  # if only "auto" fits, no format of data makes such batches
         text = f"makes batches of kind {given!r}, but objective {objective} reads {kind!r}"
         yield "data.format", text, f"one of {', '.join(fitting)}"
     elif c["data.packing"] != "none" and {kind, given} & {"pair", "match", "group", *SCORED}:
@@ -246,7 +246,7 @@ def _evals(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     if ok("evals") and c["evals"]:
         tasks = methods.names(methods.TASKS, "task")
         for name in c["evals"]:
-            if name not in tasks and not re.search(r"[./:@]", name):  # those with a path are files, read at the start
+            if name not in tasks and not re.search(r"[./:@]", name):  # paths are files, which are read at the start
                 known = f"{methods.TASKS} has {', '.join(tasks) or 'none yet'}"
                 yield "evals", f"no task {name!r}", did_you_mean(name, tasks, known)
 

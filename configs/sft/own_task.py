@@ -9,7 +9,7 @@ tenth to validate with: data/splits.py. With another model: --config.init=FOLDER
 --config.peft.name= --config.optim.lr=3e-5.
 
 Hardware: a laptop CPU, 3 GB of memory; minutes for some hundred short rows. Expected: the held-out loss, "nll" every 20
-steps, falls; what that is worth, only the score of evals.main says.
+steps, falls; only the score of evals.main says what that is worth.
 """
 
 from configs import base

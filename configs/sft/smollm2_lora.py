@@ -16,6 +16,6 @@ def get_config(arg=""):
     c = smollm2_full.get_config()
     c.peft.name = "lora"
     c.peft.rank = arg.rank
-    c.peft.alpha = 2.0 * arg.rank  # the scale stays 2 for every rank
+    c.peft.alpha = 2.0 * arg.rank  # so that the scale alpha / rank is 2 for every rank
     c.optim.lr = 2e-4  # ten times that of full fine-tuning (Schulman et al. 2025, LoRA Without Regret)
     return c
