@@ -219,8 +219,8 @@ def test_config_is_required():
          "set config.peft.name, or config.trainable=all"),
         ("data.format=preference", "config.data.format = preference · makes batches of kind 'pair', but objective "
          "sft reads 'lm' · one of auto, text, messages, prompt_completion, alpaca, sharegpt, tagged, labelled, rated"),
-        ("data.format=rated", "config.data.packing = best_fit · pairs, groups and scored records cannot be packed · "
-         "set config.data.packing=none"),
+        ("data.format=rated", "config.data.packing = best_fit · pairs, matches, groups and scored rows cannot be "
+         "packed · set config.data.packing=none"),
         ("evals=arit", "config.evals = ('arit',) · no task 'arit' · did you mean arith?"),
         ("evals=xyzzy", "config.evals = ('xyzzy',) · no task 'xyzzy' · evals/tasks has arith"),
         # methods
@@ -261,8 +261,8 @@ def test_problem(root, argv, line):
         ("objective.name=dpo data.packing=none data.format=text",
          "config.data.format = text · makes batches of kind 'lm', but objective dpo reads 'pair' · "
          "one of auto, preference"),
-        ("objective.name=dpo", "config.data.packing = best_fit · pairs, groups and scored records cannot be packed · "
-         "set config.data.packing=none"),
+        ("objective.name=dpo", "config.data.packing = best_fit · pairs, matches, groups and scored rows cannot be "
+         "packed · set config.data.packing=none"),
         ("model.shape= init=a model.layers=3",
          "config.model.layers = 3 · overrides a shape, but none is named · set config.model.shape"),
         ("optim.schedule=wsd optim.warmup=0.5 optim.decay=0.6",

@@ -42,12 +42,12 @@ def main(argv: list[str]) -> int | None:
         raise UserError(
             f"{args.embedder!r} is the name of another model here", "--embedder", "set --name for the model"
         )
-    from infer import embed
-    from infer.models import load, load_many
-    from infer.serve import http
-    from infer.serve.batcher import Batcher
+    with loopback.listen(args.port) as listening:  # first, since the port may be taken
+        from infer import embed
+        from infer.models import load, load_many
+        from infer.serve import http
+        from infer.serve.batcher import Batcher
 
-    with loopback.listen(args.port) as listening:  # before the model is read: the port may be taken
         lm = load_many(args.model, folders, strict=args.strict) if folders else load(args.model, strict=args.strict)
         batcher = Batcher(lm, args.rows, args.length)
         embedders = {args.embedder: embed.load(args.embedder)} if args.embedder else {}

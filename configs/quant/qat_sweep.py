@@ -4,9 +4,9 @@
 
 A run in which rounding starts after the last step is trained in float and evaluated in 4 bits: this is PTQ by rounding
 to nearest. recovered = (QAT - PTQ) / (float - PTQ), computed from held-out losses. At 4 bits each column has one scale,
-the coarsest choice; at 2 bits, 64 rows of a column share one. Hardware: a laptop CPU, half a minute per run. Expected:
-(means of three seeds, nats per byte) float 2.189; at 4 bits PTQ 2.230 and QAT 2.208, recovered 0.55 +- 0.13 (Student's
-95 % interval); at 2 bits PTQ 2.544 and QAT 2.275, recovered 0.76 +- 0.05.
+the coarsest choice; at 2 bits, 64 rows of a column share one. Hardware: a laptop CPU, half a minute per run.
+Expected: float 2.189 (means of three seeds, nats per byte); at 4 bits PTQ 2.230 and QAT 2.208, recovered 0.55 +- 0.13
+(Student's 95 % interval); at 2 bits PTQ 2.544 and QAT 2.275, recovered 0.76 +- 0.05.
 """
 
 from configs.pretrain import tiny
