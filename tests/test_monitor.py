@@ -72,6 +72,13 @@ def logps(lm: LM, batch: dict) -> np.ndarray:
     return np.take_along_axis(np.asarray(found), batch["targets"][..., None], -1)[..., 0] * batch["mask"]
 
 
+def divergence(lm: LM, ref: LM, batch: dict) -> np.ndarray:
+    """KL(lm || ref) of the next token [B,T] from dense logits, 0 where the mask is."""
+    read = lambda one: jax.nn.log_softmax(one.model(one.params, batch["tokens"], batch["positions"], batch["segments"]))
+    p, q = np.asarray(read(lm)), np.asarray(read(ref))
+    return (np.exp(p) * (p - q)).sum(-1) * batch["mask"]
+
+
 def test_every_metric_of_an_objective_is_measured_held_out(ran):
     folder, _ = ran
     train, evals = lines(folder, "train")[-1], lines(folder, "eval")
@@ -110,7 +117,13 @@ def test_figures_equal_an_oracle(ran):
         assert 0 < len(margin) < len(real) and last["accuracy"] == pytest.approx((margin > 0).mean())
         assert last["loss"] == pytest.approx(np.log1p(np.exp(-margin)).mean(), rel=1e-4)
         assert last["margin"] == pytest.approx(margin.mean(), rel=1e-2)
-        assert lines(folder, "eval")[0]["loss"] == pytest.approx(np.log(2))
+        first = lines(folder, "eval")[0]
+        assert first["loss"] == pytest.approx(np.log(2)) and first["kl_per_token"] == pytest.approx(0, abs=1e-6)
+        parts = [part for b in data for part in (b["chosen"], b["rejected"])]
+        moved = sum(divergence(lm, ref, part).sum() for part in parts) / sum(part["mask"].sum() for part in parts)
+        assert last["kl_per_token"] == pytest.approx(moved, rel=1e-3)
+        tokens = np.concatenate([b["chosen"]["mask"].sum(-1) for b in data])
+        assert last["length_chosen"] == pytest.approx(tokens[real].mean())
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -124,7 +137,9 @@ def test_a_row_without_targets_counts_for_nothing(name):
     roles["policy"] = jax.tree.map(lambda x: 1.1 * x, roles["policy"])  # no longer the reference
     whole = batches.example(plan.objective.batch, 4, 16, 500)
     empty = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:2])]), whole)
-    one, other = (jax.jit(plan.objective.loss)(roles, b, jax.random.key(0)) for b in (whole, empty))
+    more = plan.objective.heldout or (lambda roles, batch: {})
+    measure = jax.jit(lambda roles, b: plan.objective.loss(roles, b, jax.random.key(0)) | more(roles, b))
+    one, other = (measure(roles, b) for b in (whole, empty))
     for figure, pair in one.items():
         np.testing.assert_allclose(other[figure], pair, rtol=1e-5, err_msg=figure)
 

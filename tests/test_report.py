@@ -176,6 +176,20 @@ def test_short_form(runs, tmp_path):
     assert "| LoRA r=4 | 90 % 79–96 %, n = 50 | 2 TFLOP |" in short
 
 
+def test_falling_log_probabilities_are_plotted_and_explained(tmp_path):
+    pair = {"reward_chosen": 0.1, "reward_rejected": -0.1, "accuracy": 0.7, "kl_per_token": 0.01}
+    for name, more in (("dpo", {"logp_chosen": -20.0, "logp_rejected": -30.0}), ("reward", {})):
+        (tmp_path / name).mkdir()
+        lines = [{"step": i, "kind": "eval", "time": 1.0, "loss": 0.6, **pair, **more} for i in (0, 10)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = dict(report_data.preferences(report_data.read(tmp_path / "dpo")))
+    assert found["reward"] == [("reward_chosen", [(0, 0.1), (10, 0.1)]), ("reward_rejected", [(0, -0.1), (10, -0.1)])]
+    assert len(found) == 4  # without lengths
+    both = report.html([report_data.read(tmp_path / "dpo"), report_data.read(tmp_path / "reward")])
+    assert "Preferences: dpo" in both and "Preferences: reward" in both
+    assert both.count("chosen answer often falls") == 1 and "logp_rejected" in both
+
+
 def test_bad_folders_are_told(tmp_path, capsys):
     assert door.main([str(tmp_path / "none")]) == 2 and "no such folder" in capsys.readouterr().err
     assert door.main([str(tmp_path)]) == 2 and "neither metrics.jsonl nor evals.jsonl" in capsys.readouterr().err

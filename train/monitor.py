@@ -131,6 +131,8 @@ def _measure(blueprint: Blueprint, tokenizer: Tokenizer) -> Callable[[Roles, Bat
 
     def measure(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
         sums = objective.loss(roles, batch, key)
+        if objective.heldout:
+            sums |= objective.heldout(roles, batch)
         if not objective.nll:
             return sums
         lengths = jnp.asarray(texts.byte_lengths(model, tokenizer))

@@ -219,6 +219,26 @@ def curves(run: Run) -> dict[str, list[tuple[float, float]]]:
     return {"train": pick("train", "loss"), "held-out": pick("eval", "nll") or pick("eval", "loss")}
 
 
+# Of runs that learn from preferences: (axis, metric of chosen answers, of rejected ones).
+PREFERENCES = (
+    ("log-probability of an answer, nats", "logp_chosen", "logp_rejected"),
+    ("reward", "reward_chosen", "reward_rejected"),
+    ("fraction of pairs whose chosen answer has the higher reward", "accuracy", ""),
+    ("KL from the reference per token, nats", "kl_per_token", ""),
+    ("tokens of an answer", "length_chosen", "length_rejected"),
+)
+
+
+def preferences(run: Run) -> list[tuple[str, list[tuple[str, list[tuple[float, float]]]]]]:
+    """(axis, [(name, points)]) of the metrics that a run has measured on held-out pairs, or else in training."""
+    lines = run.lines("eval") if any("reward_chosen" in line for line in run.lines("eval")) else run.lines("train")
+    if not any("reward_chosen" in line for line in lines):
+        return []
+    pick = lambda key: [(line["step"], line[key]) for line in lines if _number(line.get(key))]
+    found = [(axis, [(name, pick(name)) for name in names if name and pick(name)]) for axis, *names in PREFERENCES]
+    return [(axis, series) for axis, series in found if series]
+
+
 def _number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
 

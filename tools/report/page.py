@@ -215,6 +215,7 @@ def _trained(runs: list[Run]) -> Json:
     differ = data.config_rows(runs) if len(runs) > 1 else []
     return {
         "curves": _curves(runs),
+        "preferences": [(run.name, *shown) for run in runs if (shown := _preferences(run))],
         "runs": Table(RUN_HEADS, [(run.name, _run(run)) for run in runs]),
         "used": [(name, _used(used)) for name, used in data.used(runs)],
         "written": [(run.name, *sample) for run in runs for sample in data.written(run)],
@@ -238,6 +239,18 @@ def _chart(runs: list[Run]) -> str:
         series.append((f"{run.name}, training", f"train c{i % 6}", points["train"]))
         series.append((f"{run.name}, held-out", f"heldout c{i % 6}", points["held-out"]))
     return svg.lines([s for s in series if s[2]], "optimizer step", "loss, nats per token")
+
+
+def _preferences(run: Run) -> tuple[bool, list[str]] | None:
+    """Whether the run trains a policy, not a reward model, and its charts; None if it does not learn from pairs."""
+    if not (found := data.preferences(run)):
+        return None
+    looks = ("heldout c0", "heldout c1")
+    charts = []
+    for axis, series in found:
+        drawn = [(name, look, points) for (name, points), look in zip(series, looks)]
+        charts.append(svg.lines(drawn, "optimizer step", axis, zero=False))
+    return any(name == "logp_chosen" for _, series in found for name, _ in series), charts
 
 
 def _run(run: Run) -> list[Cell]:

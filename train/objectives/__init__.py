@@ -48,6 +48,7 @@ class Objective(NamedTuple):
     `logits`: the loss reads the logits, so that their FLOPs count.
     An objective whose policy answers through a head assigns the head's name to the constant HEAD of its file, so that
     the run can be opened again.
+    `heldout(roles, batch)` returns further metrics of held-out batches, which would cost too much at every step.
     `check` gets the columns of the training data, {name: values}, and raises UserError if they do not suffice.
     `source` makes the run's batches if the data are only prompts: an on-policy objective samples from the state. Its
     arguments are the data's batches and the run's blueprint.
@@ -59,4 +60,5 @@ class Objective(NamedTuple):
     nll: bool = False
     logits: bool = True
     source: Callable[[Batches, "Blueprint"], Source] | None = None
+    heldout: Callable[[Roles, dict], dict[str, Pair]] | None = None
     check: Callable[[Mapping[str, np.ndarray]], None] | None = None

@@ -38,6 +38,41 @@ def present(batch: Batch) -> Array:
     return (batch["chosen"]["mask"] + batch["rejected"]["mask"]).any(-1).astype(jnp.float32)
 
 
+def figures(chosen: Array, rejected: Array, policy: Array, batch: Batch) -> dict[str, Array]:
+    """Metrics [B] of pairs: their rewards, and log p [2B] and number of tokens of the answers."""
+    logp_chosen, logp_rejected = jnp.split(policy, 2)
+    length_chosen, length_rejected = jnp.split(lengths(both(batch)), 2)
+    return compared(chosen, rejected) | {
+        "logp_chosen": logp_chosen,
+        "logp_rejected": logp_rejected,
+        "length_chosen": length_chosen,
+        "length_rejected": length_rejected,
+    }
+
+
+def compared(chosen: Array, rejected: Array) -> dict[str, Array]:
+    """Metrics from the rewards [B] of the two answers, a policy's implicit ones or a reward model's."""
+    return {
+        "accuracy": (chosen > rejected).astype(jnp.float32),
+        "margin": chosen - rejected,
+        "reward_chosen": chosen,
+        "reward_rejected": rejected,
+    }
+
+
+def divergence(model: Transformer, roles: Roles, rows: Batch) -> dict[str, Pair]:
+    """KL(policy || reference) of the next token, in nats, a mean over the tokens of the data's answers.
+
+    Exact at these tokens, which are not the policy's own: tools.rank --kl samples those.
+    """
+
+    def side(params: Params) -> tuple[Transformer, Params, Array]:
+        return model, params, model.hidden(params, rows["tokens"], rows["positions"], rows["segments"]).x
+
+    each = head.kl(side(roles["policy"]), side(reference(roles)), rows["mask"])
+    return {"kl_per_token": (each.sum(), (rows["mask"] > 0).sum())}
+
+
 def summed(values: dict[str, Array], weight: Array) -> dict[str, Pair]:
     """(sum, weight) pairs of metrics [B]."""
     total = weight.sum()

@@ -7,8 +7,7 @@ from jax import Array
 from data.rows.batch import Batch
 from model.net.transformer import Transformer
 from train.objectives import Objective, Pair, Roles
-from train.objectives._preference import both, logps, present, summed
-from train.objectives.dpo import rewards
+from train.objectives._preference import both, figures, logps, present, summed
 
 BATCH = "pair"
 
@@ -18,12 +17,13 @@ def make(model: Transformer, *, beta: float = 0.1, sft_weight: float = 1.0) -> O
     `sft_weight` times the negative log-likelihood of the chosen answers, a mean over their tokens."""
 
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
-        chosen, rejected = jnp.split(logps(model, roles["policy"], both(batch)), 2)
+        policy = logps(model, roles["policy"], both(batch))
+        chosen, rejected = jnp.split(policy, 2)
         there = present(batch)
         # A mean over tokens, expressed as a mean over pairs, so that both terms have the same weight.
         tokens = batch["chosen"]["mask"].sum()
         nll = -chosen * there.sum() / jnp.maximum(tokens, 1)
         values = {"loss": -jax.nn.log_sigmoid(beta * (chosen - rejected)) + sft_weight * nll, "nll": nll}
-        return summed(values | rewards(beta * chosen, beta * rejected), there)
+        return summed(values | figures(beta * chosen, beta * rejected, policy, batch), there)
 
     return Objective(compute, BATCH)

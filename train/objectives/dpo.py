@@ -9,7 +9,7 @@ from jax import Array
 from data.rows.batch import Batch
 from model.net.transformer import Transformer
 from train.objectives import Objective, Pair, Role, Roles
-from train.objectives._preference import both, lengths, logps, present, reference, summed
+from train.objectives._preference import both, divergence, figures, lengths, logps, present, reference, summed
 
 BATCH = "pair"
 
@@ -45,14 +45,15 @@ def make(
             ratio /= lengths(rows)
         chosen, rejected = jnp.split(ratio, 2)
         each = preference_loss(chosen - rejected, beta, loss, label_smoothing)
-        logp_chosen, logp_rejected = jnp.split(policy, 2)
         if sft_weight:
-            each += sft_weight * -logp_chosen / lengths(batch["chosen"])
-        values = {"loss": each} | rewards(beta * chosen, beta * rejected)
-        values |= {"logp_chosen": logp_chosen, "logp_rejected": logp_rejected}
+            each += sft_weight * -jnp.split(policy, 2)[0] / lengths(batch["chosen"])
+        values = {"loss": each} | figures(beta * chosen, beta * rejected, policy, batch)
         return summed(values, present(batch))
 
-    return Objective(compute, BATCH, {"policy": Role("train"), "ref": Role("initial")})
+    def heldout(roles: Roles, batch: Batch) -> dict[str, Pair]:
+        return divergence(model, roles, both(batch))
+
+    return Objective(compute, BATCH, {"policy": Role("train"), "ref": Role("initial")}, heldout=heldout)
 
 
 def preference_loss(h: Array, beta: float, loss: str = "sigmoid", label_smoothing: float = 0.0) -> Array:
@@ -65,13 +66,3 @@ def preference_loss(h: Array, beta: float, loss: str = "sigmoid", label_smoothin
     if loss == "robust":
         return ((1 - eps) * right - eps * wrong) / (1 - 2 * eps)
     return (1 - eps) * right + eps * wrong
-
-
-def rewards(chosen: Array, rejected: Array) -> dict[str, Array]:
-    """Metrics from the rewards [B] of the two answers, a policy's implicit ones or a reward model's."""
-    return {
-        "accuracy": (chosen > rejected).astype(jnp.float32),
-        "margin": chosen - rejected,
-        "reward_chosen": chosen,
-        "reward_rejected": rejected,
-    }

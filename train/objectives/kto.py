@@ -11,7 +11,7 @@ from common.errors import UserError
 from data.rows.batch import Batch
 from model.net.transformer import Transformer
 from train.objectives import Objective, Pair, Role, Roles
-from train.objectives._preference import logps, reference, summed
+from train.objectives._preference import divergence, lengths, logps, reference, summed
 
 BATCH = "labelled"
 
@@ -33,16 +33,19 @@ def make(
         shift = logps(model, jax.lax.stop_gradient(policy), other) - logps(model, ref, other)
         paired = other["mask"].any(-1)
         z = jnp.maximum(jnp.where(paired, shift, 0).sum() / jnp.maximum(paired.sum(), 1), 0)
-        ratio = logps(model, policy, batch) - logps(model, ref, batch)
+        logp = logps(model, policy, batch)
+        ratio = logp - logps(model, ref, batch)
         good, there = batch["label"] > 0, batch["mask"].any(-1).astype(jnp.float32)
         each = 1 - jax.nn.sigmoid(beta * jnp.where(good, ratio - z, z - ratio))
         values = {"loss": jnp.where(good, desirable_weight, undesirable_weight) * each, "kl": jnp.full_like(ratio, z)}
-        chosen, rejected = there * good, there * ~good
-        return (
-            summed(values, there)
-            | summed({"reward_chosen": beta * ratio}, chosen)
-            | summed({"reward_rejected": beta * ratio}, rejected)
-        )
+        found = summed(values, there)
+        for side, weight in (("chosen", there * good), ("rejected", there * ~good)):
+            each = {"reward": beta * ratio, "logp": logp, "length": lengths(batch)}
+            found |= summed({f"{name}_{side}": value for name, value in each.items()}, weight)
+        return found
+
+    def heldout(roles: Roles, batch: Batch) -> dict[str, Pair]:
+        return divergence(model, roles, batch)
 
     def check(columns: Mapping[str, np.ndarray]) -> None:
         good = int((columns["label"] > 0).sum())
@@ -50,7 +53,7 @@ def make(
             what = f"all {len(columns['label'])} answers are labeled {'good' if good else 'bad'}"
             raise UserError(what, "data.source", "KTO learns from both: add answers of the other label")
 
-    return Objective(compute, BATCH, {"policy": Role("train"), "ref": Role("initial")}, check=check)
+    return Objective(compute, BATCH, {"policy": Role("train"), "ref": Role("initial")}, check=check, heldout=heldout)
 
 
 def mismatched(batch: Batch) -> Batch:

@@ -7,8 +7,7 @@ from jax import Array
 from data.rows.batch import Batch
 from model.net.transformer import Transformer
 from train.objectives import Objective, Pair, Roles
-from train.objectives._preference import both, lengths, logps, present, summed
-from train.objectives.dpo import rewards
+from train.objectives._preference import both, figures, lengths, logps, present, summed
 
 BATCH = "pair"
 
@@ -19,10 +18,11 @@ def make(model: Transformer, *, beta: float = 0.1) -> Objective:
 
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
         rows = both(batch)
-        chosen, rejected = jnp.split(logps(model, roles["policy"], rows) / lengths(rows), 2)
+        policy = logps(model, roles["policy"], rows)
+        chosen, rejected = jnp.split(policy / lengths(rows), 2)
         odds = log_odds(chosen) - log_odds(rejected)
         values = {"loss": -chosen - beta * jax.nn.log_sigmoid(odds), "nll": -chosen, "log_odds_ratio": odds}
-        return summed(values | rewards(beta * chosen, beta * rejected), present(batch))
+        return summed(values | figures(beta * chosen, beta * rejected, policy, batch), present(batch))
 
     return Objective(compute, BATCH)
 

@@ -7,9 +7,8 @@ from jax import Array
 from data.rows.batch import Batch
 from model.net.transformer import Transformer
 from train.objectives import Objective, Pair, Role, Roles
-from train.objectives._preference import both, summed
+from train.objectives._preference import both, compared, summed
 from train.objectives._reward import present, rewards
-from train.objectives.dpo import rewards as logged
 
 BATCH = "pair"
 HEAD = "scalar"
@@ -29,7 +28,7 @@ def make(model: Transformer, *, center: float = 0.0) -> Objective:
         won = jnp.where(side.get("tie", jnp.zeros_like(chosen)) > 0, 0.5, 1.0)
         h = chosen - rejected - side.get("margin", 0.0)
         each = -won * jax.nn.log_sigmoid(h) - (1 - won) * jax.nn.log_sigmoid(-h)
-        values = logged(chosen, rejected)
+        values = compared(chosen, rejected)
         there = present(side)
         decided = there * (won == 1)
         accuracy = summed({"accuracy": values.pop("accuracy")}, decided)

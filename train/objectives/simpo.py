@@ -7,8 +7,7 @@ from jax import Array
 from data.rows.batch import Batch
 from model.net.transformer import Transformer
 from train.objectives import Objective, Pair, Roles
-from train.objectives._preference import both, lengths, logps, present, summed
-from train.objectives.dpo import rewards
+from train.objectives._preference import both, figures, lengths, logps, present, summed
 
 BATCH = "pair"
 
@@ -21,8 +20,9 @@ def make(model: Transformer, *, beta: float = 2.0, gamma: float = 1.0) -> Object
 
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
         rows = both(batch)
-        chosen, rejected = jnp.split(beta * logps(model, roles["policy"], rows) / lengths(rows), 2)
-        values = {"loss": -jax.nn.log_sigmoid(chosen - rejected - gamma)} | rewards(chosen, rejected)
+        policy = logps(model, roles["policy"], rows)
+        chosen, rejected = jnp.split(beta * policy / lengths(rows), 2)
+        values = {"loss": -jax.nn.log_sigmoid(chosen - rejected - gamma)} | figures(chosen, rejected, policy, batch)
         return summed(values, present(batch))
 
     return Objective(compute, BATCH)
