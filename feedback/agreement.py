@@ -18,7 +18,8 @@ from feedback.fold import Event, State, relation
 from feedback.items import Item
 
 CATEGORIES = (1, 0, -1, "bad")  # the first answer is preferred, tie, the second, all are bad
-DRAWS = 400
+DRAWS = 400  # of the bootstrap
+PEOPLE = 12  # whose kappas are computed in pairs
 
 
 class Figure(NamedTuple):
@@ -84,14 +85,14 @@ def interval(value: Callable[[np.ndarray], float], rows: np.ndarray, groups: Seq
     """The percentile bootstrap of a function of rows; whole groups are drawn, so that they are independent."""
     if not len(rows):
         return NONE
-    members: dict[int, list[int]] = {}
-    for row, group in enumerate(groups):
-        members.setdefault(group, []).append(row)
-    blocks, draw = [np.array(block) for block in members.values()], np.random.default_rng(0)
-    drawn = []
-    for _ in range(DRAWS if len(blocks) > 1 else 0):
-        chosen = draw.integers(0, len(blocks), len(blocks))
-        drawn.append(value(rows[np.concatenate([blocks[i] for i in chosen])]))
+    order = np.argsort(groups, kind="stable")
+    sizes = np.unique(np.asarray(groups), return_counts=True)[1]
+    starts, draw, drawn = np.cumsum(sizes) - sizes, np.random.default_rng(0), []
+    for _ in range(DRAWS if len(sizes) > 1 else 0):
+        chosen = draw.integers(0, len(sizes), len(sizes))
+        counts = sizes[chosen]
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        drawn.append(value(rows[order[np.repeat(starts[chosen], counts) + within]]))
     found, kept = value(rows), [x for x in drawn if math.isfinite(x)]
     if not math.isfinite(found):
         return NONE._replace(n=len(rows))
@@ -99,10 +100,20 @@ def interval(value: Callable[[np.ndarray], float], rows: np.ndarray, groups: Seq
     return Figure(found, low, high, len(rows))
 
 
+def with_others(u: Units, name: str) -> Figure:
+    """How often another person is in the same category, over all units of this one and all others there."""
+    rows, groups = [], []
+    for votes, item in zip(u.votes, u.items):
+        if name in votes and len(votes) > 1:
+            rows.append([sum(v == votes[name] for v in votes.values()) - 1, len(votes) - 1])
+            groups.append(item)
+    return interval(lambda x: float(x[:, 0].sum() / x[:, 1].sum()), np.array(rows), groups)
+
+
 def of_pairs(u: Units) -> dict[tuple[str, str], Figure]:
-    """Cohen's kappa of each two people who have units in common."""
+    """Cohen's kappa of each two of the people (of the first PEOPLE of them) who have units in common."""
     out = {}
-    names = sorted({name for votes in u.votes for name in votes})
+    names = sorted({name for votes in u.votes for name in votes})[:PEOPLE]
     for a, b in itertools.combinations(names, 2):
         both = [(votes[a], votes[b], item) for votes, item in zip(u.votes, u.items) if a in votes and b in votes]
         rows = np.array([row[:2] for row in both], int).reshape(-1, 2)

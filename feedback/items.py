@@ -70,7 +70,9 @@ def read(spec: str) -> Iterator[Item]:
 
 def item(record: Json) -> Item:
     """Raises UserError for a record that is not an item."""
-    prompt, answers = record.get("prompt"), messages.parsed(record.get("answers"))
+    if missing := {"prompt", "answers"} - record.keys():
+        raise UserError(f"no column {min(missing)!r}", "", "an item has prompt and answers")
+    prompt, answers = record["prompt"], messages.parsed(record["answers"])
     if not isinstance(prompt, str):
         prompt = messages.messages(prompt, "prompt")
     if not isinstance(answers, list) or not 2 <= len(answers) <= len(LETTERS):

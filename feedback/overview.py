@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from common import numbers
 from common.types import Json
 from feedback import agreement
-from feedback.agreement import Figure
+from feedback.agreement import Figure, Units
 from feedback.fold import Event, disputed, relation
 from feedback.items import LETTERS, SCALE
 from feedback.store import Store
@@ -53,19 +53,15 @@ def _spelled(figure: Figure, spell, unit: str, to: str = "-") -> str:
     return f"{spell(value)}{unit} ({between}n {n})"
 
 
-def person(store: Store, name: str) -> Json:
+def person(store: Store, name: str, units: Units | None = None) -> Json:
     """The figures of one annotator. Agreement with the judge leaves out votes that followed a look at its view."""
     state, items = store.state, store.items
+    units = units or agreement.units(state, items.values())
     events = [event for event in state.of(name) if event.item in items]
     given = [event for event in events if event.content["choice"] != "skip"]
     blind = [event for event in given if not event.content.get("informed")]
     gold = [(event, ranks) for event in given if (ranks := items[event.item].gold)]
     judged = [(event, judge["ranks"]) for event in blind if (judge := items[event.item].judge)]
-    others = []
-    for votes in agreement.units(state, items.values()).votes:
-        if name in votes and len(votes) > 1:
-            rest = [value for other, value in votes.items() if other != name]
-            others += [votes[name] == value for value in rest]
     ms = [event.content["ms"] for event in events]
     return {
         "name": name,
@@ -74,7 +70,7 @@ def person(store: Store, name: str) -> Json:
             "decisions": f"{len(events):,}",
             "skipped": f"{len(events) - len(given):,}",
             "median time": f"{statistics.median(ms) / 1000:.1f} s" if ms else numbers.NA,
-            "agrees with others": percent(agreement.share(others)),
+            "agrees with others": percent(agreement.with_others(units, name)),
             "right on gold items": percent(agreement.with_ranks(gold)),
             "agrees with the judge": percent(agreement.with_ranks(judged)),
             "prefers the answer shown first": percent(agreement.first_shown(given)),
@@ -99,7 +95,7 @@ def everybody(store: Store) -> Json:
     found = agreement.of_all(units)
     contested = [item.hash for item in items if disputed(state.votes.get(item.hash, {}))]
     return {
-        "people": [person(store, name) for name in store.people()],
+        "people": [person(store, name, units) for name in store.people()],
         "items": len(items),
         "voted": sum(bool(state.votes.get(item.hash)) for item in items),
         "disputed": len(contested),

@@ -1,8 +1,9 @@
 """Which item a person gets next."""
 
 import threading
+from collections.abc import Iterator
 
-from feedback.fold import State, disputed
+from feedback.fold import disputed
 from feedback.items import Item
 from feedback.store import Store
 
@@ -19,26 +20,28 @@ class Queue:
     def take(self, annotator: str) -> Item | None:
         """The same one until it is decided."""
         with self.lock:
-            state = self.store.state
-            found = next((item for item in self.store.items.values() if self.open(state, annotator, item)), None)
+            found = next(self.open(annotator), None)
             self.looking[annotator] = found.hash if found else ""
             return found
 
-    def open(self, state: State, annotator: str, item: Item) -> bool:
-        votes = state.votes.get(item.hash, {})
-        if annotator in votes:
-            return False
-        if item.gold or not self.wanted or self.looking.get(annotator) == item.hash:
-            return True
-        others = {name for name, looked in self.looking.items() if looked == item.hash and name != annotator}
-        return len(votes.keys() | others) < self.wanted
+    def open(self, annotator: str) -> Iterator[Item]:
+        """The items that this person may decide on, in their order."""
+        state, looking = self.store.state, {}
+        for name, item in self.looking.items():
+            looking.setdefault(item, set()).add(name)
+        for item in self.store.items.values():
+            votes = state.votes.get(item.hash, {})
+            busy = votes.keys() | looking.get(item.hash, set())
+            free = item.gold or not self.wanted or annotator in busy or len(busy) < self.wanted
+            if free and annotator not in votes:
+                yield item
 
     def progress(self, annotator: str) -> tuple[int, int]:
         """How many the annotator has decided, and the sum of these and of those that are open."""
         with self.lock:
             state = self.store.state
             done = sum(annotator in state.votes.get(name, {}) for name in self.store.items)
-            return done, done + sum(self.open(state, annotator, item) for item in self.store.items.values())
+            return done, done + sum(1 for _ in self.open(annotator))
 
     def disputed(self) -> list[str]:
         """Items on which people contradict each other and that are not resolved yet."""

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +28,7 @@ from feedback import overview, votes
 from feedback.items import LETTERS, SCALE, Item
 from feedback.queue import Queue
 from feedback.store import OWNER, Stale, Store
+from feedback.votes import REASON
 
 BODY = 32 << 20  # maximum bytes of a request: four edited answers
 CLIENTS = 512
@@ -48,6 +49,7 @@ UNSEEN = re.compile(
     "\U000e0000-\U000e007f]"
 )
 MARKED = 2000  # of them in a text with a mark of their own
+PART = 8000  # characters of a text that is laid out at a time
 
 
 def serve(app: Starlette) -> uvicorn.Server:
@@ -65,7 +67,7 @@ def application(store: Store, port: int, base: str = "", wanted: int = 0) -> Sta
         Route("/{token}/", page(service.task)),
         Route("/{token}/settle", page(service.settle)),
         Route("/{token}/me", page(service.me)),
-        Route("/{token}/people/{name:path}", page(service.person)),
+        Route("/{token}/people/{name}", page(service.person)),
         Route("/{token}/answer", page(service.answer)),
         Route("/{token}/vote", act(service.vote), methods=["POST"]),
         Route("/{token}/undo", act(service.undo), methods=["POST"]),
@@ -200,7 +202,10 @@ class Service:
         view = overview.spelled([judge["ranks"][i] for i in at]) if judge else ""
         return {
             "item": event.item, "version": event.version + 1, "mine": overview.sentence(event, at),
-            "judge": judge and {"model": "the judge", "why": ""} | judge | {"view": view, "agrees": agrees},
+            "judge": judge and {
+                "model": judge.get("model", "the judge")[:100], "why": judge.get("why", "")[:REASON], "view": view,
+                "agrees": agrees,
+            },
         }  # fmt: skip
 
     def me(self, name: str, request: Request) -> Response:
@@ -266,9 +271,30 @@ async def body_of(request: Request) -> bytes:
 
 
 def shown(text: str) -> Markup:
-    """A text as it is, with a mark in place of each character that cannot be seen or that reorders others."""
-    text, out, end = text.replace("\r\n", "\n"), [], 0
-    for match in itertools.islice(UNSEEN.finditer(text), MARKED):
+    """A text as it is, with a mark in place of each character that cannot be seen or that reorders others.
+
+    Long texts come in parts, each in a box of its own: a browser lays out only those that are in view.
+    """
+    parts = list(cut(text.replace("\r\n", "\n")))
+    if len(parts) < 2:
+        return Markup("").join(marked(part, MARKED) for part in parts)
+    return Markup("").join(Markup('<div class="part">{}</div>').format(marked(part, MARKED // 20)) for part in parts)
+
+
+def cut(text: str) -> Iterator[str]:
+    """Parts of at most PART characters, behind the end of a line or a word where there is one."""
+    start = 0
+    while len(text) - start > PART:
+        ends = (text.rfind(space, start, start + PART) + 1 for space in "\n ")
+        end = next((end for end in ends if end > start), start + PART)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def marked(text: str, most: int) -> Markup:
+    out, end = [], 0
+    for match in itertools.islice(UNSEEN.finditer(text), most):
         out += [text[end : match.start()], Markup('<span class="unseen">{}</span>').format(code(match))]
         end = match.end()
     return Markup("").join([*out, UNSEEN.sub(lambda match: f"‹{code(match)}›", text[end:])])

@@ -18,6 +18,7 @@ from feedback.items import Item
 
 FORMAT = 1  # PRAGMA user_version
 NAME = 0x6B756E67  # PRAGMA application_id
+LONGEST = 100  # characters of a name
 OWNER = "owner"  # sees everybody's decisions and resolves disagreements
 SCHEMA = f"""
 CREATE TABLE items (place INTEGER PRIMARY KEY, hash TEXT UNIQUE NOT NULL, content TEXT NOT NULL);
@@ -113,7 +114,9 @@ class Store:
         return new, seen
 
     def link(self, name: str) -> str:
-        """The secret part of a person's link, made at the first call."""
+        """The secret part of a person's link, made at the first call. Raises UserError for an unusable name."""
+        if not name.isprintable() or "/" in name or not 0 < len(name) <= LONGEST:
+            raise UserError(f"{name!r} cannot be a name", "annotators", f"up to {LONGEST} visible characters without /")
         with self._writing():
             self.db.execute("INSERT OR IGNORE INTO people VALUES (?, ?)", (name, secrets.token_urlsafe(24)))
             return self.db.execute("SELECT token FROM people WHERE name = ?", (name,)).fetchone()[0]

@@ -12,7 +12,7 @@ from common.types import Json
 from feedback.items import SCALE, Item, ranks
 
 CHOICES = ("ranks", "bad", "skip")
-REASON = 2000  # characters of a flag
+REASON = 2000  # characters of a flag, and of a judge's reason on the page
 DAY = 86_400_000  # milliseconds
 
 

@@ -50,6 +50,7 @@ def vote(store, name, asked, ranks=None, version=None, **more):
     "change, message",
     [
         ({"answers": ["one"]}, "2 to 4 answers"),
+        ({"answers": None}, "2 to 4 answers"),
         ({"answers": ["a", 5]}, r"answers\[1\] is neither"),
         ({"prompt": 7}, "column 'prompt' is not a list of messages"),
         ({"gold": [1]}, "gold is not a list of 2 ranks"),
@@ -249,6 +250,9 @@ def test_agreement_of_published_examples():
     assert agreement.alpha(table, "interval") == pytest.approx(0.8108, abs=5e-5)
     figure = agreement.interval(agreement.alpha, table, range(15))
     assert figure.low < figure.value < figure.high and figure.n == 15
+    seen = []
+    agreement.interval(lambda x: seen.append(x.tolist()) or 0.0, np.array([1, 2, 3, 4]), [7, 9, 7, 9])
+    assert {tuple(rows) for rows in seen} == {(1, 3, 1, 3), (1, 3, 2, 4), (2, 4, 1, 3), (2, 4, 2, 4), (1, 2, 3, 4)}
     assert agreement.interval(agreement.alpha, table[:1], [0]).value is None
 
 
@@ -261,6 +265,7 @@ def test_agreement_of_votes(store):
     assert found["share"].value == pytest.approx((1 / 3 + 1 + 1 + 0) / 4) and found["share"].n == 4
     pairs = agreement.of_pairs(agreement.units(store.state, store.items.values()))
     assert pairs["ann", "bob"].n == 4 and pairs["ann", "eve"].n == 1
+    assert agreement.with_others(agreement.units(store.state, store.items.values()), "ann").value == 3 / 5
     events = [e for e in store.state.of("ann") if e.item == PAIR.hash]
     assert agreement.first_shown(events).value == 1
     assert agreement.with_ranks([(events[0], [2, 1])]).value == 0
@@ -358,6 +363,8 @@ HOSTILE = [
 def test_whatever_a_model_writes_is_shown_as_text(tmp_path):
     assert server.shown("a\u202eb<") == 'a<span class="unseen">U+202E</span>b&lt;'
     assert len(server.shown("\u200b" * 100_000)) < 1_500_000
+    for text in ("word " * 5000, "x" * 20_000, "line\n" * 5000):
+        assert "".join(server.cut(text)) == text and max(map(len, server.cut(text))) <= server.PART
     records = [
         {"prompt": text, "answers": [text, text + "!"], "judge": {"ranks": [1, 2], "model": text, "why": text}}
         for text in HOSTILE
@@ -394,6 +401,7 @@ def test_drafts_are_kept_until_the_vote(tmp_path):
         (["--items=none.jsonl"], "none.jsonl"),
         (["--base-url=team.example"], "is not an address"),
         (["--annotators=owner"], "has a link already"),
+        (["--annotators=a/b", "--items=i.jsonl"], "cannot be a name"),
         (["--erase=ann"], "nobody is called 'ann'"),
         (["--votes=x"], "--votes"),
         (["--port=99999", "--items=i.jsonl"], "99999 is not a port"),

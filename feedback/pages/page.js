@@ -46,7 +46,8 @@ if (task) {
 
 function keydown(event, decide) {
   const writing = event.target.matches("textarea, input[type=text]");
-  const key = event.key.toLowerCase();
+  const foreign = event.key.length === 1 && event.key > "~" && /^Key[A-Z]$/.test(event.code);  // another alphabet
+  const key = (foreign ? event.code[3] : event.key).toLowerCase();
   if ((event.ctrlKey || event.metaKey) && key === "s") {
     event.preventDefault();
     decide?.save();
@@ -152,7 +153,9 @@ function decision() {
   async function original(place, field) {
     if (place in originals) return;
     const answer = await fetch("answer?item=" + task.dataset.item + "&place=" + place);
-    field.value = await answer.text();
+    const text = await answer.text();
+    if (text.length > 1e5) field.wrap = "off";  // lines are not broken: that takes seconds
+    field.value = text;
     originals[place] = field.value;  // as the field writes line ends
     if (place in state.edits) field.value = state.edits[place];
     compare(cards[place], originals[place], field.value);
@@ -273,7 +276,9 @@ function decision() {
 
 function compare(card, before, after) {
   const out = card.querySelector(".diff"), tags = {"-": "del", "+": "ins"};
-  out.replaceChildren(...difference(before, after).map(([kind, text]) => {
+  out.replaceChildren(...difference(before, after).map(([kind, whole]) => {
+    const most = kind === " " ? 400 : 4000, half = most / 2;
+    const text = whole.length > most ? whole.slice(0, half) + " … " + whole.slice(-half) : whole;
     const node = document.createElement(tags[kind] ?? "span");
     node.textContent = text.replace(/[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, (c) => "‹U+" + c.codePointAt(0).toString(16).toUpperCase() + "›");
     return node;
