@@ -35,11 +35,17 @@ def load(
 ) -> LM:
     """A model that is ready to generate and to score.
 
-    `name`: a Hugging Face folder, a .gguf file, a packaged model's name, a hub id, or a run folder; RUN/ckpt/STEP is a
-    step of a run. `adapter`: a run folder or a PEFT folder whose adapters are added to the model. `dtype` of weights
-    and activations; None: float32, or the run's. `tokenizer`: replaces that of the adapter or the model. `strict`:
-    contents of the files that the model does not use are an error. Raises UserError.
+    `name`: a Hugging Face folder, a .gguf file, a packaged model's name, a hub id, a bundle, or a run folder;
+    RUN/ckpt/STEP is a step of a run. `adapter`: a run folder or a PEFT folder whose adapters are added to the model.
+    `dtype` of weights and activations; None: float32, or the run's. `tokenizer`: replaces that of the adapter or the
+    model. `strict`: contents of the files that the model does not use are an error. Raises UserError.
     """
+    from infer import bundle
+
+    if bundle.is_bundle(name):
+        if adapter:
+            raise UserError("a bundle has its own adapter", str(adapter), "load one of the two")
+        return bundle.load(name, dtype=dtype, tokenizer=tokenizer, strict=strict)
     path = _adapter(adapter) if adapter else None
     opened = open_model(name, strict)
     foreign = path is not None and (path / peft_read.CONFIG).exists()

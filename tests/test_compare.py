@@ -1,19 +1,28 @@
 """tools.compare: which methods and settings stay, what the budget pays for, and the record of a comparison."""
 
+import dataclasses
 import json
+import random
+import signal
+import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 
+from common import exits, files
 from common.errors import UserError
 from configs import schema
+from data.text import formats as tokenizers
+from infer import bundle, models
 from infer.context import Context
+from model.io.export import export_hf
+from tests.helpers.models import TINY, random_model
+from tests.helpers.processes import run, start
 from tools.compare import __main__ as command
-from tools.compare import halving, inputs, plan
+from tools.compare import halving, inputs, plan, record
 from tools.compare.inputs import Base, Comparison
 from tools.compare.method import Candidate, Method, Setting
-
-ROWS = [f"{i % 2}" * (40 - k) + f"{1 - i % 2}" * k for k in range(3) for i in range(20)]
 
 
 def candidate(name: str, lr: float = 0.0, model: str = "m") -> Candidate:
@@ -152,3 +161,71 @@ def test_rows_that_decide_nothing_are_one_line(tmp_path, rows, message):
     path.write_text("question,answer\n" + "".join(f"{q},{a}\n" for q, a in rows))
     with pytest.raises(UserError, match=message):
         inputs.read(str(path))
+
+
+# --- whole comparisons ---
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    network, params = random_model(dataclasses.replace(TINY, max_len=512))
+    export_hf(network, params, tokenizers.load("bytes"), folder, check=False)
+    return folder
+
+
+def test_a_bundle_asks_as_its_record_says(model, tmp_path):
+    context = Context(instruction="Be brief.", shots=1, pick="fixed")
+    files.write_lines(tmp_path / bundle.EXAMPLES, [{"prompt": "is 3 odd?", "answer": "yes"}])
+    found = {"format": 1, "model": str(model), "adapter": "", "context": context.to_dict(), "seed": 0, "from": {}}
+    files.write_json(tmp_path / bundle.NAME, found)
+    lm, plain = models.load(tmp_path), models.load(model)
+    assert lm.encode("is 4 odd?") == plain.encode("Be brief.\n\nis 3 odd?yes\n\nis 4 odd?")
+    with pytest.raises(UserError, match="own adapter"):
+        models.load(tmp_path, adapter=model)
+    files.write_json(tmp_path / bundle.NAME, found | {"format": 2})
+    with pytest.raises(UserError, match="another version"):
+        models.load(tmp_path)
+
+
+CLOCK = {"seconds", "seconds_per_flop", "latency", "peak_bytes", "out"}
+
+
+def timeless(value: object) -> object:
+    """A record without its times and the places of its folders."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in CLOCK | {"commands", "source", "documents"}}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_choices_and_scores(model, tmp_path):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("question,answer\n" + "".join(f"is {i} odd?,{'yes' if i % 2 else 'no'}\n" for i in range(200)))
+    argv = [f"--task={rows}", f"--models={model}", "--methods=zero_shot,lora", "--rungs=1", "--seeds=2", "--epochs=1"]
+    began = time.monotonic()
+    code, _, err = run(*argv, f"--out={tmp_path / 'whole'}", module="tools.compare")
+    assert code == 0, err
+    needed, rng = time.monotonic() - began, random.Random(0)
+    for _ in range(4):
+        process = start(*argv, f"--out={tmp_path / 'killed'}", module="tools.compare")
+        time.sleep(rng.uniform(0.1, 0.5) * needed)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    code, _, err = run(*argv, f"--out={tmp_path / 'killed'}", module="tools.compare")
+    assert code == 0, err
+    whole, killed = (files.load_json(tmp_path / name / record.NAME) for name in ("whole", "killed"))
+    assert timeless(killed) == timeless(whole)
+    assert [row["status"] for row in whole["methods"]] == ["tested", "tested"]
+    assert whole["methods"][1]["candidate"] == whole["decisions"][0]["kept"][1]
+    assert [test["seed"] for test in whole["methods"][1]["tests"]] == [0, 1]
+    spent = sum(r["flops"] + r["result"]["flops"] for c in whole["candidates"] for r in c["rungs"])
+    tests = [test for row in whole["methods"] for test in row["tests"]]
+    spent += sum(test["result"]["flops"] + (test["text"] or {"flops": 0})["flops"] for test in tests)
+    spent += whole["methods"][1]["tests"][1]["flops"]  # the first seed was trained in the last rung
+    assert whole["spent"]["flops"] == pytest.approx(spent)
+    assert (tmp_path / "killed/decision.html").exists() and bundle.is_bundle(tmp_path / "killed/bundle")
+    code, _, err = run(*argv, "--requests=5", f"--out={tmp_path / 'killed'}", module="tools.compare")
+    assert code == 0 and files.load_json(tmp_path / "killed" / record.NAME)["requests"] == 5
+    code, _, err = run(*argv, "--epochs=2", f"--out={tmp_path / 'killed'}", module="tools.compare")
+    assert code == exits.INPUT and "the folder has another comparison, with epochs 1.0" in err

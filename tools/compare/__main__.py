@@ -9,6 +9,7 @@
         --price=1:2:4      USD per hour of the machine that will answer: LOW:VALUE:HIGH or VALUE
         --chip=v5e         that machine, a name in common/chips.json; default: this one
         --plan             only estimates FLOPs, time, money and energy
+        --emit=slurm       (or skypilot, xpk, gcloud, lines) only writes the trainings that come next for a cluster
         --out=runs/compare
 
 The task is a file of rows with a question and an answer, with the options of evals.main: rows.csv:scorer=number. Rows
@@ -27,11 +28,12 @@ from common.errors import UserError, did_you_mean
 from common.methods import known, module
 from common.types import Json
 from infer import hosted
-from tools.compare import plan
+from tools.compare import halving, plan
 from tools.compare.engine import Engine
 from tools.compare.inputs import Comparison, base, read
 from tools.compare.method import Candidate, Method
 from tools.compare.record import Record, resumed
+from tools.sweep.emit import LINES
 
 MODEL = "smollm2-135m-instruct"
 ORDER = "zero_shot", "instruction", "few_shot", "rag", "lora", "qlora", "full", "rag_lora"
@@ -50,6 +52,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", default=3, type=cli.count)
     parser.add_argument("--rungs", default=3, type=cli.count)
     parser.add_argument("--out", default="runs/compare", type=Path)
+    parser.add_argument("--emit", default="", choices=("", *LINES, "slurm"))
     parser.add_argument("--plan", action="store_true")
     args = parser.parse_args(argv)
     for name in args.methods:
@@ -70,8 +73,6 @@ def main(argv: list[str]) -> int:
     found, refused = candidates(c, args.methods)
     if not any(found):
         raise UserError(f"no method can be used: {refused[0]['why']}", "--methods")
-    from tools.compare import halving
-
     rungs = halving.rungs(args.rungs, len(task.scored["train"]), len(task.scored["validation"]))
     if args.plan:
         plan.show(c, found, rungs, args.seeds, plan.planned(prices))
@@ -81,14 +82,18 @@ def main(argv: list[str]) -> int:
         seeds=list(range(args.seeds)), epochs=args.epochs, rungs=rungs, methods_asked=args.methods,
         budget={"asked": args.budget, "flops": flops, "rate": None, "rate_from": ""},
         machine=machine, prices=prices, candidates=[x.row() for x in found],
-        methods=[*(_row(x.name, x.model, x.method, "open", "") for x in first(found)), *refused],
+        methods=[*(_row(x.name, x.model, x.method, "open", "") for x in halving.first(found)), *refused],
     )  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     from train.keep.runs import take_lock
 
     lock = take_lock(args.out / "LOCK")
     try:
-        return Engine(c, resumed(asked, args.out), found, seconds).run()
+        engine = Engine(c, resumed(asked, args.out), found, seconds)
+        if not args.emit:
+            return engine.run()
+        print(*engine.emit(args.emit), sep="\n")
+        return exits.DONE
     finally:
         os.close(lock)
 
@@ -107,8 +112,8 @@ def candidates(c: Comparison, methods: list[str]) -> tuple[list[Candidate], list
             method = module("tools.compare.methods", name).method(c, model)
             on = f"@{model}" if len(c.bases) > 1 else ""
             made = [
-                Candidate(":".join([name + on, *_settings(setting.values)]), name, model, method, setting)
-                for setting in method.settings
+                Candidate(_id(name + on, number, setting.values), name, model, method, setting)
+                for number, setting in enumerate(method.settings, 1)
             ]
             found += made
             if method.refused:
@@ -116,16 +121,11 @@ def candidates(c: Comparison, methods: list[str]) -> tuple[list[Candidate], list
     return found, refused
 
 
-def _settings(values: Json) -> list[str]:
-    text = ",".join(
-        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
-    )
-    return [text] if text else []
-
-
-def first(found: list[Candidate]) -> list[Candidate]:
-    """One candidate of each method and model."""
-    return list({x.key: x for x in reversed(found)}.values())[::-1]
+def _id(name: str, number: int, values: Json) -> str:
+    """Of a candidate: "lora:lr=0.001"; a long value is named by its number."""
+    short = lambda value: f"{value:g}" if isinstance(value, float) else str(value)
+    each = (f"{key}={text if len(text := short(value)) < 20 else number}" for key, value in values.items())
+    return ":".join(filter(None, [name, ",".join(each)]))
 
 
 def _row(name: str, model: str, method: Method, status: str, why: str) -> Json:

@@ -92,11 +92,8 @@ class Replay(Engine):
                 self.r.candidate(x.id)["failed"] = "failed in the complete comparison"
         self.r.count()
 
-    def _decided(self, number: int, rung: Json, alive: list[Candidate], drops: list[Drop]) -> Json:
-        return {"kept": [x.id for x in alive]}
-
-    def _save(self) -> None:
-        pass
+    def _drop(self, alive: list[Candidate], drops: list[Drop], number: int) -> None:
+        """The reasons are those of the replay: nothing is printed or saved."""
 
 
 def _candidate(record: Record, row: Json) -> Candidate:

@@ -4,19 +4,23 @@ Each step asks the record first whether it is done, so a killed comparison takes
 was. The decisions follow from recorded scores and FLOPs.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
 from common import exits, numbers
 from common.errors import UserError
 from common.types import Json
-from tools.compare import halving, plan, work
+from tools.compare import bundle, decide, halving, page, plan, work
+from tools.compare.decide import Inputs
 from tools.compare.halving import Drop
 from tools.compare.inputs import Comparison
 from tools.compare.method import Candidate
 from tools.compare.plan import Prices
 from tools.compare.record import Record
 from tools.compare.work import Asked
+from tools.sweep import emit as clusters
+from tools.sweep.run import Point
 
 
 class Engine:
@@ -34,18 +38,69 @@ class Engine:
             return exits.PREEMPTED
 
     def _run(self) -> int:
-        if self.c.documents and not self.r.index:
-            self.r.index = work.index(self.c)
-            self._save()
+        self._index()
         if self.seconds and self.r.budget["flops"] is None:
             self._probe()
         alive = self._survivors()
-        for x in sorted(alive, key=lambda x: x.trained):
-            self._test(x)
-        self._learning()
-        self._measured()
+        for group in _groups(sorted(alive, key=lambda x: x.trained)):
+            self._test(group)
+        self.r.finish()
         self._save()
+        self._show()
         return exits.DONE
+
+    def _show(self) -> None:
+        """Prints what came out, and writes the page and the bundle. Raises UserError if nothing was tested."""
+        for row in self.r.methods:
+            if row["status"] != "tested":
+                print(f"{row['label']} ({row['model']}) was {row['status']}: {row['why']}")
+        whole = dataclasses.asdict(self.r)
+        path = page.write(self.c.out, whole)
+        best = decide.decide(whole, Inputs(self.r.requests)).best.record
+        print((self.c.out / "decision.md").read_text("utf-8").partition("\n## ")[0].strip())
+        print(f"\nthe page: {path}")
+        try:
+            made = bundle.write(self.c, self.r, next(x for x in self.found if x.id == best["candidate"]), best)
+        except work.Failed as e:
+            raise UserError(f"the bundle cannot be written: {e}", str(self.c.out)) from e
+        if made:
+            print(f"the winner: kungfu chat {made}")
+
+    def emit(self, kind: str) -> list[Path]:
+        """Writes the trainings that come next as files for a cluster; `run` then finds them done and measures them."""
+        if self.seconds:
+            raise UserError("a budget of time is measured on this machine", "--budget", "give FLOPs with --emit")
+        self._index()
+        points = []
+        for x, rows, seed, part in self._trainings():
+            folder = self._folder([x], part)
+            argv = work.train(self.c, x, rows, seed, folder)[1]
+            points.append(Point(folder.name, {"candidate": x.id, "seed": seed}, argv[1:-1], None))
+        if not points:
+            raise UserError("no training comes next", "--emit", "run the command without it")
+        return clusters.write(kind, points, self.c.out / "runs")
+
+    def _trainings(self) -> list[tuple[Candidate, int, int, str]]:
+        """(candidate, training rows, seed, part of the folder's name) of the next rung, or of the test."""
+        alive, seeds = [x for x in self.found if not self._failed(x)], self.r.seeds
+        for number, rung in enumerate(self.r.rungs):
+            if number == len(self.r.decisions):
+                self._enter(alive, number)
+            decision = self.r.decisions[number]
+            if decision["kept"] is None:
+                entered = self._known(decision["entered"])
+                left = [x for x in entered if x.trained and not self._result(x, number)]
+                return [(x, rung["train"], seeds[0], f"rung{number}") for x in left]
+            alive = self._known(decision["kept"])
+        if self.r.rungs:
+            seeds = seeds[1:]  # the last rung has trained on all rows with the first one
+        every = [x for x in (alive if self.r.rungs else halving.first(self.found)) if x.trained]
+        return [(x, len(self.c.task.scored["train"]), seed, f"seed{seed}") for x in every for seed in seeds]
+
+    def _index(self) -> None:
+        if self.c.documents and not self.r.index:
+            self.r.index = work.index(self.c)
+            self._save()
 
     def _save(self) -> None:
         self.r.save(self.c.out)
@@ -56,72 +111,80 @@ class Engine:
         """One candidate per method that will be tested."""
         alive = [x for x in self.found if not self._failed(x)]
         if not self.r.rungs:
-            return list({x.key: x for x in reversed(alive)}.values())[::-1]
-        for number, rung in enumerate(self.r.rungs):
-            known = next((d for d in self.r.decisions if d["rung"] == number), None)
-            if known is None:
-                alive, drops = self._afford(alive, number)
-                self._rung([x for x in alive if not self._failed(x)], number)
-                alive = [x for x in alive if not self._failed(x)]
-                alive, more = self._decide(alive, number)
-                known = self._decided(number, rung, alive, drops + more)
-            alive = [x for x in alive if x.id in known["kept"]]
+            return [x for x in halving.first(self.found) if not self._failed(x)]
+        for number in range(len(self.r.rungs)):
+            if number == len(self.r.decisions):
+                self._enter(alive, number)
+            decision = self.r.decisions[number]
+            if decision["kept"] is None:
+                alive = self._known(decision["entered"])
+                self._rung(alive, number)
+                self._decide([x for x in alive if not self._failed(x)], number)
+            alive = self._known(decision["kept"])
         return alive
+
+    def _known(self, names: list[str]) -> list[Candidate]:
+        return [x for x in self.found if x.id in names and not self._failed(x)]
+
+    def _enter(self, alive: list[Candidate], number: int) -> None:
+        """Begins a rung: records who enters it, before anything is spent on it."""
+        rung = self.r.rungs[number]
+        alive, drops = self._afford(alive, number)
+        entered = {"entered": [x.id for x in alive], "kept": None, "dropped": []}
+        self.r.decisions.append({"rung": number, "rows": rung["rows"], "share": rung["share"], **entered})
+        self._drop(alive, drops, number)
 
     def _afford(self, alive: list[Candidate], number: int) -> tuple[list[Candidate], list[Drop]]:
         """Drops the methods that the budget cannot pay for. Raises UserError if there is none that it can."""
-        budget, rung = self.r.budget["flops"], self.r.rungs[number]
-        left = None if budget is None else budget - self.r.spent["flops"]
+        rung = self.r.rungs[number]
         score = lambda x: found["mean"] if (found := self._result(x, number - 1)) else -self.found.index(x)
         now = lambda x: 0.0 if self._result(x, number) else self.flops.rung(x, rung, self._result(x, number - 1))
-        later = lambda x: self.flops.test(x, 0, self._result(x, number - 1))
-        kept, drops = halving.affordable(alive, score, now, later, left)
-        if not kept and not number:
+        rest = self.r.rungs[number + 1 :]
+        later = lambda x: sum(self.flops.rung(x, r) for r in rest) + self.flops.test(x, 1, self._result(x, number - 1))
+        kept, drops = halving.affordable(alive, score, now, later, self._left(), must=number > 0)
+        if not kept:
             least = min(now(x) + later(x) for x in alive)
-            what = (
-                f"the budget of {numbers.flops(budget)} is too small: the cheapest method needs {numbers.flops(least)}"
-            )
+            cheapest, budget = numbers.flops(least), numbers.flops(self.r.budget["flops"])
+            what = f"the budget of {budget} is too small: the cheapest method needs {cheapest}"
             raise UserError(what, "--budget", "raise it, or bring fewer test rows")
         return kept, drops
 
-    def _decide(self, alive: list[Candidate], number: int) -> tuple[list[Candidate], list[Drop]]:
+    def _decide(self, alive: list[Candidate], number: int) -> None:
+        """Ends a rung: records who stays, and why the others do not."""
+        if not alive:
+            raise UserError("every method failed", str(self.c.out), "see the logs there")
         last = number == len(self.r.rungs) - 1
         result = lambda x: self._result(x, number)
-        if self.r.budget["asked"] == plan.ALL:
-            return halving.settings(alive, result, last) if last else (alive, [])
-        alive, one = halving.settings(alive, result, last)
-        alive, two = halving.methods(alive, result, lambda x: self._result(x, number - 1), last)
-        if not last:
-            return alive, one + two
-        budget = self.r.budget["flops"]
-        left = None if budget is None else budget - self.r.spent["flops"]
-        later = lambda x: self.flops.test(x, 1, result(x))
-        alive, three = halving.affordable(alive, lambda x: result(x)["mean"], lambda x: later(x), lambda x: 0.0, left)
-        return alive, one + two + three
+        one, two, three = [], [], []
+        if self.r.budget["asked"] != plan.ALL or last:
+            alive, one = halving.settings(alive, result, last)
+        if self.r.budget["asked"] != plan.ALL:
+            alive, two = halving.methods(alive, result, lambda x: self._result(x, number - 1), last)
+        if last:
+            test = lambda x: self.flops.test(x, 1, result(x))
+            score, left = lambda x: result(x)["mean"], self._left()
+            alive, three = halving.affordable(alive, score, test, lambda x: 0.0, left, must=True)
+        self.r.decisions[number]["kept"] = [x.id for x in alive]
+        self._drop(alive, one + two + three, number)
 
-    def _decided(self, number: int, rung: Json, alive: list[Candidate], drops: list[Drop]) -> Json:
-        """Records a decision, and the reason for each method that has no candidate left."""
-        found = {
-            "rung": number, "rows": rung["rows"], "share": rung["share"], "kept": [x.id for x in alive],
-            "dropped": [{"candidate": drop.candidate.id, "why": drop.why} for drop in drops],
-        }  # fmt: skip
-        self.r.decisions.append(found)
+    def _drop(self, alive: list[Candidate], drops: list[Drop], number: int) -> None:
+        """Records the reason for each candidate, and for each method that has none left."""
+        self.r.decisions[number]["dropped"] += [{"candidate": drop.candidate.id, "why": drop.why} for drop in drops]
         for drop in drops:
             if not any(x.key == drop.candidate.key for x in alive):
                 self._method(drop.candidate).update(status="stopped", why=drop.why)
             print(f"{drop.candidate.id} stops: {drop.why}", flush=True)
         self._save()
-        return found
+
+    def _left(self) -> float | None:
+        """FLOPs of the budget that are not spent; None without a budget."""
+        return self.r.unspent["flops"]
 
     # --- measuring ---
 
     def _rung(self, alive: list[Candidate], number: int) -> None:
         """Measures all candidates on a rung, those that share a command together."""
-        groups: dict[tuple, list[Candidate]] = {}
-        for x in alive:
-            if not self._result(x, number):
-                groups.setdefault(work.together(x), []).append(x)
-        for group in groups.values():
+        for group in _groups([x for x in alive if not self._result(x, number)]):
             self._measure(group, number)
 
     def _measure(self, group: list[Candidate], number: int) -> None:
@@ -146,76 +209,54 @@ class Engine:
             })  # fmt: skip
         self._save()
 
-    def _test(self, x: Candidate) -> None:
-        """Trains a method with every seed, and scores it on the test rows."""
-        row = self._method(x)
-        row["candidate"] = x.id
+    def _test(self, group: list[Candidate]) -> None:
+        """Scores candidates on the test rows: one that trains, with every seed, or several that share a command."""
+        first = group[0]
+        for x in group:
+            self._method(x)["candidate"] = x.id
         try:
-            for seed in self.r.seeds if x.trained else self.r.seeds[:1]:
-                if not any(test["seed"] == seed for test in row["tests"]):
-                    self._test_seed(x, seed, row)
-            row["status"] = "tested"
+            for seed in self.r.seeds if first.trained else self.r.seeds[:1]:
+                left = [x for x in group if not any(test["seed"] == seed for test in self._method(x)["tests"])]
+                if left:
+                    self._test_seed(left, seed)
+            for x in group:
+                self._method(x)["status"] = "tested"
         except work.Failed as e:
-            self._fail([x], str(e))
+            self._fail(group, str(e))
         self._save()
 
-    def _test_seed(self, x: Candidate, seed: int, row: Json) -> None:
-        rungs = self.r.candidate(x.id)["rungs"]
+    def _test_seed(self, group: list[Candidate], seed: int) -> None:
+        first = group[0]
+        rungs = self.r.candidate(first.id)["rungs"]
         final = seed == self.r.seeds[0]
-        text = final and (x.trained or x.name == halving.BASELINE) and not self.c.bases[x.model].hosted
-        what = Asked("test", len(self.c.task.scored["test"]), final, text)
-        again = bool(final and rungs and x.trained)  # the last rung has trained on all rows with the first seed
-        folder = self.c.out / rungs[-1]["run"] if again else self._folder([x], f"seed{seed}")
+        named = [x for x in group if final and not self.c.bases[x.model].hosted]
+        text = [x.id for x in named if x.trained or x.name == halving.BASELINE]
+        what = Asked("test", len(self.c.task.scored["test"]), final, bool(text))
+        again = bool(final and rungs and first.trained)  # the last rung has trained on all rows with the first seed
+        folder = self.c.out / rungs[-1]["run"] if again else self._folder(group, f"seed{seed}")
         stages, commands = [], []
-        if x.trained:
-            stage, argv = work.train(self.c, x, len(self.c.task.scored["train"]), seed, folder)
+        if first.trained:
+            stage, argv = work.train(self.c, first, len(self.c.task.scored["train"]), seed, folder)
             stages, commands = [stage], [argv]
-        stage, argv = work.ask(self.c, [x], what, folder)
-        work.do(self.c, f"test: {x.id}, seed {seed}", [*stages, stage])
-        found = work.result(x, what, folder) or {}
-        flops, seconds = work.spent(folder) if x.trained else (0.0, 0.0)
-        run = work.report.read(folder)
-        row["tests"].append({
-            "seed": seed, "result": found, "flops": flops, "seconds": seconds, "trained_before": again,
-            "peak_bytes": run.done.get("peak_rss_bytes"), "run": str(folder.relative_to(self.c.out)),
-            "store_bytes": work.report.stored(folder) if x.trained else 0, "text": work.loss(folder) if text else None,
-            "commands": [*commands, argv],
-        })  # fmt: skip
-        if final:
-            n = found["n"]
-            row["request"] = {
-                "flops": (found["flops"] or 0.0) / n,
-                "prompt_tokens": found["prompt_tokens"],
-                "completion_tokens": found["completion_tokens"],
-                "usd": found["usd"] and found["usd"] / n,
-                "latency": found["latency"],
-            }
+        stage, argv = work.ask(self.c, group, what, folder)
+        work.do(self.c, f"test: {_names(group)}, seed {seed}", [*stages, stage])
+        flops, seconds = work.spent(folder) if first.trained else (0.0, 0.0)
+        for x in group:
+            found, row = work.result(x, what, folder) or {}, self._method(x)
+            row["tests"].append({
+                "seed": seed,
+                "result": found,
+                "flops": flops,
+                "seconds": seconds,
+                "trained_before": again,
+                "peak_bytes": work.report.read(folder).done.get("peak_rss_bytes"),
+                "store_bytes": work.report.stored(folder) if x.trained else 0,
+                "text": work.loss(folder) if x.id in text else None,
+                "run": str(folder.relative_to(self.c.out)),
+                "commands": [*commands, argv],
+            })  # fmt: skip
+            row["request"] = row["request"] or _request(found)
         self._save()
-
-    # --- the rest of the record ---
-
-    def _learning(self) -> None:
-        """Validation scores of the tested candidates by the number of training rows: the rungs are a learning curve."""
-        self.r.learning = []
-        for row in (row for row in self.r.methods if row["status"] == "tested" and row["trained"]):
-            for rung in self.r.candidate(row["candidate"])["rungs"]:
-                point = {key: rung["result"][key] for key in ("mean", "low", "high", "n")}
-                point |= {"rows": self.r.rungs[rung["rung"]]["train"], "run": rung["run"]}
-                self.r.learning.append({"method": row["name"], "model": row["model"], **point})
-
-    def _measured(self) -> None:
-        """Forgetting, and this machine's seconds per FLOP."""
-        texts = {
-            (row["name"], row["model"]): row["tests"][0]["text"]["loss"]
-            for row in self.r.methods
-            if row["tests"] and row["tests"][0]["text"]
-        }
-        for row in self.r.methods:
-            before, after = texts.get((halving.BASELINE, row["model"])), texts.get((row["name"], row["model"]))
-            known = before is not None and after is not None
-            row["forgetting"] = 0.0 if not row["trained"] else after - before if known else None
-        if self.r.spent["flops"]:
-            self.r.prices[-1]["seconds_per_flop"] = self.r.spent["seconds"] / self.r.spent["flops"]
 
     def _probe(self) -> None:
         """Turns a budget of time into FLOPs with the rate of the first jobs: prompting, and one training if there is
@@ -239,8 +280,8 @@ class Engine:
 
     def _folder(self, group: list[Candidate], part: str) -> Path:
         key = work.together(group[0])
-        name = work.slug("-".join(key) if len(key) == 1 else f"prompting-{'-'.join(key)}")
-        folder = self.c.out / "runs" / name / part
+        name = work.slug("-".join([*(["prompting"] if len(key) > 1 else []), *key, part]))
+        folder = self.c.out / "runs" / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -261,6 +302,26 @@ class Engine:
                 self._method(x).update(status="failed", why=why)
             print(f"{x.id} failed: {why}", flush=True)
         self._save()
+
+
+def _groups(found: list[Candidate]) -> list[list[Candidate]]:
+    """Candidates that share a command, together."""
+    groups: dict[tuple, list[Candidate]] = {}
+    for x in found:
+        groups.setdefault(work.together(x), []).append(x)
+    return list(groups.values())
+
+
+def _request(result: Json) -> Json:
+    """The cost of a request, from a test."""
+    n, usd = result["n"], result["usd"]
+    return {
+        "flops": (result["flops"] or 0.0) / n,
+        "prompt_tokens": result["prompt_tokens"],
+        "completion_tokens": result["completion_tokens"],
+        "usd": None if usd is None else usd / n,
+        "latency": result["latency"],
+    }
 
 
 def _names(group: list[Candidate]) -> str:

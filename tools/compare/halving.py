@@ -20,6 +20,11 @@ BASELINE = "zero_shot"  # tested in any case: it costs nothing to make, and the 
 Result = Callable[[Candidate], Json]
 
 
+def first(found: Sequence[Candidate]) -> list[Candidate]:
+    """The first candidate of each method and model."""
+    return list({x.key: x for x in reversed(found)}.values())[::-1]
+
+
 class Drop(NamedTuple):
     candidate: Candidate
     why: str
@@ -80,12 +85,13 @@ def methods(
 
 def affordable(
     alive: Sequence[Candidate], score: Callable[[Candidate], float], now: Callable[[Candidate], float],
-    later: Callable[[Candidate], float], left: float | None,
+    later: Callable[[Candidate], float], left: float | None, must: bool = False,
 ) -> tuple[list[Candidate], list[Drop]]:  # fmt: skip
     """Keeps the methods that `left` FLOPs can pay for, those with the highest score first.
 
     `now`: FLOPs of a candidate in the next rung. `later`: those until a method is tested, of which the dearest one
-    of the kept methods is held back, since at least one method must be finished.
+    of the kept methods is held back, since at least one method must be finished. `must`: the best candidate is kept in
+    any case.
     """
     if left is None:
         return list(alive), []
@@ -101,6 +107,9 @@ def affordable(
         else:
             needed, free = numbers.flops(cost + rest), numbers.flops(max(0.0, left - spent - reserve))
             dropped += [Drop(x, f"the budget is spent: it needs {needed} and {free} are left") for x in mine]
+    if must and not kept:
+        kept = [max(alive, key=score)]
+        dropped = [drop for drop in dropped if drop.candidate.id != kept[0].id]
     return [x for x in alive if x in kept], dropped
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from data.text.tokenizer import Tokenizer
 
 LEAST = {"train": 20, "validation": 5, "test": 10}  # rows per split; fewer can decide nothing
-SHARE = 1024  # tokens per training step
+SHARE, STEPS = 1024, 8  # tokens per training step, at most; steps per epoch, at least
 BYTES, WINDOW = 4, 8000  # of a hosted model: bytes per token, and the context, both assumed
 CONFIG = "configs/sft/own_task.py"
 TEST = ":split=test"  # also if the file's name says that all of its rows are held out
@@ -135,10 +135,12 @@ def config(changes: dict[str, Leaf]) -> schema.Config:
     return schema.resolve(schema.read(str(schema.overrides.CHECKOUT / CONFIG)), changes, [], CONFIG)[0]
 
 
-def shape(longest: float) -> dict[str, Leaf]:
-    """Row length and batch size of training for examples of at most `longest` tokens."""
+def shape(longest: float, train: float, validation: float) -> dict[str, Leaf]:
+    """Row length and batch size of training, for examples of at most `longest` tokens: about SHARE tokens per step, but
+    STEPS steps per epoch, from the tokens of all examples of the two splits."""
     length = max(64, math.ceil(longest / 64) * 64)
-    return {"data.seq_len": length, "data.batch_size": max(1, SHARE // length)}
+    rows = min(SHARE // length, int(train / length / STEPS), int(validation / length))
+    return {"data.seq_len": length, "data.batch_size": max(1, rows)}
 
 
 def order(found: list[Json]) -> list[Json]:
@@ -154,17 +156,19 @@ def write(path: Path, found: list[Json], context: Context) -> None:
     files.write_lines(path, [_pair(prompt, row["answer"]) for prompt, row in zip(prompts, found, strict=True)])
 
 
-def longest(path: Path, model: str) -> int:
-    """Tokens of the longest row of training data."""
+def tokens(path: Path, model: str) -> list[int]:
+    """Tokens of each row of training data."""
     from data.text import formats
     from infer.models import open_model
 
     tokenizer = formats.load(open_model(model).tokenizer_source)
-    return max(
-        _tokens(row.get("prompt") or row["messages"][:-1], tokenizer)
-        + len(tokenizer.encode(row.get("completion") or row["messages"][-1]["content"])) + 1
+    pairs = (
+        (row["prompt"], row["completion"])
+        if "prompt" in row
+        else (row["messages"][:-1], row["messages"][-1]["content"])
         for row in files.read_lines(path)
-    )  # fmt: skip
+    )
+    return [_tokens(prompt, tokenizer) + len(tokenizer.encode(answer)) + 1 for prompt, answer in pairs]
 
 
 def _tokens(prompt: str | list[dict], tokenizer: "Tokenizer") -> int:

@@ -43,10 +43,30 @@ class Record:
     methods: list[Json] = dataclasses.field(default_factory=list)
     learning: list[Json] = dataclasses.field(default_factory=list)
     spent: Json = dataclasses.field(default_factory=lambda: {"flops": 0.0, "seconds": 0.0, "usd": 0.0})
-    unspent: Json = dataclasses.field(default_factory=lambda: {"flops": None})
+    unspent: Json = dataclasses.field(default_factory=dict)  # flops: None without a budget
 
     def candidate(self, name: str) -> Json:
         return next(c for c in self.candidates if c["id"] == name)
+
+    def __post_init__(self) -> None:
+        self.count()
+
+    def finish(self) -> None:
+        """Adds what follows from all tests: learning curves, forgetting, and this machine's seconds per FLOP."""
+        tested = [row for row in self.methods if row["status"] == "tested"]
+        self.learning = []
+        for row in (row for row in tested if row["trained"]):
+            for rung in self.candidate(row["candidate"])["rungs"]:
+                point = {key: rung["result"][key] for key in ("mean", "low", "high", "n")}
+                point |= {"rows": self.rungs[rung["rung"]]["train"], "run": rung["run"]}
+                self.learning.append({"method": row["name"], "model": row["model"], **point})
+        losses = {(row["trained"], row["model"]): row["tests"][0]["text"] for row in tested if row["tests"][0]["text"]}
+        for row in tested:
+            before, after = losses.get((False, row["model"])), row["tests"][0]["text"]
+            rise = after["loss"] - before["loss"] if before and after else None
+            row["forgetting"] = rise if row["trained"] else 0.0
+        if self.spent["flops"]:
+            self.prices[-1]["seconds_per_flop"] = self.spent["seconds"] / self.spent["flops"]
 
     def save(self, out: Path) -> None:
         self.count()
@@ -96,5 +116,9 @@ def resumed(asked: Record, out: Path) -> Record:
         if ours != theirs:
             what = f"the folder has another comparison, with {name.replace('_asked', '')} {theirs}"
             raise UserError(what, str(out), "choose a new folder: --out")
+    if [x["id"] for x in asked.candidates] != [x["id"] for x in found.candidates]:
+        raise UserError(
+            "the folder was made with other settings of the methods", str(out), "choose a new folder: --out"
+        )
     found.prices, found.requests = asked.prices, asked.requests
     return found

@@ -1,5 +1,6 @@
 """The jobs of a comparison: ordinary commands in ordinary run folders, each of which can be repeated by hand."""
 
+import hashlib
 import re
 import shlex
 from collections.abc import Sequence
@@ -67,11 +68,11 @@ def train(c: Comparison, x: Candidate, rows: int, seed: int, folder: Path) -> tu
         if not path.exists():
             inputs.write(path, found, context)
         paths.append(path)
-    base = c.bases[x.model]
-    longest = inputs.longest(paths[0], x.model) if context.index else base.longest
+    train, validation = (inputs.tokens(path, x.model) for path in paths)
+    longest = min(max(train), c.bases[x.model].context)
     changes = {
         "init": x.model, "seed": seed, "epochs": c.epochs, "data.source": paths[0], "data.eval_source": paths[1],
-        **inputs.shape(min(longest, base.context)), "eval_every": 0, **(x.setting.train or {}),
+        **inputs.shape(longest, sum(train), sum(validation)), "eval_every": 0, **(x.setting.train or {}),
     }  # fmt: skip
     argv = ["train.main", f"--config={inputs.CONFIG}", *(f"--config.{key}={value}" for key, value in changes.items())]
     argv.append(f"--workdir={folder}")
@@ -166,7 +167,9 @@ def _run(c: Comparison, title: str, stages: list[Stage]) -> None:
 
 def slug(text: str) -> str:
     """A name for a folder."""
-    return re.sub(r"[^\w.=+-]+", "-", text).strip("-.")[:120]
+    name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    digest = hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
+    return name if len(name) <= 80 else f"{name[:35]}-{digest}-{name[-35:]}"
 
 
 def shown(argv: Sequence[str]) -> str:

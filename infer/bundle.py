@@ -1,0 +1,68 @@
+"""A bundle: a folder with a model, an adapter, a prompt and documents, which answer as tools.compare tested them.
+
+BUNDLE/bundle.json     the model's name, the adapter, and how it is asked (infer.context.Context); written last
+BUNDLE/model/          the tuned model, or BUNDLE/adapter/, if something was trained
+BUNDLE/examples.jsonl  the solved examples to pick from, if the prompt shows some
+BUNDLE/index/          the documents, if the prompt has passages
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from common import files
+from common.errors import UserError, reading
+from data.examples import Completion, wrapped
+from infer.context import Asker, Context
+from infer.lm import LM, Prompt
+
+NAME, EXAMPLES, FORMAT = "bundle.json", "examples.jsonl", 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bundled(LM):
+    """A model that puts its context around every question. With a chat template, texts are continued as they are."""
+
+    asker: Asker = dataclasses.field(default_factory=lambda: Asker(Context()))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str) == (self.tokenizer.chat_template is None):
+            [prompt] = self.asker([prompt if isinstance(prompt, str) else list(prompt)]).prompts
+        return super().encode(prompt)
+
+
+def is_bundle(name: str | Path) -> bool:
+    return (Path(name).expanduser() / NAME).is_file()
+
+
+def load(name: str | Path, **options: Any) -> Bundled:
+    """The model of a bundle; options as of infer.models.load. Raises UserError if it is damaged."""
+    from infer import models
+
+    folder = Path(name).expanduser()
+    record = files.load_json(folder / NAME)
+    with reading(folder / NAME, "write it again: tools.compare"):
+        if record["format"] != FORMAT:
+            raise UserError("the bundle is of another version", str(name))
+        inside = lambda part: str(folder / part) if part in ("model", "adapter", "index") else part
+        context = record["context"]
+        context = Context(**context | ({"index": inside(context["index"])} if "index" in context else {}))
+        shown = [(row["prompt"], row["answer"]) for row in files.read_lines(folder / EXAMPLES)]
+        model, adapter, seed = inside(record["model"]), inside(record["adapter"]) or None, record["seed"]
+    lm = models.load(model, adapter=adapter, **options)
+    raw = lm.tokenizer.chat_template is None
+    pool = shown if raw else [(_turns(prompt), answer) for prompt, answer in shown]
+    fields = {field.name: getattr(lm, field.name) for field in dataclasses.fields(lm)}
+    return Bundled(**fields, asker=Asker(context, pool, seed))
+
+
+def _turns(prompt: str | list[dict]) -> list[dict]:
+    """A question as in training with a chat template."""
+    return wrapped(Completion(prompt, "-")).messages[:-1] if isinstance(prompt, str) else prompt
+
+
+def part(trained: Any) -> str:
+    """Where a bundle holds what was trained: in "adapter", or merged in "model"; "" if nothing was."""
+    if trained is None:
+        return ""
+    return "adapter" if trained.get("peft.name") and not trained.get("quant.name") else "model"
