@@ -15,7 +15,7 @@ from tests.cases import people
 from tests.helpers.adapters import make
 from tests.helpers.serving import scripted
 from tools import judge as tool
-from tools import rank, sample_pairs
+from tools import rank, route, sample_pairs
 
 
 def rows(path, *records):
@@ -277,3 +277,35 @@ def test_a_label_buys_most_where_the_model_is_unsure():
     assert found["uncertain"][1].mean > found["random"][1].mean > found["random"][0].mean > 0.6
     noisy = router.curve(x, fold, judge, "random", [40], replays=6, l2=1.0, noise=0.4)
     assert noisy[0].mean < found["random"][1].mean and noisy[0].low <= noisy[0].mean <= noisy[0].high
+
+
+def test_people_are_asked_where_the_judge_is_unsure_and_check_it(folder, tmp_path, capsys):
+    items = [
+        {"prompt": f"{i}?", "answers": [{"text": f"good {i}"}, {"text": "long " * (1 + i % 3)}], "id": str(i)}
+        for i in range(20)
+    ]
+    source, out = rows(tmp_path / "items.jsonl", *items), tmp_path / "out"
+    assert route.main([f"--items={source}", f"--judge={folder}", "--people=10", "--audit=0.4", f"--out={out}"]) == 0
+    asked, routes = lines(out / "people.jsonl"), lines(out / "routes.jsonl")
+    assert len(asked) == 10 and sum(line["audited"] for line in routes) == 4
+    assert all(item["judge"]["model"] == str(folder) for item in asked)
+    assert {row["prompt"] for row in lines(out / "judged.jsonl")}.isdisjoint(item["prompt"] for item in asked)
+    votes = [
+        {"prompt": i["prompt"], "chosen": i["answers"][0]["text"], "rejected": i["answers"][1]["text"]} for i in asked
+    ]
+    assert route.main([f"--routed={out}", f"--votes={rows(tmp_path / 'votes.jsonl', *votes)}"]) == 0
+    said = capsys.readouterr().out
+    assert "drawn at random: the judge is right in" in said and "of 4; Brier" in said and "of 6; Brier" in said
+    assert route.main([f"--items={source}"]) == 2 and route.main([]) == 2
+
+
+def test_a_curve_of_labels(folder, tmp_path, capsys):
+    source = rows(
+        tmp_path / "x.jsonl", *({"prompt": f"{i}?", "chosen": f"good {i}", "rejected": f"b {i % 7}"} for i in range(40))
+    )
+    command = [f"--curve={source}", f"--features={folder}", "--labels=4,16", "--replays=3", f"--out={tmp_path}/out"]
+    assert route.main([*command, "--label_seconds=30"]) == 0
+    record = json.loads((tmp_path / "out/curve.json").read_text())
+    assert record["uncertain"][1]["mean"] > 0.9 and len(record["random"][0]["replays"]) == 3
+    assert "8:00" in capsys.readouterr().out and "<svg" in (tmp_path / "out/curve.html").read_text()
+    assert route.main([*command, "--labels=4,400"]) == 2

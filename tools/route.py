@@ -1,0 +1,160 @@
+"""Spends people's labels where a judge is unsure, checks the judge at random, and shows what a label buys.
+
+    python -m tools.route --items=items.jsonl --judge=MODEL --people=100 [--audit=0.2] [--seed=0] --out=FOLDER
+    python -m tools.route --routed=FOLDER --votes=preference.jsonl
+    python -m tools.route --curve=PAIRS --features=MODEL [--verdicts=FOLDER] [--labels=25,50,100,200] [--replays=10]
+                          [--noise=0] [--label_seconds=SECONDS] --out=FOLDER
+
+The first form judges items of two answers in both orders. OUT/people.jsonl has the items for feedback.main: those that
+the judge is least sure of and, as a share --audit of --people, random ones of the others; OUT/judged.jsonl has the
+judge's preferences for the rest, to train on; OUT/routes.jsonl its probabilities. The second form compares these with
+what people said: only the random ones show how often the judge is right where it decides. The third replays labels that
+are there: the accuracy of a linear reward model on frozen features, at equal numbers of labels, asked in random order,
+uncertain first, or where model and judge (--verdicts of tools.judge; else the longer answer) disagree.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common import cli, files
+from common.errors import UserError
+from common.numbers import NA, duration, percent
+from common.types import Json
+
+MODES = {"items": ("judge", "people", "out"), "routed": ("votes",), "curve": ("features", "out")}
+
+
+@cli.command
+def main(argv: list[str]) -> int | None:
+    parser = cli.Parser("tools.route", __doc__)
+    for name in ("items", "judge", "routed", "votes", "curve", "features", "verdicts", "out"):
+        parser.add_argument(f"--{name}", default="")
+    for name, default in dict(people=0, replays=10, seed=0).items():
+        parser.add_argument(f"--{name}", default=default, type=cli.count)
+    for name, default in dict(audit=0.2, noise=0.0, label_seconds=None).items():
+        parser.add_argument(f"--{name}", default=default, type=float)
+    parser.add_argument("--labels", default=[25, 50, 100, 200], type=cli.counts)
+    args = parser.parse_args(argv)
+    chosen = [name for name in MODES if getattr(args, name)]
+    if len(chosen) != 1:
+        raise UserError("--items, --routed or --curve is required, and only one", "tools.route", "see --help")
+    if missing := [name for name in MODES[chosen[0]] if not getattr(args, name)]:
+        raise UserError(f"--{missing[0]} is required with --{chosen[0]}", "tools.route", "see --help")
+    rising = args.labels == sorted(set(args.labels)) and args.labels[0] > 0
+    if not (0 <= args.audit <= 1 and 0 <= args.noise < 0.5 and args.replays and rising):
+        raise UserError("a setting is out of range", "tools.route", "shares are below 1, --labels rise")
+    {"items": send, "routed": check, "curve": curve}[chosen[0]](args)
+
+
+def send(args: argparse.Namespace) -> None:
+    """Judges items, and writes who labels which."""
+    from evals import answers, router
+    from evals.judge import Judge
+
+    items = answers.items(args.items)
+    if odd := next((item for item in items if len(item["answers"]) != 2), None):
+        raise UserError(f"an item has {len(odd['answers'])} answers, not two", args.items, "--answers=2 when sampling")
+    judge, texts = Judge(args.judge), [[answer["text"] for answer in item["answers"]] for item in items]
+    found = judge.compare([item["prompt"] for item in items], [a for a, _ in texts], [b for _, b in texts])
+    routes = router.route(np.array([v.p for v in found]), args.people, args.audit, args.seed)
+    people, judged, lines = [], [], []
+    for item, (a, b), v, asked, audited in zip(items, texts, found, routes.people, routes.audited, strict=True):
+        ranks = {1: [1, 2], -1: [2, 1], 0: [1, 1]}[v.winner]
+        why = f"the first answer is better with probability {v.p:.2f}"
+        if asked:
+            people.append(item | {"judge": {"model": args.judge, "ranks": ranks, "why": why}})
+        elif v.winner:
+            said = lambda text, item=item: text if isinstance(item["prompt"], str) else [_turn(text)]
+            best, worst = (a, b) if v.winner > 0 else (b, a)
+            judged.append({"prompt": item["prompt"], "chosen": said(best), "rejected": said(worst)})
+        lines.append({"prompt": item["prompt"], "answers": [a, b], "p": v.p, "audited": bool(audited)})
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("people", people), ("judged", judged), ("routes", lines)):
+        files.write_lines(out / f"{name}.jsonl", rows)
+    undecided = len(items) - len(people) - len(judged)
+    print(
+        f"{len(items):,} items: {len(people):,} for people ({routes.audited.sum():,} at random), {len(judged):,} judged"
+    )
+    print(f"{undecided:,} are left to nobody, since the judge's two orders differ")
+
+
+def _turn(text: str) -> Json:
+    return {"role": "assistant", "content": text}
+
+
+def check(args: argparse.Namespace) -> None:
+    """Compares the judge's probabilities with people's votes."""
+    from evals import pairs, router
+
+    votes = {}
+    for pair in pairs.read(args.votes):
+        label = 0.5 + np.sign(sum(pair.votes)) / 2
+        asked = pairs.text(pair.prompt)
+        votes[asked, pair.chosen, pair.rejected], votes[asked, pair.rejected, pair.chosen] = label, 1 - label
+    lines = files.read_lines(Path(args.routed) / "routes.jsonl")
+    voted = [(line, votes[key]) for line in lines if (key := (pairs.text(line["prompt"]), *line["answers"])) in votes]
+    if not voted:
+        raise UserError("no vote is about an item that was routed", args.votes, "name what feedback.export has written")
+    for label, part in {
+        "drawn at random": [(line["p"], label) for line, label in voted if line["audited"]],
+        "least sure": [(line["p"], label) for line, label in voted if not line["audited"]],
+    }.items():
+        if not part:
+            print(f"{label}: no votes")
+            continue
+        found = router.calibration(*zip(*part, strict=True))
+        right = f"{percent(found.accuracy)} ({percent(found.low)} to {percent(found.high)})"
+        print(f"{label}: the judge is right in {right} of {found.n:,}; Brier score {found.brier:.3f}")
+        rows = [
+            (f"{low:.1f} to {low + 0.1:.1f}", f"{n:,}", f"{sure:.2f}", percent(right), f"{percent(a)} to {percent(b)}")
+            for low, n, sure, right, (a, b) in found.bins
+        ]
+        cli.table(rows, ("confidence", "n", "mean", "right", "95 % interval"), f"calibration error {found.error:.3f}")
+
+
+def curve(args: argparse.Namespace) -> None:
+    """Replays the labels of pairs in three orders, and writes OUT/curve.json and OUT/curve.html."""
+    from evals import features, pairs, router
+    from tools.report import svg
+    from tools.report.page import render
+
+    found, out = pairs.read(args.curve), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    x, fold = features.differences(args.features, found, out), pairs.folds(found, 5)
+    if args.labels[-1] > (least := min(int((fold != k).sum()) for k in np.unique(fold))):
+        raise UserError(f"{args.labels[-1]:,} labels, but a replay has {least:,} pairs", "--labels", "name fewer")
+    judge = _verdicts(args.verdicts, found) if args.verdicts else pairs.longest(found)
+    points = {
+        order: router.curve(x, fold, judge, order, args.labels, args.replays, noise=args.noise, seed=args.seed)
+        for order in router.ORDERS
+    }
+    record = {"pairs": args.curve, "features": args.features, "noise": args.noise, "replays": args.replays}
+    files.write_json(out / "curve.json", files.plain(record | {k: [p._asdict() for p in v] for k, v in points.items()}))
+    series = [(order, f"heldout c{i}", [(p.labels, p.mean) for p in v]) for i, (order, v) in enumerate(points.items())]
+    chart = svg.lines(series, "labels", "accuracy on held-out pairs", zero=False, log_x=True)
+    files.write(out / "curve.html", render("curve.html.j2", title="Labels and accuracy", chart=chart, record=record))
+    rows = []
+    for i, size in enumerate(args.labels):
+        cells = [f"{percent(p[i].mean)} ({percent(p[i].low)} to {percent(p[i].high)})" for p in points.values()]
+        time = NA if args.label_seconds is None else duration(size * args.label_seconds)
+        rows.append((f"{size:,}", time, *cells))
+    title = f"accuracy on held-out pairs, mean of {args.replays} replays (95 % interval)"
+    cli.table(rows, ("labels", "people's time", *points), title)
+
+
+def _verdicts(folder: str, found: "Sequence") -> np.ndarray:
+    """The probabilities of the last judge in the judges.json of tools.judge, on the same pairs."""
+    rows = files.load_json(Path(folder) / "judges.json")["rows"]
+    given = [row["p"] for row in rows if "p" in row]
+    if not given or len(given[-1]) != len(found):
+        raise UserError("no judge has judged all of these pairs", folder, "python -m tools.judge --judges=MODEL")
+    return np.array(given[-1])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
