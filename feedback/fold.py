@@ -1,5 +1,7 @@
 """The current state: what an append-only list of events amounts to."""
 
+import copy
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from common.types import Json
@@ -28,7 +30,10 @@ class Event(NamedTuple):
 
 
 class State:
-    """`votes[item][annotator]` and `resolved[item]`: the decisions that count."""
+    """`votes[item][annotator]` and `resolved[item]`: the decisions that count.
+
+    Other threads may read a state while `followed` makes the next one, so that no dict of it ever changes.
+    """
 
     def __init__(self) -> None:
         self.last = 0  # the number of the newest event
@@ -37,12 +42,21 @@ class State:
         self.versions: dict[tuple[str, str], int] = {}
         self.newest: dict[str, Event] = {}  # of each annotator, a vote or a resolution
 
-    def apply(self, event: Event) -> None:
+    def followed(self, events: Iterable[Event]) -> "State":
+        """The state after further events."""
+        new = State()
+        for name, value in vars(self).items():
+            setattr(new, name, copy.copy(value))
+        for event in events:
+            new._apply(event)
+        return new
+
+    def _apply(self, event: Event) -> None:
         self.last = event.id
         where = (event.annotator, event.item)
         self.versions[where] = event.version + 1
         if event.kind == "vote":
-            self.votes.setdefault(event.item, {})[event.annotator] = event
+            self.votes[event.item] = self.votes.get(event.item, {}) | {event.annotator: event}
             self.newest[event.annotator] = event
         elif event.kind == "resolve":
             self.resolved[event.item] = event
@@ -52,13 +66,17 @@ class State:
         elif event.kind == "erase":
             for item in [*self.votes, *self.resolved]:
                 self._drop(event.annotator, item)
+        if event.kind in ("undo", "erase"):
+            self.newest.pop(event.annotator, None)
+            resolved = [e for e in self.resolved.values() if e.annotator == event.annotator]
+            if left := [*self.of(event.annotator), *resolved]:
+                self.newest[event.annotator] = max(left)
 
     def _drop(self, annotator: str, item: str) -> None:
-        self.votes.get(item, {}).pop(annotator, None)
+        if annotator in (votes := self.votes.get(item, {})):
+            self.votes[item] = {name: event for name, event in votes.items() if name != annotator}
         if item in self.resolved and self.resolved[item].annotator == annotator:
             del self.resolved[item]
-        if annotator in self.newest and self.newest[annotator].item == item:
-            del self.newest[annotator]
 
     def decision(self, annotator: str, item: str) -> Event | None:
         """The annotator's decision about an item that counts."""

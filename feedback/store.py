@@ -160,19 +160,19 @@ class Store:
 
     @property
     def state(self) -> State:
-        """Up to date with what other processes have appended."""
+        """The newest, with what other processes have appended. It never changes."""
         with self._lock:
-            for event in self._events(self._state.last):
-                self._state.apply(event)
+            if events := self._events(self._state.last):
+                self._state = self._state.followed(events)
             return self._state
 
-    def _events(self, after: int = 0) -> Iterator[Event]:
+    def _events(self, after: int = 0) -> list[Event]:
         rows = self.db.execute("SELECT * FROM events WHERE id > ? ORDER BY id", (after,)).fetchall()
-        return (_event(row) for row in rows)
+        return [_event(row) for row in rows]
 
     def events(self) -> list[Event]:
         with self._lock:
-            return list(self._events())
+            return self._events()
 
     def append(self, kind: str, annotator: str, item: str, version: int | None, content: Json) -> Event:
         """Appends an event; durable when this returns. `version`: the number of events of the annotator about the item
