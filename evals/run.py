@@ -51,7 +51,7 @@ class Result:
     prompt_tokens: float | None  # mean; None: a hosted model does not say
     completion_tokens: float | None  # mean
     seconds: float  # including compilation
-    flops: float | None  # forward pass, estimated by `flops_per_token`; None: hosted
+    flops: float | None  # forward passes, estimated by `flops_per_token`; what prompts share counts once; None: hosted
     usd: float | None  # price of a hosted model's tokens; None: not hosted, or without a price
     answers: list[tuple[str, int]]  # the most frequent completions, with their counts
     slices: dict[str, dict]  # "COLUMN=VALUE": n, mean, low, high of these rows
@@ -144,18 +144,18 @@ def _ask(
     task: Task, lm: LM, sizes: "Sizes", examples: Sequence[Example], prompts: Sequence[Prompt], batch_size: int
 ) -> Asked:
     asked, room = sizes.check(prompts)
-    by_sum = None
+    by_sum, before = None, lm.prefixes.computed
     if task.kind == "choice":
         options = [e["options"] for e in examples]
         summed, completions = choose(lm, prompts, options)
         by_sum = sum(map(task.score, examples, summed)) / len(examples)
         written = [sum(len(lm.tokenizer.encode(o)) for o in row) for row in options]
-        read = sum(len(row) * size for row, size in zip(options, asked, strict=True))
+        decoded = 0
     else:
-        completions = answer(lm, prompts, room, batch_size)
+        completions = lm.generate(prompts, max_new_tokens=room, rows=batch_size)
         written = [len(lm.tokenizer.encode(c)) + 1 for c in completions]  # including the end token
-        read = sum(asked)
-    flops = flops_per_token(lm) * (read + sum(written))
+        decoded = sum(written)
+    flops = flops_per_token(lm) * (lm.prefixes.computed - before + decoded)
     return Asked(completions, float(np.mean(asked)), float(np.mean(written)), flops, by_sum=by_sum)
 
 
@@ -209,20 +209,6 @@ def _slices(examples: Sequence[Example], scores: Sequence[float]) -> dict[str, d
         name: {"n": len(found[name]), "mean": sum(found[name]) / len(found[name]), "low": low, "high": high}
         for name, (low, high) in spans.items()
     }
-
-
-def answer(lm: LM, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int) -> list[str]:
-    """Greedy completions. Prompts of similar length share a batch, and the last one is filled up, to compile few
-    shapes."""
-    order = sorted(range(len(prompts)), key=lambda i: len(lm.encode(prompts[i])))
-    batch_size, texts = min(batch_size, len(prompts)), [""] * len(prompts)
-    for at in range(0, len(order), batch_size):
-        rows = order[at : at + batch_size]
-        filled = rows + rows[-1:] * (batch_size - len(rows))
-        found = lm.generate([prompts[i] for i in filled], max_new_tokens=max_new_tokens)
-        for i, written in zip(rows, found, strict=False):
-            texts[i] = written
-    return texts
 
 
 def choose(lm: LM, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:

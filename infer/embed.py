@@ -15,9 +15,8 @@ from common import files
 from common.errors import UserError
 from data.text import formats as tokenizers
 from data.text.tokenizer import Tokenizer
-from infer.generate import bucket
-from infer.lm import batches
 from infer.models import Run, open_model
+from infer.shapes import batches, bucket
 from model import build, weights
 from model.heads import last_token
 from model.io.pretrained import Pretrained

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,15 @@ from common.types import Json
 from data import examples
 from data.text import chat
 from data.text.tokenizer import Tokenizer
-from infer.generate import bucket, generate, needs_causal, stream, unrolled
+from infer.generate import answer, needs_causal, requests, stream, unrolled
+from infer.prefix import Prefix, Prefixes, Reader
+from infer.prefix import Prompt as Ids
+from infer.sample import Knobs
+from infer.shapes import batches, bucket
 from model import heads
 from model.config import ModelConfig
 from model.net import head
+from model.net.kv_cache import Cache
 from model.net.transformer import Transformer, virtual_tokens
 from model.weights import Params
 
@@ -52,6 +57,11 @@ class LM:
         return self.model.config
 
     @functools.cached_property
+    def prefixes(self) -> Prefixes:
+        """What prompts have shared."""
+        return Prefixes()
+
+    @functools.cached_property
     def unrolled(self) -> Params:
         return unrolled(self.model, self.params)
 
@@ -66,44 +76,34 @@ class LM:
             raise UserError(f"{len(adapters)} adapters for {prompts} prompts", "adapters", "one a prompt, or none")
         return [self.speaking(adapter) for adapter in adapters or [None] * prompts]
 
-    def _serving(self, adapters: Sequence[str | None]) -> Params:
-        """The unrolled parameters for prompts with these adapters."""
-        if self.store:
-            return self.store.serving(adapters, bucket(len(adapters)))
-        if any(adapters):
+    def _serving(self, adapters: Sequence[str | None]) -> dict[str, Any]:
+        """Who answers prompts with these adapters: arguments of infer.generate."""
+        if any(adapters) and not self.store:
             raise UserError("the model was loaded without adapters to choose from", "adapters", "use infer.load_many")
-        return self.unrolled
+        return {"params": None if self.store else self.unrolled, "store": self.store, "prefixes": self.prefixes}
 
     # --- text ---
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, adapters: Sequence[str | None] = (), max_new_tokens: int = 64,
-        stop: Sequence[str] = (), **knobs: float | str,
+        stop: Sequence[str] = (), seed: int = 0, rows: int = 0, cache: str = "float", **knobs: float,
     ) -> list[str]:  # fmt: skip
         """One continuation per prompt, without the prompt, cut at the first of the `stop` strings.
 
-        `prompts` is one prompt or several. `adapters` names an adapter for each; None is the base. Knobs as in
-        infer.generate: temperature (0: greedy), top_k, top_p, min_p, seed, cache. An answer ends at one of the
-        tokenizer's end tokens.
+        `prompts` is one prompt or several; what they have in common at their beginning is computed once. `adapters`
+        names an adapter for each; None is the base. Knobs as in infer.generate: temperature (0: greedy), top_k, top_p,
+        min_p. `rows` prompts are answered at a time (0: all), and the answers do not depend on it. An answer ends at
+        one of the tokenizer's end tokens.
         """
         prompts = _several(prompts)
-        speakers = self._speakers(adapters, len(prompts))
-        asked = [lm.encode(prompt) for lm, prompt in zip(speakers, prompts, strict=True)]
-        ends = {lm.tokenizer.eos_ids for lm in speakers}
-        if len(ends) > 1:
-            what = "the answers of these adapters end at different tokens"
-            raise UserError(what, "adapters", "ask each in a call of its own")
+        speakers, who = self._speakers(adapters, len(prompts)), self._serving(adapters)
+        ids = [lm.encode(prompt) for lm, prompt in zip(speakers, prompts, strict=True)]
+        ends = [lm.tokenizer.eos_ids for lm in speakers]
+        how = Knobs(**knobs)
+        asked = requests(self.model, self.params, ids, max_new_tokens, seed, how, ends=ends, adapters=adapters)
         stopped = lambda tokens: any(s in self.tokenizer.decode(tokens, skip_special=True) for s in stop)
-        out = generate(
-            self.model,
-            self._serving(adapters or [None] * len(asked)),
-            asked,
-            max_new_tokens=max_new_tokens,
-            stop_ids=next(iter(ends), ()),
-            stop=stopped if stop else None,
-            **knobs,
-        )
-        answers = zip(speakers, asked, out.tokens, strict=True)
+        out = answer(self.model, asked=asked, rows=rows, cache=cache, stop=stopped if stop else None, **who)
+        answers = zip(speakers, ids, out.tokens, strict=True)
         return [cut(lm._continuation(prompt, tokens), stop) for lm, prompt, tokens in answers]
 
     def answer(
@@ -121,9 +121,10 @@ class LM:
         self, prompt: Prompt, *, adapter: str | None = None, max_new_tokens: int = 64, **knobs: float | str
     ) -> Iterator[str]:
         """The text of `generate` for one prompt, one piece per token; "" while a character is incomplete."""
-        lm, params = self.speaking(adapter), self._serving([adapter])
+        lm, who = self.speaking(adapter), self._serving([adapter])
         asked, ends = lm.encode(prompt), lm.tokenizer.eos_ids
-        tokens = stream(self.model, params, asked, max_new_tokens=max_new_tokens, stop_ids=ends, **knobs)
+        how = dict(max_new_tokens=max_new_tokens, adapter=adapter, stop_ids=ends, **knobs)
+        tokens = stream(self.model, prompt=asked, **who, **how)
         return lm.pieces(asked, tokens)
 
     def pieces(self, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
@@ -196,9 +197,8 @@ class LM:
         rows = [([], self.whole(p, a)) for p, a in zip(prompts, answers, strict=True)]
         scores, lengths = np.zeros(len(rows)), [len(ids) for _, ids in rows]
         self._check(np.fromiter((i for _, ids in rows for i in ids), np.int64), max(lengths, default=0))
-        most = self.config.max_len if self.config.position == "learned" else None
         for batch in batches(lengths, BATCH_TOKENS):
-            scores[batch] = _rewards(self.model, self.params, _scored([rows[i] for i in batch], most))[: len(batch)]
+            scores[batch] = _rewards(self.model, self.params, _scored([rows[i] for i in batch]))[: len(batch)]
         return scores.tolist()
 
     def whole(self, prompt: Prompt, answer: str) -> list[int]:
@@ -235,10 +235,28 @@ class LM:
             raise UserError("the first token of a text has no probability", "prompt", "give a prompt of a token")
         sums, lengths = np.zeros(len(rows)), [len(a) + len(b) for a, b in rows]
         self._check(np.fromiter((i for row in rows for part in row for i in part), np.int64), max(lengths))
-        most = self.config.max_len if self.config.position == "learned" else None
-        for batch in batches(lengths, BATCH_TOKENS):
-            sums[batch] = _sum_logps(self.model, self.params, _scored([rows[i] for i in batch], most))[: len(batch)]
+        stacked = not isinstance(self.params["layers"], tuple)
+        reader = Reader(self.model, lambda *_: self.params, self.prefixes, stacked=stacked)
+        asked = [Ids(None, tuple(before)) for before, _ in rows]
+        plans = reader.plan(asked)
+        shared = [bool(plan) or reader.shares(prompt) for plan, prompt in zip(plans, asked, strict=True)]
+        by_length = sorted((i for i, yes in enumerate(shared) if not yes), key=lengths.__getitem__)
+        for batch in batches(lengths, BATCH_TOKENS, by_length):
+            sums[batch] = self._sum([rows[i] for i in batch])
+        by_prefix = sorted((i for i, yes in enumerate(shared) if yes), key=lambda i: asked[i].ids)
+        for batch in batches(lengths, BATCH_TOKENS, by_prefix):
+            starts = reader.starts([asked[i] for i in batch], [plans[i] for i in batch])
+            sums[batch] = self._sum([rows[i] for i in batch], reader, starts)
         return sums
+
+    def _sum(
+        self, rows: list[tuple[list[int], list[int]]], reader: Reader | None = None, starts: Sequence[Prefix] = ()
+    ) -> np.ndarray:
+        """`_sums` of a batch, whose rows continue from `starts`."""
+        scored = _scored(rows, [start.length for start in starts])
+        self.prefixes.computed += int(scored.segments.sum())
+        cache = reader and reader.begun(starts, *scored.tokens.shape)
+        return _sum_logps(self.model, self.params, scored, cache)[: len(rows)]
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
@@ -251,39 +269,31 @@ def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     return [prompts] if one else prompts
 
 
-def batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Groups indices so that each padded batch has at most `budget` tokens, or one row."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and bucket(len(batch) + 1) * bucket(lengths[i], 16) > budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
 class Scored(NamedTuple):
     """(context, scored) rows, padded on the right [B,T]."""
 
     tokens: np.ndarray
     targets: np.ndarray
     mask: np.ndarray  # 1 where the target is scored
+    positions: np.ndarray
     segments: np.ndarray  # 0: padding, which a bidirectional model must not see
 
 
-def _scored(rows: list[tuple[list[int], list[int]]], most: int | None) -> Scored:
-    """The padded rows, of at most `most` columns unless it is None."""
-    width = bucket(max(len(a) + len(b) for a, b in rows), 16)
-    shape = bucket(len(rows)), min(width, most or width)
-    tokens, targets, mask, segments = (np.zeros(shape, t) for t in (np.int32, np.int32, np.float32, np.int32))
-    for i, (before, scored) in enumerate(rows):
-        ids = before + scored
+def _scored(rows: list[tuple[list[int], list[int]]], starts: Sequence[int] = ()) -> Scored:
+    """The padded rows without their first `starts` tokens, which are part of the context."""
+    starts = starts or [0] * len(rows)
+    longest = max(len(a) + len(b) - start for (a, b), start in zip(rows, starts))
+    shape = bucket(len(rows)), bucket(longest, 16)
+    tokens, targets, positions, segments = np.zeros((4, *shape), np.int32)
+    mask = np.zeros(shape, np.float32)
+    for i, ((before, scored), start) in enumerate(zip(rows, starts)):
+        ids = (before + scored)[start:]
         tokens[i, : len(ids)] = ids
         targets[i, : len(ids) - 1] = ids[1:]
-        mask[i, max(len(before) - 1, 0) : len(ids) - 1] = 1
+        mask[i, max(len(before) - start - 1, 0) : len(ids) - 1] = 1
+        positions[i, : len(ids)] = np.arange(start, start + len(ids))
         segments[i, : len(ids)] = 1
-    return Scored(tokens, targets, mask, segments)
+    return Scored(tokens, targets, mask, positions, segments)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -292,14 +302,14 @@ def _logits(model: Transformer, params: Params, tokens: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sum_logps(model: Transformer, params: Params, rows: Scored) -> Array:
+def _sum_logps(model: Transformer, params: Params, rows: Scored, cache: Cache | None) -> Array:
     """Sums [B]; logits are computed only where the mask is 1."""
-    x = model.hidden(params, rows.tokens, segments=rows.segments).x
+    x = model.hidden(params, rows.tokens, rows.positions, rows.segments, cache).x
     return head.token_logps(model, params, x, rows.targets, rows.mask).sum(-1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _rewards(model: Transformer, params: Params, rows: Scored) -> Array:
     """The outputs of the head [B] at the end of each row."""
-    x = model.hidden(params, rows.tokens, segments=rows.segments).x
+    x = model.hidden(params, rows.tokens, rows.positions, rows.segments).x
     return heads.at_end(params["head"], x, rows.segments)

@@ -4,18 +4,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
 class Knobs(NamedTuple):
-    """How to sample. All are traced scalars, so changing them never recompiles. Off: 0, 0, 1.0, 0.0."""
+    """How to sample: scalars, or one value per row. All are traced, so changing them never recompiles.
 
-    temperature: Array | float = 0.0  # 0: greedy
-    top_k: Array | int = 0  # the k most likely tokens
-    top_p: Array | float = 1.0  # the fewest tokens whose mass reaches p (Holtzman et al. 2019, arXiv 1904.09751)
-    min_p: Array | float = (
-        0.0  # tokens at least min_p times as likely as the best (Nguyen et al. 2024, arXiv 2407.01082)
-    )
+    Off: 0, 0, 1.0, 0.0.
+    """
+
+    temperature: Array | np.ndarray | float = 0.0  # 0: greedy
+    top_k: Array | np.ndarray | int = 0  # the k most likely tokens
+    # The fewest tokens whose mass reaches p (Holtzman et al. 2019, arXiv 1904.09751).
+    top_p: Array | np.ndarray | float = 1.0
+    # Tokens at least min_p times as likely as the best (Nguyen et al. 2024, arXiv 2407.01082).
+    min_p: Array | np.ndarray | float = 0.0
 
 
 def sample(logits: Array, keys: Array, knobs: Knobs) -> tuple[Array, Array]:
@@ -24,19 +28,24 @@ def sample(logits: Array, keys: Array, knobs: Knobs) -> tuple[Array, Array]:
     The log-probabilities are those of the model at this temperature before any truncation (greedy: at temperature 1),
     as a trainer recomputes them; probabilities renormalized over the kept tokens would bias its importance ratios.
     """
-    greedy = knobs.temperature == 0
-    scaled = logits / jnp.where(greedy, 1.0, knobs.temperature)
-    best = lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    draw = lambda: jax.vmap(jax.random.categorical)(keys, truncate(scaled, knobs)).astype(jnp.int32)
-    tokens = jax.lax.cond(greedy, best, draw)
+    greedy = jnp.broadcast_to(knobs.temperature == 0, len(logits))
+    scaled = logits / jnp.where(greedy, 1.0, knobs.temperature)[:, None]
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> Array:
+        drawn = jax.vmap(jax.random.categorical)(keys, truncate(scaled, knobs))
+        return jnp.where(greedy, best, drawn.astype(jnp.int32))
+
+    tokens = jax.lax.cond(greedy.all(), lambda: best, draw)
     chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jax.nn.logsumexp(scaled, axis=-1)
 
 
 def truncate(logits: Array, knobs: Knobs) -> Array:
     """Logits [B,V] with -inf at the tokens that top-k, top-p and min-p exclude. The best token always remains."""
+    knobs = Knobs(*(jnp.broadcast_to(knob, len(logits))[:, None] for knob in knobs))
     sorts = (knobs.top_k > 0) | (knobs.top_p < 1)
-    logits = jax.lax.cond(sorts, lambda: _top(logits, knobs), lambda: logits)
+    logits = jax.lax.cond(sorts.any(), lambda: _top(logits, knobs), lambda: logits)
     floor = logits.max(-1, keepdims=True) + jnp.log(knobs.min_p)  # a ratio of probabilities is a difference of logits
     return jnp.where(logits < floor, -jnp.inf, logits)
 
@@ -48,6 +57,6 @@ def _top(logits: Array, knobs: Knobs) -> Array:
     keep = (rank < knobs.top_k) | (knobs.top_k <= 0)
     probs = jax.nn.softmax(jnp.where(keep, down, -jnp.inf), axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs  # mass of the tokens ahead
-    keep &= (before < knobs.top_p) | (rank == 0)
+    keep &= (before < knobs.top_p) | (knobs.top_p >= 1) | (rank == 0)
     least = jnp.where(keep, down, jnp.inf).min(-1, keepdims=True)
     return jnp.where(logits < least, -jnp.inf, logits)

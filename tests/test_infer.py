@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from infer.generate import bucket, generate, pad, stream, unrolled
+from infer.generate import generate, stream, unrolled
 from infer.lm import cut
 from infer.models import load, open_model
+from infer.prefix import padded
 from infer.sample import Knobs, sample, truncate
+from infer.shapes import bucket
 from model.config import ModelConfig
 from model.net.transformer import Transformer, unstack
 from model.peft import lora
@@ -78,7 +80,7 @@ def test_cache_matches_full_forward_at_every_position(pair):
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 97, n).tolist() for n in (11, 20, 14)]
     prefill, T = 6, 20
-    tokens, positions, segments = (a[:3, -T:] for a in pad(rows))
+    tokens, positions, segments = (a[:, :T] for a in padded(rows, [0] * 3, 3))
 
     @jax.jit
     def extend(params, cache, *columns):
@@ -92,7 +94,7 @@ def test_cache_matches_full_forward_at_every_position(pair):
     steps = jnp.concatenate(steps, axis=1)
     for i, row in enumerate(rows):
         whole = full_logits(model, params, row)
-        np.testing.assert_allclose(steps[i, T - len(row) :], whole, rtol=0, atol=1e-4 * np.abs(whole).max())
+        np.testing.assert_allclose(steps[i, : len(row)], whole, rtol=0, atol=1e-4 * np.abs(whole).max())
 
 
 # A row of int8 is off by up to 1/254 of its largest number, 0.3 to 0.6 % RMS; e4m3 by 2^-4 of each, 2.6 % RMS. Keys
@@ -103,7 +105,7 @@ def test_a_cache_of_8_bits_is_close_to_one_of_floats(tiny, kind, bound, scanned)
     """Rows of several lengths, stacked layers or unrolled, and token by token."""
     model, params = tiny
     params = params if scanned else unrolled(model, params)
-    batch = pad(PROMPTS)
+    batch = padded(PROMPTS, [0] * 3, 4)
 
     @jax.jit
     def run(params, cache, *columns):
@@ -208,7 +210,7 @@ def test_weights_of_16_bits_become_float32_once_on_a_cpu(tiny):
 
 def test_prompts_longer_than_a_prefill_chunk(tiny, monkeypatch):
     whole = generate(*tiny, PROMPTS, max_new_tokens=6)
-    monkeypatch.setattr("infer.generate.PREFILL", 4)  # 8 columns in two chunks; rows 1 and 2 start in the second
+    monkeypatch.setattr("infer.prefix.PREFILL", 4)  # 16 columns in four chunks; row 1 ends in the first
     assert generate(*tiny, PROMPTS, max_new_tokens=6).tokens == whole.tokens
 
 

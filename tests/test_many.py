@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from common.errors import UserError
 from data.text.formats import load as load_tokenizer
-from infer import generate as decoding
+from infer import batch, prefix
 from infer.generate import generate
 from infer.lm import LM
 from infer.models import load, load_many
@@ -57,7 +57,7 @@ def test_adapters_saved_in_16_bits_are_held_so(saved):
     trees, names, prompts = {n: rounded(trees[n]) for n in "bcd"}, ["b", None, "c", "d"], PROMPTS[:4]
     store = store_of(model, base, trees)
     assert {x.dtype for pairs in store.stacks.values() for pair in pairs for x in pair} == {jnp.dtype(saved)}
-    got = generate(model, store.serving(names, 4), prompts, max_new_tokens=4)
+    got = generate(model, None, prompts, adapters=names, store=store, max_new_tokens=4)
     assert got.tokens == alone(model, base, trees, names, prompts, 4)
 
 
@@ -194,11 +194,11 @@ def test_a_sharded_base_decodes_a_mixed_batch_as_one_device_does():
     """The base and the stacks lie over the mesh; both by `generate` and by requests that join a running batch."""
     model, base, trees = make()
     names, prompts = [*NAMES, "c", None], [*PROMPTS, [8, 1], [33]]
-    want = generate(model, store_of(model, base, trees).serving(names, 8), prompts, max_new_tokens=6).tokens
+    want = generate(model, None, prompts, adapters=names, store=store_of(model, base, trees), max_new_tokens=6).tokens
     with on("all"):
         laid = jax.device_put(base, shardings(weights.axes(base, model.specs), base, jax.sharding.get_mesh()))
         store = store_of(model, laid, trees)
-        assert generate(model, store.serving(names, 8), prompts, max_new_tokens=6).tokens == want
+        assert generate(model, None, prompts, adapters=names, store=store, max_new_tokens=6).tokens == want
         a, b = store.stacks["layers/mlp/up"][1]
         assert [w.size // w.addressable_shards[0].data.size for w in (a, b)] == [2, 2]
         batcher = Batcher(LM(model, laid, load_tokenizer("bytes"), store), rows=8, length=32)
@@ -235,7 +235,7 @@ def test_the_device_holds_the_pages_of_the_adapters():
 def test_decoding_a_mixed_batch_gives_the_tokens_of_each_alone():
     model, base, trees = make()
     store = store_of(model, base, trees)
-    ours = generate(model, store.serving(NAMES, 6), PROMPTS, max_new_tokens=12)
+    ours = generate(model, None, PROMPTS, adapters=NAMES, store=store, max_new_tokens=12)
     assert ours.tokens == alone(model, base, trees, NAMES, PROMPTS, 12)
     assert len({tuple(t) for t in ours.tokens}) > 3
 
@@ -247,9 +247,9 @@ def test_the_least_recently_used_leave_and_nothing_compiles_again():
     batches = [["a", None], ["b", "a"], ["c", "d"], ["c", "a"], ["b", "b"], ["a", "b"]]
     counts = []
     for names in batches:
-        ours = generate(model, store.serving(names, 2), PROMPTS[:2], max_new_tokens=6)
+        ours = generate(model, None, PROMPTS[:2], adapters=names, store=store, max_new_tokens=6)
         assert ours.tokens == alone(model, base, trees, names, PROMPTS, 6), names
-        counts.append([f._cache_size() for f in (decoding._decode, decoding._prefill, stores._put)])
+        counts.append([f._cache_size() for f in (batch._decode, prefix._prefill, stores._put)])
     assert counts[-1] == counts[3] and "d" not in store.held  # each weight's stacks were written once by then
     with pytest.raises(UserError, match="rank rows"):
         store.serving(["a", "b", "c"], 3)

@@ -19,9 +19,8 @@ from common.errors import UserError
 from configs import schema
 from data import sources
 from data.text import formats
-from infer import generate, load
+from infer import batch, generate, load
 from infer.lm import LM
-from infer.sample import Knobs
 from kernels.packing import pack, unpack
 from model import weights
 from model.io import saved
@@ -407,18 +406,13 @@ def test_few_rows_times_codes_are_those_times_the_dense_array(quant):
 
 @pytest.mark.parametrize("quantize", [int8.make(), int4.make()], ids=["int8", "int4"])
 def test_decoding_on_a_cpu_holds_no_floats_of_the_weights(quantize):
-    model, zeros = tiny(layers=1, embed=256, mlp=1024), functools.partial(jnp.zeros, dtype=jnp.int32)
+    model = tiny(layers=1, embed=256, mlp=1024)
 
     def start(key):
-        params = generate.unrolled(model, quantize(model.init(key), model.specs, key))
-        state = generate.State(
-            cache=model.cache(1, 32), tokens=zeros((1, 16)), logps=jnp.zeros((1, 16)), step=zeros(()), length=zeros(1),
-            position=zeros(1), done=jnp.zeros(1, bool), keys=key[None],
-        )  # fmt: skip
-        return params, state
+        return generate.unrolled(model, quantize(model.init(key), model.specs, key)), model.cache(1, 32)
 
-    params, state = jax.eval_shape(start, jax.random.key(0))
-    compiled = generate._decode.lower(model, params, state, 8, Knobs(), zeros(4)).compile()
+    params, cache = jax.eval_shape(start, jax.random.key(0))
+    compiled = batch._decode.lower(model, params, cache, batch.arrays([None]), 8, 0).compile()
     floats = 4 * sum(w.size for w in weights.arrays(params["layers"]))
     assert compiled.memory_analysis().temp_size_in_bytes < floats / 8
 

@@ -10,10 +10,11 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from common.types import Json
+from infer.batch import TOP, Score
 from infer.lm import LM
 from infer.sample import Knobs
 from infer.serve import Refused
-from infer.serve.batcher import TOP, Request, Score
+from infer.serve.batcher import Request
 from infer.serve.messages import turns
 
 CHOICES = 32  # maximum answers per request

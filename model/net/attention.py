@@ -20,7 +20,7 @@ class Context(NamedTuple):
     Without a cache the columns are the tokens, and S is T.
     """
 
-    age: Array  # [B,T] number of earlier tokens in the same document
+    age: Array  # [B,T] number of earlier tokens in the same document; -1: padding
     positions: Array  # [B,S]
     segments: Array  # [B,S]
     index: Array  # [] the column of the first token
@@ -148,7 +148,7 @@ def context(
         index = cache.index
         k_pos = jax.lax.dynamic_update_slice(cache.positions, positions, (0, index))
         k_seg = jax.lax.dynamic_update_slice(cache.segments, segments, (0, index))
-    age = positions - virtual
+    age = jnp.where(segments != 0, positions - virtual, -1)
     columns = positions, segments, k_pos, k_seg
     see, see_window, angles = mask(*columns, causal=config.causal), None, None
     if any(config.windows):

@@ -1,5 +1,7 @@
 """The key-value cache: floats, or 8-bit codes with one scale per token and head."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.struct
@@ -60,3 +62,43 @@ def read(cache: Array | Coded, dtype: DTypeLike) -> Array:
     if isinstance(cache, Coded):
         return (cache.codes.astype(jnp.float32) * cache.scale).astype(dtype)
     return cache.astype(dtype)
+
+
+def insert(cache: Cache, part: Cache, rows: Array, sources: Array, count: Array | int) -> Cache:
+    """`cache` with row sources[i] of `part` as its row rows[i], for each i < count.
+
+    `cache` is a ring: the last token of a row comes before the next column, after the others. What a row had is
+    dropped. The columns of `part` from a row's first token to its last must not be more than those of `cache`.
+    """
+    width, room = part.positions.shape[1], cache.positions.shape[1]
+    number = len(part.positions)
+    ends = jnp.where(part.segments != 0, jnp.arange(1, width + 1), 0).max(1)
+
+    def placed(x: Array, end: Array) -> Array:
+        """The columns [.,W,...] of a row in those [.,S,...] of the ring."""
+        x = jnp.roll(x, -end, axis=1)[:, -room:]
+        x = jnp.pad(x, ((0, 0), (room - x.shape[1], 0), *((0, 0),) * (x.ndim - 2)))
+        return jnp.roll(x, cache.index, axis=1)
+
+    def one(i: Array, cache: Cache) -> Cache:
+        def put(columns: bool, whole: Array, x: Array) -> Array:
+            each = len(x) // number  # 1, or key heads
+            x = jax.lax.dynamic_slice_in_dim(x, sources[i] * each, each)
+            x = placed(x, ends[sources[i]]) if columns else x
+            return jax.lax.dynamic_update_slice_in_dim(whole, x, rows[i] * each, 0)
+
+        layers = _each(put, cache.layers, part.layers)
+        positions, segments = (put(True, getattr(cache, k), getattr(part, k)) for k in ("positions", "segments"))
+        return cache._replace(layers=layers, positions=positions, segments=segments)
+
+    return jax.lax.fori_loop(0, count, one, cache)
+
+
+def _each(f: Callable[..., Array], layers: Tree, *others: Tree) -> Tree:
+    """f(whether it has columns, *leaves) of the leaves [B*K,...] of each layer, stacked or not."""
+
+    def of(layer: Tree, *rest: Tree) -> Tree:
+        one = functools.partial(f, isinstance(layer, KV))
+        return jax.tree.map(one if type(layers) is tuple else jax.vmap(one), layer, *rest)
+
+    return jax.tree.map(of, layers, *others, is_leaf=lambda x: isinstance(x, KV))

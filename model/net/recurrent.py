@@ -53,12 +53,15 @@ class Recurrent(Layer):
             return jnp.where((age >= n)[..., None], padded[:, taps - 1 - n :][:, :T], 0)
 
         y = sum(w[taps - 1 - n] * back(n) for n in range(taps))
-        return self.bias("bconv", "W", y, True), padded[:, T:]
+        tokens = (age >= 0).sum(1)  # before the padding
+        last = jax.vmap(lambda row, n: jax.lax.dynamic_slice_in_dim(row, n, taps - 1))(padded, tokens)
+        return self.bias("bconv", "W", y, True), last
 
     def rg_lru(self, x: Array, age: Array, before: Array) -> tuple[Array, Array]:
         """(h [B,T,W], last h [B,W]) of x [B,T,W]: eq. 1 to 4 in float32, h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t).
 
-        A document's first token has a_t = 0, and its input is not scaled. The gates are block-diagonal.
+        A document's first token has a_t = 0, and its input is not scaled; padding has a_t = 1 and no input. The gates
+        are block-diagonal.
         """
         blocks = x.reshape(*x.shape[:2], self.config.heads, -1)  # [B,T,N,I]
 
@@ -70,7 +73,9 @@ class Recurrent(Layer):
         first = (age == 0)[..., None]
         a = jnp.where(first, 0, jnp.exp(log_a))
         scale = jnp.where(first, 1, root(-jnp.expm1(2 * log_a)))
-        inputs = scale * gate("input") * x
+        padding = (age < 0)[..., None]
+        a = jnp.where(padding, 1, a)
+        inputs = jnp.where(padding, 0, scale * gate("input") * x)
         inputs = inputs.at[:, 0].add(a[:, 0] * before)
 
         def follow(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -145,8 +145,8 @@ def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: 
     def run() -> Round:
         names = [str(next(turn) % len(ranks)) for _ in range(batch)]
         seconds, cpu = timed(lambda: jax.block_until_ready(store.serving(names, batch)))
-        params = store.serving(names, batch)
-        done = decoding(lambda n: generate(model, params, prompts, max_new_tokens=n), batch, new_tokens)
+        ask = lambda n: generate(model, None, prompts, adapters=names, store=store, max_new_tokens=n)
+        done = decoding(ask, batch, new_tokens)
         return done | {"seconds": done["seconds"] + seconds, "cpu_seconds": done["cpu_seconds"] + cpu}
 
     return run

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from common import chips
 from common.types import Config, Json
 from data.rows import batch as batches
-from infer import generate, sample
+from infer import batch
 from model.net import head
 from tools.plan import hlo, topology
 from train import cost, init
@@ -79,7 +79,7 @@ def train_step(cfg: Config, planned: Any) -> tuple[Any, Json]:
 
 
 def decode_step(cfg: Config, planned: Any) -> tuple[Any, Json]:
-    """The lowered decoding step of infer.generate. Rows are sharded over the data axes, caches also over tensor."""
+    """The lowered decoding step of infer.batch. Rows are sharded over the data axes, caches also over tensor."""
     model, mesh, rows = planned.model, planned.mesh, cfg.data.batch_size
     stacked = jax.tree.map(_placed, planned.abstract.role("policy"), planned.shardings.role("policy"))
     one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=NamedSharding(mesh, P(*x.sharding.spec[1:])))
@@ -93,19 +93,12 @@ def decode_step(cfg: Config, planned: Any) -> tuple[Any, Json]:
         fits = x.ndim and x.shape[0] % math.prod(mesh.shape[a] for a in over) == 0
         return _placed(x, NamedSharding(mesh, P(over) if fits else P()))
 
-    def begin() -> Any:
-        zeros, tokens = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, cfg.data.seq_len), jnp.int32)
-        keys = jax.random.split(jax.random.key(0), rows)
-        cache = model.cache(rows, cfg.data.seq_len)
-        return generate.State(cache, tokens, tokens * 0.0, jnp.int32(1), zeros, zeros, zeros > 0, keys)
-
-    state = jax.tree.map(place, jax.eval_shape(begin))
-    knobs = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, sample.Knobs()))
+    inputs = batch.arrays([None] * rows)
+    cache, inputs = jax.tree.map(place, jax.eval_shape(lambda: (model.cache(rows, cfg.data.seq_len), inputs)))
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    ends = jax.ShapeDtypeStruct((4,), jnp.int32)
     params = {**stacked, "layers": tuple(map(parts, range(model.config.layers)))}
-    lowered = generate._decode.lower(model, params, state, number, knobs, ends)
-    return lowered, {"params": params, "cache": state.cache}
+    lowered = batch._decode.lower(model, params, cache, inputs, number, number)
+    return lowered, {"params": params, "cache": cache}
 
 
 def _sides(cfg: Config, planned: Any) -> dict[str, batches.Batch]:

@@ -1,0 +1,304 @@
+"""Continuous batching (Orca: Yu et al. 2022): prompts join and leave a running batch of fixed rows.
+
+All rows share one key-value cache, which is a ring buffer: each step writes one column for every row. A joining prompt
+is computed separately and copied into the columns before that one. Attention is masked by the positions and segments
+stored in the cache, not by column, so rows at different lengths share one compiled step.
+"""
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import multihost_utils
+
+from infer.prefix import BUDGET, Prefixes, Prompt, Reader, filled, insert
+from infer.sample import Knobs, sample
+from infer.shapes import bucket
+from model.net.kv_cache import Cache
+from model.net.transformer import Transformer
+from model.weights import Params, Tree
+
+if TYPE_CHECKING:  # it imports Pallas, which takes as long as all of this package
+    from infer.serve.store import Store
+
+STEPS = 16  # most tokens per row between two looks from outside
+TOP = 20  # maximum alternatives per token with log-probabilities
+JOIN = 8  # most prompts that are computed together, so that few programs are compiled
+
+
+class Score(NamedTuple):
+    """Log-probabilities of the sampled token and of the most likely ones, at temperature 1 before any truncation."""
+
+    token: int
+    logp: float
+    top: list[tuple[int, float]]  # the most likely first
+
+
+class Request:
+    """A prompt and its answer. `key` [2] is the data of its random key; an answer ends after a token of `ends`.
+
+    `top` alternatives of each token are scored; None: no scores.
+    """
+
+    def __init__(
+        self, prompt: Sequence[int], max_new_tokens: int, key: np.ndarray, *, adapter: str | None = None,
+        knobs: Knobs | None = None, ends: Sequence[int] = (), top: int | None = None,
+    ):  # fmt: skip
+        self.prompt, self.max_new_tokens, self.key = Prompt(adapter, tuple(prompt)), max_new_tokens, key
+        self.knobs, self.ends, self.top = knobs or Knobs(), ends, top
+        self.plan: list[int] = []  # lengths of the prefixes to compute for it
+        self.tokens: list[int] = []
+        self.logps: list[float] = []  # of the tokens; see infer.sample.sample
+        self.scores: list[Score] = []  # one per token, if requested
+        self.stopped = False  # by an end token, the last of `tokens`, or from outside
+        self.cancelled = False  # set to True to leave the batch
+
+    @property
+    def adapter(self) -> str | None:
+        return self.prompt.adapter
+
+    def add(self, token: int, logp: float) -> bool:
+        """Adds a token. Returns whether the answer is complete."""
+        self.tokens.append(token)
+        self.logps.append(logp)
+        self.stopped = token in self.ends
+        return self.stopped or self.cancelled or len(self.tokens) == self.max_new_tokens
+
+
+class Rows(NamedTuple):
+    """The inputs of a step for each row of the batch [B]; NumPy arrays until they are traced."""
+
+    live: Array | np.ndarray
+    token: Array | np.ndarray  # the newest, not yet in the cache
+    position: Array | np.ndarray  # of that token
+    step: Array | np.ndarray  # number of tokens sampled so far
+    most: Array | np.ndarray  # maximum number of tokens
+    key: Array | np.ndarray  # [B,2]
+    scored: Array | np.ndarray  # whether its tokens get a Score
+    ends: Array | np.ndarray  # [B,E] tokens after which an answer ends, filled with -1
+    knobs: Knobs
+
+
+class Picked(NamedTuple):
+    """Sampled tokens; the scores are zeros if no row needs them."""
+
+    tokens: Array  # [B]
+    logps: Array  # [B] see infer.sample.sample
+    scores: Array  # [B] log-probabilities at temperature 1
+    best: Array  # [B,TOP] the most likely tokens
+    best_scores: Array  # [B,TOP]
+
+
+class Batch:
+    """A batch of `rows` rows with a ring of `length` columns, in which a prompt and its answer have room.
+
+    `params` are unrolled; with a store of adapters its own are used. `kind` is that of the cache.
+    """
+
+    def __init__(
+        self, model: Transformer, params: Params, rows: int, length: int, *, store: "Store | None" = None,
+        prefixes: Prefixes | None = None, kind: str = "float",
+    ):  # fmt: skip
+        self.model, self.store, self.length = model, store, length
+        self.rows: list[Request | None] = [None] * rows
+        self._all, self._params = params, None  # all parameters; those for the current rows, None if these have changed
+        self.reader = Reader(model, self._serving, prefixes or Prefixes(), kind)
+        self.cache: Cache | None = None
+
+    def _serving(self, names: Sequence[str | None], rows: int) -> Params:
+        return self.store.route(names, rows) if self.store else self._all
+
+    def fits(self, requests: Sequence[Request]) -> bool:
+        """Whether there is a free row for each, and their adapters fit on the device next to those in use."""
+        names = [r.adapter for r in [*self.rows, *requests] if r]
+        return len(names) <= len(self.rows) and (not self.store or self.store.fits(names))
+
+    def run(self, requests: Sequence[Request], stop: Callable[[list[int]], bool] | None = None) -> None:
+        """Answers all requests. `stop(tokens)` is called every STEPS steps or earlier, and ends an answer."""
+        self.plan(requests)
+        waiting = deque(sorted(requests, key=_order))
+        while waiting or any(self.rows):
+            joining: list[Request] = []
+            while waiting and self.fits([*joining, waiting[0]]):
+                joining.append(waiting.popleft())
+            self.join(joining)
+            active = [r for r in self.rows if r]
+            self.step(STEPS, min(len(waiting), JOIN, len(self.rows)))
+            for request in active if stop else ():
+                if not request.stopped and stop(request.tokens):
+                    request.stopped = True
+                    self.leave(request)
+
+    def plan(self, requests: Sequence[Request]) -> None:
+        """Decides what requests share with each other and with recent ones."""
+        for request, plan in zip(requests, self.reader.plan([r.prompt for r in requests]), strict=True):
+            request.plan = plan
+
+    def join(self, requests: Sequence[Request]) -> None:
+        """Computes the prompts of requests and samples their first tokens. There must be a free row for each."""
+        free = [row for row, r in enumerate(self.rows) if r is None]
+        at = {id(request): row for request, row in zip(requests, free)}
+        for request in requests:
+            self.rows[at[id(request)]] = request  # from now on its adapter stays on the device
+        if self.store:
+            self.store.hold([r and r.adapter for r in self.rows])
+        self._params = None
+        for prompts, rows in self._groups(requests):
+            mine = [r for r in requests if r.prompt in prompts]
+            sources = [prompts.index(r.prompt) for r in mine]
+            logits, part = self._read(prompts, rows, mine)
+            size = bucket(len(mine))
+            if part is not None:
+                places = filled([at[id(r)] for r in mine], size)
+                self.cache = insert(self.cache, part, places, filled(sources, size), len(mine))
+            self._add(mine, *_first(logits, filled(sources, size), arrays([*mine, *[None] * (size - len(mine))])))
+
+    def _read(self, prompts: list[Prompt], rows: int, requests: list[Request]) -> tuple[Array, Cache | None]:
+        """Logits after the prompts, and their cache; None if it has become that of the batch, which needs no copy."""
+        plans = {r.prompt: r.plan for r in requests}
+        starts = self.reader.starts(prompts, [plans[p] for p in prompts])
+        room = self.length - self.reader.columns(prompts, starts)
+        alone = self.cache is None and rows == len(self.rows) and len(prompts) == len(requests)
+        if alone and room >= max(r.max_new_tokens for r in requests):
+            logits, self.cache = self.reader.extend(prompts, starts, rows, room)
+            return logits, None
+        if self.cache is None:
+            self.cache = self.reader.ring(len(self.rows), self.length)
+        return self.reader.extend(prompts, starts, rows)
+
+    def _groups(self, requests: Sequence[Request]) -> Iterator[tuple[list[Prompt], int]]:
+        """Different prompts to compute together, and the number of rows to do it in."""
+        prompts = list(dict.fromkeys(r.prompt for r in requests))
+        most = max(1, min(JOIN, len(self.rows), BUDGET // self.length))
+        for i in range(0, len(prompts), most):
+            some = prompts[i : i + most]
+            yield some, 1 if len(some) == 1 else most
+
+    def step(self, steps: int = 1, wanted: int = 0) -> None:
+        """Samples up to `steps` tokens for every row, until `wanted` rows are free."""
+        if not any(self.rows):
+            return
+        if self._params is None:
+            self._params = self._serving([r and r.adapter for r in self.rows], len(self.rows))
+        live = len(self.rows) - self.rows.count(None)
+        busy = min(live - 1, len(self.rows) - wanted) if wanted else 0
+        picked, counts, self.cache = _decode(self.model, self._params, self.cache, arrays(self.rows), steps, busy)
+        self._add(self.rows, picked, counts)
+
+    def leave(self, request: Request) -> None:
+        if request in self.rows:
+            self.rows[self.rows.index(request)], self._params = None, None
+
+    def _add(self, requests: Sequence[Request | None], picked: Picked, counts: Array) -> None:
+        """Passes tokens, and scores if requested, to requests; those whose answer is complete leave."""
+        scored = any(r and r.top is not None for r in requests)
+        tokens, logps, *scores = fetch(picked if scored else picked[:2])
+        for i, (request, count) in enumerate(zip(list(requests), fetch(counts).tolist())):
+            for j in range(count if request else 0):
+                if request.top is not None:
+                    score, best, best_scores = (x[i, j].tolist() for x in scores)
+                    pairs = list(zip(best, best_scores))[: request.top]
+                    request.scores.append(Score(int(tokens[i, j]), score, pairs))
+                if request.add(int(tokens[i, j]), float(logps[i, j])):
+                    self.leave(request)
+                    break
+
+
+def _order(request: Request) -> tuple:
+    """Prompts with the same prefix are neighbors, and among them the longest come first."""
+    prompt, plan = request.prompt, request.plan or [0]
+    return prompt.adapter or "", prompt.ids[: plan[-1]], -len(prompt.ids)
+
+
+def fetch(tree: Tree) -> Tree:
+    """Complete arrays on the host: in a run of several processes each holds only a part."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_get(tree)
+
+
+def arrays(rows: Sequence[Request | None]) -> Rows:
+    """The inputs of a step; a row without a request is not live."""
+    n = len(rows)
+    knobs = Knobs(*(np.full(n, off, np.int32 if isinstance(off, int) else np.float32) for off in Knobs()))
+    most = bucket(max((len(r.ends) for r in rows if r), default=0), 4)
+    out = Rows(
+        np.zeros(n, bool), *np.zeros((4, n), np.int32), np.zeros((n, 2), np.uint32), np.zeros(n, bool),
+        np.full((n, most), -1, np.int32), knobs,
+    )  # fmt: skip
+    for i, r in enumerate(rows):
+        if r:
+            done = len(r.tokens)
+            out.live[i], out.step[i], out.most[i], out.key[i] = True, done, r.max_new_tokens, r.key
+            out.token[i] = r.tokens[-1] if done else 0
+            out.scored[i] = r.top is not None
+            out.position[i] = len(r.prompt.ids) + done - 1
+            out.ends[i, : len(r.ends)] = r.ends
+            for knob, value in zip(out.knobs, r.knobs, strict=True):
+                knob[i] = value
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(
+    model: Transformer, params: Params, cache: Cache, rows: Rows, steps: int | Array, busy: int | Array
+) -> tuple[Picked, Array, Cache]:
+    """Tokens [B,STEPS] of up to `steps` steps, how many of them are a row's own [B], and the cache.
+
+    It ends when no more than `busy` rows are live. Each step writes the newest tokens to the next column of the cache.
+    """
+    size = len(rows.live)
+    out = jax.eval_shape(_pick, jax.ShapeDtypeStruct((size, model.config.vocab_size), jnp.float32), rows)
+    empty = jax.tree.map(lambda x: jnp.zeros((size, STEPS, *x.shape[1:]), x.dtype), out)
+
+    def step(carry: tuple) -> tuple:
+        i, rows, out, counts, cache = carry
+        cache = cache._replace(index=cache.index % cache.positions.shape[1])
+        columns = (rows.token, rows.position, rows.live.astype(jnp.int32))  # segment 0 is masked
+        hidden = model.hidden(params, *(c[:, None] for c in columns), cache)
+        picked = _pick(model.logits(params, hidden.x)[:, 0], rows)
+        out = jax.tree.map(lambda whole, x: jax.lax.dynamic_update_index_in_dim(whole, x, i, 1), out, picked)
+        ended = (picked.tokens[:, None] == rows.ends).any(1) | (rows.step + 1 >= rows.most)
+        counts = counts + rows.live
+        rows = rows._replace(
+            live=rows.live & ~ended, token=picked.tokens, position=rows.position + 1, step=rows.step + 1
+        )
+        return i + 1, rows, out, counts, hidden.cache
+
+    def goes_on(carry: tuple) -> Array:
+        i, rows, *_ = carry
+        return (i < steps) & (rows.live.sum() > busy)
+
+    start = jnp.int32(0), jax.tree.map(jnp.asarray, rows), empty, jnp.zeros(size, jnp.int32), cache
+    _, _, out, counts, cache = jax.lax.while_loop(goes_on, step, start)
+    return out, counts, cache
+
+
+@jax.jit
+def _first(logits: Array, sources: Array, rows: Rows) -> tuple[Picked, Array]:
+    """Like `_decode`, one token each."""
+    picked = _pick(logits[sources], rows)
+    return jax.tree.map(lambda x: x[:, None], picked), rows.live.astype(jnp.int32)
+
+
+def _pick(logits: Array, rows: Rows) -> Picked:
+    """Samples tokens from logits [B,V]."""
+    top = min(TOP, logits.shape[-1])
+    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rows.key), rows.step)
+    tokens, logps = sample(logits, keys, rows.knobs)
+
+    def scores() -> tuple[Array, Array, Array]:
+        scores = jax.nn.log_softmax(logits)
+        best_scores, best = jax.lax.top_k(scores, top)
+        return jnp.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0], best, best_scores
+
+    def no_scores() -> tuple[Array, Array, Array]:
+        shape = len(logits), top
+        return jnp.zeros(len(logits), logits.dtype), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, logits.dtype)
+
+    return Picked(tokens, logps, *jax.lax.cond(rows.scored.any(), scores, no_scores))
