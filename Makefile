@@ -54,8 +54,9 @@ $(VENV)/ready: requirements/base.txt requirements/models.txt pyproject.toml
 	$(VENV)/$(PIP) --no-deps -e .
 	@touch $@
 
-$(VENV)/parity: $(VENV)/ready requirements/parity.txt
+$(VENV)/parity: $(VENV)/ready requirements/parity.txt requirements/lm_eval.txt
 	$(VENV)/$(PIP) -r requirements/parity.txt
+	$(VENV)/$(PIP) --no-deps -r requirements/lm_eval.txt
 	@touch $@
 
 $(VENV)/pages: $(VENV)/ready requirements/pages.txt

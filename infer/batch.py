@@ -49,7 +49,8 @@ class Request:
         self, prompt: Sequence[int], max_new_tokens: int, key: np.ndarray, *, adapter: str | None = None,
         knobs: Knobs | None = None, ends: Sequence[int] = (), top: int | None = None,
     ):  # fmt: skip
-        self.prompt, self.max_new_tokens, self.key = Prompt(adapter, tuple(prompt)), max_new_tokens, key
+        self.prompt, self.adapter, self.max_new_tokens, self.key = list(prompt), adapter, max_new_tokens, key
+        self.asked = Prompt(adapter, tuple(prompt))
         self.knobs, self.ends, self.top = knobs or Knobs(), ends, top
         self.plan: list[int] = []  # lengths of the prefixes to compute for it
         self.tokens: list[int] = []
@@ -57,10 +58,6 @@ class Request:
         self.scores: list[Score] = []  # one per token, if requested
         self.stopped = False  # by an end token, the last of `tokens`, or from outside
         self.cancelled = False  # set to True to leave the batch
-
-    @property
-    def adapter(self) -> str | None:
-        return self.prompt.adapter
 
     def add(self, token: int, logp: float) -> bool:
         """Adds a token. Returns whether the answer is complete."""
@@ -136,7 +133,7 @@ class Batch:
 
     def plan(self, requests: Sequence[Request]) -> None:
         """Decides what requests share with each other and with recent ones."""
-        for request, plan in zip(requests, self.reader.plan([r.prompt for r in requests]), strict=True):
+        for request, plan in zip(requests, self.reader.plan([r.asked for r in requests]), strict=True):
             request.plan = plan
 
     def join(self, requests: Sequence[Request]) -> None:
@@ -149,8 +146,8 @@ class Batch:
             self.store.hold([r and r.adapter for r in self.rows])
         self._params = None
         for prompts, rows in self._groups(requests):
-            mine = [r for r in requests if r.prompt in prompts]
-            sources = [prompts.index(r.prompt) for r in mine]
+            mine = [r for r in requests if r.asked in prompts]
+            sources = [prompts.index(r.asked) for r in mine]
             logits, part = self._read(prompts, rows, mine)
             size = bucket(len(mine))
             if part is not None:
@@ -160,7 +157,7 @@ class Batch:
 
     def _read(self, prompts: list[Prompt], rows: int, requests: list[Request]) -> tuple[Array, Cache | None]:
         """Logits after the prompts, and their cache; None if it has become that of the batch, which needs no copy."""
-        plans = {r.prompt: r.plan for r in requests}
+        plans = {r.asked: r.plan for r in requests}
         starts = self.reader.starts(prompts, [plans[p] for p in prompts])
         room = self.length - self.reader.columns(prompts, starts)
         alone = self.cache is None and rows == len(self.rows) and len(prompts) == len(requests)
@@ -173,7 +170,7 @@ class Batch:
 
     def _groups(self, requests: Sequence[Request]) -> Iterator[tuple[list[Prompt], int]]:
         """Different prompts to compute together, and the number of rows to do it in."""
-        prompts = list(dict.fromkeys(r.prompt for r in requests))
+        prompts = list(dict.fromkeys(r.asked for r in requests))
         most = max(1, min(JOIN, len(self.rows), BUDGET // self.length))
         for i in range(0, len(prompts), most):
             some = prompts[i : i + most]
@@ -211,7 +208,7 @@ class Batch:
 
 def _order(request: Request) -> tuple:
     """Prompts with the same prefix are neighbors, and among them the longest come first."""
-    prompt, plan = request.prompt, request.plan or [0]
+    prompt, plan = request.asked, request.plan or [0]
     return prompt.adapter or "", prompt.ids[: plan[-1]], -len(prompt.ids)
 
 
@@ -237,7 +234,7 @@ def arrays(rows: Sequence[Request | None]) -> Rows:
             out.live[i], out.step[i], out.most[i], out.key[i] = True, done, r.max_new_tokens, r.key
             out.token[i] = r.tokens[-1] if done else 0
             out.scored[i] = r.top is not None
-            out.position[i] = len(r.prompt.ids) + done - 1
+            out.position[i] = len(r.prompt) + done - 1
             out.ends[i, : len(r.ends)] = r.ends
             for knob, value in zip(out.knobs, r.knobs, strict=True):
                 knob[i] = value

@@ -80,7 +80,7 @@ def answer(
     if cache not in KINDS:
         raise UserError(f"cache={cache!r}", fix=f"one of {', '.join(KINDS)}")
     if asked:
-        longest, most = max(len(r.prompt.ids) for r in asked), max(r.max_new_tokens for r in asked)
+        longest, most = max(len(r.prompt) for r in asked), max(r.max_new_tokens for r in asked)
         length = virtual_tokens(params or {}) + width(longest) + bucket(most, 64)  # similar ones share a program
         batch = Batch(
             model,

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # it imports Pallas, which takes as long as all of this packa
     from infer.serve.store import Store
 
 Message = Json
-Prompt = str | Sequence[Message]  # a text to continue, or a chat to answer
+Prompt = str | Sequence[Message] | Sequence[int]  # a text or token ids to continue, or a chat to answer
 
 WINDOW = 1024  # maximum context in `loss`, in tokens
 BATCH_TOKENS = 4096  # per forward pass when scoring
@@ -141,9 +141,11 @@ class LM:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt: a text starts with BOS if the tokenizer says so, a chat follows its template."""
-        if not isinstance(prompt, str):
-            return chat.encode(list(prompt), self.tokenizer)
-        return [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)]
+        if isinstance(prompt, str):
+            return [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)]
+        if prompt and isinstance(prompt[0], int):
+            return list(cast(Sequence[int], prompt))
+        return chat.encode(list(cast(Sequence[Message], prompt)), self.tokenizer)
 
     def _continuation(self, prompt: list[int], tokens: list[int]) -> str:
         """The text of tokens, decoded together with the prompt, since SentencePiece would drop a leading space."""
@@ -174,7 +176,7 @@ class LM:
         tokens = sum(len(scored) for _, scored in rows)
         if not tokens:
             raise UserError("no text has two tokens, so there is nothing to score", "texts")
-        return -float(self._sums(rows).sum()) / tokens, tokens
+        return -float(self.sums(rows)[0].sum()) / tokens, tokens
 
     def logps(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[tuple[float, int]]:
         """(sum of log p, number of tokens) of each completion, given its prompt.
@@ -182,7 +184,7 @@ class LM:
         No token spans the boundary: a completion is tokenized as the model would generate it.
         """
         rows = [self._split(p, c) for p, c in zip(prompts, completions, strict=True)]
-        sums = self._sums(rows)
+        sums, _ = self.sums(rows)
         return [(float(total), len(scored)) for total, (_, scored) in zip(sums, rows, strict=True)]
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
@@ -228,12 +230,15 @@ class LM:
             return before, whole[len(before) :]
         return before, self.tokenizer.encode(completion)
 
-    def _sums(self, rows: list[tuple[list[int], list[int]]]) -> np.ndarray:
-        """Sum of log p of the second part of each row; rows of similar length share a forward pass."""
+    def sums(self, rows: list[tuple[list[int], list[int]]]) -> tuple[np.ndarray, np.ndarray]:
+        """(sum of log p of the second part of each row of token ids, whether greedy decoding would write it).
+
+        Rows of similar length share a forward pass, or those with the same first part, which is computed once.
+        """
         needs_causal(self.model)
         if not all(before for before, _ in rows):
             raise UserError("the first token of a text has no probability", "prompt", "give a prompt of a token")
-        sums, lengths = np.zeros(len(rows)), [len(a) + len(b) for a, b in rows]
+        sums, missed, lengths = np.zeros(len(rows)), np.zeros(len(rows)), [len(a) + len(b) for a, b in rows]
         self._check(np.fromiter((i for row in rows for part in row for i in part), np.int64), max(lengths))
         stacked = not isinstance(self.params["layers"], tuple)
         reader = Reader(self.model, lambda *_: self.params, self.prefixes, stacked=stacked)
@@ -242,21 +247,22 @@ class LM:
         shared = [bool(plan) or reader.shares(prompt) for plan, prompt in zip(plans, asked, strict=True)]
         by_length = sorted((i for i, yes in enumerate(shared) if not yes), key=lengths.__getitem__)
         for batch in batches(lengths, BATCH_TOKENS, by_length):
-            sums[batch] = self._sum([rows[i] for i in batch])
+            sums[batch], missed[batch] = self._sum([rows[i] for i in batch])
         by_prefix = sorted((i for i, yes in enumerate(shared) if yes), key=lambda i: asked[i].ids)
         for batch in batches(lengths, BATCH_TOKENS, by_prefix):
             starts = reader.starts([asked[i] for i in batch], [plans[i] for i in batch])
-            sums[batch] = self._sum([rows[i] for i in batch], reader, starts)
-        return sums
+            sums[batch], missed[batch] = self._sum([rows[i] for i in batch], reader, starts)
+        return sums, missed == 0
 
     def _sum(
         self, rows: list[tuple[list[int], list[int]]], reader: Reader | None = None, starts: Sequence[Prefix] = ()
-    ) -> np.ndarray:
-        """`_sums` of a batch, whose rows continue from `starts`."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(sum of log p, tokens that are not the most likely) of a batch, whose rows continue from `starts`."""
         scored = _scored(rows, [start.length for start in starts])
         self.prefixes.computed += int(scored.segments.sum())
         cache = reader and reader.begun(starts, *scored.tokens.shape)
-        return _sum_logps(self.model, self.params, scored, cache)[: len(rows)]
+        found = _sum_logps(self.model, self.params, scored, cache)
+        return found[0][: len(rows)], found[1][: len(rows)]
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
@@ -265,8 +271,8 @@ def cut(text: str, stop: Sequence[str]) -> str:
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
-    return [prompts] if one else prompts
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict | int))
+    return cast(Sequence[Prompt], [prompts] if one else prompts)
 
 
 class Scored(NamedTuple):
@@ -302,10 +308,16 @@ def _logits(model: Transformer, params: Params, tokens: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sum_logps(model: Transformer, params: Params, rows: Scored, cache: Cache | None) -> Array:
-    """Sums [B]; logits are computed only where the mask is 1."""
+def _sum_logps(model: Transformer, params: Params, rows: Scored, cache: Cache | None) -> tuple[Array, Array]:
+    """Sums [B] of log p and of tokens that are not the most likely; logits are computed only where the mask is 1."""
     x = model.hidden(params, rows.tokens, rows.positions, rows.segments, cache).x
-    return head.token_logps(model, params, x, rows.targets, rows.mask).sum(-1)
+
+    def of(logits: Array, targets: Array) -> tuple[Array, Array]:
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1), (chosen < logits.max(-1)).astype(jnp.float32)
+
+    logps, missed = head.over_rows(of, [(model, params, x)], rows.mask, rows.targets)
+    return logps.sum(-1), missed.sum(-1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

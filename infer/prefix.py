@@ -96,7 +96,8 @@ class Reader:
         scaling = dict(self.model.config.rope_scaling)
         if scaling.get("rope_type", scaling.get("type")) == "dynamic":
             return [[] for _ in prompts]  # its frequencies depend on the length of the whole prompt
-        others = [p for p in self.prefixes.recent if p not in prompts]
+        now = set(prompts)
+        others = [p for p in self.prefixes.recent if p not in now]
         found = branches([*(Prompt(p.adapter, p.ids[:-1]) for p in prompts), *others])
         self.prefixes.recent.extend(p for p in dict.fromkeys(prompts) if len(p.ids) > 1)
         return found[: len(prompts)]

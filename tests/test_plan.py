@@ -14,8 +14,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import schema
+from configs.models import SHAPES
+from infer import batch, prefix
 from model import build, weights
-from model.net.transformer import unstack
+from model.config import ModelConfig
+from model.net.transformer import Transformer, unstack
 from tests.helpers.chips import gpu, tpu
 from tests.helpers.encoders import encoder
 from tests.helpers.packages import OBJECTIVES
@@ -296,6 +299,28 @@ def test_the_step_of_an_encoder_compiles(on, tmp_path, capsys):
     argv += ["--config.data.seq_len=8", "--config.data.batch_size=16", "--json"]
     assert plan.main(["--config=configs/embed/own_documents.py", f"--topology={on}", *argv]) == 0
     assert json.loads(capsys.readouterr().out)["fits"]
+
+
+@pytest.mark.parametrize("on", [pytest.param(s, marks=tpu) for s in ("v5e:2x2", "v6e:2x2")])
+@pytest.mark.parametrize("shape", ["tiny", "tiny-griffin"])
+def test_decoding_with_a_shared_prefix_compiles(shape, on):
+    """A prefix is copied into 8 rows, which read their own tokens, enter a ring of 16 rows in place, and decode."""
+    mesh = Mesh(topologies.get_topology_desc(platform="tpu", topology_name=on).devices, "all")
+    model = Transformer(ModelConfig.from_dict(SHAPES[shape]), dtype="bfloat16", param_dtype="bfloat16")
+    on_chip = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
+    abstract = lambda f, *args: jax.tree.map(on_chip, jax.eval_shape(f, *args))
+    numbers = lambda *shape: on_chip(jax.ShapeDtypeStruct(shape, jnp.int32))
+    kept, begun, ring = (abstract(lambda n=n, c=c: model.cache(n, c)) for n, c in ((1, 384), (8, 448), (16, 512)))
+    params = abstract(lambda: unstack(model.init(jax.random.key(0)), model.config))
+    compiled = [
+        prefix.insert.lower(begun, kept, numbers(8), numbers(8), numbers()).compile(),
+        prefix._prefill.lower(model, params, *[numbers(8, 64)] * 3, numbers(8), begun).compile(),
+        prefix.insert.lower(ring, begun, numbers(8), numbers(8), numbers()).compile(),
+        batch._decode.lower(model, params, ring, abstract(lambda: batch.arrays([None] * 16)), 16, 8).compile(),
+    ]
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(ring))
+    for memory in (c.memory_analysis() for c in compiled[2:]):
+        assert memory.alias_size_in_bytes >= held and memory.temp_size_in_bytes < held
 
 
 @pytest.mark.parametrize("on", [pytest.param("v5e:2x2", marks=tpu)])

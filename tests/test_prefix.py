@@ -182,13 +182,14 @@ def test_options_behind_one_question_read_it_once(name, eager, monkeypatch):
 def test_a_server_reads_instructions_once(lm):
     """The second request finds that it begins as the first did; the third reads only what is new."""
     batcher = Batcher(lm, rows=2, length=120)
+    read = lambda: batcher.batch.reader.prefixes.computed
     system, counts = "A long instruction to everybody. " * 2, []
     for tail in "abc":
-        ids, before = lm.encode(system + tail), lm.prefixes.computed
+        ids, before = lm.encode(system + tail), read()
         request = batcher.submit(ids, max_new_tokens=3)
         while any(batcher.rows) or batcher.waiting:
             batcher.step()
-        counts.append(lm.prefixes.computed - before)
+        counts.append(read() - before)
         assert request.tokens == generate(lm.model, lm.params, [ids], max_new_tokens=3).tokens[0]
     assert counts == [67, 67, 1]
 

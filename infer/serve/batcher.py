@@ -63,7 +63,7 @@ class Batcher:
         self.ends = {name: lm.speaking(name).tokenizer.eos_ids for name in (None, *adapters)}
         columns = self.length + virtual_tokens(lm.params)
         params = None if lm.store else lm.unrolled
-        self.batch = Batch(lm.model, params, rows, columns, store=lm.store, prefixes=lm.prefixes)
+        self.batch = Batch(lm.model, params, rows, columns, store=lm.store)
         self.waiting: deque[Request] = deque()
         self.changed = threading.Condition()
         self.closed = False
@@ -135,7 +135,7 @@ class Batcher:
             found: list[Request] = []
             while (
                 self.waiting
-                and self.waiting[0].prompt == (found or self.waiting)[0].prompt
+                and self.waiting[0].asked == (found or self.waiting)[0].asked
                 and self.batch.fits([*found, self.waiting[0]])
             ):
                 found.append(self.waiting.popleft())

@@ -53,9 +53,8 @@ class Recurrent(Layer):
             return jnp.where((age >= n)[..., None], padded[:, taps - 1 - n :][:, :T], 0)
 
         y = sum(w[taps - 1 - n] * back(n) for n in range(taps))
-        tokens = (age >= 0).sum(1)  # before the padding
-        last = jax.vmap(lambda row, n: jax.lax.dynamic_slice_in_dim(row, n, taps - 1))(padded, tokens)
-        return self.bias("bconv", "W", y, True), last
+        ends = (age >= 0).sum(1)[:, None] + jnp.arange(taps - 1)  # columns before the padding
+        return self.bias("bconv", "W", y, True), jnp.take_along_axis(padded, ends[..., None], axis=1)
 
     def rg_lru(self, x: Array, age: Array, before: Array) -> tuple[Array, Array]:
         """(h [B,T,W], last h [B,W]) of x [B,T,W]: eq. 1 to 4 in float32, h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t).

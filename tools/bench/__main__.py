@@ -1,6 +1,6 @@
 """Measures speed and memory of training and decoding on this machine, compared with torch and llama.cpp.
 
-    python -m tools.bench [--what=train,sft,decode,small,adapters,methods] [--rounds=3] [--out=runs/bench.json]
+    python -m tools.bench [--what=train,sft,decode,small,adapters,methods,ask] [--rounds=3] [--out=runs/bench.json]
 
 Each side runs in its own process, and the sides take turns, so that a slow minute affects all of them. Ratios (ours
 over theirs) are medians over the turns. All measurements and a description of the machine are written to --out.
@@ -36,7 +36,7 @@ from tools.bench.worker import Worker
 OURS, PEERS = "tools.bench.ours", "tools.bench.peers"
 TORCH = ("torch", "transformers", "peft", "trl")
 DECODE = dict(what="decode", prompt=64, new_tokens=48)
-VERSIONS = ("jax", "jaxlib", *TORCH, "xllamacpp")
+VERSIONS = ("jax", "jaxlib", *TORCH, "xllamacpp", "lm_eval")
 
 
 class Side(NamedTuple):
@@ -165,6 +165,16 @@ def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
     yield Contest("decoding 8 rows, adapters of ranks 8 to 64", sides)
 
 
+def asking(model: str, peers: str, data: str) -> Iterator[Contest]:
+    """Questions behind the same 12 solved examples, which are computed once or with every question."""
+    case = dict(what="ask", data=data, questions=100, shots=12, new_tokens=16, rows=16)
+    ours = case | {"model": model}
+    sides = [Side("ours", OURS, ours | {"shared": True}), Side("ours, not shared", OURS, ours | {"shared": False})]
+    if peers and importlib.util.find_spec("lm_eval"):
+        sides.append(Side("lm-evaluation-harness", PEERS, case | dict(what="lm_eval", model=peers)))
+    yield Contest("100 questions behind 12 examples, tokens of prompts", sides)
+
+
 def methods(model: str, peers: str, _: str) -> Iterator[Contest]:
     """The cost of each PEFT method: training compared with full tuning, and decoding unmerged compared with the base.
 
@@ -181,7 +191,15 @@ def methods(model: str, peers: str, _: str) -> Iterator[Contest]:
     yield Contest("decoding 8 rows with an adapter", sides)
 
 
-WHAT = {"train": training, "sft": tuning, "decode": decoding, "small": small, "adapters": adapting, "methods": methods}
+WHAT = {
+    "train": training,
+    "sft": tuning,
+    "decode": decoding,
+    "small": small,
+    "adapters": adapting,
+    "methods": methods,
+    "ask": asking,
+}
 
 
 def questions(limit: int = 1000) -> list[dict[str, str]]:

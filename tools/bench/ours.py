@@ -18,7 +18,7 @@ from model import build
 from model.config import ModelConfig
 from model.net.transformer import Transformer
 from model.weights import Params
-from tools.bench.worker import Round, decoding, peak_memory, serve, timed
+from tools.bench.worker import Round, asked, decoding, peak_memory, serve, timed
 
 
 def opened(model: str, dtype: str) -> tuple[Transformer, Params]:
@@ -152,10 +152,32 @@ def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: 
     return run
 
 
+def ask(
+    model: str, data: str, questions: int, shots: int, new_tokens: int, rows: int, shared: bool, dtype: str
+) -> Callable[[], Round]:
+    """Greedy answers to questions behind the same solved examples; all tokens of the prompts count. Nothing is kept
+    from one round to the next."""
+    from infer import prefix
+    from infer.generate import generate
+
+    lm = load(model, dtype=dtype)
+    prompts, params = [lm.encode(text) for text in asked(data, questions, shots)], lm.unrolled
+    if not shared:
+        prefix.WORTH = 1 << 62
+    ended = lambda tokens: "\n" in lm.tokenizer.decode(tokens)
+    how = dict(max_new_tokens=new_tokens, rows=rows, stop=ended, stop_ids=lm.tokenizer.eos_ids)
+
+    def run() -> Round:
+        seconds, cpu = timed(lambda: generate(lm.model, params, prompts, **how))
+        return {"tokens": sum(map(len, prompts)), "seconds": seconds, "cpu_seconds": cpu}
+
+    return run
+
+
 def device_memory() -> int:
     """Peak bytes of this process on its accelerator, or in the machine's memory if there is none."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or peak_memory()
 
 
 if __name__ == "__main__":
-    serve({"train": train, "sft": sft, "decode": decode, "adapters": adapters}, device_memory)
+    serve({"train": train, "sft": sft, "decode": decode, "adapters": adapters, "ask": ask}, device_memory)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.bench.worker import Round, decoding, serve, timed
+from tools.bench.worker import Round, asked, decoding, serve, timed
 
 LORA = dict(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -127,6 +127,26 @@ def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: 
     return lambda: decoding(generate, batch, new_tokens)
 
 
+def lm_eval(model: str, data: str, questions: int, shots: int, new_tokens: int, rows: int) -> Callable[[], Round]:
+    """The same questions by lm-evaluation-harness."""
+    import transformers
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    lm = HFLM(pretrained=_load(model).eval(), tokenizer=tokenizer, batch_size=rows)
+    knobs = {"until": ["\n"], "max_gen_toks": new_tokens, "do_sample": False}
+    texts = asked(data, questions, shots)
+    requests = [Instance("generate_until", {}, (text, dict(knobs)), i) for i, text in enumerate(texts)]
+    tokens = sum(len(lm.tok_encode(text)) for text in texts)
+
+    def run() -> Round:
+        seconds, cpu = timed(lambda: lm.generate_until(requests, disable_tqdm=True))
+        return {"tokens": tokens, "seconds": seconds, "cpu_seconds": cpu}
+
+    return run
+
+
 def llama_cpp(gguf: str, prompt: int, new_tokens: int) -> Callable[[], Round]:
     """Greedy decoding of one row with the weights as stored in the file."""
     import os
@@ -147,4 +167,6 @@ def llama_cpp(gguf: str, prompt: int, new_tokens: int) -> Callable[[], Round]:
 
 
 if __name__ == "__main__":
-    serve({"train": train, "sft": sft, "decode": decode, "adapters": adapters, "llama_cpp": llama_cpp})
+    serve(
+        {"train": train, "sft": sft, "decode": decode, "adapters": adapters, "llama_cpp": llama_cpp, "lm_eval": lm_eval}
+    )

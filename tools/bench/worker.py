@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
@@ -103,3 +104,10 @@ def decoding(generate: Callable[[int], Any], batch: int, new_tokens: int) -> Rou
         if seconds > 0:
             break
     return {"tokens": batch * (new_tokens - 1), "seconds": seconds, "cpu_seconds": cpu}
+
+
+def asked(data: str, questions: int, shots: int) -> list[str]:
+    """Prompts with the same `shots` solved examples before each question; answers are cut to their first line."""
+    rows = [json.loads(line) for line in Path(data).read_text("utf-8").splitlines()]
+    solved = [f"{row['prompt']}{row['completion'].strip().splitlines()[0]}\n\n" for row in rows[:shots]]
+    return ["".join(solved) + row["prompt"] for row in rows[shots : shots + questions]]
