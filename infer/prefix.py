@@ -25,7 +25,8 @@ from model.weights import Params
 
 BYTES = 512 << 20  # of kept caches
 RECENT = 64  # prompts with which the next ones are compared
-WORTH = 64  # tokens that a prefix has to save; a smaller one would cost more as a forward pass of its own
+NODE = 64  # tokens that a prefix has to save; a smaller one costs more as a row of its own
+WORTH = 512  # tokens that all prefixes of a call have to save; fewer take less time than more programs to compile
 BUDGET = 4096  # columns of the caches that are computed together
 
 Serving = Callable[[Sequence[str | None], int], Params]  # (adapter of each row, rows of the batch) -> parameters
@@ -192,23 +193,24 @@ def padded(rest: Sequence[Sequence[int]], starts: Sequence[int], rows: int) -> t
 
 
 def branches(prompts: Sequence[Prompt]) -> list[list[int]]:
-    """For each prompt the lengths, ascending, at which it has had a prefix in common with others that is WORTH it."""
+    """For each prompt the lengths, ascending, of its prefixes that others share; none if they save too little."""
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i].adapter or "", prompts[i].ids))
     common = [_common(prompts[a], prompts[b]) for a, b in itertools.pairwise(order)]
     found: list[list[int]] = [[] for _ in prompts]
-    spans = [(0, len(prompts), 0)]  # from, to (in order), tokens that they are known to have in common
+    saved, spans = 0, [(0, len(prompts), 0)]  # from, to (in order), tokens that they are known to have in common
     while spans:
         start, end, depth = spans.pop()
         if end - start < 2:
             continue
         least = min(common[start : end - 1])
-        if (end - start - 1) * (least - depth) >= WORTH:
+        if (gain := (end - start - 1) * (least - depth)) >= NODE:
+            saved += gain
             for i in order[start:end]:
                 found[i].append(least)
             depth = least
         cuts = [start, *(i + 1 for i in range(start, end - 1) if common[i] == least), end]
         spans += [(a, b, depth) for a, b in itertools.pairwise(cuts)]
-    return found
+    return found if saved >= WORTH else [[] for _ in prompts]
 
 
 def begins(prompt: Prompt, prefix: Prompt) -> bool:

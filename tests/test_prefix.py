@@ -35,6 +35,10 @@ EXAMPLES = [*range(40, 61)]  # 21 tokens
 PROMPTS = [EXAMPLES + rest for rest in ([1, 2, 3, 4, 5, 6, 7], [9], [1, 2, 3, 4, 5, 8], [11, 12, 13])] + [[5, 4], [7]]
 
 
+def quick(names, *chosen):
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def made(name):
     model = Transformer(CONFIGS[name])
 
@@ -65,41 +69,47 @@ def lm(tiny):
 @pytest.fixture
 def eager(monkeypatch):
     """Even few tokens are worth a prefix, so that several grow from each other."""
-    monkeypatch.setattr("infer.prefix.WORTH", 3)
+    worth(monkeypatch, 3)
+
+
+def worth(monkeypatch, each, together=0):
+    monkeypatch.setattr("infer.prefix.NODE", each)
+    monkeypatch.setattr("infer.prefix.WORTH", together)
 
 
 def alone(monkeypatch, f):
     with monkeypatch.context() as patch:
-        patch.setattr("infer.prefix.WORTH", 10**9)
+        worth(patch, 10**9)
         return f()
 
 
 def test_branches_by_hand(monkeypatch):
-    """abcX, abcY, abcdZ twice, q: abc saves 3 x 3 tokens, abcd one more; a tenth would save nothing."""
-    monkeypatch.setattr("infer.prefix.WORTH", 2)
+    """Of abcx, abcy, abcdez twice and q, abc saves 3 x 3 tokens, and abcdez one time the 3 that follow."""
+    worth(monkeypatch, 2)
     rows = [Prompt(None, tuple(map(ord, text))) for text in ("abcx", "abcdez", "q", "abcdez", "abcy")]
     assert branches(rows) == [[3], [3, 6], [], [3, 6], [3]]
     assert branches([Prompt("other", rows[0].ids), *rows[1:]]) == [[], [3, 6], [], [3, 6], [3]]
-    monkeypatch.setattr("infer.prefix.WORTH", 9)
+    worth(monkeypatch, 9)
     assert branches(rows) == [[3], [3], [], [3], [3]]
+    worth(monkeypatch, 2, 13)
+    assert branches(rows) == [[]] * 5
     assert branches([]) == [] and branches(rows[:1]) == [[]]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", quick(CONFIGS, "window", "recurrent"))
 def test_answers_are_those_of_each_prompt_on_its_own(name, eager, monkeypatch):
     """The examples, and a beginning of two that grows from them, are computed once: 21 + 5 + 2 + 1 + 1 + 3 + 2 + 1."""
     model, params = made(name)
     params, prefixes = unrolled(model, params), Prefixes()
-    ask = lambda **how: generate(model, params, PROMPTS, max_new_tokens=5, **how)
-    want = alone(monkeypatch, ask)
-    got = ask(prefixes=prefixes, rows=3)
+    ask = lambda **how: generate(model, params, PROMPTS, max_new_tokens=5, rows=3, **how)
+    want, got = alone(monkeypatch, ask), ask(prefixes=prefixes)
     assert got.tokens == want.tokens
     np.testing.assert_allclose(np.concatenate(got.logps), np.concatenate(want.logps), atol=1e-5)
     assert prefixes.computed == 36
     assert ask(prefixes=prefixes).tokens == want.tokens and prefixes.computed == 36 + 10
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", quick(["int8", "fp8"], "int8"))
 def test_caches_of_8_bits_hold_the_same_with_prefixes(kind, tiny, eager, monkeypatch):
     ask = lambda: generate(*tiny, PROMPTS, max_new_tokens=4, cache=kind)
     want, got = alone(monkeypatch, ask), ask()
@@ -107,7 +117,7 @@ def test_caches_of_8_bits_hold_the_same_with_prefixes(kind, tiny, eager, monkeyp
     np.testing.assert_allclose(np.concatenate(got.logps), np.concatenate(want.logps), atol=1e-5)
 
 
-def test_answers_do_not_depend_on_the_batch_size(lm):
+def test_answers_do_not_depend_on_the_batch_size(lm, eager):
     """Rows leave and join; prompts of several lengths, each with samples of its own."""
     texts = ["Say a word. " * 3 + tail for tail in "abcdefgh"] + ["x", "12345 " * 4, "Say a word. "] * 2
     for knobs in ({}, {"temperature": 5.0, "top_p": 0.9}):
@@ -131,7 +141,7 @@ def test_what_is_not_shared_is_not_kept(tiny, monkeypatch):
     assert not prefixes.bytes and not prefixes.kept
 
 
-def test_a_store_is_bounded_and_forgets_the_least_recently_used(tiny):
+def test_a_store_is_bounded_and_forgets_the_least_recently_used(tiny, eager):
     """Beginnings of 80 tokens take 96 columns: 2 layers x 2 x 2 heads x 8 x 4 bytes each, and two numbers."""
     each = (96 * (2 * 2 * 2 * 8 + 2) + 1) * 4
     prefixes = Prefixes(2 * each)
@@ -162,7 +172,7 @@ def test_a_prefix_belongs_to_an_adapter(eager):
         assert generate(model, trees.get(name, base), [prompt_], max_new_tokens=5).tokens == [tokens], name
 
 
-@pytest.mark.parametrize("name", ["llama", "recurrent", "prefix"])
+@pytest.mark.parametrize("name", quick(["llama", "recurrent", "prefix"], "llama"))
 def test_options_behind_one_question_read_it_once(name, eager, monkeypatch):
     """The examples once, each question once, and of every option its own tokens and the one before it."""
     lm = LM(*made(name), load_tokenizer("bytes"))
@@ -179,7 +189,7 @@ def test_options_behind_one_question_read_it_once(name, eager, monkeypatch):
     assert score() == got and lm.prefixes.computed == read + 2 * sum(1 + len(o) for o in options)
 
 
-def test_a_server_reads_instructions_once(lm):
+def test_a_server_reads_instructions_once(lm, eager):
     """The second request finds that it begins as the first did; the third reads only what is new."""
     batcher = Batcher(lm, rows=2, length=120)
     read = lambda: batcher.batch.reader.prefixes.computed
@@ -194,7 +204,7 @@ def test_a_server_reads_instructions_once(lm):
     assert counts == [67, 67, 1]
 
 
-@pytest.mark.parametrize("name", ["recurrent", "prefix"])
+@pytest.mark.parametrize("name", quick(["recurrent", "prefix"], "prefix"))
 def test_models_with_a_state_or_virtual_tokens_are_served(name):
     model, params = made(name)
     lm = LM(model, params, load_tokenizer("bytes"))
