@@ -105,7 +105,7 @@ def test_stacked_unrolled_and_cached_agree(layers, blocks):
 
 
 def test_decoding_keeps_a_state_and_equals_the_whole_pass(griffin):
-    """Prompts of different lengths in one batch, padded on the left; the state does not grow with the tokens."""
+    """Prompts of different lengths in one batch, padded on the right; the state does not grow with the tokens."""
     model, params = griffin
     prompts = [[5, 9, 2, 44, 17, 3, 8, 61], [12], [7, 7, 30]]
     found = generate(model, params, prompts, max_new_tokens=8).tokens
