@@ -58,7 +58,7 @@ class LM:
 
     @functools.cached_property
     def prefixes(self) -> Prefixes:
-        """What prompts have shared."""
+        """Prefixes that several prompts have had."""
         return Prefixes()
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""Prefix caching: what prompts have in common at their beginning is computed once, within a batch and across batches.
+"""Prefix caching: tokens with which several prompts begin are computed once, within a batch and across batches.
 
 The beginnings of prompts form a tree. Its nodes that save enough tokens become caches of one row, each computed from
 the one before it; a prompt continues from the longest that fits. A cache of keys and values has the tokens of the

@@ -1,4 +1,4 @@
-"""What prompts share is computed once: the same answers and log-probabilities, and fewer tokens."""
+"""A prefix that prompts share is computed once: the same answers and log-probabilities, and fewer tokens."""
 
 import dataclasses
 
