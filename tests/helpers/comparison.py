@@ -9,6 +9,7 @@ from common import stats
 from tests.helpers.pages import EVIL
 
 ROWS, WIDTH = 100, 1e9  # test rows; FLOPs per token
+MODEL = "smollm2-135m-instruct"
 PRICE = {"name": "v5e", "kind": "planned", "usd_hour": [0.24, 1.2, 1.42], "seconds_per_flop": 1 / 5e13}
 CPU = {"name": "AMD EPYC", "kind": "measured", "usd_hour": None, "seconds_per_flop": 1 / 1e11}
 
@@ -44,6 +45,7 @@ def method(name: str, label: str, shares: list[float], tokens: float = 60, **mor
         {
             "seed": seed, "result": result(share, seed, tokens=tokens), "flops": flops, "seconds": flops / 1e11,
             "peak_bytes": 2.1e9 if trained else None, "store_bytes": 19.5e6 if trained else 0, "run": f"{run}-{seed}",
+            "text": None, "trained_before": False,
             "commands": [["evals.main", f"--model={run}-{seed}", "--tasks=dates"]],
         }
         for seed, share in enumerate(shares)
@@ -53,7 +55,7 @@ def method(name: str, label: str, shares: list[float], tokens: float = 60, **mor
         "latency": {"p50": 0.4 * tokens / 60, "p95": 0.7 * tokens / 60, "n": 20},
     }  # fmt: skip
     return {
-        "name": name, "model": "smollm2-135m-instruct", "label": label, "how": f"This is how {label} works.",
+        "name": name, "model": MODEL, "label": label, "how": f"This is how {label} works.",
         "status": "tested", "why": "", "candidate": f"{name}:lr=1e-3", "documents": "rag" in name, "trained": trained,
         "leaves": False, "tests": tests, "request": request, "forgetting": 0.25 if trained else 0.0,
         "spent": {"flops": 2e14 + len(shares) * flops, "seconds": 600.0},
@@ -80,17 +82,30 @@ def record(**changes: Any) -> dict:
         stopped("rag_lora", "LoRA that reads passages", "refused", "training rows with passages exceed the context"),
     ]  # fmt: skip
     learning = [
-        {"method": "lora", "rows": n, "mean": mean, "low": mean - 0.1, "high": min(mean + 0.08, 0.97), "run": "runs/x"}
+        {
+            "method": "lora",
+            "model": MODEL,
+            "n": 60,
+            "rows": n,
+            "mean": mean,
+            "low": mean - 0.1,
+            "high": min(mean + 0.08, 0.97),
+            "run": "runs/x",
+        }
         for n, mean in ((50, 0.55), (150, 0.8), (450, 0.9))
     ]
     spent = {key: sum(m["spent"][key] for m in found) for key in ("flops", "seconds")}
-    candidates = [{"id": m["candidate"], "method": m["name"], "label": m["label"]} for m in found]
+    candidates = [
+        {"id": m["candidate"], "method": m["name"], "model": MODEL, "label": m["label"], "settings": {}, "rungs": []}
+        for m in found
+    ]
     return {
         "format": 1,
         "task": {"name": "dates", "source": "rows.csv", "hash": "abc", "scorer": "exact", "duplicates": [],
                  "rows": {"train": 450, "validation": 60, "test": ROWS}, "notes": ["scorer exact: answers are short"]},
-        "models": ["smollm2-135m-instruct"], "documents": "wiki", "requests": 1e5, "seeds": [0, 1, 2],
-        "index": {"chunks": 900, "bytes": 2e6, "flops": 1e12, "seconds": 10.0},
+        "models": [MODEL], "documents": "wiki", "requests": 1e5, "seeds": [0, 1, 2],
+        "epochs": 3.0, "rungs": [], "methods_asked": [m["name"] for m in found],
+        "index": {"chunks": 900, "bytes": 2e6, "flops": 1e12, "seconds": 10.0, "usd": 0.0},
         "budget": {"asked": "30 min", "flops": 3e17, "rate": 1e11, "rate_from": "measured on AMD EPYC, 2 cores"},
         "machine": {"name": "AMD EPYC", "devices": 1, "chip": None}, "prices": [PRICE, CPU],
         "decisions": [{"rung": 0, "rows": 40, "share": 0.3, "kept": ["lora:lr=1e-3", "full:lr=1e-3"],

@@ -332,8 +332,7 @@ def break_even(a: Sequence[float], b: Sequence[float]) -> tuple[float | None, st
 class Curve(NamedTuple):
     """A line through measured scores: the log odds of the score rise with the logarithm of the rows."""
 
-    method: str
-    points: list[Json]  # of the record's "learning"
+    points: list[Json]  # of the record's "learning", for one method
     rows: float  # ten times the most rows that were measured
     mean: float
     low: float
@@ -365,6 +364,4 @@ def extrapolate(points: Sequence[Json], factor: float = 10.0, seed: int = 0) -> 
     far = (ys * weight).sum(1) / weight.sum() + slope * (x[-1] + math.log10(factor) - middle)
     predicted = 1 / (1 + np.exp(-far))
     low, high = np.quantile(predicted[1:], [0.025, 0.975])
-    return Curve(
-        points[0]["method"], list(points), points[-1]["rows"] * factor, float(predicted[0]), float(low), float(high)
-    )
+    return Curve(points, points[-1]["rows"] * factor, float(predicted[0]), float(low), float(high))

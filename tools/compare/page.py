@@ -7,16 +7,19 @@ script moves the slider of requests per month.
 """
 
 import argparse
+import dataclasses
 import math
 import re
 import sys
 from pathlib import Path
 
 from common import cli, files
+from common.errors import UserError
 from common.numbers import integer
 from common.types import Json
 from tools.compare import decide, page_text
 from tools.compare import page_parts as parts
+from tools.compare import record as records
 from tools.compare.decide import Decision, Inputs
 from tools.report import data
 from tools.report import page as report
@@ -35,7 +38,10 @@ def main(argv: list[str]) -> int | None:
         parser.add_argument(option, type=amount, default=default, help=f"{text}{unit}{shown}")
     args = vars(parser.parse_args(argv))
     out = args.pop("out")
-    record = files.load_json(out / "comparison.json")
+    found = records.load(out)
+    if not found:
+        raise UserError(f"there is no {records.NAME}", str(out), "name the --out of tools.compare")
+    record = dataclasses.asdict(found)
     args["requests"] = args["requests"] or record["requests"]
     path = write(out, record, Inputs(**args | {"margin": args["margin"] / 100}))
     print(f"{path}  {path.with_suffix('.md')}  {path.with_suffix('.json')}")
@@ -88,7 +94,7 @@ def to_json(d: Decision, record: Json) -> Json:
 def markdown(d: Decision, record: Json) -> str:
     told, head = page_text.answer(d, record), parts.main_table(d, record)
     lines = [f"# {told.title}", "", _meta(d, record), "", told.reasons, ""]
-    titles = ("How sure", "Most likely to change it", "If it is wrong", "The rule")
+    titles = ("How sure", "Changes", "If it is wrong", "The rule")
     lines += [f"- **{title}**: {text}" for title, text in zip(titles, told[2:], strict=True)]
     lines += ["", "| | " + " | ".join(f"{a}, {b}" if b else a for a, b in head.heads[1:]) + " |"]
     lines.append("|---" * len(head.heads) + "|")
@@ -109,8 +115,8 @@ def _meta(d: Decision, record: Json) -> str:
 
 def html(d: Decision, record: Json, out: Path) -> str:
     asked = [(o.label, o.record["tests"][0]["result"]) for o in d.options]
-    curve = decide.extrapolate(record["learning"])
-    label = next((o.label for o in d.options if curve and o.record["name"] == curve.method), "")
+    curves = ((o, decide.extrapolate(parts.points(o, record))) for o in d.options)
+    trained, curve = next((found for found in curves if found[1]), (None, None))
     drawn, path = parts.curve(d)
     text = report.render(
         "decision.html.j2",
@@ -129,7 +135,7 @@ def html(d: Decision, record: Json, out: Path) -> str:
         dropped=parts.dropped(record),
         curve=drawn,
         break_even=list(parts.break_even(d)),
-        more_rows=page_text.more_rows(curve, label),
+        more_rows=page_text.more_rows(curve, trained),
         learning=parts.learning(curve),
         details=list(report.details(asked)),
         samples=data.side_by_side(asked, SAMPLES),

@@ -11,9 +11,9 @@ from markupsafe import Markup
 from common import gas
 from common.numbers import NA, flops, integer, number, percent, scaled, seconds, signed, size
 from common.types import Json
-from tools.compare import decide
+from tools.compare import decide, page_text
 from tools.compare.decide import Decision, Option
-from tools.compare.page_text import chance, dollars, money, points, sentence
+from tools.compare.page_text import chance, dollars, money, sentence
 from tools.report import data, svg
 from tools.report import page as report
 from tools.report.page import Cell, Table
@@ -177,6 +177,11 @@ def break_even(d: Decision) -> Iterator[str]:
         }[which]
 
 
+def points(o: Option, record: Json) -> list[Json]:
+    """The scores of a method by training rows."""
+    return [p for p in record["learning"] if (p["method"], p["model"]) == (o.record["name"], o.record["model"])]
+
+
 def learning(curve: decide.Curve | None) -> Markup | str:
     if not curve:
         return ""
@@ -234,7 +239,7 @@ def given(d: Decision) -> Table:
     rows = []
     for name, (text, option) in GIVEN.items():
         x = getattr(d.given, name)
-        shown = points(x) if name == "margin" else f"${dollars(x)}" if name == "people" else number(x)
+        shown = page_text.points(x) if name == "margin" else f"${dollars(x)}" if name == "people" else number(x)
         rows.append((text, [Cell("not counted" if x == 0 and name != "margin" else shown), Cell(option)]))
     return Table([("", ""), ("given", ""), ("to change it", "python -m tools.compare.page OUT ...")], rows, "left")
 

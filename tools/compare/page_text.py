@@ -170,12 +170,12 @@ def _rule(d: Decision) -> str:
     return text
 
 
-def more_rows(curve: Curve | None, label: str) -> str:
-    if curve is None:
-        return "How much more training rows would help is not known: only one size was measured."
+def more_rows(curve: Curve | None, o: Option | None) -> str:
+    if curve is None or o is None:
+        return "How much more training rows would help is not known: fewer than two sizes were measured."
     now, span = curve.last, f"95 % interval {percent(curve.low)} to {percent(curve.high)}"
-    text = f"{sentence(label)} scores {percent(now['mean'])} with {integer(now['rows'])} training rows and may score"
-    text += f" {percent(curve.mean)} with {integer(curve.rows)} ({span}). This is an extrapolation from"
+    text = f"On validation rows, {named(o)} scores {percent(now['mean'])} with {integer(now['rows'])} training rows"
+    text += f" and may score {percent(curve.mean)} with {integer(curve.rows)} ({span}). This is an extrapolation from"
     return f"{text} {len(curve.points)} measured sizes, without the error of its formula."
 
 
