@@ -192,8 +192,9 @@ def test_short_forms_and_other_facts(made, capsys):
     assert told["flips"][0]["fact"] == "rows" and told["flips"][0]["to"] == "lora"
     short = (made / "decision.md").read_text("utf-8")
     assert "# Not enough test rows to decide" in short and "| LoRA, rank 16 | 90 %" in short
-    assert page.main([str(made), "--margin=5", "--requests=2000", "--people=900"]) == 0
+    assert page.main([str(made), "--margin=5", "--requests=2000", "--people=900", "--credit=Texts: CC BY 4.0"]) == 0
     assert "decision.html" in capsys.readouterr().out
+    assert "Texts: CC BY 4.0" in (made / "decision.html").read_text("utf-8")
     told = json.loads((made / "decision.json").read_text())
     assert told["method"] == "lora" and told["given"]["margin"] == 0.05 and told["given"]["people"] == 900
 

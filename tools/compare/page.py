@@ -36,14 +36,15 @@ def main(argv: list[str]) -> int | None:
         unit = {"margin": " in points of 100", "people": " in dollars"}.get(name, "")
         shown = "" if default is None else f" (default {default:g})"
         parser.add_argument(option, type=amount, default=default, help=f"{text}{unit}{shown}")
+    parser.add_argument("--credit", default="", help="a line about the sources of the texts and their licenses")
     args = vars(parser.parse_args(argv))
-    out = args.pop("out")
+    out, credit = args.pop("out"), args.pop("credit")
     found = records.load(out)
     if not found:
         raise UserError(f"there is no {records.NAME}", str(out), "name the --out of tools.compare")
     record = dataclasses.asdict(found)
     args["requests"] = args["requests"] or record["requests"]
-    path = write(out, record, Inputs(**args | {"margin": args["margin"] / 100}))
+    path = write(out, record, Inputs(**args | {"margin": args["margin"] / 100}), credit)
     print(f"{path}  {path.with_suffix('.md')}  {path.with_suffix('.json')}")
 
 
@@ -53,12 +54,15 @@ def amount(text: str) -> float:
     return x
 
 
-def write(out: Path, record: Json, given: Inputs | None = None) -> Path:
-    """Writes decision.json, .md and .html in the folder of a comparison. Raises UserError if nothing was tested."""
+def write(out: Path, record: Json, given: Inputs | None = None, credit: str = "") -> Path:
+    """Writes decision.json, .md and .html in the folder of a comparison. Raises UserError if nothing was tested.
+
+    `credit`: a line about the sources of the texts.
+    """
     d = decide.decide(record, given or Inputs(record["requests"]))
     files.write_json(out / "decision.json", files.plain(to_json(d, record)))
     files.write(out / "decision.md", markdown(d, record))
-    files.write(out / "decision.html", html(d, record, out))
+    files.write(out / "decision.html", html(d, record, out, credit))
     return out / "decision.html"
 
 
@@ -113,7 +117,7 @@ def _meta(d: Decision, record: Json) -> str:
 # --- the page ---
 
 
-def html(d: Decision, record: Json, out: Path) -> str:
+def html(d: Decision, record: Json, out: Path, credit: str) -> str:
     asked = [(o.label, o.record["tests"][0]["result"]) for o in d.options]
     curves = ((o, decide.extrapolate(parts.points(o, record))) for o in d.options)
     trained, curve = next((found for found in curves if found[1]), (None, None))
@@ -134,7 +138,9 @@ def html(d: Decision, record: Json, out: Path) -> str:
         speed=page_text.speed(parts.speed(d, out, "lora"), parts.speed(d, out, "full")),
         dropped=parts.dropped(record),
         curve=drawn,
+        changes=[page_text.sentence(page_text.change(d, flip)) + "." for flip in d.flips],
         break_even=list(parts.break_even(d)),
+        credit=credit,
         more_rows=page_text.more_rows(curve, trained),
         learning=parts.learning(curve),
         details=list(report.details(asked)),

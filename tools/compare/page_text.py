@@ -127,10 +127,10 @@ def _changes(d: Decision) -> str:
 
 
 def change(d: Decision, flip: Flip) -> str:
-    """The change of a fact and the method that is then best."""
-    then, now = d.options[flip.to].label, getattr(d.given, flip.fact, 0.0)
+    """The change of a fact, how likely it is, and the method that is then best."""
+    then, now, likely = d.options[flip.to].label, getattr(d.given, flip.fact, 0.0), chance(flip.likelihood)
     if flip.fact == "rows" or flip.value is None:
-        return f"other test rows or seeds ({chance(flip.likelihood)}), then {then}"
+        return f"other test rows or seeds ({likely}), then {then}"
     lower = flip.value < now
     facts = {
         "requests": f"{'fewer' if lower else 'more'} than {short(_round(flip.value))} requests per month",
@@ -139,7 +139,7 @@ def change(d: Decision, flip: Flip) -> str:
         "labels": f"labels that change {'more' if lower else 'less'} often than every {short(flip.value)} months",
         "documents": f"documents that change {'more' if lower else 'less'} often than every {short(flip.value)} months",
     }
-    return f"{facts[flip.fact]}, then {then}"
+    return f"{facts[flip.fact]} ({likely}), then {then}"
 
 
 def _round(x: float) -> float:
