@@ -32,8 +32,8 @@ ANSWER = re.compile(r"(?:answer|response|generation|completion|candidate)[-_ ]?(
 def answers(event: Event, asked: Item) -> Json:
     content = event.content
     out: Json = {}
-    if event.ranks:
-        out["ranking"] = {f"answer_{i + 1}": rank for i, rank in enumerate(event.ranks) if rank is not None}
+    if ranking := {f"answer_{i}": rank for i, rank in enumerate(event.ranks or [], 1) if rank is not None}:
+        out["ranking"] = ranking
     elif content["choice"] != "ranks":
         out["verdict"] = content["choice"]
     for aspect in asked.aspects:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -57,13 +57,13 @@ class Item:
         return text if isinstance(self.content["prompt"], str) else [{"role": "assistant", "content": text}]
 
 
-def read(spec: str) -> Iterator[Item]:
-    """The items of a file. Raises UserError with the place of the first unfit one."""
+def read(spec: str, aspects: Sequence[str] = ()) -> Iterator[Item]:
+    """The items of a file; `aspects` are for those without. Raises UserError with the place of the first unfit one."""
     for row in sources.rows(spec):
         if row.record is None:
             raise UserError(row.reason, row.where)
         try:
-            yield item(row.record)
+            yield item({"aspects": [*aspects]} | row.record)
         except UserError as e:
             raise UserError(e.what, e.where or row.where, e.fix) from None
 

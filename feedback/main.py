@@ -1,7 +1,8 @@
 """Serves a page on which people rank, rate and correct answers of models, on this machine.
 
     python -m feedback.main --db=votes.db --items=items.jsonl [--annotators=ann,bob] [--guidelines=guide.txt]
-                            [--votes=2] [--base-url=https://team.example/feedback] [--port=8700]
+                            [--aspects=helpful,honest] [--votes=2] [--base-url=https://team.example/feedback]
+                            [--port=8700]
     python -m feedback.main --db=votes.db --erase=ann
 
 An item is a row with `prompt` (text or messages) and `answers`: two to four, texts or objects with text, model and
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--db", required=True, help="a SQLite file, made if there is none")
     parser.add_argument("--items", default="", help="rows to add; those that are in --db already stay")
     parser.add_argument("--annotators", type=cli.listed, default=[], help="names, separated by commas; default: me")
+    parser.add_argument("--aspects", type=cli.listed, default=[], help="of new items that have none of their own")
     parser.add_argument("--guidelines", default="", help="a text file; other text is a new version")
     parser.add_argument("--votes", type=cli.count, default=0, help="people wanted per item; 0: everybody")
     parser.add_argument("--base-url", default="", help="of a proxy on this machine that passes requests on")
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int | None:
         print(f"{store.erase(args.erase):,} decisions of {args.erase} no longer count")
         return
     if args.items:
-        new, seen = store.add(items.read(args.items))
+        new, seen = store.add(items.read(args.items, args.aspects))
         print(f"{new:,} items are new" + f", {seen:,} were here already" * bool(seen))
     if args.guidelines:
         store.guide(text(Path(args.guidelines).expanduser()))

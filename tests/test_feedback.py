@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -65,6 +66,11 @@ def test_a_row_that_is_no_item_is_one_line(tmp_path, change, message):
     with pytest.raises(UserError, match=message) as error:
         list(read(str(tmp_path / "i.jsonl")))
     assert "i.jsonl:1" in str(error.value) and len(str(error.value)) < 500
+
+
+def test_aspects_of_all_items(tmp_path):
+    (tmp_path / "i.jsonl").write_text("\n".join(map(json.dumps, RECORDS[:2])))
+    assert [asked.aspects for asked in read(str(tmp_path / "i.jsonl"), ["honest"])] == [["honest"], ["true"]]
 
 
 def test_ranks_have_no_gaps():
@@ -184,12 +190,13 @@ def test_other_tools_files_bring_the_same_votes_back(store, tmp_path, form):
     vote(store, "bob", PAIR)
     vote(store, "ann", RANK, [2, None, 1], ratings={"true": [5, None, 4]})
     vote(store, "bob", RANK, [3, 1, 2])
+    vote(store, "eve", RANK, [None] * 3, ratings={"true": [1, 1, 1]})
     assert export.main([f"--db={store.path}", f"--out={tmp_path}", f"--format={form}"]) == 0
     argv = [f"--db={tmp_path}/again.db", f"--file={tmp_path}/{form}.json"]
     assert load.main(argv) == 0 and load.main(argv) == 0
     again = Store(tmp_path / "again.db")
     assert [i.content for i in again.items.values()] == [i.content for i in store.items.values()]
-    assert len(again.events()) == 4
+    assert len(again.events()) == 5
     view = lambda s: {
         (name, key): [event.content[part] for part in ("choice", "ranks", "ratings", "edits", "flags", "model")]
         for name, found in s.state.votes.items()
@@ -478,9 +485,8 @@ def test_50_people_at_once(tmp_path):
         problems: list[object] = []
 
         def work(client: Client) -> None:
-            while 'data-item="' in (page := client.get()[1]):
-                asked = page.partition('data-item="')[2].partition('"')[0]
-                if (status := client.vote(asked, [1, 2])[0]) != 200:
+            while asked := re.search(r'<main[^>]* data-item="(\w+)"', client.get()[1]):
+                if (status := client.vote(asked[1], [1, 2])[0]) != 200:
                     problems.append(status)
 
         workers = [threading.Thread(target=work, args=(people[name],)) for name in names]
