@@ -188,6 +188,23 @@ def test_a_bundle_asks_as_its_record_says(model, tmp_path):
         models.load(tmp_path)
 
 
+def test_plans_and_trainings_for_a_cluster(model, comparison, tmp_path, capsys):
+    argv = [f"--task={comparison.task.spec}", f"--models={model}", "--methods=zero_shot,lora", "--rungs=2"]
+    assert command.main([*argv, "--plan", "--seeds=2", f"--out={tmp_path / 'plan'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "LoRA, rank 16" in printed and "seeds of the test: 2" in printed and not (tmp_path / "plan").exists()
+    assert command.main([*argv, "--emit=slurm", f"--out={tmp_path / 'out'}"]) == 0
+    text = (tmp_path / "out/runs/emit/sweep.sbatch").read_text()
+    assert text.count("exec python -m train.main") == 3 and "lora-lr-0-0003-rung0" in text
+    [path] = (tmp_path / "out/rows").glob("train-*.jsonl")
+    third = halving.rungs(2, len(comparison.task.scored["train"]), 20)[0]["train"]
+    assert len(rows := files.read_lines(path)) == third and set(rows[0]) == {"prompt", "completion"}
+    [decision] = files.load_json(tmp_path / "out" / record.NAME)["decisions"]
+    assert decision["kept"] is None and len(decision["entered"]) == 4
+    code = command.main([*argv, "--budget=1e3", f"--out={tmp_path / 'small'}"])
+    assert code == exits.INPUT and "the budget of 1 kFLOP is too small" in capsys.readouterr().err
+
+
 CLOCK = {"seconds", "seconds_per_flop", "latency", "peak_bytes", "out"}
 
 
@@ -225,6 +242,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_choices_and_scores(model
     spent += whole["methods"][1]["tests"][1]["flops"]  # the first seed was trained in the last rung
     assert whole["spent"]["flops"] == pytest.approx(spent)
     assert (tmp_path / "killed/decision.html").exists() and bundle.is_bundle(tmp_path / "killed/bundle")
+    lm, best = models.load(tmp_path / "killed/bundle"), files.load_json(tmp_path / "killed/bundle/bundle.json")["from"]
+    row = next(row for row in killed["methods"] if row["candidate"] == best["candidate"])
+    shown = row["tests"][0]["result"]["samples"][:2]
+    assert lm.generate([s["prompt"] for s in shown], max_new_tokens=32) == [s["completion"] for s in shown]
     code, _, err = run(*argv, "--requests=5", f"--out={tmp_path / 'killed'}", module="tools.compare")
     assert code == 0 and files.load_json(tmp_path / "killed" / record.NAME)["requests"] == 5
     code, _, err = run(*argv, "--epochs=2", f"--out={tmp_path / 'killed'}", module="tools.compare")

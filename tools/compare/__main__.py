@@ -76,6 +76,7 @@ def main(argv: list[str]) -> int:
     rungs = halving.rungs(args.rungs, len(task.scored["train"]), len(task.scored["validation"]))
     if args.plan:
         plan.show(c, found, rungs, args.seeds, plan.planned(prices))
+        print(*(f"{row['label']} ({row['model']}) is not possible: {row['why']}" for row in refused), sep="\n")
         return exits.DONE
     asked = Record(
         task=task.record(), models=args.models, documents=c.documents, requests=args.requests,
@@ -110,6 +111,9 @@ def candidates(c: Comparison, methods: list[str]) -> tuple[list[Candidate], list
     for name in methods:
         for model in c.bases:
             method = module("tools.compare.methods", name).method(c, model)
+            if c.bases[model].hosted and c.task.test.kind == "choice":
+                why = "endpoints give no log-probabilities, by which options are compared: write :scorer=exact"
+                method = method._replace(settings=(), refused=method.refused or why)
             on = f"@{model}" if len(c.bases) > 1 else ""
             made = [
                 Candidate(_id(name + on, number, setting.values), name, model, method, setting)

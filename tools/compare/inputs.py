@@ -75,6 +75,7 @@ class Base(NamedTuple):
     answer: float  # mean tokens of an answer, with the end token
     longest: int  # tokens of the longest question with its answer
     hosted: bool = False
+    usd: tuple[float, float] | None = None  # hosted: dollars per million tokens of prompts and of answers
 
 
 class Comparison(NamedTuple):
@@ -121,12 +122,12 @@ def base(model: str, rows_of: Task) -> Base:
 
 def _hosted(model: str, rows_of: Task) -> Base:
     """A model behind an endpoint, which costs no FLOPs here; its tokenizer is not known, so tokens are guessed."""
-    hosted.parse(model)
+    usd = hosted.parse(model).usd
     every = [row for part in rows_of.scored.values() for row in part]
     size = lambda text: len(json.dumps(text).encode()) / BYTES
     asked, answered = [size(row["prompt"]) for row in every], [size(row["answer"]) + 1 for row in every]
     longest = math.ceil(max(map(operator.add, asked, answered)))
-    return Base(model, WINDOW, 0.0, sum(asked) / len(asked), sum(answered) / len(answered), longest, True)
+    return Base(model, WINDOW, 0.0, sum(asked) / len(asked), sum(answered) / len(answered), longest, True, usd)
 
 
 def config(changes: dict[str, Leaf]) -> schema.Config:

@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
+import math
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from common import chips, cli, numbers
 from common.errors import UserError
 from common.types import Json
 from tools.compare import inputs
+from tools.compare.halving import BASELINE, ETA
 from tools.compare.inputs import Comparison
 from tools.compare.method import PASSAGE, Candidate
 
@@ -40,25 +42,37 @@ class Prices:
         """(low, high) of asking a number of questions; from an earlier `result` if there is one."""
         if result:
             return (result["flops"] / result["n"] * rows,) * 2
-        base = self.c.bases[x.model]
-        shots = x.setting.ask.shots
-        read = base.prompt + shots * (base.prompt + base.answer) + self._passages(x)
+        base, read = self.c.bases[x.model], self._read(x)
         options = max(1, len(self.c.task.scored["test"][0].get("options", ())))
         low, high = base.answer, max(ROOM, base.answer)
         return tuple(base.forward * rows * (options * read + written) for written in (low, high))
 
+    def dollars(self, x: Candidate, rows: int) -> tuple[float, float]:
+        """(low, high) of asking a hosted model a number of questions; 0 for the others, and without its prices."""
+        base = self.c.bases[x.model]
+        each = base.usd or (0.0, 0.0)
+        low, high = (
+            (each[0] * self._read(x) + each[1] * n) * rows / 1e6 for n in (base.answer, max(ROOM, base.answer))
+        )
+        return low, high
+
+    def _read(self, x: Candidate) -> float:
+        """Tokens of a prompt."""
+        base = self.c.bases[x.model]
+        return base.prompt + x.setting.ask.shots * (base.prompt + base.answer) + self._passages(x)
+
     def _passages(self, x: Candidate) -> int:
         return PASSAGE * x.setting.ask.k * bool(x.setting.ask.index)
 
-    def rung(self, x: Candidate, rung: Json, result: Json | None = None) -> float:
-        """At most, for one rung."""
-        return self.train(x, rung["train"]) + self.ask(x, rung["rows"], result)[1]
+    def rung(self, x: Candidate, rung: Json, result: Json | None = None, end: int = 1) -> float:
+        """Of one rung: at most, or at least if `end` is 0."""
+        return self.train(x, rung["train"]) + self.ask(x, rung["rows"], result)[end]
 
-    def test(self, x: Candidate, trained: int, result: Json | None = None) -> float:
-        """At most, for the test with all seeds, of which `trained` have been trained."""
+    def test(self, x: Candidate, trained: int, result: Json | None = None, end: int = 1) -> float:
+        """Of the test with all seeds, of which `trained` have been trained: at most, or at least if `end` is 0."""
         scored = self.c.task.scored
         runs = self.seeds if x.trained else 1
-        asked = self.ask(x, len(scored["test"]), result)[1]
+        asked = self.ask(x, len(scored["test"]), result)[end]
         return (runs - min(trained, runs)) * self.train(x, len(scored["train"])) + runs * asked
 
 
@@ -152,39 +166,61 @@ def rate() -> float:
 # --- --plan ---
 
 
-def show(c: Comparison, found: Sequence[Candidate], rungs: list[Json], seeds: int, target: Json) -> float:
-    """Prints what the comparison costs at most, and at least if each rung keeps one setting; returns the maximum."""
-    flops = Prices(c, seeds)
-    rows, low, high = [], 0.0, 0.0
+def show(c: Comparison, found: Sequence[Candidate], rungs: list[Json], seeds: int, target: Json) -> None:
+    """Prints what the comparison costs: at least if every method stops after the first rung, and at most."""
+    flops, n = Prices(c, seeds), len(c.task.scored["test"])
+    dollars = lambda x, rung, end: flops.dollars(x, rung["rows"])[end]
+    lines, work, paid = [], [0.0, 0.0], [0.0, 0.0]
     for key in dict.fromkeys(x.key for x in found):
         mine = [x for x in found if x.key == key]
-        each = [sum(flops.rung(x, rung) for rung in rungs) for x in mine]
-        first = flops.rung(mine[0], rungs[0]) if rungs else 0.0
-        test = flops.test(mine[0], bool(rungs))
-        least, most = first + (test if key[0] == "zero_shot" or len(rungs) == 0 else 0.0), sum(each) + test
-        low, high = low + least, high + most
-        rows.append([mine[0].method.label, key[1], str(len(mine)), *_spans(least, most, target)])
-    rows.append(["all", "", str(len(found)), *_spans(low, high, target)])
+        mine_work = _bounds(
+            mine, rungs, lambda x, rung, end: flops.rung(x, rung, None, end),
+            lambda x, end: flops.test(x, bool(rungs), None, end),
+        )  # fmt: skip
+        mine_paid = _bounds(mine, rungs, dollars, lambda x, end: flops.dollars(x, n)[end])
+        work, paid = [[a + b for a, b in zip(*pair, strict=True)] for pair in ((work, mine_work), (paid, mine_paid))]
+        lines.append([mine[0].method.label, key[1], str(len(mine)), *_spans(mine_work, mine_paid, target)])
+    lines.append(["all", "", str(len(found)), *_spans(work, paid, target)])
     heads = ("method", "model", "settings", "FLOPs", "seconds", "$", "kWh")
-    cli.table(rows, heads, width=None if sys.stdout.isatty() else 160)
+    cli.table(lines, heads, width=None if sys.stdout.isatty() else 160)
     sizes = ", ".join(f"{r['train']} to train and {r['rows']} to validate" for r in rungs) or "none"
-    print(f"rows of the rungs: {sizes}; seeds of the test: {seeds}")
-    print(f"Time, $ and kWh are estimates for {target['name']}: {target['assumed']}.")
-    return high
+    print(f"rows of the rungs: {sizes}; rows of the test: {n}; seeds of the test: {seeds}")
+    print(f"Seconds, $ and kWh are estimates for {target['name']}: {target['assumed']}.")
+
+
+def _bounds(
+    mine: Sequence[Candidate], rungs: list[Json], rung: Callable[[Candidate, Json, int], float],
+    test: Callable[[Candidate, int], float],
+) -> list[float]:  # fmt: skip
+    """[at least, at most] of a method: all settings on the first rung, then the dearest third of them on each next."""
+    n, low, high = len(mine), sum(rung(x, rungs[0], 0) for x in mine) if rungs else 0.0, 0.0
+    for each in rungs:
+        high += sum(sorted((rung(x, each, 1) for x in mine), reverse=True)[:n])
+        n = math.ceil(n / ETA)
+    if not rungs or mine[0].name == BASELINE:
+        low += test(mine[0], 0)
+    return [low, high + max(test(x, 1) for x in (mine if rungs else mine[:1]))]
 
 
 def _shares(span: tuple[float, float]) -> str:
     return f"{100 * span[0]:.0f} to {100 * span[1]:.0f} %"
 
 
-def _spans(low: float, high: float, target: Json) -> list[str]:
-    fast, slow = target["seconds_per_flop"]
-    seconds = low * fast, high * slow
+def _spans(work: Sequence[float], paid: Sequence[float], target: Json) -> list[str]:
+    """Texts of FLOPs, seconds, dollars and energy; `paid` are the dollars of hosted models."""
+    seconds = [flops * each for flops, each in zip(work, target["seconds_per_flop"], strict=True)]
     usd, watts = target["usd_hour"], target["watts"]
-    dollars = (seconds[0] / 3600 * usd[0], seconds[1] / 3600 * usd[2]) if usd else None
-    energy = (seconds[0] / 3.6e6 * watts[0], seconds[1] / 3.6e6 * watts[1]) if watts else None
-    work = f"{numbers.flops(low)} to {numbers.flops(high)}"
-    return [work, numbers.span(seconds, ",.0f"), numbers.span(dollars, ".2g"), numbers.span(energy, ".2g")]
+    hours = [s / 3600 for s in seconds]
+    dollars = [h * u + p for h, u, p in zip(hours, (usd[0], usd[2]), paid, strict=True)] if usd else None
+    dollars = paid if not any(work) and any(paid) else dollars
+    energy = [h / 1000 * w for h, w in zip(hours, watts, strict=True)] if watts else None
+    flops = " to ".join(dict.fromkeys(map(numbers.flops, work)))
+    return [
+        flops,
+        numbers.span(seconds, ",.0f") if any(work) else numbers.NA,
+        numbers.span(dollars, ".2g"),
+        numbers.span(energy, ".2g"),
+    ]
 
 
 def planned(prices: list[Json]) -> Json:
