@@ -17,9 +17,11 @@ are split by their questions: settings are chosen on validation rows, and the te
 Methods are files in tools/compare/methods. Killed at any moment, the same command continues, with the same choices.
 """
 
-import functools
+import argparse
+import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,37 +43,18 @@ ORDER = "zero_shot", "instruction", "few_shot", "rag", "lora", "qlora", "full", 
 
 @cli.command
 def main(argv: list[str]) -> int:
-    parser = cli.Parser("tools.compare", __doc__)
-    parser.add_argument("--task", required=True)
-    parser.add_argument("--models", default=[MODEL], type=cli.listed)
-    parser.add_argument("--methods", default=names(), type=cli.listed)
-    for name in ("documents", "budget", "price", "chip"):
-        parser.add_argument(f"--{name}", default="")
-    parser.add_argument("--requests", default=10_000, type=float)
-    parser.add_argument("--epochs", default=3.0, type=float)
-    parser.add_argument("--seeds", default=3, type=cli.count)
-    parser.add_argument("--rungs", default=3, type=cli.count)
-    parser.add_argument("--out", default="runs/compare", type=Path)
-    parser.add_argument("--emit", default="", choices=("", *LINES, "slurm"))
-    parser.add_argument("--plan", action="store_true")
-    args = parser.parse_args(argv)
-    for name in args.methods:
-        if name not in names():
-            raise UserError(f"no method {name!r}", "--methods", did_you_mean(name, names(), f"of {', '.join(names())}"))
-    if args.seeds < 1 or not (0 < args.requests < math.inf and 0 < args.epochs < math.inf):
-        raise UserError("the values must be positive", "--seeds, --epochs and --requests")
-    price = plan.price(args.price)
+    args = options(argv)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # of this process only, which computes nothing; see `here`
     machine = here()
-    prices = plan.prices(machine, price, args.chip)
+    prices = plan.prices(machine, plan.price(args.price), args.chip)
     flops, seconds = plan.budget(args.budget, prices[-1]["usd_hour"] and prices[-1]["usd_hour"][1])
-    if args.budget and not args.rungs:
-        raise UserError("a budget needs successive halving", "--rungs=0", "--rungs=1 or more")
     task = read(args.task)
-    c = Comparison(
-        task, {name: base(name, task) for name in args.models}, args.documents or None, args.epochs, args.out
-    )
+    bases = {name: base(name, task) for name in args.models}
+    c = Comparison(task, bases, args.documents or None, args.epochs, args.out)
     found, refused = candidates(c, args.methods)
-    if not any(found):
+    if not found:
         raise UserError(f"no method can be used: {refused[0]['why']}", "--methods")
     rungs = halving.rungs(args.rungs, len(task.scored["train"]), len(task.scored["validation"]))
     if args.plan:
@@ -97,6 +80,32 @@ def main(argv: list[str]) -> int:
         return exits.DONE
     finally:
         os.close(lock)
+
+
+def options(argv: list[str]) -> argparse.Namespace:
+    """The checked options of a command line."""
+    parser = cli.Parser("tools.compare", __doc__)
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--models", default=[MODEL], type=cli.listed)
+    parser.add_argument("--methods", default=names(), type=cli.listed)
+    for name in ("documents", "budget", "price", "chip"):
+        parser.add_argument(f"--{name}", default="")
+    parser.add_argument("--requests", default=10_000, type=float)
+    parser.add_argument("--epochs", default=3.0, type=float)
+    parser.add_argument("--seeds", default=3, type=cli.count)
+    parser.add_argument("--rungs", default=3, type=cli.count)
+    parser.add_argument("--out", default="runs/compare", type=Path)
+    parser.add_argument("--emit", default="", choices=("", *LINES, "slurm"))
+    parser.add_argument("--plan", action="store_true")
+    args = parser.parse_args(argv)
+    for name in args.methods:
+        if name not in names():
+            raise UserError(f"no method {name!r}", "--methods", did_you_mean(name, names(), f"of {', '.join(names())}"))
+    if args.seeds < 1 or not (0 < args.requests < math.inf and 0 < args.epochs < math.inf):
+        raise UserError("the values must be positive", "--seeds, --epochs and --requests")
+    if args.budget and not args.rungs:
+        raise UserError("a budget needs successive halving", "--rungs=0", "--rungs=1 or more")
+    return args
 
 
 def names() -> list[str]:
@@ -152,16 +161,19 @@ def _row(name: str, model: str, method: Method, status: str, why: str) -> Json:
     }
 
 
-@functools.cache
-def here() -> Json:
-    """This machine."""
-    import jax
+DEVICES = "import jax, json; found = jax.devices(); print(json.dumps([found[0].device_kind, len(found)]))"
 
+
+def here() -> Json:
+    """This machine. Another process asks for its devices: the jobs need them, and a TPU has one user at a time."""
     from common import chips
 
-    kind = jax.devices()[0].device_kind
+    done = subprocess.run([sys.executable, "-c", DEVICES], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"the devices cannot be used: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}", "jax")
+    kind, count = json.loads(done.stdout.splitlines()[-1])
     chip = chips.find(kind)
-    return {"name": _processor() if kind == "cpu" else kind, "devices": jax.device_count(), "chip": chip and chip.name}
+    return {"name": _processor() if kind == "cpu" else kind, "devices": count, "chip": chip and chip.name}
 
 
 def _processor() -> str:
