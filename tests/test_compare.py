@@ -14,6 +14,7 @@ from common import exits, files
 from common.errors import UserError
 from configs import schema
 from data.text import formats as tokenizers
+from evals import latency
 from infer import bundle, models
 from infer.context import Context
 from model.io.export import export_hf
@@ -125,6 +126,14 @@ def test_a_request_costs_what_is_read_and_written(comparison):
     low, high = flops.ask(x, 10)
     assert low == 10 * 1e6 * (8 + 4 * 10 + 2) and high == 10 * 1e6 * (8 + 4 * 10 + plan.ROOM)
     assert flops.ask(x, 10, {"flops": 40.0, "n": 20}) == (20.0, 20.0)
+
+
+def test_latency_leaves_compilation_out():
+    calls: list[int] = []
+    found = latency.measure(calls.append, 3, compiled=True)
+    assert calls == [0, 0, 1, 1, 2, 2] and found["n"] == 3 and 0 <= found["p50"] <= found["p95"]
+    latency.measure(calls.append, 2, compiled=False)
+    assert calls[6:] == [0, 1]
 
 
 @pytest.mark.parametrize("documents", [True, False])
