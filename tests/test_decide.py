@@ -112,6 +112,8 @@ def test_costs_without_a_price():
     d = decide.decide(record, Inputs(2.0))
     assert (d.price.unit, d.best.name, list(d.cost[1])) == ("h", "own", [7200, math.inf])
     assert page_text.money(d.price, 7200) == "7,200 machine hours" and page_text.money(d.price, math.inf) == "n/a"
+    alone = decide.decide(of(hosted, prices=[DOLLAR | {"usd_hour": None}]), Inputs(2.0))
+    assert (alone.price.unit, list(alone.cost[1]), list(alone.probability)) == ("$", [4.0], [1.0])
     unknown = decide.decide(record | {"prices": [DOLLAR | {"usd_hour": None, "seconds_per_flop": None}]}, Inputs(2.0))
     assert unknown.price.unit == "FLOP"
 
@@ -201,7 +203,12 @@ def test_short_forms_and_other_facts(made, capsys):
 
 @pytest.mark.parametrize(
     "option, problem",
-    [("--margin=x", "amount value: 'x'"), ("--idle=-1", "at least 0"), ("--idle=1", "comparison.json")],
+    [
+        ("--margin=x", "amount value: 'x'"),
+        ("--idle=-1", "at least 0"),
+        ("--labels=0", "more than 0 months"),
+        ("--idle=1", "comparison.json"),
+    ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, option, problem):
     assert page.main([str(tmp_path), option]) == 2

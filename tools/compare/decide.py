@@ -224,6 +224,8 @@ def decide(record: Json, given: Inputs, price: Price | None = None) -> Decision:
     if not found:
         raise UserError("no method has test results", "comparison.json", "give tools.compare a larger budget")
     price = price or price_of(record["prices"][0])
+    if price.unit != "$" and not any(o.request[0] or o.training[0] for o in found):
+        price = Price("$", (0.0, 0.0, 0.0), 0.0)  # hosted models only: the machine here does nothing
     documents = bool(record["documents"])
     draws = _Draws(found, price, documents)
     probability = draws.probability(given)

@@ -35,7 +35,9 @@ def main(argv: list[str]) -> int | None:
         default = {"requests": None, "margin": 2.0}.get(name, Inputs._field_defaults.get(name))
         unit = {"margin": " in points of 100", "people": " in dollars"}.get(name, "")
         shown = "" if default is None else f" (default {default:g})"
-        parser.add_argument(option, type=amount, default=default, help=f"{text}{unit}{shown}")
+        parser.add_argument(
+            option, type=months if "months until" in text else amount, default=default, help=f"{text}{unit}{shown}"
+        )
     parser.add_argument("--credit", default="", help="a line about the sources of the texts and their licenses")
     args = vars(parser.parse_args(argv))
     out, credit = args.pop("out"), args.pop("credit")
@@ -51,6 +53,12 @@ def main(argv: list[str]) -> int | None:
 def amount(text: str) -> float:
     if not (math.isfinite(x := float(text)) and x >= 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return x
+
+
+def months(text: str) -> float:
+    if not (x := amount(text)):
+        raise argparse.ArgumentTypeError("there must be more than 0 months between two changes")
     return x
 
 
@@ -108,10 +116,10 @@ def markdown(d: Decision, record: Json) -> str:
 
 
 def _meta(d: Decision, record: Json) -> str:
-    task, several = record["task"], max(len(o.scores) for o in d.options)
-    runs = "one training per method" if several == 1 else f"{several} seeds"
-    parts = f"Task {task['name']}", f"{d.rows} test rows, {runs}", ", ".join(record["models"])
-    return " · ".join([*parts, f"{integer(d.given.requests)} requests per month"])
+    task, seeds = record["task"], max((len(o.scores) for o in d.options if o.record["trained"]), default=0)
+    runs = {0: "", 1: ", one training per method"}.get(seeds, f", {seeds} trainings per method")
+    about = f"Task {task['name']}", f"{d.rows} test rows{runs}", ", ".join(record["models"])
+    return " · ".join([*about, f"{integer(d.given.requests)} requests per month"])
 
 
 # --- the page ---

@@ -102,10 +102,9 @@ def front(d: Decision) -> Markup:
         if 0 < value < math.inf:
             shown = over_seeds(o)
             dots.append(svg.Dot(o.label, value, o.mean, (low, high), (shown["low"], shown["high"]), f"c{i % 8}"))
-    unit = {"$": "dollars", "h": "machine hours", "FLOP": "FLOPs"}[d.price.unit]
     if not dots:
         return Markup('<p class="na">n/a: no costs are known</p>')
-    return svg.scatter(dots, f"cost per month, {unit}", "score")
+    return svg.scatter(dots, f"cost per month, {page_text.UNITS[d.price.unit]}", "score")
 
 
 def front_note(d: Decision) -> str:
@@ -210,10 +209,12 @@ def dropped(record: Json) -> list[tuple[str, str]]:
 
 def priced(d: Decision, record: Json) -> str:
     first = record["prices"][0]
+    if not any(d.price.per_flop):
+        return "Costs are the given prices of the hosted models."
     if d.price.unit == "$":
         usd = dollars(first["usd_hour"][1])
         return f"Costs are {first['kind']} for {first['name']} at ${usd} per hour, from the FLOPs of each request."
-    what = "machine hours" if d.price.unit == "h" else "FLOPs"
+    what = page_text.UNITS[d.price.unit]
     fix = "give tools.compare --price=LOW:VALUE:HIGH, in dollars per hour"
     return f"The price of {first['name']} is not known, so costs are in {what}: {fix}."
 

@@ -8,6 +8,7 @@ from common.types import Json
 from tools.compare.decide import ENOUGH, LEAST, MOST_ROWS, Curve, Decision, Flip, Option, Price
 
 ARTICLE, TITLE = 1.3, "“Pre-training, Fine-tuning, and Kungfu!”"  # May 2024: LoRA's training speed over full tuning's
+UNITS = {"$": "dollars", "h": "machine hours", "FLOP": "FLOPs"}
 
 
 class Answer(NamedTuple):
@@ -46,7 +47,7 @@ def dollars(x: float) -> str:
 
 
 def chance(p: float) -> str:
-    return "above 99 %" if p > 0.995 else "below 1 %" if p < 0.005 else f"{100 * p:.0f} %"
+    return "over 99 %" if p > 0.995 else "under 1 %" if p < 0.005 else f"{100 * p:.0f} %"
 
 
 def points(x: float) -> str:
@@ -71,7 +72,7 @@ def sentence(text: str) -> str:
 def _reasons(d: Decision, record: Json) -> str:
     best, cost = d.best, d.cost[1]
     per_month = f"about {money(d.price, cost[0])} per month at {integer(d.given.requests)} requests"
-    known = f" and costs {per_month}" if math.isfinite(cost[0]) else "; its price is unknown"
+    known = f" and costs {per_month}" if math.isfinite(cost[0]) else f"; its cost in {UNITS[d.price.unit]} is not known"
     if d.enough:
         return f"{sentence(named(best))} {score(best)}{known}. {_others(d)}"
     what = f"{d.rows} test rows do not show which method is best"
@@ -98,13 +99,18 @@ def _others(d: Decision) -> str:
 
 def _against(d: Decision, i: int) -> str:
     """Another method's score and cost less those of the chosen one."""
-    more, extra = d.options[i].mean - d.best.mean, d.cost[1][i] - d.cost[1][0]
+    more, extra = d.options[i].mean - d.best.mean, _extra(d, i)
     scores = f"{points(more)} {'more' if more > 0 else 'less'}" if abs(more) >= 0.0005 else "the same"
-    costs = "has no known price"
-    if math.isfinite(extra):
-        costs = f"costs {money(d.price, abs(extra))} {'more' if extra > 0 else 'less'}" if extra else "costs the same"
-    same = (more > 0) == (extra > 0) if extra else True
-    return f"{named(d.options[i])} scores {scores} {'but' if same and more else 'and'} {costs}"
+    if extra is None:
+        return f"{named(d.options[i])} scores {scores}, and their costs cannot be compared"
+    costs = f"{money(d.price, abs(extra))} {'more' if extra > 0 else 'less'}" if extra else "the same"
+    return f"{named(d.options[i])} scores {scores} {'but' if more * extra > 0 else 'and'} costs {costs}"
+
+
+def _extra(d: Decision, i: int) -> float | None:
+    """The cost per month of a method less that of the chosen one; None unless both are known."""
+    ours, theirs = d.cost[1][0], d.cost[1][i]
+    return float(theirs - ours) if math.isfinite(ours) and math.isfinite(theirs) else None
 
 
 def _sure(d: Decision) -> str:
@@ -162,8 +168,8 @@ def _rule(d: Decision) -> str:
         f"The best is the cheapest per month of the methods that score at most {points(d.given.margin)} below the best."
     )
     top = max(range(len(d.options)), key=lambda i: d.options[i].mean)
-    extra, more = d.cost[1][top] - d.cost[1][0], d.options[top].mean - d.best.mean
-    if top and more > 0 and math.isfinite(extra):
+    extra, more = _extra(d, top), d.options[top].mean - d.best.mean
+    if top and more > 0 and extra is not None:
         each = extra / (more * d.given.requests)
         worth = f"if one more right answer is worth {money(d.price, each)} or more"
         text += f" {sentence(named(d.options[top]))} would pay {worth}."
