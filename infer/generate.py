@@ -82,15 +82,8 @@ def answer(
     if asked:
         longest, most = max(len(r.prompt) for r in asked), max(r.max_new_tokens for r in asked)
         length = virtual_tokens(params or {}) + width(longest) + bucket(most, 64)  # similar ones share a program
-        batch = Batch(
-            model,
-            params,
-            bucket(min(rows or len(asked), len(asked))),
-            length,
-            store=store,
-            prefixes=prefixes,
-            kind=cache,
-        )
+        rows = bucket(min(rows or len(asked), len(asked)))
+        batch = Batch(model, params, rows, length, store=store, prefixes=prefixes, kind=cache)
         batch.run(asked, stop)
     for request in asked:
         _check_numbers(request.logps)

@@ -105,7 +105,8 @@ class Reader:
 
     def shares(self, prompt: Prompt) -> bool:
         """Whether a prefix of the prompt is kept."""
-        return bool(self._longest(prompt, 1).length)
+        found = self.prefixes.longest(self.key, Prompt(prompt.adapter, prompt.ids[:-1]))
+        return found is not None and found.length > 0
 
     def starts(self, prompts: Sequence[Prompt], plans: Sequence[list[int]]) -> list[Prefix]:
         """The longest prefix of each prompt, after those of the plans have been computed."""
@@ -134,7 +135,7 @@ class Reader:
         if found := self.prefixes.longest(self.key, prompt):
             return found
         if not self.virtual:
-            return Prefix(self.ring(1, 0, 0), 0)
+            return Prefix(self.ring(1, 0), 0)
         params = self.serving([prompt.adapter], 1)
         start = Prefix(_empty(self.model, params, 1, 0, self.kind, not self.stacked), 0)
         self.prefixes.keep(self.key, Prompt(prompt.adapter, ()), start)

@@ -11,6 +11,7 @@ from model.io.export import export_hf
 from tests.helpers.models import tiny
 from tools.bench import __main__ as bench
 from tools.bench import ours
+from tools.bench.worker import asked
 
 
 @pytest.mark.slow
@@ -54,6 +55,16 @@ def test_a_round_with_quantized_weights(tmp_path):
     export_hf(model, model.init(jax.random.key(0)), load("bytes"), tmp_path / "model", check=False)
     run = ours.decode(str(tmp_path / "model"), 2, 4, 3, "float32", quant={"name": "int8", "activations": True})
     assert run()["tokens"] == 4
+
+
+def test_a_round_of_questions_behind_the_same_examples(tmp_path):
+    model, data = tiny(), tmp_path / "rows.jsonl"
+    export_hf(model, model.init(jax.random.key(0)), load("bytes"), tmp_path / "model", check=False)
+    data.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": f" {i}\nmore"}) + "\n" for i in range(9)))
+    texts = asked(str(data), questions=3, shots=2)
+    assert texts[0] == "0? 0\n\n1? 1\n\n2?" and len(texts) == 3
+    run = ours.ask(str(tmp_path / "model"), str(data), 3, 2, new_tokens=2, rows=2, shared=True, dtype="float32")
+    assert run()["tokens"] == sum(map(len, texts))
 
 
 def test_questions_are_instructions_of_this_python():
