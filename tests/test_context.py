@@ -113,7 +113,8 @@ def test_answers_that_cite_are_scored_without_it(lm, documents, monkeypatch):
     every = [{"text": "what is rain?", "answer": "water"}]
     task = Task(lambda split: every, chat("Say.", lambda e: e["text"]), by("exact"), max_new_tokens=2, scorer="exact")
     room = []
-    monkeypatch.setattr(run, "answer", lambda lm, prompts, n, size: room.append((prompts, n)) or ["water [1]"])
+    said = lambda lm, prompts, max_new_tokens, rows: room.append((prompts, max_new_tokens)) or ["water [1]"]
+    monkeypatch.setattr(LM, "generate", said)
     made = Context(index=documents("rain is water", "rain rain"), k=2, cite=True)
     found = evaluate(task, lm, n=1, context=made)
     [(asked, n)] = room
