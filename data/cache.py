@@ -1,9 +1,10 @@
-"""Tokenized documents on disk: flat, memory-mapped, named by the fingerprint of all that made them.
+"""Tokenized documents on disk: flat, memory-mapped arrays in a folder named by a fingerprint of everything that they
+depend on.
 
 A folder holds tokens.bin (uint16 or uint32, documents end to end), mask.bin (one bit per token: whether the next one
 counts), offsets.bin (int64, documents + 1), hashes.bin (uint64 per document) and index.json (sizes, sha256, the
-report). Where documents have them, columns.bin (float64 [documents, columns]) and tags.bin (int16, a tag a token) stand
-beside.
+report). If the documents have them, there are also columns.bin (float64 [documents, columns]) and tags.bin (int16, one
+tag per token).
 """
 
 import contextlib
@@ -21,27 +22,27 @@ import numpy as np
 from common import files
 from common.errors import UserError
 
-VERSION = 2  # of the files; a cache of another version is made again
+VERSION = 2  # version of the files; a cache of another version is rebuilt
 FILES = ("tokens.bin", "mask.bin", "offsets.bin", "hashes.bin")
 INDEX = "index.json"
 
 
 class Broken(UserError):
-    """A cache that must be made again."""
+    """The cache is damaged or outdated and must be rebuilt."""
 
 
 class Document(NamedTuple):
     ids: list[int]
-    learnt: list[int] | None  # 1 where the token itself counts in the loss; None: all
-    hash: int  # of the text that decides on which side of the held-out split it falls
-    columns: Mapping[str, float] = MappingProxyType({})  # numbers; all documents of a cache have the same ones
-    tags: list[int] | None = None  # a number a token, -1 for none; int16
+    learnt: list[int] | None  # 1 where this token counts in the loss; None: all tokens count
+    hash: int  # hash of the text that decides whether the document is held out
+    columns: Mapping[str, float] = MappingProxyType({})  # {name: number}; all documents of a cache have the same names
+    tags: list[int] | None = None  # one number per token, -1 for none; int16
 
 
 def write(folder: Path, documents: Iterable[Document], index: dict, vocab_size: int, check: Callable) -> None:
-    """Writes beside `folder` and renames: a cache is whole or not there.
+    """Writes a cache under a temporary name and renames it to `folder`, so that it appears complete or not at all.
 
-    `documents` may fill `index` while they are made; `check()` is called behind the last one and may raise.
+    The iterator `documents` may fill `index` while it runs; `check()` is called after the last document and may raise.
     """
     with contextlib.suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,7 @@ def write(folder: Path, documents: Iterable[Document], index: dict, vocab_size: 
             index = {**index, **written, "layout": VERSION, "dtype": dtype, "files": sizes}
             index["check"] = _checksum(index)
             (work / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False), "utf-8")
-    except FileExistsError:  # another process was faster, with the same bytes
+    except FileExistsError:  # another process has written the same cache in the meantime
         if not (folder / INDEX).is_file():
             raise
 
@@ -72,7 +73,7 @@ def _write_arrays(work: Path, documents: Iterable[Document], dtype: str) -> dict
         for document in documents:
             tokens.write(np.asarray(document.ids, dtype).tobytes())
             learnt = np.ones(len(document.ids)) if document.learnt is None else document.learnt
-            bits = np.concatenate([bits, learnt[1:], [0]]).astype(np.uint8)  # the last token has no next one
+            bits = np.concatenate([bits, learnt[1:], [0]]).astype(np.uint8)  # the last token has no successor
             whole = len(bits) // 8 * 8
             masks.write(np.packbits(bits[:whole]).tobytes())
             bits = bits[whole:]
@@ -82,7 +83,7 @@ def _write_arrays(work: Path, documents: Iterable[Document], dtype: str) -> dict
             columns.append(tuple(document.columns.values()))
             tags.write(np.asarray(document.tags or (), np.int16).tobytes())
         masks.write(np.packbits(bits).tobytes())
-    (work / "offsets.bin").write_bytes(np.asarray(ends, np.int64))  # ndarray.tofile does not say why it failed
+    (work / "offsets.bin").write_bytes(np.asarray(ends, np.int64))  # ndarray.tofile would not report why it failed
     (work / "hashes.bin").write_bytes(np.asarray(hashes, np.uint64))
     if not (work / "tags.bin").stat().st_size:
         (work / "tags.bin").unlink()
@@ -101,18 +102,19 @@ class Stored(NamedTuple):
     tags: np.ndarray | None = None  # int16 [N], -1 for none
 
     def mask(self, slots: np.ndarray) -> np.ndarray:
-        """1 where the token behind slot s counts in the loss. float32, the shape of `slots`."""
+        """1.0 for each slot whose next token counts in the loss. float32, in the shape of `slots`."""
         return ((self.bits[slots >> 3] >> (7 - (slots & 7)).astype(np.uint8)) & 1).astype(np.float32)
 
 
 def read(folder: Path, check_hashes: bool = False) -> Stored:
-    """Maps a cache; raises Broken when a file is missing, has another size or, if asked, another sha256."""
+    """Memory-maps a cache. Raises Broken when a file is missing, or has another size or, if verified, another
+    sha256."""
     try:
         index = files.load_json(folder / INDEX)
         if (layout := index.get("layout", 1)) != VERSION:
             raise Broken(f"written in layout {layout}, this version reads {VERSION}", str(folder))
         if index.pop("check", None) != _checksum(index):
-            raise Broken("its index is not what was written", str(folder))
+            raise Broken("its index was altered", str(folder))
         for name, file in index["files"].items():
             size = (folder / name).stat().st_size
             if size != file["bytes"]:

@@ -1,4 +1,5 @@
-"""One source, tokenized: records -> examples -> documents of ids, with a report of all that was left out."""
+"""Tokenizes one source: records become examples, and examples documents of token ids; a report lists everything that
+was left out."""
 
 import contextlib
 import hashlib
@@ -22,17 +23,17 @@ from data.text.chat import Asked
 from data.text.template import TemplateLimit
 from data.text.tokenizer import Tokenizer
 
-# Entries of a report; a cache whose report lacks one is made again, with the same documents.
+# Entries of a report; a cache whose report lacks one is rebuilt, with the same documents.
 REPORT = {"documents", "tokens", "learnt", "bad", "causes", "wrapped", "spelled", "answers", "ended", "unused", "notes"}
-REPORT |= {"masks"}  # the rules that found the ends of answers
-VERSION = 1  # goes up when the same input gives other documents
-CAUSES = 100  # different reasons of bad rows that are counted apart
-SHOWN = 5  # of them, in messages
+REPORT |= {"masks"}  # version of the rules that find the ends of answers
+VERSION = 1  # raised when the same input gives other documents
+CAUSES = 100  # number of different reasons of bad rows that are counted separately
+SHOWN = 5  # number of these reasons that messages show
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Items of one kind (data.examples), each a document for each of its sides."""
+    """Examples of one kind (data.examples), each with one document per side."""
 
     stored: cache.Stored
     folder: Path
@@ -43,12 +44,12 @@ class Dataset:
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """As in a batch: one for texts and completions, two for pairs, K for answers."""
+        """Names of the sides: one for texts and completions, two for pairs, K for K answers."""
         return tuple(self.stored.index["sides"])
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the numbers that every document has."""
+        """Names of the columns of numbers that every document has."""
         return tuple(self.stored.index["columns"])
 
     @property
@@ -67,13 +68,14 @@ class Dataset:
         return np.diff(self.stored.offsets)
 
     def __len__(self) -> int:
-        """Items: the answers to a prompt count once."""
+        """The number of examples; all answers to one prompt are one example."""
         return len(self.stored.hashes) // len(self.sides)
 
     def split(self, holdout: float) -> tuple[np.ndarray, np.ndarray]:
-        """Item numbers for training and held out. Where an item goes depends only on its prompt, or on its text.
+        """Numbers of the examples for training, and of those held out. The choice depends only on an example's prompt,
+        or on its text.
 
-        With 2 items or more and holdout > 0, one at least is held out.
+        With 2 examples or more and holdout > 0, at least one is held out.
         """
         hashes = self.stored.hashes[:: len(self.sides)]
         out = hashes < np.uint64(min(int(holdout * 2**64), 2**64 - 1))
@@ -94,10 +96,10 @@ def prepare(
     max_bad: float = 0.001,
     learn: str = "all",
 ) -> Dataset:
-    """The tokenized source, from its cache below `folder` or made now.
+    """The tokenized source, read from its cache in `folder`, or tokenized and cached now.
 
-    Prompts with completions become chats where the tokenizer has a template. `learn`: "all" answers of a chat, or the
-    "last". Raises UserError when more than `max_bad` of the records are bad, or none is left.
+    Prompts with completions become chats if the tokenizer has a chat template. `learn`: "all" answers of a chat, or the
+    "last". Raises UserError when more than the fraction `max_bad` of the records is bad, or no record is left.
     """
     if missed := sources.passed_over(source):
         warn("%s: passed over, not read: %s", source, ", ".join(missed))
@@ -106,7 +108,7 @@ def prepare(
     parts += ["wrapped"] * wraps + [learn] * (learn != "all")
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     path = Path(folder).expanduser() / fingerprint[:24]
-    files.clean(path.parent)  # a killed writer's, even if another process has written this cache
+    files.clean(path.parent)  # remains of a killed process, even if another one has completed this cache
     if path.exists():
         try:
             found = Dataset(cache.read(path), path)
@@ -145,14 +147,14 @@ def _check(report: dict, source: str, max_bad: float) -> None:
 
 
 def causes(found: dict[str, tuple[int, str]]) -> list[str]:
-    """Lines on the most frequent reasons of bad rows: each with its count and its first row."""
+    """One line per frequent reason of bad rows, with its count and the first such row."""
     ordered = sorted(found.items(), key=lambda item: -item[1][0])
     lines = [f"{reason} ({n:,} row{'s' * (n > 1)}, first: {first})" for reason, (n, first) in ordered[:SHOWN]]
     return [*lines, f"and {len(ordered) - SHOWN} more reasons"] if len(ordered) > SHOWN else lines
 
 
 def notes(report: dict, tokenizer: Tokenizer) -> list[str]:
-    """Remarks about the processing of the records, to look at before training."""
+    """Remarks on how the records were processed, to read before training."""
     lines = [f"{count:,} {what}" for what, count in report["notes"].items()]
     if report["wrapped"]:
         lines.append(
@@ -183,13 +185,13 @@ def _first_part(source: str, form: str, fields: str, kind: type[Example]) -> boo
 
 
 def texts(source: str, form: str = "auto", fields: str = "") -> Iterator[str]:
-    """The plain text of every readable record; what a tokenizer is trained on."""
+    """The plain text of every readable record, on which a tokenizer is trained."""
     for found in _examples(source, form, fields):
         yield found.plain()
 
 
 def _examples(source: str, form: str, fields: str) -> Iterator[Example]:
-    """Those of the readable records; `prepare` counts the others."""
+    """The readable records; `prepare` counts the others."""
     names = formats.parse_fields(fields)
     for row in sources.rows(source):
         with contextlib.suppress(UserError):
@@ -202,7 +204,7 @@ def _examples(source: str, form: str, fields: str) -> Iterator[Example]:
 def _documents(
     source: str, tokenizer: Tokenizer, form: str, fields: dict, asked: Asked, index: dict
 ) -> Iterator[Document]:
-    """Fills `index` (kind, sides, report) while it goes."""
+    """Yields the documents, and fills `index` (kind, sides, report) on the way."""
     report, rows = index["report"], sources.rows(source)
     report["unused"], report["notes"] = asked.unused, asked.notes
     while block := list(islice(rows, 256)):
@@ -220,7 +222,7 @@ def _documents(
                 documents = found.documents(tokenizer, ids, asked)
                 if not all(map(_learnt, documents)):
                     raise UserError("no token to learn")
-            except TemplateLimit:  # every row would take as long
+            except TemplateLimit:  # every further row would take as long
                 raise
             except Exception as error:
                 _bad(report, row.where, _reason(error))
@@ -263,7 +265,7 @@ def _example(row: sources.Row, form: str, fields: dict, tokenizer: Tokenizer, re
 
 
 def _reason(error: Exception) -> str:
-    """Whatever one record raises is a fault of that record, and counted."""
+    """Any exception that a record causes makes it a bad record, which is counted."""
     if isinstance(error, UserError):
         return str(error)
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]

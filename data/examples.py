@@ -1,4 +1,5 @@
-"""Records become examples, each of which names the texts to encode and makes one document per side."""
+"""Examples, which are made from records: each one lists the texts to encode, and builds one document per side from
+their ids."""
 
 import hashlib
 import json
@@ -18,13 +19,14 @@ ADJECTIVES = {"label": "labelled", "rating": "rated"}
 
 
 class Example:
-    """One record. The records of a source share `kind`, a word for messages, and so their sides and columns."""
+    """The example of one record. All examples of a source have the same `kind` (a name used in messages), sides and
+    columns."""
 
     kind: str
     sides: tuple[str, ...] = (batches.ONE,)
 
     def parts(self) -> tuple["Example", ...]:
-        """The examples of all sides; a text, a chat or an answer has one side, itself."""
+        """The examples of its sides; a text, a chat or an answer has only one side, itself."""
         return (self,)
 
     def each(self, change: Callable[["Example"], "Example"]) -> "Example":
@@ -36,14 +38,14 @@ class Example:
         raise NotImplementedError
 
     def texts(self) -> list[str]:
-        """What is encoded as it stands; the tokenizer takes the texts of many examples at once."""
+        """The texts to encode; the tokenizer encodes those of many examples at once."""
         return []
 
     def documents(
         self, tokenizer: Tokenizer, encoded: Iterator[list[int]], asked: Asked | None = None
     ) -> list[Document]:
-        """One document for each side; `encoded` gives the ids of `texts`. Raises UserError for a chat that its template
-        cannot write."""
+        """One document per side; `encoded` holds the ids of `texts`. Raises UserError for a chat that the template
+        cannot render."""
         raise NotImplementedError
 
 
@@ -64,7 +66,7 @@ class Text(Example):
         self, tokenizer: Tokenizer, encoded: Iterator[list[int]], asked: Asked | None = None
     ) -> list[Document]:
         ids, start, end = next(encoded), _start(tokenizer), _end(tokenizer)
-        if tokenizer.reads_control:  # a rendered chat may bring its own
+        if tokenizer.reads_control:  # a rendered chat may contain its own
             start = [] if start == ids[: len(start)] else start
             end = [] if end and self.text.rstrip().endswith(tokenizer.core.id_to_token(end[0])) else end
         return [Document([*start, *ids, *end], None, _hash(self.text))]
@@ -72,7 +74,7 @@ class Text(Example):
 
 @dataclass(frozen=True)
 class Completion(Example):
-    """The completion counts in the loss, including its end token, even if padding has the same id."""
+    """Only the completion counts in the loss, with its end token, even if the padding token has the same id."""
 
     prompt: str
     completion: str
@@ -95,7 +97,7 @@ class Completion(Example):
 
 @dataclass(frozen=True)
 class Chat(Example):
-    """Assistant turns from message `first` on count in the loss."""
+    """A chat of which the assistant's turns from message `first` on count in the loss."""
 
     messages: chat.Messages
     first: int = 0
@@ -114,7 +116,7 @@ class Chat(Example):
 
 @dataclass(frozen=True)
 class Tagged(Example):
-    """Words with a number each, as in named-entity recognition; the first token of a word carries it."""
+    """Words with one number each, as in named-entity recognition; the first token of a word gets the number."""
 
     words: tuple[str, ...]
     tags: tuple[int, ...]
@@ -141,10 +143,10 @@ class Tagged(Example):
 
 
 class Parts(Example):
-    """An example of other ones, whose documents have numbers."""
+    """An example that consists of other examples, whose documents have columns of numbers."""
 
     def columns(self) -> tuple[dict[str, float], ...]:
-        """The numbers of each part's document."""
+        """The columns of each part's document."""
         return ({},) * len(self.sides)
 
     def plain(self) -> str:
@@ -166,7 +168,7 @@ class Pair(Parts):
 
     chosen: Completion | Chat
     rejected: Completion | Chat
-    numbers: tuple[tuple[str, float], ...] = ()  # its margin, or whether it is a tie: {column: value}
+    numbers: tuple[tuple[str, float], ...] = ()  # {column: value}: the margin, or whether the pair is a tie
     sides: ClassVar[tuple[str, ...]] = batches.KINDS["pair"].sides
 
     @property
@@ -185,7 +187,7 @@ class Pair(Parts):
 
 @dataclass(frozen=True)
 class Match(Parts):
-    """A question and a passage that answers it, with the special tokens that an encoder reads."""
+    """A question and a passage that answers it, with the special tokens that an encoder expects."""
 
     passage: Text
     query: Text
@@ -204,7 +206,7 @@ class Match(Parts):
 
 @dataclass(frozen=True)
 class Group(Parts):
-    """Several answers to one prompt with a number each: `column` is "rank" (1 is the best) or "rating"."""
+    """Several answers to one prompt with one number each: `column` is "rank" (1 is the best) or "rating"."""
 
     answers: tuple[Completion | Chat, ...]
     column: str
@@ -251,9 +253,9 @@ class Scored(Parts):
 
 
 def wrapped(found: Example) -> Example:
-    """A prompt and its completion as the turns of a chat, for models that have a template; all else as it is.
+    """A prompt and its completion as turns of a chat, for models with a chat template; any other example unchanged.
 
-    A transcript of turns, as Anthropic's sets write them, is taken apart.
+    A transcript, as in Anthropic's datasets, is split into its turns.
     """
     if not isinstance(found, Completion):
         return found

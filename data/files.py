@@ -1,4 +1,5 @@
-"""Records out of one file: JSON lines, JSON arrays, CSV, Arrow, Parquet and text; plain, or by gzip or Zstandard."""
+"""Reads the records of one file: JSON lines, JSON arrays, CSV, Arrow, Parquet and text; plain, or compressed by gzip or
+Zstandard."""
 
 import contextlib
 import csv
@@ -24,7 +25,7 @@ SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Row(NamedTuple):
-    """One record and its place; `record` is None when it could not be read, and `reason` says why."""
+    """One record and its position in the file. If it could not be read, `record` is None and `reason` says why."""
 
     where: str
     record: dict | None
@@ -32,7 +33,8 @@ class Row(NamedTuple):
 
 
 def read(path: Path) -> Iterator[Row]:
-    """The records of a file. What cannot be read of it is a Row that says so, the last one where nothing follows."""
+    """The records of a file. An unreadable record is a Row with a reason; it is the last one if the rest cannot be read
+    either."""
     last = Row(f"{path}:0", None)
     try:
         for last in READERS[kind(path)](path):
@@ -41,19 +43,19 @@ def read(path: Path) -> Iterator[Row]:
         raise
     except UnicodeDecodeError:
         yield Row(str(path), None, f"not UTF-8, behind {last.where}" if last.record else "not UTF-8")
-    except Exception as error:  # libraries raise many types for a damaged file
+    except Exception as error:  # libraries raise many types of errors for a damaged file
         behind = f", behind {last.where}" * (last.record is not None)
         yield Row(str(path), None, f"not readable: {reason(error)}{behind}")
 
 
 def kind(path: Path) -> str:
-    """The ending of its name that says what it holds, ".jsonl" of "x.jsonl.gz"; "" for one that is not read."""
+    """The suffix that names the format of a file, ".jsonl" for "x.jsonl.gz"; "" if the format is not supported."""
     name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
     return next((suffix for suffix in READERS if name.endswith(suffix)), "")
 
 
 class _Unpacked(io.RawIOBase):
-    """The stream of a decompressor that can only `read`."""
+    """Makes the stream of a decompressor, which only has `read`, a raw Python stream."""
 
     def __init__(self, stream: "pyarrow.CompressedInputStream"):
         self.stream = stream
@@ -69,7 +71,7 @@ class _Unpacked(io.RawIOBase):
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Its bytes, unpacked. The files of fsspec know no limit of readline."""
+    """The decompressed bytes of a file. The buffer adds readline's size limit, which fsspec's files ignore."""
     with path.open("rb") as file:
         if path.name.lower().endswith(".gz"):
             file = gzip.GzipFile(fileobj=file)
@@ -111,7 +113,7 @@ def _checked(record: object, where: str) -> Row:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """A list of objects, as many published sets come; or lines of objects."""
+    """A JSON list of objects, as in many published datasets, or lines of objects."""
     with opened(path) as file:
         start = file.read(4096).decode("utf-8-sig", "ignore").lstrip()[:1]
     if start != "[":
@@ -123,7 +125,7 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _entries(text: TextIO) -> Iterator[object]:
-    """The entries of a JSON list, of which one is in memory at a time. Raises ValueError at what is none."""
+    """The entries of a JSON list, with one of them in memory at a time. Raises ValueError for invalid JSON."""
     decoder, buffer, at, mark = json.JSONDecoder(), "", 0, "["
     while True:
         try:
@@ -148,7 +150,7 @@ def _entries(text: TextIO) -> Iterator[object]:
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    """A table with a header, its cells apart by commas, semicolons or tabs; all cells are text."""
+    """A table with a header whose cells are separated by commas, semicolons or tabs; all cells are text."""
     csv.field_size_limit(MAX_RECORD)
     with opened(path) as file:
         first = file.readline(MAX_RECORD)
@@ -174,11 +176,11 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _arrow(path: Path) -> Iterator[Row]:
-    """The rows of a folder written by `save_to_disk` of datasets."""
+    """The rows of a folder written by `save_to_disk` of the library datasets."""
     import pyarrow
 
     def checked(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
-        batch.validate(full=True)  # Arrow follows damaged offsets out of its memory
+        batch.validate(full=True)  # with damaged offsets Arrow would read outside its memory
         return batch
 
     with opened(path) as file:
@@ -193,7 +195,8 @@ def _batches(batches: Iterable["pyarrow.RecordBatch"], path: Path) -> Iterator[R
 
 
 def _records(batch: "pyarrow.RecordBatch") -> Iterator[tuple[dict | None, str]]:
-    """(record, why there is none): a time in the year 140,000 is one of Arrow's and none of Python's."""
+    """(record, ""), or (None, the reason): Arrow allows values, such as times in the year 140,000, that Python cannot
+    hold."""
     try:
         yield from ((record, "") for record in batch.to_pylist())
     except Exception:

@@ -1,5 +1,5 @@
-"""Records of any usual shape to examples: text, prompt and completion, messages, a preference pair, answers, a question
-with its passage, tags."""
+"""Turns records of any usual format into examples: text, prompt and completion, messages, a preference pair, several
+answers, a question with its passage, tagged words."""
 
 import math
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from data.examples import Chat, Completion, Example, Group, Match, Pair, Scored,
 from data.messages import Message, are_turns, messages, parsed, turn
 from data.messages import tools as functions
 
-# Format -> the kind of batch that its records make (data.rows.batch.KINDS); the rules of a config read this too.
+# {format: kind of batch that its records make (data.rows.batch.KINDS)}; also read by the rules of a config.
 FORMATS = {
     "auto": "",
     "text": "lm",
@@ -25,7 +25,7 @@ FORMATS = {
     "match": "match",
     "ranked": "group",
 }
-# "auto" takes the first shape whose columns are all there, first among these names,
+# "auto" takes the first format whose columns are all present, first among these names,
 SHAPES = {
     "preference": {"chosen", "rejected"},
     "ranked": {"prompt", "answers"},
@@ -37,7 +37,7 @@ SHAPES = {
     "text": {"text"},
     "tagged": {"tokens", "tags"},
 }
-# then among those of published sets: (format, {name above: theirs}).
+# then among those of published datasets: (format, {name above: their name}).
 PUBLISHED = (
     ("preference", {"chosen": "chosen_response", "rejected": "rejected_response"}),
     ("preference", {"chosen": "response_j", "rejected": "response_k"}),
@@ -62,13 +62,13 @@ PUBLISHED = (
     ("match", {"query": "anchor", "passage": "positive"}),
     ("match", {"query": "question", "passage": "passage"}),
 )
-# One of the shapes of text or chat, and a number: its name, and the columns that hold it.
+# A format of text or chat with an additional number: the column's name, and the names under which it may occur.
 SCORED = {"labelled": ("label", "kto_tag"), "rated": ("rating",)}
 PROMPTS = ("prompt", "question", "instruction", "query", "conversations", "messages", "input")  # of a preference
 SYSTEM, GIVEN, TOOLS = ("system", "system_prompt"), ("input", "context"), ("tools", "functions")
 RANKS, RATINGS = ("ranks", "rank"), ("ratings", "rating", "scores", "overall_score", "score")
 ANSWER = ("answer", "response", "content", "text")
-# Columns that say where a record comes from; whatever else nothing used is counted.
+# Columns that say where a record comes from; all other unused columns are counted in the report.
 IRRELEVANT = {
     "", "unnamed: 0", "__index_level_0__", "id", "idx", "index", "uid", "uuid", "hash", "prompt_id", "conversation_id",
     "message_id", "source", "dataset", "url", "split", "timestamp", "created", "date", "lang", "language", "license",
@@ -77,10 +77,10 @@ IRRELEVANT = {
 
 
 class Record(Seen):
-    """A record that knows which of its columns were asked for."""
+    """A record that remembers which of its columns were read."""
 
     def first(self, columns: Iterable[str]) -> object:
-        """The value of the first of these columns that has one."""
+        """The value of the first of these columns that is not empty."""
         return next((self.get(column) for column in columns if dict.get(self, column) not in (None, "")), None)
 
 
@@ -94,7 +94,7 @@ def parse_fields(spec: str) -> dict[str, str]:
 
 
 def detect(record: dict, form: str = "auto") -> tuple[str, dict[str, str]]:
-    """The format of a record, and {our name: its column} where its columns have other names."""
+    """The format of a record, and {our name: its column} for columns with other names."""
     there = {column for column, value in record.items() if value is not None}
     known = [(name, {column: column for column in columns}) for name, columns in SHAPES.items()]
     for name, columns in (*known, *PUBLISHED):
@@ -109,12 +109,13 @@ def detect(record: dict, form: str = "auto") -> tuple[str, dict[str, str]]:
 
 
 def example(record: dict, form: str = "auto", fields: dict[str, str] | None = None) -> Example:
-    """The example in a record; raises UserError that says which column is missing, empty or of the wrong type."""
+    """The example of a record. The UserError that it raises says which column is missing, empty or of the wrong
+    type."""
     return read(record, form, fields)[0]
 
 
 def read(record: dict, form: str = "auto", fields: dict[str, str] | None = None) -> tuple[Example, set[str]]:
-    """The example in a record, and the non-empty columns that the example does not use."""
+    """The example of a record, and the non-empty columns that it does not use."""
     fields = fields or {}
     for ours, theirs in fields.items():
         if theirs not in record:
@@ -125,7 +126,7 @@ def read(record: dict, form: str = "auto", fields: dict[str, str] | None = None)
     seen.used |= set(fields.values())
     found = _scored(seen, SCORED[form]) if form in SCORED else _plain(seen, form)
     unused = seen.unused(IRRELEVANT)
-    said = _said(found) if unused else []  # a column that repeats a prompt, or the whole, has nothing of its own
+    said = _said(found) if unused else []  # a column that only repeats the prompt or the whole text is not unused
     return found, {name for name in unused if not _repeated(said, dict.get(seen, name))}
 
 
@@ -170,7 +171,8 @@ def _sharegpt(record: Record) -> Chat:
 
 
 def _alpaca(record: Record) -> Chat:
-    """Instruction and input become the user's turn, parted by an empty line; what was said before is only read."""
+    """Instruction and input become the user's turn, separated by an empty line; earlier turns do not count in the
+    loss."""
     asked = _question(record, "instruction")
     before = _with_system(record, _history(record))
     answer = _string(record, "output")
@@ -192,7 +194,7 @@ def _prompt_completion(record: Record) -> Completion | Chat:
 
 
 def _with_system(record: Record, turns: list[Message]) -> list[Message]:
-    """The system text that stands in a column of its own goes before the turns, unless they begin with one."""
+    """The system text of a separate column becomes the first message, unless the messages begin with one."""
     text = record.first(SYSTEM)
     if not isinstance(text, str) or not text.strip() or (turns and turns[0]["role"] in ("system", "developer")):
         return turns
@@ -200,7 +202,7 @@ def _with_system(record: Record, turns: list[Message]) -> list[Message]:
 
 
 def _history(record: Record) -> list[Message]:
-    """Earlier questions and answers: LLaMA-Factory's list of pairs, or messages."""
+    """Earlier questions and answers, as LLaMA-Factory's list of pairs or as messages."""
     found = parsed(record.get("history")) or []
     if are_turns(found):
         return messages(found, "history")
@@ -235,7 +237,8 @@ def _preference(record: Record) -> Pair:
 
 
 def _asked(record: Record, column: str) -> str | list[Message]:
-    """The prompt of a preference, with the system text and the earlier turns in columns of their own; "" for none."""
+    """The prompt of a preference pair, with the system text and earlier turns from their own columns; "" if there is
+    none."""
     value = parsed(record[column]) if column in ("input", "prompt") else record.get(column, "")
     if isinstance(value, dict) and "messages" in value:  # OpenAI's: {"messages": [...], "tools": [...]}
         record.setdefault("tools", value.get("tools"))
@@ -256,13 +259,14 @@ def _as_turns(prompt: str | list[Message], column: str) -> list[Message]:
 
 
 def _repeats(answer: str, prompt: str) -> bool:
-    """Whether an answer begins with its prompt, which then ends between two words."""
+    """Whether an answer begins with its prompt, and the prompt ends at the end of a word."""
     at = len(prompt)
     return answer.startswith(prompt) and len(answer) > at and (prompt[-1:].isspace() or not answer[at].isalnum())
 
 
 def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """The prompt that both answers repeat; cut before a word, or behind the last turn marker of a transcript."""
+    """The prompt with which both answers begin; it ends before a word, or after the last turn marker of a
+    transcript."""
     size = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     common, marker = chosen[:size], "\n\nAssistant:"
     if marker in common:
@@ -276,9 +280,9 @@ def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
 def _common_messages(
     prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """The prompt, which may stand apart, at the head of both answers, or in both places; and the answers behind it.
+    """The prompt and the two answers after it. The prompt may be a column, the beginning of both answers, or both.
 
-    Where the two places differ, the one in the answers counts, as in TRL; a system text that only `prompt` has is kept.
+    If the two differ, the one in the answers counts, as in TRL; a system text that only `prompt` has is kept.
     """
     size = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     inside = chosen[:size]
@@ -291,7 +295,8 @@ def _common_messages(
 
 
 def _ranked(record: Record) -> Group:
-    """The answers to a prompt, and their ranks (1 is the best) or ratings, beside them or within."""
+    """The answers to a prompt, and their ranks (1 is the best) or ratings, from their own column or from within the
+    answers."""
     answers = parsed(record["answers"])
     if not isinstance(answers, list) or len(answers) < 2:
         raise UserError("column 'answers' is not a list of two or more")
@@ -327,9 +332,9 @@ def _tagged(record: Record) -> Tagged:
     if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
         raise UserError("column 'tokens' is not a list of words")
     if not isinstance(tags, list) or len(tags) != len(words):
-        raise UserError("column 'tags' has not one number for each of the tokens")
+        raise UserError("column 'tags' does not have one number per token")
     if not all(type(tag) is int and -1 <= tag < 1 << 15 for tag in tags):
-        raise UserError("column 'tags' holds something else than whole numbers from -1 to 32767")
+        raise UserError("column 'tags' must hold whole numbers from -1 to 32767")
     return Tagged(tuple(words), tuple(tags))
 
 
@@ -360,7 +365,7 @@ def _answer(prompt: object, completion: object, column: str, tools: list | None)
 
 
 def _turns(value: object) -> object:
-    """Turns written as JSON, or a single turn, as a list; any other value unchanged."""
+    """A list of turns, from JSON text or a single turn; any other value unchanged."""
     found = parsed(value)
     if isinstance(found, dict) and are_turns([found]):
         return [found]
@@ -368,7 +373,7 @@ def _turns(value: object) -> object:
 
 
 def _number(value: object, column: str) -> float:
-    """Of a number, or of its text, as tables hold it."""
+    """The value of a number, or of a text with a number, as in tables."""
     if isinstance(value, str):
         value = {"true": 1, "false": 0}.get(value.strip().lower(), value)
     try:

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's dataset_info.json: which columns of a file beside it hold what."""
+"""Reads LLaMA-Factory's dataset_info.json, which describes the columns of the files in its folder."""
 
 import functools
 import json
@@ -8,13 +8,13 @@ from common.errors import UserError, warn
 from data.files import Row
 
 OURS = {"query": "input", "response": "output", "prompt": "instruction", "kto_tag": "label"}  # of alpaca rows
-TURNS = {  # formatting -> the fields of a turn where the entry names none
+TURNS = {  # {formatting: fields of a turn}, for entries that do not name them
     "sharegpt": {"role_tag": "from", "content_tag": "value"},
     "openai": {"role_tag": "role", "content_tag": "content"},
 }
 ROLES = {"user": "user", "assistant": "assistant", "observation": "tool", "function": "function_call"}
 ROLES |= {"system": "system"}
-SELECTS = ("split", "subset", "folder", "num_samples")  # which rows LLaMA-Factory takes
+SELECTS = ("split", "subset", "folder", "num_samples")  # which rows LLaMA-Factory selects
 
 
 def mapping(path: Path) -> dict | None:
@@ -39,12 +39,12 @@ def mapping(path: Path) -> dict | None:
 
 @functools.cache
 def _warn(line: str) -> None:
-    """Once, though a file is asked for several times."""
+    """Prints a note only once, although the file is looked up several times."""
     warn(line)
 
 
 def mapped(row: Row, entry: dict) -> Row:
-    """The row with its columns, and the fields and roles of its turns, renamed to those that data.formats reads."""
+    """The row, with its columns and the fields and roles of its turns renamed to those that data.formats reads."""
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     if row.record is None or not (columns or tags):
         return row

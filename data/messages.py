@@ -1,5 +1,5 @@
-"""Chats in every spelling that is published, as one: role, content, tool_calls, reasoning_content, and what else a
-template may ask for. Read from the documentation of OpenAI, Mistral, TRL, LLaMA-Factory, axolotl and ShareGPT."""
+"""Converts chats of all published formats to one: role, content, tool_calls, reasoning_content, and other fields that a
+template may use. The formats are those documented by OpenAI, Mistral, TRL, LLaMA-Factory, axolotl and ShareGPT."""
 
 import json
 
@@ -11,10 +11,10 @@ ROLES = {
     "assistant": "gpt bing chatgpt bard model ai bot",
     "user": "human prompter",
     "tool": "observation function function_response tool_response tool_result ipython",
-    "call": "function_call tool_call",  # an assistant's turn whose text is the call
+    "call": "function_call tool_call",  # a turn of the assistant whose text is a tool call
 }
 ROLE = {name: role for role, names in ROLES.items() for name in (role, *names.split())} | {"system": "system"}
-TEXT = ("text", "input_text", "output_text", "refusal")  # kinds of parts of a content, and where each holds its text
+TEXT = ("text", "input_text", "output_text", "refusal")  # content parts by type, and the field with their text
 THOUGHT = ("thinking", "reasoning")
 IDLE = {
     "annotations",
@@ -32,7 +32,8 @@ IDLE = {
 
 
 def messages(value: object, column: str) -> list[Message]:
-    """The turns of a column: a list of objects, or JSON of one. Raises UserError that names the first unfit one."""
+    """The turns in a column: a list of objects, or JSON text of one. The UserError that it raises names the first
+    invalid turn."""
     value = parsed(value)
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
@@ -41,7 +42,7 @@ def messages(value: object, column: str) -> list[Message]:
 
 
 def are_turns(value: object) -> bool:
-    """Whether a value is a list of messages by the look of it."""
+    """Whether a value looks like a list of messages."""
     keys = {"role", "from"}
     return (
         isinstance(value, list) and bool(value) and all(isinstance(turn, dict) and keys & turn.keys() for turn in value)
@@ -53,7 +54,8 @@ def turn(role: str, content: str) -> Message:
 
 
 def tools(value: object) -> list[dict] | None:
-    """The functions that a model may call, as OpenAI writes them; from a list, or JSON of it or of its entries."""
+    """The functions that a model may call, in OpenAI's format; read from a list, from JSON text of a list, or from a
+    list of JSON texts."""
     value = without_nulls(parsed(value))
     value = [value] if isinstance(value, dict) else value
     if not value:
@@ -65,7 +67,7 @@ def tools(value: object) -> list[dict] | None:
 
 
 def parsed(value: object) -> object:
-    """The list or object that a JSON text encodes; any other value unchanged."""
+    """The list or object in a JSON text; any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -75,7 +77,8 @@ def parsed(value: object) -> object:
 
 
 def without_nulls(value: object) -> object:
-    """Less the fields that are null: Arrow and pandas give every object of a column the fields of all others."""
+    """The value without fields that are null: Arrow and pandas give every object in a column the fields of all
+    others."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -103,7 +106,7 @@ def _message(given: dict, where: str) -> Message:
     if role == "assistant" and 0 in learns:
         found["weight"] = 0  # OpenAI, Mistral and axolotl: this turn does not count in the loss
     elif role != "assistant" and 1 in learns:
-        found["train"] = True  # axolotl can learn what a user says; here it is counted as unused
+        found["train"] = True  # axolotl can train on the user's turns; here the field is counted as unused
     if not (found["content"] or calls or thought or "content" in given or "value" in given):
         raise UserError("a message without text", where)
     known = {"role", "content", "tool_calls", "reasoning_content", "weight", *THOUGHT, *IDLE}
@@ -111,7 +114,7 @@ def _message(given: dict, where: str) -> Message:
 
 
 def _content(value: object, role: str, where: str) -> tuple[str, str]:
-    """Text and thought of a content: a text, a list of parts, or what a tool has returned."""
+    """The text and the thought in a content, which is a text, a list of parts, or a tool's result."""
     if value is None or isinstance(value, str):
         return value or "", ""
     if isinstance(value, list) and all(isinstance(p, str) or (isinstance(p, dict) and "type" in p) for p in value):

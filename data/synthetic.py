@@ -1,4 +1,4 @@
-"""Small made-up tasks whose answers are known: the smoke test of every method, with no download.
+"""Small generated tasks with known answers, to try any method without a download.
 
 A spec is NAME?k=v&k=v: "add?n=1000&digits=2&seed=0". The same spec gives the same records on every machine.
 """
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from common.errors import UserError
 
-VERSION = 1  # goes up when a spec gives other records
+VERSION = 1  # raised when a spec gives other records
 
 
 def records(spec: str) -> Iterator[dict]:
@@ -26,7 +26,7 @@ def records(spec: str) -> Iterator[dict]:
 
 
 def _below(rng: random.Random, n: int) -> int:
-    return int(rng.random() * n)  # `random()` is the one method whose stream Python promises to keep
+    return int(rng.random() * n)  # Python keeps the stream of no other method than `random()` stable
 
 
 def add(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
@@ -52,7 +52,7 @@ def add_labels(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
 
 
 def add_matches(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
-    """Sums, and sentences that hold them."""
+    """Sums, and sentences that contain them."""
     for record in add(rng, n, digits):
         yield {"query": record["prompt"], "passage": f"The sum is {record['prompt']}{record['completion']}."}
 

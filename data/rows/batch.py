@@ -1,11 +1,10 @@
-"""The kinds of batches: what each holds, its shapes, and an example. Only this module inspects them to distinguish the
-kinds.
+"""The kinds of batches: what each holds, its shapes, and an example. No other module distinguishes the kinds.
 
-An lm batch holds arrays [B, T], one document or several packed ones a row: tokens; targets, the token behind each;
-mask, 1.0 where the target counts in the loss; segments, the number of the document in its row from 1 on, 0 on padding;
-positions within the document. It may hold further arrays [B, T] ("tags") and columns [B] ("label").
-A batch of another kind holds one lm batch for each of its sides, row by row. A new kind is one line in KINDS; that of
-an encoder-decoder will be its two sides.
+An lm batch holds arrays [B, T], with one document or several packed ones per row: tokens; targets, the token after
+each; mask, 1.0 where the target counts in the loss; segments, the number of the document in its row, counted from 1,
+and 0 on padding; positions within the document. There may be further arrays [B, T] ("tags") and columns [B] ("label").
+A batch of another kind holds one lm batch per side, whose rows correspond. A new kind is one line in KINDS; for an
+encoder-decoder it would be the two sides.
 """
 
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Side = dict[str, np.ndarray]  # an lm batch; on devices, jax arrays in place of numpy's
-Batch = dict[str, Any]  # a Side, or a Side for each of its sides
+Batch = dict[str, Any]  # a Side, or {name: Side}
 TOKENS = {"tokens": np.int32, "targets": np.int32, "mask": np.float32, "segments": np.int32, "positions": np.int32}
 COLUMNS = {"label": np.int32, "rank": np.int32, "rating": np.float32, "group": np.int32, "reward": np.float32}
 COLUMNS |= {"margin": np.float32, "tie": np.int32}  # of pairs
-ONE = "row"  # the name of the only side of an lm batch, which is the batch itself
-ANSWERS = 4  # K of a group whose data are not known yet
+ONE = "row"  # the only side of an lm batch is the batch itself, under this name
+ANSWERS = 4  # number K of answers in a group while the data are unknown
 
 
 class Kind(NamedTuple):
@@ -29,7 +28,7 @@ class Kind(NamedTuple):
 
 
 def answers(k: int) -> tuple[str, ...]:
-    """Names of the sides of a group of `k` answers to one prompt. Sorted names keep the answers in order."""
+    """Names of the sides of a group of `k` answers to one prompt; sorting the names keeps the answers in order."""
     return tuple(f"answer{i:03d}" for i in range(k))
 
 
@@ -46,7 +45,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Spec:
-    """Shape and dtype of an array that is not there yet."""
+    """Shape and dtype of an array that does not exist yet."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -63,7 +62,8 @@ def join(parts: dict[str, Batch]) -> Batch:
 
 
 def kind_of(batch: Batch) -> str:
-    """The name of the kind of a batch, by its sides and the arrays of the first one. Raises ValueError for none."""
+    """The name of the kind of a batch, found by its sides and the arrays of the first side. Raises ValueError if none
+    fits."""
     sides = parts(batch)
     if tuple(sides) == answers(len(sides)):
         return "group"
@@ -71,11 +71,11 @@ def kind_of(batch: Batch) -> str:
     found = [name for name, k in KINDS.items() if {*k.sides} == {*sides} and names >= {*k.floats, *k.columns}]
     if not found:
         raise ValueError(f"no kind of batch has the sides {', '.join(sides)}")
-    return found[-1]  # a kind that asks for more than another stands behind it
+    return found[-1]  # a kind with more requirements than another comes after it
 
 
 def serves(given: str, asked: str) -> bool:
-    """Whether batches of the kind `given` hold all that a reader of the kind `asked` reads."""
+    """Whether batches of the kind `given` contain everything that code for the kind `asked` reads."""
     has, needs = KINDS[given], KINDS[asked]
     return has.sides == needs.sides and {*has.columns} >= {*needs.columns} and {*has.floats} >= {*needs.floats}
 
@@ -90,7 +90,7 @@ def abstract(kind: str, rows: int, seq_len: int, k: int = ANSWERS) -> Batch:
 
 
 def example(kind: str, rows: int, seq_len: int, vocab_size: int, seed: int = 0) -> Batch:
-    """Random ids in rows of one document each, whose masks keep very different numbers of targets."""
+    """An example: rows of one document each with random ids, whose masks keep very different numbers of targets."""
     rng = np.random.default_rng(seed)
 
     def part(spec: Batch) -> Batch:

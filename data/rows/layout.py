@@ -1,4 +1,5 @@
-"""The documents of one source as rows of a batch: what is cut, dropped or packed, and the copy into the arrays."""
+"""Arranges the documents of one source as rows of a batch: which are cut, dropped or packed, and the copy into the
+arrays."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +19,7 @@ PACKINGS = ("none", "concat", "best_fit")
 
 
 class Part(NamedTuple):
-    """Items of one source, by their numbers, and its weight in the mixture."""
+    """The examples of one source, as numbers, and the weight of the source in the mixture."""
 
     dataset: Dataset
     documents: np.ndarray
@@ -26,16 +27,17 @@ class Part(NamedTuple):
 
 
 class Packed(NamedTuple):
-    sides: list[Rows]  # of each side of the items (data.rows.batch), row by row
+    sides: list[Rows]  # rows of each side of the examples (data.rows.batch)
     report: dict  # documents that were truncated, split into several pieces, dropped
-    items: np.ndarray | None = None  # the number of each row's item, where a row holds just one
+    items: np.ndarray | None = None  # the number of each row's example, if rows hold only one
 
 
 def packed(part: Part, *, seq_len: int, packing: str, truncate: bool, max_bad: float, seed: int) -> Packed:
-    """Text is cut into pieces, so nothing is lost; what is longer of another kind loses its tail, or counts as bad.
+    """Long texts are cut into pieces, so nothing is lost; long documents of other kinds lose their tail, or count as
+    bad.
 
-    What has nothing left to learn within `seq_len` is dropped. Items with several sides or with columns are never
-    packed: a row is one of them.
+    Documents without a target in the loss within `seq_len` are dropped. Examples with several sides or with columns are
+    never packed: each is one row.
     """
     if packing not in PACKINGS:
         raise UserError(f"unknown packing {packing!r}", "data.packing", f"one of {' '.join(PACKINGS)}")
@@ -68,7 +70,7 @@ def _pieces(data: Dataset, numbers: np.ndarray) -> Pieces:
 
 
 def _nothing_learnt(data: Dataset, sides: list[Pieces], long: np.ndarray, seq_len: int) -> np.ndarray:
-    """True for long documents with a side that has no token of the loss within a row."""
+    """True for long documents of which one side has no token in the loss within the length of a row."""
     drop = np.zeros_like(long)
     for i in np.flatnonzero(long):
         kept = [np.arange(side.starts[i], side.starts[i] + min(side.lengths[i], seq_len)) for side in sides]
@@ -83,11 +85,12 @@ def _check_long(data: Dataset, count: int, total: int, seq_len: int, max_bad: fl
 
 
 def write(batch: Batch, at: np.ndarray, data: Dataset, rows: Rows, chosen: np.ndarray, pad_id: int) -> None:
-    """Copies rows `chosen` of a source into rows `at` of the arrays [B,T]; the target behind a document is padding."""
+    """Copies rows `chosen` of a source into rows `at` of the arrays [B,T]; the target of a document's last token is
+    padding."""
     counts = np.diff(rows.bounds)[chosen]
     pieces = ranges(rows.bounds[chosen], counts)
     starts, lengths = rows.starts[pieces], rows.lengths[pieces]
-    nth = ranges(np.zeros_like(counts), counts)  # of each piece in its row
+    nth = ranges(np.zeros_like(counts), counts)  # position of each piece in its row
     before = np.cumsum(lengths) - lengths
     column = before - np.repeat(before[np.cumsum(counts) - counts], counts)
     seq_len = batch["tokens"].shape[1]

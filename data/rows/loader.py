@@ -1,4 +1,5 @@
-"""Batches as a pure function of (seed, step): nothing to store but the step, and the same on any number of hosts."""
+"""Batches as a pure function of (seed, step): only the step must be saved, and any number of hosts sees the same
+batches."""
 
 import contextlib
 import hashlib
@@ -27,8 +28,8 @@ TOKENIZER_END = "special_tokens_map.json"  # the last file that `Tokenizer.save`
 class Loader:
     """Batches of `batch_size` rows of `seq_len` slots; `rows` is the slice of each batch that this process reads.
 
-    Training streams repeat forever; every row appears once per epoch. A held-out loader goes through its rows once, in
-    order, sources interleaved; its last batch is filled up with empty rows.
+    Training streams repeat forever; every row appears once per epoch. A held-out loader reads its rows once, in order,
+    with the sources interleaved; its last batch is padded with empty rows.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Loader:
         pad_id: int = 0,
         view: View = View(),  # noqa: B008
     ):
-        self.raw = False  # whether prompts are left without a template that the model has
+        self.raw = False  # whether prompts are not wrapped in the model's chat template
         self.parts, self.seq_len, self.batch_size, self.seed = parts, seq_len, batch_size, seed
         self.shuffle, self.heldout, self.pad_id = shuffle and not heldout, heldout, pad_id
         self.view = view
@@ -55,7 +56,7 @@ class Loader:
         holds = {(d.sides, d.columns, d.stored.tags is not None) for d in (part.dataset for part in parts)}
         if len(holds) > 1:
             kinds = " and ".join(sorted({part.dataset.kind for part in parts}))
-            raise UserError(f"a mixture of {kinds} records", "data.source", "train on one kind")
+            raise UserError(f"a mixture of {kinds} records", "data.source", "train on one kind of records")
         self.sides, self.columns, self.tagged = holds.pop()
         names = dict.fromkeys((*batches.TOKENS, *self.columns))
         self.kind = batches.kind_of(batches.join(dict.fromkeys(self.sides, names)))
@@ -77,17 +78,17 @@ class Loader:
             if size == 0:
                 raise UserError("no rows", name)
             if size < self.batch_size and not self.heldout:
-                fix = "lower data.batch_size or data.seq_len, or bring more records"
+                fix = "lower data.batch_size or data.seq_len, or add records"
                 raise UserError(f"{size} rows are less than one batch of {self.batch_size}", name, fix)
 
     @property
     def num_batches(self) -> int:
-        """Batches that hold every row once (of all sources together)."""
+        """The number of batches that hold every row once (of all sources together)."""
         return -(-sum(self.sizes) // self.batch_size)
 
     @property
     def tokens_per_batch(self) -> int:
-        """Slots of a batch over all hosts."""
+        """The number of slots in a batch, over all hosts."""
         return self.batch_size * self.seq_len * len(self.sides)
 
     @property
@@ -109,7 +110,7 @@ class Loader:
 
     @property
     def system(self) -> str:
-        """The system text that every chat of every source begins with; "" where they differ or have none."""
+        """The system text with which every chat of every source begins; "" if they differ or have none."""
         texts = {text for part in self.parts for text in part.dataset.report["system"]}
         return texts.pop() if len(texts) == 1 else ""
 
@@ -175,7 +176,7 @@ class Loader:
         return {"fingerprint": self.fingerprint, "settings": self.settings}
 
     def load_state_dict(self, saved: dict) -> None:
-        """Raises UserError that names what differs when the saved run read another stream of batches."""
+        """Raises UserError if the saved run read another stream of batches, and names the differences."""
         if saved.get("fingerprint") == self.fingerprint:
             return
         old = saved.get("settings", {})
@@ -186,9 +187,9 @@ class Loader:
 def make_loaders(
     data: Config, tok: Tokenizer, seed: int = 0, rows: slice | None = None
 ) -> tuple[Loader, Loader | None]:
-    """Training and held-out loaders of the `data` keys of a config; held-out is None when there is nothing to hold.
+    """Training and held-out loaders of the `data` keys of a config; the second is None when nothing is held out.
 
-    Without `eval_source`, a source's own validation split is held out, else a share of its documents.
+    Without `eval_source`, the source's own validation split is held out, or else a fraction of its documents.
     """
     weights = sources.mixture(data.source)
     datasets = {name: _prepare(data, name, tok) for name in weights}
@@ -207,7 +208,8 @@ def make_loaders(
 
 
 def _own_split(name: str, eval_source: str) -> str:
-    """The source of the validation split that comes with a source, "" without one; says what becomes of the splits."""
+    """The name of the validation split that comes with a source, "" without one. Prints which splits are used for
+    what."""
     names = sources.split_names(name)
     held = next((f"{name}@{split}" for split in names if splits.NAMES.get(split) == "validation"), "")
     if names:
@@ -219,7 +221,7 @@ def _own_split(name: str, eval_source: str) -> str:
 def load_tokenizer(data: Config, default: str = "bytes") -> Tokenizer:
     """The tokenizer of a config; `default` is the model's own. "bpe:N" and "spm:N" are trained once and cached.
 
-    `data.chat_template` replaces its template. One without a chat template gets the default one where the data are
+    `data.chat_template` replaces its template. A tokenizer without a chat template gets the default one if the data are
     chats, so that training matches serving.
     """
     spec = data.tokenizer or default
@@ -239,8 +241,8 @@ def _trained_tokenizer(data: Config, spec: str) -> Tokenizer:
     key = [spec, data.format, data.fields, [sources.content_id(name) for name in names]]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     folder = Path(data.cache).expanduser() / "tokenizers" / digest[:24]
-    files.clean(folder.parent)  # a killed writer's, even if another process has written this one
-    if folder.is_dir() and not (folder / TOKENIZER_END).is_file():  # damaged: what appears now is whole
+    files.clean(folder.parent)  # remains of a killed process, even if another one has completed this tokenizer
+    if folder.is_dir() and not (folder / TOKENIZER_END).is_file():  # damaged: it is replaced by a complete one
         files.remove(folder)
     if not (folder / TOKENIZER_END).is_file():
         corpus = (text for name in names for text in texts(name, data.format, data.fields))
@@ -249,8 +251,8 @@ def _trained_tokenizer(data: Config, spec: str) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """The folder is there as a whole or not at all; one that is there stays."""
-    with contextlib.suppress(FileExistsError), files.folder(folder, TOKENIZER_END) as work:  # another one was faster
+    """Writes the folder completely or not at all; an existing one is kept."""
+    with contextlib.suppress(FileExistsError), files.folder(folder, TOKENIZER_END) as work:  # already written
         tokenizer.save(work)
 
 
@@ -269,7 +271,7 @@ def _part_id(part: Part) -> str:
 
 
 def _interleave(sizes: list[int]) -> np.ndarray:
-    """(source, row) of all rows, each source spread evenly and in its own order. int64 [sum(sizes), 2]"""
+    """(source, row) of all rows: each source is spread evenly, and keeps its order. int64 [sum(sizes), 2]"""
     pairs = np.array([(s, r) for s, size in enumerate(sizes) for r in range(size)], np.int64).reshape(-1, 2)
     place = (pairs[:, 1] + 0.5) / np.maximum(np.asarray(sizes), 1)[pairs[:, 0]]
     return pairs[np.argsort(place, kind="stable")]

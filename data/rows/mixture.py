@@ -3,12 +3,13 @@ directly."""
 
 import numpy as np
 
-BLOCK = 1000  # rows in which a mixture keeps its shares exactly; a weight counts in thousandths
+BLOCK = 1000  # rows in which a mixture has its shares exactly; weights are rounded to thousandths
 ROUNDS = 6
 
 
 def permute(index: np.ndarray, n: int, *key: int) -> np.ndarray:
-    """A bijection of [0, n) that `key` picks, without a table: Feistel rounds, walked until the value is below n.
+    """A bijection of [0, n), chosen by `key` and computed without a table: Feistel rounds, repeated until the value is
+    below n.
 
     Black & Rogaway 2002, "Ciphers with arbitrary finite domains".
     """
@@ -29,14 +30,15 @@ def _feistel(value: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64; products wrap around."""
+    """The finalizer of splitmix64, with products modulo 2^64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def shares(weights: list[float]) -> np.ndarray:
-    """Rows of each source in a block: the largest remainders, at least one each. int64, sums to BLOCK."""
+    """Number of rows of each source in a block, by the method of largest remainders, at least one each. int64, sums to
+    BLOCK."""
     exact = np.asarray(weights) / sum(weights) * BLOCK
     counts = np.maximum(np.floor(exact), 1).astype(np.int64)
     for i in np.argsort(counts - exact, kind="stable")[: max(BLOCK - counts.sum(), 0)]:
@@ -46,7 +48,7 @@ def shares(weights: list[float]) -> np.ndarray:
 
 
 def assign(index: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(source, how many rows of that source came before) of each row of the mixed stream."""
+    """(source, number of earlier rows of this source) for each row of the mixed stream."""
     if len(counts) == 1:
         return np.zeros_like(index), index
     block, place = index // BLOCK, index % BLOCK
@@ -59,7 +61,7 @@ def assign(index: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarray
 
 
 def row(nth: np.ndarray, n: int, seed: int, shuffle: bool) -> np.ndarray:
-    """The row that is `nth` in an endless stream of n rows; each epoch has its own order and every row once."""
+    """The `nth` row of an endless stream of n rows; each epoch has every row once, in its own order."""
     epoch, place = nth // n, nth % n
     if not shuffle:
         return place

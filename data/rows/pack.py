@@ -1,7 +1,7 @@
-"""Documents to rows of T slots. A row is a list of pieces of documents; no token is copied here.
+"""Packs documents into rows of T slots. A row is a list of pieces of documents; this module copies no tokens.
 
-A slot holds a token and the one that follows it, so a piece of n tokens fills n slots; behind the last token of a
-document nothing follows, and its slot does not count in the loss.
+A slot holds a token and the token after it, so a piece of n tokens fills n slots; the last token of a document has no
+successor, and its slot does not count in the loss.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ BLOCK = 10_000  # pieces that are packed together
 
 
 class Pieces(NamedTuple):
-    starts: np.ndarray  # int64 [P], slot in the flat tokens
+    starts: np.ndarray  # int64 [P], first slot in the flat tokens
     lengths: np.ndarray  # int64 [P], slots
 
 
@@ -29,12 +29,12 @@ class Rows(NamedTuple):
         return len(self.bounds) - 1
 
     def fill(self, seq_len: int) -> float:
-        """Share of the slots that hold a token."""
+        """Fraction of the slots that hold a token."""
         return float(self.lengths.sum() / max(len(self) * seq_len, 1))
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """arange(s, s + n) of every piece, end to end."""
+    """The concatenation of arange(s, s + n) over the pieces."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 
@@ -49,12 +49,12 @@ def cut(pieces: Pieces, seq_len: int) -> Pieces:
 
 
 def truncate(pieces: Pieces, seq_len: int) -> Pieces:
-    """The tail of what is longer than a row is lost."""
+    """Cuts pieces that are longer than a row; their tails are lost."""
     return Pieces(pieces.starts, np.minimum(pieces.lengths, seq_len))
 
 
 def none(pieces: Pieces) -> Rows:
-    """One piece a row."""
+    """One piece per row."""
     return Rows(*pieces, np.arange(len(pieces.starts) + 1))
 
 
@@ -71,7 +71,7 @@ def concat(pieces: Pieces, seq_len: int) -> Rows:
 
 
 def best_fit(pieces: Pieces, seq_len: int, seed: int) -> Rows:
-    """Longest first, each into the fullest row that still takes it, within random blocks. No piece is cut.
+    """Puts pieces, longest first, each into the fullest row with enough space, within random blocks. No piece is cut.
 
     Best-fit decreasing; Ding et al. 2024, "Fewer Truncations Improve Language Modeling".
     """
@@ -87,8 +87,8 @@ def best_fit(pieces: Pieces, seq_len: int, seed: int) -> Rows:
 
 
 def _best_fit(lengths: np.ndarray, seq_len: int) -> list[list[int]]:
-    """Rows as lists of indices. `open_` has bit s set when a row with s free slots exists: the fullest row that
-    takes n slots is the lowest set bit from n on, found in one big-integer operation."""
+    """Rows as lists of indices. Bit s of `open_` is set when a row with s free slots exists: the fullest row with n
+    free slots is the lowest set bit from n on, found in one big-integer operation."""
     rows: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(seq_len + 1)]
     open_ = 0

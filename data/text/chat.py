@@ -1,4 +1,5 @@
-"""Messages to text to ids, and which ids the assistant wrote: one path for training, evaluation and serving."""
+"""Turns messages into text and ids, and finds the ids that the assistant wrote. Training, evaluation and serving share
+this code."""
 
 import functools
 import json
@@ -20,24 +21,22 @@ Span = tuple[int, int]  # characters [start, end) of a rendered chat
 OPENED = re.compile(r"\s*[<\[][^<>\[\]/]*(?:think|thought)[^<>\[\]]*[>\]]\s*", re.I)  # a thought that a prompt opens
 READ = {"role", "content", "tool_calls", "reasoning_content", "weight"}  # what is looked after here; else the template
 PIECEWISE = (
-    "chats whose template shows answers otherwise than it asks for them: each was written as when it is asked for"
+    "chats whose template renders earlier answers in another way than new ones: each answer was rendered as a new one"
 )
-LAST = (
-    "chats with only the last answer in the loss, since the template renders earlier ones differently from its prompts"
-)
+LAST = "chats with only the last answer in the loss, since the template renders earlier answers in another way"
 
 
 @dataclass
 class Asked:
-    """The answers of chats in the loss, "all" or the "last"; and remarks found on the way, with counts."""
+    """Which answers of a chat count in the loss, "all" or the "last"; and counted remarks on the chats."""
 
     learn: str = "all"
-    unused: Counter = field(default_factory=Counter)  # fields of messages that the template has no place for
+    unused: Counter = field(default_factory=Counter)  # fields of messages that the template does not use
     notes: Counter = field(default_factory=Counter)
 
 
 class Writer(NamedTuple):
-    """The template of a tokenizer, for chats with these tools."""
+    """The chat template of a tokenizer for chats with these tools."""
 
     tokenizer: Tokenizer
     tools: Tools = None
@@ -48,7 +47,7 @@ class Writer(NamedTuple):
         return own or self.tokenizer.chat_template or DEFAULT_TEMPLATE
 
     def text(self, messages: Messages, prompt: bool = False, marks: tuple[str, str] = ("", "")) -> str:
-        """The chat, with the head of the answer that is asked for where `prompt` is set."""
+        """Renders the chat; if `prompt` is set, with the beginning of the next answer."""
         tok = self.tokenizer
         ids = {"bos_token": tok.bos_id, "eos_token": tok.eos_id, "pad_token": tok.pad_id}
         names = {name: "" if i is None else tok.core.id_to_token(i) for name, i in ids.items()}
@@ -57,13 +56,14 @@ class Writer(NamedTuple):
 
 
 class NoPrefix(UserError):
-    """A chat's text does not begin with the text of its first turns."""
+    """Raised when the text of a chat does not begin with the text of its first turns."""
 
 
 def render(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = False, tools: Tools = None) -> str:
-    """The chat as text, by the tokenizer's template. BOS is in it where the template writes one: never add another.
+    """The chat as text, rendered by the tokenizer's template. The text contains BOS if the template writes it: never
+    add another.
 
-    Refuses content that spells a control token, which could end or open a turn.
+    Refuses content with the text of a control token, which could begin or end a turn.
     """
     writer = Writer(tokenizer, tools)
     return writer.text(_fitted(messages, writer, Asked()), add_generation_prompt)
@@ -72,24 +72,24 @@ def render(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool
 def encode(
     messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = True, tools: Tools = None
 ) -> list[int]:
-    """The ids a model is asked to continue."""
+    """The ids of the prompt that the model continues."""
     return tokenizer.encode(render(messages, tokenizer, add_generation_prompt, tools), special=True)
 
 
 def tokens_and_mask(
     messages: Messages, tokenizer: Tokenizer, tools: Tools = None, first: int = 0, asked: Asked | None = None
 ) -> tuple[list[int], list[int]]:
-    """Ids of the whole chat, and 1 on those of assistant turns with their end tokens (from message `first` on, but for
-    those of weight 0).
+    """The ids of the whole chat, and a mask that is 1 on the assistant's turns and their end tokens (from message
+    `first` on, except turns of weight 0).
 
-    Decoding the masked ids gives the assistant's texts and end tokens; that is checked here, for every chat.
+    For every chat it is checked that decoding the masked ids gives the assistant's texts and end tokens.
     """
     asked, writer = asked or Asked(), Writer(tokenizer, tools)
     messages = _fitted(messages, writer, asked)
     turns = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
     turns = [i for i in turns if messages[i].get("weight") != 0][-1 if asked.learn == "last" else 0 :]
     if not turns:
-        raise UserError("no assistant turn, so no token would count in the loss")
+        raise UserError("the chat has no assistant turn, so no token would count in the loss")
     text, spans = _spans(messages, turns, writer, asked)
     _count_dropped(text, messages, turns, asked)
     ids, mask = mask_ids(text, spans, tokenizer)
@@ -97,15 +97,15 @@ def tokens_and_mask(
     return ids, mask
 
 
-# ---- which characters the assistant wrote ----
+# ---- the characters that the assistant wrote ----
 
 
 def _spans(messages: Messages, turns: list[int], writer: Writer, asked: Asked) -> tuple[str, list[Span]]:
-    """The rendered chat and the characters of these turns that the model would have written.
+    """The rendered chat, and the spans of characters in these turns that the model would have written.
 
-    A template that shows an answer otherwise once more is said (Qwen3 drops its thoughts), or that begins a thought in
-    the prompt and drops it from the answer (DeepSeek-R1), cannot be cut as it is. Then every answer is rendered as when
-    it is the last, as when the model is prompted for it; if that is impossible, only the last one counts in the loss.
+    Some templates render an answer differently once further turns follow (Qwen3 drops its thoughts), or begin a thought
+    in the prompt and drop it from the answer (DeepSeek-R1). Their text cannot be cut directly: every answer is rendered
+    as if it were the last one; if that is impossible, only the last one counts in the loss.
     """
     if "endgeneration" in writer.template:
         return _spans_by_marks(messages, turns, writer)
@@ -126,7 +126,7 @@ def _spans(messages: Messages, turns: list[int], writer: Writer, asked: Asked) -
 
 
 def _advice(text: str) -> str:
-    """The fix for a template that renders answers differently from its prompts."""
+    """The suggested fix for a template that renders earlier answers differently."""
     name = template.twin(text)
     return f"set data.chat_template={name}" if name else "set data.chat_template=FILE with {% generation %} blocks"
 
@@ -144,7 +144,7 @@ def _spans_by_marks(messages: Messages, turns: list[int], writer: Writer) -> tup
         text += piece
     written = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     owners = written
-    if len(spans) != len(written):  # an answer may have several: around its thought, its calls, its text
+    if len(spans) != len(written):  # an answer may have several blocks: around its thought, its calls, its text
         upto = [writer.text(messages[: i + 1], False, (left, right)).count(left) for i in written]
         owners = [i for i, (a, b) in zip(written, pairwise([0, *upto]), strict=True) for _ in range(b - a)]
     if len(spans) != len(owners) or not set(written) <= set(owners):
@@ -159,10 +159,10 @@ def _spans_by_marks(messages: Messages, turns: list[int], writer: Writer) -> tup
 
 
 def _span(messages: Messages, i: int, text: str, writer: Writer) -> Span:
-    """Turn i starts where its prompt ends, and ends behind its end token."""
+    """Turn i starts where its prompt ends, and ends after its end token."""
     prompt = writer.text(messages[:i], True)
     upto = text if i + 1 == len(messages) else writer.text(messages[: i + 1])
-    same = _equal(text, upto)  # a template may write a token behind the last turn of a chat
+    same = _equal(text, upto)  # a template may write a token after the last turn of a chat
     end, ended = _end(text, len(prompt), same, messages[i], writer.tokenizer)
     for prefix in (prompt, upto):
         if not text.startswith(prefix) and (prefix is prompt or not ended):
@@ -175,8 +175,8 @@ def _span(messages: Messages, i: int, text: str, writer: Writer) -> Span:
 
 
 def _end(text: str, start: int, stop: int, message: dict, tokenizer: Tokenizer) -> tuple[int, bool]:
-    """Where an answer ends, and whether all that it says and an end token stand before: behind the first such token
-    that follows what it says, else behind the whole answer."""
+    """(the end of an answer, whether it contains the answer's whole content and an end token). The answer ends after
+    the first end token that follows its content, or else at the end of its text."""
     calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
     said = [part.strip() for part in (message["content"] or "", *calls) if part.strip()]
     thought = message.get("reasoning_content", "").strip()
@@ -188,7 +188,7 @@ def _end(text: str, start: int, stop: int, message: dict, tokenizer: Tokenizer) 
 
 
 def _piecewise(messages: Messages, writer: Writer) -> tuple[str, dict[int, Span]]:
-    """The chat with every answer as the template writes the last one, and the characters of each answer."""
+    """The chat with every answer rendered like a last one, and the span of each answer."""
     written = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     text, spans, before, ending = "", {}, None, ""
     for i in written:
@@ -198,7 +198,7 @@ def _piecewise(messages: Messages, writer: Writer) -> tuple[str, dict[int, Span]
         else:
             behind = _behind(messages, before, i, writer)
             if not behind.startswith(ending):
-                raise UserError("an answer ends otherwise when another follows", "chat template")
+                raise UserError("an answer ends differently when another one follows", "chat template")
             text += behind[len(ending) :]
         ending = _behind(messages, i, i + 1, writer, last=True)
         answer = _answer(prompt, messages, i, ending, writer)
@@ -210,7 +210,7 @@ def _piecewise(messages: Messages, writer: Writer) -> tuple[str, dict[int, Span]
 
 
 def _behind(messages: Messages, i: int, stop: int, writer: Writer, last: bool = False) -> str:
-    """The text after the content of answer i: its end, the turns up to `stop`, and the head of the next answer."""
+    """The text after the content of answer i: its end, the turns up to `stop`, and the beginning of the next answer."""
     stand_in = secrets.token_hex(8)
     answer = {"role": "assistant", "content": stand_in}
     text = writer.text([*messages[:i], answer, *messages[i + 1 : stop]], not last)
@@ -220,7 +220,7 @@ def _behind(messages: Messages, i: int, stop: int, writer: Writer, last: bool = 
 
 
 def _answer(prompt: str, messages: Messages, i: int, ending: str, writer: Writer) -> str:
-    """Answer i as the model would write it behind its prompt, with its end."""
+    """Answer i as the model would write it after its prompt, with its end token."""
     said, thought = messages[i]["content"], messages[i].get("reasoning_content", "").strip()
     whole = writer.text(messages[: i + 1])
     if whole.startswith(prompt):
@@ -229,16 +229,17 @@ def _answer(prompt: str, messages: Messages, i: int, ending: str, writer: Writer
         return answer
     opened = prompt[_equal(prompt, whole) :]
     if not OPENED.fullmatch(opened) or messages[i].get("tool_calls"):
-        raise UserError("the prompt of an answer is not how the chat begins", "chat template")
+        raise UserError("the chat does not begin with the prompt of an answer", "chat template")
     opens = opened.strip()
     closes = opens[0] + "/" + opens[1:]
-    if closes in said:  # its thought stands in the content
+    if closes in said:  # its thought is part of the content
         return said.lstrip().removeprefix(opens).lstrip("\n") + ending
     return f"{thought}\n{closes}\n\n{said}{ending}"
 
 
 def _without_thought(prompt: str, messages: Messages, i: int, writer: Writer) -> str:
-    """Answer i with no thought where a prompt begins one and the template shows that of a last answer; else ""."""
+    """Answer i with an empty thought, if the prompt begins a thought and the template renders that of a last answer;
+    else ""."""
     stand_in = secrets.token_hex(8)
     answer = _thought_placed(messages[i] | {"reasoning_content": stand_in}, writer.template)
     shown = writer.text([*messages[:i], answer])
@@ -247,12 +248,12 @@ def _without_thought(prompt: str, messages: Messages, i: int, writer: Writer) ->
 
 
 def _equal(one: str, two: str) -> int:
-    """How many characters are equal at the head of both."""
+    """The length of the common prefix."""
     return next((at for at, (a, b) in enumerate(zip(one, two)) if a != b), min(len(one), len(two)))
 
 
 def _count_dropped(text: str, messages: Messages, turns: list[int], asked: Asked) -> None:
-    """Counts what a template leaves out in silence; raises UserError where it is an answer to learn."""
+    """Counts contents that a template leaves out silently. Raises UserError if one is an answer in the loss."""
     for i, message in enumerate(messages):
         thought, closes, said = (message["content"] or "").rpartition("</think>")
         thought = message.get("reasoning_content") or (closes and thought.rpartition("<think>")[2])
@@ -270,10 +271,10 @@ def _count_dropped(text: str, messages: Messages, turns: list[int], asked: Asked
 
 
 def mask_ids(text: str, spans: list[Span], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids of `text`, 1 on those inside a span; no token crosses an edge of a span.
+    """The ids of `text`, and a mask that is 1 inside the spans; no token crosses the edge of a span.
 
-    The parts are encoded one by one, as at inference, where the prompt ends before the answer is known. Where that
-    gives other ids than the whole (a prefix space, a merge), the whole wins unless one of its tokens crosses an edge.
+    The parts are encoded separately, as at inference, where the prompt ends before the answer is known. If the whole
+    text has other ids (because of a prefix space or a merge), those are used, unless a token crosses an edge.
     """
     cuts = [0, *(edge for span in spans for edge in span), len(text)]
     parts = [tokenizer.encode(text[a:b], special=True) for a, b in pairwise(cuts)]
@@ -286,7 +287,7 @@ def mask_ids(text: str, spans: list[Span], tokenizer: Tokenizer) -> tuple[list[i
 
 
 def _check(text: str, spans: list[Span], ids: list[int], mask: list[int], tokenizer: Tokenizer) -> None:
-    """decode(masked ids) == the assistant's own text, span by span."""
+    """Checks that the masked ids of every span decode to the assistant's text."""
     runs, before = [], 0
     for i, inside in zip(ids, mask):
         if inside and not before:
@@ -296,19 +297,19 @@ def _check(text: str, spans: list[Span], ids: list[int], mask: list[int], tokeni
         before = inside
     learnt = "".join(tokenizer.decode(run).strip() for run in runs)
     wanted = "".join(text[a:b].strip() for a, b in spans)
-    if learnt != wanted:  # a normalizer may have written the text anew: composed accents, lower case
+    if learnt != wanted:  # a normalizer may have changed the text: composed accents, lower case
         wanted = "".join(tokenizer.decode(tokenizer.encode(text[a:b], special=True)).strip() for a, b in spans)
     if not learnt or learnt != wanted:
         raise UserError(f"the loss mask covers {learnt[:120]!r}, the assistant wrote {wanted[:120]!r}", "chat template")
 
 
-# ---- messages as a template wants them ----
+# ---- messages in the form that a template expects ----
 
 
 def _fitted(messages: Messages, writer: Writer, asked: Asked) -> Messages:
-    """The messages with their fields where the template looks for them; counts those that it has no place for.
+    """The messages, with their fields moved to where the template reads them; fields that it does not read are counted.
 
-    Raises UserError for a call of a tool that the template drops: its turn would be trained as an empty answer.
+    Raises UserError if the template drops a tool call, because its turn would be trained as an empty answer.
     """
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -333,7 +334,7 @@ def _fitted(messages: Messages, writer: Writer, asked: Asked) -> Messages:
 
 
 def _names(text: str, name: str) -> bool:
-    """Whether a template looks at a field or a variable of this name."""
+    """Whether a template reads a field or a variable of this name."""
     return bool(re.search(rf"\.{name}\b|['\"]{name}['\"]|[\s(]{name}\b", text))
 
 
@@ -344,7 +345,8 @@ def _role_placed(message: dict, text: str) -> dict:
 
 
 def _thought_placed(message: dict, text: str) -> dict:
-    """The thought in the field that the template knows, or before the content where it looks for </think>."""
+    """The message with its thought in the field that the template reads, or before the content if it looks for
+    </think>."""
     thought = message.get("reasoning_content")
     if not thought or _names(text, "reasoning_content"):
         return message
@@ -359,7 +361,7 @@ def _thought_placed(message: dict, text: str) -> dict:
 
 @functools.lru_cache(maxsize=16)
 def _keeps_thoughts(text: str) -> bool:
-    """Whether a template shows the thought in the content of a last answer."""
+    """Whether a template renders the thought in the content of a last answer."""
     turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "<think>\nkept\n</think>\n\na"}]
     try:
         return "kept" in template.render(text, messages=turns, tools=None, add_generation_prompt=False)
@@ -368,7 +370,8 @@ def _keeps_thoughts(text: str) -> bool:
 
 
 def _variants(messages: Messages) -> Iterator[Messages]:
-    """Templates differ in what they take for the content of a call, and for its arguments: an object or its JSON."""
+    """Templates differ in the content of a turn with calls, and in the arguments of a call: an object or its JSON
+    text."""
     for content in ("", None):
         for write in (None, functools.partial(json.dumps, ensure_ascii=False)):
             yield [_called(message, content, write) if message.get("tool_calls") else message for message in messages]
@@ -400,7 +403,7 @@ def _shows_calls(messages: Messages, writer: Writer) -> bool:
 
 
 def _refuse_control_tokens(value: object, tokenizer: Tokenizer, where: str) -> None:
-    """Raises UserError when a text anywhere in a message or a tool spells a control token."""
+    """Raises UserError when a message or a tool contains the text of a control token."""
     if tokenizer.reads_control:
         return
     if isinstance(value, str) and (found := tokenizer.control_tokens(value)):

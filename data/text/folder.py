@@ -1,4 +1,4 @@
-"""Hugging Face folders: the vocabulary, and every file beside it that says what else the tokenizer is."""
+"""Reads tokenizers of Hugging Face folders: the vocabulary, and the other files that define the tokenizer."""
 
 import importlib
 from pathlib import Path
@@ -13,10 +13,10 @@ from data.text.splits import QWEN2
 from data.text.tokenizer import NoTokenizer, Tokenizer
 
 MAX_FILE = 256 << 20  # bytes of one tokenizer file
-MAX_GAP = 4096  # ids that nothing names, before one that a file names
+MAX_GAP = 4096  # unnamed ids that may precede an id that a file names
 NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
-# Names of tokens that a class has where its folder is silent; only folders without tokenizer.json ask.
+# Default token names of a tokenizer class, for folders without tokenizer.json that do not name them.
 GPT2 = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 GEMMA = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad", "mask")}
@@ -67,12 +67,12 @@ def _finished(core: Core, folder: Path, names: dict) -> Tokenizer:
 
 
 def _core(folder: Path, kind: str, names: dict) -> Core | None:
-    """None where the folder holds no kind of vocabulary that is read here."""
+    """The vocabulary of a folder; None if this module does not read its kind."""
     if (folder / "tokenizer.json").is_file():
         text = _read(folder / "tokenizer.json")
         try:
             core = Core.from_str(text)
-        except Exception as error:  # the Rust side raises a bare Exception
+        except Exception as error:  # the Rust library raises a bare Exception
             raise UserError(f"not a tokenizer this library reads: {error}", str(folder / "tokenizer.json")) from None
         if isinstance(core.model, models.Unigram):
             core.model = _unigram(files.strict(text)["model"])
@@ -89,18 +89,20 @@ def _core(folder: Path, kind: str, names: dict) -> Core | None:
 
 
 def _unigram(model: dict) -> models.Unigram:
-    """The model with its scores as they are written; the reader of Rust changes their last digits, and so ties."""
+    """The model with the scores exactly as in the file; the Rust library's reader changes their last digits, and with
+    them the ties."""
     vocab = [(token, score) for token, score in model["vocab"]]
     return models.Unigram(vocab, unk_id=model["unk_id"], byte_fallback=bool(model.get("byte_fallback")))
 
 
 def _sentencepiece(path: Path, kind: str, names: dict) -> Core | None:
-    """As the class of the folder reads the file: Llama's puts a space before the text, once unless `legacy`."""
+    """Reads the file as the tokenizer class of the folder does: Llama's puts a space before the text, only once unless
+    `legacy`."""
     renamed = {int(i): _content(token) for i, token in (names.get("added_tokens_decoder") or {}).items()}
     try:
         core = pieces.sentencepiece(path.read_bytes(), str(path), renamed)
     except UserError:
-        if b" " in path.read_bytes()[:64]:  # a list of base64 and ranks, as tiktoken writes
+        if b" " in path.read_bytes()[:64]:  # a list of base64 texts and ranks, as tiktoken writes
             return None
         raise
     if kind.endswith("Llama"):
@@ -147,7 +149,7 @@ def _word_piece(folder: Path, names: dict) -> Core:
 
 
 def _by_transformers(folder: Path, kind: str, names: dict) -> tuple[Core, dict]:
-    """Loads tokenizers that only transformers can express; no code of the folder is run."""
+    """Loads tokenizers that only transformers can read; no code of the folder is run."""
     found = _vocabularies(folder)
     if not found:
         raise NoTokenizer("no tokenizer.json, tokenizer.model, vocabulary or single .gguf in this folder", str(folder))
@@ -160,22 +162,22 @@ def _by_transformers(folder: Path, kind: str, names: dict) -> tuple[Core, dict]:
     try:
         theirs = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         core = theirs.backend_tokenizer
-    except Exception as error:  # whatever a file of a stranger can cause there
+    except Exception as error:  # foreign files can cause any error there
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{what} is not read by transformers either: {reason}", str(folder)) from None
     return core, names | {key: str(token) for key, token in theirs.special_tokens_map.items() if isinstance(token, str)}
 
 
 def _vocabularies(folder: Path) -> list[str]:
-    """Names of the files that may hold one."""
+    """The names of files that may hold a vocabulary."""
     return sorted({path.name for name in FILES for path in folder.glob(name)} - {"tokenizer_config.json"})
 
 
-# ---- what the other files add ----
+# ---- the other files ----
 
 
 def _add_tokens(core: Core, folder: Path, names: dict) -> None:
-    """Tokens that the vocabulary lacks, in the order of their ids, and which of all are control tokens."""
+    """Adds tokens that the vocabulary lacks, in the order of their ids, and marks the control tokens."""
     at = {int(i): token for i, token in (names.get("added_tokens_decoder") or {}).items() if str(i).isdigit()}
     for content, i in _read_json(folder / "added_tokens.json").items():
         if isinstance(i, int):
@@ -206,7 +208,7 @@ def _add_tokens(core: Core, folder: Path, names: dict) -> None:
 
 
 def _named(names: dict) -> list[tuple[str, object]]:
-    """(key, token) of every control token that the config and the map name."""
+    """(key, token) for every control token that tokenizer_config.json or special_tokens_map.json names."""
     found = [(f"{key}_token", names.get(f"{key}_token")) for key in NAMES]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = names.get(key)
@@ -241,8 +243,8 @@ def _token_id(core: Core, token: object) -> int | None:
 
 
 def _prefix(core: Core, folder: Path, names: dict, bos: int | None) -> tuple[int, ...]:
-    """Ids before every text: as the post-processor in tokenizer.json says, which is all that transformers reads; as the
-    flags say in a folder without that file, and in those that were written here."""
+    """The ids before every text. As in transformers, only the post-processor in tokenizer.json defines them; the flags
+    define them in folders without that file, and in those written by this project."""
     flags = [names.get(key) for key in ("add_bos_token", "add_eos_token")]
     flagged, written = any(isinstance(flag, bool) for flag in flags), (folder / "tokenizer.json").is_file()
     flagged_prefix = (bos,) if flags[0] and bos is not None else ()
@@ -264,7 +266,7 @@ def _prefix(core: Core, folder: Path, names: dict, bos: int | None) -> tuple[int
 
 
 def _chat_templates(folder: Path, named: object) -> dict[str, str]:
-    """{"default": ..., "tool_use": ...}: files win over the config, as in transformers."""
+    """{"default": ..., "tool_use": ...}. Files override the config, as in transformers."""
     named = _read_json(folder / "chat_template.json").get("chat_template", named)
     if isinstance(named, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
         named = {each.get("name"): each.get("template") for each in named if isinstance(each, dict)}
@@ -276,7 +278,7 @@ def _chat_templates(folder: Path, named: object) -> dict[str, str]:
 
 
 def _ends(folder: Path, names: dict) -> list[int]:
-    """Further ids that end an answer, of tokenizer_config.json and of generation_config.json."""
+    """Further ids that end an answer, from tokenizer_config.json and generation_config.json."""
     said = [names.get("extra_eos_ids"), _read_json(folder / "generation_config.json").get("eos_token_id")]
     ids = [i for value in said for i in (value if isinstance(value, list) else [value])]
     return [i for i in ids if type(i) is int and 0 <= i < 2**31]

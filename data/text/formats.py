@@ -1,4 +1,4 @@
-"""Tokenizers by name: where each kind is read, those of bytes, and those trained on text."""
+"""Loads tokenizers by name. Byte tokenizers, and those trained on text, are defined here."""
 
 import io
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ from data.text.gguf import from_gguf
 from data.text.pieces import from_sentencepiece
 from data.text.tokenizer import Tokenizer
 
-# What is fetched of a hub repository.
+# The files that are downloaded from a hub repository.
 FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*chat_template*", "generation_config.json")
 FILES += ("config.json", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json")
 
@@ -33,7 +33,7 @@ def load(spec: str | Path, texts: Callable[[], Iterable[str]] | None = None) -> 
         if not size.isdigit():
             raise UserError("the size of a vocabulary is a whole number", spec, f"for example {kind}:2048")
         if texts is None:
-            raise UserError("this tokenizer is trained on text, but there is none", spec, "name a saved one")
+            raise UserError("this tokenizer must be trained, but there is no text", spec, "name a saved one")
         return TRAINERS[kind](texts(), int(size))
     path = locate(spec, FILES)
     with reading(path):
@@ -48,7 +48,7 @@ def load(spec: str | Path, texts: Callable[[], Iterable[str]] | None = None) -> 
 
 
 class ByteTokenizer(Tokenizer):
-    """Same ids as its core, without the work of looking for merges that are not there."""
+    """Gives the same ids as its core, but skips the search for merges, since there are none."""
 
     def encode_batch(self, texts: list[str], special: bool = False) -> list[list[int]]:
         if special or self.reads_control:
@@ -57,7 +57,7 @@ class ByteTokenizer(Tokenizer):
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Ids 0..255 are the bytes of UTF-8; then BOS, EOS and padding."""
+    """A tokenizer whose ids 0 to 255 are the bytes of UTF-8; then follow BOS, EOS and padding."""
     core = Core(models.BPE({char: byte for byte, char in enumerate(byte_characters())}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     core.decoder = decoders.ByteLevel()
@@ -84,7 +84,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str = "unigram") -> Tokenizer:
-    """A SentencePiece model with byte fallback, so that no text is unknown to it."""
+    """A SentencePiece model with byte fallback, so that it can encode any text."""
     return from_sentencepiece(sentencepiece_model(texts, vocab_size, model_type), f"spm:{vocab_size}")
 
 
@@ -106,8 +106,8 @@ def sentencepiece_model(texts: Iterable[str], vocab_size: int, model_type: str =
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
             user_defined_symbols=["\n"],  # newlines are text, not the end of a sentence
-            hard_vocab_limit=False,  # little text gives a smaller vocabulary
-            num_threads=1,  # more threads make another vocabulary
+            hard_vocab_limit=False,  # a small text gives a smaller vocabulary
+            num_threads=1,  # with more threads the vocabulary would differ
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The tokenizer in the header of a GGUF file, as llama.cpp reads it; files of early writers included."""
+"""Reads the tokenizer in the header of a GGUF file as llama.cpp does, also from files of early writers."""
 
 from pathlib import Path
 
@@ -44,8 +44,8 @@ def from_gguf(path: Path) -> Tokenizer:
 
 
 def _repair(meta: dict, where: str) -> None:
-    """Repairs what llama.cpp repairs or warns about: absent lists, empty names, ids out of range, control tokens of
-    type text."""
+    """Repairs what llama.cpp repairs or warns about: missing lists, empty names, ids out of range, control tokens
+    marked as text."""
     tokens = meta["tokens"] = [token or f"[EMPTY_{i}]" for i, token in enumerate(meta["tokens"])]
     if len(set(tokens)) < len(tokens):
         raise UserError("two tokens of the vocabulary have the same text", where)

@@ -1,4 +1,4 @@
-"""A tokenizer as the metadata of a GGUF file, which llama.cpp and data/text/gguf.py read."""
+"""Writes a tokenizer as the metadata of a GGUF file, which llama.cpp and data/text/gguf.py read."""
 
 import json
 
@@ -11,7 +11,8 @@ from data.text.tokenizer import Tokenizer
 
 
 def metadata(tokenizer: Tokenizer, size: int) -> Json:
-    """{key: value} for a model with a table of `size` rows. Raises UserError for what GGUF has no word for."""
+    """{key: value} for a model whose embedding has `size` rows. Raises UserError for a tokenizer that GGUF cannot
+    express."""
     core = json.loads(tokenizer.core.to_str())
     model = core["model"]
     if model["type"] != "BPE":
@@ -59,7 +60,7 @@ def _kind(token: str | None, special: set[str], added: set[str], unknown: str | 
 
 
 def _pre(core: dict) -> str:
-    """The name in GGUF of how a tokenizer cuts text."""
+    """GGUF's name for the way in which a tokenizer splits text."""
     steps = core["pre_tokenizer"] or {}
     patterns = []
     for step in steps.get("pretokenizers", [steps]):
@@ -73,4 +74,4 @@ def _pre(core: dict) -> str:
     for name, known in SPLITS.items():
         if list(known) == patterns and (name in WHOLE_WORDS) == whole and (name in NFC) == composed:
             return name
-    raise UserError("GGUF has no name for how this tokenizer cuts text", "export", "--format=hf")
+    raise UserError("GGUF has no name for how this tokenizer splits text", "export", "--format=hf")

@@ -1,4 +1,4 @@
-"""Jinja as chat templates use it, less everything that reads outside its arguments."""
+"""Jinja for chat templates, without any feature that reads more than the template's arguments."""
 
 import json
 from datetime import datetime
@@ -11,15 +11,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_TEMPLATE = 1 << 20  # characters
 MAX_TEXT = 1 << 24  # characters of one rendered chat
-RANDOM = ("random",)  # filters whose result is another each time
+RANDOM = ("random",)  # filters with random results
 
 
 class TooLong(Exception):
-    """A template, or a chat that it renders, is longer than is allowed."""
+    """Raised when a template, or the text that it renders, is longer than allowed."""
 
 
 class Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}` puts marks around what the model would write."""
+    """Implements `{% generation %} ... {% endgeneration %}`, which puts marks around the text that the model would
+    write."""
 
     tags = {"generation"}
 
@@ -42,7 +43,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals |= {"raise_exception": _raise, "strftime_now": lambda layout: datetime.now().strftime(layout)}
 
     def wrap_str_format(self, value):
-        return None  # then `is_safe_attribute` refuses str.format, which reads attributes
+        return None  # so that `is_safe_attribute` refuses str.format, which can read attributes
 
     def is_safe_attribute(self, obj, attr, value):
         return not (isinstance(obj, str) and attr.startswith("format")) and super().is_safe_attribute(obj, attr, value)

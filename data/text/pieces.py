@@ -1,4 +1,4 @@
-"""SentencePiece models as a `tokenizers.Tokenizer`, from a .model file or from the lists of a GGUF header."""
+"""Builds a `tokenizers.Tokenizer` of a SentencePiece model, from a .model file or from the lists in a GGUF header."""
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Core
@@ -6,19 +6,19 @@ from tokenizers import Tokenizer as Core
 from common.errors import UserError
 from data.text.tokenizer import Tokenizer
 
-LONGEST = 1024  # characters of a piece: the work for one grows with their square
+LONGEST = 1024  # maximum characters of a piece: the work grows with their square
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of pieces
 
 
 def from_sentencepiece(model: bytes, where: str) -> Tokenizer:
-    """Only a .model file: with the control tokens that it names itself, and without a template."""
+    """The tokenizer of a single .model file, with the control tokens that it names and without a chat template."""
     core = sentencepiece(model, where)
     ids = {key: core.token_to_id(name) for key, name in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))}
     return Tokenizer(core, **ids)
 
 
 def sentencepiece(model: bytes, where: str, renamed: dict[int, str] | None = None) -> Core:
-    """The core of a .model file; `renamed` names pieces anew by their ids."""
+    """The core of a .model file; `renamed` maps ids to new names of pieces."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as proto
 
@@ -44,7 +44,8 @@ def sentencepiece(model: bytes, where: str, renamed: dict[int, str] | None = Non
 
 
 def sentencepiece_core(tokens, scores, types, *, bpe, dummy_prefix, squeeze, charsmap) -> Core:
-    """Ids equal SentencePiece's, but text that starts with whitespace gets no dummy prefix (as in transformers)."""
+    """The ids are those of SentencePiece, except that text with leading whitespace gets no dummy prefix (as in
+    transformers)."""
     unknown = next((i for i, kind in enumerate(types) if kind == UNKNOWN), None)
     byte_fallback = BYTE in types
     if bpe:
@@ -53,7 +54,7 @@ def sentencepiece_core(tokens, scores, types, *, bpe, dummy_prefix, squeeze, cha
         merges = _merges(vocab, scores, types)
         core = Core(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=byte_fallback))
     else:
-        rounded = [round(score, 6) for score in scores]  # more digits do not survive the JSON reader
+        rounded = [round(score, 6) for score in scores]  # the JSON reader does not preserve more digits
         core = Core(models.Unigram(list(zip(tokens, rounded)), unk_id=unknown, byte_fallback=byte_fallback))
     steps = [normalizers.Precompiled(charsmap)] if charsmap else []
     steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")] if squeeze else []
@@ -73,7 +74,7 @@ def sentencepiece_decoder(dummy_prefix: bool) -> decoders.Decoder:
 
 
 def add_tokens(core: Core, tokens: list[str], types: list[int]) -> None:
-    """Registers control and user-defined pieces, which are matched before the model sees the text."""
+    """Registers control and user-defined pieces, which are matched before the model is applied."""
     kinds = list(zip(tokens, types))
     special = [AddedToken(t, special=True, normalized=False) for t, k in kinds if k in (CONTROL, UNKNOWN)]
     core.add_special_tokens(special)
@@ -81,7 +82,8 @@ def add_tokens(core: Core, tokens: list[str], types: list[int]) -> None:
 
 
 def _merges(vocab: dict[str, int], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
-    """SentencePiece stores no merges: every split of a piece into two pieces is one, best score first."""
+    """The merges, which SentencePiece does not store: every split of a piece into two pieces, those with the best
+    scores first."""
     found = []
     for token, i in vocab.items():
         if types[i] not in (NORMAL, USER_DEFINED) or len(token) < 2:

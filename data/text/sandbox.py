@@ -1,8 +1,8 @@
-"""A process that renders chat templates: it holds nothing but Jinja, and what a template can take there is bounded.
+"""A process that renders chat templates. It contains only Jinja, and its time and memory are limited.
 
-Messages are JSON, each behind its size in 8 bytes. A request is [template, marks, variables]; without variables, which
-are null then, the template is only compiled. An answer is [kind, text]: "text"; "limit", with the one that was passed;
-"error", with its reason.
+Messages are JSON, each preceded by its size in 8 bytes. A request is [template, marks, variables]; if variables is
+null, the template is only compiled. An answer is [kind, text]: "text" with the rendered text, "limit" with the limit
+that was exceeded, or "error" with the reason.
 """
 
 import json
@@ -17,21 +17,22 @@ import time
 from typing import Any
 
 CPU_SECONDS = 2.0  # of a rendering
-SECONDS = 30.0  # of a rendering, where its CPU time does not end it
+SECONDS = 30.0  # seconds for one rendering, in case it waits without using CPU time
 MEMORY = 1 << 29  # bytes of address space, Python's included
 MAX_REASON = 500  # characters
 OUT_OF_MEMORY = 3  # the exit code
 
 
 class Renderer:
-    """The process as others see it. It starts when it is first needed, and after it has died; threads take turns."""
+    """The client of the process, which is started when needed, also after it has died. Only one thread uses it at a
+    time."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
 
     def ask(self, request: bytes) -> tuple[str, str]:
-        """The answer, which is a "limit" when the process gave none; it is ended then."""
+        """The answer of the process. If there is none, the process is killed and the answer is a "limit"."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._process = _started()
@@ -41,7 +42,7 @@ class Renderer:
             except OSError as error:
                 self.close()
                 return "limit", _why(error, self._process.returncode)
-            except BaseException:  # an interrupt: the next one would read the answer to this one
+            except BaseException:  # after an interrupt, the next request would read this one's answer
                 self.close()
                 raise
 
@@ -51,7 +52,7 @@ class Renderer:
             self._process.wait()
 
     def forget(self) -> None:
-        """Leaves the process to the one that this one is forked from."""
+        """Forgets the process, which belongs to the parent of this forked process."""
         if self._process:
             self._process.stdin.close()
             self._process.stdout.close()
@@ -60,7 +61,7 @@ class Renderer:
 
 
 def _started() -> subprocess.Popen:
-    """With the Python and the packages of this process; Ctrl-C in a terminal does not reach it."""
+    """Starts the process with this process's Python and packages; Ctrl-C in a terminal does not reach it."""
     program = f"import sys; sys.path[:] = {sys.path!r}; from data.text import sandbox; sandbox.serve()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     return subprocess.Popen([sys.executable, "-I", "-S", "-c", program], bufsize=0, start_new_session=True, **pipes)
@@ -121,7 +122,7 @@ def serve() -> None:
     try:
         while head := sys.stdin.buffer.read(8):
             request = decoded(sys.stdin.buffer.read(int.from_bytes(head, "big")))
-            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # SIGPROF then ends the process
+            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # SIGPROF ends the process at that time
             answer = encoded(_answer(jinja, *request))
             signal.setitimer(signal.ITIMER_PROF, 0)
             _write(1, answer)

@@ -1,6 +1,7 @@
-"""How text is cut before byte-level BPE: `tokenizer.ggml.pre` of a GGUF -> patterns, each of which cuts what the former
-left whole. They are those of the models' own tokenizer.json files, or of llama.cpp if only it defines them. A wrong
-entry gives plausible but different ids, so what is not here is refused."""
+"""How text is split before byte-level BPE. A name in `tokenizer.ggml.pre` of a GGUF file stands for patterns, each of
+which splits the pieces that the previous ones left. The patterns come from the models' own tokenizer.json files, or
+from llama.cpp if only it defines them. A wrong entry would give plausible but different ids, so unknown names are
+refused."""
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LINES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,8 +51,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 SPLITS = {name: patterns for names, patterns in FAMILIES.items() for name in names.split()}
-# A word that is an entry of the vocabulary stays one token, whatever the merges say.
+# Names for which a word in the vocabulary stays one token, whatever the merges say.
 WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 WHOLE_WORDS |= {"jina-v5-nano", "minicpm5"}
-ADD_BOS = WHOLE_WORDS - {"minicpm5"}  # where the file has no `add_bos_token`
+ADD_BOS = WHOLE_WORDS - {"minicpm5"}  # used if the file has no `add_bos_token`
 NFC = {"qwen2", "deepseek-r1-qwen", "qwen35"}  # composed first, as the tokenizer.json of these models says

@@ -1,6 +1,7 @@
-"""Chat templates are programs that come with a model: they run in a process of their own, with bounded work and output.
+"""Renders chat templates. A template is a program that comes with a model, so it runs in a separate process with limits
+on time, memory and output.
 
-Those that stand in this repository are rendered here.
+Templates of this repository are rendered in this process.
 """
 
 import atexit
@@ -13,8 +14,8 @@ from common.errors import UserError
 from data.text import sandbox
 from data.text.tokenizer import DEFAULT_TEMPLATE
 
-TEMPLATES = Path(__file__).with_name("templates")  # by the families that use them; all mark the tokens of the loss
-FAMILIES = {  # template of TEMPLATES -> what a template of its family writes; the first that fits
+TEMPLATES = Path(__file__).with_name("templates")  # one per model family; all of them mark the tokens in the loss
+FAMILIES = {  # {name in TEMPLATES: a text that the templates of its family contain}; the first match counts
     "deepseek_r1": ("<｜Assistant｜>", "<think>"),
     "qwen3": ("<|im_start|>", "<think>"),
     "chatml": ("<|im_start|>",),
@@ -26,20 +27,21 @@ FAMILIES = {  # template of TEMPLATES -> what a template of its family writes; t
 MAX_CHAT = 1 << 24  # bytes of JSON
 PLACE = "chat template"
 _RENDERER = sandbox.Renderer()
-_OWN: set[str] = set()  # templates that are not foreign programs
+_OWN: set[str] = set()  # templates of this repository
 atexit.register(_RENDERER.close)
 os.register_at_fork(after_in_child=_RENDERER.forget)
 
 
 class TemplateLimit(UserError):
-    """A template takes more time or memory than is allowed, or writes more: a fault of it, not of one chat."""
+    """Raised when a template exceeds its limits of time, memory or output. This is the template's fault, not the
+    chat's."""
 
 
 def render(template: str, marks: tuple[str, str] = ("", ""), **variables: Any) -> str:
-    """Renders a template with its variables; `marks` go around its `{% generation %}` blocks.
+    """Renders a template with variables; `marks` are put around its `{% generation %}` blocks.
 
-    Raises UserError for a template that is broken, refuses the messages, or does what the sandbox forbids, and its
-    TemplateLimit.
+    Raises UserError if the template is broken, refuses the messages or does something forbidden, and TemplateLimit if
+    it exceeds a limit.
     """
     if not is_own(template):
         return _asked(template, marks, variables)
@@ -52,7 +54,7 @@ def render(template: str, marks: tuple[str, str] = ("", ""), **variables: Any) -
 
 
 def _asked(template: str, marks: tuple[str, str], variables: dict[str, Any] | None) -> str:
-    """`render` in the process; "" for no variables, when the template compiles."""
+    """Renders in the separate process. Without variables the template is only compiled, and the result is ""."""
     try:
         request = sandbox.encoded([template, marks, variables])
     except (TypeError, ValueError, RecursionError) as error:
@@ -69,14 +71,14 @@ def _asked(template: str, marks: tuple[str, str], variables: dict[str, Any] | No
 
 
 def is_own(template: str) -> bool:
-    """Whether it is one of this repository's, perhaps behind a system text."""
+    """Whether a template is one of this repository, perhaps with a system text in front."""
     if not _OWN:
         _OWN.update([DEFAULT_TEMPLATE, *(path.read_text("utf-8") for path in TEMPLATES.glob("*.jinja"))])
     return template in _OWN
 
 
 def with_system(template: str, system: str) -> str:
-    """The template, with a system text for chats that begin with none."""
+    """The template, extended by a system text for chats without one."""
     text = json.dumps(system, ensure_ascii=False)
     head = "{% if not messages or messages[0]['role'] not in ['system', 'developer'] %}{% set messages = "
     out = f"{head}[{{'role': 'system', 'content': {text}}}] + messages %}}{{% endif %}}{template}"
@@ -86,12 +88,13 @@ def with_system(template: str, system: str) -> str:
 
 
 def twin(text: str) -> str:
-    """The name in TEMPLATES of a template to train with in place of this one; "" where none is of its family."""
+    """The name in TEMPLATES of a template of the same family, to train with instead of this one; "" if there is
+    none."""
     return next((name for name, marks in FAMILIES.items() if all(mark in text for mark in marks)), "")
 
 
 def named(spec: str) -> str | None:
-    """The template that `spec` names: a file, or one of data/text/templates; None for "none"."""
+    """The template of `spec`: a file, or a name in data/text/templates; None for "none"."""
     if spec == "none":
         return None
     path = Path(spec).expanduser()
@@ -103,7 +106,7 @@ def named(spec: str) -> str | None:
             "no such file or template", f"data.chat_template={spec}", f"none, {', '.join(known)}, or a FILE"
         )
     text = path.read_text("utf-8")
-    if path.suffix == ".json":  # as transformers once wrote it
+    if path.suffix == ".json":  # the format of older versions of transformers
         text = json.loads(text).get("chat_template", "")
     if not isinstance(text, str) or not text.strip():
         raise UserError("the file has no chat template", str(path))

@@ -1,4 +1,5 @@
-"""Text to token ids and back. Whatever file it comes from, a tokenizer is one `tokenizers.Tokenizer` and a few ids."""
+"""Converts text to token ids and back. Every tokenizer, whatever its file format, is a `tokenizers.Tokenizer` and a few
+ids."""
 
 import hashlib
 import json
@@ -16,22 +17,23 @@ from common.errors import UserError, panics_unprinted, reading
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Core
 
-# For models that bring no chat template: plain headings and the end token, readable in any vocabulary.
+# The template for models without one: plain headings and the end token, which any vocabulary can encode.
 DEFAULT_TEMPLATE = (
     "{% for m in messages %}{{ '### ' ~ m['role'] ~ '\\n' ~ m['content'] }}"
     "{{ eos_token if m['role'] == 'assistant' else '' }}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"
 )
-# Tokens that end a turn in the templates of known families; one counts as an end when the template writes it.
+# Tokens that end a turn in the templates of known families; they count if the tokenizer's own template contains them.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|return|>", "<|eot|>")
 
 
 class NoTokenizer(UserError):
-    """A model's files hold none."""
+    """Raised when the files of a model contain no tokenizer."""
 
 
 class Absent:
-    """Stands for the tokenizer of a model without one, which still computes on ids; any use of it raises UserError."""
+    """Replaces the tokenizer of a model without one: the model still works with ids, and any use of the tokenizer
+    raises UserError."""
 
     def __init__(self, error: NoTokenizer):
         self.error = error
@@ -41,7 +43,8 @@ class Absent:
 
 
 class Tokenizer:
-    """Ids are those of the model; `encode` adds neither BOS nor EOS, and reads control tokens only on request."""
+    """A tokenizer with the ids of the model. `encode` adds neither BOS nor EOS, and reads control tokens only on
+    request."""
 
     def __init__(
         self,
@@ -60,11 +63,11 @@ class Tokenizer:
         core.encode_special_tokens = True
         self.core = core
         self.bos_id, self.eos_id, self.pad_id = bos, eos, pad
-        self.prefix = prefix  # ids that documents start with: BOS, as a rule
+        self.prefix = prefix  # ids at the start of documents: usually BOS
         self.chat_template = chat_template
-        self.tool_template = tool_template  # for chats with tools, where the model has one of their own
+        self.tool_template = tool_template  # template for chats with tools, if the model has a separate one
         self.extra_eos = tuple(extra_eos)
-        self.reads_control = False  # whether control tokens that a text spells out are read as such, unasked
+        self.reads_control = False  # whether control tokens in a text are always read as such
         self._lock = threading.Lock()
 
     @property
@@ -77,7 +80,7 @@ class Tokenizer:
 
     @cached_property
     def special(self) -> dict[str, int]:
-        """Control tokens: text -> id."""
+        """{text: id} of the control tokens."""
         added = self.core.get_added_tokens_decoder()
         return {token.content: i for i, token in sorted(added.items()) if token.special}
 
@@ -86,12 +89,12 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or r"(?!)")
 
     def control_tokens(self, text: str) -> list[str]:
-        """Control tokens that a text spells out."""
+        """The control tokens that occur in a text."""
         return self._special_pattern.findall(text)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Every id that ends an answer: EOS, those the model's files name, and the template's end of turn."""
+        """The ids that end an answer: EOS, the ones that the model's files name, and the template's end of turn."""
         template = self.chat_template or ""
         ends = [self.special[t] for t in TURN_ENDS if t in self.special and t in template]
         first = [] if self.eos_id is None else [self.eos_id]
@@ -104,8 +107,8 @@ class Tokenizer:
         return [encoding.ids for encoding in self._encode(texts, special, offsets=False)]
 
     def encode_inputs(self, texts: list[str], longest: int) -> list[list[int]]:
-        """Ids as an encoder reads them: with the special tokens that the tokenizer's files put around a text. A text of
-        more than `longest` ids loses its tail."""
+        """Ids for an encoder: with the special tokens that the tokenizer puts around a text. A text of more than
+        `longest` ids loses its tail."""
         with self._lock:
             self.core.enable_truncation(longest)
             self.core.encode_special_tokens = True
@@ -117,17 +120,17 @@ class Tokenizer:
                 self.core.no_truncation()
 
     def encode_offsets(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and the span of characters of `text` that each came from."""
+        """The ids, and the span of characters in `text` of each."""
         encoding = self._encode([text], special)[0]
         return encoding.ids, encoding.offsets
 
     def _encode(self, texts: list[str], special: bool, offsets: bool = True) -> list:
         special = special or self.reads_control
         core = self.core if special else self._plain
-        with self._lock:  # the switch belongs to the core, so threads take turns
+        with self._lock:  # the switch is a property of the core, so only one thread may use it
             core.encode_special_tokens = not special
             try:
-                with reading("text"), panics_unprinted:  # patterns and normalizers of any hand do the work
+                with reading("text"), panics_unprinted:  # patterns and normalizers may come from hostile files
                     return (core.encode_batch if offsets else core.encode_batch_fast)(texts, add_special_tokens=False)
             except UserError as error:
                 if isinstance(error.__cause__, TypeError):
@@ -138,8 +141,8 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> "Core":
-        """The core that takes control tokens for text. A unigram model would find them among its words, as they have
-        the best score there: it gets others in their places, and the names of bytes the worst one."""
+        """A core that reads control tokens as plain text. A unigram model would find them in its vocabulary, where they
+        have the best score: their names are replaced, and the names of bytes get the worst score."""
         from tokenizers import Tokenizer as Core
         from tokenizers import models
 
@@ -158,9 +161,10 @@ class Tokenizer:
             return self.core.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def stream(self, prompt: Iterable[int] = (), skip_special: bool = True) -> Callable[[int], str]:
-        """A function id -> new text behind `prompt`, which holds back the bytes of an unfinished character.
+        """A function from the next id to the new text after `prompt`; it holds back the bytes of an incomplete
+        character.
 
-        Without the prompt, decoders that strip the space before a text would strip the answer's.
+        The prompt is needed because some decoders strip the leading space of a text, which here would be the answer's.
         """
         from tokenizers.decoders import DecodeStream
 
@@ -173,11 +177,11 @@ class Tokenizer:
         return step
 
     def token_bytes(self, ids):
-        """Bytes of UTF-8 that a token (or an array of them) stands for; 0 for control tokens. int32."""
+        """Number of UTF-8 bytes of a token or of an array of tokens, int32; 0 for control tokens."""
         return self.byte_lengths[ids]
 
     def spelled(self, token: int) -> bytes:
-        """The UTF-8 that a token stands for, perhaps a part of a character; a control token is spelled by its name."""
+        """The UTF-8 bytes of a token, perhaps only part of a character; for a control token, those of its name."""
         text = self.core.id_to_token(token) or ""
         if text in self._added:
             return text.encode()
@@ -223,7 +227,7 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for tokenizers that give equal ids and chats, wherever they were loaded from."""
+        """A hash that is equal for tokenizers that give equal ids and chats, wherever they were loaded from."""
         template = self.chat_template or DEFAULT_TEMPLATE
         prefix = self.add_bos if self.prefix in ((), (self.bos_id,)) else self.prefix
         ids = [self.bos_id, self.eos_id, self.pad_id, prefix, self.extra_eos]
@@ -232,7 +236,7 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Files that `load` and the usual `AutoTokenizer` both read, giving the same ids."""
+        """Writes files from which `load` and `AutoTokenizer` of transformers give the same ids."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.core.save(str(folder / "tokenizer.json"))

@@ -13,14 +13,14 @@ Row = dict[str, np.ndarray]  # one row of an lm batch: its arrays [T], and its c
 
 
 class View(NamedTuple):
-    """`apply(row, rng)` returns the row as the model is to see it; None leaves rows as they are.
+    """`apply(row, rng)` returns the row that the model reads; if it is None, rows are unchanged.
 
-    All rows come back with the same shapes. `rng` depends on the seed, the step and the row's place in the batch, so
+    All returned rows have the same shapes. `rng` depends on the seed, the step and the row's place in the batch, so
     that batches stay a function of (seed, step) on any number of hosts.
     """
 
     apply: Callable[[Row, np.random.Generator], Row] | None = None
-    settings: dict = {}  # of the config: a resume compares them
+    settings: dict = {}  # the view's keys in the config, which a resume compares
 
 
 def view(cfg: Config, tokenizer: Tokenizer, seq_len: int) -> View:

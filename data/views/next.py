@@ -1,4 +1,4 @@
-"""Each token is followed by the one to predict, as documents are stored: rows stay as they are."""
+"""Predicts the next token. Documents are stored in this form, so rows are unchanged."""
 
 from data.text.tokenizer import Tokenizer
 from data.views import View
