@@ -37,7 +37,7 @@ def byte_lengths(model: Transformer, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def text_loss(lm: LM, texts: list[str]) -> tuple[float, int]:
-    """(sum, weight) of the nats per token of plain texts. Its rise from one model to the next is forgetting."""
+    """(sum, weight) of the nats per token of plain texts. A rise of their ratio through tuning is forgetting."""
     mean, tokens = lm.loss(texts)
     return mean * tokens, tokens
 

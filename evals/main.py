@@ -11,14 +11,14 @@ folder is the default. `--text` names a data source; the rise of the loss on it 
 `--model=openai:URL#MODEL?in=0.15&out=0.6` asks an OpenAI-compatible endpoint; the options are its prices in dollars per
 million tokens of prompts and answers, the key is the environment variable OPENAI_API_KEY.
 `--contamination` names training data (a source, a run or a token cache): rows that occur in it are listed and scored
-separately. `--latency=20` asks that many questions one at a time, too, after compilation.
+separately. `--latency=20` also asks 20 questions one at a time, after compilation, to measure the time per request.
 
-How the questions are asked, in every combination: `--shots`, numbers of solved examples in the prompt, or "full": as
-many as fit; `--pick`, which of the training rows: random for each question, fixed, diverse, or nearest to the question;
-`--instructions`, a file with system messages, one per line, in which {} stands for the task's own, or "builtin";
-`--index`, an index of documents (tools.index), whose k best chunks for each question are put before it; with `--cite`
-the answers name those that they rest on, which is not part of what is scored. Choose among these ways by
-`--split=validation`, so that the rows of the test do not decide.
+The following options set how questions are asked; every combination is scored. `--shots`: numbers of solved examples in
+the prompt, or "full" for as many as fit. `--pick`: which training rows are the examples: random for each question,
+fixed, diverse, or nearest to the question. `--instructions`: "builtin", or a file with one system message per line, in
+which {} stands for the task's own. `--index`: an index of documents (tools.index); its k best chunks for a question are
+put before it. With `--cite` answers also name the chunks that they rely on; these citations are not scored. Choose
+among the ways with `--split=validation`, so that test rows are not used for the choice.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> list[dict]:
         raise UserError("--tasks or --text is required", "evals.main", "see --help")
     from evals import task
 
-    tasks = task.named(args.tasks)  # errors in a task appear before the model is read
+    tasks = task.named(args.tasks)  # errors in a task are reported before the model is read
     for name, found in tasks.items():
         for note in found.notes:
             print(f"{name}: {note}")
@@ -103,7 +103,7 @@ def _shots(text: str) -> list[int | str]:
 
 
 def _contexts(args: argparse.Namespace) -> "list[Context]":
-    """Every way to ask that a command line names. Raises UserError if one is not possible."""
+    """Every way to ask that the options describe. Raises UserError if one is not possible."""
     from infer.context import FULL, Context, instruction
     from infer.retrieve.index import opened
 
@@ -149,7 +149,7 @@ def _gas(seconds: float, flops: float) -> gas.Gas:
 
 
 def _contaminated(name: str, task: "Task", trained: list[str], split: str, lm: "LM") -> dict[str, str]:
-    """{row: place in a training text} of the rows that occur there; prints a line per source."""
+    """{row: place in a training text} for rows that occur in one; prints a line per source."""
     from evals import overlap
 
     rows = task.examples(split)
@@ -195,7 +195,8 @@ def _folder(args: argparse.Namespace) -> Path | None:
 
 
 def _step(name: str) -> Json:
-    """{"step": of a run folder}, the newest, of which the trained weights were read; {} for another model."""
+    """{"step": S} if the model is a run, where S is its newest checkpoint, whose weights are scored; {} for other
+    models."""
     from model.io import saved
 
     steps = saved.steps(Path(name) / "ckpt")

@@ -15,14 +15,14 @@ from data.text.tokenizer import Tokenizer
 from evals.scorers import WORD
 
 NGRAM = 13  # words: Brown et al. 2020, appendix C
-LEAST = 8  # words; shorter questions are searched together with their answers
+LEAST = 8  # least words of a question; shorter ones are searched together with their answers
 FORM, FEW, SHARE = 5, 3, 0.05  # words that more than FEW rows, and this share of all, have in common are their form
 SHINGLE, JACCARD = 3, 0.8  # words per shingle, and the minimum similarity of near-duplicates
-HASHES, BAND = 96, 4  # of MinHash: two rows of similarity 0.8 share a band of 4 with probability 1 - 5e-6
+HASHES, BAND = 96, 4  # bands of MinHash: two rows of similarity 0.8 share one of 4 hashes with probability 1 - 5e-6
 MOST = 20_000  # maximum rows compared, evenly spread over all rows
 SHOWN = 3  # pairs or rows named per line
 BLOCK = 1 << 18  # words searched at a time
-MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so the multiplication is invertible
+MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication by it is invertible
 
 Rows = Sequence[dict]
 Prompt = str | list[dict]
@@ -59,8 +59,8 @@ def across(parts: Mapping[str, Rows]) -> list[str]:
 def near(texts: Sequence[str]) -> list[tuple[int, int]]:
     """Pairs i < j of texts whose shingles of words have a Jaccard similarity of JACCARD or more.
 
-    Candidates are found by banded MinHash (Broder 1997) and then compared exactly. Of many equal texts, only
-    consecutive ones form pairs.
+    Candidates are found by banded MinHash (Broder 1997) and then compared exactly. Among many equal texts, only
+    consecutive ones are paired.
     """
     sets = [shingles(text) for text in texts]
     counts = Counter(gram for found in sets for gram in found)
@@ -90,8 +90,8 @@ def seen(rows: Sequence[tuple[str, str]], source: str, tokenizer: Tokenizer) -> 
     """{index of a row: place of the first text that contains it} for rows (question, answer).
 
     A text contains a row if NGRAM consecutive words of its question occur there, or all words of a shorter question.
-    Words that many rows have in common, such as an instruction, do not count; if fewer than LEAST others follow each
-    other, question and answer must occur as a whole. `source`: a data source, run folder or token cache.
+    Words that many rows have in common, such as an instruction, do not count; if fewer than LEAST other words follow
+    each other, question and answer must occur as a whole. `source`: a data source, run folder or token cache.
     """
     wanted: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # length: {hash: rows}
     for i, own in enumerate(_own([_ids(words(question)) for question, _ in rows])):
@@ -113,7 +113,7 @@ def seen(rows: Sequence[tuple[str, str]], source: str, tokenizer: Tokenizer) -> 
 
 
 def _own(rows: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """Runs of words of each row, cut where FORM of them occur in many rows."""
+    """Sequences of words of each row, cut where FORM consecutive words occur in many rows."""
     grams = [_rolling(ids, FORM) for ids in rows]
     found, counts = np.unique(np.concatenate([np.unique(g) for g in grams]), return_counts=True)
     form = found[counts > max(FEW, SHARE * len(rows))]

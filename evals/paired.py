@@ -24,7 +24,7 @@ class Paired(NamedTuple):
     low: float
     high: float
     p: float  # two-sided, under the hypothesis of no difference
-    wins: int  # rows on which the first is better
+    wins: int  # number of rows on which the first is better
     losses: int
     test: str
 
@@ -138,5 +138,5 @@ def pair(ours: Json, theirs: Json, seed: int = 0) -> Paired | None:
         return None
     scores: dict[str, list[float]] = {}
     for row, score in zip(theirs["rows"], theirs["scores"], strict=True):
-        scores.setdefault(row, []).append(score)  # a row may be in a file twice
+        scores.setdefault(row, []).append(score)  # a file may contain a row twice
     return compare(ours["scores"], [scores[row].pop(0) for row in ours["rows"]], seed)

@@ -1,4 +1,4 @@
-"""Pairs of answers of which people prefer one, what their agreement is, and predictors that read no model."""
+"""Pairs of answers with people's preferences, the agreement of these people, and predictors that need no model."""
 
 import itertools
 import re
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
 
     @property
     def key(self) -> int:
-        """A number of its prompt: pairs with equal prompts are in the same fold."""
+        """A hash of the prompt: pairs with equal prompts are in the same fold."""
         return splits.key(text(self.prompt))
 
 
@@ -94,7 +94,8 @@ def agreement(pairs: Iterable[Pair]) -> list[float]:
 def ceiling(agreed: float) -> float:
     """The highest expected accuracy on single votes, if two people agree with this probability and err independently.
 
-    With an error rate e, agreed = (1 - e)^2 + e^2, and who knows the right answer agrees with a vote with 1 - e.
+    With an error rate e, agreed = (1 - e)^2 + e^2, and somebody who knows the right answer agrees with a vote with
+    probability 1 - e.
     """
     return (1 + max(0.0, 2 * agreed - 1) ** 0.5) / 2
 

@@ -174,7 +174,7 @@ def _row(record: dict, options: dict[str, str], listed: bool) -> dict:
     if given and (own in (None, given[0] or EMPTY) or column == "references"):
         answers = given
     elif own:
-        answers = [own]  # as training reads the row, whatever other columns contain
+        answers = [own]  # read the row as training does, whatever the other columns contain
     else:
         raise UserError("the row has no answer")
     row = {"prompt": prompt, "references": answers, "answer": answers[0], "slices": _slices(record, options)}

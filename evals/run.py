@@ -26,7 +26,7 @@ from model.config import in_layers
 from model.net.transformer import virtual_tokens
 from model.weights import Spec, Weight
 
-BATCH = 16  # prompts at a time; the scores do not depend on it
+BATCH = 16  # prompts per batch; the scores do not depend on it
 LEAST, MOST = 32, 512  # limits of new tokens if the task does not set them
 CITATION = 12  # tokens of an answer's citations
 FREQUENT = 5  # most frequent answers in a result
@@ -60,7 +60,7 @@ class Result:
     task_hash: str  # evals.task.fingerprint of all held-out questions, answers and the scorer
     rows: list[str]  # evals.task.identity of each example
     scores: list[float]  # of each example
-    samples: list[dict]  # the first ones: prompt, answer, completion, score
+    samples: list[dict]  # the first examples: prompt, answer, completion, score
     latency: Json | None  # seconds per request, one at a time: p50, p95, n; None: not measured
 
     @property
@@ -98,7 +98,7 @@ def evaluate(
     if not examples:
         raise UserError(f"there are no {split} examples to score", name, "n must be at least 1")
     if context.cite and task.kind == "choice":
-        raise UserError("the most likely option cites nothing", name, "leave out --cite")
+        raise UserError("a choice among options cites nothing", name, "leave out --cite")
     raw = not isinstance(lm, Hosted) and lm.tokenizer.chat_template is None
     ask = task.raw if task.raw and raw else task.prompt
     pool = [(ask(e), e["answer"]) for e in task.examples("train")] if context.shots else []
@@ -214,7 +214,7 @@ def _slices(examples: Sequence[Example], scores: Sequence[float]) -> dict[str, d
 def choose(lm: LM, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
     """For each row of options, those with the highest log-likelihood given the prompt: in total, and per byte.
 
-    The second does not favor short options. The first of equals wins.
+    The second does not favor short options. Of equal options the first one wins.
     """
     flat = [(p, o) for p, row in zip(prompts, options, strict=True) for o in row]
     logps = iter(lm.logps([p for p, _ in flat], [o for _, o in flat]))

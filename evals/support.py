@@ -1,4 +1,4 @@
-"""Whether answers from retrieved passages rest on them, apart from whether they are right."""
+"""Whether answers from retrieved passages are supported by these passages, regardless of whether they are right."""
 
 from collections.abc import Sequence
 

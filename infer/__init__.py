@@ -18,7 +18,7 @@ def load(
     strict: bool = False,
 ) -> "LM":
     """The LM of a folder, a .gguf file, a packaged model's name, a hub id or a run folder; see infer.models.load."""
-    from infer import models  # imports jax only when a model is loaded
+    from infer import models  # inside the function, so that jax is imported only when a model is loaded
 
     return models.load(name, adapter, dtype, tokenizer, strict)
 

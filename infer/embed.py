@@ -42,7 +42,7 @@ class Embedder:
     pooling: Pooling = "mean"
     normalized: bool = True  # vectors have length 1
     longest: int = 512  # maximum tokens per text; the rest is cut off
-    prompts: tuple[tuple[str, str], ...] = ()  # (name, prefix), such as "query" and "document"
+    prompts: tuple[tuple[str, str], ...] = ()  # (name, prefix) pairs, with names such as "query" and "document"
 
     @property
     def width(self) -> int:
@@ -98,7 +98,7 @@ def load(name: str | Path, dtype: str | None = None) -> Embedder:
 
 
 def _first(opened: Pretrained | Run) -> Pretrained | Run:
-    """The model that a run, or a run of a run, started from."""
+    """The pretrained model from which a run, or a chain of runs, started."""
     return _first(opened.init) if isinstance(opened, Run) and opened.init else opened
 
 

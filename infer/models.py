@@ -66,7 +66,7 @@ def load(
 
 
 def _tokenizer(named: str | Path | None, source: str) -> tokenizers.Tokenizer | Absent:
-    """The tokenizer `named`, else that of `source`. A folder without one still opens, for token ids only."""
+    """The tokenizer `named`, else that of `source`. A model without one can still be opened, for token ids only."""
     try:
         return tokenizers.load(named or source)
     except NoTokenizer as error:
@@ -76,7 +76,7 @@ def _tokenizer(named: str | Path | None, source: str) -> tokenizers.Tokenizer | 
 
 
 def _adapter(name: str | Path) -> Path:
-    """The folder of an adapter; one that is not here is a PEFT folder of the hub."""
+    """The folder of an adapter; a name that is not a local path is a PEFT folder on the hub."""
     path = Path(name).expanduser()
     return path if path.exists() or path.parent.is_dir() else locate(str(name), hf.FILES)
 
@@ -119,7 +119,7 @@ def _own_tokenizers(folders: dict[str, Path], base: tokenizers.Tokenizer | Absen
             continue
         texts = sorted(path for pattern in tokenizers.FILES for path in Path(source).glob(pattern))
         same = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in texts)).digest()
-        if same not in known:  # a thousand adapters have a few
+        if same not in known:  # a thousand adapters have only a few tokenizers
             known[same] = tokenizers.load(source)
         if isinstance(base, Absent) or known[same].fingerprint != base.fingerprint:
             out[name] = known[same]
@@ -127,7 +127,7 @@ def _own_tokenizers(folders: dict[str, Path], base: tokenizers.Tokenizer | Absen
 
 
 def _adapted(path: Path, base: Params, specs: Specs, strict: bool) -> Params:
-    """A base with the adapter of a folder. Raises UserError if a run trained the adapter on a different base."""
+    """A base with the adapter in a folder. Raises UserError if a run trained the adapter on a different base."""
     if (path / peft_read.CONFIG).exists():
         return peft_read.read(path, strict)(base, specs, jax.random.key(0))
     run = run_at(path)
@@ -157,7 +157,8 @@ def before_and_after(source: str | Path, base: str | Path = "") -> tuple[LM, Par
 
 
 def open_model(name: str | Path, strict: bool = False) -> "Pretrained | Run":
-    """An opened model: its shape is known, its weights are not read yet. A run folder holds nothing that is unused."""
+    """An opened model: its shape is known, its weights are not read yet. `strict` does not apply to run folders, whose
+    files are all used."""
     path = Path(name).expanduser()
     return run_at(path) if is_run(path) else open_pretrained(str(name), strict)
 
@@ -168,7 +169,7 @@ def is_run(path: Path) -> bool:
 
 
 def run_at(path: Path, base: "Pretrained | Run | None" = None) -> "Run":
-    """The run of a folder, at its newest step, or at the step if the folder is RUN/ckpt/STEP."""
+    """The run in a folder, at its newest step; or at STEP, if the folder is RUN/ckpt/STEP."""
     if _is_step(path):
         return Run(path.parents[1], base, int(path.name))
     return Run(path, base)

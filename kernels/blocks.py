@@ -30,5 +30,6 @@ PROCESSORS = 132  # multiprocessors of an H100
 
 
 def cut(size: int, limit: int, tile: int) -> int:
-    """The block of whole tiles, between limit / 2 and `limit`, that pads `size` least; the largest of equals."""
+    """The size of a block of whole tiles, between limit / 2 and `limit`, that needs the least padding of `size`; of
+    equally good sizes the largest."""
     return size if size <= limit else min(range(limit - limit % tile, limit // 2, -tile), key=lambda b: -size % b)

@@ -1,4 +1,4 @@
-"""Kernels under a mesh: each device works on its own part of W, since XLA cannot partition a kernel."""
+"""Runs kernels under a mesh: each device works on its own part of W, since XLA cannot partition a kernel."""
 
 import functools
 from collections.abc import Callable, Sequence

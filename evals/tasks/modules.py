@@ -40,7 +40,7 @@ def examples(split: str) -> list[Example]:
 
 
 def options(answer: str, seed: int) -> tuple[str, ...]:
-    """The answer among others, in an order that depends only on the text."""
+    """The answer and other options, in an order that depends only on the text."""
     rng = random.Random(seed)
     others = rng.sample([name for name in MODULES if name != answer], OPTIONS - 1)
     return tuple(rng.sample([answer, *others], OPTIONS))

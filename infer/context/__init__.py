@@ -19,7 +19,7 @@ from infer.context.shots import Prompt, Shot
 from infer.retrieve.index import Hit, opened
 from infer.retrieve.search import How
 
-FULL = -1  # as many examples as the model's window holds
+FULL = -1  # as many examples as fit into the model's context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Context:
     shots: int = 0  # examples per question, or FULL
     pick: str = "random"  # a file of infer/context/shots
     index: str = ""  # folder of an index (tools.index)
-    k: int = 3  # its chunks per question
-    how: How | None = None  # the way to search it
-    cite: bool = False  # the answer is to name the chunks that it rests on
+    k: int = 3  # chunks per question
+    how: How | None = None  # how the index is searched
+    cite: bool = False  # whether the answer should name the chunks that it relies on
 
     def __post_init__(self) -> None:
         if self.shots:

@@ -1,4 +1,4 @@
-"""Instructions: variants of the system message, of a file or built in."""
+"""Instructions: variants of the system message, read from a file or built in."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from common.errors import UserError, reading
 from infer.context.shots import Prompt
 
 OWN = "{}"  # in a variant, stands for the question's own instruction
-BUILT_IN = (  # the first is the question as it is
+BUILT_IN = (  # the first leaves the question as it is
     "",
     "{} Answer with the answer only, without an explanation.",
     "{} Answer in as few words as possible.",

@@ -9,7 +9,7 @@ from common.errors import UserError
 from common.types import Json
 from data import sources
 
-WORDS = 160  # per chunk: about 220 tokens, less than the limit of small encoders
+WORDS = 160  # words per chunk: about 220 tokens, which is below the limit of small encoders
 HEADING = re.compile(r"#{1,6}\s+(.+?)\s*#*")
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 TITLES = ("title", "name", "heading")  # columns of a record that name its document

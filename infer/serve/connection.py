@@ -16,8 +16,8 @@ LINGER = 1.0  # seconds between the last answer and closing the connection
 class Connection(H11Protocol):
     """uvicorn's protocol with deadlines that are not extended by partial data."""
 
-    arriving: asyncio.TimerHandle | None = None  # of the request that is being received
-    stalled: asyncio.TimerHandle | None = None  # of a client that does not read
+    arriving: asyncio.TimerHandle | None = None  # deadline of the request that is being received
+    stalled: asyncio.TimerHandle | None = None  # deadline of a client that does not read
     over = False  # the last answer was sent; further data is ignored
 
     def connection_made(self, transport: asyncio.Transport) -> None:

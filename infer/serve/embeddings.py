@@ -1,4 +1,4 @@
-"""Requests for vectors in OpenAI's format, answered by an embedder beside the model."""
+"""Answers requests for vectors in OpenAI's format with an embedder, which is loaded in addition to the model."""
 
 import base64
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import numpy as np
 from infer.embed import Embedder
 from infer.serve import Refused
 
-TEXTS = 2048  # maximum of a request, as in OpenAI's
+TEXTS = 2048  # maximum per request, as in OpenAI's interface
 
 
 def answer(content: Mapping[str, object], embedders: Mapping[str, Embedder]) -> dict:

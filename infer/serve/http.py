@@ -62,7 +62,7 @@ def run(server: uvicorn.Server, batcher: Batcher, listening: socket.socket) -> N
         for number in (
             signal.SIGINT,
             signal.SIGTERM,
-        ):  # uvicorn installs its own, then raises the signals again
+        ):  # uvicorn installs its own handlers, and later raises the signals again
             signal.signal(number, signal.SIG_IGN)
     worker = threading.Thread(target=work)
     worker.start()
@@ -307,7 +307,7 @@ class Guard:
             else:
                 await self.app(scope, receive, counted)
         except ClientDisconnect:
-            pass  # before its request was complete: there is nobody to answer
+            pass  # disconnected before its request was complete, so there is nobody to answer
         except Exception:
             status = 500
             raise

@@ -12,7 +12,7 @@ from infer.serve import Refused
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
 THOUGHTS = {"reasoning_content", "reasoning", "thinking"}  # templates drop those of earlier turns on purpose
-LINKS = {"tool_call_id"}  # redundant, given the order of the turns
+LINKS = {"tool_call_id"}  # redundant, since the order of the turns implies it
 FIELDS = {"role", "content", "name", "tool_calls"} | THOUGHTS | LINKS
 
 
