@@ -303,7 +303,7 @@ def test_fields_rename_columns():
         (ANSWERS, "no column 'ranks' or 'ratings'"),
         (ANSWERS | {"ranks": [1]}, "a number for each answer"),
         (ANSWERS | {"ratings": [1, "x"]}, "no number in column 'ratings'"),
-        ({"tokens": ["a", "b"], "tags": [1]}, "not have one number per token"),
+        ({"tokens": ["a", "b"], "tags": [1]}, "does not have one number per token"),
     ],
 )
 def test_unfit_records(record, said):
