@@ -1,5 +1,6 @@
 """Scores of chunks for a question: BM25 by words, cosine by vectors, and the fusion of both."""
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Literal
@@ -18,6 +19,7 @@ class Words:
     def __init__(self, passages: Sequence[str], method: str = "lucene", k1: float = 1.5, b: float = 0.75):
         import bm25s
 
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it reports every index
         self.found = bm25s.BM25(method=method, k1=k1, b=b)
         self.found.index([words(passage) for passage in passages], show_progress=False)
 

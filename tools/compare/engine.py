@@ -6,6 +6,7 @@ was. The decisions follow from recorded scores and FLOPs.
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from common import exits, numbers
@@ -199,7 +200,7 @@ class Engine:
             stage, argv = work.ask(self.c, group, what, folder)
             work.do(self.c, f"rung {number + 1} of {len(self.r.rungs)}: {_names(group)}", [*stages, stage])
         except work.Failed as e:
-            self._fail(group, str(e))
+            self._failing(group, str(e), lambda x: self._measure([x], number))
             return
         flops, seconds = work.spent(folder) if first.trained else (0.0, 0.0)
         for x in group:
@@ -222,7 +223,7 @@ class Engine:
             for x in group:
                 self._method(x)["status"] = "tested"
         except work.Failed as e:
-            self._fail(group, str(e))
+            self._failing(group, str(e), lambda x: self._test([x]))
         self._save()
 
     def _test_seed(self, group: list[Candidate], seed: int) -> None:
@@ -268,7 +269,7 @@ class Engine:
         flops = seconds = 0.0
         for x in first:
             if rungs := self.r.candidate(x.id)["rungs"]:
-                flops += rungs[0]["flops"] + rungs[0]["result"]["flops"]
+                flops += rungs[0]["flops"] + (rungs[0]["result"]["flops"] or 0.0)
                 seconds += rungs[0]["result"]["seconds"]
                 seconds += work.everything(self.c.out / rungs[0]["run"]) if x.trained else 0.0
         if not flops:
@@ -294,13 +295,18 @@ class Engine:
     def _failed(self, x: Candidate) -> bool:
         return "failed" in self.r.candidate(x.id)
 
-    def _fail(self, group: list[Candidate], why: str) -> None:
-        """Records a failure of candidates; a method without other candidates has failed."""
-        for x in group:
-            self.r.candidate(x.id)["failed"] = why
-            if all(self._failed(y) for y in self.found if y.key == x.key) or self._method(x)["candidate"] == x.id:
-                self._method(x).update(status="failed", why=why)
-            print(f"{x.id} failed: {why}", flush=True)
+    def _failing(self, group: list[Candidate], why: str, again: Callable[[Candidate], None]) -> None:
+        """Tries candidates of a failed command one by one. Records the failure of a single one, and that of its method
+        if it has no other."""
+        if len(group) > 1:
+            for x in group:
+                again(x)
+            return
+        [x] = group
+        self.r.candidate(x.id)["failed"] = why
+        if all(self._failed(y) for y in self.found if y.key == x.key) or self._method(x)["candidate"] == x.id:
+            self._method(x).update(status="failed", why=why)
+        print(f"{x.id} failed: {why}", flush=True)
         self._save()
 
 
