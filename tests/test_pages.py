@@ -75,6 +75,8 @@ def test_the_slider_moves_the_figures_and_the_page_needs_no_script(pages):
         page.fill("#requests", "60")
         after = page.inner_text(".chances table")
         assert page.inner_text("#n") == "100,000,000" and after != before and "$40" in after  # 60 TFLOP at $6.7e-21
+        page.click("#quality-against-cost td a")
+        assert page.is_visible("#repeat-it pre")  # the link opens the commands of its method
         still = chromium.new_context(java_script_enabled=False).new_page()
         still.goto(pages[0].as_uri())
         assert not still.is_visible("#requests") and "$0.31" in still.inner_text(".chances table")

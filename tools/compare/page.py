@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int | None:
         unit = {"margin": " in points of 100", "people": " in dollars"}.get(name, "")
         shown = "" if default is None else f" (default {default:g})"
         parser.add_argument(
-            option, type=months if "months until" in text else amount, default=default, help=f"{text}{unit}{shown}"
+            option, type=months if "months between" in text else amount, default=default, help=f"{text}{unit}{shown}"
         )
     parser.add_argument("--credit", default="", help="a line about the sources of the texts and their licenses")
     args = vars(parser.parse_args(argv))

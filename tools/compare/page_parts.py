@@ -21,11 +21,11 @@ from tools.report.page import Cell, Table
 DASHES = 6  # line styles of page.css
 GIVEN = {
     "requests": ("requests per month", "--requests"),
-    "margin": ("quality that may be lost to pay less", "--margin"),
-    "labels": ("months until the labels change, and training is repeated", "--labels"),
-    "documents": ("months until the documents change, and are indexed again", "--documents"),
+    "margin": ("quality given up to pay less", "--margin"),
+    "labels": ("months between changes of the labels: training is repeated", "--labels"),
+    "documents": ("months between changes of the documents: they are indexed again", "--documents"),
     "people": ("people's work per training", "--people"),
-    "idle": ("hours per month in which the machine waits and is paid for", "--idle"),
+    "idle": ("paid hours per month in which the machine waits", "--idle"),
 }
 
 
@@ -242,7 +242,7 @@ def given(d: Decision) -> Table:
         x = getattr(d.given, name)
         shown = page_text.points(x) if name == "margin" else f"${dollars(x)}" if name == "people" else number(x)
         rows.append((text, [Cell("not counted" if x == 0 and name != "margin" else shown), Cell(option)]))
-    return Table([("", ""), ("given", ""), ("to change it", "python -m tools.compare.page OUT ...")], rows, "left")
+    return Table([("", ""), ("given", ""), ("to change it", "kungfu decide OUT ...")], rows, "left")
 
 
 def spent(record: Json) -> list[str]:
