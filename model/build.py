@@ -1,4 +1,4 @@
-"""From a run's config to its model and the transforms of its parameters. Training and inference both start here."""
+"""Builds the model of a run's config, and the transforms of its parameters. Training and inference both use it."""
 
 import dataclasses
 from collections.abc import Callable

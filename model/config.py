@@ -1,4 +1,5 @@
-"""The shape of a model: one frozen record that a family fills from a config.json and the layers read. No jax here."""
+"""The shape of a model: one frozen record, which a family fills from a config.json and which the layers read. This
+module does not import jax."""
 
 import dataclasses
 from typing import Any
@@ -21,7 +22,7 @@ CHOICES = {
     "bias": BIASED,
 }
 SIZE = (1, 2**31 - 1)
-RANGES = {  # of the numbers of a ModelConfig; SIZE of every other one
+RANGES = {  # ranges of the numbers of a ModelConfig; SIZE is the range of all others
     "layers": (1, 4096),
     "norm_eps": (1e-20, 1),
     "rotary": (0, 1),
@@ -34,7 +35,7 @@ RANGES = {  # of the numbers of a ModelConfig; SIZE of every other one
 POSITIVE = (1e-6, 1e6)
 SCALING = (
     {"original_max_position_embeddings": SIZE}
-    | dict.fromkeys(  # and of the numbers of `rope_scaling`
+    | dict.fromkeys(  # ranges of the numbers of `rope_scaling`
         ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"), POSITIVE
     )
     | dict.fromkeys(("mscale", "mscale_all_dim"), (0, 1e6))
@@ -48,7 +49,7 @@ def in_layers(path: str) -> bool:
 
 
 def number(name: str, value: object, low: float, high: float, whole: bool = False) -> None:
-    """Raises ValueError unless a value is a number in a range; NaN is in none."""
+    """Raises ValueError unless a value is a number in a range; NaN is always refused."""
     kinds = int if whole else int | float
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         kind = "whole number" if whole else "number"
@@ -61,7 +62,7 @@ class ModelConfig:
 
     `rope_scaling` is the `rope_scaling` / `rope_parameters` dict of a Hugging Face config, as sorted pairs so that
     the record is hashable. `windows` holds one sliding window per layer (0: full attention); empty: full everywhere.
-    Raises ValueError for a field of another type or out of its range: the values come from files of any hand.
+    Raises ValueError for a field of another type or out of its range: the values may come from hostile files.
     """
 
     vocab_size: int  # V
@@ -123,7 +124,7 @@ class ModelConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Letter of an einsum equation -> size; P is the number of learned positions."""
+        """{letter of an einsum equation: size}; P is the number of learned positions."""
         sizes = dict(V=self.vocab_size, D=self.embed, F=self.mlp, P=self.max_len)
         sizes |= dict(N=self.heads, K=self.kv_heads, H=self.head_dim)
         if "recurrent" in self.blocks:  # I and J: the block of W that a head's gates see
@@ -159,7 +160,7 @@ class ModelConfig:
     def stack(self, path: str) -> list[int]:
         """The layers that have the parameter of a path such as "layers/attn/wq", in the order of its stack.
 
-        The name of a kind is that of the part that only layers of this kind have; every layer has the other parts.
+        A kind is named for the part that only its layers have; every layer has the other parts.
         """
         parts = path.split("/")
         part = parts[parts.index(LAYERS) + 1]

@@ -53,9 +53,9 @@ def specs(apply: Callable, params: Params, *args: Any, **kwargs: Any) -> Specs:
 
 
 def wrap(apply: Callable, specs: Specs) -> Callable:
-    """`apply` for parameters whose kernels and embeddings may be Weights.
+    """The function `apply` for parameters whose kernels and embeddings may be Weights.
 
-    For Dense and Embed no dense copy is made; a Conv runs with its merged kernel, which is small beside its images.
+    Dense and Embed need no dense copy; a Conv uses its merged kernel, which is small compared to its images.
     """
     declared = {weights.name(path): s for path, s in jax.tree.leaves_with_path(specs, is_leaf=weights.is_spec)}
 

@@ -1,4 +1,5 @@
-"""A parameter is a leaf, and a leaf knows how to multiply. The only file that knows a parameter may not be an array.
+"""A parameter is a leaf of a tree (an array, or a node in place of one), and a leaf defines how activations are
+multiplied by it. No other file distinguishes the two.
 
 Layers call `einsum(eqn, x, w)` and `take(w, ids)`. `w` is an array or a `Weight`: a pytree node in the array's place.
 Methods (LoRA, quantization, ...) are functions tree -> tree that replace such leaves.
@@ -31,10 +32,10 @@ from kernels.partition import sharded
 T = TypeVar("T")
 Params = dict[str, Any]  # nested dicts whose leaves are arrays or Weights
 Specs = dict[str, Any]  # the same dicts, with a Spec at every parameter
-Tree = Any  # any pytree of arrays, or of shapes, shardings or bools in their places
+Tree = Any  # any pytree of arrays, or of shapes, shardings or bools in their place
 Transform = Callable[[Params, Specs, Array], Params]  # a method; the last argument is a random key
 
-Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]  # logical axis -> mesh axes
+Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]  # {logical axis: mesh axes}
 
 # Letter of an equation -> logical axis of a weight. train/mesh.py maps logical axes to mesh axes.
 AXES = dict(
@@ -64,7 +65,7 @@ class Spec(nn.LogicallyPartitioned):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Letter of the equation -> size of that axis."""
+        """{letter of the equation: size of that axis}."""
         return dict(zip(operands(self.eqn)[1], self.shape[self.stacked :], strict=True))
 
 
@@ -327,7 +328,7 @@ def trainable(params: Params, what: str) -> Tree:
 
     def pick(path: str, leaf: Array | Weight, moves: bool | None) -> Tree:  # None: not inside a Weight
         if isinstance(leaf, Weight):
-            adapter = "base" in fields(leaf)  # an adapter may wrap another, as on a tied table; then both train
+            adapter = "base" in fields(leaf)  # an adapter may wrap another one, as on a tied table; then both train
             own = lambda f: f in leaf.trainable and (moves is not False or adapter)
             return leaf.replace(**{f: walk(f"{path}/{f}", getattr(leaf, f), own(f)) for f in fields(leaf)})
         if what in ("all", "adapters"):
@@ -346,7 +347,7 @@ def trainable(params: Params, what: str) -> Tree:
 
 def fields(node: Weight) -> list[str]:
     """The fields of a Weight that hold arrays or other Weights."""
-    declared: Any = node  # its own class is a dataclass, Weight is not
+    declared: Any = node  # the subclasses are dataclasses, Weight itself is not
     return [f.name for f in dataclasses.fields(declared) if f.metadata.get("pytree_node", True)]
 
 

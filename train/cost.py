@@ -30,7 +30,7 @@ class Cost(NamedTuple):
         return tokens * self.layer_train_flops + targets * self.head_train_flops
 
     def forward(self) -> "Cost":
-        """The cost of a model that does not train."""
+        """The same cost for a model that does not train, with only the forward pass."""
         return self._replace(trained=0, layer_train_flops=self.layer_flops, head_train_flops=self.head_flops)
 
 
@@ -74,7 +74,7 @@ def cost(config: ModelConfig, params: Params, specs: Specs, mask: Tree, seq_len:
 
 
 def of_roles(plan: Blueprint, seq_len: int) -> dict[str, Cost]:
-    """The cost of each role of a run. A fresh adapter's reference is its base, and has no tree of its own."""
+    """The cost of each role of a run. The reference of a new adapter is its base, which has no separate tree."""
     found = {}
     for name, role in plan.objective.roles.items():
         network = plan.network(name)
@@ -96,7 +96,7 @@ def of_plan(plan: Blueprint, seq_len: int) -> Cost:
 
 
 def bytes_per_device(tree: Tree, shardings: Tree) -> int:
-    """Bytes per device of a tree of (abstract) arrays; of the largest shards, if they differ."""
+    """Bytes per device of a tree of (abstract) arrays; the largest if devices differ."""
     one = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
     return sum(jax.tree.leaves(jax.tree.map(one, tree, shardings)))
 

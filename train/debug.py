@@ -117,14 +117,15 @@ def _finite(tree: Tree) -> bool:
 
 
 def _broken(tree: Tree) -> list[str]:
-    """Leaves that are not finite, nearest to the loss first, where a gradient breaks first. Layers are stacked."""
+    """Names of the arrays that are not finite, those nearest to the loss first, since a gradient becomes non-finite
+    there first. Layers are stacked."""
     found = []
 
     def look(path: str, x: Array) -> None:
         if jnp.issubdtype(x.dtype, jnp.inexact) and not bool(jnp.isfinite(x).all()):
             bad = ~jnp.isfinite(x.reshape(x.shape[0], -1)).all(1) if in_layers(path) else None
             layer = -1 if bad is None else int(jnp.max(jnp.where(bad, jnp.arange(len(bad)), -1)))
-            place = 2 if "embed/" in path and "unembed" not in path else int(layer >= 0)  # the embedding is last
+            place = 2 if "embed/" in path and "unembed" not in path else int(layer >= 0)  # the embedding comes last
             found.append((place, -layer, path + (f" in layer {layer}" if layer >= 0 else "")))
 
     weights.map_named(look, tree)

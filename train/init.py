@@ -1,4 +1,5 @@
-"""From a config to a model and its first state: first abstract values, then arrays that are created sharded."""
+"""Makes the model and the first state of a run from its config: first abstract values, then arrays, which are created
+sharded."""
 
 import dataclasses
 from collections.abc import Callable
@@ -42,7 +43,8 @@ class Blueprint:
 
 
 def blueprint(cfg: Config, model: Transformer, mesh: Mesh | AbstractMesh) -> Blueprint:
-    """All of the first state that needs no array. Raises UserError for a config that does not fit the model."""
+    """Everything about the first state that can be known without arrays. Raises UserError if the config does not fit
+    the model."""
     attention = ""
     if isinstance(mesh, Mesh):
         asked, devices = cfg.model.attention, mesh.devices.flat[0].platform
@@ -98,7 +100,7 @@ def _abstract(network: Transformer, role: Role, transform: Callable[[Params, Arr
 def _grown(
     network: Transformer, role: Role, transform: Callable[[Params, Array], Params], base: Params, key: Array
 ) -> Params:
-    """The tree of a role from the plain weights it starts from."""
+    """The tree of a role, made from the plain weights from which it starts."""
     tree = base if role.kind == "frozen" else transform(base, key)
     if role.head:
         tree = tree | {"head": heads.find(role.head)(network.config, weights.key_for(key, "head"))}
@@ -123,7 +125,7 @@ def _halves(roles: dict[str, Role], trees: Roles, mask: dict[str, Tree], shares:
         if roles[name].kind == "train":
             params[name] = trained
         elif roles[name].kind == "initial":
-            rest = trained  # a copy from step 0; the frozen half is the policy's
+            rest = trained  # a copy of the trained half at step 0; the frozen half is the policy's
         if roles[name].kind != "train" or name not in shares:
             frozen[name] = rest
     return params, frozen
@@ -172,7 +174,7 @@ def first_state(cfg: Config, plan: Blueprint, pretrained: Any | None) -> TrainSt
 
 
 def _load(plan: Blueprint, role: str, start: Any | None, key: Array) -> Params:
-    """The plain weights that a role starts from, sharded."""
+    """The plain weights from which a role starts, sharded."""
     network = plan.network(role)
     places = meshes.shardings(weights.axes(network.abstract, network.specs), network.abstract, plan.mesh)
     if start is None:

@@ -63,8 +63,8 @@ def keep_tokenizer(found: Tokenizer, folder: Path, system: str = "") -> None:
 
 
 def vocabulary(cfg: Config, start: Pretrained | Run | None) -> int | None:
-    """The size of the tokenizer's vocabulary, without reading data: that of a tokenizer still to be trained is the one
-    its spec asks for."""
+    """The size of the tokenizer's vocabulary, without reading data; for a tokenizer that is not trained yet, the size
+    in its spec."""
     spec = cfg.data.tokenizer or (start.tokenizer_source if start else "bytes")
     if spec.startswith(("bpe:", "spm:")):
         return int(spec.split(":")[1])
@@ -82,7 +82,7 @@ def sources(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Batches, Bat
 
 
 def tasks(cfg: Config) -> dict[str, Task]:
-    """Those of `evals`, by the names of their figures."""
+    """The tasks of `evals`, by the names of their metrics."""
     found = task.named(cfg.evals)
     for name, made in found.items() if hosts.primary() else ():
         for note in made.notes:

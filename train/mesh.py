@@ -48,15 +48,15 @@ def mesh_shape(cfg: Config, devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices, with Auto axes: the partitioner decides where the rules do not."""
+    """A mesh over all devices, with Auto axes: the partitioner decides whatever the rules leave open."""
     devices = jax.devices() if devices is None else devices
     grid = arrange(mesh_shape(cfg, len(devices)), devices)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    """The devices in the order of their network. Several TPU slices split the data axis, so that only gradients cross
-    the data center's network. Raises UserError if the number of slices does not divide that axis."""
+    """The devices in the order of their network connections. Several TPU slices split the data axis, so that only
+    gradients cross the data center's network. Raises UserError if the number of slices does not divide that axis."""
     slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

@@ -30,7 +30,7 @@ PASSAGES = 32  # number of passages of `eval_text`
 
 
 class Monitor:
-    """Writes the metrics of a state, and says which of the config's `floors` they cross.
+    """Writes the metrics of a state, and reports which of the config's `floors` they cross.
 
     Held-out metrics are those of the objective, with all its roles but without dropout or other noise. The loss of an
     objective that sets `nll` is called "nll" there, and "bits_per_byte" is added. Samples are written before and after
@@ -51,7 +51,7 @@ class Monitor:
         self.tasks = tasks
         self.cfg, self.model, self.tokenizer, self.metrics = cfg, blueprint.model, tokenizer, metrics
         kind = blueprint.objective.batch
-        fits = heldout and batches.serves(heldout.loader.kind, kind)  # None if the data are prompts
+        fits = heldout and batches.serves(heldout.loader.kind, kind)  # None if the data consist of prompts
         self.heldout = heldout if fits else None
         self.texts = _texts(cfg.eval_text)
         self.measure = jax.jit(_measure(blueprint, tokenizer))

@@ -11,7 +11,7 @@ from train.init import Blueprint
 
 
 def blueprint(cfg: Config, devices: int = 0) -> Blueprint:
-    """The Blueprint of a config on abstract devices; if their number is unknown (0), -1 in the mesh counts as 1."""
+    """The Blueprint of a config on abstract devices. If their number is unknown (0), -1 in the mesh counts as 1."""
     return init.blueprint(cfg, inputs.model(cfg), mesh.abstract_mesh(cfg.mesh, devices))
 
 

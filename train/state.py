@@ -31,7 +31,7 @@ class TrainState:
     opt_state: optax.OptState
     seed: Array  # uint32
     bad: Array  # int32: non-finite steps in a row, each skipped
-    skipped: Array  # int32: all of them
+    skipped: Array  # int32: all non-finite steps
     shares: tuple[tuple[str, str], ...] = flax.struct.field(pytree_node=False, default=())  # (role, whose frozen half)
 
     if TYPE_CHECKING:  # flax.struct adds it
@@ -68,6 +68,6 @@ class TrainState:
         """The whole tree of a role: its trained half, its frozen half, and what it shares with another role."""
         parts = [tree[name] for tree in (self.params, self.frozen) if name in tree]
         if shared := dict(self.shares).get(name):
-            own = jax.tree.map(lambda _: None, parts[0])  # a head that the other role does not have
+            own = jax.tree.map(lambda _: None, parts[0])  # the head, which the other role does not have
             parts.append(own | self.frozen[shared])
         return reduce(weights.combine, parts)

@@ -81,5 +81,6 @@ def compile_step(
 
 
 def _split_rows(x: Array, parts: int) -> Array:
-    """[B, ...] -> [parts, B / parts, ...], taking every parts-th row so that a sharded batch stays where it is."""
+    """Splits [B, ...] into [parts, B / parts, ...], where each part takes every parts-th row, so that no row of a
+    sharded batch moves."""
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)

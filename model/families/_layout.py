@@ -1,9 +1,10 @@
-"""How a tensor of a checkpoint maps to ours: "(NH)D->DNH" says that its rows are N and H merged, its columns D.
+"""The mapping between a tensor of a checkpoint and our parameter: "(NH)D->DNH" says that its rows are N and H merged,
+its columns D.
 
-One declaration serves reading and writing, and determines which slice of the file a slice of ours needs. Letters are
-those of the equations in model/weights.py, and P for learned positions. A digit marks an axis that holds several
-parameters one after the other: "D(3NH)->DNH" with part 1 is the middle third (GPT-2's keys). "1" is an axis of size 1
-that we do not have.
+One declaration serves reading and writing, and determines which slice of the file a slice of our parameter needs.
+Letters are those of the equations in model/weights.py, and P for learned positions. A digit marks an axis that holds
+several parameters one after the other: "D(3NH)->DNH" with part 1 is the middle third (GPT-2's keys). "1" is an axis of
+size 1 that our parameter does not have.
 """
 
 import math
@@ -19,7 +20,7 @@ class Key(NamedTuple):
     name: str  # in the checkpoint; {} is the number of the layer
     layout: str
     part: int = 0
-    less: float = 0.0  # what to subtract from ours to get the checkpoint's (Gemma's scales: 1)
+    less: float = 0.0  # what to subtract from our values to get the checkpoint's (1 for Gemma's scales)
 
 
 def parse(layout: str) -> tuple[list[str], str]:

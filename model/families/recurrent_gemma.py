@@ -54,7 +54,7 @@ def config(hf: dict) -> ModelConfig:
         **llama.read_fields(hf, FIELDS),
         kv_heads=hf.get("num_key_value_heads") or heads,
         head_dim=embed // heads,
-        mlp=hf["intermediate_size"] // 2,  # theirs counts gate and up
+        mlp=hf["intermediate_size"] // 2,  # their size counts gate and up together
         act=llama.act(hf.get("hidden_activation", "gelu_pytorch_tanh")),
         rotary=llama.rotary(hf, 0.5),
         rope_theta=theta,

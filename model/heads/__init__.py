@@ -1,7 +1,7 @@
-"""Heads beside the unembedding: other outputs computed from a model's hidden states. A head is a file of this folder.
+"""Heads other than the unembedding: outputs computed from a model's hidden states. Each head is a file of this folder.
 
 `find(name)` gives a function (config, key) that makes a head for a model of the shape `config`. The head is stored in
-the parameters at "head", beside the layers; it trains, shards and is saved like the leaves of adapters.
+the parameters at "head", next to the layers; it is trained, sharded and saved like adapters.
 
     params["head"] = heads.find("scalar")(model.config, key)
     values = params["head"](model.hidden(params, tokens, positions, segments).x)  # [B,T]

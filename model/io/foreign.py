@@ -31,7 +31,7 @@ PARTS = re.compile(
 AWQ_SLOTS = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # the position of each column in a word of eight codes
 FP8 = "F8_E4M3"
 FORMS = {"gptq": "gptq", "gptq_v2": "gptq", "auto_gptq": "gptq", "auto-round": "gptq", "awq": "awq", "auto_awq": "awq"}
-FORMS |= {"gemm": "awq"}  # of AWQ, and of those that pack as they do
+FORMS |= {"gemm": "awq"}  # AWQ, and formats that pack codes in the same way
 
 
 class Format(NamedTuple):

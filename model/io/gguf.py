@@ -98,7 +98,7 @@ class File:
         if "rope_freqs.weight" in self.tensors:
             factors = self.read("rope_freqs.weight", (slice(None),))
             return llama3_scaling(factors, theta, head_dim, str(self.path))
-        # As llama.cpp: the key of early files counts too, and a factor without a type is that of linear scaling.
+        # As in llama.cpp, the key of early files is read too, and a factor without a type means linear scaling.
         factor = self._get("rope.scaling.factor", None) or self._get("rope.scale_linear", None) or 1.0
         kind = self._get("rope.scaling.type", "none" if factor == 1.0 else "linear")
         original = self._get("rope.scaling.original_context_length", None)
@@ -150,8 +150,8 @@ class File:
         return self.architecture == "gpt2" and name.endswith(TRANSPOSED)
 
     def _unpermuted(self, name: str, x: np.ndarray) -> np.ndarray:
-        """x, whose rows are whole heads, in Hugging Face's order. llama.cpp rotates neighboring dimensions, and so its
-        llama files interleave the two halves of a head."""
+        """Rearranges x, whose rows are whole heads, to Hugging Face's order. llama.cpp rotates neighboring dimensions,
+        so its llama files interleave the two halves of a head."""
         if self.architecture != "llama" or (".attn_q." not in name and ".attn_k." not in name):
             return x
         half = self.hf_config["head_dim"] // 2
@@ -198,7 +198,8 @@ def inside(folder: Path) -> Path | None:
 
 
 def parts(path: Path) -> list[Path]:
-    """The files of a model that llama.cpp's gguf-split has cut, from any of them; of another model its one file.
+    """All files of a model that was split by llama.cpp's gguf-split, found from any one of them; for other models the
+    one file.
 
     Raises UserError when some are missing.
     """

@@ -29,8 +29,8 @@ QUIET = re.compile(  # files that are common beside weights: copies in another f
     r"pytorch_model.*|consolidated.*|tf_model.*|flax_model.*|rust_model.*|model\.onnx.*|training_args\.bin|optimizer.*|"
     r"scheduler.*|scaler\.pt|rng_state.*|.*\.gguf"
 )
-# Fields of a config.json that change nothing here: where a model comes from, how it was trained, how it is sampled,
-# where the numbers of its words are, what other heads it could have.
+# Fields of a config.json that do not affect the model here: its origin, its training, its sampling, its special token
+# ids, its other possible heads.
 IRRELEVANT = {
     "_name_or_path", "architectures", "model_type", "multimodal", "transformers_version", "dtype", "torch_dtype",
     "quantization_config", "auto_map", "name", "custom_pipelines", "unsloth_fixed", "unsloth_version",

@@ -191,7 +191,7 @@ def _config(source: Source, path: Path) -> tuple[ModelConfig, list[str]]:
     """(shape of the model, fields of the source's config that nothing reads)."""
     hf_config = Seen(source.hf_config)
     kind, layers = hf_config.get("model_type"), hf_config.get("num_hidden_layers") or hf_config.get("n_layer")
-    if isinstance(layers, int) and layers > len(source.names):  # before anything is made for each of them
+    if isinstance(layers, int) and layers > len(source.names):  # checked before anything is allocated per layer
         raise UserError(f"its config says {layers:,} layers, its files hold {len(source.names):,} tensors", str(path))
     try:
         config = family(kind).config(hf_config)

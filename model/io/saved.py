@@ -1,4 +1,4 @@
-"""Checkpoints as data: a tree as named arrays, their digests, and reading a step of a run folder.
+"""Reads and describes checkpoints: a tree as named arrays, their digests, and the steps of a run folder.
 
 A step is the folder `ckpt/<step>`: an Orbax checkpoint of {name: array}, and the manifest `state_hashes.json`, which
 lists its contents and digests. Orbax itself does not notice a flipped bit.
@@ -26,7 +26,7 @@ from common.paths import Place
 from model import weights
 from model.weights import Params, Tree
 
-Leaves = dict[str, Any]  # path -> array, or its shape
+Leaves = dict[str, Any]  # {path: array or its shape}
 MANIFEST = "state_hashes.json"
 NAME = re.compile(r"[A-Za-z0-9_.'\[\]-]+(/[A-Za-z0-9_.'\[\]-]+)*")
 STEP = re.compile(r"0|[1-9][0-9]{0,8}")
@@ -84,7 +84,7 @@ def positions(shape: tuple[int, ...]) -> Array:
 
 
 def _words(x: Array) -> Array:
-    """The bits of an array as uint32: one word per element, two for 8-byte types."""
+    """The bits of an array as uint32: one word per element, or two for 8-byte types."""
     if x.dtype == jnp.bool_ or (jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8):
         x = x.astype(jnp.int8)
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
@@ -172,7 +172,7 @@ def _check_entries(manifest: dict) -> None:
         if not isinstance(manifest[name], kind):
             raise ValueError(f"its {name!r} is a {type(manifest[name]).__name__}")
     if not all(type(n) is int for n in manifest["source"].get("seen", {}).values()):
-        raise ValueError("its 'seen' holds something else than counts")
+        raise ValueError("its 'seen' must hold counts")
     for name, leaf in manifest["leaves"].items():
         jnp.dtype(leaf["dtype"])
         if not all(type(n) is int and n >= 0 for n in leaf["shape"]) or not isinstance(leaf["hash"], str):

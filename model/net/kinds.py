@@ -1,6 +1,6 @@
 """The kinds of layers. A new kind is a Block and an entry here.
 
-Its name is that of the part that only its layers have: "layers/attn/wq".
+A kind is named for the part that only its layers have, such as attn in "layers/attn/wq".
 """
 
 from collections.abc import Iterable
@@ -28,5 +28,5 @@ def check(config: ModelConfig) -> None:
 
 
 def without_columns(parts: Iterable[str]) -> list[str]:
-    """Those of the parts that belong to kinds of layers without a key and value per token."""
+    """The parts that belong to kinds of layers without a key and value per token."""
     return [part for part in parts if part in KINDS and not KINDS[part].columns]

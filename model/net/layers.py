@@ -26,7 +26,7 @@ ACTIVATIONS = {
 
 
 class Layer(nn.Module):
-    """Declares parameters. Existing ones are read as they are, since a leaf may be a Weight by then."""
+    """A module that declares parameters. Existing ones are read without a check, since they may be Weights."""
 
     config: ModelConfig
 
@@ -48,7 +48,7 @@ class Layer(nn.Module):
         return self.param(name, lambda key: Spec(init(key, shape, jnp.float32), axes, eqn=eqn))
 
     def bias(self, name: str, letters: str, x: Array, when: bool) -> Array:
-        """x plus a bias over the axes `letters`, if `when`."""
+        """x plus a bias over the axes `letters`, if `when` is true."""
         return x + self.vector(name, letters, 0.0).astype(x.dtype) if when else x
 
 

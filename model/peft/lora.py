@@ -28,12 +28,12 @@ class LoRA(Weight):
     b: Array
     eqn: str = flax.struct.field(pytree_node=False)  # the equation that the weight was declared with
     scale: float = flax.struct.field(pytree_node=False)
-    start: tuple[Array, Array] | None = None  # (A, B) of step 0 if A B is not 0: only the change since is added
+    start: tuple[Array, Array] | None = None  # (A, B) of step 0 if A B is not 0: only the change since then is added
     noise: Array | None = None  # key data for dropout, only in training
     dropout: float = flax.struct.field(default=0.0, pytree_node=False)
     used: str = flax.struct.field(default="both", pytree_node=False)  # | "lookup" | "head"
     trainable: ClassVar[tuple[str, ...]] = ("a", "b")
-    derived: ClassVar[tuple[str, ...]] = ("a", "start")  # A too, for LoRA-FA, where it stays as it was drawn
+    derived: ClassVar[tuple[str, ...]] = ("a", "start")  # also A for LoRA-FA, which keeps its initial A
 
     @property
     def letters(self) -> tuple[str, str]:

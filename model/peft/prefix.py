@@ -1,6 +1,6 @@
 """Prefix tuning (Li & Liang 2021, arXiv 2101.00190): trained keys and values stand before every document.
 
-They are a key-value cache that does not start empty: see Transformer.cache.
+They are the initial content of the key-value cache: see Transformer.cache.
 """
 
 from typing import ClassVar

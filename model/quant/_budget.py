@@ -16,7 +16,7 @@ from model.quant._calibrate import run_layer
 from model.quant._leaf import Encode
 from model.weights import Params, Spec
 
-Options = dict[str, dict[str, tuple[int, float]]]  # path -> format -> (bytes, error)
+Options = dict[str, dict[str, tuple[int, float]]]  # {path: {format: (bytes, error)}}
 
 
 def measure(

@@ -142,7 +142,7 @@ class Quantized(Weight):
         return _multiply.for_inference(self)
 
     def macs(self, stacked: int) -> "Quantized":
-        """The codes count as the whole matrix, the other arrays as nothing."""
+        """The codes count as the whole matrix, the other arrays as 0."""
         none = {f: 0 for f in weights.fields(self) if getattr(self, f) is not None}
         return self.replace(**none | {"codes": self.size})
 

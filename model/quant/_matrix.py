@@ -54,7 +54,7 @@ def align(a: Array, own: str, to: str) -> Array:
     return a.reshape([size.get(c, 1) for c in to])
 
 
-WHOLE = 2**62  # size of a tile that spans the whole matrix
+WHOLE = 2**62  # the size of a tile that stands for the whole matrix
 
 
 class Format(NamedTuple):
@@ -64,7 +64,7 @@ class Format(NamedTuple):
     top: float  # the largest number
     tile: tuple[int, int]  # rows of K and columns of N that share a scale
     calibration: Literal["absmax", "percentile", "mse"] = "absmax"
-    symmetric: bool = True  # if not, each tile also has an offset
+    symmetric: bool = True  # if False, each tile also has an offset
 
 
 class Rounding(NamedTuple):

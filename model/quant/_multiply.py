@@ -1,7 +1,7 @@
 """Products with a quantized leaf: by a kernel if the platform has a suitable one, else by XLA with a float matrix.
 
-A kernel multiplies the rows of x on one device by that device's part of the matrix. XLA does the rest: experts,
-offsets, and all that no kernel supports. `kernels/` says what each kernel is for.
+A kernel multiplies the rows of x on one device by that device's part of the matrix. XLA does everything else: experts,
+offsets, and formats without a kernel. `kernels/` says what each kernel is for.
 """
 
 import math

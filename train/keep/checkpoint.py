@@ -29,7 +29,7 @@ from train.state import TrainState
 UNFINISHED = re.compile(r"[0-9]+\.(tmp|orbax-checkpoint-tmp).*")
 CLOCK_STEPS = 10  # with several processes, `minutes` are checked only at multiples of this, since all must agree
 
-Abstract = dict[str, jax.ShapeDtypeStruct]  # path -> abstract leaf
+Abstract = dict[str, jax.ShapeDtypeStruct]  # {path: abstract array}
 
 
 def warn(message: str) -> None:
@@ -59,7 +59,7 @@ class Checkpointer:
         self.cfg, self.allow, self.log, self.first = cfg, tuple(allow), log, first
         self.config = config
         self._saved: int | None = None  # the last step that was restored or whose save was begun and did not fail
-        self._begun = 0  # the same, failed saves included
+        self._begun = 0  # the same, but also if the save failed
         self.passed: Container[int] = ()
         self._when = time.monotonic()
         self._writer = ThreadPoolExecutor(1, "checkpoint")

@@ -1,4 +1,4 @@
-"""Settings for XLA before it starts: named presets of compiler flags for TPUs, threads and memory for CPUs.
+"""Sets options of XLA before it starts: named presets of compiler flags for TPUs; threads and memory for CPUs.
 
 Presets are per version of libtpu, which aborts the process on an unknown flag.
 """
@@ -19,12 +19,12 @@ _OVERLAP = {  # gathers the next layer's parameters while this one computes
     "xla_enable_async_all_gather": "true",
 }
 
-# libtpu version -> preset -> flags. None is on by default: which one helps depends on the model and the slice.
+# {libtpu version: {preset: flags}}. No preset is used by default: which one helps depends on the model and the slice.
 PRESETS: dict[str, dict[str, dict[str, str]]] = {
     "0.0.42.1": {
         "overlap": _OVERLAP,
         "dense": _OVERLAP | {"xla_tpu_scoped_vmem_limit_kib": "98304"},  # larger fusions in vector memory (MaxText)
-        "memory": {"xla_tpu_enable_latency_hiding_scheduler": "false"},  # gathers nothing ahead of its use
+        "memory": {"xla_tpu_enable_latency_hiding_scheduler": "false"},  # gathers no parameters in advance
         "dcn": {  # reduces gradients between slices in parts, during the backward pass
             "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
             "xla_tpu_data_parallel_opt_different_sized_ops": "true",

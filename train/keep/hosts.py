@@ -1,4 +1,4 @@
-"""Coordination of the processes of one run. With a single process every function here costs nothing."""
+"""Coordinates the processes of one run. With a single process these functions cost nothing."""
 
 import contextlib
 import ctypes

@@ -18,9 +18,10 @@ LOCK = re.compile(r"LOCK\.(\d+)")
 class Lease:
     """Holds the object LOCK.<n> in `folder`, and rewrites it every BEAT seconds until `close`.
 
-    A killed run leaves its lock behind, unchanging. After watching it for three BEATs another process may take over by
-    creating LOCK.<n+1>, which the store grants to only one writer. `holder` names process and host: a lock of this host
-    need not be watched, since its kernel has released the local lock. Raises UserError when the run is in use.
+    A killed run leaves its lock behind, which then no longer changes. After watching it for three BEATs another process
+    may take over by creating LOCK.<n+1>, which the store grants to only one writer. `holder` names process and host: a
+    lock of this host need not be watched, since its kernel has released the local lock. Raises UserError when the run
+    is in use.
     """
 
     def __init__(self, folder: Place, holder: str):

@@ -50,8 +50,8 @@ class Metrics:
         self.path, self.total, self.on_error = Path(path), total_steps, on_error
         self.step = 0  # of events
         self.active = jax.process_index() == 0
-        self.finished = False  # whether the record has the end of the last step
-        self.seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)  # of this session, by kind
+        self.finished = False  # whether the record already has the "done" line of the last step
+        self.seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)  # seconds of this session by kind
         self._began = time.perf_counter()
         self._refused = False  # whether the previous line could not be written
         if self.active:
@@ -112,7 +112,7 @@ class Metrics:
             if line.get("event") == "session":
                 line["step"] = min(line["step"], step)
         kept = [line for line in lines if line["step"] <= step and (step or line["kind"] == "event")]
-        # An end other than preemption is recorded again when this session reaches it.
+        # The end of an earlier session, unless it was preempted, is recorded again when this session reaches it.
         kept = [line for line in kept if line.get("exit_code", exits.PREEMPTED) == exits.PREEMPTED]
         previous = {"lost_steps": lost, "seconds": ended[0].spent, "joules": ended[0].joules} if ended else {}
         devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count()}

@@ -28,7 +28,7 @@ from train.keep import hosts
 from train.keep.lease import Lease
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections", "rich")
-# Files and folders that a run modifies in place; it replaces the others as a whole.
+# Files and folders that a run modifies in place; all others are replaced as a whole.
 GROWING = (files.LOCK, "metrics.jsonl", "ckpt", "profile", "tensorboard", "wandb")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,7 +55,7 @@ class RunDir:
     ):
         self.home = paths.parse(workdir)
         self.path = files.mirror(self.home) if paths.remote(self.home) else self.home
-        self.config = json.loads(json.dumps(config))  # tuples compare as the lists they come back as
+        self.config = json.loads(json.dumps(config))  # as JSON returns it, with lists in place of tuples
         self.resumed, self.changes = False, []
         self._lock: int | None = None
         self._lease: Lease | None = None
@@ -273,7 +273,7 @@ def environment() -> Json:
 
 
 def code_digest() -> str:
-    """One digest of the Python files of every package of the repo."""
+    """One digest of all Python files of the packages in this repository."""
     h = hashlib.sha256()
     for package in sorted(ROOT.glob("*/__init__.py")):
         for path in sorted(package.parent.rglob("*.py")):

@@ -1,4 +1,5 @@
-"""TensorBoard and Weights & Biases, fed from a background thread: a tracker that hangs loses points, never a step."""
+"""Sends metrics to TensorBoard and Weights & Biases from a background thread: if a tracker hangs, points are lost, but
+training continues."""
 
 import importlib.util
 import queue

@@ -26,8 +26,8 @@ def make(
     """-log softmax(cosines / temperature) of a question's own passage, a mean over questions.
 
     The negatives are the other passages of the micro-batch, over all devices, except copies of the own passage and the
-    passages of copies of the question. `pooling` is that of the embedder. `query_tokens` cuts questions after so many
-    tokens, which saves their padding; 0 leaves them at `data.seq_len`.
+    passages of copies of the question. `pooling` is that of the embedder. `query_tokens` is the maximum number of
+    tokens of a question, which saves padding; 0: `data.seq_len`.
     """
     if temperature <= 0:
         raise ValueError(f"temperature {temperature:g} is not above 0")
@@ -46,7 +46,8 @@ def make(
 
 
 def negatives(passages: Batch, queries: Batch) -> Array:
-    """Whether passage j is a negative of question i [B,B]: it is there, and neither of both has the same text."""
+    """Whether passage j is a negative of question i [B,B]: row j is not empty, and neither its question nor its passage
+    equals that of row i."""
     same = lambda tokens: jnp.all(tokens[:, None] == tokens[None], axis=-1)
     there = (passages["segments"] > 0).any(-1)
     return ~(same(passages["tokens"]) | same(queries["tokens"])) & there[None]

@@ -70,6 +70,7 @@ def order_logp(scores: Array, ranks: Array) -> Array:
 
 
 def _logsumexp(x: Array) -> Array:
-    """Over the last axis; -inf where all are, with a gradient of 0 there instead of nan."""
+    """logsumexp over the last axis; where all entries are -inf, the result is -inf and the gradient 0 instead of
+    NaN."""
     none = jnp.isneginf(x).all(-1, keepdims=True)
     return jnp.where(none[..., 0], -jnp.inf, jax.nn.logsumexp(jnp.where(none, 0.0, x), axis=-1))
