@@ -10,7 +10,7 @@ from common import chips
 from common.errors import UserError
 from tests.helpers import comparison
 from tests.helpers.pages import EVIL, Page
-from tools.compare import decide, page, page_parts, page_text
+from tools.compare import decide, page, page_learning, page_parts, page_text
 from tools.compare.decide import Inputs, Price
 
 DOLLAR = {"name": "box", "kind": "given", "usd_hour": [1.0, 1.0, 1.0], "seconds_per_flop": 3600.0}  # $1 per FLOP
@@ -131,10 +131,10 @@ def test_more_rows_make_sure():
 def test_ten_times_the_rows_by_hand():
     """Log odds 0 at 10 rows and log 3 at 100: log 9 at 1,000, which is 0.9."""
     point = lambda rows, mean: {"method": "lora", "rows": rows, "mean": mean, "low": mean - 0.05, "high": mean + 0.05}
-    found = decide.extrapolate([point(100, 0.75), point(10, 0.5)])
+    found = page_learning.extrapolate([point(100, 0.75), point(10, 0.5)])
     assert (found.rows, found.last["rows"]) == (1000, 100) and found.mean == pytest.approx(0.9)
     assert 0.75 < found.low < 0.9 < found.high < 1
-    assert decide.extrapolate([point(10, 0.5)]) is None and decide.extrapolate([]) is None
+    assert page_learning.extrapolate([point(10, 0.5)]) is None and page_learning.extrapolate([]) is None
 
 
 def test_results_on_other_rows_are_refused():

@@ -21,6 +21,7 @@ from tools.compare import decide, page_text
 from tools.compare import page_parts as parts
 from tools.compare import record as records
 from tools.compare.decide import Decision, Inputs
+from tools.compare.page_learning import extrapolate
 from tools.report import data
 from tools.report import page as report
 
@@ -127,7 +128,7 @@ def _meta(d: Decision, record: Json) -> str:
 
 def html(d: Decision, record: Json, out: Path, credit: str) -> str:
     asked = [(o.label, o.record["tests"][0]["result"]) for o in d.options]
-    curves = ((o, decide.extrapolate(parts.points(o, record))) for o in d.options)
+    curves = ((o, extrapolate(parts.points(o, record))) for o in d.options)
     trained, curve = next((found for found in curves if found[1]), (None, None))
     drawn, path = parts.curve(d)
     text = report.render(

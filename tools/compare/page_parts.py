@@ -13,6 +13,7 @@ from common.numbers import NA, flops, integer, number, percent, scaled, seconds,
 from common.types import Json
 from tools.compare import decide, page_text
 from tools.compare.decide import Decision, Option
+from tools.compare.page_learning import Curve
 from tools.compare.page_text import chance, dollars, money, sentence
 from tools.report import data, svg
 from tools.report import page as report
@@ -181,7 +182,7 @@ def points(o: Option, record: Json) -> list[Json]:
     return [p for p in record["learning"] if (p["method"], p["model"]) == (o.record["name"], o.record["model"])]
 
 
-def learning(curve: decide.Curve | None) -> Markup | str:
+def learning(curve: Curve | None) -> Markup | str:
     if not curve:
         return ""
     mean, low, high = (

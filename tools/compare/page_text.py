@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from common.numbers import NA, flops, integer, joined, percent, short
 from common.types import Json
-from tools.compare.decide import ENOUGH, LEAST, MOST_ROWS, Curve, Decision, Flip, Option, Price
+from tools.compare.decide import ENOUGH, LEAST, MOST_ROWS, Decision, Flip, Option, Price
+from tools.compare.page_learning import Curve
 
 ARTICLE, TITLE = 1.3, "“Pre-training, Fine-tuning, and Kungfu!”"  # May 2024: LoRA's training speed over full tuning's
 UNITS = {"$": "dollars", "h": "machine hours", "FLOP": "FLOPs"}
