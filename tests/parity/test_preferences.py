@@ -22,7 +22,7 @@ from model.io.pretrained import open_pretrained  # noqa: E402
 from model.net.transformer import Transformer  # noqa: E402
 from model.peft import lora  # noqa: E402
 from tests.helpers.models import TINY, random_model  # noqa: E402
-from train.objectives import cpo, dpo, kto, orpo, reward, simpo  # noqa: E402
+from train.objectives import cpo, dpo, kto, orpo, ranking, reward, simpo  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -217,6 +217,23 @@ def test_without_a_reference(name, folder):
         losses, *_ = CPOTrainer.cpo_loss(own, *total.chunk(2))
         theirs, objective = losses.mean() - 0.5 * nll, cpo.make(model, beta=0.3, sft_weight=0.5)
     compare(theirs, torch_model, objective, roles, sides(rows))
+
+
+def test_rankings_against_choix():
+    """Complete rankings of four answers, and the best one of four, whose other three share the last rank."""
+    choix = pytest.importorskip("choix")
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=4)
+    repeated = jnp.asarray(np.tile(scores, (5, 1)), jnp.float32)
+    orders = [rng.permutation(4) for _ in range(5)]
+    ranks = jnp.asarray([np.argsort(order) for order in orders])
+    wanted = choix.log_likelihood_rankings([tuple(map(int, order)) for order in orders], scores)
+    np.testing.assert_allclose(ranking.order_logp(repeated, ranks).sum(), wanted, rtol=1e-5)
+    best = [int(order[0]) for order in orders]
+    ranks = jnp.asarray([[1 if i == first else 2 for i in range(4)] for first in best])
+    sets = [(first, tuple(i for i in range(4) if i != first)) for first in best]
+    wanted = choix.log_likelihood_top1(sets, scores)
+    np.testing.assert_allclose(ranking.order_logp(repeated, ranks).sum(), wanted, rtol=1e-5)
 
 
 def test_reward(folder, tmp_path):
