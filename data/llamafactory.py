@@ -7,7 +7,7 @@ from pathlib import Path
 from common.errors import UserError, warn
 from data.files import Row
 
-OURS = {"query": "input", "response": "output", "prompt": "instruction", "kto_tag": "label"}  # of alpaca rows
+OURS = {"query": "input", "response": "output", "prompt": "instruction", "kto_tag": "label"}  # columns of alpaca rows
 TURNS = {  # {formatting: fields of a turn}, for entries that do not name them
     "sharegpt": {"role_tag": "from", "content_tag": "value"},
     "openai": {"role_tag": "role", "content_tag": "content"},

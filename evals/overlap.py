@@ -16,7 +16,7 @@ from evals.scorers import WORD
 
 NGRAM = 13  # words: Brown et al. 2020, appendix C
 LEAST = 8  # least words of a question; shorter ones are searched together with their answers
-FORM, FEW, SHARE = 5, 3, 0.05  # words that more than FEW rows, and this share of all, have in common are their form
+FORM, FEW, SHARE = 5, 3, 0.05  # words in more than FEW rows, and in this share of all, are boilerplate
 SHINGLE, JACCARD = 3, 0.8  # words per shingle, and the minimum similarity of near-duplicates
 HASHES, BAND = 96, 4  # bands of MinHash: two rows of similarity 0.8 share one of 4 hashes with probability 1 - 5e-6
 MOST = 20_000  # maximum rows compared, evenly spread over all rows

@@ -22,7 +22,7 @@ class Pair(NamedTuple):
     prompt: Prompt
     chosen: str
     rejected: str
-    votes: tuple[int, ...] = (1,)  # of each person: 1 for `chosen`, -1 for `rejected`, 0 for a tie
+    votes: tuple[int, ...] = (1,)  # one per person: 1 for `chosen`, -1 for `rejected`, 0 for a tie
 
     @property
     def key(self) -> int:

@@ -56,10 +56,10 @@ class Result:
     answers: list[tuple[str, int]]  # the most frequent completions, with their counts
     slices: dict[str, dict]  # "COLUMN=VALUE": n, mean, low, high of these rows
     scorer: str  # name in evals/scorers; "": the task's own
-    support: Json | None  # of evals.support, if passages were retrieved
+    support: Json | None  # figures of evals.support, if passages were retrieved
     task_hash: str  # evals.task.fingerprint of all held-out questions, answers and the scorer
     rows: list[str]  # evals.task.identity of each example
-    scores: list[float]  # of each example
+    scores: list[float]  # one per example
     samples: list[dict]  # the first examples: prompt, answer, completion, score
     latency: Json | None  # seconds per request, one at a time: p50, p95, n; None: not measured
 

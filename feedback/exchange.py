@@ -1,8 +1,8 @@
 """Items and votes in the JSON of Argilla (records of its SDK 2) and of Label Studio (tasks), in both directions.
 
 Each decision becomes answers to questions of the same names in both: ranking, verdict (bad or skip), ASPECT_1 (a rating
-of the first answer), correction_1 and flag_1. Records that were made there may have other names of fields and a plain
-ranking or pairwise choice. What neither format has a place for is kept as JSON in one text, `kungfu`.
+of the first answer), correction_1 and flag_1. Records from these tools may have other field names, and a plain ranking
+or pairwise choice. What neither format has a place for is kept as JSON in one text, `kungfu`.
 """
 
 import json

@@ -245,7 +245,7 @@ def arrays(rows: Sequence[Request | None]) -> Rows:
 def _decode(
     model: Transformer, params: Params, cache: Cache, rows: Rows, steps: int | Array, busy: int | Array
 ) -> tuple[Picked, Array, Cache]:
-    """Tokens [B,STEPS] of up to `steps` steps, how many of them are a row's own [B], and the cache.
+    """Tokens [B,STEPS] of up to `steps` steps, how many of them belong to each row's answer [B], and the cache.
 
     It ends when no more than `busy` rows are live. Each step writes the newest tokens to the next column of the cache.
     """

@@ -17,7 +17,7 @@ NF4 = (4096, 128)  # rows and columns of W
 class GpuTile(NamedTuple):
     """The tile of one program of `codes_triton`."""
 
-    rows: int  # of x
+    rows: int  # rows of x
     columns: int  # of W
     depth: int  # rows of bytes of W per step
     warps: int

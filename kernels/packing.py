@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-LANES = 128  # of a TPU register
+LANES = 128  # columns of a TPU register
 
 # The NF4 levels: quantiles of a normal distribution (Dettmers et al. 2023, arXiv 2305.14314, appendix E).
 LEVELS = (

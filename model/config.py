@@ -84,7 +84,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: tuple[tuple[str, Any], ...] = ()
     tied: bool = False  # the unembedding is the embedding's transpose
-    bias: str = "none"  # a name in BIASED
+    bias: str = "none"  # a key of BIASED
     qk_norm: bool = False  # RMSNorm on each query and key head (Qwen3)
     windows: tuple[int, ...] = ()
     causal: bool = True  # a token attends to itself and earlier tokens; False: to its whole document (an encoder)

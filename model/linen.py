@@ -44,7 +44,7 @@ def specs(apply: Callable, params: Params, *args: Any, **kwargs: Any) -> Specs:
     def spec(path: str, x: Array) -> Spec:
         eqn = found.get(path, "")
         names = tuple(AXES[c] for c in operands(eqn)[1]) if eqn else ()
-        lead = (None,) * (x.ndim - len(names))  # of layers that a model stacks
+        lead = (None,) * (x.ndim - len(names))  # axes of layers that a model stacks
         return Spec(jax.ShapeDtypeStruct(x.shape, x.dtype), (*lead, *names), eqn=eqn)
 
     if not found:

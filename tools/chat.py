@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int | None:
         "--cache", default="float", choices=("float", "int8", "fp8"), help="type of cached keys and values"
     )
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--strict", action="store_true", help="what the files hold and nothing uses is an error")
+    parser.add_argument("--strict", action="store_true", help="unused contents of the files are an error")
     args = vars(parser.parse_args(argv))
     model, adapter, several, system, strict = (
         args.pop(k) for k in ("model", "adapter", "adapters", "system", "strict")
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int | None:
     from infer.models import load, load_many
 
     if adapter and several:
-        raise UserError("the options exclude each other", "--adapter and --adapters", "give only one")
+        raise UserError("only one of these options can be used", "--adapter and --adapters", "give only one")
     folders = named(several)
     lm = load_many(model, folders, strict=strict) if folders else load(model, adapter, strict=strict)
     chat = Chat(lm, system, args)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from model.net.transformer import Transformer
     from model.weights import Params, Specs
 
-MATRICES = "layers/.*"  # the matrices that a budget is spent on
+MATRICES = "layers/.*"  # the matrices for which a budget chooses formats
 HELD_OUT = 0.1  # fraction of the documents, the last ones, not used for calibration
 
 
@@ -121,7 +121,7 @@ def quantize(args: argparse.Namespace, settings: Json) -> int:
         wide = sum(4 * x.size for x in jax.tree.leaves(model.abstract))
         print(f"bytes {wide:,} in float32 -> {held:,}, {disk:,} on disk in {out / 'ckpt'}")
     reloaded = load(out, dtype="float32")
-    if args.eval_tokens:  # the only step that holds a complete float model
+    if args.eval_tokens:  # the only step with a complete float model in memory
         before, after = load(args.model, dtype="float32").loss(judge_on), reloaded.loss(judge_on)
         n = f"{after[1]} held-out tokens of {args.data}, seed {args.seed}"
         print(f"perplexity {np.exp(before[0]):.3f} -> {np.exp(after[0]):.3f} on {n}")

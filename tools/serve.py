@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     parser.add_argument("--rows", type=int, default=8, help="concurrent answers")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a prompt and its answer")
-    parser.add_argument("--strict", action="store_true", help="what the files hold and nothing uses is an error")
+    parser.add_argument("--strict", action="store_true", help="unused contents of the files are an error")
     args = parser.parse_args(argv)
     name, folders = args.name or args.model, cli.named(args.adapters)
     if min(args.rows, args.length) < 1:

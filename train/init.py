@@ -29,7 +29,7 @@ class Blueprint:
 
     model: Transformer  # the policy's
     objective: Objective
-    transform: Callable[[Params, Array], Params]  # of a role that trains
+    transform: Callable[[Params, Array], Params]  # applied to the weights of a role that trains
     tx: optax.GradientTransformation
     mask: dict[str, Tree]  # {role: tree of bools}: which parameters train
     abstract: TrainState  # ShapeDtypeStructs

@@ -16,7 +16,7 @@ Side = dict[str, np.ndarray]  # an lm batch; on devices, jax arrays in place of 
 Batch = dict[str, Any]  # a Side, or {name: Side}
 TOKENS = {"tokens": np.int32, "targets": np.int32, "mask": np.float32, "segments": np.int32, "positions": np.int32}
 COLUMNS = {"label": np.int32, "rank": np.int32, "rating": np.float32, "group": np.int32, "reward": np.float32}
-COLUMNS |= {"margin": np.float32, "tie": np.int32}  # of pairs
+COLUMNS |= {"margin": np.float32, "tie": np.int32}  # columns of pairs
 ONE = "row"  # the only side of an lm batch is the batch itself, under this name
 ANSWERS = 4  # number K of answers in a group while the data are unknown
 

@@ -16,7 +16,7 @@ import threading
 import time
 from typing import Any
 
-CPU_SECONDS = 2.0  # of a rendering
+CPU_SECONDS = 2.0  # limit for one rendering
 SECONDS = 30.0  # seconds for one rendering, in case it waits without using CPU time
 MEMORY = 1 << 29  # bytes of address space, Python's included
 MAX_REASON = 500  # characters

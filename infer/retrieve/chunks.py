@@ -18,7 +18,7 @@ TEXTS = ("text", "content", "body", "document", "extract")
 
 class Chunk(NamedTuple):
     document: str  # source of the document: a file, or a file and a line
-    title: str  # of the document, followed by the headings above the chunk
+    title: str  # title of the document, followed by the headings above the chunk
     text: str
 
     @property

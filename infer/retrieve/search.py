@@ -10,7 +10,7 @@ import numpy as np
 How = Literal["bm25", "dense", "rrf", "mean"]
 WORD = re.compile(r"\w+")
 BLOCK = 65_536  # vectors scored at a time
-RANK = 60  # of reciprocal rank fusion (Cormack, Clarke, Büttcher 2009)
+RANK = 60  # constant of reciprocal rank fusion (Cormack, Clarke, Büttcher 2009)
 
 
 class Words:

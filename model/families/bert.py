@@ -29,7 +29,7 @@ KEYS = {
     "layers/mlp_norm/bias": Key(LAYER + "output.LayerNorm.bias", "D->D"),
     "unembed/table": Key("lm_head.weight", "VD->DV"),  # no checkpoint has it: the table is tied
 }
-FIELDS = {  # of ModelConfig: key of a config.json
+FIELDS = {  # {field of ModelConfig: key of config.json}
     "vocab_size": "vocab_size", "layers": "num_hidden_layers", "embed": "hidden_size", "heads": "num_attention_heads",
     "mlp": "intermediate_size", "max_len": "max_position_embeddings", "types": "type_vocab_size",
     "norm_eps": "layer_norm_eps",

@@ -29,7 +29,7 @@ KEYS = {
     "unembed/table": Key("lm_head.weight", "VD->DV"),
 }
 
-FIELDS = {  # of ModelConfig: key of a config.json
+FIELDS = {  # {field of ModelConfig: key of config.json}
     "vocab_size": "vocab_size", "layers": "n_layer", "embed": "n_embd", "heads": "n_head", "max_len": "n_positions",
     "norm_eps": "layer_norm_epsilon", "tied": "tie_word_embeddings",
 }  # fmt: skip

@@ -29,12 +29,12 @@ KEYS = {
     "final_norm/scale": Key("model.norm.weight", "D->D"),
     "unembed/table": Key("lm_head.weight", "VD->DV"),
 }
-FIELDS = {  # of ModelConfig: key of a config.json
+FIELDS = {  # {field of ModelConfig: key of config.json}
     "vocab_size": "vocab_size", "layers": "num_hidden_layers", "embed": "hidden_size", "heads": "num_attention_heads",
     "mlp": "intermediate_size", "norm_eps": "rms_norm_eps", "max_len": "max_position_embeddings",
     "tied": "tie_word_embeddings",
 }  # fmt: skip
-DEFAULTS = dict(  # for keys that a config.json may omit, as in transformers
+DEFAULTS = dict(  # values of keys that a config.json may omit, as in transformers
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
     max_position_embeddings=2048, rms_norm_eps=1e-6, tie_word_embeddings=False,
 )  # fmt: skip
@@ -50,7 +50,7 @@ ROPES = {  # type: parameters that it requires
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
 }
-ROPE_FIELDS = {  # of rope_scaling, whatever its type
+ROPE_FIELDS = {  # fields of rope_scaling of any type
     "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor",
     "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor",
     "truncate", "mrope_section", "mrope_interleaved", "finetuned",

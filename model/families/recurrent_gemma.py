@@ -31,7 +31,7 @@ KEYS = {path: _renamed(key) for path, key in llama.KEYS.items()} | {
     "layers/mlp_norm/scale": Key(llama.LAYER + "channel_pre_norm.weight", "D->D", less=1.0),
     "final_norm/scale": Key("model.final_norm.weight", "D->D", less=1.0),
 }
-FIELDS = {  # of ModelConfig: key of a config.json
+FIELDS = {  # {field of ModelConfig: key of config.json}
     "vocab_size": "vocab_size", "layers": "num_hidden_layers", "embed": "hidden_size", "heads": "num_attention_heads",
     "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings", "conv": "conv1d_width", "logit_cap": "logits_soft_cap",
 }  # fmt: skip

@@ -26,7 +26,7 @@ VIRTUAL = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 
 WRAPS = {"target_modules", "exclude_modules", "modules_to_save"}
 LAYERS = {"layers_to_transform", "layers_pattern", "bias"}
-USED = {  # by peft_type
+USED = {  # fields that are read, by peft_type
     "LORA": WRAPS | LAYERS | {
         "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "init_lora_weights",
         "trainable_token_indices", "ensure_weight_tying",

@@ -54,7 +54,7 @@ class Pretrained:
 
     config: ModelConfig
     source: Source
-    tokenizer_source: str  # for data.text.formats.load
+    tokenizer_source: str  # argument of data.text.formats.load
     unused: list[str] = dataclasses.field(default_factory=list)  # fields of the config that nothing reads
     strict: bool = False  # whether unused tensors, files and fields are an error
 

@@ -30,7 +30,7 @@ Leaves = dict[str, Any]  # {path: array or its shape}
 MANIFEST = "state_hashes.json"
 NAME = re.compile(r"[A-Za-z0-9_.'\[\]-]+(/[A-Za-z0-9_.'\[\]-]+)*")
 STEP = re.compile(r"0|[1-9][0-9]{0,8}")
-# Arrays are compressed; those of more bytes than this per byte of a checkpoint's files come from no run.
+# Limits on the size of a checkpoint's arrays: bytes per byte of its compressed files, and bytes in addition.
 DENSEST, SLACK = 64, 256 << 20
 
 

@@ -28,7 +28,7 @@ class Context(NamedTuple):
     see_window: Array | None  # [B,T,S] bool: that of layers with a window, if there are any
     angles: Angles | None
     backend: str  # "cache", or one of model/net/backends.py
-    windows: tuple[int, ...]  # of all layers
+    windows: tuple[int, ...]  # the window of every layer
     causal: bool
     windowed: bool | Array = False  # whether the current layer has a window
     report: tuple[str, ...] = ()  # names of the reports that layers should make

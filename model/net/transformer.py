@@ -54,7 +54,7 @@ class Transformer:
     """A model of one stack of layers. `params["layers"]` is a stacked tree (scanned) or a tuple of trees (unrolled)."""
 
     config: ModelConfig
-    dtype: str = "float32"  # of activations
+    dtype: str = "float32"  # the dtype of activations
     param_dtype: str = "float32"
     remat: str = "dots"  # a key of REMAT
     attention: str = "xla"  # backend for rows without a cache; see model/net/backends.py

@@ -31,7 +31,7 @@ class Quantized(Weight):
     offset: Array | None  # one per tile
     inverse: Array | None  # [..., K, 1]: inputs are multiplied by it first (AWQ, SmoothQuant)
     eqn: str = flax.struct.field(pytree_node=False)  # the equation that the weight was declared with
-    sizes: tuple[int, ...] = flax.struct.field(pytree_node=False)  # of its letters
+    sizes: tuple[int, ...] = flax.struct.field(pytree_node=False)  # sizes of its letters
     tile: tuple[int, int] = flax.struct.field(pytree_node=False)
     whole: ClassVar[bool] = True
     activations: ClassVar[bool] = False  # whether inputs are rounded too

@@ -14,8 +14,8 @@ from jax import Array
 
 from model import weights
 
-PERCENTILE = 99.9  # of the magnitudes of a tile
-RATIOS = [1 - i / 32 for i in range(17)]  # of the largest magnitude: the clipping thresholds that "mse" tries
+PERCENTILE = 99.9  # percentile of the magnitudes in a tile
+RATIOS = [1 - i / 32 for i in range(17)]  # fractions of the largest magnitude: the clipping thresholds that "mse" tries
 FLOATS = {  # dtype, bits of the mantissa, smallest exponent, largest number
     "e4m3": (jnp.float8_e4m3fn, 3, -6, 448.0),
     "e5m2": (jnp.float8_e5m2, 2, -14, 57344.0),

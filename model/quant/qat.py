@@ -24,7 +24,7 @@ class FakeQuant(Weight):
     w: Array
     eqn: str = flax.struct.field(pytree_node=False)
     format: str = flax.struct.field(pytree_node=False)  # a file of this folder
-    options: tuple[tuple[str, int | bool], ...] = flax.struct.field(pytree_node=False)  # for its `make`
+    options: tuple[tuple[str, int | bool], ...] = flax.struct.field(pytree_node=False)  # arguments of its `make`
     start: int = flax.struct.field(pytree_node=False)
     live: Array | None = None  # bool [stack...]: whether it quantizes yet; set only in training
     trainable: ClassVar[tuple[str, ...]] = ("w",)

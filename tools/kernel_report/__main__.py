@@ -7,8 +7,8 @@ Prints for each shape: bundles and iterations of the hot loop, MXU utilization (
 bytes moved over the minimum, VMEM, and spilled registers; for all but the quick shapes, also those of XLA's program for
 the same operands. A kernel's time ranges from its bound (the schedule, or HBM at peak bandwidth) to that plus the part
 of the first block that nothing overlaps; XLA's ranges to its own estimate. Stalls are not included: the times rank
-kernels to about 10 %. The products per cycle of TPU7x are a guess from its peak, which its schedules exceed. This needs
-requirements/tpu.txt.
+kernels to about 10 %. For TPU7x the products per cycle are guessed from its peak rate, which its schedules exceed. This
+needs requirements/tpu.txt.
 
 For an absent H100 (requirements/gpu.txt) it prints registers, spills, memory and bytes; times are not known.
 `--chip=gpu` does the same on the GPU of this machine, measures the times, and compares the results with XLA's.
@@ -52,7 +52,7 @@ TPUS = {
     "v6e": Tpu("v6e:2x2", {"bfloat16": 2**19, "int8": 2**20}),
     "tpu7x": Tpu("tpu7x:2x2x1", {"bfloat16": 2**19, "float8_e4m3fn": 2**20}, 2),
 }
-GPUS = ("h100", "gpu")  # an absent H100, and the GPU of this machine
+GPUS = ("h100", "gpu")  # names for an absent H100 and for the GPU of this machine
 
 
 @cli.command

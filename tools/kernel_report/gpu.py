@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from model.weights import Tree
     from tools.kernel_report.cases import Case
 
-COLD = 128 * 2**20  # bytes of operands, more than twice an H100's L2 cache of 50 MiB
+COLD = 128 * 2**20  # total bytes of operands: more than twice the L2 cache of an H100, 50 MiB
 CALLS = 16  # maximum calls in a timed program, since each of them is compiled
 ROUNDS = 7
 

@@ -31,7 +31,7 @@ TABLE = tomllib.loads(Path(__file__).with_name("targets.toml").read_text("utf-8"
 FLAGS = dict.fromkeys(("on", "accelerator", "zone", "project", "bucket", "nfs", "from"), "")
 FLAGS |= {"name": "kungfu", "spot": False, "go": False, "slices": 1}
 LOST = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "SUSPENDED", "SUSPENDING", "FAILED")
-# Exit codes of train.main that another machine would not change.
+# Exit codes of train.main after which another machine would not help.
 OWN_CODES = (exits.INPUT, exits.BROKEN, exits.BELOW_FLOOR)
 POLL = 30.0  # seconds between checks of a machine's state
 
@@ -51,7 +51,7 @@ class Slice(NamedTuple):
 
 class Plan(NamedTuple):
     target: Json
-    steps: dict[str, list[str]]  # step -> words of its command, only steps that apply
+    steps: dict[str, list[str]]  # {step: words of its command}, only steps that apply
     files: dict[str, str]  # files that the steps read besides the repository
 
     def names(self, part: str) -> list[str]:

@@ -112,7 +112,7 @@ def _placed(x: Any, sharding: Any) -> Any:
 def flops(cfg: Config, planned: Any, what: str) -> tuple[float, float, int]:
     """(model FLOPs, FLOPs including recomputation, tokens) per step, over all devices."""
     rows, length = cfg.data.batch_size, cfg.data.seq_len
-    if what == "decode":  # every row attends to a full cache
+    if what == "decode":  # every row attends to all columns of the cache
         policy = cost.of_roles(planned, 2 * length - 1)["policy"]
         model = rows * (policy.layer_flops + policy.head_flops)
         return model, model, rows

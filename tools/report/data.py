@@ -49,7 +49,7 @@ class Choice(NamedTuple):
 
     label: str
     task: str
-    result: dict  # of evals.run.evaluate
+    result: dict  # a result of evals.run.evaluate
     run: Run
     flops: float | None
     seconds: float | None
@@ -67,7 +67,7 @@ def read(folder: str | Path) -> Run:
     paths.regular(path)
     found = {name: files.read_json(path / f"{name}.json") for name in ("config", "cost", "environment")}
     metrics = record.read(path / "metrics.jsonl")
-    own = [line for line in metrics if line["kind"] == "task"]  # of config.evals
+    own = [line for line in metrics if line["kind"] == "task"]  # results of config.evals
     evals = sorted(own + files.read_lines(path / "evals.jsonl"), key=lambda line: line.get("step", math.inf))
     run = Run(path, **found, metrics=metrics, evals=evals)
     if not run.metrics and not run.evals:
@@ -122,7 +122,7 @@ def used(runs: list[Run]) -> list[tuple[str, gas.Gas]]:
 
 
 def stored(folder: Path) -> int | None:
-    """Bytes of the trained parameters in the newest checkpoint, to be stored in addition to the base model."""
+    """Bytes of the trained parameters in the newest checkpoint, which must be stored in addition to the base model."""
     steps = sorted((p for p in (folder / "ckpt").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
     if not steps:
         return None

@@ -68,7 +68,7 @@ def slug(title: str) -> str:
 
 
 def write(folders: list[str | Path], out: Path) -> Path:
-    """Writes the short form, then the page at `out`, each atomically: a page that is there is complete.
+    """Writes the short form, then the page at `out`, each atomically, so that a page is always complete.
 
     Raises UserError.
     """

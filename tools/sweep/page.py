@@ -25,7 +25,7 @@ class Result(NamedTuple):
     state: str
     step: int
     value: float | None
-    time: float  # of the last line
+    time: float  # step of the last line
     method: str  # tools.report.data.method
     rank: int | None
     trained: int | None  # parameters

@@ -36,7 +36,7 @@ class Child(NamedTuple):
     point: Point
     process: subprocess.Popen
     claim: int
-    trial: Any = None  # if part of a search
+    trial: Any = None  # the trial, if the point is part of a search
 
 
 class Listed:

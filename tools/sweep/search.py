@@ -19,7 +19,7 @@ try:
 except ImportError as e:
     raise UserError("the package optuna is not installed", "--search", "pip install -r requirements/search.txt") from e
 
-ETA = 3  # of successive halving: 1 / ETA of the trials continue at each rung
+ETA = 3  # factor of successive halving: 1 / ETA of the trials continue at each rung
 
 
 class Search:
@@ -91,7 +91,7 @@ class Search:
     def _report(self, trial: Any, point: Point) -> bool:
         seen = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
         for step, value in runs.curve(self.out / point.id, self.metric):
-            if step > max(seen, default=0) and value is not None:  # at step 0 all are equal
+            if step > max(seen, default=0) and value is not None:  # at step 0 all trials have the same value
                 trial.report(value, step)
                 if step < point.config.steps and trial.should_prune():
                     return True

@@ -48,7 +48,7 @@ class Metrics:
         on_error: str = "stop",
     ):
         self.path, self.total, self.on_error = Path(path), total_steps, on_error
-        self.step = 0  # of events
+        self.step = 0  # the step that events are recorded at
         self.active = jax.process_index() == 0
         self.finished = False  # whether the record already has the "done" line of the last step
         self.seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)  # seconds of this session by kind
