@@ -201,7 +201,8 @@ def speed(d: Decision, out: Path, name: str) -> float | None:
     """Tokens per second of a method's first training, from its run folder."""
     tests = [t for o in d.options if o.record["name"] == name for t in o.record["tests"]]
     folder = out / tests[0]["run"] if tests and tests[0]["run"] else None
-    return data.read(folder).done.get("tokens_per_second") if folder and folder.is_dir() else None
+    known = folder is not None and (folder / "metrics.jsonl").exists()
+    return data.read(folder).done.get("tokens_per_second") if known else None
 
 
 def dropped(record: Json) -> list[tuple[str, str]]:
