@@ -170,7 +170,7 @@ class Hosted:
                     fix = f"set {KEY}" if error.code in (401, 403) else ""
                     raise self._error(problem, fix) from None
                 wait = min(_seconds(error.headers.get("Retry-After"), wait), LONGEST)
-            except ValueError as error:  # also of a reply that is not UTF-8
+            except ValueError as error:  # also raised for a reply that is not UTF-8
                 raise self._error(f"the reply cannot be read: {reason(error)}") from None
             except (OSError, http.client.HTTPException) as error:
                 problem = f"no reply: {reason(getattr(error, 'reason', None) or error)}"  # type: ignore[arg-type]

@@ -120,7 +120,7 @@ def _byte_level(folder: Path, kind: str, names: dict) -> Core:
     try:
         core = Core(models.BPE(_read_json(folder / "vocab.json"), merges))
     except Exception as error:
-        raise UserError(f"vocab.json and merges.txt do not fit: {error}", str(folder)) from None
+        raise UserError(f"vocab.json and merges.txt do not belong together: {error}", str(folder)) from None
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced, use_regex=True)
     if kind == "Qwen2":
         split = pre_tokenizers.Split(Regex(QWEN2), "isolated")

@@ -1,7 +1,8 @@
 """Reads and writes quantized weights in the compressed-tensors format, which vLLM and transformers read too.
 
-A Linear [N, K] is stored as `weight_scale` and codes: `weight` (int8 or e4m3), or for float activations
-`weight_packed`, where an int32 holds consecutive codes of a row plus half their range, with `weight_shape`.
+A Linear [N, K] is stored as `weight_scale` and codes. The codes are `weight` (int8 or e4m3), or, for float activations,
+`weight_packed` with `weight_shape`: an int32 of it holds consecutive codes of a row, each plus half the range of the
+codes.
 """
 
 import re

@@ -39,7 +39,7 @@ def make(
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
         params, passages = roles["policy"], batch["passage"]
         queries = {name: x[:, : query_tokens or None] for name, x in batch["query"].items()}
-        cosines = vectors(params, queries) @ vectors(params, passages).T  # [B,B], a question per row
+        cosines = vectors(params, queries) @ vectors(params, passages).T  # [B,B], one question per row
         return info_nce(cosines / temperature, negatives(passages, queries), (passages["segments"] > 0).any(-1))
 
     return Objective(compute, BATCH, logits=False)

@@ -22,9 +22,9 @@ MOST = 8  # answers to a prompt: the orders of ties are summed over their 2^K su
 def make(model: Transformer) -> Objective:
     """-log of the probability of each group's order, a mean over groups.
 
-    Plackett-Luce: P(order) = prod_i exp(r_i) / sum_{j behind i} exp(r_j). A tie stands for all of its orders, whose
-    probabilities are added up; so do the answers behind those that were ranked, where all have the last rank. The data
-    have a column `rank` (1 is the best) or `rating` (the highest is the best).
+    Plackett-Luce: P(order) = prod_i exp(r_i) / sum_{j behind i} exp(r_j). A tie stands for all orders of the tied
+    answers, whose probabilities are added. The answers that were not ranked all have the last rank, and so are tied.
+    The data have a column `rank` (1 is the best) or `rating` (the highest is the best).
     """
 
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
