@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> None:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         files.write_lines(Path(args.out), rows)
         n = max(len(item["answers"]) for item in items)
-        far = f"; the best of {n} is at most {np.log(n) - (n - 1) / n:.3f} nats from its model" * (args.keep == "best")
+        best, nats = np.mean([max(each) for each in scored]), np.log(n) - (n - 1) / n
+        far = f"; the best of {n}: reward {best:.3f}, at most {nats:.3f} nats from the model" * (args.keep == "best")
         print(f"{args.out}: {len(rows):,} rows of {len(items):,} items{far}")
 
 

@@ -97,6 +97,8 @@ def check(args: argparse.Namespace) -> None:
         asked = pairs.text(pair.prompt)
         votes[asked, pair.chosen, pair.rejected], votes[asked, pair.rejected, pair.chosen] = label, 1 - label
     lines = files.read_lines(Path(args.routed) / "routes.jsonl")
+    if not lines:
+        raise UserError("no routes.jsonl in the folder", args.routed, "name the --out of the first form")
     voted = [(line, votes[key]) for line in lines if (key := (pairs.text(line["prompt"]), *line["answers"])) in votes]
     if not voted:
         raise UserError("no vote is about an item that was routed", args.votes, "name what feedback.export has written")
