@@ -86,6 +86,13 @@ def _majority(pair: Pair) -> Pair:
     return Pair(pair.prompt, pair.rejected, pair.chosen, tuple(-v for v in pair.votes))
 
 
+def decided(pairs: Iterable[Pair]) -> list[Pair]:
+    """The pairs of which more people prefer one answer than the other. Raises UserError if there are none."""
+    if not (found := [pair for pair in pairs if sum(pair.votes)]):
+        raise UserError("all pairs are ties", "pairs", "collect more votes")
+    return found
+
+
 def agreement(pairs: Iterable[Pair]) -> list[float]:
     """For each two people who judged the same pair: 1 if they agree, else 0."""
     return [float(a == b) for p in pairs for i, a in enumerate(p.votes) for b in p.votes[i + 1 :]]

@@ -226,7 +226,8 @@ def test_predictors_that_read_no_model():
 
 def test_judges_stand_beside_what_reads_no_model(folder, tmp_path, capsys):
     votes = [{"prompt": f"{i}?", "chosen": "good one", "rejected": f"bad {i}"} for i in range(12)]
-    source = rows(tmp_path / "x.jsonl", *votes, *votes[:4], votes[4] | {"chosen": "bad 4", "rejected": "good one"})
+    against = votes[4] | {"chosen": "bad 4", "rejected": "good one"}
+    source = rows(tmp_path / "x.jsonl", *votes, *votes[:4], against, votes[4], votes[11] | {"prompt": "tie", "tie": 1})
     command = [f"--pairs={source}", f"--out={tmp_path}/out", f"--features={folder}", "--rewards=rule:length?most=1"]
     command += ["--label_seconds=36", "--wage=10"]
     with scripted((200, {}, lambda body: {"choices": [{"message": {"content": "A"}}], "usage": USAGE})) as (url, asked):
@@ -236,8 +237,8 @@ def test_judges_stand_beside_what_reads_no_model(folder, tmp_path, capsys):
     assert len(asked) == 24
     found = json.loads((tmp_path / "out/judges.json").read_text())["rows"]
     table = {row["label"].split()[0]: row for row in found}
-    assert (table["people"]["mean"], table["people"]["n"], table["people"]["usd"]) == (0.8, 5, 0.1)
-    assert table["highest"]["mean"] == pytest.approx((1 + 0.6**0.5) / 2)
+    assert (table["people"]["mean"], table["people"]["n"], table["people"]["usd"]) == (pytest.approx(5 / 7), 7, 0.1)
+    assert table["highest"]["mean"] == pytest.approx((1 + (3 / 7) ** 0.5) / 2)
     assert table["bag"]["mean"] > 0.9 and table["linear"]["n"] == table["the"]["n"] == 12
     hosted = found[-1]
     assert (hosted["mean"], hosted["undecided"], hosted["first"], hosted["differ"]) == (0.5, 1, 1, 1)

@@ -4,8 +4,9 @@
                           [--label_seconds=SECONDS] [--wage=DOLLARS] [--seed=0] --out=FOLDER
 
 --pairs are preferences or rankings in any format that training reads; rows on the same two answers are the votes of
-several people, whose agreement with each other is the first line, with the accuracy that it allows. A judge is asked
-about both orders of the answers; it prefers an answer if both orders do, and an undecided pair counts one half.
+several people, whose agreement with each other is the first line, with the accuracy that it allows; ties count only
+there. A judge is asked about both orders of the answers; it prefers an answer if both orders do, and an undecided pair
+counts one half.
 --rewards are those of evals.reward, separated by spaces. --features trains a linear reward model on the frozen model's
 hidden states, and like the bag of words predicts each of the --folds from the others. People's seconds per label and
 wage per hour are what you state. Verdicts are kept in --out: the same command continues there.
@@ -61,14 +62,15 @@ def run(args: argparse.Namespace) -> list[Json]:
     """Measures, writes OUT/judges.json and prints the table. Returns its rows."""
     from evals import pairs
 
-    found = pairs.read(args.pairs)
+    every = pairs.read(args.pairs)
+    found = pairs.decided(every)
     if args.folds < 2:
         raise UserError("cross-validation needs two folds or more", "--folds")
     order = np.random.default_rng(args.seed).permutation(len(found))
     drawn = [found[i] for i in sorted(order[: args.n or None])]
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    rows = [*_people(found, args), _row("the longer answer", pairs.longest(drawn), 0.0)]
+    rows = [*_people(every, args), _row("the longer answer", pairs.longest(drawn), 0.0)]
     for label, predict in _trained(found, args):
         start = time.perf_counter()
         p = predict()[sorted(order[: args.n or None])]
@@ -89,11 +91,11 @@ def run(args: argparse.Namespace) -> list[Json]:
 # --- the ways ---
 
 
-def _people(found: "Sequence[Pair]", args: argparse.Namespace) -> Iterator[Json]:
+def _people(every: "Sequence[Pair]", args: argparse.Namespace) -> Iterator[Json]:
     """People with each other, and the accuracy that their agreement allows, if pairs have several votes."""
     from evals import pairs
 
-    agreed = pairs.agreement(found)
+    agreed = pairs.agreement(every)
     if not agreed:
         return
     usd = args.label_seconds * args.wage / 3600 if None not in (args.label_seconds, args.wage) else None

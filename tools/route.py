@@ -125,7 +125,7 @@ def curve(args: argparse.Namespace) -> None:
     from tools.report import svg
     from tools.report.page import render
 
-    found, out = pairs.read(args.curve), Path(args.out)
+    found, out = pairs.decided(pairs.read(args.curve)), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     x, fold = features.differences(args.features, found, out), pairs.folds(found, 5)
     if args.labels[-1] > (least := min(int((fold != k).sum()) for k in np.unique(fold))):
