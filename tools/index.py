@@ -129,9 +129,12 @@ def measure(
         if strange := set(relevant) - known:
             fix = f"names as --ask prints them, such as {min(known)!r}"
             raise UserError(f"the index has no document {min(strange)!r}", f"question {question!r}", fix)
+    texts, began = [question for question, _ in asked], time.perf_counter()
+    vectors = index.embedder.embed(texts, "query") if index.dense else None
+    spent = time.perf_counter() - began  # once for all ways
     for how in ways or (("bm25", "dense", "rrf", "mean") if index.dense else ("bm25",)):
-        began = time.perf_counter()
-        hits = index.search([question for question, _ in asked], 3 * max(k, DEPTH), how)
+        began = time.perf_counter() - spent * (how != "bm25")
+        hits = index.search(texts, 3 * max(k, DEPTH), how, vectors)
         seconds = (time.perf_counter() - began) / max(len(asked), 1)
         ranked = [list(dict.fromkeys(hit.chunk.document for hit in found)) for found in hits]
         rows = list(zip(ranked, (relevant for _, relevant in asked), strict=True))

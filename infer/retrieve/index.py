@@ -67,8 +67,10 @@ class Index:
             raise UserError(what, self.record["embedder"], "build the index again")
         return found
 
-    def search(self, questions: Sequence[str], k: int = 5, how: How | None = None) -> list[list[Hit]]:
-        """The k best chunks for each question, best first.
+    def search(
+        self, questions: Sequence[str], k: int = 5, how: How | None = None, asked: np.ndarray | None = None
+    ) -> list[list[Hit]]:
+        """The k best chunks for each question, best first. `asked`: the vectors of the questions, if they are known.
 
         `how`: "bm25", "dense", or a fusion of both, "rrf" or "mean"; None: "mean" if there are vectors, else "bm25".
         "bm25" leaves out chunks without any word of the question.
@@ -76,8 +78,10 @@ class Index:
         how = how or ("mean" if self.dense else "bm25")
         if how != "bm25" and not self.dense:
             raise UserError(f"the index has no vectors for {how!r}", str(self.folder), "build it with --embedder")
-        asked = self.embedder.embed(questions, "query") if how != "bm25" else [None] * len(questions)
-        return [self._one(question, vector, k, how) for question, vector in zip(questions, asked, strict=True)]
+        if asked is None and how != "bm25":
+            asked = self.embedder.embed(questions, "query")
+        vectors = [None] * len(questions) if how == "bm25" else asked
+        return [self._one(question, vector, k, how) for question, vector in zip(questions, vectors, strict=True)]
 
     def flops(self, questions: Iterable[str], how: How | None = None) -> float:
         """FLOPs of `search`: the vectors of the questions, and their products with all vectors. Those of BM25 are not

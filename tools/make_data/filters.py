@@ -1,0 +1,107 @@
+"""Which made rows are dropped, each with its reason."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from common import files
+from common.types import Json
+from data.text import formats
+from evals import overlap, scorers
+from evals.task import Task
+from infer.retrieve import injections
+from tools.make_data.templates import ASIDE
+
+QUESTION, ANSWER = (3, 60), (1, 25)  # least and most words
+VAGUE = re.compile(r"\b(passage|the text|this text|article|paragraph|document|above|mentioned|following)\b", re.I)
+OPEN = re.compile(r"^(he|she|it|they|this|these|its|his|her|their|such|both)\b", re.I)
+
+
+class Row(NamedTuple):
+    question: str
+    answer: str
+    title: str
+    passage: str
+    meta: Json  # where it comes from: document, chunk, and by whom
+
+    @property
+    def text(self) -> str:
+        return f"{self.question} {self.answer}"
+
+    def record(self, **more: str) -> Json:
+        """The row as training reads it; `passage` serves to tune an embedder or a reader of passages."""
+        return {"question": self.question, "answer": self.answer, **more, "passage": self.passage, "meta": self.meta}
+
+
+def by_rules(row: Row) -> str:
+    """The reason to drop a row, or ""."""
+    asked, answer = row.question.split(), scorers.normalized(row.answer)
+    blank = "____" in row.question
+    if not row.question:
+        return "the model wrote no question with an answer"
+    if not blank and not row.question.endswith("?"):
+        return "it is not a question"
+    if not QUESTION[0] <= len(asked) <= QUESTION[1]:
+        return f"the question has not {QUESTION[0]} to {QUESTION[1]} words"
+    if not answer or not ANSWER[0] <= len(row.answer.split()) <= ANSWER[1]:
+        return f"the answer has not {ANSWER[0]} to {ANSWER[1]} words"
+    texts = (row.passage, ASIDE.sub("", row.passage))
+    if not any(f" {answer} " in f" {scorers.normalized(text)} " for text in texts):
+        return "the answer is not in the passage"
+    if f" {answer} " in f" {scorers.normalized(row.question)} ":
+        return "the answer is in the question"
+    if VAGUE.search(row.question) or OPEN.match(row.question):
+        return "the question does not stand by itself"
+    subject = {word for word in overlap.words(row.title.split(" · ")[0]) if len(word) > 2}
+    if subject and not subject & set(overlap.words(row.question)):
+        return "the question does not name its subject"
+    if found := injections.found(row.text):
+        return f"it reads as an instruction: {found!r}"
+    return ""
+
+
+def copies(rows: Sequence[Row]) -> dict[int, str]:
+    """{index: reason} of rows whose questions are nearly those of earlier ones."""
+    seen: dict[str, int] = {}
+    out = {}
+    for i, row in enumerate(rows):
+        if (first := seen.setdefault(scorers.normalized(row.question), i)) != i:
+            out[i] = f"the same question as an earlier row: {rows[first].meta['document']}"
+    for i, j in overlap.near([row.question for row in rows]):
+        out.setdefault(j, f"nearly the same question as an earlier row: {rows[i].meta['document']}")
+    return out
+
+
+def contaminated(rows: Sequence[Row], tasks: dict[str, Task], scratch: Path) -> dict[int, str]:
+    """{index: reason} of rows that hold a row of an evaluation, or nearly its question."""
+    out: dict[int, str] = {}
+    for name, task in tasks.items():
+        asked = [(overlap.asked(task.prompt(e)), e["answer"], e.get("where", name)) for e in task.examples("heldout")]
+        near = overlap.near([*(question for question, _, _ in asked), *(row.question for row in rows)])
+        for i, j in near:
+            if i < len(asked) <= j:
+                out.setdefault(j - len(asked), f"nearly the question of an evaluation: {asked[i][2]}")
+        same = {scorers.normalized(question): where for question, _, where in asked}
+        for i, row in enumerate(rows):
+            if where := same.get(scorers.normalized(row.question)):
+                out[i] = f"the question of an evaluation: {where}"
+        for i, where in _holding(rows, asked, scratch):
+            out.setdefault(i, f"it holds a row of an evaluation: {where}")
+    return dict(sorted(out.items()))
+
+
+def _holding(rows: Sequence[Row], asked: Sequence[tuple[str, str, str]], scratch: Path) -> Iterator[tuple[int, str]]:
+    """(index of a row, place of an evaluation's row that it holds), by n-grams of words (evals.overlap.seen)."""
+    left = dict(enumerate(rows))
+    while left:
+        path, numbers = scratch / "decontaminated.jsonl", list(left)
+        files.write_lines(path, ({"text": row.text} for row in left.values()))
+        found = overlap.seen([pair[:2] for pair in asked], str(path), formats.load("bytes"))
+        path.unlink()
+        if not found:
+            return
+        for at, place in found.items():
+            number = numbers[int(place.rpartition(":")[2]) - 1]
+            if left.pop(number, None):
+                yield number, asked[at][2]
