@@ -106,9 +106,10 @@ def test_a_model_too_weak_is_said_and_a_killed_command_goes_on(documents, tmp_pa
     monkeypatch.setattr(LM, "generate", generate)
     monkeypatch.setattr(models, "load", lambda name: lm)
     monkeypatch.setattr(model, "BATCH", 2)
+    monkeypatch.setattr(model, "EXAMPLES", ())
     monkeypatch.setattr(command, "TRIAL", 4)
     argv = [f"--documents={documents}", f"--to={tmp_path / 'made'}", "--most=6"]
-    assert command.main(argv) == 75 and not (tmp_path / "made").exists()
+    assert command.main(argv) == 130 and not (tmp_path / "made").exists()
     assert command.main(argv) == 0 and asked == [2, 2, 2]
     said = capsys.readouterr().out
     assert (
