@@ -13,7 +13,7 @@ from evals.run import flops_per_token
 from infer.lm import LM
 from infer.retrieve.chunks import Chunk
 
-BATCH = 16  # chunks whose answers are kept at once, so that a killed command goes on there
+BATCH = 16  # chunks whose answers are kept at once, so that a killed command continues there
 LENGTH = 64  # new tokens
 ORDER = "Write one question that the passage answers, and its short answer, copied from the passage."
 EXAMPLES = (
@@ -21,8 +21,8 @@ EXAMPLES = (
      "Question: Where was the accordion invented?\nAnswer: Berlin"),
     ("Marie Curie\nMarie Curie was a physicist and chemist who conducted pioneering research on radioactivity.",
      "Question: What did Marie Curie conduct pioneering research on?\nAnswer: radioactivity"),
-    ("Lake Baikal\nLake Baikal is a rift lake in Russia. Its maximum depth is 1,642 metres.",
-     "Question: How deep is Lake Baikal?\nAnswer: 1,642 metres"),
+    ("Lake Baikal\nLake Baikal is a rift lake in Russia. Its maximum depth is 5,387 feet.",
+     "Question: How deep is Lake Baikal?\nAnswer: 5,387 feet"),
 )  # fmt: skip
 FORM = re.compile(r"\s*Question:\s*(.+?)\s*\n\s*Answer:\s*(.*?)\s*(?:\n|$)")
 

@@ -29,7 +29,7 @@ PLACE = re.compile(
     r"(?P<answer>[^,.;]{3,50})(?=[,.;]|$)"
 )
 BLANK = re.compile(
-    r"\b(?:\d[\d,.]* (?:percent|million|billion|kilometres|metres|km|species|people|years)|\d{4}|"
+    r"\b(?:\d[\d,.]* (?:percent|million|billion|(?:kilo)?met(?:er|re)s|km|species|people|years)|\d{4}|"
     r"(?:[A-Z][\w'-]+)(?: (?:of |the )?[A-Z][\w'-]+){1,3})"
 )
 
