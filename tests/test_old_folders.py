@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from common import files
 from common.errors import UserError
 from configs import schema
 from infer import load
 from model.io import saved
+from tools import export
 from train.main import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +48,13 @@ def test_an_old_run_goes_on_with_the_same_loss(old):
     assert train("run", steps=6) == 0
     assert losses(old / "run") == pytest.approx([1.8817100, 1.8870953, 1.6966686], rel=1e-5)
     assert set(saved.read_manifest(old / "run" / "ckpt" / "6")["frozen"]) == {"policy"}
+
+
+def test_the_model_card_of_an_unfinished_run_says_how_far_it_is(old):
+    config = files.load_json(old / "run/config.json")
+    assert ": 4 steps on" in export.card("out", "run", "", [])
+    files.write_json(old / "run/config.json", config | {"steps": 9})
+    assert ": 4 of 9 steps on" in export.card("out", "run", "", [])
 
 
 def test_an_adapter_goes_on_only_on_its_own_base(old):
