@@ -62,7 +62,7 @@ def test_a_round_of_questions_behind_the_same_examples(tmp_path):
     export_hf(model, model.init(jax.random.key(0)), load("bytes"), tmp_path / "model", check=False)
     data.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": f" {i}\nmore"}) + "\n" for i in range(9)))
     texts = asked(str(data), questions=3, shots=2)
-    assert texts[0] == "0? 0\n\n1? 1\n\n2?" and len(texts) == 3
+    assert texts[0] == "0?0\n\n1?1\n\n2?" and len(texts) == 3
     run = ours.ask(str(tmp_path / "model"), str(data), 3, 2, new_tokens=2, rows=2, shared=True, dtype="float32")
     assert run()["tokens"] == sum(map(len, texts))
 
