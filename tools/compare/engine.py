@@ -45,6 +45,8 @@ class Engine:
         alive = self._survivors()
         for group in _groups(sorted(alive, key=lambda x: x.trained)):
             self._test(group)
+        if not any(row["status"] == "tested" for row in self.r.methods):
+            raise self._nothing()
         self.r.finish()
         self._save()
         self._show()
@@ -153,7 +155,7 @@ class Engine:
     def _decide(self, alive: list[Candidate], number: int) -> None:
         """Ends a rung: records who stays, and why the others do not."""
         if not alive:
-            raise UserError("every method failed", str(self.c.out), "see the logs there")
+            raise self._nothing()
         last = number == len(self.r.rungs) - 1
         result = lambda x: self._result(x, number)
         one, two, three = [], [], []
@@ -294,6 +296,10 @@ class Engine:
 
     def _failed(self, x: Candidate) -> bool:
         return "failed" in self.r.candidate(x.id)
+
+    def _nothing(self) -> UserError:
+        why = [x["failed"] for x in self.r.candidates if "failed" in x]
+        return UserError(f"every method failed: {why[-1] if why else 'none was left'}", str(self.c.out), "see its logs")
 
     def _failing(self, group: list[Candidate], why: str, again: Callable[[Candidate], None]) -> None:
         """Tries candidates of a failed command one by one. Records the failure of a single one, and that of its method
