@@ -117,7 +117,7 @@ def test_a_model_too_weak_is_said_and_a_killed_command_goes_on(documents, tmp_pa
         and "the model wrote no question" in said
     )
     kept = [json.loads(line) for line in (tmp_path / "made/rows.jsonl").read_text().splitlines()]
-    assert len(kept) == 6 and kept[0]["answer"].startswith("a film of the year")
+    assert len(kept) == 12 and kept[0]["answer"].startswith("a film of the year")
     assert kept[0]["meta"]["by"] == "template definition" and kept[0]["meta"]["document"].startswith(str(documents))
     dropped = [json.loads(line) for line in (tmp_path / "made/dropped.jsonl").read_text().splitlines()]
     assert all(one["reason"] for one in dropped) and len(dropped) >= 4
