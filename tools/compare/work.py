@@ -19,7 +19,7 @@ from tools.report import data as report
 
 TEXT, PASSAGES = "pydocs", 12  # general text, whose loss measures forgetting
 LATENCY = 10  # requests that are timed one at a time
-CLOCK = ("time", "gas")  # fields of a result that the record leaves out
+LEFT_OUT = ("time", "gas", "model")  # fields of a result that the record leaves out: times, and the path of a run
 
 
 class Failed(Exception):
@@ -126,7 +126,7 @@ def result(x: Candidate, what: Asked, folder: Path) -> Json | None:
     found = [line for line in lines if (line["split"], line["n"], line["context"]) == key]
     if not found or (what.text and not loss(folder)):
         return None
-    return {name: value for name, value in found[-1].items() if name not in CLOCK}
+    return {name: value for name, value in found[-1].items() if name not in LEFT_OUT}
 
 
 def loss(folder: Path) -> Json | None:
