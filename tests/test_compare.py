@@ -99,8 +99,13 @@ def test_the_budget_pays_the_best_first_and_holds_a_test_back():
     assert halving.affordable(everyone, score, now, later, None) == (everyone, [])
     assert halving.affordable(everyone, score, now, later, 91.0)[0] == everyone  # 1 + 10 + 20, and 60 later
     kept, [drop] = halving.affordable(everyone, score, now, later, 90.0)
-    assert kept == [zero, lora] and "it needs 80 FLOP and 49 FLOP are left" in drop.why
+    assert kept == [zero, lora] and drop.why == "the budget has 49 FLOP left, and it needs 80 FLOP"
     assert halving.affordable(everyone, score, now, later, 1.5)[0] == []
+    two = [candidate("lora", 1e-3), candidate("lora", 3e-4)]
+    ten = lambda x: 10.0
+    kept, [drop] = halving.affordable(two, lambda x: -two.index(x), ten, ten, 25.0)
+    assert kept == two[:1] and drop.why == "the budget has no room for more settings"
+    assert halving.affordable(two, ten, ten, ten, 5.0, must=True)[0] == two[:1]
 
 
 # --- plans ---

@@ -87,7 +87,8 @@ def affordable(
     alive: Sequence[Candidate], score: Callable[[Candidate], float], now: Callable[[Candidate], float],
     later: Callable[[Candidate], float], left: float | None, must: bool = False,
 ) -> tuple[list[Candidate], list[Drop]]:  # fmt: skip
-    """Keeps the methods that `left` FLOPs can pay for, those with the highest score first.
+    """Keeps the methods that `left` FLOPs can pay for, those with the highest score first, with fewer settings if need
+    be.
 
     `now`: FLOPs of a candidate in the next rung. `later`: those until a method is tested, of which the dearest one
     of the kept methods is held back, since at least one method must be finished. `must`: the best candidate is kept in
@@ -96,17 +97,16 @@ def affordable(
     if left is None:
         return list(alive), []
     kept, dropped, spent, reserve = [], [], 0.0, 0.0
-    for key in sorted(
-        _keys(alive), key=lambda key: (key[0] != BASELINE, -max(score(x) for x in alive if x.key == key))
-    ):
-        mine = [x for x in alive if x.key == key]
-        cost, rest = sum(map(now, mine)), max(map(later, mine))
-        if spent + cost + max(reserve, rest) <= left:
-            kept += mine
-            spent, reserve = spent + cost, max(reserve, rest)
-        else:
-            needed, free = numbers.flops(cost + rest), numbers.flops(max(0.0, left - spent - reserve))
-            dropped += [Drop(x, f"the budget is spent: it needs {needed} and {free} are left") for x in mine]
+    best = {key: max(score(x) for x in alive if x.key == key) for key in _keys(alive)}
+    for key in sorted(best, key=lambda key: (key[0] != BASELINE, -best[key])):
+        mine = sorted((x for x in alive if x.key == key), key=lambda x: -score(x))
+        costs = [(sum(map(now, mine[:n])), max([reserve, *map(later, mine[:n])])) for n in range(len(mine) + 1)]
+        n = max(n for n, (cost, held) in enumerate(costs) if not n or spent + cost + held <= left)
+        needed, free = numbers.flops(now(mine[0]) + later(mine[0])), numbers.flops(max(0.0, left - spent - reserve))
+        why = "the budget has no room for more settings" if n else f"the budget has {free} left, and it needs {needed}"
+        dropped += [Drop(x, why) for x in mine[n:]]
+        kept += mine[:n]
+        spent, reserve = spent + costs[n][0], costs[n][1]
     if must and not kept:
         kept = [max(alive, key=score)]
         dropped = [drop for drop in dropped if drop.candidate.id != kept[0].id]

@@ -161,8 +161,9 @@ def _run(c: Comparison, title: str, stages: list[Stage]) -> None:
         raise Stopped
     if code:
         last = max(logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
-        said = [line for line in jobs.tail(last, 20) if line.strip()]
-        raise Failed((said or [f"exit code {code}"])[-1].strip())
+        said = [line.strip() for line in jobs.tail(last, 20) if line.strip()]
+        errors = [line for line in said if " · " in line]  # as UserError writes them
+        raise Failed((errors or said or [f"exit code {code}"])[-1])
 
 
 def slug(text: str) -> str:
