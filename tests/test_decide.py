@@ -128,6 +128,11 @@ def test_more_rows_make_sure():
     assert f"about {d.rows_needed:,} would be needed" in told.reasons
 
 
+def test_nothing_that_works_is_not_recommended():
+    d = decide.decide(of(scored("a", [[0.0] * 40]), scored("b", [[0.0] * 40])), Inputs(1.0))
+    assert page_text.answer(d, of()).title == "No method works"
+
+
 def test_ten_times_the_rows_by_hand():
     """Log odds 0 at 10 rows and log 3 at 100: log 9 at 1,000, which is 0.9."""
     point = lambda rows, mean: {"method": "lora", "rows": rows, "mean": mean, "low": mean - 0.05, "high": mean + 0.05}

@@ -28,6 +28,8 @@ def answer(d: Decision, record: Json) -> Answer:
     title = f"Use {d.best.label}" if d.enough else few
     if not d.enough and len(d.options) > 1:
         title += f": {d.best.label} or {d.options[1].label}"
+    if not any(o.mean for o in d.options):
+        title = "No method works"
     return Answer(title, _reasons(d, record), _sure(d), _changes(d), _wrong(d), _rule(d))
 
 
@@ -71,6 +73,8 @@ def sentence(text: str) -> str:
 
 
 def _reasons(d: Decision, record: Json) -> str:
+    if not any(o.mean for o in d.options):
+        return "No tested method scores above 0 on any test question. Look at the answers below, and at the scorer."
     best, cost = d.best, d.cost[1]
     per_month = f"about {money(d.price, cost[0])} per month at {integer(d.given.requests)} requests"
     known = f" and costs {per_month}" if math.isfinite(cost[0]) else f"; its cost in {UNITS[d.price.unit]} is not known"
