@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -171,7 +170,3 @@ def slug(text: str) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     digest = hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
     return name if len(name) <= 80 else f"{name[:35]}-{digest}-{name[-35:]}"
-
-
-def shown(argv: Sequence[str]) -> str:
-    return shlex.join(["python", "-m", *argv])
