@@ -485,7 +485,7 @@ def test_50_people_at_once(tmp_path):
         problems: list[object] = []
 
         def work(client: Client) -> None:
-            while asked := re.search(r'<main[^>]* data-item="(\w+)"', client.get()[1]):
+            while asked := re.search(r'<main[^>]*\sdata-item="(\w+)"', client.get()[1]):
                 if (status := client.vote(asked[1], [1, 2])[0]) != 200:
                     problems.append(status)
 

@@ -94,7 +94,8 @@ def test_everything_by_mouse(chromium, tmp_path):
         with page.expect_navigation():
             page.click("#submit")
         assert event(store, PAIR).ranks == [1, 1]
-        page.locator(".answer").nth(1).get_by_label("B is number 1").check(force=True)
+        page.locator(".answer").nth(1).get_by_label("B is number 2").check(force=True)
+        page.keyboard.press("1")  # a digit in the ranks of an answer
         page.click("text=Others worse")
         page.get_by_label("A, true: 4 of 5").check(force=True)
         with page.expect_navigation():

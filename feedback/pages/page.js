@@ -226,11 +226,11 @@ function decision() {
   });
 
   function keyed(key, event) {
-    const ratings = all(".rating"), at = ratings.indexOf(event.target.closest?.(".rating"));
-    const radio = at >= 0 && ratings[at].querySelector(`input[value="${CSS.escape(key)}"]`);
-    if (radio) {  // a digit rates, and the next aspect has the focus
+    const ratings = all(".rating"), set = event.target.closest?.(".pills");
+    const radio = set?.querySelector(`input[value="${CSS.escape(key)}"]`);
+    if (radio) {  // a digit ranks or rates, and then the next aspect has the focus
       radio.click();
-      (ratings[at + 1] ?? ratings[at]).querySelector("input:checked, input").focus();
+      if (set.matches(".rating")) ratings[ratings.indexOf(set) + 1]?.querySelector("input:checked, input").focus();
       return true;
     }
     const place = "abcd".indexOf(key) >= 0 ? "abcd".indexOf(key) : "1234".indexOf(key);
