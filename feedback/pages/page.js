@@ -67,7 +67,7 @@ function decision() {
   const count = Number(task.dataset.count), cards = all(".answer"), submit = byId("submit");
   const state = {choice: "", ranks: Array(count).fill(null), ratings: {}, edits: {}, flags: {}};
   const originals = {}, key = nonce();
-  let current = 0, timer = 0, changed = false, spent = 0, since = performance.now();
+  let current = 0, timer = 0, changed = false, chosen = false, spent = 0, since = performance.now();
 
   const top = () => Math.max(0, ...state.ranks);
   const rated = () => Object.values(state.ratings).some((values) => values.some((v) => v !== null));
@@ -103,10 +103,11 @@ function decision() {
     timer = setTimeout(save, 700);
   }
 
-  // A second time the same choice submits, for two answers as for ties, all bad and skip.
+  // A second time the same choice submits, for two answers as for ties, all bad and skip; a restored one is none yet.
   function choose(choice, ranks) {
-    const same = state.choice === choice && String(state.ranks) === String(ranks);
+    const same = chosen && state.choice === choice && String(state.ranks) === String(ranks);
     if (same) return finish();
+    chosen = true;
     Object.assign(state, {choice, ranks});
     change();
   }
