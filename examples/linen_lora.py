@@ -3,8 +3,8 @@
     python -m examples.linen_lora
 
 The model learns whether a string contains "ab"; then an adapter on the frozen base learns the same for "ba". Hardware:
-a laptop CPU, a few seconds. Expected: the base is right on its own task and near chance on the new one; the adapter is
-right on the new one; with the adapter off, the base's score is unchanged.
+a laptop CPU, a few seconds. Expected: the base is right on its own task and near chance on the new task, and the
+adapter is right on the new task. With the adapter off, the base's score is unchanged.
 """
 
 from collections.abc import Callable

@@ -3,8 +3,9 @@
     python -m feedback.main --db=votes.db --items=items.jsonl      prints the link
     python -m examples.scripted_annotator LINK [--prefer=longest|shortest|FILE.py] [--noise=0.1] [--seed=0] [--most=100]
 
-FILE.py has a function `score(prompt, answer)`; the answer with the higher number is preferred, equal ones are tied.
-With probability --noise the order of an item is turned around. It needs playwright and Chromium (make .venv/pages).
+FILE.py has a function `score(prompt, answer)`; the answer with the higher score is preferred, and equal scores are a
+tie. With probability --noise the ranking of an item's answers is reversed. The script needs playwright and Chromium
+(make .venv/pages).
 """
 
 import random
@@ -25,7 +26,7 @@ RULES: dict[str, Score] = {
 
 
 def annotate(link: str, score: Score, *, chromium: str = "/usr/bin/chromium", **options: Any) -> int:
-    """Opens a link in a browser and votes: see `vote` for the options. Returns the number of votes."""
+    """Opens a link in a browser and votes with the options of `vote`. Returns the number of votes."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as p:
@@ -51,7 +52,8 @@ def vote(page: Any, score: Score, *, noise: float = 0.0, seed: int = 0, most: in
 
 
 def keys(scores: list[float], wrong: bool) -> list[str]:
-    """The keys to press: letters from the best answer to the worst, with Shift for one that is as good as the last."""
+    """The keys to press: letters from the best answer to the worst, with Shift for an answer that ties with the one
+    before."""
     if len(set(scores)) == 1:
         return ["t"]
     order = sorted(range(len(scores)), key=lambda i: scores[i], reverse=not wrong)

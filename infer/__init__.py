@@ -17,7 +17,8 @@ def load(
     tokenizer: str | Path | None = None,
     strict: bool = False,
 ) -> "LM":
-    """The LM of a folder, a .gguf file, a packaged model's name, a hub id or a run folder; see infer.models.load."""
+    """Loads an LM from a folder, a .gguf file, a packaged model's name, a hub id or a run folder; see
+    infer.models.load."""
     from infer import models  # inside the function, so that jax is imported only when a model is loaded
 
     return models.load(name, adapter, dtype, tokenizer, strict)
@@ -27,7 +28,7 @@ def load(
 def load_many(
     name: str | Path, folders: dict[str, str | Path], dtype: str | None = None, *, strict: bool = False
 ) -> "LM":
-    """The LM of a base with several adapters {name: run or PEFT folder}; see infer.models.load_many."""
+    """Loads an LM with a base model and several adapters, {name: run or PEFT folder}; see infer.models.load_many."""
     from infer import models
 
     return models.load_many(name, folders, dtype, strict=strict)

@@ -1,8 +1,8 @@
 """Continuous batching (Orca: Yu et al. 2022): prompts join and leave a running batch of fixed rows.
 
 All rows share one key-value cache, which is a ring buffer: each step writes one column for every row. A joining prompt
-is computed separately and copied into the columns before that one. Attention is masked by the positions and segments
-stored in the cache, not by column, so rows at different lengths share one compiled step.
+is computed separately, and its keys and values are copied into the columns before the next one. Attention is masked by
+the positions and segments stored in the cache, not by column, so rows at different lengths share one compiled step.
 """
 
 import functools
@@ -23,12 +23,12 @@ from model.net.kv_cache import Cache
 from model.net.transformer import Transformer
 from model.weights import Params, Tree
 
-if TYPE_CHECKING:  # it imports Pallas, which takes as long as all of this package
+if TYPE_CHECKING:  # this module imports Pallas, which takes as long as importing the rest of the package
     from infer.serve.store import Store
 
-STEPS = 16  # most tokens per row between two looks from outside
+STEPS = 16  # maximum decoding steps before control returns to Python, which checks for stops and joins
 TOP = 20  # maximum alternatives per token with log-probabilities
-JOIN = 8  # most prompts that are computed together, so that few programs are compiled
+JOIN = 8  # maximum prompts per prefill, so that few programs are compiled
 
 
 class Score(NamedTuple):
@@ -40,9 +40,9 @@ class Score(NamedTuple):
 
 
 class Request:
-    """A prompt and its answer. `key` [2] is the data of its random key; an answer ends after a token of `ends`.
+    """A prompt and its answer so far. `key` [2] is the data of its JAX random key; any token of `ends` ends the answer.
 
-    `top` alternatives of each token are scored; None: no scores.
+    `top` is the number of alternatives to score per token; None: `scores` stays empty.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class Request:
         self.prompt, self.adapter, self.max_new_tokens, self.key = list(prompt), adapter, max_new_tokens, key
         self.asked = Prompt(adapter, tuple(prompt))
         self.knobs, self.ends, self.top = knobs or Knobs(), ends, top
-        self.plan: list[int] = []  # lengths of the prefixes to compute for it
+        self.plan: list[int] = []  # lengths of the shared prefixes to compute before the prompt
         self.tokens: list[int] = []
         self.logps: list[float] = []  # of the tokens; see infer.sample.sample
         self.scores: list[Score] = []  # one per token, if requested
-        self.stopped = False  # by an end token, the last of `tokens`, or from outside
+        self.stopped = False  # whether the caller or an end token, which is then the last of `tokens`, ended the answer
         self.cancelled = False  # set to True to leave the batch
 
     def add(self, token: int, logp: float) -> bool:
@@ -68,15 +68,15 @@ class Request:
 
 
 class Rows(NamedTuple):
-    """The inputs of a step for each row of the batch [B]; NumPy arrays until they are traced."""
+    """The inputs of a decoding step, one entry per row of the batch [B]; NumPy arrays until they are traced."""
 
     live: Array | np.ndarray
     token: Array | np.ndarray  # the newest, not yet in the cache
     position: Array | np.ndarray  # of that token
     step: Array | np.ndarray  # number of tokens sampled so far
-    most: Array | np.ndarray  # maximum number of tokens
+    most: Array | np.ndarray  # maximum number of tokens to sample
     key: Array | np.ndarray  # [B,2]
-    scored: Array | np.ndarray  # whether its tokens get a Score
+    scored: Array | np.ndarray  # whether the row's tokens get a Score
     ends: Array | np.ndarray  # [B,E] tokens after which an answer ends, filled with -1
     knobs: Knobs
 
@@ -92,9 +92,10 @@ class Picked(NamedTuple):
 
 
 class Batch:
-    """A batch of `rows` rows with a ring of `length` columns, in which a prompt and its answer have room.
+    """A batch of `rows` rows whose ring buffer has `length` columns, enough for a prompt and its answer.
 
-    `params` are unrolled; with a store of adapters its own are used. `kind` is that of the cache.
+    `params` are unrolled (infer.generate.unrolled); if a `store` of adapters is given, its parameters replace them.
+    `kind` is the number format of the cache: "float", "int8" or "fp8".
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Batch:
     ):  # fmt: skip
         self.model, self.store, self.length = model, store, length
         self.rows: list[Request | None] = [None] * rows
-        self._all, self._params = params, None  # all parameters; those for the current rows, None if these have changed
+        self._all, self._params = params, None  # all parameters; those of current rows, None after a change of rows
         self.reader = Reader(model, self._serving, prefixes or Prefixes(), kind)
         self.cache: Cache | None = None
 
@@ -111,7 +112,7 @@ class Batch:
         return self.store.route(names, rows) if self.store else self._all
 
     def fits(self, requests: Sequence[Request]) -> bool:
-        """Whether there is a free row for each, and their adapters fit on the device next to those in use."""
+        """Whether each request gets a free row, and the adapters fit on the device beside those in use."""
         names = [r.adapter for r in [*self.rows, *requests] if r]
         return len(names) <= len(self.rows) and (not self.store or self.store.fits(names))
 
@@ -132,7 +133,7 @@ class Batch:
                     self.leave(request)
 
     def plan(self, requests: Sequence[Request]) -> None:
-        """Decides what requests share with each other and with recent ones."""
+        """Chooses the prefixes that these requests share with each other or with recent requests."""
         for request, plan in zip(requests, self.reader.plan([r.asked for r in requests]), strict=True):
             request.plan = plan
 
@@ -156,7 +157,8 @@ class Batch:
             self._add(mine, *_first(logits, filled(sources, size), arrays([*mine, *[None] * (size - len(mine))])))
 
     def _read(self, prompts: list[Prompt], rows: int, requests: list[Request]) -> tuple[Array, Cache | None]:
-        """Logits after the prompts, and their cache; None if it has become that of the batch, which needs no copy."""
+        """Logits after the prompts, and the cache to copy into the batch's; None if it became the batch's cache
+        itself."""
         plans = {r.asked: r.plan for r in requests}
         starts = self.reader.starts(prompts, [plans[p] for p in prompts])
         room = self.length - self.reader.columns(prompts, starts)
@@ -169,7 +171,7 @@ class Batch:
         return self.reader.extend(prompts, starts, rows)
 
     def _groups(self, requests: Sequence[Request]) -> Iterator[tuple[list[Prompt], int]]:
-        """Different prompts to compute together, and the number of rows to do it in."""
+        """Groups of distinct prompts to compute together, each with the number of rows for that computation."""
         prompts = list(dict.fromkeys(r.asked for r in requests))
         most = max(1, min(JOIN, len(self.rows), BUDGET // self.length))
         for i in range(0, len(prompts), most):
@@ -177,7 +179,7 @@ class Batch:
             yield some, 1 if len(some) == 1 else most
 
     def step(self, steps: int = 1, wanted: int = 0) -> None:
-        """Samples up to `steps` tokens for every row, until `wanted` rows are free."""
+        """Samples up to `steps` tokens for every row; stops earlier when `wanted` rows are free."""
         if not any(self.rows):
             return
         if self._params is None:
@@ -192,7 +194,7 @@ class Batch:
             self.rows[self.rows.index(request)], self._params = None, None
 
     def _add(self, requests: Sequence[Request | None], picked: Picked, counts: Array) -> None:
-        """Passes tokens, and scores if requested, to requests; those whose answer is complete leave."""
+        """Adds sampled tokens, and scores if requested, to the requests; a completed request leaves the batch."""
         scored = any(r and r.top is not None for r in requests)
         tokens, logps, *scores = fetch(picked if scored else picked[:2])
         for i, (request, count) in enumerate(zip(list(requests), fetch(counts).tolist())):
@@ -207,20 +209,20 @@ class Batch:
 
 
 def _order(request: Request) -> tuple:
-    """Prompts with the same prefix are neighbors, and among them the longest come first."""
+    """A sort key: prompts with the same prefix become neighbors, the longest first."""
     prompt, plan = request.asked, request.plan or [0]
     return prompt.adapter or "", prompt.ids[: plan[-1]], -len(prompt.ids)
 
 
 def fetch(tree: Tree) -> Tree:
-    """Complete arrays on the host: in a run of several processes each holds only a part."""
+    """Copies complete arrays to the host, also if each of several processes holds only a part."""
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(tree, tiled=True)
     return jax.device_get(tree)
 
 
 def arrays(rows: Sequence[Request | None]) -> Rows:
-    """The inputs of a step; a row without a request is not live."""
+    """The inputs of a decoding step for these rows; a row without a request is not live."""
     n = len(rows)
     knobs = Knobs(*(np.full(n, off, np.int32 if isinstance(off, int) else np.float32) for off in Knobs()))
     most = bucket(max((len(r.ends) for r in rows if r), default=0), 4)
@@ -245,9 +247,10 @@ def arrays(rows: Sequence[Request | None]) -> Rows:
 def _decode(
     model: Transformer, params: Params, cache: Cache, rows: Rows, steps: int | Array, busy: int | Array
 ) -> tuple[Picked, Array, Cache]:
-    """Tokens [B,STEPS] of up to `steps` steps, how many of them belong to each row's answer [B], and the cache.
+    """Decodes up to `steps` steps: tokens [B,STEPS], how many of them belong to each row's answer [B], and the cache.
 
-    It ends when no more than `busy` rows are live. Each step writes the newest tokens to the next column of the cache.
+    Decoding stops earlier when at most `busy` rows are live. Each step writes the newest tokens to the next column of
+    the cache.
     """
     size = len(rows.live)
     out = jax.eval_shape(_pick, jax.ShapeDtypeStruct((size, model.config.vocab_size), jnp.float32), rows)
@@ -278,7 +281,7 @@ def _decode(
 
 @jax.jit
 def _first(logits: Array, sources: Array, rows: Rows) -> tuple[Picked, Array]:
-    """Like `_decode`, one token each."""
+    """The first token of each answer, in the format of `_decode`."""
     picked = _pick(logits[sources], rows)
     return jax.tree.map(lambda x: x[:, None], picked), rows.live.astype(jnp.int32)
 

@@ -1,6 +1,6 @@
-"""A bundle: a folder with a model, an adapter, a prompt and documents, which answer as tools.compare tested them.
+"""A bundle: a folder with a model, an adapter, a prompting setup and documents, as tools.compare tested them.
 
-BUNDLE/bundle.json     the model's name, the adapter, and how it is asked (infer.context.Context); written last
+BUNDLE/bundle.json     the model's name, the adapter, and the prompting setup (infer.context.Context); written last
 BUNDLE/model/          the tuned model, or BUNDLE/adapter/, if something was trained
 BUNDLE/examples.jsonl  the solved examples to pick from, if the prompt shows some
 BUNDLE/index/          the documents, if the prompt has passages
@@ -21,7 +21,8 @@ NAME, EXAMPLES, FORMAT = "bundle.json", "examples.jsonl", 1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bundled(LM):
-    """A model that puts its context around every question. With a chat template, texts are continued as they are."""
+    """A model that puts its context around every question. If it has a chat template, plain texts are continued
+    unchanged."""
 
     asker: Asker = dataclasses.field(default_factory=lambda: Asker(Context()))
 
@@ -36,7 +37,7 @@ def is_bundle(name: str | Path) -> bool:
 
 
 def load(name: str | Path, **options: Any) -> Bundled:
-    """The model of a bundle; options as of infer.models.load. Raises UserError if it is damaged."""
+    """The model of a bundle; options as in infer.models.load. Raises UserError if the bundle is damaged."""
     from infer import models
 
     folder = Path(name).expanduser()
@@ -57,12 +58,13 @@ def load(name: str | Path, **options: Any) -> Bundled:
 
 
 def _turns(prompt: str | list[dict]) -> list[dict]:
-    """A question as in training with a chat template."""
+    """The question as chat messages, formatted as in training."""
     return wrapped(Completion(prompt, "-")).messages[:-1] if isinstance(prompt, str) else prompt
 
 
 def part(trained: Any) -> str:
-    """Where a bundle holds what was trained: in "adapter", or merged in "model"; "" if nothing was."""
+    """The subfolder for the trained weights: "adapter", or "model" for full or merged weights; "" if nothing was
+    trained."""
     if trained is None:
         return ""
     return "adapter" if trained.get("peft.name") and not trained.get("quant.name") else "model"

@@ -1,4 +1,4 @@
-"""Turns texts into vectors with an encoder or any language model, pooled as its folder says."""
+"""Turns texts into vectors with an encoder or any language model, pooled as configured in the model's folder."""
 
 import dataclasses
 import functools
@@ -69,7 +69,7 @@ class Embedder:
         return self.vectors(self.encode([before + text for text in texts]))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids that the model reads for each text, at most `longest`."""
+        """The token ids of each text, cut off after `longest`."""
         return self.tokenizer.encode_inputs(list(texts), self.longest)
 
     def vectors(self, ids: Sequence[list[int]]) -> np.ndarray:
@@ -86,8 +86,9 @@ class Embedder:
 def load(name: str | Path, dtype: str | None = None) -> Embedder:
     """The embedder of a Hugging Face folder, a packaged model's name, a hub id, or a run that tuned one of these.
 
-    The files of sentence-transformers beside the model give pooling, normalization, length and prompts; without them,
-    vectors are means over tokens, of length 1. Raises UserError for a pooling or a module that is not supported.
+    Pooling, normalization, maximum length and prompts are read from the sentence-transformers files beside the model.
+    Without such files, a vector is the mean over tokens, normalized to length 1. Raises UserError for a pooling or a
+    module that is not supported.
     """
     opened = open_model(name)
     model = build.network(opened.config, dtype)
@@ -127,7 +128,7 @@ def _settings(folder: Path) -> dict:
 
 
 def _padded(rows: list[list[int]], longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, segments) [B,T] in few distinct shapes; padding has segment 0."""
+    """(tokens, segments) [B,T], padded to one of a few shapes; padding has segment 0."""
     width = min(bucket(max(map(len, rows)), 16), longest)
     tokens, segments = np.zeros((2, bucket(len(rows)), width), np.int32)
     for i, ids in enumerate(rows):
@@ -145,7 +146,7 @@ def _vectors(
 
 
 def pool(x: Array, segments: Array, pooling: Pooling, normalized: bool = True) -> Array:
-    """Vectors [B,D] in float32 of hidden states x [B,T,D] over the tokens whose segment is not 0."""
+    """Pools hidden states x [B,T,D], over the tokens whose segment is not 0, into vectors [B,D] in float32."""
     x, there = x.astype(jnp.float32), (segments > 0)[..., None]
     if pooling == "mean":
         x = jnp.where(there, x, 0).sum(1) / jnp.maximum(there.sum(1), 1)

@@ -1,4 +1,4 @@
-"""Sampling with a key-value cache: prompts are computed, then one token per row and step until every row is done.
+"""Sampling with a key-value cache: after the prompts are computed, each step adds a token to every unfinished row.
 
 Lengths and batch sizes are rounded up to a few shapes and everything else is traced, so a process compiles only a
 handful of programs.
@@ -25,7 +25,7 @@ from model.net.kv_cache import KINDS
 from model.net.transformer import Transformer, unstack, virtual_tokens
 from model.weights import Params
 
-if TYPE_CHECKING:  # it imports Pallas, which takes as long as all of this package
+if TYPE_CHECKING:  # this module imports Pallas, which takes as long as importing the rest of the package
     from infer.serve.store import Store
 
 Prompts = Sequence[Sequence[int]]  # token ids
@@ -56,7 +56,8 @@ def generate(
     **how: Any,
 ) -> Samples:
     """Continues prompts, B rows of token ids of any lengths, by at most `max_new_tokens` each; greedy at temperature 0.
-    `how`: see `answer`; with a store of adapters `params` is None, and `adapters` names one for each prompt.
+    `how` are options of `answer`. With a store of adapters, `params` is None and `adapters` names an adapter for each
+    prompt.
 
     A row's sample depends only on the seed, its prompt, and the number of equal prompts before it, not on the rest of
     the batch. `stop(tokens)` is called every few steps (at most infer.batch.STEPS) and ends a row by returning True;
@@ -72,16 +73,16 @@ def answer(
     model: Transformer, params: Params, asked: Sequence[Request], *, rows: int = 0, cache: str = "float",
     stop: Callable[[list[int]], bool] | None = None, store: "Store | None" = None, prefixes: Prefixes | None = None,
 ) -> Samples:  # fmt: skip
-    """The answers to requests, by unrolled parameters or a store of adapters.
+    """Answers requests with unrolled parameters or a store of adapters.
 
-    `rows` are decoded at a time, as others join when some are done; 0: all at once. `cache`: "float", or "int8" or
-    "fp8" for less memory. `prefixes` keeps what later calls may share.
+    At most `rows` requests are decoded at a time (0: all); others join as rows become free. `cache`: "float", or "int8"
+    or "fp8" for less memory. `prefixes` keeps prefixes of prompts for later calls.
     """
     if cache not in KINDS:
         raise UserError(f"cache={cache!r}", fix=f"one of {', '.join(KINDS)}")
     if asked:
         longest, most = max(len(r.prompt) for r in asked), max(r.max_new_tokens for r in asked)
-        length = virtual_tokens(params or {}) + width(longest) + bucket(most, 64)  # similar ones share a program
+        length = virtual_tokens(params or {}) + width(longest) + bucket(most, 64)  # similar lengths share a program
         rows = bucket(min(rows or len(asked), len(asked)))
         batch = Batch(model, params, rows, length, store=store, prefixes=prefixes, kind=cache)
         batch.run(asked, stop)
@@ -124,10 +125,11 @@ def requests(
 
 
 def unrolled(model: Transformer, params: Params) -> Params:
-    """The layers as a tuple, which decodes 1.5 times as fast on a CPU, since a scan copies each layer out of the stack.
+    """Parameters with the layers as a tuple instead of a stack. Decoding is then 1.5 times as fast on a CPU, since a
+    scan would copy each layer out of the stack.
 
-    Values that depend only on the weights are computed once: the matrices of DoRA and OFT and, on a CPU, bfloat16
-    weights as float32.
+    Values that depend only on the weights are computed once: the matrices of DoRA and OFT, and float32 copies of
+    bfloat16 weights for a float32 model on a CPU.
     """
     widen = model.dtype == "float32" and jax.default_backend() == "cpu"
     return params if isinstance(params["layers"], tuple) else _unroll(params, model.config, widen)
@@ -144,8 +146,8 @@ def _unroll(params: Params, config: ModelConfig, widen: bool) -> Params:
 
 
 def row_keys(prompts: Prompts, seed: int) -> np.ndarray:
-    """The data of one random key per row [B,2], from the seed, the row's prompt, and the number of equal prompts
-    before it."""
+    """The data of one JAX random key per row [B,2], derived from the seed, the row's prompt, and the number of equal
+    prompts before it."""
     seen: dict[int, int] = {}
     data = np.zeros((bucket(len(prompts)), 2), np.uint32)
     for i, prompt in enumerate(prompts):
@@ -179,6 +181,6 @@ def needs_causal(model: Transformer) -> None:
 
 
 def _check_numbers(logps: Sequence[float]) -> None:
-    """Raises UserError if a log-probability is NaN: the token is then not the model's choice."""
+    """Raises UserError if a log-probability is NaN, since the sampled token is then meaningless."""
     if np.isnan(logps).any():
         raise UserError("the logits are NaN: the weights or the activations overflow", "model", "dtype=float32")

@@ -1,7 +1,7 @@
 """Models behind an OpenAI-compatible endpoint: `openai:URL#MODEL`, with prices as `?in=0.15&out=0.6`.
 
-Prices are dollars per million tokens of prompts and of answers. Questions leave this machine unless the URL is of the
-loopback interface. The key is read from the environment variable OPENAI_API_KEY, and is never written.
+Prices are dollars per million prompt tokens (`in`) and answer tokens (`out`). Questions leave this machine unless the
+URL is on the loopback interface. The API key is read from the environment variable OPENAI_API_KEY and never saved.
 """
 
 import dataclasses
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 PREFIX, KEY = "openai:", "OPENAI_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1")
-AT_ONCE = 8  # requests
-TRIES, WAIT, LONGEST = 4, 0.5, 20.0  # attempts per request; seconds before the second, doubled each time, at most
+AT_ONCE = 8  # concurrent requests
+TRIES, WAIT, LONGEST = 4, 0.5, 20.0  # attempts per request; seconds to wait, doubled each time; maximum wait
 TIMEOUT = 120  # seconds without a byte
 BODY = 1 << 24  # maximum bytes of a reply
-AGAIN = (408, 409, 425, 429)  # states that may pass, besides 5xx
+AGAIN = (408, 409, 425, 429)  # HTTP statuses after which a request is sent again, besides 5xx
 
 
 class Reply(NamedTuple):
@@ -50,7 +50,7 @@ class Reply(NamedTuple):
 
 
 class Used(NamedTuple):
-    """A sum over replies. None: not known."""
+    """Totals over replies. None: unknown."""
 
     requests: int
     prompt_tokens: int | None
@@ -60,7 +60,8 @@ class Used(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Hosted:
-    """A model at `url` (such as https://HOST/v1), asked over HTTP; `usd` is dollars per million tokens in and out."""
+    """A model at `url` (such as https://HOST/v1), asked over HTTP; `usd` are dollars per million prompt and answer
+    tokens."""
 
     name: str
     url: str
@@ -95,7 +96,7 @@ class Hosted:
         self, prompts: "Sequence[Prompt]", *, max_new_tokens: int = 64, stop: Sequence[str] = (), seed: int = 0,
         **knobs: float,
     ) -> list[Reply]:  # fmt: skip
-        """One reply per prompt, AT_ONCE at a time. Messages are answered, a text is continued.
+        """One reply per prompt, AT_ONCE at a time. Chats are answered, texts are continued.
 
         Knobs: temperature (0: greedy), top_p, top_k, min_p. Equal prompts get different seeds. Raises UserError.
         """
@@ -116,7 +117,7 @@ class Hosted:
             try:
                 found = [future.result() for future in futures]
             except BaseException:
-                stopped.set()  # no further request is paid
+                stopped.set()  # no further request is sent and paid for
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         self.replies.extend(found)
@@ -148,7 +149,7 @@ class Hosted:
         return Reply(text or "", read, written, time.perf_counter() - start, choice.get("finish_reason") != "length")
 
     def _sent(self, path: str, body: Json, stopped: threading.Event) -> Json:
-        """The reply to a request, which is sent again if the endpoint is busy or away."""
+        """The reply to a request. The request is sent again if the endpoint is busy or unreachable."""
         key = os.environ.get(KEY, "")
         request = urllib.request.Request(self.url + path, json.dumps(body).encode())
         request.add_header("Content-Type", "application/json")
@@ -211,7 +212,7 @@ def parse(name: str) -> Hosted:
 
 
 def load(name: str | Path, adapter: str | Path | None = None, *, strict: bool = False) -> "LM | Hosted":
-    """The hosted model of this name, or the one of infer.models.load. Raises UserError."""
+    """A hosted model if the name is one (`openai:...`), otherwise the model of infer.models.load. Raises UserError."""
     if is_hosted(name):
         if adapter:
             raise UserError("a hosted model takes no adapter", str(adapter), "serve it: python -m tools.serve")
@@ -231,7 +232,7 @@ def _sum(counts: Any) -> int | None:
 
 
 def _refused(error: urllib.error.HTTPError) -> str:
-    """One line from the body of an error, in OpenAI's format or not."""
+    """One line that describes an HTTP error, with the message in its body, which may be in OpenAI's format."""
     text = error.read(1 << 16).decode(errors="replace")
     try:
         found = json.loads(text)
@@ -242,5 +243,5 @@ def _refused(error: urllib.error.HTTPError) -> str:
 
 
 def _seconds(text: str | None, otherwise: float) -> float:
-    """Of a Retry-After header; dates are not read."""
+    """The seconds of a Retry-After header, or `otherwise` if it is missing or a date."""
     return float(text) if text and re.fullmatch(r"\d{1,4}", text) else otherwise

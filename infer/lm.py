@@ -28,7 +28,7 @@ from model.net.kv_cache import Cache
 from model.net.transformer import Transformer, virtual_tokens
 from model.weights import Params
 
-if TYPE_CHECKING:  # it imports Pallas, which takes as long as all of this package
+if TYPE_CHECKING:  # this module imports Pallas, which takes as long as importing the rest of the package
     from infer.serve.store import Store
 
 Message = Json
@@ -58,7 +58,7 @@ class LM:
 
     @functools.cached_property
     def prefixes(self) -> Prefixes:
-        """Prefixes that several prompts have had."""
+        """Cached prefixes that several prompts share."""
         return Prefixes()
 
     @functools.cached_property
@@ -71,13 +71,13 @@ class LM:
         return self if own is None else dataclasses.replace(self, tokenizer=own)
 
     def _speakers(self, adapters: Sequence[str | None], prompts: int) -> list["LM"]:
-        """`speaking` of each prompt's adapter."""
+        """For each prompt, the LM with the tokenizer of the prompt's adapter."""
         if adapters and len(adapters) != prompts:
             raise UserError(f"{len(adapters)} adapters for {prompts} prompts", "adapters", "one a prompt, or none")
         return [self.speaking(adapter) for adapter in adapters or [None] * prompts]
 
     def _serving(self, adapters: Sequence[str | None]) -> dict[str, Any]:
-        """Who answers prompts with these adapters: arguments of infer.generate."""
+        """The arguments of infer.generate that select the parameters for prompts with these adapters."""
         if any(adapters) and not self.store:
             raise UserError("the model was loaded without adapters to choose from", "adapters", "use infer.load_many")
         return {"params": None if self.store else self.unrolled, "store": self.store, "prefixes": self.prefixes}
@@ -90,10 +90,10 @@ class LM:
     ) -> list[str]:  # fmt: skip
         """One continuation per prompt, without the prompt, cut at the first of the `stop` strings.
 
-        `prompts` is one prompt or several; what they have in common at their beginning is computed once. `adapters`
-        names an adapter for each; None is the base. Knobs as in infer.generate: temperature (0: greedy), top_k, top_p,
-        min_p. `rows` prompts are answered at a time (0: all), and the answers do not depend on it. An answer ends at
-        one of the tokenizer's end tokens.
+        `prompts` is one prompt or several; prefixes that they share are computed once. `adapters` names an adapter for
+        each prompt; None is the base model. Knobs as in infer.generate: temperature (0: greedy), top_k, top_p, min_p.
+        `rows` prompts are answered at a time (0: all), which does not change the answers. An answer ends at one of the
+        tokenizer's end tokens.
         """
         prompts = _several(prompts)
         speakers, who = self._speakers(adapters, len(prompts)), self._serving(adapters)
@@ -140,7 +140,8 @@ class LM:
             yield whole[len(said) :]  # bytes that never formed a character
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt: a text starts with BOS if the tokenizer says so, a chat follows its template."""
+        """The token ids of a prompt: a text starts with BOS if the tokenizer adds it, a chat follows the chat
+        template."""
         if isinstance(prompt, str):
             return [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)]
         if prompt and isinstance(prompt[0], int):
@@ -164,8 +165,8 @@ class LM:
     def loss(self, texts: str | Sequence[str]) -> tuple[float, int]:
         """Mean negative log-likelihood per token over all texts, in nats, and the number of tokens scored.
 
-        The first token of a text is scored only after BOS. Texts longer than WINDOW are scored in separate windows that
-        overlap by one token, so every token is scored once.
+        The first token of a text is scored only if the tokenizer puts BOS before it. Texts longer than WINDOW are
+        scored in separate windows that overlap by one token, so every token is scored once.
         """
         rows = []
         for text in [texts] if isinstance(texts, str) else texts:
@@ -181,7 +182,7 @@ class LM:
     def logps(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[tuple[float, int]]:
         """(sum of log p, number of tokens) of each completion, given its prompt.
 
-        No token spans the boundary: a completion is tokenized as the model would generate it.
+        No token spans the boundary between prompt and completion, as in generation.
         """
         rows = [self._split(p, c) for p, c in zip(prompts, completions, strict=True)]
         sums, _ = self.sums(rows)
@@ -231,9 +232,11 @@ class LM:
         return before, self.tokenizer.encode(completion)
 
     def sums(self, rows: list[tuple[list[int], list[int]]]) -> tuple[np.ndarray, np.ndarray]:
-        """(sum of log p of the second part of each row of token ids, whether greedy decoding would write it).
+        """For rows (context, scored) of token ids: sums of log p of the scored parts, and whether greedy decoding
+        yields them.
 
-        Rows of similar length share a forward pass, or those with the same first part, which is computed once.
+        Rows of similar length share a forward pass; rows with a shared prefix are grouped, and the prefix is computed
+        once.
         """
         needs_causal(self.model)
         if not all(before for before, _ in rows):
@@ -257,7 +260,8 @@ class LM:
     def _sum(
         self, rows: list[tuple[list[int], list[int]]], reader: Reader | None = None, starts: Sequence[Prefix] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(sum of log p, tokens that are not the most likely) of a batch, whose rows continue from `starts`."""
+        """(sum of log p, number of scored tokens that are not the most likely) for each row of a batch. The rows
+        continue from the cached prefixes `starts`."""
         scored = _scored(rows, [start.length for start in starts])
         self.prefixes.computed += int(scored.segments.sum())
         cache = reader and reader.begun(starts, *scored.tokens.shape)
@@ -276,7 +280,7 @@ def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
 
 
 class Scored(NamedTuple):
-    """(context, scored) rows, padded on the right [B,T]."""
+    """Rows of context tokens followed by scored tokens, padded on the right [B,T]."""
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -286,7 +290,7 @@ class Scored(NamedTuple):
 
 
 def _scored(rows: list[tuple[list[int], list[int]]], starts: Sequence[int] = ()) -> Scored:
-    """The padded rows without their first `starts` tokens, which are part of the context."""
+    """The padded rows, each without its first `starts` context tokens, which are already in the cache."""
     starts = starts or [0] * len(rows)
     longest = max(len(a) + len(b) - start for (a, b), start in zip(rows, starts))
     shape = bucket(len(rows)), bucket(longest, 16)
@@ -309,7 +313,8 @@ def _logits(model: Transformer, params: Params, tokens: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sum_logps(model: Transformer, params: Params, rows: Scored, cache: Cache | None) -> tuple[Array, Array]:
-    """Sums [B] of log p and of tokens that are not the most likely; logits are computed only where the mask is 1."""
+    """For each row [B], the sum of log p and the number of scored tokens that are not the most likely. Logits are
+    computed only where the mask is 1."""
     x = model.hidden(params, rows.tokens, rows.positions, rows.segments, cache).x
 
     def of(logits: Array, targets: Array) -> tuple[Array, Array]:

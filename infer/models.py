@@ -23,7 +23,7 @@ from model.io.pretrained import Pretrained, open_pretrained
 from model.net.transformer import Transformer
 from model.weights import Params, Specs, Tree
 
-SHAPE = "model.json"  # the ModelConfig, in a folder that holds every parameter
+SHAPE = "model.json"  # file with the ModelConfig, in a run folder that holds every parameter
 
 
 def load(
@@ -37,8 +37,9 @@ def load(
 
     `name`: a Hugging Face folder, a .gguf file, a packaged model's name, a hub id, a bundle, or a run folder;
     RUN/ckpt/STEP is a step of a run. `adapter`: a run folder or a PEFT folder whose adapters are added to the model.
-    `dtype` of weights and activations; None: float32, or the run's. `tokenizer`: replaces that of the adapter or the
-    model. `strict`: contents of the files that the model does not use are an error. Raises UserError.
+    `dtype`: number format of weights and activations; None: float32, or the format of the run. `tokenizer` replaces the
+    tokenizer of the adapter or the model. `strict`: unused contents of the model's files are an error. Raises
+    UserError.
     """
     from infer import bundle
 
@@ -66,7 +67,8 @@ def load(
 
 
 def _tokenizer(named: str | Path | None, source: str) -> tokenizers.Tokenizer | Absent:
-    """The tokenizer `named`, else that of `source`. A model without one can still be opened, for token ids only."""
+    """The tokenizer `named`, else the one of `source`. A model without a tokenizer can still be opened, for token ids
+    only."""
     try:
         return tokenizers.load(named or source)
     except NoTokenizer as error:
@@ -95,11 +97,11 @@ def load_many(
     rank_rows: int | None = None,
     strict: bool = False,
 ) -> LM:
-    """The base of a model, with LoRA adapters from run and PEFT folders, one of which each prompt may choose.
+    """A base model with several LoRA adapters from run and PEFT folders; each prompt may choose one of the adapters.
 
-    Each adapter uses the tokenizer and the chat template that it was trained with. A run folder as `name` gives its
-    base, quantized as during the training of its adapter. `rank_rows` bounds the rank rows on the device per weight;
-    the other adapters stay on the host. `strict` as in `load`. Raises UserError.
+    Each adapter uses the tokenizer and the chat template that it was trained with. If `name` is a run folder, its base
+    model is loaded, quantized as in the run. `rank_rows` bounds the LoRA factors on the device: the sum of the ranks of
+    the adapters, per weight. Further adapters stay on the host. `strict` as in `load`. Raises UserError.
     """
     from infer.serve.store import RANK_ROWS, Store  # imports Pallas: only where it is needed
     from model import paged
@@ -183,7 +185,7 @@ def _is_step(path: Path) -> bool:
 class Run:
     """A run folder as a pretrained model, at its newest complete step or at `step`.
 
-    `base` replaces the `init` of its config, if that model has moved.
+    `base` replaces the `init` of the run's config, for example if that model was moved.
     """
 
     workdir: Path
@@ -219,19 +221,19 @@ class Run:
         return str(self.workdir / "tokenizer")
 
     def load(self, specs: Specs, shardings: Tree = None, dtype: str = "float32") -> Params:
-        """Plain parameters with adapters merged and without a head, for a run whose `init` is this folder."""
+        """Plain parameters with adapters merged and without a head, for another run whose `init` is this folder."""
         params = self.params(specs, shardings, dtype)
         params.pop("head", None)
         return jax.jit(lambda p: weights.dense(p, specs), out_shardings=shardings)(params)
 
     def params(self, specs: Specs, shardings: Tree = None, dtype: str = "float32") -> Params:
-        """The policy as it was trained, with its adapters and quantized leaves.
+        """The trained policy, with its adapters and quantized leaves.
 
-        Frozen parameters are derived from the config again, as in training. Raises UserError if they have changed.
+        Frozen parameters are computed again from the config, as in training. Raises UserError if they have changed.
         """
         transform = build.transform(self.cfg, specs)
         if self.cfg.quant.name:
-            transform = jax.jit(transform)  # compiled as in training, so the codes are the same
+            transform = jax.jit(transform)  # compiled as in training, so the quantized values are the same
         if (self.workdir / SHAPE).is_file():
             policy = self._headed(jax.eval_shape(transform, self.model.abstract, jax.random.key(0)))
             if saved.named(policy).keys() - {name.removeprefix("policy/") for name in self.saved.params}:
@@ -246,8 +248,8 @@ class Run:
         return policy | {"head": heads.find(name)(self.config, jax.random.key(0))} if name else policy
 
     def with_trained(self, policy: Params) -> Params:
-        """The run's initial policy with its trained parameters put in. Raises UserError if the frozen parameters are
-        not those of the training."""
+        """The run's initial policy, with its parameters replaced by the trained ones. Raises UserError if the frozen
+        parameters differ from those in training."""
         if self.cfg.peft.name:
             saved.check_base(self.saved, policy, self.workdir)
         return saved.put(self.saved, policy, self.workdir)

@@ -1,9 +1,9 @@
 """Prefix caching: tokens with which several prompts begin are computed once, within a batch and across batches.
 
-The beginnings of prompts form a tree. Its nodes that save enough tokens become caches of one row, each computed from
-the one before it; a prompt continues from the longest that fits. A cache of keys and values has the tokens of the
-prefix, after the virtual tokens of prefix and prompt tuning; a recurrent layer has its state after them. Prompts of
-different adapters have nothing in common.
+The prefixes of prompts form a tree. A node that saves enough tokens becomes a cache of one row, computed from the cache
+of its parent; a prompt continues from its longest cached prefix. A key-value cache holds the virtual tokens of prefix
+and prompt tuning, then the tokens of the prefix; a recurrent layer keeps its state after these tokens. Prompts of
+different adapters share nothing.
 """
 
 import functools
@@ -23,11 +23,11 @@ from model.net.kv_cache import Cache
 from model.net.transformer import Transformer, virtual_tokens
 from model.weights import Params
 
-BYTES = 512 << 20  # of kept caches
-RECENT = 64  # prompts with which the next ones are compared
-NODE = 64  # tokens that a prefix has to save; a smaller one costs more as a row of its own
-WORTH = 512  # tokens that all prefixes of a call have to save; fewer take less time than more programs to compile
-BUDGET = 4096  # columns of the caches that are computed together
+BYTES = 512 << 20  # maximum size of all kept caches
+RECENT = 64  # recent prompts with which new ones are compared
+NODE = 64  # tokens that a prefix must save; computing a smaller one separately costs more than it saves
+WORTH = 512  # tokens that the prefixes of a call must save in total, since they need more compiled programs
+BUDGET = 4096  # maximum padded tokens of prompts that are computed together
 
 Serving = Callable[[Sequence[str | None], int], Params]  # (adapter of each row, rows of the batch) -> parameters
 
@@ -38,7 +38,7 @@ class Prompt(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """The cache of one row, of which the first `length` tokens of a prompt are the last columns that are filled."""
+    """A cache of one row, whose last filled columns hold the first `length` tokens of a prompt."""
 
     cache: Cache
     length: int
@@ -53,13 +53,14 @@ class Prefix(NamedTuple):
 
 
 class Prefixes:
-    """Up to `limit` bytes of prefixes of one model; the least recently used is dropped first. Not thread-safe."""
+    """Keeps up to `limit` bytes of cached prefixes of one model; the least recently used is dropped first. Not
+    thread-safe."""
 
     def __init__(self, limit: int = BYTES):
         self.limit, self.bytes = limit, 0
         self.kept: OrderedDict[tuple[str, Prompt], Prefix] = OrderedDict()
         self.recent: deque[Prompt] = deque(maxlen=RECENT)
-        self.computed = 0  # tokens of prompts, without padding
+        self.computed = 0  # prompt tokens computed so far, without padding
 
     def longest(self, kind: str, prompt: Prompt) -> Prefix | None:
         """The longest prefix of a prompt in a cache of this kind."""
@@ -80,7 +81,7 @@ class Prefixes:
 
 
 class Reader:
-    """Computes the caches of prompts. `kind`: "float", "int8" or "fp8"; `stacked`: whether the layers are a stack."""
+    """Computes the caches of prompts. `kind`: "float", "int8" or "fp8"; `stacked`: whether the layers are stacked."""
 
     def __init__(
         self, model: Transformer, serving: Serving, prefixes: Prefixes, kind: str = "float", stacked: bool = False
@@ -93,10 +94,11 @@ class Reader:
         return virtual_tokens(self.serving([None], 1))
 
     def plan(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """The lengths of the prefixes to compute for each prompt, ascending; its last token is in none of them."""
+        """For each prompt, the ascending lengths of the prefixes to compute. All exclude its last token, which gives
+        the logits."""
         scaling = dict(self.model.config.rope_scaling)
         if scaling.get("rope_type", scaling.get("type")) == "dynamic":
-            return [[] for _ in prompts]  # its frequencies depend on the length of the whole prompt
+            return [[] for _ in prompts]  # the RoPE frequencies depend on the length of the whole prompt
         now = set(prompts)
         others = [p for p in self.prefixes.recent if p not in now]
         found = branches([*(Prompt(p.adapter, p.ids[:-1]) for p in prompts), *others])
@@ -109,7 +111,7 @@ class Reader:
         return found is not None and found.length > 0
 
     def starts(self, prompts: Sequence[Prompt], plans: Sequence[list[int]]) -> list[Prefix]:
-        """The longest prefix of each prompt, after those of the plans have been computed."""
+        """Computes the planned prefixes that are missing, then returns the longest cached prefix of each prompt."""
         while missing := self._missing(prompts, plans):
             for group in batches([len(p.ids) for p in missing], BUDGET):
                 some = [missing[i] for i in group]
@@ -121,7 +123,7 @@ class Reader:
         return found
 
     def _missing(self, prompts: Sequence[Prompt], plans: Sequence[list[int]]) -> list[Prompt]:
-        """The first prefix of each plan that is not kept."""
+        """The shortest prefix in each plan that is not in the cache."""
         found = {}
         for prompt, lengths in zip(prompts, plans, strict=True):
             parts = (Prompt(prompt.adapter, prompt.ids[:n]) for n in lengths)
@@ -130,7 +132,8 @@ class Reader:
         return list(found)
 
     def _longest(self, prompt: Prompt, without: int = 0) -> Prefix:
-        """The longest prefix of a prompt without its last tokens; at least that of the virtual tokens."""
+        """The longest cached prefix of a prompt, not counting its last `without` tokens; at least the virtual
+        tokens."""
         prompt = Prompt(prompt.adapter, prompt.ids[: len(prompt.ids) - without])
         if found := self.prefixes.longest(self.key, prompt):
             return found
@@ -147,12 +150,12 @@ class Reader:
         return Prefix(insert(ring, cache, np.zeros(1, np.int32), np.full(1, row, np.int32), 1), length)
 
     def ring(self, rows: int, columns: int, index: int = 0) -> Cache:
-        """An empty cache, the next column of which is `index`."""
+        """An empty cache, to be written next at column `index`."""
         empty = _empty(self.model, None, rows, columns, self.kind, not self.stacked)
         return empty._replace(index=jnp.int32(index))
 
     def begun(self, starts: Sequence[Prefix], rows: int, room: int) -> Cache:
-        """A cache with these prefixes in its first rows, and `room` for more columns."""
+        """A cache with these prefixes in its first rows, and `room` more columns."""
         columns = max(start.columns for start in starts)
         cache = self.ring(rows, columns + room, columns)
         for start in {id(start): start for start in starts if start.columns}.values():
@@ -161,15 +164,15 @@ class Reader:
         return cache
 
     def columns(self, prompts: Sequence[Prompt], starts: Sequence[Prefix]) -> int:
-        """Columns of a cache of these prompts, computed from their prefixes."""
+        """The number of columns in the cache that `extend` computes without `room`."""
         rest = max(len(p.ids) - start.length for p, start in zip(prompts, starts, strict=True))
         return max(start.columns for start in starts) + width(rest)
 
     def extend(
         self, prompts: Sequence[Prompt], starts: Sequence[Prefix], rows: int, room: int = 0
     ) -> tuple[Array, Cache]:
-        """Logits [rows,V] after the prompts, computed from their prefixes, and their cache with `room` for more
-        columns. Rows beyond the prompts are padding."""
+        """Continues prompts from their cached prefixes: logits [rows,V] after each prompt, and the cache with `room`
+        more columns. Rows beyond the prompts are padding."""
         params = self.serving([p.adapter for p in prompts], rows)
         rest = [p.ids[start.length :] for p, start in zip(prompts, starts, strict=True)]
         self.prefixes.computed += sum(map(len, rest))
@@ -184,7 +187,7 @@ class Reader:
 
 
 def padded(rest: Sequence[Sequence[int]], starts: Sequence[int], rows: int) -> tuple[np.ndarray, ...]:
-    """Tokens, positions and segments [rows,T] int32 of what comes after `starts` tokens, padded on the right."""
+    """Tokens, positions and segments [rows,T] int32 of token ids, padded on the right. Positions begin at `starts`."""
     out = np.zeros((3, rows, width(max(map(len, rest)))), np.int32)
     for i, (ids, start) in enumerate(zip(rest, starts, strict=True)):
         out[0, i, : len(ids)] = ids
@@ -194,11 +197,12 @@ def padded(rest: Sequence[Sequence[int]], starts: Sequence[int], rows: int) -> t
 
 
 def branches(prompts: Sequence[Prompt]) -> list[list[int]]:
-    """For each prompt the lengths, ascending, of its prefixes that others share; none if they save too little."""
+    """For each prompt, the ascending lengths of the prefixes that it shares with others; none if they save too few
+    tokens."""
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i].adapter or "", prompts[i].ids))
     common = [_common(prompts[a], prompts[b]) for a, b in itertools.pairwise(order)]
     found: list[list[int]] = [[] for _ in prompts]
-    saved, spans = 0, [(0, len(prompts), 0)]  # from, to (in order), tokens that they are known to have in common
+    saved, spans = 0, [(0, len(prompts), 0)]  # range of `order` from, to; length of its known common prefix
     while spans:
         start, end, depth = spans.pop()
         if end - start < 2:
@@ -219,7 +223,7 @@ def begins(prompt: Prompt, prefix: Prompt) -> bool:
 
 
 def _common(a: Prompt, b: Prompt) -> int:
-    """Number of tokens at the beginning that are equal."""
+    """The length of the longest common prefix, in tokens."""
     if a.adapter != b.adapter:
         return 0
     size = min(len(a.ids), len(b.ids))
@@ -248,7 +252,7 @@ def insert(cache: Cache, part: Cache, rows: Array, sources: Array, count: int | 
 def _prefill(
     model: Transformer, params: Params, tokens: Array, positions: Array, segments: Array, ends: Array, cache: Cache
 ) -> tuple[Array, Cache]:
-    """Hidden states [B,1,D] of the columns `ends` [B], clipped, and the cache."""
+    """Hidden states [B,1,D] at the columns `ends` [B], clipped to the given tokens, and the cache."""
     out = model.hidden(params, tokens, positions, segments, cache)
     at = jnp.clip(ends, 0, tokens.shape[1] - 1)
     return jnp.take_along_axis(out.x, at[:, None, None], axis=1), cast(Cache, out.cache)

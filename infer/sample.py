@@ -11,14 +11,14 @@ from jax import Array
 class Knobs(NamedTuple):
     """How to sample: scalars, or one value per row. All are traced, so changing them never recompiles.
 
-    Off: 0, 0, 1.0, 0.0.
+    The defaults turn each of them off.
     """
 
     temperature: Array | np.ndarray | float = 0.0  # 0: greedy
-    top_k: Array | np.ndarray | int = 0  # the k most likely tokens
-    # The fewest tokens whose mass reaches p (Holtzman et al. 2019, arXiv 1904.09751).
+    top_k: Array | np.ndarray | int = 0  # keep the k most likely tokens
+    # Keep the fewest tokens whose total probability reaches p (Holtzman et al. 2019, arXiv 1904.09751).
     top_p: Array | np.ndarray | float = 1.0
-    # Tokens at least min_p times as likely as the best (Nguyen et al. 2024, arXiv 2407.01082).
+    # Keep tokens at least min_p times as likely as the best (Nguyen et al. 2024, arXiv 2407.01082).
     min_p: Array | np.ndarray | float = 0.0
 
 
@@ -51,12 +51,13 @@ def truncate(logits: Array, knobs: Knobs) -> Array:
 
 
 def _top(logits: Array, knobs: Knobs) -> Array:
-    """Top-k, then top-p of the rest. Both keep a prefix of the sorted tokens, and all ties with its last one."""
+    """Top-k, then top-p among the kept tokens. Both keep the most likely tokens, and all tokens that tie with the last
+    kept."""
     down = jnp.sort(logits, axis=-1, descending=True)
     rank = jnp.arange(logits.shape[-1])
     keep = (rank < knobs.top_k) | (knobs.top_k <= 0)
     probs = jax.nn.softmax(jnp.where(keep, down, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs  # mass of the tokens ahead
+    before = jnp.cumsum(probs, axis=-1) - probs  # total probability of the more likely tokens
     keep &= (before < knobs.top_p) | (knobs.top_p >= 1) | (rank == 0)
     least = jnp.where(keep, down, jnp.inf).min(-1, keepdims=True)
     return jnp.where(logits < least, -jnp.inf, logits)

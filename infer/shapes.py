@@ -16,12 +16,13 @@ def bucket(n: int, least: int = 1) -> int:
 
 
 def width(longest: int) -> int:
-    """Columns for prompts of at most `longest` tokens; above PREFILL a multiple of it."""
+    """Columns for prompts of at most `longest` tokens; above PREFILL, a multiple of PREFILL."""
     return bucket(longest, 16) if longest <= PREFILL else -(-longest // PREFILL) * PREFILL
 
 
 def batches(lengths: Sequence[int], budget: int, order: Sequence[int] | None = None) -> Iterator[list[int]]:
-    """Groups indices so that each padded batch has at most `budget` tokens, or one row: by length, or in `order`."""
+    """Groups indices, sorted by length or in `order`, into batches of at most `budget` padded tokens, or of a single
+    row."""
     batch: list[int] = []
     longest = 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__) if order is None else order:

@@ -1,10 +1,11 @@
-"""How a question is asked: an instruction, solved examples before the question, retrieved passages, or several of them.
+"""Prompting setups: an instruction, solved examples before the question, retrieved passages, or a combination.
 
 instruction.py   the system message
-shots/           a file per way to pick examples: random, fixed, diverse, nearest
+shots/           one file per method of picking examples: random, fixed, diverse, nearest
 retrieval.py     passages of an index
 
-The order is system message, examples, passages, question: the parts that are equal for all questions come first.
+A prompt has the order system message, examples, passages, question, so that the parts shared by all questions come
+first.
 """
 
 import dataclasses
@@ -24,9 +25,10 @@ FULL = -1  # as many examples as fit into the model's context
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """The setting; the default is zero-shot. `to_dict` leaves out defaults, and `Context(**dict)` reads it."""
+    """A prompting setup; the default is zero-shot. `to_dict` leaves out default values; `Context(**values)` restores
+    it."""
 
-    instruction: str = ""  # the system message; "{}" stands for the question's own
+    instruction: str = ""  # the system message; "{}" stands for the question's own system message
     shots: int = 0  # examples per question, or FULL
     pick: str = "random"  # a file of infer/context/shots
     index: str = ""  # folder of an index (tools.index)
@@ -47,7 +49,7 @@ class Context:
 
     @property
     def label(self) -> str:
-        """In words: "zero-shot", or "4-shot nearest, 3 passages"."""
+        """The setup in words: "zero-shot", or "4-shot nearest, 3 passages"."""
         parts = [f"instruction {_short(self.instruction)}"] if self.instruction else []
         if self.shots:
             many = "many-shot" if self.shots == FULL else f"{self.shots}-shot"
@@ -65,7 +67,8 @@ class Prompts(NamedTuple):
 
 
 class Asker:
-    """Puts a context around questions. `pool` has the solved examples to pick from, never those to be scored."""
+    """Puts a context around questions. `pool` has the solved examples to pick from; it must not contain test
+    questions."""
 
     def __init__(self, context: Context, pool: Sequence[Shot] = (), seed: int = 0):
         self.context, self.pool = context, pool
@@ -73,7 +76,8 @@ class Asker:
         self.picked = shots.picker(context.pick, pool, context.shots, seed) if context.shots else None
 
     def __call__(self, questions: Sequence[Prompt], fits: Callable[[list[Prompt]], bool] | None = None) -> Prompts:
-        """The prompts. `fits` says for FULL whether prompts fit into the window; without it, FULL is a UserError."""
+        """The prompts for questions. FULL needs `fits`, which says whether prompts fit into the model's context
+        window."""
         hits = retrieval.found(self.index, questions, self.context.k, self.context.how) if self.index else []
         asked = (
             [retrieval.put(q, h, self.context.cite) for q, h in zip(questions, hits, strict=True)]

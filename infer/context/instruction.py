@@ -18,7 +18,8 @@ LONGEST = 10_000  # characters
 
 
 def read(source: str) -> list[str]:
-    """The variants of a text file, one per line, or those built in ("builtin"). Raises UserError if there are none."""
+    """The variants in a text file, one per line, or the built-in ones for "builtin". Raises UserError if there are
+    none."""
     if source == "builtin":
         return list(BUILT_IN)
     path = Path(source).expanduser()
@@ -33,7 +34,7 @@ def read(source: str) -> list[str]:
 
 
 def put(prompt: Prompt, variant: str) -> Prompt:
-    """The prompt with the variant as its system message; "" leaves it as it is."""
+    """The prompt with the variant as its system message; "" leaves the prompt unchanged."""
     if not variant:
         return prompt
     if isinstance(prompt, str):

@@ -19,7 +19,7 @@ def found(index: Index, questions: Sequence[Prompt], k: int, how: How | None = N
 
 
 def put(prompt: Prompt, hits: Sequence[Hit], cite: bool = False) -> Prompt:
-    """The prompt with the chunks before its question, the last turn of a chat."""
+    """The prompt with the chunks put before its question, which is the last turn of a chat."""
     if not hits:
         return prompt
     whole = f"{ORDER}{f' {CITE}' * cite}\n{quoted(hits)}\n\n{text(prompt)}"
@@ -27,7 +27,7 @@ def put(prompt: Prompt, hits: Sequence[Hit], cite: bool = False) -> Prompt:
 
 
 def quoted(hits: Sequence[Hit]) -> str:
-    """The chunks of `hits`, the best first, between tags that none of them can close."""
+    """The chunks of `hits`, the best first, between passage tags, which the text of a chunk cannot close."""
     return "\n".join(
         f"<passage {at}>\n{TAG.sub(lambda found: '(' + found[0][1:], hit.chunk.passage)}\n</passage>"
         for at, hit in enumerate(hits, 1)
@@ -35,7 +35,8 @@ def quoted(hits: Sequence[Hit]) -> str:
 
 
 def citations(answer: str, hits: Sequence[Hit]) -> tuple[str, list[int]]:
-    """The answer without its citations, and the numbers of the passages cited, from 1. Other numbers stay in it."""
+    """The answer without its citations, and the numbers (from 1) of the cited passages. Other numbers stay in the
+    answer."""
     cited: list[int] = []
 
     def take(match: re.Match) -> str:

@@ -12,7 +12,7 @@ from data import sources
 WORDS = 160  # words per chunk: about 220 tokens, which is below the limit of small encoders
 HEADING = re.compile(r"#{1,6}\s+(.+?)\s*#*")
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
-TITLES = ("title", "name", "heading")  # columns of a record that name its document
+TITLES = ("title", "name", "heading")  # columns of a record that may hold the title
 TEXTS = ("text", "content", "body", "document", "extract")
 
 
@@ -23,7 +23,7 @@ class Chunk(NamedTuple):
 
     @property
     def id(self) -> str:
-        """A hash that is equal for equal contents, so that an index can be updated."""
+        """A hash of the contents, by which an update of an index recognizes unchanged chunks."""
         return hashlib.sha256("\0".join(self).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     @property
@@ -33,7 +33,8 @@ class Chunk(NamedTuple):
 
 
 def of_source(spec: str, words: int = WORDS) -> Iterator[Chunk]:
-    """The chunks of a source (data.sources), in its order. Raises UserError for a record without a text."""
+    """The chunks of a source (data.sources), in the order of its records. Raises UserError for a record without a
+    text."""
     for row in sources.rows(spec):
         if row.record is None:
             raise UserError(row.reason, row.where)
@@ -41,7 +42,7 @@ def of_source(spec: str, words: int = WORDS) -> Iterator[Chunk]:
 
 
 def of_record(record: Json, where: str, words: int = WORDS) -> Iterator[Chunk]:
-    """The chunks of a record of the name `where`. Raises UserError if it has no text."""
+    """The chunks of a record, which `where` identifies. Raises UserError if the record has no text."""
     text = _first(record, TEXTS)
     if not text:
         raise UserError("the record has no text", where, f"a column named {', '.join(TEXTS)}")
@@ -63,7 +64,7 @@ def split(text: str, title: str = "", words: int = WORDS) -> Iterator[tuple[str,
 
 
 def _sections(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(headings above, text) of the parts between Markdown headings."""
+    """The sections between Markdown headings: (the headings above a section, its text)."""
     headings: list[tuple[int, str]] = []
     lines: list[str] = []
     for line in text.splitlines():

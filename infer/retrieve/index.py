@@ -1,8 +1,8 @@
-"""An index: a folder with the chunks of a source, their vectors, and a record of the inputs of both.
+"""An index: a folder with the chunks of a source, their vectors, and a record of the settings that made them.
 
-INDEX/index.json      the source, its content, the settings, the embedder and a digest of its weights; written last
+INDEX/index.json      the source, a hash of its content, the settings, the embedder and its digest; written last
 INDEX/chunks.jsonl    one chunk per line
-INDEX/vectors.npy     [chunks, width] in float16, of length 1; absent without an embedder
+INDEX/vectors.npy     [chunks, width] in float16, normalized to length 1; absent without an embedder
 INDEX.parts/          vectors of an unfinished build, which the next build reuses
 """
 
@@ -70,7 +70,7 @@ class Index:
     def search(
         self, questions: Sequence[str], k: int = 5, how: How | None = None, asked: np.ndarray | None = None
     ) -> list[list[Hit]]:
-        """The k best chunks for each question, best first. `asked`: the vectors of the questions, if they are known.
+        """The k best chunks for each question, best first. `asked`: the vectors of the questions, if already computed.
 
         `how`: "bm25", "dense", or a fusion of both, "rrf" or "mean"; None: "mean" if there are vectors, else "bm25".
         "bm25" leaves out chunks without any word of the question.
@@ -84,7 +84,7 @@ class Index:
         return [self._one(question, vector, k, how) for question, vector in zip(questions, vectors, strict=True)]
 
     def flops(self, questions: Iterable[str], how: How | None = None) -> float:
-        """FLOPs of `search`: the vectors of the questions, and their products with all vectors. Those of BM25 are not
+        """FLOPs of `search`: embedding the questions, and multiplying their vectors by those of all chunks. BM25 is not
         counted."""
         if how == "bm25" or self.vectors is None:
             return 0.0
@@ -101,7 +101,7 @@ class Index:
 
 
 def opened(folder: str | Path) -> Index:
-    """The index of a folder, which is opened once while it does not change."""
+    """The index in a folder, kept open for later calls until its files change."""
     record = Path(folder).expanduser() / RECORD
     return _opened(str(folder), record.stat().st_mtime_ns if record.is_file() else 0)
 
@@ -127,9 +127,9 @@ def build(
 ) -> Json:
     """Builds the index of a source, or updates an existing one; returns its record.
 
-    Vectors of unchanged chunks are reused, and an interrupted build continues where it stopped. `judge` may raise an
-    error for the new index, which then does not replace the old one. Raises UserError if the folder has other content,
-    or the source no text.
+    Vectors of unchanged chunks are reused, and an interrupted build continues where it stopped. `judge` checks the new
+    index and may raise an error; the old index then stays. Raises UserError if the folder has other content, or the
+    source has no text.
     """
     folder = Path(folder).expanduser()
     if folder.exists() and not (folder / RECORD).is_file():

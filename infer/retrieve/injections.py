@@ -1,4 +1,4 @@
-"""Text in documents that reads as an instruction to the model that will quote it."""
+"""Finds prompt injections: text in documents that reads like an instruction to the model."""
 
 import re
 
@@ -17,6 +17,6 @@ PATTERN = re.compile("|".join(f"(?:{p})" for p in PATTERNS), re.IGNORECASE | re.
 
 
 def found(text: str) -> str:
-    """The first such text, or "". The patterns know usual wordings only."""
+    """The first prompt injection in a text, or "". The patterns recognize only common wordings."""
     match = PATTERN.search(text)
     return match[0].strip() if match else ""

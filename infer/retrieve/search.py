@@ -14,12 +14,13 @@ RANK = 60  # constant of reciprocal rank fusion (Cormack, Clarke, Büttcher 2009
 
 
 class Words:
-    """BM25 over passages, by bm25s. `method` is one of its names; Lucene's is never negative (Kamphuis et al. 2020)."""
+    """BM25 over passages, by the library bm25s. `method` names a variant; Lucene's is never negative (Kamphuis et al.
+    2020)."""
 
     def __init__(self, passages: Sequence[str], method: str = "lucene", k1: float = 1.5, b: float = 0.75):
         import bm25s
 
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it reports every index
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every call of `index`
         self.found = bm25s.BM25(method=method, k1=k1, b=b)
         self.found.index([words(passage) for passage in passages], show_progress=False)
 
@@ -37,7 +38,8 @@ def words(text: str) -> list[str]:
 
 
 def cosines(vectors: np.ndarray, question: np.ndarray) -> np.ndarray:
-    """Products [N] in float32 of vectors [N,D], which may be a float16 file, with the vector of a question [D]."""
+    """Dot products [N] in float32 of vectors [N,D], possibly a float16 memory map, with the vector of a question
+    [D]."""
     blocks = range(0, len(vectors), BLOCK)
     found = [vectors[at : at + BLOCK].astype(np.float32) @ question for at in blocks]
     return np.concatenate(found) if found else np.zeros(0, np.float32)

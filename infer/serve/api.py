@@ -48,7 +48,7 @@ LABELS = {
     "prompt_cache_key": str,
     "prompt_cache_retention": str,
     "prompt_cache_options": dict,
-}  # without effect
+}  # accepted without effect
 # Unsupported parameters, with the values at which they have no effect; null is always accepted.
 NEUTRAL: dict[str, tuple] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "length_penalty": (1,),
@@ -117,7 +117,7 @@ def read(body: bytes, chat: bool, models: Collection[str]) -> Asked:
 
 
 def ids(lm: LM, prompt: str | list[int]) -> list[int]:
-    """The ids of a completion's prompt. Its text may contain control tokens, such as those of a rendered chat."""
+    """The token ids of a completion's prompt. A text may contain control tokens, such as those of a rendered chat."""
     if not isinstance(prompt, str):
         return prompt
     out, prefix = lm.tokenizer.encode(prompt, special=True), list(lm.tokenizer.prefix)
@@ -125,7 +125,7 @@ def ids(lm: LM, prompt: str | list[int]) -> list[int]:
 
 
 def seed(given: int | None, choice: int) -> int:
-    """The 31-bit seed of one choice of a request: random if none is given; the first choice keeps a small seed."""
+    """The 31-bit seed of one choice of a request: random if none is given; the first choice keeps a seed that fits."""
     if given is None:
         return secrets.randbits(31)
     return given if not choice and abs(given) < 1 << 31 else zlib.crc32(f"{given} {choice}".encode()) >> 1

@@ -1,4 +1,4 @@
-"""Requests of clients in a running batch (infer.batch), from any thread."""
+"""Answers requests of clients, from any thread, in a running batch (infer.batch)."""
 
 import queue
 import threading
@@ -23,9 +23,10 @@ Item = int | BaseException | None  # a token; None after the last one; an error 
 
 
 class Request(Asked):
-    """A request of a client. Iteration waits for the tokens, and raises the error if one ended the answer early.
+    """A request of a client. Iterating over it waits for tokens, and raises the error that ended the answer early, if
+    any.
 
-    If `put` is given, it receives each item instead, in the batcher's thread.
+    If `put` is given, it is called with each item instead, in the batcher's thread.
     """
 
     def __init__(self, *args: Any, put: Callable[[Item], None] | None = None, **kwargs: Any):
@@ -127,7 +128,7 @@ class Batcher:
         self.batch.step()
 
     def _next(self) -> list[Request]:
-        """The next requests with one prompt, if there are free rows and the adapter fits next to those in use."""
+        """The next waiting requests that share one prompt, as far as free rows and space for their adapter permit."""
         with self.changed:
             for request in [r for r in self.waiting if r.cancelled]:
                 self.waiting.remove(request)

@@ -1,4 +1,4 @@
-"""A client's connection: their number is bounded, and one that is too slow to send or read is closed."""
+"""Connections of clients: their number is bounded, and a client that is too slow to send or read is disconnected."""
 
 import asyncio
 import json
@@ -58,7 +58,8 @@ class Connection(H11Protocol):
         self.end(Refused(400, "this is not a valid HTTP request"))
 
     def end(self, e: Refused) -> None:
-        """Sends a last answer. The connection is closed a little later: closing it with unread bytes would reset it."""
+        """Sends a last answer, and closes the connection LINGER seconds later: closing it with unread bytes would reset
+        it."""
         body = json.dumps(e.content).encode()
         retry = "Retry-After: 1\r\n" if e.status == 429 else ""
         head = f"HTTP/1.1 {e.status} \r\nContent-Type: application/json\r\n{retry}Content-Length: {len(body)}\r\n"

@@ -263,7 +263,7 @@ class Reply:
                 open_ -= {i for i in moved if self.choices[i].finish}
                 if parts:
                     await events([start | {"choices": [part]} for part in parts])
-        except Refused as e:  # the status was sent already
+        except Refused as e:  # the HTTP status was sent already, so the error becomes an event
             return await events([e.content], b"")
         total = {"choices": [], "usage": api.usage(self.choices, self.asked.n)}
         await events([start | total] if self.asked.usage else [], b"data: [DONE]\n\n")
@@ -272,7 +272,7 @@ class Reply:
 async def body_of(request: Request) -> bytes:
     """The body of a request. Raises Refused if it is not JSON or too large."""
     if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refused(415, "send Content-Type: application/json")  # which pages of other sites are not allowed to send
+        raise Refused(415, "send Content-Type: application/json")  # other sites' pages cannot send it
     too_large = Refused(413, f"a request has at most {BODY} bytes")
     if int(request.headers.get("Content-Length", 0)) > BODY:
         raise too_large
@@ -285,13 +285,13 @@ async def body_of(request: Request) -> bytes:
 
 
 class Guard:
-    """Refuses requests with another host name; counts and times the others."""
+    """Refuses requests that name another host than this machine; counts and times all requests."""
 
     def __init__(self, app: ASGIApp, meters: Meters):
         self.app, self.meters = app, meters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begin, status = time.perf_counter(), 499  # the client disconnected
+        begin, status = time.perf_counter(), 499  # 499: no answer, since the client disconnected
 
         async def counted(message: Message) -> None:
             nonlocal status

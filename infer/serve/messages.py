@@ -1,6 +1,6 @@
 """Prepares the messages of OpenAI's clients for a chat template.
 
-Fields that the model's template would drop are refused with the reason: no field is silently ignored.
+A field that the model's template would drop is refused with the reason, so no field is silently ignored.
 """
 
 import json
@@ -11,7 +11,7 @@ from infer.lm import LM, Message
 from infer.serve import Refused
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
-THOUGHTS = {"reasoning_content", "reasoning", "thinking"}  # templates drop those of earlier turns on purpose
+THOUGHTS = {"reasoning_content", "reasoning", "thinking"}  # templates drop thoughts of earlier turns on purpose
 LINKS = {"tool_call_id"}  # redundant, since the order of the turns implies it
 FIELDS = {"role", "content", "name", "tool_calls"} | THOUGHTS | LINKS
 
@@ -41,7 +41,8 @@ def encode(lm: LM, messages: list[Message]) -> list[int]:
 
 
 def _refuse_dropped(lm: LM, messages: list[Message], fields: list[str]) -> None:
-    """Raises Refused if the rendered chat is the same without one of these fields, or without a role."""
+    """Raises Refused if the rendered chat is the same without one of these fields, or without the messages of a
+    role."""
     roles = {m["role"] for m in messages} & {"system", "developer", "tool"}
     if not fields and not roles:
         return

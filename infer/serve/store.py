@@ -1,7 +1,8 @@
-"""Adapters live on the host; the device caches a bounded number of rank rows, evicting the least recently used adapter.
+"""All adapters are kept on the host; the device caches some of them and evicts the least recently used.
 
-One compiled program serves all adapters: each row of a batch refers to its pages of rank rows by number, so loading an
-adapter only writes pages of existing arrays.
+A rank row is one row of a LoRA factor, so an adapter of rank r has r rank rows per weight; the device has room for a
+bounded number of them, in pages. One compiled program serves all adapters: each row of a batch refers to the pages of
+its adapter by number, so loading an adapter only writes pages of existing arrays.
 """
 
 import functools
@@ -44,7 +45,7 @@ class Store:
                 raise UserError(f"{n} pages of {PAGE} rank rows exceed the {rank_rows} rows on the device", name)
         self.most = {path: max(pages) for path, pages in each.items()}  # maximum pages per row of the batch
         self.free = {path: list(range(n))[::-1] for path, n in self.room.items()}
-        self.held: OrderedDict[str, dict[str, list[int]]] = OrderedDict()  # pages; the least recently used first
+        self.held: OrderedDict[str, dict[str, list[int]]] = OrderedDict()  # pages; least recently used adapter first
         self.stacks: dict[str, list[tuple[Array, Array]]] = {path: [] for path in paths}  # one pair per layer
         take = lambda path, leaf: (self.stacks[path].append((leaf.a, leaf.b)), leaf.replace(a=None, b=None))[1]
         dtypes = {x.dtype for factors in adapters.values() for pair in factors.values() for x in pair}
@@ -75,9 +76,10 @@ class Store:
             self._hold(name, wanted)
 
     def route(self, names: Sequence[str | None], rows: int) -> Params:
-        """The unrolled parameters for a batch of `rows` rows, the first of which use these adapters; None is the base.
+        """The unrolled parameters for a batch of `rows` rows. Its first rows use these adapters; None is the base
+        model.
 
-        They are valid until `hold` loads another adapter.
+        The parameters are valid until `hold` loads another adapter.
         """
         routes = {path: self._route(path, names, rows) for path in self.room}
         turns = {path: iter(stacks) for path, stacks in self.stacks.items()}

@@ -1,7 +1,8 @@
-"""Solved examples before a question. Each file is a way to pick them.
+"""Few-shot prompting: solved examples before a question. Each file is one method of picking the examples.
 
-A file defines `picker(pool, seed)`, which returns a function (questions, n) -> for each question, the indices of n
-examples of the pool, in the order in which they are shown. Questions and the pool's (question, answer) pairs are texts.
+Each file defines `picker(pool, seed)`, where `pool` is a list of (question, answer) texts. It returns a function
+(questions, n), which gives for each question the indices of n examples in the pool, in the order in which they are
+shown.
 """
 
 import importlib
@@ -21,7 +22,7 @@ def known() -> list[str]:
 
 
 def find(name: str) -> ModuleType:
-    """The file of a way to pick. Raises UserError if there is none."""
+    """The module of a method of picking. Raises UserError for an unknown name."""
     if name not in known():
         fix = did_you_mean(name, known(), f"known: {', '.join(known())}")
         raise UserError(f"no way {name!r} to pick examples", "infer/context/shots", fix)
@@ -29,19 +30,19 @@ def find(name: str) -> ModuleType:
 
 
 def picker(name: str, pool: Sequence[Shot], n: int, seed: int) -> Picker:
-    """The picker of a file. Raises UserError if the pool has fewer than `n` examples, or none."""
+    """The picker of a method. Raises UserError if the pool has fewer than `n` examples, or none."""
     if not pool or n > len(pool):
         raise UserError(f"{max(n, 1)} shots, but only {len(pool)} training examples", "shots", "use fewer shots")
     return find(name).picker([(text(question), answer) for question, answer in pool], seed)
 
 
 def text(question: Prompt) -> str:
-    """The question as text: a chat's last turn."""
+    """The question as text; in a chat, the last turn."""
     return question if isinstance(question, str) else str(question[-1]["content"])
 
 
 def put(prompt: Prompt, shots: Sequence[Shot]) -> Prompt:
-    """The prompt with solved examples: earlier turns of the conversation after the system message, or texts."""
+    """The prompt with solved examples before the question. In a chat they become turns after the system message."""
     if isinstance(prompt, str):
         return "\n\n".join([*(f"{question}{answer}" for question, answer in shots), prompt])
     first = 1 if prompt[0]["role"] == "system" else 0
@@ -53,7 +54,7 @@ def put(prompt: Prompt, shots: Sequence[Shot]) -> Prompt:
 
 
 def most(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number up to `limit` that fits, by doubling and then halving; 0 if none does."""
+    """The largest number up to `limit` that fits, found by doubling and then bisection; 0 if none fits."""
     low, high = 0, 1
     while high <= limit and fits(high):
         low, high = high, 2 * high

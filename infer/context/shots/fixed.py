@@ -1,4 +1,4 @@
-"""Examples drawn at random once, equal for all questions."""
+"""Examples drawn at random once, the same for all questions."""
 
 import random
 from collections.abc import Sequence

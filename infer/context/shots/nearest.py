@@ -1,4 +1,4 @@
-"""The examples whose questions share most words with the question (BM25), the nearest of them last."""
+"""The examples whose questions are most similar to the question by BM25, the most similar last."""
 
 from collections.abc import Sequence
 
