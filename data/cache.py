@@ -1,10 +1,10 @@
-"""Tokenized documents on disk: flat, memory-mapped arrays in a folder named by a fingerprint of everything that they
-depend on.
+"""Tokenized documents on disk: flat, memory-mapped arrays in a folder whose name is a fingerprint of everything that
+the tokens depend on.
 
-A folder holds tokens.bin (uint16 or uint32, documents end to end), mask.bin (one bit per token: whether the next one
-counts), offsets.bin (int64, documents + 1), hashes.bin (uint64 per document) and index.json (sizes, sha256, the
-report). If the documents have them, there are also columns.bin (float64 [documents, columns]) and tags.bin (int16, one
-tag per token).
+A folder holds tokens.bin (uint16 or uint32, documents end to end), mask.bin (one bit per token: whether the next token
+counts in the loss), offsets.bin (int64, documents + 1), hashes.bin (uint64 per document) and index.json (the files'
+sizes and sha256, and the report). Documents with numbers or tags also have columns.bin (float64 [documents, columns])
+or tags.bin (int16, one tag per token).
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import numpy as np
 from common import files
 from common.errors import UserError
 
-VERSION = 2  # version of the files; a cache of another version is rebuilt
+VERSION = 2  # version of the file layout; a cache of another version is rebuilt
 FILES = ("tokens.bin", "mask.bin", "offsets.bin", "hashes.bin")
 INDEX = "index.json"
 
@@ -36,7 +36,7 @@ class Document(NamedTuple):
     learnt: list[int] | None  # 1 where this token counts in the loss; None: all tokens count
     hash: int  # hash of the text that decides whether the document is held out
     columns: Mapping[str, float] = MappingProxyType({})  # {name: number}; all documents of a cache have the same names
-    tags: list[int] | None = None  # one number per token, -1 for none; int16
+    tags: list[int] | None = None  # one tag (a class number, int16) per token; -1: no tag
 
 
 def write(folder: Path, documents: Iterable[Document], index: dict, vocab_size: int, check: Callable) -> None:
@@ -63,7 +63,7 @@ def write(folder: Path, documents: Iterable[Document], index: dict, vocab_size: 
 
 
 def _write_arrays(work: Path, documents: Iterable[Document], dtype: str) -> dict:
-    """The arrays of a cache, and its index, which describes them."""
+    """Writes the arrays of a cache, and returns the part of its index that describes them."""
     ends, hashes, columns, bits, names = [0], [], [], np.zeros(0, np.uint8), ()
     with (
         open(work / "tokens.bin", "wb") as tokens,
@@ -99,7 +99,7 @@ class Stored(NamedTuple):
     hashes: np.ndarray  # uint64 [documents]
     index: dict
     columns: np.ndarray | None = None  # float64 [documents, columns], named by index["columns"]
-    tags: np.ndarray | None = None  # int16 [N], -1 for none
+    tags: np.ndarray | None = None  # int16 [N]; -1: no tag
 
     def mask(self, slots: np.ndarray) -> np.ndarray:
         """1.0 for each slot whose next token counts in the loss. float32, in the shape of `slots`."""
@@ -107,8 +107,8 @@ class Stored(NamedTuple):
 
 
 def read(folder: Path, check_hashes: bool = False) -> Stored:
-    """Memory-maps a cache. Raises Broken when a file is missing, or has another size or, if verified, another
-    sha256."""
+    """Memory-maps a cache. Raises Broken when a file is missing or has the wrong size, and with `check_hashes` also
+    when its sha256 is wrong."""
     try:
         index = files.load_json(folder / INDEX)
         if (layout := index.get("layout", 1)) != VERSION:

@@ -1,5 +1,5 @@
-"""Tokenizes one source: records become examples, and examples documents of token ids; a report lists everything that
-was left out."""
+"""Tokenizes one source: records become examples, and examples become documents of token ids. A report lists everything
+that was left out."""
 
 import contextlib
 import hashlib
@@ -26,14 +26,15 @@ from data.text.tokenizer import Tokenizer
 # Entries of a report; a cache whose report lacks one is rebuilt, with the same documents.
 REPORT = {"documents", "tokens", "learnt", "bad", "causes", "wrapped", "spelled", "answers", "ended", "unused", "notes"}
 REPORT |= {"masks"}  # version of the rules that find the ends of answers
-VERSION = 1  # raised when the same input gives other documents
-CAUSES = 100  # number of different reasons of bad rows that are counted separately
+VERSION = 1  # increased when the same input gives different documents
+CAUSES = 100  # maximum number of reasons for bad rows that are counted separately
 SHOWN = 5  # number of these reasons that messages show
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples of one kind (data.examples), each with one document per side."""
+    """Examples of one kind (data.examples). Each has one document per side: a pair has the sides chosen and
+    rejected."""
 
     stored: cache.Stored
     folder: Path
@@ -44,12 +45,12 @@ class Dataset:
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """Names of the sides: one for texts and completions, two for pairs, K for K answers."""
+        """Names of the sides: one side for texts and completions, two for pairs, K for groups of K answers."""
         return tuple(self.stored.index["sides"])
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the columns of numbers that every document has."""
+        """Names of the numeric columns that every document has."""
         return tuple(self.stored.index["columns"])
 
     @property
@@ -58,9 +59,10 @@ class Dataset:
 
     @property
     def report(self) -> dict:
-        """documents, tokens, `learnt` (tokens in the loss), bad, causes {reason: (bad rows, the first one)}; rows that
-        were wrapped in the template, or spell control tokens; answers, and those that end with an end token; unused
-        {column: rows that had it}; notes {what was done: rows}; system, texts that chats begin with (two at most)."""
+        """Counts: documents, tokens, `learnt` (tokens in the loss), bad rows, `wrapped` (prompts put into the chat
+        template), `spelled` (rows whose text spells control tokens), answers, and `ended` (answers with an end token).
+        Also causes {reason: (bad rows, the first of them)}, unused {column: rows that had it}, notes {remark: rows},
+        and `system` (up to two different system texts with which chats begin)."""
         return self.stored.index["report"]
 
     @cached_property
@@ -72,8 +74,8 @@ class Dataset:
         return len(self.stored.hashes) // len(self.sides)
 
     def split(self, holdout: float) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the examples for training, and of those held out. The choice depends only on an example's prompt,
-        or on its text.
+        """Indices of the training examples, and of the held-out examples. The choice depends only on an example's
+        prompt, or on its text if it has no prompt.
 
         With 2 examples or more and holdout > 0, at least one is held out.
         """
@@ -98,8 +100,9 @@ def prepare(
 ) -> Dataset:
     """The tokenized source, read from its cache in `folder`, or tokenized and cached now.
 
-    Prompts with completions become chats if the tokenizer has a chat template. `learn`: "all" answers of a chat, or the
-    "last". Raises UserError when more than the fraction `max_bad` of the records is bad, or no record is left.
+    Prompts with completions become chats if the tokenizer has a chat template. `learn`: which answers of a chat count
+    in the loss, "all" or the "last". Raises UserError when more than the fraction `max_bad` of the records is bad, or
+    no record is left.
     """
     if missed := sources.passed_over(source):
         warn("%s: passed over, not read: %s", source, ", ".join(missed))
@@ -108,7 +111,7 @@ def prepare(
     parts += ["wrapped"] * wraps + [learn] * (learn != "all")
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     path = Path(folder).expanduser() / fingerprint[:24]
-    files.clean(path.parent)  # remains of a killed process, even if another one has completed this cache
+    files.clean(path.parent)  # left by a killed process, even if another process has completed this cache
     if path.exists():
         try:
             found = Dataset(cache.read(path), path)
@@ -147,7 +150,7 @@ def _check(report: dict, source: str, max_bad: float) -> None:
 
 
 def causes(found: dict[str, tuple[int, str]]) -> list[str]:
-    """One line per frequent reason of bad rows, with its count and the first such row."""
+    """One line per frequent reason for bad rows, with its count and the first such row."""
     ordered = sorted(found.items(), key=lambda item: -item[1][0])
     lines = [f"{reason} ({n:,} row{'s' * (n > 1)}, first: {first})" for reason, (n, first) in ordered[:SHOWN]]
     return [*lines, f"and {len(ordered) - SHOWN} more reasons"] if len(ordered) > SHOWN else lines
@@ -170,7 +173,7 @@ def notes(report: dict, tokenizer: Tokenizer) -> list[str]:
 
 
 def unused(report: dict) -> str:
-    """The columns and fields that nothing used, with the rows that had them."""
+    """The unused columns and fields, with the number of rows that had each."""
     return ", ".join(f"{name} ({count:,} rows)" for name, count in sorted(report["unused"].items()))
 
 
@@ -191,7 +194,7 @@ def texts(source: str, form: str = "auto", fields: str = "") -> Iterator[str]:
 
 
 def _examples(source: str, form: str, fields: str) -> Iterator[Example]:
-    """The readable records; `prepare` counts the others."""
+    """The examples of the readable records; `prepare` counts the unreadable ones."""
     names = formats.parse_fields(fields)
     for row in sources.rows(source):
         with contextlib.suppress(UserError):
@@ -222,7 +225,7 @@ def _documents(
                 documents = found.documents(tokenizer, ids, asked)
                 if not all(map(_learnt, documents)):
                     raise UserError("no token to learn")
-            except TemplateLimit:  # every further row would take as long
+            except TemplateLimit:  # every further row would take just as long
                 raise
             except Exception as error:
                 _bad(report, row.where, _reason(error))
@@ -265,7 +268,7 @@ def _example(row: sources.Row, form: str, fields: dict, tokenizer: Tokenizer, re
 
 
 def _reason(error: Exception) -> str:
-    """Any exception that a record causes makes it a bad record, which is counted."""
+    """The message for a bad record; any exception while a record is read makes it a bad record."""
     if isinstance(error, UserError):
         return str(error)
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -1,5 +1,5 @@
-"""Examples, which are made from records: each one lists the texts to encode, and builds one document per side from
-their ids."""
+"""Examples are made from records. Each lists the texts to encode, and builds one document per side from their token
+ids."""
 
 import hashlib
 import json
@@ -19,14 +19,14 @@ ADJECTIVES = {"label": "labelled", "rating": "rated"}
 
 
 class Example:
-    """The example of one record. All examples of a source have the same `kind` (a name used in messages), sides and
-    columns."""
+    """The example of one record. All examples of a source have the same `kind` (a name used in error messages), sides
+    and columns."""
 
     kind: str
     sides: tuple[str, ...] = (batches.ONE,)
 
     def parts(self) -> tuple["Example", ...]:
-        """The examples of its sides; a text, a chat or an answer has only one side, itself."""
+        """One example per side. A text, a chat or a completion has only one side: itself."""
         return (self,)
 
     def each(self, change: Callable[["Example"], "Example"]) -> "Example":
@@ -38,20 +38,20 @@ class Example:
         raise NotImplementedError
 
     def texts(self) -> list[str]:
-        """The texts to encode; the tokenizer encodes those of many examples at once."""
+        """The texts to encode; the tokenizer encodes the texts of many examples at once."""
         return []
 
     def documents(
         self, tokenizer: Tokenizer, encoded: Iterator[list[int]], asked: Asked | None = None
     ) -> list[Document]:
-        """One document per side; `encoded` holds the ids of `texts`. Raises UserError for a chat that the template
-        cannot render."""
+        """One document per side; `encoded` yields the token ids of each of `texts`. Raises UserError for a chat that
+        the template cannot render."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Text(Example):
-    """Every token counts in the loss, and the text may be split into pieces."""
+    """A text; every token counts in the loss, and a long text may be split into pieces."""
 
     text: str
     kind: ClassVar[str] = "text"
@@ -66,7 +66,7 @@ class Text(Example):
         self, tokenizer: Tokenizer, encoded: Iterator[list[int]], asked: Asked | None = None
     ) -> list[Document]:
         ids, start, end = next(encoded), _start(tokenizer), _end(tokenizer)
-        if tokenizer.reads_control:  # a rendered chat may contain its own
+        if tokenizer.reads_control:  # a rendered chat may already contain these tokens
             start = [] if start == ids[: len(start)] else start
             end = [] if end and self.text.rstrip().endswith(tokenizer.core.id_to_token(end[0])) else end
         return [Document([*start, *ids, *end], None, _hash(self.text))]
@@ -74,7 +74,8 @@ class Text(Example):
 
 @dataclass(frozen=True)
 class Completion(Example):
-    """Only the completion counts in the loss, with its end token, even if the padding token has the same id."""
+    """A prompt and its completion. Only the completion and its end token count in the loss, even if the padding token
+    has the same id as the end token."""
 
     prompt: str
     completion: str
@@ -97,7 +98,7 @@ class Completion(Example):
 
 @dataclass(frozen=True)
 class Chat(Example):
-    """A chat of which the assistant's turns from message `first` on count in the loss."""
+    """A chat. The assistant's turns count in the loss, from message number `first` on."""
 
     messages: chat.Messages
     first: int = 0
@@ -130,7 +131,7 @@ class Tagged(Example):
     ) -> list[Document]:
         text = self.plain()
         ids, offsets = tokenizer.encode_offsets(text)
-        starts, at = {}, 0  # first character of a word -> its tag
+        starts, at = {}, 0  # position of a word's first character -> the word's tag
         for word, tag in zip(self.words, self.tags, strict=True):
             starts[at], at = tag, at + len(word) + 1
         tags = []
@@ -143,7 +144,7 @@ class Tagged(Example):
 
 
 class Parts(Example):
-    """An example that consists of other examples, whose documents have columns of numbers."""
+    """An example that consists of other examples. Its documents have numeric columns."""
 
     def columns(self) -> tuple[dict[str, float], ...]:
         """The columns of each part's document."""
@@ -253,7 +254,8 @@ class Scored(Parts):
 
 
 def wrapped(found: Example) -> Example:
-    """A prompt and its completion as turns of a chat, for models with a chat template; any other example unchanged.
+    """A prompt and its completion as turns of a chat, for models with a chat template. Any other example is returned
+    unchanged.
 
     A transcript, as in Anthropic's datasets, is split into its turns.
     """

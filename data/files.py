@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 MAX_RECORD = 64 << 20  # bytes
-TEXT_PART = 64 << 10  # characters: longer text files become several documents, cut at an empty line
+TEXT_PART = 64 << 10  # characters; a longer text file is cut at empty lines into several documents
 CHUNK = 1 << 20  # characters of a JSON list that are read at a time
 SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -33,8 +33,8 @@ class Row(NamedTuple):
 
 
 def read(path: Path) -> Iterator[Row]:
-    """The records of a file. An unreadable record is a Row with a reason; it is the last one if the rest cannot be read
-    either."""
+    """The records of a file. An unreadable record is a Row with a reason; it is the last Row if nothing after it can be
+    read."""
     last = Row(f"{path}:0", None)
     try:
         for last in READERS[kind(path)](path):
@@ -55,7 +55,7 @@ def kind(path: Path) -> str:
 
 
 class _Unpacked(io.RawIOBase):
-    """Makes the stream of a decompressor, which only has `read`, a raw Python stream."""
+    """Wraps the stream of a decompressor, which only has `read`, as a raw Python stream."""
 
     def __init__(self, stream: "pyarrow.CompressedInputStream"):
         self.stream = stream
@@ -71,7 +71,8 @@ class _Unpacked(io.RawIOBase):
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """The decompressed bytes of a file. The buffer adds readline's size limit, which fsspec's files ignore."""
+    """A stream of the decompressed bytes of a file. Files of fsspec are buffered, since they ignore readline's size
+    limit."""
     with path.open("rb") as file:
         if path.name.lower().endswith(".gz"):
             file = gzip.GzipFile(fileobj=file)
@@ -113,7 +114,7 @@ def _checked(record: object, where: str) -> Row:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """A JSON list of objects, as in many published datasets, or lines of objects."""
+    """A JSON list of objects, as in many published datasets, or one object per line."""
     with opened(path) as file:
         start = file.read(4096).decode("utf-8-sig", "ignore").lstrip()[:1]
     if start != "[":
@@ -125,7 +126,7 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _entries(text: TextIO) -> Iterator[object]:
-    """The entries of a JSON list, with one of them in memory at a time. Raises ValueError for invalid JSON."""
+    """The entries of a JSON list, of which only one is in memory at a time. Raises ValueError for invalid JSON."""
     decoder, buffer, at, mark = json.JSONDecoder(), "", 0, "["
     while True:
         try:
@@ -138,7 +139,7 @@ def _entries(text: TextIO) -> Iterator[object]:
             if buffer[start] == "]" and mark == "[":
                 return
             entry, at = decoder.raw_decode(buffer, start)
-        except (IndexError, ValueError) as error:  # broken, or not read to its end
+        except (IndexError, ValueError) as error:  # broken, or not yet read to its end
             buffer, at = buffer[at:], 0
             more = text.read(max(CHUNK, len(buffer))) if len(buffer) <= MAX_RECORD else ""
             if not more:
@@ -150,7 +151,7 @@ def _entries(text: TextIO) -> Iterator[object]:
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    """A table with a header whose cells are separated by commas, semicolons or tabs; all cells are text."""
+    """A table with a header. The cells are separated by commas, semicolons or tabs, and are read as text."""
     csv.field_size_limit(MAX_RECORD)
     with opened(path) as file:
         first = file.readline(MAX_RECORD)
@@ -176,7 +177,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _arrow(path: Path) -> Iterator[Row]:
-    """The rows of a folder written by `save_to_disk` of the library datasets."""
+    """The rows of an Arrow file, as `save_to_disk` of the library datasets writes it."""
     import pyarrow
 
     def checked(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
@@ -195,8 +196,8 @@ def _batches(batches: Iterable["pyarrow.RecordBatch"], path: Path) -> Iterator[R
 
 
 def _records(batch: "pyarrow.RecordBatch") -> Iterator[tuple[dict | None, str]]:
-    """(record, ""), or (None, the reason): Arrow allows values, such as times in the year 140,000, that Python cannot
-    hold."""
+    """(record, "") or (None, reason) for each row. Arrow allows values that Python cannot hold, such as times in the
+    year 140,000."""
     try:
         yield from ((record, "") for record in batch.to_pylist())
     except Exception:

@@ -10,7 +10,7 @@ from data.examples import Chat, Completion, Example, Group, Match, Pair, Scored,
 from data.messages import Message, are_turns, messages, parsed, turn
 from data.messages import tools as functions
 
-# {format: kind of batch that its records make (data.rows.batch.KINDS)}; also read by the rules of a config.
+# {format: the kind of batch (data.rows.batch.KINDS) made from its records}. The checks of a config also read this.
 FORMATS = {
     "auto": "",
     "text": "lm",
@@ -25,7 +25,7 @@ FORMATS = {
     "match": "match",
     "ranked": "group",
 }
-# "auto" takes the first format whose columns are all present, first among these names,
+# "auto" takes the first format whose columns are all present. It first tries these column names of this project,
 SHAPES = {
     "preference": {"chosen", "rejected"},
     "ranked": {"prompt", "answers"},
@@ -37,7 +37,7 @@ SHAPES = {
     "text": {"text"},
     "tagged": {"tokens", "tags"},
 }
-# then among those of published datasets: (format, {name above: their name}).
+# and then the column names of published datasets: (format, {name in SHAPES: published name}).
 PUBLISHED = (
     ("preference", {"chosen": "chosen_response", "rejected": "rejected_response"}),
     ("preference", {"chosen": "response_j", "rejected": "response_k"}),
@@ -62,9 +62,10 @@ PUBLISHED = (
     ("match", {"query": "anchor", "passage": "positive"}),
     ("match", {"query": "question", "passage": "passage"}),
 )
-# A format of text or chat with an additional number: the column's name, and the names under which it may occur.
+# Formats of texts or chats with a number: {format: the names that the column of the number may have}.
 SCORED = {"labelled": ("label", "kto_tag"), "rated": ("rating",)}
-PROMPTS = ("prompt", "question", "instruction", "query", "conversations", "messages", "input")  # of a preference
+# Columns that may hold the prompt of a preference pair.
+PROMPTS = ("prompt", "question", "instruction", "query", "conversations", "messages", "input")
 SYSTEM, GIVEN, TOOLS = ("system", "system_prompt"), ("input", "context"), ("tools", "functions")
 RANKS, RATINGS = ("ranks", "rank"), ("ratings", "rating", "scores", "overall_score", "score")
 ANSWER = ("answer", "response", "content", "text")
@@ -94,7 +95,7 @@ def parse_fields(spec: str) -> dict[str, str]:
 
 
 def detect(record: dict, form: str = "auto") -> tuple[str, dict[str, str]]:
-    """The format of a record, and {our name: its column} for columns with other names."""
+    """The format of a record, and {this project's name of a column: the record's name}."""
     there = {column for column, value in record.items() if value is not None}
     known = [(name, {column: column for column in columns}) for name, columns in SHAPES.items()]
     for name, columns in (*known, *PUBLISHED):
@@ -109,8 +110,7 @@ def detect(record: dict, form: str = "auto") -> tuple[str, dict[str, str]]:
 
 
 def example(record: dict, form: str = "auto", fields: dict[str, str] | None = None) -> Example:
-    """The example of a record. The UserError that it raises says which column is missing, empty or of the wrong
-    type."""
+    """The example of a record. Raises a UserError that says which column is missing, empty or of the wrong type."""
     return read(record, form, fields)[0]
 
 
@@ -126,7 +126,7 @@ def read(record: dict, form: str = "auto", fields: dict[str, str] | None = None)
     seen.used |= set(fields.values())
     found = _scored(seen, SCORED[form]) if form in SCORED else _plain(seen, form)
     unused = seen.unused(IRRELEVANT)
-    said = _said(found) if unused else []  # a column that only repeats the prompt or the whole text is not unused
+    said = _said(found) if unused else []  # a column that only repeats the prompt or the whole text is not reported
     return found, {name for name in unused if not _repeated(said, dict.get(seen, name))}
 
 
@@ -194,7 +194,8 @@ def _prompt_completion(record: Record) -> Completion | Chat:
 
 
 def _with_system(record: Record, turns: list[Message]) -> list[Message]:
-    """The system text of a separate column becomes the first message, unless the messages begin with one."""
+    """The system text of a separate column becomes the first message, unless the messages already begin with a system
+    text."""
     text = record.first(SYSTEM)
     if not isinstance(text, str) or not text.strip() or (turns and turns[0]["role"] in ("system", "developer")):
         return turns
@@ -202,7 +203,7 @@ def _with_system(record: Record, turns: list[Message]) -> list[Message]:
 
 
 def _history(record: Record) -> list[Message]:
-    """Earlier questions and answers, as LLaMA-Factory's list of pairs or as messages."""
+    """Earlier turns, from a list of (question, answer) pairs as in LLaMA-Factory, or from messages."""
     found = parsed(record.get("history")) or []
     if are_turns(found):
         return messages(found, "history")
@@ -240,7 +241,7 @@ def _asked(record: Record, column: str) -> str | list[Message]:
     """The prompt of a preference pair, with the system text and earlier turns from their own columns; "" if there is
     none."""
     value = parsed(record[column]) if column in ("input", "prompt") else record.get(column, "")
-    if isinstance(value, dict) and "messages" in value:  # OpenAI's: {"messages": [...], "tools": [...]}
+    if isinstance(value, dict) and "messages" in value:  # OpenAI's format: {"messages": [...], "tools": [...]}
         record.setdefault("tools", value.get("tools"))
         value = value["messages"]
     value = _turns(value)
@@ -265,8 +266,8 @@ def _repeats(answer: str, prompt: str) -> bool:
 
 
 def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """The prompt with which both answers begin; it ends before a word, or after the last turn marker of a
-    transcript."""
+    """Splits off the prompt with which both answers begin. It ends between two words, or after the last "Assistant:" of
+    a transcript."""
     size = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     common, marker = chosen[:size], "\n\nAssistant:"
     if marker in common:
@@ -280,9 +281,10 @@ def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
 def _common_messages(
     prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """The prompt and the two answers after it. The prompt may be a column, the beginning of both answers, or both.
+    """The prompt and the two answers after it. The prompt may be in its own column, at the beginning of both answers,
+    or in both places.
 
-    If the two differ, the one in the answers counts, as in TRL; a system text that only `prompt` has is kept.
+    If the two prompts differ, the one in the answers is used, as in TRL; a system text that only `prompt` has is kept.
     """
     size = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     inside = chosen[:size]
@@ -295,7 +297,7 @@ def _common_messages(
 
 
 def _ranked(record: Record) -> Group:
-    """The answers to a prompt, and their ranks (1 is the best) or ratings, from their own column or from within the
+    """The answers to a prompt, and their ranks (1 is the best) or ratings, which are in a separate column or inside the
     answers."""
     answers = parsed(record["answers"])
     if not isinstance(answers, list) or len(answers) < 2:
@@ -373,7 +375,7 @@ def _turns(value: object) -> object:
 
 
 def _number(value: object, column: str) -> float:
-    """The value of a number, or of a text with a number, as in tables."""
+    """A float from a number, or from a text that spells one, as in CSV files."""
     if isinstance(value, str):
         value = {"true": 1, "false": 0}.get(value.strip().lower(), value)
     try:

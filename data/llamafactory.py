@@ -7,14 +7,15 @@ from pathlib import Path
 from common.errors import UserError, warn
 from data.files import Row
 
-OURS = {"query": "input", "response": "output", "prompt": "instruction", "kto_tag": "label"}  # columns of alpaca rows
-TURNS = {  # {formatting: fields of a turn}, for entries that do not name them
+# {LLaMA-Factory's name of a column: this project's name}, for rows in the alpaca format.
+OURS = {"query": "input", "response": "output", "prompt": "instruction", "kto_tag": "label"}
+TURNS = {  # {formatting: names of a turn's fields}, used if an entry does not name them
     "sharegpt": {"role_tag": "from", "content_tag": "value"},
     "openai": {"role_tag": "role", "content_tag": "content"},
 }
 ROLES = {"user": "user", "assistant": "assistant", "observation": "tool", "function": "function_call"}
 ROLES |= {"system": "system"}
-SELECTS = ("split", "subset", "folder", "num_samples")  # which rows LLaMA-Factory selects
+SELECTS = ("split", "subset", "folder", "num_samples")  # options by which LLaMA-Factory selects rows
 
 
 def mapping(path: Path) -> dict | None:
@@ -51,7 +52,7 @@ def mapped(row: Row, entry: dict) -> Row:
     fields = TURNS.get(entry.get("formatting", ""))
     ours = {"messages": "conversations"} if fields else OURS
     if not fields and not columns.keys() & {"response", "chosen"}:
-        ours = ours | {"prompt": "text"}  # to pretrain on
+        ours = ours | {"prompt": "text"}  # rows without an answer are texts for pretraining
     record = {name: value for name, value in row.record.items() if name not in columns.values()}
     named = {theirs: column for theirs, column in columns.items() if column in row.record}
     record |= {ours.get(theirs, theirs): row.record[column] for theirs, column in named.items()}

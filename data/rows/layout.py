@@ -1,5 +1,5 @@
-"""Arranges the documents of one source as rows of a batch: which are cut, dropped or packed, and the copy into the
-arrays."""
+"""Arranges the documents of one source as rows: decides which documents are cut, dropped or packed, and copies rows
+into a batch."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +19,7 @@ PACKINGS = ("none", "concat", "best_fit")
 
 
 class Part(NamedTuple):
-    """The examples of one source, as numbers, and the weight of the source in the mixture."""
+    """Indices of the examples of one source, and the weight of the source in the mixture."""
 
     dataset: Dataset
     documents: np.ndarray
@@ -28,16 +28,16 @@ class Part(NamedTuple):
 
 class Packed(NamedTuple):
     sides: list[Rows]  # rows of each side of the examples (data.rows.batch)
-    report: dict  # documents that were truncated, split into several pieces, dropped
-    items: np.ndarray | None = None  # the number of each row's example, if rows hold only one
+    report: dict  # numbers of documents that were truncated, split into pieces or dropped
+    items: np.ndarray | None = None  # the index of each row's example, if a row holds only one
 
 
 def packed(part: Part, *, seq_len: int, packing: str, truncate: bool, max_bad: float, seed: int) -> Packed:
-    """Long texts are cut into pieces, so nothing is lost; long documents of other kinds lose their tail, or count as
-    bad.
+    """Long texts are cut into pieces, so nothing is lost; long documents of other kinds lose their tail. Without
+    `truncate`, long documents count as bad. Packing "concat" cuts all documents instead.
 
-    Documents without a target in the loss within `seq_len` are dropped. Examples with several sides or with columns are
-    never packed: each is one row.
+    Cut documents whose first `seq_len` tokens have no target in the loss are dropped. Examples with several sides or
+    with columns are never packed: each gets its own row.
     """
     if packing not in PACKINGS:
         raise UserError(f"unknown packing {packing!r}", "data.packing", f"one of {' '.join(PACKINGS)}")
@@ -70,7 +70,7 @@ def _pieces(data: Dataset, numbers: np.ndarray) -> Pieces:
 
 
 def _nothing_learnt(data: Dataset, sides: list[Pieces], long: np.ndarray, seq_len: int) -> np.ndarray:
-    """True for long documents of which one side has no token in the loss within the length of a row."""
+    """True for long examples of which a side has no target in the loss among its first `seq_len` tokens."""
     drop = np.zeros_like(long)
     for i in np.flatnonzero(long):
         kept = [np.arange(side.starts[i], side.starts[i] + min(side.lengths[i], seq_len)) for side in sides]
@@ -90,7 +90,7 @@ def write(batch: Batch, at: np.ndarray, data: Dataset, rows: Rows, chosen: np.nd
     counts = np.diff(rows.bounds)[chosen]
     pieces = ranges(rows.bounds[chosen], counts)
     starts, lengths = rows.starts[pieces], rows.lengths[pieces]
-    nth = ranges(np.zeros_like(counts), counts)  # position of each piece in its row
+    nth = ranges(np.zeros_like(counts), counts)  # index of each piece within its row
     before = np.cumsum(lengths) - lengths
     column = before - np.repeat(before[np.cumsum(counts) - counts], counts)
     seq_len = batch["tokens"].shape[1]
@@ -110,8 +110,8 @@ def write(batch: Batch, at: np.ndarray, data: Dataset, rows: Rows, chosen: np.nd
 
 
 def painted(batch: Batch, row: int, tokenizer: Tokenizer) -> "rich.text.Text":
-    """The text of a row as rich Text; a token is colored where it is a target that counts, and control tokens are set
-    apart from text that merely looks like them."""
+    """The text of a row as rich Text. Tokens that count in the loss are green. Control tokens are shown in reverse,
+    which distinguishes them from text that merely looks like them."""
     from rich.text import Text
 
     segments, control = batch["segments"][row], np.isin(batch["tokens"][row], list(tokenizer.special.values()))

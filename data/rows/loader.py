@@ -83,12 +83,12 @@ class Loader:
 
     @property
     def num_batches(self) -> int:
-        """The number of batches that hold every row once (of all sources together)."""
+        """The number of batches that contain every row of all sources once."""
         return -(-sum(self.sizes) // self.batch_size)
 
     @property
     def tokens_per_batch(self) -> int:
-        """The number of slots in a batch, over all hosts."""
+        """The number of token positions in a batch over all hosts, including padding."""
         return self.batch_size * self.seq_len * len(self.sides)
 
     @property
@@ -97,7 +97,8 @@ class Loader:
 
     @property
     def report(self) -> dict:
-        """Statistics of the records, summed over the sources; fill is the fraction of slots that hold a token."""
+        """Statistics of the records, summed over the sources; `fill` is the fraction of token positions that are not
+        padding."""
         total = {"documents": 0, "tokens": 0, "learnt": 0, "bad": 0, "truncated": 0, "split": 0, "dropped": 0}
         causes = []
         for part, packed in zip(self.parts, self.packed):
@@ -110,7 +111,8 @@ class Loader:
 
     @property
     def system(self) -> str:
-        """The system text with which every chat of every source begins; "" if they differ or have none."""
+        """The system text with which every chat of every source begins; "" if the system texts differ or there is
+        none."""
         texts = {text for part in self.parts for text in part.dataset.report["system"]}
         return texts.pop() if len(texts) == 1 else ""
 
@@ -125,7 +127,7 @@ class Loader:
         return lines
 
     def values(self) -> dict[str, np.ndarray]:
-        """The numbers of every document of all sources, by column."""
+        """{column: its values for the documents of all sources}."""
         tables = [part.dataset.stored.columns for part in self.parts]
         return {name: np.concatenate([table[:, i] for table in tables]) for i, name in enumerate(self.columns)}
 
@@ -145,7 +147,7 @@ class Loader:
         return {side: {name: np.stack([row[name] for row in each]) for name in each[0]} for side, each in rows.items()}
 
     def _place(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source, row) of each row of the stream; source -1 is an empty row."""
+        """(source, row of the source) for each row of the stream; source -1 stands for an empty row."""
         if self.heldout:
             index = index % (self.num_batches * self.batch_size)
             inside = index < len(self.order)
@@ -176,7 +178,7 @@ class Loader:
         return {"fingerprint": self.fingerprint, "settings": self.settings}
 
     def load_state_dict(self, saved: dict) -> None:
-        """Raises UserError if the saved run read another stream of batches, and names the differences."""
+        """Raises a UserError that names the differences if the saved run read another stream of batches."""
         if saved.get("fingerprint") == self.fingerprint:
             return
         old = saved.get("settings", {})
@@ -187,7 +189,8 @@ class Loader:
 def make_loaders(
     data: Config, tok: Tokenizer, seed: int = 0, rows: slice | None = None
 ) -> tuple[Loader, Loader | None]:
-    """Training and held-out loaders of the `data` keys of a config; the second is None when nothing is held out.
+    """The training loader and the held-out loader for the `data` section of a config; the second is None if nothing is
+    held out.
 
     Without `eval_source`, the source's own validation split is held out, or else a fraction of its documents.
     """
@@ -208,8 +211,7 @@ def make_loaders(
 
 
 def _own_split(name: str, eval_source: str) -> str:
-    """The name of the validation split that comes with a source, "" without one. Prints which splits are used for
-    what."""
+    """The name of the validation split that comes with a source, "" without one. Prints what each split is used for."""
     names = sources.split_names(name)
     held = next((f"{name}@{split}" for split in names if splits.NAMES.get(split) == "validation"), "")
     if names:
@@ -221,8 +223,8 @@ def _own_split(name: str, eval_source: str) -> str:
 def load_tokenizer(data: Config, default: str = "bytes") -> Tokenizer:
     """The tokenizer of a config; `default` is the model's own. "bpe:N" and "spm:N" are trained once and cached.
 
-    `data.chat_template` replaces its template. A tokenizer without a chat template gets the default one if the data are
-    chats, so that training matches serving.
+    `data.chat_template` replaces the tokenizer's own template. A tokenizer without a chat template gets the default one
+    if the data are chats, so that training matches serving.
     """
     spec = data.tokenizer or default
     trained = spec.startswith(("bpe:", "spm:"))
@@ -241,7 +243,7 @@ def _trained_tokenizer(data: Config, spec: str) -> Tokenizer:
     key = [spec, data.format, data.fields, [sources.content_id(name) for name in names]]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     folder = Path(data.cache).expanduser() / "tokenizers" / digest[:24]
-    files.clean(folder.parent)  # remains of a killed process, even if another one has completed this tokenizer
+    files.clean(folder.parent)  # left by a killed process, even if another process has completed this tokenizer
     if folder.is_dir() and not (folder / TOKENIZER_END).is_file():  # damaged: it is replaced by a complete one
         files.remove(folder)
     if not (folder / TOKENIZER_END).is_file():
@@ -251,7 +253,7 @@ def _trained_tokenizer(data: Config, spec: str) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the folder completely or not at all; an existing one is kept."""
+    """Writes the folder completely or not at all; an existing folder is kept."""
     with contextlib.suppress(FileExistsError), files.folder(folder, TOKENIZER_END) as work:  # already written
         tokenizer.save(work)
 
@@ -271,7 +273,8 @@ def _part_id(part: Part) -> str:
 
 
 def _interleave(sizes: list[int]) -> np.ndarray:
-    """(source, row) of all rows: each source is spread evenly, and keeps its order. int64 [sum(sizes), 2]"""
+    """(source, row) of all rows, in an order that spreads each source evenly and keeps the order of its rows. int64
+    [sum(sizes), 2]"""
     pairs = np.array([(s, r) for s, size in enumerate(sizes) for r in range(size)], np.int64).reshape(-1, 2)
     place = (pairs[:, 1] + 0.5) / np.maximum(np.asarray(sizes), 1)[pairs[:, 0]]
     return pairs[np.argsort(place, kind="stable")]

@@ -3,7 +3,7 @@ directly."""
 
 import numpy as np
 
-BLOCK = 1000  # rows in which a mixture has its shares exactly; weights are rounded to thousandths
+BLOCK = 1000  # every block of this many rows has the exact shares of the mixture; weights are rounded to thousandths
 ROUNDS = 6
 
 
@@ -61,7 +61,8 @@ def assign(index: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarray
 
 
 def row(nth: np.ndarray, n: int, seed: int, shuffle: bool) -> np.ndarray:
-    """The `nth` row of an endless stream of n rows; each epoch has every row once, in its own order."""
+    """The row numbers at positions `nth` of an endless stream of n rows. Every epoch contains each row once, with
+    `shuffle` in a new order."""
     epoch, place = nth // n, nth % n
     if not shuffle:
         return place

@@ -1,7 +1,7 @@
 """Packs documents into rows of T slots. A row is a list of pieces of documents; this module copies no tokens.
 
-A slot holds a token and the token after it, so a piece of n tokens fills n slots; the last token of a document has no
-successor, and its slot does not count in the loss.
+A slot is a position of a row: it holds a token and, as its target, the next token, so a piece of n tokens fills n
+slots. The last token of a document has no next token, so its slot does not count in the loss.
 """
 
 from typing import NamedTuple
@@ -10,16 +10,16 @@ import numpy as np
 
 from data.rows.mixture import permute
 
-BLOCK = 10_000  # pieces that are packed together
+BLOCK = 10_000  # pieces that are packed at a time
 
 
 class Pieces(NamedTuple):
-    starts: np.ndarray  # int64 [P], first slot in the flat tokens
-    lengths: np.ndarray  # int64 [P], slots
+    starts: np.ndarray  # int64 [P], index of the first token in the flat array of tokens
+    lengths: np.ndarray  # int64 [P], in tokens
 
 
 class Rows(NamedTuple):
-    """Row r holds pieces bounds[r] to bounds[r + 1]."""
+    """Row r holds the pieces bounds[r] to bounds[r + 1] - 1."""
 
     starts: np.ndarray  # int64 [P]
     lengths: np.ndarray  # int64 [P]
@@ -71,7 +71,8 @@ def concat(pieces: Pieces, seq_len: int) -> Rows:
 
 
 def best_fit(pieces: Pieces, seq_len: int, seed: int) -> Rows:
-    """Puts pieces, longest first, each into the fullest row with enough space, within random blocks. No piece is cut.
+    """Puts each piece, longest first, into the fullest row with enough space. Random blocks of pieces are packed
+    separately. No piece is cut.
 
     Best-fit decreasing; Ding et al. 2024, "Fewer Truncations Improve Language Modeling".
     """
@@ -87,8 +88,8 @@ def best_fit(pieces: Pieces, seq_len: int, seed: int) -> Rows:
 
 
 def _best_fit(lengths: np.ndarray, seq_len: int) -> list[list[int]]:
-    """Rows as lists of indices. Bit s of `open_` is set when a row with s free slots exists: the fullest row with n
-    free slots is the lowest set bit from n on, found in one big-integer operation."""
+    """Rows as lists of indices. Bit s of `open_` is set while a row with s free slots exists. The lowest set bit from n
+    on gives the fullest row with room for n slots, and one big-integer operation finds it."""
     rows: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(seq_len + 1)]
     open_ = 0

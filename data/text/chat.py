@@ -18,8 +18,8 @@ from data.text.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 Messages = list[dict]
 Tools = list[dict] | None
 Span = tuple[int, int]  # characters [start, end) of a rendered chat
-OPENED = re.compile(r"\s*[<\[][^<>\[\]/]*(?:think|thought)[^<>\[\]]*[>\]]\s*", re.I)  # a thought that a prompt opens
-READ = {"role", "content", "tool_calls", "reasoning_content", "weight"}  # what is looked after here; else the template
+OPENED = re.compile(r"\s*[<\[][^<>\[\]/]*(?:think|thought)[^<>\[\]]*[>\]]\s*", re.I)  # an opening tag <think>
+READ = {"role", "content", "tool_calls", "reasoning_content", "weight"}  # fields that this module handles
 PIECEWISE = (
     "chats whose template renders earlier answers in another way than new ones: each answer was rendered as a new one"
 )
@@ -28,7 +28,7 @@ LAST = "chats with only the last answer in the loss, since the template renders 
 
 @dataclass
 class Asked:
-    """Which answers of a chat count in the loss, "all" or the "last"; and counted remarks on the chats."""
+    """Which answers of a chat count in the loss ("all" or the "last"), and counters of remarks on the chats."""
 
     learn: str = "all"
     unused: Counter = field(default_factory=Counter)  # fields of messages that the template does not use
@@ -36,7 +36,7 @@ class Asked:
 
 
 class Writer(NamedTuple):
-    """The chat template of a tokenizer for chats with these tools."""
+    """Renders chats by a tokenizer's chat template, with a list of tools that the model may call."""
 
     tokenizer: Tokenizer
     tools: Tools = None
@@ -60,8 +60,8 @@ class NoPrefix(UserError):
 
 
 def render(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = False, tools: Tools = None) -> str:
-    """The chat as text, rendered by the tokenizer's template. The text contains BOS if the template writes it: never
-    add another.
+    """The chat as text, rendered by the tokenizer's template. The text contains BOS if the template writes it, so never
+    add another BOS.
 
     Refuses content with the text of a control token, which could begin or end a turn.
     """
@@ -82,7 +82,7 @@ def tokens_and_mask(
     """The ids of the whole chat, and a mask that is 1 on the assistant's turns and their end tokens (from message
     `first` on, except turns of weight 0).
 
-    For every chat it is checked that decoding the masked ids gives the assistant's texts and end tokens.
+    Every chat is checked: decoding the masked ids must give the assistant's texts and end tokens.
     """
     asked, writer = asked or Asked(), Writer(tokenizer, tools)
     messages = _fitted(messages, writer, asked)
@@ -104,8 +104,8 @@ def _spans(messages: Messages, turns: list[int], writer: Writer, asked: Asked) -
     """The rendered chat, and the spans of characters in these turns that the model would have written.
 
     Some templates render an answer differently once further turns follow (Qwen3 drops its thoughts), or begin a thought
-    in the prompt and drop it from the answer (DeepSeek-R1). Their text cannot be cut directly: every answer is rendered
-    as if it were the last one; if that is impossible, only the last one counts in the loss.
+    in the prompt and drop it from the answer (DeepSeek-R1). With such a template, every answer is rendered as if it
+    were the last turn. If that is impossible, only the last answer counts in the loss.
     """
     if "endgeneration" in writer.template:
         return _spans_by_marks(messages, turns, writer)
@@ -159,7 +159,7 @@ def _spans_by_marks(messages: Messages, turns: list[int], writer: Writer) -> tup
 
 
 def _span(messages: Messages, i: int, text: str, writer: Writer) -> Span:
-    """Turn i starts where its prompt ends, and ends after its end token."""
+    """The span of turn i, which starts where its prompt ends, and ends after its end token."""
     prompt = writer.text(messages[:i], True)
     upto = text if i + 1 == len(messages) else writer.text(messages[: i + 1])
     same = _equal(text, upto)  # a template may write a token after the last turn of a chat
@@ -175,8 +175,8 @@ def _span(messages: Messages, i: int, text: str, writer: Writer) -> Span:
 
 
 def _end(text: str, start: int, stop: int, message: dict, tokenizer: Tokenizer) -> tuple[int, bool]:
-    """(the end of an answer, whether it contains the answer's whole content and an end token). The answer ends after
-    the first end token that follows its content, or else at the end of its text."""
+    """(where an answer ends, whether the text up to there contains its whole content and an end token). The answer ends
+    after the first end token that follows its content, or else at the end of its text."""
     calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
     said = [part.strip() for part in (message["content"] or "", *calls) if part.strip()]
     thought = message.get("reasoning_content", "").strip()
@@ -188,7 +188,7 @@ def _end(text: str, start: int, stop: int, message: dict, tokenizer: Tokenizer) 
 
 
 def _piecewise(messages: Messages, writer: Writer) -> tuple[str, dict[int, Span]]:
-    """The chat with every answer rendered like a last one, and the span of each answer."""
+    """The chat with every answer rendered as if it were the last turn, and the span of each answer."""
     written = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     text, spans, before, ending = "", {}, None, ""
     for i in written:
@@ -210,7 +210,8 @@ def _piecewise(messages: Messages, writer: Writer) -> tuple[str, dict[int, Span]
 
 
 def _behind(messages: Messages, i: int, stop: int, writer: Writer, last: bool = False) -> str:
-    """The text after the content of answer i: its end, the turns up to `stop`, and the beginning of the next answer."""
+    """The text after the content of answer i: its end, the turns up to `stop`, and unless `last`, the beginning of the
+    next answer."""
     stand_in = secrets.token_hex(8)
     answer = {"role": "assistant", "content": stand_in}
     text = writer.text([*messages[:i], answer, *messages[i + 1 : stop]], not last)
@@ -232,14 +233,14 @@ def _answer(prompt: str, messages: Messages, i: int, ending: str, writer: Writer
         raise UserError("the chat does not begin with the prompt of an answer", "chat template")
     opens = opened.strip()
     closes = opens[0] + "/" + opens[1:]
-    if closes in said:  # its thought is part of the content
+    if closes in said:  # the thought is part of the content
         return said.lstrip().removeprefix(opens).lstrip("\n") + ending
     return f"{thought}\n{closes}\n\n{said}{ending}"
 
 
 def _without_thought(prompt: str, messages: Messages, i: int, writer: Writer) -> str:
-    """Answer i with an empty thought, if the prompt begins a thought and the template renders that of a last answer;
-    else ""."""
+    """Answer i with an empty thought, if the prompt begins a thought and the template renders the thought of the last
+    answer; else ""."""
     stand_in = secrets.token_hex(8)
     answer = _thought_placed(messages[i] | {"reasoning_content": stand_in}, writer.template)
     shown = writer.text([*messages[:i], answer])
@@ -253,7 +254,8 @@ def _equal(one: str, two: str) -> int:
 
 
 def _count_dropped(text: str, messages: Messages, turns: list[int], asked: Asked) -> None:
-    """Counts contents that a template leaves out silently. Raises UserError if one is an answer in the loss."""
+    """Counts messages whose content the template leaves out silently. Raises UserError if such a message is an answer
+    in the loss."""
     for i, message in enumerate(messages):
         thought, closes, said = (message["content"] or "").rpartition("</think>")
         thought = message.get("reasoning_content") or (closes and thought.rpartition("<think>")[2])
@@ -273,8 +275,9 @@ def _count_dropped(text: str, messages: Messages, turns: list[int], asked: Asked
 def mask_ids(text: str, spans: list[Span], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The ids of `text`, and a mask that is 1 inside the spans; no token crosses the edge of a span.
 
-    The parts are encoded separately, as at inference, where the prompt ends before the answer is known. If the whole
-    text has other ids (because of a prefix space or a merge), those are used, unless a token crosses an edge.
+    The parts are encoded separately, as at inference, where the prompt ends before the answer is known. If encoding the
+    whole text gives different ids (because of a prefix space or a merge), these ids are used, unless one of their
+    tokens crosses the edge of a span.
     """
     cuts = [0, *(edge for span in spans for edge in span), len(text)]
     parts = [tokenizer.encode(text[a:b], special=True) for a, b in pairwise(cuts)]
@@ -297,7 +300,7 @@ def _check(text: str, spans: list[Span], ids: list[int], mask: list[int], tokeni
         before = inside
     learnt = "".join(tokenizer.decode(run).strip() for run in runs)
     wanted = "".join(text[a:b].strip() for a, b in spans)
-    if learnt != wanted:  # a normalizer may have changed the text: composed accents, lower case
+    if learnt != wanted:  # a normalizer may have changed the text, for example to lower case
         wanted = "".join(tokenizer.decode(tokenizer.encode(text[a:b], special=True)).strip() for a, b in spans)
     if not learnt or learnt != wanted:
         raise UserError(f"the loss mask covers {learnt[:120]!r}, the assistant wrote {wanted[:120]!r}", "chat template")
@@ -345,8 +348,8 @@ def _role_placed(message: dict, text: str) -> dict:
 
 
 def _thought_placed(message: dict, text: str) -> dict:
-    """The message with its thought in the field that the template reads, or before the content if it looks for
-    </think>."""
+    """The message with its thought in the field that the template reads, or before the content if the template looks
+    for </think>."""
     thought = message.get("reasoning_content")
     if not thought or _names(text, "reasoning_content"):
         return message
@@ -361,7 +364,7 @@ def _thought_placed(message: dict, text: str) -> dict:
 
 @functools.lru_cache(maxsize=16)
 def _keeps_thoughts(text: str) -> bool:
-    """Whether a template renders the thought in the content of a last answer."""
+    """Whether a template renders the thought in the content of the last answer."""
     turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "<think>\nkept\n</think>\n\na"}]
     try:
         return "kept" in template.render(text, messages=turns, tools=None, add_generation_prompt=False)
@@ -370,8 +373,8 @@ def _keeps_thoughts(text: str) -> bool:
 
 
 def _variants(messages: Messages) -> Iterator[Messages]:
-    """Templates differ in the content of a turn with calls, and in the arguments of a call: an object or its JSON
-    text."""
+    """Variants of the messages, for templates that differ in two points: the content of a turn with tool calls is "" or
+    null, and the arguments of a call are an object or its JSON text."""
     for content in ("", None):
         for write in (None, functools.partial(json.dumps, ensure_ascii=False)):
             yield [_called(message, content, write) if message.get("tool_calls") else message for message in messages]

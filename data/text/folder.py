@@ -13,7 +13,7 @@ from data.text.splits import QWEN2
 from data.text.tokenizer import NoTokenizer, Tokenizer
 
 MAX_FILE = 256 << 20  # bytes of one tokenizer file
-MAX_GAP = 4096  # unnamed ids that may precede an id that a file names
+MAX_GAP = 4096  # maximum number of unused ids before the id of an added token
 NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 # Default token names of a tokenizer class, for folders without tokenizer.json that do not name them.
@@ -28,7 +28,7 @@ FILES = ("*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json", "added
 
 
 def from_folder(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder, or of the tokenizer/ of a run."""
+    """The tokenizer of a folder, or of the subfolder tokenizer/ of a run."""
     if (folder / "tokenizer" / "tokenizer.json").is_file():
         folder = folder / "tokenizer"
     names = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
@@ -67,7 +67,7 @@ def _finished(core: Core, folder: Path, names: dict) -> Tokenizer:
 
 
 def _core(folder: Path, kind: str, names: dict) -> Core | None:
-    """The vocabulary of a folder; None if this module does not read its kind."""
+    """The vocabulary of a folder; None if this module cannot read its kind of vocabulary."""
     if (folder / "tokenizer.json").is_file():
         text = _read(folder / "tokenizer.json")
         try:
@@ -89,15 +89,15 @@ def _core(folder: Path, kind: str, names: dict) -> Core | None:
 
 
 def _unigram(model: dict) -> models.Unigram:
-    """The model with the scores exactly as in the file; the Rust library's reader changes their last digits, and with
-    them the ties."""
+    """The model with exactly the scores in the file. The Rust library's reader changes the last digits of scores, and
+    so breaks ties differently."""
     vocab = [(token, score) for token, score in model["vocab"]]
     return models.Unigram(vocab, unk_id=model["unk_id"], byte_fallback=bool(model.get("byte_fallback")))
 
 
 def _sentencepiece(path: Path, kind: str, names: dict) -> Core | None:
-    """Reads the file as the tokenizer class of the folder does: Llama's puts a space before the text, only once unless
-    `legacy`."""
+    """Reads the file as the folder's tokenizer class does. Llama's class puts a space before the text, and with
+    `legacy` also after every control token."""
     renamed = {int(i): _content(token) for i, token in (names.get("added_tokens_decoder") or {}).items()}
     try:
         core = pieces.sentencepiece(path.read_bytes(), str(path), renamed)
@@ -243,8 +243,8 @@ def _token_id(core: Core, token: object) -> int | None:
 
 
 def _prefix(core: Core, folder: Path, names: dict, bos: int | None) -> tuple[int, ...]:
-    """The ids before every text. As in transformers, only the post-processor in tokenizer.json defines them; the flags
-    define them in folders without that file, and in those written by this project."""
+    """The ids that are put before every text. As in transformers, the post-processor in tokenizer.json defines them.
+    The flag add_bos_token counts only in folders without that file, and in folders written by this project."""
     flags = [names.get(key) for key in ("add_bos_token", "add_eos_token")]
     flagged, written = any(isinstance(flag, bool) for flag in flags), (folder / "tokenizer.json").is_file()
     flagged_prefix = (bos,) if flags[0] and bos is not None else ()

@@ -1,4 +1,4 @@
-"""Loads tokenizers by name. Byte tokenizers, and those trained on text, are defined here."""
+"""Loads tokenizers by name. Also defines the byte tokenizer, and trains tokenizers on text."""
 
 import io
 from collections.abc import Callable, Iterable
@@ -66,7 +66,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with single digits; the same texts give the same vocabulary."""
+    """Byte-level BPE that splits numbers into single digits; the same texts give the same vocabulary."""
     core = Core(models.BPE())
     core.pre_tokenizer = _digits()
     core.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Reads the tokenizer in the header of a GGUF file as llama.cpp does, also from files of early writers."""
+"""Reads the tokenizer in the header of a GGUF file as llama.cpp does, including files of early writers."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ KEY = "tokenizer.ggml."
 
 
 def from_gguf(path: Path) -> Tokenizer:
-    """Byte-level BPE ("gpt2"), SentencePiece BPE ("llama") or unigram ("t5")."""
+    """The tokenizer in a GGUF file: byte-level BPE ("gpt2"), SentencePiece BPE ("llama") or unigram ("t5")."""
     header = read_header(path).metadata
     meta = {name.removeprefix(KEY): value for name, value in header.items() if name.startswith(KEY)}
     if not meta.get("tokens"):

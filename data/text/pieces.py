@@ -1,4 +1,4 @@
-"""Builds a `tokenizers.Tokenizer` of a SentencePiece model, from a .model file or from the lists in a GGUF header."""
+"""Builds a `tokenizers.Tokenizer` from a SentencePiece model, which is a .model file or the lists in a GGUF header."""
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Core
@@ -18,7 +18,7 @@ def from_sentencepiece(model: bytes, where: str) -> Tokenizer:
 
 
 def sentencepiece(model: bytes, where: str, renamed: dict[int, str] | None = None) -> Core:
-    """The core of a .model file; `renamed` maps ids to new names of pieces."""
+    """The `tokenizers.Tokenizer` of a .model file; `renamed` maps ids to new names of pieces."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as proto
 
@@ -44,7 +44,7 @@ def sentencepiece(model: bytes, where: str, renamed: dict[int, str] | None = Non
 
 
 def sentencepiece_core(tokens, scores, types, *, bpe, dummy_prefix, squeeze, charsmap) -> Core:
-    """The ids are those of SentencePiece, except that text with leading whitespace gets no dummy prefix (as in
+    """A tokenizer with the ids of SentencePiece, except that text with leading whitespace gets no dummy prefix (as in
     transformers)."""
     unknown = next((i for i, kind in enumerate(types) if kind == UNKNOWN), None)
     byte_fallback = BYTE in types
@@ -82,8 +82,8 @@ def add_tokens(core: Core, tokens: list[str], types: list[int]) -> None:
 
 
 def _merges(vocab: dict[str, int], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
-    """The merges, which SentencePiece does not store: every split of a piece into two pieces, those with the best
-    scores first."""
+    """The merges, which SentencePiece does not store. Every split of a piece into two pieces is a merge, and the pieces
+    with the best scores come first."""
     found = []
     for token, i in vocab.items():
         if types[i] not in (NORMAL, USER_DEFINED) or len(token) < 2:

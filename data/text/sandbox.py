@@ -17,15 +17,15 @@ import time
 from typing import Any
 
 CPU_SECONDS = 2.0  # limit for one rendering
-SECONDS = 30.0  # seconds for one rendering, in case it waits without using CPU time
+SECONDS = 30.0  # limit of elapsed time for one rendering, in case it waits without using CPU time
 MEMORY = 1 << 29  # bytes of address space, Python's included
 MAX_REASON = 500  # characters
-OUT_OF_MEMORY = 3  # the exit code
+OUT_OF_MEMORY = 3  # exit code of the process
 
 
 class Renderer:
-    """The client of the process, which is started when needed, also after it has died. Only one thread uses it at a
-    time."""
+    """The client of the process. It starts the process when needed, also after the process has died. Only one thread
+    uses the process at a time."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -42,7 +42,7 @@ class Renderer:
             except OSError as error:
                 self.close()
                 return "limit", _why(error, self._process.returncode)
-            except BaseException:  # after an interrupt, the next request would read this one's answer
+            except BaseException:  # after an interrupt, the next request would read the answer to this one
                 self.close()
                 raise
 
@@ -52,7 +52,7 @@ class Renderer:
             self._process.wait()
 
     def forget(self) -> None:
-        """Forgets the process, which belongs to the parent of this forked process."""
+        """After a fork, makes the child forget the process, which belongs to the parent."""
         if self._process:
             self._process.stdin.close()
             self._process.stdout.close()
@@ -61,7 +61,8 @@ class Renderer:
 
 
 def _started() -> subprocess.Popen:
-    """Starts the process with this process's Python and packages; Ctrl-C in a terminal does not reach it."""
+    """Starts the process with this process's Python and packages; Ctrl-C in a terminal does not reach the new
+    process."""
     program = f"import sys; sys.path[:] = {sys.path!r}; from data.text import sandbox; sandbox.serve()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     return subprocess.Popen([sys.executable, "-I", "-S", "-c", program], bufsize=0, start_new_session=True, **pipes)

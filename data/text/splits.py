@@ -1,5 +1,5 @@
 """How text is split before byte-level BPE. A name in `tokenizer.ggml.pre` of a GGUF file stands for patterns, each of
-which splits the pieces that the previous ones left. The patterns come from the models' own tokenizer.json files, or
+which splits the pieces that the previous pattern left. The patterns come from the models' own tokenizer.json files, or
 from llama.cpp if only it defines them. A wrong entry would give plausible but different ids, so unknown names are
 refused."""
 
@@ -54,5 +54,5 @@ SPLITS = {name: patterns for names, patterns in FAMILIES.items() for name in nam
 # Names for which a word in the vocabulary stays one token, whatever the merges say.
 WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 WHOLE_WORDS |= {"jina-v5-nano", "minicpm5"}
-ADD_BOS = WHOLE_WORDS - {"minicpm5"}  # used if the file has no `add_bos_token`
-NFC = {"qwen2", "deepseek-r1-qwen", "qwen35"}  # composed first, as the tokenizer.json of these models says
+ADD_BOS = WHOLE_WORDS - {"minicpm5"}  # these tokenizers add BOS if the file has no `add_bos_token`
+NFC = {"qwen2", "deepseek-r1-qwen", "qwen35"}  # normalized to NFC first, as the tokenizer.json of these models says

@@ -1,7 +1,7 @@
 """Renders chat templates. A template is a program that comes with a model, so it runs in a separate process with limits
 on time, memory and output.
 
-Templates of this repository are rendered in this process.
+Only templates of this repository are rendered in the main process.
 """
 
 import atexit
@@ -15,7 +15,7 @@ from data.text import sandbox
 from data.text.tokenizer import DEFAULT_TEMPLATE
 
 TEMPLATES = Path(__file__).with_name("templates")  # one per model family; all of them mark the tokens in the loss
-FAMILIES = {  # {name in TEMPLATES: a text that the templates of its family contain}; the first match counts
+FAMILIES = {  # {name in TEMPLATES: texts that every template of the family contains}; the first match counts
     "deepseek_r1": ("<｜Assistant｜>", "<think>"),
     "qwen3": ("<|im_start|>", "<think>"),
     "chatml": ("<|im_start|>",),
@@ -88,7 +88,7 @@ def with_system(template: str, system: str) -> str:
 
 
 def twin(text: str) -> str:
-    """The name in TEMPLATES of a template of the same family, to train with instead of this one; "" if there is
+    """The name of a template in TEMPLATES of the same family, which can replace this one in training; "" if there is
     none."""
     return next((name for name, marks in FAMILIES.items() if all(mark in text for mark in marks)), "")
 

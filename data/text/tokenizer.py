@@ -1,5 +1,5 @@
-"""Converts text to token ids and back. Every tokenizer, whatever its file format, is a `tokenizers.Tokenizer` and a few
-ids."""
+"""Converts text to token ids and back. Every tokenizer, whatever its file format, becomes a `tokenizers.Tokenizer` and
+a few special ids."""
 
 import hashlib
 import json
@@ -23,7 +23,8 @@ DEFAULT_TEMPLATE = (
     "{{ eos_token if m['role'] == 'assistant' else '' }}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"
 )
-# Tokens that end a turn in the templates of known families; they count if the tokenizer's own template contains them.
+# Tokens that end a turn in the templates of known families; each one counts if the tokenizer's own template contains
+# it.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|return|>", "<|eot|>")
 
 
@@ -43,8 +44,8 @@ class Absent:
 
 
 class Tokenizer:
-    """A tokenizer with the ids of the model. `encode` adds neither BOS nor EOS, and reads control tokens only on
-    request."""
+    """A tokenizer with its special ids. `encode` adds neither BOS nor EOS, and by default reads control tokens in a
+    text as plain text."""
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class Tokenizer:
         return [encoding.ids for encoding in self._encode(texts, special, offsets=False)]
 
     def encode_inputs(self, texts: list[str], longest: int) -> list[list[int]]:
-        """Ids for an encoder: with the special tokens that the tokenizer puts around a text. A text of more than
+        """Ids for an encoder, with the special tokens that the tokenizer puts around a text. A text of more than
         `longest` ids loses its tail."""
         with self._lock:
             self.core.enable_truncation(longest)
@@ -120,14 +121,14 @@ class Tokenizer:
                 self.core.no_truncation()
 
     def encode_offsets(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids, and the span of characters in `text` of each."""
+        """The ids, and for each id its span of characters in `text`."""
         encoding = self._encode([text], special)[0]
         return encoding.ids, encoding.offsets
 
     def _encode(self, texts: list[str], special: bool, offsets: bool = True) -> list:
         special = special or self.reads_control
         core = self.core if special else self._plain
-        with self._lock:  # the switch is a property of the core, so only one thread may use it
+        with self._lock:  # the core is shared, so only one thread at a time may change this setting
             core.encode_special_tokens = not special
             try:
                 with reading("text"), panics_unprinted:  # patterns and normalizers may come from hostile files
@@ -141,8 +142,9 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> "Core":
-        """A core that reads control tokens as plain text. A unigram model would find them in its vocabulary, where they
-        have the best score: their names are replaced, and the names of bytes get the worst score."""
+        """A core that reads control tokens as plain text. A unigram model would find the names of control tokens in its
+        vocabulary, where they have the best score. So these names are replaced, and the names of byte tokens get the
+        worst score."""
         from tokenizers import Tokenizer as Core
         from tokenizers import models
 
@@ -161,10 +163,11 @@ class Tokenizer:
             return self.core.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def stream(self, prompt: Iterable[int] = (), skip_special: bool = True) -> Callable[[int], str]:
-        """A function from the next id to the new text after `prompt`; it holds back the bytes of an incomplete
-        character.
+        """A function that takes the next id and returns the text that this id adds after `prompt`. The bytes of an
+        incomplete character are held back.
 
-        The prompt is needed because some decoders strip the leading space of a text, which here would be the answer's.
+        The prompt is needed because some decoders strip the leading space of a text; without the prompt, the answer's
+        leading space would be lost.
         """
         from tokenizers.decoders import DecodeStream
 

@@ -1,4 +1,5 @@
-"""Views transform a row of tokens before a model reads it. A file has `make(tokenizer, seq_len, **config) -> View`."""
+"""Views transform a row of tokens before a model reads it. Each file defines `make(tokenizer, seq_len, **config) ->
+View`."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,12 +16,12 @@ Row = dict[str, np.ndarray]  # one row of an lm batch: its arrays [T], and its c
 class View(NamedTuple):
     """`apply(row, rng)` returns the row that the model reads; if it is None, rows are unchanged.
 
-    All returned rows have the same shapes. `rng` depends on the seed, the step and the row's place in the batch, so
+    All returned rows have the same shapes. `rng` depends on the seed, the step and the row's position in the batch, so
     that batches stay a function of (seed, step) on any number of hosts.
     """
 
     apply: Callable[[Row, np.random.Generator], Row] | None = None
-    settings: dict = {}  # the view's keys in the config, which a resume compares
+    settings: dict = {}  # the view's part of the config, which is compared when a run resumes
 
 
 def view(cfg: Config, tokenizer: Tokenizer, seq_len: int) -> View:
