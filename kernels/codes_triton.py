@@ -1,15 +1,17 @@
-"""y = x W on an NVIDIA GPU, in Triton, reading a W of 8 bits or fewer directly; XLA would first write W as floats.
+"""y = x W on an NVIDIA GPU, in Triton, for a W of at most 8 bits per weight.
+
+The kernel reads the codes of W directly; XLA would first write W as floats.
 
 Each program computes a block of columns over some of the rows of W. A decoding step has too few columns to keep a GPU
 busy, so the rows are split over programs, whose partial sums XLA adds. Throughput is limited by the number of bytes in
 flight.
 
-The transposed W is the first operand of the tensor core, which is held in registers; as the second operand, a tile of
-bytes would pass through shared memory byte by byte. A few rows of x therefore take no longer than one: without the
-tensor core an H100 took as long for one row, and 1.6 times as long for four.
+The transposed W is the first operand of the tensor core, which is held in registers. As the second operand, a tile of
+bytes would pass through shared memory byte by byte. On the tensor core a few rows of x take no longer than one row.
+Without the tensor core, an H100 took the same time for one row, but 1.6 times as long for four rows.
 
-For more than MOST rows, and for the gradient, XLA does the whole product: writing and reading W as floats then takes
-little time compared with the vendor's matmul.
+With more than MOST rows of x, and for the gradient, XLA computes the whole product: writing and reading W as
+floats then takes little time compared with the vendor's matmul.
 """
 
 import functools
@@ -25,9 +27,10 @@ from jax.typing import ArrayLike, DTypeLike
 from kernels import blocks
 from kernels.packing import LEVELS
 
-MOST = 256  # rows of x
+MOST = 256  # largest number of rows of x
 
-# From codes to bfloat16 numbers: of the first row of W in each byte, of the second, ... `level` reads NF4's table.
+# Converts bytes to bfloat16 arrays: one for the first row of W in each byte, one for the second, and so on. The second
+# argument looks up the levels of NF4.
 Form = Callable[[Array, Callable], list[Array]]
 
 
@@ -37,13 +40,13 @@ def plain(codes: Array, _: Callable) -> list[Array]:
 
 
 def int4(codes: Array, _: Callable) -> list[Array]:
-    """ORs the nibble into the mantissa of 128.0 and subtracts 136: conversions from int to float are slow on GPUs."""
+    """Puts a nibble into the mantissa of 128.0 and subtracts 136, since int-to-float conversions are slow on GPUs."""
     number = lambda nibbles: jax.lax.bitcast_convert_type(nibbles.astype(jnp.uint16) ^ 0x4308, jnp.bfloat16)
     return [number(nibbles) - jnp.bfloat16(136) for nibbles in (codes & 15, codes >> 4)]
 
 
 def nf4(codes: Array, level: Callable) -> list[Array]:
-    """Looked up in the level-1 cache."""
+    """Looks up each nibble in the table of levels, which the L1 cache holds."""
     return [level(nibbles.astype(jnp.int32)) for nibbles in (codes & 15, codes >> 4)]
 
 
@@ -51,10 +54,11 @@ FORMS = {"plain": plain, "int4": int4, "nf4": nf4}
 
 
 def supported(form: str, rows: int, k: int, group: int, dtype: DTypeLike) -> bool:
-    """Whether `matmul` accepts this many rows of this type and a W of K rows: groups are whole tiles, or one per
-    column.
+    """Whether `matmul` accepts `rows` rows of x in this dtype and a W of K rows. A group must have 32, 64 or 128 rows,
+    or be a whole column.
 
-    A float32 is split into three bfloat16 numbers; a code fits into one, but an NF4 level does not.
+    A float32 x is split into three bfloat16 numbers. Codes are exact in bfloat16, but NF4 levels are not, so `matmul`
+    does not support them for a float32 x.
     """
     few = rows <= MOST if dtype == jnp.bfloat16 else dtype == jnp.float32 and 3 * rows <= MOST and form != "nf4"
     return form in FORMS and few and (group in (32, 64, 128) or group >= k)
@@ -65,21 +69,21 @@ def matmul(
 ) -> Array:
     """x [M, K] times W [K, N] -> [M, N] of `dtype` (that of x by default), accumulated in float32.
 
-    `codes` are bytes [K / R, N], each shared by R rows; `scale` is [ceil(K / group), N].
+    `codes` are bytes [K / R, N], each of which holds the codes of R rows; `scale` is [ceil(K / group), N].
     """
     dtype = dtype or x.dtype
     if x.dtype == jnp.bfloat16:
         return _call(x, codes, scale, group, dtype, form)
     rest, parts = x, []
     for _ in range(3):
-        parts.append(jax.lax.reduce_precision(rest, 8, 7))  # XLA would remove a pair of casts, but keeps this
+        parts.append(jax.lax.reduce_precision(rest, 8, 7))  # XLA would remove a cast and its inverse
         rest = rest - parts[-1]
     y = _call(jnp.concatenate(parts).astype(jnp.bfloat16), codes, scale, group, jnp.float32, form)
     return y.reshape(3, len(x), -1).sum(0).astype(dtype)
 
 
 def _call(x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike, form: Form) -> Array:
-    """A grid over rows of x, columns of W and parts of its rows; the results are summed over the parts."""
+    """Runs a grid over blocks of rows of x, blocks of columns of W, and parts of the rows of W; sums over the parts."""
     (m, k), (height, n) = x.shape, codes.shape
     each = -(-k // height)
     tile = next(tile for rows, tile in blocks.CODES_TRITON.items() if m <= rows)
@@ -109,7 +113,7 @@ def _body(
     form: Form, shape: tuple[int, int, int], by: tuple[int, int, int],
     levels_ref: Ref, x_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref,
 ) -> None:  # fmt: skip
-    (m, n, height), (group, depth, per), (rows, columns) = shape, by, y_ref.shape  # group and depth in rows of bytes
+    (m, n, height), (group, depth, per), (rows, columns) = shape, by, y_ref.shape  # group, depth: rows of bytes
     i, j, first = pl.program_id(0), pl.program_id(1), pl.program_id(2) * per
     turns, one = jnp.minimum(per, pl.cdiv(height, depth) - first), len(s_ref) == 1
     there, inside = _inside(i * rows, rows, m, 0), _inside(j * columns, columns, n, 1)
@@ -120,7 +124,7 @@ def _body(
     def step(turn: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         held, total = state
         at = first + turn
-        coming = codes(first + jnp.minimum(turn + 1, turns - 1))  # loads while these are multiplied
+        coming = codes(first + jnp.minimum(turn + 1, turns - 1))  # loads the next codes while `held` is multiplied
         mask = _all(there, _inside(at * depth, depth, height, 1))
         x = lambda place: triton.load(x_ref.at[place, :, pl.ds(at * depth, depth)], mask=mask, other=_none(mask))
         numbers = form(held, level)  # both products before their sum: any other order spills registers
@@ -133,7 +137,7 @@ def _body(
 
 
 def _inside(start: ArrayLike, size: int, total: int, axis: int) -> Array | None:
-    """Mask of the rows (axis 0) or columns that exist, of `size` from `start`; None if every block is full."""
+    """Mask of `size` rows (axis 0) or columns from `start`: True within the array. None if every block is full."""
     if total % size == 0:
         return None
     return start + jax.lax.broadcasted_iota(jnp.int32, (1, size)[:: 1 if axis else -1], axis) < total
@@ -144,11 +148,11 @@ def _all(*masks: Array | None) -> Array | None:
 
 
 def _none(mask: Array | None) -> int | None:
-    """The value to load outside the array."""
+    """The value to load where the mask is False; None without a mask."""
     return None if mask is None else 0
 
 
 def _load(ref: Ref, rows: pl.Slice, *masks: Array | None) -> Array:
-    """Rows of a block; 0 outside the array."""
+    """Loads rows of a block; 0 outside the array."""
     mask = _all(*masks)
     return triton.load(ref.at[rows, :], mask=mask, other=_none(mask))

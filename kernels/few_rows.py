@@ -1,9 +1,9 @@
-"""A few rows times a matrix of codes on a CPU, reading only the codes: decoding takes the time to read their bytes.
+"""Multiplies a few rows by a matrix of codes on a CPU. Only the codes are read, so their size determines the time.
 
 XLA's CPU backend multiplies floats. In a loop over tokens it would convert the codes once, before the loop, and then
-read four or eight times the bytes at every step. It does well on one loop over [K / SUMMED, N] that adds SUMMED rows at
-each position and converts them as it reads them. The remaining sum is a product with ones, because a plain sum would
-be fused with that loop into a slow library routine.
+read four or eight times as many bytes at every step. XLA does well on a loop over [K / SUMMED, N] that adds SUMMED rows
+at each position and converts the codes as it reads them. The partial sums are then added by a product with ones,
+because XLA would fuse a plain sum with that loop into a slow library routine.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,12 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-MOST = 4  # every row converts the codes again; with more rows, the product with floats is faster
-SUMMED = 16  # with more, XLA does not vectorize; with fewer, more partial sums are left to add
+MOST = 4  # rows of x. Every row converts the codes again, so with more rows the product with floats is faster
+SUMMED = 16  # rows of W per partial sum. With more, XLA does not vectorize; with fewer, there are more partial sums
 
 
 def supported(rows: int, k: int, group: int, transposed: bool) -> bool:
-    """Whether `matmul` accepts this many rows of x and a W of K rows: whole groups, each of whole parts."""
+    """Whether `matmul` accepts `rows` rows of x and a W of K rows, which must be whole groups of a suitable size."""
     return rows <= MOST and k % group == 0 and group % (64 if transposed else SUMMED) == 0
 
 
@@ -28,11 +28,11 @@ def matmul(
 ) -> Array:
     """x [M, K] times W [K, N] -> [M, N] of `dtype`, from bytes of codes [K / R, N] and scales [K / group, N].
 
-    `unpack_rows` converts codes to numbers: those of the first of the R rows that share a byte, of the second, ... If
-    `transposed`, the codes are stored as [N, K / R].
+    `unpack_rows` converts bytes to R arrays of numbers: one for the first of the R rows that share a byte, one for the
+    second, and so on. If `transposed`, the codes are stored as [N, K / R].
     """
     each = x.shape[1] // len(codes)
-    halves = max(2 // each, 1)  # a joint reduction of two or more arrays is not handed to the (slow) library routine
+    halves = max(2 // each, 1)  # XLA does not use its slow library routine to reduce two or more arrays jointly
     stored = codes.T if transposed else codes
     # Without the barrier XLA hoists the dequantized floats out of the decoding loop.
     x, stored = jax.lax.optimization_barrier((x.astype(jnp.float32), stored))
@@ -53,7 +53,7 @@ def _down(x: Array, codes: Array, scale: Array, group: int, by: tuple[int, int],
 def _along(x: Array, codes: Array, scale: Array, group: int, by: tuple[int, int], unpack_rows: Callable) -> Array:
     (m, k), n, (each, halves) = x.shape, codes.shape[0], by
     shape = (k // group, halves, group // (each * halves * SUMMED), SUMMED)
-    x = x @ jnp.eye(k)  # else the computation of x is repeated for each column
+    x = x @ jnp.eye(k)  # without this product XLA would compute x again for each column
     x, codes = x.reshape(m, 1, *shape, each), codes.reshape(1, n, *shape)
     y = _sum(
         [a * x[:, :, :, i, ..., j] for i in range(halves) for j, a in enumerate(unpack_rows(codes[:, :, :, i]))], 3

@@ -1,8 +1,8 @@
 """y = x W on a TPU, for a W of 4-bit integers with one scale per group of rows; XLA would write all of W as floats.
 
-There are two regimes. With few rows of x, reading the weights takes the time: the partial product of each group is
-scaled, which costs M N / group multiplications. With many rows, the products take the time: a block of W is dequantized
-in VMEM, overlapped with the MXU.
+There are two regimes. With few rows of x, most of the time is spent reading the weights. So the partial product of
+each group is scaled instead of the weights, which costs M N multiplications per group. With many rows, most of the time
+is spent multiplying. So each block of W is dequantized in VMEM while the MXU multiplies.
 """
 
 import functools
@@ -17,13 +17,13 @@ from jax.typing import DTypeLike
 from kernels import blocks, tiled
 from kernels.blocks import cut
 
-FEW = 128  # rows of x up to which partial products are scaled
-UNPACKED = 256  # rows of W unpacked at once in that case (column-major bytes are transposed then)
+FEW = 128  # largest number of rows of x for which partial products are scaled
+UNPACKED = 256  # rows of W unpacked at once in that case; column-major bytes are also transposed
 
 
 def supported(k: int, n: int, group: int) -> bool:
-    """Whether `matmul` and `gradient` accept a W of this shape: whole bytes and registers, a tile of scales per
-    block."""
+    """Whether `matmul` and `gradient` accept a W [K, N]: an even K, groups of 32, 64 or 128 rows, and at least 128
+    columns."""
     return k % 2 == 0 and group in (32, 64, 128) and n >= 128
 
 
@@ -49,12 +49,12 @@ def gradient(g: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike
 
 
 def _rows(k: int, limit: int, group: int) -> int:
-    """Rows of W in a block: multiples of eight scales, which make a tile, and of 128 columns of x."""
+    """Rows of W in a block: a multiple of eight groups, whose scales fill a tile, and of 128, a tile of x's columns."""
     return cut(k, limit, max(8 * group, 128))
 
 
 def _int4(w: tiled.W, w_ref: Ref, at: int = 0, size: int | None = None) -> Array:
-    """Rows of a block of W as int4: all, or `size` from `at`. Two adjacent rows share a byte."""
+    """Rows of a block of W as int4: all rows, or `size` rows from row `at`. Two adjacent rows share a byte."""
     rows = slice(at // 2, None if size is None else (at + size) // 2)
     return pltpu.bitcast(w_ref[:, rows].T if w.by_columns else w_ref[rows], jnp.int4)
 
@@ -76,14 +76,14 @@ def _scaled_parts(w: tiled.W, x_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref, su
 
 def _block(w: tiled.W, w_ref: Ref, scale: Array, dtype: DTypeLike) -> Array:
     """A dequantized block of W. The product of an int4 and a bfloat16 is exact in float32, so it is rounded only
-    once."""
+    once, to `dtype`."""
     codes, scale = _int4(w, w_ref).astype(dtype), scale.astype(dtype)
     scale = jnp.broadcast_to(scale[:, None, :], (scale.shape[0], w.group, scale.shape[1])).reshape(-1, scale.shape[1])
     return codes * scale[: codes.shape[0]]
 
 
 def _dequantized(transposed: bool, w: tiled.W, x_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref, sum_ref: Ref) -> None:
-    axis = int(transposed)  # of W, summed
+    axis = int(transposed)  # the summed axis of W
 
     def part() -> Array:
         end = w.total if transposed else pl.cdiv(w.total, w.group)

@@ -1,9 +1,9 @@
-"""A W [K, N] of NF4 codes on a TPU: dequantized before each XLA matmul, or inside the product for few rows of x.
+"""A weight W [K, N] of NF4 codes on a TPU: dequantized before each XLA matmul, or for few rows of x inside the kernel.
 
 With many rows of x, a lookup inside the product would be repeated for every block of rows. XLA's own lookup takes three
-times as long as this one. A 32-bit word of packed bytes holds eight rows of a column. Each of two tables of eight
-levels fills a register of eight sublanes, and a gather along sublanes looks up all codes of a register at once; the
-fourth bit selects the table.
+times as long as the one below. A 32-bit word of packed bytes holds eight rows of a column. The sixteen levels are split
+into two tables of eight, and each table fills a register of eight sublanes. A gather along sublanes looks up all codes
+of a register at once; the fourth bit of a code selects the table.
 """
 
 import functools
@@ -20,11 +20,11 @@ from kernels.blocks import cut
 from kernels.packing import LEVELS, by_columns
 
 REGISTER = 64  # rows of W in a register of 32-bit words
-FEW = 128  # rows of x up to which the lookup is part of the product and W is not written as floats
+FEW = 128  # largest number of rows of x for which the product includes the lookup, and W is not written as floats
 
 
 def supported(k: int, n: int, group: int) -> bool:
-    """Whether `dequantize` accepts this shape: one row of scales per register, and a tile of scales per block."""
+    """Whether `dequantize` accepts a W [K, N]: whole groups of 64, 128, 256 or 512 rows, and at least 128 columns."""
     return k % group == 0 and group in (64, 128, 256, 512) and n >= 128
 
 
@@ -73,12 +73,12 @@ def _dequantize(group: int, columnar: bool, w_ref: Ref, s_ref: Ref, y_ref: Ref, 
 
 
 def _look_up(group: int, columnar: bool, w_ref: Ref, scale: Array | Ref, rows_ref: Ref) -> None:
-    """Writes the levels times scales of a block of W, float32, to `rows_ref`."""
+    """Writes a dequantized block of W (levels times scales), float32, to `rows_ref`."""
     columns = rows_ref.shape[1]
     tables = [_register(LEVELS[at : at + 8], columns) for at in (0, 8)]
     packed = w_ref[...].T if columnar else w_ref[...]
     for at in range(0, rows_ref.shape[0], REGISTER):
-        words = pltpu.bitcast(packed[at // 2 : (at + REGISTER) // 2], jnp.int32)  # [8, columns], of rows 8 i to 8 i + 7
+        words = pltpu.bitcast(packed[at // 2 : (at + REGISTER) // 2], jnp.int32)  # [8, columns], each of 8 rows of W
         own = jnp.broadcast_to(scale[at // group : at // group + 1], words.shape)
         for j in range(8):
             codes = words >> 4 * j

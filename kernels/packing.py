@@ -1,4 +1,4 @@
-"""Packs codes of a few bits into bytes; the values of the NF4 codes."""
+"""Packs codes of a few bits into bytes. Also defines the values of the NF4 codes."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -14,7 +14,7 @@ LEVELS = (
 
 
 def pack(codes: Array, bits: int = 4) -> Array:
-    """Packs n = 8 / bits adjacent rows of [..., K, N] into a byte, the first lowest -> uint8 [..., ceil(K / n), N]."""
+    """[..., K, N] -> uint8 [..., ceil(K / n), N]: a byte holds n = 8 / bits adjacent rows, the first lowest."""
     n = 8 // bits
     codes = codes.astype(jnp.int32) & (2**bits - 1)
     codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 2) + [(0, -codes.shape[-2] % n), (0, 0)])
@@ -33,6 +33,6 @@ def signed(nibbles: Array) -> Array:
 
 
 def by_columns(rows: int, columns: int) -> bool:
-    """Whether XLA stores bytes [rows, columns] column-major on a TPU, as it does if 8 x 128 tiles then pad less."""
+    """Whether XLA stores bytes [rows, columns] column-major on a TPU, which it does if 8 x 128 tiles then pad less."""
     up = lambda size, tile: -(-size // tile) * tile
     return up(columns, 8) * up(rows, LANES) < up(rows, 8) * up(columns, LANES)

@@ -1,8 +1,9 @@
-"""y = x A B for a batch in which each row has its own A and B, of any rank, stored in one stack of rank rows.
+"""y = x A B for a batch in which each row has its own LoRA factors A and B, of any rank.
 
-The stacks are divided into pages of PAGE rank rows, each belonging to one adapter, like the tokens of a paged key-value
-cache. Only the last page of an adapter is padded, with zeros (S-LoRA: Sheng et al. 2023, arXiv 2311.03285; Punica: Chen
-et al. 2023, arXiv 2310.18547).
+The factors of all adapters are concatenated along the rank into two stacks: the transposed A in [C,K], B in [C,N]. The
+stacks are divided into pages of PAGE rows, like a paged key-value cache. Each page belongs to one adapter, and only the
+last page of an adapter is padded, with zeros (S-LoRA: Sheng et al. 2023, arXiv 2311.03285; Punica: Chen et al. 2023,
+arXiv 2310.18547).
 """
 
 import functools
@@ -22,8 +23,8 @@ from jax.typing import DTypeLike
 from kernels import blocks, paged_lora_triton, partition
 from kernels.partition import Axes
 
-PAGE = 16  # rank rows per page: one bfloat16 tile
-STEP = 8  # pages multiplied at once: 128 rank rows fill an MXU
+PAGE = 16  # rows of a stack per page: one bfloat16 tile
+STEP = 8  # pages multiplied at once: together they have 128 rows, which fill an MXU
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -32,16 +33,16 @@ Indices = Array | np.ndarray | np.integer  # int32
 
 
 class Route(NamedTuple):
-    """The pages that each row of a batch uses, as pairs of a page and a row."""
+    """The pages that each row of a batch uses, as (page, row) pairs."""
 
-    pages: Indices  # [P] pages in use, each once, then -1; P is a multiple of STEP
+    pages: Indices  # [P] the distinct pages in use, padded with -1; P is a multiple of STEP
     which: Indices  # [P] index into `pages` of each pair, ascending
-    row: Indices  # [P] row of each pair, then -1
+    row: Indices  # [P] batch row of each pair, padded with -1
     count: Indices  # [] number of pairs
 
 
 def route(pairs: list[tuple[int, int]], room: int) -> Route:
-    """The Route of (page, row) pairs, with room for `room` pairs, on the host."""
+    """Builds the Route of (page, row) pairs on the host, padded to at least `room` pairs."""
     size = -(-max(room, 1) // STEP) * STEP
     none = np.full(size, -1, np.int32)
     out = Route(none, np.zeros(size, np.int32), none.copy(), np.int32(len(pairs)))
@@ -53,10 +54,10 @@ def route(pairs: list[tuple[int, int]], room: int) -> Route:
 
 
 def reference(x: Array, a: Array, b: Array, route: Route) -> Array:
-    """The definition of `matmul`, which multiplies every row of the batch by all rank rows."""
+    """The definition of `matmul`: multiplies every batch row by the whole stacks, and keeps only its own pages."""
     page = jnp.where(route.row < 0, len(a), route.pages[route.which])
     one = jnp.zeros((len(x), len(a) // PAGE), x.dtype).at[route.row, page].set(1, mode="drop")
-    own = jnp.repeat(one, PAGE, 1)[:, None]  # [B,1,C]: 1 where a rank row belongs to a row of the batch
+    own = jnp.repeat(one, PAGE, 1)[:, None]  # [B,1,C]: 1 where a batch row uses that row of the stacks
     a, b = a.astype(x.dtype), b.astype(x.dtype)
     return jnp.einsum("btc,cn->btn", jnp.einsum("btk,ck->btc", x, a) * own, b)
 
@@ -64,14 +65,14 @@ def reference(x: Array, a: Array, b: Array, route: Route) -> Array:
 def product(
     x: Array, a: Array, b: Array, route: Route, rows: Sequence[Axes], split: Sequence[Axes], dtype: DTypeLike
 ) -> Array:
-    """x [B,T,K] times the pages of each row in stacks A [C,K] and B [C,N] -> [B,T,N]; token ids x [B,T] select columns
-    of A.
+    """x [B,T,K] times each row's own pages of the stacks A [C,K] and B [C,N] -> [B,T,N]. If x is [B,T], it holds token
+    ids, which select columns of A.
 
     Under a mesh, B and T are sharded over the axes `rows`, K and N over `split`. The stacks are not moved: each device
-    multiplies the rows that need its part of A, then those that need its part of B, and reads only their pages. x A is
-    small; between the two products it is summed over the axes of K and over the row axes that B is sharded over. If
-    there is nothing to sum, one kernel does both products, as on one device; otherwise a GPU runs one kernel for each
-    and a TPU loops.
+    multiplies the rows that need its part of A, then the rows that need its part of B. It reads only the pages of
+    those rows. Between the two products, x A, which is small, is summed over the axes of K and over those that shard
+    both N and the batch. If there is nothing to sum, one kernel computes both products, as on one device. Otherwise a GPU runs
+    one kernel per product, and a TPU runs loops in XLA.
     """
     if not partition.sharded():
         return matmul(x, a, b, route) if x.ndim == 3 else expand(lookup(x, a, route), b, route, len(x), dtype)
@@ -95,20 +96,22 @@ def product(
 
 
 def own(route: Route, axes: Axes, rows: int) -> tuple[Route, Array | slice, Array | slice]:
-    """The Route of this device's rows, which are sharded over `axes`; the index [P] in `route` of each of its pairs;
-    and for each pair of `route` its index among them, or P. Uses comparisons, since sorting a few numbers on a device
-    is slow.
+    """Selects the pairs of this device from `route`; the batch has `rows` rows per device, sharded over `axes`.
+
+    Returns the device's own Route, the index [P] in `route` of each of its pairs, and the reverse: the index [P] in the
+    own Route of each pair of `route`, or P for another device's pair. It compares instead of sorting, since sorting a
+    few numbers on a device is slow.
     """
     if not axes:
         return route, slice(None), slice(None)
     start, count = jax.lax.axis_index(axes) * rows, jnp.arange(len(route.row))
 
     def place(keep: Array) -> Array:
-        """The index of each pair among the kept ones, P for the others."""
+        """The index of each kept element among the kept ones; P for an element that is not kept."""
         return jnp.where(keep, jnp.cumsum(keep) - 1, len(count))
 
     def first(keep: Array) -> Array:
-        """The kept pairs, in order."""
+        """The positions of the kept elements, in order."""
         return jnp.argmax(place(keep) == count[:, None], 1)
 
     mine = (route.row >= start) & (route.row < start + rows)
@@ -157,7 +160,7 @@ def _shrink(x: Array, a: Array, route: Route) -> Array:
 
 
 def lookup(ids: Array, a: Array, route: Route) -> Array:
-    """`shrink` of one-hot rows at `ids` [B,T]; a sharded A holds only some of the columns."""
+    """`shrink` of one-hot rows given as `ids` [B,T]; 0 for ids outside A, whose columns may be sharded."""
     at, there = ids[route.row], (jnp.arange(len(route.row)) < route.count)[:, None]
     low = _pages(a).at[route.pages[route.which][:, None], :, at].get(mode="clip")
     return jnp.where((there & (at >= 0) & (at < a.shape[1]))[..., None], low, 0).astype(jnp.float32)
@@ -191,8 +194,8 @@ def _read(stack: Array, page: Array, dtype: DTypeLike) -> Array:
 
 
 def _fold(some: Callable, route: Route, start: Array, rows: int) -> Array:
-    """Folds `some(pairs, their pages, their rows, result)` over all pairs: B at a time if there is one token per row,
-    else one at a time, since each is then a product of two matrices."""
+    """Folds `some(pairs, their pages, their rows, result)` over all pairs. With one token per row it takes B pairs at a
+    time; otherwise it takes one, which is then a product of two matrices."""
     width, pages = rows if start.shape[1] == 1 else 1, route.pages[route.which]
 
     def step(i: Array, result: Array) -> Array:
@@ -204,8 +207,8 @@ def _fold(some: Callable, route: Route, start: Array, rows: int) -> Array:
 
 
 def supported(x: Array, a: Array, b: Array) -> bool:
-    """Whether `decode` accepts these: the stacks consist of whole registers, so XLA stores them in the layout that the
-    kernel reads; the blocks fit into VMEM; and the type is not float16, which TPUs lack.
+    """Whether `decode` accepts these arrays. The stacks must consist of whole registers, so that XLA stores them in the
+    layout that the kernel reads. The blocks must fit into VMEM. The dtype must not be float16, which TPUs lack.
     """
     rows, k, n = -(-len(x) // 16) * 16, a.shape[1], b.shape[1]
     memory = 2 * STEP * PAGE * (k + n) * a.dtype.itemsize + rows * (2 * k * x.dtype.itemsize + 3 * n * 4)
@@ -215,8 +218,9 @@ def supported(x: Array, a: Array, b: Array) -> bool:
 def decode(x: Array, a: Array, b: Array, route: Route) -> Array:
     """`matmul` for one token per row on a TPU, summed in float32.
 
-    Each page is read once, even if several rows use it, while the pages of the previous step are multiplied. They are
-    multiplied by all of x, since 128 rows take the MXU little longer than one; then each row keeps its own products.
+    Each page is read once, even if several rows use it. The kernel reads the pages of a step while it multiplies the
+    pages of the previous step. It multiplies each page by all of x, since 128 rows take the MXU little longer than one;
+    then each row keeps the products with its own pages.
     """
     rows, k, n, pairs = len(x), a.shape[1], b.shape[1], len(route.row)
     whole = lambda *shape: pl.BlockSpec(shape, lambda i: (0, 0))
@@ -245,7 +249,7 @@ def _decode(
     within = lambda i: pl.ds(i * PAGE, PAGE)
 
     def each(step: Array, do: Callable) -> None:
-        """Calls `do` on the copies of A and B of each page of a step."""
+        """Calls `do` on the asynchronous copies of A and of B for each page of a step."""
         for i in range(STEP):
             page, into, done = pages[step * STEP + i], (step % 2, within(i)), arrived.at[step % 2]
 
@@ -281,7 +285,7 @@ def _decode(
 
 
 def _product(x: Array, a: Array, b: Array, which: Array, row: Array) -> Array:
-    """x [B,K], the pages of a step in A [STEP PAGE,K] and B [STEP PAGE,N] -> [B,N], float32."""
+    """x [B,K] times the pages of one step, A [STEP PAGE,K] and B [STEP PAGE,N] -> [B,N], float32. A row uses only its own."""
     dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
     iota = lambda shape, axis: jax.lax.broadcasted_iota(jnp.int32, shape, axis)
     one = lambda mask: jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16)

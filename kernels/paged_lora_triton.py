@@ -1,12 +1,12 @@
 """The two products of `paged_lora` for one token per row on an NVIDIA GPU, in Triton.
 
 Each page is read for one row of x, as in Punica's BGMV (Chen et al. 2023, arXiv 2310.18547), which is limited by
-memory, so the tensor core is not used. `shrink` runs one program per pair and part of K, which writes its own sum;
-`expand` runs one per row and block of N, which loops over the pairs of its row and adds the parts. There are no
-atomics, so results are reproducible. A page is read once per pair that uses it; rows that share a page find it in the
-L2 cache.
+memory bandwidth, so the tensor core is not used. `shrink` runs one program per (page, row) pair and part of K, and each
+program writes its own partial sum. `expand` runs one program per row and block of N, which loops over the pairs of its
+row and adds the partial sums. There are no atomics, so results are reproducible. A page is read once per pair that uses
+it; rows that share a page find it in the L2 cache.
 
-4.7 to 8 times as fast as XLA's loop on an H100 (`results/gpu.md`).
+On an H100 these kernels are 4.7 to 8 times as fast as XLA's loop (`results/gpu.md`).
 """
 
 import functools
@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 if TYPE_CHECKING:
     from kernels.paged_lora import Route
 
-DEPTH, WIDTH, WARPS = 512, 256, 8  # columns of A and of B per program, and warps per program: four would spill
+DEPTH, WIDTH, WARPS = 512, 256, 8  # per program: columns of A, columns of B, and warps; four warps would spill
 
 
 def matmul(x: Array, a: Array, b: Array, route: "Route") -> Array:
@@ -31,7 +31,7 @@ def matmul(x: Array, a: Array, b: Array, route: "Route") -> Array:
 
 
 def shrink(x: Array, a: Array, route: "Route") -> Array:
-    """x A of each pair, for each part of DEPTH along K: [S,P,R] in float32; 0 after the last pair."""
+    """x A of each pair, summed within each of S parts of K: [S,P,R] in float32; 0 after the last pair."""
     (rows, k), (pages, ranks, _), pairs = x.shape, a.shape, len(route.row)
     parts = pl.cdiv(k, DEPTH)
     return pl.pallas_call(
@@ -60,7 +60,7 @@ def _shrink(k: int, pages_ref: Ref, which_ref: Ref, row_ref: Ref, x_ref: Ref, a_
 def expand(low: Array, b: Array, route: "Route", rows: int, dtype: DTypeLike) -> Array:
     """`low` [S,P,R] times B, summed over the parts and over the pairs of each row: [B,N] of `dtype`."""
     (parts, pairs, _), (pages, ranks, n) = low.shape, b.shape
-    power = pl.next_power_of_2  # sizes that a program loads at once
+    power = pl.next_power_of_2  # a program loads only such sizes
     return pl.pallas_call(
         functools.partial(_expand, n, pairs, parts),
         grid=(rows, pl.cdiv(n, WIDTH)),

@@ -44,8 +44,8 @@ def product(
 
 
 def elementwise(kernel: functools.partial, w: Sequence[Array], split: tuple[Axes, Axes], gathered: set[str]) -> Array:
-    """`kernel(*w)` [K, N] for codes and scales sharded over `split`, all-gathered over `gathered` while still
-    packed."""
+    """`kernel(*w)` [K, N], where `w` are codes and scales sharded over `split`. They are all-gathered over the axes
+    `gathered` while still packed."""
     if not sharded():
         return once(kernel, *w)
     local = lambda *w: once(kernel, *_gather(w, split, gathered))
@@ -54,7 +54,7 @@ def elementwise(kernel: functools.partial, w: Sequence[Array], split: tuple[Axes
 
 
 def once(kernel: functools.partial, *args: Array) -> Array:
-    """`kernel(*args)`, traced once for all layers of equal shape: tracing NF4's takes 0.1 s."""
+    """`kernel(*args)`, traced once for all layers of equal shape, since tracing the NF4 kernel takes 0.1 s."""
     return _once(kernel.func, tuple(kernel.keywords.items()), *args)
 
 

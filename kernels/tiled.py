@@ -16,7 +16,7 @@ from kernels.packing import by_columns
 
 
 class W(NamedTuple):
-    """Static facts about W."""
+    """Static properties of W."""
 
     group: int
     total: int  # length of the summed axis
@@ -28,7 +28,8 @@ def product(
     w_block: tuple[int, int], w_at: Callable, dtype: DTypeLike, scratch: tuple = (),
 ) -> Array:  # fmt: skip
     """Runs `body` on a grid over the rows of `a`, the columns [width] of the result, and (innermost) the columns of
-    `a`, which are summed. `w_block` is the block of W in rows and columns, `w_at` its index in each step."""
+    `a`, which are summed. `w_block` is the size (rows, columns) of a block of W; `w_at` maps the indices of a grid step
+    to the index of its block of W."""
     (m, total), (bm, outer, inner) = a.shape, block
     rows, columns = w_block
     w = W(group, total, by_columns(*packed.shape))
@@ -51,8 +52,8 @@ def product(
 
 
 def codes(packed: Array, rows: int, columns: int, at: Callable) -> tuple[pl.BlockSpec, Array]:
-    """The blocks of packed codes for `rows` x `columns` of W, and the operand: column-major bytes are transposed, which
-    needs no copy."""
+    """(BlockSpec for blocks of `rows` x `columns` of W, packed codes to pass to the kernel). Column-major bytes are
+    transposed, which needs no copy."""
     if by_columns(*packed.shape):
         return pl.BlockSpec((columns, rows // 2), lambda *ids: at(*ids)[::-1]), packed.T
     return pl.BlockSpec((rows // 2, columns), at), packed
