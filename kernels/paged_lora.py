@@ -71,8 +71,8 @@ def product(
     Under a mesh, B and T are sharded over the axes `rows`, K and N over `split`. The stacks are not moved: each device
     multiplies the rows that need its part of A, then the rows that need its part of B. It reads only the pages of
     those rows. Between the two products, x A, which is small, is summed over the axes of K and over those that shard
-    both N and the batch. If there is nothing to sum, one kernel computes both products, as on one device. Otherwise a GPU runs
-    one kernel per product, and a TPU runs loops in XLA.
+    both N and the batch. If there is nothing to sum, one kernel computes both products, as on one device. Otherwise a
+    GPU runs one kernel per product, and a TPU runs loops in XLA.
     """
     if not partition.sharded():
         return matmul(x, a, b, route) if x.ndim == 3 else expand(lookup(x, a, route), b, route, len(x), dtype)
@@ -285,7 +285,7 @@ def _decode(
 
 
 def _product(x: Array, a: Array, b: Array, which: Array, row: Array) -> Array:
-    """x [B,K] times the pages of one step, A [STEP PAGE,K] and B [STEP PAGE,N] -> [B,N], float32. A row uses only its own."""
+    """Each row of x [B,K] times its own pages among those of a step, A [STEP PAGE,K] and B [STEP PAGE,N] -> [B,N]."""
     dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
     iota = lambda shape, axis: jax.lax.broadcasted_iota(jnp.int32, shape, axis)
     one = lambda mask: jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""Builds the model of a run's config, and the transforms of its parameters. Training and inference both use it."""
+"""Builds the model that a run's config describes, and the transforms of its parameters, for training and inference."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,8 +19,7 @@ OVERRIDES = ("layers", "embed", "heads", "kv_heads", "mlp")
 
 
 def transform(cfg: Config, specs: Specs) -> Callable[[Params, jax.Array], Params]:
-    """A function (params, key) that quantizes the base and then adds adapters, as the config says; both are
-    optional."""
+    """A function (params, key) that quantizes the base and then adds adapters. The config may leave out either step."""
     steps = [find(f"model.{kind}", cfg[kind])() for kind in ("quant", "peft") if cfg[kind].name]
 
     def apply(params: Params, key: jax.Array) -> Params:
@@ -41,7 +40,8 @@ class Shaped(Protocol):
 def network(
     config: ModelConfig, dtype: str | None = None, param_dtype: str | None = None, remat: str = "dots"
 ) -> Transformer:
-    """The network of a shape, with activations in `dtype` (None: float32) and weights in `param_dtype` (None: `dtype`).
+    """The network of the shape `config`. Activations have `dtype` (None: float32), weights `param_dtype` (None: the
+    same as `dtype`).
 
     Raises UserError for an unsupported shape.
     """
@@ -51,7 +51,7 @@ def network(
 
 
 def model(cfg: Config, pretrained: Shaped | None, vocab_size: int | None = None) -> Transformer:
-    """The model of a config: the shape of `init`, or a named shape with the config's overrides.
+    """The model of a config. It has the shape of `pretrained`, or a named shape with the config's overrides.
 
     `vocab_size` is the tokenizer's; a randomly initialized model rounds it up to a multiple of 64, for which every
     accelerator has fast tiles. Raises UserError when shape, `init` and tokenizer do not fit together.

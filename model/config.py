@@ -1,4 +1,4 @@
-"""The shape of a model: one frozen record, which a family fills from a config.json and which the layers read. This
+"""The shape of a model: a frozen dataclass, which model/families fills from a config.json and the layers read. This
 module does not import jax."""
 
 import dataclasses
@@ -7,7 +7,7 @@ from typing import Any
 from common.types import Json
 
 LAYERS = "layers"  # the subtree of parameters that are stacked over layers
-BIASED = {  # `bias` of a config -> the products of attention and MLP that have one
+BIASED = {  # `bias` of a ModelConfig -> the matrix products of attention and MLP that have a bias
     "none": (),
     "qkv": ("qkv",),  # Qwen2
     "attn": ("qkv", "out"),  # Llama and Qwen3 with attention_bias
@@ -22,7 +22,7 @@ CHOICES = {
     "bias": BIASED,
 }
 SIZE = (1, 2**31 - 1)
-RANGES = {  # ranges of the numbers of a ModelConfig; SIZE is the range of all others
+RANGES = {  # allowed ranges of a ModelConfig's numbers; SIZE is the range of numbers that are not listed
     "layers": (1, 4096),
     "norm_eps": (1e-20, 1),
     "rotary": (0, 1),
@@ -35,7 +35,7 @@ RANGES = {  # ranges of the numbers of a ModelConfig; SIZE is the range of all o
 POSITIVE = (1e-6, 1e6)
 SCALING = (
     {"original_max_position_embeddings": SIZE}
-    | dict.fromkeys(  # ranges of the numbers of `rope_scaling`
+    | dict.fromkeys(  # allowed ranges of the numbers in `rope_scaling`
         ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"), POSITIVE
     )
     | dict.fromkeys(("mscale", "mscale_all_dim"), (0, 1e6))
@@ -44,7 +44,7 @@ STRETCHES = ("linear", "dynamic", "yarn")  # types of `rope_scaling` that extend
 
 
 def in_layers(path: str) -> bool:
-    """Whether the parameter of a path such as "layers/attn/wq" is part of a stack of layers."""
+    """Whether the parameter at a path such as "layers/attn/wq" is stacked over layers."""
     return LAYERS in path.split("/")
 
 
@@ -58,11 +58,12 @@ def number(name: str, value: object, low: float, high: float, whole: bool = Fals
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A stack of layers between an embedding and a head. Defaults are Llama's; the letters are those of the equations.
+    """A stack of layers between an embedding and a head. Defaults are Llama's; the capital letters are used in einsums.
 
     `rope_scaling` is the `rope_scaling` / `rope_parameters` dict of a Hugging Face config, as sorted pairs so that
-    the record is hashable. `windows` holds one sliding window per layer (0: full attention); empty: full everywhere.
-    Raises ValueError for a field of another type or out of its range: the values may come from hostile files.
+    the record is hashable. `windows` holds one sliding window per layer (0: full attention); if it is empty, all
+    layers have full attention. Raises ValueError for a field of the wrong type or out of its range, because the values
+    may come from hostile files.
     """
 
     vocab_size: int  # V
@@ -72,7 +73,7 @@ class ModelConfig:
     kv_heads: int  # K; N / K query heads share one key head (grouped-query attention)
     head_dim: int  # H
     mlp: int  # F
-    family: str = "llama"  # a file in model/families: key names on import and export
+    family: str = "llama"  # a file in model/families, which defines the tensor names of checkpoints
     norm: str = "rmsnorm"  # | "layernorm"
     norm_eps: float = 1e-5
     norms: str = "pre"  # x + f(norm(x)) | "post": norm(x + f(x)) (BERT) | "both": x + norm(f(norm(x))) (Gemma 2)
@@ -89,7 +90,7 @@ class ModelConfig:
     windows: tuple[int, ...] = ()
     causal: bool = True  # a token attends to itself and earlier tokens; False: to its whole document (an encoder)
     types: int = 0  # U, token types with an embedding each (BERT's two sentences)
-    blocks: tuple[str, ...] = ("attn",)  # kinds of layers, repeated to the end: names in model/net/kinds.py
+    blocks: tuple[str, ...] = ("attn",)  # kinds of layers, from model/net/kinds.py; repeated up to the last layer
     recurrent: int = 0  # W, the width of recurrent layers
     conv: int = 4  # C, the taps of their convolution
     scale_embed: bool = False  # embeddings are multiplied by sqrt(D) (Gemma)
@@ -127,7 +128,7 @@ class ModelConfig:
         """{letter of an einsum equation: size}; P is the number of learned positions."""
         sizes = dict(V=self.vocab_size, D=self.embed, F=self.mlp, P=self.max_len)
         sizes |= dict(N=self.heads, K=self.kv_heads, H=self.head_dim)
-        if "recurrent" in self.blocks:  # I and J: the block of W that a head's gates see
+        if "recurrent" in self.blocks:  # I and J: the part of W that the gates of one head use
             block = self.recurrent // self.heads
             sizes |= dict(W=self.recurrent, C=self.conv, I=block, J=block)
         if self.types:
@@ -158,9 +159,9 @@ class ModelConfig:
         return tuple(w > 0 for w in self.windows or (0,) * self.layers)
 
     def stack(self, path: str) -> list[int]:
-        """The layers that have the parameter of a path such as "layers/attn/wq", in the order of its stack.
+        """The layers that have the parameter at a path such as "layers/attn/wq", in the order of the stack.
 
-        A kind is named for the part that only its layers have; every layer has the other parts.
+        Layers of the kind "attn" have the part "attn", and so on; parts not named for a kind are in every layer.
         """
         parts = path.split("/")
         part = parts[parts.index(LAYERS) + 1]

@@ -21,11 +21,11 @@ from common.errors import UserError
 from model import weights
 from model.weights import AXES, Params, Spec, Specs, operands
 
-TAPS = "XYZ"  # letters of a convolution's kernel
+TAPS = "XYZ"  # letters for the spatial axes of a convolution's kernel
 
 
 def specs(apply: Callable, params: Params, *args: Any, **kwargs: Any) -> Specs:
-    """A Spec at every parameter of `params`, from one abstract call of `apply(params, ...)`.
+    """A Spec at every parameter of `params`, found by one abstract call of `apply(params, ...)`.
 
     A parameter that no Dense, Embed or Conv reads has the equation "", and no method wraps it. Raises UserError when
     the model calls none of these modules.
@@ -53,9 +53,9 @@ def specs(apply: Callable, params: Params, *args: Any, **kwargs: Any) -> Specs:
 
 
 def wrap(apply: Callable, specs: Specs) -> Callable:
-    """The function `apply` for parameters whose kernels and embeddings may be Weights.
+    """`apply`, extended to parameters whose kernels and embeddings may be Weights.
 
-    Dense and Embed need no dense copy; a Conv uses its merged kernel, which is small compared to its images.
+    Dense and Embed need no merged copy of a Weight. Conv uses a merged kernel, which is small compared to its images.
     """
     declared = {weights.name(path): s for path, s in jax.tree.leaves_with_path(specs, is_leaf=weights.is_spec)}
 
@@ -82,7 +82,7 @@ def wrap(apply: Callable, specs: Specs) -> Callable:
 
 
 def _equation(module: nn.Module) -> str:
-    """The equation of a module's kernel or embedding; "" for a module without one, or of an unknown class."""
+    """The equation of a module's kernel or embedding; "" for a module of another class."""
     match module:
         case nn.Dense():
             return "BD,DF->BF"

@@ -1,9 +1,9 @@
-"""The mapping between a tensor of a checkpoint and our parameter: "(NH)D->DNH" says that its rows are N and H merged,
-its columns D.
+"""The mapping between a tensor of a checkpoint and our parameter, written like "(NH)D->DNH": the rows of the tensor are
+N and H merged, its columns are D, and our parameter has the axes D, N, H.
 
-One declaration serves reading and writing, and determines which slice of the file a slice of our parameter needs.
-Letters are those of the equations in model/weights.py, and P for learned positions. A digit marks an axis that holds
-several parameters one after the other: "D(3NH)->DNH" with part 1 is the middle third (GPT-2's keys). "1" is an axis of
+The same declaration serves reading and writing, and determines which slice of the file a slice of our parameter needs.
+The letters are those of AXES in model/weights.py, and P for learned positions. A digit marks an axis that holds several
+parameters one after the other: "D(3NH)->DNH" with part 1 is the middle third (GPT-2's keys). "1" is an axis of
 size 1 that our parameter does not have.
 """
 
@@ -20,7 +20,7 @@ class Key(NamedTuple):
     name: str  # in the checkpoint; {} is the number of the layer
     layout: str
     part: int = 0
-    less: float = 0.0  # what to subtract from our values to get the checkpoint's (1 for Gemma's scales)
+    less: float = 0.0  # subtracted from our values to get the checkpoint's (1 for Gemma's scales)
 
 
 def parse(layout: str) -> tuple[list[str], str]:
@@ -40,7 +40,7 @@ def parse(layout: str) -> tuple[list[str], str]:
 
 
 def size(letters: str, sizes: dict[str, int]) -> int:
-    """The size of merged axes."""
+    """The size of an axis that merges the axes `letters`."""
     return math.prod(int(c) if c.isdigit() else sizes[c] for c in letters)
 
 
@@ -54,9 +54,9 @@ def our_shape(key: Key, sizes: dict[str, int]) -> tuple[int, ...]:
 
 
 def read(key: Key, tensor: Callable[[Index], np.ndarray], sizes: dict[str, int], index: Index) -> np.ndarray:
-    """Our parameter at `index`, where `tensor` reads slices of the checkpoint's.
+    """The slice `index` of our parameter; `tensor` reads slices of the checkpoint's tensor.
 
-    Of merged axes only the first is sliced in the file, since only that slice is contiguous.
+    If the file merges axes, only the first of them is sliced in the file, since only that slice is contiguous.
     """
     axes, ours = parse(key.layout)
     wanted = dict(zip(ours, index, strict=True))
@@ -78,7 +78,7 @@ def read(key: Key, tensor: Callable[[Index], np.ndarray], sizes: dict[str, int],
 
 
 def write(parts: list[tuple[Key, np.ndarray]], sizes: dict[str, int]) -> np.ndarray:
-    """The checkpoint's tensor from the parameters in it: the inverse of `read`."""
+    """The checkpoint's tensor, built from the parameters that it holds: the inverse of `read`."""
     arrays = []
     for key, x in sorted(parts, key=lambda part: part[0].part):
         axes, ours = parse(key.layout)

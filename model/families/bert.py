@@ -1,4 +1,4 @@
-"""BERT: a bidirectional encoder with learned positions, token types, and a LayerNorm behind every addition."""
+"""BERT: a bidirectional encoder with learned positions, token types, and a LayerNorm after every residual addition."""
 
 from model.config import ModelConfig
 from model.families._layout import Key
@@ -27,7 +27,7 @@ KEYS = {
     "layers/mlp/bdown": Key(LAYER + "output.dense.bias", "D->D"),
     "layers/mlp_norm/scale": Key(LAYER + "output.LayerNorm.weight", "D->D"),
     "layers/mlp_norm/bias": Key(LAYER + "output.LayerNorm.bias", "D->D"),
-    "unembed/table": Key("lm_head.weight", "VD->DV"),  # no checkpoint has it: the table is tied
+    "unembed/table": Key("lm_head.weight", "VD->DV"),  # checkpoints lack it: the head is tied to the embedding
 }
 FIELDS = {  # {field of ModelConfig: key of config.json}
     "vocab_size": "vocab_size", "layers": "num_hidden_layers", "embed": "hidden_size", "heads": "num_attention_heads",

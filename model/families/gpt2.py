@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, LayerNorm, biases everywhere. Matrices are stored as [in, out], and q, k and v in one."""
+"""GPT-2: learned positions, LayerNorm, biases everywhere. Matrices are [in, out]; q, k and v share one matrix."""
 
 from model.config import ModelConfig
 from model.families._layout import Key

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, SmolLM2. The files of related families only say how they differ."""
+"""Llama 2 and 3, SmolLM2. The files of related families define only how they differ from Llama."""
 
 from typing import Any
 
@@ -43,14 +43,14 @@ ACTS = {
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh", "quick_gelu": "gelu_sigmoid", "relu": "relu",
 }  # fmt: skip
-ROPES = {  # type: parameters that it requires
+ROPES = {  # {rope type: parameters that it requires}
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
 }
-ROPE_FIELDS = {  # fields of rope_scaling of any type
+ROPE_FIELDS = {  # fields that rope_scaling may have, for any rope type
     "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor",
     "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor",
     "truncate", "mrope_section", "mrope_interleaved", "finetuned",
@@ -59,7 +59,7 @@ BIASES = {(False, False): "none", (True, False): "attn", (False, True): "mlp", (
 
 
 def config(hf: dict, defaults: dict | None = None, **delta: Any) -> ModelConfig:
-    """The ModelConfig of a config.json; `defaults` and `delta` are those of a related family.
+    """The ModelConfig of a config.json. A related family passes its own `defaults`, and fields that differ as `delta`.
 
     Raises UserError for a model that is not supported.
     """
@@ -81,7 +81,7 @@ def config(hf: dict, defaults: dict | None = None, **delta: Any) -> ModelConfig:
 
 
 def hf_config(c: ModelConfig) -> dict:
-    """The config.json of a model, with keys that every version of transformers reads."""
+    """The config.json of a model, with only keys that every version of transformers reads."""
     return write_fields(c, FIELDS) | {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
@@ -96,7 +96,7 @@ def hf_config(c: ModelConfig) -> dict:
 
 
 def read_fields(hf: dict, fields: dict[str, str]) -> dict[str, Any]:
-    """Arguments of ModelConfig from a config.json: {our field: its key}."""
+    """Arguments of ModelConfig, read from a config.json; `fields` is {our field: key in config.json}."""
     return {ours: hf[theirs] for ours, theirs in fields.items()}
 
 
@@ -117,7 +117,7 @@ def rope(hf: dict) -> tuple[float, dict]:
         scaling.pop(name, None)
     original = "original_max_position_embeddings"
     length, before = hf.get("max_position_embeddings"), hf.get(original)
-    kind = "default" if kind == "mrope" else kind  # three positions per token, which are equal for text
+    kind = "default" if kind == "mrope" else kind  # mrope has three positions per token, which are equal for text
     if kind not in ROPES:
         raise UserError(f"rope type {kind!r} is not supported; supported: {', '.join(ROPES)}", "rope_scaling")
     if kind == "default":
@@ -157,7 +157,7 @@ def act_name(ours: str) -> str:
 
 
 def refuse(hf: dict, **expected: Any) -> None:
-    """Raises UserError for a setting that is not supported. All families are causal so far."""
+    """Raises UserError if a setting differs from its `expected` value, or makes the model bidirectional."""
     for key, value in {"is_causal": True, "use_bidirectional_attention": False, **expected}.items():
         if hf.get(key, value) not in (value, None):
             raise UserError(f"{key}={hf[key]!r} is not supported; only {value!r} is", hf.get("model_type", ""))

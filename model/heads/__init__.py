@@ -1,12 +1,12 @@
 """Heads other than the unembedding: outputs computed from a model's hidden states. Each head is a file of this folder.
 
-`find(name)` gives a function (config, key) that makes a head for a model of the shape `config`. The head is stored in
+`find(name)` returns a function (config, key) that makes a head for a model of the shape `config`. The head is stored in
 the parameters at "head", next to the layers; it is trained, sharded and saved like adapters.
 
     params["head"] = heads.find("scalar")(model.config, key)
     values = params["head"](model.hidden(params, tokens, positions, segments).x)  # [B,T]
 
-A file defines `make(**settings) -> Callable[[ModelConfig, Array], Head]`, like those of model/peft.
+Like a file of model/peft, each file defines `make`: `make(**settings) -> Callable[[ModelConfig, Array], Head]`.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from model.weights import Extra, Spec
 
 
 class Head(Extra):
-    """Base of the heads. Merging leaves a head as it is."""
+    """Base class of the heads. Merging adapters leaves a head unchanged."""
 
     def __call__(self, x: Array) -> Array:
         """The head's output in float32 for hidden states x [B,T,D]; [B,T] for a scalar head."""
@@ -39,7 +39,7 @@ def find(name: str, **settings: Any) -> Callable[[ModelConfig, Array], Head]:
 def at_end(head: Head, x: Array, segments: Array) -> Array:
     """The output of a scalar head at the last token of each row [B], for hidden states x [B,T,D] and segments [B,T].
 
-    A row is one document; its padding may be on either side.
+    Each row is one document, which may have padding on either side.
     """
     return head(last_token(x, segments))[:, 0]
 

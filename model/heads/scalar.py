@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.heads import Head
 from model.weights import Spec
 
-TENSOR = "score.weight"  # of Hugging Face's models for sequence classification with one label, [1,D]
+TENSOR = "score.weight"  # [1,D]; its name in Hugging Face's sequence classifiers with one label
 
 
 @flax.struct.dataclass

@@ -1,8 +1,8 @@
 """Reads and writes quantized weights in the compressed-tensors format, which vLLM and transformers read too.
 
-A Linear [N, K] is stored as `weight_scale` and codes. The codes are `weight` (int8 or e4m3), or, for float activations,
-`weight_packed` with `weight_shape`: an int32 of it holds consecutive codes of a row, each plus half the range of the
-codes.
+A Linear [N, K] is stored as scales, in `weight_scale`, and codes. The codes are either `weight` (int8 or e4m3), or for
+float activations `weight_packed` with `weight_shape`. An int32 of `weight_packed` holds consecutive codes of a row.
+Half their range is added to the codes, so that they are not negative.
 """
 
 import re
@@ -61,7 +61,7 @@ def config(model: Transformer, params: Params, keys: dict[str, Key]) -> dict:
 
 
 def _target(model: Transformer, path: str, key: Key) -> str:
-    """The target pattern for the module of a tensor in all layers that have the parameter `path`."""
+    """A pattern of module names: the module of the tensor `key` in every layer that has the parameter `path`."""
     name = key.name.removesuffix(".weight")
     if "{}" not in name:
         return name
@@ -97,13 +97,13 @@ def _scheme(path: str, leaf: Quantized, key: Key) -> dict:
 
 
 def weights_only(params: Params) -> Params:
-    """`params` with float activations, as `read` returns them."""
+    """`params` without quantization of activations, as a model that `read` loads."""
     float_inputs = lambda w: w.replace(activations=False) if isinstance(w, Int8) else w
     return jax.tree.map(float_inputs, params, is_leaf=weights.is_weight)
 
 
 def tensors(leaf: Quantized, key: Key, layers: Iterable[int]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of all tensors of a leaf stacked over `layers`, which `config` must have accepted."""
+    """(name, array) of each tensor of a leaf that is stacked over `layers`. `config` must have accepted the leaf."""
     kind = _scheme("", leaf, key)
     for at, layer in enumerate(layers) if "{}" in key.name else [(None, None)]:
         one = leaf if at is None else jax.tree.map(lambda x, i=at: x[i], leaf)
@@ -141,7 +141,7 @@ def unpack_words(words: np.ndarray, bits: int, slots: np.ndarray | None = None) 
 
 
 def check(config: dict, where: str) -> None:
-    """Raises UserError for a `quantization_config` of this method that `read` does not support."""
+    """Raises UserError for a compressed-tensors `quantization_config` that `read` does not support."""
     form = config.get("format")
     extra = next((k for k in ("transform_config", "kv_cache_scheme") if config.get(k)), None)
     if form not in FORMATS or extra:

@@ -28,7 +28,7 @@ from model.quant._leaf import Quantized
 from model.weights import Params, dense_of
 
 SHARD_BYTES = 5 * 10**9
-# Largest difference of logits, relative to the largest logit, that is due to rounding the weights to this dtype.
+# {dtype: largest difference of logits, relative to the largest logit, that rounding the weights to it may cause}.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 
 
@@ -47,8 +47,8 @@ def export_hf(
     """Merges adapters, writes everything, reads it back and compares logits; only then does `folder` appear.
 
     `params` are stacked. Quantized leaves are stored in the compressed-tensors format, or as floats with `dequantize`;
-    an adapter and its base become one float array. `generation` is added to generation_config.json (temperature, ...),
-    `card` is the text of README.md. A reward model's head is stored like that of transformers' models for sequence
+    a weight with an adapter becomes one float array. `generation` is added to generation_config.json (temperature,
+    ...), `card` is the text of README.md. A reward model's head is stored as in transformers' models for sequence
     classification with one label. Returns the largest difference of the logits relative to the largest logit (0.0
     without `check`). Raises UserError if the folder has other content, if the family or the format cannot represent the
     model, or if the check fails.
@@ -129,7 +129,7 @@ def _configs(model: Transformer, tokenizer: Any, dtype: str, generation: dict) -
 
 
 def classifier(architecture: str) -> str:
-    """The name of transformers' model for sequence classification that belongs to a language model's."""
+    """The name of transformers' sequence-classification model for the architecture of a language model."""
     return re.sub("(ForCausalLM|LMHeadModel)$", "ForSequenceClassification", architecture)
 
 
@@ -166,9 +166,9 @@ def _write_tensors(named: Iterable[tuple[str, np.ndarray]], folder: Path, dtype:
 
 def check_logits(model: Transformer, params: Params, written: Path, final: Path, dtype: str, tolerance: float) -> float:
     """The difference between the logits of `params`, with their adapters, and of the checkpoint `written`, relative to
-    the largest logit: the largest one of each position, averaged over positions, since at a position with massive
-    activations plain rounding may come to 100 times as much. Raises UserError, about the path `final`, if it exceeds
-    the tolerance."""
+    the largest logit. It is the largest difference at each position, averaged over positions, since rounding may cause
+    100 times the difference at positions with massive activations. Raises UserError, naming the path `final`, if the
+    difference exceeds the tolerance."""
     length = min(32, model.config.max_len)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length), dtype=np.int32)
     logits = jax.jit(dataclasses.replace(model, dtype="float32").__call__)

@@ -1,7 +1,7 @@
-"""Reads weights that other tools have quantized as floats: bitsandbytes, GPTQ, AWQ and fp8. (For compressed-tensors see
-compressed.py.)
+"""Reads weights quantized by other tools (bitsandbytes, GPTQ, AWQ, fp8) and dequantizes them to floats. compressed.py
+reads the compressed-tensors format.
 
-The tensors of a Linear [N, K] with the name X are:
+A Linear [N, K] named X is stored as these tensors, where G is the number of groups:
 
     bitsandbytes   X.weight, 4-bit codes of the flat matrix, two per byte, with X.weight.absmax and X.weight.quant_map;
                    or int8 [N, K] with X.SCB [N]
@@ -9,7 +9,7 @@ The tensors of a Linear [N, K] with the name X are:
     AWQ            X.qweight [K, N / 8], X.qzeros [G, N / 8], X.scales [G, N]
     fp8            X.weight e4m3 [N, K] with X.weight_scale_inv or X.weight_scale per tensor, row or block
 
-The values equal those that the tools compute with. `folder` is a model.io.hf.Folder.
+The dequantized values equal those that the tools themselves compute with. `folder` is a model.io.hf.Folder.
 """
 
 import json
@@ -31,7 +31,7 @@ PARTS = re.compile(
 AWQ_SLOTS = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # the position of each column in a word of eight codes
 FP8 = "F8_E4M3"
 FORMS = {"gptq": "gptq", "gptq_v2": "gptq", "auto_gptq": "gptq", "auto-round": "gptq", "awq": "awq", "auto_awq": "awq"}
-FORMS |= {"gemm": "awq"}  # AWQ, and formats that pack codes in the same way
+FORMS |= {"gemm": "awq"}  # AWQ's layout, which other tools use too
 
 
 class Format(NamedTuple):
@@ -41,7 +41,7 @@ class Format(NamedTuple):
 
 
 def find(folder: Any) -> dict[str, Format]:
-    """{name of a weight: its format} of all weights that are not a plain tensor."""
+    """{name of a weight: its format}, for all weights that are not stored as a plain tensor."""
     parts = defaultdict(set)
     for name in folder.shards:
         if m := PARTS.fullmatch(name):
@@ -119,7 +119,7 @@ def _bnb4_shape(folder: Any, name: str) -> tuple[int, ...]:
 
 
 def _bnb4(folder: Any, name: str, cuts: Index) -> np.ndarray:
-    """quant_map[code] times the largest magnitude of each block of the flat matrix; the first code is the high one."""
+    """quant_map[code] times the largest magnitude of the code's block. The first code of a byte is in its high bits."""
     state = _bnb4_state(folder, name)
     height, width = (int(n) for n in state["shape"])
     start, stop, _ = cuts[0].indices(height)
@@ -169,7 +169,7 @@ def _gptq_shape(folder: Any, name: str) -> tuple[int, ...]:
 
 
 def _gptq(folder: Any, name: str, cuts: Index) -> np.ndarray:
-    """scale (code - zero - 1); in version 2 of the format, scale (code - zero)."""
+    """scale * (code - zero - 1), or scale * (code - zero) in version 2 of the format."""
     module, bits = name.removesuffix("weight"), _bits(folder)
     codes = compressed.unpack_words(
         np.ascontiguousarray(folder.codes(f"{module}qweight", (slice(None), cuts[0])).T), bits
@@ -187,7 +187,7 @@ def _awq_shape(folder: Any, name: str) -> tuple[int, ...]:
 
 
 def _awq(folder: Any, name: str, cuts: Index) -> np.ndarray:
-    """scale (code - zero), where the eight columns of a word are permuted."""
+    """scale * (code - zero). The eight columns in a word are in the order of AWQ_SLOTS."""
     if folder.quantized.get("bits", 4) != 4 or str(folder.quantized.get("version", "gemm")).lower() != "gemm":
         what = "of AWQ only 4 bits and the version gemm are supported"
         raise UserError(what, str(folder.path), "open the unquantized model")
@@ -204,7 +204,7 @@ def _awq(folder: Any, name: str, cuts: Index) -> np.ndarray:
 
 
 def _fp8(folder: Any, name: str, cuts: Index) -> np.ndarray:
-    """Numbers times their scale; a tensor named scale_inv is multiplied too."""
+    """Numbers times their scale; despite its name, a scale_inv tensor is a factor, not a divisor."""
     part = next(p for p in ("scale_inv", "scale") if f"{name}_{p}" in folder.shards)
     scale = _whole(folder, f"{name}_{part}").astype(np.float32)
     shape = folder.stored_shape(name)

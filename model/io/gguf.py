@@ -15,18 +15,18 @@ from model.families._layout import Index
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 QUIET = re.compile(r"[^.]+\.(vocab_size|tensor_data_layout|rope\.scaling\.finetuned|expert_used_count)")
 PART = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
-CHUNK = 1 << 20  # values dequantized at once: bounds temporary arrays, and fits the cache
+CHUNK = 1 << 20  # values dequantized at once: limits the size of temporary arrays, and fits the CPU's cache
 TRANSPOSED = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")  # of GPT-2
 
 
 class File:
-    """Tensors by name, read and dequantized by slices, in Hugging Face's orientation and order of heads."""
+    """Tensors by name, read and dequantized in slices, in Hugging Face's orientation and order of dimensions."""
 
     def __init__(self, path: Path):
         files = parts(path)
         self.path, headers = files[0], [read_header(file) for file in files]
         self.metadata, self.tensors = Seen(headers[0].metadata), {}
-        self.files = {name: file for file, header in zip(files, headers) for name in header.tensors}  # one for each
+        self.files = {name: file for file, header in zip(files, headers) for name in header.tensors}  # {tensor: file}
         for header in headers:
             self.tensors |= header.tensors
         self.architecture = self.metadata.get("general.architecture")
@@ -98,7 +98,7 @@ class File:
         if "rope_freqs.weight" in self.tensors:
             factors = self.read("rope_freqs.weight", (slice(None),))
             return llama3_scaling(factors, theta, head_dim, str(self.path))
-        # As in llama.cpp, the key of early files is read too, and a factor without a type means linear scaling.
+        # As in llama.cpp: rope.scale_linear, the key of older files, is read too; a factor without a type means linear.
         factor = self._get("rope.scaling.factor", None) or self._get("rope.scale_linear", None) or 1.0
         kind = self._get("rope.scaling.type", "none" if factor == 1.0 else "linear")
         original = self._get("rope.scaling.original_context_length", None)
@@ -112,7 +112,7 @@ class File:
     body = ""
 
     def unused_fields(self, _: Seen) -> list[str]:
-        """Metadata of the architecture that hold something and were not read."""
+        """Non-empty metadata of the architecture that were not read."""
         own = (name for name in self.metadata.unused(()) if name.startswith(f"{self.architecture}."))
         return sorted(name for name in own if not QUIET.fullmatch(name))
 
@@ -131,7 +131,7 @@ class File:
         return gguf.get_tensor_name_map(arch, self._get("block_count"))
 
     def stored(self, name: str) -> str:
-        """The name in this file of a Hugging Face tensor."""
+        """The name that a Hugging Face tensor has in this file."""
         return self._name_map.get_name(name, try_suffixes=(".weight", ".bias")) or name
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -198,10 +198,10 @@ def inside(folder: Path) -> Path | None:
 
 
 def parts(path: Path) -> list[Path]:
-    """All files of a model that was split by llama.cpp's gguf-split, found from any one of them; for other models the
-    one file.
+    """All files of a model that llama.cpp's gguf-split has split, found from the path of any of them. For a model that
+    is not split, only that path.
 
-    Raises UserError when some are missing.
+    Raises UserError when parts are missing.
     """
     match = PART.fullmatch(path.name)
     if not match:
@@ -215,8 +215,9 @@ def parts(path: Path) -> list[Path]:
 def llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, where: str) -> dict | None:
     """The `llama3` rope scaling that divides the frequencies [H/2] by `factors`.
 
-    The file has only the divisors. Between the unchanged and the stretched wavelengths they give `smooth`, which is
-    linear in the frequency; slope and offset determine the parameters up to a common scale, so low_freq_factor is 1.
+    The file stores only these divisors. For the wavelengths between the unchanged and the fully stretched ones, the
+    divisors determine `smooth`, which is linear in the frequency. Its slope and offset determine the parameters up to a
+    common scale, which is fixed by setting low_freq_factor to 1.
     Raises UserError for other factors.
     """
     if (factors == 1).all():

@@ -20,12 +20,12 @@ from model.weights import Params
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2"}
 BIAS = {"llama": "none", "qwen2": "qkv", "qwen3": "none", "gpt2": "all"}
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
-# Largest difference of logits, relative to the largest logit, that is due to rounding to this type.
+# {type: largest difference of logits, relative to the largest logit, that rounding the weights to it may cause}.
 TOLERANCE = {"F32": 1e-4, "F16": 1e-2, "BF16": 6e-2, "Q8_0": 0.1, "Q4_0": 1.0, "Q4_1": 1.0}
 
 
 def write(path: str | Path, model: Transformer, params: Params, tokenizer: Json, kind: str = "F16") -> float:
-    """Writes merged `params` with matrices of the type `kind` and the metadata of a tokenizer, and reads them back.
+    """Merges adapters and writes the model with a tokenizer's metadata; matrices have the type `kind`. Reads it back.
 
     Returns the largest difference of the logits relative to the largest logit. Raises UserError for a model that
     llama.cpp does not support, if the file exists with other content, and if the logits differ too much.
@@ -83,7 +83,7 @@ def _file(path: Path, model: Transformer, params: Params, tokenizer: Json, kind:
         name, x = names.get_name(theirs, try_suffixes=(".weight", ".bias")), np.asarray(x, np.float32)
         if arch == "gpt2" and name.endswith(TRANSPOSED):
             x = x.T
-        if arch == "llama" and (".attn_q." in name or ".attn_k." in name):  # llama.cpp rotates neighbors
+        if arch == "llama" and (".attn_q." in name or ".attn_k." in name):  # it rotates neighboring dimensions
             x = x.reshape(-1, 2, c.head_dim // 2, c.embed).swapaxes(1, 2).reshape(x.shape)
         to = gguf.GGMLQuantizationType[_kind(kind, x)]
         writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(x), to), raw_dtype=to)
@@ -94,7 +94,7 @@ def _file(path: Path, model: Transformer, params: Params, tokenizer: Json, kind:
 
 
 def _kind(kind: str, x: np.ndarray) -> str:
-    """The type of a tensor: vectors stay float32, and rows that blocks of 32 do not divide get 16 bits."""
+    """The type of a tensor: vectors stay float32; a quantized type becomes F16 if rows are not whole blocks of 32."""
     if x.ndim < 2:
         return "F32"
     return "F16" if kind.startswith("Q") and x.shape[-1] % 32 else kind

@@ -1,4 +1,4 @@
-"""A Hugging Face folder: config.json and safetensors, in one file or in shards with an index. Never a pickle."""
+"""A Hugging Face folder: config.json and safetensors, in one file or in shards with an index; no pickles."""
 
 import functools
 import json
@@ -20,17 +20,17 @@ from model.io import foreign
 FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "vocab.txt", "merges.txt", "*.tiktoken", "*chat_template*")
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16", "F64")
-CODES = ("I8", "I32", "I64", "F8_E4M3")  # of quantized weights
+CODES = ("I8", "I32", "I64", "F8_E4M3")  # types of the codes of quantized weights
 
 
 LFS = b"version https://git-lfs"  # start of a file that git-lfs has not fetched
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")  # of weights
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")  # of files with weights
 QUIET = re.compile(  # files that are common beside weights: copies in another format, and a trainer's state
     r"pytorch_model.*|consolidated.*|tf_model.*|flax_model.*|rust_model.*|model\.onnx.*|training_args\.bin|optimizer.*|"
     r"scheduler.*|scaler\.pt|rng_state.*|.*\.gguf"
 )
-# Fields of a config.json that do not affect the model here: its origin, its training, its sampling, its special token
-# ids, its other possible heads.
+# Fields of a config.json that do not affect the model here. They describe its origin, training, sampling, special token
+# ids, and other heads.
 IRRELEVANT = {
     "_name_or_path", "architectures", "model_type", "multimodal", "transformers_version", "dtype", "torch_dtype",
     "quantization_config", "auto_map", "name", "custom_pipelines", "unsloth_fixed", "unsloth_version",
@@ -54,7 +54,8 @@ PART = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 CONVERT = (
     "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{0}').save_pretrained('{0}')\""
 )
-# Prefixes of a body's tensors: by itself, in a causal model, or as the text part of a multimodal one; and torch's own.
+# Prefixes of the names of a body's tensors: a body by itself, in a causal model, or as the text part of a multimodal
+# model. WRAPPERS are prefixes that torch adds.
 BODIES = (
     "model.", "transformer.", "", "language_model.model.", "model.language_model.", "model.text_model.",
     "text_model.model.", "language_model.", "text_model.", "model.language_model.model.", "thinker.model.",
@@ -64,11 +65,12 @@ WRAPPERS = ("", "module.", "_orig_mod.", "model._orig_mod.")
 FIRST = re.compile(
     r"(.*?)(?:embed_tokens\.weight.*|wte\.weight|embeddings\.word_embeddings\.weight|layers\.\d+\..*|h\.\d+\..*)"
 )
-TEXT = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "qwen2_5_omni": "qwen2"}  # or with _text
+# {model_type: family of the language model}; a type may also have the suffix _text.
+TEXT = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "qwen2_5_omni": "qwen2"}
 
 
 class Folder:
-    """Tensors by name, read by slices. Metadata is read at once, tensors on demand."""
+    """Tensors by name, read in slices. Metadata is read when the folder is opened, tensors on demand."""
 
     floats = DTYPES
 
@@ -99,7 +101,7 @@ class Folder:
         self.body, self.head = self._places(self.names)
 
     def _shards(self) -> dict[str, str]:
-        """{name of a tensor: file that holds it}. An index names the files; the files name their tensors."""
+        """{name of a tensor: file that holds it}. The index lists the files; each file lists its tensors."""
         single, index = "model.safetensors", self.path / INDEX
         if (self.path / single).exists():
             return dict.fromkeys(self._open(single).keys(), single)
@@ -125,7 +127,7 @@ class Folder:
         raise UserError(f"there is neither a model.safetensors nor an index of shards{what}", str(self.path))
 
     def _numbered(self) -> set[str]:
-        """All parts of a checkpoint without an index, derived from the name of one."""
+        """The names of all parts of a checkpoint without an index, derived from the name of one part."""
         found = (PART.fullmatch(p.name) for p in self.path.iterdir())
         counts = {(m[2], len(m[1])) for m in found if m}
         return {f"model-{i:0{w}d}-of-{n}.safetensors" for n, w in counts for i in range(1, min(int(n), 9999) + 1)}
@@ -141,18 +143,18 @@ class Folder:
         return body, next((name for name in heads if name in names), "lm_head.weight")
 
     def unused_fields(self, read: Seen) -> list[str]:
-        """Fields of the config that hold something and were not read, and those of its rope."""
+        """Non-empty fields of the config that were not read, and unknown fields of its rope parameters."""
         rope = dict.get(read, "rope_scaling") or dict.get(read, "rope_parameters") or {}
         inside = [f"rope_scaling.{name}" for name in rope if name not in llama.ROPE_FIELDS]
         return [f"config.json:{name}" for name in [*sorted(read.unused(IRRELEVANT)), *inside]]
 
     def unused_files(self) -> list[str]:
-        """Files with weights that are not read, except those of QUIET."""
+        """Files with weights that are not read, except those that match QUIET."""
         used = set(self.shards.values())
         others = (p.name for p in self.path.iterdir() if p.suffix in SUFFIXES and p.name not in used)
         return sorted(name for name in others if not QUIET.fullmatch(name))
 
-    @functools.cache  # noqa: B019  (lives as long as the folder is read)
+    @functools.cache  # noqa: B019  (the Folder lives only while it is read)
     def _open(self, file: str) -> Any:
         from safetensors import SafetensorError, safe_open
 
@@ -173,7 +175,7 @@ class Folder:
             raise UserError(f"the index lists {name} ({error})", str(self.path / self.shards[name])) from None
 
     def stored(self, name: str) -> str:
-        """The name in this folder of a tensor of a causal model."""
+        """The name that a tensor of a causal model has in this folder."""
         return self.head if name == "lm_head.weight" else self.body + name.split(".", 1)[1]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -200,7 +202,7 @@ class Folder:
         return self.tensor(name, cuts, CODES)
 
     def _bytes(self, name: str) -> np.ndarray:
-        """A tensor of a dtype that safetensors cannot convert to numpy, at the offset in the file's header."""
+        """The bytes of a tensor whose dtype safetensors cannot convert to numpy, at the offset in the file's header."""
         path = self.path / self.shards[name]
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -209,8 +211,8 @@ class Folder:
 
 
 def text_config(config: dict) -> dict:
-    """The language model's config.json within that of a multimodal model, whose type is added as `multimodal`; for any
-    other model the config itself."""
+    """For a multimodal model, the config of its language model, with the outer type added as `multimodal`. For any
+    other model, the config itself."""
     outer = config.get("model_type") or _by_architecture(config)
     inner = next((config[k] for k in ("text_config", "llm_config") if isinstance(config.get(k), dict)), None)
     if inner is not None:
@@ -220,7 +222,7 @@ def text_config(config: dict) -> dict:
 
 
 def _by_architecture(config: dict) -> str | None:
-    """The family of a config.json without model_type, from its architecture."""
+    """The model_type of a config.json that lacks it, derived from the name of its architecture."""
     names = config.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else ""
     name = re.sub(r"(ForCausalLM|LMHeadModel|Model)$", "", name)
@@ -228,6 +230,6 @@ def _by_architecture(config: dict) -> str | None:
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file is the pointer that git-lfs leaves in place of one that it has not fetched."""
+    """Whether a file is only a git-lfs pointer to a file that has not been fetched."""
     with path.open("rb") as file:
         return file.read(len(LFS)) == LFS

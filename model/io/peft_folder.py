@@ -22,7 +22,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ROOT = "base_model.model."
 VIRTUAL = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 
-# --- fields of adapter_config.json: those that are read, those that change nothing, and those that are refused ---
+# --- fields of adapter_config.json: used, irrelevant, and refused ---
 
 WRAPS = {"target_modules", "exclude_modules", "modules_to_save"}
 LAYERS = {"layers_to_transform", "layers_pattern", "bias"}
@@ -34,7 +34,7 @@ USED = {  # fields that are read, by peft_type
     "IA3": WRAPS,
     "OFT": WRAPS | LAYERS | {"use_cayley_neumann", "num_cayley_neumann_terms"},
 } | {kind: set() for kind in VIRTUAL}  # fmt: skip
-# The origin of an adapter, values that its tensors show anyway, and fields that matter only in training.
+# Fields for the origin of an adapter, for values that its tensors show anyway, and for training.
 IRRELEVANT = {
     "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
     "feedforward_modules", "r", "rank_pattern", "fan_in_fan_out", "megatron_config", "megatron_core",
@@ -45,7 +45,7 @@ IRRELEVANT = {
     "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
     "tokenizer_kwargs",
 }  # fmt: skip
-REFUSED = {  # unless unset, like any unknown field; the last one only for virtual tokens
+REFUSED = {  # refused unless UNSET, like any unknown field; modules_to_save is refused only for virtual tokens
     "alora_invocation_tokens", "use_qalora", "layer_replication", "lora_bias", "target_parameters", "use_bdlora",
     "arrow_config", "kasa_config", "coft", "block_share",
     "modules_to_save",
@@ -62,7 +62,7 @@ def _texts(x: Any) -> bool:
 
 
 _alpha, _layer = _number(-1e6, 1e6), _number(-(2**31), 2**31, int)
-VALUES: dict[str, Callable[[Any], bool]] = {  # field: whether it may have a value, if it has one
+VALUES: dict[str, Callable[[Any], bool]] = {  # {field: check of its value, if it has one}
     "peft_type": lambda x: isinstance(x, str),
     "lora_alpha": _alpha,
     "alpha_pattern": lambda x: isinstance(x, dict) and all(map(_alpha, x.values())),
@@ -73,12 +73,12 @@ VALUES: dict[str, Callable[[Any], bool]] = {  # field: whether it may have a val
     **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"), _texts),
 }
 BIASES = ("none", "all", "lora_only", "oft_only")
-# Values of init_lora_weights: those that leave the base unchanged, and those for which PEFT changes it on opening.
+# Values of init_lora_weights: DRAWN leave the base unchanged; for STARTS, PEFT changes the base when it opens a folder.
 DRAWN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
-STARTS = ("pissa", "olora")  # computed from the base's weights, which can be repeated
+STARTS = ("pissa", "olora")  # computed from the base's weights, so they can be recomputed
 CONVERTED = "save it again with path_initial_model_for_weight_conversion"
 MERGED = "merge_and_unload() in PEFT, save the model and open that"
-OTHERS = {  # start of the value: how to fix it
+OTHERS = {  # {start of the value: how to fix the error}
     "pissa_niter": CONVERTED, "corda": CONVERTED, "lora_ga": CONVERTED, "loftq": MERGED,
 }  # fmt: skip
 TRAINING = re.compile(r".*\.lora_(velora|monteclora)_.*")  # tensors that only training reads
@@ -104,7 +104,7 @@ class Folder:
         tensors = {name.removesuffix(".weight") if MAGNITUDE in name else name: x for name, x in self._read().items()}
         tensors = {name: x for name, x in tensors.items() if not TRAINING.fullmatch(name)}
         before = {m[1] for n in tensors if (m := hf.FIRST.fullmatch(n.removeprefix(ROOT)))}
-        self.body = next((b for b in hf.BODIES if b in before), "model.")  # the base may be multimodal
+        self.body = next((b for b in hf.BODIES if b in before), "model.")  # differs if the base is multimodal
         self.unused = sorted(n for n in tensors if self.kind not in VIRTUAL and not self._wanted(n))
         self.tensors = {self._renamed(n): x for n, x in tensors.items() if n not in self.unused}
         vectors = {n: x for n, x in self.tensors.items() if n.endswith(".ia3_l")}
@@ -131,7 +131,7 @@ class Folder:
 
     @property
     def init(self) -> str:
-        """How the adapters were initialized; for STARTS that changes the base."""
+        """How the adapters were initialized: init_lora_weights in lower case."""
         return str(self.config.get("init_lora_weights", True)).lower()
 
     def _read(self) -> dict[str, np.ndarray]:
@@ -152,7 +152,7 @@ class Folder:
         return tensors
 
     def _renamed(self, name: str) -> str:
-        """The name in a causal model of a tensor in the text part of a multimodal one."""
+        """The name that a tensor has in a causal model, also if it is from the text part of a multimodal model."""
         inner = name.removeprefix(ROOT)
         if self.body in ("model.", "transformer.") or not inner.startswith(self.body):
             head = inner.startswith("lm_head.") or not re.match(r"(.*\.)?lm_head\.", inner)
@@ -160,7 +160,7 @@ class Folder:
         return f"{ROOT}model.{inner.removeprefix(self.body)}"
 
     def _wanted(self, name: str) -> bool:
-        """Whether PEFT uses a tensor: in the adapter of a module that the config names, or in a copy of a module."""
+        """Whether PEFT uses a tensor: it is in the adapter of a module that the config names, or in a copied module."""
         module = re.sub(
             r"\.(lora_|ia3_l|oft_R|token_adapter|base_layer).*|\.(weight|bias)$", "", name.removeprefix(ROOT)
         )
@@ -168,7 +168,7 @@ class Folder:
         if not adapter:
             return True
         tables = TABLES if self.config.get("ensure_weight_tying") and ends(module, TABLES) else []
-        return self.targets(module) or any(map(self.targets, tables))  # PEFT adds the adapter of the tied twin itself
+        return self.targets(module) or any(map(self.targets, tables))  # for tied tables, PEFT adds the second adapter
 
     def targets(self, module: str) -> bool:
         """Whether the config selects a module, by PEFT's rules."""
@@ -186,7 +186,7 @@ class Folder:
         return module in names or (ends(module, names) and self._in_layers(module))
 
     def _in_layers(self, module: str) -> bool:
-        """Whether a module is in one of `layers_to_transform`, if the config has them."""
+        """Whether a module is in one of `layers_to_transform`; True if the config does not have that field."""
         chosen, patterns = self.config.get("layers_to_transform"), self.config.get("layers_pattern")
         if chosen is None or chosen == []:
             return True
@@ -217,7 +217,7 @@ class Folder:
         return float(next(found, self.config.get("lora_alpha") or 8))
 
     def keys(self) -> dict[str, Key]:
-        """The KEYS of the first family that has every module of the tensors."""
+        """The KEYS of the first model family that has every module for which the folder has tensors."""
         found = {re.sub(r"\.\d+\.", ".{}.", n).removeprefix(ROOT) for n in self.tensors if n.startswith(ROOT)}
         for keys in (family(name).KEYS for name in families()):
             known = tuple(k.name.removesuffix("weight") for k in keys.values() if k.name.endswith(".weight"))

@@ -1,7 +1,7 @@
 """Reads a PEFT folder, with adapter_config.json and adapter_model.safetensors, as a Transform.
 
-As in PEFT, the config says which modules have adapters; tensors of other modules are not used, which is reported in one
-line. model/io/peft_write.py writes such folders.
+As in PEFT, the config says which modules have adapters. Tensors of other modules are not used, and one log line names
+them. model/io/peft_write.py writes such folders.
 """
 
 from collections.abc import Callable
@@ -29,14 +29,14 @@ from model.peft.prompt import Prompt
 from model.weights import Params, Spec, Specs, Transform, Weight
 
 Stored = Array | Weight  # a leaf of the parameters
-HEAD = "BTD,VD->BTV"  # the equation of a tied table as an unembedding
+HEAD = "BTD,VD->BTV"  # the equation of a tied embedding table when it is used as the unembedding
 
 
 def read(path: str | Path, strict: bool = False) -> Transform:
-    """A Transform that puts the adapter of a PEFT folder on its base model.
+    """A Transform that adds the adapter of a PEFT folder to its base model.
 
-    Raises UserError for unsupported settings that would change the result, for tensors that do not fit, and, if
-    `strict`, for tensors that are not used.
+    Raises UserError for unsupported settings that would change the result, for tensors that do not fit, and if
+    `strict` also for tensors that are not used.
     """
     path = Path(path).expanduser()
     with reading(path):
@@ -77,7 +77,7 @@ def _virtual(folder: Folder, params: Params, specs: Specs) -> Params:
 
 
 def _leaf(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base: Stored, spec: Spec | None) -> Stored:
-    """A parameter with the folder's adapters and tensors for it."""
+    """A parameter with the adapters and replacement tensors that the folder has for it."""
     if spec is None or path not in keys:
         return base
     if path == "embed/table" and "unembed" not in specs:
@@ -123,7 +123,7 @@ def _tokens(folder: Folder, key: Key, base: Stored, spec: Spec) -> Stored:
 
 
 def _tied_table(folder: Folder, keys: dict, sizes: dict, specs: Specs, base: Stored, spec: Spec) -> Stored:
-    """A table that is also the head. PEFT's copies and adapters are for one of the two uses, unless they are equal."""
+    """An embedding table that is also the head. In PEFT a copy or adapter changes one use, unless both are equal."""
     uses = {"lookup": (keys["embed/table"], spec)}
     uses["head"] = Key(keys["unembed/table"].name, "VD->VD"), spec.replace(eqn=HEAD)
     copies = {}
@@ -149,14 +149,14 @@ def _tied_table(folder: Folder, keys: dict, sizes: dict, specs: Specs, base: Sto
 
 
 def _change(base: Stored, copy: np.ndarray, spec: Spec, use: str) -> LoRA:
-    """A table [V, D] that acts like `copy` in one of its uses: a LoRA of full rank adds the difference."""
+    """A table [V, D] that acts like `copy` only when used as `use` says: a LoRA of full rank adds the difference."""
     change, one = copy - weights.dense_of(weights.base(base), spec), jnp.eye(copy.shape[1])
     a, b = (one, change.T) if use == "head" else (change, one)
     return LoRA(base, a, b, spec.eqn, 1.0, used=use)
 
 
 def _tied(folder: Folder, keys: dict) -> bool:
-    """Whether the adapters of a tied table and of the head are the same, as with PEFT's ensure_weight_tying."""
+    """Whether the lookup and the head of a tied table have the same adapter, as with PEFT's ensure_weight_tying."""
     embed, head = (keys[path].name.removesuffix(".weight") for path in ("embed/table", "unembed/table"))
     pairs = ((".lora_embedding_A", ".lora_B.weight"), (".lora_embedding_B", ".lora_A.weight"))
     same = (np.array_equal(folder.tensors[ROOT + embed + a].T, folder.tensors[ROOT + head + b]) for a, b in pairs)
@@ -164,7 +164,7 @@ def _tied(folder: Folder, keys: dict) -> bool:
 
 
 def groups(key: Key, eqn: str) -> tuple[str, str]:
-    """The merged letters that a checkpoint's matrix contracts and produces: ("D", "NH"), or "3NH" for three in one."""
+    """The letters of the contracted and the produced axis of a checkpoint's matrix: ("D", "NH"); "3NH" for fused qkv."""
     contracted = weights.split(eqn)[1]
     axes = layout.parse(key.layout)[0]
     inside = next(i for i, letters in enumerate(axes) if letters.lstrip("0123456789") == contracted)
@@ -178,13 +178,13 @@ def factor_keys(key: Key, eqn: str) -> tuple[Key, Key]:
 
 
 def _names(key: Key, spec: Spec, suffix: str) -> list[str]:
-    """The names of a tensor in every layer, or its name outside the layers."""
+    """The name of a tensor in each layer; for a parameter outside the layers, its one name."""
     module = ROOT + key.name.removesuffix(".weight")
     return [module.format(i) + suffix for i in (range(spec.shape[0]) if spec.stacked else [None])]
 
 
 def _read(folder: Folder, key: Key, sizes: dict, names: list[str], wild: str = "") -> list[np.ndarray | None]:
-    """A tensor of each layer in our layout; None for layers without. The letter `wild` may have any size."""
+    """The tensor of each layer in our layout, or None where a layer has none. The axis `wild` may have any size."""
     axes, ours = layout.parse(key.layout)
     shape = tuple(None if a == wild else n for a, n in zip(axes, layout.shape(key, sizes | {wild: 1})))
     found = [folder.get(name, shape) for name in names]
@@ -198,7 +198,7 @@ def _stack(found: list[np.ndarray], spec: Spec) -> jax.Array:
 
 
 def _vectors(folder: Folder, key: Key, sizes: dict, spec: Spec, suffix: str, group: str) -> jax.Array | None:
-    """Flat vectors [stack..., features] over a group of letters, ones for layers without; None if no layer has one."""
+    """Flat vectors [stack..., features] over the axes `group`. Layers without one get ones; None if all lack it."""
     letters = group.lstrip("0123456789")
     found = _read(folder, Key(key.name, f"({group})->{letters}", key.part), sizes, _names(key, spec, suffix))
     if all(x is None for x in found):
@@ -216,7 +216,7 @@ def _lora(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: 
         raise UserError(f"{key.name}: one of lora_A and lora_B is missing", str(folder.path / TENSORS))
     if all(x is None for x in a):
         return base
-    # Layers may differ in rank and alpha: smaller ranks are padded with zeros, and B absorbs another scale.
+    # Layers may differ in rank and alpha: smaller ranks are padded with zeros, and B absorbs differences in scale.
     modules = [n.removeprefix(ROOT) for n in _names(key, spec, "")]
     ranks = [0 if x is None else x.shape[-1] for x in a]
     at = lambda i: scale_of(folder.alpha(modules[i]), ranks[i], bool(c.get("use_rslora")))
@@ -242,10 +242,10 @@ def _lora(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: 
 def _start(
     folder: Folder, key: Key, path: str, leaf: LoRA, spec: Spec, ranks: list[int], shares: list[float]
 ) -> tuple[Array, Array]:
-    """The A and B that PEFT computes from the base, and subtracts from it, before it reads those of the adapter.
+    """The initial A and B, which PEFT computes from the base and subtracts from it before it reads the trained A and B.
 
-    For PiSSA they are the largest singular vectors; for OLoRA (Buyukakyuz 2024, arXiv 2406.01775) W^T = Q R, truncated.
-    `shares` are the scales of the layers divided by the leaf's.
+    For PiSSA they are the largest singular vectors of W; for OLoRA (Buyukakyuz 2024, arXiv 2406.01775) they are the
+    truncated factors of W^T = Q R. `shares` are the scales of the layers divided by the leaf's scale.
     """
     turned = folder.init == "olora" and folder.config.get("fan_in_fan_out")
     if path == "embed/table" or any(c.isdigit() for c in key.layout) or turned or leaf.scale <= 0:
@@ -265,7 +265,7 @@ def _start(
 
 
 def _measured(folder: Folder, key: Key, sizes: dict, path: str, leaf: DoRA, spec: Spec, ranks: list[int]) -> DoRA:
-    """A DoRA leaf with its magnitudes; those of layers without an adapter are the norms of the base."""
+    """The DoRA leaf with its magnitudes read. Layers without an adapter get the norms of the base as magnitudes."""
     names, group = _names(key, spec, MAGNITUDE), groups(key, spec.eqn)[1]
     if missing := [name for name, rank in zip(names, ranks) if rank and name not in folder.tensors]:
         raise UserError(f"{missing[0]} is missing", str(folder.path / TENSORS))
@@ -288,7 +288,7 @@ def _ia3(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: S
 
 
 def _scaled_bias(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base: Stored) -> Stored:
-    """A bias as PEFT's IA3 applies it: it rescales the whole output of a module, bias included."""
+    """A bias, rescaled: PEFT's IA3 rescales the whole output of a module, including its bias."""
     parent, _, name = path.rpartition("/")
     weight = next((p for p in (f"{parent}/w{name[1:]}", f"{parent}/{name[1:]}") if p in keys), None)
     spec = weight and _spec(specs, weight)

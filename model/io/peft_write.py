@@ -56,7 +56,7 @@ def write(path: str | Path, model: Transformer, params: Params, base: str = "", 
     kind = kinds.pop()
     config, tensors = (_virtual if kind in (Prefix, Prompt) else _wrapped)(model, adapters)
     config |= {"peft_type": TYPES[kind], "task_type": "CAUSAL_LM", "inference_mode": True}
-    if head is not None:  # a reward model's head, stored as PEFT stores that of a sequence-classification model
+    if head is not None:  # a reward model's head, stored as PEFT stores a sequence classifier's head
         config |= {"task_type": "SEQ_CLS", "modules_to_save": [TENSOR.removesuffix(".weight")]}
         tensors |= {f"{ROOT}{TENSOR}": np.asarray(head.w)[None]}
     _save(path, config | {"base_model_name_or_path": base or None}, tensors, card)
@@ -122,7 +122,7 @@ def _wrapped(model: Transformer, adapters: dict) -> tuple[dict, Tensors]:
 
 
 def _module(config: dict, target: str, parts: list, sizes: dict, embedding: bool) -> Tensors:
-    """{suffix: tensor [stack..., ...]} of one module, which may consist of several parameters."""
+    """{suffix of the name: tensor [stack..., ...]} of one PEFT module, which may hold several of our parameters."""
     leaf, key, spec = parts[0]
     digits = re.search(r"\d+", groups(key, spec.eqn)[1])
     if isinstance(leaf, LoRA):
@@ -148,7 +148,7 @@ def _module(config: dict, target: str, parts: list, sizes: dict, embedding: bool
 
 
 def _factors(config: dict, target: str, parts: list, sizes: dict, several: int, embedding: bool) -> Tensors:
-    """lora_A and lora_B; for a module of several weights, A concatenates theirs and B is block-diagonal."""
+    """lora_A and lora_B. For a module of several weights, A concatenates the weights' A, and B is block-diagonal."""
     scale, found = parts[0][0].scale, []
     for leaf, key, spec in parts:
         a_key, b_key = factor_keys(key, spec.eqn)
@@ -177,7 +177,7 @@ def _factors(config: dict, target: str, parts: list, sizes: dict, several: int, 
 
 
 def _with_start(leaf: LoRA, spec: Spec) -> tuple[np.ndarray, np.ndarray]:
-    """A and B whose product is the whole change of the leaf; of twice the rank if it does not start at zero."""
+    """A and B whose product is the whole change of the weight. If A B did not start at 0, they have twice the rank."""
     if leaf.start is None:
         return leaf.a, leaf.b
     axis = leaf.b.ndim - 1 - len(weights.split(spec.eqn)[2])

@@ -23,11 +23,11 @@ from model.heads import scalar
 from model.io import gguf, hf
 from model.weights import Params, Spec, Specs, Tree
 
-# Buffers in old checkpoints, and the head of BERT's next-sentence task.
+# Tensors that may be ignored: buffers in old checkpoints, and the head of BERT's next-sentence task.
 IGNORED = re.compile(
     r".*rotary_emb\.(inv_freq|(cos|sin)_cached)|.*\.attn\.(masked_)?bias|.*position_ids|(.*\.)?pooler\.dense\.\w+"
 )
-ROWS = 4096  # rows of two tables that are compared at once
+ROWS = 4096  # number of rows compared at once when two tables are compared
 IN_LAYER = re.compile(r"(?:.*\.)?(?:layers|layer|h|blk)\.(\d+)\..*(?:weight|bias)")
 
 
@@ -41,7 +41,7 @@ class Source(Protocol):
     names: set[str]
     body: str  # prefix of the names of the layers
 
-    def stored(self, name: str) -> str: ...  # its name for a tensor of the family's KEYS
+    def stored(self, name: str) -> str: ...  # the source's name for a tensor of the family's KEYS
     def shape(self, name: str) -> tuple[int, ...]: ...
     def unused_fields(self, read: Seen) -> list[str]: ...  # fields of its config that are not in `read`
     def unused_files(self) -> list[str]: ...  # files with weights that are not read
@@ -55,7 +55,7 @@ class Pretrained:
     config: ModelConfig
     source: Source
     tokenizer_source: str  # argument of data.text.formats.load
-    unused: list[str] = dataclasses.field(default_factory=list)  # fields of the config that nothing reads
+    unused: list[str] = dataclasses.field(default_factory=list)  # fields of the config that are not read
     strict: bool = False  # whether unused tensors, files and fields are an error
 
     @property
@@ -67,7 +67,7 @@ class Pretrained:
         return family(self.config.family).KEYS
 
     def read(self, path: str, layer: int | None = None, index: Index | None = None) -> np.ndarray:
-        """The slice `index` of our parameter `path` of one layer (None outside the layers), in our layout."""
+        """The slice `index` of the parameter `path` in our layout; `layer` is None outside the layers."""
         key = self.keys[path]
         name = self.source.stored(key.name.format(layer))
         index = index or (slice(None),) * len(layout.our_shape(key, self.config.sizes))
@@ -77,7 +77,7 @@ class Pretrained:
         """The parameters of `specs`, loaded leaf by leaf; each device gets only its slice.
 
         `shardings` is a tree like `specs`; None puts everything on the first device. One log line names the tensors
-        that the model does not use. Raises UserError that names missing, unexpected and mis-shaped tensors.
+        that the model does not use. Raises a UserError that names missing, unexpected and mis-shaped tensors.
         """
         unused = self.check(specs) + self.source.unused_files() + self.unused
         report("the model does not use", unused, self.tokenizer_source, self.strict)
@@ -85,7 +85,7 @@ class Pretrained:
             shardings = jax.tree.map(lambda _: _first_device(), specs, is_leaf=weights.is_spec)
 
         def leaf(path: str, spec: Spec, sharding: jax.sharding.Sharding) -> jax.Array:
-            slices = {}  # replicas share one
+            slices = {}  # replicas share a slice
 
             def read(index: Index) -> np.ndarray:
                 at = tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
@@ -99,7 +99,7 @@ class Pretrained:
         return weights.map_named(leaf, specs, shardings, is_leaf=weights.is_spec)
 
     def stacked(self, path: str, at: tuple[tuple[int, int], ...], dtype: str = "float32") -> np.ndarray:
-        """The part of our parameter `path`, stacked over layers, between the bounds `at` of each axis.
+        """The part of our parameter `path`, stacked over layers, within the bounds `at`: (start, stop) of each axis.
 
         Raises UserError for NaN and infinities, which would make every output NaN.
         """
@@ -118,8 +118,8 @@ class Pretrained:
         return x
 
     def head(self) -> Params:
-        """{"head": ...} of a reward model, which transformers calls a model for sequence classification with one label;
-        {} of another model."""
+        """{"head": ...} if the checkpoint is a reward model, which transformers calls a sequence classifier with one
+        label; else {}."""
         name = scalar.TENSOR
         if name not in self.source.names or self.source.shape(name) != (1, self.config.embed):
             return {}
@@ -188,7 +188,7 @@ def open_pretrained(name: str, strict: bool = False) -> Pretrained:
 
 
 def _config(source: Source, path: Path) -> tuple[ModelConfig, list[str]]:
-    """(shape of the model, fields of the source's config that nothing reads)."""
+    """(shape of the model, fields of the source's config that are not read)."""
     hf_config = Seen(source.hf_config)
     kind, layers = hf_config.get("model_type"), hf_config.get("num_hidden_layers") or hf_config.get("n_layer")
     if isinstance(layers, int) and layers > len(source.names):  # checked before anything is allocated per layer
@@ -205,10 +205,10 @@ def _config(source: Source, path: Path) -> tuple[ModelConfig, list[str]]:
 
 
 def _tied(config: ModelConfig, source: Source, path: Path) -> bool:
-    """Whether the head is the embedding: the tensors take precedence over the config, as in transformers."""
+    """Whether the head is the embedding table. As in transformers, the tensors take precedence over the config."""
     table, head = (source.stored(family(config.family).KEYS[k].name) for k in ("embed/table", "unembed/table"))
     if head not in source.names:
-        classifies = scalar.TENSOR in source.names  # it has no head for text
+        classifies = scalar.TENSOR in source.names  # a classifier has no head for text
         return config.tied or "multimodal" in source.hf_config or classifies
     if not config.tied or table not in source.names:
         return config.tied
@@ -224,7 +224,7 @@ def _tied(config: ModelConfig, source: Source, path: Path) -> bool:
 
 
 def report(what: str, names: list[str], where: str, strict: bool) -> None:
-    """Logs one line about the parts of a model or an adapter that are not used; UserError if `strict`."""
+    """Logs one line about unused parts of a model or an adapter. If `strict`, raises UserError instead."""
     if not names:
         return
     first, kinds = {}, Counter()

@@ -35,13 +35,13 @@ DENSEST, SLACK = 64, 256 << 20
 
 
 class Damaged(Exception):
-    """A step that cannot be loaded; the message is one line that names the leaf and the file."""
+    """A checkpoint step that cannot be loaded. The message is one line, which names the parameter and the file."""
 
 
 def named(tree: Tree) -> Leaves:
-    """{"params/policy/embed/table": leaf}, so that Orbax never sees the tree's own node types.
+    """The leaves by name: {"params/policy/embed/table": leaf}, so that Orbax never sees the tree's own node types.
 
-    Raises ValueError for a duplicate name or one that is not plain, for which Orbax would silently load wrong values.
+    Raises ValueError for duplicate names and names that are not plain, since Orbax would silently load wrong values.
     """
     out: Leaves = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
@@ -57,7 +57,7 @@ def plain(name: str) -> bool:
 
 
 def fill(tree: Tree, arrays: Leaves) -> Tree:
-    """`tree` with the named arrays as its leaves. Raises KeyError for one that is missing."""
+    """`tree` with the named arrays as its leaves. Raises KeyError if an array is missing."""
     return weights.map_named(lambda key, _: arrays[key], tree)
 
 
@@ -65,9 +65,9 @@ def fill(tree: Tree, arrays: Leaves) -> Tree:
 def digest(x: Array) -> Array:
     """A 64-bit digest as uint32[2], equal for every sharding of the same array.
 
-    It consists of two sums, modulo 2^32, of the array's words times an odd number drawn from each word's position. Odd
-    factors are invertible, so a change in one word always shows; any other change is missed with a probability of about
-    2^-63. Addition is order-independent: every device sums its own part, and nothing is gathered.
+    It consists of two sums, modulo 2^32, of the array's words, each times an odd number that depends on its position.
+    Odd factors are invertible, so a change in one word always shows. Any other change is missed with a probability of
+    about 2^-63. Addition is order-independent: every device sums its own part, and nothing is gathered.
     """
     x = _words(x)
     position = positions(x.shape)
@@ -99,40 +99,40 @@ def scramble(x: Array) -> Array:
 
 
 def digests(arrays: Leaves) -> dict[str, str]:
-    """{name: sixteen hex digits}. All are started before the first is awaited."""
+    """{name: digest as sixteen hex digits}. All digests are started before the first is awaited."""
     pending = {name: digest(x) for name, x in arrays.items()}
     return {name: "{:08x}{:08x}".format(*lanes) for name, lanes in jax.device_get(pending).items()}
 
 
 def fingerprint(tree: Tree) -> str:
-    """One digest for a whole tree, names included and derived fields left out; "" for a tree without arrays."""
+    """One digest of a whole tree, including names but not derived fields; "" for a tree without arrays."""
     hashes = digests(named(weights.underived(tree)))
     lines = json.dumps(hashes, sort_keys=True).encode()
     return hashlib.blake2b(lines, digest_size=8).hexdigest() if hashes else ""
 
 
 def fingerprints(frozen: dict[str, Params]) -> dict[str, str]:
-    """{role: fingerprint} of {role: frozen tree}, without roles that have no arrays."""
+    """{role: fingerprint} from {role: frozen tree}, without roles that have no arrays."""
     return {role: digest for role, tree in frozen.items() if (digest := fingerprint(tree))}
 
 
 def describe(arrays: Leaves) -> dict[str, dict]:
-    """{name: entry of the manifest} of arrays."""
+    """{name: entry in the manifest} of each array."""
     hashes = digests(arrays)
     return {n: {"shape": list(x.shape), "dtype": str(x.dtype), "hash": hashes[n]} for n, x in arrays.items()}
 
 
 def write(folder: Place, params: Params, manifest: dict) -> None:
-    """Saves {role: tree} as a step that `load_params` reads; `manifest` is the rest of its manifest."""
+    """Saves {role: tree} as a step that `load_params` can read; `manifest` holds the other fields of its manifest."""
     arrays = named({"params": params})
     orbax().save(folder if paths.remote(folder) else folder.resolve(), arrays)
     finish(folder, manifest | {"leaves": describe(arrays)})
 
 
 def finish(folder: Place, manifest: dict) -> None:
-    """Writes the manifest of a step, its last file, which completes it.
+    """Writes the manifest of a step, which is its last file and marks the step as complete.
 
-    It lists the files that are needed to read the step: copying a step may lose Orbax's empty marker files.
+    The manifest lists only files that are needed to read the step, since copying it may lose Orbax's empty markers.
     """
     found = sorted(paths.sizes(folder).items())
     needed = {name: size for name, size in found if name == "_CHECKPOINT_METADATA" or name.startswith("state/")}
@@ -146,7 +146,7 @@ def seal(manifest: dict) -> str:
 
 
 def read_manifest(folder: Place) -> dict:
-    """The manifest of a step. Raises Damaged when it is missing or altered, or when a file has another size."""
+    """The manifest of a step. Raises Damaged if it is missing or altered, or if a listed file has another size."""
     path = folder / MANIFEST
     try:
         box = files.strict(path.read_text("utf-8"))
@@ -180,13 +180,13 @@ def _check_entries(manifest: dict) -> None:
 
 
 class _Patient:
-    """An event loop that waits for its tasks. When one array cannot be read or written, Orbax would close its loop
-    under the tasks of the others, each of which then prints a traceback."""
+    """An event loop that waits for its tasks before it closes. When one array cannot be read or written, Orbax closes
+    the loop while other arrays' tasks are running; without the wait, each of these tasks would print a traceback."""
 
     def close(self) -> None:
         if not self.is_closed() and (left := asyncio.all_tasks(self)):
             self.run_until_complete(asyncio.wait(left, timeout=10))
-            _ = [task.cancelled() or task.exception() for task in left if task.done()]  # else it is logged
+            _ = [task.cancelled() or task.exception() for task in left if task.done()]  # else they are logged
         super().close()
 
 
@@ -209,9 +209,10 @@ def _not_orbax(record: logging.LogRecord) -> bool:
 
 
 def steps(folder: Place) -> list[int]:
-    """Steps that seem complete, newest first; `read_manifest` and the digests say whether they are.
+    """Steps that seem complete, newest first. Only `read_manifest` and the digests show whether they really are.
 
-    On disk a step is renamed once it is complete; in a store, where nothing can be renamed, its manifest comes last.
+    On disk the folder of a step gets its name once it is complete. In an object store, which cannot rename folders, the
+    manifest is written last.
     """
     if not folder.is_dir():
         return []
@@ -220,9 +221,10 @@ def steps(folder: Place) -> list[int]:
 
 
 def read(folder: Place, abstract: Leaves) -> Leaves:
-    """The arrays named in `abstract`: numpy if it holds numpy, else with its shardings, whatever mesh saved them.
+    """The arrays named in `abstract`: numpy arrays if it holds numpy arrays, else JAX arrays with its shardings, which may
+    differ from those of the saved arrays.
 
-    Raises Damaged. It does not verify the values: see `verify`.
+    Raises Damaged. The values are not verified: see `verify`.
     """
     ocp = orbax()
     context = ocp.Context()
@@ -240,7 +242,7 @@ def read(folder: Place, abstract: Leaves) -> Leaves:
 
 
 def verify(folder: Place, arrays: Leaves, manifest: dict) -> None:
-    """Raises Damaged for the first array that differs from the one that was saved."""
+    """Raises Damaged for the first array whose values differ from the saved ones."""
     hashes = digests(arrays)
     for name in arrays:
         if hashes[name] != manifest["leaves"][name]["hash"]:
@@ -255,12 +257,12 @@ def first_line(error: BaseException) -> str:
 
 
 class Saved(NamedTuple):
-    """The trained parameters of a run; the config determines its frozen weights."""
+    """The trained parameters of a run. Its frozen weights are not saved, since the config determines them."""
 
     step: int
     config: dict
     params: dict[str, np.ndarray]  # "policy/layers/attn/wq/a" and so on; only adapters if only they were trained
-    frozen: dict[str, str] | str  # `fingerprints` of the frozen weights that it was trained with
+    frozen: dict[str, str] | str  # `fingerprints` of the frozen weights during training
 
 
 def load_params(workdir: str | Path, step: int | None = None, verified: bool = True) -> Saved:
@@ -295,7 +297,7 @@ def _finite(x: np.ndarray) -> bool:
 
 
 def check_base(run: Saved, policy: Params, where: str | Place) -> None:
-    """Raises UserError when the frozen parameters of `policy` differ from those that a run was trained with."""
+    """Raises UserError if the frozen parameters of `policy` differ from those with which a run was trained."""
     frozen = weights.map_named(lambda path, x: None if f"policy/{path}" in run.params else x, policy)
     if isinstance(run.frozen, str):  # older runs have one digest for all roles
         known = (fingerprint(tree) for tree in ({"policy": frozen}, {"policy": frozen, "ref": policy}))
@@ -307,7 +309,7 @@ def check_base(run: Saved, policy: Params, where: str | Place) -> None:
 
 
 def put(run: Saved, policy: Params, where: str | Place) -> Params:
-    """`policy` with the trained parameters of a run, in the dtypes and shardings of its arrays. Raises UserError."""
+    """`policy` with the trained parameters of a run, in the dtypes and shardings of `policy`. Raises UserError."""
     trained = {k.removeprefix("policy/"): v for k, v in run.params.items() if k.startswith("policy/")}
     if strange := trained.keys() - named(policy).keys():
         raise UserError(f"the run trained {min(strange)}, which is not in a model of its config", str(where))
@@ -327,7 +329,7 @@ def put(run: Saved, policy: Params, where: str | Place) -> Params:
 
 
 def _wanted(manifest: dict) -> dict[str, np.ndarray]:
-    """Host arrays into which the parameters are read. Raises ValueError for entries that no run can have saved."""
+    """Empty host arrays to read the parameters into. Raises ValueError for entries that no run can have saved."""
     kinds, room = {}, SLACK + DENSEST * sum(manifest["files"].values())
     for name, leaf in manifest["leaves"].items():
         if name.startswith("params/"):
