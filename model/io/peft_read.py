@@ -164,7 +164,7 @@ def _tied(folder: Folder, keys: dict) -> bool:
 
 
 def groups(key: Key, eqn: str) -> tuple[str, str]:
-    """The letters of the contracted and the produced axis of a checkpoint's matrix: ("D", "NH"); "3NH" for fused qkv."""
+    """The letters of the contracted and the produced axis of a checkpoint's matrix: ("D", "NH"); fused qkv: "3NH"."""
     contracted = weights.split(eqn)[1]
     axes = layout.parse(key.layout)[0]
     inside = next(i for i, letters in enumerate(axes) if letters.lstrip("0123456789") == contracted)

@@ -221,8 +221,8 @@ def steps(folder: Place) -> list[int]:
 
 
 def read(folder: Place, abstract: Leaves) -> Leaves:
-    """The arrays named in `abstract`: numpy arrays if it holds numpy arrays, else JAX arrays with its shardings, which may
-    differ from those of the saved arrays.
+    """The arrays named in `abstract`: numpy arrays if it holds numpy arrays, else JAX arrays with its shardings.
+    These may differ from the shardings of the saved arrays.
 
     Raises Damaged. The values are not verified: see `verify`.
     """
