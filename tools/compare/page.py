@@ -109,7 +109,7 @@ def markdown(d: Decision, record: Json) -> str:
     lines = [f"# {told.title}", "", _meta(d, record), "", told.reasons, ""]
     titles = ("How sure", "Changes", "If it is wrong", "The rule")
     lines += [f"- **{title}**: {text}" for title, text in zip(titles, told[2:], strict=True)]
-    lines += ["", "| | " + " | ".join(f"{a}, {b}" if b else a for a, b in head.heads[1:]) + " |"]
+    lines += ["", "## Methods", "", "| | " + " | ".join(f"{a}, {b}" if b else a for a, b in head.heads[1:]) + " |"]
     lines.append("|---" * len(head.heads) + "|")
     for (_, cells), o in zip(head.rows, d.options, strict=True):
         lines.append("| " + " | ".join([o.label, *(f"{c.value} {c.below}".strip() for c in cells)]) + " |")
