@@ -171,7 +171,7 @@ class LM:
         rows = []
         for text in [texts] if isinstance(texts, str) else texts:
             ids = self.encode(text)
-            size = min(WINDOW, self.config.context)
+            size = min(WINDOW, self.config.context - 1)  # and the token before the first scored one
             windows = (ids[at : at + size + 1] for at in range(0, len(ids) - 1, size))
             rows += [(window[:1], window[1:]) for window in windows]
         tokens = sum(len(scored) for _, scored in rows)

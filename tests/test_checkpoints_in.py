@@ -409,8 +409,10 @@ def test_a_text_as_long_as_the_table(tmp_path):
     params["position"]["table"] = params["position"]["table"][:40]
     lm = LM(Transformer(config), params, None)
     rows = [([1], list(range(2, 41))), ([1], [2])]
-    sums = lm._sums(rows)
+    sums, _ = lm.sums(rows)
     assert np.isfinite(sums).all()
+    loss, n = lm.loss([list(range(1, 61))])  # in two windows
+    assert n == 59 and np.isfinite(loss)
     with pytest.raises(UserError, match="41 tokens per row exceed the model's 40 learned positions"):
         lm.logits(np.arange(41))
 

@@ -195,7 +195,7 @@ def name_of(path: Path) -> str:
 
 def quick(path: Path) -> bool:
     """Configs that at the tiny size are another one's twin, a bigger model's or a sweep's, are left to `make slow`."""
-    return path.parent.name != "demo" and path.stem.endswith("tiny")
+    return path.stem.endswith("tiny")
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,16 @@
 """Which method suits a task best? Every PEFT method and full tuning, each at its own learning rate, three seeds.
 
-    python -m evals.export --task=dates --out=runs/demo/dates
+    python -m evals.export --task=dates --out=runs/dates
     python -m tools.sweep --config=configs/peft/methods.py --out=runs/sweeps/methods
     python -m tools.sweep --config=configs/peft/methods.py --sweep=best,seeds --out=runs/sweeps/methods-best \
         --metric=eval/dates --maximize
 
 The first sweep ranks learning rates by held-out loss; the rates tried extend beyond the best one on both sides. The
-second scores the best rates on the demo's task, and measures forgetting on Python's documentation. Hardware: a laptop
+second scores the best rates on the task `dates`, and measures forgetting on Python's documentation. Hardware: a laptop
 CPU, 8 GB, half an hour for the first and an hour for the second. Expected: results/methods.md.
 """
 
-from configs.demo import full
+from configs import base
 from configs.sweeps import product
 
 RATES = {  # learning rates by method, the best first; "" is full tuning
@@ -26,8 +26,18 @@ RATES = {  # learning rates by method, the best first; "" is full tuning
 
 
 def get_config():
-    c = full.get_config()
+    c = base.get_config()
+    c.steps = 24
+    c.init = "smollm2-135m-instruct"
+    c.data.source = "runs/dates/train.jsonl"
+    c.data.eval_source = "runs/dates/heldout.jsonl"
+    c.data.seq_len = 256
+    c.data.batch_size = 2
+    c.optim.lr = 3e-5
+    c.optim.warmup = 0.1
+    c.log_every = 2
     c.eval_every = 0
+    c.eval_batches = 4
     c.ckpt.every = 0
     return c
 

@@ -128,7 +128,7 @@ def _labels(points: Sequence[tuple[str, float, float]]) -> list[str]:
         for down, (at, anchor) in itertools.product((-8, 20, 38, 56, 74, 92), sides):
             left = at if anchor == "start" else at - wide
             free = all(abs(y + down - 5 - other) > 15 or left > b or left + wide < a for a, b, other in taken)
-            if free and left > 0 and left + wide < WIDTH:
+            if free and left > 0 and left + wide < WIDTH and y + down > TOP:
                 break
         taken.append((left, left + wide, y + down - 5))
         text = f'x="{at:.1f}" y="{y + down:.1f}" text-anchor="{anchor}">{escape(label)}</text>'
