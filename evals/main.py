@@ -233,7 +233,7 @@ def show(results: list[Json]) -> None:
     scores, losses = [r for r in results if "task" in r], [r for r in results if "text" in r]
 
     def table_of(first: str, *more: str) -> Table:
-        heads = ("asked", "score", Column("95 % interval", no_wrap=True), "n")
+        heads = (Column("asked", overflow="fold"), "score", Column("95 % interval", no_wrap=True), "n")
         return Table(Column(first, overflow="fold"), *heads, *more)
 
     if scores:
