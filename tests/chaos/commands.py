@@ -131,7 +131,7 @@ def _sweep(argv: list[str]) -> int:
 
 def _demo(argv: list[str], base: Path) -> int:
     """The rows of a task, and a comparison of two methods on them."""
-    jobs.start, demo.MODEL, demo.COMPARED = Forked, str(base / "run"), {"sums": (120, "zero_shot,lora", 60)}
+    jobs.start, demo.MODEL, demo.COMPARED = Forked, str(base / "run"), {"sums": (120, 1, "zero_shot,lora", 60)}
     demo.CREDITS = {"sums": "Made of two numbers."}
     return demo.main(argv)
 
