@@ -1,4 +1,5 @@
-"""Accelerators and their known properties, from the dated table chips.json. This module does not import jax."""
+"""Accelerators and their properties, from chips.json, where each number has its source and date. This module does not
+import jax."""
 
 import json
 from pathlib import Path
@@ -15,7 +16,7 @@ class Number(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """One row of chips.json. Unpublished values are None."""
+    """One row of chips.json. Unknown values are None."""
 
     name: str
     devices: int  # jax devices per chip
@@ -25,13 +26,13 @@ class Chip(NamedTuple):
     ici_bandwidth: Number  # bytes/s one way, all links of a chip
     usd_hour: Number | None  # per chip-hour, on demand
     usd_hour_spot: Number | None
-    watts: Number  # average, including the host's share if the source has it
+    watts: Number  # average power, with a share of the host's if the source includes it
     cci: Number | None  # compute carbon intensity, gCO2e per 1e18 utilized FLOPs (Schneider et al. 2025)
     dcn_bandwidth: Number | None = None  # bytes/s between slices, per chip
 
 
 class Site(NamedTuple):
-    """The data center whose energy is assumed."""
+    """The data center that energy and carbon estimates assume."""
 
     region: str
     gco2_per_kwh: Number  # location-based
@@ -39,7 +40,7 @@ class Site(NamedTuple):
 
 
 def find(name: str) -> Chip | None:
-    """The chip with a name ("v6e") or a jax device_kind ("TPU v6 lite"); None if the table does not have it."""
+    """The chip with a name ("v6e") or a jax device_kind ("TPU v6 lite"); None if it is not in the table."""
     return _CHIPS.get(name.lower())
 
 

@@ -1,6 +1,6 @@
-"""Common to all command lines: options, exit codes, and user errors as one line.
+"""Code shared by all command lines: options, exit codes, and user errors printed as one line.
 
-No command depends on its console: if it disappears, the command continues without it.
+If its console disappears, a command continues without a console.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from common.errors import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """Options of `python -m NAME`; --help shows the module's docstring. Mistakes raise UserError."""
+    """Parses the options of `python -m NAME`; --help shows the module's docstring. Invalid options raise UserError."""
 
     def __init__(self, name: str, doc: str | None):
         super().__init__(prog=f"python -m {name}", description=doc, allow_abbrev=False)
@@ -38,13 +38,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
-    """Wraps `main(argv)` as a command: it returns an exit code, and a UserError is printed, not raised."""
+    """Wraps `main(argv)` as a command, which returns an exit code and prints a UserError instead of raising it."""
 
     @functools.wraps(main)
     def shell(argv: list[str]) -> int:
         jobs.follow_parent()
         keep_console()
-        logging.basicConfig(format="%(message)s")  # a note to the user, without "WARNING:root:"
+        logging.basicConfig(format="%(message)s")  # print messages without the prefix "WARNING:root:"
         try:
             return main(argv) or exits.DONE
         except UserError as e:
@@ -62,8 +62,8 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], in
 
 
 def full_disk(error: BaseException | None) -> UserError | None:
-    """The UserError for a full disk, if that is the cause of an error. Rust and C++ libraries raise other types, with
-    the error number in their message."""
+    """A UserError if the cause of an error is a full disk, else None. Rust and C++ libraries do not raise OSError, but
+    have the error number in their messages."""
     fix = "make room and run the same command again"
     while error is not None:
         if isinstance(error, OSError) and error.errno in files.FULL:
@@ -80,7 +80,8 @@ def full_disk(error: BaseException | None) -> UserError | None:
 def table(
     rows: Iterable[Sequence[object]], heads: Sequence[str] = (), title: str = "", width: int | None = None
 ) -> None:
-    """Prints a table; brackets in cells are not markup. `width` is that of the console, by default the terminal's."""
+    """Prints a table. Brackets in cells are not read as markup. `width`, in characters, is by default the
+    terminal's."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -92,11 +93,12 @@ def table(
 
 
 def keep_console() -> None:
-    """Makes sys.stdout and sys.stderr accept everything: no closed pipe, full disk or ASCII locale ends a command."""
+    """Makes sys.stdout and sys.stderr accept all output, so that a closed pipe, a full disk or an ASCII locale does not
+    end a command."""
     for fd in range(3):
         try:
             os.fstat(fd)
-        except OSError:  # closed: the next opened file would become the console
+        except OSError:  # it is closed: the next opened file would get its number
             os.open(os.devnull, os.O_RDWR)
     if sys.stdout is sys.__stdout__:  # otherwise the caller captures the output
         sys.stdout = _kept(sys.stdout, 1)
@@ -117,7 +119,7 @@ def _kept(stream: TextIO | None, fd: int) -> TextIO:
 
 
 class _Lossy(io.FileIO):
-    """A descriptor that becomes /dev/null, with one warning, when it can no longer be written."""
+    """A file descriptor that is redirected to /dev/null, with one warning, when it can no longer be written."""
 
     def write(self, data: Any) -> int | None:
         try:
@@ -152,7 +154,8 @@ def listed(text: str) -> list[str]:
 
 
 def named(text: str) -> dict[str, str]:
-    """{name: folder} from "[NAME=]FOLDER,...". Raises UserError for a duplicate name."""
+    """{name: folder} from "[NAME=]FOLDER,..."; NAME is by default the folder's name. Raises UserError for a duplicate
+    name."""
     out: dict[str, str] = {}
     for item in filter(None, text.split(",")):
         name, given, folder = item.rpartition("=")

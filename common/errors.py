@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import ParamSpec, TypeVar
 
 P, R = ParamSpec("P"), TypeVar("R")
-warn = logging.getLogger("kungfu").warning  # printed as it is: only the root logger adds "WARNING:root:"
+warn = logging.getLogger("kungfu").warning  # prints only the message; logging.warning adds "WARNING:root:"
 LONGEST = 1000  # characters per part of a message: names and values may come from hostile files
 
 
 class UserError(ValueError):
-    """Bad input: one line that says what is wrong, where, and the fix. Command lines print it and exit with code 2."""
+    """Bad input. The message is one line: where, what is wrong, and the fix. Command lines print it and exit with code
+    2."""
 
     def __init__(self, what: str, where: str = "", fix: str = ""):
         self.what, self.where, self.fix = map(clipped, (what, where, fix))
@@ -24,18 +25,18 @@ class UserError(ValueError):
         self.__suppress_context__ = True
 
     def _render_traceback_(self) -> list[str]:
-        """The text that notebooks show."""
+        """The text that notebooks show instead of a traceback."""
         return [f"{type(self).__name__}: {self}"]
 
 
 def clipped(text: str) -> str:
-    """One line that a terminal can show."""
+    """Shortens a text to one line that a terminal can show."""
     text = " ".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def outermost(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a function of the public interface: its UserErrors have no inner frames and no causes."""
+    """Decorates a function of the public interface, so that its UserErrors show no inner frames and no causes."""
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -49,9 +50,9 @@ def outermost(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextlib.contextmanager
 def reading(where: object, fix: str = "") -> Iterator[None]:
-    """A context for reading a file that may be damaged or hostile: any other error becomes a UserError, with its cause.
+    """A context for reading a file that may be damaged or hostile: any error becomes a UserError with its cause.
 
-    That includes the PanicException of libraries in Rust, which is a BaseException.
+    Errors include the PanicException of Rust libraries, which is a BaseException.
     """
     try:
         yield
@@ -63,13 +64,13 @@ def reading(where: object, fix: str = "") -> Iterator[None]:
         raise UserError(f"cannot be read: {reason(error)}", str(where), fix) from error
 
 
-# The report that Rust writes of a panic: where, its message, and perhaps the stack.
+# The report that Rust prints for a panic: the location, the message, and perhaps the stack.
 PANIC = rb"\n?thread '[^\n]* panicked at [^\n]*\n[^\n]*\n(stack backtrace:\n( +[^\n]*\n)*)?(note: [^\n]*\n)?"
 
 
 class _Panics:
-    """A context in which libraries in Rust do not print their panics, which they also raise. Other text on stderr is
-    held back until all threads have left the context."""
+    """A context in which Rust libraries do not print their panics, which they raise as exceptions too. Other text on
+    stderr is held back until all threads have left the context."""
 
     def __init__(self) -> None:
         self._lock, self._inside, self._held = threading.Lock(), 0, -1
@@ -108,8 +109,8 @@ def reason(error: BaseException) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """ "did you mean X?", with the known word or dotted path that has the same last part or the nearest spelling; else
-    `otherwise`."""
+    """ "did you mean X?", where X is the known word or dotted path with the same last part or the most similar
+    spelling; `otherwise` if there is none."""
     known, last = list(known), word.rpartition(".")[2]
     tails = {k.rpartition(".")[2]: k for k in reversed(known)}
     near = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(word, known, 1, 0.75)

@@ -1,7 +1,8 @@
-"""Writes every file of the project: files and folders appear complete or not at all, lines are appended whole.
+"""Writes all files of the project. Files and folders appear complete or not at all, and lines are appended as a whole.
 
 A file or folder is first written beside its final path, under a name that begins with WRITING, and locked. The kernel
-releases the lock with the process, so the next writer in the same folder can recognize and delete remains of a kill.
+releases the lock with the process, so the next writer in the same folder can recognize and delete what a killed process
+left.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ MIRRORS = Path("~/.cache/kungfu/runs")
 
 
 def write(path: Place, content: str | bytes) -> None:
-    """Replaces `path` by the content; durable when it returns. A link is replaced, not followed."""
+    """Writes the content to `path`, durably when the function returns. A link is replaced, not followed."""
     data = content.encode() if isinstance(content, str) else content
     if paths.remote(path):
         path.write_bytes(data)
@@ -45,10 +46,10 @@ def write(path: Place, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def file(path: Path, replace: bool = True) -> Iterator[Path]:
-    """An empty file to fill. It is renamed to `path` when the block ends without an error, else deleted.
+    """Yields an empty file to fill. It is renamed to `path` if the block ends without an error, or else deleted.
 
     Without `replace`, FileExistsError is raised if `path` exists with other content. Equal content is accepted, since a
-    kill after the rename leaves it.
+    process killed after the rename leaves it.
     """
     with _naming(path):
         with _beside(path, is_folder=False) as part:
@@ -66,17 +67,18 @@ def write_json(path: Place, value: Any) -> None:
 
 
 def write_lines(path: Place, values: Iterable[Json]) -> None:
-    """Writes a .jsonl atomically."""
+    """Writes a .jsonl file atomically."""
     write(path, "".join(map(json_line, values)))
 
 
 @contextlib.contextmanager
 def folder(path: Place, marker: str) -> Iterator[Path]:
-    """An empty folder to fill. It is renamed to `path` when the block ends without an error, else deleted.
+    """Yields an empty folder to fill. It is renamed to `path` if the block ends without an error, or else deleted.
 
-    In a store, which cannot rename, the files are copied to `path`, the one named `marker` last; a folder without its
-    marker is incomplete, and the next writer deletes it. If `path` exists, it stays: FileExistsError is raised unless
-    its files are the same, as after a kill that followed the rename. An empty folder is replaced.
+    An object store cannot rename, so the files are copied to `path`, and the file named `marker` is copied last. A
+    folder without its marker is incomplete, and the next writer deletes it. If `path` exists, it is kept, and
+    FileExistsError is raised unless its files are the same, as they are after a kill that followed the rename. An empty
+    folder is replaced.
     """
     if paths.remote(path):
         if (path / marker).exists():
@@ -113,7 +115,7 @@ def _same(a: Path, b: Path) -> bool:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Adds the file name, which the system omits, to the error of a full disk."""
+    """Adds the file name, which the operating system omits, to the OSError for a full disk."""
     try:
         yield
     except OSError as error:
@@ -160,7 +162,7 @@ def _lock(fd: int) -> bool | None:
 
 
 def clean(place: Path) -> None:
-    """Deletes the remains of killed writers in a folder, except links."""
+    """Deletes the unfinished files and folders of killed writers in a folder, except links."""
     for part in place.glob(f"{WRITING}*"):
         with contextlib.suppress(OSError):
             fd = os.open(part, os.O_RDONLY | os.O_NOFOLLOW)
@@ -178,7 +180,7 @@ def _delete(part: Path) -> None:
 
 
 def sync(path: str | Path) -> None:
-    """Makes the content of a file, or renames in a folder, durable."""
+    """Flushes the content of a file, or the renames in a folder, to disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -194,7 +196,7 @@ def remove(place: Place) -> None:
         place.rmtree()
 
 
-# --- JSON and lines of it ---
+# --- JSON files and JSON lines ---
 
 
 def plain(x: Any) -> Any:
@@ -224,7 +226,7 @@ def _finite(text: str) -> float:
 
 
 def load_json(path: Path) -> Json:
-    """The object of a JSON file that must be there. Raises UserError."""
+    """The object in a JSON file. Raises UserError if the file is missing or invalid."""
     try:
         value = strict(path.read_text("utf-8"))
         json.dumps(value, ensure_ascii=False).encode()  # raises for half a surrogate pair
@@ -236,7 +238,7 @@ def load_json(path: Path) -> Json:
 
 
 def read_json(path: Path) -> Json:
-    """The object of a JSON file; {} when there is none."""
+    """The object in a JSON file; {} if the file is missing or invalid."""
     try:
         return load_json(path)
     except UserError:
@@ -244,7 +246,7 @@ def read_json(path: Path) -> Json:
 
 
 def read_lines(path: str | Path) -> list[Json]:
-    """The objects of a .jsonl, which may be missing or still be written; incomplete lines are left out."""
+    """The objects in a .jsonl file, which may be missing or still be growing; incomplete lines are left out."""
     try:
         text = Path(path).read_text("utf-8", errors="replace")
     except OSError:
@@ -266,16 +268,16 @@ def not_followed(path: str | Path, flags: int) -> int:
 
 
 def append(path: Path, value: Json) -> None:
-    """Appends a line to a .jsonl, in one write."""
+    """Appends a line to a .jsonl file, in one write."""
     with contextlib.closing(Lines(path)) as lines:
         lines.write(value)
 
 
 class Lines:
-    """A .jsonl, open at its end. If a kill left an incomplete line, it is terminated first.
+    """A .jsonl file, opened for appending. If a kill left an incomplete last line, a line break is added first.
 
     Links are not followed. If a line cannot be written, as on a full disk, `write` and `flush` raise OSError, and the
-    next call writes it first.
+    next call writes that line first.
     """
 
     def __init__(self, path: Path):
@@ -302,12 +304,12 @@ class Lines:
             os.fsync(self._fd)
 
     def close(self) -> None:
-        """Lines that could not be written are lost: call `flush` first."""
+        """Closes the file. Lines that could not be written are lost, so call `flush` first."""
         os.close(self._fd)
 
 
 def json_line(value: Json) -> str:
-    """A value as a line of a .jsonl. Raises ValueError for NaN and infinities: see `plain`."""
+    """A value as a line of a .jsonl file. Raises ValueError for NaN and infinities: see `plain`."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -331,7 +333,7 @@ def fetch(home: Place, folder: Path) -> None:
 
 
 def put(folder: Path, home: Place, known: dict[str, tuple[int, int]]) -> None:
-    """Uploads files to a run in a store if their size or time differs from `known`, which is updated."""
+    """Uploads the files of `folder` whose size or modification time differs from `known`, and updates `known`."""
     for name, size in paths.sizes(folder).items():
         stamp = (size, (folder / name).stat().st_mtime_ns)
         if name != LOCK and known.get(name) != stamp:

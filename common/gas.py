@@ -8,8 +8,8 @@ from common import chips
 from common.numbers import percent, short
 from common.types import Json
 
-REPLAYED = ("data", "step")  # kinds of seconds that are repeated after a restart
-COVERED = 0.9  # fraction of a session that power samples must cover to count as measured
+REPLAYED = ("data", "step")  # kinds of time that is spent again after a restart
+COVERED = 0.9  # fraction of a session that power samples must cover, or else its energy is an estimate
 
 
 class Session(NamedTuple):
@@ -31,29 +31,30 @@ class Range(NamedTuple):
 
 
 class Gas(NamedTuple):
-    """A sum over sessions or runs. Unknown values are None, such as prices of a chip that is not in chips.json."""
+    """The resources used by sessions or runs. Unknown values are None, such as the price of a chip not in
+    chips.json."""
 
     chips: tuple[str, ...] = ()  # names, or device kinds
-    flops: float | None = None  # of training, from the equations, without repeated steps and evaluations
-    peak: float | None = None  # FLOPs at peak rate in all chip-hours
+    flops: float | None = None  # of training, from einsum equations, without repeated steps and evaluations
+    peak: float | None = None  # FLOPs that the chips could compute in all chip-hours at peak rate
     hours: float | None = None  # chip-hours from launch to end, with compilation, idle time and repeated steps
     replayed: float | None = None  # chip-hours of steps repeated after a restart
     usd: float | None = None  # on demand
     usd_spot: float | None = None
     kwh: Range | None = None  # with PUE, except for an unknown chip whose power was measured
     kwh_measured: float | None = None  # the measured part of kwh.value
-    co2_kg: Range | None = None  # from that electricity, location-based
+    co2_kg: Range | None = None  # from kwh, location-based
     co2_kg_cci: float | None = None  # from compute carbon intensity, with embodied emissions: a cross-check
     seconds: dict[str, float] = {}  # by kind, and "lost"
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs over peak FLOPs in all chip-hours, with compilation and idle time."""
+        """Model FLOPs divided by the peak FLOPs of all chip-hours, including compilation and idle time."""
         return self.flops / self.peak if self.flops is not None and self.peak else None
 
     @property
     def goodput(self) -> float | None:
-        """Fraction of the seconds in steps that were not repeated."""
+        """Fraction of all seconds that were spent in training steps, not counting steps that were repeated."""
         return self.seconds.get("step", 0.0) / sum(self.seconds.values()) if any(self.seconds.values()) else None
 
     def __str__(self) -> str:
@@ -82,8 +83,8 @@ class Gas(NamedTuple):
 def sessions(lines: Iterable[dict]) -> list[Session]:
     """The launches recorded in a metrics.jsonl.
 
-    Each begins with a "session" event, which also has the totals of the previous one. Seconds accumulate from line to
-    line, so the last line that a restart did not remove has the seconds of the steps that count.
+    Each launch begins with a "session" event, which also has the totals of the previous launch. Seconds accumulate from
+    line to line, so the last line that a restart did not remove has the seconds of all steps that were not repeated.
     """
     found, now = [], Session({}, {}, {}, {})
     for line in lines:
@@ -100,8 +101,8 @@ def sessions(lines: Iterable[dict]) -> list[Session]:
 
 
 def line(lines: Iterable[dict], environment: Json, chip: str = "") -> Gas:
-    """The totals of the lines of a run. Older lines do not name their devices, which are then read from `environment`,
-    its environment.json.
+    """The resources used by a run, from the lines of its metrics.jsonl. If the lines of an older run do not name its
+    devices, they are read from `environment`, its environment.json.
 
     `chip` is config.chip: a name in chips.json to use for all devices.
     """

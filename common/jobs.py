@@ -1,6 +1,6 @@
-"""Runs commands as processes: several at once from a queue, or stage after stage under a progress bar.
+"""Runs commands as processes: several at once from a queue, or stages one after the other with a progress bar.
 
-Finished work is not repeated: a queue hands out only the rest, and a stage reads its progress from its files.
+Finished work is not repeated: a queue starts only unfinished commands, and a stage reads its progress from its files.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from common import exits, files
 
-PARENT = "KUNGFU_PARENT"  # environment variable with the process id that a command must not outlive
+PARENT = "KUNGFU_PARENT"  # environment variable: id of the process with which a command must end
 
 
 class Running(Protocol):
@@ -30,7 +30,7 @@ R = TypeVar("R", bound=Running)
 
 class Queue(Protocol[R]):
     def take(self) -> R | None:
-        """Starts the next command; None if there is none to start now."""
+        """Starts the next command; None if no command can start now."""
 
     def left(self) -> bool:
         """Whether a command can be started, now or later."""
@@ -39,23 +39,23 @@ class Queue(Protocol[R]):
         """Whether to stop a running command early."""
 
     def close(self, job: R, hopeless: bool) -> None:
-        """Called when its process has ended; `hopeless` if it was stopped early."""
+        """Called when the process of `job` has ended; `hopeless`: whether the job was stopped early."""
 
 
 class Stage(NamedTuple):
-    """`share` is the part of the stage that is done, from 0 to 1, read from its files; at 1 the stage is skipped."""
+    """A command to run. `share` returns the fraction of the stage that is done, from its files; at 1 it is skipped."""
 
     title: str
     argv: list[str]  # python -m ...
     share: Callable[[], float]
-    seconds: float  # expected duration, which sets its part of the progress bar
+    seconds: float  # expected duration, which sets the stage's part of the progress bar
 
 
 def start(argv: Sequence[str], log: Path, **options: Any) -> subprocess.Popen:
     """Starts `python -m ARGV`; its output is appended to `log`.
 
-    It gets its own session, since Ctrl-C in a terminal would otherwise reach it twice, and a second signal stops a run
-    at once.
+    The process gets its own session. Otherwise Ctrl-C in a terminal would reach it twice, and the second signal would
+    stop a run at once.
     """
     with open(log, "ab", opener=files.not_followed) as file:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
@@ -81,7 +81,7 @@ def tail(log: Path, lines: int) -> list[str]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """A list that holds SIGTERM after the first SIGTERM or Ctrl-C; a second one ends the process as usual."""
+    """Yields a list to which the first SIGTERM or Ctrl-C adds SIGTERM. A second signal ends the process as usual."""
     caught: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -102,8 +102,8 @@ def interruptible() -> Iterator[list[int]]:
 
 
 def drain(queue: Queue[R], at_once: int, stop: list[int], show: Callable[[], None]) -> None:
-    """Works on a queue until it is empty, or until `stop` holds a signal, which is passed on to the processes. Returns
-    when all of them have ended. `show` is called four times per second.
+    """Runs the commands of a queue until it is empty, or until `stop` holds a signal, which is passed on to the running
+    processes. Returns when all processes have ended. `show` is called four times per second.
     """
     running: list[R] = []
     asked: list[R] = []  # to stop
@@ -180,7 +180,8 @@ def run(stages: list[Stage], out: Path) -> int:
 
 @contextlib.contextmanager
 def _bar(stages: list[Stage]) -> Iterator[Callable[[int], None]]:
-    """A function that shows stage i (`len(stages)`: all done): as a bar in a terminal, else as a line per stage."""
+    """Yields a function that shows which stage i is running (`len(stages)`: all are done): as a progress bar in a
+    terminal, or else as one line per stage."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 

@@ -9,7 +9,7 @@ BACKLOG = 2048  # connections that the system queues until they are accepted
 
 
 def listen(port: int) -> socket.socket:
-    """A listening socket on the loopback interface; port 0 means any free one. Raises UserError if the port is
+    """A listening socket on the loopback interface; port 0 means any free port. Raises UserError if the port is
     taken."""
     if not 0 <= port < 1 << 16:
         raise UserError(f"{port} is not a port", "--port", "0 to 65535")

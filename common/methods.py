@@ -16,8 +16,8 @@ def known(package: str) -> list[str]:
 
 
 def module(package: str, name: str) -> ModuleType:
-    """A module of a package. Raises UserError for an unknown name: a config read from a run folder is data, and must
-    not import anything else."""
+    """A module of a package. Raises UserError for an unknown name, so that a config from a run folder cannot import
+    arbitrary modules."""
     if name not in known(package):
         raise UserError(f"{package} has no {name!r}", "config", f"known: {', '.join(known(package))}")
     return importlib.import_module(f"{package}.{name}")

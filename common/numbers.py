@@ -1,4 +1,4 @@
-"""Formats numbers for people. None is "n/a"; prefixes are powers of 1000."""
+"""Formats numbers for people. None becomes "n/a"; unit prefixes such as k and M are powers of 1000."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,14 +7,14 @@ NA = "n/a"
 
 
 def number(x: Any) -> str:
-    """Four significant digits, integers from 1000 on; other types unchanged."""
+    """A number with four significant digits, from 1000 on as an integer; other types are unchanged."""
     if isinstance(x, bool) or not isinstance(x, int | float):
         return NA if x is None else str(x)
     return f"{x:,.0f}" if abs(x) >= 1000 or isinstance(x, int) else f"{x:.4g}"
 
 
 def short(x: float | None) -> str:
-    """Two significant digits, integers from 100 on."""
+    """A number with two significant digits, from 100 on as an integer."""
     return NA if x is None else f"{x:,.0f}" if abs(x) >= 99.5 else f"{x:.2g}"
 
 

@@ -18,7 +18,7 @@ HUB = {  # the original releases of these models
 
 
 LOGIN = "set HF_TOKEN or run `hf auth login`"
-HUB_ERRORS = (  # pattern of an error of the hub's libraries, what it means, and the fix; the first match counts
+HUB_ERRORS = (  # (pattern of an error of the hub's libraries, its meaning, the fix); the first match counts
     (
         "OfflineModeIsEnabled|outgoing traffic has been disabled",
         "not a local path and not in the hub's cache, and HF_HUB_OFFLINE forbids a download",
@@ -44,8 +44,8 @@ HUB_ERRORS = (  # pattern of an error of the hub's libraries, what it means, and
 
 
 def packaged(name: str) -> Path:
-    """The .gguf file in the installed package of a named model, or else its folder with a config.json and weights. The
-    package is never imported."""
+    """The .gguf file in the installed package of a named model, or else the package's folder with a config.json and
+    weights. The package is never imported."""
     package = PACKAGES.get(name)
     if package is None:
         raise UserError(f"no packaged model has this name; known: {', '.join(PACKAGES)}", name)
@@ -78,7 +78,7 @@ def locate(name: str, patterns: tuple[str, ...]) -> Path:
 
     try:
         return Path(snapshot_download(hub[1], revision=hub[2], allow_patterns=list(patterns)))
-    except Exception as error:  # the hub's client raises a dozen types, which mean the same to the user
+    except Exception as error:  # the hub's client raises many types of errors that mean the same to the user
         if path.parent.is_dir():
             fix = paths.nearest(path, f"there is none in {path.parent}")
             raise UserError("no such folder, and no such model at the hub", name, fix) from None

@@ -1,4 +1,4 @@
-"""Paths on disk, or gs://BUCKET/FOLDER in an object store, which etils presents like a pathlib.Path.
+"""Paths on disk, or gs://BUCKET/FOLDER in an object store, for which etils has a class like pathlib.Path.
 
 A store supports no appending, no renaming and no locks; writing an object is atomic.
 """
@@ -47,7 +47,7 @@ def store() -> "AbstractFileSystem":
 
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     try:
-        return fsspec.filesystem("gcs", finalize_on_close=True)  # as etils calls it, for the same instance
+        return fsspec.filesystem("gcs", finalize_on_close=True)  # same arguments as in etils, for the same instance
     except ImportError as e:
         raise UserError(f"not installed: {e}", STORE, "pip install -r requirements/cloud.txt") from e
 
@@ -79,7 +79,8 @@ def nearest(path: Place, otherwise: str = "") -> str:
 
 
 def create(path: Place, text: str) -> bool:
-    """Writes an object in a store unless it exists; returns whether it did. Only one of several writers succeeds."""
+    """Writes an object in a store unless it exists; returns whether it was written. Only one of several writers
+    succeeds."""
     try:
         store().pipe_file(str(path), text.encode(), mode="create")
     except FileExistsError:

@@ -7,8 +7,8 @@ from common.types import Json
 
 
 def read(path: str | Path) -> list[Json]:
-    """The lines of a file, each a dict {"step", "time", "kind", ...}. Lines that a kill cut short, or that no run can
-    have written, are left out."""
+    """The lines of a file, each a dict {"step", "time", "kind", ...}. Lines that were cut short by a kill, and lines
+    that are not valid, are left out."""
     return list(filter(_sound, files.read_lines(path)))
 
 

@@ -1,4 +1,4 @@
-"""Compiles regular expressions from untrusted files, but only those that are fast on every short name."""
+"""Compiles regular expressions from untrusted files, but refuses patterns that could be slow on short names."""
 
 import re
 from collections.abc import Iterator
@@ -8,16 +8,16 @@ from typing import Any
 
 from common.errors import UserError
 
-# Limits of a pattern: its characters; its long repeats, each of which may multiply the time by the text's length; its
-# repeats and branches, each of which may double the time.
+# Limits of a pattern: the number of characters (LONGEST); of long repeats (WIDE), each of which may multiply the time
+# by the text's length; of repeats and branches (CHOICES), each of which may double the time.
 LONGEST, WIDE, CHOICES = 2000, 4, 16
 REPEATS = {op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT}
 DIGITS = [(op.IN, [(op.CATEGORY, op.CATEGORY_DIGIT)])]
 
 
 def bounded(pattern: str, where: str) -> re.Pattern[str]:
-    """`pattern` compiled. Raises UserError when it is invalid, or when backtracking could take long: a repeat of an
-    ambiguous pattern, such as (a+)+, or many long repeats."""
+    """`pattern` compiled. Raises UserError when it is invalid, or when backtracking could take long, because it repeats
+    an ambiguous pattern, as in (a+)+, or has many long repeats."""
     try:
         if len(pattern) > LONGEST:
             raise ValueError(f"it has more than {LONGEST} characters")

@@ -1,11 +1,11 @@
-"""A dict that records which of its keys are read, to find those that nothing uses."""
+"""A dict that records which of its keys are read, to find unused keys."""
 
 from collections.abc import Collection
 from typing import Any
 
 
 class Seen(dict):
-    """A dict whose `used` has every key that was read. Its unions with other dicts share `used`."""
+    """A dict that adds each key that is read to the set `used`. Its unions with other dicts share `used`."""
 
     def __init__(self, content: dict, used: set[str] | None = None):
         super().__init__(content)
@@ -26,7 +26,7 @@ class Seen(dict):
         return Seen({**other, **self}, self.used)
 
     def unused(self, irrelevant: Collection[str]) -> set[str]:
-        """The keys with a value that were not read and are not in `irrelevant` (in lower case)."""
+        """The keys that have a value, were not read, and are not in `irrelevant` (names in lower case)."""
         left = (key for key in self if key not in self.used and holds(dict.get(self, key)))
         return {key for key in left if str(key).lower() not in irrelevant}
 

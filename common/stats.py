@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 
-Z = 1.959964  # two-sided, of the normal distribution
+Z = 1.959964  # quantile of the normal distribution for a two-sided interval
 
 
 def of_scores(scores: Sequence[float]) -> tuple[float, float]:
-    """Wilson's interval (1927) for scores of 0 and 1, else the normal one, which is infinite for n = 1.
+    """Wilson's interval (1927) if all scores are 0 or 1, else the normal interval, which is infinite for n = 1.
 
-    Wilson's stays within [0, 1] and has a width even if all answers are right or all are wrong.
+    Wilson's interval stays within [0, 1], and its width is above 0 even if all answers are right or all are wrong.
     """
     n, p = len(scores), sum(scores) / len(scores)
     if set(scores) <= {0.0, 1.0}:
@@ -19,13 +19,14 @@ def of_scores(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def wilson(p: float, n: int) -> tuple[float, float]:
-    """The interval of a share `p` of `n`."""
+    """Wilson's interval for a fraction `p` of `n` answers."""
     center, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     return max(0.0, (center - half) / (1 + Z**2 / n)), min(1.0, (center + half) / (1 + Z**2 / n))
 
 
 def student(values: Sequence[float]) -> tuple[float, float] | None:
-    """Student's interval, for few values of unknown variance, such as those of seeds; None for a single value."""
+    """Student's t interval, for a few values of unknown variance, such as those of several seeds; None for one
+    value."""
     from scipy.special import stdtrit
 
     n, center = len(values), sum(values) / len(values)

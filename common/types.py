@@ -11,7 +11,7 @@ class Config(Protocol):
     """A run's config, or a group of its keys; values are attributes, as in `cfg.optim.lr`. At run time it is an
     ml_collections.ConfigDict.
 
-    configs/base.py declares all keys and their types; they are checked before a Config is used.
+    configs/base.py declares all keys and their types; values are checked before a Config is used.
     """
 
     def __getattr__(self, key: str, /) -> Any: ...

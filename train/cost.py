@@ -1,4 +1,5 @@
-"""The cost of a run (parameters, FLOPs, bytes) from the einsum equations and abstract values, before the first step."""
+"""Computes the cost of a run (parameters, FLOPs, bytes) before its first step, from einsum equations and array
+shapes."""
 
 import math
 from typing import NamedTuple
@@ -35,13 +36,15 @@ class Cost(NamedTuple):
 
 
 def cost(config: ModelConfig, params: Params, specs: Specs, mask: Tree, seq_len: int) -> Cost:
-    """FLOPs of a model from its equations. A multiply-add counts 2 in the forward pass, 2 for the gradient of the
-    input, and 2 for that of the weight if it trains. Attention counts a full row ((T + 1) / 2 keys per query in a
-    causal model) and virtual tokens.
+    """The cost of a model, from the einsum equations of its weights. A multiply-add counts as 2 FLOPs in the forward
+    pass, 2 for the gradient with respect to the input and, if the weight trains, 2 for the gradient with respect to the
+    weight. Attention is counted for full rows ((T + 1) / 2 keys per query in a causal model) and includes virtual
+    tokens.
 
-    Only matrix products count: not lookups, norms, activations, or the recurrence and convolution of recurrent layers.
-    Work per step rather than per token is left out: the norms of DoRA, the inverses of OFT, and the forward pass of a
-    trained prompt. Under LoRA a step costs 4 N per token instead of 6 N (Schulman et al. 2025, LoRA Without Regret).
+    Only matrix products are counted, not lookups, norms, activations, or the recurrence and convolution of recurrent
+    layers. Work that is done once per step instead of once per token is not counted either: the norms of DoRA, the
+    inverses of OFT, and the forward pass of a trained prompt. With LoRA, training a model of N parameters costs 4 N
+    FLOPs per token instead of 6 N (Schulman et al. 2025, LoRA Without Regret).
     """
     c = config
     totals = dict(layer=0.0, layer_dw=0.0, head=0.0, head_dw=0.0)
@@ -74,7 +77,8 @@ def cost(config: ModelConfig, params: Params, specs: Specs, mask: Tree, seq_len:
 
 
 def of_roles(plan: Blueprint, seq_len: int) -> dict[str, Cost]:
-    """The cost of each role of a run. The reference of a new adapter is its base, which has no separate tree."""
+    """The cost of each role of a run. If a new adapter trains, its base model is the reference, without a separate
+    tree."""
     found = {}
     for name, role in plan.objective.roles.items():
         network = plan.network(name)
@@ -84,19 +88,19 @@ def of_roles(plan: Blueprint, seq_len: int) -> dict[str, Cost]:
             tree = weights.base(plan.abstract.role("policy"))
             mask = jax.tree.map(lambda _: False, tree)
         price = cost(network.config, tree, network.specs, mask, seq_len)
-        if role.head or not plan.objective.logits:  # a head, used instead of the unembedding, costs almost nothing
+        if role.head or not plan.objective.logits:  # a head that replaces the unembedding costs little
             price = price._replace(head_flops=0.0, head_train_flops=0.0)
         found[name] = price if role.kind == "train" else price.forward()
     return found
 
 
 def of_plan(plan: Blueprint, seq_len: int) -> Cost:
-    """The cost per token of all roles of a run together: each batch passes once through each of them."""
+    """The cost per token, summed over all roles of a run, since each batch passes through each role once."""
     return Cost(*map(sum, zip(*of_roles(plan, seq_len).values(), strict=True)))
 
 
 def bytes_per_device(tree: Tree, shardings: Tree) -> int:
-    """Bytes per device of a tree of (abstract) arrays; the largest if devices differ."""
+    """Bytes per device of a tree of (abstract) arrays; for the device with the largest shards if they differ."""
     one = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
     return sum(jax.tree.leaves(jax.tree.map(one, tree, shardings)))
 

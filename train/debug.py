@@ -1,6 +1,6 @@
 """`--debug`: prints one batch as the model sees it, one step layer by layer, and the first value that is not finite.
 
-It writes nothing to the run folder.
+Nothing is written to the run folder.
 """
 
 import tempfile
@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(cfg: Config, workdir: str | None) -> int:
-    """Examines the step after the newest checkpoint of `workdir`, or step 1. Returns the exit code: exits.BROKEN if a
-    value is not finite."""
+    """Examines the step after the newest checkpoint of `workdir`, or step 1 if there is none. Returns the exit code:
+    exits.BROKEN if a value is not finite."""
     hosts.connect()
     with cfg.unlocked():
         cfg.model.remat = "none"  # recomputed layers would be printed twice
@@ -51,7 +51,7 @@ def run(cfg: Config, workdir: str | None) -> int:
 
 
 def _newest(state: TrainState, folder: Place) -> TrainState:
-    """The state of the newest step of a run, or `state` itself if there is none. Digests are not verified."""
+    """The state in the newest checkpoint of a run, or `state` itself if there is none. Checksums are not verified."""
     for step in saved.steps(folder)[:1]:
         arrays = saved.named(state.replace(frozen=None))
         abstract = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in arrays.items()}
@@ -117,8 +117,8 @@ def _finite(tree: Tree) -> bool:
 
 
 def _broken(tree: Tree) -> list[str]:
-    """Names of the arrays that are not finite, those nearest to the loss first, since a gradient becomes non-finite
-    there first. Layers are stacked."""
+    """Names of the arrays that are not finite. Those nearest to the loss come first, since backpropagation reaches them
+    first. For an array that is stacked over layers, the last layer with a non-finite value is named."""
     found = []
 
     def look(path: str, x: Array) -> None:
@@ -146,7 +146,7 @@ def _forward(loss: Callable[[], dict], layers: int) -> tuple[list[str], dict]:
         inside = bool(path) or isinstance(context.module, Block)
         name = "/".join((f"layers/{done % layers}", *path)) if inside else "final_norm"
         broken = not _finite(x)
-        if broken or not path or done == 0:  # for layers after the first, only the output of the block
+        if broken or not path or done == 0:  # after the first layer, print only the outputs of blocks
             top = float(jnp.abs(x).max())
             print(f"  {name:<44} {x.dtype} {list(x.shape)}  max |x| {top:.4g}")
         if broken:

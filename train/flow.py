@@ -1,4 +1,4 @@
-"""The flow of a run, from a checked config to a trained, resumed, measured model."""
+"""Runs training from a validated config: opens or resumes the run, then trains, evaluates and saves checkpoints."""
 
 import contextlib
 import dataclasses
@@ -58,7 +58,8 @@ def run(loaded: schema.Loaded, began: float) -> int:
 
 
 def open_session(loaded: schema.Loaded, closing: contextlib.ExitStack, began: float) -> Session:
-    """Opens model, data and the state to start from. Shapes and shardings are known before any array exists."""
+    """Opens the model, the data and the state to start from. Shapes and shardings are known before arrays are
+    created."""
     cfg, enter = loaded.config, closing.enter_context
     assert loaded.workdir, "the command line has been checked"
     folder = enter(RunDir(loaded.workdir, schema.to_dict(cfg), loaded.overrides, loaded.path))
@@ -77,7 +78,7 @@ def open_session(loaded: schema.Loaded, closing: contextlib.ExitStack, began: fl
         plan.show(cfg, blueprint, folder.path / "cost.json")
         state = init.first_state(cfg, blueprint, start)
 
-        # The run starts from 1. its newest complete checkpoint, 2. `init`, 3. random weights.
+        # The run starts from its newest complete checkpoint, or else from `init`, or else from random weights.
         def before_a_save() -> None:
             metrics.sync()
             folder.publish()
@@ -96,8 +97,8 @@ def open_session(loaded: schema.Loaded, closing: contextlib.ExitStack, began: fl
 
 
 def train(s: Session) -> int:
-    """The training loop. Step n depends only on the state and on batch n - 1, so a resumed run gives the same result
-    as an uninterrupted one. Returns the exit code."""
+    """The training loop. Each step depends only on the state and on its batch, so a resumed run gives the same result
+    as an uninterrupted run. Returns the exit code."""
     cfg, metrics, clock, source = s.cfg, s.metrics, s.clock, s.source
     done, clock.bad = int(s.state.step), int(s.state.bad)
     verdict = s.monitor.verdict(done) if done else s.monitor(s.state, 0)
@@ -118,7 +119,7 @@ def train(s: Session) -> int:
             with metrics.timer("step"):
                 epoch = done * cfg.data.batch_size / s.rows
                 metrics.write(done, "train", epoch=epoch, **clock.line(done, source.seen))
-        with metrics.timer("step"):  # dispatch returns immediately; this is the call that waits for the device
+        with metrics.timer("step"):  # steps are dispatched asynchronously; this call waits for the device
             bad_steps = clock.bad_steps()
         if bad_steps >= cfg.optim.max_bad_steps:
             metrics.end(f"{cfg.optim.max_bad_steps} non-finite steps in a row", cfg.chip, exit_code=exits.BROKEN)
@@ -143,13 +144,14 @@ def train(s: Session) -> int:
         return below_floor(s, verdict)
     if metrics.finished:
         print(f"all {cfg.steps} steps are done; nothing is left to do")
-    else:  # after the last step, or on resuming after a kill between its checkpoint and this line
+    else:  # after the last step, or resumed after a kill between the last checkpoint and this line
         metrics.end("done", cfg.chip, **clock.totals(source.seen))
     return exits.DONE
 
 
 def below_floor(s: Session, verdict: str) -> int:
-    """Ends a run that crossed a floor; launching the same command again ends here too. Returns the exit code."""
+    """Ends a run in which a metric crossed a floor; the same command, run again, also ends here. Returns the exit
+    code."""
     s.ckpt.wait()
     step = s.ckpt.last_passed()
     kept = "no step passed" if step is None else f"the last step that passed is kept: {s.ckpt.folder / str(step)}"

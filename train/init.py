@@ -1,4 +1,4 @@
-"""Makes the model and the first state of a run from its config: first abstract values, then arrays, which are created
+"""Creates the first state of a run from its config: first as shapes and shardings, then as arrays, which are created
 sharded."""
 
 import dataclasses
@@ -25,9 +25,10 @@ from train.state import Roles, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
-    """A run before any array exists: abstract values and shardings of the train state, and what they depend on."""
+    """Describes a run before any array is created: shapes and shardings of the train state, and the objects that it
+    uses."""
 
-    model: Transformer  # the policy's
+    model: Transformer  # the network of the policy
     objective: Objective
     transform: Callable[[Params, Array], Params]  # applied to the weights of a role that trains
     tx: optax.GradientTransformation
@@ -35,7 +36,7 @@ class Blueprint:
     abstract: TrainState  # ShapeDtypeStructs
     shardings: TrainState
     mesh: Mesh | AbstractMesh
-    attention: str  # the backend and the reason for it; "" without devices
+    attention: str  # the backend and why it was chosen; "" without devices
 
     def network(self, role: str) -> Transformer:
         """The network of a role."""
@@ -43,8 +44,7 @@ class Blueprint:
 
 
 def blueprint(cfg: Config, model: Transformer, mesh: Mesh | AbstractMesh) -> Blueprint:
-    """Everything about the first state that can be known without arrays. Raises UserError if the config does not fit
-    the model."""
+    """Plans the first state of a run without creating arrays. Raises UserError if the config does not fit the model."""
     attention = ""
     if isinstance(mesh, Mesh):
         asked, devices = cfg.model.attention, mesh.devices.flat[0].platform
@@ -53,7 +53,7 @@ def blueprint(cfg: Config, model: Transformer, mesh: Mesh | AbstractMesh) -> Blu
     objective = build.find("train.objectives", cfg.objective)(model)
     transform = build.transform(cfg, model.specs)
     what = "adapters" if cfg.peft.name and cfg.trainable == "all" else cfg.trainable
-    fresh = what == "adapters" and cfg.peft.name != "saved"  # then the first policy is the base, adapters off
+    fresh = what == "adapters" and cfg.peft.name != "saved"  # then the initial policy is the base without adapters
     abstract, mask, specs, axes, shares = {}, {}, {}, {}, {}
     for name, role in objective.roles.items():
         if role.kind == "initial" and fresh:
@@ -100,7 +100,7 @@ def _abstract(network: Transformer, role: Role, transform: Callable[[Params, Arr
 def _grown(
     network: Transformer, role: Role, transform: Callable[[Params, Array], Params], base: Params, key: Array
 ) -> Params:
-    """The tree of a role, made from the plain weights from which it starts."""
+    """The parameter tree of a role. `base` holds the weights that it starts from, without adapters or quantization."""
     tree = base if role.kind == "frozen" else transform(base, key)
     if role.head:
         tree = tree | {"head": heads.find(role.head)(network.config, weights.key_for(key, "head"))}
@@ -108,7 +108,8 @@ def _grown(
 
 
 def _mask(tree: Params, role: Role, what: str) -> Tree:
-    """True for parameters that train. An "initial" role has the mask of the policy, whose trained part it copies."""
+    """A tree with True for each parameter that trains. An "initial" role has the policy's mask, since it copies the
+    parameters that train in the policy."""
     if role.kind == "frozen":
         return jax.tree.map(lambda _: False, tree)
     try:
@@ -118,21 +119,22 @@ def _mask(tree: Params, role: Role, what: str) -> Tree:
 
 
 def _halves(roles: dict[str, Role], trees: Roles, mask: dict[str, Tree], shares: dict[str, str]) -> tuple[Roles, Roles]:
-    """(params, frozen) of a TrainState from {role: whole tree}."""
+    """Splits {role: whole tree} into the `params` and the `frozen` of a TrainState."""
     params, frozen = {}, {}
     for name, tree in trees.items():
         trained, rest = weights.partition(tree, mask[name])
         if roles[name].kind == "train":
             params[name] = trained
         elif roles[name].kind == "initial":
-            rest = trained  # a copy of the trained half at step 0; the frozen half is the policy's
+            rest = trained  # a copy of the trained half at step 0; the frozen half is shared with the policy
         if roles[name].kind != "train" or name not in shares:
             frozen[name] = rest
     return params, frozen
 
 
 def _like_params(opt_state: Tree, params: Roles, places: Tree, default: Tree) -> Tree:
-    """Optimizer state shaped like a parameter takes that parameter's sharding, matched by path suffix and shape."""
+    """Shardings of the optimizer state. An array whose path suffix and shape match a parameter gets that parameter's
+    sharding; other arrays get `default`."""
     where = {}
     weights.map_named(lambda path, x, s: where.setdefault(path, (x.shape, s)), params, places)
 
@@ -148,10 +150,10 @@ def _like_params(opt_state: Tree, params: Roles, places: Tree, default: Tree) ->
 
 
 def first_state(cfg: Config, plan: Blueprint, pretrained: Any | None) -> TrainState:
-    """The state of step 0: random weights, or weights streamed from a checkpoint leaf by leaf, then transformed; all
-    created sharded.
+    """The state of step 0. Its weights are random or read from a checkpoint leaf by leaf, and are then transformed
+    (adapters, quantization). All arrays are created sharded.
 
-    Raises UserError when the adapter of peft.name=saved was trained on another base.
+    Raises UserError when the adapter of peft.name=saved was trained on another base model.
     """
     roles, shares, key = plan.objective.roles, dict(plan.abstract.shares), jax.random.key(cfg.seed)
     bases = {"policy": _load(plan, "policy", pretrained, key)}
@@ -174,7 +176,7 @@ def first_state(cfg: Config, plan: Blueprint, pretrained: Any | None) -> TrainSt
 
 
 def _load(plan: Blueprint, role: str, start: Any | None, key: Array) -> Params:
-    """The plain weights from which a role starts, sharded."""
+    """The weights that a role starts from, sharded, without adapters or quantization."""
     network = plan.network(role)
     places = meshes.shardings(weights.axes(network.abstract, network.specs), network.abstract, plan.mesh)
     if start is None:

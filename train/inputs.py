@@ -27,26 +27,26 @@ from train.source import Batches, Source, local_rows
 
 
 def pretrained(cfg: Config) -> Pretrained | Run | None:
-    """The opened checkpoint of `init`, before its weights are read; None for random weights."""
+    """Opens the checkpoint of `init` without reading its weights; None for random weights."""
     return open_model(cfg.init) if cfg.init else None
 
 
 def model(cfg: Config) -> Transformer:
-    """The network of a config; reads no data."""
+    """The network of a config, built without reading data."""
     start = pretrained(cfg)
     return build.model(cfg, start, vocabulary(cfg, start))
 
 
 def tokenizer(cfg: Config, start: Pretrained | Run | None) -> Tokenizer:
-    """The tokenizer of the config, else that of `init`, else the byte tokenizer."""
+    """The tokenizer that the config names, or else the tokenizer of `init`, or else the byte tokenizer."""
     return load_tokenizer(cfg.data, default=start.tokenizer_source if start else "bytes")
 
 
 def keep_tokenizer(found: Tokenizer, folder: Path, system: str = "") -> None:
     """Saves a copy of the tokenizer in the run folder.
 
-    The system text of the training chats becomes the default in its template, so that the run, and exports of it,
-    are prompted as in training.
+    The system prompt of the training chats becomes the default of the saved chat template, so that the run and its
+    exports are prompted as in training.
     """
     if not hosts.primary():
         return
@@ -55,7 +55,7 @@ def keep_tokenizer(found: Tokenizer, folder: Path, system: str = "") -> None:
         found.chat_template = template.with_system(own, system)
         found.tool_template = found.tool_template and template.with_system(found.tool_template, system)
     place = folder / "tokenizer"
-    with contextlib.suppress(UserError):  # it is missing, or damaged, or the config changed before the first step
+    with contextlib.suppress(UserError):  # a tokenizer that is missing, damaged or outdated is saved again
         if not place.is_symlink() and formats.load(place).fingerprint == found.fingerprint:
             return
     files.remove(place)
@@ -63,8 +63,8 @@ def keep_tokenizer(found: Tokenizer, folder: Path, system: str = "") -> None:
 
 
 def vocabulary(cfg: Config, start: Pretrained | Run | None) -> int | None:
-    """The size of the tokenizer's vocabulary, without reading data; for a tokenizer that is not trained yet, the size
-    in its spec."""
+    """The size of the tokenizer's vocabulary, found without reading data. If the tokenizer is not trained yet, its spec
+    gives the size."""
     spec = cfg.data.tokenizer or (start.tokenizer_source if start else "bytes")
     if spec.startswith(("bpe:", "spm:")):
         return int(spec.split(":")[1])
@@ -82,7 +82,7 @@ def sources(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Batches, Bat
 
 
 def tasks(cfg: Config) -> dict[str, Task]:
-    """The tasks of `evals`, by the names of their metrics."""
+    """The tasks in the config's `evals`, as {metric name: task}."""
     found = task.named(cfg.evals)
     for name, made in found.items() if hosts.primary() else ():
         for note in made.notes:
@@ -91,16 +91,18 @@ def tasks(cfg: Config) -> dict[str, Task]:
 
 
 def follow_epochs(cfg: Config) -> None:
-    """Sets `steps` from `epochs`, passes over the training rows, rounded up; 0 epochs leave it unchanged."""
+    """Sets `steps` to the number of steps, rounded up, in `epochs` passes over the training rows. If `epochs` is 0,
+    `steps` is unchanged."""
     if cfg.epochs:
         train, _ = make_loaders(cfg.data, tokenizer(cfg, pretrained(cfg)), cfg.seed)
         cfg.steps = math.ceil(cfg.epochs * sum(train.sizes) / cfg.data.batch_size)
 
 
 def source(blueprint: Blueprint, data: Batches, steps: int) -> Source:
-    """The source of the run's batches: the data, or the objective's own source, which samples with the data as prompts.
+    """The source of the run's batches: the data or, for an on-policy objective, a source that samples answers to the
+    data's prompts.
 
-    Raises UserError when the data give batches of another kind (data.rows.batch.KINDS) than the objective reads, or
+    Raises UserError when the data's batches are not of the kind (data.rows.batch.KINDS) that the objective reads, or
     when a run of `steps` steps would end in the middle of a rollout, where it cannot be saved.
     """
     objective, kind = blueprint.objective, data.loader.kind

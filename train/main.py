@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
 
 
 def show_plan(cfg: Config) -> int:
-    """Prints size and cost of the run. No device is touched: -1 in the mesh counts as 1."""
+    """Prints the size and the cost of the run without using a device, so -1 in the mesh counts as 1."""
     from train import plan
 
     plan.show(cfg, plan.blueprint(cfg))
@@ -41,7 +41,8 @@ def show_plan(cfg: Config) -> int:
 
 
 def run(loaded: schema.Loaded) -> int:
-    """Trains as a validated config says, in its folder; resumes from the newest complete checkpoint."""
+    """Trains in the run folder as a validated config says; resumes from the newest complete checkpoint if there is
+    one."""
     began = time.perf_counter()
     from train import flow
 

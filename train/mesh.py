@@ -16,7 +16,8 @@ from configs.schema import rules
 from model import weights
 from model.weights import Tree
 
-# Outermost first: neighbors along the last axis are the nearest devices. "expert" is 1, since no model has experts yet.
+# From the slowest network connection to the fastest: neighbors along the last axis are the nearest devices. "expert"
+# has size 1, since no model has experts yet.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 # Logical axis -> mesh axes; axes that are not listed are replicated. Activations have separate names: if a weight and
@@ -37,7 +38,8 @@ BATCH = P(("data", "fsdp"), "context")  # [B,T]
 
 
 def mesh_shape(cfg: Config, devices: int) -> tuple[int, ...]:
-    """Sizes of the axes; at most one -1 becomes the remaining devices. Raises UserError if they do not fit."""
+    """Sizes of the mesh axes. An axis of -1 takes all remaining devices. Raises UserError if the axes do not fit the
+    devices."""
     sizes = [cfg.get(a, 1) for a in AXES]
     known = math.prod(s for s in sizes if s > 0)
     sizes = [devices // known if s == -1 else s for s in sizes]
@@ -48,15 +50,17 @@ def mesh_shape(cfg: Config, devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices, with Auto axes: the partitioner decides whatever the rules leave open."""
+    """A mesh over all devices, with axes of type Auto: XLA's partitioner chooses the shardings that RULES leave
+    open."""
     devices = jax.devices() if devices is None else devices
     grid = arrange(mesh_shape(cfg, len(devices)), devices)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    """The devices in the order of their network connections. Several TPU slices split the data axis, so that only
-    gradients cross the data center's network. Raises UserError if the number of slices does not divide that axis."""
+    """Arranges the devices by their network connections. Several TPU slices are placed along the data axis, so that
+    only gradients cross the data center's network. Raises UserError if that axis is not a multiple of the number of
+    slices."""
     slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -67,15 +71,16 @@ def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
 
 
 def row_shards(cfg: Config, mesh: Mesh | AbstractMesh) -> int:
-    """Number of shards of the rows of a batch. Raises UserError when the mesh does not divide a batch [B,T]; with an
-    axis of -1 that depends on the number of devices."""
+    """The number of shards into which the rows of a batch are split. Raises UserError when the mesh does not divide a
+    batch [B,T] evenly, which can depend on the number of devices if an axis is -1."""
     for path, problem, fix in rules.shares(cfg.data.batch_size, cfg.accum, cfg.data.seq_len, mesh.shape):
         raise UserError(problem, f"config.{path}", fix)
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def abstract_mesh(cfg: Config, devices: int = 0) -> AbstractMesh:
-    """The mesh of a plan: no device is touched, and if their number is unknown (0) an axis of -1 counts as 1."""
+    """The mesh of a plan, made without using devices. If the number of devices is unknown (0), an axis of -1 counts as
+    1."""
     shape = mesh_shape(cfg, devices) if devices else tuple(max(cfg.get(a, 1), 1) for a in AXES)
     return AbstractMesh(shape, AXES)
 

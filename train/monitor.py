@@ -1,4 +1,4 @@
-"""Evaluation of a run in progress: held-out metrics, task scores, samples; and the floors that stop a run."""
+"""Evaluates a run in progress (held-out metrics, task scores, samples) and stops it when a metric crosses a floor."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -26,17 +26,17 @@ from train.objectives import Pair
 from train.source import Batches
 from train.state import Roles, TrainState
 
-PASSAGES = 32  # number of passages of `eval_text`
+PASSAGES = 32  # number of passages that are taken from `eval_text`
 
 
 class Monitor:
-    """Writes the metrics of a state, and reports which of the config's `floors` they cross.
+    """Evaluates states, writes their metrics, and reports which of the config's `floors` the metrics cross.
 
-    Held-out metrics are those of the objective, with all its roles but without dropout or other noise. The loss of an
-    objective that sets `nll` is called "nll" there, and "bits_per_byte" is added. Samples are written before and after
+    Held-out metrics are the objective's metrics on held-out batches, without dropout or other noise. If the objective
+    sets `nll`, its loss is named "nll" among them, and "bits_per_byte" is added. Samples are written before and after
     training.
-    `verdicts` holds the result of each evaluation of the run, including those of earlier sessions: {step: "" or the
-    floor that was crossed}; `passed` holds the steps that crossed none, if the config has floors.
+    `verdicts` holds the result of each evaluation of the run, in this and earlier sessions: {step: "" or the floor that
+    was crossed}. If the config has floors, `passed` holds the steps at which no floor was crossed.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Monitor:
         self.tasks = tasks
         self.cfg, self.model, self.tokenizer, self.metrics = cfg, blueprint.model, tokenizer, metrics
         kind = blueprint.objective.batch
-        fits = heldout and batches.serves(heldout.loader.kind, kind)  # None if the data consist of prompts
+        fits = heldout and batches.serves(heldout.loader.kind, kind)  # not if the data consist of prompts
         self.heldout = heldout if fits else None
         self.texts = _texts(cfg.eval_text)
         self.measure = jax.jit(_measure(blueprint, tokenizer))
@@ -63,7 +63,7 @@ class Monitor:
                 self._judge(line["step"], line)
 
     def __call__(self, state: TrainState, step: int) -> str:
-        """Evaluates a state; returns one line about the floor that it crosses, "" for none, equal on all processes.
+        """Evaluates a state. Returns one line about the floor that was crossed, "" if none was. All processes agree.
 
         Raises UserError when a floor names a metric that is not measured.
         """
@@ -82,7 +82,7 @@ class Monitor:
         return self.verdict(step)
 
     def verdict(self, step: int) -> str:
-        """The floor that this step crossed when it was evaluated, perhaps in an earlier session; "" for none."""
+        """The floor that was crossed when this step was evaluated, perhaps in an earlier session; "" if none was."""
         found = self.verdicts.get(step, "")
         if not hosts.broadcast(bool(found)):
             return ""
@@ -102,7 +102,7 @@ class Monitor:
         roles = state.roles
         total: dict[str, Pair] = {}
         for i in range(min(self.cfg.eval_batches, self.heldout.loader.num_batches)):
-            key = jax.random.fold_in(jax.random.key(self.cfg.seed), i)  # the same draws at every evaluation
+            key = jax.random.fold_in(jax.random.key(self.cfg.seed), i)  # the same noise at every evaluation
             sums = self.measure(roles, self.heldout.batch(i)[0], key)
             total = jax.tree.map(jnp.add, total, sums) if total else sums
         return means(total)
@@ -125,8 +125,8 @@ class Monitor:
 
 
 def _measure(blueprint: Blueprint, tokenizer: Tokenizer) -> Callable[[Roles, Batch, Array], dict[str, Pair]]:
-    """A function that gives the metrics of a held-out batch as (sum, weight) pairs. Jitted as a whole, it computes the
-    layers once."""
+    """A function that gives the metrics of a held-out batch as (sum, weight) pairs. When it is jitted as a whole, XLA
+    merges the equal forward passes of its metrics."""
     objective, model = blueprint.objective, blueprint.model
 
     def measure(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
@@ -143,7 +143,7 @@ def _measure(blueprint: Blueprint, tokenizer: Tokenizer) -> Callable[[Roles, Bat
 
 
 def crossed(floor: tuple[str, str, float], figures: Mapping[str, Any], first: Mapping[str, Any]) -> str:
-    """One line about the floor if `figures` cross it, else "". `first` are the figures of step 0.
+    """One line about the floor if `figures` cross it, else "". `first` holds the figures of step 0.
 
     A figure that is missing or not finite crosses every floor.
     """

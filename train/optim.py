@@ -1,4 +1,4 @@
-"""The optimizer of a config: optax, with decay on matrices only and learning rates by path."""
+"""Builds the optax optimizer of a config, with weight decay on matrices only and learning rates by parameter path."""
 
 import re
 from collections.abc import Callable
@@ -19,7 +19,8 @@ from train.state import Roles
 
 
 def schedule(cfg: Config, steps: int) -> Callable:
-    """Optimizer step -> learning rate: linear warm-up to `lr`, then cosine, linear, constant or wsd."""
+    """A function from step to learning rate: linear warm-up to `lr`, then a cosine, linear, constant or wsd
+    schedule."""
     warmup = int(cfg.warmup if cfg.warmup >= 1 else round(cfg.warmup * steps))
     rest, end = max(steps - warmup, 1), cfg.lr * cfg.final_lr
     match cfg.schedule:
@@ -29,7 +30,7 @@ def schedule(cfg: Config, steps: int) -> Callable:
             after = optax.linear_schedule(cfg.lr, end, rest)
         case "constant":
             after = optax.constant_schedule(cfg.lr)
-        case "wsd":  # warm up, stay, decay (Hu et al. 2024, arXiv 2404.06395)
+        case "wsd":  # warmup, stable, decay (Hu et al. 2024, arXiv 2404.06395)
             decay = max(int(cfg.decay * steps), 1)
             after = optax.join_schedules(
                 [optax.constant_schedule(cfg.lr), optax.linear_schedule(cfg.lr, end, decay)], [max(rest - decay, 0)]
@@ -42,7 +43,8 @@ def schedule(cfg: Config, steps: int) -> Callable:
 
 
 def optimizer(cfg: Config, steps: int, params: Roles, specs: Specs) -> optax.GradientTransformation:
-    """The transformation of a config's `optim` for the trainable `params`: {role: tree with None where frozen}."""
+    """The optax transformation of a config's `optim`. `params` is {role: tree of trainable parameters, None where
+    frozen}."""
     lr = schedule(cfg, steps)
     decay = dict(weight_decay=cfg.weight_decay, mask=matrices(params, specs))
     match cfg.name:
@@ -71,13 +73,13 @@ def optimizer(cfg: Config, steps: int, params: Roles, specs: Specs) -> optax.Gra
 
 
 def randomly_rounded(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`tx` for 16-bit parameters: computed in float32, and stored with stochastic rounding.
+    """Wraps `tx` for 16-bit parameters: updates are computed in float32 and stored with stochastic rounding.
 
-    With rounding to nearest, an update below 1/512 of a bfloat16 weight is lost, at every step; rounded up or down at
-    random, the stored values are exact in the mean (Gupta et al. 2015, arXiv 1502.02551). This takes no memory, whereas
-    float32 copies of the weights take four bytes per parameter. Moments have the dtype of their parameter and are
-    rounded in the same way; those of float16 parameters are float32, since squares of gradients underflow in float16.
-    `update` takes the `key` of its step.
+    With rounding to nearest, every update below 1/512 of a bfloat16 weight would be lost. With stochastic rounding, the
+    stored values are exact on average (Gupta et al. 2015, arXiv 1502.02551). It takes no extra memory, whereas float32
+    copies of the weights take four bytes per parameter. Moments have the dtype of their parameter and are rounded in
+    the same way. Moments of float16 parameters are float32, since squares of gradients underflow in float16. `update`
+    needs the random `key` of its step.
     """
 
     def init(params: Tree) -> Tree:
@@ -89,11 +91,11 @@ def randomly_rounded(tx: optax.GradientTransformation) -> optax.GradientTransfor
         updates, new = tx.update(jax.tree.map(_widened, updates), jax.tree.map(_widened, state), wide)
 
         def stored(path: str, old: Array, x: Array) -> Array:
-            """x, float32, rounded to the precision of `old`."""
+            """The float32 array x, rounded to the precision of `old`."""
             return round_randomly(x, old.dtype, weights.key_for(key, path)) if _is_narrow(old) else x
 
         new = weights.map_named(lambda path, old, x: stored(f"state/{path}", old, x).astype(old.dtype), state, new)
-        # The difference of two 16-bit numbers, so that adding it in float32 gives the new one exactly.
+        # The update is the difference of two 16-bit numbers, so adding it in float32 gives the new number exactly.
         step = lambda path, old, p, u: stored(path, old, p + u) - p
         return weights.map_named(step, params, wide, updates), new
 
@@ -102,8 +104,8 @@ def randomly_rounded(tx: optax.GradientTransformation) -> optax.GradientTransfor
 
 def round_randomly(x: Array, dtype: DTypeLike, key: Array) -> Array:
     """Rounds float32 numbers up or down to a 16-bit `dtype`, with probabilities such that the mean is x. The random
-    bits of an element are a hash of its position: equal on every mesh, and fused into the loop that rounds, where a
-    generator would write an extra array."""
+    bits of an element are a hash of its position, so they are equal on every mesh. XLA fuses the hash into the rounding
+    loop, whereas a random generator would write an extra array."""
     dropped = jnp.uint32(2 ** (jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant) - 1)
     first, second = jax.random.bits(key, (2,), jnp.uint32)
     noise = saved.scramble(saved.scramble(saved.positions(x.shape) ^ first) + second)
@@ -120,7 +122,7 @@ def _widened(x: Array) -> Array:
 
 
 def _decay(lr: Callable, rate: float) -> optax.GradientTransformation:
-    """Decoupled weight decay, to follow a transformation that already includes the learning rate."""
+    """Decoupled weight decay, for use after a transformation that has already applied the learning rate."""
 
     def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
         return jax.tree.map(lambda u, p: u - lr(state) * rate * p, updates, params), state + 1
@@ -129,12 +131,13 @@ def _decay(lr: Callable, rate: float) -> optax.GradientTransformation:
 
 
 def matrices(params: Roles, specs: Specs) -> Tree:
-    """True at matrices that multiply activations, which decay; False at norm scales and biases."""
+    """A mask for weight decay: True for matrices that multiply activations, False for norm scales and biases."""
     return _by_spec(params, specs, lambda x, spec, names: bool(spec and spec.eqn) and x.ndim - spec.stacked >= 2)
 
 
 def muon_axes(params: Roles, specs: Specs) -> Tree:
-    """The axes that Muon treats as rows and columns of each array; None (Adam) for vectors and vocabulary tables."""
+    """The axes of each array that Muon treats as rows and columns; None for vectors and vocabulary tables (use
+    Adam)."""
 
     def numbers(x: Array, spec: Spec | None, names: tuple) -> optax.contrib.MuonDimensionNumbers | None:
         if not (spec and spec.eqn) or "vocab" in names or x.ndim - spec.stacked < 2:
@@ -151,7 +154,7 @@ def muon_axes(params: Roles, specs: Specs) -> Tree:
 
 
 def _by_spec(params: Roles, specs: Specs, f: Callable) -> Tree:
-    """`f(array, spec, logical names)` at every array of {role: tree}."""
+    """Applies `f(array, spec, logical axis names)` to every array of {role: tree}."""
 
     def leaf(_: str, w: Array | Weight, spec: Spec | None) -> Tree:
         names = weights.axes_of(w, spec)
@@ -161,10 +164,10 @@ def _by_spec(params: Roles, specs: Specs, f: Callable) -> Tree:
 
 
 def scale_by_path(rules: tuple, params: Roles) -> optax.GradientTransformation:
-    """Multiplies the update of each parameter by the factor of the first (regex, factor) whose regex matches its path.
+    """Multiplies the update of each parameter by the factor of the first (regex, factor) rule that matches its path.
 
-    Paths are those of the model ("layers/attn/wq", "embed/table"), without the role. Raises UserError for a rule
-    without a match.
+    Paths are those of the model ("layers/attn/wq", "embed/table"), without the role. Raises UserError for a rule that
+    applies to no parameter.
     """
     used = set()
 

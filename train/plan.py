@@ -11,12 +11,12 @@ from train.init import Blueprint
 
 
 def blueprint(cfg: Config, devices: int = 0) -> Blueprint:
-    """The Blueprint of a config on abstract devices. If their number is unknown (0), -1 in the mesh counts as 1."""
+    """The Blueprint of a config, without real devices. If their number is unknown (0), -1 in the mesh counts as 1."""
     return init.blueprint(cfg, inputs.model(cfg), mesh.abstract_mesh(cfg.mesh, devices))
 
 
 def describe(cfg: Config, plan: Blueprint) -> Json:
-    """Parameters of the policy, FLOPs of all roles from the equations, and bytes per device of a run."""
+    """The number of parameters of a run's policy, the FLOPs of all its roles, and its bytes per device."""
     roles = cost.of_roles(plan, cfg.data.seq_len)
     policy, price = roles["policy"], cost.of_plan(plan, cfg.data.seq_len)
     tokens = cfg.data.batch_size * cfg.data.seq_len * len(KINDS[plan.objective.batch].sides)
@@ -40,7 +40,7 @@ def describe(cfg: Config, plan: Blueprint) -> Json:
 
 
 def show(cfg: Config, plan: Blueprint, path: Path | None = None) -> None:
-    """Prints the plan, and saves it at `path`."""
+    """Prints the plan, and saves it at `path` if given."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""Batches on devices: each process reads only the rows of its own devices."""
+"""Puts batches on devices: each process reads only the rows of its own devices."""
 
 from typing import Protocol
 
@@ -14,28 +14,30 @@ from data.rows.loader import Loader
 from train.mesh import BATCH
 from train.state import TrainState
 
-# Counts of this process's rows: "tokens" that are not padding, and "targets" of the loss. A source that samples adds
-# "ROLE/tokens" and "ROLE/targets": tokens of extra forward passes through a role's layers and through its head.
+# Counts over this process's rows: "tokens" that are not padding, and "targets" that count in the loss. A source that
+# samples also counts the tokens of its extra forward passes: "ROLE/tokens" through the layers of a role, and
+# "ROLE/targets" through its head.
 Counts = dict[str, int]
 
 
 class Source(Protocol):
-    """The source of a run's batches. Batches of data ignore the state; an on-policy source samples from it.
+    """The source of a run's batches. Batches read from data ignore the state; an on-policy source samples from its
+    policy.
 
-    The batch of step n is a function of the seed, the state and n: after a kill, steps are repeated from the newest
-    checkpoint and give the same bits.
+    The batch of step n is a function of the seed, the state and n. After a kill, the steps since the newest checkpoint
+    are repeated and give bit-identical results.
     """
 
-    seen: Counts  # over all sessions of the run
+    seen: Counts  # counts of all sessions of the run
 
     def next(self, state: TrainState, step: int) -> tuple[Batch, Counts]:
-        """The batch from which step `step` computes the next one, and its counts, which are added to `seen`."""
+        """The batch that takes the run from step `step` to the next step, and its counts, which are added to `seen`."""
         ...
 
     def resumable(self, step: int) -> bool:
-        """Whether a run can resume from a checkpoint of this step, which is not within a rollout of several steps.
+        """Whether a run can resume from a checkpoint of this step. False between the steps that share one rollout.
 
-        It depends only on the step, since all processes must agree. True for step 0 and for the last one.
+        It depends only on the step, since all processes must agree. It is True for step 0 and for the last step.
         """
         ...
 
@@ -44,7 +46,7 @@ class Source(Protocol):
         ...
 
     def load_state_dict(self, state: Json) -> None:
-        """Raises UserError when the run read other data."""
+        """Restores the state from a manifest. Raises UserError when that run read different data."""
         ...
 
 
@@ -56,7 +58,8 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
 
 
 class Batches:
-    """The Source of a data.rows.loader.Loader of this process's rows: its batches as global arrays over the mesh."""
+    """The Source that reads this process's rows from a data.rows.loader.Loader, and gives global arrays over the
+    mesh."""
 
     def __init__(self, loader: Loader, mesh: Mesh):
         self.loader, self.mesh = loader, mesh
@@ -82,7 +85,7 @@ class Batches:
         return jax.tree.map(self.place, local), counts
 
     def place(self, x: np.ndarray) -> jax.Array:
-        """The global array of which this process has the rows x [b, T] or [b]."""
+        """The global array to which this process contributes the rows x, [b, T] or [b]."""
         shape = (self.loader.batch_size, *x.shape[1:])
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:

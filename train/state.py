@@ -1,4 +1,4 @@
-"""The state of a run: everything that a step reads and writes."""
+"""The state of a run: everything that a training step reads and writes, except its batch."""
 
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -17,12 +17,12 @@ Roles = dict[str, Params]
 
 @flax.struct.dataclass
 class TrainState:
-    """`params` and `frozen` are {role: tree}: the trained and the frozen half of each role, with None in the places of
-    the other half.
+    """`params` and `frozen` are {role: tree}, the trained and the frozen half of each role's parameters. Each half has
+    None where the parameter is in the other half.
 
     Only `params` is differentiated, has optimizer state and is checkpointed; `frozen` is rebuilt from the config. A
-    role that does not train is only in `frozen`. `role` combines the halves; a role may share the frozen half of
-    another one. Every random number of step n comes from fold_in(seed, n).
+    role that does not train is only in `frozen`. The method `role` combines both halves. A role may share the frozen
+    half of another role. Every random number of step n comes from fold_in(seed, n).
     """
 
     step: Array  # int32
@@ -30,11 +30,11 @@ class TrainState:
     frozen: Roles
     opt_state: optax.OptState
     seed: Array  # uint32
-    bad: Array  # int32: non-finite steps in a row, each skipped
-    skipped: Array  # int32: all non-finite steps
-    shares: tuple[tuple[str, str], ...] = flax.struct.field(pytree_node=False, default=())  # (role, whose frozen half)
+    bad: Array  # int32: consecutive non-finite steps, all skipped
+    skipped: Array  # int32: total number of non-finite steps
+    shares: tuple[tuple[str, str], ...] = flax.struct.field(pytree_node=False, default=())  # (role, frozen half of)
 
-    if TYPE_CHECKING:  # flax.struct adds it
+    if TYPE_CHECKING:  # flax.struct adds this method
 
         def replace(self, **changes: object) -> "TrainState": ...
 
@@ -65,9 +65,9 @@ class TrainState:
         return roles | {name: weights.in_training(roles[name], key, self.step) for name in self.params}
 
     def role(self, name: str) -> Params:
-        """The whole tree of a role: its trained half, its frozen half, and what it shares with another role."""
+        """The whole tree of a role: its trained half, and its frozen half or the frozen half that it shares."""
         parts = [tree[name] for tree in (self.params, self.frozen) if name in tree]
         if shared := dict(self.shares).get(name):
-            own = jax.tree.map(lambda _: None, parts[0])  # the head, which the other role does not have
+            own = jax.tree.map(lambda _: None, parts[0])  # None for the head, which the other role lacks
             parts.append(own | self.frozen[shared])
         return reduce(weights.combine, parts)

@@ -22,7 +22,7 @@ def make_step(
     `loss` returns metrics as (sum, weight) pairs; the mean of metrics["loss"] is minimized. Gradients of the sum are
     accumulated over `accum` micro-batches and divided once by the total weight, so that the result does not depend on
     how tokens are distributed over micro-batches. A step whose loss or gradient is not finite changes only the
-    counters; the decision uses globally reduced values, so that all hosts agree.
+    counters. This is decided from values that are reduced over all hosts, so that the hosts agree.
     """
     optimizer = optax.with_extra_args_support(tx)
 
@@ -82,5 +82,5 @@ def compile_step(
 
 def _split_rows(x: Array, parts: int) -> Array:
     """Splits [B, ...] into [parts, B / parts, ...], where each part takes every parts-th row, so that no row of a
-    sharded batch moves."""
+    sharded batch moves to another device."""
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)

@@ -1,9 +1,9 @@
 """Saves a run atomically and resumes it from the newest complete step.
 
-A step is written as `ckpt/<step>.tmp` in the background and renamed once all of it is on disk, including the manifest
-of digests: a process killed at any moment leaves a complete step or a `.tmp` folder, which the next start removes. In
-an object store a step is written in place; it is complete once its manifest, which is written last, exists. All
-processes of a run must see the same folder.
+A checkpoint is written to `ckpt/<step>.tmp` in the background, and renamed to `ckpt/<step>` once all its files are on
+disk, including the manifest with checksums. A process killed at any moment therefore leaves either a complete
+checkpoint or a `.tmp` folder, which the next start removes. In an object store a checkpoint is written in place, and is
+complete once its manifest, which is written last, exists. All processes of a run must see the same folder.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from train.source import Source
 from train.state import TrainState
 
 UNFINISHED = re.compile(r"[0-9]+\.(tmp|orbax-checkpoint-tmp).*")
-CLOCK_STEPS = 10  # with several processes, `minutes` are checked only at multiples of this, since all must agree
+CLOCK_STEPS = 10  # with several processes, `minutes` is checked only every 10 steps, since they must communicate
 
 Abstract = dict[str, jax.ShapeDtypeStruct]  # {path: abstract array}
 
@@ -37,12 +37,12 @@ def warn(message: str) -> None:
 
 
 class Checkpointer:
-    """Saves and restores a TrainState: everything but `frozen`, of which it saves and checks a digest.
+    """Saves and restores a TrainState without its `frozen` weights, whose digests are saved and checked instead.
 
-    `cfg` is the config's `ckpt`; `allow` its `allow`. `log` gets one line about every damaged step and failed save;
-    `first` is called before each save, to make everything durable that must be at least as recent as the step. `config`
-    is the run's config as plain data, and is stored in every step's manifest.
-    `passed` holds the steps that passed the run's floors; the newest of them is never pruned.
+    `cfg` and `allow` are the config's `ckpt` and `allow`. `log` is called with one line about every damaged checkpoint
+    and failed save. `first` is called before each save, and writes to disk all that must be at least as recent as the
+    checkpoint. `config` is the run's config as plain data, and is stored in the manifest of every checkpoint.
+    `passed` holds the steps that passed the run's floors. The newest checkpoint of such a step is never deleted.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class Checkpointer:
         self.folder = place if paths.remote(place) else place.resolve()
         self.cfg, self.allow, self.log, self.first = cfg, tuple(allow), log, first
         self.config = config
-        self._saved: int | None = None  # the last step that was restored or whose save was begun and did not fail
-        self._begun = 0  # the same, but also if the save failed
+        self._saved: int | None = None  # the last step that was restored or saved; None after a failure
+        self._begun = 0  # the last step that was restored or whose save was started, even if it failed
         self.passed: Container[int] = ()
         self._when = time.monotonic()
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -71,11 +71,11 @@ class Checkpointer:
             self._tidy()
 
     def restore(self, state: TrainState, source: Source) -> TrainState:
-        """The newest complete step in the shardings of `state`, which may be abstract except for `frozen`; `state`
-        itself if there is none.
+        """Loads the newest complete checkpoint with the shardings of `state`, or returns `state` itself if there is
+        none. `state` may be abstract except for `frozen`.
 
-        Damaged steps are reported and renamed to `invalid-<step>-<n>`. Raises UserError for a complete step of other
-        shapes, other data or other frozen weights.
+        Damaged checkpoints are reported and renamed to `invalid-<step>-<n>`. Raises UserError if a complete checkpoint
+        has other shapes, data or frozen weights than this run.
         """
         damaged = False
         while (step := hosts.broadcast(next(iter(saved.steps(self.folder)), -1))) >= 0:
@@ -92,11 +92,12 @@ class Checkpointer:
         return state
 
     def maybe_save(self, step: int, state: TrainState, source: Source, force: bool = False) -> bool:
-        """Begins a save if one is due, by steps or by minutes; returns whether it did. Call it after every resumable
-        step: a save that is due in between is made at the next one.
+        """Starts a save if one is due, by steps or by minutes, and returns whether it did. Call it after every
+        resumable step. A save that is due at another step is made at the next resumable step.
 
         The arrays are copied before it returns, so the next step may donate them. An error of the previous save is
-        reported here or in `close`: as UserError, or as a log line with on_error="continue".
+        reported by the next call of this method or of `close`: as UserError or, with on_error="continue", as a log
+        line.
         """
         if not (force or self._due(step)):
             return False
@@ -107,8 +108,8 @@ class Checkpointer:
         return True
 
     def wait(self, must: bool = False) -> None:
-        """Returns when the save in progress is on disk. Raises UserError if it failed, unless on_error is "continue"
-        and the save is not a `must`."""
+        """Waits until the save in progress is on disk. Raises UserError if the save failed, unless on_error is
+        "continue" and `must` is False."""
         if self._pending is None:
             return
         error, self._pending = self._pending.exception(), None
@@ -169,7 +170,7 @@ class Checkpointer:
             self._pending = self._writer.submit(self._commit, response, manifest, part, final)
 
     def _prepare(self) -> Exception | None:
-        """Calls `first`; returns its error, on this process or another one."""
+        """Calls `first` and returns its error; a RuntimeError if it failed only on another process."""
         error = None
         try:
             self.first()
@@ -193,11 +194,12 @@ class Checkpointer:
             raise
 
     def _prune(self) -> None:
-        """Deletes all but the newest `keep` steps, every `keep_every`-th, and the last one that passed."""
+        """Deletes all checkpoints but the newest `keep`, those at multiples of `keep_every`, and the last that
+        passed."""
         last_passed = self.last_passed()
         for step in saved.steps(self.folder)[self.cfg.keep :]:
             if step != last_passed and (not self.cfg.keep_every or step % self.cfg.keep_every):
-                doomed = self.folder / str(step)  # an interrupted deletion must not look like a step
+                doomed = self.folder / str(step)  # a partly deleted folder must not look like a step
                 if paths.remote(doomed):
                     (doomed / MANIFEST).unlink()
                 else:
@@ -205,7 +207,7 @@ class Checkpointer:
                 files.remove(doomed)
 
     def _load(self, step: int, state: TrainState, source: Source) -> tuple[str, TrainState | None]:
-        """("", the state of a step), or (the problem with it, None)."""
+        """("", state) of the checkpoint at a step, or (problem, None) if the checkpoint is damaged."""
         folder, abstract = self.folder / str(step), _abstract(state)
         problem, manifest = self._attempt(lambda: saved.read_manifest(folder))
         if not problem:
@@ -219,7 +221,7 @@ class Checkpointer:
         return "", saved.fill(state.replace(frozen=None), arrays).replace(frozen=state.frozen)
 
     def _attempt(self, action: Callable[[], Any]) -> tuple[str, Any]:
-        """("", result of the action), or (problem, None) if the step is damaged for any process."""
+        """("", result of `action`), or (problem, None) if the checkpoint is damaged for any process."""
         problem, result = "", None
         try:
             result = action()
@@ -228,7 +230,7 @@ class Checkpointer:
         return (problem, result) if hosts.all_true(not problem) else (problem or "damaged for another process", None)
 
     def _check(self, manifest: Json, abstract: Abstract, state: TrainState, source: Source) -> None:
-        """Raises UserError when a complete step does not belong to this run."""
+        """Raises UserError when a complete checkpoint does not belong to this run."""
         where, step = str(self.folder), manifest["step"]
         leaves = {name: (tuple(leaf["shape"]), leaf["dtype"]) for name, leaf in manifest["leaves"].items()}
         wanted = {name: (x.shape, str(x.dtype)) for name, x in abstract.items()}
@@ -260,7 +262,7 @@ class Checkpointer:
         return self._frozen
 
     def _tidy(self) -> None:
-        """Removes the remains of killed saves; warns about foreign files."""
+        """Removes the folders of interrupted saves; warns about files that are not checkpoints."""
         self._remove_unfinished()
         ours = {str(step) for step in saved.steps(self.folder)}
         foreign = sorted(name for name in self._names() if name not in ours and "invalid-" not in name)
@@ -293,5 +295,5 @@ def _shape(leaf: tuple | None) -> str:
 
 
 def _fingerprint(source: Source) -> dict:
-    """The fingerprint of a source's data, as an entry of its state; {} for a source without one."""
+    """{"fingerprint": ...} of a source's data, as in its state; {} for a source without a fingerprint."""
     return {k: v for k, v in source.state_dict().items() if k == "fingerprint"}

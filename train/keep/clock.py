@@ -1,4 +1,4 @@
-"""Rates, cost and non-finite steps, from the loop's calls for each step."""
+"""Measures rates and costs and counts non-finite steps; the training loop calls it at every step."""
 
 import resource
 import time
@@ -20,10 +20,10 @@ from train.source import Counts, local_rows
 
 
 class Clock:
-    """Counts tokens, FLOPs and seconds of this process's session.
+    """Counts tokens, FLOPs and seconds of the current session in this process.
 
-    Every process reads the same number of rows. Processes that differ only on the context or tensor axis read the same
-    ones.
+    Every process reads the same number of rows. Processes that differ only in their position on the context or tensor
+    axis read the same rows.
     """
 
     def __init__(self, cfg: Config, plan: Blueprint):
@@ -33,18 +33,18 @@ class Clock:
         self.chip = chips.find(cfg.chip or jax.devices()[0].device_kind)
         assert isinstance(plan.mesh, Mesh), "only --plan uses an abstract mesh"
         mine = local_rows(plan.mesh, cfg.data.batch_size)
-        self.parts = cfg.data.batch_size // (mine.stop - mine.start)  # this process counts one part of the batch
-        self.bad = 0  # non-finite steps in a row before this session
+        self.parts = cfg.data.batch_size // (mine.stop - mine.start)  # this process counts only its part of the batch
+        self.bad = 0  # consecutive non-finite steps before this session
         self.pending: dict[str, Pair] = {}  # metrics of the second-to-last step
         self.last: dict[str, Pair] = {}
         self.since = time.perf_counter()
         self.steps = 0
-        self.counts: Counter[str] = Counter()  # since the last line
+        self.counts: Counter[str] = Counter()  # counts since the last line
         self.since_line = 0  # steps since the last line
         self.busy, self.timed = 0.0, 0  # seconds and tokens of all lines so far
 
     def tick(self, sums: dict[str, Pair], counts: Counts) -> None:
-        """Call it after a step was dispatched. The first step compiles, and is left out of the rates."""
+        """Call it after each step is dispatched. The first step includes compilation and is left out of the rates."""
         self.steps += 1
         self.pending, self.last = self.last, sums
         if self.steps == 1:
@@ -55,13 +55,15 @@ class Clock:
             self.counts.update(counts)
 
     def bad_steps(self) -> int:
-        """Non-finite steps in a row up to the second-to-last step: waiting for the last one would idle the device."""
+        """Consecutive non-finite steps up to the second-to-last step: waiting for the last step would idle the
+        device."""
         return int(self.pending["bad"][0]) if self.pending else self.bad
 
     def line(self, done: int, seen: Counts) -> Json:
-        """The last step's metrics, rates since the previous line, and FLOPs of all tokens that the run has `seen`.
+        """The numbers of a metrics line: the last step's metrics, rates since the previous line, FLOPs of all tokens
+        `seen`.
 
-        MFU is None for a chip without a known peak.
+        MFU is None for a chip whose peak FLOPs are unknown.
         """
         out: Json = means(self.last)
         out |= {k: int(out[k]) for k in ("bad", "skipped")}
@@ -86,7 +88,7 @@ class Clock:
         self.since += time.perf_counter() - start
 
     def totals(self, seen: Counts) -> Json:
-        """Totals of the whole run over its sessions (`seen`); rate and memory are those of this session."""
+        """Totals over all sessions of the run (`seen`), and the rate and peak memory of this session."""
         n = self.parts
         return {
             "tokens": n * seen["tokens"],
@@ -97,7 +99,7 @@ class Clock:
         }
 
     def _flops(self, counts: Counts) -> float:
-        """FLOPs of all processes: of the steps, and of a source's forward passes through its roles."""
+        """FLOPs of all processes, for training steps and for a source's extra forward passes through the roles."""
         total = self.cost.step(counts["tokens"], counts["targets"])
         for role, price in self.roles.items():
             total += price.forward().step(counts.get(f"{role}/tokens", 0), counts.get(f"{role}/targets", 0))

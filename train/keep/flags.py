@@ -1,6 +1,6 @@
-"""Sets options of XLA before it starts: named presets of compiler flags for TPUs; threads and memory for CPUs.
+"""Sets options of XLA before XLA starts: named presets of compiler flags for TPUs, and threads and memory for CPUs.
 
-Presets are per version of libtpu, which aborts the process on an unknown flag.
+Each version of libtpu has its own presets, since libtpu aborts the process on an unknown flag.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ from importlib import metadata
 
 from common.errors import UserError
 
-_OVERLAP = {  # gathers the next layer's parameters while this one computes
+_OVERLAP = {  # gathers the next layer's parameters while the current layer computes
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
@@ -19,7 +19,8 @@ _OVERLAP = {  # gathers the next layer's parameters while this one computes
     "xla_enable_async_all_gather": "true",
 }
 
-# {libtpu version: {preset: flags}}. No preset is used by default: which one helps depends on the model and the slice.
+# {libtpu version: {preset: flags}}. No preset is used by default: which preset helps depends on the model and the
+# slice.
 PRESETS: dict[str, dict[str, dict[str, str]]] = {
     "0.0.42.1": {
         "overlap": _OVERLAP,
@@ -34,7 +35,7 @@ PRESETS: dict[str, dict[str, dict[str, str]]] = {
 
 
 def apply(preset: str) -> None:
-    """Adds the flags of a preset to LIBTPU_INIT_ARGS; call it before anything asks for devices. "" adds none.
+    """Adds the flags of a preset to LIBTPU_INIT_ARGS; call it before anything uses devices. "" adds no flags.
 
     Raises UserError when libtpu is not installed or its version has no such preset.
     """
@@ -55,11 +56,12 @@ def apply(preset: str) -> None:
 
 
 def fake_devices() -> None:
-    """Settings for forced host devices: a larger thread pool and a longer collective timeout. Call it before anything
-    asks for devices.
+    """Settings for simulated devices on a CPU: a larger thread pool and a longer timeout for collectives. Call it
+    before anything uses devices.
 
-    A collective blocks one thread per device until all arrive, and a parallel matmul needs a free thread: if the pool
-    is exhausted, they deadlock. XLA aborts a process whose collective waits for 40 s, which happens on few, busy cores.
+    A collective blocks one thread per device until all devices arrive. If no thread is left for a parallel matmul, they
+    deadlock. XLA aborts a process in which a collective waits for 40 s, which happens on a machine with few, busy
+    cores.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     found = re.findall(r"--xla_force_host_platform_device_count=(\d+)", flags)
@@ -73,7 +75,7 @@ def fake_devices() -> None:
 @functools.cache
 def trim_after_compiling() -> None:
     """Makes glibc return freed memory to the system after each long compilation. Otherwise a process that trains 135M
-    parameters keeps 0.2 GB of LLVM's memory. It takes effect once per process, and only with glibc."""
+    parameters keeps 0.2 GB of LLVM's memory. Only the first call in a process has an effect, and only with glibc."""
     from jax import monitoring
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -19,7 +19,7 @@ from common import exits
 from common.errors import UserError
 from common.types import Json
 
-LOST = re.compile("closed by peer|reset by peer|onnection refused|unhealthy|heartbeat")  # errors when a process dies
+LOST = re.compile("closed by peer|reset by peer|onnection refused|unhealthy|heartbeat")  # errors after a process died
 
 
 def connect() -> None:
@@ -27,7 +27,7 @@ def connect() -> None:
 
     A launch of several processes is recognized by JAX_COORDINATOR_ADDRESS (with JAX_NUM_PROCESSES and JAX_PROCESS_ID),
     by Slurm, by GKE (also with several slices), or on the hosts of a TPU slice by JAX_NUM_PROCESSES. Call it before
-    anything asks for devices.
+    anything uses devices.
     """
     env = os.environ
     cache = os.path.expanduser(f"~/.cache/kungfu/xla-{jax.__version__}")
@@ -48,8 +48,8 @@ def connect() -> None:
 def watched() -> Iterator[None]:
     """Ends this process at once, with one line, when another process of the launch has died.
 
-    Its broken connections are the first sign of that. A normal exit would wait for the dead process for more than a
-    minute, and end with a C++ stack trace.
+    A broken connection is the first sign of a dead process. A normal exit of this process would wait for the dead
+    process for more than a minute, and end with a C++ stack trace.
     """
     if jax.process_count() > 1:
         _delay_abort()
@@ -62,8 +62,9 @@ def watched() -> Iterator[None]:
 
 
 def _delay_abort() -> None:
-    """When the first process dies, JAX aborts the others, often before they can name the reason. An abort then waits
-    for 6 s, since the handler, sleep() of C, gets the number of the signal. The handler runs without Python's lock."""
+    """Delays aborts by 6 s. When the first process dies, JAX aborts the other processes, often before they can print
+    the reason. The handler of SIGABRT is C's sleep(), which gets the signal number, 6, as its argument. It runs without
+    Python's GIL."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.signal(signal.SIGABRT, libc.sleep)
@@ -73,7 +74,7 @@ def _end(reason: str) -> NoReturn:
     host, _, port = os.environ.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")
     lost = "another process of this run was lost"
     if host and not primary():
-        for _ in range(10):  # its port is closed a moment after its other connections
+        for _ in range(10):  # the first process's port closes after its other connections
             try:
                 socket.create_connection((host, int(port)), timeout=2).close()
                 time.sleep(0.1)
@@ -115,7 +116,8 @@ def require_same(what: Json) -> None:
 
 
 def refuse_together(error: UserError | None) -> None:
-    """Raises `error` of the first process on all processes: otherwise those without it would wait forever."""
+    """Raises UserError on all processes if the first process has an `error`; otherwise the others would wait
+    forever."""
     if error:
         broadcast(1)
         raise error

@@ -1,4 +1,4 @@
-"""The lock of a run in an object store, where a lock outlives a killed process."""
+"""The lock of a run in an object store, where the lock of a killed process is not released."""
 
 import os
 import re
@@ -18,10 +18,10 @@ LOCK = re.compile(r"LOCK\.(\d+)")
 class Lease:
     """Holds the object LOCK.<n> in `folder`, and rewrites it every BEAT seconds until `close`.
 
-    A killed run leaves its lock behind, which then no longer changes. After watching it for three BEATs another process
-    may take over by creating LOCK.<n+1>, which the store grants to only one writer. `holder` names process and host: a
-    lock of this host need not be watched, since its kernel has released the local lock. Raises UserError when the run
-    is in use.
+    A killed run leaves its lock behind, but no longer rewrites it. After a lock has not changed for three BEATs,
+    another process may take over by creating LOCK.<n+1>, which the store allows to only one writer. `holder` names the
+    process and its host. A lock from this host is taken over at once: the kernel has already released its run's local
+    lock. Raises UserError when the run is in use.
     """
 
     def __init__(self, folder: Place, holder: str):
@@ -40,7 +40,7 @@ class Lease:
         self._thread.start()
 
     def _watch(self, path: Place) -> None:
-        """Returns if the holder of a lock has died. Raises UserError if it is alive."""
+        """Returns if the holder of a lock has died. Raises UserError if the holder is alive."""
         before = _read(path)
         if f" on {socket.gethostname()} " in before:
             return
@@ -54,7 +54,7 @@ class Lease:
         beats = 0
         while not self._stop.wait(BEAT):
             try:
-                # Check for a later lock too: this one may have been rewritten just after the takeover removed it.
+                # Look for a later lock too: this process may have rewritten its lock after a takeover removed it.
                 if _held(self.folder)[-1:] != [self.number] or not _read(self.path).startswith(self.holder):
                     os.write(2, f"\n{self.path} was taken over: another process continues this run\n".encode())
                     os._exit(exits.PREEMPTED)
@@ -73,7 +73,8 @@ class Lease:
 
 
 def _held(folder: Place) -> list[int]:
-    """The numbers of the existing locks. Checkpoints in the same folder are not listed, which saves requests."""
+    """The numbers of the existing locks. The glob pattern skips the checkpoints in the same folder, which saves
+    requests."""
     return sorted(int(m[1]) for m in (LOCK.fullmatch(path.name) for path in folder.glob("LOCK.*")) if m)
 
 

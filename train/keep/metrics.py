@@ -1,6 +1,6 @@
-"""The record of a run: metrics.jsonl with one JSON object per line, the console, and optionally a tracker.
+"""Records a run in metrics.jsonl (one JSON object per line), on the console, and optionally in a tracker.
 
-All reports are made from metrics.jsonl. A resume removes the lines of steps that are not in the restored state.
+All reports are made from metrics.jsonl. A resume removes the lines of all steps after the restored step.
 """
 
 import math
@@ -22,7 +22,7 @@ from common.types import Json
 from train.keep.power import Power
 from train.keep.tracker import Feed
 
-KINDS = ("init", "compile", "data", "step", "eval", "checkpoint")  # uses of a run's time; "other" is the rest
+KINDS = ("init", "compile", "data", "step", "eval", "checkpoint")  # uses of time; the remainder is "other"
 
 
 def means(sums: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> dict[str, float]:
@@ -34,9 +34,10 @@ def means(sums: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> dict[str, float]:
 class Metrics:
     """Writes lines {"step", "time", "kind", ...} of kind train, eval, task, sample or event, in the first process.
 
-    `tracker` is the config's name, or an object with `log(step, numbers)` and `close()`. Call `rewind` after the state
-    is restored, `sync` before a checkpoint is saved, `end` before the session ends. `on_error` is the config's
-    `ckpt.on_error`: with "stop" a line that cannot be written raises UserError, with "continue" it is kept and retried.
+    `tracker` is the name in the config, or an object with `log(step, numbers)` and `close()`. Call `rewind` after the
+    state is restored, `sync` before a checkpoint is saved, `end` before the session ends. `on_error` is the config's
+    `ckpt.on_error`: with "stop" a line that cannot be written raises UserError, with "continue" the line is kept and
+    written later.
     """
 
     def __init__(
@@ -91,10 +92,12 @@ class Metrics:
         return spent | ({"joules": joules} if joules else {})
 
     def rewind(self, step: int) -> None:
-        """Drops incomplete lines and those of steps that will be repeated; the seconds they took still count.
+        """Drops incomplete lines and lines of steps that will be repeated. The seconds that these steps took still
+        count.
 
-        Evaluations of step 0 are repeated too. Then a "session" event is written, with the devices of this session and
-        the seconds and joules of the previous one. The record of a `finished` run is not changed.
+        If the run restarts at step 0, the evaluations of step 0 are repeated too. Then a "session" event is written,
+        with the devices of this session and the seconds and joules of the previous session. The record of a `finished`
+        run is not changed.
         """
         if not self.active:
             return
@@ -112,7 +115,7 @@ class Metrics:
             if line.get("event") == "session":
                 line["step"] = min(line["step"], step)
         kept = [line for line in lines if line["step"] <= step and (step or line["kind"] == "event")]
-        # The end of an earlier session, unless it was preempted, is recorded again when this session reaches it.
+        # Drop the event that ended an earlier session, unless it was preempted: this session records its own end.
         kept = [line for line in kept if line.get("exit_code", exits.PREEMPTED) == exits.PREEMPTED]
         previous = {"lost_steps": lost, "seconds": ended[0].spent, "joules": ended[0].joules} if ended else {}
         devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count()}
@@ -133,7 +136,7 @@ class Metrics:
             self._refused = True
 
     def _settle(self) -> None:
-        """Makes everything durable. Raises UserError when it cannot be written."""
+        """Makes everything written so far durable. Raises UserError if that fails."""
         try:
             self.sync()
         except OSError as e:
@@ -145,7 +148,8 @@ class Metrics:
 
     @contextmanager
     def timer(self, kind: str, since: float | None = None) -> Iterator[None]:
-        """Counts the seconds of a block as `kind`, one of KINDS, from `since` (of time.perf_counter) if given."""
+        """Adds the seconds of a block to `kind`, one of KINDS, counted from `since` (a time.perf_counter()) if
+        given."""
         start = time.perf_counter() if since is None else since
         self._began = min(self._began, start)
         try:
@@ -177,7 +181,7 @@ class Metrics:
         try:
             self.close()
         except UserError:
-            if kind is None:  # else the error that ended the run is reported
+            if kind is None:  # otherwise the error that ended the run is reported
                 raise
 
 
@@ -221,7 +225,8 @@ class Console:
 
 
 def progress(step: int, total: int, numbers: Json) -> str:
-    """The console's line for a train line's epoch, loss, lr, tokens_per_second, mfu (0 to 1) and seconds_per_step."""
+    """The line on the console, from a train line's epoch, loss, lr, tokens_per_second, mfu (0 to 1),
+    seconds_per_step."""
     mfu, pace = numbers.get("mfu"), numbers.get("seconds_per_step")
     parts = [
         f"step {step}/{total}" + (f" (epoch {numbers['epoch']:.2f})" if "epoch" in numbers else ""),

@@ -1,4 +1,4 @@
-"""Measures power in a background thread: of NVIDIA boards by nvidia-smi, of CPU packages by RAPL."""
+"""Measures power in a background thread: with nvidia-smi for NVIDIA boards, with RAPL for CPU packages."""
 
 import os
 import subprocess
@@ -65,7 +65,8 @@ class Power:
 
 
 def board_watts() -> float:
-    """Mean power in watts of the boards in CUDA_VISIBLE_DEVICES, or of all. Raises OSError without nvidia-smi."""
+    """Mean watts of the boards in CUDA_VISIBLE_DEVICES, or of all boards if it is unset. Raises OSError without
+    nvidia-smi."""
     only = os.environ.get("CUDA_VISIBLE_DEVICES")
     query = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits", *(["-i", only] if only else [])]
     watts = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.split()

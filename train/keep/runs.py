@@ -1,4 +1,4 @@
-"""A run folder: only one launch at a time writes it, and it holds all that is needed to repeat the run."""
+"""A run folder. Only one launch at a time writes to it, and it contains everything needed to repeat the run."""
 
 import contextlib
 import datetime
@@ -28,12 +28,12 @@ from train.keep import hosts
 from train.keep.lease import Lease
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections", "rich")
-# Files and folders that a run modifies in place; all others are replaced as a whole.
+# Files and folders that a run modifies in place; all other files are replaced as a whole.
 GROWING = (files.LOCK, "metrics.jsonl", "ckpt", "profile", "tensorboard", "wandb")
 ROOT = Path(__file__).resolve().parents[2]
 
-# Keys that a resume may change, including all keys below them: the state and the batches of every step stay the same,
-# or, as with `steps`, the change is the purpose of the resume.
+# Config keys that a resume may change, including all keys below them. Either they do not affect the state and the
+# batches of any step, or, like `steps`, they are a usual reason to resume a run.
 SAFE = (
     "steps", "epochs", "accum", "mesh", "model.attention", "xla_preset", "log_every", "eval_every", "eval_batches",
     "evals", "eval_n", "floors", "samples", "ckpt", "tracker", "chip", "allow", "data.cache",
@@ -43,11 +43,12 @@ SAFE = (
 class RunDir:
     """Opens `workdir` for one run, new or resumed, and holds its lock until `close` or the end of the process.
 
-    For a run at gs://BUCKET/FOLDER checkpoints are written directly to `home / "ckpt"`; all other files are on this
-    machine, in `path`, and `publish` uploads those that changed. Otherwise `path` is `home`.
-    `config` is the resolved config as plain data, `overrides` are those of the command line, `source` is its file.
-    Raises UserError when the folder is in use or cannot be written, when a resume changes the config (unless "config"
-    is in its `allow`; "data" for keys under data), or when the processes of the launch differ.
+    For a run at gs://BUCKET/FOLDER, checkpoints are written directly to `home / "ckpt"`. Its other files are written to
+    `path`, a folder on this machine, and `publish` uploads changed files. For a local run, `path` is `home`.
+    `config` is the resolved config as plain data, `overrides` are the overrides on the command line, and `source` is
+    the config file. Raises UserError when the folder is in use or cannot be written, when a resume changes the config
+    (unless its `allow` contains "config" or, for keys under data, "data"), or when the processes of the launch have
+    different configs or code.
     """
 
     def __init__(
@@ -69,15 +70,15 @@ class RunDir:
         self._stop = StopSignals()
 
     def stop_requested(self, step: int) -> bool:
-        """Whether to save `step` and exit with exits.PREEMPTED, since SIGTERM or Ctrl-C came. Call it after every step.
+        """Whether to save `step` and exit with exits.PREEMPTED after SIGTERM or Ctrl-C. Call it after every step.
 
         All processes get True at the same step, no matter which of them got the signal.
         """
         return self._stop.requested(step)
 
     def publish(self) -> None:
-        """Uploads changed files of a run in a store. Called before each save, since a resume on another machine needs
-        them, and at the end."""
+        """Uploads the changed files of a run in an object store. It is called before each save, since a resume on
+        another machine needs the files, and at the end."""
         if self._lease:
             with paths.store_errors(self.home):
                 files.put(self.path, self.home, self._published)
@@ -130,8 +131,8 @@ class RunDir:
         return None
 
     def _compare(self) -> None:
-        """Prints what a resume changes in the config. Raises UserError if that is not safe, or if there are fewer steps
-        than are done."""
+        """Prints what a resume changes in the config. Raises UserError if a change is not safe, or if `steps` is less
+        than the number of steps already done."""
         self.resumed = bool(saved.steps(self.home / "ckpt"))
         where, step, recorded = self._recorded()
         if step > self.config.get("steps", step):
@@ -155,7 +156,7 @@ class RunDir:
             raise UserError(problem, str(self.path), f"use a new --workdir, or put {name!r} in config.allow")
 
     def _recorded(self) -> tuple[str, int, Json | None]:
-        """(where it is recorded, step, config) of the newest complete step; older runs have only config.json."""
+        """(file of the config, step, config) of the newest complete checkpoint; older runs have only config.json."""
         step = 0
         for at in saved.steps(self.home / "ckpt"):
             with contextlib.suppress(saved.Damaged):
@@ -180,7 +181,7 @@ def differences(old: Json | Leaf, new: Json | Leaf, path: str = "") -> Iterator[
 
 
 def unsafe(changed: Iterable[str], allow: Iterable[str]) -> list[str]:
-    """The changed keys that a resume refuses; `allow` is the config's."""
+    """The changed keys that a resume must not change, given the config's `allow`."""
     if "config" in allow:
         return []
     safe = (*SAFE, "data") if "data" in allow else SAFE
@@ -192,10 +193,10 @@ def _under(key: str, names: tuple[str, ...]) -> bool:
 
 
 def take_lock(path: Path, home: Place | None = None) -> int:
-    """An exclusive lock, as an open file. The kernel releases it with the process, so a killed run leaves none behind.
+    """Takes an exclusive lock and returns its file descriptor. The kernel releases the lock when the process ends.
 
-    Raises UserError, which names the holder, if it is taken, and OSError for a link. On a file system without locks it
-    prints a warning.
+    Raises UserError, which names the holder, if the lock is taken, and OSError if `path` is a link. Prints a warning on
+    a file system without locks.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
@@ -221,9 +222,10 @@ def holder() -> str:
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C: the first one asks the loop to stop, the second one exits at once with 143 or 130.
+    """Handles SIGTERM and Ctrl-C: the first signal asks the loop to stop, the second exits at once with 143 or 130.
 
-    With several processes SIGTERM is handled by JAX's preemption service, through which all agree on a step to stop at.
+    With several processes SIGTERM is handled by JAX's preemption service, through which all processes agree on a step
+    to stop at.
     """
 
     def __init__(self) -> None:
@@ -255,7 +257,7 @@ class StopSignals:
 
 
 def environment() -> Json:
-    """Everything besides config and data on which a result may depend."""
+    """Everything, besides config and data, that may affect a result."""
     return {
         "python": sys.version.split()[0],
         "packages": {name: _version(name) for name in PACKAGES},
@@ -273,7 +275,7 @@ def environment() -> Json:
 
 
 def code_digest() -> str:
-    """One digest of all Python files of the packages in this repository."""
+    """One digest over all Python files of the packages in this repository."""
     h = hashlib.sha256()
     for package in sorted(ROOT.glob("*/__init__.py")):
         for path in sorted(package.parent.rglob("*.py")):

@@ -13,10 +13,10 @@ from train.keep import hosts
 
 
 class Trace:
-    """Traces `steps` steps of this session, starting with the second one, since the first one compiles; 0: none."""
+    """Traces `steps` steps of this session (0: none), starting with the second step, since the first step compiles."""
 
     def __init__(self, steps: int, folder: Path):
-        self.steps, self.folder, self.traced = max(0, steps), folder, -1  # -1: not begun
+        self.steps, self.folder, self.traced = max(0, steps), folder, -1  # -1: not started
 
     def tick(self, done: int, result: Any) -> None:
         """Call it after step `done` of the session was dispatched; `result` is any array of its results."""
@@ -43,7 +43,7 @@ class Trace:
 
 
 def table(path: Path, steps: int, rows: int = 10) -> str:
-    """The operations with the most self time on all devices of this host; time in nested operations is not counted."""
+    """A table of the operations with the most self time (without nested operations) on all devices of this host."""
     seconds, calls = own_seconds(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"])
     total = sum(seconds.values())
     lines = [f"{'ms/step':>10} {'share':>6} {'calls/step':>12}  operation"]
@@ -53,7 +53,8 @@ def table(path: Path, steps: int, rows: int = 10) -> str:
 
 
 def own_seconds(events: list[dict]) -> tuple[dict[str, float], dict[str, int]]:
-    """(self time in seconds, calls) by operation: without operations nested in it on the same thread, as in `while`."""
+    """(self time in seconds, calls) by operation. Self time excludes operations that are nested in the operation on the
+    same thread, as in `while`."""
     ops = [e for e in events if e.get("ph") == "X" and {"hlo_op", "hlo_category"} & e.get("args", {}).keys()]
     seconds, calls, open_ops = defaultdict(float), defaultdict(int), defaultdict(list)
     for e in sorted(ops, key=lambda e: (e["ts"], -e["dur"])):

@@ -1,4 +1,4 @@
-"""Sends metrics to TensorBoard and Weights & Biases from a background thread: if a tracker hangs, points are lost, but
+"""Sends metrics to TensorBoard or Weights & Biases from a background thread. If a tracker hangs, points are lost, but
 training continues."""
 
 import importlib.util
@@ -13,14 +13,15 @@ from typing import Any
 from common.errors import UserError
 from configs import schema
 
-QUEUE = 1000  # points that may wait for a slow tracker; more are dropped and counted
+QUEUE = 1000  # points that may wait for a slow tracker; further points are dropped and counted
 PATIENCE = 5.0  # seconds to wait for the tracker at the end of a run
 
 
 class Feed:
     """Passes points to a tracker in the background. `tracker`: a name in TRACKERS, or an object with log and close.
 
-    Raises UserError for a name whose package is not installed. Later failures print one warning, and the run continues.
+    Raises UserError for a name whose package is not installed. A later failure prints one warning, and the run
+    continues.
     """
 
     def __init__(self, tracker: Any, folder: Path, config: dict):
@@ -77,7 +78,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Logs the step as an ordinary number, since W&B drops points whose own step does not grow, as after a resume."""
+    """Logs the step as a metric of its own: W&B drops points if its built-in step does not grow, as after a resume."""
 
     def __init__(self, folder: Path, config: dict):
         import wandb  # pyright: ignore[reportMissingImports]

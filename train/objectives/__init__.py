@@ -1,4 +1,5 @@
-"""Training objectives. Each file exposes `make(model, **config) -> Objective`; the keyword arguments are its schema."""
+"""Training objectives. Each file defines `make(model, **config) -> Objective`; the keyword arguments are its config
+keys."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -13,19 +14,19 @@ if TYPE_CHECKING:
     from train.init import Blueprint
 
 Pair = tuple[Array, Array]  # (sum, weight)
-Roles = dict[str, Any]  # {role: parameter tree}, as a loss gets them
+Roles = dict[str, Any]  # {role: parameter tree}, the first argument of a loss
 
 
 class Role(NamedTuple):
     """One of the parameter trees that a loss reads.
 
-    `kind`: "train" follows the config's `trainable`, `peft` and `quant`; "initial" is the policy as it was before the
-    first step, held fixed; "frozen" is another model, held fixed.
-    `start` is an opened model (`infer.models.open_model`) whose weights the role starts from; None: those of the run.
-    `model` is the role's network if it differs from the policy's. `head` is a file of model/heads: its head is stored
-    in the role's tree at "head" and used instead of logits.
-    `shares` names a role whose frozen half this one uses instead of a copy: a critic under LoRA then costs only its
-    adapters and its head, not a second base.
+    `kind`: a "train" role trains as the config's `trainable`, `peft` and `quant` say; an "initial" role is a fixed copy
+    of the policy before the first step; a "frozen" role is another model, which does not change.
+    `start` is an opened model (`infer.models.open_model`) whose weights the role starts from; None: the run's weights.
+    `model` is the role's network if it differs from the policy's. `head` names a file of model/heads, whose head is
+    stored in the role's tree at "head" and replaces the unembedding.
+    `shares` names another role whose frozen parameters this role uses instead of a copy. A critic trained with LoRA
+    then takes memory only for its adapters and its head, not for a second base model.
     """
 
     kind: Literal["train", "initial", "frozen"]
@@ -38,20 +39,21 @@ class Role(NamedTuple):
 class Objective(NamedTuple):
     """`loss(roles, batch, key)` returns metrics as (sum, weight) pairs; the mean of metrics["loss"] is minimized.
 
-    `roles` always has "policy". If only fresh adapters train, the loss gets no "initial" role: it is
-    `weights.base(policy)`, the base with its adapters off, and costs no memory.
-    `batch` is the kind of batch that the loss reads (data.rows.batch.KINDS). An objective's file assigns it to its
-    constant BATCH, which the config's rules read too. Rows without targets, which the last held-out batch may have,
-    must count in no metric.
-    `nll`: the loss is the negative log-likelihood of the targets of an lm batch, in nats. On held-out data it is called
-    "nll", and bits per byte are added.
-    `logits`: the loss reads the logits, so that their FLOPs count.
-    An objective whose policy answers through a head assigns the head's name to the constant HEAD of its file, so that
-    the run can be opened again.
-    `heldout(roles, batch)` returns further metrics of held-out batches, which would cost too much at every step.
-    `check` gets the columns of the training data, {name: values}, and raises UserError if they do not suffice.
-    `source` makes the run's batches if the data are only prompts: an on-policy objective samples from the state. Its
-    arguments are the data's batches and the run's blueprint.
+    `roles` always has "policy". If only new adapters train, `roles` has no "initial" role: the loss uses
+    `weights.base(policy)` instead, the base without its adapters, which takes no extra memory.
+    `batch` is the kind of batch that the loss reads (data.rows.batch.KINDS). An objective's file also defines it as the
+    constant BATCH, from which the config's rules read it. The last held-out batch may have rows without targets, which
+    must not count in any metric.
+    `nll`: whether the loss is the negative log-likelihood of the targets of an lm batch, in nats. The held-out loss is
+    then named "nll", and bits per byte are added.
+    `logits`: whether the loss computes logits, so that their FLOPs are counted.
+    If the policy has a head in place of the unembedding, the objective's file defines the head's name as the constant
+    HEAD, which is needed to open a finished run.
+    `heldout(roles, batch)` returns more metrics for held-out batches, which would cost too much at every training step.
+    `check` gets the columns of the training data, {name: values}, and raises UserError if the objective cannot train on
+    them.
+    `source` is for on-policy objectives, whose data are only prompts. From the data's batches and the run's blueprint
+    it makes the Source that samples the training batches from the policy.
     """
 
     loss: Callable[[Roles, dict, Array], dict[str, Pair]]

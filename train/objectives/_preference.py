@@ -13,7 +13,7 @@ from train.objectives import Pair, Roles
 
 
 def logps(model: Transformer, params: Params, batch: Batch) -> Array:
-    """Sum of log p over the masked targets of each row [B]."""
+    """The log-probability [B] of each row's answer: the sum of log p over the targets that count in the loss."""
     x = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"]).x
     return head.token_logps(model, params, x, batch["targets"], batch["mask"]).sum(-1)
 
@@ -34,12 +34,13 @@ def lengths(batch: Batch) -> Array:
 
 
 def present(batch: Batch) -> Array:
-    """1.0 for rows of a pair batch that hold a pair, 0.0 for the empty rows of the last held-out batch [B]."""
+    """An array [B]: 1.0 for rows that hold a pair, 0.0 for the empty rows that the last held-out batch may have."""
     return (batch["chosen"]["mask"] + batch["rejected"]["mask"]).any(-1).astype(jnp.float32)
 
 
 def figures(chosen: Array, rejected: Array, policy: Array, batch: Batch) -> dict[str, Array]:
-    """Metrics [B] of pairs: their rewards, and log p [2B] and number of tokens of the answers."""
+    """Metrics [B] of pairs: the rewards, log-probabilities (`policy` [2B], chosen answers first) and lengths of both
+    answers."""
     logp_chosen, logp_rejected = jnp.split(policy, 2)
     length_chosen, length_rejected = jnp.split(lengths(both(batch)), 2)
     return compared(chosen, rejected) | {
@@ -51,7 +52,8 @@ def figures(chosen: Array, rejected: Array, policy: Array, batch: Batch) -> dict
 
 
 def compared(chosen: Array, rejected: Array) -> dict[str, Array]:
-    """Metrics from the rewards [B] of the two answers, a policy's implicit ones or a reward model's."""
+    """Metrics [B] of pairs from the rewards of both answers: implicit rewards of a policy, or rewards of a reward
+    model."""
     return {
         "accuracy": (chosen > rejected).astype(jnp.float32),
         "margin": chosen - rejected,
@@ -61,9 +63,9 @@ def compared(chosen: Array, rejected: Array) -> dict[str, Array]:
 
 
 def divergence(model: Transformer, roles: Roles, rows: Batch) -> dict[str, Pair]:
-    """KL(policy || reference) of the next token, in nats, a mean over the tokens of the data's answers.
+    """KL(policy || reference) of the next-token distributions, in nats, averaged over the tokens of the data's answers.
 
-    Exact at these tokens, which are not the policy's own: tools.rank --kl samples those.
+    The KL is exact at each token, but the answers come from the data; tools.rank --kl samples answers from the policy.
     """
 
     def side(params: Params) -> tuple[Transformer, Params, Array]:
@@ -74,6 +76,6 @@ def divergence(model: Transformer, roles: Roles, rows: Batch) -> dict[str, Pair]
 
 
 def summed(values: dict[str, Array], weight: Array) -> dict[str, Pair]:
-    """(sum, weight) pairs of metrics [B]."""
+    """Turns metrics [B] into (sum, weight) pairs."""
     total = weight.sum()
     return {name: ((value * weight).sum(), total) for name, value in values.items()}

@@ -1,5 +1,5 @@
-"""Embeddings: a question is nearest to its own passage among those of the batch (InfoNCE, van den Oord et al. 2018,
-arXiv 1807.03748; in sentence-transformers MultipleNegativesRankingLoss)."""
+"""Trains embeddings such that a question is closer to its own passage than to the other passages of the batch (InfoNCE,
+van den Oord et al. 2018, arXiv 1807.03748; MultipleNegativesRankingLoss in sentence-transformers)."""
 
 from typing import Literal
 
@@ -23,11 +23,11 @@ def make(
     pooling: Literal["mean", "first", "last"] = "mean",
     query_tokens: int = 0,
 ) -> Objective:
-    """-log softmax(cosines / temperature) of a question's own passage, a mean over questions.
+    """The loss is -log softmax(cosines / temperature) of a question's own passage, averaged over questions.
 
-    The negatives are the other passages of the micro-batch, over all devices, except copies of the own passage and the
-    passages of copies of the question. `pooling` is that of the embedder. `query_tokens` is the maximum number of
-    tokens of a question, which saves padding; 0: `data.seq_len`.
+    The negatives are the other passages of the micro-batch, on all devices, except copies of the question's own passage
+    and the passages of identical questions. `pooling` is how token vectors are pooled into an embedding. Questions are
+    truncated to `query_tokens` tokens, which saves padding; 0 means `data.seq_len`.
     """
     if temperature <= 0:
         raise ValueError(f"temperature {temperature:g} is not above 0")
@@ -39,22 +39,22 @@ def make(
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
         params, passages = roles["policy"], batch["passage"]
         queries = {name: x[:, : query_tokens or None] for name, x in batch["query"].items()}
-        cosines = vectors(params, queries) @ vectors(params, passages).T  # [B,B], one question per row
+        cosines = vectors(params, queries) @ vectors(params, passages).T  # [B,B]: questions x passages
         return info_nce(cosines / temperature, negatives(passages, queries), (passages["segments"] > 0).any(-1))
 
     return Objective(compute, BATCH, logits=False)
 
 
 def negatives(passages: Batch, queries: Batch) -> Array:
-    """Whether passage j is a negative of question i [B,B]: row j is not empty, and neither its question nor its passage
-    equals that of row i."""
+    """Whether passage j is a negative of question i [B,B]: row j is not empty, and rows i and j have different
+    questions and different passages."""
     same = lambda tokens: jnp.all(tokens[:, None] == tokens[None], axis=-1)
     there = (passages["segments"] > 0).any(-1)
     return ~(same(passages["tokens"]) | same(queries["tokens"])) & there[None]
 
 
 def info_nce(logits: Array, negative: Array, there: Array) -> dict[str, Pair]:
-    """Metrics of logits [B,B] whose diagonal belongs to the right passages. `rank` counts from 1."""
+    """Metrics of logits [B,B] (questions x passages). The diagonal holds the correct passages. `rank` counts from 1."""
     own = jnp.diagonal(logits)
     others = jnp.where(negative, logits, -jnp.inf)
     loss = jax.nn.logsumexp(jnp.concatenate([own[:, None], others], 1), axis=1) - own

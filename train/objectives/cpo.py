@@ -13,8 +13,8 @@ BATCH = "pair"
 
 
 def make(model: Transformer, *, beta: float = 0.1, sft_weight: float = 1.0) -> Objective:
-    """Eq. 5: -log sigmoid(beta (log p of the chosen - log p of the rejected answer)), a mean over pairs, plus
-    `sft_weight` times the negative log-likelihood of the chosen answers, a mean over their tokens."""
+    """Eq. 5: -log sigmoid(beta (log p of the chosen answer - log p of the rejected answer)), averaged over pairs, plus
+    `sft_weight` times the negative log-likelihood of the chosen answers, averaged over their tokens."""
 
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
         policy = logps(model, roles["policy"], both(batch))

@@ -23,12 +23,13 @@ def make(
     length_normalized: bool = False,
     sft_weight: float = 0.0,
 ) -> Objective:
-    """A mean over pairs of a function of h = log-ratio of the chosen - log-ratio of the rejected answer.
+    """The loss is a function of h, averaged over pairs. h is the log-ratio log(pi / pi_ref) of the chosen answer minus
+    the log-ratio of the rejected answer.
 
     sigmoid: -log sigmoid(beta h), eq. 7; `label_smoothing` is cDPO's eps, the assumed fraction of flipped labels.
     hinge:   relu(1 - beta h) (SLiC, Zhao et al. 2023, arXiv 2305.10425, eq. 8 with log-ratios).
-    ipo:     (h - 1/(2 beta))^2 (Azar et al. 2023, arXiv 2310.12036, eq. 17), with h of means over tokens, as its
-             authors confirmed to TRL.
+    ipo:     (h - 1/(2 beta))^2 (Azar et al. 2023, arXiv 2310.12036, eq. 17), where h uses means over tokens, as the
+             authors confirmed to the developers of TRL.
     robust:  the sigmoid loss, corrected for a fraction `label_smoothing` of flipped labels (Chowdhury et al. 2024,
              arXiv 2403.00409, eq. 9).
     `length_normalized` divides each log-ratio by its answer's length, as `ipo` always does. `sft_weight` adds that many
@@ -57,7 +58,7 @@ def make(
 
 
 def preference_loss(h: Array, beta: float, loss: str = "sigmoid", label_smoothing: float = 0.0) -> Array:
-    """The loss of each pair from h [B], the difference of its log-ratios."""
+    """The loss of each pair, from h [B], the difference between the log-ratios of its two answers."""
     eps, right, wrong = label_smoothing, -jax.nn.log_sigmoid(beta * h), -jax.nn.log_sigmoid(-beta * h)
     if loss == "hinge":
         return jax.nn.relu(1 - beta * h)

@@ -20,11 +20,11 @@ def make(
     model: Transformer, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> Objective:
     """Eq. 7 and 8: weight (1 - sigmoid(beta (r - z))) for a good answer (label 1), weight (1 - sigmoid(beta (z - r)))
-    for a bad one (label 0), a mean over rows.
+    for a bad answer (label 0), averaged over rows.
 
-    r is a row's log-ratio. z, which has no gradient, estimates KL(policy || reference): the mean log-ratio of
-    mismatched pairs, each prompt with the answer of the row before, at least 0. It is estimated per micro-batch, over
-    all devices.
+    r is a row's log-ratio log(pi / pi_ref). z estimates KL(policy || reference), without a gradient: it is the mean
+    log-ratio of mismatched rows (each prompt with the answer of the previous row), or 0 if that mean is negative. It is
+    computed per micro-batch, over all devices.
     """
 
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
@@ -60,7 +60,8 @@ def mismatched(batch: Batch) -> Batch:
     """Rows [B,T], one document each, with each prompt followed by the previous row's answer; the first row wraps around
     to the last.
 
-    An answer begins at the first target that counts and ends with the document; it is truncated to the row.
+    An answer begins at the first target that counts in the loss and ends with the document. It is truncated at the
+    row's end.
     """
     width = batch["tokens"].shape[1]
     at = jnp.arange(width)
@@ -73,7 +74,7 @@ def mismatched(batch: Batch) -> Batch:
         other_row = jnp.take_along_axis(jnp.roll(x, 1, axis=0), jnp.clip(slot, 0, width - 1), axis=1)
         return jnp.where(fits, other_row, empty)
 
-    prompt = at <= here  # the last slot of the prompt keeps its token, and has the new answer's first as its target
+    prompt = at <= here  # the last slot of the prompt keeps its token; its target is the new answer's first token
     segments = jnp.where(prompt, batch["segments"], moved(batch["segments"]))
     return batch | {
         "tokens": jnp.where(prompt, batch["tokens"], moved(batch["tokens"])),

@@ -14,7 +14,7 @@ BATCH = "pair"
 
 def make(model: Transformer, *, beta: float = 0.1) -> Objective:
     """Eq. 6: the chosen answer's negative log-likelihood plus `beta` (lambda in the paper) times -log sigmoid of the
-    log odds ratio, a mean over pairs. Both terms are of mean log-probabilities per token (eq. 3 and 4)."""
+    log odds ratio, averaged over pairs. Both terms use log-probabilities averaged over tokens (eq. 3 and 4)."""
 
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
         rows = both(batch)
@@ -28,5 +28,5 @@ def make(model: Transformer, *, beta: float = 0.1) -> Objective:
 
 
 def log_odds(logp: Array) -> Array:
-    """log(p / (1 - p)) of log p; finite for an empty answer, whose p is 1."""
+    """log(p / (1 - p)), computed from log p; finite even for an empty answer, which has p = 1."""
     return logp - jnp.log1p(-jnp.exp(jnp.minimum(logp, -1e-7)))

@@ -1,4 +1,4 @@
-"""A reward model from rankings of several answers (Plackett 1975; Luce 1959), ties and partial orders among them."""
+"""Trains a reward model on rankings of several answers (Plackett 1975; Luce 1959), with ties and unranked answers."""
 
 import itertools
 
@@ -16,15 +16,15 @@ from train.objectives._reward import present, rewards
 
 BATCH = "group"
 HEAD = "scalar"
-MOST = 8  # answers to a prompt: the orders of ties are summed over their 2^K subsets
+MOST = 8  # maximum number K of answers to a prompt: order_logp visits all 2^K subsets of them
 
 
 def make(model: Transformer) -> Objective:
-    """-log of the probability of each group's order, a mean over groups.
+    """The loss is the negative log-probability of the order of each group of answers, averaged over groups.
 
-    Plackett-Luce: P(order) = prod_i exp(r_i) / sum_{j behind i} exp(r_j). A tie stands for all orders of the tied
-    answers, whose probabilities are added. The answers that were not ranked all have the last rank, and so are tied.
-    The data have a column `rank` (1 is the best) or `rating` (the highest is the best).
+    Plackett-Luce: P(order) = prod_i exp(r_i) / sum_{j not before i} exp(r_j). The probability of a tie is the sum over
+    all orders of the tied answers. Answers that were not ranked share the last rank, so they are tied. The data have a
+    column `rank` (1 is the best) or `rating` (the highest is the best).
     """
 
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
@@ -43,11 +43,11 @@ def make(model: Transformer) -> Objective:
 
 
 def order_logp(scores: Array, ranks: Array) -> Array:
-    """log P [B] that answers with `scores` [B,K] come in the order of their `ranks` [B,K], equal ranks in any order.
+    """The log-probability [B] that answers with `scores` [B,K] are ordered as in `ranks` [B,K], ties in any order.
 
-    A recursion over the sets of answers that were taken first, by their size: log P(S) is the sum over the last i of S
-    of log P(S - i) + r_i - log sum of the rest, where no answer that is left has a better rank than i. Raises UserError
-    for more than MOST answers.
+    P(S) is the probability that the answers in the set S come first. It is computed for sets of increasing size: P(S)
+    is the sum over i in S of P(S - i) exp(r_i) / sum_{j not in S - i} exp(r_j), where i is added last, so no answer
+    outside S - i may have a better rank than i. Raises UserError for more than MOST answers.
     """
     count = scores.shape[1]
     if count > MOST:

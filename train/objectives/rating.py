@@ -1,4 +1,4 @@
-"""A reward model from ratings of single answers: regression, or an ordinal model of the steps of the scale."""
+"""Trains a reward model on ratings of single answers, by regression or by ordinal regression on the rating scale."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -22,7 +22,8 @@ HEAD = "scalar"
 def make(
     model: Transformer, *, loss: Literal["regression", "ordinal"] = "regression", low: float = 1.0, high: float = 5.0
 ) -> Objective:
-    """A mean over rows. The reward is in steps of the scale from `low` to `high`, 0 at its middle.
+    """The loss is averaged over rows. A reward of 0 is the middle of the scale from `low` to `high`; its unit is one
+    step of the scale.
 
     regression: (r - (rating - middle))^2.
     ordinal:    the all-threshold logistic loss (Rennie and Srebro 2005, eq. 13): for each step between two whole

@@ -1,4 +1,4 @@
-"""A reward model from preference pairs (Bradley and Terry 1952; Ouyang et al. 2022, arXiv 2203.02155, eq. 1)."""
+"""Trains a reward model on preference pairs (Bradley and Terry 1952; Ouyang et al. 2022, arXiv 2203.02155, eq. 1)."""
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,10 @@ HEAD = "scalar"
 
 
 def make(model: Transformer, *, center: float = 0.0) -> Objective:
-    """-log sigmoid(r_chosen - r_rejected - margin), a mean over pairs.
+    """The loss is -log sigmoid(r_chosen - r_rejected - margin), averaged over pairs.
 
-    `margin` is a column of the data (Touvron et al. 2023, arXiv 2307.09288, eq. 2), 0 without one. A pair whose column
-    `tie` is 1 counts half as won and half as lost, and is left out of the accuracy. `center` times (r_chosen +
+    `margin` is a column of the data (Touvron et al. 2023, arXiv 2307.09288, eq. 2), or 0 if it is missing. A pair whose
+    column `tie` is 1 counts half as won and half as lost, and is left out of the accuracy. `center` times (r_chosen +
     r_rejected)^2 is added, which keeps rewards around 0 (Eisenstein et al. 2023, arXiv 2312.09244, eq. 2).
     """
 

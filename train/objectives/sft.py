@@ -1,4 +1,4 @@
-"""Next-token prediction on the targets where the mask is 1: pretraining, and supervised fine-tuning."""
+"""Next-token prediction on the targets where the mask is 1, for pretraining and supervised fine-tuning."""
 
 from jax import Array
 

@@ -13,7 +13,8 @@ BATCH = "pair"
 
 
 def make(model: Transformer, *, beta: float = 2.0, gamma: float = 1.0) -> Objective:
-    """Eq. 6: -log sigmoid(beta (mean log p of the chosen - that of the rejected answer) - gamma), a mean over pairs.
+    """Eq. 6: -log sigmoid(beta (mean log p of the chosen answer - mean log p of the rejected answer) - gamma), averaged
+    over pairs.
 
     `gamma` is the target reward margin.
     """
