@@ -1,4 +1,4 @@
-"""Prompts of any source, and answers sampled to them: items for people and judges to compare."""
+"""Prompts from any source, and answers sampled for them, which people and judges compare."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,7 +16,7 @@ ROWS = 16  # answers that are sampled at a time
 
 
 def prompts(source: str) -> Iterator[tuple[str, Prompt, Json]]:
-    """(place, prompt, record) of each row: its prompt, or what stands before the answer in a row of a known shape.
+    """(position, prompt, record) of each row. In a row of a known format, the prompt is everything before the answer.
 
     Raises UserError for a row without a prompt.
     """
@@ -72,13 +72,14 @@ def _is_answer(value: object) -> bool:
 
 
 def model(name: str) -> LM | Hosted:
-    """A model, a run, a base with an adapter (BASE+FOLDER), or a hosted model, by name."""
+    """Loads a model, a run, a base with an adapter (BASE+FOLDER), or a hosted model by its name."""
     base, _, adapter = ("", "", "") if hosted.is_hosted(name) else name.partition("+")
     return hosted.load(base or name, adapter or None)
 
 
 def asked(prompt: Prompt, lm: LM | Hosted) -> Prompt:
-    """The prompt as a model is asked: a text becomes a turn, a transcript its turns, if the model reads chats."""
+    """The prompt in the form that a model expects. If the model reads chats, a text becomes one turn, and a transcript
+    becomes its turns."""
     if not isinstance(prompt, str) or (isinstance(lm, LM) and lm.tokenizer.chat_template is None):
         return prompt
     found = wrapped(Completion(prompt, "-"))
@@ -88,12 +89,13 @@ def asked(prompt: Prompt, lm: LM | Hosted) -> Prompt:
 def sample(
     lm: LM | Hosted, texts: Sequence[Prompt], count: int, *, max_new_tokens: int, seed: int, **knobs: float
 ) -> list[list[str]]:
-    """`count` answers to each of the prompts, which differ; an answer depends on its prompt, number and seed only."""
+    """`count` independently sampled answers to each prompt; an answer depends only on its prompt, its number and the
+    seed."""
     out: list[list[str]] = []
     size = max(1, ROWS // count)
     for at in range(0, len(texts), size):
         rows = [asked(prompt, lm) for prompt in texts[at : at + size]]
-        filled = rows + rows[-1:] * (size - len(rows)) if isinstance(lm, LM) else rows  # to compile few shapes
+        filled = rows + rows[-1:] * (size - len(rows)) if isinstance(lm, LM) else rows  # to have few shapes to compile
         flat = [prompt for prompt in filled for _ in range(count)]
         found = lm.generate(flat, max_new_tokens=max_new_tokens, seed=seed, **knobs)
         out += [found[i * count : (i + 1) * count] for i in range(len(rows))]

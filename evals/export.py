@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def export(name: str, folder: Path) -> dict[str, int]:
-    """Writes the files atomically; returns the number of records of each."""
+    """Writes the files atomically; returns the number of records in each."""
     task, written = tasks.load(name), {}
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "validation", "heldout"):

@@ -14,14 +14,15 @@ from evals.pairs import Pair
 from infer.embed import Embedder
 from infer.models import load
 
-LONGEST = 128  # tokens at the end of a prompt and its answer that the model reads
+LONGEST = 128  # the model reads at most this many tokens, from the end of the prompt with its answer
 CHUNK = 64  # pairs whose features are kept in one file
 
 
 def differences(name: str, found: Sequence[Pair], folder: Path) -> np.ndarray:
-    """Features of `chosen` less those of `rejected` [n,D], of the model `name`, divided by their standard deviations.
+    """Features of `chosen` minus those of `rejected` [n,D], from the model `name`; every column is divided by its root
+    mean square.
 
-    They are kept in `folder`, from which a later call reads them.
+    The features are cached in `folder` for later calls.
     """
     parts, lm = [], None
     for at in range(0, len(found), CHUNK):
@@ -42,11 +43,12 @@ def differences(name: str, found: Sequence[Pair], folder: Path) -> np.ndarray:
 
 
 def predicted(name: str, found: Sequence[Pair], folds: int, folder: Path) -> np.ndarray:
-    """Probabilities [n] that people prefer `chosen`, by a linear model, each fold predicted from the others."""
+    """Probabilities [n] that people prefer `chosen`, from a linear model; each fold is predicted from the other
+    folds."""
     x = differences(name, found, folder)
     return pairs.crossed(x, pairs.folds(found, folds), penalty(x))
 
 
 def penalty(x: np.ndarray) -> float:
-    """The L2 penalty for features of unit variance [n,D] that expects log-odds of unit variance, too."""
+    """The L2 penalty for features of unit variance [n,D]; as a prior, it gives the log-odds unit variance, too."""
     return float(x.shape[1])

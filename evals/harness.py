@@ -1,4 +1,4 @@
-"""A model as lm-evaluation-harness asks it (evals.lm_eval)."""
+"""Adapts a model to the interface of lm-evaluation-harness (evals.lm_eval)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,11 @@ from infer.lm import LM
 from infer.serve.api import ids
 from model.net.transformer import virtual_tokens
 
-Pair = tuple[list[int], list[int]]  # token ids of a context and of what is scored after it
+Pair = tuple[list[int], list[int]]  # token ids of a context and of the continuation that is scored
 
 
 class Adapter(TemplateLM):
-    """Log-probabilities of continuations, and answers.
+    """Gives the harness log-probabilities of continuations, and generated answers.
 
     Contexts that are too long lose their first tokens, as in the harness's own models.
     """
@@ -28,7 +28,7 @@ class Adapter(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Distinguishes cached requests."""
+        """The model's name, by which the harness distinguishes cached requests."""
         return self.name
 
     @property

@@ -1,4 +1,4 @@
-"""Loss on text that was not used in training: of batches, and of plain text before and after tuning."""
+"""Loss on text that was not used in training: on batches, and on plain text before and after tuning."""
 
 import math
 
@@ -37,7 +37,8 @@ def byte_lengths(model: Transformer, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def text_loss(lm: LM, texts: list[str]) -> tuple[float, int]:
-    """(sum, weight) of the nats per token of plain texts. A rise of their ratio through tuning is forgetting."""
+    """(sum of the loss in nats, number of tokens) of plain texts. If their ratio rises through tuning, the model
+    forgets."""
     mean, tokens = lm.loss(texts)
     return mean * tokens, tokens
 
@@ -49,7 +50,7 @@ def passages(source: str, n: int) -> list[str]:
 
 
 def _passage(record: dict) -> str:
-    """A passage from the middle of a document, from the start of a line; "" if the document is too short."""
+    """A passage from the middle of a document, which begins at the start of a line; "" if the document is too short."""
     text = record.get("text", "")
     at = text.find("\n", max(len(text) // 2 - PASSAGE, 0)) + 1
     return text[at : at + PASSAGE] if len(text) >= 2 * PASSAGE else ""

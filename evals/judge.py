@@ -40,20 +40,21 @@ CHUNK = 32  # questions that are scored at a time
 
 
 class Verdict(NamedTuple):
-    """`p` is the probability that the first answer is better, a mean over both orders; `votes` are those of the order
-    as given and of the other one: 1 for the first answer, -1 for the second, 0 for a tie or an unreadable reply."""
+    """`p` is the probability that the first answer is better, averaged over both orders. `votes` has the vote in the
+    given order and the vote in the swapped order: 1 for the first answer, -1 for the second, 0 for a tie or an
+    unreadable reply."""
 
     p: float
     votes: tuple[int, int]
 
     @property
     def winner(self) -> int:
-        """1 or -1 if both orders agree on it, else 0: a tie."""
+        """1 or -1 if both orders agree on the better answer, else 0 (a tie)."""
         return self.votes[0] if self.votes[0] == self.votes[1] else 0
 
 
 class Judge:
-    """A judge by the name of its model, which may be hosted."""
+    """A judge; `name` is the name of its model, which may be hosted."""
 
     def __init__(self, name: str, lm: LM | Hosted | None = None):
         self.name, self.lm, self.unread = name, lm or hosted.load(name), 0
@@ -79,7 +80,8 @@ class Judge:
         return (self._read(texts, DIGITS) @ np.linspace(0, 1, len(DIGITS))).tolist()
 
     def _read(self, texts: Sequence[str], options: str) -> np.ndarray:
-        """Probabilities [n,options] of the replies. A hosted judge gives one; one that names no option is uniform."""
+        """Probabilities [n,options] of the possible replies. A hosted judge gives a single reply, whose option gets
+        probability 1; if the reply names no option, all options get the same probability."""
         if isinstance(self.lm, Hosted):
             replies = self.lm.generate([[{"role": "user", "content": t}] for t in texts], max_new_tokens=ROOM)
             found = [re.search(rf"\b[{options}]\b", reply) for reply in replies]
@@ -105,9 +107,10 @@ def _votes(p: np.ndarray) -> list[int]:
 
 
 def bias(verdicts: Sequence[Verdict]) -> tuple[float | None, float]:
-    """(share of the votes for an answer that are for the one shown first, share of pairs whose orders disagree).
+    """(share of the votes without ties that are for the answer shown first, share of pairs on which both orders
+    disagree).
 
-    Without position bias the first is one half; None if all votes are ties."""
+    Without position bias the first share is one half; it is None if all votes are ties."""
     shown = [vote for v in verdicts for vote in (v.votes[0], -v.votes[1]) if vote]
     first = sum(vote > 0 for vote in shown) / len(shown) if shown else None
     return first, sum(v.votes[0] != v.votes[1] for v in verdicts) / len(verdicts)

@@ -4,7 +4,7 @@
                             [--adapter=RUN] [--rows=16] [--out=FILE.json]
 
 Prints the harness's table, and writes its results to --out. `--include` is a folder with task files of your own, which
-may read rows from local files; `--chat` formats the questions by the model's chat template.
+may read rows from local files; `--chat` formats the questions with the model's chat template.
 """
 
 import sys

@@ -5,20 +5,21 @@
                          [--pick=random] [--instructions=FILE] [--cite] [--split=heldout]
                          [--text=pydocs] [--passages=16] [--latency=0] [--out=FOLDER] [--strict]
 
-Prints a table and appends one line of JSON per result to FOLDER/evals.jsonl. If the model or the adapter is a run, its
-folder is the default. `--text` names a data source; the rise of the loss on it after tuning measures forgetting.
-`--against` names a folder or .jsonl of earlier results, which are compared row by row if they are on the same rows.
-`--model=openai:URL#MODEL?in=0.15&out=0.6` asks an OpenAI-compatible endpoint; the options are its prices in dollars per
-million tokens of prompts and answers, the key is the environment variable OPENAI_API_KEY.
+Prints a table and appends one line of JSON per result to FOLDER/evals.jsonl. If the model or the adapter is a run,
+FOLDER defaults to the run's folder. `--text` names a data source; the rise of the loss on it after tuning measures
+forgetting. `--against` names a folder or .jsonl of earlier results, which are compared row by row if they are on the
+same rows. `--model=openai:URL#MODEL?in=0.15&out=0.6` asks an OpenAI-compatible endpoint; the options are its prices in
+dollars per million tokens of prompts and answers. The API key is read from the environment variable OPENAI_API_KEY.
 `--contamination` names training data (a source, a run or a token cache): rows that occur in it are listed and scored
 separately. `--latency=20` also asks 20 questions one at a time, after compilation, to measure the time per request.
 
 The following options set how questions are asked; every combination is scored. `--shots`: numbers of solved examples in
 the prompt, or "full" for as many as fit. `--pick`: which training rows are the examples: random for each question,
 fixed, diverse, or nearest to the question. `--instructions`: "builtin", or a file with one system message per line, in
-which {} stands for the task's own. `--index`: an index of documents (tools.index); its k best chunks for a question are
-put before it. With `--cite` answers also name the chunks that they rely on; these citations are not scored. Choose
-among the ways with `--split=validation`, so that test rows are not used for the choice.
+which {} stands for the task's own system message. `--index`: an index of documents (tools.index); its k best chunks for
+a question are put before the question. With `--cite` answers also name the chunks that they rely on; these citations
+are not scored. To choose one of these prompting setups, use `--split=validation`, so that test rows do not influence
+the choice.
 """
 
 import argparse
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from infer.hosted import Hosted
     from infer.lm import LM
 
-SURE = 0.1  # maximum half-width of an interval; wider ones get a warning with the rows needed for half of SURE
+SURE = 0.1  # maximum half-width of an interval; a wider one gets a warning with the number of rows needed for SURE / 2
 
 
 @cli.command
@@ -103,7 +104,7 @@ def _shots(text: str) -> list[int | str]:
 
 
 def _contexts(args: argparse.Namespace) -> "list[Context]":
-    """Every way to ask that the options describe. Raises UserError if one is not possible."""
+    """Every prompting setup that the options describe. Raises UserError for an impossible setup."""
     from infer.context import FULL, Context, instruction
     from infer.retrieve.index import opened
 
@@ -149,7 +150,7 @@ def _gas(seconds: float, flops: float) -> gas.Gas:
 
 
 def _contaminated(name: str, task: "Task", trained: list[str], split: str, lm: "LM") -> dict[str, str]:
-    """{row: place in a training text} for rows that occur in one; prints a line per source."""
+    """{row: position of a training text that contains it}; prints a line per source."""
     from evals import overlap
 
     rows = task.examples(split)
@@ -168,7 +169,7 @@ def _where(name: str, i: int, row: Json) -> str:
 
 
 def _marked(name: str, task: "Task", found: dict[str, str]) -> "Task":
-    """The task with one slice for the contaminated rows and one for the others."""
+    """The task with one slice for the contaminated rows and one for the other rows."""
 
     def examples(split: str) -> list[Json]:
         rows = list(task.examples(split))
@@ -180,11 +181,11 @@ def _marked(name: str, task: "Task", found: dict[str, str]) -> "Task":
     return task._replace(examples=examples)
 
 
-# --- what came out ---
+# --- results ---
 
 
 def _folder(args: argparse.Namespace) -> Path | None:
-    """The folder for results: `out`, else the measured run folder, else None."""
+    """The folder for results: `out`, else the folder of the measured run, else None."""
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         return Path(args.out)
@@ -256,7 +257,8 @@ def show(results: list[Json]) -> None:
 
 
 def _remarks(r: Json) -> Iterator[str]:
-    """Remarks on a result: its score without length normalization, the most frequent answers, a too wide interval."""
+    """Remarks on a result: its score without length normalization, the most frequent answers, an interval that is too
+    wide."""
     if r["by_sum"] is not None:
         by_sum = f"by the whole log-likelihood the score is {r['by_sum']:.3f}"
         yield f"the options are ranked by log-likelihood per byte; {by_sum}"

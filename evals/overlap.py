@@ -14,13 +14,13 @@ from data import cache, formats, sources
 from data.text.tokenizer import Tokenizer
 from evals.scorers import WORD
 
-NGRAM = 13  # words: Brown et al. 2020, appendix C
-LEAST = 8  # least words of a question; shorter ones are searched together with their answers
-FORM, FEW, SHARE = 5, 3, 0.05  # words in more than FEW rows, and in this share of all, are boilerplate
+NGRAM = 13  # words, as in Brown et al. 2020, appendix C
+LEAST = 8  # minimum words of a question; a shorter question is searched together with its answer
+FORM, FEW, SHARE = 5, 3, 0.05  # FORM successive words in more than FEW rows and SHARE of all are boilerplate
 SHINGLE, JACCARD = 3, 0.8  # words per shingle, and the minimum similarity of near-duplicates
-HASHES, BAND = 96, 4  # bands of MinHash: two rows of similarity 0.8 share one of 4 hashes with probability 1 - 5e-6
+HASHES, BAND = 96, 4  # MinHash in bands of 4 hashes: two rows of similarity 0.8 share a band with probability 1 - 5e-6
 MOST = 20_000  # maximum rows compared, evenly spread over all rows
-SHOWN = 3  # pairs or rows named per line
+SHOWN = 3  # maximum pairs or rows that a message names
 BLOCK = 1 << 18  # words searched at a time
 MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication by it is invertible
 
@@ -65,7 +65,7 @@ def near(texts: Sequence[str]) -> list[tuple[int, int]]:
     sets = [shingles(text) for text in texts]
     counts = Counter(gram for found in sets for gram in found)
     many = max(FEW, SHARE * len(texts))
-    sets = [{gram for gram in found if counts[gram] <= many} or found for found in sets]  # without a common form
+    sets = [{gram for gram in found if counts[gram] <= many} or found for found in sets]  # without common boilerplate
     factors = np.random.default_rng(0).integers(1, 1 << 62, HASHES, np.uint64) * 2 + 1
     buckets: dict[tuple, list[int]] = defaultdict(list)
     for i, found in enumerate(sets):
@@ -87,11 +87,12 @@ def shingles(text: str) -> set[int]:
 
 
 def seen(rows: Sequence[tuple[str, str]], source: str, tokenizer: Tokenizer) -> dict[int, str]:
-    """{index of a row: place of the first text that contains it} for rows (question, answer).
+    """{index of a row: position of the first text that contains it}, for rows of (question, answer).
 
-    A text contains a row if NGRAM consecutive words of its question occur there, or all words of a shorter question.
-    Words that many rows have in common, such as an instruction, do not count; if fewer than LEAST other words follow
-    each other, question and answer must occur as a whole. `source`: a data source, run folder or token cache.
+    A text contains a row if it contains NGRAM consecutive words of the row's question, or all words of a shorter
+    question. Words that many rows have in common, such as an instruction, are left out of the questions. If fewer than
+    LEAST consecutive words remain, the question with its answer must occur as a whole. `source`: a data source, run
+    folder or token cache.
     """
     wanted: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # length: {hash: rows}
     for i, own in enumerate(_own([_ids(words(question)) for question, _ in rows])):
@@ -113,7 +114,8 @@ def seen(rows: Sequence[tuple[str, str]], source: str, tokenizer: Tokenizer) -> 
 
 
 def _own(rows: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """Sequences of words of each row, cut where FORM consecutive words occur in many rows."""
+    """For each row, the sequences of words that remain after cutting out every FORM consecutive words that many rows
+    share."""
     grams = [_rolling(ids, FORM) for ids in rows]
     found, counts = np.unique(np.concatenate([np.unique(g) for g in grams]), return_counts=True)
     form = found[counts > max(FEW, SHARE * len(rows))]
@@ -126,7 +128,8 @@ def _own(rows: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
 
 
 def _blocks(texts: Iterator[tuple[str, str]]) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
-    """(words, index of the first word of each text, place of each text) of many texts at once, separated by 0."""
+    """(hashes of words, index of the first word of each text, position of each text) for blocks of many texts; a 0
+    separates two texts."""
     parts, places, size = [], [], 0
     starts = lambda: np.cumsum([0, *(len(ids) + 1 for ids in parts[::2])])[:-1]
     for where, text in texts:
@@ -141,7 +144,7 @@ def _blocks(texts: Iterator[tuple[str, str]]) -> Iterator[tuple[np.ndarray, np.n
 
 
 def _ids(found: list[str]) -> np.ndarray:
-    """64 bits per word."""
+    """A 64-bit hash per word."""
     data = [(zlib.crc32(w.encode()) << 32) | zlib.adler32(w.encode()) for w in found]
     return np.array(data, np.uint64) * MIX
 
@@ -166,7 +169,7 @@ def _texts(source: str, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
 
 
 def _records(source: str, form: str, fields: str) -> Iterator[tuple[str, str]]:
-    """The texts of records; of a record that training cannot read, all its strings."""
+    """The texts of records; for a record that training cannot read, all of its strings."""
     for row in sources.rows(source):
         try:
             parts = formats.example(row.record or {}, form, formats.parse_fields(fields)).parts()

@@ -37,7 +37,7 @@ class Paired(NamedTuple):
 def compare(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Paired:
     """Compares scores of the same rows in the same order.
 
-    Scores of only 0 and 1: McNemar's exact test and Newcombe's interval of paired proportions. Other scores:
+    If all scores are 0 or 1, it uses McNemar's exact test and Newcombe's interval of paired proportions; otherwise
     percentiles of a bootstrap over rows.
     """
     a, b = np.asarray(ours, float), np.asarray(theirs, float)
@@ -52,7 +52,8 @@ def compare(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Pa
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """Two-sided p for rows on which only one side is right; without a difference, both sides are equally likely."""
+    """Two-sided p from the rows on which only one model is right; under the null hypothesis, both models are right
+    equally often there."""
     n, ways, total = wins + losses, 1, 0
     for k in range(min(wins, losses) + 1):
         total, ways = total + ways, ways * (n - k) // (k + 1)  # binomial coefficients, exact
@@ -76,8 +77,8 @@ def newcombe(both: int, first: int, second: int, neither: int) -> tuple[float, f
 
 
 def bootstrap(differences: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """(low, high, p) of the mean of differences [n]: percentiles over DRAWS samples of rows, and twice the fraction of
-    samples on the other side of 0, at least 1 / DRAWS."""
+    """(low, high, p) of the mean of differences [n]: percentiles over DRAWS samples of rows, and twice the smaller
+    fraction of samples on one side of 0, at least 1 / DRAWS."""
     rng, n = np.random.default_rng(seed), len(differences)
     size = max(1, BLOCK // n)
     blocks = [min(size, DRAWS - at) for at in range(0, DRAWS, size)]
@@ -92,7 +93,7 @@ def bootstrap(differences: np.ndarray, seed: int = 0) -> tuple[float, float, flo
 
 def results(path: str | Path) -> list[Json]:
     """The task results in a .jsonl, or in a folder's evals.jsonl and metrics.jsonl: the newest for each model, adapter
-    and way to ask."""
+    and prompting setup."""
     place = Path(path).expanduser()
     names = [place / "metrics.jsonl", place / "evals.jsonl"] if place.is_dir() else [place]
     lines = [line for name in names for line in files.read_lines(name) if "task" in line]
@@ -111,7 +112,7 @@ def asked(result: Json) -> str:
 
 
 def fitting(task: str, task_hash: str, rows: Sequence[str], others: Sequence[Json], source: str) -> list[Json]:
-    """The other results on the same rows with the same scoring. Raises UserError if there are none."""
+    """The earlier results on the same rows with the same scoring. Raises UserError if there are none."""
     ours = {"task_hash": task_hash, "rows": list(rows)}
     if found := [x for x in others if alike(ours, x)]:
         return found

@@ -1,4 +1,5 @@
-"""Pairs of answers with people's preferences, the agreement of these people, and predictors that need no model."""
+"""Pairs of answers with people's preferences, the agreement of these people, and predictors of preferences that need no
+language model."""
 
 import itertools
 import re
@@ -80,21 +81,21 @@ def _parts(found: Completion | Chat) -> tuple[Prompt, str]:
 
 
 def _majority(pair: Pair) -> Pair:
-    """The pair with the answer first that most people prefer."""
+    """The pair, with the answer that most people prefer as `chosen`."""
     if sum(pair.votes) >= 0:
         return pair
     return Pair(pair.prompt, pair.rejected, pair.chosen, tuple(-v for v in pair.votes))
 
 
 def decided(pairs: Iterable[Pair]) -> list[Pair]:
-    """The pairs of which more people prefer one answer than the other. Raises UserError if there are none."""
+    """The pairs that are not tied: more people prefer one answer than the other. Raises UserError if there are none."""
     if not (found := [pair for pair in pairs if sum(pair.votes)]):
         raise UserError("all pairs are ties", "pairs", "collect more votes")
     return found
 
 
 def agreement(pairs: Iterable[Pair]) -> list[float]:
-    """For each two people who judged the same pair: 1 if they agree, else 0."""
+    """For every two people who judged the same pair: 1 if they agree, else 0."""
     return [float(a == b) for p in pairs for i, a in enumerate(p.votes) for b in p.votes[i + 1 :]]
 
 
@@ -121,7 +122,7 @@ def longest(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def words(texts: Sequence[str], least: int = 2) -> sparse.csr_matrix:
-    """Square roots of the counts of words and pairs of words that occur in `least` texts or more [texts, words]."""
+    """Square roots [texts, words] of the counts of words and pairs of words that occur in at least `least` texts."""
     found = [_grams(text) for text in texts]
     often: dict[str, int] = {}
     for grams in found:
@@ -140,13 +141,14 @@ def _grams(text: str) -> list[str]:
 
 
 def bag_of_words(pairs: Sequence[Pair], count: int = 5, l2: float = 10.0) -> np.ndarray:
-    """Logistic regression on the words of the answers, each fold predicted from the others."""
+    """Logistic regression on the words of the answers; each fold is predicted from the other folds."""
     both = words([p.chosen for p in pairs] + [p.rejected for p in pairs])
     return crossed(both[: len(pairs)] - both[len(pairs) :], folds(pairs, count), l2)
 
 
 def crossed(x: np.ndarray | sparse.csr_matrix, fold: np.ndarray, l2: float) -> np.ndarray:
-    """Probabilities [n] of rows of differences [n,D], each fold predicted by `logistic` of the others."""
+    """Probabilities [n] for rows of feature differences [n,D]; each fold is predicted by `logistic`, fitted to the
+    other folds."""
     out = np.full(x.shape[0], 0.5)
     for k in np.unique(fold):
         if (fold != k).any():
@@ -157,7 +159,8 @@ def crossed(x: np.ndarray | sparse.csr_matrix, fold: np.ndarray, l2: float) -> n
 def logistic(
     x: np.ndarray | sparse.csr_matrix, sign: np.ndarray | None = None, l2: float = 1.0, start: np.ndarray | None = None
 ) -> np.ndarray:
-    """Weights w [D] that minimize sum log(1 + exp(-sign x w)) + l2/2 |w|^2, for x [n,D]: Bradley-Terry on features."""
+    """Weights w [D] that minimize sum log(1 + exp(-sign x w)) + l2/2 |w|^2, for x [n,D]. This is a Bradley-Terry model
+    on features."""
     sign = np.ones(x.shape[0]) if sign is None else sign
 
     def loss(w: np.ndarray) -> tuple[float, np.ndarray]:

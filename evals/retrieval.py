@@ -1,4 +1,4 @@
-"""How well a ranking finds the relevant documents of a question: recall, reciprocal rank, discounted gain."""
+"""How well a ranking finds the relevant documents for a question: recall, reciprocal rank, discounted gain."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -6,7 +6,7 @@ KIND is one of
 scorer   a file in evals/scorers, which compares the answer with the row's `answer` or `references`
 model    a reward model: a run, or an exported folder
 judge    a model's grade from 0 to 1; openai:URL#MODEL is hosted
-rule     length?most=N: 1 up to N words, falling to 0 at 2N; unrepeated: share of word 4-grams that are different; ends:
+rule     length?most=N: 1 up to N words, falling to 0 at 2N; unrepeated: share of distinct 4-grams of words; ends:
          1 if the answer ends with a full stop, a question or an exclamation mark
 or a module of yours in the current folder: MODULE:FUNCTION, called as function(prompts, answers, rows) -> numbers.
 """
@@ -81,7 +81,7 @@ def _scorer(name: str) -> Rewards:
 
 
 def _references(row: Json) -> list[str]:
-    """The right answers of a row, of a task or of data."""
+    """The right answers of a row, which may come from a task or from a data source."""
     if found := references(row):
         return found
     raise UserError("a row has no answer to compare with", "reward scorer", f"one of {', '.join(ANSWERS)}")

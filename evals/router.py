@@ -1,4 +1,5 @@
-"""Spends people's labels where a judge is unsure, audits the rest at random, and measures what each label buys."""
+"""Spends people's labels where a judge is unsure, audits other items at random, and measures how much accuracy the
+labels add."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ BINS = 5  # intervals of confidence in a calibration
 
 
 class Route(NamedTuple):
-    """Who labels each of the items [n]: `unsure` and `audited` ones people, the rest the judge."""
+    """Who labels each of the items [n]: people label the `unsure` and the `audited` items, and the judge labels all
+    others."""
 
     unsure: np.ndarray
     audited: np.ndarray
@@ -26,10 +28,11 @@ class Route(NamedTuple):
 
 
 def route(p: np.ndarray, people: int, audit: float, seed: int = 0) -> Route:
-    """Splits `people` labels: a share `audit` to random items, the rest to those whose p [n] is nearest to one half."""
+    """Assigns `people` labels to items: a share `audit` of the labels to random items, the other labels to the items
+    whose p [n] is nearest to one half."""
     count = min(people, len(p))
     random = round(count * audit)
-    order = np.random.default_rng(seed).permutation(len(p))  # also between equal p
+    order = np.random.default_rng(seed).permutation(len(p))  # also breaks ties of equal p
     unsure, audited = np.zeros((2, len(p)), bool)
     nearest = order[np.argsort(np.abs(p[order] - 0.5), kind="stable")]
     unsure[nearest[: count - random]] = True
@@ -38,19 +41,21 @@ def route(p: np.ndarray, people: int, audit: float, seed: int = 0) -> Route:
 
 
 class Calibration(NamedTuple):
-    """Probabilities against labels of people. `bins`: (lowest confidence, n, mean confidence, accuracy, interval)."""
+    """How well probabilities match the labels of people. `bins`: (lowest confidence, n, mean confidence, accuracy,
+    interval)."""
 
     n: int
     accuracy: float
     low: float
     high: float
     brier: float  # mean (p - label)^2: 0.25 for a judge that always says one half
-    error: float  # expected calibration error: the mean distance of confidence and accuracy over the bins
+    error: float  # expected calibration error: the mean distance between confidence and accuracy over the bins
     bins: list[tuple[float, int, float, float, tuple[float, float]]]
 
 
 def calibration(p: Sequence[float], label: Sequence[float]) -> Calibration:
-    """`p` [n]: the probability that the first answer is better; `label` [n]: 1 if people say so, 0 if not, or 0.5."""
+    """`p` [n]: the probability that the first answer is better; `label` [n]: 1 if people agree, 0 if not, 0.5 for a
+    tie."""
     x, y = np.asarray(p, float), np.asarray(label, float)
     sure = np.maximum(x, 1 - x)
     right = np.where(x > 0.5, y, np.where(x < 0.5, 1 - y, 0.5))
@@ -66,7 +71,7 @@ def calibration(p: Sequence[float], label: Sequence[float]) -> Calibration:
     return Calibration(len(x), float(right.mean()), low, high, float(((x - y) ** 2).mean()), float(error), bins)
 
 
-# --- what a label buys ---
+# --- accuracy against the number of labels ---
 
 
 class Point(NamedTuple):
@@ -85,10 +90,11 @@ def curve(
 ) -> list[Point]:  # fmt: skip
     """Accuracy of a linear reward model on differences of features x [n,D], against the number of labels.
 
-    A replay holds out one of the groups `fold` [n] and draws labels from the rest in this order: at random, where the
-    model is nearest to one half, or where it differs most from `judge` [n], the judge's probabilities. The first of
-    `sizes` is drawn at random in every order. `noise` is the share of labels that the annotator flips. Rows of x point
-    to the answer that people prefer, so the model is shown them with a random sign.
+    A replay holds out one of the groups `fold` [n] and draws labels from the other groups in the given order: at
+    random, first where the model's probability is nearest to one half, or first where it differs most from the judge's
+    probability in `judge` [n]. In every order, the first `sizes[0]` labels are drawn at random. `noise` is the share of
+    labels that the annotator flips. A row of x is the features of the preferred answer minus those of the other answer,
+    so its label is 1, or -1 if flipped.
     """
     penalty = x.shape[1] if l2 is None else l2
     found = np.array([_replay(x, fold, judge, order, sizes, penalty, noise, seed + i, i) for i in range(replays)])

@@ -40,8 +40,8 @@ COLUMNS = (
 )  # fmt: skip
 # Columns with references; the first one present is used.
 ANSWERS = ("references", "completion", "answer", "answers", "response", "output", "label", "target")
-EMPTY = "(none)"  # placeholder, while a row is read, for the reference "there is no answer"
-CLASSES, LABELS, SLICES = 50, 10, 50  # maximum options of a choice; of one chosen by `auto`; values of a slice
+EMPTY = "(none)"  # stands for the reference "there is no answer" while a row is read
+CLASSES, LABELS, SLICES = 50, 10, 50  # maximum options of a choice; the same if `auto` selects it; values of a slice
 SHORT, PHRASE = 5, 12  # maximum words of references that `auto` scores by exact match, and by token F1
 
 
@@ -61,8 +61,8 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def name(spec: str) -> str:
-    """The name of a task's results: the option `name`, or the file's name, prefixed with its folder if it is a
-    split."""
+    """The name of a task's results: the option `name`, or the file's name, prefixed with its folder if the file is
+    named for a split."""
     source, options = parse(spec)
     path = Path(re.sub(r"@\w+$", "", source.partition("?")[0]))
     stem = path.name.rpartition(":")[2].split(".")[0] or path.name
@@ -70,7 +70,8 @@ def name(spec: str) -> str:
 
 
 def task(spec: str) -> Task:
-    """The task of a source. Raises UserError if rows cannot be read or answered, or there is nothing to score."""
+    """The task of a source. Raises UserError if rows cannot be read or have no answer, or if there is nothing to
+    score."""
     source, options = parse(spec)
     for key in options:
         if key not in OPTIONS and key not in COLUMNS:
@@ -128,7 +129,7 @@ def _default(source: str) -> str:
 
 
 def _read(source: str, options: dict[str, str], listed: bool) -> dict[str, list[dict]]:
-    """Rows by split. Raises UserError if any row is bad, since scoring only the others would change the task."""
+    """Rows by split. Raises UserError if any row is bad, since scoring only the good rows would change the task."""
     found: dict[str, list[dict]] = {name: [] for name in splits.SPLITS}
     causes: dict[str, tuple[int, str]] = {}
     for part, row in _rows(source):
@@ -138,7 +139,7 @@ def _read(source: str, options: dict[str, str], listed: bool) -> dict[str, list[
             made = _row(row.record, options, listed) | {"where": row.where}
             found[part or splits.of(row.record)].append(made)
         except UserError as e:
-            fix = "" if "data.fields" in e.fix else e.fix  # which names columns to training; those of a task are below
+            fix = "" if "data.fields" in e.fix else e.fix  # that fix is for training; the one for tasks is below
             reason = " · ".join(filter(None, (e.what, fix)))
             count, first = causes.get(reason, (0, row.where))
             causes[reason] = (count + 1, first)
@@ -153,7 +154,7 @@ def _read(source: str, options: dict[str, str], listed: bool) -> dict[str, list[
 
 
 def _rows(source: str) -> Iterator[tuple[str, sources.Row]]:
-    """(split, row); "" if the row itself names its split."""
+    """(split, row) of all rows; the split is "" if the row itself determines it."""
     if names := sources.split_names(source):
         for name in names:
             yield from ((splits.NAMES.get(name, "train"), row) for row in sources.rows(f"{source}@{name}"))
@@ -183,7 +184,8 @@ def _row(record: dict, options: dict[str, str], listed: bool) -> dict:
 
 
 def references(value: Any, column: str, listed: bool) -> list[str] | None:
-    """The references in a cell; None for chat turns. `listed`: a list is one reference, namely a set of items."""
+    """The references in a cell; None for chat turns. `listed`: whether a list is one reference, namely a set of
+    items."""
     if are_turns(value) or are_turns(parsed(value)):
         return None
     if isinstance(value, dict) and isinstance(value.get("text"), list):
@@ -200,7 +202,7 @@ def _text(value: Any) -> str:
 
 
 def _example(record: dict, column: str, given: list[str] | None) -> Example:
-    """The example in a record; references may have any type, and columns other names."""
+    """The example in a record, whose references may have any type, and whose columns may have other names."""
     if given:
         record = record | {column: given[0] or EMPTY}
     try:
@@ -285,7 +287,8 @@ def _chosen(rows: Sequence[dict]) -> tuple[str, str]:
 
 
 def _check(source: str, scorer: str, rows: Sequence[dict]) -> None:
-    """Raises UserError if the scorer cannot read the references. The options of a choice default to all answers."""
+    """Raises UserError if the scorer cannot read the references. If the rows name no options, the options of a choice
+    are all answers that occur."""
     check = scorers.checker(scorer)
     for row in rows:
         try:
@@ -323,6 +326,6 @@ def _warnings(rows: Sequence[dict], what: str) -> list[str]:
 
 
 def _as_chat(row: dict) -> list[dict]:
-    """The question as in training with a chat template."""
+    """The question as messages, as in training with a chat template."""
     prompt = row["prompt"]
     return prompt if isinstance(prompt, list) else wrapped(Completion(prompt, EMPTY)).messages[:-1]

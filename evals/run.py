@@ -28,7 +28,7 @@ from model.weights import Spec, Weight
 
 BATCH = 16  # prompts per batch; the scores do not depend on it
 LEAST, MOST = 32, 512  # limits of new tokens if the task does not set them
-CITATION = 12  # tokens of an answer's citations
+CITATION = 12  # additional tokens of an answer for its citations
 FREQUENT = 5  # most frequent answers in a result
 ZERO_SHOT = Context()
 
@@ -48,10 +48,10 @@ class Result:
     low: float
     high: float
     by_sum: float | None  # kind "choice": the mean without dividing log-likelihoods by the options' bytes
-    prompt_tokens: float | None  # mean; None: a hosted model does not say
+    prompt_tokens: float | None  # mean; None: not reported by a hosted model
     completion_tokens: float | None  # mean
     seconds: float  # including compilation
-    flops: float | None  # forward passes, estimated by `flops_per_token`; what prompts share counts once; None: hosted
+    flops: float | None  # of forward passes, by `flops_per_token`; shared parts of prompts count once; None: hosted
     usd: float | None  # price of a hosted model's tokens; None: not hosted, or without a price
     answers: list[tuple[str, int]]  # the most frequent completions, with their counts
     slices: dict[str, dict]  # "COLUMN=VALUE": n, mean, low, high of these rows
@@ -72,7 +72,7 @@ class Result:
 
 
 class Asked(NamedTuple):
-    """Completions with their cost; means are of tokens per prompt and per answer. None: not known."""
+    """Completions and their cost. The tokens are means per prompt and per answer; None: not known."""
 
     completions: list[str]
     prompt_tokens: float | None
@@ -86,10 +86,10 @@ def evaluate(
     task: str | Task, lm: LM | Hosted, n: int = 100, seed: int = 0, context: Context = ZERO_SHOT,
     batch_size: int = BATCH, keep: int = 50, name: str = "unnamed", split: str = "heldout", timed: int = 0,
 ) -> Result:  # fmt: skip
-    """Scores greedy answers, or the most likely option per byte, of `lm` on `n` examples of a split.
+    """Scores `lm` on `n` examples of a split, by its greedy answers or by its most likely option per byte.
 
-    `task` is a name for evals.task.load, or a Task with a `name`. `context` says how the questions are asked; its
-    examples are of the training split. The result keeps `keep` samples. The seconds of retrieval count. `timed`
+    `task` is a name for evals.task.load, or a Task with a `name`. `context` is the prompting setup, whose solved
+    examples come from the training split. The result keeps `keep` samples, and its seconds include retrieval. `timed`
     examples are then asked one at a time, to measure the latency.
     """
     if isinstance(task, str):
@@ -160,7 +160,8 @@ def _ask(
 
 
 def _ask_hosted(task: Task, lm: Hosted, name: str, examples: Sequence[Example], prompts: Sequence[Prompt]) -> Asked:
-    """Answers of an endpoint, whose tokenizer is unknown: the room for an answer is guessed from its bytes."""
+    """Answers from an endpoint. Its tokenizer is unknown, so the maximum tokens of an answer are estimated from the
+    bytes of the longest reference."""
     if task.kind == "choice":
         what = "the options of this task are compared by log-probabilities, which endpoints do not give"
         raise UserError(what, name, "score it with a model of this machine, or as questions without options")
@@ -172,11 +173,11 @@ def _ask_hosted(task: Task, lm: Hosted, name: str, examples: Sequence[Example], 
 
 
 class Sizes:
-    """Tokens of prompts and of the answers to `examples`, and whether a model's window holds both."""
+    """Tokens of prompts and of the answers to `examples`, and whether both fit into the model's context."""
 
     def __init__(self, task: Task, lm: LM, name: str, examples: Sequence[Example], more: int = 0):
         self.lm, self.name, self.examples = lm, name, examples
-        self.room = task.max_new_tokens and task.max_new_tokens + more  # of an answer; 0: as the references need
+        self.room = task.max_new_tokens and task.max_new_tokens + more  # tokens of an answer; 0: by the references
         self.limit = lm.config.context - virtual_tokens(lm.params)
         answers = [e["options"] if task.kind == "choice" else e.get("references", [e["answer"]]) for e in examples]
         self.longest = [max(len(lm.tokenizer.encode(a)) for a in each) + 1 for each in answers]
@@ -212,9 +213,9 @@ def _slices(examples: Sequence[Example], scores: Sequence[float]) -> dict[str, d
 
 
 def choose(lm: LM, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
-    """For each row of options, those with the highest log-likelihood given the prompt: in total, and per byte.
+    """For each row of options, the option with the highest log-likelihood given the prompt, in total and per byte.
 
-    The second does not favor short options. Of equal options the first one wins.
+    The log-likelihood per byte does not favor short options. Among equal options, the first one wins.
     """
     flat = [(p, o) for p, row in zip(prompts, options, strict=True) for o in row]
     logps = iter(lm.logps([p for p, _ in flat], [o for _, o in flat]))
@@ -236,8 +237,9 @@ def sample(
 
 
 def flops_per_token(lm: LM) -> float:
-    """2 FLOPs per multiply-add of the equations, including the head (Kaplan et al. 2020); attention scores are not
-    counted, nor are the virtual tokens of prefix and prompt tuning, which are keys of attention."""
+    """FLOPs of a forward pass per token: 2 per multiply-add with a weight matrix, including the head (Kaplan et al.
+    2020). Attention scores are not counted, and neither are the virtual tokens of prefix and prompt tuning, which only
+    attention reads."""
     tied, found = lm.config.tied, []
 
     def count(path: str, w: Array | Weight, spec: Spec | None) -> None:

@@ -2,9 +2,9 @@
 
     python -m evals.spectrum SOURCE [--base=MODEL] [--where=REGEX] [--out=FILE.jsonl]
 
-SOURCE: a run folder, a PEFT folder or a model; a run knows its base. Prints one row per parameter, as means over its
-layers; `--out` gets one line per layer. The figures are defined in `figures`. The last line gives the adapter's size,
-the time to merge it, and the change of the logits by merging.
+SOURCE is a run folder, a PEFT folder or a model; a run needs no --base. Prints one row per parameter, with means over
+its layers; `--out` gets one line per layer. The figures are defined in `figures`. The last line gives the adapter's
+size, the time to merge it, and the change of the logits by merging.
 """
 
 import re
@@ -76,7 +76,7 @@ def figures(w: "Array", delta: "Array") -> dict[str, "Array"]:
 
     relative: ||dW|| / ||W||. cosine: <W, W + dW> / (||W|| ||W + dW||). With s the singular values of dW,
     effective_rank: exp of the entropy of s / sum(s) (Roy & Vetterli 2007); stable_rank: sum(s^2) / s_1^2; rank_90: the
-    number of s that hold 90 % of sum(s^2). intruders: the number of the TOP first output-side singular vectors of W +
+    number of s that hold 90 % of sum(s^2). intruders: the number of the first TOP output-side singular vectors of W +
     dW whose cosine to every singular vector of W is below COSINE (Shuttleworth et al. 2024, arXiv 2410.21228).
     """
     import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Whether answers from retrieved passages are supported by these passages, regardless of whether they are right."""
+"""Whether retrieved passages support the answers, regardless of whether the answers are right."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ def measure(
     retrieved   a reference is in one of the passages
     cites       the answer cites one of the passages, by its number
     cited       a reference is in a passage that the answer cites
-    grounded    the model's answer is in a passage that it cites, or in any if it cites none
+    grounded    the model's answer is in a passage that it cites, or in any passage if it cites none
     exact, f1   the best scores over the references, whatever scorer the task has
     injections  passages that read as instructions to the model (infer.retrieve.injections), of `passages`
     """
@@ -41,7 +41,8 @@ def measure(
 
 
 def _any(passages: Sequence[str], answers: Sequence[str]) -> bool:
-    """Whether one of the texts has all words of one of the answers in sequence, as the exact scorer compares them."""
+    """Whether one of the passages contains all words of one of the answers in sequence, normalized as by the exact
+    scorer."""
     wanted = [normal for answer in answers if (normal := scorers.normalized(answer))]
     texts = [f" {scorers.normalized(passage)} " for passage in passages]
     return any(f" {answer} " in passage for answer in wanted for passage in texts)

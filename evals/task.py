@@ -27,7 +27,8 @@ TASKS = Path(__file__).parent / "tasks"
 
 class Task(NamedTuple):
     """`examples(split)` returns all examples of "train", "validation" or "heldout". The splits are disjoint, and their
-    order never changes. A file in evals/tasks needs no "validation": `load` uses a part of its "train" for it.
+    order never changes. A file in evals/tasks needs no "validation" split, since `load` takes one from its "train"
+    split.
 
     `prompt(example)` is the question. `score(example, completion)` is a pure function; 1.0 is right. Kind "choice": the
     completion is the most likely of `example["options"]`.
@@ -90,7 +91,7 @@ def by(scorer: str) -> Callable[[Example, str], float]:
 
 
 def draw(task: Task, n: int, seed: int, split: str = "heldout") -> list[Example]:
-    """`n` examples of a split (all if there are fewer): the first 10 of n=100 are those of n=10."""
+    """`n` examples of a split (all if there are fewer). The first 10 examples for n=100 are those for n=10."""
     found = list(task.examples(split))
     random.Random(seed).shuffle(found)
     return found[:n]
@@ -103,7 +104,8 @@ def identity(task: Task, example: Example) -> str:
 
 
 def fingerprint(task: Task) -> str:
-    """12 hex digits that identify the questions, answers and scorer: scores with equal digits are comparable."""
+    """12 hex digits that identify the questions, answers and scorer: scores with the same fingerprint are
+    comparable."""
     parts: list = [task.kind, task.max_new_tokens, task.scorer and f"{task.scorer}/{scorers.VERSION}"]
     if not task.scorer:
         with contextlib.suppress(OSError, TypeError):  # defined interactively or not a function: there is no source

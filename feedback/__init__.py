@@ -1,1 +1,2 @@
-"""Learning from people: a page on which they rank, rate and correct answers, and the rows that a model learns from."""
+"""Learning from people: a web page on which people rank, rate and correct answers, and the training rows made from
+it."""

@@ -1,7 +1,8 @@
-"""How far people agree: Cohen's and Fleiss' kappa, Krippendorff's alpha, and position bias, with 95 % intervals.
+"""How much people agree: Cohen's and Fleiss' kappa, Krippendorff's alpha, and position bias, with 95 % intervals.
 
-The unit is a pair of answers, and its category says which of them is preferred, that they are tied, or that all answers
-are bad. Units of one item are resampled together.
+A unit is a pair of answers to one item. A person's vote puts it into a category: the first answer is preferred, the
+second is preferred, the answers are tied, or all answers are bad. The bootstrap resamples the units of one item
+together.
 """
 
 import itertools
@@ -17,13 +18,13 @@ from common import stats
 from feedback.fold import Event, State, relation
 from feedback.items import Item
 
-CATEGORIES = (1, 0, -1, "bad")  # the first answer is preferred, tie, the second, all are bad
-DRAWS = 400  # of the bootstrap
-PEOPLE = 12  # whose kappas are computed in pairs
+CATEGORIES = (1, 0, -1, "bad")  # the first answer is preferred, tie, the second is preferred, all answers are bad
+DRAWS = 400  # number of bootstrap samples
+PEOPLE = 12  # maximum number of people for whom pairwise kappas are computed
 
 
 class Figure(NamedTuple):
-    """A value of `n` units; None where it is not defined."""
+    """A statistic over `n` units, and its interval [low, high]; None: not defined."""
 
     value: float | None
     low: float | None
@@ -35,7 +36,8 @@ NONE = Figure(None, None, None, 0)
 
 
 class Units(NamedTuple):
-    """`votes[u][annotator]` is the category number of unit u, which belongs to item number `items[u]`."""
+    """`votes[u][annotator]` is the index of the category that a person chose for unit u, which belongs to item number
+    `items[u]`."""
 
     votes: list[dict[str, int]]
     items: list[int]
@@ -59,7 +61,8 @@ def category(event: Event, i: int, j: int) -> int | str | None:
 
 
 def cohen(table: Sequence[Sequence[float]] | np.ndarray) -> float:
-    """Kappa (1960) of a square table: how often one person chose the row's category and the other the column's."""
+    """Cohen's kappa (1960) of a square table, which counts how often one person chose the row's category and the other
+    person the column's category."""
     p = np.asarray(table, float)
     p = p / p.sum()
     chance = float(p.sum(0) @ p.sum(1))
@@ -67,7 +70,7 @@ def cohen(table: Sequence[Sequence[float]] | np.ndarray) -> float:
 
 
 def fleiss(counts: np.ndarray) -> float:
-    """Kappa (1971) of counts [units,categories] by the same number of people for each unit."""
+    """Fleiss' kappa (1971) of counts of votes [units,categories]; every unit must have the same number of votes."""
     n = counts.sum(1)
     observed = float((((counts**2).sum(1) - n) / (n * (n - 1))).mean())
     chance = float(((counts / n[:, None]).mean(0) ** 2).sum())
@@ -75,14 +78,16 @@ def fleiss(counts: np.ndarray) -> float:
 
 
 def alpha(counts: np.ndarray, level: str = "nominal") -> float:
-    """Krippendorff's; units with a single vote say nothing. NaN if all votes are in one category."""
+    """Krippendorff's alpha of counts of votes [units,categories]; units with a single vote do not count. NaN if all
+    votes are in one category."""
     if ((counts.sum(1) > 1) @ counts > 0).sum() < 2:
         return math.nan
     return float(krippendorff.alpha(value_counts=counts, level_of_measurement=level))  # type: ignore[arg-type]
 
 
 def interval(value: Callable[[np.ndarray], float], rows: np.ndarray, groups: Sequence[int]) -> Figure:
-    """The percentile bootstrap of a function of rows; whole groups are drawn, so that they are independent."""
+    """`value(rows)` with its interval by the percentile bootstrap. Whole groups are drawn, since the rows of a group
+    are not independent."""
     if not len(rows):
         return NONE
     order = np.argsort(groups, kind="stable")
@@ -101,7 +106,7 @@ def interval(value: Callable[[np.ndarray], float], rows: np.ndarray, groups: Seq
 
 
 def with_others(u: Units, name: str) -> Figure:
-    """How often another person is in the same category, over all units of this one and all others there."""
+    """How often other people chose the same category as this person, over all units on which both voted."""
     rows, groups = [], []
     for votes, item in zip(u.votes, u.items):
         if name in votes and len(votes) > 1:
@@ -111,7 +116,7 @@ def with_others(u: Units, name: str) -> Figure:
 
 
 def of_pairs(u: Units) -> dict[tuple[str, str], Figure]:
-    """Cohen's kappa of each two of the people (of the first PEOPLE of them) who have units in common."""
+    """Cohen's kappa of every two people with units in common, among the first PEOPLE people."""
     out = {}
     names = sorted({name for votes in u.votes for name in votes})[:PEOPLE]
     for a, b in itertools.combinations(names, 2):
@@ -128,8 +133,8 @@ def _table(pairs: np.ndarray) -> np.ndarray:
 
 
 def of_all(u: Units) -> dict[str, Figure]:
-    """The share of two people who agree on a unit, Fleiss' kappa (of the units with the most frequent number of votes)
-    and Krippendorff's alpha (of all that have two or more)."""
+    """Agreement of all people: the share of pairs of people who agree on a unit, Fleiss' kappa (over the units with the
+    most frequent number of votes) and Krippendorff's alpha (over all units with two or more votes)."""
     kept = [(votes, item) for votes, item in zip(u.votes, u.items) if len(votes) > 1]
     if not kept:
         return {"share": NONE, "fleiss": NONE, "alpha": NONE}
@@ -145,7 +150,7 @@ def of_all(u: Units) -> dict[str, Figure]:
 
 
 def of_ratings(state: State, items: Sequence[Item], scale: int) -> dict[str, Figure]:
-    """Krippendorff's alpha with interval distances, for each aspect; a unit is an answer."""
+    """Krippendorff's alpha of the ratings of each aspect, on an interval scale; a unit is an answer."""
     counts: dict[str, list[list[int]]] = {}
     groups: dict[str, list[int]] = {}
     for number, item in enumerate(items):
@@ -160,7 +165,7 @@ def of_ratings(state: State, items: Sequence[Item], scale: int) -> dict[str, Fig
 
 
 def share(hits: Sequence[bool]) -> Figure:
-    """A share with Wilson's interval."""
+    """The share of true values, with Wilson's interval."""
     if not hits:
         return NONE
     p = sum(hits) / len(hits)
@@ -168,13 +173,15 @@ def share(hits: Sequence[bool]) -> Figure:
 
 
 def first_shown(events: Iterable[Event]) -> Figure:
-    """Of the decisions that prefer one of the first two answers on the page, those for the first: 50 % without bias."""
+    """The share of decisions for the answer shown first, among decisions that prefer one of the first two answers on
+    the page. Without position bias, it is 50 %."""
     sides = [relation(event.ranks, *event.content["order"][:2]) for event in events]
     return share([side > 0 for side in sides if side])
 
 
 def with_ranks(pairs: Iterable[tuple[Event, list[int | None]]]) -> Figure:
-    """How often votes prefer the same answer as given ranks (of gold, or of a judge); one answer pair per item."""
+    """How often votes prefer the same answers as the given ranks (gold ranks, or a judge's). Each vote counts once: it
+    agrees if it agrees on every pair of answers."""
     hits = []
     for event, ranks in pairs:
         strict = [

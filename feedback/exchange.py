@@ -1,8 +1,8 @@
-"""Items and votes in the JSON of Argilla (records of its SDK 2) and of Label Studio (tasks), in both directions.
+"""Converts items and votes to and from the JSON of Argilla (records of its SDK 2) and of Label Studio (tasks).
 
-Each decision becomes answers to questions of the same names in both: ranking, verdict (bad or skip), ASPECT_1 (a rating
-of the first answer), correction_1 and flag_1. Records from these tools may have other field names, and a plain ranking
-or pairwise choice. What neither format has a place for is kept as JSON in one text, `kungfu`.
+In both formats, a decision becomes answers to questions with these names: ranking, verdict (bad or skip), ASPECT_1 (a
+rating of the first answer), correction_1 and flag_1. Records made in these tools may have other field names, and only a
+ranking or a pairwise choice. Data for which neither format has a field are kept as JSON in one text field, `kungfu`.
 """
 
 import json
@@ -57,7 +57,7 @@ def vote(found: Json, asked: Item, seconds: float = 0) -> Json:
 
 
 def extras(asked: Item) -> str:
-    """All but the texts of an item."""
+    """Everything in an item except the prompt and the texts of the answers, as JSON."""
     rest = {key: value for key, value in asked.content.items() if key not in ("prompt", "answers")}
     rest["answers"] = [{k: v for k, v in answer.items() if k != "text"} for answer in asked.content["answers"]]
     return json.dumps(rest, ensure_ascii=False)
@@ -71,7 +71,7 @@ def made(prompt: Any, texts: list[str], kept: Any) -> Item:
 
 
 def fields(found: Json) -> tuple[Any, list[str]]:
-    """The prompt and the answers among fields of any usual names."""
+    """The prompt and the answers in a record's fields, which may have any of the usual names."""
     prompt = next((found[name] for name in PROMPT if found.get(name)), None)
     named = {m[1].lower(): text for name, text in found.items() if (m := ANSWER.fullmatch(name)) and text is not None}
     if prompt is None or len(named) < 2:
@@ -105,12 +105,13 @@ def _record(asked: Item, votes: dict[str, Event]) -> Json:
 
 
 def user(name: str) -> str:
-    """Argilla's users are UUIDs."""
+    """A UUID for an annotator, since Argilla identifies users by UUIDs."""
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"kungfu:{name}"))
 
 
 def _ranking(ranks: dict[str, int]) -> list[Any]:
-    """Names, the best first, as the SDK writes them; of ties and gaps with ranks, as the REST interface does."""
+    """The names of the answers, the best first, in the format of the SDK. With ties or gaps in the ranks, each name has
+    its rank, as in the REST interface."""
     if sorted(ranks.values()) == list(range(1, len(ranks) + 1)):
         return sorted(ranks, key=lambda name: ranks[name])
     return [{"value": name, "rank": rank} for name, rank in ranks.items()]
@@ -132,7 +133,7 @@ def from_argilla(record: Json) -> tuple[Item, Votes]:
 
 
 def _ranks(value: list[Any]) -> dict[str, Any]:
-    """{answer_N: rank} of Argilla's or Label Studio's list, in which answers may have other names."""
+    """{answer_N: rank} from a list of Argilla or Label Studio, in which the answers may have other names."""
     pairs = [(v["value"], v.get("rank", i)) if isinstance(v, dict) else (v, i) for i, v in enumerate(value, 1)]
     return {_named(name): rank for name, rank in pairs}
 
@@ -220,7 +221,8 @@ def _answer(result: Json, names: list[str]) -> tuple[str, Any]:
 
 
 def _levels(buckets: dict[str, list[str]]) -> list[list[str]]:
-    """Numbered buckets are ranks; the entries of a single bucket are in their order."""
+    """The names at each rank, the best first. Numbered buckets are ranks; a single bucket lists its entries from best
+    to worst."""
     named = {name: entries for name, entries in buckets.items() if name != "_" and entries}
     if len(named) == 1 and not next(iter(named)).isdecimal():
         return [[entry] for entry in next(iter(named.values()))]
@@ -235,7 +237,8 @@ WRITERS = {"argilla": to_argilla, "label-studio": to_label_studio}
 
 
 def read(path: Path) -> Iterator[tuple[Item, Votes]]:
-    """Items with their votes from a file of either. Raises UserError with the place of the first unfit record."""
+    """Items with their votes from a file of Argilla or Label Studio. Raises UserError with the position of the first
+    invalid record."""
     with reading(path):
         if path.stat().st_size > LARGEST:
             raise UserError(f"larger than {LARGEST >> 30} GiB", str(path), "split it")

@@ -1,13 +1,13 @@
-"""Makes training rows of the votes in a database of feedback.main, or hands them to Argilla or Label Studio.
+"""Makes training rows from the votes in a database of feedback.main, or converts the votes for Argilla or Label Studio.
 
     python -m feedback.export --db=votes.db --out=FOLDER [--each] [--format=rows|argilla|label-studio]
 
-The files of FOLDER, of which only those with rows are written: preference.jsonl (prompt, chosen, rejected),
+FOLDER gets those of the following files that have rows: preference.jsonl (prompt, chosen, rejected),
 preference_ties.jsonl (ties too, with a column `tie`), rankings_2.jsonl to rankings_4.jsonl (answers, ranks), kto.jsonl
-(completion, label), ratings_ASPECT.jsonl, corrections.jsonl (the edit is chosen, the original rejected),
-sft.jsonl (the best answers), sft_corrections.jsonl, and flags.jsonl. `train` and TRL read them as they are. Several
-people's votes on an item become one ranking; with --each every vote counts. Exports leave out gold items and all that
-was undone or erased. --format=argilla or label-studio: one file with items and votes, which `feedback.load` reads back.
+(completion, label), ratings_ASPECT.jsonl, corrections.jsonl (the edit is chosen, the original rejected), sft.jsonl (the
+best answers), sft_corrections.jsonl, and flags.jsonl. `train` and TRL read them as they are. Several people's votes on
+an item become one ranking; with --each every vote gives its own rows. Gold items and undone or erased decisions give no
+rows. --format=argilla or label-studio writes one file with items and votes, which `feedback.load` can read.
 """
 
 import sys
@@ -47,7 +47,8 @@ def main(argv: list[str]) -> int | None:
 
 
 def written(out: Path, found: rows.Rows, one: bool) -> None:
-    """Files of a former export that have no rows now are deleted: they may hold what was erased since."""
+    """Writes the files. Files of an earlier export that have no rows now are deleted, since they may hold decisions
+    that were erased in the meantime."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for old in out.glob("*.jsonl") if not one else ():

@@ -1,4 +1,4 @@
-"""The current state: what an append-only list of events amounts to."""
+"""The current state of all decisions, computed from an append-only list of events."""
 
 import copy
 from collections.abc import Iterable
@@ -8,12 +8,13 @@ from common.types import Json
 
 
 class Event(NamedTuple):
-    """One decision. `kind`: a vote, the owner's resolution of a disagreement (resolve), an undo of the annotator's
-    decision about the same item, or a tombstone (erase), behind which nothing earlier of the annotator counts.
+    """One event. `kind` is vote, resolve (the owner's resolution of a disagreement), undo (takes back the annotator's
+    decision about the same item) or erase (no earlier decision of the annotator counts any longer).
 
-    `version` is the number of earlier events of the annotator about the item. The content of a vote: choice (ranks, bad
-    or skip), ranks, ratings {aspect: [1 to 5 or None]}, edits and flags {answer: text}, order (of the answers on the
-    page), ms, guidelines (their version), informed (the judge's view had been seen), key, and models.
+    `version` is the number of the annotator's earlier events about the item. The content of a vote has choice (ranks,
+    bad or skip), ranks, ratings {aspect: [1 to 5 or None]}, edits and flags {answer: text}, order (of the answers on
+    the page), ms (the milliseconds that it took), guidelines (their version), informed (whether the annotator had seen
+    the judge's ranks), key (identifies the request), and the model and sampling of each answer.
     """
 
     id: int
@@ -32,7 +33,7 @@ class Event(NamedTuple):
 class State:
     """`votes[item][annotator]` and `resolved[item]`: the decisions that count.
 
-    Other threads may read a state while `followed` makes the next one, so that no dict of it ever changes.
+    Other threads may read a state while `followed` makes the next one, so the dicts of a state never change.
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,7 @@ class State:
         self.votes: dict[str, dict[str, Event]] = {}
         self.resolved: dict[str, Event] = {}
         self.versions: dict[tuple[str, str], int] = {}
-        self.newest: dict[str, Event] = {}  # of each annotator, a vote or a resolution
+        self.newest: dict[str, Event] = {}  # each annotator's newest vote or resolution
 
     def followed(self, events: Iterable[Event]) -> "State":
         """The state after further events."""
@@ -79,7 +80,7 @@ class State:
             del self.resolved[item]
 
     def decision(self, annotator: str, item: str) -> Event | None:
-        """The annotator's decision about an item that counts."""
+        """The annotator's current decision about an item."""
         if event := self.votes.get(item, {}).get(annotator):
             return event
         event = self.resolved.get(item)
@@ -99,7 +100,7 @@ def relation(ranks: list[int | None] | None, i: int, j: int) -> int | None:
 
 
 def disputed(votes: dict[str, Event]) -> bool:
-    """Whether two people contradict each other on an item; a skipped item contradicts nothing."""
+    """Whether two people contradict each other on an item; a skip contradicts nothing."""
     given = [event for event in votes.values() if event.content["choice"] != "skip"]
     if len(given) < 2:
         return False

@@ -12,7 +12,7 @@ from common.types import Json
 from data import messages, sources
 
 LETTERS = "ABCD"
-SCALE = 5  # ratings go from 1 to this
+SCALE = 5  # the highest rating; the lowest is 1
 LONGEST = 8 << 20  # characters of an item
 
 
@@ -25,7 +25,7 @@ class Item:
 
     @cached_property
     def hash(self) -> str:
-        """Of all that an annotator sees."""
+        """A hash of the texts that an annotator sees: the prompt and the answers."""
         seen = json.dumps([self.content["prompt"], self.texts], ensure_ascii=False)
         return hashlib.sha256(seen.encode()).hexdigest()[:16]
 
@@ -53,12 +53,13 @@ class Item:
         return [(role, text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)) for role, text in turns]
 
     def answered(self, text: str) -> str | list[Json]:
-        """An answer in the form of the prompt, for a row to train on."""
+        """An answer in the same form as the prompt (text or messages), for a training row."""
         return text if isinstance(self.content["prompt"], str) else [{"role": "assistant", "content": text}]
 
 
 def read(spec: str, aspects: Sequence[str] = ()) -> Iterator[Item]:
-    """The items of a file; `aspects` are for those without. Raises UserError with the place of the first unfit one."""
+    """The items of a file; `aspects` are for items that name none. Raises UserError with the position of the first
+    invalid item."""
     for row in sources.rows(spec):
         if row.record is None:
             raise UserError(row.reason, row.where)
@@ -69,7 +70,7 @@ def read(spec: str, aspects: Sequence[str] = ()) -> Iterator[Item]:
 
 
 def item(record: Json) -> Item:
-    """Raises UserError for a record that is not an item."""
+    """The item in a record. Raises UserError if the record is not an item."""
     if missing := {"prompt", "answers"} - record.keys():
         raise UserError(f"no column {min(missing)!r}", "", "an item has prompt and answers")
     prompt, answers = record["prompt"], messages.parsed(record["answers"])
@@ -114,6 +115,6 @@ def ranks(value: Any, count: int, name: str) -> list[int | None]:
 
 
 def dense(values: list[Any]) -> list[Any]:
-    """The ranks of values, the smallest first; those of None are None."""
+    """The ranks of values: the smallest value has rank 1, and None stays None."""
     order = sorted({value for value in values if value is not None})
     return [None if value is None else order.index(value) + 1 for value in values]

@@ -1,9 +1,9 @@
-"""Adds items and votes of Argilla or Label Studio to a database of feedback.main.
+"""Adds items and votes from Argilla or Label Studio to a database of feedback.main.
 
     python -m feedback.load --db=votes.db --file=export.json
 
 The file is a list of Argilla's records (its SDK's `to_json`) or of Label Studio's tasks (its JSON export). Votes that
-are there already stay, so the same file can be loaded again.
+are already in the database stay, so the same file can be loaded again.
 """
 
 import sys

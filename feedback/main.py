@@ -6,10 +6,10 @@
     python -m feedback.main --db=votes.db --erase=ann
 
 An item is a row with `prompt` (text or messages) and `answers`: two to four, texts or objects with text, model and
-sampling. Optional: `judge` ({model, ranks, why}, shown after the vote), `gold` (ranks that are known to be right, which
-test annotators) and `aspects` (names of what is rated from 1 to 5). Each person gets a secret link, which stays the
-same; the owner's shows everybody's figures and the disagreements. Votes are in --db, and `python -m feedback.export`
-makes training rows of them. --erase: nothing that this person has decided counts any longer, in any export.
+sampling. Optional: `judge` ({model, ranks, why}, shown after the vote), `gold` (ranks that are known to be right, to
+test annotators) and `aspects` (names of qualities that are rated from 1 to 5). Each person gets a secret link, which
+stays the same; the owner's link shows everybody's figures and the disagreements. Votes are stored in --db, from which
+`python -m feedback.export` makes training rows. --erase: this person's decisions no longer count, in any export.
 """
 
 import sys

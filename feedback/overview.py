@@ -1,4 +1,4 @@
-"""The figures of a person's page and of the owner's."""
+"""The figures on a person's page and on the owner's page."""
 
 import statistics
 import time
@@ -16,14 +16,14 @@ SHOWN = 200  # decisions on a person's page
 
 
 def spelled(ranks: Sequence[int | None]) -> str:
-    """Ranks by the place on the page: "B > A = C"."""
+    """Ranks as text, with a letter for each answer by its place on the page: "B > A = C"."""
     levels = sorted({rank for rank in ranks if rank is not None})
     groups = [" = ".join(LETTERS[i] for i, rank in enumerate(ranks) if rank == level) for level in levels]
     return " > ".join(groups) or "not ranked"
 
 
 def sentence(event: Event, at: list[int]) -> str:
-    """A decision in the letters of a page on which the answers are in the order `at`."""
+    """A decision as text, with the letters of a page that shows the answers in the order `at`."""
     content = event.content
     view = {"bad": "all bad", "skip": "skipped"}.get(content["choice"]) or spelled([content["ranks"][i] for i in at])
     more = [word for word, key in (("corrected", "edits"), ("flagged", "flags")) if content[key]]
@@ -31,7 +31,7 @@ def sentence(event: Event, at: list[int]) -> str:
 
 
 def agree(event: Event, ranks: list[int | None]) -> bool:
-    """Whether a vote contradicts no preference among the ranks."""
+    """Whether a vote contradicts none of the preferences in the ranks."""
     pairs = [(i, j) for i in range(len(ranks)) for j in range(i)]
     return all((relation(event.ranks, i, j) or 0) * (relation(ranks, i, j) or 0) >= 0 for i, j in pairs)
 
@@ -54,7 +54,8 @@ def _spelled(figure: Figure, spell, unit: str, to: str = "-") -> str:
 
 
 def person(store: Store, name: str, units: Units | None = None) -> Json:
-    """The figures of one annotator. Agreement with the judge leaves out votes that followed a look at its view."""
+    """The figures of one annotator. Agreement with the judge leaves out votes by people who had seen the judge's
+    ranks."""
     state, items = store.state, store.items
     units = units or agreement.units(state, items.values())
     events = [event for event in state.of(name) if event.item in items]

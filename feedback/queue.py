@@ -9,8 +9,9 @@ from feedback.store import Store
 
 
 class Queue:
-    """Items in their order, so that a router decides what is asked first. An item has enough votes when `wanted`
-    people (0: all) have decided on it or are looking at it; gold items are for everybody."""
+    """Gives out items in the order of the database, so that a router can decide which items come first. An item has
+    enough votes when `wanted` people (0: everybody) have decided on it or are looking at it; gold items go to
+    everybody."""
 
     def __init__(self, store: Store, wanted: int):
         self.store, self.wanted = store, wanted
@@ -18,7 +19,7 @@ class Queue:
         self.lock = threading.Lock()
 
     def take(self, annotator: str) -> Item | None:
-        """The same one until it is decided."""
+        """The next item for this person, which stays the same until they decide on it."""
         with self.lock:
             found = next(self.open(annotator), None)
             self.looking[annotator] = found.hash if found else ""
@@ -37,13 +38,13 @@ class Queue:
                 yield item
 
     def progress(self, annotator: str) -> tuple[int, int]:
-        """How many the annotator has decided, and the sum of these and of those that are open."""
+        """(number of items that the annotator has decided, this number plus the number of items still open to them)."""
         with self.lock:
             state = self.store.state
             done = sum(annotator in state.votes.get(name, {}) for name in self.store.items)
             return done, done + sum(1 for _ in self.open(annotator))
 
     def disputed(self) -> list[str]:
-        """Items on which people contradict each other and that are not resolved yet."""
+        """Unresolved items on which people contradict each other."""
         state = self.store.state
         return [n for n in self.store.items if disputed(state.votes.get(n, {})) and n not in state.resolved]

@@ -13,7 +13,8 @@ Rows = dict[str, list[Json]]
 
 def rows(items: Iterable[Item], state: State, each: bool = False) -> Rows:
     """{name of a file: its rows}. An item's votes become one ranking (see `consensus`), or with `each` a ranking per
-    vote; a resolution replaces them. Gold items test annotators and are left out, and so are skipped ones."""
+    vote; a resolution replaces all votes. Gold items, which only test annotators, are left out, and so are skipped
+    items."""
     out: Rows = {}
     for item in items:
         events = decisions(item, state)
@@ -30,15 +31,16 @@ def rows(items: Iterable[Item], state: State, each: bool = False) -> Rows:
 
 
 def decisions(item: Item, state: State) -> list[Event]:
-    """The resolution, or else all votes in their order, without those that skip the item."""
+    """The resolution of an item, or else all votes on it, the oldest first, without skips."""
     found = state.resolved.get(item.hash)
     events = [found] if found else sorted(state.votes.get(item.hash, {}).values(), key=lambda event: event.id)
     return [event for event in events if event.content["choice"] != "skip"]
 
 
 def consensus(item: Item, events: list[Event]) -> list[int | None] | None:
-    """Ranks by the number of comparisons won less those lost in all votes (Copeland's count, as in Borda's); with two
-    answers, the majority. None without a comparison, or where most say that all answers are bad."""
+    """Ranks of the answers by the number of comparisons won minus the number lost, over all votes (as in Copeland's and
+    Borda's methods). With two answers, the majority decides. None if nothing was compared, or if most people say that
+    all answers are bad."""
     count = len(item.texts)
     if mostly_bad(events):
         return None
@@ -60,7 +62,7 @@ def mostly_bad(events: list[Event]) -> bool:
 
 
 def known(name: str) -> bool:
-    """Whether a file of this name may be an export's."""
+    """Whether an export may have written a file of this name."""
     names = "preference|preference_ties|rankings_[2-4]|kto|ratings_.*|corrections|sft|sft_corrections|flags"
     return re.fullmatch(names, name) is not None
 
@@ -79,7 +81,8 @@ def _pair(item: Item, chosen: str, rejected: str) -> Json:
 
 
 def _ranked(out: Rows, item: Item, ranks: list[int | None]) -> None:
-    """Groups by their size, since one set has one; pairs; labels for the best and the worst."""
+    """Adds a ranking, pairs, labels for the best and the worst answers, and a single best answer as an SFT row.
+    Rankings are kept apart by their number of answers, since all rows of a data set must have the same number."""
     known = [(text, rank) for text, rank in zip(item.texts, ranks) if rank is not None]
     texts, places = [text for text, _ in known], dense([rank for _, rank in known])
     answers = [item.answered(text) for text in texts]

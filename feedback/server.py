@@ -49,7 +49,7 @@ UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\U000e0000-\U000e007f]"
 )
-MARKED = 2000  # of them in a text with a mark of their own
+MARKED = 2000  # maximum number of these characters in a text that get an HTML element of their own
 PART = 8000  # characters of a text that is laid out at a time
 
 
@@ -60,7 +60,8 @@ def serve(app: Starlette) -> uvicorn.Server:
 
 
 def application(store: Store, port: int, base: str = "", wanted: int = 0) -> Starlette:
-    """`base`: the address under which a proxy passes requests on; `wanted`: votes per item, 0 for everybody's."""
+    """`base`: the public address of a proxy in front of this server; `wanted`: votes per item, 0 for one from
+    everybody."""
     service = Service(store, Queue(store, wanted))
     page, act = service.page, service.act
     routes = [
@@ -81,7 +82,8 @@ def application(store: Store, port: int, base: str = "", wanted: int = 0) -> Sta
 
 
 class Guard:
-    """Refuses requests under another host's name, and writes by pages of other sites. Adds headers to all answers."""
+    """Refuses requests that name another host, and POST requests from pages of other sites. Adds HEADERS to all
+    responses."""
 
     def __init__(self, app: ASGIApp, origins: set[str]):
         self.app = app
@@ -161,7 +163,7 @@ class Service:
     # --- pages ---
 
     def task(self, name: str, request: Request) -> Response:
-        """The next item of the annotator, or the one that the address names; the owner gets the overview."""
+        """The annotator's next item, or the item that the address names; the owner gets the overview."""
         if name == OWNER:
             return self.render("overview.html.j2", **overview.everybody(self.store))
         asked = request.query_params.get("item")
@@ -171,7 +173,7 @@ class Service:
         return self.ask(name, item, "vote")
 
     def settle(self, name: str, request: Request) -> Response:
-        """The owner's next disagreement."""
+        """The next disagreement for the owner to resolve."""
         if name != OWNER:
             raise HTTPException(404, "only the owner resolves disagreements")
         left = self.queue.disputed()
@@ -196,7 +198,7 @@ class Service:
         )  # fmt: skip
 
     def result(self, name: str, event: Any) -> Json:
-        """The newest decision, to take back, and the judge's view of it."""
+        """The newest decision, which can be taken back, and the judge's ranks of the same answers."""
         judge = self.store.items[event.item].judge
         at = event.content["order"]
         agrees = bool(judge) and overview.agree(event, judge["ranks"])
@@ -219,7 +221,7 @@ class Service:
         return self.render("person.html.j2", depth=2, whole=True, **overview.person(self.store, who))
 
     def answer(self, name: str, request: Request) -> Response:
-        """The text of an answer as it is, to be edited."""
+        """The unchanged text of an answer, to be edited."""
         item, place = self.item(request.query_params.get("item")), request.query_params.get("place", "")
         at = votes.shown(name, item)
         if place not in map(str, range(len(at))):
@@ -243,7 +245,7 @@ class Service:
         return {}
 
     def draft(self, name: str, item: Item, given: Json) -> Json:
-        """Kept unless the item was decided in the meantime. Raises Stale."""
+        """Keeps a draft. Raises Stale if the item was decided in the meantime."""
         if self.store.state.versions.get((name, item.hash), 0) != given["version"]:
             raise Stale
         self.store.keep(name, item.hash, given)
@@ -272,9 +274,9 @@ async def body_of(request: Request) -> bytes:
 
 
 def shown(text: str) -> Markup:
-    """A text as it is, with a mark in place of each character that cannot be seen or that reorders others.
+    """A text as HTML, with a visible mark in place of each character that is invisible or that reorders others.
 
-    Long texts come in parts, each in a box of its own: a browser lays out only those that are in view.
+    Long texts are divided into parts, each in a box of its own, so that a browser lays out only the parts in view.
     """
     parts = list(cut(text.replace("\r\n", "\n")))
     if len(parts) < 2:
@@ -283,7 +285,7 @@ def shown(text: str) -> Markup:
 
 
 def cut(text: str) -> Iterator[str]:
-    """Parts of at most PART characters, behind the end of a line or a word where there is one."""
+    """Splits a text into parts of at most PART characters, after the end of a line or a word if possible."""
     start = 0
     while len(text) - start > PART:
         ends = (text.rfind(space, start, start + PART) + 1 for space in "\n ")

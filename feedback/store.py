@@ -35,7 +35,8 @@ PRAGMA user_version = {FORMAT};
 
 
 class Stale(Exception):
-    """A decision about an item that the annotator has decided on in the meantime, as in another tab."""
+    """Raised for a decision about an item that the annotator has decided on in the meantime, for example in another
+    tab."""
 
 
 class Guidelines(NamedTuple):
@@ -51,7 +52,7 @@ class Store:
         """Opens the file, which is made if there is none. Raises UserError."""
         self.path, self._lock, self._state = path, threading.RLock(), State()
         with self._reading():
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # its links are secrets
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # the links in it are secrets
             self.db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30)
             self.db.execute("PRAGMA synchronous = FULL")
             with self._writing():
@@ -79,7 +80,7 @@ class Store:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """One transaction at a time, whole or not at all."""
+        """Runs one transaction at a time, which is written completely or not at all."""
         with self._lock:
             self.db.execute("BEGIN IMMEDIATE")
             try:
@@ -101,7 +102,7 @@ class Store:
         return {name: Item(json.loads(content)) for name, content in rows}
 
     def add(self, items: Iterable[Item]) -> tuple[int, int]:
-        """Adds items behind those that are there. Returns how many are new, and how many were there already."""
+        """Adds items after those in the database. Returns how many were new, and how many were there already."""
         new = seen = 0
         with self._writing():
             for item in items:
@@ -160,7 +161,7 @@ class Store:
 
     @property
     def state(self) -> State:
-        """The newest, with what other processes have appended. It never changes."""
+        """The newest state, with the events that other processes have appended. A returned state never changes."""
         with self._lock:
             if events := self._events(self._state.last):
                 self._state = self._state.followed(events)
@@ -175,8 +176,9 @@ class Store:
             return self._events()
 
     def append(self, kind: str, annotator: str, item: str, version: int | None, content: Json) -> Event:
-        """Appends an event; durable when this returns. `version`: the number of events of the annotator about the item
-        that the page knew of; None: all. Raises Stale if there are more, but repeating a request changes nothing."""
+        """Appends an event; durable when this returns. `version`: the number of the annotator's events about the item
+        when the page was made; None: the current number. Raises Stale if there are more events by now; but a repeated
+        request changes nothing and raises nothing."""
         with self._writing():
             known = self.state.versions.get((annotator, item), 0)
             version = known if version is None else version
@@ -198,7 +200,7 @@ class Store:
         return Event(done.lastrowid or 0, now, kind, annotator, item, version, content)
 
     def erase(self, annotator: str) -> int:
-        """Appends a tombstone: no earlier decision of the annotator counts. Returns how many did."""
+        """Appends an event after which no earlier decision of the annotator counts. Returns how many counted before."""
         count = len(self.state.of(annotator))
         self.append("erase", annotator, "", None, {})
         with self._writing():
@@ -215,7 +217,7 @@ def _line(content: Json) -> str:
 
 
 def _statements(script: str) -> Sequence[str]:
-    """A trigger has a semicolon inside."""
+    """The statements of a script. It cannot be split at semicolons, since triggers contain some."""
     out, part = [], ""
     for line in script.splitlines():
         part += line + "\n"

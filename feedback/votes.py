@@ -1,4 +1,5 @@
-"""Decisions as a page sends them: checked, and brought from the order on the page to the order of the item."""
+"""Checks the decisions that a page sends, and converts them from the order of answers on the page to the order in the
+item."""
 
 import hashlib
 import json
@@ -17,12 +18,12 @@ DAY = 86_400_000  # milliseconds
 
 
 def order(annotator: str, item: str) -> random.Random:
-    """A generator that gives one person the same order in every tab."""
+    """A random generator that gives a person the same order of answers in every tab."""
     return random.Random(hashlib.sha256(f"{annotator}/{item}".encode()).digest())
 
 
 def shown(annotator: str, item: Item) -> list[int]:
-    """The answers in the order in which a person sees them."""
+    """The indices of the answers in the order in which a person sees them."""
     numbers = list(range(len(item.texts)))
     order(annotator, item.hash).shuffle(numbers)
     return numbers
@@ -32,7 +33,7 @@ def parse(body: bytes) -> Json:
     """The object in a request. Raises UserError."""
     try:
         value = strict(body.decode())
-        json.dumps(value, ensure_ascii=False).encode()  # no half of a surrogate pair
+        json.dumps(value, ensure_ascii=False).encode()  # raises ValueError for half a surrogate pair
     except ValueError as e:
         raise UserError(f"the request is not JSON: {e}") from None
     if not isinstance(value, dict):
@@ -41,7 +42,8 @@ def parse(body: bytes) -> Json:
 
 
 def decision(given: Json, item: Item, at: list[int], newest: int) -> Json:
-    """The content of a vote. `at`: the order on the page; `newest`: the version of the guidelines. Raises UserError."""
+    """The content of a vote. `at`: the order on the page; `newest`: the newest version of the guidelines. Raises
+    UserError."""
     choice, count = given.get("choice"), len(at)
     if choice not in CHOICES:
         raise UserError("the choice is none of ranks, bad and skip")
@@ -78,7 +80,7 @@ def _rating(given: Json, name: str, count: int) -> list[int | None]:
 
 
 def _texts(given: Json, name: str, at: list[int]) -> dict[str, str]:
-    """{answer: text}, by the place on the page in the request."""
+    """{answer: text}; in the request, the keys are places on the page."""
     out = {}
     for place, text in _object(given, name).items():
         if place not in map(str, range(len(at))) or not isinstance(text, str):
@@ -102,7 +104,7 @@ def _number(given: Json, name: str, most: int) -> int:
 
 
 def undone(content: Json) -> Json:
-    """A draft of the decision that was taken back, in the order on the page."""
+    """A draft with the content of a decision that was taken back, in the order on the page."""
     at = content["order"]
     places = {str(answer): str(place) for place, answer in enumerate(at)}
     texts = {name: {places[i]: text for i, text in content[name].items()} for name in ("edits", "flags")}

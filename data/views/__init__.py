@@ -1,5 +1,4 @@
-"""Views transform a row of tokens before a model reads it. Each file defines `make(tokenizer, seq_len, **config) ->
-View`."""
+"""Views transform a row of tokens for a model. Each file defines `make(tokenizer, seq_len, **config) -> View`."""
 
 from collections.abc import Callable
 from typing import NamedTuple

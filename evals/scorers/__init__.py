@@ -1,4 +1,4 @@
-"""Scorers compare an answer with a reference; each is a file.
+"""Scorers compare an answer with a reference; each scorer is a file.
 
 A file defines a pure function `score(answer, reference) -> float` in [0, 1], where 1 is right. A row with several
 references gets the best of their scores.
@@ -38,7 +38,7 @@ def normalized(text: str) -> str:
 
 
 def f1(matched: float, predicted: int, expected: int) -> float:
-    """The harmonic mean of precision and recall; 1 if both sides are empty."""
+    """The harmonic mean of precision and recall; 1 if both the answer and the reference are empty."""
     return 2 * matched / (predicted + expected) if predicted + expected else 1.0
 
 

@@ -1,4 +1,4 @@
-"""1 if the last number of the answer, or the one after "####" (GSM8K's mark), equals that of the reference."""
+"""1 if the last number of the answer, or the one after "####" (GSM8K's mark), equals the number in the reference."""
 
 import math
 import re

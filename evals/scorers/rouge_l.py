@@ -12,7 +12,8 @@ def score(answer: str, reference: str) -> float:
 
 
 def common(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence, bit-parallel: an integer holds a row of the table (Hyyrö 2004)."""
+    """Length of the longest common subsequence, computed bit-parallel: an integer holds a row of the
+    dynamic-programming table (Hyyrö 2004)."""
     places: dict[str, int] = {}
     for i, word in enumerate(a):
         places[word] = places.get(word, 0) | 1 << i

