@@ -1,11 +1,12 @@
-"""Every key of an experiment, once, with its meaning. A config file starts from this and sets only what differs.
+"""All config keys, with defaults and meanings. A config file starts from these and sets only the keys that differ.
 
     def get_config():
         c = base.get_config()
         c.init = "smollm2-135m-instruct"
         ...
 
-`--config.key=value` overrides any key. `configs/schema/rules.py` holds the ranges and the rules between keys.
+`--config.key=value` overrides any key. `configs/schema/rules.py` has the allowed ranges and the rules that involve
+several keys.
 """
 
 from ml_collections import ConfigDict
@@ -29,15 +30,15 @@ def get_config() -> ConfigDict:
 
     c.model = ConfigDict()
     c.model.shape = ""  # a name in configs/models.py; "" takes the shape of `init`
-    c.model.layers = placeholder(int)  # overrides the shape, as do the next four
-    c.model.embed = placeholder(int)  # D; the head size is embed / heads
-    c.model.heads = placeholder(int)  # N
-    c.model.kv_heads = placeholder(int)  # K, divides heads
-    c.model.mlp = placeholder(int)  # F
-    c.model.vocab_size = placeholder(int)  # unset: the size of the tokenizer's, rounded up to a multiple of 64
+    c.model.layers = placeholder(int)  # number of layers; this key and the next four override sizes of the shape
+    c.model.embed = placeholder(int)  # D, the model width; the head size is embed / heads
+    c.model.heads = placeholder(int)  # N, query heads
+    c.model.kv_heads = placeholder(int)  # K, key and value heads; divides heads
+    c.model.mlp = placeholder(int)  # F, the width of the MLP
+    c.model.vocab_size = placeholder(int)  # unset: the tokenizer's vocabulary, rounded up to a multiple of 64
     c.model.dtype = one_of("float32", "bfloat16", "float16")  # activations
-    c.model.param_dtype = one_of("float32", "bfloat16", "float16")  # weights, optimizer; 16 bits: stochastic rounding
-    c.model.remat = one_of("dots", "none", "full")  # what is kept of each layer for the backward pass
+    c.model.param_dtype = one_of("float32", "bfloat16", "float16")  # weights, optimizer; stochastic rounding in 16 bits
+    c.model.remat = one_of("dots", "none", "full")  # dots: the backward pass recomputes all but products; full: all
     c.model.attention = one_of("auto", "xla", "splash", "cudnn")  # splash: TPU only, cudnn: GPU only
 
     c.objective = ConfigDict({"name": "sft"})  # a file in train/objectives and its keyword arguments
@@ -50,7 +51,7 @@ def get_config() -> ConfigDict:
     c.data.holdout = 0.05  # fraction of the documents held out of training to measure the loss on
     c.data.format = "auto"  # chosen by the columns of the records | one of FORMATS in data/formats.py
     c.data.fields = ""  # rename columns: "prompt=question,completion=answer"
-    c.data.tokenizer = ""  # see data/text/tokenizer.py; "": that of `init`, else bytes
+    c.data.tokenizer = ""  # see data/text/tokenizer.py; "": the tokenizer of `init`, else bytes
     c.data.chat_template = ""  # FILE | a name in data/text/templates | "none": prompts stay raw; "": the model's own
     c.data.read_control = False  # parse control tokens written in the text of the data, for chats rendered in advance
     c.data.learn = "all"  # which answers of a chat count in the loss | "last"
@@ -64,15 +65,15 @@ def get_config() -> ConfigDict:
     c.data.cache = "~/.cache/kungfu/data"  # tokenized documents, memory-mapped, keyed by fingerprint
 
     c.optim = ConfigDict()
-    c.optim.name = one_of("adamw", "adafactor", "lion", "muon")  # muon: matrices only, adamw for the rest
-    c.optim.lr = 3e-4  # peak
+    c.optim.name = one_of("adamw", "adafactor", "lion", "muon")  # muon: for matrices, with adamw for other parameters
+    c.optim.lr = 3e-4  # peak learning rate
     c.optim.schedule = one_of("cosine", "linear", "constant", "wsd")  # wsd: warm up, stay constant, decay
     c.optim.warmup = 0.05  # fraction of the steps if below 1, else steps
-    c.optim.decay = 0.2  # wsd only: fraction of the steps in which the rate decays
-    c.optim.final_lr = 0.1  # at the end, as a fraction of the peak
+    c.optim.decay = 0.2  # wsd only: fraction of the steps in which the learning rate decays
+    c.optim.final_lr = 0.1  # learning rate at the end, as a fraction of the peak
     c.optim.b1 = 0.9  # decay of the running mean of the gradient
-    c.optim.b2 = 0.95  # decay of the running mean of its square
-    c.optim.eps = 1e-8  # added to the root of the mean square
+    c.optim.b2 = 0.95  # decay of the running mean of the squared gradient
+    c.optim.eps = 1e-8  # added to the root of the mean squared gradient
     c.optim.weight_decay = 0.0  # on matrices only
     c.optim.clip = 1.0  # maximum global gradient norm; 0: off
     c.optim.lr_scale = ()  # learning-rate factors by path: (("embed/.*", 0.1), ...), the first match wins
@@ -91,16 +92,16 @@ def get_config() -> ConfigDict:
     c.evals = ()  # names in evals/tasks, or FILE:OPTION=VALUE (evals/rows.py); `eval_n` examples of each are scored
     c.eval_n = 64  # examples per task
     c.eval_text = ""  # source of general text; the rise of the loss on it (eval/text_nll) measures forgetting
-    c.floors = ()  # crossing one stops the run: (("eval/dates", ">=", 0.8), ...) | "<=" | "drop" or "rise" since step 0
+    c.floors = ()  # limits that stop the run: (("eval/dates", ">=", 0.8), ...) | "<=" | "drop" or "rise" since step 0
     c.samples = ()  # prompts answered before and after training, saved in metrics.jsonl
 
     c.ckpt = ConfigDict()
     c.ckpt.every = 100  # steps between checkpoints; 0: only at the end
-    c.ckpt.minutes = 10.0  # most minutes between checkpoints
+    c.ckpt.minutes = 10.0  # maximum number of minutes between checkpoints
     c.ckpt.keep = 2  # how many of the newest checkpoints to keep
-    c.ckpt.keep_every = 0  # keep every n-th step forever; 0: none
+    c.ckpt.keep_every = 0  # keep the checkpoint of every n-th step forever; 0: none
     c.ckpt.on_error = one_of("stop", "continue")  # what to do if a save fails, as on a full disk
 
-    c.tracker = one_of("", "tensorboard", "wandb")  # service that receives the same metrics, in the background
+    c.tracker = one_of("", "tensorboard", "wandb")  # service that also receives the metrics
     c.chip = ""  # name of the accelerator, for peak FLOP/s and prices; "": the device's own name
     return c

@@ -1,4 +1,4 @@
-"""The variants of a config to run. A config file defines them next to its `get_config`:
+"""The variants of a config that a sweep or a search runs. A config file defines them next to its `get_config`:
 
     def sweep():  # or sweep_NAME, chosen by --sweep=NAME; --sweep=NAME,OTHER takes their product
         yield from product({"optim.lr": logspace(1e-4, 1e-2, 5), "seed": range(3)})
@@ -7,7 +7,7 @@
         return {"optim.lr": loguniform(1e-4, 1e-2), "peft.rank": choice(4, 8, 16)}
 
 A point is a dict of dotted keys and their values. The helpers take lists of points, or {key: values, ...} with one axis
-per key. A `get_hyper(h)`, as in big_vision's configs, is read too.
+per key. A `get_hyper(h)`, as in big_vision's configs, is supported too.
 """
 
 import inspect
@@ -29,7 +29,7 @@ Points = Iterable[Point] | Mapping[str, Iterable[Leaf]]
 
 
 def product(*parts: Points) -> list[Point]:
-    """Every combination; the last axis varies fastest."""
+    """All combinations of points, one from each axis; the last axis varies fastest."""
     return [_merged(points) for points in itertools.product(*_axes(parts))]
 
 
@@ -40,12 +40,12 @@ def zip_(*parts: Points) -> list[Point]:
 
 
 def chain(*parts: Points) -> list[Point]:
-    """The points of one axis after those of the other."""
+    """The points of all axes, one axis after the other."""
     return list(itertools.chain(*_axes(parts)))
 
 
 def sample(n: int, points: Iterable[Point], seed: int = 0) -> list[Point]:
-    """n distinct points at random. Raises ValueError if there are fewer."""
+    """n distinct points at random. Raises ValueError if there are fewer than n points."""
     return random.Random(seed).sample(list(points), n)
 
 
@@ -125,11 +125,11 @@ def _range(low: float, high: float, log: bool) -> Range:
     return Range(low, high, log)
 
 
-# --- reading them from a config file ---
+# --- reading sweeps and ranges from a config file ---
 
 
 def points(path: str, arg: str = "", chosen: str = "") -> list[Point]:
-    """The points of a file's `sweep` or `get_hyper`, or the product of those named in `chosen` ("lr,seed").
+    """The points of a file's `sweep` or `get_hyper`, or the product of the sweeps named in `chosen` ("lr,seed").
 
     Raises UserError if there is no such function or it yields something other than points.
     """

@@ -1,8 +1,8 @@
-"""The front door: `from kungfu import load` in any folder; `python -m kungfu` and the command `kungfu` list the rest.
+"""The public package: `from kungfu import load` works in any folder; the command `kungfu` lists all other commands.
 
 Kungfu's packages have everyday names, such as `data`, `train` and `tools`. Once this package is imported, these names
-mean the packages of this checkout, whatever the current folder holds. A module of yours that has such a name and was
-imported before stays usable where it was imported.
+refer to the packages of this checkout, even if the current folder has modules of the same names. A module of yours with
+such a name that was imported earlier stays usable where it was imported.
 """
 
 import sys
@@ -34,7 +34,7 @@ class Checkout(MetaPathFinder):
 
 
 def _foreign(name: str) -> bool:
-    """Whether the module in sys.modules of this name is not the checkout's. A namespace package has no file."""
+    """Whether the imported module of this name is not from the checkout. A namespace package has no __file__."""
     module = sys.modules[name]
     places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
     return not any(Path(place).is_relative_to(ROOT) for place in places if place)
@@ -52,7 +52,7 @@ def _take_over() -> None:
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import infer  # only now: the command imports this package too, and needs no numpy to list its verbs
+    import infer  # imported late: the command `kungfu` imports this package too, but needs no numpy
 
     return getattr(infer, name)
 

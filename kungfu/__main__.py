@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def verbs() -> dict[str, str]:
-    """{verb: module}: every command in tools/ by its file's name, and those of other packages."""
+    """{verb: module}: every command in tools/ by its file's name, and the commands of other packages."""
     places = {path.parent if path.name == "__main__.py" else path: path for path in commands()}
     return NAMED | {place.stem.replace("_", "-"): f"tools.{place.stem}" for place in places}
 
@@ -66,8 +66,8 @@ def first_line(module: str) -> str:
 
 
 def forward(module: str, argv: list[str]) -> None:
-    """Replaces this process by `python -m module`. That process and its children import the checkout's packages, not
-    those of the current folder."""
+    """Replaces this process by `python -m module`. The new process and its children import the checkout's packages, not
+    packages in the current folder."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     os.execve(
         sys.executable,

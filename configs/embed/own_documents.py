@@ -1,10 +1,10 @@
-"""Tunes an embedder on questions and the passages that answer them; the other passages of a batch are the wrong ones.
+"""Tunes an embedder on questions and the passages that answer them; the other passages of a batch are negatives.
 
     python -m train.main --config=configs/embed/own_documents.py:file=pairs.jsonl --workdir=runs/embedder
 
-The file: the columns query and passage, or others that --config.data.fields names. If the mean reciprocal rank of the
-held-out questions' passages becomes worse than before the training, the run ends with exit code 71. LoRA instead of all
-weights: --config.peft.name=lora --config.optim.lr=1e-3.
+The file has the columns query and passage, or other columns that --config.data.fields renames to these. If the mean
+reciprocal rank of the held-out questions' passages becomes worse than before the training, the run ends with exit code
+71. To train LoRA instead of all weights: --config.peft.name=lora --config.optim.lr=1e-3.
 
 Hardware: a laptop CPU; 3 seconds per step. Expected: "mrr" of the held-out questions rises; `tools.index --questions`
 measures whether search became better.

@@ -5,7 +5,8 @@
 Hardware: a laptop CPU. Expected: the loss falls, more slowly with fewer trained parameters and on a random base.
 Methods are the files of model/peft; the default is dora. LoRA-FA (arXiv 2308.03303) is lora with
 --config.trainable=".*/b". To continue training the adapter of an earlier run or of a PEFT folder:
---config.peft.name=saved --config.peft.folder=FOLDER, and as init the base on which it was trained.
+--config.peft.name=saved --config.peft.folder=FOLDER, and --config.init=BASE, the model on which the adapter was
+trained.
 """
 
 from configs.sft import tiny

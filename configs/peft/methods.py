@@ -5,15 +5,15 @@
     python -m tools.sweep --config=configs/peft/methods.py --sweep=best,seeds --out=runs/sweeps/methods-best \
         --metric=eval/dates --maximize
 
-The first sweep ranks learning rates by held-out loss; the rates tried extend beyond the best one on both sides. The
-second scores the best rates on the task `dates`, and measures forgetting on Python's documentation. Hardware: a laptop
-CPU, 8 GB, half an hour for the first and an hour for the second. Expected: results/methods.md.
+The first sweep ranks learning rates by held-out loss; the rates tried extend beyond the best rate on both sides. The
+second sweep scores the best rates on the task `dates`, and measures forgetting on Python's documentation. Hardware: a
+laptop CPU, 8 GB, half an hour for the first sweep and an hour for the second. Expected: results/methods.md.
 """
 
 from configs import base
 from configs.sweeps import product
 
-RATES = {  # learning rates by method, the best first; "" is full tuning
+RATES = {  # learning rates by method, the best rate first; "" is full tuning
     "": (3e-5, 1e-5, 1e-4, 3e-4),
     "lora": (1e-3, 3e-4, 3e-3),
     "dora": (1e-3, 3e-4, 3e-3),

@@ -4,7 +4,7 @@
 
 Hardware: a laptop CPU. Expected: the loss falls below 1 nat per token and the base does not change. The method needs no
 code for recurrent layers: `where` matches their gates and projections like any other matrix. For full tuning of the
-same shape: --config.peft.name= ; to plan a larger one: --config.model.shape=recurrentgemma-2b --plan.
+same shape: --config.peft.name= ; to plan a larger model: --config.model.shape=recurrentgemma-2b --plan.
 """
 
 from configs.sft import tiny

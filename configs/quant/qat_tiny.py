@@ -14,5 +14,5 @@ def get_config():
     c.quant.name = "qat"
     c.quant.format = "int4"
     c.quant.group = 32
-    c.quant.start = 50  # start rounding only then, after training in float (as torchtune's delayed start)
+    c.quant.start = 50  # the step at which rounding starts, after training in float (like torchtune's delayed start)
     return c

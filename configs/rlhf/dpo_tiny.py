@@ -4,7 +4,7 @@
 
 Hardware: a laptop CPU. Expected: the loss starts at log 2 = 0.6931, where policy and reference agree, and falls; the
 accuracy (the fraction of pairs whose right answer has the higher reward) rises above one half; see README. All 100
-questions occur in training: this shows that the code works, and nothing about unseen sums.
+questions occur in training: the run shows that the code works, but nothing about unseen sums.
 """
 
 from configs import base

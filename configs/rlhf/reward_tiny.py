@@ -4,7 +4,8 @@
 
 Hardware: a laptop CPU. Expected: the loss starts at log 2 = 0.6931, where every reward is 0, and falls; the accuracy
 (the fraction of pairs whose right answer has the higher reward) rises above one half. The pairs are constructed, and
-all 100 questions occur in training: this shows that the code works, and nothing about what people prefer. Afterwards:
+all 100 questions occur in training: the run shows that the code works, but nothing about what people prefer.
+Afterwards:
 
     python -c "import infer; print(infer.load('runs/reward_tiny').score(['6+7='] * 2, ['13', '14']))"
 """

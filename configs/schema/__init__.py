@@ -1,9 +1,10 @@
-"""From a command line to a locked, checked config, before jax is imported.
+"""Turns a command line into a checked and locked config, without importing jax.
 
     loaded = load(sys.argv[1:], flags={"plan": False})
 
-Keys, types, defaults and meanings come from `base.py`; those of `objective`, `peft`, `quant` and `data.view` from the
-keyword arguments of the named file. The resolved config includes a method's defaults, so a run folder is complete.
+Keys, types, defaults and meanings come from `base.py`. The keys inside `objective`, `peft`, `quant` and `data.view`
+come from the keyword arguments of the file that they name. The resolved config includes the defaults of these
+arguments, so the config in a run folder is complete.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ from configs.schema.problems import ConfigError, Problem, show
 
 USAGE = "python -m train.main --config=configs/X.py[:ARG] --workdir=DIR [--config.key=value ...] [--plan]"
 
-ELSEWHERE = {  # names of keys in other libraries
+ELSEWHERE = {  # {name in other libraries: key}
     "learning_rate": "optim.lr", "warmup_steps": "optim.warmup", "warmup_ratio": "optim.warmup",
     "lr_scheduler_type": "optim.schedule", "max_grad_norm": "optim.clip", "optimizer": "optim.name",
     "per_device_train_batch_size": "data.batch_size", "gradient_accumulation_steps": "accum", "max_steps": "steps",
@@ -53,7 +54,7 @@ class Loaded(NamedTuple):
 
 
 def load(argv: list[str], flags: Mapping[str, Leaf] | None = None, usage: str | None = None) -> Loaded:
-    """Parses a command line into a config; `flags` maps the names of further options to their defaults.
+    """Parses a command line into a config; `flags` maps the names of additional options to their defaults.
 
     `--help` prints `usage` and every key, then exits with 0. Raises ConfigError with all problems, or UserError when
     the file cannot be read.
@@ -140,9 +141,9 @@ def resolve(
 
 
 def _schema(config: ConfigDict, changes: dict, problems: list[Problem]) -> tuple[dict[str, Key], set[str]]:
-    """The keys of this config; and the groups whose method is unknown, so that their arguments cannot be checked.
+    """(keys of this config, groups whose method is unknown, so that their arguments cannot be checked).
 
-    If a change replaces a method, the file's arguments that the new method does not take are dropped.
+    If a change replaces a method, the arguments in the file that the new method does not take are dropped.
     """
     keys, loose = dict(base_keys()), set()
     for kind, folder in methods.FOLDERS.items():
@@ -171,7 +172,7 @@ def _schema(config: ConfigDict, changes: dict, problems: list[Problem]) -> tuple
 def _apply(
     config: ConfigDict, changes: dict, schema: dict[str, Key], loose: set[str], problems: list[Problem]
 ) -> dict[str, Leaf]:
-    """Sets the changes in place, so that references to a field follow it; returns them as values."""
+    """Sets the changes in place, so that fields that refer to a changed field change too. Returns the parsed values."""
     values = {}
     for path, raw in changes.items():
         *groups, name = path.split(".")
@@ -240,13 +241,14 @@ def _check_leaves(
 
 
 def _inside(path: str, leaves: Iterable[str]) -> bool:
-    """Whether the config holds a value where the path needs a group."""
+    """Whether the config has a value where `path` needs a group."""
     parts = path.split(".")
     return any(".".join(parts[:n]) in leaves for n in range(1, len(parts)))
 
 
 def fit(value: object, key: Key) -> Leaf:
-    """The value with its key's exact type: 1 may be a float, 1e3 an integer, a list a tuple; True is not an integer.
+    """Converts a value to the exact type of its key: 1 to a float, 1e3 to an integer, a list to a tuple. True does not
+    count as an integer.
 
     Raises ValueError.
     """
@@ -267,7 +269,7 @@ def _tuples(value: object) -> object:
 
 
 def _build(leaves: Mapping[str, Leaf], schema: Mapping[str, Key]) -> ConfigDict:
-    """The inverse of `flatten`; None becomes a placeholder, which keeps its type."""
+    """The inverse of `flatten`; None becomes a placeholder, which keeps the key's type."""
     config = ConfigDict()
     for path, value in leaves.items():
         *groups, name = path.split(".")
@@ -295,7 +297,7 @@ def to_dict(config: Config | Mapping) -> Json:
 def from_dict(d: Json) -> Config:
     """The inverse of `to_dict`, unlocked and not checked; lists become tuples.
 
-    A key that is newer than the data gets its default, which is how the older version behaved.
+    A key that did not exist when the data were written gets its default, which is how the older version behaved.
     """
     given = flatten(d)
     newer = {path: key.default for path, key in base_keys().items() if path not in given and not _inside(path, given)}

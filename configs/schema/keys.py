@@ -19,7 +19,7 @@ from configs.schema.problems import show
 
 @functools.cache
 def base_keys() -> dict[str, Key]:
-    """path -> Key of everything in base.py. A key whose default is None may be none."""
+    """{path: Key} of all keys in base.py. A key whose default is None accepts none."""
     config, keys = base.get_config(), {}
     for path, value in flatten(config).items():
         *groups, name = path.split(".")
@@ -30,7 +30,7 @@ def base_keys() -> dict[str, Key]:
 
 @functools.cache
 def docs() -> dict[str, str]:
-    """path -> the comment on its line in base.py."""
+    """{path: the comment on the key's line in base.py}."""
     tokens = tokenize.generate_tokens(io.StringIO(_source()).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     paths = {path: comments.get(node.end_lineno, "") for path, node in _assignments().items()}
@@ -73,14 +73,14 @@ def _source() -> str:
 
 @functools.cache
 def _assignments() -> dict[str, ast.Assign]:
-    """path -> the statement `c.path = ...` of base.py."""
+    """{path: the statement `c.path = ...` in base.py}."""
     lines = [node for node in ast.walk(ast.parse(_source())) if isinstance(node, ast.Assign)]
     return {ast.unparse(n.targets[0]).partition(".")[2]: n for n in lines if isinstance(n.targets[0], ast.Attribute)}
 
 
 @functools.cache
 def _choices() -> dict[str, tuple]:
-    """path -> the arguments of `one_of` in base.py."""
+    """{path: the arguments of `one_of` in base.py}."""
     out = {}
     for path, node in _assignments().items():
         match node.value:

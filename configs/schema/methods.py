@@ -1,6 +1,6 @@
 """The arguments of objectives, PEFT methods, quantizers and views, read from their source without importing jax.
 
-The keyword-only arguments of a file's `make` are the schema of its group in the config.
+The keyword-only arguments of a file's `make` are the keys of its group in the config.
 """
 
 import ast
@@ -27,12 +27,12 @@ class Key(NamedTuple):
 
 class Method(NamedTuple):
     arguments: dict[str, Key]
-    batch: str = ""  # the kind of batch that an objective reads (data.rows.batch.KINDS): the constant BATCH
-    head: str = ""  # the file of model/heads that its model needs: the constant HEAD
+    batch: str = ""  # the kind of batch that an objective reads (data.rows.batch.KINDS), from the constant BATCH
+    head: str = ""  # the file of model/heads that its model needs, from the constant HEAD
 
 
 def names(folder: str, function: str) -> list[str]:
-    """Names of the files in a folder that define this function; empty if the folder does not exist."""
+    """Names of the files in a folder that define `function`; empty if the folder does not exist."""
     return sorted(p.stem for p in (ROOT / folder).glob("[!_]*.py") if _find(p, function))
 
 
@@ -72,7 +72,7 @@ def _key(annotation: ast.expr | None, default: ast.expr | None) -> Key:
         return Key(kind, None, nullable, True, choices)
     try:
         value = ast.literal_eval(default)
-    except ValueError:  # computed when the module is imported
+    except ValueError:  # a default that is computed at import, and so not known here
         return Key(kind, None, True, False, choices)
     if kind is None and type(value) in TYPES.values():
         kind = type(value)

@@ -1,6 +1,6 @@
 """The command line of a run: `--config=FILE[:ARG] --config.key=value ... --workdir=DIR --flag[=value]`.
 
-Values are text here; `parse` converts them to the type of their key. This does not use absl's parser, which stops at
+Values are text here; `parse` converts them to the type of their key. The parser of absl is not used, since it stops at
 the first mistake, refuses 1e3 for an integer, and cannot set a tuple from text or a placeholder back to none.
 """
 
@@ -31,9 +31,10 @@ class Args(NamedTuple):
 
 
 def parse_args(argv: list[str], flags: Mapping[str, Leaf]) -> Args:
-    """Splits a command line without reading the config. `flags` maps each extra flag to its default, and so its type.
+    """Splits a command line without reading the config. `flags` maps each extra flag to its default, which also sets
+    its type.
 
-    A flag is written `--name=value` or `--name value`; a boolean one may omit the value.
+    A flag is written `--name=value` or `--name value`; a boolean flag may omit the value.
     """
     found: dict[str, Leaf] = {"config": "", "workdir": None, **flags}
     overrides: dict[str, str] = {}
@@ -71,7 +72,7 @@ def parse_args(argv: list[str], flags: Mapping[str, Leaf]) -> Args:
 
 
 def split_arg(config: str) -> tuple[str, str]:
-    """configs/x.py:rank=4 -> ("configs/x.py", "rank=4"), the file in the current folder, else in the checkout."""
+    """configs/x.py:rank=4 -> ("configs/x.py", "rank=4"), the file in the current folder or else in the checkout."""
     head, colon, arg = config.partition(".py:")
     path = f"{head}.py" if colon else config
     beside = CHECKOUT / path
@@ -79,7 +80,7 @@ def split_arg(config: str) -> tuple[str, str]:
 
 
 def parse(text: str, kind: type | None, nullable: bool = False) -> Leaf:
-    """Converts text to a type: 1e3 and 1_000 are integers, `1,2` and `(1, 2)` tuples; `none` is None if `nullable`.
+    """Converts text to a type. 1e3 and 1_000 are integers, `1,2` and `(1, 2)` are tuples; `none` is None if `nullable`.
 
     A string is kept as it is. If the type is None, the text is read as a Python literal, or else kept as a string.
     Raises ValueError with the reason.
@@ -125,7 +126,8 @@ def _literal(text: str) -> Leaf:
 
 
 def _tuple(text: str) -> tuple:
-    """A literal tuple or list, or items separated by commas; items that are not literals are strings; brackets nest."""
+    """Parses a literal tuple or list, or items separated by commas. Items that are not literals become strings;
+    brackets may be nested."""
     text = text.strip()
     if not text:
         return ()
@@ -144,7 +146,7 @@ def _bracketed(text: str) -> bool:
 
 
 def _split(text: str) -> list[str]:
-    """Splits at the commas outside brackets and quotes; items are stripped, empty ones dropped."""
+    """Splits at the commas outside brackets and quotes; items are stripped, and empty items are dropped."""
     items, depth, quote = [""], 0, ""
     for c in text:
         if quote or c in "\"'":
@@ -159,9 +161,9 @@ def _split(text: str) -> list[str]:
 
 
 def parse_arg(arg: str, **defaults: Leaf) -> SimpleNamespace:
-    """Parses the argument of a config file: "rank=4,full" -> rank=4, full=True. The defaults give the names and types.
+    """Parses the argument of a config file: "rank=4,full" -> rank=4, full=True. The defaults set the names and types.
 
-    `get_config(arg="")` calls it first: `arg = parse_arg(arg, rank=16, full=False)`. Raises UserError.
+    `get_config(arg="")` calls this function first: `arg = parse_arg(arg, rank=16, full=False)`. Raises UserError.
     """
     values = dict(defaults)
     for item in _split(arg):

