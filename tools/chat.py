@@ -6,9 +6,9 @@
     echo "What is the capital of France?" | python -m tools.chat MODEL
 
 MODEL: a packaged model's name, a Hugging Face folder, a .gguf file, a hub id or a run folder. In a terminal, each line
-is a turn; /reset clears the conversation and /exit ends it. With --adapters, the first one answers until /adapter NAME
-chooses another; /adapter without a name chooses the base. From a pipe, the whole input is one question. A model without
-a chat template continues the text. The speed and the time to the first token are printed to stderr.
+is a turn; /reset clears the conversation and /exit ends it. With --adapters, the first adapter answers until /adapter
+NAME chooses another; /adapter without a name chooses the base. From a pipe, the whole input is one question. A model
+without a chat template continues the text. The speed and the time to the first token are printed to stderr.
 """
 
 import sys
@@ -58,12 +58,12 @@ def main(argv: list[str]) -> int | None:
 
 
 class Chat:
-    """A conversation. An answer that fails or is interrupted leaves it unchanged."""
+    """A conversation. An answer that fails or is interrupted leaves the conversation unchanged."""
 
     def __init__(self, lm: "LM", system: str, knobs: dict[str, float | int | str]):
         self.lm, self.knobs = lm, knobs
         self.adapter = next(iter(lm.store.adapters)) if lm.store else None
-        self.compiled = False  # the first answer waits for it
+        self.compiled = False  # the first answer waits for compilation
         self.start = [{"role": "system", "content": system}] if system else []
         self.reset()
 

@@ -47,7 +47,8 @@ def diff(argv: list[str]) -> None:
 
 
 def _resolved(spec: str) -> schema.ConfigDict:
-    """A config file is resolved; a run's config is not, since an older version may have written other keys."""
+    """The resolved config of a file. The config of a run is not resolved, since an older version may have written other
+    keys."""
     path, arg = overrides.split_arg(spec)
     config = schema.read(path, arg)
     return schema.resolve(config, where=path)[0] if path.endswith(".py") else config
@@ -72,7 +73,7 @@ def experiments() -> list[Path]:
 
 
 def is_experiment(path: Path) -> bool:
-    """False for other modules that a glob like configs/**/*.py matches."""
+    """Whether a file is an experiment: a glob like configs/**/*.py also matches other modules."""
     parent = path.resolve().parent
     return parent not in (CONFIGS, CONFIGS / "schema") and path.name != "__init__.py"
 

@@ -5,9 +5,9 @@
 
 A SOURCE is a run folder, a PEFT folder or a complete model. Its update is its weights minus those of MODEL, times
 FACTOR (default 1; negative factors remove a skill). linear sums the updates (arXiv 2212.04089); ties keeps the largest
-fraction `density` of each and resolves signs by vote (arXiv 2306.01708); dare keeps a random fraction (arXiv
-2311.03099). The result is a Hugging Face folder; with --rank it is a PEFT folder that holds a LoRA of each changed
-matrix by truncated SVD, and the error is printed.
+fraction `density` of each update and resolves signs by vote (arXiv 2306.01708); dare keeps a random fraction (arXiv
+2311.03099). The result is a Hugging Face folder; with --rank it is a PEFT folder in which a LoRA approximates the
+update of each changed matrix by truncated SVD, and the error is printed.
 """
 
 import math

@@ -6,8 +6,9 @@
 
 NAME_OR_RUN: a run folder, a packaged model's name, a .gguf file, a Hugging Face folder or a hub id. --adapter: a run or
 PEFT folder whose adapter is added. --adapter-only writes a PEFT folder. int4, int8 and fp8 weights are kept, in the
-compressed-tensors format; --dtype applies to the scales and to all other weights. --dequantize writes them as floats.
-Adapters on a quantized base can only be merged into such floats, which differ from the weights of the original base.
+compressed-tensors format; --dtype applies to the scales and to all other weights. --dequantize writes quantized weights
+as floats. Adapters on a quantized base can only be merged into such floats, which differ from the weights of the
+original base.
 """
 
 import re
@@ -55,7 +56,7 @@ def export(source: str, adapter: str, to: str, dtype: str, dequantize: bool) -> 
     from model import weights
     from model.io.export import export_hf
 
-    settings = getattr(open_model(source), "generation", {})  # a run folder has none
+    settings = getattr(open_model(source), "generation", {})  # a run folder has no generation settings
     lm = load(source, adapter or None)
     if weights.quantized_under_adapters(lm.params) and not dequantize:
         what = "the adapters are on a quantized base"

@@ -1,4 +1,4 @@
-"""Writes docs/formats.md, which inputs are read, refused and ignored, from the tables that the code uses.
+"""Writes docs/formats.md, the list of inputs that are read, refused or ignored, from the tables that the code uses.
 
 python -m tools.formats
 """

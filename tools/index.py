@@ -7,13 +7,13 @@
 
 SOURCE: a file, a folder or a built-in name, as in config.data.source; several are separated by commas. Running the
 command again updates the index, or continues an interrupted build. --ask prints the k best chunks. --questions measures
-retrieval on rows with a `question` and its `documents` (names as printed by --ask): every way to search is scored by
-recall@k, nDCG@10 and MRR@10 with 95 % intervals. --how: bm25, dense, or a fusion of both: mean (of scores scaled to
-[0, 1]) or rrf (reciprocal rank fusion).
+retrieval on rows with a `question` and its `documents` (names as printed by --ask): every search method is scored by
+recall@k, nDCG@10 and MRR@10 with 95 % intervals. --how: bm25, dense, or a fusion of both: mean (of scores scaled to [0,
+1]) or rrf (reciprocal rank fusion).
 
---embedder: a Hugging Face folder, a hub id, a packaged name, or a run that tuned one of these. Another embedder than
-that of the index replaces it only if it finds the documents of --questions better: if the 95 % interval of the
-difference of nDCG@10, searching by vectors, is above 0.
+--embedder: a Hugging Face folder, a hub id, a packaged name, or a run that tuned one of these. A new embedder replaces
+the one of an existing index only if it is better on --questions: the 95 % interval of the difference in nDCG@10 of
+vector search must be above 0.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def questions(path: str) -> list[tuple[str, dict[str, float]]]:
 def measure(
     index: "Index", asked: Sequence[tuple[str, dict[str, float]]], k: int, ways: "Sequence[How]" = ()
 ) -> dict[str, Json]:
-    """{way to search: {figure: its value per question}}; a document is found where its first chunk is."""
+    """{search method: {metric: values, one per question}}. The rank of a document is the rank of its first chunk."""
     from evals import retrieval
 
     known, out = {chunk.document for chunk in index.chunks}, {}
@@ -131,7 +131,7 @@ def measure(
             raise UserError(f"the index has no document {min(strange)!r}", f"question {question!r}", fix)
     texts, began = [question for question, _ in asked], time.perf_counter()
     vectors = index.embedder.embed(texts, "query") if index.dense else None
-    spent = time.perf_counter() - began  # once for all ways
+    spent = time.perf_counter() - began  # once for all search methods
     for how in ways or (("bm25", "dense", "rrf", "mean") if index.dense else ("bm25",)):
         began = time.perf_counter() - spent * (how != "bm25")
         hits = index.search(texts, 3 * max(k, DEPTH), how, vectors)
@@ -148,7 +148,7 @@ def measure(
 
 
 def table(measured: dict[str, Json], k: int) -> str:
-    """The figures with their 95 % intervals, a way to search per line."""
+    """The metrics with their 95 % intervals, one line per search method."""
     lines = []
     for how, figures in measured.items():
         scored = {name: values for name, values in figures.items() if name != "seconds"}

@@ -1,15 +1,15 @@
-"""Measures who predicts people's preferences: models as judges, reward models, word counts, the longer answer.
+"""Measures how well preferences are predicted by models as judges, reward models, word counts and the longer answer.
 
     python -m tools.judge --pairs=FILE [--judges=MODEL,...] [--rewards=SPEC ...] [--features=MODEL] [--n=N] [--folds=5]
                           [--label_seconds=SECONDS] [--wage=DOLLARS] [--seed=0] --out=FOLDER
 
 --pairs are preferences or rankings in any format that training reads; rows on the same two answers are the votes of
-several people, whose agreement with each other is the first line, with the accuracy that it allows; ties count only
-there. A judge is asked about both orders of the answers; it prefers an answer if both orders do, and an undecided pair
-counts one half.
---rewards are those of evals.reward, separated by spaces. --features trains a linear reward model on the frozen model's
-hidden states, and like the bag of words predicts each of the --folds from the others. People's seconds per label and
-wage per hour are what you state. Verdicts are kept in --out: the same command continues there.
+several people. The first line of the table is the agreement of people with each other, and the accuracy that it allows;
+ties count only in this line. A judge sees the answers in both orders. It prefers an answer if it chooses that answer in
+both; an undecided pair counts one half. --rewards are rewards of evals.reward, separated by spaces. --features trains a
+linear reward model on the frozen model's hidden states; like the bag of words, it is cross-validated over --folds. The
+seconds that a person needs per label and the wage per hour are your estimates. Verdicts are saved in --out, so the same
+command continues after an interruption.
 """
 
 import argparse
@@ -88,11 +88,11 @@ def run(args: argparse.Namespace) -> list[Json]:
     return rows
 
 
-# --- the ways ---
+# --- the predictors ---
 
 
 def _people(every: "Sequence[Pair]", args: argparse.Namespace) -> Iterator[Json]:
-    """People with each other, and the accuracy that their agreement allows, if pairs have several votes."""
+    """The agreement of people with each other, and the accuracy that it allows, if pairs have several votes."""
     from evals import pairs
 
     agreed = pairs.agreement(every)
@@ -154,7 +154,7 @@ def _judged(name: str) -> tuple[Callable[[Sequence["Pair"]], list[Json]], Any]:
 
 
 def _kept(out: Path, name: str, drawn: "Sequence[Pair]", make: Callable[[], tuple]) -> tuple[list[Json], Any]:
-    """One line {"pair", "p", "seconds", ...} per pair; those that an earlier call has written are read."""
+    """One line {"pair", "p", "seconds", ...} per pair; lines that an earlier call has written are reused."""
     from data import splits
 
     path = out / f"{splits.key(name):016x}.jsonl"

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from model.weights import Params, Specs
 
 MATRICES = "layers/.*"  # the matrices for which a budget chooses formats
-HELD_OUT = 0.1  # fraction of the documents, the last ones, not used for calibration
+HELD_OUT = 0.1  # fraction of the documents, taken from the end, not used for calibration
 
 
 @cli.command
@@ -153,7 +153,7 @@ def texts(args: argparse.Namespace, tokenizer: "Tokenizer") -> tuple["np.ndarray
     for i in rng.permutation(cut):
         ids = tokenizer.encode(documents[i])
         starts = range(0, len(ids) - args.seq_len + 1, args.seq_len)
-        rows += [ids[at : at + args.seq_len] for at in rng.permutation(starts)[:4]]  # a few of each of many documents
+        rows += [ids[at : at + args.seq_len] for at in rng.permutation(starts)[:4]]  # few rows of each of many documents
         if len(rows) >= args.rows:
             break
     if not rows:
@@ -245,7 +245,7 @@ def search(
 
 
 def check_where(specs: "Specs", where: str) -> None:
-    """Raises UserError unless `where` selects only matrices of the layers, each with one input."""
+    """Raises UserError unless `where` selects only plain matrices of the layers."""
     import jax
 
     from model import weights
@@ -279,14 +279,14 @@ def reader(opened: "Run | Pretrained", model: "Transformer", dtype: str) -> "tup
         specs = model.specs["layers"]
         layer = lambda i: weights.map_named(lambda path, _: read(f"layers/{path}", i), specs, is_leaf=weights.is_spec)
         return params, layer
-    params = opened.load(model.specs, None, "float32")  # a run folder is read at once
+    params = opened.load(model.specs, None, "float32")  # a run folder can only be read as a whole
     layers = params.pop("layers")
     return jax.tree.map(lambda x: x.astype(dtype), params), lambda i: jax.tree.map(lambda x: x[i], layers)
 
 
 def save(out: Path, lm: "LM", quant: Json, dtype: str, made: Json) -> None:
-    """Writes a run folder at step 0 that needs no `init`: the checkpoint holds every parameter, model.json the
-    shape."""
+    """Writes a run folder at step 0 that needs no `init`: the checkpoint holds every parameter, and model.json the
+    model's shape."""
     import dataclasses
 
     from infer.models import SHAPE

@@ -1,16 +1,17 @@
-"""Spends people's labels where a judge is unsure, checks the judge at random, and shows what a label buys.
+"""Asks people for labels where a judge is unsure, audits the judge on random pairs, and shows what labels gain.
 
     python -m tools.route --items=items.jsonl --judge=MODEL --people=100 [--audit=0.2] [--seed=0] --out=FOLDER
     python -m tools.route --routed=FOLDER --votes=preference.jsonl
     python -m tools.route --curve=PAIRS --features=MODEL [--verdicts=FOLDER] [--labels=25,50,100,200] [--replays=10]
                           [--noise=0] [--label_seconds=SECONDS] --out=FOLDER
 
-The first form judges items of two answers in both orders. OUT/people.jsonl has the items for feedback.main: those that
-the judge is least sure of and, as a share --audit of --people, random ones of the others; OUT/judged.jsonl has the
-judge's preferences for the rest, to train on; OUT/routes.jsonl its probabilities. The second form compares these with
-what people said: only the random ones show how often the judge is right where it decides. The third replays labels that
-are there: the accuracy of a linear reward model on frozen features, at equal numbers of labels, asked in random order,
-uncertain first, or where model and judge (--verdicts of tools.judge; else the longer answer) disagree.
+The first form judges items of two answers in both orders. OUT/people.jsonl gets --people items for feedback.main: those
+about which the judge is least sure and, as a fraction --audit, random other items. OUT/judged.jsonl gets the judge's
+preferences for the remaining items, to train on, and OUT/routes.jsonl the judge's probabilities. The second form
+compares these probabilities with people's votes; only the random items show how often the judge is right where it
+decides. The third form replays existing labels: it measures the accuracy of a linear reward model on frozen features at
+equal numbers of labels, taken in random order, most uncertain first, or first where the model and a judge disagree
+(--verdicts of tools.judge; by default the longer answer).
 """
 
 import argparse
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def send(args: argparse.Namespace) -> None:
-    """Judges items, and writes who labels which."""
+    """Judges items, and writes which of them people label and which the judge labels."""
     from evals import answers, router
     from evals.judge import Judge
 

@@ -4,9 +4,9 @@
                                  [--temperature=0.8] [--top_p=1] [--max_new_tokens=128] [--seed=0]
 
 --prompts is any data source; of rows with answers, only the prompts are used. MODEL is a model, a run, a base with an
-adapter (BASE+FOLDER), or a hosted model (openai:URL#MODEL). --answers counts the answers to a prompt, half of them from
-each of two models. A line of --out is {"id", "prompt", "answers": [{"text", "model", "sampling"}]}, as feedback.main,
-tools.judge and tools.best_of read it. Prompts that occur twice are asked once; prompts to which one model
+adapter (BASE+FOLDER), or a hosted model (openai:URL#MODEL). --answers is the number of answers per prompt; two models
+give half of them each. A line of --out is {"id", "prompt", "answers": [{"text", "model", "sampling"}]}, as
+feedback.main, tools.route and tools.rank read it. Prompts that occur twice are asked once; prompts to which one model
 gives equal answers are left out. Killed at any time, the same command continues with the same result.
 """
 
@@ -93,7 +93,7 @@ def write(args: argparse.Namespace, each: int) -> None:
 def _kept(out: Path, names: list[str], answers: list[Json]) -> list[str]:
     """The ids of the items that an earlier call has written. An incomplete line at the end of the file is removed.
 
-    Raises UserError if they were drawn in another way.
+    Raises UserError if they were sampled with other settings.
     """
     if not out.exists():
         return []

@@ -2,11 +2,12 @@
 
     python -m tools.bench [--what=train,sft,decode,small,adapters,methods,ask] [--rounds=3] [--out=runs/bench.json]
 
-Each side runs in its own process, and the sides take turns, so that a slow minute affects all of them. Ratios (ours
-over theirs) are medians over the turns. All measurements and a description of the machine are written to --out.
+The sides of a contest (this code, torch, llama.cpp) run in separate processes and take turns, so that a slow minute
+affects all of them. Ratios (ours over theirs) are medians over the turns. All measurements and a description of the
+machine are written to --out.
 
-On a GPU, whose memory the sides share, use JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false and the options
---model=llama2-7b --dtype=bfloat16. Memory is then that of the GPU.
+On a GPU, whose memory all processes share, use JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false and the options
+--model=llama2-7b --dtype=bfloat16. The memory figures are then GPU memory.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def bench(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     console = Console()
-    alone = args.alone or args.model in SHAPES  # no peer reads a shape
+    alone = args.alone or args.model in SHAPES  # peers cannot load a shape without weights
     missing = [] if alone else [name for name in TORCH if not importlib.util.find_spec(name)]
     if missing:
         console.print(f"{', '.join(missing)} not installed: only our side is measured")
@@ -100,7 +101,7 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def training(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """Bare steps at equal shapes, and LoRA against full tuning on the same batch."""
+    """Only training steps at equal shapes, and LoRA against full tuning on the same batch."""
     sides = {}
     for kind, peft in {"full": "", "LoRA": "lora"}.items():
         case = dict(what="train", peft=peft, batch=4, length=256, steps=2)
@@ -111,7 +112,8 @@ def training(model: str, peers: str, _: str) -> Iterator[Contest]:
 
 
 def tuning(model: str, peers: str, data: str) -> Iterator[Contest]:
-    """LoRA on an instruction set, as each side documents it: TRL packs, or pads its default batch of 8 rows."""
+    """LoRA on an instruction set, used as each library documents it. TRL either packs, or pads its default batch of 8
+    rows."""
     case = dict(what="sft", data=data, length=256, steps=6)
     sides = [Side("ours, packed", OURS, case | dict(model=model, batch=4))]
     if peers:
@@ -139,7 +141,7 @@ def llama_cpp(model: str, peers: str, batch: int) -> list[Side]:
 
 
 def small(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """Decoding with 8-bit and 4-bit weights, compared with the model's own."""
+    """Decoding with 8-bit and 4-bit weights, compared with the model's original weights."""
     formats = {"int8": dict(name="int8"), "w8a8": dict(name="int8", activations=True), "int4": dict(name="int4")}
     for batch in (1, 8):
         case = DECODE | dict(model=model, batch=batch)
@@ -149,9 +151,10 @@ def small(model: str, peers: str, _: str) -> Iterator[Contest]:
 
 
 def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """Decoding a batch in which each row has its own adapter of queries and values, compared with one adapter and none.
+    """Decoding a batch in which each row has its own adapter of queries and values, compared with one adapter for all
+    rows and with none.
 
-    PEFT keeps all adapters in the model, so its side has only one per row.
+    PEFT keeps all adapters in the model, so it runs with only one adapter per row.
     """
 
     def case(model: str, n: int) -> Json:
@@ -166,7 +169,7 @@ def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
 
 
 def asking(model: str, peers: str, data: str) -> Iterator[Contest]:
-    """Questions behind the same 12 solved examples, which are computed once or with every question."""
+    """Questions after the same 12 solved examples, which are computed once, or again with every question."""
     case = dict(what="ask", data=data, questions=100, shots=12, new_tokens=16, rows=16)
     ours = case | {"model": model}
     sides = [Side("ours", OURS, ours | {"shared": True}), Side("ours, not shared", OURS, ours | {"shared": False})]
@@ -176,7 +179,8 @@ def asking(model: str, peers: str, data: str) -> Iterator[Contest]:
 
 
 def methods(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """The cost of each PEFT method: training compared with full tuning, and decoding unmerged compared with the base.
+    """The cost of each PEFT method: training compared with full tuning, and decoding with unmerged adapters compared
+    with the base model.
 
     Every method uses its default arguments.
     """
@@ -228,7 +232,8 @@ def exported(model: str, folder: Path) -> str:
 
 
 def measure(contest: Contest, rounds: int, dtype: str) -> Json:
-    """Rounds of all sides in turn, and the ratios of the first side to each. Our sides compute in `dtype`."""
+    """Runs rounds of all sides in turn, and computes the ratios of the first side to each. Our own sides compute in
+    `dtype`."""
     cases = [side.case | {"dtype": dtype} if side.module == OURS else side.case for side in contest.sides]
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker(side.module, case)) for side, case in zip(contest.sides, cases)]
@@ -260,7 +265,7 @@ def _number(x: float) -> float | None:
 
 
 def table(result: Json) -> Any:
-    """One contest as a rich table. A ratio is the value of the first row over that of this row."""
+    """One contest as a rich table. A ratio is the first row's value divided by the row's own value."""
     from rich.table import Table
 
     out = Table(title=result["title"], title_justify="left")

@@ -1,5 +1,5 @@
-"""Our sides of the contests of tools.bench. Each function prepares a side and returns a function that runs one
-round."""
+"""The sides of this code in the contests of tools.bench. Each function prepares a side and returns a function that runs
+one round."""
 
 import contextlib
 import itertools
@@ -22,7 +22,7 @@ from tools.bench.worker import Round, asked, decoding, peak_memory, serve, timed
 
 
 def opened(model: str, dtype: str) -> tuple[Transformer, Params]:
-    """A model by name, or a shape by name with random weights, which run at the same speed."""
+    """A model by name. For the name of a shape, a model with random weights, which runs as fast as a trained one."""
     if model in SHAPES:
         random = build.network(ModelConfig.from_dict(SHAPES[model]), dtype)
         return random, jax.jit(random.init)(jax.random.key(0))
@@ -31,9 +31,10 @@ def opened(model: str, dtype: str) -> tuple[Transformer, Params]:
 
 
 def train(model: str, peft: str, batch: int, length: int, steps: int, dtype: str) -> Callable[[], Round]:
-    """Bare training steps on random tokens, all in the loss, of the whole model or of a PEFT method with its defaults.
+    """Only training steps, on random tokens that all count in the loss, of the whole model or a PEFT method with its
+    defaults.
 
-    `dtype` is that of the activations; weights are float32.
+    `dtype` is the number format of the activations; weights are float32.
     """
     from configs import base
     from train import init, inputs
@@ -155,7 +156,7 @@ def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: 
 def ask(
     model: str, data: str, questions: int, shots: int, new_tokens: int, rows: int, shared: bool, dtype: str
 ) -> Callable[[], Round]:
-    """Greedy answers to questions behind the same solved examples; all tokens of the prompts count. Nothing is kept
+    """Greedy answers to questions after the same solved examples; all tokens of the prompts count. No cache is kept
     from one round to the next."""
     from infer import prefix
     from infer.generate import generate

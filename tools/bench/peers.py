@@ -23,7 +23,7 @@ def _load(model: str) -> Any:
 
 
 def train(model: str, peft: str, batch: int, length: int, steps: int) -> Callable[[], Round]:
-    """Bare eager steps without recomputation, with the default optimizer settings of train/optim.py."""
+    """Only eager training steps without recomputation, with the default optimizer settings of train/optim.py."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -128,7 +128,7 @@ def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: 
 
 
 def lm_eval(model: str, data: str, questions: int, shots: int, new_tokens: int, rows: int) -> Callable[[], Round]:
-    """The same questions by lm-evaluation-harness."""
+    """The questions of our side `ask`, answered by lm-evaluation-harness."""
     import transformers
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM

@@ -1,7 +1,7 @@
 """One side of a contest in its own process: sides share neither threads nor memory, and their rounds alternate.
 
-The parent writes a line to request a round, and the child answers with a line of JSON. The child ends when its input
-does.
+The parent writes a line to request a round, and the child answers with a line of JSON. The child exits when its
+standard input is closed.
 """
 
 import json
@@ -22,7 +22,8 @@ Round = Json  # tokens, seconds, cpu_seconds (None if the side cannot measure it
 
 
 class Worker:
-    """The parent's end. The constructor returns when the child has loaded, compiled and warmed up."""
+    """The parent's handle of a child process. The constructor returns when the child has loaded, compiled and warmed
+    up."""
 
     def __init__(self, module: str, case: dict):
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by __exit__)
@@ -70,7 +71,7 @@ def peak_memory() -> int:
 
 
 def serve(sides: dict[str, Callable[..., Callable[[], Round]]], peak: Callable[[], int] = peak_memory) -> None:
-    """The child's end: `sides[what](**case)` prepares and returns a function that runs a round."""
+    """The child's main loop: `sides[what](**case)` prepares and returns a function that runs a round."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output of libraries must not mix with the answers
 
@@ -95,8 +96,8 @@ def timed(f: Callable[[], Any]) -> tuple[float, float]:
 
 
 def decoding(generate: Callable[[int], Any], batch: int, new_tokens: int) -> Round:
-    """A round of `generate(n)` without the time of the prompt and the first token; measured again if another program
-    delayed these by more than the rest took."""
+    """A round of `generate(n)`, timed without the prompt and the first token. The round is repeated if other programs
+    delayed the prompt so much that the difference is not positive."""
     seconds = cpu = 0.0
     for _ in range(10):
         first, whole = timed(lambda: generate(1)), timed(lambda: generate(new_tokens))

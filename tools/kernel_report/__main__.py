@@ -3,14 +3,15 @@
     python -m tools.kernel_report --chip=v5e,v5p,v6e,tpu7x [--shapes=quick|all] [--only=REGEX] [--json]
     python -m tools.kernel_report --chip=h100|gpu ...
 
-Prints for each shape: bundles and iterations of the hot loop, MXU utilization (least cycles over scheduled cycles),
-bytes moved over the minimum, VMEM, and spilled registers; for all but the quick shapes, also those of XLA's program for
-the same operands. A kernel's time ranges from its bound (the schedule, or HBM at peak bandwidth) to that plus the part
-of the first block that nothing overlaps; XLA's ranges to its own estimate. Stalls are not included: the times rank
-kernels to about 10 %. For TPU7x the products per cycle are guessed from its peak rate, which its schedules exceed. This
-needs requirements/tpu.txt.
+Prints for each shape: bundles and iterations of the hot loop, MXU utilization (minimum cycles divided by scheduled
+cycles), bytes moved relative to the minimum, VMEM, and spilled registers. All but the quick shapes have a second line
+with the figures of XLA's program for the same operands. A kernel's time is a range, from its bound (the schedule, or
+HBM at peak bandwidth) to the bound plus the part of the first block that nothing overlaps; for XLA's program, the range
+ends at XLA's own estimate. Stalls are not included, so kernels whose times differ by less than about 10 % cannot be
+ranked. For TPU7x the products per cycle are guessed from its peak rate, which its schedules exceed. This needs
+requirements/tpu.txt.
 
-For an absent H100 (requirements/gpu.txt) it prints registers, spills, memory and bytes; times are not known.
+For an absent H100 (requirements/gpu.txt) the command prints registers, spills, memory and bytes; times are not known.
 `--chip=gpu` does the same on the GPU of this machine, measures the times, and compares the results with XLA's.
 """
 
@@ -110,7 +111,7 @@ def row(case: "Case", name: str, device: "jax.Device", dump: str) -> Json:
             continue
         got = compiled(f, case.args, device, dump)
         mxu = case.flops / peak if peak else None
-        cycles = max(got["cycles"], mxu or 0)  # the MXU's queue lets bundles take up to 10 % less
+        cycles = max(got["cycles"], mxu or 0)  # as the MXU queues products, the schedule may be up to 10 % shorter
         busy, estimated = cycles / hertz, got.pop("estimated") / hertz
         hbm = (got["bytes_moved"] if by == "kernel" else least) / bandwidth
         low = max(busy, hbm)
@@ -123,7 +124,7 @@ def row(case: "Case", name: str, device: "jax.Device", dump: str) -> Json:
 
 
 def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
-    """Figures of a function of abstract arrays, compiled for a device."""
+    """Compiles a function of abstract arrays for a device, and returns its figures."""
     import jax
     from jax.experimental.layout import Format, Layout
     from jax.sharding import SingleDeviceSharding
@@ -205,7 +206,7 @@ def show(rows: list[Json]) -> None:
 
 
 def line(got: Json, least: int, exact: bool) -> list[str]:
-    """The cells of one row. The bytes of XLA's programs are n/a, since it does not report which of them leave VMEM."""
+    """The cells of one row. The bytes of XLA's programs are n/a, since XLA does not report which bytes leave VMEM."""
     low, high = (f"{t:.1f}" for t in got["us"])
     return [
         f"{got['bundles']} x {got['turns']}" + ("" if got["turns_known"] else " ?"),

@@ -1,8 +1,8 @@
 """The cases of the report: the kernels of `kernels/`, and XLA's programs for the same operands.
 
-XLA's side multiplies by the dequantized matrix. Products without a kernel are listed to show why: XLA converts an 8-bit
-W inside its dot, so a decoding step is limited by the bytes and a prefill by the MXU; rounding the rows of x to int8 is
-limited by reading and writing them.
+XLA's programs multiply by the dequantized matrix. Products without a kernel are listed to show why they need none. XLA
+converts an 8-bit W inside its dot, so a decoding step is limited by the bytes and a prefill by the MXU. Rounding the
+rows of x to int8 is limited by reading and writing these rows.
 """
 
 import functools
@@ -47,19 +47,21 @@ def array(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
 
 
 def by_xla(leaf: Quantized, backward: bool, x: Array, codes: Array, scale: Array) -> Array:
-    """x times the dequantized W of a leaf with these arrays, or its transpose: the reference for the kernels."""
+    """The reference for the kernels: x times the dequantized W of a leaf with these arrays, or times the transposed
+    W."""
     w = leaf.replace(codes=codes, scale=scale).floats(x.dtype)
     return weights.product("TF,DF->TD" if backward else EQN, x, w, jnp.float32).astype(x.dtype)
 
 
 def _leaf(quantizer: Quantizer, k: int, n: int) -> Quantized:
-    """The abstract leaf of a W [K, N], with scales as the kernels take them."""
+    """An abstract quantized W [K, N], with scales in the layout that the kernels take."""
     encode = lambda w: quantizer.encode(w, EQN).plain_scales()
     return jax.eval_shape(encode, array(k, n, dtype="float32"))
 
 
 def _product(name: str, quantizer: Quantizer, m: int, k: int, n: int, kernel: Callable, **options: Any) -> Case:
-    """`kernel` and XLA with M rows of x, or, if `backward`, of the gradient of the result."""
+    """A case for `kernel` and XLA: products of M rows of x or, if `backward`, of the gradient with respect to the
+    result."""
     leaf, dtype, backward = _leaf(quantizer, k, n), options.pop("dtype", "bfloat16"), options.pop("backward", False)
     group = leaf.tile[0]
     args = array(m, n if backward else k, dtype=dtype), leaf.codes, leaf.scale
@@ -69,7 +71,7 @@ def _product(name: str, quantizer: Quantizer, m: int, k: int, n: int, kernel: Ca
 
 
 def _int4() -> Iterator[Case]:
-    """Decoding and prefill of 7B models, aligned or not, and the backward pass of QLoRA.
+    """Decoding and prefill of 7B models with aligned and unaligned shapes, and the backward pass of QLoRA.
 
     A decoding loop pads the columns to whole registers (`_multiply.for_inference`): for 4,100 columns it reads 4,224.
     """
@@ -86,7 +88,7 @@ def _int4() -> Iterator[Case]:
 
 
 def _nf4() -> Iterator[Case]:
-    """A weight of a 7B model, and one whose columns are not aligned; decoding with them."""
+    """Dequantization of, and decoding with, weights of a 7B model and a weight whose columns are not aligned."""
     for k, n in ((4096, 4096), (4096, 14336), (4096, 4100)):
         leaf = _leaf(nf4_leaves.make(), k, n)
         kernel = functools.partial(nf4.dequantize, group=64)
@@ -96,7 +98,8 @@ def _nf4() -> Iterator[Case]:
 
 
 def _codes_triton() -> Iterator[Case]:
-    """Decoding of 7B models, aligned or not, up to the maximum rows of a kernel; and bfloat16 for comparison."""
+    """Decoding of 7B models with aligned and unaligned shapes, up to a kernel's maximum rows; and bfloat16 for
+    comparison."""
     wide, square = (4096, 11008), (16, 4096, 4096)
     rows = [(m, *wide) for m in (1, 16, 64, 256)]
     for m, k, n in rows:
@@ -115,12 +118,13 @@ def _codes_triton() -> Iterator[Case]:
 
 
 def _paged_lora() -> Iterator[Case]:
-    """Decoding with a different adapter of rank 8 to 64 for each row; the stacks hold only their pages."""
+    """Decoding with a different adapter of rank 8 to 64 for each row; the stacks hold only the pages of these
+    adapters."""
     size, route = paged_lora.PAGE, paged_lora.Route
     flat = lambda f: lambda x, a, b, *r: f(x[:, None], a, b, route(*r))[:, 0]
     paged = lambda stack: stack.reshape(-1, size, stack.shape[1])
     for rows, dtype in ((16, "bfloat16"), (64, "bfloat16"), (64, "float32")):
-        owner = [i for i in range(rows) for _ in range(-(-(8 + 13 * i % 57) // size))]  # the row of each page
+        owner = [i for i in range(rows) for _ in range(-(-(8 + 13 * i % 57) // size))]  # the row that uses each page
         pages = len(owner)
         stack = array(pages * size, 4096, dtype=dtype)
         args = array(rows, 4096, dtype=dtype), stack, stack, *paged_lora.route(list(enumerate(owner)), pages)

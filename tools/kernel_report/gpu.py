@@ -1,7 +1,7 @@
 """The cost of kernels on the GPU of this machine, or on an absent H100, from the statistics of ptxas.
 
-Registers, spills and shared memory are the maxima over the programs. Bytes count every operand and result once: the
-rows of x, which a kernel's programs read repeatedly, are found in the L2 cache. Times on an absent GPU are not known,
+Registers, spills and shared memory are the maxima over the programs. Bytes count every operand and result once, since
+the rows of x, which a kernel's programs read repeatedly, stay in the L2 cache. Times on an absent GPU are not known,
 since ptxas prints no schedule.
 """
 
@@ -122,7 +122,7 @@ def distance(ours: "jax.Array", theirs: "jax.Array") -> float:
 
 
 def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
-    """Figures of a function of abstract arrays, compiled for a device."""
+    """Compiles a function of abstract arrays for a device, and returns its figures."""
     import jax
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P

@@ -1,4 +1,5 @@
-"""Reads the schedule of a TPU program from the compiler's listing of bundles; without stalls, one issues per cycle.
+"""Reads the schedule of a TPU program from the compiler's listing of bundles; without stalls, one bundle issues per
+cycle.
 
 A loop is a branch back to the start of a region; its exit test gives the number of iterations. A region that a forward
 branch can skip and that contains neither a product nor a copy runs only in the first or last step of a sum.
@@ -16,7 +17,7 @@ _TURNS = re.compile(r"scmp\.ge\.s32\.totalorder [^,]*, (\d+) /\* loop exit test"
 _WORK = re.compile(r"\bvmatmul|\bdma\.")
 _SPILL = re.compile(r"vst\S* \[vmem:\[#allocation\d+_spill")
 DELAY = 4  # delay slots: bundles after a branch that still issue
-SMALL = 24  # bundles; a branch that skips fewer is a guard of the pipeline
+SMALL = 24  # bundles; a branch that skips fewer bundles only guards the pipeline
 
 
 class Loop(NamedTuple):
@@ -86,7 +87,8 @@ def _count(pattern: str, code: list[str]) -> int:
 
 
 def _turns(body: list[str]) -> int | None:
-    """Iterations, from the last exit test. A pipelined loop over windows has two more, to fill and to drain."""
+    """Iterations of a loop, from its last exit test, without the two that fill and drain a pipelined loop over
+    windows."""
     tests = [int(n) for b in body for n in _TURNS.findall(b)]
     if not tests:
         return None

@@ -139,7 +139,7 @@ def make(flags: Json, target: Json, a: Slice, args: overrides.Args) -> Plan:
     groups = {k: words.format(**values).split() for k, words in TABLE["groups"].items()}
     groups["capacity"] = ["--spot"] if flags["spot"] else ["--on-demand"]
     if not flags["spot"]:
-        groups["spot"] = groups["model"] = []  # an empty group drops out of its command
+        groups["spot"] = groups["model"] = []  # an empty group of words disappears from its command
     if a.hosts == 1:
         groups["slice"] = []
     groups["train"] = train_command(args, target, a.hosts)

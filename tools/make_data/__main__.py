@@ -5,9 +5,9 @@
 
 Writes FOLDER/rows.jsonl for train.main (`question`, `answer`, the `passage` that holds it, and in `meta` the document,
 the chunk and the writer), dropped.jsonl with a reason per row, and the page samples.html. --documents: as in
-tools.index; --most takes so many at random. --by: model, templates (of English sentences), or auto: templates if less
-than a quarter of the model's first rows pass the filters. --against names tasks of evals.main: rows that hold one of
-their questions are dropped. An interrupted command continues where it stopped.
+tools.index; --most limits the documents to that number, drawn at random. --by: model, templates (of English sentences),
+or auto: templates if less than a quarter of the model's first rows pass the filters. --against names tasks of
+evals.main; rows that contain a question of such a task are dropped. An interrupted command continues where it stopped.
 """
 
 import argparse
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from infer.retrieve.chunks import Chunk
     from tools.make_data.filters import Row
 
-TRIAL, LEAST = 32, 0.25  # chunks that a model writes for at first, and the share of its rows that must pass
+TRIAL, LEAST = 32, 0.25  # chunks for which the model writes first; fraction of its rows that must pass the filters
 RECORD = "record.json"
 SAMPLES, PER_REASON = 20, 4  # rows on the page
 
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def make(args: argparse.Namespace) -> None:
-    """Writes the folder of a command line, or leaves it if it was made by the same one."""
+    """Writes the folder of a command line, or leaves it unchanged if the same command line made it."""
     from data import sources
     from evals import task
 
@@ -93,7 +93,7 @@ def chosen(args: argparse.Namespace) -> "list[Chunk]":
 
 
 def written(args: argparse.Namespace, found: "Sequence[Chunk]", parts: Path) -> "tuple[list[Row], float]":
-    """(rows, FLOPs) of the model, of the templates, or of both."""
+    """(rows, FLOPs); the model, the templates or both make the rows."""
     from tools.make_data import filters, templates
 
     rows, flops, by = [], 0.0, args.by
@@ -110,7 +110,7 @@ def written(args: argparse.Namespace, found: "Sequence[Chunk]", parts: Path) -> 
 
 
 def asked(name: str, found: "Sequence[Chunk]", parts: Path) -> "tuple[list[Row], float]":
-    """(rows, FLOPs) of a model for chunks, one row per chunk."""
+    """(rows that a model writes, one per chunk; FLOPs)."""
     from infer.models import load
     from tools.make_data import model
 
@@ -128,7 +128,8 @@ def row_of(chunk: "Chunk", question: str, answer: str, by: str) -> "Row":
 def filtered(
     made: "Sequence[Row]", tasks: "dict[str, Task]", scratch: Path
 ) -> "tuple[list[Row], list[tuple[Row, str]]]":
-    """(rows kept, rows dropped with the reason): by rules, then copies, then what evaluations hold."""
+    """(rows kept, rows dropped with the reason). Rules are applied first, then copies and rows of evaluations are
+    dropped."""
     from tools.make_data import filters
 
     dropped: list[tuple[Row, str]] = []

@@ -1,4 +1,4 @@
-"""Which made rows are dropped, each with its reason."""
+"""Decides which generated rows are dropped, each with its reason."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from evals.task import Task
 from infer.retrieve import injections
 from tools.make_data.templates import ASIDE
 
-QUESTION, ANSWER = (3, 60), (1, 25)  # least and most words
+QUESTION, ANSWER = (3, 60), (1, 25)  # minimum and maximum words
 VAGUE = re.compile(r"\b(passage|the text|this text|article|paragraph|document|above|mentioned|following)\b", re.I)
 OPEN = re.compile(r"^(he|she|it|they|this|these|its|his|her|their|such|both)\b", re.I)
 
@@ -74,7 +74,7 @@ def copies(rows: Sequence[Row]) -> dict[int, str]:
 
 
 def contaminated(rows: Sequence[Row], tasks: dict[str, Task], scratch: Path) -> dict[int, str]:
-    """{index: reason} of rows that hold a row of an evaluation, or nearly its question."""
+    """{index: reason} of rows that contain a row of an evaluation task, or nearly its question."""
     out: dict[int, str] = {}
     for name, task in tasks.items():
         asked = [(overlap.asked(task.prompt(e)), e["answer"], e.get("where", name)) for e in task.examples("heldout")]
@@ -92,7 +92,7 @@ def contaminated(rows: Sequence[Row], tasks: dict[str, Task], scratch: Path) -> 
 
 
 def _holding(rows: Sequence[Row], asked: Sequence[tuple[str, str, str]], scratch: Path) -> Iterator[tuple[int, str]]:
-    """(index of a row, place of an evaluation's row that it holds), by n-grams of words (evals.overlap.seen)."""
+    """(index of a row, location of the evaluation row that it contains), by n-grams of words (evals.overlap.seen)."""
     left = dict(enumerate(rows))
     while left:
         path, numbers = scratch / "decontaminated.jsonl", list(left)

@@ -1,5 +1,5 @@
-"""Questions by a language model that reads the chunk, after three examples (self-instruct, Wang et al. 2023, arXiv
-2212.10560, with a document in place of an instruction)."""
+"""Questions written by a language model that reads the chunk, after three examples (as in self-instruct, Wang et al.
+2023, arXiv 2212.10560, but with a document in place of an instruction)."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from evals.run import flops_per_token
 from infer.lm import LM
 from infer.retrieve.chunks import Chunk
 
-BATCH = 16  # chunks whose answers are kept at once, so that a killed command continues there
+BATCH = 16  # chunks whose answers are saved together; a killed command continues after the last saved batch
 LENGTH = 64  # new tokens
 ORDER = "Write one question that the passage answers, and its short answer, copied from the passage."
 EXAMPLES = (
@@ -28,12 +28,12 @@ FORM = re.compile(r"\s*Question:\s*(.+?)\s*\n\s*Answer:\s*(.*?)\s*(?:\n|$)")
 
 
 class Written(NamedTuple):
-    rows: list[tuple[str, str]]  # (question, answer) per chunk; ("", "") for another form
-    flops: float  # of those that were not there already
+    rows: list[tuple[str, str]]  # (question, answer) per chunk; ("", "") if the text has another form
+    flops: float  # of texts that were not saved by an earlier call
 
 
 def write(lm: LM, chunks: Sequence[Chunk], parts: Path) -> Written:
-    """A question and its answer per chunk, greedily. The texts are kept in `parts`, and read from there."""
+    """A question and its answer per chunk, greedily. The texts are saved in `parts`, and reused from there."""
     rows, flops = [], 0.0
     for at in range(0, len(chunks), BATCH):
         block = chunks[at : at + BATCH]

@@ -1,4 +1,4 @@
-"""Questions by templates, from sentences of usual English forms; their answers are spans of the sentence."""
+"""Questions made with templates from sentences of common English forms; each answer is a span of its sentence."""
 
 import re
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from infer.retrieve.chunks import SENTENCE, Chunk
 
 ASIDE = re.compile(r" ?\([^()]*\)")
-BLANKS = 4  # sentences of a chunk that may get a blank
+BLANKS = 4  # the first sentences of a chunk may become fill-in-the-blank questions
 MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
 DATE = rf"(?:\d{{1,2}} )?(?:{MONTH})(?: \d{{1,2}},)? \d{{3,4}}"
 DONE = (
@@ -41,7 +41,7 @@ def rows(chunk: Chunk) -> Iterator[tuple[str, str, str]]:
         yield from _about(name, sentences)
     about = f" about {name}" * bool(name)
     for sentence in sentences[:BLANKS]:
-        if found := BLANK.search(sentence, 12):  # the beginning says too little
+        if found := BLANK.search(sentence, 12):  # a blank near the beginning leaves too little context
             blank = f"{sentence[: found.start()]}____{sentence[found.end() :]}"
             yield "blank", f"Complete the sentence{about}: {blank}", found[0]
 

@@ -9,8 +9,8 @@
 of `data.batch_size` rows with a cache of `data.seq_len` tokens. `--search` tries meshes, remat policies, batch sizes
 and accumulation, and ranks those that fit by planned tokens/s; it starts no plan after `--minutes`. TPUs need
 requirements/tpu.txt; H100s, up to eight of one machine, need requirements/gpu.txt. `--parameters` prints the shape,
-mesh axes and bytes per device of every parameter; a mesh axis of -1 takes the rest of `--devices`, or 1 without it.
-Exit code 2: the input must change, or the plan does not fit.
+mesh axes and bytes per device of every parameter; a mesh axis of -1 takes all remaining `--devices`, or 1 without that
+option. Exit code 2: the input must change, or the plan does not fit.
 """
 
 import json
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def plan(cfg: Config, devices: list[Any], flags: Json) -> Json:
-    """One config on one slice; see tools.plan.step."""
+    """The plan of one config on one slice; see tools.plan.step."""
     from tools.plan import step
     from train import inputs
 
@@ -69,8 +69,8 @@ def search(cfg: Config, devices: list[Any], flags: Json) -> list[Json]:
 
     First, every remat policy with all devices on fsdp; then the best policy with 2, 4 or 8 devices on tensor, as long
     as that is faster. Each search starts from the best batch size so far (at first the config's), which is halved until
-    it fits or doubled while that gains 2 %. Finally, if the config's batch is larger than the best one, it is tried
-    with gradient accumulation.
+    the plan fits, or doubled while that raises the speed by 2 %. Finally, if the config's batch is larger than the best
+    one, it is tried with gradient accumulation.
     """
     from train import inputs
 

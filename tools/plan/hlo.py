@@ -45,7 +45,7 @@ class Op(NamedTuple):
 
     @property
     def source(self) -> str:
-        """The operation of the model that it was compiled from."""
+        """The operation of the model from which this HLO operation was compiled."""
         found = re.search(r'op_name="([^"]*)"', self.attrs)
         return found[1] if found else ""
 
@@ -228,7 +228,8 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
 
 
 def _named(m: re.Match) -> np.ndarray:
-    """mesh['a'=4,'b'=2] {'a'}: one group per index of b. 'a':(2)2 is a part of a: 2 major positions, then 2 members."""
+    """Groups written as mesh['a'=4,'b'=2] {'a'}: one group per index of b. 'a':(2)2 splits axis a into 2 major
+    positions, each with 2 members."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", m[1])}
     ids = _iota(m[2], m[3]) if m[2] else np.arange(math.prod(sizes.values()))
     shape, members = [], []

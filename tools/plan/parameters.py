@@ -6,8 +6,8 @@ from common.types import Config
 
 
 def table(cfg: Config, devices: int = 0) -> str:
-    """One line per parameter and one for the sum; "*" marks trained ones. Only the policy is listed, not other
-    roles."""
+    """One line per parameter and one for the sum; "*" marks trained ones. Only the policy is listed, not models in
+    other roles."""
     from model import weights
     from train import cost
     from train.plan import blueprint

@@ -59,7 +59,7 @@ def plan(cfg: Config, model: Any, devices: list[jax.Device], what: str = "train"
     if what == "train":
         held["logits_chunk"] = 4 * chunk * planned.model.config.vocab_size
         held["gradients"] = out["config"]["bytes_per_device"]["gradients"]
-    # A loop of unknown length is that of the head, or that of the decoder, whose body is one token.
+    # A loop of unknown length is either the head's loop over chunks, or the decoding loop, whose body is one token.
     program = hlo.Program(compiled.as_text(), -(-local // chunk) if what == "train" else 1)
     out |= {"fits": True, "verdict": verdict, "largest": program.largest(6)}
     out |= {"sent": program.sent(dict(mesh.shape)), "traffic": program.traffic()}
@@ -134,11 +134,11 @@ def outlook(cfg: Config, planned: Any, out: Json, devices: list[jax.Device]) -> 
     n, held = len(devices) / chip.devices, out["bytes"]
     peak, hbm, ici = (x.value / chip.devices for x in (chip.tflops, chip.hbm_bandwidth, chip.ici_bandwidth))
     once = sum(held.get(k, 0) for k in ("params", "optimizer", "frozen", "batch", "cache"))
-    if out["what"] == "train":  # these are also written
+    if out["what"] == "train":  # parameters and optimizer state are also written
         once += held["params"] + held["optimizer"]
     between = sum(out["sent"].get(hlo.BETWEEN, {}).values())
     if between and not chip.dcn_bandwidth:
-        return numbers  # the bandwidth of that network is unknown
+        return numbers  # the bandwidth of the network between slices is unknown
     sent = sum(sum(kinds.values()) for kinds in out["sent"].values()) - between
     torus = max(sum(len(set(axis)) > 1 for axis in zip(*(getattr(d, "coords", (0,)) for d in devices))), 1)
     terms = {"compute": (hardware / len(devices) / (peak * 1e12),) * 2}

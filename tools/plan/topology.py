@@ -1,4 +1,4 @@
-"""Devices that are not present, by the name of their slice, to compile for."""
+"""Devices that are not present, by the name of their slice, as targets of compilation."""
 
 import importlib.util
 import os
@@ -72,8 +72,8 @@ def cuda_installed() -> bool:
 
 
 def room(peak: int) -> tuple[bool, str]:
-    """(whether `peak` bytes fit, the reason). The compiler does not check; JAX preallocates a fraction of GPU
-    memory."""
+    """(whether `peak` bytes fit, the reason). The compiler does not check this; the limit is the fraction of GPU memory
+    that JAX preallocates."""
     fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
     most = fraction * chips.find(KIND).hbm_bytes.value
     return (

@@ -13,7 +13,8 @@ from common.types import Json
 from evals import paired
 
 METHODS = {"lora": "LoRA"}
-WAY = ("task", "split", "shots", "context", "n", "seed", "adapter", "index", "task_hash")  # newer results replace older
+# Fields that identify a result; of results with equal fields, the newest counts.
+WAY = ("task", "split", "shots", "context", "n", "seed", "adapter", "index", "task_hash")
 
 
 class Run(NamedTuple):
@@ -45,7 +46,7 @@ class Run(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One way to do a task, with the cost of its training. None: not known."""
+    """One method for a task, with its result and the cost of its training. None: unknown."""
 
     label: str
     task: str
@@ -56,7 +57,7 @@ class Choice(NamedTuple):
     peak_bytes: float | None
     store_bytes: float | None
     forgetting: float | None  # nats per token of general text
-    text: str  # the name of that text
+    text: str  # the name of the general text
 
 
 def read(folder: str | Path) -> Run:
@@ -142,7 +143,7 @@ def _bytes(leaf: dict) -> int:
 
 
 def choices(runs: list[Run]) -> dict[str, list[Choice]]:
-    """The choices by task, in the order of the runs. The newest result of each folder and way counts.
+    """The choices by task, in the order of the runs. Of results with equal fields WAY in one folder, the newest counts.
 
     If the questions or the scorer of a task have changed, its results are listed separately as "TASK, scored as HASH".
     """
@@ -219,7 +220,7 @@ def curves(run: Run) -> dict[str, list[tuple[float, float]]]:
     return {"train": pick("train", "loss"), "held-out": pick("eval", "nll") or pick("eval", "loss")}
 
 
-# Of runs that learn from preferences: (axis, metric of chosen answers, of rejected ones).
+# Charts for runs that learn from preferences: (y axis, metric of chosen answers, metric of rejected answers).
 PREFERENCES = (
     ("log-probability of an answer, nats", "logp_chosen", "logp_rejected"),
     ("reward", "reward_chosen", "reward_rejected"),
@@ -244,9 +245,10 @@ def _number(x: Any) -> bool:
 
 
 def side_by_side(rows: Sequence[tuple[str, Json]], n: int) -> list[tuple[dict, list[tuple[str, dict]]]]:
-    """(question, [(label, sample)]) of examples that all have answered, from (label, result of evals.run.evaluate).
+    """(question, [(label, sample)]) of examples that occur in all results; rows are (label, result of
+    evals.run.evaluate).
 
-    Examples are picked in turn from each pattern of right and wrong answers, so that no row shows only its best
+    Examples are picked in turn from each pattern of right and wrong answers, so that no method shows only its best
     answers.
     """
     answered = {label: {s["prompt"]: s for s in result.get("samples", ())} for label, result in rows}

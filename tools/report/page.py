@@ -169,8 +169,8 @@ def _choices(rows: list[Choice]) -> Table:
 
 
 def details(rows: Sequence[tuple[str, Json]]) -> Iterator[tuple[str, Table]]:
-    """Scores by slice, those that differ most first, and the most frequent answers, where results have them:
-    (label, result of evals.run.evaluate)."""
+    """Tables of scores by slice, the slices with the largest differences first, and of the most frequent answers, if
+    the results have these. Rows are (label, result of evals.run.evaluate)."""
     parts = [(label, result.get("slices") or {}) for label, result in rows]
     found: dict[str, list[float]] = {}
     for name, part in (item for _, of in parts for item in of.items()):
@@ -270,7 +270,7 @@ def _run(run: Run) -> list[Cell]:
 
 
 def _path(run: Run, key: str) -> str:
-    """The first and the last held-out value, "3.000 → 0.250"."""
+    """The first and the last held-out value of a metric, "3.000 → 0.250"."""
     values = [line[key] for line in run.lines("eval") if isinstance(line.get(key), float)]
     return " → ".join(f"{x:.3f}" for x in dict.fromkeys((values[0], values[-1]))) if values else NA
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from common import numbers
 
 Points = Sequence[tuple[float, float]]
-WIDTH, HEIGHT, SCATTER = 640, 300, 360  # scatter: the height of such a plot
+WIDTH, HEIGHT, SCATTER = 640, 300, 360  # SCATTER: the height of a scatter plot
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 40
 PERCENT = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -95,8 +95,8 @@ class Dot(NamedTuple):
 
 
 def scatter(dots: Sequence[Dot], x_label: str, y_label: str) -> Markup:
-    """Labelled points with intervals over a logarithmic x axis, and the line of those that no other one beats in both:
-    with a smaller x and a larger y. y is between 0 and 1."""
+    """Labeled points with intervals over a logarithmic x axis, and the Pareto front: a line through the points that no
+    other point beats with both a smaller x and a larger y. y is between 0 and 1."""
     x_ticks = decades(min(d.xs[0] for d in dots), max(d.xs[1] for d in dots))
     x_of = linear(math.log10(x_ticks[0]), math.log10(x_ticks[-1]), LEFT, WIDTH - RIGHT)
     x_at = lambda x: x_of(math.log10(x))

@@ -45,7 +45,7 @@ def _mean(c: Choice) -> float:
 
 
 def _differ(a: Choice, b: Choice) -> tuple[bool, str]:
-    """(whether two choices differ significantly, the reason): compared row by row if both have kept their rows, else
+    """(whether two choices differ significantly, the reason): compared row by row if both results have their rows, else
     by their intervals."""
     if found := paired.pair(a.result, b.result):
         low, high = (f"{100 * x:+.0f}" for x in (found.low, found.high))
@@ -81,7 +81,8 @@ def _pairs(tuned: list[Choice]) -> list[str]:
 
 
 def _payback(prompt: Choice, tuned: Choice) -> list[str]:
-    """The number of answers after which tuning has saved its cost, if it does and scores at least as high."""
+    """A sentence on the number of answers after which tuning repays its cost, if it does so and scores at least as
+    high."""
     more = (per_answer(prompt) or 0) - (per_answer(tuned) or 0)
     if not tuned.flops or more <= 0 or _mean(tuned) < _mean(prompt):
         return []

@@ -45,7 +45,7 @@ run: |
 def write(kind: str, points: list[Point], out: Path) -> list[Path]:
     """Writes OUT/emit/ for "skypilot", "xpk", "slurm", "gcloud" or "lines", and returns its files.
 
-    The run folders are those of a local sweep: both the cluster and the collector must be able to reach OUT.
+    The run folders are the same as in a local sweep, so both the cluster and the collector must be able to reach OUT.
     """
     folder, made, lines = out / "emit", {}, []
     sweep = "".join(c if c.isalnum() else "-" for c in out.name.lower()).strip("-")[:24] or "sweep"

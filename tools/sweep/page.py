@@ -239,7 +239,7 @@ def sizes(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
 
 
 def _best(rows: list[Result], metric: str, maximize: bool) -> str:
-    """The best final value over the steps spent so far, including those of pruned and failed points."""
+    """A chart of the best final value so far over the steps spent, including the steps of pruned and failed points."""
     spent, each, best = 0, [], []
     for r in sorted((r for r in rows if r.state in runs.ENDED), key=lambda r: r.time):
         spent += r.step

@@ -40,7 +40,7 @@ class Child(NamedTuple):
 
 
 class Listed:
-    """A queue of given points; tools.sweep.search has the other kind. `retry`: run failed points again."""
+    """A queue of listed points; tools.sweep.search has the queue of a search. `retry`: run failed points again."""
 
     def __init__(self, points: list[Point], out: Path, retry: bool):
         self.points, self.out = {p.id: p for p in points}, out
@@ -111,7 +111,7 @@ def start(point: Point, out: Path, states: tuple[str, ...], trial: Any = None) -
     folder = out / point.id
     if held(folder):
         return None
-    with contextlib.suppress(UserError):  # another launcher was faster
+    with contextlib.suppress(UserError):  # another launcher may take the lock first
         claim = take_lock(folder / "CLAIM")
         if outcome(folder, point.config.steps) in states:
             (folder / "ended.json").unlink(missing_ok=True)

@@ -82,7 +82,8 @@ class Search:
         return bool(self._running()) or len(self.study.get_trials(deepcopy=False)) < self.trials
 
     def hopeless(self, child: Child) -> bool:
-        """Reports the run's new values step by step, so that each rung is judged when it is reached."""
+        """Whether to stop the run early. Its new values are reported step by step, so that each rung is judged when
+        reached."""
         return self._report(child.trial, child.point)
 
     def close(self, child: Child, hopeless: bool) -> None:
