@@ -153,7 +153,7 @@ def texts(args: argparse.Namespace, tokenizer: "Tokenizer") -> tuple["np.ndarray
     for i in rng.permutation(cut):
         ids = tokenizer.encode(documents[i])
         starts = range(0, len(ids) - args.seq_len + 1, args.seq_len)
-        rows += [ids[at : at + args.seq_len] for at in rng.permutation(starts)[:4]]  # few rows of each of many documents
+        rows += [ids[at : at + args.seq_len] for at in rng.permutation(starts)[:4]]  # a few rows per document
         if len(rows) >= args.rows:
             break
     if not rows:

@@ -7,14 +7,15 @@
         --epochs=3         passes of each training over its rows
         --requests=10000   per month, for the recommendation
         --price=1:2:4      USD per hour of the machine that will answer: LOW:VALUE:HIGH or VALUE
-        --chip=v5e         that machine, a name in common/chips.json; default: this one
+        --chip=v5e         the chip that will answer, a name in common/chips.json; default: this machine
         --plan             only estimates FLOPs, time, money and energy
-        --emit=slurm       (or skypilot, xpk, gcloud, lines) only writes the trainings that come next for a cluster
+        --emit=slurm       (or skypilot, xpk, gcloud, lines) only writes the next trainings as files for a cluster
         --out=runs/compare
 
 The task is a file of rows with a question and an answer, with the options of evals.main: rows.csv:scorer=number. Rows
 are split by their questions: settings are chosen on validation rows, and the test rows are used once, at the end.
-Methods are files in tools/compare/methods. Killed at any moment, the same command continues, with the same choices.
+Methods are files in tools/compare/methods. After an interruption at any moment, the same command continues, with the
+same choices.
 """
 
 import argparse
@@ -109,13 +110,13 @@ def options(argv: list[str]) -> argparse.Namespace:
 
 
 def names() -> list[str]:
-    """The methods in the order in which they are tried; those without a place come last."""
+    """The methods in the order in which they are tried; methods that are not in ORDER come last."""
     found = known("tools.compare.methods")
     return [*(name for name in ORDER if name in found), *(name for name in found if name not in ORDER)]
 
 
 def candidates(c: Comparison, methods: list[str]) -> tuple[list[Candidate], list[Json]]:
-    """All settings of all methods and models, and the rows of methods that are refused, with the reason."""
+    """All settings of all methods and models, and a record of each method that cannot be used, with the reason."""
     found, refused = [], []
     for name in methods:
         for model in c.bases:
@@ -135,7 +136,7 @@ def candidates(c: Comparison, methods: list[str]) -> tuple[list[Candidate], list
 
 
 def _id(name: str, number: int, values: Json) -> str:
-    """Of a candidate: "lora:lr=0.001"; a long value is named by its number."""
+    """The id of a candidate, such as "lora:lr=0.001"; the number of the setting replaces a long value."""
     short = lambda value: f"{value:g}" if isinstance(value, float) else str(value)
     each = (f"{key}={text if len(text := short(value)) < 20 else number}" for key, value in values.items())
     return ":".join(filter(None, [name, ",".join(each)]))
@@ -165,7 +166,8 @@ DEVICES = "import jax, json; found = jax.devices(); print(json.dumps([found[0].d
 
 
 def here() -> Json:
-    """This machine. Another process asks for its devices: the jobs need them, and a TPU has one user at a time."""
+    """Describes this machine. A separate process lists the devices, since the jobs need them and a TPU serves one
+    process."""
     from common import chips
 
     done = subprocess.run([sys.executable, "-c", DEVICES], capture_output=True, text=True)

@@ -1,18 +1,17 @@
-"""How well cheaper ways to choose a method would have chosen: replayed from comparisons that measured everything.
+"""Audits cheaper ways to choose a method, by replaying them on comparisons that measured everything.
 
     python -m tools.compare.audit FOLDER... [--out=audit.json]
 
 FOLDER: made by tools.compare with --budget=all, three rungs and several methods. The ways to choose:
 
-rule      of thumb, that of soup-cli 0.77 (`soup advise`): fewer than 50 rows, few-shot; documents, retrieval; else LoRA
+rule      of thumb in soup-cli 0.77 (`soup advise`): few-shot below 50 rows; retrieval with documents; else LoRA
 zero-shot prompts without examples, whatever the task
-pilot     the best setting of the first rung: a ninth of the training rows
-halving   tools.compare with a budget of a quarter of the whole
+pilot     the best setting of the first rung, which trains on a ninth of the rows
+halving   tools.compare with a quarter of the FLOPs of "all" as its budget
 all       everything is measured; the method with the highest score on the test rows
 
-The difference to "all" is in points on the same test rows, with a paired 95 % interval. Gas is the FLOPs until the
-chosen model exists, those of settings measured on validation rows and of one training on all rows, in percent of those
-of "all".
+The difference to "all" is in points on the same test rows, with a paired 95 % interval. Gas is the cost of the choice:
+the FLOPs of measuring settings on validation rows and of one training on all rows, in percent of the gas of "all".
 """
 
 import dataclasses
@@ -34,20 +33,21 @@ from tools.compare.halving import Drop
 from tools.compare.method import Candidate, Method, Setting
 from tools.compare.record import Record, load
 
-FEW, QUARTER, CLOSE = 50, 0.25, 0.02  # training rows; of the gas of "all"; a difference that counts as none
+# Rows below which "rule" takes few-shot; budget of "halving" as a fraction; score difference that does not count.
+FEW, QUARTER, CLOSE = 50, 0.25, 0.02
 
 
 class Way(NamedTuple):
-    """A way to choose. `estimated`: the chosen setting was not tested; the score is that of the method's tested setting
-    less the difference of the two on validation rows."""
+    """One way to choose, and its result. `estimated`: the chosen setting was not tested, so its score is the score of
+    the method's tested setting minus the difference between the two settings on validation rows."""
 
     name: str
     candidate: str
     score: float  # on the test rows
-    difference: float  # score less that of "all"
+    difference: float  # score minus the score of "all"
     low: float
     high: float
-    gas: float  # fraction of that of "all"
+    gas: float  # fraction of the gas of "all"
     estimated: bool
 
     @property
@@ -56,7 +56,7 @@ class Way(NamedTuple):
 
 
 class Replay(Engine):
-    """A comparison whose measurements are those of a complete record."""
+    """A comparison that reads its measurements from a complete record."""
 
     def __init__(self, full: Record, budget: float | None):
         self.full = full
@@ -93,7 +93,7 @@ class Replay(Engine):
         self.r.count()
 
     def _drop(self, alive: list[Candidate], drops: list[Drop], number: int) -> None:
-        """The reasons are those of the replay: nothing is printed or saved."""
+        """Does nothing, since a replay prints and saves no reasons."""
 
 
 def _candidate(record: Record, row: Json) -> Candidate:
@@ -111,7 +111,7 @@ def gas(rung: Json) -> float:
 
 
 def ways(record: Record) -> list[Way]:
-    """Every way to choose, from a complete record. Raises UserError for another one."""
+    """The result of every way to choose, from a complete record. Raises UserError for an incomplete record."""
     tested = [m for m in record.methods if m["status"] == "tested"]
     if record.budget["asked"] != plan.ALL or len(tested) < 2 or len(record.rungs) < 2:
         raise UserError("the comparison did not measure everything", "", "make it with --budget=all and --rungs=3")
@@ -168,7 +168,7 @@ def _way(record: Record, name: str, candidate: str, best: Json, share: float) ->
 
 
 def _scores(method: Json) -> np.ndarray:
-    """The score of each test row, as a mean over seeds, in the order of their names."""
+    """The score of each test row, as a mean over seeds; the rows are sorted by name."""
     each = []
     for test in method["tests"]:
         rows = sorted(zip(test["result"]["rows"], test["result"]["scores"], strict=True))

@@ -13,8 +13,8 @@ from tools.compare.record import Record
 
 
 def write(c: Comparison, record: Record, x: Candidate, row: Json) -> Path | None:
-    """The folder; None for a hosted model, which has nothing to store. An older bundle of another winner is
-    replaced."""
+    """Writes the bundle and returns its folder; None for a hosted model, which has nothing to store. The bundle of an
+    earlier winner is replaced."""
     if hosted.is_hosted(x.model):
         return None
     folder, test = c.out / "bundle", row["tests"][0]

@@ -1,11 +1,12 @@
-"""From the record of a comparison: how likely each method is the best, what would change that, and the price of being
-wrong.
+"""Derives a decision from the record of a comparison: how likely each method is the best, which changes of the inputs
+would alter that, and the cost of a wrong choice.
 
-The best method is the cheapest per month among those whose score is at most a margin below the highest score. It needs
-no price of a right answer, which few people know, only the loss of quality that they would accept to pay less.
+The best method is the cheapest per month among those whose score is at most a margin below the highest score. This
+definition needs no price of a right answer, which few people know, only the loss of quality that they would accept to
+pay less.
 
-The probability of a method is the share of DRAWS in which it is the best. Each draw takes test rows with replacement,
-the same rows for all methods, then seeds with replacement, and a price from its range.
+The probability of a method is the fraction of DRAWS in which it is the best. Each draw samples test rows with
+replacement, the same rows for all methods, then seeds with replacement, and a price from its range.
 """
 
 import math
@@ -19,22 +20,22 @@ from common.types import Json
 
 DRAWS, BLOCK = 10_000, 500  # draws in all, and at a time
 ENOUGH = 0.8  # probability from which the page recommends a method
-LEAST = 30  # test rows below which it does not, since a bootstrap of few rows is too sure
+LEAST = 30  # minimum test rows for a recommendation, since a bootstrap of fewer rows is overconfident
 MOST_ROWS = 1_000_000
 DOUBT = {"requests": 3, "price": 2, "labels": 3, "documents": 3, "margin": 2}  # an estimate may be wrong by this factor
-FAR = 1000  # the largest factor by which a fact is changed in search of another recommendation
+FAR = 1000  # the largest factor by which an input is changed in search of another recommendation
 
 
 class Inputs(NamedTuple):
-    """Facts that are given, not measured."""
+    """The inputs of a decision that the user gives and that are not measured."""
 
     requests: float  # per month
-    margin: float = 0.02  # of the score, which may be lost to pay less
+    margin: float = 0.02  # loss of score that is acceptable to pay less
     labels: float = 12.0  # months until the labels change: methods with training are trained again
     documents: float = 1.0  # months until the documents change: they are indexed again, or learned again
     people: float = 0.0  # dollars of people's work per training
-    idle: float = 0.0  # hours per month in which the machine is paid for and waits
-    price: float = 1.0  # a factor of the machine's price
+    idle: float = 0.0  # hours per month in which the machine is paid for but idle
+    price: float = 1.0  # factor on the machine's price
 
 
 class Option(NamedTuple):
@@ -53,7 +54,7 @@ class Option(NamedTuple):
         return float(self.scores.mean())
 
     def monthly(self, given: Inputs, has_documents: bool) -> tuple[float, float]:
-        """(FLOPs, dollars) per month besides those of the requests."""
+        """(FLOPs, dollars) per month for everything but requests: training, indexing and people's work."""
         forgets = self.record["trained"] and has_documents and not self.record["documents"]
         trained = 1 / min(given.labels, given.documents if forgets else given.labels)
         indexed = 1 / given.documents
@@ -65,7 +66,8 @@ class Option(NamedTuple):
 
 
 class Price(NamedTuple):
-    """The cost of a FLOP on the target: (low, value, high) in `unit`, which is "$", "h" of the machine, or "FLOP"."""
+    """The cost of a FLOP on the target machine: (low, value, high) in `unit`, which is "$", "h" of the machine, or
+    "FLOP"."""
 
     unit: str
     per_flop: tuple[float, float, float]
@@ -81,9 +83,9 @@ class Decision(NamedTuple):
     cost: np.ndarray  # per month [3, options]: at the lowest, the expected and the highest price; infinite if unknown
     probability: np.ndarray  # of being the best
     flips: list["Flip"]  # the most likely first
-    lost: tuple[float, float, float]  # if another is best: share of draws, mean score and cost lost in these
+    lost: tuple[float, float, float]  # if another is best: fraction of draws; mean loss of score, and of money, in them
     rows: int  # test rows
-    rows_needed: int | None  # None: enough; MOST_ROWS: more rows do not help
+    rows_needed: int | None  # to decide; None: there are enough; MOST_ROWS: more do not help
     grid: np.ndarray  # requests per month
     curve: np.ndarray  # [grid, options]: probabilities
     has_documents: bool
@@ -98,10 +100,10 @@ class Decision(NamedTuple):
 
 
 class Flip(NamedTuple):
-    """A change of one fact with which another method is recommended."""
+    """A change of one input that leads to the recommendation of another method."""
 
     fact: str  # a field of Inputs, or "rows"
-    value: float | None  # of the field
+    value: float | None  # new value of the field
     to: int  # the option that is then recommended
     likelihood: float
 
@@ -118,7 +120,7 @@ def options(record: Json) -> list[Option]:
         named = m["name"] if names.count(m["name"]) == 1 else f"{m['name']}:{m['model']}"
         label = m["label"] if labels.count(m["label"]) == 1 else f"{m['label']} ({m['model']})"
         asked, flops = m["request"], [known(t["flops"]) for t in m["tests"]]
-        priced = asked["usd"] is not None  # by a hosted model, beside what this machine computes
+        priced = asked["usd"] is not None  # a hosted model costs dollars, besides the FLOPs here
         request = (known(asked["flops"]) if not priced else asked["flops"] or 0.0, known(asked["usd"] or 0))
         indexed = (known(index.get("flops")) if m["documents"] else 0.0, 0.0)
         training = (float(np.mean(flops)) if m["trained"] else 0.0, 0.0)
@@ -128,7 +130,7 @@ def options(record: Json) -> list[Option]:
 
 
 def _in_order(result: Json, rows: Sequence[str], name: str) -> list[float]:
-    """The scores in the order of `rows`, of which one may occur several times."""
+    """The scores in the order of `rows`; a row may occur several times."""
     if sorted(result["rows"]) != sorted(rows):
         raise UserError(f"the results of {name} are not on the same test rows", "comparison.json", "compare again")
     found: dict[str, list[float]] = {}
@@ -157,7 +159,7 @@ def cost(found: Sequence[Option], price: Price, given: Inputs, per_flop: Any, do
     flops = given.requests * each[:, 0] + fixed[:, 0] + own * given.idle * price.idle
     usd = given.requests * each[:, 1] + fixed[:, 1]
     if price.unit != "$":
-        usd = np.where(given.requests * each[:, 1] > 0, np.inf, 0.0)  # dollars have no equal in hours or FLOPs
+        usd = np.where(given.requests * each[:, 1] > 0, np.inf, 0.0)  # dollars do not convert to hours or FLOPs
     total = flops * np.asarray(per_flop) * given.price + usd
     return np.where(np.isnan(total), np.inf, total)
 
@@ -165,7 +167,8 @@ def cost(found: Sequence[Option], price: Price, given: Inputs, per_flop: Any, do
 def drawn_scores(found: Sequence[Option], seed: int = 0) -> np.ndarray:
     """Means [DRAWS, options] over rows and seeds drawn with replacement.
 
-    Seeds are few: their deviations are enlarged by √(k / (k - 1)), which makes the variance of their mean unbiased.
+    Since there are few seeds, k, their deviations are enlarged by √(k / (k - 1)), which makes the variance of their
+    mean unbiased.
     """
     rng, n = np.random.default_rng(seed), found[0].scores.shape[1]
     blocks = []
@@ -182,15 +185,15 @@ def drawn_scores(found: Sequence[Option], seed: int = 0) -> np.ndarray:
 
 
 def winners(scores: np.ndarray, costs: np.ndarray, margin: float) -> np.ndarray:
-    """The best option of each draw, from scores and costs [draws, options]: the cheapest within the margin, and the
-    better one of equally cheap ones."""
+    """The best option of each draw, from scores and costs [draws, options]: the cheapest within the margin of the
+    highest score, and of equally cheap options the one with the highest score."""
     near = scores >= scores.max(1, keepdims=True) - margin - 1e-6
     least = np.where(near, costs, np.inf).min(1, keepdims=True)
     return np.where(near & (costs <= least), scores, -np.inf).argmax(1)
 
 
 class _Draws:
-    """The draws of a comparison, with which every question about it is answered."""
+    """The bootstrap draws of a comparison, from which all probabilities are computed."""
 
     def __init__(self, found: Sequence[Option], price: Price, documents: bool):
         self.found, self.price, self.documents = found, price, documents
@@ -218,13 +221,13 @@ class _Draws:
 
 
 def decide(record: Json, given: Inputs, price: Price | None = None) -> Decision:
-    """Raises UserError if no method was tested."""
+    """The decision for a record. Raises UserError if no method was tested."""
     found = options(record)
     if not found:
         raise UserError("no method has test results", "comparison.json", "give tools.compare a larger budget")
     price = price or price_of(record["prices"][0])
     if price.unit != "$" and not any(o.request[0] or o.training[0] for o in found):
-        price = Price("$", (0.0, 0.0, 0.0), 0.0)  # hosted models only: the machine here does nothing
+        price = Price("$", (0.0, 0.0, 0.0), 0.0)  # only hosted models: this machine does nothing
     documents = bool(record["documents"])
     draws = _Draws(found, price, documents)
     probability = draws.probability(given)
@@ -248,7 +251,7 @@ def decide(record: Json, given: Inputs, price: Price | None = None) -> Decision:
 
 
 def elsewhere(d: Decision, price: Price) -> int:
-    """The place of the best option at another price."""
+    """The index of the best option at another price of a FLOP."""
     return _Draws(d.options, price, d.has_documents).chosen(d.given)
 
 
@@ -276,7 +279,7 @@ def _rows_needed(draws: _Draws, given: Inputs) -> int | None:
     return max(LEAST, min(MOST_ROWS, math.ceil(size / digits) * digits))
 
 
-# --- which fact would change it ---
+# --- which input would change the recommendation ---
 
 
 def _flips(draws: _Draws, given: Inputs) -> list[Flip]:
@@ -288,7 +291,7 @@ def _flips(draws: _Draws, given: Inputs) -> list[Flip]:
 
 
 def _rows_flip(draws: _Draws, given: Inputs) -> Flip | None:
-    """Other test rows and seeds, at the expected price."""
+    """The other recommendation that different test rows and seeds would most likely lead to, at the expected price."""
     costs = cost(draws.found, draws.price, given, np.full((DRAWS, 1), draws.price.per_flop[1]), draws.documents)
     share = np.bincount(winners(draws.scores, costs, given.margin), minlength=len(draws.found)) / DRAWS
     own, share[0] = float(share[0]), 0.0
@@ -296,7 +299,8 @@ def _rows_flip(draws: _Draws, given: Inputs) -> Flip | None:
 
 
 def _nearest(draws: _Draws, given: Inputs, fact: str, direction: int) -> Flip | None:
-    """The smallest change of a fact, by a factor below (-1) or above (1) 1, that changes the recommendation."""
+    """The smallest change of an input that changes the recommendation: an increase if `direction` is 1, a decrease if
+    -1."""
     at: Callable[[float], Inputs] = lambda log: given._replace(**{fact: getattr(given, fact) * 10 ** (direction * log)})
     if not getattr(given, fact):  # a factor does not change 0
         return None
@@ -314,8 +318,9 @@ def _nearest(draws: _Draws, given: Inputs, fact: str, direction: int) -> Flip | 
 
 
 def break_even(a: Sequence[float], b: Sequence[float]) -> tuple[float | None, str]:
-    """(requests per month from which the cheaper one changes, which one is cheaper) of two (cost per month, cost per
-    request): "a" or "b" if it is always the same one, "a then b" or "b then a" if it changes, "equal"."""
+    """Compares two options (cost per month, cost per request). Returns the requests per month at which the cheaper
+    option changes, and the cheaper option: "a" or "b" if it is always the same, "a then b" or "b then a" if it changes,
+    or "equal"."""
     (fixed_a, each_a), (fixed_b, each_b) = a, b
     fixed, each = fixed_a - fixed_b, each_b - each_a  # a costs `fixed` more per month and `each` less per request
     if fixed == each == 0:

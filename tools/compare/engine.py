@@ -1,7 +1,7 @@
-"""Runs a comparison: successive halving on validation rows, then the test. Every job's result is in the record at once.
+"""Runs a comparison: successive halving on validation rows, then the test. Every job's result is recorded at once.
 
-Each step asks the record first whether it is done, so a killed comparison takes the same way again and stops where it
-was. The decisions follow from recorded scores and FLOPs.
+Each step is skipped if the record has its result. The decisions depend only on recorded scores and FLOPs, so a
+comparison that was killed repeats them and resumes where it stopped.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from tools.sweep.run import Point
 
 
 class Engine:
-    """`seconds`: a budget of time, which becomes FLOPs with the rate of the first jobs."""
+    """`seconds`: a budget of time, which is converted to FLOPs at the rate of the first jobs."""
 
     def __init__(self, c: Comparison, record: Record, found: list[Candidate], seconds: float | None):
         self.c, self.r, self.found, self.seconds = c, record, found, seconds
@@ -53,7 +53,7 @@ class Engine:
         return exits.DONE
 
     def _show(self) -> None:
-        """Prints what came out, and writes the page and the bundle. Raises UserError if nothing was tested."""
+        """Prints the outcome, and writes the page and the bundle. Raises UserError if nothing was tested."""
         for row in self.r.methods:
             if row["status"] != "tested":
                 print(f"{row['label']} ({row['model']}) was {row['status']}: {row['why']}")
@@ -70,7 +70,7 @@ class Engine:
             print(f"the winner: kungfu chat {made}")
 
     def emit(self, kind: str) -> list[Path]:
-        """Writes the trainings that come next as files for a cluster; `run` then finds them done and measures them."""
+        """Writes the next trainings as files for a cluster; when they are done, `run` finds and measures them."""
         if self.seconds:
             raise UserError("a budget of time is measured on this machine", "--budget", "give FLOPs with --emit")
         self._index()
@@ -96,7 +96,7 @@ class Engine:
                 return [(x, rung["train"], seeds[0], f"rung{number}") for x in left]
             alive = self._known(decision["kept"])
         if self.r.rungs:
-            seeds = seeds[1:]  # the last rung has trained on all rows with the first one
+            seeds = seeds[1:]  # the last rung has trained on all rows with the first seed
         every = [x for x in (alive if self.r.rungs else halving.first(self.found)) if x.trained]
         return [(x, len(self.c.task.scored["train"]), seed, f"seed{seed}") for x in every for seed in seeds]
 
@@ -111,7 +111,7 @@ class Engine:
     # --- choosing ---
 
     def _survivors(self) -> list[Candidate]:
-        """One candidate per method that will be tested."""
+        """The candidates that will be tested, one per method."""
         alive = [x for x in self.found if not self._failed(x)]
         if not self.r.rungs:
             return [x for x in halving.first(self.found) if not self._failed(x)]
@@ -130,7 +130,7 @@ class Engine:
         return [x for x in self.found if x.id in names and not self._failed(x)]
 
     def _enter(self, alive: list[Candidate], number: int) -> None:
-        """Begins a rung: records who enters it, before anything is spent on it."""
+        """Begins a rung: records which candidates enter it, before any FLOPs are spent on it."""
         rung = self.r.rungs[number]
         alive, drops = self._afford(alive, number)
         entered = {"entered": [x.id for x in alive], "kept": None, "dropped": []}
@@ -138,7 +138,7 @@ class Engine:
         self._drop(alive, drops, number)
 
     def _afford(self, alive: list[Candidate], number: int) -> tuple[list[Candidate], list[Drop]]:
-        """Drops the methods that the budget cannot pay for. Raises UserError if there is none that it can."""
+        """Drops the methods that the budget cannot pay for. Raises UserError if the budget can pay for none."""
         rung = self.r.rungs[number]
         score = lambda x: found["mean"] if (found := self._result(x, number - 1)) else -self.found.index(x)
         now = lambda x: 0.0 if self._result(x, number) else self.flops.rung(x, rung, self._result(x, number - 1))
@@ -153,7 +153,7 @@ class Engine:
         return kept, drops
 
     def _decide(self, alive: list[Candidate], number: int) -> None:
-        """Ends a rung: records who stays, and why the others do not."""
+        """Ends a rung: records which candidates stay, and why the others are dropped."""
         if not alive:
             raise self._nothing()
         last = number == len(self.r.rungs) - 1
@@ -186,7 +186,7 @@ class Engine:
     # --- measuring ---
 
     def _rung(self, alive: list[Candidate], number: int) -> None:
-        """Measures all candidates on a rung, those that share a command together."""
+        """Measures all candidates on a rung; those that can share a command run together."""
         for group in _groups([x for x in alive if not self._result(x, number)]):
             self._measure(group, number)
 
@@ -213,7 +213,8 @@ class Engine:
         self._save()
 
     def _test(self, group: list[Candidate]) -> None:
-        """Scores candidates on the test rows: one that trains, with every seed, or several that share a command."""
+        """Scores candidates on the test rows: a single candidate that trains, with every seed, or several that share a
+        command."""
         first = group[0]
         for x in group:
             self._method(x)["candidate"] = x.id
@@ -262,8 +263,8 @@ class Engine:
         self._save()
 
     def _probe(self) -> None:
-        """Turns a budget of time into FLOPs with the rate of the first jobs: prompting, and one training if there is
-        one."""
+        """Converts a budget of time to FLOPs at the rate of the first jobs: one with prompting and one training, if
+        there are any."""
         untrained = [x for x in self.found if not x.trained][:1]
         trained = [x for x in self.found if x.trained][:1]
         first = untrained + trained
@@ -302,8 +303,8 @@ class Engine:
         return UserError(f"every method failed: {why[-1] if why else 'none was left'}", str(self.c.out), "see its logs")
 
     def _failing(self, group: list[Candidate], why: str, again: Callable[[Candidate], None]) -> None:
-        """Tries candidates of a failed command one by one. Records the failure of a single one, and that of its method
-        if it has no other."""
+        """Tries the candidates of a failed command one by one. Records the failure of a single candidate, and of its
+        method if no other candidate of the method is left."""
         if len(group) > 1:
             for x in group:
                 again(x)
@@ -325,7 +326,7 @@ def _groups(found: list[Candidate]) -> list[list[Candidate]]:
 
 
 def _request(result: Json) -> Json:
-    """The cost of a request, from a test."""
+    """The cost of a request, from the result of a test."""
     n, usd = result["n"], result["usd"]
     return {
         "flops": (result["flops"] or 0.0) / n,

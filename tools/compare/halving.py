@@ -1,6 +1,6 @@
 """Successive halving over methods and their settings, on validation rows (Jamieson & Talwalkar 2016).
 
-Pure functions of recorded scores and FLOPs: no clock and no randomness decides.
+Pure functions of recorded scores and FLOPs: decisions depend neither on time nor on randomness.
 """
 
 import math
@@ -31,8 +31,8 @@ class Drop(NamedTuple):
 
 
 def rungs(n: int, train: int, validation: int) -> list[Json]:
-    """`n` rungs or fewer: the share of the training rows, their number, and the number of validation rows. The last
-    one trains on all rows; a rung with fewer than LEAST training rows is left out."""
+    """Up to `n` rungs, each with its share of the training rows, their number, and the number of validation rows. The
+    last rung trains on all rows; a rung with fewer than LEAST training rows is left out."""
     shares = [ETA**-i for i in reversed(range(n))]
     kept = [share for share in shares if share == 1 or share * train >= LEAST]
     rows = ROWS[-len(kept) :] if len(kept) <= len(ROWS) else (ROWS[0],) * (len(kept) - len(ROWS)) + ROWS
@@ -43,8 +43,8 @@ def rungs(n: int, train: int, validation: int) -> list[Json]:
 
 
 def settings(alive: Sequence[Candidate], result: Result, last: bool) -> tuple[list[Candidate], list[Drop]]:
-    """Keeps the best third of the settings of each method; after the last rung only the best. Equal scores: the
-    first."""
+    """Keeps the best third of the settings of each method; after the last rung only the best. Of equal scores, the
+    first is kept."""
     kept, dropped = [], []
     for key in dict.fromkeys(candidate.key for candidate in alive):
         mine = sorted((x for x in alive if x.key == key), key=lambda x: -result(x)["mean"])
@@ -60,8 +60,9 @@ def methods(
 ) -> tuple[list[Candidate], list[Drop]]:
     """Drops the methods that are clearly worse than the leader: the 95 % interval of the paired difference is above 0.
 
-    A method that has trained on a part of the rows (`full` is false) may still learn: it is dropped only if it would
-    stay clearly worse after as large a gain as that since the rung `before`; without one, it is kept.
+    A method that has trained on only a part of the rows (`full` is false) may still improve. It is dropped only if it
+    would stay clearly worse after gaining as much again as since the previous rung; without a result from that rung
+    (`before`), it is kept.
     """
     best = {key: max((x for x in alive if x.key == key), key=lambda x: result(x)["mean"]) for key in _keys(alive)}
     leader = max(best.values(), key=lambda x: result(x)["mean"])
@@ -87,12 +88,11 @@ def affordable(
     alive: Sequence[Candidate], score: Callable[[Candidate], float], now: Callable[[Candidate], float],
     later: Callable[[Candidate], float], left: float | None, must: bool = False,
 ) -> tuple[list[Candidate], list[Drop]]:  # fmt: skip
-    """Keeps the methods that `left` FLOPs can pay for, those with the highest score first, with fewer settings if need
-    be.
+    """Keeps the methods that `left` FLOPs can pay for, in the order of their scores, with fewer settings if necessary.
 
-    `now`: FLOPs of a candidate in the next rung. `later`: those until a method is tested, of which the dearest one
-    of the kept methods is held back, since at least one method must be finished. `must`: the best candidate is kept in
-    any case.
+    `now`: FLOPs of a candidate in the next rung. `later`: FLOPs of a candidate from then until it is tested; the
+    largest of these among the kept candidates is reserved, since at least one method must be finished. `must`: the best
+    candidate is kept in any case.
     """
     if left is None:
         return list(alive), []

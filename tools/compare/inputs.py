@@ -1,4 +1,4 @@
-"""The inputs of a comparison: the rows of the task by split, the models, and what a request costs them."""
+"""The inputs of a comparison: the rows of the task by split, the models, and the tokens and FLOPs of a request."""
 
 import json
 import math
@@ -19,15 +19,15 @@ from infer.context import Asker, Context
 if TYPE_CHECKING:
     from data.text.tokenizer import Tokenizer
 
-LEAST = {"train": 20, "validation": 5, "test": 10}  # rows per split; fewer can decide nothing
+LEAST = {"train": 20, "validation": 5, "test": 10}  # minimum rows per split; with fewer, nothing can be decided
 SHARE, STEPS = 1024, 8  # tokens per training step, at most; steps per epoch, at least
-BYTES, WINDOW = 4, 8000  # of a hosted model: bytes per token, and the context, both assumed
+BYTES, WINDOW = 4, 8000  # assumed for a hosted model: bytes per token; tokens of its context
 CONFIG = "configs/sft/own_task.py"
-TEST = ":split=test"  # also if the file's name says that all of its rows are held out
+TEST = ":split=test"  # explicit, since the file's name may say that all of its rows are held out
 
 
 class Task(NamedTuple):
-    """`spec` is a file with its options, `scored[split]` its rows."""
+    """`spec` is a file with its options; `scored[split]` are the rows of a split."""
 
     spec: str
     name: str
@@ -66,7 +66,7 @@ def read(spec: str) -> Task:
 
 
 class Base(NamedTuple):
-    """A model, and the tokens of the task's rows in it."""
+    """A model, and the numbers of tokens that its tokenizer makes from the task's rows."""
 
     name: str
     context: int  # maximum tokens of a prompt and its answer
@@ -88,13 +88,14 @@ class Comparison(NamedTuple):
     out: Path
 
     def room(self, model: str, each: float) -> int:
-        """How many more texts of `each` tokens fit before the longest question of a model."""
+        """How many texts of `each` tokens fit into a model's context, before the longest question with its answer."""
         base = self.bases[model]
         return int(max(0.0, (base.context - base.longest - 32) // max(each, 1.0)))
 
 
 def base(model: str, rows_of: Task) -> Base:
-    """Raises UserError if rows exceed the model's context, or it cannot be opened."""
+    """A model and its token counts. Raises UserError if rows exceed the model's context, or the model cannot be
+    opened."""
     if hosted.is_hosted(model):
         return _hosted(model, rows_of)
     from data.text import formats
@@ -121,7 +122,8 @@ def base(model: str, rows_of: Task) -> Base:
 
 
 def _hosted(model: str, rows_of: Task) -> Base:
-    """A model behind an endpoint, which costs no FLOPs here; its tokenizer is not known, so tokens are guessed."""
+    """A model behind an endpoint, which costs no FLOPs here; its tokenizer is unknown, so token counts are
+    estimated."""
     usd = hosted.parse(model).usd
     every = [row for part in rows_of.scored.values() for row in part]
     size = lambda text: len(json.dumps(text).encode()) / BYTES
@@ -137,22 +139,23 @@ def config(changes: dict[str, Leaf]) -> schema.Config:
 
 
 def shape(longest: float, train: float, validation: float) -> dict[str, Leaf]:
-    """Row length and batch size of training, for examples of at most `longest` tokens: about SHARE tokens per step, but
-    STEPS steps per epoch, from the tokens of all examples of the two splits."""
+    """Row length and batch size of training, for examples of at most `longest` tokens: at most about SHARE tokens per
+    step, and at least STEPS steps per epoch. `train` and `validation` are the total tokens of these splits."""
     length = max(64, math.ceil(longest / 64) * 64)
     rows = min(SHARE // length, int(train / length / STEPS), int(validation / length))
     return {"data.seq_len": length, "data.batch_size": max(1, rows)}
 
 
 def order(found: list[Json]) -> list[Json]:
-    """The rows in an order that does not depend on the file's; a smaller share is the beginning of a larger one."""
+    """The rows in a fixed random order. Shares of the rows are taken from the beginning, so a larger share contains a
+    smaller one."""
     shuffled = list(found)
     random.Random(0).shuffle(shuffled)
     return shuffled
 
 
 def write(path: Path, found: list[Json], context: Context) -> None:
-    """Writes rows as training data, asked as the context says: with the best passages for each question."""
+    """Writes rows as training data, with the prompts of the context, such as the best passages before each question."""
     prompts = Asker(context)([row["prompt"] for row in found]).prompts
     files.write_lines(path, [_pair(prompt, row["answer"]) for prompt, row in zip(prompts, found, strict=True)])
 

@@ -1,6 +1,6 @@
-"""A method of a comparison: how to train, and how to ask. Each is a file in tools/compare/methods.
+"""A method of a comparison: how to train, and how to prompt. Each method is a file in tools/compare/methods.
 
-A file methods/NAME.py defines `method(comparison, model) -> Method`; its name is the method's name.
+A file methods/NAME.py defines `method(comparison, model) -> Method`; NAME is the method's name.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,11 +18,12 @@ class Setting(NamedTuple):
 
     values: dict[str, Leaf]  # the choice, as the page shows it: {"lr": 1e-3}
     train: dict[str, Leaf] | None = None  # changes of configs/sft/own_task.py; None: nothing is trained
-    ask: Context = Context()  # also around the questions of the training rows
+    ask: Context = Context()  # prompting setup, also for the questions of the training rows
 
 
 class Method(NamedTuple):
-    """`settings`: the candidates, the best guess first. With `refused`, a sentence, there are none."""
+    """`settings`: the candidates, the best guess first. `refused` is a sentence why the method cannot be used; it then
+    has no settings."""
 
     label: str
     how: str  # one sentence
@@ -63,7 +64,7 @@ def trained(c: Comparison, model: str, label: str, how: str, settings: Iterable[
 
 
 def reading(c: Comparison, model: str, label: str, how: str, fits: Callable[[int], list[Setting]]) -> Method:
-    """A method that reads passages; `fits` makes the settings for at most that many per question."""
+    """A method that reads retrieved passages; `fits(n)` returns the settings with at most n passages per question."""
     room = c.room(model, PASSAGE)
     if not c.documents:
         return Method(label, how, refused="no documents were given: --documents=SOURCE")

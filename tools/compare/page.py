@@ -1,9 +1,9 @@
-"""Writes the page of a comparison again, with other facts than the comparison knew: decision.html, .md and .json.
+"""Writes the page of a comparison again, with changed inputs of the decision: decision.html, .md and .json.
 
     python -m tools.compare.page OUT [--requests=N] [--margin=2] [--labels=12] [--documents=1] [--people=USD] [--idle=H]
 
-OUT is a folder of tools.compare, whose scores do not change. The page is one file without external resources; its one
-script moves the slider of requests per month.
+OUT is a folder of tools.compare; the scores in it do not change. The page is one file without external resources; its
+one script moves the slider of requests per month.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def html(d: Decision, record: Json, out: Path, credit: str) -> str:
         decided=list(parts.decided(record)),
         runs=[parts.runs(o, record) for o in d.options],
     )
-    return re.sub(r"(?<=\d) %", "\u00a0%", text)  # a line does not end before its unit
+    return re.sub(r"(?<=\d) %", "\u00a0%", text)  # a line must not break between a number and its unit
 
 
 if __name__ == "__main__":

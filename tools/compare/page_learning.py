@@ -15,7 +15,7 @@ class Curve(NamedTuple):
     """A line through measured scores: the log odds of the score rise with the logarithm of the rows."""
 
     points: list[Json]  # of the record's "learning", for one method
-    rows: float  # ten times the most rows that were measured
+    rows: float  # ten times the largest measured number of rows
     mean: float
     low: float
     high: float
@@ -26,8 +26,8 @@ class Curve(NamedTuple):
 
 
 def extrapolate(points: Sequence[Json], factor: float = 10.0, seed: int = 0) -> Curve | None:
-    """The score with `factor` times the rows of the largest point, with a 95 % interval from the intervals of the
-    points; the error of the formula is not in it. None with fewer than two sizes.
+    """The predicted score with `factor` times the rows of the largest point. The 95 % interval follows from the
+    intervals of the points and does not include the error of the formula. None with fewer than two sizes.
 
     Each point is drawn from a normal distribution of its log odds, which keep predictions between 0 and 1.
     """

@@ -67,7 +67,7 @@ def main_table(d: Decision, record: Json) -> Table:
 
 
 def over_seeds(o: Option) -> Json:
-    """The mean score, with the interval of the rows and, if there are several seeds, over these too."""
+    """The mean score, with its interval over test rows and, if there are several seeds, over seeds too."""
     first = o.record["tests"][0]["result"]
     span = first["low"], first["high"]
     if len(o.scores) > 1:
@@ -134,7 +134,7 @@ def chances(d: Decision, requests: float, probability: np.ndarray) -> list[Json]
 
 
 def live(d: Decision, path: list[str]) -> Json:
-    """The texts that the slider shows at each of its places."""
+    """The texts that the page shows at each position of the slider."""
     shown = [integer(float(f"{n:.1e}")) for n in d.grid]
     rows = [chances(d, n, p) for n, p in zip(d.grid, d.curve, strict=True)]
     return {
@@ -147,7 +147,7 @@ def live(d: Decision, path: list[str]) -> Json:
 
 
 def curve(d: Decision) -> tuple[Markup, list[str]]:
-    """The chart of probabilities, and the marks of the slider's places."""
+    """The chart of probabilities, and the marks for the positions of the slider."""
     series = [
         (o.label, f"c{i % 8} dash{i % DASHES}", list(zip(d.grid, d.curve[:, i], strict=True)))
         for i, o in enumerate(d.options)
@@ -158,7 +158,7 @@ def curve(d: Decision) -> tuple[Markup, list[str]]:
 
 
 def break_even(d: Decision) -> Iterator[str]:
-    """From how many requests the chosen method is cheaper than each other one."""
+    """Sentences: from how many requests the chosen method is cheaper than each other method."""
     none = d.given._replace(requests=0.0)
     fixed = decide.cost(d.options, d.price, none, [[d.price.per_flop[1]]], d.has_documents)[0]
     lines = [(x, each(d.price, o)) for x, o in zip(fixed, d.options, strict=True)]
@@ -222,7 +222,7 @@ def priced(d: Decision, record: Json) -> str:
 
 
 def prices(d: Decision, record: Json) -> Table:
-    """The same scores on other machines."""
+    """The best method for the same scores on other machines."""
     heads = [("", ""), ("", "figures are"), ("price", "$ per hour"), ("speed", "FLOP/s in use"), ("best there", "")]
     heads += [("cost per month", "of the best there")]
     rows = []
@@ -248,7 +248,7 @@ def given(d: Decision) -> Table:
 
 
 def spent(record: Json) -> list[str]:
-    """The gas line of the whole comparison, and the part of each method."""
+    """The resources (gas) that the whole comparison used, and the FLOPs of each method."""
     spent, machine, budget = record["spent"], record["machine"], record["budget"]
     line = {"kind": "event", "flops": spent["flops"], "seconds": {"step": spent["seconds"]}}
     devices = {"kind": machine["chip"] or machine["name"], "count": machine["devices"], "processes": 1}
@@ -274,7 +274,7 @@ def decided(record: Json) -> Iterator[str]:
 
 
 def runs(o: Option, record: Json) -> Json:
-    """How a method was set, and the folders and commands of its tests."""
+    """The setting of a method, and the folders and commands of its tests."""
     tests = o.record["tests"]
     return {
         "id": anchor(o),

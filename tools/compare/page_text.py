@@ -8,7 +8,8 @@ from common.types import Json
 from tools.compare.decide import ENOUGH, LEAST, MOST_ROWS, Decision, Flip, Option, Price
 from tools.compare.page_learning import Curve
 
-ARTICLE, TITLE = 1.3, "“Pre-training, Fine-tuning, and Kungfu!”"  # May 2024: LoRA's training speed over full tuning's
+# The article of May 2024 gives this ratio of the training speed of LoRA to that of full fine-tuning.
+ARTICLE, TITLE = 1.3, "“Pre-training, Fine-tuning, and Kungfu!”"
 UNITS = {"$": "dollars", "h": "machine hours", "FLOP": "FLOPs"}
 
 
@@ -64,7 +65,7 @@ def score(o: Option) -> str:
 
 
 def named(o: Option) -> str:
-    """The label as a subject: with a comma at its end if it has one inside."""
+    """The label as the subject of a sentence; if the label contains a comma, it also ends with one."""
     return o.label + "," * ("," in o.label)
 
 
@@ -91,7 +92,7 @@ def _reasons(d: Decision, record: Json) -> str:
 
 
 def _others(d: Decision) -> str:
-    """Why not the next best, the most accurate or the cheapest of the others: a sentence about two of them."""
+    """A sentence on why not another method: the next best, the most accurate or the cheapest, at most two of these."""
     if len(d.options) == 1:
         return "No other method was tested."
     top = max(range(1, len(d.options)), key=lambda i: d.options[i].mean)
@@ -103,7 +104,7 @@ def _others(d: Decision) -> str:
 
 
 def _against(d: Decision, i: int) -> str:
-    """Another method's score and cost less those of the chosen one."""
+    """A clause that compares another method's score and cost with those of the chosen method."""
     more, extra = d.options[i].mean - d.best.mean, _extra(d, i)
     scores = f"{points(more)} {'more' if more > 0 else 'less'}" if abs(more) >= 0.0005 else "the same"
     if extra is None:
@@ -113,7 +114,7 @@ def _against(d: Decision, i: int) -> str:
 
 
 def _extra(d: Decision, i: int) -> float | None:
-    """The cost per month of a method less that of the chosen one; None unless both are known."""
+    """The cost per month of a method minus that of the chosen method; None unless both are known."""
     ours, theirs = d.cost[1][0], d.cost[1][i]
     return float(theirs - ours) if math.isfinite(ours) and math.isfinite(theirs) else None
 
@@ -138,7 +139,7 @@ def _changes(d: Decision) -> str:
 
 
 def change(d: Decision, flip: Flip) -> str:
-    """The change of a fact, how likely it is, and the method that is then best."""
+    """The change of an input, how likely it is, and the method that is then best."""
     then, now, likely = d.options[flip.to].label, getattr(d.given, flip.fact, 0.0), chance(flip.likelihood)
     if flip.fact == "rows" or flip.value is None:
         return f"other test rows or seeds ({likely}), then {then}"

@@ -16,10 +16,10 @@ from tools.compare.halving import BASELINE, ETA
 from tools.compare.inputs import Comparison
 from tools.compare.method import PASSAGE, Candidate
 
-MFU = 0.2, 0.5  # of a chip's peak, assumed
-OF_PRODUCT = 0.1, 0.6  # of this machine's rate of matrix products, assumed
+MFU = 0.2, 0.5  # assumed range of fractions of a chip's peak
+OF_PRODUCT = 0.1, 0.6  # assumed range of fractions of this machine's rate of matrix products
 ALL = "all"  # a budget with which every setting is measured to the end, as tools.compare.audit needs
-ROOM = 32  # tokens that an answer may have at least: a model that does not stop writes them all
+ROOM = 32  # tokens that an answer may always have; a model that does not stop writes all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Prices:
     seeds: int
 
     def train(self, x: Candidate, rows: int) -> float:
-        """Of training on a number of rows; 0 for a method that trains nothing."""
+        """FLOPs of training on a number of rows; 0 for a method that trains nothing."""
         if x.setting.train is None:
             return 0.0
         base, passages = self.c.bases[x.model], self._passages(x)
@@ -39,7 +39,7 @@ class Prices:
         return self.c.epochs * rows * ((base.prompt + passages + base.answer) * layer + base.answer * head)
 
     def ask(self, x: Candidate, rows: int, result: Json | None = None) -> tuple[float, float]:
-        """(low, high) of asking a number of questions; from an earlier `result` if there is one."""
+        """(low, high) FLOPs of answering a number of questions, from an earlier `result` if there is one."""
         if result:
             return (result["flops"] / result["n"] * rows,) * 2
         base, read = self.c.bases[x.model], self._read(x)
@@ -48,7 +48,8 @@ class Prices:
         return tuple(base.forward * rows * (options * read + written) for written in (low, high))
 
     def dollars(self, x: Candidate, rows: int) -> tuple[float, float]:
-        """(low, high) of asking a hosted model a number of questions; 0 for the others, and without its prices."""
+        """(low, high) dollars of asking a hosted model a number of questions; 0 for other models, or if its prices are
+        unknown."""
         base = self.c.bases[x.model]
         each = base.usd or (0.0, 0.0)
         low, high = (
@@ -65,11 +66,12 @@ class Prices:
         return PASSAGE * x.setting.ask.k * bool(x.setting.ask.index)
 
     def rung(self, x: Candidate, rung: Json, result: Json | None = None, end: int = 1) -> float:
-        """Of one rung: at most, or at least if `end` is 0."""
+        """The most FLOPs that one rung can take, or the least if `end` is 0."""
         return self.train(x, rung["train"]) + self.ask(x, rung["rows"], result)[end]
 
     def test(self, x: Candidate, trained: int, result: Json | None = None, end: int = 1) -> float:
-        """Of the test with all seeds, of which `trained` have been trained: at most, or at least if `end` is 0."""
+        """The most FLOPs that the test with all seeds can take, or the least if `end` is 0; `trained` seeds are trained
+        already."""
         scored = self.c.task.scored
         runs = self.seeds if x.trained else 1
         asked = self.ask(x, len(scored["test"]), result)[end]
@@ -124,7 +126,7 @@ def price(text: str) -> list[float] | None:
 
 
 def prices(machine: Json, given: list[float] | None, chip: str) -> list[Json]:
-    """The target first: the chip if one is named, else this machine."""
+    """The prices of machines. The target comes first: the chip if one is named, else this machine."""
     here = {
         "name": machine["name"], "kind": "measured", "usd_hour": None if chip else given, "seconds_per_flop": None,
     }  # fmt: skip
@@ -160,7 +162,7 @@ print(3 * 2 * 1024**3 / (time.perf_counter() - start))
 
 
 def rate() -> float:
-    """FLOP/s of matrix products on the first device here, in float32, by another process."""
+    """FLOP/s of matrix products on the first device here, in float32, measured by another process."""
     return float(subprocess.run([sys.executable, "-c", RATE], capture_output=True, text=True, check=True).stdout)
 
 
@@ -193,7 +195,8 @@ def _bounds(
     mine: Sequence[Candidate], rungs: list[Json], rung: Callable[[Candidate, Json, int], float],
     test: Callable[[Candidate, int], float],
 ) -> list[float]:  # fmt: skip
-    """[at least, at most] of a method: all settings on the first rung, then the dearest third of them on each next."""
+    """[least, most] cost of a method: all settings on the first rung; at most, the most expensive third on each next
+    rung."""
     n, low, high = len(mine), sum(rung(x, rungs[0], 0) for x in mine) if rungs else 0.0, 0.0
     for each in rungs:
         high += sum(sorted((rung(x, each, 1) for x in mine), reverse=True)[:n])

@@ -21,7 +21,7 @@ ASKED = (
     "rungs",
     "methods_asked",
     "budget",
-)  # a resume must ask for the same
+)  # a resumed comparison must have the same values
 
 
 @dataclasses.dataclass
@@ -52,7 +52,8 @@ class Record:
         self.count()
 
     def finish(self) -> None:
-        """Adds what follows from all tests: learning curves, forgetting, and this machine's seconds per FLOP."""
+        """Adds the results that follow from all tests: learning curves, forgetting, and this machine's seconds per
+        FLOP."""
         tested = [row for row in self.methods if row["status"] == "tested"]
         self.learning = []
         for row in (row for row in tested if row["trained"]):
@@ -90,7 +91,7 @@ class Record:
 
 
 def load(out: Path) -> Record | None:
-    """The record of a folder; None if there is none. Raises UserError for one of another version."""
+    """The record of a folder; None if there is none. Raises UserError for a record of another version."""
     if not (out / NAME).exists():
         return None
     found = files.load_json(out / NAME)
@@ -101,9 +102,8 @@ def load(out: Path) -> Record | None:
 
 
 def resumed(asked: Record, out: Path) -> Record:
-    """The record in a folder if it has the same inputs, with the new prices and requests; else `asked`.
-
-    Raises UserError if it is of another comparison.
+    """The record in a folder if it has the same inputs, with the new prices and requests; `asked` if there is no
+    record. Raises UserError if the record is from another comparison.
     """
     found = load(out)
     if found is None:

@@ -88,7 +88,7 @@ def trained(folder: Path) -> float:
 
 
 def together(x: Candidate) -> tuple:
-    """Candidates with equal keys can be asked in one command."""
+    """A key; candidates with equal keys can be asked in one command."""
     how = x.setting.ask
     if x.trained or how.index:
         return (x.id,)
@@ -96,7 +96,7 @@ def together(x: Candidate) -> tuple:
 
 
 def ask(c: Comparison, group: Sequence[Candidate], what: Asked, folder: Path) -> tuple[Stage, list[str]]:
-    """The stage that asks candidates which go `together`; their results are in `folder`."""
+    """The stage that answers questions with candidates that can go `together`; their results are in `folder`."""
     first, each = group[0], [x.setting.ask for x in group]
     argv = ["evals.main", f"--model={folder if first.trained else first.model}", f"--tasks={c.task.spec}{inputs.TEST}"]
     argv += [f"--n={what.n}", f"--out={folder}"]
@@ -161,7 +161,7 @@ def _run(c: Comparison, title: str, stages: list[Stage]) -> None:
     if code:
         last = max(logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
         said = [line.strip() for line in jobs.tail(last, 20) if line.strip()]
-        errors = [line for line in said if " · " in line]  # as UserError writes them
+        errors = [line for line in said if " · " in line]  # the format of UserError
         raise Failed((errors or said or [f"exit code {code}"])[-1])
 
 

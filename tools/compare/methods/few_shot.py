@@ -1,4 +1,4 @@
-"""Solved examples of the training rows before the question."""
+"""Solved examples from the training rows before the question."""
 
 from infer.context import Context
 from tools.compare.inputs import Comparison

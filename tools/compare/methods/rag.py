@@ -1,4 +1,4 @@
-"""Retrieval: the passages of the documents that fit the question best are put before it."""
+"""Retrieval: the best passages of the documents are put before the question."""
 
 from infer.context import Context
 from tools.compare.inputs import Comparison

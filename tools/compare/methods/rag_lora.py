@@ -1,4 +1,4 @@
-"""A reader: LoRA on training rows with retrieved passages in their prompts, asked with retrieval."""
+"""A reader: LoRA trained on rows with retrieved passages in their prompts, and prompted with retrieved passages."""
 
 from infer.context import Context
 from tools.compare.inputs import Comparison
