@@ -1,6 +1,7 @@
-"""Many LoRA adapters on one frozen base, in a batch whose rows each use one of them or none.
+"""Many LoRA adapters on one frozen base: each row of a batch uses one of the adapters, or none.
 
-The rank rows of all adapters are stored in pages of two stacks per weight; kernels/paged_lora.py multiplies by them.
+Each weight has two stacks of pages, which hold its LoRA factors of all adapters; kernels/paged_lora.py multiplies by
+them.
 """
 
 import math
@@ -20,8 +21,8 @@ from model import weights
 from model.peft.lora import LoRA
 from model.weights import AXES, Extra, Params, Spec, Specs, Weight
 
-# The factors of an adapter on the host, by the name of the weight: A [stack..., R, contracted...] and
-# scale * B [stack..., R, produced...].
+# The factors of an adapter on the host: {name of the weight: (A [stack..., R, contracted...],
+# scale * B [stack..., R, produced...])}.
 Adapter = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -30,7 +31,7 @@ class PagedLoRA(Weight):
     """`base` plus, for every row of the batch, the product with the pages that `route` assigns to it."""
 
     base: Array | Weight
-    a: Array  # [C, contracted]: flat, as the kernel reads them
+    a: Array  # [C, contracted], with the contracted axes merged
     b: Array  # [C, produced]
     eqn: str = flax.struct.field(pytree_node=False)  # the equation that the weight was declared with
     route: Route | None = None  # None: no row has an adapter
@@ -65,9 +66,9 @@ class PagedLoRA(Weight):
 
 
 def factors_of(params: Params, specs: Specs, where: str) -> Adapter:
-    """The LoRA factors of a tree, on the host; `where` names it in the errors.
+    """The LoRA factors in `params`, on the host; error messages name `where`.
 
-    Raises UserError when it has no LoRA factors, or adapters of another kind.
+    Raises UserError if there are no LoRA factors, or adapters of another kind.
     """
     found: Adapter = {}
 
@@ -92,11 +93,11 @@ def factors_of(params: Params, specs: Specs, where: str) -> Adapter:
 
 def _host(leaf: LoRA, stacked: int) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.moveaxis(np.asarray(leaf.a), -1, stacked), np.asarray(leaf.b)
-    if leaf.start is not None:  # only the change since then is added, which takes twice the rank
+    if leaf.start is not None:  # only A B minus its initial value is added, which takes twice the rank
         a = np.concatenate([a, np.moveaxis(np.asarray(leaf.start[0]), -1, stacked)], stacked)
         b = np.concatenate([b, -np.asarray(leaf.start[1])], stacked)
     b = (b * np.float32(leaf.scale)).astype(b.dtype)
-    # Stored in 16 bits if that is exact, as for an adapter that was saved in 16 bits.
+    # Stored in 16 bits if that is exact, as it is for an adapter that was saved in 16 bits.
     same = lambda x, dtype: x.itemsize > 2 and np.array_equal(x.astype(dtype).astype(x.dtype), x)
     with np.errstate(over="ignore"):
         dtype = next((d for d in (jnp.bfloat16, np.float16) if same(a, d) and same(b, d)), a.dtype)
@@ -104,9 +105,9 @@ def _host(leaf: LoRA, stacked: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def empty(params: Params, specs: Specs, pages: dict[str, int], dtype: DTypeLike) -> Params:
-    """Stacked parameters with room for `pages[name]` pages at each of the weights named there.
+    """Stacked parameters with room for `pages[name]` pages at each weight that is a key of `pages`.
 
-    Pages have the narrower of `dtype` and the weight's own dtype.
+    The dtype of a page is the narrower of `dtype` and the weight's own dtype.
     """
 
     def wrap(path: str, base: Array | Weight, spec: Spec | None) -> Array | Weight:
@@ -125,6 +126,6 @@ def empty(params: Params, specs: Specs, pages: dict[str, int], dtype: DTypeLike)
 
 
 def map_paged(f: Callable[[str, PagedLoRA], PagedLoRA], params: Params) -> Params:
-    """`f(name, leaf)` at every PagedLoRA of unrolled parameters, layer by layer; the name is the stacked weight's."""
+    """`f(name, leaf)` at every PagedLoRA of unrolled parameters, layer by layer; `name` is the stacked weight's."""
     at = lambda path, leaf: f(re.sub(r"\blayers/\d+/", "layers/", path), leaf) if isinstance(leaf, PagedLoRA) else leaf
     return weights.map_named(at, params, is_leaf=weights.is_weight)

@@ -31,12 +31,12 @@ def add(params: Params, update: Update) -> Params:
 
 
 def linear(updates: Sequence[Update], factors: Sequence[float]) -> Update:
-    """The sum of factor * update: adds, subtracts and scales skills."""
+    """The sum of factor * update, which adds, subtracts and scales skills."""
     return {name: sum(np.float32(f) * u[name] for f, u in zip(factors, updates)) for name in updates[0]}
 
 
 def trim(update: Update, density: float) -> Update:
-    """Keeps the fraction `density` of all entries that is largest in magnitude; the others become zero."""
+    """Keeps the fraction `density` of all entries, those of the largest magnitudes, and sets all others to zero."""
     sizes = np.concatenate([np.abs(x).ravel() for x in update.values()])
     kept = max(round(density * sizes.size), 1)
     least = np.partition(sizes, sizes.size - kept)[sizes.size - kept]
@@ -44,8 +44,8 @@ def trim(update: Update, density: float) -> Update:
 
 
 def ties(updates: Sequence[Update], factors: Sequence[float], density: float) -> Update:
-    """TIES (Yadav et al. 2023, arXiv 2306.01708): trims, elects the sign of the larger total, and averages the entries
-    that have it."""
+    """TIES (Yadav et al. 2023, arXiv 2306.01708): trims, takes the sign of each entry's sum, and averages the values
+    that have this sign."""
     updates = [linear([trim(u, density)], [f]) for u, f in zip(updates, factors)]
 
     def merge(*xs: np.ndarray) -> np.ndarray:
@@ -57,7 +57,7 @@ def ties(updates: Sequence[Update], factors: Sequence[float], density: float) ->
 
 
 def dare(updates: Sequence[Update], factors: Sequence[float], density: float, seed: int = 0) -> Update:
-    """DARE (Yu et al. 2023, arXiv 2311.03099): keeps a random fraction `density` of each update, scaled by its inverse,
+    """DARE (Yu et al. 2023, arXiv 2311.03099): keeps a random fraction `density` of each update, divided by `density`,
     and adds the results."""
     rng = np.random.default_rng(seed)
     drop = lambda x: np.where(rng.random(x.shape) < density, x / np.float32(density), 0)
@@ -65,10 +65,10 @@ def dare(updates: Sequence[Update], factors: Sequence[float], density: float, se
 
 
 def to_lora(params: Params, update: Update, specs: Specs, rank: int) -> tuple[Params, dict[str, tuple[float, float]]]:
-    """Plain parameters with the best LoRA of `rank` for each changed matrix, and its error.
+    """(`params` with the best LoRA of rank `rank` for each changed matrix, errors).
 
-    The error is {name: (|| dW - A B ||^2, || dW ||^2)}. Parameters that LoRA does not cover (norms, biases) count with
-    their whole change. A matrix smaller than `rank` gets its own rank, and the error is 0.
+    The errors are {name: (|| dW - A B ||^2, || dW ||^2)}. For parameters that LoRA does not cover (norms, biases), the
+    error is the whole change. A matrix whose full rank is below `rank` gets its full rank, and its error is 0.
 
     Raises UserError for an update that is zero everywhere.
     """

@@ -1,8 +1,8 @@
-"""A parameter is a leaf of a tree (an array, or a node in place of one), and a leaf defines how activations are
-multiplied by it. No other file distinguishes the two.
+"""Parameters are the leaves of a tree. A leaf is an array, or a `Weight`: a pytree node in the array's place that
+defines how activations are multiplied by it. The layers do not distinguish the two.
 
-Layers call `einsum(eqn, x, w)` and `take(w, ids)`. `w` is an array or a `Weight`: a pytree node in the array's place.
-Methods (LoRA, quantization, ...) are functions tree -> tree that replace such leaves.
+Layers call `einsum(eqn, x, w)` and `take(w, ids)`, where `w` is an array or a `Weight`. Methods (LoRA, quantization,
+...) are functions from a tree to a tree that replace leaves.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ Specs = dict[str, Any]  # the same dicts, with a Spec at every parameter
 Tree = Any  # any pytree of arrays, or of shapes, shardings or bools in their place
 Transform = Callable[[Params, Specs, Array], Params]  # a method; the last argument is a random key
 
-Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]  # {logical axis: mesh axes}
+Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]  # pairs (logical axis, mesh axes)
 
 # Letter of an equation -> logical axis of a weight. train/mesh.py maps logical axes to mesh axes.
 AXES = dict(
@@ -48,8 +48,8 @@ AXES = dict(
 class Spec(nn.LogicallyPartitioned):
     """The declaration of a parameter: abstract value, logical axes (`names`) and the equation that uses it.
 
-    `eqn` is "" for parameters that are not multiplied (norm scales, biases). Leading axes that the equation does not
-    name, such as "layers", come from stacking.
+    `eqn` is "" for parameters that are not multiplied (norm scales, biases). Leading axes that are not in
+    the equation, such as "layers", come from stacking.
     """
 
     eqn: str = flax.struct.field(default="", pytree_node=False)
@@ -60,7 +60,7 @@ class Spec(nn.LogicallyPartitioned):
 
     @property
     def stacked(self) -> int:
-        """Number of leading axes that the equation does not name."""
+        """Number of leading axes that are not in the equation."""
         return len(self.shape) - len(operands(self.eqn)[1]) if self.eqn else 0
 
     @property
@@ -77,7 +77,7 @@ def operands(eqn: str) -> tuple[str, str, str]:
 
 
 def split(eqn: str) -> tuple[str, str, str]:
-    """The weight's letters by role: shared by x, w and out (experts); contracted; produced."""
+    """The weight's letters by role: (shared by x, w and out, such as experts; contracted; produced)."""
     x, w, out = operands(eqn)
     return (
         "".join(c for c in w if c in x and c in out),
@@ -87,11 +87,11 @@ def split(eqn: str) -> tuple[str, str, str]:
 
 
 class Weight:
-    """Base of the leaves that are more than an array. Subclasses are `flax.struct.dataclass`es."""
+    """Base class of the leaves that are not plain arrays. Subclasses are `flax.struct.dataclass`es."""
 
     trainable: ClassVar[tuple[str, ...]] = ()  # fields that "adapters" trains
-    derived: ClassVar[tuple[str, ...]] = ()  # fields recomputed from the others, and so left out of the fingerprint
-    whole: ClassVar[bool] = False  # counts as one array: has the `shape`, `ndim` and `size` of the array it replaces
+    derived: ClassVar[tuple[str, ...]] = ()  # fields that follow from other fields, so the fingerprint omits them
+    whole: ClassVar[bool] = False  # counts as one array, with the `shape`, `ndim` and `size` of the replaced array
 
     if TYPE_CHECKING:  # flax.struct adds it
 
@@ -110,34 +110,34 @@ class Weight:
         raise NotImplementedError
 
     def axes(self, spec: Spec | None) -> "Weight":
-        """This node with each array replaced by a tuple of logical axis names, which shard it like its base."""
+        """This node with each array replaced by its logical axis names, a tuple, which shard it like its base."""
         raise NotImplementedError
 
     def in_training(self, key: Array, step: Array) -> "Weight":
-        """This leaf as a training step sees it: with a key for its dropout or its rounding, or a schedule's value.
+        """This leaf prepared for a training step, for example with a random key for dropout or rounding.
 
-        Outside of training a leaf has no noise. By default only the Weights inside this one are prepared.
+        Outside of training, leaves use no randomness. By default, only the Weights inside this leaf are prepared.
         """
         inner = {f: getattr(self, f) for f in fields(self) if is_weight(getattr(self, f))}
         return self.replace(**{f: w.in_training(key_for(key, f), step) for f, w in inner.items()})
 
     def for_inference(self) -> "Weight | Array":
-        """The (unstacked) leaf prepared for inference: values that depend only on its arrays are precomputed."""
+        """This leaf, of one layer, prepared for inference: values that depend only on its arrays are precomputed."""
         return self.replace(**{f: for_inference(getattr(self, f)) for f in fields(self) if is_weight(getattr(self, f))})
 
     def macs(self, stacked: int) -> "Weight":
-        """This node with, in place of each array, its multiply-adds per token: a matrix costs its size.
+        """This node with each array replaced by its multiply-adds per token: the size of a matrix, or 0 for a vector.
 
-        `stacked` is the number of leading axes that a layer does not see.
+        `stacked` is the number of leading axes over which layers are stacked.
         """
         one = lambda x: x.macs(stacked) if is_weight(x) else x.size * (x.ndim - stacked >= 2)
         return self.replace(**{f: jax.tree.map(one, getattr(self, f), is_leaf=is_weight) for f in fields(self)})
 
 
 class Extra(Weight):
-    """Base of the nodes that are added beside the declared parameters; a layer reads them if they are present.
+    """Base class of nodes that are added to the declared parameters; a layer uses them if they are present.
 
-    They cannot be merged, and without them the model is the base.
+    They cannot be merged into weights. Without them, the model is the base model.
     """
 
     def dense(self, spec: Spec | None) -> Array:
@@ -145,8 +145,8 @@ class Extra(Weight):
 
 
 def einsum(eqn: str, x: Array, w: Array | Weight) -> Array:
-    """`jnp.einsum` of an activation and a weight; the result has x's dtype. The equation names the axes: "BTD,DF->BTF"
-    takes x [B,T,D] and w [D,F] to [B,T,F].
+    """`jnp.einsum` of an activation and a weight; the result has x's dtype. For example, "BTD,DF->BTF" multiplies
+    x [B,T,D] by w [D,F] and returns [B,T,F].
 
     The result is tagged with the checkpoint name "product", so that remat policies can save it."""
     y = w.einsum(eqn, x) if isinstance(w, Weight) else product(eqn, x, cast(w, x.dtype))
@@ -156,8 +156,8 @@ def einsum(eqn: str, x: Array, w: Array | Weight) -> Array:
 def cast(w: Array, dtype: DTypeLike) -> Array:
     """`w.astype(dtype)` of one layer's slice.
 
-    On a TPU mesh XLA hoists a plain convert out of the layer loop and keeps a second copy of the whole stack, 2.1 GB
-    per chip for 7B parameters on four; `reduce_precision` is not hoisted.
+    On a TPU mesh, XLA hoists a plain convert out of the layer loop and keeps a second copy of the whole stack: 2.1 GB
+    per chip for 7B parameters on four chips. `reduce_precision` is not hoisted.
     """
     narrows = jnp.dtype(dtype).itemsize < w.dtype.itemsize and jnp.issubdtype(w.dtype, jnp.floating)
     return _rounded(w, dtype) if narrows else w.astype(dtype)
@@ -171,23 +171,23 @@ def _rounded(w: Array, dtype: DTypeLike) -> Array:
 
 @_rounded.defjvp
 def _(dtype: DTypeLike, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    return _rounded(*primals, dtype), tangents[0].astype(dtype)  # a gradient is cast, and not rounded again
+    return _rounded(*primals, dtype), tangents[0].astype(dtype)  # a gradient is only cast
 
 
 def take(w: Array | Weight, ids: Array, dtype: DTypeLike) -> Array:
     """Embedding lookup: rows `ids` [...] of a table [V, D] -> [..., D] in `dtype`."""
     if isinstance(w, Weight):
         return w.take(ids, dtype)
-    # Rows of a table that is sharded over embed come out sharded the same way, and XLA rematerializes them whole.
+    # Else rows of a table that is sharded over embed are sharded the same way, and XLA rematerializes them whole.
     table: Any = spmd.with_logical_constraint(w, ("vocab", None))
     return jnp.take(table, ids, axis=0).astype(dtype)
 
 
 def product(eqn: str, x: Array, w: Array, dtype: DTypeLike | None = None) -> Array:
-    """`jnp.einsum` of two arrays, accumulated in `dtype`; on one device, a rank-2 matmul whenever the equation is one.
+    """`jnp.einsum` of two arrays, accumulated in `dtype`. On one device it is computed as a rank-2 matmul if possible.
 
     XLA's CPU backend is fast only on rank-2 products: with [B,T,D] activations the weight gradient contracts two axes
-    and takes 1.65 times as long on an MLP. Under a mesh the dimensions stay, since the partitioner needs them.
+    and takes 1.65 times as long on an MLP. Under a mesh, dimensions are not merged, since the partitioner needs them.
     """
     xs, ws, out = operands(eqn)
     _, contracted, produced = split(eqn)
@@ -215,7 +215,7 @@ def platform() -> str:
 
 
 def shards(*axes: str) -> int:
-    """Parts into which the ambient mesh splits a dimension that is sharded over `axes`."""
+    """The number of parts into which the ambient mesh splits a dimension that is sharded over `axes`."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape.get(a, 1) for a in axes)
 
@@ -223,10 +223,10 @@ def shards(*axes: str) -> int:
 def assigned_axes(
     names: Sequence[str | None], sizes: Sequence[int], mesh: Mesh | AbstractMesh, rules: Rules
 ) -> list[tuple[str, ...]]:
-    """The mesh axes over which dimensions of these logical names are sharded, per dimension.
+    """For each dimension, with its logical name and size, the mesh axes over which it is sharded.
 
-    A dimension that its mesh axes do not divide is replicated. Each mesh axis shards at most one dimension: the first
-    that maps to it.
+    A dimension that its mesh axes do not divide evenly is replicated. A mesh axis shards only the first dimension that
+    maps to it.
     """
     table, used, found = dict(rules), set(), []
     for name, size in zip(names, sizes, strict=True):
@@ -239,13 +239,13 @@ def assigned_axes(
 
 
 def mesh_axes(names: Sequence[str | None], sizes: Sequence[int]) -> list[tuple[str, ...]]:
-    """`assigned_axes` of the ambient mesh by flax's rules, without axes of one device."""
+    """`assigned_axes` for the ambient mesh and flax's current rules, without mesh axes of size 1."""
     found = assigned_axes(names, sizes, jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules())
     return [tuple(a for a in axes if shards(a) > 1) for axes in found]
 
 
 def place(names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding | None:
-    """The sharding of an array of these logical names on the ambient mesh; None on a single device."""
+    """The sharding on the ambient mesh of an array with these logical axis names; None on a single device."""
     return NamedSharding(jax.sharding.get_mesh(), P(*mesh_axes(names, shape))) if sharded() else None
 
 
@@ -280,7 +280,7 @@ def at(tree: Tree, path: str) -> Tree:
 
 
 def arrays(tree: Tree) -> list[Array]:
-    """The arrays of a tree; the codes and scales of a quantized weight count as the one array that they represent."""
+    """The arrays of a tree, where a quantized weight (codes and scales) counts as the one array that it represents."""
     return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Weight) and x.whole)
 
 
@@ -290,16 +290,16 @@ def map_named(f: Callable, tree: Tree, *rest: Tree, is_leaf: Callable[[object], 
 
 
 def replace(params: Params, specs: Specs, f: Callable[[str, Tree, Spec | None], Tree]) -> Params:
-    """`f(name, leaf, spec)` at every parameter; the spec of an Extra is None."""
+    """`params` with every leaf replaced by `f(name, leaf, spec)`; the spec of an Extra is None."""
     declared = {name(path): spec for path, spec in jax.tree.leaves_with_path(specs, is_leaf=is_spec)}
     return map_named(lambda path, leaf: f(path, leaf, declared.get(path)), params, is_leaf=is_weight)
 
 
 def wrapping(where: str, f: Callable[[str, Array | Weight, Spec, Array], Weight]) -> Transform:
-    """A Transform that puts `f(name, leaf, spec, key)` at every multiplied parameter whose name matches `where`. All
-    get the same key, from which `f` derives its own with `key_for`.
+    """A Transform that replaces every multiplied parameter whose name matches `where` by `f(name, leaf, spec, key)`.
+    Each call gets the same key, from which `f` derives a key of the parameter with `key_for`.
 
-    Raises ValueError when none matches.
+    Raises ValueError if no parameter matches.
     """
 
     def transform(params: Params, specs: Specs, key: Array) -> Params:
@@ -318,17 +318,17 @@ def key_for(key: Array, path: str) -> Array:
 
 
 def trainable(params: Params, what: str) -> Tree:
-    """A tree of bools over the arrays of `params`: which of them train. `what` is "all", "adapters", or a regex that
+    """A tree of bools, True for each array of `params` that is trained. `what` is "all", "adapters", or a regex that
     the whole name must match.
 
-    "all" leaves out integers and the non-trainable fields of a Weight: no gradient can update quantized values, and the
-    base of an adapter is frozen by definition.
-    Raises ValueError when nothing would train.
+    "all" excludes integers and the non-trainable fields of a Weight, because gradients cannot update quantized values,
+    and the base of an adapter is frozen by definition.
+    Raises ValueError if no array would be trained.
     """
 
     def pick(path: str, leaf: Array | Weight, moves: bool | None) -> Tree:  # None: not inside a Weight
         if isinstance(leaf, Weight):
-            adapter = "base" in fields(leaf)  # an adapter may wrap another one, as on a tied table; then both train
+            adapter = "base" in fields(leaf)  # if an adapter wraps another one, as on a tied table, both train
             own = lambda f: f in leaf.trainable and (moves is not False or adapter)
             return leaf.replace(**{f: walk(f"{path}/{f}", getattr(leaf, f), own(f)) for f in fields(leaf)})
         if what in ("all", "adapters"):
@@ -364,19 +364,19 @@ def combine(a: T, b: T) -> T:
 
 
 def in_training(params: Params, key: Array, step: Array) -> Params:
-    """Every Weight as training step `step` sees it; see Weight.in_training."""
+    """`params` with every Weight prepared for training step `step`; see Weight.in_training."""
     live = lambda path, w: w.in_training(key_for(key, path), step) if is_weight(w) else w
     return map_named(live, params, is_leaf=is_weight)
 
 
 def for_inference(params: Params) -> Params:
-    """Every Weight of unstacked parameters prepared for inference; see Weight.for_inference."""
+    """Unstacked parameters with every Weight prepared for inference; see Weight.for_inference."""
     return jax.tree.map(lambda w: w.for_inference() if is_weight(w) else w, params, is_leaf=is_weight)
 
 
 def base(params: Tree) -> Tree:
-    """Adapters off: every leaf that wraps a frozen `base` is replaced by it, every Extra is dropped. This gives the
-    reference policy without a copy of the weights."""
+    """`params` without adapters: each leaf that wraps a frozen `base` is replaced by this base, and Extras are dropped.
+    This yields the reference policy without a copy of the weights."""
     if isinstance(params, dict):
         return {k: base(v) for k, v in params.items() if not isinstance(v, Extra)}
     if isinstance(params, tuple):
@@ -394,7 +394,7 @@ def quantized_under_adapters(params: Params) -> bool:
 
 
 def underived(params: Params) -> Params:
-    """`params` with None in place of derived fields, which another machine may round differently."""
+    """`params` with derived fields set to None, since their rounding may differ between machines."""
 
     def strip(w: Array | Weight) -> Array | Weight:
         if not is_weight(w):
@@ -406,7 +406,7 @@ def underived(params: Params) -> Params:
 
 
 def dense(params: Params, specs: Specs) -> Params:
-    """Every Weight merged into the plain array that it represents."""
+    """`params` with every Weight merged into the plain array that it represents."""
     return replace(params, specs, lambda _, w, spec: dense_of(w, spec))
 
 
@@ -415,7 +415,7 @@ def dense_of(w: Array | Weight, spec: Spec | None) -> Array:
 
 
 def axes(params: Params, specs: Specs) -> Tree:
-    """Logical axis names (a tuple) at every array of `params`."""
+    """`params` with every array replaced by the tuple of its logical axis names."""
     return replace(params, specs, lambda _, w, spec: axes_of(w, spec))
 
 

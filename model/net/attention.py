@@ -15,9 +15,10 @@ Angles = tuple[Array, Array]  # cos and sin [B,T,1,H/2]
 
 
 class Context(NamedTuple):
-    """The inputs of all layers besides x: about the tokens [B,T], and the columns [B,S] that they may attend to.
+    """The inputs, besides x, that are the same for all layers. They describe the tokens [B,T] and the columns [B,S],
+    which are the keys that tokens may attend to.
 
-    Without a cache the columns are the tokens, and S is T.
+    Without a cache, the columns are the tokens themselves, and S = T.
     """
 
     age: Array  # [B,T] number of earlier tokens in the same document; -1: padding
@@ -25,8 +26,8 @@ class Context(NamedTuple):
     segments: Array  # [B,S]
     index: Array  # [] the column of the first token
     see: Array  # [B,T,S] bool: the attention mask of layers without a window
-    see_window: Array | None  # [B,T,S] bool: that of layers with a window, if there are any
-    angles: Angles | None
+    see_window: Array | None  # [B,T,S] bool: the mask of layers with a window, if there are any
+    angles: Angles | None  # for rotary positions
     backend: str  # "cache", or one of model/net/backends.py
     windows: tuple[int, ...]  # the window of every layer
     causal: bool
@@ -38,7 +39,7 @@ def rope_frequencies(config: ModelConfig, length: int | Array) -> tuple[Array, f
     """(inverse frequencies [H/2], factor on cos and sin) with the config's `rope_scaling`.
 
     Types as in Hugging Face configs: default, linear (Chen et al. 2023, arXiv 2306.15595), dynamic (NTK-aware: it
-    stretches once `length` exceeds `max_len`), llama3 (Llama 3.1), yarn (Peng et al. 2023, arXiv 2309.00071).
+    takes effect once `length` exceeds `max_len`), llama3 (Llama 3.1), yarn (Peng et al. 2023, arXiv 2309.00071).
     Raises ValueError for another type.
     """
     dim, theta = int(config.head_dim * config.rotary), config.rope_theta
@@ -72,12 +73,12 @@ def _llama3(freq: Array, factor: float, scaling: dict) -> Array:
 
 
 def _yarn(freq: Array, factor: float, scaling: dict, config: ModelConfig) -> tuple[Array, float]:
-    """NTK-by-parts, eq. 23 of the paper, and its factor on the attention logits."""
+    """NTK-by-parts frequencies (eq. 23 of the paper), and the factor on cos and sin that scales attention logits."""
     dim = config.head_dim
     original = scaling.get("original_max_position_embeddings") or config.max_len
     factor = factor or config.max_len / original
 
-    def dimension(turns: float) -> float:  # whose wavelength makes `turns` turns in the original context
+    def dimension(turns: float) -> float:  # the dimension that makes `turns` turns in the original context
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
@@ -104,7 +105,7 @@ def rope_angles(config: ModelConfig, positions: Array) -> Angles:
 
 
 def rotate(x: Array, angles: Angles) -> Array:
-    """RoPE on x [B,T,N,H]: pairs are (i, i + n) of the 2 n dimensions that rotate, as in Hugging Face."""
+    """RoPE on x [B,T,N,H]. Of the 2 n dimensions that rotate, i and i + n form a pair, as in Hugging Face."""
     cos, sin = angles
     n = cos.shape[-1]
     a, b, still = jnp.split(x.astype(jnp.float32), (n, 2 * n), axis=-1)
@@ -114,8 +115,8 @@ def rotate(x: Array, angles: Angles) -> Array:
 def mask(
     q_pos: Array, q_seg: Array, k_pos: Array, k_seg: Array, window: int | Array | None = None, causal: bool = True
 ) -> Array:
-    """The attention mask [B,T,S]: True for keys of the same document, within `window` positions unless it is None, and
-    not later than the query if `causal`.
+    """The attention mask [B,T,S]: True for keys of the same document that are within `window` positions (None: any
+    distance) and, if `causal`, not later than the query.
 
     Positions and segments of queries are [B,T], of keys [B,S]. Keys of segment 0 (padding) are masked; keys of segment
     -1 (virtual tokens) are visible from every document.
@@ -141,7 +142,7 @@ def context(
 ) -> Context:
     """The Context of positions [B,T], segments [B,T] and the cache, computed once for all layers.
 
-    `virtual` is the number of virtual tokens, and so the position of a document's first token.
+    `virtual` is the number of virtual tokens before each document, so the document's first token has this position.
     """
     k_pos, k_seg, index = positions, segments, jnp.int32(0)
     if cache is not None:
@@ -173,9 +174,9 @@ def context(
 def attention(q: Array, k: Array, v: Array, see: Array) -> Array:
     """Grouped-query attention. q [B,T,N,H]; k, v [B,K,S,H]; mask `see` [B,T,S] -> [B,T,N,H]. Softmax in float32.
 
-    The G query heads of a key head are rows of one product, so that keys are never repeated. Queries whose keys are all
-    masked (padding) get the mean of v: a finite value that nothing uses. k and v of a cache are [B*K,S,H]: reshaping
-    them would make XLA's CPU backend copy the cache four times per layer and token.
+    The G query heads that share a key head are rows of one product, so that keys are never repeated. Queries whose keys
+    are all masked (padding) get the mean of v, a finite value that is not used. k and v from a cache stay [B*K,S,H]:
+    reshaping them would make XLA's CPU backend copy the cache four times per layer and token.
     """
     B, T, N, H = q.shape
     *lead, S, _ = k.shape

@@ -1,8 +1,8 @@
-"""Chooses how attention is computed: by einsums, by a ring of them, or by a kernel of the accelerator's vendor.
+"""Chooses how attention is computed: by einsums, by ring attention, or by the accelerator vendor's kernel.
 
-All of them compute `model.net.attention.attention`. The kernels mask by column: within a segment, a later column must
-have a later position, as in training rows. Decoding with a cache, and rows that do not divide over the mesh, use the
-einsums.
+All of these compute `model.net.attention.attention`. The kernels mask by column: within a segment, a later column must
+have a later position, as in training rows. Decoding with a cache uses the einsums, and so do batches that the mesh does
+not divide evenly.
 """
 
 import math
@@ -20,15 +20,15 @@ from model.net.attention import Context, attention
 from model.net.ring import FAR, ring_attention
 from model.weights import shards
 
-BLOCKS = (1024, 512, 256, 128)  # columns of a tile of splash; 1024 takes the fewest compiled cycles on v5e and v6e
+BLOCKS = (1024, 512, 256, 128)  # columns per tile of splash; 1024 compiles to the fewest cycles on v5e and v6e
 ROWS = ("data", "fsdp")
 
 
 def choose(asked: str, config: ModelConfig, dtype: str, seq_len: int, platform: str, split: int = 1) -> tuple[str, str]:
-    """(backend, reason) for training rows of `seq_len` tokens, each split over `split` devices. `asked` is "auto" or a
-    backend.
+    """(backend, reason) for training rows of `seq_len` tokens, each split over `split` devices. `asked`, the requested
+    backend, may be "auto".
 
-    Raises UserError when the backend asked for cannot run.
+    Raises UserError if the requested backend cannot run.
     """
     native = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
     problem = _problem(native if asked == "auto" else asked, config, dtype, seq_len, platform, split)
@@ -59,7 +59,7 @@ def _problem(backend: str, c: ModelConfig, dtype: str, seq_len: int, platform: s
 
 
 def attend(q: Array, k: Array, v: Array, context: Context) -> Array:
-    """Attention of q [B,T,N,H] to k, v [B,K,S,H] (of a cache: see `attention`) -> [B,T,N,H]."""
+    """Attention of q [B,T,N,H] to k, v [B,K,S,H] -> [B,T,N,H]. k and v from a cache: see `attention`."""
     how, window = context.backend, max(context.windows, default=0)
     (B, T), split = q.shape[:2], shards("context")
     even = T % split == 0 and B % shards(*ROWS) == 0
@@ -73,7 +73,7 @@ def attend(q: Array, k: Array, v: Array, context: Context) -> Array:
         see = jnp.where(context.windowed, context.see_window, see)
     if how == "cudnn":
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        # is_causal skips blocks that are masked completely
+        # is_causal lets the kernel skip blocks that are masked completely
         return jax.nn.dot_product_attention(
             q, k, v, mask=see[:, None], is_causal=context.causal, implementation="cudnn"
         )
@@ -81,7 +81,7 @@ def attend(q: Array, k: Array, v: Array, context: Context) -> Array:
 
 
 def _splash_of_layer(q: Array, k: Array, v: Array, context: Context, window: int) -> Array:
-    """`splash` with the window of the layer; if layers differ, a branch chooses between two kernels."""
+    """`splash` with the window of the layer. If layers have different windows, a branch chooses between two kernels."""
 
     def seeing(window: int) -> Callable[[], Array]:
         return lambda: splash(q, k, v, context.segments, window, context.causal)
@@ -95,8 +95,9 @@ def splash(q: Array, k: Array, v: Array, segments: Array, window: int = 0, causa
     """Flash attention by JAX's TPU kernel, forward and backward. q [B,T,N,H]; k, v [B,K,T,H]; segments [B,T].
 
     The partitioner cannot split a kernel, so every device runs it on its own rows and heads. Under a context axis a
-    device has its own queries and gathers all keys, 2 T K H numbers per row: the kernel streams them, so nothing else
-    grows with T. Like `weights.einsum`, the forward kernel tags its result with the checkpoint name "product".
+    device has its own queries and gathers all keys and values, 2 T K H numbers per row. The kernel streams them, so
+    nothing else grows with T. Like `weights.einsum`, the forward kernel tags its result with the checkpoint name
+    "product".
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
@@ -123,7 +124,7 @@ def splash(q: Array, k: Array, v: Array, segments: Array, window: int = 0, causa
 
     if mesh.empty:
         return run(kernel, q, k, v, segments, segments).swapaxes(1, 2)
-    if k.shape[1] % tensor:  # repeat key heads until the axis divides them, as it divides the query heads
+    if k.shape[1] % tensor:  # repeat key heads until the tensor axis divides them, as it divides the query heads
         k, v = (jnp.repeat(x, tensor // math.gcd(tensor, k.shape[1]), axis=1) for x in (k, v))
     mask_spec = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, "context")))
     queries, keys = P(ROWS, "tensor", "context"), P(ROWS, "tensor")

@@ -1,9 +1,9 @@
 """Functions of the logits over a large vocabulary. The logits [rows, V] never exist as a whole, and are computed only
-for rows that count.
+for rows with a nonzero weight. A row is a token position here.
 
-Rows whose weight is 0 (prompts, padding) are sorted behind the others, and the loop over chunks stops before them: a
-completion-only loss computes the logits of few rows. Under a mesh every shard of the batch and of the sequence sorts
-its own rows; none leaves its device.
+Rows whose weight is 0 (prompts, padding) are sorted to the end, and the loop over chunks stops before them. So a
+completion-only loss computes the logits of few rows. Under a mesh, every shard of the batch and of the sequence sorts
+its own rows, and no row leaves its device.
 """
 
 import functools
@@ -24,8 +24,8 @@ T = TypeVar("T")
 
 ROWS = ("data", "fsdp", "context")  # mesh axes that split the rows
 
-# Bytes of float32 logits at once per shard, by platform; on a CPU that is 341 rows at V = 49152. Every chunk reads the
-# head and adds to its gradient: an accelerator computes faster than it reads, so its chunks need thousands of rows.
+# Bytes of float32 logits per chunk and shard, by platform; on a CPU this is 341 rows at V = 49152. Each chunk reads the
+# head and adds to its gradient. An accelerator computes faster than it reads, so its chunks need thousands of rows.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "other": 512 * 2**20}
 
 Unembed = Callable[[Params, Array], Array]  # (the head's parameters, x [B,T,D]) -> logits [B,T,V] in float32
@@ -41,8 +41,8 @@ Side = tuple[Network, Params, Array]  # a model, its parameters, and its hidden 
 def nll(model: Network, params: Params, x: Array, targets: Array, weight: Array) -> Array:
     """sum(weight * -log p(targets)), a scalar, in nats. x [B,T,D], targets and weight [B,T].
 
-    The gradient is computed in the forward pass, chunk by chunk, while the logits exist: that takes 2/3 of the FLOPs of
-    recomputing them. For a loss that is not linear in the log-probabilities use `token_logps`.
+    The gradient is computed in the forward pass, chunk by chunk, while the logits exist. This takes 2/3 of the FLOPs of
+    recomputing the logits. For a loss that is not linear in the log-probabilities, use `token_logps`.
     """
     unembed, head = model.head(params)
     (x, targets, weight), _ = _count_first(weight, x, targets)
@@ -84,11 +84,11 @@ def kl(of: Side, to: Side, mask: Array, temperature: float = 1.0) -> Array:
 
 
 def over_rows(f: Callable[..., Tree], sides: Sequence[Side], mask: Array, *extra: Array) -> Tree:
-    """`f(logits, ..., *extra)` at the rows [B,T] whose mask is not 0, and 0 at the others.
+    """`f(logits, ..., *extra)` at the positions [B,T] whose mask is not 0, and 0 at all others.
 
-    `f` takes the logits [R,V] of every side and R rows of each of `extra` [B,T,...]; it computes each row by itself,
-    and returns [R] or a tree of such arrays. The result is differentiable by the sides' heads and hidden states and by
-    the extras; logits are recomputed in the backward pass.
+    `f` takes the logits [R,V] of each Side and R rows of each array of `extra` [B,T,...]. It must compute each row
+    independently, and return [R] or a tree of such arrays. The result is differentiable with respect to heads, hidden
+    states and `extra`; logits are recomputed in the backward pass.
     """
     unembeds, trees = zip(*(model.head(params) for model, params, _ in sides))
     (*rows, mask), undo = _count_first(mask, *(x for *_, x in sides), *extra)
@@ -102,7 +102,7 @@ def over_rows(f: Callable[..., Tree], sides: Sequence[Side], mask: Array, *extra
 
 
 def _log_softmax(logits: Array, targets: Array) -> tuple[Array, Array]:
-    """(log p(targets) [R], its gradient by the logits [R,V]) of logits [R,V]."""
+    """(log p(targets) [R], its gradient with respect to the logits [R,V]) for logits [R,V]."""
     top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     unnormalized = jnp.exp(logits - top)
     total = unnormalized.sum(-1, keepdims=True)
@@ -112,7 +112,7 @@ def _log_softmax(logits: Array, targets: Array) -> tuple[Array, Array]:
 
 def _count_first(mask: Array, *arrays: Array) -> tuple[tuple[Array, ...], Callable[[Array], Array]]:
     """Reshapes arrays [B,T,...] and the mask to rows [S,R,...], where S is the number of shards of batch and sequence.
-    Rows whose mask is not 0 come first. Also returns the function that maps rows [S,R] back to [B,T]."""
+    Rows whose mask is not 0 come first. Also returns the function that maps results [S,R] back to [B,T]."""
     B, T = mask.shape
     S, C = weights.shards("data", "fsdp"), weights.shards("context")
     S, C = S if B % S == 0 else 1, C if T % C == 0 else 1
@@ -150,7 +150,7 @@ def _copies(tree: Tree, shards: int) -> Tree:
 
 
 def _sent(tree: Tree, x: Array) -> Tree:
-    """Copies of (a part of) a head for the shards of x [S,R,D]. Plain arrays are sent in the dtype of x if that is
+    """Copies a head, or a part of it, to the shards of x [S,R,D]. Plain arrays are copied in the dtype of x if that is
     narrower."""
 
     def narrow(w: Array | Weight) -> Array | Weight:
@@ -160,7 +160,7 @@ def _sent(tree: Tree, x: Array) -> Tree:
 
 
 def chunk_rows(rows: int, vocab: int) -> int:
-    """Rows per shard whose logits exist at once. Chunks have equal sizes: a small last one would cost as much."""
+    """Rows per chunk and shard. Chunks have equal sizes, since a smaller last one would cost as much."""
     most = CHUNK_BYTES["cpu" if weights.platform() == "cpu" else "other"]
     return -(-rows // -(-4 * rows * vocab // most))
 
@@ -169,9 +169,9 @@ Cut = Callable[[Array], Array]
 
 
 def _loop(weight: Array, vocab: int, body: Callable[[Cut, Array, Array, T], T], carry: T) -> T:
-    """`carry = body(cut, start, fresh, carry)` over chunks of the rows of weight [S,R], as many as the fullest shard
-    needs. `cut` takes the chunk [S,C,...] of rows [S,R,...] that begins at `start`; `fresh` [C] is True for rows that
-    were in no earlier chunk."""
+    """Loops `carry = body(cut, start, fresh, carry)` over chunks of rows, until every shard has used all rows whose
+    `weight` [S,R] is not 0. `cut` takes the chunk [S,C,...] of an array [S,R,...] that begins at `start`; `fresh` [C]
+    is True for rows that were not in an earlier chunk."""
     R = weight.shape[1]
     size = chunk_rows(R, vocab)
     needed = -(-(weight != 0).sum(1).max() // size)
@@ -189,7 +189,7 @@ def _loop(weight: Array, vocab: int, body: Callable[[Cut, Array, Array, T], T], 
 
 
 def _pieces(unembed: Unembed, head: tuple[Tree, Tree], x: Array, targets: Array, g: Array) -> tuple[Array, Tree, Array]:
-    """(log p(targets) [S,C], gradients of `trained`, gradients of x) of a chunk x [S,C,D] for the cotangent g [S,C].
+    """(log p(targets) [S,C], gradients for `trained`, gradients for x) of a chunk x [S,C,D] with the cotangent g [S,C].
 
     `head` is (trained, frozen), with a copy per shard.
     """
@@ -212,13 +212,13 @@ def _summed(copies: Tree) -> Tree:
 
 
 def _write(out: Array, chunk: Array, start: Array, fresh: Array) -> Array:
-    """`out` [S,R,...] with `chunk` written at rows `start`.., except for rows that are not fresh."""
+    """`out` [S,R,...] with the fresh rows of `chunk` written from row `start` on."""
     old = jax.lax.dynamic_slice_in_dim(out, start, chunk.shape[1], axis=1)
     keep = fresh.reshape(1, -1, *(1,) * (chunk.ndim - 2))
     return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(keep, chunk, old), start, axis=1)
 
 
-# --- sum of weighted negative log-likelihoods, gradient in the forward pass ---
+# --- sum of weighted negative log-likelihoods: the gradient is computed in the forward pass ---
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -260,7 +260,7 @@ _nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
 
 
 def _by_perturbed(tree: Tree) -> tuple[Tree, Tree]:
-    """(differentiated arrays, the others), each with None in place of the arrays of the other tree."""
+    """(arrays that are differentiated, arrays that are not), each tree with None where the other one has the array."""
 
     def primal(p: object) -> bool:
         return hasattr(p, "perturbed")
@@ -273,14 +273,14 @@ def _by_perturbed(tree: Tree) -> tuple[Tree, Tree]:
     return weights.partition(values, mask)
 
 
-# --- any function of the logits of a row, logits recomputed in the backward pass ---
+# --- any function of the logits of a row: logits are recomputed in the backward pass ---
 
-Rows = tuple[Array, ...]  # [S,R,...]: hidden states of every side, then the extras
+Rows = tuple[Array, ...]  # [S,R,...]: hidden states of every Side, then the extra arrays
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _over(f: Callable[[tuple, Rows], Tree], vocab: int, trees: tuple, rows: Rows, mask: Array) -> Tree:
-    """f(heads [S,...], rows [S,C,...]) chunk by chunk, [S,R] each; `vocab` is the number of logits per row."""
+    """Computes f(heads [S,...], rows [S,C,...]) chunk by chunk -> [S,R]; `vocab` is the number of logits per row."""
     copies = tuple(map(_sent, trees, rows))
     like = jax.eval_shape(f, copies, rows)
 
@@ -326,5 +326,5 @@ def _is_symbolic(x: object) -> bool:
 
 
 def _instantiated(g: Tree) -> Array:
-    """The cotangent of an output as an array; that of an unused output is symbolic."""
+    """The cotangent of an output as an array; the cotangent of an unused output is a symbolic zero."""
     return jnp.zeros(g.shape, g.dtype) if _is_symbolic(g) else g

@@ -1,6 +1,6 @@
-"""The kinds of layers. A new kind is a Block and an entry here.
+"""The kinds of layers. To add a kind, write a subclass of Block and add it to KINDS.
 
-A kind is named for the part that only its layers have, such as attn in "layers/attn/wq".
+The name of a kind is also the name of the parameters that only its layers have, such as attn in "layers/attn/wq".
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ KINDS = {"attn": Block, "recurrent": RecurrentBlock}
 
 
 def check(config: ModelConfig) -> None:
-    """Raises UserError for unknown norms or layers, and for a bidirectional model with layers that are only causal."""
+    """Raises UserError for unknown norms or layers, and for causal-only layers in a bidirectional model."""
     if config.norms not in NORMS:
         raise UserError(f"norms={config.norms!r}", "model", f"known: {', '.join(NORMS)}")
     for name in config.blocks:
@@ -28,5 +28,5 @@ def check(config: ModelConfig) -> None:
 
 
 def without_columns(parts: Iterable[str]) -> list[str]:
-    """The parts that belong to kinds of layers without a key and value per token."""
+    """Those of `parts` that name a kind of layers whose cache does not hold a key and a value per token."""
     return [part for part in parts if part in KINDS and not KINDS[part].columns]

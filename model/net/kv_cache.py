@@ -25,14 +25,14 @@ class Coded:
 
 
 class KV(NamedTuple):
-    """The keys and values that an attention layer caches: [B*K,S,H] each; of stacked layers [layers,B*K,S,H]."""
+    """The keys and values that an attention layer caches: [B*K,S,H] each, or [layers,B*K,S,H] for stacked layers."""
 
     k: Array | Coded
     v: Array | Coded
 
 
 class Cache(NamedTuple):
-    """The state of decoding: S columns for tokens, of which the next ones are written from `index` on."""
+    """The state of decoding: S columns, one per token. The next tokens are written to the columns from `index` on."""
 
     index: Array  # []
     layers: Tree  # a tuple with the cache of each layer; for stacked layers one stack, or {kind: stack}
@@ -65,24 +65,24 @@ def read(cache: Array | Coded, dtype: DTypeLike) -> Array:
 
 
 def insert(cache: Cache, part: Cache, rows: Array, sources: Array, count: Array | int) -> Cache:
-    """`cache` with row sources[i] of `part` as its row rows[i], for each i < count.
+    """`cache` with row rows[i] replaced by row sources[i] of `part`, for each i < count.
 
-    `cache` is a ring: the last token of a row comes before the next column, after the others. What a row had is
-    dropped. The columns of `part` from a row's first token to its last must not be more than those of `cache`.
+    `cache` is a ring buffer. A new row ends in the column just before `cache.index`, so that its next token follows its
+    last one. In `part`, a row must not span more columns, from its first token to its last, than `cache` has.
     """
     width, room = part.positions.shape[1], cache.positions.shape[1]
     number = len(part.positions)
     ends = jnp.where(part.segments != 0, jnp.arange(1, width + 1), 0).max(1)
 
     def placed(x: Array, end: Array) -> Array:
-        """The columns [.,W,...] of a row in those [.,S,...] of the ring."""
+        """Moves the columns [.,W,...] of a row to their places in the columns [.,S,...] of the ring buffer."""
         x = jnp.roll(x, -end, axis=1)[:, -room:]
         x = jnp.pad(x, ((0, 0), (room - x.shape[1], 0), *((0, 0),) * (x.ndim - 2)))
         return jnp.roll(x, cache.index, axis=1)
 
     def one(i: Array, cache: Cache) -> Cache:
         def put(columns: bool, whole: Array, x: Array) -> Array:
-            each = len(x) // number  # 1, or key heads
+            each = len(x) // number  # 1, or the number of key heads
             x = jax.lax.dynamic_slice_in_dim(x, sources[i] * each, each)
             x = placed(x, ends[sources[i]]) if columns else x
             return jax.lax.dynamic_update_slice_in_dim(whole, x, rows[i] * each, 0)
@@ -95,7 +95,7 @@ def insert(cache: Cache, part: Cache, rows: Array, sources: Array, count: Array 
 
 
 def _each(f: Callable[..., Array], layers: Tree, *others: Tree) -> Tree:
-    """f(whether it has columns, *leaves) of the leaves [B*K,...] of each layer, stacked or not."""
+    """f(whether the layer's cache has columns, *leaves) for the leaves [B*K,...] of each layer, stacked or not."""
 
     def of(layer: Tree, *rest: Tree) -> Tree:
         one = functools.partial(f, isinstance(layer, KV))

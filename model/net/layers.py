@@ -26,12 +26,12 @@ ACTIVATIONS = {
 
 
 class Layer(nn.Module):
-    """A module that declares parameters. Existing ones are read without a check, since they may be Weights."""
+    """A module that declares parameters. Existing parameters are read without a shape check: they may be Weights."""
 
     config: ModelConfig
 
     def weight(self, name: str, eqn: str, scale: float = 1.0) -> Array | Weight:
-        """The parameter of `eqn`, initialized from a normal distribution of deviation scale / sqrt(fan-in)."""
+        """The parameter that `eqn` multiplies by, initialized from N(0, scale^2 / fan-in)."""
         letters = weights.operands(eqn)[1]
         fan_in = math.prod(self.config.sizes[c] for c in weights.split(eqn)[1])
         return self._declare(name, letters, nn.initializers.normal(scale * fan_in**-0.5), eqn)
@@ -119,11 +119,11 @@ class MLP(Layer):
 
 
 class Block(Layer):
-    """Two sublayers in a residual stream x [B,T,D]: `mix` works across tokens, `feed` on each token.
+    """Two sublayers in a residual stream x [B,T,D]: `mix` works across tokens, `feed` on each token separately.
 
-    `cache` is the layer's cache of earlier tokens, or None. Returns x and the cache with these tokens.
-    Subclasses are other kinds of layers. `columns`: the cache holds a column of keys and values per token. Only such
-    layers support virtual tokens, bidirectional models, and batches whose rows start at different steps.
+    `cache` is the layer's cache of earlier tokens, or None. Returns x and the cache with the tokens of x added.
+    Subclasses are other kinds of layers. If `columns` is True, the cache holds a column of keys and values per token.
+    Only such layers support virtual tokens, bidirectional models, and batches whose rows start at different steps.
     """
 
     columns: ClassVar[bool] = True
@@ -161,7 +161,7 @@ class Block(Layer):
         return MLP(self.config, name="mlp")(h)
 
     def norm_before(self, name: str, x: Array) -> Array:
-        """The input of a sublayer."""
+        """The input of a sublayer: x, normalized if the config puts norms before sublayers."""
         return x if self.config.norms == "post" else Norm(self.config, name=name)(x)
 
     def norm_behind(self, name: str, x: Array, y: Array) -> Array:
@@ -179,14 +179,14 @@ class Block(Layer):
 
 
 def report(module: nn.Module, name: str, value: Array) -> None:
-    """Records a value of a layer, which `Transformer.hidden` returns among its reports."""
+    """Records a value of a layer; `Transformer.hidden` returns it in its reports."""
     module.sow("reports", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
 def by_heads(x: Array) -> Array:
-    """[B,T,N,H] with its heads sharded like those of the weights, if the axis divides them.
+    """x [B,T,N,H] with its heads sharded like the heads of the weights, if the tensor axis divides them.
 
-    A cache merges rows and heads into one axis, which is not sharded by heads: without this constraint the partitioner
+    A cache merges rows and heads into one axis, which is not sharded by heads. Without this constraint, the partitioner
     would gather the weights instead of these activations.
     """
     even = x.shape[2] % weights.shards("tensor") == 0

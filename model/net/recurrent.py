@@ -1,4 +1,4 @@
-"""Recurrent layers: the RG-LRU of Griffin (De et al. 2024, arXiv 2402.19427), with or without attention layers."""
+"""Recurrent layers: the RG-LRU of Griffin (De et al. 2024, arXiv 2402.19427). Models may mix them with attention."""
 
 from typing import ClassVar, NamedTuple
 
@@ -13,7 +13,7 @@ from model.net.attention import Context
 from model.net.layers import ACTIVATIONS, Block, Layer
 
 SHARPNESS = 8.0  # c of eq. 6
-DECAYS = (0.9, 0.999)  # range of a^c at initialization, uniform
+DECAYS = (0.9, 0.999)  # a^c is initialized uniformly in this range
 STEEPEST = 1000.0  # bound on the slope of the square root of eq. 4, which is infinite at a = 1
 
 
@@ -121,6 +121,6 @@ def _root_slope(x: tuple[Array], dx: tuple[Array]) -> tuple[Array, Array]:
 
 
 def _decays(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    """The parameter L with a^c = exp(-c softplus(L)) uniform between DECAYS (section 2.4)."""
+    """The parameter L, for which a^c = exp(-c softplus(L)) is uniform between DECAYS (section 2.4)."""
     a = jax.random.uniform(key, shape, dtype, *DECAYS)
     return jnp.log(jnp.expm1(-jnp.log(a) / SHARPNESS))

@@ -1,7 +1,8 @@
 """Ring attention (Liu et al. 2023, arXiv 2310.01889): exact attention over rows split by the mesh axis "context".
 
-Every shard keeps its queries; blocks of keys and values travel around the ring of shards, once in the forward and once
-in the backward pass. A shard holds the scores of one block, so memory falls with the square of the number of shards.
+Every shard keeps its queries. The blocks of keys and values travel around the ring of shards, once in the forward pass
+and once in the backward pass. A shard holds the scores of only one block, so the memory for scores is inversely
+proportional to the square of the number of shards.
 """
 
 import functools
@@ -57,7 +58,7 @@ def _scores(q: Array, k: Array, q_ids: Ids, k_ids: Ids, window: Array, causal: b
 
 
 def _around(step: Callable[[Carry, Block], tuple[Carry, Block]], carry: Carry, block: Block) -> tuple[Carry, Block]:
-    """`carry, block = step(carry, block)` for the block of every shard; at the end each block is home."""
+    """Runs `carry, block = step(carry, block)` for the block of every shard; then each block is back on its shard."""
     n = jax.lax.axis_size("context")
     onward = [(i, (i + 1) % n) for i in range(n)]
 
@@ -95,7 +96,7 @@ def _forward(
 
 
 def _backward(causal: bool, residuals: Residuals, g: Array) -> tuple:
-    """Recomputes probabilities from `top` and `total`; the gradients of keys and values travel with their block."""
+    """Recomputes probabilities from `top` and `total`; the gradients of keys and values travel with the block."""
     q, k, v, ids, window, out, top, total = residuals
     x, g, out = (_grouped(a, k) for a in (q, g, out))
     delta = _dot("BKGTH,BKGTH->BKGT", g, out)

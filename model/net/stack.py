@@ -1,7 +1,7 @@
 """Stacks of layers: parameters, caches and reports of all layers as one tree, and the loop over them.
 
-In a model with several kinds of layers, norms and MLPs are stacked over all layers, "attn" and "recurrent" over the
-layers of that kind. So the path "layers/attn/wq" is the same in every model.
+In a model with several kinds of layers, norms and MLPs are stacked over all layers, "attn" over the attention layers,
+and "recurrent" over the recurrent layers. So the path "layers/attn/wq" is the same in every model.
 """
 
 import functools
@@ -30,7 +30,7 @@ class Layer(Protocol):
 
 
 def join(stacks: dict[str, Params], config: ModelConfig) -> Params:
-    """{kind: parameters stacked over its layers} as one tree; parts of several kinds are stacked over all layers."""
+    """Joins {kind: parameters stacked over its layers} into one tree; parts that all kinds have become one stack."""
     order = np.argsort(np.concatenate([config.stack(f"{LAYERS}/{kind}") for kind in stacks]))
 
     def whole(*each: Array) -> Array:
@@ -42,7 +42,7 @@ def join(stacks: dict[str, Params], config: ModelConfig) -> Params:
 
 
 def pick(stacked: Params, kinds: Sequence[str], i: int) -> Params:
-    """The parameters of layer i; `kinds` are those of all layers."""
+    """The parameters of layer i, where kinds[j] is the kind of layer j."""
     out = {}
     for part, tree in stacked.items():
         if part not in kinds:
@@ -57,7 +57,7 @@ def _at(tree: T, i: int) -> T:
 
 
 def gather(each: Sequence[dict[str, Tree]]) -> dict[str, Tree]:
-    """A list of one dict per layer -> {name: its values, stacked over the layers that have it}."""
+    """A list of one dict per layer -> {name: values of that name, stacked over the layers that have it}."""
     names = dict.fromkeys(name for one in each for name in one)
     values = {name: [one[name] for one in each if name in one] for name in names}
     return {name: jax.tree.map(lambda *xs: jnp.stack(xs), *trees) for name, trees in values.items()}
@@ -66,7 +66,7 @@ def gather(each: Sequence[dict[str, Tree]]) -> dict[str, Tree]:
 def unrolled(
     layer: Layer, x: Array, layers: Sequence[Params], caches: Sequence[Tree] | None, config: ModelConfig
 ) -> tuple[Array, tuple | None, Reports]:
-    """Runs layers whose parameters are a tuple, one after the other; no slice of a stack is copied."""
+    """Runs layers whose parameters are a tuple with one tree per layer, so that no slices of a stack are copied."""
     kept, reports = [], []
     for i, (kind, params, windowed) in enumerate(zip(config.kinds, layers, config.windowed, strict=True)):
         x, cache, report = layer(kind, x, params, caches and caches[i], windowed)
@@ -112,7 +112,7 @@ def scan(layer: Layer, x: Array, layers: Params, caches: Tree, config: ModelConf
 
 
 def _split(stacked: dict[str, Tree], period: Sequence[str], turns: int) -> tuple[dict[str, Tree], dict[str, Tree]]:
-    """(part for `turns` iterations of a loop [turns, layers per iteration, ...], rest) of each stack."""
+    """Splits each stack into `turns` iterations [turns, layers per iteration, ...] and the remaining layers."""
     looped, rest = {}, {}
     for part, tree in stacked.items():
         n = period.count(part) if part in period else len(period)

@@ -22,12 +22,13 @@ from model.net.kv_cache import KV, Cache
 from model.net.layers import Norm, unembed
 from model.weights import Params, Spec, Specs, Tree
 
-CUDNN = "dot_product_attention_fwd_wrapper"  # primitive of its forward kernel, whose result has no checkpoint name
+CUDNN = "dot_product_attention_fwd_wrapper"  # primitive of cuDNN's forward kernel, whose result has no checkpoint name
 
-# What is saved of a layer for the backward pass. "dots" saves the results of `weights.einsum` and, on a TPU or GPU, of
-# the attention kernel, and recomputes the rest; on a CPU that is faster than saving everything, since stacking
+# Results of a layer that are saved for the backward pass. "dots" saves the results of `weights.einsum` and, on a TPU or
+# GPU, of the attention kernel, and recomputes all others. On a CPU that is faster than saving everything: stacking
 # residuals in the scan costs more than softmax and silu.
-# By name, not by primitive: of a LoRA leaf only the sum is saved, not its two products, each as large as the sum.
+# Results are chosen by name and not by primitive. So for a LoRA leaf only the sum x W + x A B is saved, and not its two
+# terms, which are as large as the sum.
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -44,8 +45,8 @@ REPORTS = ("hidden",)  # known reports: the residual stream after each layer, [l
 class Hidden(NamedTuple):
     """The outputs of the layers for tokens [B,T]."""
 
-    x: Array  # [B,T,D], the input of the head
-    cache: Cache | None  # with these tokens written to it
+    x: Array  # [B,T,D], the head's input
+    cache: Cache | None  # the cache with these tokens added
     reports: dict[str, Array]  # the requested reports: name -> [layers that make it, ...]
 
 
@@ -137,12 +138,11 @@ class Transformer:
         types: Array | None = None,
         report: Sequence[str] = (),
     ) -> Hidden:
-        """The hidden states [B,T,D] of tokens [B,T], the cache with them written to it, and the reports named in
-        `report`.
+        """The hidden states [B,T,D] of tokens [B,T], the cache with these tokens added, and the requested reports.
 
-        Positions, segments and types (default 0, for models that have them) are [B,T] too. Without positions and
-        segments every row is one document that starts at 0; segment 0 is padding. Raises UserError for an unknown
-        report.
+        Positions, segments and types are [B,T] too; types, for models that have them, are 0 by default. Without
+        positions and segments, every row is one document that starts at position 0. Segment 0 is padding. Raises
+        UserError for an unknown report.
         """
         c = self.config
         if unknown := set(report) - set(REPORTS):
@@ -167,16 +167,16 @@ class Transformer:
         return Hidden(x, cache if kept else None, reports)
 
     def embedded(self, params: Params, x: Array, positions: Array, types: Array | None = None) -> Array:
-        """The input [B,T,D] of the first layer from rows [B,T,D] of the embedding table."""
+        """The input [B,T,D] of the first layer, computed from rows x [B,T,D] of the embedding table."""
         c = self.config
         if c.scale_embed:
-            x = x * jnp.bfloat16(c.embed**0.5).astype(x.dtype)  # Gemma was trained with the rounded root
+            x = x * jnp.bfloat16(c.embed**0.5).astype(x.dtype)  # Gemma was trained with the root in bfloat16
         if c.position == "learned":
             x = x + weights.take(params["position"]["table"], positions, self.dtype)
         if c.types:
             types = jnp.zeros_like(positions) if types is None else types
             x = x + weights.take(params["types"]["table"], types, self.dtype)
-        if c.norms == "post":  # the inputs of a layer are always normalized
+        if c.norms == "post":  # with "post" norms, the input of every layer is normalized
             x = Norm(c).apply({"params": params["embed_norm"]}, x)
         return x
 
@@ -217,7 +217,7 @@ class Transformer:
     ) -> Cache:
         """A cache for `length` tokens of `batch` rows; `kind` is one of kv_cache.KINDS.
 
-        It is empty, except for the virtual tokens (prefix and prompt tuning) of `params`, which come first.
+        It is empty, except that it begins with the virtual tokens (prefix and prompt tuning) of `params`.
         """
         c = self.config
 
@@ -238,9 +238,9 @@ class Transformer:
         return Cache(jnp.int32(virtual), layers, positions, segments)
 
     def _virtual(self, params: Params) -> Tree:
-        """Keys and values [K,P,H] of the virtual tokens, structured like a cache's layers; None for layers without.
+        """Keys and values [K,P,H] of the virtual tokens, structured like a cache's layers; None for recurrent layers.
 
-        Raises UserError for prompt tuning of a bidirectional model, where the keys of a prompt depend on the document.
+        Raises UserError for prompt tuning of a bidirectional model, in which the prompt's keys depend on the document.
         """
         layers = params["layers"]
         if "prompt" not in params:
@@ -267,7 +267,7 @@ def _prefix(layer: Params) -> KV | None:
 
 
 def _prepended(virtual: Tree, layers: Tree, batch: int, dtype: str, kind: str) -> Tree:
-    """A cache's `layers` after the keys and values [K,P,H] of virtual tokens, which are the same for every row."""
+    """A cache's `layers`, preceded by the keys and values [K,P,H] of virtual tokens, the same for every row."""
 
     def stored(x: Array) -> Array | kv_cache.Coded:
         rows = jnp.tile(x.astype(dtype), (*(1,) * (x.ndim - 3), batch, 1, 1))  # [B*K,P,H]
@@ -292,7 +292,7 @@ def virtual_tokens(params: Params) -> int:
 
 
 def constrain(x: Array) -> Array:
-    """Activations [B,T,D], sharded by their own logical axes, which differ from those of weights."""
+    """Constrains the sharding of activations [B,T,D] by their logical axes, which differ from those of weights."""
     return nn.with_logical_constraint(x, ("act_batch", "act_seq", "act_embed")[: x.ndim])
 
 

@@ -1,7 +1,7 @@
 """Bottleneck adapters: a small network after a sublayer (Houlsby et al. 2019, arXiv 1902.00751) or beside it.
 
-Sequential: y + s f(y D) U, with y the sublayer's output. Parallel: y + s f(x D) U, with x its input (He et al. 2021,
-arXiv 2110.04366). There are no biases.
+Sequential: y + s f(y D) U, where y is the sublayer's output. Parallel: y + s f(x D) U, where x is the sublayer's input
+(He et al. 2021, arXiv 2110.04366). There are no biases.
 """
 
 import math
@@ -21,7 +21,7 @@ SUBLAYERS = ("attn", "mlp")
 
 @flax.struct.dataclass
 class Bottleneck(Extra):
-    """`down` [layers, D, R] and `up` [layers, R, D]; a layer sees its own slice. Blocks call it after a sublayer."""
+    """`down` [layers, D, R] and `up` [layers, R, D], one slice per layer. Blocks call it after a sublayer."""
 
     down: Array
     up: Array
@@ -44,7 +44,7 @@ def make(
 ) -> Transform:  # fmt: skip
     """A Transform that adds an adapter to every sublayer ("attn", "mlp") that matches `where`; `up` starts at zero.
 
-    Raises ValueError when none matches.
+    Raises ValueError if no sublayer matches.
     """
     chosen = [name for name in SUBLAYERS if re.fullmatch(where, name)]
     if not chosen:

@@ -1,4 +1,4 @@
-"""DoRA (Liu et al. 2024, arXiv 2402.09353): LoRA trains the direction of a weight, a vector its magnitude.
+"""DoRA (Liu et al. 2024, arXiv 2402.09353): LoRA trains the direction of a weight; a vector trains its magnitude.
 
 Eq. 5: W' = m (W + s A B) / ||W + s A B||, with one norm per output feature.
 """
@@ -19,7 +19,7 @@ from model.weights import Spec, Transform, Weight
 
 @flax.struct.dataclass
 class DoRA(LoRA):
-    """LoRA whose sum is scaled per output feature; `magnitude` and `squares` are flat: [outputs]."""
+    """LoRA with W + s A B rescaled per output feature. `magnitude` and `squares` are flat: [outputs]."""
 
     magnitude: Array | None = None
     squares: Array | None = None  # ||W||^2 of the base
@@ -41,9 +41,9 @@ class DoRA(LoRA):
         return y if self.used == "head" else y * self.ratio(y.shape[-1:]).astype(dtype)
 
     def ratio(self, shape: tuple[int, ...]) -> Array:
-        """m / ||W + s A B|| per output. No gradient flows through the norm (section 4.3).
+        """m / ||W + s A B|| per output feature. No gradient flows through the norm (section 4.3).
 
-        ||W + s A B||^2 = ||W||^2 + 2 s <A^T W, B> + s^2 <A^T A B, B> per output: no matrix of W's size is built.
+        ||W + s A B||^2 = ||W||^2 + 2 s <A^T W, B> + s^2 <A^T A B, B> per output. So no matrix of W's size is built.
         """
         if self.cached is not None:
             return self.cached.reshape(shape)
@@ -56,7 +56,7 @@ class DoRA(LoRA):
         inner = 2 * projected + self.scale * jnp.einsum(f"{shared}Rr,{shared}r{produced}->{out}", gram, b)
         squares = self.squares + self.scale * (inner * b).sum(len(shared)).reshape(-1)
         norm = jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(squares, 1e-30)))
-        return (1 + (self.magnitude - norm) / norm).reshape(shape)  # exactly 1 at the start, however XLA rounds
+        return (1 + (self.magnitude - norm) / norm).reshape(shape)  # in this form exactly 1 at the start
 
     def for_inference(self) -> "DoRA":
         return super().for_inference().replace(cached=self.ratio(self.squares.shape))
@@ -91,13 +91,13 @@ def make(
     ranks: tuple = (),
     alphas: tuple = (),
 ) -> Transform:
-    """The arguments are those of model/peft/lora.py. Magnitudes start as the norms, so the model starts as the base."""
+    """The arguments are those of model/peft/lora.py. Magnitudes start as W's norms, so the model starts as the base."""
     wrap = lora.transform(DoRA, rank, alpha, where, rslora, dropout, ranks, alphas, "zero_b")
     return lambda params, specs, key: weights.replace(wrap(params, specs, key), specs, measure)
 
 
 def measure(path: str, leaf: Array | Weight, spec: Spec | None) -> Array | Weight:
-    """Fills in the norms of the base of a new DoRA leaf."""
+    """Fills in the norms of the base, and missing magnitudes, in a DoRA leaf; returns other leaves unchanged."""
     if not isinstance(leaf, DoRA):
         return leaf
     squares = jnp.square(norms(weights.dense_of(leaf.base, spec), spec))

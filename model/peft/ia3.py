@@ -15,7 +15,7 @@ from model.weights import Spec, Transform, Weight
 
 @flax.struct.dataclass
 class IA3(Weight):
-    """`base` with its features over `letters`, inputs or outputs, times `scale`, which is flat [features]."""
+    """`base` with its features (inputs or outputs, over the axes `letters`) multiplied by `scale`, flat [features]."""
 
     base: Array | Weight
     scale: Array
@@ -43,8 +43,8 @@ class IA3(Weight):
 
 
 def make(*, where: str = r"layers/attn/w[kv]|layers/mlp/down", inputs: str = r"layers/mlp/down") -> Transform:
-    """A Transform for the parameters that match `where`: those that also match `inputs` get their inputs rescaled, the
-    others their outputs.
+    """A Transform for the parameters that match `where`. If a parameter also matches `inputs`, its inputs are rescaled,
+    otherwise its outputs.
 
     Raises ValueError when `where` matches nothing.
     """

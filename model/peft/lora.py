@@ -19,8 +19,8 @@ from model.weights import AXES, Spec, Transform, Weight
 class LoRA(Weight):
     """`base` plus scale * A B. A is [contracted..., R] and B is [R, produced...], after the base's shared axes.
 
-    The same leaf serves an equation that contracts the other side (a tied unembedding): the factor that holds the
-    contracted letters is multiplied first. `used` names the uses of a tied table that the adapter changes.
+    The same leaf also serves an equation that contracts the produced axes, as a tied unembedding does: the factor with
+    the contracted axes is multiplied first. `used` says which uses of a tied table the adapter changes.
     """
 
     base: Array | Weight
@@ -28,12 +28,12 @@ class LoRA(Weight):
     b: Array
     eqn: str = flax.struct.field(pytree_node=False)  # the equation that the weight was declared with
     scale: float = flax.struct.field(pytree_node=False)
-    start: tuple[Array, Array] | None = None  # (A, B) of step 0 if A B is not 0: only the change since then is added
+    start: tuple[Array, Array] | None = None  # initial (A, B) if A B starts nonzero; its product is subtracted
     noise: Array | None = None  # key data for dropout, only in training
     dropout: float = flax.struct.field(default=0.0, pytree_node=False)
     used: str = flax.struct.field(default="both", pytree_node=False)  # | "lookup" | "head"
     trainable: ClassVar[tuple[str, ...]] = ("a", "b")
-    derived: ClassVar[tuple[str, ...]] = ("a", "start")  # also A for LoRA-FA, which keeps its initial A
+    derived: ClassVar[tuple[str, ...]] = ("a", "start")  # A is derived only for LoRA-FA, which keeps its initial A
 
     @property
     def letters(self) -> tuple[str, str]:
@@ -57,7 +57,7 @@ class LoRA(Weight):
         if not set(contracted) <= set(f):
             (first, f), (second, s) = (second, s), (first, f)
         low = xs.translate({ord(c): None for c in contracted}) + "R"  # [..., R]
-        y = self.scale * weights.einsum(f"{xs},{f}->{low}", x, first)  # scaled at rank R, the smallest array
+        y = self.scale * weights.einsum(f"{xs},{f}->{low}", x, first)  # scales the smallest array, of rank R
         return weights.einsum(f"{low},{s}->{out}", y, second)
 
     def take(self, ids: Array, dtype: DTypeLike) -> Array:
@@ -122,8 +122,8 @@ def make(
 
     `ranks` and `alphas` override `rank` and `alpha` by name: (("layers/mlp/.*", 8), ...), the first match wins.
     `dropout` acts on the adapter's input. `init`: "zero_b" draws A from N(0, 1/fan_in) and sets B to zero, so that the
-    transformed model equals the base bit for bit; "pissa" starts at the largest singular vectors of W (Meng et al.
-    2024, arXiv 2404.02948) and adds only the change since; "orthogonal" draws A and B whose product is zero.
+    transformed model equals the base bit for bit; "pissa" starts with the largest singular vectors of W (Meng et al.
+    2024, arXiv 2404.02948) and adds only the change of A B since then; "orthogonal" draws A and B with A B = 0.
     Raises ValueError when `where` or a rule matches nothing, or when a rank is too large for `init`.
     """
     return transform(LoRA, rank, alpha, where, rslora, dropout, ranks, alphas, init)
@@ -160,7 +160,7 @@ def _zero_b(base: None, spec: Spec, shapes: list[tuple], scale: float, key: Arra
 
 
 def _orthogonal(base: None, spec: Spec, shapes: list[tuple], scale: float, key: Array) -> tuple[Array, Array]:
-    """A from the even rows of one random orthogonal matrix, B from its odd rows, as in PEFT."""
+    """A from the even rows of a random orthogonal matrix, B from its odd rows, as in PEFT."""
     rank = shapes[0][-1]
     if rank % 2:
         raise ValueError(f"init='orthogonal' needs an even rank, not {rank}")
@@ -183,10 +183,10 @@ STARTS = {"zero_b": _zero_b, "orthogonal": _orthogonal, "pissa": _pissa}
 
 
 def truncate(w: Array, spec: Spec, rank: int) -> tuple[Array, Array, Array]:
-    """(A, B, singular values [..., min(in, out)]) of an array of `spec`: A B is its best approximation of rank `rank`
+    """(A, B, singular values [..., min(in, out)]) of the parameter w: A B is its best approximation of rank `rank`
     (Eckart & Young 1936), with the singular values split evenly between A and B.
 
-    Raises ValueError when `rank` exceeds that of the matrix.
+    Raises ValueError if `rank` exceeds the smaller dimension of the matrix.
     """
     _, contracted, produced = weights.split(spec.eqn)
     m = matrix(w, spec)

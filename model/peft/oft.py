@@ -14,7 +14,7 @@ from model.weights import Spec, Transform, Weight
 
 @flax.struct.dataclass
 class OFT(Weight):
-    """`base` with its features over `letters` rotated: its inputs, or the width of an embedding table.
+    """`base` with the features of the axes `letters` rotated: its inputs, or the width of an embedding table.
 
     `q` [blocks, b (b - 1) / 2] holds the entries above the diagonal of the skew-symmetric blocks Q.
     """
@@ -27,10 +27,10 @@ class OFT(Weight):
     trainable: ClassVar[tuple[str, ...]] = ("q",)
 
     def rotation(self) -> Array:
-        """R [..., blocks, b, b]: Cayley's (I - Q)(I + Q)^-1, or the first `terms` of the series of (I + Q)(I - Q)^-1.
+        """R [..., blocks, b, b]: Cayley's (I - Q)(I + Q)^-1, or `terms` terms of the series of (I + Q)(I - Q)^-1.
 
         The series (Qiu et al. 2025, arXiv 2506.19847) is I + 2 Q + 2 Q^2 + ... + Q^(terms - 1), with the signs and the
-        last factor of PEFT. It is orthogonal only for small Q.
+        last coefficient as in PEFT. R is then orthogonal only for small Q.
         """
         if self.cached is not None:
             return self.cached
@@ -59,7 +59,7 @@ class OFT(Weight):
         return self._turn(weights.take(self.base, ids, dtype), 1, "...nk,nck->...nc")
 
     def _turn(self, x: Array, n: int, eqn: str) -> Array:
-        """The last `n` axes of x, flattened and cut into blocks, times R."""
+        """Multiplies the last `n` axes of x, flattened and cut into blocks, by R."""
         r = self.rotation().astype(x.dtype)
         return jnp.einsum(eqn, x.reshape(*x.shape[:-n], *r.shape[:2]), r).reshape(x.shape)
 
@@ -81,7 +81,7 @@ class OFT(Weight):
 
 
 def block_of(elements: int) -> int:
-    """The b of b (b - 1) / 2 elements."""
+    """The block size b for which b (b - 1) / 2 is `elements`."""
     return (1 + math.isqrt(1 + 8 * elements)) // 2
 
 

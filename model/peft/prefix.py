@@ -1,4 +1,4 @@
-"""Prefix tuning (Li & Liang 2021, arXiv 2101.00190): trained keys and values stand before every document.
+"""Prefix tuning (Li & Liang 2021, arXiv 2101.00190): trained keys and values precede every document.
 
 They are the initial content of the key-value cache: see Transformer.cache.
 """

@@ -1,7 +1,7 @@
-"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691): trained embeddings stand before every document.
+"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691): trained embeddings precede every document.
 
-Nothing precedes them, so their keys and values are the same for every document: they are computed once, and the rest
-is prefix tuning. See Transformer.cache.
+No tokens precede the embeddings, so their keys and values are the same for every document. They are computed once, and
+then used as in prefix tuning. See Transformer.cache.
 """
 
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""An adapter that was trained before, from a run folder or a PEFT folder, to continue with in a new stage."""
+"""An adapter that was trained before, read from a run folder or a PEFT folder, to continue training in a new stage."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from model.weights import Params, Specs, Transform
 
 
 def check_base(folder: str, policy: Params) -> None:
-    """Raises UserError if the adapter that `policy` has from `folder` was trained on a different base model.
+    """Raises UserError if the adapter in `folder` was trained on a base model other than that of `policy`.
 
     Only a run folder records its base; a PEFT folder does not.
     """
@@ -21,9 +21,9 @@ def check_base(folder: str, policy: Params) -> None:
 
 
 def make(*, folder: str) -> Transform:
-    """A Transform that puts the adapter of `folder` on the base that it was trained on.
+    """A Transform that adds the adapter in `folder` to the base model on which it was trained.
 
-    Of a run folder the newest complete checkpoint is used. Raises UserError for a folder without an adapter.
+    From a run folder, the newest complete checkpoint is used. Raises UserError for a folder without an adapter.
     """
     path = Path(folder).expanduser()
     if (path / peft_read.CONFIG).exists():

@@ -1,4 +1,4 @@
-"""Chooses a format per matrix: the least error within a budget of bytes."""
+"""Chooses a format for each matrix, so that the total error is minimal within a budget of bytes."""
 
 import functools
 import re
@@ -22,8 +22,8 @@ Options = dict[str, dict[str, tuple[int, float]]]  # {path: {format: (bytes, err
 def measure(
     model: Transformer, x: np.ndarray, layer: Callable[[int], Params], encoders: dict[str, Encode], where: str
 ) -> dict[str, dict[str, float]]:
-    """{path: {format: error}} of the matrices that match `where`, with one rounded at a time, on embedded tokens x
-    [B,T,D].
+    """{path: {format: error}} of the matrices that match `where`, measured on embedded tokens x [B,T,D] by rounding one
+    matrix at a time.
 
     The error is |y' - y|^2 / |y|^2 of the layer's output y, averaged over tokens and summed over layers, so that the
     errors of different matrices can be compared. `layer(i)` reads the parameters of layer i.
@@ -56,8 +56,8 @@ def _relative(a: Array, b: Array) -> Array:
 
 
 def choose(options: Options, budget: int) -> dict[str, str]:
-    """{path: format} with the least sum of errors within `budget` bytes: the exact solution of the knapsack problem, by
-    dynamic programming over the Pareto front of (bytes, error). Raises UserError when the smallest formats do not fit.
+    """{path: format} with the least sum of errors within `budget` bytes. This solves the knapsack problem exactly, by
+    dynamic programming over the Pareto front of (bytes, error). Raises UserError if the smallest formats do not fit.
     """
     front: list[tuple[int, float, tuple[str, ...]]] = [(0, 0.0, ())]
     for formats in options.values():

@@ -1,6 +1,6 @@
-"""Codes fitted to a layer's inputs: GPTQ, AWQ and SmoothQuant on captured activations, with one layer in memory.
+"""Fits codes to a layer's inputs: GPTQ, AWQ and SmoothQuant on captured activations, with only one layer in memory.
 
-Of the inputs X [tokens, K] of a matrix they need only X'X and two figures per column.
+From the inputs X [tokens, K] of a matrix, these methods need only X'X and two statistics per column.
 """
 
 import functools
@@ -22,8 +22,8 @@ from model.quant._leaf import Encode, Quantized
 from model.quant._matrix import Format, Rounding, fit, letters, matrix, nearest, spread
 from model.weights import Params, Spec, Weight
 
-EXPONENTS = 20  # that AWQ tries, from 0 to 1
-STEP = 128  # rows that GPTQ rounds before it corrects the rest
+EXPONENTS = 20  # number of exponents between 0 and 1 that AWQ tries
+STEP = 128  # number of rows that GPTQ rounds before it corrects the remaining rows
 DAMPING = 0.01  # added to the diagonal of X'X, as a fraction of the diagonal's mean
 
 
@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
 
 @flax.struct.dataclass
 class Probe(Weight):
-    """Multiplies like `w`, and records its input in `seen` while tracing."""
+    """Multiplies as `w` does, and records its input in `seen` while it is traced."""
 
     w: Array
     at: tuple[str, str] = flax.struct.field(pytree_node=False)  # path, equation
@@ -54,19 +54,19 @@ def _inputs(x: Array, k: int) -> Inputs:
     return Inputs(x.T @ x, size.sum(0), size.max(0))
 
 
-# --- the methods: matrix [K, N], statistics of its inputs -> a solver or a leaf ---
+# --- the methods: from a matrix [K, N] and statistics of its inputs to a Rounding or a leaf ---
 
 
 def factor(gram: Array) -> Array:
-    """Upper Cholesky factor U of the inverse of the damped X'X: inverse = U'U."""
+    """The upper Cholesky factor U of the inverse of the damped X'X, so that the inverse is U'U."""
     h = np.asarray(gram, np.float64)
     h = h + DAMPING * (np.trace(h) / len(h) or 1.0) * np.eye(len(h))
     return jnp.asarray(np.linalg.cholesky(np.linalg.inv(h)).T, jnp.float32)
 
 
 def gptq(upper: Array, m: Array, form: Format) -> Rounding:
-    """GPTQ (Frantar et al. 2022, arXiv 2210.17323, algorithm 1): rounds the rows of K one after the other; X'X says how
-    the remaining rows compensate for each error. A group's scale is fitted when its first row is reached."""
+    """GPTQ (Frantar et al. 2022, arXiv 2210.17323, algorithm 1): rounds the K rows one after the other. X'X determines
+    how the remaining rows compensate for each row's error. A group's scale is fitted when its first row is reached."""
     m, k = m.astype(jnp.float32), m.shape[0]
     groups = form.tile[0] < k
     whole, step = None if groups else fit(m, form), form.tile[0] if groups else STEP
@@ -101,13 +101,13 @@ def _gptq_block(form: Format, m: Array, upper: Array, scale: Array, offset: Arra
 
 
 def rescaled(w: Array, eqn: str, factors: Array, encode: Encode) -> Quantized:
-    """The leaf of `w` whose inputs are divided, and whose rows are multiplied, by `factors` [K]."""
+    """Quantizes `w` with its rows multiplied by `factors` [K]; the leaf divides its inputs by `factors`."""
     inverse = (1 / factors).astype(jnp.bfloat16)[:, None]
     return encode(w, eqn, solve=lambda m, form: nearest(m / inverse.astype(jnp.float32), form)).with_inverse(inverse)
 
 
 def awq(w: Array, eqn: str, inputs: Inputs, encode: Encode) -> Quantized:
-    """AWQ (Lin et al. 2023, arXiv 2306.00978, eq. 4-5): factors |x|^a with the exponent a of the least error."""
+    """AWQ (Lin et al. 2023, arXiv 2306.00978, eq. 4-5): factors |x|^a, with the a that gives the least error."""
     size = jnp.maximum(inputs.size / inputs.size.mean(), 1e-4)
     best, least = None, np.inf
     for i in range(EXPONENTS):
@@ -127,7 +127,7 @@ def smoothquant(w: Array, eqn: str, inputs: Inputs, encode: Encode) -> Quantized
 
 
 def output_error(w: Array, eqn: str, leaf: Quantized, gram: Array) -> Array:
-    """|X W - X W'| / |X W|, with X not rounded."""
+    """|X W - X W'| / |X W|, where X is not rounded, and W' is the quantized W."""
     m = matrix(w, eqn).astype(jnp.float32)
     e = m - matrix(leaf.floats(jnp.float32), eqn)
     square = lambda a: ((gram @ a) * a).sum()
@@ -135,7 +135,7 @@ def output_error(w: Array, eqn: str, leaf: Quantized, gram: Array) -> Array:
 
 
 def solve(method: str, w: Array, eqn: str, inputs: Inputs, upper: Callable[[], Array], encode: Encode) -> Quantized:
-    """The leaf of one matrix by the method of a name; `upper()` is `factor` of the inputs."""
+    """Quantizes one matrix by the named method; `upper()` returns `factor` of the inputs' X'X."""
     if method == "rtn":  # round to nearest
         return encode(w, eqn)
     if method == "gptq":
@@ -158,9 +158,9 @@ def calibrate(
 ) -> Iterator[tuple[Params, dict[str, float]]]:  # fmt: skip
     """(parameters, relative output errors by path) of each layer in turn, from embedded batches `xs` [B,T,D].
 
-    `layer(i)` reads the float parameters of layer i; nothing else is in memory. `encoder(path)` gives the encoder of a
-    matrix. As in GPTQ, a layer's inputs are the outputs of the quantized layers before it. `where` must match only
-    plain matrices, not the experts of a layer, which see different tokens.
+    `layer(i)` reads the float parameters of layer i; no other layer is in memory. `encoder(path)` returns the encoder
+    of a matrix. As in GPTQ, a layer's inputs are the outputs of the quantized layers before it. `where` must not match
+    the experts of a layer, since each expert gets different tokens.
     """
     for i in range(model.config.layers):
         which, params = (model.config.kinds[i], model.config.windowed[i]), layer(i)
@@ -200,7 +200,7 @@ def _layer(model: Transformer, which: Which, params: Params, x: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _observe(model: Transformer, which: Which, where: str, params: Params, x: Array) -> dict[tuple, Inputs]:
-    """The inputs of a layer's matrices: {((path, equation), ...) of the matrices that share an input: Inputs}."""
+    """{((path, equation), ...): Inputs} of a layer's matrices; a key lists all matrices that share an input."""
     seen: dict[tuple[str, str], Array] = {}
 
     def probe(path: str, spec: Spec, w: Array) -> Array | Probe:

@@ -1,6 +1,6 @@
-"""The quantized leaf: codes, and a scale per tile, in place of a weight; and the Transform that makes such leaves.
+"""The quantized leaf, which has codes and a scale per tile in place of a weight, and the Transform that makes it.
 
-`_multiply.py` chooses how to multiply by them.
+`_multiply.py` chooses how to multiply by such leaves.
 """
 
 import dataclasses
@@ -18,38 +18,38 @@ from model.quant import _multiply
 from model.quant._matrix import Format, Solve, align, letters, matrix, nearest, spread, transposed
 from model.weights import AXES, Params, Spec, Specs, Weight
 
-Encode = Callable[..., Weight]  # (w, eqn) -> the leaf of a weight; a quantized one also takes `solve`
+Encode = Callable[..., Weight]  # (w, eqn) -> the leaf of a weight; encoders of Quantized leaves also take `solve`
 
 
 @flax.struct.dataclass
 class Quantized(Weight):
-    """A frozen weight as numbers * scale + offset: a matrix [..., K, N], stored as [..., N, K] if it is `transposed` in
-    its equation. Products with it are differentiable only by the other operand."""
+    """A frozen weight as numbers * scale + offset. It is a matrix [..., K, N], stored as [..., N, K] if it is
+    `transposed` in its equation. A product with it is differentiable only with respect to the other operand."""
 
     codes: Array
     scale: Array  # one per tile
     offset: Array | None  # one per tile
     inverse: Array | None  # [..., K, 1]: inputs are multiplied by it first (AWQ, SmoothQuant)
     eqn: str = flax.struct.field(pytree_node=False)  # the equation that the weight was declared with
-    sizes: tuple[int, ...] = flax.struct.field(pytree_node=False)  # sizes of its letters
+    sizes: tuple[int, ...] = flax.struct.field(pytree_node=False)  # sizes of the weight's axes in `eqn`
     tile: tuple[int, int] = flax.struct.field(pytree_node=False)
     whole: ClassVar[bool] = True
     activations: ClassVar[bool] = False  # whether inputs are rounded too
     unpack_rows: ClassVar[Callable[[Array], list[Array]] | None] = (
-        None  # codes -> numbers of each row that shares a byte
+        None  # bytes -> one array of numbers for each row that shares a byte
     )
     kernel_format: ClassVar[str] = ""  # name of the format of the codes in kernels/
 
     def numbers(self, codes: Array) -> Array:
-        """The numbers, float32 [..., K, N], of codes in matrix order."""
+        """The numbers, float32 [..., K, N], that the codes of a matrix [..., K, N] stand for."""
         raise NotImplementedError
 
     @classmethod
     def of(
         cls, form: Format, codes: Callable[[Array], Array], w: Array, eqn: str, solve: Solve = nearest
     ) -> "Quantized":
-        """A leaf in place of the weight `w`, rounded by `solve`; `codes` encodes its numbers [..., K, N]. Tiles are
-        limited to the size of the matrix."""
+        """The leaf that replaces the weight `w`, rounded by `solve`; `codes` encodes the rounded numbers [..., K, N].
+        Tiles are limited to the size of the matrix."""
         m = matrix(w, eqn)
         form = form._replace(tile=tuple(map(min, form.tile, m.shape[-2:])))
         r = solve(m, form)
@@ -82,7 +82,7 @@ class Quantized(Weight):
         return math.prod(self.sizes_of(k)), math.prod(self.sizes_of(n))
 
     def sizes_of(self, side: str) -> list[int]:
-        """Sizes of some of the weight's letters."""
+        """Sizes of the weight's axes with the letters `side`."""
         size = dict(zip(weights.operands(self.eqn)[1], self.sizes, strict=True))
         return [size[c] for c in side]
 
@@ -95,12 +95,12 @@ class Quantized(Weight):
         return self.in_order(self.plain_scales().scale)
 
     def plain_scales(self) -> "Quantized":
-        """This leaf with its scales as floats, if they are codes themselves."""
+        """This leaf with its scales decoded to floats, if the scales are stored as codes."""
         return self
 
     def matrix(self) -> Array:
         """Dequantized float32 [..., K, N], without `inverse`."""
-        codes = self.in_order(self.codes)[..., : self.kn[1]]  # `for_inference` may have padded them
+        codes = self.in_order(self.codes)[..., : self.kn[1]]  # `for_inference` may have padded the columns
         m = self.numbers(codes) * spread(self.scales().astype(jnp.float32), self.tile, self.kn)
         if self.offset is not None:
             m = m + spread(self.in_order(self.offset).astype(jnp.float32), self.tile, self.kn)
@@ -128,7 +128,7 @@ class Quantized(Weight):
 
     def take(self, ids: Array, dtype: DTypeLike) -> Array:
         def rows(a: Array | None, n: int) -> Array | None:
-            """The rows of a table, or of an array with one row per `n` of the table's, or with a single row for all."""
+            """The rows `ids` of an array with one row per `n` rows of the table; a single row serves all ids."""
             return a if a is None or a.shape[0] == 1 else weights.take(a, ids.ravel() // n, a.dtype)
 
         plain = self.plain_scales()
@@ -142,7 +142,7 @@ class Quantized(Weight):
         return _multiply.for_inference(self)
 
     def macs(self, stacked: int) -> "Quantized":
-        """The codes count as the whole matrix, the other arrays as 0."""
+        """The codes count as many multiply-adds as the whole matrix, the other arrays none."""
         none = {f: 0 for f in weights.fields(self) if getattr(self, f) is not None}
         return self.replace(**none | {"codes": self.size})
 
@@ -157,7 +157,7 @@ class Quantized(Weight):
 class Quantizer:
     """A Transform that replaces every multiplied parameter whose name matches `where` by `encode(w, eqn)`.
 
-    With `scaled` a leaf has the input factors of AWQ and SmoothQuant, set to 1. Raises ValueError, when called, if
+    If `scaled`, leaves also have the input factors of AWQ and SmoothQuant, set to 1. A call raises ValueError if
     `where` matches nothing.
     """
 

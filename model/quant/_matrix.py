@@ -1,7 +1,7 @@
 """A weight as a matrix, and its rounding to a grid of numbers with a scale per tile.
 
-Scales are bfloat16: a number of at most 8 bits times such a scale is exact in float32. So neither the order of
-operations nor fusion changes a dequantized value, and quantizing it again gives the same codes.
+Scales are bfloat16, because a number of at most 8 bits times a bfloat16 is exact in float32. So neither the order of
+operations nor fusion changes a dequantized value, and quantizing that value again gives the same codes.
 """
 
 import math
@@ -15,16 +15,16 @@ from jax import Array
 from model import weights
 
 PERCENTILE = 99.9  # percentile of the magnitudes in a tile
-RATIOS = [1 - i / 32 for i in range(17)]  # fractions of the largest magnitude: the clipping thresholds that "mse" tries
-FLOATS = {  # dtype, bits of the mantissa, smallest exponent, largest number
+RATIOS = [1 - i / 32 for i in range(17)]  # clipping thresholds that "mse" tries, relative to the largest magnitude
+FLOATS = {  # {name: (dtype, bits of the mantissa, smallest exponent, largest number)}
     "e4m3": (jnp.float8_e4m3fn, 3, -6, 448.0),
     "e5m2": (jnp.float8_e5m2, 2, -14, 57344.0),
 }
 
 
 def letters(eqn: str) -> tuple[str, str, str]:
-    """The weight's letters by role: shared, K (contracted), N (produced). For an embedding table K is the width of a
-    row, which a tied head contracts; so every row has its own scales."""
+    """The weight's letters by role: shared, K (contracted), N (produced). For an embedding table, K is the width of a
+    row, which a tied head contracts, so that every row has its own scales."""
     shared, contracted, produced = weights.split(eqn)
     return (shared, produced, contracted) if "V" in contracted else (shared, contracted, produced)
 
@@ -48,8 +48,8 @@ def matrix(w: Array, eqn: str) -> Array:
 
 
 def align(a: Array, own: str, to: str) -> Array:
-    """An array with the axes `own`, reshaped to broadcast against one with the axes `to`. Axes of `own` that `to` lacks
-    must have size 1."""
+    """An array with the axes `own`, reshaped to broadcast against an array with the axes `to`. Axes of `own` that `to`
+    lacks must have size 1."""
     size = dict(zip(own, a.shape, strict=True))
     return a.reshape([size.get(c, 1) for c in to])
 
@@ -79,20 +79,20 @@ Solve = Callable[[Array, Format], Rounding]  # rounds a matrix [..., K, N]: `nea
 
 
 def bf16(x: Array) -> Array:
-    """Rounds to bfloat16 but stays float32. XLA may drop a pair of casts, but never `reduce_precision`."""
+    """Rounds to bfloat16 but stays float32. XLA may drop a cast and its inverse, but never `reduce_precision`."""
     return jax.lax.reduce_precision(x, 8, 7)
 
 
 def spread(scale: Array, tile: tuple[int, int], shape: tuple[int, int]) -> Array:
-    """Values per tile as a full matrix [..., K, N]."""
+    """Repeats values per tile to a full matrix [..., K, N]."""
     for axis, n in ((-2, tile[0]), (-1, tile[1])):
         scale = scale if scale.shape[axis] == 1 else jnp.repeat(scale, n, axis)
     return scale[..., : shape[0], : shape[1]]
 
 
 def _tiles(m: Array, tile: tuple[int, int]) -> Array:
-    """[..., tiles, rows of a tile, tiles, columns of a tile]; incomplete tiles repeat the last row or column, which
-    changes no extremum."""
+    """[..., tiles, rows of a tile, tiles, columns of a tile]. Incomplete tiles are filled by repeating the last row or
+    column, which does not change the minimum and maximum."""
     pad = [-n % t for n, t in zip(m.shape[-2:], tile, strict=True)]
     m = jnp.pad(m, [(0, 0)] * (m.ndim - 2) + [(0, p) for p in pad], mode="edge")
     k, n = m.shape[-2:]
@@ -110,7 +110,7 @@ def fit(m: Array, form: Format) -> tuple[Array, Array | None]:
         half, middle, top = (t.max(over) - t.min(over)) / 2, (t.max(over) + t.min(over)) / 2, top + 0.5
 
     def at(ratio: float) -> tuple[Array, Array | None]:
-        scale = bf16(half * (ratio / top))  # multiplied: compiled and eager divisions by a constant round differently
+        scale = bf16(half * (ratio / top))  # eager and compiled divisions by a constant round differently
         scale = jnp.where(scale == 0, 1, scale)
         return scale, None if form.symmetric else bf16(middle + scale / 2)
 
@@ -146,8 +146,8 @@ def int8_grid(v: Array) -> Array:
 
 
 def round_float(v: Array, mantissa: int, smallest: int, top: float, key: Array | None = None) -> Array:
-    """Rounds to the nearest float of few bits, ties to even, clipped; with a key up or down at random, so that the mean
-    is exact. By arithmetic, since XLA may drop a pair of casts."""
+    """Rounds to the nearest float of few bits, ties to even, and clips. With a key, rounds up or down at random, so
+    that the mean is exact. Uses arithmetic, since XLA may drop a cast to a narrower dtype and back."""
     exponent = jnp.maximum(jnp.frexp(v)[1] - 1, smallest)
     step = jnp.ldexp(jnp.float32(1), exponent - mantissa)
     steps = jnp.round(v / step) if key is None else jnp.floor(v / step + jax.random.uniform(key, v.shape))
@@ -157,7 +157,7 @@ def round_float(v: Array, mantissa: int, smallest: int, top: float, key: Array |
 def round_rows(x: Array, own: str, summed: str, dtype: str = "int8", key: Array | None = None) -> tuple[Array, Array]:
     """(codes, float32 scales of size 1 in the axes `summed`) of an array whose axes are the letters `own`.
 
-    `dtype` is "int8" or one of FLOATS. With a key values are rounded up or down at random, so that the mean is exact.
+    `dtype` is "int8" or a key of FLOATS. With a key, values are rounded up or down at random, with an exact mean.
     """
     kind, *bits = FLOATS.get(dtype, (jnp.int8, 127))
     x = x.astype(jnp.float32)

@@ -1,7 +1,7 @@
 """Products with a quantized leaf: by a kernel if the platform has a suitable one, else by XLA with a float matrix.
 
-A kernel multiplies the rows of x on one device by that device's part of the matrix. XLA does everything else: experts,
-offsets, and formats without a kernel. `kernels/` says what each kernel is for.
+A kernel multiplies the rows of x on one device by that device's part of the matrix. XLA computes all other products:
+with experts, with offsets, and with formats that have no kernel. The files in `kernels/` describe each kernel.
 """
 
 import math
@@ -28,7 +28,7 @@ Kernel = Callable[..., Array]  # (x [M,K], codes, scale, group=, dtype=) -> [M,N
 
 def einsum(eqn: str, x: Array, leaf: "Quantized") -> Array:
     """`jnp.einsum` of x and the weight that a leaf represents, without its `inverse`."""
-    if weights.split(eqn)[1] != letters(leaf.eqn)[1]:  # N is contracted, which no format supports
+    if weights.split(eqn)[1] != letters(leaf.eqn)[1]:  # N is contracted, which the formats do not support
         return weights.product(eqn, x, jax.lax.stop_gradient(leaf.floats(x.dtype)))
     return _product(eqn, x, leaf)
 
@@ -43,7 +43,7 @@ def _forward(eqn: str, x: Array, leaf: "Quantized") -> tuple[Array, "Quantized"]
 
 
 def _backward(eqn: str, leaf: "Quantized", g: Array) -> tuple[Array, None]:
-    """Only the codes are kept for the backward pass: the matrix is dequantized again."""
+    """Only the codes are kept for the backward pass, which dequantizes the matrix again."""
     return routed(eqn, g, leaf, backward=True), None
 
 
@@ -51,7 +51,7 @@ _product.defvjp(_forward, _backward)
 
 
 def routed(eqn: str, x: Array, leaf: "Quantized", backward: bool = False) -> Array:
-    """The product; if `backward`, its gradient by the activation, where x is the gradient of the result."""
+    """The product; if `backward`, its gradient with respect to the activation, and x is the gradient of the result."""
     from kernels import partition
 
     by_xla = partial(gradient if backward else product, eqn)
@@ -77,7 +77,7 @@ def routed(eqn: str, x: Array, leaf: "Quantized", backward: bool = False) -> Arr
 
 
 def kernels(leaf: "Quantized", rows: int, dtype: DTypeLike, backward: bool) -> dict[str, Kernel]:
-    """{platform: kernel} to multiply `rows` of x per device by the matrix, or by its transpose if `backward`."""
+    """{platform: kernel} to multiply `rows` rows of x per device by the matrix, or by its transpose if `backward`."""
     from kernels import codes_triton, few_rows, int4_matmul, nf4
 
     found: dict[str, Kernel] = {}
@@ -98,7 +98,7 @@ def kernels(leaf: "Quantized", rows: int, dtype: DTypeLike, backward: bool) -> d
 
 
 def _looked_up(leaf: "Quantized", dtype: DTypeLike) -> bool:
-    """Whether a TPU has a kernel that dequantizes the leaf."""
+    """Whether there is a TPU kernel that dequantizes the leaf by looking up its levels."""
     from kernels import nf4
 
     if leaf.kernel_format != "nf4" or dtype != jnp.bfloat16 or leaf.codes.ndim > 2 or transposed(leaf.eqn):
@@ -107,7 +107,7 @@ def _looked_up(leaf: "Quantized", dtype: DTypeLike) -> bool:
 
 
 def _split(leaf: "Quantized") -> tuple[Axes, Axes]:
-    """The mesh axes over which the rows and the columns of its matrix are sharded; only whole tiles are."""
+    """The mesh axes over which the rows and the columns of the leaf's matrix are sharded; tiles are never split."""
     _, k, n = letters(leaf.eqn)
     tiles = [size // t if size % t == 0 else 1 for size, t in zip(leaf.kn, leaf.tile)]
     rows, columns = (a if len(a) == 1 else () for a in weights.mesh_axes((AXES[k[0]], AXES[n[0]]), tiles))
@@ -115,17 +115,17 @@ def _split(leaf: "Quantized") -> tuple[Axes, Axes]:
 
 
 def _part(leaf: "Quantized") -> tuple[int, int]:
-    """Rows and columns of its matrix per device."""
+    """The number of rows and of columns of the leaf's matrix per device."""
     k, n = (size // weights.shards(*axes) for size, axes in zip(leaf.kn, _split(leaf)))
     return k, n
 
 
-# --- by XLA ---
+# --- products computed by XLA ---
 
 
 def product(eqn: str, x: Array, leaf: "Quantized") -> Array:
-    """The product, with the matrix as an array. With `activations` (W8A8) x is rounded too, per token, with a
-    straight-through gradient; for experts x is not rounded."""
+    """The product, with the matrix as an array. If the leaf has `activations` (W8A8), x is rounded too, per
+    token, with a straight-through gradient, except for experts."""
     xs, _, out = weights.operands(eqn)
     shared, contracted, _ = weights.split(eqn)
     to_columns = lambda scale: align(scale, letters(leaf.eqn)[2], out)
@@ -140,7 +140,7 @@ def product(eqn: str, x: Array, leaf: "Quantized") -> Array:
 
 
 def gradient(eqn: str, g: Array, leaf: "Quantized") -> Array:
-    """The gradient of `product` by x, where g is the gradient of its result."""
+    """The gradient of `product` with respect to x, where g is the gradient of the result of `product`."""
     xs, ws, out = weights.operands(eqn)
     w, scale = _factors(leaf, g.dtype)
     g = g if scale is None else (g * align(scale, letters(leaf.eqn)[2], out)).astype(g.dtype)
@@ -153,7 +153,7 @@ def product_of_codes(eqn: str, a: Array, b: Array) -> Array:
 
 
 def _factors(leaf: "Quantized", dtype: DTypeLike) -> tuple[Array, Array | None]:
-    """The weight as (array, scale [N letters]), to be multiplied; the scale is None if columns have more than one."""
+    """(array, scale per column), whose product is the weight; scale is None if a column has several scales."""
     shared, _, n = letters(leaf.eqn)
     if leaf.tile[0] < leaf.kn[0] or leaf.offset is not None or shared:
         return _dequantized(leaf, dtype), None
@@ -163,7 +163,7 @@ def _factors(leaf: "Quantized", dtype: DTypeLike) -> tuple[Array, Array | None]:
 
 
 def _dequantized(leaf: "Quantized", dtype: DTypeLike) -> Array:
-    """The weight as an array; on a TPU by a kernel if there is one."""
+    """The weight as an array, dequantized on a TPU by a kernel if there is one."""
     from kernels import nf4, partition
 
     plain = lambda *_: leaf.shaped(leaf.matrix()).astype(dtype)
@@ -182,10 +182,10 @@ def _dequantized(leaf: "Quantized", dtype: DTypeLike) -> Array:
 def for_inference(leaf: "Quantized") -> "Quantized | Array":
     """The leaf of one layer, prepared for decoding on one device.
 
-    A CPU without a kernel multiplies floats: they are computed once, since otherwise every step would allocate and
-    write those of all layers. For the TPU kernel the columns are padded to a multiple of 128 if XLA would otherwise
-    store the bytes column-major.
-    On a mesh the leaf is left as it is: second-level scales cross its shards, and decoding them takes collectives.
+    A CPU without a suitable kernel multiplies floats. They are computed once, since otherwise every step would
+    allocate and write the floats of all layers. For the TPU kernel, the columns are padded to a multiple of 128 if
+    XLA would otherwise store the bytes column-major.
+    On a mesh the leaf stays unchanged: second-level scales cross its shards, so decoding them would need collectives.
     """
     from kernels import packing, partition
 

@@ -1,8 +1,8 @@
 """Four-bit integers with a scale per group along the contracted axis; two codes per byte.
 
-Codes are packed in bytes and not `jnp.int4`, which on a CPU takes a byte per code, in memory and on disk, and 1.5 to
-2.5 times as long to unpack. Neighboring rows share a byte, so that no group and no shard is split, and a TPU kernel
-reads the bytes as `int4` rows without a shift.
+Codes are packed in bytes instead of using `jnp.int4`. On a CPU, `jnp.int4` takes a byte per code, in memory and on
+disk, and 1.5 to 2.5 times as long to unpack. Neighboring rows share a byte, so that groups and shards are whole bytes,
+and a TPU kernel can read the bytes as `int4` rows without a shift.
 """
 
 from functools import partial
@@ -39,6 +39,6 @@ def make(
     *, group: int = 64, symmetric: bool = True, calibration: Literal["absmax", "percentile", "mse"] = "absmax",
     scaled: bool = False, where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
-    """A Transform: 4 + 16 / group bits per weight; without `symmetric` 4 + 32 / group."""
+    """A Transform: 4 + 16 / group bits per weight, or 4 + 32 / group if not `symmetric`."""
     form = Format(grid, 7, (group, 1), calibration, symmetric)
     return Quantizer(partial(Int4.of, form, pack), where, scaled)

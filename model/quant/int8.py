@@ -1,7 +1,7 @@
-"""Eight-bit integers with one scale per output channel; with `activations` also the inputs, with one scale per token.
+"""Eight-bit integers with one scale per output channel. With `activations`, inputs too, with one scale per token.
 
-On a TPU, XLA already reaches the memory bound for both variants, so there is no kernel; on a CPU, integer matmuls are
-the fast path.
+On a TPU, XLA's own products are already limited only by memory bandwidth in both variants, so there is no TPU kernel.
+On a CPU, integer matmuls are the fast path.
 """
 
 from typing import ClassVar, Literal
@@ -31,7 +31,7 @@ def make(
     *, activations: bool = False, calibration: Literal["absmax", "percentile", "mse"] = "absmax",
     scaled: bool = False, where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
-    """A Transform: 8 bits per weight and 16 per output channel."""
+    """A Transform: 8 bits per weight, and a scale of 16 bits per output channel."""
     form = Format(int8_grid, 127, (WHOLE, 1), calibration)
 
     def encode(w: Array, eqn: str, solve: Solve = nearest) -> Int8:

@@ -1,8 +1,9 @@
 """NF4 with double quantization (QLoRA, Dettmers et al. 2023, arXiv 2305.14314): the quantiles of a normal distribution.
 
-4 bits per weight, 8 per group of 64 for its largest magnitude (the scale), and 32 per 256 scales: 4.127 bits per
-weight. The paper stores the scales as 8-bit floats after subtracting their mean; here they are integer multiples of a
-step, the largest of 256 scales / 255. Their error of 0.2 % is small beside that of the weights, 9 %.
+A weight takes 4 bits, a group of 64 weights takes 8 bits for its scale (its largest magnitude), and 256 scales share 32
+bits: together 4.127 bits per weight. The paper stores the scales as 8-bit floats after subtracting their mean. Here
+they are integer multiples of a step, which is the largest of 256 scales divided by 255. The error of the scales, 0.2 %,
+is small compared with the error of the weights, 9 %.
 """
 
 from typing import ClassVar
@@ -63,7 +64,7 @@ def _double(leaf: NF4) -> NF4:
 
 
 def make(*, group: int = 64, double: bool = True, where: str = r"layers/.*") -> Quantizer:
-    """A Transform: 4 bits per weight and 8.125 per group; without `double` 16 per group."""
+    """A Transform: 4 bits per weight, and 8.125 bits per group, or 16 if not `double`."""
     form = Format(grid, 1, (group, 1))
 
     def encode(w: Array, eqn: str, solve: Solve = nearest) -> NF4:

@@ -1,5 +1,5 @@
-"""Quantization-aware training (Jacob et al. 2018, arXiv 1712.05877): the forward pass of the quantized model, and the
-gradient as if it were not quantized (straight-through, Bengio et al. 2013, arXiv 1308.3432)."""
+"""Quantization-aware training (Jacob et al. 2018, arXiv 1712.05877): the forward pass is that of the quantized
+model, the gradient that of the float model (straight-through, Bengio et al. 2013, arXiv 1308.3432)."""
 
 import functools
 from collections.abc import Callable
@@ -19,19 +19,19 @@ from model.weights import Params, Spec, Weight
 
 @flax.struct.dataclass
 class FakeQuant(Weight):
-    """A float weight that multiplies bit for bit as its quantized leaf does, from training step `start` on."""
+    """A float weight. From training step `start` on, its products equal those of its quantized leaf bit for bit."""
 
     w: Array
     eqn: str = flax.struct.field(pytree_node=False)
     format: str = flax.struct.field(pytree_node=False)  # a file of this folder
     options: tuple[tuple[str, int | bool], ...] = flax.struct.field(pytree_node=False)  # arguments of its `make`
     start: int = flax.struct.field(pytree_node=False)
-    live: Array | None = None  # bool [stack...]: whether it quantizes yet; set only in training
+    live: Array | None = None  # bool [stack...]: whether `start` is reached; set only in training
     trainable: ClassVar[tuple[str, ...]] = ("w",)
 
     @property
     def encode(self) -> Callable[[Array], Weight]:
-        """Makes the quantized leaf of a float weight."""
+        """The function that makes the quantized leaf of a float weight."""
         make = methods.module("model.quant", self.format).make
         return functools.partial(make(**dict(self.options)).encode, eqn=self.eqn)
 
@@ -58,7 +58,7 @@ class FakeQuant(Weight):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
 def _straight_through(use: Callable, x: Array, w: Array, live: Array | None, encode: Callable) -> Array:
-    # Without the barrier XLA may fuse the rounding with a sum and change its order: bits would differ from inference.
+    # Without the barrier XLA may fuse the rounding with a sum and change its order, so that bits differ from inference.
     quantized = lambda: use(x, jax.lax.optimization_barrier(encode(w)))
     return quantized() if live is None else jax.lax.cond(live, quantized, lambda: use(x, w))
 
@@ -68,7 +68,7 @@ def _forward(use: Callable, x: Array, w: Array, live: Array | None, encode: Call
 
 
 def _backward(use: Callable, encode: Callable, residuals: tuple, g: Array) -> tuple:
-    """The gradient of x through the quantized weight, that of w as if w itself had been used."""
+    """The gradient for x goes through the quantized weight; the gradient for w is as if w itself had been used."""
     x, w, live = residuals
     moves = jnp.issubdtype(x.dtype, jnp.inexact)
     by_x = lambda leaf: jax.vjp(lambda x: use(x, leaf), x)[1](g)[0]
@@ -83,7 +83,7 @@ _straight_through.defvjp(_forward, _backward)
 
 
 def converted(params: Params) -> Params:
-    """Every FakeQuant replaced by its quantized leaf: the model to save after training."""
+    """`params` with every FakeQuant replaced by its quantized leaf, as saved after training."""
     fake = lambda x: isinstance(x, FakeQuant)
     return jax.tree.map(lambda w: w.convert() if fake(w) else w, params, is_leaf=fake)
 
@@ -92,7 +92,7 @@ def make(
     *, format: Literal["int2", "int4", "int8", "nf4", "fp8"] = "int4", group: int | None = None,
     activations: bool | None = None, start: int = 0, where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
-    """A Transform. `group` is an option of formats with groups, `activations` of int8.
+    """A Transform. `group` is an option of the formats with groups; `activations` is an option of int8.
 
     Raises ValueError for an option that the format does not have.
     """

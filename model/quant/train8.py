@@ -1,8 +1,9 @@
 """Training with 8-bit matrix products in the forward and the backward pass (as in AQT and FP8-LM, arXiv 2310.18313).
 
-Weights stay float and are rounded at each use. A scale cannot vary along a contracted axis. In the backward pass such
-scales are multiplied into the output's gradient before it is rounded: those of W for the gradient of x, which can then
-use the codes of the forward pass, and those of the tokens for the gradient of W.
+Weights stay float and are rounded at each use. A scale must not vary along a contracted axis, as the scales of the
+forward pass would in the backward pass. So they are multiplied into the output's gradient before it is rounded: the
+scales of W for the gradient of x, and the scales of x for the gradient of W. Both can then use the codes of the
+forward pass.
 """
 
 from functools import partial
@@ -23,7 +24,7 @@ from model.weights import Spec, Weight
 
 @flax.struct.dataclass
 class QuantTrain(Weight):
-    """A float weight that is rounded to `dtype` at each use, as are its inputs and their gradients."""
+    """A float weight that is rounded to `dtype` at each use. Inputs and gradients of outputs are rounded too."""
 
     w: Array
     eqn: str = flax.struct.field(pytree_node=False)
@@ -50,8 +51,8 @@ class QuantTrain(Weight):
 
 
 def _product(eqn: str, a: Array, b: Array, floats: DTypeLike) -> Array:
-    """The product of codes, float32. Float codes are cast to `floats`, which represents them exactly: a GPU's compiler
-    turns that into an 8-bit product, and other devices have none."""
+    """The product of codes, float32. Float codes are cast to `floats`, which represents them exactly. A GPU's compiler
+    turns the cast and product into an 8-bit product; other devices do not have 8-bit float products."""
     if jnp.issubdtype(a.dtype, jnp.integer):
         return product_of_codes(eqn, a, b)
     return weights.product(eqn, a.astype(floats), b.astype(floats), jnp.float32)
@@ -90,5 +91,5 @@ _multiply.defvjp(_forward, _backward)
 
 
 def make(*, dtype: Literal["int8", "fp8"] = "int8", stochastic: bool = True, where: str = r"layers/.*") -> Quantizer:
-    """A Transform. fp8 is e4m3 in the forward and e5m2 in the backward pass."""
+    """A Transform. fp8 means e4m3 in the forward pass and e5m2 for gradients in the backward pass."""
     return Quantizer(lambda w, eqn: QuantTrain(w, eqn, dtype, stochastic), where)
