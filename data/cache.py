@@ -102,7 +102,8 @@ class Stored(NamedTuple):
     tags: np.ndarray | None = None  # int16 [N]; -1: no tag
 
     def mask(self, slots: np.ndarray) -> np.ndarray:
-        """1.0 for each slot whose next token counts in the loss. float32, in the shape of `slots`."""
+        """1.0 for each token position in `slots` whose next token counts in the loss, else 0.0. float32, in the shape
+        of `slots`."""
         return ((self.bits[slots >> 3] >> (7 - (slots & 7)).astype(np.uint8)) & 1).astype(np.float32)
 
 

@@ -23,12 +23,12 @@ from data.text.chat import Asked
 from data.text.template import TemplateLimit
 from data.text.tokenizer import Tokenizer
 
-# Entries of a report; a cache whose report lacks one is rebuilt, with the same documents.
+# Keys of a report. A cache whose report lacks one of them is rebuilt; its documents stay the same.
 REPORT = {"documents", "tokens", "learnt", "bad", "causes", "wrapped", "spelled", "answers", "ended", "unused", "notes"}
 REPORT |= {"masks"}  # version of the rules that find the ends of answers
 VERSION = 1  # increased when the same input gives different documents
 CAUSES = 100  # maximum number of reasons for bad rows that are counted separately
-SHOWN = 5  # number of these reasons that messages show
+SHOWN = 5  # maximum number of reasons that a message lists
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,8 @@ class Chat(Example):
 
 @dataclass(frozen=True)
 class Tagged(Example):
-    """Words with one number each, as in named-entity recognition; the first token of a word gets the number."""
+    """Words with one tag (a number) each, as in named-entity recognition. The first token of a word gets the word's
+    tag."""
 
     words: tuple[str, ...]
     tags: tuple[int, ...]

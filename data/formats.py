@@ -260,7 +260,7 @@ def _as_turns(prompt: str | list[Message], column: str) -> list[Message]:
 
 
 def _repeats(answer: str, prompt: str) -> bool:
-    """Whether an answer begins with its prompt, and the prompt ends at the end of a word."""
+    """Whether an answer begins with its prompt, and the prompt does not end within a word of the answer."""
     at = len(prompt)
     return answer.startswith(prompt) and len(answer) > at and (prompt[-1:].isspace() or not answer[at].isalnum())
 

@@ -2,11 +2,11 @@
 
 A spec: file or folder or glob of .jsonl .json .csv .tsv .parquet .arrow .txt .md, also compressed as .gz or .zst, on
 disk or at gs://BUCKET/... | "pydocs" | "sotu" | "wiki" | "hf:repo[:config][@split][#revision]" |
-"synthetic:NAME[?k=v&k=v]". Several with weights: "pydocs:0.7,sotu:0.3".
+"synthetic:NAME[?k=v&k=v]". Several sources may have weights: "pydocs:0.7,sotu:0.3".
 
 A folder with files named train and others named validation or test (splits.NAMES) has splits: FOLDER is the training
-split, FOLDER@validation and FOLDER@test are the others. FILE is all rows of a file; FILE@train, FILE@validation and
-FILE@test are the rows of a split: see data/splits.py.
+split; FOLDER@validation and FOLDER@test are the other splits. FILE is all rows of a file; FILE@train, FILE@validation
+and FILE@test are the rows of one split; see data/splits.py.
 """
 
 import ast
@@ -99,7 +99,7 @@ def content_id(spec: str) -> str:
         digest.update(path.name.encode() + b"\0")
         if entry := llamafactory.mapping(path):
             digest.update(json.dumps(entry, sort_keys=True).encode())
-        with contextlib.suppress(OSError), path.open("rb") as file:  # reading the file will report the reason
+        with contextlib.suppress(OSError), path.open("rb") as file:  # an error is reported when the file is read
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
@@ -220,7 +220,7 @@ def _found(path: Path) -> list[Path]:
         inside = [p for p in inside if readers.kind(p)]
         texts, notes = ([p for p in inside if readers.kind(p) == kind] for kind in (".txt", ".md"))
         tables = [p for p in inside if readers.kind(p) not in (".txt", ".md")]
-        return tables or texts or notes  # a note that accompanies records is not a record
+        return tables or texts or notes  # texts that accompany tables are notes, not records
     if path.is_file():
         return [path]
     if paths.remote(path):

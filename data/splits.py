@@ -1,4 +1,5 @@
-"""The split to which a row of a file belongs: the one in its column "split", or else one determined by its question.
+"""The split to which a row of a file belongs: the value in its column "split", or else a split determined by its
+question.
 
 Equal questions are always in the same split, whatever the order of the rows, the other rows or the other columns.
 """
@@ -14,7 +15,7 @@ COLUMN = "split"
 NAMES = {"train": "train", "training": "train", "test": "test"}
 NAMES |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "heldout"), "validation")
 SPLITS = ("train", "validation", "test")
-TEST, VALIDATION = 0.2, 0.1  # fractions of the questions, if no column decides
+TEST, VALIDATION = 0.2, 0.1  # fractions of the questions, if there is no column "split"
 
 
 def of(record: dict) -> str:
@@ -30,7 +31,7 @@ def of(record: dict) -> str:
 
 
 def key(text: str) -> int:
-    """A 64-bit hash of a text that ignores case and spaces."""
+    """A 64-bit hash of a text, which ignores case and spaces."""
     plain = " ".join(text.casefold().split()).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "big")
 

@@ -37,7 +37,7 @@ def add(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
 
 
 def add_pairs(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
-    """Preference pairs: the sum, and a number that is off by a little."""
+    """Preference pairs: the sum, and a number that is slightly off."""
     for record in add(rng, n, digits):
         wrong = int(record["completion"]) + 1 + _below(rng, 9)
         yield {"prompt": record["prompt"], "chosen": record["completion"], "rejected": str(wrong)}

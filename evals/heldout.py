@@ -20,7 +20,7 @@ PASSAGE = 1000  # characters
 def bits_per_byte(model: Transformer, params: Params, batch: dict[str, Array], lengths: Array) -> Pair:
     """(bits, bytes) of the targets [B,T] of an lm batch; bits per byte allow comparison across tokenizers.
 
-    `lengths` [V] is `byte_lengths`. Control tokens have no bytes and count in neither.
+    `lengths` [V] comes from `byte_lengths`. Control tokens have no bytes and count in neither sum.
     """
     x = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"]).x
     logps = head.token_logps(model, params, x, batch["targets"], batch["mask"])

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def run(args: argparse.Namespace) -> list[dict]:
-    """Measures, writes and prints the results of a command line."""
+    """Runs the evaluations of a command line; writes and prints the results."""
     if not (args.tasks or args.text):
         raise UserError("--tasks or --text is required", "evals.main", "see --help")
     from evals import task
@@ -138,7 +138,7 @@ def _measure(
 
 
 def _gas(seconds: float, flops: float) -> gas.Gas:
-    """The resources of an evaluation, from its seconds and the present devices."""
+    """The resources that an evaluation used, from its seconds, its FLOPs and the present devices."""
     import jax
 
     kind, count, processes = jax.devices()[0].device_kind, jax.device_count(), jax.process_count()

@@ -106,7 +106,7 @@ def results(path: str | Path) -> list[Json]:
 
 
 def asked(result: Json) -> str:
-    """How a result was asked, in words; earlier versions recorded only `shots` and `index`."""
+    """The prompting setup of a result, in words; earlier versions recorded only `shots` and `index`."""
     parts = [f"{result['shots']}-shot"] * bool(result.get("shots")) + ["retrieval"] * bool(result.get("index"))
     return result.get("asked") or ", ".join(parts) or "zero-shot"
 

@@ -32,7 +32,7 @@ class Pair(NamedTuple):
 
 
 def text(prompt: Prompt) -> str:
-    """A prompt as one text, each turn after its role."""
+    """A prompt as one text, with the role before each turn."""
     return prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role'].title()}: {m['content']}" for m in prompt)
 
 
@@ -109,7 +109,7 @@ def ceiling(agreed: float) -> float:
 
 
 def folds(pairs: Sequence[Pair], count: int) -> np.ndarray:
-    """The fold [n] of each pair, from its prompt."""
+    """The fold [n] of each pair, computed from its prompt."""
     return np.array([pair.key % count for pair in pairs])
 
 

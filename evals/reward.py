@@ -31,7 +31,8 @@ BATCH = 64  # answers per call of a part
 
 
 def load(spec: str) -> Rewards:
-    """The weighted sum of the parts of `spec`. Raises UserError, also when a part does not give a number per answer."""
+    """A function that gives the weighted sum of the parts of `spec`. Both raise UserError; the function also if a part
+    does not give one number per answer."""
     parts = [_part(text.strip()) for text in spec.split(",")]
 
     def rewards(prompts: Sequence[Prompt], answers: Sequence[str], rows: Sequence[Json]) -> list[float]:
@@ -102,7 +103,7 @@ def _judge(name: str) -> Rewards:
 
 
 def _own(module: str, function: str) -> Rewards:
-    """A function of a module in the current folder, or installed."""
+    """A function of a module that is in the current folder or installed."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -12,7 +12,7 @@ from evals.pairs import correct, logistic, sigmoid
 
 Order = Literal["random", "uncertain", "disagreement"]
 ORDERS: tuple[Order, ...] = ("random", "uncertain", "disagreement")
-BINS = 5  # intervals of confidence in a calibration
+BINS = 5  # number of confidence bins in a calibration
 
 
 class Route(NamedTuple):

@@ -46,7 +46,7 @@ SHORT, PHRASE = 5, 12  # maximum words of references that `auto` scores by exact
 
 
 def is_source(spec: str) -> bool:
-    """Whether a task's name is a source: it has a path, an ending or an option, or it exists."""
+    """Whether a task's name is a source: it has a path, a file ending or an option, or a file of this name exists."""
     source = parse(spec)[0]
     return bool(re.search(r"[./:@*]", spec)) or Path(source).exists()
 
@@ -242,7 +242,8 @@ def _slices(record: dict, options: dict[str, str]) -> dict[str, str]:
 
 
 def _options(value: Any, column: str, answers: list[str]) -> dict:
-    """The options, and the references as options: a reference may be the text, label or index of an option."""
+    """The options, and the references as texts of options. In the row, a reference may be the text, the label or the
+    index of an option."""
     value = parsed(value)
     labels = list(string.ascii_uppercase)
     if isinstance(value, dict) and {"text", "label"} <= value.keys():  # ARC's format

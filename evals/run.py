@@ -27,9 +27,9 @@ from model.net.transformer import virtual_tokens
 from model.weights import Spec, Weight
 
 BATCH = 16  # prompts per batch; the scores do not depend on it
-LEAST, MOST = 32, 512  # limits of new tokens if the task does not set them
+LEAST, MOST = 32, 512  # minimum and maximum of new tokens if the task does not limit them
 CITATION = 12  # additional tokens of an answer for its citations
-FREQUENT = 5  # most frequent answers in a result
+FREQUENT = 5  # number of most frequent answers that a result lists
 ZERO_SHOT = Context()
 
 

@@ -30,8 +30,8 @@ class Task(NamedTuple):
     order never changes. A file in evals/tasks needs no "validation" split, since `load` takes one from its "train"
     split.
 
-    `prompt(example)` is the question. `score(example, completion)` is a pure function; 1.0 is right. Kind "choice": the
-    completion is the most likely of `example["options"]`.
+    `prompt(example)` is the question. `score(example, completion)` is a pure function; 1.0 is right. For the kind
+    "choice", the completion is the most likely of `example["options"]`.
     """
 
     examples: Callable[[str], Sequence[Example]]
@@ -72,7 +72,7 @@ def _validated(task: Task) -> Task:
 
 
 def named(specs: Sequence[str]) -> dict[str, Task]:
-    """Tasks by the names of their results. Raises UserError if two have the same name."""
+    """{name of the results: task}. Raises UserError if two have the same name."""
     from evals import rows
 
     found: dict[str, Task] = {}
@@ -108,7 +108,7 @@ def fingerprint(task: Task) -> str:
     comparable."""
     parts: list = [task.kind, task.max_new_tokens, task.scorer and f"{task.scorer}/{scorers.VERSION}"]
     if not task.scorer:
-        with contextlib.suppress(OSError, TypeError):  # defined interactively or not a function: there is no source
+        with contextlib.suppress(OSError, TypeError):  # defined interactively, or not a function: it has no source code
             parts.append(inspect.getsource(inspect.getmodule(task.score) or task.score))
     parts += [identity(task, example) for example in task.examples("heldout")]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]

@@ -31,7 +31,7 @@ class Event(NamedTuple):
 
 
 class State:
-    """`votes[item][annotator]` and `resolved[item]`: the decisions that count.
+    """`votes[item][annotator]` and `resolved[item]` are the decisions that count.
 
     Other threads may read a state while `followed` makes the next one, so the dicts of a state never change.
     """

@@ -1,4 +1,4 @@
-"""Items: a prompt with two to four answers, which people compare."""
+"""An item is a prompt with two to four answers, which people compare."""
 
 import hashlib
 import json
@@ -19,7 +19,8 @@ LONGEST = 8 << 20  # characters of an item
 @dataclass(frozen=True)
 class Item:
     """`content` has prompt (text or messages) and answers [{text, model, sampling}]; optionally judge {model, ranks,
-    why}, gold (ranks that are known to be right), aspects to rate, and id. Ranks: 1 is the best, None is not judged."""
+    why}, gold (ranks that are known to be right), aspects to rate, and id. A rank of 1 is the best; None: not
+    judged."""
 
     content: Json
 
@@ -47,7 +48,7 @@ class Item:
 
     @property
     def turns(self) -> list[tuple[str, str]]:
-        """(role, text) of the prompt."""
+        """(role, text) of each turn of the prompt."""
         prompt = self.content["prompt"]
         turns = [("user", prompt)] if isinstance(prompt, str) else [(t["role"], t["content"]) for t in prompt]
         return [(role, text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)) for role, text in turns]

@@ -1,13 +1,13 @@
-"""Serves a page on which people rank, rate and correct answers of models, on this machine.
+"""Serves a web page on this machine, on which people rank, rate and correct the answers of models.
 
     python -m feedback.main --db=votes.db --items=items.jsonl [--annotators=ann,bob] [--guidelines=guide.txt]
                             [--aspects=helpful,honest] [--votes=2] [--base-url=https://team.example/feedback]
                             [--port=8700]
     python -m feedback.main --db=votes.db --erase=ann
 
-An item is a row with `prompt` (text or messages) and `answers`: two to four, texts or objects with text, model and
-sampling. Optional: `judge` ({model, ranks, why}, shown after the vote), `gold` (ranks that are known to be right, to
-test annotators) and `aspects` (names of qualities that are rated from 1 to 5). Each person gets a secret link, which
+An item is a row with `prompt` (text or messages) and two to four `answers`, which are texts or objects with text, model
+and sampling. Optional: `judge` ({model, ranks, why}, shown after the vote), `gold` (ranks that are known to be right,
+to test annotators) and `aspects` (names of qualities that are rated from 1 to 5). Each person gets a secret link, which
 stays the same; the owner's link shows everybody's figures and the disagreements. Votes are stored in --db, from which
 `python -m feedback.export` makes training rows. --erase: this person's decisions no longer count, in any export.
 """

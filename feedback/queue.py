@@ -1,4 +1,4 @@
-"""Which item a person gets next."""
+"""Decides which item a person gets next."""
 
 import threading
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Rows to train on, from the decisions that count."""
+"""Training rows from the decisions that count."""
 
 import itertools
 import re

@@ -50,7 +50,7 @@ UNSEEN = re.compile(
     "\U000e0000-\U000e007f]"
 )
 MARKED = 2000  # maximum number of these characters in a text that get an HTML element of their own
-PART = 8000  # characters of a text that is laid out at a time
+PART = 8000  # maximum characters of a part of a long text
 
 
 def serve(app: Starlette) -> uvicorn.Server:
@@ -60,8 +60,8 @@ def serve(app: Starlette) -> uvicorn.Server:
 
 
 def application(store: Store, port: int, base: str = "", wanted: int = 0) -> Starlette:
-    """`base`: the public address of a proxy in front of this server; `wanted`: votes per item, 0 for one from
-    everybody."""
+    """The web application. `base`: the public address of a proxy in front of this server; `wanted`: votes per item, 0
+    for one from everybody."""
     service = Service(store, Queue(store, wanted))
     page, act = service.page, service.act
     routes = [

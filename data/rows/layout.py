@@ -27,7 +27,7 @@ class Part(NamedTuple):
 
 
 class Packed(NamedTuple):
-    sides: list[Rows]  # rows of each side of the examples (data.rows.batch)
+    sides: list[Rows]  # the rows of each side (data.rows.batch explains sides)
     report: dict  # numbers of documents that were truncated, split into pieces or dropped
     items: np.ndarray | None = None  # the index of each row's example, if a row holds only one
 

@@ -22,11 +22,12 @@ from data.text import formats, template
 from data.text.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 from data.views import View
 
-TOKENIZER_END = "special_tokens_map.json"  # the last file that `Tokenizer.save` writes
+TOKENIZER_END = "special_tokens_map.json"  # `Tokenizer.save` writes it last, so a folder with it is complete
 
 
 class Loader:
-    """Batches of `batch_size` rows of `seq_len` slots; `rows` is the slice of each batch that this process reads.
+    """Batches of `batch_size` rows with `seq_len` token positions each; `rows` is the slice of each batch that this
+    process reads.
 
     Training streams repeat forever; every row appears once per epoch. A held-out loader reads its rows once, in order,
     with the sources interleaved; its last batch is padded with empty rows.
@@ -48,7 +49,7 @@ class Loader:
         pad_id: int = 0,
         view: View = View(),  # noqa: B008
     ):
-        self.raw = False  # whether prompts are not wrapped in the model's chat template
+        self.raw = False  # whether prompts are used without the model's chat template
         self.parts, self.seq_len, self.batch_size, self.seed = parts, seq_len, batch_size, seed
         self.shuffle, self.heldout, self.pad_id = shuffle and not heldout, heldout, pad_id
         self.view = view
@@ -244,7 +245,7 @@ def _trained_tokenizer(data: Config, spec: str) -> Tokenizer:
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     folder = Path(data.cache).expanduser() / "tokenizers" / digest[:24]
     files.clean(folder.parent)  # left by a killed process, even if another process has completed this tokenizer
-    if folder.is_dir() and not (folder / TOKENIZER_END).is_file():  # damaged: it is replaced by a complete one
+    if folder.is_dir() and not (folder / TOKENIZER_END).is_file():  # damaged, so a complete folder replaces it
         files.remove(folder)
     if not (folder / TOKENIZER_END).is_file():
         corpus = (text for name in names for text in texts(name, data.format, data.fields))

@@ -48,7 +48,7 @@ def shares(weights: list[float]) -> np.ndarray:
 
 
 def assign(index: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(source, number of earlier rows of this source) for each row of the mixed stream."""
+    """(source, number of earlier rows from the same source) for each row of the mixed stream."""
     if len(counts) == 1:
         return np.zeros_like(index), index
     block, place = index // BLOCK, index % BLOCK

@@ -34,7 +34,7 @@ class Rows(NamedTuple):
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The concatenation of arange(s, s + n) over the pieces."""
+    """The concatenation of arange(s, s + n) for each start s and length n."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 

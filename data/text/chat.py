@@ -63,7 +63,7 @@ def render(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool
     """The chat as text, rendered by the tokenizer's template. The text contains BOS if the template writes it, so never
     add another BOS.
 
-    Refuses content with the text of a control token, which could begin or end a turn.
+    Raises UserError for content that spells a control token, which could begin or end a turn.
     """
     writer = Writer(tokenizer, tools)
     return writer.text(_fitted(messages, writer, Asked()), add_generation_prompt)
@@ -210,7 +210,7 @@ def _piecewise(messages: Messages, writer: Writer) -> tuple[str, dict[int, Span]
 
 
 def _behind(messages: Messages, i: int, stop: int, writer: Writer, last: bool = False) -> str:
-    """The text after the content of answer i: its end, the turns up to `stop`, and unless `last`, the beginning of the
+    """The text after the content of answer i: its end, the turns up to `stop`, and, unless `last`, the beginning of the
     next answer."""
     stand_in = secrets.token_hex(8)
     answer = {"role": "assistant", "content": stand_in}
@@ -310,7 +310,8 @@ def _check(text: str, spans: list[Span], ids: list[int], mask: list[int], tokeni
 
 
 def _fitted(messages: Messages, writer: Writer, asked: Asked) -> Messages:
-    """The messages, with their fields moved to where the template reads them; fields that it does not read are counted.
+    """The messages, with their fields moved to where the template reads them; fields that the template does not read
+    are counted.
 
     Raises UserError if the template drops a tool call, because its turn would be trained as an empty answer.
     """

@@ -16,7 +16,7 @@ MAX_FILE = 256 << 20  # bytes of one tokenizer file
 MAX_GAP = 4096  # maximum number of unused ids before the id of an added token
 NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
-# Default token names of a tokenizer class, for folders without tokenizer.json that do not name them.
+# Names of the control tokens of each tokenizer class, for folders without tokenizer.json that do not name them.
 GPT2 = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 GEMMA = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad", "mask")}
@@ -266,7 +266,7 @@ def _prefix(core: Core, folder: Path, names: dict, bos: int | None) -> tuple[int
 
 
 def _chat_templates(folder: Path, named: object) -> dict[str, str]:
-    """{"default": ..., "tool_use": ...}. Files override the config, as in transformers."""
+    """{"default": ..., "tool_use": ...}. Template files override tokenizer_config.json, as in transformers."""
     named = _read_json(folder / "chat_template.json").get("chat_template", named)
     if isinstance(named, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
         named = {each.get("name"): each.get("template") for each in named if isinstance(each, dict)}
@@ -278,7 +278,7 @@ def _chat_templates(folder: Path, named: object) -> dict[str, str]:
 
 
 def _ends(folder: Path, names: dict) -> list[int]:
-    """Further ids that end an answer, from tokenizer_config.json and generation_config.json."""
+    """The ids that end an answer in addition to EOS, from tokenizer_config.json and generation_config.json."""
     said = [names.get("extra_eos_ids"), _read_json(folder / "generation_config.json").get("eos_token_id")]
     ids = [i for value in said for i in (value if isinstance(value, list) else [value])]
     return [i for i in ids if type(i) is int and 0 <= i < 2**31]

@@ -57,7 +57,7 @@ class ByteTokenizer(Tokenizer):
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A tokenizer whose ids 0 to 255 are the bytes of UTF-8; then follow BOS, EOS and padding."""
+    """A tokenizer whose ids 0 to 255 are the bytes of UTF-8; the next ids are BOS, EOS and padding."""
     core = Core(models.BPE({char: byte for byte, char in enumerate(byte_characters())}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     core.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Jinja for chat templates, without any feature that reads more than the template's arguments."""
+"""Jinja for chat templates, reduced to the features that read nothing but the template's arguments."""
 
 import json
 from datetime import datetime

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer as Core
 from common.errors import UserError
 from data.text.tokenizer import Tokenizer
 
-LONGEST = 1024  # maximum characters of a piece: the work grows with their square
+LONGEST = 1024  # maximum characters of a piece; the work grows with the square of this number
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of pieces
 
 

@@ -32,7 +32,7 @@ class Renderer:
         self._process: subprocess.Popen | None = None
 
     def ask(self, request: bytes) -> tuple[str, str]:
-        """The answer of the process. If there is none, the process is killed and the answer is a "limit"."""
+        """The answer of the process to a request. If it gives no answer, it is killed, and a "limit" is returned."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._process = _started()
@@ -110,7 +110,7 @@ def decoded(data: bytes) -> Any:
     return json.loads(data.decode("utf-8", "surrogatepass"))
 
 
-# --- in the process ---
+# --- code that runs in the process ---
 
 
 def serve() -> None:
@@ -123,7 +123,7 @@ def serve() -> None:
     try:
         while head := sys.stdin.buffer.read(8):
             request = decoded(sys.stdin.buffer.read(int.from_bytes(head, "big")))
-            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # SIGPROF ends the process at that time
+            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # SIGPROF ends the process when the time is up
             answer = encoded(_answer(jinja, *request))
             signal.setitimer(signal.ITIMER_PROF, 0)
             _write(1, answer)

@@ -78,7 +78,7 @@ def is_own(template: str) -> bool:
 
 
 def with_system(template: str, system: str) -> str:
-    """The template, extended by a system text for chats without one."""
+    """The template, extended by a system text for chats that have none."""
     text = json.dumps(system, ensure_ascii=False)
     head = "{% if not messages or messages[0]['role'] not in ['system', 'developer'] %}{% set messages = "
     out = f"{head}[{{'role': 'system', 'content': {text}}}] + messages %}}{{% endif %}}{template}"

@@ -23,8 +23,8 @@ DEFAULT_TEMPLATE = (
     "{{ eos_token if m['role'] == 'assistant' else '' }}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"
 )
-# Tokens that end a turn in the templates of known families; each one counts if the tokenizer's own template contains
-# it.
+# Tokens that end a turn in the templates of known families; each one ends an answer only if the tokenizer's own
+# template contains it.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|return|>", "<|eot|>")
 
 
@@ -184,7 +184,7 @@ class Tokenizer:
         return self.byte_lengths[ids]
 
     def spelled(self, token: int) -> bytes:
-        """The UTF-8 bytes of a token, perhaps only part of a character; for a control token, those of its name."""
+        """The UTF-8 bytes of a token, perhaps only part of a character; for a control token, the bytes of its name."""
         text = self.core.id_to_token(token) or ""
         if text in self._added:
             return text.encode()

@@ -13,7 +13,7 @@ Row = dict[str, np.ndarray]  # one row of an lm batch: its arrays [T], and its c
 
 
 class View(NamedTuple):
-    """`apply(row, rng)` returns the row that the model reads; if it is None, rows are unchanged.
+    """`apply(row, rng)` returns the row that the model reads; if `apply` is None, rows are unchanged.
 
     All returned rows have the same shapes. `rng` depends on the seed, the step and the row's position in the batch, so
     that batches stay a function of (seed, step) on any number of hosts.

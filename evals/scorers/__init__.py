@@ -1,7 +1,7 @@
 """Scorers compare an answer with a reference; each scorer is a file.
 
 A file defines a pure function `score(answer, reference) -> float` in [0, 1], where 1 is right. A row with several
-references gets the best of their scores.
+references gets its best score.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""1 if the answer, which is the most likely option per byte, is the reference."""
+"""1 if the answer (the option with the highest log-likelihood per byte) is the reference."""
 
 
 def score(answer: str, reference: str) -> float:

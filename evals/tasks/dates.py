@@ -52,7 +52,8 @@ def examples(split: str) -> list[Example]:
 
 
 def read(sentence: str) -> Example | None:
-    """The date of a sentence with the words around it; None unless exactly one month is named, in a complete date."""
+    """The date of a sentence with the words around it; None unless the text names exactly one month, in a complete
+    date."""
     found = DATE.search(sentence)
     if not found:
         return None
