@@ -107,7 +107,7 @@ def _message(given: dict, where: str) -> Message:
     if role == "assistant" and 0 in learns:
         found["weight"] = 0  # OpenAI, Mistral and axolotl: this turn does not count in the loss
     elif role != "assistant" and 1 in learns:
-        found["train"] = True  # axolotl can train on the user's turns; here the field is counted as unused
+        found["train"] = True  # axolotl can train on the user's turns; this project reports the field as unused
     if not (found["content"] or calls or thought or "content" in given or "value" in given):
         raise UserError("a message without text", where)
     known = {"role", "content", "tool_calls", "reasoning_content", "weight", *THOUGHT, *IDLE}

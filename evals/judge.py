@@ -107,8 +107,7 @@ def _votes(p: np.ndarray) -> list[int]:
 
 
 def bias(verdicts: Sequence[Verdict]) -> tuple[float | None, float]:
-    """(share of the votes without ties that are for the answer shown first, share of pairs on which both orders
-    disagree).
+    """(share of non-tied votes that are for the answer shown first, share of pairs on which the two orders disagree).
 
     Without position bias the first share is one half; it is None if all votes are ties."""
     shown = [vote for v in verdicts for vote in (v.votes[0], -v.votes[1]) if vote]

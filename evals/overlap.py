@@ -60,7 +60,7 @@ def near(texts: Sequence[str]) -> list[tuple[int, int]]:
     """Pairs i < j of texts whose shingles of words have a Jaccard similarity of JACCARD or more.
 
     Candidates are found by banded MinHash (Broder 1997) and then compared exactly. Among many equal texts, only
-    consecutive ones are paired.
+    consecutive texts are paired.
     """
     sets = [shingles(text) for text in texts]
     counts = Counter(gram for found in sets for gram in found)

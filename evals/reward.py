@@ -31,8 +31,8 @@ BATCH = 64  # answers per call of a part
 
 
 def load(spec: str) -> Rewards:
-    """A function that gives the weighted sum of the parts of `spec`. Both raise UserError; the function also if a part
-    does not give one number per answer."""
+    """A function that gives the weighted sum of the parts of `spec`. Raises UserError for an invalid `spec`; the
+    function raises it if a part does not give one number per answer."""
     parts = [_part(text.strip()) for text in spec.split(",")]
 
     def rewards(prompts: Sequence[Prompt], answers: Sequence[str], rows: Sequence[Json]) -> list[float]:

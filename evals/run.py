@@ -177,7 +177,7 @@ class Sizes:
 
     def __init__(self, task: Task, lm: LM, name: str, examples: Sequence[Example], more: int = 0):
         self.lm, self.name, self.examples = lm, name, examples
-        self.room = task.max_new_tokens and task.max_new_tokens + more  # tokens of an answer; 0: by the references
+        self.room = task.max_new_tokens and task.max_new_tokens + more  # tokens of an answer; 0: set by the references
         self.limit = lm.config.context - virtual_tokens(lm.params)
         answers = [e["options"] if task.kind == "choice" else e.get("references", [e["answer"]]) for e in examples]
         self.longest = [max(len(lm.tokenizer.encode(a)) for a in each) + 1 for each in answers]

@@ -177,7 +177,7 @@ class Store:
 
     def append(self, kind: str, annotator: str, item: str, version: int | None, content: Json) -> Event:
         """Appends an event; durable when this returns. `version`: the number of the annotator's events about the item
-        when the page was made; None: the current number. Raises Stale if there are more events by now; but a repeated
+        when the page was made; None: the current number. Raises Stale if there are more events by now. A repeated
         request changes nothing and raises nothing."""
         with self._writing():
             known = self.state.versions.get((annotator, item), 0)
