@@ -35,7 +35,7 @@ MIRRORS = Path("~/.cache/kungfu/runs")
 
 
 def write(path: Place, content: str | bytes) -> None:
-    """Writes the content to `path`, durably when the function returns. A link is replaced, not followed."""
+    """Writes the content to `path`; it is on disk when the function returns. A link is replaced, not followed."""
     data = content.encode() if isinstance(content, str) else content
     if paths.remote(path):
         path.write_bytes(data)
@@ -189,7 +189,7 @@ def sync(path: str | Path) -> None:
 
 
 def remove(place: Place) -> None:
-    """Deletes a folder; errors on disk are ignored. A link is deleted, not followed."""
+    """Deletes a folder; errors of the local file system are ignored. A link is deleted, not followed."""
     if not paths.remote(place):
         _delete(place)
     elif place.exists():

@@ -39,13 +39,13 @@ class Gas(NamedTuple):
     peak: float | None = None  # FLOPs that the chips could compute in all chip-hours at peak rate
     hours: float | None = None  # chip-hours from launch to end, with compilation, idle time and repeated steps
     replayed: float | None = None  # chip-hours of steps repeated after a restart
-    usd: float | None = None  # on demand
+    usd: float | None = None  # at on-demand prices
     usd_spot: float | None = None
     kwh: Range | None = None  # with PUE, except for an unknown chip whose power was measured
     kwh_measured: float | None = None  # the measured part of kwh.value
     co2_kg: Range | None = None  # from kwh, location-based
     co2_kg_cci: float | None = None  # from compute carbon intensity, with embodied emissions: a cross-check
-    seconds: dict[str, float] = {}  # by kind, and "lost"
+    seconds: dict[str, float] = {}  # by kind; "lost" has the seconds of repeated steps
 
     @property
     def mfu(self) -> float | None:

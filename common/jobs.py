@@ -106,7 +106,7 @@ def drain(queue: Queue[R], at_once: int, stop: list[int], show: Callable[[], Non
     processes. Returns when all processes have ended. `show` is called four times per second.
     """
     running: list[R] = []
-    asked: list[R] = []  # to stop
+    asked: list[R] = []  # jobs that were asked to stop
     try:
         while True:
             while not stop and len(running) < at_once and (job := queue.take()):

@@ -7,14 +7,14 @@ NA = "n/a"
 
 
 def number(x: Any) -> str:
-    """A number with four significant digits, from 1000 on as an integer; other types are unchanged."""
+    """A number with four significant digits, or without decimals from 1000 on; other types are unchanged."""
     if isinstance(x, bool) or not isinstance(x, int | float):
         return NA if x is None else str(x)
     return f"{x:,.0f}" if abs(x) >= 1000 or isinstance(x, int) else f"{x:.4g}"
 
 
 def short(x: float | None) -> str:
-    """A number with two significant digits, from 100 on as an integer."""
+    """A number with two significant digits, or without decimals from 100 on."""
     return NA if x is None else f"{x:,.0f}" if abs(x) >= 99.5 else f"{x:.2g}"
 
 

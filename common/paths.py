@@ -61,7 +61,8 @@ def sizes(folder: Place) -> dict[str, int]:
 
 
 def regular(place: Path) -> Path:
-    """`place` itself. Raises UserError if it is, or contains, a pipe or a device, which might never end when read."""
+    """Returns `place`. Raises UserError if `place` is, or contains, a pipe or a device, which might never end when
+    read."""
     for path in [place, *(place.iterdir() if place.is_dir() else ())]:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError("this is neither a file nor a folder", str(path), "remove it, or use another path")

@@ -16,7 +16,7 @@ DIGITS = [(op.IN, [(op.CATEGORY, op.CATEGORY_DIGIT)])]
 
 
 def bounded(pattern: str, where: str) -> re.Pattern[str]:
-    """`pattern` compiled. Raises UserError when it is invalid, or when backtracking could take long, because it repeats
+    """Compiles `pattern`. Raises UserError when it is invalid, or when backtracking could take long, because it repeats
     an ambiguous pattern, as in (a+)+, or has many long repeats."""
     try:
         if len(pattern) > LONGEST:

@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     c.epochs = 0.0  # passes over the rows of all sources; if above 0, it determines `steps` once the data is read
     c.accum = 1  # micro-batches per step; splitting the batch does not change the result
     c.init = ""  # pretrained weights: folder, .gguf, run folder, packaged model's name or hub id; "": random
-    c.trainable = "all"  # | "adapters" | a regex on parameter paths; with peft, "all" means the adapters
+    c.trainable = "all"  # parameters that train: "all" (with peft: adapters) | "adapters" | a regex on parameter paths
     c.allow = ()  # changes that a resume accepts even though they alter the result: "data", "config"
 
     c.model = ConfigDict()
@@ -49,15 +49,15 @@ def get_config() -> ConfigDict:
     c.data.source = "pydocs"  # see data/sources.py; several sources with weights: "pydocs:0.7,sotu:0.3"
     c.data.eval_source = ""  # held-out records; "": the validation split of `source` if it has one, else `holdout`
     c.data.holdout = 0.05  # fraction of the documents held out of training to measure the loss on
-    c.data.format = "auto"  # chosen by the columns of the records | one of FORMATS in data/formats.py
+    c.data.format = "auto"  # "auto": chosen by the columns of the records; or one of FORMATS in data/formats.py
     c.data.fields = ""  # rename columns: "prompt=question,completion=answer"
     c.data.tokenizer = ""  # see data/text/tokenizer.py; "": the tokenizer of `init`, else bytes
     c.data.chat_template = ""  # FILE | a name in data/text/templates | "none": prompts stay raw; "": the model's own
     c.data.read_control = False  # parse control tokens written in the text of the data, for chats rendered in advance
-    c.data.learn = "all"  # which answers of a chat count in the loss | "last"
+    c.data.learn = "all"  # the answers of a chat that count in the loss: "all" | "last"
     c.data.seq_len = 256  # T
     c.data.batch_size = 8  # B, rows per step over all hosts
-    c.data.packing = "best_fit"  # | "concat" (documents are split) | "none" (one document per row, padded)
+    c.data.packing = "best_fit"  # "best_fit" | "concat" (documents are split) | "none" (one document per row, padded)
     c.data.truncate = True  # cut documents longer than seq_len; False: count them as bad rows
     c.data.max_bad = 0.001  # largest fraction of bad rows that may be skipped; more are an error
     c.data.view = ConfigDict({"name": "next"})  # what is predicted: a file in data/views and its keyword arguments
@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
     c.optim.name = one_of("adamw", "adafactor", "lion", "muon")  # muon: for matrices, with adamw for other parameters
     c.optim.lr = 3e-4  # peak learning rate
     c.optim.schedule = one_of("cosine", "linear", "constant", "wsd")  # wsd: warm up, stay constant, decay
-    c.optim.warmup = 0.05  # fraction of the steps if below 1, else steps
+    c.optim.warmup = 0.05  # fraction of the steps if below 1, else number of steps
     c.optim.decay = 0.2  # wsd only: fraction of the steps in which the learning rate decays
     c.optim.final_lr = 0.1  # learning rate at the end, as a fraction of the peak
     c.optim.b1 = 0.9  # decay of the running mean of the gradient
@@ -81,13 +81,13 @@ def get_config() -> ConfigDict:
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices that split the batch; -1 (on one axis only): all remaining devices
-    c.mesh.fsdp = 1  # splits the batch, and shards parameters and optimizer state along embed
-    c.mesh.tensor = 1  # shards heads, mlp and vocabulary; must divide the heads
-    c.mesh.context = 1  # splits the tokens of each row, for long sequences; must divide seq_len
+    c.mesh.fsdp = 1  # devices that split the batch, and shard parameters and optimizer state along embed
+    c.mesh.tensor = 1  # devices that shard heads, mlp and vocabulary; must divide the heads
+    c.mesh.context = 1  # devices that split the tokens of each row, for long sequences; must divide seq_len
     c.xla_preset = ""  # named set of TPU compiler flags, see train/keep/flags.py; "": none
 
     c.log_every = 10  # steps between lines of metrics
-    c.eval_every = 0  # steps; 0: only after the last step
+    c.eval_every = 0  # steps between evaluations; 0: only after the last step
     c.eval_batches = 8  # held-out batches per evaluation
     c.evals = ()  # names in evals/tasks, or FILE:OPTION=VALUE (evals/rows.py); `eval_n` examples of each are scored
     c.eval_n = 64  # examples per task

@@ -1,8 +1,8 @@
 """The public package: `from kungfu import load` works in any folder; the command `kungfu` lists all other commands.
 
 Kungfu's packages have everyday names, such as `data`, `train` and `tools`. Once this package is imported, these names
-refer to the packages of this checkout, even if the current folder has modules of the same names. A module of yours with
-such a name that was imported earlier stays usable where it was imported.
+refer to the packages of this checkout, even if the current folder has modules of the same names. If you imported a
+module with such a name earlier, the code that imported it can still use it.
 """
 
 import sys

@@ -77,8 +77,8 @@ def cost(config: ModelConfig, params: Params, specs: Specs, mask: Tree, seq_len:
 
 
 def of_roles(plan: Blueprint, seq_len: int) -> dict[str, Cost]:
-    """The cost of each role of a run. If a new adapter trains, its base model is the reference, without a separate
-    tree."""
+    """The cost of each role of a run. If a new adapter trains, the reference role has no parameter tree of its own,
+    since it is the base model."""
     found = {}
     for name, role in plan.objective.roles.items():
         network = plan.network(name)
@@ -100,7 +100,7 @@ def of_plan(plan: Blueprint, seq_len: int) -> Cost:
 
 
 def bytes_per_device(tree: Tree, shardings: Tree) -> int:
-    """Bytes per device of a tree of (abstract) arrays; for the device with the largest shards if they differ."""
+    """Bytes per device of a tree of (abstract) arrays. If the shards differ in size, the largest ones count."""
     one = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
     return sum(jax.tree.leaves(jax.tree.map(one, tree, shardings)))
 

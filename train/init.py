@@ -25,12 +25,12 @@ from train.state import Roles, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
-    """Describes a run before any array is created: shapes and shardings of the train state, and the objects that it
-    uses."""
+    """Describes a run before any array is created: shapes and shardings of the train state, and the objects that the
+    run uses."""
 
     model: Transformer  # the network of the policy
     objective: Objective
-    transform: Callable[[Params, Array], Params]  # applied to the weights of a role that trains
+    transform: Callable[[Params, Array], Params]  # adds adapters and quantization to the weights of a role that trains
     tx: optax.GradientTransformation
     mask: dict[str, Tree]  # {role: tree of bools}: which parameters train
     abstract: TrainState  # ShapeDtypeStructs

@@ -51,7 +51,7 @@ class Monitor:
         self.tasks = tasks
         self.cfg, self.model, self.tokenizer, self.metrics = cfg, blueprint.model, tokenizer, metrics
         kind = blueprint.objective.batch
-        fits = heldout and batches.serves(heldout.loader.kind, kind)  # not if the data consist of prompts
+        fits = heldout and batches.serves(heldout.loader.kind, kind)  # False if the data are prompts for sampling
         self.heldout = heldout if fits else None
         self.texts = _texts(cfg.eval_text)
         self.measure = jax.jit(_measure(blueprint, tokenizer))
@@ -143,9 +143,9 @@ def _measure(blueprint: Blueprint, tokenizer: Tokenizer) -> Callable[[Roles, Bat
 
 
 def crossed(floor: tuple[str, str, float], figures: Mapping[str, Any], first: Mapping[str, Any]) -> str:
-    """One line about the floor if `figures` cross it, else "". `first` holds the figures of step 0.
+    """One line about the floor if the metrics in `figures` cross it, else "". `first` holds the metrics of step 0.
 
-    A figure that is missing or not finite crosses every floor.
+    A metric that is missing or not finite crosses every floor.
     """
     name, sign, bound = floor
     now, start = (_finite(values.get(_key(name))) for values in (figures, first))

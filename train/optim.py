@@ -136,8 +136,8 @@ def matrices(params: Roles, specs: Specs) -> Tree:
 
 
 def muon_axes(params: Roles, specs: Specs) -> Tree:
-    """The axes of each array that Muon treats as rows and columns; None for vectors and vocabulary tables (use
-    Adam)."""
+    """The axes of each array that Muon treats as rows and columns; None for vectors and vocabulary tables, which Adam
+    updates."""
 
     def numbers(x: Array, spec: Spec | None, names: tuple) -> optax.contrib.MuonDimensionNumbers | None:
         if not (spec and spec.eqn) or "vocab" in names or x.ndim - spec.stacked < 2:

@@ -46,7 +46,7 @@ class Source(Protocol):
         ...
 
     def load_state_dict(self, state: Json) -> None:
-        """Restores the state from a manifest. Raises UserError when that run read different data."""
+        """Restores the state from a manifest. Raises UserError when the run that saved it read different data."""
         ...
 
 

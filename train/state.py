@@ -32,7 +32,8 @@ class TrainState:
     seed: Array  # uint32
     bad: Array  # int32: consecutive non-finite steps, all skipped
     skipped: Array  # int32: total number of non-finite steps
-    shares: tuple[tuple[str, str], ...] = flax.struct.field(pytree_node=False, default=())  # (role, frozen half of)
+    # Pairs (role, other role): the role uses the frozen half of the other role.
+    shares: tuple[tuple[str, str], ...] = flax.struct.field(pytree_node=False, default=())
 
     if TYPE_CHECKING:  # flax.struct adds this method
 
@@ -56,11 +57,11 @@ class TrainState:
 
     @property
     def roles(self) -> Roles:
-        """{role: its whole tree}."""
+        """{role: the role's whole parameter tree}."""
         return {name: self.role(name) for name in self.params | self.frozen}
 
     def in_training(self, key: Array) -> Roles:
-        """The roles as a training step sees them: with dropout and other noise in those that train."""
+        """The roles as a training step sees them: with dropout and other noise in the roles that train."""
         roles = self.roles
         return roles | {name: weights.in_training(roles[name], key, self.step) for name in self.params}
 

@@ -2,7 +2,7 @@
 
     python -m train.main --config=configs/quant/int8_train_tiny.py --workdir=runs/int8_train_tiny
 
-Hardware: a laptop CPU, where products this small gain no speed. Expected: the loss approaches 0, as in float.
+Hardware: a laptop CPU, where such small products are not faster in int8. Expected: the loss approaches 0, as in float.
 """
 
 from configs.sft import tiny

@@ -19,7 +19,7 @@ from configs.schema.problems import show
 
 @functools.cache
 def base_keys() -> dict[str, Key]:
-    """{path: Key} of all keys in base.py. A key whose default is None accepts none."""
+    """{path: Key} of all keys in base.py. A key whose default is None also accepts None."""
     config, keys = base.get_config(), {}
     for path, value in flatten(config).items():
         *groups, name = path.split(".")

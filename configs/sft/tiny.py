@@ -2,8 +2,8 @@
 
     python -m train.main --config=configs/sft/tiny.py --workdir=runs/sft_tiny
 
-Hardware: a laptop CPU. Expected: the loss on the answers approaches 0; see README. This shows that the code works, not
-that the model can add: each held-out question also occurs in training. With digits=3 few held-out questions do.
+Hardware: a laptop CPU. Expected: the loss on the answers approaches 0; see README. The run shows that the code works,
+not that the model can add: each held-out question also occurs in training. With digits=3 few held-out questions do.
 """
 
 from configs import base

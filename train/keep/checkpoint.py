@@ -1,4 +1,4 @@
-"""Saves a run atomically and resumes it from the newest complete step.
+"""Saves a run atomically and resumes it from the newest complete checkpoint.
 
 A checkpoint is written to `ckpt/<step>.tmp` in the background, and renamed to `ckpt/<step>` once all its files are on
 disk, including the manifest with checksums. A process killed at any moment therefore leaves either a complete
@@ -27,7 +27,7 @@ from train.source import Source
 from train.state import TrainState
 
 UNFINISHED = re.compile(r"[0-9]+\.(tmp|orbax-checkpoint-tmp).*")
-CLOCK_STEPS = 10  # with several processes, `minutes` is checked only every 10 steps, since they must communicate
+CLOCK_STEPS = 10  # with several processes, `minutes` is checked only every 10 steps, since they must agree
 
 Abstract = dict[str, jax.ShapeDtypeStruct]  # {path: abstract array}
 
@@ -95,9 +95,8 @@ class Checkpointer:
         """Starts a save if one is due, by steps or by minutes, and returns whether it did. Call it after every
         resumable step. A save that is due at another step is made at the next resumable step.
 
-        The arrays are copied before it returns, so the next step may donate them. An error of the previous save is
-        reported by the next call of this method or of `close`: as UserError or, with on_error="continue", as a log
-        line.
+        The arrays are copied before this method returns, so the next step may donate them. An error of a save is
+        reported when the next save starts, or in `close`: as UserError or, with on_error="continue", as a log line.
         """
         if not (force or self._due(step)):
             return False

@@ -59,9 +59,9 @@ def fake_devices() -> None:
     """Settings for simulated devices on a CPU: a larger thread pool and a longer timeout for collectives. Call it
     before anything uses devices.
 
-    A collective blocks one thread per device until all devices arrive. If no thread is left for a parallel matmul, they
-    deadlock. XLA aborts a process in which a collective waits for 40 s, which happens on a machine with few, busy
-    cores.
+    A collective blocks one thread per device until all devices arrive. If no thread is left for a parallel matmul, the
+    process deadlocks. XLA aborts a process in which a collective waits for 40 s, which happens on a machine with few,
+    busy cores.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     found = re.findall(r"--xla_force_host_platform_device_count=(\d+)", flags)

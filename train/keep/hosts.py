@@ -91,7 +91,7 @@ def primary() -> bool:
 
 
 def broadcast(value: int | bool) -> int:
-    """The value of the first process, on all processes; also a barrier."""
+    """Returns the value of the first process on all processes; this is also a barrier."""
     if jax.process_count() == 1:
         return int(value)
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

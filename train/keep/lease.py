@@ -19,9 +19,9 @@ class Lease:
     """Holds the object LOCK.<n> in `folder`, and rewrites it every BEAT seconds until `close`.
 
     A killed run leaves its lock behind, but no longer rewrites it. After a lock has not changed for three BEATs,
-    another process may take over by creating LOCK.<n+1>, which the store allows to only one writer. `holder` names the
-    process and its host. A lock from this host is taken over at once: the kernel has already released its run's local
-    lock. Raises UserError when the run is in use.
+    another process may take over by creating LOCK.<n+1>, which the store lets only one writer create. `holder` names
+    the process and its host. A lock from this host is taken over at once: the kernel has already released its run's
+    local lock. Raises UserError when the run is in use.
     """
 
     def __init__(self, folder: Place, holder: str):

@@ -22,7 +22,7 @@ from common.types import Json
 from train.keep.power import Power
 from train.keep.tracker import Feed
 
-KINDS = ("init", "compile", "data", "step", "eval", "checkpoint")  # uses of time; the remainder is "other"
+KINDS = ("init", "compile", "data", "step", "eval", "checkpoint")  # uses of a run's time; the remainder is "other"
 
 
 def means(sums: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> dict[str, float]:

@@ -19,7 +19,7 @@ class Trace:
         self.steps, self.folder, self.traced = max(0, steps), folder, -1  # -1: not started
 
     def tick(self, done: int, result: Any) -> None:
-        """Call it after step `done` of the session was dispatched; `result` is any array of its results."""
+        """Call it after step `done` of the session was dispatched; `result` is any array of the step's results."""
         if self.steps and done == 1:
             jax.block_until_ready(result)
             jax.profiler.start_trace(str(self.folder), create_perfetto_trace=True)

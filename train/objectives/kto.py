@@ -67,7 +67,7 @@ def mismatched(batch: Batch) -> Batch:
     at = jnp.arange(width)
     here = jnp.where(batch["mask"].any(-1), batch["mask"].argmax(-1), width)[:, None]  # the last slot of the prompt
     there = jnp.roll(here, 1, axis=0)
-    slot = at - here + there  # the source of each slot of the new answer
+    slot = at - here + there  # the slot of the other row from which each slot is copied
     fits = (at >= here) & (slot < width)
 
     def moved(x: Array, empty: int = 0) -> Array:

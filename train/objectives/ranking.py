@@ -54,7 +54,7 @@ def order_logp(scores: Array, ranks: Array) -> Array:
         raise UserError(
             f"{count} answers to a prompt; at most {MOST} can be ranked", "data.source", "keep the best few"
         )
-    taken = np.array(list(itertools.product((False, True), repeat=count)))[:, ::-1]  # [2^K,K], row number = bits
+    taken = np.array(list(itertools.product((False, True), repeat=count)))[:, ::-1]  # [2^K,K]: row n has the bits of n
     left = jnp.asarray(~taken)
     rest = jax.nn.logsumexp(jnp.where(left, scores[:, None], -jnp.inf), axis=-1)  # [B,2^K]
     best = jnp.where(left, ranks[:, None], jnp.inf).min(-1)
