@@ -23,8 +23,8 @@ class Role(NamedTuple):
     `kind`: a "train" role trains as the config's `trainable`, `peft` and `quant` say; an "initial" role is a fixed copy
     of the policy before the first step; a "frozen" role is another model, which does not change.
     `start` is an opened model (`infer.models.open_model`) whose weights the role starts from; None: the policy's
-    initial weights. `model` is the role's network if it differs from the policy's. `head` names a file of model/heads, whose
-    head is stored in the role's tree at "head" and replaces the unembedding.
+    initial weights. `model` is the role's network if it differs from the policy's.
+    `head` names a file of model/heads. This head is stored in the role's tree at "head" and replaces the unembedding.
     `shares` names another role whose frozen parameters this role uses instead of a copy. A critic trained with LoRA
     then takes memory only for its adapters and its head, not for a second base model.
     """
