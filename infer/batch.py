@@ -1,8 +1,9 @@
-"""Continuous batching (Orca: Yu et al. 2022): prompts join and leave a running batch of fixed rows.
+"""Continuous batching (Orca: Yu et al. 2022): requests join and leave a running batch with a fixed number of rows.
 
 All rows share one key-value cache, which is a ring buffer: each step writes one column for every row. A joining prompt
-is computed separately, and its keys and values are copied into the columns before the next one. Attention is masked by
-the positions and segments stored in the cache, not by column, so rows at different lengths share one compiled step.
+is computed separately, and its keys and values are copied into the columns before the next column to write. Attention
+is masked by the positions and segments stored in the cache, not by column, so rows at different lengths share one
+compiled step.
 """
 
 import functools
@@ -104,7 +105,7 @@ class Batch:
     ):  # fmt: skip
         self.model, self.store, self.length = model, store, length
         self.rows: list[Request | None] = [None] * rows
-        self._all, self._params = params, None  # all parameters; those of current rows, None after a change of rows
+        self._all, self._params = params, None  # all; those routed to the current rows, None after rows have changed
         self.reader = Reader(model, self._serving, prefixes or Prefixes(), kind)
         self.cache: Cache | None = None
 
@@ -117,7 +118,8 @@ class Batch:
         return len(names) <= len(self.rows) and (not self.store or self.store.fits(names))
 
     def run(self, requests: Sequence[Request], stop: Callable[[list[int]], bool] | None = None) -> None:
-        """Answers all requests. `stop(tokens)` is called every STEPS steps or earlier, and ends an answer."""
+        """Answers all requests. `stop(tokens)` is called every STEPS steps or earlier, and ends an answer by returning
+        True."""
         self.plan(requests)
         waiting = deque(sorted(requests, key=_order))
         while waiting or any(self.rows):
@@ -247,7 +249,8 @@ def arrays(rows: Sequence[Request | None]) -> Rows:
 def _decode(
     model: Transformer, params: Params, cache: Cache, rows: Rows, steps: int | Array, busy: int | Array
 ) -> tuple[Picked, Array, Cache]:
-    """Decodes up to `steps` steps: tokens [B,STEPS], how many of them belong to each row's answer [B], and the cache.
+    """Decodes up to `steps` steps. Returns tokens [B,STEPS], how many of them belong to each row's answer [B], and the
+    cache.
 
     Decoding stops earlier when at most `busy` rows are live. Each step writes the newest tokens to the next column of
     the cache.

@@ -23,7 +23,7 @@ from model.io.pretrained import Pretrained
 from model.net.transformer import Transformer
 from model.weights import Params
 
-BATCH_TOKENS = 16_384  # per forward pass
+BATCH_TOKENS = 16_384  # maximum per forward pass
 POOLINGS = {  # fields of 1_Pooling/config.json of sentence-transformers
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "first",
@@ -63,7 +63,7 @@ class Embedder:
     def embed(self, texts: Sequence[str], prompt: str = "") -> np.ndarray:
         """Vectors [len(texts), width] in float32. `prompt` names one of the model's prompts; "" means none.
 
-        Texts of similar length share a forward pass, and no vector depends on the others.
+        Texts of similar length share a forward pass, and no vector depends on the other texts.
         """
         before = dict(self.prompts).get(prompt, "")
         return self.vectors(self.encode([before + text for text in texts]))

@@ -34,13 +34,13 @@ PREFIX, KEY = "openai:", "OPENAI_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 AT_ONCE = 8  # concurrent requests
 TRIES, WAIT, LONGEST = 4, 0.5, 20.0  # attempts per request; seconds to wait, doubled each time; maximum wait
-TIMEOUT = 120  # seconds without a byte
+TIMEOUT = 120  # maximum seconds without receiving a byte
 BODY = 1 << 24  # maximum bytes of a reply
 AGAIN = (408, 409, 425, 429)  # HTTP statuses after which a request is sent again, besides 5xx
 
 
 class Reply(NamedTuple):
-    """An answer and its cost. Token counts are the endpoint's; None if it does not send them."""
+    """An answer and its cost. Token counts are the endpoint's; None if the endpoint does not send them."""
 
     text: str
     prompt_tokens: int | None
@@ -70,7 +70,7 @@ class Hosted:
     replies: list[Reply] = dataclasses.field(default_factory=list, compare=False)
 
     def __str__(self) -> str:
-        """Its cost so far, in one line."""
+        """The cost of all requests so far, in one line."""
         used = self.used()
         tokens = f"{integer(used.prompt_tokens)} + {integer(used.completion_tokens)} tokens"
         where = f"questions leave this machine for {urlsplit(self.url).hostname}" if self.leaves else "on this machine"
@@ -124,7 +124,7 @@ class Hosted:
         return found
 
     def used(self, replies: Sequence[Reply] | None = None) -> Used:
-        """The cost of these replies, or of all so far."""
+        """The cost of `replies`, by default of all so far."""
         replies = self.replies if replies is None else replies
         read, written = (_sum(r[i] for r in replies) for i in (1, 2))
         known = self.usd is not None and read is not None and written is not None

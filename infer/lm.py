@@ -35,7 +35,7 @@ Message = Json
 Prompt = str | Sequence[Message] | Sequence[int]  # a text or token ids to continue, or a chat to answer
 
 WINDOW = 1024  # maximum context in `loss`, in tokens
-BATCH_TOKENS = 4096  # per forward pass when scoring
+BATCH_TOKENS = 4096  # maximum per forward pass when scoring
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class LM:
     params: Params
     tokenizer: Tokenizer
     store: "Store | None" = None  # several adapters to choose from; `params` is their base
-    tokenizers: Mapping[str, Tokenizer] = dataclasses.field(default_factory=dict)  # of adapters that have their own
+    tokenizers: Mapping[str, Tokenizer] = dataclasses.field(default_factory=dict)  # {adapter: its own tokenizer}
 
     @property
     def config(self) -> ModelConfig:
@@ -171,7 +171,7 @@ class LM:
         rows = []
         for text in [texts] if isinstance(texts, str) else texts:
             ids = self.encode(text)
-            size = min(WINDOW, self.config.context - 1)  # and the token before the first scored one
+            size = min(WINDOW, self.config.context - 1)  # a row also has the token before its first scored one
             windows = (ids[at : at + size + 1] for at in range(0, len(ids) - 1, size))
             rows += [(window[:1], window[1:]) for window in windows]
         tokens = sum(len(scored) for _, scored in rows)

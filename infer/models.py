@@ -121,7 +121,7 @@ def _own_tokenizers(folders: dict[str, Path], base: tokenizers.Tokenizer | Absen
             continue
         texts = sorted(path for pattern in tokenizers.FILES for path in Path(source).glob(pattern))
         same = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in texts)).digest()
-        if same not in known:  # a thousand adapters have only a few tokenizers
+        if same not in known:  # many adapters share a few tokenizers
             known[same] = tokenizers.load(source)
         if isinstance(base, Absent) or known[same].fingerprint != base.fingerprint:
             out[name] = known[same]

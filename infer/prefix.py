@@ -63,7 +63,7 @@ class Prefixes:
         self.computed = 0  # prompt tokens computed so far, without padding
 
     def longest(self, kind: str, prompt: Prompt) -> Prefix | None:
-        """The longest prefix of a prompt in a cache of this kind."""
+        """The longest cached prefix of a prompt, among caches of this kind."""
         fits = [key for key in self.kept if key[0] == kind and begins(prompt, key[1])]
         best = max(fits, key=lambda key: len(key[1].ids), default=None)
         if best is None:
@@ -94,8 +94,8 @@ class Reader:
         return virtual_tokens(self.serving([None], 1))
 
     def plan(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """For each prompt, the ascending lengths of the prefixes to compute. All exclude its last token, which gives
-        the logits."""
+        """For each prompt, the ascending lengths of the prefixes to compute. No prefix includes the last token, whose
+        logits are needed."""
         scaling = dict(self.model.config.rope_scaling)
         if scaling.get("rope_type", scaling.get("type")) == "dynamic":
             return [[] for _ in prompts]  # the RoPE frequencies depend on the length of the whole prompt
@@ -202,7 +202,7 @@ def branches(prompts: Sequence[Prompt]) -> list[list[int]]:
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i].adapter or "", prompts[i].ids))
     common = [_common(prompts[a], prompts[b]) for a, b in itertools.pairwise(order)]
     found: list[list[int]] = [[] for _ in prompts]
-    saved, spans = 0, [(0, len(prompts), 0)]  # range of `order` from, to; length of its known common prefix
+    saved, spans = 0, [(0, len(prompts), 0)]  # start and end in `order`, length of a common prefix
     while spans:
         start, end, depth = spans.pop()
         if end - start < 2:

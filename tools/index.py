@@ -8,8 +8,8 @@
 SOURCE: a file, a folder or a built-in name, as in config.data.source; several are separated by commas. Running the
 command again updates the index, or continues an interrupted build. --ask prints the k best chunks. --questions measures
 retrieval on rows with a `question` and its `documents` (names as printed by --ask): every search method is scored by
-recall@k, nDCG@10 and MRR@10 with 95 % intervals. --how: bm25, dense, or a fusion of both: mean (of scores scaled to [0,
-1]) or rrf (reciprocal rank fusion).
+recall@k, nDCG@10 and MRR@10 with 95 % intervals. --how: bm25, dense, or a fusion of both: mean (of scores scaled to
+[0, 1]) or rrf (reciprocal rank fusion).
 
 --embedder: a Hugging Face folder, a hub id, a packaged name, or a run that tuned one of these. A new embedder replaces
 the one of an existing index only if it is better on --questions: the 95 % interval of the difference in nDCG@10 of

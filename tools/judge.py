@@ -6,10 +6,11 @@
 --pairs are preferences or rankings in any format that training reads; rows on the same two answers are the votes of
 several people. The first line of the table is the agreement of people with each other, and the accuracy that it allows;
 ties count only in this line. A judge sees the answers in both orders. It prefers an answer if it chooses that answer in
-both; an undecided pair counts one half. --rewards are rewards of evals.reward, separated by spaces. --features trains a
-linear reward model on the frozen model's hidden states; like the bag of words, it is cross-validated over --folds. The
-seconds that a person needs per label and the wage per hour are your estimates. Verdicts are saved in --out, so the same
-command continues after an interruption.
+both; an undecided pair counts one half.
+
+--rewards are rewards of evals.reward, separated by spaces. --features trains a linear reward model on a frozen model's
+hidden states; like the bag of words, it is cross-validated over --folds. The seconds that a person needs per label and
+the wage per hour are your estimates. Verdicts are saved in --out, so the same command continues after an interruption.
 """
 
 import argparse

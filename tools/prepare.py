@@ -3,9 +3,9 @@
     python -m tools.prepare --config=configs/X.py [--config.key=value ...] [--strict]
 
 Prints statistics of the records, the columns and fields that were not used, and one packed row: green tokens count in
-the loss, dim ones do not, reversed ones are control tokens, and | separates documents. The result goes to the cache
-that training reads, whose hashes are verified. Exit code 2: the data cannot be used, or --strict and something is
-unused.
+the loss, dim ones do not, reversed ones are control tokens, and | separates documents. The tokenized data is stored in
+the cache that training reads, and its hashes are verified. Exit code 2: the data cannot be used, or --strict and
+something is unused.
 """
 
 import sys

@@ -5,9 +5,9 @@
 --reward is a weighted mix of scorers, reward models, judges, rules and your own functions (evals.reward). The table has
 each model's mean reward and length and, for two models, how often the second wins (a tie counts one half). --keep=best
 writes each prompt with its best answer, as data.source of fine-tuning (best-of-n). --keep=pairs writes each prompt with
-its best and its worst answer, for DPO or a reward model. --keep=items writes the items with ranks by the reward as
-those of a judge, for feedback.main. --kl estimates the KL divergence of the second model from the first: the mean of
-log p of the second minus log p of the first, on answers of the second.
+its best and its worst answer, for DPO or a reward model. --keep=items writes the items with the ranks of the answers by
+reward, stored as a judge's ranks, for feedback.main. --kl estimates the KL divergence of the second model from the
+first: the mean of log p of the second minus log p of the first, on answers of the second model.
 """
 
 import argparse

@@ -78,7 +78,8 @@ def _sections(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _pieces(section: str, words: int) -> Iterator[str]:
-    """Paragraphs; sentences, if a paragraph is too long; or parts of too long sentences."""
+    """The paragraphs of a section. A paragraph that is too long is split into sentences, and such a sentence between
+    words."""
     for paragraph in filter(None, (p.strip() for p in re.split(r"\n\s*\n", section))):
         if _count([paragraph]) <= words:
             yield paragraph

@@ -40,7 +40,7 @@ CHAT = BOTH | {
     "top_logprobs": Field(int, None, 0, TOP),
 }  # fmt: skip
 COMPLETION = BOTH | {"max_tokens": Field(int, 16, 1, 1 << 62), "logprobs": Field(int, None, 0, TOP)}
-READ = {"model", "stop", "stream_options"}  # read by name below
+READ = {"model", "stop", "stream_options"}  # handled one by one in `read`
 LABELS = {
     "user": str,
     "metadata": dict,
@@ -125,7 +125,8 @@ def ids(lm: LM, prompt: str | list[int]) -> list[int]:
 
 
 def seed(given: int | None, choice: int) -> int:
-    """The 31-bit seed of one choice of a request: random if none is given; the first choice keeps a seed that fits."""
+    """The 31-bit seed of one choice of a request: random if none is given. The first choice uses a given seed unchanged
+    if it has at most 31 bits."""
     if given is None:
         return secrets.randbits(31)
     return given if not choice and abs(given) < 1 << 31 else zlib.crc32(f"{given} {choice}".encode()) >> 1
@@ -222,7 +223,7 @@ class Choice:
         self.finish: str | None = None
         self._tokenizer = lm.tokenizer
         self._tokens: deque[int | None] = deque()
-        self._pieces = lm.pieces(request.prompt, iter(self._tokens.popleft, None))  # one piece per token, then the rest
+        self._pieces = lm.pieces(request.prompt, iter(self._tokens.popleft, None))  # one per token, then any rest
         self._held, self._sent = "", 0  # text that may begin a stop string; number of characters before it
         self._scores: deque[tuple[int, Score]] = deque()  # (index of the token's first character in the answer, score)
 
@@ -263,7 +264,7 @@ class Choice:
             content = [self._entry(s.token, s.logp) | {"top_logprobs": [self._entry(*t) for t in s.top]}
                        for _, s in scores]  # fmt: skip
             return {"content": content, "refusal": None}
-        entries = [[self._entry(*t) for t in [*s.top, (s.token, s.logp)]] for _, s in scores]  # the sampled one last
+        entries = [[self._entry(*t) for t in [*s.top, (s.token, s.logp)]] for _, s in scores]  # the sampled token last
         return {
             "tokens": [row[-1]["token"] for row in entries],
             "token_logprobs": [row[-1]["logprob"] for row in entries],

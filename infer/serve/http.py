@@ -291,7 +291,7 @@ class Guard:
         self.app, self.meters = app, meters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begin, status = time.perf_counter(), 499  # 499: no answer, since the client disconnected
+        begin, status = time.perf_counter(), 499  # the client disconnected before any answer
 
         async def counted(message: Message) -> None:
             nonlocal status

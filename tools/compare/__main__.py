@@ -1,11 +1,11 @@
 """Measures which method suits a task, and its cost: prompting, retrieval, LoRA, full fine-tuning, a hosted model.
 
     python -m tools.compare --task=rows.csv [--models=A,B] [--documents=SOURCE] [--methods=zero_shot,lora] [--plan]
-        --budget=30min     at most; also 2h, 2usd, or FLOPs such as 1e15; "all" drops nothing early. Default: no limit
-        --rungs=3          of successive halving; 0: the first setting of every method is tested, without a search
-        --seeds=3          trainings of each method that is tested
+        --budget=30min     maximum; also 2h, 2usd, or FLOPs such as 1e15; "all" drops nothing early. Default: no limit
+        --rungs=3          steps of successive halving; 0: the first setting of every method is tested, without a search
+        --seeds=3          training runs of each method that is tested
         --epochs=3         passes of each training over its rows
-        --requests=10000   per month, for the recommendation
+        --requests=10000   requests per month, for the recommendation
         --price=1:2:4      USD per hour of the machine that will answer: LOW:VALUE:HIGH or VALUE
         --chip=v5e         the chip that will answer, a name in common/chips.json; default: this machine
         --plan             only estimates FLOPs, time, money and energy

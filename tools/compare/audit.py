@@ -77,7 +77,7 @@ class Replay(Engine):
         return sum(gas(row) for row in self.full.candidate(x.id)["rungs"] if row["rung"] == number)
 
     def test(self, x: Candidate, trained: int, result: Json | None = None) -> float:
-        """Testing is not part of the choice."""
+        """0 FLOPs, since testing is not part of the choice."""
         return 0.0
 
     def choose(self) -> str:

@@ -31,8 +31,8 @@ class Inputs(NamedTuple):
 
     requests: float  # per month
     margin: float = 0.02  # loss of score that is acceptable to pay less
-    labels: float = 12.0  # months until the labels change: methods with training are trained again
-    documents: float = 1.0  # months until the documents change: they are indexed again, or learned again
+    labels: float = 12.0  # months until the labels change, so that trained methods are trained again
+    documents: float = 1.0  # months until the documents change, so that they are indexed or learned again
     people: float = 0.0  # dollars of people's work per training
     idle: float = 0.0  # hours per month in which the machine is paid for but idle
     price: float = 1.0  # factor on the machine's price
@@ -71,7 +71,7 @@ class Price(NamedTuple):
 
     unit: str
     per_flop: tuple[float, float, float]
-    idle: float  # FLOPs that the machine could compute in an hour of waiting; 0 if unknown
+    idle: float  # FLOPs that the machine could compute in an idle hour; 0 if unknown
 
 
 class Decision(NamedTuple):

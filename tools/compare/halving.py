@@ -13,8 +13,8 @@ from evals import paired
 from tools.compare.method import Candidate
 
 ETA = 3  # each rung has ETA times as many training rows as the one before, and 1 / ETA of the settings
-ROWS = (50, 100, 200)  # validation rows of the rungs, at most
-LEAST = 24  # training rows of a rung, at least
+ROWS = (50, 100, 200)  # maximum validation rows of each rung
+LEAST = 24  # minimum training rows of a rung
 BASELINE = "zero_shot"  # tested in any case: it costs nothing to make, and the others are compared with it
 
 Result = Callable[[Candidate], Json]
@@ -58,7 +58,8 @@ def settings(alive: Sequence[Candidate], result: Result, last: bool) -> tuple[li
 def methods(
     alive: Sequence[Candidate], result: Result, before: Callable[[Candidate], Json | None], full: bool
 ) -> tuple[list[Candidate], list[Drop]]:
-    """Drops the methods that are clearly worse than the leader: the 95 % interval of the paired difference is above 0.
+    """Drops the methods that are clearly worse than the leader: the 95 % interval of the leader's score minus the
+    method's, paired by rows, is above 0.
 
     A method that has trained on only a part of the rows (`full` is false) may still improve. It is dropped only if it
     would stay clearly worse after gaining as much again as since the previous rung; without a result from that rung

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from data.text.tokenizer import Tokenizer
 
 LEAST = {"train": 20, "validation": 5, "test": 10}  # minimum rows per split; with fewer, nothing can be decided
-SHARE, STEPS = 1024, 8  # tokens per training step, at most; steps per epoch, at least
+SHARE, STEPS = 1024, 8  # maximum tokens per training step; minimum steps per epoch
 BYTES, WINDOW = 4, 8000  # assumed for a hosted model: bytes per token; tokens of its context
 CONFIG = "configs/sft/own_task.py"
 TEST = ":split=test"  # explicit, since the file's name may say that all of its rows are held out

@@ -1,4 +1,4 @@
-"""The score that more training rows may bring: a line through the scores at several sizes, extended."""
+"""The score that more training rows may bring: the extrapolation of a line through the scores at several sizes."""
 
 import math
 from collections.abc import Sequence

@@ -192,7 +192,7 @@ def more_rows(curve: Curve | None, o: Option | None) -> str:
 
 
 def speed(lora: float | None, full: float | None) -> str:
-    """How much faster LoRA trained, beside the figure of the article that the project follows."""
+    """A sentence on how much faster LoRA trained, and on the figure in the article that the project follows."""
     if not lora or not full:
         return ""
     text = f"LoRA trained {lora / full:.2f} times as fast as full fine-tuning: {integer(lora)} against {integer(full)}"

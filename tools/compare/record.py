@@ -1,7 +1,7 @@
 """The record of a comparison, OUT/comparison.json: written whole after every job, read by the page and the bundle.
 
-Paths are relative to OUT, numbers are in base units, and None is unknown. Scores and FLOPs decide; seconds are only
-reported, so a comparison that was killed and resumed has the same record except for its times.
+Paths are relative to OUT, numbers are in base units, and None is unknown. Decisions depend on scores and FLOPs; seconds
+are only reported, so a comparison that was killed and resumed has the same record except for its times.
 """
 
 import dataclasses

@@ -8,8 +8,8 @@ cycles), bytes moved relative to the minimum, VMEM, and spilled registers. All b
 with the figures of XLA's program for the same operands. A kernel's time is a range, from its bound (the schedule, or
 HBM at peak bandwidth) to the bound plus the part of the first block that nothing overlaps; for XLA's program, the range
 ends at XLA's own estimate. Stalls are not included, so kernels whose times differ by less than about 10 % cannot be
-ranked. For TPU7x the products per cycle are guessed from its peak rate, which its schedules exceed. This needs
-requirements/tpu.txt.
+ranked. For TPU7x the products per cycle are guessed from its peak rate, which its schedules exceed. For TPUs, the
+command needs requirements/tpu.txt.
 
 For an absent H100 (requirements/gpu.txt) the command prints registers, spills, memory and bytes; times are not known.
 `--chip=gpu` does the same on the GPU of this machine, measures the times, and compares the results with XLA's.

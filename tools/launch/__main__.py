@@ -37,7 +37,7 @@ POLL = 30.0  # seconds between checks of a machine's state
 
 
 class Slice(NamedTuple):
-    """An accelerator: v5p-8 is 4 chips on one host."""
+    """The chips of an accelerator; for example, v5p-8 is 4 chips on one host."""
 
     product: str
     type: str  # its name for the Cloud TPU API and xpk
@@ -126,7 +126,7 @@ def make(flags: Json, target: Json, a: Slice, args: overrides.Args) -> Plan:
     row, name = TABLE["generations"].get(a.product, {}), flags["name"]
     values = {**flags, **row, **a._asdict(), "hosts": a.hosts, "region": flags["zone"].rpartition("-")[0]}
     values |= {"topology": row.get("topologies", {}).get(str(a.chips)), "machine": f"{row.get('machine')}-{a.host}t"}
-    omitted = set()  # steps and scripts
+    omitted = set()  # names of steps and scripts to leave out
     if not flags["nfs"]:
         omitted.add("mount")
     if a.hosts == 1:
@@ -152,7 +152,8 @@ def make(flags: Json, target: Json, a: Slice, args: overrides.Args) -> Plan:
 
 
 def train_command(args: overrides.Args, target: Json, hosts: int) -> list[str]:
-    """The run as the user wrote it. JAX_NUM_PROCESSES is the number of hosts of the slice; see train/keep/hosts.py."""
+    """The command that trains, with the user's options. JAX_NUM_PROCESSES is the number of hosts of the slice; see
+    train/keep/hosts.py."""
     several = ["env", f"JAX_NUM_PROCESSES={hosts}"] if target.get("hosts") and hosts > 1 else []
     config = f"{args.config}:{args.arg}" if args.arg else args.config
     keys = [f"--config.{key}={text}" for key, text in args.overrides.items()]

@@ -3,8 +3,8 @@
     python -m tools.make_data --documents=SOURCE --to=FOLDER [--by=auto] [--model=smollm2-135m-instruct] [--most=200]
                               [--words=160] [--seed=0] [--against=TASK,...]
 
-Writes FOLDER/rows.jsonl for train.main (`question`, `answer`, the `passage` that holds it, and in `meta` the document,
-the chunk and the writer), dropped.jsonl with a reason per row, and the page samples.html. --documents: as in
+Writes FOLDER/rows.jsonl for train.main (`question`, `answer`, the `passage` that contains it, and in `meta` the
+document, the chunk and the writer), dropped.jsonl with a reason per row, and the page samples.html. --documents: as in
 tools.index; --most limits the documents to that number, drawn at random. --by: model, templates (of English sentences),
 or auto: templates if less than a quarter of the model's first rows pass the filters. --against names tasks of
 evals.main; rows that contain a question of such a task are dropped. An interrupted command continues where it stopped.

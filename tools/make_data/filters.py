@@ -62,7 +62,7 @@ def by_rules(row: Row) -> str:
 
 
 def copies(rows: Sequence[Row]) -> dict[int, str]:
-    """{index: reason} of rows whose questions are nearly those of earlier ones."""
+    """{index: reason} of rows whose questions repeat, or nearly repeat, those of earlier rows."""
     seen: dict[str, int] = {}
     out = {}
     for i, row in enumerate(rows):
@@ -74,7 +74,7 @@ def copies(rows: Sequence[Row]) -> dict[int, str]:
 
 
 def contaminated(rows: Sequence[Row], tasks: dict[str, Task], scratch: Path) -> dict[int, str]:
-    """{index: reason} of rows that contain a row of an evaluation task, or nearly its question."""
+    """{index: reason} of rows that contain a row of an evaluation task, or nearly repeat its question."""
     out: dict[int, str] = {}
     for name, task in tasks.items():
         asked = [(overlap.asked(task.prompt(e)), e["answer"], e.get("where", name)) for e in task.examples("heldout")]

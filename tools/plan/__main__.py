@@ -67,10 +67,10 @@ def plan(cfg: Config, devices: list[Any], flags: Json) -> Json:
 def search(cfg: Config, devices: list[Any], flags: Json) -> list[Json]:
     """The plans that fit, of those tried within `--minutes`, sorted by planned tokens/s.
 
-    First, every remat policy with all devices on fsdp; then the best policy with 2, 4 or 8 devices on tensor, as long
-    as that is faster. Each search starts from the best batch size so far (at first the config's), which is halved until
-    the plan fits, or doubled while that raises the speed by 2 %. Finally, if the config's batch is larger than the best
-    one, it is tried with gradient accumulation.
+    The search first tries every remat policy with all devices on the axis fsdp, then the best policy with 2, 4 or 8
+    devices on the axis tensor, as long as that is faster. Each search starts from the best batch size so far (at first
+    the config's), which is halved until the plan fits, or doubled while that raises the speed by 2 %. Finally, if the
+    config's batch is larger than the best one, it is tried with gradient accumulation.
     """
     from train import inputs
 

@@ -72,8 +72,8 @@ class Listed:
 
 
 def finish(child: Child, folder: Path, hopeless: bool) -> None:
-    """Records a failure or an early stop, and releases the claim. Raises UserError for a full disk, which is neither:
-    the same command resumes the run."""
+    """Records a failure or an early stop, and releases the claim. A full disk is neither and raises UserError; the same
+    command then resumes the run."""
     code, ended = child.process.returncode, {}
     with os.fdopen(child.claim):
         if outcome(folder, child.point.config.steps) == DONE:

@@ -40,7 +40,7 @@ class Search:
         else:
             print("no trial is stopped early, since eval_every is 0")
         direction = "maximize" if flags["maximize"] else "minimize"
-        name = f"{direction} {self.metric} over {sorted(space.items())}"  # a change of these starts another study
+        name = f"{direction} {self.metric} over {sorted(space.items())}"  # another name is another study
         with runs.alone(out):
             backend = optuna.storages.journal.JournalFileBackend(str(out / "study.journal"))
             storage = optuna.storages.JournalStorage(backend)
