@@ -17,8 +17,8 @@ from common.errors import UserError, did_you_mean
 from kungfu import ROOT
 
 NAMED = {
-    "train": "train.main", "eval": "evals.main", "task-data": "evals.export", "spectrum": "evals.spectrum",
-    "decide": "tools.compare.page",
+    "train": "train.main", "eval": "evals.main", "lm-eval": "evals.lm_eval", "task-data": "evals.export",
+    "spectrum": "evals.spectrum", "decide": "tools.compare.page", "audit": "tools.compare.audit",
     "feedback": "feedback.main",
 }  # fmt: skip
 SHELLS = {

@@ -1,4 +1,4 @@
-"""Compares prompting, retrieval and LoRA on this machine, on a skill and on a question of knowledge: quality and cost.
+"""Compares prompting, retrieval and LoRA on a skill and on questions of knowledge: quality and cost.
 
     python -m tools.demo [--out=runs/demo]
 
