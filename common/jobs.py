@@ -43,7 +43,7 @@ class Queue(Protocol[R]):
 
 
 class Stage(NamedTuple):
-    """A command to run. `share` returns the fraction of the stage that is done, from its files; at 1 it is skipped."""
+    """A command to run. `share` reads from files which fraction of the stage is done; at 1 the stage is skipped."""
 
     title: str
     argv: list[str]  # python -m ...
@@ -127,7 +127,7 @@ def drain(queue: Queue[R], at_once: int, stop: list[int], show: Callable[[], Non
             job.process.terminate()
 
 
-# --- stage after stage ---
+# --- stages, one after the other ---
 
 
 class _Stages:

@@ -165,7 +165,7 @@ def _call(function: Callable, arg: object) -> Any:
 
 
 def _point(point: object) -> Point:
-    """The point with "config." dropped from its keys and NumPy scalars as Python numbers."""
+    """A point with "config." removed from its keys, and NumPy scalars converted to Python numbers."""
     if not isinstance(point, Mapping) or not all(isinstance(key, str) for key in point):
         raise UserError(f"{point!r} is not a dict of dotted keys", "sweep", 'yield {"optim.lr": 1e-3}')
     plain = lambda v: v.item() if hasattr(v, "item") else v

@@ -5,7 +5,8 @@
     python -m train.main --config=configs/rlhf/people.py:objective=kto,file=rows/kto.jsonl --workdir=runs/kto
     python -m train.main --config=configs/rlhf/people.py:objective=reward --workdir=runs/reward
 
-A fifth of the prompts is held out. Floors stop DPO and KTO when held-out answers become improbable.
+A fifth of the prompts is held out. A floor stops DPO and KTO when the policy moves too far from the reference, measured
+by the KL on held-out answers.
 
 Hardware: a laptop CPU, 3 GB of memory; 2 to 5 minutes for 150 pairs of short answers. Expected: held-out accuracy above
 one half for the reward model and DPO; results/people.md has figures.

@@ -141,7 +141,7 @@ def resolve(
 
 
 def _schema(config: ConfigDict, changes: dict, problems: list[Problem]) -> tuple[dict[str, Key], set[str]]:
-    """(keys of this config, groups whose method is unknown, so that their arguments cannot be checked).
+    """Returns (keys of this config, groups whose method is unknown). Arguments in such groups cannot be checked.
 
     If a change replaces a method, the arguments in the file that the new method does not take are dropped.
     """

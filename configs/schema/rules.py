@@ -143,7 +143,8 @@ def _floors(floors: tuple) -> Iterator[tuple[str, str]]:
 
 
 def check_between(c: Mapping[str, Leaf], ok: Callable[..., bool]) -> Iterator[Problem]:
-    """Rules that involve several keys or folders. `c`: path -> value. `ok(*paths)`: whether all are set and valid."""
+    """The problems found by rules that involve several keys. `c`: path -> value. `ok(*paths)`: whether all are set and
+    valid."""
     for rule in (_shape, _init, _trainable, _saved, _rows, _kinds, _schedule, _evals, _measured):
         for path, text, fix in rule(c, ok):
             yield Problem(f"config.{path}", show(c[path]), text, fix)

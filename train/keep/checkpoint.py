@@ -193,8 +193,8 @@ class Checkpointer:
             raise
 
     def _prune(self) -> None:
-        """Deletes all checkpoints but the newest `keep`, those at multiples of `keep_every`, and the last that
-        passed."""
+        """Deletes all checkpoints but the newest `keep`, those at multiples of `keep_every`, and the last one that
+        passed the floors."""
         last_passed = self.last_passed()
         for step in saved.steps(self.folder)[self.cfg.keep :]:
             if step != last_passed and (not self.cfg.keep_every or step % self.cfg.keep_every):

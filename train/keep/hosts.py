@@ -25,9 +25,9 @@ LOST = re.compile("closed by peer|reset by peer|onnection refused|unhealthy|hear
 def connect() -> None:
     """Joins the other processes of a launch, if there are any, and sets up the persistent compilation cache.
 
-    A launch of several processes is recognized by JAX_COORDINATOR_ADDRESS (with JAX_NUM_PROCESSES and JAX_PROCESS_ID),
-    by Slurm, by GKE (also with several slices), or on the hosts of a TPU slice by JAX_NUM_PROCESSES. Call it before
-    anything uses devices.
+    A launch of several processes is recognized by environment variables: JAX_COORDINATOR_ADDRESS (with
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID), those of Slurm or GKE (also with several slices), or JAX_NUM_PROCESSES on the
+    hosts of a TPU slice. Call it before anything uses devices.
     """
     env = os.environ
     cache = os.path.expanduser(f"~/.cache/kungfu/xla-{jax.__version__}")

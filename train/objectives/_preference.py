@@ -19,12 +19,12 @@ def logps(model: Transformer, params: Params, batch: Batch) -> Array:
 
 
 def both(batch: Batch) -> Batch:
-    """A pair batch as one lm batch of 2B rows: the chosen answers, then the rejected ones."""
+    """A pair batch as one lm batch of 2B rows: the chosen answers, then the rejected answers."""
     return jax.tree.map(lambda c, r: jnp.concatenate([c, r]), batch["chosen"], batch["rejected"])
 
 
 def reference(roles: Roles) -> Params:
-    """The policy before the first step: a frozen copy, or the base with its adapters off. No gradient."""
+    """The policy before the first step: a frozen copy, or the base with its adapters off. It gets no gradient."""
     return jax.lax.stop_gradient(roles["ref"] if "ref" in roles else weights.base(roles["policy"]))
 
 
