@@ -1,4 +1,4 @@
-"""Block sizes of the kernels, chosen from the schedules that `python -m tools.kernel_report` reads.
+"""Block sizes of the kernels, chosen from the compiled schedules that `python -m tools.kernel_report` analyzes.
 
 The same sizes serve v5e, v5p, v6e and TPU7x: blocks that fill the 256-wide MXU of v6e still fit the VMEM of v5p and
 TPU7x.
@@ -19,7 +19,7 @@ class GpuTile(NamedTuple):
     """The tile of one program of `codes_triton`."""
 
     rows: int  # rows of x
-    columns: int  # of W
+    columns: int  # columns of W
     depth: int  # rows of packed bytes of W per step
     warps: int
     busy: int  # desired warps per multiprocessor, reached by splitting the rows of W over programs

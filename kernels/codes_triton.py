@@ -35,7 +35,7 @@ Form = Callable[[Array, Callable], list[Array]]
 
 
 def plain(codes: Array, _: Callable) -> list[Array]:
-    """int8 and 8-bit floats."""
+    """Converts int8 and 8-bit floats."""
     return [codes.astype(jnp.bfloat16)]
 
 
@@ -76,7 +76,7 @@ def matmul(
         return _call(x, codes, scale, group, dtype, form)
     rest, parts = x, []
     for _ in range(3):
-        parts.append(jax.lax.reduce_precision(rest, 8, 7))  # XLA would remove a cast and its inverse
+        parts.append(jax.lax.reduce_precision(rest, 8, 7))  # XLA would remove a cast to bfloat16 and back
         rest = rest - parts[-1]
     y = _call(jnp.concatenate(parts).astype(jnp.bfloat16), codes, scale, group, jnp.float32, form)
     return y.reshape(3, len(x), -1).sum(0).astype(dtype)
@@ -127,7 +127,7 @@ def _body(
         coming = codes(first + jnp.minimum(turn + 1, turns - 1))  # loads the next codes while `held` is multiplied
         mask = _all(there, _inside(at * depth, depth, height, 1))
         x = lambda place: triton.load(x_ref.at[place, :, pl.ds(at * depth, depth)], mask=mask, other=_none(mask))
-        numbers = form(held, level)  # both products before their sum: any other order spills registers
+        numbers = form(held, level)  # all products are computed before their sum: any other order spills registers
         y = sum([jnp.dot(w.T, x(jnp.int32(p)).T, preferred_element_type=jnp.float32) for p, w in enumerate(numbers)])
         return coming, total + (y if one else y * scale(at * depth // group).reshape(columns, 1))
 

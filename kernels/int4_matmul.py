@@ -18,7 +18,7 @@ from kernels import blocks, tiled
 from kernels.blocks import cut
 
 FEW = 128  # largest number of rows of x for which partial products are scaled
-UNPACKED = 256  # rows of W unpacked at once in that case; column-major bytes are also transposed
+UNPACKED = 256  # rows of W unpacked at once in this case; column-major bytes are also transposed
 
 
 def supported(k: int, n: int, group: int) -> bool:

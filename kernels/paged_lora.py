@@ -68,11 +68,11 @@ def product(
     """x [B,T,K] times each row's own pages of the stacks A [C,K] and B [C,N] -> [B,T,N]. If x is [B,T], it holds token
     ids, which select columns of A.
 
-    Under a mesh, B and T are sharded over the axes `rows`, K and N over `split`. The stacks are not moved: each device
-    multiplies the rows that need its part of A, then the rows that need its part of B. It reads only the pages of
-    those rows. Between the two products, x A, which is small, is summed over the axes of K and over those that shard
-    both N and the batch. If there is nothing to sum, one kernel computes both products, as on one device. Otherwise a
-    GPU runs one kernel per product, and a TPU runs loops in XLA.
+    Under a mesh, the dimensions B and T are sharded over the axes `rows`, K and N over `split`. The stacks are not
+    moved: each device multiplies the rows that need its part of A, then the rows that need its part of B. It reads only
+    the pages of those rows. Between the two products, x A, which is small, is summed over the axes of K and over those
+    that shard both N and the batch. If there is nothing to sum, one kernel computes both products, as on one device.
+    Otherwise a GPU runs one kernel per product, and a TPU runs loops in XLA.
     """
     if not partition.sharded():
         return matmul(x, a, b, route) if x.ndim == 3 else expand(lookup(x, a, route), b, route, len(x), dtype)
@@ -243,8 +243,8 @@ def _decode(
     pages: Ref, which_ref: Ref, row_ref: Ref, x_ref: Ref, a_ref: Ref, b_ref: Ref, y_ref: Ref,
     a_room: Ref, b_room: Ref, arrived: Ref,
 ) -> None:  # fmt: skip
-    """`pages` [P] is in scalar memory, `which` is [P,1] and `row` [1,P]; A and B have two buffers each for the pages of
-    a step."""
+    """`pages` [P] is in scalar memory, `which` is [P,1], and `row` is [1,P]. A and B have two buffers each: one is
+    loaded while the other one is multiplied."""
     step = pl.program_id(0)
     within = lambda i: pl.ds(i * PAGE, PAGE)
 

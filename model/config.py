@@ -89,10 +89,10 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm on each query and key head (Qwen3)
     windows: tuple[int, ...] = ()
     causal: bool = True  # a token attends to itself and earlier tokens; False: to its whole document (an encoder)
-    types: int = 0  # U, token types with an embedding each (BERT's two sentences)
+    types: int = 0  # U, number of token types, which have an embedding each (BERT's two sentences)
     blocks: tuple[str, ...] = ("attn",)  # kinds of layers, from model/net/kinds.py; repeated up to the last layer
     recurrent: int = 0  # W, the width of recurrent layers
-    conv: int = 4  # C, the taps of their convolution
+    conv: int = 4  # C, the taps of the convolution in recurrent layers
     scale_embed: bool = False  # embeddings are multiplied by sqrt(D) (Gemma)
     logit_cap: float = 0.0  # logits become cap * tanh(logits / cap); 0: no cap
 

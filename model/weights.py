@@ -89,11 +89,11 @@ def split(eqn: str) -> tuple[str, str, str]:
 class Weight:
     """Base class of the leaves that are not plain arrays. Subclasses are `flax.struct.dataclass`es."""
 
-    trainable: ClassVar[tuple[str, ...]] = ()  # fields that "adapters" trains
+    trainable: ClassVar[tuple[str, ...]] = ()  # fields that are trained if only adapters are trained
     derived: ClassVar[tuple[str, ...]] = ()  # fields that follow from other fields, so the fingerprint omits them
     whole: ClassVar[bool] = False  # counts as one array, with the `shape`, `ndim` and `size` of the replaced array
 
-    if TYPE_CHECKING:  # flax.struct adds it
+    if TYPE_CHECKING:  # flax.struct adds this method
 
         def replace(self, **changes: object) -> Self: ...
 
@@ -110,7 +110,7 @@ class Weight:
         raise NotImplementedError
 
     def axes(self, spec: Spec | None) -> "Weight":
-        """This node with each array replaced by its logical axis names, a tuple, which shard it like its base."""
+        """This node with each array replaced by its logical axis names (a tuple), which shard it like the base."""
         raise NotImplementedError
 
     def in_training(self, key: Array, step: Array) -> "Weight":
@@ -285,7 +285,7 @@ def arrays(tree: Tree) -> list[Array]:
 
 
 def map_named(f: Callable, tree: Tree, *rest: Tree, is_leaf: Callable[[object], bool] | None = None) -> Tree:
-    """`tree_map` whose function takes the path, as a string, as its first argument."""
+    """`jax.tree.map`, but `f` takes the path of a leaf, as a string, as its first argument."""
     return jax.tree.map_with_path(lambda path, *xs: f(name(path), *xs), tree, *rest, is_leaf=is_leaf)
 
 

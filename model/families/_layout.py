@@ -17,7 +17,7 @@ Index = tuple[slice, ...]
 
 
 class Key(NamedTuple):
-    name: str  # in the checkpoint; {} is the number of the layer
+    name: str  # of the tensor in the checkpoint; {} stands for the number of the layer
     layout: str
     part: int = 0
     less: float = 0.0  # subtracted from our values to get the checkpoint's (1 for Gemma's scales)

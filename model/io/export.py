@@ -68,7 +68,7 @@ def export_hf(
         params = compressed.weights_only(plain)
     taken = UserError("the folder exists and is not empty", str(folder), "choose a new folder")
     used = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    if used and files.read_json(folder / "config.json") != files.plain(config):  # else perhaps from this same command
+    if used and files.read_json(folder / "config.json") != files.plain(config):  # else an earlier run may have made it
         raise taken
     try:
         with files.folder(folder, "config.json") as work:

@@ -80,7 +80,7 @@ def _format(folder: Any, name: str, parts: set[str]) -> Format | None:
     if "qweight" in parts:
         if folder.method not in ("gptq", "awq", "auto-round"):
             raise UserError(f"{name} has codes of GPTQ or AWQ, but config.json names neither", str(folder.path))
-        keys = ("checkpoint_format", "packing_format")  # of GPTQModel, of AutoRound
+        keys = ("checkpoint_format", "packing_format")  # GPTQModel writes the first, AutoRound the second
         form = next((str(v) for k in keys if (v := folder.quantized.get(k))), folder.method).rpartition(":")[2]
         if form not in FORMS:
             what = f"weights are stored quantized by {folder.method} in its format {form!r}, which is not supported"
@@ -152,7 +152,7 @@ def _bits(folder: Any) -> int:
 
 
 def _groups(folder: Any, module: str, size: int, groups: int) -> np.ndarray:
-    """The index of the group of each of `size` inputs."""
+    """The group index of each of `size` inputs."""
     if (name := f"{module}g_idx") in folder.shards and folder.method != "awq":
         return _whole(folder, name)
     step = folder.quantized.get("group_size", 128)

@@ -16,7 +16,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 QUIET = re.compile(r"[^.]+\.(vocab_size|tensor_data_layout|rope\.scaling\.finetuned|expert_used_count)")
 PART = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
 CHUNK = 1 << 20  # values dequantized at once: limits the size of temporary arrays, and fits the CPU's cache
-TRANSPOSED = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")  # of GPT-2
+TRANSPOSED = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")  # tensors of GPT-2
 
 
 class File:
@@ -121,7 +121,7 @@ class File:
 
     @property
     def names(self) -> set[str]:
-        return set(self.tensors) - {"rope_freqs.weight"}  # part of the config
+        return set(self.tensors) - {"rope_freqs.weight"}  # its content is part of the config
 
     @functools.cached_property
     def _name_map(self):
@@ -188,7 +188,7 @@ class File:
 def inside(folder: Path) -> Path | None:
     """The path of the one GGUF model in a folder (its first part, if it is split), or None if there is no such model.
 
-    Raises UserError for several.
+    Raises UserError if there are several models.
     """
     found = sorted({parts(path)[0] for path in folder.glob("*.gguf")})
     if len(found) > 1:

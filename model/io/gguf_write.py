@@ -83,7 +83,7 @@ def _file(path: Path, model: Transformer, params: Params, tokenizer: Json, kind:
         name, x = names.get_name(theirs, try_suffixes=(".weight", ".bias")), np.asarray(x, np.float32)
         if arch == "gpt2" and name.endswith(TRANSPOSED):
             x = x.T
-        if arch == "llama" and (".attn_q." in name or ".attn_k." in name):  # it rotates neighboring dimensions
+        if arch == "llama" and (".attn_q." in name or ".attn_k." in name):  # llama.cpp rotates pairs of neighbors
             x = x.reshape(-1, 2, c.head_dim // 2, c.embed).swapaxes(1, 2).reshape(x.shape)
         to = gguf.GGMLQuantizationType[_kind(kind, x)]
         writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(x), to), raw_dtype=to)

@@ -160,7 +160,7 @@ class Folder:
         return f"{ROOT}model.{inner.removeprefix(self.body)}"
 
     def _wanted(self, name: str) -> bool:
-        """Whether PEFT uses a tensor: it is in the adapter of a module that the config names, or in a copied module."""
+        """Whether PEFT uses a tensor: it is in the adapter of a module that the config names, or in modules_to_save."""
         module = re.sub(
             r"\.(lora_|ia3_l|oft_R|token_adapter|base_layer).*|\.(weight|bias)$", "", name.removeprefix(ROOT)
         )
@@ -201,7 +201,7 @@ class Folder:
         return self._patterns[pattern].fullmatch(text)
 
     def get(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray | None:
-        """A tensor, or None if it is missing. None in `shape` is any size. Raises UserError for another shape."""
+        """A tensor, or None if it is missing. None in `shape` allows any size. Raises UserError for a wrong shape."""
         x = self.tensors.get(name)
         if x is not None:
             self.used.add(name)

@@ -107,7 +107,7 @@ def _own(folder: Folder, key: Key, sizes: dict, path: str, base: Stored, spec: S
 
 
 def _tokens(folder: Folder, key: Key, base: Stored, spec: Spec) -> Stored:
-    """A table [V, D] or head [D, V] with the rows of `trainable_token_indices`."""
+    """A table [V, D] or head [D, V] with the trained rows that `trainable_token_indices` lists."""
     module = key.name.removesuffix(".weight")
     table = key.layout == "VD->VD"
     rows = folder.get(ROOT + module + TOKENS, (None, spec.shape[table]))
@@ -198,7 +198,7 @@ def _stack(found: list[np.ndarray], spec: Spec) -> jax.Array:
 
 
 def _vectors(folder: Folder, key: Key, sizes: dict, spec: Spec, suffix: str, group: str) -> jax.Array | None:
-    """Flat vectors [stack..., features] over the axes `group`. Layers without one get ones; None if all lack it."""
+    """Flat vectors [stack..., features] over the axes `group`; ones for layers without one. None if all lack one."""
     letters = group.lstrip("0123456789")
     found = _read(folder, Key(key.name, f"({group})->{letters}", key.part), sizes, _names(key, spec, suffix))
     if all(x is None for x in found):

@@ -37,7 +37,7 @@ def write(path: str | Path, model: Transformer, params: Params, base: str = "", 
     Raises UserError for adapters that PEFT cannot represent, before anything is written.
     """
     path, adapters = Path(path).absolute(), {}
-    if path.exists() and not (path / CONFIG).exists():  # else perhaps from this same command
+    if path.exists() and not (path / CONFIG).exists():  # else an earlier run may have written it
         raise UserError("the folder exists", str(path), "choose a new folder")
     if others := without_columns(model.config.blocks):
         raise UserError(f"PEFT folders of models with {others[0]} layers are not supported", str(path))

@@ -170,7 +170,7 @@ class Pretrained:
 
 
 def open_pretrained(name: str, strict: bool = False) -> Pretrained:
-    """Opens a Hugging Face folder, a .gguf file, a packaged model's name, or a hub id if online. Raises UserError."""
+    """Opens the checkpoint `name`: a Hugging Face folder, a .gguf file, a packaged model, or, if online, a hub id."""
     path = locate(str(name), hf.FILES)
     with reading(path):
         if path.is_dir() and not (path / "config.json").exists():

@@ -30,7 +30,7 @@ Leaves = dict[str, Any]  # {path: array or its shape}
 MANIFEST = "state_hashes.json"
 NAME = re.compile(r"[A-Za-z0-9_.'\[\]-]+(/[A-Za-z0-9_.'\[\]-]+)*")
 STEP = re.compile(r"0|[1-9][0-9]{0,8}")
-# Limits on the size of a checkpoint's arrays: bytes per byte of its compressed files, and bytes in addition.
+# A checkpoint's arrays may take at most DENSEST times the bytes of its compressed files, plus SLACK bytes.
 DENSEST, SLACK = 64, 256 << 20
 
 
@@ -117,7 +117,7 @@ def fingerprints(frozen: dict[str, Params]) -> dict[str, str]:
 
 
 def describe(arrays: Leaves) -> dict[str, dict]:
-    """{name: entry in the manifest} of each array."""
+    """{name: entry in the manifest} for each array."""
     hashes = digests(arrays)
     return {n: {"shape": list(x.shape), "dtype": str(x.dtype), "hash": hashes[n]} for n, x in arrays.items()}
 
@@ -186,12 +186,12 @@ class _Patient:
     def close(self) -> None:
         if not self.is_closed() and (left := asyncio.all_tasks(self)):
             self.run_until_complete(asyncio.wait(left, timeout=10))
-            _ = [task.cancelled() or task.exception() for task in left if task.done()]  # else they are logged
+            _ = [task.cancelled() or task.exception() for task in left if task.done()]  # else asyncio logs them
         super().close()
 
 
 def orbax() -> ModuleType:
-    """Orbax's v1 interface, without its log: all its problems are exceptions, which are reported in one line."""
+    """Orbax's v1 interface with its log disabled: all problems are exceptions, which are reported in one line."""
     import uvloop
     from orbax.checkpoint import v1
 

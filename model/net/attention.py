@@ -22,8 +22,8 @@ class Context(NamedTuple):
     """
 
     age: Array  # [B,T] number of earlier tokens in the same document; -1: padding
-    positions: Array  # [B,S]
-    segments: Array  # [B,S]
+    positions: Array  # [B,S] of each column
+    segments: Array  # [B,S] of each column
     index: Array  # [] the column of the first token
     see: Array  # [B,T,S] bool: the attention mask of layers without a window
     see_window: Array | None  # [B,T,S] bool: the mask of layers with a window, if there are any

@@ -41,8 +41,9 @@ Side = tuple[Network, Params, Array]  # a model, its parameters, and its hidden 
 def nll(model: Network, params: Params, x: Array, targets: Array, weight: Array) -> Array:
     """sum(weight * -log p(targets)), a scalar, in nats. x [B,T,D], targets and weight [B,T].
 
-    The gradient is computed in the forward pass, chunk by chunk, while the logits exist. This takes 2/3 of the FLOPs of
-    recomputing the logits. For a loss that is not linear in the log-probabilities, use `token_logps`.
+    The gradient is computed in the forward pass, chunk by chunk, while the logits exist. Recomputing them in the
+    backward pass would take one more product with the head. For a loss that is not linear in the log-probabilities, use
+    `token_logps`.
     """
     unembed, head = model.head(params)
     (x, targets, weight), _ = _count_first(weight, x, targets)

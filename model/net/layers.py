@@ -37,7 +37,7 @@ class Layer(nn.Module):
         return self._declare(name, letters, nn.initializers.normal(scale * fan_in**-0.5), eqn)
 
     def vector(self, name: str, letters: str, init: float) -> Array:
-        """A scale or a bias over the axes `letters`."""
+        """The parameter for a scale or a bias with the axes `letters`."""
         return self._declare(name, letters, nn.initializers.constant(init), "")
 
     def _declare(self, name: str, letters: str, init: nn.initializers.Initializer, eqn: str) -> Array | Weight:
@@ -138,7 +138,7 @@ class Block(Layer):
 
     @staticmethod
     def keys_per_query(config: ModelConfig, tokens: int, virtual: int) -> float:
-        """The mean number of keys per query, in rows of `tokens` tokens after `virtual` ones."""
+        """The mean number of keys per query, in rows of `tokens` tokens after `virtual` virtual tokens."""
         return ((tokens + 1) / 2 if config.causal else tokens) + virtual
 
     @nn.compact

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from model.net.attention import mask
 
-FAR = 1 << 30  # a window without effect
+FAR = 1 << 30  # a window too large to have an effect
 Ids = tuple[Array, Array]  # positions and segments [B,T]
 Residuals = tuple[Array, Array, Array, Ids, Array, Array, Array, Array]  # q, k, v, ids, window, out, top, total
 Carry = TypeVar("Carry")

@@ -47,7 +47,7 @@ class Hidden(NamedTuple):
 
     x: Array  # [B,T,D], the head's input
     cache: Cache | None  # the cache with these tokens added
-    reports: dict[str, Array]  # the requested reports: name -> [layers that make it, ...]
+    reports: dict[str, Array]  # the requested reports: {name: [layers that report it, ...]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ class DoRA(LoRA):
         inner = 2 * projected + self.scale * jnp.einsum(f"{shared}Rr,{shared}r{produced}->{out}", gram, b)
         squares = self.squares + self.scale * (inner * b).sum(len(shared)).reshape(-1)
         norm = jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(squares, 1e-30)))
-        return (1 + (self.magnitude - norm) / norm).reshape(shape)  # in this form exactly 1 at the start
+        return (1 + (self.magnitude - norm) / norm).reshape(shape)  # this form is exactly 1 at the start
 
     def for_inference(self) -> "DoRA":
         return super().for_inference().replace(cached=self.ratio(self.squares.shape))

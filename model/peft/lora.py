@@ -17,7 +17,7 @@ from model.weights import AXES, Spec, Transform, Weight
 
 @flax.struct.dataclass
 class LoRA(Weight):
-    """`base` plus scale * A B. A is [contracted..., R] and B is [R, produced...], after the base's shared axes.
+    """`base` plus scale * A B. A is [contracted..., R] and B is [R, produced...]; the base's shared axes precede.
 
     The same leaf also serves an equation that contracts the produced axes, as a tied unembedding does: the factor with
     the contracted axes is multiplied first. `used` says which uses of a tied table the adapter changes.

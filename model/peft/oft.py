@@ -89,7 +89,7 @@ def make(*, block: int = 32, where: str = r"layers/.*", terms: int = 5) -> Trans
     """A Transform that rotates in blocks of `block` features. `terms` is the length of the series; 0 means the exact
     inverse.
 
-    Raises ValueError when `where` matches nothing or `block` does not divide the features of a match.
+    Raises ValueError when `where` matches nothing or `block` does not divide the features of a parameter.
     """
 
     def wrap(path: str, base: Array | Weight, spec: Spec, key: Array) -> OFT:

@@ -14,7 +14,7 @@ from model.weights import Extra, Params, Spec, Specs, Transform
 
 @flax.struct.dataclass
 class Prefix(Extra):
-    """Keys, with their positions already applied, and values [layers, P, K, H] of P virtual tokens."""
+    """Keys (to which rotary positions are already applied) and values [layers, P, K, H] of P virtual tokens."""
 
     k: Array
     v: Array

@@ -32,7 +32,7 @@ class Prompt(Extra):
 def make(*, tokens: int = 20) -> Transform:
     """A Transform that adds `tokens` virtual tokens, initialized as embeddings of random vocabulary tokens.
 
-    Raises ValueError for a model with layers that cache no key and value per token.
+    Raises ValueError if some layers of the model do not cache a key and a value per token.
     """
 
     def transform(params: Params, specs: Specs, key: Array) -> Params:

@@ -14,7 +14,7 @@ from jax import Array
 
 from model import weights
 
-PERCENTILE = 99.9  # percentile of the magnitudes in a tile
+PERCENTILE = 99.9  # of the magnitudes in a tile: "percentile" calibration clips there
 RATIOS = [1 - i / 32 for i in range(17)]  # clipping thresholds that "mse" tries, relative to the largest magnitude
 FLOATS = {  # {name: (dtype, bits of the mantissa, smallest exponent, largest number)}
     "e4m3": (jnp.float8_e4m3fn, 3, -6, 448.0),
@@ -61,7 +61,7 @@ class Format(NamedTuple):
     """A grid of numbers, and the tiles of a matrix that share a scale."""
 
     grid: Callable[[Array], Array]  # rounds to the nearest number of the grid
-    top: float  # the largest number
+    top: float  # the largest number of the grid
     tile: tuple[int, int]  # rows of K and columns of N that share a scale
     calibration: Literal["absmax", "percentile", "mse"] = "absmax"
     symmetric: bool = True  # if False, each tile also has an offset

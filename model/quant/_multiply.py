@@ -153,7 +153,7 @@ def product_of_codes(eqn: str, a: Array, b: Array) -> Array:
 
 
 def _factors(leaf: "Quantized", dtype: DTypeLike) -> tuple[Array, Array | None]:
-    """(array, scale per column), whose product is the weight; scale is None if a column has several scales."""
+    """(array, scale per column), whose product is the weight. If one scale per column does not suffice, it is None."""
     shared, _, n = letters(leaf.eqn)
     if leaf.tile[0] < leaf.kn[0] or leaf.offset is not None or shared:
         return _dequantized(leaf, dtype), None
@@ -185,7 +185,7 @@ def for_inference(leaf: "Quantized") -> "Quantized | Array":
     A CPU without a suitable kernel multiplies floats. They are computed once, since otherwise every step would
     allocate and write the floats of all layers. For the TPU kernel, the columns are padded to a multiple of 128 if
     XLA would otherwise store the bytes column-major.
-    On a mesh the leaf stays unchanged: second-level scales cross its shards, so decoding them would need collectives.
+    On a mesh the leaf stays unchanged: a second-level scale may span shards, so decoding it would need collectives.
     """
     from kernels import packing, partition
 

@@ -55,7 +55,7 @@ def grid(v: Array) -> Array:
 
 
 def _double(leaf: NF4) -> NF4:
-    """Scales as uint8, with one float32 step per 256 of them."""
+    """Stores the scales as uint8, with one float32 step per 256 scales."""
     s = leaf.scale.astype(jnp.float32).reshape(*leaf.scale.shape[:-2], -1)
     blocks = jnp.pad(s, [(0, 0)] * (s.ndim - 1) + [(0, -s.shape[-1] % SHARED)]).reshape(*s.shape[:-1], -1, SHARED)
     step = blocks.max(-1, keepdims=True) * (1 / 255)

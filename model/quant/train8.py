@@ -1,8 +1,8 @@
 """Training with 8-bit matrix products in the forward and the backward pass (as in AQT and FP8-LM, arXiv 2310.18313).
 
 Weights stay float and are rounded at each use. A scale must not vary along a contracted axis, as the scales of the
-forward pass would in the backward pass. So they are multiplied into the output's gradient before it is rounded: the
-scales of W for the gradient of x, and the scales of x for the gradient of W. Both can then use the codes of the
+forward pass would in the backward pass. So those scales are multiplied into the output's gradient before it is rounded:
+the scales of W for the gradient of x, and the scales of x for the gradient of W. Both can then use the codes of the
 forward pass.
 """
 
