@@ -10,7 +10,7 @@ from common.errors import UserError
 from data import formats
 from data.examples import Chat, Completion, Text
 
-VERSION = 1  # increased when rows may change their split
+VERSION = 1  # raised when a change of this code may move a row to another split
 COLUMN = "split"
 NAMES = {"train": "train", "training": "train", "test": "test"}
 NAMES |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "heldout"), "validation")

@@ -37,8 +37,8 @@ def text(prompt: Prompt) -> str:
 
 
 def read(source: str) -> list[Pair]:
-    """The pairs of a source, whose rows are preferences or rankings. Rows on the same two answers are votes of several
-    people on one pair. Raises UserError."""
+    """The pairs of a source, whose rows are preferences or rankings. Rows with the same two answers are votes of
+    several people on one pair. Raises UserError."""
     found: dict[tuple[str, str, str], Pair] = {}
     for row in sources.rows(source):
         if row.record is None:
@@ -88,7 +88,7 @@ def _majority(pair: Pair) -> Pair:
 
 
 def decided(pairs: Iterable[Pair]) -> list[Pair]:
-    """The pairs that are not tied: more people prefer one answer than the other. Raises UserError if there are none."""
+    """The pairs in which one answer has more votes than the other. Raises UserError if there are none."""
     if not (found := [pair for pair in pairs if sum(pair.votes)]):
         raise UserError("all pairs are ties", "pairs", "collect more votes")
     return found

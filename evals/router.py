@@ -75,7 +75,7 @@ def calibration(p: Sequence[float], label: Sequence[float]) -> Calibration:
 
 
 class Point(NamedTuple):
-    """Held-out accuracy with `labels` labels: the mean over replays and Student's interval of that mean."""
+    """Held-out accuracy with `labels` labels: the mean over replays and its Student-t interval."""
 
     labels: int
     mean: float

@@ -9,7 +9,7 @@ from feedback.store import Store
 
 
 class Queue:
-    """Gives out items in the order of the database, so that a router can decide which items come first. An item has
+    """Hands out items in the order in which they were added, so that whoever adds them sets the priority. An item has
     enough votes when `wanted` people (0: everybody) have decided on it or are looking at it; gold items go to
     everybody."""
 

@@ -49,7 +49,7 @@ UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\U000e0000-\U000e007f]"
 )
-MARKED = 2000  # maximum number of these characters in a text that get an HTML element of their own
+MARKED = 2000  # at most this many special characters per text get an HTML element of their own
 PART = 8000  # maximum characters of a part of a long text
 
 

@@ -252,7 +252,7 @@ def insert(cache: Cache, part: Cache, rows: Array, sources: Array, count: int | 
 def _prefill(
     model: Transformer, params: Params, tokens: Array, positions: Array, segments: Array, ends: Array, cache: Cache
 ) -> tuple[Array, Cache]:
-    """Hidden states [B,1,D] at the columns `ends` [B], clipped to the given tokens, and the cache."""
+    """(hidden states [B,1,D] at the columns `ends` [B], which are clipped to the number of tokens; the cache)."""
     out = model.hidden(params, tokens, positions, segments, cache)
     at = jnp.clip(ends, 0, tokens.shape[1] - 1)
     return jnp.take_along_axis(out.x, at[:, None, None], axis=1), cast(Cache, out.cache)

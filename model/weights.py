@@ -48,7 +48,7 @@ AXES = dict(
 class Spec(nn.LogicallyPartitioned):
     """The declaration of a parameter: abstract value, logical axes (`names`) and the equation that uses it.
 
-    `eqn` is "" for parameters that are not multiplied (norm scales, biases). Leading axes that are not in
+    `eqn` is "" for parameters that no matrix product uses (norm scales, biases). Leading axes that are not in
     the equation, such as "layers", come from stacking.
     """
 

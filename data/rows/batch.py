@@ -83,7 +83,7 @@ def serves(given: str, asked: str) -> bool:
 
 
 def abstract(kind: str, rows: int, seq_len: int, k: int = ANSWERS) -> Batch:
-    """The Specs of a batch of `rows` rows; `k` is the number of answers of a group."""
+    """The Specs of a batch of `rows` rows; `k` is the number of answers per group."""
     spec = KINDS[kind]
     part = {name: Spec((rows, seq_len), np.dtype(dtype)) for name, dtype in TOKENS.items()}
     part |= {name: Spec((rows, seq_len), np.dtype(np.float32)) for name in spec.floats}

@@ -276,7 +276,7 @@ def _by_perturbed(tree: Tree) -> tuple[Tree, Tree]:
 
 # --- any function of the logits of a row: logits are recomputed in the backward pass ---
 
-Rows = tuple[Array, ...]  # [S,R,...]: hidden states of every Side, then the extra arrays
+Rows = tuple[Array, ...]  # [S,R,...]: hidden states of each forward pass (Side), then the other inputs of the loss
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

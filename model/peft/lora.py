@@ -97,7 +97,7 @@ class LoRA(Weight):
 
 
 def factors(eqn: str) -> tuple[str, str]:
-    """The letters of A and of B for a weight of this equation: "BTD,DNH->BTNH" -> ("DR", "RNH")."""
+    """The einsum subscripts of A and of B for a weight with this equation: "BTD,DNH->BTNH" -> ("DR", "RNH")."""
     shared, contracted, produced = weights.split(eqn)
     return f"{shared}{contracted}R", f"{shared}R{produced}"
 

@@ -1,5 +1,5 @@
-"""The sides of this code in the contests of tools.bench. Each function prepares a side and returns a function that runs
-one round."""
+"""This project's implementation of each benchmark of tools.bench. Each function prepares and returns
+a function that runs one round."""
 
 import contextlib
 import itertools

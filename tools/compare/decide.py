@@ -83,7 +83,9 @@ class Decision(NamedTuple):
     cost: np.ndarray  # per month [3, options]: at the lowest, the expected and the highest price; infinite if unknown
     probability: np.ndarray  # of being the best
     flips: list["Flip"]  # the most likely first
-    lost: tuple[float, float, float]  # if another is best: fraction of draws; mean loss of score, and of money, in them
+    lost: tuple[
+        float, float, float
+    ]  # the draws in which another method is best: their fraction, the mean score and money lost
     rows: int  # test rows
     rows_needed: int | None  # to decide; None: there are enough; MOST_ROWS: more do not help
     grid: np.ndarray  # requests per month
@@ -120,7 +122,7 @@ def options(record: Json) -> list[Option]:
         named = m["name"] if names.count(m["name"]) == 1 else f"{m['name']}:{m['model']}"
         label = m["label"] if labels.count(m["label"]) == 1 else f"{m['label']} ({m['model']})"
         asked, flops = m["request"], [known(t["flops"]) for t in m["tests"]]
-        priced = asked["usd"] is not None  # a hosted model costs dollars, besides the FLOPs here
+        priced = asked["usd"] is not None  # a hosted model costs dollars, in addition to this machine's FLOPs
         request = (known(asked["flops"]) if not priced else asked["flops"] or 0.0, known(asked["usd"] or 0))
         indexed = (known(index.get("flops")) if m["documents"] else 0.0, 0.0)
         training = (float(np.mean(flops)) if m["trained"] else 0.0, 0.0)

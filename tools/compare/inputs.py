@@ -155,7 +155,7 @@ def order(found: list[Json]) -> list[Json]:
 
 
 def write(path: Path, found: list[Json], context: Context) -> None:
-    """Writes rows as training data, with the prompts of the context, such as the best passages before each question."""
+    """Writes rows as training data, with the same prompts as in inference, such as passages before each question."""
     prompts = Asker(context)([row["prompt"] for row in found]).prompts
     files.write_lines(path, [_pair(prompt, row["answer"]) for prompt, row in zip(prompts, found, strict=True)])
 

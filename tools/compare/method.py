@@ -17,7 +17,7 @@ class Setting(NamedTuple):
     """One candidate of a method."""
 
     values: dict[str, Leaf]  # the choice, as the page shows it: {"lr": 1e-3}
-    train: dict[str, Leaf] | None = None  # changes of configs/sft/own_task.py; None: nothing is trained
+    train: dict[str, Leaf] | None = None  # overrides of configs/sft/own_task.py; None: no training
     ask: Context = Context()  # prompting setup, also for the questions of the training rows
 
 

@@ -16,8 +16,8 @@ from tools.compare.halving import BASELINE, ETA
 from tools.compare.inputs import Comparison
 from tools.compare.method import PASSAGE, Candidate
 
-MFU = 0.2, 0.5  # assumed range of fractions of a chip's peak
-OF_PRODUCT = 0.1, 0.6  # assumed range of fractions of this machine's rate of matrix products
+MFU = 0.2, 0.5  # assumed range, as fractions of a chip's peak FLOP/s
+OF_PRODUCT = 0.1, 0.6  # assumed range, as fractions of this machine's FLOP/s in matrix products
 ALL = "all"  # a budget with which every setting is measured to the end, as tools.compare.audit needs
 ROOM = 32  # tokens that an answer may always have; a model that does not stop writes all of them
 

@@ -118,7 +118,7 @@ def ask(c: Comparison, group: Sequence[Candidate], what: Asked, folder: Path) ->
 
 
 def result(x: Candidate, what: Asked, folder: Path) -> Json | None:
-    """The newest result of a candidate in a folder, as the record keeps it; None if something is missing."""
+    """A candidate's newest result in `folder`, in the record's format; None if a measurement is missing."""
     split = "heldout" if what.split == "test" else what.split
     key = split, what.n, x.setting.ask.to_dict()
     lines = [line for line in files.read_lines(folder / "evals.jsonl") if "task" in line]

@@ -148,8 +148,8 @@ class Metrics:
 
     @contextmanager
     def timer(self, kind: str, since: float | None = None) -> Iterator[None]:
-        """Adds the seconds of a block to `kind`, one of KINDS, counted from `since` (a time.perf_counter()) if
-        given."""
+        """Adds the seconds spent in the with-block to `kind`, one of KINDS; they start at `since` (a
+        time.perf_counter()) if given."""
         start = time.perf_counter() if since is None else since
         self._began = min(self._began, start)
         try:

@@ -181,7 +181,7 @@ def differences(old: Json | Leaf, new: Json | Leaf, path: str = "") -> Iterator[
 
 
 def unsafe(changed: Iterable[str], allow: Iterable[str]) -> list[str]:
-    """The changed keys that a resume must not change, given the config's `allow`."""
+    """The keys that differ from the saved run's, although a resumed run must not change them; less those in `allow`."""
     if "config" in allow:
         return []
     safe = (*SAFE, "data") if "data" in allow else SAFE

@@ -20,7 +20,7 @@ def make(model: Transformer, *, beta: float = 0.1, sft_weight: float = 1.0) -> O
         policy = logps(model, roles["policy"], both(batch))
         chosen, rejected = jnp.split(policy, 2)
         there = present(batch)
-        # A mean over tokens, rescaled here since `summed` averages both terms over pairs.
+        # This term is a mean over tokens, but `summed` divides both terms by the number of pairs.
         tokens = batch["chosen"]["mask"].sum()
         nll = -chosen * there.sum() / jnp.maximum(tokens, 1)
         values = {"loss": -jax.nn.log_sigmoid(beta * (chosen - rejected)) + sft_weight * nll, "nll": nll}
