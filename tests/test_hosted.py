@@ -27,6 +27,7 @@ def served():
     assert not errors
 
 
+@pytest.mark.slow
 def test_answers_and_tokens_are_those_of_the_served_model(served):
     lm, name = served
     there = hosted.parse(name + "?in=2&out=10")

@@ -224,6 +224,7 @@ def test_predictors_that_read_no_model():
 # --- the table and the router ---
 
 
+@pytest.mark.slow
 def test_judges_stand_beside_what_reads_no_model(folder, tmp_path, capsys):
     votes = [{"prompt": f"{i}?", "chosen": "good one", "rejected": f"bad {i}"} for i in range(12)]
     against = votes[4] | {"chosen": "bad 4", "rejected": "good one"}

@@ -117,6 +117,7 @@ def test_caches_of_8_bits_hold_the_same_with_prefixes(kind, tiny, eager, monkeyp
     np.testing.assert_allclose(np.concatenate(got.logps), np.concatenate(want.logps), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_batch_size(lm, eager):
     """Rows leave and join; prompts of several lengths, each with samples of its own."""
     texts = ["Say a word. " * 3 + tail for tail in "abcdefgh"] + ["x", "12345 " * 4, "Say a word. "] * 2
@@ -162,6 +163,7 @@ def test_a_store_is_bounded_and_forgets_the_least_recently_used(tiny, eager):
     assert not small.kept and not small.bytes
 
 
+@pytest.mark.slow
 def test_a_prefix_belongs_to_an_adapter(eager, monkeypatch):
     model, base, trees = adapters.make()
     store, prefixes = adapters.store_of(model, base, trees), Prefixes()
