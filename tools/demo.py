@@ -15,7 +15,7 @@ from common.jobs import Stage
 
 MODEL = "smollm2-135m-instruct"
 COMPARED = {  # task: rows of all splits, epochs, methods, and about how many seconds these take on two cores
-    "dates": (400, 0.5, "zero_shot,few_shot,lora", 160),
+    "dates": (400, 1, "zero_shot,few_shot,lora", 160),
     "births": (300, 0.25, "zero_shot,few_shot,rag,lora,rag_lora", 300),
 }
 CREDITS = {
