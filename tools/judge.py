@@ -1,4 +1,4 @@
-"""Measures how well preferences are predicted by models as judges, reward models, word counts and the longer answer.
+"""Measures who predicts preferences how well: models as judges, reward models, word counts, the longer answer.
 
     python -m tools.judge --pairs=FILE [--judges=MODEL,...] [--rewards=SPEC ...] [--features=MODEL] [--n=N] [--folds=5]
                           [--label_seconds=SECONDS] [--wage=DOLLARS] [--seed=0] --out=FOLDER
