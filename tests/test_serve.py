@@ -449,7 +449,7 @@ def test_a_client_that_leaves_ends_its_request(batcher, port, monkeypatch, strea
         client.sendall(request_of(n=6, temperature=0, stream=stream))  # two of them wait for a row
         wait(lambda: all(batcher.rows) and len(batcher.waiting) == 2)
         requests = [*batcher.rows, *batcher.waiting]
-    wait(lambda: not any(batcher.rows) and not batcher.waiting, 3)
+    wait(lambda: not any(batcher.rows) and not batcher.waiting)  # a step may have to be compiled first
     assert all(len(r.tokens) < 60 for r in requests)
 
 
