@@ -111,15 +111,24 @@ class Hosted:
                 digest = hashlib.blake2b(f"{seed} {seen[written]} {written}".encode(), digest_size=4).digest()
                 body["seed"], seen[written] = int.from_bytes(digest, "big") >> 1, seen[written] + 1
             bodies.append(("/chat/completions" if chat else "/completions", body))
-        stopped = threading.Event()
+        stopped, failed = threading.Event(), []
+
+        def reply(path: str, body: Json) -> Reply:
+            try:
+                return self._reply(path, body, stopped)
+            except UserError as e:
+                failed.append(e)
+                stopped.set()  # before this thread takes another prompt: no further request is sent and paid for
+                raise
+
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            futures = [pool.submit(self._reply, path, body, stopped) for path, body in bodies]
+            futures = [pool.submit(reply, path, body) for path, body in bodies]
             try:
                 found = [future.result() for future in futures]
-            except BaseException:
-                stopped.set()  # no further request is sent and paid for
+            except BaseException as e:
+                stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
-                raise
+                raise (failed[0] if isinstance(e, UserError) else e) from None
         self.replies.extend(found)
         return found
 
@@ -157,6 +166,8 @@ class Hosted:
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         problem = ""
         for attempt in range(TRIES):
+            if stopped.is_set():
+                break
             wait = min(WAIT * 2**attempt, LONGEST)
             try:
                 with self._opener.open(request, timeout=TIMEOUT) as reply:
@@ -177,8 +188,7 @@ class Hosted:
                 problem = f"no reply: {reason(getattr(error, 'reason', None) or error)}"  # type: ignore[arg-type]
                 if isinstance(getattr(error, "reason", None), ssl.SSLError):
                     raise self._error(problem) from None
-            if stopped.wait(wait if attempt + 1 < TRIES else 0):
-                break
+            stopped.wait(wait if attempt + 1 < TRIES else 0)
         raise self._error(f"{problem} ({TRIES} attempts)", "is the endpoint running, and the URL right?")
 
     @property
