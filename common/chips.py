@@ -2,6 +2,7 @@
 import jax."""
 
 import json
+import platform
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,3 +55,13 @@ _CHIPS = {
     for name, row in _TABLE["chips"].items()
     for key in (name, *row["aliases"])
 }
+
+
+def processor() -> str:
+    """The name of this machine's processor; "cpu" if the system does not say it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or "cpu"

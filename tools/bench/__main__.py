@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import cli, files
+from common import chips, cli, files
 from common.errors import UserError
 from common.packages import PACKAGES, packaged
 from common.types import Json
@@ -285,15 +285,12 @@ def table(result: Json) -> Any:
 
 def machine() -> Json:
     """The hardware and software that the figures depend on."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = {}
     for name in VERSIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {
-        "cpu": models[0] if models else platform.processor(),
+        "cpu": chips.processor(),
         "gpu": boards(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

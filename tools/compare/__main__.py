@@ -175,16 +175,8 @@ def here() -> Json:
         raise UserError(f"the devices cannot be used: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}", "jax")
     kind, count = json.loads(done.stdout.splitlines()[-1])
     chip = chips.find(kind)
-    return {"name": _processor() if kind == "cpu" else kind, "devices": count, "chip": chip and chip.name}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
-    return f"{name}, {os.cpu_count()} cores"
+    name = f"{chips.processor()}, {os.cpu_count()} cores" if kind == "cpu" else kind
+    return {"name": name, "devices": count, "chip": chip and chip.name}
 
 
 if __name__ == "__main__":
