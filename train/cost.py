@@ -17,7 +17,8 @@ from train.init import Blueprint
 
 
 class Cost(NamedTuple):
-    """FLOPs per token through the layers, and per target (a token that counts in the loss) through the head."""
+    """Parameter counts and FLOPs of a model. Layer FLOPs are per token; head FLOPs are per target, which is a token
+    that counts in the loss."""
 
     params: float
     trained: float
@@ -27,19 +28,20 @@ class Cost(NamedTuple):
     head_train_flops: float
 
     def step(self, tokens: int, targets: int) -> float:
-        """Training FLOPs of a batch. Recomputation under remat is not counted, as is usual for MFU."""
+        """The FLOPs of one training step. Recomputation under remat is not counted, as is usual for model FLOPs
+        utilization (MFU)."""
         return tokens * self.layer_train_flops + targets * self.head_train_flops
 
     def forward(self) -> "Cost":
-        """The same cost for a model that does not train, with only the forward pass."""
+        """The cost of the same model if it only runs forward passes and does not train."""
         return self._replace(trained=0, layer_train_flops=self.layer_flops, head_train_flops=self.head_flops)
 
 
 def cost(config: ModelConfig, params: Params, specs: Specs, mask: Tree, seq_len: int) -> Cost:
-    """The cost of a model, from the einsum equations of its weights. A multiply-add counts as 2 FLOPs in the forward
-    pass, 2 for the gradient with respect to the input and, if the weight trains, 2 for the gradient with respect to the
-    weight. Attention is counted for full rows ((T + 1) / 2 keys per query in a causal model) and includes virtual
-    tokens.
+    """Computes the cost of a model from the einsum equations of its weights. A multiply-add counts as 2 FLOPs in the
+    forward pass, 2 for the gradient with respect to the input and, if the weight trains, 2 for the gradient with
+    respect to the weight. Attention is counted as if each row were one document that fills it, which gives (T + 1) / 2
+    keys per query in a causal model, and attention to virtual tokens is included.
 
     Only matrix products are counted, not lookups, norms, activations, or the recurrence and convolution of recurrent
     layers. Work that is done once per step instead of once per token is not counted either: the norms of DoRA, the
@@ -77,8 +79,8 @@ def cost(config: ModelConfig, params: Params, specs: Specs, mask: Tree, seq_len:
 
 
 def of_roles(plan: Blueprint, seq_len: int) -> dict[str, Cost]:
-    """The cost of each role of a run. If a new adapter trains, the reference role has no parameter tree of its own,
-    since it is the base model."""
+    """Returns {role: cost} for all roles of a run. If a new adapter trains, the reference role has no parameter tree of
+    its own, since the reference model is the policy's base model."""
     found = {}
     for name, role in plan.objective.roles.items():
         network = plan.network(name)
@@ -95,16 +97,19 @@ def of_roles(plan: Blueprint, seq_len: int) -> dict[str, Cost]:
 
 
 def of_plan(plan: Blueprint, seq_len: int) -> Cost:
-    """The cost per token, summed over all roles of a run, since each batch passes through each role once."""
+    """The cost per token, summed over all roles of a run, since each batch passes through the network of each role
+    once."""
     return Cost(*map(sum, zip(*of_roles(plan, seq_len).values(), strict=True)))
 
 
 def bytes_per_device(tree: Tree, shardings: Tree) -> int:
-    """Bytes per device of a tree of (abstract) arrays. If the shards differ in size, the largest ones count."""
+    """Bytes per device of a tree of (abstract) arrays. If the shards of an array differ in size, the largest shard is
+    counted."""
     one = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
     return sum(jax.tree.leaves(jax.tree.map(one, tree, shardings)))
 
 
 def mfu(flops_per_second: float, chip: Chip | None, devices: int) -> float | None:
-    """Model FLOPs utilization: the fraction of the bf16 peak of all devices; None for an unknown chip."""
+    """Model FLOPs utilization: `flops_per_second` as a fraction of the bf16 peak of all devices. None for an unknown
+    chip."""
     return flops_per_second / (chip.tflops.value * 1e12 * devices / chip.devices) if chip else None

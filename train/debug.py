@@ -1,4 +1,4 @@
-"""`--debug`: prints one batch as the model sees it, one step layer by layer, and the first value that is not finite.
+"""`--debug` prints one batch as the model sees it, one step layer by layer, and the first array that is not finite.
 
 Nothing is written to the run folder.
 """
@@ -51,7 +51,8 @@ def run(cfg: Config, workdir: str | None) -> int:
 
 
 def _newest(state: TrainState, folder: Place) -> TrainState:
-    """The state in the newest checkpoint of a run, or `state` itself if there is none. Checksums are not verified."""
+    """Loads the state from the newest checkpoint of a run, or returns `state` itself if there is no checkpoint.
+    Checksums are not verified."""
     for step in saved.steps(folder)[:1]:
         arrays = saved.named(state.replace(frozen=None))
         abstract = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in arrays.items()}
@@ -117,15 +118,15 @@ def _finite(tree: Tree) -> bool:
 
 
 def _broken(tree: Tree) -> list[str]:
-    """Names of the arrays that are not finite. Those nearest to the loss come first, since backpropagation reaches them
-    first. For an array that is stacked over layers, the last layer with a non-finite value is named."""
+    """Names of the arrays that have non-finite values. Arrays nearest to the loss come first, since backpropagation
+    reaches them first. For an array that is stacked over layers, the last layer with a non-finite value is named."""
     found = []
 
     def look(path: str, x: Array) -> None:
         if jnp.issubdtype(x.dtype, jnp.inexact) and not bool(jnp.isfinite(x).all()):
             bad = ~jnp.isfinite(x.reshape(x.shape[0], -1)).all(1) if in_layers(path) else None
             layer = -1 if bad is None else int(jnp.max(jnp.where(bad, jnp.arange(len(bad)), -1)))
-            place = 2 if "embed/" in path and "unembed" not in path else int(layer >= 0)  # the embedding comes last
+            place = 2 if "embed/" in path and "unembed" not in path else int(layer >= 0)  # farthest from the loss
             found.append((place, -layer, path + (f" in layer {layer}" if layer >= 0 else "")))
 
     weights.map_named(look, tree)
@@ -133,8 +134,8 @@ def _broken(tree: Tree) -> list[str]:
 
 
 def _forward(loss: Callable[[], dict], layers: int) -> tuple[list[str], dict]:
-    """Runs the loss op by op and prints the outputs of modules. Returns (names of outputs that are not finite,
-    metrics)."""
+    """Computes the loss op by op, without jit, and prints the shape and maximum of each module's output. Returns (names
+    of outputs that are not finite, metrics)."""
     bad, done = [], 0
 
     def look(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Tree:
@@ -146,7 +147,7 @@ def _forward(loss: Callable[[], dict], layers: int) -> tuple[list[str], dict]:
         inside = bool(path) or isinstance(context.module, Block)
         name = "/".join((f"layers/{done % layers}", *path)) if inside else "final_norm"
         broken = not _finite(x)
-        if broken or not path or done == 0:  # after the first layer, print only the outputs of blocks
+        if broken or not path or done == 0:  # for later layers, print only outputs of whole blocks
             top = float(jnp.abs(x).max())
             print(f"  {name:<44} {x.dtype} {list(x.shape)}  max |x| {top:.4g}")
         if broken:
@@ -160,7 +161,7 @@ def _forward(loss: Callable[[], dict], layers: int) -> tuple[list[str], dict]:
 
 
 def _first_nan(loss: Callable[[], Tree]) -> str:
-    """The line of code that produces the first NaN; "" if there are only infinities."""
+    """Finds the line of code that produces the first NaN. Returns "" if there are infinities but no NaN."""
     try:
         with jax.disable_jit(), jax.debug_nans(True):
             loss()

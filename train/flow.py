@@ -28,7 +28,7 @@ from train.step import compile_step
 
 @dataclasses.dataclass
 class Session:
-    """The objects of one launch of a run."""
+    """The objects that one launch of a run uses. A run that is stopped and resumed has several launches."""
 
     cfg: Config
     folder: RunDir
@@ -58,7 +58,7 @@ def run(loaded: schema.Loaded, began: float) -> int:
 
 
 def open_session(loaded: schema.Loaded, closing: contextlib.ExitStack, began: float) -> Session:
-    """Opens the model, the data and the state to start from. Shapes and shardings are known before arrays are
+    """Opens the model, the data and the state to start from. All shapes and shardings are planned before any array is
     created."""
     cfg, enter = loaded.config, closing.enter_context
     assert loaded.workdir, "the command line has been checked"
@@ -78,7 +78,8 @@ def open_session(loaded: schema.Loaded, closing: contextlib.ExitStack, began: fl
         plan.show(cfg, blueprint, folder.path / "cost.json")
         state = init.first_state(cfg, blueprint, start)
 
-        # The run starts from its newest complete checkpoint, or else from `init`, or else from random weights.
+        # The run starts from its newest complete checkpoint, if any, else from the model in `cfg.init`, else from
+        # random weights.
         def before_a_save() -> None:
             metrics.sync()
             folder.publish()
@@ -144,14 +145,14 @@ def train(s: Session) -> int:
         return below_floor(s, verdict)
     if metrics.finished:
         print(f"all {cfg.steps} steps are done; nothing is left to do")
-    else:  # after the last step, or resumed after a kill between the last checkpoint and this line
+    else:  # after the last step, or if a kill between the last checkpoint and this line kept it from being recorded
         metrics.end("done", cfg.chip, **clock.totals(source.seen))
     return exits.DONE
 
 
 def below_floor(s: Session, verdict: str) -> int:
-    """Ends a run in which a metric crossed a floor; the same command, run again, also ends here. Returns the exit
-    code."""
+    """Ends a run in which a metric crossed a floor. If the same command is run again, it ends here too. Returns the
+    exit code."""
     s.ckpt.wait()
     step = s.ckpt.last_passed()
     kept = "no step passed" if step is None else f"the last step that passed is kept: {s.ckpt.folder / str(step)}"

@@ -1,5 +1,5 @@
-"""Creates the first state of a run from its config: first as shapes and shardings, then as arrays, which are created
-sharded."""
+"""Creates the first state of a run from its config. The state is first planned as shapes and shardings, and then
+created as sharded arrays."""
 
 import dataclasses
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Blueprint:
     abstract: TrainState  # ShapeDtypeStructs
     shardings: TrainState
     mesh: Mesh | AbstractMesh
-    attention: str  # the backend and why it was chosen; "" without devices
+    attention: str  # the attention backend and why it was chosen; "" if planned without devices
 
     def network(self, role: str) -> Transformer:
         """The network of a role."""
@@ -90,7 +90,8 @@ def _check_positions(cfg: Config, model: Transformer, policy: Params) -> None:
 
 
 def _abstract(network: Transformer, role: Role, transform: Callable[[Params, Array], Params]) -> Params:
-    """The tree of a role as ShapeDtypeStructs. Raises UserError if the config's methods do not fit the network."""
+    """The parameter tree of a role as ShapeDtypeStructs. Raises UserError if the config's methods do not fit the
+    network."""
     try:
         return jax.eval_shape(lambda base: _grown(network, role, transform, base, jax.random.key(0)), network.abstract)
     except ValueError as e:
@@ -100,7 +101,8 @@ def _abstract(network: Transformer, role: Role, transform: Callable[[Params, Arr
 def _grown(
     network: Transformer, role: Role, transform: Callable[[Params, Array], Params], base: Params, key: Array
 ) -> Params:
-    """The parameter tree of a role. `base` holds the weights that it starts from, without adapters or quantization."""
+    """The parameter tree of a role. `base` holds the weights that the role starts from, without adapters or
+    quantization."""
     tree = base if role.kind == "frozen" else transform(base, key)
     if role.head:
         tree = tree | {"head": heads.find(role.head)(network.config, weights.key_for(key, "head"))}
@@ -108,8 +110,8 @@ def _grown(
 
 
 def _mask(tree: Params, role: Role, what: str) -> Tree:
-    """A tree with True for each parameter that trains. An "initial" role has the policy's mask, since it copies the
-    parameters that train in the policy."""
+    """Returns a tree with True for each parameter that trains. A role of kind "initial" gets the same mask as the
+    policy, since it copies the parameters that train in the policy."""
     if role.kind == "frozen":
         return jax.tree.map(lambda _: False, tree)
     try:
@@ -119,7 +121,7 @@ def _mask(tree: Params, role: Role, what: str) -> Tree:
 
 
 def _halves(roles: dict[str, Role], trees: Roles, mask: dict[str, Tree], shares: dict[str, str]) -> tuple[Roles, Roles]:
-    """Splits {role: whole tree} into the `params` and the `frozen` of a TrainState."""
+    """Splits {role: whole tree} into the two halves of a TrainState: `params` and `frozen`."""
     params, frozen = {}, {}
     for name, tree in trees.items():
         trained, rest = weights.partition(tree, mask[name])
@@ -133,8 +135,8 @@ def _halves(roles: dict[str, Role], trees: Roles, mask: dict[str, Tree], shares:
 
 
 def _like_params(opt_state: Tree, params: Roles, places: Tree, default: Tree) -> Tree:
-    """Shardings of the optimizer state. An array whose path suffix and shape match a parameter gets that parameter's
-    sharding; other arrays get `default`."""
+    """Shardings of the optimizer state. An array that has the shape of a parameter and a path that ends in the
+    parameter's path, such as a moment, gets the parameter's sharding. Other arrays get `default`."""
     where = {}
     weights.map_named(lambda path, x, s: where.setdefault(path, (x.shape, s)), params, places)
 
@@ -150,8 +152,8 @@ def _like_params(opt_state: Tree, params: Roles, places: Tree, default: Tree) ->
 
 
 def first_state(cfg: Config, plan: Blueprint, pretrained: Any | None) -> TrainState:
-    """The state of step 0. Its weights are random or read from a checkpoint leaf by leaf, and are then transformed
-    (adapters, quantization). All arrays are created sharded.
+    """Creates the state of step 0. Its weights are random, or are read from a checkpoint one array at a time. Then
+    adapters and quantization are added. All arrays are created sharded.
 
     Raises UserError when the adapter of peft.name=saved was trained on another base model.
     """

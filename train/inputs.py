@@ -1,4 +1,4 @@
-"""The inputs of a run: a pretrained model, its tokenizer, the data."""
+"""Opens the inputs of a run: the pretrained model, the tokenizer, the tasks and the data."""
 
 import contextlib
 import copy
@@ -27,7 +27,8 @@ from train.source import Batches, Source, local_rows
 
 
 def pretrained(cfg: Config) -> Pretrained | Run | None:
-    """Opens the checkpoint of `init` without reading its weights; None for random weights."""
+    """Opens the checkpoint that the config's `init` names, without reading its weights. Returns None if `init` is
+    empty, which means random weights."""
     return open_model(cfg.init) if cfg.init else None
 
 
@@ -38,15 +39,16 @@ def model(cfg: Config) -> Transformer:
 
 
 def tokenizer(cfg: Config, start: Pretrained | Run | None) -> Tokenizer:
-    """The tokenizer that the config names, or else the tokenizer of `init`, or else the byte tokenizer."""
+    """Loads the tokenizer that the config names. The default is the tokenizer of the model in `init`, or the byte
+    tokenizer if `init` is empty."""
     return load_tokenizer(cfg.data, default=start.tokenizer_source if start else "bytes")
 
 
 def keep_tokenizer(found: Tokenizer, folder: Path, system: str = "") -> None:
     """Saves a copy of the tokenizer in the run folder.
 
-    The system prompt of the training chats becomes the default of the saved chat template, so that the run and its
-    exports are prompted as in training.
+    The system prompt of the training chats becomes the default system prompt of the saved chat template, so that the
+    trained model and its exports are prompted as in training.
     """
     if not hosts.primary():
         return
@@ -63,8 +65,8 @@ def keep_tokenizer(found: Tokenizer, folder: Path, system: str = "") -> None:
 
 
 def vocabulary(cfg: Config, start: Pretrained | Run | None) -> int | None:
-    """The size of the tokenizer's vocabulary, found without reading data. If the tokenizer is not trained yet, its spec
-    gives the size."""
+    """The size of the tokenizer's vocabulary, found without reading data. If the tokenizer is not trained yet, the size
+    is read from its spec, such as "bpe:8192"."""
     spec = cfg.data.tokenizer or (start.tokenizer_source if start else "bytes")
     if spec.startswith(("bpe:", "spm:")):
         return int(spec.split(":")[1])
@@ -72,7 +74,8 @@ def vocabulary(cfg: Config, start: Pretrained | Run | None) -> int | None:
 
 
 def sources(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Batches, Batches | None]:
-    """(training batches, held-out batches) on the mesh; the latter is None when nothing is held out."""
+    """Returns (training batches, held-out batches) on the mesh. The held-out batches are None when nothing is held
+    out."""
     row_shards(cfg, mesh)
     mine = local_rows(mesh, cfg.data.batch_size)
     train, heldout = make_loaders(cfg.data, tokenizer, cfg.seed, mine)
@@ -91,16 +94,16 @@ def tasks(cfg: Config) -> dict[str, Task]:
 
 
 def follow_epochs(cfg: Config) -> None:
-    """Sets `steps` to the number of steps, rounded up, in `epochs` passes over the training rows. If `epochs` is 0,
-    `steps` is unchanged."""
+    """Sets `steps` to the number of steps that `epochs` passes over the training rows take, rounded up. If `epochs` is
+    0, `steps` is unchanged."""
     if cfg.epochs:
         train, _ = make_loaders(cfg.data, tokenizer(cfg, pretrained(cfg)), cfg.seed)
         cfg.steps = math.ceil(cfg.epochs * sum(train.sizes) / cfg.data.batch_size)
 
 
 def source(blueprint: Blueprint, data: Batches, steps: int) -> Source:
-    """The source of the run's batches: the data or, for an on-policy objective, a source that samples answers to the
-    data's prompts.
+    """Returns the source of the run's batches: the data or, for an on-policy objective, a source that samples answers
+    to the prompts in the data.
 
     Raises UserError when the data's batches are not of the kind (data.rows.batch.KINDS) that the objective reads, or
     when a run of `steps` steps would end in the middle of a rollout, where it cannot be saved.

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
 
 
 def show_plan(cfg: Config) -> int:
-    """Prints the size and the cost of the run without using a device, so -1 in the mesh counts as 1."""
+    """Prints the size and the cost of the run without using a device, so a mesh axis of -1 counts as 1."""
     from train import plan
 
     plan.show(cfg, plan.blueprint(cfg))

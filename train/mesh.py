@@ -16,12 +16,13 @@ from configs.schema import rules
 from model import weights
 from model.weights import Tree
 
-# From the slowest network connection to the fastest: neighbors along the last axis are the nearest devices. "expert"
-# has size 1, since no model has experts yet.
+# Mesh axes, ordered from the slowest network connection to the fastest: neighbors along the last axis are the devices
+# that are nearest to each other. The axis "expert" has size 1, since no model has experts yet.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
-# Logical axis -> mesh axes; axes that are not listed are replicated. Activations have separate names: if a weight and
-# an activation shared the axis "embed", XLA would rematerialize whole arrays at the embedding.
+# Pairs (logical axis, mesh axes over which it is sharded). Logical axes that are not listed are replicated. The axes of
+# activations have names of their own: if a weight and an activation shared the axis "embed", XLA would rematerialize
+# whole arrays at the embedding.
 RULES = (
     ("act_batch", ("data", "fsdp")),
     ("act_seq", "context"),
@@ -59,8 +60,8 @@ def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
 
 def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     """Arranges the devices by their network connections. Several TPU slices are placed along the data axis, so that
-    only gradients cross the data center's network. Raises UserError if that axis is not a multiple of the number of
-    slices."""
+    only gradients cross the data center's network. Raises UserError if the size of the data axis is not a multiple of
+    the number of slices."""
     slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -72,15 +73,15 @@ def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
 
 def row_shards(cfg: Config, mesh: Mesh | AbstractMesh) -> int:
     """The number of shards into which the rows of a batch are split. Raises UserError when the mesh does not divide a
-    batch [B,T] evenly, which can depend on the number of devices if an axis is -1."""
+    batch [B,T] evenly. If an axis is -1, this depends on the number of devices."""
     for path, problem, fix in rules.shares(cfg.data.batch_size, cfg.accum, cfg.data.seq_len, mesh.shape):
         raise UserError(problem, f"config.{path}", fix)
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def abstract_mesh(cfg: Config, devices: int = 0) -> AbstractMesh:
-    """The mesh of a plan, made without using devices. If the number of devices is unknown (0), an axis of -1 counts as
-    1."""
+    """An abstract mesh for `--plan`, which uses no devices. If the number of devices is unknown (0), an axis of -1
+    counts as 1."""
     shape = mesh_shape(cfg, devices) if devices else tuple(max(cfg.get(a, 1), 1) for a in AXES)
     return AbstractMesh(shape, AXES)
 

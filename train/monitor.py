@@ -33,8 +33,8 @@ class Monitor:
     """Evaluates states, writes their metrics, and reports which of the config's `floors` the metrics cross.
 
     Held-out metrics are the objective's metrics on held-out batches, without dropout or other noise. If the objective
-    sets `nll`, its loss is named "nll" among them, and "bits_per_byte" is added. Samples are written before and after
-    training.
+    sets `nll`, its held-out loss is named "nll", and the metric "bits_per_byte" is added. Answers to the prompts in the
+    config's `samples` are written before and after training.
     `verdicts` holds the result of each evaluation of the run, in this and earlier sessions: {step: "" or the floor that
     was crossed}. If the config has floors, `passed` holds the steps at which no floor was crossed.
     """
@@ -63,7 +63,8 @@ class Monitor:
                 self._judge(line["step"], line)
 
     def __call__(self, state: TrainState, step: int) -> str:
-        """Evaluates a state. Returns one line about the floor that was crossed, "" if none was. All processes agree.
+        """Evaluates a state. Returns one line about the floor that was crossed, or "" if none was crossed. All
+        processes agree on whether a floor was crossed.
 
         Raises UserError when a floor names a metric that is not measured.
         """
@@ -82,7 +83,8 @@ class Monitor:
         return self.verdict(step)
 
     def verdict(self, step: int) -> str:
-        """The floor that was crossed when this step was evaluated, perhaps in an earlier session; "" if none was."""
+        """The floor that was crossed when this step was evaluated, in this or an earlier session; "" if none was
+        crossed."""
         found = self.verdicts.get(step, "")
         if not hosts.broadcast(bool(found)):
             return ""
@@ -125,8 +127,8 @@ class Monitor:
 
 
 def _measure(blueprint: Blueprint, tokenizer: Tokenizer) -> Callable[[Roles, Batch, Array], dict[str, Pair]]:
-    """A function that gives the metrics of a held-out batch as (sum, weight) pairs. When it is jitted as a whole, XLA
-    merges the equal forward passes of its metrics."""
+    """Returns a function that computes the metrics of a held-out batch as (sum, weight) pairs. If several metrics need
+    the same forward pass, XLA runs it only once, since the function is jitted as a whole."""
     objective, model = blueprint.objective, blueprint.model
 
     def measure(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
@@ -143,7 +145,8 @@ def _measure(blueprint: Blueprint, tokenizer: Tokenizer) -> Callable[[Roles, Bat
 
 
 def crossed(floor: tuple[str, str, float], figures: Mapping[str, Any], first: Mapping[str, Any]) -> str:
-    """One line about the floor if the metrics in `figures` cross it, else "". `first` holds the metrics of step 0.
+    """Returns one line about the floor if the metrics in `figures` cross it, else "". `first` holds the metrics of step
+    0.
 
     A metric that is missing or not finite crosses every floor.
     """

@@ -1,4 +1,5 @@
-"""Builds the optax optimizer of a config, with weight decay on matrices only and learning rates by parameter path."""
+"""Builds the optax optimizer of a config, with weight decay only on matrices, and learning rates that can be scaled by
+parameter path."""
 
 import re
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from train.state import Roles
 
 
 def schedule(cfg: Config, steps: int) -> Callable:
-    """A function from step to learning rate: linear warm-up to `lr`, then a cosine, linear, constant or wsd
+    """Returns a function from step to learning rate: linear warm-up to `lr`, then a cosine, linear, constant or wsd
     schedule."""
     warmup = int(cfg.warmup if cfg.warmup >= 1 else round(cfg.warmup * steps))
     rest, end = max(steps - warmup, 1), cfg.lr * cfg.final_lr
@@ -37,14 +38,14 @@ def schedule(cfg: Config, steps: int) -> Callable:
             )
         case other:
             raise schema.unknown("optim.schedule", other)
-    # step + 1, so that the learning rate of the first update is not 0
+    # `step + 1` instead of `step`, so that the learning rate of the first update is not 0
     ramp = lambda step: cfg.lr * (step + 1) / max(warmup, 1)
     return optax.join_schedules([ramp, after], [warmup]) if warmup else after
 
 
 def optimizer(cfg: Config, steps: int, params: Roles, specs: Specs) -> optax.GradientTransformation:
-    """The optax transformation of a config's `optim`. `params` is {role: tree of trainable parameters, None where
-    frozen}."""
+    """Builds the optax transformation of a config's `optim`. `params` is {role: tree of trainable parameters, with None
+    in place of frozen parameters}."""
     lr = schedule(cfg, steps)
     decay = dict(weight_decay=cfg.weight_decay, mask=matrices(params, specs))
     match cfg.name:
@@ -76,10 +77,10 @@ def randomly_rounded(tx: optax.GradientTransformation) -> optax.GradientTransfor
     """Wraps `tx` for 16-bit parameters: updates are computed in float32 and stored with stochastic rounding.
 
     With rounding to nearest, every update below 1/512 of a bfloat16 weight would be lost. With stochastic rounding, the
-    stored values are exact on average (Gupta et al. 2015, arXiv 1502.02551). It takes no extra memory, whereas float32
-    copies of the weights take four bytes per parameter. Moments have the dtype of their parameter and are rounded in
-    the same way. Moments of float16 parameters are float32, since squares of gradients underflow in float16. `update`
-    needs the random `key` of its step.
+    stored values are exact on average (Gupta et al. 2015, arXiv 1502.02551). Stochastic rounding takes no extra memory,
+    whereas float32 copies of the weights take four bytes per parameter. Optimizer moments have the dtype of their
+    parameter and are rounded in the same way. Moments of float16 parameters are float32, since squares of gradients
+    underflow in float16. The returned `update` needs the random key of its step as the argument `key`.
     """
 
     def init(params: Tree) -> Tree:
@@ -91,11 +92,11 @@ def randomly_rounded(tx: optax.GradientTransformation) -> optax.GradientTransfor
         updates, new = tx.update(jax.tree.map(_widened, updates), jax.tree.map(_widened, state), wide)
 
         def stored(path: str, old: Array, x: Array) -> Array:
-            """The float32 array x, rounded to the precision of `old`."""
+            """Rounds the float32 array x to the precision of `old`."""
             return round_randomly(x, old.dtype, weights.key_for(key, path)) if _is_narrow(old) else x
 
         new = weights.map_named(lambda path, old, x: stored(f"state/{path}", old, x).astype(old.dtype), state, new)
-        # The update is the difference of two 16-bit numbers, so adding it in float32 gives the new number exactly.
+        # The update is the new 16-bit value minus the old one, so adding it to the old value in float32 is exact.
         step = lambda path, old, p, u: stored(path, old, p + u) - p
         return weights.map_named(step, params, wide, updates), new
 
@@ -166,8 +167,8 @@ def _by_spec(params: Roles, specs: Specs, f: Callable) -> Tree:
 def scale_by_path(rules: tuple, params: Roles) -> optax.GradientTransformation:
     """Multiplies the update of each parameter by the factor of the first (regex, factor) rule that matches its path.
 
-    Paths are those of the model ("layers/attn/wq", "embed/table"), without the role. Raises UserError for a rule that
-    applies to no parameter.
+    A path is a parameter's path in the model, without the role, such as "layers/attn/wq" or "embed/table". Raises
+    UserError for a rule that applies to no parameter.
     """
     used = set()
 

@@ -1,4 +1,4 @@
-"""`--plan`: the size and cost of a run, without touching a device."""
+"""`--plan` prints the size and cost of a run, without using any device."""
 
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from train.init import Blueprint
 
 
 def blueprint(cfg: Config, devices: int = 0) -> Blueprint:
-    """The Blueprint of a config, without real devices. If their number is unknown (0), -1 in the mesh counts as 1."""
+    """The Blueprint of a config, without real devices. If the number of devices is unknown (0), a mesh axis of -1
+    counts as 1."""
     return init.blueprint(cfg, inputs.model(cfg), mesh.abstract_mesh(cfg.mesh, devices))
 
 

@@ -16,16 +16,16 @@ from train.state import TrainState
 
 # Counts over this process's rows: "tokens" that are not padding, and "targets" that count in the loss. A source that
 # samples also counts the tokens of its extra forward passes: "ROLE/tokens" through the layers of a role, and
-# "ROLE/targets" through its head.
+# "ROLE/targets" through the role's head.
 Counts = dict[str, int]
 
 
 class Source(Protocol):
-    """The source of a run's batches. Batches read from data ignore the state; an on-policy source samples from its
-    policy.
+    """The source of a run's batches. A source that reads data ignores the training state; an on-policy source samples
+    from the policy in the state.
 
-    The batch of step n is a function of the seed, the state and n. After a kill, the steps since the newest checkpoint
-    are repeated and give bit-identical results.
+    The batch of step n is a function of the seed, the state and n. When a killed run resumes, it therefore repeats the
+    steps since its newest checkpoint with bit-identical results.
     """
 
     seen: Counts  # counts of all sessions of the run
@@ -35,18 +35,21 @@ class Source(Protocol):
         ...
 
     def resumable(self, step: int) -> bool:
-        """Whether a run can resume from a checkpoint of this step. False between the steps that share one rollout.
+        """Whether a run can resume from a checkpoint of this step. No run can resume between steps that train on the
+        same rollout.
 
-        It depends only on the step, since all processes must agree. It is True for step 0 and for the last step.
+        The answer depends only on the step, since all processes must agree. The answer is True for step 0 and the last
+        step.
         """
         ...
 
     def state_dict(self) -> Json:
-        """The state for a checkpoint's manifest, as plain data."""
+        """The state of this source as plain data, to be stored in a checkpoint's manifest."""
         ...
 
     def load_state_dict(self, state: Json) -> None:
-        """Restores the state from a manifest. Raises UserError when the run that saved it read different data."""
+        """Restores the state of this source from a checkpoint's manifest. Raises UserError when the run that saved the
+        checkpoint read different data."""
         ...
 
 
@@ -85,7 +88,7 @@ class Batches:
         return jax.tree.map(self.place, local), counts
 
     def place(self, x: np.ndarray) -> jax.Array:
-        """The global array to which this process contributes the rows x, [b, T] or [b]."""
+        """Makes the global array to which this process contributes its rows x, an array [b, T] or [b]."""
         shape = (self.loader.batch_size, *x.shape[1:])
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:

@@ -48,7 +48,7 @@ class TrainState:
         seed: int,
         shares: tuple[tuple[str, str], ...] = (),
     ) -> "TrainState":
-        step, bad, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))  # three arrays, since each buffer is donated
+        step, bad, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: each is donated
         return cls(step, params, frozen, tx.init(params), jnp.uint32(seed), bad, skipped, shares)
 
     @property
@@ -61,12 +61,13 @@ class TrainState:
         return {name: self.role(name) for name in self.params | self.frozen}
 
     def in_training(self, key: Array) -> Roles:
-        """The roles as a training step sees them: with dropout and other noise in the roles that train."""
+        """{role: parameter tree} as a training step uses it: with dropout and other noise in the roles that train."""
         roles = self.roles
         return roles | {name: weights.in_training(roles[name], key, self.step) for name in self.params}
 
     def role(self, name: str) -> Params:
-        """The whole tree of a role: its trained half, and its frozen half or the frozen half that it shares."""
+        """The whole parameter tree of a role: its trained half combined with its own frozen half, or with the frozen
+        half of another role if the role shares that."""
         parts = [tree[name] for tree in (self.params, self.frozen) if name in tree]
         if shared := dict(self.shares).get(name):
             own = jax.tree.map(lambda _: None, parts[0])  # None for the head, which the other role lacks

@@ -1,4 +1,4 @@
-"""One optimizer step, for every objective."""
+"""The optimizer step, which is the same for all objectives."""
 
 from collections.abc import Callable
 from typing import cast
@@ -17,12 +17,12 @@ from train.state import Roles, TrainState
 def make_step(
     loss: Callable[[Roles, Batch, Array], dict[str, Pair]], tx: optax.GradientTransformation, accum: int = 1
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Pair]]]:
-    """A function (state, batch) -> (state, metrics), to be jitted with the state donated.
+    """Returns a function (state, batch) -> (state, metrics), which the caller jits with the state donated.
 
     `loss` returns metrics as (sum, weight) pairs; the mean of metrics["loss"] is minimized. Gradients of the sum are
     accumulated over `accum` micro-batches and divided once by the total weight, so that the result does not depend on
     how tokens are distributed over micro-batches. A step whose loss or gradient is not finite changes only the
-    counters. This is decided from values that are reduced over all hosts, so that the hosts agree.
+    counters. Whether both are finite is decided from values that are reduced over all hosts, so that the hosts agree.
     """
     optimizer = optax.with_extra_args_support(tx)
 
@@ -75,7 +75,7 @@ def make_step(
 def compile_step(
     blueprint: Blueprint, accum: int = 1
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Pair]]]:
-    """The jitted `make_step` of a run: the state is donated and returned with the shardings of the blueprint."""
+    """Jits the step function of a run. The state is donated, and the new state has the shardings of the blueprint."""
     step = make_step(blueprint.objective.loss, blueprint.tx, accum)
     return jax.jit(step, donate_argnums=0, out_shardings=(blueprint.shardings, None))
 

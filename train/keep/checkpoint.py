@@ -27,7 +27,7 @@ from train.source import Source
 from train.state import TrainState
 
 UNFINISHED = re.compile(r"[0-9]+\.(tmp|orbax-checkpoint-tmp).*")
-CLOCK_STEPS = 10  # with several processes, `minutes` is checked only every 10 steps, since they must agree
+CLOCK_STEPS = 10  # several processes check `minutes` only every 10 steps, since they must agree on it
 
 Abstract = dict[str, jax.ShapeDtypeStruct]  # {path: abstract array}
 
@@ -71,11 +71,11 @@ class Checkpointer:
             self._tidy()
 
     def restore(self, state: TrainState, source: Source) -> TrainState:
-        """Loads the newest complete checkpoint with the shardings of `state`, or returns `state` itself if there is
-        none. `state` may be abstract except for `frozen`.
+        """Loads the newest complete checkpoint with the shardings of `state`, or returns `state` itself if there is no
+        such checkpoint. `state` may be abstract except for `frozen`.
 
-        Damaged checkpoints are reported and renamed to `invalid-<step>-<n>`. Raises UserError if a complete checkpoint
-        has other shapes, data or frozen weights than this run.
+        Damaged checkpoints are reported and renamed to `invalid-<step>-<n>`. Raises UserError if the shapes, data or
+        frozen weights of a complete checkpoint differ from those of this run.
         """
         damaged = False
         while (step := hosts.broadcast(next(iter(saved.steps(self.folder)), -1))) >= 0:
@@ -92,8 +92,8 @@ class Checkpointer:
         return state
 
     def maybe_save(self, step: int, state: TrainState, source: Source, force: bool = False) -> bool:
-        """Starts a save if one is due, by steps or by minutes, and returns whether it did. Call it after every
-        resumable step. A save that is due at another step is made at the next resumable step.
+        """Starts a save if one is due, by steps or by minutes, and returns whether a save was started. Call it after
+        every resumable step. A save that becomes due between resumable steps is made at the next resumable step.
 
         The arrays are copied before this method returns, so the next step may donate them. An error of a save is
         reported when the next save starts, or in `close`: as UserError or, with on_error="continue", as a log line.
@@ -169,7 +169,8 @@ class Checkpointer:
             self._pending = self._writer.submit(self._commit, response, manifest, part, final)
 
     def _prepare(self) -> Exception | None:
-        """Calls `first` and returns its error; a RuntimeError if it failed only on another process."""
+        """Calls `first`. Returns the error that `first` raised, a RuntimeError if it failed only on another process, or
+        None."""
         error = None
         try:
             self.first()
@@ -178,7 +179,7 @@ class Checkpointer:
         return None if hosts.all_true(error is None) else error or RuntimeError("another process failed")
 
     def _commit(self, response: Future, manifest: dict, part: Place, final: Place) -> None:
-        """Waits for the arrays and then completes the step; runs in the writer thread."""
+        """Waits until the arrays are written, and then completes the checkpoint. It runs in the writer thread."""
         try:
             response.result()
             if hosts.primary():
@@ -193,12 +194,12 @@ class Checkpointer:
             raise
 
     def _prune(self) -> None:
-        """Deletes all checkpoints but the newest `keep`, those at multiples of `keep_every`, and the last one that
+        """Deletes all checkpoints except the newest `keep`, those at multiples of `keep_every`, and the last one that
         passed the floors."""
         last_passed = self.last_passed()
         for step in saved.steps(self.folder)[self.cfg.keep :]:
             if step != last_passed and (not self.cfg.keep_every or step % self.cfg.keep_every):
-                doomed = self.folder / str(step)  # a partly deleted folder must not look like a step
+                doomed = self.folder / str(step)  # a partly deleted folder must not look complete
                 if paths.remote(doomed):
                     (doomed / MANIFEST).unlink()
                 else:
@@ -206,7 +207,7 @@ class Checkpointer:
                 files.remove(doomed)
 
     def _load(self, step: int, state: TrainState, source: Source) -> tuple[str, TrainState | None]:
-        """("", state) of the checkpoint at a step, or (problem, None) if the checkpoint is damaged."""
+        """Reads the checkpoint at a step. Returns ("", state), or (problem, None) if the checkpoint is damaged."""
         folder, abstract = self.folder / str(step), _abstract(state)
         problem, manifest = self._attempt(lambda: saved.read_manifest(folder))
         if not problem:
@@ -220,7 +221,8 @@ class Checkpointer:
         return "", saved.fill(state.replace(frozen=None), arrays).replace(frozen=state.frozen)
 
     def _attempt(self, action: Callable[[], Any]) -> tuple[str, Any]:
-        """("", result of `action`), or (problem, None) if the checkpoint is damaged for any process."""
+        """Calls `action`, which reads from a checkpoint. Returns ("", result), or (problem, None) if any process finds
+        the checkpoint damaged."""
         problem, result = "", None
         try:
             result = action()
@@ -247,7 +249,7 @@ class Checkpointer:
             raise UserError(f"the data are not those of step {step}", where, fix)
 
     def _moved(self, recorded: dict[str, str] | str, state: TrainState) -> str:
-        """The roles whose frozen weights differ from the recorded digests; "" if none do."""
+        """The names of the roles whose frozen weights differ from the recorded digests; "" if all are equal."""
         if isinstance(recorded, str):  # older runs have one digest for all roles
             copies = {role: state.role(role) for role in dict(state.shares)}
             whole = state.frozen | copies
@@ -294,5 +296,6 @@ def _shape(leaf: tuple | None) -> str:
 
 
 def _fingerprint(source: Source) -> dict:
-    """{"fingerprint": ...} of a source's data, as in its state; {} for a source without a fingerprint."""
+    """The entry {"fingerprint": ...} of a source's state, which identifies its data; {} for a source without a
+    fingerprint."""
     return {k: v for k, v in source.state_dict().items() if k == "fingerprint"}

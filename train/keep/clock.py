@@ -33,7 +33,7 @@ class Clock:
         self.chip = chips.find(cfg.chip or jax.devices()[0].device_kind)
         assert isinstance(plan.mesh, Mesh), "only --plan uses an abstract mesh"
         mine = local_rows(plan.mesh, cfg.data.batch_size)
-        self.parts = cfg.data.batch_size // (mine.stop - mine.start)  # this process counts only its part of the batch
+        self.parts = cfg.data.batch_size // (mine.stop - mine.start)  # parts of a batch: a process counts only its own part
         self.bad = 0  # consecutive non-finite steps before this session
         self.pending: dict[str, Pair] = {}  # metrics of the second-to-last step
         self.last: dict[str, Pair] = {}
@@ -41,7 +41,7 @@ class Clock:
         self.steps = 0
         self.counts: Counter[str] = Counter()  # counts since the last line
         self.since_line = 0  # steps since the last line
-        self.busy, self.timed = 0.0, 0  # seconds and tokens of all lines so far
+        self.busy, self.timed = 0.0, 0  # seconds and tokens of all metrics lines so far
 
     def tick(self, sums: dict[str, Pair], counts: Counts) -> None:
         """Call it after each step is dispatched. The first step includes compilation and is left out of the rates."""
@@ -55,13 +55,13 @@ class Clock:
             self.counts.update(counts)
 
     def bad_steps(self) -> int:
-        """Consecutive non-finite steps up to the second-to-last step: waiting for the last step would idle the
-        device."""
+        """The number of consecutive non-finite steps up to the second-to-last step. Waiting for the last step would
+        leave the device idle."""
         return int(self.pending["bad"][0]) if self.pending else self.bad
 
     def line(self, done: int, seen: Counts) -> Json:
-        """The numbers of a metrics line: the last step's metrics, rates since the previous line, FLOPs of all tokens
-        `seen`.
+        """The numbers of a metrics line: the last step's metrics, the rates since the previous line, and the FLOPs of
+        all tokens `seen` by the run so far.
 
         MFU is None for a chip whose peak FLOPs are unknown.
         """

@@ -19,12 +19,12 @@ _OVERLAP = {  # gathers the next layer's parameters while the current layer comp
     "xla_enable_async_all_gather": "true",
 }
 
-# {libtpu version: {preset: flags}}. No preset is used by default: which preset helps depends on the model and the
-# slice.
+# {libtpu version: {preset: flags}}. No preset is used by default, since it depends on the model and the TPU slice which
+# preset helps.
 PRESETS: dict[str, dict[str, dict[str, str]]] = {
     "0.0.42.1": {
         "overlap": _OVERLAP,
-        "dense": _OVERLAP | {"xla_tpu_scoped_vmem_limit_kib": "98304"},  # larger fusions in vector memory (MaxText)
+        "dense": _OVERLAP | {"xla_tpu_scoped_vmem_limit_kib": "98304"},  # larger fusions in vector memory, as in MaxText
         "memory": {"xla_tpu_enable_latency_hiding_scheduler": "false"},  # gathers no parameters in advance
         "dcn": {  # reduces gradients between slices in parts, during the backward pass
             "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
@@ -75,7 +75,8 @@ def fake_devices() -> None:
 @functools.cache
 def trim_after_compiling() -> None:
     """Makes glibc return freed memory to the system after each long compilation. Otherwise a process that trains 135M
-    parameters keeps 0.2 GB of LLVM's memory. Only the first call in a process has an effect, and only with glibc."""
+    parameters keeps 0.2 GB of memory that the compiler, LLVM, no longer uses. Only the first call in a process has an
+    effect, and only with glibc."""
     from jax import monitoring
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -19,15 +19,15 @@ from common import exits
 from common.errors import UserError
 from common.types import Json
 
-LOST = re.compile("closed by peer|reset by peer|onnection refused|unhealthy|heartbeat")  # errors after a process died
+LOST = re.compile("closed by peer|reset by peer|onnection refused|unhealthy|heartbeat")  # errors of JAX after another process died
 
 
 def connect() -> None:
     """Joins the other processes of a launch, if there are any, and sets up the persistent compilation cache.
 
     A launch of several processes is recognized by environment variables: JAX_COORDINATOR_ADDRESS (with
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID), those of Slurm or GKE (also with several slices), or JAX_NUM_PROCESSES on the
-    hosts of a TPU slice. Call it before anything uses devices.
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID), the variables of Slurm or GKE (also with several slices), or
+    JAX_NUM_PROCESSES on the hosts of a TPU slice. Call this function before anything uses devices.
     """
     env = os.environ
     cache = os.path.expanduser(f"~/.cache/kungfu/xla-{jax.__version__}")
@@ -48,8 +48,8 @@ def connect() -> None:
 def watched() -> Iterator[None]:
     """Ends this process at once, with one line, when another process of the launch has died.
 
-    A broken connection is the first sign of a dead process. A normal exit of this process would wait for the dead
-    process for more than a minute, and end with a C++ stack trace.
+    A dead process is noticed by an error about a broken connection. If this process then exited normally, it would wait
+    for the dead process for more than a minute, and end with a C++ stack trace.
     """
     if jax.process_count() > 1:
         _delay_abort()
@@ -74,7 +74,7 @@ def _end(reason: str) -> NoReturn:
     host, _, port = os.environ.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")
     lost = "another process of this run was lost"
     if host and not primary():
-        for _ in range(10):  # the first process's port closes after its other connections
+        for _ in range(10):  # its port may close later than its other connections
             try:
                 socket.create_connection((host, int(port)), timeout=2).close()
                 time.sleep(0.1)
@@ -91,7 +91,7 @@ def primary() -> bool:
 
 
 def broadcast(value: int | bool) -> int:
-    """Returns the value of the first process on all processes; this is also a barrier."""
+    """Returns the first process's `value` on all processes. The call is also a barrier."""
     if jax.process_count() == 1:
         return int(value)
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
@@ -116,8 +116,8 @@ def require_same(what: Json) -> None:
 
 
 def refuse_together(error: UserError | None) -> None:
-    """Raises UserError on all processes if the first process has an `error`; otherwise the others would wait
-    forever."""
+    """Raises UserError on all processes if the first process has an `error`. If only the first process raised it, the
+    other processes would wait forever."""
     if error:
         broadcast(1)
         raise error

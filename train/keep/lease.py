@@ -1,4 +1,4 @@
-"""The lock of a run in an object store, where the lock of a killed process is not released."""
+"""The lock of a run in an object store, which, unlike a file lock, stays locked when its process is killed."""
 
 import os
 import re
@@ -20,8 +20,8 @@ class Lease:
 
     A killed run leaves its lock behind, but no longer rewrites it. After a lock has not changed for three BEATs,
     another process may take over by creating LOCK.<n+1>, which the store lets only one writer create. `holder` names
-    the process and its host. A lock from this host is taken over at once: the kernel has already released its run's
-    local lock. Raises UserError when the run is in use.
+    the process and its host. A lock from this host is taken over at once: this process already has the run's local file
+    lock, so the process that left the object must be dead. Raises UserError when the run is in use.
     """
 
     def __init__(self, folder: Place, holder: str):
@@ -60,7 +60,7 @@ class Lease:
                     os._exit(exits.PREEMPTED)
                 beats += 1
                 files.write(self.path, f"{self.holder}beat {beats}\n")
-            except Exception as e:  # the network may recover; if not, the next save reports it
+            except Exception as e:  # the network may recover; if not, the next save fails
                 print(f"warning: {self.path}: {e}", file=sys.stderr)
 
     def close(self) -> None:

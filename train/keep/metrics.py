@@ -26,18 +26,20 @@ KINDS = ("init", "compile", "data", "step", "eval", "checkpoint")  # uses of a r
 
 
 def means(sums: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> dict[str, float]:
-    """{"loss": (sum, weight)} -> {"loss": sum / weight}, fetched from the devices at once; NaN for a weight of 0."""
+    """{"loss": (sum, weight)} -> {"loss": sum / weight}, with one transfer from the devices. The mean is NaN if the
+    weight is 0."""
     host = jax.device_get(dict(sums))
     return {name: float(total) / float(weight) if float(weight) else math.nan for name, (total, weight) in host.items()}
 
 
 class Metrics:
-    """Writes lines {"step", "time", "kind", ...} of kind train, eval, task, sample or event, in the first process.
+    """Writes lines {"step", "time", "kind", ...} of kind train, eval, task, sample or event. Only the first process
+    writes.
 
     `tracker` is the name in the config, or an object with `log(step, numbers)` and `close()`. Call `rewind` after the
     state is restored, `sync` before a checkpoint is saved, `end` before the session ends. `on_error` is the config's
-    `ckpt.on_error`: with "stop" a line that cannot be written raises UserError, with "continue" the line is kept and
-    written later.
+    `ckpt.on_error`: if a line cannot be written, "stop" raises UserError, and "continue" keeps the line in memory to
+    write it later.
     """
 
     def __init__(
@@ -49,10 +51,10 @@ class Metrics:
         on_error: str = "stop",
     ):
         self.path, self.total, self.on_error = Path(path), total_steps, on_error
-        self.step = 0  # the step that events are recorded at
+        self.step = 0  # the step that `event` records
         self.active = jax.process_index() == 0
         self.finished = False  # whether the record already has the "done" line of the last step
-        self.seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)  # seconds of this session by kind
+        self.seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)  # {kind: seconds in this session}
         self._began = time.perf_counter()
         self._refused = False  # whether the previous line could not be written
         if self.active:
@@ -115,7 +117,8 @@ class Metrics:
             if line.get("event") == "session":
                 line["step"] = min(line["step"], step)
         kept = [line for line in lines if line["step"] <= step and (step or line["kind"] == "event")]
-        # Drop the event that ended an earlier session, unless it was preempted: this session records its own end.
+        # Drop the event that ended an earlier session, since this session records its own end. Keep it if the earlier
+        # session was preempted.
         kept = [line for line in kept if line.get("exit_code", exits.PREEMPTED) == exits.PREEMPTED]
         previous = {"lost_steps": lost, "seconds": ended[0].spent, "joules": ended[0].joules} if ended else {}
         devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count()}
@@ -148,8 +151,8 @@ class Metrics:
 
     @contextmanager
     def timer(self, kind: str, since: float | None = None) -> Iterator[None]:
-        """Adds the seconds spent in the with-block to `kind`, one of KINDS; they start at `since` (a
-        time.perf_counter()) if given."""
+        """Adds the seconds spent in the with-block to `kind`, one of KINDS. If `since`, a value of time.perf_counter(),
+        is given, the seconds count from then."""
         start = time.perf_counter() if since is None else since
         self._began = min(self._began, start)
         try:
@@ -190,7 +193,7 @@ def _stamped(step: int, kind: str, **numbers: Any) -> Json:
 
 
 class Console:
-    """Shows progress: one line that is redrawn in a terminal; plain lines in a file or a pipe."""
+    """Shows progress: in a terminal, one line that is redrawn; in a file or a pipe, plain lines."""
 
     def __init__(self, total: int):
         self.total, self._live = total, None
@@ -225,7 +228,7 @@ class Console:
 
 
 def progress(step: int, total: int, numbers: Json) -> str:
-    """The line on the console, from a train line's epoch, loss, lr, tokens_per_second, mfu (0 to 1),
+    """Formats the line on the console. `numbers` may have epoch, loss, lr, tokens_per_second, mfu (0 to 1) and
     seconds_per_step."""
     mfu, pace = numbers.get("mfu"), numbers.get("seconds_per_step")
     parts = [

@@ -12,7 +12,8 @@ INTERVAL = 10.0  # seconds between samples
 
 
 class Power:
-    """Counts joules until `close`. If no power can be read, it starts no thread and reports no joules.
+    """Counts joules until `close`. If power cannot be read on this machine, no thread is started and no joules are
+    reported.
 
     RAPL covers only the CPU packages, not memory or the rest of the machine, and often only root may read it.
     """
@@ -31,7 +32,8 @@ class Power:
         return {name: [round(x, 2) for x in spent] for name, spent in self._spent.items()}
 
     def sample(self) -> None:
-        """Adds the energy since the previous sample; a source that fails is tried again next time."""
+        """Adds the energy used since the previous sample. A source that cannot be read is tried again at the next
+        sample."""
         sources: dict[str, Callable[[], Any]] = {"gpu": board_watts, "cpu": self._counters}
         with self._lock:
             for name, read in sources.items():
@@ -65,8 +67,8 @@ class Power:
 
 
 def board_watts() -> float:
-    """Mean watts of the boards in CUDA_VISIBLE_DEVICES, or of all boards if it is unset. Raises OSError without
-    nvidia-smi."""
+    """Mean power, in watts, of the GPUs in CUDA_VISIBLE_DEVICES, or of all GPUs if that is unset. Raises OSError
+    without nvidia-smi."""
     only = os.environ.get("CUDA_VISIBLE_DEVICES")
     query = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits", *(["-i", only] if only else [])]
     watts = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.split()

@@ -1,4 +1,5 @@
-"""A run folder. Only one launch at a time writes to it, and it contains everything needed to repeat the run."""
+"""Opens run folders. Only one launch at a time writes to a run folder, which contains everything needed to repeat the
+run."""
 
 import contextlib
 import datetime
@@ -43,12 +44,13 @@ SAFE = (
 class RunDir:
     """Opens `workdir` for one run, new or resumed, and holds its lock until `close` or the end of the process.
 
-    For a run at gs://BUCKET/FOLDER, checkpoints are written directly to `home / "ckpt"`. Its other files are written to
-    `path`, a folder on this machine, and `publish` uploads changed files. For a local run, `path` is `home`.
+    For a run at gs://BUCKET/FOLDER, checkpoints are written directly to `home / "ckpt"`. The run's other files are
+    written to `path`, a folder on this machine, and `publish` uploads those that have changed. For a local run, `path`
+    is `home`.
     `config` is the resolved config as plain data, `overrides` are the overrides on the command line, and `source` is
     the config file. Raises UserError when the folder is in use or cannot be written, when a resume changes the config
-    (unless its `allow` contains "config" or, for keys under data, "data"), or when the processes of the launch have
-    different configs or code.
+    (unless the config's `allow` contains "config" or, for keys under data, "data"), or when the processes of the launch
+    have different configs or code.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class RunDir:
     ):
         self.home = paths.parse(workdir)
         self.path = files.mirror(self.home) if paths.remote(self.home) else self.home
-        self.config = json.loads(json.dumps(config))  # as JSON returns it, with lists in place of tuples
+        self.config = json.loads(json.dumps(config))  # like a config read from JSON, with lists in place of tuples
         self.resumed, self.changes = False, []
         self._lock: int | None = None
         self._lease: Lease | None = None
@@ -131,8 +133,8 @@ class RunDir:
         return None
 
     def _compare(self) -> None:
-        """Prints what a resume changes in the config. Raises UserError if a change is not safe, or if `steps` is less
-        than the number of steps already done."""
+        """Prints the config values that a resume changes. Raises UserError if a change is not safe, or if `steps` is
+        less than the number of steps already done."""
         self.resumed = bool(saved.steps(self.home / "ckpt"))
         where, step, recorded = self._recorded()
         if step > self.config.get("steps", step):
@@ -156,7 +158,8 @@ class RunDir:
             raise UserError(problem, str(self.path), f"use a new --workdir, or put {name!r} in config.allow")
 
     def _recorded(self) -> tuple[str, int, Json | None]:
-        """(file of the config, step, config) of the newest complete checkpoint; older runs have only config.json."""
+        """Returns (file of the config, step, config) of the newest complete checkpoint. Older runs have the config only
+        in config.json."""
         step = 0
         for at in saved.steps(self.home / "ckpt"):
             with contextlib.suppress(saved.Damaged):
@@ -172,7 +175,7 @@ class RunDir:
 
 
 def differences(old: Json | Leaf, new: Json | Leaf, path: str = "") -> Iterator[tuple[str, str]]:
-    """("optim.lr", "0.1 -> 0.2") for every value that differs between two configs."""
+    """Yields a pair such as ("optim.lr", "0.1 -> 0.2") for every value that differs between two configs."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
@@ -181,7 +184,7 @@ def differences(old: Json | Leaf, new: Json | Leaf, path: str = "") -> Iterator[
 
 
 def unsafe(changed: Iterable[str], allow: Iterable[str]) -> list[str]:
-    """The keys that differ from the saved run's, although a resumed run must not change them; less those in `allow`."""
+    """The changed config keys that a resumed run must not change, except those that `allow` permits."""
     if "config" in allow:
         return []
     safe = (*SAFE, "data") if "data" in allow else SAFE
@@ -224,8 +227,8 @@ def holder() -> str:
 class StopSignals:
     """Handles SIGTERM and Ctrl-C: the first signal asks the loop to stop, the second exits at once with 143 or 130.
 
-    With several processes SIGTERM is handled by JAX's preemption service, through which all processes agree on a step
-    to stop at.
+    In a run with several processes, JAX's preemption service handles SIGTERM, so that all processes agree on a step to
+    stop at.
     """
 
     def __init__(self) -> None:
@@ -257,7 +260,7 @@ class StopSignals:
 
 
 def environment() -> Json:
-    """Everything, besides config and data, that may affect a result."""
+    """Everything that may affect a result, besides the config and the data."""
     return {
         "python": sys.version.split()[0],
         "packages": {name: _version(name) for name in PACKAGES},

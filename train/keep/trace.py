@@ -54,7 +54,7 @@ def table(path: Path, steps: int, rows: int = 10) -> str:
 
 def own_seconds(events: list[dict]) -> tuple[dict[str, float], dict[str, int]]:
     """(self time in seconds, calls) by operation. Self time excludes operations that are nested in the operation on the
-    same thread, as in `while`."""
+    same thread, such as the body of a `while` loop."""
     ops = [e for e in events if e.get("ph") == "X" and {"hlo_op", "hlo_category"} & e.get("args", {}).keys()]
     seconds, calls, open_ops = defaultdict(float), defaultdict(int), defaultdict(list)
     for e in sorted(ops, key=lambda e: (e["ts"], -e["dur"])):

@@ -78,7 +78,8 @@ class TensorBoard:
 
 
 class WandB:
-    """Logs the step as a metric of its own: W&B drops points if its built-in step does not grow, as after a resume."""
+    """Sends metrics to W&B, with the step as one of them. W&B's built-in step is not used, since W&B drops points if
+    that step does not grow, as after a resume."""
 
     def __init__(self, folder: Path, config: dict):
         import wandb  # pyright: ignore[reportMissingImports]

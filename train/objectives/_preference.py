@@ -1,4 +1,4 @@
-"""Shared code of the preference objectives: log-probabilities of answers, and metrics of pairs."""
+"""Code that the preference objectives share: log-probabilities of answers, and metrics of preference pairs."""
 
 import jax
 import jax.numpy as jnp
@@ -19,28 +19,30 @@ def logps(model: Transformer, params: Params, batch: Batch) -> Array:
 
 
 def both(batch: Batch) -> Batch:
-    """A pair batch as one lm batch of 2B rows: the chosen answers, then the rejected answers."""
+    """Converts a batch of B preference pairs into one batch of 2B rows: first the chosen answers, then the rejected
+    answers."""
     return jax.tree.map(lambda c, r: jnp.concatenate([c, r]), batch["chosen"], batch["rejected"])
 
 
 def reference(roles: Roles) -> Params:
-    """The policy before the first step: a frozen copy, or the base with its adapters off. It gets no gradient."""
+    """The parameters of the reference model, which is the policy before the first step: a frozen copy or, if only new
+    adapters train, the policy's base without adapters. No gradient flows into them."""
     return jax.lax.stop_gradient(roles["ref"] if "ref" in roles else weights.base(roles["policy"]))
 
 
 def lengths(batch: Batch) -> Array:
-    """Number of targets in each row [B]; at least 1, since it is a divisor."""
+    """The number of targets in each row [B]. It is 1 for an empty row, since callers divide by it."""
     return jnp.maximum(batch["mask"].sum(-1), 1)
 
 
 def present(batch: Batch) -> Array:
-    """An array [B]: 1.0 for rows that hold a pair, 0.0 for the empty rows that the last held-out batch may have."""
+    """A weight for each pair [B]: 1.0, or 0.0 for the empty pairs that fill up the last held-out batch."""
     return (batch["chosen"]["mask"] + batch["rejected"]["mask"]).any(-1).astype(jnp.float32)
 
 
 def figures(chosen: Array, rejected: Array, policy: Array, batch: Batch) -> dict[str, Array]:
-    """Metrics [B] of pairs: the rewards, log-probabilities (`policy` [2B], chosen answers first) and lengths of both
-    answers."""
+    """Metrics of each pair [B]: rewards, log-probabilities and lengths of its two answers. `policy` [2B] holds the
+    log-probabilities of the chosen answers, then those of the rejected answers."""
     logp_chosen, logp_rejected = jnp.split(policy, 2)
     length_chosen, length_rejected = jnp.split(lengths(both(batch)), 2)
     return compared(chosen, rejected) | {
@@ -52,8 +54,8 @@ def figures(chosen: Array, rejected: Array, policy: Array, batch: Batch) -> dict
 
 
 def compared(chosen: Array, rejected: Array) -> dict[str, Array]:
-    """Metrics [B] of pairs from the rewards of both answers: implicit rewards of a policy, or rewards of a reward
-    model."""
+    """Metrics of each pair [B], computed from the rewards of its two answers. The rewards are the implicit rewards of a
+    policy or come from a reward model."""
     return {
         "accuracy": (chosen > rejected).astype(jnp.float32),
         "margin": chosen - rejected,
@@ -65,7 +67,8 @@ def compared(chosen: Array, rejected: Array) -> dict[str, Array]:
 def divergence(model: Transformer, roles: Roles, rows: Batch) -> dict[str, Pair]:
     """KL(policy || reference) of the next-token distributions, in nats, averaged over the tokens of the data's answers.
 
-    The KL is exact at each token, but the answers come from the data; tools.rank --kl samples answers from the policy.
+    The KL is exact at each token, but the answers are those in the data, not samples from the policy. For sampled
+    answers, use tools.rank --kl.
     """
 
     def side(params: Params) -> tuple[Transformer, Params, Array]:
@@ -76,6 +79,6 @@ def divergence(model: Transformer, roles: Roles, rows: Batch) -> dict[str, Pair]
 
 
 def summed(values: dict[str, Array], weight: Array) -> dict[str, Pair]:
-    """Turns metrics [B] into (sum, weight) pairs."""
+    """Turns metrics of rows [B] into (sum, weight) pairs, where `weight` [B] is the weight of each row."""
     total = weight.sum()
     return {name: ((value * weight).sum(), total) for name, value in values.items()}

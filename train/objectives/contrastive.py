@@ -46,15 +46,16 @@ def make(
 
 
 def negatives(passages: Batch, queries: Batch) -> Array:
-    """Whether passage j is a negative of question i [B,B]: row j is not empty, and rows i and j have different
-    questions and different passages."""
+    """A mask [B,B] that is True where passage j is a negative of question i. It is a negative if row j is not empty,
+    and rows i and j have different questions and different passages."""
     same = lambda tokens: jnp.all(tokens[:, None] == tokens[None], axis=-1)
     there = (passages["segments"] > 0).any(-1)
     return ~(same(passages["tokens"]) | same(queries["tokens"])) & there[None]
 
 
 def info_nce(logits: Array, negative: Array, there: Array) -> dict[str, Pair]:
-    """Metrics of logits [B,B] (questions x passages). The diagonal holds the correct passages. `rank` counts from 1."""
+    """Computes the loss, the accuracy and the mean reciprocal rank (MRR) from logits [B,B] (questions x passages), in
+    which the logits of the correct passages are on the diagonal."""
     own = jnp.diagonal(logits)
     others = jnp.where(negative, logits, -jnp.inf)
     loss = jax.nn.logsumexp(jnp.concatenate([own[:, None], others], 1), axis=1) - own

@@ -1,4 +1,4 @@
-"""Contrastive preference optimization (Xu et al. 2024, arXiv 2401.08417): no reference model."""
+"""Contrastive preference optimization (Xu et al. 2024, arXiv 2401.08417), which needs no reference model."""
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,14 @@ BATCH = "pair"
 
 
 def make(model: Transformer, *, beta: float = 0.1, sft_weight: float = 1.0) -> Objective:
-    """Eq. 5: -log sigmoid(beta (log p of the chosen answer - log p of the rejected answer)), averaged over pairs, plus
-    `sft_weight` times the negative log-likelihood of the chosen answers, averaged over their tokens."""
+    """The loss is (eq. 5) -log sigmoid(beta (log p of the chosen answer - log p of the rejected answer)), averaged over
+    pairs, plus `sft_weight` times the negative log-likelihood of the chosen answers, averaged over their tokens."""
 
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
         policy = logps(model, roles["policy"], both(batch))
         chosen, rejected = jnp.split(policy, 2)
         there = present(batch)
-        # This term is a mean over tokens, but `summed` divides both terms by the number of pairs.
+        # `nll` is a mean over tokens, but `summed` divides by the number of pairs, so multiply by that number first.
         tokens = batch["chosen"]["mask"].sum()
         nll = -chosen * there.sum() / jnp.maximum(tokens, 1)
         values = {"loss": -jax.nn.log_sigmoid(beta * (chosen - rejected)) + sft_weight * nll, "nll": nll}

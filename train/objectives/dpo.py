@@ -27,13 +27,13 @@ def make(
     the log-ratio of the rejected answer.
 
     sigmoid: -log sigmoid(beta h), eq. 7; `label_smoothing` is cDPO's eps, the assumed fraction of flipped labels.
-    hinge:   relu(1 - beta h) (SLiC, Zhao et al. 2023, arXiv 2305.10425, eq. 8 with log-ratios).
+    hinge:   relu(1 - beta h) (SLiC, Zhao et al. 2023, arXiv 2305.10425, eq. 8, but with log-ratios).
     ipo:     (h - 1/(2 beta))^2 (Azar et al. 2023, arXiv 2310.12036, eq. 17), where h uses means over tokens, as the
              authors confirmed to the developers of TRL.
     robust:  the sigmoid loss, corrected for a fraction `label_smoothing` of flipped labels (Chowdhury et al. 2024,
              arXiv 2403.00409, eq. 9).
-    `length_normalized` divides each log-ratio by its answer's length, as `ipo` always does. `sft_weight` adds that many
-    times the chosen answer's mean negative log-likelihood (RPO, Pang et al. 2024, arXiv 2404.19733, eq. 1).
+    `length_normalized` divides each log-ratio by its answer's length, as `ipo` always does. `sft_weight` times the
+    chosen answer's mean negative log-likelihood is added to the loss (RPO, Pang et al. 2024, arXiv 2404.19733, eq. 1).
     """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing {label_smoothing:g} is not in [0, 0.5)")
@@ -58,7 +58,8 @@ def make(
 
 
 def preference_loss(h: Array, beta: float, loss: str = "sigmoid", label_smoothing: float = 0.0) -> Array:
-    """The loss of each pair, from h [B], the difference between the log-ratios of its two answers."""
+    """The loss of each pair [B], where `h` [B] is the log-ratio of the pair's chosen answer minus that of its rejected
+    answer."""
     eps, right, wrong = label_smoothing, -jax.nn.log_sigmoid(beta * h), -jax.nn.log_sigmoid(-beta * h)
     if loss == "hinge":
         return jax.nn.relu(1 - beta * h)

@@ -1,4 +1,5 @@
-"""Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv 2402.01306): single answers labeled good or bad."""
+"""Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv 2402.01306), which learns from single answers labeled
+good or bad."""
 
 from collections.abc import Mapping
 
@@ -19,11 +20,11 @@ BATCH = "labelled"
 def make(
     model: Transformer, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> Objective:
-    """Eq. 7 and 8: weight (1 - sigmoid(beta (r - z))) for a good answer (label 1), weight (1 - sigmoid(beta (z - r)))
-    for a bad answer (label 0), averaged over rows.
+    """The loss (eq. 7 and 8) is weight (1 - sigmoid(beta (r - z))) for a good answer (label 1) and weight (1 -
+    sigmoid(beta (z - r))) for a bad answer (label 0), averaged over rows.
 
     r is a row's log-ratio log(pi / pi_ref). z estimates KL(policy || reference), without a gradient: it is the mean
-    log-ratio of mismatched rows (each prompt with the answer of the previous row), or 0 if that mean is negative. It is
+    log-ratio of mismatched rows (each prompt with the answer of the previous row), or 0 if that mean is negative. z is
     computed per micro-batch, over all devices.
     """
 
@@ -57,24 +58,24 @@ def make(
 
 
 def mismatched(batch: Batch) -> Batch:
-    """Rows [B,T], one document each, with each prompt followed by the previous row's answer; the first row wraps around
-    to the last.
+    """Makes rows [B,T] in which each prompt is followed by the answer of the previous row, and the first prompt by the
+    answer of the last row. Each row has one document.
 
-    An answer begins at the first target that counts in the loss and ends with the document. It is truncated at the
-    row's end.
+    An answer begins at the first target that counts in the loss and ends with the document. An answer that does not fit
+    into its new row is truncated.
     """
     width = batch["tokens"].shape[1]
     at = jnp.arange(width)
-    here = jnp.where(batch["mask"].any(-1), batch["mask"].argmax(-1), width)[:, None]  # the last slot of the prompt
+    here = jnp.where(batch["mask"].any(-1), batch["mask"].argmax(-1), width)[:, None]  # the prompt's last position
     there = jnp.roll(here, 1, axis=0)
-    slot = at - here + there  # the slot of the other row from which each slot is copied
+    slot = at - here + there  # the position in the previous row that each position is copied from
     fits = (at >= here) & (slot < width)
 
     def moved(x: Array, empty: int = 0) -> Array:
         other_row = jnp.take_along_axis(jnp.roll(x, 1, axis=0), jnp.clip(slot, 0, width - 1), axis=1)
         return jnp.where(fits, other_row, empty)
 
-    prompt = at <= here  # the last slot of the prompt keeps its token; its target is the new answer's first token
+    prompt = at <= here  # the prompt's last position keeps its token, but its target is the new answer's first token
     segments = jnp.where(prompt, batch["segments"], moved(batch["segments"]))
     return batch | {
         "tokens": jnp.where(prompt, batch["tokens"], moved(batch["tokens"])),

@@ -1,4 +1,4 @@
-"""Odds-ratio preference optimization (Hong et al. 2024, arXiv 2403.07691): no reference model."""
+"""Odds-ratio preference optimization (Hong et al. 2024, arXiv 2403.07691), which needs no reference model."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ BATCH = "pair"
 
 
 def make(model: Transformer, *, beta: float = 0.1) -> Objective:
-    """Eq. 6: the chosen answer's negative log-likelihood plus `beta` (lambda in the paper) times -log sigmoid of the
-    log odds ratio, averaged over pairs. Both terms use log-probabilities averaged over tokens (eq. 3 and 4)."""
+    """The loss (eq. 6) is the chosen answer's negative log-likelihood plus `beta` (lambda in the paper) times -log
+    sigmoid of the log odds ratio, averaged over pairs. Both terms use log-probabilities averaged over tokens (eq. 3 and
+    4)."""
 
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
         rows = both(batch)
@@ -28,5 +29,5 @@ def make(model: Transformer, *, beta: float = 0.1) -> Objective:
 
 
 def log_odds(logp: Array) -> Array:
-    """log(p / (1 - p)), computed from log p; finite even for an empty answer, which has p = 1."""
+    """Computes log(p / (1 - p)) from log p. The result is finite even for an empty answer, which has p = 1."""
     return logp - jnp.log1p(-jnp.exp(jnp.minimum(logp, -1e-7)))

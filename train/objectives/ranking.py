@@ -16,7 +16,7 @@ from train.objectives._reward import present, rewards
 
 BATCH = "group"
 HEAD = "scalar"
-MOST = 8  # maximum number K of answers to a prompt: order_logp visits all 2^K subsets of them
+MOST = 8  # maximum number K of answers to a prompt: order_logp visits all 2^K subsets of the answers
 
 
 def make(model: Transformer) -> Objective:
@@ -45,9 +45,10 @@ def make(model: Transformer) -> Objective:
 def order_logp(scores: Array, ranks: Array) -> Array:
     """The log-probability [B] that answers with `scores` [B,K] are ordered as in `ranks` [B,K], ties in any order.
 
-    P(S) is the probability that the answers in the set S come first. It is computed for sets of increasing size: P(S)
-    is the sum over i in S of P(S - i) exp(r_i) / sum_{j not in S - i} exp(r_j), where i is added last, so no answer
-    outside S - i may have a better rank than i. Raises UserError for more than MOST answers.
+    P(S) is the probability that the answers in the set S come first. It is computed for sets S of increasing size: P(S)
+    is the sum over i in S of P(S - i) exp(r_i) / sum_{j not in S - i} exp(r_j), where answer i is added last. The sum
+    skips each i for which an answer outside S - i has a better rank than i. Raises UserError for more than MOST
+    answers.
     """
     count = scores.shape[1]
     if count > MOST:
@@ -70,7 +71,7 @@ def order_logp(scores: Array, ranks: Array) -> Array:
 
 
 def _logsumexp(x: Array) -> Array:
-    """logsumexp over the last axis; where all entries are -inf, the result is -inf and the gradient 0 instead of
-    NaN."""
+    """Computes logsumexp over the last axis. Where all entries are -inf, the result is -inf and the gradient is 0
+    instead of NaN."""
     none = jnp.isneginf(x).all(-1, keepdims=True)
     return jnp.where(none[..., 0], -jnp.inf, jax.nn.logsumexp(jnp.where(none, 0.0, x), axis=-1))

@@ -11,7 +11,7 @@ BATCH = "lm"
 
 
 def make(model: Transformer) -> Objective:
-    """Mean negative log-likelihood per target token, in nats."""
+    """The loss is the mean negative log-likelihood per target token, in nats."""
 
     def loss(params: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
         policy = params["policy"]

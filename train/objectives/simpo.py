@@ -1,4 +1,4 @@
-"""Simple preference optimization (Meng et al. 2024, arXiv 2405.14734): no reference model."""
+"""Simple preference optimization (Meng et al. 2024, arXiv 2405.14734), which needs no reference model."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ BATCH = "pair"
 
 
 def make(model: Transformer, *, beta: float = 2.0, gamma: float = 1.0) -> Objective:
-    """Eq. 6: -log sigmoid(beta (mean log p of the chosen answer - mean log p of the rejected answer) - gamma), averaged
-    over pairs.
+    """The loss is (eq. 6) -log sigmoid(beta (mean log p of the chosen answer - mean log p of the rejected answer) -
+    gamma), averaged over pairs.
 
     `gamma` is the target reward margin.
     """
