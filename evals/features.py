@@ -1,4 +1,4 @@
-"""Features of answers: a frozen model's hidden state at the end of each answer, for small reward models."""
+"""Computes features of answers for small reward models: a frozen model's hidden state at the end of each answer."""
 
 import io
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from evals.pairs import Pair
 from infer.embed import Embedder
 from infer.models import load
 
-LONGEST = 128  # the model reads at most this many tokens, from the end of the prompt with its answer
-CHUNK = 64  # pairs whose features are kept in one file
+LONGEST = 128  # maximum number of tokens that the model reads: the last ones of a prompt and its answer
+CHUNK = 64  # number of pairs whose features are stored in one file
 
 
 def differences(name: str, found: Sequence[Pair], folder: Path) -> np.ndarray:
-    """Features of `chosen` minus those of `rejected` [n,D], from the model `name`; every column is divided by its root
-    mean square.
+    """For each pair, the features of `chosen` minus the features of `rejected` [n,D], computed by the model `name`.
+    Every column is divided by its root mean square.
 
     The features are cached in `folder` for later calls.
     """
@@ -43,12 +43,13 @@ def differences(name: str, found: Sequence[Pair], folder: Path) -> np.ndarray:
 
 
 def predicted(name: str, found: Sequence[Pair], folds: int, folder: Path) -> np.ndarray:
-    """Probabilities [n] that people prefer `chosen`, from a linear model; each fold is predicted from the other
-    folds."""
+    """The predicted probability [n] that people prefer `chosen`. Each fold is predicted by a linear model that is
+    fitted to the other folds."""
     x = differences(name, found, folder)
     return pairs.crossed(x, pairs.folds(found, folds), penalty(x))
 
 
 def penalty(x: np.ndarray) -> float:
-    """The L2 penalty for features of unit variance [n,D]; as a prior, it gives the log-odds unit variance, too."""
+    """The L2 penalty for features x [n,D] of unit variance. As a prior on the weights, it gives the predicted log-odds
+    unit variance, too."""
     return float(x.shape[1])

@@ -16,7 +16,7 @@ Pair = tuple[list[int], list[int]]  # token ids of a context and of the continua
 
 
 class Adapter(TemplateLM):
-    """Gives the harness log-probabilities of continuations, and generated answers.
+    """Gives lm-evaluation-harness the log-probabilities of continuations, and generated answers.
 
     Contexts that are too long lose their first tokens, as in the harness's own models.
     """
@@ -77,7 +77,7 @@ class Adapter(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         answers: dict[int, str] = {}
-        groups: dict[str, list[int]] = {}  # requests with the same settings
+        groups: dict[str, list[int]] = {}  # {settings: indices of the requests with these settings}
         for i, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(i)
         for group in groups.values():

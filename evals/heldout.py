@@ -1,4 +1,5 @@
-"""Loss on text that was not used in training: on batches, and on plain text before and after tuning."""
+"""Measures the loss on text that was not used in training: on held-out batches, and on plain text before and after
+tuning."""
 
 import math
 
@@ -18,7 +19,8 @@ PASSAGE = 1000  # characters
 
 
 def bits_per_byte(model: Transformer, params: Params, batch: dict[str, Array], lengths: Array) -> Pair:
-    """(bits, bytes) of the targets [B,T] of an lm batch; bits per byte allow comparison across tokenizers.
+    """Returns (bits, bytes), summed over the targets [B,T] of an lm batch. Bits per byte are comparable across
+    tokenizers.
 
     `lengths` [V] comes from `byte_lengths`. Control tokens have no bytes and count in neither sum.
     """
@@ -30,27 +32,29 @@ def bits_per_byte(model: Transformer, params: Params, batch: dict[str, Array], l
 
 
 def byte_lengths(model: Transformer, tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes per token id [V]; the model's vocabulary may be larger than the tokenizer's."""
+    """The number of bytes of each token id [V]. V is the size of the model's vocabulary, which may be larger than the
+    tokenizer's."""
     lengths = np.zeros(model.config.vocab_size, np.int32)
     lengths[: tokenizer.vocab_size] = tokenizer.byte_lengths
     return lengths
 
 
 def text_loss(lm: LM, texts: list[str]) -> tuple[float, int]:
-    """(sum of the loss in nats, number of tokens) of plain texts. If their ratio rises through tuning, the model
-    forgets."""
+    """Returns (sum of the loss in nats, number of tokens) of plain texts. If the loss per token is higher after tuning,
+    the model has forgotten."""
     mean, tokens = lm.loss(texts)
     return mean * tokens, tokens
 
 
 def passages(source: str, n: int) -> list[str]:
-    """`n` passages of a data source, one per document, spread evenly over all documents."""
+    """Picks `n` passages from a data source, at most one per document, spread evenly over all documents."""
     texts = [text for record in sources.records(source) if (text := _passage(record))]
     return texts[:: max(len(texts) // n, 1)][:n]
 
 
 def _passage(record: dict) -> str:
-    """A passage from the middle of a document, which begins at the start of a line; "" if the document is too short."""
+    """A passage from the middle of a document. The passage begins at the start of a line; it is "" if the document is
+    too short."""
     text = record.get("text", "")
     at = text.find("\n", max(len(text) // 2 - PASSAGE, 0)) + 1
     return text[at : at + PASSAGE] if len(text) >= 2 * PASSAGE else ""

@@ -1,4 +1,4 @@
-"""A model as judge: which of two answers is better, asked in both orders, or how good one answer is."""
+"""Asks a model to judge which of two answers is better, in both orders, or how good one answer is."""
 
 import re
 from collections.abc import Sequence
@@ -35,8 +35,8 @@ Here is a conversation, and an answer to its last message.
 
 How good is the answer? Reply with one digit, from 1 (bad) to 5 (excellent)."""
 LETTERS, DIGITS = "ABC", "12345"
-ROOM = 16  # tokens of a hosted judge's reply
-CHUNK = 32  # questions that are scored at a time
+ROOM = 16  # maximum number of tokens in a hosted judge's reply
+CHUNK = 32  # number of questions that are scored at a time
 
 
 class Verdict(NamedTuple):
@@ -49,12 +49,12 @@ class Verdict(NamedTuple):
 
     @property
     def winner(self) -> int:
-        """1 or -1 if both orders agree on the better answer, else 0 (a tie)."""
+        """1 if both votes are for the first answer, -1 if both are for the second answer, else 0 (a tie)."""
         return self.votes[0] if self.votes[0] == self.votes[1] else 0
 
 
 class Judge:
-    """A judge; `name` is the name of its model, which may be hosted."""
+    """Judges answers with the model called `name`, which may be hosted."""
 
     def __init__(self, name: str, lm: LM | Hosted | None = None):
         self.name, self.lm, self.unread = name, lm or hosted.load(name), 0
@@ -80,8 +80,9 @@ class Judge:
         return (self._read(texts, DIGITS) @ np.linspace(0, 1, len(DIGITS))).tolist()
 
     def _read(self, texts: Sequence[str], options: str) -> np.ndarray:
-        """Probabilities [n,options] of the possible replies. A hosted judge gives a single reply, whose option gets
-        probability 1; if the reply names no option, all options get the same probability."""
+        """The probability of each option as the reply to each text [n,options]. A hosted judge gives a single reply,
+        and the option in this reply gets probability 1. If the reply names no option, all options get the same
+        probability."""
         if isinstance(self.lm, Hosted):
             replies = self.lm.generate([[{"role": "user", "content": t}] for t in texts], max_new_tokens=ROOM)
             found = [re.search(rf"\b[{options}]\b", reply) for reply in replies]
@@ -100,16 +101,18 @@ class Judge:
 
 
 def _votes(p: np.ndarray) -> list[int]:
-    """1, -1 or 0 for the letter with the highest probability; 0 if two are equal."""
+    """The vote for each row of letter probabilities p [n,3]: 1 if A is the most probable letter, -1 if B is, 0 if C is.
+    Letters that are equally probable also give 0."""
     top = p.max(1, keepdims=True)
     best = np.isclose(p, top)
     return [0 if row.sum() > 1 or row[2] else 1 if row[0] else -1 for row in best]
 
 
 def bias(verdicts: Sequence[Verdict]) -> tuple[float | None, float]:
-    """(share of non-tied votes that are for the answer shown first, share of pairs on which the two orders disagree).
+    """Returns (share of non-tied votes that are for the answer shown first, share of pairs on which the two orders
+    disagree).
 
-    Without position bias the first share is one half; it is None if all votes are ties."""
+    Without position bias, the first share is one half. The first share is None if all votes are ties."""
     shown = [vote for v in verdicts for vote in (v.votes[0], -v.votes[1]) if vote]
     first = sum(vote > 0 for vote in shown) / len(shown) if shown else None
     return first, sum(v.votes[0] != v.votes[1] for v in verdicts) / len(verdicts)

@@ -1,4 +1,4 @@
-"""Seconds per request, for requests that come one at a time."""
+"""Measures the seconds per request when requests come one at a time."""
 
 import time
 from collections.abc import Callable

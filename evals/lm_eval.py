@@ -3,8 +3,8 @@
     python -m evals.lm_eval --model=NAME_OR_RUN --tasks=NAME,... [--include=FOLDER] [--shots=N] [--limit=N] [--chat]
                             [--adapter=RUN] [--rows=16] [--out=FILE.json]
 
-Prints the harness's table, and writes its results to --out. `--include` is a folder with task files of your own, which
-may read rows from local files; `--chat` formats the questions with the model's chat template.
+Prints the harness's table of results, and writes the results to --out. `--include` is a folder with task files of your
+own, which may read rows from local files. `--chat` formats the questions with the model's chat template.
 """
 
 import sys

@@ -6,20 +6,21 @@
                          [--text=pydocs] [--passages=16] [--latency=0] [--out=FOLDER] [--strict]
 
 Prints a table and appends one line of JSON per result to FOLDER/evals.jsonl. If the model or the adapter is a run,
-FOLDER defaults to the run's folder. `--text` names a data source; the rise of the loss on it after tuning measures
-forgetting. `--against` names a folder or .jsonl of earlier results, which are compared row by row if they are on the
-same rows. `--model=openai:URL#MODEL?in=0.15&out=0.6` asks an OpenAI-compatible endpoint; the options are its prices in
-dollars per million tokens of prompts and answers. The API key is read from the environment variable OPENAI_API_KEY.
-`--contamination` names training data (a source, a run or a token cache): rows that occur in it are listed and scored
-separately. `--latency=20` also asks 20 questions one at a time, after compilation, to measure the time per request.
+FOLDER defaults to the run's folder. `--text` names a data source to measure the loss on; if this loss rises after
+tuning, the rise measures forgetting. `--against` names a folder or a .jsonl file of earlier results, with which the new
+results are compared row by row if both are on the same rows. `--model=openai:URL#MODEL?in=0.15&out=0.6` asks an
+OpenAI-compatible endpoint; the options are its prices in dollars per million tokens of prompts and answers. The API key
+is read from the environment variable OPENAI_API_KEY. `--contamination` names training data (a source, a run or a token
+cache): rows that occur in it are listed and scored separately. `--latency=20` also asks 20 questions one at a time,
+after compilation, to measure the time per request.
 
 The following options set how questions are asked; every combination is scored. `--shots`: numbers of solved examples in
-the prompt, or "full" for as many as fit. `--pick`: which training rows are the examples: random for each question,
-fixed, diverse, or nearest to the question. `--instructions`: "builtin", or a file with one system message per line, in
-which {} stands for the task's own system message. `--index`: an index of documents (tools.index); its k best chunks for
-a question are put before the question. With `--cite` answers also name the chunks that they rely on; these citations
-are not scored. To choose one of these prompting setups, use `--split=validation`, so that test rows do not influence
-the choice.
+the prompt, or "full" for as many as fit. `--pick`: how these examples are chosen from the training rows: random for
+each question, fixed, diverse, or nearest to the question. `--instructions`: "builtin", or a file with one system
+message per line, in which {} stands for the task's own system message. `--index`: an index of documents (tools.index);
+its k best chunks for a question are put before the question. With `--cite` answers also name the chunks that they rely
+on; these citations are not scored. To choose one of these prompting setups, use `--split=validation`, so that test rows
+do not influence the choice.
 """
 
 import argparse
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from infer.hosted import Hosted
     from infer.lm import LM
 
-SURE = 0.1  # maximum half-width of an interval; a wider one gets a warning with the number of rows needed for SURE / 2
+SURE = 0.1  # a larger half-width of an interval causes a warning, with the number of rows needed for SURE / 2
 
 
 @cli.command
@@ -138,7 +139,7 @@ def _measure(
 
 
 def _gas(seconds: float, flops: float) -> gas.Gas:
-    """The resources that an evaluation used, from its seconds, its FLOPs and the present devices."""
+    """The resources that an evaluation used, computed from its seconds, its FLOPs and the devices of this process."""
     import jax
 
     kind, count, processes = jax.devices()[0].device_kind, jax.device_count(), jax.process_count()
@@ -150,7 +151,8 @@ def _gas(seconds: float, flops: float) -> gas.Gas:
 
 
 def _contaminated(name: str, task: "Task", trained: list[str], split: str, lm: "LM") -> dict[str, str]:
-    """{row: position of a training text that contains it}; prints a line per source."""
+    """Returns {row: position of a training text that contains the row}, and prints one line per source of training
+    data."""
     from evals import overlap
 
     rows = task.examples(split)
@@ -169,7 +171,8 @@ def _where(name: str, i: int, row: Json) -> str:
 
 
 def _marked(name: str, task: "Task", found: dict[str, str]) -> "Task":
-    """The task with one slice for the contaminated rows and one for the other rows."""
+    """Returns the task with its rows divided into two slices: those in `found`, which are contaminated, and all
+    others."""
 
     def examples(split: str) -> list[Json]:
         rows = list(task.examples(split))
@@ -185,7 +188,7 @@ def _marked(name: str, task: "Task", found: dict[str, str]) -> "Task":
 
 
 def _folder(args: argparse.Namespace) -> Path | None:
-    """The folder for results: `out`, else the folder of the measured run, else None."""
+    """The folder for results: `--out` if given, else the folder of the run that is scored, else None."""
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         return Path(args.out)
@@ -196,8 +199,8 @@ def _folder(args: argparse.Namespace) -> Path | None:
 
 
 def _step(name: str) -> Json:
-    """{"step": S} if the model is a run, where S is its newest checkpoint, whose weights are scored; {} for other
-    models."""
+    """Returns {"step": S} if the model is a run, where S is the step of the newest checkpoint, whose weights are
+    scored. Returns {} for other models."""
     from model.io import saved
 
     steps = saved.steps(Path(name) / "ckpt")
@@ -205,7 +208,7 @@ def _step(name: str) -> Json:
 
 
 def _others(args: argparse.Namespace, tasks: dict[str, "Task"]) -> dict[str, list[Json]]:
-    """Earlier results on the rows to be scored, by task. Raises UserError if there are none."""
+    """Returns {task: earlier results on the rows to be scored}. Raises UserError if a task has no earlier results."""
     if not args.against:
         return {}
     from evals import paired
@@ -288,12 +291,13 @@ def _span(r: Json) -> str:
 
 
 def _unsure(r: Json) -> str:
-    """A warning that the interval is too wide, with the rows needed for half of SURE; "" if it is not."""
+    """A warning that the score's interval is too wide, with the number of rows needed for a half-width of SURE / 2. It
+    is "" if the interval is narrow enough."""
     if None in (r["low"], r["high"]):
         return "one row is not enough for an interval"
     if (half := (r["high"] - r["low"]) / 2) <= SURE:
         return ""
-    needed = 0.25 * (2 * stats.Z / SURE) ** 2  # rows, for the widest interval (a mean of 0.5)
+    needed = 0.25 * (2 * stats.Z / SURE) ** 2  # number of rows if the mean is 0.5, where the interval is widest
     off = f"the score may be off by {100 * half:.0f} points; {needed:.0f} rows make that {50 * SURE:.0f}"
     return f"{r['n']} rows are too few: {off}"
 

@@ -1,4 +1,4 @@
-"""Contamination: rows of a task that occur in training data, and near-duplicates across splits."""
+"""Finds contamination: rows of a task that occur in training data, and near-duplicates across splits."""
 
 import zlib
 from collections import Counter, defaultdict
@@ -14,27 +14,27 @@ from data import cache, formats, sources
 from data.text.tokenizer import Tokenizer
 from evals.scorers import WORD
 
-NGRAM = 13  # words, as in Brown et al. 2020, appendix C
-LEAST = 8  # minimum words of a question; a shorter question is searched together with its answer
-FORM, FEW, SHARE = 5, 3, 0.05  # FORM successive words in more than FEW rows and SHARE of all are boilerplate
-SHINGLE, JACCARD = 3, 0.8  # words per shingle, and the minimum similarity of near-duplicates
+NGRAM = 13  # number of consecutive words that must match, as in Brown et al. 2020, appendix C
+LEAST = 8  # minimum number of words in a question; a shorter question must match together with its answer
+FORM, FEW, SHARE = 5, 3, 0.05  # FORM consecutive words are boilerplate if more than FEW and SHARE of all rows have them
+SHINGLE, JACCARD = 3, 0.8  # words per shingle, and the minimum Jaccard similarity of near-duplicates
 HASHES, BAND = 96, 4  # MinHash in bands of 4 hashes: two rows of similarity 0.8 share a band with probability 1 - 5e-6
-MOST = 20_000  # maximum rows compared, evenly spread over all rows
-SHOWN = 3  # maximum pairs or rows that a message names
-BLOCK = 1 << 18  # words searched at a time
-MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication by it is invertible
+MOST = 20_000  # maximum number of rows that are compared, spread evenly over all rows
+SHOWN = 3  # maximum number of pairs or rows that a message names
+BLOCK = 1 << 18  # number of words that are searched at a time
+MIX = np.uint64(0x9E3779B97F4A7C15)  # an odd number, so that multiplication by it modulo 2^64 is invertible
 
 Rows = Sequence[dict]
 Prompt = str | list[dict]
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits, in lower case."""
+    """The words of a text, in lower case. A word is a run of letters and digits."""
     return WORD.findall(text.lower())
 
 
 def asked(prompt: Prompt) -> str:
-    """A question as plain text, without its system turn."""
+    """A prompt as plain text, without its system message."""
     return prompt if isinstance(prompt, str) else "\n".join(t["content"] for t in prompt if t["role"] != "system")
 
 
@@ -42,7 +42,7 @@ def asked(prompt: Prompt) -> str:
 
 
 def across(parts: Mapping[str, Rows]) -> list[str]:
-    """Messages about rows of one split that are near-duplicates of rows of another."""
+    """Messages about rows of one split that are near-duplicates of rows in another split."""
     lines, total = [], sum(map(len, parts.values()))
     stride = max(1, -(-total // MOST))
     rows = [(name, row) for name, part in parts.items() for row in part[::stride]]
@@ -57,10 +57,10 @@ def across(parts: Mapping[str, Rows]) -> list[str]:
 
 
 def near(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Pairs i < j of texts whose shingles of words have a Jaccard similarity of JACCARD or more.
+    """Indices (i, j), with i < j, of texts whose sets of word shingles have a Jaccard similarity of JACCARD or more.
 
-    Candidates are found by banded MinHash (Broder 1997) and then compared exactly. Among many equal texts, only
-    consecutive texts are paired.
+    Candidate pairs are found by banded MinHash (Broder 1997), and then their exact similarity is computed. Among many
+    equal texts, only consecutive texts are paired.
     """
     sets = [shingles(text) for text in texts]
     counts = Counter(gram for found in sets for gram in found)
@@ -87,12 +87,13 @@ def shingles(text: str) -> set[int]:
 
 
 def seen(rows: Sequence[tuple[str, str]], source: str, tokenizer: Tokenizer) -> dict[int, str]:
-    """{index of a row: position of the first text that contains it}, for rows of (question, answer).
+    """Finds rows (question, answer) that occur in the texts of a source. Returns {index of a row: position of the first
+    text that contains the row}.
 
     A text contains a row if it contains NGRAM consecutive words of the row's question, or all words of a shorter
     question. Words that many rows have in common, such as an instruction, are left out of the questions. If fewer than
-    LEAST consecutive words remain, the question with its answer must occur as a whole. `source`: a data source, run
-    folder or token cache.
+    LEAST consecutive words remain, the text must contain the whole question followed by its answer. `source` is a data
+    source, a run folder or a token cache.
     """
     wanted: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # length: {hash: rows}
     for i, own in enumerate(_own([_ids(words(question)) for question, _ in rows])):
@@ -114,8 +115,8 @@ def seen(rows: Sequence[tuple[str, str]], source: str, tokenizer: Tokenizer) -> 
 
 
 def _own(rows: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """For each row, the sequences of words that remain after cutting out every FORM consecutive words that many rows
-    share."""
+    """For each row, the sequences of words that remain after removing boilerplate, which is any FORM consecutive words
+    that many rows share."""
     grams = [_rolling(ids, FORM) for ids in rows]
     found, counts = np.unique(np.concatenate([np.unique(g) for g in grams]), return_counts=True)
     form = found[counts > max(FEW, SHARE * len(rows))]
@@ -128,8 +129,8 @@ def _own(rows: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
 
 
 def _blocks(texts: Iterator[tuple[str, str]]) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
-    """(hashes of words, index of the first word of each text, position of each text) for blocks of many texts; a 0
-    separates two texts."""
+    """Yields (hashes of words, index of the first word of each text, position of each text) for blocks of many texts. A
+    hash of 0 separates two texts."""
     parts, places, size = [], [], 0
     starts = lambda: np.cumsum([0, *(len(ids) + 1 for ids in parts[::2])])[:-1]
     for where, text in texts:
@@ -144,13 +145,13 @@ def _blocks(texts: Iterator[tuple[str, str]]) -> Iterator[tuple[np.ndarray, np.n
 
 
 def _ids(found: list[str]) -> np.ndarray:
-    """A 64-bit hash per word."""
+    """A 64-bit hash of each word."""
     data = [(zlib.crc32(w.encode()) << 32) | zlib.adler32(w.encode()) for w in found]
     return np.array(data, np.uint64) * MIX
 
 
 def _rolling(ids: np.ndarray, size: int) -> np.ndarray:
-    """Hashes [max(0, N - size + 1)] of every `size` consecutive words: a polynomial modulo 2^64."""
+    """A hash, modulo 2^64, of every `size` consecutive words: an array [max(0, N - size + 1)]."""
     total = np.zeros(max(0, len(ids) - size + 1), np.uint64)
     for i in range(size):
         total = (total ^ (total >> np.uint64(29))) * MIX + ids[i : i + len(total)]
@@ -169,7 +170,8 @@ def _texts(source: str, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
 
 
 def _records(source: str, form: str, fields: str) -> Iterator[tuple[str, str]]:
-    """The texts of records; for a record that training cannot read, all of its strings."""
+    """Yields the position and the text of each record. For a record that training cannot read, the text is all of the
+    record's strings."""
     for row in sources.rows(source):
         try:
             parts = formats.example(row.record or {}, form, formats.parse_fields(fields)).parts()

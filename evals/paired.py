@@ -1,4 +1,4 @@
-"""Paired comparison of two results on the same rows: the difference, its interval and its significance."""
+"""Compares two results on the same rows: the difference of their means, its interval and its significance."""
 
 import math
 from collections.abc import Sequence
@@ -12,19 +12,20 @@ from common.errors import UserError
 from common.stats import wilson
 from common.types import Json
 
-DRAWS = 10_000  # bootstrap samples
-BLOCK = 1 << 20  # random numbers drawn at a time
+DRAWS = 10_000  # number of bootstrap samples
+BLOCK = 1 << 20  # number of random numbers that are drawn at a time
 
 
 class Paired(NamedTuple):
-    """`difference` is the first mean minus the second; [low, high] is its 95 % interval."""
+    """`difference` is the mean of the first result minus the mean of the second; [low, high] is the 95 % interval of
+    the difference."""
 
     n: int
     difference: float
     low: float
     high: float
-    p: float  # two-sided, under the hypothesis of no difference
-    wins: int  # number of rows on which the first is better
+    p: float  # two-sided p-value under the null hypothesis of no difference
+    wins: int  # number of rows on which the first result is better
     losses: int
     test: str
 
@@ -37,8 +38,8 @@ class Paired(NamedTuple):
 def compare(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Paired:
     """Compares scores of the same rows in the same order.
 
-    If all scores are 0 or 1, it uses McNemar's exact test and Newcombe's interval of paired proportions; otherwise
-    percentiles of a bootstrap over rows.
+    If all scores are 0 or 1, it uses McNemar's exact test and Newcombe's interval of paired proportions; otherwise it
+    uses percentiles of a bootstrap over rows.
     """
     a, b = np.asarray(ours, float), np.asarray(theirs, float)
     wins, losses = int((a > b).sum()), int((a < b).sum())
@@ -52,17 +53,18 @@ def compare(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Pa
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """Two-sided p from the rows on which only one model is right; under the null hypothesis, both models are right
-    equally often there."""
+    """The two-sided p-value from the rows on which only one of two models is right. Under the null hypothesis, each
+    model is equally likely to be the right one on such a row."""
     n, ways, total = wins + losses, 1, 0
     for k in range(min(wins, losses) + 1):
-        total, ways = total + ways, ways * (n - k) // (k + 1)  # binomial coefficients, exact
+        total, ways = total + ways, ways * (n - k) // (k + 1)  # exact binomial coefficients
     return min(1.0, 2 * total / 2**n)
 
 
 def newcombe(both: int, first: int, second: int, neither: int) -> tuple[float, float]:
-    """95 % interval of the difference of two paired proportions: Newcombe 1998 (Statistics in Medicine 17, 2635),
-    method 10, from the numbers of rows that both, only the first, only the second, and neither got right."""
+    """The 95 % interval of the difference of two paired proportions (Newcombe 1998, Statistics in Medicine 17, 2635,
+    method 10). The arguments are the numbers of rows that both models, only the first, only the second, and neither got
+    right."""
     n = both + first + second + neither
     p, q = (both + first) / n, (both + second) / n
     (p_low, p_high), (q_low, q_high) = wilson(p, n), wilson(q, n)
@@ -77,8 +79,8 @@ def newcombe(both: int, first: int, second: int, neither: int) -> tuple[float, f
 
 
 def bootstrap(differences: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """(low, high, p) of the mean of differences [n]: percentiles over DRAWS samples of rows, and twice the smaller
-    fraction of samples on one side of 0, at least 1 / DRAWS."""
+    """Returns (low, high, p) for the mean of differences [n]. `low` and `high` are percentiles over DRAWS samples of
+    rows. `p` is twice the fraction of samples with a mean on the less frequent side of 0, but at least 1 / DRAWS."""
     rng, n = np.random.default_rng(seed), len(differences)
     size = max(1, BLOCK // n)
     blocks = [min(size, DRAWS - at) for at in range(0, DRAWS, size)]
@@ -92,8 +94,8 @@ def bootstrap(differences: np.ndarray, seed: int = 0) -> tuple[float, float, flo
 
 
 def results(path: str | Path) -> list[Json]:
-    """The task results in a .jsonl, or in a folder's evals.jsonl and metrics.jsonl: the newest for each model, adapter
-    and prompting setup."""
+    """Reads the task results in a .jsonl file, or in a folder's evals.jsonl and metrics.jsonl. Only the newest result
+    is returned for each combination of task, model, adapter and prompting setup."""
     place = Path(path).expanduser()
     names = [place / "metrics.jsonl", place / "evals.jsonl"] if place.is_dir() else [place]
     lines = [line for name in names for line in files.read_lines(name) if "task" in line]
@@ -106,13 +108,14 @@ def results(path: str | Path) -> list[Json]:
 
 
 def asked(result: Json) -> str:
-    """The prompting setup of a result, in words; earlier versions recorded only `shots` and `index`."""
+    """The prompting setup of a result, in words. If an earlier version wrote the result, only `shots` and `index` are
+    known."""
     parts = [f"{result['shots']}-shot"] * bool(result.get("shots")) + ["retrieval"] * bool(result.get("index"))
     return result.get("asked") or ", ".join(parts) or "zero-shot"
 
 
 def fitting(task: str, task_hash: str, rows: Sequence[str], others: Sequence[Json], source: str) -> list[Json]:
-    """The earlier results on the same rows with the same scoring. Raises UserError if there are none."""
+    """The earlier results on the same rows with the same scoring. Raises UserError if there are no such results."""
     ours = {"task_hash": task_hash, "rows": list(rows)}
     if found := [x for x in others if alike(ours, x)]:
         return found

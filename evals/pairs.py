@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 
     @property
     def key(self) -> int:
-        """A hash of the prompt: pairs with equal prompts are in the same fold."""
+        """A hash of the prompt, so that pairs with equal prompts are in the same fold."""
         return splits.key(text(self.prompt))
 
 
@@ -37,8 +37,8 @@ def text(prompt: Prompt) -> str:
 
 
 def read(source: str) -> list[Pair]:
-    """The pairs of a source, whose rows are preferences or rankings. Rows with the same two answers are votes of
-    several people on one pair. Raises UserError."""
+    """Reads pairs from a source, whose rows are preferences or rankings. Rows with the same prompt and the same two
+    answers become one pair with several people's votes. Raises UserError for any other row."""
     found: dict[tuple[str, str, str], Pair] = {}
     for row in sources.rows(source):
         if row.record is None:
@@ -81,7 +81,7 @@ def _parts(found: Completion | Chat) -> tuple[Prompt, str]:
 
 
 def _majority(pair: Pair) -> Pair:
-    """The pair, with the answer that most people prefer as `chosen`."""
+    """Returns the pair with its answers ordered such that `chosen` is the answer that most people prefer."""
     if sum(pair.votes) >= 0:
         return pair
     return Pair(pair.prompt, pair.rejected, pair.chosen, tuple(-v for v in pair.votes))
@@ -100,29 +100,31 @@ def agreement(pairs: Iterable[Pair]) -> list[float]:
 
 
 def ceiling(agreed: float) -> float:
-    """The highest expected accuracy on single votes, if two people agree with this probability and err independently.
+    """The highest accuracy on single votes that any predictor can be expected to reach, if two people agree with
+    probability `agreed` and err independently.
 
-    With an error rate e, agreed = (1 - e)^2 + e^2, and somebody who knows the right answer agrees with a vote with
-    probability 1 - e.
+    If people err with probability e, then agreed = (1 - e)^2 + e^2, and a predictor that always knows the better answer
+    agrees with a single vote with probability 1 - e.
     """
     return (1 + max(0.0, 2 * agreed - 1) ** 0.5) / 2
 
 
 def folds(pairs: Sequence[Pair], count: int) -> np.ndarray:
-    """The fold [n] of each pair, computed from its prompt."""
+    """The fold [n] of each pair, computed from the pair's prompt."""
     return np.array([pair.key % count for pair in pairs])
 
 
-# --- predictors: probabilities [n] that people prefer `chosen`; 0.5 is a tie ---
+# --- predictors: they return probabilities [n] that people prefer `chosen`, where 0.5 is a tie ---
 
 
 def longest(pairs: Sequence[Pair]) -> np.ndarray:
-    """The longer answer, in characters, wins."""
+    """Predicts that people prefer the answer with more characters."""
     return np.array([0.5 + 0.5 * np.sign(len(p.chosen) - len(p.rejected)) for p in pairs])
 
 
 def words(texts: Sequence[str], least: int = 2) -> sparse.csr_matrix:
-    """Square roots [texts, words] of the counts of words and pairs of words that occur in at least `least` texts."""
+    """A matrix [texts, words] with the square root of each word's count in each text. Its columns are the words, and
+    the pairs of consecutive words, that occur in at least `least` texts."""
     found = [_grams(text) for text in texts]
     often: dict[str, int] = {}
     for grams in found:
@@ -131,7 +133,7 @@ def words(texts: Sequence[str], least: int = 2) -> sparse.csr_matrix:
     column = {gram: i for i, gram in enumerate(sorted(g for g, n in often.items() if n >= least))}
     at = [(row, column[gram]) for row, grams in enumerate(found) for gram in grams if gram in column]
     rows, columns = np.array(at, int).reshape(-1, 2).T
-    counts = sparse.csr_matrix((np.ones(len(at)), (rows, columns)), (len(texts), len(column)))  # sums duplicates
+    counts = sparse.csr_matrix((np.ones(len(at)), (rows, columns)), (len(texts), len(column)))  # sums repeated entries
     return counts.sqrt()
 
 
@@ -141,14 +143,15 @@ def _grams(text: str) -> list[str]:
 
 
 def bag_of_words(pairs: Sequence[Pair], count: int = 5, l2: float = 10.0) -> np.ndarray:
-    """Logistic regression on the words of the answers; each fold is predicted from the other folds."""
+    """Predicts preferences by logistic regression on the words of the answers. Each fold is predicted by a model that
+    is fitted to the other folds."""
     both = words([p.chosen for p in pairs] + [p.rejected for p in pairs])
     return crossed(both[: len(pairs)] - both[len(pairs) :], folds(pairs, count), l2)
 
 
 def crossed(x: np.ndarray | sparse.csr_matrix, fold: np.ndarray, l2: float) -> np.ndarray:
-    """Probabilities [n] for rows of feature differences [n,D]; each fold is predicted by `logistic`, fitted to the
-    other folds."""
+    """Predicts probabilities [n] from differences of features x [n,D]. Each fold is predicted by a `logistic` model
+    that is fitted to the other folds."""
     out = np.full(x.shape[0], 0.5)
     for k in np.unique(fold):
         if (fold != k).any():
@@ -159,8 +162,8 @@ def crossed(x: np.ndarray | sparse.csr_matrix, fold: np.ndarray, l2: float) -> n
 def logistic(
     x: np.ndarray | sparse.csr_matrix, sign: np.ndarray | None = None, l2: float = 1.0, start: np.ndarray | None = None
 ) -> np.ndarray:
-    """Weights w [D] that minimize sum log(1 + exp(-sign x w)) + l2/2 |w|^2, for x [n,D]. This is a Bradley-Terry model
-    on features."""
+    """Fits a Bradley-Terry model to differences of features x [n,D]: returns the weights w [D] that minimize sum log(1
+    + exp(-sign x w)) + l2/2 |w|^2."""
     sign = np.ones(x.shape[0]) if sign is None else sign
 
     def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
@@ -176,5 +179,6 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def correct(p: np.ndarray) -> list[float]:
-    """Scores of probabilities that people prefer `chosen`: 1 above one half, 0 below it, a half for a tie."""
+    """Scores probabilities p that people prefer `chosen`: 1 if p is above one half, 0 if p is below, 0.5 if p is one
+    half."""
     return [0.5 + 0.5 * float(np.sign(round(float(x) - 0.5, 9))) for x in p]

@@ -1,11 +1,12 @@
-"""Rewards by name: numbers that say how good an answer is, for best-of-n and for policy learning.
+"""Computes rewards, numbers that say how good an answer is, for best-of-n and for policy learning. A reward is
+specified as
 
     PART[,PART ...]      each PART is [WEIGHT*]KIND:NAME, for example 0.8*model:runs/reward,0.2*rule:length?most=100
 
 KIND is one of
 scorer   a file in evals/scorers, which compares the answer with the row's `answer` or `references`
 model    a reward model: a run, or an exported folder
-judge    a model's grade from 0 to 1; openai:URL#MODEL is hosted
+judge    a model that grades the answer from 0 to 1; openai:URL#MODEL is a hosted model
 rule     length?most=N: 1 up to N words, falling to 0 at 2N; unrepeated: share of distinct 4-grams of words; ends:
          1 if the answer ends with a full stop, a question or an exclamation mark
 or a module of yours in the current folder: MODULE:FUNCTION, called as function(prompts, answers, rows) -> numbers.
@@ -27,12 +28,12 @@ from evals.rows import ANSWERS
 from evals.task import Prompt
 
 Rewards = Callable[[Sequence[Prompt], Sequence[str], Sequence[Json]], list[float]]
-BATCH = 64  # answers per call of a part
+BATCH = 64  # number of answers per call of a part
 
 
 def load(spec: str) -> Rewards:
-    """A function that gives the weighted sum of the parts of `spec`. Raises UserError for an invalid `spec`; the
-    function raises it if a part does not give one number per answer."""
+    """Returns a function that computes the weighted sum of the parts of `spec`. Raises UserError for an invalid `spec`.
+    The returned function raises UserError if a part does not give one number per answer."""
     parts = [_part(text.strip()) for text in spec.split(",")]
 
     def rewards(prompts: Sequence[Prompt], answers: Sequence[str], rows: Sequence[Json]) -> list[float]:
@@ -48,7 +49,7 @@ def load(spec: str) -> Rewards:
 
 
 def _checked(name: str, values: Any, expected: int) -> list[float]:
-    """The values of a part as finite floats, one per answer."""
+    """Converts the rewards of one part to floats. Raises UserError unless there is one finite number per answer."""
     try:
         found = [float(value) for value in values]
     except (TypeError, ValueError) as error:
@@ -103,7 +104,7 @@ def _judge(name: str) -> Rewards:
 
 
 def _own(module: str, function: str) -> Rewards:
-    """A function of a module that is in the current folder or installed."""
+    """Imports a function from a module that is in the current folder or installed."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -17,7 +17,7 @@ BINS = 5  # number of confidence bins in a calibration
 
 class Route(NamedTuple):
     """Who labels each of the items [n]: people label the `unsure` and the `audited` items, and the judge labels all
-    others."""
+    other items."""
 
     unsure: np.ndarray
     audited: np.ndarray
@@ -28,11 +28,11 @@ class Route(NamedTuple):
 
 
 def route(p: np.ndarray, people: int, audit: float, seed: int = 0) -> Route:
-    """Assigns `people` labels to items: a share `audit` of the labels to random items, the other labels to the items
-    whose p [n] is nearest to one half."""
+    """Chooses which items people label, if they can give `people` labels: a share `audit` of the labels is for random
+    items, and the others are for the items whose probability p [n] is nearest to one half."""
     count = min(people, len(p))
     random = round(count * audit)
-    order = np.random.default_rng(seed).permutation(len(p))  # also breaks ties of equal p
+    order = np.random.default_rng(seed).permutation(len(p))  # a random order decides between equal p
     unsure, audited = np.zeros((2, len(p)), bool)
     nearest = order[np.argsort(np.abs(p[order] - 0.5), kind="stable")]
     unsure[nearest[: count - random]] = True
@@ -41,8 +41,8 @@ def route(p: np.ndarray, people: int, audit: float, seed: int = 0) -> Route:
 
 
 class Calibration(NamedTuple):
-    """How well probabilities match the labels of people. `bins`: (lowest confidence, n, mean confidence, accuracy,
-    interval)."""
+    """How well probabilities match the labels of people. Each of the `bins` is (lowest confidence, n, mean confidence,
+    accuracy, interval)."""
 
     n: int
     accuracy: float
@@ -54,8 +54,8 @@ class Calibration(NamedTuple):
 
 
 def calibration(p: Sequence[float], label: Sequence[float]) -> Calibration:
-    """`p` [n]: the probability that the first answer is better; `label` [n]: 1 if people agree, 0 if not, 0.5 for a
-    tie."""
+    """Measures how well probabilities match people's labels. `p` [n] is the probability that the first answer is
+    better; `label` [n] is 1 if people say so, 0 if they prefer the second answer, 0.5 for a tie."""
     x, y = np.asarray(p, float), np.asarray(label, float)
     sure = np.maximum(x, 1 - x)
     right = np.where(x > 0.5, y, np.where(x < 0.5, 1 - y, 0.5))
@@ -75,7 +75,7 @@ def calibration(p: Sequence[float], label: Sequence[float]) -> Calibration:
 
 
 class Point(NamedTuple):
-    """Held-out accuracy with `labels` labels: the mean over replays and its Student-t interval."""
+    """Held-out accuracy after training on `labels` labels: the mean over replays and its Student-t interval."""
 
     labels: int
     mean: float
@@ -88,13 +88,14 @@ def curve(
     x: np.ndarray, fold: np.ndarray, judge: np.ndarray, order: Order, sizes: Sequence[int], replays: int = 10,
     l2: float | None = None, noise: float = 0.0, seed: int = 0,
 ) -> list[Point]:  # fmt: skip
-    """Accuracy of a linear reward model on differences of features x [n,D], against the number of labels.
+    """Measures how the accuracy of a linear reward model on differences of features x [n,D] grows with the number of
+    labels.
 
     A replay holds out one of the groups `fold` [n] and draws labels from the other groups in the given order: at
-    random, first where the model's probability is nearest to one half, or first where it differs most from the judge's
-    probability in `judge` [n]. In every order, the first `sizes[0]` labels are drawn at random. `noise` is the share of
-    labels that the annotator flips. A row of x is the features of the preferred answer minus those of the other answer,
-    so its label is 1, or -1 if flipped.
+    random, first where the model's probability is nearest to one half, or first where the model's probability differs
+    most from the judge's probability in `judge` [n]. In every order, the first `sizes[0]` labels are drawn at random.
+    `noise` is the share of labels that the annotator flips. A row of x is the features of the preferred answer minus
+    those of the other answer, so its label is 1, or -1 if flipped.
     """
     penalty = x.shape[1] if l2 is None else l2
     found = np.array([_replay(x, fold, judge, order, sizes, penalty, noise, seed + i, i) for i in range(replays)])

@@ -1,4 +1,4 @@
-"""Tasks from files: rows with a question and an answer, in any format that training reads.
+"""Makes tasks from files of rows with a question and an answer, in any format that training reads.
 
     SOURCE[:OPTION=VALUE ...]      for example rows.jsonl:scorer=number:slices=kind
 
@@ -7,13 +7,13 @@ scorer   exact, contains, number, choice, token_f1, set_f1, regex, json, rouge_l
          default), which prints its choice and the reason
 split    the rows to score: train, validation, test (the default) or all (the default if SOURCE or the file's name names
          a split, such as FILE@test). Examples in the prompt are rows of the train split. See data/splits.py
-slices   COLUMN+COLUMN: columns whose values are each scored separately
+slices   COLUMN+COLUMN: columns; rows with the same value in such a column are also scored separately
 options  the column with the options of a choice, if it is not "options" or "choices"
 tokens   maximum tokens of an answer; by default enough for the longest reference
-name     name of the results; by default the file's
+name     name of the results; by default the name of the file
 and column names, as in data.fields: prompt=question:completion=answer
 
-A row may have several references: a list, or SQuAD's {"text": [...]}.
+A row may have several references, given as a list or in SQuAD's format {"text": [...]}.
 """
 
 import json
@@ -38,21 +38,23 @@ OPTIONS = ("scorer", "split", "slices", "options", "tokens", "name")
 COLUMNS = (
     "prompt", "completion", "messages", "conversations", "instruction", "input", "output", "system", "references",
 )  # fmt: skip
-# Columns with references; the first one present is used.
+# Columns that may have the references; the first of these columns that a row has is used.
 ANSWERS = ("references", "completion", "answer", "answers", "response", "output", "label", "target")
 EMPTY = "(none)"  # stands for the reference "there is no answer" while a row is read
-CLASSES, LABELS, SLICES = 50, 10, 50  # maximum options of a choice; the same if `auto` selects it; values of a slice
-SHORT, PHRASE = 5, 12  # maximum words of references that `auto` scores by exact match, and by token F1
+CLASSES, LABELS, SLICES = 50, 10, 50  # limits: options of a choice, options if `auto` chose it, slices
+SHORT, PHRASE = 5, 12  # maximum number of words in references that `auto` scores by exact match, by token F1
 
 
 def is_source(spec: str) -> bool:
-    """Whether a task's name is a source: it has a path, a file ending or an option, or a file of this name exists."""
+    """Whether the name of a task is a data source: it contains a path, a file ending or an option, or it is an existing
+    file."""
     source = parse(spec)[0]
     return bool(re.search(r"[./:@*]", spec)) or Path(source).exists()
 
 
 def parse(spec: str) -> tuple[str, dict[str, str]]:
-    """(source, options) of "SOURCE:OPTION=VALUE:..."; a colon without an option after it belongs to the source."""
+    """Splits "SOURCE:OPTION=VALUE:..." into (source, options). A colon without an option after it belongs to the
+    source."""
     *before, last = spec.split(":")
     if before and (found := re.fullmatch(r"([a-z_]+)=(.*)", last, re.DOTALL)):
         source, options = parse(":".join(before))
@@ -61,8 +63,8 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def name(spec: str) -> str:
-    """The name of a task's results: the option `name`, or the file's name, prefixed with its folder if the file is
-    named for a split."""
+    """The name of a task's results: the option `name`, or the file's name, prefixed with the name of its folder if the
+    file is named after a split, such as test.jsonl."""
     source, options = parse(spec)
     path = Path(re.sub(r"@\w+$", "", source.partition("?")[0]))
     stem = path.name.rpartition(":")[2].split(".")[0] or path.name
@@ -70,8 +72,8 @@ def name(spec: str) -> str:
 
 
 def task(spec: str) -> Task:
-    """The task of a source. Raises UserError if rows cannot be read or have no answer, or if there is nothing to
-    score."""
+    """Makes the task of a data source. Raises UserError if rows cannot be read or have no answer, or if there are no
+    rows to score."""
     source, options = parse(spec)
     for key in options:
         if key not in OPTIONS and key not in COLUMNS:
@@ -129,7 +131,8 @@ def _default(source: str) -> str:
 
 
 def _read(source: str, options: dict[str, str], listed: bool) -> dict[str, list[dict]]:
-    """Rows by split. Raises UserError if any row is bad, since scoring only the good rows would change the task."""
+    """Returns {split: rows}. Raises UserError if any row is bad, since scoring only the good rows would change the
+    task."""
     found: dict[str, list[dict]] = {name: [] for name in splits.SPLITS}
     causes: dict[str, tuple[int, str]] = {}
     for part, row in _rows(source):
@@ -139,7 +142,7 @@ def _read(source: str, options: dict[str, str], listed: bool) -> dict[str, list[
             made = _row(row.record, options, listed) | {"where": row.where}
             found[part or splits.of(row.record)].append(made)
         except UserError as e:
-            fix = "" if "data.fields" in e.fix else e.fix  # that fix is for training; the one for tasks is below
+            fix = "" if "data.fields" in e.fix else e.fix  # a fix for training; the fix for tasks is below
             reason = " · ".join(filter(None, (e.what, fix)))
             count, first = causes.get(reason, (0, row.where))
             causes[reason] = (count + 1, first)
@@ -154,7 +157,7 @@ def _read(source: str, options: dict[str, str], listed: bool) -> dict[str, list[
 
 
 def _rows(source: str) -> Iterator[tuple[str, sources.Row]]:
-    """(split, row) of all rows; the split is "" if the row itself determines it."""
+    """Yields (split, row) for all rows. The split is "" if it is to be determined from the contents of the row."""
     if names := sources.split_names(source):
         for name in names:
             yield from ((splits.NAMES.get(name, "train"), row) for row in sources.rows(f"{source}@{name}"))
@@ -184,8 +187,8 @@ def _row(record: dict, options: dict[str, str], listed: bool) -> dict:
 
 
 def references(value: Any, column: str, listed: bool) -> list[str] | None:
-    """The references in a cell; None for chat turns. `listed`: whether a list is one reference, namely a set of
-    items."""
+    """The references in a cell; None for chat turns. If `listed`, a list is one reference, namely a set of items,
+    instead of several references."""
     if are_turns(value) or are_turns(parsed(value)):
         return None
     if isinstance(value, dict) and isinstance(value.get("text"), list):
@@ -202,7 +205,8 @@ def _text(value: Any) -> str:
 
 
 def _example(record: dict, column: str, given: list[str] | None) -> Example:
-    """The example in a record, whose references may have any type, and whose columns may have other names."""
+    """Reads the example in a record. The references may have any type, and the columns need not have the names that
+    training expects."""
     if given:
         record = record | {column: given[0] or EMPTY}
     try:
@@ -219,7 +223,7 @@ def _example(record: dict, column: str, given: list[str] | None) -> Example:
 
 
 def _asked(found: Example) -> tuple[str | list[dict], str | None]:
-    """(prompt, answer) of an example; the answer is None if a chat ends with a question."""
+    """Returns (prompt, answer) of an example. The answer is None if a chat ends with a question."""
     if isinstance(found, Completion):
         return found.prompt, found.completion
     if not isinstance(found, Chat):
@@ -242,8 +246,8 @@ def _slices(record: dict, options: dict[str, str]) -> dict[str, str]:
 
 
 def _options(value: Any, column: str, answers: list[str]) -> dict:
-    """The options, and the references as texts of options. In the row, a reference may be the text, the label or the
-    index of an option."""
+    """Returns the options of a row, and its references as texts of options. In the file, a reference may be the text,
+    the label or the index of an option."""
     value = parsed(value)
     labels = list(string.ascii_uppercase)
     if isinstance(value, dict) and {"text", "label"} <= value.keys():  # ARC's format
@@ -264,7 +268,7 @@ def _options(value: Any, column: str, answers: list[str]) -> dict:
 
 
 def _chosen(rows: Sequence[dict]) -> tuple[str, str]:
-    """The scorer that fits the references, and why."""
+    """Returns (name of the scorer that fits the references, reason for the choice)."""
     if all("options" in row for row in rows):
         return "choice", "options in every row"
     answers = [reference for row in rows for reference in row["references"]]
@@ -288,8 +292,8 @@ def _chosen(rows: Sequence[dict]) -> tuple[str, str]:
 
 
 def _check(source: str, scorer: str, rows: Sequence[dict]) -> None:
-    """Raises UserError if the scorer cannot read the references. If the rows name no options, the options of a choice
-    are all answers that occur."""
+    """Raises UserError if the scorer cannot read the references. For the scorer `choice`, rows without options get all
+    answers that occur as their options."""
     check = scorers.checker(scorer)
     for row in rows:
         try:

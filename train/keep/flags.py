@@ -24,7 +24,7 @@ _OVERLAP = {  # gathers the next layer's parameters while the current layer comp
 PRESETS: dict[str, dict[str, dict[str, str]]] = {
     "0.0.42.1": {
         "overlap": _OVERLAP,
-        "dense": _OVERLAP | {"xla_tpu_scoped_vmem_limit_kib": "98304"},  # larger fusions in vector memory, as in MaxText
+        "dense": _OVERLAP | {"xla_tpu_scoped_vmem_limit_kib": "98304"},  # larger fusions in vector memory, from MaxText
         "memory": {"xla_tpu_enable_latency_hiding_scheduler": "false"},  # gathers no parameters in advance
         "dcn": {  # reduces gradients between slices in parts, during the backward pass
             "xla_tpu_enable_data_parallel_all_reduce_opt": "true",

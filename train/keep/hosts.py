@@ -19,7 +19,7 @@ from common import exits
 from common.errors import UserError
 from common.types import Json
 
-LOST = re.compile("closed by peer|reset by peer|onnection refused|unhealthy|heartbeat")  # errors of JAX after another process died
+LOST = re.compile("closed by peer|reset by peer|onnection refused|unhealthy|heartbeat")  # errors after a process died
 
 
 def connect() -> None:
