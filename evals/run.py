@@ -1,4 +1,4 @@
-"""Scores a model on a task: its answers, the score and its interval."""
+"""Scores a model on a task: collects the model's answers, and computes the score and the score's interval."""
 
 import dataclasses
 import time
@@ -26,8 +26,8 @@ from model.config import in_layers
 from model.net.transformer import virtual_tokens
 from model.weights import Spec, Weight
 
-BATCH = 16  # prompts per batch; the scores do not depend on it
-LEAST, MOST = 32, 512  # minimum and maximum of new tokens if the task does not limit them
+BATCH = 16  # prompts per batch; the scores do not depend on this number
+LEAST, MOST = 32, 512  # minimum and maximum number of new tokens if the task does not limit them
 CITATION = 12  # additional tokens of an answer for its citations
 FREQUENT = 5  # number of most frequent answers that a result lists
 ZERO_SHOT = Context()
@@ -35,7 +35,8 @@ ZERO_SHOT = Context()
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """`score` is the sum over `n` examples; [low, high] is the 95 % interval of the mean."""
+    """The result of a model on a task. `score` is the sum of the scores of `n` examples; [low, high] is the 95 %
+    interval of their mean."""
 
     task: str
     n: int
@@ -47,21 +48,21 @@ class Result:
     score: float
     low: float
     high: float
-    by_sum: float | None  # kind "choice": the mean without dividing log-likelihoods by the options' bytes
-    prompt_tokens: float | None  # mean; None: not reported by a hosted model
+    by_sum: float | None  # for "choice": the mean if log-likelihoods were not divided by the options' bytes
+    prompt_tokens: float | None  # mean; None if a hosted model does not report it
     completion_tokens: float | None  # mean
     seconds: float  # including compilation
-    flops: float | None  # of forward passes, by `flops_per_token`; shared parts of prompts count once; None: hosted
-    usd: float | None  # price of a hosted model's tokens; None: not hosted, or without a price
+    flops: float | None  # of forward passes, by `flops_per_token`; a prefix shared by prompts counts once
+    usd: float | None  # price of a hosted model's tokens; None if not hosted or without a price
     answers: list[tuple[str, int]]  # the most frequent completions, with their counts
-    slices: dict[str, dict]  # "COLUMN=VALUE": n, mean, low, high of these rows
-    scorer: str  # name in evals/scorers; "": the task's own
+    slices: dict[str, dict]  # {"COLUMN=VALUE": n, mean, low and high of the rows with this value}
+    scorer: str  # name in evals/scorers; "" if the task has its own scorer
     support: Json | None  # figures of evals.support, if passages were retrieved
     task_hash: str  # evals.task.fingerprint of all held-out questions, answers and the scorer
     rows: list[str]  # evals.task.identity of each example
     scores: list[float]  # one per example
     samples: list[dict]  # the first examples: prompt, answer, completion, score
-    latency: Json | None  # seconds per request, one at a time: p50, p95, n; None: not measured
+    latency: Json | None  # seconds per request, one at a time: p50, p95, n; None if not measured
 
     @property
     def mean(self) -> float:
@@ -72,7 +73,8 @@ class Result:
 
 
 class Asked(NamedTuple):
-    """Completions and their cost. The tokens are means per prompt and per answer; None: not known."""
+    """Completions and their cost. The numbers of tokens are means per prompt and per answer. Numbers that are not known
+    are None."""
 
     completions: list[str]
     prompt_tokens: float | None
@@ -86,11 +88,12 @@ def evaluate(
     task: str | Task, lm: LM | Hosted, n: int = 100, seed: int = 0, context: Context = ZERO_SHOT,
     batch_size: int = BATCH, keep: int = 50, name: str = "unnamed", split: str = "heldout", timed: int = 0,
 ) -> Result:  # fmt: skip
-    """Scores `lm` on `n` examples of a split, by its greedy answers or by its most likely option per byte.
+    """Scores `lm` on `n` examples of a split. For a choice, the answer is the option with the highest log-likelihood
+    per byte; otherwise it is generated greedily.
 
     `task` is a name for evals.task.load, or a Task with a `name`. `context` is the prompting setup, whose solved
-    examples come from the training split. The result keeps `keep` samples, and its seconds include retrieval. `timed`
-    examples are then asked one at a time, to measure the latency.
+    examples come from the training split. The result keeps `keep` samples, and its seconds include retrieval.
+    Afterwards, `timed` examples are asked one at a time to measure the latency.
     """
     if isinstance(task, str):
         [(name, task)] = tasks.named([task]).items()
@@ -160,8 +163,8 @@ def _ask(
 
 
 def _ask_hosted(task: Task, lm: Hosted, name: str, examples: Sequence[Example], prompts: Sequence[Prompt]) -> Asked:
-    """Answers from an endpoint. Its tokenizer is unknown, so the maximum tokens of an answer are estimated from the
-    bytes of the longest reference."""
+    """Gets answers from an endpoint. The endpoint's tokenizer is unknown, so the maximum number of tokens of an answer
+    is estimated from the bytes of the longest reference."""
     if task.kind == "choice":
         what = "the options of this task are compared by log-probabilities, which endpoints do not give"
         raise UserError(what, name, "score it with a model of this machine, or as questions without options")
@@ -173,11 +176,12 @@ def _ask_hosted(task: Task, lm: Hosted, name: str, examples: Sequence[Example], 
 
 
 class Sizes:
-    """Tokens of prompts and of the answers to `examples`, and whether both fit into the model's context."""
+    """Counts the tokens of prompts and of the answers to `examples`, and checks whether both fit into the model's
+    context."""
 
     def __init__(self, task: Task, lm: LM, name: str, examples: Sequence[Example], more: int = 0):
         self.lm, self.name, self.examples = lm, name, examples
-        self.room = task.max_new_tokens and task.max_new_tokens + more  # tokens of an answer; 0: set by the references
+        self.room = task.max_new_tokens and task.max_new_tokens + more  # tokens of an answer; 0: as the references need
         self.limit = lm.config.context - virtual_tokens(lm.params)
         answers = [e["options"] if task.kind == "choice" else e.get("references", [e["answer"]]) for e in examples]
         self.longest = [max(len(lm.tokenizer.encode(a)) for a in each) + 1 for each in answers]
@@ -188,7 +192,8 @@ class Sizes:
         return all(len(self.lm.encode(p)) + n <= self.limit for p, n in zip(prompts, self.longest, strict=True))
 
     def check(self, prompts: Sequence[Prompt]) -> tuple[list[int], int]:
-        """(tokens of each prompt, maximum new tokens). Raises UserError if a row exceeds the model's context."""
+        """Returns (number of tokens of each prompt, maximum number of new tokens). Raises UserError if a row exceeds
+        the model's context."""
         asked, longest, limit = [len(self.lm.encode(p)) for p in prompts], self.longest, self.limit
         total = [a + b for a, b in zip(asked, longest, strict=True)]
         if wide := [i for i, size in enumerate(total) if size > limit]:
@@ -213,9 +218,11 @@ def _slices(examples: Sequence[Example], scores: Sequence[float]) -> dict[str, d
 
 
 def choose(lm: LM, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
-    """For each row of options, the option with the highest log-likelihood given the prompt, in total and per byte.
+    """Chooses among the options of each prompt by their log-likelihood given the prompt. Returns (options with the
+    highest total log-likelihood, options with the highest log-likelihood per byte).
 
-    The log-likelihood per byte does not favor short options. Among equal options, the first one wins.
+    The log-likelihood per byte does not favor short options. If several options are equally likely, the first one is
+    chosen.
     """
     flat = [(p, o) for p, row in zip(prompts, options, strict=True) for o in row]
     logps = iter(lm.logps([p for p, _ in flat], [o for _, o in flat]))

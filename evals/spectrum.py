@@ -1,10 +1,10 @@
-"""Analyzes a weight update: its size, its rank, and new directions that the base model did not have.
+"""Analyzes a weight update: its size, its rank, and the singular directions that the base model did not have.
 
     python -m evals.spectrum SOURCE [--base=MODEL] [--where=REGEX] [--out=FILE.jsonl]
 
 SOURCE is a run folder, a PEFT folder or a model; a run needs no --base. Prints one row per parameter, with means over
-its layers; `--out` gets one line per layer. The figures are defined in `figures`. The last line gives the adapter's
-size, the time to merge it, and the change of the logits by merging.
+its layers, and writes one line per layer to `--out`. The figures are defined in the function `figures`. The last line
+printed gives the adapter's size, the time to merge it, and how much the logits change by merging.
 """
 
 import re
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from infer.lm import LM
     from model.weights import Spec
 
-TOP, COSINE = 10, 0.5  # number of singular vectors compared, and the cosine below which one is an intruder
+TOP, COSINE = 10, 0.5  # number of singular vectors compared; cosine below which a vector is an intruder
 
 
 @cli.command
@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int | None:
 
 
 def change(source: str, base: str = "", where: str = r"layers/.*") -> tuple[list[dict], dict[str, float]]:
-    """`figures` of every changed matrix whose name matches `where`, one row per layer, and the cost of the adapter."""
+    """Returns the `figures` of every changed matrix whose name matches `where`, with one row per layer, and the cost of
+    merging the adapter."""
     import jax
 
     from infer.models import before_and_after
@@ -72,12 +73,12 @@ def _layers(old: "Array", delta: "np.ndarray", spec: "Spec") -> list[dict]:
 
 
 def figures(w: "Array", delta: "Array") -> dict[str, "Array"]:
-    """Scalars for one matrix [in, out] and its change.
+    """Computes scalars for a matrix W [in, out] and its change dW.
 
     relative: ||dW|| / ||W||. cosine: <W, W + dW> / (||W|| ||W + dW||). With s the singular values of dW,
-    effective_rank: exp of the entropy of s / sum(s) (Roy & Vetterli 2007); stable_rank: sum(s^2) / s_1^2; rank_90: the
-    number of s that hold 90 % of sum(s^2). intruders: the number of the first TOP output-side singular vectors of W +
-    dW whose cosine to every singular vector of W is below COSINE (Shuttleworth et al. 2024, arXiv 2410.21228).
+    effective_rank: exp of the entropy of s / sum(s) (Roy & Vetterli 2007); stable_rank: sum(s^2) / s_1^2; rank_90: how
+    many of the largest s have 90 % of sum(s^2). intruders: the number of the first TOP output-side singular vectors of
+    W + dW whose cosine to every singular vector of W is below COSINE (Shuttleworth et al. 2024, arXiv 2410.21228).
     """
     import jax.numpy as jnp
 
@@ -97,7 +98,8 @@ def figures(w: "Array", delta: "Array") -> dict[str, "Array"]:
 
 
 def merge_cost(lm: "LM") -> dict[str, float]:
-    """Bytes of the adapter, seconds to merge it (without compilation), and the largest relative change of a logit."""
+    """The adapter's size in bytes, the seconds to merge it (without compilation), and the largest change of a logit by
+    merging, relative to the largest logit."""
     import jax
     import numpy as np
 

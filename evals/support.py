@@ -1,4 +1,4 @@
-"""Whether retrieved passages support the answers, regardless of whether the answers are right."""
+"""Measures whether retrieved passages support the answers, regardless of whether the answers are right."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from infer.retrieve.index import Hit
 def measure(
     examples: Sequence[Example], answers: Sequence[str], hits: Sequence[Sequence[Hit]], cited: Sequence[Sequence[int]]
 ) -> Json:
-    """Shares of the questions for which the following is true, mean scores, and counts.
+    """Returns the shares of questions for which a statement below is true, mean scores, and counts.
 
     retrieved   a reference is in one of the passages
     cites       the answer cites one of the passages, by its number

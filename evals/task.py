@@ -1,7 +1,7 @@
-"""A task: examples, a prompt for each, and a scorer, which also serves as a reward.
+"""A task consists of examples, a prompt for each example, and a scorer, which also serves as a reward.
 
-A file evals/tasks/<name>.py defines `task(**options) -> Task`; its name is the task's name. A file of rows is also a
-task; see evals.rows.
+A file evals/tasks/<name>.py defines `task(**options) -> Task`, and the file's name is the task's name. A file of rows
+can also be a task; see evals.rows.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ TASKS = Path(__file__).parent / "tasks"
 
 
 class Task(NamedTuple):
-    """`examples(split)` returns all examples of "train", "validation" or "heldout". The splits are disjoint, and their
-    order never changes. A file in evals/tasks needs no "validation" split, since `load` takes one from its "train"
-    split.
+    """`examples(split)` returns all examples of the split "train", "validation" or "heldout". The splits are disjoint,
+    and their order never changes. A file in evals/tasks needs no "validation" split, since `load` takes one from its
+    "train" split.
 
-    `prompt(example)` is the question. `score(example, completion)` is a pure function; 1.0 is right. For the kind
-    "choice", the completion is the most likely of `example["options"]`.
+    `prompt(example)` returns the question. `score(example, completion)` is a pure function that returns 1.0 if the
+    completion is right. For the kind "choice", the completion is the most likely of `example["options"]`.
     """
 
     examples: Callable[[str], Sequence[Example]]
@@ -40,12 +40,13 @@ class Task(NamedTuple):
     kind: str = "generate"  # | "choice"
     max_new_tokens: int = 32  # 0: enough for the longest answer
     raw: Callable[[Example], str] | None = None  # `prompt` for models without a chat template
-    scorer: str = ""  # name in evals/scorers; "": the task's own
-    notes: tuple[str, ...] = ()  # remarks about its rows, to print
+    scorer: str = ""  # name in evals/scorers; "" if the task has its own scorer
+    notes: tuple[str, ...] = ()  # remarks about the task's rows, to be printed
 
 
 def load(name: str, **options: Leaf) -> Task:
-    """The task of a file in evals/tasks, or of a source with its options (evals.rows)."""
+    """Loads the task that a file in evals/tasks defines, or makes a task from a data source with its options
+    (evals.rows)."""
     known = sorted(p.stem for p in TASKS.glob("[!_]*.py"))
     if name in known:
         return _validated(importlib.import_module(f"evals.tasks.{name}").task(**options))
@@ -58,7 +59,8 @@ def load(name: str, **options: Leaf) -> Task:
 
 
 def _validated(task: Task) -> Task:
-    """The task with a part of its training examples as "validation", chosen by their questions."""
+    """Returns the task with a split "validation", to which a part of the training examples is moved, chosen by a hash
+    of their questions."""
 
     @functools.cache
     def examples(split: str) -> Sequence[Example]:
@@ -72,7 +74,7 @@ def _validated(task: Task) -> Task:
 
 
 def named(specs: Sequence[str]) -> dict[str, Task]:
-    """{name of the results: task}. Raises UserError if two have the same name."""
+    """Returns {name of the results: task}. Raises UserError if two tasks have the same name."""
     from evals import rows
 
     found: dict[str, Task] = {}
@@ -91,7 +93,8 @@ def by(scorer: str) -> Callable[[Example, str], float]:
 
 
 def draw(task: Task, n: int, seed: int, split: str = "heldout") -> list[Example]:
-    """`n` examples of a split (all if there are fewer). The first 10 examples for n=100 are those for n=10."""
+    """Draws `n` examples of a split, or all of them if there are fewer. With the same seed, the examples for n=10 are
+    the first 10 of the examples for n=100."""
     found = list(task.examples(split))
     random.Random(seed).shuffle(found)
     return found[:n]
@@ -104,18 +107,18 @@ def identity(task: Task, example: Example) -> str:
 
 
 def fingerprint(task: Task) -> str:
-    """12 hex digits that identify the questions, answers and scorer: scores with the same fingerprint are
-    comparable."""
+    """12 hex digits that identify the questions, the answers and the scorer of a task. Scores with the same fingerprint
+    are comparable."""
     parts: list = [task.kind, task.max_new_tokens, task.scorer and f"{task.scorer}/{scorers.VERSION}"]
     if not task.scorer:
-        with contextlib.suppress(OSError, TypeError):  # defined interactively, or not a function: it has no source code
+        with contextlib.suppress(OSError, TypeError):  # raised for scorers without source code
             parts.append(inspect.getsource(inspect.getmodule(task.score) or task.score))
     parts += [identity(task, example) for example in task.examples("heldout")]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def chat(instruction: str, question: Callable[[Example], str]) -> Callable[[Example], Prompt]:
-    """A `prompt` with the instruction as system message."""
+    """Returns a function for Task's `prompt` that asks the question with the instruction as the system message."""
     return lambda example: [_turn("system", instruction), _turn("user", question(example))]
 
 
@@ -124,7 +127,7 @@ def _turn(role: str, content: str) -> dict:
 
 
 def records(task: Task, split: str) -> Iterator[dict]:
-    """A split as training records: the question and the answer."""
+    """Yields the examples of a split as training records, each with a question and its answer."""
     for example in task.examples(split):
         prompt, answer = task.prompt(example), example["answer"]
         if isinstance(prompt, str):

@@ -1,8 +1,9 @@
-"""How much people agree: Cohen's and Fleiss' kappa, Krippendorff's alpha, and position bias, with 95 % intervals.
+"""Measures how much people agree: Cohen's and Fleiss' kappa, Krippendorff's alpha, and position bias, with 95 %
+intervals.
 
-A unit is a pair of answers to one item. A person's vote puts it into a category: the first answer is preferred, the
-second is preferred, the answers are tied, or all answers are bad. The bootstrap resamples the units of one item
-together.
+A unit is a pair of answers to one item. A person's vote puts the unit into one of four categories: the first answer is
+preferred, the second is preferred, the answers are tied, or all answers are bad. The bootstrap resamples the units of
+one item together.
 """
 
 import itertools
@@ -24,7 +25,7 @@ PEOPLE = 12  # maximum number of people for whom pairwise kappas are computed
 
 
 class Figure(NamedTuple):
-    """A statistic over `n` units, and its interval [low, high]; None: not defined."""
+    """A statistic over `n` units, and its interval [low, high]. Numbers that are not defined are None."""
 
     value: float | None
     low: float | None
@@ -36,8 +37,8 @@ NONE = Figure(None, None, None, 0)
 
 
 class Units(NamedTuple):
-    """`votes[u][annotator]` is the index of the category that a person chose for unit u, which belongs to item number
-    `items[u]`."""
+    """`votes[u][annotator]` is the index in CATEGORIES of the category that the annotator chose for unit u. `items[u]`
+    is the number of the item that unit u belongs to."""
 
     votes: list[dict[str, int]]
     items: list[int]
@@ -78,16 +79,16 @@ def fleiss(counts: np.ndarray) -> float:
 
 
 def alpha(counts: np.ndarray, level: str = "nominal") -> float:
-    """Krippendorff's alpha of counts of votes [units,categories]; units with a single vote do not count. NaN if all
-    votes are in one category."""
+    """Krippendorff's alpha of counts of votes [units,categories]. Units with a single vote do not count. The result is
+    NaN if all votes are in one category."""
     if ((counts.sum(1) > 1) @ counts > 0).sum() < 2:
         return math.nan
     return float(krippendorff.alpha(value_counts=counts, level_of_measurement=level))  # type: ignore[arg-type]
 
 
 def interval(value: Callable[[np.ndarray], float], rows: np.ndarray, groups: Sequence[int]) -> Figure:
-    """`value(rows)` with its interval by the percentile bootstrap. Whole groups are drawn, since the rows of a group
-    are not independent."""
+    """Computes `value(rows)` and its interval by the percentile bootstrap. The bootstrap draws whole groups, since the
+    rows of a group are not independent."""
     if not len(rows):
         return NONE
     order = np.argsort(groups, kind="stable")
@@ -116,7 +117,8 @@ def with_others(u: Units, name: str) -> Figure:
 
 
 def of_pairs(u: Units) -> dict[tuple[str, str], Figure]:
-    """Cohen's kappa of every two people with units in common, among the first PEOPLE people."""
+    """Cohen's kappa of every two people who voted on common units, among the first PEOPLE people in alphabetical
+    order."""
     out = {}
     names = sorted({name for votes in u.votes for name in votes})[:PEOPLE]
     for a, b in itertools.combinations(names, 2):
@@ -150,7 +152,7 @@ def of_all(u: Units) -> dict[str, Figure]:
 
 
 def of_ratings(state: State, items: Sequence[Item], scale: int) -> dict[str, Figure]:
-    """Krippendorff's alpha of the ratings of each aspect, on an interval scale; a unit is an answer."""
+    """Krippendorff's alpha of the ratings of each aspect, on an interval scale. A unit is a single answer here."""
     counts: dict[str, list[list[int]]] = {}
     groups: dict[str, list[int]] = {}
     for number, item in enumerate(items):
@@ -180,8 +182,8 @@ def first_shown(events: Iterable[Event]) -> Figure:
 
 
 def with_ranks(pairs: Iterable[tuple[Event, list[int | None]]]) -> Figure:
-    """How often votes prefer the same answers as the given ranks (gold ranks, or a judge's). Each vote counts once: it
-    agrees if it agrees on every pair of answers."""
+    """The share of votes that prefer the same answers as the given ranks, which are gold ranks or a judge's ranks. A
+    vote counts as agreeing only if it agrees on every pair of answers."""
     hits = []
     for event, ranks in pairs:
         strict = [

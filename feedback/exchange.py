@@ -21,7 +21,7 @@ from feedback.rows import slug
 from feedback.votes import decision
 
 Votes = list[tuple[str, Json]]  # (annotator, content)
-LARGEST = 1 << 30  # bytes of a file
+LARGEST = 1 << 30  # maximum bytes of a file
 PROMPT = ("prompt", "instruction", "question", "input", "text")
 ANSWER = re.compile(r"(?:answer|response|generation|completion|candidate)[-_ ]?([1-4a-d])", re.I)
 
@@ -44,7 +44,7 @@ def answers(event: Event, asked: Item) -> Json:
 
 
 def vote(found: Json, asked: Item, seconds: float = 0) -> Json:
-    """The content of a vote from answers to questions. Raises UserError."""
+    """Converts answers to questions to the content of a vote. Raises UserError if they are not a valid vote."""
     count = len(asked.texts)
     ranking = found.get("ranking") or {}
     given: Json = {"choice": found.get("verdict", "ranks"), "ms": int(1000 * seconds)}
@@ -71,7 +71,7 @@ def made(prompt: Any, texts: list[str], kept: Any) -> Item:
 
 
 def fields(found: Json) -> tuple[Any, list[str]]:
-    """The prompt and the answers in a record's fields, which may have any of the usual names."""
+    """Returns (prompt, answers) from a record's fields, which may have any of the usual names."""
     prompt = next((found[name] for name in PROMPT if found.get(name)), None)
     named = {m[1].lower(): text for name, text in found.items() if (m := ANSWER.fullmatch(name)) and text is not None}
     if prompt is None or len(named) < 2:
@@ -110,8 +110,8 @@ def user(name: str) -> str:
 
 
 def _ranking(ranks: dict[str, int]) -> list[Any]:
-    """The names of the answers, the best first, in the format of the SDK. With ties or gaps in the ranks, each name has
-    its rank, as in the REST interface."""
+    """Converts ranks to Argilla's format: the names of the answers, the best first, as in the SDK. If the ranks have
+    ties or gaps, each name gets its rank beside it, as in the REST interface."""
     if sorted(ranks.values()) == list(range(1, len(ranks) + 1)):
         return sorted(ranks, key=lambda name: ranks[name])
     return [{"value": name, "rank": rank} for name, rank in ranks.items()]
@@ -133,7 +133,8 @@ def from_argilla(record: Json) -> tuple[Item, Votes]:
 
 
 def _ranks(value: list[Any]) -> dict[str, Any]:
-    """{answer_N: rank} from a list of Argilla or Label Studio, in which the answers may have other names."""
+    """Converts a ranking from Argilla or Label Studio to {answer_N: rank}. In the given list, the answers may have
+    other names."""
     pairs = [(v["value"], v.get("rank", i)) if isinstance(v, dict) else (v, i) for i, v in enumerate(value, 1)]
     return {_named(name): rank for name, rank in pairs}
 
@@ -221,8 +222,8 @@ def _answer(result: Json, names: list[str]) -> tuple[str, Any]:
 
 
 def _levels(buckets: dict[str, list[str]]) -> list[list[str]]:
-    """The names at each rank, the best first. Numbered buckets are ranks; a single bucket lists its entries from best
-    to worst."""
+    """Converts the buckets of Label Studio to a list of the names at each rank, the best rank first. Buckets with
+    numbers as names are ranks; a single bucket lists its entries from best to worst."""
     named = {name: entries for name, entries in buckets.items() if name != "_" and entries}
     if len(named) == 1 and not next(iter(named)).isdecimal():
         return [[entry] for entry in next(iter(named.values()))]
@@ -237,8 +238,8 @@ WRITERS = {"argilla": to_argilla, "label-studio": to_label_studio}
 
 
 def read(path: Path) -> Iterator[tuple[Item, Votes]]:
-    """Items with their votes from a file of Argilla or Label Studio. Raises UserError with the position of the first
-    invalid record."""
+    """Yields items with their votes from a file of Argilla or Label Studio. Raises UserError with the position of the
+    first invalid record."""
     with reading(path):
         if path.stat().st_size > LARGEST:
             raise UserError(f"larger than {LARGEST >> 30} GiB", str(path), "split it")

@@ -2,12 +2,13 @@
 
     python -m feedback.export --db=votes.db --out=FOLDER [--each] [--format=rows|argilla|label-studio]
 
-FOLDER gets those of the following files that have rows: preference.jsonl (prompt, chosen, rejected),
+The following files are written to FOLDER, unless they would have no rows: preference.jsonl (prompt, chosen, rejected),
 preference_ties.jsonl (also ties, with a column `tie`), rankings_2.jsonl to rankings_4.jsonl (answers, ranks), kto.jsonl
 (completion, label), ratings_ASPECT.jsonl, corrections.jsonl (the edit is chosen, the original rejected), sft.jsonl (the
 best answers), sft_corrections.jsonl, and flags.jsonl. `train` and TRL read these files directly. Several people's votes
-on an item become one ranking; with --each every vote gives its own rows. Gold items and undone or erased decisions give
-no rows. --format=argilla or label-studio writes one file with items and votes, which `feedback.load` can read.
+on an item become one ranking; with --each, every vote becomes a ranking of its own. Gold items and undone or erased
+decisions give no rows. --format=argilla or label-studio writes one file with items and votes, which `feedback.load` can
+read.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The current state of all decisions, computed from an append-only list of events."""
+"""Computes the current state of all decisions from an append-only list of events."""
 
 import copy
 from collections.abc import Iterable
@@ -13,8 +13,9 @@ class Event(NamedTuple):
 
     `version` is the number of the annotator's earlier events about the item. The content of a vote has choice (ranks,
     bad or skip), ranks, ratings {aspect: [1 to 5 or None]}, edits and flags {answer: text}, order (of the answers on
-    the page), ms (the milliseconds that it took), guidelines (their version), informed (whether the annotator had seen
-    the judge's ranks), key (identifies the request), and the model and sampling of each answer.
+    the page), ms (the milliseconds that the decision took), guidelines (the version of the guidelines), informed
+    (whether the annotator had seen the judge's ranks), key (identifies the request), and the model and sampling of each
+    answer.
     """
 
     id: int
@@ -44,7 +45,7 @@ class State:
         self.newest: dict[str, Event] = {}  # each annotator's newest vote or resolution
 
     def followed(self, events: Iterable[Event]) -> "State":
-        """The state after further events."""
+        """Returns the state after further events. This state stays unchanged."""
         new = State()
         for name, value in vars(self).items():
             setattr(new, name, copy.copy(value))
@@ -93,7 +94,8 @@ class State:
 
 
 def relation(ranks: list[int | None] | None, i: int, j: int) -> int | None:
-    """1 if answer i is preferred to j, -1 if j is, 0 for a tie; None if they were not compared."""
+    """1 if answer i is preferred to answer j, -1 if answer j is preferred, 0 for a tie; None if the two were not
+    compared."""
     if ranks is None or ranks[i] is None or ranks[j] is None:
         return None
     return (ranks[i] < ranks[j]) - (ranks[i] > ranks[j])  # type: ignore[operator]

@@ -13,14 +13,14 @@ from data import messages, sources
 
 LETTERS = "ABCD"
 SCALE = 5  # the highest rating; the lowest is 1
-LONGEST = 8 << 20  # characters of an item
+LONGEST = 8 << 20  # maximum characters of an item
 
 
 @dataclass(frozen=True)
 class Item:
     """`content` has prompt (text or messages) and answers [{text, model, sampling}]; optionally judge {model, ranks,
-    why}, gold (ranks that are known to be right), aspects to rate, and id. A rank of 1 is the best; None: not
-    judged."""
+    why}, gold (ranks that are known to be right), aspects to rate, and id. The best rank is 1; a rank of None stands
+    for an answer that was not judged."""
 
     content: Json
 
@@ -59,8 +59,8 @@ class Item:
 
 
 def read(spec: str, aspects: Sequence[str] = ()) -> Iterator[Item]:
-    """The items of a file; `aspects` are for items that name none. Raises UserError with the position of the first
-    invalid item."""
+    """Yields the items of a file. Items that name no aspects get `aspects`. Raises UserError with the position of the
+    first invalid item."""
     for row in sources.rows(spec):
         if row.record is None:
             raise UserError(row.reason, row.where)
@@ -71,7 +71,7 @@ def read(spec: str, aspects: Sequence[str] = ()) -> Iterator[Item]:
 
 
 def item(record: Json) -> Item:
-    """The item in a record. Raises UserError if the record is not an item."""
+    """Makes an item from a record. Raises UserError if the record is not an item."""
     if missing := {"prompt", "answers"} - record.keys():
         raise UserError(f"no column {min(missing)!r}", "", "an item has prompt and answers")
     prompt, answers = record["prompt"], messages.parsed(record["answers"])
@@ -107,7 +107,7 @@ def _answer(value: Any, i: int) -> Json:
 
 
 def ranks(value: Any, count: int, name: str) -> list[int | None]:
-    """Ranks without gaps: [2, 7, None, 2] is [1, 2, None, 1]."""
+    """Checks a list of ranks and returns it without gaps: [2, 7, None, 2] becomes [1, 2, None, 1]."""
     if not isinstance(value, list) or len(value) != count:
         raise UserError(f"{name} is not a list of {count} ranks, one for each answer")
     if not all(rank is None or (type(rank) is int and rank >= 1) for rank in value):
@@ -116,6 +116,6 @@ def ranks(value: Any, count: int, name: str) -> list[int | None]:
 
 
 def dense(values: list[Any]) -> list[Any]:
-    """The ranks of values: the smallest value has rank 1, and None stays None."""
+    """Converts values to ranks: the smallest value gets rank 1, and None stays None."""
     order = sorted({value for value in values if value is not None})
     return [None if value is None else order.index(value) + 1 for value in values]

@@ -3,7 +3,7 @@
     python -m feedback.load --db=votes.db --file=export.json
 
 The file is a list of Argilla's records (its SDK's `to_json`) or of Label Studio's tasks (its JSON export). Votes that
-are already in the database stay, so the same file can be loaded again.
+are already in the database are not changed or repeated, so the same file can be loaded again.
 """
 
 import sys

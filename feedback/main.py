@@ -6,10 +6,11 @@
     python -m feedback.main --db=votes.db --erase=ann
 
 An item is a row with `prompt` (text or messages) and two to four `answers`, which are texts or objects with text, model
-and sampling. Optional: `judge` ({model, ranks, why}, shown after the vote), `gold` (ranks that are known to be right,
-to test annotators) and `aspects` (names of qualities that are rated from 1 to 5). Each person gets a secret link, which
-stays the same; the owner's link shows everybody's figures and the disagreements. Votes are stored in --db, from which
-`python -m feedback.export` makes training rows. --erase: this person's decisions no longer count, in any export.
+and sampling. An item may also have `judge` ({model, ranks, why}, shown after the vote), `gold` (ranks that are known to
+be right, to test annotators) and `aspects` (names of qualities that are rated from 1 to 5). Each person gets a secret
+link, which stays the same; the owner's link shows everybody's figures and the disagreements. Votes are stored in --db,
+from which `python -m feedback.export` makes training rows. --erase removes this person's decisions from all figures and
+exports.
 """
 
 import sys
@@ -21,7 +22,7 @@ from common.errors import UserError, reading
 from feedback import items, server
 from feedback.store import OWNER, Store
 
-LONGEST = 1 << 20  # bytes of guidelines
+LONGEST = 1 << 20  # maximum bytes of the guidelines
 
 
 @cli.command

@@ -1,4 +1,4 @@
-"""The figures on a person's page and on the owner's page."""
+"""Computes the figures on a person's page and on the owner's page."""
 
 import statistics
 import time
@@ -12,18 +12,18 @@ from feedback.fold import Event, disputed, relation
 from feedback.items import LETTERS, SCALE
 from feedback.store import Store
 
-SHOWN = 200  # decisions on a person's page
+SHOWN = 200  # maximum number of decisions on a person's page
 
 
 def spelled(ranks: Sequence[int | None]) -> str:
-    """Ranks as text, with a letter for each answer by its place on the page: "B > A = C"."""
+    """Ranks as text, such as "B > A = C". The letters name the answers in the order in which the page shows them."""
     levels = sorted({rank for rank in ranks if rank is not None})
     groups = [" = ".join(LETTERS[i] for i, rank in enumerate(ranks) if rank == level) for level in levels]
     return " > ".join(groups) or "not ranked"
 
 
 def sentence(event: Event, at: list[int]) -> str:
-    """A decision as text, with the letters of a page that shows the answers in the order `at`."""
+    """A decision as text. The letters A, B, ... name the answers in the order `at`, in which a page shows them."""
     content = event.content
     view = {"bad": "all bad", "skip": "skipped"}.get(content["choice"]) or spelled([content["ranks"][i] for i in at])
     more = [word for word, key in (("corrected", "edits"), ("flagged", "flags")) if content[key]]
@@ -37,7 +37,7 @@ def agree(event: Event, ranks: list[int | None]) -> bool:
 
 
 def percent(figure: Figure) -> str:
-    """ "63 % (55-70, n 120)" """
+    """A figure as text, such as "63 % (55-70, n 120)"."""
     return _spelled(figure, lambda x: f"{100 * x:.0f}", " %")
 
 

@@ -9,9 +9,9 @@ from feedback.store import Store
 
 
 class Queue:
-    """Hands out items in the order in which they were added, so that whoever adds them sets the priority. An item has
-    enough votes when `wanted` people (0: everybody) have decided on it or are looking at it; gold items go to
-    everybody."""
+    """Hands out items in the order in which they were added, so the order of the items in a file is their priority. An
+    item has enough votes when `wanted` people (0: everybody) have decided on it or are looking at it. Gold items are
+    shown to everybody."""
 
     def __init__(self, store: Store, wanted: int):
         self.store, self.wanted = store, wanted
@@ -26,7 +26,7 @@ class Queue:
             return found
 
     def open(self, annotator: str) -> Iterator[Item]:
-        """The items that this person may decide on, in their order."""
+        """The items that this person may decide on, in the order in which they were added."""
         state, looking = self.store.state, {}
         for name, item in self.looking.items():
             looking.setdefault(item, set()).add(name)

@@ -1,4 +1,4 @@
-"""Training rows from the decisions that count."""
+"""Makes training rows from the decisions that count."""
 
 import itertools
 import re
@@ -12,9 +12,9 @@ Rows = dict[str, list[Json]]
 
 
 def rows(items: Iterable[Item], state: State, each: bool = False) -> Rows:
-    """{name of a file: its rows}. An item's votes become one ranking (see `consensus`), or with `each` a ranking per
-    vote; a resolution replaces all votes. Gold items, which only test annotators, are left out, and so are skipped
-    items."""
+    """Returns {name of a file: rows}. The votes on an item become one ranking (see `consensus`) or, with `each`, one
+    ranking per vote. The owner's resolution of a disagreement replaces all votes. Gold items, which only test
+    annotators, are left out, and so are skipped items."""
     out: Rows = {}
     for item in items:
         events = decisions(item, state)
@@ -38,9 +38,9 @@ def decisions(item: Item, state: State) -> list[Event]:
 
 
 def consensus(item: Item, events: list[Event]) -> list[int | None] | None:
-    """Ranks of the answers by the number of comparisons won minus the number lost, over all votes (as in Copeland's and
-    Borda's methods). With two answers, the majority decides. None if nothing was compared, or if most people say that
-    all answers are bad."""
+    """Ranks the answers by the number of comparisons won minus the number of comparisons lost, over all votes (as in
+    Copeland's and Borda's methods). With two answers, the majority decides. Returns None if no answers were compared,
+    or if most people say that all answers are bad."""
     count = len(item.texts)
     if mostly_bad(events):
         return None
@@ -82,7 +82,8 @@ def _pair(item: Item, chosen: str, rejected: str) -> Json:
 
 def _ranked(out: Rows, item: Item, ranks: list[int | None]) -> None:
     """Adds a ranking, pairs, labels for the best and the worst answers, and a single best answer as an SFT row.
-    Rankings are kept apart by their number of answers, since all rows of a data set must have the same number."""
+    Rankings with different numbers of answers are kept in different files, since all rows of a data set must have the
+    same number of answers."""
     known = [(text, rank) for text, rank in zip(item.texts, ranks) if rank is not None]
     texts, places = [text for text, _ in known], dense([rank for _, rank in known])
     answers = [item.answered(text) for text in texts]

@@ -1,4 +1,4 @@
-"""The page's server: starlette routes behind checks of host, origin and each person's secret link."""
+"""Serves the feedback page: starlette routes behind checks of the host, the origin and each person's secret link."""
 
 import functools
 import itertools
@@ -30,7 +30,7 @@ from feedback.queue import Queue
 from feedback.store import OWNER, Stale, Store
 from feedback.votes import REASON
 
-BODY = 32 << 20  # maximum bytes of a request: four edited answers
+BODY = 32 << 20  # maximum bytes of a request, which may contain four edited answers
 CLIENTS = 512
 PAGES = Path(__file__).parent / "pages"
 STATIC = {"page.css": "text/css", "page.js": "text/javascript"}
@@ -43,8 +43,8 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-# Characters that are invisible, or that change how other characters are displayed. Joiners stay: scripts and emoji need
-# them.
+# Characters that are invisible, or that change how other characters are displayed. Zero-width joiners are not included,
+# since some scripts and emoji need them.
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\U000e0000-\U000e007f]"
@@ -60,8 +60,8 @@ def serve(app: Starlette) -> uvicorn.Server:
 
 
 def application(store: Store, port: int, base: str = "", wanted: int = 0) -> Starlette:
-    """The web application. `base`: the public address of a proxy in front of this server; `wanted`: votes per item, 0
-    for one from everybody."""
+    """The web application. `base` is the public address of a proxy in front of this server. `wanted` is the number of
+    votes per item; 0 asks for a vote from everybody."""
     service = Service(store, Queue(store, wanted))
     page, act = service.page, service.act
     routes = [
@@ -163,7 +163,7 @@ class Service:
     # --- pages ---
 
     def task(self, name: str, request: Request) -> Response:
-        """The annotator's next item, or the item that the address names; the owner gets the overview."""
+        """Shows the annotator's next item, or the item that the address names. The owner gets the overview."""
         if name == OWNER:
             return self.render("overview.html.j2", **overview.everybody(self.store))
         asked = request.query_params.get("item")
@@ -198,7 +198,7 @@ class Service:
         )  # fmt: skip
 
     def result(self, name: str, event: Any) -> Json:
-        """The newest decision, which can be taken back, and the judge's ranks of the same answers."""
+        """The person's newest decision, which can be taken back, and the judge's ranks of the same answers."""
         judge = self.store.items[event.item].judge
         at = event.content["order"]
         agrees = bool(judge) and overview.agree(event, judge["ranks"])

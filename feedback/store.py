@@ -1,4 +1,4 @@
-"""Items, people, guidelines, drafts and events in one SQLite file. Events are only appended."""
+"""Stores items, people, guidelines, drafts and events in one SQLite file. Events are only appended, never changed."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from feedback.items import Item
 
 FORMAT = 1  # PRAGMA user_version
 NAME = 0x6B756E67  # PRAGMA application_id
-LONGEST = 100  # characters of a name
+LONGEST = 100  # maximum characters of a name
 OWNER = "owner"  # sees everybody's decisions and resolves disagreements
 SCHEMA = f"""
 CREATE TABLE items (place INTEGER PRIMARY KEY, hash TEXT UNIQUE NOT NULL, content TEXT NOT NULL);
@@ -46,13 +46,14 @@ class Guidelines(NamedTuple):
 
 
 class Store:
-    """Safe to use from several threads, and from several processes. A decision is durable when `append` returns."""
+    """A database that several threads and several processes may use at the same time. A decision is durable when
+    `append` returns."""
 
     def __init__(self, path: Path):
-        """Opens the file, which is made if there is none. Raises UserError."""
+        """Opens the file, or makes it if it does not exist. Raises UserError if the file cannot be used."""
         self.path, self._lock, self._state = path, threading.RLock(), State()
         with self._reading():
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # the links in it are secrets
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # the file contains secret links
             self.db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30)
             self.db.execute("PRAGMA synchronous = FULL")
             with self._writing():
@@ -102,7 +103,8 @@ class Store:
         return {name: Item(json.loads(content)) for name, content in rows}
 
     def add(self, items: Iterable[Item]) -> tuple[int, int]:
-        """Adds items after those in the database. Returns how many were new, and how many were there already."""
+        """Adds items after those in the database. Returns (number of new items, number of items that were already in
+        the database)."""
         new = seen = 0
         with self._writing():
             for item in items:
@@ -115,7 +117,8 @@ class Store:
         return new, seen
 
     def link(self, name: str) -> str:
-        """The secret part of a person's link, made at the first call. Raises UserError for an unusable name."""
+        """The secret part of a person's link, which is made at the first call. Raises UserError for an unusable
+        name."""
         if not name.isprintable() or "/" in name or not 0 < len(name) <= LONGEST:
             raise UserError(f"{name!r} cannot be a name", "annotators", f"up to {LONGEST} visible characters without /")
         with self._writing():
@@ -133,14 +136,14 @@ class Store:
         return [name for (name,) in rows]
 
     def guide(self, text: str) -> None:
-        """Adds a version of the guidelines, unless the newest has the same text."""
+        """Adds a version of the guidelines, unless the newest version has the same text."""
         with self._writing():
             newest = self.db.execute("SELECT text FROM guidelines ORDER BY version DESC").fetchone()
             if not newest or newest[0] != text:
                 self.db.execute("INSERT INTO guidelines (time, text) VALUES (?, ?)", (time.time(), text))
 
     def guidelines(self) -> list[Guidelines]:
-        """All versions, the newest first."""
+        """All versions of the guidelines, the newest first."""
         with self._lock:
             rows = self.db.execute("SELECT * FROM guidelines ORDER BY version DESC").fetchall()
         return [Guidelines(*row) for row in rows]
@@ -176,9 +179,10 @@ class Store:
             return self._events()
 
     def append(self, kind: str, annotator: str, item: str, version: int | None, content: Json) -> Event:
-        """Appends an event; durable when this returns. `version`: the number of the annotator's events about the item
-        when the page was made; None: the current number. Raises Stale if there are more events by now. A repeated
-        request changes nothing and raises nothing."""
+        """Appends an event, which is durable when this method returns. `version` is the number of the annotator's
+        events about the item at the time when the page was made, or None for the current number. Raises Stale if the
+        annotator has made more events about the item since then. A repeated request changes nothing and raises no
+        error."""
         with self._writing():
             known = self.state.versions.get((annotator, item), 0)
             version = known if version is None else version
@@ -200,7 +204,8 @@ class Store:
         return Event(done.lastrowid or 0, now, kind, annotator, item, version, content)
 
     def erase(self, annotator: str) -> int:
-        """Appends an event after which no earlier decision of the annotator counts. Returns how many counted before."""
+        """Appends an event after which no earlier decision of the annotator counts. Returns the number of decisions
+        that counted before."""
         count = len(self.state.of(annotator))
         self.append("erase", annotator, "", None, {})
         with self._writing():
@@ -217,7 +222,8 @@ def _line(content: Json) -> str:
 
 
 def _statements(script: str) -> Sequence[str]:
-    """The statements of a script. It cannot be split at semicolons, since triggers contain some."""
+    """Splits a script into its SQL statements. Splitting at semicolons would not work, since triggers contain
+    semicolons."""
     out, part = [], ""
     for line in script.splitlines():
         part += line + "\n"

@@ -13,7 +13,7 @@ from common.types import Json
 from feedback.items import SCALE, Item, ranks
 
 CHOICES = ("ranks", "bad", "skip")
-REASON = 2000  # characters of a flag, and of a judge's reason on the page
+REASON = 2000  # maximum characters of a flag, and of a judge's reason on the page
 DAY = 86_400_000  # milliseconds
 
 
@@ -30,7 +30,7 @@ def shown(annotator: str, item: Item) -> list[int]:
 
 
 def parse(body: bytes) -> Json:
-    """The object in a request. Raises UserError."""
+    """Parses the body of a request, which is a JSON object. Raises UserError if it is something else."""
     try:
         value = strict(body.decode())
         json.dumps(value, ensure_ascii=False).encode()  # raises ValueError for half a surrogate pair
@@ -42,8 +42,8 @@ def parse(body: bytes) -> Json:
 
 
 def decision(given: Json, item: Item, at: list[int], newest: int) -> Json:
-    """The content of a vote. `at`: the order on the page; `newest`: the newest version of the guidelines. Raises
-    UserError."""
+    """Makes the content of a vote from the decision `given` by a page. `at` is the order of the answers on the page;
+    `newest` is the newest version of the guidelines. Raises UserError for an invalid decision."""
     choice, count = given.get("choice"), len(at)
     if choice not in CHOICES:
         raise UserError("the choice is none of ranks, bad and skip")
@@ -80,7 +80,8 @@ def _rating(given: Json, name: str, count: int) -> list[int | None]:
 
 
 def _texts(given: Json, name: str, at: list[int]) -> dict[str, str]:
-    """{answer: text}; in the request, the keys are places on the page."""
+    """Returns {number of the answer in the item: text}. In the request, the keys are positions of answers on the
+    page."""
     out = {}
     for place, text in _object(given, name).items():
         if place not in map(str, range(len(at))) or not isinstance(text, str):
@@ -104,7 +105,7 @@ def _number(given: Json, name: str, most: int) -> int:
 
 
 def undone(content: Json) -> Json:
-    """A draft with the content of a decision that was taken back, in the order on the page."""
+    """Converts a decision that was taken back to a draft, with the answers in the order of the page."""
     at = content["order"]
     places = {str(answer): str(place) for place, answer in enumerate(at)}
     texts = {name: {places[i]: text for i, text in content[name].items()} for name in ("edits", "flags")}

@@ -1,7 +1,7 @@
-"""Scorers compare an answer with a reference; each scorer is a file.
+"""Scorers compare an answer with a reference. Each scorer is a file of its own.
 
-A file defines a pure function `score(answer, reference) -> float` in [0, 1], where 1 is right. A row with several
-references gets its best score.
+A file defines a pure function `score(answer, reference) -> float` in [0, 1], where 1 is right. If a row has several
+references, its score is the best score over the references.
 """
 
 import importlib
@@ -33,16 +33,18 @@ def find(name: str) -> Scorer:
 
 
 def normalized(text: str) -> str:
-    """Lower case without punctuation, articles and repeated spaces, as in the SQuAD 1.1 evaluation script (2016)."""
+    """The text in lower case, without punctuation, articles and repeated spaces, as in the SQuAD 1.1 evaluation script
+    (2016)."""
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
 def f1(matched: float, predicted: int, expected: int) -> float:
-    """The harmonic mean of precision and recall; 1 if both the answer and the reference are empty."""
+    """The harmonic mean of precision and recall, from numbers of words or other items. It is 1 if both the answer and
+    the reference are empty."""
     return 2 * matched / (predicted + expected) if predicted + expected else 1.0
 
 
 def checker(name: str) -> Callable[[str], None]:
-    """A function that raises UserError for a reference that the scorer cannot use."""
+    """Returns a function that raises UserError for a reference that the scorer cannot use."""
     find(name)
     return getattr(importlib.import_module(f"evals.scorers.{name}"), "check", lambda reference: None)

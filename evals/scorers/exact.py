@@ -1,4 +1,4 @@
-"""1 if answer and reference are equal, normalized as in SQuAD."""
+"""Scores 1 if the answer and the reference are equal after both are normalized as in SQuAD."""
 
 from evals.scorers import normalized
 

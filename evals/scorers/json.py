@@ -1,4 +1,4 @@
-"""F1 of the fields of two JSON objects; a field matches if its path and value are equal.
+"""Scores the F1 of the fields of two JSON objects. A field matches if its path and its value are equal in both.
 
 The first object in the answer is used, so words or a code fence may surround it.
 """
@@ -38,7 +38,8 @@ def first(text: str) -> dict | None:
 
 
 def fields(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """(path, value) of every leaf; numbers are compared as numbers, strings without surrounding spaces."""
+    """Yields (path, value) for every leaf of a JSON value. The values are such that 1 equals 1.0 but not true, and that
+    spaces around strings do not matter."""
     if isinstance(value, dict | list) and value:
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from fields(inner, f"{path}/{key}")

@@ -1,4 +1,5 @@
-"""1 if the last number of the answer, or the one after "####" (GSM8K's mark), equals the number in the reference."""
+"""Scores 1 if the last number of the answer, or the number after "####" (GSM8K's mark), equals the number in the
+reference."""
 
 import math
 import re
@@ -13,7 +14,8 @@ def score(answer: str, reference: str) -> float:
 
 
 def value(text: str) -> float | None:
-    """The number that a text gives as its result; commas may separate thousands."""
+    """The number that a text gives as its result: the first one after MARK or, without MARK, the last one in the text.
+    Commas may separate thousands."""
     before, mark, behind = text.rpartition(MARK)
     found = NUMBER.findall(behind.replace("$", "")) if mark else NUMBER.findall(text.replace("$", ""))
     if mark and not found:

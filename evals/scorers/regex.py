@@ -1,4 +1,4 @@
-"""1 if the reference, a regular expression, matches somewhere in the answer."""
+"""Scores 1 if the reference, which is a regular expression, matches somewhere in the answer."""
 
 import functools
 import re

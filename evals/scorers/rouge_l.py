@@ -1,4 +1,4 @@
-"""ROUGE-L (Lin 2004): F1 of the longest common subsequence of words.
+"""Scores ROUGE-L (Lin 2004), which is the F1 of the longest common subsequence of words.
 
 Words are runs of letters and digits in lower case, without stemming, as in the defaults of the package rouge_score.
 """
@@ -12,8 +12,8 @@ def score(answer: str, reference: str) -> float:
 
 
 def common(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence, computed bit-parallel: an integer holds a row of the
-    dynamic-programming table (Hyyrö 2004)."""
+    """The length of the longest common subsequence. The algorithm is bit-parallel: the bits of one integer hold a row
+    of the dynamic-programming table (Hyyrö 2004)."""
     places: dict[str, int] = {}
     for i, word in enumerate(a):
         places[word] = places.get(word, 0) | 1 << i

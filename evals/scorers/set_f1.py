@@ -1,4 +1,5 @@
-"""F1 of two sets of items: a JSON list, or text split at commas, semicolons, line breaks and "and"."""
+"""Scores the F1 of two sets of items. A set is given as a JSON list, or as text that is split at commas, semicolons,
+line breaks and "and"."""
 
 import re
 

