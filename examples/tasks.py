@@ -1,8 +1,9 @@
 """Writes small tasks, each of which favors a different adaptation method, as rows for `--task` and as documents.
 
-    python -m examples.tasks births --to=FOLDER [--n=5000] [--seed=0]
+    python -m examples.tasks births --to=FOLDER [--n=5000] [--splits=216,50,1000] [--seed=0]
 
-writes FOLDER/births.jsonl with the columns question and answer, and FOLDER/births_documents.jsonl. The tasks:
+writes FOLDER/births.jsonl with the columns question and answer, and FOLDER/births_documents.jsonl. With --splits, the
+numbers of training, validation and test rows, it adds the column split. The tasks:
 
 births    in which year somebody was born; the documents are Wikipedia articles that state the year
 dates     the date in a sentence of a speech, as YYYY-MM-DD
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from common import cli, files
 from common.errors import UserError, did_you_mean
-from data import sources
+from data import sources, splits
 from evals import task
 from evals.tasks import dates
 
@@ -58,6 +59,7 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("name")
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--n", type=cli.count, default=5000)
+    parser.add_argument("--splits", type=cli.counts)
     parser.add_argument("--seed", type=cli.count, default=0)
     args = parser.parse_args(argv)
     if args.name not in TASKS:
@@ -65,7 +67,10 @@ def main(argv: list[str]) -> int | None:
             f"no task {args.name!r}", "examples.tasks", did_you_mean(args.name, TASKS, "known: " + ", ".join(TASKS))
         )
     args.to.mkdir(parents=True, exist_ok=True)
-    for name, rows in (args.name, make(args.name, args.n, args.seed)), (f"{args.name}_documents", documents(args.name)):
+    made = make(args.name, sum(args.splits) if args.splits else args.n, args.seed)
+    if args.splits:
+        made = split(made, args.splits)
+    for name, rows in (args.name, made), (f"{args.name}_documents", documents(args.name)):
         if rows:
             files.write_lines(args.to / f"{name}.jsonl", rows)
             print(f"{args.to / name}.jsonl: {len(rows):,} rows")
@@ -77,6 +82,16 @@ def make(name: str, n: int, seed: int) -> list[dict]:
     rows = list({row["question"]: row for row in itertools.islice(TASKS[name](rng), MOST)}.values())
     rng.shuffle(rows)
     return rows[:n]
+
+
+def split(rows: list[dict], sizes: list[int]) -> list[dict]:
+    """The rows with their splits. Raises UserError unless `sizes` are three numbers that add up to all rows."""
+    if len(sizes) != len(splits.SPLITS) or sum(sizes) != len(rows):
+        raise UserError(
+            f"the sizes {sizes} do not fit {len(rows):,} rows", "--splits", "three numbers, or smaller ones"
+        )
+    names = [name for name, size in zip(splits.SPLITS, sizes, strict=True) for _ in range(size)]
+    return [row | {splits.COLUMN: name} for row, name in zip(rows, names, strict=True)]
 
 
 def documents(name: str) -> list[dict]:

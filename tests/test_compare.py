@@ -18,11 +18,12 @@ from evals import latency
 from evals.run import choose
 from infer import bundle, models
 from infer.context import Context
+from infer.retrieve import index
 from model.io.export import export_hf
 from tests.helpers.models import TINY, random_model
 from tests.helpers.processes import run, start
 from tools.compare import __main__ as command
-from tools.compare import halving, inputs, plan, record
+from tools.compare import halving, inputs, plan, record, work
 from tools.compare.inputs import Base, Comparison
 from tools.compare.method import Candidate, Method, Setting
 
@@ -152,6 +153,19 @@ def test_every_method_is_a_config_or_a_refusal(comparison, documents):
     for x in (x for x in found if x.trained):
         schema.resolve(schema.read(inputs.CONFIG), x.setting.train, [], inputs.CONFIG)
         json.dumps(x.row())
+    fewer, _ = command.candidates(c, command.names(), 2)
+    assert [x.id for x in fewer if x.name == "lora"] == [x.id for x in found if x.name == "lora"][:2]
+
+
+def test_a_comparison_does_not_continue_with_changed_documents(comparison, tmp_path):
+    source = tmp_path / "notes.txt"
+    source.write_text("The key is under the mat.")
+    c = comparison._replace(documents=str(source))
+    index.build(str(source), tmp_path / "index")
+    work.check_documents(c)
+    source.write_text("The key is in the shed.")
+    with pytest.raises(UserError, match="the documents have changed"):
+        work.check_documents(c)
 
 
 def test_a_hosted_model_is_prompted_and_not_trained(comparison):

@@ -5,10 +5,10 @@
     python -m tools.chat MODEL --adapters=[NAME=]RUN,...
     echo "What is the capital of France?" | python -m tools.chat MODEL
 
-MODEL: a packaged model's name, a Hugging Face folder, a .gguf file, a hub id or a run folder. In a terminal, each line
-is a turn; /reset clears the conversation and /exit ends it. With --adapters, the first adapter answers until /adapter
-NAME chooses another; /adapter without a name chooses the base. From a pipe, the whole input is one question. A model
-without a chat template continues the text. The speed and the time to the first token are printed to stderr.
+MODEL: a packaged model's name, a Hugging Face folder, a .gguf file, a hub id, a run folder or a bundle. In a terminal,
+each line is a turn; /reset clears the conversation and /exit ends it. With --adapters, the first adapter answers until
+/adapter NAME chooses another; /adapter without a name chooses the base. From a pipe, the whole input is one question. A
+model without a chat template continues the text. The speed and the time to the first token are printed to stderr.
 """
 
 import sys

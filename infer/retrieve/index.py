@@ -117,6 +117,11 @@ def digest(embedder: Embedder) -> str:
     return hashlib.sha256(np.round(found, 3).astype(np.float32).tobytes()).hexdigest()[:16]
 
 
+def content(documents: str) -> dict[str, str]:
+    """An identifier of each source, which changes with its content."""
+    return {spec: sources.content_id(spec) for spec in sources.mixture(documents)}
+
+
 def build(
     documents: str,
     folder: str | Path,
@@ -137,8 +142,8 @@ def build(
     found = list(dict.fromkeys(chunk for spec in sources.mixture(documents) for chunk in chunks.of_source(spec, words)))
     if not found:
         raise UserError("the documents have no text", documents)
-    content = {spec: sources.content_id(spec) for spec in sources.mixture(documents)}
-    record = {"documents": documents, "content": content, "words": words, "chunks": len(found), "embedder": embedder}
+    record = {"documents": documents, "content": content(documents), "words": words, "chunks": len(found)}
+    record["embedder"] = embedder
     model = load_embedder(embedder) if embedder else None
     record["digest"] = digest(model) if model else ""
     record["injections"] = sum(bool(injections.found(chunk.passage)) for chunk in found)
@@ -181,9 +186,9 @@ def _vectors(
         made = _unit(model.embed([chunk.passage for chunk in block], "document")).astype(np.float16)
         ids = np.array([chunk.id for chunk in block])
         parts.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
-        np.savez(content, ids=ids, vectors=made)
-        files.write(parts / f"{made_by}-{ids[0]}.npz", content.getvalue())
+        buffer = io.BytesIO()
+        np.savez(buffer, ids=ids, vectors=made)
+        files.write(parts / f"{made_by}-{ids[0]}.npz", buffer.getvalue())
         known |= dict(zip(ids.tolist(), made, strict=True))
     progress(len(found), len(found))
     return np.stack([known[chunk.id] for chunk in found])

@@ -3,6 +3,7 @@
     python -m tools.compare --task=rows.csv [--models=A,B] [--documents=SOURCE] [--methods=zero_shot,lora] [--plan]
         --budget=30min     maximum; also 2h, 2usd, or FLOPs such as 1e15; "all" drops nothing early. Default: no limit
         --rungs=3          steps of successive halving; 0: the first setting of every method is tested, without a search
+        --settings=2       maximum settings per method, such as learning rates; default: all
         --seeds=3          training runs of each method that is tested
         --epochs=3         passes of each training over its rows
         --requests=10000   requests per month, for the recommendation
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     task = read(args.task)
     bases = {name: base(name, task) for name in args.models}
     c = Comparison(task, bases, args.documents or None, args.epochs, args.out)
-    found, refused = candidates(c, args.methods)
+    found, refused = candidates(c, args.methods, args.settings)
     if not found:
         raise UserError(f"no method can be used: {refused[0]['why']}", "--methods")
     rungs = halving.rungs(args.rungs, len(task.scored["train"]), len(task.scored["validation"]))
@@ -95,6 +96,7 @@ def options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--epochs", default=3.0, type=float)
     parser.add_argument("--seeds", default=3, type=cli.count)
     parser.add_argument("--rungs", default=3, type=cli.count)
+    parser.add_argument("--settings", default=None, type=cli.count)
     parser.add_argument("--out", default="runs/compare", type=Path)
     parser.add_argument("--emit", default="", choices=("", *LINES, "slurm"))
     parser.add_argument("--plan", action="store_true")
@@ -102,8 +104,8 @@ def options(argv: list[str]) -> argparse.Namespace:
     for name in args.methods:
         if name not in names():
             raise UserError(f"no method {name!r}", "--methods", did_you_mean(name, names(), f"of {', '.join(names())}"))
-    if args.seeds < 1 or not (0 < args.requests < math.inf and 0 < args.epochs < math.inf):
-        raise UserError("the values must be positive", "--seeds, --epochs and --requests")
+    if 0 in (args.seeds, args.settings) or not (0 < args.requests < math.inf and 0 < args.epochs < math.inf):
+        raise UserError("the values must be positive", "--seeds, --settings, --epochs and --requests")
     if args.budget and not args.rungs:
         raise UserError("a budget needs successive halving", "--rungs=0", "--rungs=1 or more")
     return args
@@ -115,8 +117,9 @@ def names() -> list[str]:
     return [*(name for name in ORDER if name in found), *(name for name in found if name not in ORDER)]
 
 
-def candidates(c: Comparison, methods: list[str]) -> tuple[list[Candidate], list[Json]]:
-    """All settings of all methods and models, and a record of each method that cannot be used, with the reason."""
+def candidates(c: Comparison, methods: list[str], most: int | None = None) -> tuple[list[Candidate], list[Json]]:
+    """The settings of all methods and models, at most `most` per method, and a record of each method that cannot be
+    used, with the reason."""
     found, refused = [], []
     for name in methods:
         for model in c.bases:
@@ -127,7 +130,7 @@ def candidates(c: Comparison, methods: list[str]) -> tuple[list[Candidate], list
             on = f"@{model}" if len(c.bases) > 1 else ""
             made = [
                 Candidate(_id(name + on, number, setting.values), name, model, method, setting)
-                for number, setting in enumerate(method.settings, 1)
+                for number, setting in enumerate(method.settings[:most], 1)
             ]
             found += made
             if method.refused:

@@ -220,8 +220,11 @@ def show(found: Sequence[tuple[Record, list[Way]]]) -> None:
 
 def _cell(record: Record, each: list[Way]) -> Json:
     task = {key: record.task[key] for key in ("name", "hash", "scorer", "rows")}
+    scores = {m["candidate"]: float(_scores(m).mean()) for m in record.methods if m["status"] == "tested"}
     return {"task": task, "models": record.models, "machine": record.machine, "seeds": record.seeds} | {
-        "epochs": record.epochs, "rungs": record.rungs, "ways": [way._asdict() | {"close": way.close} for way in each],
+        "epochs": record.epochs, "rungs": record.rungs, "spent": record.spent,
+        "candidates": [row["id"] for row in record.candidates], "test_scores": scores,
+        "ways": [way._asdict() | {"close": way.close} for way in each],
     }  # fmt: skip
 
 

@@ -101,7 +101,9 @@ class Engine:
         return [(x, len(self.c.task.scored["train"]), seed, f"seed{seed}") for x in every for seed in seeds]
 
     def _index(self) -> None:
-        if self.c.documents and not self.r.index:
+        if self.r.index:
+            work.check_documents(self.c)
+        elif self.c.documents:
             self.r.index = work.index(self.c)
             self._save()
 

@@ -53,6 +53,15 @@ def index(c: Comparison) -> Json | None:
     return {"chunks": chunks, "bytes": size, "flops": 0.0, "seconds": 0.0, "usd": 0.0, "commands": [argv]}
 
 
+def check_documents(c: Comparison) -> None:
+    """Raises UserError if the documents are not those of the comparison's index."""
+    from infer.retrieve import index
+
+    if files.read_json(c.out / "index" / index.RECORD).get("content") != index.content(c.documents or ""):
+        what = f"the documents have changed since the comparison in {c.out} began"
+        raise UserError(what, c.documents or "", "choose a new folder: --out")
+
+
 def train(c: Comparison, x: Candidate, rows: int, seed: int, folder: Path) -> tuple[Stage, list[str]]:
     """The stage that trains a candidate on the first `rows` training rows; its data are written beside the runs."""
     context = x.setting.ask
