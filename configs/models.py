@@ -1,4 +1,4 @@
-"""Named model shapes, as in `c.model.shape = "tiny"`. Each entry holds keyword arguments of
+"""Named model shapes, used as in `c.model.shape = "tiny"`. Each entry of SHAPES has the keyword arguments of
 model.config.ModelConfig."""
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def _griffin(*sizes, window, **more):
 
 SHAPES = {
     "tiny": _llama(512, 2, 64, 4, 2, 128, max_len=512, tied=True),  # tests and dry runs
-    "small": _llama(2048, 4, 128, 4, 4, 344, max_len=1024, tied=True),  # one minute from scratch on a laptop
+    "small": _llama(2048, 4, 128, 4, 4, 344, max_len=1024, tied=True),  # trains from scratch in one minute on a laptop
     "smollm2-135m": _llama(49152, 30, 576, 9, 3, 1536, rope_theta=1e5, tied=True),
     "llama2-7b": _llama(32000, 32, 4096, 32, 32, 11008, max_len=4096),
     "llama3-8b": _llama(128256, 32, 4096, 32, 8, 14336, rope_theta=5e5),
@@ -36,8 +36,8 @@ SHAPES = {
 
 
 def resized(name: str, changes: Mapping[str, int]) -> dict[str, Leaf]:
-    """A named shape with some sizes changed. If heads or embed change, the head size becomes embed / heads, and
-    kv_heads is limited to heads."""
+    """Returns a named shape with some sizes changed. If `heads` or `embed` changes, the head size becomes embed /
+    heads, and kv_heads is at most `heads`."""
     shape = {**SHAPES[name], **changes}
     if "heads" in changes or "embed" in changes:
         shape["kv_heads"] = changes.get("kv_heads") or min(shape["kv_heads"], shape["heads"])

@@ -1,4 +1,4 @@
-"""The variants of a config that a sweep or a search runs. A config file defines them next to its `get_config`:
+"""Helpers for config files that define variants of a config, which a sweep or a search runs, next to `get_config`:
 
     def sweep():  # or sweep_NAME, chosen by --sweep=NAME; --sweep=NAME,OTHER takes their product
         yield from product({"optim.lr": logspace(1e-4, 1e-2, 5), "seed": range(3)})
@@ -6,8 +6,9 @@
     def search():  # the ranges of --search
         return {"optim.lr": loguniform(1e-4, 1e-2), "peft.rank": choice(4, 8, 16)}
 
-A point is a dict of dotted keys and their values. The helpers take lists of points, or {key: values, ...} with one axis
-per key. A `get_hyper(h)`, as in big_vision's configs, is supported too.
+A point is a dict of dotted keys and their values, and describes one run. The helpers take lists of points, or a dict
+{key: values, ...} in which each key is an axis. A config file may also define `get_hyper(h)`, as big_vision's configs
+do.
 """
 
 import inspect
@@ -29,28 +30,28 @@ Points = Iterable[Point] | Mapping[str, Iterable[Leaf]]
 
 
 def product(*parts: Points) -> list[Point]:
-    """All combinations of points, one from each axis; the last axis varies fastest."""
+    """Returns all combinations of one point from each axis. The last axis varies fastest."""
     return [_merged(points) for points in itertools.product(*_axes(parts))]
 
 
 def zip_(*parts: Points) -> list[Point]:
-    """Combines the first values of all axes, then the second values, and so on. Raises ValueError if the lengths
-    differ."""
+    """Combines the first points of all axes, then the second points, and so on. Raises ValueError if the axes have
+    different lengths."""
     return [_merged(points) for points in zip(*_axes(parts), strict=True)]
 
 
 def chain(*parts: Points) -> list[Point]:
-    """The points of all axes, one axis after the other."""
+    """Returns the points of all axes, one axis after the other."""
     return list(itertools.chain(*_axes(parts)))
 
 
 def sample(n: int, points: Iterable[Point], seed: int = 0) -> list[Point]:
-    """n distinct points at random. Raises ValueError if there are fewer than n points."""
+    """Draws n of the points at random, without replacement. Raises ValueError if there are fewer than n points."""
     return random.Random(seed).sample(list(points), n)
 
 
 def logspace(low: float, high: float, n: int) -> list[float]:
-    """n values from low to high with equal ratios, rounded to six digits: logspace(1, 100, 3) -> [1.0, 10.0, 100.0]."""
+    """Returns n values from low to high with equal ratios, in six digits: logspace(1, 100, 3) -> [1.0, 10.0, 100.0]."""
     return [float(f"{low * (high / low) ** (i / max(n - 1, 1)):.6g}") for i in range(n)]
 
 
@@ -93,7 +94,8 @@ def _under(name: str, points: list[Point]) -> list[Point]:
 
 
 class Range(NamedTuple):
-    """A range from low to high, both included, or a list of `choices`."""
+    """The values that a search may give to a key: the range from `low` to `high`, both included, or a list of
+    `choices`."""
 
     low: float = 0
     high: float = 0
@@ -129,9 +131,10 @@ def _range(low: float, high: float, log: bool) -> Range:
 
 
 def points(path: str, arg: str = "", chosen: str = "") -> list[Point]:
-    """The points of a file's `sweep` or `get_hyper`, or the product of the sweeps named in `chosen` ("lr,seed").
+    """Returns the points that a file's `sweep` or `get_hyper` yields, or the product of the sweeps that `chosen` names,
+    such as "lr,seed".
 
-    Raises UserError if there is no such function or it yields something other than points.
+    Raises UserError if the file has no such function, or if the function yields something other than points.
     """
     with schema.running(Path(path)):
         found = _functions(path, r"sweep(_\w+)?|get_hyper")
@@ -145,7 +148,7 @@ def points(path: str, arg: str = "", chosen: str = "") -> list[Point]:
 
 
 def space(path: str, arg: str = "") -> dict[str, Range]:
-    """The ranges of a file's `search`. Raises UserError."""
+    """Returns the ranges that a file's function `search` defines. Raises UserError if the file defines no ranges."""
     with schema.running(Path(path)):
         found = _functions(path, "search")
         ranges = _point(_call(found["search"], arg)) if found else {}
@@ -165,7 +168,7 @@ def _call(function: Callable, arg: object) -> Any:
 
 
 def _point(point: object) -> Point:
-    """A point with "config." removed from its keys, and NumPy scalars converted to Python numbers."""
+    """Checks a point, removes "config." from its keys, and converts NumPy scalars to Python numbers."""
     if not isinstance(point, Mapping) or not all(isinstance(key, str) for key in point):
         raise UserError(f"{point!r} is not a dict of dotted keys", "sweep", 'yield {"optim.lr": 1e-3}')
     plain = lambda v: v.item() if hasattr(v, "item") else v

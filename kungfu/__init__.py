@@ -1,8 +1,8 @@
 """The public package: `from kungfu import load` works in any folder; the command `kungfu` lists all other commands.
 
 Kungfu's packages have everyday names, such as `data`, `train` and `tools`. Once this package is imported, these names
-refer to the packages of this checkout, even if the current folder has modules of the same names. If you imported a
-module with such a name earlier, the code that imported it can still use it.
+refer to the packages of this checkout, even if the current folder has modules of the same names. A module of such a
+name that was imported earlier keeps working in the code that imported it.
 """
 
 import sys
@@ -34,7 +34,8 @@ class Checkout(MetaPathFinder):
 
 
 def _foreign(name: str) -> bool:
-    """Whether the imported module of this name is not from the checkout. A namespace package has no __file__."""
+    """Whether the imported module of this name comes from outside the checkout. The check also reads __path__, since a
+    namespace package has no __file__."""
     module = sys.modules[name]
     places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
     return not any(Path(place).is_relative_to(ROOT) for place in places if place)
@@ -52,7 +53,7 @@ def _take_over() -> None:
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import infer  # imported late: the command `kungfu` imports this package too, but needs no numpy
+    import infer  # imported late, so that the command `kungfu` starts without importing numpy
 
     return getattr(infer, name)
 

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def verbs() -> dict[str, str]:
-    """{verb: module}: every command in tools/ by its file's name, and the commands of other packages."""
+    """Returns {verb: module}: every command in tools/, named after its file, and the commands of other packages."""
     places = {path.parent if path.name == "__main__.py" else path: path for path in commands()}
     return NAMED | {place.stem.replace("_", "-"): f"tools.{place.stem}" for place in places}
 

@@ -1,13 +1,13 @@
-"""Tunes an embedder on questions and the passages that answer them; the other passages of a batch are negatives.
+"""Tunes an embedder on questions and passages that answer them, with the other passages of a batch as negatives.
 
     python -m train.main --config=configs/embed/own_documents.py:file=pairs.jsonl --workdir=runs/embedder
 
-The file has the columns query and passage, or other columns that --config.data.fields renames to these. If the mean
-reciprocal rank of the held-out questions' passages becomes worse than before the training, the run ends with exit code
-71. To train LoRA instead of all weights: --config.peft.name=lora --config.optim.lr=1e-3.
+The file has the columns query and passage, or other columns that --config.data.fields renames to these. If training
+lowers the mean reciprocal rank (MRR) on held-out questions, the run stops with exit code 71. Add
+--config.peft.name=lora --config.optim.lr=1e-3 to train LoRA instead of all weights.
 
-Hardware: a laptop CPU; 3 seconds per step. Expected: "mrr" of the held-out questions rises; `tools.index --questions`
-measures whether search became better.
+Hardware: a laptop CPU; 3 seconds per step. Expected: the MRR on held-out questions rises. Run `tools.index --questions`
+to measure whether the search has improved.
 """
 
 from configs import base

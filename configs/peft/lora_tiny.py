@@ -1,9 +1,10 @@
-"""LoRA from end to end in seconds: the task of configs/sft/tiny.py with the base frozen.
+"""Trains LoRA from end to end in seconds, on the task of configs/sft/tiny.py with a frozen base model.
 
     python -m train.main --config=configs/peft/lora_tiny.py --workdir=runs/lora_tiny [--config.init=runs/sft_tiny]
 
-Hardware: a laptop CPU. Expected: the loss falls and the digest of the base does not change; see README. The held-out
-questions also occur in training. On a random base LoRA learns slowly: set `init` to start from a trained base.
+Hardware: a laptop CPU. Expected: the loss falls, and the digest of the base weights does not change. The held-out
+questions also occur in training. LoRA learns slowly on a random base model, so set `init` to start from a trained
+model.
 """
 
 from configs.sft import tiny

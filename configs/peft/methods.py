@@ -1,17 +1,17 @@
-"""Which method suits a task best? Every PEFT method and full tuning, each at its own learning rate, three seeds.
+"""Which method suits a task best? Trains every PEFT method and full fine-tuning, each at its own learning rate.
 
     python -m evals.export --task=dates --out=runs/dates
     python -m tools.sweep --config=configs/peft/methods.py --out=runs/sweeps/methods
     python -m tools.sweep --config=configs/peft/methods.py --sweep=best,seeds --out=runs/sweeps/methods-best \
         --metric=eval/dates --maximize
 
-The first ranks rates by held-out loss. Hardware: a laptop CPU, 8 GB, 90 minutes. Expected: results/methods.md.
+The first sweep ranks learning rates. Hardware: a laptop CPU, 8 GB, 90 minutes. Expected: results/methods.md.
 """
 
 from configs import base
 from configs.sweeps import product
 
-RATES = {  # by method, the best rate first and worse ones on both sides of it; "" is full tuning
+RATES = {  # learning rates to try per method, the best rate first; "" is full fine-tuning
     "": (3e-5, 1e-5, 1e-4, 3e-4),
     "lora": (1e-3, 3e-4, 3e-3),
     "dora": (1e-3, 3e-4, 3e-3),

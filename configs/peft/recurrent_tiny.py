@@ -1,10 +1,11 @@
-"""An adapter on a recurrent model: LoRA on RG-LRU layers and local attention (Griffin, arXiv 2402.19427) in seconds.
+"""Trains LoRA on a recurrent model of RG-LRU layers and local attention (Griffin, arXiv 2402.19427) in seconds.
 
     python -m train.main --config=configs/peft/recurrent_tiny.py --workdir=runs/recurrent_tiny
 
-Hardware: a laptop CPU. Expected: the loss falls below 1 nat per token and the base does not change. The method needs no
-code for recurrent layers: `where` matches their gates and projections like any other matrix. For full tuning of the
-same shape: --config.peft.name= ; to plan a larger model: --config.model.shape=recurrentgemma-2b --plan.
+Hardware: a laptop CPU. Expected: the loss falls below 1 nat per token, and the base weights do not change. LoRA needs
+no code for recurrent layers, since the option `where` matches their gates and projections like any other matrix. Add
+--config.peft.name= for full fine-tuning of the same shape, or --config.model.shape=recurrentgemma-2b --plan to plan a
+larger model.
 """
 
 from configs.sft import tiny

@@ -2,8 +2,8 @@
 
     python -m train.main --config=configs/pretrain/tiny.py --workdir=runs/pretrain_tiny
 
-Hardware: a laptop CPU. Expected: see README for the held-out bits per byte. The source, the docstrings of the installed
-Python, needs no download. The tokenizer is trained on the same text.
+Hardware: a laptop CPU. Expected: the held-out loss falls. The training text consists of the docstrings of the installed
+Python, so nothing is downloaded. The tokenizer is trained on the same text.
 """
 
 from configs import base

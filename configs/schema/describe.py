@@ -1,4 +1,4 @@
-"""The text of `--help` and of `tools.config show`: each key with its meaning, from the comments of base.py."""
+"""Writes the text of `--help` and of `tools.config show`, which explains each key by its comment in base.py."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from configs.schema.problems import show
 
 
 def lines(config: ConfigDict) -> Iterator[str]:
-    """One line per leaf in the order of base.py: key=value and its meaning."""
+    """Yields one line per key, in the order of base.py: "key=value" and the meaning of the key."""
     leaves, order = flatten(config), list(docs())
     groups = {path.rpartition(".")[0]: i for i, path in reversed(list(enumerate(order)))}
     place = lambda path: order.index(path) if path in order else groups.get(path.rpartition(".")[0], 0)

@@ -1,4 +1,4 @@
-"""The keys of base.py: their types, defaults, choices and meanings, read from its source."""
+"""Reads the types, defaults, choices and meanings of all config keys from base.py and its source text."""
 
 import ast
 import functools
@@ -19,7 +19,7 @@ from configs.schema.problems import show
 
 @functools.cache
 def base_keys() -> dict[str, Key]:
-    """{path: Key} of all keys in base.py. A key whose default is None also accepts None."""
+    """Returns {path: Key} for all keys in base.py. A key with the default None also accepts the value None."""
     config, keys = base.get_config(), {}
     for path, value in flatten(config).items():
         *groups, name = path.split(".")
@@ -30,7 +30,7 @@ def base_keys() -> dict[str, Key]:
 
 @functools.cache
 def docs() -> dict[str, str]:
-    """{path: the comment on the key's line in base.py}."""
+    """Returns {path: comment on the line of the key in base.py}."""
     tokens = tokenize.generate_tokens(io.StringIO(_source()).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     paths = {path: comments.get(node.end_lineno, "") for path, node in _assignments().items()}
@@ -39,20 +39,20 @@ def docs() -> dict[str, str]:
 
 
 def unknown(path: str, value: object) -> UserError:
-    """The error for a value that is not among the choices of a key."""
+    """Returns the error for a value that is not among the choices of a key."""
     problem, fix = refusal(value, base_keys()[path].choices)
     return UserError(problem, f"config.{path} = {show(value)}", fix)
 
 
 def refusal(value: object, choices: tuple) -> tuple[str, str]:
-    """(problem, fix) for a value that is not among the choices."""
+    """Returns (problem, fix) for a value that is not among the choices."""
     known = "one of " + ", ".join(map(show, choices))
     near = did_you_mean(value, filter(None, choices), known) if isinstance(value, str) and value else known
     return "unknown choice", near
 
 
 def flatten(config: ConfigDict | Mapping) -> dict[str, Leaf]:
-    """{dotted path: value} of a config or nested dict. A required placeholder that a file has not set counts as
+    """Converts a config or nested dict to {dotted path: value}. A required placeholder that a file has not set becomes
     None."""
     leaves = {}
     for name in config:
@@ -73,14 +73,14 @@ def _source() -> str:
 
 @functools.cache
 def _assignments() -> dict[str, ast.Assign]:
-    """{path: the statement `c.path = ...` in base.py}."""
+    """Returns {path: syntax tree of the statement `c.path = ...` in base.py}."""
     lines = [node for node in ast.walk(ast.parse(_source())) if isinstance(node, ast.Assign)]
     return {ast.unparse(n.targets[0]).partition(".")[2]: n for n in lines if isinstance(n.targets[0], ast.Attribute)}
 
 
 @functools.cache
 def _choices() -> dict[str, tuple]:
-    """{path: the arguments of `one_of` in base.py}."""
+    """Returns {path: arguments of the call of `one_of` in base.py}."""
     out = {}
     for path, node in _assignments().items():
         match node.value:

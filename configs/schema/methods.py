@@ -1,6 +1,6 @@
-"""The arguments of objectives, PEFT methods, quantizers and views, read from their source without importing jax.
+"""Reads the arguments of objectives, PEFT methods, quantizers and views from their source, without importing jax.
 
-The keyword-only arguments of a file's `make` are the keys of its group in the config.
+The keyword-only arguments of the function `make` in such a file become keys of the file's group in the config.
 """
 
 import ast
@@ -28,16 +28,17 @@ class Key(NamedTuple):
 class Method(NamedTuple):
     arguments: dict[str, Key]
     batch: str = ""  # the kind of batch that an objective reads (data.rows.batch.KINDS), from the constant BATCH
-    head: str = ""  # the file of model/heads that its model needs, from the constant HEAD
+    head: str = ""  # the file in model/heads that an objective needs, from the constant HEAD
 
 
 def names(folder: str, function: str) -> list[str]:
-    """Names of the files in a folder that define `function`; empty if the folder does not exist."""
+    """Returns the names of the files in a folder that define `function`, or an empty list if the folder does not
+    exist."""
     return sorted(p.stem for p in (ROOT / folder).glob("[!_]*.py") if _find(p, function))
 
 
 def method(kind: str, name: str) -> Method:
-    """The arguments and the kind of batch of an existing method. `kind` is one of FOLDERS."""
+    """Returns the arguments, the kind of batch and the head of an existing method. `kind` is a key of FOLDERS."""
     path = ROOT / FOLDERS[kind] / f"{name}.py"
     make = _find(path, "make")
     assert make, f"{path} has no make"
@@ -50,7 +51,8 @@ def method(kind: str, name: str) -> Method:
 
 
 def constant(path: Path, name: str, default: Leaf) -> Leaf:
-    """The literal that a file assigns to `name` at module level, or `default`."""
+    """Returns the literal that a file assigns to `name` at module level, or `default` if the file does not assign
+    one."""
     for node in _body(path):
         match node:
             case ast.Assign(targets=[ast.Name(id=found)], value=value) if found == name:
@@ -72,7 +74,7 @@ def _key(annotation: ast.expr | None, default: ast.expr | None) -> Key:
         return Key(kind, None, nullable, True, choices)
     try:
         value = ast.literal_eval(default)
-    except ValueError:  # a default that is computed at import, and so not known here
+    except ValueError:  # the default is computed at import, so it is not known without importing
         return Key(kind, None, True, False, choices)
     if kind is None and type(value) in TYPES.values():
         kind = type(value)
@@ -80,7 +82,8 @@ def _key(annotation: ast.expr | None, default: ast.expr | None) -> Key:
 
 
 def _annotation(node: ast.expr | None) -> tuple[type | None, bool, tuple]:
-    """(type, may be None, choices) of an annotation: float, int | None, tuple[str, ...] or Literal["a", "b"]."""
+    """Returns (type, whether None is allowed, choices) of an annotation such as float, int | None, tuple[str, ...] or
+    Literal["a", "b"]."""
     match node:
         case ast.Name(id=name):
             return TYPES.get(name), False, ()

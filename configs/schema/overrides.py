@@ -1,7 +1,8 @@
-"""The command line of a run: `--config=FILE[:ARG] --config.key=value ... --workdir=DIR --flag[=value]`.
+"""Parses the command line of a run: `--config=FILE[:ARG] --config.key=value ... --workdir=DIR --flag[=value]`.
 
-Values are text here; `parse` converts them to the type of their key. The parser of absl is not used, since it stops at
-the first mistake, refuses 1e3 for an integer, and cannot set a tuple from text or a placeholder back to none.
+`parse_args` returns values as text, and `parse` converts each value to the type of its key. The parser of absl is not
+used, since it stops at the first mistake, refuses 1e3 for an integer, cannot read a tuple from text, and cannot set a
+placeholder back to none.
 """
 
 import ast
@@ -23,7 +24,7 @@ TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: 
 class Args(NamedTuple):
     config: str
     arg: str
-    overrides: dict[str, str]  # "optim.lr" -> text, in the order given; the last value of a key wins
+    overrides: dict[str, str]  # {"optim.lr": text}, in the given order; the last value of a key counts
     workdir: str | None
     flags: dict[str, Leaf]
     help: bool
@@ -31,8 +32,8 @@ class Args(NamedTuple):
 
 
 def parse_args(argv: list[str], flags: Mapping[str, Leaf]) -> Args:
-    """Splits a command line without reading the config. `flags` maps each extra flag to its default, which also sets
-    its type.
+    """Splits a command line without reading the config. `flags` maps each extra flag to its default, which also defines
+    the type of the flag.
 
     A flag is written `--name=value` or `--name value`; a boolean flag may omit the value.
     """
@@ -72,7 +73,8 @@ def parse_args(argv: list[str], flags: Mapping[str, Leaf]) -> Args:
 
 
 def split_arg(config: str) -> tuple[str, str]:
-    """configs/x.py:rank=4 -> ("configs/x.py", "rank=4"), the file in the current folder or else in the checkout."""
+    """Splits configs/x.py:rank=4 into ("configs/x.py", "rank=4"). If the file is not in the current folder, its path in
+    the checkout is returned."""
     head, colon, arg = config.partition(".py:")
     path = f"{head}.py" if colon else config
     beside = CHECKOUT / path
@@ -80,10 +82,11 @@ def split_arg(config: str) -> tuple[str, str]:
 
 
 def parse(text: str, kind: type | None, nullable: bool = False) -> Leaf:
-    """Converts text to a type. 1e3 and 1_000 are integers, `1,2` and `(1, 2)` are tuples; `none` is None if `nullable`.
+    """Converts text to a type. 1e3 and 1_000 are integers, `1,2` and `(1, 2)` are tuples, and `none` is None if
+    `nullable`.
 
-    A string is kept as it is. If the type is None, the text is read as a Python literal, or else kept as a string.
-    Raises ValueError with the reason.
+    If the type is str, the text is kept unchanged. If the type is None, the text is read as a Python literal or, if it
+    is not a literal, kept as a string. Raises ValueError with the reason.
     """
     if nullable and text.lower() in NONE:
         return None
@@ -126,7 +129,7 @@ def _literal(text: str) -> Leaf:
 
 
 def _tuple(text: str) -> tuple:
-    """Parses a literal tuple or list, or items separated by commas. Items that are not literals become strings;
+    """Parses a literal tuple or list, or items separated by commas. Items that are not literals become strings, and
     brackets may be nested."""
     text = text.strip()
     if not text:
@@ -146,7 +149,8 @@ def _bracketed(text: str) -> bool:
 
 
 def _split(text: str) -> list[str]:
-    """Splits at the commas outside brackets and quotes; items are stripped, and empty items are dropped."""
+    """Splits text at the commas outside brackets and quotes. Items are stripped of spaces, and empty items are
+    dropped."""
     items, depth, quote = [""], 0, ""
     for c in text:
         if quote or c in "\"'":
@@ -161,9 +165,11 @@ def _split(text: str) -> list[str]:
 
 
 def parse_arg(arg: str, **defaults: Leaf) -> SimpleNamespace:
-    """Parses the argument of a config file: "rank=4,full" -> rank=4, full=True. The defaults set the names and types.
+    """Parses the argument of a config file: "rank=4,full" gives rank=4 and full=True. The defaults define the names and
+    types.
 
-    `get_config(arg="")` calls this function first: `arg = parse_arg(arg, rank=16, full=False)`. Raises UserError.
+    A config file's `get_config(arg="")` calls this function first: `arg = parse_arg(arg, rank=16, full=False)`. Raises
+    UserError.
     """
     values = dict(defaults)
     for item in _split(arg):

@@ -1,4 +1,4 @@
-"""The problems of a config, each with its fix, and the error that reports all of them at once."""
+"""Defines a problem of a config with its fix, and the error that reports all problems of a config at once."""
 
 import sys
 from collections.abc import Iterable
@@ -8,7 +8,8 @@ from common.errors import UserError, clipped
 
 
 class Problem(NamedTuple):
-    """`key` is written as the user types it ("config.optim.lr"); an empty `value` means that none was given."""
+    """`key` is written as the user types it, as in "config.optim.lr". An empty `value` means that the user gave no
+    value."""
 
     key: str
     value: str
@@ -21,7 +22,7 @@ class Problem(NamedTuple):
 
 
 class ConfigError(UserError):
-    """All problems of a config. The text has one line per problem, or is a table if stderr is a terminal."""
+    """Reports all problems of a config, in a table if stderr is a terminal and otherwise in one line per problem."""
 
     def __init__(self, problems: Iterable[Problem], where: str = ""):
         self.problems = [Problem(*map(clipped, problem)) for problem in problems]
@@ -51,7 +52,7 @@ class ConfigError(UserError):
 
 
 def show(value: object) -> str:
-    """A value as the user would type it."""
+    """Formats a value as the user would type it."""
     if isinstance(value, str):
         return value if value else '""'
     return repr(value)

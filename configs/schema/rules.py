@@ -1,6 +1,6 @@
-"""The allowed values of a config: a table of ranges and choices per key, then the rules that involve several keys.
+"""Checks the values of a config, by a table of ranges and choices per key and by rules that involve several keys.
 
-Types are not set here: they come from the defaults in `base.py` or the keyword arguments of methods.
+The types of the keys come from the defaults in `base.py` or from the keyword arguments of methods.
 """
 
 import json
@@ -19,8 +19,8 @@ SHARE, POSITIVE, COUNT, ANY_COUNT = "[0, 1]", "(0, inf)", "[1, inf)", "[0, inf)"
 
 FORMATS, SCORED = (methods.constant(methods.ROOT / "data/formats.py", name, {}) for name in ("FORMATS", "SCORED"))
 
-# path -> an interval of numbers, or a tuple of choices (for each element, if the key is a tuple). Most fixed choices
-# are listed in base.py; most choices here are names of files or of table entries.
+# {path: interval of numbers, or tuple of choices}; if the value of a key is a tuple, each element must be a choice.
+# Most fixed choices are listed in base.py; most choices in this table are names of files or of table entries.
 ALLOWED: dict[str, str | tuple[str, ...]] = {
     "seed": "[0, 4294967296)",
     "steps": COUNT,
@@ -71,14 +71,13 @@ ALLOWED: dict[str, str | tuple[str, ...]] = {
 }
 STRINGS = ("allow", "evals", "samples")  # keys whose values are tuples of strings
 REGEXES = ("peft.where", "peft.inputs", "quant.where")
-# A floor limits an evaluation metric, or its change since step 0: the drop if higher is better, the rise if lower is
-# better.
+# A floor limits an evaluation metric (">=", "<="), or how much the metric may drop or rise after step 0.
 FLOORS = (">=", "<=", "drop", "rise")
 FACTORS = ("optim.lr_scale", "peft.ranks", "peft.alphas")  # pairs of a regular expression and a number
 
 
 def check_value(path: str, value: Leaf, choices: tuple = ()) -> Iterator[tuple[str, str]]:
-    """(problem, fix) for one value that already has its type."""
+    """Yields (problem, fix) for each problem of a value that already has the right type."""
     allowed = choices or ALLOWED.get(path, ())
     if path in STRINGS and not all(isinstance(v, str) for v in value):
         yield "must hold strings", "quote each one"
@@ -143,8 +142,8 @@ def _floors(floors: tuple) -> Iterator[tuple[str, str]]:
 
 
 def check_between(c: Mapping[str, Leaf], ok: Callable[..., bool]) -> Iterator[Problem]:
-    """The problems found by rules that involve several keys. `c`: path -> value. `ok(*paths)`: whether all are set and
-    valid."""
+    """Yields the problems found by rules that involve several keys. `c` is {path: value}, and `ok(*paths)` returns
+    whether all of these keys are set and valid."""
     for rule in (_shape, _init, _trainable, _saved, _rows, _kinds, _schedule, _evals, _measured):
         for path, text, fix in rule(c, ok):
             yield Problem(f"config.{path}", show(c[path]), text, fix)
@@ -156,7 +155,7 @@ def _shape(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     own = {k: c[f"model.{k}"] for k in ("embed", "heads", "kv_heads") if c[f"model.{k}"]}
     shape = resized(c["model.shape"], own)
     embed, heads, kv_heads = (shape[k] for k in ("embed", "heads", "kv_heads"))
-    if own.keys() & {"embed", "heads"}:  # otherwise the shape defines its own head size
+    if own.keys() & {"embed", "heads"}:  # otherwise the named shape defines the head size
         path = "model.heads" if "heads" in own else "model.embed"
         if embed % heads:
             yield path, f"embed {embed} is not a multiple of heads {heads}", "the head size is embed / heads"
@@ -202,7 +201,8 @@ def _rows(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
 
 
 def shares(rows: int, accum: int, length: int, mesh: Mapping[str, int]) -> Iterator[tuple[str, str, str]]:
-    """The reasons why a batch [rows, length] cannot be split over the axes of a mesh: (path, problem, fix)."""
+    """Yields (path, problem, fix) for each reason why a batch [rows, length] cannot be split over the axes of a
+    mesh."""
     devices, context = mesh.get("data", 1) * mesh.get("fsdp", 1), mesh.get("context", 1)
     if rows % accum:
         yield "data.batch_size", f"is not a multiple of accum {accum}", "micro-batches have equal numbers of rows"
@@ -218,9 +218,9 @@ def _kinds(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
         return
     objective, form = c["objective.name"], c["data.format"]
     kind, given = methods.method("objective", objective).batch, FORMATS[form]
-    kinds = ("", kind, *SCORED) if kind == "lm" else ("", kind)  # columns other than the text may be ignored
+    kinds = ("", kind, *SCORED) if kind == "lm" else ("", kind)  # an objective of kind "lm" may ignore the columns of scores
     fitting = [name for name, made in FORMATS.items() if made in kinds]
-    if given not in kinds and len(fitting) > 1:  # if only "auto" fits, no format of data makes such batches
+    if given not in kinds and len(fitting) > 1:  # if only "auto" fits, no other format makes such batches
         text = f"makes batches of kind {given!r}, but objective {objective} reads {kind!r}"
         yield "data.format", text, f"one of {', '.join(fitting)}"
     elif c["data.packing"] != "none" and {kind, given} & {"pair", "match", "group", *SCORED}:

