@@ -5,10 +5,11 @@
     python -m tools.chat MODEL --adapters=[NAME=]RUN,...
     echo "What is the capital of France?" | python -m tools.chat MODEL
 
-MODEL: a packaged model's name, a Hugging Face folder, a .gguf file, a hub id, a run folder or a bundle. In a terminal,
-each line is a turn; /reset clears the conversation and /exit ends it. With --adapters, the first adapter answers until
-/adapter NAME chooses another; /adapter without a name chooses the base. From a pipe, the whole input is one question. A
-model without a chat template continues the text. The speed and the time to the first token are printed to stderr.
+MODEL is a packaged model's name, a Hugging Face folder, a .gguf file, a hub id, a run folder or a bundle. In a
+terminal, each line is a turn, /reset clears the conversation, and /exit ends it. With --adapters, the first adapter
+answers until /adapter NAME chooses another adapter, or /adapter without a name chooses the base model. If the input
+comes from a pipe, all of it is one question. A model without a chat template continues the text. The speed and the time
+to the first token are printed to stderr.
 """
 
 import sys
@@ -20,7 +21,7 @@ from common import cli
 from common.cli import named
 from common.errors import UserError
 
-if TYPE_CHECKING:  # jax is imported after the options are read
+if TYPE_CHECKING:  # jax is imported only after the options have been read
     from infer.lm import LM
 
 
@@ -71,7 +72,7 @@ class Chat:
         self.messages = list(self.start)
 
     def answer(self, text: str) -> Iterator[str]:
-        """The pieces of the answer, as they are generated."""
+        """Yields the pieces of the answer as they are generated."""
         turns = [*self.messages, {"role": "user", "content": text}]
         pieces = []
         asked = turns if self.lm.speaking(self.adapter).tokenizer.chat_template else text
@@ -81,7 +82,7 @@ class Chat:
         self.messages = [*turns, {"role": "assistant", "content": "".join(pieces)}]
 
     def choose(self, name: str) -> str:
-        """Uses this adapter, or the base if "", for the next answers. Returns a message for the user."""
+        """Chooses the adapter for the next answers; "" stands for the base model. Returns a message for the user."""
         known = list(self.lm.store.adapters) if self.lm.store else []
         if name and name not in known:
             return f"no adapter {name!r}; known: {', '.join(known) or 'none, start with --adapters'}"

@@ -4,7 +4,7 @@
     python -m tools.config diff A B           the keys that differ; A and B are config files or run folders
     python -m tools.config check [FILE ...]   checks config files, by default all under configs/
 
-All problems are printed to stderr at once; the exit code is then 2.
+All problems are printed to stderr at once, and the exit code is then 2.
 """
 
 import sys
@@ -47,8 +47,8 @@ def diff(argv: list[str]) -> None:
 
 
 def _resolved(spec: str) -> schema.ConfigDict:
-    """The resolved config of a file. The config of a run is not resolved, since an older version may have written other
-    keys."""
+    """Returns the resolved config of a config file, or the config of a run folder without resolving it, since an older
+    version may have written other keys."""
     path, arg = overrides.split_arg(spec)
     config = schema.read(path, arg)
     return schema.resolve(config, where=path)[0] if path.endswith(".py") else config
@@ -68,12 +68,12 @@ def check(argv: list[str]) -> int:
 
 
 def experiments() -> list[Path]:
-    """The config files of the repository, in the folders under configs/."""
+    """Returns the config files of all experiments in the folders under configs/."""
     return [path for path in sorted(CONFIGS.glob("*/**/*.py")) if is_experiment(path)]
 
 
 def is_experiment(path: Path) -> bool:
-    """Whether a file is an experiment: a glob like configs/**/*.py also matches other modules."""
+    """Whether a file is an experiment. A glob such as configs/**/*.py also matches other modules."""
     parent = path.resolve().parent
     return parent not in (CONFIGS, CONFIGS / "schema") and path.name != "__init__.py"
 

@@ -1,10 +1,10 @@
-"""Compares prompting, retrieval and LoRA on a skill and on questions of knowledge: quality and cost.
+"""Compares the quality and cost of prompting, retrieval and LoRA on a skill and on questions of knowledge.
 
     python -m tools.demo [--out=runs/demo]
 
 SmolLM2-135M-Instruct finds dates in old speeches, and answers in which year people were born, with or without their
-Wikipedia articles. Each stage is a command that you can run yourself; its output is logged next to its results. After
-an interruption, run the demo again: finished stages are skipped, and a comparison continues.
+Wikipedia articles. Each stage is a command that you can run yourself, and the output of a stage is logged next to its
+results. After an interruption, run the demo again. It skips finished stages and resumes an interrupted comparison.
 """
 
 import sys
@@ -14,7 +14,7 @@ from common import cli, files, jobs
 from common.jobs import Stage
 
 MODEL = "smollm2-135m-instruct"
-COMPARED = {  # task: rows of all splits, epochs, methods, and about how many seconds these take on two cores
+COMPARED = {  # {task: (rows of all splits, epochs, methods, estimated seconds on two cores)}
     "dates": (400, 1, "zero_shot,few_shot,lora", 160),
     "births": (300, 0.25, "zero_shot,few_shot,rag,lora,rag_lora", 300),
 }
@@ -68,7 +68,8 @@ def stages(out: Path, task: str) -> list[Stage]:
 
 
 def compared(out: Path) -> float:
-    """The fraction of a comparison's methods that are tested; 1 only if its page and the bundle of its winner exist."""
+    """Returns the fraction of a comparison's methods that are tested. The fraction is 1 only if the page and the bundle
+    of the winner exist."""
     methods = files.read_json(out / "comparison.json").get("methods", [])
     tested = sum(method["status"] != "open" for method in methods) / max(1, len(methods))
     whole = (out / "decision.html").exists() and (out / "bundle" / "bundle.json").exists()  # written last

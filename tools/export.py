@@ -1,14 +1,14 @@
-"""Writes a model as a Hugging Face folder with adapters merged, reads it back and compares the logits.
+"""Writes a model as a Hugging Face folder with adapters merged, reads the folder back and compares the logits.
 
     python -m tools.export --from=NAME_OR_RUN --to=DIR [--adapter=DIR] [--dtype=float32|bfloat16|float16]
     python -m tools.export --from=RUN --to=DIR --adapter-only
     python -m tools.export --from=NAME_OR_RUN --to=FILE.gguf --format=gguf [--dtype=F16|BF16|F32|Q8_0|Q4_0|Q4_1]
 
-NAME_OR_RUN: a run folder, a packaged model's name, a .gguf file, a Hugging Face folder or a hub id. --adapter: a run or
-PEFT folder whose adapter is added. --adapter-only writes a PEFT folder. int4, int8 and fp8 weights are kept, in the
-compressed-tensors format; --dtype applies to the scales and to all other weights. --dequantize writes quantized weights
-as floats. Adapters on a quantized base can only be merged into such floats, which differ from the weights of the
-original base.
+NAME_OR_RUN is a run folder, a packaged model's name, a .gguf file, a Hugging Face folder or a hub id. --adapter names a
+run or PEFT folder with an adapter to add. --adapter-only writes a PEFT folder. int4, int8 and fp8 weights stay
+quantized, in the compressed-tensors format, and --dtype applies to the scales and to all other weights. --dequantize
+writes quantized weights as floats. Adapters on a quantized base can be merged only with --dequantize; the floats differ
+from the weights of the original base.
 """
 
 import re
@@ -106,7 +106,8 @@ def export_adapter(source: str, adapter: str, to: str) -> None:
 
 
 def card(to: str, source: str, adapter: str, use: list[str], library: str = "transformers") -> str:
-    """The README.md of a model exported from `source` with `adapter`, including the metadata that the hub reads."""
+    """Returns the README.md of a model exported from `source` with `adapter`, including the metadata for the Hugging
+    Face hub."""
     run = Path(adapter or source).expanduser()
     config, step = configured(run)
     name = source if adapter or not config else origin(source)
@@ -126,14 +127,15 @@ def card(to: str, source: str, adapter: str, use: list[str], library: str = "tra
 
 
 def origin(source: str) -> str:
-    """The name of the model that a run, or a chain of runs, started from; "" for random weights."""
+    """Returns the name of the model from which a run, or a chain of runs, has started, or "" for random weights."""
     while config := configured(Path(source).expanduser())[0]:
         source = config["init"]
     return source
 
 
 def configured(folder: Path) -> tuple[Json, int]:
-    """(config, step) of a run folder, at its newest step, or of one of its steps; ({}, 0) for any other model."""
+    """Returns (config, step) of a run folder at its newest step, or of the folder of one step. Returns ({}, 0) for any
+    other model."""
     from infer.models import is_run, run_at
 
     if not is_run(folder):

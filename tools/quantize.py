@@ -4,12 +4,12 @@
         [--data=sotu] [--rows=32] [--seq_len=256] [--eval_tokens=8192] [--seed=0] [--dtype=bfloat16] [--KEY=VALUE ...]
     python -m tools.quantize --model=NAME_OR_RUN --quant=mixed --budget=0.1GB --out=DIR [...]
 
-NAME_OR_RUN: a packaged model's name, a .gguf file, a Hugging Face folder, a hub id, or a run folder; the weights of a
-run with quant.name=qat get the format that they were trained for. --quant: a file of model/quant; KEY is one of its
-arguments, such as --group=64. --budget: the size of the whole model (KB, MB, GB), or bits per weight of the layers'
-matrices (4.5bits); each kind of matrix stays float or becomes int8 or int4, whichever minimizes the error. --data:
-documents to calibrate on; the last ones are held out to measure on. --dtype: the type of weights that are not
-quantized. Only one layer at a time is in memory.
+NAME_OR_RUN is a packaged model's name, a .gguf file, a Hugging Face folder, a hub id, or a run folder. The weights of a
+run with quant.name=qat get the format for which they were trained. --quant names a file in model/quant, and KEY is one
+of its arguments, as in --group=64. --budget limits the size of the whole model (KB, MB, GB) or the bits per weight of
+the layers' matrices (4.5bits). Within this budget, each kind of matrix stays float or becomes int8 or int4, so that the
+error is as small as possible. --data names the documents for calibration, the last of which are held out to measure the
+perplexity. --dtype is the type of the weights that are not quantized. Only one layer at a time is in memory.
 """
 
 import argparse
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from model.weights import Params, Specs
 
 MATRICES = "layers/.*"  # the matrices for which a budget chooses formats
-HELD_OUT = 0.1  # fraction of the documents, taken from the end, not used for calibration
+HELD_OUT = 0.1  # fraction of the documents, taken from the end, that is not used for calibration
 
 
 @cli.command
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def budget(text: str) -> tuple[float, str] | None:
-    """(number, unit) of --budget. Raises UserError."""
+    """Parses the text of --budget into (number, unit). Raises UserError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB|bits)", text)
     if text and not found:
         raise UserError(f"{text!r} is not a size", "--budget", "such as 0.1GB, 90MB or 4.5bits")
@@ -65,7 +65,7 @@ def budget(text: str) -> tuple[float, str] | None:
 
 
 def options(quant: str, method: str, words: list[str], limit: tuple[float, str] | None) -> Json:
-    """The quantizer's arguments from the command line, with defaults. Raises UserError."""
+    """Returns the quantizer's arguments from the command line, completed with defaults. Raises UserError."""
     if limit and quant != "mixed":
         raise UserError(f"{quant} uses one format for all matrices", "--budget", "use --quant=mixed")
     known = [n for n in methods.names(methods.FOLDERS["quant"], "make") if n not in ("qat", "train8")]
@@ -121,7 +121,7 @@ def quantize(args: argparse.Namespace, settings: Json) -> int:
         wide = sum(4 * x.size for x in jax.tree.leaves(model.abstract))
         print(f"bytes {wide:,} in float32 -> {held:,}, {disk:,} on disk in {out / 'ckpt'}")
     reloaded = load(out, dtype="float32")
-    if args.eval_tokens:  # the only step with a complete float model in memory
+    if args.eval_tokens:  # only this measurement needs a complete float model in memory
         before, after = load(args.model, dtype="float32").loss(judge_on), reloaded.loss(judge_on)
         n = f"{after[1]} held-out tokens of {args.data}, seed {args.seed}"
         print(f"perplexity {np.exp(before[0]):.3f} -> {np.exp(after[0]):.3f} on {n}")
@@ -129,7 +129,7 @@ def quantize(args: argparse.Namespace, settings: Json) -> int:
 
 
 def saved_with(out: Path) -> Json:
-    """The arguments that a folder of quantized parameters was made with; {} for any other folder."""
+    """Returns the arguments with which a folder of quantized parameters was made, or {} for any other folder."""
     from model.io import saved
 
     try:
@@ -139,7 +139,7 @@ def saved_with(out: Path) -> Json:
 
 
 def texts(args: argparse.Namespace, tokenizer: "Tokenizer") -> tuple["np.ndarray", list[str]]:
-    """(token rows [rows, seq_len] to calibrate on, held-out texts of `eval_tokens` tokens), drawn by seed."""
+    """Draws token rows [rows, seq_len] for calibration, and held-out texts with `eval_tokens` tokens in total."""
     import numpy as np
 
     from data import sources
@@ -170,7 +170,8 @@ def texts(args: argparse.Namespace, tokenizer: "Tokenizer") -> tuple["np.ndarray
 def fitted(
     opened: "Run | Pretrained", args: argparse.Namespace, settings: Json, rows: "np.ndarray"
 ) -> "tuple[Transformer, Params, Json | None]":
-    """(model, its quantized parameters, the config's "quant" group if the run was trained for a format)."""
+    """Returns the model, its quantized parameters, and the "quant" group of the config if the run was trained for a
+    format."""
     import importlib
     from functools import partial
 
@@ -212,7 +213,7 @@ def search(
     model: "Transformer", layer: "Callable[[int], Params]", x: "np.ndarray", limit: tuple[float, str], group: int,
     dtype: str,
 ) -> tuple[tuple[str, str], ...]:  # fmt: skip
-    """The `formats` for model/quant/mixed.py that fit the budget with the least error on one batch x."""
+    """Returns the `formats` for model/quant/mixed.py that fit the budget with the least error on one batch x."""
     import jax
     import jax.numpy as jnp
 
@@ -265,7 +266,7 @@ def check_where(specs: "Specs", where: str) -> None:
 
 
 def reader(opened: "Run | Pretrained", model: "Transformer", dtype: str) -> "tuple[Params, Callable[[int], Params]]":
-    """(parameters outside the layers, a function that reads those of one layer in float32)."""
+    """Returns the parameters outside the layers, and a function that reads the parameters of one layer in float32."""
     import jax
     import jax.numpy as jnp
 
@@ -285,8 +286,8 @@ def reader(opened: "Run | Pretrained", model: "Transformer", dtype: str) -> "tup
 
 
 def save(out: Path, lm: "LM", quant: Json, dtype: str, made: Json) -> None:
-    """Writes a run folder at step 0 that needs no `init`: the checkpoint holds every parameter, and model.json the
-    model's shape."""
+    """Writes a run folder at step 0. The folder needs no `init`, since the checkpoint holds every parameter and
+    model.json holds the shape of the model."""
     import dataclasses
 
     from infer.models import SHAPE

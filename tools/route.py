@@ -1,17 +1,19 @@
-"""Asks people for labels where a judge is unsure, audits the judge on random pairs, and shows what labels gain.
+"""Asks people for labels where a judge model is unsure, audits the judge, and measures how much labels help.
 
     python -m tools.route --items=items.jsonl --judge=MODEL --people=100 [--audit=0.2] [--seed=0] --out=FOLDER
     python -m tools.route --routed=FOLDER --votes=preference.jsonl
     python -m tools.route --curve=PAIRS --features=MODEL [--verdicts=FOLDER] [--labels=25,50,100,200] [--replays=10]
                           [--noise=0] [--label_seconds=SECONDS] --out=FOLDER
 
-The first form judges items of two answers in both orders. OUT/people.jsonl gets --people items for feedback.main: those
-about which the judge is least sure and, as a fraction --audit, random other items. OUT/judged.jsonl gets the judge's
-preferences for the remaining items, to train on, and OUT/routes.jsonl the judge's probabilities. The second form
-compares these probabilities with people's votes; only the random items show how often the judge is right where it
-decides. The third form replays existing labels: it measures the accuracy of a linear reward model on frozen features at
-equal numbers of labels, taken in random order, most uncertain first, or first where the model and a judge disagree
-(--verdicts of tools.judge; by default the longer answer).
+The first form judges items with two answers, in both orders. It writes --people items for feedback.main to
+OUT/people.jsonl: a fraction --audit of these items is random, and the others are the items about which the judge is
+least sure. It writes the judge's preferences for the remaining items, as training data, to OUT/judged.jsonl, and the
+judge's probabilities to OUT/routes.jsonl. The second form compares these probabilities with people's votes. Only the
+random items show how often the judge is right about items that it decides itself. The third form replays existing
+labels. It measures the accuracy of a linear reward model on frozen features with the given numbers of --labels, taken
+in three orders: at random, the most uncertain pairs first, or first the pairs on which the model and a judge disagree.
+This judge's verdicts are the ones that tools.judge has written to the folder --verdicts; without this option, the judge
+prefers the longer answer.
 """
 
 import argparse
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def send(args: argparse.Namespace) -> None:
-    """Judges items, and writes which of them people label and which the judge labels."""
+    """Judges items, and writes which items people label and which items the judge labels."""
     from evals import answers, router
     from evals.judge import Judge
 
@@ -151,7 +153,8 @@ def curve(args: argparse.Namespace) -> None:
 
 
 def _verdicts(folder: str, found: "Sequence") -> np.ndarray:
-    """The probabilities of the last judge in the judges.json of tools.judge, on the same pairs."""
+    """Returns the probabilities of the last judge in the file judges.json that tools.judge has written for the same
+    pairs."""
     rows = files.load_json(Path(folder) / "judges.json")["rows"]
     given = [row["p"] for row in rows if "p" in row]
     if not given or len(given[-1]) != len(found):

@@ -193,7 +193,7 @@ def _apply(
                 group[name] = values[path]
         except ValueError as e:
             problems.append(Problem(f"config.{path}", show(raw), str(e)))
-        except (KeyError, TypeError, AttributeError):  # the config lacks this group; _check_leaves reports it as missing
+        except (KeyError, TypeError, AttributeError):  # the config lacks this group, which _check_leaves reports
             continue
     return values
 

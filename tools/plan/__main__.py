@@ -1,16 +1,17 @@
-"""Memory, communication and speed of a run on TPUs or GPUs that are not present: compiles its step on this CPU.
+"""Plans memory, communication and speed of a run on absent TPUs or GPUs, by compiling its step on this CPU.
 
     python -m tools.plan --config=configs/X.py --topology=v5e:4x4 [--slices=2] [--config.key=value ...] [--json]
     python -m tools.plan --config=configs/X.py --topology=v5p:2x2x1 --search [--minutes=15]
     python -m tools.plan --config=configs/X.py --topology=h100:8
     python -m tools.plan --config=configs/X.py --parameters [--devices=16]
 
-`--slices=2` joins two slices by the data center network, along the data axis. `--what=decode` plans one decoding step
-of `data.batch_size` rows with a cache of `data.seq_len` tokens. `--search` tries meshes, remat policies, batch sizes
-and accumulation, and ranks those that fit by planned tokens/s; it starts no plan after `--minutes`. TPUs need
-requirements/tpu.txt; H100s, up to eight of one machine, need requirements/gpu.txt. `--parameters` prints the shape,
-mesh axes and bytes per device of every parameter; a mesh axis of -1 takes all remaining `--devices`, or 1 without that
-option. Exit code 2: the input must change, or the plan does not fit.
+`--slices=2` joins two TPU slices by the data center network, along the mesh axis data. `--what=decode` plans one
+decoding step of `data.batch_size` rows with a cache of `data.seq_len` tokens. `--search` tries meshes, remat policies,
+batch sizes and gradient accumulation, and ranks the settings that fit by planned tokens/s. No new setting is tried
+after `--minutes`. Plans for TPUs need requirements/tpu.txt. Plans for H100s, of which one machine has up to eight, need
+requirements/gpu.txt. `--parameters` prints the shape, mesh axes and bytes per device of every parameter. A mesh axis of
+-1 then takes all remaining `--devices`, or 1 device without this option. Exit code 2 means that the input must change
+or that the plan does not fit.
 """
 
 import json
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def plan(cfg: Config, devices: list[Any], flags: Json) -> Json:
-    """The plan of one config on one slice; see tools.plan.step."""
+    """Plans a step of one config on the given devices, as described in tools.plan.step."""
     from tools.plan import step
     from train import inputs
 
@@ -65,12 +66,13 @@ def plan(cfg: Config, devices: list[Any], flags: Json) -> Json:
 
 
 def search(cfg: Config, devices: list[Any], flags: Json) -> list[Json]:
-    """The plans that fit, of those tried within `--minutes`, sorted by planned tokens/s.
+    """Tries settings for `--minutes`, and returns the plans that fit, sorted by planned tokens/s.
 
     The search first tries every remat policy with all devices on the axis fsdp, then the best policy with 2, 4 or 8
-    devices on the axis tensor, as long as that is faster. Each search starts from the best batch size so far (at first
-    the config's), which is halved until the plan fits, or doubled while that raises the speed by 2 %. Finally, if the
-    config's batch is larger than the best one, it is tried with gradient accumulation.
+    devices on the axis tensor, as long as more devices on that axis are faster. For each mesh and policy, it starts
+    from the best batch size so far (at first the batch size of the config), and halves the batch size until the plan
+    fits, or doubles it while doubling raises the speed by more than 2 %. Finally, if the batch size of the config is a
+    multiple of the best batch size, it is tried with gradient accumulation.
     """
     from train import inputs
 
@@ -78,7 +80,8 @@ def search(cfg: Config, devices: list[Any], flags: Json) -> list[Json]:
     end = time.monotonic() + 60 * flags["minutes"]
 
     def attempt(changes: Json) -> float:
-        """Planned tokens/s, the geometric mean of the range; 0 if it does not fit or the time is up."""
+        """Returns the planned tokens/s, as the geometric mean of their range, or 0 if the plan does not fit or the time
+        is up."""
         if time.monotonic() > end:
             return 0.0
         changed, _ = schema.resolve(cfg, changes)
@@ -91,7 +94,7 @@ def search(cfg: Config, devices: list[Any], flags: Json) -> list[Json]:
         return rate
 
     def climb(tensor: int, remat: str, rows: int) -> tuple[float, int, str]:
-        """(tokens/s, rows, remat) of the best batch size for a mesh."""
+        """Returns (tokens/s, rows, remat) for the best batch size on a mesh."""
         shards = len(devices) // tensor
         mesh = {"mesh.data": 1, "mesh.fsdp": shards, "mesh.tensor": tensor, "model.remat": remat}
         rows = start = max(rows // shards, 1) * shards

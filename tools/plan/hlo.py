@@ -1,8 +1,8 @@
-"""The bytes that a compiled program sends between devices and moves through memory, read from its HLO text.
+"""Counts the bytes that a compiled program sends between devices and moves through memory, from its HLO text.
 
-The body of a loop counts once per iteration. An async collective that XLA splits into several fusions has a chain_id
-and the same channel in each of them, and counts once. An all-reduce in an `all-reduce-scatter` fusion counts as a
-reduce-scatter.
+The body of a loop counts once per iteration. If XLA splits an asynchronous collective into several fusions, they all
+have a chain_id and the same channel, and the collective counts once. An all-reduce in an `all-reduce-scatter` fusion
+counts as a reduce-scatter.
 """
 
 import collections
@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Bytes that one device sends in a group of g, as a multiple of the bytes of its operand, by ring algorithms (Thakur et
-# al. 2005, Optimization of Collective Communication Operations in MPICH).
+# Bytes that each device in a group of g devices sends by ring algorithms, divided by the bytes of the operand.
+# Source: Thakur et al. 2005, Optimization of Collective Communication Operations in MPICH.
 SENT = {
     "all-gather": lambda g: g - 1,
     "reduce-scatter": lambda g: (g - 1) / g,
@@ -51,8 +51,8 @@ class Op(NamedTuple):
 
 
 class Program:
-    """Computations by name, and how often each one runs. A loop whose length depends on data counts `unknown_trips`
-    iterations."""
+    """The computations of an HLO program by name, and how often each computation runs. A loop with a length that
+    depends on data counts as `unknown_trips` iterations."""
 
     def __init__(self, text: str, unknown_trips: float):
         self.ops: dict[str, dict[str, Op]] = {}
@@ -77,7 +77,8 @@ class Program:
                 self._count(inner, times * (self.trips(name, op) if op.kind == "while" else 1.0))
 
     def trips(self, where: str, loop: Op) -> float:
-        """Iterations of a while loop that counts up to a constant; TPU HLO does not contain `known_trip_count`."""
+        """Returns the iterations of a while loop. If the HLO does not contain `known_trip_count`, as on TPUs, they
+        follow from the constant up to which the loop counts."""
         if m := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.attrs):
             return int(m[1])
         condition, body = (re.search(rf"\b{k}=%([\w.\-]+)", loop.attrs)[1] for k in ("condition", "body"))
@@ -101,7 +102,8 @@ class Program:
         return None
 
     def sent(self, mesh_shape: dict[str, int]) -> dict[str, dict[str, float]]:
-        """Bytes sent per device, by the mesh axes that a collective spans ("fsdp", "data+fsdp") and by its kind."""
+        """Returns the bytes that each device sends, by the mesh axes that a collective spans ("fsdp", "data+fsdp") and
+        by the kind of the collective."""
         found: dict[str, tuple[float, str, str]] = {}
         for where, ops in self.ops.items():
             for op in ops.values() if self.times[where] else ():
@@ -130,14 +132,14 @@ class Program:
         return out
 
     def _outer(self) -> Iterator[tuple[str, Op]]:
-        """(computation, operation) of the operations outside fusions that move arrays."""
+        """Yields (computation, operation) for the operations outside fusions that move arrays."""
         inner = {c for ops in self.ops.values() for op in ops.values() if op.kind in FUSIONS for c in op.called}
         for where, ops in self.ops.items():
             if where not in inner and self.times[where]:
                 yield from ((where, op) for op in ops.values() if op.kind not in ALIASES)
 
     def largest(self, n: int) -> list[tuple[int, str, str]]:
-        """(bytes, type, source) of the largest arrays that operations write, one per type."""
+        """Returns (bytes, type, source) of the n largest arrays that operations write, with one array per type."""
         seen: dict[str, tuple[int, str, str]] = {}
         for _, op in self._outer():
             for shape in (f"{m[0]}[{m[1]}]" for m in ARRAY.findall(op.type) if op.source):
@@ -145,9 +147,10 @@ class Program:
         return sorted(seen.values(), reverse=True)[:n]
 
     def traffic(self) -> float:
-        """Bytes that operations read and write, except those kept in vector memory (space 1).
+        """Returns the bytes that operations read and write, without arrays in vector memory (memory space 1).
 
-        If an operation only slices an operand, just the slices count; for an update in place, just the update.
+        If an operation reads only slices of an operand, only the slices count. If an operation updates an array in
+        place, only the update counts.
         """
         total = 0.0
         for where, op in self._outer():
@@ -155,7 +158,7 @@ class Program:
             root = self.roots[op.called[0]] if op.kind in FUSIONS else op
             order = {int(o.operands[0]): o.name for o in inside.values() if o.kind == "parameter"}
             update = inside.get(root.operands[1]) if root.kind == "dynamic-update-slice" else None
-            made = root if op.kind == "fusion-start" else op  # the type of a start includes its operands
+            made = root if op.kind == "fusion-start" else op  # the type of a fusion-start includes its operands
             moved = nbytes((update or made).type) if "S(1)" not in op.type else 0
             for i, operand in enumerate(op.operands):
                 if (given := self.ops[where].get(operand)) and "S(1)" not in given.type:
@@ -174,7 +177,7 @@ def _read(inside: dict[str, Op], name: str, whole: int) -> int:
 
 
 def parse(line: str) -> Op | None:
-    """Parses `%name = type kind(operands), attrs`; the type of a tuple contains spaces inside its brackets."""
+    """Parses a line `%name = type kind(operands), attrs`. The type of a tuple contains spaces inside its brackets."""
     m = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
     if not m:
         return None
@@ -185,7 +188,7 @@ def parse(line: str) -> Op | None:
 
 
 def _until(text: str, depth: int, stop: str) -> tuple[str, str]:
-    """Splits at the first `stop` outside all brackets."""
+    """Splits text at the first `stop` that is outside all brackets."""
     for i, c in enumerate(text):
         depth += (c in "([{") - (c in ")]}")
         if c == stop and not depth:
@@ -194,7 +197,7 @@ def _until(text: str, depth: int, stop: str) -> tuple[str, str]:
 
 
 def nbytes(type_: str) -> int:
-    """Bytes of all arrays in an HLO type, without layouts and padding."""
+    """Returns the bytes of all arrays in an HLO type, without padding."""
     bits = lambda dtype: BITS[dtype] if dtype in BITS else int(re.search(r"\d+", dtype)[0])
     return sum(math.prod(_ints(dims)) * bits(dtype) for dtype, dims in ARRAY.findall(type_)) // 8
 
@@ -204,14 +207,16 @@ def _ints(text: str) -> list[int]:
 
 
 def _megascale(attrs: str) -> int:
-    """Number of slices that a transfer connects: {1,2}x{0:3} are slices 1 and 2, {1:4}x{0:3} are four slices."""
+    """Returns the number of slices that a transfer connects: {1,2}x{0:3} means slices 1 and 2, and {1:4}x{0:3} four
+    slices."""
     inside = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', attrs)[1]
     ranges = [_ints(part) for part in inside.split(",")]
     return sum(r[-1] - r[0] + 1 for r in ranges)
 
 
 def device_groups(attrs: str, devices: int) -> np.ndarray:
-    """[groups, members] partition ids in any HLO notation; for a permute, its pairs."""
+    """Returns the partition ids [groups, members] of a collective, read from any HLO notation. The groups of a permute
+    are its pairs of source and target."""
     if m := re.search(r"(source_target_pairs|replica_groups)=\{(\{.*?\})\}", attrs):
         return np.array([_ints(g) for g in m[2].split("},")])
     if m := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attrs):
@@ -228,8 +233,8 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
 
 
 def _named(m: re.Match) -> np.ndarray:
-    """Groups written as mesh['a'=4,'b'=2] {'a'}: one group per index of b. 'a':(2)2 splits axis a into 2 major
-    positions, each with 2 members."""
+    """Parses groups written as mesh['a'=4,'b'=2] {'a'}, in which each index of axis b has one group along axis a. The
+    notation 'a':(2)2 splits axis a into 2 major positions with 2 members each."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", m[1])}
     ids = _iota(m[2], m[3]) if m[2] else np.arange(math.prod(sizes.values()))
     shape, members = [], []
@@ -243,7 +248,7 @@ def _named(m: re.Match) -> np.ndarray:
 
 
 def spanned(groups: Iterable, mesh_shape: dict[str, int]) -> tuple[str, ...]:
-    """Mesh axes along which members of a group differ; partition i is the i-th position of the mesh."""
+    """Returns the mesh axes along which the members of a group differ. Partition i is the i-th position of the mesh."""
     coords = np.stack(np.unravel_index(np.asarray(groups), tuple(mesh_shape.values())))  # [axes, groups, members]
     differ = (coords != coords[..., :1]).any(axis=(1, 2))
     return tuple(a for a, d in zip(mesh_shape, differ) if d)

@@ -1,4 +1,4 @@
-"""A table of a run's parameters: shape, logical axes, mesh axes and bytes per device."""
+"""Makes a table of a run's parameters with their shapes, logical axes, mesh axes and bytes per device."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ from common.types import Config
 
 
 def table(cfg: Config, devices: int = 0) -> str:
-    """One line per parameter and one for the sum; "*" marks trained ones. Only the policy is listed, not models in
-    other roles."""
+    """Returns a table with one line per parameter and one line for the sum; "*" marks trained parameters. Only the
+    parameters of the policy are listed, without models in other roles."""
     from model import weights
     from train import cost
     from train.plan import blueprint

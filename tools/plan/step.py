@@ -1,4 +1,4 @@
-"""Compiles a step for given devices and derives its memory, traffic, time and cost."""
+"""Compiles a step for given devices, and derives the memory, traffic, time and cost of the step."""
 
 import math
 import re
@@ -31,7 +31,7 @@ ASSUMED = (
 
 
 def plan(cfg: Config, model: Any, devices: list[jax.Device], what: str = "train") -> Json:
-    """The plan of one step of `what`: "train", or "decode" (one token per row)."""
+    """Plans one step; `what` is "train", or "decode" for one new token per row."""
     mesh = meshes.make_mesh(cfg.mesh, devices)
     rows, shards = cfg.data.batch_size, meshes.row_shards(cfg, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
@@ -59,7 +59,7 @@ def plan(cfg: Config, model: Any, devices: list[jax.Device], what: str = "train"
     if what == "train":
         held["logits_chunk"] = 4 * chunk * planned.model.config.vocab_size
         held["gradients"] = out["config"]["bytes_per_device"]["gradients"]
-    # A loop of unknown length is either the head's loop over chunks, or the decoding loop, whose body is one token.
+    # In training, only the head's loop over chunks has an unknown length. In decoding, one iteration makes one token.
     program = hlo.Program(compiled.as_text(), -(-local // chunk) if what == "train" else 1)
     out |= {"fits": True, "verdict": verdict, "largest": program.largest(6)}
     out |= {"sent": program.sent(dict(mesh.shape)), "traffic": program.traffic()}
@@ -67,7 +67,7 @@ def plan(cfg: Config, model: Any, devices: list[jax.Device], what: str = "train"
 
 
 def train_step(cfg: Config, planned: Any) -> tuple[Any, Json]:
-    """The lowered step of train.main, and its arguments by kind."""
+    """Returns the lowered training step of train.main, and the arguments of the step by kind."""
     state = jax.tree.map(_placed, planned.abstract, planned.shardings)
 
     def place(x: batches.Spec) -> jax.ShapeDtypeStruct:
@@ -79,7 +79,8 @@ def train_step(cfg: Config, planned: Any) -> tuple[Any, Json]:
 
 
 def decode_step(cfg: Config, planned: Any) -> tuple[Any, Json]:
-    """The lowered decoding step of infer.batch. Rows are sharded over the data axes, caches also over tensor."""
+    """Returns the lowered decoding step of infer.batch, and the arguments of the step by kind. Rows are sharded over
+    the mesh axes data and fsdp, and the cache also over the axis tensor."""
     model, mesh, rows = planned.model, planned.mesh, cfg.data.batch_size
     stacked = jax.tree.map(_placed, planned.abstract.role("policy"), planned.shardings.role("policy"))
     one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=NamedSharding(mesh, P(*x.sharding.spec[1:])))
@@ -88,7 +89,7 @@ def decode_step(cfg: Config, planned: Any) -> tuple[Any, Json]:
     axes = ("data", "fsdp", "tensor")
 
     def place(x: Any) -> Any:
-        """Shards the leading axis: rows, or rows x key heads of the cache."""
+        """Shards the leading axis, which has one entry per row or, in the cache, per row and key head."""
         over = axes if x.ndim == 3 else axes[:2]
         fits = x.ndim and x.shape[0] % math.prod(mesh.shape[a] for a in over) == 0
         return _placed(x, NamedSharding(mesh, P(over) if fits else P()))
@@ -110,9 +111,9 @@ def _placed(x: Any, sharding: Any) -> Any:
 
 
 def flops(cfg: Config, planned: Any, what: str) -> tuple[float, float, int]:
-    """(model FLOPs, FLOPs including recomputation, tokens) per step, over all devices."""
+    """Returns (model FLOPs, FLOPs including recomputation, tokens) of a step on all devices."""
     rows, length = cfg.data.batch_size, cfg.data.seq_len
-    if what == "decode":  # every row attends to all columns of the cache
+    if what == "decode":  # every row is assumed to attend to all columns of the cache
         policy = cost.of_roles(planned, 2 * length - 1)["policy"]
         model = rows * (policy.layer_flops + policy.head_flops)
         return model, model, rows
@@ -126,7 +127,8 @@ def flops(cfg: Config, planned: Any, what: str) -> tuple[float, float, int]:
 
 
 def outlook(cfg: Config, planned: Any, out: Json, devices: list[jax.Device]) -> Json:
-    """Time, rates, cost and energy as (low, high); missing for chips without a row in common/chips.json."""
+    """Returns time, rates, cost and energy as (low, high). Only FLOPs and tokens are returned for a chip that
+    common/chips.json does not list."""
     model, hardware, tokens = flops(cfg, planned, out["what"])
     numbers = {"flops_per_step": model, "flops_with_recomputation": hardware, "tokens_per_step": tokens}
     if not (chip := chips.find(out["device"])):
@@ -157,7 +159,7 @@ def outlook(cfg: Config, planned: Any, out: Json, devices: list[jax.Device]) -> 
 
 
 def knob(cfg: Config, held: dict[str, int], device: Any) -> str:
-    """The setting to change if the plan does not fit."""
+    """Names the setting to change if the plan does not fit."""
     chip, total = chips.find(device.device_kind), sum(held.values())
     if chip and total > 0.9 * chip.hbm_bytes.value / chip.devices:
         return f"arrays take {total / 1e9:.1f} GB per device: use more devices on config.mesh.fsdp, or LoRA"

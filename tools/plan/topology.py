@@ -1,4 +1,4 @@
-"""Devices that are not present, by the name of their slice, as targets of compilation."""
+"""Describes TPU slices and H100s that are not present, as targets for compilation."""
 
 import importlib.util
 import os
@@ -10,8 +10,8 @@ from common.errors import UserError
 if TYPE_CHECKING:
     from jax import Device
 
-# CUDA C++ Programming Guide, technical specifications of compute capability 9.0; NVIDIA H100 Tensor Core GPU
-# Architecture, SXM5 board: multiprocessors, L2 cache, clock.
+# The limits are the technical specifications of compute capability 9.0 in the CUDA C++ Programming Guide. The number of
+# multiprocessors, L2 cache and clock are those of the SXM5 board in "NVIDIA H100 Tensor Core GPU Architecture".
 H100 = """
 gpu_device_info {{
   threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048 fpus_per_core: 128 core_count: 132
@@ -24,11 +24,12 @@ gpu_device_info {{
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{kind}"
 """
 KIND = "NVIDIA H100 80GB HBM3"
-MOST = 8  # GPUs of one machine, fully connected; the network between machines is not modeled
+MOST = 8  # maximum number of GPUs, since the network between machines is not modeled
 
 
 def devices(name: str, slices: int = 1) -> "list[Device]":
-    """The devices of equal TPU slices, as libtpu describes them, or H100s of one machine. Raises UserError."""
+    """Returns the devices of equal TPU slices, as libtpu describes them, or the H100s of one machine. Raises
+    UserError."""
     if not name:
         raise UserError("no slice is named", "--topology", "such as v5e:4x4, v5p:2x2x1, v6e:4x4, tpu7x:2x2x1 or h100:8")
     if slices < 1 or (slices > 1 and name.startswith("h100:")):
@@ -37,7 +38,7 @@ def devices(name: str, slices: int = 1) -> "list[Device]":
         return _h100s(name.removeprefix("h100:"))
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu is not installed", "tools.plan", "pip install -r requirements/tpu.txt")
-    # Other processes may hold libtpu's lock file, and this host may have no TPU.
+    # libtpu must work even if another process holds its lock file, and on a host without a TPU.
     os.environ |= dict(JAX_PLATFORMS="cpu", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1")
     os.environ |= dict(TPU_ACCELERATOR_TYPE="v5litepod-1", TPU_WORKER_HOSTNAMES="localhost")
     from jax.experimental import topologies
@@ -50,17 +51,18 @@ def devices(name: str, slices: int = 1) -> "list[Device]":
 
 
 def _h100s(count: str) -> "list[Device]":
-    """`count` H100s of one machine. Raises UserError for an unsupported number or without the CUDA wheels."""
+    """Returns `count` H100s of one machine. Raises UserError if the number is not supported or the CUDA wheels are
+    missing."""
     if count not in map(str, range(1, MOST + 1)):
         raise UserError(f"a machine cannot have {count!r} H100s", "--topology", f"h100:1 to h100:{MOST}")
     if not cuda_installed():
         raise UserError("the CUDA wheels are not installed", "tools.plan", "pip install -r requirements/gpu.txt")
-    # Kernels cannot be timed without the GPU: XLA then takes the first algorithm that it knows.
+    # Kernels cannot be timed without the GPU, so XLA must not autotune and takes the first algorithm that it knows.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     import jax
     from jax.experimental import topologies
 
-    jax.config.update("jax_platforms", "cpu")  # else the CUDA plug-in looks for a driver
+    jax.config.update("jax_platforms", "cpu")  # otherwise the CUDA plug-in looks for a driver
     chip = chips.find(KIND)
     target = H100.format(bandwidth=int(chip.hbm_bandwidth.value), memory=int(chip.hbm_bytes.value), kind=KIND)
     return topologies.get_topology_desc("", "cuda", topology=f"1x1x{count}", target_config=target).devices
@@ -72,8 +74,8 @@ def cuda_installed() -> bool:
 
 
 def room(peak: int) -> tuple[bool, str]:
-    """(whether `peak` bytes fit, the reason). The compiler does not check this; the limit is the fraction of GPU memory
-    that JAX preallocates."""
+    """Returns (whether `peak` bytes fit into GPU memory, the reason). The compiler does not check the size. The limit
+    is the fraction of GPU memory that JAX preallocates."""
     fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
     most = fraction * chips.find(KIND).hbm_bytes.value
     return (

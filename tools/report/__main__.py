@@ -3,7 +3,7 @@
     python -m tools.report RUN... [--out=report.html]
 
 RUN is a run folder, local or at gs://BUCKET/FOLDER, or a folder with an evals.jsonl from evals.main. The page is one
-static HTML file without scripts or external resources. A short form, report.md, is written next to it.
+static HTML file without scripts or external resources. A summary, report.md, is written next to the page.
 """
 
 import sys

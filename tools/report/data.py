@@ -1,4 +1,4 @@
-"""Reads run folders as plain rows; every number comes from their files."""
+"""Reads run folders as plain rows. Every number in a report comes from the files of these folders."""
 
 import json
 import math
@@ -13,12 +13,12 @@ from common.types import Json
 from evals import paired
 
 METHODS = {"lora": "LoRA"}
-# Fields that identify a result; of results with equal fields, the newest counts.
+# Fields that identify a result. If several results have the same values of these fields, the newest result counts.
 WAY = ("task", "split", "shots", "context", "n", "seed", "adapter", "index", "task_hash")
 
 
 class Run(NamedTuple):
-    """A folder and its files. `config` is {} if the folder only holds results of evals.main."""
+    """A run folder with the contents of its files. `config` is {} if the folder holds only results of evals.main."""
 
     path: Path
     config: dict
@@ -41,12 +41,12 @@ class Run(NamedTuple):
 
     @property
     def done(self) -> dict:
-        """The last line of a finished run; {} if it is not finished."""
+        """The last line of the metrics of a finished run, or {} if the run is not finished."""
         return next((line for line in reversed(self.metrics) if line.get("event") == "done"), {})
 
 
 class Choice(NamedTuple):
-    """One method for a task, with its result and the cost of its training. None: unknown."""
+    """One method for a task, with its result and the cost of its training. Unknown costs are None."""
 
     label: str
     task: str
@@ -80,8 +80,8 @@ def read(folder: str | Path) -> Run:
 
 
 def method(config: dict) -> str:
-    """The method in words: the adapters and their base's format, or the trained weights; and the objective if not
-    sft."""
+    """Describes the method of a config in words: the adapters and the format of the base, or the trained weights, and
+    the objective unless it is sft."""
     if not config:
         return "prompting"
     name = lambda key: (config.get(key) or {}).get("name") or ""
@@ -111,19 +111,21 @@ def of_run(run: Run) -> str:
 
 
 def seconds(run: Run) -> float | None:
-    """Seconds of compiling and stepping over all sessions, without loading, evaluation and saving."""
+    """Returns the seconds that all sessions of a run have spent on compilation and steps, without loading, evaluation
+    and saving."""
     spent = [s.spent for s in gas.sessions(run.metrics)]
     return sum(s.get(k, 0.0) for s in spent for k in ("compile", "data", "step")) if spent else None
 
 
 def used(runs: list[Run]) -> list[tuple[str, gas.Gas]]:
-    """(name, resources used) of every run that trained, and the sum if there are several."""
+    """Returns (name, resources used) for every run that trained and, if there are several such runs, for their sum."""
     rows = [(r.name, gas.line(r.metrics, r.environment, r.config.get("chip") or "")) for r in runs if r.metrics]
     return [*rows, ("all runs", gas.total(g for _, g in rows))] if len(rows) > 1 else rows
 
 
 def stored(folder: Path) -> int | None:
-    """Bytes of the trained parameters in the newest checkpoint, which must be stored in addition to the base model."""
+    """Returns the bytes of the trained parameters in the newest checkpoint, which must be stored in addition to the
+    base model."""
     steps = sorted((p for p in (folder / "ckpt").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
     if not steps:
         return None
@@ -143,9 +145,11 @@ def _bytes(leaf: dict) -> int:
 
 
 def choices(runs: list[Run]) -> dict[str, list[Choice]]:
-    """The choices by task, in the order of the runs. Of results with equal fields WAY in one folder, the newest counts.
+    """Returns the choices by task, in the order of the runs. If a folder has several results with equal fields WAY, the
+    newest counts.
 
-    If the questions or the scorer of a task have changed, its results are listed separately as "TASK, scored as HASH".
+    If runs were scored on different questions or by different scorers of a task, their results are listed separately as
+    "TASK, scored as HASH".
     """
     out: dict[tuple[str, str], list[Choice]] = {}
     for run in runs:
@@ -164,8 +168,8 @@ def _distinct(rows: list[Choice]) -> list[Choice]:
 
 
 def newest(lines: list[dict], keys: tuple[str, ...]) -> list[dict]:
-    """The last line for each combination of keys, in order of first appearance; lines without the first key are
-    ignored."""
+    """Returns the last line for each combination of values of `keys`, in order of first appearance. Lines without the
+    first key are ignored."""
     found = {tuple(map(str, map(line.get, keys))): line for line in lines if keys[0] in line}
     return list(found.values())
 
@@ -191,8 +195,8 @@ def choice(run: Run, result: dict, runs: list[Run]) -> Choice:
 
 
 def forgetting(run: Run, runs: list[Run]) -> tuple[float | None, str]:
-    """The rise of the loss on general text from that of the initial model, both from evals.main on the same
-    passages."""
+    """Returns the loss of a run on general text minus the loss of its initial model, and the name of the text. Both
+    losses must have been measured by evals.main on the same passages."""
     keys = ("text", "n")
     for after in newest(run.evals, keys):
         for other in runs:
@@ -207,7 +211,7 @@ def forgetting(run: Run, runs: list[Run]) -> tuple[float | None, str]:
 
 
 def written(run: Run) -> list[tuple[str, list[tuple[int, str]]]]:
-    """(prompt, [(step, answer)]) of the samples from before and after training."""
+    """Returns (prompt, [(step, answer)]) for the answers that a run has sampled before and after training."""
     out: dict[str, list[tuple[int, str]]] = {}
     for line in run.lines("sample"):
         out.setdefault(line.get("prompt", ""), []).append((line["step"], line.get("answer", "")))
@@ -215,7 +219,7 @@ def written(run: Run) -> list[tuple[str, list[tuple[int, str]]]]:
 
 
 def curves(run: Run) -> dict[str, list[tuple[float, float]]]:
-    """(step, loss) of training and of held-out data."""
+    """Returns the points (step, loss) of the training data and of the held-out data."""
     pick = lambda kind, key: [(line["step"], line[key]) for line in run.lines(kind) if _number(line.get(key))]
     return {"train": pick("train", "loss"), "held-out": pick("eval", "nll") or pick("eval", "loss")}
 
@@ -231,7 +235,8 @@ PREFERENCES = (
 
 
 def preferences(run: Run) -> list[tuple[str, list[tuple[str, list[tuple[float, float]]]]]]:
-    """(axis, [(name, points)]) of the metrics that a run has measured on held-out pairs, or else in training."""
+    """Returns (axis, [(name, points)]) for the metrics that a run has measured on held-out pairs or, without held-out
+    pairs, in training."""
     lines = run.lines("eval") if any("reward_chosen" in line for line in run.lines("eval")) else run.lines("train")
     if not any("reward_chosen" in line for line in lines):
         return []
@@ -245,11 +250,11 @@ def _number(x: Any) -> bool:
 
 
 def side_by_side(rows: Sequence[tuple[str, Json]], n: int) -> list[tuple[dict, list[tuple[str, dict]]]]:
-    """(question, [(label, sample)]) of examples that occur in all results; rows are (label, result of
+    """Returns (question, [(label, sample)]) for examples that occur in all results. Rows are (label, result of
     evals.run.evaluate).
 
-    Examples are picked in turn from each pattern of right and wrong answers, so that no method shows only its best
-    answers.
+    Examples are picked in turn from the groups of questions that the same methods answer right, so that no method shows
+    only its best answers.
     """
     answered = {label: {s["prompt"]: s for s in result.get("samples", ())} for label, result in rows}
     common = [s for s in rows[0][1].get("samples", ()) if all(s["prompt"] in a for a in answered.values())]
@@ -273,7 +278,8 @@ def flat(config: dict, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def config_rows(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """(key, value per run) of the keys that differ between runs; "" if a run does not have the key."""
+    """Returns (key, values per run) for the config keys that differ between runs. The value is "" for a run without the
+    key."""
     tables = [dict(flat(run.config)) for run in runs]
     keys = dict.fromkeys(key for table in tables for key in table)
     rows = [(key, [json.dumps(t[key]) if key in t else "" for t in tables]) for key in keys]

@@ -1,4 +1,4 @@
-"""Renders the report page from the rows of tools.report.data; unknown numbers are n/a."""
+"""Renders the report page from the rows of tools.report.data, and shows unknown numbers as n/a."""
 
 import datetime
 import re
@@ -17,13 +17,13 @@ from common.types import Json
 from tools.report import data, svg, text
 from tools.report.data import Choice, Run
 
-SAMPLES, SLICES = 6, 8  # examples and slices shown
+SAMPLES, SLICES = 6, 8  # maximum numbers of examples and slices on the page
 TITLE = "Results and cost"
 
 
 class Cell(NamedTuple):
     value: str
-    below: str = ""  # second line in small print
+    below: str = ""  # a second line in small print
     strong: bool = False
     href: str = ""
     columns: int = 1
@@ -48,7 +48,7 @@ RUN_HEADS = [
 
 
 def render(template: str, **values: Any) -> str:
-    """A self-contained page without external resources. All values except Markup are escaped."""
+    """Renders a template as a self-contained page without external resources. All values except Markup are escaped."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -63,12 +63,13 @@ def clip(s: str, n: int = 240) -> str:
 
 
 def slug(title: str) -> str:
-    """The id of a section: "Where the configs differ" -> "where-the-configs-differ"."""
+    """Makes the id of a section from its title: "Where the configs differ" -> "where-the-configs-differ"."""
     return re.sub(r"\W+", "-", title.lower()).strip("-")
 
 
 def write(folders: list[str | Path], out: Path) -> Path:
-    """Writes the short form, then the page at `out`, each atomically, so that a page is always complete.
+    """Writes the Markdown summary, then the page at `out`. Each file is written atomically, so that it is always
+    complete.
 
     Raises UserError.
     """
@@ -86,7 +87,7 @@ def write(folders: list[str | Path], out: Path) -> Path:
 
 
 def local(folder: str | Path, scratch: str) -> Path:
-    """The folder, or a copy in `scratch` of a run at gs://BUCKET/FOLDER without its checkpoints."""
+    """Returns a local folder as it is. A run at gs://BUCKET/FOLDER is copied to `scratch`, without its checkpoints."""
     home = paths.parse(folder)
     if not paths.remote(home):
         return home
@@ -124,7 +125,7 @@ def html(runs: list[Run]) -> str:
 
 
 def markdown(runs: list[Run]) -> str:
-    """The short form, as Markdown."""
+    """Returns the summary of the page as Markdown."""
     out, tasks = [f"# {TITLE}", ""], data.choices(runs)
     for task, rows in tasks.items():
         out += [" ".join(text.sentences(rows)), "", f"## {task}", ""]
@@ -140,7 +141,7 @@ def markdown(runs: list[Run]) -> str:
 
 
 def _lead(runs: list[Run]) -> list[str]:
-    """Sentences about the tasks' results, or about the held-out loss if there are none."""
+    """Returns sentences about the results on tasks, or about the held-out loss if no task has been scored."""
     out = [s for rows in data.choices(runs).values() for s in text.sentences(rows)]
     if out:
         return out
@@ -169,8 +170,8 @@ def _choices(rows: list[Choice]) -> Table:
 
 
 def details(rows: Sequence[tuple[str, Json]]) -> Iterator[tuple[str, Table]]:
-    """Tables of scores by slice, the slices with the largest differences first, and of the most frequent answers, if
-    the results have these. Rows are (label, result of evals.run.evaluate)."""
+    """Yields a table of scores by slice, with the slices of the largest differences first, and a table of the most
+    frequent answers, if the results contain slices and answers. Rows are (label, result of evals.run.evaluate)."""
     parts = [(label, result.get("slices") or {}) for label, result in rows]
     found: dict[str, list[float]] = {}
     for name, part in (item for _, of in parts for item in of.items()):
@@ -225,7 +226,7 @@ def _trained(runs: list[Run]) -> Json:
 
 
 def _curves(runs: list[Run]) -> list[str]:
-    """One chart for each group of runs with the same initial weights."""
+    """Draws one chart for each group of runs with the same initial weights."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.config.get("init") or run.name, []).append(run)
@@ -242,7 +243,8 @@ def _chart(runs: list[Run]) -> str:
 
 
 def _preferences(run: Run) -> tuple[bool, list[str]] | None:
-    """Whether the run trains a policy, not a reward model, and its charts; None if it does not learn from pairs."""
+    """Returns (whether the run trains a policy instead of a reward model, the run's charts), or None for a run that
+    does not learn from pairs."""
     if not (found := data.preferences(run)):
         return None
     looks = ("heldout c0", "heldout c1")
@@ -270,7 +272,7 @@ def _run(run: Run) -> list[Cell]:
 
 
 def _path(run: Run, key: str) -> str:
-    """The first and the last held-out value of a metric, "3.000 → 0.250"."""
+    """Formats the first and the last held-out value of a metric, as in "3.000 → 0.250"."""
     values = [line[key] for line in run.lines("eval") if isinstance(line.get(key), float)]
     return " → ".join(f"{x:.3f}" for x in dict.fromkeys((values[0], values[-1]))) if values else NA
 

@@ -1,4 +1,4 @@
-"""Charts as inline SVG without scripts, with colors from the page's CSS, readable on a phone."""
+"""Draws charts as inline SVG without scripts, with colors from the page's CSS and in a size for phones."""
 
 import itertools
 import math
@@ -25,10 +25,11 @@ def lines(
     percent: bool = False,
     mark: float | None = None,
 ) -> Markup:
-    """A line chart of (label, CSS class, points). The y axis is logarithmic if the values span a factor of 30 or more.
+    """Draws a line chart of series (label, CSS class, points). The y axis is logarithmic if the values span a factor of
+    more than 30.
 
-    `zero`: a linear y axis includes 0. `log_x`: the x axis is logarithmic, and x positive. `percent`: y is between 0
-    and 1. `mark`: an x to mark by a vertical line.
+    `zero`: whether a linear y axis includes 0. `log_x`: whether the x axis is logarithmic, which requires positive x
+    values. `percent`: whether y values are fractions from 0 to 1. `mark`: the x value to mark with a vertical line.
     """
     points = [p for _, _, points in series for p in points]
     if not points:
@@ -66,7 +67,7 @@ def lines(
 
 
 def _key(css: str) -> str:
-    """A short piece of a line, for the legend."""
+    """Draws a short piece of a line for the legend."""
     dot = f'<circle class="{css} dot" cx="14" cy="5" r="4"/>' if "dots" in css else ""
     return f'<svg class="key" viewBox="0 0 28 10" aria-hidden="true"><path class="{css} line" d="M0 5H28"/>{dot}</svg>'
 
@@ -78,7 +79,8 @@ def _figure(caption: str, label: str, height: int, parts: Sequence[str], legend:
 
 
 def mark_at(xs: Sequence[float], x: float) -> str:
-    """The path of a mark at x in a chart of `lines` whose logarithmic x axis has the points xs."""
+    """Returns the SVG path that marks x in a chart of `lines` with a logarithmic x axis; `xs` are the x values of all
+    points."""
     at = [math.log10(t) for t in decades(min(xs), max(xs))]
     return f"M{linear(at[0], at[-1], LEFT, WIDTH - RIGHT)(math.log10(x)):.1f} {TOP}V{HEIGHT - BOTTOM}"
 
@@ -95,8 +97,8 @@ class Dot(NamedTuple):
 
 
 def scatter(dots: Sequence[Dot], x_label: str, y_label: str) -> Markup:
-    """Labeled points with intervals over a logarithmic x axis, and the Pareto front: a line through the points that no
-    other point beats with both a smaller x and a larger y. y is between 0 and 1."""
+    """Draws labeled points with intervals over a logarithmic x axis. A line connects the points of the Pareto front,
+    which no other point beats with both a smaller x and a larger y. All y values are between 0 and 1."""
     x_ticks = decades(min(d.xs[0] for d in dots), max(d.xs[1] for d in dots))
     x_of = linear(math.log10(x_ticks[0]), math.log10(x_ticks[-1]), LEFT, WIDTH - RIGHT)
     x_at = lambda x: x_of(math.log10(x))
@@ -119,7 +121,7 @@ def scatter(dots: Sequence[Dot], x_label: str, y_label: str) -> Markup:
 
 
 def _labels(points: Sequence[tuple[str, float, float]]) -> list[str]:
-    """Labels beside points, each on the first side on which it covers no point and no other label."""
+    """Places a label beside each point, at the first position where the label covers no point and no other label."""
     out: list[str] = []
     taken = [(x - 6, x + 6, y) for _, x, y in points]
     for label, x, y in sorted(points, key=lambda p: p[2]):
@@ -154,7 +156,7 @@ def _x_tick(value: float, x: float, height: int = HEIGHT) -> str:
 
 
 def bars(rows: Sequence[tuple[str, float, float | None, float | None]], label: str) -> Markup:
-    """Means between 0 and 1 as dots with intervals: (name, mean, low, high)."""
+    """Draws means between 0 and 1 as dots with intervals. Rows are (name, mean, low, high)."""
     step, height = 56, 56 * len(rows) + 40
     x_at = linear(0.0, 1.0, 24, WIDTH - 24)
     out = []
@@ -174,7 +176,7 @@ def bars(rows: Sequence[tuple[str, float, float | None, float | None]], label: s
 
 
 class Path(NamedTuple):
-    """A line through parallel axes."""
+    """A line across the axes of a chart of parallel coordinates."""
 
     values: Sequence[Any]  # one per axis
     title: str  # tooltip
@@ -182,12 +184,12 @@ class Path(NamedTuple):
     opacity: float
 
 
-PARALLEL, ABOVE, BELOW, BESIDE, LAST = 340, 64, 24, 20, 96  # height, and margins with room for the last labels
+PARALLEL, ABOVE, BELOW, BESIDE, LAST = 340, 64, 24, 20, 96  # height and margins; LAST leaves room for the last labels
 
 
 def parallel(axes: Sequence[str], paths: Sequence[Path], caption: str, show: Callable[[Any], str]) -> Markup:
-    """Parallel coordinates with one axis per name; the first path is drawn on top. `show` formats a value as a
-    label."""
+    """Draws a chart of parallel coordinates with one axis per name, and with the first path on top. `show` formats a
+    value as a label."""
     out: list[str] = []
     points: list[list[str]] = [[] for _ in paths]
     for i, name in enumerate(axes):
@@ -209,9 +211,10 @@ def parallel(axes: Sequence[str], paths: Sequence[Path], caption: str, show: Cal
 
 
 def axis(values: Sequence[Any]) -> tuple[Callable[[Any], float], list[Any]]:
-    """A function from a value to its y, and the values to label.
+    """Returns a function that maps a value to its y coordinate, and the values that get a label.
 
-    Numbers have a scale, logarithmic if they span a factor of ten or more; other values keep their order.
+    Numbers are placed on a scale, which is logarithmic if the numbers span a factor of ten or more. Other values are
+    placed at equal distances, in the given order.
     """
     start, end = PARALLEL - BELOW, ABOVE
     if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
@@ -226,7 +229,7 @@ def axis(values: Sequence[Any]) -> tuple[Callable[[Any], float], list[Any]]:
         return place(log(v))
 
     labels = [low, high] if high > low else [low]
-    for v in dict.fromkeys(values):  # the best settings first, if there is room
+    for v in dict.fromkeys(values):  # labels the best settings first, where there is room
         if all(abs(y_at(v) - y_at(other)) >= 26 for other in labels):
             labels.append(v)
     return y_at, labels
@@ -238,7 +241,7 @@ def linear(low: float, high: float, start: float, end: float) -> Callable[[float
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round values that enclose [low, high]: ticks(0, 9) -> [0, 2, 4, 6, 8, 10]."""
+    """Returns about `count` round values that enclose [low, high]: ticks(0, 9) -> [0, 2, 4, 6, 8, 10]."""
     if high <= low:
         high = low + 1
     rough = (high - low) / count
@@ -249,6 +252,6 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def decades(low: float, high: float) -> list[float]:
-    """Powers of ten that enclose [low, high]."""
+    """Returns the powers of ten that enclose [low, high]."""
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     return [10.0**e for e in range(first, max(last, first + 1) + 1)]

@@ -1,4 +1,4 @@
-"""Writes the numbers of the report as text, and the sentences that summarize them."""
+"""Writes the numbers of the report as text, and sentences that summarize the results."""
 
 import itertools
 from typing import Any
@@ -13,20 +13,20 @@ def value(x: Any) -> str:
 
 
 def result(c: Choice) -> str:
-    """The score as text: "31 % (23 to 41 %, n = 100)"."""
+    """Formats a score with its interval: "31 % (23 to 41 %, n = 100)"."""
     low, high = c.result.get("low"), c.result.get("high")
     span = f"{percent(low).removesuffix(' %')} to {percent(high)}, " if low is not None and high is not None else ""
     return f"{percent(c.result['mean'])} ({span}n = {c.result['n']})"
 
 
 def per_answer(c: Choice) -> float | None:
-    """Forward FLOPs per answer, as estimated by evals.run."""
+    """Returns the forward FLOPs per answer, as estimated by evals.run, or None if they are unknown."""
     total, n = c.result.get("flops"), c.result.get("n")
     return total / n if total is not None and n else None
 
 
 def sentences(rows: list[Choice]) -> list[str]:
-    """Sentences about the results of a task; they claim only differences that the intervals support."""
+    """Returns sentences about the results of a task, which claim only differences that the intervals support."""
     scores = joined([f"{c.label} gets {percent(_mean(c))}" for c in rows])
     out = [f"On {rows[0].task}, {scores} right."]
     prompted = [c for c in rows if not c.run.config]
@@ -45,8 +45,8 @@ def _mean(c: Choice) -> float:
 
 
 def _differ(a: Choice, b: Choice) -> tuple[bool, str]:
-    """(whether two choices differ significantly, the reason): compared row by row if both results have their rows, else
-    by their intervals."""
+    """Returns (whether two choices differ significantly, the reason). The choices are compared row by row if both
+    results contain the scores of the same rows, and otherwise by their intervals."""
     if found := paired.pair(a.result, b.result):
         low, high = (f"{100 * x:+.0f}" for x in (found.low, found.high))
         return found.p < 0.05, f"row by row, 95 % interval {low} to {high} points, p = {found.p:.2g}, {found.test}"
@@ -81,8 +81,8 @@ def _pairs(tuned: list[Choice]) -> list[str]:
 
 
 def _payback(prompt: Choice, tuned: Choice) -> list[str]:
-    """A sentence on the number of answers after which tuning repays its cost, if it does so and scores at least as
-    high."""
+    """Returns a sentence that says after how many answers the tuned model has repaid its training, if it ever does and
+    scores at least as high as the prompted model."""
     more = (per_answer(prompt) or 0) - (per_answer(tuned) or 0)
     if not tuned.flops or more <= 0 or _mean(tuned) < _mean(prompt):
         return []
