@@ -3,11 +3,12 @@
     python -m tools.edit --base=MODEL --to=DIR [--method=linear|ties|dare] [--density=0.2] [--seed=0] [--rank=R]
                          SOURCE[:FACTOR] [SOURCE[:FACTOR] ...]
 
-A SOURCE is a run folder, a PEFT folder or a complete model. Its update is its weights minus those of MODEL, times
-FACTOR (default 1; negative factors remove a skill). linear sums the updates (arXiv 2212.04089); ties keeps the largest
-fraction `density` of each update and resolves signs by vote (arXiv 2306.01708); dare keeps a random fraction (arXiv
-2311.03099). The result is a Hugging Face folder; with --rank it is a PEFT folder in which a LoRA approximates the
-update of each changed matrix by truncated SVD, and the error is printed.
+A SOURCE is a run folder, a PEFT folder or a complete model. The update of a SOURCE is its weights minus the weights of
+MODEL, times FACTOR (default 1; negative factors remove a skill). The method linear sums the updates (arXiv 2212.04089).
+The method ties keeps a fraction --density of each update, the elements of largest magnitude, and resolves conflicting
+signs by vote (arXiv 2306.01708). The method dare keeps a random fraction --density of each update (arXiv 2311.03099).
+The result is a Hugging Face folder or, with --rank, a PEFT folder. In a PEFT folder, a LoRA approximates the update of
+each changed matrix by truncated SVD, and the error of the approximation is printed.
 """
 
 import math

@@ -1,13 +1,14 @@
-"""Ranks the answers of tools.sample_pairs by a reward: which model wins, and rows to train on.
+"""Ranks the answers of tools.sample_pairs by a reward, reports which model wins, and writes rows to train on.
 
     python -m tools.rank --items=items.jsonl --reward=SPEC [--keep=best|pairs|items --out=FILE] [--kl]
 
---reward is a weighted mix of scorers, reward models, judges, rules and your own functions (evals.reward). The table has
-each model's mean reward and length and, for two models, how often the second wins (a tie counts one half). --keep=best
-writes each prompt with its best answer, as data.source of fine-tuning (best-of-n). --keep=pairs writes each prompt with
-its best and its worst answer, for DPO or a reward model. --keep=items writes the items with the ranks of the answers by
-reward, stored as a judge's ranks, for feedback.main. --kl estimates the KL divergence of the second model from the
-first: the mean of log p of the second minus log p of the first, on answers of the second model.
+--reward is a weighted mix of scorers, reward models, judges, rules and your own functions (evals.reward). The command
+prints each model's mean reward and length and, for two models, how often the second model wins (a tie counts one half).
+--keep=best writes each prompt with its best answer, as a data.source for fine-tuning (best-of-n). --keep=pairs writes
+each prompt with its best and its worst answer, for DPO or a reward model. --keep=items writes the items for
+feedback.main, with the ranks of the answers by reward in place of a judge's ranks. --kl estimates the KL divergence of
+the second model from the first model, as the mean log-probability under the second model minus the mean log-probability
+under the first model, on answers of the second model.
 """
 
 import argparse
@@ -66,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _row(item: Json, values: list[float], keep: str, reward: str) -> Json | None:
-    """A row to train on; None if all answers have the same reward, and so none is better."""
+    """Returns a row of the kind `keep`. Returns None if the best answer is empty (for "best") or if all answers have
+    the same reward (for "pairs")."""
     texts, order = [answer["text"] for answer in item["answers"]], np.argsort(values, kind="stable")
     if keep == "items":
         ranks = [1 + sum(other > value for other in set(values)) for value in values]
@@ -104,7 +106,8 @@ def _show(items: Sequence[Json], scored: Sequence[Sequence[float]], models: Sequ
 
 
 def _divergence(items: Sequence[Json], models: Sequence[str]) -> str:
-    """KL of the second model from the first: a mean over answers that the second has sampled."""
+    """Estimates the KL divergence of the second model from the first, as a mean over answers that the second model has
+    sampled."""
     from evals import answers
     from infer.lm import LM
 

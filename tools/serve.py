@@ -6,13 +6,13 @@
     curl -N http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
         -d '{"model": "MODEL", "stream": true, "messages": [{"role": "user", "content": "Hello"}]}'
 
-Paths: /v1/chat/completions, /v1/completions, /v1/embeddings (of the --embedder), /v1/models, /health, /metrics
-(Prometheus). A request's `model` is MODEL,
-or NAME, or the name of an adapter (the last part of its folder, unless NAME= sets another). Requests share one batch of
---rows rows, which they join and leave at any step; --length bounds the tokens of a prompt plus its answer. With a
-`seed` the answer equals that of infer.generate with the same settings; without one it is random. Parameters that are
-not supported are refused, unless they have no effect. After SIGINT (Ctrl-C) or SIGTERM the server answers its current
-requests and exits.
+The server has the paths /v1/chat/completions, /v1/completions, /v1/embeddings (with --embedder), /v1/models, /health
+and /metrics (for Prometheus). The `model` of a request is MODEL, NAME, or the name of an adapter, which is the last
+part of its folder unless NAME= sets another name. Requests share one batch of --rows rows, and can join and leave the
+batch at any step. --length limits the tokens of a prompt plus its answer. With a `seed`, the answer is the same as from
+infer.generate with the same settings; without a seed, the answer is random. Parameters that are not supported are
+refused, unless they have no effect. After SIGINT (Ctrl-C) or SIGTERM, the server answers its current requests and
+exits.
 """
 
 import sys
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int | None:
         raise UserError(
             f"{args.embedder!r} is the name of another model here", "--embedder", "set --name for the model"
         )
-    with loopback.listen(args.port) as listening:  # first, since the port may be taken
+    with loopback.listen(args.port) as listening:  # before the model is loaded, since the port may be taken
         from infer import embed
         from infer.models import load, load_many
         from infer.serve import http

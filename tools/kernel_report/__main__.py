@@ -1,18 +1,20 @@
-"""The cost of the kernels in `kernels/` on TPUs that are not present, from the schedules that libtpu compiles.
+"""Estimates the cost of the kernels in `kernels/` on absent TPUs, from the schedules that libtpu compiles.
 
     python -m tools.kernel_report --chip=v5e,v5p,v6e,tpu7x [--shapes=quick|all] [--only=REGEX] [--json]
     python -m tools.kernel_report --chip=h100|gpu ...
 
-Prints for each shape: bundles and iterations of the hot loop, MXU utilization (minimum cycles divided by scheduled
-cycles), bytes moved relative to the minimum, VMEM, and spilled registers. All but the quick shapes have a second line
-with the figures of XLA's program for the same operands. A kernel's time is a range, from its bound (the schedule, or
-HBM at peak bandwidth) to the bound plus the part of the first block that nothing overlaps; for XLA's program, the range
-ends at XLA's own estimate. Stalls are not included, so kernels whose times differ by less than about 10 % cannot be
-ranked. For TPU7x the products per cycle are guessed from its peak rate, which its schedules exceed. For TPUs, the
-command needs requirements/tpu.txt.
+For each shape, the command prints the instruction bundles and iterations of the hottest loop, the MXU utilization
+(minimum cycles divided by scheduled cycles), the bytes moved relative to the minimum, the VMEM, and the spilled
+registers. With --shapes=all, a second line has the figures of XLA's program for the same operands. The time of a kernel
+is a range. It starts at the time of the schedule or of HBM at peak bandwidth, whichever is longer, and ends later by
+the part of the first block that overlaps with nothing. For XLA's program, the range ends at XLA's own estimate. Stalls
+are not included, so kernels whose times differ by less than about 10 % cannot be ranked. For TPU7x, the products per
+cycle are guessed from the peak rate of the chip, although its schedules exceed that rate. For TPUs, the command needs
+requirements/tpu.txt.
 
-For an absent H100 (requirements/gpu.txt) the command prints registers, spills, memory and bytes; times are not known.
-`--chip=gpu` does the same on the GPU of this machine, measures the times, and compares the results with XLA's.
+For an absent H100, which needs requirements/gpu.txt, the command prints registers, spills, memory and bytes, but no
+times. `--chip=gpu` does the same for the GPU of this machine, measures times, and compares the results of the kernels
+with the results of XLA's programs.
 """
 
 import glob
@@ -38,15 +40,15 @@ if TYPE_CHECKING:
 
 
 class Tpu(NamedTuple):
-    """One device of a chip, as libtpu compiles for it; the two cores of v5p are one device."""
+    """One device of a TPU chip, in libtpu's sense. The two cores of a v5p chip are one device."""
 
     topology: str
-    flops: dict[str, int]  # per cycle, by dtype: MXUs times the FLOPs of each
-    devices: int = 1  # per chip
+    flops: dict[str, int]  # FLOPs per cycle by dtype: number of MXUs times FLOPs per MXU
+    devices: int = 1  # devices per chip
 
 
-# An MXU of v5e and v5p takes 16 cycles for 16 x 128 x 128 products, one of v6e and TPU7x 8 for 16 x 256 x 256. TPU7x
-# has no int8.
+# An MXU of v5e or v5p computes 16 x 128 x 128 products in 16 cycles.
+# An MXU of v6e or TPU7x computes 16 x 256 x 256 products in 8 cycles. TPU7x does not support int8.
 TPUS = {
     "v5e": Tpu("v5e:2x2", {"bfloat16": 2**17, "int8": 2**18}),
     "v5p": Tpu("v5p:2x2x1", {"bfloat16": 2**18, "int8": 2**19}),
@@ -72,7 +74,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def report(names: list[str], quick: bool, only: str) -> list[Json]:
-    """One row per chip and case. Raises UserError for an unknown chip, or if its compiler is not installed."""
+    """Returns one row per chip and case. Raises UserError if a chip is unknown or its compiler is not installed."""
     from tools.kernel_report.cases import cases
     from tools.plan import topology
 
@@ -111,7 +113,7 @@ def row(case: "Case", name: str, device: "jax.Device", dump: str) -> Json:
             continue
         got = compiled(f, case.args, device, dump)
         mxu = case.flops / peak if peak else None
-        cycles = max(got["cycles"], mxu or 0)  # as the MXU queues products, the schedule may be up to 10 % shorter
+        cycles = max(got["cycles"], mxu or 0)  # the schedule may be up to 10 % shorter, as the MXU queues products
         busy, estimated = cycles / hertz, got.pop("estimated") / hertz
         hbm = (got["bytes_moved"] if by == "kernel" else least) / bandwidth
         low = max(busy, hbm)
@@ -124,7 +126,7 @@ def row(case: "Case", name: str, device: "jax.Device", dump: str) -> Json:
 
 
 def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
-    """Compiles a function of abstract arrays for a device, and returns its figures."""
+    """Compiles a function of abstract arrays for a device, and returns the figures of the program."""
     import jax
     from jax.experimental.layout import Format, Layout
     from jax.sharding import SingleDeviceSharding
@@ -136,7 +138,7 @@ def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
     one = SingleDeviceSharding(device)
     here = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for a in args]
     grids = list(calls(jax.make_jaxpr(f)(*args).jaxpr))
-    # Within a program, XLA need not convert the kernel's output to the layout of a result.
+    # This layout spares a conversion of the kernel's output, which XLA would not need inside a larger program.
     program = jax.jit(f, out_shardings=Format(Layout((0, 1)), one) if grids else None).lower(*here).compile()
     sums = grids[0].grid[-1] if grids else math.inf
     listings = sorted(glob.glob(f"{dump}/*final_bundles.txt"))
@@ -158,7 +160,7 @@ def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
 
 
 def calls(jaxpr: "jax.extend.core.Jaxpr") -> Iterator[Any]:
-    """The grids of the Pallas calls in a jaxpr."""
+    """Yields the grids of the Pallas calls in a jaxpr."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "pallas_call":
             yield eqn.params["grid_mapping"]
@@ -168,7 +170,8 @@ def calls(jaxpr: "jax.extend.core.Jaxpr") -> Iterator[Any]:
 
 
 def moved(grid: Any) -> int:
-    """Bytes moved between HBM and VMEM: a block is moved if its index differs from that of the previous step."""
+    """Returns the bytes moved between HBM and VMEM. A block is moved if its index differs from its index in the
+    previous step."""
     import jax
     import jax.extend.core
     import numpy as np
@@ -186,7 +189,7 @@ def moved(grid: Any) -> int:
 
 
 def copied(text: str) -> int:
-    """Bytes that XLA reads and writes around a kernel to change the layout of operands."""
+    """Returns the bytes that XLA reads and writes around a kernel to change the layout of operands."""
     shapes = re.findall(r"= (\w+?)(\d+)\[([\d,]+)\]\S* (?:copy|pad|fusion|transpose)\(", text)
     return sum(2 * int(bits) // 8 * math.prod(map(int, dims.split(","))) for _, bits, dims in shapes)
 
@@ -206,7 +209,8 @@ def show(rows: list[Json]) -> None:
 
 
 def line(got: Json, least: int, exact: bool) -> list[str]:
-    """The cells of one row. The bytes of XLA's programs are n/a, since XLA does not report which bytes leave VMEM."""
+    """Returns the cells of one row. The bytes of XLA's programs are n/a, since XLA does not report which bytes leave
+    VMEM."""
     low, high = (f"{t:.1f}" for t in got["us"])
     return [
         f"{got['bundles']} x {got['turns']}" + ("" if got["turns_known"] else " ?"),

@@ -1,8 +1,8 @@
-"""The cases of the report: the kernels of `kernels/`, and XLA's programs for the same operands.
+"""Defines the cases of the report: the kernels of `kernels/`, and XLA's programs for the same operands.
 
-XLA's programs multiply by the dequantized matrix. Products without a kernel are listed to show why they need none. XLA
-converts an 8-bit W inside its dot, so a decoding step is limited by the bytes and a prefill by the MXU. Rounding the
-rows of x to int8 is limited by reading and writing these rows.
+XLA's programs multiply by the dequantized matrix W. The report also lists operations without a kernel, to show why they
+need none. XLA converts an 8-bit W inside its matrix product, so a decoding step is limited by the bytes of W, and a
+prefill by the MXU. Rounding the rows of x to int8 is limited by reading and writing these rows.
 """
 
 import functools
@@ -30,10 +30,10 @@ class Case(NamedTuple):
     shape: str
     kernel: Callable | None  # None: there is no kernel
     xla: Callable | None  # the same operation without a kernel
-    args: tuple[Any, ...]  # abstract arrays, or concrete ones if their values matter
+    args: tuple[Any, ...]  # abstract arrays, or concrete arrays if their values matter
     flops: int = 0
-    peak: str = "bfloat16"  # the dtype whose peak rate bounds the products
-    quick: bool = False  # compiled by tests
+    peak: str = "bfloat16"  # data type for which the chip's peak rate limits the products
+    quick: bool = False  # whether tests compile the case
     platform: str = "tpu"
 
 
@@ -47,21 +47,21 @@ def array(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
 
 
 def by_xla(leaf: Quantized, backward: bool, x: Array, codes: Array, scale: Array) -> Array:
-    """The reference for the kernels: x times the dequantized W of a leaf with these arrays, or times the transposed
-    W."""
+    """Computes the reference for the kernels: x times the dequantized W or, if `backward`, times the transposed W. The
+    arrays `codes` and `scale` replace those of the leaf."""
     w = leaf.replace(codes=codes, scale=scale).floats(x.dtype)
     return weights.product("TF,DF->TD" if backward else EQN, x, w, jnp.float32).astype(x.dtype)
 
 
 def _leaf(quantizer: Quantizer, k: int, n: int) -> Quantized:
-    """An abstract quantized W [K, N], with scales in the layout that the kernels take."""
+    """Makes an abstract quantized matrix W [K, N], with scales in the layout that the kernels take."""
     encode = lambda w: quantizer.encode(w, EQN).plain_scales()
     return jax.eval_shape(encode, array(k, n, dtype="float32"))
 
 
 def _product(name: str, quantizer: Quantizer, m: int, k: int, n: int, kernel: Callable, **options: Any) -> Case:
-    """A case for `kernel` and XLA: products of M rows of x or, if `backward`, of the gradient with respect to the
-    result."""
+    """Makes a case for `kernel` and XLA, which multiply M rows by W [K, N]: rows of x or, if `backward`, rows of the
+    gradient with respect to the result."""
     leaf, dtype, backward = _leaf(quantizer, k, n), options.pop("dtype", "bfloat16"), options.pop("backward", False)
     group = leaf.tile[0]
     args = array(m, n if backward else k, dtype=dtype), leaf.codes, leaf.scale
@@ -71,9 +71,10 @@ def _product(name: str, quantizer: Quantizer, m: int, k: int, n: int, kernel: Ca
 
 
 def _int4() -> Iterator[Case]:
-    """Decoding and prefill of 7B models with aligned and unaligned shapes, and the backward pass of QLoRA.
+    """Yields int4 cases: decoding and prefill of 7B models with aligned and unaligned shapes, and the backward pass of
+    QLoRA.
 
-    A decoding loop pads the columns to whole registers (`_multiply.for_inference`): for 4,100 columns it reads 4,224.
+    In decoding, `_multiply.for_inference` pads the columns to whole registers, so 4,100 columns become 4,224.
     """
     few, many = (16, 4096, 4096), (2048, 4096, 14336)
     forward = [(*few, 128), (*few, 64), (1, 4096, 4096, 128), (16, 4096, 4100, 128), (16, 4096, 4224, 128)]
@@ -88,7 +89,8 @@ def _int4() -> Iterator[Case]:
 
 
 def _nf4() -> Iterator[Case]:
-    """Dequantization of, and decoding with, weights of a 7B model and a weight whose columns are not aligned."""
+    """Yields NF4 cases: dequantization and decoding, with weights of a 7B model and with a weight of unaligned
+    columns."""
     for k, n in ((4096, 4096), (4096, 14336), (4096, 4100)):
         leaf = _leaf(nf4_leaves.make(), k, n)
         kernel = functools.partial(nf4.dequantize, group=64)
@@ -98,8 +100,8 @@ def _nf4() -> Iterator[Case]:
 
 
 def _codes_triton() -> Iterator[Case]:
-    """Decoding of 7B models with aligned and unaligned shapes, up to a kernel's maximum rows; and bfloat16 for
-    comparison."""
+    """Yields GPU cases: decoding of 7B models with aligned and unaligned shapes, up to the largest number of rows that
+    a kernel takes, and with bfloat16 weights for comparison."""
     wide, square = (4096, 11008), (16, 4096, 4096)
     rows = [(m, *wide) for m in (1, 16, 64, 256)]
     for m, k, n in rows:
@@ -118,8 +120,8 @@ def _codes_triton() -> Iterator[Case]:
 
 
 def _paged_lora() -> Iterator[Case]:
-    """Decoding with a different adapter of rank 8 to 64 for each row; the stacks hold only the pages of these
-    adapters."""
+    """Yields cases of decoding in which each row has its own adapter, of rank 8 to 64. The stacks hold only the pages
+    of these adapters."""
     size, route = paged_lora.PAGE, paged_lora.Route
     flat = lambda f: lambda x, a, b, *r: f(x[:, None], a, b, route(*r))[:, 0]
     paged = lambda stack: stack.reshape(-1, size, stack.shape[1])
@@ -140,12 +142,12 @@ def _plain(x: Array, w: Array) -> Array:
 
 
 def _w8a8(x: Array, w: Array, per_row: Array, scale: Array) -> Array:
-    """int8 times int8, with a scale per row of x and one per column of W."""
+    """Multiplies an int8 x by an int8 W, with one scale per row of x and one scale per column of W."""
     return (_multiply.product_of_codes(EQN, x, w) * per_row * scale).astype(jnp.bfloat16)
 
 
 def _w8a8_gradient(g: Array, w: Array, per_row: Array) -> Array:
-    """g in int8, with the column scales of W folded in, times the transposed W."""
+    """Multiplies the int8 gradient g, which includes the column scales of W, by the transposed W."""
     return (_multiply.product_of_codes("TF,DF->TD", g, w) * per_row).astype(jnp.bfloat16)
 
 

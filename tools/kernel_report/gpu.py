@@ -1,8 +1,8 @@
-"""The cost of kernels on the GPU of this machine, or on an absent H100, from the statistics of ptxas.
+"""Reports the cost of kernels on the GPU of this machine, or on an absent H100, from the statistics of ptxas.
 
-Registers, spills and shared memory are the maxima over the programs. Bytes count every operand and result once, since
-the rows of x, which a kernel's programs read repeatedly, stay in the L2 cache. Times on an absent GPU are not known,
-since ptxas prints no schedule.
+Registers, spills and shared memory are the maxima over all GPU programs of a case. The bytes include every operand and
+result once, since the rows of x, which the programs of a kernel read repeatedly, stay in the L2 cache. Times on an
+absent GPU are not known, since ptxas prints no schedule.
 """
 
 import glob
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from model.weights import Tree
     from tools.kernel_report.cases import Case
 
-COLD = 128 * 2**20  # total bytes of operands: more than twice the L2 cache of an H100, 50 MiB
-CALLS = 16  # maximum calls in a timed program, since each of them is compiled
+COLD = 128 * 2**20  # total bytes of operands, more than twice the 50 MiB of an H100's L2 cache
+CALLS = 16  # maximum number of calls in a timed program, since each call is compiled
 ROUNDS = 7
 
 
 def report(cases: list["Case"], dump: str, here: bool) -> list[Json]:
-    """One row per case: timed on the GPU of this machine if `here`, else for an absent H100. Raises UserError."""
+    """Returns one row per case, timed on the GPU of this machine if `here`, or compiled for an absent H100. Raises
+    UserError."""
     from tools.plan import topology
 
     flags = f" --xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_emitter_re=ptx"
@@ -82,7 +83,7 @@ def size(tree: "Tree") -> int:
 
 
 def drawn(args: tuple, seed: int) -> "list[jax.Array]":
-    """Operands of a case: its concrete arrays, and random ones for its abstract arrays."""
+    """Returns the operands of a case: its concrete arrays, and random arrays in place of its abstract arrays."""
     import jax
     import jax.numpy as jnp
 
@@ -97,7 +98,8 @@ def drawn(args: tuple, seed: int) -> "list[jax.Array]":
 
 
 def seconds(f: Callable, args: tuple) -> float:
-    """Seconds per call of `f` with operands in HBM: every call of the timed program has its own operands."""
+    """Returns the seconds per call of `f`. Every call in the timed program has its own operands, so that they are read
+    from HBM instead of a cache."""
     import jax
 
     calls = [drawn(args, i) for i in range(min(math.ceil(COLD / size(args)), CALLS))]
@@ -114,7 +116,7 @@ def seconds(f: Callable, args: tuple) -> float:
 
 
 def distance(ours: "jax.Array", theirs: "jax.Array") -> float:
-    """The norm of the difference relative to that of `theirs`."""
+    """Returns the norm of the difference, divided by the norm of `theirs`."""
     import jax.numpy as jnp
 
     ours, theirs = (x.astype(jnp.float32) for x in (ours, theirs))
@@ -122,7 +124,7 @@ def distance(ours: "jax.Array", theirs: "jax.Array") -> float:
 
 
 def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
-    """Compiles a function of abstract arrays for a device, and returns its figures."""
+    """Compiles a function of abstract arrays for a device, and returns the figures of the program."""
     import jax
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
@@ -133,7 +135,7 @@ def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
     shutil.rmtree(dump)  # XLA creates it again
     mesh = meshes.make_mesh({}, [device])
     there = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P())) for a in args]
-    with jax.set_mesh(mesh):  # Pallas reads from it which device it compiles for
+    with jax.set_mesh(mesh):  # Pallas reads from the mesh for which device to compile
         program = jax.jit(f).lower(*there).compile()
     counts = "".join(assembled(path) for path in glob.glob(f"{dump}/*.ptx"))
     shared = "".join(Path(p).read_text() for p in glob.glob(f"{dump}/*.thunk_sequence.txt"))
@@ -149,7 +151,7 @@ def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
 
 
 def assembled(path: str) -> str:
-    """The statistics that ptxas prints for a file; "" for a file without programs, which ptxas rejects."""
+    """Returns the statistics that ptxas prints for a file, or "" for a file without programs, which ptxas rejects."""
     text = Path(path).read_text()
     if ".entry" not in text:
         return ""
@@ -159,7 +161,7 @@ def assembled(path: str) -> str:
 
 
 def ptxas() -> str:
-    """The path of ptxas: from the CUDA wheels, whose folder name holds the version, or from PATH."""
+    """Returns the path of ptxas in the CUDA wheels, whose folder name depends on the CUDA version, or else on PATH."""
     nvidia = importlib.util.find_spec("nvidia")
     folders = nvidia.submodule_search_locations if nvidia else []
     found = [path for folder in folders for path in glob.glob(f"{folder}/*/bin/ptxas")]

@@ -1,8 +1,8 @@
-"""Reads the schedule of a TPU program from the compiler's listing of bundles; without stalls, one bundle issues per
-cycle.
+"""Reads the schedule of a TPU program from the compiler's listing of instruction bundles.
 
-A loop is a branch back to the start of a region; its exit test gives the number of iterations. A region that a forward
-branch can skip and that contains neither a product nor a copy runs only in the first or last step of a sum.
+Without stalls, one bundle is issued per cycle. A loop is a branch back to the start of a region, and the exit test of
+the loop gives the number of iterations. A region that a forward branch can skip, and that contains neither a product
+nor a copy, runs only in the first or last step of a sum.
 """
 
 import itertools
@@ -16,8 +16,8 @@ _BRANCH = re.compile(r"sbr\.rel \([^)]*\) target = \$region(\d+)")
 _TURNS = re.compile(r"scmp\.ge\.s32\.totalorder [^,]*, (\d+) /\* loop exit test")
 _WORK = re.compile(r"\bvmatmul|\bdma\.")
 _SPILL = re.compile(r"vst\S* \[vmem:\[#allocation\d+_spill")
-DELAY = 4  # delay slots: bundles after a branch that still issue
-SMALL = 24  # bundles; a branch that skips fewer bundles only guards the pipeline
+DELAY = 4  # delay slots: number of bundles that are still issued after a branch
+SMALL = 24  # a branch that skips at most this number of bundles only guards the pipeline
 
 
 class Loop(NamedTuple):
@@ -31,14 +31,14 @@ class Schedule(NamedTuple):
 
     cycles: int
     hot: int  # bundles per iteration of the hottest loop
-    turns: int  # iterations of that loop
-    products: int  # MXU instructions per iteration
-    spills: int  # vector registers spilled per iteration
+    turns: int  # iterations of the hottest loop
+    products: int  # MXU instructions per iteration of the hottest loop
+    spills: int  # vector registers spilled per iteration of the hottest loop
     known: bool  # whether the iterations of every loop are known
 
 
 def bundles(text: str) -> list[str]:
-    """The instructions of each bundle; a comment may span lines."""
+    """Returns the instructions of each bundle. A comment in the listing may span several lines."""
     found: list[str] = []
     for line in text.splitlines():
         if match := _BUNDLE.match(line):
@@ -49,7 +49,8 @@ def bundles(text: str) -> list[str]:
 
 
 def read(text: str, sums: int = 1) -> Schedule:
-    """The schedule of a listing. If a kernel sums over `sums` steps, one step in `sums` begins or ends a sum."""
+    """Returns the schedule of a listing. If a kernel computes each sum in `sums` steps, one step in `sums` begins or
+    ends a sum."""
     code = bundles(text)
     starts = {region: i for i, b in enumerate(code) for region in _START.findall(b)}
     jumps = [(i, starts[r]) for i, b in enumerate(code) for r in _BRANCH.findall(b) if r in starts]
@@ -87,8 +88,8 @@ def _count(pattern: str, code: list[str]) -> int:
 
 
 def _turns(body: list[str]) -> int | None:
-    """Iterations of a loop, from its last exit test, without the two that fill and drain a pipelined loop over
-    windows."""
+    """Returns the iterations of a loop, from its last exit test, without the two iterations that fill and drain a
+    pipelined loop over windows."""
     tests = [int(n) for b in body for n in _TURNS.findall(b)]
     if not tests:
         return None

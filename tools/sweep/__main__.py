@@ -1,17 +1,17 @@
-"""Runs many variants of a config. All of them are checked, and their cost estimated, before the first one starts.
+"""Runs many variants of a config. Before the first run, all variants are checked and their cost is estimated.
 
     python -m tools.sweep --config=configs/X.py[:ARG] --out=runs/sweeps/NAME [--config.key=value ...]
-        --sweep=NAME       the points of `def sweep_NAME()` instead of `def sweep()`; NAME,OTHER: their product
+                --sweep=NAME       runs `def sweep_NAME()` instead of `def sweep()`; NAME,OTHER runs their product
         --search=tpe       (or random) draws --trials=20 points with Optuna from the ranges of `def search()`
-        --jobs=1           number of concurrent runs; each uses all accelerators that it sees
+        --jobs=1           number of concurrent runs, each of which uses all accelerators that it sees
         --retry-failed     runs failed points again
         --metric=eval/nll  the metric to rank by      --maximize     higher is better
         --dry-run          only estimates the cost    --collect      only writes results.csv and index.html
         --emit=slurm       (or skypilot, xpk, gcloud, lines) only writes OUT/emit/ for a cluster
 
-Each point is a run folder OUT/ID. Repeating the command, even concurrently from other machines, skips points that are
-done or running and resumes interrupted ones. Exit codes: 0 done, 1 some points failed, 2 the input must change, 75
-interrupted.
+Each point is trained in a run folder OUT/ID. If the command is repeated, even concurrently on other machines, it skips
+points that are done or running, and resumes interrupted points. The exit code is 0 if all points are done, 1 if some
+points failed, 2 if the input must change, and 75 after an interruption.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ FLAGS = {
     "maximize": False, "dry-run": False, "collect": False, "emit": "",
 }  # fmt: skip
 CHOICES = {"search": ("tpe", "random"), "emit": ("skypilot", "xpk", "slurm", "gcloud", "lines")}
-MFU_RANGE = 0.2, 0.5  # assumed for estimates
+MFU_RANGE = 0.2, 0.5  # range of the MFU that the estimates assume
 
 
 @cli.command
@@ -92,7 +92,7 @@ def check(args: overrides.Args) -> None:
 
 
 def planned_points(args: overrides.Args) -> "list[Point]":
-    """Every point of the sweep; for a search, all combinations of its choices and the ends of its ranges.
+    """Returns every point of a sweep or, for a search, all combinations of its choices and of the ends of its ranges.
 
     Raises ConfigError with the problems of all points, or UserError.
     """
@@ -118,7 +118,8 @@ def planned_points(args: overrides.Args) -> "list[Point]":
 
 
 def maker(args: overrides.Args) -> "Callable[[dict[str, Leaf]], Point]":
-    """A function that makes a checked Point from the values it sets, and raises ConfigError."""
+    """Returns a function that makes a checked Point from the values of its keys, and raises ConfigError for wrong
+    values."""
     from model.io import saved
     from tools.sweep.run import Point
     from train.keep import runs
@@ -147,22 +148,23 @@ def maker(args: overrides.Args) -> "Callable[[dict[str, Leaf]], Point]":
 
 
 def text(value: Leaf) -> str:
-    """A value as written on a command line."""
+    """Formats a value as it is written on a command line."""
     return "none" if value is None else value if isinstance(value, str) else repr(value)
 
 
 def label(values: dict[str, Leaf]) -> str:
-    """A short text of the values, with four digits."""
+    """Formats the values of a point as a short text, with four digits per number."""
     return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={text(v)}" for k, v in values.items())
 
 
 def price(points: "list[Point]", trials: int) -> None:
-    """Prints the size and maximum cost of each point, or of a search's cheapest and most expensive, and the total."""
+    """Prints the size and maximum cost of each point, and the total. For a search, only the cheapest and the most
+    expensive point are listed."""
     from train import plan
 
     plans: dict[str, dict] = {}
     rows = []
-    for p in points:  # neither the seed nor the optimizer's settings change the cost
+    for p in points:  # points that differ only in seed or optimizer settings share a plan
         key = schema.digest(schema.to_dict(p.config) | {"seed": 0, "optim": {"name": p.config.optim.name}})
         plans[key] = plans.get(key) or plan.describe(p.config, plan.blueprint(p.config))
         rows.append((p, plans[key]))
@@ -183,7 +185,7 @@ def price(points: "list[Point]", trials: int) -> None:
 
 
 def costs(name: str, flops: float) -> tuple[str, str]:
-    """Ranges of chip-hours and dollars for training FLOPs on a chip; n/a if config.chip is not set."""
+    """Returns the ranges of chip-hours and dollars for training FLOPs on a chip, or n/a if config.chip is not set."""
     chip = chips.find(name)
     if not chip:
         return numbers.NA, numbers.NA
@@ -218,7 +220,8 @@ def work(args: overrides.Args, points: "list[Point]", out: Path) -> int:
 
 @contextlib.contextmanager
 def screen(out: Path, metric: str, total: int) -> Iterator[Callable[[], None]]:
-    """Yields a function that shows the points of OUT: a live table in a terminal, else a line per change of state."""
+    """Yields a function that shows the points of OUT, as a live table in a terminal and otherwise as a line per change
+    of state."""
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
@@ -233,7 +236,7 @@ def screen(out: Path, metric: str, total: int) -> Iterator[Callable[[], None]]:
         rows = sweep_page.results(out, metric)
         done = f"{sum(r.state in runs.ENDED for r in rows)} of {total} ended"
         table = Table("point", "sets", "state", "step", metric, title=done, title_justify="left")
-        for r in sorted(rows, key=lambda r: r.state != runs.RUNNING):  # small terminals show only the first rows
+        for r in sorted(rows, key=lambda r: r.state != runs.RUNNING):  # running points first, if rows are cut off
             line = (r.id, label(r.values), r.state, f"{r.step:,}", sweep_page.number(r.value))
             table.add_row(*map(Text, line))
             if not live and known.get(r.id, runs.WAITING) != r.state:

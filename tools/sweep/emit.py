@@ -8,7 +8,7 @@ from pathlib import Path
 from common import files
 from tools.sweep.run import Point, alone, declare
 
-# The names of a cluster's resources are known only to its user: the scripts read them from environment variables.
+# Only the user knows the names of a cluster's resources, so the scripts read these names from environment variables.
 LINES = {
     "lines": "{command}",
     "gcloud": 'gcloud compute tpus tpu-vm ssh "${{TPU:?}}" --zone "${{ZONE:?}}" --worker all '
@@ -43,9 +43,10 @@ run: |
 
 
 def write(kind: str, points: list[Point], out: Path) -> list[Path]:
-    """Writes OUT/emit/ for "skypilot", "xpk", "slurm", "gcloud" or "lines", and returns its files.
+    """Writes the files of OUT/emit/ for "skypilot", "xpk", "slurm", "gcloud" or "lines", and returns their paths.
 
-    The run folders are the same as in a local sweep, so both the cluster and the collector must be able to reach OUT.
+    The run folders are the same as in a local sweep, so the cluster and the machine that collects the results must both
+    be able to reach OUT.
     """
     folder, made, lines = out / "emit", {}, []
     sweep = "".join(c if c.isalnum() else "-" for c in out.name.lower()).strip("-")[:24] or "sweep"
@@ -56,7 +57,7 @@ def write(kind: str, points: list[Point], out: Path) -> list[Path]:
         command = shlex.join(["python", "-m", "train.main", *point.argv, f"--workdir={out / point.id}"])
         name, task = f"{sweep}-{point.id}", folder / f"{point.id}.yaml"
         if kind == "skypilot":
-            mount = json.dumps(str(Path("~/sky_workdir") / out))  # an absolute OUT is kept
+            mount = json.dumps(str(Path("~/sky_workdir") / out))  # an absolute OUT stays as it is
             made[task] = SKYPILOT.format(name=name, mount=mount, command=command)
         if kind == "slurm":
             lines.append(f"{i}) exec {command} ;;")

@@ -1,4 +1,4 @@
-"""The results of a sweep, read from its run folders: rows, results.csv, and one page without scripts."""
+"""Reads the results of a sweep from its run folders, and writes results.csv and one page without scripts."""
 
 import csv
 import io
@@ -18,18 +18,18 @@ from tools.sweep import run as runs
 
 
 class Result(NamedTuple):
-    """A point as read from its folder. `value` is the last value of the metric; it is final if the state is done."""
+    """A point as read from its folder. `value` is the last value of the metric, and is final if the state is done."""
 
     id: str
     values: dict[str, Leaf]
     state: str
     step: int
     value: float | None
-    time: float  # step of the last line
+    time: float  # when the last line of metrics was written
     method: str  # tools.report.data.method
     rank: int | None
     trained: int | None  # parameters
-    forgetting: float | None  # nats per token: rise of eval/text_nll since the start
+    forgetting: float | None  # rise of eval/text_nll since the start, in nats per token
     stored: int | None = None  # bytes of the trained parameters in a checkpoint
     peak: int | None = None  # peak host memory in bytes
     rate: float | None = None  # training tokens per second
@@ -48,7 +48,8 @@ class Result(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Finished points that differ only in their seed; [low, high] is the 95 % interval of the mean."""
+    """Finished points that differ only in their seed. `low` and `high` are the ends of the 95 % interval of the
+    mean."""
 
     values: dict[str, Leaf]
     mean: float
@@ -79,7 +80,7 @@ def results(out: Path, metric: str) -> list[Result]:
 
 
 def groups(rows: list[Result], maximize: bool) -> list[Group]:
-    """Finished settings, the best first."""
+    """Groups the finished points by their setting, the best setting first."""
     found: dict[str, list[Result]] = {}
     for r in rows:
         if r.final:
@@ -139,7 +140,7 @@ def _html(name: str, rows: list[Result], metric: str, maximize: bool, used: dict
         "sweep.html.j2",
         title=f"Sweep {name}",
         meta=f"{len(rows)} points: {counts}",
-        paragraphs=[*lead, *map(str, list(used.values())[-1:])],  # the last one is the sum
+        paragraphs=[*lead, *map(str, list(used.values())[-1:])],  # the last entry is the sum
         keys=parallel(ranked, pruned, metric) if ranked else "",
         methods=methods(rows, ranked, metric),
         sizes=sizes(rows, ranked, metric),
@@ -167,7 +168,8 @@ def shown(value: Leaf) -> str:
 
 
 def parallel(ranked: list[Group], pruned: list[Group], metric: str) -> str:
-    """Parallel coordinates: one axis per varying key, then the metric. The best setting is highlighted."""
+    """Draws parallel coordinates, with one axis per varying key and one axis for the metric. The best setting is
+    highlighted."""
     keys, paths = varying(ranked + pruned), []
     for i, g in enumerate(ranked + pruned):
         look, opacity = ("line c0", 0.8 - 0.6 * i / len(ranked)) if i else ("line c1", 1.0)
@@ -182,7 +184,7 @@ def parallel(ranked: list[Group], pruned: list[Group], metric: str) -> str:
 
 
 def of_each_kind(rows: list[Result], ranked: list[Group]) -> list[tuple[Group, list[Result]]]:
-    """(best setting, its points) for each method and size, the best first."""
+    """Returns (best setting, points with this setting) for each method and size, the best result first."""
     best: dict[tuple, tuple[Group, list[Result]]] = {}
     for g in ranked:
         same = [r for r in rows if r.final and r.setting == g.values]
@@ -191,19 +193,20 @@ def of_each_kind(rows: list[Result], ranked: list[Group]) -> list[tuple[Group, l
 
 
 def average(points: list[Result], field: str) -> float | None:
-    """The mean of a field; None unless all points have it."""
+    """Returns the mean of a field over points, or None if a point does not have the field."""
     values = [getattr(r, field) for r in points]
     return None if None in values else sum(values) / len(values)
 
 
 def over_seeds(g: Group, strong: bool = False) -> Cell:
-    """The mean of a group, with the number of seeds and the interval below."""
+    """Makes a cell with the mean of a group and, below it, the number of seeds and the interval."""
     head, _, tail = str(g).partition(" (")
     return Cell(head, tail.rstrip(")").replace("95 % interval ", ""), strong)
 
 
 def methods(rows: list[Result], ranked: list[Group], metric: str) -> Table:
-    """Result and cost of each method and size at its best setting; no rows if there is only one."""
+    """Makes a table of the result and cost of each method and size at its best setting. The table has no rows if there
+    is only one method and size."""
     best = of_each_kind(rows, ranked)
     keys = [key for key in varying([g for g, _ in best]) if key not in ("peft.name", "peft.rank")]
     heads = [("", ""), (metric, "mean over seeds"), ("forgetting", "nats per token"), ("trained", "parameters")]
@@ -220,16 +223,17 @@ def methods(rows: list[Result], ranked: list[Group], metric: str) -> Table:
 
 
 def sizes(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
-    """Charts of the metric and of forgetting over rank and over trained parameters, if settings differ in these.
+    """Draws the metric and the forgetting against the rank and against the number of trained parameters, if a method
+    has several sizes.
 
-    One line per method; each point is the mean over seeds of the best setting of that size.
+    A chart has one line per method, and each point is the mean over seeds of the best setting of that size.
     """
     best = [(same[0], g.mean, average(same, "forgetting")) for g, same in of_each_kind(rows, ranked)]
     charts = []
     for field, name in (("rank", "rank"), ("trained", "trained parameters")):
         known = [(getattr(r, field), r.method, *ys) for r, *ys in best if getattr(r, field)]
         if len({point[:2] for point in known}) == len({method for _, method, *_ in known}):
-            continue  # one size per method
+            continue  # each method has only one size, so there is nothing to plot
         for i, label in enumerate((metric, "forgetting, nats per token of general text")):
             points = sorted((x, method, ys[i]) for x, method, *ys in known if ys[i] is not None)
             methods = list(dict.fromkeys(method for _, method, _ in points))
@@ -239,7 +243,7 @@ def sizes(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
 
 
 def _best(rows: list[Result], metric: str, maximize: bool) -> str:
-    """A chart of the best final value so far over the steps spent, including the steps of pruned and failed points."""
+    """Draws the best final value so far against the steps spent, including the steps of pruned and failed points."""
     spent, each, best = 0, [], []
     for r in sorted((r for r in rows if r.state in runs.ENDED), key=lambda r: r.time):
         spent += r.step
@@ -252,7 +256,8 @@ def _best(rows: list[Result], metric: str, maximize: bool) -> str:
 
 
 def _points(rows: list[Result], ranked: list[Group], metric: str, used: dict[str, Gas]) -> Table:
-    """All points: the best setting first, with its seeds together; points without a final value last."""
+    """Makes a table of all points, from the best setting to the worst, with the seeds of a setting together. Points
+    without a final value come last."""
     keys, places = varying(rows), {repr(g.values): i for i, g in enumerate(ranked)}
     heads = [("point", ""), (metric, "last"), ("over seeds", "mean"), *((key, "") for key in keys), ("state", "")]
     heads += [("steps", ""), ("FLOPs", "of training"), ("chip-hours", "launch to end"), ("$", "on demand"), ("", "")]

@@ -1,6 +1,6 @@
-"""Points of a sweep as run folders OUT/ID: their states and the processes that run them.
+"""Manages the points of a sweep, whose run folders are OUT/ID: their states and the processes that run them.
 
-A launcher locks OUT/ID/CLAIM and its child inherits the lock: the kernel releases it when both have ended.
+A launcher locks OUT/ID/CLAIM, and its child process inherits the lock, which the kernel releases when both have ended.
 """
 
 import contextlib
@@ -18,13 +18,14 @@ from common.types import Leaf
 from train.keep.runs import take_lock
 
 DONE, FAILED, PRUNED, RUNNING, STOPPED, WAITING = "done", "failed", "pruned", "running", "stopped", "waiting"
-BELOW = "below floor"  # stopped by config.floors; running it again would stop at the same step
+BELOW = "below floor"  # stopped by config.floors; a repeated run would stop at the same step
 ENDED = (DONE, FAILED, PRUNED, BELOW)
 _parsed: dict[Path, tuple[tuple, list[dict]]] = {}
 
 
 class Point(NamedTuple):
-    """One run of a sweep. `values`: the keys that the sweep sets; `argv`: train.main's arguments except the folder."""
+    """One run of a sweep. `values` has the keys that the sweep sets, and `argv` the arguments of train.main except
+    --workdir."""
 
     id: str
     values: dict[str, Leaf]
@@ -36,11 +37,12 @@ class Child(NamedTuple):
     point: Point
     process: subprocess.Popen
     claim: int
-    trial: Any = None  # the trial, if the point is part of a search
+    trial: Any = None  # the Optuna trial, if the point is part of a search
 
 
 class Listed:
-    """A queue of listed points; tools.sweep.search has the queue of a search. `retry`: run failed points again."""
+    """A queue with a list of points, in contrast to the queue of a search in tools.sweep.search. `retry`: whether
+    failed points are run again."""
 
     def __init__(self, points: list[Point], out: Path, retry: bool):
         self.points, self.out = {p.id: p for p in points}, out
@@ -72,8 +74,8 @@ class Listed:
 
 
 def finish(child: Child, folder: Path, hopeless: bool) -> None:
-    """Records a failure or an early stop, and releases the claim. A full disk is neither and raises UserError; the same
-    command then resumes the run."""
+    """Records whether a run failed or was stopped early, and releases the claim on its point. A full disk raises
+    UserError and is not recorded as a failure, so the same command later resumes the run."""
     code, ended = child.process.returncode, {}
     with os.fdopen(child.claim):
         if outcome(folder, child.point.config.steps) == DONE:
@@ -107,7 +109,8 @@ def declare(point: Point, out: Path, index: int) -> None:
 
 
 def start(point: Point, out: Path, states: tuple[str, ...], trial: Any = None) -> Child | None:
-    """Starts a process that runs the point; None if the point is taken or not in one of `states`."""
+    """Starts a process that runs the point. Returns None if another process has the point or if its state is not in
+    `states`."""
     folder = out / point.id
     if held(folder):
         return None
@@ -122,7 +125,7 @@ def start(point: Point, out: Path, states: tuple[str, ...], trial: Any = None) -
 
 
 def held(folder: Path) -> bool:
-    """Whether a process has claimed the point or runs it without a launcher."""
+    """Whether a launcher has claimed the point, or a process runs the point without a launcher."""
     for name in ("CLAIM", "LOCK"):
         with contextlib.suppress(FileNotFoundError), (folder / name).open() as file:
             try:
@@ -137,7 +140,8 @@ def state(folder: Path, steps: int) -> str:
 
 
 def outcome(folder: Path, steps: int) -> str:
-    """The state according to the files: a run that was killed, or whose `steps` were raised, is STOPPED."""
+    """Returns the state of a run according to its files. A run is STOPPED if it was killed or if its `steps` were
+    raised."""
     lines, ended = read(folder), files.read_json(folder / "ended.json")
     if any(line.get("event") == "done" and line["step"] >= steps for line in lines):
         return DONE
@@ -149,7 +153,7 @@ def outcome(folder: Path, steps: int) -> str:
 
 
 def read(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, parsed again only after changes."""
+    """Returns the lines of a run's metrics.jsonl. The file is parsed again only after it has changed."""
     path = folder / "metrics.jsonl"
     with contextlib.suppress(FileNotFoundError):
         now = path.stat().st_mtime_ns, path.stat().st_size
@@ -160,6 +164,6 @@ def read(folder: Path) -> list[dict]:
 
 
 def curve(folder: Path, metric: str) -> list[tuple[int, float | None]]:
-    """(step, value) of a metric "KIND/NAME", such as "eval/nll"; None if it was not finite."""
+    """Returns (step, value) of a metric "KIND/NAME", such as "eval/nll". A value that was not finite is None."""
     kind, _, name = metric.partition("/")
     return [(line["step"], line[name]) for line in read(folder) if line["kind"] == kind and name in line]

@@ -1,6 +1,6 @@
-"""An Optuna search over the ranges of a config. Any number of launchers share the study in OUT/study.journal.
+"""Searches the ranges of a config with Optuna. Any number of launchers can share the study in OUT/study.journal.
 
-If a launcher is killed, the next one takes over its trial, and the run resumes from its checkpoint.
+If a launcher is killed, another launcher takes over its trial, and the run of the trial resumes from its checkpoint.
 """
 
 import warnings
@@ -19,11 +19,11 @@ try:
 except ImportError as e:
     raise UserError("the package optuna is not installed", "--search", "pip install -r requirements/search.txt") from e
 
-ETA = 3  # factor of successive halving: 1 / ETA of the trials continue at each rung
+ETA = 3  # factor of successive halving: after each rung, a fraction 1 / ETA of the trials continues
 
 
 class Search:
-    """A queue of flags["trials"] trials. `make` turns values into a point, or raises UserError.
+    """A queue of flags["trials"] trials. `make` turns the values of a trial into a point, or raises UserError.
 
     Runs are stopped early by asynchronous successive halving (Li et al. 2020, A System for Massively Parallel
     Hyperparameter Tuning), with rungs at eval_every steps, ETA * eval_every, ...
@@ -31,7 +31,7 @@ class Search:
 
     def __init__(self, space: dict[str, Range], make: Callable[[dict], Point], out: Path, flags: dict, config: Any):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        warnings.filterwarnings("ignore", module="optuna")  # its warnings about experimental features
+        warnings.filterwarnings("ignore", module="optuna")  # hides Optuna's warnings about experimental features
         self.space, self.make, self.out, self.metric = space, make, out, flags["metric"]
         self.sampler, self.trials, self.seed = flags["search"], flags["trials"], config.seed
         pruner = optuna.pruners.NopPruner()
@@ -40,7 +40,7 @@ class Search:
         else:
             print("no trial is stopped early, since eval_every is 0")
         direction = "maximize" if flags["maximize"] else "minimize"
-        name = f"{direction} {self.metric} over {sorted(space.items())}"  # another name is another study
+        name = f"{direction} {self.metric} over {sorted(space.items())}"  # other settings make another study
         with runs.alone(out):
             backend = optuna.storages.journal.JournalFileBackend(str(out / "study.journal"))
             storage = optuna.storages.JournalStorage(backend)
@@ -48,7 +48,7 @@ class Search:
             self.study = optuna.create_study(**known, direction=direction, pruner=pruner)
 
     def take(self) -> Child | None:
-        with runs.alone(self.out):  # so the number of trials is exact, and no two draws are the same
+        with runs.alone(self.out):  # the lock keeps the number of trials exact and all draws different
             for frozen in self._running():
                 if child := self._start(optuna.trial.Trial(self.study, frozen._trial_id)):
                     return child
@@ -62,7 +62,8 @@ class Search:
         return self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING])
 
     def _start(self, trial: Any) -> Child | None:
-        """Starts a trial. An invalid one, or one whose point has already ended, is reported to Optuna at once."""
+        """Starts a trial. An invalid trial, or a trial of a point that has already ended, is reported to Optuna at
+        once."""
         try:
             if trial.params.keys() != self.space.keys():
                 raise UserError("the trial was only partly sampled")
@@ -82,8 +83,8 @@ class Search:
         return bool(self._running()) or len(self.study.get_trials(deepcopy=False)) < self.trials
 
     def hopeless(self, child: Child) -> bool:
-        """Whether to stop the run early. Its new values are reported step by step, so that each rung is judged when
-        reached."""
+        """Whether to stop the run early. The new values of the metric are reported step by step, so that Optuna judges
+        the trial at each rung."""
         return self._report(child.trial, child.point)
 
     def close(self, child: Child, hopeless: bool) -> None:
@@ -99,7 +100,8 @@ class Search:
         return False
 
     def _tell(self, trial: Any, point: Point, state: str) -> None:
-        """Reports the end: a run that diverged or crossed a floor counts as the worst; a crash does not count."""
+        """Reports the end of a trial to Optuna. A run that diverged or crossed a floor counts as pruned, and a crashed
+        run does not count."""
         states = optuna.trial.TrialState
         self._report(trial, point)
         values = runs.curve(self.out / point.id, self.metric)
