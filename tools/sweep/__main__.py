@@ -1,7 +1,7 @@
 """Runs many variants of a config. Before the first run, all variants are checked and their cost is estimated.
 
     python -m tools.sweep --config=configs/X.py[:ARG] --out=runs/sweeps/NAME [--config.key=value ...]
-                --sweep=NAME       runs `def sweep_NAME()` instead of `def sweep()`; NAME,OTHER runs their product
+        --sweep=NAME       runs `def sweep_NAME()` instead of `def sweep()`; NAME,OTHER runs their product
         --search=tpe       (or random) draws --trials=20 points with Optuna from the ranges of `def search()`
         --jobs=1           number of concurrent runs, each of which uses all accelerators that it sees
         --retry-failed     runs failed points again
