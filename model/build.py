@@ -1,4 +1,4 @@
-"""Builds the model that a run's config describes, and the transforms of its parameters, for training and inference."""
+"""Builds the model that a run's config describes, and the functions that quantize it and add adapters to it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +19,7 @@ OVERRIDES = ("layers", "embed", "heads", "kv_heads", "mlp")
 
 
 def transform(cfg: Config, specs: Specs) -> Callable[[Params, jax.Array], Params]:
-    """A function (params, key) that quantizes the base and then adds adapters. The config may leave out either step."""
+    """Returns a function (params, key) that quantizes parameters and then adds adapters, as far as `cfg` says so."""
     steps = [find(f"model.{kind}", cfg[kind])() for kind in ("quant", "peft") if cfg[kind].name]
 
     def apply(params: Params, key: jax.Array) -> Params:
@@ -31,7 +31,7 @@ def transform(cfg: Config, specs: Specs) -> Callable[[Params, jax.Array], Params
 
 
 class Shaped(Protocol):
-    """An opened model: its shape is known before its weights are read."""
+    """A checkpoint that has been opened, so that its ModelConfig is known before its weights are read."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -40,10 +40,9 @@ class Shaped(Protocol):
 def network(
     config: ModelConfig, dtype: str | None = None, param_dtype: str | None = None, remat: str = "dots"
 ) -> Transformer:
-    """The network of the shape `config`. Activations have `dtype` (None: float32), weights `param_dtype` (None: the
-    same as `dtype`).
+    """Returns the model with this ModelConfig. Raises UserError for a ModelConfig that is not supported.
 
-    Raises UserError for an unsupported shape.
+    `dtype` is the dtype of activations (None: float32), and `param_dtype` that of weights (None: the same as `dtype`).
     """
     kinds.check(config)
     dtype = dtype or "float32"
@@ -51,10 +50,10 @@ def network(
 
 
 def model(cfg: Config, pretrained: Shaped | None, vocab_size: int | None = None) -> Transformer:
-    """The model of a config. It has the shape of `pretrained`, or a named shape with the config's overrides.
+    """Returns the model of a run's config: that of `pretrained`, or a named shape with the config's changes.
 
-    `vocab_size` is the tokenizer's; a randomly initialized model rounds it up to a multiple of 64, for which every
-    accelerator has fast tiles. Raises UserError when shape, `init` and tokenizer do not fit together.
+    `vocab_size` is the size of the tokenizer's vocabulary. A randomly initialized model rounds it up to a multiple of
+    64, for which every accelerator has fast tiles. Raises UserError if shape, `init` and tokenizer do not fit together.
     """
     c = cfg.model
     if not c.shape:

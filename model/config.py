@@ -1,13 +1,15 @@
-"""The shape of a model: a frozen dataclass, which model/families fills from a config.json and the layers read. This
-module does not import jax."""
+"""The architecture and sizes of a model, as a frozen dataclass. This module does not import jax.
+
+The files in model/families create it from a config.json, and the layers read it.
+"""
 
 import dataclasses
 from typing import Any
 
 from common.types import Json
 
-LAYERS = "layers"  # the subtree of parameters that are stacked over layers
-BIASED = {  # `bias` of a ModelConfig -> the matrix products of attention and MLP that have a bias
+LAYERS = "layers"  # name of the subtree of parameters that are stacked over layers
+BIASED = {  # {value of ModelConfig.bias: the matrix products of attention and MLP that have a bias}
     "none": (),
     "qkv": ("qkv",),  # Qwen2
     "attn": ("qkv", "out"),  # Llama and Qwen3 with attention_bias
@@ -22,7 +24,7 @@ CHOICES = {
     "bias": BIASED,
 }
 SIZE = (1, 2**31 - 1)
-RANGES = {  # allowed ranges of a ModelConfig's numbers; SIZE is the range of numbers that are not listed
+RANGES = {  # allowed ranges of the numbers in a ModelConfig; numbers that are not listed must be in SIZE
     "layers": (1, 4096),
     "norm_eps": (1e-20, 1),
     "rotary": (0, 1),
@@ -44,12 +46,12 @@ STRETCHES = ("linear", "dynamic", "yarn")  # types of `rope_scaling` that extend
 
 
 def in_layers(path: str) -> bool:
-    """Whether the parameter at a path such as "layers/attn/wq" is stacked over layers."""
+    """Returns whether the parameter with a name such as "layers/attn/wq" is stacked over layers."""
     return LAYERS in path.split("/")
 
 
 def number(name: str, value: object, low: float, high: float, whole: bool = False) -> None:
-    """Raises ValueError unless a value is a number in a range; NaN is always refused."""
+    """Raises ValueError unless `value` is a number from `low` to `high`. NaN is always refused."""
     kinds = int if whole else int | float
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         kind = "whole number" if whole else "number"
@@ -58,19 +60,20 @@ def number(name: str, value: object, low: float, high: float, whole: bool = Fals
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A stack of layers between an embedding and a head. Defaults are Llama's; the capital letters are used in einsums.
+    """The architecture and sizes of a model. The default values are those of Llama.
 
-    `rope_scaling` is the `rope_scaling` / `rope_parameters` dict of a Hugging Face config, as sorted pairs so that
-    the record is hashable. `windows` holds one sliding window per layer (0: full attention); if it is empty, all
-    layers have full attention. Raises ValueError for a field of the wrong type or out of its range, because the values
-    may come from hostile files.
+    A capital letter after a size is its name in einsum equations. `rope_scaling` is the `rope_scaling` or
+    `rope_parameters` dict of a Hugging Face config, as sorted pairs, so that a ModelConfig is hashable. `windows` has
+    the size of the sliding window of each layer, where 0 means full attention. If `windows` is empty, all layers have
+    full attention. Since the values may come from hostile files, a field of the wrong type or out of its range raises
+    ValueError.
     """
 
     vocab_size: int  # V
     layers: int  # L
     embed: int  # D
     heads: int  # N
-    kv_heads: int  # K; N / K query heads share one key head (grouped-query attention)
+    kv_heads: int  # K, where N / K query heads share one key head (grouped-query attention)
     head_dim: int  # H
     mlp: int  # F
     family: str = "llama"  # a file in model/families, which defines the tensor names of checkpoints
@@ -80,21 +83,21 @@ class ModelConfig:
     act: str = "silu"  # | "gelu" | "gelu_tanh" | "gelu_sigmoid" | "relu"
     gated: bool = True  # SwiGLU-like: act(x @ gate) * (x @ up)
     position: str = "rope"  # | "learned"
-    rotary: float = 1.0  # fraction of a head's dimensions that rope rotates
+    rotary: float = 1.0  # fraction of a head's dimensions that rotary embeddings rotate
     max_len: int = 8192
     rope_theta: float = 10000.0
     rope_scaling: tuple[tuple[str, Any], ...] = ()
-    tied: bool = False  # the unembedding is the embedding's transpose
+    tied: bool = False  # if True, the head's matrix is the transposed embedding table
     bias: str = "none"  # a key of BIASED
-    qk_norm: bool = False  # RMSNorm on each query and key head (Qwen3)
+    qk_norm: bool = False  # if True, every query head and key head has an RMSNorm (Qwen3)
     windows: tuple[int, ...] = ()
-    causal: bool = True  # a token attends to itself and earlier tokens; False: to its whole document (an encoder)
-    types: int = 0  # U, number of token types, which have an embedding each (BERT's two sentences)
-    blocks: tuple[str, ...] = ("attn",)  # kinds of layers, from model/net/kinds.py; repeated up to the last layer
+    causal: bool = True  # if False, a token attends to its whole document, as in an encoder
+    types: int = 0  # U, number of token types with an embedding each, such as BERT's two sentences
+    blocks: tuple[str, ...] = ("attn",)  # kinds of layers (model/net/kinds.py), a pattern that repeats over the layers
     recurrent: int = 0  # W, the width of recurrent layers
-    conv: int = 4  # C, the taps of the convolution in recurrent layers
-    scale_embed: bool = False  # embeddings are multiplied by sqrt(D) (Gemma)
-    logit_cap: float = 0.0  # logits become cap * tanh(logits / cap); 0: no cap
+    conv: int = 4  # C, the number of taps of the convolution in recurrent layers
+    scale_embed: bool = False  # if True, embeddings are multiplied by sqrt(D) (Gemma)
+    logit_cap: float = 0.0  # logits become cap * tanh(logits / cap), unless the cap is 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -125,10 +128,10 @@ class ModelConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """{letter of an einsum equation: size}; P is the number of learned positions."""
+        """The size of each axis, by its letter in einsum equations. P is the number of learned positions."""
         sizes = dict(V=self.vocab_size, D=self.embed, F=self.mlp, P=self.max_len)
         sizes |= dict(N=self.heads, K=self.kv_heads, H=self.head_dim)
-        if "recurrent" in self.blocks:  # I and J: the part of W that the gates of one head use
+        if "recurrent" in self.blocks:  # I and J are the features of one block of the gates
             block = self.recurrent // self.heads
             sizes |= dict(W=self.recurrent, C=self.conv, I=block, J=block)
         if self.types:
@@ -137,7 +140,7 @@ class ModelConfig:
 
     @property
     def context(self) -> int:
-        """Number of positions that the model supports: `max_len`, or more with `rope_scaling`."""
+        """The number of positions that the model supports, which is `max_len`, or more with `rope_scaling`."""
         scaling = dict(self.rope_scaling)
         if scaling.get("rope_type", scaling.get("type")) not in STRETCHES:
             return self.max_len
@@ -145,23 +148,24 @@ class ModelConfig:
         return max(self.max_len, int(original * scaling.get("factor", 1.0)))
 
     def biased(self, part: str) -> bool:
-        """Whether the products of `part` ("qkv", "out" or "mlp") have a bias."""
+        """Returns whether the matrix products of `part` ("qkv", "out" or "mlp") have a bias."""
         return part in BIASED[self.bias]
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kind of each layer, a name in model/net/kinds.py."""
+        """The kind of each layer. The names of all kinds are in model/net/kinds.py."""
         return (self.blocks * self.layers)[: self.layers]
 
     @property
     def windowed(self) -> tuple[bool, ...]:
-        """Per layer: whether its attention is limited to a window."""
+        """For each layer, whether its attention is limited to a sliding window."""
         return tuple(w > 0 for w in self.windows or (0,) * self.layers)
 
     def stack(self, path: str) -> list[int]:
-        """The layers that have the parameter at a path such as "layers/attn/wq", in the order of the stack.
+        """Returns the indices of the layers that have a parameter such as "layers/attn/wq", in the order of its stack.
 
-        Layers of the kind "attn" have the part "attn", and so on; parts not named for a kind are in every layer.
+        Only layers of the kind "attn" have parameters in "layers/attn", and so on for the other kinds. Parameters whose
+        path does not name a kind are in every layer.
         """
         parts = path.split("/")
         part = parts[parts.index(LAYERS) + 1]

@@ -1,12 +1,13 @@
-"""PEFT and quantization for any unmodified flax.linen model: they apply to its Dense, Embed and Conv modules.
+"""Adds PEFT and quantization to the Dense, Embed and Conv modules of any flax.linen model, without changing its code.
 
     apply = lambda params, x: model.apply({"params": params}, x)
     specs = linen.specs(apply, params, x)
     params = lora.make(rank=8, where=".*/kernel")(params, specs, key)
     y = linen.wrap(apply, specs)(params, x)
 
-The model's own tree gets Weights as leaves; `wrap` multiplies by them where Linen would multiply by the array.
-`weights.partition` and `weights.dense` then work as for any model of this project.
+Some arrays in the model's own tree of parameters are replaced by `Weight` objects. The function that `wrap` returns
+multiplies by such a `Weight` where Linen would multiply by the array. `weights.partition` and `weights.dense` work as
+for the models of this project.
 """
 
 from collections.abc import Callable
@@ -21,14 +22,14 @@ from common.errors import UserError
 from model import weights
 from model.weights import AXES, Params, Spec, Specs, operands
 
-TAPS = "XYZ"  # letters for the spatial axes of a convolution's kernel
+TAPS = "XYZ"  # einsum letters for the spatial axes of a convolution kernel
 
 
 def specs(apply: Callable, params: Params, *args: Any, **kwargs: Any) -> Specs:
-    """A Spec at every parameter of `params`, found by one abstract call of `apply(params, ...)`.
+    """Returns a tree with a Spec for every parameter in `params`, found by tracing `apply(params, ...)` once.
 
-    A parameter that no Dense, Embed or Conv reads has the equation "", and no method wraps it. Raises UserError when
-    the model calls none of these modules.
+    A parameter that no Dense, Embed or Conv uses gets the equation "", and PEFT and quantization leave it unchanged.
+    Raises UserError if the model calls none of these modules.
     """
     found: dict[str, str] = {}
 
@@ -44,7 +45,7 @@ def specs(apply: Callable, params: Params, *args: Any, **kwargs: Any) -> Specs:
     def spec(path: str, x: Array) -> Spec:
         eqn = found.get(path, "")
         names = tuple(AXES[c] for c in operands(eqn)[1]) if eqn else ()
-        lead = (None,) * (x.ndim - len(names))  # axes of layers that a model stacks
+        lead = (None,) * (x.ndim - len(names))  # leading axes over which a model stacks layers
         return Spec(jax.ShapeDtypeStruct(x.shape, x.dtype), (*lead, *names), eqn=eqn)
 
     if not found:
@@ -53,9 +54,10 @@ def specs(apply: Callable, params: Params, *args: Any, **kwargs: Any) -> Specs:
 
 
 def wrap(apply: Callable, specs: Specs) -> Callable:
-    """`apply`, extended to parameters whose kernels and embeddings may be Weights.
+    """Returns a function like `apply` that also accepts a `Weight` in place of a kernel or an embedding table.
 
-    Dense and Embed need no merged copy of a Weight. Conv uses a merged kernel, which is small compared to its images.
+    Dense and Embed multiply by the `Weight` directly. Conv merges it into a plain kernel, which is small compared to
+    the images.
     """
     declared = {weights.name(path): s for path, s in jax.tree.leaves_with_path(specs, is_leaf=weights.is_spec)}
 
@@ -82,7 +84,7 @@ def wrap(apply: Callable, specs: Specs) -> Callable:
 
 
 def _equation(module: nn.Module) -> str:
-    """The equation of a module's kernel or embedding; "" for a module of another class."""
+    """Returns the einsum equation of a Dense, Embed or Conv module, and "" for any other module."""
     match module:
         case nn.Dense():
             return "BD,DF->BF"
@@ -101,7 +103,7 @@ def _name(module: nn.Module) -> str:
 
 def _dense(module: nn.Dense, leaf: weights.Weight, inputs: jax.Array) -> jax.Array:
     bias = module.get_variable("params", "bias") if module.use_bias else None
-    # All arrays of a Weight have the dtype of the array it replaces.
+    # All arrays of a `Weight` have the dtype of the array that the `Weight` replaces.
     x, _, bias = promote_dtype(inputs, jax.tree.leaves(leaf)[0], bias, dtype=module.dtype)
     y = weights.einsum("BD,DF->BF", x.reshape(-1, x.shape[-1]), leaf)
     y = y.reshape(*x.shape[:-1], y.shape[-1])

@@ -1,7 +1,7 @@
-"""Many LoRA adapters on one frozen base: each row of a batch uses one of the adapters, or none.
+"""Serves many LoRA adapters on one frozen base model: each row of a batch uses one of the adapters, or none.
 
-Each weight has two stacks of pages, which hold its LoRA factors of all adapters; kernels/paged_lora.py multiplies by
-them.
+For each weight, the LoRA factors A and B of all adapters are stored in two arrays, which are divided into pages.
+kernels/paged_lora.py multiplies by these pages.
 """
 
 import math
@@ -21,19 +21,19 @@ from model import weights
 from model.peft.lora import LoRA
 from model.weights import AXES, Extra, Params, Spec, Specs, Weight
 
-# The factors of an adapter on the host: {name of the weight: (A [stack..., R, contracted...],
-# scale * B [stack..., R, produced...])}.
+# The LoRA factors of one adapter as host arrays, by the name of the weight.
+# Each value is (A [stack..., R, contracted...], scale * B [stack..., R, produced...]).
 Adapter = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @flax.struct.dataclass
 class PagedLoRA(Weight):
-    """`base` plus, for every row of the batch, the product with the pages that `route` assigns to it."""
+    """A base weight with the LoRA factors of many adapters; `route` says which pages each batch row uses."""
 
     base: Array | Weight
-    a: Array  # [C, contracted], with the contracted axes merged
+    a: Array  # [C, contracted], where C is the total rank and the contracted axes are merged
     b: Array  # [C, produced]
-    eqn: str = flax.struct.field(pytree_node=False)  # the equation that the weight was declared with
+    eqn: str = flax.struct.field(pytree_node=False)  # the einsum equation with which the weight was declared
     route: Route | None = None  # None: no row has an adapter
 
     def einsum(self, eqn: str, x: Array) -> Array:
@@ -66,9 +66,9 @@ class PagedLoRA(Weight):
 
 
 def factors_of(params: Params, specs: Specs, where: str) -> Adapter:
-    """The LoRA factors in `params`, on the host; error messages name `where`.
+    """Returns the LoRA factors in `params` as host arrays. `where` is the source that error messages name.
 
-    Raises UserError if there are no LoRA factors, or adapters of another kind.
+    Raises UserError if `params` has no LoRA factors, or if it has other adapters.
     """
     found: Adapter = {}
 
@@ -81,7 +81,7 @@ def factors_of(params: Params, specs: Specs, where: str) -> Adapter:
                 fix = "serve this adapter by itself"
                 raise UserError(f"adapters on the blocks of {path} cannot share a batch", where, fix)
             found[path] = _host(leaf, spec.stacked)
-            if not all(np.isfinite(x.astype(np.float32)).all() for x in found[path]):  # NaN would reach other rows
+            if not all(np.isfinite(x.astype(np.float32)).all() for x in found[path]):  # NaN would spread to other rows
                 raise UserError(f"the adapter of {path} has values that are not finite", where)
         return leaf
 
@@ -93,11 +93,11 @@ def factors_of(params: Params, specs: Specs, where: str) -> Adapter:
 
 def _host(leaf: LoRA, stacked: int) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.moveaxis(np.asarray(leaf.a), -1, stacked), np.asarray(leaf.b)
-    if leaf.start is not None:  # only A B minus its initial value is added, which takes twice the rank
+    if leaf.start is not None:  # A B minus its initial value is written as factors of twice the rank
         a = np.concatenate([a, np.moveaxis(np.asarray(leaf.start[0]), -1, stacked)], stacked)
         b = np.concatenate([b, -np.asarray(leaf.start[1])], stacked)
     b = (b * np.float32(leaf.scale)).astype(b.dtype)
-    # Stored in 16 bits if that is exact, as it is for an adapter that was saved in 16 bits.
+    # The factors are stored in 16 bits if that is exact, as it is for an adapter that was saved in 16 bits.
     same = lambda x, dtype: x.itemsize > 2 and np.array_equal(x.astype(dtype).astype(x.dtype), x)
     with np.errstate(over="ignore"):
         dtype = next((d for d in (jnp.bfloat16, np.float16) if same(a, d) and same(b, d)), a.dtype)
@@ -105,9 +105,9 @@ def _host(leaf: LoRA, stacked: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def empty(params: Params, specs: Specs, pages: dict[str, int], dtype: DTypeLike) -> Params:
-    """Stacked parameters with room for `pages[name]` pages at each weight that is a key of `pages`.
+    """Wraps each weight whose name is in `pages` in a PagedLoRA with room for `pages[name]` pages.
 
-    The dtype of a page is the narrower of `dtype` and the weight's own dtype.
+    `params` are stacked over layers. Pages have either `dtype` or the dtype of the weight, whichever is narrower.
     """
 
     def wrap(path: str, base: Array | Weight, spec: Spec | None) -> Array | Weight:
@@ -126,6 +126,6 @@ def empty(params: Params, specs: Specs, pages: dict[str, int], dtype: DTypeLike)
 
 
 def map_paged(f: Callable[[str, PagedLoRA], PagedLoRA], params: Params) -> Params:
-    """`f(name, leaf)` at every PagedLoRA of unrolled parameters, layer by layer; `name` is the stacked weight's."""
+    """Replaces every PagedLoRA of unstacked parameters by `f(name, leaf)`, where `name` omits the layer's number."""
     at = lambda path, leaf: f(re.sub(r"\blayers/\d+/", "layers/", path), leaf) if isinstance(leaf, PagedLoRA) else leaf
     return weights.map_named(at, params, is_leaf=weights.is_weight)

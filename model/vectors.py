@@ -1,6 +1,6 @@
-"""Task vectors: the change that tuning made to each weight, and sums of them (Ilharco et al. 2022, arXiv 2212.04089).
+"""Computes and combines task vectors, the changes of weights by fine-tuning (Ilharco et al. 2022, arXiv 2212.04089).
 
-An update is {"layers/attn/wq": numpy array in float32}.
+An update is a dict such as {"layers/attn/wq": float32 array}, which has the change of every parameter.
 """
 
 from collections.abc import Sequence
@@ -19,24 +19,27 @@ Update = dict[str, np.ndarray]
 
 
 def difference(after: Params, before: Params, specs: Specs) -> Update:
-    """after - before of every parameter, adapters merged. Raises UserError for adapters that cannot be merged."""
+    """Returns after - before for every parameter, with adapters merged.
+
+    Raises UserError for adapters that cannot be merged into weights.
+    """
     named = lambda p: {weights.name(at): x for at, x in jax.tree.leaves_with_path(weights.dense(p, specs))}
     new, old = named(after), named(before)
     return {name: np.asarray(new[name], np.float32) - np.asarray(old[name], np.float32) for name in old}
 
 
 def add(params: Params, update: Update) -> Params:
-    """Plain parameters plus an update."""
+    """Adds an update to parameters that are plain arrays."""
     return weights.map_named(lambda name, x: (x + update[name]).astype(x.dtype), params)
 
 
 def linear(updates: Sequence[Update], factors: Sequence[float]) -> Update:
-    """The sum of factor * update, which adds, subtracts and scales skills."""
+    """Returns the sum of factor * update. Factors may be negative, which subtracts what a model has learned."""
     return {name: sum(np.float32(f) * u[name] for f, u in zip(factors, updates)) for name in updates[0]}
 
 
 def trim(update: Update, density: float) -> Update:
-    """Keeps the fraction `density` of all entries, those of the largest magnitudes, and sets all others to zero."""
+    """Keeps the fraction `density` of all values, those with the largest magnitudes, and sets all others to zero."""
     sizes = np.concatenate([np.abs(x).ravel() for x in update.values()])
     kept = max(round(density * sizes.size), 1)
     least = np.partition(sizes, sizes.size - kept)[sizes.size - kept]
@@ -44,8 +47,10 @@ def trim(update: Update, density: float) -> Update:
 
 
 def ties(updates: Sequence[Update], factors: Sequence[float], density: float) -> Update:
-    """TIES (Yadav et al. 2023, arXiv 2306.01708): trims, takes the sign of each entry's sum, and averages the values
-    that have this sign."""
+    """Merges updates by TIES (Yadav et al. 2023, arXiv 2306.01708).
+
+    Each update is trimmed. Then each parameter value gets the mean of those updates that have the sign of their sum.
+    """
     updates = [linear([trim(u, density)], [f]) for u, f in zip(updates, factors)]
 
     def merge(*xs: np.ndarray) -> np.ndarray:
@@ -57,20 +62,21 @@ def ties(updates: Sequence[Update], factors: Sequence[float], density: float) ->
 
 
 def dare(updates: Sequence[Update], factors: Sequence[float], density: float, seed: int = 0) -> Update:
-    """DARE (Yu et al. 2023, arXiv 2311.03099): keeps a random fraction `density` of each update, divided by `density`,
-    and adds the results."""
+    """Merges updates by DARE (Yu et al. 2023, arXiv 2311.03099).
+
+    A random fraction `density` of the values of each update is kept and divided by `density`. The results are added.
+    """
     rng = np.random.default_rng(seed)
     drop = lambda x: np.where(rng.random(x.shape) < density, x / np.float32(density), 0)
     return linear([{name: drop(x) for name, x in u.items()} for u in updates], factors)
 
 
 def to_lora(params: Params, update: Update, specs: Specs, rank: int) -> tuple[Params, dict[str, tuple[float, float]]]:
-    """(`params` with the best LoRA of rank `rank` for each changed matrix, errors).
+    """Approximates the change dW of each matrix by the best LoRA of rank `rank`. Returns (new parameters, errors).
 
-    The errors are {name: (|| dW - A B ||^2, || dW ||^2)}. For parameters that LoRA does not cover (norms, biases), the
-    error is the whole change. A matrix whose full rank is below `rank` gets its full rank, and its error is 0.
-
-    Raises UserError for an update that is zero everywhere.
+    The errors are {name: (|| dW - A B ||^2, || dW ||^2)}. For parameters that LoRA does not change (norms, biases), the
+    error is the whole change. If a matrix has fewer than `rank` rows or columns, the LoRA has the full rank of the
+    matrix, and the error is 0. Raises UserError if the update is zero everywhere.
     """
     missed: dict[str, tuple[float, float]] = {}
 

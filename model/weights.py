@@ -1,8 +1,8 @@
-"""Parameters are the leaves of a tree. A leaf is an array, or a `Weight`: a pytree node in the array's place that
-defines how activations are multiplied by it. The layers do not distinguish the two.
+"""Trees of parameters, in which each parameter is either an array or a `Weight`.
 
-Layers call `einsum(eqn, x, w)` and `take(w, ids)`, where `w` is an array or a `Weight`. Methods (LoRA, quantization,
-...) are functions from a tree to a tree that replace leaves.
+A `Weight` is an object that replaces an array, such as a quantized matrix or a matrix with LoRA factors. It defines how
+activations are multiplied by it. Layers call `einsum(eqn, x, w)` and `take(w, ids)`, where `w` may be an array or a
+`Weight`. LoRA, quantization and similar methods are functions that replace arrays of a tree by `Weight` objects.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ from common.errors import UserError
 from kernels.partition import sharded
 
 T = TypeVar("T")
-Params = dict[str, Any]  # nested dicts whose leaves are arrays or Weights
-Specs = dict[str, Any]  # the same dicts, with a Spec at every parameter
-Tree = Any  # any pytree of arrays, or of shapes, shardings or bools in their place
-Transform = Callable[[Params, Specs, Array], Params]  # a method; the last argument is a random key
+Params = dict[str, Any]  # nested dicts whose leaves are arrays or `Weight` objects
+Specs = dict[str, Any]  # the same nested dicts, with a Spec for every parameter
+Tree = Any  # any pytree of arrays, shapes, shardings or bools
+Transform = Callable[[Params, Specs, Array], Params]  # (parameters, specs, random key) -> new parameters
 
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]  # pairs (logical axis, mesh axes)
 
-# Letter of an equation -> logical axis of a weight. train/mesh.py maps logical axes to mesh axes.
+# The logical axis that each letter of an einsum equation stands for. train/mesh.py maps logical axes to mesh axes.
 AXES = dict(
     B="batch", T="seq", S="seq", D="embed", F="mlp", N="heads", K="kv_heads", H="head_dim", V="vocab",
     E="experts", R="rank", W="recurrent", C="taps", X="taps", Y="taps", Z="taps", I="block_in", J="block_out",
@@ -46,10 +46,10 @@ AXES = dict(
 
 @flax.struct.dataclass
 class Spec(nn.LogicallyPartitioned):
-    """The declaration of a parameter: abstract value, logical axes (`names`) and the equation that uses it.
+    """The declaration of a parameter: its abstract value, its logical axes (`names`) and the einsum that uses it.
 
-    `eqn` is "" for parameters that no matrix product uses (norm scales, biases). Leading axes that are not in
-    the equation, such as "layers", come from stacking.
+    `eqn` is "" for parameters that no matrix product uses (norm scales, biases). A parameter that is stacked over
+    layers has the leading axis "layers", which is not in the equation.
     """
 
     eqn: str = flax.struct.field(default="", pytree_node=False)
@@ -60,24 +60,24 @@ class Spec(nn.LogicallyPartitioned):
 
     @property
     def stacked(self) -> int:
-        """Number of leading axes that are not in the equation."""
+        """The number of leading axes over which the parameter is stacked, which are not in the equation."""
         return len(self.shape) - len(operands(self.eqn)[1]) if self.eqn else 0
 
     @property
     def sizes(self) -> dict[str, int]:
-        """{letter of the equation: size of that axis}."""
+        """The size of each axis of the weight, by its letter in the equation."""
         return dict(zip(operands(self.eqn)[1], self.shape[self.stacked :], strict=True))
 
 
 def operands(eqn: str) -> tuple[str, str, str]:
-    """ "BTD,DF->BTF" -> ("BTD", "DF", "BTF")."""
+    """Splits an equation "BTD,DF->BTF" into ("BTD", "DF", "BTF")."""
     inputs, out = eqn.split("->")
     x, w = inputs.split(",")
     return x, w, out
 
 
 def split(eqn: str) -> tuple[str, str, str]:
-    """The weight's letters by role: (shared by x, w and out, such as experts; contracted; produced)."""
+    """Splits the weight's letters into (shared with both x and the result, such as experts; contracted; produced)."""
     x, w, out = operands(eqn)
     return (
         "".join(c for c in w if c in x and c in out),
@@ -87,57 +87,58 @@ def split(eqn: str) -> tuple[str, str, str]:
 
 
 class Weight:
-    """Base class of the leaves that are not plain arrays. Subclasses are `flax.struct.dataclass`es."""
+    """Base class of parameters that are not plain arrays. Each subclass is a `flax.struct.dataclass`."""
 
-    trainable: ClassVar[tuple[str, ...]] = ()  # fields that are trained if only adapters are trained
-    derived: ClassVar[tuple[str, ...]] = ()  # fields that follow from other fields, so the fingerprint omits them
-    whole: ClassVar[bool] = False  # counts as one array, with the `shape`, `ndim` and `size` of the replaced array
+    trainable: ClassVar[tuple[str, ...]] = ()  # fields that are trained when adapters are trained
+    derived: ClassVar[tuple[str, ...]] = ()  # fields computed from other fields, which the fingerprint omits
+    whole: ClassVar[bool] = False  # whether `shape`, `ndim` and `size` are those of the array that it replaces
 
     if TYPE_CHECKING:  # flax.struct adds this method
 
         def replace(self, **changes: object) -> Self: ...
 
     def einsum(self, eqn: str, x: Array) -> Array:
-        """`jnp.einsum(eqn, x, dense)` without building `dense`."""
+        """Computes `jnp.einsum(eqn, x, dense)` without building the array `dense`."""
         raise NotImplementedError
 
     def take(self, ids: Array, dtype: DTypeLike) -> Array:
-        """Rows `ids` [...] of a table [V, D] -> [..., D] in `dtype`."""
+        """Returns the rows `ids` [...] of an embedding table [V, D], as an array [..., D] of `dtype`."""
         raise NotImplementedError
 
     def dense(self, spec: Spec | None) -> Array:
-        """The plain array that this leaf represents: used to merge and export, and as the reference in tests."""
+        """Returns the plain array that this `Weight` represents, for merging and export, and as a reference in tests."""
         raise NotImplementedError
 
     def axes(self, spec: Spec | None) -> "Weight":
-        """This node with each array replaced by its logical axis names (a tuple), which shard it like the base."""
+        """Returns this object with each array replaced by a tuple of its logical axes, which determine its sharding."""
         raise NotImplementedError
 
     def in_training(self, key: Array, step: Array) -> "Weight":
-        """This leaf prepared for a training step, for example with a random key for dropout or rounding.
+        """Returns this `Weight` prepared for a training step, for example with a random key for dropout or rounding.
 
-        Outside of training, leaves use no randomness. By default, only the Weights inside this leaf are prepared.
+        Outside of training, no `Weight` uses randomness. By default, this method only prepares nested `Weight` objects.
         """
         inner = {f: getattr(self, f) for f in fields(self) if is_weight(getattr(self, f))}
         return self.replace(**{f: w.in_training(key_for(key, f), step) for f, w in inner.items()})
 
     def for_inference(self) -> "Weight | Array":
-        """This leaf, of one layer, prepared for inference: values that depend only on its arrays are precomputed."""
+        """Returns this `Weight` of one layer with all values precomputed that do not depend on activations."""
         return self.replace(**{f: for_inference(getattr(self, f)) for f in fields(self) if is_weight(getattr(self, f))})
 
     def macs(self, stacked: int) -> "Weight":
-        """This node with each array replaced by its multiply-adds per token: the size of a matrix, or 0 for a vector.
+        """Returns this object with each array replaced by its number of multiply-adds per token.
 
-        `stacked` is the number of leading axes over which layers are stacked.
+        This number is the size of a matrix, and 0 for a vector. `stacked` is the number of leading axes over which
+        layers are stacked.
         """
         one = lambda x: x.macs(stacked) if is_weight(x) else x.size * (x.ndim - stacked >= 2)
         return self.replace(**{f: jax.tree.map(one, getattr(self, f), is_leaf=is_weight) for f in fields(self)})
 
 
 class Extra(Weight):
-    """Base class of nodes that are added to the declared parameters; a layer uses them if they are present.
+    """Base class of added parameters, such as a prefix, that the base model does not have.
 
-    They cannot be merged into weights. Without them, the model is the base model.
+    A layer uses them if they are present. They cannot be merged into weights.
     """
 
     def dense(self, spec: Spec | None) -> Array:
@@ -145,19 +146,20 @@ class Extra(Weight):
 
 
 def einsum(eqn: str, x: Array, w: Array | Weight) -> Array:
-    """`jnp.einsum` of an activation and a weight; the result has x's dtype. For example, "BTD,DF->BTF" multiplies
-    x [B,T,D] by w [D,F] and returns [B,T,F].
+    """Multiplies an activation x by a weight w. The result has the dtype of x.
 
-    The result is tagged with the checkpoint name "product", so that remat policies can save it."""
+    For example, the equation "BTD,DF->BTF" multiplies x [B,T,D] by w [D,F] and returns [B,T,F]. The result is tagged
+    with the checkpoint name "product", so that remat policies can save it.
+    """
     y = w.einsum(eqn, x) if isinstance(w, Weight) else product(eqn, x, cast(w, x.dtype))
     return checkpoint_name(y, "product")
 
 
 def cast(w: Array, dtype: DTypeLike) -> Array:
-    """`w.astype(dtype)` of one layer's slice.
+    """Casts one layer's weight to `dtype` in a way that XLA does not move out of the loop over layers.
 
-    On a TPU mesh, XLA hoists a plain convert out of the layer loop and keeps a second copy of the whole stack: 2.1 GB
-    per chip for 7B parameters on four chips. `reduce_precision` is not hoisted.
+    On a TPU mesh, XLA moves a plain cast before the loop and so keeps a second copy of all layers, which takes 2.1 GB
+    per chip for 7B parameters on four chips. XLA does not move `reduce_precision`.
     """
     narrows = jnp.dtype(dtype).itemsize < w.dtype.itemsize and jnp.issubdtype(w.dtype, jnp.floating)
     return _rounded(w, dtype) if narrows else w.astype(dtype)
@@ -171,23 +173,24 @@ def _rounded(w: Array, dtype: DTypeLike) -> Array:
 
 @_rounded.defjvp
 def _(dtype: DTypeLike, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    return _rounded(*primals, dtype), tangents[0].astype(dtype)  # a gradient is only cast
+    return _rounded(*primals, dtype), tangents[0].astype(dtype)  # a gradient is cast without this rounding
 
 
 def take(w: Array | Weight, ids: Array, dtype: DTypeLike) -> Array:
-    """Embedding lookup: rows `ids` [...] of a table [V, D] -> [..., D] in `dtype`."""
+    """Looks up the rows `ids` [...] of an embedding table [V, D], and returns them as an array [..., D] of `dtype`."""
     if isinstance(w, Weight):
         return w.take(ids, dtype)
-    # Else rows of a table that is sharded over embed are sharded the same way, and XLA rematerializes them whole.
+    # If the table were sharded over "embed", so would be its rows, and XLA would have to gather every row.
     table: Any = spmd.with_logical_constraint(w, ("vocab", None))
     return jnp.take(table, ids, axis=0).astype(dtype)
 
 
 def product(eqn: str, x: Array, w: Array, dtype: DTypeLike | None = None) -> Array:
-    """`jnp.einsum` of two arrays, accumulated in `dtype`. On one device it is computed as a rank-2 matmul if possible.
+    """Computes `jnp.einsum` of two arrays, accumulated in `dtype`. On one device, it multiplies matrices if possible.
 
-    XLA's CPU backend is fast only on rank-2 products: with [B,T,D] activations the weight gradient contracts two axes
-    and takes 1.65 times as long on an MLP. Under a mesh, dimensions are not merged, since the partitioner needs them.
+    XLA's CPU backend is fast only for products of matrices. With activations [B,T,D], the gradient of a weight
+    contracts two axes, and an MLP takes 1.65 times as long. Under a mesh, axes are not merged into matrices, since XLA's
+    partitioner needs them.
     """
     xs, ws, out = operands(eqn)
     _, contracted, produced = split(eqn)
@@ -198,7 +201,7 @@ def product(eqn: str, x: Array, w: Array, dtype: DTypeLike | None = None) -> Arr
     n = len(contracted)
     flat_x = x.reshape(-1, math.prod(x.shape[-n:]))
     rows = flat_x.shape[0]
-    if jnp.issubdtype(x.dtype, jnp.integer) and rows == 1:  # on a CPU one row of integers takes 4x as long as two
+    if jnp.issubdtype(x.dtype, jnp.integer) and rows == 1:  # on a CPU, one row takes four times as long as two
         flat_x = jnp.pad(flat_x, ((0, 1), (0, 0)))
     first = ws.startswith(contracted)
     tail = w.shape[n:] if first else w.shape[:-n]
@@ -209,13 +212,13 @@ def product(eqn: str, x: Array, w: Array, dtype: DTypeLike | None = None) -> Arr
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": the platform of the ambient mesh, whose devices may be abstract, else JAX's default."""
+    """Returns the platform of the current mesh, whose devices may be abstract, or else JAX's default platform."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
 
 def shards(*axes: str) -> int:
-    """The number of parts into which the ambient mesh splits a dimension that is sharded over `axes`."""
+    """Returns the number of parts into which the current mesh splits a dimension that is sharded over `axes`."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape.get(a, 1) for a in axes)
 
@@ -223,10 +226,10 @@ def shards(*axes: str) -> int:
 def assigned_axes(
     names: Sequence[str | None], sizes: Sequence[int], mesh: Mesh | AbstractMesh, rules: Rules
 ) -> list[tuple[str, ...]]:
-    """For each dimension, with its logical name and size, the mesh axes over which it is sharded.
+    """Returns the mesh axes over which each dimension of an array is sharded, given its logical name and its size.
 
-    A dimension that its mesh axes do not divide evenly is replicated. A mesh axis shards only the first dimension that
-    maps to it.
+    A dimension that the mesh axes do not divide evenly is replicated. If several dimensions map to the same mesh axis,
+    it shards only the first of them.
     """
     table, used, found = dict(rules), set(), []
     for name, size in zip(names, sizes, strict=True):
@@ -239,13 +242,13 @@ def assigned_axes(
 
 
 def mesh_axes(names: Sequence[str | None], sizes: Sequence[int]) -> list[tuple[str, ...]]:
-    """`assigned_axes` for the ambient mesh and flax's current rules, without mesh axes of size 1."""
+    """Returns `assigned_axes` for the current mesh and flax's current rules, without mesh axes of size 1."""
     found = assigned_axes(names, sizes, jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules())
     return [tuple(a for a in axes if shards(a) > 1) for axes in found]
 
 
 def place(names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding | None:
-    """The sharding on the ambient mesh of an array with these logical axis names; None on a single device."""
+    """Returns the sharding of an array with these logical axes on the current mesh; None on a single device."""
     return NamedSharding(jax.sharding.get_mesh(), P(*mesh_axes(names, shape))) if sharded() else None
 
 
@@ -261,7 +264,7 @@ def is_spec(x: object) -> TypeGuard[Spec]:
 
 
 def name(path: tuple) -> str:
-    """A key path as "layers/attn/wq/a"."""
+    """Converts a JAX key path to a string such as "layers/attn/wq/a"."""
     parts = []
     for key in path:
         match key:
@@ -275,31 +278,31 @@ def name(path: tuple) -> str:
 
 
 def at(tree: Tree, path: str) -> Tree:
-    """The part of nested dicts at a path such as "layers/attn/wq"."""
+    """Returns the value at a path such as "layers/attn/wq" in nested dicts."""
     return functools.reduce(operator.getitem, path.split("/"), tree)
 
 
 def arrays(tree: Tree) -> list[Array]:
-    """The arrays of a tree, where a quantized weight (codes and scales) counts as the one array that it represents."""
+    """Returns the arrays of a tree, in which a quantized weight (codes and scales) counts as one array."""
     return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Weight) and x.whole)
 
 
 def map_named(f: Callable, tree: Tree, *rest: Tree, is_leaf: Callable[[object], bool] | None = None) -> Tree:
-    """`jax.tree.map`, but `f` takes the path of a leaf, as a string, as its first argument."""
+    """Like `jax.tree.map`, but the first argument of `f` is the path of the leaf as a string."""
     return jax.tree.map_with_path(lambda path, *xs: f(name(path), *xs), tree, *rest, is_leaf=is_leaf)
 
 
 def replace(params: Params, specs: Specs, f: Callable[[str, Tree, Spec | None], Tree]) -> Params:
-    """`params` with every leaf replaced by `f(name, leaf, spec)`; the spec of an Extra is None."""
+    """Replaces every parameter (array or `Weight`) by `f(name, parameter, spec)`. The spec of an Extra is None."""
     declared = {name(path): spec for path, spec in jax.tree.leaves_with_path(specs, is_leaf=is_spec)}
     return map_named(lambda path, leaf: f(path, leaf, declared.get(path)), params, is_leaf=is_weight)
 
 
 def wrapping(where: str, f: Callable[[str, Array | Weight, Spec, Array], Weight]) -> Transform:
-    """A Transform that replaces every multiplied parameter whose name matches `where` by `f(name, leaf, spec, key)`.
-    Each call gets the same key, from which `f` derives a key of the parameter with `key_for`.
+    """Returns a Transform that replaces each matrix whose name matches `where` by `f(name, matrix, spec, key)`.
 
-    Raises ValueError if no parameter matches.
+    Each call gets the same random key, from which `f` derives a separate key for the matrix with `key_for`. Raises
+    ValueError if no name matches the regex `where`.
     """
 
     def transform(params: Params, specs: Specs, key: Array) -> Params:
@@ -313,22 +316,21 @@ def wrapping(where: str, f: Callable[[str, Array | Weight, Spec, Array], Weight]
 
 
 def key_for(key: Array, path: str) -> Array:
-    """A separate key for every parameter, which does not depend on the rest of the tree."""
+    """Derives a separate random key for the parameter `path`, which does not depend on other parameters."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def trainable(params: Params, what: str) -> Tree:
-    """A tree of bools, True for each array of `params` that is trained. `what` is "all", "adapters", or a regex that
-    the whole name must match.
+    """Returns a tree of bools, which is True for each array of `params` that is trained.
 
-    "all" excludes integers and the non-trainable fields of a Weight, because gradients cannot update quantized values,
-    and the base of an adapter is frozen by definition.
-    Raises ValueError if no array would be trained.
+    `what` is "all", "adapters", or a regex that must match the whole name of a parameter. Even "all" excludes integers
+    and the frozen fields of a `Weight`, because gradients cannot update quantized values, and an adapter's base weight
+    stays frozen. Raises ValueError if no array would be trained.
     """
 
     def pick(path: str, leaf: Array | Weight, moves: bool | None) -> Tree:  # None: not inside a Weight
         if isinstance(leaf, Weight):
-            adapter = "base" in fields(leaf)  # if an adapter wraps another one, as on a tied table, both train
+            adapter = "base" in fields(leaf)  # if an adapter wraps another adapter, as on a tied table, both are trained
             own = lambda f: f in leaf.trainable and (moves is not False or adapter)
             return leaf.replace(**{f: walk(f"{path}/{f}", getattr(leaf, f), own(f)) for f in fields(leaf)})
         if what in ("all", "adapters"):
@@ -346,13 +348,14 @@ def trainable(params: Params, what: str) -> Tree:
 
 
 def fields(node: Weight) -> list[str]:
-    """The fields of a Weight that hold arrays or other Weights."""
-    declared: Any = node  # the subclasses are dataclasses, Weight itself is not
+    """Returns the names of the fields of a `Weight` that are arrays or other `Weight` objects."""
+    declared: Any = node  # subclasses of Weight are dataclasses, although Weight itself is not
     return [f.name for f in dataclasses.fields(declared) if f.metadata.get("pytree_node", True)]
 
 
 def partition(params: T, mask: Tree) -> tuple[T, T]:
-    """(trainable, frozen): two trees of the same structure, each with None where the other one has the array."""
+    """Splits `params` by a mask into (trained, frozen). Both trees have the structure of `params`, with None for arrays
+    of the other tree."""
     chosen = jax.tree.map(lambda m, x: x if m else None, mask, params)
     others = jax.tree.map(lambda m, x: None if m else x, mask, params)
     return chosen, others
@@ -364,19 +367,21 @@ def combine(a: T, b: T) -> T:
 
 
 def in_training(params: Params, key: Array, step: Array) -> Params:
-    """`params` with every Weight prepared for training step `step`; see Weight.in_training."""
+    """Prepares every `Weight` in `params` for training step `step`, by calling Weight.in_training."""
     live = lambda path, w: w.in_training(key_for(key, path), step) if is_weight(w) else w
     return map_named(live, params, is_leaf=is_weight)
 
 
 def for_inference(params: Params) -> Params:
-    """Unstacked parameters with every Weight prepared for inference; see Weight.for_inference."""
+    """Prepares every `Weight` of unstacked parameters for inference, by calling Weight.for_inference."""
     return jax.tree.map(lambda w: w.for_inference() if is_weight(w) else w, params, is_leaf=is_weight)
 
 
 def base(params: Tree) -> Tree:
-    """`params` without adapters: each leaf that wraps a frozen `base` is replaced by this base, and Extras are dropped.
-    This yields the reference policy without a copy of the weights."""
+    """Returns `params` without adapters, which gives the reference policy without copying the weights.
+
+    Each adapter is replaced by the frozen `base` that it wraps. Parameters that are an Extra are dropped.
+    """
     if isinstance(params, dict):
         return {k: base(v) for k, v in params.items() if not isinstance(v, Extra)}
     if isinstance(params, tuple):
@@ -388,13 +393,13 @@ def base(params: Tree) -> Tree:
 
 
 def quantized_under_adapters(params: Params) -> bool:
-    """Whether any adapter wraps a quantized leaf."""
+    """Returns whether any adapter wraps a quantized weight."""
     off = [(w, base(w)) for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w)]
     return any(w is not under and is_weight(under) for w, under in off)
 
 
 def underived(params: Params) -> Params:
-    """`params` with derived fields set to None, since their rounding may differ between machines."""
+    """Sets the derived fields of every `Weight` to None, since their rounding may differ between machines."""
 
     def strip(w: Array | Weight) -> Array | Weight:
         if not is_weight(w):
@@ -406,7 +411,7 @@ def underived(params: Params) -> Params:
 
 
 def dense(params: Params, specs: Specs) -> Params:
-    """`params` with every Weight merged into the plain array that it represents."""
+    """Replaces every `Weight` in `params` by the plain array that it represents."""
     return replace(params, specs, lambda _, w, spec: dense_of(w, spec))
 
 
@@ -415,7 +420,7 @@ def dense_of(w: Array | Weight, spec: Spec | None) -> Array:
 
 
 def axes(params: Params, specs: Specs) -> Tree:
-    """`params` with every array replaced by the tuple of its logical axis names."""
+    """Replaces every array in `params` by the tuple of its logical axes."""
     return replace(params, specs, lambda _, w, spec: axes_of(w, spec))
 
 

@@ -1,6 +1,6 @@
-"""One number per token: the reward of a sequence, read at its last token, or the value of a state.
+"""A head that outputs one number per token: the reward of a sequence at its last token, or the value of a state.
 
-There is no bias, as in Hugging Face's sequence classifiers: only differences of rewards matter.
+As in Hugging Face's sequence classifiers, the head has no bias, because only differences of rewards matter.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,12 @@ from model.config import ModelConfig
 from model.heads import Head
 from model.weights import Spec
 
-TENSOR = "score.weight"  # [1,D]; its name in Hugging Face's sequence classifiers with one label
+TENSOR = "score.weight"  # [1,D], the name of the weight in Hugging Face's sequence classifiers with one label
 
 
 @flax.struct.dataclass
 class Scalar(Head):
-    """x w: hidden states [B,T,D] -> [B,T]."""
+    """Multiplies hidden states x [B,T,D] by a vector w [D] -> [B,T]."""
 
     w: Array  # [D]
     trainable: ClassVar[tuple[str, ...]] = ("w",)
@@ -36,7 +36,7 @@ class Scalar(Head):
 
 
 def make() -> Callable[[ModelConfig, Array], Scalar]:
-    """A head whose weights start at 0, so that an untrained critic predicts 0."""
+    """Returns a function that creates a head with weights of 0, so that an untrained critic predicts 0."""
 
     def init(config: ModelConfig, key: Array) -> Scalar:
         return Scalar(jnp.zeros(config.embed))

@@ -15,32 +15,32 @@ Angles = tuple[Array, Array]  # cos and sin [B,T,1,H/2]
 
 
 class Context(NamedTuple):
-    """The inputs, besides x, that are the same for all layers. They describe the tokens [B,T] and the columns [B,S],
-    which are the keys that tokens may attend to.
+    """The inputs that all layers share. They describe the tokens [B,T] of a call, and the keys [B,S] to attend to.
 
-    Without a cache, the columns are the tokens themselves, and S = T.
+    Without a cache, the keys are those of the tokens themselves, and S = T. With a cache, S is the number of columns of
+    the cache, where each column stores the key of one token.
     """
 
-    age: Array  # [B,T] number of earlier tokens in the same document; -1: padding
-    positions: Array  # [B,S] of each column
-    segments: Array  # [B,S] of each column
-    index: Array  # [] the column of the first token
-    see: Array  # [B,T,S] bool: the attention mask of layers without a window
-    see_window: Array | None  # [B,T,S] bool: the mask of layers with a window, if there are any
+    age: Array  # [B,T] number of earlier tokens in the same document; -1 for padding
+    positions: Array  # [B,S] position of each key in its document
+    segments: Array  # [B,S] document number of each key
+    index: Array  # [] the column of the cache where the first token is written
+    see: Array  # [B,T,S] bool: the attention mask of layers without a sliding window
+    see_window: Array | None  # [B,T,S] bool: the attention mask of layers with a sliding window, if there are any
     angles: Angles | None  # for rotary positions
-    backend: str  # "cache", or one of model/net/backends.py
+    backend: str  # "cache", or the name of a backend in model/net/backends.py
     windows: tuple[int, ...]  # the window of every layer
     causal: bool
-    windowed: bool | Array = False  # whether the current layer has a window
-    report: tuple[str, ...] = ()  # names of the reports that layers should make
+    windowed: bool | Array = False  # whether the current layer has a sliding window
+    report: tuple[str, ...] = ()  # names of the values that layers should report
 
 
 def rope_frequencies(config: ModelConfig, length: int | Array) -> tuple[Array, float]:
-    """(inverse frequencies [H/2], factor on cos and sin) with the config's `rope_scaling`.
+    """Returns (rotation frequencies [H/2], factor for cos and sin), as the config's `rope_scaling` defines them.
 
-    Types as in Hugging Face configs: default, linear (Chen et al. 2023, arXiv 2306.15595), dynamic (NTK-aware: it
-    takes effect once `length` exceeds `max_len`), llama3 (Llama 3.1), yarn (Peng et al. 2023, arXiv 2309.00071).
-    Raises ValueError for another type.
+    The types of scaling are those of Hugging Face configs: default, linear (Chen et al. 2023, arXiv 2306.15595),
+    dynamic (NTK-aware: it takes effect once `length` exceeds `max_len`), llama3 (Llama 3.1), and yarn (Peng et al.
+    2023, arXiv 2309.00071). Raises ValueError for any other type.
     """
     dim, theta = int(config.head_dim * config.rotary), config.rope_theta
     scaling = dict(config.rope_scaling)
@@ -65,7 +65,7 @@ def rope_frequencies(config: ModelConfig, length: int | Array) -> tuple[Array, f
 
 
 def _llama3(freq: Array, factor: float, scaling: dict) -> Array:
-    """Stretches long wavelengths by `factor`, keeps short ones, and interpolates between them."""
+    """Multiplies long wavelengths by `factor`, keeps short wavelengths, and interpolates in between."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # turns within the original context
     smooth = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -73,12 +73,12 @@ def _llama3(freq: Array, factor: float, scaling: dict) -> Array:
 
 
 def _yarn(freq: Array, factor: float, scaling: dict, config: ModelConfig) -> tuple[Array, float]:
-    """NTK-by-parts frequencies (eq. 23 of the paper), and the factor on cos and sin that scales attention logits."""
+    """Returns YaRN's frequencies (eq. 23 of the paper), and the factor for cos and sin that scales attention logits."""
     dim = config.head_dim
     original = scaling.get("original_max_position_embeddings") or config.max_len
     factor = factor or config.max_len / original
 
-    def dimension(turns: float) -> float:  # the dimension that makes `turns` turns in the original context
+    def dimension(turns: float) -> float:  # the dimension that rotates `turns` times over the original context
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
@@ -98,14 +98,14 @@ def _yarn(freq: Array, factor: float, scaling: dict, config: ModelConfig) -> tup
 
 
 def rope_angles(config: ModelConfig, positions: Array) -> Angles:
-    """cos and sin [B,T,1,H/2] in float32 for positions [B,T]."""
+    """Returns the cosines and sines [B,T,1,H/2] of the rotary angles for positions [B,T], in float32."""
     freq, scale = rope_frequencies(config, positions.max() + 1)
     angle = positions[..., None, None].astype(jnp.float32) * freq
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
 def rotate(x: Array, angles: Angles) -> Array:
-    """RoPE on x [B,T,N,H]. Of the 2 n dimensions that rotate, i and i + n form a pair, as in Hugging Face."""
+    """Applies RoPE to x [B,T,N,H]. Only the first 2 n dimensions rotate; i and i + n are a pair, as in transformers."""
     cos, sin = angles
     n = cos.shape[-1]
     a, b, still = jnp.split(x.astype(jnp.float32), (n, 2 * n), axis=-1)
@@ -115,11 +115,11 @@ def rotate(x: Array, angles: Angles) -> Array:
 def mask(
     q_pos: Array, q_seg: Array, k_pos: Array, k_seg: Array, window: int | Array | None = None, causal: bool = True
 ) -> Array:
-    """The attention mask [B,T,S]: True for keys of the same document that are within `window` positions (None: any
-    distance) and, if `causal`, not later than the query.
+    """Returns the attention mask [B,T,S], which is True where a query may attend to a key.
 
-    Positions and segments of queries are [B,T], of keys [B,S]. Keys of segment 0 (padding) are masked; keys of segment
-    -1 (virtual tokens) are visible from every document.
+    A query sees the keys of its own document that are less than `window` positions away (None: at any distance) and, if
+    `causal`, not later than the query. Positions and segments (document numbers) are [B,T] for queries and [B,S] for
+    keys. Keys of segment 0 (padding) are masked. Keys of segment -1 (virtual tokens) belong to every document.
     """
     distance = q_pos[:, :, None] - k_pos[:, None, :]
     see = (q_seg[:, :, None] == k_seg[:, None, :]) & (k_seg[:, None, :] > 0)
@@ -140,9 +140,10 @@ def context(
     virtual: int = 0,
     report: Sequence[str] = (),
 ) -> Context:
-    """The Context of positions [B,T], segments [B,T] and the cache, computed once for all layers.
+    """Computes the inputs that all layers share, from positions [B,T], segments [B,T] and the cache.
 
-    `virtual` is the number of virtual tokens before each document, so the document's first token has this position.
+    `virtual` is the number of virtual tokens before each document. Positions count them, so the first real token of a
+    document has the position `virtual`.
     """
     k_pos, k_seg, index = positions, segments, jnp.int32(0)
     if cache is not None:
@@ -172,11 +173,12 @@ def context(
 
 
 def attention(q: Array, k: Array, v: Array, see: Array) -> Array:
-    """Grouped-query attention. q [B,T,N,H]; k, v [B,K,S,H]; mask `see` [B,T,S] -> [B,T,N,H]. Softmax in float32.
+    """Returns the grouped-query attention [B,T,N,H] of q [B,T,N,H] to k, v [B,K,S,H], with the mask `see` [B,T,S].
 
-    The G query heads that share a key head are rows of one product, so that keys are never repeated. Queries whose keys
-    are all masked (padding) get the mean of v, a finite value that is not used. k and v from a cache stay [B*K,S,H]:
-    reshaping them would make XLA's CPU backend copy the cache four times per layer and token.
+    The G query heads that share a key head are multiplied in one product, so that keys are never repeated. The softmax
+    is computed in float32. A padding query, whose keys are all masked, gets the mean of v, which is finite and is not
+    used. The k and v of a cache have the shape [B*K,S,H], since reshaping them would make XLA's CPU backend copy the
+    cache four times per layer and token.
     """
     B, T, N, H = q.shape
     *lead, S, _ = k.shape

@@ -1,8 +1,8 @@
 """Chooses how attention is computed: by einsums, by ring attention, or by the accelerator vendor's kernel.
 
-All of these compute `model.net.attention.attention`. The kernels mask by column: within a segment, a later column must
-have a later position, as in training rows. Decoding with a cache uses the einsums, and so do batches that the mesh does
-not divide evenly.
+All backends compute the same function as `model.net.attention.attention`. The vendors' kernels mask by the order of the
+tokens in a row and not by positions, so positions must increase within a document, as they do in training rows.
+Decoding with a cache uses the einsums, and so do batches that the mesh does not divide evenly.
 """
 
 import math
@@ -20,15 +20,14 @@ from model.net.attention import Context, attention
 from model.net.ring import FAR, ring_attention
 from model.weights import shards
 
-BLOCKS = (1024, 512, 256, 128)  # columns per tile of splash; 1024 compiles to the fewest cycles on v5e and v6e
+BLOCKS = (1024, 512, 256, 128)  # tokens per tile of the splash kernel; 1024 takes the fewest cycles on TPU v5e and v6e
 ROWS = ("data", "fsdp")
 
 
 def choose(asked: str, config: ModelConfig, dtype: str, seq_len: int, platform: str, split: int = 1) -> tuple[str, str]:
-    """(backend, reason) for training rows of `seq_len` tokens, each split over `split` devices. `asked`, the requested
-    backend, may be "auto".
+    """Returns (backend, reason for this choice) for training rows of `seq_len` tokens, each split over `split` devices.
 
-    Raises UserError if the requested backend cannot run.
+    `asked` is the backend that the config requests, or "auto". Raises UserError if the requested backend cannot run.
     """
     native = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
     problem = _problem(native if asked == "auto" else asked, config, dtype, seq_len, platform, split)
@@ -59,7 +58,10 @@ def _problem(backend: str, c: ModelConfig, dtype: str, seq_len: int, platform: s
 
 
 def attend(q: Array, k: Array, v: Array, context: Context) -> Array:
-    """Attention of q [B,T,N,H] to k, v [B,K,S,H] -> [B,T,N,H]. k and v from a cache: see `attention`."""
+    """Computes the attention [B,T,N,H] of q [B,T,N,H] to k and v [B,K,S,H], by the backend that `context` names.
+
+    The k and v of a cache have the shape [B*K,S,H].
+    """
     how, window = context.backend, max(context.windows, default=0)
     (B, T), split = q.shape[:2], shards("context")
     even = T % split == 0 and B % shards(*ROWS) == 0
@@ -73,7 +75,7 @@ def attend(q: Array, k: Array, v: Array, context: Context) -> Array:
         see = jnp.where(context.windowed, context.see_window, see)
     if how == "cudnn":
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        # is_causal lets the kernel skip blocks that are masked completely
+        # With is_causal, the kernel skips blocks of keys that are masked completely.
         return jax.nn.dot_product_attention(
             q, k, v, mask=see[:, None], is_causal=context.causal, implementation="cudnn"
         )
@@ -81,7 +83,10 @@ def attend(q: Array, k: Array, v: Array, context: Context) -> Array:
 
 
 def _splash_of_layer(q: Array, k: Array, v: Array, context: Context, window: int) -> Array:
-    """`splash` with the window of the layer. If layers have different windows, a branch chooses between two kernels."""
+    """Runs `splash` with the window of the current layer.
+
+    If only some layers have a window, `jax.lax.cond` chooses between two kernels.
+    """
 
     def seeing(window: int) -> Callable[[], Array]:
         return lambda: splash(q, k, v, context.segments, window, context.causal)
@@ -92,12 +97,12 @@ def _splash_of_layer(q: Array, k: Array, v: Array, context: Context, window: int
 
 
 def splash(q: Array, k: Array, v: Array, segments: Array, window: int = 0, causal: bool = True) -> Array:
-    """Flash attention by JAX's TPU kernel, forward and backward. q [B,T,N,H]; k, v [B,K,T,H]; segments [B,T].
+    """Computes flash attention of q [B,T,N,H] to k, v [B,K,T,H] with JAX's splash kernel for TPUs. It has a gradient.
 
-    The partitioner cannot split a kernel, so every device runs it on its own rows and heads. Under a context axis a
-    device has its own queries and gathers all keys and values, 2 T K H numbers per row. The kernel streams them, so
-    nothing else grows with T. Like `weights.einsum`, the forward kernel tags its result with the checkpoint name
-    "product".
+    XLA's partitioner cannot split a kernel, so every device runs the kernel on its own rows and heads. If the mesh axis
+    "context" shards sequences, a device keeps its own queries and gathers all keys and values, which are 2 T K H
+    numbers per row. The kernel reads them block by block, so it never stores a T x T array. Like `weights.einsum`, the
+    forward kernel tags its result with the checkpoint name "product".
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
@@ -124,7 +129,7 @@ def splash(q: Array, k: Array, v: Array, segments: Array, window: int = 0, causa
 
     if mesh.empty:
         return run(kernel, q, k, v, segments, segments).swapaxes(1, 2)
-    if k.shape[1] % tensor:  # repeat key heads until the tensor axis divides them, as it divides the query heads
+    if k.shape[1] % tensor:  # repeat key heads until the mesh axis "tensor" divides their number
         k, v = (jnp.repeat(x, tensor // math.gcd(tensor, k.shape[1]), axis=1) for x in (k, v))
     mask_spec = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, "context")))
     queries, keys = P(ROWS, "tensor", "context"), P(ROWS, "tensor")

@@ -1,9 +1,8 @@
-"""Functions of the logits over a large vocabulary. The logits [rows, V] never exist as a whole, and are computed only
-for rows with a nonzero weight. A row is a token position here.
+"""Losses and other functions of the logits. To save memory, the logits [rows, V] are computed in chunks of rows.
 
-Rows whose weight is 0 (prompts, padding) are sorted to the end, and the loop over chunks stops before them. So a
-completion-only loss computes the logits of few rows. Under a mesh, every shard of the batch and of the sequence sorts
-its own rows, and no row leaves its device.
+In this file, a row is a token position. Rows with a weight of 0 (prompts, padding) need no logits: they are sorted to
+the end, and the loop over chunks stops before them. So a loss on completions computes only the logits of completions.
+Under a mesh, every shard of the batch and of the sequence sorts its own rows, and no row is sent to another device.
 """
 
 import functools
@@ -22,10 +21,11 @@ from model.weights import Params, Tree, Weight
 
 T = TypeVar("T")
 
-ROWS = ("data", "fsdp", "context")  # mesh axes that split the rows
+ROWS = ("data", "fsdp", "context")  # mesh axes over which rows are sharded
 
-# Bytes of float32 logits per chunk and shard, by platform; on a CPU this is 341 rows at V = 49152. Each chunk reads the
-# head and adds to its gradient. An accelerator computes faster than it reads, so its chunks need thousands of rows.
+# Size in bytes of the float32 logits of one chunk on one shard. On a CPU, that is 341 rows if V = 49152.
+# Each chunk reads the whole weight of the head, and adds to the gradient of this weight.
+# An accelerator multiplies faster than it reads memory, so its chunks need thousands of rows.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "other": 512 * 2**20}
 
 Unembed = Callable[[Params, Array], Array]  # (the head's parameters, x [B,T,D]) -> logits [B,T,V] in float32
@@ -35,15 +35,15 @@ class Network(Protocol):
     def head(self, params: Params) -> tuple[Unembed, Params]: ...
 
 
-Side = tuple[Network, Params, Array]  # a model, its parameters, and its hidden states [B,T,D]
+Side = tuple[Network, Params, Array]  # a model, the model's parameters, and the hidden states [B,T,D]
 
 
 def nll(model: Network, params: Params, x: Array, targets: Array, weight: Array) -> Array:
-    """sum(weight * -log p(targets)), a scalar, in nats. x [B,T,D], targets and weight [B,T].
+    """Returns the scalar sum(weight * -log p(targets)) in nats, for hidden states x [B,T,D], targets and weight [B,T].
 
-    The gradient is computed in the forward pass, chunk by chunk, while the logits exist. Recomputing them in the
-    backward pass would take one more product with the head. For a loss that is not linear in the log-probabilities, use
-    `token_logps`.
+    The gradient is computed in the forward pass, while the logits of a chunk are in memory. Otherwise the backward pass
+    would have to recompute the logits, which takes one more matrix product. For a loss that is not linear in the
+    log-probabilities, use `token_logps`.
     """
     unembed, head = model.head(params)
     (x, targets, weight), _ = _count_first(weight, x, targets)
@@ -53,7 +53,10 @@ def nll(model: Network, params: Params, x: Array, targets: Array, weight: Array)
 def token_logps(
     model: Network, params: Params, x: Array, targets: Array, mask: Array, temperature: float = 1.0
 ) -> Array:
-    """log p(targets) [B,T] of logits / `temperature`; 0 where mask is 0. x [B,T,D], targets and mask [B,T]."""
+    """Returns the log-probabilities of `targets` [B,T], given hidden states x [B,T,D].
+
+    The logits are divided by `temperature`. The result is 0 where `mask` [B,T] is 0.
+    """
 
     def f(logits: Array, targets: Array) -> Array:
         return _log_softmax(logits / temperature, targets)[0]
@@ -62,7 +65,10 @@ def token_logps(
 
 
 def entropy(model: Network, params: Params, x: Array, mask: Array) -> Array:
-    """-sum p log p over the vocabulary [B,T], in nats; 0 where mask is 0. x [B,T,D], mask [B,T]."""
+    """Returns the entropy [B,T] of the next-token distributions, in nats, given hidden states x [B,T,D].
+
+    The result is 0 where `mask` [B,T] is 0.
+    """
 
     def f(logits: Array) -> Array:
         logps = jax.nn.log_softmax(logits)
@@ -72,9 +78,10 @@ def entropy(model: Network, params: Params, x: Array, mask: Array) -> Array:
 
 
 def kl(of: Side, to: Side, mask: Array, temperature: float = 1.0) -> Array:
-    """KL(of || to) = sum p_of (log p_of - log p_to) over the vocabulary [B,T], in nats; 0 where mask [B,T] is 0.
+    """Returns KL(of || to) = sum p_of (log p_of - log p_to) [B,T], in nats, where the sum is over the vocabulary.
 
-    Distillation is `kl(teacher, student, mask)`; the two networks need only have the same vocabulary.
+    The result is 0 where `mask` [B,T] is 0. Distillation minimizes `kl(teacher, student, mask)`. Teacher and student
+    must have the same vocabulary, but may otherwise differ.
     """
 
     def f(of: Array, to: Array) -> Array:
@@ -85,11 +92,11 @@ def kl(of: Side, to: Side, mask: Array, temperature: float = 1.0) -> Array:
 
 
 def over_rows(f: Callable[..., Tree], sides: Sequence[Side], mask: Array, *extra: Array) -> Tree:
-    """`f(logits, ..., *extra)` at the positions [B,T] whose mask is not 0, and 0 at all others.
+    """Returns `f(logits, ..., *extra)` at the positions [B,T] where `mask` is not 0, and 0 at all other positions.
 
-    `f` takes the logits [R,V] of each Side and R rows of each array of `extra` [B,T,...]. It must compute each row
-    independently, and return [R] or a tree of such arrays. The result is differentiable with respect to heads, hidden
-    states and `extra`; logits are recomputed in the backward pass.
+    `f` takes the logits [R,V] of each model in `sides`, and R rows of each array [B,T,...] in `extra`. It must compute
+    each row independently, and return an array [R] or a tree of such arrays. The result is differentiable with respect
+    to the parameters of the heads, the hidden states and `extra`. The backward pass recomputes the logits.
     """
     unembeds, trees = zip(*(model.head(params) for model, params, _ in sides))
     (*rows, mask), undo = _count_first(mask, *(x for *_, x in sides), *extra)
@@ -103,7 +110,7 @@ def over_rows(f: Callable[..., Tree], sides: Sequence[Side], mask: Array, *extra
 
 
 def _log_softmax(logits: Array, targets: Array) -> tuple[Array, Array]:
-    """(log p(targets) [R], its gradient with respect to the logits [R,V]) for logits [R,V]."""
+    """Returns (log p(targets) [R], the gradient of log p(targets) with respect to `logits` [R,V])."""
     top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     unnormalized = jnp.exp(logits - top)
     total = unnormalized.sum(-1, keepdims=True)
@@ -113,7 +120,9 @@ def _log_softmax(logits: Array, targets: Array) -> tuple[Array, Array]:
 
 def _count_first(mask: Array, *arrays: Array) -> tuple[tuple[Array, ...], Callable[[Array], Array]]:
     """Reshapes arrays [B,T,...] and the mask to rows [S,R,...], where S is the number of shards of batch and sequence.
-    Rows whose mask is not 0 come first. Also returns the function that maps results [S,R] back to [B,T]."""
+
+    In each shard, the rows with a nonzero mask come first. Also returns a function that maps [S,R] back to [B,T].
+    """
     B, T = mask.shape
     S, C = weights.shards("data", "fsdp"), weights.shards("context")
     S, C = S if B % S == 0 else 1, C if T % C == 0 else 1
@@ -136,9 +145,10 @@ def _count_first(mask: Array, *arrays: Array) -> tuple[tuple[Array, ...], Callab
 
 
 def _copies(tree: Tree, shards: int) -> Tree:
-    """A copy [S, ...] of each array for every shard of the rows, sharded only over the vocabulary.
+    """Copies each array once for every shard of the rows, into an array [S, ...].
 
-    Without copies the partitioner gathers the head, and reduces its gradient over devices, in every iteration.
+    Without these copies, XLA's partitioner would gather the weight of the head, and reduce its gradient over devices,
+    for every chunk of rows.
     """
 
     def copy(a: Array) -> Array:
@@ -151,8 +161,10 @@ def _copies(tree: Tree, shards: int) -> Tree:
 
 
 def _sent(tree: Tree, x: Array) -> Tree:
-    """Copies a head, or a part of it, to the shards of x [S,R,D]. Plain arrays are copied in the dtype of x if that is
-    narrower."""
+    """Copies the parameters of a head to every shard of x [S,R,D].
+
+    Plain arrays are first cast to the dtype of x, if that dtype is narrower than theirs.
+    """
 
     def narrow(w: Array | Weight) -> Array | Weight:
         return w if isinstance(w, Weight) or x.dtype.itemsize >= w.dtype.itemsize else w.astype(x.dtype)
@@ -161,7 +173,10 @@ def _sent(tree: Tree, x: Array) -> Tree:
 
 
 def chunk_rows(rows: int, vocab: int) -> int:
-    """Rows per chunk and shard. Chunks have equal sizes, since a smaller last one would cost as much."""
+    """Returns the number of rows per chunk and shard.
+
+    All chunks have the same size, since the loop would compute as many rows for a smaller last chunk.
+    """
     most = CHUNK_BYTES["cpu" if weights.platform() == "cpu" else "other"]
     return -(-rows // -(-4 * rows * vocab // most))
 
@@ -170,15 +185,17 @@ Cut = Callable[[Array], Array]
 
 
 def _loop(weight: Array, vocab: int, body: Callable[[Cut, Array, Array, T], T], carry: T) -> T:
-    """Loops `carry = body(cut, start, fresh, carry)` over chunks of rows, until every shard has used all rows whose
-    `weight` [S,R] is not 0. `cut` takes the chunk [S,C,...] of an array [S,R,...] that begins at `start`; `fresh` [C]
-    is True for rows that were not in an earlier chunk."""
+    """Computes `carry = body(cut, start, fresh, carry)` for each chunk of rows with a nonzero `weight` [S,R].
+
+    The function `cut` extracts from an array [S,R,...] the chunk [S,C,...] that begins at row `start`. The array
+    `fresh` [C] is True for rows that were not already in an earlier chunk.
+    """
     R = weight.shape[1]
     size = chunk_rows(R, vocab)
     needed = -(-(weight != 0).sum(1).max() // size)
 
     def step(i: Array, carry: T) -> T:
-        start = jnp.minimum(i * size, R - size)  # the last chunk may overlap the one before
+        start = jnp.minimum(i * size, R - size)  # the last chunk may overlap the previous chunk
         fresh = start + jnp.arange(size) >= i * size
 
         def cut(a: Array) -> Array:
@@ -190,9 +207,10 @@ def _loop(weight: Array, vocab: int, body: Callable[[Cut, Array, Array, T], T], 
 
 
 def _pieces(unembed: Unembed, head: tuple[Tree, Tree], x: Array, targets: Array, g: Array) -> tuple[Array, Tree, Array]:
-    """(log p(targets) [S,C], gradients for `trained`, gradients for x) of a chunk x [S,C,D] with the cotangent g [S,C].
+    """Returns (log p(targets) [S,C], gradient for the trained parameters of the head, gradient for x) of one chunk.
 
-    `head` is (trained, frozen), with a copy per shard.
+    The hidden states x are [S,C,D], and g [S,C] is the cotangent of the log-probabilities. `head` is (trained
+    parameters, frozen parameters), and has a copy of each array for every shard.
     """
 
     def shard(trained: Tree, frozen: Tree, x: Array, targets: Array, g: Array) -> tuple[Array, Tree, Array]:
@@ -213,7 +231,7 @@ def _summed(copies: Tree) -> Tree:
 
 
 def _write(out: Array, chunk: Array, start: Array, fresh: Array) -> Array:
-    """`out` [S,R,...] with the fresh rows of `chunk` written from row `start` on."""
+    """Returns `out` [S,R,...] with those rows of `chunk` that are `fresh` written at the rows that begin at `start`."""
     old = jax.lax.dynamic_slice_in_dim(out, start, chunk.shape[1], axis=1)
     keep = fresh.reshape(1, -1, *(1,) * (chunk.ndim - 2))
     return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(keep, chunk, old), start, axis=1)
@@ -261,7 +279,7 @@ _nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
 
 
 def _by_perturbed(tree: Tree) -> tuple[Tree, Tree]:
-    """(arrays that are differentiated, arrays that are not), each tree with None where the other one has the array."""
+    """Splits a tree into (arrays that are differentiated, all other arrays). None replaces the arrays left out."""
 
     def primal(p: object) -> bool:
         return hasattr(p, "perturbed")
@@ -276,12 +294,15 @@ def _by_perturbed(tree: Tree) -> tuple[Tree, Tree]:
 
 # --- any function of the logits of a row: logits are recomputed in the backward pass ---
 
-Rows = tuple[Array, ...]  # [S,R,...]: hidden states of each forward pass (Side), then the other inputs of the loss
+Rows = tuple[Array, ...]  # hidden states [S,R,D] of each model, then the other inputs [S,R,...] of the loss
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _over(f: Callable[[tuple, Rows], Tree], vocab: int, trees: tuple, rows: Rows, mask: Array) -> Tree:
-    """Computes f(heads [S,...], rows [S,C,...]) chunk by chunk -> [S,R]; `vocab` is the number of logits per row."""
+    """Computes f(heads, rows) for one chunk of rows after the other, and returns the results [S,R] of all chunks.
+
+    `vocab` is the number of logits per row.
+    """
     copies = tuple(map(_sent, trees, rows))
     like = jax.eval_shape(f, copies, rows)
 
@@ -327,5 +348,5 @@ def _is_symbolic(x: object) -> bool:
 
 
 def _instantiated(g: Tree) -> Array:
-    """The cotangent of an output as an array; the cotangent of an unused output is a symbolic zero."""
+    """Returns the cotangent of an output as an array. JAX passes a symbolic zero for an output that is not used."""
     return jnp.zeros(g.shape, g.dtype) if _is_symbolic(g) else g

@@ -1,4 +1,4 @@
-"""The key-value cache: floats, or 8-bit codes with one scale per token and head."""
+"""The key-value cache, stored as floats, or as 8-bit codes with one scale per token and head."""
 
 import functools
 from collections.abc import Callable
@@ -18,30 +18,30 @@ KINDS = {"float": None, "int8": "int8", "fp8": "e4m3"}
 
 @flax.struct.dataclass
 class Coded:
-    """Quantized keys or values: codes * scale."""
+    """Quantized keys or values, which equal codes * scale."""
 
     codes: Array  # [...,S,H] int8 or e4m3
     scale: Array  # [...,S,1] float32
 
 
 class KV(NamedTuple):
-    """The keys and values that an attention layer caches: [B*K,S,H] each, or [layers,B*K,S,H] for stacked layers."""
+    """The cached keys and values of an attention layer, [B*K,S,H] each, or [layers,B*K,S,H] for stacked layers."""
 
     k: Array | Coded
     v: Array | Coded
 
 
 class Cache(NamedTuple):
-    """The state of decoding: S columns, one per token. The next tokens are written to the columns from `index` on."""
+    """The state of decoding. Each of S columns stores one token, and the next token is written to column `index`."""
 
     index: Array  # []
-    layers: Tree  # a tuple with the cache of each layer; for stacked layers one stack, or {kind: stack}
-    positions: Array  # [B,S] of the token in each column
-    segments: Array  # [B,S]; 0: an empty column, or padding
+    layers: Tree  # a tuple with the cache of each layer; for stacked layers, one stack or {kind: stack}
+    positions: Array  # [B,S] position of the token in each column
+    segments: Array  # [B,S] document number of the token; 0 for an empty column or padding
 
 
 def encode(x: Array, kind: str) -> Array | Coded:
-    """x [...,S,H] in the format of a cache of `kind`."""
+    """Converts keys or values x [...,S,H] to the format of a cache of this `kind`."""
     if kind == "float":
         return x
     axes = "abcdefgh"[: x.ndim]
@@ -49,7 +49,7 @@ def encode(x: Array, kind: str) -> Array | Coded:
 
 
 def write(cache: Array | Coded, new: Array, index: Array) -> Array | Coded:
-    """The cache [B*K,S,H] with `new` [B,K,T,H] written at `index`."""
+    """Returns the cache [B*K,S,H] with the keys or values `new` [B,K,T,H] written at column `index`."""
     kind = "float"
     if isinstance(cache, Coded):
         kind = "int8" if cache.codes.dtype == jnp.int8 else "fp8"
@@ -58,31 +58,31 @@ def write(cache: Array | Coded, new: Array, index: Array) -> Array | Coded:
 
 
 def read(cache: Array | Coded, dtype: DTypeLike) -> Array:
-    """The cached keys or values [B*K,S,H] in `dtype`."""
+    """Returns the cached keys or values [B*K,S,H] as floats of `dtype`."""
     if isinstance(cache, Coded):
         return (cache.codes.astype(jnp.float32) * cache.scale).astype(dtype)
     return cache.astype(dtype)
 
 
 def insert(cache: Cache, part: Cache, rows: Array, sources: Array, count: Array | int) -> Cache:
-    """`cache` with row rows[i] replaced by row sources[i] of `part`, for each i < count.
+    """Replaces row rows[i] of `cache` by row sources[i] of `part`, for each i < count.
 
-    `cache` is a ring buffer. A new row ends in the column just before `cache.index`, so that its next token follows its
-    last one. In `part`, a row must not span more columns, from its first token to its last, than `cache` has.
+    `cache` is a ring buffer. The last token of a new row is put in the column before `cache.index`, so that the next
+    token of the row will directly follow. The tokens of a row of `part` must not span more columns than `cache` has.
     """
     width, room = part.positions.shape[1], cache.positions.shape[1]
     number = len(part.positions)
     ends = jnp.where(part.segments != 0, jnp.arange(1, width + 1), 0).max(1)
 
     def placed(x: Array, end: Array) -> Array:
-        """Moves the columns [.,W,...] of a row to their places in the columns [.,S,...] of the ring buffer."""
+        """Moves the W columns of a row to those of the S columns of the ring buffer where they belong."""
         x = jnp.roll(x, -end, axis=1)[:, -room:]
         x = jnp.pad(x, ((0, 0), (room - x.shape[1], 0), *((0, 0),) * (x.ndim - 2)))
         return jnp.roll(x, cache.index, axis=1)
 
     def one(i: Array, cache: Cache) -> Cache:
         def put(columns: bool, whole: Array, x: Array) -> Array:
-            each = len(x) // number  # 1, or the number of key heads
+            each = len(x) // number  # rows of x per batch row: 1, or the number of key heads
             x = jax.lax.dynamic_slice_in_dim(x, sources[i] * each, each)
             x = placed(x, ends[sources[i]]) if columns else x
             return jax.lax.dynamic_update_slice_in_dim(whole, x, rows[i] * each, 0)
@@ -95,7 +95,10 @@ def insert(cache: Cache, part: Cache, rows: Array, sources: Array, count: Array 
 
 
 def _each(f: Callable[..., Array], layers: Tree, *others: Tree) -> Tree:
-    """f(whether the layer's cache has columns, *leaves) for the leaves [B*K,...] of each layer, stacked or not."""
+    """Calls f(whether the layer caches keys and values, *arrays) on the arrays [B*K,...] of each layer's cache.
+
+    The layers may be stacked or not.
+    """
 
     def of(layer: Tree, *rest: Tree) -> Tree:
         one = functools.partial(f, isinstance(layer, KV))

@@ -1,4 +1,4 @@
-"""The layers of a decoder, as flax modules that declare each parameter by the equation that uses it."""
+"""The layers of a transformer, as flax modules. Each weight is declared by the einsum equation that uses it."""
 
 import math
 from typing import ClassVar, NamedTuple
@@ -26,18 +26,21 @@ ACTIVATIONS = {
 
 
 class Layer(nn.Module):
-    """A module that declares parameters. Existing parameters are read without a shape check: they may be Weights."""
+    """Base class of modules that declare parameters.
+
+    Existing parameters are read without flax's shape check, since a parameter may be a `Weight` instead of an array.
+    """
 
     config: ModelConfig
 
     def weight(self, name: str, eqn: str, scale: float = 1.0) -> Array | Weight:
-        """The parameter that `eqn` multiplies by, initialized from N(0, scale^2 / fan-in)."""
+        """Declares the weight of the einsum `eqn`, initialized from N(0, scale^2 / fan-in), and returns its value."""
         letters = weights.operands(eqn)[1]
         fan_in = math.prod(self.config.sizes[c] for c in weights.split(eqn)[1])
         return self._declare(name, letters, nn.initializers.normal(scale * fan_in**-0.5), eqn)
 
     def vector(self, name: str, letters: str, init: float) -> Array:
-        """The parameter for a scale or a bias with the axes `letters`."""
+        """Declares a scale or a bias with the axes `letters`, filled with `init`, and returns its value."""
         return self._declare(name, letters, nn.initializers.constant(init), "")
 
     def _declare(self, name: str, letters: str, init: nn.initializers.Initializer, eqn: str) -> Array | Weight:
@@ -48,12 +51,12 @@ class Layer(nn.Module):
         return self.param(name, lambda key: Spec(init(key, shape, jnp.float32), axes, eqn=eqn))
 
     def bias(self, name: str, letters: str, x: Array, when: bool) -> Array:
-        """x plus a bias over the axes `letters`, if `when` is true."""
+        """Returns x, plus a learned bias with the axes `letters` if `when` is true."""
         return x + self.vector(name, letters, 0.0).astype(x.dtype) if when else x
 
 
 class Norm(Layer):
-    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last axis of x [...,D], computed in float32."""
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last axis of x [...,D], both computed in float32."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -67,7 +70,7 @@ class Norm(Layer):
 
 
 class Attention(Layer):
-    """Self-attention, x [B,T,D] -> [B,T,D]. With a cache it also attends to the tokens of earlier calls."""
+    """Self-attention from x [B,T,D] to [B,T,D]. With a cache, tokens also attend to the tokens of earlier calls."""
 
     @nn.compact
     def __call__(self, x: Array, context: Context, cache: KV | None) -> tuple[Array, KV | None]:
@@ -89,19 +92,19 @@ class Attention(Layer):
             k, v = kv_cache.read(cache.k, q.dtype), kv_cache.read(cache.v, q.dtype)
         y = attend(q, k.astype(q.dtype), v.astype(q.dtype), context)
         y = y if cache is None else by_heads(y)
-        scale = (2 * c.layers) ** -0.5  # keeps the residual stream's variance independent of depth (GPT-2)
+        scale = (2 * c.layers) ** -0.5  # keeps the variance of the residual stream independent of depth (GPT-2)
         y = weights.einsum("BTNH,NHD->BTD", y, self.weight("wo", "BTNH,NHD->BTD", scale))
         return self.bias("bo", "D", y, c.biased("out")), cache
 
     def head_norm(self, name: str, x: Array) -> Array:
-        """RMSNorm of every head of x [B,T,N,H]."""
+        """Applies RMSNorm to every attention head of x [B,T,N,H]."""
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.config.norm_eps)
         return (h * self.vector(name, "H", 1.0)).astype(x.dtype)
 
 
 class MLP(Layer):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202) when gated, else act(x W) W; x [B,T,D] -> [B,T,D]."""
+    """Maps x [B,T,D] to [B,T,D] by SwiGLU (Shazeer 2020, arXiv 2002.05202) if `gated`, else by act(x up) down."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -119,10 +122,11 @@ class MLP(Layer):
 
 
 class Block(Layer):
-    """Two sublayers in a residual stream x [B,T,D]: `mix` works across tokens, `feed` on each token separately.
+    """A layer with two sublayers, whose outputs are added to the residual stream x [B,T,D].
 
-    `cache` is the layer's cache of earlier tokens, or None. Returns x and the cache with the tokens of x added.
-    Subclasses are other kinds of layers. If `columns` is True, the cache holds a column of keys and values per token.
+    The method `mix` combines different tokens, and the method `feed` transforms each token separately. A call takes
+    the layer's cache of earlier tokens, or None, and returns x and the cache with the tokens of x added. Subclasses
+    implement other kinds of layers. If the attribute `columns` is True, the cache stores a key and a value per token.
     Only such layers support virtual tokens, bidirectional models, and batches whose rows start at different steps.
     """
 
@@ -132,13 +136,13 @@ class Block(Layer):
     def empty_cache(
         config: ModelConfig, lead: tuple[int, ...], batch: int, length: int, dtype: str, kind: str
     ) -> NamedTuple:
-        """The cache before the first token; `lead` is () or (stacked layers,), `kind` one of kv_cache.KINDS."""
+        """Returns an empty cache. `lead` is () or (number of stacked layers,), `kind` is a key of kv_cache.KINDS."""
         shape = (*lead, batch * config.kv_heads, length, config.head_dim)
         return KV(*(kv_cache.encode(jnp.zeros(shape, dtype), kind) for _ in KV._fields))
 
     @staticmethod
     def keys_per_query(config: ModelConfig, tokens: int, virtual: int) -> float:
-        """The mean number of keys per query, in rows of `tokens` tokens after `virtual` virtual tokens."""
+        """Returns the mean number of keys per query, if `tokens` tokens follow `virtual` virtual tokens in a row."""
         return ((tokens + 1) / 2 if config.causal else tokens) + virtual
 
     @nn.compact
@@ -153,19 +157,19 @@ class Block(Layer):
         return x, cache
 
     def mix(self, h: Array, context: Context, cache: Tree) -> tuple[Array, Tree]:
-        """The sublayer that works across tokens."""
+        """Runs the sublayer that combines different tokens, which is attention unless a subclass overrides it."""
         return Attention(self.config, name="attn")(h, context, cache)
 
     def feed(self, h: Array, context: Context) -> Array:
-        """The sublayer that works on each token."""
+        """Runs the sublayer that transforms each token separately, which is an MLP."""
         return MLP(self.config, name="mlp")(h)
 
     def norm_before(self, name: str, x: Array) -> Array:
-        """The input of a sublayer: x, normalized if the config puts norms before sublayers."""
+        """Returns the input of a sublayer, which is x, normalized if the config puts norms before sublayers."""
         return x if self.config.norms == "post" else Norm(self.config, name=name)(x)
 
     def norm_behind(self, name: str, x: Array, y: Array) -> Array:
-        """The residual stream x plus the output y of a sublayer, normalized as the config says."""
+        """Adds the output y of a sublayer to the residual stream x, and normalizes where the config says so."""
         if self.config.norms == "post":
             return Norm(self.config, name=f"{name}_norm")(x + y)
         if self.config.norms == "both":
@@ -173,31 +177,31 @@ class Block(Layer):
         return x + y
 
     def adapted(self, name: str, x: Array, y: Array) -> Array:
-        """The output y of a sublayer with input x, passed through its bottleneck adapter if there is one."""
+        """Applies the bottleneck adapter `name`, if there is one, to a sublayer with the input x and the output y."""
         adapter = self.get_variable("params", name)
         return y if adapter is None else adapter(x, y)
 
 
 def report(module: nn.Module, name: str, value: Array) -> None:
-    """Records a value of a layer; `Transformer.hidden` returns it in its reports."""
+    """Records a value that a layer has computed, so that `Transformer.hidden` returns it among the reports."""
     module.sow("reports", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
 def by_heads(x: Array) -> Array:
-    """x [B,T,N,H] with its heads sharded like the heads of the weights, if the tensor axis divides them.
+    """Shards the heads of x [B,T,N,H] like the heads of the weights, if the mesh axis "tensor" divides N.
 
-    A cache merges rows and heads into one axis, which is not sharded by heads. Without this constraint, the partitioner
-    would gather the weights instead of these activations.
+    A cache merges batch rows and heads into one axis, so it is not sharded by heads. Without this constraint, XLA's
+    partitioner would gather the weights on every device instead of the activations x.
     """
     even = x.shape[2] % weights.shards("tensor") == 0
     return nn.with_logical_constraint(x, ("act_batch", "act_seq", "heads", None)) if even else x
 
 
 def unembed(eqn: str, cap: float, table: Array | Weight, x: Array) -> Array:
-    """Logits [B,T,V] in float32 of hidden states x [B,T,D]."""
+    """Returns float32 logits [B,T,V] for hidden states x [B,T,D]. `cap` limits the logits: see `softcap`."""
     return softcap(weights.einsum(eqn, x, table).astype(jnp.float32), cap)
 
 
 def softcap(logits: Array, cap: float) -> Array:
-    """cap * tanh(logits / cap), within (-cap, cap). A cap of 0 means no cap."""
+    """Limits logits smoothly to (-cap, cap), by cap * tanh(logits / cap). If `cap` is 0, logits do not change."""
     return cap * jnp.tanh(logits / cap) if cap else logits

@@ -1,4 +1,7 @@
-"""Recurrent layers: the RG-LRU of Griffin (De et al. 2024, arXiv 2402.19427). Models may mix them with attention."""
+"""Recurrent layers with the RG-LRU of Griffin (De et al. 2024, arXiv 2402.19427).
+
+A model may have both recurrent layers and attention layers.
+"""
 
 from typing import ClassVar, NamedTuple
 
@@ -13,8 +16,8 @@ from model.net.attention import Context
 from model.net.layers import ACTIVATIONS, Block, Layer
 
 SHARPNESS = 8.0  # c of eq. 6
-DECAYS = (0.9, 0.999)  # a^c is initialized uniformly in this range
-STEEPEST = 1000.0  # bound on the slope of the square root of eq. 4, which is infinite at a = 1
+DECAYS = (0.9, 0.999)  # the initial values of a^c are drawn uniformly from this range
+STEEPEST = 1000.0  # limit on the gradient of the square root in eq. 4, which would be infinite at a = 1
 
 
 class Memory(NamedTuple):
@@ -25,8 +28,10 @@ class Memory(NamedTuple):
 
 
 class Recurrent(Layer):
-    """out(act(x gate) * RG-LRU(conv(x in))), x [B,T,D] -> [B,T,D]. With a cache it continues from the state of earlier
-    calls."""
+    """The recurrent sublayer, which maps x [B,T,D] to [B,T,D] by out(act(gate(x)) * RG-LRU(conv(in(x)))).
+
+    With a cache, the recurrence continues from the state that the previous call returned.
+    """
 
     @nn.compact
     def __call__(self, x: Array, context: Context, cache: Memory | None) -> tuple[Array, Memory | None]:
@@ -41,9 +46,10 @@ class Recurrent(Layer):
         return self.bias("bout", "D", y, True), None if cache is None else Memory(inputs, state)
 
     def convolve(self, u: Array, age: Array, before: Array) -> tuple[Array, Array]:
-        """Causal depthwise convolution of u [B,T,W] within a document, and the inputs that the next call needs.
+        """Applies a causal depthwise convolution to u [B,T,W]. Also returns the inputs that the next call needs.
 
-        `age` [B,T] is the number of earlier tokens in the document; `before` [B,C-1,W] are earlier inputs.
+        `before` [B,C-1,W] are the inputs that precede u. `age` [B,T] is the number of earlier tokens in the document,
+        so that no output depends on another document.
         """
         taps, T = self.config.conv, u.shape[1]
         w = self._declare("conv", "CW", nn.initializers.normal(taps**-0.5), "").astype(u.dtype)
@@ -53,14 +59,15 @@ class Recurrent(Layer):
             return jnp.where((age >= n)[..., None], padded[:, taps - 1 - n :][:, :T], 0)
 
         y = sum(w[taps - 1 - n] * back(n) for n in range(taps))
-        ends = (age >= 0).sum(1)[:, None] + jnp.arange(taps - 1)  # columns before the padding
+        ends = (age >= 0).sum(1)[:, None] + jnp.arange(taps - 1)  # columns of the last real tokens
         return self.bias("bconv", "W", y, True), jnp.take_along_axis(padded, ends[..., None], axis=1)
 
     def rg_lru(self, x: Array, age: Array, before: Array) -> tuple[Array, Array]:
-        """(h [B,T,W], last h [B,W]) of x [B,T,W]: eq. 1 to 4 in float32, h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t).
+        """Runs the recurrence on x [B,T,W] in float32, and returns (the states h [B,T,W], the last state [B,W]).
 
-        A document's first token has a_t = 0, and its input is not scaled; padding has a_t = 1 and no input. The gates
-        are block-diagonal.
+        Equations 1 to 4 of the paper define h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t). For the first token of a
+        document, a_t is 0 and the input is not scaled. For padding, a_t is 1 and the input is 0, so that the state
+        does not change. The weights of the gates are block-diagonal.
         """
         blocks = x.reshape(*x.shape[:2], self.config.heads, -1)  # [B,T,N,I]
 
@@ -85,7 +92,7 @@ class Recurrent(Layer):
 
 
 class RecurrentBlock(Block):
-    """A Block whose `mix` is recurrent."""
+    """A Block that combines tokens by a recurrence instead of attention."""
 
     columns: ClassVar[bool] = False
 
@@ -104,14 +111,14 @@ class RecurrentBlock(Block):
 
 
 def initial(config: ModelConfig, lead: tuple[int, ...], dtype: str) -> Memory:
-    """The cache of a recurrent layer before the first token, with the leading axes `lead`."""
+    """Returns an empty cache of a recurrent layer, whose arrays have the leading axes `lead`."""
     W = config.recurrent
     return Memory(jnp.zeros((*lead, config.conv - 1, W), dtype), jnp.zeros((*lead, W)))
 
 
 @jax.custom_jvp
 def root(x: Array) -> Array:
-    """sqrt(x) with a gradient of at most STEEPEST."""
+    """Returns sqrt(x), with its gradient limited to STEEPEST."""
     return jnp.sqrt(x)
 
 
@@ -121,6 +128,6 @@ def _root_slope(x: tuple[Array], dx: tuple[Array]) -> tuple[Array, Array]:
 
 
 def _decays(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    """The parameter L, for which a^c = exp(-c softplus(L)) is uniform between DECAYS (section 2.4)."""
+    """Draws the parameter L such that a^c = exp(-c softplus(L)) is uniform in the range DECAYS (section 2.4)."""
     a = jax.random.uniform(key, shape, dtype, *DECAYS)
     return jnp.log(jnp.expm1(-jnp.log(a) / SHARPNESS))

@@ -1,8 +1,8 @@
-"""Ring attention (Liu et al. 2023, arXiv 2310.01889): exact attention over rows split by the mesh axis "context".
+"""Ring attention (Liu et al. 2023, arXiv 2310.01889): exact attention when the mesh axis "context" shards sequences.
 
 Every shard keeps its queries. The blocks of keys and values travel around the ring of shards, once in the forward pass
-and once in the backward pass. A shard holds the scores of only one block, so the memory for scores is inversely
-proportional to the square of the number of shards.
+and once in the backward pass. A shard stores the attention scores of only one block at a time, so the memory for scores
+is inversely proportional to the square of the number of shards.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from model.net.attention import mask
 
-FAR = 1 << 30  # a window too large to have an effect
+FAR = 1 << 30  # a sliding window so large that it has no effect
 Ids = tuple[Array, Array]  # positions and segments [B,T]
 Residuals = tuple[Array, Array, Array, Ids, Array, Array, Array, Array]  # q, k, v, ids, window, out, top, total
 Carry = TypeVar("Carry")
@@ -26,8 +26,11 @@ Block = TypeVar("Block")
 def ring_attention(
     q: Array, k: Array, v: Array, positions: Array, segments: Array, window: int | Array = FAR, causal: bool = True
 ) -> Array:
-    """`attention` of q [B,T,N,H] and k, v [B,K,T,H] with the `mask` of positions, segments [B,T] and a window, which
-    may be traced. The context axis must divide T. The partitioner handles the other mesh axes."""
+    """Computes `attention` of q [B,T,N,H] to k, v [B,K,T,H], masked by positions [B,T], segments [B,T] and a window.
+
+    The window may be a traced value. The mesh axis "context" must divide T. XLA's partitioner handles the other axes of
+    the mesh.
+    """
     rows, keys = P(None, "context"), P(None, None, "context")
     ring = functools.partial(_ring, causal)
     local = jax.shard_map(
@@ -52,13 +55,16 @@ _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _scores(q: Array, k: Array, q_ids: Ids, k_ids: Ids, window: Array, causal: bool) -> tuple[Array, Array]:
-    """(masked scores [B,K,G,T,S] in float32, mask) of q [B,K,G,T,H] and a block k [B,K,S,H]."""
+    """Returns (masked float32 scores [B,K,G,T,S], mask) of queries q [B,K,G,T,H] and a block k [B,K,S,H] of keys."""
     see = mask(*q_ids, *k_ids, window, causal)[:, None, None]
     return jnp.where(see, _dot("BKGTH,BKSH->BKGTS", q, k) * q.shape[-1] ** -0.5, -1e30), see
 
 
 def _around(step: Callable[[Carry, Block], tuple[Carry, Block]], carry: Carry, block: Block) -> tuple[Carry, Block]:
-    """Runs `carry, block = step(carry, block)` for the block of every shard; then each block is back on its shard."""
+    """Sends the blocks around the ring, and runs `carry, block = step(carry, block)` on each block that arrives.
+
+    After one round, every block is back on its own shard.
+    """
     n = jax.lax.axis_size("context")
     onward = [(i, (i + 1) % n) for i in range(n)]
 
@@ -77,7 +83,7 @@ def _ring(causal: bool, q: Array, k: Array, v: Array, positions: Array, segments
 def _forward(
     causal: bool, q: Array, k: Array, v: Array, positions: Array, segments: Array, window: Array
 ) -> tuple[Array, Residuals]:
-    """An online softmax over all blocks, rescaled whenever the running maximum `top` rises."""
+    """Computes an online softmax over all blocks. Its sums are rescaled whenever the running maximum `top` rises."""
     ids, x = (positions, segments), _grouped(q, k)
 
     def step(carry: tuple[Array, Array, Array], block: tuple[Array, Array, Ids]) -> tuple:
@@ -96,7 +102,10 @@ def _forward(
 
 
 def _backward(causal: bool, residuals: Residuals, g: Array) -> tuple:
-    """Recomputes probabilities from `top` and `total`; the gradients of keys and values travel with the block."""
+    """Recomputes the attention probabilities from `top` and `total`.
+
+    The gradients of keys and values travel around the ring together with their block.
+    """
     q, k, v, ids, window, out, top, total = residuals
     x, g, out = (_grouped(a, k) for a in (q, g, out))
     delta = _dot("BKGTH,BKGTH->BKGT", g, out)

@@ -1,7 +1,8 @@
-"""Stacks of layers: parameters, caches and reports of all layers as one tree, and the loop over them.
+"""Runs the layers of a model. Parameters, caches and reports of the layers are stacked along a leading axis.
 
-In a model with several kinds of layers, norms and MLPs are stacked over all layers, "attn" over the attention layers,
-and "recurrent" over the recurrent layers. So the path "layers/attn/wq" is the same in every model.
+In a model with several kinds of layers, norms and MLPs are stacked over all layers, the parameters in "attn" over the
+attention layers, and the parameters in "recurrent" over the recurrent layers. So the parameter "layers/attn/wq" has the
+same name in every model.
 """
 
 import functools
@@ -22,7 +23,7 @@ Reports = dict[str, Array]  # name -> value
 
 
 class Layer(Protocol):
-    """A function (kind, x [B,T,D], parameters, cache, whether it has a window) -> (x, cache, reports)."""
+    """The type of a function that runs one layer on x [B,T,D], and returns the new x, the new cache and the reports."""
 
     def __call__(
         self, kind: str, x: Array, params: Params, cache: Tree, windowed: bool | Array, /
@@ -30,7 +31,10 @@ class Layer(Protocol):
 
 
 def join(stacks: dict[str, Params], config: ModelConfig) -> Params:
-    """Joins {kind: parameters stacked over its layers} into one tree; parts that all kinds have become one stack."""
+    """Merges the stacked parameters of each kind of layer into one tree.
+
+    Parameters that all kinds have are merged into one stack, in the order of the layers.
+    """
     order = np.argsort(np.concatenate([config.stack(f"{LAYERS}/{kind}") for kind in stacks]))
 
     def whole(*each: Array) -> Array:
@@ -42,7 +46,7 @@ def join(stacks: dict[str, Params], config: ModelConfig) -> Params:
 
 
 def pick(stacked: Params, kinds: Sequence[str], i: int) -> Params:
-    """The parameters of layer i, where kinds[j] is the kind of layer j."""
+    """Returns the parameters of layer i from the stacks, where kinds[j] is the kind of layer j."""
     out = {}
     for part, tree in stacked.items():
         if part not in kinds:
@@ -57,7 +61,7 @@ def _at(tree: T, i: int) -> T:
 
 
 def gather(each: Sequence[dict[str, Tree]]) -> dict[str, Tree]:
-    """A list of one dict per layer -> {name: values of that name, stacked over the layers that have it}."""
+    """Converts a list with one dict per layer to one dict, which stacks each value over the layers that have it."""
     names = dict.fromkeys(name for one in each for name in one)
     values = {name: [one[name] for one in each if name in one] for name in names}
     return {name: jax.tree.map(lambda *xs: jnp.stack(xs), *trees) for name, trees in values.items()}
@@ -66,7 +70,7 @@ def gather(each: Sequence[dict[str, Tree]]) -> dict[str, Tree]:
 def unrolled(
     layer: Layer, x: Array, layers: Sequence[Params], caches: Sequence[Tree] | None, config: ModelConfig
 ) -> tuple[Array, tuple | None, Reports]:
-    """Runs layers whose parameters are a tuple with one tree per layer, so that no slices of a stack are copied."""
+    """Runs all layers without a scan. `layers` has one tree of parameters per layer, so no stack must be sliced."""
     kept, reports = [], []
     for i, (kind, params, windowed) in enumerate(zip(config.kinds, layers, config.windowed, strict=True)):
         x, cache, report = layer(kind, x, params, caches and caches[i], windowed)
@@ -76,9 +80,10 @@ def unrolled(
 
 
 def scan(layer: Layer, x: Array, layers: Params, caches: Tree, config: ModelConfig) -> tuple[Array, Tree, Reports]:
-    """Runs stacked layers in a loop; `caches` is a stack, {kind: stack} for several kinds, or None.
+    """Runs stacked layers in a `scan`. `caches` is one stack, or {kind: stack} for several kinds of layers, or None.
 
-    With several kinds, an iteration runs one period of layers; an incomplete last period runs after the loop.
+    With several kinds of layers, each iteration runs one period of the repeating pattern `config.blocks`. If the last
+    period is incomplete, its layers run after the loop.
     """
     windowed = jnp.asarray(config.windowed)
     if len(set(config.kinds)) == 1:
@@ -94,7 +99,7 @@ def scan(layer: Layer, x: Array, layers: Params, caches: Tree, config: ModelConf
     stacks = (layers, caches or {}, {"windowed": windowed})
 
     def some(x: Array, stacks: tuple, kinds: Sequence[str]) -> tuple[Array, tuple[dict, Reports]]:
-        """Runs layers of these kinds from the start of a period; returns x, and stacks of caches and of reports."""
+        """Runs the first layers of a period, which have these `kinds`. Returns x, and their caches and reports."""
         layers, caches, flags = stacks
         kept, reports = [], []
         for i, kind in enumerate(kinds):
@@ -112,7 +117,7 @@ def scan(layer: Layer, x: Array, layers: Params, caches: Tree, config: ModelConf
 
 
 def _split(stacked: dict[str, Tree], period: Sequence[str], turns: int) -> tuple[dict[str, Tree], dict[str, Tree]]:
-    """Splits each stack into `turns` iterations [turns, layers per iteration, ...] and the remaining layers."""
+    """Splits each stack into (layers for the loop [turns, layers per turn, ...], remaining layers after the loop)."""
     looped, rest = {}, {}
     for part, tree in stacked.items():
         n = period.count(part) if part in period else len(period)

@@ -1,4 +1,7 @@
-"""A model as functions of a parameter tree: `init`, `hidden`, `logits`, `cache`. Only its blocks are flax modules."""
+"""The model, as pure functions of a tree of parameters, such as `init`, `hidden` and `logits`.
+
+Only the layers are flax modules.
+"""
 
 import dataclasses
 import functools
@@ -22,13 +25,13 @@ from model.net.kv_cache import KV, Cache
 from model.net.layers import Norm, unembed
 from model.weights import Params, Spec, Specs, Tree
 
-CUDNN = "dot_product_attention_fwd_wrapper"  # primitive of cuDNN's forward kernel, whose result has no checkpoint name
+CUDNN = "dot_product_attention_fwd_wrapper"  # JAX's primitive for cuDNN's forward kernel, which sets no checkpoint name
 
-# Results of a layer that are saved for the backward pass. "dots" saves the results of `weights.einsum` and, on a TPU or
-# GPU, of the attention kernel, and recomputes all others. On a CPU that is faster than saving everything: stacking
-# residuals in the scan costs more than softmax and silu.
-# Results are chosen by name and not by primitive. So for a LoRA leaf only the sum x W + x A B is saved, and not its two
-# terms, which are as large as the sum.
+# Remat policies: which results of a layer are saved for the backward pass. All other results are recomputed.
+# "dots" saves the results of `weights.einsum` and, on a TPU or GPU, the result of the attention kernel.
+# On a CPU, recomputing softmax and silu takes less time than stacking their results in the scan.
+# Results are selected by checkpoint name, because selecting all matrix products would save too much with LoRA.
+# By name, only the sum x W + x A B is saved, and not its two terms, which are as large as the sum.
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -39,37 +42,40 @@ REMAT = {
 }
 
 
-REPORTS = ("hidden",)  # known reports: the residual stream after each layer, [layers,B,T,D]
+REPORTS = ("hidden",)  # "hidden" is the residual stream after each layer, [layers,B,T,D]
 
 
 class Hidden(NamedTuple):
-    """The outputs of the layers for tokens [B,T]."""
+    """The result of `Transformer.hidden` for tokens [B,T]."""
 
     x: Array  # [B,T,D], the head's input
     cache: Cache | None  # the cache with these tokens added
-    reports: dict[str, Array]  # the requested reports: {name: [layers that report it, ...]}
+    reports: dict[str, Array]  # {name of a requested report: its values, stacked over layers}
 
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """A model of one stack of layers. `params["layers"]` is a stacked tree (scanned) or a tuple of trees (unrolled)."""
+    """A transformer. `params["layers"]` is a tree of stacked arrays, or a tuple with one tree per layer.
+
+    Stacked layers run in a scan. A tuple of layers runs unrolled, which is faster in decoding.
+    """
 
     config: ModelConfig
     dtype: str = "float32"  # the dtype of activations
     param_dtype: str = "float32"
     remat: str = "dots"  # a key of REMAT
-    attention: str = "xla"  # backend for rows without a cache; see model/net/backends.py
+    attention: str = "xla"  # attention backend for calls without a cache; see model/net/backends.py
 
     # --- parameters ---
 
     def init(self, key: Array) -> Params:
-        """Random parameters, stacked. Run it under jit with `out_shardings`."""
+        """Returns random parameters, stacked over layers. To create them sharded, jit it with `out_shardings`."""
         boxes = self._boxes(key)
         return jax.tree.map(lambda s: s.value.astype(self.param_dtype), boxes, is_leaf=weights.is_spec)
 
     @functools.cached_property
     def specs(self) -> Specs:
-        """A Spec (abstract value, logical axes, equation) at every parameter. No array is allocated."""
+        """A tree with a Spec (abstract value, logical axes, equation) for every parameter. No array is allocated."""
         boxes = jax.eval_shape(lambda: self._boxes(jax.random.key(0)))
 
         def cast(spec: Spec) -> Spec:
@@ -124,7 +130,7 @@ class Transformer:
     def __call__(
         self, params: Params, tokens: Array, positions: Array | None = None, segments: Array | None = None
     ) -> Array:
-        """Logits [B,T,V] in float32 of tokens [B,T]."""
+        """Returns float32 logits [B,T,V] for tokens [B,T]."""
         return self.logits(params, self.hidden(params, tokens, positions, segments).x)
 
     def hidden(
@@ -138,11 +144,10 @@ class Transformer:
         types: Array | None = None,
         report: Sequence[str] = (),
     ) -> Hidden:
-        """The hidden states [B,T,D] of tokens [B,T], the cache with these tokens added, and the requested reports.
+        """Returns the hidden states [B,T,D] of tokens [B,T], the cache with these tokens added, and the reports.
 
-        Positions, segments and types are [B,T] too; types, for models that have them, are 0 by default. Without
-        positions and segments, every row is one document that starts at position 0. Segment 0 is padding. Raises
-        UserError for an unknown report.
+        Positions, segments and token types are [B,T] too. By default, every row is one document that starts at position
+        0, and all token types are 0. Tokens of segment 0 are padding. Raises UserError for an unknown report.
         """
         c = self.config
         if unknown := set(report) - set(REPORTS):
@@ -167,10 +172,10 @@ class Transformer:
         return Hidden(x, cache if kept else None, reports)
 
     def embedded(self, params: Params, x: Array, positions: Array, types: Array | None = None) -> Array:
-        """The input [B,T,D] of the first layer, computed from rows x [B,T,D] of the embedding table."""
+        """Returns the input [B,T,D] of the first layer, given the token embeddings x [B,T,D]."""
         c = self.config
         if c.scale_embed:
-            x = x * jnp.bfloat16(c.embed**0.5).astype(x.dtype)  # Gemma was trained with the root in bfloat16
+            x = x * jnp.bfloat16(c.embed**0.5).astype(x.dtype)  # Gemma was trained with this square root in bfloat16
         if c.position == "learned":
             x = x + weights.take(params["position"]["table"], positions, self.dtype)
         if c.types:
@@ -183,7 +188,7 @@ class Transformer:
     def layer(
         self, kind: str, x: Array, params: Params, cache: Tree, windowed: bool | Array, ctx: Context
     ) -> tuple[Array, Tree, stack.Reports]:
-        """Runs one layer: returns x [B,T,D], its cache, and its reports."""
+        """Runs one layer, and returns its output [B,T,D], its new cache and its reports."""
         block, ctx = KINDS[kind](self.config), ctx._replace(windowed=windowed)
         (y, cache), state = block.apply({"params": params}, x, ctx, cache, mutable=["reports"])
         return constrain(y), cache, flatten_dict(state.get("reports", {}), sep="/")
@@ -199,14 +204,17 @@ class Transformer:
         return stack.scan(one, x, layers, caches, self.config)
 
     def head(self, params: Params) -> tuple[Unembed, Params]:
-        """(function, tree): the function maps (tree, hidden states [B,T,D]) to logits [B,T,V] in float32."""
+        """Returns (function, parameters of the head).
+
+        The function maps these parameters and hidden states [B,T,D] to float32 logits [B,T,V].
+        """
         cap = self.config.logit_cap
         if self.config.tied:
             return functools.partial(unembed, "BTD,VD->BTV", cap), params["embed"]["table"]
         return functools.partial(unembed, "BTD,DV->BTV", cap), params["unembed"]["table"]
 
     def logits(self, params: Params, x: Array) -> Array:
-        """Logits [B,T,V] in float32 of hidden states [B,T,D]."""
+        """Returns float32 logits [B,T,V] for hidden states [B,T,D]."""
         f, tree = self.head(params)
         return f(tree, x)
 
@@ -215,9 +223,9 @@ class Transformer:
     def cache(
         self, batch: int, length: int, unrolled: bool = True, params: Params | None = None, kind: str = "float"
     ) -> Cache:
-        """A cache for `length` tokens of `batch` rows; `kind` is one of kv_cache.KINDS.
+        """Returns a cache with room for `length` tokens in each of `batch` rows. `kind` is a key of kv_cache.KINDS.
 
-        It is empty, except that it begins with the virtual tokens (prefix and prompt tuning) of `params`.
+        The cache is empty, unless `params` has virtual tokens from prefix or prompt tuning. They are stored first.
         """
         c = self.config
 
@@ -238,9 +246,10 @@ class Transformer:
         return Cache(jnp.int32(virtual), layers, positions, segments)
 
     def _virtual(self, params: Params) -> Tree:
-        """Keys and values [K,P,H] of the virtual tokens, structured like a cache's layers; None for recurrent layers.
+        """Returns keys and values [K,P,H] of the virtual tokens for each attention layer, and None for other layers.
 
-        Raises UserError for prompt tuning of a bidirectional model, in which the prompt's keys depend on the document.
+        The result has the structure of `Cache.layers`. Raises UserError for prompt tuning of a bidirectional model, in
+        which the keys of the prompt depend on the document.
         """
         layers = params["layers"]
         if "prompt" not in params:
@@ -259,7 +268,7 @@ class Transformer:
 
 
 def _prefix(layer: Params) -> KV | None:
-    """The trained keys and values of a layer or a stack of layers."""
+    """Returns the keys and values of prefix tuning for a layer or a stack of layers; None if it has no attention."""
     if "attn" not in layer:
         return None
     prefix = layer["attn"]["prefix"]
@@ -267,7 +276,7 @@ def _prefix(layer: Params) -> KV | None:
 
 
 def _prepended(virtual: Tree, layers: Tree, batch: int, dtype: str, kind: str) -> Tree:
-    """A cache's `layers`, preceded by the keys and values [K,P,H] of virtual tokens, the same for every row."""
+    """Puts the keys and values [K,P,H] of virtual tokens, the same for every row, before the columns of a cache."""
 
     def stored(x: Array) -> Array | kv_cache.Coded:
         rows = jnp.tile(x.astype(dtype), (*(1,) * (x.ndim - 3), batch, 1, 1))  # [B*K,P,H]
@@ -282,7 +291,7 @@ def _prepended(virtual: Tree, layers: Tree, batch: int, dtype: str, kind: str) -
 
 
 def virtual_tokens(params: Params) -> int:
-    """Number of trained tokens before every document, from prefix or prompt tuning."""
+    """Returns the number of virtual tokens that prefix or prompt tuning puts before every document."""
     if "prompt" in params:
         return params["prompt"].table.shape[0]
     layers = params.get("layers", {})
@@ -292,10 +301,10 @@ def virtual_tokens(params: Params) -> int:
 
 
 def constrain(x: Array) -> Array:
-    """Constrains the sharding of activations [B,T,D] by their logical axes, which differ from those of weights."""
+    """Constrains how activations [B,T,D] are sharded, by logical axes that only activations have."""
     return nn.with_logical_constraint(x, ("act_batch", "act_seq", "act_embed")[: x.ndim])
 
 
 def unstack(params: Params, config: ModelConfig) -> Params:
-    """Parameters with their stacked layers as a tuple of trees, for unrolled decoding."""
+    """Splits the stacked layers of `params` into a tuple with one tree per layer, for decoding without a scan."""
     return {**params, "layers": tuple(stack.pick(params["layers"], config.kinds, i) for i in range(config.layers))}
