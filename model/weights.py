@@ -106,7 +106,7 @@ class Weight:
         raise NotImplementedError
 
     def dense(self, spec: Spec | None) -> Array:
-        """Returns the plain array that this `Weight` represents, for merging and export, and as a reference in tests."""
+        """Returns the plain array that this `Weight` represents, for merging, export and reference values in tests."""
         raise NotImplementedError
 
     def axes(self, spec: Spec | None) -> "Weight":
@@ -189,8 +189,8 @@ def product(eqn: str, x: Array, w: Array, dtype: DTypeLike | None = None) -> Arr
     """Computes `jnp.einsum` of two arrays, accumulated in `dtype`. On one device, it multiplies matrices if possible.
 
     XLA's CPU backend is fast only for products of matrices. With activations [B,T,D], the gradient of a weight
-    contracts two axes, and an MLP takes 1.65 times as long. Under a mesh, axes are not merged into matrices, since XLA's
-    partitioner needs them.
+    contracts two axes, and an MLP takes 1.65 times as long. Under a mesh, axes are not merged into matrices, since
+    XLA's partitioner needs them.
     """
     xs, ws, out = operands(eqn)
     _, contracted, produced = split(eqn)
@@ -324,13 +324,13 @@ def trainable(params: Params, what: str) -> Tree:
     """Returns a tree of bools, which is True for each array of `params` that is trained.
 
     `what` is "all", "adapters", or a regex that must match the whole name of a parameter. Even "all" excludes integers
-    and the frozen fields of a `Weight`, because gradients cannot update quantized values, and an adapter's base weight
-    stays frozen. Raises ValueError if no array would be trained.
+    and the frozen fields of a `Weight`, because gradients cannot update quantized values, and an adapter does not train
+    its base weight. Raises ValueError if no array would be trained.
     """
 
     def pick(path: str, leaf: Array | Weight, moves: bool | None) -> Tree:  # None: not inside a Weight
         if isinstance(leaf, Weight):
-            adapter = "base" in fields(leaf)  # if an adapter wraps another adapter, as on a tied table, both are trained
+            adapter = "base" in fields(leaf)  # if an adapter wraps another one, as on a tied table, both are trained
             own = lambda f: f in leaf.trainable and (moves is not False or adapter)
             return leaf.replace(**{f: walk(f"{path}/{f}", getattr(leaf, f), own(f)) for f in fields(leaf)})
         if what in ("all", "adapters"):

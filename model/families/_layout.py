@@ -1,10 +1,10 @@
-"""The mapping between a tensor of a checkpoint and our parameter, written like "(NH)D->DNH": the rows of the tensor are
-N and H merged, its columns are D, and our parameter has the axes D, N, H.
+"""Converts between tensors of checkpoints and parameters of this project, according to layouts such as "(NH)D->DNH".
 
-The same declaration serves reading and writing, and determines which slice of the file a slice of our parameter needs.
-The letters are those of AXES in model/weights.py, and P for learned positions. A digit marks an axis that holds several
-parameters one after the other: "D(3NH)->DNH" with part 1 is the middle third (GPT-2's keys). "1" is an axis of
-size 1 that our parameter does not have.
+In this example, the rows of the checkpoint's tensor are the merged axes N and H, its columns are the axis D, and our
+parameter has the axes D, N and H. One layout serves for reading and for writing, and determines which slice of the file
+is needed for a slice of our parameter. The letters are those of AXES in model/weights.py, and P for learned positions.
+A digit before letters says how many parameters are concatenated along an axis. For example, the keys of GPT-2 are part
+1 of "D(3NH)->DNH", the middle third of the tensor. The letter "1" is an axis of size 1 that our parameter lacks.
 """
 
 import math
@@ -17,14 +17,14 @@ Index = tuple[slice, ...]
 
 
 class Key(NamedTuple):
-    name: str  # of the tensor in the checkpoint; {} stands for the number of the layer
+    name: str  # the tensor's name in the checkpoint, in which {} stands for the number of the layer
     layout: str
     part: int = 0
-    less: float = 0.0  # subtracted from our values to get the checkpoint's (1 for Gemma's scales)
+    less: float = 0.0  # our value minus the checkpoint's value, which is 1 for Gemma's norm scales
 
 
 def parse(layout: str) -> tuple[list[str], str]:
-    """ "(NH)D->DNH" -> (["NH", "D"], "DNH")."""
+    """Splits a layout "(NH)D->DNH" into (["NH", "D"], "DNH")."""
     theirs, ours = layout.split("->")
     axes, merged = [], None
     for c in theirs:
@@ -40,12 +40,12 @@ def parse(layout: str) -> tuple[list[str], str]:
 
 
 def size(letters: str, sizes: dict[str, int]) -> int:
-    """The size of an axis that merges the axes `letters`."""
+    """Returns the size of an axis that merges the axes `letters`."""
     return math.prod(int(c) if c.isdigit() else sizes[c] for c in letters)
 
 
 def shape(key: Key, sizes: dict[str, int]) -> tuple[int, ...]:
-    """The shape of the checkpoint's tensor."""
+    """Returns the shape of the checkpoint's tensor."""
     return tuple(size(letters, sizes) for letters in parse(key.layout)[0])
 
 
@@ -54,9 +54,10 @@ def our_shape(key: Key, sizes: dict[str, int]) -> tuple[int, ...]:
 
 
 def read(key: Key, tensor: Callable[[Index], np.ndarray], sizes: dict[str, int], index: Index) -> np.ndarray:
-    """The slice `index` of our parameter; `tensor` reads slices of the checkpoint's tensor.
+    """Returns the slice `index` of our parameter. The function `tensor` reads slices of the checkpoint's tensor.
 
-    If the file merges axes, only the first of them is sliced in the file, since only that slice is contiguous.
+    If an axis of the file merges several axes, only a slice of the first one is contiguous in the file. So the other
+    axes are read as a whole, and sliced in memory.
     """
     axes, ours = parse(key.layout)
     wanted = dict(zip(ours, index, strict=True))
@@ -78,7 +79,7 @@ def read(key: Key, tensor: Callable[[Index], np.ndarray], sizes: dict[str, int],
 
 
 def write(parts: list[tuple[Key, np.ndarray]], sizes: dict[str, int]) -> np.ndarray:
-    """The checkpoint's tensor, built from the parameters that it holds: the inverse of `read`."""
+    """Builds a tensor of a checkpoint from all parameters that it contains. This is the inverse of `read`."""
     arrays = []
     for key, x in sorted(parts, key=lambda part: part[0].part):
         axes, ours = parse(key.layout)

@@ -1,4 +1,7 @@
-"""GPT-2: learned positions, LayerNorm, biases everywhere. Matrices are [in, out]; q, k and v share one matrix."""
+"""GPT-2, which has learned positions, LayerNorms, and biases in all projections.
+
+Its checkpoints store matrices as [inputs, outputs], and the weights of q, k and v in one matrix.
+"""
 
 from model.config import ModelConfig
 from model.families._layout import Key

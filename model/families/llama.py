@@ -1,4 +1,4 @@
-"""Llama 2 and 3, SmolLM2. The files of related families define only how they differ from Llama."""
+"""Llama 2, Llama 3 and SmolLM2. The files of related model families only define how they differ from Llama."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ FIELDS = {  # {field of ModelConfig: key of config.json}
     "mlp": "intermediate_size", "norm_eps": "rms_norm_eps", "max_len": "max_position_embeddings",
     "tied": "tie_word_embeddings",
 }  # fmt: skip
-DEFAULTS = dict(  # values of keys that a config.json may omit, as in transformers
+DEFAULTS = dict(  # default values for keys that are missing in a config.json, as in transformers
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
     max_position_embeddings=2048, rms_norm_eps=1e-6, tie_word_embeddings=False,
 )  # fmt: skip
@@ -43,7 +43,7 @@ ACTS = {
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh", "quick_gelu": "gelu_sigmoid", "relu": "relu",
 }  # fmt: skip
-ROPES = {  # {rope type: parameters that it requires}
+ROPES = {  # {rope type: parameters that this type requires}
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -59,9 +59,9 @@ BIASES = {(False, False): "none", (True, False): "attn", (False, True): "mlp", (
 
 
 def config(hf: dict, defaults: dict | None = None, **delta: Any) -> ModelConfig:
-    """The ModelConfig of a config.json. A related family passes its own `defaults`, and fields that differ as `delta`.
+    """Returns the ModelConfig for a config.json. Raises UserError for a model that is not supported.
 
-    Raises UserError for a model that is not supported.
+    A related model family passes its own `defaults`, and in `delta` the fields that differ from Llama.
     """
     hf = DEFAULTS | (defaults or {}) | hf
     refuse(hf)
@@ -81,7 +81,7 @@ def config(hf: dict, defaults: dict | None = None, **delta: Any) -> ModelConfig:
 
 
 def hf_config(c: ModelConfig) -> dict:
-    """The config.json of a model, with only keys that every version of transformers reads."""
+    """Returns the config.json of a model, with only those keys that every version of transformers reads."""
     return write_fields(c, FIELDS) | {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
@@ -96,7 +96,7 @@ def hf_config(c: ModelConfig) -> dict:
 
 
 def read_fields(hf: dict, fields: dict[str, str]) -> dict[str, Any]:
-    """Arguments of ModelConfig, read from a config.json; `fields` is {our field: key in config.json}."""
+    """Reads arguments of ModelConfig from a config.json. `fields` is {field of ModelConfig: key in config.json}."""
     return {ours: hf[theirs] for ours, theirs in fields.items()}
 
 
@@ -106,7 +106,10 @@ def write_fields(c: ModelConfig, fields: dict[str, str]) -> dict[str, Any]:
 
 
 def rope(hf: dict) -> tuple[float, dict]:
-    """(theta, scaling) of a config.json; {} for no scaling. Raises UserError for an unsupported type."""
+    """Returns (theta, scaling parameters) of a config.json, with {} if there is no scaling.
+
+    Raises UserError for a type of scaling that is not supported.
+    """
     scaling = dict(spelled(hf))
     if any(isinstance(v, dict) for v in scaling.values()):
         raise UserError("rope parameters that differ between layers are not supported", "rope_parameters")
@@ -117,7 +120,7 @@ def rope(hf: dict) -> tuple[float, dict]:
         scaling.pop(name, None)
     original = "original_max_position_embeddings"
     length, before = hf.get("max_position_embeddings"), hf.get(original)
-    kind = "default" if kind == "mrope" else kind  # mrope has three positions per token, which are equal for text
+    kind = "default" if kind == "mrope" else kind  # mrope has three positions per token, all equal for text
     if kind not in ROPES:
         raise UserError(f"rope type {kind!r} is not supported; supported: {', '.join(ROPES)}", "rope_scaling")
     if kind == "default":
@@ -135,13 +138,13 @@ def rope(hf: dict) -> tuple[float, dict]:
 
 
 def spelled(hf: dict) -> dict:
-    """The rope parameters of a config.json: `rope_scaling`, or transformers 5's `rope_parameters`."""
+    """Returns the rope parameters of a config.json: `rope_scaling`, or `rope_parameters` as in transformers 5."""
     older, newer = hf.get("rope_scaling"), hf.get("rope_parameters")
     return older or newer or {}
 
 
 def rotary(hf: dict, default: float = 1.0) -> float:
-    """The fraction of a head's dimensions that rope rotates."""
+    """Returns the fraction of a head's dimensions that rotary embeddings rotate."""
     beside = hf.get("partial_rotary_factor")
     return spelled(hf).get("partial_rotary_factor") or beside or default
 
@@ -157,14 +160,17 @@ def act_name(ours: str) -> str:
 
 
 def refuse(hf: dict, **expected: Any) -> None:
-    """Raises UserError if a setting differs from its `expected` value, or makes the model bidirectional."""
+    """Raises UserError if a setting of a config.json differs from `expected`, or makes the model bidirectional."""
     for key, value in {"is_causal": True, "use_bidirectional_attention": False, **expected}.items():
         if hf.get(key, value) not in (value, None):
             raise UserError(f"{key}={hf[key]!r} is not supported; only {value!r} is", hf.get("model_type", ""))
 
 
 def windows(hf: dict) -> tuple[int, ...]:
-    """One sliding window per layer, from the keys of Qwen2 and Qwen3: `layer_types`, else `max_window_layers`."""
+    """Returns the sliding window of each layer of a Qwen model.
+
+    The config.json says which layers have one, by `layer_types` or, if that is missing, by `max_window_layers`.
+    """
     layers, window = hf.get("num_hidden_layers", 32), hf.get("sliding_window", 4096)
     first, types = hf.get("max_window_layers", 28), hf.get("layer_types")
     if not hf.get("use_sliding_window") or not window:

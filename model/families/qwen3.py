@@ -1,4 +1,4 @@
-"""Qwen3: Llama with an RMSNorm on every query and key head, and a sliding window in some layers."""
+"""Qwen3: Llama with an RMSNorm on every query head and key head, and a sliding window in some layers."""
 
 from model.config import ModelConfig
 from model.families import llama, qwen2

@@ -1,7 +1,8 @@
-"""Bottleneck adapters: a small network after a sublayer (Houlsby et al. 2019, arXiv 1902.00751) or beside it.
+"""Bottleneck adapters: small networks after a sublayer or parallel to it.
 
-Sequential: y + s f(y D) U, where y is the sublayer's output. Parallel: y + s f(x D) U, where x is the sublayer's input
-(He et al. 2021, arXiv 2110.04366). There are no biases.
+A sequential adapter (Houlsby et al. 2019, arXiv 1902.00751) returns y + s f(y D) U, where y is the output of the
+sublayer. A parallel adapter (He et al. 2021, arXiv 2110.04366) returns y + s f(x D) U, where x is the input of the
+sublayer. There are no biases.
 """
 
 import math
@@ -21,7 +22,7 @@ SUBLAYERS = ("attn", "mlp")
 
 @flax.struct.dataclass
 class Bottleneck(Extra):
-    """`down` [layers, D, R] and `up` [layers, R, D], one slice per layer. Blocks call it after a sublayer."""
+    """The weights `down` [layers, D, R] and `up` [layers, R, D] of an adapter, which a Block calls after a sublayer."""
 
     down: Array
     up: Array
@@ -30,7 +31,7 @@ class Bottleneck(Extra):
     trainable: ClassVar[tuple[str, ...]] = ("down", "up")
 
     def __call__(self, x: Array, y: Array) -> Array:
-        """The adapted output [B,T,D] of a sublayer with input x [B,T,D] and output y [B,T,D]."""
+        """Returns the adapted output [B,T,D] of a sublayer with the input x [B,T,D] and the output y [B,T,D]."""
         low = jax.nn.relu(weights.einsum("BTD,DR->BTR", x if self.parallel else y, self.down))
         return y + self.scale * weights.einsum("BTR,RD->BTD", low, self.up)
 
@@ -42,9 +43,10 @@ def make(
     *, rank: int = 64, kind: Literal["sequential", "parallel"] = "sequential", scale: float = 1.0,
     where: str = "attn|mlp",
 ) -> Transform:  # fmt: skip
-    """A Transform that adds an adapter to every sublayer ("attn", "mlp") that matches `where`; `up` starts at zero.
+    """Returns a Transform that adds an adapter to each sublayer ("attn" or "mlp") that matches the regex `where`.
 
-    Raises ValueError if no sublayer matches.
+    The weight `up` starts at 0, so the adapter does not change the model at first. Raises ValueError if no sublayer
+    matches.
     """
     chosen = [name for name in SUBLAYERS if re.fullmatch(where, name)]
     if not chosen:

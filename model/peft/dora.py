@@ -1,6 +1,6 @@
-"""DoRA (Liu et al. 2024, arXiv 2402.09353): LoRA trains the direction of a weight; a vector trains its magnitude.
+"""DoRA (Liu et al. 2024, arXiv 2402.09353) trains the direction of a weight by LoRA, and its magnitude by a vector m.
 
-Eq. 5: W' = m (W + s A B) / ||W + s A B||, with one norm per output feature.
+The adapted weight is W' = m (W + s A B) / ||W + s A B||, with one norm per output feature (eq. 5).
 """
 
 from typing import ClassVar
@@ -19,7 +19,7 @@ from model.weights import Spec, Transform, Weight
 
 @flax.struct.dataclass
 class DoRA(LoRA):
-    """LoRA with W + s A B rescaled per output feature. `magnitude` and `squares` are flat: [outputs]."""
+    """A LoRA that also rescales each output feature of W + s A B. `magnitude` and `squares` are vectors [outputs]."""
 
     magnitude: Array | None = None
     squares: Array | None = None  # ||W||^2 of the base
@@ -41,9 +41,10 @@ class DoRA(LoRA):
         return y if self.used == "head" else y * self.ratio(y.shape[-1:]).astype(dtype)
 
     def ratio(self, shape: tuple[int, ...]) -> Array:
-        """m / ||W + s A B|| per output feature. No gradient flows through the norm (section 4.3).
+        """Returns m / ||W + s A B|| for each output feature. No gradient flows through the norm (section 4.3).
 
-        ||W + s A B||^2 = ||W||^2 + 2 s <A^T W, B> + s^2 <A^T A B, B> per output. So no matrix of W's size is built.
+        The squared norm is computed as ||W||^2 + 2 s <A^T W, B> + s^2 <A^T A B, B>, which needs no matrix of the size
+        of W.
         """
         if self.cached is not None:
             return self.cached.reshape(shape)
@@ -56,7 +57,7 @@ class DoRA(LoRA):
         inner = 2 * projected + self.scale * jnp.einsum(f"{shared}Rr,{shared}r{produced}->{out}", gram, b)
         squares = self.squares + self.scale * (inner * b).sum(len(shared)).reshape(-1)
         norm = jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(squares, 1e-30)))
-        return (1 + (self.magnitude - norm) / norm).reshape(shape)  # this form is exactly 1 at the start
+        return (1 + (self.magnitude - norm) / norm).reshape(shape)  # in this form, the ratio is exactly 1 at the start
 
     def for_inference(self) -> "DoRA":
         return super().for_inference().replace(cached=self.ratio(self.squares.shape))
@@ -76,7 +77,7 @@ class DoRA(LoRA):
 
 
 def norms(w: Array, spec: Spec) -> Array:
-    """[stack..., outputs]: the norm of a weight per output feature, over the contracted axes."""
+    """Returns the norms [stack..., outputs] of a weight, one for each output feature."""
     m = lora.matrix(w.astype(jnp.float32), spec)
     return jnp.sqrt(jnp.square(m).sum(-2)).reshape(*spec.shape[: spec.stacked], -1)
 
@@ -91,13 +92,16 @@ def make(
     ranks: tuple = (),
     alphas: tuple = (),
 ) -> Transform:
-    """The arguments are those of model/peft/lora.py. Magnitudes start as W's norms, so the model starts as the base."""
+    """Returns a Transform, with the same arguments as `make` in model/peft/lora.py.
+
+    The magnitudes start as the norms of W, so the adapted model equals the base model at first.
+    """
     wrap = lora.transform(DoRA, rank, alpha, where, rslora, dropout, ranks, alphas, "zero_b")
     return lambda params, specs, key: weights.replace(wrap(params, specs, key), specs, measure)
 
 
 def measure(path: str, leaf: Array | Weight, spec: Spec | None) -> Array | Weight:
-    """Fills in the norms of the base, and missing magnitudes, in a DoRA leaf; returns other leaves unchanged."""
+    """Sets the norms of the base, and the magnitudes if they are missing, in a DoRA. Returns other leaves unchanged."""
     if not isinstance(leaf, DoRA):
         return leaf
     squares = jnp.square(norms(weights.dense_of(leaf.base, spec), spec))

@@ -1,4 +1,4 @@
-"""IA3 (Liu et al. 2022, arXiv 2205.05638): keys, values and the inputs of the down projection are rescaled."""
+"""IA3 (Liu et al. 2022, arXiv 2205.05638) rescales keys, values and the inputs of the MLP's down projection."""
 
 import math
 import re
@@ -15,7 +15,10 @@ from model.weights import Spec, Transform, Weight
 
 @flax.struct.dataclass
 class IA3(Weight):
-    """`base` with its features (inputs or outputs, over the axes `letters`) multiplied by `scale`, flat [features]."""
+    """A base weight whose inputs or outputs are multiplied by the vector `scale` [features].
+
+    `letters` are the einsum letters of the rescaled axes.
+    """
 
     base: Array | Weight
     scale: Array
@@ -43,10 +46,10 @@ class IA3(Weight):
 
 
 def make(*, where: str = r"layers/attn/w[kv]|layers/mlp/down", inputs: str = r"layers/mlp/down") -> Transform:
-    """A Transform for the parameters that match `where`. If a parameter also matches `inputs`, its inputs are rescaled,
-    otherwise its outputs.
+    """Returns a Transform that adds scales to the parameters whose names match the regex `where`.
 
-    Raises ValueError when `where` matches nothing.
+    The scales apply to the inputs of a parameter if its name also matches the regex `inputs`, and otherwise to its
+    outputs. Raises ValueError if `where` matches no name.
     """
 
     def wrap(path: str, base: Array | Weight, spec: Spec, key: Array) -> IA3:

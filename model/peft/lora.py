@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): y = x W + (alpha / rank) x A B, with A and B trained and W frozen."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): y = x W + (alpha / rank) x A B, with W frozen, and A and B trained."""
 
 import math
 import re
@@ -17,23 +17,24 @@ from model.weights import AXES, Spec, Transform, Weight
 
 @flax.struct.dataclass
 class LoRA(Weight):
-    """`base` plus scale * A B. A is [contracted..., R] and B is [R, produced...]; the base's shared axes precede.
+    """A base weight plus scale * A B, where A is [contracted axes..., R] and B is [R, produced axes...].
 
-    The same leaf also serves an equation that contracts the produced axes, as a tied unembedding does: the factor with
-    the contracted axes is multiplied first. `used` says which uses of a tied table the adapter changes.
+    Axes that the weight shares with both x and the result, such as experts, come first in A and in B. If a tied
+    embedding table is used as the unembedding, B is multiplied before A. The field `used` says which uses of a tied
+    table the adapter changes.
     """
 
     base: Array | Weight
     a: Array
     b: Array
-    eqn: str = flax.struct.field(pytree_node=False)  # the equation that the weight was declared with
+    eqn: str = flax.struct.field(pytree_node=False)  # the einsum equation with which the weight was declared
     scale: float = flax.struct.field(pytree_node=False)
-    start: tuple[Array, Array] | None = None  # initial (A, B) if A B starts nonzero; its product is subtracted
-    noise: Array | None = None  # key data for dropout, only in training
+    start: tuple[Array, Array] | None = None  # initial (A, B), whose product is subtracted from A B if it is not 0
+    noise: Array | None = None  # data of the random key for dropout, only in training
     dropout: float = flax.struct.field(default=0.0, pytree_node=False)
     used: str = flax.struct.field(default="both", pytree_node=False)  # | "lookup" | "head"
     trainable: ClassVar[tuple[str, ...]] = ("a", "b")
-    derived: ClassVar[tuple[str, ...]] = ("a", "start")  # A is derived only for LoRA-FA, which keeps its initial A
+    derived: ClassVar[tuple[str, ...]] = ("a", "start")  # LoRA-FA derives A from the seed, since it does not train A
 
     @property
     def letters(self) -> tuple[str, str]:
@@ -50,14 +51,14 @@ class LoRA(Weight):
         return y + (change if self.start is None else change - self._product(eqn, x, *self.start))
 
     def _product(self, eqn: str, x: Array, a: Array, b: Array) -> Array:
-        """scale * x A B."""
+        """Returns scale * x A B."""
         xs, _, out = weights.operands(eqn)
         contracted = weights.split(eqn)[1]
         (first, f), (second, s) = zip((a, b), self.letters, strict=True)
         if not set(contracted) <= set(f):
             (first, f), (second, s) = (second, s), (first, f)
         low = xs.translate({ord(c): None for c in contracted}) + "R"  # [..., R]
-        y = self.scale * weights.einsum(f"{xs},{f}->{low}", x, first)  # scales the smallest array, of rank R
+        y = self.scale * weights.einsum(f"{xs},{f}->{low}", x, first)  # the scale multiplies the smallest of the arrays
         return weights.einsum(f"{low},{s}->{out}", y, second)
 
     def take(self, ids: Array, dtype: DTypeLike) -> Array:
@@ -77,7 +78,7 @@ class LoRA(Weight):
         return (base + self.delta()).astype(base.dtype)
 
     def delta(self) -> Array:
-        """scale * A B as one array of the weight's shape."""
+        """Returns scale * A B as one array that has the shape of the weight."""
         (a, b), w = self.letters, weights.operands(self.eqn)[1]
         whole = lambda x, y: jnp.einsum(f"...{a},...{b}->...{w}", x, y, precision="highest")
         return self.scale * (whole(self.a, self.b) - (0 if self.start is None else whole(*self.start)))
@@ -97,13 +98,13 @@ class LoRA(Weight):
 
 
 def factors(eqn: str) -> tuple[str, str]:
-    """The einsum subscripts of A and of B for a weight with this equation: "BTD,DNH->BTNH" -> ("DR", "RNH")."""
+    """Returns the einsum letters of A and B for a weight with this equation: ("DR", "RNH") for "BTD,DNH->BTNH"."""
     shared, contracted, produced = weights.split(eqn)
     return f"{shared}{contracted}R", f"{shared}R{produced}"
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:
-    """alpha / rank, or alpha / sqrt(rank) (rsLoRA: Kalajdzievski 2023, arXiv 2312.03732)."""
+    """Returns alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
@@ -118,13 +119,14 @@ def make(
     alphas: tuple = (),
     init: Literal["zero_b", "pissa", "orthogonal"] = "zero_b",
 ) -> Transform:
-    """A Transform that wraps every multiplied parameter whose name matches `where`.
+    """Returns a Transform that adds a LoRA to every matrix whose name matches the regex `where`.
 
-    `ranks` and `alphas` override `rank` and `alpha` by name: (("layers/mlp/.*", 8), ...), the first match wins.
-    `dropout` acts on the adapter's input. `init`: "zero_b" draws A from N(0, 1/fan_in) and sets B to zero, so that the
-    transformed model equals the base bit for bit; "pissa" starts with the largest singular vectors of W (Meng et al.
-    2024, arXiv 2404.02948) and adds only the change of A B since then; "orthogonal" draws A and B with A B = 0.
-    Raises ValueError when `where` or a rule matches nothing, or when a rank is too large for `init`.
+    `ranks` and `alphas`, such as (("layers/mlp/.*", 8), ...), override `rank` and `alpha` for some names: the first
+    regex that matches determines the value. `dropout` applies to the input of the adapter. The initial values depend on
+    `init`. With "zero_b", A is drawn from N(0, 1 / fan_in) and B is 0, so that the new model equals the base bit for
+    bit. With "pissa" (Meng et al. 2024, arXiv 2404.02948), A and B start with the largest singular vectors of W, and
+    only the later change of A B is added to W. With "orthogonal", A and B are drawn such that A B = 0. Raises
+    ValueError if `where` matches no name, or if a rank is too large for `init`.
     """
     return transform(LoRA, rank, alpha, where, rslora, dropout, ranks, alphas, init)
 
@@ -133,7 +135,7 @@ def transform(
     leaf: type[LoRA], rank: int, alpha: float, where: str, rslora: bool, dropout: float, ranks: tuple, alphas: tuple,
     init: str,
 ) -> Transform:  # fmt: skip
-    """`make` for LoRA and its subclasses."""
+    """Does the work of `make` for LoRA and its subclasses."""
 
     def wrap(path: str, base: Array | Weight, spec: Spec, key: Array) -> LoRA:
         r = int(first_match(ranks, path, rank))
@@ -150,7 +152,7 @@ def transform(
 
 
 def first_match(rules: tuple, path: str, default: float) -> float:
-    """The value of the first (regex, value) whose regex matches the whole path."""
+    """Returns the value of the first rule (regex, value) whose regex matches the whole path, or else the default."""
     return next((value for pattern, value in rules if re.fullmatch(pattern, path)), default)
 
 
@@ -160,7 +162,7 @@ def _zero_b(base: None, spec: Spec, shapes: list[tuple], scale: float, key: Arra
 
 
 def _orthogonal(base: None, spec: Spec, shapes: list[tuple], scale: float, key: Array) -> tuple[Array, Array]:
-    """A from the even rows of a random orthogonal matrix, B from its odd rows, as in PEFT."""
+    """Draws A from the even rows of a random orthogonal matrix, and B from its odd rows, as in PEFT."""
     rank = shapes[0][-1]
     if rank % 2:
         raise ValueError(f"init='orthogonal' needs an even rank, not {rank}")
@@ -183,10 +185,10 @@ STARTS = {"zero_b": _zero_b, "orthogonal": _orthogonal, "pissa": _pissa}
 
 
 def truncate(w: Array, spec: Spec, rank: int) -> tuple[Array, Array, Array]:
-    """(A, B, singular values [..., min(in, out)]) of the parameter w: A B is its best approximation of rank `rank`
-    (Eckart & Young 1936), with the singular values split evenly between A and B.
+    """Returns (A, B, all singular values), where A B is the best approximation of the matrix w with this rank.
 
-    Raises ValueError if `rank` exceeds the smaller dimension of the matrix.
+    The approximation is the truncated singular value decomposition (Eckart & Young 1936). A and B each contain the
+    square roots of the singular values. Raises ValueError if `rank` exceeds the smaller dimension of the matrix.
     """
     _, contracted, produced = weights.split(spec.eqn)
     m = matrix(w, spec)
@@ -199,7 +201,7 @@ def truncate(w: Array, spec: Spec, rank: int) -> tuple[Array, Array, Array]:
 
 
 def matrix(w: Array, spec: Spec) -> Array:
-    """A weight as [..., contracted, produced], one matrix per layer and expert."""
+    """Reshapes a weight to [..., contracted, produced], with one matrix per layer and expert."""
     shared, contracted, produced = weights.split(spec.eqn)
     letters = weights.operands(spec.eqn)[1]
     w = jnp.einsum(f"...{letters}->...{shared}{contracted}{produced}", w)

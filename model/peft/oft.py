@@ -1,4 +1,7 @@
-"""Orthogonal fine-tuning (Qiu et al. 2023, arXiv 2306.07280): y = (x R) W, with R orthogonal and block-diagonal."""
+"""Orthogonal fine-tuning (Qiu et al. 2023, arXiv 2306.07280).
+
+It computes y = (x R) W, where W is frozen, and the trained matrix R is orthogonal and block-diagonal.
+"""
 
 import math
 from typing import ClassVar
@@ -14,9 +17,10 @@ from model.weights import Spec, Transform, Weight
 
 @flax.struct.dataclass
 class OFT(Weight):
-    """`base` with the features of the axes `letters` rotated: its inputs, or the width of an embedding table.
+    """A base weight whose input features are rotated. In an embedding table, the embedding axis is rotated.
 
-    `q` [blocks, b (b - 1) / 2] holds the entries above the diagonal of the skew-symmetric blocks Q.
+    `letters` are the einsum letters of the rotated axes. `q` [blocks, b (b - 1) / 2] has the entries above the diagonal
+    of the skew-symmetric blocks Q, which define R.
     """
 
     base: Array | Weight
@@ -27,10 +31,12 @@ class OFT(Weight):
     trainable: ClassVar[tuple[str, ...]] = ("q",)
 
     def rotation(self) -> Array:
-        """R [..., blocks, b, b]: Cayley's (I - Q)(I + Q)^-1, or `terms` terms of the series of (I + Q)(I - Q)^-1.
+        """Returns the blocks [..., blocks, b, b] of R, computed from Q by an exact inverse or by a series.
 
-        The series (Qiu et al. 2025, arXiv 2506.19847) is I + 2 Q + 2 Q^2 + ... + Q^(terms - 1), with the signs and the
-        last coefficient as in PEFT. R is then orthogonal only for small Q.
+        If `terms` is 0, R is the Cayley transform (I - Q)(I + Q)^-1. Otherwise, R consists of the first `terms` terms
+        of the series of (I + Q)(I - Q)^-1, which is I + 2 Q + 2 Q^2 + ... + Q^(terms - 1) (Qiu et al. 2025, arXiv
+        2506.19847). The signs and the last coefficient are those of PEFT. With a series, R is only orthogonal for small
+        Q.
         """
         if self.cached is not None:
             return self.cached
@@ -59,7 +65,7 @@ class OFT(Weight):
         return self._turn(weights.take(self.base, ids, dtype), 1, "...nk,nck->...nc")
 
     def _turn(self, x: Array, n: int, eqn: str) -> Array:
-        """Multiplies the last `n` axes of x, flattened and cut into blocks, by R."""
+        """Flattens the last `n` axes of x, cuts them into blocks, and multiplies each block by its block of R."""
         r = self.rotation().astype(x.dtype)
         return jnp.einsum(eqn, x.reshape(*x.shape[:-n], *r.shape[:2]), r).reshape(x.shape)
 
@@ -81,15 +87,15 @@ class OFT(Weight):
 
 
 def block_of(elements: int) -> int:
-    """The block size b for which b (b - 1) / 2 is `elements`."""
+    """Returns the block size b for which b (b - 1) / 2 equals `elements`."""
     return (1 + math.isqrt(1 + 8 * elements)) // 2
 
 
 def make(*, block: int = 32, where: str = r"layers/.*", terms: int = 5) -> Transform:
-    """A Transform that rotates in blocks of `block` features. `terms` is the length of the series; 0 means the exact
-    inverse.
+    """Returns a Transform that adds trainable rotations of blocks of `block` features.
 
-    Raises ValueError when `where` matches nothing or `block` does not divide the features of a parameter.
+    `terms` is the length of the series that computes a rotation, where 0 means the exact inverse. Raises ValueError if
+    `where` matches no parameter, or if `block` does not divide the number of features of a parameter.
     """
 
     def wrap(path: str, base: Array | Weight, spec: Spec, key: Array) -> OFT:

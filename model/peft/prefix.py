@@ -1,4 +1,4 @@
-"""Prefix tuning (Li & Liang 2021, arXiv 2101.00190): trained keys and values precede every document.
+"""Prefix tuning (Li & Liang 2021, arXiv 2101.00190) puts trained keys and values before every document.
 
 They are the initial content of the key-value cache: see Transformer.cache.
 """
@@ -14,7 +14,7 @@ from model.weights import Extra, Params, Spec, Specs, Transform
 
 @flax.struct.dataclass
 class Prefix(Extra):
-    """Keys (to which rotary positions are already applied) and values [layers, P, K, H] of P virtual tokens."""
+    """The keys and values [layers, P, K, H] of P virtual tokens. Rotary positions are already applied to the keys."""
 
     k: Array
     v: Array
@@ -29,9 +29,9 @@ class Prefix(Extra):
 
 
 def make(*, tokens: int = 20, deviation: float = 0.02) -> Transform:
-    """A Transform that gives each attention layer `tokens` virtual tokens, drawn from N(0, `deviation`^2).
+    """Returns a Transform that adds `tokens` virtual tokens to each attention layer.
 
-    Raises ValueError when the model has no attention layer.
+    Their keys and values are drawn from N(0, `deviation`^2). Raises ValueError if the model has no attention layer.
     """
 
     def transform(params: Params, specs: Specs, key: Array) -> Params:

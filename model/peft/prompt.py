@@ -1,7 +1,7 @@
-"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691): trained embeddings precede every document.
+"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691) puts trained embeddings before every document.
 
-No tokens precede the embeddings, so their keys and values are the same for every document. They are computed once, and
-then used as in prefix tuning. See Transformer.cache.
+Since no tokens precede these embeddings, their keys and values are the same for every document. They are computed once,
+and then used like those of prefix tuning. See Transformer.cache.
 """
 
 from typing import ClassVar
@@ -17,7 +17,7 @@ from model.weights import Extra, Params, Spec, Specs, Transform
 
 @flax.struct.dataclass
 class Prompt(Extra):
-    """Embeddings [P, D] of P virtual tokens."""
+    """The trained embeddings [P, D] of P virtual tokens."""
 
     table: Array
     trainable: ClassVar[tuple[str, ...]] = ("table",)
@@ -30,9 +30,9 @@ class Prompt(Extra):
 
 
 def make(*, tokens: int = 20) -> Transform:
-    """A Transform that adds `tokens` virtual tokens, initialized as embeddings of random vocabulary tokens.
+    """Returns a Transform that adds `tokens` virtual tokens, initialized with the embeddings of random tokens.
 
-    Raises ValueError if some layers of the model do not cache a key and a value per token.
+    Raises ValueError if a layer of the model does not cache a key and a value per token.
     """
 
     def transform(params: Params, specs: Specs, key: Array) -> Params:

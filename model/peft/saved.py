@@ -1,4 +1,4 @@
-"""An adapter that was trained before, read from a run folder or a PEFT folder, to continue training in a new stage."""
+"""Loads a trained adapter from a run folder or a PEFT folder, so that a new training stage can continue with it."""
 
 from pathlib import Path
 
@@ -12,18 +12,18 @@ from model.weights import Params, Specs, Transform
 
 
 def check_base(folder: str, policy: Params) -> None:
-    """Raises UserError if the adapter in `folder` was trained on a base model other than that of `policy`.
+    """Raises UserError if the adapter in `folder` was trained on another base model than that of `policy`.
 
-    Only a run folder records its base; a PEFT folder does not.
+    A PEFT folder is not checked, since it does not record a fingerprint of its base model.
     """
     if not (Path(folder).expanduser() / peft_read.CONFIG).exists():
         saved.check_base(saved.load_params(folder, verified=False), policy, folder)
 
 
 def make(*, folder: str) -> Transform:
-    """A Transform that adds the adapter in `folder` to the base model on which it was trained.
+    """Returns a Transform that adds the adapter in `folder` to the base model on which the adapter was trained.
 
-    From a run folder, the newest complete checkpoint is used. Raises UserError for a folder without an adapter.
+    In a run folder, the newest complete checkpoint is read. Raises UserError if the folder has no adapter.
     """
     path = Path(folder).expanduser()
     if (path / peft_read.CONFIG).exists():

@@ -1,4 +1,4 @@
-"""Chooses a format for each matrix, so that the total error is minimal within a budget of bytes."""
+"""Chooses a quantization format for each matrix, so that the total error is minimal within a budget of bytes."""
 
 import functools
 import re
@@ -22,11 +22,11 @@ Options = dict[str, dict[str, tuple[int, float]]]  # {path: {format: (bytes, err
 def measure(
     model: Transformer, x: np.ndarray, layer: Callable[[int], Params], encoders: dict[str, Encode], where: str
 ) -> dict[str, dict[str, float]]:
-    """{path: {format: error}} of the matrices that match `where`, measured on embedded tokens x [B,T,D] by rounding one
-    matrix at a time.
+    """Returns {path: {format: error}} for the matrices that match `where`, measured on embedded tokens x [B,T,D].
 
-    The error is |y' - y|^2 / |y|^2 of the layer's output y, averaged over tokens and summed over layers, so that the
-    errors of different matrices can be compared. `layer(i)` reads the parameters of layer i.
+    Only one matrix is rounded at a time. It changes the output y of its layer to y'. The error is |y' - y|^2 / |y|^2,
+    averaged over tokens and summed over layers, so that different matrices can be compared. `layer(i)` reads the
+    parameters of layer i.
     """
     errors: dict[str, dict[str, Array]] = {}
     chosen = lambda path, spec: spec.eqn and re.fullmatch(where, f"layers/{path}")
@@ -56,8 +56,10 @@ def _relative(a: Array, b: Array) -> Array:
 
 
 def choose(options: Options, budget: int) -> dict[str, str]:
-    """{path: format} with the least sum of errors within `budget` bytes. This solves the knapsack problem exactly, by
-    dynamic programming over the Pareto front of (bytes, error). Raises UserError if the smallest formats do not fit.
+    """Returns {path: format} with the smallest sum of errors that fits within `budget` bytes.
+
+    This knapsack problem is solved exactly, by dynamic programming over the Pareto front of (bytes, error). Raises
+    UserError if even the smallest formats do not fit.
     """
     front: list[tuple[int, float, tuple[str, ...]]] = [(0, 0.0, ())]
     for formats in options.values():
@@ -74,6 +76,6 @@ def choose(options: Options, budget: int) -> dict[str, str]:
 
 
 def size(spec: Spec, encode: Encode) -> int:
-    """Bytes of the quantized leaf of a parameter."""
+    """Returns the size of a parameter in bytes after quantization by `encode`."""
     leaf = jax.eval_shape(lambda w: encode(w, spec.eqn), spec.value)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(leaf))

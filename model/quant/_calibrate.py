@@ -1,6 +1,6 @@
-"""Fits codes to a layer's inputs: GPTQ, AWQ and SmoothQuant on captured activations, with only one layer in memory.
+"""Quantizes weights by GPTQ, AWQ or SmoothQuant on calibration data, with only one layer in memory at a time.
 
-From the inputs X [tokens, K] of a matrix, these methods need only X'X and two statistics per column.
+From the inputs X [tokens, K] of a matrix, these methods need only X'X and two statistics of each column.
 """
 
 import functools
@@ -23,12 +23,12 @@ from model.quant._matrix import Format, Rounding, fit, letters, matrix, nearest,
 from model.weights import Params, Spec, Weight
 
 EXPONENTS = 20  # number of exponents between 0 and 1 that AWQ tries
-STEP = 128  # number of rows that GPTQ rounds before it corrects the remaining rows
-DAMPING = 0.01  # added to the diagonal of X'X, as a fraction of the diagonal's mean
+STEP = 128  # number of rows that GPTQ rounds before it corrects all remaining rows
+DAMPING = 0.01  # this fraction of the mean diagonal entry of X'X is added to its diagonal
 
 
 class Inputs(NamedTuple):
-    """Statistics of X [tokens, K] over tokens."""
+    """Statistics of the inputs X [tokens, K] of a matrix, summed over tokens."""
 
     gram: Array  # X'X [K, K]
     size: Array  # sum of |x| [K]
@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
 
 @flax.struct.dataclass
 class Probe(Weight):
-    """Multiplies as `w` does, and records its input in `seen` while it is traced."""
+    """Multiplies by `w`, and records the input of this product in `seen` while JAX traces the layer."""
 
     w: Array
     at: tuple[str, str] = flax.struct.field(pytree_node=False)  # path, equation
@@ -54,19 +54,22 @@ def _inputs(x: Array, k: int) -> Inputs:
     return Inputs(x.T @ x, size.sum(0), size.max(0))
 
 
-# --- the methods: from a matrix [K, N] and statistics of its inputs to a Rounding or a leaf ---
+# --- the methods, which round a matrix [K, N] according to statistics of its inputs ---
 
 
 def factor(gram: Array) -> Array:
-    """The upper Cholesky factor U of the inverse of the damped X'X, so that the inverse is U'U."""
+    """Returns the upper Cholesky factor U of the inverse of the damped X'X, such that this inverse equals U'U."""
     h = np.asarray(gram, np.float64)
     h = h + DAMPING * (np.trace(h) / len(h) or 1.0) * np.eye(len(h))
     return jnp.asarray(np.linalg.cholesky(np.linalg.inv(h)).T, jnp.float32)
 
 
 def gptq(upper: Array, m: Array, form: Format) -> Rounding:
-    """GPTQ (Frantar et al. 2022, arXiv 2210.17323, algorithm 1): rounds the K rows one after the other. X'X determines
-    how the remaining rows compensate for each row's error. A group's scale is fitted when its first row is reached."""
+    """Rounds a matrix by GPTQ (Frantar et al. 2022, arXiv 2210.17323, algorithm 1).
+
+    The K rows are rounded one after the other. X'X determines how the remaining rows compensate for the error of each
+    row. The scale of a group is computed when its first row is reached.
+    """
     m, k = m.astype(jnp.float32), m.shape[0]
     groups = form.tile[0] < k
     whole, step = None if groups else fit(m, form), form.tile[0] if groups else STEP
@@ -86,7 +89,7 @@ def gptq(upper: Array, m: Array, form: Format) -> Rounding:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gptq_block(form: Format, m: Array, upper: Array, scale: Array, offset: Array | None) -> tuple[Array, Array]:
-    """(quantized values, errors divided by U's diagonal) of a block of rows."""
+    """Rounds a block of rows by GPTQ. Returns (rounded numbers, errors divided by the diagonal of U)."""
     scale = spread(scale, form.tile, m.shape)[0]
     offset = jnp.zeros(()) if offset is None else spread(offset, form.tile, m.shape)[0]
 
@@ -101,13 +104,17 @@ def _gptq_block(form: Format, m: Array, upper: Array, scale: Array, offset: Arra
 
 
 def rescaled(w: Array, eqn: str, factors: Array, encode: Encode) -> Quantized:
-    """Quantizes `w` with its rows multiplied by `factors` [K]; the leaf divides its inputs by `factors`."""
+    """Quantizes `w` with its rows multiplied by `factors` [K]. The result divides its inputs by the same factors."""
     inverse = (1 / factors).astype(jnp.bfloat16)[:, None]
     return encode(w, eqn, solve=lambda m, form: nearest(m / inverse.astype(jnp.float32), form)).with_inverse(inverse)
 
 
 def awq(w: Array, eqn: str, inputs: Inputs, encode: Encode) -> Quantized:
-    """AWQ (Lin et al. 2023, arXiv 2306.00978, eq. 4-5): factors |x|^a, with the a that gives the least error."""
+    """Quantizes a matrix by AWQ (Lin et al. 2023, arXiv 2306.00978, eq. 4-5).
+
+    Row k is multiplied by |x_k|^a, where |x_k| is the mean magnitude of input k. The exponent a with the smallest error
+    is used.
+    """
     size = jnp.maximum(inputs.size / inputs.size.mean(), 1e-4)
     best, least = None, np.inf
     for i in range(EXPONENTS):
@@ -119,15 +126,17 @@ def awq(w: Array, eqn: str, inputs: Inputs, encode: Encode) -> Quantized:
 
 
 def smoothquant(w: Array, eqn: str, inputs: Inputs, encode: Encode) -> Quantized:
-    """SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, eq. 4 with alpha 0.5): moves the outliers of the inputs into the
-    weights."""
+    """Quantizes a matrix by SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, eq. 4 with alpha 0.5).
+
+    It scales down inputs with outliers, and scales up the weights that multiply them.
+    """
     rows = jnp.abs(matrix(w, eqn)).max(-1)
     factors = jnp.maximum(inputs.peak, 1e-5) ** 0.5 / jnp.maximum(rows, 1e-5) ** 0.5
     return rescaled(w, eqn, factors, encode)
 
 
 def output_error(w: Array, eqn: str, leaf: Quantized, gram: Array) -> Array:
-    """|X W - X W'| / |X W|, where X is not rounded, and W' is the quantized W."""
+    """Returns the error |X W - X W'| / |X W|, where W' is the quantized W, and the inputs X are not rounded."""
     m = matrix(w, eqn).astype(jnp.float32)
     e = m - matrix(leaf.floats(jnp.float32), eqn)
     square = lambda a: ((gram @ a) * a).sum()
@@ -135,7 +144,7 @@ def output_error(w: Array, eqn: str, leaf: Quantized, gram: Array) -> Array:
 
 
 def solve(method: str, w: Array, eqn: str, inputs: Inputs, upper: Callable[[], Array], encode: Encode) -> Quantized:
-    """Quantizes one matrix by the named method; `upper()` returns `factor` of the inputs' X'X."""
+    """Quantizes one matrix by the named method. `upper()` returns the Cholesky factor that GPTQ needs."""
     if method == "rtn":  # round to nearest
         return encode(w, eqn)
     if method == "gptq":
@@ -147,7 +156,7 @@ def solve(method: str, w: Array, eqn: str, inputs: Inputs, upper: Callable[[], A
 
 
 def embed(model: Transformer, params: Params, tokens: np.ndarray) -> np.ndarray:
-    """The input [B,T,D] of the first layer for tokens [B,T]."""
+    """Returns the input [B,T,D] of the first layer for tokens [B,T]."""
     x = weights.take(params["embed"]["table"], jnp.asarray(tokens), model.dtype)
     return np.asarray(model.embedded(params, x, jnp.arange(tokens.shape[1])))
 
@@ -156,11 +165,12 @@ def calibrate(
     model: Transformer, xs: list[np.ndarray], layer: Callable[[int], Params], method: str,
     encoder: Callable[[str], Encode], where: str,
 ) -> Iterator[tuple[Params, dict[str, float]]]:  # fmt: skip
-    """(parameters, relative output errors by path) of each layer in turn, from embedded batches `xs` [B,T,D].
+    """Quantizes the layers one after the other, and yields (parameters, {path: relative output error}) for each layer.
 
-    `layer(i)` reads the float parameters of layer i; no other layer is in memory. `encoder(path)` returns the encoder
-    of a matrix. As in GPTQ, a layer's inputs are the outputs of the quantized layers before it. `where` must not match
-    the experts of a layer, since each expert gets different tokens.
+    The calibration data are the embedded batches `xs` [B,T,D]. As in GPTQ, a layer gets the outputs of the quantized
+    layers before it. `layer(i)` reads the float parameters of layer i, so that no other layer is in memory.
+    `encoder(path)` returns the function that quantizes a matrix. The regex `where` must not match experts, since each
+    expert gets different tokens.
     """
     for i in range(model.config.layers):
         which, params = (model.config.kinds[i], model.config.windowed[i]), layer(i)
@@ -187,7 +197,7 @@ Which = tuple[str, bool]  # the kind of a layer, and whether its attention has a
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run_layer(model: Transformer, which: Which, params: Params, x: Array) -> Array:
-    """The output of one layer for x [B,T,D]."""
+    """Returns the output of one layer for the input x [B,T,D]."""
     return _layer(model, which, params, x)
 
 
@@ -200,7 +210,10 @@ def _layer(model: Transformer, which: Which, params: Params, x: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _observe(model: Transformer, which: Which, where: str, params: Params, x: Array) -> dict[tuple, Inputs]:
-    """{((path, equation), ...): Inputs} of a layer's matrices; a key lists all matrices that share an input."""
+    """Returns the statistics of all inputs of a layer's matrices.
+
+    A key of the result is ((path, equation), ...), which lists all matrices that share one input.
+    """
     seen: dict[tuple[str, str], Array] = {}
 
     def probe(path: str, spec: Spec, w: Array) -> Array | Probe:

@@ -1,6 +1,6 @@
-"""The quantized leaf, which has codes and a scale per tile in place of a weight, and the Transform that makes it.
+"""The class of quantized weights, which have codes and a scale per tile, and the Transform that quantizes weights.
 
-`_multiply.py` chooses how to multiply by such leaves.
+The module `_multiply.py` multiplies activations by quantized weights.
 """
 
 import dataclasses
@@ -18,38 +18,44 @@ from model.quant import _multiply
 from model.quant._matrix import Format, Solve, align, letters, matrix, nearest, spread, transposed
 from model.weights import AXES, Params, Spec, Specs, Weight
 
-Encode = Callable[..., Weight]  # (w, eqn) -> the leaf of a weight; encoders of Quantized leaves also take `solve`
+Encode = Callable[..., Weight]  # (weight, equation) -> quantized weight; most encoders also take the argument `solve`
 
 
 @flax.struct.dataclass
 class Quantized(Weight):
-    """A frozen weight as numbers * scale + offset. It is a matrix [..., K, N], stored as [..., N, K] if it is
-    `transposed` in its equation. A product with it is differentiable only with respect to the other operand."""
+    """A frozen weight, represented as numbers * scale + offset.
+
+    The weight is treated as a matrix [..., K, N]. It is stored as [..., N, K] if its equation lists N before K. A
+    product with it has a gradient only for the activation.
+    """
 
     codes: Array
     scale: Array  # one per tile
     offset: Array | None  # one per tile
-    inverse: Array | None  # [..., K, 1]: inputs are multiplied by it first (AWQ, SmoothQuant)
-    eqn: str = flax.struct.field(pytree_node=False)  # the equation that the weight was declared with
+    inverse: Array | None  # [..., K, 1], a factor for each input feature (AWQ, SmoothQuant)
+    eqn: str = flax.struct.field(pytree_node=False)  # the einsum equation with which the weight was declared
     sizes: tuple[int, ...] = flax.struct.field(pytree_node=False)  # sizes of the weight's axes in `eqn`
     tile: tuple[int, int] = flax.struct.field(pytree_node=False)
     whole: ClassVar[bool] = True
-    activations: ClassVar[bool] = False  # whether inputs are rounded too
+    activations: ClassVar[bool] = False  # whether the activations that are multiplied by the weight are rounded too
     unpack_rows: ClassVar[Callable[[Array], list[Array]] | None] = (
-        None  # bytes -> one array of numbers for each row that shares a byte
+        None  # converts bytes to a list of arrays, one for each row of the matrix that shares a byte
     )
     kernel_format: ClassVar[str] = ""  # name of the format of the codes in kernels/
 
     def numbers(self, codes: Array) -> Array:
-        """The numbers, float32 [..., K, N], that the codes of a matrix [..., K, N] stand for."""
+        """Converts the codes of a matrix to the float32 numbers [..., K, N] that they stand for."""
         raise NotImplementedError
 
     @classmethod
     def of(
         cls, form: Format, codes: Callable[[Array], Array], w: Array, eqn: str, solve: Solve = nearest
     ) -> "Quantized":
-        """The leaf that replaces the weight `w`, rounded by `solve`; `codes` encodes the rounded numbers [..., K, N].
-        Tiles are limited to the size of the matrix."""
+        """Quantizes the weight `w`.
+
+        The function `solve` rounds the weight, and `codes` encodes the rounded numbers [..., K, N]. A tile that is
+        larger than the matrix is reduced to the size of the matrix.
+        """
         m = matrix(w, eqn)
         form = form._replace(tile=tuple(map(min, form.tile, m.shape[-2:])))
         r = solve(m, form)
@@ -59,7 +65,7 @@ class Quantized(Weight):
         return cls(stored(codes(r.numbers)), small(r.scale), small(r.offset), None, eqn, sizes, form.tile)
 
     def with_inverse(self, inverse: Array) -> "Quantized":
-        """The leaf of a matrix whose rows were divided by `inverse` [..., K, 1]."""
+        """Returns this weight with the factors `inverse` [..., K, 1], by which its rows were divided beforehand."""
         return self.replace(inverse=self.in_order(inverse).astype(jnp.bfloat16))
 
     @property
@@ -77,29 +83,32 @@ class Quantized(Weight):
 
     @property
     def kn(self) -> tuple[int, int]:
-        """Rows and columns of the matrix."""
+        """The numbers K of rows and N of columns of the matrix."""
         _, k, n = letters(self.eqn)
         return math.prod(self.sizes_of(k)), math.prod(self.sizes_of(n))
 
     def sizes_of(self, side: str) -> list[int]:
-        """Sizes of the weight's axes with the letters `side`."""
+        """Returns the sizes of the weight's axes whose letters are in `side`."""
         size = dict(zip(weights.operands(self.eqn)[1], self.sizes, strict=True))
         return [size[c] for c in side]
 
     def in_order(self, a: Array) -> Array:
-        """A stored array in the order of the matrix [..., K, N], or the reverse, which is the same operation."""
+        """Converts an array from its stored order to the order [..., K, N] of the matrix, or back.
+
+        Both conversions are the same operation: they swap the last two axes, or do nothing.
+        """
         return a.swapaxes(-1, -2) if transposed(self.eqn) else a
 
     def scales(self) -> Array:
-        """The scales, one per tile, in the order of the matrix."""
+        """Returns the scales, one per tile, in the order of the matrix [..., K, N]."""
         return self.in_order(self.plain_scales().scale)
 
     def plain_scales(self) -> "Quantized":
-        """This leaf with its scales decoded to floats, if the scales are stored as codes."""
+        """Returns this weight with its scales as floats. Subclasses that store scales as codes decode them."""
         return self
 
     def matrix(self) -> Array:
-        """Dequantized float32 [..., K, N], without `inverse`."""
+        """Returns the dequantized float32 matrix [..., K, N], which is not multiplied by `inverse`."""
         codes = self.in_order(self.codes)[..., : self.kn[1]]  # `for_inference` may have padded the columns
         m = self.numbers(codes) * spread(self.scales().astype(jnp.float32), self.tile, self.kn)
         if self.offset is not None:
@@ -107,11 +116,11 @@ class Quantized(Weight):
         return m
 
     def shaped(self, m: Array) -> Array:
-        """A matrix [..., K, N] in the shape of the weight."""
+        """Reshapes a matrix [..., K, N] to the shape of the weight."""
         return self.in_order(m).reshape(self.shape)
 
     def floats(self, dtype: DTypeLike) -> Array:
-        """The plain array that this leaf represents."""
+        """Returns the plain array that this quantized weight represents."""
         m = self.matrix()
         m = m if self.inverse is None else m * self.in_order(self.inverse).astype(jnp.float32)
         return self.shaped(m).astype(dtype)
@@ -128,7 +137,7 @@ class Quantized(Weight):
 
     def take(self, ids: Array, dtype: DTypeLike) -> Array:
         def rows(a: Array | None, n: int) -> Array | None:
-            """The rows `ids` of an array with one row per `n` rows of the table; a single row serves all ids."""
+            """Selects the rows for `ids` from an array in which each row serves `n` rows of the embedding table."""
             return a if a is None or a.shape[0] == 1 else weights.take(a, ids.ravel() // n, a.dtype)
 
         plain = self.plain_scales()
@@ -142,7 +151,7 @@ class Quantized(Weight):
         return _multiply.for_inference(self)
 
     def macs(self, stacked: int) -> "Quantized":
-        """The codes count as many multiply-adds as the whole matrix, the other arrays none."""
+        """Counts the multiply-adds of the whole matrix for the codes, and 0 for all other arrays."""
         none = {f: 0 for f in weights.fields(self) if getattr(self, f) is not None}
         return self.replace(**none | {"codes": self.size})
 
@@ -155,10 +164,10 @@ class Quantized(Weight):
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
-    """A Transform that replaces every multiplied parameter whose name matches `where` by `encode(w, eqn)`.
+    """A Transform that replaces every matrix whose name matches the regex `where` by `encode(w, eqn)`.
 
-    If `scaled`, leaves also have the input factors of AWQ and SmoothQuant, set to 1. A call raises ValueError if
-    `where` matches nothing.
+    If `scaled`, quantized weights also have the input factors of AWQ and SmoothQuant, which are set to 1. A call raises
+    ValueError if `where` matches no name.
     """
 
     encode: Encode

@@ -1,7 +1,7 @@
-"""A weight as a matrix, and its rounding to a grid of numbers with a scale per tile.
+"""Reshapes weights to matrices, and rounds a matrix to a grid of numbers with one scale per tile.
 
-Scales are bfloat16, because a number of at most 8 bits times a bfloat16 is exact in float32. So neither the order of
-operations nor fusion changes a dequantized value, and quantizing that value again gives the same codes.
+Scales are bfloat16, because a number of at most 8 bits times a bfloat16 is exact in float32. So a dequantized value
+does not depend on the order of operations or on fusion, and quantizing it again gives the same codes.
 """
 
 import math
@@ -14,8 +14,8 @@ from jax import Array
 
 from model import weights
 
-PERCENTILE = 99.9  # of the magnitudes in a tile: "percentile" calibration clips there
-RATIOS = [1 - i / 32 for i in range(17)]  # clipping thresholds that "mse" tries, relative to the largest magnitude
+PERCENTILE = 99.9  # "percentile" calibration clips at this percentile of the magnitudes in a tile
+RATIOS = [1 - i / 32 for i in range(17)]  # thresholds that "mse" calibration tries, relative to the largest magnitude
 FLOATS = {  # {name: (dtype, bits of the mantissa, smallest exponent, largest number)}
     "e4m3": (jnp.float8_e4m3fn, 3, -6, 448.0),
     "e5m2": (jnp.float8_e5m2, 2, -14, 57344.0),
@@ -23,14 +23,16 @@ FLOATS = {  # {name: (dtype, bits of the mantissa, smallest exponent, largest nu
 
 
 def letters(eqn: str) -> tuple[str, str, str]:
-    """The weight's letters by role: shared, K (contracted), N (produced). For an embedding table, K is the width of a
-    row, which a tied head contracts, so that every row has its own scales."""
+    """Splits the letters of a weight into (shared axes such as experts, the contracted axes K, the produced axes N).
+
+    In an embedding table, K is the embedding axis, over which a tied head sums, so every token has its own scales.
+    """
     shared, contracted, produced = weights.split(eqn)
     return (shared, produced, contracted) if "V" in contracted else (shared, contracted, produced)
 
 
 def transposed(eqn: str) -> bool:
-    """Whether the weight is stored as [shared, N, K]. Raises ValueError if the axes of K or N are not adjacent."""
+    """Returns whether the weight is stored as [shared, N, K]. Raises ValueError if its axes have any other order."""
     (shared, k, n), w = letters(eqn), weights.operands(eqn)[1]
     if w not in (shared + k + n, shared + n + k):
         raise ValueError(f"the weight {w} of {eqn} is not a matrix {k} by {n}")
@@ -38,7 +40,7 @@ def transposed(eqn: str) -> bool:
 
 
 def matrix(w: Array, eqn: str) -> Array:
-    """A weight as [..., K, N], with its leading axes unchanged."""
+    """Reshapes a weight to a matrix [..., K, N], with its leading axes unchanged."""
     _, k, n = letters(eqn)
     swap = transposed(eqn)
     lead = w.shape[: w.ndim - len(k) - len(n)]
@@ -48,19 +50,21 @@ def matrix(w: Array, eqn: str) -> Array:
 
 
 def align(a: Array, own: str, to: str) -> Array:
-    """An array with the axes `own`, reshaped to broadcast against an array with the axes `to`. Axes of `own` that `to`
-    lacks must have size 1."""
+    """Reshapes an array with the axes `own` so that it broadcasts against an array with the axes `to`.
+
+    Axes of `own` that are missing in `to` must have size 1.
+    """
     size = dict(zip(own, a.shape, strict=True))
     return a.reshape([size.get(c, 1) for c in to])
 
 
-WHOLE = 2**62  # the size of a tile that stands for the whole matrix
+WHOLE = 2**62  # a tile of this size covers the whole matrix
 
 
 class Format(NamedTuple):
-    """A grid of numbers, and the tiles of a matrix that share a scale."""
+    """A quantization format: a grid of numbers, and the size of the tiles of a matrix that share a scale."""
 
-    grid: Callable[[Array], Array]  # rounds to the nearest number of the grid
+    grid: Callable[[Array], Array]  # rounds values to the nearest number of the grid
     top: float  # the largest number of the grid
     tile: tuple[int, int]  # rows of K and columns of N that share a scale
     calibration: Literal["absmax", "percentile", "mse"] = "absmax"
@@ -68,31 +72,36 @@ class Format(NamedTuple):
 
 
 class Rounding(NamedTuple):
-    """m = numbers * scale + offset, [..., K, N], with scale and offset per tile."""
+    """A rounded matrix [..., K, N], which equals numbers * scale + offset. Each tile has its own scale and offset."""
 
     numbers: Array
     scale: Array
     offset: Array | None
 
 
-Solve = Callable[[Array, Format], Rounding]  # rounds a matrix [..., K, N]: `nearest`, or GPTQ
+Solve = Callable[[Array, Format], Rounding]  # a function that rounds a matrix [..., K, N]: `nearest` or `gptq`
 
 
 def bf16(x: Array) -> Array:
-    """Rounds to bfloat16 but stays float32. XLA may drop a cast and its inverse, but never `reduce_precision`."""
+    """Rounds to the precision of bfloat16, but returns float32.
+
+    XLA may remove a cast to bfloat16 and back, but never removes `reduce_precision`.
+    """
     return jax.lax.reduce_precision(x, 8, 7)
 
 
 def spread(scale: Array, tile: tuple[int, int], shape: tuple[int, int]) -> Array:
-    """Repeats values per tile to a full matrix [..., K, N]."""
+    """Repeats one value per tile for all entries of the tile, which gives a full matrix [..., K, N]."""
     for axis, n in ((-2, tile[0]), (-1, tile[1])):
         scale = scale if scale.shape[axis] == 1 else jnp.repeat(scale, n, axis)
     return scale[..., : shape[0], : shape[1]]
 
 
 def _tiles(m: Array, tile: tuple[int, int]) -> Array:
-    """[..., tiles, rows of a tile, tiles, columns of a tile]. Incomplete tiles are filled by repeating the last row or
-    column, which does not change the minimum and maximum."""
+    """Cuts a matrix into tiles: [..., tiles along K, rows per tile, tiles along N, columns per tile].
+
+    Incomplete tiles are filled by repeating the last row or column, which does not change their minimum and maximum.
+    """
     pad = [-n % t for n, t in zip(m.shape[-2:], tile, strict=True)]
     m = jnp.pad(m, [(0, 0)] * (m.ndim - 2) + [(0, p) for p in pad], mode="edge")
     k, n = m.shape[-2:]
@@ -100,7 +109,7 @@ def _tiles(m: Array, tile: tuple[int, int]) -> Array:
 
 
 def fit(m: Array, form: Format) -> tuple[Array, Array | None]:
-    """(scale, offset) of each tile of [..., K, N], in float32 with the precision of bfloat16."""
+    """Returns (scale, offset) for each tile of a matrix [..., K, N], as float32 with the precision of bfloat16."""
     t, over = _tiles(m.astype(jnp.float32), form.tile), (-3, -1)
     size = jnp.abs(t)
     half, middle, top = size.max(over), 0.0, form.top
@@ -110,7 +119,7 @@ def fit(m: Array, form: Format) -> tuple[Array, Array | None]:
         half, middle, top = (t.max(over) - t.min(over)) / 2, (t.max(over) + t.min(over)) / 2, top + 0.5
 
     def at(ratio: float) -> tuple[Array, Array | None]:
-        scale = bf16(half * (ratio / top))  # eager and compiled divisions by a constant round differently
+        scale = bf16(half * (ratio / top))  # a division by `top` would round differently when compiled
         scale = jnp.where(scale == 0, 1, scale)
         return scale, None if form.symmetric else bf16(middle + scale / 2)
 
@@ -118,7 +127,7 @@ def fit(m: Array, form: Format) -> tuple[Array, Array | None]:
         return at(1.0)
 
     def error(scale: Array, offset: Array | None) -> Array:
-        """Sum of squared errors per tile."""
+        """Returns the sum of the squared rounding errors of each tile."""
         a, b = (x if x is None else x[..., :, None, :, None] for x in (scale, offset))
         return jnp.square(_number(t, a, b, form.grid) * a + (0 if b is None else b) - t).sum(over)
 
@@ -134,7 +143,7 @@ def _number(m: Array, scale: Array, offset: Array | None, grid: Callable) -> Arr
 
 
 def nearest(m: Array, form: Format) -> Rounding:
-    """Rounds every value to the nearest number of its tile's grid."""
+    """Rounds every value to the nearest number of the grid, scaled for its tile."""
     m = m.astype(jnp.float32)
     scale, offset = fit(m, form)
     a, b = (x if x is None else spread(x, form.tile, m.shape[-2:]) for x in (scale, offset))
@@ -146,8 +155,11 @@ def int8_grid(v: Array) -> Array:
 
 
 def round_float(v: Array, mantissa: int, smallest: int, top: float, key: Array | None = None) -> Array:
-    """Rounds to the nearest float of few bits, ties to even, and clips. With a key, rounds up or down at random, so
-    that the mean is exact. Uses arithmetic, since XLA may drop a cast to a narrower dtype and back."""
+    """Rounds to the nearest float with few bits, with ties to even, and clips at `top`.
+
+    With a random key, values are rounded up or down at random, such that their mean is exact. The function computes
+    with float32 numbers, since XLA may remove a cast to a narrower dtype and back.
+    """
     exponent = jnp.maximum(jnp.frexp(v)[1] - 1, smallest)
     step = jnp.ldexp(jnp.float32(1), exponent - mantissa)
     steps = jnp.round(v / step) if key is None else jnp.floor(v / step + jax.random.uniform(key, v.shape))
@@ -155,9 +167,10 @@ def round_float(v: Array, mantissa: int, smallest: int, top: float, key: Array |
 
 
 def round_rows(x: Array, own: str, summed: str, dtype: str = "int8", key: Array | None = None) -> tuple[Array, Array]:
-    """(codes, float32 scales of size 1 in the axes `summed`) of an array whose axes are the letters `own`.
+    """Quantizes an array with the axes `own`, and returns (codes, float32 scales).
 
-    `dtype` is "int8" or a key of FLOATS. With a key, values are rounded up or down at random, with an exact mean.
+    All values along the axes `summed` share one scale. `dtype` is "int8" or a key of FLOATS. With a random key, values
+    are rounded up or down at random, such that their mean is exact.
     """
     kind, *bits = FLOATS.get(dtype, (jnp.int8, 127))
     x = x.astype(jnp.float32)

@@ -1,7 +1,8 @@
-"""Products with a quantized leaf: by a kernel if the platform has a suitable one, else by XLA with a float matrix.
+"""Multiplies activations by a quantized weight, with a custom kernel if there is a suitable one, or else with XLA.
 
-A kernel multiplies the rows of x on one device by that device's part of the matrix. XLA computes all other products:
-with experts, with offsets, and with formats that have no kernel. The files in `kernels/` describe each kernel.
+On each device, a kernel multiplies the device's rows of x by the device's part of the quantized matrix. XLA first
+converts the matrix to floats. XLA is used for experts, for weights with offsets, and for formats without a kernel. The
+files in `kernels/` describe the kernels.
 """
 
 import math
@@ -21,14 +22,14 @@ from model.weights import AXES
 if TYPE_CHECKING:
     from model.quant._leaf import Quantized
 
-ACTIVATIONS = {"B": "act_batch", "T": "act_seq"}  # letter of an activation -> logical axis
+ACTIVATIONS = {"B": "act_batch", "T": "act_seq"}  # {letter of an activation's axis: logical axis}
 Axes = tuple[str, ...]  # mesh axes over which a dimension is sharded
 Kernel = Callable[..., Array]  # (x [M,K], codes, scale, group=, dtype=) -> [M,N]
 
 
 def einsum(eqn: str, x: Array, leaf: "Quantized") -> Array:
-    """`jnp.einsum` of x and the weight that a leaf represents, without its `inverse`."""
-    if weights.split(eqn)[1] != letters(leaf.eqn)[1]:  # N is contracted, which the formats do not support
+    """Computes `jnp.einsum` of x and a quantized weight. The caller has already multiplied x by `leaf.inverse`."""
+    if weights.split(eqn)[1] != letters(leaf.eqn)[1]:  # the product sums over N, which no kernel supports
         return weights.product(eqn, x, jax.lax.stop_gradient(leaf.floats(x.dtype)))
     return _product(eqn, x, leaf)
 
@@ -43,7 +44,7 @@ def _forward(eqn: str, x: Array, leaf: "Quantized") -> tuple[Array, "Quantized"]
 
 
 def _backward(eqn: str, leaf: "Quantized", g: Array) -> tuple[Array, None]:
-    """Only the codes are kept for the backward pass, which dequantizes the matrix again."""
+    """Dequantizes the matrix again, since the forward pass saved only its codes for the backward pass."""
     return routed(eqn, g, leaf, backward=True), None
 
 
@@ -51,7 +52,10 @@ _product.defvjp(_forward, _backward)
 
 
 def routed(eqn: str, x: Array, leaf: "Quantized", backward: bool = False) -> Array:
-    """The product; if `backward`, its gradient with respect to the activation, and x is the gradient of the result."""
+    """Multiplies x by a quantized weight, with a kernel or with XLA.
+
+    If `backward`, x is the gradient of the product, and the result is the gradient of the activation.
+    """
     from kernels import partition
 
     by_xla = partial(gradient if backward else product, eqn)
@@ -77,7 +81,10 @@ def routed(eqn: str, x: Array, leaf: "Quantized", backward: bool = False) -> Arr
 
 
 def kernels(leaf: "Quantized", rows: int, dtype: DTypeLike, backward: bool) -> dict[str, Kernel]:
-    """{platform: kernel} to multiply `rows` rows of x per device by the matrix, or by its transpose if `backward`."""
+    """Returns {platform: kernel}, the kernels that can multiply `rows` rows of x per device by the quantized matrix.
+
+    If `backward`, the kernels multiply by the transposed matrix.
+    """
     from kernels import codes_triton, few_rows, int4_matmul, nf4
 
     found: dict[str, Kernel] = {}
@@ -98,7 +105,7 @@ def kernels(leaf: "Quantized", rows: int, dtype: DTypeLike, backward: bool) -> d
 
 
 def _looked_up(leaf: "Quantized", dtype: DTypeLike) -> bool:
-    """Whether there is a TPU kernel that dequantizes the leaf by looking up its levels."""
+    """Returns whether a TPU kernel can dequantize the weight by looking up the level of each code."""
     from kernels import nf4
 
     if leaf.kernel_format != "nf4" or dtype != jnp.bfloat16 or leaf.codes.ndim > 2 or transposed(leaf.eqn):
@@ -107,7 +114,10 @@ def _looked_up(leaf: "Quantized", dtype: DTypeLike) -> bool:
 
 
 def _split(leaf: "Quantized") -> tuple[Axes, Axes]:
-    """The mesh axes over which the rows and the columns of the leaf's matrix are sharded; tiles are never split."""
+    """Returns the mesh axes over which the rows and the columns of the quantized matrix are sharded.
+
+    All weights of a tile, which share a scale, are on the same device.
+    """
     _, k, n = letters(leaf.eqn)
     tiles = [size // t if size % t == 0 else 1 for size, t in zip(leaf.kn, leaf.tile)]
     rows, columns = (a if len(a) == 1 else () for a in weights.mesh_axes((AXES[k[0]], AXES[n[0]]), tiles))
@@ -115,7 +125,7 @@ def _split(leaf: "Quantized") -> tuple[Axes, Axes]:
 
 
 def _part(leaf: "Quantized") -> tuple[int, int]:
-    """The number of rows and of columns of the leaf's matrix per device."""
+    """Returns how many rows and columns of the quantized matrix each device has."""
     k, n = (size // weights.shards(*axes) for size, axes in zip(leaf.kn, _split(leaf)))
     return k, n
 
@@ -124,8 +134,11 @@ def _part(leaf: "Quantized") -> tuple[int, int]:
 
 
 def product(eqn: str, x: Array, leaf: "Quantized") -> Array:
-    """The product, with the matrix as an array. If the leaf has `activations` (W8A8), x is rounded too, per
-    token, with a straight-through gradient, except for experts."""
+    """Multiplies x by the dequantized matrix.
+
+    If the format also rounds activations (W8A8), each token of x is rounded with its own scale, except for experts, and
+    the gradient ignores the rounding (straight-through).
+    """
     xs, _, out = weights.operands(eqn)
     shared, contracted, _ = weights.split(eqn)
     to_columns = lambda scale: align(scale, letters(leaf.eqn)[2], out)
@@ -140,7 +153,7 @@ def product(eqn: str, x: Array, leaf: "Quantized") -> Array:
 
 
 def gradient(eqn: str, g: Array, leaf: "Quantized") -> Array:
-    """The gradient of `product` with respect to x, where g is the gradient of the result of `product`."""
+    """Returns the gradient for the input x of `product`, where g is the gradient for the result of `product`."""
     xs, ws, out = weights.operands(eqn)
     w, scale = _factors(leaf, g.dtype)
     g = g if scale is None else (g * align(scale, letters(leaf.eqn)[2], out)).astype(g.dtype)
@@ -148,12 +161,15 @@ def gradient(eqn: str, g: Array, leaf: "Quantized") -> Array:
 
 
 def product_of_codes(eqn: str, a: Array, b: Array) -> Array:
-    """The product of two int8 arrays, in float32."""
+    """Multiplies two int8 arrays, sums in int32, and returns float32."""
     return weights.product(eqn, a, b, jnp.int32).astype(jnp.float32)
 
 
 def _factors(leaf: "Quantized", dtype: DTypeLike) -> tuple[Array, Array | None]:
-    """(array, scale per column), whose product is the weight. If one scale per column does not suffice, it is None."""
+    """Returns (array, scale per column), whose product is the weight.
+
+    If the weight has more than one scale per column, the array is the dequantized weight, and the scale is None.
+    """
     shared, _, n = letters(leaf.eqn)
     if leaf.tile[0] < leaf.kn[0] or leaf.offset is not None or shared:
         return _dequantized(leaf, dtype), None
@@ -163,7 +179,7 @@ def _factors(leaf: "Quantized", dtype: DTypeLike) -> tuple[Array, Array | None]:
 
 
 def _dequantized(leaf: "Quantized", dtype: DTypeLike) -> Array:
-    """The weight as an array, dequantized on a TPU by a kernel if there is one."""
+    """Dequantizes the weight, on a TPU with a kernel if there is one for its format."""
     from kernels import nf4, partition
 
     plain = lambda *_: leaf.shaped(leaf.matrix()).astype(dtype)
@@ -180,12 +196,12 @@ def _dequantized(leaf: "Quantized", dtype: DTypeLike) -> Array:
 
 
 def for_inference(leaf: "Quantized") -> "Quantized | Array":
-    """The leaf of one layer, prepared for decoding on one device.
+    """Prepares a quantized weight of one layer for inference on one device.
 
-    A CPU without a suitable kernel multiplies floats. They are computed once, since otherwise every step would
-    allocate and write the floats of all layers. For the TPU kernel, the columns are padded to a multiple of 128 if
-    XLA would otherwise store the bytes column-major.
-    On a mesh the leaf stays unchanged: a second-level scale may span shards, so decoding it would need collectives.
+    On a CPU without a suitable kernel, the weight is dequantized once. Otherwise every decoding step would allocate and
+    write the floats of all layers. For a TPU kernel, the columns are padded to a multiple of 128 if XLA would otherwise
+    store the bytes column-major. On a mesh, the weight stays unchanged, since NF4 scales may be quantized in blocks
+    that span several devices.
     """
     from kernels import packing, partition
 

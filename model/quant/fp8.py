@@ -1,4 +1,4 @@
-"""Eight-bit floats (Micikevicius et al. 2022, arXiv 2209.05433), one scale per tensor, output channel or block."""
+"""Eight-bit floats (Micikevicius et al. 2022, arXiv 2209.05433) with one scale per tensor, output channel or block."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -24,7 +24,7 @@ class FP8(Quantized):
 
 @cache
 def _grid(format: str) -> Callable[[Array], Array]:
-    """The rounding function of a format, cached so that compiled functions get the same object as a static argument."""
+    """Returns the rounding function of a format. It is cached, since jit compiles again for another function object."""
     return lambda v: round_float(v, *FLOATS[format][1:])
 
 
@@ -32,7 +32,7 @@ def make(
     *, format: Literal["e4m3", "e5m2"] = "e4m3", scale: Literal["tensor", "channel", "block"] = "channel",
     calibration: Literal["absmax", "percentile", "mse"] = "absmax", where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
-    """A Transform: 8 bits per weight, and a scale of 16 bits per tensor, output channel or block of 128 x 128."""
+    """Returns a Transform to 8 bits per weight, plus 16 bits per tensor, output channel or block of 128 x 128."""
     tile = {"tensor": (WHOLE, WHOLE), "channel": (WHOLE, 1), "block": (BLOCK, BLOCK)}[scale]
     dtype, *_, top = FLOATS[format]
     form = Format(_grid(format), top, tile, calibration)

@@ -1,8 +1,8 @@
-"""Four-bit integers with a scale per group along the contracted axis; two codes per byte.
+"""Four-bit integers, two per byte, with one scale for each group of weights along the contracted axis.
 
-Codes are packed in bytes instead of using `jnp.int4`. On a CPU, `jnp.int4` takes a byte per code, in memory and on
-disk, and 1.5 to 2.5 times as long to unpack. Neighboring rows share a byte, so that groups and shards are whole bytes,
-and a TPU kernel can read the bytes as `int4` rows without a shift.
+Two codes are packed into a uint8 instead of using `jnp.int4`. On a CPU, `jnp.int4` takes a whole byte per code, in
+memory and on disk, and unpacking it takes 1.5 to 2.5 times as long. Two adjacent rows share a byte, so that groups and
+shards consist of whole bytes, and a TPU kernel can read the bytes as `int4` rows without shifting bits.
 """
 
 from functools import partial
@@ -39,6 +39,6 @@ def make(
     *, group: int = 64, symmetric: bool = True, calibration: Literal["absmax", "percentile", "mse"] = "absmax",
     scaled: bool = False, where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
-    """A Transform: 4 + 16 / group bits per weight, or 4 + 32 / group if not `symmetric`."""
+    """Returns a Transform to 4 + 16 / group bits per weight, or 4 + 32 / group bits if not `symmetric`."""
     form = Format(grid, 7, (group, 1), calibration, symmetric)
     return Quantizer(partial(Int4.of, form, pack), where, scaled)

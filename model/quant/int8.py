@@ -1,7 +1,8 @@
-"""Eight-bit integers with one scale per output channel. With `activations`, inputs too, with one scale per token.
+"""Eight-bit integers with one scale per output channel.
 
-On a TPU, XLA's own products are already limited only by memory bandwidth in both variants, so there is no TPU kernel.
-On a CPU, integer matmuls are the fast path.
+If `activations` is True, the inputs are also rounded to eight bits, with one scale per token. On a TPU, XLA's own
+products are already as fast as memory bandwidth allows, with or without `activations`, so this format has no TPU
+kernel. On a CPU, products of integers are the fast path.
 """
 
 from typing import ClassVar, Literal
@@ -31,7 +32,7 @@ def make(
     *, activations: bool = False, calibration: Literal["absmax", "percentile", "mse"] = "absmax",
     scaled: bool = False, where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
-    """A Transform: 8 bits per weight, and a scale of 16 bits per output channel."""
+    """Returns a Transform to 8 bits per weight, plus a scale of 16 bits per output channel."""
     form = Format(int8_grid, 127, (WHOLE, 1), calibration)
 
     def encode(w: Array, eqn: str, solve: Solve = nearest) -> Int8:

@@ -1,4 +1,4 @@
-"""A different format per matrix, given in the config, or chosen by tools.quantize for a budget of bytes."""
+"""Quantizes each matrix to its own format, set in the config or chosen by tools.quantize for a budget of bytes."""
 
 import re
 
@@ -14,7 +14,7 @@ FORMATS = (*GROUPED, "int8", "fp8")
 
 
 def encoder(path: str, formats: tuple[tuple[str, str], ...], group: int) -> Encode | None:
-    """The encoder of the parameter `path`; None if the parameter stays float."""
+    """Returns the function that quantizes the parameter `path`, or None if the parameter stays float."""
     for where, format in formats:
         if re.fullmatch(where, path):
             options = {"group": group} if format in GROUPED else {}
@@ -23,10 +23,11 @@ def encoder(path: str, formats: tuple[tuple[str, str], ...], group: int) -> Enco
 
 
 def make(*, formats: tuple = (("layers/mlp/.*", "int4"), ("layers/.*", "int8")), group: int = 64) -> Transform:
-    """A Transform. `formats` is (("layers/mlp/.*", "int4"), ("layers/attn/w[vo]", "int8"), ...): the first regex that
-    matches the whole name decides; parameters without a match stay float. `group` is the group size of int4 and nf4.
+    """Returns a Transform. `formats` is (("layers/mlp/.*", "int4"), ("layers/attn/w[vo]", "int8"), ...).
 
-    Raises ValueError for an unknown format, or if no regex matches.
+    The first regex that matches the whole name of a parameter determines its format. Parameters that match no regex
+    stay float. `group` is the group size of int4 and nf4. Raises ValueError for an unknown format, or if no regex
+    matches any parameter.
     """
     if not formats or any(len(pair) != 2 or pair[1] not in FORMATS for pair in formats):
         raise ValueError(f"quant.formats={formats!r} is not a list of pairs (regex, one of {', '.join(FORMATS)})")

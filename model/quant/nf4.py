@@ -1,9 +1,10 @@
-"""NF4 with double quantization (QLoRA, Dettmers et al. 2023, arXiv 2305.14314): the quantiles of a normal distribution.
+"""The NF4 format with double quantization (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
 
-A weight takes 4 bits, a group of 64 weights takes 8 bits for its scale (its largest magnitude), and 256 scales share 32
-bits: together 4.127 bits per weight. The paper stores the scales as 8-bit floats after subtracting their mean. Here
-they are integer multiples of a step, which is the largest of 256 scales divided by 255. The error of the scales, 0.2 %,
-is small compared with the error of the weights, 9 %.
+Each weight is rounded to one of 16 levels, which are quantiles of a normal distribution. A weight takes 4 bits, a group
+of 64 weights takes 8 bits for its scale (the largest magnitude), and 256 scales share 32 bits. Together, this is 4.127
+bits per weight. The paper stores the scales as 8-bit floats after subtracting their mean. This module stores the scales
+as integer multiples of a step, which is the largest of 256 scales divided by 255. The rounding error of the scales,
+0.2 %, is small compared with the rounding error of the weights, 9 %.
 """
 
 from typing import ClassVar
@@ -18,12 +19,12 @@ from model.quant._leaf import Quantized, Quantizer
 from model.quant._matrix import Format, Solve, nearest
 from model.weights import Spec
 
-SHARED = 256  # scales that share a second-level scale
+SHARED = 256  # number of scales that share a second-level scale
 
 
 @flax.struct.dataclass
 class NF4(Quantized):
-    """`scale` holds uint8, or bfloat16 without double quantization."""
+    """A weight in NF4. The dtype of `scale` is uint8 with double quantization, and bfloat16 without it."""
 
     kernel_format: ClassVar[str] = "nf4"
     scale2: Array | None = None  # float32 [..., ceil(scales / 256), 1]
@@ -45,7 +46,7 @@ class NF4(Quantized):
 
 
 def index(v: Array) -> Array:
-    """The index of the nearest level."""
+    """Returns the index of the NF4 level that is nearest to each value."""
     middles = (jnp.asarray(LEVELS[1:], jnp.float32) + jnp.asarray(LEVELS[:-1], jnp.float32)) / 2
     return sum((v > m).astype(jnp.int32) for m in middles)
 
@@ -64,7 +65,7 @@ def _double(leaf: NF4) -> NF4:
 
 
 def make(*, group: int = 64, double: bool = True, where: str = r"layers/.*") -> Quantizer:
-    """A Transform: 4 bits per weight, and 8.125 bits per group, or 16 if not `double`."""
+    """Returns a Transform to 4 bits per weight, plus 8.125 bits per group, or 16 bits per group if not `double`."""
     form = Format(grid, 1, (group, 1))
 
     def encode(w: Array, eqn: str, solve: Solve = nearest) -> NF4:

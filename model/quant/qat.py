@@ -1,5 +1,8 @@
-"""Quantization-aware training (Jacob et al. 2018, arXiv 1712.05877): the forward pass is that of the quantized
-model, the gradient that of the float model (straight-through, Bengio et al. 2013, arXiv 1308.3432)."""
+"""Quantization-aware training (Jacob et al. 2018, arXiv 1712.05877).
+
+The forward pass uses the quantized weights. The gradient is computed as if the weights were not rounded
+(straight-through, Bengio et al. 2013, arXiv 1308.3432).
+"""
 
 import functools
 from collections.abc import Callable
@@ -19,19 +22,19 @@ from model.weights import Params, Spec, Weight
 
 @flax.struct.dataclass
 class FakeQuant(Weight):
-    """A float weight. From training step `start` on, its products equal those of its quantized leaf bit for bit."""
+    """A float weight that, from training step `start` on, multiplies exactly as its quantized version does."""
 
     w: Array
     eqn: str = flax.struct.field(pytree_node=False)
     format: str = flax.struct.field(pytree_node=False)  # a file of this folder
-    options: tuple[tuple[str, int | bool], ...] = flax.struct.field(pytree_node=False)  # arguments of its `make`
+    options: tuple[tuple[str, int | bool], ...] = flax.struct.field(pytree_node=False)  # arguments for its `make`
     start: int = flax.struct.field(pytree_node=False)
-    live: Array | None = None  # bool [stack...]: whether `start` is reached; set only in training
+    live: Array | None = None  # one bool per layer: whether `start` is reached
     trainable: ClassVar[tuple[str, ...]] = ("w",)
 
     @property
     def encode(self) -> Callable[[Array], Weight]:
-        """The function that makes the quantized leaf of a float weight."""
+        """The function that quantizes a float weight."""
         make = methods.module("model.quant", self.format).make
         return functools.partial(make(**dict(self.options)).encode, eqn=self.eqn)
 
@@ -58,7 +61,7 @@ class FakeQuant(Weight):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
 def _straight_through(use: Callable, x: Array, w: Array, live: Array | None, encode: Callable) -> Array:
-    # Without the barrier XLA may fuse the rounding with a sum and change its order, so that bits differ from inference.
+    # Without the barrier, XLA may fuse the rounding with a sum, and the result may differ from that of inference.
     quantized = lambda: use(x, jax.lax.optimization_barrier(encode(w)))
     return quantized() if live is None else jax.lax.cond(live, quantized, lambda: use(x, w))
 
@@ -68,7 +71,7 @@ def _forward(use: Callable, x: Array, w: Array, live: Array | None, encode: Call
 
 
 def _backward(use: Callable, encode: Callable, residuals: tuple, g: Array) -> tuple:
-    """The gradient for x goes through the quantized weight; the gradient for w is as if w itself had been used."""
+    """Computes the gradient for x with the quantized weight, and the gradient for w as if w were not rounded."""
     x, w, live = residuals
     moves = jnp.issubdtype(x.dtype, jnp.inexact)
     by_x = lambda leaf: jax.vjp(lambda x: use(x, leaf), x)[1](g)[0]
@@ -83,7 +86,7 @@ _straight_through.defvjp(_forward, _backward)
 
 
 def converted(params: Params) -> Params:
-    """`params` with every FakeQuant replaced by its quantized leaf, as saved after training."""
+    """Replaces every FakeQuant in `params` by a quantized weight, for saving after training."""
     fake = lambda x: isinstance(x, FakeQuant)
     return jax.tree.map(lambda w: w.convert() if fake(w) else w, params, is_leaf=fake)
 
@@ -92,9 +95,9 @@ def make(
     *, format: Literal["int2", "int4", "int8", "nf4", "fp8"] = "int4", group: int | None = None,
     activations: bool | None = None, start: int = 0, where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
-    """A Transform. `group` is an option of the formats with groups; `activations` is an option of int8.
+    """Returns a Transform for quantization-aware training. Raises ValueError for an option that the format lacks.
 
-    Raises ValueError for an option that the format does not have.
+    Only int2, int4 and nf4 have the option `group`, and only int8 has the option `activations`.
     """
     options = {k: v for k, v in dict(group=group, activations=activations).items() if v is not None}
     takes = {"int2": {"group"}, "int4": {"group"}, "nf4": {"group"}, "int8": {"activations"}}.get(format, set())

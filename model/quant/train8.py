@@ -1,9 +1,9 @@
 """Training with 8-bit matrix products in the forward and the backward pass (as in AQT and FP8-LM, arXiv 2310.18313).
 
-Weights stay float and are rounded at each use. A scale must not vary along a contracted axis, as the scales of the
-forward pass would in the backward pass. So those scales are multiplied into the output's gradient before it is rounded:
-the scales of W for the gradient of x, and the scales of x for the gradient of W. Both can then use the codes of the
-forward pass.
+Weights are stored as floats, and rounded each time they are used. A product of codes is only possible if no scale
+varies along the axis that is summed. The backward pass sums over other axes than the forward pass. So it multiplies the
+scales of the forward pass into the output's gradient before it rounds that gradient: the scales of W for the gradient
+of x, and the scales of x for the gradient of W. Then it can use the codes of the forward pass.
 """
 
 from functools import partial
@@ -24,13 +24,13 @@ from model.weights import Spec, Weight
 
 @flax.struct.dataclass
 class QuantTrain(Weight):
-    """A float weight that is rounded to `dtype` at each use. Inputs and gradients of outputs are rounded too."""
+    """A float weight that is rounded to `dtype` at each use, as are its inputs and the gradients of its outputs."""
 
     w: Array
     eqn: str = flax.struct.field(pytree_node=False)
     dtype: str = flax.struct.field(pytree_node=False)
     stochastic: bool = flax.struct.field(pytree_node=False)
-    key: Array | None = None  # keys [stack...] for stochastic rounding; set only in training
+    key: Array | None = None  # one random key per layer for stochastic rounding, only in training
     trainable: ClassVar[tuple[str, ...]] = ("w",)
 
     def in_training(self, key: Array, step: Array) -> "QuantTrain":
@@ -51,8 +51,10 @@ class QuantTrain(Weight):
 
 
 def _product(eqn: str, a: Array, b: Array, floats: DTypeLike) -> Array:
-    """The product of codes, float32. Float codes are cast to `floats`, which represents them exactly. A GPU's compiler
-    turns the cast and product into an 8-bit product; other devices do not have 8-bit float products."""
+    """Multiplies codes, and returns float32. Float codes are first cast to `floats`, which represents them exactly.
+
+    On a GPU, XLA merges this cast and the product into one 8-bit product. Other devices have no 8-bit float products.
+    """
     if jnp.issubdtype(a.dtype, jnp.integer):
         return product_of_codes(eqn, a, b)
     return weights.product(eqn, a.astype(floats), b.astype(floats), jnp.float32)
@@ -91,5 +93,5 @@ _multiply.defvjp(_forward, _backward)
 
 
 def make(*, dtype: Literal["int8", "fp8"] = "int8", stochastic: bool = True, where: str = r"layers/.*") -> Quantizer:
-    """A Transform. fp8 means e4m3 in the forward pass and e5m2 for gradients in the backward pass."""
+    """Returns a Transform. With "fp8", the forward pass uses e4m3, and gradients in the backward pass are e5m2."""
     return Quantizer(lambda w, eqn: QuantTrain(w, eqn, dtype, stochastic), where)
