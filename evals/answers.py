@@ -1,4 +1,4 @@
-"""Prompts from any source, and answers sampled for them, which people and judges compare."""
+"""Reads prompts from any source and samples answers to them, which people and judges compare."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,11 +12,12 @@ from infer import hosted
 from infer.hosted import Hosted
 from infer.lm import LM
 
-ROWS = 16  # answers sampled at once
+ROWS = 16  # number of answers sampled at once
 
 
 def prompts(source: str) -> Iterator[tuple[str, Prompt, Json]]:
-    """(position, prompt, record) of each row. In a row of a known format, the prompt is everything before the answer.
+    """Yields (position, prompt, record) for each row. In a row of a known format, the prompt is everything before the
+    answer.
 
     Raises UserError for a row without a prompt.
     """
@@ -48,13 +49,13 @@ def _prompt(record: Json) -> Prompt:
 
 
 def references(record: Json) -> list[str] | None:
-    """The right answers in a record, if it has a column of them."""
+    """The right answers in a record; None if no column has them."""
     column = next((name for name in rows.ANSWERS if record.get(name) not in (None, "")), "")
     return rows.references(record[column], column, listed=False) if column else None
 
 
 def items(source: str) -> list[Json]:
-    """Records {"prompt", "answers": [{"text", "model", ...}, ...]}. Raises UserError."""
+    """Reads records {"prompt", "answers": [{"text", "model", ...}, ...]}. Raises UserError for any other record."""
     found = []
     for where, prompt, record in prompts(source):
         said = messages.parsed(record.get("answers"))
@@ -89,13 +90,13 @@ def asked(prompt: Prompt, lm: LM | Hosted) -> Prompt:
 def sample(
     lm: LM | Hosted, texts: Sequence[Prompt], count: int, *, max_new_tokens: int, seed: int, **knobs: float
 ) -> list[list[str]]:
-    """`count` independently sampled answers to each prompt; an answer depends only on its prompt, its number and the
+    """Samples `count` independent answers to each prompt. An answer depends only on its prompt, its number and the
     seed."""
     out: list[list[str]] = []
     size = max(1, ROWS // count)
     for at in range(0, len(texts), size):
         rows = [asked(prompt, lm) for prompt in texts[at : at + size]]
-        filled = rows + rows[-1:] * (size - len(rows)) if isinstance(lm, LM) else rows  # to have few shapes to compile
+        filled = rows + rows[-1:] * (size - len(rows)) if isinstance(lm, LM) else rows  # fewer shapes to compile
         flat = [prompt for prompt in filled for _ in range(count)]
         found = lm.generate(flat, max_new_tokens=max_new_tokens, seed=seed, **knobs)
         out += [found[i * count : (i + 1) * count] for i in range(len(rows))]
