@@ -1,8 +1,8 @@
 """Reads and writes quantized weights in the compressed-tensors format, which vLLM and transformers read too.
 
-A Linear [N, K] is stored as scales, in `weight_scale`, and codes. The codes are either `weight` (int8 or e4m3), or for
-float activations `weight_packed` with `weight_shape`. An int32 of `weight_packed` holds consecutive codes of a row.
-Half their range is added to the codes, so that they are not negative.
+A Linear [N, K] is stored as codes and scales. The scales are the tensor `weight_scale`. The codes are either the tensor
+`weight` (int8 or e4m3), or the tensors `weight_packed` and `weight_shape`. An int32 in `weight_packed` contains several
+consecutive codes of a row. Half of their range is added to packed codes, so that none is negative.
 """
 
 import re
@@ -34,14 +34,17 @@ UNQUANTIZED = "open the unquantized model, or its .gguf"
 
 
 def config(model: Transformer, params: Params, keys: dict[str, Key]) -> dict:
-    """The `quantization_config` of stacked parameters. Raises UserError for a leaf that the format cannot represent."""
+    """Returns the `quantization_config` that describes stacked parameters.
+
+    Raises UserError for a quantized weight that the format cannot represent.
+    """
     groups: list[tuple[dict, list[str]]] = []
     ignored = ["lm_head"] if model.config.tied else []
     for path, leaf in jax.tree.leaves_with_path(params, is_leaf=weights.is_weight):
         path = weights.name(path)
         if not isinstance(leaf, Quantized):
             spec = weights.at(model.specs, path)
-            if spec.eqn and "V" not in weights.split(spec.eqn)[1]:  # an embedding table is not a Linear
+            if spec.eqn and "V" not in weights.split(spec.eqn)[1]:  # an embedding table is not a torch Linear
                 ignored.append(_target(model, path, keys[path]))
             continue
         scheme = _scheme(path, leaf, keys[path])
@@ -61,7 +64,7 @@ def config(model: Transformer, params: Params, keys: dict[str, Key]) -> dict:
 
 
 def _target(model: Transformer, path: str, key: Key) -> str:
-    """A pattern of module names: the module of the tensor `key` in every layer that has the parameter `path`."""
+    """Returns a pattern that matches the module names of the tensor `key` in all layers that have the parameter."""
     name = key.name.removesuffix(".weight")
     if "{}" not in name:
         return name
@@ -97,13 +100,16 @@ def _scheme(path: str, leaf: Quantized, key: Key) -> dict:
 
 
 def weights_only(params: Params) -> Params:
-    """`params` without quantization of activations, as a model that `read` loads."""
+    """Returns `params` without quantization of activations, since `read` only loads quantized weights."""
     float_inputs = lambda w: w.replace(activations=False) if isinstance(w, Int8) else w
     return jax.tree.map(float_inputs, params, is_leaf=weights.is_weight)
 
 
 def tensors(leaf: Quantized, key: Key, layers: Iterable[int]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of each tensor of a leaf that is stacked over `layers`. `config` must have accepted the leaf."""
+    """Yields (name, array) for each tensor of a quantized weight that is stacked over `layers`.
+
+    The function `config` must have accepted this weight.
+    """
     kind = _scheme("", leaf, key)
     for at, layer in enumerate(layers) if "{}" in key.name else [(None, None)]:
         one = leaf if at is None else jax.tree.map(lambda x, i=at: x[i], leaf)
@@ -118,7 +124,7 @@ def tensors(leaf: Quantized, key: Key, layers: Iterable[int]) -> Iterator[tuple[
 
 
 def pack(numbers: np.ndarray, bits: int) -> np.ndarray:
-    """Packs signed numbers of 4 or 8 bits [N, K] into int32 [N, ceil(K bits / 32)], the first in the lowest bits."""
+    """Packs signed numbers [N, K] of 4 or 8 bits into int32 [N, ceil(K bits / 32)], starting at the lowest bits."""
     each, half = 32 // bits, 2 ** (bits - 1)
     codes = np.pad((numbers + half).astype(np.uint32), [(0, 0), (0, -numbers.shape[1] % each)])
     shifted = codes.reshape(len(codes), -1, each) << np.arange(0, 32, bits, dtype=np.uint32)
@@ -126,12 +132,12 @@ def pack(numbers: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(words: np.ndarray, bits: int, k: int) -> np.ndarray:
-    """The inverse of `pack` for K columns."""
+    """Reverses `pack` for a matrix with K columns."""
     return unpack_words(words, bits)[:, :k] - 2 ** (bits - 1)
 
 
 def unpack_words(words: np.ndarray, bits: int, slots: np.ndarray | None = None) -> np.ndarray:
-    """Unpacks int32 words along the last axis; the first code is in the lowest bits, or at the positions `slots`."""
+    """Unpacks int32 words along the last axis. The codes start at the lowest bits, or have the positions `slots`."""
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     codes = words.view(np.uint32)[..., None] >> (shifts if slots is None else shifts[slots]) & ((1 << bits) - 1)
     return codes.reshape(*words.shape[:-1], -1).astype(np.int32)
@@ -141,7 +147,7 @@ def unpack_words(words: np.ndarray, bits: int, slots: np.ndarray | None = None) 
 
 
 def check(config: dict, where: str) -> None:
-    """Raises UserError for a compressed-tensors `quantization_config` that `read` does not support."""
+    """Raises UserError if `read` does not support this `quantization_config` of compressed-tensors."""
     form = config.get("format")
     extra = next((k for k in ("transform_config", "kv_cache_scheme") if config.get(k)), None)
     if form not in FORMATS or extra:
@@ -150,7 +156,7 @@ def check(config: dict, where: str) -> None:
 
 
 def shape(folder: "Folder", name: str) -> tuple[int, ...]:
-    """The shape of a weight that is stored as several tensors."""
+    """Returns the shape of a weight that is stored as several tensors."""
     if f"{name}_packed" not in folder.shards:
         return folder.stored_shape(name)
     rows, columns = (int(n) for n in folder.codes(f"{name}_shape", (slice(2),)))
@@ -161,7 +167,7 @@ def shape(folder: "Folder", name: str) -> tuple[int, ...]:
 
 
 def read(folder: "Folder", name: str, cuts: Index) -> np.ndarray:
-    """A slice of a weight, dequantized to float32."""
+    """Reads a slice of a weight, dequantized to float32."""
     height, columns = folder.shape(name)
     if f"{name}_packed" in folder.shards:
         words = folder.codes(f"{name}_packed", (cuts[0], slice(None)))

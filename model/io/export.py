@@ -1,4 +1,4 @@
-"""Writes a model as a Hugging Face folder for transformers, vLLM and llama.cpp's converter."""
+"""Writes a model as a Hugging Face folder, which transformers, vLLM and llama.cpp's converter can read."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ from model.quant._leaf import Quantized
 from model.weights import Params, dense_of
 
 SHARD_BYTES = 5 * 10**9
-# {dtype: largest difference of logits, relative to the largest logit, that rounding the weights to it may cause}.
+# {dtype of the written weights: largest allowed change of the logits, relative to the largest logit}.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 
 
@@ -44,14 +44,15 @@ def export_hf(
     dequantize: bool = False,
     card: str = "",
 ) -> float:
-    """Merges adapters, writes everything, reads it back and compares logits; only then does `folder` appear.
+    """Merges adapters and writes the model as a new folder. If `check`, reads it back and compares the logits.
 
-    `params` are stacked. Quantized leaves are stored in the compressed-tensors format, or as floats with `dequantize`;
-    a weight with an adapter becomes one float array. `generation` is added to generation_config.json (temperature,
-    ...), `card` is the text of README.md. A reward model's head is stored as in transformers' models for sequence
-    classification with one label. Returns the largest difference of the logits relative to the largest logit (0.0
-    without `check`). Raises UserError if the folder has other content, if the family or the format cannot represent the
-    model, or if the check fails.
+    The folder only appears under its name after the check has passed. `params` are stacked over layers. Quantized
+    weights are stored in the compressed-tensors format, or as floats if `dequantize`. A weight with an adapter becomes
+    one float array. The dict `generation` (temperature, ...) is added to generation_config.json, and `card` is the text
+    of README.md. The head of a reward model is stored like that of a sequence classifier with one label in
+    transformers. Returns the difference of the logits relative to the largest logit (0.0 without `check`). Raises
+    UserError if the folder has other content, if the model family or the format cannot represent the model, or if the
+    logits differ too much.
     """
     folder = Path(folder).absolute()
     if dtype not in TOLERANCE:
@@ -68,7 +69,8 @@ def export_hf(
         params = compressed.weights_only(plain)
     taken = UserError("the folder exists and is not empty", str(folder), "choose a new folder")
     used = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    if used and files.read_json(folder / "config.json") != files.plain(config):  # else an earlier run may have made it
+    # A folder with the same config.json may be from an earlier run, and is accepted.
+    if used and files.read_json(folder / "config.json") != files.plain(config):
         raise taken
     try:
         with files.folder(folder, "config.json") as work:
@@ -88,15 +90,15 @@ def export_hf(
 
 
 def _merged(model: Transformer, params: Params, dequantize: bool) -> Params:
-    """Parameters with adapters merged; quantized leaves are kept or dequantized."""
+    """Merges adapters into plain arrays. Quantized weights are dequantized only if `dequantize` is True."""
     kept = lambda w: isinstance(w, Quantized) and not dequantize
     return weights.replace(qat.converted(params), model.specs, lambda _, w, spec: w if kept(w) else dense_of(w, spec))
 
 
 def tensors(model: Transformer, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of every tensor of the checkpoint of stacked parameters: the inverse of loading."""
+    """Converts stacked parameters to the tensors of a checkpoint, and yields (name, array) for each of them."""
     keys, sizes = family(model.config.family).KEYS, model.config.sizes
-    holders = defaultdict(list)  # name in the checkpoint -> our parameters in it
+    holders = defaultdict(list)  # {tensor of the checkpoint: our parameters that it contains}
     leaves = {weights.name(path): w for path, w in jax.tree.leaves_with_path(params, is_leaf=weights.is_weight)}
     for path, leaf in leaves.items():
         if isinstance(leaf, Quantized):
@@ -129,12 +131,15 @@ def _configs(model: Transformer, tokenizer: Any, dtype: str, generation: dict) -
 
 
 def classifier(architecture: str) -> str:
-    """The name of transformers' sequence-classification model for the architecture of a language model."""
+    """Returns the name of the sequence classifier in transformers for the architecture of a language model."""
     return re.sub("(ForCausalLM|LMHeadModel)$", "ForSequenceClassification", architecture)
 
 
 def _write_tensors(named: Iterable[tuple[str, np.ndarray]], folder: Path, dtype: str) -> None:
-    """Writes shards of at most SHARD_BYTES each, one in memory at a time, and an index if there are several."""
+    """Writes tensors to files of at most SHARD_BYTES each, and an index if there are several files.
+
+    Only the tensors of one file are in memory at a time.
+    """
     from safetensors.numpy import save_file
 
     parts, shard, total = [], {}, 0
@@ -142,7 +147,7 @@ def _write_tensors(named: Iterable[tuple[str, np.ndarray]], folder: Path, dtype:
     def flush() -> None:
         parts.append((folder / f"part-{len(parts)}", list(shard)))
         save_file(shard, parts[-1][0], metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", parts[-1][0])  # safetensors makes files readable only by the owner
+        shutil.copymode(folder / "config.json", parts[-1][0])  # safetensors creates files that only the owner can read
         shard.clear()
 
     for name, x in named:
@@ -165,10 +170,12 @@ def _write_tensors(named: Iterable[tuple[str, np.ndarray]], folder: Path, dtype:
 
 
 def check_logits(model: Transformer, params: Params, written: Path, final: Path, dtype: str, tolerance: float) -> float:
-    """The difference between the logits of `params`, with their adapters, and of the checkpoint `written`, relative to
-    the largest logit. It is the largest difference at each position, averaged over positions, since rounding may cause
-    100 times the difference at positions with massive activations. Raises UserError, naming the path `final`, if the
-    difference exceeds the tolerance."""
+    """Returns how much the logits of the checkpoint `written` differ from those of `params`, relative to the largest.
+
+    The largest difference at each position is averaged over positions, since rounding may cause a difference that is
+    100 times as large at positions with massive activations. Raises UserError, which names the path `final`, if the
+    difference exceeds the tolerance.
+    """
     length = min(32, model.config.max_len)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length), dtype=np.int32)
     logits = jax.jit(dataclasses.replace(model, dtype="float32").__call__)

@@ -1,7 +1,7 @@
-"""Reads weights quantized by other tools (bitsandbytes, GPTQ, AWQ, fp8) and dequantizes them to floats. compressed.py
-reads the compressed-tensors format.
+"""Reads weights that other tools have quantized (bitsandbytes, GPTQ, AWQ, fp8), and dequantizes them to floats.
 
-A Linear [N, K] named X is stored as these tensors, where G is the number of groups:
+The module compressed.py reads the compressed-tensors format. The other formats store a Linear [N, K] named X as these
+tensors, where G is the number of groups:
 
     bitsandbytes   X.weight, 4-bit codes of the flat matrix, two per byte, with X.weight.absmax and X.weight.quant_map;
                    or int8 [N, K] with X.SCB [N]
@@ -9,7 +9,7 @@ A Linear [N, K] named X is stored as these tensors, where G is the number of gro
     AWQ            X.qweight [K, N / 8], X.qzeros [G, N / 8], X.scales [G, N]
     fp8            X.weight e4m3 [N, K] with X.weight_scale_inv or X.weight_scale per tensor, row or block
 
-The dequantized values equal those that the tools themselves compute with. `folder` is a model.io.hf.Folder.
+The dequantized values equal those that the tools themselves use. The argument `folder` is a model.io.hf.Folder.
 """
 
 import json
@@ -28,7 +28,7 @@ PARTS = re.compile(
     r"(?P<weight>.*\.weight)[_.](?P<part>packed|shape|zero_point|g_idx|global_scale|scale|scale_inv|absmax|quant_map|nested_absmax|"
     r"nested_quant_map|quant_state\..*)|(?P<module>.*)\.(?P<own>qweight|qzeros|scales|g_idx|SCB|weight_format)"
 )
-AWQ_SLOTS = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # the position of each column in a word of eight codes
+AWQ_SLOTS = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # the position in a 32-bit word of each of eight columns
 FP8 = "F8_E4M3"
 FORMS = {"gptq": "gptq", "gptq_v2": "gptq", "auto_gptq": "gptq", "auto-round": "gptq", "awq": "awq", "auto_awq": "awq"}
 FORMS |= {"gemm": "awq"}  # AWQ's layout, which other tools use too
@@ -41,7 +41,7 @@ class Format(NamedTuple):
 
 
 def find(folder: Any) -> dict[str, Format]:
-    """{name of a weight: its format}, for all weights that are not stored as a plain tensor."""
+    """Returns {name of a weight: its format} for all weights that are not stored as one plain tensor."""
     parts = defaultdict(set)
     for name in folder.shards:
         if m := PARTS.fullmatch(name):
@@ -51,14 +51,14 @@ def find(folder: Any) -> dict[str, Format]:
 
 
 def names(folder: Any) -> set[str]:
-    """Names of all tensors, where a weight stored as several tensors counts as one."""
+    """Returns the names of all weights. A weight that is stored as several tensors has one name."""
     weight = lambda m: m["weight"] or f"{m['module']}.weight"
     found = {name: PARTS.fullmatch(name) for name in folder.shards}
     return {n for n, m in found.items() if not m or weight(m) not in folder.coded} | folder.coded.keys()
 
 
 def check(folder: Any, config: Any) -> None:
-    """Raises UserError for a `quantization_config` that is not supported, unless the weights are plain tensors."""
+    """Raises UserError if the `quantization_config` is not supported, unless all weights are plain tensors."""
     method = config.get("quant_method") if isinstance(config, dict) else None
     where, fix = str(folder.path), compressed.UNQUANTIZED
     if method is None:
@@ -80,7 +80,7 @@ def _format(folder: Any, name: str, parts: set[str]) -> Format | None:
     if "qweight" in parts:
         if folder.method not in ("gptq", "awq", "auto-round"):
             raise UserError(f"{name} has codes of GPTQ or AWQ, but config.json names neither", str(folder.path))
-        keys = ("checkpoint_format", "packing_format")  # GPTQModel writes the first, AutoRound the second
+        keys = ("checkpoint_format", "packing_format")  # GPTQModel writes the first key, AutoRound the second
         form = next((str(v) for k in keys if (v := folder.quantized.get(k))), folder.method).rpartition(":")[2]
         if form not in FORMS:
             what = f"weights are stored quantized by {folder.method} in its format {form!r}, which is not supported"
@@ -119,7 +119,10 @@ def _bnb4_shape(folder: Any, name: str) -> tuple[int, ...]:
 
 
 def _bnb4(folder: Any, name: str, cuts: Index) -> np.ndarray:
-    """quant_map[code] times the largest magnitude of the code's block. The first code of a byte is in its high bits."""
+    """Returns quant_map[code], multiplied by the largest magnitude of the block.
+
+    The first of the two codes in a byte is in the high bits.
+    """
     state = _bnb4_state(folder, name)
     height, width = (int(n) for n in state["shape"])
     start, stop, _ = cuts[0].indices(height)
@@ -152,7 +155,7 @@ def _bits(folder: Any) -> int:
 
 
 def _groups(folder: Any, module: str, size: int, groups: int) -> np.ndarray:
-    """The group index of each of `size` inputs."""
+    """Returns the index of the group to which each of `size` inputs belongs."""
     if (name := f"{module}g_idx") in folder.shards and folder.method != "awq":
         return _whole(folder, name)
     step = folder.quantized.get("group_size", 128)
@@ -169,7 +172,7 @@ def _gptq_shape(folder: Any, name: str) -> tuple[int, ...]:
 
 
 def _gptq(folder: Any, name: str, cuts: Index) -> np.ndarray:
-    """scale * (code - zero - 1), or scale * (code - zero) in version 2 of the format."""
+    """Returns scale * (code - zero - 1), or scale * (code - zero) in version 2 of the GPTQ format."""
     module, bits = name.removesuffix("weight"), _bits(folder)
     codes = compressed.unpack_words(
         np.ascontiguousarray(folder.codes(f"{module}qweight", (slice(None), cuts[0])).T), bits
@@ -187,7 +190,7 @@ def _awq_shape(folder: Any, name: str) -> tuple[int, ...]:
 
 
 def _awq(folder: Any, name: str, cuts: Index) -> np.ndarray:
-    """scale * (code - zero). The eight columns in a word are in the order of AWQ_SLOTS."""
+    """Returns scale * (code - zero). The eight columns in a 32-bit word are in the order of AWQ_SLOTS."""
     if folder.quantized.get("bits", 4) != 4 or str(folder.quantized.get("version", "gemm")).lower() != "gemm":
         what = "of AWQ only 4 bits and the version gemm are supported"
         raise UserError(what, str(folder.path), "open the unquantized model")
@@ -204,7 +207,7 @@ def _awq(folder: Any, name: str, cuts: Index) -> np.ndarray:
 
 
 def _fp8(folder: Any, name: str, cuts: Index) -> np.ndarray:
-    """Numbers times their scale; despite its name, a scale_inv tensor is a factor, not a divisor."""
+    """Multiplies numbers by their scales. Despite its name, a scale_inv tensor is also a factor and not a divisor."""
     part = next(p for p in ("scale_inv", "scale") if f"{name}_{p}" in folder.shards)
     scale = _whole(folder, f"{name}_{part}").astype(np.float32)
     shape = folder.stored_shape(name)

@@ -1,4 +1,7 @@
-"""Reads a GGUF file (llama.cpp) like a Hugging Face folder: metadata as config.json, tensors dequantized."""
+"""Reads a GGUF file of llama.cpp as if it were a Hugging Face folder.
+
+The metadata are converted to the fields of a config.json, and tensors are dequantized.
+"""
 
 import functools
 import math
@@ -15,12 +18,12 @@ from model.families._layout import Index
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 QUIET = re.compile(r"[^.]+\.(vocab_size|tensor_data_layout|rope\.scaling\.finetuned|expert_used_count)")
 PART = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
-CHUNK = 1 << 20  # values dequantized at once: limits the size of temporary arrays, and fits the CPU's cache
+CHUNK = 1 << 20  # number of values that are dequantized at once, so that temporary arrays fit the CPU's cache
 TRANSPOSED = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")  # tensors of GPT-2
 
 
 class File:
-    """Tensors by name, read and dequantized in slices, in Hugging Face's orientation and order of dimensions."""
+    """An opened GGUF file, whose tensors are read and dequantized in slices, with the axis order of Hugging Face."""
 
     def __init__(self, path: Path):
         files = parts(path)
@@ -54,7 +57,7 @@ class File:
         value = self.metadata.get(key, *default) if default else self.metadata[key]
         if isinstance(value, list):
             raise UserError(f"{key} differs between layers, which is not supported", str(self.path))
-        # Floats are stored in 32 bits: 9.999999747e-06 is the nearest to 1e-5.
+        # The file stores floats in 32 bits, so 1e-5 is read as 9.999999747e-06, which this line converts back to 1e-5.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def _llama_config(self) -> dict:
@@ -98,7 +101,7 @@ class File:
         if "rope_freqs.weight" in self.tensors:
             factors = self.read("rope_freqs.weight", (slice(None),))
             return llama3_scaling(factors, theta, head_dim, str(self.path))
-        # As in llama.cpp: rope.scale_linear, the key of older files, is read too; a factor without a type means linear.
+        # As in llama.cpp, older files may have the key rope.scale_linear, and a factor without a type means linear.
         factor = self._get("rope.scaling.factor", None) or self._get("rope.scale_linear", None) or 1.0
         kind = self._get("rope.scaling.type", "none" if factor == 1.0 else "linear")
         original = self._get("rope.scaling.original_context_length", None)
@@ -112,7 +115,7 @@ class File:
     body = ""
 
     def unused_fields(self, _: Seen) -> list[str]:
-        """Non-empty metadata of the architecture that were not read."""
+        """Returns the names of non-empty metadata fields of the architecture that were not used."""
         own = (name for name in self.metadata.unused(()) if name.startswith(f"{self.architecture}."))
         return sorted(name for name in own if not QUIET.fullmatch(name))
 
@@ -131,7 +134,7 @@ class File:
         return gguf.get_tensor_name_map(arch, self._get("block_count"))
 
     def stored(self, name: str) -> str:
-        """The name that a Hugging Face tensor has in this file."""
+        """Returns the name in this file of a tensor with the given Hugging Face name."""
         return self._name_map.get_name(name, try_suffixes=(".weight", ".bias")) or name
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -150,16 +153,20 @@ class File:
         return self.architecture == "gpt2" and name.endswith(TRANSPOSED)
 
     def _unpermuted(self, name: str, x: np.ndarray) -> np.ndarray:
-        """Rearranges x, whose rows are whole heads, to Hugging Face's order. llama.cpp rotates neighboring dimensions,
-        so its llama files interleave the two halves of a head."""
+        """Rearranges the rows of x, which are the dimensions of whole heads, to the order of Hugging Face.
+
+        In llama files, the two halves of a head are interleaved, since llama.cpp rotates pairs of adjacent dimensions.
+        """
         if self.architecture != "llama" or (".attn_q." not in name and ".attn_k." not in name):
             return x
         half = self.hf_config["head_dim"] // 2
         return x.reshape(-1, half, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
     def _rows(self, name: str, rows: slice) -> np.ndarray:
-        """Rows of a matrix in float32; a vector is one row. The file is read, not mapped, since mapped pages stay in
-        memory."""
+        """Returns rows of a matrix in float32, where a vector counts as one row.
+
+        The file is read instead of memory-mapped, since mapped pages would stay in memory.
+        """
         import gguf
 
         tensor = self.tensors[name]
@@ -186,9 +193,10 @@ class File:
 
 
 def inside(folder: Path) -> Path | None:
-    """The path of the one GGUF model in a folder (its first part, if it is split), or None if there is no such model.
+    """Returns the path of the GGUF model in a folder, or None if there is none.
 
-    Raises UserError if there are several models.
+    For a model that is split into several files, the path is that of the first file. Raises UserError if the folder has
+    several models.
     """
     found = sorted({parts(path)[0] for path in folder.glob("*.gguf")})
     if len(found) > 1:
@@ -198,10 +206,9 @@ def inside(folder: Path) -> Path | None:
 
 
 def parts(path: Path) -> list[Path]:
-    """All files of a model that llama.cpp's gguf-split has split, found from the path of any of them. For a model that
-    is not split, only that path.
+    """Returns the paths of all files of a model that llama.cpp's gguf-split has split, given the path of one of them.
 
-    Raises UserError when parts are missing.
+    For a model that is not split, the result has only the given path. Raises UserError if files are missing.
     """
     match = PART.fullmatch(path.name)
     if not match:
@@ -213,12 +220,12 @@ def parts(path: Path) -> list[Path]:
 
 
 def llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, where: str) -> dict | None:
-    """The `llama3` rope scaling that divides the frequencies [H/2] by `factors`.
+    """Finds the parameters of the `llama3` rope scaling that divides the frequencies [H/2] by `factors`.
 
-    The file stores only these divisors. For the wavelengths between the unchanged and the fully stretched ones, the
-    divisors determine `smooth`, which is linear in the frequency. Its slope and offset determine the parameters up to a
-    common scale, which is fixed by setting low_freq_factor to 1.
-    Raises UserError for other factors.
+    A GGUF file only stores these divisors. For the frequencies that are neither unchanged nor divided by the full
+    factor, the divisors determine the interpolation weight `smooth`, which is linear in the frequency. Its slope and
+    offset determine the parameters up to a common scale, which is fixed by setting low_freq_factor to 1. Raises
+    UserError if no `llama3` scaling has these factors.
     """
     if (factors == 1).all():
         return None

@@ -1,4 +1,4 @@
-"""Writes a model as a GGUF file, which llama.cpp and model/io/gguf.py read."""
+"""Writes a model as a GGUF file, which llama.cpp and model/io/gguf.py can read."""
 
 import dataclasses
 from pathlib import Path
@@ -20,15 +20,16 @@ from model.weights import Params
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2"}
 BIAS = {"llama": "none", "qwen2": "qkv", "qwen3": "none", "gpt2": "all"}
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
-# {type: largest difference of logits, relative to the largest logit, that rounding the weights to it may cause}.
+# {type of the written matrices: largest allowed change of the logits, relative to the largest logit}.
 TOLERANCE = {"F32": 1e-4, "F16": 1e-2, "BF16": 6e-2, "Q8_0": 0.1, "Q4_0": 1.0, "Q4_1": 1.0}
 
 
 def write(path: str | Path, model: Transformer, params: Params, tokenizer: Json, kind: str = "F16") -> float:
-    """Merges adapters and writes the model with a tokenizer's metadata; matrices have the type `kind`. Reads it back.
+    """Merges adapters, writes the model with the tokenizer's metadata, and reads it back to compare the logits.
 
-    Returns the largest difference of the logits relative to the largest logit. Raises UserError for a model that
-    llama.cpp does not support, if the file exists with other content, and if the logits differ too much.
+    Matrices are written in the type `kind`. Returns the difference of the logits relative to the largest logit. Raises
+    UserError if llama.cpp does not support the model, if the file exists with other content, or if the logits differ
+    too much.
     """
     path, config = Path(path), model.config
     if kind not in FILE_TYPES:
@@ -83,7 +84,7 @@ def _file(path: Path, model: Transformer, params: Params, tokenizer: Json, kind:
         name, x = names.get_name(theirs, try_suffixes=(".weight", ".bias")), np.asarray(x, np.float32)
         if arch == "gpt2" and name.endswith(TRANSPOSED):
             x = x.T
-        if arch == "llama" and (".attn_q." in name or ".attn_k." in name):  # llama.cpp rotates pairs of neighbors
+        if arch == "llama" and (".attn_q." in name or ".attn_k." in name):  # llama.cpp rotates adjacent pairs
             x = x.reshape(-1, 2, c.head_dim // 2, c.embed).swapaxes(1, 2).reshape(x.shape)
         to = gguf.GGMLQuantizationType[_kind(kind, x)]
         writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(x), to), raw_dtype=to)
@@ -94,7 +95,10 @@ def _file(path: Path, model: Transformer, params: Params, tokenizer: Json, kind:
 
 
 def _kind(kind: str, x: np.ndarray) -> str:
-    """The type of a tensor: vectors stay float32; a quantized type becomes F16 if rows are not whole blocks of 32."""
+    """Returns the type in which a tensor is written.
+
+    Vectors are written as float32. If the rows of a matrix are not whole blocks of 32, it is not quantized, but F16.
+    """
     if x.ndim < 2:
         return "F32"
     return "F16" if kind.startswith("Q") and x.shape[-1] % 32 else kind

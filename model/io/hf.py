@@ -1,4 +1,4 @@
-"""A Hugging Face folder: config.json and safetensors, in one file or in shards with an index; no pickles."""
+"""Reads a Hugging Face folder, with a config.json and one or several safetensors files. Pickles are refused."""
 
 import functools
 import json
@@ -16,21 +16,21 @@ from model.families import llama
 from model.families._layout import Index
 from model.io import foreign
 
-# Files that are downloaded from a hub repository.
+# Patterns of the files that are downloaded from a hub repository.
 FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "vocab.txt", "merges.txt", "*.tiktoken", "*chat_template*")
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16", "F64")
-CODES = ("I8", "I32", "I64", "F8_E4M3")  # types of the codes of quantized weights
+CODES = ("I8", "I32", "I64", "F8_E4M3")  # dtypes of the codes of quantized weights
 
 
-LFS = b"version https://git-lfs"  # start of a file that git-lfs has not fetched
+LFS = b"version https://git-lfs"  # first bytes of a file that git-lfs has not fetched
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")  # of files with weights
-QUIET = re.compile(  # files that are common beside weights: copies in another format, and a trainer's state
+QUIET = re.compile(  # files that are ignored without a warning: copies in other formats, and a trainer's state
     r"pytorch_model.*|consolidated.*|tf_model.*|flax_model.*|rust_model.*|model\.onnx.*|training_args\.bin|optimizer.*|"
     r"scheduler.*|scaler\.pt|rng_state.*|.*\.gguf"
 )
-# Fields of a config.json that do not affect the model here. They describe its origin, training, sampling, special token
-# ids, and other heads.
+# Fields of a config.json that do not affect how the model is loaded.
+# They describe its origin, its training, sampling, special token ids, and other heads.
 IRRELEVANT = {
     "_name_or_path", "architectures", "model_type", "multimodal", "transformers_version", "dtype", "torch_dtype",
     "quantization_config", "auto_map", "name", "custom_pipelines", "unsloth_fixed", "unsloth_version",
@@ -54,8 +54,8 @@ PART = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 CONVERT = (
     "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{0}').save_pretrained('{0}')\""
 )
-# Prefixes of the names of a body's tensors: a body by itself, in a causal model, or as the text part of a multimodal
-# model. WRAPPERS are prefixes that torch adds.
+# Prefixes of tensor names in a transformer body, in a causal model, and in the text part of a multimodal model.
+# WRAPPERS are prefixes that torch adds.
 BODIES = (
     "model.", "transformer.", "", "language_model.model.", "model.language_model.", "model.text_model.",
     "text_model.model.", "language_model.", "text_model.", "model.language_model.model.", "thinker.model.",
@@ -65,12 +65,12 @@ WRAPPERS = ("", "module.", "_orig_mod.", "model._orig_mod.")
 FIRST = re.compile(
     r"(.*?)(?:embed_tokens\.weight.*|wte\.weight|embeddings\.word_embeddings\.weight|layers\.\d+\..*|h\.\d+\..*)"
 )
-# {model_type: family of the language model}; a type may also have the suffix _text.
+# {model_type of a multimodal model: family of its language model}. A model_type may also have the suffix _text.
 TEXT = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "qwen2_5_omni": "qwen2"}
 
 
 class Folder:
-    """Tensors by name, read in slices. Metadata is read when the folder is opened, tensors on demand."""
+    """An opened Hugging Face folder. Metadata is read at once, and slices of tensors are read on demand."""
 
     floats = DTYPES
 
@@ -101,7 +101,7 @@ class Folder:
         self.body, self.head = self._places(self.names)
 
     def _shards(self) -> dict[str, str]:
-        """{name of a tensor: file that holds it}. The index lists the files; each file lists its tensors."""
+        """Returns {name of a tensor: file that contains it}. The index lists the files, and each file its tensors."""
         single, index = "model.safetensors", self.path / INDEX
         if (self.path / single).exists():
             return dict.fromkeys(self._open(single).keys(), single)
@@ -127,14 +127,14 @@ class Folder:
         raise UserError(f"there is neither a model.safetensors nor an index of shards{what}", str(self.path))
 
     def _numbered(self) -> set[str]:
-        """The names of all parts of a checkpoint without an index, derived from the name of one part."""
+        """Returns the names of all files of a checkpoint without an index, derived from the name of one of them."""
         found = (PART.fullmatch(p.name) for p in self.path.iterdir())
         counts = {(m[2], len(m[1])) for m in found if m}
         return {f"model-{i:0{w}d}-of-{n}.safetensors" for n, w in counts for i in range(1, min(int(n), 9999) + 1)}
 
     @staticmethod
     def _places(names: set[str]) -> tuple[str, str]:
-        """(prefix of the body's tensors, name of the head)."""
+        """Returns (the prefix of the names of the body's tensors, the name of the head's tensor)."""
         before = {m[1] for name in names if (m := FIRST.fullmatch(name))}
         bodies = [wrapper + body for wrapper in WRAPPERS for body in BODIES]
         body = next((b for b in bodies if b in before), "")
@@ -143,13 +143,13 @@ class Folder:
         return body, next((name for name in heads if name in names), "lm_head.weight")
 
     def unused_fields(self, read: Seen) -> list[str]:
-        """Non-empty fields of the config that were not read, and unknown fields of its rope parameters."""
+        """Returns non-empty fields of the config that were not used, and unknown fields of its rope parameters."""
         rope = dict.get(read, "rope_scaling") or dict.get(read, "rope_parameters") or {}
         inside = [f"rope_scaling.{name}" for name in rope if name not in llama.ROPE_FIELDS]
         return [f"config.json:{name}" for name in [*sorted(read.unused(IRRELEVANT)), *inside]]
 
     def unused_files(self) -> list[str]:
-        """Files with weights that are not read, except those that match QUIET."""
+        """Returns the files with weights that are not read, except those that match QUIET."""
         used = set(self.shards.values())
         others = (p.name for p in self.path.iterdir() if p.suffix in SUFFIXES and p.name not in used)
         return sorted(name for name in others if not QUIET.fullmatch(name))
@@ -175,7 +175,7 @@ class Folder:
             raise UserError(f"the index lists {name} ({error})", str(self.path / self.shards[name])) from None
 
     def stored(self, name: str) -> str:
-        """The name that a tensor of a causal model has in this folder."""
+        """Returns the name in this folder of a tensor with the given name in a causal model."""
         return self.head if name == "lm_head.weight" else self.body + name.split(".", 1)[1]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -202,7 +202,10 @@ class Folder:
         return self.tensor(name, cuts, CODES)
 
     def _bytes(self, name: str) -> np.ndarray:
-        """The bytes of a tensor whose dtype safetensors cannot convert to numpy, at the offset in the file's header."""
+        """Reads the bytes of a tensor whose dtype safetensors cannot convert to numpy.
+
+        The header of the file says where these bytes start.
+        """
         path = self.path / self.shards[name]
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -211,8 +214,10 @@ class Folder:
 
 
 def text_config(config: dict) -> dict:
-    """For a multimodal model, the config of its language model, with the outer type added as `multimodal`. For any
-    other model, the config itself."""
+    """Returns the config of the language model in a multimodal model, and any other config as it is.
+
+    The model_type of the multimodal model is added as the field `multimodal`.
+    """
     outer = config.get("model_type") or _by_architecture(config)
     inner = next((config[k] for k in ("text_config", "llm_config") if isinstance(config.get(k), dict)), None)
     if inner is not None:
@@ -222,7 +227,7 @@ def text_config(config: dict) -> dict:
 
 
 def _by_architecture(config: dict) -> str | None:
-    """The model_type of a config.json that lacks it, derived from the name of its architecture."""
+    """Derives the model_type of a config.json without this field from the name of the architecture."""
     names = config.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else ""
     name = re.sub(r"(ForCausalLM|LMHeadModel|Model)$", "", name)
@@ -230,6 +235,6 @@ def _by_architecture(config: dict) -> str | None:
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file is only a git-lfs pointer to a file that has not been fetched."""
+    """Returns whether a file is only a git-lfs pointer to a file that has not been fetched."""
     with path.open("rb") as file:
         return file.read(len(LFS)) == LFS

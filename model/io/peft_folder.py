@@ -1,6 +1,6 @@
-"""A PEFT folder: adapter_config.json and adapter_model.safetensors, for model/io/peft_read.py.
+"""Reads and checks the files of a PEFT folder, adapter_config.json and adapter_model.safetensors.
 
-The fields of a config mean the same as in PEFT. The tables below hold every field of PEFT 0.21's configs.
+The fields of a config have the same meaning as in PEFT. The sets in this module list every config field of PEFT 0.21.
 """
 
 import re
@@ -34,7 +34,7 @@ USED = {  # fields that are read, by peft_type
     "IA3": WRAPS,
     "OFT": WRAPS | LAYERS | {"use_cayley_neumann", "num_cayley_neumann_terms"},
 } | {kind: set() for kind in VIRTUAL}  # fmt: skip
-# Fields for the origin of an adapter, for values that its tensors show anyway, and for training.
+# Fields that are ignored: they describe the adapter's origin or training, or values that its tensors already show.
 IRRELEVANT = {
     "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
     "feedforward_modules", "r", "rank_pattern", "fan_in_fan_out", "megatron_config", "megatron_core",
@@ -45,7 +45,7 @@ IRRELEVANT = {
     "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
     "tokenizer_kwargs",
 }  # fmt: skip
-REFUSED = {  # refused unless UNSET, like any unknown field; modules_to_save is refused only for virtual tokens
+REFUSED = {  # refused unless UNSET, like any unknown field; modules_to_save only for virtual tokens
     "alora_invocation_tokens", "use_qalora", "layer_replication", "lora_bias", "target_parameters", "use_bdlora",
     "arrow_config", "kasa_config", "coft", "block_share",
     "modules_to_save",
@@ -62,7 +62,7 @@ def _texts(x: Any) -> bool:
 
 
 _alpha, _layer = _number(-1e6, 1e6), _number(-(2**31), 2**31, int)
-VALUES: dict[str, Callable[[Any], bool]] = {  # {field: check of its value, if it has one}
+VALUES: dict[str, Callable[[Any], bool]] = {  # {field: function that checks the value, if the field is set}
     "peft_type": lambda x: isinstance(x, str),
     "lora_alpha": _alpha,
     "alpha_pattern": lambda x: isinstance(x, dict) and all(map(_alpha, x.values())),
@@ -73,15 +73,16 @@ VALUES: dict[str, Callable[[Any], bool]] = {  # {field: check of its value, if i
     **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"), _texts),
 }
 BIASES = ("none", "all", "lora_only", "oft_only")
-# Values of init_lora_weights: DRAWN leave the base unchanged; for STARTS, PEFT changes the base when it opens a folder.
+# The values DRAWN of init_lora_weights do not change the base weights.
+# With the values STARTS of init_lora_weights, PEFT changes the base weights when it opens a folder.
 DRAWN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
-STARTS = ("pissa", "olora")  # computed from the base's weights, so they can be recomputed
+STARTS = ("pissa", "olora")  # this change is computed from the base weights, so it can be repeated
 CONVERTED = "save it again with path_initial_model_for_weight_conversion"
 MERGED = "merge_and_unload() in PEFT, save the model and open that"
 OTHERS = {  # {start of the value: how to fix the error}
     "pissa_niter": CONVERTED, "corda": CONVERTED, "lora_ga": CONVERTED, "loftq": MERGED,
 }  # fmt: skip
-TRAINING = re.compile(r".*\.lora_(velora|monteclora)_.*")  # tensors that only training reads
+TRAINING = re.compile(r".*\.lora_(velora|monteclora)_.*")  # tensors that are only used in training
 TOKENS = ".token_adapter.trainable_tokens_delta"
 PICKLE, CONVERT = (
     "adapter_model.bin",
@@ -93,7 +94,7 @@ PICKLE, CONVERT = (
 
 
 class Folder:
-    """A PEFT folder: its checked config, and its tensors under the names of a causal model."""
+    """The checked config and the tensors of a PEFT folder. Tensors are renamed as if the base were a causal model."""
 
     def __init__(self, path: Path):
         paths.regular(path)
@@ -104,15 +105,15 @@ class Folder:
         tensors = {name.removesuffix(".weight") if MAGNITUDE in name else name: x for name, x in self._read().items()}
         tensors = {name: x for name, x in tensors.items() if not TRAINING.fullmatch(name)}
         before = {m[1] for n in tensors if (m := hf.FIRST.fullmatch(n.removeprefix(ROOT)))}
-        self.body = next((b for b in hf.BODIES if b in before), "model.")  # differs if the base is multimodal
+        self.body = next((b for b in hf.BODIES if b in before), "model.")  # multimodal bases have other prefixes
         self.unused = sorted(n for n in tensors if self.kind not in VIRTUAL and not self._wanted(n))
         self.tensors = {self._renamed(n): x for n, x in tensors.items() if n not in self.unused}
         vectors = {n: x for n, x in self.tensors.items() if n.endswith(".ia3_l")}
-        self.inputs = {n for n, x in vectors.items() if x.shape[0] == 1}  # [1, in]; outputs are [out, 1]
+        self.inputs = {n for n, x in vectors.items() if x.shape[0] == 1}  # [1, in]; those for outputs are [out, 1]
         self.tensors |= {n: x.reshape(-1) for n, x in vectors.items()}
 
     def _check(self) -> None:
-        """Raises UserError for a config that is not supported."""
+        """Raises UserError if the config has values that are not supported."""
         path = str(self.path / CONFIG)
         for field, fits in VALUES.items():
             if (value := self.config.get(field)) is not None and not fits(value):
@@ -131,7 +132,7 @@ class Folder:
 
     @property
     def init(self) -> str:
-        """How the adapters were initialized: init_lora_weights in lower case."""
+        """How the adapters were initialized, which is the field init_lora_weights in lower case."""
         return str(self.config.get("init_lora_weights", True)).lower()
 
     def _read(self) -> dict[str, np.ndarray]:
@@ -152,7 +153,7 @@ class Folder:
         return tensors
 
     def _renamed(self, name: str) -> str:
-        """The name that a tensor has in a causal model, also if it is from the text part of a multimodal model."""
+        """Returns a tensor's name in a causal model, even if the tensor is from the text part of a multimodal model."""
         inner = name.removeprefix(ROOT)
         if self.body in ("model.", "transformer.") or not inner.startswith(self.body):
             head = inner.startswith("lm_head.") or not re.match(r"(.*\.)?lm_head\.", inner)
@@ -160,7 +161,10 @@ class Folder:
         return f"{ROOT}model.{inner.removeprefix(self.body)}"
 
     def _wanted(self, name: str) -> bool:
-        """Whether PEFT uses a tensor: it is in the adapter of a module that the config names, or in modules_to_save."""
+        """Returns whether PEFT uses a tensor.
+
+        It uses all tensors that do not belong to an adapter, and adapters of the modules that the config names.
+        """
         module = re.sub(
             r"\.(lora_|ia3_l|oft_R|token_adapter|base_layer).*|\.(weight|bias)$", "", name.removeprefix(ROOT)
         )
@@ -168,10 +172,10 @@ class Folder:
         if not adapter:
             return True
         tables = TABLES if self.config.get("ensure_weight_tying") and ends(module, TABLES) else []
-        return self.targets(module) or any(map(self.targets, tables))  # for tied tables, PEFT adds the second adapter
+        return self.targets(module) or any(map(self.targets, tables))  # PEFT adapts both uses of a tied table
 
     def targets(self, module: str) -> bool:
-        """Whether the config selects a module, by PEFT's rules."""
+        """Returns whether the config selects a module for an adapter, according to PEFT's rules."""
         names, without = self.config.get("target_modules"), self.config.get("exclude_modules")
         copies = self.config.get("modules_to_save") or []
         if any(self._match(rf"(^|.*\.){name}($|\..*)", module) for name in copies):
@@ -186,7 +190,7 @@ class Folder:
         return module in names or (ends(module, names) and self._in_layers(module))
 
     def _in_layers(self, module: str) -> bool:
-        """Whether a module is in one of `layers_to_transform`; True if the config does not have that field."""
+        """Returns whether a module is in one of `layers_to_transform`, or True if this field is not set."""
         chosen, patterns = self.config.get("layers_to_transform"), self.config.get("layers_pattern")
         if chosen is None or chosen == []:
             return True
@@ -201,7 +205,10 @@ class Folder:
         return self._patterns[pattern].fullmatch(text)
 
     def get(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray | None:
-        """A tensor, or None if it is missing. None in `shape` allows any size. Raises UserError for a wrong shape."""
+        """Returns a tensor, or None if it is missing. Raises UserError if it does not have the given shape.
+
+        None in `shape` allows any size of an axis.
+        """
         x = self.tensors.get(name)
         if x is not None:
             self.used.add(name)
@@ -210,14 +217,14 @@ class Folder:
         return x
 
     def alpha(self, module: str) -> float:
-        """PEFT's lora_alpha of a module: the value of the first matching pattern, else the default."""
+        """Returns lora_alpha for a module: the value of the first matching pattern in alpha_pattern, or the default."""
         patterns = self.config.get("alpha_pattern") or {}
         module = self.body + module.removeprefix("model.") if self.body != "transformer." else module
         found = (value for p, value in patterns.items() if self._match(rf"(.*\.)?({p})", module))
         return float(next(found, self.config.get("lora_alpha") or 8))
 
     def keys(self) -> dict[str, Key]:
-        """The KEYS of the first model family that has every module for which the folder has tensors."""
+        """Returns the KEYS of the first model family that has all modules for which the folder has tensors."""
         found = {re.sub(r"\.\d+\.", ".{}.", n).removeprefix(ROOT) for n in self.tensors if n.startswith(ROOT)}
         for keys in (family(name).KEYS for name in families()):
             known = tuple(k.name.removesuffix("weight") for k in keys.values() if k.name.endswith(".weight"))

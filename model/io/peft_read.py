@@ -1,7 +1,7 @@
-"""Reads a PEFT folder, with adapter_config.json and adapter_model.safetensors, as a Transform.
+"""Reads a PEFT folder as a Transform, which adds the adapter to the parameters of its base model.
 
-As in PEFT, the config says which modules have adapters. Tensors of other modules are not used, and one log line names
-them. model/io/peft_write.py writes such folders.
+As in PEFT, adapter_config.json says which modules have adapters. Tensors of other modules are not used, and one log
+line names them. model/io/peft_write.py writes such folders.
 """
 
 from collections.abc import Callable
@@ -28,15 +28,15 @@ from model.peft.prefix import Prefix, with_prefix
 from model.peft.prompt import Prompt
 from model.weights import Params, Spec, Specs, Transform, Weight
 
-Stored = Array | Weight  # a leaf of the parameters
-HEAD = "BTD,VD->BTV"  # the equation of a tied embedding table when it is used as the unembedding
+Stored = Array | Weight  # a parameter, with or without adapters
+HEAD = "BTD,VD->BTV"  # the einsum equation of a tied embedding table when it is used as the unembedding
 
 
 def read(path: str | Path, strict: bool = False) -> Transform:
-    """A Transform that adds the adapter of a PEFT folder to its base model.
+    """Returns a Transform that adds the adapter in a PEFT folder to its base model.
 
-    Raises UserError for unsupported settings that would change the result, for tensors that do not fit, and if
-    `strict` also for tensors that are not used.
+    Raises UserError for unsupported settings that would change the result, for tensors that do not fit the model, and
+    if `strict`, also for tensors that are not used.
     """
     path = Path(path).expanduser()
     with reading(path):
@@ -77,7 +77,7 @@ def _virtual(folder: Folder, params: Params, specs: Specs) -> Params:
 
 
 def _leaf(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base: Stored, spec: Spec | None) -> Stored:
-    """A parameter with the adapters and replacement tensors that the folder has for it."""
+    """Adds to one parameter the adapters and the replacement tensors that the folder has for it."""
     if spec is None or path not in keys:
         return base
     if path == "embed/table" and "unembed" not in specs:
@@ -93,8 +93,10 @@ def _leaf(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base
 
 
 def _own(folder: Folder, key: Key, sizes: dict, path: str, base: Stored, spec: Spec) -> Stored:
-    """The parameter, replaced by the full tensors that the folder stores for it: copies of `modules_to_save`, trained
-    biases, and embedding tables that PEFT saves beside their adapters."""
+    """Replaces a parameter by the full tensors that the folder has for it, if there are any.
+
+    PEFT stores full tensors for `modules_to_save`, for trained biases, and for embedding tables with adapters.
+    """
     module, _, last = key.name.rpartition(".")
     for inner in ("", ".base_layer"):
         name = f"{ROOT}{module}{inner}.{last}"
@@ -107,7 +109,7 @@ def _own(folder: Folder, key: Key, sizes: dict, path: str, base: Stored, spec: S
 
 
 def _tokens(folder: Folder, key: Key, base: Stored, spec: Spec) -> Stored:
-    """A table [V, D] or head [D, V] with the trained rows that `trainable_token_indices` lists."""
+    """Replaces those token embeddings of a table [V, D] or head [D, V] that `trainable_token_indices` lists."""
     module = key.name.removesuffix(".weight")
     table = key.layout == "VD->VD"
     rows = folder.get(ROOT + module + TOKENS, (None, spec.shape[table]))
@@ -123,7 +125,10 @@ def _tokens(folder: Folder, key: Key, base: Stored, spec: Spec) -> Stored:
 
 
 def _tied_table(folder: Folder, keys: dict, sizes: dict, specs: Specs, base: Stored, spec: Spec) -> Stored:
-    """An embedding table that is also the head. In PEFT a copy or adapter changes one use, unless both are equal."""
+    """Adds adapters and copies to an embedding table that is also the head.
+
+    In PEFT, an adapter or a copy changes only the lookup or only the head, unless both have the same one.
+    """
     uses = {"lookup": (keys["embed/table"], spec)}
     uses["head"] = Key(keys["unembed/table"].name, "VD->VD"), spec.replace(eqn=HEAD)
     copies = {}
@@ -149,14 +154,17 @@ def _tied_table(folder: Folder, keys: dict, sizes: dict, specs: Specs, base: Sto
 
 
 def _change(base: Stored, copy: np.ndarray, spec: Spec, use: str) -> LoRA:
-    """A table [V, D] that acts like `copy` only when used as `use` says: a LoRA of full rank adds the difference."""
+    """Returns a table [V, D] that equals `copy` in only one use, "lookup" or "head".
+
+    A LoRA of full rank adds the difference to the table in this use.
+    """
     change, one = copy - weights.dense_of(weights.base(base), spec), jnp.eye(copy.shape[1])
     a, b = (one, change.T) if use == "head" else (change, one)
     return LoRA(base, a, b, spec.eqn, 1.0, used=use)
 
 
 def _tied(folder: Folder, keys: dict) -> bool:
-    """Whether the lookup and the head of a tied table have the same adapter, as with PEFT's ensure_weight_tying."""
+    """Returns whether lookup and head of a tied table have the same adapter, as with PEFT's ensure_weight_tying."""
     embed, head = (keys[path].name.removesuffix(".weight") for path in ("embed/table", "unembed/table"))
     pairs = ((".lora_embedding_A", ".lora_B.weight"), (".lora_embedding_B", ".lora_A.weight"))
     same = (np.array_equal(folder.tensors[ROOT + embed + a].T, folder.tensors[ROOT + head + b]) for a, b in pairs)
@@ -164,7 +172,10 @@ def _tied(folder: Folder, keys: dict) -> bool:
 
 
 def groups(key: Key, eqn: str) -> tuple[str, str]:
-    """The letters of the contracted and the produced axis of a checkpoint's matrix: ("D", "NH"); fused qkv: "3NH"."""
+    """Returns the letters of the contracted and of the produced axis of a checkpoint's matrix, such as ("D", "NH").
+
+    For a fused qkv matrix, they are ("D", "3NH").
+    """
     contracted = weights.split(eqn)[1]
     axes = layout.parse(key.layout)[0]
     inside = next(i for i, letters in enumerate(axes) if letters.lstrip("0123456789") == contracted)
@@ -172,19 +183,19 @@ def groups(key: Key, eqn: str) -> tuple[str, str]:
 
 
 def factor_keys(key: Key, eqn: str) -> tuple[Key, Key]:
-    """The layouts of lora_A [R, in] and lora_B [out, R]."""
+    """Returns the layouts of the tensors lora_A [R, in] and lora_B [out, R]."""
     (a, b), (inside, outside) = factors(eqn), groups(key, eqn)
     return Key(key.name, f"R({inside})->{a}"), Key(key.name, f"({outside})R->{b}", key.part)
 
 
 def _names(key: Key, spec: Spec, suffix: str) -> list[str]:
-    """The name of a tensor in each layer; for a parameter outside the layers, its one name."""
+    """Returns the names of a tensor in all layers, or its one name if it is outside the layers."""
     module = ROOT + key.name.removesuffix(".weight")
     return [module.format(i) + suffix for i in (range(spec.shape[0]) if spec.stacked else [None])]
 
 
 def _read(folder: Folder, key: Key, sizes: dict, names: list[str], wild: str = "") -> list[np.ndarray | None]:
-    """The tensor of each layer in our layout, or None where a layer has none. The axis `wild` may have any size."""
+    """Reads one tensor per layer in our layout, or None for a layer without it. The axis `wild` may have any size."""
     axes, ours = layout.parse(key.layout)
     shape = tuple(None if a == wild else n for a, n in zip(axes, layout.shape(key, sizes | {wild: 1})))
     found = [folder.get(name, shape) for name in names]
@@ -198,7 +209,10 @@ def _stack(found: list[np.ndarray], spec: Spec) -> jax.Array:
 
 
 def _vectors(folder: Folder, key: Key, sizes: dict, spec: Spec, suffix: str, group: str) -> jax.Array | None:
-    """Flat vectors [stack..., features] over the axes `group`; ones for layers without one. None if all lack one."""
+    """Reads one vector per layer, with the merged axes `group`, and stacks them.
+
+    Layers without a vector get ones. Returns None if no layer has a vector.
+    """
     letters = group.lstrip("0123456789")
     found = _read(folder, Key(key.name, f"({group})->{letters}", key.part), sizes, _names(key, spec, suffix))
     if all(x is None for x in found):
@@ -216,7 +230,7 @@ def _lora(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: 
         raise UserError(f"{key.name}: one of lora_A and lora_B is missing", str(folder.path / TENSORS))
     if all(x is None for x in a):
         return base
-    # Layers may differ in rank and alpha: smaller ranks are padded with zeros, and B absorbs differences in scale.
+    # Layers may differ in rank and alpha. Smaller ranks are padded with zeros, and B includes the ratio of the scales.
     modules = [n.removeprefix(ROOT) for n in _names(key, spec, "")]
     ranks = [0 if x is None else x.shape[-1] for x in a]
     at = lambda i: scale_of(folder.alpha(modules[i]), ranks[i], bool(c.get("use_rslora")))
@@ -242,10 +256,10 @@ def _lora(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: 
 def _start(
     folder: Folder, key: Key, path: str, leaf: LoRA, spec: Spec, ranks: list[int], shares: list[float]
 ) -> tuple[Array, Array]:
-    """The initial A and B, which PEFT computes from the base and subtracts from it before it reads the trained A and B.
+    """Computes the initial A and B from the base weight W. PEFT subtracts their product from W.
 
-    For PiSSA they are the largest singular vectors of W; for OLoRA (Buyukakyuz 2024, arXiv 2406.01775) they are the
-    truncated factors of W^T = Q R. `shares` are the scales of the layers divided by the leaf's scale.
+    For PiSSA, A and B are the largest singular vectors of W. For OLoRA (Buyukakyuz 2024, arXiv 2406.01775), they are
+    the truncated factors of W^T = Q R. `shares` are the scales of the layers, divided by the scale of `leaf`.
     """
     turned = folder.init == "olora" and folder.config.get("fan_in_fan_out")
     if path == "embed/table" or any(c.isdigit() for c in key.layout) or turned or leaf.scale <= 0:
@@ -265,7 +279,7 @@ def _start(
 
 
 def _measured(folder: Folder, key: Key, sizes: dict, path: str, leaf: DoRA, spec: Spec, ranks: list[int]) -> DoRA:
-    """The DoRA leaf with its magnitudes read. Layers without an adapter get the norms of the base as magnitudes."""
+    """Reads the magnitudes of a DoRA. Layers without an adapter get the norms of the base weight as magnitudes."""
     names, group = _names(key, spec, MAGNITUDE), groups(key, spec.eqn)[1]
     if missing := [name for name, rank in zip(names, ranks) if rank and name not in folder.tensors]:
         raise UserError(f"{missing[0]} is missing", str(folder.path / TENSORS))
@@ -288,7 +302,7 @@ def _ia3(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: S
 
 
 def _scaled_bias(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base: Stored) -> Stored:
-    """A bias, rescaled: PEFT's IA3 rescales the whole output of a module, including its bias."""
+    """Rescales a bias, because IA3 in PEFT rescales the whole output of a module, including its bias."""
     parent, _, name = path.rpartition("/")
     weight = next((p for p in (f"{parent}/w{name[1:]}", f"{parent}/{name[1:]}") if p in keys), None)
     spec = weight and _spec(specs, weight)

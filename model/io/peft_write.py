@@ -1,4 +1,4 @@
-"""Writes adapters as a PEFT folder, which PEFT, vLLM and model/io/peft_read.py read."""
+"""Writes adapters as a PEFT folder, which PEFT, vLLM and model/io/peft_read.py can read."""
 
 import re
 from collections import defaultdict
@@ -32,12 +32,13 @@ Tensors = dict[str, np.ndarray]
 
 
 def write(path: str | Path, model: Transformer, params: Params, base: str = "", card: str = "") -> None:
-    """Writes the adapters of stacked `params` as a new PEFT folder for the model `base`; `card` is its README.md.
+    """Writes the adapters in stacked `params` as a new PEFT folder.
 
-    Raises UserError for adapters that PEFT cannot represent, before anything is written.
+    `base` is the name of the base model, and `card` is the text of README.md. Raises UserError for adapters that PEFT
+    cannot represent, before any file is written.
     """
     path, adapters = Path(path).absolute(), {}
-    if path.exists() and not (path / CONFIG).exists():  # else an earlier run may have written it
+    if path.exists() and not (path / CONFIG).exists():  # a PEFT folder may be from an earlier run
         raise UserError("the folder exists", str(path), "choose a new folder")
     if others := without_columns(model.config.blocks):
         raise UserError(f"PEFT folders of models with {others[0]} layers are not supported", str(path))
@@ -56,7 +57,7 @@ def write(path: str | Path, model: Transformer, params: Params, base: str = "", 
     kind = kinds.pop()
     config, tensors = (_virtual if kind in (Prefix, Prompt) else _wrapped)(model, adapters)
     config |= {"peft_type": TYPES[kind], "task_type": "CAUSAL_LM", "inference_mode": True}
-    if head is not None:  # a reward model's head, stored as PEFT stores a sequence classifier's head
+    if head is not None:  # the head of a reward model is stored as PEFT stores that of a sequence classifier
         config |= {"task_type": "SEQ_CLS", "modules_to_save": [TENSOR.removesuffix(".weight")]}
         tensors |= {f"{ROOT}{TENSOR}": np.asarray(head.w)[None]}
     _save(path, config | {"base_model_name_or_path": base or None}, tensors, card)
@@ -88,7 +89,7 @@ def _virtual(model: Transformer, adapters: dict) -> tuple[dict, Tensors]:
 
 
 def _wrapped(model: Transformer, adapters: dict) -> tuple[dict, Tensors]:
-    """(config, tensors) of adapters that wrap weights, one PEFT module after the other."""
+    """Returns (config, tensors) of a PEFT folder for adapters that wrap weights, such as LoRA."""
     keys, tied = family(model.config.family).KEYS, model.config.tied
     config: dict[str, Any] = {"fan_in_fan_out": model.config.family == "gpt2", "target_modules": []}
     modules: dict[str, list] = defaultdict(list)
@@ -122,7 +123,10 @@ def _wrapped(model: Transformer, adapters: dict) -> tuple[dict, Tensors]:
 
 
 def _module(config: dict, target: str, parts: list, sizes: dict, embedding: bool) -> Tensors:
-    """{suffix of the name: tensor [stack..., ...]} of one PEFT module, which may hold several of our parameters."""
+    """Returns {suffix of the tensor's name: tensor} for one PEFT module, stacked over layers.
+
+    A module may contain several of our parameters, as a fused qkv projection does.
+    """
     leaf, key, spec = parts[0]
     digits = re.search(r"\d+", groups(key, spec.eqn)[1])
     if isinstance(leaf, LoRA):
@@ -148,7 +152,10 @@ def _module(config: dict, target: str, parts: list, sizes: dict, embedding: bool
 
 
 def _factors(config: dict, target: str, parts: list, sizes: dict, several: int, embedding: bool) -> Tensors:
-    """lora_A and lora_B. For a module of several weights, A concatenates the weights' A, and B is block-diagonal."""
+    """Returns the tensors lora_A and lora_B of one PEFT module.
+
+    If the module contains several of our weights, their A are concatenated, and B is block-diagonal.
+    """
     scale, found = parts[0][0].scale, []
     for leaf, key, spec in parts:
         a_key, b_key = factor_keys(key, spec.eqn)
@@ -177,7 +184,10 @@ def _factors(config: dict, target: str, parts: list, sizes: dict, several: int, 
 
 
 def _with_start(leaf: LoRA, spec: Spec) -> tuple[np.ndarray, np.ndarray]:
-    """A and B whose product is the whole change of the weight. If A B did not start at 0, they have twice the rank."""
+    """Returns A and B whose product is the whole change of the weight since initialization.
+
+    If A B did not start at 0, the result has twice the rank, since the initial product must be subtracted.
+    """
     if leaf.start is None:
         return leaf.a, leaf.b
     axis = leaf.b.ndim - 1 - len(weights.split(spec.eqn)[2])

@@ -1,4 +1,4 @@
-"""Opens checkpoints of any supported format, and streams them into a parameter tree."""
+"""Opens checkpoints of all supported formats, and reads them array by array into a tree of parameters."""
 
 import dataclasses
 import importlib
@@ -23,39 +23,39 @@ from model.heads import scalar
 from model.io import gguf, hf
 from model.weights import Params, Spec, Specs, Tree
 
-# Tensors that may be ignored: buffers in old checkpoints, and the head of BERT's next-sentence task.
+# Names of tensors that are ignored: buffers in old checkpoints, and the head of BERT's next-sentence task.
 IGNORED = re.compile(
     r".*rotary_emb\.(inv_freq|(cos|sin)_cached)|.*\.attn\.(masked_)?bias|.*position_ids|(.*\.)?pooler\.dense\.\w+"
 )
-ROWS = 4096  # number of rows compared at once when two tables are compared
+ROWS = 4096  # number of rows that are compared at once when the head is compared with the embedding table
 IN_LAYER = re.compile(r"(?:.*\.)?(?:layers|layer|h|blk)\.(\d+)\..*(?:weight|bias)")
 
 
 class Source(Protocol):
-    """A file or folder with tensors by name, in the orientation of Hugging Face."""
+    """An opened checkpoint file or folder, whose tensors have the axis order of Hugging Face checkpoints."""
 
     path: Path
     hf_config: dict
     generation: dict  # bos_token_id, eos_token_id, temperature, ...
 
     names: set[str]
-    body: str  # prefix of the names of the layers
+    body: str  # prefix of the names of all tensors in layers
 
-    def stored(self, name: str) -> str: ...  # the source's name for a tensor of the family's KEYS
+    def stored(self, name: str) -> str: ...  # the name in this source of a tensor that a model family's KEYS name
     def shape(self, name: str) -> tuple[int, ...]: ...
-    def unused_fields(self, read: Seen) -> list[str]: ...  # fields of its config that are not in `read`
+    def unused_fields(self, read: Seen) -> list[str]: ...  # fields of the source's config that were not read
     def unused_files(self) -> list[str]: ...  # files with weights that are not read
     def read(self, name: str, cuts: Index) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """An opened checkpoint: its shape is known, its weights have not been read."""
+    """A checkpoint whose config has been read, but whose weights have not been read yet."""
 
     config: ModelConfig
     source: Source
     tokenizer_source: str  # argument of data.text.formats.load
-    unused: list[str] = dataclasses.field(default_factory=list)  # fields of the config that are not read
+    unused: list[str] = dataclasses.field(default_factory=list)  # fields of the checkpoint's config that are not used
     strict: bool = False  # whether unused tensors, files and fields are an error
 
     @property
@@ -67,17 +67,18 @@ class Pretrained:
         return family(self.config.family).KEYS
 
     def read(self, path: str, layer: int | None = None, index: Index | None = None) -> np.ndarray:
-        """The slice `index` of the parameter `path` in our layout; `layer` is None outside the layers."""
+        """Reads the slice `index` of the parameter `path` in our layout. `layer` is None for one outside the layers."""
         key = self.keys[path]
         name = self.source.stored(key.name.format(layer))
         index = index or (slice(None),) * len(layout.our_shape(key, self.config.sizes))
         return layout.read(key, lambda cuts: self.source.read(name, cuts), self.config.sizes, index)
 
     def load(self, specs: Specs, shardings: Tree = None, dtype: str = "float32") -> Params:
-        """The parameters of `specs`, loaded leaf by leaf; each device gets only its slice.
+        """Loads the parameters that `specs` declares, one after the other. Each device gets only its own slice.
 
-        `shardings` is a tree like `specs`; None puts everything on the first device. One log line names the tensors
-        that the model does not use. Raises a UserError that names missing, unexpected and mis-shaped tensors.
+        `shardings` is a tree with the structure of `specs`, or None to put all parameters on the first device. One log
+        line names the tensors that the model does not use. If tensors are missing, unexpected or have a wrong shape,
+        raises a UserError that names them.
         """
         unused = self.check(specs) + self.source.unused_files() + self.unused
         report("the model does not use", unused, self.tokenizer_source, self.strict)
@@ -85,7 +86,7 @@ class Pretrained:
             shardings = jax.tree.map(lambda _: _first_device(), specs, is_leaf=weights.is_spec)
 
         def leaf(path: str, spec: Spec, sharding: jax.sharding.Sharding) -> jax.Array:
-            slices = {}  # replicas share a slice
+            slices = {}  # devices with the same slice share one array
 
             def read(index: Index) -> np.ndarray:
                 at = tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
@@ -93,15 +94,16 @@ class Pretrained:
                     slices[at] = self.stacked(path, at, dtype)
                 return slices[at]
 
-            # Copies to devices are asynchronous: without waiting, the host would hold several leaves at once.
+            # Copies to devices are asynchronous. Without waiting, the host would keep several parameters in memory.
             return jax.block_until_ready(jax.make_array_from_callback(spec.shape, sharding, read))
 
         return weights.map_named(leaf, specs, shardings, is_leaf=weights.is_spec)
 
     def stacked(self, path: str, at: tuple[tuple[int, int], ...], dtype: str = "float32") -> np.ndarray:
-        """The part of our parameter `path`, stacked over layers, within the bounds `at`: (start, stop) of each axis.
+        """Reads a part of the parameter `path`, stacked over layers.
 
-        Raises UserError for NaN and infinities, which would make every output NaN.
+        `at` has the (start, stop) of the part in each axis. Raises UserError for NaN and infinities, which would make
+        every output NaN.
         """
         cuts = tuple(slice(*bounds) for bounds in at)
         with reading(self.tokenizer_source):
@@ -118,8 +120,10 @@ class Pretrained:
         return x
 
     def head(self) -> Params:
-        """{"head": ...} if the checkpoint is a reward model, which transformers calls a sequence classifier with one
-        label; else {}."""
+        """Returns {"head": ...} if the checkpoint is a reward model, and otherwise {}.
+
+        In transformers, a reward model is a sequence classifier with one label.
+        """
         name = scalar.TENSOR
         if name not in self.source.names or self.source.shape(name) != (1, self.config.embed):
             return {}
@@ -127,8 +131,11 @@ class Pretrained:
         return {"head": scalar.Scalar(jax.numpy.asarray(w[0], "float32"))}
 
     def check(self, specs: Specs) -> list[str]:
-        """The tensors that the model does not use. Raises UserError unless the checkpoint has all parameters of
-        `specs`, with their shapes, and no other parameters of the same layers."""
+        """Returns the names of the tensors that the model does not use.
+
+        Raises UserError if a parameter of `specs` is missing or has another shape, or if the checkpoint has further
+        parameters that belong to the same layers.
+        """
         problems, seen = [], set()
         for path, spec in jax.tree.leaves_with_path(specs, is_leaf=weights.is_spec):
             path = weights.name(path)
@@ -144,7 +151,7 @@ class Pretrained:
                 name = self.source.stored(key.name.format(layer))
                 seen.add(name)
                 problems += self._problem(name, layout.shape(key, self.config.sizes))
-        tied = {self.source.stored("lm_head.weight")} if self.config.tied else set()  # a copy of the embedding
+        tied = {self.source.stored("lm_head.weight")} if self.config.tied else set()  # equals the embedding
         head = {scalar.TENSOR} if self.head() else set()
         extra = sorted(n for n in self.source.names - seen - tied - head if not IGNORED.fullmatch(n))
         modules = {name.rpartition(".")[0] for name in seen}
@@ -156,7 +163,7 @@ class Pretrained:
         return sorted(set(extra) - set(ours))
 
     def _counts(self, name: str, modules: set[str]) -> bool:
-        """Whether a tensor would change the result: a weight or a bias of the model's modules or layers."""
+        """Returns whether a tensor that is not used is an error, as a weight or bias in the model's layers is."""
         module, _, last = name.rpartition(".")
         layer = IN_LAYER.fullmatch(name)
         inside = layer and int(layer[1]) < self.config.layers and name.startswith(self.source.body)
@@ -170,7 +177,10 @@ class Pretrained:
 
 
 def open_pretrained(name: str, strict: bool = False) -> Pretrained:
-    """Opens the checkpoint `name`: a Hugging Face folder, a .gguf file, a packaged model, or, if online, a hub id."""
+    """Opens the checkpoint `name`: a Hugging Face folder, a .gguf file, the name of a packaged model, or a hub id.
+
+    A hub id needs a network connection, unless its files have already been downloaded.
+    """
     path = locate(str(name), hf.FILES)
     with reading(path):
         if path.is_dir() and not (path / "config.json").exists():
@@ -188,10 +198,10 @@ def open_pretrained(name: str, strict: bool = False) -> Pretrained:
 
 
 def _config(source: Source, path: Path) -> tuple[ModelConfig, list[str]]:
-    """(shape of the model, fields of the source's config that are not read)."""
+    """Returns (the model's config, the fields of the source's config that were not used)."""
     hf_config = Seen(source.hf_config)
     kind, layers = hf_config.get("model_type"), hf_config.get("num_hidden_layers") or hf_config.get("n_layer")
-    if isinstance(layers, int) and layers > len(source.names):  # checked before anything is allocated per layer
+    if isinstance(layers, int) and layers > len(source.names):  # checked before memory is allocated for each layer
         raise UserError(f"its config says {layers:,} layers, its files hold {len(source.names):,} tensors", str(path))
     try:
         config = family(kind).config(hf_config)
@@ -205,7 +215,7 @@ def _config(source: Source, path: Path) -> tuple[ModelConfig, list[str]]:
 
 
 def _tied(config: ModelConfig, source: Source, path: Path) -> bool:
-    """Whether the head is the embedding table. As in transformers, the tensors take precedence over the config."""
+    """Returns whether the head is the embedding table. As in transformers, tensors take precedence over the config."""
     table, head = (source.stored(family(config.family).KEYS[k].name) for k in ("embed/table", "unembed/table"))
     if head not in source.names:
         classifies = scalar.TENSOR in source.names  # a classifier has no head for text
@@ -224,7 +234,7 @@ def _tied(config: ModelConfig, source: Source, path: Path) -> bool:
 
 
 def report(what: str, names: list[str], where: str, strict: bool) -> None:
-    """Logs one line about unused parts of a model or an adapter. If `strict`, raises UserError instead."""
+    """Logs one line that names unused parts of a model or an adapter. If `strict`, raises UserError instead."""
     if not names:
         return
     first, kinds = {}, Counter()
@@ -245,12 +255,12 @@ def report(what: str, names: list[str], where: str, strict: bool) -> None:
 
 
 def families() -> list[str]:
-    """Names of the files in model/families."""
+    """Returns the names of all model families, which are the files in model/families."""
     return methods.known("model.families")
 
 
 def family(name: Any) -> ModuleType:
-    """The file model/families/<name>.py; the name is Hugging Face's `model_type`."""
+    """Imports the module model/families/<name>.py, where the name is the `model_type` in Hugging Face's config.json."""
     if name not in families():
         known = ", ".join(families())
         raise UserError(f"model family {name!r} is not supported; supported: {known}", "model_type")

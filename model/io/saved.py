@@ -1,7 +1,8 @@
-"""Reads and describes checkpoints: a tree as named arrays, their digests, and the steps of a run folder.
+"""Reads, writes and verifies the checkpoints of a run folder.
 
-A step is the folder `ckpt/<step>`: an Orbax checkpoint of {name: array}, and the manifest `state_hashes.json`, which
-lists its contents and digests. Orbax itself does not notice a flipped bit.
+Each checkpoint is a folder `ckpt/<step>` with the arrays, which Orbax writes by name, and the manifest
+`state_hashes.json`, which lists the files and a digest of each array. The digests reveal flipped bits, which Orbax
+itself does not notice.
 """
 
 import asyncio
@@ -26,22 +27,23 @@ from common.paths import Place
 from model import weights
 from model.weights import Params, Tree
 
-Leaves = dict[str, Any]  # {path: array or its shape}
+Leaves = dict[str, Any]  # {name: array, or the shape of the array}
 MANIFEST = "state_hashes.json"
 NAME = re.compile(r"[A-Za-z0-9_.'\[\]-]+(/[A-Za-z0-9_.'\[\]-]+)*")
 STEP = re.compile(r"0|[1-9][0-9]{0,8}")
-# A checkpoint's arrays may take at most DENSEST times the bytes of its compressed files, plus SLACK bytes.
+# The arrays of a checkpoint may be at most DENSEST times as large as its compressed files, plus SLACK bytes.
 DENSEST, SLACK = 64, 256 << 20
 
 
 class Damaged(Exception):
-    """A checkpoint step that cannot be loaded. The message is one line, which names the parameter and the file."""
+    """Raised if a checkpoint cannot be loaded. The message is one line that names the parameter and the file."""
 
 
 def named(tree: Tree) -> Leaves:
-    """The leaves by name: {"params/policy/embed/table": leaf}, so that Orbax never sees the tree's own node types.
+    """Converts a tree to a dict such as {"params/policy/embed/table": array}, since Orbax does not know our node types.
 
-    Raises ValueError for duplicate names and names that are not plain, since Orbax would silently load wrong values.
+    Raises ValueError for duplicate names, and for names with special characters, for which Orbax would silently load
+    wrong values.
     """
     out: Leaves = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
@@ -57,17 +59,18 @@ def plain(name: str) -> bool:
 
 
 def fill(tree: Tree, arrays: Leaves) -> Tree:
-    """`tree` with the named arrays as its leaves. Raises KeyError if an array is missing."""
+    """Replaces the leaves of `tree` by the arrays with their names. Raises KeyError if an array is missing."""
     return weights.map_named(lambda key, _: arrays[key], tree)
 
 
 @jax.jit
 def digest(x: Array) -> Array:
-    """A 64-bit digest as uint32[2], equal for every sharding of the same array.
+    """Returns a 64-bit digest of an array, as uint32[2], which does not depend on how the array is sharded.
 
-    It consists of two sums, modulo 2^32, of the array's words, each times an odd number that depends on its position.
-    Odd factors are invertible, so a change in one word always shows. Any other change is missed with a probability of
-    about 2^-63. Addition is order-independent: every device sums its own part, and nothing is gathered.
+    The digest consists of two sums modulo 2^32. Each sum multiplies every 32-bit word of the array by an odd number
+    that depends on the position of the word. Odd factors are invertible, so a change of one word always changes the
+    digest. Any other change is missed with a probability of about 2^-63. Since the order of a sum does not matter,
+    every device sums its own part, and the array is not gathered.
     """
     x = _words(x)
     position = positions(x.shape)
@@ -75,7 +78,7 @@ def digest(x: Array) -> Array:
 
 
 def positions(shape: tuple[int, ...]) -> Array:
-    """uint32 of `shape`: the position of each element in row-major order, modulo 2^32."""
+    """Returns an array of `shape` with the position of each element in row-major order, modulo 2^32, as uint32."""
     position = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = math.prod(shape[axis + 1 :]) % 2**32
@@ -84,7 +87,7 @@ def positions(shape: tuple[int, ...]) -> Array:
 
 
 def _words(x: Array) -> Array:
-    """The bits of an array as uint32: one word per element, or two for 8-byte types."""
+    """Returns the bits of an array as uint32 words: one word per element, or two for elements of 8 bytes."""
     if x.dtype == jnp.bool_ or (jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8):
         x = x.astype(jnp.int8)
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
@@ -92,47 +95,51 @@ def _words(x: Array) -> Array:
 
 
 def scramble(x: Array) -> Array:
-    """MurmurHash3's 32-bit finalizer: neighboring inputs get unrelated values."""
+    """Applies the 32-bit finalizer of MurmurHash3, which maps neighboring numbers to unrelated numbers."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def digests(arrays: Leaves) -> dict[str, str]:
-    """{name: digest as sixteen hex digits}. All digests are started before the first is awaited."""
+    """Returns {name: digest in sixteen hex digits}. The digests of all arrays are computed asynchronously."""
     pending = {name: digest(x) for name, x in arrays.items()}
     return {name: "{:08x}{:08x}".format(*lanes) for name, lanes in jax.device_get(pending).items()}
 
 
 def fingerprint(tree: Tree) -> str:
-    """One digest of a whole tree, including names but not derived fields; "" for a tree without arrays."""
+    """Returns one digest of all names and arrays of a tree, without derived fields; "" for a tree without arrays."""
     hashes = digests(named(weights.underived(tree)))
     lines = json.dumps(hashes, sort_keys=True).encode()
     return hashlib.blake2b(lines, digest_size=8).hexdigest() if hashes else ""
 
 
 def fingerprints(frozen: dict[str, Params]) -> dict[str, str]:
-    """{role: fingerprint} from {role: frozen tree}, without roles that have no arrays."""
+    """Returns {role: fingerprint} for {role: tree of frozen parameters}. Roles without arrays are left out."""
     return {role: digest for role, tree in frozen.items() if (digest := fingerprint(tree))}
 
 
 def describe(arrays: Leaves) -> dict[str, dict]:
-    """{name: entry in the manifest} for each array."""
+    """Returns the manifest's entry (shape, dtype and digest) for each array."""
     hashes = digests(arrays)
     return {n: {"shape": list(x.shape), "dtype": str(x.dtype), "hash": hashes[n]} for n, x in arrays.items()}
 
 
 def write(folder: Place, params: Params, manifest: dict) -> None:
-    """Saves {role: tree} as a step that `load_params` can read; `manifest` holds the other fields of its manifest."""
+    """Saves {role: tree of parameters} as a checkpoint that `load_params` can read.
+
+    `manifest` has all fields of the checkpoint's manifest except the list of arrays.
+    """
     arrays = named({"params": params})
     orbax().save(folder if paths.remote(folder) else folder.resolve(), arrays)
     finish(folder, manifest | {"leaves": describe(arrays)})
 
 
 def finish(folder: Place, manifest: dict) -> None:
-    """Writes the manifest of a step, which is its last file and marks the step as complete.
+    """Writes the manifest of a checkpoint as its last file, which marks the checkpoint as complete.
 
-    The manifest lists only files that are needed to read the step, since copying it may lose Orbax's empty markers.
+    The manifest only lists the files that are needed to read the checkpoint. Orbax also writes empty marker files,
+    which may get lost when a checkpoint is copied.
     """
     found = sorted(paths.sizes(folder).items())
     needed = {name: size for name, size in found if name == "_CHECKPOINT_METADATA" or name.startswith("state/")}
@@ -140,13 +147,16 @@ def finish(folder: Place, manifest: dict) -> None:
 
 
 def seal(manifest: dict) -> str:
-    """The manifest as text, with a checksum."""
+    """Converts a manifest to text, and adds a checksum."""
     body = json.dumps(manifest, sort_keys=True, allow_nan=False)
     return json.dumps({"check": zlib.crc32(body.encode()), "manifest": manifest}, sort_keys=True) + "\n"
 
 
 def read_manifest(folder: Place) -> dict:
-    """The manifest of a step. Raises Damaged if it is missing or altered, or if a listed file has another size."""
+    """Returns the manifest of a checkpoint.
+
+    Raises Damaged if the manifest is missing or was altered, or if a listed file is missing or has another size.
+    """
     path = folder / MANIFEST
     try:
         box = files.strict(path.read_text("utf-8"))
@@ -180,19 +190,22 @@ def _check_entries(manifest: dict) -> None:
 
 
 class _Patient:
-    """An event loop that waits for its tasks before it closes. When one array cannot be read or written, Orbax closes
-    the loop while other arrays' tasks are running; without the wait, each of these tasks would print a traceback."""
+    """An event loop that waits for its running tasks before it closes.
+
+    If an array cannot be read or written, Orbax closes the loop while the tasks of other arrays are running. Without
+    the wait, each of these tasks would print a traceback.
+    """
 
     def close(self) -> None:
         if not self.is_closed():
-            self.set_exception_handler(lambda *_: None)  # Orbax raises the first error; asyncio would log the others
+            self.set_exception_handler(lambda *_: None)  # Orbax raises the first error; asyncio would log all others
             if left := asyncio.all_tasks(self):
                 self.run_until_complete(asyncio.wait(left, timeout=10))
         super().close()
 
 
 def orbax() -> ModuleType:
-    """Orbax's v1 interface with its log disabled: all problems are exceptions, which are reported in one line."""
+    """Imports Orbax's v1 interface and disables its log, since all problems are raised as exceptions anyway."""
     import uvloop
     from orbax.checkpoint import v1
 
@@ -210,10 +223,11 @@ def _not_orbax(record: logging.LogRecord) -> bool:
 
 
 def steps(folder: Place) -> list[int]:
-    """Steps that seem complete, newest first. Only `read_manifest` and the digests show whether they really are.
+    """Returns the steps of all checkpoints that seem complete, newest first.
 
-    On disk the folder of a step gets its name once it is complete. In an object store, which cannot rename folders, the
-    manifest is written last.
+    Only `read_manifest` and the digests show whether a checkpoint really is complete. On disk, the folder of a
+    checkpoint is renamed to its step once it is complete. In an object store, which cannot rename folders, only
+    complete checkpoints have a manifest.
     """
     if not folder.is_dir():
         return []
@@ -222,10 +236,10 @@ def steps(folder: Place) -> list[int]:
 
 
 def read(folder: Place, abstract: Leaves) -> Leaves:
-    """The arrays named in `abstract`: numpy arrays if it holds numpy arrays, else JAX arrays with its shardings.
-    These may differ from the shardings of the saved arrays.
+    """Reads the arrays that `abstract` names. Raises Damaged if this fails, but does not check the digests (`verify`).
 
-    Raises Damaged. The values are not verified: see `verify`.
+    If `abstract` has numpy arrays, the result has numpy arrays. Otherwise, it has JAX arrays with the shardings of
+    `abstract`, which may differ from those with which the arrays were saved.
     """
     ocp = orbax()
     context = ocp.Context()
@@ -243,7 +257,7 @@ def read(folder: Place, abstract: Leaves) -> Leaves:
 
 
 def verify(folder: Place, arrays: Leaves, manifest: dict) -> None:
-    """Raises Damaged for the first array whose values differ from the saved ones."""
+    """Raises Damaged if the digest of an array differs from its digest in the manifest."""
     hashes = digests(arrays)
     for name in arrays:
         if hashes[name] != manifest["leaves"][name]["hash"]:
@@ -251,25 +265,26 @@ def verify(folder: Place, arrays: Leaves, manifest: dict) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The root cause of an error in one line; Orbax wraps it in other errors."""
+    """Returns the first line of an error's root cause, which Orbax wraps in other errors."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 class Saved(NamedTuple):
-    """The trained parameters of a run. Its frozen weights are not saved, since the config determines them."""
+    """The trained parameters of a run. Frozen weights are not saved, since the run's config determines them."""
 
     step: int
     config: dict
-    params: dict[str, np.ndarray]  # "policy/layers/attn/wq/a" and so on; only adapters if only they were trained
-    frozen: dict[str, str] | str  # `fingerprints` of the frozen weights during training
+    params: dict[str, np.ndarray]  # {"policy/layers/attn/wq/a": array, ...}, without frozen parameters
+    frozen: dict[str, str] | str  # the `fingerprints` of the weights that were frozen in training
 
 
 def load_params(workdir: str | Path, step: int | None = None, verified: bool = True) -> Saved:
-    """The trained parameters of a run folder, in host memory; optimizer state is not read.
+    """Reads the trained parameters of a run folder into host memory, without the state of the optimizer.
 
-    Reads `step`, or the newest complete one; the run may still be training. Raises UserError if there is none.
+    Reads the checkpoint of `step`, or the newest complete checkpoint. The run may still be training. Raises UserError
+    if there is no complete checkpoint.
     """
     workdir, problem = paths.parse(workdir), "it holds no checkpoint"
     for at in steps(workdir / "ckpt") if step is None else [step]:
@@ -298,7 +313,7 @@ def _finite(x: np.ndarray) -> bool:
 
 
 def check_base(run: Saved, policy: Params, where: str | Place) -> None:
-    """Raises UserError if the frozen parameters of `policy` differ from those with which a run was trained."""
+    """Raises UserError if the frozen parameters of `policy` differ from those of the run while it was trained."""
     frozen = weights.map_named(lambda path, x: None if f"policy/{path}" in run.params else x, policy)
     if isinstance(run.frozen, str):  # older runs have one digest for all roles
         known = (fingerprint(tree) for tree in ({"policy": frozen}, {"policy": frozen, "ref": policy}))
@@ -310,7 +325,10 @@ def check_base(run: Saved, policy: Params, where: str | Place) -> None:
 
 
 def put(run: Saved, policy: Params, where: str | Place) -> Params:
-    """`policy` with the trained parameters of a run, in the dtypes and shardings of `policy`. Raises UserError."""
+    """Returns `policy` with the trained parameters of a run, cast and sharded like the parameters of `policy`.
+
+    Raises UserError if names or shapes do not fit, or if a parameter is missing.
+    """
     trained = {k.removeprefix("policy/"): v for k, v in run.params.items() if k.startswith("policy/")}
     if strange := trained.keys() - named(policy).keys():
         raise UserError(f"the run trained {min(strange)}, which is not in a model of its config", str(where))
@@ -330,7 +348,10 @@ def put(run: Saved, policy: Params, where: str | Place) -> Params:
 
 
 def _wanted(manifest: dict) -> dict[str, np.ndarray]:
-    """Empty host arrays to read the parameters into. Raises ValueError for entries that no run can have saved."""
+    """Allocates the host arrays into which the parameters are read.
+
+    Raises ValueError for entries of a manifest that no run can have written, such as an array larger than its files.
+    """
     kinds, room = {}, SLACK + DENSEST * sum(manifest["files"].values())
     for name, leaf in manifest["leaves"].items():
         if name.startswith("params/"):
