@@ -1,17 +1,17 @@
-"""y = x W on an NVIDIA GPU, in Triton, for a W of at most 8 bits per weight.
+"""Computes y = x W on an NVIDIA GPU, in Triton, where W has at most 8 bits per weight.
 
-The kernel reads the codes of W directly; XLA would first write W as floats.
+The kernel reads the codes of W directly, whereas XLA would first write W as floats.
 
-Each program computes a block of columns over some of the rows of W. A decoding step has too few columns to keep a GPU
-busy, so the rows are split over programs, whose partial sums XLA adds. Throughput is limited by the number of bytes in
-flight.
+Each program multiplies some of the rows of W in a block of columns. In a decoding step, there are too few columns to
+keep a GPU busy, so the rows are also split over programs, and XLA adds their partial sums. The speed is limited by the
+number of bytes in flight, which are loads that have not finished yet.
 
-The transposed W is the first operand of the tensor core, which is held in registers. As the second operand, a tile of
-bytes would pass through shared memory byte by byte. On the tensor core a few rows of x take no longer than one row.
-Without the tensor core, an H100 took the same time for one row, but 1.6 times as long for four rows.
+The transposed W is the first operand of the tensor cores, which is kept in registers. As the second operand, it would
+pass through shared memory byte by byte. On the tensor cores, a few rows of x take no longer than one row. Without them,
+an H100 takes the same time for one row, but 1.6 times as long for four rows.
 
-With more than MOST rows of x, and for the gradient, XLA computes the whole product: writing and reading W as
-floats then takes little time compared with the vendor's matmul.
+If x has more than MOST rows, and for the gradient, this kernel is not used. XLA then writes W as floats, which takes
+little time compared with the product itself.
 """
 
 import functools
@@ -29,24 +29,27 @@ from kernels.packing import LEVELS
 
 MOST = 256  # largest number of rows of x
 
-# Converts bytes to bfloat16 arrays: one for the first row of W in each byte, one for the second, and so on. The second
-# argument looks up the levels of NF4.
+# A function that converts bytes to a list of bfloat16 arrays, one for each row of W that shares a byte.
+# The second argument of this function looks up the levels of NF4.
 Form = Callable[[Array, Callable], list[Array]]
 
 
 def plain(codes: Array, _: Callable) -> list[Array]:
-    """Converts int8 and 8-bit floats."""
+    """Converts int8 or 8-bit floats to bfloat16."""
     return [codes.astype(jnp.bfloat16)]
 
 
 def int4(codes: Array, _: Callable) -> list[Array]:
-    """Puts a nibble into the mantissa of 128.0 and subtracts 136, since int-to-float conversions are slow on GPUs."""
+    """Converts 4-bit integers to bfloat16 without a conversion instruction, which would be slow on a GPU.
+
+    The four bits are put into the mantissa of the number 128, and then 136 is subtracted.
+    """
     number = lambda nibbles: jax.lax.bitcast_convert_type(nibbles.astype(jnp.uint16) ^ 0x4308, jnp.bfloat16)
     return [number(nibbles) - jnp.bfloat16(136) for nibbles in (codes & 15, codes >> 4)]
 
 
 def nf4(codes: Array, level: Callable) -> list[Array]:
-    """Looks up each nibble in the table of levels, which the L1 cache holds."""
+    """Looks up the level of each 4-bit code in a table, which stays in the L1 cache."""
     return [level(nibbles.astype(jnp.int32)) for nibbles in (codes & 15, codes >> 4)]
 
 
@@ -54,11 +57,11 @@ FORMS = {"plain": plain, "int4": int4, "nf4": nf4}
 
 
 def supported(form: str, rows: int, k: int, group: int, dtype: DTypeLike) -> bool:
-    """Whether `matmul` accepts `rows` rows of x in this dtype and a W of K rows. A group must have 32, 64 or 128 rows,
-    or be a whole column.
+    """Returns whether `matmul` accepts `rows` rows of x in this dtype, and a matrix W with `k` rows.
 
-    A float32 x is split into three bfloat16 numbers. Codes are exact in bfloat16, but NF4 levels are not, so `matmul`
-    does not support them for a float32 x.
+    A group must have 32, 64 or 128 rows, or be a whole column. `matmul` splits a float32 x into three bfloat16 numbers,
+    so that products with int4 and 8-bit codes, which are exact in bfloat16, keep their precision. NF4 levels are not
+    exact in bfloat16, so NF4 is only supported for a bfloat16 x.
     """
     few = rows <= MOST if dtype == jnp.bfloat16 else dtype == jnp.float32 and 3 * rows <= MOST and form != "nf4"
     return form in FORMS and few and (group in (32, 64, 128) or group >= k)
@@ -67,9 +70,9 @@ def supported(form: str, rows: int, k: int, group: int, dtype: DTypeLike) -> boo
 def matmul(
     x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike | None = None, form: Form = int4
 ) -> Array:
-    """x [M, K] times W [K, N] -> [M, N] of `dtype` (that of x by default), accumulated in float32.
+    """Multiplies x [M, K] by W [K, N], accumulates in float32, and returns [M, N] of `dtype` (None: that of x).
 
-    `codes` are bytes [K / R, N], each of which holds the codes of R rows; `scale` is [ceil(K / group), N].
+    W is given as bytes `codes` [K / R, N], each of which has the codes of R rows, and `scale` [ceil(K / group), N].
     """
     dtype = dtype or x.dtype
     if x.dtype == jnp.bfloat16:
@@ -83,7 +86,10 @@ def matmul(
 
 
 def _call(x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike, form: Form) -> Array:
-    """Runs a grid over blocks of rows of x, blocks of columns of W, and parts of the rows of W; sums over the parts."""
+    """Runs one program for each block of rows of x, block of columns of W, and part of the rows of W.
+
+    The results are summed over the parts.
+    """
     (m, k), (height, n) = x.shape, codes.shape
     each = -(-k // height)
     tile = next(tile for rows, tile in blocks.CODES_TRITON.items() if m <= rows)
@@ -127,7 +133,7 @@ def _body(
         coming = codes(first + jnp.minimum(turn + 1, turns - 1))  # loads the next codes while `held` is multiplied
         mask = _all(there, _inside(at * depth, depth, height, 1))
         x = lambda place: triton.load(x_ref.at[place, :, pl.ds(at * depth, depth)], mask=mask, other=_none(mask))
-        numbers = form(held, level)  # all products are computed before their sum: any other order spills registers
+        numbers = form(held, level)  # adding each product at once would spill registers
         y = sum([jnp.dot(w.T, x(jnp.int32(p)).T, preferred_element_type=jnp.float32) for p, w in enumerate(numbers)])
         return coming, total + (y if one else y * scale(at * depth // group).reshape(columns, 1))
 
@@ -137,7 +143,10 @@ def _body(
 
 
 def _inside(start: ArrayLike, size: int, total: int, axis: int) -> Array | None:
-    """Mask of `size` rows (axis 0) or columns from `start`: True within the array. None if every block is full."""
+    """Returns a mask that is True for those of `size` rows (axis 0) or columns from `start` that are in the array.
+
+    If every block is full, no mask is needed, and the result is None.
+    """
     if total % size == 0:
         return None
     return start + jax.lax.broadcasted_iota(jnp.int32, (1, size)[:: 1 if axis else -1], axis) < total
@@ -148,11 +157,11 @@ def _all(*masks: Array | None) -> Array | None:
 
 
 def _none(mask: Array | None) -> int | None:
-    """The value to load where the mask is False; None without a mask."""
+    """Returns the value to load where the mask is False, or None if there is no mask."""
     return None if mask is None else 0
 
 
 def _load(ref: Ref, rows: pl.Slice, *masks: Array | None) -> Array:
-    """Loads rows of a block; 0 outside the array."""
+    """Loads rows of a block, with 0 for elements outside the array."""
     mask = _all(*masks)
     return triton.load(ref.at[rows, :], mask=mask, other=_none(mask))

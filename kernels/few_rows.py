@@ -1,9 +1,9 @@
-"""Multiplies a few rows by a matrix of codes on a CPU. Only the codes are read, so their size determines the time.
+"""Multiplies a few rows of x by a quantized matrix W on a CPU, in the time that it takes to read the codes of W.
 
-XLA's CPU backend multiplies floats. In a loop over tokens it would convert the codes once, before the loop, and then
-read four or eight times as many bytes at every step. XLA does well on a loop over [K / SUMMED, N] that adds SUMMED rows
-at each position and converts the codes as it reads them. The partial sums are then added by a product with ones,
-because XLA would fuse a plain sum with that loop into a slow library routine.
+XLA's CPU backend only multiplies floats. In a decoding loop, it would convert the codes to floats before the loop, and
+then read four or eight times as many bytes in every step. But XLA compiles well a sum over SUMMED rows of W at each
+position of [K / SUMMED, N], and converts the codes while it reads them. These partial sums are then added by a product
+with ones, because XLA would fuse a plain sum with the first sum into a slow library routine.
 """
 
 from collections.abc import Callable
@@ -14,27 +14,27 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-MOST = 4  # rows of x. Every row converts the codes again, so with more rows the product with floats is faster
-SUMMED = 16  # rows of W per partial sum. With more, XLA does not vectorize; with fewer, there are more partial sums
+MOST = 4  # largest number of rows of x; each row converts the codes again, so more rows are faster with floats
+SUMMED = 16  # rows of W per partial sum; with more rows, XLA does not vectorize the sum
 
 
 def supported(rows: int, k: int, group: int, transposed: bool) -> bool:
-    """Whether `matmul` accepts `rows` rows of x and a W of K rows, which must be whole groups of a suitable size."""
+    """Returns whether `matmul` accepts `rows` rows of x and a matrix W with `k` rows, in groups of `group` rows."""
     return rows <= MOST and k % group == 0 and group % (64 if transposed else SUMMED) == 0
 
 
 def matmul(
     x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike, *, unpack_rows: Callable, transposed: bool
 ) -> Array:
-    """x [M, K] times W [K, N] -> [M, N] of `dtype`, from bytes of codes [K / R, N] and scales [K / group, N].
+    """Multiplies x [M, K] by W [K, N], given as bytes `codes` [K / R, N] and `scale` [K / group, N] -> [M, N].
 
-    `unpack_rows` converts bytes to R arrays of numbers: one for the first of the R rows that share a byte, one for the
-    second, and so on. If `transposed`, the codes are stored as [N, K / R].
+    Each byte has the codes of R adjacent rows of W. The function `unpack_rows` converts bytes to R arrays of numbers,
+    one for each of these rows. If `transposed`, the codes are stored as [N, K / R].
     """
     each = x.shape[1] // len(codes)
-    halves = max(2 // each, 1)  # XLA does not use its slow library routine to reduce two or more arrays jointly
+    halves = max(2 // each, 1)  # XLA does not use its slow library routine to sum two arrays at once
     stored = codes.T if transposed else codes
-    # Without the barrier XLA hoists the dequantized floats out of the decoding loop.
+    # Without the barrier, XLA would dequantize W before the decoding loop.
     x, stored = jax.lax.optimization_barrier((x.astype(jnp.float32), stored))
     y = (_along if transposed else _down)(x, stored, scale.astype(jnp.float32), group, (each, halves), unpack_rows)
     return y.astype(dtype)
@@ -53,7 +53,7 @@ def _down(x: Array, codes: Array, scale: Array, group: int, by: tuple[int, int],
 def _along(x: Array, codes: Array, scale: Array, group: int, by: tuple[int, int], unpack_rows: Callable) -> Array:
     (m, k), n, (each, halves) = x.shape, codes.shape[0], by
     shape = (k // group, halves, group // (each * halves * SUMMED), SUMMED)
-    x = x @ jnp.eye(k)  # without this product XLA would compute x again for each column
+    x = x @ jnp.eye(k)  # without this product, XLA would compute x again for each column
     x, codes = x.reshape(m, 1, *shape, each), codes.reshape(1, n, *shape)
     y = _sum(
         [a * x[:, :, :, i, ..., j] for i in range(halves) for j, a in enumerate(unpack_rows(codes[:, :, :, i]))], 3

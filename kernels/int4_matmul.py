@@ -1,8 +1,9 @@
-"""y = x W on a TPU, for a W of 4-bit integers with one scale per group of rows; XLA would write all of W as floats.
+"""Computes y = x W on a TPU, where W consists of 4-bit integers with one scale per group of rows.
 
-There are two regimes. With few rows of x, most of the time is spent reading the weights. So the partial product of
-each group is scaled instead of the weights, which costs M N multiplications per group. With many rows, most of the time
-is spent multiplying. So each block of W is dequantized in VMEM while the MXU multiplies.
+Without this kernel, XLA would write all of W as floats. If x has few rows, most of the time is spent reading W. Then
+the kernel multiplies each group of codes by x, and scales the result instead of the weights, which costs M N
+multiplications per group. If x has many rows, most of the time is spent multiplying. Then the kernel dequantizes blocks
+of W in VMEM while the MXU multiplies.
 """
 
 import functools
@@ -17,20 +18,22 @@ from jax.typing import DTypeLike
 from kernels import blocks, tiled
 from kernels.blocks import cut
 
-FEW = 128  # largest number of rows of x for which partial products are scaled
-UNPACKED = 256  # rows of W unpacked at once in this case; column-major bytes are also transposed
+FEW = 128  # with at most this number of rows of x, the products are scaled instead of the weights
+UNPACKED = 256  # rows of W that are unpacked at once if the products are scaled
 
 
 def supported(k: int, n: int, group: int) -> bool:
-    """Whether `matmul` and `gradient` accept a W [K, N]: an even K, groups of 32, 64 or 128 rows, and at least 128
-    columns."""
+    """Returns whether `matmul` and `gradient` accept a matrix W [K, N].
+
+    K must be even, groups must have 32, 64 or 128 rows, and W must have at least 128 columns.
+    """
     return k % 2 == 0 and group in (32, 64, 128) and n >= 128
 
 
 def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike | None = None) -> Array:
-    """x [M, K] times W [K, N] -> [M, N] of `dtype` (that of x by default), accumulated in float32.
+    """Multiplies x [M, K] by W [K, N], accumulates in float32, and returns [M, N] of `dtype` (None: that of x).
 
-    W is given as bytes [K / 2, N] and scales [ceil(K / group), N].
+    W is given as `packed` bytes [K / 2, N] and `scale` [ceil(K / group), N].
     """
     (m, k), n = x.shape, packed.shape[1]
     bm, bn, bk = blocks.INT4_FEW if m <= FEW else blocks.INT4
@@ -40,7 +43,7 @@ def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike |
 
 
 def gradient(g: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike | None = None) -> Array:
-    """dx = g W' [M, K] for g [M, N], from the packed W, without a dequantized copy."""
+    """Returns the gradient [M, K] for x, which is g [M, N] times the transposed W, without a dequantized copy of W."""
     (m, n), k = g.shape, 2 * packed.shape[0]
     bm, bn, bk = blocks.INT4
     block = cut(m, bm, 16), _rows(k, bk, group), cut(n, bn, 256)
@@ -49,12 +52,15 @@ def gradient(g: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike
 
 
 def _rows(k: int, limit: int, group: int) -> int:
-    """Rows of W in a block: a multiple of eight groups, whose scales fill a tile, and of 128, a tile of x's columns."""
+    """Returns the number of rows of W per block.
+
+    It is a multiple of eight groups, whose scales fill a tile, and of 128, the number of columns of x in a tile.
+    """
     return cut(k, limit, max(8 * group, 128))
 
 
 def _int4(w: tiled.W, w_ref: Ref, at: int = 0, size: int | None = None) -> Array:
-    """Rows of a block of W as int4: all rows, or `size` rows from row `at`. Two adjacent rows share a byte."""
+    """Unpacks a block of W to int4: all rows, or `size` rows that start at row `at`. Two adjacent rows share a byte."""
     rows = slice(at // 2, None if size is None else (at + size) // 2)
     return pltpu.bitcast(w_ref[:, rows].T if w.by_columns else w_ref[rows], jnp.int4)
 
@@ -75,15 +81,17 @@ def _scaled_parts(w: tiled.W, x_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref, su
 
 
 def _block(w: tiled.W, w_ref: Ref, scale: Array, dtype: DTypeLike) -> Array:
-    """A dequantized block of W. The product of an int4 and a bfloat16 is exact in float32, so it is rounded only
-    once, to `dtype`."""
+    """Dequantizes a block of W.
+
+    The product of an int4 and a bfloat16 is exact in float32, so it is only rounded once, when it is cast to `dtype`.
+    """
     codes, scale = _int4(w, w_ref).astype(dtype), scale.astype(dtype)
     scale = jnp.broadcast_to(scale[:, None, :], (scale.shape[0], w.group, scale.shape[1])).reshape(-1, scale.shape[1])
     return codes * scale[: codes.shape[0]]
 
 
 def _dequantized(transposed: bool, w: tiled.W, x_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref, sum_ref: Ref) -> None:
-    axis = int(transposed)  # the summed axis of W
+    axis = int(transposed)  # the axis of W that is summed over
 
     def part() -> Array:
         end = w.total if transposed else pl.cdiv(w.total, w.group)

@@ -1,9 +1,10 @@
-"""A weight W [K, N] of NF4 codes on a TPU: dequantized before each XLA matmul, or for few rows of x inside the kernel.
+"""Dequantizes a matrix W [K, N] of NF4 codes on a TPU, or multiplies by W directly if x has few rows.
 
-With many rows of x, a lookup inside the product would be repeated for every block of rows. XLA's own lookup takes three
-times as long as the one below. A 32-bit word of packed bytes holds eight rows of a column. The sixteen levels are split
-into two tables of eight, and each table fills a register of eight sublanes. A gather along sublanes looks up all codes
-of a register at once; the fourth bit of a code selects the table.
+With many rows of x, a kernel that multiplies by W directly would dequantize W again for every block of rows. So W is
+dequantized first, and XLA multiplies. This kernel looks up the level of each code three times as fast as XLA does. Each
+32-bit word of packed bytes has the codes of eight rows of a column. The sixteen levels are split into two tables of
+eight, and each table fills a register with eight sublanes. A gather along sublanes looks up all codes of a register at
+once. The fourth bit of a code selects one of the two tables.
 """
 
 import functools
@@ -19,17 +20,20 @@ from kernels import blocks, tiled
 from kernels.blocks import cut
 from kernels.packing import LEVELS, by_columns
 
-REGISTER = 64  # rows of W in a register of 32-bit words
-FEW = 128  # largest number of rows of x for which the product includes the lookup, and W is not written as floats
+REGISTER = 64  # rows of W whose codes fit in a register of 32-bit words
+FEW = 128  # largest number of rows of x that `matmul` accepts; for more rows, W is dequantized first
 
 
 def supported(k: int, n: int, group: int) -> bool:
-    """Whether `dequantize` accepts a W [K, N]: whole groups of 64, 128, 256 or 512 rows, and at least 128 columns."""
+    """Returns whether `dequantize` accepts a matrix W [K, N].
+
+    Groups must have 64, 128, 256 or 512 rows and divide K, and W must have at least 128 columns.
+    """
     return k % group == 0 and group in (64, 128, 256, 512) and n >= 128
 
 
 def dequantize(packed: Array, scale: Array, group: int) -> Array:
-    """Levels times scales, bfloat16 [K, N], from bytes [K / 2, N] and float32 scales [K / group, N]."""
+    """Dequantizes W to bfloat16 [K, N], from `packed` bytes [K / 2, N] and float32 `scale` [K / group, N]."""
     k, n = 2 * packed.shape[0], packed.shape[1]
     rows, columns = cut(k, blocks.NF4[0], 8 * group), blocks.NF4[1]
     at = lambda i, j: (i, j)
@@ -48,7 +52,7 @@ def dequantize(packed: Array, scale: Array, group: int) -> Array:
 
 
 def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike | None = None) -> Array:
-    """x [M, K], M <= FEW, times the dequantized W -> [M, N] of `dtype` (that of x by default), summed in float32."""
+    """Multiplies x [M, K] by W, sums in float32, and returns [M, N] of `dtype` (None: that of x). M is at most FEW."""
     (m, k), n = x.shape, packed.shape[1]
     rows, columns = cut(k, blocks.NF4[0], 8 * group), blocks.NF4[1]
     block, at = (cut(m, FEW, 16), columns, rows), lambda i, j, l: (l, j)
@@ -73,7 +77,7 @@ def _dequantize(group: int, columnar: bool, w_ref: Ref, s_ref: Ref, y_ref: Ref, 
 
 
 def _look_up(group: int, columnar: bool, w_ref: Ref, scale: Array | Ref, rows_ref: Ref) -> None:
-    """Writes a dequantized block of W (levels times scales), float32, to `rows_ref`."""
+    """Dequantizes a block of W to float32, and writes it to `rows_ref`."""
     columns = rows_ref.shape[1]
     tables = [_register(LEVELS[at : at + 8], columns) for at in (0, 8)]
     packed = w_ref[...].T if columnar else w_ref[...]
@@ -87,6 +91,9 @@ def _look_up(group: int, columnar: bool, w_ref: Ref, scale: Array | Ref, rows_re
 
 
 def _register(values: tuple[float, ...], columns: int) -> Array:
-    """[8, columns] with one value per sublane, built from iota, since a kernel cannot capture an array."""
+    """Returns an array [8, columns] with one value per sublane.
+
+    It is built from iota, since a kernel cannot capture a constant array.
+    """
     row = jax.lax.broadcasted_iota(jnp.int32, (8, columns), 0)
     return sum(jnp.where(row == i, jnp.float32(v), 0) for i, v in enumerate(values))

@@ -1,11 +1,11 @@
-"""Packs codes of a few bits into bytes. Also defines the values of the NF4 codes."""
+"""Packs codes of two or four bits into bytes, and defines the values of the NF4 codes."""
 
 import jax.numpy as jnp
 from jax import Array
 
 LANES = 128  # columns of a TPU register
 
-# The NF4 levels: quantiles of a normal distribution (Dettmers et al. 2023, arXiv 2305.14314, appendix E).
+# The levels of NF4, which are quantiles of a normal distribution (Dettmers et al. 2023, arXiv 2305.14314, appendix E).
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -14,7 +14,10 @@ LEVELS = (
 
 
 def pack(codes: Array, bits: int = 4) -> Array:
-    """[..., K, N] -> uint8 [..., ceil(K / n), N]: a byte holds n = 8 / bits adjacent rows, the first lowest."""
+    """Packs codes [..., K, N] into uint8 [..., ceil(K / n), N].
+
+    A byte has the codes of n = 8 / bits adjacent rows, with the first row in the lowest bits.
+    """
     n = 8 // bits
     codes = codes.astype(jnp.int32) & (2**bits - 1)
     codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 2) + [(0, -codes.shape[-2] % n), (0, 0)])
@@ -22,17 +25,20 @@ def pack(codes: Array, bits: int = 4) -> Array:
 
 
 def unpack(packed: Array, k: int, bits: int = 4) -> Array:
-    """The inverse of `pack` for k rows: uint8 [..., k, N]."""
+    """Reverses `pack`, and returns the codes of the first k rows as uint8 [..., k, N]."""
     rows = jnp.stack([packed >> bits * i & (2**bits - 1) for i in range(8 // bits)], -2)
     return rows.reshape(*packed.shape[:-2], -1, packed.shape[-1])[..., :k, :]
 
 
 def signed(nibbles: Array) -> Array:
-    """Four bits in two's complement as int8: -8 .. 7."""
+    """Converts four bits in two's complement to int8, from -8 to 7."""
     return (nibbles ^ 8).astype(jnp.int8) - 8
 
 
 def by_columns(rows: int, columns: int) -> bool:
-    """Whether XLA stores bytes [rows, columns] column-major on a TPU, which it does if 8 x 128 tiles then pad less."""
+    """Returns whether XLA stores bytes [rows, columns] column-major on a TPU.
+
+    It does so if the 8 x 128 tiles then need less padding.
+    """
     up = lambda size, tile: -(-size // tile) * tile
     return up(columns, 8) * up(rows, LANES) < up(rows, 8) * up(columns, LANES)

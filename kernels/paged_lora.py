@@ -1,9 +1,9 @@
-"""y = x A B for a batch in which each row has its own LoRA factors A and B, of any rank.
+"""Computes y = x A B for a batch in which each row has its own LoRA factors A and B, of any rank.
 
-The factors of all adapters are concatenated along the rank into two stacks: the transposed A in [C,K], B in [C,N]. The
-stacks are divided into pages of PAGE rows, like a paged key-value cache. Each page belongs to one adapter, and only the
-last page of an adapter is padded, with zeros (S-LoRA: Sheng et al. 2023, arXiv 2311.03285; Punica: Chen et al. 2023,
-arXiv 2310.18547).
+The factors of all adapters are concatenated along the rank into two arrays, which are called stacks: the transposed A
+of all adapters is [C,K], and B is [C,N]. Like a paged key-value cache, the stacks are divided into pages of PAGE rows.
+Each page belongs to one adapter, and the last page of an adapter is padded with zeros (S-LoRA: Sheng et al. 2023, arXiv
+2311.03285; Punica: Chen et al. 2023, arXiv 2310.18547).
 """
 
 import functools
@@ -23,8 +23,8 @@ from jax.typing import DTypeLike
 from kernels import blocks, paged_lora_triton, partition
 from kernels.partition import Axes
 
-PAGE = 16  # rows of a stack per page: one bfloat16 tile
-STEP = 8  # pages multiplied at once: together they have 128 rows, which fill an MXU
+PAGE = 16  # rows of a stack per page, which fill one bfloat16 tile of a TPU
+STEP = 8  # pages that are multiplied at once, since their 128 rows fill an MXU
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -33,16 +33,16 @@ Indices = Array | np.ndarray | np.integer  # int32
 
 
 class Route(NamedTuple):
-    """The pages that each row of a batch uses, as (page, row) pairs."""
+    """The pages of LoRA factors that each row of a batch uses, as (page, row) pairs."""
 
     pages: Indices  # [P] the distinct pages in use, padded with -1; P is a multiple of STEP
-    which: Indices  # [P] index into `pages` of each pair, ascending
-    row: Indices  # [P] batch row of each pair, padded with -1
-    count: Indices  # [] number of pairs
+    which: Indices  # [P] the index into `pages` of each pair, in ascending order
+    row: Indices  # [P] the batch row of each pair, padded with -1
+    count: Indices  # [] the number of pairs
 
 
 def route(pairs: list[tuple[int, int]], room: int) -> Route:
-    """Builds the Route of (page, row) pairs on the host, padded to at least `room` pairs."""
+    """Builds a Route on the host from (page, row) pairs, and pads it to at least `room` pairs."""
     size = -(-max(room, 1) // STEP) * STEP
     none = np.full(size, -1, np.int32)
     out = Route(none, np.zeros(size, np.int32), none.copy(), np.int32(len(pairs)))
@@ -54,10 +54,14 @@ def route(pairs: list[tuple[int, int]], room: int) -> Route:
 
 
 def reference(x: Array, a: Array, b: Array, route: Route) -> Array:
-    """The definition of `matmul`: multiplies every batch row by the whole stacks, and keeps only its own pages."""
+    """Computes the same as `matmul` in a simple but slow way, as a reference for tests.
+
+    Every batch row is multiplied by the whole stacks, and the results of all pages that the row does not use are set to
+    0.
+    """
     page = jnp.where(route.row < 0, len(a), route.pages[route.which])
     one = jnp.zeros((len(x), len(a) // PAGE), x.dtype).at[route.row, page].set(1, mode="drop")
-    own = jnp.repeat(one, PAGE, 1)[:, None]  # [B,1,C]: 1 where a batch row uses that row of the stacks
+    own = jnp.repeat(one, PAGE, 1)[:, None]  # [B,1,C], a mask of the stack rows that each batch row uses
     a, b = a.astype(x.dtype), b.astype(x.dtype)
     return jnp.einsum("btc,cn->btn", jnp.einsum("btk,ck->btc", x, a) * own, b)
 
@@ -65,14 +69,14 @@ def reference(x: Array, a: Array, b: Array, route: Route) -> Array:
 def product(
     x: Array, a: Array, b: Array, route: Route, rows: Sequence[Axes], split: Sequence[Axes], dtype: DTypeLike
 ) -> Array:
-    """x [B,T,K] times each row's own pages of the stacks A [C,K] and B [C,N] -> [B,T,N]. If x is [B,T], it holds token
-    ids, which select columns of A.
+    """Multiplies each row of x [B,T,K] by its own pages of the stacks A [C,K] and B [C,N] -> [B,T,N].
 
-    Under a mesh, the dimensions B and T are sharded over the axes `rows`, K and N over `split`. The stacks are not
-    moved: each device multiplies the rows that need its part of A, then the rows that need its part of B. It reads only
-    the pages of those rows. Between the two products, x A, which is small, is summed over the axes of K and over those
+    If x is [B,T], it has token ids, which select columns of A. Under a mesh, the dimensions B and T are sharded over
+    the mesh axes `rows`, and K and N over `split`. The stacks are not sent between devices. Each device multiplies the
+    batch rows that need its part of A, and then the batch rows that need its part of B, and only reads the pages of
+    these rows. Between the two products, the small array x A is summed over the mesh axes that shard K, and over those
     that shard both N and the batch. If there is nothing to sum, one kernel computes both products, as on one device.
-    Otherwise a GPU runs one kernel per product, and a TPU runs loops in XLA.
+    Otherwise, a GPU runs one kernel per product, and a TPU runs loops in XLA.
     """
     if not partition.sharded():
         return matmul(x, a, b, route) if x.ndim == 3 else expand(lookup(x, a, route), b, route, len(x), dtype)
@@ -96,22 +100,22 @@ def product(
 
 
 def own(route: Route, axes: Axes, rows: int) -> tuple[Route, Array | slice, Array | slice]:
-    """Selects the pairs of this device from `route`; the batch has `rows` rows per device, sharded over `axes`.
+    """Selects from `route` the pairs whose batch rows are on this device. Each device has `rows` rows.
 
-    Returns the device's own Route, the index [P] in `route` of each of its pairs, and the reverse: the index [P] in the
-    own Route of each pair of `route`, or P for another device's pair. It compares instead of sorting, since sorting a
-    few numbers on a device is slow.
+    The batch is sharded over the mesh axes `axes`. Returns (Route of the selected pairs, the index [P] of each selected
+    pair in `route`, the index [P] of each pair of `route` in the new Route). This last index is P for a pair of another
+    device. Pairs are selected by comparisons, since sorting a few numbers on a device would be slow.
     """
     if not axes:
         return route, slice(None), slice(None)
     start, count = jax.lax.axis_index(axes) * rows, jnp.arange(len(route.row))
 
     def place(keep: Array) -> Array:
-        """The index of each kept element among the kept ones; P for an element that is not kept."""
+        """Returns the index of each kept element among all kept elements, and P for all other elements."""
         return jnp.where(keep, jnp.cumsum(keep) - 1, len(count))
 
     def first(keep: Array) -> Array:
-        """The positions of the kept elements, in order."""
+        """Returns the positions of the kept elements in ascending order."""
         return jnp.argmax(place(keep) == count[:, None], 1)
 
     mine = (route.row >= start) & (route.row < start + rows)
@@ -124,7 +128,10 @@ def own(route: Route, axes: Axes, rows: int) -> tuple[Route, Array | slice, Arra
 
 
 def matmul(x: Array, a: Array, b: Array, route: Route) -> Array:
-    """x [B,T,K], stacks a [C,K] and b [C,N] -> [B,T,N] in x's dtype, zero for rows without a page."""
+    """Multiplies each row of x [B,T,K] by its own pages of the stacks a [C,K] and b [C,N] -> [B,T,N].
+
+    The result has the dtype of x, and is 0 for rows without a page.
+    """
     if x.shape[1] > 1:
         return loop(x, a, b, route)
     cuda = lambda x, a, b, route: paged_lora_triton.matmul(x[:, 0], _pages(a), _pages(b), route)[:, None]
@@ -133,7 +140,10 @@ def matmul(x: Array, a: Array, b: Array, route: Route) -> Array:
 
 
 def loop(x: Array, a: Array, b: Array, route: Route) -> Array:
-    """`matmul` in XLA: `_shrink` and `_expand` in one loop, which is a few per cent faster on a CPU."""
+    """Computes `matmul` in XLA, by one loop that does the work of `_shrink` and of `_expand`.
+
+    On a CPU, this is a few percent faster than two loops.
+    """
 
     def some(at: Array, page: Array, who: Array, y: Array) -> Array:
         low = _einsum("wtk,wrk->wtr", x[who], _read(a, page, x.dtype))
@@ -144,7 +154,7 @@ def loop(x: Array, a: Array, b: Array, route: Route) -> Array:
 
 
 def shrink(x: Array, a: Array, route: Route) -> Array:
-    """x A of each pair, [P,T,PAGE] in float32; 0 after the last pair."""
+    """Multiplies a row of x by a page of A for each of P pairs -> [P,T,PAGE] in float32, with 0 for unused pairs."""
     if x.shape[1] > 1:
         return _shrink(x, a, route)
     cuda = lambda x, a, route: paged_lora_triton.shrink(x[:, 0], _pages(a), route).sum(0)[:, None]
@@ -160,14 +170,17 @@ def _shrink(x: Array, a: Array, route: Route) -> Array:
 
 
 def lookup(ids: Array, a: Array, route: Route) -> Array:
-    """`shrink` of one-hot rows given as `ids` [B,T]; 0 for ids outside A, whose columns may be sharded."""
+    """Computes `shrink` for one-hot rows of x that are given as token `ids` [B,T].
+
+    Ids that are not among the columns of A, which may be sharded, give 0.
+    """
     at, there = ids[route.row], (jnp.arange(len(route.row)) < route.count)[:, None]
     low = _pages(a).at[route.pages[route.which][:, None], :, at].get(mode="clip")
     return jnp.where((there & (at >= 0) & (at < a.shape[1]))[..., None], low, 0).astype(jnp.float32)
 
 
 def expand(low: Array, b: Array, route: Route, rows: int, dtype: DTypeLike) -> Array:
-    """`low` [P,T,PAGE], from `shrink`, times B, summed over the pairs of each row: [B,T,N]."""
+    """Multiplies the result `low` [P,T,PAGE] of `shrink` by B, and adds the products of each batch row -> [B,T,N]."""
     loop = lambda *args: _expand(*args, rows, dtype)
     if low.shape[1] > 1:
         return loop(low, b, route)
@@ -188,14 +201,16 @@ def _pages(stack: Array) -> Array:
 
 
 def _read(stack: Array, page: Array, dtype: DTypeLike) -> Array:
-    """Pages of a stack. The barrier keeps a CPU from converting all of a bfloat16 stack to float32 before the loop."""
+    """Reads pages of a stack. Without the barrier, a CPU would convert the whole stack to float32 before the loop."""
     stack, page = jax.lax.optimization_barrier((stack, page))
     return _pages(stack)[page].astype(dtype)
 
 
 def _fold(some: Callable, route: Route, start: Array, rows: int) -> Array:
-    """Folds `some(pairs, their pages, their rows, result)` over all pairs. With one token per row it takes B pairs at a
-    time; otherwise it takes one, which is then a product of two matrices."""
+    """Loops over all pairs, and in each step updates the result by `some(pairs, their pages, their rows, result)`.
+
+    With one token per row, a step takes B pairs. Otherwise, a step takes one pair, which is a product of two matrices.
+    """
     width, pages = rows if start.shape[1] == 1 else 1, route.pages[route.which]
 
     def step(i: Array, result: Array) -> Array:
@@ -207,8 +222,10 @@ def _fold(some: Callable, route: Route, start: Array, rows: int) -> Array:
 
 
 def supported(x: Array, a: Array, b: Array) -> bool:
-    """Whether `decode` accepts these arrays. The stacks must consist of whole registers, so that XLA stores them in the
-    layout that the kernel reads. The blocks must fit into VMEM. The dtype must not be float16, which TPUs lack.
+    """Returns whether `decode` accepts these arrays.
+
+    K and N must be multiples of 128, so that XLA stores the stacks in the layout that the kernel reads. The blocks must
+    fit in VMEM. The dtype must not be float16, which TPUs do not support.
     """
     rows, k, n = -(-len(x) // 16) * 16, a.shape[1], b.shape[1]
     memory = 2 * STEP * PAGE * (k + n) * a.dtype.itemsize + rows * (2 * k * x.dtype.itemsize + 3 * n * 4)
@@ -216,11 +233,11 @@ def supported(x: Array, a: Array, b: Array) -> bool:
 
 
 def decode(x: Array, a: Array, b: Array, route: Route) -> Array:
-    """`matmul` for one token per row on a TPU, summed in float32.
+    """Computes `matmul` on a TPU for one token per row, and sums in float32.
 
     Each page is read once, even if several rows use it. The kernel reads the pages of a step while it multiplies the
-    pages of the previous step. It multiplies each page by all of x, since 128 rows take the MXU little longer than one;
-    then each row keeps the products with its own pages.
+    pages of the previous step. It multiplies each page by all rows of x, since the MXU takes little longer for 128 rows
+    than for one row. Then it sets to 0 the products of rows with pages that they do not use.
     """
     rows, k, n, pairs = len(x), a.shape[1], b.shape[1], len(route.row)
     whole = lambda *shape: pl.BlockSpec(shape, lambda i: (0, 0))
@@ -243,13 +260,15 @@ def _decode(
     pages: Ref, which_ref: Ref, row_ref: Ref, x_ref: Ref, a_ref: Ref, b_ref: Ref, y_ref: Ref,
     a_room: Ref, b_room: Ref, arrived: Ref,
 ) -> None:  # fmt: skip
-    """`pages` [P] is in scalar memory, `which` is [P,1], and `row` is [1,P]. A and B have two buffers each: one is
-    loaded while the other one is multiplied."""
+    """The kernel of `decode`. `pages` [P] is in scalar memory, `which` is [P,1], and `row` is [1,P].
+
+    A and B have two buffers each, so that one buffer is loaded while the other buffer is multiplied.
+    """
     step = pl.program_id(0)
     within = lambda i: pl.ds(i * PAGE, PAGE)
 
     def each(step: Array, do: Callable) -> None:
-        """Calls `do` on the asynchronous copies of A and of B for each page of a step."""
+        """Calls `do` (start or wait) on the asynchronous copies of A and B for each page of a step."""
         for i in range(STEP):
             page, into, done = pages[step * STEP + i], (step % 2, within(i)), arrived.at[step % 2]
 
@@ -264,7 +283,7 @@ def _decode(
         each(step, lambda copy: copy.start())
 
         @pl.when((pages[step * STEP] >= 0) & (pages[step * STEP + STEP - 1] < 0))
-        def _() -> None:  # slots without a page are uninitialized and may hold NaN, which times zero is still NaN
+        def _() -> None:  # buffers without a page are not initialized and may have NaN, and 0 * NaN is NaN
             for i in range(STEP):
 
                 @pl.when(pages[step * STEP + i] < 0)
@@ -285,7 +304,7 @@ def _decode(
 
 
 def _product(x: Array, a: Array, b: Array, which: Array, row: Array) -> Array:
-    """Each row of x [B,K] times its own pages among those of a step, A [STEP PAGE,K] and B [STEP PAGE,N] -> [B,N]."""
+    """Multiplies each row of x [B,K] by those pages of a step, A [STEP PAGE,K] and B [STEP PAGE,N], that it uses."""
     dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
     iota = lambda shape, axis: jax.lax.broadcasted_iota(jnp.int32, shape, axis)
     one = lambda mask: jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16)

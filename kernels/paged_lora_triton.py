@@ -1,12 +1,13 @@
-"""The two products of `paged_lora` for one token per row on an NVIDIA GPU, in Triton.
+"""Multiplies by paged LoRA factors on an NVIDIA GPU, in Triton, if each batch row has one token.
 
-Each page is read for one row of x, as in Punica's BGMV (Chen et al. 2023, arXiv 2310.18547), which is limited by
-memory bandwidth, so the tensor core is not used. `shrink` runs one program per (page, row) pair and part of K, and each
-program writes its own partial sum. `expand` runs one program per row and block of N, which loops over the pairs of its
-row and adds the partial sums. There are no atomics, so results are reproducible. A page is read once per pair that uses
-it; rows that share a page find it in the L2 cache.
+As in Punica's BGMV (Chen et al. 2023, arXiv 2310.18547), a program multiplies one row of x by one page. The speed is
+limited by memory bandwidth, so the tensor cores are not used. The kernel `shrink` multiplies by A. It runs one program
+for each (page, row) pair and each part of K, and each program writes its own partial sum. The kernel `expand`
+multiplies by B. It runs one program for each row and each block of N, which loops over the pairs of its row and adds
+the partial sums. There are no atomic operations, so results are reproducible. If several rows use the same page, it is
+read once for each of these rows, and found in the L2 cache.
 
-On an H100 these kernels are 4.7 to 8 times as fast as XLA's loop (`results/gpu.md`).
+On an H100, these kernels are 4.7 to 8 times as fast as a loop in XLA (`results/gpu.md`).
 """
 
 import functools
@@ -22,16 +23,19 @@ from jax.typing import DTypeLike
 if TYPE_CHECKING:
     from kernels.paged_lora import Route
 
-DEPTH, WIDTH, WARPS = 512, 256, 8  # per program: columns of A, columns of B, and warps; four warps would spill
+DEPTH, WIDTH, WARPS = 512, 256, 8  # per program: columns of A, columns of B, warps; four warps would spill registers
 
 
 def matmul(x: Array, a: Array, b: Array, route: "Route") -> Array:
-    """x [B,K], stacks A [pages,R,K] and B [pages,R,N] -> [B,N] in the dtype of x."""
+    """Multiplies each row of x [B,K] by its own pages of A [pages,R,K] and B [pages,R,N] -> [B,N]."""
     return expand(shrink(x, a, route), b, route, len(x), x.dtype)
 
 
 def shrink(x: Array, a: Array, route: "Route") -> Array:
-    """x A of each pair, summed within each of S parts of K: [S,P,R] in float32; 0 after the last pair."""
+    """Multiplies a row of x by a page of A for each of P pairs -> float32 partial sums [S,P,R] over S parts of K.
+
+    The sums are 0 for unused pairs.
+    """
     (rows, k), (pages, ranks, _), pairs = x.shape, a.shape, len(route.row)
     parts = pl.cdiv(k, DEPTH)
     return pl.pallas_call(
@@ -51,16 +55,16 @@ def shrink(x: Array, a: Array, route: "Route") -> Array:
 def _shrink(k: int, pages_ref: Ref, which_ref: Ref, row_ref: Ref, x_ref: Ref, a_ref: Ref, low_ref: Ref) -> None:
     pair, part = pl.program_id(0), pl.program_id(1)
     row, page = row_ref[pair], pages_ref[which_ref[pair]]
-    there = (part * DEPTH + jnp.arange(DEPTH) < k) & (row >= 0)  # after the last pair there is nothing to read
+    there = (part * DEPTH + jnp.arange(DEPTH) < k) & (row >= 0)  # unused pairs have no row
     x = triton.load(x_ref.at[row], mask=there, other=0)
     a = triton.load(a_ref.at[page], mask=there[None], other=0)
     low_ref[...] = (x[None].astype(jnp.float32) * a.astype(jnp.float32)).sum(1)
 
 
 def expand(low: Array, b: Array, route: "Route", rows: int, dtype: DTypeLike) -> Array:
-    """`low` [S,P,R] times B, summed over the parts and over the pairs of each row: [B,N] of `dtype`."""
+    """Multiplies the partial sums `low` [S,P,R] by B, and adds the products of each batch row -> [B,N] of `dtype`."""
     (parts, pairs, _), (pages, ranks, n) = low.shape, b.shape
-    power = pl.next_power_of_2  # a program loads only such sizes
+    power = pl.next_power_of_2  # Triton loads blocks only of these sizes
     return pl.pallas_call(
         functools.partial(_expand, n, pairs, parts),
         grid=(rows, pl.cdiv(n, WIDTH)),

@@ -1,4 +1,4 @@
-"""Runs kernels under a mesh: each device works on its own part of W, since XLA cannot partition a kernel."""
+"""Runs kernels under a mesh. Each device multiplies by its own part of W, since XLA cannot partition a kernel."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-Axes = tuple[str, ...]  # mesh axes that a dimension is sharded over
+Axes = tuple[str, ...]  # the mesh axes over which a dimension is sharded
 
 
 def product(
@@ -19,12 +19,13 @@ def product(
     split: tuple[Axes, Axes],
     backward: bool,
 ) -> Array:
-    """x [..., K] times W [K, N] -> [..., N]; if `backward`, x [..., N] times the transposed W -> [..., K].
+    """Multiplies x [..., K] by W [K, N], or if `backward`, x [..., N] by the transposed W.
 
-    The leading dimensions of x are sharded over `rows`, the two dimensions of W (of its codes and of its scales) over
-    `split`. The packed W is all-gathered over the axes that also shard the rows. The other axes shard either
-    the contracted dimension (the partial sums are then all-reduced) or the output. `kernel(x, *w, dtype=)` multiplies
-    matrices.
+    The leading dimensions of x are sharded over the mesh axes `rows`. The two dimensions of `w`, the codes and the
+    scales of W, are sharded over `split`. If a mesh axis shards both x and W, the packed W is all-gathered over this
+    axis. If another axis shards the dimension that is summed, the partial sums are all-reduced. If another axis shards
+    the other dimension of W, it also shards the result. The function `kernel(x, *w, dtype=)` multiplies matrices on one
+    device.
     """
     taken = {a for axes in rows for a in axes}
     left = [tuple(a for a in axes if a not in taken) for axes in split]
@@ -44,8 +45,10 @@ def product(
 
 
 def elementwise(kernel: functools.partial, w: Sequence[Array], split: tuple[Axes, Axes], gathered: set[str]) -> Array:
-    """`kernel(*w)` [K, N], where `w` are codes and scales sharded over `split`. They are all-gathered over the axes
-    `gathered` while still packed."""
+    """Computes `kernel(*w)` [K, N], such as a dequantized matrix, where `w` are codes and scales sharded over `split`.
+
+    The packed codes and the scales are first all-gathered over the mesh axes `gathered`.
+    """
     if not sharded():
         return once(kernel, *w)
     local = lambda *w: once(kernel, *_gather(w, split, gathered))
@@ -54,7 +57,7 @@ def elementwise(kernel: functools.partial, w: Sequence[Array], split: tuple[Axes
 
 
 def once(kernel: functools.partial, *args: Array) -> Array:
-    """`kernel(*args)`, traced once for all layers of equal shape, since tracing the NF4 kernel takes 0.1 s."""
+    """Calls `kernel(*args)`, traced once for all layers of the same shape, since tracing the NF4 kernel takes 0.1 s."""
     return _once(kernel.func, tuple(kernel.keywords.items()), *args)
 
 
@@ -64,7 +67,7 @@ def _once(kernel: Callable, options: tuple, *args: Array) -> Array:
 
 
 def sharded() -> bool:
-    """Whether the ambient mesh (`jax.set_mesh`) has more than one device."""
+    """Returns whether the current mesh (`jax.set_mesh`) has more than one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 

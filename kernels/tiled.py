@@ -1,4 +1,4 @@
-"""A blocked product with a W [K, N] of packed codes on a TPU, shared by the kernels of several formats."""
+"""Multiplies by a matrix W [K, N] of packed codes on a TPU, block by block, for the kernels of several formats."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class W(NamedTuple):
     """Static properties of W."""
 
     group: int
-    total: int  # length of the summed axis
+    total: int  # length of the axis that is summed over
     by_columns: bool
 
 
@@ -27,9 +27,11 @@ def product(
     body: Callable, a: Array, packed: Array, scale: Array, group: int, width: int, block: tuple[int, int, int],
     w_block: tuple[int, int], w_at: Callable, dtype: DTypeLike, scratch: tuple = (),
 ) -> Array:  # fmt: skip
-    """Runs `body` on a grid over the rows of `a`, the columns [width] of the result, and (innermost) the columns of
-    `a`, which are summed. `w_block` is the size (rows, columns) of a block of W; `w_at` maps the indices of a grid step
-    to the index of its block of W."""
+    """Runs the kernel `body` on a grid over blocks of the rows of `a`, columns of the result, and columns of `a`.
+
+    The innermost loop is over the columns of `a`, which are summed. The result has `width` columns. `w_block` is the
+    size (rows, columns) of a block of W, and `w_at` maps the indices of a grid step to the indices of its block of W.
+    """
     (m, total), (bm, outer, inner) = a.shape, block
     rows, columns = w_block
     w = W(group, total, by_columns(*packed.shape))
@@ -52,15 +54,17 @@ def product(
 
 
 def codes(packed: Array, rows: int, columns: int, at: Callable) -> tuple[pl.BlockSpec, Array]:
-    """(BlockSpec for blocks of `rows` x `columns` of W, packed codes to pass to the kernel). Column-major bytes are
-    transposed, which needs no copy."""
+    """Returns (BlockSpec for blocks of `rows` x `columns` weights, packed codes to pass to the kernel).
+
+    If XLA stores the bytes column-major, they are transposed, which needs no copy.
+    """
     if by_columns(*packed.shape):
         return pl.BlockSpec((columns, rows // 2), lambda *ids: at(*ids)[::-1]), packed.T
     return pl.BlockSpec((rows // 2, columns), at), packed
 
 
 def accumulate(part: Callable[[], Array], y_ref: Ref, sum_ref: Ref) -> None:
-    """Sums `part()` over the last axis of the grid in `sum_ref`; the last step writes `y_ref`."""
+    """Adds `part()` to `sum_ref` in each step of the last grid axis. The last step writes the sum to `y_ref`."""
     step = pl.program_id(2)
     sum_ref[...] = jnp.where(step == 0, 0, sum_ref[...]) + part()
 
@@ -70,7 +74,7 @@ def accumulate(part: Callable[[], Array], y_ref: Ref, sum_ref: Ref) -> None:
 
 
 def inside(a: Array, axis: int, total: int) -> Array:
-    """`a` with 0 beyond the end of the summed axis, where a block holds arbitrary values, even infinities."""
+    """Sets `a` to 0 beyond the end of the summed axis, where a block may contain any values, even infinities."""
     size = a.shape[axis]
     if total % size == 0:
         return a

@@ -128,7 +128,7 @@ def describe(arrays: Leaves) -> dict[str, dict]:
 def write(folder: Place, params: Params, manifest: dict) -> None:
     """Saves {role: tree of parameters} as a checkpoint that `load_params` can read.
 
-    `manifest` has all fields of the checkpoint's manifest except the list of arrays.
+    `manifest` has the fields of the checkpoint's manifest, except the lists of arrays and files.
     """
     arrays = named({"params": params})
     orbax().save(folder if paths.remote(folder) else folder.resolve(), arrays)
