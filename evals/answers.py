@@ -96,7 +96,7 @@ def sample(
     size = max(1, ROWS // count)
     for at in range(0, len(texts), size):
         rows = [asked(prompt, lm) for prompt in texts[at : at + size]]
-        filled = rows + rows[-1:] * (size - len(rows)) if isinstance(lm, LM) else rows  # fewer shapes to compile
+        filled = rows + rows[-1:] * (size - len(rows)) if isinstance(lm, LM) else rows  # pads, to compile fewer shapes
         flat = [prompt for prompt in filled for _ in range(count)]
         found = lm.generate(flat, max_new_tokens=max_new_tokens, seed=seed, **knobs)
         out += [found[i * count : (i + 1) * count] for i in range(len(rows))]

@@ -2,7 +2,7 @@
 
     python -m evals.export --task=dates --out=runs/dates
 
-Use the files as `config.data.source` and `config.data.eval_source`. A rerun writes identical bytes.
+Use the files as `config.data.source` and `config.data.eval_source`. Running the command again writes identical bytes.
 """
 
 import sys
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def export(name: str, folder: Path) -> dict[str, int]:
-    """Writes the files atomically; returns the number of records in each."""
+    """Writes the files of a task atomically. Returns {path: number of records}."""
     task, written = tasks.load(name), {}
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "validation", "heldout"):

@@ -50,6 +50,6 @@ def predicted(name: str, found: Sequence[Pair], folds: int, folder: Path) -> np.
 
 
 def penalty(x: np.ndarray) -> float:
-    """The L2 penalty for features x [n,D] of unit variance. As a prior on the weights, it gives the predicted log-odds
-    unit variance, too."""
+    """The L2 penalty for features x [n,D] of unit variance. As a prior on the weights, this penalty gives the predicted
+    log-odds unit variance, too."""
     return float(x.shape[1])

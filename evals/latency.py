@@ -9,8 +9,8 @@ from common.types import Json
 
 
 def measure(one: Callable[[int], object], n: int, compiled: bool) -> Json:
-    """Percentiles of the seconds that `one(i)` takes, for i < n. If `compiled`, each call is first made once untimed,
-    so that compilation does not count."""
+    """Returns percentiles of the seconds that the calls `one(i)` take, for i < n. If `compiled`, each call is first
+    made once untimed, so that compilation does not count."""
     seconds = []
     for i in range(n):
         if compiled:

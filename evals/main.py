@@ -105,7 +105,8 @@ def _shots(text: str) -> list[int | str]:
 
 
 def _contexts(args: argparse.Namespace) -> "list[Context]":
-    """Every prompting setup that the options describe. Raises UserError for an impossible setup."""
+    """Returns every prompting setup that the command-line options describe. Raises UserError for an impossible
+    setup."""
     from infer.context import FULL, Context, instruction
     from infer.retrieve.index import opened
 
@@ -291,8 +292,8 @@ def _span(r: Json) -> str:
 
 
 def _unsure(r: Json) -> str:
-    """A warning that the score's interval is too wide, with the number of rows needed for a half-width of SURE / 2. It
-    is "" if the interval is narrow enough."""
+    """Returns a warning that the score's interval is too wide, with the number of rows needed for a half-width of SURE
+    / 2. Returns "" if the interval is narrow enough."""
     if None in (r["low"], r["high"]):
         return "one row is not enough for an interval"
     if (half := (r["high"] - r["low"]) / 2) <= SURE:

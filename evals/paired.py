@@ -38,8 +38,8 @@ class Paired(NamedTuple):
 def compare(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Paired:
     """Compares scores of the same rows in the same order.
 
-    If all scores are 0 or 1, it uses McNemar's exact test and Newcombe's interval of paired proportions; otherwise it
-    uses percentiles of a bootstrap over rows.
+    If all scores are 0 or 1, McNemar's exact test and Newcombe's interval of paired proportions are used; otherwise
+    percentiles of a bootstrap over rows are used.
     """
     a, b = np.asarray(ours, float), np.asarray(theirs, float)
     wins, losses = int((a > b).sum()), int((a < b).sum())
@@ -80,7 +80,8 @@ def newcombe(both: int, first: int, second: int, neither: int) -> tuple[float, f
 
 def bootstrap(differences: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     """Returns (low, high, p) for the mean of differences [n]. `low` and `high` are percentiles over DRAWS samples of
-    rows. `p` is twice the fraction of samples with a mean on the less frequent side of 0, but at least 1 / DRAWS."""
+    rows. `p` is twice the share of samples with a mean of 0 or less, or of 0 or more if that share is smaller, but at
+    least 1 / DRAWS."""
     rng, n = np.random.default_rng(seed), len(differences)
     size = max(1, BLOCK // n)
     blocks = [min(size, DRAWS - at) for at in range(0, DRAWS, size)]

@@ -1,4 +1,4 @@
-"""Pairs of answers with people's preferences, the agreement of these people, and predictors of preferences that need no
+"""Reads pairs of answers with people's preferences, measures how often people agree, and predicts preferences without a
 language model."""
 
 import itertools
@@ -88,14 +88,14 @@ def _majority(pair: Pair) -> Pair:
 
 
 def decided(pairs: Iterable[Pair]) -> list[Pair]:
-    """The pairs in which one answer has more votes than the other. Raises UserError if there are none."""
+    """The pairs in which one answer has more votes than the other. Raises UserError if there are no such pairs."""
     if not (found := [pair for pair in pairs if sum(pair.votes)]):
         raise UserError("all pairs are ties", "pairs", "collect more votes")
     return found
 
 
 def agreement(pairs: Iterable[Pair]) -> list[float]:
-    """For every two people who judged the same pair: 1 if they agree, else 0."""
+    """Returns, for every two people who judged the same pair, 1 if they agree, else 0."""
     return [float(a == b) for p in pairs for i, a in enumerate(p.votes) for b in p.votes[i + 1 :]]
 
 
@@ -123,8 +123,8 @@ def longest(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def words(texts: Sequence[str], least: int = 2) -> sparse.csr_matrix:
-    """A matrix [texts, words] with the square root of each word's count in each text. Its columns are the words, and
-    the pairs of consecutive words, that occur in at least `least` texts."""
+    """A matrix [texts, words] with the square root of each word's count in each text. The columns of the matrix are the
+    words, and the pairs of consecutive words, that occur in at least `least` texts."""
     found = [_grams(text) for text in texts]
     often: dict[str, int] = {}
     for grams in found:

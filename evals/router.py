@@ -32,7 +32,7 @@ def route(p: np.ndarray, people: int, audit: float, seed: int = 0) -> Route:
     items, and the others are for the items whose probability p [n] is nearest to one half."""
     count = min(people, len(p))
     random = round(count * audit)
-    order = np.random.default_rng(seed).permutation(len(p))  # a random order decides between equal p
+    order = np.random.default_rng(seed).permutation(len(p))  # this random order decides between items with equal p
     unsure, audited = np.zeros((2, len(p)), bool)
     nearest = order[np.argsort(np.abs(p[order] - 0.5), kind="stable")]
     unsure[nearest[: count - random]] = True
@@ -41,8 +41,8 @@ def route(p: np.ndarray, people: int, audit: float, seed: int = 0) -> Route:
 
 
 class Calibration(NamedTuple):
-    """How well probabilities match the labels of people. Each of the `bins` is (lowest confidence, n, mean confidence,
-    accuracy, interval)."""
+    """The result of `calibration`. Each of the `bins` is (lowest confidence, n, mean confidence, accuracy,
+    interval)."""
 
     n: int
     accuracy: float

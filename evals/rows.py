@@ -38,9 +38,10 @@ OPTIONS = ("scorer", "split", "slices", "options", "tokens", "name")
 COLUMNS = (
     "prompt", "completion", "messages", "conversations", "instruction", "input", "output", "system", "references",
 )  # fmt: skip
-# Columns that may have the references; the first of these columns that a row has is used.
+# Names of columns that may have the references, which are the right answers. The first of these columns that a row has
+# is used.
 ANSWERS = ("references", "completion", "answer", "answers", "response", "output", "label", "target")
-EMPTY = "(none)"  # stands for the reference "there is no answer" while a row is read
+EMPTY = "(none)"  # while a row is read, this text stands for an empty reference
 CLASSES, LABELS, SLICES = 50, 10, 50  # limits: options of a choice, options if `auto` chose it, slices
 SHORT, PHRASE = 5, 12  # maximum number of words in references that `auto` scores by exact match, by token F1
 
@@ -53,7 +54,7 @@ def is_source(spec: str) -> bool:
 
 
 def parse(spec: str) -> tuple[str, dict[str, str]]:
-    """Splits "SOURCE:OPTION=VALUE:..." into (source, options). A colon without an option after it belongs to the
+    """Splits "SOURCE:OPTION=VALUE:..." into (source, options). A colon that no option follows is a part of the
     source."""
     *before, last = spec.split(":")
     if before and (found := re.fullmatch(r"([a-z_]+)=(.*)", last, re.DOTALL)):
@@ -187,8 +188,8 @@ def _row(record: dict, options: dict[str, str], listed: bool) -> dict:
 
 
 def references(value: Any, column: str, listed: bool) -> list[str] | None:
-    """The references in a cell; None for chat turns. If `listed`, a list is one reference, namely a set of items,
-    instead of several references."""
+    """Returns the references in a cell, or None if the cell has chat turns. If `listed`, a list is one reference,
+    namely a set of items, instead of several references."""
     if are_turns(value) or are_turns(parsed(value)):
         return None
     if isinstance(value, dict) and isinstance(value.get("text"), list):

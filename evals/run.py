@@ -52,7 +52,7 @@ class Result:
     prompt_tokens: float | None  # mean; None if a hosted model does not report it
     completion_tokens: float | None  # mean
     seconds: float  # including compilation
-    flops: float | None  # of forward passes, by `flops_per_token`; a prefix shared by prompts counts once
+    flops: float | None  # FLOPs of forward passes; a prefix that prompts share counts once
     usd: float | None  # price of a hosted model's tokens; None if not hosted or without a price
     answers: list[tuple[str, int]]  # the most frequent completions, with their counts
     slices: dict[str, dict]  # {"COLUMN=VALUE": n, mean, low and high of the rows with this value}
@@ -73,8 +73,8 @@ class Result:
 
 
 class Asked(NamedTuple):
-    """Completions and their cost. The numbers of tokens are means per prompt and per answer. Numbers that are not known
-    are None."""
+    """Completions and their cost. The numbers of tokens are means per prompt and per answer. Costs and numbers of
+    tokens that are not known are None."""
 
     completions: list[str]
     prompt_tokens: float | None
@@ -89,7 +89,7 @@ def evaluate(
     batch_size: int = BATCH, keep: int = 50, name: str = "unnamed", split: str = "heldout", timed: int = 0,
 ) -> Result:  # fmt: skip
     """Scores `lm` on `n` examples of a split. For a choice, the answer is the option with the highest log-likelihood
-    per byte; otherwise it is generated greedily.
+    per byte. For any other task, the answer is generated greedily.
 
     `task` is a name for evals.task.load, or a Task with a `name`. `context` is the prompting setup, whose solved
     examples come from the training split. The result keeps `keep` samples, and its seconds include retrieval.
@@ -181,7 +181,7 @@ class Sizes:
 
     def __init__(self, task: Task, lm: LM, name: str, examples: Sequence[Example], more: int = 0):
         self.lm, self.name, self.examples = lm, name, examples
-        self.room = task.max_new_tokens and task.max_new_tokens + more  # tokens of an answer; 0: as the references need
+        self.room = task.max_new_tokens and task.max_new_tokens + more  # maximum tokens of an answer, or 0 if not set
         self.limit = lm.config.context - virtual_tokens(lm.params)
         answers = [e["options"] if task.kind == "choice" else e.get("references", [e["answer"]]) for e in examples]
         self.longest = [max(len(lm.tokenizer.encode(a)) for a in each) + 1 for each in answers]

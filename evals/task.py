@@ -27,8 +27,8 @@ TASKS = Path(__file__).parent / "tasks"
 
 class Task(NamedTuple):
     """`examples(split)` returns all examples of the split "train", "validation" or "heldout". The splits are disjoint,
-    and their order never changes. A file in evals/tasks needs no "validation" split, since `load` takes one from its
-    "train" split.
+    and the order of their examples never changes. A file in evals/tasks needs no "validation" split, since `load` takes
+    one from its "train" split.
 
     `prompt(example)` returns the question. `score(example, completion)` is a pure function that returns 1.0 if the
     completion is right. For the kind "choice", the completion is the most likely of `example["options"]`.

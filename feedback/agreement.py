@@ -152,7 +152,8 @@ def of_all(u: Units) -> dict[str, Figure]:
 
 
 def of_ratings(state: State, items: Sequence[Item], scale: int) -> dict[str, Figure]:
-    """Krippendorff's alpha of the ratings of each aspect, on an interval scale. A unit is a single answer here."""
+    """Krippendorff's alpha of the ratings of each aspect, on an interval scale. For ratings, a unit is a single
+    answer."""
     counts: dict[str, list[list[int]]] = {}
     groups: dict[str, list[int]] = {}
     for number, item in enumerate(items):
@@ -176,7 +177,7 @@ def share(hits: Sequence[bool]) -> Figure:
 
 def first_shown(events: Iterable[Event]) -> Figure:
     """The share of decisions for the answer shown first, among decisions that prefer one of the first two answers on
-    the page. Without position bias, it is 50 %."""
+    the page. Without position bias, this share is 50 %."""
     sides = [relation(event.ranks, *event.content["order"][:2]) for event in events]
     return share([side > 0 for side in sides if side])
 

@@ -44,7 +44,7 @@ def answers(event: Event, asked: Item) -> Json:
 
 
 def vote(found: Json, asked: Item, seconds: float = 0) -> Json:
-    """Converts answers to questions to the content of a vote. Raises UserError if they are not a valid vote."""
+    """Converts answers to questions to the content of a vote. Raises UserError if the answers are not a valid vote."""
     count = len(asked.texts)
     ranking = found.get("ranking") or {}
     given: Json = {"choice": found.get("verdict", "ranks"), "ms": int(1000 * seconds)}

@@ -45,7 +45,7 @@ class State:
         self.newest: dict[str, Event] = {}  # each annotator's newest vote or resolution
 
     def followed(self, events: Iterable[Event]) -> "State":
-        """Returns the state after further events. This state stays unchanged."""
+        """Returns the state after further events. The present state stays unchanged."""
         new = State()
         for name, value in vars(self).items():
             setattr(new, name, copy.copy(value))

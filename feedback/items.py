@@ -48,7 +48,7 @@ class Item:
 
     @property
     def turns(self) -> list[tuple[str, str]]:
-        """(role, text) of each turn of the prompt."""
+        """Returns (role, text) for each turn of the prompt."""
         prompt = self.content["prompt"]
         turns = [("user", prompt)] if isinstance(prompt, str) else [(t["role"], t["content"]) for t in prompt]
         return [(role, text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)) for role, text in turns]

@@ -19,7 +19,7 @@ class Queue:
         self.lock = threading.Lock()
 
     def take(self, annotator: str) -> Item | None:
-        """The next item for this person, which stays the same until they decide on it."""
+        """The next item for this person. It stays the same until the person decides on it."""
         with self.lock:
             found = next(self.open(annotator), None)
             self.looking[annotator] = found.hash if found else ""
@@ -38,7 +38,8 @@ class Queue:
                 yield item
 
     def progress(self, annotator: str) -> tuple[int, int]:
-        """(number of items that the annotator has decided, this number plus the number of items still open to them)."""
+        """Returns (number of items that the annotator has decided, this number plus the number of items still open to
+        them)."""
         with self.lock:
             state = self.store.state
             done = sum(annotator in state.votes.get(name, {}) for name in self.store.items)

@@ -31,7 +31,8 @@ def rows(items: Iterable[Item], state: State, each: bool = False) -> Rows:
 
 
 def decisions(item: Item, state: State) -> list[Event]:
-    """The resolution of an item, or else all votes on it, the oldest first, without skips."""
+    """Returns the owner's resolution of an item or, if there is none, all votes on the item, the oldest first. Skips
+    are left out."""
     found = state.resolved.get(item.hash)
     events = [found] if found else sorted(state.votes.get(item.hash, {}).values(), key=lambda event: event.id)
     return [event for event in events if event.content["choice"] != "skip"]

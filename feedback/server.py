@@ -173,7 +173,7 @@ class Service:
         return self.ask(name, item, "vote")
 
     def settle(self, name: str, request: Request) -> Response:
-        """The next disagreement for the owner to resolve."""
+        """Shows the owner the next disagreement to resolve."""
         if name != OWNER:
             raise HTTPException(404, "only the owner resolves disagreements")
         left = self.queue.disputed()
@@ -221,7 +221,7 @@ class Service:
         return self.render("person.html.j2", depth=2, whole=True, **overview.person(self.store, who))
 
     def answer(self, name: str, request: Request) -> Response:
-        """The unchanged text of an answer, to be edited."""
+        """Returns the unchanged text of an answer, which a person wants to edit."""
         item, place = self.item(request.query_params.get("item")), request.query_params.get("place", "")
         at = votes.shown(name, item)
         if place not in map(str, range(len(at))):
@@ -274,7 +274,8 @@ async def body_of(request: Request) -> bytes:
 
 
 def shown(text: str) -> Markup:
-    """A text as HTML, with a visible mark in place of each character that is invisible or that reorders others.
+    """A text as HTML, with a visible mark in place of each character that is invisible or that reorders other
+    characters.
 
     Long texts are divided into parts, each in a box of its own, so that a browser lays out only the parts in view.
     """

@@ -103,8 +103,8 @@ class Store:
         return {name: Item(json.loads(content)) for name, content in rows}
 
     def add(self, items: Iterable[Item]) -> tuple[int, int]:
-        """Adds items after those in the database. Returns (number of new items, number of items that were already in
-        the database)."""
+        """Adds items behind the items that are already in the database. Returns (number of new items, number of items
+        that were already in the database)."""
         new = seen = 0
         with self._writing():
             for item in items:

@@ -30,7 +30,7 @@ def shown(annotator: str, item: Item) -> list[int]:
 
 
 def parse(body: bytes) -> Json:
-    """Parses the body of a request, which is a JSON object. Raises UserError if it is something else."""
+    """Parses the body of a request, which is a JSON object. Raises UserError if the body is something else."""
     try:
         value = strict(body.decode())
         json.dumps(value, ensure_ascii=False).encode()  # raises ValueError for half a surrogate pair

@@ -110,6 +110,6 @@ def bytes_per_device(tree: Tree, shardings: Tree) -> int:
 
 
 def mfu(flops_per_second: float, chip: Chip | None, devices: int) -> float | None:
-    """Model FLOPs utilization: `flops_per_second` as a fraction of the bf16 peak of all devices. None for an unknown
-    chip."""
+    """Model FLOPs utilization: `flops_per_second` as a fraction of the bf16 peak of all devices. Returns None for an
+    unknown chip."""
     return flops_per_second / (chip.tflops.value * 1e12 * devices / chip.devices) if chip else None

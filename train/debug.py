@@ -1,6 +1,6 @@
 """`--debug` prints one batch as the model sees it, one step layer by layer, and the first array that is not finite.
 
-Nothing is written to the run folder.
+`--debug` writes nothing to the run folder.
 """
 
 import tempfile
@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(cfg: Config, workdir: str | None) -> int:
-    """Examines the step after the newest checkpoint of `workdir`, or step 1 if there is none. Returns the exit code:
-    exits.BROKEN if a value is not finite."""
+    """Examines the step after the newest checkpoint of `workdir`, or step 1 if there is no checkpoint. Returns the exit
+    code: exits.BROKEN if a value is not finite."""
     hosts.connect()
     with cfg.unlocked():
         cfg.model.remat = "none"  # recomputed layers would be printed twice

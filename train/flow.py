@@ -145,14 +145,14 @@ def train(s: Session) -> int:
         return below_floor(s, verdict)
     if metrics.finished:
         print(f"all {cfg.steps} steps are done; nothing is left to do")
-    else:  # after the last step, or if a kill between the last checkpoint and this line kept it from being recorded
+    else:  # after the last step; also in a resumed run that had been killed between its last checkpoint and this line
         metrics.end("done", cfg.chip, **clock.totals(source.seen))
     return exits.DONE
 
 
 def below_floor(s: Session, verdict: str) -> int:
-    """Ends a run in which a metric crossed a floor. If the same command is run again, it ends here too. Returns the
-    exit code."""
+    """Ends a run in which a metric crossed a floor. If the same command is run again, the run ends in the same way.
+    Returns the exit code."""
     s.ckpt.wait()
     step = s.ckpt.last_passed()
     kept = "no step passed" if step is None else f"the last step that passed is kept: {s.ckpt.folder / str(step)}"

@@ -53,7 +53,7 @@ def blueprint(cfg: Config, model: Transformer, mesh: Mesh | AbstractMesh) -> Blu
     objective = build.find("train.objectives", cfg.objective)(model)
     transform = build.transform(cfg, model.specs)
     what = "adapters" if cfg.peft.name and cfg.trainable == "all" else cfg.trainable
-    fresh = what == "adapters" and cfg.peft.name != "saved"  # then the initial policy is the base without adapters
+    fresh = what == "adapters" and cfg.peft.name != "saved"  # if so, the initial policy is the base without adapters
     abstract, mask, specs, axes, shares = {}, {}, {}, {}, {}
     for name, role in objective.roles.items():
         if role.kind == "initial" and fresh:
@@ -152,8 +152,8 @@ def _like_params(opt_state: Tree, params: Roles, places: Tree, default: Tree) ->
 
 
 def first_state(cfg: Config, plan: Blueprint, pretrained: Any | None) -> TrainState:
-    """Creates the state of step 0. Its weights are random, or are read from a checkpoint one array at a time. Then
-    adapters and quantization are added. All arrays are created sharded.
+    """Creates the state of step 0. The weights are random, or are read from a checkpoint one array at a time. Adapters
+    and quantization are added afterwards. All arrays are created sharded.
 
     Raises UserError when the adapter of peft.name=saved was trained on another base model.
     """

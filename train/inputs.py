@@ -33,7 +33,7 @@ def pretrained(cfg: Config) -> Pretrained | Run | None:
 
 
 def model(cfg: Config) -> Transformer:
-    """The network of a config, built without reading data."""
+    """Builds the network of a config, without reading data."""
     start = pretrained(cfg)
     return build.model(cfg, start, vocabulary(cfg, start))
 

@@ -1,4 +1,4 @@
-"""The device mesh, and the table that maps logical axes to mesh axes."""
+"""Makes the device mesh, and defines the table that maps logical axes to mesh axes."""
 
 import math
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
 
 def row_shards(cfg: Config, mesh: Mesh | AbstractMesh) -> int:
     """The number of shards into which the rows of a batch are split. Raises UserError when the mesh does not divide a
-    batch [B,T] evenly. If an axis is -1, this depends on the number of devices."""
+    batch [B,T] evenly. If an axis is -1, the number of devices decides whether it does."""
     for path, problem, fix in rules.shares(cfg.data.batch_size, cfg.accum, cfg.data.seq_len, mesh.shape):
         raise UserError(problem, f"config.{path}", fix)
     return mesh.shape["data"] * mesh.shape["fsdp"]

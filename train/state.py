@@ -48,7 +48,7 @@ class TrainState:
         seed: int,
         shares: tuple[tuple[str, str], ...] = (),
     ) -> "TrainState":
-        step, bad, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: each is donated
+        step, bad, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))  # separate buffers, since each is donated
         return cls(step, params, frozen, tx.init(params), jnp.uint32(seed), bad, skipped, shares)
 
     @property

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.errors import UserError, did_you_mean
 
-VERSION = 1  # incremented when a scorer changes the score of some answer
+VERSION = 1  # increment this when a change in a scorer changes any score
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 WORD = re.compile(r"[^\W_]+")
@@ -39,8 +39,8 @@ def normalized(text: str) -> str:
 
 
 def f1(matched: float, predicted: int, expected: int) -> float:
-    """The harmonic mean of precision and recall, from numbers of words or other items. It is 1 if both the answer and
-    the reference are empty."""
+    """The harmonic mean of precision and recall, or 1 if both the answer and the reference are empty. The arguments are
+    numbers of words or other items."""
     return 2 * matched / (predicted + expected) if predicted + expected else 1.0
 
 

@@ -1,4 +1,4 @@
-"""Scores 1 if the answer contains the words of the reference in sequence. Both are normalized as in SQuAD."""
+"""Scores 1 if the answer contains the words of the reference in sequence, after both are normalized as in SQuAD."""
 
 from evals.scorers import normalized
 

@@ -1,4 +1,5 @@
-"""Scores the F1 of the words that the answer and the reference share, as in SQuAD. Repeated words count repeatedly."""
+"""Scores the F1 of the words that the answer and the reference share, as in SQuAD. A word that both have several times
+counts several times."""
 
 from collections import Counter
 

@@ -42,7 +42,7 @@ class Checkpointer:
     `cfg` and `allow` are the config's `ckpt` and `allow`. `log` is called with one line about every damaged checkpoint
     and failed save. `first` is called before each save, and writes to disk all that must be at least as recent as the
     checkpoint. `config` is the run's config as plain data, and is stored in the manifest of every checkpoint.
-    `passed` holds the steps that passed the run's floors. The newest checkpoint of such a step is never deleted.
+    `passed` holds the steps that passed the run's floors. The newest checkpoint of a step that passed is never deleted.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Checkpointer:
         self.cfg, self.allow, self.log, self.first = cfg, tuple(allow), log, first
         self.config = config
         self._saved: int | None = None  # the last step that was restored or saved; None after a failure
-        self._begun = 0  # the last step that was restored or whose save was started, even if it failed
+        self._begun = 0  # the last step that was restored or whose save was started, even if the save failed
         self.passed: Container[int] = ()
         self._when = time.monotonic()
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -92,8 +92,8 @@ class Checkpointer:
         return state
 
     def maybe_save(self, step: int, state: TrainState, source: Source, force: bool = False) -> bool:
-        """Starts a save if one is due, by steps or by minutes, and returns whether a save was started. Call it after
-        every resumable step. A save that becomes due between resumable steps is made at the next resumable step.
+        """Starts a save if one is due, by steps or by minutes, and returns whether a save was started. Call this method
+        after every resumable step. A save that becomes due between resumable steps is made at the next resumable step.
 
         The arrays are copied before this method returns, so the next step may donate them. An error of a save is
         reported when the next save starts, or in `close`: as UserError or, with on_error="continue", as a log line.
@@ -179,7 +179,8 @@ class Checkpointer:
         return None if hosts.all_true(error is None) else error or RuntimeError("another process failed")
 
     def _commit(self, response: Future, manifest: dict, part: Place, final: Place) -> None:
-        """Waits until the arrays are written, and then completes the checkpoint. It runs in the writer thread."""
+        """Waits until the arrays are written, and then completes the checkpoint. This method runs in the writer
+        thread."""
         try:
             response.result()
             if hosts.primary():

@@ -1,4 +1,4 @@
-"""Measures rates and costs and counts non-finite steps; the training loop calls it at every step."""
+"""Measures rates and costs and counts non-finite steps; the training loop calls the clock at every step."""
 
 import resource
 import time
@@ -33,7 +33,7 @@ class Clock:
         self.chip = chips.find(cfg.chip or jax.devices()[0].device_kind)
         assert isinstance(plan.mesh, Mesh), "only --plan uses an abstract mesh"
         mine = local_rows(plan.mesh, cfg.data.batch_size)
-        self.parts = cfg.data.batch_size // (mine.stop - mine.start)  # number of parts; a process counts only its own
+        self.parts = cfg.data.batch_size // (mine.stop - mine.start)  # a process counts only one of these batch parts
         self.bad = 0  # consecutive non-finite steps before this session
         self.pending: dict[str, Pair] = {}  # metrics of the second-to-last step
         self.last: dict[str, Pair] = {}
@@ -44,7 +44,8 @@ class Clock:
         self.busy, self.timed = 0.0, 0  # seconds and tokens of all metrics lines so far
 
     def tick(self, sums: dict[str, Pair], counts: Counts) -> None:
-        """Call it after each step is dispatched. The first step includes compilation and is left out of the rates."""
+        """Call this method after each step is dispatched. The first step includes compilation and is left out of the
+        rates."""
         self.steps += 1
         self.pending, self.last = self.last, sums
         if self.steps == 1:
@@ -82,7 +83,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside the block (an evaluation, a save) does not count as step time."""
+        """Excludes the time inside the with-block, such as an evaluation or a save, from the step time."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start

@@ -35,7 +35,8 @@ PRESETS: dict[str, dict[str, dict[str, str]]] = {
 
 
 def apply(preset: str) -> None:
-    """Adds the flags of a preset to LIBTPU_INIT_ARGS; call it before anything uses devices. "" adds no flags.
+    """Adds the flags of a preset to LIBTPU_INIT_ARGS. Call this function before anything uses devices. "" adds no
+    flags.
 
     Raises UserError when libtpu is not installed or its version has no such preset.
     """
@@ -56,8 +57,8 @@ def apply(preset: str) -> None:
 
 
 def fake_devices() -> None:
-    """Settings for simulated devices on a CPU: a larger thread pool and a longer timeout for collectives. Call it
-    before anything uses devices.
+    """Settings for simulated devices on a CPU: a larger thread pool and a longer timeout for collectives. Call this
+    function before anything uses devices.
 
     A collective blocks one thread per device until all devices arrive. If no thread is left for a parallel matmul, the
     process deadlocks. XLA aborts a process in which a collective waits for 40 s, which happens on a machine with few,

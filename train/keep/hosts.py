@@ -63,8 +63,8 @@ def watched() -> Iterator[None]:
 
 def _delay_abort() -> None:
     """Delays aborts by 6 s. When the first process dies, JAX aborts the other processes, often before they can print
-    the reason. The handler of SIGABRT is C's sleep(), which gets the signal number, 6, as its argument. It runs without
-    Python's GIL."""
+    the reason. The handler of SIGABRT is C's sleep(), which gets the signal number, 6, as its argument. sleep() runs
+    without Python's GIL."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.signal(signal.SIGABRT, libc.sleep)
@@ -74,7 +74,7 @@ def _end(reason: str) -> NoReturn:
     host, _, port = os.environ.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")
     lost = "another process of this run was lost"
     if host and not primary():
-        for _ in range(10):  # its port may close later than its other connections
+        for _ in range(10):  # the first process's port may close later than its other connections
             try:
                 socket.create_connection((host, int(port)), timeout=2).close()
                 time.sleep(0.1)
@@ -116,8 +116,8 @@ def require_same(what: Json) -> None:
 
 
 def refuse_together(error: UserError | None) -> None:
-    """Raises UserError on all processes if the first process has an `error`. If only the first process raised it, the
-    other processes would wait forever."""
+    """Raises UserError on all processes if the first process has an `error`. If only the first process raised the
+    error, the other processes would wait forever."""
     if error:
         broadcast(1)
         raise error

@@ -33,8 +33,8 @@ def means(sums: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> dict[str, float]:
 
 
 class Metrics:
-    """Writes lines {"step", "time", "kind", ...} of kind train, eval, task, sample or event. Only the first process
-    writes.
+    """Writes lines {"step", "time", "kind", ...} of kind train, eval, task, sample or event. Only the first process of
+    a run writes lines.
 
     `tracker` is the name in the config, or an object with `log(step, numbers)` and `close()`. Call `rewind` after the
     state is restored, `sync` before a checkpoint is saved, `end` before the session ends. `on_error` is the config's
@@ -117,8 +117,8 @@ class Metrics:
             if line.get("event") == "session":
                 line["step"] = min(line["step"], step)
         kept = [line for line in lines if line["step"] <= step and (step or line["kind"] == "event")]
-        # Drop the event that ended an earlier session, since this session records its own end. Keep it if the earlier
-        # session was preempted.
+        # Drop the event that ended an earlier session, since this session records its own end. Keep the event if the
+        # earlier session was preempted.
         kept = [line for line in kept if line.get("exit_code", exits.PREEMPTED) == exits.PREEMPTED]
         previous = {"lost_steps": lost, "seconds": ended[0].spent, "joules": ended[0].joules} if ended else {}
         devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count()}
@@ -139,7 +139,7 @@ class Metrics:
             self._refused = True
 
     def _settle(self) -> None:
-        """Makes everything written so far durable. Raises UserError if that fails."""
+        """Makes everything written so far durable. Raises UserError if the file cannot be written."""
         try:
             self.sync()
         except OSError as e:

@@ -18,10 +18,10 @@ PATIENCE = 5.0  # seconds to wait for the tracker at the end of a run
 
 
 class Feed:
-    """Passes points to a tracker in the background. `tracker`: a name in TRACKERS, or an object with log and close.
+    """Passes points to a tracker in the background. `tracker` is a name in TRACKERS, or an object with log and close.
 
-    Raises UserError for a name whose package is not installed. A later failure prints one warning, and the run
-    continues.
+    Raises UserError for a name whose package is not installed. A later failure of the tracker prints one warning, and
+    the run continues.
     """
 
     def __init__(self, tracker: Any, folder: Path, config: dict):
@@ -78,8 +78,8 @@ class TensorBoard:
 
 
 class WandB:
-    """Sends metrics to W&B, with the step as one of them. W&B's built-in step is not used, since W&B drops points if
-    that step does not grow, as after a resume."""
+    """Sends metrics to W&B, including the step as a metric of its own. W&B's built-in step is not used, since W&B drops
+    points if that step does not grow, as after a resume."""
 
     def __init__(self, folder: Path, config: dict):
         import wandb  # pyright: ignore[reportMissingImports]

@@ -1,5 +1,5 @@
-"""Training objectives. Each file defines one, with a function `make(model, **config) -> Objective`, whose keyword
-arguments are the objective's config keys."""
+"""Each file in this folder defines a training objective, by a function `make(model, **config) -> Objective`, whose
+keyword arguments are the objective's config keys."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -23,11 +23,11 @@ class Role(NamedTuple):
     `kind`: a role of kind "train" trains as the config's `trainable`, `peft` and `quant` say. A role of kind "initial"
     is a fixed copy of the policy before the first step. A role of kind "frozen" is another model, which does not
     change.
-    `start` is an opened model (`infer.models.open_model`) whose weights the role starts from. If it is None, the role
-    starts from the policy's initial weights. `model` is the role's network if it differs from the policy's network.
-    `head` names a file of model/heads. The head in this file is stored in the role's tree at "head" and replaces the
-    unembedding. `shares` names another role whose frozen parameters this role uses instead of a copy. A critic trained
-    with LoRA then takes memory only for its adapters and its head, not for a second base model.
+    `start` is an opened model (`infer.models.open_model`) whose weights the role starts from. If `start` is None, the
+    role starts from the policy's initial weights. `model` is the role's network if it differs from the policy's
+    network. `head` names a file of model/heads. The head in this file is stored in the role's tree at "head" and
+    replaces the unembedding. `shares` names another role whose frozen parameters this role uses instead of a copy. A
+    critic trained with LoRA then takes memory only for its adapters and its head, not for a second base model.
     """
 
     kind: Literal["train", "initial", "frozen"]
@@ -46,16 +46,16 @@ class Objective(NamedTuple):
     `batch` is the kind of batch that the loss reads (data.rows.batch.KINDS). An objective's file also defines this kind
     as the constant BATCH, which the checks of a config read. The last held-out batch may have rows without targets,
     which must not count in any metric.
-    `nll`: whether the loss is the negative log-likelihood of the targets of an lm batch, in nats. The held-out loss is
-    then named "nll", and bits per byte are added.
+    `nll`: whether the loss is the negative log-likelihood of the targets of an lm batch, in nats. If so, the held-out
+    loss is named "nll", and bits per byte are also measured.
     `logits`: whether the loss computes logits, so that their FLOPs are counted.
     If the policy has a head in place of the unembedding, the objective's file defines the head's name as the constant
     HEAD, which is needed to open a finished run.
-    `heldout(roles, batch)` returns additional metrics for held-out batches. Computing them at every training step would
-    cost too much. `check` gets the columns of the training data, {name: values}, and raises UserError if the objective
-    cannot train on them.
-    `source` is for on-policy objectives, whose data are only prompts. From the data's batches and the run's blueprint
-    it makes the Source that samples the training batches from the policy.
+    `heldout(roles, batch)` returns additional metrics for held-out batches. Computing these metrics at every training
+    step would cost too much. `check` gets the columns of the training data, {name: values}, and raises UserError if the
+    objective cannot train on them.
+    `source` is for on-policy objectives, whose data are only prompts. From the data's batches and the run's blueprint,
+    `source` makes the Source that samples the training batches from the policy.
     """
 
     loss: Callable[[Roles, dict, Array], dict[str, Pair]]

@@ -26,12 +26,12 @@ def both(batch: Batch) -> Batch:
 
 def reference(roles: Roles) -> Params:
     """The parameters of the reference model, which is the policy before the first step: a frozen copy or, if only new
-    adapters train, the policy's base without adapters. No gradient flows into them."""
+    adapters train, the policy's base without adapters. These parameters get no gradient."""
     return jax.lax.stop_gradient(roles["ref"] if "ref" in roles else weights.base(roles["policy"]))
 
 
 def lengths(batch: Batch) -> Array:
-    """The number of targets in each row [B]. It is 1 for an empty row, since callers divide by it."""
+    """The number of targets in each row [B], or 1 for an empty row, since callers divide by this number."""
     return jnp.maximum(batch["mask"].sum(-1), 1)
 
 

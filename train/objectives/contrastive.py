@@ -46,8 +46,8 @@ def make(
 
 
 def negatives(passages: Batch, queries: Batch) -> Array:
-    """A mask [B,B] that is True where passage j is a negative of question i. It is a negative if row j is not empty,
-    and rows i and j have different questions and different passages."""
+    """A mask [B,B] that is True where passage j is a negative of question i. Passage j is a negative if row j is not
+    empty, and rows i and j have different questions and different passages."""
     same = lambda tokens: jnp.all(tokens[:, None] == tokens[None], axis=-1)
     there = (passages["segments"] > 0).any(-1)
     return ~(same(passages["tokens"]) | same(queries["tokens"])) & there[None]

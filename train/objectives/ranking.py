@@ -45,9 +45,9 @@ def make(model: Transformer) -> Objective:
 def order_logp(scores: Array, ranks: Array) -> Array:
     """The log-probability [B] that answers with `scores` [B,K] are ordered as in `ranks` [B,K], ties in any order.
 
-    P(S) is the probability that the answers in the set S come first. It is computed for sets S of increasing size: P(S)
-    is the sum over i in S of P(S - i) exp(r_i) / sum_{j not in S - i} exp(r_j), where answer i is added last. The sum
-    skips each i for which an answer outside S - i has a better rank than i. Raises UserError for more than MOST
+    P(S) is the probability that the answers in the set S come first. P(S) is computed for sets S of increasing size:
+    P(S) is the sum over i in S of P(S - i) exp(r_i) / sum_{j not in S - i} exp(r_j), where answer i is added last. The
+    sum skips each i for which an answer outside S - i has a better rank than i. Raises UserError for more than MOST
     answers.
     """
     count = scores.shape[1]
