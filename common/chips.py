@@ -1,5 +1,5 @@
-"""Accelerators and their properties, from chips.json, where each number has its source and date. This module does not
-import jax."""
+"""Looks up the properties of accelerators in chips.json, which has a source and a date for each number. This module
+does not import jax."""
 
 import json
 import platform
@@ -13,35 +13,36 @@ class Number(NamedTuple):
     high: float
     quality: str  # "published" | "derived" | "estimate"
     source: str
-    date: str  # when the source was read
+    date: str  # date on which the source was read
 
 
 class Chip(NamedTuple):
-    """One row of chips.json. Unknown values are None."""
+    """One accelerator in chips.json. Unknown values are None."""
 
     name: str
     devices: int  # jax devices per chip
     tflops: Number  # peak dense bf16, 1e12 FLOP/s
     hbm_bytes: Number
     hbm_bandwidth: Number  # bytes/s
-    ici_bandwidth: Number  # bytes/s one way, all links of a chip
+    ici_bandwidth: Number  # bytes/s in one direction, summed over all links of a chip
     usd_hour: Number | None  # per chip-hour, on demand
     usd_hour_spot: Number | None
-    watts: Number  # average power, with a share of the host's if the source includes it
+    watts: Number  # average power; includes part of the host's power if the source does
     cci: Number | None  # compute carbon intensity, gCO2e per 1e18 utilized FLOPs (Schneider et al. 2025)
-    dcn_bandwidth: Number | None = None  # bytes/s between slices, per chip
+    dcn_bandwidth: Number | None = None  # bytes/s per chip over the network between slices
 
 
 class Site(NamedTuple):
-    """The data center that energy and carbon estimates assume."""
+    """The data center that is assumed in estimates of energy and carbon emissions."""
 
     region: str
     gco2_per_kwh: Number  # location-based
-    pue: Number  # power usage effectiveness: power of the data center over power of the machines
+    pue: Number  # power usage effectiveness: power of the whole data center divided by power of its machines
 
 
 def find(name: str) -> Chip | None:
-    """The chip with a name ("v6e") or a jax device_kind ("TPU v6 lite"); None if it is not in the table."""
+    """Finds a chip by its name, such as "v6e", or its jax device_kind, such as "TPU v6 lite". Returns None if
+    chips.json does not list the chip."""
     return _CHIPS.get(name.lower())
 
 
@@ -58,7 +59,7 @@ _CHIPS = {
 
 
 def processor() -> str:
-    """The name of this machine's processor; "cpu" if the system does not say it."""
+    """The name of this machine's processor, or "cpu" if the operating system does not report a name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,6 +1,6 @@
-"""Code shared by all command lines: options, exit codes, and user errors printed as one line.
+"""Code shared by all commands: it parses options, sets exit codes, and prints a user error as one line.
 
-If its console disappears, a command continues without a console.
+If its terminal is closed, a command keeps running, and its output is discarded.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from common.errors import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses the options of `python -m NAME`; --help shows the module's docstring. Invalid options raise UserError."""
+    """Parses the options of `python -m NAME`, and prints the module's docstring for --help. Raises UserError for
+    invalid options."""
 
     def __init__(self, name: str, doc: str | None):
         super().__init__(prog=f"python -m {name}", description=doc, allow_abbrev=False)
@@ -38,7 +39,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
-    """Wraps `main(argv)` as a command, which returns an exit code and prints a UserError instead of raising it."""
+    """Decorates the `main(argv)` of a command, so that it returns an exit code, and prints a UserError instead of
+    raising it."""
 
     @functools.wraps(main)
     def shell(argv: list[str]) -> int:
@@ -62,8 +64,8 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], in
 
 
 def full_disk(error: BaseException | None) -> UserError | None:
-    """A UserError if the cause of an error is a full disk, else None. Rust and C++ libraries do not raise OSError, but
-    have the error number in their messages."""
+    """Returns a UserError if an error was caused by a full disk, else None. Rust and C++ libraries do not raise
+    OSError, so the error number is also searched for in error messages."""
     fix = "make room and run the same command again"
     while error is not None:
         if isinstance(error, OSError) and error.errno in files.FULL:
@@ -80,8 +82,8 @@ def full_disk(error: BaseException | None) -> UserError | None:
 def table(
     rows: Iterable[Sequence[object]], heads: Sequence[str] = (), title: str = "", width: int | None = None
 ) -> None:
-    """Prints a table. Brackets in cells are not read as markup. `width`, in characters, is by default the
-    terminal's."""
+    """Prints a table. Square brackets in cells are printed, not interpreted as markup. `width` is the number of
+    characters per line, and defaults to the width of the terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -93,14 +95,14 @@ def table(
 
 
 def keep_console() -> None:
-    """Makes sys.stdout and sys.stderr accept all output, so that a closed pipe, a full disk or an ASCII locale does not
-    end a command."""
+    """Keeps a command from failing because its output cannot be printed. If a pipe is closed or a disk is full, the
+    output is discarded. Characters that the terminal's encoding lacks are escaped."""
     for fd in range(3):
         try:
             os.fstat(fd)
-        except OSError:  # it is closed: the next opened file would get its number
+        except OSError:  # this descriptor is closed, and the next opened file would get its number
             os.open(os.devnull, os.O_RDWR)
-    if sys.stdout is sys.__stdout__:  # otherwise the caller captures the output
+    if sys.stdout is sys.__stdout__:  # if sys.stdout was replaced, the caller captures the output
         sys.stdout = _kept(sys.stdout, 1)
     if sys.stderr is sys.__stderr__:
         sys.stderr = _kept(sys.stderr, 2)
@@ -119,7 +121,7 @@ def _kept(stream: TextIO | None, fd: int) -> TextIO:
 
 
 class _Lossy(io.FileIO):
-    """A file descriptor that is redirected to /dev/null, with one warning, when it can no longer be written."""
+    """An output file descriptor that is redirected to /dev/null, with one warning, after a write to it fails."""
 
     def write(self, data: Any) -> int | None:
         try:
@@ -154,8 +156,8 @@ def listed(text: str) -> list[str]:
 
 
 def named(text: str) -> dict[str, str]:
-    """{name: folder} from "[NAME=]FOLDER,..."; NAME is by default the folder's name. Raises UserError for a duplicate
-    name."""
+    """Parses "[NAME=]FOLDER,..." into {name: folder}. If NAME is missing, the folder's name is used. Raises UserError
+    if two folders get the same name."""
     out: dict[str, str] = {}
     for item in filter(None, text.split(",")):
         name, given, folder = item.rpartition("=")

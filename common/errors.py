@@ -12,12 +12,12 @@ from typing import ParamSpec, TypeVar
 
 P, R = ParamSpec("P"), TypeVar("R")
 warn = logging.getLogger("kungfu").warning  # prints only the message; logging.warning adds "WARNING:root:"
-LONGEST = 1000  # characters per part of a message: names and values may come from hostile files
+LONGEST = 1000  # maximum characters per part of a message, since names and values may come from hostile files
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line: where, what is wrong, and the fix. Command lines print it and exit with code
-    2."""
+    """An error in the user's input. The message is one line that names the place of the error, the problem and a fix.
+    Commands print the message and exit with code 2."""
 
     def __init__(self, what: str, where: str = "", fix: str = ""):
         self.what, self.where, self.fix = map(clipped, (what, where, fix))
@@ -25,18 +25,20 @@ class UserError(ValueError):
         self.__suppress_context__ = True
 
     def _render_traceback_(self) -> list[str]:
-        """The text that notebooks show instead of a traceback."""
+        """Returns the text that Jupyter notebooks show instead of a traceback."""
         return [f"{type(self).__name__}: {self}"]
 
 
 def clipped(text: str) -> str:
-    """Shortens a text to one line that a terminal can show."""
+    """Joins the lines of a text, and replaces the middle of a long text by "...", so that a terminal can show the text
+    as one line."""
     text = " ".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def outermost(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a function of the public interface, so that its UserErrors show no inner frames and no causes."""
+    """Decorates a function of the public API, so that the traceback of its UserErrors shows neither internal stack
+    frames nor the exceptions that caused them."""
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -50,9 +52,10 @@ def outermost(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextlib.contextmanager
 def reading(where: object, fix: str = "") -> Iterator[None]:
-    """A context for reading a file that may be damaged or hostile: any error becomes a UserError with its cause.
+    """A context manager for reading a file that may be damaged or malicious. It turns any error into a UserError that
+    states the cause.
 
-    Errors include the PanicException of Rust libraries, which is a BaseException.
+    This includes the PanicException that Rust libraries raise, which is a BaseException but not an Exception.
     """
     try:
         yield
@@ -64,13 +67,13 @@ def reading(where: object, fix: str = "") -> Iterator[None]:
         raise UserError(f"cannot be read: {reason(error)}", str(where), fix) from error
 
 
-# The report that Rust prints for a panic: the location, the message, and perhaps the stack.
+# A pattern for the report that Rust prints on a panic: the location, the message, and possibly a stack backtrace.
 PANIC = rb"\n?thread '[^\n]* panicked at [^\n]*\n[^\n]*\n(stack backtrace:\n( +[^\n]*\n)*)?(note: [^\n]*\n)?"
 
 
 class _Panics:
-    """A context in which Rust libraries do not print their panics, which they raise as exceptions too. Other text on
-    stderr is held back until all threads have left the context."""
+    """A context manager that suppresses the panic reports of Rust libraries, since these libraries also raise panics as
+    exceptions. Other output to stderr is held back until all threads have left the context."""
 
     def __init__(self) -> None:
         self._lock, self._inside, self._held = threading.Lock(), 0, -1
@@ -100,7 +103,7 @@ panics_unprinted = _Panics()
 
 
 def reason(error: BaseException) -> str:
-    """The message of an error in one short line, with its type."""
+    """The type and message of an error in one short line."""
     if isinstance(error, UserError):
         return str(error)
     said = (str(error).strip().splitlines() or [""])[0][:200]
@@ -109,8 +112,8 @@ def reason(error: BaseException) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """ "did you mean X?", where X is the known word or dotted path with the same last part or the most similar
-    spelling; `otherwise` if there is none."""
+    """Suggests "did you mean X?", where X is a known word or dotted path that has the same last part as `word` or a
+    similar spelling. Returns `otherwise` if no known word is similar."""
     known, last = list(known), word.rpartition(".")[2]
     tails = {k.rpartition(".")[2]: k for k in reversed(known)}
     near = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(word, known, 1, 0.75)

@@ -1,8 +1,9 @@
-"""Exit codes of every command. Python itself exits with 1 after a traceback; 128 + N stands for signal N."""
+"""Exit codes of all commands. Python itself exits with code 1 after a traceback. Code 128 + N means that signal N ended
+the process."""
 
 DONE = 0
 INPUT = 2  # bad input: a UserError
-BROKEN = 70  # EX_SOFTWARE: loss or gradients are not finite
-BELOW_FLOOR = 71  # a metric crossed one of config.floors
-PREEMPTED = 75  # EX_TEMPFAIL: interrupted, run the same command again
-INTERRUPTED = 130  # Ctrl-C, with nothing to resume
+BROKEN = 70  # EX_SOFTWARE: the loss or the gradients are not finite
+BELOW_FLOOR = 71  # a metric crossed one of the limits in config.floors
+PREEMPTED = 75  # EX_TEMPFAIL: interrupted; the same command resumes the run
+INTERRUPTED = 130  # stopped by Ctrl-C, and nothing can be resumed

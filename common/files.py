@@ -1,8 +1,8 @@
-"""Writes all files of the project. Files and folders appear complete or not at all, and lines are appended as a whole.
+"""Functions with which all packages write files. A new file or folder appears complete or not at all.
 
-A file or folder is first written beside its final path, under a name that begins with WRITING, and locked. The kernel
-releases the lock with the process, so the next writer in the same folder can recognize and delete what a killed process
-left.
+A new file or folder first gets a temporary name in its final parent folder. This name begins with WRITING, and the file
+or folder is locked. The kernel releases the lock when the process ends, so the next process that writes to the same
+parent folder can recognize and delete the unfinished files of killed processes.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from common.types import Json
 
 WRITING = ".writing-"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LOCK = "LOCK"  # the name of lock files, which are never uploaded (see also train.keep.lease)
+LOCK = "LOCK"  # the name of lock files, which are never uploaded to a bucket (see also train.keep.lease)
 MIRRORS = Path("~/.cache/kungfu/runs")
 
 
@@ -35,7 +35,8 @@ MIRRORS = Path("~/.cache/kungfu/runs")
 
 
 def write(path: Place, content: str | bytes) -> None:
-    """Writes the content to `path`; it is on disk when the function returns. A link is replaced, not followed."""
+    """Writes the content to the file `path` and flushes it to disk. A symbolic link at `path` is replaced, not
+    followed."""
     data = content.encode() if isinstance(content, str) else content
     if paths.remote(path):
         path.write_bytes(data)
@@ -46,10 +47,11 @@ def write(path: Place, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def file(path: Path, replace: bool = True) -> Iterator[Path]:
-    """Yields an empty file to fill. It is renamed to `path` if the block ends without an error, or else deleted.
+    """Yields the path of an empty temporary file to fill. The file is renamed to `path` if the `with` block succeeds,
+    and deleted if the block raises an error.
 
-    Without `replace`, FileExistsError is raised if `path` exists with other content. Equal content is accepted, since a
-    process killed after the rename leaves it.
+    With replace=False, raises FileExistsError if `path` exists with different content. Equal content is accepted, since
+    a process that was killed after renaming the file leaves such a file.
     """
     with _naming(path):
         with _beside(path, is_folder=False) as part:
@@ -62,7 +64,7 @@ def file(path: Path, replace: bool = True) -> Iterator[Path]:
 
 
 def write_json(path: Place, value: Any) -> None:
-    """Writes a JSON file. Raises ValueError for NaN and infinities: see `plain`."""
+    """Writes a JSON file. Raises ValueError for NaN and infinities, which `plain` converts to None."""
     write(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
@@ -73,12 +75,15 @@ def write_lines(path: Place, values: Iterable[Json]) -> None:
 
 @contextlib.contextmanager
 def folder(path: Place, marker: str) -> Iterator[Path]:
-    """Yields an empty folder to fill. It is renamed to `path` if the block ends without an error, or else deleted.
+    """Yields the path of an empty temporary folder to fill. The folder is renamed to `path` if the `with` block
+    succeeds, and deleted if the block raises an error.
 
-    An object store cannot rename, so the files are copied to `path`, and the file named `marker` is copied last. A
-    folder without its marker is incomplete, and the next writer deletes it. If `path` exists, it is kept, and
-    FileExistsError is raised unless its files are the same, as they are after a kill that followed the rename. An empty
-    folder is replaced.
+    An object store cannot rename a folder. Therefore the files are uploaded to `path` one by one, and the file named
+    `marker` is uploaded last. A folder in a store without its marker file is incomplete, and the next writer deletes
+    it.
+
+    An existing folder at `path` is kept, unless it is empty. FileExistsError is raised if the files of an existing
+    local folder differ from the new files. The files are equal if a process was killed after renaming the folder.
     """
     if paths.remote(path):
         if (path / marker).exists():
@@ -108,14 +113,14 @@ def folder(path: Place, marker: str) -> Iterator[Path]:
 
 
 def _same(a: Path, b: Path) -> bool:
-    """Whether two folders hold the same files."""
+    """Whether two folders contain the same files with the same content."""
     names = paths.sizes(a)
     return names == paths.sizes(b) and all(filecmp.cmp(a / name, b / name, shallow=False) for name in names)
 
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Adds the file name, which the operating system omits, to the OSError for a full disk."""
+    """Adds the file's path to the OSError for a full disk, since the operating system does not always name the file."""
     try:
         yield
     except OSError as error:
@@ -126,7 +131,8 @@ def _naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _beside(path: Path, is_folder: bool) -> Iterator[Path]:
-    """A new, locked file or folder beside `path`, which is deleted at the end if it is still there."""
+    """Yields a new, locked file or folder in the parent folder of `path`. When the `with` block ends, the new file or
+    folder is deleted, unless the block has renamed it."""
     clean(path.parent)
     part, fd = _locked(path, is_folder)
     try:
@@ -143,7 +149,7 @@ def _locked(path: Path, is_folder: bool) -> tuple[Path, int]:
             part.mkdir()
         else:
             part.touch(exist_ok=False)
-        with contextlib.suppress(FileNotFoundError):  # another writer removed it just before it was locked
+        with contextlib.suppress(FileNotFoundError):  # another process deleted the new file before it was locked
             fd = os.open(part, os.O_RDONLY if is_folder else os.O_WRONLY | os.O_NOFOLLOW)
             if _lock(fd) is not False and part.exists():
                 return part, fd
@@ -151,7 +157,8 @@ def _locked(path: Path, is_folder: bool) -> tuple[Path, int]:
 
 
 def _lock(fd: int) -> bool | None:
-    """Whether this process now holds the lock; None if the file system has no locks."""
+    """Tries to lock a file. Returns whether this process now holds the lock, or None if the file system does not
+    support locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -162,7 +169,8 @@ def _lock(fd: int) -> bool | None:
 
 
 def clean(place: Path) -> None:
-    """Deletes the unfinished files and folders of killed writers in a folder, except links."""
+    """Deletes the unfinished files and folders that killed processes left in a folder. Symbolic links are not
+    deleted."""
     for part in place.glob(f"{WRITING}*"):
         with contextlib.suppress(OSError):
             fd = os.open(part, os.O_RDONLY | os.O_NOFOLLOW)
@@ -172,7 +180,7 @@ def clean(place: Path) -> None:
 
 
 def _delete(part: Path) -> None:
-    """Deletes a file or a folder if it exists; the targets of links in it stay."""
+    """Deletes a file or a folder if it exists. Symbolic links are deleted, but not the files to which they point."""
     if part.is_dir() and not part.is_symlink():
         shutil.rmtree(part, ignore_errors=True)
     else:
@@ -189,7 +197,7 @@ def sync(path: str | Path) -> None:
 
 
 def remove(place: Place) -> None:
-    """Deletes a folder; errors of the local file system are ignored. A link is deleted, not followed."""
+    """Deletes a folder, and ignores errors of the local file system. A symbolic link is deleted, not followed."""
     if not paths.remote(place):
         _delete(place)
     elif place.exists():
@@ -200,7 +208,8 @@ def remove(place: Place) -> None:
 
 
 def plain(x: Any) -> Any:
-    """A value that strict JSON can hold: arrays become numbers and lists, NaN and infinities None."""
+    """Converts a value to one that strict JSON allows: arrays become numbers or lists, and NaN and infinities become
+    None."""
     if isinstance(x, Mapping):
         return {str(k): plain(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
@@ -211,8 +220,8 @@ def plain(x: Any) -> Any:
 
 
 def strict(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError also for NaN, for numbers that overflow a float, and for too deep
-    nesting."""
+    """Parses a JSON text. Raises ValueError for invalid JSON, for NaN, for numbers that are too large for a float, and
+    for nesting that is too deep."""
     try:
         return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except RecursionError:
@@ -226,10 +235,10 @@ def _finite(text: str) -> float:
 
 
 def load_json(path: Path) -> Json:
-    """The object in a JSON file. Raises UserError if the file is missing or invalid."""
+    """Reads the object in a JSON file. Raises UserError if the file is missing or invalid."""
     try:
         value = strict(path.read_text("utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # raises for half a surrogate pair
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair raises UnicodeEncodeError
     except (OSError, ValueError) as error:
         raise UserError(f"not readable as JSON: {reason(error)}", str(path)) from error
     if not isinstance(value, dict):
@@ -238,7 +247,7 @@ def load_json(path: Path) -> Json:
 
 
 def read_json(path: Path) -> Json:
-    """The object in a JSON file; {} if the file is missing or invalid."""
+    """Reads the object in a JSON file. Returns {} if the file is missing or invalid."""
     try:
         return load_json(path)
     except UserError:
@@ -246,7 +255,8 @@ def read_json(path: Path) -> Json:
 
 
 def read_lines(path: str | Path) -> list[Json]:
-    """The objects in a .jsonl file, which may be missing or still be growing; incomplete lines are left out."""
+    """Reads the objects in a .jsonl file, to which a process may still be appending. Incomplete lines are skipped, and
+    a missing file gives an empty list."""
     try:
         text = Path(path).read_text("utf-8", errors="replace")
     except OSError:
@@ -263,21 +273,23 @@ def _object(text: str) -> Json:
 
 
 def not_followed(path: str | Path, flags: int) -> int:
-    """An `opener` for `open` that raises OSError for a link; used for files that are appended to."""
+    """An `opener` for Python's `open` that raises OSError for a symbolic link. It is used for files to which text is
+    appended."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def append(path: Path, value: Json) -> None:
-    """Appends a line to a .jsonl file, in one write."""
+    """Appends a value to a .jsonl file as one line."""
     with contextlib.closing(Lines(path)) as lines:
         lines.write(value)
 
 
 class Lines:
-    """A .jsonl file, opened for appending. If a kill left an incomplete last line, a line break is added first.
+    """A .jsonl file, opened for appending. If the last line is incomplete because a process was killed, a line break is
+    added first.
 
-    Links are not followed. If a line cannot be written, as on a full disk, `write` and `flush` raise OSError, and the
-    next call writes that line first.
+    A symbolic link raises OSError. If a line cannot be written, for example because the disk is full, `write` and
+    `flush` raise OSError, and the next call writes that line first.
     """
 
     def __init__(self, path: Path):
@@ -288,7 +300,7 @@ class Lines:
             self._left = b"\n"
 
     def write(self, value: Json) -> None:
-        """Raises ValueError for NaN and infinities: see `plain`."""
+        """Appends a line. Raises ValueError for NaN and infinities, which `plain` converts to None."""
         self._left += json_line(value).encode("utf-8", "backslashreplace")
         self.flush()
 
@@ -298,7 +310,7 @@ class Lines:
                 self._left = self._left[os.write(self._fd, self._left) :]
 
     def sync(self) -> None:
-        """Makes everything written so far durable."""
+        """Flushes everything that was written so far to disk."""
         self.flush()
         with _naming(self.path):
             os.fsync(self._fd)
@@ -309,20 +321,23 @@ class Lines:
 
 
 def json_line(value: Json) -> str:
-    """A value as a line of a .jsonl file. Raises ValueError for NaN and infinities: see `plain`."""
+    """Formats a value as a line of a .jsonl file. Raises ValueError for NaN and infinities, which `plain` converts to
+    None."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-# --- the copy on disk of a run that is stored in a bucket ---
+# --- the local copy of a run that is stored in a bucket ---
 
 
 def mirror(home: Place) -> Path:
-    """The folder on this machine for the small files of a run in a store, since stores cannot append to files."""
+    """The local folder for the small files of a run that is kept in an object store, since a store cannot append to
+    files."""
     return MIRRORS.expanduser() / hashlib.sha256(str(home).encode()).hexdigest()[:16]
 
 
 def fetch(home: Place, folder: Path) -> None:
-    """Makes `folder` a copy of a run in a store, without its checkpoints and locks."""
+    """Replaces the content of `folder` by a copy of a run in an object store, without its checkpoints and lock
+    files."""
     for old in folder.iterdir():
         if old.name != LOCK:
             _delete(old)
@@ -333,7 +348,8 @@ def fetch(home: Place, folder: Path) -> None:
 
 
 def put(folder: Path, home: Place, known: dict[str, tuple[int, int]]) -> None:
-    """Uploads the files of `folder` whose size or modification time differs from `known`, and updates `known`."""
+    """Uploads the files of `folder` whose size or modification time has changed since it was recorded in `known`, and
+    updates `known`."""
     for name, size in paths.sizes(folder).items():
         stamp = (size, (folder / name).stat().st_mtime_ns)
         if name != LOCK and known.get(name) != stamp:

@@ -1,5 +1,5 @@
-"""The resources that a run used: FLOPs, chip-hours, dollars, energy, carbon. They are computed from metrics.jsonl and
-chips.json, without jax."""
+"""Computes the resources that a run used (FLOPs, chip-hours, dollars, energy and carbon emissions) from its
+metrics.jsonl and from chips.json, without jax."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -8,16 +8,16 @@ from common import chips
 from common.numbers import percent, short
 from common.types import Json
 
-REPLAYED = ("data", "step")  # kinds of time that is spent again after a restart
-COVERED = 0.9  # fraction of a session that power samples must cover, or else its energy is an estimate
+REPLAYED = ("data", "step")  # kinds of time that a restart spends again by repeating steps
+COVERED = 0.9  # if power samples cover a smaller fraction of a session, its energy is only estimated
 
 
 class Session(NamedTuple):
     """One launch of a run."""
 
     devices: Json
-    spent: dict[str, float]  # all seconds by kind
-    kept: dict[str, float]  # seconds by kind up to the last step that was not repeated
+    spent: dict[str, float]  # all seconds of the launch, by kind
+    kept: dict[str, float]  # seconds by kind, until the last step that was not repeated later
     joules: dict[str, list[float]]  # see train.keep.power
 
 
@@ -31,21 +31,21 @@ class Range(NamedTuple):
 
 
 class Gas(NamedTuple):
-    """The resources used by sessions or runs. Unknown values are None, such as the price of a chip not in
-    chips.json."""
+    """The resources used by sessions or runs. Unknown values are None, such as the price of a chip that chips.json does
+    not list."""
 
     chips: tuple[str, ...] = ()  # names, or device kinds
-    flops: float | None = None  # of training, from einsum equations, without repeated steps and evaluations
-    peak: float | None = None  # FLOPs that the chips could compute in all chip-hours at peak rate
-    hours: float | None = None  # chip-hours from launch to end, with compilation, idle time and repeated steps
+    flops: float | None = None  # training FLOPs, counted from einsum equations, without repeated steps and evaluations
+    peak: float | None = None  # FLOPs that the chips could have computed in all chip-hours at peak rate
+    hours: float | None = None  # chip-hours from launch to end, including compilation, idle time and repeated steps
     replayed: float | None = None  # chip-hours of steps repeated after a restart
     usd: float | None = None  # at on-demand prices
     usd_spot: float | None = None
-    kwh: Range | None = None  # with PUE, except for an unknown chip whose power was measured
-    kwh_measured: float | None = None  # the measured part of kwh.value
+    kwh: Range | None = None  # includes the data center's overhead (PUE), except for measured power of an unknown chip
+    kwh_measured: float | None = None  # the part of kwh.value that was measured
     co2_kg: Range | None = None  # from kwh, location-based
-    co2_kg_cci: float | None = None  # from compute carbon intensity, with embodied emissions: a cross-check
-    seconds: dict[str, float] = {}  # by kind; "lost" has the seconds of repeated steps
+    co2_kg_cci: float | None = None  # cross-check: from compute carbon intensity, including embodied emissions
+    seconds: dict[str, float] = {}  # seconds by kind; "lost" is the time of steps that were repeated
 
     @property
     def mfu(self) -> float | None:
@@ -54,7 +54,7 @@ class Gas(NamedTuple):
 
     @property
     def goodput(self) -> float | None:
-        """Fraction of all seconds that were spent in training steps, not counting steps that were repeated."""
+        """The fraction of all seconds that was spent in training steps, not counting steps that were repeated."""
         return self.seconds.get("step", 0.0) / sum(self.seconds.values()) if any(self.seconds.values()) else None
 
     def __str__(self) -> str:
@@ -81,15 +81,16 @@ class Gas(NamedTuple):
 
 
 def sessions(lines: Iterable[dict]) -> list[Session]:
-    """The launches recorded in a metrics.jsonl.
+    """Reads the launches of a run from the lines of its metrics.jsonl.
 
-    Each launch begins with a "session" event, which also has the totals of the previous launch. Seconds accumulate from
-    line to line, so the last line that a restart did not remove has the seconds of all steps that were not repeated.
+    Each launch begins with a "session" event, which also contains the totals of the previous launch. Seconds accumulate
+    from line to line, and a restart removes the lines of the steps that it repeats. The last remaining line therefore
+    has the seconds of all steps that were not repeated.
     """
     found, now = [], Session({}, {}, {}, {})
     for line in lines:
         if line.get("kind") == "task":
-            continue  # its seconds cover only one evaluation
+            continue  # the seconds of a task cover only one evaluation
         spent, joules = line.get("seconds") or {}, line.get("joules") or {}
         if line.get("event") == "session":
             if spent:
@@ -101,10 +102,10 @@ def sessions(lines: Iterable[dict]) -> list[Session]:
 
 
 def line(lines: Iterable[dict], environment: Json, chip: str = "") -> Gas:
-    """The resources used by a run, from the lines of its metrics.jsonl. If the lines of an older run do not name its
-    devices, they are read from `environment`, its environment.json.
+    """Computes the resources used by a run from the lines of its metrics.jsonl. If these lines do not name the run's
+    devices, as in older runs, the devices are read from `environment`, the content of its environment.json.
 
-    `chip` is config.chip: a name in chips.json to use for all devices.
+    `chip` is the value of config.chip, the name of a chip in chips.json. All devices are assumed to be such chips.
     """
     lines = list(lines)
     used = total(_of_session(s, s.devices or environment.get("devices") or {}, chip) for s in sessions(lines))
@@ -116,7 +117,7 @@ def line(lines: Iterable[dict], environment: Json, chip: str = "") -> Gas:
 
 def _of_session(s: Session, devices: Json, name: str) -> Gas:
     kind = devices.get("kind", "unknown")
-    count = devices.get("processes" if kind == "cpu" else "count")  # a CPU may be split into several devices
+    count = devices.get("processes" if kind == "cpu" else "count")  # jax may split one CPU into several devices
     chip, site = chips.find(name or kind), chips.site()
     lost = {k: s.spent.get(k, 0.0) - s.kept.get(k, 0.0) for k in REPLAYED}
     seconds = {k: x - lost.get(k, 0.0) for k, x in s.spent.items()} | {"lost": sum(lost.values())}
@@ -142,7 +143,8 @@ def _of_session(s: Session, devices: Json, name: str) -> Gas:
 
 
 def _measured(s: Session, devices: Json) -> float | None:
-    """Joules of all devices in the whole session, extrapolated from the boards of the first host."""
+    """The joules used by all devices in a session, extrapolated from power samples on the first host. None if the
+    samples cover less than the fraction COVERED of the session."""
     host, wall = devices.get("kind") == "cpu", sum(s.spent.values())
     joules, covered = s.joules.get("cpu" if host else "gpu", (0.0, 0.0))
     if covered < COVERED * wall or not covered or (host and devices.get("processes") != 1):
@@ -151,7 +153,7 @@ def _measured(s: Session, devices: Json) -> float | None:
 
 
 def total(parts: Iterable[Gas]) -> Gas:
-    """The sum over sessions or runs; None for values that are unknown in any of them."""
+    """Adds up the resources of sessions or runs. A total is None if the value is unknown in any session or run."""
     parts = list(parts)
     return Gas(*map(_sum, zip(*parts, strict=True))) if parts else Gas()
 

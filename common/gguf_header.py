@@ -1,7 +1,8 @@
-"""The header of a GGUF file (version 2 or 3, little-endian): metadata, and shape, type and offset of each tensor.
+"""Reads the header of a GGUF file (version 2 or 3, little-endian): the metadata, and the shape, type and offset of each
+tensor.
 
-The reader of the `gguf` package makes a numpy object per token, which takes 3 s and 160 MB for a vocabulary of 49k;
-this reader takes 0.2 s. Specification: ggml's docs/gguf.md.
+The reader in the `gguf` package creates a numpy object per token, which takes 3 s and 160 MB for a vocabulary of 49,000
+tokens. This reader takes 0.2 s. The format is specified in ggml's docs/gguf.md.
 """
 
 import dataclasses
@@ -18,12 +19,12 @@ OLDER = dict.fromkeys(
     (b"lmgg", b"fmgg", b"tjgg", b"algg"), "an old GGML file: convert it to GGUF with the tools of llama.cpp"
 )
 OTHERS = {1: "version 1 of the format: convert the model again", 3 << 24: "stored in big-endian order"}
-MAX_ITEMS = 1 << 24  # larger than any vocabulary: a count above it means a corrupt file
+MAX_ITEMS = 1 << 24  # more than the tokens of any vocabulary, so a larger count means a corrupt file
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    shape: tuple[int, ...]  # in numpy's order: rows first
+    shape: tuple[int, ...]  # in numpy's order, beginning with the number of rows
     kind: int  # ggml's type number
     offset: int  # offset in bytes from the start of the file
 
@@ -35,7 +36,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Reads the header of a file. Raises UserError when the file is not GGUF, or is truncated."""
+    """Reads the header of a GGUF file. Raises UserError if the file has another format or is truncated."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data).header()
@@ -44,7 +45,8 @@ def read_header(path: Path) -> Header:
 
 
 class _Reader:
-    """Reads a file from its start. Each method reads the value at the current position `at` and advances it."""
+    """Reads a GGUF file from start to end. Each method reads the value at position `at`, and moves `at` to the end of
+    the value."""
 
     def __init__(self, data: mmap.mmap):
         self.data, self.at = data, 0

@@ -1,6 +1,8 @@
-"""Runs commands as processes: several at once from a queue, or stages one after the other with a progress bar.
+"""Runs commands as child processes: either several commands of a queue at once, or stages one after the other with a
+progress bar.
 
-Finished work is not repeated: a queue starts only unfinished commands, and a stage reads its progress from its files.
+Finished work is not repeated. A queue starts only unfinished commands, and a stage finds out its progress from the
+files that it has written.
 """
 
 import contextlib
@@ -15,11 +17,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from common import exits, files
 
-PARENT = "KUNGFU_PARENT"  # environment variable: id of the process with which a command must end
+PARENT = "KUNGFU_PARENT"  # environment variable: id of the parent process; the command is killed if the parent dies
 
 
 class Running(Protocol):
-    """A running command of a queue: its process, and whatever else the queue needs."""
+    """A running command of a queue. The class has the command's process, and may have other attributes that the queue
+    needs."""
 
     @property
     def process(self) -> subprocess.Popen: ...
@@ -30,32 +33,33 @@ R = TypeVar("R", bound=Running)
 
 class Queue(Protocol[R]):
     def take(self) -> R | None:
-        """Starts the next command; None if no command can start now."""
+        """Starts the next command and returns it. Returns None if no command can start now."""
 
     def left(self) -> bool:
-        """Whether a command can be started, now or later."""
+        """Whether a command can still be started, now or later."""
 
     def hopeless(self, job: R) -> bool:
-        """Whether to stop a running command early."""
+        """Whether a running command should be stopped before it has finished."""
 
     def close(self, job: R, hopeless: bool) -> None:
-        """Called when the process of `job` has ended; `hopeless`: whether the job was stopped early."""
+        """Records that the process of `job` has ended. `hopeless` is whether the job was stopped early."""
 
 
 class Stage(NamedTuple):
-    """A command to run. `share` reads from files which fraction of the stage is done; at 1 the stage is skipped."""
+    """A command to run. `share` computes from the stage's files which fraction of the stage is done. A stage with
+    fraction 1 is skipped."""
 
     title: str
     argv: list[str]  # python -m ...
     share: Callable[[], float]
-    seconds: float  # expected duration, which sets the stage's part of the progress bar
+    seconds: float  # expected duration, which determines the stage's part of the progress bar
 
 
 def start(argv: Sequence[str], log: Path, **options: Any) -> subprocess.Popen:
-    """Starts `python -m ARGV`; its output is appended to `log`.
+    """Starts `python -m ARGV`, and appends the output of the process to the file `log`.
 
-    The process gets its own session. Otherwise Ctrl-C in a terminal would reach it twice, and the second signal would
-    stop a run at once.
+    The process gets its own session. Otherwise the process would receive Ctrl-C both from the terminal and from its
+    parent, and a second signal stops a run immediately.
     """
     with open(log, "ab", opener=files.not_followed) as file:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
@@ -63,7 +67,8 @@ def start(argv: Sequence[str], log: Path, **options: Any) -> subprocess.Popen:
 
 
 def follow_parent() -> None:
-    """If PARENT is set, makes the kernel kill this process when its parent dies, since a dead parent cannot stop it."""
+    """If the environment variable PARENT is set, makes the kernel kill this process when its parent dies, since a
+    parent that was killed cannot stop its children."""
     parent = os.environ.pop(PARENT, "")
     if not parent:
         return
@@ -81,7 +86,8 @@ def tail(log: Path, lines: int) -> list[str]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Yields a list to which the first SIGTERM or Ctrl-C adds SIGTERM. A second signal ends the process as usual."""
+    """Yields an empty list. The first SIGTERM or Ctrl-C only appends SIGTERM to this list, and a second signal ends the
+    process as usual."""
     caught: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -102,11 +108,11 @@ def interruptible() -> Iterator[list[int]]:
 
 
 def drain(queue: Queue[R], at_once: int, stop: list[int], show: Callable[[], None]) -> None:
-    """Runs the commands of a queue until it is empty, or until `stop` holds a signal, which is passed on to the running
-    processes. Returns when all processes have ended. `show` is called four times per second.
-    """
+    """Runs the commands of a queue, at most `at_once` at a time, until the queue is empty. When the list `stop`
+    contains a signal, starts no further command, and sends SIGTERM to the running processes. Returns when all processes
+    have ended. Calls `show` four times per second."""
     running: list[R] = []
-    asked: list[R] = []  # jobs that were asked to stop
+    asked: list[R] = []  # jobs to which SIGTERM was sent
     try:
         while True:
             while not stop and len(running) < at_once and (job := queue.take()):
@@ -131,7 +137,7 @@ def drain(queue: Queue[R], at_once: int, stop: list[int], show: Callable[[], Non
 
 
 class _Stages:
-    """A queue of stages, which ends with the first failure."""
+    """A queue of stages. After a stage has failed, no further stage is started."""
 
     def __init__(self, stages: list[Stage], out: Path):
         self.stages, self.out, self.at, self.code = stages, out, 0, 0
@@ -144,7 +150,7 @@ class _Stages:
             self.at += 1
         if not self.left():
             return None
-        own = os.environ | {PARENT: str(os.getpid())}  # an orphan would keep its run folder locked
+        own = os.environ | {PARENT: str(os.getpid())}  # a surviving child would keep its run folder locked
         return _Job(start(self.stages[self.at].argv, self.log(), env=own))
 
     def left(self) -> bool:
@@ -163,7 +169,8 @@ class _Job(NamedTuple):
 
 
 def run(stages: list[Stage], out: Path) -> int:
-    """Runs the stages that are not done, each with a log in `out`. Returns 0, PREEMPTED, or the code of a failure."""
+    """Runs the unfinished stages, and writes a log of each stage to the folder `out`. Returns 0, or PREEMPTED after a
+    signal, or the exit code of the stage that failed."""
     queue = _Stages(stages, out)
     with _bar(stages) as show, interruptible() as stop:
         drain(queue, 1, stop, lambda: show(queue.at))
@@ -180,8 +187,8 @@ def run(stages: list[Stage], out: Path) -> int:
 
 @contextlib.contextmanager
 def _bar(stages: list[Stage]) -> Iterator[Callable[[int], None]]:
-    """Yields a function that shows which stage i is running (`len(stages)`: all are done): as a progress bar in a
-    terminal, or else as one line per stage."""
+    """Yields a function `show(i)` that displays that stage i is running, or that all stages are done if i is
+    `len(stages)`. It draws a progress bar if the output is a terminal, or else prints one line per stage."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 

@@ -1,16 +1,16 @@
-"""A listening socket that only this machine can reach."""
+"""Opens a listening socket that only programs on this machine can reach."""
 
 import socket
 
 from common.errors import UserError
 
 HOST = "127.0.0.1"
-BACKLOG = 2048  # connections that the system queues until they are accepted
+BACKLOG = 2048  # maximum number of connections that the system queues until they are accepted
 
 
 def listen(port: int) -> socket.socket:
-    """A listening socket on the loopback interface; port 0 means any free port. Raises UserError if the port is
-    taken."""
+    """Opens a listening socket on the loopback interface. Port 0 selects any free port. Raises UserError if the port is
+    in use."""
     if not 0 <= port < 1 << 16:
         raise UserError(f"{port} is not a port", "--port", "0 to 65535")
     try:

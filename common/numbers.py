@@ -1,4 +1,4 @@
-"""Formats numbers for people. None becomes "n/a"; unit prefixes such as k and M are powers of 1000."""
+"""Formats numbers for people to read. None becomes "n/a". Unit prefixes such as k and M are powers of 1000."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,14 +7,15 @@ NA = "n/a"
 
 
 def number(x: Any) -> str:
-    """A number with four significant digits, or without decimals from 1000 on; other types are unchanged."""
+    """Formats a number with four significant digits, or without decimals if it is 1000 or more. Values that are not
+    numbers are formatted by `str`."""
     if isinstance(x, bool) or not isinstance(x, int | float):
         return NA if x is None else str(x)
     return f"{x:,.0f}" if abs(x) >= 1000 or isinstance(x, int) else f"{x:.4g}"
 
 
 def short(x: float | None) -> str:
-    """A number with two significant digits, or without decimals from 100 on."""
+    """Formats a number with two significant digits, or without decimals if it is 100 or more."""
     return NA if x is None else f"{x:,.0f}" if abs(x) >= 99.5 else f"{x:.2g}"
 
 
@@ -36,7 +37,7 @@ def percent(x: float | None) -> str:
 
 
 def scaled(x: float | None, unit: str = "", names: str = " kMGTPE") -> str:
-    """1234567 with unit "B" -> "1.2 MB": at most three digits."""
+    """Formats a number with at most three digits and a unit prefix: 1234567 with unit "B" becomes "1.2 MB"."""
     if x is None:
         return NA
     power = 0
@@ -67,7 +68,7 @@ def duration(x: float) -> str:
 
 
 def span(values: Sequence[float] | None, form: str = ",.0f", between: str = " to ") -> str:
-    """(low, high) -> "1 to 2", or a single number if both look the same."""
+    """Formats (low, high) as "1 to 2", or as a single number if both numbers are formatted alike."""
     if values is None:
         return NA
     low, high = (format(v, form) for v in values)

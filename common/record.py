@@ -7,8 +7,8 @@ from common.types import Json
 
 
 def read(path: str | Path) -> list[Json]:
-    """The lines of a file, each a dict {"step", "time", "kind", ...}. Lines that were cut short by a kill, and lines
-    that are not valid, are left out."""
+    """Reads the lines of a metrics.jsonl, each a dict {"step", "time", "kind", ...}. Skips invalid lines, and lines
+    that are incomplete because a process was killed."""
     return list(filter(_sound, files.read_lines(path)))
 
 

@@ -1,4 +1,4 @@
-"""Compiles regular expressions from untrusted files, but refuses patterns that could be slow on short names."""
+"""Compiles regular expressions from untrusted files, and refuses patterns that could be slow even on short texts."""
 
 import re
 from collections.abc import Iterator
@@ -8,16 +8,17 @@ from typing import Any
 
 from common.errors import UserError
 
-# Limits of a pattern: the number of characters (LONGEST); of long repeats (WIDE), each of which may multiply the time
-# by the text's length; of repeats and branches (CHOICES), each of which may double the time.
+# Limits of a pattern: LONGEST is the maximum number of characters. WIDE is the maximum number of long repeats, each of
+# which may multiply the matching time by the length of the text. CHOICES is the maximum number of repeats and branches,
+# each of which may double the matching time.
 LONGEST, WIDE, CHOICES = 2000, 4, 16
 REPEATS = {op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT}
 DIGITS = [(op.IN, [(op.CATEGORY, op.CATEGORY_DIGIT)])]
 
 
 def bounded(pattern: str, where: str) -> re.Pattern[str]:
-    """Compiles `pattern`. Raises UserError when it is invalid, or when backtracking could take long, because it repeats
-    an ambiguous pattern, as in (a+)+, or has many long repeats."""
+    """Compiles `pattern`. Raises UserError if `pattern` is invalid, or if backtracking could take long because
+    `pattern` repeats an ambiguous part, as in (a+)+, or has many long repeats."""
     try:
         if len(pattern) > LONGEST:
             raise ValueError(f"it has more than {LONGEST} characters")
@@ -35,7 +36,7 @@ def bounded(pattern: str, where: str) -> re.Pattern[str]:
 
 
 def _choices(tree: Any) -> Iterator[tuple[int, Any]]:
-    """(maximum count, repeated pattern) of each repeat in a parsed pattern, (0, None) of each branch."""
+    """Yields (maximum count, repeated pattern) for each repeat in a parsed pattern, and (0, None) for each branch."""
     for kind, value in tree:
         if kind in REPEATS:
             yield int(value[1]), value[2]
@@ -52,7 +53,7 @@ def _several(tree: Any) -> bool:
 
 
 def _parts(value: Any) -> list[Any]:
-    """The patterns in a node's arguments."""
+    """The sub-patterns in the arguments of a node of a parsed pattern."""
     if isinstance(value, parser.SubPattern):
         return [value]
     return [part for item in value for part in _parts(item)] if isinstance(value, tuple | list) else []

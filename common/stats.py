@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 
-Z = 1.959964  # quantile of the normal distribution for a two-sided interval
+Z = 1.959964  # quantile of the normal distribution for a two-sided 95 % interval
 
 
 def of_scores(scores: Sequence[float]) -> tuple[float, float]:
-    """Wilson's interval (1927) if all scores are 0 or 1, else the normal interval, which is infinite for n = 1.
+    """Wilson's interval (1927) if all scores are 0 or 1, else the interval of the normal approximation, which is
+    infinite for a single score.
 
     Wilson's interval stays within [0, 1], and its width is above 0 even if all answers are right or all are wrong.
     """
@@ -19,14 +20,14 @@ def of_scores(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def wilson(p: float, n: int) -> tuple[float, float]:
-    """Wilson's interval for a fraction `p` of `n` answers."""
+    """Wilson's interval for a fraction `p` that was observed in `n` answers."""
     center, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     return max(0.0, (center - half) / (1 + Z**2 / n)), min(1.0, (center + half) / (1 + Z**2 / n))
 
 
 def student(values: Sequence[float]) -> tuple[float, float] | None:
-    """Student's t interval, for a few values of unknown variance, such as those of several seeds; None for one
-    value."""
+    """Student's t interval for the mean of a few values of unknown variance, such as the scores of several seeds.
+    Returns None for a single value."""
     from scipy.special import stdtrit
 
     n, center = len(values), sum(values) / len(values)

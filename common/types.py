@@ -4,14 +4,14 @@ from collections.abc import ItemsView
 from typing import Any, Protocol
 
 Leaf = bool | int | float | str | tuple | None  # the value of a config key
-Json = dict[str, Any]  # an object in a JSON file or request
+Json = dict[str, Any]  # a JSON object, from a file or a request
 
 
 class Config(Protocol):
-    """A run's config, or a group of its keys; values are attributes, as in `cfg.optim.lr`. At run time it is an
-    ml_collections.ConfigDict.
+    """The config of a run, or a group of keys in a config. Values are read as attributes, as in `cfg.optim.lr`. At run
+    time, a Config is an ml_collections.ConfigDict.
 
-    configs/base.py declares all keys and their types; values are checked before a Config is used.
+    configs/base.py declares all keys and their types, and all values are checked before a Config is used.
     """
 
     def __getattr__(self, key: str, /) -> Any: ...

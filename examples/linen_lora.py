@@ -2,9 +2,10 @@
 
     python -m examples.linen_lora
 
-The model learns whether a string contains "ab"; then an adapter on the frozen base learns the same for "ba". Hardware:
-a laptop CPU, a few seconds. Expected: the base is right on its own task and near chance on the new task, and the
-adapter is right on the new task. With the adapter off, the base's score is unchanged.
+The model first learns whether a string contains "ab". Then the model is frozen, and an adapter on it learns whether a
+string contains "ba". Running this example takes a few seconds on a laptop CPU. As a result, the frozen model is
+accurate on "ab" and near chance on "ba", and the adapter is accurate on "ba". With the adapter switched off, the
+accuracy on "ab" is unchanged.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ STEPS, BATCH, HELD_OUT = 400, 64, 2000
 
 
 class Classifier(nn.Module):
-    """An ordinary model."""
+    """An ordinary flax.linen model, which has no LoRA code."""
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -33,14 +34,16 @@ class Classifier(nn.Module):
 
 
 def draw(key: jax.Array, pair: tuple[int, int], n: int) -> tuple[jax.Array, jax.Array]:
-    """Random strings [n, LENGTH], and whether each contains `pair`; 46 % do."""
+    """Draws random strings [n, LENGTH], and labels that say whether each string contains `pair`; 46 % of the strings
+    do."""
     tokens = jax.random.randint(key, (n, LENGTH), 0, LETTERS)
     found = (tokens[:, :-1] == pair[0]) & (tokens[:, 1:] == pair[1])
     return tokens, found.any(1).astype(jnp.int32)
 
 
 def train(apply: Callable, params: Params, what: str, pair: tuple[int, int], seed: int) -> Params:
-    """`params` after STEPS of Adam on the parameters that `weights.trainable(params, what)` selects."""
+    """Trains the parameters that `weights.trainable(params, what)` selects for STEPS steps of Adam. Returns all
+    parameters."""
     moving, frozen = weights.partition(params, weights.trainable(params, what))
     tx = optax.adam(3e-3)
 
@@ -60,7 +63,7 @@ def train(apply: Callable, params: Params, what: str, pair: tuple[int, int], see
 
 
 def main() -> dict[str, float]:
-    """Prints and returns the accuracy on held-out strings."""
+    """Trains the model and the adapter. Prints and returns their accuracies on held-out strings."""
     model, ab, ba = Classifier(), (0, 1), (1, 0)
     tokens, _ = draw(jax.random.key(0), ab, 1)
     plain = lambda params, tokens: model.apply({"params": params}, tokens)

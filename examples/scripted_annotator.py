@@ -1,11 +1,11 @@
-"""A scripted annotator votes through the real feedback page, in a browser, with known noise.
+"""Simulates an annotator with a known error rate, who votes on the real feedback page in a browser.
 
     python -m feedback.main --db=votes.db --items=items.jsonl      prints the link
     python -m examples.scripted_annotator LINK [--prefer=longest|shortest|FILE.py] [--noise=0.1] [--seed=0] [--most=100]
 
-FILE.py has a function `score(prompt, answer)`; the answer with the higher score is preferred, and equal scores are a
-tie. With probability --noise the ranking of an item's answers is reversed. The script needs playwright and Chromium
-(make .venv/pages).
+FILE.py defines a function `score(prompt, answer)`. The answer with the higher score is preferred, and equal scores are
+a tie. With probability --noise, the ranking of an item's answers is reversed. The script needs playwright and Chromium,
+which `make .venv/pages` installs.
 """
 
 import random
@@ -26,7 +26,8 @@ RULES: dict[str, Score] = {
 
 
 def annotate(link: str, score: Score, *, chromium: str = "/usr/bin/chromium", **options: Any) -> int:
-    """Opens a link in a browser and votes with the options of `vote`. Returns the number of votes."""
+    """Opens a link to the feedback page in a browser, and votes there with the options of `vote`. Returns the number of
+    votes."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as p:
@@ -36,7 +37,8 @@ def annotate(link: str, score: Score, *, chromium: str = "/usr/bin/chromium", **
 
 
 def vote(page: Any, score: Score, *, noise: float = 0.0, seed: int = 0, most: int | None = None) -> int:
-    """Votes on all items of an open page, or on the first `most`, by keys as a person would."""
+    """Votes on all items of an open feedback page, or on the first `most` items, by pressing keys as a person would.
+    Returns the number of votes."""
     draw, done = random.Random(seed), 0
     while done != most and page.locator("#task").get_attribute("data-item"):
         if page.locator("dialog[open]").count():  # guidelines
@@ -52,8 +54,8 @@ def vote(page: Any, score: Score, *, noise: float = 0.0, seed: int = 0, most: in
 
 
 def keys(scores: list[float], wrong: bool) -> list[str]:
-    """The keys to press: letters from the best answer to the worst, with Shift for an answer that ties with the one
-    before."""
+    """The keys that rank the answers: the letters of the answers from best to worst, each with Shift if the answer ties
+    with the previous answer."""
     if len(set(scores)) == 1:
         return ["t"]
     order = sorted(range(len(scores)), key=lambda i: scores[i], reverse=not wrong)

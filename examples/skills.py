@@ -1,12 +1,13 @@
-"""Task arithmetic from random weights: adds, removes and combines skills as weight updates, and scores each result.
+"""Task arithmetic on tiny models: adds, removes and combines skills as weight updates, and scores each resulting model.
 
     python -m examples.skills --out=runs/skills [--seeds=3]
 
-A tiny base is briefly trained on two tasks, sums of digits and copying words. Adapters then learn each task separately,
-and both together; `tools.edit` combines them. Hardware: a laptop CPU, two minutes per seed. Sums are memorized, since
-all 100 occur in training; words are not. Expected: an adapter raises the accuracy of its own task to 100 % at the cost
-of the other task. "both - sums" loses more accuracy on sums than on words, and "both - words" the reverse. TIES keeps
-more of both skills than linear addition, and joint training is better than either.
+A tiny base model is first trained briefly on two tasks, adding two digits and copying words. Then one adapter is
+trained on each task and one on both, and `tools.edit` combines the adapters. Each seed takes two minutes on a laptop
+CPU. The sums are memorized, since all 100 sums occur in the training data, but the test words are new. As a result, an
+adapter raises the accuracy on its own task to 100 %, and lowers the accuracy on the other task. The model "both - sums"
+loses more accuracy on sums than on words, and "both - words" loses more accuracy on words. TIES keeps more of both
+skills than linear addition, and training one adapter on both tasks keeps more than TIES.
 """
 
 import sys
@@ -17,7 +18,7 @@ from common.errors import UserError
 from configs import schema
 
 TASKS = {"sums": "synthetic:add?n=4000&digits=1", "words": "synthetic:copy?n=4000&length=3"}
-HELD_OUT, SEED = 200, 1000  # questions, and the seed that draws them
+HELD_OUT, SEED = 200, 1000  # number of test questions, and the seed with which they are drawn
 
 
 @cli.command
@@ -30,7 +31,8 @@ def main(argv: list[str]) -> int | None:
 
 
 def skills(out: Path, seed: int) -> dict[str, dict[str, float]]:
-    """{model: {task: fraction of right answers}}; all models are written to the folder `out`."""
+    """Trains and combines all models, and writes them to the folder `out`. Returns {model: {task: fraction of right
+    answers}}."""
     base, runs = out / "base", {name: out / name for name in ("sums", "words", "both")}
     both = ",".join(TASKS.values())
     train(base, seed, {"data.source": both, "steps": "80"})
@@ -51,7 +53,8 @@ def skills(out: Path, seed: int) -> dict[str, dict[str, float]]:
 
 
 def train(folder: Path, seed: int, keys: dict[str, str]) -> None:
-    """Runs configs/sft/tiny.py with some keys changed; skips a finished run."""
+    """Trains a model with configs/sft/tiny.py, of which `keys` changes some values. A run that has already finished is
+    skipped."""
     from train.main import run
 
     argv = [f"--config.{key}={value}" for key, value in {"seed": seed, "samples": "()", **keys}.items()]

