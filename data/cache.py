@@ -1,10 +1,11 @@
-"""Tokenized documents on disk: flat, memory-mapped arrays in a folder whose name is a fingerprint of everything that
-the tokens depend on.
+"""Stores tokenized documents on disk, as flat arrays that are memory-mapped for reading. The name of a cache folder is
+a fingerprint of everything on which the tokens depend.
 
-A folder holds tokens.bin (uint16 or uint32, documents end to end), mask.bin (one bit per token: whether the next token
-counts in the loss), offsets.bin (int64, documents + 1), hashes.bin (uint64 per document) and index.json (the files'
-sizes and sha256, and the report). Documents with numbers or tags also have columns.bin (float64 [documents, columns])
-or tags.bin (int16, one tag per token).
+A cache folder contains tokens.bin (uint16 or uint32, the tokens of all documents), mask.bin (one bit per token, set if
+the next token counts in the loss), offsets.bin (int64, where each document begins in tokens.bin, and the end),
+hashes.bin (one uint64 per document) and index.json (the sizes and sha256 of these files, and the report on the source).
+If the documents have numeric columns, there is also columns.bin (float64 [documents, columns]), and if they have tags,
+tags.bin (int16, one tag per token).
 """
 
 import contextlib
@@ -22,7 +23,7 @@ import numpy as np
 from common import files
 from common.errors import UserError
 
-VERSION = 2  # version of the file layout; a cache of another version is rebuilt
+VERSION = 2  # version of the file layout; a cache with another version is rebuilt
 FILES = ("tokens.bin", "mask.bin", "offsets.bin", "hashes.bin")
 INDEX = "index.json"
 
@@ -33,16 +34,17 @@ class Broken(UserError):
 
 class Document(NamedTuple):
     ids: list[int]
-    learnt: list[int] | None  # 1 where this token counts in the loss; None: all tokens count
-    hash: int  # hash of the text that decides whether the document is held out
-    columns: Mapping[str, float] = MappingProxyType({})  # {name: number}; all documents of a cache have the same names
-    tags: list[int] | None = None  # one tag (a class number, int16) per token; -1: no tag
+    learnt: list[int] | None  # 1 for each token that counts in the loss, else 0; None if all tokens count
+    hash: int  # hash that decides whether the document is held out
+    columns: Mapping[str, float] = MappingProxyType({})  # {name: number}, with the same names in all documents
+    tags: list[int] | None = None  # one class number per token (int16), or -1 for a token without a tag
 
 
 def write(folder: Path, documents: Iterable[Document], index: dict, vocab_size: int, check: Callable) -> None:
     """Writes a cache under a temporary name and renames it to `folder`, so that it appears complete or not at all.
 
-    The iterator `documents` may fill `index` while it runs; `check()` is called after the last document and may raise.
+    The iterator `documents` may fill `index` while it runs. `check()` is called after the last document, and may raise
+    an error to prevent the cache from being written.
     """
     with contextlib.suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +65,7 @@ def write(folder: Path, documents: Iterable[Document], index: dict, vocab_size: 
 
 
 def _write_arrays(work: Path, documents: Iterable[Document], dtype: str) -> dict:
-    """Writes the arrays of a cache, and returns the part of its index that describes them."""
+    """Writes the arrays of a cache, and returns the entries of the cache's index that describe these arrays."""
     ends, hashes, columns, bits, names = [0], [], [], np.zeros(0, np.uint8), ()
     with (
         open(work / "tokens.bin", "wb") as tokens,
@@ -73,7 +75,7 @@ def _write_arrays(work: Path, documents: Iterable[Document], dtype: str) -> dict
         for document in documents:
             tokens.write(np.asarray(document.ids, dtype).tobytes())
             learnt = np.ones(len(document.ids)) if document.learnt is None else document.learnt
-            bits = np.concatenate([bits, learnt[1:], [0]]).astype(np.uint8)  # the last token has no successor
+            bits = np.concatenate([bits, learnt[1:], [0]]).astype(np.uint8)  # the last token has no token to predict
             whole = len(bits) // 8 * 8
             masks.write(np.packbits(bits[:whole]).tobytes())
             bits = bits[whole:]
@@ -83,7 +85,7 @@ def _write_arrays(work: Path, documents: Iterable[Document], dtype: str) -> dict
             columns.append(tuple(document.columns.values()))
             tags.write(np.asarray(document.tags or (), np.int16).tobytes())
         masks.write(np.packbits(bits).tobytes())
-    (work / "offsets.bin").write_bytes(np.asarray(ends, np.int64))  # ndarray.tofile would not report why it failed
+    (work / "offsets.bin").write_bytes(np.asarray(ends, np.int64))  # ndarray.tofile would not report the error's cause
     (work / "hashes.bin").write_bytes(np.asarray(hashes, np.uint64))
     if not (work / "tags.bin").stat().st_size:
         (work / "tags.bin").unlink()
@@ -102,14 +104,14 @@ class Stored(NamedTuple):
     tags: np.ndarray | None = None  # int16 [N]; -1: no tag
 
     def mask(self, slots: np.ndarray) -> np.ndarray:
-        """1.0 for each token position in `slots` whose next token counts in the loss, else 0.0. float32, in the shape
-        of `slots`."""
+        """For each token position in `slots`, 1.0 if the next token counts in the loss, else 0.0. The result is a
+        float32 array with the shape of `slots`."""
         return ((self.bits[slots >> 3] >> (7 - (slots & 7)).astype(np.uint8)) & 1).astype(np.float32)
 
 
 def read(folder: Path, check_hashes: bool = False) -> Stored:
-    """Memory-maps a cache. Raises Broken when a file is missing or has the wrong size, and with `check_hashes` also
-    when its sha256 is wrong."""
+    """Memory-maps a cache. Raises Broken if a file is missing or has the wrong size. With `check_hashes`, also raises
+    Broken if the sha256 of a file is wrong."""
     try:
         index = files.load_json(folder / INDEX)
         if (layout := index.get("layout", 1)) != VERSION:

@@ -1,5 +1,5 @@
-"""Tokenizes one source: records become examples, and examples become documents of token ids. A report lists everything
-that was left out."""
+"""Tokenizes one data source: its records become examples, and its examples become documents of token ids. A report
+counts everything that was left out."""
 
 import contextlib
 import hashlib
@@ -23,18 +23,18 @@ from data.text.chat import Asked
 from data.text.template import TemplateLimit
 from data.text.tokenizer import Tokenizer
 
-# Keys of a report. A cache whose report lacks one of them is rebuilt; its documents stay the same.
+# The keys of a dataset's report. A cache whose report lacks one of these keys is rebuilt, with the same documents.
 REPORT = {"documents", "tokens", "learnt", "bad", "causes", "wrapped", "spelled", "answers", "ended", "unused", "notes"}
-REPORT |= {"masks"}  # version of the rules that find the ends of answers
-VERSION = 1  # increased when the same input gives different documents
+REPORT |= {"masks"}  # version of the rules that determine where answers end
+VERSION = 1  # increased when a code change gives different documents for the same input
 CAUSES = 100  # maximum number of reasons for bad rows that are counted separately
 SHOWN = 5  # maximum number of reasons that a message lists
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples of one kind (data.examples). Each has one document per side: a pair has the sides chosen and
-    rejected."""
+    """The tokenized examples of one source, all of the same kind (see data.examples). An example consists of one or
+    more named documents. For example, a preference pair consists of the documents "chosen" and "rejected"."""
 
     stored: cache.Stored
     folder: Path
@@ -45,12 +45,13 @@ class Dataset:
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """Names of the sides: one side for texts and completions, two for pairs, K for groups of K answers."""
+        """The names of the documents of each example: one name for texts and completions, two names for pairs, and K
+        names for groups of K answers."""
         return tuple(self.stored.index["sides"])
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the numeric columns that every document has."""
+        """The names of the numeric columns that every document has."""
         return tuple(self.stored.index["columns"])
 
     @property
@@ -59,10 +60,11 @@ class Dataset:
 
     @property
     def report(self) -> dict:
-        """Counts: documents, tokens, `learnt` (tokens in the loss), bad rows, `wrapped` (prompts put into the chat
-        template), `spelled` (rows whose text spells control tokens), answers, and `ended` (answers with an end token).
-        Also causes {reason: (bad rows, the first of them)}, unused {column: rows that had it}, notes {remark: rows},
-        and `system` (up to two different system texts with which chats begin)."""
+        """Counts of what was read: documents, tokens, `learnt` (tokens in the loss), bad rows, `wrapped` (prompts that
+        were put into the chat template), `spelled` (rows whose text contains the spelling of control tokens), answers,
+        and `ended` (answers that end with an end token). The report also has causes {reason: (number of bad rows, the
+        first of these rows)}, unused {column: number of rows that have it}, notes {remark: number of rows}, and
+        `system` (up to two different system prompts with which chats begin)."""
         return self.stored.index["report"]
 
     @cached_property
@@ -70,14 +72,14 @@ class Dataset:
         return np.diff(self.stored.offsets)
 
     def __len__(self) -> int:
-        """The number of examples; all answers to one prompt are one example."""
+        """The number of examples. The answers of a pair or a group count as one example."""
         return len(self.stored.hashes) // len(self.sides)
 
     def split(self, holdout: float) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the training examples, and of the held-out examples. The choice depends only on an example's
-        prompt, or on its text if it has no prompt.
+        """Returns the indices of the training examples, and those of the held-out examples. Whether an example is held
+        out depends only on its prompt, or on its text if it has no prompt.
 
-        With 2 examples or more and holdout > 0, at least one is held out.
+        If there are two or more examples and holdout > 0, at least one example is held out.
         """
         hashes = self.stored.hashes[:: len(self.sides)]
         out = hashes < np.uint64(min(int(holdout * 2**64), 2**64 - 1))
@@ -98,11 +100,11 @@ def prepare(
     max_bad: float = 0.001,
     learn: str = "all",
 ) -> Dataset:
-    """The tokenized source, read from its cache in `folder`, or tokenized and cached now.
+    """Reads a tokenized source from its cache in `folder`, or else tokenizes and caches the source.
 
-    Prompts with completions become chats if the tokenizer has a chat template. `learn`: which answers of a chat count
-    in the loss, "all" or the "last". Raises UserError when more than the fraction `max_bad` of the records is bad, or
-    no record is left.
+    Prompts with completions become chats if the tokenizer has a chat template. `learn` determines which answers of a
+    chat count in the loss: "all" or the "last". Raises UserError if a larger fraction of the records than `max_bad` is
+    bad, or if no record is left.
     """
     if missed := sources.passed_over(source):
         warn("%s: passed over, not read: %s", source, ", ".join(missed))
@@ -111,7 +113,7 @@ def prepare(
     parts += ["wrapped"] * wraps + [learn] * (learn != "all")
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     path = Path(folder).expanduser() / fingerprint[:24]
-    files.clean(path.parent)  # left by a killed process, even if another process has completed this cache
+    files.clean(path.parent)  # deletes unfinished caches of killed processes, even if this cache is complete
     if path.exists():
         try:
             found = Dataset(cache.read(path), path)
@@ -150,14 +152,15 @@ def _check(report: dict, source: str, max_bad: float) -> None:
 
 
 def causes(found: dict[str, tuple[int, str]]) -> list[str]:
-    """One line per frequent reason for bad rows, with its count and the first such row."""
+    """One line for each of the most frequent reasons for bad rows, with the number of bad rows and the first such
+    row."""
     ordered = sorted(found.items(), key=lambda item: -item[1][0])
     lines = [f"{reason} ({n:,} row{'s' * (n > 1)}, first: {first})" for reason, (n, first) in ordered[:SHOWN]]
     return [*lines, f"and {len(ordered) - SHOWN} more reasons"] if len(ordered) > SHOWN else lines
 
 
 def notes(report: dict, tokenizer: Tokenizer) -> list[str]:
-    """Remarks on how the records were processed, to read before training."""
+    """Remarks on how the records were processed, which a user should read before training."""
     lines = [f"{count:,} {what}" for what, count in report["notes"].items()]
     if report["wrapped"]:
         lines.append(
@@ -173,12 +176,12 @@ def notes(report: dict, tokenizer: Tokenizer) -> list[str]:
 
 
 def unused(report: dict) -> str:
-    """The unused columns and fields, with the number of rows that had each."""
+    """A list of the unused columns and fields, with the number of rows in which each one occurs."""
     return ", ".join(f"{name} ({count:,} rows)" for name, count in sorted(report["unused"].items()))
 
 
 def has_chats(source: str, form: str = "auto", fields: str = "") -> bool:
-    """Whether the first readable record is a chat."""
+    """Whether the first readable record of a source is a chat."""
     return _first_part(source, form, fields, Chat)
 
 
@@ -188,13 +191,13 @@ def _first_part(source: str, form: str, fields: str, kind: type[Example]) -> boo
 
 
 def texts(source: str, form: str = "auto", fields: str = "") -> Iterator[str]:
-    """The plain text of every readable record, on which a tokenizer is trained."""
+    """Yields the plain text of every readable record, for training a tokenizer."""
     for found in _examples(source, form, fields):
         yield found.plain()
 
 
 def _examples(source: str, form: str, fields: str) -> Iterator[Example]:
-    """The examples of the readable records; `prepare` counts the unreadable ones."""
+    """Yields the examples of all readable records. Unreadable records are skipped; `prepare` counts them."""
     names = formats.parse_fields(fields)
     for row in sources.rows(source):
         with contextlib.suppress(UserError):
@@ -207,7 +210,7 @@ def _examples(source: str, form: str, fields: str) -> Iterator[Example]:
 def _documents(
     source: str, tokenizer: Tokenizer, form: str, fields: dict, asked: Asked, index: dict
 ) -> Iterator[Document]:
-    """Yields the documents, and fills `index` (kind, sides, report) on the way."""
+    """Yields the documents of a source, and meanwhile fills the entries kind, sides and report of `index`."""
     report, rows = index["report"], sources.rows(source)
     report["unused"], report["notes"] = asked.unused, asked.notes
     while block := list(islice(rows, 256)):
@@ -225,7 +228,7 @@ def _documents(
                 documents = found.documents(tokenizer, ids, asked)
                 if not all(map(_learnt, documents)):
                     raise UserError("no token to learn")
-            except TemplateLimit:  # every further row would take just as long
+            except TemplateLimit:  # rendering each further row would hit the same limit
                 raise
             except Exception as error:
                 _bad(report, row.where, _reason(error))
@@ -268,7 +271,7 @@ def _example(row: sources.Row, form: str, fields: dict, tokenizer: Tokenizer, re
 
 
 def _reason(error: Exception) -> str:
-    """The message for a bad record; any exception while a record is read makes it a bad record."""
+    """The reason why a record is bad. A record is bad if processing the record raises any exception."""
     if isinstance(error, UserError):
         return str(error)
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -283,5 +286,6 @@ def _bad(report: dict, where: str, reason: str) -> None:
 
 
 def _learnt(document: Document) -> int:
-    """Number of targets in the loss; the first token of a document is never a target."""
+    """The number of tokens that count in the loss. The first token of a document never counts, since nothing predicts
+    it."""
     return len(document.ids) - 1 if document.learnt is None else sum(document.learnt[1:])

@@ -1,5 +1,5 @@
-"""Examples are made from records. Each lists the texts to encode, and builds one document per side from their token
-ids."""
+"""Classes of training examples, which are made from records. An example lists its texts, which are then tokenized, and
+builds documents from the resulting token ids."""
 
 import hashlib
 import json
@@ -14,19 +14,20 @@ from data.text import chat
 from data.text.chat import Asked
 from data.text.tokenizer import Tokenizer
 
-MOST = 1 << 20  # maximum tokens of a passage
+MOST = 1 << 20  # maximum number of tokens of a passage
 ADJECTIVES = {"label": "labelled", "rating": "rated"}
 
 
 class Example:
-    """The example of one record. All examples of a source have the same `kind` (a name used in error messages), sides
-    and columns."""
+    """The base class of training examples. An example is made from one record. All examples of a source have the same
+    `kind` (a name for error messages), the same `sides` (names of their documents) and the same columns."""
 
     kind: str
     sides: tuple[str, ...] = (batches.ONE,)
 
     def parts(self) -> tuple["Example", ...]:
-        """One example per side. A text, a chat or a completion has only one side: itself."""
+        """The examples of which this example consists, such as the two answers of a preference pair. A text, a chat or
+        a completion consists only of itself."""
         return (self,)
 
     def each(self, change: Callable[["Example"], "Example"]) -> "Example":
@@ -34,24 +35,24 @@ class Example:
         return change(self)
 
     def plain(self) -> str:
-        """Text to train a tokenizer on."""
+        """The text of this example on which a tokenizer is trained."""
         raise NotImplementedError
 
     def texts(self) -> list[str]:
-        """The texts to encode; the tokenizer encodes the texts of many examples at once."""
+        """The texts of this example to tokenize. The texts of many examples are tokenized in one call."""
         return []
 
     def documents(
         self, tokenizer: Tokenizer, encoded: Iterator[list[int]], asked: Asked | None = None
     ) -> list[Document]:
-        """One document per side; `encoded` yields the token ids of each of `texts`. Raises UserError for a chat that
-        the template cannot render."""
+        """Builds one document for each part of the example. `encoded` yields the token ids of each text in `texts()`.
+        Raises UserError for a chat that the chat template cannot render."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Text(Example):
-    """A text; every token counts in the loss, and a long text may be split into pieces."""
+    """A plain text, in which every token counts in the loss. A long text may be split into pieces."""
 
     text: str
     kind: ClassVar[str] = "text"
@@ -66,7 +67,7 @@ class Text(Example):
         self, tokenizer: Tokenizer, encoded: Iterator[list[int]], asked: Asked | None = None
     ) -> list[Document]:
         ids, start, end = next(encoded), _start(tokenizer), _end(tokenizer)
-        if tokenizer.reads_control:  # a rendered chat may already contain these tokens
+        if tokenizer.reads_control:  # a rendered chat may already contain the start and end tokens
             start = [] if start == ids[: len(start)] else start
             end = [] if end and self.text.rstrip().endswith(tokenizer.core.id_to_token(end[0])) else end
         return [Document([*start, *ids, *end], None, _hash(self.text))]
@@ -98,7 +99,7 @@ class Completion(Example):
 
 @dataclass(frozen=True)
 class Chat(Example):
-    """A chat. The assistant's turns count in the loss, from message number `first` on."""
+    """A chat. The assistant's messages count in the loss, beginning with the message at index `first`."""
 
     messages: chat.Messages
     first: int = 0
@@ -117,8 +118,8 @@ class Chat(Example):
 
 @dataclass(frozen=True)
 class Tagged(Example):
-    """Words with one tag (a number) each, as in named-entity recognition. The first token of a word gets the word's
-    tag."""
+    """A text of words that each have a tag (a class number), as in named-entity recognition. The first token of each
+    word gets the word's tag."""
 
     words: tuple[str, ...]
     tags: tuple[int, ...]
@@ -132,7 +133,7 @@ class Tagged(Example):
     ) -> list[Document]:
         text = self.plain()
         ids, offsets = tokenizer.encode_offsets(text)
-        starts, at = {}, 0  # position of a word's first character -> the word's tag
+        starts, at = {}, 0  # {position of a word's first character: the word's tag}
         for word, tag in zip(self.words, self.tags, strict=True):
             starts[at], at = tag, at + len(word) + 1
         tags = []
@@ -148,7 +149,7 @@ class Parts(Example):
     """An example that consists of other examples. Its documents have numeric columns."""
 
     def columns(self) -> tuple[dict[str, float], ...]:
-        """The columns of each part's document."""
+        """The numeric columns of the document of each part."""
         return ({},) * len(self.sides)
 
     def plain(self) -> str:
@@ -170,7 +171,7 @@ class Pair(Parts):
 
     chosen: Completion | Chat
     rejected: Completion | Chat
-    numbers: tuple[tuple[str, float], ...] = ()  # {column: value}: the margin, or whether the pair is a tie
+    numbers: tuple[tuple[str, float], ...] = ()  # (column, value): the margin, or whether the pair is a tie
     sides: ClassVar[tuple[str, ...]] = batches.KINDS["pair"].sides
 
     @property
@@ -189,7 +190,8 @@ class Pair(Parts):
 
 @dataclass(frozen=True)
 class Match(Parts):
-    """A question and a passage that answers it, with the special tokens that an encoder expects."""
+    """A question and a passage that answers it. Both are tokenized with the special tokens that an encoder model
+    expects."""
 
     passage: Text
     query: Text
@@ -208,7 +210,8 @@ class Match(Parts):
 
 @dataclass(frozen=True)
 class Group(Parts):
-    """Several answers to one prompt with one number each: `column` is "rank" (1 is the best) or "rating"."""
+    """Several answers to one prompt, each with a number. `column` says what the numbers are: "rank", where 1 is the
+    best, or "rating"."""
 
     answers: tuple[Completion | Chat, ...]
     column: str
@@ -234,7 +237,7 @@ class Group(Parts):
 
 @dataclass(frozen=True)
 class Scored(Parts):
-    """A text, completion or chat with a number: `column` is "label" or "rating"."""
+    """A text, completion or chat with a number. `column` says what the number is: "label" or "rating"."""
 
     example: Text | Completion | Chat
     column: str
@@ -255,10 +258,10 @@ class Scored(Parts):
 
 
 def wrapped(found: Example) -> Example:
-    """A prompt and its completion as turns of a chat, for models with a chat template. Any other example is returned
-    unchanged.
+    """Converts a prompt and its completion to the turns of a chat, for models with a chat template. Any other example
+    is returned unchanged.
 
-    A transcript, as in Anthropic's datasets, is split into its turns.
+    If the prompt is a transcript of a dialog, as in Anthropic's datasets, it is split into turns.
     """
     if not isinstance(found, Completion):
         return found

@@ -1,5 +1,5 @@
-"""Reads the records of one file: JSON lines, JSON arrays, CSV, Arrow, Parquet and text; plain, or compressed by gzip or
-Zstandard."""
+"""Reads the records of one file. Its format may be JSON lines, a JSON array, CSV, Arrow, Parquet or text, and it may be
+compressed with gzip or Zstandard."""
 
 import contextlib
 import csv
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     import pyarrow
 
 MAX_RECORD = 64 << 20  # bytes
-TEXT_PART = 64 << 10  # characters; a longer text file is cut at empty lines into several documents
-CHUNK = 1 << 20  # characters of a JSON list that are read at a time
+TEXT_PART = 64 << 10  # maximum characters of a document; a longer text file is cut at empty lines
+CHUNK = 1 << 20  # number of characters of a JSON list that are read at a time
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Row(NamedTuple):
-    """One record and its position in the file. If it could not be read, `record` is None and `reason` says why."""
+    """One record and its position in a file. If the record could not be read, `record` is None and `reason` says
+    why."""
 
     where: str
     record: dict | None
@@ -33,8 +34,8 @@ class Row(NamedTuple):
 
 
 def read(path: Path) -> Iterator[Row]:
-    """The records of a file. An unreadable record is a Row with a reason; it is the last Row if nothing after it can be
-    read."""
+    """Yields the records of a file. An unreadable record gives a Row with a reason. This Row is the last one if nothing
+    after the record can be read."""
     last = Row(f"{path}:0", None)
     try:
         for last in READERS[kind(path)](path):
@@ -49,13 +50,14 @@ def read(path: Path) -> Iterator[Row]:
 
 
 def kind(path: Path) -> str:
-    """The suffix that names the format of a file, ".jsonl" for "x.jsonl.gz"; "" if the format is not supported."""
+    """The suffix that identifies the format of a file, such as ".jsonl" for "x.jsonl.gz", or "" if the format is not
+    supported."""
     name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
     return next((suffix for suffix in READERS if name.endswith(suffix)), "")
 
 
 class _Unpacked(io.RawIOBase):
-    """Wraps the stream of a decompressor, which only has `read`, as a raw Python stream."""
+    """Wraps the stream of a decompressor, which has only the method `read`, as a raw Python stream."""
 
     def __init__(self, stream: "pyarrow.CompressedInputStream"):
         self.stream = stream
@@ -71,8 +73,8 @@ class _Unpacked(io.RawIOBase):
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """A stream of the decompressed bytes of a file. Files of fsspec are buffered, since they ignore readline's size
-    limit."""
+    """Opens a file as a stream of decompressed bytes. Files in an object store are buffered, since the file objects of
+    fsspec ignore the size limit of readline."""
     with path.open("rb") as file:
         if path.name.lower().endswith(".gz"):
             file = gzip.GzipFile(fileobj=file)
@@ -114,7 +116,7 @@ def _checked(record: object, where: str) -> Row:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """A JSON list of objects, as in many published datasets, or one object per line."""
+    """Reads a JSON list of objects, as in many published datasets, or a file with one JSON object per line."""
     with opened(path) as file:
         start = file.read(4096).decode("utf-8-sig", "ignore").lstrip()[:1]
     if start != "[":
@@ -126,7 +128,8 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _entries(text: TextIO) -> Iterator[object]:
-    """The entries of a JSON list, of which only one is in memory at a time. Raises ValueError for invalid JSON."""
+    """Yields the entries of a JSON list without loading the whole list into memory. Raises ValueError for invalid
+    JSON."""
     decoder, buffer, at, mark = json.JSONDecoder(), "", 0, "["
     while True:
         try:
@@ -139,7 +142,7 @@ def _entries(text: TextIO) -> Iterator[object]:
             if buffer[start] == "]" and mark == "[":
                 return
             entry, at = decoder.raw_decode(buffer, start)
-        except (IndexError, ValueError) as error:  # broken, or not yet read to its end
+        except (IndexError, ValueError) as error:  # the entry is invalid, or has not been read to its end
             buffer, at = buffer[at:], 0
             more = text.read(max(CHUNK, len(buffer))) if len(buffer) <= MAX_RECORD else ""
             if not more:
@@ -151,7 +154,7 @@ def _entries(text: TextIO) -> Iterator[object]:
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    """A table with a header. The cells are separated by commas, semicolons or tabs, and are read as text."""
+    """Reads a table with a header. The cells are separated by commas, semicolons or tabs, and are read as text."""
     csv.field_size_limit(MAX_RECORD)
     with opened(path) as file:
         first = file.readline(MAX_RECORD)
@@ -177,11 +180,11 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _arrow(path: Path) -> Iterator[Row]:
-    """The rows of an Arrow file, as `save_to_disk` of the library datasets writes it."""
+    """Reads the rows of an Arrow file, which `save_to_disk` of Hugging Face's library `datasets` writes."""
     import pyarrow
 
     def checked(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
-        batch.validate(full=True)  # with damaged offsets Arrow would read outside its memory
+        batch.validate(full=True)  # otherwise Arrow would follow damaged offsets and read outside its memory
         return batch
 
     with opened(path) as file:
@@ -196,8 +199,8 @@ def _batches(batches: Iterable["pyarrow.RecordBatch"], path: Path) -> Iterator[R
 
 
 def _records(batch: "pyarrow.RecordBatch") -> Iterator[tuple[dict | None, str]]:
-    """(record, "") or (None, reason) for each row. Arrow allows values that Python cannot hold, such as times in the
-    year 140,000."""
+    """Yields (record, "") for each row, or (None, reason) if the row cannot be converted. Arrow allows values that
+    Python cannot represent, such as times in the year 140,000."""
     try:
         yield from ((record, "") for record in batch.to_pylist())
     except Exception:

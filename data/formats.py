@@ -1,5 +1,5 @@
-"""Turns records of any usual format into examples: text, prompt and completion, messages, a preference pair, several
-answers, a question with its passage, tagged words."""
+"""Converts records of all common formats to examples: texts, prompts with completions, chats, preference pairs, groups
+of answers, questions with passages, and tagged words."""
 
 import math
 from collections.abc import Iterable
@@ -10,7 +10,8 @@ from data.examples import Chat, Completion, Example, Group, Match, Pair, Scored,
 from data.messages import Message, are_turns, messages, parsed, turn
 from data.messages import tools as functions
 
-# {format: the kind of batch (data.rows.batch.KINDS) made from its records}. The checks of a config also read this.
+# {format: the kind of batch (data.rows.batch.KINDS) that is made from its records}. This table also serves to check a
+# config.
 FORMATS = {
     "auto": "",
     "text": "lm",
@@ -25,7 +26,8 @@ FORMATS = {
     "match": "match",
     "ranked": "group",
 }
-# "auto" takes the first format whose columns are all present. It first tries these column names of this project,
+# The format "auto" selects the first format whose columns are all present. It first tries this project's own column
+# names, which are listed here.
 SHAPES = {
     "preference": {"chosen", "rejected"},
     "ranked": {"prompt", "answers"},
@@ -37,7 +39,7 @@ SHAPES = {
     "text": {"text"},
     "tagged": {"tokens", "tags"},
 }
-# and then the column names of published datasets: (format, {name in SHAPES: published name}).
+# Column names of published datasets, which the format "auto" tries next: (format, {name in SHAPES: published name}).
 PUBLISHED = (
     ("preference", {"chosen": "chosen_response", "rejected": "rejected_response"}),
     ("preference", {"chosen": "response_j", "rejected": "response_k"}),
@@ -62,14 +64,14 @@ PUBLISHED = (
     ("match", {"query": "anchor", "passage": "positive"}),
     ("match", {"query": "question", "passage": "passage"}),
 )
-# Formats of texts or chats with a number: {format: the names that the column of the number may have}.
+# Formats in which each text or chat has a number: {format: possible names of the column that contains the number}.
 SCORED = {"labelled": ("label", "kto_tag"), "rated": ("rating",)}
 # Columns that may hold the prompt of a preference pair.
 PROMPTS = ("prompt", "question", "instruction", "query", "conversations", "messages", "input")
 SYSTEM, GIVEN, TOOLS = ("system", "system_prompt"), ("input", "context"), ("tools", "functions")
 RANKS, RATINGS = ("ranks", "rank"), ("ratings", "rating", "scores", "overall_score", "score")
 ANSWER = ("answer", "response", "content", "text")
-# Columns that say where a record comes from; all other unused columns are counted in the report.
+# Columns that describe where a record comes from. All other unused columns are counted in the report.
 IRRELEVANT = {
     "", "unnamed: 0", "__index_level_0__", "id", "idx", "index", "uid", "uuid", "hash", "prompt_id", "conversation_id",
     "message_id", "source", "dataset", "url", "split", "timestamp", "created", "date", "lang", "language", "license",
@@ -95,7 +97,8 @@ def parse_fields(spec: str) -> dict[str, str]:
 
 
 def detect(record: dict, form: str = "auto") -> tuple[str, dict[str, str]]:
-    """The format of a record, and {this project's name of a column: the record's name}."""
+    """Detects the format of a record. Returns it with {this project's name of a column: the column's name in the
+    record}."""
     there = {column for column, value in record.items() if value is not None}
     known = [(name, {column: column for column in columns}) for name, columns in SHAPES.items()]
     for name, columns in (*known, *PUBLISHED):
@@ -110,12 +113,13 @@ def detect(record: dict, form: str = "auto") -> tuple[str, dict[str, str]]:
 
 
 def example(record: dict, form: str = "auto", fields: dict[str, str] | None = None) -> Example:
-    """The example of a record. Raises a UserError that says which column is missing, empty or of the wrong type."""
+    """Converts a record to an example. Raises a UserError that says which column is missing, empty or of the wrong
+    type."""
     return read(record, form, fields)[0]
 
 
 def read(record: dict, form: str = "auto", fields: dict[str, str] | None = None) -> tuple[Example, set[str]]:
-    """The example of a record, and the non-empty columns that it does not use."""
+    """Converts a record to an example. Returns the example and the non-empty columns that the example does not use."""
     fields = fields or {}
     for ours, theirs in fields.items():
         if theirs not in record:
@@ -126,7 +130,7 @@ def read(record: dict, form: str = "auto", fields: dict[str, str] | None = None)
     seen.used |= set(fields.values())
     found = _scored(seen, SCORED[form]) if form in SCORED else _plain(seen, form)
     unused = seen.unused(IRRELEVANT)
-    said = _said(found) if unused else []  # a column that only repeats the prompt or the whole text is not reported
+    said = _said(found) if unused else []  # unused columns that only repeat the prompt or the text are not reported
     return found, {name for name in unused if not _repeated(said, dict.get(seen, name))}
 
 
@@ -171,7 +175,7 @@ def _sharegpt(record: Record) -> Chat:
 
 
 def _alpaca(record: Record) -> Chat:
-    """Instruction and input become the user's turn, separated by an empty line; earlier turns do not count in the
+    """Joins the instruction and the input with an empty line to form the user's turn. Earlier turns do not count in the
     loss."""
     asked = _question(record, "instruction")
     before = _with_system(record, _history(record))
@@ -194,8 +198,8 @@ def _prompt_completion(record: Record) -> Completion | Chat:
 
 
 def _with_system(record: Record, turns: list[Message]) -> list[Message]:
-    """The system text of a separate column becomes the first message, unless the messages already begin with a system
-    text."""
+    """Inserts the system prompt from a separate column as the first message, unless the messages already begin with a
+    system prompt."""
     text = record.first(SYSTEM)
     if not isinstance(text, str) or not text.strip() or (turns and turns[0]["role"] in ("system", "developer")):
         return turns
@@ -203,7 +207,8 @@ def _with_system(record: Record, turns: list[Message]) -> list[Message]:
 
 
 def _history(record: Record) -> list[Message]:
-    """Earlier turns, from a list of (question, answer) pairs as in LLaMA-Factory, or from messages."""
+    """Reads the earlier turns of a chat, from a list of (question, answer) pairs as in LLaMA-Factory, or from
+    messages."""
     found = parsed(record.get("history")) or []
     if are_turns(found):
         return messages(found, "history")
@@ -238,8 +243,8 @@ def _preference(record: Record) -> Pair:
 
 
 def _asked(record: Record, column: str) -> str | list[Message]:
-    """The prompt of a preference pair, with the system text and earlier turns from their own columns; "" if there is
-    none."""
+    """The prompt of a preference pair, including the system prompt and earlier turns from separate columns. Returns ""
+    if the record has no prompt."""
     value = parsed(record[column]) if column in ("input", "prompt") else record.get(column, "")
     if isinstance(value, dict) and "messages" in value:  # OpenAI's format: {"messages": [...], "tools": [...]}
         record.setdefault("tools", value.get("tools"))
@@ -260,14 +265,14 @@ def _as_turns(prompt: str | list[Message], column: str) -> list[Message]:
 
 
 def _repeats(answer: str, prompt: str) -> bool:
-    """Whether an answer begins with its prompt, and the prompt does not end within a word of the answer."""
+    """Whether an answer begins with a copy of its prompt, and this copy does not end in the middle of a word."""
     at = len(prompt)
     return answer.startswith(prompt) and len(answer) > at and (prompt[-1:].isspace() or not answer[at].isalnum())
 
 
 def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Splits off the prompt with which both answers begin. It ends between two words, or after the last "Assistant:" of
-    a transcript."""
+    """Separates both answers from the prompt with which they begin. The prompt ends between two words, or after the
+    last "Assistant:" of a transcript."""
     size = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     common, marker = chosen[:size], "\n\nAssistant:"
     if marker in common:
@@ -281,10 +286,11 @@ def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
 def _common_messages(
     prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """The prompt and the two answers after it. The prompt may be in its own column, at the beginning of both answers,
-    or in both places.
+    """Returns the prompt, and the two answers without the prompt. The prompt may be in its own column, at the beginning
+    of both answers, or in both places.
 
-    If the two prompts differ, the one in the answers is used, as in TRL; a system text that only `prompt` has is kept.
+    If the column's prompt differs from the beginning of the answers, the latter is used as the prompt, as in TRL. A
+    system prompt that occurs only in the column is kept.
     """
     size = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     inside = chosen[:size]
@@ -297,8 +303,8 @@ def _common_messages(
 
 
 def _ranked(record: Record) -> Group:
-    """The answers to a prompt, and their ranks (1 is the best) or ratings, which are in a separate column or inside the
-    answers."""
+    """Reads several answers to a prompt with their ranks (1 is the best) or ratings. The ranks or ratings are in a
+    separate column, or are fields of the answers."""
     answers = parsed(record["answers"])
     if not isinstance(answers, list) or len(answers) < 2:
         raise UserError("column 'answers' is not a list of two or more")
@@ -367,7 +373,7 @@ def _answer(prompt: object, completion: object, column: str, tools: list | None)
 
 
 def _turns(value: object) -> object:
-    """A list of turns, from JSON text or a single turn; any other value unchanged."""
+    """Converts a JSON text or a single turn to a list of turns. Any other value is returned unchanged."""
     found = parsed(value)
     if isinstance(found, dict) and are_turns([found]):
         return [found]
@@ -375,7 +381,7 @@ def _turns(value: object) -> object:
 
 
 def _number(value: object, column: str) -> float:
-    """A float from a number, or from a text that spells one, as in CSV files."""
+    """Converts a number to a float, also if it is stored as text, as in a CSV file."""
     if isinstance(value, str):
         value = {"true": 1, "false": 0}.get(value.strip().lower(), value)
     try:

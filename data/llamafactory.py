@@ -7,9 +7,9 @@ from pathlib import Path
 from common.errors import UserError, warn
 from data.files import Row
 
-# {LLaMA-Factory's name of a column: this project's name}, for rows in the alpaca format.
+# For rows in the alpaca format, {LLaMA-Factory's name of a column: this project's name of the column}.
 OURS = {"query": "input", "response": "output", "prompt": "instruction", "kto_tag": "label"}
-TURNS = {  # {formatting: names of a turn's fields}, used if an entry does not name them
+TURNS = {  # {formatting: default names of a turn's fields}, used if an entry does not name the fields
     "sharegpt": {"role_tag": "from", "content_tag": "value"},
     "openai": {"role_tag": "role", "content_tag": "content"},
 }
@@ -19,7 +19,8 @@ SELECTS = ("split", "subset", "folder", "num_samples")  # options by which LLaMA
 
 
 def mapping(path: Path) -> dict | None:
-    """The entry for a file in the dataset_info.json of its folder; None if there is none."""
+    """The entry that describes a file in the dataset_info.json of the file's folder, or None if no entry describes the
+    file."""
     place = path.parent / "dataset_info.json"
     if not place.is_file():
         return None
@@ -40,12 +41,12 @@ def mapping(path: Path) -> dict | None:
 
 @functools.cache
 def _warn(line: str) -> None:
-    """Prints a note only once, although the file is looked up several times."""
+    """Prints a warning only once, although the entry of a file is looked up several times."""
     warn(line)
 
 
 def mapped(row: Row, entry: dict) -> Row:
-    """The row, with its columns and the fields and roles of its turns renamed to those that data.formats reads."""
+    """Renames the columns of a row, and the fields and roles of its turns, to the names that data.formats reads."""
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     if row.record is None or not (columns or tags):
         return row

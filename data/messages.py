@@ -1,6 +1,6 @@
-"""Converts chats of all published formats to one format, whose messages have the fields role, content, tool_calls,
-reasoning_content, and others that a template may use. The published formats are those documented by OpenAI, Mistral,
-TRL, LLaMA-Factory, axolotl and ShareGPT."""
+"""Converts chats in the formats of OpenAI, Mistral, TRL, LLaMA-Factory, axolotl and ShareGPT to one format. In this
+format, messages have the fields role, content, tool_calls and reasoning_content, and any others that a template may
+use."""
 
 import json
 
@@ -15,7 +15,7 @@ ROLES = {
     "call": "function_call tool_call",  # a turn of the assistant whose text is a tool call
 }
 ROLE = {name: role for role, names in ROLES.items() for name in (role, *names.split())} | {"system": "system"}
-TEXT = ("text", "input_text", "output_text", "refusal")  # types of content parts that hold text
+TEXT = ("text", "input_text", "output_text", "refusal")  # types of content parts that contain text
 THOUGHT = ("thinking", "reasoning")
 IDLE = {
     "annotations",
@@ -33,8 +33,8 @@ IDLE = {
 
 
 def messages(value: object, column: str) -> list[Message]:
-    """The turns in a column, which is a list of objects or JSON text. Raises a UserError that names the first invalid
-    turn."""
+    """Reads the turns of a chat from a column, which contains a list of objects or its JSON text. Raises a UserError
+    that names the first invalid turn."""
     value = parsed(value)
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
@@ -55,8 +55,8 @@ def turn(role: str, content: str) -> Message:
 
 
 def tools(value: object) -> list[dict] | None:
-    """The functions that a model may call, in OpenAI's format; read from a list, from JSON text of a list, or from a
-    list of JSON texts."""
+    """Reads the functions that a model may call from a list, from the JSON text of a list, or from a list of JSON
+    texts. Returns the functions in OpenAI's format."""
     value = without_nulls(parsed(value))
     value = [value] if isinstance(value, dict) else value
     if not value:
@@ -68,7 +68,7 @@ def tools(value: object) -> list[dict] | None:
 
 
 def parsed(value: object) -> object:
-    """The list or object in a JSON text; any other value unchanged."""
+    """Parses a JSON text that contains a list or an object. Any other value is returned unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -78,8 +78,8 @@ def parsed(value: object) -> object:
 
 
 def without_nulls(value: object) -> object:
-    """The value without its null fields. Arrow and pandas give every object in a column the fields of all the objects
-    in it, and fill the missing ones with null."""
+    """Returns a value without its null fields. Arrow and pandas give all objects in a column the same fields, and set
+    the fields that an object lacks to null."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -105,9 +105,9 @@ def _message(given: dict, where: str) -> Message:
     if role == "assistant" and any(value not in (0, 1) for value in learns):
         raise UserError("a weight that is not 0 or 1", where)
     if role == "assistant" and 0 in learns:
-        found["weight"] = 0  # OpenAI, Mistral and axolotl: this turn does not count in the loss
+        found["weight"] = 0  # as in the formats of OpenAI, Mistral and axolotl, the turn does not count in the loss
     elif role != "assistant" and 1 in learns:
-        found["train"] = True  # axolotl can train on the user's turns; this project reports the field as unused
+        found["train"] = True  # axolotl can train on user turns; this project cannot, and reports the field as unused
     if not (found["content"] or calls or thought or "content" in given or "value" in given):
         raise UserError("a message without text", where)
     known = {"role", "content", "tool_calls", "reasoning_content", "weight", *THOUGHT, *IDLE}
@@ -115,7 +115,8 @@ def _message(given: dict, where: str) -> Message:
 
 
 def _content(value: object, role: str, where: str) -> tuple[str, str]:
-    """(text, reasoning) of a message's content, which may be a text, a list of parts, or a tool's result."""
+    """Returns (text, reasoning) for the content of a message, which may be a text, a list of parts, or the result of a
+    tool."""
     if value is None or isinstance(value, str):
         return value or "", ""
     if isinstance(value, list) and all(isinstance(p, str) or (isinstance(p, dict) and "type" in p) for p in value):

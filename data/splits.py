@@ -1,7 +1,8 @@
-"""The split to which a row of a file belongs: the value in its column "split", or else a split determined by its
-question.
+"""Determines the split to which a row of a file belongs. The split is the value in the row's column "split", or else
+depends only on the row's question.
 
-Equal questions are always in the same split, whatever the order of the rows, the other rows or the other columns.
+Without the column "split", equal questions are always in the same split. Neither the order of the rows nor other rows
+or columns matter.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ from common.errors import UserError
 from data import formats
 from data.examples import Chat, Completion, Text
 
-VERSION = 1  # raised when a change of this code may move a row to another split
+VERSION = 1  # increased when a code change may move a row to another split
 COLUMN = "split"
 NAMES = {"train": "train", "training": "train", "test": "test"}
 NAMES |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "heldout"), "validation")
@@ -19,7 +20,7 @@ TEST, VALIDATION = 0.2, 0.1  # fractions of the questions, if there is no column
 
 
 def of(record: dict) -> str:
-    """The split of a row, one of SPLITS. Raises UserError when the column "split" has another value."""
+    """The split of a row, one of SPLITS. Raises UserError if the column "split" has an unknown value."""
     if value := record.get(COLUMN):
         if (name := str(value).strip().lower()) not in NAMES:
             raise UserError(
@@ -31,13 +32,14 @@ def of(record: dict) -> str:
 
 
 def key(text: str) -> int:
-    """A 64-bit hash of a text, which ignores case and spaces."""
+    """A 64-bit hash of a text, which ignores upper and lower case and differences in whitespace."""
     plain = " ".join(text.casefold().split()).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "big")
 
 
 def question(record: dict) -> str:
-    """The question of a record: the text before the last answer; all of its texts if the format is unknown."""
+    """The question of a record, which is the text before its last answer. If the record's format is unknown, all of its
+    texts are the question."""
     try:
         found = formats.example(record).parts()[0]
     except UserError:

@@ -1,6 +1,7 @@
-"""Small generated tasks with known answers, to try any method without a download.
+"""Generates small tasks with known answers, on which any method can be tried without downloading data.
 
-A spec is NAME?k=v&k=v: "add?n=1000&digits=2&seed=0". The same spec gives the same records on every machine.
+A task is specified as NAME?k=v&k=v, for example "add?n=1000&digits=2&seed=0". The same specification gives the same
+records on every machine.
 """
 
 import random
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 
 from common.errors import UserError
 
-VERSION = 1  # increased when a spec gives different records
+VERSION = 1  # increased when a code change gives different records for the same specification
 
 
 def records(spec: str) -> Iterator[dict]:
@@ -26,7 +27,7 @@ def records(spec: str) -> Iterator[dict]:
 
 
 def _below(rng: random.Random, n: int) -> int:
-    return int(rng.random() * n)  # only `random()` gives the same numbers in all versions of Python
+    return int(rng.random() * n)  # only the method `random()` gives the same numbers in all versions of Python
 
 
 def add(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
@@ -37,14 +38,14 @@ def add(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
 
 
 def add_pairs(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
-    """Preference pairs: the sum, and a number that is slightly off."""
+    """Yields preference pairs. The chosen answer is the sum, and the rejected answer is slightly larger."""
     for record in add(rng, n, digits):
         wrong = int(record["completion"]) + 1 + _below(rng, 9)
         yield {"prompt": record["prompt"], "chosen": record["completion"], "rejected": str(wrong)}
 
 
 def add_labels(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
-    """Sums, half of them wrong, with the label 1 for right and 0 for wrong."""
+    """Yields sums, of which about half are wrong. Right sums have the label 1, and wrong sums the label 0."""
     for pair in add_pairs(rng, n, digits):
         right = _below(rng, 2)
         answer = pair["chosen"] if right else pair["rejected"]
@@ -52,20 +53,21 @@ def add_labels(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
 
 
 def add_matches(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
-    """Sums, and sentences that contain them."""
+    """Yields sums as queries, and sentences that contain the sums and their results as passages."""
     for record in add(rng, n, digits):
         yield {"query": record["prompt"], "passage": f"The sum is {record['prompt']}{record['completion']}."}
 
 
 def add_ratings(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
-    """Sums that are off by 0 to 4, rated 5 to 1."""
+    """Yields sums that are too large by 0 to 4, with ratings from 5 to 1."""
     for record in add(rng, n, digits):
         off = _below(rng, 5)
         yield record | {"completion": str(int(record["completion"]) + off), "rating": 5 - off}
 
 
 def add_ranks(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
-    """Three sums that are off by 0, 1 to 4, and 5 to 8, in any order, with their ranks."""
+    """Yields three answers to each sum, in any order, with their ranks. The answers are too large by 0, by 1 to 4, and
+    by 5 to 8."""
     for record in add(rng, n, digits):
         answers = [int(record["completion"]), *(int(record["completion"]) + far + _below(rng, 4) for far in (1, 5))]
         first = _below(rng, 3)

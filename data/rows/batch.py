@@ -1,12 +1,14 @@
-"""The kinds of batches: the arrays of each kind, their shapes, and an example batch. No other module distinguishes the
-kinds.
+"""Defines the kinds of batches: the arrays of each kind, their shapes, and example batches. No other module
+distinguishes between the kinds.
 
-An lm batch holds arrays [B, T] whose rows contain one document, or several packed documents: tokens; targets (the token
-after each token); mask (1.0 where the target counts in the loss); segments (the number of the document in its row, from
-1 on; 0 for padding); positions (within the document). It may also hold other arrays [B, T], such as "tags", and columns
-[B], such as "label". A batch of a kind with several sides holds one lm batch per side, such as one for the chosen and
-one for the rejected answers; row i of every side belongs to the same example. A new kind is one line in KINDS. An
-encoder-decoder would need a kind with two sides.
+An lm batch contains arrays [B, T]. Each row contains one document or several packed documents. The arrays are tokens,
+targets (the token after each token), mask (1.0 if the target counts in the loss, else 0.0), segments (the number of the
+document within the row, from 1 on, or 0 for padding) and positions (within the document). A batch may also contain
+other arrays [B, T], such as "tags", and columns [B], such as "label".
+
+A batch of examples with several documents has several sides, each of which is an lm batch. For example, a batch of
+preference pairs has the sides "chosen" and "rejected". Row i of every side belongs to the same example. One more line
+in KINDS defines a new kind. An encoder-decoder model would need a kind with two sides.
 """
 
 from dataclasses import dataclass
@@ -14,23 +16,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Side = dict[str, np.ndarray]  # an lm batch; on devices, with jax arrays instead of numpy's
+Side = dict[str, np.ndarray]  # an lm batch; on devices, its arrays are jax arrays instead of numpy arrays
 Batch = dict[str, Any]  # a Side, or {name: Side}
 TOKENS = {"tokens": np.int32, "targets": np.int32, "mask": np.float32, "segments": np.int32, "positions": np.int32}
 COLUMNS = {"label": np.int32, "rank": np.int32, "rating": np.float32, "group": np.int32, "reward": np.float32}
 COLUMNS |= {"margin": np.float32, "tie": np.int32}  # columns of pairs
-ONE = "row"  # name of the side in a batch with only one side, which is the batch itself
-ANSWERS = 4  # number of answers in a group that is assumed while the data are unknown
+ONE = "row"  # name of the only side of a batch; then the side is the batch itself
+ANSWERS = 4  # number of answers per group that is assumed before the data are known
 
 
 class Kind(NamedTuple):
     sides: tuple[str, ...] = (ONE,)
-    floats: tuple[str, ...] = ()  # names of float32 arrays [B, T], in addition to TOKENS
+    floats: tuple[str, ...] = ()  # names of float32 arrays [B, T] that the kind has in addition to TOKENS
     columns: tuple[str, ...] = ()  # names of columns [B], from COLUMNS
 
 
 def answers(k: int) -> tuple[str, ...]:
-    """Names of the sides of a group of `k` answers to one prompt; sorting the names keeps the answers in order."""
+    """The names of the sides for a group of `k` answers to one prompt. Sorting these names keeps the answers in
+    order."""
     return tuple(f"answer{i:03d}" for i in range(k))
 
 
@@ -47,25 +50,25 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Spec:
-    """Shape and dtype of an array that does not exist yet."""
+    """The shape and dtype of an array that has not been created yet."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
 
 def parts(batch: Batch) -> dict[str, Side]:
-    """{side: lm batch} of a batch of any kind."""
+    """Splits a batch of any kind into {side: lm batch}."""
     return {ONE: batch} if "tokens" in batch else {side: batch[side] for side in sorted(batch)}
 
 
 def join(parts: dict[str, Batch]) -> Batch:
-    """The inverse of `parts`."""
+    """Combines sides into a batch; this is the inverse of `parts`."""
     return parts.get(ONE, parts)
 
 
 def kind_of(batch: Batch) -> str:
-    """The name of the kind of a batch, found by its sides and the arrays of the first side. Raises ValueError if no
-    kind fits."""
+    """Determines the kind of a batch from the names of its sides and of the arrays of its first side. Raises ValueError
+    if no kind fits."""
     sides = parts(batch)
     if tuple(sides) == answers(len(sides)):
         return "group"
@@ -73,7 +76,7 @@ def kind_of(batch: Batch) -> str:
     found = [name for name, k in KINDS.items() if {*k.sides} == {*sides} and names >= {*k.floats, *k.columns}]
     if not found:
         raise ValueError(f"no kind of batch has the sides {', '.join(sides)}")
-    return found[-1]  # in KINDS, a kind with more requirements than another comes after it
+    return found[-1]  # KINDS lists kinds that require more arrays after kinds that require fewer
 
 
 def serves(given: str, asked: str) -> bool:
@@ -83,7 +86,7 @@ def serves(given: str, asked: str) -> bool:
 
 
 def abstract(kind: str, rows: int, seq_len: int, k: int = ANSWERS) -> Batch:
-    """The Specs of a batch of `rows` rows; `k` is the number of answers per group."""
+    """Returns a batch of `rows` rows with Specs instead of arrays. `k` is the number of answers per group."""
     spec = KINDS[kind]
     part = {name: Spec((rows, seq_len), np.dtype(dtype)) for name, dtype in TOKENS.items()}
     part |= {name: Spec((rows, seq_len), np.dtype(np.float32)) for name in spec.floats}
@@ -92,8 +95,8 @@ def abstract(kind: str, rows: int, seq_len: int, k: int = ANSWERS) -> Batch:
 
 
 def example(kind: str, rows: int, seq_len: int, vocab_size: int, seed: int = 0) -> Batch:
-    """An example batch. Each row is one document of random ids, and the masks keep very different numbers of
-    targets."""
+    """Returns an example batch. Each row is one document of random token ids, and the number of targets that count in
+    the loss differs greatly between rows."""
     rng = np.random.default_rng(seed)
 
     def part(spec: Batch) -> Batch:

@@ -1,5 +1,5 @@
-"""Arranges the documents of one source as rows: decides which documents are cut, dropped or packed, and copies rows
-into a batch."""
+"""Arranges the documents of one source in rows: decides which documents are cut, dropped or packed together, and copies
+the rows into batches."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +19,8 @@ PACKINGS = ("none", "concat", "best_fit")
 
 
 class Part(NamedTuple):
-    """Indices of the examples of one source, and the weight of the source in the mixture."""
+    """Selected examples of one source, whose indices are in `documents`, and the weight of the source in the
+    mixture."""
 
     dataset: Dataset
     documents: np.ndarray
@@ -29,15 +30,16 @@ class Part(NamedTuple):
 class Packed(NamedTuple):
     sides: list[Rows]  # the rows of each side (data.rows.batch explains sides)
     report: dict  # numbers of documents that were truncated, split into pieces or dropped
-    items: np.ndarray | None = None  # the index of each row's example, if a row holds only one
+    items: np.ndarray | None = None  # the index of each row's example, if every row holds only one example
 
 
 def packed(part: Part, *, seq_len: int, packing: str, truncate: bool, max_bad: float, seed: int) -> Packed:
-    """Long texts are cut into pieces, so nothing is lost; long documents of other kinds lose their tail. Without
-    `truncate`, long documents count as bad. Packing "concat" cuts all documents instead.
+    """Arranges documents in rows of `seq_len` tokens. Longer texts are split into pieces, so that nothing is lost.
+    Longer documents of other kinds lose their last tokens. With truncate=False, all longer documents count as bad.
+    Packing "concat" joins all documents and cuts the result into rows instead.
 
-    Cut documents whose first `seq_len` tokens have no target in the loss are dropped. Examples with several sides or
-    with columns are never packed: each gets its own row.
+    A document that would lose its last tokens is dropped if none of the remaining tokens counts in the loss. Examples
+    with several sides or with columns are never packed together. Each of these examples gets its own row.
     """
     if packing not in PACKINGS:
         raise UserError(f"unknown packing {packing!r}", "data.packing", f"one of {' '.join(PACKINGS)}")
@@ -70,7 +72,7 @@ def _pieces(data: Dataset, numbers: np.ndarray) -> Pieces:
 
 
 def _nothing_learnt(data: Dataset, sides: list[Pieces], long: np.ndarray, seq_len: int) -> np.ndarray:
-    """True for long examples of which a side has no target in the loss among its first `seq_len` tokens."""
+    """True for each long example that has a side in which none of the first `seq_len` tokens counts in the loss."""
     drop = np.zeros_like(long)
     for i in np.flatnonzero(long):
         kept = [np.arange(side.starts[i], side.starts[i] + min(side.lengths[i], seq_len)) for side in sides]
@@ -85,8 +87,8 @@ def _check_long(data: Dataset, count: int, total: int, seq_len: int, max_bad: fl
 
 
 def write(batch: Batch, at: np.ndarray, data: Dataset, rows: Rows, chosen: np.ndarray, pad_id: int) -> None:
-    """Copies rows `chosen` of a source into rows `at` of the arrays [B,T]; the target of a document's last token is
-    padding."""
+    """Copies the rows `chosen` of a source to the rows `at` of a batch. The target of the last token of a document is
+    the padding token."""
     counts = np.diff(rows.bounds)[chosen]
     pieces = ranges(rows.bounds[chosen], counts)
     starts, lengths = rows.starts[pieces], rows.lengths[pieces]
@@ -110,12 +112,12 @@ def write(batch: Batch, at: np.ndarray, data: Dataset, rows: Rows, chosen: np.nd
 
 
 def painted(batch: Batch, row: int, tokenizer: Tokenizer) -> "rich.text.Text":
-    """The text of a row as rich Text. Tokens that count in the loss are green. Control tokens are shown in reverse,
-    which distinguishes them from text that merely looks like them."""
+    """Returns the text of a row as rich Text. Tokens that count in the loss are green. Control tokens are shown with
+    inverted colors, to distinguish them from plain text that spells a control token."""
     from rich.text import Text
 
     segments, control = batch["segments"][row], np.isin(batch["tokens"][row], list(tokenizer.special.values()))
-    learnt = np.concatenate([[0], batch["mask"][row][:-1]])  # token t is the target of slot t - 1
+    learnt = np.concatenate([[0], batch["mask"][row][:-1]])  # the mask of slot t - 1 belongs to its target, token t
     text = Text()
     for document in range(1, int(segments.max()) + 1):
         text.append(" | " if document > 1 else "", style="bold red")

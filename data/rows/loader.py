@@ -1,5 +1,5 @@
-"""Batches as a pure function of (seed, step): only the step must be saved, and any number of hosts sees the same
-batches."""
+"""Computes each batch as a pure function of (seed, step). To resume a run, only the step must be saved, and any number
+of hosts sees the same batches."""
 
 import contextlib
 import hashlib
@@ -22,15 +22,16 @@ from data.text import formats, template
 from data.text.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 from data.views import View
 
-TOKENIZER_END = "special_tokens_map.json"  # `Tokenizer.save` writes it last, so a folder with it is complete
+TOKENIZER_END = "special_tokens_map.json"  # `Tokenizer.save` writes this file last, to mark the folder as complete
 
 
 class Loader:
-    """Batches of `batch_size` rows with `seq_len` token positions each; `rows` is the slice of each batch that this
-    process reads.
+    """Computes batches of `batch_size` rows with `seq_len` token positions each. `rows` is the slice of each batch that
+    this process reads.
 
-    Training streams repeat forever; every row appears once per epoch. A held-out loader reads its rows once, in order,
-    with the sources interleaved; its last batch is padded with empty rows.
+    A training loader repeats its rows forever, with each row of a source once per epoch. A held-out loader reads its
+    rows once, in order, and alternates between its sources. The last batch of a held-out loader is padded with empty
+    rows.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Loader:
 
     @property
     def num_batches(self) -> int:
-        """The number of batches that contain every row of all sources once."""
+        """The number of batches that are needed to read every row of all sources once."""
         return -(-sum(self.sizes) // self.batch_size)
 
     @property
@@ -98,7 +99,7 @@ class Loader:
 
     @property
     def report(self) -> dict:
-        """Statistics of the records, summed over the sources; `fill` is the fraction of token positions that are not
+        """Statistics of the records, summed over the sources. `fill` is the fraction of token positions that are not
         padding."""
         total = {"documents": 0, "tokens": 0, "learnt": 0, "bad": 0, "truncated": 0, "split": 0, "dropped": 0}
         causes = []
@@ -112,13 +113,13 @@ class Loader:
 
     @property
     def system(self) -> str:
-        """The system text with which every chat of every source begins; "" if the system texts differ or there is
-        none."""
+        """The system prompt with which every chat of every source begins, or "" if the chats have none or their system
+        prompts differ."""
         texts = {text for part in self.parts for text in part.dataset.report["system"]}
         return texts.pop() if len(texts) == 1 else ""
 
     def notes(self, tokenizer: Tokenizer) -> list[str]:
-        """Remarks about the records of each source: unused columns, and how they were processed."""
+        """Remarks about the records of each source: how the records were processed, and which columns were not used."""
         lines = ["data.chat_template=none: prompts and completions are joined as they are"] if self.raw else []
         for part in self.parts:
             report, source = part.dataset.report, part.dataset.stored.index["source"]
@@ -128,12 +129,12 @@ class Loader:
         return lines
 
     def values(self) -> dict[str, np.ndarray]:
-        """{column: its values for the documents of all sources}."""
+        """Maps each column to its values for the documents of all sources."""
         tables = [part.dataset.stored.columns for part in self.parts]
         return {name: np.concatenate([table[:, i] for table in tables]) for i, name in enumerate(self.columns)}
 
     def batch(self, step: int) -> Batch:
-        """This process's rows of the global batch of a step."""
+        """The rows that this process reads from the global batch of a step."""
         index = step * self.batch_size + self.mine
         source, nth = self._place(index)
         parts = {side: self._fill(source, nth, i) for i, side in enumerate(self.sides)}
@@ -148,7 +149,8 @@ class Loader:
         return {side: {name: np.stack([row[name] for row in each]) for name in each[0]} for side, each in rows.items()}
 
     def _place(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source, row of the source) for each row of the stream; source -1 stands for an empty row."""
+        """Maps each position in the stream of rows to (index of the source, row of the source). Index -1 stands for an
+        empty row."""
         if self.heldout:
             index = index % (self.num_batches * self.batch_size)
             inside = index < len(self.order)
@@ -179,7 +181,8 @@ class Loader:
         return {"fingerprint": self.fingerprint, "settings": self.settings}
 
     def load_state_dict(self, saved: dict) -> None:
-        """Raises a UserError that names the differences if the saved run read another stream of batches."""
+        """Raises a UserError that names the differences in settings if the saved run read a different stream of
+        batches."""
         if saved.get("fingerprint") == self.fingerprint:
             return
         old = saved.get("settings", {})
@@ -190,10 +193,11 @@ class Loader:
 def make_loaders(
     data: Config, tok: Tokenizer, seed: int = 0, rows: slice | None = None
 ) -> tuple[Loader, Loader | None]:
-    """The training loader and the held-out loader for the `data` section of a config; the second is None if nothing is
-    held out.
+    """Makes the training loader and the held-out loader for the `data` section of a config. The held-out loader is None
+    if nothing is held out.
 
-    Without `eval_source`, the source's own validation split is held out, or else a fraction of its documents.
+    If `eval_source` is not set, each source's own validation split is held out. If a source has no validation split, a
+    fraction of its documents is held out.
     """
     weights = sources.mixture(data.source)
     datasets = {name: _prepare(data, name, tok) for name in weights}
@@ -212,7 +216,8 @@ def make_loaders(
 
 
 def _own_split(name: str, eval_source: str) -> str:
-    """The name of the validation split that comes with a source, "" without one. Prints what each split is used for."""
+    """The name of the validation split that a source contains, or "" if the source has none. Prints how each split is
+    used."""
     names = sources.split_names(name)
     held = next((f"{name}@{split}" for split in names if splits.NAMES.get(split) == "validation"), "")
     if names:
@@ -222,10 +227,11 @@ def _own_split(name: str, eval_source: str) -> str:
 
 
 def load_tokenizer(data: Config, default: str = "bytes") -> Tokenizer:
-    """The tokenizer of a config; `default` is the model's own. "bpe:N" and "spm:N" are trained once and cached.
+    """Loads the tokenizer that a config names, or else `default`, the model's own tokenizer. The tokenizers "bpe:N" and
+    "spm:N" are trained once and cached.
 
-    `data.chat_template` replaces the tokenizer's own template. A tokenizer without a chat template gets the default one
-    if the data are chats, so that training matches serving.
+    `data.chat_template` replaces the tokenizer's own chat template. If the data are chats and the tokenizer has no chat
+    template, it gets the default template, so that training matches serving.
     """
     spec = data.tokenizer or default
     trained = spec.startswith(("bpe:", "spm:"))
@@ -244,8 +250,8 @@ def _trained_tokenizer(data: Config, spec: str) -> Tokenizer:
     key = [spec, data.format, data.fields, [sources.content_id(name) for name in names]]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     folder = Path(data.cache).expanduser() / "tokenizers" / digest[:24]
-    files.clean(folder.parent)  # left by a killed process, even if another process has completed this tokenizer
-    if folder.is_dir() and not (folder / TOKENIZER_END).is_file():  # damaged, so a complete folder replaces it
+    files.clean(folder.parent)  # deletes unfinished tokenizers of killed processes, even if this one is complete
+    if folder.is_dir() and not (folder / TOKENIZER_END).is_file():  # the folder is damaged and is written again
         files.remove(folder)
     if not (folder / TOKENIZER_END).is_file():
         corpus = (text for name in names for text in texts(name, data.format, data.fields))
@@ -254,7 +260,7 @@ def _trained_tokenizer(data: Config, spec: str) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the folder completely or not at all; an existing folder is kept."""
+    """Writes a tokenizer to a folder, completely or not at all. An existing folder is kept."""
     with contextlib.suppress(FileExistsError), files.folder(folder, TOKENIZER_END) as work:  # already written
         tokenizer.save(work)
 
@@ -274,8 +280,8 @@ def _part_id(part: Part) -> str:
 
 
 def _interleave(sizes: list[int]) -> np.ndarray:
-    """(source, row) of all rows, in an order that spreads each source evenly and keeps the order of its rows. int64
-    [sum(sizes), 2]"""
+    """Lists (source, row) for all rows, in an order that spreads each source evenly and keeps the order of the rows in
+    each source. Returns int64 [sum(sizes), 2]."""
     pairs = np.array([(s, r) for s, size in enumerate(sizes) for r in range(size)], np.int64).reshape(-1, 2)
     place = (pairs[:, 1] + 0.5) / np.maximum(np.asarray(sizes), 1)[pairs[:, 0]]
     return pairs[np.argsort(place, kind="stable")]

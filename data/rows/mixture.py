@@ -1,17 +1,17 @@
-"""The order of rows: permutations and mixtures by index arithmetic, so the rows of any step can be computed
-directly."""
+"""Determines the order of rows. Permutations and mixtures are computed by arithmetic on indices, so that the rows of
+any step can be found directly."""
 
 import numpy as np
 
-BLOCK = 1000  # every block of this many rows has the exact shares of the mixture; weights are rounded to thousandths
+BLOCK = 1000  # every block of this many rows has exactly the weights of the mixture, rounded to thousandths
 ROUNDS = 6
 
 
 def permute(index: np.ndarray, n: int, *key: int) -> np.ndarray:
-    """A bijection of [0, n), chosen by `key` and computed without a table: Feistel rounds, repeated until the value is
-    below n.
+    """Applies a pseudorandom permutation of the integers from 0 to n - 1, which `key` determines. The permutation needs
+    no table: it is a Feistel cipher, which is applied again until the value is below n.
 
-    Black & Rogaway 2002, "Ciphers with arbitrary finite domains".
+    The method is that of Black & Rogaway 2002, "Ciphers with arbitrary finite domains".
     """
     half = max((max(n - 1, 1).bit_length() + 1) // 2, 1)
     keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
@@ -30,15 +30,15 @@ def _feistel(value: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64, with products modulo 2^64."""
+    """The finalizer of the random number generator splitmix64, with products modulo 2^64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def shares(weights: list[float]) -> np.ndarray:
-    """Number of rows of each source in a block, by the method of largest remainders, at least one each. int64, sums to
-    BLOCK."""
+    """The number of rows of each source in a block of BLOCK rows, as int64. The weights are rounded by the method of
+    largest remainders, and each source gets at least one row."""
     exact = np.asarray(weights) / sum(weights) * BLOCK
     counts = np.maximum(np.floor(exact), 1).astype(np.int64)
     for i in np.argsort(counts - exact, kind="stable")[: max(BLOCK - counts.sum(), 0)]:
@@ -48,7 +48,7 @@ def shares(weights: list[float]) -> np.ndarray:
 
 
 def assign(index: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(source, number of earlier rows from the same source) for each row of the mixed stream."""
+    """Maps each index of the mixed stream of rows to (source, number of earlier rows from the same source)."""
     if len(counts) == 1:
         return np.zeros_like(index), index
     block, place = index // BLOCK, index % BLOCK
@@ -61,8 +61,8 @@ def assign(index: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarray
 
 
 def row(nth: np.ndarray, n: int, seed: int, shuffle: bool) -> np.ndarray:
-    """The row numbers at positions `nth` of an endless stream of n rows. Every epoch contains each row once, with
-    `shuffle` in a new order."""
+    """The row numbers at positions `nth` of a stream that repeats n rows forever. Every epoch contains each row once,
+    in a new order if `shuffle` is set."""
     epoch, place = nth // n, nth % n
     if not shuffle:
         return place

@@ -1,7 +1,9 @@
-"""Packs documents into rows of T slots. A row is a list of pieces of documents; this module copies no tokens.
+"""Packs documents into rows of T slots. A row is represented by a list of pieces of documents, and no tokens are
+copied.
 
-A slot is a position of a row: it holds a token and, as its target, the next token, so a piece of n tokens fills n
-slots. The last token of a document has no next token, so its slot does not count in the loss.
+A slot is a position in a row. A slot holds a token as the input and the next token as the target, so that a piece of n
+tokens fills n slots. The last token of a document has no next token, so the last slot of a document does not count in
+the loss.
 """
 
 from typing import NamedTuple
@@ -10,16 +12,16 @@ import numpy as np
 
 from data.rows.mixture import permute
 
-BLOCK = 10_000  # pieces that are packed at a time
+BLOCK = 10_000  # number of pieces that are packed at a time
 
 
 class Pieces(NamedTuple):
-    starts: np.ndarray  # int64 [P], index of the first token in the flat array of tokens
+    starts: np.ndarray  # int64 [P], index of each piece's first token in the flat array of tokens
     lengths: np.ndarray  # int64 [P], in tokens
 
 
 class Rows(NamedTuple):
-    """Row r holds the pieces bounds[r] to bounds[r + 1] - 1."""
+    """Rows of pieces: row r consists of the pieces bounds[r] to bounds[r + 1] - 1."""
 
     starts: np.ndarray  # int64 [P]
     lengths: np.ndarray  # int64 [P]
@@ -29,18 +31,18 @@ class Rows(NamedTuple):
         return len(self.bounds) - 1
 
     def fill(self, seq_len: int) -> float:
-        """Fraction of the slots that hold a token."""
+        """The fraction of the slots that hold a token instead of padding."""
         return float(self.lengths.sum() / max(len(self) * seq_len, 1))
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The concatenation of arange(s, s + n) for each start s and length n."""
+    """The concatenation of arange(s, s + n) over all pairs of a start s and a length n."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 
 
 def cut(pieces: Pieces, seq_len: int) -> Pieces:
-    """Splits pieces longer than a row into full rows and a remainder; nothing is dropped."""
+    """Splits each piece that is longer than a row into full rows and a remainder. Nothing is dropped."""
     counts = -(-pieces.lengths // seq_len)
     nth = ranges(np.zeros_like(counts), counts)
     starts = np.repeat(pieces.starts, counts) + nth * seq_len
@@ -49,17 +51,17 @@ def cut(pieces: Pieces, seq_len: int) -> Pieces:
 
 
 def truncate(pieces: Pieces, seq_len: int) -> Pieces:
-    """Cuts pieces that are longer than a row; their tails are lost."""
+    """Shortens each piece that is longer than a row to the length of a row. The other tokens are lost."""
     return Pieces(pieces.starts, np.minimum(pieces.lengths, seq_len))
 
 
 def none(pieces: Pieces) -> Rows:
-    """One piece per row."""
+    """Puts each piece into a row of its own."""
     return Rows(*pieces, np.arange(len(pieces.starts) + 1))
 
 
 def concat(pieces: Pieces, seq_len: int) -> Rows:
-    """The documents end to end, cut every `seq_len` slots; only the last row has padding."""
+    """Joins all documents, and cuts the result into rows of `seq_len` slots. Only the last row has padding."""
     ends = np.cumsum(pieces.lengths)
     begins = ends - pieces.lengths
     total = int(ends[-1]) if len(ends) else 0
@@ -71,10 +73,10 @@ def concat(pieces: Pieces, seq_len: int) -> Rows:
 
 
 def best_fit(pieces: Pieces, seq_len: int, seed: int) -> Rows:
-    """Puts each piece, longest first, into the fullest row with enough space. Random blocks of pieces are packed
-    separately. No piece is cut.
+    """Puts the pieces into rows, from the longest piece to the shortest. Each piece goes into the fullest row that has
+    enough space. Random blocks of pieces are packed separately. No piece is cut.
 
-    Best-fit decreasing; Ding et al. 2024, "Fewer Truncations Improve Language Modeling".
+    This is best-fit-decreasing bin packing, as in Ding et al. 2024, "Fewer Truncations Improve Language Modeling".
     """
     n = len(pieces.lengths)
     order = permute(np.arange(n), n, seed, 2) if n else np.zeros(0, np.int64)
@@ -88,8 +90,9 @@ def best_fit(pieces: Pieces, seq_len: int, seed: int) -> Rows:
 
 
 def _best_fit(lengths: np.ndarray, seq_len: int) -> list[list[int]]:
-    """Rows as lists of indices. Bit s of `open_` is set while a row with s free slots exists. The lowest set bit from n
-    on gives the fullest row with room for n slots, and one big-integer operation finds it."""
+    """Packs pieces into rows, which are lists of indices. Bit s of the integer `open_` is set while a row with s free
+    slots exists. To find the fullest row that has space for a piece of n tokens, one operation finds the lowest set bit
+    among the bits from n on."""
     rows: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(seq_len + 1)]
     open_ = 0

@@ -1,5 +1,5 @@
-"""Turns messages into text and ids, and finds the ids that the assistant wrote. Training, evaluation and serving share
-this code."""
+"""Converts the messages of a chat to text and token ids, and finds the ids that the assistant wrote. Training,
+evaluation and serving share this code."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ Messages = list[dict]
 Tools = list[dict] | None
 Span = tuple[int, int]  # characters [start, end) of a rendered chat
 OPENED = re.compile(r"\s*[<\[][^<>\[\]/]*(?:think|thought)[^<>\[\]]*[>\]]\s*", re.I)  # an opening tag <think>
-READ = {"role", "content", "tool_calls", "reasoning_content", "weight"}  # fields that this module handles
+READ = {"role", "content", "tool_calls", "reasoning_content", "weight"}  # fields of messages that this module handles
 PIECEWISE = (
     "chats whose template renders earlier answers in another way than new ones: each answer was rendered as a new one"
 )
@@ -28,15 +28,15 @@ LAST = "chats with only the last answer in the loss, since the template renders 
 
 @dataclass
 class Asked:
-    """Which answers of a chat count in the loss ("all" or the "last"), and counters of remarks on the chats."""
+    """Says which answers of a chat count in the loss ("all" or the "last"), and counts remarks on the chats."""
 
     learn: str = "all"
-    unused: Counter = field(default_factory=Counter)  # fields of messages that the template does not use
+    unused: Counter = field(default_factory=Counter)  # fields of messages that the chat template does not use
     notes: Counter = field(default_factory=Counter)
 
 
 class Writer(NamedTuple):
-    """Renders chats by a tokenizer's chat template, with a list of tools that the model may call."""
+    """Renders chats with a tokenizer's chat template and a list of tools that the model may call."""
 
     tokenizer: Tokenizer
     tools: Tools = None
@@ -47,7 +47,7 @@ class Writer(NamedTuple):
         return own or self.tokenizer.chat_template or DEFAULT_TEMPLATE
 
     def text(self, messages: Messages, prompt: bool = False, marks: tuple[str, str] = ("", "")) -> str:
-        """Renders the chat; if `prompt` is set, with the beginning of the next answer."""
+        """Renders a chat. If `prompt` is set, the text ends with the beginning of the next answer."""
         tok = self.tokenizer
         ids = {"bos_token": tok.bos_id, "eos_token": tok.eos_id, "pad_token": tok.pad_id}
         names = {name: "" if i is None else tok.core.id_to_token(i) for name, i in ids.items()}
@@ -56,14 +56,14 @@ class Writer(NamedTuple):
 
 
 class NoPrefix(UserError):
-    """Raised when the text of a chat does not begin with the text of its first turns."""
+    """Raised when a rendered chat does not begin with the rendering of its first turns."""
 
 
 def render(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = False, tools: Tools = None) -> str:
-    """The chat as text, rendered by the tokenizer's template. The text contains BOS if the template writes it, so never
-    add another BOS.
+    """Renders a chat to text with the tokenizer's chat template. If the template writes BOS, the text contains BOS, so
+    callers must not add BOS again.
 
-    Raises UserError for content that spells a control token, which could begin or end a turn.
+    Raises UserError if the content of a message spells a control token, since this token could begin or end a turn.
     """
     writer = Writer(tokenizer, tools)
     return writer.text(_fitted(messages, writer, Asked()), add_generation_prompt)
@@ -72,17 +72,17 @@ def render(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool
 def encode(
     messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = True, tools: Tools = None
 ) -> list[int]:
-    """The ids of the prompt that the model continues."""
+    """Renders a chat, and returns the token ids of the text as the prompt for a model."""
     return tokenizer.encode(render(messages, tokenizer, add_generation_prompt, tools), special=True)
 
 
 def tokens_and_mask(
     messages: Messages, tokenizer: Tokenizer, tools: Tools = None, first: int = 0, asked: Asked | None = None
 ) -> tuple[list[int], list[int]]:
-    """The ids of the whole chat, and a mask that is 1 on the assistant's turns and their end tokens (from message
-    `first` on, except turns of weight 0).
+    """Returns the token ids of the whole chat, and a mask that is 1 for the tokens that count in the loss: the
+    assistant's turns with their end tokens. Turns before message `first` and turns of weight 0 do not count.
 
-    Every chat is checked: decoding the masked ids must give the assistant's texts and end tokens.
+    Every chat is checked: decoding the ids where the mask is 1 must give the assistant's texts and end tokens.
     """
     asked, writer = asked or Asked(), Writer(tokenizer, tools)
     messages = _fitted(messages, writer, asked)
@@ -101,11 +101,12 @@ def tokens_and_mask(
 
 
 def _spans(messages: Messages, turns: list[int], writer: Writer, asked: Asked) -> tuple[str, list[Span]]:
-    """The rendered chat, and the spans of characters in these turns that the model would have written.
+    """Returns the rendered chat, and the spans of the characters that the model would have written in the given turns.
 
-    Some templates render an answer differently once further turns follow (Qwen3 drops its thoughts), or begin a thought
-    in the prompt and drop it from the answer (DeepSeek-R1). With such a template, every answer is rendered as if it
-    were the last turn. If that is impossible, only the last answer counts in the loss.
+    Some templates render an answer differently when further turns follow (Qwen3's template drops the answer's
+    thoughts), or begin a thought in the prompt and drop the thought from the answer (DeepSeek-R1's template). With such
+    a template, every answer is rendered as if it were the last turn. If such a rendering is impossible, only the last
+    answer counts in the loss.
     """
     if "endgeneration" in writer.template:
         return _spans_by_marks(messages, turns, writer)
@@ -126,7 +127,7 @@ def _spans(messages: Messages, turns: list[int], writer: Writer, asked: Asked) -
 
 
 def _advice(text: str) -> str:
-    """The suggested fix for a template that renders earlier answers differently."""
+    """The suggested fix for a template that renders earlier answers differently from the last answer."""
     name = template.twin(text)
     return f"set data.chat_template={name}" if name else "set data.chat_template=FILE with {% generation %} blocks"
 
@@ -144,7 +145,7 @@ def _spans_by_marks(messages: Messages, turns: list[int], writer: Writer) -> tup
         text += piece
     written = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     owners = written
-    if len(spans) != len(written):  # an answer may have several blocks: around its thought, its calls, its text
+    if len(spans) != len(written):  # an answer may have several blocks: for its thought, its calls and its text
         upto = [writer.text(messages[: i + 1], False, (left, right)).count(left) for i in written]
         owners = [i for i, (a, b) in zip(written, pairwise([0, *upto]), strict=True) for _ in range(b - a)]
     if len(spans) != len(owners) or not set(written) <= set(owners):
@@ -159,7 +160,8 @@ def _spans_by_marks(messages: Messages, turns: list[int], writer: Writer) -> tup
 
 
 def _span(messages: Messages, i: int, text: str, writer: Writer) -> Span:
-    """The span of turn i, which starts where its prompt ends, and ends after its end token."""
+    """The span of the answer in turn i. The span starts where the answer's prompt ends, and stops after the answer's
+    end token."""
     prompt = writer.text(messages[:i], True)
     upto = text if i + 1 == len(messages) else writer.text(messages[: i + 1])
     same = _equal(text, upto)  # a template may write a token after the last turn of a chat
@@ -175,8 +177,9 @@ def _span(messages: Messages, i: int, text: str, writer: Writer) -> Span:
 
 
 def _end(text: str, start: int, stop: int, message: dict, tokenizer: Tokenizer) -> tuple[int, bool]:
-    """(where an answer ends, whether the text up to there contains its whole content and an end token). The answer ends
-    after the first end token that follows its content, or else at the end of its text."""
+    """Returns (position where an answer ends, whether the text before this position contains the whole content of the
+    answer and an end token). An answer ends after the first end token that follows its content. Without such an end
+    token, the answer ends at `stop`."""
     calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
     said = [part.strip() for part in (message["content"] or "", *calls) if part.strip()]
     thought = message.get("reasoning_content", "").strip()
@@ -188,7 +191,8 @@ def _end(text: str, start: int, stop: int, message: dict, tokenizer: Tokenizer) 
 
 
 def _piecewise(messages: Messages, writer: Writer) -> tuple[str, dict[int, Span]]:
-    """The chat with every answer rendered as if it were the last turn, and the span of each answer."""
+    """Renders a chat so that every answer is rendered as if it were the last turn. Returns the text and the span of
+    each answer."""
     written = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     text, spans, before, ending = "", {}, None, ""
     for i in written:
@@ -210,8 +214,8 @@ def _piecewise(messages: Messages, writer: Writer) -> tuple[str, dict[int, Span]
 
 
 def _behind(messages: Messages, i: int, stop: int, writer: Writer, last: bool = False) -> str:
-    """The text after the content of answer i: its end, the turns up to `stop`, and, unless `last`, the beginning of the
-    next answer."""
+    """The text that follows the content of answer i: the end of the answer, the turns before `stop`, and, unless `last`
+    is set, the beginning of the next answer."""
     stand_in = secrets.token_hex(8)
     answer = {"role": "assistant", "content": stand_in}
     text = writer.text([*messages[:i], answer, *messages[i + 1 : stop]], not last)
@@ -221,7 +225,7 @@ def _behind(messages: Messages, i: int, stop: int, writer: Writer, last: bool = 
 
 
 def _answer(prompt: str, messages: Messages, i: int, ending: str, writer: Writer) -> str:
-    """Answer i as the model would write it after its prompt, with its end token."""
+    """The text of answer i as the model would write it after the prompt, including the end token."""
     said, thought = messages[i]["content"], messages[i].get("reasoning_content", "").strip()
     whole = writer.text(messages[: i + 1])
     if whole.startswith(prompt):
@@ -233,14 +237,14 @@ def _answer(prompt: str, messages: Messages, i: int, ending: str, writer: Writer
         raise UserError("the chat does not begin with the prompt of an answer", "chat template")
     opens = opened.strip()
     closes = opens[0] + "/" + opens[1:]
-    if closes in said:  # the thought is part of the content
+    if closes in said:  # the thought is a part of the answer's content
         return said.lstrip().removeprefix(opens).lstrip("\n") + ending
     return f"{thought}\n{closes}\n\n{said}{ending}"
 
 
 def _without_thought(prompt: str, messages: Messages, i: int, writer: Writer) -> str:
-    """Answer i with an empty thought, if the prompt begins a thought and the template renders the thought of the last
-    answer; else ""."""
+    """The text of answer i with an empty thought, if the prompt begins a thought and the template renders the thought
+    of the last answer. Otherwise returns ""."""
     stand_in = secrets.token_hex(8)
     answer = _thought_placed(messages[i] | {"reasoning_content": stand_in}, writer.template)
     shown = writer.text([*messages[:i], answer])
@@ -249,13 +253,13 @@ def _without_thought(prompt: str, messages: Messages, i: int, writer: Writer) ->
 
 
 def _equal(one: str, two: str) -> int:
-    """The length of the common prefix."""
+    """The length of the common prefix of two texts."""
     return next((at for at, (a, b) in enumerate(zip(one, two)) if a != b), min(len(one), len(two)))
 
 
 def _count_dropped(text: str, messages: Messages, turns: list[int], asked: Asked) -> None:
-    """Counts messages whose content the template leaves out silently. Raises UserError if such a message is an answer
-    in the loss."""
+    """Counts messages whose content the chat template silently leaves out. Raises UserError if such a message is an
+    answer that counts in the loss."""
     for i, message in enumerate(messages):
         thought, closes, said = (message["content"] or "").rpartition("</think>")
         thought = message.get("reasoning_content") or (closes and thought.rpartition("<think>")[2])
@@ -273,11 +277,12 @@ def _count_dropped(text: str, messages: Messages, turns: list[int], asked: Asked
 
 
 def mask_ids(text: str, spans: list[Span], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids of `text`, and a mask that is 1 inside the spans; no token crosses the edge of a span.
+    """Returns the token ids of `text`, and a mask that is 1 for the ids inside the spans. No token crosses the edge of
+    a span.
 
-    The parts are encoded separately, as at inference, where the prompt ends before the answer is known. If encoding the
-    whole text gives different ids (because of a prefix space or a merge), these ids are used, unless one of their
-    tokens crosses the edge of a span.
+    The parts of the text inside and outside the spans are tokenized separately, as during inference, where the prompt
+    is tokenized before the answer is known. If tokenizing the whole text gives different ids (because of a prefix space
+    or a merge), the ids of the whole text are used, unless one of these tokens crosses the edge of a span.
     """
     cuts = [0, *(edge for span in spans for edge in span), len(text)]
     parts = [tokenizer.encode(text[a:b], special=True) for a, b in pairwise(cuts)]
@@ -290,7 +295,7 @@ def mask_ids(text: str, spans: list[Span], tokenizer: Tokenizer) -> tuple[list[i
 
 
 def _check(text: str, spans: list[Span], ids: list[int], mask: list[int], tokenizer: Tokenizer) -> None:
-    """Checks that the masked ids of every span decode to the assistant's text."""
+    """Checks that the ids where the mask is 1 decode to the text that the assistant wrote."""
     runs, before = [], 0
     for i, inside in zip(ids, mask):
         if inside and not before:
@@ -310,10 +315,10 @@ def _check(text: str, spans: list[Span], ids: list[int], mask: list[int], tokeni
 
 
 def _fitted(messages: Messages, writer: Writer, asked: Asked) -> Messages:
-    """The messages, with their fields moved to where the template reads them; fields that the template does not read
-    are counted.
+    """Moves the fields of messages to where the chat template reads them, and counts the fields that the template does
+    not read.
 
-    Raises UserError if the template drops a tool call, because its turn would be trained as an empty answer.
+    Raises UserError if the template drops a tool call, because the model would then be trained on an empty answer.
     """
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -338,7 +343,7 @@ def _fitted(messages: Messages, writer: Writer, asked: Asked) -> Messages:
 
 
 def _names(text: str, name: str) -> bool:
-    """Whether a template reads a field or a variable of this name."""
+    """Whether a template reads a field or a variable with a given name."""
     return bool(re.search(rf"\.{name}\b|['\"]{name}['\"]|[\s(]{name}\b", text))
 
 
@@ -349,8 +354,8 @@ def _role_placed(message: dict, text: str) -> dict:
 
 
 def _thought_placed(message: dict, text: str) -> dict:
-    """The message with its thought in the field that the template reads, or before the content if the template looks
-    for </think>."""
+    """Moves the thought of a message to the field that the template reads, or to the start of the content if the
+    template looks for </think> in the content."""
     thought = message.get("reasoning_content")
     if not thought or _names(text, "reasoning_content"):
         return message
@@ -365,7 +370,7 @@ def _thought_placed(message: dict, text: str) -> dict:
 
 @functools.lru_cache(maxsize=16)
 def _keeps_thoughts(text: str) -> bool:
-    """Whether a template renders the thought in the content of the last answer."""
+    """Whether a template renders a thought that is part of the last answer's content."""
     turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "<think>\nkept\n</think>\n\na"}]
     try:
         return "kept" in template.render(text, messages=turns, tools=None, add_generation_prompt=False)
@@ -374,8 +379,8 @@ def _keeps_thoughts(text: str) -> bool:
 
 
 def _variants(messages: Messages) -> Iterator[Messages]:
-    """Variants of the messages, for templates that differ in two points: the content of a turn with tool calls is "" or
-    null, and the arguments of a call are an object or its JSON text."""
+    """Yields four variants of the messages, since templates expect tool calls in different forms: the content of a turn
+    with tool calls is "" or null, and the arguments of a call are an object or its JSON text."""
     for content in ("", None):
         for write in (None, functools.partial(json.dumps, ensure_ascii=False)):
             yield [_called(message, content, write) if message.get("tool_calls") else message for message in messages]
@@ -391,7 +396,7 @@ def _called(message: dict, content: str | None, write: Callable[[object], str] |
 
 
 def _shows_calls(messages: Messages, writer: Writer) -> bool:
-    """Whether the template writes the name of every called function."""
+    """Whether the template writes the name of every function that the messages call."""
     stand_in, probe = secrets.token_hex(8), []
     for message in messages:
         calls = [
@@ -407,7 +412,7 @@ def _shows_calls(messages: Messages, writer: Writer) -> bool:
 
 
 def _refuse_control_tokens(value: object, tokenizer: Tokenizer, where: str) -> None:
-    """Raises UserError when a message or a tool contains the text of a control token."""
+    """Raises UserError if the text of a message or a tool spells a control token."""
     if tokenizer.reads_control:
         return
     if isinstance(value, str) and (found := tokenizer.control_tokens(value)):

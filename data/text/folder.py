@@ -1,4 +1,4 @@
-"""Reads tokenizers of Hugging Face folders: the vocabulary, and the other files that define the tokenizer."""
+"""Reads the tokenizer of a Hugging Face folder from the vocabulary and the other files that define the tokenizer."""
 
 import importlib
 from pathlib import Path
@@ -16,7 +16,7 @@ MAX_FILE = 256 << 20  # bytes of one tokenizer file
 MAX_GAP = 4096  # maximum number of unused ids before the id of an added token
 NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
-# Names of the control tokens of each tokenizer class, for folders without tokenizer.json that do not name them.
+# The control tokens of each tokenizer class, for folders that have no tokenizer.json and do not name control tokens.
 GPT2 = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 GEMMA = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad", "mask")}
@@ -28,7 +28,7 @@ FILES = ("*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json", "added
 
 
 def from_folder(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder, or of the subfolder tokenizer/ of a run."""
+    """Reads the tokenizer of a model folder, or of a run folder, which contains the subfolder tokenizer/."""
     if (folder / "tokenizer" / "tokenizer.json").is_file():
         folder = folder / "tokenizer"
     names = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
@@ -67,7 +67,7 @@ def _finished(core: Core, folder: Path, names: dict) -> Tokenizer:
 
 
 def _core(folder: Path, kind: str, names: dict) -> Core | None:
-    """The vocabulary of a folder; None if this module cannot read its kind of vocabulary."""
+    """Reads the vocabulary of a folder. Returns None if this module does not support the kind of vocabulary."""
     if (folder / "tokenizer.json").is_file():
         text = _read(folder / "tokenizer.json")
         try:
@@ -89,20 +89,20 @@ def _core(folder: Path, kind: str, names: dict) -> Core | None:
 
 
 def _unigram(model: dict) -> models.Unigram:
-    """The model with exactly the scores in the file. The Rust library's reader changes the last digits of scores, and
-    so breaks ties differently."""
+    """Builds a unigram model with exactly the scores in the file. The Rust library's own reader changes the last digits
+    of scores, so that ties would be broken differently."""
     vocab = [(token, score) for token, score in model["vocab"]]
     return models.Unigram(vocab, unk_id=model["unk_id"], byte_fallback=bool(model.get("byte_fallback")))
 
 
 def _sentencepiece(path: Path, kind: str, names: dict) -> Core | None:
-    """Reads the file as the folder's tokenizer class does. Llama's class puts a space before the text, and with
-    `legacy` also after every control token."""
+    """Reads a SentencePiece file as the folder's tokenizer class does. Llama's class puts a space before a text, and,
+    if the folder sets `legacy`, also after every control token."""
     renamed = {int(i): _content(token) for i, token in (names.get("added_tokens_decoder") or {}).items()}
     try:
         core = pieces.sentencepiece(path.read_bytes(), str(path), renamed)
     except UserError:
-        if b" " in path.read_bytes()[:64]:  # a list of base64 texts and ranks, as tiktoken writes
+        if b" " in path.read_bytes()[:64]:  # the file is a list of base64 texts and ranks, as tiktoken writes
             return None
         raise
     if kind.endswith("Llama"):
@@ -149,7 +149,7 @@ def _word_piece(folder: Path, names: dict) -> Core:
 
 
 def _by_transformers(folder: Path, kind: str, names: dict) -> tuple[Core, dict]:
-    """Loads tokenizers that only transformers can read; no code of the folder is run."""
+    """Loads a tokenizer that only the library transformers can read. No code in the folder is run."""
     found = _vocabularies(folder)
     if not found:
         raise NoTokenizer("no tokenizer.json, tokenizer.model, vocabulary or single .gguf in this folder", str(folder))
@@ -162,14 +162,14 @@ def _by_transformers(folder: Path, kind: str, names: dict) -> tuple[Core, dict]:
     try:
         theirs = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         core = theirs.backend_tokenizer
-    except Exception as error:  # foreign files can cause any error there
+    except Exception as error:  # foreign files can cause any error in transformers
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{what} is not read by transformers either: {reason}", str(folder)) from None
     return core, names | {key: str(token) for key, token in theirs.special_tokens_map.items() if isinstance(token, str)}
 
 
 def _vocabularies(folder: Path) -> list[str]:
-    """The names of files that may hold a vocabulary."""
+    """The names of the files in a folder that may contain a vocabulary."""
     return sorted({path.name for name in FILES for path in folder.glob(name)} - {"tokenizer_config.json"})
 
 
@@ -177,7 +177,7 @@ def _vocabularies(folder: Path) -> list[str]:
 
 
 def _add_tokens(core: Core, folder: Path, names: dict) -> None:
-    """Adds tokens that the vocabulary lacks, in the order of their ids, and marks the control tokens."""
+    """Adds the tokens that the vocabulary lacks, in the order of their ids, and marks the control tokens among them."""
     at = {int(i): token for i, token in (names.get("added_tokens_decoder") or {}).items() if str(i).isdigit()}
     for content, i in _read_json(folder / "added_tokens.json").items():
         if isinstance(i, int):
@@ -208,7 +208,7 @@ def _add_tokens(core: Core, folder: Path, names: dict) -> None:
 
 
 def _named(names: dict) -> list[tuple[str, object]]:
-    """(key, token) for every control token that tokenizer_config.json or special_tokens_map.json names."""
+    """Lists (key, token) for every control token that tokenizer_config.json or special_tokens_map.json names."""
     found = [(f"{key}_token", names.get(f"{key}_token")) for key in NAMES]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = names.get(key)
@@ -218,7 +218,7 @@ def _named(names: dict) -> list[tuple[str, object]]:
 
 
 def _fillers(core: Core, wanted: dict, content: str, i: int, where: str) -> list[AddedToken]:
-    """Placeholders for the ids between the end of the vocabulary and the id of a new token."""
+    """Placeholder tokens for the unused ids between the end of the vocabulary and the id of a new token."""
     end = core.get_vocab_size() + sum(core.token_to_id(known) is None for known in wanted)
     if core.token_to_id(content) is not None or content in wanted or i <= end:
         return []
@@ -243,8 +243,9 @@ def _token_id(core: Core, token: object) -> int | None:
 
 
 def _prefix(core: Core, folder: Path, names: dict, bos: int | None) -> tuple[int, ...]:
-    """The ids that are put before every text. As in transformers, the post-processor in tokenizer.json defines them.
-    The flag add_bos_token counts only in folders without that file, and in folders written by this project."""
+    """The token ids that are put before every text. As in transformers, the post-processor in tokenizer.json defines
+    these ids. The flag add_bos_token matters only in folders without tokenizer.json, and in folders that this project
+    wrote."""
     flags = [names.get(key) for key in ("add_bos_token", "add_eos_token")]
     flagged, written = any(isinstance(flag, bool) for flag in flags), (folder / "tokenizer.json").is_file()
     flagged_prefix = (bos,) if flags[0] and bos is not None else ()
@@ -266,7 +267,8 @@ def _prefix(core: Core, folder: Path, names: dict, bos: int | None) -> tuple[int
 
 
 def _chat_templates(folder: Path, named: object) -> dict[str, str]:
-    """{"default": ..., "tool_use": ...}. Template files override tokenizer_config.json, as in transformers."""
+    """Reads the chat templates of a folder as {"default": ..., "tool_use": ...}. Template files override
+    tokenizer_config.json, as in transformers."""
     named = _read_json(folder / "chat_template.json").get("chat_template", named)
     if isinstance(named, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
         named = {each.get("name"): each.get("template") for each in named if isinstance(each, dict)}
@@ -278,7 +280,8 @@ def _chat_templates(folder: Path, named: object) -> dict[str, str]:
 
 
 def _ends(folder: Path, names: dict) -> list[int]:
-    """The ids that end an answer in addition to EOS, from tokenizer_config.json and generation_config.json."""
+    """The ids of the tokens that end an answer in addition to EOS, as listed in tokenizer_config.json and
+    generation_config.json."""
     said = [names.get("extra_eos_ids"), _read_json(folder / "generation_config.json").get("eos_token_id")]
     ids = [i for value in said for i in (value if isinstance(value, list) else [value])]
     return [i for i in ids if type(i) is int and 0 <= i < 2**31]

@@ -1,4 +1,4 @@
-"""Loads tokenizers by name. Also defines the byte tokenizer, and trains tokenizers on text."""
+"""Loads tokenizers by name, defines the byte tokenizer, and trains tokenizers on text."""
 
 import io
 from collections.abc import Callable, Iterable
@@ -14,16 +14,16 @@ from data.text.gguf import from_gguf
 from data.text.pieces import from_sentencepiece
 from data.text.tokenizer import Tokenizer
 
-# The files that are downloaded from a hub repository.
+# Patterns of the files that are downloaded from a repository on the Hugging Face hub.
 FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*chat_template*", "generation_config.json")
 FILES += ("config.json", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json")
 
 
 def load(spec: str | Path, texts: Callable[[], Iterable[str]] | None = None) -> Tokenizer:
-    """The tokenizer that `spec` names.
+    """Loads the tokenizer that `spec` names.
 
-    spec: "bytes" | a folder or its tokenizer.json | file.model (SentencePiece) | file.gguf | a packaged model's name |
-    a hub id | "bpe:SIZE" or "spm:SIZE", trained on `texts()`.
+    `spec` is one of these: "bytes", a folder or its tokenizer.json, file.model (SentencePiece), file.gguf, the name of
+    a packaged model, a hub id, or "bpe:SIZE" or "spm:SIZE" for a tokenizer that is trained on `texts()`.
     """
     spec = str(spec)
     kind, _, size = spec.partition(":")
@@ -48,7 +48,8 @@ def load(spec: str | Path, texts: Callable[[], Iterable[str]] | None = None) -> 
 
 
 class ByteTokenizer(Tokenizer):
-    """Gives the same ids as its core, but skips the search for merges, since there are none."""
+    """A tokenizer whose ids are bytes. It gives the same ids as its `core`, but does not search for merges, since its
+    vocabulary has none."""
 
     def encode_batch(self, texts: list[str], special: bool = False) -> list[list[int]]:
         if special or self.reads_control:
@@ -57,7 +58,7 @@ class ByteTokenizer(Tokenizer):
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A tokenizer whose ids 0 to 255 are the bytes of UTF-8; the next ids are BOS, EOS and padding."""
+    """Makes a tokenizer whose ids 0 to 255 are the bytes of UTF-8. The next ids are BOS, EOS and padding."""
     core = Core(models.BPE({char: byte for byte, char in enumerate(byte_characters())}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     core.decoder = decoders.ByteLevel()
@@ -66,7 +67,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE that splits numbers into single digits; the same texts give the same vocabulary."""
+    """Trains byte-level BPE that splits numbers into single digits. The same texts always give the same vocabulary."""
     core = Core(models.BPE())
     core.pre_tokenizer = _digits()
     core.decoder = decoders.ByteLevel()
@@ -84,7 +85,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str = "unigram") -> Tokenizer:
-    """A SentencePiece model with byte fallback, so that it can encode any text."""
+    """Trains a SentencePiece tokenizer with byte fallback, so that any text can be encoded."""
     return from_sentencepiece(sentencepiece_model(texts, vocab_size, model_type), f"spm:{vocab_size}")
 
 
@@ -106,8 +107,8 @@ def sentencepiece_model(texts: Iterable[str], vocab_size: int, model_type: str =
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
             user_defined_symbols=["\n"],  # newlines are text, not the end of a sentence
-            hard_vocab_limit=False,  # a small text gives a smaller vocabulary
-            num_threads=1,  # with more threads the vocabulary would differ
+            hard_vocab_limit=False,  # a small text may give a smaller vocabulary
+            num_threads=1,  # with more threads, the vocabulary would be different
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
@@ -119,7 +120,7 @@ TRAINERS = {"bpe": train_bpe, "spm": train_sentencepiece}
 
 
 def byte_characters() -> list[str]:
-    """The printable character that byte-level BPE writes for each byte (GPT-2's table)."""
+    """The printable character that represents each byte in byte-level BPE, as in GPT-2."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     rest = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(rest)) for byte in range(256)]

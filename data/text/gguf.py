@@ -1,4 +1,4 @@
-"""Reads the tokenizer in the header of a GGUF file as llama.cpp does, including files of early writers."""
+"""Reads the tokenizer in the header of a GGUF file as llama.cpp does, including files that early programs wrote."""
 
 from pathlib import Path
 
@@ -16,7 +16,8 @@ KEY = "tokenizer.ggml."
 
 
 def from_gguf(path: Path) -> Tokenizer:
-    """The tokenizer in a GGUF file: byte-level BPE ("gpt2"), SentencePiece BPE ("llama") or unigram ("t5")."""
+    """Reads the tokenizer in a GGUF file. Its model is byte-level BPE ("gpt2"), SentencePiece BPE ("llama") or unigram
+    ("t5")."""
     header = read_header(path).metadata
     meta = {name.removeprefix(KEY): value for name, value in header.items() if name.startswith(KEY)}
     if not meta.get("tokens"):
@@ -44,8 +45,8 @@ def from_gguf(path: Path) -> Tokenizer:
 
 
 def _repair(meta: dict, where: str) -> None:
-    """Repairs what llama.cpp repairs or warns about: missing lists, empty names, ids out of range, control tokens
-    marked as text."""
+    """Repairs the errors in a tokenizer's metadata that llama.cpp repairs or warns about: missing lists, empty names,
+    ids out of range, and control tokens that are marked as text."""
     tokens = meta["tokens"] = [token or f"[EMPTY_{i}]" for i, token in enumerate(meta["tokens"])]
     if len(set(tokens)) < len(tokens):
         raise UserError("two tokens of the vocabulary have the same text", where)

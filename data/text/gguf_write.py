@@ -1,4 +1,4 @@
-"""Writes a tokenizer as the metadata of a GGUF file, which llama.cpp and data/text/gguf.py read."""
+"""Converts a tokenizer to the metadata of a GGUF file, which llama.cpp and data/text/gguf.py can read."""
 
 import json
 
@@ -11,8 +11,8 @@ from data.text.tokenizer import Tokenizer
 
 
 def metadata(tokenizer: Tokenizer, size: int) -> Json:
-    """{key: value} for a model whose embedding has `size` rows. Raises UserError for a tokenizer that GGUF cannot
-    express."""
+    """Returns the metadata {key: value} of a tokenizer, for a model whose embedding has `size` rows. Raises UserError
+    for a tokenizer that GGUF cannot represent."""
     core = json.loads(tokenizer.core.to_str())
     model = core["model"]
     if model["type"] != "BPE":
@@ -60,7 +60,7 @@ def _kind(token: str | None, special: set[str], added: set[str], unknown: str | 
 
 
 def _pre(core: dict) -> str:
-    """GGUF's name for the way in which a tokenizer splits text."""
+    """The name that GGUF uses for the way in which a tokenizer splits text."""
     steps = core["pre_tokenizer"] or {}
     patterns = []
     for step in steps.get("pretokenizers", [steps]):

@@ -1,4 +1,4 @@
-"""Jinja for chat templates, reduced to the features that read nothing but the template's arguments."""
+"""Jinja for chat templates, restricted to features that can read only the template's arguments."""
 
 import json
 from datetime import datetime
@@ -10,7 +10,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_TEMPLATE = 1 << 20  # characters
-MAX_TEXT = 1 << 24  # characters of one rendered chat
+MAX_TEXT = 1 << 24  # maximum characters of one rendered chat
 RANDOM = ("random",)  # filters with random results
 
 
@@ -19,8 +19,8 @@ class TooLong(Exception):
 
 
 class Generation(Extension):
-    """Implements `{% generation %} ... {% endgeneration %}`, which puts marks around the text that the model would
-    write."""
+    """Implements the block `{% generation %} ... {% endgeneration %}`. A template puts the block around the text that
+    the model would write, and the block puts marks around this text."""
 
     tags = {"generation"}
 
@@ -43,7 +43,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals |= {"raise_exception": _raise, "strftime_now": lambda layout: datetime.now().strftime(layout)}
 
     def wrap_str_format(self, value):
-        return None  # so that `is_safe_attribute` refuses str.format, which can read attributes
+        return None  # without this wrapper, `is_safe_attribute` refuses str.format, which can read attributes
 
     def is_safe_attribute(self, obj, attr, value):
         return not (isinstance(obj, str) and attr.startswith("format")) and super().is_safe_attribute(obj, attr, value)
@@ -59,14 +59,14 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 
 @lru_cache(maxsize=16)
 def compiled(template: str) -> Any:
-    """The jinja2.Template. Raises TooLong and jinja2.TemplateError."""
+    """Compiles a template to a jinja2.Template. Raises TooLong or jinja2.TemplateError if this fails."""
     if len(template) > MAX_TEMPLATE:
         raise TooLong(f"the template is longer than {MAX_TEMPLATE:,} characters")
     return Sandbox().from_string(template)
 
 
 def rendered(template: str, marks: tuple[str, str], variables: dict[str, Any]) -> str:
-    """Renders the template with its variables. Raises TooLong, and any error of the template."""
+    """Renders a template with its variables. Raises TooLong, or any error that the template raises."""
     pieces, size = [], 0
     for piece in compiled(template).generate(variables, _marks=marks):
         pieces.append(piece)

@@ -1,4 +1,5 @@
-"""Builds a `tokenizers.Tokenizer` from a SentencePiece model, which is a .model file or the lists in a GGUF header."""
+"""Builds a `tokenizers.Tokenizer` from a SentencePiece model, which is stored in a .model file, or as lists in a GGUF
+header."""
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Core
@@ -6,19 +7,20 @@ from tokenizers import Tokenizer as Core
 from common.errors import UserError
 from data.text.tokenizer import Tokenizer
 
-LONGEST = 1024  # maximum characters of a piece; the work grows with the square of this number
+LONGEST = 1024  # maximum characters of a piece; the time to read a piece grows with the square of its length
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of pieces
 
 
 def from_sentencepiece(model: bytes, where: str) -> Tokenizer:
-    """The tokenizer of a single .model file, with the control tokens that it names and without a chat template."""
+    """Makes a tokenizer from a single .model file, with the control tokens that the file names, and without a chat
+    template."""
     core = sentencepiece(model, where)
     ids = {key: core.token_to_id(name) for key, name in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))}
     return Tokenizer(core, **ids)
 
 
 def sentencepiece(model: bytes, where: str, renamed: dict[int, str] | None = None) -> Core:
-    """The `tokenizers.Tokenizer` of a .model file; `renamed` maps ids to new names of pieces."""
+    """Builds the `tokenizers.Tokenizer` of a .model file. `renamed` maps the ids of pieces to new names."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as proto
 
@@ -44,8 +46,8 @@ def sentencepiece(model: bytes, where: str, renamed: dict[int, str] | None = Non
 
 
 def sentencepiece_core(tokens, scores, types, *, bpe, dummy_prefix, squeeze, charsmap) -> Core:
-    """A tokenizer with the ids of SentencePiece, except that text with leading whitespace gets no dummy prefix (as in
-    transformers)."""
+    """Builds a tokenizer that gives the same ids as SentencePiece, except that text with leading whitespace gets no
+    dummy prefix (as in transformers)."""
     unknown = next((i for i, kind in enumerate(types) if kind == UNKNOWN), None)
     byte_fallback = BYTE in types
     if bpe:
@@ -74,7 +76,8 @@ def sentencepiece_decoder(dummy_prefix: bool) -> decoders.Decoder:
 
 
 def add_tokens(core: Core, tokens: list[str], types: list[int]) -> None:
-    """Registers control and user-defined pieces, which are matched before the model is applied."""
+    """Registers the control and user-defined pieces, which are found in a text before the other text is split into
+    pieces."""
     kinds = list(zip(tokens, types))
     special = [AddedToken(t, special=True, normalized=False) for t, k in kinds if k in (CONTROL, UNKNOWN)]
     core.add_special_tokens(special)
@@ -82,8 +85,8 @@ def add_tokens(core: Core, tokens: list[str], types: list[int]) -> None:
 
 
 def _merges(vocab: dict[str, int], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
-    """The merges, which SentencePiece does not store. Every split of a piece into two pieces is a merge, and the pieces
-    with the best scores come first."""
+    """Computes the BPE merges, which SentencePiece does not store. Every split of a piece into two other pieces is a
+    merge. The merges are sorted by the scores of the merged pieces, with the best score first."""
     found = []
     for token, i in vocab.items():
         if types[i] not in (NORMAL, USER_DEFINED) or len(token) < 2:

@@ -1,8 +1,8 @@
-"""A process that renders chat templates. It contains only Jinja, and its time and memory are limited.
+"""Renders chat templates in a separate process, which contains only Jinja, and has limits on time and memory.
 
-Messages are JSON, each preceded by its size in 8 bytes. A request is [template, marks, variables]; if variables is
-null, the template is only compiled. An answer is [kind, text]: "text" with the rendered text, "limit" with the limit
-that was exceeded, or "error" with the reason.
+Requests to the process, and its answers, are JSON texts, each preceded by its size in 8 bytes. A request is [template,
+marks, variables]. If `variables` is null, the template is only compiled. An answer is ["text", rendered text],
+["limit", description of the limit that was exceeded] or ["error", reason].
 """
 
 import json
@@ -16,23 +16,24 @@ import threading
 import time
 from typing import Any
 
-CPU_SECONDS = 2.0  # limit for one rendering
-SECONDS = 30.0  # limit of elapsed time for one rendering, in case it waits without using CPU time
-MEMORY = 1 << 29  # bytes of address space, Python's included
+CPU_SECONDS = 2.0  # limit of CPU time for one rendering
+SECONDS = 30.0  # limit of elapsed time for one rendering, in case the process waits without using CPU time
+MEMORY = 1 << 29  # maximum bytes of address space, including Python itself
 MAX_REASON = 500  # characters
 OUT_OF_MEMORY = 3  # exit code of the process
 
 
 class Renderer:
-    """The client of the process. It starts the process when needed, also after the process has died. Only one thread
-    uses the process at a time."""
+    """The client of the process that renders templates. It starts the process when needed, and again if the process has
+    died. Only one thread uses the process at a time."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
 
     def ask(self, request: bytes) -> tuple[str, str]:
-        """The answer of the process to a request. If it gives no answer, it is killed, and a "limit" is returned."""
+        """Sends a request to the process and returns the answer. If the process gives no answer, it is killed, and a
+        "limit" is returned."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._process = _started()
@@ -42,7 +43,7 @@ class Renderer:
             except OSError as error:
                 self.close()
                 return "limit", _why(error, self._process.returncode)
-            except BaseException:  # after an interrupt, the next request would read the answer to this one
+            except BaseException:  # otherwise the next request would read the answer to this request
                 self.close()
                 raise
 
@@ -52,7 +53,7 @@ class Renderer:
             self._process.wait()
 
     def forget(self) -> None:
-        """After a fork, makes the child forget the process, which belongs to the parent."""
+        """Disconnects a forked child process from the rendering process, which belongs to the parent."""
         if self._process:
             self._process.stdin.close()
             self._process.stdout.close()
@@ -61,8 +62,8 @@ class Renderer:
 
 
 def _started() -> subprocess.Popen:
-    """Starts the process with this process's Python and packages; Ctrl-C in a terminal does not reach the new
-    process."""
+    """Starts the rendering process, with the same Python and packages as this process. Ctrl-C in a terminal does not
+    reach the new process."""
     program = f"import sys; sys.path[:] = {sys.path!r}; from data.text import sandbox; sandbox.serve()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     return subprocess.Popen([sys.executable, "-I", "-S", "-c", program], bufsize=0, start_new_session=True, **pipes)
@@ -102,7 +103,8 @@ def _why(error: Exception, code: int) -> str:
 
 
 def encoded(message: Any) -> bytes:
-    """Encodes a message as JSON; unknown types become strings. Raises TypeError, ValueError and RecursionError."""
+    """Encodes a message as JSON. Values of unknown types become strings. Raises TypeError, ValueError or RecursionError
+    if the message cannot be encoded."""
     return json.dumps(message, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
 
 
@@ -110,11 +112,11 @@ def decoded(data: bytes) -> Any:
     return json.loads(data.decode("utf-8", "surrogatepass"))
 
 
-# --- code that runs in the process ---
+# --- code that runs in the rendering process ---
 
 
 def serve() -> None:
-    """Answers requests from stdin on stdout until stdin ends."""
+    """Reads requests from stdin and writes the answers to stdout, until stdin ends."""
     from data.text import jinja
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

@@ -1,7 +1,7 @@
-"""How text is split before byte-level BPE. A name in `tokenizer.ggml.pre` of a GGUF file stands for patterns, each of
-which splits the pieces that the previous pattern left. The patterns come from the models' own tokenizer.json files, or
-from llama.cpp if only it defines them. A wrong entry would give plausible but different ids, so unknown names are
-refused."""
+"""Defines how text is split before byte-level BPE is applied. The name in `tokenizer.ggml.pre` of a GGUF file stands
+for a list of patterns. Each pattern splits the pieces of text that the previous pattern produced. The patterns come
+from the models' own tokenizer.json files, or from llama.cpp for names that only llama.cpp defines. A wrong pattern
+would give plausible but different token ids, so unknown names are refused."""
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LINES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -51,8 +51,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 SPLITS = {name: patterns for names, patterns in FAMILIES.items() for name in names.split()}
-# Names for which a word in the vocabulary stays one token, whatever the merges say.
+# Names for which a word that is in the vocabulary becomes one token, even if the merges would not produce this token.
 WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 WHOLE_WORDS |= {"jina-v5-nano", "minicpm5"}
-ADD_BOS = WHOLE_WORDS - {"minicpm5"}  # these tokenizers add BOS if the file has no `add_bos_token`
-NFC = {"qwen2", "deepseek-r1-qwen", "qwen35"}  # normalized to NFC first, as the tokenizer.json of these models says
+ADD_BOS = WHOLE_WORDS - {"minicpm5"}  # these tokenizers add BOS if the file does not contain `add_bos_token`
+NFC = {"qwen2", "deepseek-r1-qwen", "qwen35"}  # text is first normalized to NFC, as in these models' tokenizer.json

@@ -1,7 +1,7 @@
-"""Renders chat templates. A template is a program that comes with a model, so it runs in a separate process with limits
-on time, memory and output.
+"""Renders chat templates. A template is an untrusted program that comes with a model, so it runs in a separate process
+with limits on time, memory and output.
 
-Only templates of this repository are rendered in the main process.
+Only the templates in this repository are rendered in the main process.
 """
 
 import atexit
@@ -14,8 +14,8 @@ from common.errors import UserError
 from data.text import sandbox
 from data.text.tokenizer import DEFAULT_TEMPLATE
 
-TEMPLATES = Path(__file__).with_name("templates")  # one per model family; all of them mark the tokens in the loss
-FAMILIES = {  # {name in TEMPLATES: texts that every template of the family contains}; the first match counts
+TEMPLATES = Path(__file__).with_name("templates")  # one template per model family; each marks the tokens in the loss
+FAMILIES = {  # {name in TEMPLATES: texts that every template of the family contains}; the first match is used
     "deepseek_r1": ("<｜Assistant｜>", "<think>"),
     "qwen3": ("<|im_start|>", "<think>"),
     "chatml": ("<|im_start|>",),
@@ -27,21 +27,22 @@ FAMILIES = {  # {name in TEMPLATES: texts that every template of the family cont
 MAX_CHAT = 1 << 24  # bytes of JSON
 PLACE = "chat template"
 _RENDERER = sandbox.Renderer()
-_OWN: set[str] = set()  # templates of this repository
+_OWN: set[str] = set()  # the texts of the templates in this repository
 atexit.register(_RENDERER.close)
 os.register_at_fork(after_in_child=_RENDERER.forget)
 
 
 class TemplateLimit(UserError):
-    """Raised when a template exceeds its limits of time, memory or output. This is the template's fault, not the
-    chat's."""
+    """Raised when a template exceeds its limits of time, memory or output. Then the template is at fault, not the
+    chat."""
 
 
 def render(template: str, marks: tuple[str, str] = ("", ""), **variables: Any) -> str:
-    """Renders a template with variables; `marks` are put around its `{% generation %}` blocks.
+    """Renders a template with variables. The two `marks` are put before and after each of its `{% generation %}`
+    blocks.
 
     Raises UserError if the template is broken, refuses the messages or does something forbidden, and TemplateLimit if
-    it exceeds a limit.
+    the template exceeds a limit.
     """
     if not is_own(template):
         return _asked(template, marks, variables)
@@ -54,7 +55,8 @@ def render(template: str, marks: tuple[str, str] = ("", ""), **variables: Any) -
 
 
 def _asked(template: str, marks: tuple[str, str], variables: dict[str, Any] | None) -> str:
-    """Renders in the separate process. Without variables the template is only compiled, and the result is ""."""
+    """Renders a template in the separate process. If `variables` is None, the template is only compiled, and the result
+    is ""."""
     try:
         request = sandbox.encoded([template, marks, variables])
     except (TypeError, ValueError, RecursionError) as error:
@@ -71,14 +73,14 @@ def _asked(template: str, marks: tuple[str, str], variables: dict[str, Any] | No
 
 
 def is_own(template: str) -> bool:
-    """Whether a template is one of this repository, perhaps with a system text in front."""
+    """Whether a template is in this repository, or is such a template with a system prompt added by `with_system`."""
     if not _OWN:
         _OWN.update([DEFAULT_TEMPLATE, *(path.read_text("utf-8") for path in TEMPLATES.glob("*.jinja"))])
     return template in _OWN
 
 
 def with_system(template: str, system: str) -> str:
-    """The template, extended by a system text for chats that have none."""
+    """Extends a template by a system prompt, which is used for chats that have no system prompt."""
     text = json.dumps(system, ensure_ascii=False)
     head = "{% if not messages or messages[0]['role'] not in ['system', 'developer'] %}{% set messages = "
     out = f"{head}[{{'role': 'system', 'content': {text}}}] + messages %}}{{% endif %}}{template}"
@@ -88,13 +90,14 @@ def with_system(template: str, system: str) -> str:
 
 
 def twin(text: str) -> str:
-    """The name of a template in TEMPLATES of the same family, which can replace this one in training; "" if there is
-    none."""
+    """The name of a template in TEMPLATES that is of the same model family as a given template, and can replace it in
+    training. Returns "" if there is no such template."""
     return next((name for name, marks in FAMILIES.items() if all(mark in text for mark in marks)), "")
 
 
 def named(spec: str) -> str | None:
-    """The template of `spec`: a file, or a name in data/text/templates; None for "none"."""
+    """Reads the chat template that `spec` names: a file, or a template in data/text/templates. Returns None for
+    "none"."""
     if spec == "none":
         return None
     path = Path(spec).expanduser()

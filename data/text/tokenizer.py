@@ -1,5 +1,5 @@
-"""Converts text to token ids and back. Every tokenizer, whatever its file format, becomes a `tokenizers.Tokenizer` and
-a few special ids."""
+"""Converts text to token ids and back. A tokenizer of any file format is converted to a `tokenizers.Tokenizer` with the
+ids of a few special tokens."""
 
 import hashlib
 import json
@@ -17,14 +17,15 @@ from common.errors import UserError, panics_unprinted, reading
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Core
 
-# The template for models without one: plain headings and the end token, which any vocabulary can encode.
+# The chat template for models without a chat template. It writes only plain headings and the end token, which any
+# vocabulary can encode.
 DEFAULT_TEMPLATE = (
     "{% for m in messages %}{{ '### ' ~ m['role'] ~ '\\n' ~ m['content'] }}"
     "{{ eos_token if m['role'] == 'assistant' else '' }}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"
 )
-# Tokens that end a turn in the templates of known families; each one ends an answer only if the tokenizer's own
-# template contains it.
+# Tokens that end a turn in the chat templates of known model families. Such a token ends an answer only if the
+# tokenizer's own chat template contains the token.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|return|>", "<|eot|>")
 
 
@@ -33,8 +34,8 @@ class NoTokenizer(UserError):
 
 
 class Absent:
-    """Replaces the tokenizer of a model without one: the model still works with ids, and any use of the tokenizer
-    raises UserError."""
+    """A placeholder for the tokenizer of a model that has no tokenizer. The model still works with token ids, but any
+    use of the placeholder raises UserError."""
 
     def __init__(self, error: NoTokenizer):
         self.error = error
@@ -44,8 +45,8 @@ class Absent:
 
 
 class Tokenizer:
-    """A tokenizer with its special ids. `encode` adds neither BOS nor EOS, and by default reads control tokens in a
-    text as plain text."""
+    """A tokenizer with the ids of its special tokens. `encode` adds neither BOS nor EOS. By default, `encode` treats
+    control tokens that a text spells as plain text."""
 
     def __init__(
         self,
@@ -64,11 +65,11 @@ class Tokenizer:
         core.encode_special_tokens = True
         self.core = core
         self.bos_id, self.eos_id, self.pad_id = bos, eos, pad
-        self.prefix = prefix  # ids at the start of documents: usually BOS
+        self.prefix = prefix  # token ids with which every document starts, usually BOS
         self.chat_template = chat_template
-        self.tool_template = tool_template  # template for chats with tools, if the model has a separate one
+        self.tool_template = tool_template  # chat template for chats with tools, if the model has a separate one
         self.extra_eos = tuple(extra_eos)
-        self.reads_control = False  # whether control tokens in a text are always read as such
+        self.reads_control = False  # whether control tokens that a text spells are always read as control tokens
         self._lock = threading.Lock()
 
     @property
@@ -90,12 +91,13 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or r"(?!)")
 
     def control_tokens(self, text: str) -> list[str]:
-        """The control tokens that occur in a text."""
+        """The control tokens that a text spells."""
         return self._special_pattern.findall(text)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end an answer: EOS, the ones that the model's files name, and the template's end of turn."""
+        """The ids of the tokens that end an answer: EOS, further tokens that the model's files name, and the chat
+        template's end of a turn."""
         template = self.chat_template or ""
         ends = [self.special[t] for t in TURN_ENDS if t in self.special and t in template]
         first = [] if self.eos_id is None else [self.eos_id]
@@ -108,8 +110,8 @@ class Tokenizer:
         return [encoding.ids for encoding in self._encode(texts, special, offsets=False)]
 
     def encode_inputs(self, texts: list[str], longest: int) -> list[list[int]]:
-        """Ids for an encoder, with the special tokens that the tokenizer puts around a text. A text of more than
-        `longest` ids loses its tail."""
+        """Token ids for an encoder model, including the special tokens that the tokenizer puts around a text. A text of
+        more than `longest` tokens loses its last tokens."""
         with self._lock:
             self.core.enable_truncation(longest)
             self.core.encode_special_tokens = True
@@ -121,7 +123,7 @@ class Tokenizer:
                 self.core.no_truncation()
 
     def encode_offsets(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids, and for each id its span of characters in `text`."""
+        """Returns the token ids of `text`, and for each id the span of characters in `text` that the token covers."""
         encoding = self._encode([text], special)[0]
         return encoding.ids, encoding.offsets
 
@@ -142,9 +144,9 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> "Core":
-        """A core that reads control tokens as plain text. A unigram model would find the names of control tokens in its
-        vocabulary, where they have the best score. So these names are replaced, and the names of byte tokens get the
-        worst score."""
+        """The version of `core` that treats control tokens in a text as plain text. A unigram model would find the
+        names of control tokens in its vocabulary, where they have the best score. Therefore these names are replaced,
+        and the names of byte tokens get the worst score."""
         from tokenizers import Tokenizer as Core
         from tokenizers import models
 
@@ -163,11 +165,11 @@ class Tokenizer:
             return self.core.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def stream(self, prompt: Iterable[int] = (), skip_special: bool = True) -> Callable[[int], str]:
-        """A function that takes the next id and returns the text that this id adds after `prompt`. The bytes of an
-        incomplete character are held back.
+        """Returns a function that takes the next token id of an answer to `prompt`, and returns the text that this id
+        adds. The bytes of an incomplete character are held back.
 
-        The prompt is needed because some decoders strip the leading space of a text; without the prompt, the answer's
-        leading space would be lost.
+        The prompt is needed because some decoders strip the leading space of a text. Without the prompt, the leading
+        space of the answer would be lost.
         """
         from tokenizers.decoders import DecodeStream
 
@@ -180,11 +182,12 @@ class Tokenizer:
         return step
 
     def token_bytes(self, ids):
-        """Number of UTF-8 bytes of a token or of an array of tokens, int32; 0 for control tokens."""
+        """The number of UTF-8 bytes of a token, or of each token in an array, as int32. Control tokens have 0 bytes."""
         return self.byte_lengths[ids]
 
     def spelled(self, token: int) -> bytes:
-        """The UTF-8 bytes of a token, perhaps only part of a character; for a control token, the bytes of its name."""
+        """The UTF-8 bytes of a token, which may be only a part of a character. A control token gives the bytes of its
+        name."""
         text = self.core.id_to_token(token) or ""
         if text in self._added:
             return text.encode()
@@ -230,7 +233,8 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """A hash that is equal for tokenizers that give equal ids and chats, wherever they were loaded from."""
+        """A hash that is equal for tokenizers that give equal ids and render equal chats, regardless of where the
+        tokenizers were loaded from."""
         template = self.chat_template or DEFAULT_TEMPLATE
         prefix = self.add_bos if self.prefix in ((), (self.bos_id,)) else self.prefix
         ids = [self.bos_id, self.eos_id, self.pad_id, prefix, self.extra_eos]
@@ -239,7 +243,8 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Writes files from which `load` and `AutoTokenizer` of transformers give the same ids."""
+        """Writes the tokenizer to files. Loading the files with `load`, or with `AutoTokenizer` of transformers, gives
+        a tokenizer with the same ids."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.core.save(str(folder / "tokenizer.json"))

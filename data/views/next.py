@@ -1,4 +1,4 @@
-"""Predicts the next token. Documents are stored in this form, so rows are unchanged."""
+"""The view for predicting the next token. Documents are already stored in this form, so rows are unchanged."""
 
 from data.text.tokenizer import Tokenizer
 from data.views import View
