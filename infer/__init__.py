@@ -1,4 +1,4 @@
-"""For notebooks: `from infer import load; lm = load("smollm2-135m-instruct"); lm.answer("...")`."""
+"""The interface for notebooks: `from infer import load; lm = load("smollm2-135m-instruct"); lm.answer("...")`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +17,8 @@ def load(
     tokenizer: str | Path | None = None,
     strict: bool = False,
 ) -> "LM":
-    """Loads an LM from a folder, a .gguf file, a packaged model's name, a hub id or a run folder; see
-    infer.models.load."""
+    """Loads an LM from a Hugging Face folder, a .gguf file, the name of a packaged model, a hub id or a run folder.
+    infer.models.load explains the arguments."""
     from infer import models  # inside the function, so that jax is imported only when a model is loaded
 
     return models.load(name, adapter, dtype, tokenizer, strict)
@@ -28,7 +28,8 @@ def load(
 def load_many(
     name: str | Path, folders: dict[str, str | Path], dtype: str | None = None, *, strict: bool = False
 ) -> "LM":
-    """Loads an LM with a base model and several adapters, {name: run or PEFT folder}; see infer.models.load_many."""
+    """Loads an LM with a base model and several adapters. `folders` maps the name of each adapter to its run folder or
+    PEFT folder. infer.models.load_many explains the other arguments."""
     from infer import models
 
     return models.load_many(name, folders, dtype, strict=strict)

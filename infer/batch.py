@@ -1,9 +1,10 @@
-"""Continuous batching (Orca: Yu et al. 2022): requests join and leave a running batch with a fixed number of rows.
+"""Continuous batching, as in Orca (Yu et al. 2022): requests join and leave a running batch, which has a fixed number
+of rows.
 
-All rows share one key-value cache, which is a ring buffer: each step writes one column for every row. A joining prompt
-is computed separately, and its keys and values are copied into the columns before the next column to write. Attention
-is masked by the positions and segments stored in the cache, not by column, so rows at different lengths share one
-compiled step.
+All rows share one key-value cache, which is a ring buffer. Each decoding step writes one column of the cache, with one
+entry for every row. The prompt of a joining request is computed separately, and its keys and values are copied into the
+columns just before the next column to be written. Attention is masked by the positions and segments that are stored in
+the cache, not by the column numbers, so rows of different lengths share one compiled step.
 """
 
 import functools
@@ -24,16 +25,17 @@ from model.net.kv_cache import Cache
 from model.net.transformer import Transformer
 from model.weights import Params, Tree
 
-if TYPE_CHECKING:  # this module imports Pallas, which takes as long as importing the rest of the package
+if TYPE_CHECKING:  # not imported at run time, since it imports Pallas, which doubles the time of all imports
     from infer.serve.store import Store
 
-STEPS = 16  # maximum decoding steps before control returns to Python, which checks for stops and joins
-TOP = 20  # maximum alternatives per token with log-probabilities
-JOIN = 8  # maximum prompts per prefill, so that few programs are compiled
+STEPS = 16  # maximum decoding steps before control returns to Python, where requests may stop and join
+TOP = 20  # maximum number of alternatives per token whose log-probabilities are returned
+JOIN = 8  # maximum number of prompts per prefill, so that few programs are compiled
 
 
 class Score(NamedTuple):
-    """Log-probabilities of the sampled token and of the most likely ones, at temperature 1 before any truncation."""
+    """Log-probabilities of the sampled token and of the most likely tokens, at temperature 1 and without truncation by
+    top-k, top-p or min-p."""
 
     token: int
     logp: float
@@ -41,9 +43,10 @@ class Score(NamedTuple):
 
 
 class Request:
-    """A prompt and its answer so far. `key` [2] is the data of its JAX random key; any token of `ends` ends the answer.
+    """A prompt and its answer so far. `key` [2] is the data of the request's JAX random key. Any token in `ends` ends
+    the answer.
 
-    `top` is the number of alternatives to score per token; None: `scores` stays empty.
+    `top` is the number of alternatives to score for each token. If `top` is None, `scores` stays empty.
     """
 
     def __init__(
@@ -55,10 +58,10 @@ class Request:
         self.knobs, self.ends, self.top = knobs or Knobs(), ends, top
         self.plan: list[int] = []  # lengths of the shared prefixes to compute before the prompt
         self.tokens: list[int] = []
-        self.logps: list[float] = []  # of the tokens; see infer.sample.sample
+        self.logps: list[float] = []  # log-probabilities of `tokens`; see infer.sample.sample
         self.scores: list[Score] = []  # one per token, if requested
-        self.stopped = False  # whether the caller or an end token, which is then the last of `tokens`, ended the answer
-        self.cancelled = False  # set to True to leave the batch
+        self.stopped = False  # whether the caller or an end token ended the answer; `tokens` includes the end token
+        self.cancelled = False  # set this to True to make the request leave the batch
 
     def add(self, token: int, logp: float) -> bool:
         """Adds a token. Returns whether the answer is complete."""
@@ -69,21 +72,22 @@ class Request:
 
 
 class Rows(NamedTuple):
-    """The inputs of a decoding step, one entry per row of the batch [B]; NumPy arrays until they are traced."""
+    """The inputs of a decoding step, with one entry per row of the batch [B]. The inputs are NumPy arrays until jax
+    traces them."""
 
     live: Array | np.ndarray
-    token: Array | np.ndarray  # the newest, not yet in the cache
-    position: Array | np.ndarray  # of that token
+    token: Array | np.ndarray  # the newest token, which is not yet in the cache
+    position: Array | np.ndarray  # position of the newest token
     step: Array | np.ndarray  # number of tokens sampled so far
     most: Array | np.ndarray  # maximum number of tokens to sample
     key: Array | np.ndarray  # [B,2]
-    scored: Array | np.ndarray  # whether the row's tokens get a Score
-    ends: Array | np.ndarray  # [B,E] tokens after which an answer ends, filled with -1
+    scored: Array | np.ndarray  # whether a Score is computed for the row's tokens
+    ends: Array | np.ndarray  # [B,E] tokens that end an answer, padded with -1
     knobs: Knobs
 
 
 class Picked(NamedTuple):
-    """Sampled tokens; the scores are zeros if no row needs them."""
+    """Sampled tokens and their scores. All scores are zeros if no row needs scores."""
 
     tokens: Array  # [B]
     logps: Array  # [B] see infer.sample.sample
@@ -93,10 +97,10 @@ class Picked(NamedTuple):
 
 
 class Batch:
-    """A batch of `rows` rows whose ring buffer has `length` columns, enough for a prompt and its answer.
+    """A batch of `rows` rows. Its ring buffer has `length` columns, which must suffice for a prompt and its answer.
 
-    `params` are unrolled (infer.generate.unrolled); if a `store` of adapters is given, its parameters replace them.
-    `kind` is the number format of the cache: "float", "int8" or "fp8".
+    `params` are unrolled parameters (see infer.generate.unrolled). If a `store` of adapters is given, the parameters of
+    the store are used instead. `kind` is the number format of the cache: "float", "int8" or "fp8".
     """
 
     def __init__(
@@ -105,7 +109,7 @@ class Batch:
     ):  # fmt: skip
         self.model, self.store, self.length = model, store, length
         self.rows: list[Request | None] = [None] * rows
-        self._all, self._params = params, None  # all; those routed to the current rows, None after rows have changed
+        self._all, self._params = params, None  # all; those for the current rows, or None after rows have changed
         self.reader = Reader(model, self._serving, prefixes or Prefixes(), kind)
         self.cache: Cache | None = None
 
@@ -113,12 +117,13 @@ class Batch:
         return self.store.route(names, rows) if self.store else self._all
 
     def fits(self, requests: Sequence[Request]) -> bool:
-        """Whether each request gets a free row, and the adapters fit on the device beside those in use."""
+        """Whether there is a free row for each request, and whether the adapters of the requests fit on the device in
+        addition to the adapters in use."""
         names = [r.adapter for r in [*self.rows, *requests] if r]
         return len(names) <= len(self.rows) and (not self.store or self.store.fits(names))
 
     def run(self, requests: Sequence[Request], stop: Callable[[list[int]], bool] | None = None) -> None:
-        """Answers all requests. `stop(tokens)` is called every STEPS steps or earlier, and ends an answer by returning
+        """Answers all requests. `stop(tokens)` is called at least every STEPS steps, and ends an answer by returning
         True."""
         self.plan(requests)
         waiting = deque(sorted(requests, key=_order))
@@ -135,16 +140,18 @@ class Batch:
                     self.leave(request)
 
     def plan(self, requests: Sequence[Request]) -> None:
-        """Chooses the prefixes that these requests share with each other or with recent requests."""
+        """Finds the prefixes that the prompts of requests share with each other or with recent prompts, so that each
+        prefix is computed only once."""
         for request, plan in zip(requests, self.reader.plan([r.asked for r in requests]), strict=True):
             request.plan = plan
 
     def join(self, requests: Sequence[Request]) -> None:
-        """Computes the prompts of requests and samples their first tokens. There must be a free row for each."""
+        """Computes the prompts of requests, and samples the first token of each answer. There must be a free row for
+        each request."""
         free = [row for row, r in enumerate(self.rows) if r is None]
         at = {id(request): row for request, row in zip(requests, free)}
         for request in requests:
-            self.rows[at[id(request)]] = request  # from now on its adapter stays on the device
+            self.rows[at[id(request)]] = request  # from now on, the request's adapter stays on the device
         if self.store:
             self.store.hold([r and r.adapter for r in self.rows])
         self._params = None
@@ -159,8 +166,8 @@ class Batch:
             self._add(mine, *_first(logits, filled(sources, size), arrays([*mine, *[None] * (size - len(mine))])))
 
     def _read(self, prompts: list[Prompt], rows: int, requests: list[Request]) -> tuple[Array, Cache | None]:
-        """Logits after the prompts, and the cache to copy into the batch's; None if it became the batch's cache
-        itself."""
+        """Computes prompts. Returns the logits after each prompt, and a cache that must be copied into the cache of the
+        batch. Instead of the second value, returns None if the computed cache has become the cache of the batch."""
         plans = {r.asked: r.plan for r in requests}
         starts = self.reader.starts(prompts, [plans[p] for p in prompts])
         room = self.length - self.reader.columns(prompts, starts)
@@ -173,7 +180,8 @@ class Batch:
         return self.reader.extend(prompts, starts, rows)
 
     def _groups(self, requests: Sequence[Request]) -> Iterator[tuple[list[Prompt], int]]:
-        """Groups of distinct prompts to compute together, each with the number of rows for that computation."""
+        """Yields groups of distinct prompts to compute together, each with the number of rows to use for the
+        computation."""
         prompts = list(dict.fromkeys(r.asked for r in requests))
         most = max(1, min(JOIN, len(self.rows), BUDGET // self.length))
         for i in range(0, len(prompts), most):
@@ -181,7 +189,7 @@ class Batch:
             yield some, 1 if len(some) == 1 else most
 
     def step(self, steps: int = 1, wanted: int = 0) -> None:
-        """Samples up to `steps` tokens for every row; stops earlier when `wanted` rows are free."""
+        """Samples up to `steps` tokens for every row. Stops earlier when `wanted` rows are free."""
         if not any(self.rows):
             return
         if self._params is None:
@@ -196,7 +204,8 @@ class Batch:
             self.rows[self.rows.index(request)], self._params = None, None
 
     def _add(self, requests: Sequence[Request | None], picked: Picked, counts: Array) -> None:
-        """Adds sampled tokens, and scores if requested, to the requests; a completed request leaves the batch."""
+        """Adds sampled tokens to their requests, with scores if requested. A request whose answer is complete leaves
+        the batch."""
         scored = any(r and r.top is not None for r in requests)
         tokens, logps, *scores = fetch(picked if scored else picked[:2])
         for i, (request, count) in enumerate(zip(list(requests), fetch(counts).tolist())):
@@ -211,20 +220,22 @@ class Batch:
 
 
 def _order(request: Request) -> tuple:
-    """A sort key: prompts with the same prefix become neighbors, the longest first."""
+    """A sort key that puts prompts with the same prefix next to each other, with the longest prompt first."""
     prompt, plan = request.asked, request.plan or [0]
     return prompt.adapter or "", prompt.ids[: plan[-1]], -len(prompt.ids)
 
 
 def fetch(tree: Tree) -> Tree:
-    """Copies complete arrays to the host, also if each of several processes holds only a part."""
+    """Copies arrays to the host. The copies are complete, even if each of several processes holds only a part of an
+    array."""
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(tree, tiled=True)
     return jax.device_get(tree)
 
 
 def arrays(rows: Sequence[Request | None]) -> Rows:
-    """The inputs of a decoding step for these rows; a row without a request is not live."""
+    """Makes the inputs of a decoding step from the requests in the rows of a batch. A row without a request is not
+    live."""
     n = len(rows)
     knobs = Knobs(*(np.full(n, off, np.int32 if isinstance(off, int) else np.float32) for off in Knobs()))
     most = bucket(max((len(r.ends) for r in rows if r), default=0), 4)
@@ -249,11 +260,11 @@ def arrays(rows: Sequence[Request | None]) -> Rows:
 def _decode(
     model: Transformer, params: Params, cache: Cache, rows: Rows, steps: int | Array, busy: int | Array
 ) -> tuple[Picked, Array, Cache]:
-    """Decodes up to `steps` steps. Returns tokens [B,STEPS], how many of them belong to each row's answer [B], and the
-    cache.
+    """Decodes up to `steps` steps. Returns the tokens [B,STEPS], the number of these tokens that belong to each row's
+    answer [B], and the cache.
 
-    Decoding stops earlier when at most `busy` rows are live. Each step writes the newest tokens to the next column of
-    the cache.
+    Decoding stops earlier when at most `busy` rows are live. Each step writes the keys and values of the newest tokens
+    to the next column of the cache.
     """
     size = len(rows.live)
     out = jax.eval_shape(_pick, jax.ShapeDtypeStruct((size, model.config.vocab_size), jnp.float32), rows)
@@ -284,13 +295,13 @@ def _decode(
 
 @jax.jit
 def _first(logits: Array, sources: Array, rows: Rows) -> tuple[Picked, Array]:
-    """The first token of each answer, in the format of `_decode`."""
+    """Samples the first token of each answer. Returns tokens and counts in the same format as `_decode`."""
     picked = _pick(logits[sources], rows)
     return jax.tree.map(lambda x: x[:, None], picked), rows.live.astype(jnp.int32)
 
 
 def _pick(logits: Array, rows: Rows) -> Picked:
-    """Samples tokens from logits [B,V]."""
+    """Samples a token for each row of logits [B,V]."""
     top = min(TOP, logits.shape[-1])
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rows.key), rows.step)
     tokens, logps = sample(logits, keys, rows.knobs)

@@ -1,9 +1,11 @@
-"""A bundle: a folder with a model, an adapter, a prompting setup and documents, as tools.compare tested them.
+"""Loads a bundle: a folder with the model, the adapter, the prompting setup and the documents that tools.compare
+tested.
 
-BUNDLE/bundle.json     the model's name, the adapter, and the prompting setup (infer.context.Context); written last
-BUNDLE/model/          the tuned model, or BUNDLE/adapter/, if something was trained
-BUNDLE/examples.jsonl  the solved examples to pick from, if the prompt shows some
-BUNDLE/index/          the documents, if the prompt has passages
+BUNDLE/bundle.json     The model's name, the adapter, and the prompting setup (infer.context.Context); written last.
+BUNDLE/model/          The tuned model, if it is stored with full or merged weights.
+BUNDLE/adapter/        The adapter, if it is stored separately from its base model.
+BUNDLE/examples.jsonl  The solved examples to pick from, if prompts show examples.
+BUNDLE/index/          The index of documents, if prompts contain passages.
 """
 
 import dataclasses
@@ -21,8 +23,8 @@ NAME, EXAMPLES, FORMAT = "bundle.json", "examples.jsonl", 1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bundled(LM):
-    """A model that puts its context around every question. If it has a chat template, plain texts are continued
-    unchanged."""
+    """A model that adds the prompting setup of its bundle to every question. If the model has a chat template, only
+    chats are questions, and plain texts are continued unchanged."""
 
     asker: Asker = dataclasses.field(default_factory=lambda: Asker(Context()))
 
@@ -37,7 +39,7 @@ def is_bundle(name: str | Path) -> bool:
 
 
 def load(name: str | Path, **options: Any) -> Bundled:
-    """The model of a bundle; options as in infer.models.load. Raises UserError if the bundle is damaged."""
+    """Loads the model of a bundle, with the options of infer.models.load. Raises UserError if the bundle is damaged."""
     from infer import models
 
     folder = Path(name).expanduser()
@@ -58,13 +60,13 @@ def load(name: str | Path, **options: Any) -> Bundled:
 
 
 def _turns(prompt: str | list[dict]) -> list[dict]:
-    """The question as chat messages, formatted as in training."""
+    """Converts a question to chat messages, which are formatted as in training."""
     return wrapped(Completion(prompt, "-")).messages[:-1] if isinstance(prompt, str) else prompt
 
 
 def part(trained: Any) -> str:
-    """The subfolder for the trained weights: "adapter", or "model" for full or merged weights; "" if nothing was
-    trained."""
+    """The name of a bundle's subfolder for trained weights: "adapter", or "model" for full or merged weights. Returns
+    "" if nothing was trained."""
     if trained is None:
         return ""
     return "adapter" if trained.get("peft.name") and not trained.get("quant.name") else "model"

@@ -1,4 +1,5 @@
-"""Turns texts into vectors with an encoder or any language model, pooled as configured in the model's folder."""
+"""Computes the vectors of texts with an encoder or any other language model. Hidden states are pooled as the files in
+the model's folder specify."""
 
 import dataclasses
 import functools
@@ -23,8 +24,8 @@ from model.io.pretrained import Pretrained
 from model.net.transformer import Transformer
 from model.weights import Params
 
-BATCH_TOKENS = 16_384  # maximum per forward pass
-POOLINGS = {  # fields of 1_Pooling/config.json of sentence-transformers
+BATCH_TOKENS = 16_384  # maximum number of tokens per forward pass
+POOLINGS = {  # fields of the file 1_Pooling/config.json of sentence-transformers
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "first",
     "pooling_mode_lasttoken": "last",
@@ -34,14 +35,14 @@ Pooling = Literal["mean", "first", "last"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Embedder:
-    """A model whose pooled hidden states are the vector of a text."""
+    """A model that computes the vector of a text by pooling its hidden states."""
 
     model: Transformer
     params: Params
     tokenizer: Tokenizer
     pooling: Pooling = "mean"
     normalized: bool = True  # vectors have length 1
-    longest: int = 512  # maximum tokens per text; the rest is cut off
+    longest: int = 512  # maximum tokens per text; further tokens are cut off
     prompts: tuple[tuple[str, str], ...] = ()  # (name, prefix) pairs, with names such as "query" and "document"
 
     @property
@@ -50,7 +51,8 @@ class Embedder:
 
     @functools.cached_property
     def flops_per_token(self) -> float:
-        """2 FLOPs per multiply-add of the layers' matrices; attention scores are not counted."""
+        """The FLOPs per token of the matrix products in the layers, at 2 FLOPs per multiply-add. Attention scores are
+        not counted."""
         found: list[int] = []
 
         def count(path: str, w: Array | weights.Weight, spec: weights.Spec | None) -> None:
@@ -61,19 +63,20 @@ class Embedder:
         return 2.0 * sum(found)
 
     def embed(self, texts: Sequence[str], prompt: str = "") -> np.ndarray:
-        """Vectors [len(texts), width] in float32. `prompt` names one of the model's prompts; "" means none.
+        """Computes the vectors [len(texts), width] of texts, in float32. `prompt` names one of the model's prompts,
+        which is put before each text; "" means no prompt.
 
-        Texts of similar length share a forward pass, and no vector depends on the other texts.
+        Texts of similar length share a forward pass, but the vector of a text does not depend on other texts.
         """
         before = dict(self.prompts).get(prompt, "")
         return self.vectors(self.encode([before + text for text in texts]))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text, cut off after `longest`."""
+        """The first `longest` token ids of each text."""
         return self.tokenizer.encode_inputs(list(texts), self.longest)
 
     def vectors(self, ids: Sequence[list[int]]) -> np.ndarray:
-        """The vectors of encoded texts, as `embed` returns them."""
+        """Computes the vectors of texts that are already tokenized, as `embed` does for texts."""
         out = np.zeros((len(ids), self.width), np.float32)
         lengths = [len(row) for row in ids]
         for chosen in batches(lengths, BATCH_TOKENS):
@@ -84,11 +87,12 @@ class Embedder:
 
 
 def load(name: str | Path, dtype: str | None = None) -> Embedder:
-    """The embedder of a Hugging Face folder, a packaged model's name, a hub id, or a run that tuned one of these.
+    """Loads an embedder from a Hugging Face folder, the name of a packaged model, a hub id, or a run that fine-tuned
+    such a model.
 
     Pooling, normalization, maximum length and prompts are read from the sentence-transformers files beside the model.
-    Without such files, a vector is the mean over tokens, normalized to length 1. Raises UserError for a pooling or a
-    module that is not supported.
+    Without such files, a vector is the mean of the hidden states over the tokens, normalized to length 1. Raises
+    UserError if a pooling mode or a module is not supported.
     """
     opened = open_model(name)
     model = build.network(opened.config, dtype)
@@ -104,7 +108,8 @@ def _first(opened: Pretrained | Run) -> Pretrained | Run:
 
 
 def _settings(folder: Path) -> dict:
-    """Fields of Embedder from the sentence-transformers files in a folder; {} if there are none."""
+    """Reads fields of Embedder from the sentence-transformers files in a folder. Returns {} if the folder has no such
+    files."""
     listed = folder / "modules.json"
     if not listed.is_file():
         return {}
@@ -128,7 +133,8 @@ def _settings(folder: Path) -> dict:
 
 
 def _padded(rows: list[list[int]], longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, segments) [B,T], padded to one of a few shapes; padding has segment 0."""
+    """Pads rows of token ids to one of a few shapes. Returns (tokens, segments) [B,T], in which padding has segment
+    0."""
     width = min(bucket(max(map(len, rows)), 16), longest)
     tokens, segments = np.zeros((2, bucket(len(rows)), width), np.int32)
     for i, ids in enumerate(rows):
@@ -146,7 +152,7 @@ def _vectors(
 
 
 def pool(x: Array, segments: Array, pooling: Pooling, normalized: bool = True) -> Array:
-    """Pools hidden states x [B,T,D], over the tokens whose segment is not 0, into vectors [B,D] in float32."""
+    """Pools hidden states x [B,T,D] to vectors [B,D] in float32. Tokens with segment 0 are padding and do not count."""
     x, there = x.astype(jnp.float32), (segments > 0)[..., None]
     if pooling == "mean":
         x = jnp.where(there, x, 0).sum(1) / jnp.maximum(there.sum(1), 1)

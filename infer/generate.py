@@ -1,7 +1,8 @@
-"""Sampling with a key-value cache: after the prompts are computed, each step adds a token to every unfinished row.
+"""Samples from a model with a key-value cache. After the prompts are computed, each step adds a token to every
+unfinished row.
 
-Lengths and batch sizes are rounded up to a few shapes and everything else is traced, so a process compiles only a
-handful of programs.
+Lengths and batch sizes are rounded up to a few shapes, and all other arguments are traced, so a process compiles only a
+few programs.
 """
 
 import functools
@@ -25,18 +26,18 @@ from model.net.kv_cache import KINDS
 from model.net.transformer import Transformer, unstack, virtual_tokens
 from model.weights import Params
 
-if TYPE_CHECKING:  # this module imports Pallas, which takes as long as importing the rest of the package
+if TYPE_CHECKING:  # not imported at run time, since it imports Pallas, which doubles the time of all imports
     from infer.serve.store import Store
 
 Prompts = Sequence[Sequence[int]]  # token ids
 
 
 class Samples(NamedTuple):
-    """The generated tokens, one entry per prompt."""
+    """The generated tokens, with one entry per prompt in each list."""
 
     tokens: list[list[int]]  # including the stop token, if one was sampled
     logps: list[np.ndarray]  # log-probabilities of these tokens; see infer.sample.sample
-    finished: list[bool]  # ended by a stop token or `stop`; False: cut off at max_new_tokens
+    finished: list[bool]  # True: ended by a stop token or by `stop`; False: cut off at max_new_tokens
 
 
 def generate(
@@ -55,13 +56,13 @@ def generate(
     adapters: Sequence[str | None] = (),
     **how: Any,
 ) -> Samples:
-    """Continues prompts, B rows of token ids of any lengths, by at most `max_new_tokens` each; greedy at temperature 0.
-    `how` are options of `answer`. With a store of adapters, `params` is None and `adapters` names an adapter for each
-    prompt.
+    """Continues prompts of any lengths by at most `max_new_tokens` tokens each. At temperature 0, decoding is greedy.
+    `how` contains options of `answer`. With a store of adapters, `params` is None, and `adapters` names an adapter for
+    each prompt.
 
-    A row's sample depends only on the seed, its prompt, and the number of equal prompts before it, not on the rest of
-    the batch. `stop(tokens)` is called every few steps (at most infer.batch.STEPS) and ends a row by returning True;
-    tokens sampled in between are still returned.
+    The sample for a prompt depends only on the seed, the prompt, and the number of equal prompts before it, not on
+    other prompts in the batch. `stop(tokens)` is called every few steps (at least every infer.batch.STEPS steps), and
+    ends an answer by returning True. Tokens that were sampled between two calls of `stop` are still returned.
     """
     knobs = Knobs(temperature, top_k, top_p, min_p)
     ends = [stop_ids] * len(prompts)
@@ -75,8 +76,9 @@ def answer(
 ) -> Samples:  # fmt: skip
     """Answers requests with unrolled parameters or a store of adapters.
 
-    At most `rows` requests are decoded at a time (0: all); others join as rows become free. `cache`: "float", or "int8"
-    or "fp8" for less memory. `prefixes` keeps prefixes of prompts for later calls.
+    At most `rows` requests are decoded at a time (0: all of them). Further requests join when rows become free. `cache`
+    is the number format of the cache: "float", or "int8" or "fp8", which need less memory. `prefixes` keeps the caches
+    of shared prefixes for later calls.
     """
     if cache not in KINDS:
         raise UserError(f"cache={cache!r}", fix=f"one of {', '.join(KINDS)}")
@@ -97,7 +99,7 @@ def stream(
     stop_ids: Sequence[int] = (), adapter: str | None = None, cache: str = "float", store: "Store | None" = None,
     prefixes: Prefixes | None = None, **knobs: float,
 ) -> Iterator[int]:  # fmt: skip
-    """The tokens of `generate` for one prompt, as they are sampled."""
+    """Yields the tokens that `generate` returns for one prompt, as soon as each token is sampled."""
     how = Knobs(**cast(dict[str, Any], knobs))
     [request] = requests(model, params, [prompt], max_new_tokens, seed, how, ends=[stop_ids], adapters=[adapter])
     length = virtual_tokens(params or {}) + width(len(prompt)) + bucket(max_new_tokens, 64)
@@ -118,17 +120,18 @@ def requests(
     model: Transformer, params: Params, prompts: Prompts, n: int, seed: int, knobs: Knobs, *,
     ends: Sequence[Sequence[int]], adapters: Sequence[str | None] = (),
 ) -> list[Request]:  # fmt: skip
-    """A request per prompt, each with its end tokens. Raises UserError if one cannot be continued by `n` tokens."""
+    """Makes a request for each prompt, with its end tokens. Raises UserError if a prompt cannot be continued by `n`
+    tokens."""
     check(model, params, prompts, n)
     each = zip(prompts, row_keys(prompts, seed), ends, adapters or [None] * len(prompts), strict=True)
     return [Request(p, n, key, adapter=adapter, knobs=knobs, ends=end) for p, key, end, adapter in each]
 
 
 def unrolled(model: Transformer, params: Params) -> Params:
-    """Parameters with the layers as a tuple instead of a stack. Decoding is then 1.5 times as fast on a CPU, since a
-    scan would copy each layer out of the stack.
+    """Returns the parameters with the layers as a tuple instead of stacked arrays. This makes decoding 1.5 times as
+    fast on a CPU, since a scan would copy each layer out of the stacked arrays.
 
-    Values that depend only on the weights are computed once: the matrices of DoRA and OFT, and float32 copies of
+    Values that depend only on the weights are computed once here: the matrices of DoRA and OFT, and float32 copies of
     bfloat16 weights for a float32 model on a CPU.
     """
     widen = model.dtype == "float32" and jax.default_backend() == "cpu"
@@ -146,8 +149,8 @@ def _unroll(params: Params, config: ModelConfig, widen: bool) -> Params:
 
 
 def row_keys(prompts: Prompts, seed: int) -> np.ndarray:
-    """The data of one JAX random key per row [B,2], derived from the seed, the row's prompt, and the number of equal
-    prompts before it."""
+    """Returns the data of one JAX random key per prompt [B,2], which is derived from the seed, the prompt, and the
+    number of equal prompts before it."""
     seen: dict[int, int] = {}
     data = np.zeros((bucket(len(prompts)), 2), np.uint32)
     for i, prompt in enumerate(prompts):
@@ -175,7 +178,7 @@ def check(model: Transformer, params: Params, prompts: Prompts, n: int) -> None:
 
 
 def needs_causal(model: Transformer) -> None:
-    """Raises UserError for a bidirectional model, which sees the tokens it would have to predict."""
+    """Raises UserError for a bidirectional model, since such a model would see the tokens that it has to predict."""
     if not model.config.causal:
         raise UserError("a bidirectional model cannot predict the next token", "model", "load a causal model")
 

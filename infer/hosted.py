@@ -1,7 +1,9 @@
-"""Models behind an OpenAI-compatible endpoint: `openai:URL#MODEL`, with prices as `?in=0.15&out=0.6`.
+"""Uses models behind an OpenAI-compatible endpoint. Such a model is named `openai:URL#MODEL`, or
+`openai:URL#MODEL?in=0.15&out=0.6` with prices.
 
-Prices are dollars per million prompt tokens (`in`) and answer tokens (`out`). Questions leave this machine unless the
-URL is on the loopback interface. The API key is read from the environment variable OPENAI_API_KEY and never saved.
+Prices are in dollars per million prompt tokens (`in`) and answer tokens (`out`). Questions leave this machine unless
+the URL is on the loopback interface. The API key is read from the environment variable OPENAI_API_KEY and is never
+saved.
 """
 
 import dataclasses
@@ -33,24 +35,25 @@ if TYPE_CHECKING:
 PREFIX, KEY = "openai:", "OPENAI_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 AT_ONCE = 8  # concurrent requests
-TRIES, WAIT, LONGEST = 4, 0.5, 20.0  # attempts per request; seconds to wait, doubled each time; maximum wait
+TRIES, WAIT, LONGEST = 4, 0.5, 20.0  # attempts per request; seconds of the first wait, then doubled; maximum seconds
 TIMEOUT = 120  # maximum seconds without receiving a byte
 BODY = 1 << 24  # maximum bytes of a reply
 AGAIN = (408, 409, 425, 429)  # HTTP statuses after which a request is sent again, besides 5xx
 
 
 class Reply(NamedTuple):
-    """An answer and its cost. Token counts are the endpoint's; None if the endpoint does not send them."""
+    """An answer and its cost. The token counts come from the endpoint, and are None if the endpoint does not send
+    them."""
 
     text: str
     prompt_tokens: int | None
     completion_tokens: int | None
     seconds: float
-    finished: bool  # False: cut at the maximum number of tokens
+    finished: bool  # False if the answer was cut at the maximum number of tokens
 
 
 class Used(NamedTuple):
-    """Totals over replies. None: unknown."""
+    """The total cost of several replies. Unknown values are None."""
 
     requests: int
     prompt_tokens: int | None
@@ -60,8 +63,8 @@ class Used(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Hosted:
-    """A model at `url` (such as https://HOST/v1), asked over HTTP; `usd` are dollars per million prompt and answer
-    tokens."""
+    """A model that is used over HTTP at `url`, such as https://HOST/v1. `usd` contains the prices of a million prompt
+    tokens and of a million answer tokens, in dollars."""
 
     name: str
     url: str
@@ -82,12 +85,12 @@ class Hosted:
         return urlsplit(self.url).hostname not in LOCAL
 
     def generate(self, prompts: "Prompt | Sequence[Prompt]", **options: Any) -> list[str]:
-        """One answer per prompt, with the options of `ask`."""
+        """Returns one answer per prompt. The options are those of `ask`."""
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
         return [reply.text for reply in self.ask([prompts] if one else prompts, **options)]  # type: ignore[list-item]
 
     def answer(self, questions: str | Sequence[str], **options: Any) -> str | list[str]:
-        """Answers one question or several."""
+        """Answers one question, or each of several questions."""
         several = [questions] if isinstance(questions, str) else questions
         found = self.generate([[{"role": "user", "content": q}] for q in several], **options)
         return found[0] if isinstance(questions, str) else found
@@ -96,9 +99,11 @@ class Hosted:
         self, prompts: "Sequence[Prompt]", *, max_new_tokens: int = 64, stop: Sequence[str] = (), seed: int = 0,
         **knobs: float,
     ) -> list[Reply]:  # fmt: skip
-        """One reply per prompt, AT_ONCE at a time. Chats are answered, texts are continued.
+        """Returns one reply per prompt, and sends AT_ONCE requests at a time. Chats are answered, and texts are
+        continued.
 
-        Knobs: temperature (0: greedy), top_p, top_k, min_p. Equal prompts get different seeds. Raises UserError.
+        The knobs are temperature (0: greedy), top_p, top_k and min_p. Equal prompts get different seeds. Raises
+        UserError if a request fails.
         """
         seen: Counter[str] = Counter()
         bodies = []
@@ -118,7 +123,7 @@ class Hosted:
                 return self._reply(path, body, stopped)
             except UserError as e:
                 failed.append(e)
-                stopped.set()  # before this thread takes another prompt: no further request is sent and paid for
+                stopped.set()  # set before this thread takes another prompt, so that no further request is paid for
                 raise
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -133,7 +138,7 @@ class Hosted:
         return found
 
     def used(self, replies: Sequence[Reply] | None = None) -> Used:
-        """The cost of `replies`, by default of all so far."""
+        """The cost of `replies`, or of all replies so far if `replies` is None."""
         replies = self.replies if replies is None else replies
         read, written = (_sum(r[i] for r in replies) for i in (1, 2))
         known = self.usd is not None and read is not None and written is not None
@@ -158,7 +163,7 @@ class Hosted:
         return Reply(text or "", read, written, time.perf_counter() - start, choice.get("finish_reason") != "length")
 
     def _sent(self, path: str, body: Json, stopped: threading.Event) -> Json:
-        """The reply to a request. The request is sent again if the endpoint is busy or unreachable."""
+        """Sends a request and returns the reply. The request is sent again if the endpoint is busy or unreachable."""
         key = os.environ.get(KEY, "")
         request = urllib.request.Request(self.url + path, json.dumps(body).encode())
         request.add_header("Content-Type", "application/json")
@@ -205,7 +210,8 @@ def is_hosted(name: str | Path) -> bool:
 
 
 def parse(name: str) -> Hosted:
-    """The model of `openai:URL#MODEL[?in=DOLLARS&out=DOLLARS]`. Raises UserError."""
+    """Parses the name of a hosted model, `openai:URL#MODEL[?in=DOLLARS&out=DOLLARS]`. Raises UserError if the name is
+    invalid."""
     fix = "write openai:https://HOST/v1#MODEL?in=0.15&out=0.6"
     url, _, rest = name.removeprefix(PREFIX).partition("#")
     model, _, options = rest.partition("?")
@@ -222,7 +228,8 @@ def parse(name: str) -> Hosted:
 
 
 def load(name: str | Path, adapter: str | Path | None = None, *, strict: bool = False) -> "LM | Hosted":
-    """A hosted model if the name is one (`openai:...`), otherwise the model of infer.models.load. Raises UserError."""
+    """Loads a model: a Hosted if the name begins with `openai:`, otherwise an LM with infer.models.load. Raises
+    UserError if the model cannot be loaded."""
     if is_hosted(name):
         if adapter:
             raise UserError("a hosted model takes no adapter", str(adapter), "serve it: python -m tools.serve")
@@ -242,7 +249,8 @@ def _sum(counts: Any) -> int | None:
 
 
 def _refused(error: urllib.error.HTTPError) -> str:
-    """One line that describes an HTTP error, with the message in its body, which may be in OpenAI's format."""
+    """Describes an HTTP error in one line, with the message in the body of the reply, which may be in OpenAI's
+    format."""
     text = error.read(1 << 16).decode(errors="replace")
     try:
         found = json.loads(text)
@@ -253,5 +261,5 @@ def _refused(error: urllib.error.HTTPError) -> str:
 
 
 def _seconds(text: str | None, otherwise: float) -> float:
-    """The seconds of a Retry-After header, or `otherwise` if it is missing or a date."""
+    """The seconds in a Retry-After header, or `otherwise` if the header is missing or contains a date."""
     return float(text) if text and re.fullmatch(r"\d{1,4}", text) else otherwise

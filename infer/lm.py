@@ -1,4 +1,4 @@
-"""A language model with its tokenizer: text in, text or log-probabilities out."""
+"""A language model with its tokenizer, which takes text, and returns text or log-probabilities."""
 
 import dataclasses
 import functools
@@ -28,28 +28,28 @@ from model.net.kv_cache import Cache
 from model.net.transformer import Transformer, virtual_tokens
 from model.weights import Params
 
-if TYPE_CHECKING:  # this module imports Pallas, which takes as long as importing the rest of the package
+if TYPE_CHECKING:  # not imported at run time, since it imports Pallas, which doubles the time of all imports
     from infer.serve.store import Store
 
 Message = Json
 Prompt = str | Sequence[Message] | Sequence[int]  # a text or token ids to continue, or a chat to answer
 
-WINDOW = 1024  # maximum context in `loss`, in tokens
-BATCH_TOKENS = 4096  # maximum per forward pass when scoring
+WINDOW = 1024  # maximum number of context tokens in `loss`
+BATCH_TOKENS = 4096  # maximum number of tokens per forward pass when texts are scored
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LM:
     """A model, its parameters and its tokenizer.
 
-    A prompt is a text to continue, or a list of messages to answer, which the tokenizer's chat template formats. The
-    first call that generates text makes a second copy of the layers, unrolled for decoding.
+    A prompt is a text to continue, or a list of messages to answer. Messages are formatted by the tokenizer's chat
+    template. The first call that generates text makes a second copy of the layers, which is unrolled for decoding.
     """
 
     model: Transformer
     params: Params
     tokenizer: Tokenizer
-    store: "Store | None" = None  # several adapters to choose from; `params` is their base
+    store: "Store | None" = None  # several adapters to choose from; `params` is their base model
     tokenizers: Mapping[str, Tokenizer] = dataclasses.field(default_factory=dict)  # {adapter: its own tokenizer}
 
     @property
@@ -58,7 +58,7 @@ class LM:
 
     @functools.cached_property
     def prefixes(self) -> Prefixes:
-        """Cached prefixes that several prompts share."""
+        """The cache of the prefixes that several prompts share."""
         return Prefixes()
 
     @functools.cached_property
@@ -66,7 +66,7 @@ class LM:
         return unrolled(self.model, self.params)
 
     def speaking(self, adapter: str | None) -> "LM":
-        """This model with the tokenizer and chat template of one of the adapters."""
+        """Returns this model with the tokenizer and the chat template of an adapter."""
         own = self.tokenizers.get(adapter or "")
         return self if own is None else dataclasses.replace(self, tokenizer=own)
 
@@ -77,7 +77,7 @@ class LM:
         return [self.speaking(adapter) for adapter in adapters or [None] * prompts]
 
     def _serving(self, adapters: Sequence[str | None]) -> dict[str, Any]:
-        """The arguments of infer.generate that select the parameters for prompts with these adapters."""
+        """The arguments of infer.generate that select the parameters for prompts with the given adapters."""
         if any(adapters) and not self.store:
             raise UserError("the model was loaded without adapters to choose from", "adapters", "use infer.load_many")
         return {"params": None if self.store else self.unrolled, "store": self.store, "prefixes": self.prefixes}
@@ -88,12 +88,12 @@ class LM:
         self, prompts: Prompt | Sequence[Prompt], *, adapters: Sequence[str | None] = (), max_new_tokens: int = 64,
         stop: Sequence[str] = (), seed: int = 0, rows: int = 0, cache: str = "float", **knobs: float,
     ) -> list[str]:  # fmt: skip
-        """One continuation per prompt, without the prompt, cut at the first of the `stop` strings.
+        """Continues each prompt. Returns only the new text, cut before the first `stop` string.
 
-        `prompts` is one prompt or several; prefixes that they share are computed once. `adapters` names an adapter for
-        each prompt; None is the base model. Knobs as in infer.generate: temperature (0: greedy), top_k, top_p, min_p.
-        `rows` prompts are answered at a time (0: all), which does not change the answers. An answer ends at one of the
-        tokenizer's end tokens.
+        `prompts` is one prompt or several prompts. A prefix that several prompts share is computed only once.
+        `adapters` names an adapter for each prompt; None means the base model. The knobs are those of infer.generate:
+        temperature (0: greedy), top_k, top_p and min_p. `rows` prompts are answered at a time (0: all of them), which
+        does not change the answers. An answer ends at the first of the tokenizer's end tokens.
         """
         prompts = _several(prompts)
         speakers, who = self._speakers(adapters, len(prompts)), self._serving(adapters)
@@ -109,7 +109,8 @@ class LM:
     def answer(
         self, questions: str | Sequence[str], *, adapters: Sequence[str | None] = (), **knobs: float | str
     ) -> str | list[str]:
-        """Answers one question or several; a model without a chat template continues them as texts."""
+        """Answers one question, or each of several questions. A model without a chat template continues each question
+        as a text."""
         several = [questions] if isinstance(questions, str) else list(questions)
         speakers = self._speakers(adapters, len(several))
         raw = [lm.tokenizer.chat_template is None for lm in speakers]
@@ -120,7 +121,8 @@ class LM:
     def stream(
         self, prompt: Prompt, *, adapter: str | None = None, max_new_tokens: int = 64, **knobs: float | str
     ) -> Iterator[str]:
-        """The text of `generate` for one prompt, one piece per token; "" while a character is incomplete."""
+        """Yields the text that `generate` returns for one prompt, in one piece per token. A piece is "" while a
+        character is incomplete."""
         lm, who = self.speaking(adapter), self._serving([adapter])
         asked, ends = lm.encode(prompt), lm.tokenizer.eos_ids
         how = dict(max_new_tokens=max_new_tokens, adapter=adapter, stop_ids=ends, **knobs)
@@ -128,7 +130,7 @@ class LM:
         return lm.pieces(asked, tokens)
 
     def pieces(self, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
-        """The text of the tokens that continue a prompt, as they arrive."""
+        """Yields the text of the tokens that continue a prompt, as each token arrives."""
         text, seen, said = self.tokenizer.stream(prompt), [], ""
         for token in tokens:
             seen.append(token)
@@ -137,11 +139,11 @@ class LM:
             yield piece
         whole = self._continuation(prompt, seen)
         if len(whole) > len(said) and whole.startswith(said):
-            yield whole[len(said) :]  # bytes that never formed a character
+            yield whole[len(said) :]  # the last bytes, which form no complete character
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt: a text starts with BOS if the tokenizer adds it, a chat follows the chat
-        template."""
+        """The token ids of a prompt. A text starts with BOS if the tokenizer adds BOS, and a chat is formatted by the
+        chat template."""
         if isinstance(prompt, str):
             return [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)]
         if prompt and isinstance(prompt[0], int):
@@ -149,7 +151,8 @@ class LM:
         return chat.encode(list(cast(Sequence[Message], prompt)), self.tokenizer)
 
     def _continuation(self, prompt: list[int], tokens: list[int]) -> str:
-        """The text of tokens, decoded together with the prompt, since SentencePiece would drop a leading space."""
+        """The text of the tokens that continue a prompt. The tokens are decoded together with the prompt, since
+        SentencePiece would otherwise drop a leading space."""
         decode = functools.partial(self.tokenizer.decode, skip_special=True)
         before, whole = decode(prompt), decode(prompt + tokens)
         return whole[len(before) :] if whole.startswith(before) else decode(tokens)
@@ -157,21 +160,21 @@ class LM:
     # --- numbers ---
 
     def logits(self, tokens: ArrayLike) -> Array:
-        """Logits [B,T,V] in float32 for token ids [B,T]; [T,V] for [T]."""
+        """Computes the logits in float32: [B,T,V] for token ids [B,T], or [T,V] for token ids [T]."""
         self._check(np.asarray(tokens), np.shape(tokens)[-1])
         tokens = jnp.asarray(tokens, jnp.int32)
         return _logits(self.model, self.params, tokens) if tokens.ndim == 2 else self.logits(tokens[None])[0]
 
     def loss(self, texts: str | Sequence[str]) -> tuple[float, int]:
-        """Mean negative log-likelihood per token over all texts, in nats, and the number of tokens scored.
+        """Returns the mean negative log-likelihood per token over all texts, in nats, and the number of scored tokens.
 
-        The first token of a text is scored only if the tokenizer puts BOS before it. Texts longer than WINDOW are
-        scored in separate windows that overlap by one token, so every token is scored once.
+        The first token of a text is scored only if the tokenizer puts BOS before it. Texts of more than WINDOW tokens
+        are scored in separate windows, which overlap by one token, so that every other token is scored exactly once.
         """
         rows = []
         for text in [texts] if isinstance(texts, str) else texts:
             ids = self.encode(text)
-            size = min(WINDOW, self.config.context - 1)  # a row also has the token before its first scored one
+            size = min(WINDOW, self.config.context - 1)  # a row also has the token before its first scored token
             windows = (ids[at : at + size + 1] for at in range(0, len(ids) - 1, size))
             rows += [(window[:1], window[1:]) for window in windows]
         tokens = sum(len(scored) for _, scored in rows)
@@ -180,7 +183,7 @@ class LM:
         return -float(self.sums(rows)[0].sum()) / tokens, tokens
 
     def logps(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[tuple[float, int]]:
-        """(sum of log p, number of tokens) of each completion, given its prompt.
+        """Returns (log-probability, number of tokens) for each completion, given its prompt.
 
         No token spans the boundary between prompt and completion, as in generation.
         """
@@ -189,10 +192,11 @@ class LM:
         return [(float(total), len(scored)) for total, (_, scored) in zip(sums, rows, strict=True)]
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-        """The reward of each answer to its prompt: the output of the model's head at the end token of the answer.
+        """Returns the reward of each answer to its prompt, which is the output of the model's reward head at the end
+        token of the answer.
 
-        Prompt and answer are formatted as in training: by the chat template if there is one, else concatenated. Raises
-        UserError if the model has no head, and so is not a reward model.
+        A prompt and its answer are formatted as in training: by the chat template if the tokenizer has one, and
+        otherwise by concatenation. Raises UserError if the model has no reward head.
         """
         if "head" not in self.params:
             what = "the model has no reward head"
@@ -214,8 +218,9 @@ class LM:
         return row.documents(self.tokenizer, iter(map(self.tokenizer.encode, row.texts())))[0].ids
 
     def _check(self, ids: np.ndarray, longest: int) -> None:
-        """Raises UserError for ids outside the vocabulary, for which a lookup returns NaN or another token's vector,
-        and for rows longer than a table of learned positions."""
+        """Raises UserError for token ids outside the vocabulary, since looking up such an id would return NaN or the
+        vector of another token. Also raises UserError for rows that are longer than the model's table of learned
+        positions."""
         size = self.config.vocab_size
         if ids.size and not 0 <= ids.min() <= ids.max() < size:
             odd = int(ids.max() if ids.max() >= size else ids.min())
@@ -232,11 +237,11 @@ class LM:
         return before, self.tokenizer.encode(completion)
 
     def sums(self, rows: list[tuple[list[int], list[int]]]) -> tuple[np.ndarray, np.ndarray]:
-        """For rows (context, scored) of token ids: sums of log p of the scored parts, and whether greedy decoding
-        yields them.
+        """Scores rows of token ids, each of the form (context, scored). Returns, for each row, the log-probability of
+        the scored part, and whether greedy decoding would yield this part.
 
-        Rows of similar length share a forward pass; rows with a shared prefix are grouped, and the prefix is computed
-        once.
+        Rows of similar length share a forward pass. Rows with a common prefix are grouped, and the prefix is computed
+        only once.
         """
         needs_causal(self.model)
         if not all(before for before, _ in rows):
@@ -260,8 +265,8 @@ class LM:
     def _sum(
         self, rows: list[tuple[list[int], list[int]]], reader: Reader | None = None, starts: Sequence[Prefix] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(sum of log p, number of scored tokens that are not the most likely) for each row of a batch. The rows
-        continue from the cached prefixes `starts`."""
+        """Returns, for each row of a batch, the log-probability of the scored part, and the number of scored tokens
+        that are not the most likely token at their position. The rows continue from the cached prefixes `starts`."""
         scored = _scored(rows, [start.length for start in starts])
         self.prefixes.computed += int(scored.segments.sum())
         cache = reader and reader.begun(starts, *scored.tokens.shape)
@@ -270,7 +275,7 @@ class LM:
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """`text` up to the first stop string."""
+    """The part of `text` before the first stop string."""
     return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
 
 
@@ -280,17 +285,18 @@ def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
 
 
 class Scored(NamedTuple):
-    """Rows of context tokens followed by scored tokens, padded on the right [B,T]."""
+    """Arrays [B,T] in which each row consists of context tokens, scored tokens and padding."""
 
     tokens: np.ndarray
     targets: np.ndarray
-    mask: np.ndarray  # 1 where the target is scored
+    mask: np.ndarray  # 1 if the target is scored, else 0
     positions: np.ndarray
-    segments: np.ndarray  # 0: padding, which a bidirectional model must not see
+    segments: np.ndarray  # 1, or 0 for padding, which a bidirectional model must not see
 
 
 def _scored(rows: list[tuple[list[int], list[int]]], starts: Sequence[int] = ()) -> Scored:
-    """The padded rows, each without its first `starts` context tokens, which are already in the cache."""
+    """Pads rows of token ids. Each row is used without its first context tokens, which are already in the cache, and
+    whose number is given by `starts`."""
     starts = starts or [0] * len(rows)
     longest = max(len(a) + len(b) - start for (a, b), start in zip(rows, starts))
     shape = bucket(len(rows)), bucket(longest, 16)
@@ -313,8 +319,8 @@ def _logits(model: Transformer, params: Params, tokens: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sum_logps(model: Transformer, params: Params, rows: Scored, cache: Cache | None) -> tuple[Array, Array]:
-    """For each row [B], the sum of log p and the number of scored tokens that are not the most likely. Logits are
-    computed only where the mask is 1."""
+    """Returns, for each row [B], the log-probability of the scored part, and the number of scored tokens that are not
+    the most likely token at their position. Logits are computed only where the mask is 1."""
     x = model.hidden(params, rows.tokens, rows.positions, rows.segments, cache).x
 
     def of(logits: Array, targets: Array) -> tuple[Array, Array]:
@@ -327,6 +333,6 @@ def _sum_logps(model: Transformer, params: Params, rows: Scored, cache: Cache | 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _rewards(model: Transformer, params: Params, rows: Scored) -> Array:
-    """The outputs of the head [B] at the end of each row."""
+    """The outputs of the reward head [B] at the last token of each row."""
     x = model.hidden(params, rows.tokens, rows.positions, rows.segments).x
     return heads.at_end(params["head"], x, rows.segments)

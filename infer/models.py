@@ -1,4 +1,4 @@
-"""Opens models by name, for `infer.load`."""
+"""Loads models by name; `infer.load` calls this module."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from model.io.pretrained import Pretrained, open_pretrained
 from model.net.transformer import Transformer
 from model.weights import Params, Specs, Tree
 
-SHAPE = "model.json"  # file with the ModelConfig, in a run folder that holds every parameter
+SHAPE = "model.json"  # the file with the ModelConfig, in a run folder that contains every parameter
 
 
 def load(
@@ -33,13 +33,13 @@ def load(
     tokenizer: str | Path | None = None,
     strict: bool = False,
 ) -> LM:
-    """A model that is ready to generate and to score.
+    """Loads a model that is ready to generate and to score text.
 
-    `name`: a Hugging Face folder, a .gguf file, a packaged model's name, a hub id, a bundle, or a run folder;
-    RUN/ckpt/STEP is a step of a run. `adapter`: a run folder or a PEFT folder whose adapters are added to the model.
-    `dtype`: number format of weights and activations; None: float32, or the format of the run. `tokenizer` replaces the
-    tokenizer of the adapter or the model. `strict`: unused contents of the model's files are an error. Raises
-    UserError.
+    `name` is a Hugging Face folder, a .gguf file, the name of a packaged model, a hub id, a bundle, a run folder, or
+    the folder RUN/ckpt/STEP of one step of a run. `adapter` is a run folder or a PEFT folder whose adapters are added
+    to the model. `dtype` is the number format of weights and activations; None means float32, or the format of the run.
+    `tokenizer` replaces the tokenizer of the adapter or the model. With `strict`, unused contents of the model's files
+    are an error. Raises UserError if the model cannot be loaded.
     """
     from infer import bundle
 
@@ -67,8 +67,8 @@ def load(
 
 
 def _tokenizer(named: str | Path | None, source: str) -> tokenizers.Tokenizer | Absent:
-    """The tokenizer `named`, else the one of `source`. A model without a tokenizer can still be opened, for token ids
-    only."""
+    """Loads the tokenizer `named`, or else the tokenizer in `source`. A model without a tokenizer can still be loaded,
+    but works only with token ids."""
     try:
         return tokenizers.load(named or source)
     except NoTokenizer as error:
@@ -78,13 +78,14 @@ def _tokenizer(named: str | Path | None, source: str) -> tokenizers.Tokenizer | 
 
 
 def _adapter(name: str | Path) -> Path:
-    """The folder of an adapter; a name that is not a local path is a PEFT folder on the hub."""
+    """The local folder of an adapter. A name that is not a local path means a PEFT folder on the hub, which is
+    downloaded."""
     path = Path(name).expanduser()
     return path if path.exists() or path.parent.is_dir() else locate(str(name), hf.FILES)
 
 
 def _tokenizer_of(adapter: Path) -> str:
-    """The folder of the tokenizer that an adapter was trained with; "" if there is none."""
+    """The folder of the tokenizer with which an adapter was trained, or "" if the adapter contains no tokenizer."""
     if (adapter / peft_read.CONFIG).exists():
         return str(adapter) if (adapter / "tokenizer_config.json").exists() else ""
     return run_at(adapter).tokenizer_source
@@ -97,13 +98,15 @@ def load_many(
     rank_rows: int | None = None,
     strict: bool = False,
 ) -> LM:
-    """A base model with several LoRA adapters from run and PEFT folders; each prompt may choose one of the adapters.
+    """Loads a base model with several LoRA adapters from run folders and PEFT folders. Each prompt may choose one of
+    the adapters.
 
-    Each adapter uses the tokenizer and the chat template that it was trained with. If `name` is a run folder, its base
-    model is loaded, quantized as in the run. `rank_rows` bounds the LoRA factors on the device: the sum of the ranks of
-    the adapters, per weight. Further adapters stay on the host. `strict` as in `load`. Raises UserError.
+    Each adapter uses the tokenizer and the chat template with which it was trained. If `name` is a run folder, the
+    run's base model is loaded, and quantized as in the run. `rank_rows` limits the sum of the ranks of the adapters on
+    the device. Other adapters stay in host memory. `strict` has the same meaning as in `load`. Raises UserError if the
+    model or an adapter cannot be loaded.
     """
-    from infer.serve.store import RANK_ROWS, Store  # imports Pallas: only where it is needed
+    from infer.serve.store import RANK_ROWS, Store  # this module imports Pallas, so it is imported only here
     from model import paged
 
     lm, paths = load(name, dtype=dtype, strict=strict), {n: _adapter(folder) for n, folder in folders.items()}
@@ -114,14 +117,15 @@ def load_many(
 
 
 def _own_tokenizers(folders: dict[str, Path], base: tokenizers.Tokenizer | Absent) -> dict:
-    """{adapter: its tokenizer} for adapters trained with another tokenizer than the base's."""
+    """Returns {adapter: tokenizer} for the adapters that were trained with a different tokenizer than that of the base
+    model."""
     known, out = {}, {}
     for name, folder in folders.items():
         if not (source := _tokenizer_of(folder)):
             continue
         texts = sorted(path for pattern in tokenizers.FILES for path in Path(source).glob(pattern))
         same = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in texts)).digest()
-        if same not in known:  # many adapters share a few tokenizers
+        if same not in known:  # many adapters may share one tokenizer, which is loaded once
             known[same] = tokenizers.load(source)
         if isinstance(base, Absent) or known[same].fingerprint != base.fingerprint:
             out[name] = known[same]
@@ -129,7 +133,8 @@ def _own_tokenizers(folders: dict[str, Path], base: tokenizers.Tokenizer | Absen
 
 
 def _adapted(path: Path, base: Params, specs: Specs, strict: bool) -> Params:
-    """A base with the adapter in a folder. Raises UserError if a run trained the adapter on a different base."""
+    """Adds the adapter in a folder to a base model. Raises UserError if the adapter was trained by a run with a
+    different base model."""
     if (path / peft_read.CONFIG).exists():
         return peft_read.read(path, strict)(base, specs, jax.random.key(0))
     run = run_at(path)
@@ -140,9 +145,10 @@ def _adapted(path: Path, base: Params, specs: Specs, strict: bool) -> Params:
 
 
 def before_and_after(source: str | Path, base: str | Path = "") -> tuple[LM, Params]:
-    """A tuned model, with its adapters, and the plain parameters of its base. `base` may be left out for a run.
+    """Loads a tuned model with its adapters, and the plain parameters of its base model. `base` may be left out for a
+    run folder, whose config names the base model.
 
-    `source`: a run folder, a PEFT folder or a model. Raises UserError.
+    `source` is a run folder, a PEFT folder or a model. Raises UserError if the base model is not known.
     """
     path = Path(source).expanduser()
     run = run_at(path) if is_run(path) else None
@@ -159,19 +165,19 @@ def before_and_after(source: str | Path, base: str | Path = "") -> tuple[LM, Par
 
 
 def open_model(name: str | Path, strict: bool = False) -> "Pretrained | Run":
-    """An opened model: its shape is known, its weights are not read yet. `strict` does not apply to run folders, whose
-    files are all used."""
+    """Opens a model: reads its shape, but not yet its weights. `strict` does not apply to run folders, since all of
+    their files are used."""
     path = Path(name).expanduser()
     return run_at(path) if is_run(path) else open_pretrained(str(name), strict)
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run or a step of one, RUN/ckpt/STEP."""
+    """Whether a folder is a run folder, or the folder RUN/ckpt/STEP of one step of a run."""
     return (path / "ckpt").is_dir() or _is_step(path)
 
 
 def run_at(path: Path, base: "Pretrained | Run | None" = None) -> "Run":
-    """The run in a folder, at its newest step; or at STEP, if the folder is RUN/ckpt/STEP."""
+    """Opens the run in a folder at its newest step, or at STEP if the folder is RUN/ckpt/STEP."""
     if _is_step(path):
         return Run(path.parents[1], base, int(path.name))
     return Run(path, base)
@@ -183,9 +189,9 @@ def _is_step(path: Path) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder as a pretrained model, at its newest complete step or at `step`.
+    """A run folder that is used as a pretrained model, at its newest complete step or at `step`.
 
-    `base` replaces the `init` of the run's config, for example if that model was moved.
+    `base` replaces the model that the run's config names as `init`, for example if that model was moved.
     """
 
     workdir: Path
@@ -206,7 +212,7 @@ class Run:
 
     @functools.cached_property
     def model(self) -> Transformer:
-        if (shape := self.workdir / SHAPE).is_file():  # the folder holds every parameter and needs no `init`
+        if (shape := self.workdir / SHAPE).is_file():  # the folder contains every parameter and needs no `init`
             with reading(shape):
                 config = ModelConfig.from_dict(files.load_json(shape))
             return build.network(config, self.cfg.model.dtype, self.cfg.model.param_dtype)
@@ -221,15 +227,17 @@ class Run:
         return str(self.workdir / "tokenizer")
 
     def load(self, specs: Specs, shardings: Tree = None, dtype: str = "float32") -> Params:
-        """Plain parameters with adapters merged and without a head, for another run whose `init` is this folder."""
+        """Loads plain parameters, with merged adapters and without a head, for another run whose `init` is this
+        folder."""
         params = self.params(specs, shardings, dtype)
         params.pop("head", None)
         return jax.jit(lambda p: weights.dense(p, specs), out_shardings=shardings)(params)
 
     def params(self, specs: Specs, shardings: Tree = None, dtype: str = "float32") -> Params:
-        """The trained policy, with its adapters and quantized leaves.
+        """Loads the parameters of the trained model, including adapters and quantized weights.
 
-        Frozen parameters are computed again from the config, as in training. Raises UserError if they have changed.
+        Frozen parameters are computed again from the config, as in training. Raises UserError if the frozen parameters
+        have changed.
         """
         transform = build.transform(self.cfg, specs)
         if self.cfg.quant.name:
@@ -243,13 +251,13 @@ class Run:
         return self.with_trained(policy)
 
     def _headed(self, policy: Params) -> Params:
-        """The policy with the head that the objective added, at its initial values."""
+        """Adds the head that the training objective added to the model, with the head's initial values."""
         name = methods.method("objective", self.cfg.objective.name).head
         return policy | {"head": heads.find(name)(self.config, jax.random.key(0))} if name else policy
 
     def with_trained(self, policy: Params) -> Params:
-        """The run's initial policy, with its parameters replaced by the trained ones. Raises UserError if the frozen
-        parameters differ from those in training."""
+        """Replaces the trained parameters in `policy`, the run's initial parameters, by their trained values. Raises
+        UserError if the frozen parameters differ from those in training."""
         if self.cfg.peft.name:
             saved.check_base(self.saved, policy, self.workdir)
         return saved.put(self.saved, policy, self.workdir)

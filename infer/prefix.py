@@ -1,9 +1,9 @@
-"""Prefix caching: tokens with which several prompts begin are computed once, within a batch and across batches.
+"""Prefix caching: tokens with which several prompts begin are computed only once, within a batch and across batches.
 
-The prefixes of prompts form a tree. A node that saves enough tokens becomes a cache of one row, computed from the cache
-of its parent; a prompt continues from its longest cached prefix. A key-value cache holds the virtual tokens of prefix
-and prompt tuning, then the tokens of the prefix; a recurrent layer keeps its state after these tokens. Prompts of
-different adapters share nothing.
+The prefixes of prompts form a tree. A prefix that saves enough tokens gets a cache of one row, which is computed from
+the cache of its parent in the tree. Each prompt continues from its longest cached prefix. A key-value cache contains
+the virtual tokens of prefix tuning and prompt tuning, followed by the tokens of the prefix. The cache of a recurrent
+layer contains the state after these tokens. Prompts that use different adapters share no prefixes.
 """
 
 import functools
@@ -23,10 +23,10 @@ from model.net.kv_cache import Cache
 from model.net.transformer import Transformer, virtual_tokens
 from model.weights import Params
 
-BYTES = 512 << 20  # maximum size of all kept caches
-RECENT = 64  # recent prompts with which new ones are compared
-NODE = 64  # tokens that a prefix must save; computing a smaller one separately costs more than it saves
-WORTH = 512  # tokens that the prefixes of a call must save in total, since they need more compiled programs
+BYTES = 512 << 20  # maximum bytes of all caches that are kept
+RECENT = 64  # number of recent prompts with which new prompts are compared
+NODE = 64  # minimum tokens that a prefix must save; otherwise computing it separately costs more than it saves
+WORTH = 512  # minimum tokens that all prefixes of a call must save, since prefixes need more compiled programs
 BUDGET = 4096  # maximum padded tokens of prompts that are computed together
 
 Serving = Callable[[Sequence[str | None], int], Params]  # (adapter of each row, rows of the batch) -> parameters
@@ -38,7 +38,7 @@ class Prompt(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """A cache of one row, whose last filled columns hold the first `length` tokens of a prompt."""
+    """A cache of one row, whose last filled columns contain the first `length` tokens of a prompt."""
 
     cache: Cache
     length: int
@@ -53,17 +53,17 @@ class Prefix(NamedTuple):
 
 
 class Prefixes:
-    """Keeps up to `limit` bytes of cached prefixes of one model; the least recently used is dropped first. Not
-    thread-safe."""
+    """Keeps up to `limit` bytes of cached prefixes of one model, and drops the least recently used prefix first. This
+    class is not thread-safe."""
 
     def __init__(self, limit: int = BYTES):
         self.limit, self.bytes = limit, 0
         self.kept: OrderedDict[tuple[str, Prompt], Prefix] = OrderedDict()
         self.recent: deque[Prompt] = deque(maxlen=RECENT)
-        self.computed = 0  # prompt tokens computed so far, without padding
+        self.computed = 0  # number of prompt tokens computed so far, without padding
 
     def longest(self, kind: str, prompt: Prompt) -> Prefix | None:
-        """The longest cached prefix of a prompt, among caches of this kind."""
+        """The longest cached prefix of a prompt, among the caches of a given kind."""
         fits = [key for key in self.kept if key[0] == kind and begins(prompt, key[1])]
         best = max(fits, key=lambda key: len(key[1].ids), default=None)
         if best is None:
@@ -81,7 +81,8 @@ class Prefixes:
 
 
 class Reader:
-    """Computes the caches of prompts. `kind`: "float", "int8" or "fp8"; `stacked`: whether the layers are stacked."""
+    """Computes the caches of prompts. `kind` is the number format of the caches: "float", "int8" or "fp8". `stacked`
+    says whether the parameters of the layers are stacked."""
 
     def __init__(
         self, model: Transformer, serving: Serving, prefixes: Prefixes, kind: str = "float", stacked: bool = False
@@ -94,8 +95,8 @@ class Reader:
         return virtual_tokens(self.serving([None], 1))
 
     def plan(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """For each prompt, the ascending lengths of the prefixes to compute. No prefix includes the last token, whose
-        logits are needed."""
+        """Returns, for each prompt, the lengths of the prefixes to compute, in ascending order. A prefix never includes
+        the last token of a prompt, since the logits after the last token are needed."""
         scaling = dict(self.model.config.rope_scaling)
         if scaling.get("rope_type", scaling.get("type")) == "dynamic":
             return [[] for _ in prompts]  # the RoPE frequencies depend on the length of the whole prompt
@@ -106,12 +107,13 @@ class Reader:
         return found[: len(prompts)]
 
     def shares(self, prompt: Prompt) -> bool:
-        """Whether a prefix of the prompt is kept."""
+        """Whether a prefix of the prompt is in the cache."""
         found = self.prefixes.longest(self.key, Prompt(prompt.adapter, prompt.ids[:-1]))
         return found is not None and found.length > 0
 
     def starts(self, prompts: Sequence[Prompt], plans: Sequence[list[int]]) -> list[Prefix]:
-        """Computes the planned prefixes that are missing, then returns the longest cached prefix of each prompt."""
+        """Computes the planned prefixes that are not yet cached, then returns the longest cached prefix of each
+        prompt."""
         while missing := self._missing(prompts, plans):
             for group in batches([len(p.ids) for p in missing], BUDGET):
                 some = [missing[i] for i in group]
@@ -132,8 +134,8 @@ class Reader:
         return list(found)
 
     def _longest(self, prompt: Prompt, without: int = 0) -> Prefix:
-        """The longest cached prefix of a prompt, not counting its last `without` tokens; at least the virtual
-        tokens."""
+        """The longest cached prefix of a prompt without its last `without` tokens. If no prefix is cached, returns a
+        cache that contains only the virtual tokens."""
         prompt = Prompt(prompt.adapter, prompt.ids[: len(prompt.ids) - without])
         if found := self.prefixes.longest(self.key, prompt):
             return found
@@ -150,12 +152,12 @@ class Reader:
         return Prefix(insert(ring, cache, np.zeros(1, np.int32), np.full(1, row, np.int32), 1), length)
 
     def ring(self, rows: int, columns: int, index: int = 0) -> Cache:
-        """An empty cache, to be written next at column `index`."""
+        """An empty cache, in which column `index` is the next column to be written."""
         empty = _empty(self.model, None, rows, columns, self.kind, not self.stacked)
         return empty._replace(index=jnp.int32(index))
 
     def begun(self, starts: Sequence[Prefix], rows: int, room: int) -> Cache:
-        """A cache with these prefixes in its first rows, and `room` more columns."""
+        """Makes a cache with the given prefixes in its first rows, and with `room` further columns."""
         columns = max(start.columns for start in starts)
         cache = self.ring(rows, columns + room, columns)
         for start in {id(start): start for start in starts if start.columns}.values():
@@ -164,15 +166,15 @@ class Reader:
         return cache
 
     def columns(self, prompts: Sequence[Prompt], starts: Sequence[Prefix]) -> int:
-        """The number of columns in the cache that `extend` computes without `room`."""
+        """The number of columns in the cache that `extend` returns if `room` is 0."""
         rest = max(len(p.ids) - start.length for p, start in zip(prompts, starts, strict=True))
         return max(start.columns for start in starts) + width(rest)
 
     def extend(
         self, prompts: Sequence[Prompt], starts: Sequence[Prefix], rows: int, room: int = 0
     ) -> tuple[Array, Cache]:
-        """Continues prompts from their cached prefixes: logits [rows,V] after each prompt, and the cache with `room`
-        more columns. Rows beyond the prompts are padding."""
+        """Computes prompts, starting from their cached prefixes. Returns the logits [rows,V] after each prompt, and the
+        cache, which has `room` further columns. If there are more rows than prompts, the last rows are padding."""
         params = self.serving([p.adapter for p in prompts], rows)
         rest = [p.ids[start.length :] for p, start in zip(prompts, starts, strict=True)]
         self.prefixes.computed += sum(map(len, rest))
@@ -187,7 +189,8 @@ class Reader:
 
 
 def padded(rest: Sequence[Sequence[int]], starts: Sequence[int], rows: int) -> tuple[np.ndarray, ...]:
-    """Tokens, positions and segments [rows,T] int32 of token ids, padded on the right. Positions begin at `starts`."""
+    """Pads token ids on the right. Returns the tokens, positions and segments, each int32 [rows,T]. The positions of a
+    row begin at its value in `starts`."""
     out = np.zeros((3, rows, width(max(map(len, rest)))), np.int32)
     for i, (ids, start) in enumerate(zip(rest, starts, strict=True)):
         out[0, i, : len(ids)] = ids
@@ -197,12 +200,12 @@ def padded(rest: Sequence[Sequence[int]], starts: Sequence[int], rows: int) -> t
 
 
 def branches(prompts: Sequence[Prompt]) -> list[list[int]]:
-    """For each prompt, the ascending lengths of the prefixes that it shares with others; none if they save too few
-    tokens."""
+    """Returns, for each prompt, the lengths of the prefixes that it shares with other prompts, in ascending order. The
+    lists are empty if the prefixes save too few tokens."""
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i].adapter or "", prompts[i].ids))
     common = [_common(prompts[a], prompts[b]) for a, b in itertools.pairwise(order)]
     found: list[list[int]] = [[] for _ in prompts]
-    saved, spans = 0, [(0, len(prompts), 0)]  # start and end in `order`, length of a common prefix
+    saved, spans = 0, [(0, len(prompts), 0)]  # (start in `order`, end in `order`, length of the common prefix)
     while spans:
         start, end, depth = spans.pop()
         if end - start < 2:
@@ -223,7 +226,7 @@ def begins(prompt: Prompt, prefix: Prompt) -> bool:
 
 
 def _common(a: Prompt, b: Prompt) -> int:
-    """The length of the longest common prefix, in tokens."""
+    """The length of the longest common prefix of two prompts, in tokens."""
     if a.adapter != b.adapter:
         return 0
     size = min(len(a.ids), len(b.ids))
@@ -233,13 +236,13 @@ def _common(a: Prompt, b: Prompt) -> int:
 
 
 def filled(values: Sequence[int], size: int) -> np.ndarray:
-    """The values, followed by zeros."""
+    """The values, padded with zeros to a given size."""
     return np.asarray([*values, *[0] * (size - len(values))], np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3, 4, 5))
 def _empty(model: Transformer, params: Params | None, rows: int, columns: int, kind: str, unrolled: bool) -> Cache:
-    """A cache with only the virtual tokens of `params`."""
+    """A cache that contains only the virtual tokens in `params`."""
     return model.cache(rows, columns, unrolled, params, kind)
 
 
@@ -252,7 +255,8 @@ def insert(cache: Cache, part: Cache, rows: Array, sources: Array, count: int | 
 def _prefill(
     model: Transformer, params: Params, tokens: Array, positions: Array, segments: Array, ends: Array, cache: Cache
 ) -> tuple[Array, Cache]:
-    """(hidden states [B,1,D] at the columns `ends` [B], which are clipped to the number of tokens; the cache)."""
+    """Computes a slice of the prompts' tokens. Returns (hidden states [B,1,D] at the columns `ends` [B], clipped to the
+    columns of the slice; the updated cache)."""
     out = model.hidden(params, tokens, positions, segments, cache)
     at = jnp.clip(ends, 0, tokens.shape[1] - 1)
     return jnp.take_along_axis(out.x, at[:, None, None], axis=1), cast(Cache, out.cache)

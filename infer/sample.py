@@ -1,4 +1,5 @@
-"""Next-token distributions: temperature, top-k, top-p and min-p, in the order of Hugging Face's logits warpers."""
+"""Samples the next token with temperature, top-k, top-p and min-p, in the same order as Hugging Face's logits
+warpers."""
 
 from typing import NamedTuple
 
@@ -9,24 +10,29 @@ from jax import Array
 
 
 class Knobs(NamedTuple):
-    """How to sample: scalars, or one value per row. All are traced, so changing them never recompiles.
+    """The parameters of sampling, each a scalar or one value per row. All parameters are traced, so changing them never
+    causes a recompilation.
 
-    The defaults turn each of them off.
+    With the default values, sampling is greedy, and no token is excluded.
     """
 
     temperature: Array | np.ndarray | float = 0.0  # 0: greedy
-    top_k: Array | np.ndarray | int = 0  # keep the k most likely tokens
-    # Keep the fewest tokens whose total probability reaches p (Holtzman et al. 2019, arXiv 1904.09751).
+    top_k: Array | np.ndarray | int = 0  # keep only the k most likely tokens
+    # Keep the most likely tokens, and only as many as are needed for a total probability of top_p (Holtzman et al.
+    # 2019, arXiv 1904.09751).
     top_p: Array | np.ndarray | float = 1.0
-    # Keep tokens at least min_p times as likely as the best (Nguyen et al. 2024, arXiv 2407.01082).
+    # Keep the tokens that are at least min_p times as likely as the most likely token (Nguyen et al. 2024, arXiv
+    # 2407.01082).
     min_p: Array | np.ndarray | float = 0.0
 
 
 def sample(logits: Array, keys: Array, knobs: Knobs) -> tuple[Array, Array]:
-    """Samples tokens [B] from logits [B,V] with one key per row; returns them and their log-probabilities [B].
+    """Samples tokens [B] from logits [B,V] with one random key per row. Returns the tokens and their log-probabilities
+    [B].
 
-    The log-probabilities are those of the model at this temperature before any truncation (greedy: at temperature 1),
-    as a trainer recomputes them; probabilities renormalized over the kept tokens would bias its importance ratios.
+    The log-probabilities are those at the sampling temperature (for greedy sampling, at temperature 1) before top-k,
+    top-p or min-p exclude any tokens. A trainer recomputes log-probabilities in this way. If probabilities were
+    renormalized over the remaining tokens, the trainer's importance ratios would be biased.
     """
     greedy = jnp.broadcast_to(knobs.temperature == 0, len(logits))
     scaled = logits / jnp.where(greedy, 1.0, knobs.temperature)[:, None]
@@ -42,7 +48,8 @@ def sample(logits: Array, keys: Array, knobs: Knobs) -> tuple[Array, Array]:
 
 
 def truncate(logits: Array, knobs: Knobs) -> Array:
-    """Logits [B,V] with -inf at the tokens that top-k, top-p and min-p exclude. The best token always remains."""
+    """Sets the logits [B,V] of the tokens that top-k, top-p and min-p exclude to -inf. The most likely token is never
+    excluded."""
     knobs = Knobs(*(jnp.broadcast_to(knob, len(logits))[:, None] for knob in knobs))
     sorts = (knobs.top_k > 0) | (knobs.top_p < 1)
     logits = jax.lax.cond(sorts.any(), lambda: _top(logits, knobs), lambda: logits)
@@ -51,8 +58,8 @@ def truncate(logits: Array, knobs: Knobs) -> Array:
 
 
 def _top(logits: Array, knobs: Knobs) -> Array:
-    """Top-k, then top-p among the kept tokens. Both keep the most likely tokens, and all tokens that tie with the last
-    kept."""
+    """Applies top-k, and then top-p to the remaining tokens. Tokens that are exactly as likely as the least likely
+    token that is kept are kept too."""
     down = jnp.sort(logits, axis=-1, descending=True)
     rank = jnp.arange(logits.shape[-1])
     keep = (rank < knobs.top_k) | (knobs.top_k <= 0)

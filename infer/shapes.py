@@ -1,12 +1,13 @@
-"""Sizes of batches and paddings, rounded up to a few shapes, so that a process compiles few programs."""
+"""Rounds the sizes of batches and the lengths of padded rows up to a few values, so that a process compiles few
+programs."""
 
 from collections.abc import Iterator, Sequence
 
-PREFILL = 512  # prompt tokens per forward pass; bounds the attention scores and the number of shapes
+PREFILL = 512  # maximum prompt tokens per forward pass, to limit the attention scores and the number of shapes
 
 
 def bucket(n: int, least: int = 1) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least n."""
+    """The smallest number of the series 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least n."""
     power = least
     while power < n:
         if power * 3 // 2 >= n and power > 1:
@@ -16,13 +17,13 @@ def bucket(n: int, least: int = 1) -> int:
 
 
 def width(longest: int) -> int:
-    """Columns for prompts of at most `longest` tokens; above PREFILL, a multiple of PREFILL."""
+    """The number of columns for prompts of at most `longest` tokens. Numbers above PREFILL are multiples of PREFILL."""
     return bucket(longest, 16) if longest <= PREFILL else -(-longest // PREFILL) * PREFILL
 
 
 def batches(lengths: Sequence[int], budget: int, order: Sequence[int] | None = None) -> Iterator[list[int]]:
-    """Groups indices, sorted by length or in `order`, into batches of at most `budget` padded tokens, or of a single
-    row."""
+    """Groups the indices of rows into batches of at most `budget` padded tokens. The rows are sorted by length, or
+    taken in `order` if it is given. A row that is longer than `budget` gets a batch of its own."""
     batch: list[int] = []
     longest = 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__) if order is None else order:

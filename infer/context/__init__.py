@@ -1,11 +1,12 @@
-"""Prompting setups: an instruction, solved examples before the question, retrieved passages, or a combination.
+"""Prompting setups, which add an instruction, solved examples, retrieved passages, or a combination of these to a
+question.
 
-instruction.py   the system message
-shots/           one file per method of picking examples: random, fixed, diverse, nearest
-retrieval.py     passages of an index
+instruction.py   Adds a system message.
+shots/           Adds solved examples, with one file per method of picking them: random, fixed, diverse, nearest.
+retrieval.py     Adds passages from an index of documents.
 
-A prompt has the order system message, examples, passages, question, so that the parts shared by all questions come
-first.
+A prompt consists of the system message, the examples, the passages and the question, in this order, so that the parts
+that all questions share come first.
 """
 
 import dataclasses
@@ -20,21 +21,21 @@ from infer.context.shots import Prompt, Shot
 from infer.retrieve.index import Hit, opened
 from infer.retrieve.search import How
 
-FULL = -1  # as many examples as fit into the model's context
+FULL = -1  # stands for as many examples as fit into the model's context window
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """A prompting setup; the default is zero-shot. `to_dict` leaves out default values; `Context(**values)` restores
-    it."""
+    """A prompting setup; the default is zero-shot. `to_dict` returns the values that differ from the defaults, and
+    `Context(**values)` restores the setup from these values."""
 
     instruction: str = ""  # the system message; "{}" stands for the question's own system message
-    shots: int = 0  # examples per question, or FULL
-    pick: str = "random"  # a file of infer/context/shots
+    shots: int = 0  # number of examples per question, or FULL
+    pick: str = "random"  # method of picking examples, a file in infer/context/shots
     index: str = ""  # folder of an index (tools.index)
     k: int = 3  # chunks per question
     how: How | None = None  # how the index is searched
-    cite: bool = False  # whether the answer should name the chunks that it relies on
+    cite: bool = False  # whether an answer should cite the chunks on which it is based
 
     def __post_init__(self) -> None:
         if self.shots:
@@ -49,7 +50,7 @@ class Context:
 
     @property
     def label(self) -> str:
-        """The setup in words: "zero-shot", or "4-shot nearest, 3 passages"."""
+        """Describes the setup in words, such as "zero-shot" or "4-shot nearest, 3 passages"."""
         parts = [f"instruction {_short(self.instruction)}"] if self.instruction else []
         if self.shots:
             many = "many-shot" if self.shots == FULL else f"{self.shots}-shot"
@@ -62,13 +63,13 @@ class Context:
 class Prompts(NamedTuple):
     prompts: list[Prompt]
     shots: int  # examples in each prompt
-    hits: list[list[Hit]]  # the chunks in each prompt, the best first; [] without an index
-    flops: float  # of the search
+    hits: list[list[Hit]]  # the chunks in each prompt, best first; an empty list without an index
+    flops: float  # FLOPs of the search
 
 
 class Asker:
-    """Puts a context around questions. `pool` has the solved examples to pick from; it must not contain test
-    questions."""
+    """Applies a prompting setup to questions. `pool` contains the solved examples to pick from, and must not contain
+    test questions."""
 
     def __init__(self, context: Context, pool: Sequence[Shot] = (), seed: int = 0):
         self.context, self.pool = context, pool
@@ -76,8 +77,8 @@ class Asker:
         self.picked = shots.picker(context.pick, pool, context.shots, seed) if context.shots else None
 
     def __call__(self, questions: Sequence[Prompt], fits: Callable[[list[Prompt]], bool] | None = None) -> Prompts:
-        """The prompts for questions. FULL needs `fits`, which says whether prompts fit into the model's context
-        window."""
+        """Makes the prompts for questions. The number of examples can be FULL only if the function `fits` is given,
+        which says whether prompts fit into the model's context window."""
         hits = retrieval.found(self.index, questions, self.context.k, self.context.how) if self.index else []
         asked = (
             [retrieval.put(q, h, self.context.cite) for q, h in zip(questions, hits, strict=True)]

@@ -1,12 +1,12 @@
-"""Instructions: variants of the system message, read from a file or built in."""
+"""Instructions are variants of the system message. They are read from a file, or are built in."""
 
 from pathlib import Path
 
 from common.errors import UserError, reading
 from infer.context.shots import Prompt
 
-OWN = "{}"  # in a variant, stands for the question's own instruction
-BUILT_IN = (  # the first leaves the question as it is
+OWN = "{}"  # stands for the question's own instruction in a variant
+BUILT_IN = (  # the first variant leaves the question unchanged
     "",
     "{} Answer with the answer only, without an explanation.",
     "{} Answer in as few words as possible.",
@@ -18,8 +18,8 @@ LONGEST = 10_000  # characters
 
 
 def read(source: str) -> list[str]:
-    """The variants in a text file, one per line, or the built-in ones for "builtin". Raises UserError if there are
-    none."""
+    """Reads the variants in a text file, one per line, or returns the built-in variants for "builtin". Raises UserError
+    if the file has no variant."""
     if source == "builtin":
         return list(BUILT_IN)
     path = Path(source).expanduser()
@@ -34,7 +34,7 @@ def read(source: str) -> list[str]:
 
 
 def put(prompt: Prompt, variant: str) -> Prompt:
-    """The prompt with the variant as its system message; "" leaves the prompt unchanged."""
+    """Makes a variant the system message of a prompt. The variant "" leaves the prompt unchanged."""
     if not variant:
         return prompt
     if isinstance(prompt, str):

@@ -1,2 +1,2 @@
-"""Retrieval: splits documents into chunks, indexes them by words and by vectors, and finds the chunks that are nearest
-to a question."""
+"""Retrieval splits documents into chunks, indexes the chunks by words and by vectors, and finds the chunks that best
+match a question."""

@@ -9,10 +9,10 @@ from common.errors import UserError
 from common.types import Json
 from data import sources
 
-WORDS = 160  # words per chunk: about 220 tokens, which is below the limit of small encoders
+WORDS = 160  # maximum words per chunk: about 220 tokens, which is below the limit of small encoders
 HEADING = re.compile(r"#{1,6}\s+(.+?)\s*#*")
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
-TITLES = ("title", "name", "heading")  # columns of a record that may hold the title
+TITLES = ("title", "name", "heading")  # columns of a record that may contain the title
 TEXTS = ("text", "content", "body", "document", "extract")
 
 
@@ -23,18 +23,18 @@ class Chunk(NamedTuple):
 
     @property
     def id(self) -> str:
-        """A hash of the contents, by which an update of an index recognizes unchanged chunks."""
+        """A hash of the chunk's content, by which an update of an index recognizes unchanged chunks."""
         return hashlib.sha256("\0".join(self).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     @property
     def passage(self) -> str:
-        """The title and the text, as searched and shown."""
+        """The title and the text of the chunk, which are searched and shown together."""
         return f"{self.title}\n{self.text}" if self.title else self.text
 
 
 def of_source(spec: str, words: int = WORDS) -> Iterator[Chunk]:
-    """The chunks of a source (data.sources), in the order of its records. Raises UserError for a record without a
-    text."""
+    """Yields the chunks of a source (see data.sources), in the order of its records. Raises UserError for a record
+    without a text."""
     for row in sources.rows(spec):
         if row.record is None:
             raise UserError(row.reason, row.where)
@@ -42,7 +42,7 @@ def of_source(spec: str, words: int = WORDS) -> Iterator[Chunk]:
 
 
 def of_record(record: Json, where: str, words: int = WORDS) -> Iterator[Chunk]:
-    """The chunks of a record, which `where` identifies. Raises UserError if the record has no text."""
+    """Yields the chunks of a record, which `where` identifies. Raises UserError if the record has no text."""
     text = _first(record, TEXTS)
     if not text:
         raise UserError("the record has no text", where, f"a column named {', '.join(TEXTS)}")
@@ -50,7 +50,8 @@ def of_record(record: Json, where: str, words: int = WORDS) -> Iterator[Chunk]:
 
 
 def split(text: str, title: str = "", words: int = WORDS) -> Iterator[tuple[str, str]]:
-    """(title with headings, text) of chunks of at most `words` words; a longer sentence is split between words."""
+    """Yields (title with headings, text) for chunks of at most `words` words. A sentence with more words is split
+    between two words."""
     for headings, section in _sections(text):
         name = " · ".join(filter(None, (title, *headings)))
         kept: list[str] = []
@@ -64,7 +65,7 @@ def split(text: str, title: str = "", words: int = WORDS) -> Iterator[tuple[str,
 
 
 def _sections(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The sections between Markdown headings: (the headings above a section, its text)."""
+    """Yields (headings above a section, text of the section) for the sections between Markdown headings."""
     headings: list[tuple[int, str]] = []
     lines: list[str] = []
     for line in text.splitlines():
@@ -78,8 +79,8 @@ def _sections(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _pieces(section: str, words: int) -> Iterator[str]:
-    """The paragraphs of a section. A paragraph that is too long is split into sentences, and such a sentence between
-    words."""
+    """Yields the paragraphs of a section. A paragraph of more than `words` words is split into sentences. A sentence of
+    more than `words` words is split between words."""
     for paragraph in filter(None, (p.strip() for p in re.split(r"\n\s*\n", section))):
         if _count([paragraph]) <= words:
             yield paragraph

@@ -1,9 +1,10 @@
-"""An index: a folder with the chunks of a source, their vectors, and a record of the settings that made them.
+"""Builds and opens indexes. An index is a folder with the chunks of a source, their vectors, and a record of the
+settings with which the index was built.
 
-INDEX/index.json      the source, a hash of its content, the settings, the embedder and its digest; written last
-INDEX/chunks.jsonl    one chunk per line
-INDEX/vectors.npy     [chunks, width] in float16, normalized to length 1; absent without an embedder
-INDEX.parts/          vectors of an unfinished build, which the next build reuses
+INDEX/index.json      The source, a hash of its content, the settings, the embedder and its digest; written last.
+INDEX/chunks.jsonl    One chunk per line.
+INDEX/vectors.npy     Vectors [chunks, width] in float16, normalized to length 1; absent without an embedder.
+INDEX.parts/          Vectors of an unfinished build, which the next build reuses.
 """
 
 import functools
@@ -26,7 +27,7 @@ from infer.retrieve.chunks import Chunk
 from infer.retrieve.search import How
 
 RECORD, CHUNKS, VECTORS = "index.json", "chunks.jsonl", "vectors.npy"
-PART = 512  # chunks whose vectors are saved at once
+PART = 512  # number of chunks whose vectors are saved at a time
 
 
 class Hit(NamedTuple):
@@ -35,7 +36,7 @@ class Hit(NamedTuple):
 
 
 class Index:
-    """An opened index. Raises UserError if the folder is not an index, or its files do not belong together."""
+    """An opened index. Raises UserError if the folder is not an index, or if its files do not belong together."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
@@ -60,7 +61,7 @@ class Index:
 
     @functools.cached_property
     def embedder(self) -> Embedder:
-        """The embedder that made the vectors. Raises UserError if its weights have changed."""
+        """The embedder that computed the vectors. Raises UserError if the weights of the embedder have changed."""
         found = load_embedder(self.record["embedder"])
         if digest(found) != self.record["digest"]:
             what = "the weights of the embedder are not those that made the vectors"
@@ -70,10 +71,11 @@ class Index:
     def search(
         self, questions: Sequence[str], k: int = 5, how: How | None = None, asked: np.ndarray | None = None
     ) -> list[list[Hit]]:
-        """The k best chunks for each question, best first. `asked`: the vectors of the questions, if already computed.
+        """Finds the k best chunks for each question, best first. `asked` has the vectors of the questions if they are
+        already computed.
 
-        `how`: "bm25", "dense", or a fusion of both, "rrf" or "mean"; None: "mean" if there are vectors, else "bm25".
-        "bm25" leaves out chunks without any word of the question.
+        `how` is "bm25", "dense", or one of the fusions of both, "rrf" and "mean". None stands for "mean" if the index
+        has vectors, and otherwise for "bm25". With "bm25", chunks that share no word with the question are left out.
         """
         how = how or ("mean" if self.dense else "bm25")
         if how != "bm25" and not self.dense:
@@ -84,8 +86,8 @@ class Index:
         return [self._one(question, vector, k, how) for question, vector in zip(questions, vectors, strict=True)]
 
     def flops(self, questions: Iterable[str], how: How | None = None) -> float:
-        """FLOPs of `search`: embedding the questions, and multiplying their vectors by those of all chunks. BM25 is not
-        counted."""
+        """The FLOPs of `search`, for embedding the questions, and for multiplying the vectors of the questions by the
+        vectors of all chunks. The cost of BM25 is not counted."""
         if how == "bm25" or self.vectors is None:
             return 0.0
         ids = self.embedder.encode(list(questions))
@@ -101,7 +103,7 @@ class Index:
 
 
 def opened(folder: str | Path) -> Index:
-    """The index in a folder, kept open for later calls until its files change."""
+    """Opens the index in a folder. The index is kept open for later calls until its files change."""
     record = Path(folder).expanduser() / RECORD
     return _opened(str(folder), record.stat().st_mtime_ns if record.is_file() else 0)
 
@@ -112,7 +114,8 @@ def _opened(folder: str, changed: int) -> Index:
 
 
 def digest(embedder: Embedder) -> str:
-    """A hash of the vectors of three texts: it changes with the weights, the tokenizer and the pooling."""
+    """A hash of the vectors of three texts, which changes if the weights, the tokenizer or the pooling of the embedder
+    change."""
     found = embedder.embed(["", "a", "The quick brown fox jumps over the lazy dog."])
     return hashlib.sha256(np.round(found, 3).astype(np.float32).tobytes()).hexdigest()[:16]
 
@@ -130,11 +133,11 @@ def build(
     progress: Callable[[int, int], None] = lambda done, total: None,
     judge: Callable[[Index], None] = lambda new: None,
 ) -> Json:
-    """Builds the index of a source, or updates an existing one; returns its record.
+    """Builds the index of a source, or updates an existing index. Returns the record of the index.
 
     Vectors of unchanged chunks are reused, and an interrupted build continues where it stopped. `judge` checks the new
-    index and may raise an error; the old index then stays. Raises UserError if the folder has other content, or the
-    source has no text.
+    index and may raise an error. Then the old index is kept. Raises UserError if the folder has other content, or if
+    the source has no text.
     """
     folder = Path(folder).expanduser()
     if folder.exists() and not (folder / RECORD).is_file():
@@ -170,7 +173,8 @@ def _parts(folder: Path) -> Path:
 def _vectors(
     found: list[Chunk], folder: Path, model: Embedder, old: Json, made_by: str, progress: Callable[[int, int], None]
 ) -> np.ndarray:
-    """Vectors [chunks, width] in float16: reused from the old index or an unfinished build, or computed now."""
+    """Returns the vectors [chunks, width] in float16. Vectors in the old index or in an unfinished build are reused,
+    and missing vectors are computed."""
     known: dict[str, np.ndarray] = {}
     if old.get("digest") == made_by:
         index = Index(folder)

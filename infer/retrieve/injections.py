@@ -2,7 +2,7 @@
 
 import re
 
-PATTERNS = (  # orders, control tokens of chat templates, the tags of our own quotations, roles, invisible characters
+PATTERNS = (  # commands, control tokens of chat templates, passage tags, roles, invisible characters
     r"\b(ignore|disregard|forget|override|bypass)\b[^.\n]{0,30}\b(previous|prior|above|earlier|preceding|all|your|these)\b"
     r"[^.\n]{0,30}\b(instructions?|rules|prompts?|directions|guidelines|messages|passages)\b",
     r"\b(system|developer|hidden) prompt\b",

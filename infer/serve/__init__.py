@@ -1,9 +1,9 @@
-"""Serving: adapters on the device, a running batch, and OpenAI's HTTP interface in front of it."""
+"""Serving: a running batch, adapters on the device, and an HTTP API compatible with OpenAI's."""
 
 
 class Refused(Exception):
-    """A refused request: an HTTP status, a one-line message, and optionally the parameter at fault and an error
-    code."""
+    """Raised to refuse a request, with an HTTP status, a one-line message, and optionally the invalid parameter and an
+    error code."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -11,7 +11,7 @@ class Refused(Exception):
 
     @property
     def content(self) -> dict:
-        """OpenAI's error object."""
+        """The error as a JSON object in OpenAI's format."""
         kinds = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
         kind = kinds.get(self.status, "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}

@@ -1,4 +1,4 @@
-"""OpenAI's formats: reads the bodies of requests and builds the objects that answer them."""
+"""Implements OpenAI's JSON formats: reads the bodies of requests, and builds the objects of responses."""
 
 import json
 import secrets
@@ -22,7 +22,7 @@ STOP = 256  # maximum characters of a stop string
 
 
 class Field(NamedTuple):
-    """A supported parameter: its type, default, minimum and maximum."""
+    """A supported parameter of a request, with its type, default, minimum and maximum."""
 
     kind: type
     default: Any
@@ -40,7 +40,7 @@ CHAT = BOTH | {
     "top_logprobs": Field(int, None, 0, TOP),
 }  # fmt: skip
 COMPLETION = BOTH | {"max_tokens": Field(int, 16, 1, 1 << 62), "logprobs": Field(int, None, 0, TOP)}
-READ = {"model", "stop", "stream_options"}  # handled one by one in `read`
+READ = {"model", "stop", "stream_options"}  # parameters that `read` handles one by one
 LABELS = {
     "user": str,
     "metadata": dict,
@@ -49,7 +49,8 @@ LABELS = {
     "prompt_cache_retention": str,
     "prompt_cache_options": dict,
 }  # accepted without effect
-# Unsupported parameters, with the values at which they have no effect; null is always accepted.
+# Unsupported parameters, with the values for which they have no effect and are accepted. The value null is always
+# accepted.
 NEUTRAL: dict[str, tuple] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "length_penalty": (1,),
     "logit_bias": ({},), "best_of": (1,), "echo": (False,), "suffix": ("",), "min_tokens": (0,), "typical_p": (1,),
@@ -71,7 +72,7 @@ class Asked(NamedTuple):
 
     model: str
     chat: bool
-    prompts: list[Any]  # one list of messages for a chat, else texts or lists of ids
+    prompts: list[Any]  # one list of messages for a chat, else texts or lists of token ids
     max_tokens: int | None
     n: int
     knobs: Knobs
@@ -79,11 +80,12 @@ class Asked(NamedTuple):
     stop: list[str]
     top: int | None  # number of alternatives to score per token
     stream: bool
-    usage: bool  # whether a stream ends with the usage
+    usage: bool  # whether a stream ends with the token counts
 
 
 def read(body: bytes, chat: bool, models: Collection[str]) -> Asked:
-    """Parses the body of a chat or completion request. Raises Refused; no field is silently ignored."""
+    """Parses the body of a chat request or a completion request. Raises Refused if any field is invalid or not
+    supported, so that no field is silently ignored."""
     fields, prompt = (CHAT, "messages") if chat else (COMPLETION, "prompt")
     content = {k: v for k, v in object_of(body).items() if v is not None}
     for name, value in content.items():
@@ -117,7 +119,8 @@ def read(body: bytes, chat: bool, models: Collection[str]) -> Asked:
 
 
 def ids(lm: LM, prompt: str | list[int]) -> list[int]:
-    """The token ids of a completion's prompt. A text may contain control tokens, such as those of a rendered chat."""
+    """The token ids of the prompt in a completion request. The prompt may spell control tokens, for example if it is a
+    rendered chat."""
     if not isinstance(prompt, str):
         return prompt
     out, prefix = lm.tokenizer.encode(prompt, special=True), list(lm.tokenizer.prefix)
@@ -125,8 +128,8 @@ def ids(lm: LM, prompt: str | list[int]) -> list[int]:
 
 
 def seed(given: int | None, choice: int) -> int:
-    """The 31-bit seed of one choice of a request: random if none is given. The first choice uses a given seed unchanged
-    if it has at most 31 bits."""
+    """The 31-bit seed for one of the choices of a request. The seed is random if the request gives no seed. The first
+    choice uses the given seed unchanged if the seed has at most 31 bits."""
     if given is None:
         return secrets.randbits(31)
     return given if not choice and abs(given) < 1 << 31 else zlib.crc32(f"{given} {choice}".encode()) >> 1
@@ -135,7 +138,7 @@ def seed(given: int | None, choice: int) -> int:
 def object_of(body: bytes) -> Json:
     try:
         content = json.loads(body)
-        json.dumps(content, ensure_ascii=False).encode()  # fails for half a surrogate pair
+        json.dumps(content, ensure_ascii=False).encode()  # raises an error for half a surrogate pair
     except UnicodeEncodeError:
         raise Refused(400, "a text in the body has a lone surrogate, which is not a character") from None
     except (ValueError, RecursionError):
@@ -200,7 +203,8 @@ def _usage(options: object) -> bool:
 
 
 def _prompts(value: object) -> list[str | list[int]]:
-    """The prompts of a completion: a text, texts, ids, or lists of ids."""
+    """Reads the prompts of a completion request: a text, a list of texts, a list of token ids, or a list of lists of
+    token ids."""
 
     def ids(x: object) -> bool:
         return isinstance(x, list) and len(x) > 0 and all(type(i) is int for i in x)
@@ -215,20 +219,20 @@ def _prompts(value: object) -> list[str | list[int]]:
 
 
 class Choice:
-    """An answer in progress: turns tokens into text, which ends before the first stop string."""
+    """An answer in progress. It converts tokens to text, and the text ends before the first stop string."""
 
     def __init__(self, lm: LM, request: Request, stop: list[str]):
         self.request, self.stop = request, stop
-        self.tokens = 0  # including the end token and the tokens of a stop string
+        self.tokens = 0  # number of tokens, including the end token and the tokens of a stop string
         self.finish: str | None = None
         self._tokenizer = lm.tokenizer
         self._tokens: deque[int | None] = deque()
-        self._pieces = lm.pieces(request.prompt, iter(self._tokens.popleft, None))  # one per token, then any rest
-        self._held, self._sent = "", 0  # text that may begin a stop string; number of characters before it
+        self._pieces = lm.pieces(request.prompt, iter(self._tokens.popleft, None))  # a piece per token, then the rest
+        self._held, self._sent = "", 0  # text that may begin a stop string; number of characters before this text
         self._scores: deque[tuple[int, Score]] = deque()  # (index of the token's first character in the answer, score)
 
     def add(self, token: int | None) -> None:
-        """Adds the next token; None ends the answer. Tokens after the end are ignored."""
+        """Adds the next token of the answer. None ends the answer, and any tokens after the end are ignored."""
         if self.finish:
             return
         self._tokens.append(token)
@@ -257,7 +261,7 @@ class Choice:
         return text, scores
 
     def logprobs(self, scores: list[tuple[int, Score]], chat: bool) -> dict | None:
-        """Scores in OpenAI's format; None if the request did not ask for them."""
+        """Converts scores to OpenAI's format. Returns None if the request did not ask for scores."""
         if self.request.top is None:
             return None
         if chat:
@@ -278,7 +282,7 @@ class Choice:
 
 
 def _held_back(text: str, stop: list[str]) -> int:
-    """Number of characters at the end of a text that may begin a stop string."""
+    """The number of characters at the end of a text that may be the beginning of a stop string."""
     for n in range(min(len(text), max(map(len, stop), default=0)), 0, -1):
         if any(s.startswith(text[-n:]) for s in stop):
             return n
@@ -286,7 +290,7 @@ def _held_back(text: str, stop: list[str]) -> int:
 
 
 def head(asked: Asked) -> dict:
-    """The fields that all objects of an answer share."""
+    """The fields that all objects of a response share."""
     if asked.chat:
         kind = "chat.completion.chunk" if asked.stream else "chat.completion"
     else:
@@ -296,14 +300,14 @@ def head(asked: Asked) -> dict:
 
 
 def usage(choices: list[Choice], n: int) -> dict[str, int]:
-    """Token counts; a prompt counts once for all its answers."""
+    """Counts the tokens of a request. A prompt is counted once, even if it has several answers."""
     prompt = sum(len(choice.request.prompt) for choice in choices[::n])
     completion = sum(choice.tokens for choice in choices)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def whole(asked: Asked, choices: list[Choice]) -> dict:
-    """The complete answer as one object."""
+    """The complete response to a request, as one object."""
     out = []
     for i, choice in enumerate(choices):
         text, scores = choice.take()
@@ -314,7 +318,7 @@ def whole(asked: Asked, choices: list[Choice]) -> dict:
 
 
 def chunks(asked: Asked, i: int, choice: Choice) -> list[dict]:
-    """Entries of `choices` in a stream: the new text of choice `i`, and its end."""
+    """The next entries of `choices` in a streamed response: the new text of choice `i`, and the end of this choice."""
     text, scores = choice.take()
     out = []
     if text or scores:

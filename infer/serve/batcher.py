@@ -1,4 +1,4 @@
-"""Answers requests of clients, from any thread, in a running batch (infer.batch)."""
+"""Answers the requests of clients, which may come from any thread, in a running batch (infer.batch)."""
 
 import queue
 import threading
@@ -16,17 +16,17 @@ from model.net.transformer import virtual_tokens
 
 
 class Full(Exception):
-    """The queue of waiting requests is full."""
+    """Raised when the queue of waiting requests is full, or the server is closing."""
 
 
-Item = int | BaseException | None  # a token; None after the last one; an error that ended the answer early
+Item = int | BaseException | None  # a token, None after the last token, or an error that ended the answer early
 
 
 class Request(Asked):
-    """A request of a client. Iterating over it waits for tokens, and raises the error that ended the answer early, if
-    any.
+    """A request of a client. Iterating over a request waits for its tokens. If an error ends the answer early, the
+    error is raised.
 
-    If `put` is given, it is called with each item instead, in the batcher's thread.
+    If `put` is given, `put` is called with each item instead, in the batcher's thread.
     """
 
     def __init__(self, *args: Any, put: Callable[[Item], None] | None = None, **kwargs: Any):
@@ -52,9 +52,11 @@ class Request(Asked):
 
 
 class Batcher:
-    """A batch of `rows` rows with room for `length` tokens each, prompt plus answer. Up to `waiting` requests may wait.
+    """A batch of `rows` rows, each with space for a prompt and an answer of together `length` tokens. Up to `waiting`
+    requests may wait for a row.
 
-    `submit` may be called from any thread; `step`, or `run` in its own thread, does the work.
+    `submit` may be called from any thread. The tokens are computed by calls of `step`, or by `run` in a thread of its
+    own.
     """
 
     def __init__(self, lm: LM, rows: int = 8, length: int = 1024, waiting: int = 64):
@@ -77,7 +79,8 @@ class Batcher:
         self, prompt: list[int], *, max_new_tokens: int, adapter: str | None = None, knobs: Knobs | None = None,
         seed: int = 0, top: int | None = None, put: Callable[[Item], None] | None = None,
     ) -> Request:  # fmt: skip
-        """Queues a request. Raises UserError if it cannot be answered, Full if too many are waiting."""
+        """Queues a request. Raises UserError if the request cannot be answered, and Full if too many requests are
+        waiting."""
         check(self.lm.model, self.lm.params, [prompt], max_new_tokens)
         if len(prompt) + max_new_tokens > self.length:
             what = f"{len(prompt)} prompt tokens + {max_new_tokens} new tokens exceed the {self.length} of a row"
@@ -99,7 +102,7 @@ class Batcher:
         return list(self.lm.store.adapters) if self.lm.store else []
 
     def run(self) -> None:
-        """Runs steps while there are requests, until `close`. An error ends every request."""
+        """Calls `step` while there are requests, until `close` is called. An error in a step ends every request."""
         error: BaseException | None = None
         try:
             while not self.closed:
@@ -121,14 +124,15 @@ class Batcher:
             self.changed.notify()
 
     def step(self) -> None:
-        """Admits waiting requests, then samples a token for every row."""
+        """Admits waiting requests to the batch, then samples a token for every row."""
         while requests := self._next():
             self.batch.plan(requests)
             self.batch.join(requests)
         self.batch.step()
 
     def _next(self) -> list[Request]:
-        """The next waiting requests that share one prompt, as far as free rows and space for their adapter permit."""
+        """Takes the next waiting requests that have the same prompt, as many as the free rows and the space for their
+        adapter permit."""
         with self.changed:
             for request in [r for r in self.waiting if r.cancelled]:
                 self.waiting.remove(request)

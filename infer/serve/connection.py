@@ -1,4 +1,4 @@
-"""Connections of clients: their number is bounded, and a client that is too slow to send or read is disconnected."""
+"""Limits the number of clients that are connected, and disconnects a client that sends or reads data too slowly."""
 
 import asyncio
 import json
@@ -8,17 +8,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from infer.serve import Refused
 
-CONNECTIONS = 512  # maximum at a time
+CONNECTIONS = 512  # maximum number of connections at a time
 PATIENCE = 10.0  # seconds for a request to arrive completely, and for a client to read sent data
 LINGER = 1.0  # seconds between the last answer and closing the connection
 
 
 class Connection(H11Protocol):
-    """uvicorn's protocol with deadlines that are not extended by partial data."""
+    """The HTTP protocol of uvicorn with deadlines, which are not extended when only a part of the data arrives."""
 
     arriving: asyncio.TimerHandle | None = None  # deadline of the request that is being received
     stalled: asyncio.TimerHandle | None = None  # deadline of a client that does not read
-    over = False  # the last answer was sent; further data is ignored
+    over = False  # whether the last answer was sent, so that further data are ignored
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -58,8 +58,8 @@ class Connection(H11Protocol):
         self.end(Refused(400, "this is not a valid HTTP request"))
 
     def end(self, e: Refused) -> None:
-        """Sends a last answer, and closes the connection LINGER seconds later: closing it with unread bytes would reset
-        it."""
+        """Sends a last answer, and closes the connection LINGER seconds later. Closing a connection while bytes are
+        unread would reset it, and the client might not receive the answer."""
         body = json.dumps(e.content).encode()
         retry = "Retry-After: 1\r\n" if e.status == 429 else ""
         head = f"HTTP/1.1 {e.status} \r\nContent-Type: application/json\r\n{retry}Content-Length: {len(body)}\r\n"

@@ -1,4 +1,4 @@
-"""Answers requests for vectors in OpenAI's format with an embedder, which is loaded in addition to the model."""
+"""Answers requests for embeddings in OpenAI's format. The embedder is loaded in addition to the language model."""
 
 import base64
 from collections.abc import Mapping
@@ -8,11 +8,12 @@ import numpy as np
 from infer.embed import Embedder
 from infer.serve import Refused
 
-TEXTS = 2048  # maximum per request, as in OpenAI's interface
+TEXTS = 2048  # maximum number of texts per request, as in OpenAI's API
 
 
 def answer(content: Mapping[str, object], embedders: Mapping[str, Embedder]) -> dict:
-    """The response to a request's JSON object. Raises Refused; no field is silently ignored."""
+    """Computes the response to the JSON object of a request. Raises Refused if any field is invalid or not supported,
+    so that no field is silently ignored."""
     content = {key: value for key, value in content.items() if value is not None}
     name = str(content.get("model"))
     if (embedder := embedders.get(name)) is None:
@@ -38,5 +39,6 @@ def answer(content: Mapping[str, object], embedders: Mapping[str, Embedder]) -> 
 
 
 def spelled(vector: np.ndarray, form: object) -> list[float] | str:
-    """Numbers, or the bytes of little-endian float32 in base64, which OpenAI's own client asks for."""
+    """Formats a vector as a list of numbers, or as the bytes of little-endian float32 numbers in base64, which OpenAI's
+    own client requests."""
     return base64.b64encode(vector.astype("<f4").tobytes()).decode() if form == "base64" else vector.tolist()

@@ -1,8 +1,8 @@
-"""OpenAI's HTTP interface to a running batch: starlette routes, served by uvicorn on the loopback interface.
+"""Serves a running batch through OpenAI's HTTP API, with starlette routes, and with uvicorn on the loopback interface.
 
-The batcher runs in its own thread and passes each token to the event loop. The number of clients, the size of their
-requests and their time are bounded; a client that disconnects ends its requests. After a signal the server answers the
-current requests and exits.
+The batcher runs in its own thread and passes each token to the event loop. There are limits on the number of clients,
+on the size of a request, and on the time to send and receive data. When a client disconnects, its requests are
+canceled. After a signal, the server finishes the current answers and exits.
 """
 
 import asyncio
@@ -34,21 +34,22 @@ from infer.serve.batcher import Batcher, Full, Item
 from infer.serve.connection import Connection
 
 BODY = 1 << 20  # maximum bytes of a request
-KEEP_ALIVE = 60  # seconds that an idle connection stays open: longer than clients' own timeouts
+KEEP_ALIVE = 60  # seconds that an idle connection stays open, longer than clients' own timeouts
 DRAIN = 60  # seconds to finish answers after a signal
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/health", "/metrics")
 Embedders = Mapping[str, Embedder]
 
 
 def make(batcher: Batcher, name: str, embedders: Embedders | None = None) -> uvicorn.Server:
-    """A server whose base model is called `name`; `embedders` are the models of /v1/embeddings by name."""
+    """Makes a server whose base model is called `name`. `embedders` maps names to the models for /v1/embeddings."""
     options = dict(http=Connection, ws="none", lifespan="off", log_level="error", access_log=False, server_header=False)
     limits = dict(backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=DRAIN)
     return uvicorn.Server(uvicorn.Config(application(batcher, name, embedders), **options, **limits))
 
 
 def run(server: uvicorn.Server, batcher: Batcher, listening: socket.socket) -> None:
-    """Serves until SIGINT or SIGTERM, finishes the current requests, and returns. Raises the error of the batcher."""
+    """Serves until SIGINT or SIGTERM, finishes the current requests, and returns. Raises the error that stopped the
+    batcher, if any."""
     errors: list[BaseException] = []
 
     def work() -> None:
@@ -76,7 +77,8 @@ def run(server: uvicorn.Server, batcher: Batcher, listening: socket.socket) -> N
 
 
 def application(batcher: Batcher, name: str, embedders: Embedders | None = None) -> Starlette:
-    """The routes. `name` is the name of the base model; adapters and embedders have their own names."""
+    """Makes the application that handles HTTP requests. `name` is the name of the base model. Adapters and embedders
+    have their own names."""
     service = Service(batcher, name, embedders or {})
     routes = [
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
@@ -92,7 +94,7 @@ def application(batcher: Batcher, name: str, embedders: Embedders | None = None)
 
 
 class Meters:
-    """The figures at /metrics."""
+    """The metrics that the server shows at /metrics."""
 
     def __init__(self, batcher: Batcher):
         self.registry = r = CollectorRegistry()
@@ -107,7 +109,7 @@ class Meters:
 
 
 class Service:
-    """The endpoints of one batcher."""
+    """The HTTP endpoints of one batcher."""
 
     def __init__(self, batcher: Batcher, name: str, embedders: Embedders):
         self.batcher, self.name, self.meters, self.embedders = batcher, name, Meters(batcher), embedders
@@ -158,7 +160,8 @@ class Service:
         return Reply(asked, choices, inbox, self.meters, begin)
 
     def submit(self, asked: api.Asked, put: Callable[[int, Item], None]) -> list[api.Choice]:
-        """Queues the answers of a request, all or none. Raises Refused and UserError."""
+        """Queues all answers of a request, or none of them. Raises Refused or UserError if an answer cannot be
+        queued."""
         adapter = None if asked.model == self.name else asked.model
         lm, choices = self.batcher.lm.speaking(adapter), []
         try:
@@ -185,12 +188,12 @@ class Service:
 
 
 def _post(loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue, i: int, item: Item) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop has ended and nobody is waiting
+    with contextlib.suppress(RuntimeError):  # the event loop has ended, so nobody waits for this item
         loop.call_soon_threadsafe(inbox.put_nowait, (i, item))
 
 
 class Reply:
-    """The response to a queued request: complete, or as server-sent events."""
+    """The response to a queued request, sent as one object or as server-sent events."""
 
     def __init__(
         self, asked: api.Asked, choices: list[api.Choice], inbox: asyncio.Queue[tuple[int, Item]], meters: Meters,
@@ -229,8 +232,8 @@ class Reply:
             choice.request.cancelled = True
 
     async def advance(self) -> list[int]:
-        """Waits for tokens, adds all available ones to their choices, and returns the changed choices. Raises
-        Refused."""
+        """Waits for tokens, adds all available tokens to their choices, and returns the indices of the changed choices.
+        Raises Refused if an error ended an answer."""
         moved: dict[int, None] = {}
         while not moved or not self.inbox.empty():
             i, item = await self.inbox.get()
@@ -270,9 +273,9 @@ class Reply:
 
 
 async def body_of(request: Request) -> bytes:
-    """The body of a request. Raises Refused if it is not JSON or too large."""
+    """Reads the body of a request. Raises Refused if the body is too large, or if its type is not JSON."""
     if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refused(415, "send Content-Type: application/json")  # other sites' pages cannot send it
+        raise Refused(415, "send Content-Type: application/json")  # pages of other websites cannot send this type
     too_large = Refused(413, f"a request has at most {BODY} bytes")
     if int(request.headers.get("Content-Length", 0)) > BODY:
         raise too_large
@@ -285,7 +288,7 @@ async def body_of(request: Request) -> bytes:
 
 
 class Guard:
-    """Refuses requests that name another host than this machine; counts and times all requests."""
+    """Refuses requests whose Host header does not name this machine. Counts and times all requests."""
 
     def __init__(self, app: ASGIApp, meters: Meters):
         self.app, self.meters = app, meters
@@ -301,13 +304,14 @@ class Guard:
         host = next((value for key, value in scope["headers"] if key == b"host"), b"")
         path = next((p for p in PATHS if scope["path"] == p or scope["path"].startswith(f"{p}/")), "other")
         try:
-            # Pages of other sites can reach this port through the user's browser, under their own host name.
+            # A page of another website can reach this port through the user's browser, but then the Host header names
+            # that website.
             if host.partition(b":")[0] not in (b"127.0.0.1", b"localhost"):
                 await error_response(Refused(403, "the host is not this machine"))(scope, receive, counted)
             else:
                 await self.app(scope, receive, counted)
         except ClientDisconnect:
-            pass  # disconnected before its request was complete, so there is nobody to answer
+            pass  # the client disconnected before its request was complete, so nobody waits for an answer
         except Exception:
             status = 500
             raise

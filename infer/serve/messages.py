@@ -1,6 +1,7 @@
-"""Prepares the messages of OpenAI's clients for a chat template.
+"""Prepares chat messages in OpenAI's format for a chat template.
 
-A field that the model's template would drop is refused with the reason, so no field is silently ignored.
+A request with a field that the model's chat template would drop is refused with the reason, so that no field is
+silently ignored.
 """
 
 import json
@@ -12,19 +13,20 @@ from infer.serve import Refused
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
 THOUGHTS = {"reasoning_content", "reasoning", "thinking"}  # templates drop thoughts of earlier turns on purpose
-LINKS = {"tool_call_id"}  # redundant, since the order of the turns implies it
+LINKS = {"tool_call_id"}  # redundant, since the order of the turns implies to which call a result belongs
 FIELDS = {"role", "content", "name", "tool_calls"} | THOUGHTS | LINKS
 
 
 def turns(value: object) -> list[Message]:
-    """The messages of a request, with text contents. Raises Refused."""
+    """Reads the messages of a request, and converts their contents to text. Raises Refused if a message is invalid."""
     if not isinstance(value, list) or not value:
         raise Refused(400, "messages must be a list of at least one message", "messages")
     return [_turn(message, f"messages[{i}]") for i, message in enumerate(value)]
 
 
 def encode(lm: LM, messages: list[Message]) -> list[int]:
-    """The token ids of the prompt. Raises Refused, or UserError if the template rejects a turn."""
+    """Converts messages to the token ids of a prompt. Raises Refused if the chat template would drop a field, and
+    UserError if the template rejects a turn."""
     extra = sorted({field for m in messages for field in m} - {"role", "content"} - LINKS)
     template = lm.tokenizer.chat_template
     if template is None:
@@ -41,8 +43,8 @@ def encode(lm: LM, messages: list[Message]) -> list[int]:
 
 
 def _refuse_dropped(lm: LM, messages: list[Message], fields: list[str]) -> None:
-    """Raises Refused if the rendered chat is the same without one of these fields, or without the messages of a
-    role."""
+    """Raises Refused if the rendered chat does not change when one of the fields, or all messages of one role, are
+    removed."""
     roles = {m["role"] for m in messages} & {"system", "developer", "tool"}
     if not fields and not roles:
         return
@@ -80,7 +82,7 @@ def _turn(message: object, where: str) -> Message:
 
 
 def _content(content: object, optional: bool, where: str) -> str:
-    """The content as text, from a string or OpenAI's list of text parts."""
+    """Converts the content of a message, which is a string or OpenAI's list of text parts, to text."""
     if content is None and optional:
         return ""
     if isinstance(content, list):
@@ -96,7 +98,7 @@ def _content(content: object, optional: bool, where: str) -> str:
 
 
 def _call(call: object, where: str) -> dict:
-    """A tool call with its arguments as an object, as templates expect."""
+    """Checks a tool call, and converts its arguments to an object, as chat templates expect."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise Refused(400, f"{where} needs a function with a name", where)

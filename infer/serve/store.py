@@ -1,8 +1,10 @@
-"""All adapters are kept on the host; the device caches some of them and evicts the least recently used.
+"""Keeps all adapters in host memory, and caches some of them on the device. The least recently used adapter is evicted
+first.
 
-A rank row is one row of a LoRA factor, so an adapter of rank r has r rank rows per weight; the device has room for a
-bounded number of them, in pages. One compiled program serves all adapters: each row of a batch refers to the pages of
-its adapter by number, so loading an adapter only writes pages of existing arrays.
+For each weight, the device has space for LoRA factors up to a maximum sum of ranks, which is divided into pages. An
+adapter of rank r needs enough pages for its r rows of each LoRA factor. One compiled program serves all
+adapters, since each row of a batch refers to the pages of its adapter by number. Loading an adapter therefore only
+writes to pages of existing arrays.
 """
 
 import functools
@@ -24,16 +26,15 @@ from model.net.transformer import Transformer
 from model.paged import PAGE, Adapter, PagedLoRA, Route
 from model.weights import Params
 
-RANK_ROWS = 4096  # per weight on the device: 64 adapters of rank 64
+RANK_ROWS = 4096  # maximum sum of ranks per weight on the device: 64 adapters of rank 64
 
 
 class Store:
-    """Adapters by name, on one base. Not thread-safe."""
+    """The adapters of one base model, by name. This class is not thread-safe."""
 
     def __init__(self, model: Transformer, base: Params, adapters: dict[str, Adapter], rank_rows: int = RANK_ROWS):
-        """`base` is stacked and without adapters. `rank_rows` bounds the rank rows on the device per weight, rounded
-        down to whole pages. Raises UserError if an adapter is larger.
-        """
+        """`base` has stacked layers and no adapters. `rank_rows` is the maximum sum of the ranks of the adapters on the
+        device, for each weight, rounded down to whole pages. Raises UserError if the rank of an adapter is larger."""
         self.adapters = adapters
         count = lambda a, path: -(-a.shape[_axis(path)] // PAGE)
         self.pages = {n: {path: count(a, path) for path, (a, _) in x.items()} for n, x in adapters.items()}
@@ -53,17 +54,17 @@ class Store:
         self.params = paged.map_paged(take, unrolled(model, room))
 
     def fits(self, names: Sequence[str | None]) -> bool:
-        """Whether these adapters fit on the device together."""
+        """Whether all of the given adapters fit on the device together."""
         chosen = [self.pages[n] for n in set(names) if n]
         return all(sum(p.get(path, 0) for p in chosen) <= room for path, room in self.room.items())
 
     def serving(self, names: Sequence[str | None], rows: int) -> Params:
-        """Loads the adapters with `hold`, then returns `route`."""
+        """Loads adapters with `hold`, then returns the result of `route`."""
         self.hold(names)
         return self.route(names, rows)
 
     def hold(self, names: Sequence[str | None]) -> None:
-        """Loads adapters to the device. Raises UserError for an unknown name, or if they do not fit."""
+        """Loads adapters to the device. Raises UserError for an unknown name, or if the adapters do not fit."""
         wanted = dict.fromkeys(n for n in names if n is not None)
         for name in wanted:
             if name not in self.adapters:
@@ -76,10 +77,10 @@ class Store:
             self._hold(name, wanted)
 
     def route(self, names: Sequence[str | None], rows: int) -> Params:
-        """The unrolled parameters for a batch of `rows` rows. Its first rows use these adapters; None is the base
-        model.
+        """Returns the unrolled parameters for a batch of `rows` rows. The first rows use the adapters in `names`, where
+        None means the base model.
 
-        The parameters are valid until `hold` loads another adapter.
+        The returned parameters are valid until `hold` loads another adapter.
         """
         routes = {path: self._route(path, names, rows) for path in self.room}
         turns = {path: iter(stacks) for path, stacks in self.stacks.items()}
@@ -91,7 +92,7 @@ class Store:
         return paged.map_paged(place, self.params)
 
     def _hold(self, name: str, wanted: Collection[str]) -> None:
-        """Loads an adapter to the device, evicting others if necessary."""
+        """Loads an adapter to the device, and evicts other adapters if necessary."""
         if name in self.held:
             self.held.move_to_end(name)
             return
@@ -106,7 +107,8 @@ class Store:
                 self._write(path, page, self.adapters[name][path], i * PAGE)
 
     def _write(self, path: str, page: int, factors: tuple[np.ndarray, np.ndarray], start: int) -> None:
-        """Writes a page in every layer; it is padded with zeros after the adapter's last rank row."""
+        """Writes a page of an adapter's LoRA factors in every layer. A page that the factors do not fill is padded with
+        zeros."""
         parts = []
         for x in factors:
             x = x if _axis(path) else x[None]
@@ -121,11 +123,11 @@ class Store:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(stacks: list[tuple[Array, Array]], start: ArrayLike, a: Array, b: Array) -> list[tuple[Array, Array]]:
-    """Writes pages a and b [L,PAGE,...] to the stacks of every layer, starting at a row."""
+    """Writes the pages a and b [L,PAGE,...] to the arrays of every layer, beginning at row `start`."""
     put = lambda stack, new: jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype), (start, 0))
     return [(put(s[0], a[i]), put(s[1], b[i])) for i, s in enumerate(stacks)]
 
 
 def _axis(path: str) -> int:
-    """The axis of the rank in a factor: after the layer axis, if there is one."""
+    """The rank axis of a LoRA factor, which follows the layer axis, if there is one."""
     return int(in_layers(path))

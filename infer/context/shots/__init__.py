@@ -1,8 +1,9 @@
-"""Few-shot prompting: solved examples before a question. Each file is one method of picking the examples.
+"""Few-shot prompting puts solved examples before a question. Each file in this folder is one method of picking the
+examples.
 
-Each file defines `picker(pool, seed)`, where `pool` is a list of (question, answer) texts. It returns a function
-(questions, n), which gives for each question the indices of n examples in the pool, in the order in which they are
-shown.
+Each file defines `picker(pool, seed)`, where `pool` is a list of (question, answer) texts. `picker` returns a function
+of (questions, n). For each question, this function returns the indices of n examples in the pool, in the order in which
+the examples are shown.
 """
 
 import importlib
@@ -22,7 +23,7 @@ def known() -> list[str]:
 
 
 def find(name: str) -> ModuleType:
-    """The module of a method of picking. Raises UserError for an unknown name."""
+    """Imports the module of a method of picking examples. Raises UserError for an unknown name."""
     if name not in known():
         fix = did_you_mean(name, known(), f"known: {', '.join(known())}")
         raise UserError(f"no way {name!r} to pick examples", "infer/context/shots", fix)
@@ -30,19 +31,20 @@ def find(name: str) -> ModuleType:
 
 
 def picker(name: str, pool: Sequence[Shot], n: int, seed: int) -> Picker:
-    """The picker of a method. Raises UserError if the pool has fewer than `n` examples, or none."""
+    """Makes the picker of a method. Raises UserError if the pool is empty or has fewer than `n` examples."""
     if not pool or n > len(pool):
         raise UserError(f"{max(n, 1)} shots, but only {len(pool)} training examples", "shots", "use fewer shots")
     return find(name).picker([(text(question), answer) for question, answer in pool], seed)
 
 
 def text(question: Prompt) -> str:
-    """The question as text; in a chat, the last turn."""
+    """The text of a question. In a chat, the question is the last turn."""
     return question if isinstance(question, str) else str(question[-1]["content"])
 
 
 def put(prompt: Prompt, shots: Sequence[Shot]) -> Prompt:
-    """The prompt with solved examples before the question. In a chat they become turns after the system message."""
+    """Puts solved examples before the question of a prompt. In a chat, the examples become turns after the system
+    message."""
     if isinstance(prompt, str):
         return "\n\n".join([*(f"{question}{answer}" for question, answer in shots), prompt])
     first = 1 if prompt[0]["role"] == "system" else 0
@@ -54,7 +56,8 @@ def put(prompt: Prompt, shots: Sequence[Shot]) -> Prompt:
 
 
 def most(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number up to `limit` that fits, found by doubling and then bisection; 0 if none fits."""
+    """The largest number n up to `limit` for which `fits(n)` is true, or 0 if there is none. The number is found by
+    doubling and then by bisection."""
     low, high = 0, 1
     while high <= limit and fits(high):
         low, high = high, 2 * high

@@ -1,9 +1,9 @@
-"""Examples that represent the pool without repeating each other, the same for all questions.
+"""Picks examples that represent the pool but are not similar to each other. All questions get the same examples.
 
-Examples are chosen greedily to maximize the facility location function: the sum, over the pool, of each example's
-similarity to its nearest chosen example (Lin and Bilmes 2011, "A class of submodular functions for document
-summarization"). Similarity is the cosine between vectors of the inverse document frequencies of the words in question
-and answer.
+Examples are chosen greedily to maximize the facility location function: the sum, over all examples in the pool, of the
+similarity to the nearest chosen example (Lin and Bilmes 2011, "A class of submodular functions for document
+summarization"). The similarity of two examples is the cosine between two vectors, which contain the inverse document
+frequencies of the words in the question and the answer.
 """
 
 import random
@@ -15,7 +15,7 @@ import numpy as np
 from infer.context.shots import Picker
 from infer.retrieve.search import words
 
-MOST = 1000  # maximum candidates, drawn from the pool at random
+MOST = 1000  # maximum number of candidates, which are drawn from the pool at random
 
 
 def picker(pool: Sequence[tuple[str, str]], seed: int) -> Picker:
@@ -37,7 +37,7 @@ def picker(pool: Sequence[tuple[str, str]], seed: int) -> Picker:
 
 
 def similarities(texts: Sequence[str]) -> np.ndarray:
-    """Cosine similarities [N,N] between texts, in float32."""
+    """Computes the cosine similarities [N,N] between texts, in float32."""
     found = [set(words(text)) for text in texts]
     counts = Counter(word for row in found for word in row)
     shared = {word: i for i, word in enumerate(w for w, count in counts.items() if count > 1)}

@@ -1,4 +1,4 @@
-"""Examples drawn at random once, the same for all questions."""
+"""Draws examples at random once, and shows the same examples for all questions."""
 
 import random
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
-"""The examples whose questions are most similar to the question by BM25, the most similar last."""
+"""Picks the examples whose questions are most similar to the given question by BM25. The most similar example is shown
+last."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Examples drawn at random for each question."""
+"""Draws examples at random, separately for each question."""
 
 import random
 from collections.abc import Sequence
