@@ -5,15 +5,15 @@
     python -m tools.index --index=DIR --questions=FILE [--k=5]
     python -m tools.index --index=DIR --documents=SOURCE --embedder=runs/embedder --questions=FILE
 
-SOURCE: a file, a folder or a built-in name, as in config.data.source; several are separated by commas. Running the
-command again updates the index, or continues an interrupted build. --ask prints the k best chunks. --questions measures
-retrieval on rows with a `question` and its `documents` (names as printed by --ask): every search method is scored by
-recall@k, nDCG@10 and MRR@10 with 95 % intervals. --how: bm25, dense, or a fusion of both: mean (of scores scaled to
-[0, 1]) or rrf (reciprocal rank fusion).
+SOURCE is a file, a folder or a built-in name, as in config.data.source, or several of these separated by commas.
+Running the command again updates the index, or continues an interrupted build. --ask prints the k best chunks.
+--questions measures retrieval on rows with a `question` and its relevant `documents` (names as printed by --ask). Every
+search method is scored by recall@k, nDCG@10 and MRR@10 with 95 % intervals. --how chooses the search method: bm25,
+dense, or a fusion of both, which is mean (of scores scaled to [0, 1]) or rrf (reciprocal rank fusion).
 
---embedder: a Hugging Face folder, a hub id, a packaged name, or a run that tuned one of these. A new embedder replaces
-the one of an existing index only if it is better on --questions: the 95 % interval of the difference in nDCG@10 of
-vector search must be above 0.
+--embedder is a Hugging Face folder, a hub id, a packaged name, or a run that tuned such a model. A new embedder
+replaces the embedder of an existing index only if the new embedder is better on --questions: the 95 % interval of the
+difference in nDCG@10 of vector search must be above 0.
 """
 
 import argparse
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from infer.retrieve.index import Index
     from infer.retrieve.search import How
 
-DEPTH = 10  # chunks considered by nDCG and MRR
+DEPTH = 10  # number of results considered by nDCG and MRR
 
 
 @cli.command
@@ -68,7 +68,8 @@ def main(argv: list[str]) -> int | None:
 
 
 def _judge(args: argparse.Namespace) -> "Callable[[Index], None]":
-    """A function that raises UserError if the embedder of a new index is not better than the one that it replaces."""
+    """Returns a function that raises UserError if the embedder of a new index is not better than the embedder that it
+    replaces."""
     from evals import paired
     from infer.models import is_run
     from infer.retrieve import index
@@ -103,7 +104,8 @@ def _progress(done: int, total: int) -> None:
 
 
 def questions(path: str) -> list[tuple[str, dict[str, float]]]:
-    """(question, {document: gain}) of a file of rows. Raises UserError for a row without both."""
+    """Reads (question, {document: gain}) from a file of rows. Raises UserError for a row without a question or
+    documents."""
     from data import files as rows
 
     found = []
@@ -121,7 +123,8 @@ def questions(path: str) -> list[tuple[str, dict[str, float]]]:
 def measure(
     index: "Index", asked: Sequence[tuple[str, dict[str, float]]], k: int, ways: "Sequence[How]" = ()
 ) -> dict[str, Json]:
-    """{search method: {metric: values, one per question}}. The rank of a document is the rank of its first chunk."""
+    """Returns {search method: {metric: one value per question}}. The rank of a document is the rank of its first
+    chunk."""
     from evals import retrieval
 
     known, out = {chunk.document for chunk in index.chunks}, {}
@@ -131,7 +134,7 @@ def measure(
             raise UserError(f"the index has no document {min(strange)!r}", f"question {question!r}", fix)
     texts, began = [question for question, _ in asked], time.perf_counter()
     vectors = index.embedder.embed(texts, "query") if index.dense else None
-    spent = time.perf_counter() - began  # once for all search methods
+    spent = time.perf_counter() - began  # questions are embedded once for all search methods
     for how in ways or (("bm25", "dense", "rrf", "mean") if index.dense else ("bm25",)):
         began = time.perf_counter() - spent * (how != "bm25")
         hits = index.search(texts, 3 * max(k, DEPTH), how, vectors)
@@ -148,7 +151,7 @@ def measure(
 
 
 def table(measured: dict[str, Json], k: int) -> str:
-    """The metrics with their 95 % intervals, one line per search method."""
+    """Formats the metrics with their 95 % intervals, in one line per search method."""
     lines = []
     for how, figures in measured.items():
         scored = {name: values for name, values in figures.items() if name != "seconds"}

@@ -1,16 +1,17 @@
-"""Measures who predicts preferences how well: models as judges, reward models, word counts, the longer answer.
+"""Measures how well preferences are predicted by judge models, reward models, word counts and the longer answer.
 
     python -m tools.judge --pairs=FILE [--judges=MODEL,...] [--rewards=SPEC ...] [--features=MODEL] [--n=N] [--folds=5]
                           [--label_seconds=SECONDS] [--wage=DOLLARS] [--seed=0] --out=FOLDER
 
---pairs are preferences or rankings in any format that training reads; rows on the same two answers are the votes of
-several people. The first line of the table is the agreement of people with each other, and the accuracy that it allows;
-ties count only in this line. A judge sees the answers in both orders. It prefers an answer if it chooses that answer in
-both; an undecided pair counts one half.
+--pairs names a file of preferences or rankings in any format that training reads. Rows about the same two answers are
+the votes of several people. The first two lines of the table are the agreement of people with each other, and the
+highest accuracy that this agreement allows; only these lines include ties. A judge sees the answers in both orders, and
+prefers an answer if it chooses this answer in both orders. An undecided pair counts one half.
 
---rewards are rewards of evals.reward, separated by spaces. --features trains a linear reward model on a frozen model's
-hidden states; like the bag of words, it is cross-validated over --folds. The seconds that a person needs per label and
-the wage per hour are your estimates. Verdicts are saved in --out, so the same command continues after an interruption.
+--rewards are rewards of evals.reward, separated by spaces. --features trains a linear reward model on the hidden states
+of a frozen model. This reward model and the bag of words are cross-validated over --folds. --label_seconds (the time
+that a person needs per label) and --wage (per hour) are your estimates. Verdicts are saved in --out, so the same
+command resumes after an interruption.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from common.types import Json
 if TYPE_CHECKING:
     from evals.pairs import Pair
 
-CHUNK = 16  # pairs that are judged between two writes
+CHUNK = 16  # number of pairs that are judged between two writes
 HEADS = (
     "",
     "accuracy",
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def run(args: argparse.Namespace) -> list[Json]:
-    """Measures, writes OUT/judges.json and prints the table. Returns its rows."""
+    """Measures all predictors, writes OUT/judges.json, prints the table, and returns the rows of the table."""
     from evals import pairs
 
     every = pairs.read(args.pairs)
@@ -93,7 +94,8 @@ def run(args: argparse.Namespace) -> list[Json]:
 
 
 def _people(every: "Sequence[Pair]", args: argparse.Namespace) -> Iterator[Json]:
-    """The agreement of people with each other, and the accuracy that it allows, if pairs have several votes."""
+    """Yields the agreement of people with each other, and the accuracy that this agreement allows, if pairs have
+    several votes."""
     from evals import pairs
 
     agreed = pairs.agreement(every)
@@ -113,7 +115,8 @@ def _people(every: "Sequence[Pair]", args: argparse.Namespace) -> Iterator[Json]
 
 
 def _trained(found: "Sequence[Pair]", args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """Predictors that learn from the other folds: (label, function of no arguments that gives p [n])."""
+    """Yields (label, function without arguments that returns the probabilities p [n]) for predictors that learn from
+    the other folds."""
     from evals import pairs
 
     yield f"bag of words, {args.folds} folds", lambda: pairs.bag_of_words(found, args.folds)
@@ -155,7 +158,8 @@ def _judged(name: str) -> tuple[Callable[[Sequence["Pair"]], list[Json]], Any]:
 
 
 def _kept(out: Path, name: str, drawn: "Sequence[Pair]", make: Callable[[], tuple]) -> tuple[list[Json], Any]:
-    """One line {"pair", "p", "seconds", ...} per pair; lines that an earlier call has written are reused."""
+    """Returns one line {"pair", "p", "seconds", ...} per pair, and the judge. Lines that an earlier call has written
+    are reused."""
     from data import splits
 
     path = out / f"{splits.key(name):016x}.jsonl"

@@ -3,11 +3,12 @@
     python -m tools.sample_pairs --prompts=FILE --models=MODEL[,MODEL] --out=items.jsonl [--answers=2] [--n=100]
                                  [--temperature=0.8] [--top_p=1] [--max_new_tokens=128] [--seed=0]
 
---prompts is any data source; of rows with answers, only the prompts are used. MODEL is a model, a run, a base with an
-adapter (BASE+FOLDER), or a hosted model (openai:URL#MODEL). --answers is the number of answers per prompt; two models
-give half of them each. A line of --out is {"id", "prompt", "answers": [{"text", "model", "sampling"}]}, as
-feedback.main, tools.route and tools.rank read it. Prompts that occur twice are asked once; prompts to which one model
-gives equal answers are left out. Killed at any time, the same command continues with the same result.
+--prompts is any data source, of which only the prompts are used. MODEL is a model, a run, a base with an adapter
+(BASE+FOLDER), or a hosted model (openai:URL#MODEL). --answers is the number of answers per prompt; each of two models
+gives half of the answers. A line of --out is {"id", "prompt", "answers": [{"text", "model", "sampling"}]}, which
+feedback.main, tools.route and tools.rank can read. A prompt that occurs twice is used once, and a prompt to which a
+single model gives only equal answers is left out. If the command is killed, the same command resumes the work with the
+same result.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from common import cli, files
 from common.errors import UserError
 from common.types import Json
 
-MOST = 64  # answers to a prompt
+MOST = 64  # maximum number of answers per prompt
 
 
 @cli.command
@@ -91,9 +92,10 @@ def write(args: argparse.Namespace, each: int) -> None:
 
 
 def _kept(out: Path, names: list[str], answers: list[Json]) -> list[str]:
-    """The ids of the items that an earlier call has written. An incomplete line at the end of the file is removed.
+    """Returns the ids of the items that an earlier call has written, and removes an incomplete line at the end of the
+    file.
 
-    Raises UserError if they were sampled with other settings.
+    Raises UserError if the items were sampled with other settings.
     """
     if not out.exists():
         return []

@@ -2,12 +2,12 @@
 
     python -m tools.bench [--what=train,sft,decode,small,adapters,methods,ask] [--rounds=3] [--out=runs/bench.json]
 
-The sides of a contest (this code, torch, llama.cpp) run in separate processes and take turns, so that a slow minute
-affects all of them. Ratios (ours over theirs) are medians over the turns. All measurements and a description of the
-machine are written to --out.
+The implementations (this code, torch, llama.cpp) run in separate processes and take turns, so that a slow minute of the
+machine affects all of them. Ratios of our figures to the figures of other implementations are medians over the turns.
+All measurements and a description of the machine are written to --out.
 
-On a GPU, whose memory all processes share, use JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false and the options
---model=llama2-7b --dtype=bfloat16. The memory figures are then GPU memory.
+On a GPU, all processes share the memory, so use JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false and the options
+--model=llama2-7b --dtype=bfloat16. The reported memory is then GPU memory.
 """
 
 import argparse
@@ -48,7 +48,7 @@ class Side(NamedTuple):
 
 class Contest(NamedTuple):
     title: str
-    sides: list[Side]  # the first is compared with each of the others
+    sides: list[Side]  # the first side is compared with each of the other sides
 
 
 @cli.command
@@ -101,7 +101,7 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def training(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """Only training steps at equal shapes, and LoRA against full tuning on the same batch."""
+    """Compares training steps with torch at equal shapes, and LoRA with full fine-tuning on the same batch."""
     sides = {}
     for kind, peft in {"full": "", "LoRA": "lora"}.items():
         case = dict(what="train", peft=peft, batch=4, length=256, steps=2)
@@ -112,8 +112,8 @@ def training(model: str, peers: str, _: str) -> Iterator[Contest]:
 
 
 def tuning(model: str, peers: str, data: str) -> Iterator[Contest]:
-    """LoRA on an instruction set, used as each library documents it. TRL either packs, or pads its default batch of 8
-    rows."""
+    """Compares LoRA fine-tuning on an instruction set, with each library used as its documentation recommends. TRL
+    either packs the rows, or pads its default batch of 8 rows."""
     case = dict(what="sft", data=data, length=256, steps=6)
     sides = [Side("ours, packed", OURS, case | dict(model=model, batch=4))]
     if peers:
@@ -125,7 +125,7 @@ def tuning(model: str, peers: str, data: str) -> Iterator[Contest]:
 
 
 def decoding(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """Greedy decoding after a prompt; the time of the prompt is not counted."""
+    """Compares greedy decoding after a prompt. The time for the prompt is not counted."""
     for batch in (1, 8):
         sides = [Side("ours", OURS, DECODE | dict(model=model, batch=batch))]
         if peers:
@@ -134,14 +134,15 @@ def decoding(model: str, peers: str, _: str) -> Iterator[Contest]:
 
 
 def llama_cpp(model: str, peers: str, batch: int) -> list[Side]:
-    """The llama.cpp side of decoding, if it is installed and can read the model's file; it decodes only one row."""
+    """Returns the benchmark of decoding by llama.cpp, if llama.cpp is installed and can read the model's file.
+    llama.cpp decodes only one row."""
     if batch > 1 or not (peers and model in PACKAGES and importlib.util.find_spec("xllamacpp")):
         return []
     return [Side("llama.cpp, quantized", PEERS, DECODE | dict(what="llama_cpp", gguf=str(packaged(model))))]
 
 
 def small(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """Decoding with 8-bit and 4-bit weights, compared with the model's original weights."""
+    """Compares decoding with 8-bit, 4-bit and original weights of a model."""
     formats = {"int8": dict(name="int8"), "w8a8": dict(name="int8", activations=True), "int4": dict(name="int4")}
     for batch in (1, 8):
         case = DECODE | dict(model=model, batch=batch)
@@ -151,10 +152,10 @@ def small(model: str, peers: str, _: str) -> Iterator[Contest]:
 
 
 def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """Decoding a batch in which each row has its own adapter of queries and values, compared with one adapter for all
-    rows and with none.
+    """Compares decoding with an own adapter of queries and values for each row, with one adapter for all rows, and
+    without an adapter.
 
-    PEFT keeps all adapters in the model, so it runs with only one adapter per row.
+    PEFT keeps all adapters in the model, so PEFT runs with 8 adapters, one per row, instead of 1,000.
     """
 
     def case(model: str, n: int) -> Json:
@@ -169,7 +170,8 @@ def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
 
 
 def asking(model: str, peers: str, data: str) -> Iterator[Contest]:
-    """Questions after the same 12 solved examples, which are computed once, or again with every question."""
+    """Compares the answers to questions after the same 12 solved examples, which are computed once or again with every
+    question."""
     case = dict(what="ask", data=data, questions=100, shots=12, new_tokens=16, rows=16)
     ours = case | {"model": model}
     sides = [Side("ours", OURS, ours | {"shared": True}), Side("ours, not shared", OURS, ours | {"shared": False})]
@@ -179,8 +181,8 @@ def asking(model: str, peers: str, data: str) -> Iterator[Contest]:
 
 
 def methods(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """The cost of each PEFT method: training compared with full tuning, and decoding with unmerged adapters compared
-    with the base model.
+    """Compares PEFT methods by their cost: training with full fine-tuning as the reference, and decoding with unmerged
+    adapters with the base model as the reference.
 
     Every method uses its default arguments.
     """
@@ -207,7 +209,8 @@ WHAT = {
 
 
 def questions(limit: int = 1000) -> list[dict[str, str]]:
-    """An instruction set that every machine has: the docstrings of the standard library's functions."""
+    """Makes an instruction set that is available on every machine, from the docstrings of the standard library's
+    functions."""
     out = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
@@ -218,7 +221,7 @@ def questions(limit: int = 1000) -> list[dict[str, str]]:
 
 
 def exported(model: str, folder: Path) -> str:
-    """The model as a folder for transformers, written by a process that ends before anything is timed."""
+    """Exports a packaged model to a folder for transformers, in a process that ends before anything is timed."""
     if model not in PACKAGES:
         return model
     export = [sys.executable, "-m", "tools.export", f"--from={model}", f"--to={folder}"]
@@ -232,8 +235,8 @@ def exported(model: str, folder: Path) -> str:
 
 
 def measure(contest: Contest, rounds: int, dtype: str) -> Json:
-    """Runs rounds of all sides in turn, and computes the ratios of the first side to each. Our own sides compute in
-    `dtype`."""
+    """Runs rounds of all sides in turn, and computes the ratios of the first side to each side. Sides that run this
+    project's code compute in `dtype`."""
     cases = [side.case | {"dtype": dtype} if side.module == OURS else side.case for side in contest.sides]
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker(side.module, case)) for side, case in zip(contest.sides, cases)]
@@ -265,7 +268,8 @@ def _number(x: float) -> float | None:
 
 
 def table(result: Json) -> Any:
-    """One contest as a rich table. A ratio is the first row's value divided by the row's own value."""
+    """Formats one contest as a rich table. A ratio is the value of the first row divided by the value of the ratio's
+    own row."""
     from rich.table import Table
 
     out = Table(title=result["title"], title_justify="left")
@@ -284,7 +288,7 @@ def table(result: Json) -> Any:
 
 
 def machine() -> Json:
-    """The hardware and software that the figures depend on."""
+    """Describes the hardware and software on which the figures depend."""
     versions = {}
     for name in VERSIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -301,7 +305,7 @@ def machine() -> Json:
 
 
 def boards() -> list[str]:
-    """Name and driver of each NVIDIA board."""
+    """Returns the name and driver of each NVIDIA board."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()

@@ -1,5 +1,7 @@
-"""This project's implementation of each benchmark of tools.bench. Each function prepares and returns
-a function that runs one round."""
+"""Implements the benchmarks of tools.bench with this project's code.
+
+Each function prepares a benchmark, and returns a function that runs one round.
+"""
 
 import contextlib
 import itertools
@@ -22,7 +24,8 @@ from tools.bench.worker import Round, asked, decoding, peak_memory, serve, timed
 
 
 def opened(model: str, dtype: str) -> tuple[Transformer, Params]:
-    """A model by name. For the name of a shape, a model with random weights, which runs as fast as a trained one."""
+    """Opens a model by name. The name of a shape gives a model with random weights, which runs as fast as a trained
+    model."""
     if model in SHAPES:
         random = build.network(ModelConfig.from_dict(SHAPES[model]), dtype)
         return random, jax.jit(random.init)(jax.random.key(0))
@@ -31,10 +34,10 @@ def opened(model: str, dtype: str) -> tuple[Transformer, Params]:
 
 
 def train(model: str, peft: str, batch: int, length: int, steps: int, dtype: str) -> Callable[[], Round]:
-    """Only training steps, on random tokens that all count in the loss, of the whole model or a PEFT method with its
-    defaults.
+    """Runs training steps on random tokens that all count in the loss. Trains the whole model, or a PEFT method with
+    its default arguments.
 
-    `dtype` is the number format of the activations; weights are float32.
+    `dtype` is the data type of the activations. The weights are float32.
     """
     from configs import base
     from train import init, inputs
@@ -69,7 +72,7 @@ def train(model: str, peft: str, batch: int, length: int, steps: int, dtype: str
 
 
 def sft(model: str, data: str, batch: int, length: int, steps: int, dtype: str) -> Callable[[], Round]:
-    """`train.main` on prompts and completions, timed from the second step. Padding is not counted."""
+    """Runs `train.main` on prompts and completions, timed from the second step. Padding tokens are not counted."""
     from configs import schema
     from train.main import run as train_main
 
@@ -101,7 +104,8 @@ def decode(
     merged: bool = False,
     quant: dict | None = None,
 ) -> Callable[[], Round]:
-    """Greedy decoding of random prompts, with an adapter (a method's defaults plus noise) or with quantized weights."""
+    """Decodes greedily after random prompts, with an adapter (a method's defaults plus noise) or with quantized
+    weights."""
     from infer.generate import generate, unrolled
     from model import weights
     from model.build import find
@@ -124,9 +128,9 @@ def decode(
 
 
 def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: int, dtype: str) -> Callable[[], Round]:
-    """Greedy decoding with a different adapter on each row; each round takes the next adapters in turn.
+    """Decodes greedily with a different adapter on each row. Each round takes the next adapters in turn.
 
-    The time to move them to the device is included.
+    The time to move the adapters to the device is included.
     """
     from infer.generate import generate
     from infer.serve.store import Store
@@ -156,8 +160,8 @@ def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: 
 def ask(
     model: str, data: str, questions: int, shots: int, new_tokens: int, rows: int, shared: bool, dtype: str
 ) -> Callable[[], Round]:
-    """Greedy answers to questions after the same solved examples; all tokens of the prompts count. No cache is kept
-    from one round to the next."""
+    """Answers questions greedily, with the same solved examples before each question. All tokens of the prompts are
+    counted. No cache is kept from one round to the next."""
     from infer import prefix
     from infer.generate import generate
 
@@ -176,7 +180,7 @@ def ask(
 
 
 def device_memory() -> int:
-    """Peak bytes of this process on its accelerator, or in the machine's memory if there is none."""
+    """Returns the peak bytes of this process on its accelerator or, without an accelerator, in the machine's memory."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or peak_memory()
 
 

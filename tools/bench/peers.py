@@ -1,4 +1,4 @@
-"""The other sides of the contests of tools.bench: torch with transformers, PEFT and TRL, and llama.cpp.
+"""Implements the benchmarks of tools.bench with torch and transformers, PEFT and TRL, and with llama.cpp.
 
 Each function imports only what it needs, since its memory is measured.
 """
@@ -23,7 +23,7 @@ def _load(model: str) -> Any:
 
 
 def train(model: str, peft: str, batch: int, length: int, steps: int) -> Callable[[], Round]:
-    """Only eager training steps without recomputation, with the default optimizer settings of train/optim.py."""
+    """Runs eager training steps without recomputation, with the default optimizer settings of train/optim.py."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -49,7 +49,7 @@ def train(model: str, peft: str, batch: int, length: int, steps: int) -> Callabl
 
 
 def sft(model: str, data: str, batch: int, length: int, steps: int, packing: bool) -> Callable[[], Round]:
-    """TRL's SFTTrainer with PEFT, timed from the second step. Padding is not counted."""
+    """Runs TRL's SFTTrainer with PEFT, timed from the second step. Padding tokens are not counted."""
     import datasets
     import peft
     import transformers
@@ -90,7 +90,7 @@ def sft(model: str, data: str, batch: int, length: int, steps: int, packing: boo
 
 
 def decode(model: str, batch: int, prompt: int, new_tokens: int) -> Callable[[], Round]:
-    """Greedy `generate` with its key-value cache."""
+    """Runs the greedy `generate` of transformers, with its key-value cache."""
     import torch
 
     net = _load(model).eval()
@@ -105,7 +105,7 @@ def decode(model: str, batch: int, prompt: int, new_tokens: int) -> Callable[[],
 
 
 def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: int) -> Callable[[], Round]:
-    """Greedy `generate` with a different adapter on each row, by PEFT's `adapter_names`."""
+    """Runs greedy `generate` with a different adapter on each row, by PEFT's `adapter_names`."""
     import peft
     import torch
 
@@ -128,7 +128,7 @@ def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: 
 
 
 def lm_eval(model: str, data: str, questions: int, shots: int, new_tokens: int, rows: int) -> Callable[[], Round]:
-    """The questions of our side `ask`, answered by lm-evaluation-harness."""
+    """Answers the same questions as `ask` in tools/bench/ours.py, by lm-evaluation-harness."""
     import transformers
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -148,7 +148,7 @@ def lm_eval(model: str, data: str, questions: int, shots: int, new_tokens: int, 
 
 
 def llama_cpp(gguf: str, prompt: int, new_tokens: int) -> Callable[[], Round]:
-    """Greedy decoding of one row with the weights as stored in the file."""
+    """Decodes one row greedily, with the weights as they are stored in the file."""
     import os
 
     import xllamacpp

@@ -1,4 +1,4 @@
-"""One side of a contest in its own process: sides share neither threads nor memory, and their rounds alternate.
+"""Runs each implementation in a process of its own, without shared threads or memory, and alternates their rounds.
 
 The parent writes a line to request a round, and the child answers with a line of JSON. The child exits when its
 standard input is closed.
@@ -18,11 +18,11 @@ from typing import Any
 from common.errors import UserError
 from common.types import Json
 
-Round = Json  # tokens, seconds, cpu_seconds (None if the side cannot measure it)
+Round = Json  # tokens, seconds and cpu_seconds (None if CPU time is not measured)
 
 
 class Worker:
-    """The parent's handle of a child process. The constructor returns when the child has loaded, compiled and warmed
+    """The parent's handle to a child process. The constructor returns when the child has loaded, compiled and warmed
     up."""
 
     def __init__(self, module: str, case: dict):
@@ -66,12 +66,13 @@ class Worker:
 
 
 def peak_memory() -> int:
-    """Peak memory of this process in bytes."""
+    """Returns the peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def serve(sides: dict[str, Callable[..., Callable[[], Round]]], peak: Callable[[], int] = peak_memory) -> None:
-    """The child's main loop: `sides[what](**case)` prepares and returns a function that runs a round."""
+    """Runs the main loop of the child process. `sides[what](**case)` prepares a benchmark and returns a function that
+    runs one round."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output of libraries must not mix with the answers
 
@@ -89,15 +90,15 @@ def serve(sides: dict[str, Callable[..., Callable[[], Round]]], peak: Callable[[
 
 
 def timed(f: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds and CPU seconds that `f` takes."""
+    """Returns the seconds and CPU seconds that `f` takes."""
     start, cpu = time.perf_counter(), time.process_time()
     f()
     return time.perf_counter() - start, time.process_time() - cpu
 
 
 def decoding(generate: Callable[[int], Any], batch: int, new_tokens: int) -> Round:
-    """A round of `generate(n)`, timed without the prompt and the first token. The round is repeated if other programs
-    delayed the prompt so much that the difference is not positive."""
+    """Times `generate(new_tokens)` minus `generate(1)`, which excludes the prompt and the first token. The round is
+    repeated if other programs delayed `generate(1)` so much that the difference is not positive."""
     seconds = cpu = 0.0
     for _ in range(10):
         first, whole = timed(lambda: generate(1)), timed(lambda: generate(new_tokens))
@@ -108,7 +109,8 @@ def decoding(generate: Callable[[int], Any], batch: int, new_tokens: int) -> Rou
 
 
 def asked(data: str, questions: int, shots: int) -> list[str]:
-    """Prompts with the same `shots` solved examples before each question; answers are cut to their first line."""
+    """Returns prompts with the same `shots` solved examples before each question. The answers in the examples are cut
+    to their first line."""
     rows = [json.loads(line) for line in Path(data).read_text("utf-8").splitlines()]
     solved = [f"{row['prompt']}{row['completion'].strip().splitlines()[0]}\n\n" for row in rows[:shots]]
     return ["".join(solved) + row["prompt"] for row in rows[shots : shots + questions]]

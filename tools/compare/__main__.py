@@ -1,22 +1,22 @@
-"""Measures which method suits a task, and its cost: prompting, retrieval, LoRA, full fine-tuning, a hosted model.
+"""Measures which method suits a task, and the cost: prompting, retrieval, LoRA, full fine-tuning, a hosted model.
 
     python -m tools.compare --task=rows.csv [--models=A,B] [--documents=SOURCE] [--methods=zero_shot,lora] [--plan]
-        --budget=30min     maximum; also 2h, 2usd, or FLOPs such as 1e15; "all" drops nothing early. Default: no limit
-        --rungs=3          steps of successive halving; 0: the first setting of every method is tested, without a search
-        --settings=2       maximum settings per method, such as learning rates; default: all
-        --seeds=3          training runs of each method that is tested
-        --epochs=3         passes of each training over its rows
-        --requests=10000   requests per month, for the recommendation
-        --price=1:2:4      USD per hour of the machine that will answer: LOW:VALUE:HIGH or VALUE
-        --chip=v5e         the chip that will answer, a name in common/chips.json; default: this machine
+        --budget=30min     maximum (2h, 2usd, 1e15 FLOPs; default: none); "all" measures every setting to the end
+        --rungs=3          rungs of successive halving; 0 only tests the first setting of every method
+        --settings=2       maximum number of settings per method, such as learning rates; default: all
+        --seeds=3          number of training runs of each tested method
+        --epochs=3         number of passes of each training over its rows
+        --requests=10000   requests per month that the recommendation assumes
+        --price=1:2:4      USD per hour of the machine that will answer requests: LOW:VALUE:HIGH or VALUE
+        --chip=v5e         chip that will answer requests, a name in common/chips.json; default: this machine
         --plan             only estimates FLOPs, time, money and energy
         --emit=slurm       (or skypilot, xpk, gcloud, lines) only writes the next trainings as files for a cluster
         --out=runs/compare
 
-The task is a file of rows with a question and an answer, with the options of evals.main: rows.csv:scorer=number. Rows
-are split by their questions: settings are chosen on validation rows, and the test rows are used once, at the end.
-Methods are files in tools/compare/methods. After an interruption at any moment, the same command continues, with the
-same choices.
+The task is a file of questions and answers, and can have the options of evals.main, as in rows.csv:scorer=number. A
+row's question determines its split. Settings are chosen on validation rows, and the test rows are used once, at the
+end. Methods are files in tools/compare/methods. After an interruption at any moment, the same command resumes the
+comparison and makes the same choices.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     args = options(argv)
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # of this process only, which computes nothing; see `here`
+    jax.config.update("jax_platforms", "cpu")  # only in this process, which computes nothing; see `here`
     machine = here()
     prices = plan.prices(machine, plan.price(args.price), args.chip)
     flops, seconds = plan.budget(args.budget, prices[-1]["usd_hour"] and prices[-1]["usd_hour"][1])
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
 
 
 def options(argv: list[str]) -> argparse.Namespace:
-    """The checked options of a command line."""
+    """Parses and checks the options of a command line."""
     parser = cli.Parser("tools.compare", __doc__)
     parser.add_argument("--task", required=True)
     parser.add_argument("--models", default=[MODEL], type=cli.listed)
@@ -112,14 +112,14 @@ def options(argv: list[str]) -> argparse.Namespace:
 
 
 def names() -> list[str]:
-    """The methods in the order in which they are tried; methods that are not in ORDER come last."""
+    """Returns the methods in the order in which they are tried. Methods that are not in ORDER come last."""
     found = known("tools.compare.methods")
     return [*(name for name in ORDER if name in found), *(name for name in found if name not in ORDER)]
 
 
 def candidates(c: Comparison, methods: list[str], most: int | None = None) -> tuple[list[Candidate], list[Json]]:
-    """The settings of all methods and models, at most `most` per method, and a record of each method that cannot be
-    used, with the reason."""
+    """Returns the candidates of all methods and models, at most `most` per method, and an entry of the record for each
+    method that cannot be used, with the reason."""
     found, refused = [], []
     for name in methods:
         for model in c.bases:
@@ -139,14 +139,14 @@ def candidates(c: Comparison, methods: list[str], most: int | None = None) -> tu
 
 
 def _id(name: str, number: int, values: Json) -> str:
-    """The id of a candidate, such as "lora:lr=0.001"; the number of the setting replaces a long value."""
+    """Makes the id of a candidate, such as "lora:lr=0.001". The number of the setting replaces a long value."""
     short = lambda value: f"{value:g}" if isinstance(value, float) else str(value)
     each = (f"{key}={text if len(text := short(value)) < 20 else number}" for key, value in values.items())
     return ":".join(filter(None, [name, ",".join(each)]))
 
 
 def _row(name: str, model: str, method: Method, status: str, why: str) -> Json:
-    """A method in the record, before it has been measured."""
+    """Returns the entry of a method in the record, before it has been measured."""
     return {
         "name": name,
         "model": model,
@@ -169,8 +169,8 @@ DEVICES = "import jax, json; found = jax.devices(); print(json.dumps([found[0].d
 
 
 def here() -> Json:
-    """Describes this machine. A separate process lists the devices, since the jobs need them and a TPU serves one
-    process."""
+    """Describes this machine. A separate process lists the devices, since only one process can use a TPU and the jobs
+    need it."""
     from common import chips
 
     done = subprocess.run([sys.executable, "-c", DEVICES], capture_output=True, text=True)

@@ -2,16 +2,17 @@
 
     python -m tools.compare.audit FOLDER... [--out=audit.json]
 
-FOLDER: made by tools.compare with --budget=all, three rungs and several methods. The ways to choose:
+A FOLDER is made by tools.compare with --budget=all, three rungs and several methods. The ways to choose a method are:
 
-rule      of thumb in soup-cli 0.77 (`soup advise`): few-shot below 50 rows; retrieval with documents; else LoRA
-zero-shot prompts without examples, whatever the task
-pilot     the best setting of the first rung, which trains on a ninth of the rows
-halving   tools.compare with a quarter of the FLOPs of "all" as its budget
-all       everything is measured; the method with the highest score on the test rows
+rule      takes few-shot below 50 rows, else retrieval if there are documents, else LoRA (`soup advise`, soup-cli 0.77)
+zero-shot always takes prompts without examples
+pilot     takes the best setting of the first rung, which trains on a ninth of the rows
+halving   takes the choice of tools.compare with a quarter of the FLOPs of "all" as the budget
+all       measures every setting, and takes the method with the highest score on the test rows
 
-The difference to "all" is in points on the same test rows, with a paired 95 % interval. Gas is the cost of the choice:
-the FLOPs of measuring settings on validation rows and of one training on all rows, in percent of the gas of "all".
+The difference from "all" is printed in points on the same test rows, with a paired 95 % interval. Gas is the cost of
+choosing: the FLOPs of measuring settings on validation rows and of one training on all rows, in percent of the gas of
+"all".
 """
 
 import dataclasses
@@ -33,13 +34,13 @@ from tools.compare.halving import Drop
 from tools.compare.method import Candidate, Method, Setting
 from tools.compare.record import Record, load
 
-# Rows below which "rule" takes few-shot; budget of "halving" as a fraction; score difference that does not count.
+# "rule" takes few-shot below FEW rows, "halving" has QUARTER of the FLOPs, and CLOSE is a negligible score difference.
 FEW, QUARTER, CLOSE = 50, 0.25, 0.02
 
 
 class Way(NamedTuple):
-    """One way to choose, and its result. `estimated`: the chosen setting was not tested, so its score is the score of
-    the method's tested setting minus the difference between the two settings on validation rows."""
+    """One way to choose a method, and its result. If `estimated`, the chosen setting was not tested. Its score is then
+    the test score of the method's tested setting, plus the difference of the two settings on validation rows."""
 
     name: str
     candidate: str
@@ -72,12 +73,12 @@ class Replay(Engine):
         self.r, self.found, self.flops = record, [_candidate(full, row) for row in full.candidates], self
 
     def rung(self, x: Candidate, rung: Json, result: Json | None = None) -> float:
-        """FLOPs of a candidate on a rung."""
+        """Returns the FLOPs that a candidate took on a rung."""
         number = self.r.rungs.index(rung)
         return sum(gas(row) for row in self.full.candidate(x.id)["rungs"] if row["rung"] == number)
 
     def test(self, x: Candidate, trained: int, result: Json | None = None) -> float:
-        """0 FLOPs, since testing is not part of the choice."""
+        """Returns 0 FLOPs, since testing is not part of the choice."""
         return 0.0
 
     def choose(self) -> str:
@@ -103,7 +104,7 @@ def _candidate(record: Record, row: Json) -> Candidate:
 
 
 def gas(rung: Json) -> float:
-    """FLOPs of training and of validation on a rung."""
+    """Returns the FLOPs of training and validation on a rung."""
     return rung["flops"] + (rung["result"]["flops"] or 0.0)
 
 
@@ -111,7 +112,8 @@ def gas(rung: Json) -> float:
 
 
 def ways(record: Record) -> list[Way]:
-    """The result of every way to choose, from a complete record. Raises UserError for an incomplete record."""
+    """Returns the result of every way to choose a method, from a complete record. Raises UserError for an incomplete
+    record."""
     tested = [m for m in record.methods if m["status"] == "tested"]
     if record.budget["asked"] != plan.ALL or len(tested) < 2 or len(record.rungs) < 2:
         raise UserError("the comparison did not measure everything", "", "make it with --budget=all and --rungs=3")
@@ -139,7 +141,7 @@ def _rule(record: Record) -> str:
 
 
 def _first(record: Record, method: str) -> str:
-    """The first setting of a method, which is its best guess."""
+    """Returns the first setting of a method, which is the best guess."""
     found = [row["id"] for row in record.candidates if row["method"] == method and row["rungs"]]
     if not found:
         raise UserError(f"the comparison has no method {method!r}", "", "make it with all methods")
@@ -147,7 +149,7 @@ def _first(record: Record, method: str) -> str:
 
 
 def _training(record: Record, candidate: str) -> float:
-    """FLOPs of one training on all rows."""
+    """Returns the FLOPs of training a candidate once on all rows."""
     return record.candidate(candidate)["rungs"][-1]["flops"]
 
 
@@ -168,7 +170,7 @@ def _way(record: Record, name: str, candidate: str, best: Json, share: float) ->
 
 
 def _scores(method: Json) -> np.ndarray:
-    """The score of each test row, as a mean over seeds; the rows are sorted by name."""
+    """Returns the score of each test row as a mean over seeds. The rows are sorted by name."""
     each = []
     for test in method["tests"]:
         rows = sorted(zip(test["result"]["rows"], test["result"]["scores"], strict=True))

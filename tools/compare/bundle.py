@@ -1,4 +1,4 @@
-"""Writes OUT/bundle: the winner of a comparison, ready for tools.chat and tools.serve (infer/bundle.py reads it)."""
+"""Writes OUT/bundle, the winner of a comparison, which tools.chat and tools.serve load by infer/bundle.py."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from tools.compare.record import Record
 
 
 def write(c: Comparison, record: Record, x: Candidate, row: Json) -> Path | None:
-    """Writes the bundle and returns its folder; None for a hosted model, which has nothing to store. The bundle of an
-    earlier winner is replaced."""
+    """Writes the bundle and returns its folder. Returns None for a hosted model, which has nothing to store. The bundle
+    of an earlier winner is replaced."""
     if hosted.is_hosted(x.model):
         return None
     folder, test = c.out / "bundle", row["tests"][0]

@@ -1,12 +1,12 @@
-"""Derives a decision from the record of a comparison: how likely each method is the best, which changes of the inputs
-would alter that, and the cost of a wrong choice.
+"""Derives a decision from the record of a comparison.
 
-The best method is the cheapest per month among those whose score is at most a margin below the highest score. This
-definition needs no price of a right answer, which few people know, only the loss of quality that they would accept to
-pay less.
+A decision says how likely each method is the best, which changes of the inputs would make another method the best, and
+the cost of a wrong choice. The best method is the cheapest per month among the methods with scores at most a margin
+below the highest score. This definition does not need the value of a right answer in dollars, which few people know. It
+needs only the loss of quality that people would accept in order to pay less.
 
-The probability of a method is the fraction of DRAWS in which it is the best. Each draw samples test rows with
-replacement, the same rows for all methods, then seeds with replacement, and a price from its range.
+The probability of a method is the fraction of all DRAWS in which the method is the best. Each draw samples test rows
+with replacement (the same rows for all methods), then seeds with replacement, and a price from its range.
 """
 
 import math
@@ -18,28 +18,28 @@ import numpy as np
 from common.errors import UserError
 from common.types import Json
 
-DRAWS, BLOCK = 10_000, 500  # draws in all, and at a time
-ENOUGH = 0.8  # probability from which the page recommends a method
-LEAST = 30  # minimum test rows for a recommendation, since a bootstrap of fewer rows is overconfident
+DRAWS, BLOCK = 10_000, 500  # number of draws in total, and in one batch
+ENOUGH = 0.8  # minimum probability with which the page recommends a method
+LEAST = 30  # minimum number of test rows for a recommendation, since a bootstrap of fewer rows is overconfident
 MOST_ROWS = 1_000_000
-DOUBT = {"requests": 3, "price": 2, "labels": 3, "documents": 3, "margin": 2}  # an estimate may be wrong by this factor
+DOUBT = {"requests": 3, "price": 2, "labels": 3, "documents": 3, "margin": 2}  # factors of doubt
 FAR = 1000  # the largest factor by which an input is changed in search of another recommendation
 
 
 class Inputs(NamedTuple):
-    """The inputs of a decision that the user gives and that are not measured."""
+    """Inputs of a decision that are given by the user and not measured."""
 
     requests: float  # per month
-    margin: float = 0.02  # loss of score that is acceptable to pay less
+    margin: float = 0.02  # loss of score that the user accepts in order to pay less
     labels: float = 12.0  # months until the labels change, so that trained methods are trained again
     documents: float = 1.0  # months until the documents change, so that they are indexed or learned again
-    people: float = 0.0  # dollars of people's work per training
+    people: float = 0.0  # cost of people's work per training, in dollars
     idle: float = 0.0  # hours per month in which the machine is paid for but idle
-    price: float = 1.0  # factor on the machine's price
+    price: float = 1.0  # factor by which the machine's price is multiplied
 
 
 class Option(NamedTuple):
-    """A tested method. Amounts are (FLOPs, dollars), NaN if unknown."""
+    """A tested method. Costs are pairs of (FLOPs, dollars), in which an unknown number is NaN."""
 
     name: str
     label: str
@@ -54,7 +54,7 @@ class Option(NamedTuple):
         return float(self.scores.mean())
 
     def monthly(self, given: Inputs, has_documents: bool) -> tuple[float, float]:
-        """(FLOPs, dollars) per month for everything but requests: training, indexing and people's work."""
+        """Returns (FLOPs, dollars) per month for training, indexing and people's work, but not for requests."""
         forgets = self.record["trained"] and has_documents and not self.record["documents"]
         trained = 1 / min(given.labels, given.documents if forgets else given.labels)
         indexed = 1 / given.documents
@@ -66,7 +66,7 @@ class Option(NamedTuple):
 
 
 class Price(NamedTuple):
-    """The cost of a FLOP on the target machine: (low, value, high) in `unit`, which is "$", "h" of the machine, or
+    """The cost of a FLOP on the target machine, as (low, value, high). The `unit` is "$", "h" (machine hours) or
     "FLOP"."""
 
     unit: str
@@ -75,21 +75,22 @@ class Price(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Options are sorted by probability, so the first is recommended; arrays have one value per option."""
+    """A decision between options. Options are sorted by probability, so the first option is recommended. Arrays have
+    one value per option."""
 
     given: Inputs
     price: Price
     options: list[Option]
-    cost: np.ndarray  # per month [3, options]: at the lowest, the expected and the highest price; infinite if unknown
-    probability: np.ndarray  # of being the best
+    cost: np.ndarray  # cost per month [3, options] at the lowest, expected and highest price; infinite if unknown
+    probability: np.ndarray  # probability of being the best
     flips: list["Flip"]  # the most likely first
     lost: tuple[
         float, float, float
-    ]  # the draws in which another method is best: their fraction, the mean score and money lost
+    ]  # for the draws in which another method is best: their fraction, and the mean loss of score and of money
     rows: int  # test rows
-    rows_needed: int | None  # to decide; None: there are enough; MOST_ROWS: more do not help
-    grid: np.ndarray  # requests per month
-    curve: np.ndarray  # [grid, options]: probabilities
+    rows_needed: int | None  # test rows needed to decide; None if `rows` is enough; MOST_ROWS if more rows do not help
+    grid: np.ndarray  # numbers of requests per month
+    curve: np.ndarray  # probabilities [grid, options] at these numbers of requests
     has_documents: bool
 
     @property
@@ -106,12 +107,13 @@ class Flip(NamedTuple):
 
     fact: str  # a field of Inputs, or "rows"
     value: float | None  # new value of the field
-    to: int  # the option that is then recommended
+    to: int  # index of the option that is then recommended
     likelihood: float
 
 
 def options(record: Json) -> list[Option]:
-    """The tested methods, with their scores on the same rows in the same order. Raises UserError."""
+    """Returns the tested methods, with their scores on the same rows in the same order. Raises UserError if the rows
+    differ."""
     tested = [m for m in record["methods"] if m["status"] == "tested" and m["tests"]]
     names = [m["name"] for m in tested]
     labels = [m["label"] for m in tested]
@@ -132,7 +134,7 @@ def options(record: Json) -> list[Option]:
 
 
 def _in_order(result: Json, rows: Sequence[str], name: str) -> list[float]:
-    """The scores in the order of `rows`; a row may occur several times."""
+    """Returns the scores of a result in the order of `rows`. A row may occur several times."""
     if sorted(result["rows"]) != sorted(rows):
         raise UserError(f"the results of {name} are not on the same test rows", "comparison.json", "compare again")
     found: dict[str, list[float]] = {}
@@ -142,7 +144,7 @@ def _in_order(result: Json, rows: Sequence[str], name: str) -> list[float]:
 
 
 def price_of(entry: Json) -> Price:
-    """The price of a FLOP from an entry of the record's prices, in dollars if possible."""
+    """Returns the price of a FLOP according to an entry of the record's prices, in dollars if possible."""
     seconds, usd = entry["seconds_per_flop"], entry["usd_hour"]
     if seconds is None:
         return Price("FLOP", (1.0, 1.0, 1.0), 0.0)
@@ -154,7 +156,7 @@ def price_of(entry: Json) -> Price:
 
 
 def cost(found: Sequence[Option], price: Price, given: Inputs, per_flop: Any, documents: bool) -> np.ndarray:
-    """Cost per month [..., options] at prices of a FLOP [..., 1]; infinite if unknown."""
+    """Returns the cost per month [..., options] at prices per FLOP [..., 1]. Unknown costs are infinite."""
     each = np.array([o.request for o in found])
     fixed = np.array([o.monthly(given, documents) for o in found])
     own = np.array([not o.record["leaves"] for o in found])
@@ -167,10 +169,10 @@ def cost(found: Sequence[Option], price: Price, given: Inputs, per_flop: Any, do
 
 
 def drawn_scores(found: Sequence[Option], seed: int = 0) -> np.ndarray:
-    """Means [DRAWS, options] over rows and seeds drawn with replacement.
+    """Returns mean scores [DRAWS, options] over rows and seeds that are drawn with replacement.
 
-    Since there are few seeds, k, their deviations are enlarged by √(k / (k - 1)), which makes the variance of their
-    mean unbiased.
+    Since the number k of seeds is small, the deviations between seeds are enlarged by √(k / (k - 1)), which makes the
+    variance of their mean unbiased.
     """
     rng, n = np.random.default_rng(seed), found[0].scores.shape[1]
     blocks = []
@@ -187,8 +189,9 @@ def drawn_scores(found: Sequence[Option], seed: int = 0) -> np.ndarray:
 
 
 def winners(scores: np.ndarray, costs: np.ndarray, margin: float) -> np.ndarray:
-    """The best option of each draw, from scores and costs [draws, options]: the cheapest within the margin of the
-    highest score, and of equally cheap options the one with the highest score."""
+    """Returns the best option of each draw, given scores and costs [draws, options]. The best option is the cheapest
+    option within the margin of the highest score or, if several are equally cheap, the option with the highest score
+    among them."""
     near = scores >= scores.max(1, keepdims=True) - margin - 1e-6
     least = np.where(near, costs, np.inf).min(1, keepdims=True)
     return np.where(near & (costs <= least), scores, -np.inf).argmax(1)
@@ -217,19 +220,20 @@ class _Draws:
         return int(self.probability(given).argmax())
 
     def with_rows(self, factor: float) -> np.ndarray:
-        """Scores as they would be drawn with `factor` times the rows, if their means were the true ones."""
+        """Returns the scores that would be drawn with `factor` times as many rows, if the measured means were the true
+        scores."""
         center = np.array([o.mean for o in self.found])
         return center + (self.scores - center) / math.sqrt(factor)
 
 
 def decide(record: Json, given: Inputs, price: Price | None = None) -> Decision:
-    """The decision for a record. Raises UserError if no method was tested."""
+    """Makes the decision for a record. Raises UserError if no method was tested."""
     found = options(record)
     if not found:
         raise UserError("no method has test results", "comparison.json", "give tools.compare a larger budget")
     price = price or price_of(record["prices"][0])
     if price.unit != "$" and not any(o.request[0] or o.training[0] for o in found):
-        price = Price("$", (0.0, 0.0, 0.0), 0.0)  # only hosted models: this machine does nothing
+        price = Price("$", (0.0, 0.0, 0.0), 0.0)  # with only hosted models, this machine computes nothing
     documents = bool(record["documents"])
     draws = _Draws(found, price, documents)
     probability = draws.probability(given)
@@ -253,7 +257,7 @@ def decide(record: Json, given: Inputs, price: Price | None = None) -> Decision:
 
 
 def elsewhere(d: Decision, price: Price) -> int:
-    """The index of the best option at another price of a FLOP."""
+    """Returns the index of the best option at another price of a FLOP."""
     return _Draws(d.options, price, d.has_documents).chosen(d.given)
 
 
@@ -268,7 +272,8 @@ def _lost(draws: _Draws, given: Inputs) -> tuple[float, float, float]:
 
 
 def _rows_needed(draws: _Draws, given: Inputs) -> int | None:
-    """None if the rows are enough; else about how many would make a method the best with probability ENOUGH."""
+    """Returns None if the test rows are enough, or about how many rows would make a method the best with probability
+    ENOUGH."""
     n = draws.found[0].scores.shape[1]
     if draws.probability(given)[0] >= ENOUGH:
         return None if n >= LEAST else LEAST
@@ -293,7 +298,8 @@ def _flips(draws: _Draws, given: Inputs) -> list[Flip]:
 
 
 def _rows_flip(draws: _Draws, given: Inputs) -> Flip | None:
-    """The other recommendation that different test rows and seeds would most likely lead to, at the expected price."""
+    """Finds the other recommendation to which different test rows and seeds would most likely lead, at the expected
+    price."""
     costs = cost(draws.found, draws.price, given, np.full((DRAWS, 1), draws.price.per_flop[1]), draws.documents)
     share = np.bincount(winners(draws.scores, costs, given.margin), minlength=len(draws.found)) / DRAWS
     own, share[0] = float(share[0]), 0.0
@@ -301,10 +307,10 @@ def _rows_flip(draws: _Draws, given: Inputs) -> Flip | None:
 
 
 def _nearest(draws: _Draws, given: Inputs, fact: str, direction: int) -> Flip | None:
-    """The smallest change of an input that changes the recommendation: an increase if `direction` is 1, a decrease if
-    -1."""
+    """Finds the smallest change of an input that changes the recommendation: an increase if `direction` is 1, or a
+    decrease if `direction` is -1."""
     at: Callable[[float], Inputs] = lambda log: given._replace(**{fact: getattr(given, fact) * 10 ** (direction * log)})
-    if not getattr(given, fact):  # a factor does not change 0
+    if not getattr(given, fact):  # multiplying 0 by a factor does not change it
         return None
     near, far, step = 0.0, math.log10(FAR), 0.1
     while draws.chosen(at(near + step)) == 0:

@@ -1,7 +1,7 @@
-"""Runs a comparison: successive halving on validation rows, then the test. Every job's result is recorded at once.
+"""Runs a comparison: successive halving on validation rows, then the test. The result of every job is recorded at once.
 
-Each step is skipped if the record has its result. The decisions depend only on recorded scores and FLOPs, so a
-comparison that was killed repeats them and resumes where it stopped.
+A job is skipped if the record has its result. Decisions depend only on recorded scores and FLOPs, so a comparison that
+was killed makes the same decisions again and resumes where it stopped.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ from tools.sweep.run import Point
 
 
 class Engine:
-    """`seconds`: a budget of time, which is converted to FLOPs at the rate of the first jobs."""
+    """Runs the jobs of a comparison. `seconds` is a budget of time, which is converted to FLOPs at the rate of the
+    first jobs."""
 
     def __init__(self, c: Comparison, record: Record, found: list[Candidate], seconds: float | None):
         self.c, self.r, self.found, self.seconds = c, record, found, seconds
@@ -70,7 +71,8 @@ class Engine:
             print(f"the winner: kungfu chat {made}")
 
     def emit(self, kind: str) -> list[Path]:
-        """Writes the next trainings as files for a cluster; when they are done, `run` finds and measures them."""
+        """Writes files that run the next trainings on a cluster. After these trainings, `run` finds and measures their
+        results."""
         if self.seconds:
             raise UserError("a budget of time is measured on this machine", "--budget", "give FLOPs with --emit")
         self._index()
@@ -84,7 +86,8 @@ class Engine:
         return clusters.write(kind, points, self.c.out / "runs")
 
     def _trainings(self) -> list[tuple[Candidate, int, int, str]]:
-        """(candidate, training rows, seed, part of the folder's name) of the next rung, or of the test."""
+        """Returns (candidate, training rows, seed, part of the folder's name) for each training of the next rung, or of
+        the test after the last rung."""
         alive, seeds = [x for x in self.found if not self._failed(x)], self.r.seeds
         for number, rung in enumerate(self.r.rungs):
             if number == len(self.r.decisions):
@@ -113,7 +116,7 @@ class Engine:
     # --- choosing ---
 
     def _survivors(self) -> list[Candidate]:
-        """The candidates that will be tested, one per method."""
+        """Runs all rungs, and returns the candidates that will be tested, one per method."""
         alive = [x for x in self.found if not self._failed(x)]
         if not self.r.rungs:
             return [x for x in halving.first(self.found) if not self._failed(x)]
@@ -132,7 +135,7 @@ class Engine:
         return [x for x in self.found if x.id in names and not self._failed(x)]
 
     def _enter(self, alive: list[Candidate], number: int) -> None:
-        """Begins a rung: records which candidates enter it, before any FLOPs are spent on it."""
+        """Begins a rung: records which candidates enter the rung, before any FLOPs are spent on them."""
         rung = self.r.rungs[number]
         alive, drops = self._afford(alive, number)
         entered = {"entered": [x.id for x in alive], "kept": None, "dropped": []}
@@ -140,7 +143,8 @@ class Engine:
         self._drop(alive, drops, number)
 
     def _afford(self, alive: list[Candidate], number: int) -> tuple[list[Candidate], list[Drop]]:
-        """Drops the methods that the budget cannot pay for. Raises UserError if the budget can pay for none."""
+        """Drops the methods for which the budget is too small. Raises UserError if the budget is too small for every
+        method."""
         rung = self.r.rungs[number]
         score = lambda x: found["mean"] if (found := self._result(x, number - 1)) else -self.found.index(x)
         now = lambda x: 0.0 if self._result(x, number) else self.flops.rung(x, rung, self._result(x, number - 1))
@@ -155,7 +159,7 @@ class Engine:
         return kept, drops
 
     def _decide(self, alive: list[Candidate], number: int) -> None:
-        """Ends a rung: records which candidates stay, and why the others are dropped."""
+        """Ends a rung: records which candidates are kept, and why the other candidates are dropped."""
         if not alive:
             raise self._nothing()
         last = number == len(self.r.rungs) - 1
@@ -173,7 +177,7 @@ class Engine:
         self._drop(alive, one + two + three, number)
 
     def _drop(self, alive: list[Candidate], drops: list[Drop], number: int) -> None:
-        """Records the reason for each candidate, and for each method that has none left."""
+        """Records why each of the dropped candidates was dropped, and stops each method that has no candidates left."""
         self.r.decisions[number]["dropped"] += [{"candidate": drop.candidate.id, "why": drop.why} for drop in drops]
         for drop in drops:
             if not any(x.key == drop.candidate.key for x in alive):
@@ -182,13 +186,13 @@ class Engine:
         self._save()
 
     def _left(self) -> float | None:
-        """FLOPs of the budget that are not spent; None without a budget."""
+        """Returns the FLOPs of the budget that are not spent yet, or None without a budget."""
         return self.r.unspent["flops"]
 
     # --- measuring ---
 
     def _rung(self, alive: list[Candidate], number: int) -> None:
-        """Measures all candidates on a rung; those that can share a command run together."""
+        """Measures all candidates on a rung. Candidates that can share a command are measured together."""
         for group in _groups([x for x in alive if not self._result(x, number)]):
             self._measure(group, number)
 
@@ -215,8 +219,8 @@ class Engine:
         self._save()
 
     def _test(self, group: list[Candidate]) -> None:
-        """Scores candidates on the test rows: a single candidate that trains, with every seed, or several that share a
-        command."""
+        """Scores candidates on the test rows: either a single candidate that is trained with every seed, or several
+        candidates that share a command."""
         first = group[0]
         for x in group:
             self._method(x)["candidate"] = x.id
@@ -265,8 +269,8 @@ class Engine:
         self._save()
 
     def _probe(self) -> None:
-        """Converts a budget of time to FLOPs at the rate of the first jobs: one with prompting and one training, if
-        there are any."""
+        """Converts a budget of time to FLOPs, at the rate of the first job that only prompts and the first job that
+        trains, if there are such jobs."""
         untrained = [x for x in self.found if not x.trained][:1]
         trained = [x for x in self.found if x.trained][:1]
         first = untrained + trained
@@ -305,8 +309,8 @@ class Engine:
         return UserError(f"every method failed: {why[-1] if why else 'none was left'}", str(self.c.out), "see its logs")
 
     def _failing(self, group: list[Candidate], why: str, again: Callable[[Candidate], None]) -> None:
-        """Tries the candidates of a failed command one by one. Records the failure of a single candidate, and of its
-        method if no other candidate of the method is left."""
+        """If several candidates shared a failed command, tries them one by one. Otherwise records the failure of the
+        candidate, and the failure of its method if no other candidate of the method is left."""
         if len(group) > 1:
             for x in group:
                 again(x)
@@ -320,7 +324,7 @@ class Engine:
 
 
 def _groups(found: list[Candidate]) -> list[list[Candidate]]:
-    """Candidates that share a command, together."""
+    """Groups the candidates that can share a command."""
     groups: dict[tuple, list[Candidate]] = {}
     for x in found:
         groups.setdefault(work.together(x), []).append(x)
@@ -328,7 +332,7 @@ def _groups(found: list[Candidate]) -> list[list[Candidate]]:
 
 
 def _request(result: Json) -> Json:
-    """The cost of a request, from the result of a test."""
+    """Derives the cost of a request from the result of a test."""
     n, usd = result["n"], result["usd"]
     return {
         "flops": (result["flops"] or 0.0) / n,

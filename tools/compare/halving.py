@@ -1,6 +1,6 @@
 """Successive halving over methods and their settings, on validation rows (Jamieson & Talwalkar 2016).
 
-Pure functions of recorded scores and FLOPs: decisions depend neither on time nor on randomness.
+Decisions depend only on recorded scores and FLOPs, and neither on time nor on randomness.
 """
 
 import math
@@ -12,16 +12,16 @@ from common.types import Json
 from evals import paired
 from tools.compare.method import Candidate
 
-ETA = 3  # each rung has ETA times as many training rows as the one before, and 1 / ETA of the settings
+ETA = 3  # each rung has ETA times as many training rows as the previous rung, and 1 / ETA of its settings
 ROWS = (50, 100, 200)  # maximum validation rows of each rung
 LEAST = 24  # minimum training rows of a rung
-BASELINE = "zero_shot"  # tested in any case: it costs nothing to make, and the others are compared with it
+BASELINE = "zero_shot"  # always tested, since other methods are compared with this baseline
 
 Result = Callable[[Candidate], Json]
 
 
 def first(found: Sequence[Candidate]) -> list[Candidate]:
-    """The first candidate of each method and model."""
+    """Returns the first candidate of each method and model."""
     return list({x.key: x for x in reversed(found)}.values())[::-1]
 
 
@@ -31,8 +31,8 @@ class Drop(NamedTuple):
 
 
 def rungs(n: int, train: int, validation: int) -> list[Json]:
-    """Up to `n` rungs, each with its share of the training rows, their number, and the number of validation rows. The
-    last rung trains on all rows; a rung with fewer than LEAST training rows is left out."""
+    """Returns up to `n` rungs, each with a share of the training rows, the number of training rows, and the number of
+    validation rows. The last rung trains on all rows. A rung with fewer than LEAST training rows is left out."""
     shares = [ETA**-i for i in reversed(range(n))]
     kept = [share for share in shares if share == 1 or share * train >= LEAST]
     rows = ROWS[-len(kept) :] if len(kept) <= len(ROWS) else (ROWS[0],) * (len(kept) - len(ROWS)) + ROWS
@@ -43,8 +43,8 @@ def rungs(n: int, train: int, validation: int) -> list[Json]:
 
 
 def settings(alive: Sequence[Candidate], result: Result, last: bool) -> tuple[list[Candidate], list[Drop]]:
-    """Keeps the best third of the settings of each method; after the last rung only the best. Of equal scores, the
-    first is kept."""
+    """Keeps the best third of the settings of each method, or only the best setting after the last rung. If scores are
+    equal, the first setting is kept."""
     kept, dropped = [], []
     for key in dict.fromkeys(candidate.key for candidate in alive):
         mine = sorted((x for x in alive if x.key == key), key=lambda x: -result(x)["mean"])
@@ -58,12 +58,12 @@ def settings(alive: Sequence[Candidate], result: Result, last: bool) -> tuple[li
 def methods(
     alive: Sequence[Candidate], result: Result, before: Callable[[Candidate], Json | None], full: bool
 ) -> tuple[list[Candidate], list[Drop]]:
-    """Drops the methods that are clearly worse than the leader: the 95 % interval of the leader's score minus the
-    method's, paired by rows, is above 0.
+    """Drops the methods that are clearly worse than the best method, which means that the 95 % interval of the
+    difference of the scores, paired by rows, is above 0.
 
-    A method that has trained on only a part of the rows (`full` is false) may still improve. It is dropped only if it
-    would stay clearly worse after gaining as much again as since the previous rung; without a result from that rung
-    (`before`), it is kept.
+    A method that has trained on only a part of the rows (`full` is false) may still improve. Such a method is dropped
+    only if it would stay clearly worse after gaining as much again as since the previous rung. Without a result from
+    the previous rung (`before`), the method is kept.
     """
     best = {key: max((x for x in alive if x.key == key), key=lambda x: result(x)["mean"]) for key in _keys(alive)}
     leader = max(best.values(), key=lambda x: result(x)["mean"])
@@ -89,11 +89,12 @@ def affordable(
     alive: Sequence[Candidate], score: Callable[[Candidate], float], now: Callable[[Candidate], float],
     later: Callable[[Candidate], float], left: float | None, must: bool = False,
 ) -> tuple[list[Candidate], list[Drop]]:  # fmt: skip
-    """Keeps the methods that `left` FLOPs can pay for, in the order of their scores, with fewer settings if necessary.
+    """Keeps as many methods as `left` FLOPs can pay for, the best scores first, with fewer settings per method if
+    necessary.
 
-    `now`: FLOPs of a candidate in the next rung. `later`: FLOPs of a candidate from then until it is tested; the
-    largest of these among the kept candidates is reserved, since at least one method must be finished. `must`: the best
-    candidate is kept in any case.
+    `now(x)` returns the FLOPs of candidate x in the next rung, and `later(x)` its FLOPs after that rung until it is
+    tested. The largest `later` of a kept candidate is reserved, since at least one method must be finished. If `must`
+    is true, the best candidate is kept in any case.
     """
     if left is None:
         return list(alive), []

@@ -1,4 +1,4 @@
-"""The inputs of a comparison: the rows of the task by split, the models, and the tokens and FLOPs of a request."""
+"""Reads the inputs of a comparison: the rows of the task, the models, and the tokens and FLOPs of a request."""
 
 import json
 import math
@@ -19,15 +19,15 @@ from infer.context import Asker, Context
 if TYPE_CHECKING:
     from data.text.tokenizer import Tokenizer
 
-LEAST = {"train": 20, "validation": 5, "test": 10}  # minimum rows per split; with fewer, nothing can be decided
+LEAST = {"train": 20, "validation": 5, "test": 10}  # minimum rows per split; with fewer rows, nothing can be decided
 SHARE, STEPS = 1024, 8  # maximum tokens per training step; minimum steps per epoch
-BYTES, WINDOW = 4, 8000  # assumed for a hosted model: bytes per token; tokens of its context
+BYTES, WINDOW = 4, 8000  # assumptions for a hosted model: bytes per token, and tokens in its context
 CONFIG = "configs/sft/own_task.py"
-TEST = ":split=test"  # explicit, since the file's name may say that all of its rows are held out
+TEST = ":split=test"  # without it, all rows of a file with a name like "test.csv" would be test rows
 
 
 class Task(NamedTuple):
-    """`spec` is a file with its options; `scored[split]` are the rows of a split."""
+    """The task of a comparison. `spec` is a file with its options, and `scored[split]` are the rows of a split."""
 
     spec: str
     name: str
@@ -46,7 +46,7 @@ class Task(NamedTuple):
 
 
 def read(spec: str) -> Task:
-    """The task of a file. Raises UserError if its rows cannot decide anything."""
+    """Reads the task from a file. Raises UserError if the rows of the file cannot distinguish methods."""
     if not rows.is_source(spec):
         raise UserError(f"{spec!r} is not a file of rows", "--task", "name a .csv, .jsonl, .json or .parquet file")
     _, options = rows.parse(spec)
@@ -75,11 +75,11 @@ class Base(NamedTuple):
     answer: float  # mean tokens of an answer, with the end token
     longest: int  # tokens of the longest question with its answer
     hosted: bool = False
-    usd: tuple[float, float] | None = None  # hosted: dollars per million tokens of prompts and of answers
+    usd: tuple[float, float] | None = None  # for a hosted model: dollars per million tokens of prompts and of answers
 
 
 class Comparison(NamedTuple):
-    """The inputs, as methods see them."""
+    """The inputs of a comparison, as its methods see them."""
 
     task: Task
     bases: dict[str, Base]
@@ -88,14 +88,15 @@ class Comparison(NamedTuple):
     out: Path
 
     def room(self, model: str, each: float) -> int:
-        """How many texts of `each` tokens fit into a model's context, before the longest question with its answer."""
+        """Returns how many texts of `each` tokens fit into a model's context in addition to the longest question and
+        its answer."""
         base = self.bases[model]
         return int(max(0.0, (base.context - base.longest - 32) // max(each, 1.0)))
 
 
 def base(model: str, rows_of: Task) -> Base:
-    """A model and its token counts. Raises UserError if rows exceed the model's context, or the model cannot be
-    opened."""
+    """Returns a model with its token counts. Raises UserError if rows exceed the model's context, or if the model
+    cannot be opened."""
     if hosted.is_hosted(model):
         return _hosted(model, rows_of)
     from data.text import formats
@@ -122,7 +123,7 @@ def base(model: str, rows_of: Task) -> Base:
 
 
 def _hosted(model: str, rows_of: Task) -> Base:
-    """A model behind an endpoint, which costs no FLOPs here; its tokenizer is unknown, so token counts are
+    """Returns a hosted model, which needs no FLOPs on this machine. Its tokenizer is unknown, so token counts are
     estimated."""
     usd = hosted.parse(model).usd
     every = [row for part in rows_of.scored.values() for row in part]
@@ -133,35 +134,37 @@ def _hosted(model: str, rows_of: Task) -> Base:
 
 
 def config(changes: dict[str, Leaf]) -> schema.Config:
-    """The config of a training run, before its data are written."""
+    """Returns the config of a training run whose data are not written yet."""
     changes = {"data.source": "pydocs", "data.eval_source": "", **changes}
     return schema.resolve(schema.read(str(schema.overrides.CHECKOUT / CONFIG)), changes, [], CONFIG)[0]
 
 
 def shape(longest: float, train: float, validation: float) -> dict[str, Leaf]:
-    """Row length and batch size of training, for examples of at most `longest` tokens: at most about SHARE tokens per
-    step, and at least STEPS steps per epoch. `train` and `validation` are the total tokens of these splits."""
+    """Returns the row length and batch size of a training on examples of at most `longest` tokens. A step has at most
+    about SHARE tokens, and an epoch has at least STEPS steps. `train` and `validation` are the total tokens of these
+    splits."""
     length = max(64, math.ceil(longest / 64) * 64)
     rows = min(SHARE // length, int(train / length / STEPS), int(validation / length))
     return {"data.seq_len": length, "data.batch_size": max(1, rows)}
 
 
 def order(found: list[Json]) -> list[Json]:
-    """The rows in a fixed random order. Shares of the rows are taken from the beginning, so a larger share contains a
-    smaller one."""
+    """Returns the rows in a fixed random order. A share of the rows is taken from the beginning, so a larger share
+    contains every smaller share."""
     shuffled = list(found)
     random.Random(0).shuffle(shuffled)
     return shuffled
 
 
 def write(path: Path, found: list[Json], context: Context) -> None:
-    """Writes rows as training data, with the same prompts as in inference, such as passages before each question."""
+    """Writes rows as training data, with the same prompts as in inference, for example with passages before each
+    question."""
     prompts = Asker(context)([row["prompt"] for row in found]).prompts
     files.write_lines(path, [_pair(prompt, row["answer"]) for prompt, row in zip(prompts, found, strict=True)])
 
 
 def tokens(path: Path, model: str) -> list[int]:
-    """Tokens of each row of training data."""
+    """Returns the number of tokens in each row of a file of training data."""
     from data.text import formats
     from infer.models import open_model
 
@@ -176,7 +179,7 @@ def tokens(path: Path, model: str) -> list[int]:
 
 
 def _tokens(prompt: str | list[dict], tokenizer: "Tokenizer") -> int:
-    """Tokens of a question, as a chat if the model has a template."""
+    """Returns the number of tokens in a question, as a chat if the model has a chat template."""
     from data.examples import Completion, wrapped
     from data.text import chat
 

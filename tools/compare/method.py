@@ -1,6 +1,6 @@
-"""A method of a comparison: how to train, and how to prompt. Each method is a file in tools/compare/methods.
+"""Defines a method of a comparison by how it trains and how it prompts. Each method is a file in tools/compare/methods.
 
-A file methods/NAME.py defines `method(comparison, model) -> Method`; NAME is the method's name.
+The file methods/NAME.py defines the function `method(comparison, model) -> Method`, and NAME is the method's name.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,20 +10,20 @@ from common.types import Json, Leaf
 from infer.context import Context
 from tools.compare.inputs import Comparison
 
-PASSAGE = 220  # tokens of a passage (infer.retrieve.chunks.WORDS)
+PASSAGE = 220  # estimated tokens of a passage of infer.retrieve.chunks.WORDS words
 
 
 class Setting(NamedTuple):
-    """One candidate of a method."""
+    """A candidate setting of a method."""
 
-    values: dict[str, Leaf]  # the choice, as the page shows it: {"lr": 1e-3}
-    train: dict[str, Leaf] | None = None  # overrides of configs/sft/own_task.py; None: no training
-    ask: Context = Context()  # prompting setup, also for the questions of the training rows
+    values: dict[str, Leaf]  # the values that the page shows, such as {"lr": 1e-3}
+    train: dict[str, Leaf] | None = None  # overrides of configs/sft/own_task.py, or None if nothing is trained
+    ask: Context = Context()  # prompting setup, in training and in inference
 
 
 class Method(NamedTuple):
-    """`settings`: the candidates, the best guess first. `refused` is a sentence why the method cannot be used; it then
-    has no settings."""
+    """A method for one model. `settings` are its candidates, the best guess first. `refused` says why the method cannot
+    be used, in which case there are no settings."""
 
     label: str
     how: str  # one sentence
@@ -48,7 +48,7 @@ class Candidate(NamedTuple):
         return self.name, self.model
 
     def row(self) -> Json:
-        """The candidate in the record."""
+        """Returns the entry of the candidate in the record."""
         label = ", ".join([self.method.label, *(f"{k} {v}" for k, v in self.setting.values.items())])
         return {
             "id": self.id, "method": self.name, "model": self.model, "label": label, "settings": self.setting.values,
@@ -57,14 +57,15 @@ class Candidate(NamedTuple):
 
 
 def trained(c: Comparison, model: str, label: str, how: str, settings: Iterable[Setting]) -> Method:
-    """A method that trains; a hosted model cannot be trained."""
+    """Makes a method that trains. The method is refused for a hosted model, which cannot be trained."""
     if c.bases[model].hosted:
         return Method(label, how, refused="the weights of a hosted model are not here")
     return Method(label, how, tuple(settings))
 
 
 def reading(c: Comparison, model: str, label: str, how: str, fits: Callable[[int], list[Setting]]) -> Method:
-    """A method that reads retrieved passages; `fits(n)` returns the settings with at most n passages per question."""
+    """Makes a method that reads retrieved passages. `fits(n)` returns the settings with at most n passages per
+    question."""
     room = c.room(model, PASSAGE)
     if not c.documents:
         return Method(label, how, refused="no documents were given: --documents=SOURCE")

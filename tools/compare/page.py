@@ -1,9 +1,9 @@
-"""Writes the page of a comparison again, with changed inputs of the decision: decision.html, .md and .json.
+"""Rewrites the page of a comparison (decision.html, .md and .json) with changed inputs of the decision.
 
     python -m tools.compare.page OUT [--requests=N] [--margin=2] [--labels=12] [--documents=1] [--people=USD] [--idle=H]
 
-OUT is a folder of tools.compare; the scores in it do not change. The page is one file without external resources; its
-one script moves the slider of requests per month.
+OUT is a folder of tools.compare, and the scores in this folder do not change. The page is one file without external
+resources, and its only script moves the slider of requests per month.
 """
 
 import argparse
@@ -64,9 +64,9 @@ def months(text: str) -> float:
 
 
 def write(out: Path, record: Json, given: Inputs | None = None, credit: str = "") -> Path:
-    """Writes decision.json, .md and .html in the folder of a comparison. Raises UserError if nothing was tested.
+    """Writes decision.json, .md and .html to the folder of a comparison. Raises UserError if no method was tested.
 
-    `credit`: a line about the sources of the texts.
+    `credit` is a line about the sources of the texts.
     """
     d = decide.decide(record, given or Inputs(record["requests"]))
     files.write_json(out / "decision.json", files.plain(to_json(d, record)))

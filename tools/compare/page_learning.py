@@ -1,4 +1,4 @@
-"""The score that more training rows may bring: the extrapolation of a line through the scores at several sizes."""
+"""Predicts the score with more training rows, by extrapolating a line through the scores at several numbers of rows."""
 
 import math
 from collections.abc import Sequence
@@ -12,9 +12,10 @@ from tools.compare.decide import DRAWS
 
 
 class Curve(NamedTuple):
-    """A line through measured scores: the log odds of the score rise with the logarithm of the rows."""
+    """A line through measured scores: the log odds of the score grow linearly with the logarithm of the number of
+    rows."""
 
-    points: list[Json]  # of the record's "learning", for one method
+    points: list[Json]  # points of one method, from "learning" in the record
     rows: float  # ten times the largest measured number of rows
     mean: float
     low: float
@@ -26,10 +27,12 @@ class Curve(NamedTuple):
 
 
 def extrapolate(points: Sequence[Json], factor: float = 10.0, seed: int = 0) -> Curve | None:
-    """The predicted score with `factor` times the rows of the largest point. The 95 % interval follows from the
-    intervals of the points and does not include the error of the formula. None with fewer than two sizes.
+    """Predicts the score with `factor` times the largest measured number of rows. The 95 % interval of the prediction
+    follows from the intervals of the points and does not include the error of the formula. Returns None if fewer than
+    two numbers of rows were measured.
 
-    Each point is drawn from a normal distribution of its log odds, which keep predictions between 0 and 1.
+    For the interval, each point is drawn from a normal distribution of its log odds. Log odds keep the predictions
+    between 0 and 1.
     """
     points = sorted(points, key=lambda p: p["rows"])
     if len({p["rows"] for p in points}) < 2:

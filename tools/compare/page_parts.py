@@ -1,4 +1,4 @@
-"""The tables and charts of a decision's page."""
+"""Makes the tables and charts for the page of a decision."""
 
 import math
 import shlex
@@ -19,7 +19,7 @@ from tools.report import data, svg
 from tools.report import page as report
 from tools.report.page import Cell, Table
 
-DASHES = 6  # line styles of page.css
+DASHES = 6  # number of line styles in page.css
 GIVEN = {
     "requests": ("requests per month", "--requests"),
     "margin": ("quality given up to pay less", "--margin"),
@@ -39,13 +39,13 @@ def link(o: Option) -> Markup:
 
 
 def each(price: decide.Price, o: Option) -> float:
-    """Cost per request at the expected price."""
+    """Returns the cost per request at the expected price."""
     each = o.request[0] * price.per_flop[1] + o.request[1]
     return math.inf if math.isnan(each) or (o.request[1] and price.unit != "$") else each
 
 
 def main_table(d: Decision, record: Json) -> Table:
-    """Quality and cost; every number links to its method's runs."""
+    """Makes the table of quality and cost, in which every number links to the runs of its method."""
     kind = f"{record['prices'][0]['kind']}, {record['prices'][0]['name']}"
     heads = [("", ""), ("score", "measured, 95 % interval"), ("chance", "of being best"), ("cost per month", kind)]
     heads += [("per 1,000 requests", ""), ("training", "FLOPs, measured"), ("training", "cost, once")]
@@ -67,7 +67,8 @@ def main_table(d: Decision, record: Json) -> Table:
 
 
 def over_seeds(o: Option) -> Json:
-    """The mean score, with its interval over test rows and, if there are several seeds, over seeds too."""
+    """Returns the mean score with an interval that covers the choice of test rows and, if there are several seeds, of
+    seeds."""
     first = o.record["tests"][0]["result"]
     span = first["low"], first["high"]
     if len(o.scores) > 1:
@@ -134,7 +135,7 @@ def chances(d: Decision, requests: float, probability: np.ndarray) -> list[Json]
 
 
 def live(d: Decision, path: list[str]) -> Json:
-    """The texts that the page shows at each position of the slider."""
+    """Returns the texts that the page shows at each position of the slider."""
     shown = [integer(float(f"{n:.1e}")) for n in d.grid]
     rows = [chances(d, n, p) for n, p in zip(d.grid, d.curve, strict=True)]
     return {
@@ -147,7 +148,7 @@ def live(d: Decision, path: list[str]) -> Json:
 
 
 def curve(d: Decision) -> tuple[Markup, list[str]]:
-    """The chart of probabilities, and the marks for the positions of the slider."""
+    """Returns the chart of probabilities, and a mark in this chart for each position of the slider."""
     series = [
         (o.label, f"c{i % 8} dash{i % DASHES}", list(zip(d.grid, d.curve[:, i], strict=True)))
         for i, o in enumerate(d.options)
@@ -158,7 +159,8 @@ def curve(d: Decision) -> tuple[Markup, list[str]]:
 
 
 def break_even(d: Decision) -> Iterator[str]:
-    """Sentences: from how many requests the chosen method is cheaper than each other method."""
+    """Yields sentences that say from how many requests on the chosen method is cheaper than each of the other
+    methods."""
     none = d.given._replace(requests=0.0)
     fixed = decide.cost(d.options, d.price, none, [[d.price.per_flop[1]]], d.has_documents)[0]
     lines = [(x, each(d.price, o)) for x, o in zip(fixed, d.options, strict=True)]
@@ -178,7 +180,7 @@ def break_even(d: Decision) -> Iterator[str]:
 
 
 def points(o: Option, record: Json) -> list[Json]:
-    """The scores of a method by training rows."""
+    """Returns the scores of a method at several numbers of training rows."""
     return [p for p in record["learning"] if (p["method"], p["model"]) == (o.record["name"], o.record["model"])]
 
 
@@ -198,7 +200,7 @@ def learning(curve: Curve | None) -> Markup | str:
 
 
 def speed(d: Decision, out: Path, name: str) -> float | None:
-    """Tokens per second of a method's first training, from its run folder."""
+    """Returns the tokens per second of a method's first training, read from its run folder."""
     tests = [t for o in d.options if o.record["name"] == name for t in o.record["tests"]]
     folder = out / tests[0]["run"] if tests and tests[0]["run"] else None
     known = folder is not None and (folder / "metrics.jsonl").exists()
@@ -222,7 +224,7 @@ def priced(d: Decision, record: Json) -> str:
 
 
 def prices(d: Decision, record: Json) -> Table:
-    """The best method for the same scores on other machines."""
+    """Makes a table of the best method on other machines, given the same scores."""
     heads = [("", ""), ("", "figures are"), ("price", "$ per hour"), ("speed", "FLOP/s in use"), ("best there", "")]
     heads += [("cost per month", "of the best there")]
     rows = []
@@ -248,7 +250,7 @@ def given(d: Decision) -> Table:
 
 
 def spent(record: Json) -> list[str]:
-    """The resources (gas) that the whole comparison used, and the FLOPs of each method."""
+    """Returns lines about the resources that the whole comparison used, and about the FLOPs of each method."""
     spent, machine, budget = record["spent"], record["machine"], record["budget"]
     line = {"kind": "event", "flops": spent["flops"], "seconds": {"step": spent["seconds"]}}
     devices = {"kind": machine["chip"] or machine["name"], "count": machine["devices"], "processes": 1}
@@ -274,7 +276,7 @@ def decided(record: Json) -> Iterator[str]:
 
 
 def runs(o: Option, record: Json) -> Json:
-    """The setting of a method, and the folders and commands of its tests."""
+    """Returns the chosen setting of a method, and the folders and commands of its tests."""
     tests = o.record["tests"]
     return {
         "id": anchor(o),

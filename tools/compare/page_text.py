@@ -1,4 +1,4 @@
-"""Writes a decision in plain words: the method and why, how sure it is, what would change it, what an error costs."""
+"""Writes a decision in plain words: the method, the reasons, how sure it is, and what would change the decision."""
 
 import math
 from typing import NamedTuple
@@ -8,13 +8,13 @@ from common.types import Json
 from tools.compare.decide import ENOUGH, LEAST, MOST_ROWS, Decision, Flip, Option, Price
 from tools.compare.page_learning import Curve
 
-# The article of May 2024 gives this ratio of the training speed of LoRA to that of full fine-tuning.
+# According to the article of May 2024, LoRA trains this many times as fast as full fine-tuning.
 ARTICLE, TITLE = 1.3, "“Pre-training, Fine-tuning, and Kungfu!”"
 UNITS = {"$": "dollars", "h": "machine hours", "FLOP": "FLOPs"}
 
 
 class Answer(NamedTuple):
-    """The first screen of the page."""
+    """The texts on the first screen of the page."""
 
     title: str
     reasons: str  # two sentences
@@ -35,7 +35,7 @@ def answer(d: Decision, record: Json) -> Answer:
 
 
 def money(price: Price, x: float) -> str:
-    """An amount in the unit of the price: "$0.43", "1.2 machine hours", "3 TFLOP"."""
+    """Formats an amount in the unit of the price: "$0.43", "1.2 machine hours", "3 TFLOP"."""
     if not math.isfinite(x):
         return NA
     if price.unit == "$":
@@ -44,7 +44,7 @@ def money(price: Price, x: float) -> str:
 
 
 def dollars(x: float) -> str:
-    """1234 -> "1,234", 0.2 -> "0.20", 0.00031 -> "0.00031"."""
+    """Formats an amount of dollars: 1234 -> "1,234", 0.2 -> "0.20", 0.00031 -> "0.00031"."""
     if x >= 100 or not x:
         return f"{x:,.0f}"
     return f"{x:.{max(2, 1 - math.floor(math.log10(x)))}f}"
@@ -65,7 +65,8 @@ def score(o: Option) -> str:
 
 
 def named(o: Option) -> str:
-    """The label as the subject of a sentence; if the label contains a comma, it also ends with one."""
+    """Returns the label of an option as the subject of a sentence. A label that contains a comma also ends with a
+    comma."""
     return o.label + "," * ("," in o.label)
 
 
@@ -92,7 +93,8 @@ def _reasons(d: Decision, record: Json) -> str:
 
 
 def _others(d: Decision) -> str:
-    """A sentence on why not another method: the next best, the most accurate or the cheapest, at most two of these."""
+    """Writes a sentence that compares the choice with at most two other methods: the next best, the most accurate or
+    the cheapest."""
     if len(d.options) == 1:
         return "No other method was tested."
     top = max(range(1, len(d.options)), key=lambda i: d.options[i].mean)
@@ -104,7 +106,8 @@ def _others(d: Decision) -> str:
 
 
 def _against(d: Decision, i: int) -> str:
-    """A clause that compares another method's score and cost with those of the chosen method."""
+    """Writes a clause that compares the score and cost of another method with the score and cost of the chosen
+    method."""
     more, extra = d.options[i].mean - d.best.mean, _extra(d, i)
     scores = f"{points(more)} {'more' if more > 0 else 'less'}" if abs(more) >= 0.0005 else "the same"
     if extra is None:
@@ -114,7 +117,8 @@ def _against(d: Decision, i: int) -> str:
 
 
 def _extra(d: Decision, i: int) -> float | None:
-    """The cost per month of a method minus that of the chosen method; None unless both are known."""
+    """Returns the monthly cost of a method minus the monthly cost of the chosen method, or None unless both are
+    known."""
     ours, theirs = d.cost[1][0], d.cost[1][i]
     return float(theirs - ours) if math.isfinite(ours) and math.isfinite(theirs) else None
 
@@ -139,7 +143,7 @@ def _changes(d: Decision) -> str:
 
 
 def change(d: Decision, flip: Flip) -> str:
-    """The change of an input, how likely it is, and the method that is then best."""
+    """Describes a change of an input, how likely the change is, and which method is then the best."""
     then, now, likely = d.options[flip.to].label, getattr(d.given, flip.fact, 0.0), chance(flip.likelihood)
     if flip.fact == "rows" or flip.value is None:
         return f"other test rows or seeds ({likely}), then {then}"
@@ -155,7 +159,7 @@ def change(d: Decision, flip: Flip) -> str:
 
 
 def _round(x: float) -> float:
-    """Two significant digits."""
+    """Rounds to two significant digits."""
     return float(f"{x:.1e}")
 
 
@@ -192,7 +196,7 @@ def more_rows(curve: Curve | None, o: Option | None) -> str:
 
 
 def speed(lora: float | None, full: float | None) -> str:
-    """A sentence on how much faster LoRA trained, and on the figure in the article that the project follows."""
+    """Writes a sentence on how much faster LoRA trained, with the figure from the article that the project follows."""
     if not lora or not full:
         return ""
     text = f"LoRA trained {lora / full:.2f} times as fast as full fine-tuning: {integer(lora)} against {integer(full)}"

@@ -1,4 +1,4 @@
-"""The price of a comparison before it runs: FLOPs from the equations, then time, money and energy as ranges."""
+"""Estimates a comparison before it runs: FLOPs from the model's equations, then time, money and energy as ranges."""
 
 import dataclasses
 import functools
@@ -18,19 +18,19 @@ from tools.compare.method import PASSAGE, Candidate
 
 MFU = 0.2, 0.5  # assumed range, as fractions of a chip's peak FLOP/s
 OF_PRODUCT = 0.1, 0.6  # assumed range, as fractions of this machine's FLOP/s in matrix products
-ALL = "all"  # a budget with which every setting is measured to the end, as tools.compare.audit needs
-ROOM = 32  # tokens that an answer may always have; a model that does not stop writes all of them
+ALL = "all"  # a budget that measures every setting to the end, as tools.compare.audit needs
+ROOM = 32  # tokens that every answer may have, and that a model which does not stop generates
 
 
 @dataclasses.dataclass(frozen=True)
 class Prices:
-    """FLOPs of candidates."""
+    """Estimates the FLOPs and dollars of candidates."""
 
     c: Comparison
     seeds: int
 
     def train(self, x: Candidate, rows: int) -> float:
-        """FLOPs of training on a number of rows; 0 for a method that trains nothing."""
+        """Returns the FLOPs of training on a number of rows, or 0 for a method that trains nothing."""
         if x.setting.train is None:
             return 0.0
         base, passages = self.c.bases[x.model], self._passages(x)
@@ -39,7 +39,8 @@ class Prices:
         return self.c.epochs * rows * ((base.prompt + passages + base.answer) * layer + base.answer * head)
 
     def ask(self, x: Candidate, rows: int, result: Json | None = None) -> tuple[float, float]:
-        """(low, high) FLOPs of answering a number of questions, from an earlier `result` if there is one."""
+        """Returns (low, high) FLOPs of answering a number of questions, computed from an earlier `result` if there is
+        one."""
         if result:
             return (result["flops"] / result["n"] * rows,) * 2
         base, read = self.c.bases[x.model], self._read(x)
@@ -48,8 +49,8 @@ class Prices:
         return tuple(base.forward * rows * (options * read + written) for written in (low, high))
 
     def dollars(self, x: Candidate, rows: int) -> tuple[float, float]:
-        """(low, high) dollars of asking a hosted model a number of questions; 0 for other models, or if its prices are
-        unknown."""
+        """Returns (low, high) dollars of asking a hosted model a number of questions. The cost is 0 for other models,
+        and for hosted models with unknown prices."""
         base = self.c.bases[x.model]
         each = base.usd or (0.0, 0.0)
         low, high = (
@@ -58,7 +59,7 @@ class Prices:
         return low, high
 
     def _read(self, x: Candidate) -> float:
-        """Tokens of a prompt."""
+        """Returns the number of tokens in a prompt."""
         base = self.c.bases[x.model]
         return base.prompt + x.setting.ask.shots * (base.prompt + base.answer) + self._passages(x)
 
@@ -66,12 +67,12 @@ class Prices:
         return PASSAGE * x.setting.ask.k * bool(x.setting.ask.index)
 
     def rung(self, x: Candidate, rung: Json, result: Json | None = None, end: int = 1) -> float:
-        """The most FLOPs that one rung can take, or the least if `end` is 0."""
+        """Returns the maximum FLOPs of a candidate on one rung, or the minimum if `end` is 0."""
         return self.train(x, rung["train"]) + self.ask(x, rung["rows"], result)[end]
 
     def test(self, x: Candidate, trained: int, result: Json | None = None, end: int = 1) -> float:
-        """The most FLOPs that the test with all seeds can take, or the least if `end` is 0; `trained` seeds are trained
-        already."""
+        """Returns the maximum FLOPs of testing a candidate with all seeds, or the minimum if `end` is 0. `trained` is
+        the number of seeds that are trained already."""
         scored = self.c.task.scored
         runs = self.seeds if x.trained else 1
         asked = self.ask(x, len(scored["test"]), result)[end]
@@ -80,7 +81,7 @@ class Prices:
 
 @functools.cache
 def _per_token(changes: tuple) -> tuple[float, float]:
-    """Training FLOPs per token through the layers, and per target through the head."""
+    """Returns the training FLOPs per token in the layers, and per target in the head."""
     from train import cost, plan
 
     cfg = inputs.config(dict(changes))
@@ -92,7 +93,8 @@ def _per_token(changes: tuple) -> tuple[float, float]:
 
 
 def budget(text: str, usd_hour: float | None) -> tuple[float | None, float | None]:
-    """(FLOPs, seconds) of "1e15", "30min", "2h" or "2usd"; one of the two is None, or both if there is none."""
+    """Parses a budget such as "1e15", "30min", "2h" or "2usd" into (FLOPs, seconds). One of the two is None, or both
+    without a budget."""
     if text in ("", ALL):
         return None, None
     found = re.fullmatch(r"([0-9.]+(?:e\+?[0-9]+)?)\s*(s|min|h|usd)?", text.strip().lower())
@@ -111,7 +113,7 @@ def budget(text: str, usd_hour: float | None) -> tuple[float | None, float | Non
 
 
 def price(text: str) -> list[float] | None:
-    """[low, value, high] dollars per hour of "VALUE" or "LOW:VALUE:HIGH"."""
+    """Parses "VALUE" or "LOW:VALUE:HIGH" into [low, value, high], in dollars per hour."""
     if not text:
         return None
     try:
@@ -126,7 +128,8 @@ def price(text: str) -> list[float] | None:
 
 
 def prices(machine: Json, given: list[float] | None, chip: str) -> list[Json]:
-    """The prices of machines. The target comes first: the chip if one is named, else this machine."""
+    """Returns the prices of machines. The first price is for the target, which is the named chip or otherwise this
+    machine."""
     here = {
         "name": machine["name"], "kind": "measured", "usd_hour": None if chip else given, "seconds_per_flop": None,
     }  # fmt: skip
@@ -162,7 +165,7 @@ print(3 * 2 * 1024**3 / (time.perf_counter() - start))
 
 
 def rate() -> float:
-    """FLOP/s of matrix products on the first device here, in float32, measured by another process."""
+    """Measures the FLOP/s of float32 matrix products on the first device of this machine, in another process."""
     return float(subprocess.run([sys.executable, "-c", RATE], capture_output=True, text=True, check=True).stdout)
 
 
@@ -170,7 +173,8 @@ def rate() -> float:
 
 
 def show(c: Comparison, found: Sequence[Candidate], rungs: list[Json], seeds: int, target: Json) -> None:
-    """Prints what the comparison costs: at least if every method stops after the first rung, and at most."""
+    """Prints the cost of the comparison as a range, whose low end is the cost if every method stops after the first
+    rung."""
     flops, n = Prices(c, seeds), len(c.task.scored["test"])
     dollars = lambda x, rung, end: flops.dollars(x, rung["rows"])[end]
     lines, work, paid = [], [0.0, 0.0], [0.0, 0.0]
@@ -195,8 +199,8 @@ def _bounds(
     mine: Sequence[Candidate], rungs: list[Json], rung: Callable[[Candidate, Json, int], float],
     test: Callable[[Candidate, int], float],
 ) -> list[float]:  # fmt: skip
-    """[least, most] cost of a method: all settings on the first rung; at most, the most expensive third on each next
-    rung."""
+    """Returns the [minimum, maximum] cost of a method. The minimum is the cost of all settings on the first rung. The
+    maximum adds the most expensive third of the settings on each further rung, and the most expensive test."""
     n, low, high = len(mine), sum(rung(x, rungs[0], 0) for x in mine) if rungs else 0.0, 0.0
     for each in rungs:
         high += sum(sorted((rung(x, each, 1) for x in mine), reverse=True)[:n])
@@ -211,7 +215,7 @@ def _shares(span: tuple[float, float]) -> str:
 
 
 def _spans(work: Sequence[float], paid: Sequence[float], target: Json) -> list[str]:
-    """Texts of FLOPs, seconds, dollars and energy; `paid` are the dollars of hosted models."""
+    """Formats ranges of FLOPs, seconds, dollars and energy. `paid` is the cost of hosted models in dollars."""
     seconds = [flops * each for flops, each in zip(work, target["seconds_per_flop"], strict=True)]
     usd, watts = target["usd_hour"], target["watts"]
     hours = [s / 3600 for s in seconds]
@@ -228,7 +232,7 @@ def _spans(work: Sequence[float], paid: Sequence[float], target: Json) -> list[s
 
 
 def planned(prices: list[Json]) -> Json:
-    """The target's seconds per FLOP as a range, and its power."""
+    """Returns the seconds per FLOP of the target as a range, its price and its power."""
     target, chip = prices[0], chips.find(prices[0]["name"])
     if chip:
         peak = chip.tflops.value * 1e12

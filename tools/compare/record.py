@@ -1,7 +1,7 @@
-"""The record of a comparison, OUT/comparison.json: written whole after every job, read by the page and the bundle.
+"""Defines the record of a comparison, OUT/comparison.json, which is rewritten after every job.
 
-Paths are relative to OUT, numbers are in base units, and None is unknown. Decisions depend on scores and FLOPs; seconds
-are only reported, so a comparison that was killed and resumed has the same record except for its times.
+Paths are relative to OUT, numbers are in base units, and None stands for an unknown value. Decisions depend on scores
+and FLOPs but not on seconds, so a comparison that was killed and resumed has the same record except for its times.
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ ASKED = (
     "rungs",
     "methods_asked",
     "budget",
-)  # a resumed comparison must have the same values
+)  # fields that must not change when a comparison is resumed
 
 
 @dataclasses.dataclass
 class Record:
-    task: Json  # name, source, hash, scorer, rows by split, notes, duplicates
+    task: Json  # keys: name, source, hash, scorer, rows (by split), notes, duplicates
     models: list[str]
     documents: str | None
     requests: float  # per month
     seeds: list[int]
     epochs: float
-    rungs: list[Json]  # of successive halving: the share of the training rows, and the number of validation rows
+    rungs: list[Json]  # rungs of successive halving: share of the training rows, and number of validation rows
     methods_asked: list[str]
     budget: Json  # asked, flops, rate, rate_from
     machine: Json  # name, devices, chip
@@ -43,7 +43,7 @@ class Record:
     methods: list[Json] = dataclasses.field(default_factory=list)
     learning: list[Json] = dataclasses.field(default_factory=list)
     spent: Json = dataclasses.field(default_factory=lambda: {"flops": 0.0, "seconds": 0.0, "usd": 0.0})
-    unspent: Json = dataclasses.field(default_factory=dict)  # flops: None without a budget
+    unspent: Json = dataclasses.field(default_factory=dict)  # FLOPs left of the budget, or None without a budget
 
     def candidate(self, name: str) -> Json:
         return next(c for c in self.candidates if c["id"] == name)
@@ -52,8 +52,8 @@ class Record:
         self.count()
 
     def finish(self) -> None:
-        """Adds the results that follow from all tests: learning curves, forgetting, and this machine's seconds per
-        FLOP."""
+        """Adds the results that follow from all tests: the learning curves, the forgetting of each method, and this
+        machine's seconds per FLOP."""
         tested = [row for row in self.methods if row["status"] == "tested"]
         self.learning = []
         for row in (row for row in tested if row["trained"]):
@@ -74,7 +74,8 @@ class Record:
         files.write_json(out / NAME, files.plain({"format": FORMAT} | dataclasses.asdict(self)))
 
     def count(self) -> None:
-        """Adds up everything that was spent: training and measuring, on validation and on test rows, and the index."""
+        """Adds up the FLOPs, seconds and dollars spent on training, on measuring validation and test rows, and on the
+        index."""
         total = {"flops": 0.0, "seconds": 0.0, "usd": 0.0}
         for method in self.methods:
             mine = [c for c in self.candidates if (c["method"], c["model"]) == (method["name"], method["model"])]
@@ -91,7 +92,8 @@ class Record:
 
 
 def load(out: Path) -> Record | None:
-    """The record of a folder; None if there is none. Raises UserError for a record of another version."""
+    """Loads the record of a folder, or returns None if the folder has no record. Raises UserError for a record of
+    another version."""
     if not (out / NAME).exists():
         return None
     found = files.load_json(out / NAME)
@@ -102,8 +104,8 @@ def load(out: Path) -> Record | None:
 
 
 def resumed(asked: Record, out: Path) -> Record:
-    """The record in a folder if it has the same inputs, with the new prices and requests; `asked` if there is no
-    record. Raises UserError if the record is from another comparison.
+    """Returns the record in a folder, with the new prices and requests of `asked`, or returns `asked` if the folder has
+    no record. Raises UserError if the record has other inputs than `asked`.
     """
     found = load(out)
     if found is None:

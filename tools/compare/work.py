@@ -1,4 +1,4 @@
-"""The jobs of a comparison: ordinary commands in ordinary run folders, each of which can be repeated by hand."""
+"""Runs the jobs of a comparison. Each job is an ordinary command with a run folder, and can be repeated by hand."""
 
 import hashlib
 import re
@@ -16,9 +16,9 @@ from tools.compare.inputs import Comparison
 from tools.compare.method import Candidate
 from tools.report import data as report
 
-TEXT, PASSAGES = "pydocs", 12  # general text, whose loss measures forgetting
-LATENCY = 10  # requests that are timed one at a time
-LEFT_OUT = ("time", "gas", "model")  # fields of a result that the record leaves out: times, and the path of a run
+TEXT, PASSAGES = "pydocs", 12  # general text on which forgetting is measured, and its number of passages
+LATENCY = 10  # number of requests that are timed one at a time
+LEFT_OUT = ("time", "gas", "model")  # fields of a result that the record omits: times, and the path of a run
 
 
 class Failed(Exception):
@@ -30,7 +30,7 @@ class Stopped(Exception):
 
 
 class Asked(NamedTuple):
-    """The rows to score, and whether to measure the latency and the loss on general text, too."""
+    """The rows to score, and whether to measure the latency and the loss on general text as well."""
 
     split: str
     n: int
@@ -54,7 +54,7 @@ def index(c: Comparison) -> Json | None:
 
 
 def check_documents(c: Comparison) -> None:
-    """Raises UserError if the documents are not those of the comparison's index."""
+    """Raises UserError if the documents have changed since the index of the comparison was built."""
     from infer.retrieve import index
 
     if files.read_json(c.out / "index" / index.RECORD).get("content") != index.content(c.documents or ""):
@@ -63,7 +63,8 @@ def check_documents(c: Comparison) -> None:
 
 
 def train(c: Comparison, x: Candidate, rows: int, seed: int, folder: Path) -> tuple[Stage, list[str]]:
-    """The stage that trains a candidate on the first `rows` training rows; its data are written beside the runs."""
+    """Returns the stage that trains a candidate on the first `rows` training rows, and its command. The training data
+    are written to OUT/rows."""
     context = x.setting.ask
     data = c.out / "rows"
     data.mkdir(exist_ok=True)
@@ -88,7 +89,8 @@ def train(c: Comparison, x: Candidate, rows: int, seed: int, folder: Path) -> tu
 
 
 def trained(folder: Path) -> float:
-    """The fraction of a run's steps that are done; 1 only if its last line says so."""
+    """Returns the fraction of a run's steps that are done. The fraction is 1 only if the last line of metrics says
+    "done"."""
     lines = metrics.read(folder / "metrics.jsonl")
     if any(line.get("event") == "done" for line in lines[-1:]):
         return 1.0
@@ -97,7 +99,7 @@ def trained(folder: Path) -> float:
 
 
 def together(x: Candidate) -> tuple:
-    """A key; candidates with equal keys can be asked in one command."""
+    """Returns a key for a candidate. Candidates with equal keys can answer their questions in one command."""
     how = x.setting.ask
     if x.trained or how.index:
         return (x.id,)
@@ -105,7 +107,8 @@ def together(x: Candidate) -> tuple:
 
 
 def ask(c: Comparison, group: Sequence[Candidate], what: Asked, folder: Path) -> tuple[Stage, list[str]]:
-    """The stage that answers questions with candidates that can go `together`; their results are in `folder`."""
+    """Returns the stage that answers questions with candidates of equal key (see `together`), and its command. The
+    results are written to `folder`."""
     first, each = group[0], [x.setting.ask for x in group]
     argv = ["evals.main", f"--model={folder if first.trained else first.model}", f"--tasks={c.task.spec}{inputs.TEST}"]
     argv += [f"--n={what.n}", f"--out={folder}"]
@@ -127,7 +130,8 @@ def ask(c: Comparison, group: Sequence[Candidate], what: Asked, folder: Path) ->
 
 
 def result(x: Candidate, what: Asked, folder: Path) -> Json | None:
-    """A candidate's newest result in `folder`, in the record's format; None if a measurement is missing."""
+    """Returns a candidate's newest result in `folder`, in the format of the record, or None if a measurement is
+    missing."""
     split = "heldout" if what.split == "test" else what.split
     key = split, what.n, x.setting.ask.to_dict()
     lines = [line for line in files.read_lines(folder / "evals.jsonl") if "task" in line]
@@ -138,19 +142,19 @@ def result(x: Candidate, what: Asked, folder: Path) -> Json | None:
 
 
 def loss(folder: Path) -> Json | None:
-    """The loss on general text that was measured in a folder."""
+    """Returns the loss on general text that was measured in a run folder, or None."""
     found = [line for line in files.read_lines(folder / "evals.jsonl") if line.get("text") == TEXT]
     return {key: found[-1][key] for key in ("loss", "tokens", "flops", "seconds")} if found else None
 
 
 def spent(folder: Path) -> tuple[float, float]:
-    """(FLOPs, seconds) of a run's training."""
+    """Returns (FLOPs, seconds) of the training of a run."""
     run = report.read(folder)
     return run.done["flops"], report.seconds(run) or 0.0
 
 
 def everything(folder: Path) -> float:
-    """All seconds of a run, with loading and saving."""
+    """Returns the total seconds of a run, including loading and saving."""
     return sum(sum(session.spent.values()) for session in gas.sessions(metrics.read(folder / "metrics.jsonl")))
 
 

@@ -1,12 +1,12 @@
-"""Runs an experiment on another machine: prints the exact commands, from quota to report to cleanup, or runs them.
+"""Prints or runs the exact commands for an experiment on another machine, from the quota to the report and cleanup.
 
     python -m tools.launch --on=tpu-vm|queued|mig|gke|slurm|local --accelerator=v5e-16 --config=configs/X.py
         --workdir=runs/NAME [--config.key=value ...] [--name=N] [--zone=Z --project=P] [--spot] [--nfs=HOST:/SHARE]
         [--bucket=gs://B] [--slices=2 (gke)] [--go [--from=STEP]]
 
-Checks the config and the mesh, then prints the commands. --go runs them one by one and stops at the first that fails; a
-run that exits with 75 is started again, a preempted machine is replaced, and the same command resumes from the last
-checkpoint. The commands and their sources are in tools/launch/targets.toml.
+Checks the config and the mesh, then prints the commands. --go runs the commands one by one and stops at the first
+command that fails. A run that exits with code 75 is started again, and a preempted machine is replaced; the run then
+resumes from its last checkpoint. The commands and their sources are in tools/launch/targets.toml.
 """
 
 import math
@@ -37,10 +37,10 @@ POLL = 30.0  # seconds between checks of a machine's state
 
 
 class Slice(NamedTuple):
-    """The chips of an accelerator; for example, v5p-8 is 4 chips on one host."""
+    """The chips for which the name of an accelerator stands. For example, v5p-8 stands for 4 chips on one host."""
 
     product: str
-    type: str  # its name for the Cloud TPU API and xpk
+    type: str  # name of the accelerator for the Cloud TPU API and xpk
     chips: int
     host: int  # chips per host
 
@@ -51,8 +51,8 @@ class Slice(NamedTuple):
 
 class Plan(NamedTuple):
     target: Json
-    steps: dict[str, list[str]]  # {step: words of its command}, only steps that apply
-    files: dict[str, str]  # files that the steps read besides the repository
+    steps: dict[str, list[str]]  # {step: words of its command}, for the steps that apply
+    files: dict[str, str]  # {name: text} of files that the steps read in addition to the repository
 
     def names(self, part: str) -> list[str]:
         return [name for name in self.target.get(part, ()) if name in self.steps]
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def slice_of(name: str, target: Json) -> Slice:
-    """The TPU slice or GPUs with this product name. Raises UserError."""
+    """Returns the TPU slice or GPUs with this product name. Raises UserError if the name is unknown."""
     from common import chips
 
     product, _, size = name.lower().replace("v5litepod", "v5e").partition("-")
@@ -122,7 +122,7 @@ def check(flags: Json, target: Json, a: Slice, config: Any) -> None:
 
 
 def make(flags: Json, target: Json, a: Slice, args: overrides.Args) -> Plan:
-    """Every command of a target, made only of checked or quoted values."""
+    """Makes all commands of a target, only from checked or quoted values."""
     row, name = TABLE["generations"].get(a.product, {}), flags["name"]
     values = {**flags, **row, **a._asdict(), "hosts": a.hosts, "region": flags["zone"].rpartition("-")[0]}
     values |= {"topology": row.get("topologies", {}).get(str(a.chips)), "machine": f"{row.get('machine')}-{a.host}t"}
@@ -131,7 +131,7 @@ def make(flags: Json, target: Json, a: Slice, args: overrides.Args) -> Plan:
         omitted.add("mount")
     if a.hosts == 1:
         omitted |= {"policy", "delete-policy"}
-    if flags["workdir"].startswith(STORE):  # the run is already in its bucket; hosts have a copy of its metrics
+    if flags["workdir"].startswith(STORE):  # the run is already in its bucket, and hosts have a copy of the metrics
         omitted |= {"fetch-vm", "fetch-bucket", "keep"}
         values |= {"packages": "cloud", "lines": "~/.cache/kungfu/runs/*", "page": f"runs/{name}"}
     else:
@@ -152,8 +152,8 @@ def make(flags: Json, target: Json, a: Slice, args: overrides.Args) -> Plan:
 
 
 def train_command(args: overrides.Args, target: Json, hosts: int) -> list[str]:
-    """The command that trains, with the user's options. JAX_NUM_PROCESSES is the number of hosts of the slice; see
-    train/keep/hosts.py."""
+    """Returns the command that trains with the user's options. JAX_NUM_PROCESSES is the number of hosts of the slice
+    (see train/keep/hosts.py)."""
     several = ["env", f"JAX_NUM_PROCESSES={hosts}"] if target.get("hosts") and hosts > 1 else []
     config = f"{args.config}:{args.arg}" if args.arg else args.config
     keys = [f"--config.{key}={text}" for key, text in args.overrides.items()]
@@ -161,7 +161,8 @@ def train_command(args: overrides.Args, target: Json, hosts: int) -> list[str]:
 
 
 def fill(template: str, values: Json, groups: Mapping[str, list[str]]) -> list[str]:
-    """The words of a command, each filled in separately, so that a value never becomes several words."""
+    """Returns the words of a command. Each word is filled in separately, so that a value never becomes several
+    words."""
     words = shlex.split(template)
     return [x for w in words for x in (groups[w[1:-1]] if w[1:-1] in groups else [w.format(**values)])]
 
@@ -185,7 +186,7 @@ def show(plan: Plan, a: Slice, flags: Json) -> int:
 
 
 def go(plan: Plan, start: str = "") -> int:
-    """Runs the commands; returns 0, or the exit code of the first that failed."""
+    """Runs the commands, and returns 0 or the exit code of the first command that failed."""
     for name, text in plan.files.items():
         files.write(Path(name), text)
     names = plan.names("go")
@@ -202,7 +203,8 @@ def go(plan: Plan, start: str = "") -> int:
 
 
 def attend(plan: Plan, name: str) -> int:
-    """Trains until done or failed: restarts after exit code 75, and on new machines if the old ones are lost."""
+    """Trains until the run is done or has failed. The run restarts after exit code 75, and on new machines if the old
+    machines are lost."""
     while code := execute(plan, name):
         if code == exits.PREEMPTED:
             continue
@@ -229,7 +231,8 @@ def state_of(command: list[str]) -> str:
 
 
 def execute(plan: Plan, name: str) -> int:
-    """Runs one step and passes on its output; a step that prints a state is repeated until it prints ACTIVE."""
+    """Runs one step and passes on its output. A step that prints the state of a machine is repeated until the state is
+    ACTIVE."""
     command = plan.steps[name]
     print(f"+ {shlex.join(command)}", flush=True)
     try:

@@ -1,1 +1,1 @@
-"""Instruction data from documents: questions and answers by a model or by templates, filtered and decontaminated."""
+"""Makes instruction data from documents: questions and answers by a model or templates, filtered and decontaminated."""

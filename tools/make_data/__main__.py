@@ -1,13 +1,14 @@
-"""Makes instruction data from documents: questions with answers, by a local model or by templates, filtered.
+"""Makes instruction data from documents: filtered questions and answers by a local model or by templates.
 
     python -m tools.make_data --documents=SOURCE --to=FOLDER [--by=auto] [--model=smollm2-135m-instruct] [--most=200]
                               [--words=160] [--seed=0] [--against=TASK,...]
 
-Writes FOLDER/rows.jsonl for train.main (`question`, `answer`, the `passage` that contains it, and in `meta` the
-document, the chunk and the writer), dropped.jsonl with a reason per row, and the page samples.html. --documents: as in
-tools.index; --most limits the documents to that number, drawn at random. --by: model, templates (of English sentences),
-or auto: templates if less than a quarter of the model's first rows pass the filters. --against names tasks of
-evals.main; rows that contain a question of such a task are dropped. An interrupted command continues where it stopped.
+The command writes FOLDER/rows.jsonl for train.main, with the keys `question`, `answer`, `passage` (which contains the
+answer) and `meta` (the document, the chunk and the writer). It also writes dropped.jsonl with a reason per row, and the
+page samples.html. --documents is a source as in tools.index, and --most limits the number of documents, which are then
+drawn at random. --by names the writer: model, templates (for English sentences), or auto, which uses templates if less
+than a quarter of the model's first rows pass the filters. --against names tasks of evals.main; rows that contain a
+question of such a task are dropped. If the command is interrupted, the same command resumes where it stopped.
 """
 
 import argparse
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
     from infer.retrieve.chunks import Chunk
     from tools.make_data.filters import Row
 
-TRIAL, LEAST = 32, 0.25  # chunks for which the model writes first; fraction of its rows that must pass the filters
+TRIAL, LEAST = 32, 0.25  # number of chunks on which the model is tried; fraction of rows that must pass the filters
 RECORD = "record.json"
-SAMPLES, PER_REASON = 20, 4  # rows on the page
+SAMPLES, PER_REASON = 20, 4  # number of rows on the page: kept rows, and dropped rows per reason
 
 
 @cli.command
@@ -48,7 +49,8 @@ def main(argv: list[str]) -> int | None:
 
 
 def make(args: argparse.Namespace) -> None:
-    """Writes the folder of a command line, or leaves it unchanged if the same command line made it."""
+    """Writes the folder for a command line, or leaves the folder unchanged if the same command line has already written
+    it."""
     from data import sources
     from evals import task
 
@@ -78,7 +80,7 @@ def make(args: argparse.Namespace) -> None:
 
 
 def chosen(args: argparse.Namespace) -> "list[Chunk]":
-    """The chunks of the documents. Raises UserError if there are none."""
+    """Returns the chunks of the chosen documents. Raises UserError if the documents have no text."""
     from data import sources
     from infer.retrieve import chunks
 
@@ -93,7 +95,7 @@ def chosen(args: argparse.Namespace) -> "list[Chunk]":
 
 
 def written(args: argparse.Namespace, found: "Sequence[Chunk]", parts: Path) -> "tuple[list[Row], float]":
-    """(rows, FLOPs); the model, the templates or both make the rows."""
+    """Returns (rows, FLOPs). The rows are made by the model, the templates or both."""
     from tools.make_data import filters, templates
 
     rows, flops, by = [], 0.0, args.by
@@ -110,7 +112,7 @@ def written(args: argparse.Namespace, found: "Sequence[Chunk]", parts: Path) -> 
 
 
 def asked(name: str, found: "Sequence[Chunk]", parts: Path) -> "tuple[list[Row], float]":
-    """(rows that a model writes, one per chunk; FLOPs)."""
+    """Returns the rows that a model writes, one per chunk, and the FLOPs of writing them."""
     from infer.models import load
     from tools.make_data import model
 
@@ -128,8 +130,8 @@ def row_of(chunk: "Chunk", question: str, answer: str, by: str) -> "Row":
 def filtered(
     made: "Sequence[Row]", tasks: "dict[str, Task]", scratch: Path
 ) -> "tuple[list[Row], list[tuple[Row, str]]]":
-    """(rows kept, rows dropped with the reason). Rules are applied first, then copies and rows of evaluations are
-    dropped."""
+    """Returns (kept rows, dropped rows with the reasons). Rows are dropped by rules first, then because they are
+    copies, and then because they contain rows of evaluations."""
     from tools.make_data import filters
 
     dropped: list[tuple[Row, str]] = []
@@ -145,17 +147,18 @@ def filtered(
 
 
 def reasons(dropped: "Sequence[tuple[Row, str]]") -> list[tuple[str, int]]:
-    """(kind of reason, rows), the most frequent first."""
+    """Returns (kind of reason, number of rows), the most frequent kind first."""
     return Counter(kind(reason) for _, reason in dropped).most_common()
 
 
 def kind(reason: str) -> str:
-    """A reason without the row or the text that it names."""
+    """Shortens a reason to its kind, without the row or text that the reason names."""
     return reason.partition(": ")[0]
 
 
 def page(args: argparse.Namespace, found: "Sequence[Chunk]", kept: "Sequence[Row]", dropped: "Sequence") -> str:
-    """Samples of the rows, evenly spread, and of what was dropped for each reason."""
+    """Renders a page with evenly spread samples of the kept rows, and with samples of the rows dropped for each
+    reason."""
     from tools.report.page import render
 
     some = lambda rows, n: list(rows)[:: max(1, -(-len(rows) // n))]

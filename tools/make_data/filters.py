@@ -1,4 +1,4 @@
-"""Decides which generated rows are dropped, each with its reason."""
+"""Decides which generated rows are dropped, and names the reason for each of these rows."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from evals.task import Task
 from infer.retrieve import injections
 from tools.make_data.templates import ASIDE
 
-QUESTION, ANSWER = (3, 60), (1, 25)  # minimum and maximum words
+QUESTION, ANSWER = (3, 60), (1, 25)  # minimum and maximum number of words
 VAGUE = re.compile(r"\b(passage|the text|this text|article|paragraph|document|above|mentioned|following)\b", re.I)
 OPEN = re.compile(r"^(he|she|it|they|this|these|its|his|her|their|such|both)\b", re.I)
 
@@ -23,19 +23,20 @@ class Row(NamedTuple):
     answer: str
     title: str
     passage: str
-    meta: Json  # where it comes from: document, chunk, and by whom
+    meta: Json  # origin of the row: document, chunk and writer
 
     @property
     def text(self) -> str:
         return f"{self.question} {self.answer}"
 
     def record(self, **more: str) -> Json:
-        """The row as training reads it; `passage` serves to tune an embedder or a reader of passages."""
+        """Returns the row in a format for training. The `passage` is used to tune an embedder or a model that reads
+        passages."""
         return {"question": self.question, "answer": self.answer, **more, "passage": self.passage, "meta": self.meta}
 
 
 def by_rules(row: Row) -> str:
-    """The reason to drop a row, or ""."""
+    """Returns the reason to drop a row, or "" to keep the row."""
     asked, answer = row.question.split(), scorers.normalized(row.answer)
     blank = "____" in row.question
     if not row.question:
@@ -62,7 +63,8 @@ def by_rules(row: Row) -> str:
 
 
 def copies(rows: Sequence[Row]) -> dict[int, str]:
-    """{index: reason} of rows whose questions repeat, or nearly repeat, those of earlier rows."""
+    """Returns {index: reason} for rows with a question that repeats, or nearly repeats, the question of an earlier
+    row."""
     seen: dict[str, int] = {}
     out = {}
     for i, row in enumerate(rows):
@@ -74,7 +76,8 @@ def copies(rows: Sequence[Row]) -> dict[int, str]:
 
 
 def contaminated(rows: Sequence[Row], tasks: dict[str, Task], scratch: Path) -> dict[int, str]:
-    """{index: reason} of rows that contain a row of an evaluation task, or nearly repeat its question."""
+    """Returns {index: reason} for rows that contain a row of an evaluation task or nearly repeat the question of such a
+    row."""
     out: dict[int, str] = {}
     for name, task in tasks.items():
         asked = [(overlap.asked(task.prompt(e)), e["answer"], e.get("where", name)) for e in task.examples("heldout")]
@@ -92,7 +95,8 @@ def contaminated(rows: Sequence[Row], tasks: dict[str, Task], scratch: Path) -> 
 
 
 def _holding(rows: Sequence[Row], asked: Sequence[tuple[str, str, str]], scratch: Path) -> Iterator[tuple[int, str]]:
-    """(index of a row, location of the evaluation row that it contains), by n-grams of words (evals.overlap.seen)."""
+    """Yields (index of a row, location of the evaluation row that it contains), found by n-grams of words in
+    evals.overlap."""
     left = dict(enumerate(rows))
     while left:
         path, numbers = scratch / "decontaminated.jsonl", list(left)

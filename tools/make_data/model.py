@@ -1,5 +1,7 @@
-"""Questions written by a language model that reads the chunk, after three examples (as in self-instruct, Wang et al.
-2023, arXiv 2212.10560, but with a document in place of an instruction)."""
+"""Lets a language model read a chunk and write a question about it, after three examples in the prompt.
+
+The method is self-instruct (Wang et al. 2023, arXiv 2212.10560) with a document in place of an instruction.
+"""
 
 import hashlib
 import json
@@ -13,8 +15,8 @@ from evals.run import flops_per_token
 from infer.lm import LM
 from infer.retrieve.chunks import Chunk
 
-BATCH = 16  # chunks whose answers are saved together; a killed command continues after the last saved batch
-LENGTH = 64  # new tokens
+BATCH = 16  # number of chunks per saved batch; a killed command resumes after the last saved batch
+LENGTH = 64  # maximum number of new tokens
 ORDER = "Write one question that the passage answers, and its short answer, copied from the passage."
 EXAMPLES = (
     ("Accordion\nThe accordion is a box-shaped musical instrument. It was invented in Berlin in 1822.",
@@ -28,12 +30,13 @@ FORM = re.compile(r"\s*Question:\s*(.+?)\s*\n\s*Answer:\s*(.*?)\s*(?:\n|$)")
 
 
 class Written(NamedTuple):
-    rows: list[tuple[str, str]]  # (question, answer) per chunk; ("", "") if the text has another form
-    flops: float  # of texts that were not saved by an earlier call
+    rows: list[tuple[str, str]]  # (question, answer) per chunk; ("", "") if the text of the model has another form
+    flops: float  # FLOPs of the texts that no earlier call has saved
 
 
 def write(lm: LM, chunks: Sequence[Chunk], parts: Path) -> Written:
-    """A question and its answer per chunk, greedily. The texts are saved in `parts`, and reused from there."""
+    """Writes a question and its answer for each chunk, by greedy decoding. The texts are saved in `parts`, and saved
+    texts are reused."""
     rows, flops = [], 0.0
     for at in range(0, len(chunks), BATCH):
         block = chunks[at : at + BATCH]

@@ -1,4 +1,4 @@
-"""Questions made with templates from sentences of common English forms; each answer is a span of its sentence."""
+"""Makes questions with templates from sentences of common English forms; each answer is a span of its sentence."""
 
 import re
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from infer.retrieve.chunks import SENTENCE, Chunk
 
 ASIDE = re.compile(r" ?\([^()]*\)")
-BLANKS = 4  # the first sentences of a chunk may become fill-in-the-blank questions
+BLANKS = 4  # number of first sentences of a chunk that may become fill-in-the-blank questions
 MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
 DATE = rf"(?:\d{{1,2}} )?(?:{MONTH})(?: \d{{1,2}},)? \d{{3,4}}"
 DONE = (
@@ -35,7 +35,7 @@ BLANK = re.compile(
 
 
 def rows(chunk: Chunk) -> Iterator[tuple[str, str, str]]:
-    """(template, question, answer) from a chunk."""
+    """Yields (template, question, answer) for each question made from a chunk."""
     name, sentences = ASIDE.sub("", chunk.title.split(" · ")[0]), SENTENCE.split(" ".join(chunk.text.split()))
     if name:
         yield from _about(name, sentences)
@@ -47,7 +47,7 @@ def rows(chunk: Chunk) -> Iterator[tuple[str, str, str]]:
 
 
 def _about(name: str, sentences: list[str]) -> Iterator[tuple[str, str, str]]:
-    """Questions about the subject of the document, whose first sentence defines it."""
+    """Yields questions about the subject of the document, which the first sentence defines."""
     first = sentences[0]
     born, died = BORN.search(first), DIED.search(first)
     if found := IS.search(ASIDE.sub("", first)):

@@ -1,4 +1,4 @@
-"""Solved examples from the training rows before the question."""
+"""Few-shot prompting: the prompt shows solved examples from the training rows before the question."""
 
 from infer.context import Context
 from tools.compare.inputs import Comparison

@@ -1,9 +1,9 @@
-"""Full fine-tuning: all weights are trained."""
+"""Full fine-tuning, which trains all weights of the model."""
 
 from tools.compare.inputs import Comparison
 from tools.compare.method import Method, Setting, trained
 
-RATES = 3e-5, 1e-5, 1e-4  # the first is the best in results/methods.md
+RATES = 3e-5, 1e-5, 1e-4  # the first rate is the best in results/methods.md
 
 
 def method(c: Comparison, model: str) -> Method:

@@ -1,4 +1,4 @@
-"""Variants of the system message; the one that scores best on validation rows is tested."""
+"""Prompting with a system message: of several wordings, the best on validation rows is tested."""
 
 from infer.context import Context
 from infer.context.instruction import BUILT_IN

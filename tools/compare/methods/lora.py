@@ -1,9 +1,9 @@
-"""LoRA: small trained matrices beside the frozen weights."""
+"""LoRA, which trains small matrices beside the frozen weights."""
 
 from tools.compare.inputs import Comparison
 from tools.compare.method import Method, Setting, trained
 
-RATES = 1e-3, 3e-4, 3e-3  # the first is the best in results/methods.md
+RATES = 1e-3, 3e-4, 3e-3  # the first rate is the best in results/methods.md
 ADAPTER = {"peft.name": "lora", "peft.rank": 16, "peft.alpha": 32.0}
 
 

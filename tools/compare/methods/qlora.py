@@ -1,4 +1,4 @@
-"""QLoRA: LoRA on a base in 4 bits, for less memory."""
+"""QLoRA, which trains LoRA on a base model in 4 bits to save memory."""
 
 from tools.compare.inputs import Comparison
 from tools.compare.method import Method, Setting, trained

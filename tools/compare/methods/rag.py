@@ -1,4 +1,4 @@
-"""Retrieval: the best passages of the documents are put before the question."""
+"""Retrieval-augmented generation (RAG), which puts the best passages of the documents before the question."""
 
 from infer.context import Context
 from tools.compare.inputs import Comparison

@@ -1,4 +1,4 @@
-"""A reader: LoRA trained on rows with retrieved passages in their prompts, and prompted with retrieved passages."""
+"""RAG with LoRA: the adapter is trained on prompts with retrieved passages, and is prompted in the same way."""
 
 from infer.context import Context
 from tools.compare.inputs import Comparison

@@ -1,4 +1,4 @@
-"""The question as it is: the baseline, which costs nothing to make."""
+"""Zero-shot prompting with only the question, as a baseline that needs no preparation."""
 
 from tools.compare.inputs import Comparison
 from tools.compare.method import Method, Setting
