@@ -6,7 +6,7 @@ fit in the VMEM of v5p and TPU7x.
 
 from typing import NamedTuple
 
-VMEM = 60 * 2**20  # limit in bytes; TPU v5p and TPU7x have 64 MiB per core
+VMEM = 60 * 2**20  # largest use of VMEM in bytes; TPU v5p and TPU7x have 64 MiB per core
 
 # The size of a block, as (rows of x, columns of W, rows of W).
 # To be efficient, a decoding step needs 2 million weights per block, and a prefill on v6e needs 560 FLOPs per byte.
@@ -22,7 +22,7 @@ class GpuTile(NamedTuple):
     columns: int  # columns of W
     depth: int  # rows of packed bytes of W per step
     warps: int
-    busy: int  # desired warps per multiprocessor; the rows of W are split over enough programs to reach it
+    busy: int  # desired warps per multiprocessor; the rows of W are split over programs to get them
 
 
 # {largest number of rows of x: tile}. Each tile is the fastest of 8 to 20 candidates on an H100, for int4 and int8.
@@ -33,7 +33,7 @@ PROCESSORS = 132  # multiprocessors of an H100
 def cut(size: int, limit: int, tile: int) -> int:
     """Returns the block size for a dimension of `size`, which is `size` itself if it is at most `limit`.
 
-    Otherwise it is the multiple of `tile` between limit / 2 and `limit` that needs the least padding. If several
-    multiples need the same padding, it is the largest of them.
+    Otherwise, the block size is the multiple of `tile` between limit / 2 and `limit` that needs the least padding. If
+    several multiples need the same padding, the largest of them is returned.
     """
     return size if size <= limit else min(range(limit - limit % tile, limit // 2, -tile), key=lambda b: -size % b)

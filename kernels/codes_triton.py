@@ -3,14 +3,14 @@
 The kernel reads the codes of W directly, whereas XLA would first write W as floats.
 
 Each program multiplies some of the rows of W in a block of columns. In a decoding step, there are too few columns to
-keep a GPU busy, so the rows are also split over programs, and XLA adds their partial sums. The speed is limited by the
-number of bytes in flight, which are loads that have not finished yet.
+keep a GPU busy, so the rows are also split over programs, and XLA adds their partial sums. The speed depends on the
+number of bytes in flight, that is, on how many loads from memory are pending at the same time.
 
-The transposed W is the first operand of the tensor cores, which is kept in registers. As the second operand, it would
-pass through shared memory byte by byte. On the tensor cores, a few rows of x take no longer than one row. Without them,
-an H100 takes the same time for one row, but 1.6 times as long for four rows.
+The transposed W is the first operand of the tensor cores, which is kept in registers. As the second operand, W would
+pass through shared memory byte by byte. On the tensor cores, a few rows of x take no longer than one row. Without
+tensor cores, an H100 takes the same time for one row, but 1.6 times as long for four rows.
 
-If x has more than MOST rows, and for the gradient, this kernel is not used. XLA then writes W as floats, which takes
+This kernel is not used for the gradient, or if x has more than MOST rows. Then XLA writes W as floats, which takes
 little time compared with the product itself.
 """
 
@@ -88,7 +88,7 @@ def matmul(
 def _call(x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike, form: Form) -> Array:
     """Runs one program for each block of rows of x, block of columns of W, and part of the rows of W.
 
-    The results are summed over the parts.
+    The results for different parts of the rows of W are then added.
     """
     (m, k), (height, n) = x.shape, codes.shape
     each = -(-k // height)
@@ -133,7 +133,7 @@ def _body(
         coming = codes(first + jnp.minimum(turn + 1, turns - 1))  # loads the next codes while `held` is multiplied
         mask = _all(there, _inside(at * depth, depth, height, 1))
         x = lambda place: triton.load(x_ref.at[place, :, pl.ds(at * depth, depth)], mask=mask, other=_none(mask))
-        numbers = form(held, level)  # adding each product at once would spill registers
+        numbers = form(held, level)  # computes all products before their sum, since other orders spill registers
         y = sum([jnp.dot(w.T, x(jnp.int32(p)).T, preferred_element_type=jnp.float32) for p, w in enumerate(numbers)])
         return coming, total + (y if one else y * scale(at * depth // group).reshape(columns, 1))
 
@@ -143,7 +143,7 @@ def _body(
 
 
 def _inside(start: ArrayLike, size: int, total: int, axis: int) -> Array | None:
-    """Returns a mask that is True for those of `size` rows (axis 0) or columns from `start` that are in the array.
+    """Returns a mask of `size` rows (axis 0) or columns (axis 1) that begin at `start`: True inside the array.
 
     If every block is full, no mask is needed, and the result is None.
     """

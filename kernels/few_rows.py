@@ -1,9 +1,9 @@
 """Multiplies a few rows of x by a quantized matrix W on a CPU, in the time that it takes to read the codes of W.
 
-XLA's CPU backend only multiplies floats. In a decoding loop, it would convert the codes to floats before the loop, and
-then read four or eight times as many bytes in every step. But XLA compiles well a sum over SUMMED rows of W at each
-position of [K / SUMMED, N], and converts the codes while it reads them. These partial sums are then added by a product
-with ones, because XLA would fuse a plain sum with the first sum into a slow library routine.
+XLA's CPU backend only multiplies floats. In a decoding loop, XLA would convert the codes to floats before the loop, and
+then read four or eight times as many bytes in every step. But XLA generates fast code for partial sums over SUMMED rows
+of W each, and converts the codes while it reads them. The partial sums are then added by a product with ones, because
+XLA would fuse a plain sum with the partial sums into a slow library routine.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def matmul(
     one for each of these rows. If `transposed`, the codes are stored as [N, K / R].
     """
     each = x.shape[1] // len(codes)
-    halves = max(2 // each, 1)  # XLA does not use its slow library routine to sum two arrays at once
+    halves = max(2 // each, 1)  # if two arrays are summed at once, XLA does not use a slow library routine
     stored = codes.T if transposed else codes
     # Without the barrier, XLA would dequantize W before the decoding loop.
     x, stored = jax.lax.optimization_barrier((x.astype(jnp.float32), stored))

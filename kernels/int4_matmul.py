@@ -1,9 +1,9 @@
 """Computes y = x W on a TPU, where W consists of 4-bit integers with one scale per group of rows.
 
-Without this kernel, XLA would write all of W as floats. If x has few rows, most of the time is spent reading W. Then
-the kernel multiplies each group of codes by x, and scales the result instead of the weights, which costs M N
-multiplications per group. If x has many rows, most of the time is spent multiplying. Then the kernel dequantizes blocks
-of W in VMEM while the MXU multiplies.
+Without this kernel, XLA would write all of W as floats. If x has few rows, most of the time is spent reading W. For few
+rows, the kernel multiplies x by the codes of each group, and scales the product instead of the weights, which takes M N
+multiplications per group. If x has many rows, most of the time is spent multiplying. For many rows, the kernel
+dequantizes blocks of W in VMEM while the MXU multiplies.
 """
 
 import functools
@@ -54,7 +54,7 @@ def gradient(g: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike
 def _rows(k: int, limit: int, group: int) -> int:
     """Returns the number of rows of W per block.
 
-    It is a multiple of eight groups, whose scales fill a tile, and of 128, the number of columns of x in a tile.
+    The number is a multiple of eight groups, whose scales fill a tile, and of 128, the columns in a tile of x.
     """
     return cut(k, limit, max(8 * group, 128))
 

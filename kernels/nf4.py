@@ -93,7 +93,7 @@ def _look_up(group: int, columnar: bool, w_ref: Ref, scale: Array | Ref, rows_re
 def _register(values: tuple[float, ...], columns: int) -> Array:
     """Returns an array [8, columns] with one value per sublane.
 
-    It is built from iota, since a kernel cannot capture a constant array.
+    The array is built from iota, since a kernel cannot capture a constant array.
     """
     row = jax.lax.broadcasted_iota(jnp.int32, (8, columns), 0)
     return sum(jnp.where(row == i, jnp.float32(v), 0) for i, v in enumerate(values))

@@ -38,7 +38,7 @@ def signed(nibbles: Array) -> Array:
 def by_columns(rows: int, columns: int) -> bool:
     """Returns whether XLA stores bytes [rows, columns] column-major on a TPU.
 
-    It does so if the 8 x 128 tiles then need less padding.
+    XLA does so if the 8 x 128 tiles need less padding in column-major order.
     """
     up = lambda size, tile: -(-size // tile) * tile
     return up(columns, 8) * up(rows, LANES) < up(rows, 8) * up(columns, LANES)

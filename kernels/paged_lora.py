@@ -103,8 +103,8 @@ def own(route: Route, axes: Axes, rows: int) -> tuple[Route, Array | slice, Arra
     """Selects from `route` the pairs whose batch rows are on this device. Each device has `rows` rows.
 
     The batch is sharded over the mesh axes `axes`. Returns (Route of the selected pairs, the index [P] of each selected
-    pair in `route`, the index [P] of each pair of `route` in the new Route). This last index is P for a pair of another
-    device. Pairs are selected by comparisons, since sorting a few numbers on a device would be slow.
+    pair in `route`, the index [P] of each pair of `route` in the new Route). The last index is P for the pairs of other
+    devices. Pairs are selected by comparisons, since sorting a few numbers on a device would be slow.
     """
     if not axes:
         return route, slice(None), slice(None)
@@ -172,7 +172,7 @@ def _shrink(x: Array, a: Array, route: Route) -> Array:
 def lookup(ids: Array, a: Array, route: Route) -> Array:
     """Computes `shrink` for one-hot rows of x that are given as token `ids` [B,T].
 
-    Ids that are not among the columns of A, which may be sharded, give 0.
+    The result is 0 for ids outside the columns of A that this device has.
     """
     at, there = ids[route.row], (jnp.arange(len(route.row)) < route.count)[:, None]
     low = _pages(a).at[route.pages[route.which][:, None], :, at].get(mode="clip")
@@ -209,7 +209,7 @@ def _read(stack: Array, page: Array, dtype: DTypeLike) -> Array:
 def _fold(some: Callable, route: Route, start: Array, rows: int) -> Array:
     """Loops over all pairs, and in each step updates the result by `some(pairs, their pages, their rows, result)`.
 
-    With one token per row, a step takes B pairs. Otherwise, a step takes one pair, which is a product of two matrices.
+    With one token per row, a step processes B pairs. Otherwise, a step processes one pair by products of two matrices.
     """
     width, pages = rows if start.shape[1] == 1 else 1, route.pages[route.which]
 
@@ -236,8 +236,8 @@ def decode(x: Array, a: Array, b: Array, route: Route) -> Array:
     """Computes `matmul` on a TPU for one token per row, and sums in float32.
 
     Each page is read once, even if several rows use it. The kernel reads the pages of a step while it multiplies the
-    pages of the previous step. It multiplies each page by all rows of x, since the MXU takes little longer for 128 rows
-    than for one row. Then it sets to 0 the products of rows with pages that they do not use.
+    pages of the previous step. Each page is multiplied by all rows of x, since the MXU takes little longer for 128 rows
+    than for one row. Then the products of rows with pages that they do not use are set to 0.
     """
     rows, k, n, pairs = len(x), a.shape[1], b.shape[1], len(route.row)
     whole = lambda *shape: pl.BlockSpec(shape, lambda i: (0, 0))
@@ -283,7 +283,7 @@ def _decode(
         each(step, lambda copy: copy.start())
 
         @pl.when((pages[step * STEP] >= 0) & (pages[step * STEP + STEP - 1] < 0))
-        def _() -> None:  # buffers without a page are not initialized and may have NaN, and 0 * NaN is NaN
+        def _() -> None:  # buffers without a page may contain NaN, and 0 * NaN is NaN
             for i in range(STEP):
 
                 @pl.when(pages[step * STEP + i] < 0)
@@ -304,7 +304,10 @@ def _decode(
 
 
 def _product(x: Array, a: Array, b: Array, which: Array, row: Array) -> Array:
-    """Multiplies each row of x [B,K] by those pages of a step, A [STEP PAGE,K] and B [STEP PAGE,N], that it uses."""
+    """Multiplies x [B,K] by the pages A [STEP PAGE,K] and B [STEP PAGE,N] of a step -> [B,N].
+
+    Products of rows with pages that they do not use are set to 0.
+    """
     dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
     iota = lambda shape, axis: jax.lax.broadcasted_iota(jnp.int32, shape, axis)
     one = lambda mask: jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16)

@@ -24,8 +24,8 @@ def product(
     The leading dimensions of x are sharded over the mesh axes `rows`. The two dimensions of `w`, the codes and the
     scales of W, are sharded over `split`. If a mesh axis shards both x and W, the packed W is all-gathered over this
     axis. If another axis shards the dimension that is summed, the partial sums are all-reduced. If another axis shards
-    the other dimension of W, it also shards the result. The function `kernel(x, *w, dtype=)` multiplies matrices on one
-    device.
+    the other dimension of W, this axis also shards the result. The function `kernel(x, *w, dtype=)` multiplies matrices
+    on one device.
     """
     taken = {a for axes in rows for a in axes}
     left = [tuple(a for a in axes if a not in taken) for axes in split]

@@ -19,7 +19,7 @@ OVERRIDES = ("layers", "embed", "heads", "kv_heads", "mlp")
 
 
 def transform(cfg: Config, specs: Specs) -> Callable[[Params, jax.Array], Params]:
-    """Returns a function (params, key) that quantizes parameters and then adds adapters, as far as `cfg` says so."""
+    """Returns a function (params, key) that quantizes parameters and adds adapters, as the config says."""
     steps = [find(f"model.{kind}", cfg[kind])() for kind in ("quant", "peft") if cfg[kind].name]
 
     def apply(params: Params, key: jax.Array) -> Params:
@@ -42,7 +42,8 @@ def network(
 ) -> Transformer:
     """Returns the model with this ModelConfig. Raises UserError for a ModelConfig that is not supported.
 
-    `dtype` is the dtype of activations (None: float32), and `param_dtype` that of weights (None: the same as `dtype`).
+    `dtype` is the dtype of activations (None: float32). `param_dtype` is the dtype of weights (None: that of
+    activations).
     """
     kinds.check(config)
     dtype = dtype or "float32"
@@ -50,10 +51,11 @@ def network(
 
 
 def model(cfg: Config, pretrained: Shaped | None, vocab_size: int | None = None) -> Transformer:
-    """Returns the model of a run's config: that of `pretrained`, or a named shape with the config's changes.
+    """Returns the model that a run's config describes, which has the shape of `pretrained` or a named shape.
 
-    `vocab_size` is the size of the tokenizer's vocabulary. A randomly initialized model rounds it up to a multiple of
-    64, for which every accelerator has fast tiles. Raises UserError if shape, `init` and tokenizer do not fit together.
+    The config may change the sizes of a named shape. `vocab_size` is the size of the tokenizer's vocabulary. For a
+    randomly initialized model, it is rounded up to a multiple of 64, for which every accelerator has fast tiles. Raises
+    UserError if shape, `init` and tokenizer do not fit together.
     """
     c = cfg.model
     if not c.shape:

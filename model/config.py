@@ -1,6 +1,6 @@
 """The architecture and sizes of a model, as a frozen dataclass. This module does not import jax.
 
-The files in model/families create it from a config.json, and the layers read it.
+The files in model/families create a ModelConfig from a config.json, and layers get their sizes from it.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def number(name: str, value: object, low: float, high: float, whole: bool = Fals
 class ModelConfig:
     """The architecture and sizes of a model. The default values are those of Llama.
 
-    A capital letter after a size is its name in einsum equations. `rope_scaling` is the `rope_scaling` or
+    In the comments, capital letters name the sizes in einsum equations. `rope_scaling` is the `rope_scaling` or
     `rope_parameters` dict of a Hugging Face config, as sorted pairs, so that a ModelConfig is hashable. `windows` has
     the size of the sliding window of each layer, where 0 means full attention. If `windows` is empty, all layers have
     full attention. Since the values may come from hostile files, a field of the wrong type or out of its range raises
@@ -77,12 +77,12 @@ class ModelConfig:
     head_dim: int  # H
     mlp: int  # F
     family: str = "llama"  # a file in model/families, which defines the tensor names of checkpoints
-    norm: str = "rmsnorm"  # | "layernorm"
+    norm: str = "rmsnorm"  # or "layernorm"
     norm_eps: float = 1e-5
-    norms: str = "pre"  # x + f(norm(x)) | "post": norm(x + f(x)) (BERT) | "both": x + norm(f(norm(x))) (Gemma 2)
-    act: str = "silu"  # | "gelu" | "gelu_tanh" | "gelu_sigmoid" | "relu"
-    gated: bool = True  # SwiGLU-like: act(x @ gate) * (x @ up)
-    position: str = "rope"  # | "learned"
+    norms: str = "pre"  # "pre": x + f(norm(x)), "post": norm(x + f(x)) (BERT), "both": x + norm(f(norm(x))) (Gemma 2)
+    act: str = "silu"  # or "gelu", "gelu_tanh", "gelu_sigmoid", "relu"
+    gated: bool = True  # if True, the MLP computes act(x @ gate) * (x @ up), as SwiGLU does
+    position: str = "rope"  # or "learned"
     rotary: float = 1.0  # fraction of a head's dimensions that rotary embeddings rotate
     max_len: int = 8192
     rope_theta: float = 10000.0
@@ -131,7 +131,7 @@ class ModelConfig:
         """The size of each axis, by its letter in einsum equations. P is the number of learned positions."""
         sizes = dict(V=self.vocab_size, D=self.embed, F=self.mlp, P=self.max_len)
         sizes |= dict(N=self.heads, K=self.kv_heads, H=self.head_dim)
-        if "recurrent" in self.blocks:  # I and J are the features of one block of the gates
+        if "recurrent" in self.blocks:  # I and J: the features in one block of the gates
             block = self.recurrent // self.heads
             sizes |= dict(W=self.recurrent, C=self.conv, I=block, J=block)
         if self.types:

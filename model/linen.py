@@ -6,8 +6,8 @@
     y = linen.wrap(apply, specs)(params, x)
 
 Some arrays in the model's own tree of parameters are replaced by `Weight` objects. The function that `wrap` returns
-multiplies by such a `Weight` where Linen would multiply by the array. `weights.partition` and `weights.dense` work as
-for the models of this project.
+multiplies by such a `Weight` where Linen would multiply by the array. `weights.partition` and `weights.dense` work on
+such trees as on the models of this project.
 """
 
 from collections.abc import Callable

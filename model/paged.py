@@ -34,7 +34,7 @@ class PagedLoRA(Weight):
     a: Array  # [C, contracted], where C is the total rank and the contracted axes are merged
     b: Array  # [C, produced]
     eqn: str = flax.struct.field(pytree_node=False)  # the einsum equation with which the weight was declared
-    route: Route | None = None  # None: no row has an adapter
+    route: Route | None = None  # None if no row has an adapter
 
     def einsum(self, eqn: str, x: Array) -> Array:
         y = weights.einsum(eqn, x, self.base)
@@ -66,9 +66,9 @@ class PagedLoRA(Weight):
 
 
 def factors_of(params: Params, specs: Specs, where: str) -> Adapter:
-    """Returns the LoRA factors in `params` as host arrays. `where` is the source that error messages name.
+    """Returns the LoRA factors in `params` as host arrays. Error messages name `where`, the adapter's path.
 
-    Raises UserError if `params` has no LoRA factors, or if it has other adapters.
+    Raises UserError if `params` has no LoRA factors, or has adapters of another kind.
     """
     found: Adapter = {}
 
@@ -93,7 +93,7 @@ def factors_of(params: Params, specs: Specs, where: str) -> Adapter:
 
 def _host(leaf: LoRA, stacked: int) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.moveaxis(np.asarray(leaf.a), -1, stacked), np.asarray(leaf.b)
-    if leaf.start is not None:  # A B minus its initial value is written as factors of twice the rank
+    if leaf.start is not None:  # A B minus its initial value needs factors of twice the rank
         a = np.concatenate([a, np.moveaxis(np.asarray(leaf.start[0]), -1, stacked)], stacked)
         b = np.concatenate([b, -np.asarray(leaf.start[1])], stacked)
     b = (b * np.float32(leaf.scale)).astype(b.dtype)

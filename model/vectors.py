@@ -1,6 +1,6 @@
 """Computes and combines task vectors, the changes of weights by fine-tuning (Ilharco et al. 2022, arXiv 2212.04089).
 
-An update is a dict such as {"layers/attn/wq": float32 array}, which has the change of every parameter.
+An update is a dict such as {"layers/attn/wq": float32 array}, with the change of each parameter by its name.
 """
 
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ def trim(update: Update, density: float) -> Update:
 def ties(updates: Sequence[Update], factors: Sequence[float], density: float) -> Update:
     """Merges updates by TIES (Yadav et al. 2023, arXiv 2306.01708).
 
-    Each update is trimmed. Then each parameter value gets the mean of those updates that have the sign of their sum.
+    Each update is trimmed. The result for each value is the mean of the updates that have the same sign as their sum.
     """
     updates = [linear([trim(u, density)], [f]) for u, f in zip(updates, factors)]
 
@@ -64,7 +64,8 @@ def ties(updates: Sequence[Update], factors: Sequence[float], density: float) ->
 def dare(updates: Sequence[Update], factors: Sequence[float], density: float, seed: int = 0) -> Update:
     """Merges updates by DARE (Yu et al. 2023, arXiv 2311.03099).
 
-    A random fraction `density` of the values of each update is kept and divided by `density`. The results are added.
+    In each update, a random fraction `density` of the values is kept and divided by `density`, and the others are set
+    to 0. The results are added.
     """
     rng = np.random.default_rng(seed)
     drop = lambda x: np.where(rng.random(x.shape) < density, x / np.float32(density), 0)

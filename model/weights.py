@@ -1,8 +1,9 @@
 """Trees of parameters, in which each parameter is either an array or a `Weight`.
 
-A `Weight` is an object that replaces an array, such as a quantized matrix or a matrix with LoRA factors. It defines how
-activations are multiplied by it. Layers call `einsum(eqn, x, w)` and `take(w, ids)`, where `w` may be an array or a
-`Weight`. LoRA, quantization and similar methods are functions that replace arrays of a tree by `Weight` objects.
+A `Weight` is an object that replaces an array, such as a quantized matrix or a matrix with LoRA factors. Its methods
+define how activations are multiplied by it. Layers call `einsum(eqn, x, w)` and `take(w, ids)`, where `w` may be an
+array or a `Weight`. LoRA, quantization and similar methods are functions that replace arrays of a tree by `Weight`
+objects.
 """
 
 import dataclasses
@@ -91,7 +92,7 @@ class Weight:
 
     trainable: ClassVar[tuple[str, ...]] = ()  # fields that are trained when adapters are trained
     derived: ClassVar[tuple[str, ...]] = ()  # fields computed from other fields, which the fingerprint omits
-    whole: ClassVar[bool] = False  # whether `shape`, `ndim` and `size` are those of the array that it replaces
+    whole: ClassVar[bool] = False  # whether it has the `shape`, `ndim` and `size` of the array that it replaces
 
     if TYPE_CHECKING:  # flax.struct adds this method
 
@@ -122,14 +123,14 @@ class Weight:
         return self.replace(**{f: w.in_training(key_for(key, f), step) for f, w in inner.items()})
 
     def for_inference(self) -> "Weight | Array":
-        """Returns this `Weight` of one layer with all values precomputed that do not depend on activations."""
+        """Prepares this `Weight` of one layer for inference, by computing in advance what its arrays determine."""
         return self.replace(**{f: for_inference(getattr(self, f)) for f in fields(self) if is_weight(getattr(self, f))})
 
     def macs(self, stacked: int) -> "Weight":
         """Returns this object with each array replaced by its number of multiply-adds per token.
 
-        This number is the size of a matrix, and 0 for a vector. `stacked` is the number of leading axes over which
-        layers are stacked.
+        The number for a matrix is its size, and the number for a vector is 0. `stacked` is the number of leading axes
+        over which layers are stacked.
         """
         one = lambda x: x.macs(stacked) if is_weight(x) else x.size * (x.ndim - stacked >= 2)
         return self.replace(**{f: jax.tree.map(one, getattr(self, f), is_leaf=is_weight) for f in fields(self)})
@@ -138,7 +139,7 @@ class Weight:
 class Extra(Weight):
     """Base class of added parameters, such as a prefix, that the base model does not have.
 
-    A layer uses them if they are present. They cannot be merged into weights.
+    A layer uses such parameters if they are present. They cannot be merged into weights.
     """
 
     def dense(self, spec: Spec | None) -> Array:
@@ -180,17 +181,17 @@ def take(w: Array | Weight, ids: Array, dtype: DTypeLike) -> Array:
     """Looks up the rows `ids` [...] of an embedding table [V, D], and returns them as an array [..., D] of `dtype`."""
     if isinstance(w, Weight):
         return w.take(ids, dtype)
-    # If the table were sharded over "embed", so would be its rows, and XLA would have to gather every row.
+    # Without this constraint, the looked-up rows may be sharded over "embed", and XLA would replicate them all.
     table: Any = spmd.with_logical_constraint(w, ("vocab", None))
     return jnp.take(table, ids, axis=0).astype(dtype)
 
 
 def product(eqn: str, x: Array, w: Array, dtype: DTypeLike | None = None) -> Array:
-    """Computes `jnp.einsum` of two arrays, accumulated in `dtype`. On one device, it multiplies matrices if possible.
+    """Computes `jnp.einsum` of two arrays, accumulated in `dtype`. On one device, it is a matrix product if possible.
 
     XLA's CPU backend is fast only for products of matrices. With activations [B,T,D], the gradient of a weight
-    contracts two axes, and an MLP takes 1.65 times as long. Under a mesh, axes are not merged into matrices, since
-    XLA's partitioner needs them.
+    contracts two axes, and an MLP takes 1.65 times as long. Under a mesh, axes are not merged, since XLA's partitioner
+    needs them.
     """
     xs, ws, out = operands(eqn)
     _, contracted, produced = split(eqn)
@@ -201,7 +202,7 @@ def product(eqn: str, x: Array, w: Array, dtype: DTypeLike | None = None) -> Arr
     n = len(contracted)
     flat_x = x.reshape(-1, math.prod(x.shape[-n:]))
     rows = flat_x.shape[0]
-    if jnp.issubdtype(x.dtype, jnp.integer) and rows == 1:  # on a CPU, one row takes four times as long as two
+    if jnp.issubdtype(x.dtype, jnp.integer) and rows == 1:  # one row of integers takes 4x as long as two on a CPU
         flat_x = jnp.pad(flat_x, ((0, 1), (0, 0)))
     first = ws.startswith(contracted)
     tail = w.shape[n:] if first else w.shape[:-n]
@@ -229,7 +230,7 @@ def assigned_axes(
     """Returns the mesh axes over which each dimension of an array is sharded, given its logical name and its size.
 
     A dimension that the mesh axes do not divide evenly is replicated. If several dimensions map to the same mesh axis,
-    it shards only the first of them.
+    this axis only shards the first of them.
     """
     table, used, found = dict(rules), set(), []
     for name, size in zip(names, sizes, strict=True):
@@ -293,7 +294,7 @@ def map_named(f: Callable, tree: Tree, *rest: Tree, is_leaf: Callable[[object], 
 
 
 def replace(params: Params, specs: Specs, f: Callable[[str, Tree, Spec | None], Tree]) -> Params:
-    """Replaces every parameter (array or `Weight`) by `f(name, parameter, spec)`. The spec of an Extra is None."""
+    """Replaces every parameter (array or `Weight`) by `f(name, parameter, spec)`. An Extra gets None as its spec."""
     declared = {name(path): spec for path, spec in jax.tree.leaves_with_path(specs, is_leaf=is_spec)}
     return map_named(lambda path, leaf: f(path, leaf, declared.get(path)), params, is_leaf=is_weight)
 
@@ -354,8 +355,10 @@ def fields(node: Weight) -> list[str]:
 
 
 def partition(params: T, mask: Tree) -> tuple[T, T]:
-    """Splits `params` by a mask into (trained, frozen). Both trees have the structure of `params`, with None for arrays
-    of the other tree."""
+    """Splits `params` by a mask into two trees: one with the trained arrays, and one with the frozen arrays.
+
+    Both trees have the structure of `params`, with None in place of the arrays that are in the other tree.
+    """
     chosen = jax.tree.map(lambda m, x: x if m else None, mask, params)
     others = jax.tree.map(lambda m, x: None if m else x, mask, params)
     return chosen, others
@@ -380,7 +383,7 @@ def for_inference(params: Params) -> Params:
 def base(params: Tree) -> Tree:
     """Returns `params` without adapters, which gives the reference policy without copying the weights.
 
-    Each adapter is replaced by the frozen `base` that it wraps. Parameters that are an Extra are dropped.
+    Each adapter is replaced by the frozen `base` that it wraps. Added parameters (`Extra`) are dropped.
     """
     if isinstance(params, dict):
         return {k: base(v) for k, v in params.items() if not isinstance(v, Extra)}

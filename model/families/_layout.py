@@ -1,10 +1,11 @@
 """Converts between tensors of checkpoints and parameters of this project, according to layouts such as "(NH)D->DNH".
 
-In this example, the rows of the checkpoint's tensor are the merged axes N and H, its columns are the axis D, and our
-parameter has the axes D, N and H. One layout serves for reading and for writing, and determines which slice of the file
-is needed for a slice of our parameter. The letters are those of AXES in model/weights.py, and P for learned positions.
-A digit before letters says how many parameters are concatenated along an axis. For example, the keys of GPT-2 are part
-1 of "D(3NH)->DNH", the middle third of the tensor. The letter "1" is an axis of size 1 that our parameter lacks.
+The layout "(NH)D->DNH" means that the rows of the checkpoint's tensor are the merged axes N and H, its columns are the
+axis D, and our parameter has the axes D, N and H. The same layout is used for reading and writing, and determines which
+slice of the file is needed for a slice of our parameter. AXES in model/weights.py defines the letters, except P for
+learned positions. A digit before letters says how many parameters are concatenated along an axis. For example, the keys
+of GPT-2 are part 1 of "D(3NH)->DNH", the middle third of the tensor. A "1" stands for an axis of size 1 that our
+parameter lacks.
 """
 
 import math

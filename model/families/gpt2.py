@@ -1,6 +1,6 @@
 """GPT-2, which has learned positions, LayerNorms, and biases in all projections.
 
-Its checkpoints store matrices as [inputs, outputs], and the weights of q, k and v in one matrix.
+Checkpoints of GPT-2 store matrices as [inputs, outputs], and the weights of q, k and v in one matrix.
 """
 
 from model.config import ModelConfig

@@ -169,7 +169,7 @@ def refuse(hf: dict, **expected: Any) -> None:
 def windows(hf: dict) -> tuple[int, ...]:
     """Returns the sliding window of each layer of a Qwen model.
 
-    The config.json says which layers have one, by `layer_types` or, if that is missing, by `max_window_layers`.
+    The config.json says which layers have a window, by `layer_types` or, if that is missing, by `max_window_layers`.
     """
     layers, window = hf.get("num_hidden_layers", 32), hf.get("sliding_window", 4096)
     first, types = hf.get("max_window_layers", 28), hf.get("layer_types")

@@ -1,7 +1,7 @@
 """Heads that compute outputs other than logits from a model's hidden states. Each file of this folder defines one head.
 
 `find(name)` returns a function (config, key) that creates a head for a model with the given ModelConfig. The head is
-stored as params["head"], next to params["layers"]. It is trained, sharded and saved like an adapter.
+stored as params["head"], next to params["layers"]. A head is trained, sharded and saved like an adapter.
 
     params["head"] = heads.find("scalar")(model.config, key)
     values = params["head"](model.hidden(params, tokens, positions, segments).x)  # [B,T]

@@ -1,8 +1,8 @@
 """Reads and writes quantized weights in the compressed-tensors format, which vLLM and transformers read too.
 
-A Linear [N, K] is stored as codes and scales. The scales are the tensor `weight_scale`. The codes are either the tensor
-`weight` (int8 or e4m3), or the tensors `weight_packed` and `weight_shape`. An int32 in `weight_packed` contains several
-consecutive codes of a row. Half of their range is added to packed codes, so that none is negative.
+A Linear [N, K] is stored as codes and scales. The scales are in the tensor `weight_scale`. The codes are either in the
+tensor `weight` (int8 or e4m3), or in the tensors `weight_packed` and `weight_shape`. An int32 in `weight_packed`
+contains several consecutive codes of a row, to which half of their range is added, so that they are not negative.
 """
 
 import re

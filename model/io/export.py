@@ -44,15 +44,14 @@ def export_hf(
     dequantize: bool = False,
     card: str = "",
 ) -> float:
-    """Merges adapters and writes the model as a new folder. If `check`, reads it back and compares the logits.
+    """Merges adapters and writes the model as a new folder. With `check`, the model is read back to compare its logits.
 
-    The folder only appears under its name after the check has passed. `params` are stacked over layers. Quantized
-    weights are stored in the compressed-tensors format, or as floats if `dequantize`. A weight with an adapter becomes
-    one float array. The dict `generation` (temperature, ...) is added to generation_config.json, and `card` is the text
-    of README.md. The head of a reward model is stored like that of a sequence classifier with one label in
-    transformers. Returns the difference of the logits relative to the largest logit (0.0 without `check`). Raises
-    UserError if the folder has other content, if the model family or the format cannot represent the model, or if the
-    logits differ too much.
+    The folder only gets its name after this check. `params` are stacked over layers. Quantized weights are stored in
+    the compressed-tensors format, or as floats if `dequantize` is True. A weight with an adapter becomes one float
+    array. The dict `generation` (temperature, ...) is added to generation_config.json, and `card` is the text of
+    README.md. The head of a reward model is stored as transformers stores a sequence classifier with one label. Returns
+    the difference of the logits relative to the largest logit (0.0 without `check`). Raises UserError if the folder has
+    other content, if the model family or the format cannot represent the model, or if the logits differ too much.
     """
     folder = Path(folder).absolute()
     if dtype not in TOLERANCE:
@@ -170,7 +169,7 @@ def _write_tensors(named: Iterable[tuple[str, np.ndarray]], folder: Path, dtype:
 
 
 def check_logits(model: Transformer, params: Params, written: Path, final: Path, dtype: str, tolerance: float) -> float:
-    """Returns how much the logits of the checkpoint `written` differ from those of `params`, relative to the largest.
+    """Returns the difference between the logits of `params` and of `written`, relative to the largest logit.
 
     The largest difference at each position is averaged over positions, since rounding may cause a difference that is
     100 times as large at positions with massive activations. Raises UserError, which names the path `final`, if the

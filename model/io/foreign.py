@@ -80,7 +80,7 @@ def _format(folder: Any, name: str, parts: set[str]) -> Format | None:
     if "qweight" in parts:
         if folder.method not in ("gptq", "awq", "auto-round"):
             raise UserError(f"{name} has codes of GPTQ or AWQ, but config.json names neither", str(folder.path))
-        keys = ("checkpoint_format", "packing_format")  # GPTQModel writes the first key, AutoRound the second
+        keys = ("checkpoint_format", "packing_format")  # GPTQModel writes the first key, and AutoRound the second key
         form = next((str(v) for k in keys if (v := folder.quantized.get(k))), folder.method).rpartition(":")[2]
         if form not in FORMS:
             what = f"weights are stored quantized by {folder.method} in its format {form!r}, which is not supported"

@@ -1,6 +1,6 @@
 """Reads a GGUF file of llama.cpp as if it were a Hugging Face folder.
 
-The metadata are converted to the fields of a config.json, and tensors are dequantized.
+The metadata is converted to the fields of a config.json, and tensors are dequantized.
 """
 
 import functools
@@ -124,7 +124,7 @@ class File:
 
     @property
     def names(self) -> set[str]:
-        return set(self.tensors) - {"rope_freqs.weight"}  # its content is part of the config
+        return set(self.tensors) - {"rope_freqs.weight"}  # this tensor is part of the config
 
     @functools.cached_property
     def _name_map(self):
@@ -223,9 +223,9 @@ def llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, where: str)
     """Finds the parameters of the `llama3` rope scaling that divides the frequencies [H/2] by `factors`.
 
     A GGUF file only stores these divisors. For the frequencies that are neither unchanged nor divided by the full
-    factor, the divisors determine the interpolation weight `smooth`, which is linear in the frequency. Its slope and
-    offset determine the parameters up to a common scale, which is fixed by setting low_freq_factor to 1. Raises
-    UserError if no `llama3` scaling has these factors.
+    factor, the divisors determine the interpolation weight `smooth`, which is linear in the frequency. The slope and
+    offset of `smooth` determine the parameters up to a common scale, which is fixed by setting low_freq_factor to 1.
+    Raises UserError if no `llama3` scaling has these factors.
     """
     if (factors == 1).all():
         return None

@@ -97,7 +97,8 @@ def _file(path: Path, model: Transformer, params: Params, tokenizer: Json, kind:
 def _kind(kind: str, x: np.ndarray) -> str:
     """Returns the type in which a tensor is written.
 
-    Vectors are written as float32. If the rows of a matrix are not whole blocks of 32, it is not quantized, but F16.
+    Vectors are written as float32. A matrix is written as F16 instead of a quantized type if the length of its rows is
+    not a multiple of 32.
     """
     if x.ndim < 2:
         return "F32"

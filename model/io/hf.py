@@ -30,7 +30,7 @@ QUIET = re.compile(  # files that are ignored without a warning: copies in other
     r"scheduler.*|scaler\.pt|rng_state.*|.*\.gguf"
 )
 # Fields of a config.json that do not affect how the model is loaded.
-# They describe its origin, its training, sampling, special token ids, and other heads.
+# These fields describe the model's origin, its training, sampling, special token ids, and other heads.
 IRRELEVANT = {
     "_name_or_path", "architectures", "model_type", "multimodal", "transformers_version", "dtype", "torch_dtype",
     "quantization_config", "auto_map", "name", "custom_pipelines", "unsloth_fixed", "unsloth_version",
@@ -101,7 +101,7 @@ class Folder:
         self.body, self.head = self._places(self.names)
 
     def _shards(self) -> dict[str, str]:
-        """Returns {name of a tensor: file that contains it}. The index lists the files, and each file its tensors."""
+        """Returns {name of a tensor: file that contains this tensor}. The names are read from the files themselves."""
         single, index = "model.safetensors", self.path / INDEX
         if (self.path / single).exists():
             return dict.fromkeys(self._open(single).keys(), single)
@@ -154,7 +154,7 @@ class Folder:
         others = (p.name for p in self.path.iterdir() if p.suffix in SUFFIXES and p.name not in used)
         return sorted(name for name in others if not QUIET.fullmatch(name))
 
-    @functools.cache  # noqa: B019  (the Folder lives only while it is read)
+    @functools.cache  # noqa: B019  (a Folder only exists while a checkpoint is read)
     def _open(self, file: str) -> Any:
         from safetensors import SafetensorError, safe_open
 

@@ -45,7 +45,7 @@ IRRELEVANT = {
     "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
     "tokenizer_kwargs",
 }  # fmt: skip
-REFUSED = {  # refused unless UNSET, like any unknown field; modules_to_save only for virtual tokens
+REFUSED = {  # an error unless the value is in UNSET; modules_to_save is only an error for virtual tokens
     "alora_invocation_tokens", "use_qalora", "layer_replication", "lora_bias", "target_parameters", "use_bdlora",
     "arrow_config", "kasa_config", "coft", "block_share",
     "modules_to_save",
@@ -73,10 +73,10 @@ VALUES: dict[str, Callable[[Any], bool]] = {  # {field: function that checks the
     **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"), _texts),
 }
 BIASES = ("none", "all", "lora_only", "oft_only")
-# The values DRAWN of init_lora_weights do not change the base weights.
-# With the values STARTS of init_lora_weights, PEFT changes the base weights when it opens a folder.
+# If init_lora_weights is one of DRAWN, the adapter does not change the base weights.
+# If init_lora_weights is one of STARTS, PEFT changes the base weights when it opens a folder.
 DRAWN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
-STARTS = ("pissa", "olora")  # this change is computed from the base weights, so it can be repeated
+STARTS = ("pissa", "olora")  # computed from the base weights, so the change can be repeated
 CONVERTED = "save it again with path_initial_model_for_weight_conversion"
 MERGED = "merge_and_unload() in PEFT, save the model and open that"
 OTHERS = {  # {start of the value: how to fix the error}
@@ -109,7 +109,7 @@ class Folder:
         self.unused = sorted(n for n in tensors if self.kind not in VIRTUAL and not self._wanted(n))
         self.tensors = {self._renamed(n): x for n, x in tensors.items() if n not in self.unused}
         vectors = {n: x for n, x in self.tensors.items() if n.endswith(".ia3_l")}
-        self.inputs = {n for n, x in vectors.items() if x.shape[0] == 1}  # [1, in]; those for outputs are [out, 1]
+        self.inputs = {n for n, x in vectors.items() if x.shape[0] == 1}  # [1, in]; vectors for outputs are [out, 1]
         self.tensors |= {n: x.reshape(-1) for n, x in vectors.items()}
 
     def _check(self) -> None:
@@ -163,7 +163,7 @@ class Folder:
     def _wanted(self, name: str) -> bool:
         """Returns whether PEFT uses a tensor.
 
-        It uses all tensors that do not belong to an adapter, and adapters of the modules that the config names.
+        PEFT uses all tensors that do not belong to an adapter, and the adapters of modules that the config names.
         """
         module = re.sub(
             r"\.(lora_|ia3_l|oft_R|token_adapter|base_layer).*|\.(weight|bias)$", "", name.removeprefix(ROOT)
@@ -205,7 +205,7 @@ class Folder:
         return self._patterns[pattern].fullmatch(text)
 
     def get(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray | None:
-        """Returns a tensor, or None if it is missing. Raises UserError if it does not have the given shape.
+        """Returns a tensor, or None if it is missing. Raises UserError if the tensor does not have the given shape.
 
         None in `shape` allows any size of an axis.
         """

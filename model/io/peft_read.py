@@ -127,7 +127,7 @@ def _tokens(folder: Folder, key: Key, base: Stored, spec: Spec) -> Stored:
 def _tied_table(folder: Folder, keys: dict, sizes: dict, specs: Specs, base: Stored, spec: Spec) -> Stored:
     """Adds adapters and copies to an embedding table that is also the head.
 
-    In PEFT, an adapter or a copy changes only the lookup or only the head, unless both have the same one.
+    In PEFT, an adapter or a copy changes only the lookup or only the head, unless it is stored for both uses.
     """
     uses = {"lookup": (keys["embed/table"], spec)}
     uses["head"] = Key(keys["unembed/table"].name, "VD->VD"), spec.replace(eqn=HEAD)
@@ -174,7 +174,7 @@ def _tied(folder: Folder, keys: dict) -> bool:
 def groups(key: Key, eqn: str) -> tuple[str, str]:
     """Returns the letters of the contracted and of the produced axis of a checkpoint's matrix, such as ("D", "NH").
 
-    For a fused qkv matrix, they are ("D", "3NH").
+    For a fused qkv matrix, the letters are ("D", "3NH").
     """
     contracted = weights.split(eqn)[1]
     axes = layout.parse(key.layout)[0]
@@ -211,7 +211,7 @@ def _stack(found: list[np.ndarray], spec: Spec) -> jax.Array:
 def _vectors(folder: Folder, key: Key, sizes: dict, spec: Spec, suffix: str, group: str) -> jax.Array | None:
     """Reads one vector per layer, with the merged axes `group`, and stacks them.
 
-    Layers without a vector get ones. Returns None if no layer has a vector.
+    Layers without a vector get a vector of ones. Returns None if no layer has a vector.
     """
     letters = group.lstrip("0123456789")
     found = _read(folder, Key(key.name, f"({group})->{letters}", key.part), sizes, _names(key, spec, suffix))
@@ -256,7 +256,7 @@ def _lora(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: 
 def _start(
     folder: Folder, key: Key, path: str, leaf: LoRA, spec: Spec, ranks: list[int], shares: list[float]
 ) -> tuple[Array, Array]:
-    """Computes the initial A and B from the base weight W. PEFT subtracts their product from W.
+    """Computes the initial A and B from the base weight W. PEFT subtracts the product of the initial A and B from W.
 
     For PiSSA, A and B are the largest singular vectors of W. For OLoRA (Buyukakyuz 2024, arXiv 2406.01775), they are
     the truncated factors of W^T = Q R. `shares` are the scales of the layers, divided by the scale of `leaf`.

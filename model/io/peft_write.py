@@ -57,7 +57,7 @@ def write(path: str | Path, model: Transformer, params: Params, base: str = "", 
     kind = kinds.pop()
     config, tensors = (_virtual if kind in (Prefix, Prompt) else _wrapped)(model, adapters)
     config |= {"peft_type": TYPES[kind], "task_type": "CAUSAL_LM", "inference_mode": True}
-    if head is not None:  # the head of a reward model is stored as PEFT stores that of a sequence classifier
+    if head is not None:  # PEFT stores the head of a sequence classifier in the same way
         config |= {"task_type": "SEQ_CLS", "modules_to_save": [TENSOR.removesuffix(".weight")]}
         tensors |= {f"{ROOT}{TENSOR}": np.asarray(head.w)[None]}
     _save(path, config | {"base_model_name_or_path": base or None}, tensors, card)
@@ -154,7 +154,7 @@ def _module(config: dict, target: str, parts: list, sizes: dict, embedding: bool
 def _factors(config: dict, target: str, parts: list, sizes: dict, several: int, embedding: bool) -> Tensors:
     """Returns the tensors lora_A and lora_B of one PEFT module.
 
-    If the module contains several of our weights, their A are concatenated, and B is block-diagonal.
+    If the module contains several of our weights, the A of all weights are concatenated, and B is block-diagonal.
     """
     scale, found = parts[0][0].scale, []
     for leaf, key, spec in parts:
@@ -164,7 +164,7 @@ def _factors(config: dict, target: str, parts: list, sizes: dict, several: int, 
         put = lambda k, x: layout.write([(k, x)], sizes | {"R": a.shape[-1]})  # noqa: B023
         b = b * np.float32(leaf.scale / scale) if leaf.scale != scale else b
         pairs = [(put(a_key, x), put(b_key, y)) for x, y in (zip(a, b) if spec.stacked else [(a, b)])]
-        found.append((key.part, *map(np.stack, zip(*pairs))))  # [layers, R, in], [layers, out, R]
+        found.append((key.part, *map(np.stack, zip(*pairs))))  # A [layers, R, in], B [layers, out, R]
     rank, out = sum(a.shape[1] for _, a, _ in found), found[0][2].shape[1]
     whole = np.zeros((len(found[0][1]), several * out, rank), np.float32)
     at = 0

@@ -41,7 +41,7 @@ class Source(Protocol):
     names: set[str]
     body: str  # prefix of the names of all tensors in layers
 
-    def stored(self, name: str) -> str: ...  # the name in this source of a tensor that a model family's KEYS name
+    def stored(self, name: str) -> str: ...  # the source's own name for a tensor in the KEYS of a model family
     def shape(self, name: str) -> tuple[int, ...]: ...
     def unused_fields(self, read: Seen) -> list[str]: ...  # fields of the source's config that were not read
     def unused_files(self) -> list[str]: ...  # files with weights that are not read
@@ -67,7 +67,10 @@ class Pretrained:
         return family(self.config.family).KEYS
 
     def read(self, path: str, layer: int | None = None, index: Index | None = None) -> np.ndarray:
-        """Reads the slice `index` of the parameter `path` in our layout. `layer` is None for one outside the layers."""
+        """Reads the slice `index` of the parameter `path`, in our layout.
+
+        `layer` is None for a parameter that is not stacked over layers.
+        """
         key = self.keys[path]
         name = self.source.stored(key.name.format(layer))
         index = index or (slice(None),) * len(layout.our_shape(key, self.config.sizes))
@@ -163,7 +166,7 @@ class Pretrained:
         return sorted(set(extra) - set(ours))
 
     def _counts(self, name: str, modules: set[str]) -> bool:
-        """Returns whether a tensor that is not used is an error, as a weight or bias in the model's layers is."""
+        """Returns whether an unused tensor is an error, because it is a weight or bias in the model's layers."""
         module, _, last = name.rpartition(".")
         layer = IN_LAYER.fullmatch(name)
         inside = layer and int(layer[1]) < self.config.layers and name.startswith(self.source.body)

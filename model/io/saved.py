@@ -40,7 +40,7 @@ class Damaged(Exception):
 
 
 def named(tree: Tree) -> Leaves:
-    """Converts a tree to a dict such as {"params/policy/embed/table": array}, since Orbax does not know our node types.
+    """Converts a tree to a dict such as {"params/policy/embed/table": array}, since Orbax cannot read `Weight` objects.
 
     Raises ValueError for duplicate names, and for names with special characters, for which Orbax would silently load
     wrong values.
@@ -59,7 +59,7 @@ def plain(name: str) -> bool:
 
 
 def fill(tree: Tree, arrays: Leaves) -> Tree:
-    """Replaces the leaves of `tree` by the arrays with their names. Raises KeyError if an array is missing."""
+    """Replaces each leaf of `tree` by the array with the leaf's name. Raises KeyError if an array is missing."""
     return weights.map_named(lambda key, _: arrays[key], tree)
 
 
@@ -67,10 +67,10 @@ def fill(tree: Tree, arrays: Leaves) -> Tree:
 def digest(x: Array) -> Array:
     """Returns a 64-bit digest of an array, as uint32[2], which does not depend on how the array is sharded.
 
-    The digest consists of two sums modulo 2^32. Each sum multiplies every 32-bit word of the array by an odd number
-    that depends on the position of the word. Odd factors are invertible, so a change of one word always changes the
-    digest. Any other change is missed with a probability of about 2^-63. Since the order of a sum does not matter,
-    every device sums its own part, and the array is not gathered.
+    The digest consists of two sums modulo 2^32. Each sum adds all 32-bit words of the array, multiplied by odd numbers
+    that depend on the positions of the words. Odd factors are invertible modulo 2^32, so a change of one word always
+    changes the digest. Any other change is missed with a probability of about 2^-63. Since the order of a sum does not
+    matter, every device sums its own part, and the array is not gathered.
     """
     x = _words(x)
     position = positions(x.shape)
@@ -236,10 +236,10 @@ def steps(folder: Place) -> list[int]:
 
 
 def read(folder: Place, abstract: Leaves) -> Leaves:
-    """Reads the arrays that `abstract` names. Raises Damaged if this fails, but does not check the digests (`verify`).
+    """Reads the arrays that `abstract` names. Raises Damaged if an array cannot be read.
 
-    If `abstract` has numpy arrays, the result has numpy arrays. Otherwise, it has JAX arrays with the shardings of
-    `abstract`, which may differ from those with which the arrays were saved.
+    The digests are not checked: see `verify`. If `abstract` has numpy arrays, the result has numpy arrays. Otherwise,
+    the result has JAX arrays with the shardings of `abstract`, which may differ from those of the saved arrays.
     """
     ocp = orbax()
     context = ocp.Context()

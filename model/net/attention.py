@@ -15,7 +15,7 @@ Angles = tuple[Array, Array]  # cos and sin [B,T,1,H/2]
 
 
 class Context(NamedTuple):
-    """The inputs that all layers share. They describe the tokens [B,T] of a call, and the keys [B,S] to attend to.
+    """The inputs that all layers share: information on the tokens [B,T], and on the keys [B,S] that they attend to.
 
     Without a cache, the keys are those of the tokens themselves, and S = T. With a cache, S is the number of columns of
     the cache, where each column stores the key of one token.
@@ -24,7 +24,7 @@ class Context(NamedTuple):
     age: Array  # [B,T] number of earlier tokens in the same document; -1 for padding
     positions: Array  # [B,S] position of each key in its document
     segments: Array  # [B,S] document number of each key
-    index: Array  # [] the column of the cache where the first token is written
+    index: Array  # the column of the cache to which the first token is written
     see: Array  # [B,T,S] bool: the attention mask of layers without a sliding window
     see_window: Array | None  # [B,T,S] bool: the attention mask of layers with a sliding window, if there are any
     angles: Angles | None  # for rotary positions
@@ -105,7 +105,10 @@ def rope_angles(config: ModelConfig, positions: Array) -> Angles:
 
 
 def rotate(x: Array, angles: Angles) -> Array:
-    """Applies RoPE to x [B,T,N,H]. Only the first 2 n dimensions rotate; i and i + n are a pair, as in transformers."""
+    """Applies rotary position embeddings (RoPE) to x [B,T,N,H].
+
+    The first 2 n dimensions of a head rotate. As in Hugging Face models, dimensions i and i + n form a pair.
+    """
     cos, sin = angles
     n = cos.shape[-1]
     a, b, still = jnp.split(x.astype(jnp.float32), (n, 2 * n), axis=-1)
@@ -142,8 +145,8 @@ def context(
 ) -> Context:
     """Computes the inputs that all layers share, from positions [B,T], segments [B,T] and the cache.
 
-    `virtual` is the number of virtual tokens before each document. Positions count them, so the first real token of a
-    document has the position `virtual`.
+    `virtual` is the number of virtual tokens before each document. Positions include virtual tokens, so the first real
+    token of a document has the position `virtual`.
     """
     k_pos, k_seg, index = positions, segments, jnp.int32(0)
     if cache is not None:
@@ -175,10 +178,10 @@ def context(
 def attention(q: Array, k: Array, v: Array, see: Array) -> Array:
     """Returns the grouped-query attention [B,T,N,H] of q [B,T,N,H] to k, v [B,K,S,H], with the mask `see` [B,T,S].
 
-    The G query heads that share a key head are multiplied in one product, so that keys are never repeated. The softmax
-    is computed in float32. A padding query, whose keys are all masked, gets the mean of v, which is finite and is not
-    used. The k and v of a cache have the shape [B*K,S,H], since reshaping them would make XLA's CPU backend copy the
-    cache four times per layer and token.
+    The G query heads that share a key head are computed by one product, so that keys are never repeated. The softmax is
+    computed in float32. For padding tokens, all keys are masked, and the result is the mean of v, a finite value that
+    is not used. If k and v come from a cache, they have the shape [B*K,S,H], since reshaping them would make XLA's CPU
+    backend copy the cache four times per layer and token.
     """
     B, T, N, H = q.shape
     *lead, S, _ = k.shape

@@ -1,7 +1,7 @@
 """Chooses how attention is computed: by einsums, by ring attention, or by the accelerator vendor's kernel.
 
-All backends compute the same function as `model.net.attention.attention`. The vendors' kernels mask by the order of the
-tokens in a row and not by positions, so positions must increase within a document, as they do in training rows.
+All backends compute the same function as `model.net.attention.attention`. The vendors' kernels mask keys by their order
+in the row instead of by their positions, so positions must increase within a document, as they do in training rows.
 Decoding with a cache uses the einsums, and so do batches that the mesh does not divide evenly.
 """
 
@@ -60,7 +60,7 @@ def _problem(backend: str, c: ModelConfig, dtype: str, seq_len: int, platform: s
 def attend(q: Array, k: Array, v: Array, context: Context) -> Array:
     """Computes the attention [B,T,N,H] of q [B,T,N,H] to k and v [B,K,S,H], by the backend that `context` names.
 
-    The k and v of a cache have the shape [B*K,S,H].
+    If k and v come from a cache, they have the shape [B*K,S,H].
     """
     how, window = context.backend, max(context.windows, default=0)
     (B, T), split = q.shape[:2], shards("context")
@@ -97,12 +97,12 @@ def _splash_of_layer(q: Array, k: Array, v: Array, context: Context, window: int
 
 
 def splash(q: Array, k: Array, v: Array, segments: Array, window: int = 0, causal: bool = True) -> Array:
-    """Computes flash attention of q [B,T,N,H] to k, v [B,K,T,H] with JAX's splash kernel for TPUs. It has a gradient.
+    """Computes flash attention of q [B,T,N,H] to k, v [B,K,T,H] with JAX's splash kernels for TPUs.
 
     XLA's partitioner cannot split a kernel, so every device runs the kernel on its own rows and heads. If the mesh axis
     "context" shards sequences, a device keeps its own queries and gathers all keys and values, which are 2 T K H
-    numbers per row. The kernel reads them block by block, so it never stores a T x T array. Like `weights.einsum`, the
-    forward kernel tags its result with the checkpoint name "product".
+    numbers per row. The kernel reads keys and values block by block, so it never stores a T x T array. Like
+    `weights.einsum`, the forward kernel tags its result with the checkpoint name "product".
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 

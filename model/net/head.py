@@ -23,9 +23,10 @@ T = TypeVar("T")
 
 ROWS = ("data", "fsdp", "context")  # mesh axes over which rows are sharded
 
-# Size in bytes of the float32 logits of one chunk on one shard. On a CPU, that is 341 rows if V = 49152.
-# Each chunk reads the whole weight of the head, and adds to the gradient of this weight.
-# An accelerator multiplies faster than it reads memory, so its chunks need thousands of rows.
+# The size in bytes of one chunk of float32 logits on one shard, by platform.
+# On a CPU, a chunk has 341 rows if the vocabulary has 49152 tokens.
+# Each chunk reads the whole weight matrix of the head, and adds to the gradient of this matrix.
+# Since an accelerator multiplies faster than it reads memory, its chunks need thousands of rows.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "other": 512 * 2**20}
 
 Unembed = Callable[[Params, Array], Array]  # (the head's parameters, x [B,T,D]) -> logits [B,T,V] in float32
@@ -41,9 +42,8 @@ Side = tuple[Network, Params, Array]  # a model, the model's parameters, and the
 def nll(model: Network, params: Params, x: Array, targets: Array, weight: Array) -> Array:
     """Returns the scalar sum(weight * -log p(targets)) in nats, for hidden states x [B,T,D], targets and weight [B,T].
 
-    The gradient is computed in the forward pass, while the logits of a chunk are in memory. Otherwise the backward pass
-    would have to recompute the logits, which takes one more matrix product. For a loss that is not linear in the
-    log-probabilities, use `token_logps`.
+    The gradient is computed in the forward pass, while the logits of a chunk are in memory, so that the backward pass
+    need not compute them again. For a loss that is not linear in the log-probabilities, use `token_logps`.
     """
     unembed, head = model.head(params)
     (x, targets, weight), _ = _count_first(weight, x, targets)
@@ -94,7 +94,7 @@ def kl(of: Side, to: Side, mask: Array, temperature: float = 1.0) -> Array:
 def over_rows(f: Callable[..., Tree], sides: Sequence[Side], mask: Array, *extra: Array) -> Tree:
     """Returns `f(logits, ..., *extra)` at the positions [B,T] where `mask` is not 0, and 0 at all other positions.
 
-    `f` takes the logits [R,V] of each model in `sides`, and R rows of each array [B,T,...] in `extra`. It must compute
+    `f` takes the logits [R,V] of each model in `sides`, and R rows of each array [B,T,...] in `extra`. `f` must compute
     each row independently, and return an array [R] or a tree of such arrays. The result is differentiable with respect
     to the parameters of the heads, the hidden states and `extra`. The backward pass recomputes the logits.
     """
@@ -163,7 +163,7 @@ def _copies(tree: Tree, shards: int) -> Tree:
 def _sent(tree: Tree, x: Array) -> Tree:
     """Copies the parameters of a head to every shard of x [S,R,D].
 
-    Plain arrays are first cast to the dtype of x, if that dtype is narrower than theirs.
+    Plain arrays are first cast to the dtype of x, if that dtype is narrower.
     """
 
     def narrow(w: Array | Weight) -> Array | Weight:
@@ -175,7 +175,7 @@ def _sent(tree: Tree, x: Array) -> Tree:
 def chunk_rows(rows: int, vocab: int) -> int:
     """Returns the number of rows per chunk and shard.
 
-    All chunks have the same size, since the loop would compute as many rows for a smaller last chunk.
+    All chunks have the same size, because a smaller last chunk would take as long as a full chunk.
     """
     most = CHUNK_BYTES["cpu" if weights.platform() == "cpu" else "other"]
     return -(-rows // -(-4 * rows * vocab // most))
@@ -207,7 +207,7 @@ def _loop(weight: Array, vocab: int, body: Callable[[Cut, Array, Array, T], T], 
 
 
 def _pieces(unembed: Unembed, head: tuple[Tree, Tree], x: Array, targets: Array, g: Array) -> tuple[Array, Tree, Array]:
-    """Returns (log p(targets) [S,C], gradient for the trained parameters of the head, gradient for x) of one chunk.
+    """Returns (log p(targets) [S,C], gradient for the trained parameters of the head, gradient for x) for one chunk.
 
     The hidden states x are [S,C,D], and g [S,C] is the cotangent of the log-probabilities. `head` is (trained
     parameters, frozen parameters), and has a copy of each array for every shard.
@@ -279,7 +279,10 @@ _nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
 
 
 def _by_perturbed(tree: Tree) -> tuple[Tree, Tree]:
-    """Splits a tree into (arrays that are differentiated, all other arrays). None replaces the arrays left out."""
+    """Splits a tree into two trees: one with the arrays that are differentiated, and one with all other arrays.
+
+    Both trees have None in place of the arrays that they do not contain.
+    """
 
     def primal(p: object) -> bool:
         return hasattr(p, "perturbed")

@@ -1,4 +1,4 @@
-"""The kinds of layers. To add a kind, write a subclass of Block and add it to KINDS.
+"""The kinds of layers. To add a kind of layer, write a subclass of Block and add this class to KINDS.
 
 Parameters that only one kind of layer has are stored under the name of that kind, such as "attn" in "layers/attn/wq".
 """
@@ -28,5 +28,5 @@ def check(config: ModelConfig) -> None:
 
 
 def without_columns(parts: Iterable[str]) -> list[str]:
-    """Returns those names in `parts` that are kinds of layers without a cached key and value per token."""
+    """Returns the names in `parts` that are kinds of layers which do not cache a key and a value per token."""
     return [part for part in parts if part in KINDS and not KINDS[part].columns]

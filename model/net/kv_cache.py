@@ -75,7 +75,7 @@ def insert(cache: Cache, part: Cache, rows: Array, sources: Array, count: Array 
     ends = jnp.where(part.segments != 0, jnp.arange(1, width + 1), 0).max(1)
 
     def placed(x: Array, end: Array) -> Array:
-        """Moves the W columns of a row to those of the S columns of the ring buffer where they belong."""
+        """Rotates and pads a row of W columns to the S columns of the ring buffer, so that it ends before the index."""
         x = jnp.roll(x, -end, axis=1)[:, -room:]
         x = jnp.pad(x, ((0, 0), (room - x.shape[1], 0), *((0, 0),) * (x.ndim - 2)))
         return jnp.roll(x, cache.index, axis=1)
@@ -95,9 +95,9 @@ def insert(cache: Cache, part: Cache, rows: Array, sources: Array, count: Array 
 
 
 def _each(f: Callable[..., Array], layers: Tree, *others: Tree) -> Tree:
-    """Calls f(whether the layer caches keys and values, *arrays) on the arrays [B*K,...] of each layer's cache.
+    """Applies `f` to the arrays [B*K,...] of the cache of each layer. The layers may be stacked.
 
-    The layers may be stacked or not.
+    The first argument of `f` says whether the layer caches keys and values.
     """
 
     def of(layer: Tree, *rest: Tree) -> Tree:

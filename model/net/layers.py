@@ -70,7 +70,7 @@ class Norm(Layer):
 
 
 class Attention(Layer):
-    """Self-attention from x [B,T,D] to [B,T,D]. With a cache, tokens also attend to the tokens of earlier calls."""
+    """Maps x [B,T,D] to [B,T,D] by self-attention. With a cache, tokens also attend to the tokens of earlier calls."""
 
     @nn.compact
     def __call__(self, x: Array, context: Context, cache: KV | None) -> tuple[Array, KV | None]:
@@ -104,7 +104,7 @@ class Attention(Layer):
 
 
 class MLP(Layer):
-    """Maps x [B,T,D] to [B,T,D] by SwiGLU (Shazeer 2020, arXiv 2002.05202) if `gated`, else by act(x up) down."""
+    """Maps x [B,T,D] to [B,T,D] by SwiGLU (Shazeer 2020, arXiv 2002.05202) or by act(x @ up) @ down."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -127,7 +127,7 @@ class Block(Layer):
     The method `mix` combines different tokens, and the method `feed` transforms each token separately. A call takes
     the layer's cache of earlier tokens, or None, and returns x and the cache with the tokens of x added. Subclasses
     implement other kinds of layers. If the attribute `columns` is True, the cache stores a key and a value per token.
-    Only such layers support virtual tokens, bidirectional models, and batches whose rows start at different steps.
+    Only such layers support virtual tokens, bidirectional models, and batches with rows that start at different steps.
     """
 
     columns: ClassVar[bool] = True
@@ -136,7 +136,7 @@ class Block(Layer):
     def empty_cache(
         config: ModelConfig, lead: tuple[int, ...], batch: int, length: int, dtype: str, kind: str
     ) -> NamedTuple:
-        """Returns an empty cache. `lead` is () or (number of stacked layers,), `kind` is a key of kv_cache.KINDS."""
+        """Returns an empty cache. Its arrays have the leading axes `lead`, and `kind` is a key of kv_cache.KINDS."""
         shape = (*lead, batch * config.kv_heads, length, config.head_dim)
         return KV(*(kv_cache.encode(jnp.zeros(shape, dtype), kind) for _ in KV._fields))
 
@@ -190,8 +190,8 @@ def report(module: nn.Module, name: str, value: Array) -> None:
 def by_heads(x: Array) -> Array:
     """Shards the heads of x [B,T,N,H] like the heads of the weights, if the mesh axis "tensor" divides N.
 
-    A cache merges batch rows and heads into one axis, so it is not sharded by heads. Without this constraint, XLA's
-    partitioner would gather the weights on every device instead of the activations x.
+    A cache merges batch rows and heads into one axis, so the cache is not sharded by heads. Without this constraint,
+    XLA's partitioner would gather the weights on every device instead of the activations x.
     """
     even = x.shape[2] % weights.shards("tensor") == 0
     return nn.with_logical_constraint(x, ("act_batch", "act_seq", "heads", None)) if even else x

@@ -46,10 +46,10 @@ class Recurrent(Layer):
         return self.bias("bout", "D", y, True), None if cache is None else Memory(inputs, state)
 
     def convolve(self, u: Array, age: Array, before: Array) -> tuple[Array, Array]:
-        """Applies a causal depthwise convolution to u [B,T,W]. Also returns the inputs that the next call needs.
+        """Applies a causal depthwise convolution to u [B,T,W]. Also returns the last inputs, for the next call.
 
-        `before` [B,C-1,W] are the inputs that precede u. `age` [B,T] is the number of earlier tokens in the document,
-        so that no output depends on another document.
+        The array `before` [B,C-1,W] has the inputs that precede u. The array `age` [B,T], the number of earlier tokens
+        in the same document, ensures that no output depends on another document.
         """
         taps, T = self.config.conv, u.shape[1]
         w = self._declare("conv", "CW", nn.initializers.normal(taps**-0.5), "").astype(u.dtype)

@@ -83,7 +83,7 @@ def _ring(causal: bool, q: Array, k: Array, v: Array, positions: Array, segments
 def _forward(
     causal: bool, q: Array, k: Array, v: Array, positions: Array, segments: Array, window: Array
 ) -> tuple[Array, Residuals]:
-    """Computes an online softmax over all blocks. Its sums are rescaled whenever the running maximum `top` rises."""
+    """Computes an online softmax over all blocks. The sums are rescaled whenever the running maximum `top` rises."""
     ids, x = (positions, segments), _grouped(q, k)
 
     def step(carry: tuple[Array, Array, Array], block: tuple[Array, Array, Ids]) -> tuple:

@@ -99,7 +99,7 @@ def scan(layer: Layer, x: Array, layers: Params, caches: Tree, config: ModelConf
     stacks = (layers, caches or {}, {"windowed": windowed})
 
     def some(x: Array, stacks: tuple, kinds: Sequence[str]) -> tuple[Array, tuple[dict, Reports]]:
-        """Runs the first layers of a period, which have these `kinds`. Returns x, and their caches and reports."""
+        """Runs the first layers of a period, which have these `kinds`. Returns (x, (new caches, reports))."""
         layers, caches, flags = stacks
         kept, reports = [], []
         for i, kind in enumerate(kinds):

@@ -30,8 +30,8 @@ CUDNN = "dot_product_attention_fwd_wrapper"  # JAX's primitive for cuDNN's forwa
 # Remat policies: which results of a layer are saved for the backward pass. All other results are recomputed.
 # "dots" saves the results of `weights.einsum` and, on a TPU or GPU, the result of the attention kernel.
 # On a CPU, recomputing softmax and silu takes less time than stacking their results in the scan.
-# Results are selected by checkpoint name, because selecting all matrix products would save too much with LoRA.
-# By name, only the sum x W + x A B is saved, and not its two terms, which are as large as the sum.
+# With LoRA, saving the results of all matrix products would save both terms of the sum x W + x A B.
+# Results are selected by checkpoint name instead, so that only the sum is saved, which is as large as each term.
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -69,7 +69,7 @@ class Transformer:
     # --- parameters ---
 
     def init(self, key: Array) -> Params:
-        """Returns random parameters, stacked over layers. To create them sharded, jit it with `out_shardings`."""
+        """Returns random parameters, stacked over layers. Under `jax.jit` with `out_shardings`, they are sharded."""
         boxes = self._boxes(key)
         return jax.tree.map(lambda s: s.value.astype(self.param_dtype), boxes, is_leaf=weights.is_spec)
 
@@ -268,7 +268,7 @@ class Transformer:
 
 
 def _prefix(layer: Params) -> KV | None:
-    """Returns the keys and values of prefix tuning for a layer or a stack of layers; None if it has no attention."""
+    """Returns the trained keys and values of a layer or a stack of layers, or None for layers without attention."""
     if "attn" not in layer:
         return None
     prefix = layer["attn"]["prefix"]

@@ -20,8 +20,8 @@ class LoRA(Weight):
     """A base weight plus scale * A B, where A is [contracted axes..., R] and B is [R, produced axes...].
 
     Axes that the weight shares with both x and the result, such as experts, come first in A and in B. If a tied
-    embedding table is used as the unembedding, B is multiplied before A. The field `used` says which uses of a tied
-    table the adapter changes.
+    embedding table is used as the unembedding, B is multiplied before A. The field `used` says whether the adapter of
+    a tied table changes the lookup, the head, or both.
     """
 
     base: Array | Weight

@@ -1,6 +1,6 @@
-"""Orthogonal fine-tuning (Qiu et al. 2023, arXiv 2306.07280).
+"""Orthogonal fine-tuning (OFT, Qiu et al. 2023, arXiv 2306.07280).
 
-It computes y = (x R) W, where W is frozen, and the trained matrix R is orthogonal and block-diagonal.
+OFT computes y = (x R) W, where W is frozen, and the trained matrix R is orthogonal and block-diagonal.
 """
 
 import math
@@ -35,8 +35,8 @@ class OFT(Weight):
 
         If `terms` is 0, R is the Cayley transform (I - Q)(I + Q)^-1. Otherwise, R consists of the first `terms` terms
         of the series of (I + Q)(I - Q)^-1, which is I + 2 Q + 2 Q^2 + ... + Q^(terms - 1) (Qiu et al. 2025, arXiv
-        2506.19847). The signs and the last coefficient are those of PEFT. With a series, R is only orthogonal for small
-        Q.
+        2506.19847). The signs and the last coefficient of the series are the same as in PEFT. With a series, R is only
+        orthogonal for small Q.
         """
         if self.cached is not None:
             return self.cached
@@ -44,7 +44,7 @@ class OFT(Weight):
         rows, columns = jnp.triu_indices(b, 1)
         q = jnp.zeros((*self.q.shape[:-1], b, b), jnp.float32).at[..., rows, columns].set(self.q.astype(jnp.float32))
         q, one = q - jnp.swapaxes(q, -1, -2), jnp.eye(b)
-        if not self.terms:  # X (I + Q) = I - Q, and (I + Q)^T = I - Q
+        if not self.terms:  # solves X (I + Q) = I - Q, where I - Q is the transpose of I + Q
             return jnp.swapaxes(jnp.linalg.solve(one - q, jnp.swapaxes(one - q, -1, -2)), -1, -2)
         total, power = one, one
         for i in range(1, self.terms):

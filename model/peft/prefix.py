@@ -1,6 +1,6 @@
 """Prefix tuning (Li & Liang 2021, arXiv 2101.00190) puts trained keys and values before every document.
 
-They are the initial content of the key-value cache: see Transformer.cache.
+These keys and values are the initial content of the key-value cache: see Transformer.cache.
 """
 
 from typing import ClassVar
@@ -31,7 +31,8 @@ class Prefix(Extra):
 def make(*, tokens: int = 20, deviation: float = 0.02) -> Transform:
     """Returns a Transform that adds `tokens` virtual tokens to each attention layer.
 
-    Their keys and values are drawn from N(0, `deviation`^2). Raises ValueError if the model has no attention layer.
+    The keys and values of virtual tokens are first drawn from N(0, `deviation`^2). Raises ValueError if the model has
+    no attention layer.
     """
 
     def transform(params: Params, specs: Specs, key: Array) -> Params:

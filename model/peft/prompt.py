@@ -1,7 +1,7 @@
 """Prompt tuning (Lester et al. 2021, arXiv 2104.08691) puts trained embeddings before every document.
 
-Since no tokens precede these embeddings, their keys and values are the same for every document. They are computed once,
-and then used like those of prefix tuning. See Transformer.cache.
+Since no tokens precede these embeddings, their keys and values are the same for every document. These keys and values
+are computed once, and then used like those of prefix tuning. See Transformer.cache.
 """
 
 from typing import ClassVar

@@ -24,8 +24,8 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Returns {path: {format: error}} for the matrices that match `where`, measured on embedded tokens x [B,T,D].
 
-    Only one matrix is rounded at a time. It changes the output y of its layer to y'. The error is |y' - y|^2 / |y|^2,
-    averaged over tokens and summed over layers, so that different matrices can be compared. `layer(i)` reads the
+    Only one matrix is rounded at a time. If rounding changes the output y of a layer to y', the error is |y' - y|^2 /
+    |y|^2, averaged over tokens and summed over layers, so that different matrices can be compared. `layer(i)` reads the
     parameters of layer i.
     """
     errors: dict[str, dict[str, Array]] = {}

@@ -28,7 +28,7 @@ DAMPING = 0.01  # this fraction of the mean diagonal entry of X'X is added to it
 
 
 class Inputs(NamedTuple):
-    """Statistics of the inputs X [tokens, K] of a matrix, summed over tokens."""
+    """Statistics over all tokens of the inputs X [tokens, K] of a matrix."""
 
     gram: Array  # X'X [K, K]
     size: Array  # sum of |x| [K]
@@ -68,7 +68,7 @@ def gptq(upper: Array, m: Array, form: Format) -> Rounding:
     """Rounds a matrix by GPTQ (Frantar et al. 2022, arXiv 2210.17323, algorithm 1).
 
     The K rows are rounded one after the other. X'X determines how the remaining rows compensate for the error of each
-    row. The scale of a group is computed when its first row is reached.
+    row. The scale of a group is computed when the first row of the group is reached.
     """
     m, k = m.astype(jnp.float32), m.shape[0]
     groups = form.tile[0] < k
@@ -104,7 +104,7 @@ def _gptq_block(form: Format, m: Array, upper: Array, scale: Array, offset: Arra
 
 
 def rescaled(w: Array, eqn: str, factors: Array, encode: Encode) -> Quantized:
-    """Quantizes `w` with its rows multiplied by `factors` [K]. The result divides its inputs by the same factors."""
+    """Quantizes `w` with its rows multiplied by `factors` [K]. The quantized weight divides its inputs by them."""
     inverse = (1 / factors).astype(jnp.bfloat16)[:, None]
     return encode(w, eqn, solve=lambda m, form: nearest(m / inverse.astype(jnp.float32), form)).with_inverse(inverse)
 
@@ -128,7 +128,7 @@ def awq(w: Array, eqn: str, inputs: Inputs, encode: Encode) -> Quantized:
 def smoothquant(w: Array, eqn: str, inputs: Inputs, encode: Encode) -> Quantized:
     """Quantizes a matrix by SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, eq. 4 with alpha 0.5).
 
-    It scales down inputs with outliers, and scales up the weights that multiply them.
+    SmoothQuant scales down inputs with outliers, and scales up the weights that multiply these inputs.
     """
     rows = jnp.abs(matrix(w, eqn)).max(-1)
     factors = jnp.maximum(inputs.peak, 1e-5) ** 0.5 / jnp.maximum(rows, 1e-5) ** 0.5
@@ -167,8 +167,8 @@ def calibrate(
 ) -> Iterator[tuple[Params, dict[str, float]]]:  # fmt: skip
     """Quantizes the layers one after the other, and yields (parameters, {path: relative output error}) for each layer.
 
-    The calibration data are the embedded batches `xs` [B,T,D]. As in GPTQ, a layer gets the outputs of the quantized
-    layers before it. `layer(i)` reads the float parameters of layer i, so that no other layer is in memory.
+    The calibration data are the embedded batches `xs` [B,T,D]. As in GPTQ, the inputs of a layer are the outputs of the
+    quantized layers before it. `layer(i)` reads the float parameters of layer i, so that no other layer is in memory.
     `encoder(path)` returns the function that quantizes a matrix. The regex `where` must not match experts, since each
     expert gets different tokens.
     """

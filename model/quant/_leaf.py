@@ -25,8 +25,8 @@ Encode = Callable[..., Weight]  # (weight, equation) -> quantized weight; most e
 class Quantized(Weight):
     """A frozen weight, represented as numbers * scale + offset.
 
-    The weight is treated as a matrix [..., K, N]. It is stored as [..., N, K] if its equation lists N before K. A
-    product with it has a gradient only for the activation.
+    The weight is treated as a matrix [..., K, N], which is stored as [..., N, K] if the equation lists N before K. A
+    product with this weight is only differentiable with respect to the activation.
     """
 
     codes: Array
@@ -41,7 +41,7 @@ class Quantized(Weight):
     unpack_rows: ClassVar[Callable[[Array], list[Array]] | None] = (
         None  # converts bytes to a list of arrays, one for each row of the matrix that shares a byte
     )
-    kernel_format: ClassVar[str] = ""  # name of the format of the codes in kernels/
+    kernel_format: ClassVar[str] = ""  # the name that the modules in kernels/ use for this format
 
     def numbers(self, codes: Array) -> Array:
         """Converts the codes of a matrix to the float32 numbers [..., K, N] that they stand for."""
@@ -104,7 +104,7 @@ class Quantized(Weight):
         return self.in_order(self.plain_scales().scale)
 
     def plain_scales(self) -> "Quantized":
-        """Returns this weight with its scales as floats. Subclasses that store scales as codes decode them."""
+        """Returns this weight with its scales as floats. Subclasses with quantized scales override this method."""
         return self
 
     def matrix(self) -> Array:

@@ -32,7 +32,10 @@ def letters(eqn: str) -> tuple[str, str, str]:
 
 
 def transposed(eqn: str) -> bool:
-    """Returns whether the weight is stored as [shared, N, K]. Raises ValueError if its axes have any other order."""
+    """Returns whether a weight is stored as [shared, N, K] instead of [shared, K, N].
+
+    Raises ValueError if the axes of the weight have any other order.
+    """
     (shared, k, n), w = letters(eqn), weights.operands(eqn)[1]
     if w not in (shared + k + n, shared + n + k):
         raise ValueError(f"the weight {w} of {eqn} is not a matrix {k} by {n}")
@@ -62,11 +65,11 @@ WHOLE = 2**62  # a tile of this size covers the whole matrix
 
 
 class Format(NamedTuple):
-    """A quantization format: a grid of numbers, and the size of the tiles of a matrix that share a scale."""
+    """A quantization format: a grid of numbers, and the size of a tile, in which all weights share a scale."""
 
     grid: Callable[[Array], Array]  # rounds values to the nearest number of the grid
     top: float  # the largest number of the grid
-    tile: tuple[int, int]  # rows of K and columns of N that share a scale
+    tile: tuple[int, int]  # number of rows and of columns that share a scale
     calibration: Literal["absmax", "percentile", "mse"] = "absmax"
     symmetric: bool = True  # if False, each tile also has an offset
 

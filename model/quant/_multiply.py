@@ -1,8 +1,8 @@
 """Multiplies activations by a quantized weight, with a custom kernel if there is a suitable one, or else with XLA.
 
-On each device, a kernel multiplies the device's rows of x by the device's part of the quantized matrix. XLA first
-converts the matrix to floats. XLA is used for experts, for weights with offsets, and for formats without a kernel. The
-files in `kernels/` describe the kernels.
+On each device, a kernel multiplies the device's rows of x by the device's part of the quantized matrix. Without a
+kernel, XLA converts the matrix to floats and multiplies by it. XLA is used for experts, for weights with offsets, and
+for formats without a kernel. The files in `kernels/` describe the kernels.
 """
 
 import math
@@ -136,8 +136,8 @@ def _part(leaf: "Quantized") -> tuple[int, int]:
 def product(eqn: str, x: Array, leaf: "Quantized") -> Array:
     """Multiplies x by the dequantized matrix.
 
-    If the format also rounds activations (W8A8), each token of x is rounded with its own scale, except for experts, and
-    the gradient ignores the rounding (straight-through).
+    If the format also rounds activations (W8A8), each token of x is rounded with its own scale, except for experts. The
+    gradient ignores this rounding (straight-through).
     """
     xs, _, out = weights.operands(eqn)
     shared, contracted, _ = weights.split(eqn)

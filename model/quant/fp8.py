@@ -24,7 +24,7 @@ class FP8(Quantized):
 
 @cache
 def _grid(format: str) -> Callable[[Array], Array]:
-    """Returns the rounding function of a format. It is cached, since jit compiles again for another function object."""
+    """Returns the rounding function of a format. It is always the same object, so that jit compiles only once."""
     return lambda v: round_float(v, *FLOATS[format][1:])
 
 

@@ -1,8 +1,8 @@
 """Two-bit codes, four per byte, with one scale for each group of weights along the contracted axis.
 
 The four levels are -1.5, -0.5, 0.5 and 1.5 times the scale. No level is 0, because a symmetric grid with 0 would use
-only three of the four codes. Rounding a trained model to 2 bits ruins it. Quantization-aware training (qat.py) keeps
-part of its quality (ParetoQ, Liu et al. 2025, arXiv 2502.02631).
+only three of the four codes. Rounding a trained model to 2 bits ruins the model. Quantization-aware training (qat.py)
+keeps part of the model's quality (ParetoQ, Liu et al. 2025, arXiv 2502.02631).
 """
 
 from functools import partial

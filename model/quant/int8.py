@@ -2,7 +2,7 @@
 
 If `activations` is True, the inputs are also rounded to eight bits, with one scale per token. On a TPU, XLA's own
 products are already as fast as memory bandwidth allows, with or without `activations`, so this format has no TPU
-kernel. On a CPU, products of integers are the fast path.
+kernel. On a CPU, matrix products of integers are the fast path.
 """
 
 from typing import ClassVar, Literal

@@ -1,9 +1,10 @@
 """Training with 8-bit matrix products in the forward and the backward pass (as in AQT and FP8-LM, arXiv 2310.18313).
 
 Weights are stored as floats, and rounded each time they are used. A product of codes is only possible if no scale
-varies along the axis that is summed. The backward pass sums over other axes than the forward pass. So it multiplies the
-scales of the forward pass into the output's gradient before it rounds that gradient: the scales of W for the gradient
-of x, and the scales of x for the gradient of W. Then it can use the codes of the forward pass.
+varies along the axis that is summed. The backward pass sums over other axes than the forward pass. So the backward pass
+multiplies the output's gradient by the scales of the forward pass before it rounds this gradient: by the scales of W
+for the gradient of x, and by the scales of x for the gradient of W. This way, the backward pass can use the codes of
+the forward pass.
 """
 
 from functools import partial
@@ -53,7 +54,7 @@ class QuantTrain(Weight):
 def _product(eqn: str, a: Array, b: Array, floats: DTypeLike) -> Array:
     """Multiplies codes, and returns float32. Float codes are first cast to `floats`, which represents them exactly.
 
-    On a GPU, XLA merges this cast and the product into one 8-bit product. Other devices have no 8-bit float products.
+    On a GPU, XLA merges this cast and the product into one 8-bit product. Other devices cannot multiply 8-bit floats.
     """
     if jnp.issubdtype(a.dtype, jnp.integer):
         return product_of_codes(eqn, a, b)
