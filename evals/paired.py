@@ -54,7 +54,7 @@ def compare(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Pa
 
 def mcnemar(wins: int, losses: int) -> float:
     """The two-sided p-value from the rows on which only one of two models is right. Under the null hypothesis, each
-    model is equally likely to be the right one on such a row."""
+    model is equally likely to be the one that is right on a row."""
     n, ways, total = wins + losses, 1, 0
     for k in range(min(wins, losses) + 1):
         total, ways = total + ways, ways * (n - k) // (k + 1)  # exact binomial coefficients

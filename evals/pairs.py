@@ -32,7 +32,7 @@ class Pair(NamedTuple):
 
 
 def text(prompt: Prompt) -> str:
-    """A prompt as one text, with the role before each turn."""
+    """Converts a prompt to one text, with the role before each turn."""
     return prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role'].title()}: {m['content']}" for m in prompt)
 
 

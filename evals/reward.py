@@ -3,13 +3,15 @@ specified as
 
     PART[,PART ...]      each PART is [WEIGHT*]KIND:NAME, for example 0.8*model:runs/reward,0.2*rule:length?most=100
 
-KIND is one of
-scorer   a file in evals/scorers, which compares the answer with the row's `answer` or `references`
-model    a reward model: a run, or an exported folder
-judge    a model that grades the answer from 0 to 1; openai:URL#MODEL is a hosted model
-rule     length?most=N: 1 up to N words, falling to 0 at 2N; unrepeated: share of distinct 4-grams of words; ends:
-         1 if the answer ends with a full stop, a question or an exclamation mark
-or a module of yours in the current folder: MODULE:FUNCTION, called as function(prompts, answers, rows) -> numbers.
+KIND is one of these:
+`scorer`   A file in evals/scorers, which compares the answer with the row's `answer` or `references`.
+`model`    A reward model: a run, or an exported folder.
+`judge`    A model that grades the answer from 0 to 1; openai:URL#MODEL is a hosted model.
+`rule`     The rule length?most=N gives 1 up to N words, falling to 0 at 2N. The rule unrepeated gives the share of
+           distinct 4-grams of words. The rule ends gives 1 if the answer ends with a full stop, a question mark or an
+           exclamation mark.
+A KIND can also be a module of yours in the current folder: MODULE:FUNCTION is called as
+function(prompts, answers, rows) and returns a number for each answer.
 """
 
 import importlib

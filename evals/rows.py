@@ -2,16 +2,17 @@
 
     SOURCE[:OPTION=VALUE ...]      for example rows.jsonl:scorer=number:slices=kind
 
-SOURCE is any data source: a .jsonl, .json, .csv, .tsv or .parquet file, also with .gz; a folder; hf:repo. Options:
-scorer   exact, contains, number, choice, token_f1, set_f1, regex, json, rouge_l (files in evals/scorers), or auto (the
-         default), which prints its choice and the reason
-split    the rows to score: train, validation, test (the default) or all (the default if SOURCE or the file's name names
-         a split, such as FILE@test). Examples in the prompt are rows of the train split. See data/splits.py
-slices   COLUMN+COLUMN: columns; rows with the same value in such a column are also scored separately
-options  the column with the options of a choice, if it is not "options" or "choices"
-tokens   maximum tokens of an answer; by default enough for the longest reference
-name     name of the results; by default the name of the file
-and column names, as in data.fields: prompt=question:completion=answer
+SOURCE is any data source: a .jsonl, .json, .csv, .tsv or .parquet file, also with .gz; a folder; hf:repo. These are the
+options:
+`scorer`   One of exact, contains, number, choice, token_f1, set_f1, regex, json and rouge_l (files in evals/scorers),
+           or auto (the default), which prints its choice and the reason.
+`split`    The rows to score: train, validation, test (the default) or all (the default if SOURCE or the file's name
+           names a split, such as FILE@test). Examples in the prompt are rows of the train split. See data/splits.py.
+`slices`   COLUMN+COLUMN: rows with the same value in such a column are also scored separately.
+`options`  The column with the options of a choice, if its name is not "options" or "choices".
+`tokens`   The maximum number of tokens of an answer; the default is enough for the longest reference.
+`name`     The name of the results; the default is the name of the file.
+The names of columns are also options, as in data.fields: prompt=question:completion=answer
 
 A row may have several references, given as a list or in SQuAD's format {"text": [...]}.
 """
@@ -38,8 +39,7 @@ OPTIONS = ("scorer", "split", "slices", "options", "tokens", "name")
 COLUMNS = (
     "prompt", "completion", "messages", "conversations", "instruction", "input", "output", "system", "references",
 )  # fmt: skip
-# Names of columns that may have the references, which are the right answers. The first of these columns that a row has
-# is used.
+# The right answers of a row, its references, are in the first of these columns that the row has.
 ANSWERS = ("references", "completion", "answer", "answers", "response", "output", "label", "target")
 EMPTY = "(none)"  # while a row is read, this text stands for an empty reference
 CLASSES, LABELS, SLICES = 50, 10, 50  # limits: options of a choice, options if `auto` chose it, slices

@@ -28,7 +28,7 @@ from model.weights import Spec, Weight
 
 BATCH = 16  # prompts per batch; the scores do not depend on this number
 LEAST, MOST = 32, 512  # minimum and maximum number of new tokens if the task does not limit them
-CITATION = 12  # additional tokens of an answer for its citations
+CITATION = 12  # number of additional tokens that an answer may use for citations
 FREQUENT = 5  # number of most frequent answers that a result lists
 ZERO_SHOT = Context()
 

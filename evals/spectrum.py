@@ -75,10 +75,11 @@ def _layers(old: "Array", delta: "np.ndarray", spec: "Spec") -> list[dict]:
 def figures(w: "Array", delta: "Array") -> dict[str, "Array"]:
     """Computes scalars for a matrix W [in, out] and its change dW.
 
-    relative: ||dW|| / ||W||. cosine: <W, W + dW> / (||W|| ||W + dW||). With s the singular values of dW,
-    effective_rank: exp of the entropy of s / sum(s) (Roy & Vetterli 2007); stable_rank: sum(s^2) / s_1^2; rank_90: how
-    many of the largest s have 90 % of sum(s^2). intruders: the number of the first TOP output-side singular vectors of
-    W + dW whose cosine to every singular vector of W is below COSINE (Shuttleworth et al. 2024, arXiv 2410.21228).
+    `relative`: ||dW|| / ||W||. `cosine`: <W, W + dW> / (||W|| ||W + dW||). Let s be the singular values of dW.
+    `effective_rank`: exp of the entropy of s / sum(s) (Roy & Vetterli 2007). `stable_rank`: sum(s^2) / s_1^2.
+    `rank_90`: how many of the largest s make up 90 % of sum(s^2). `intruders`: the number of the first TOP output-side
+    singular vectors of W + dW whose cosine to every singular vector of W is below COSINE (Shuttleworth et al. 2024,
+    arXiv 2410.21228).
     """
     import jax.numpy as jnp
 

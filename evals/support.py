@@ -12,14 +12,15 @@ from infer.retrieve.index import Hit
 def measure(
     examples: Sequence[Example], answers: Sequence[str], hits: Sequence[Sequence[Hit]], cited: Sequence[Sequence[int]]
 ) -> Json:
-    """Returns the shares of questions for which a statement below is true, mean scores, and counts.
+    """Returns the shares of questions for which the first four statements are true, two mean scores, and two counts.
 
-    retrieved   a reference is in one of the passages
-    cites       the answer cites one of the passages, by its number
-    cited       a reference is in a passage that the answer cites
-    grounded    the model's answer is in a passage that it cites, or in any passage if it cites none
-    exact, f1   the best scores over the references, whatever scorer the task has
-    injections  passages that read as instructions to the model (infer.retrieve.injections), of `passages`
+    `retrieved`: a reference is in one of the passages.
+    `cites`: the answer cites one of the passages by its number.
+    `cited`: a reference is in a passage that the answer cites.
+    `grounded`: the model's answer is in a passage that it cites, or in any passage if it cites none.
+    `exact`, `f1`: the scores of an answer are the best ones over its references, whatever scorer the task has.
+    `injections`, `passages`: the number of retrieved passages that read as instructions to the model
+    (infer.retrieve.injections), and the number of all retrieved passages.
     """
     references = [example.get("references", [example["answer"]]) for example in examples]
     passages = [[hit.chunk.passage for hit in row] for row in hits]

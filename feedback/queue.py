@@ -19,7 +19,7 @@ class Queue:
         self.lock = threading.Lock()
 
     def take(self, annotator: str) -> Item | None:
-        """The next item for this person. It stays the same until the person decides on it."""
+        """The next item for this person, which stays the same until the person decides on it."""
         with self.lock:
             found = next(self.open(annotator), None)
             self.looking[annotator] = found.hash if found else ""

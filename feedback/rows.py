@@ -63,7 +63,7 @@ def mostly_bad(events: list[Event]) -> bool:
 
 
 def known(name: str) -> bool:
-    """Whether an export may have written a file of this name."""
+    """Whether `name` is the name of a file that an export may have written."""
     names = "preference|preference_ties|rankings_[2-4]|kto|ratings_.*|corrections|sft|sft_corrections|flags"
     return re.fullmatch(names, name) is not None
 

@@ -43,8 +43,8 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-# Characters that are invisible, or that change how other characters are displayed. Zero-width joiners are not included,
-# since some scripts and emoji need them.
+# Characters that are invisible, or that change how other characters are displayed.
+# Zero-width joiners are not among these characters, since some scripts and emoji need joiners.
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\U000e0000-\U000e007f]"

@@ -78,8 +78,6 @@ def open_session(loaded: schema.Loaded, closing: contextlib.ExitStack, began: fl
         plan.show(cfg, blueprint, folder.path / "cost.json")
         state = init.first_state(cfg, blueprint, start)
 
-        # The run starts from its newest complete checkpoint, if any, else from the model in `cfg.init`, else from
-        # random weights.
         def before_a_save() -> None:
             metrics.sync()
             folder.publish()
@@ -87,6 +85,7 @@ def open_session(loaded: schema.Loaded, closing: contextlib.ExitStack, began: fl
         where = folder.home / "ckpt"
         saves = Checkpointer(where, cfg.ckpt, cfg.allow, metrics.event, before_a_save, folder.config)
         ckpt = enter(contextlib.closing(saves))
+        # If this run has a complete checkpoint, the newest one replaces the first state.
         state = ckpt.restore(state, source)
         metrics.rewind(int(state.step))
     monitor = Monitor(cfg, blueprint, heldout, tokenizer, metrics, tasks)

@@ -53,7 +53,7 @@ def blueprint(cfg: Config, model: Transformer, mesh: Mesh | AbstractMesh) -> Blu
     objective = build.find("train.objectives", cfg.objective)(model)
     transform = build.transform(cfg, model.specs)
     what = "adapters" if cfg.peft.name and cfg.trainable == "all" else cfg.trainable
-    fresh = what == "adapters" and cfg.peft.name != "saved"  # if so, the initial policy is the base without adapters
+    fresh = what == "adapters" and cfg.peft.name != "saved"  # with a new adapter, the initial policy is the base model
     abstract, mask, specs, axes, shares = {}, {}, {}, {}, {}
     for name, role in objective.roles.items():
         if role.kind == "initial" and fresh:

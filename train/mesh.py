@@ -16,13 +16,13 @@ from configs.schema import rules
 from model import weights
 from model.weights import Tree
 
-# Mesh axes, ordered from the slowest network connection to the fastest: neighbors along the last axis are the devices
-# that are nearest to each other. The axis "expert" has size 1, since no model has experts yet.
+# Mesh axes, ordered from the slowest to the fastest network connection between neighboring devices.
+# The axis "expert" has size 1, since no model has experts yet.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
-# Pairs (logical axis, mesh axes over which it is sharded). Logical axes that are not listed are replicated. The axes of
-# activations have names of their own: if a weight and an activation shared the axis "embed", XLA would rematerialize
-# whole arrays at the embedding.
+# Pairs (logical axis, mesh axes over which the logical axis is sharded).
+# Logical axes that are not listed are replicated.
+# Activations have axis names of their own: if they shared "embed" with weights, XLA would rematerialize whole arrays.
 RULES = (
     ("act_batch", ("data", "fsdp")),
     ("act_seq", "context"),

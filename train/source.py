@@ -14,9 +14,8 @@ from data.rows.loader import Loader
 from train.mesh import BATCH
 from train.state import TrainState
 
-# Counts over this process's rows: "tokens" that are not padding, and "targets" that count in the loss. A source that
-# samples also counts the tokens of its extra forward passes: "ROLE/tokens" through the layers of a role, and
-# "ROLE/targets" through the role's head.
+# Numbers of tokens in this process's rows: "tokens" excludes padding; "targets" count in the loss.
+# "ROLE/tokens" and "ROLE/targets" are the numbers of tokens that a sampling source runs through a role and its head.
 Counts = dict[str, int]
 
 

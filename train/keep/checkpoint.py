@@ -92,8 +92,9 @@ class Checkpointer:
         return state
 
     def maybe_save(self, step: int, state: TrainState, source: Source, force: bool = False) -> bool:
-        """Starts a save if one is due, by steps or by minutes, and returns whether a save was started. Call this method
-        after every resumable step. A save that becomes due between resumable steps is made at the next resumable step.
+        """Starts a save if one is due, by steps or by minutes, and returns whether a save was started. Call
+        `maybe_save` after every resumable step. A save that becomes due between resumable steps is made at the next
+        resumable step.
 
         The arrays are copied before this method returns, so the next step may donate them. An error of a save is
         reported when the next save starts, or in `close`: as UserError or, with on_error="continue", as a log line.

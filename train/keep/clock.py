@@ -44,8 +44,8 @@ class Clock:
         self.busy, self.timed = 0.0, 0  # seconds and tokens of all metrics lines so far
 
     def tick(self, sums: dict[str, Pair], counts: Counts) -> None:
-        """Call this method after each step is dispatched. The first step includes compilation and is left out of the
-        rates."""
+        """Counts a step. Call `tick` after each step is dispatched. The first step includes compilation and is left out
+        of the rates."""
         self.steps += 1
         self.pending, self.last = self.last, sums
         if self.steps == 1:

@@ -19,12 +19,12 @@ _OVERLAP = {  # gathers the next layer's parameters while the current layer comp
     "xla_enable_async_all_gather": "true",
 }
 
-# {libtpu version: {preset: flags}}. No preset is used by default, since it depends on the model and the TPU slice which
-# preset helps.
+# {libtpu version: {preset: flags}}.
+# No preset is used by default, since the best preset depends on the model and on the TPU slice.
 PRESETS: dict[str, dict[str, dict[str, str]]] = {
     "0.0.42.1": {
         "overlap": _OVERLAP,
-        "dense": _OVERLAP | {"xla_tpu_scoped_vmem_limit_kib": "98304"},  # larger fusions in vector memory, from MaxText
+        "dense": _OVERLAP | {"xla_tpu_scoped_vmem_limit_kib": "98304"},  # allows larger fusions in VMEM, as in MaxText
         "memory": {"xla_tpu_enable_latency_hiding_scheduler": "false"},  # gathers no parameters in advance
         "dcn": {  # reduces gradients between slices in parts, during the backward pass
             "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
@@ -35,8 +35,7 @@ PRESETS: dict[str, dict[str, dict[str, str]]] = {
 
 
 def apply(preset: str) -> None:
-    """Adds the flags of a preset to LIBTPU_INIT_ARGS. Call this function before anything uses devices. "" adds no
-    flags.
+    """Adds the flags of a preset to LIBTPU_INIT_ARGS. Call `apply` before anything uses devices. "" adds no flags.
 
     Raises UserError when libtpu is not installed or its version has no such preset.
     """
@@ -57,8 +56,8 @@ def apply(preset: str) -> None:
 
 
 def fake_devices() -> None:
-    """Settings for simulated devices on a CPU: a larger thread pool and a longer timeout for collectives. Call this
-    function before anything uses devices.
+    """Settings for simulated devices on a CPU: a larger thread pool and a longer timeout for collectives. Call
+    `fake_devices` before anything uses devices.
 
     A collective blocks one thread per device until all devices arrive. If no thread is left for a parallel matmul, the
     process deadlocks. XLA aborts a process in which a collective waits for 40 s, which happens on a machine with few,

@@ -27,7 +27,7 @@ def connect() -> None:
 
     A launch of several processes is recognized by environment variables: JAX_COORDINATOR_ADDRESS (with
     JAX_NUM_PROCESSES and JAX_PROCESS_ID), the variables of Slurm or GKE (also with several slices), or
-    JAX_NUM_PROCESSES on the hosts of a TPU slice. Call this function before anything uses devices.
+    JAX_NUM_PROCESSES on the hosts of a TPU slice. Call `connect` before anything uses devices.
     """
     env = os.environ
     cache = os.path.expanduser(f"~/.cache/kungfu/xla-{jax.__version__}")

@@ -117,8 +117,8 @@ class Metrics:
             if line.get("event") == "session":
                 line["step"] = min(line["step"], step)
         kept = [line for line in lines if line["step"] <= step and (step or line["kind"] == "event")]
-        # Drop the event that ended an earlier session, since this session records its own end. Keep the event if the
-        # earlier session was preempted.
+        # Drop the event that ended an earlier session, since this session records its own end.
+        # The end of a preempted session is kept.
         kept = [line for line in kept if line.get("exit_code", exits.PREEMPTED) == exits.PREEMPTED]
         previous = {"lost_steps": lost, "seconds": ended[0].spent, "joules": ended[0].joules} if ended else {}
         devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count()}

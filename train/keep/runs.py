@@ -33,8 +33,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-c
 GROWING = (files.LOCK, "metrics.jsonl", "ckpt", "profile", "tensorboard", "wandb")
 ROOT = Path(__file__).resolve().parents[2]
 
-# Config keys that a resume may change, including all keys below them. Such a key either does not affect the state and
-# the batches of any step or, like `steps`, is a usual reason to resume a run.
+# Config keys that a resume may change, including all keys below the listed ones.
+# These keys do not affect the state or the batches of any step, or are, like `steps`, a usual reason to resume a run.
 SAFE = (
     "steps", "epochs", "accum", "mesh", "model.attention", "xla_preset", "log_every", "eval_every", "eval_batches",
     "evals", "eval_n", "floors", "samples", "ckpt", "tracker", "chip", "allow", "data.cache",
@@ -72,8 +72,8 @@ class RunDir:
         self._stop = StopSignals()
 
     def stop_requested(self, step: int) -> bool:
-        """Whether to save `step` and exit with exits.PREEMPTED after SIGTERM or Ctrl-C. Call this method after every
-        step.
+        """Whether to save `step` and exit with exits.PREEMPTED after SIGTERM or Ctrl-C. Call `stop_requested` after
+        every step.
 
         All processes get True at the same step, no matter which of them got the signal.
         """

@@ -47,8 +47,8 @@ def order_logp(scores: Array, ranks: Array) -> Array:
 
     P(S) is the probability that the answers in the set S come first. P(S) is computed for sets S of increasing size:
     P(S) is the sum over i in S of P(S - i) exp(r_i) / sum_{j not in S - i} exp(r_j), where answer i is added last. The
-    sum skips each i for which an answer outside S - i has a better rank than i. Raises UserError for more than MOST
-    answers.
+    sum leaves out each answer i for which an answer outside S - i has a better rank than i. Raises UserError for more
+    than MOST answers.
     """
     count = scores.shape[1]
     if count > MOST:

@@ -25,9 +25,9 @@ def make(
     """The loss is averaged over rows. A reward of 0 is the middle of the scale from `low` to `high`, and a reward of 1
     is one rating above the middle.
 
-    regression: (r - (rating - middle))^2.
-    ordinal:    the all-threshold logistic loss (Rennie and Srebro 2005, eq. 13): for each step between two whole
-                ratings, -log sigmoid(r - step) if the rating is above the step, else -log sigmoid(step - r).
+    `regression`: the loss is (r - (rating - middle))^2.
+    `ordinal`: the loss is the all-threshold logistic loss (Rennie and Srebro 2005, eq. 13): for each step between two
+    whole ratings, -log sigmoid(r - step) if the rating is above the step, else -log sigmoid(step - r).
     """
     middle = (low + high) / 2
     steps = np.arange(low, high) + np.float32(0.5 - middle)
