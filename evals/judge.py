@@ -102,7 +102,7 @@ class Judge:
 
 def _votes(p: np.ndarray) -> list[int]:
     """The vote for each row of letter probabilities p [n,3]: 1 if A is the most probable letter, -1 if B is, 0 if C is.
-    Letters that are equally probable also give 0."""
+    If two letters are equally probable, the vote is 0."""
     top = p.max(1, keepdims=True)
     best = np.isclose(p, top)
     return [0 if row.sum() > 1 or row[2] else 1 if row[0] else -1 for row in best]

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from infer.hosted import Hosted
     from infer.lm import LM
 
-SURE = 0.1  # a larger half-width of an interval causes a warning, with the number of rows needed for SURE / 2
+SURE = 0.1  # an interval with a larger half-width causes a warning, with the number of rows needed for SURE / 2
 
 
 @cli.command

@@ -80,8 +80,7 @@ def newcombe(both: int, first: int, second: int, neither: int) -> tuple[float, f
 
 def bootstrap(differences: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     """Returns (low, high, p) for the mean of differences [n]. `low` and `high` are percentiles over DRAWS samples of
-    rows. `p` is twice the share of samples with a mean of 0 or less, or of 0 or more if that share is smaller, but at
-    least 1 / DRAWS."""
+    rows. `p` is the two-sided p-value that the samples give for a mean of 0, but at least 1 / DRAWS."""
     rng, n = np.random.default_rng(seed), len(differences)
     size = max(1, BLOCK // n)
     blocks = [min(size, DRAWS - at) for at in range(0, DRAWS, size)]
@@ -109,8 +108,8 @@ def results(path: str | Path) -> list[Json]:
 
 
 def asked(result: Json) -> str:
-    """The prompting setup of a result, in words. If an earlier version wrote the result, only `shots` and `index` are
-    known."""
+    """The prompting setup of a result, in words. Results of earlier versions of Kungfu have only `shots` and
+    `index`."""
     parts = [f"{result['shots']}-shot"] * bool(result.get("shots")) + ["retrieval"] * bool(result.get("index"))
     return result.get("asked") or ", ".join(parts) or "zero-shot"
 

@@ -42,8 +42,8 @@ COLUMNS = (
 # The right answers of a row, its references, are in the first of these columns that the row has.
 ANSWERS = ("references", "completion", "answer", "answers", "response", "output", "label", "target")
 EMPTY = "(none)"  # while a row is read, this text stands for an empty reference
-CLASSES, LABELS, SLICES = 50, 10, 50  # limits: options of a choice, options if `auto` chose it, slices
-SHORT, PHRASE = 5, 12  # maximum number of words in references that `auto` scores by exact match, by token F1
+CLASSES, LABELS, SLICES = 50, 10, 50  # maxima: options of a choice, answers for which `auto` selects it, slice values
+SHORT, PHRASE = 5, 12  # `auto` scores up to SHORT words by exact match, and up to PHRASE words by token F1
 
 
 def is_source(spec: str) -> bool:

@@ -1,8 +1,9 @@
 """Converts items and votes to and from the JSON of Argilla (records of its SDK 2) and of Label Studio (tasks).
 
 In both formats, a decision becomes answers to questions with these names: ranking, verdict (bad or skip), ASPECT_1 (a
-rating of the first answer), correction_1 and flag_1. Records made in these tools may have other field names, and only a
-ranking or a pairwise choice. Data for which neither format has a field are kept as JSON in one text field, `kungfu`.
+rating of the first answer), correction_1 and flag_1. Records that were made in Argilla or Label Studio may have other
+field names, and may have only a ranking or a pairwise choice. Data for which neither format has a field are kept as
+JSON in one text field, `kungfu`.
 """
 
 import json

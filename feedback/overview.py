@@ -31,7 +31,7 @@ def sentence(event: Event, at: list[int]) -> str:
 
 
 def agree(event: Event, ranks: list[int | None]) -> bool:
-    """Whether a vote contradicts none of the preferences in the ranks."""
+    """Whether a vote and the given ranks never prefer opposite answers."""
     pairs = [(i, j) for i in range(len(ranks)) for j in range(i)]
     return all((relation(event.ranks, i, j) or 0) * (relation(ranks, i, j) or 0) >= 0 for i, j in pairs)
 

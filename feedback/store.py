@@ -19,7 +19,7 @@ from feedback.items import Item
 FORMAT = 1  # PRAGMA user_version
 NAME = 0x6B756E67  # PRAGMA application_id
 LONGEST = 100  # maximum characters of a name
-OWNER = "owner"  # sees everybody's decisions and resolves disagreements
+OWNER = "owner"  # the name of the person who sees everybody's decisions and resolves disagreements
 SCHEMA = f"""
 CREATE TABLE items (place INTEGER PRIMARY KEY, hash TEXT UNIQUE NOT NULL, content TEXT NOT NULL);
 CREATE TABLE people (name TEXT PRIMARY KEY, token TEXT UNIQUE NOT NULL);

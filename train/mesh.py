@@ -59,9 +59,9 @@ def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    """Arranges the devices by their network connections. Several TPU slices are placed along the data axis, so that
-    only gradients cross the data center's network. Raises UserError if the size of the data axis is not a multiple of
-    the number of slices."""
+    """Arranges the devices in a grid such that devices with fast network connections are neighbors. Several TPU slices
+    are placed along the data axis, so that only gradients cross the data center's network. Raises UserError if the size
+    of the data axis is not a multiple of the number of slices."""
     slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

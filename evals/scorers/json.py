@@ -38,8 +38,8 @@ def first(text: str) -> dict | None:
 
 
 def fields(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """Yields (path, value) for every leaf of a JSON value. The values are such that 1 equals 1.0 but not true, and that
-    spaces around strings do not matter."""
+    """Yields (path, value) for every leaf of a JSON value. When these values are compared, 1 equals 1.0 but not true,
+    and spaces around strings are ignored."""
     if isinstance(value, dict | list) and value:
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from fields(inner, f"{path}/{key}")

@@ -33,7 +33,7 @@ class Clock:
         self.chip = chips.find(cfg.chip or jax.devices()[0].device_kind)
         assert isinstance(plan.mesh, Mesh), "only --plan uses an abstract mesh"
         mine = local_rows(plan.mesh, cfg.data.batch_size)
-        self.parts = cfg.data.batch_size // (mine.stop - mine.start)  # a process counts only one of these batch parts
+        self.parts = cfg.data.batch_size // (mine.stop - mine.start)  # each process counts only 1/parts of the batch
         self.bad = 0  # consecutive non-finite steps before this session
         self.pending: dict[str, Pair] = {}  # metrics of the second-to-last step
         self.last: dict[str, Pair] = {}

@@ -26,8 +26,8 @@ KINDS = ("init", "compile", "data", "step", "eval", "checkpoint")  # uses of a r
 
 
 def means(sums: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> dict[str, float]:
-    """{"loss": (sum, weight)} -> {"loss": sum / weight}, with one transfer from the devices. The mean is NaN if the
-    weight is 0."""
+    """Converts {"loss": (sum, weight)} to {"loss": sum / weight}, with one transfer from the devices. The mean is NaN if
+    the weight is 0."""
     host = jax.device_get(dict(sums))
     return {name: float(total) / float(weight) if float(weight) else math.nan for name, (total, weight) in host.items()}
 
@@ -94,8 +94,8 @@ class Metrics:
         return spent | ({"joules": joules} if joules else {})
 
     def rewind(self, step: int) -> None:
-        """Drops incomplete lines and lines of steps that will be repeated. The seconds that these steps took still
-        count.
+        """Drops incomplete lines and lines of steps that will be repeated. The seconds that the dropped steps took
+        still count.
 
         If the run restarts at step 0, the evaluations of step 0 are repeated too. Then a "session" event is written,
         with the devices of this session and the seconds and joules of the previous session. The record of a `finished`
@@ -184,7 +184,7 @@ class Metrics:
         try:
             self.close()
         except UserError:
-            if kind is None:  # otherwise the error that ended the run is reported
+            if kind is None:  # if another error ended the run, that error is reported instead
                 raise
 
 

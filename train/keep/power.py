@@ -28,7 +28,7 @@ class Power:
             threading.Thread(target=self._work, args=(interval,), name="power", daemon=True).start()
 
     def joules(self) -> dict[str, list[float]]:
-        """{"gpu": [joules per board, seconds covered], "cpu": [joules of all packages, seconds]}, if known."""
+        """Returns {"gpu": [joules per board, seconds], "cpu": [joules of all packages, seconds]}, as far as known."""
         return {name: [round(x, 2) for x in spent] for name, spent in self._spent.items()}
 
     def sample(self) -> None:

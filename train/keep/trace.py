@@ -19,8 +19,8 @@ class Trace:
         self.steps, self.folder, self.traced = max(0, steps), folder, -1  # -1: not started
 
     def tick(self, done: int, result: Any) -> None:
-        """Starts or ends the trace at the right step. Call `tick` after step `done` of the session was dispatched; `result`
-        is any array of the step's results."""
+        """Starts or ends the trace at the right step. Call `tick` after step `done` of the session was dispatched.
+        `result` is any array of the step's results."""
         if self.steps and done == 1:
             jax.block_until_ready(result)
             jax.profiler.start_trace(str(self.folder), create_perfetto_trace=True)

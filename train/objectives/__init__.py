@@ -46,8 +46,8 @@ class Objective(NamedTuple):
     `batch` is the kind of batch that the loss reads (data.rows.batch.KINDS). An objective's file also defines this kind
     as the constant BATCH, which the checks of a config read. The last held-out batch may have rows without targets,
     which must not count in any metric.
-    `nll`: whether the loss is the negative log-likelihood of the targets of an lm batch, in nats. If so, the held-out
-    loss is named "nll", and bits per byte are also measured.
+    `nll`: whether the loss is the negative log-likelihood of the targets of an lm batch, in nats. If `nll` is True, the
+    held-out loss is named "nll", and bits per byte are also measured.
     `logits`: whether the loss computes logits, so that their FLOPs are counted.
     If the policy has a head in place of the unembedding, the objective's file defines the head's name as the constant
     HEAD, which is needed to open a finished run.
