@@ -108,7 +108,7 @@ class Guard:
 
 
 class Service:
-    """The pages and actions of a person; the owner sees everybody's figures and resolves disagreements."""
+    """Serves the pages and actions of a person. The owner sees everybody's figures and resolves disagreements."""
 
     def __init__(self, store: Store, queue: Queue):
         self.store, self.queue = store, queue

@@ -22,7 +22,8 @@ def make_step(
     `loss` returns metrics as (sum, weight) pairs; the mean of metrics["loss"] is minimized. Gradients of the sum are
     accumulated over `accum` micro-batches and divided once by the total weight, so that the result does not depend on
     how tokens are distributed over micro-batches. A step whose loss or gradient is not finite changes only the
-    counters. Whether both are finite is decided from values that are reduced over all hosts, so that the hosts agree.
+    counters. Whether the loss and the gradient are finite is decided from values that are reduced over all hosts, so
+    that the hosts agree.
     """
     optimizer = optax.with_extra_args_support(tx)
 

@@ -91,7 +91,7 @@ def primary() -> bool:
 
 
 def broadcast(value: int | bool) -> int:
-    """Returns the first process's `value` on all processes. The call is also a barrier."""
+    """Returns the first process's `value` on all processes. A call of `broadcast` is also a barrier."""
     if jax.process_count() == 1:
         return int(value)
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

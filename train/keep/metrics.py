@@ -22,12 +22,12 @@ from common.types import Json
 from train.keep.power import Power
 from train.keep.tracker import Feed
 
-KINDS = ("init", "compile", "data", "step", "eval", "checkpoint")  # uses of a run's time; the remainder is "other"
+KINDS = ("init", "compile", "data", "step", "eval", "checkpoint")  # what a run spends time on; the rest is "other"
 
 
 def means(sums: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> dict[str, float]:
-    """Converts {"loss": (sum, weight)} to {"loss": sum / weight}, with one transfer from the devices. The mean is NaN if
-    the weight is 0."""
+    """Converts {"loss": (sum, weight)} to {"loss": sum / weight}, with one transfer from the devices. The mean is NaN
+    if the weight is 0."""
     host = jax.device_get(dict(sums))
     return {name: float(total) / float(weight) if float(weight) else math.nan for name, (total, weight) in host.items()}
 
