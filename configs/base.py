@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     c.accum = 1  # micro-batches per step (gradient accumulation); more of them save memory and give the same result
     c.init = ""  # initial weights: a model or run folder, .gguf file, packaged model or hub id; "": random weights
     c.trainable = "all"  # trained parameters: "all" (with peft: the adapters), "adapters" or a regex on parameter paths
-    c.allow = ()  # changes with which a run may resume although they alter the result: "data", "config"
+    c.allow = ()  # kinds of changes that a resumed run accepts although they alter its result: "data", "config"
 
     c.model = ConfigDict()
     c.model.shape = ""  # name of a model shape in configs/models.py; "": the shape of the model in `init`
@@ -36,10 +36,10 @@ def get_config() -> ConfigDict:
     c.model.heads = placeholder(int)  # overrides the number N of query heads of `model.shape`
     c.model.kv_heads = placeholder(int)  # overrides the number K of key and value heads; must divide `model.heads`
     c.model.mlp = placeholder(int)  # overrides the hidden width F of the MLP
-    c.model.vocab_size = placeholder(int)  # if unset, the tokenizer's vocabulary size rounded up to a multiple of 64
+    c.model.vocab_size = placeholder(int)  # vocabulary size; if unset, the tokenizer's rounded up to a multiple of 64
     c.model.dtype = one_of("float32", "bfloat16", "float16")  # data type of activations
-    c.model.param_dtype = one_of("float32", "bfloat16", "float16")  # weights, optimizer; stochastic rounding in 16 bits
-    c.model.remat = one_of("dots", "none", "full")  # recomputed activations; dots: all but matrix products, full: all
+    c.model.param_dtype = one_of("float32", "bfloat16", "float16")  # data type of weights; 16 bits: stochastic rounding
+    c.model.remat = one_of("dots", "none", "full")  # recompute all activations (full) or all but matrix products (dots)
     c.model.attention = one_of("auto", "xla", "splash", "cudnn")  # attention kernel; splash needs a TPU, cudnn a GPU
 
     c.objective = ConfigDict({"name": "sft"})  # training objective: file in train/objectives and its keyword arguments
@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
     c.data.format = "auto"  # record format: one of FORMATS in data/formats.py, or "auto" to detect it from the columns
     c.data.fields = ""  # columns to rename, as NEW=OLD: "prompt=question,completion=answer"
     c.data.tokenizer = ""  # tokenizer (see data/text/tokenizer.py); "": the tokenizer of `init`, or else bytes
-    c.data.chat_template = ""  # a file, a name in data/text/templates, "none" (raw prompts), or "" (the model's own)
+    c.data.chat_template = ""  # template file, name in data/text/templates, "none" (raw prompts) or "" (the model's)
     c.data.read_control = False  # parse control tokens in the text of the data, for chats that are already rendered
     c.data.learn = "all"  # which answers of a chat count in the loss: "all" or "last"
     c.data.seq_len = 256  # tokens per row (T)
@@ -93,14 +93,14 @@ def get_config() -> ConfigDict:
     c.evals = ()  # tasks to score on `eval_n` examples each: names in evals/tasks or FILE:OPTION=VALUE (evals/rows.py)
     c.eval_n = 64  # number of examples scored per task
     c.eval_text = ""  # source of general text; forgetting is the rise of the loss on this text (eval/text_nll)
-    c.floors = ()  # limits that stop the run: (("eval/dates", ">=", 0.8),); also "<=", or "drop" or "rise" since step 0
+    c.floors = ()  # metric limits that stop the run: (("eval/dates", ">=", 0.8),); "<=", "drop" and "rise" also work
     c.samples = ()  # prompts that the model answers before and after training; the answers are in metrics.jsonl
 
     c.ckpt = ConfigDict()
     c.ckpt.every = 100  # number of steps between checkpoints; 0: save only at the end
     c.ckpt.minutes = 10.0  # maximum number of minutes between checkpoints
     c.ckpt.keep = 2  # number of newest checkpoints that are kept
-    c.ckpt.keep_every = 0  # if n > 0, the checkpoint of every n-th step is never deleted
+    c.ckpt.keep_every = 0  # n > 0 keeps the checkpoint of every n-th step forever
     c.ckpt.on_error = one_of("stop", "continue")  # whether the run stops if a save fails, as on a full disk
 
     c.tracker = one_of("", "tensorboard", "wandb")  # external service that also receives the metrics

@@ -1,4 +1,4 @@
-"""Helpers for config files that define variants of a config, which a sweep or a search runs, next to `get_config`:
+"""Helpers for config files. Next to `get_config`, a file defines the variants that a sweep or a search runs:
 
     def sweep():  # or sweep_NAME, chosen by --sweep=NAME; --sweep=NAME,OTHER takes their product
         yield from product({"optim.lr": logspace(1e-4, 1e-2, 5), "seed": range(3)})

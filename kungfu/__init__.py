@@ -1,8 +1,8 @@
-"""The public package: `from kungfu import load` works in any folder; the command `kungfu` lists all other commands.
+"""The public package: `from kungfu import load` works in any folder, and the command `kungfu` lists all commands.
 
-Kungfu's packages have everyday names, such as `data`, `train` and `tools`. Once this package is imported, these names
-refer to the packages of this checkout, even if the current folder has modules of the same names. A module of such a
-name that was imported earlier keeps working in the code that imported it.
+Kungfu's packages have everyday names, such as `data`, `train` and `tools`. Importing `kungfu` makes `data`, `train` and
+`tools` refer to the packages of this checkout, even if the current folder has modules with these names. A foreign
+module `data` that was imported before `kungfu` keeps working in the code that imported it.
 """
 
 import sys
@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 class Checkout(MetaPathFinder):
-    """Finds the packages of the checkout before sys.path, which begins with the current folder, is searched."""
+    """Finds the packages of the checkout before Python searches sys.path, which begins with the current folder."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -34,8 +34,8 @@ class Checkout(MetaPathFinder):
 
 
 def _foreign(name: str) -> bool:
-    """Whether the imported module of this name comes from outside the checkout. The check also reads __path__, since a
-    namespace package has no __file__."""
+    """Returns whether the imported module with this name comes from outside the checkout. The check also reads
+    __path__, since a namespace package has no __file__."""
     module = sys.modules[name]
     places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
     return not any(Path(place).is_relative_to(ROOT) for place in places if place)

@@ -59,7 +59,7 @@ def commands() -> list[Path]:
 
 
 def first_line(module: str) -> str:
-    """The first line of a module's docstring, read without importing the module."""
+    """Returns the first line of a module's docstring without importing the module."""
     path = ROOT / module.replace(".", "/")
     file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
     return (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").partition("\n")[0]

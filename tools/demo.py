@@ -4,7 +4,7 @@
 
 SmolLM2-135M-Instruct finds dates in old speeches, and answers in which year people were born, with or without their
 Wikipedia articles. Each stage is a command that you can run yourself, and the output of a stage is logged next to its
-results. After an interruption, run the demo again. It skips finished stages and resumes an interrupted comparison.
+results. After an interruption, run the demo again to resume the interrupted comparison; finished stages are skipped.
 """
 
 import sys

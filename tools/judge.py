@@ -9,9 +9,9 @@ highest accuracy that this agreement allows; only these lines include ties. A ju
 prefers an answer if it chooses this answer in both orders. An undecided pair counts one half.
 
 --rewards are rewards of evals.reward, separated by spaces. --features trains a linear reward model on the hidden states
-of a frozen model. This reward model and the bag of words are cross-validated over --folds. --label_seconds (the time
-that a person needs per label) and --wage (per hour) are your estimates. Verdicts are saved in --out, so the same
-command resumes after an interruption.
+of a frozen model. The linear reward model and the bag-of-words model are cross-validated over --folds. --label_seconds
+(the time that a person needs per label) and --wage (per hour) are your estimates. Verdicts are saved in --out, so the
+same command resumes after an interruption.
 """
 
 import argparse

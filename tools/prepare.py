@@ -2,10 +2,10 @@
 
     python -m tools.prepare --config=configs/X.py [--config.key=value ...] [--strict]
 
-The command prints statistics of the records, the columns and fields that were not used, and one packed row. In this
-row, green tokens count in the loss, dim tokens do not count, reversed tokens are control tokens, and | separates
-documents. The tokenized data is stored in the cache that training reads, and its hashes are verified. Exit code 2 means
-that the data cannot be used, or that --strict was given and something is unused.
+The command prints statistics of the records, the columns and fields that were not used, and one packed row. In the
+printed row, green tokens count in the loss, dim tokens do not count, reversed tokens are control tokens, and |
+separates documents. The tokenized data is stored in the cache that training reads, and its hashes are verified. Exit
+code 2 means that the data cannot be used, or that --strict was given and something is unused.
 """
 
 import sys

@@ -5,15 +5,15 @@
     python -m tools.route --curve=PAIRS --features=MODEL [--verdicts=FOLDER] [--labels=25,50,100,200] [--replays=10]
                           [--noise=0] [--label_seconds=SECONDS] --out=FOLDER
 
-The first form judges items with two answers, in both orders. It writes --people items for feedback.main to
-OUT/people.jsonl: a fraction --audit of these items is random, and the others are the items about which the judge is
-least sure. It writes the judge's preferences for the remaining items, as training data, to OUT/judged.jsonl, and the
-judge's probabilities to OUT/routes.jsonl. The second form compares these probabilities with people's votes. Only the
-random items show how often the judge is right about items that it decides itself. The third form replays existing
-labels. It measures the accuracy of a linear reward model on frozen features with the given numbers of --labels, taken
-in three orders: at random, the most uncertain pairs first, or first the pairs on which the model and a judge disagree.
-This judge's verdicts are the ones that tools.judge has written to the folder --verdicts; without this option, the judge
-prefers the longer answer.
+The first form judges items with two answers, in both orders. Then it writes --people items for feedback.main to
+OUT/people.jsonl: a fraction --audit of these items is drawn at random, and the remaining items are those about which
+the judge is least sure. The judge's preferences for all other items are written to OUT/judged.jsonl as training data,
+and its probabilities to OUT/routes.jsonl. The second form compares the judge's probabilities with people's votes. Only
+the random items show how often the judge is right about items that it decides itself. The third form replays existing
+labels, and measures the accuracy of a linear reward model on frozen features with the given numbers of --labels. The
+labels are taken in three orders: at random, the most uncertain pairs first, and first the pairs on which the model and
+a judge disagree. The verdicts of this judge are in the folder --verdicts, written by tools.judge; without --verdicts,
+the judge prefers the longer answer.
 """
 
 import argparse

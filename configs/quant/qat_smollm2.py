@@ -5,7 +5,8 @@
     python -m tools.quantize --model=runs/smollm2_qat --quant=int4 --out=runs/smollm2_int4
 
 Hardware: the same as for configs/sft/smollm2_full.py. Expected: the held-out loss of the int4 model is higher than the
-loss of the model from configs/sft/smollm2_full.py, but lower than if that model is rounded to int4.
+loss of the float model from configs/sft/smollm2_full.py, but lower than the loss of the float model after rounding to
+int4.
 """
 
 from configs.sft import smollm2_full

@@ -3,8 +3,8 @@
     loaded = load(sys.argv[1:], flags={"plan": False})
 
 Keys, types, defaults and meanings come from `base.py`. Each of the groups `objective`, `peft`, `quant` and `data.view`
-names a file, whose function `make` defines the other keys of the group by its keyword arguments. The resolved config
-includes the defaults of these arguments, so the config in a run folder is complete.
+names a file, and the keyword arguments of the function `make` in this file are the other keys of the group. The
+resolved config includes the defaults of these arguments, so the config in a run folder is complete.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from configs.schema.problems import ConfigError, Problem, show
 
 USAGE = "python -m train.main --config=configs/X.py[:ARG] --workdir=DIR [--config.key=value ...] [--plan]"
 
-ELSEWHERE = {  # {name of an option in other libraries: key}
+ELSEWHERE = {  # {option in other libraries: key in this project}
     "learning_rate": "optim.lr", "warmup_steps": "optim.warmup", "warmup_ratio": "optim.warmup",
     "lr_scheduler_type": "optim.schedule", "max_grad_norm": "optim.clip", "optimizer": "optim.name",
     "per_device_train_batch_size": "data.batch_size", "gradient_accumulation_steps": "accum", "max_steps": "steps",
@@ -129,8 +129,8 @@ def resolve(
 ) -> tuple[Config, dict[str, Leaf]]:
     """Applies changes such as {"optim.lr": "1e-3"}, fills in the defaults of the methods, and checks the whole config.
 
-    Returns the locked config, and the changes with their texts parsed. Raises ConfigError with all problems, including
-    the problems in `found`.
+    Returns the locked config, and a dict of the changes with parsed values. Raises ConfigError with all problems,
+    including the problems in `found`.
     """
     config, changes, problems = copy.deepcopy(config), dict(changes or {}), list(found)
     schema, loose = _schema(config, changes, problems)
@@ -246,7 +246,7 @@ def _check_leaves(
 
 
 def _inside(path: str, leaves: Iterable[str]) -> bool:
-    """Whether a prefix of `path`, which has to be a group, is a plain value in the config."""
+    """Returns whether the config has a plain value at a prefix of `path`, where a group is needed."""
     parts = path.split(".")
     return any(".".join(parts[:n]) in leaves for n in range(1, len(parts)))
 

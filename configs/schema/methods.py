@@ -74,7 +74,7 @@ def _key(annotation: ast.expr | None, default: ast.expr | None) -> Key:
         return Key(kind, None, nullable, True, choices)
     try:
         value = ast.literal_eval(default)
-    except ValueError:  # the default is computed at import, so it is not known without importing
+    except ValueError:  # this default is computed at import, so its value is not in the source
         return Key(kind, None, True, False, choices)
     if kind is None and type(value) in TYPES.values():
         kind = type(value)

@@ -218,7 +218,7 @@ def _kinds(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
         return
     objective, form = c["objective.name"], c["data.format"]
     kind, given = methods.method("objective", objective).batch, FORMATS[form]
-    kinds = ("", kind, *SCORED) if kind == "lm" else ("", kind)  # "lm" objectives may ignore columns except the text
+    kinds = ("", kind, *SCORED) if kind == "lm" else ("", kind)  # "lm" objectives ignore columns other than the text
     fitting = [name for name, made in FORMATS.items() if made in kinds]
     if given not in kinds and len(fitting) > 1:  # if only "auto" fits, no other format makes such batches
         text = f"makes batches of kind {given!r}, but objective {objective} reads {kind!r}"

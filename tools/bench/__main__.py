@@ -101,7 +101,8 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def training(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """Compares training steps with torch at equal shapes, and LoRA with full fine-tuning on the same batch."""
+    """Compares the speed of training steps in this project and in torch, and of LoRA and full fine-tuning, on equal
+    batches."""
     sides = {}
     for kind, peft in {"full": "", "LoRA": "lora"}.items():
         case = dict(what="train", peft=peft, batch=4, length=256, steps=2)
@@ -112,8 +113,8 @@ def training(model: str, peers: str, _: str) -> Iterator[Contest]:
 
 
 def tuning(model: str, peers: str, data: str) -> Iterator[Contest]:
-    """Compares LoRA fine-tuning on an instruction set, with each library used as its documentation recommends. TRL
-    either packs the rows, or pads its default batch of 8 rows."""
+    """Compares the speed of LoRA fine-tuning on an instruction set, with each library used as its documentation
+    recommends. TRL either packs the rows, or pads its default batch of 8 rows."""
     case = dict(what="sft", data=data, length=256, steps=6)
     sides = [Side("ours, packed", OURS, case | dict(model=model, batch=4))]
     if peers:
@@ -125,7 +126,7 @@ def tuning(model: str, peers: str, data: str) -> Iterator[Contest]:
 
 
 def decoding(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """Compares greedy decoding after a prompt. The time for the prompt is not counted."""
+    """Compares the speed of greedy decoding, without the time for the prompt."""
     for batch in (1, 8):
         sides = [Side("ours", OURS, DECODE | dict(model=model, batch=batch))]
         if peers:
@@ -134,15 +135,15 @@ def decoding(model: str, peers: str, _: str) -> Iterator[Contest]:
 
 
 def llama_cpp(model: str, peers: str, batch: int) -> list[Side]:
-    """Returns the benchmark of decoding by llama.cpp, if llama.cpp is installed and can read the model's file.
-    llama.cpp decodes only one row."""
+    """Returns a decoding benchmark of llama.cpp for batches of one row, if llama.cpp is installed and can read the
+    model's file."""
     if batch > 1 or not (peers and model in PACKAGES and importlib.util.find_spec("xllamacpp")):
         return []
     return [Side("llama.cpp, quantized", PEERS, DECODE | dict(what="llama_cpp", gguf=str(packaged(model))))]
 
 
 def small(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """Compares decoding with 8-bit, 4-bit and original weights of a model."""
+    """Compares the speed of decoding with a model's 8-bit, 4-bit and original weights."""
     formats = {"int8": dict(name="int8"), "w8a8": dict(name="int8", activations=True), "int4": dict(name="int4")}
     for batch in (1, 8):
         case = DECODE | dict(model=model, batch=batch)
@@ -152,14 +153,14 @@ def small(model: str, peers: str, _: str) -> Iterator[Contest]:
 
 
 def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """Compares decoding with an own adapter of queries and values for each row, with one adapter for all rows, and
-    without an adapter.
+    """Compares the speed of decoding with a separate adapter for each row, with one adapter for all rows, and without
+    adapters.
 
     PEFT keeps all adapters in the model, so PEFT runs with 8 adapters, one per row, instead of 1,000.
     """
 
     def case(model: str, n: int) -> Json:
-        ranks = [8 + 13 * i % 57 for i in range(n)] if n > 1 else [36]  # 8 to 64 in scattered order, mean 36
+        ranks = [8 + 13 * i % 57 for i in range(n)] if n > 1 else [36]  # ranks from 8 to 64 in scattered order
         return DECODE | dict(what="adapters", model=model, batch=8, ranks=ranks)
 
     sides = [Side(f"ours, {n} adapters" if n > 1 else "ours, 1 adapter", OURS, case(model, n)) for n in (1000, 8, 1)]
@@ -170,8 +171,8 @@ def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
 
 
 def asking(model: str, peers: str, data: str) -> Iterator[Contest]:
-    """Compares the answers to questions after the same 12 solved examples, which are computed once or again with every
-    question."""
+    """Compares the speed of answering questions after the same 12 solved examples, which are processed once or again
+    for every question."""
     case = dict(what="ask", data=data, questions=100, shots=12, new_tokens=16, rows=16)
     ours = case | {"model": model}
     sides = [Side("ours", OURS, ours | {"shared": True}), Side("ours, not shared", OURS, ours | {"shared": False})]
@@ -181,8 +182,8 @@ def asking(model: str, peers: str, data: str) -> Iterator[Contest]:
 
 
 def methods(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """Compares PEFT methods by their cost: training with full fine-tuning as the reference, and decoding with unmerged
-    adapters with the base model as the reference.
+    """Compares the speed of training by each PEFT method and by full fine-tuning, and the speed of decoding with
+    unmerged adapters and with the base model.
 
     Every method uses its default arguments.
     """
@@ -235,8 +236,8 @@ def exported(model: str, folder: Path) -> str:
 
 
 def measure(contest: Contest, rounds: int, dtype: str) -> Json:
-    """Runs rounds of all sides in turn, and computes the ratios of the first side to each side. Sides that run this
-    project's code compute in `dtype`."""
+    """Runs rounds of all sides in turn, and computes the ratios of the first side's figures to the figures of each
+    side. Sides that run this project's code compute in `dtype`."""
     cases = [side.case | {"dtype": dtype} if side.module == OURS else side.case for side in contest.sides]
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker(side.module, case)) for side, case in zip(contest.sides, cases)]
@@ -268,8 +269,8 @@ def _number(x: float) -> float | None:
 
 
 def table(result: Json) -> Any:
-    """Formats one contest as a rich table. A ratio is the value of the first row divided by the value of the ratio's
-    own row."""
+    """Formats one contest as a rich table. The ratio in a row is the value of the first row divided by the value of
+    that row."""
     from rich.table import Table
 
     out = Table(title=result["title"], title_justify="left")

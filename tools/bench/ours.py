@@ -104,8 +104,8 @@ def decode(
     merged: bool = False,
     quant: dict | None = None,
 ) -> Callable[[], Round]:
-    """Decodes greedily after random prompts, with an adapter (a method's defaults plus noise) or with quantized
-    weights."""
+    """Decodes greedily after random prompts, optionally with an adapter of the method `peft` plus noise, or with
+    quantized weights."""
     from infer.generate import generate, unrolled
     from model import weights
     from model.build import find

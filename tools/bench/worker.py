@@ -1,4 +1,4 @@
-"""Runs each implementation in a process of its own, without shared threads or memory, and alternates their rounds.
+"""Runs each implementation in a separate process, without shared threads or memory, in alternating rounds.
 
 The parent writes a line to request a round, and the child answers with a line of JSON. The child exits when its
 standard input is closed.

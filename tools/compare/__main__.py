@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     args = options(argv)
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # only in this process, which computes nothing; see `here`
+    jax.config.update("jax_platforms", "cpu")  # this process computes nothing and leaves the devices to the jobs
     machine = here()
     prices = plan.prices(machine, plan.price(args.price), args.chip)
     flops, seconds = plan.budget(args.budget, prices[-1]["usd_hour"] and prices[-1]["usd_hour"][1])

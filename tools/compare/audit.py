@@ -39,8 +39,9 @@ FEW, QUARTER, CLOSE = 50, 0.25, 0.02
 
 
 class Way(NamedTuple):
-    """One way to choose a method, and its result. If `estimated`, the chosen setting was not tested. Its score is then
-    the test score of the method's tested setting, plus the difference of the two settings on validation rows."""
+    """One way to choose a method, and its result. If `estimated`, the chosen setting was not tested. The score of such
+    a setting is the test score of the method's tested setting, plus the difference of the two settings on validation
+    rows."""
 
     name: str
     candidate: str
@@ -48,7 +49,7 @@ class Way(NamedTuple):
     difference: float  # score minus the score of "all"
     low: float
     high: float
-    gas: float  # fraction of the gas of "all"
+    gas: float  # cost of choosing, as a fraction of the cost of "all"
     estimated: bool
 
     @property

@@ -1,4 +1,4 @@
-"""Writes OUT/bundle, the winner of a comparison, which tools.chat and tools.serve load by infer/bundle.py."""
+"""Writes OUT/bundle, the winner of a comparison, which tools.chat and tools.serve load through infer/bundle.py."""
 
 from pathlib import Path
 

@@ -2,8 +2,8 @@
 
 A decision says how likely each method is the best, which changes of the inputs would make another method the best, and
 the cost of a wrong choice. The best method is the cheapest per month among the methods with scores at most a margin
-below the highest score. This definition does not need the value of a right answer in dollars, which few people know. It
-needs only the loss of quality that people would accept in order to pay less.
+below the highest score. This definition does not need the value of a right answer in dollars, which few people know.
+The definition needs only the loss of quality that people would accept in order to pay less.
 
 The probability of a method is the fraction of all DRAWS in which the method is the best. Each draw samples test rows
 with replacement (the same rows for all methods), then seeds with replacement, and a price from its range.
@@ -43,7 +43,7 @@ class Option(NamedTuple):
 
     name: str
     label: str
-    record: Json  # its entry in the record's methods
+    record: Json  # the entry of the method in the record
     scores: np.ndarray  # [seeds, rows]
     request: tuple[float, float]  # per request
     training: tuple[float, float]  # once
@@ -90,7 +90,7 @@ class Decision(NamedTuple):
     rows: int  # test rows
     rows_needed: int | None  # test rows needed to decide; None if `rows` is enough; MOST_ROWS if more rows do not help
     grid: np.ndarray  # numbers of requests per month
-    curve: np.ndarray  # probabilities [grid, options] at these numbers of requests
+    curve: np.ndarray  # probability [grid, options] of being the best at each number of requests
     has_documents: bool
 
     @property
@@ -105,7 +105,7 @@ class Decision(NamedTuple):
 class Flip(NamedTuple):
     """A change of one input that leads to the recommendation of another method."""
 
-    fact: str  # a field of Inputs, or "rows"
+    fact: str  # name of the changed field of Inputs, or "rows"
     value: float | None  # new value of the field
     to: int  # index of the option that is then recommended
     likelihood: float
@@ -134,7 +134,7 @@ def options(record: Json) -> list[Option]:
 
 
 def _in_order(result: Json, rows: Sequence[str], name: str) -> list[float]:
-    """Returns the scores of a result in the order of `rows`. A row may occur several times."""
+    """Returns the scores of a result in the order of `rows`. The same row may occur several times in a result."""
     if sorted(result["rows"]) != sorted(rows):
         raise UserError(f"the results of {name} are not on the same test rows", "comparison.json", "compare again")
     found: dict[str, list[float]] = {}
@@ -272,8 +272,8 @@ def _lost(draws: _Draws, given: Inputs) -> tuple[float, float, float]:
 
 
 def _rows_needed(draws: _Draws, given: Inputs) -> int | None:
-    """Returns None if the test rows are enough, or about how many rows would make a method the best with probability
-    ENOUGH."""
+    """Returns None if there are enough test rows. Otherwise returns about how many rows would make some method the best
+    with probability ENOUGH."""
     n = draws.found[0].scores.shape[1]
     if draws.probability(given)[0] >= ENOUGH:
         return None if n >= LEAST else LEAST
@@ -310,7 +310,7 @@ def _nearest(draws: _Draws, given: Inputs, fact: str, direction: int) -> Flip | 
     """Finds the smallest change of an input that changes the recommendation: an increase if `direction` is 1, or a
     decrease if `direction` is -1."""
     at: Callable[[float], Inputs] = lambda log: given._replace(**{fact: getattr(given, fact) * 10 ** (direction * log)})
-    if not getattr(given, fact):  # multiplying 0 by a factor does not change it
+    if not getattr(given, fact):  # an input of 0 cannot be changed by a factor
         return None
     near, far, step = 0.0, math.log10(FAR), 0.1
     while draws.chosen(at(near + step)) == 0:
@@ -330,7 +330,7 @@ def break_even(a: Sequence[float], b: Sequence[float]) -> tuple[float | None, st
     option changes, and the cheaper option: "a" or "b" if it is always the same, "a then b" or "b then a" if it changes,
     or "equal"."""
     (fixed_a, each_a), (fixed_b, each_b) = a, b
-    fixed, each = fixed_a - fixed_b, each_b - each_a  # a costs `fixed` more per month and `each` less per request
+    fixed, each = fixed_a - fixed_b, each_b - each_a  # option a costs `fixed` more monthly and `each` less per request
     if fixed == each == 0:
         return None, "equal"
     if fixed <= 0 <= each:

@@ -13,8 +13,8 @@ from evals import paired
 from tools.compare.method import Candidate
 
 ETA = 3  # each rung has ETA times as many training rows as the previous rung, and 1 / ETA of its settings
-ROWS = (50, 100, 200)  # maximum validation rows of each rung
-LEAST = 24  # minimum training rows of a rung
+ROWS = (50, 100, 200)  # maximum number of validation rows of each rung
+LEAST = 24  # minimum number of training rows of a rung
 BASELINE = "zero_shot"  # always tested, since other methods are compared with this baseline
 
 Result = Callable[[Candidate], Json]
@@ -61,9 +61,9 @@ def methods(
     """Drops the methods that are clearly worse than the best method, which means that the 95 % interval of the
     difference of the scores, paired by rows, is above 0.
 
-    A method that has trained on only a part of the rows (`full` is false) may still improve. Such a method is dropped
-    only if it would stay clearly worse after gaining as much again as since the previous rung. Without a result from
-    the previous rung (`before`), the method is kept.
+    A method that has trained on only a part of the rows (`full` is false) may still improve. A method that may still
+    improve is dropped only if it would stay clearly worse after gaining as much again as since the previous rung. A
+    method without a result from the previous rung (`before`) is kept.
     """
     best = {key: max((x for x in alive if x.key == key), key=lambda x: result(x)["mean"]) for key in _keys(alive)}
     leader = max(best.values(), key=lambda x: result(x)["mean"])

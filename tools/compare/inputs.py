@@ -23,7 +23,7 @@ LEAST = {"train": 20, "validation": 5, "test": 10}  # minimum rows per split; wi
 SHARE, STEPS = 1024, 8  # maximum tokens per training step; minimum steps per epoch
 BYTES, WINDOW = 4, 8000  # assumptions for a hosted model: bytes per token, and tokens in its context
 CONFIG = "configs/sft/own_task.py"
-TEST = ":split=test"  # without it, all rows of a file with a name like "test.csv" would be test rows
+TEST = ":split=test"  # without this option, all rows of a file with a name like "test.csv" would be test rows
 
 
 class Task(NamedTuple):

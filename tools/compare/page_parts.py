@@ -67,7 +67,7 @@ def main_table(d: Decision, record: Json) -> Table:
 
 
 def over_seeds(o: Option) -> Json:
-    """Returns the mean score with an interval that covers the choice of test rows and, if there are several seeds, of
+    """Returns the mean score, with its interval over the choice of test rows and, if there are several seeds, over
     seeds."""
     first = o.record["tests"][0]["result"]
     span = first["low"], first["high"]

@@ -16,10 +16,10 @@ from tools.compare.halving import BASELINE, ETA
 from tools.compare.inputs import Comparison
 from tools.compare.method import PASSAGE, Candidate
 
-MFU = 0.2, 0.5  # assumed range, as fractions of a chip's peak FLOP/s
-OF_PRODUCT = 0.1, 0.6  # assumed range, as fractions of this machine's FLOP/s in matrix products
+MFU = 0.2, 0.5  # assumed range of the speed, as fractions of a chip's peak FLOP/s
+OF_PRODUCT = 0.1, 0.6  # assumed range of the speed, as fractions of this machine's FLOP/s in matrix products
 ALL = "all"  # a budget that measures every setting to the end, as tools.compare.audit needs
-ROOM = 32  # tokens that every answer may have, and that a model which does not stop generates
+ROOM = 32  # assumed number of tokens in an answer of a model that does not stop by itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Prices:
 
 @functools.cache
 def _per_token(changes: tuple) -> tuple[float, float]:
-    """Returns the training FLOPs per token in the layers, and per target in the head."""
+    """Returns the training FLOPs per token in the layers, and per target token in the head."""
     from train import cost, plan
 
     cfg = inputs.config(dict(changes))

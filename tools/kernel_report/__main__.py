@@ -6,15 +6,15 @@
 For each shape, the command prints the instruction bundles and iterations of the hottest loop, the MXU utilization
 (minimum cycles divided by scheduled cycles), the bytes moved relative to the minimum, the VMEM, and the spilled
 registers. With --shapes=all, a second line has the figures of XLA's program for the same operands. The time of a kernel
-is a range. It starts at the time of the schedule or of HBM at peak bandwidth, whichever is longer, and ends later by
-the part of the first block that overlaps with nothing. For XLA's program, the range ends at XLA's own estimate. Stalls
-are not included, so kernels whose times differ by less than about 10 % cannot be ranked. For TPU7x, the products per
-cycle are guessed from the peak rate of the chip, although its schedules exceed that rate. For TPUs, the command needs
-requirements/tpu.txt.
+is a range, which starts at the longer of two times: the time of the schedule, and the time of the HBM traffic at peak
+bandwidth. The range ends later by the time for the part of the first block that overlaps with nothing. For XLA's
+program, the range ends at XLA's own estimate. Stalls are not included, so kernels whose times differ by less than about
+10 % cannot be ranked. For TPU7x, the products per cycle are guessed from the peak rate of the chip, although its
+schedules exceed that rate. For TPUs, the command needs requirements/tpu.txt.
 
 For an absent H100, which needs requirements/gpu.txt, the command prints registers, spills, memory and bytes, but no
-times. `--chip=gpu` does the same for the GPU of this machine, measures times, and compares the results of the kernels
-with the results of XLA's programs.
+times. `--chip=gpu` prints these figures for the GPU of this machine, measures times, and compares the results of the
+kernels with the results of XLA's programs.
 """
 
 import glob
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class Tpu(NamedTuple):
-    """One device of a TPU chip, in libtpu's sense. The two cores of a v5p chip are one device."""
+    """One device of a TPU chip, as libtpu counts devices. The two cores of a v5p chip are one device."""
 
     topology: str
     flops: dict[str, int]  # FLOPs per cycle by dtype: number of MXUs times FLOPs per MXU
@@ -170,8 +170,8 @@ def calls(jaxpr: "jax.extend.core.Jaxpr") -> Iterator[Any]:
 
 
 def moved(grid: Any) -> int:
-    """Returns the bytes moved between HBM and VMEM. A block is moved if its index differs from its index in the
-    previous step."""
+    """Returns the bytes moved between HBM and VMEM. A block is moved if its index changes from one grid step to the
+    next."""
     import jax
     import jax.extend.core
     import numpy as np

@@ -1,8 +1,9 @@
 """Defines the cases of the report: the kernels of `kernels/`, and XLA's programs for the same operands.
 
-XLA's programs multiply by the dequantized matrix W. The report also lists operations without a kernel, to show why they
-need none. XLA converts an 8-bit W inside its matrix product, so a decoding step is limited by the bytes of W, and a
-prefill by the MXU. Rounding the rows of x to int8 is limited by reading and writing these rows.
+XLA's programs multiply by the dequantized matrix W. The report also lists operations without a kernel, to show why
+these operations do not need a kernel. XLA converts an 8-bit W inside its matrix product, so a decoding step is limited
+by the bytes of W, and a prefill by the MXU. Rounding the rows of x to int8 is limited by reading and writing these
+rows.
 """
 
 import functools
@@ -48,7 +49,7 @@ def array(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
 
 def by_xla(leaf: Quantized, backward: bool, x: Array, codes: Array, scale: Array) -> Array:
     """Computes the reference for the kernels: x times the dequantized W or, if `backward`, times the transposed W. The
-    arrays `codes` and `scale` replace those of the leaf."""
+    arrays `codes` and `scale` replace the arrays of the quantized `leaf`."""
     w = leaf.replace(codes=codes, scale=scale).floats(x.dtype)
     return weights.product("TF,DF->TD" if backward else EQN, x, w, jnp.float32).astype(x.dtype)
 
@@ -120,8 +121,8 @@ def _codes_triton() -> Iterator[Case]:
 
 
 def _paged_lora() -> Iterator[Case]:
-    """Yields cases of decoding in which each row has its own adapter, of rank 8 to 64. The stacks hold only the pages
-    of these adapters."""
+    """Yields cases of decoding in which each row has its own adapter, of rank 8 to 64. The adapter stacks hold only the
+    pages of the adapters in use."""
     size, route = paged_lora.PAGE, paged_lora.Route
     flat = lambda f: lambda x, a, b, *r: f(x[:, None], a, b, route(*r))[:, 0]
     paged = lambda stack: stack.reshape(-1, size, stack.shape[1])

@@ -45,7 +45,7 @@ def report(cases: list["Case"], dump: str, here: bool) -> list[Json]:
 
 
 def present() -> "jax.Device":
-    """The first GPU of this machine. Raises UserError if JAX finds none."""
+    """Returns the first GPU of this machine. Raises UserError if JAX finds no GPU."""
     import jax
 
     try:

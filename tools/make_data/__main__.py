@@ -4,11 +4,12 @@
                               [--words=160] [--seed=0] [--against=TASK,...]
 
 The command writes FOLDER/rows.jsonl for train.main, with the keys `question`, `answer`, `passage` (which contains the
-answer) and `meta` (the document, the chunk and the writer). It also writes dropped.jsonl with a reason per row, and the
-page samples.html. --documents is a source as in tools.index, and --most limits the number of documents, which are then
-drawn at random. --by names the writer: model, templates (for English sentences), or auto, which uses templates if less
-than a quarter of the model's first rows pass the filters. --against names tasks of evals.main; rows that contain a
-question of such a task are dropped. If the command is interrupted, the same command resumes where it stopped.
+answer) and `meta` (the document, the chunk and the writer). The command also writes dropped.jsonl with a reason per
+row, and the page samples.html. --documents is a source as in tools.index, and --most limits the number of documents,
+which are then drawn at random. --by names the writer: model, templates (for English sentences), or auto, which uses
+templates if less than a quarter of the model's first rows pass the filters. --against names tasks of evals.main; rows
+that contain a question of such a task are dropped. If the command is interrupted, the same command resumes where it
+stopped.
 """
 
 import argparse
@@ -130,8 +131,8 @@ def row_of(chunk: "Chunk", question: str, answer: str, by: str) -> "Row":
 def filtered(
     made: "Sequence[Row]", tasks: "dict[str, Task]", scratch: Path
 ) -> "tuple[list[Row], list[tuple[Row, str]]]":
-    """Returns (kept rows, dropped rows with the reasons). Rows are dropped by rules first, then because they are
-    copies, and then because they contain rows of evaluations."""
+    """Returns (kept rows, dropped rows with the reasons). Rows that break a rule are dropped first, then copies of
+    earlier rows, and then rows that contain a row of an evaluation."""
     from tools.make_data import filters
 
     dropped: list[tuple[Row, str]] = []

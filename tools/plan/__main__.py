@@ -5,13 +5,13 @@
     python -m tools.plan --config=configs/X.py --topology=h100:8
     python -m tools.plan --config=configs/X.py --parameters [--devices=16]
 
-`--slices=2` joins two TPU slices by the data center network, along the mesh axis data. `--what=decode` plans one
+`--slices=2` joins two TPU slices by the data center network, along the mesh axis `data`. `--what=decode` plans one
 decoding step of `data.batch_size` rows with a cache of `data.seq_len` tokens. `--search` tries meshes, remat policies,
 batch sizes and gradient accumulation, and ranks the settings that fit by planned tokens/s. No new setting is tried
 after `--minutes`. Plans for TPUs need requirements/tpu.txt. Plans for H100s, of which one machine has up to eight, need
-requirements/gpu.txt. `--parameters` prints the shape, mesh axes and bytes per device of every parameter. A mesh axis of
--1 then takes all remaining `--devices`, or 1 device without this option. Exit code 2 means that the input must change
-or that the plan does not fit.
+requirements/gpu.txt. `--parameters` prints the shape, mesh axes and bytes per device of every parameter. With
+`--parameters`, a mesh axis of -1 takes all remaining `--devices`, or 1 device by default. Exit code 2 means that the
+input must change or that the plan does not fit.
 """
 
 import json
@@ -69,10 +69,10 @@ def search(cfg: Config, devices: list[Any], flags: Json) -> list[Json]:
     """Tries settings for `--minutes`, and returns the plans that fit, sorted by planned tokens/s.
 
     The search first tries every remat policy with all devices on the axis fsdp, then the best policy with 2, 4 or 8
-    devices on the axis tensor, as long as more devices on that axis are faster. For each mesh and policy, it starts
-    from the best batch size so far (at first the batch size of the config), and halves the batch size until the plan
-    fits, or doubles it while doubling raises the speed by more than 2 %. Finally, if the batch size of the config is a
-    multiple of the best batch size, it is tried with gradient accumulation.
+    devices on the axis tensor, as long as more devices on that axis are faster. For each mesh and policy, the search
+    starts from the best batch size so far (at first the batch size of the config), and halves the batch size until the
+    plan fits, or doubles it while doubling raises the speed by more than 2 %. Finally, the batch size of the config is
+    tried with gradient accumulation if it is a multiple of the best batch size.
     """
     from train import inputs
 

@@ -77,8 +77,8 @@ class Program:
                 self._count(inner, times * (self.trips(name, op) if op.kind == "while" else 1.0))
 
     def trips(self, where: str, loop: Op) -> float:
-        """Returns the iterations of a while loop. If the HLO does not contain `known_trip_count`, as on TPUs, they
-        follow from the constant up to which the loop counts."""
+        """Returns the iterations of a while loop. If the HLO does not contain `known_trip_count`, as on TPUs, the
+        iterations follow from the constant up to which the loop counts."""
         if m := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.attrs):
             return int(m[1])
         condition, body = (re.search(rf"\b{k}=%([\w.\-]+)", loop.attrs)[1] for k in ("condition", "body"))

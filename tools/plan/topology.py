@@ -10,8 +10,8 @@ from common.errors import UserError
 if TYPE_CHECKING:
     from jax import Device
 
-# The limits are the technical specifications of compute capability 9.0 in the CUDA C++ Programming Guide. The number of
-# multiprocessors, L2 cache and clock are those of the SXM5 board in "NVIDIA H100 Tensor Core GPU Architecture".
+# The limits are from the technical specifications of compute capability 9.0 in the CUDA C++ Programming Guide.
+# Multiprocessors, L2 cache and clock are from the SXM5 board in "NVIDIA H100 Tensor Core GPU Architecture".
 H100 = """
 gpu_device_info {{
   threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048 fpus_per_core: 128 core_count: 132
@@ -74,8 +74,8 @@ def cuda_installed() -> bool:
 
 
 def room(peak: int) -> tuple[bool, str]:
-    """Returns (whether `peak` bytes fit into GPU memory, the reason). The compiler does not check the size. The limit
-    is the fraction of GPU memory that JAX preallocates."""
+    """Returns (whether `peak` bytes fit into GPU memory, the reason). The compiler does not check whether a program
+    fits into memory. The limit is the fraction of GPU memory that JAX preallocates."""
     fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
     most = fraction * chips.find(KIND).hbm_bytes.value
     return (

@@ -145,8 +145,8 @@ def _bytes(leaf: dict) -> int:
 
 
 def choices(runs: list[Run]) -> dict[str, list[Choice]]:
-    """Returns the choices by task, in the order of the runs. If a folder has several results with equal fields WAY, the
-    newest counts.
+    """Returns the choices by task, in the order of the runs. If a folder has several results that agree in the fields
+    WAY, the newest result counts.
 
     If runs were scored on different questions or by different scorers of a task, their results are listed separately as
     "TASK, scored as HASH".
@@ -219,7 +219,7 @@ def written(run: Run) -> list[tuple[str, list[tuple[int, str]]]]:
 
 
 def curves(run: Run) -> dict[str, list[tuple[float, float]]]:
-    """Returns the points (step, loss) of the training data and of the held-out data."""
+    """Returns the points (step, loss) of the training loss and of the held-out loss."""
     pick = lambda kind, key: [(line["step"], line[key]) for line in run.lines(kind) if _number(line.get(key))]
     return {"train": pick("train", "loss"), "held-out": pick("eval", "nll") or pick("eval", "loss")}
 
@@ -253,8 +253,8 @@ def side_by_side(rows: Sequence[tuple[str, Json]], n: int) -> list[tuple[dict, l
     """Returns (question, [(label, sample)]) for examples that occur in all results. Rows are (label, result of
     evals.run.evaluate).
 
-    Examples are picked in turn from the groups of questions that the same methods answer right, so that no method shows
-    only its best answers.
+    Examples are grouped by the methods that answer them right, and are picked from the groups in turn, so that no
+    method shows only its best answers.
     """
     answered = {label: {s["prompt"]: s for s in result.get("samples", ())} for label, result in rows}
     common = [s for s in rows[0][1].get("samples", ()) if all(s["prompt"] in a for a in answered.values())]

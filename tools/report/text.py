@@ -81,8 +81,8 @@ def _pairs(tuned: list[Choice]) -> list[str]:
 
 
 def _payback(prompt: Choice, tuned: Choice) -> list[str]:
-    """Returns a sentence that says after how many answers the tuned model has repaid its training, if it ever does and
-    scores at least as high as the prompted model."""
+    """Returns a sentence that says after how many answers the tuned model has repaid its training, if the tuned model
+    scores at least as high as the prompted model and its answers cost less."""
     more = (per_answer(prompt) or 0) - (per_answer(tuned) or 0)
     if not tuned.flops or more <= 0 or _mean(tuned) < _mean(prompt):
         return []

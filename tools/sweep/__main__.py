@@ -236,7 +236,7 @@ def screen(out: Path, metric: str, total: int) -> Iterator[Callable[[], None]]:
         rows = sweep_page.results(out, metric)
         done = f"{sum(r.state in runs.ENDED for r in rows)} of {total} ended"
         table = Table("point", "sets", "state", "step", metric, title=done, title_justify="left")
-        for r in sorted(rows, key=lambda r: r.state != runs.RUNNING):  # running points first, if rows are cut off
+        for r in sorted(rows, key=lambda r: r.state != runs.RUNNING):  # running points come first on small screens
             line = (r.id, label(r.values), r.state, f"{r.step:,}", sweep_page.number(r.value))
             table.add_row(*map(Text, line))
             if not live and known.get(r.id, runs.WAITING) != r.state:

@@ -102,7 +102,8 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def declare(point: Point, out: Path, index: int) -> None:
-    """Creates the point's folder, from which the results are collected. Call this while holding the lock `alone`."""
+    """Creates the point's folder, from which the results are collected. Call this function while holding the lock
+    `alone`."""
     (out / point.id).mkdir(parents=True, exist_ok=True)
     if not (out / point.id / "point.json").exists():
         files.write_json(out / point.id / "point.json", {"values": point.values, "index": index})
