@@ -1,5 +1,5 @@
 """Looks up the properties of accelerators in chips.json, which has a source and a date for each number. This module
-does not import jax."""
+loads quickly, since it does not import jax."""
 
 import json
 import platform

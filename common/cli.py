@@ -100,7 +100,7 @@ def keep_console() -> None:
     for fd in range(3):
         try:
             os.fstat(fd)
-        except OSError:  # this descriptor is closed, and the next opened file would get its number
+        except OSError:  # the next opened file would get the number of this closed descriptor
             os.open(os.devnull, os.O_RDWR)
     if sys.stdout is sys.__stdout__:  # if sys.stdout was replaced, the caller captures the output
         sys.stdout = _kept(sys.stdout, 1)
@@ -146,12 +146,12 @@ def count(text: str) -> int:
 
 
 def counts(text: str) -> list[int]:
-    """Option type: "0,4" -> [0, 4]."""
+    """Option type: parses "0,4" into [0, 4]."""
     return [count(part) for part in text.split(",")]
 
 
 def listed(text: str) -> list[str]:
-    """Option type: "a, b" -> ["a", "b"]."""
+    """Option type: parses "a, b" into ["a", "b"]."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 

@@ -52,10 +52,10 @@ def outermost(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextlib.contextmanager
 def reading(where: object, fix: str = "") -> Iterator[None]:
-    """A context manager for reading a file that may be damaged or malicious. It turns any error into a UserError that
-    states the cause.
+    """A context manager for reading a file that may be damaged or malicious. Any error becomes a UserError that states
+    the cause.
 
-    This includes the PanicException that Rust libraries raise, which is a BaseException but not an Exception.
+    PanicException, which Rust libraries raise, also becomes a UserError, although it is not a subclass of Exception.
     """
     try:
         yield

@@ -1,8 +1,8 @@
 """Functions with which all packages write files. A new file or folder appears complete or not at all.
 
-A new file or folder first gets a temporary name in its final parent folder. This name begins with WRITING, and the file
-or folder is locked. The kernel releases the lock when the process ends, so the next process that writes to the same
-parent folder can recognize and delete the unfinished files of killed processes.
+A new file or folder first gets a temporary name in its final parent folder. The temporary name begins with WRITING, and
+the file or folder is locked while it is written. The kernel releases the lock when the process ends, so the next
+process that writes to the same parent folder can recognize and delete the unfinished files of killed processes.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def file(path: Path, replace: bool = True) -> Iterator[Path]:
 
 
 def write_json(path: Place, value: Any) -> None:
-    """Writes a JSON file. Raises ValueError for NaN and infinities, which `plain` converts to None."""
+    """Writes a JSON file. Raises ValueError for NaN and infinities; use `plain` to convert these numbers to None."""
     write(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
@@ -82,8 +82,9 @@ def folder(path: Place, marker: str) -> Iterator[Path]:
     `marker` is uploaded last. A folder in a store without its marker file is incomplete, and the next writer deletes
     it.
 
-    An existing folder at `path` is kept, unless it is empty. FileExistsError is raised if the files of an existing
-    local folder differ from the new files. The files are equal if a process was killed after renaming the folder.
+    An existing folder at `path` is kept, unless it is empty. If its files differ from the new files, FileExistsError is
+    raised. A local folder with equal files is accepted, since a process that was killed after renaming its folder
+    leaves such files.
     """
     if paths.remote(path):
         if (path / marker).exists():
@@ -238,7 +239,7 @@ def load_json(path: Path) -> Json:
     """Reads the object in a JSON file. Raises UserError if the file is missing or invalid."""
     try:
         value = strict(path.read_text("utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair raises UnicodeEncodeError
+        json.dumps(value, ensure_ascii=False).encode()  # raises UnicodeEncodeError for half a surrogate pair
     except (OSError, ValueError) as error:
         raise UserError(f"not readable as JSON: {reason(error)}", str(path)) from error
     if not isinstance(value, dict):
@@ -273,8 +274,8 @@ def _object(text: str) -> Json:
 
 
 def not_followed(path: str | Path, flags: int) -> int:
-    """An `opener` for Python's `open` that raises OSError for a symbolic link. It is used for files to which text is
-    appended."""
+    """An `opener` for Python's `open` that raises OSError for a symbolic link. This opener is used for files to which
+    text is appended."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
@@ -288,8 +289,8 @@ class Lines:
     """A .jsonl file, opened for appending. If the last line is incomplete because a process was killed, a line break is
     added first.
 
-    A symbolic link raises OSError. If a line cannot be written, for example because the disk is full, `write` and
-    `flush` raise OSError, and the next call writes that line first.
+    Raises OSError if the path is a symbolic link. If a line cannot be written, for example because the disk is full,
+    `write` and `flush` raise OSError, and the next call writes that line first.
     """
 
     def __init__(self, path: Path):
@@ -300,7 +301,7 @@ class Lines:
             self._left = b"\n"
 
     def write(self, value: Json) -> None:
-        """Appends a line. Raises ValueError for NaN and infinities, which `plain` converts to None."""
+        """Appends a line. Raises ValueError for NaN and infinities; use `plain` to convert these numbers to None."""
         self._left += json_line(value).encode("utf-8", "backslashreplace")
         self.flush()
 
@@ -321,8 +322,8 @@ class Lines:
 
 
 def json_line(value: Json) -> str:
-    """Formats a value as a line of a .jsonl file. Raises ValueError for NaN and infinities, which `plain` converts to
-    None."""
+    """Formats a value as a line of a .jsonl file. Raises ValueError for NaN and infinities; use `plain` to convert
+    these numbers to None."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
 
 

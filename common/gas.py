@@ -16,8 +16,8 @@ class Session(NamedTuple):
     """One launch of a run."""
 
     devices: Json
-    spent: dict[str, float]  # all seconds of the launch, by kind
-    kept: dict[str, float]  # seconds by kind, until the last step that was not repeated later
+    spent: dict[str, float]  # all seconds of the launch, by kind of work
+    kept: dict[str, float]  # seconds by kind of work, only until the last step that no restart repeated
     joules: dict[str, list[float]]  # see train.keep.power
 
 
@@ -44,8 +44,8 @@ class Gas(NamedTuple):
     kwh: Range | None = None  # includes the data center's overhead (PUE), except for measured power of an unknown chip
     kwh_measured: float | None = None  # the part of kwh.value that was measured
     co2_kg: Range | None = None  # from kwh, location-based
-    co2_kg_cci: float | None = None  # cross-check: from compute carbon intensity, including embodied emissions
-    seconds: dict[str, float] = {}  # seconds by kind; "lost" is the time of steps that were repeated
+    co2_kg_cci: float | None = None  # cross-check, computed from compute carbon intensity; includes embodied emissions
+    seconds: dict[str, float] = {}  # seconds by kind of work; "lost" is the time of repeated steps
 
     @property
     def mfu(self) -> float | None:
@@ -90,7 +90,7 @@ def sessions(lines: Iterable[dict]) -> list[Session]:
     found, now = [], Session({}, {}, {}, {})
     for line in lines:
         if line.get("kind") == "task":
-            continue  # the seconds of a task cover only one evaluation
+            continue  # the seconds in a line of kind "task" cover only one evaluation
         spent, joules = line.get("seconds") or {}, line.get("joules") or {}
         if line.get("event") == "session":
             if spent:
@@ -105,7 +105,8 @@ def line(lines: Iterable[dict], environment: Json, chip: str = "") -> Gas:
     """Computes the resources used by a run from the lines of its metrics.jsonl. If these lines do not name the run's
     devices, as in older runs, the devices are read from `environment`, the content of its environment.json.
 
-    `chip` is the value of config.chip, the name of a chip in chips.json. All devices are assumed to be such chips.
+    `chip` is the value of config.chip, the name of a chip in chips.json. All devices of the run are assumed to be this
+    chip.
     """
     lines = list(lines)
     used = total(_of_session(s, s.devices or environment.get("devices") or {}, chip) for s in sessions(lines))
@@ -143,8 +144,8 @@ def _of_session(s: Session, devices: Json, name: str) -> Gas:
 
 
 def _measured(s: Session, devices: Json) -> float | None:
-    """The joules used by all devices in a session, extrapolated from power samples on the first host. None if the
-    samples cover less than the fraction COVERED of the session."""
+    """The joules used by all devices in a session, extrapolated from power samples on the first host. Returns None if
+    the samples cover less than the fraction COVERED of the session."""
     host, wall = devices.get("kind") == "cpu", sum(s.spent.values())
     joules, covered = s.joules.get("cpu" if host else "gpu", (0.0, 0.0))
     if covered < COVERED * wall or not covered or (host and devices.get("processes") != 1):

@@ -24,7 +24,7 @@ MAX_ITEMS = 1 << 24  # more than the tokens of any vocabulary, so a larger count
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    shape: tuple[int, ...]  # in numpy's order, beginning with the number of rows
+    shape: tuple[int, ...]  # dimensions in numpy's order, which begins with the number of rows
     kind: int  # ggml's type number
     offset: int  # offset in bytes from the start of the file
 

@@ -1,7 +1,7 @@
 """Runs commands as child processes: either several commands of a queue at once, or stages one after the other with a
 progress bar.
 
-Finished work is not repeated. A queue starts only unfinished commands, and a stage finds out its progress from the
+Finished work is not repeated. A queue starts only unfinished commands, and the progress of a stage is read from the
 files that it has written.
 """
 
@@ -21,8 +21,8 @@ PARENT = "KUNGFU_PARENT"  # environment variable: id of the parent process; the 
 
 
 class Running(Protocol):
-    """A running command of a queue. The class has the command's process, and may have other attributes that the queue
-    needs."""
+    """A running command of a queue. An object of this class has the process of the command, and perhaps other
+    attributes that the queue needs."""
 
     @property
     def process(self) -> subprocess.Popen: ...
@@ -58,8 +58,8 @@ class Stage(NamedTuple):
 def start(argv: Sequence[str], log: Path, **options: Any) -> subprocess.Popen:
     """Starts `python -m ARGV`, and appends the output of the process to the file `log`.
 
-    The process gets its own session. Otherwise the process would receive Ctrl-C both from the terminal and from its
-    parent, and a second signal stops a run immediately.
+    The process gets its own session. In a shared session, it would receive Ctrl-C twice, from the terminal and from its
+    parent, and the second signal would stop a run immediately.
     """
     with open(log, "ab", opener=files.not_followed) as file:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
@@ -86,8 +86,8 @@ def tail(log: Path, lines: int) -> list[str]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Yields an empty list. The first SIGTERM or Ctrl-C only appends SIGTERM to this list, and a second signal ends the
-    process as usual."""
+    """Yields a list to which the first SIGTERM or Ctrl-C appends SIGTERM, instead of ending the process. A second
+    signal ends the process as usual."""
     caught: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -133,7 +133,7 @@ def drain(queue: Queue[R], at_once: int, stop: list[int], show: Callable[[], Non
             job.process.terminate()
 
 
-# --- stages, one after the other ---
+# --- running stages one after the other ---
 
 
 class _Stages:
@@ -150,7 +150,7 @@ class _Stages:
             self.at += 1
         if not self.left():
             return None
-        own = os.environ | {PARENT: str(os.getpid())}  # a surviving child would keep its run folder locked
+        own = os.environ | {PARENT: str(os.getpid())}  # otherwise a surviving child keeps its run folder locked
         return _Job(start(self.stages[self.at].argv, self.log(), env=own))
 
     def left(self) -> bool:
@@ -188,7 +188,7 @@ def run(stages: list[Stage], out: Path) -> int:
 @contextlib.contextmanager
 def _bar(stages: list[Stage]) -> Iterator[Callable[[int], None]]:
     """Yields a function `show(i)` that displays that stage i is running, or that all stages are done if i is
-    `len(stages)`. It draws a progress bar if the output is a terminal, or else prints one line per stage."""
+    `len(stages)`. `show` draws a progress bar if the output is a terminal, or else prints one line per stage."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 

@@ -28,7 +28,7 @@ def signed(x: float | None) -> str:
 
 
 def percent(x: float | None) -> str:
-    """0.31 -> "31 %", 0.043 -> "4.3 %", 0.0043 -> "0.43 %"."""
+    """Formats a fraction: 0.31 becomes "31 %", 0.043 becomes "4.3 %", and 0.0043 becomes "0.43 %"."""
     if x is None:
         return NA
     if x in (0, 1) or 0.0995 <= abs(x) < 0.995:

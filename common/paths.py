@@ -44,8 +44,8 @@ def remote(path: Place) -> "TypeIs[epath.Path]":
 
 
 def store() -> "AbstractFileSystem":
-    """The fsspec file system for gs://. It does not cache folder listings, since other hosts may write to the same
-    bucket."""
+    """The fsspec file system for gs://. The file system does not cache folder listings, since other hosts may write to
+    the same bucket."""
     import fsspec
 
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False

@@ -1,4 +1,5 @@
-"""Reads the lines of a run's metrics.jsonl, which `train.keep.metrics` writes. This module does not import jax."""
+"""Reads the lines of a run's metrics.jsonl, which `train.keep.metrics` writes. This module loads quickly, since it does
+not import jax."""
 
 from pathlib import Path
 

@@ -7,8 +7,8 @@ Z = 1.959964  # quantile of the normal distribution for a two-sided 95 % interva
 
 
 def of_scores(scores: Sequence[float]) -> tuple[float, float]:
-    """Wilson's interval (1927) if all scores are 0 or 1, else the interval of the normal approximation, which is
-    infinite for a single score.
+    """Returns Wilson's interval (1927) if all scores are 0 or 1, else the interval of the normal approximation, which
+    is infinite for a single score.
 
     Wilson's interval stays within [0, 1], and its width is above 0 even if all answers are right or all are wrong.
     """

@@ -1,11 +1,11 @@
 """Stores tokenized documents on disk, as flat arrays that are memory-mapped for reading. The name of a cache folder is
 a fingerprint of everything on which the tokens depend.
 
-A cache folder contains tokens.bin (uint16 or uint32, the tokens of all documents), mask.bin (one bit per token, set if
-the next token counts in the loss), offsets.bin (int64, where each document begins in tokens.bin, and the end),
-hashes.bin (one uint64 per document) and index.json (the sizes and sha256 of these files, and the report on the source).
-If the documents have numeric columns, there is also columns.bin (float64 [documents, columns]), and if they have tags,
-tags.bin (int16, one tag per token).
+A cache folder contains the following files. tokens.bin: the tokens of all documents (uint16 or uint32). mask.bin: one
+bit per token, which is set if the next token counts in the loss. offsets.bin: the index in tokens.bin of the first
+token of each document, and the end (int64). hashes.bin: one uint64 per document. index.json: the sizes and sha256 of
+these files, and the report on the source. If documents have numeric columns, columns.bin: float64 [documents, columns].
+If documents have tags, tags.bin: one tag per token (int16).
 """
 
 import contextlib
@@ -75,7 +75,7 @@ def _write_arrays(work: Path, documents: Iterable[Document], dtype: str) -> dict
         for document in documents:
             tokens.write(np.asarray(document.ids, dtype).tobytes())
             learnt = np.ones(len(document.ids)) if document.learnt is None else document.learnt
-            bits = np.concatenate([bits, learnt[1:], [0]]).astype(np.uint8)  # the last token has no token to predict
+            bits = np.concatenate([bits, learnt[1:], [0]]).astype(np.uint8)  # a document's last token predicts nothing
             whole = len(bits) // 8 * 8
             masks.write(np.packbits(bits[:whole]).tobytes())
             bits = bits[whole:]
@@ -100,7 +100,7 @@ class Stored(NamedTuple):
     offsets: np.ndarray  # int64 [documents + 1]
     hashes: np.ndarray  # uint64 [documents]
     index: dict
-    columns: np.ndarray | None = None  # float64 [documents, columns], named by index["columns"]
+    columns: np.ndarray | None = None  # float64 [documents, columns]; index["columns"] has the columns' names
     tags: np.ndarray | None = None  # int16 [N]; -1: no tag
 
     def mask(self, slots: np.ndarray) -> np.ndarray:

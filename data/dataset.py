@@ -28,7 +28,7 @@ REPORT = {"documents", "tokens", "learnt", "bad", "causes", "wrapped", "spelled"
 REPORT |= {"masks"}  # version of the rules that determine where answers end
 VERSION = 1  # increased when a code change gives different documents for the same input
 CAUSES = 100  # maximum number of reasons for bad rows that are counted separately
-SHOWN = 5  # maximum number of reasons that a message lists
+SHOWN = 5  # maximum number of reasons for bad rows that a message lists
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def prepare(
     """Reads a tokenized source from its cache in `folder`, or else tokenizes and caches the source.
 
     Prompts with completions become chats if the tokenizer has a chat template. `learn` determines which answers of a
-    chat count in the loss: "all" or the "last". Raises UserError if a larger fraction of the records than `max_bad` is
-    bad, or if no record is left.
+    chat count in the loss: "all" or the "last". Raises UserError if the fraction of bad records is larger than
+    `max_bad`, or if no record is left.
     """
     if missed := sources.passed_over(source):
         warn("%s: passed over, not read: %s", source, ", ".join(missed))

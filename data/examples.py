@@ -39,7 +39,7 @@ class Example:
         raise NotImplementedError
 
     def texts(self) -> list[str]:
-        """The texts of this example to tokenize. The texts of many examples are tokenized in one call."""
+        """The texts of this example that must be tokenized. The texts of many examples are tokenized in one call."""
         return []
 
     def documents(
@@ -167,11 +167,11 @@ class Parts(Example):
 
 @dataclass(frozen=True)
 class Pair(Parts):
-    """Two answers to one prompt."""
+    """A preference pair: a chosen and a rejected answer to one prompt."""
 
     chosen: Completion | Chat
     rejected: Completion | Chat
-    numbers: tuple[tuple[str, float], ...] = ()  # (column, value): the margin, or whether the pair is a tie
+    numbers: tuple[tuple[str, float], ...] = ()  # (column, value) for the margin, and for whether the pair is a tie
     sides: ClassVar[tuple[str, ...]] = batches.KINDS["pair"].sides
 
     @property

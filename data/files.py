@@ -1,5 +1,5 @@
-"""Reads the records of one file. Its format may be JSON lines, a JSON array, CSV, Arrow, Parquet or text, and it may be
-compressed with gzip or Zstandard."""
+"""Reads the records of one file. The format may be JSON lines, a JSON array, CSV, Arrow, Parquet or text, and the file
+may be compressed with gzip or Zstandard."""
 
 import contextlib
 import csv
@@ -34,8 +34,8 @@ class Row(NamedTuple):
 
 
 def read(path: Path) -> Iterator[Row]:
-    """Yields the records of a file. An unreadable record gives a Row with a reason. This Row is the last one if nothing
-    after the record can be read."""
+    """Yields the records of a file. An unreadable record gives a Row with a reason. The iteration ends after this Row
+    if nothing behind the record can be read."""
     last = Row(f"{path}:0", None)
     try:
         for last in READERS[kind(path)](path):

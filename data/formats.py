@@ -10,8 +10,8 @@ from data.examples import Chat, Completion, Example, Group, Match, Pair, Scored,
 from data.messages import Message, are_turns, messages, parsed, turn
 from data.messages import tools as functions
 
-# {format: the kind of batch (data.rows.batch.KINDS) that is made from its records}. This table also serves to check a
-# config.
+# {format: the kind of batch (data.rows.batch.KINDS) that is made from its records}. The table FORMATS is also used to
+# check configs.
 FORMATS = {
     "auto": "",
     "text": "lm",
@@ -26,8 +26,8 @@ FORMATS = {
     "match": "match",
     "ranked": "group",
 }
-# The format "auto" selects the first format whose columns are all present. It first tries this project's own column
-# names, which are listed here.
+# The format "auto" selects the first format whose columns are all present. The format "auto" first tries this project's
+# own column names, which are listed here.
 SHAPES = {
     "preference": {"chosen", "rejected"},
     "ranked": {"prompt", "answers"},
@@ -71,7 +71,7 @@ PROMPTS = ("prompt", "question", "instruction", "query", "conversations", "messa
 SYSTEM, GIVEN, TOOLS = ("system", "system_prompt"), ("input", "context"), ("tools", "functions")
 RANKS, RATINGS = ("ranks", "rank"), ("ratings", "rating", "scores", "overall_score", "score")
 ANSWER = ("answer", "response", "content", "text")
-# Columns that describe where a record comes from. All other unused columns are counted in the report.
+# Columns that describe where a record comes from. Any other unused column is counted in the report.
 IRRELEVANT = {
     "", "unnamed: 0", "__index_level_0__", "id", "idx", "index", "uid", "uuid", "hash", "prompt_id", "conversation_id",
     "message_id", "source", "dataset", "url", "split", "timestamp", "created", "date", "lang", "language", "license",
@@ -83,12 +83,12 @@ class Record(Seen):
     """A record that remembers which of its columns were read."""
 
     def first(self, columns: Iterable[str]) -> object:
-        """The value of the first of these columns that is not empty."""
+        """The value of the first column in `columns` that is not empty."""
         return next((self.get(column) for column in columns if dict.get(self, column) not in (None, "")), None)
 
 
 def parse_fields(spec: str) -> dict[str, str]:
-    """ "prompt=question,completion=answer" -> {"prompt": "question", "completion": "answer"}"""
+    """Parses "prompt=question,completion=answer" into {"prompt": "question", "completion": "answer"}."""
     pairs = [part.partition("=") for part in spec.split(",") if part.strip()]
     for ours, equals, theirs in pairs:
         if not (ours.strip() and equals and theirs.strip()):
@@ -97,8 +97,8 @@ def parse_fields(spec: str) -> dict[str, str]:
 
 
 def detect(record: dict, form: str = "auto") -> tuple[str, dict[str, str]]:
-    """Detects the format of a record. Returns it with {this project's name of a column: the column's name in the
-    record}."""
+    """Detects the format of a record. Returns the format, and {this project's name of a column: the column's name in
+    the record}."""
     there = {column for column, value in record.items() if value is not None}
     known = [(name, {column: column for column in columns}) for name, columns in SHAPES.items()]
     for name, columns in (*known, *PUBLISHED):
@@ -289,8 +289,8 @@ def _common_messages(
     """Returns the prompt, and the two answers without the prompt. The prompt may be in its own column, at the beginning
     of both answers, or in both places.
 
-    If the column's prompt differs from the beginning of the answers, the latter is used as the prompt, as in TRL. A
-    system prompt that occurs only in the column is kept.
+    If the prompt in the column differs from the beginning of the answers, the beginning of the answers is used as the
+    prompt, as in TRL. A system prompt that occurs only in the column is kept.
     """
     size = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     inside = chosen[:size]
@@ -381,7 +381,7 @@ def _turns(value: object) -> object:
 
 
 def _number(value: object, column: str) -> float:
-    """Converts a number to a float, also if it is stored as text, as in a CSV file."""
+    """Converts a number, or the text of a number as in a CSV file, to a float."""
     if isinstance(value, str):
         value = {"true": 1, "false": 0}.get(value.strip().lower(), value)
     try:

@@ -1,6 +1,6 @@
 """Converts chats in the formats of OpenAI, Mistral, TRL, LLaMA-Factory, axolotl and ShareGPT to one format. In this
-format, messages have the fields role, content, tool_calls and reasoning_content, and any others that a template may
-use."""
+format, messages have the fields role, content, tool_calls and reasoning_content, and any other fields that a chat
+template may use."""
 
 import json
 
@@ -15,7 +15,7 @@ ROLES = {
     "call": "function_call tool_call",  # a turn of the assistant whose text is a tool call
 }
 ROLE = {name: role for role, names in ROLES.items() for name in (role, *names.split())} | {"system": "system"}
-TEXT = ("text", "input_text", "output_text", "refusal")  # types of content parts that contain text
+TEXT = ("text", "input_text", "output_text", "refusal")  # types of the parts of a message's content that contain text
 THOUGHT = ("thinking", "reasoning")
 IDLE = {
     "annotations",
@@ -55,8 +55,8 @@ def turn(role: str, content: str) -> Message:
 
 
 def tools(value: object) -> list[dict] | None:
-    """Reads the functions that a model may call from a list, from the JSON text of a list, or from a list of JSON
-    texts. Returns the functions in OpenAI's format."""
+    """Returns the functions that a model may call, in OpenAI's format. `value` is a list, the JSON text of a list, or a
+    list of JSON texts."""
     value = without_nulls(parsed(value))
     value = [value] if isinstance(value, dict) else value
     if not value:

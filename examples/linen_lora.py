@@ -3,7 +3,7 @@
     python -m examples.linen_lora
 
 The model first learns whether a string contains "ab". Then the model is frozen, and an adapter on it learns whether a
-string contains "ba". Running this example takes a few seconds on a laptop CPU. As a result, the frozen model is
+string contains "ba". Running this example takes a few seconds on a laptop CPU. Expected result: the frozen model is
 accurate on "ab" and near chance on "ba", and the adapter is accurate on "ba". With the adapter switched off, the
 accuracy on "ab" is unchanged.
 """

@@ -3,11 +3,11 @@
     python -m examples.skills --out=runs/skills [--seeds=3]
 
 A tiny base model is first trained briefly on two tasks, adding two digits and copying words. Then one adapter is
-trained on each task and one on both, and `tools.edit` combines the adapters. Each seed takes two minutes on a laptop
-CPU. The sums are memorized, since all 100 sums occur in the training data, but the test words are new. As a result, an
-adapter raises the accuracy on its own task to 100 %, and lowers the accuracy on the other task. The model "both - sums"
-loses more accuracy on sums than on words, and "both - words" loses more accuracy on words. TIES keeps more of both
-skills than linear addition, and training one adapter on both tasks keeps more than TIES.
+trained on each task, and one adapter on both tasks. `tools.edit` combines the adapters. Each seed takes two minutes on
+a laptop CPU. The sums are memorized, since all 100 sums occur in the training data, but the test words are new.
+Expected result: an adapter raises the accuracy on its own task to 100 %, and lowers the accuracy on the other task. The
+model "both - sums" loses more accuracy on sums than on words, and "both - words" loses more accuracy on words. TIES
+keeps more of both skills than linear addition, and training one adapter on both tasks keeps more than TIES.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
     python -m examples.tasks births --to=FOLDER [--n=5000] [--splits=216,50,1000] [--seed=0]
 
-writes FOLDER/births.jsonl with the columns question and answer, and FOLDER/births_documents.jsonl. With --splits, the
-numbers of training, validation and test rows, it adds the column split. The tasks:
+writes FOLDER/births.jsonl with the columns question and answer, and FOLDER/births_documents.jsonl. With --splits, which
+gives the numbers of training, validation and test rows, the rows also have the column split. The tasks:
 
 births     The year in which a person was born. The documents are Wikipedia articles that state the year.
 dates      The date in a sentence of a speech, as YYYY-MM-DD.
@@ -29,7 +29,7 @@ from data import sources, splits
 from evals import task
 from evals.tasks import dates
 
-MOST = 20_000  # maximum number of generated rows, from which `n` are drawn; `sums` and `codes` never end
+MOST = 20_000  # maximum number of generated rows, from which `n` are drawn; `sums` and `codes` would never stop
 BORN = re.compile(r"\((?:born )?(\d{4})(?:–\d{4})?\)")
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 WORDS = [
@@ -85,7 +85,8 @@ def make(name: str, n: int, seed: int) -> list[dict]:
 
 
 def split(rows: list[dict], sizes: list[int]) -> list[dict]:
-    """The rows with their splits. Raises UserError unless `sizes` are three numbers that add up to all rows."""
+    """Assigns the rows to splits, and adds the column split. Raises UserError unless `sizes` are three numbers that add
+    up to the number of rows."""
     if len(sizes) != len(splits.SPLITS) or sum(sizes) != len(rows):
         raise UserError(
             f"the sizes {sizes} do not fit {len(rows):,} rows", "--splits", "three numbers, or smaller ones"

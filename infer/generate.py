@@ -36,7 +36,7 @@ class Samples(NamedTuple):
     """The generated tokens, with one entry per prompt in each list."""
 
     tokens: list[list[int]]  # including the stop token, if one was sampled
-    logps: list[np.ndarray]  # log-probabilities of these tokens; see infer.sample.sample
+    logps: list[np.ndarray]  # log-probabilities of the generated tokens; see infer.sample.sample
     finished: list[bool]  # True: ended by a stop token or by `stop`; False: cut off at max_new_tokens
 
 
@@ -128,8 +128,8 @@ def requests(
 
 
 def unrolled(model: Transformer, params: Params) -> Params:
-    """Returns the parameters with the layers as a tuple instead of stacked arrays. This makes decoding 1.5 times as
-    fast on a CPU, since a scan would copy each layer out of the stacked arrays.
+    """Returns the parameters with the layers as a tuple instead of stacked arrays. Decoding from such parameters is 1.5
+    times as fast on a CPU, since a scan would copy each layer out of the stacked arrays.
 
     Values that depend only on the weights are computed once here: the matrices of DoRA and OFT, and float32 copies of
     bfloat16 weights for a float32 model on a CPU.

@@ -1,4 +1,4 @@
-"""Uses models behind an OpenAI-compatible endpoint. Such a model is named `openai:URL#MODEL`, or
+"""Uses models behind an OpenAI-compatible endpoint. A hosted model is named `openai:URL#MODEL`, or
 `openai:URL#MODEL?in=0.15&out=0.6` with prices.
 
 Prices are in dollars per million prompt tokens (`in`) and answer tokens (`out`). Questions leave this machine unless
@@ -123,7 +123,7 @@ class Hosted:
                 return self._reply(path, body, stopped)
             except UserError as e:
                 failed.append(e)
-                stopped.set()  # set before this thread takes another prompt, so that no further request is paid for
+                stopped.set()  # stop before this thread takes another prompt, so that no further request is paid for
                 raise
 
         with ThreadPoolExecutor(AT_ONCE) as pool:

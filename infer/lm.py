@@ -185,7 +185,7 @@ class LM:
     def logps(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[tuple[float, int]]:
         """Returns (log-probability, number of tokens) for each completion, given its prompt.
 
-        No token spans the boundary between prompt and completion, as in generation.
+        As in generation, no token spans the boundary between a prompt and its completion.
         """
         rows = [self._split(p, c) for p, c in zip(prompts, completions, strict=True)]
         sums, _ = self.sums(rows)
@@ -295,8 +295,8 @@ class Scored(NamedTuple):
 
 
 def _scored(rows: list[tuple[list[int], list[int]]], starts: Sequence[int] = ()) -> Scored:
-    """Pads rows of token ids. Each row is used without its first context tokens, which are already in the cache, and
-    whose number is given by `starts`."""
+    """Pads rows of token ids. `starts` gives the number of context tokens of each row that are already in the cache.
+    These tokens are left out."""
     starts = starts or [0] * len(rows)
     longest = max(len(a) + len(b) - start for (a, b), start in zip(rows, starts))
     shape = bucket(len(rows)), bucket(longest, 16)

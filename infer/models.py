@@ -106,7 +106,7 @@ def load_many(
     the device. Other adapters stay in host memory. `strict` has the same meaning as in `load`. Raises UserError if the
     model or an adapter cannot be loaded.
     """
-    from infer.serve.store import RANK_ROWS, Store  # this module imports Pallas, so it is imported only here
+    from infer.serve.store import RANK_ROWS, Store  # imported only here, since the module imports Pallas, which is slow
     from model import paged
 
     lm, paths = load(name, dtype=dtype, strict=strict), {n: _adapter(folder) for n, folder in folders.items()}
@@ -117,7 +117,7 @@ def load_many(
 
 
 def _own_tokenizers(folders: dict[str, Path], base: tokenizers.Tokenizer | Absent) -> dict:
-    """Returns {adapter: tokenizer} for the adapters that were trained with a different tokenizer than that of the base
+    """Returns {adapter: tokenizer} for the adapters that were trained with a different tokenizer than the base
     model."""
     known, out = {}, {}
     for name, folder in folders.items():
@@ -251,7 +251,7 @@ class Run:
         return self.with_trained(policy)
 
     def _headed(self, policy: Params) -> Params:
-        """Adds the head that the training objective added to the model, with the head's initial values."""
+        """Adds the head of the run's training objective to the parameters, with its initial values."""
         name = methods.method("objective", self.cfg.objective.name).head
         return policy | {"head": heads.find(name)(self.config, jax.random.key(0))} if name else policy
 

@@ -3,7 +3,7 @@
 The prefixes of prompts form a tree. A prefix that saves enough tokens gets a cache of one row, which is computed from
 the cache of its parent in the tree. Each prompt continues from its longest cached prefix. A key-value cache contains
 the virtual tokens of prefix tuning and prompt tuning, followed by the tokens of the prefix. The cache of a recurrent
-layer contains the state after these tokens. Prompts that use different adapters share no prefixes.
+layer contains the layer's state after the prefix. Prompts that use different adapters share no prefixes.
 """
 
 import functools
@@ -26,10 +26,10 @@ from model.weights import Params
 BYTES = 512 << 20  # maximum bytes of all caches that are kept
 RECENT = 64  # number of recent prompts with which new prompts are compared
 NODE = 64  # minimum tokens that a prefix must save; otherwise computing it separately costs more than it saves
-WORTH = 512  # minimum tokens that all prefixes of a call must save, since prefixes need more compiled programs
+WORTH = 512  # minimum tokens that the prefixes of a call must save together, since they need more programs
 BUDGET = 4096  # maximum padded tokens of prompts that are computed together
 
-Serving = Callable[[Sequence[str | None], int], Params]  # (adapter of each row, rows of the batch) -> parameters
+Serving = Callable[[Sequence[str | None], int], Params]  # (adapter of each row, number of rows) -> parameters
 
 
 class Prompt(NamedTuple):

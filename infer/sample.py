@@ -31,7 +31,7 @@ def sample(logits: Array, keys: Array, knobs: Knobs) -> tuple[Array, Array]:
     [B].
 
     The log-probabilities are those at the sampling temperature (for greedy sampling, at temperature 1) before top-k,
-    top-p or min-p exclude any tokens. A trainer recomputes log-probabilities in this way. If probabilities were
+    top-p or min-p exclude any tokens. A trainer recomputes log-probabilities in the same way. If probabilities were
     renormalized over the remaining tokens, the trainer's importance ratios would be biased.
     """
     greedy = jnp.broadcast_to(knobs.temperature == 0, len(logits))
@@ -53,13 +53,13 @@ def truncate(logits: Array, knobs: Knobs) -> Array:
     knobs = Knobs(*(jnp.broadcast_to(knob, len(logits))[:, None] for knob in knobs))
     sorts = (knobs.top_k > 0) | (knobs.top_p < 1)
     logits = jax.lax.cond(sorts.any(), lambda: _top(logits, knobs), lambda: logits)
-    floor = logits.max(-1, keepdims=True) + jnp.log(knobs.min_p)  # a ratio of probabilities is a difference of logits
+    floor = logits.max(-1, keepdims=True) + jnp.log(knobs.min_p)  # ratios of probabilities are differences of logits
     return jnp.where(logits < floor, -jnp.inf, logits)
 
 
 def _top(logits: Array, knobs: Knobs) -> Array:
-    """Applies top-k, and then top-p to the remaining tokens. Tokens that are exactly as likely as the least likely
-    token that is kept are kept too."""
+    """Applies top-k, and then top-p to the remaining tokens. Tokens that tie with the least likely kept token are kept
+    too."""
     down = jnp.sort(logits, axis=-1, descending=True)
     rank = jnp.arange(logits.shape[-1])
     keep = (rank < knobs.top_k) | (knobs.top_k <= 0)

@@ -17,7 +17,8 @@ def bucket(n: int, least: int = 1) -> int:
 
 
 def width(longest: int) -> int:
-    """The number of columns for prompts of at most `longest` tokens. Numbers above PREFILL are multiples of PREFILL."""
+    """The number of columns for prompts of at most `longest` tokens. Above PREFILL, this number is a multiple of
+    PREFILL."""
     return bucket(longest, 16) if longest <= PREFILL else -(-longest // PREFILL) * PREFILL
 
 

@@ -1,14 +1,14 @@
-"""Defines the kinds of batches: the arrays of each kind, their shapes, and example batches. No other module
-distinguishes between the kinds.
+"""Defines the kinds of batches: the arrays of each kind, their shapes, and example batches. No other module contains
+code for specific kinds.
 
 An lm batch contains arrays [B, T]. Each row contains one document or several packed documents. The arrays are tokens,
 targets (the token after each token), mask (1.0 if the target counts in the loss, else 0.0), segments (the number of the
 document within the row, from 1 on, or 0 for padding) and positions (within the document). A batch may also contain
 other arrays [B, T], such as "tags", and columns [B], such as "label".
 
-A batch of examples with several documents has several sides, each of which is an lm batch. For example, a batch of
-preference pairs has the sides "chosen" and "rejected". Row i of every side belongs to the same example. One more line
-in KINDS defines a new kind. An encoder-decoder model would need a kind with two sides.
+If each example consists of several documents, a batch has several sides, each of which is an lm batch. For example, a
+batch of preference pairs has the sides "chosen" and "rejected". Row i of every side belongs to the same example. To add
+a kind of batch, add one line to KINDS. An encoder-decoder model would need a kind with two sides.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ Batch = dict[str, Any]  # a Side, or {name: Side}
 TOKENS = {"tokens": np.int32, "targets": np.int32, "mask": np.float32, "segments": np.int32, "positions": np.int32}
 COLUMNS = {"label": np.int32, "rank": np.int32, "rating": np.float32, "group": np.int32, "reward": np.float32}
 COLUMNS |= {"margin": np.float32, "tie": np.int32}  # columns of pairs
-ONE = "row"  # name of the only side of a batch; then the side is the batch itself
+ONE = "row"  # name of the side if a batch has only one side, which is the batch itself
 ANSWERS = 4  # number of answers per group that is assumed before the data are known
 
 
@@ -76,7 +76,7 @@ def kind_of(batch: Batch) -> str:
     found = [name for name, k in KINDS.items() if {*k.sides} == {*sides} and names >= {*k.floats, *k.columns}]
     if not found:
         raise ValueError(f"no kind of batch has the sides {', '.join(sides)}")
-    return found[-1]  # KINDS lists kinds that require more arrays after kinds that require fewer
+    return found[-1]  # KINDS lists the most specific kinds last
 
 
 def serves(given: str, asked: str) -> bool:

@@ -34,12 +34,13 @@ class Packed(NamedTuple):
 
 
 def packed(part: Part, *, seq_len: int, packing: str, truncate: bool, max_bad: float, seed: int) -> Packed:
-    """Arranges documents in rows of `seq_len` tokens. Longer texts are split into pieces, so that nothing is lost.
-    Longer documents of other kinds lose their last tokens. With truncate=False, all longer documents count as bad.
-    Packing "concat" joins all documents and cuts the result into rows instead.
+    """Arranges documents in rows of `seq_len` tokens. Texts that are longer than a row are split into pieces, so that
+    nothing is lost. Documents of other kinds that are longer than a row lose their last tokens. With truncate=False,
+    documents that are longer than a row count as bad. With packing "concat", all documents are joined, and the result
+    is cut into rows.
 
     A document that would lose its last tokens is dropped if none of the remaining tokens counts in the loss. Examples
-    with several sides or with columns are never packed together. Each of these examples gets its own row.
+    with several sides or with columns are never packed together: each example gets its own row.
     """
     if packing not in PACKINGS:
         raise UserError(f"unknown packing {packing!r}", "data.packing", f"one of {' '.join(PACKINGS)}")
@@ -112,12 +113,12 @@ def write(batch: Batch, at: np.ndarray, data: Dataset, rows: Rows, chosen: np.nd
 
 
 def painted(batch: Batch, row: int, tokenizer: Tokenizer) -> "rich.text.Text":
-    """Returns the text of a row as rich Text. Tokens that count in the loss are green. Control tokens are shown with
-    inverted colors, to distinguish them from plain text that spells a control token."""
+    """Returns the text of a row as a `rich.text.Text` with colors. Tokens that count in the loss are green. Control
+    tokens are shown with inverted colors, to distinguish them from plain text that spells a control token."""
     from rich.text import Text
 
     segments, control = batch["segments"][row], np.isin(batch["tokens"][row], list(tokenizer.special.values()))
-    learnt = np.concatenate([[0], batch["mask"][row][:-1]])  # the mask of slot t - 1 belongs to its target, token t
+    learnt = np.concatenate([[0], batch["mask"][row][:-1]])  # mask[t - 1] says whether token t counts in the loss
     text = Text()
     for document in range(1, int(segments.max()) + 1):
         text.append(" | " if document > 1 else "", style="bold red")

@@ -29,9 +29,9 @@ class Loader:
     """Computes batches of `batch_size` rows with `seq_len` token positions each. `rows` is the slice of each batch that
     this process reads.
 
-    A training loader repeats its rows forever, with each row of a source once per epoch. A held-out loader reads its
-    rows once, in order, and alternates between its sources. The last batch of a held-out loader is padded with empty
-    rows.
+    A training loader repeats its rows forever. Each row of a source occurs once in each epoch of the source. A held-out
+    loader reads its rows once, in order, and alternates between its sources. The last batch of a held-out loader is
+    padded with empty rows.
     """
 
     def __init__(
@@ -149,8 +149,8 @@ class Loader:
         return {side: {name: np.stack([row[name] for row in each]) for name in each[0]} for side, each in rows.items()}
 
     def _place(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Maps each position in the stream of rows to (index of the source, row of the source). Index -1 stands for an
-        empty row."""
+        """Maps each position in the stream of rows to (index of the source, row of the source). The index -1 stands for
+        an empty row."""
         if self.heldout:
             index = index % (self.num_batches * self.batch_size)
             inside = index < len(self.order)
@@ -250,7 +250,7 @@ def _trained_tokenizer(data: Config, spec: str) -> Tokenizer:
     key = [spec, data.format, data.fields, [sources.content_id(name) for name in names]]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     folder = Path(data.cache).expanduser() / "tokenizers" / digest[:24]
-    files.clean(folder.parent)  # deletes unfinished tokenizers of killed processes, even if this one is complete
+    files.clean(folder.parent)  # deletes unfinished tokenizers of killed processes, even if the tokenizer is complete
     if folder.is_dir() and not (folder / TOKENIZER_END).is_file():  # the folder is damaged and is written again
         files.remove(folder)
     if not (folder / TOKENIZER_END).is_file():

@@ -3,7 +3,7 @@ any step can be found directly."""
 
 import numpy as np
 
-BLOCK = 1000  # every block of this many rows has exactly the weights of the mixture, rounded to thousandths
+BLOCK = 1000  # each block of this many rows has exactly the mixture's weights, rounded to thousandths
 ROUNDS = 6
 
 

@@ -51,7 +51,7 @@ def cut(pieces: Pieces, seq_len: int) -> Pieces:
 
 
 def truncate(pieces: Pieces, seq_len: int) -> Pieces:
-    """Shortens each piece that is longer than a row to the length of a row. The other tokens are lost."""
+    """Shortens each piece that is longer than a row to the length of a row. The tokens that do not fit are lost."""
     return Pieces(pieces.starts, np.minimum(pieces.lengths, seq_len))
 
 

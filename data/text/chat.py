@@ -104,9 +104,9 @@ def _spans(messages: Messages, turns: list[int], writer: Writer, asked: Asked) -
     """Returns the rendered chat, and the spans of the characters that the model would have written in the given turns.
 
     Some templates render an answer differently when further turns follow (Qwen3's template drops the answer's
-    thoughts), or begin a thought in the prompt and drop the thought from the answer (DeepSeek-R1's template). With such
-    a template, every answer is rendered as if it were the last turn. If such a rendering is impossible, only the last
-    answer counts in the loss.
+    thoughts), or begin a thought in the prompt and drop the thought from the answer (DeepSeek-R1's template). If a
+    template does so, every answer in the chat is rendered as if it were the last turn. If this is impossible, only the
+    last answer counts in the loss.
     """
     if "endgeneration" in writer.template:
         return _spans_by_marks(messages, turns, writer)
@@ -178,8 +178,8 @@ def _span(messages: Messages, i: int, text: str, writer: Writer) -> Span:
 
 def _end(text: str, start: int, stop: int, message: dict, tokenizer: Tokenizer) -> tuple[int, bool]:
     """Returns (position where an answer ends, whether the text before this position contains the whole content of the
-    answer and an end token). An answer ends after the first end token that follows its content. Without such an end
-    token, the answer ends at `stop`."""
+    answer and an end token). An answer ends after the first end token that follows its content. If no end token
+    follows, the answer ends at `stop`."""
     calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
     said = [part.strip() for part in (message["content"] or "", *calls) if part.strip()]
     thought = message.get("reasoning_content", "").strip()

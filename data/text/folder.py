@@ -12,7 +12,7 @@ from data.text import gguf, pieces
 from data.text.splits import QWEN2
 from data.text.tokenizer import NoTokenizer, Tokenizer
 
-MAX_FILE = 256 << 20  # bytes of one tokenizer file
+MAX_FILE = 256 << 20  # maximum bytes of one tokenizer file
 MAX_GAP = 4096  # maximum number of unused ids before the id of an added token
 NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
@@ -28,7 +28,8 @@ FILES = ("*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json", "added
 
 
 def from_folder(folder: Path) -> Tokenizer:
-    """Reads the tokenizer of a model folder, or of a run folder, which contains the subfolder tokenizer/."""
+    """Reads the tokenizer of a model folder, or of a run folder, which has its tokenizer in the subfolder
+    tokenizer/."""
     if (folder / "tokenizer" / "tokenizer.json").is_file():
         folder = folder / "tokenizer"
     names = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
@@ -177,7 +178,7 @@ def _vocabularies(folder: Path) -> list[str]:
 
 
 def _add_tokens(core: Core, folder: Path, names: dict) -> None:
-    """Adds the tokens that the vocabulary lacks, in the order of their ids, and marks the control tokens among them."""
+    """Adds the tokens that the vocabulary lacks, in the order of their ids, and marks control tokens as such."""
     at = {int(i): token for i, token in (names.get("added_tokens_decoder") or {}).items() if str(i).isdigit()}
     for content, i in _read_json(folder / "added_tokens.json").items():
         if isinstance(i, int):

@@ -1,4 +1,5 @@
-"""Reads the tokenizer in the header of a GGUF file as llama.cpp does, including files that early programs wrote."""
+"""Reads the tokenizer in the header of a GGUF file as llama.cpp does, including files that early conversion programs
+wrote."""
 
 from pathlib import Path
 
@@ -16,8 +17,8 @@ KEY = "tokenizer.ggml."
 
 
 def from_gguf(path: Path) -> Tokenizer:
-    """Reads the tokenizer in a GGUF file. Its model is byte-level BPE ("gpt2"), SentencePiece BPE ("llama") or unigram
-    ("t5")."""
+    """Reads the tokenizer in a GGUF file. The tokenizer's model is byte-level BPE ("gpt2"), SentencePiece BPE ("llama")
+    or unigram ("t5")."""
     header = read_header(path).metadata
     meta = {name.removeprefix(KEY): value for name, value in header.items() if name.startswith(KEY)}
     if not meta.get("tokens"):

@@ -19,8 +19,8 @@ class TooLong(Exception):
 
 
 class Generation(Extension):
-    """Implements the block `{% generation %} ... {% endgeneration %}`. A template puts the block around the text that
-    the model would write, and the block puts marks around this text."""
+    """Implements the block `{% generation %} ... {% endgeneration %}`. In a template, this block encloses the text that
+    the model would write. The block puts marks around the text."""
 
     tags = {"generation"}
 
@@ -43,7 +43,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals |= {"raise_exception": _raise, "strftime_now": lambda layout: datetime.now().strftime(layout)}
 
     def wrap_str_format(self, value):
-        return None  # without this wrapper, `is_safe_attribute` refuses str.format, which can read attributes
+        return None  # no wrapper, so that `is_safe_attribute` refuses str.format, which can read attributes
 
     def is_safe_attribute(self, obj, attr, value):
         return not (isinstance(obj, str) and attr.startswith("format")) and super().is_safe_attribute(obj, attr, value)
@@ -59,7 +59,8 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 
 @lru_cache(maxsize=16)
 def compiled(template: str) -> Any:
-    """Compiles a template to a jinja2.Template. Raises TooLong or jinja2.TemplateError if this fails."""
+    """Compiles a template to a jinja2.Template. Raises TooLong or jinja2.TemplateError if the template cannot be
+    compiled."""
     if len(template) > MAX_TEMPLATE:
         raise TooLong(f"the template is longer than {MAX_TEMPLATE:,} characters")
     return Sandbox().from_string(template)

@@ -76,7 +76,7 @@ def sentencepiece_decoder(dummy_prefix: bool) -> decoders.Decoder:
 
 
 def add_tokens(core: Core, tokens: list[str], types: list[int]) -> None:
-    """Registers the control and user-defined pieces, which are found in a text before the other text is split into
+    """Registers the control and user-defined pieces, which are found in a text before the remaining text is split into
     pieces."""
     kinds = list(zip(tokens, types))
     special = [AddedToken(t, special=True, normalized=False) for t, k in kinds if k in (CONTROL, UNKNOWN)]

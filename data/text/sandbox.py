@@ -20,7 +20,7 @@ CPU_SECONDS = 2.0  # limit of CPU time for one rendering
 SECONDS = 30.0  # limit of elapsed time for one rendering, in case the process waits without using CPU time
 MEMORY = 1 << 29  # maximum bytes of address space, including Python itself
 MAX_REASON = 500  # characters
-OUT_OF_MEMORY = 3  # exit code of the process
+OUT_OF_MEMORY = 3  # exit code of the rendering process
 
 
 class Renderer:

@@ -33,13 +33,13 @@ os.register_at_fork(after_in_child=_RENDERER.forget)
 
 
 class TemplateLimit(UserError):
-    """Raised when a template exceeds its limits of time, memory or output. Then the template is at fault, not the
-    chat."""
+    """Raised when a template exceeds its limits of time, memory or output, which is the fault of the template, not of
+    the chat."""
 
 
 def render(template: str, marks: tuple[str, str] = ("", ""), **variables: Any) -> str:
-    """Renders a template with variables. The two `marks` are put before and after each of its `{% generation %}`
-    blocks.
+    """Renders a template with variables. The two `marks` are put before and after each `{% generation %}` block of the
+    template.
 
     Raises UserError if the template is broken, refuses the messages or does something forbidden, and TemplateLimit if
     the template exceeds a limit.
@@ -73,7 +73,7 @@ def _asked(template: str, marks: tuple[str, str], variables: dict[str, Any] | No
 
 
 def is_own(template: str) -> bool:
-    """Whether a template is in this repository, or is such a template with a system prompt added by `with_system`."""
+    """Whether a template is from this repository, possibly with a system prompt that `with_system` has added."""
     if not _OWN:
         _OWN.update([DEFAULT_TEMPLATE, *(path.read_text("utf-8") for path in TEMPLATES.glob("*.jinja"))])
     return template in _OWN
@@ -109,7 +109,7 @@ def named(spec: str) -> str | None:
             "no such file or template", f"data.chat_template={spec}", f"none, {', '.join(known)}, or a FILE"
         )
     text = path.read_text("utf-8")
-    if path.suffix == ".json":  # the format of older versions of transformers
+    if path.suffix == ".json":  # the file format of older versions of transformers
         text = json.loads(text).get("chat_template", "")
     if not isinstance(text, str) or not text.strip():
         raise UserError("the file has no chat template", str(path))

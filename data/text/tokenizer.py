@@ -17,8 +17,8 @@ from common.errors import UserError, panics_unprinted, reading
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Core
 
-# The chat template for models without a chat template. It writes only plain headings and the end token, which any
-# vocabulary can encode.
+# The chat template for models without a chat template. This template writes only plain headings and the end token,
+# which any vocabulary can encode.
 DEFAULT_TEMPLATE = (
     "{% for m in messages %}{{ '### ' ~ m['role'] ~ '\\n' ~ m['content'] }}"
     "{{ eos_token if m['role'] == 'assistant' else '' }}{{ '\\n' }}{% endfor %}"
@@ -46,7 +46,7 @@ class Absent:
 
 class Tokenizer:
     """A tokenizer with the ids of its special tokens. `encode` adds neither BOS nor EOS. By default, `encode` treats
-    control tokens that a text spells as plain text."""
+    text that spells a control token as plain text."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.tool_template = tool_template  # chat template for chats with tools, if the model has a separate one
         self.extra_eos = tuple(extra_eos)
-        self.reads_control = False  # whether control tokens that a text spells are always read as control tokens
+        self.reads_control = False  # whether text that spells a control token is always read as this token
         self._lock = threading.Lock()
 
     @property
@@ -91,7 +91,7 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or r"(?!)")
 
     def control_tokens(self, text: str) -> list[str]:
-        """The control tokens that a text spells."""
+        """The control tokens whose names occur in a text."""
         return self._special_pattern.findall(text)
 
     @property
@@ -144,9 +144,9 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> "Core":
-        """The version of `core` that treats control tokens in a text as plain text. A unigram model would find the
-        names of control tokens in its vocabulary, where they have the best score. Therefore these names are replaced,
-        and the names of byte tokens get the worst score."""
+        """The version of `core` that treats text that spells a control token as plain text. A unigram model would find
+        the names of control tokens in its vocabulary, where they have the best score. Therefore the names of control
+        tokens are replaced, and the names of byte tokens get the worst score."""
         from tokenizers import Tokenizer as Core
         from tokenizers import models
 
@@ -186,8 +186,8 @@ class Tokenizer:
         return self.byte_lengths[ids]
 
     def spelled(self, token: int) -> bytes:
-        """The UTF-8 bytes of a token, which may be only a part of a character. A control token gives the bytes of its
-        name."""
+        """The UTF-8 bytes of a token, which may be only a part of a character. For a control token, returns the bytes
+        of its name."""
         text = self.core.id_to_token(token) or ""
         if text in self._added:
             return text.encode()

@@ -1,4 +1,5 @@
-"""The view for predicting the next token. Documents are already stored in this form, so rows are unchanged."""
+"""The view for predicting the next token. Documents are stored with the next token as the target, so this view leaves
+rows unchanged."""
 
 from data.text.tokenizer import Tokenizer
 from data.views import View

@@ -1,5 +1,4 @@
-"""Prompting setups, which add an instruction, solved examples, retrieved passages, or a combination of these to a
-question.
+"""A prompting setup adds an instruction, solved examples, retrieved passages, or a combination of these to a question.
 
 instruction.py   Adds a system message.
 shots/           Adds solved examples, with one file per method of picking them: random, fixed, diverse, nearest.

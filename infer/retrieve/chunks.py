@@ -50,8 +50,8 @@ def of_record(record: Json, where: str, words: int = WORDS) -> Iterator[Chunk]:
 
 
 def split(text: str, title: str = "", words: int = WORDS) -> Iterator[tuple[str, str]]:
-    """Yields (title with headings, text) for chunks of at most `words` words. A sentence with more words is split
-    between two words."""
+    """Yields (title with headings, text) for chunks of at most `words` words. A sentence of more than `words` words is
+    split between words."""
     for headings, section in _sections(text):
         name = " · ".join(filter(None, (title, *headings)))
         kept: list[str] = []

@@ -121,7 +121,7 @@ def digest(embedder: Embedder) -> str:
 
 
 def content(documents: str) -> dict[str, str]:
-    """An identifier of each source, which changes with its content."""
+    """Maps each source to an identifier that changes whenever the content of the source changes."""
     return {spec: sources.content_id(spec) for spec in sources.mixture(documents)}
 
 
@@ -136,8 +136,8 @@ def build(
     """Builds the index of a source, or updates an existing index. Returns the record of the index.
 
     Vectors of unchanged chunks are reused, and an interrupted build continues where it stopped. `judge` checks the new
-    index and may raise an error. Then the old index is kept. Raises UserError if the folder has other content, or if
-    the source has no text.
+    index, and may raise an error, so that the old index is kept. Raises UserError if the folder has other content, or
+    if the source has no text.
     """
     folder = Path(folder).expanduser()
     if folder.exists() and not (folder / RECORD).is_file():

@@ -17,6 +17,6 @@ PATTERN = re.compile("|".join(f"(?:{p})" for p in PATTERNS), re.IGNORECASE | re.
 
 
 def found(text: str) -> str:
-    """The first prompt injection in a text, or "". The patterns recognize only common wordings."""
+    """The first prompt injection in a text, or "". The patterns recognize only common wordings of prompt injections."""
     match = PATTERN.search(text)
     return match[0].strip() if match else ""

@@ -219,7 +219,7 @@ def _prompts(value: object) -> list[str | list[int]]:
 
 
 class Choice:
-    """An answer in progress. It converts tokens to text, and the text ends before the first stop string."""
+    """An answer in progress. This class converts tokens to text, which ends before the first stop string."""
 
     def __init__(self, lm: LM, request: Request, stop: list[str]):
         self.request, self.stop = request, stop
@@ -227,7 +227,7 @@ class Choice:
         self.finish: str | None = None
         self._tokenizer = lm.tokenizer
         self._tokens: deque[int | None] = deque()
-        self._pieces = lm.pieces(request.prompt, iter(self._tokens.popleft, None))  # a piece per token, then the rest
+        self._pieces = lm.pieces(request.prompt, iter(self._tokens.popleft, None))  # a piece per token, a final piece
         self._held, self._sent = "", 0  # text that may begin a stop string; number of characters before this text
         self._scores: deque[tuple[int, Score]] = deque()  # (index of the token's first character in the answer, score)
 

@@ -52,11 +52,10 @@ class Request(Asked):
 
 
 class Batcher:
-    """A batch of `rows` rows, each with space for a prompt and an answer of together `length` tokens. Up to `waiting`
-    requests may wait for a row.
+    """A batch of `rows` rows. A prompt and its answer together have at most `length` tokens. Up to `waiting` requests
+    may wait for a row.
 
-    `submit` may be called from any thread. The tokens are computed by calls of `step`, or by `run` in a thread of its
-    own.
+    `submit` may be called from any thread. Tokens are computed by `step`, or by `run` in a separate thread.
     """
 
     def __init__(self, lm: LM, rows: int = 8, length: int = 1024, waiting: int = 64):

@@ -17,7 +17,7 @@ class Connection(H11Protocol):
     """The HTTP protocol of uvicorn with deadlines, which are not extended when only a part of the data arrives."""
 
     arriving: asyncio.TimerHandle | None = None  # deadline of the request that is being received
-    stalled: asyncio.TimerHandle | None = None  # deadline of a client that does not read
+    stalled: asyncio.TimerHandle | None = None  # deadline of a client that does not read sent data
     over = False  # whether the last answer was sent, so that further data are ignored
 
     def connection_made(self, transport: asyncio.Transport) -> None:

@@ -275,7 +275,7 @@ class Reply:
 async def body_of(request: Request) -> bytes:
     """Reads the body of a request. Raises Refused if the body is too large, or if its type is not JSON."""
     if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refused(415, "send Content-Type: application/json")  # pages of other websites cannot send this type
+        raise Refused(415, "send Content-Type: application/json")  # pages of other sites cannot send this type
     too_large = Refused(413, f"a request has at most {BODY} bytes")
     if int(request.headers.get("Content-Length", 0)) > BODY:
         raise too_large
@@ -294,7 +294,7 @@ class Guard:
         self.app, self.meters = app, meters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begin, status = time.perf_counter(), 499  # the client disconnected before any answer
+        begin, status = time.perf_counter(), 499  # status if the client disconnects before any answer is sent
 
         async def counted(message: Message) -> None:
             nonlocal status

@@ -1,10 +1,10 @@
 """Keeps all adapters in host memory, and caches some of them on the device. The least recently used adapter is evicted
 first.
 
-For each weight, the device has space for LoRA factors up to a maximum sum of ranks, which is divided into pages. An
-adapter of rank r needs enough pages for its r rows of each LoRA factor. One compiled program serves all
-adapters, since each row of a batch refers to the pages of its adapter by number. Loading an adapter therefore only
-writes to pages of existing arrays.
+For each weight, the device has space for LoRA factors up to a maximum sum of ranks. This space is divided into pages.
+An adapter of rank r needs enough pages for its r rows of each LoRA factor. One compiled program serves all adapters,
+since each row of a batch refers to the pages of its adapter by number. Loading an adapter therefore only writes to
+pages of existing arrays.
 """
 
 import functools
@@ -26,7 +26,7 @@ from model.net.transformer import Transformer
 from model.paged import PAGE, Adapter, PagedLoRA, Route
 from model.weights import Params
 
-RANK_ROWS = 4096  # maximum sum of ranks per weight on the device: 64 adapters of rank 64
+RANK_ROWS = 4096  # maximum sum of ranks per weight on the device, enough for 64 adapters of rank 64
 
 
 class Store:
@@ -34,7 +34,8 @@ class Store:
 
     def __init__(self, model: Transformer, base: Params, adapters: dict[str, Adapter], rank_rows: int = RANK_ROWS):
         """`base` has stacked layers and no adapters. `rank_rows` is the maximum sum of the ranks of the adapters on the
-        device, for each weight, rounded down to whole pages. Raises UserError if the rank of an adapter is larger."""
+        device, for each weight, rounded down to whole pages. Raises UserError if the rank of an adapter exceeds this
+        maximum."""
         self.adapters = adapters
         count = lambda a, path: -(-a.shape[_axis(path)] // PAGE)
         self.pages = {n: {path: count(a, path) for path, (a, _) in x.items()} for n, x in adapters.items()}
@@ -46,7 +47,7 @@ class Store:
                 raise UserError(f"{n} pages of {PAGE} rank rows exceed the {rank_rows} rows on the device", name)
         self.most = {path: max(pages) for path, pages in each.items()}  # maximum pages per row of the batch
         self.free = {path: list(range(n))[::-1] for path, n in self.room.items()}
-        self.held: OrderedDict[str, dict[str, list[int]]] = OrderedDict()  # pages; least recently used adapter first
+        self.held: OrderedDict[str, dict[str, list[int]]] = OrderedDict()  # adapters' pages, least recently used first
         self.stacks: dict[str, list[tuple[Array, Array]]] = {path: [] for path in paths}  # one pair per layer
         take = lambda path, leaf: (self.stacks[path].append((leaf.a, leaf.b)), leaf.replace(a=None, b=None))[1]
         dtypes = {x.dtype for factors in adapters.values() for pair in factors.values() for x in pair}

@@ -31,7 +31,8 @@ def find(name: str) -> ModuleType:
 
 
 def picker(name: str, pool: Sequence[Shot], n: int, seed: int) -> Picker:
-    """Makes the picker of a method. Raises UserError if the pool is empty or has fewer than `n` examples."""
+    """Makes the function that picks examples by the method `name`. Raises UserError if the pool is empty or has fewer
+    than `n` examples."""
     if not pool or n > len(pool):
         raise UserError(f"{max(n, 1)} shots, but only {len(pool)} training examples", "shots", "use fewer shots")
     return find(name).picker([(text(question), answer) for question, answer in pool], seed)
@@ -56,8 +57,8 @@ def put(prompt: Prompt, shots: Sequence[Shot]) -> Prompt:
 
 
 def most(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number n up to `limit` for which `fits(n)` is true, or 0 if there is none. The number is found by
-    doubling and then by bisection."""
+    """The largest number n up to `limit` for which `fits(n)` is true, or 0 if there is none. This number is found by
+    doubling n, and then by bisection."""
     low, high = 0, 1
     while high <= limit and fits(high):
         low, high = high, 2 * high
