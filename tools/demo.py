@@ -68,8 +68,8 @@ def stages(out: Path, task: str) -> list[Stage]:
 
 
 def compared(out: Path) -> float:
-    """Returns the fraction of a comparison's methods that are tested. The fraction is 1 only if the page and the bundle
-    of the winner exist."""
+    """Returns the fraction of a comparison's methods that are tested, which is 1 only if the page and the winner's
+    bundle exist."""
     methods = files.read_json(out / "comparison.json").get("methods", [])
     tested = sum(method["status"] != "open" for method in methods) / max(1, len(methods))
     whole = (out / "decision.html").exists() and (out / "bundle" / "bundle.json").exists()  # written last

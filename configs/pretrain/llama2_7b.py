@@ -3,8 +3,8 @@
     python -m tools.plan --config=configs/pretrain/llama2_7b.py --topology=v5e:4x4
     python -m train.main --config=configs/pretrain/llama2_7b.py --workdir=gs://BUCKET/llama2_7b
 
-Hardware: 16 TPU v5e or 4 TPU v5p chips. Expected: the figures that tools.plan prints. This training has never been run.
-The data source is a placeholder, so set your own corpus and its tokenizer.
+Hardware: 16 TPU v5e or 4 TPU v5p chips. Expected: the figures that tools.plan prints, since this training has never
+been run. The data source is a placeholder, so set your own corpus and its tokenizer.
 """
 
 from configs import base

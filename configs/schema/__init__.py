@@ -105,7 +105,8 @@ def _run(file: Path, arg: str) -> ConfigDict:
 
 @contextlib.contextmanager
 def running(file: Path) -> Iterator[None]:
-    """A context in which to run the code of a config file. Any exception becomes a UserError that names the line."""
+    """A context in which to run the code of a config file. Any exception in this code becomes a UserError that names
+    the line."""
     try:
         yield
     except UserError:
@@ -144,8 +145,8 @@ def resolve(
 
 
 def _schema(config: ConfigDict, changes: dict, problems: list[Problem]) -> tuple[dict[str, Key], set[str]]:
-    """Returns the keys of this config, and the groups that name an unknown method. Arguments in such groups cannot be
-    checked.
+    """Returns the keys of this config, and the groups that name an unknown method. The arguments of an unknown method
+    cannot be checked.
 
     If a change replaces a method, the arguments in the config that the new method does not take are deleted.
     """

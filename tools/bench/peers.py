@@ -1,6 +1,6 @@
 """Implements the benchmarks of tools.bench with torch and transformers, PEFT and TRL, and with llama.cpp.
 
-Each function imports only what it needs, since its memory is measured.
+Each function imports only the packages that it needs, since the memory of its process is measured.
 """
 
 import json

@@ -139,7 +139,8 @@ def candidates(c: Comparison, methods: list[str], most: int | None = None) -> tu
 
 
 def _id(name: str, number: int, values: Json) -> str:
-    """Makes the id of a candidate, such as "lora:lr=0.001". The number of the setting replaces a long value."""
+    """Makes the id of a candidate, such as "lora:lr=0.001". In an id, a long value is replaced by the number of the
+    setting."""
     short = lambda value: f"{value:g}" if isinstance(value, float) else str(value)
     each = (f"{key}={text if len(text := short(value)) < 20 else number}" for key, value in values.items())
     return ":".join(filter(None, [name, ",".join(each)]))

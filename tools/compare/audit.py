@@ -39,9 +39,9 @@ FEW, QUARTER, CLOSE = 50, 0.25, 0.02
 
 
 class Way(NamedTuple):
-    """One way to choose a method, and its result. If `estimated`, the chosen setting was not tested. The score of such
-    a setting is the test score of the method's tested setting, plus the difference of the two settings on validation
-    rows."""
+    """One way to choose a method, and its result. If `estimated` is true, the chosen setting was not tested. The score
+    of such a setting is the test score of the method's tested setting, plus the difference of the two settings on
+    validation rows."""
 
     name: str
     candidate: str
@@ -171,7 +171,7 @@ def _way(record: Record, name: str, candidate: str, best: Json, share: float) ->
 
 
 def _scores(method: Json) -> np.ndarray:
-    """Returns the score of each test row as a mean over seeds. The rows are sorted by name."""
+    """Returns the mean score over seeds of each test row, with the rows sorted by name."""
     each = []
     for test in method["tests"]:
         rows = sorted(zip(test["result"]["rows"], test["result"]["scores"], strict=True))

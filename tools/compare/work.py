@@ -89,8 +89,7 @@ def train(c: Comparison, x: Candidate, rows: int, seed: int, folder: Path) -> tu
 
 
 def trained(folder: Path) -> float:
-    """Returns the fraction of a run's steps that are done. The fraction is 1 only if the last line of metrics says
-    "done"."""
+    """Returns the fraction of a run's steps that are done, which is 1 only if the last line of metrics says "done"."""
     lines = metrics.read(folder / "metrics.jsonl")
     if any(line.get("event") == "done" for line in lines[-1:]):
         return 1.0

@@ -7,10 +7,10 @@ For each shape, the command prints the instruction bundles and iterations of the
 (minimum cycles divided by scheduled cycles), the bytes moved relative to the minimum, the VMEM, and the spilled
 registers. With --shapes=all, a second line has the figures of XLA's program for the same operands. The time of a kernel
 is a range, which starts at the longer of two times: the time of the schedule, and the time of the HBM traffic at peak
-bandwidth. The range ends later by the time for the part of the first block that overlaps with nothing. For XLA's
-program, the range ends at XLA's own estimate. Stalls are not included, so kernels whose times differ by less than about
-10 % cannot be ranked. For TPU7x, the products per cycle are guessed from the peak rate of the chip, although its
-schedules exceed that rate. For TPUs, the command needs requirements/tpu.txt.
+bandwidth. The upper end of the range adds the time for the part of the first block that cannot overlap with anything.
+For XLA's program, the range ends at XLA's own estimate. Stalls are not included, so kernels whose times differ by less
+than about 10 % cannot be ranked. For TPU7x, the products per cycle are guessed from the peak rate of the chip, although
+its schedules exceed that rate. For TPUs, the command needs requirements/tpu.txt.
 
 For an absent H100, which needs requirements/gpu.txt, the command prints registers, spills, memory and bytes, but no
 times. `--chip=gpu` prints these figures for the GPU of this machine, measures times, and compares the results of the

@@ -30,7 +30,7 @@ class Case(NamedTuple):
     name: str
     shape: str
     kernel: Callable | None  # None: there is no kernel
-    xla: Callable | None  # the same operation without a kernel
+    xla: Callable | None  # the same operation as compiled by XLA
     args: tuple[Any, ...]  # abstract arrays, or concrete arrays if their values matter
     flops: int = 0
     peak: str = "bfloat16"  # data type for which the chip's peak rate limits the products

@@ -139,7 +139,7 @@ def make(flags: Json, target: Json, a: Slice, args: overrides.Args) -> Plan:
     groups = {k: words.format(**values).split() for k, words in TABLE["groups"].items()}
     groups["capacity"] = ["--spot"] if flags["spot"] else ["--on-demand"]
     if not flags["spot"]:
-        groups["spot"] = groups["model"] = []  # an empty group of words disappears from its command
+        groups["spot"] = groups["model"] = []  # an empty group adds no words to its command
     if a.hosts == 1:
         groups["slice"] = []
     groups["train"] = train_command(args, target, a.hosts)
@@ -218,7 +218,8 @@ def attend(plan: Plan, name: str) -> int:
 
 
 def lost(plan: Plan) -> bool:
-    """Whether the machines are gone. Checks several times, since a connection breaks before the state changes."""
+    """Whether the machines are gone. The state is checked several times, since the connection to a preempted machine
+    breaks before its state changes."""
     for command in [plan.steps[n] for n in plan.names("state")] * 4:
         if state_of(command) in LOST:
             return True

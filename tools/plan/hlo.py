@@ -215,8 +215,8 @@ def _megascale(attrs: str) -> int:
 
 
 def device_groups(attrs: str, devices: int) -> np.ndarray:
-    """Returns the partition ids [groups, members] of a collective, read from any HLO notation. The groups of a permute
-    are its pairs of source and target."""
+    """Returns the partition ids [groups, members] of a collective, read from any HLO notation. The groups of a
+    collective permute are its pairs of source and target."""
     if m := re.search(r"(source_target_pairs|replica_groups)=\{(\{.*?\})\}", attrs):
         return np.array([_ints(g) for g in m[2].split("},")])
     if m := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attrs):

@@ -57,7 +57,7 @@ def _h100s(count: str) -> "list[Device]":
         raise UserError(f"a machine cannot have {count!r} H100s", "--topology", f"h100:1 to h100:{MOST}")
     if not cuda_installed():
         raise UserError("the CUDA wheels are not installed", "tools.plan", "pip install -r requirements/gpu.txt")
-    # Kernels cannot be timed without the GPU, so XLA must not autotune and takes the first algorithm that it knows.
+    # Kernels cannot be timed without the GPU, so autotuning is off and XLA takes the first algorithm that it knows.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     import jax
     from jax.experimental import topologies

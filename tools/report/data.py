@@ -80,8 +80,7 @@ def read(folder: str | Path) -> Run:
 
 
 def method(config: dict) -> str:
-    """Describes the method of a config in words: the adapters and the format of the base, or the trained weights, and
-    the objective unless it is sft."""
+    """Names the training method of a config, as in "LoRA on nf4", "full fine-tuning" or "dpo with LoRA"."""
     if not config:
         return "prompting"
     name = lambda key: (config.get(key) or {}).get("name") or ""
@@ -250,7 +249,7 @@ def _number(x: Any) -> bool:
 
 
 def side_by_side(rows: Sequence[tuple[str, Json]], n: int) -> list[tuple[dict, list[tuple[str, dict]]]]:
-    """Returns (question, [(label, sample)]) for examples that occur in all results. Rows are (label, result of
+    """Returns (question, [(label, sample)]) for examples that occur in all results. Each row is (label, result of
     evals.run.evaluate).
 
     Examples are grouped by the methods that answer them right, and are picked from the groups in turn, so that no

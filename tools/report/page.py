@@ -171,7 +171,7 @@ def _choices(rows: list[Choice]) -> Table:
 
 def details(rows: Sequence[tuple[str, Json]]) -> Iterator[tuple[str, Table]]:
     """Yields a table of scores by slice, with the slices of the largest differences first, and a table of the most
-    frequent answers, if the results contain slices and answers. Rows are (label, result of evals.run.evaluate)."""
+    frequent answers, if the results contain slices and answers. Each row is (label, result of evals.run.evaluate)."""
     parts = [(label, result.get("slices") or {}) for label, result in rows]
     found: dict[str, list[float]] = {}
     for name, part in (item for _, of in parts for item in of.items()):

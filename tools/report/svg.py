@@ -156,7 +156,7 @@ def _x_tick(value: float, x: float, height: int = HEIGHT) -> str:
 
 
 def bars(rows: Sequence[tuple[str, float, float | None, float | None]], label: str) -> Markup:
-    """Draws means between 0 and 1 as dots with intervals. Rows are (name, mean, low, high)."""
+    """Draws means between 0 and 1 as dots with intervals. Each row is (name, mean, low, high)."""
     step, height = 56, 56 * len(rows) + 40
     x_at = linear(0.0, 1.0, 24, WIDTH - 24)
     out = []
