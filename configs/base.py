@@ -99,7 +99,7 @@ def get_config() -> ConfigDict:
     c.ckpt = ConfigDict()
     c.ckpt.every = 100  # number of steps between checkpoints; 0: save only at the end
     c.ckpt.minutes = 10.0  # maximum number of minutes between checkpoints
-    c.ckpt.keep = 2  # number of newest checkpoints that are kept
+    c.ckpt.keep = 2  # number of checkpoints to keep, always the newest
     c.ckpt.keep_every = 0  # n > 0 keeps the checkpoint of every n-th step forever
     c.ckpt.on_error = one_of("stop", "continue")  # whether the run stops if a save fails, as on a full disk
 

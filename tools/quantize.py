@@ -7,7 +7,7 @@
 NAME_OR_RUN is a packaged model's name, a .gguf file, a Hugging Face folder, a hub id, or a run folder. The weights of a
 run with quant.name=qat get the format for which they were trained. --quant names a file in model/quant, and KEY is one
 of its arguments, as in --group=64. --budget limits the size of the whole model (KB, MB, GB) or the bits per weight of
-the layers' matrices (4.5bits). Within this budget, each kind of matrix stays float or becomes int8 or int4, so that the
+the layers' matrices (4.5bits). Within the budget, each kind of matrix stays float or becomes int8 or int4, so that the
 error is as small as possible. --data names the documents for calibration, the last of which are held out to measure the
 perplexity. --dtype is the type of the weights that are not quantized. Only one layer at a time is in memory.
 """

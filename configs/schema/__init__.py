@@ -247,7 +247,7 @@ def _check_leaves(
 
 
 def _inside(path: str, leaves: Iterable[str]) -> bool:
-    """Returns whether the config has a plain value at a prefix of `path`, where a group is needed."""
+    """Returns whether a parent of `path`, which must be a group, is a plain value in the config."""
     parts = path.split(".")
     return any(".".join(parts[:n]) in leaves for n in range(1, len(parts)))
 

@@ -166,7 +166,7 @@ def _split(text: str) -> list[str]:
 
 def parse_arg(arg: str, **defaults: Leaf) -> SimpleNamespace:
     """Parses the argument of a config file: "rank=4,full" gives rank=4 and full=True. The defaults define the names and
-    types.
+    types of the arguments.
 
     A config file's `get_config(arg="")` calls this function first: `arg = parse_arg(arg, rank=16, full=False)`. Raises
     UserError.

@@ -16,7 +16,7 @@ def get_config():
     c.init = "smollm2-135m-instruct"
     c.data.source = "sotu"
     c.data.batch_size = 4
-    c.data.packing = "concat"  # the addresses are too long for one row
+    c.data.packing = "concat"  # a State of the Union address is too long for one row
     c.optim.lr = 2e-5
     c.eval_every = 50
     c.samples = ("My fellow citizens,",)

@@ -97,8 +97,8 @@ def timed(f: Callable[[], Any]) -> tuple[float, float]:
 
 
 def decoding(generate: Callable[[int], Any], batch: int, new_tokens: int) -> Round:
-    """Times `generate(new_tokens)` minus `generate(1)`, which excludes the prompt and the first token. The round is
-    repeated if other programs delayed `generate(1)` so much that the difference is not positive."""
+    """Measures the time of `generate(new_tokens)` minus the time of `generate(1)`, to exclude the prompt and the first
+    token. The round is repeated if other programs delayed `generate(1)` so much that the difference is not positive."""
     seconds = cpu = 0.0
     for _ in range(10):
         first, whole = timed(lambda: generate(1)), timed(lambda: generate(new_tokens))

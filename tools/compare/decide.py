@@ -6,7 +6,7 @@ below the highest score. This definition does not need the value of a right answ
 The definition needs only the loss of quality that people would accept in order to pay less.
 
 The probability of a method is the fraction of all DRAWS in which the method is the best. Each draw samples test rows
-with replacement (the same rows for all methods), then seeds with replacement, and a price from its range.
+with replacement (the same rows for all methods), seeds with replacement, and a price from the range of prices.
 """
 
 import math

@@ -28,8 +28,8 @@ class Curve(NamedTuple):
 
 def extrapolate(points: Sequence[Json], factor: float = 10.0, seed: int = 0) -> Curve | None:
     """Predicts the score with `factor` times the largest measured number of rows. The 95 % interval of the prediction
-    follows from the intervals of the points and does not include the error of the formula. Returns None if scores were
-    measured at fewer than two numbers of rows.
+    follows from the intervals of the points and does not include the error of the formula. Returns None if there are
+    scores for fewer than two different numbers of training rows.
 
     For the interval, each point is drawn from a normal distribution of its log odds. Log odds keep the predictions
     between 0 and 1.

@@ -1,4 +1,4 @@
-"""Estimates a comparison before it runs: FLOPs from the model's equations, then time, money and energy as ranges."""
+"""Estimates the cost of a comparison before it runs: FLOPs, and from these ranges of time, money and energy."""
 
 import dataclasses
 import functools

@@ -106,7 +106,7 @@ def together(x: Candidate) -> tuple:
 
 
 def ask(c: Comparison, group: Sequence[Candidate], what: Asked, folder: Path) -> tuple[Stage, list[str]]:
-    """Returns the stage that answers questions with candidates of equal key (see `together`), and its command. The
+    """Returns the stage in which a group of candidates answers questions with one command, and this command. The
     results are written to `folder`."""
     first, each = group[0], [x.setting.ask for x in group]
     argv = ["evals.main", f"--model={folder if first.trained else first.model}", f"--tasks={c.task.spec}{inputs.TEST}"]

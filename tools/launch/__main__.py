@@ -37,7 +37,7 @@ POLL = 30.0  # seconds between checks of a machine's state
 
 
 class Slice(NamedTuple):
-    """The chips for which the name of an accelerator stands. For example, v5p-8 stands for 4 chips on one host."""
+    """The chips that the name of an accelerator denotes. For example, v5p-8 denotes 4 chips on one host."""
 
     product: str
     type: str  # name of the accelerator for the Cloud TPU API and xpk

@@ -66,7 +66,7 @@ def plan(cfg: Config, devices: list[Any], flags: Json) -> Json:
 
 
 def search(cfg: Config, devices: list[Any], flags: Json) -> list[Json]:
-    """Tries settings for `--minutes`, and returns the plans that fit, sorted by planned tokens/s.
+    """Tries settings until `--minutes` have passed, and returns the plans that fit, sorted by planned tokens/s.
 
     The search first tries every remat policy with all devices on the axis fsdp, then the best policy with 2, 4 or 8
     devices on the axis tensor, as long as more devices on that axis are faster. For each mesh and policy, the search

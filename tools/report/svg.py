@@ -1,4 +1,4 @@
-"""Draws charts as inline SVG without scripts, with colors from the page's CSS and in a size for phones."""
+"""Draws charts as inline SVG without scripts. The charts take their colors from the page's CSS and fit on a phone."""
 
 import itertools
 import math

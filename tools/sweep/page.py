@@ -140,7 +140,7 @@ def _html(name: str, rows: list[Result], metric: str, maximize: bool, used: dict
         "sweep.html.j2",
         title=f"Sweep {name}",
         meta=f"{len(rows)} points: {counts}",
-        paragraphs=[*lead, *map(str, list(used.values())[-1:])],  # the last entry is the sum
+        paragraphs=[*lead, *map(str, list(used.values())[-1:])],  # the last entry is the sum over all points
         keys=parallel(ranked, pruned, metric) if ranked else "",
         methods=methods(rows, ranked, metric),
         sizes=sizes(rows, ranked, metric),
