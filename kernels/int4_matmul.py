@@ -54,7 +54,8 @@ def gradient(g: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike
 def _rows(k: int, limit: int, group: int) -> int:
     """Returns the number of rows of W per block.
 
-    The number is a multiple of eight groups, whose scales fill a tile, and of 128, the columns in a tile of x.
+    This number is a multiple of the size of eight groups, so that their scales fill a tile, and a multiple of 128, so
+    that the columns of x fill a tile.
     """
     return cut(k, limit, max(8 * group, 128))
 

@@ -102,9 +102,10 @@ def product(
 def own(route: Route, axes: Axes, rows: int) -> tuple[Route, Array | slice, Array | slice]:
     """Selects from `route` the pairs whose batch rows are on this device. Each device has `rows` rows.
 
-    The batch is sharded over the mesh axes `axes`. Returns (Route of the selected pairs, the index [P] of each selected
-    pair in `route`, the index [P] of each pair of `route` in the new Route). The last index is P for the pairs of other
-    devices. Pairs are selected by comparisons, since sorting a few numbers on a device would be slow.
+    The batch is sharded over the mesh axes `axes`. Returns a Route of the selected pairs, and two index arrays [P]. The
+    first array has the index in `route` of each selected pair. The second array has the index in the new Route of each
+    pair in `route`, or P if the pair belongs to another device. Pairs are selected by comparisons, since sorting a few
+    numbers on a device would be slow.
     """
     if not axes:
         return route, slice(None), slice(None)

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 if TYPE_CHECKING:
     from kernels.paged_lora import Route
 
-DEPTH, WIDTH, WARPS = 512, 256, 8  # per program: columns of A, columns of B, warps; four warps would spill registers
+DEPTH, WIDTH, WARPS = 512, 256, 8  # columns of A, columns of B, and warps per program; four warps would spill registers
 
 
 def matmul(x: Array, a: Array, b: Array, route: "Route") -> Array:

@@ -57,7 +57,7 @@ def elementwise(kernel: functools.partial, w: Sequence[Array], split: tuple[Axes
 
 
 def once(kernel: functools.partial, *args: Array) -> Array:
-    """Calls `kernel(*args)`, traced once for all layers of the same shape, since tracing the NF4 kernel takes 0.1 s."""
+    """Calls `kernel(*args)`. All layers of the same shape share one trace, since tracing the NF4 kernel takes 0.1 s."""
     return _once(kernel.func, tuple(kernel.keywords.items()), *args)
 
 

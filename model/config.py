@@ -164,8 +164,8 @@ class ModelConfig:
     def stack(self, path: str) -> list[int]:
         """Returns the indices of the layers that have a parameter such as "layers/attn/wq", in the order of its stack.
 
-        Only layers of the kind "attn" have parameters in "layers/attn", and so on for the other kinds. Parameters whose
-        path does not name a kind are in every layer.
+        For example, only layers of the kind "attn" have parameters in "layers/attn". Parameters whose path does not
+        name a kind are in every layer.
         """
         parts = path.split("/")
         part = parts[parts.index(LAYERS) + 1]

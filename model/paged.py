@@ -22,7 +22,7 @@ from model.peft.lora import LoRA
 from model.weights import AXES, Extra, Params, Spec, Specs, Weight
 
 # The LoRA factors of one adapter as host arrays, by the name of the weight.
-# Each value is (A [stack..., R, contracted...], scale * B [stack..., R, produced...]).
+# Each value is (A [stack..., R, contracted axes...], scale * B [stack..., R, output axes...]).
 Adapter = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -32,7 +32,7 @@ class PagedLoRA(Weight):
 
     base: Array | Weight
     a: Array  # [C, contracted], where C is the total rank and the contracted axes are merged
-    b: Array  # [C, produced]
+    b: Array  # [C, outputs]
     eqn: str = flax.struct.field(pytree_node=False)  # the einsum equation with which the weight was declared
     route: Route | None = None  # None if no row has an adapter
 

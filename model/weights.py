@@ -78,7 +78,11 @@ def operands(eqn: str) -> tuple[str, str, str]:
 
 
 def split(eqn: str) -> tuple[str, str, str]:
-    """Splits the weight's letters into (shared with both x and the result, such as experts; contracted; produced)."""
+    """Splits the weight's letters into (shared axes such as experts, contracted axes, output axes).
+
+    Shared axes are in x, in the weight and in the result. Contracted axes are only missing in the result, and output
+    axes are only missing in x.
+    """
     x, w, out = operands(eqn)
     return (
         "".join(c for c in w if c in x and c in out),
@@ -123,7 +127,10 @@ class Weight:
         return self.replace(**{f: w.in_training(key_for(key, f), step) for f, w in inner.items()})
 
     def for_inference(self) -> "Weight | Array":
-        """Prepares this `Weight` of one layer for inference, by computing in advance what its arrays determine."""
+        """Prepares this `Weight` of one layer for inference.
+
+        Values that depend only on the arrays of the `Weight`, and not on activations, are computed in advance.
+        """
         return self.replace(**{f: for_inference(getattr(self, f)) for f in fields(self) if is_weight(getattr(self, f))})
 
     def macs(self, stacked: int) -> "Weight":

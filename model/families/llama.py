@@ -61,7 +61,7 @@ BIASES = {(False, False): "none", (True, False): "attn", (False, True): "mlp", (
 def config(hf: dict, defaults: dict | None = None, **delta: Any) -> ModelConfig:
     """Returns the ModelConfig for a config.json. Raises UserError for a model that is not supported.
 
-    A related model family passes its own `defaults`, and in `delta` the fields that differ from Llama.
+    A related model family passes its own `defaults`, and passes the fields that differ from Llama as `delta`.
     """
     hf = DEFAULTS | (defaults or {}) | hf
     refuse(hf)

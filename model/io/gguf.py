@@ -153,7 +153,7 @@ class File:
         return self.architecture == "gpt2" and name.endswith(TRANSPOSED)
 
     def _unpermuted(self, name: str, x: np.ndarray) -> np.ndarray:
-        """Rearranges the rows of x, which are the dimensions of whole heads, to the order of Hugging Face.
+        """Reorders the rows of a query or key matrix x, which are the dimensions of heads, as in Hugging Face models.
 
         In llama files, the two halves of a head are interleaved, since llama.cpp rotates pairs of adjacent dimensions.
         """

@@ -109,7 +109,7 @@ class Folder:
         self.unused = sorted(n for n in tensors if self.kind not in VIRTUAL and not self._wanted(n))
         self.tensors = {self._renamed(n): x for n, x in tensors.items() if n not in self.unused}
         vectors = {n: x for n, x in self.tensors.items() if n.endswith(".ia3_l")}
-        self.inputs = {n for n, x in vectors.items() if x.shape[0] == 1}  # [1, in]; vectors for outputs are [out, 1]
+        self.inputs = {n for n, x in vectors.items() if x.shape[0] == 1}  # [1, in], not [out, 1] as for outputs
         self.tensors |= {n: x.reshape(-1) for n, x in vectors.items()}
 
     def _check(self) -> None:

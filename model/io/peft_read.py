@@ -172,7 +172,7 @@ def _tied(folder: Folder, keys: dict) -> bool:
 
 
 def groups(key: Key, eqn: str) -> tuple[str, str]:
-    """Returns the letters of the contracted and of the produced axis of a checkpoint's matrix, such as ("D", "NH").
+    """Returns the letters of the contracted axis and of the output axis of a checkpoint's matrix, as ("D", "NH").
 
     For a fused qkv matrix, the letters are ("D", "3NH").
     """
@@ -230,7 +230,8 @@ def _lora(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: 
         raise UserError(f"{key.name}: one of lora_A and lora_B is missing", str(folder.path / TENSORS))
     if all(x is None for x in a):
         return base
-    # Layers may differ in rank and alpha. Smaller ranks are padded with zeros, and B includes the ratio of the scales.
+    # Layers may differ in rank and alpha, but the stack has one rank and one scale.
+    # So smaller ranks are padded with zeros, and B is multiplied by the ratio of the layer's scale to this scale.
     modules = [n.removeprefix(ROOT) for n in _names(key, spec, "")]
     ranks = [0 if x is None else x.shape[-1] for x in a]
     at = lambda i: scale_of(folder.alpha(modules[i]), ranks[i], bool(c.get("use_rslora")))
@@ -270,7 +271,7 @@ def _start(
         a, b, _ = truncate(base, spec, rank)
         a, b = a / leaf.scale**0.5, b / leaf.scale**0.5
     else:
-        q, r = jnp.linalg.qr(jnp.swapaxes(matrix(base, spec), -1, -2))  # W^T [..., produced, contracted]
+        q, r = jnp.linalg.qr(jnp.swapaxes(matrix(base, spec), -1, -2))  # W^T [..., output, contracted]
         a, b = (jnp.swapaxes(x, -1, -2) for x in (r[..., :rank, :], q[..., :rank]))
         share = jnp.asarray(shares).reshape(-1, *[1] * (b.ndim - 1)) if spec.stacked else shares[0]
         a, b = a.reshape(leaf.a.shape), (b * share).reshape(leaf.b.shape)

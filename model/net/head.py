@@ -121,7 +121,7 @@ def _log_softmax(logits: Array, targets: Array) -> tuple[Array, Array]:
 def _count_first(mask: Array, *arrays: Array) -> tuple[tuple[Array, ...], Callable[[Array], Array]]:
     """Reshapes arrays [B,T,...] and the mask to rows [S,R,...], where S is the number of shards of batch and sequence.
 
-    In each shard, the rows with a nonzero mask come first. Also returns a function that maps [S,R] back to [B,T].
+    In each shard, rows with a nonzero mask come first. Also returns a function that maps results [S,R] back to [B,T].
     """
     B, T = mask.shape
     S, C = weights.shards("data", "fsdp"), weights.shards("context")
@@ -185,10 +185,10 @@ Cut = Callable[[Array], Array]
 
 
 def _loop(weight: Array, vocab: int, body: Callable[[Cut, Array, Array, T], T], carry: T) -> T:
-    """Computes `carry = body(cut, start, fresh, carry)` for each chunk of rows with a nonzero `weight` [S,R].
+    """Runs `carry = body(cut, start, fresh, carry)` on chunks of rows, until no row with a nonzero weight is left.
 
-    The function `cut` extracts from an array [S,R,...] the chunk [S,C,...] that begins at row `start`. The array
-    `fresh` [C] is True for rows that were not already in an earlier chunk.
+    `weight` [S,R] has the weight of each row. The function `cut` extracts from an array [S,R,...] the chunk [S,C,...]
+    that begins at row `start`. The array `fresh` [C] is True for rows that were not already in an earlier chunk.
     """
     R = weight.shape[1]
     size = chunk_rows(R, vocab)
@@ -231,7 +231,7 @@ def _summed(copies: Tree) -> Tree:
 
 
 def _write(out: Array, chunk: Array, start: Array, fresh: Array) -> Array:
-    """Returns `out` [S,R,...] with those rows of `chunk` that are `fresh` written at the rows that begin at `start`."""
+    """Writes the rows of `chunk` that are `fresh` into `out` [S,R,...], starting at row `start`, and returns `out`."""
     old = jax.lax.dynamic_slice_in_dim(out, start, chunk.shape[1], axis=1)
     keep = fresh.reshape(1, -1, *(1,) * (chunk.ndim - 2))
     return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(keep, chunk, old), start, axis=1)

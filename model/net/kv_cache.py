@@ -75,7 +75,7 @@ def insert(cache: Cache, part: Cache, rows: Array, sources: Array, count: Array 
     ends = jnp.where(part.segments != 0, jnp.arange(1, width + 1), 0).max(1)
 
     def placed(x: Array, end: Array) -> Array:
-        """Rotates and pads a row of W columns to the S columns of the ring buffer, so that it ends before the index."""
+        """Moves a row of W columns to the S columns of the ring buffer, so that it ends before column `cache.index`."""
         x = jnp.roll(x, -end, axis=1)[:, -room:]
         x = jnp.pad(x, ((0, 0), (room - x.shape[1], 0), *((0, 0),) * (x.ndim - 2)))
         return jnp.roll(x, cache.index, axis=1)

@@ -136,7 +136,7 @@ class Block(Layer):
     def empty_cache(
         config: ModelConfig, lead: tuple[int, ...], batch: int, length: int, dtype: str, kind: str
     ) -> NamedTuple:
-        """Returns an empty cache. Its arrays have the leading axes `lead`, and `kind` is a key of kv_cache.KINDS."""
+        """Returns an empty cache, whose arrays have the leading axes `lead`. `kind` is a key of kv_cache.KINDS."""
         shape = (*lead, batch * config.kv_heads, length, config.head_dim)
         return KV(*(kv_cache.encode(jnp.zeros(shape, dtype), kind) for _ in KV._fields))
 

@@ -117,7 +117,7 @@ def scan(layer: Layer, x: Array, layers: Params, caches: Tree, config: ModelConf
 
 
 def _split(stacked: dict[str, Tree], period: Sequence[str], turns: int) -> tuple[dict[str, Tree], dict[str, Tree]]:
-    """Splits each stack into (layers for the loop [turns, layers per turn, ...], remaining layers after the loop)."""
+    """Splits each stack into the layers that the loop runs, [turns, layers per turn, ...], and the remaining layers."""
     looped, rest = {}, {}
     for part, tree in stacked.items():
         n = period.count(part) if part in period else len(period)

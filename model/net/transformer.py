@@ -1,4 +1,4 @@
-"""The model, as pure functions of a tree of parameters, such as `init`, `hidden` and `logits`.
+"""The model. Its methods, such as `hidden` and `logits`, are pure functions of a tree of parameters.
 
 Only the layers are flax modules.
 """

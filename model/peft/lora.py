@@ -17,7 +17,7 @@ from model.weights import AXES, Spec, Transform, Weight
 
 @flax.struct.dataclass
 class LoRA(Weight):
-    """A base weight plus scale * A B, where A is [contracted axes..., R] and B is [R, produced axes...].
+    """A base weight plus scale * A B, where A is [contracted axes..., R] and B is [R, output axes...].
 
     Axes that the weight shares with both x and the result, such as experts, come first in A and in B. If a tied
     embedding table is used as the unembedding, B is multiplied before A. The field `used` says whether the adapter of
@@ -201,7 +201,7 @@ def truncate(w: Array, spec: Spec, rank: int) -> tuple[Array, Array, Array]:
 
 
 def matrix(w: Array, spec: Spec) -> Array:
-    """Reshapes a weight to [..., contracted, produced], with one matrix per layer and expert."""
+    """Reshapes a weight to [..., contracted size, output size], with one matrix per layer and expert."""
     shared, contracted, produced = weights.split(spec.eqn)
     letters = weights.operands(spec.eqn)[1]
     w = jnp.einsum(f"...{letters}->...{shared}{contracted}{produced}", w)

@@ -65,7 +65,10 @@ class Quantized(Weight):
         return cls(stored(codes(r.numbers)), small(r.scale), small(r.offset), None, eqn, sizes, form.tile)
 
     def with_inverse(self, inverse: Array) -> "Quantized":
-        """Returns this weight with the factors `inverse` [..., K, 1], by which its rows were divided beforehand."""
+        """Returns this weight with the input factors `inverse` [..., K, 1].
+
+        The caller has divided the rows of the weight by these factors before quantizing it.
+        """
         return self.replace(inverse=self.in_order(inverse).astype(jnp.bfloat16))
 
     @property

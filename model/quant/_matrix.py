@@ -23,7 +23,7 @@ FLOATS = {  # {name: (dtype, bits of the mantissa, smallest exponent, largest nu
 
 
 def letters(eqn: str) -> tuple[str, str, str]:
-    """Splits the letters of a weight into (shared axes such as experts, the contracted axes K, the produced axes N).
+    """Splits the letters of a weight into (shared axes such as experts, contracted axes K, output axes N).
 
     In an embedding table, K is the embedding axis, over which a tied head sums, so every token has its own scales.
     """

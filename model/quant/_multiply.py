@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = {"B": "act_batch", "T": "act_seq"}  # {letter of an activation's axis: logical axis}
 Axes = tuple[str, ...]  # mesh axes over which a dimension is sharded
-Kernel = Callable[..., Array]  # (x [M,K], codes, scale, group=, dtype=) -> [M,N]
+Kernel = Callable[..., Array]  # a kernel is called as kernel(x [M,K], codes, scale, group=, dtype=) -> [M,N]
 
 
 def einsum(eqn: str, x: Array, leaf: "Quantized") -> Array:

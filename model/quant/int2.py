@@ -38,6 +38,6 @@ def make(
     *, group: int = 64, calibration: Literal["absmax", "percentile", "mse"] = "mse", scaled: bool = False,
     where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
-    """Returns a Transform to 2 + 16 / group bits per weight."""
+    """Returns a Transform that quantizes to 2 + 16 / group bits per weight."""
     codes = lambda numbers: pack(numbers + 1.5, BITS)
     return Quantizer(partial(Int2.of, Format(grid, 1.5, (group, 1), calibration), codes), where, scaled)

@@ -39,6 +39,6 @@ def make(
     *, group: int = 64, symmetric: bool = True, calibration: Literal["absmax", "percentile", "mse"] = "absmax",
     scaled: bool = False, where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
-    """Returns a Transform to 4 + 16 / group bits per weight, or 4 + 32 / group bits if not `symmetric`."""
+    """Returns a Transform that quantizes to 4 + 16 / group bits per weight, or 4 + 32 / group if not `symmetric`."""
     form = Format(grid, 7, (group, 1), calibration, symmetric)
     return Quantizer(partial(Int4.of, form, pack), where, scaled)

@@ -32,7 +32,7 @@ def make(
     *, activations: bool = False, calibration: Literal["absmax", "percentile", "mse"] = "absmax",
     scaled: bool = False, where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
-    """Returns a Transform to 8 bits per weight, plus a scale of 16 bits per output channel."""
+    """Returns a Transform that quantizes to 8 bits per weight, plus a 16-bit scale per output channel."""
     form = Format(int8_grid, 127, (WHOLE, 1), calibration)
 
     def encode(w: Array, eqn: str, solve: Solve = nearest) -> Int8:

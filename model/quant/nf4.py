@@ -27,7 +27,7 @@ class NF4(Quantized):
     """A weight in NF4. The dtype of `scale` is uint8 with double quantization, and bfloat16 without it."""
 
     kernel_format: ClassVar[str] = "nf4"
-    scale2: Array | None = None  # float32 [..., ceil(scales / 256), 1]
+    scale2: Array | None = None  # second-level scales, float32 [..., ceil(scales / 256), 1]
 
     def numbers(self, codes: Array) -> Array:
         return jnp.take(jnp.asarray(LEVELS, jnp.float32), unpack(codes, self.kn[0]), mode="clip")
@@ -65,7 +65,7 @@ def _double(leaf: NF4) -> NF4:
 
 
 def make(*, group: int = 64, double: bool = True, where: str = r"layers/.*") -> Quantizer:
-    """Returns a Transform to 4 bits per weight, plus 8.125 bits per group, or 16 bits per group if not `double`."""
+    """Returns a Transform that quantizes to 4 bits per weight, plus 8.125 bits per group (16 if not `double`)."""
     form = Format(grid, 1, (group, 1))
 
     def encode(w: Array, eqn: str, solve: Solve = nearest) -> NF4:
