@@ -33,7 +33,7 @@ PROCESSORS = 132  # multiprocessors of an H100
 def cut(size: int, limit: int, tile: int) -> int:
     """Returns the block size for a dimension of `size`, which is `size` itself if it is at most `limit`.
 
-    Otherwise, the block size is the multiple of `tile` between limit / 2 and `limit` that needs the least padding. If
-    several multiples need the same padding, the largest of them is returned.
+    For a larger `size`, the block size is the multiple of `tile` between limit / 2 and `limit` that needs the least
+    padding. If several multiples need the same padding, the largest of them is returned.
     """
     return size if size <= limit else min(range(limit - limit % tile, limit // 2, -tile), key=lambda b: -size % b)

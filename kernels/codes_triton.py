@@ -10,8 +10,8 @@ The transposed W is the first operand of the tensor cores, which is kept in regi
 pass through shared memory byte by byte. On the tensor cores, a few rows of x take no longer than one row. Without
 tensor cores, an H100 takes the same time for one row, but 1.6 times as long for four rows.
 
-This kernel is not used for the gradient, or if x has more than MOST rows. Then XLA writes W as floats, which takes
-little time compared with the product itself.
+For the gradient, and if x has more than MOST rows, XLA computes the product. XLA writes W as floats, but this takes
+little time compared with a large product.
 """
 
 import functools

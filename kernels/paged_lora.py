@@ -75,8 +75,8 @@ def product(
     the mesh axes `rows`, and K and N over `split`. The stacks are not sent between devices. Each device multiplies the
     batch rows that need its part of A, and then the batch rows that need its part of B, and only reads the pages of
     these rows. Between the two products, the small array x A is summed over the mesh axes that shard K, and over those
-    that shard both N and the batch. If there is nothing to sum, one kernel computes both products, as on one device.
-    Otherwise, a GPU runs one kernel per product, and a TPU runs loops in XLA.
+    that shard both N and the batch. If there is nothing to sum, one kernel computes both products, as on one device. If
+    there is something to sum, a GPU runs one kernel per product, and a TPU runs loops in XLA.
     """
     if not partition.sharded():
         return matmul(x, a, b, route) if x.ndim == 3 else expand(lookup(x, a, route), b, route, len(x), dtype)
@@ -210,7 +210,8 @@ def _read(stack: Array, page: Array, dtype: DTypeLike) -> Array:
 def _fold(some: Callable, route: Route, start: Array, rows: int) -> Array:
     """Loops over all pairs, and in each step updates the result by `some(pairs, their pages, their rows, result)`.
 
-    With one token per row, a step processes B pairs. Otherwise, a step processes one pair by products of two matrices.
+    With one token per row, a step processes B pairs. With more tokens per row, a step processes one pair, by products
+    of two matrices.
     """
     width, pages = rows if start.shape[1] == 1 else 1, route.pages[route.which]
 
@@ -238,7 +239,7 @@ def decode(x: Array, a: Array, b: Array, route: Route) -> Array:
 
     Each page is read once, even if several rows use it. The kernel reads the pages of a step while it multiplies the
     pages of the previous step. Each page is multiplied by all rows of x, since the MXU takes little longer for 128 rows
-    than for one row. Then the products of rows with pages that they do not use are set to 0.
+    than for one row. The products of rows with pages that they do not use are then set to 0.
     """
     rows, k, n, pairs = len(x), a.shape[1], b.shape[1], len(route.row)
     whole = lambda *shape: pl.BlockSpec(shape, lambda i: (0, 0))

@@ -1,11 +1,11 @@
 """Multiplies by paged LoRA factors on an NVIDIA GPU, in Triton, if each batch row has one token.
 
 As in Punica's BGMV (Chen et al. 2023, arXiv 2310.18547), a program multiplies one row of x by one page. The speed is
-limited by memory bandwidth, so the tensor cores are not used. The kernel `shrink` multiplies by A. For each (page, row)
-pair and each part of K, one of its programs writes a partial sum. The kernel `expand` multiplies by B. For each row and
-each block of N, one of its programs loops over the pairs of the row and adds the partial sums. There are no atomic
-operations, so results are reproducible. If several rows use the same page, it is read once for each of these rows, but
-from the L2 cache.
+limited by memory bandwidth, so the tensor cores are not used. The kernel `shrink` multiplies by A. One program of
+`shrink` computes the partial sum of one (page, row) pair over one part of K. The kernel `expand` multiplies by B. One
+program of `expand` computes one block of columns of one row: it loops over the pairs of this row and adds the partial
+sums. There are no atomic operations, so results are reproducible. If several rows use the same page, it is read once
+for each of these rows, but from the L2 cache.
 
 On an H100, these kernels are 4.7 to 8 times as fast as a loop in XLA (`results/gpu.md`).
 """

@@ -1,9 +1,9 @@
 """Trees of parameters, in which each parameter is either an array or a `Weight`.
 
-A `Weight` is an object that replaces an array, such as a quantized matrix or a matrix with LoRA factors. Its methods
-define how activations are multiplied by it. Layers call `einsum(eqn, x, w)` and `take(w, ids)`, where `w` may be an
-array or a `Weight`. LoRA, quantization and similar methods are functions that replace arrays of a tree by `Weight`
-objects.
+A `Weight` is an object that replaces an array, such as a quantized matrix or a matrix with LoRA factors. The methods of
+a `Weight` define how activations are multiplied by it. Layers call `einsum(eqn, x, w)` and `take(w, ids)`, where `w`
+may be an array or a `Weight`. Techniques such as LoRA and quantization are functions that replace arrays of a tree by
+`Weight` objects.
 """
 
 import dataclasses
@@ -94,7 +94,7 @@ def split(eqn: str) -> tuple[str, str, str]:
 class Weight:
     """Base class of parameters that are not plain arrays. Each subclass is a `flax.struct.dataclass`."""
 
-    trainable: ClassVar[tuple[str, ...]] = ()  # fields that are trained when adapters are trained
+    trainable: ClassVar[tuple[str, ...]] = ()  # fields that training may change; all other fields are frozen
     derived: ClassVar[tuple[str, ...]] = ()  # fields computed from other fields, which the fingerprint omits
     whole: ClassVar[bool] = False  # whether it has the `shape`, `ndim` and `size` of the array that it replaces
 
@@ -146,7 +146,7 @@ class Weight:
 class Extra(Weight):
     """Base class of added parameters, such as a prefix, that the base model does not have.
 
-    A layer uses such parameters if they are present. They cannot be merged into weights.
+    A layer uses such parameters if they are present. Added parameters cannot be merged into weights.
     """
 
     def dense(self, spec: Spec | None) -> Array:
@@ -188,7 +188,7 @@ def take(w: Array | Weight, ids: Array, dtype: DTypeLike) -> Array:
     """Looks up the rows `ids` [...] of an embedding table [V, D], and returns them as an array [..., D] of `dtype`."""
     if isinstance(w, Weight):
         return w.take(ids, dtype)
-    # Without this constraint, the looked-up rows may be sharded over "embed", and XLA would replicate them all.
+    # Without this constraint, the rows would be sharded over "embed", and XLA would replicate them to reshard them.
     table: Any = spmd.with_logical_constraint(w, ("vocab", None))
     return jnp.take(table, ids, axis=0).astype(dtype)
 

@@ -80,7 +80,7 @@ def read(key: Key, tensor: Callable[[Index], np.ndarray], sizes: dict[str, int],
 
 
 def write(parts: list[tuple[Key, np.ndarray]], sizes: dict[str, int]) -> np.ndarray:
-    """Builds a tensor of a checkpoint from all parameters that it contains. This is the inverse of `read`."""
+    """Builds a tensor of a checkpoint from all parameters that the tensor contains. This function reverses `read`."""
     arrays = []
     for key, x in sorted(parts, key=lambda part: part[0].part):
         axes, ours = parse(key.layout)

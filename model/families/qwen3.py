@@ -12,7 +12,7 @@ KEYS = llama.KEYS | {
 
 def config(hf: dict) -> ModelConfig:
     hf = hf | {"mlp_bias": None}  # a key that Qwen3 does not have
-    head_dim = hf.get("head_dim") or 128  # Qwen3's default does not depend on the width
+    head_dim = hf.get("head_dim") or 128  # Qwen3's default head size does not depend on the width
     own = dict(family="qwen3", qk_norm=True, head_dim=head_dim, windows=llama.windows(hf))
     return llama.config(hf, qwen2.DEFAULTS, **own)
 

@@ -80,8 +80,8 @@ class Pretrained:
         """Loads the parameters that `specs` declares, one after the other. Each device gets only its own slice.
 
         `shardings` is a tree with the structure of `specs`, or None to put all parameters on the first device. One log
-        line names the tensors that the model does not use. If tensors are missing, unexpected or have a wrong shape,
-        raises a UserError that names them.
+        line names the tensors that the model does not use. Raises a UserError that names all tensors that are missing,
+        unexpected or of a wrong shape.
         """
         unused = self.check(specs) + self.source.unused_files() + self.unused
         report("the model does not use", unused, self.tokenizer_source, self.strict)

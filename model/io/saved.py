@@ -40,7 +40,7 @@ class Damaged(Exception):
 
 
 def named(tree: Tree) -> Leaves:
-    """Converts a tree to a dict such as {"params/policy/embed/table": array}, since Orbax cannot read `Weight` objects.
+    """Converts a tree to a dict such as {"params/policy/embed/table": array}, so that Orbax sees no `Weight` objects.
 
     Raises ValueError for duplicate names, and for names with special characters, for which Orbax would silently load
     wrong values.
@@ -69,8 +69,8 @@ def digest(x: Array) -> Array:
 
     The digest consists of two sums modulo 2^32. Each sum adds all 32-bit words of the array, multiplied by odd numbers
     that depend on the positions of the words. Odd factors are invertible modulo 2^32, so a change of one word always
-    changes the digest. Any other change is missed with a probability of about 2^-63. Since the order of a sum does not
-    matter, every device sums its own part, and the array is not gathered.
+    changes the digest. The digest misses any other change with a probability of about 2^-63. Since the order of a sum
+    does not matter, every device sums its own part, and the array is not gathered.
     """
     x = _words(x)
     position = positions(x.shape)
@@ -238,8 +238,9 @@ def steps(folder: Place) -> list[int]:
 def read(folder: Place, abstract: Leaves) -> Leaves:
     """Reads the arrays that `abstract` names. Raises Damaged if an array cannot be read.
 
-    The digests are not checked: see `verify`. If `abstract` has numpy arrays, the result has numpy arrays. Otherwise,
-    the result has JAX arrays with the shardings of `abstract`, which may differ from those of the saved arrays.
+    The digests are not checked: see `verify`. If `abstract` has numpy arrays, the result has numpy arrays. If
+    `abstract` has shapes or JAX arrays with shardings, the result has JAX arrays with the same shardings, which may
+    differ from those of the saved arrays.
     """
     ocp = orbax()
     context = ocp.Context()

@@ -1,4 +1,4 @@
-"""The model. Its methods, such as `hidden` and `logits`, are pure functions of a tree of parameters.
+"""The model, with methods such as `hidden` and `logits` that are pure functions of a tree of parameters.
 
 Only the layers are flax modules.
 """
@@ -49,7 +49,7 @@ class Hidden(NamedTuple):
     """The result of `Transformer.hidden` for tokens [B,T]."""
 
     x: Array  # [B,T,D], the head's input
-    cache: Cache | None  # the cache with these tokens added
+    cache: Cache | None  # the cache with the tokens of this call added
     reports: dict[str, Array]  # {name of a requested report: its values, stacked over layers}
 
 

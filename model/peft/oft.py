@@ -33,10 +33,10 @@ class OFT(Weight):
     def rotation(self) -> Array:
         """Returns the blocks [..., blocks, b, b] of R, computed from Q by an exact inverse or by a series.
 
-        If `terms` is 0, R is the Cayley transform (I - Q)(I + Q)^-1. Otherwise, R consists of the first `terms` terms
-        of the series of (I + Q)(I - Q)^-1, which is I + 2 Q + 2 Q^2 + ... + Q^(terms - 1) (Qiu et al. 2025, arXiv
-        2506.19847). The signs and the last coefficient of the series are the same as in PEFT. With a series, R is only
-        orthogonal for small Q.
+        If `terms` is 0, R is the Cayley transform (I - Q)(I + Q)^-1. If `terms` is positive, R consists of the first
+        `terms` terms of the series of (I + Q)(I - Q)^-1, which is I + 2 Q + 2 Q^2 + ... + Q^(terms - 1) (Qiu et al.
+        2025, arXiv 2506.19847). The signs and the last coefficient of the series are the same as in PEFT. With a
+        series, R is only orthogonal for small Q.
         """
         if self.cached is not None:
             return self.cached

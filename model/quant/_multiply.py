@@ -198,10 +198,10 @@ def _dequantized(leaf: "Quantized", dtype: DTypeLike) -> Array:
 def for_inference(leaf: "Quantized") -> "Quantized | Array":
     """Prepares a quantized weight of one layer for inference on one device.
 
-    On a CPU without a suitable kernel, the weight is dequantized once. Otherwise every decoding step would allocate and
-    write the floats of all layers. For a TPU kernel, the columns are padded to a multiple of 128 if XLA would otherwise
-    store the bytes column-major. On a mesh, the weight stays unchanged, since NF4 scales may be quantized in blocks
-    that span several devices.
+    On a CPU without a suitable kernel, the weight is dequantized once, since otherwise every decoding step would
+    allocate and write the floats of all layers. For a TPU kernel, the columns are padded to a multiple of 128 if XLA
+    would otherwise store the bytes column-major. On a mesh, the weight stays unchanged, since NF4 scales may be
+    quantized in blocks that span several devices.
     """
     from kernels import packing, partition
 

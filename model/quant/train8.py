@@ -1,9 +1,9 @@
 """Training with 8-bit matrix products in the forward and the backward pass (as in AQT and FP8-LM, arXiv 2310.18313).
 
 Weights are stored as floats, and rounded each time they are used. A product of codes is only possible if no scale
-varies along the axis that is summed. The backward pass sums over other axes than the forward pass. So the backward pass
-multiplies the output's gradient by the scales of the forward pass before it rounds this gradient: by the scales of W
-for the gradient of x, and by the scales of x for the gradient of W. This way, the backward pass can use the codes of
+varies along the axis that is summed. The backward pass sums over different axes than the forward pass. So the backward
+pass multiplies the output's gradient by the scales of the forward pass before it rounds this gradient: by the scales of
+W for the gradient of x, and by the scales of x for the gradient of W. This way, the backward pass can use the codes of
 the forward pass.
 """
 
