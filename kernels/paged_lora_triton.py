@@ -64,7 +64,7 @@ def _shrink(k: int, pages_ref: Ref, which_ref: Ref, row_ref: Ref, x_ref: Ref, a_
 def expand(low: Array, b: Array, route: "Route", rows: int, dtype: DTypeLike) -> Array:
     """Multiplies the partial sums `low` [S,P,R] by B, and adds the products of each batch row -> [B,N] of `dtype`."""
     (parts, pairs, _), (pages, ranks, n) = low.shape, b.shape
-    power = pl.next_power_of_2  # Triton loads blocks only of these sizes
+    power = pl.next_power_of_2  # Triton only loads blocks whose size is a power of two
     return pl.pallas_call(
         functools.partial(_expand, n, pairs, parts),
         grid=(rows, pl.cdiv(n, WIDTH)),

@@ -1,13 +1,13 @@
 """Adds PEFT and quantization to the Dense, Embed and Conv modules of any flax.linen model, without changing its code.
 
+Some arrays in the model's own tree of parameters are replaced by `Weight` objects. The function that `wrap` returns
+multiplies by such a `Weight` where Linen would multiply by the array. `weights.partition` and `weights.dense` work on
+such trees as on the models of this project. For example, LoRA is added to all kernels of a model like this:
+
     apply = lambda params, x: model.apply({"params": params}, x)
     specs = linen.specs(apply, params, x)
     params = lora.make(rank=8, where=".*/kernel")(params, specs, key)
     y = linen.wrap(apply, specs)(params, x)
-
-Some arrays in the model's own tree of parameters are replaced by `Weight` objects. The function that `wrap` returns
-multiplies by such a `Weight` where Linen would multiply by the array. `weights.partition` and `weights.dense` work on
-such trees as on the models of this project.
 """
 
 from collections.abc import Callable

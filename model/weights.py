@@ -194,11 +194,11 @@ def take(w: Array | Weight, ids: Array, dtype: DTypeLike) -> Array:
 
 
 def product(eqn: str, x: Array, w: Array, dtype: DTypeLike | None = None) -> Array:
-    """Computes `jnp.einsum` of two arrays, accumulated in `dtype`. On one device, it is a matrix product if possible.
+    """Computes `jnp.einsum` of two arrays, accumulated in `dtype`, on one device as a product of matrices if possible.
 
-    XLA's CPU backend is fast only for products of matrices. With activations [B,T,D], the gradient of a weight
-    contracts two axes, and an MLP takes 1.65 times as long. Under a mesh, axes are not merged, since XLA's partitioner
-    needs them.
+    XLA's CPU backend is only fast for products of two-dimensional arrays. With activations [B,T,D], the gradient of a
+    weight contracts two axes, and an MLP takes 1.65 times as long. Under a mesh, axes are not merged into matrices,
+    since XLA's partitioner needs them.
     """
     xs, ws, out = operands(eqn)
     _, contracted, produced = split(eqn)

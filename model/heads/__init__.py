@@ -1,12 +1,13 @@
 """Heads that compute outputs other than logits from a model's hidden states. Each file of this folder defines one head.
 
+As in model/peft, each file defines a function `make(**settings) -> Callable[[ModelConfig, Array], Head]`.
+
 `find(name)` returns a function (config, key) that creates a head for a model with the given ModelConfig. The head is
-stored as params["head"], next to params["layers"]. A head is trained, sharded and saved like an adapter.
+stored as params["head"], next to params["layers"]. A head is trained, sharded and saved like an adapter. For example, a
+scalar head is created and called like this:
 
     params["head"] = heads.find("scalar")(model.config, key)
     values = params["head"](model.hidden(params, tokens, positions, segments).x)  # [B,T]
-
-As in model/peft, each file defines a function `make(**settings) -> Callable[[ModelConfig, Array], Head]`.
 """
 
 from collections.abc import Callable

@@ -1,13 +1,13 @@
 """Reads weights that other tools have quantized (bitsandbytes, GPTQ, AWQ, fp8), and dequantizes them to floats.
 
-The module compressed.py reads the compressed-tensors format. The other formats store a Linear [N, K] named X as these
-tensors, where G is the number of groups:
+The module compressed.py reads the compressed-tensors format. The other formats store a Linear [N, K] with the name X
+and with G groups as several tensors.
 
-    bitsandbytes   X.weight, 4-bit codes of the flat matrix, two per byte, with X.weight.absmax and X.weight.quant_map;
-                   or int8 [N, K] with X.SCB [N]
-    GPTQ           X.qweight [K / 8, N], X.qzeros [G, N / 8], X.scales [G, N], X.g_idx [K] (shapes for 4 bits)
-    AWQ            X.qweight [K, N / 8], X.qzeros [G, N / 8], X.scales [G, N]
-    fp8            X.weight e4m3 [N, K] with X.weight_scale_inv or X.weight_scale per tensor, row or block
+Bitsandbytes stores 4-bit codes of the flattened matrix, two per byte, in X.weight, with X.weight.absmax and
+X.weight.quant_map. Its 8-bit format stores X.weight [N, K] in int8, with X.SCB [N].
+GPTQ with 4 bits stores X.qweight [K / 8, N], X.qzeros [G, N / 8], X.scales [G, N] and X.g_idx [K].
+AWQ with 4 bits stores X.qweight [K, N / 8], X.qzeros [G, N / 8] and X.scales [G, N].
+The fp8 format stores X.weight [N, K] in e4m3, with X.weight_scale_inv or X.weight_scale per tensor, row or block.
 
 The dequantized values equal those that the tools themselves use. The argument `folder` is a model.io.hf.Folder.
 """

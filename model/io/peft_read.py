@@ -231,7 +231,7 @@ def _lora(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: 
     if all(x is None for x in a):
         return base
     # Layers may differ in rank and alpha, but the stack has one rank and one scale.
-    # So smaller ranks are padded with zeros, and B is multiplied by the ratio of the layer's scale to this scale.
+    # So smaller ranks are padded with zeros, and B is multiplied by the layer's scale divided by the stack's scale.
     modules = [n.removeprefix(ROOT) for n in _names(key, spec, "")]
     ranks = [0 if x is None else x.shape[-1] for x in a]
     at = lambda i: scale_of(folder.alpha(modules[i]), ranks[i], bool(c.get("use_rslora")))

@@ -127,7 +127,7 @@ class Block(Layer):
     The method `mix` combines different tokens, and the method `feed` transforms each token separately. A call takes
     the layer's cache of earlier tokens, or None, and returns x and the cache with the tokens of x added. Subclasses
     implement other kinds of layers. If the attribute `columns` is True, the cache stores a key and a value per token.
-    Only such layers support virtual tokens, bidirectional models, and batches with rows that start at different steps.
+    Only layers with `columns` support virtual tokens, bidirectional models, and rows that start at different steps.
     """
 
     columns: ClassVar[bool] = True

@@ -101,7 +101,7 @@ def make(
 
 
 def measure(path: str, leaf: Array | Weight, spec: Spec | None) -> Array | Weight:
-    """Sets the norms of the base, and the magnitudes if they are missing, in a DoRA. Returns other leaves unchanged."""
+    """Computes the norms of the base weight of a DoRA, and missing magnitudes. Returns other parameters unchanged."""
     if not isinstance(leaf, DoRA):
         return leaf
     squares = jnp.square(norms(weights.dense_of(leaf.base, spec), spec))

@@ -98,7 +98,7 @@ class LoRA(Weight):
 
 
 def factors(eqn: str) -> tuple[str, str]:
-    """Returns the einsum letters of A and B for a weight with this equation: ("DR", "RNH") for "BTD,DNH->BTNH"."""
+    """Returns the einsum letters of A and B, such as ("DR", "RNH") for a weight with the equation "BTD,DNH->BTNH"."""
     shared, contracted, produced = weights.split(eqn)
     return f"{shared}{contracted}R", f"{shared}R{produced}"
 
