@@ -20,7 +20,7 @@ class GpuTile(NamedTuple):
 
     rows: int  # rows of x
     columns: int  # columns of W
-    depth: int  # rows of packed bytes of W per step
+    depth: int  # rows of packed bytes of W that are read per step
     warps: int
     busy: int  # desired warps per multiprocessor; the rows of W are split over programs to get them
 

@@ -82,7 +82,7 @@ def _look_up(group: int, columnar: bool, w_ref: Ref, scale: Array | Ref, rows_re
     tables = [_register(LEVELS[at : at + 8], columns) for at in (0, 8)]
     packed = w_ref[...].T if columnar else w_ref[...]
     for at in range(0, rows_ref.shape[0], REGISTER):
-        words = pltpu.bitcast(packed[at // 2 : (at + REGISTER) // 2], jnp.int32)  # [8, columns], each of 8 rows of W
+        words = pltpu.bitcast(packed[at // 2 : (at + REGISTER) // 2], jnp.int32)  # [8, columns], eight codes per word
         own = jnp.broadcast_to(scale[at // group : at // group + 1], words.shape)
         for j in range(8):
             codes = words >> 4 * j

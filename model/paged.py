@@ -21,7 +21,7 @@ from model import weights
 from model.peft.lora import LoRA
 from model.weights import AXES, Extra, Params, Spec, Specs, Weight
 
-# The LoRA factors of one adapter as host arrays, by the name of the weight.
+# The type of one adapter, which has LoRA factors as host arrays, by the name of the weight that they adapt.
 # Each value is (A [stack..., R, contracted axes...], scale * B [stack..., R, output axes...]).
 Adapter = dict[str, tuple[np.ndarray, np.ndarray]]
 

@@ -137,7 +137,10 @@ def unpack(words: np.ndarray, bits: int, k: int) -> np.ndarray:
 
 
 def unpack_words(words: np.ndarray, bits: int, slots: np.ndarray | None = None) -> np.ndarray:
-    """Unpacks int32 words along the last axis. The codes start at the lowest bits, or have the positions `slots`."""
+    """Unpacks int32 words along the last axis.
+
+    The first code of a word is in the lowest bits, unless `slots` says at which position each code is.
+    """
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     codes = words.view(np.uint32)[..., None] >> (shifts if slots is None else shifts[slots]) & ((1 << bits) - 1)
     return codes.reshape(*words.shape[:-1], -1).astype(np.int32)

@@ -24,7 +24,7 @@ from model.weights import Params, Spec, Weight
 
 EXPONENTS = 20  # number of exponents between 0 and 1 that AWQ tries
 STEP = 128  # number of rows that GPTQ rounds before it corrects all remaining rows
-DAMPING = 0.01  # this fraction of the mean diagonal entry of X'X is added to its diagonal
+DAMPING = 0.01  # this fraction of the mean diagonal entry of X'X is added to the diagonal of X'X
 
 
 class Inputs(NamedTuple):
