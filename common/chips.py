@@ -24,7 +24,7 @@ class Chip(NamedTuple):
     tflops: Number  # peak dense bf16, 1e12 FLOP/s
     hbm_bytes: Number
     hbm_bandwidth: Number  # bytes/s
-    ici_bandwidth: Number  # bytes/s in one direction, summed over all links of a chip
+    ici_bandwidth: Number  # bytes/s in one direction, over all interconnect links of a chip together
     usd_hour: Number | None  # per chip-hour, on demand
     usd_hour_spot: Number | None
     watts: Number  # average power; includes part of the host's power if the source does

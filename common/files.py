@@ -50,8 +50,8 @@ def file(path: Path, replace: bool = True) -> Iterator[Path]:
     """Yields the path of an empty temporary file to fill. The file is renamed to `path` if the `with` block succeeds,
     and deleted if the block raises an error.
 
-    With replace=False, raises FileExistsError if `path` exists with different content. Equal content is accepted, since
-    a process that was killed after renaming the file leaves such a file.
+    With replace=False, raises FileExistsError if `path` exists with different content. A file with equal content is
+    accepted, since a process that was killed after renaming its file leaves such a file.
     """
     with _naming(path):
         with _beside(path, is_folder=False) as part:
@@ -78,9 +78,9 @@ def folder(path: Place, marker: str) -> Iterator[Path]:
     """Yields the path of an empty temporary folder to fill. The folder is renamed to `path` if the `with` block
     succeeds, and deleted if the block raises an error.
 
-    An object store cannot rename a folder. Therefore the files are uploaded to `path` one by one, and the file named
-    `marker` is uploaded last. A folder in a store without its marker file is incomplete, and the next writer deletes
-    it.
+    An object store cannot rename a folder. Therefore the files of a folder are uploaded to `path` one by one, and the
+    file named `marker` is uploaded last. A folder in a store without its marker file is incomplete, and the next writer
+    deletes it.
 
     An existing folder at `path` is kept, unless it is empty. If its files differ from the new files, FileExistsError is
     raised. A local folder with equal files is accepted, since a process that was killed after renaming its folder
@@ -274,7 +274,7 @@ def _object(text: str) -> Json:
 
 
 def not_followed(path: str | Path, flags: int) -> int:
-    """An `opener` for Python's `open` that raises OSError for a symbolic link. This opener is used for files to which
+    """An `opener` for Python's `open` that raises OSError for a symbolic link. The opener is used for files to which
     text is appended."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 

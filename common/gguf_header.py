@@ -2,7 +2,7 @@
 tensor.
 
 The reader in the `gguf` package creates a numpy object per token, which takes 3 s and 160 MB for a vocabulary of 49,000
-tokens. This reader takes 0.2 s. The format is specified in ggml's docs/gguf.md.
+tokens, whereas the reader in this module takes 0.2 s. The format is specified in ggml's docs/gguf.md.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ OLDER = dict.fromkeys(
     (b"lmgg", b"fmgg", b"tjgg", b"algg"), "an old GGML file: convert it to GGUF with the tools of llama.cpp"
 )
 OTHERS = {1: "version 1 of the format: convert the model again", 3 << 24: "stored in big-endian order"}
-MAX_ITEMS = 1 << 24  # more than the tokens of any vocabulary, so a larger count means a corrupt file
+MAX_ITEMS = 1 << 24  # more than any vocabulary has tokens, so a larger count means that the file is corrupt
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,8 +58,8 @@ class Stage(NamedTuple):
 def start(argv: Sequence[str], log: Path, **options: Any) -> subprocess.Popen:
     """Starts `python -m ARGV`, and appends the output of the process to the file `log`.
 
-    The process gets its own session. In a shared session, it would receive Ctrl-C twice, from the terminal and from its
-    parent, and the second signal would stop a run immediately.
+    The process gets its own session. In the parent's session, the process would receive Ctrl-C twice, from the terminal
+    and from its parent, and the second signal would stop a run immediately.
     """
     with open(log, "ab", opener=files.not_followed) as file:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}

@@ -41,7 +41,8 @@ class Document(NamedTuple):
 
 
 def write(folder: Path, documents: Iterable[Document], index: dict, vocab_size: int, check: Callable) -> None:
-    """Writes a cache under a temporary name and renames it to `folder`, so that it appears complete or not at all.
+    """Writes a cache under a temporary name and renames it to `folder`, so that the cache appears complete or not at
+    all.
 
     The iterator `documents` may fill `index` while it runs. `check()` is called after the last document, and may raise
     an error to prevent the cache from being written.
@@ -104,8 +105,8 @@ class Stored(NamedTuple):
     tags: np.ndarray | None = None  # int16 [N]; -1: no tag
 
     def mask(self, slots: np.ndarray) -> np.ndarray:
-        """For each token position in `slots`, 1.0 if the next token counts in the loss, else 0.0. The result is a
-        float32 array with the shape of `slots`."""
+        """For each token position in `slots`, 1.0 if the next token counts in the loss, else 0.0. The returned array is
+        float32, and has the shape of `slots`."""
         return ((self.bits[slots >> 3] >> (7 - (slots & 7)).astype(np.uint8)) & 1).astype(np.float32)
 
 

@@ -76,8 +76,8 @@ class Dataset:
         return len(self.stored.hashes) // len(self.sides)
 
     def split(self, holdout: float) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the indices of the training examples, and those of the held-out examples. Whether an example is held
-        out depends only on its prompt, or on its text if it has no prompt.
+        """Returns the indices of the training examples and the indices of the held-out examples. Whether an example is
+        held out depends only on its prompt, or on its text if it has no prompt.
 
         If there are two or more examples and holdout > 0, at least one example is held out.
         """

@@ -146,7 +146,7 @@ class Tagged(Example):
 
 
 class Parts(Example):
-    """An example that consists of other examples. Its documents have numeric columns."""
+    """An example that consists of other examples. The documents of such an example have numeric columns."""
 
     def columns(self) -> tuple[dict[str, float], ...]:
         """The numeric columns of the document of each part."""
@@ -190,8 +190,8 @@ class Pair(Parts):
 
 @dataclass(frozen=True)
 class Match(Parts):
-    """A question and a passage that answers it. Both are tokenized with the special tokens that an encoder model
-    expects."""
+    """A question and a passage that answers the question. Both texts are tokenized with the special tokens that an
+    encoder model expects."""
 
     passage: Text
     query: Text
@@ -258,10 +258,10 @@ class Scored(Parts):
 
 
 def wrapped(found: Example) -> Example:
-    """Converts a prompt and its completion to the turns of a chat, for models with a chat template. Any other example
-    is returned unchanged.
+    """Converts a prompt and its completion to the turns of a chat, for models with a chat template. Examples of any
+    other class are returned unchanged.
 
-    If the prompt is a transcript of a dialog, as in Anthropic's datasets, it is split into turns.
+    If the prompt is a transcript of a dialog, as in Anthropic's datasets, the transcript is split into turns.
     """
     if not isinstance(found, Completion):
         return found

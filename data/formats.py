@@ -71,7 +71,7 @@ PROMPTS = ("prompt", "question", "instruction", "query", "conversations", "messa
 SYSTEM, GIVEN, TOOLS = ("system", "system_prompt"), ("input", "context"), ("tools", "functions")
 RANKS, RATINGS = ("ranks", "rank"), ("ratings", "rating", "scores", "overall_score", "score")
 ANSWER = ("answer", "response", "content", "text")
-# Columns that describe where a record comes from. Any other unused column is counted in the report.
+# Columns that describe where a record comes from. Unused columns that are not listed here are counted in the report.
 IRRELEVANT = {
     "", "unnamed: 0", "__index_level_0__", "id", "idx", "index", "uid", "uuid", "hash", "prompt_id", "conversation_id",
     "message_id", "source", "dataset", "url", "split", "timestamp", "created", "date", "lang", "language", "license",
@@ -271,8 +271,8 @@ def _repeats(answer: str, prompt: str) -> bool:
 
 
 def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Separates both answers from the prompt with which they begin. The prompt ends between two words, or after the
-    last "Assistant:" of a transcript."""
+    """Separates two answers from the prompt with which both of them begin. The prompt ends between two words, or after
+    the last "Assistant:" of a transcript."""
     size = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     common, marker = chosen[:size], "\n\nAssistant:"
     if marker in common:

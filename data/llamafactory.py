@@ -53,7 +53,7 @@ def mapped(row: Row, entry: dict) -> Row:
     fields = TURNS.get(entry.get("formatting", ""))
     ours = {"messages": "conversations"} if fields else OURS
     if not fields and not columns.keys() & {"response", "chosen"}:
-        ours = ours | {"prompt": "text"}  # rows without an answer are texts for pretraining
+        ours = ours | {"prompt": "text"}  # rows without an answer are used as texts for pretraining
     record = {name: value for name, value in row.record.items() if name not in columns.values()}
     named = {theirs: column for theirs, column in columns.items() if column in row.record}
     record |= {ours.get(theirs, theirs): row.record[column] for theirs, column in named.items()}

@@ -1,6 +1,6 @@
-"""Converts chats in the formats of OpenAI, Mistral, TRL, LLaMA-Factory, axolotl and ShareGPT to one format. In this
-format, messages have the fields role, content, tool_calls and reasoning_content, and any other fields that a chat
-template may use."""
+"""Converts chats in the formats of OpenAI, Mistral, TRL, LLaMA-Factory, axolotl and ShareGPT to one format. In the
+common format, messages have the fields role, content, tool_calls and reasoning_content, and any other fields that a
+chat template may use."""
 
 import json
 
@@ -105,7 +105,7 @@ def _message(given: dict, where: str) -> Message:
     if role == "assistant" and any(value not in (0, 1) for value in learns):
         raise UserError("a weight that is not 0 or 1", where)
     if role == "assistant" and 0 in learns:
-        found["weight"] = 0  # as in the formats of OpenAI, Mistral and axolotl, the turn does not count in the loss
+        found["weight"] = 0  # OpenAI, Mistral and axolotl exclude turns of weight 0 from the loss
     elif role != "assistant" and 1 in learns:
         found["train"] = True  # axolotl can train on user turns; this project cannot, and reports the field as unused
     if not (found["content"] or calls or thought or "content" in given or "value" in given):

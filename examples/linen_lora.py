@@ -63,7 +63,7 @@ def train(apply: Callable, params: Params, what: str, pair: tuple[int, int], see
 
 
 def main() -> dict[str, float]:
-    """Trains the model and the adapter. Prints and returns their accuracies on held-out strings."""
+    """Trains the model and the adapter, then prints and returns accuracies on held-out strings."""
     model, ab, ba = Classifier(), (0, 1), (1, 0)
     tokens, _ = draw(jax.random.key(0), ab, 1)
     plain = lambda params, tokens: model.apply({"params": params}, tokens)

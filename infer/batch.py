@@ -97,7 +97,8 @@ class Picked(NamedTuple):
 
 
 class Batch:
-    """A batch of `rows` rows. Its ring buffer has `length` columns, which must suffice for a prompt and its answer.
+    """A batch of `rows` rows. The ring buffer of the batch has `length` columns, which must suffice for a prompt and
+    its answer.
 
     `params` are unrolled parameters (see infer.generate.unrolled). If a `store` of adapters is given, the parameters of
     the store are used instead. `kind` is the number format of the cache: "float", "int8" or "fp8".

@@ -152,7 +152,8 @@ def _vectors(
 
 
 def pool(x: Array, segments: Array, pooling: Pooling, normalized: bool = True) -> Array:
-    """Pools hidden states x [B,T,D] to vectors [B,D] in float32. Tokens with segment 0 are padding and do not count."""
+    """Pools hidden states x [B,T,D] into vectors [B,D] in float32. Tokens with segment 0 are padding and do not
+    count."""
     x, there = x.astype(jnp.float32), (segments > 0)[..., None]
     if pooling == "mean":
         x = jnp.where(there, x, 0).sum(1) / jnp.maximum(there.sum(1), 1)

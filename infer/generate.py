@@ -60,9 +60,10 @@ def generate(
     `how` contains options of `answer`. With a store of adapters, `params` is None, and `adapters` names an adapter for
     each prompt.
 
-    The sample for a prompt depends only on the seed, the prompt, and the number of equal prompts before it, not on
-    other prompts in the batch. `stop(tokens)` is called every few steps (at least every infer.batch.STEPS steps), and
-    ends an answer by returning True. Tokens that were sampled between two calls of `stop` are still returned.
+    The sample for a prompt depends only on the seed, the prompt, and the number of equal prompts that precede the
+    prompt, not on other prompts in the batch. `stop(tokens)` is called every few steps (at least every
+    infer.batch.STEPS steps), and ends an answer by returning True. Tokens that were sampled between two calls of `stop`
+    are still returned.
     """
     knobs = Knobs(temperature, top_k, top_p, min_p)
     ends = [stop_ids] * len(prompts)
@@ -150,7 +151,7 @@ def _unroll(params: Params, config: ModelConfig, widen: bool) -> Params:
 
 def row_keys(prompts: Prompts, seed: int) -> np.ndarray:
     """Returns the data of one JAX random key per prompt [B,2], which is derived from the seed, the prompt, and the
-    number of equal prompts before it."""
+    number of equal prompts that precede the prompt."""
     seen: dict[int, int] = {}
     data = np.zeros((bucket(len(prompts)), 2), np.uint32)
     for i, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""A language model with its tokenizer, which takes text, and returns text or log-probabilities."""
+"""A language model together with its tokenizer. The input is text, and the output is text or log-probabilities."""
 
 import dataclasses
 import functools
@@ -296,7 +296,7 @@ class Scored(NamedTuple):
 
 def _scored(rows: list[tuple[list[int], list[int]]], starts: Sequence[int] = ()) -> Scored:
     """Pads rows of token ids. `starts` gives the number of context tokens of each row that are already in the cache.
-    These tokens are left out."""
+    Tokens in the cache are left out of the padded rows."""
     starts = starts or [0] * len(rows)
     longest = max(len(a) + len(b) - start for (a, b), start in zip(rows, starts))
     shape = bucket(len(rows)), bucket(longest, 16)

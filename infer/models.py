@@ -241,7 +241,7 @@ class Run:
         """
         transform = build.transform(self.cfg, specs)
         if self.cfg.quant.name:
-            transform = jax.jit(transform)  # compiled as in training, so the quantized values are the same
+            transform = jax.jit(transform)  # compiled as in training, so that quantization gives the same values
         if (self.workdir / SHAPE).is_file():
             policy = self._headed(jax.eval_shape(transform, self.model.abstract, jax.random.key(0)))
             if saved.named(policy).keys() - {name.removeprefix("policy/") for name in self.saved.params}:

@@ -134,8 +134,8 @@ class Reader:
         return list(found)
 
     def _longest(self, prompt: Prompt, without: int = 0) -> Prefix:
-        """The longest cached prefix of a prompt without its last `without` tokens. If no prefix is cached, returns a
-        cache that contains only the virtual tokens."""
+        """The longest cached prefix of a prompt, not counting the last `without` tokens of the prompt. If no prefix is
+        cached, returns a cache that contains only the virtual tokens."""
         prompt = Prompt(prompt.adapter, prompt.ids[: len(prompt.ids) - without])
         if found := self.prefixes.longest(self.key, prompt):
             return found

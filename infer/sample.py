@@ -48,7 +48,7 @@ def sample(logits: Array, keys: Array, knobs: Knobs) -> tuple[Array, Array]:
 
 
 def truncate(logits: Array, knobs: Knobs) -> Array:
-    """Sets the logits [B,V] of the tokens that top-k, top-p and min-p exclude to -inf. The most likely token is never
+    """Sets logits [B,V] to -inf for the tokens that top-k, top-p and min-p exclude. The most likely token is never
     excluded."""
     knobs = Knobs(*(jnp.broadcast_to(knob, len(logits))[:, None] for knob in knobs))
     sorts = (knobs.top_k > 0) | (knobs.top_p < 1)

@@ -1,10 +1,10 @@
 """Defines the kinds of batches: the arrays of each kind, their shapes, and example batches. No other module contains
 code for specific kinds.
 
-An lm batch contains arrays [B, T]. Each row contains one document or several packed documents. The arrays are tokens,
-targets (the token after each token), mask (1.0 if the target counts in the loss, else 0.0), segments (the number of the
-document within the row, from 1 on, or 0 for padding) and positions (within the document). A batch may also contain
-other arrays [B, T], such as "tags", and columns [B], such as "label".
+An lm batch (for language modeling) contains arrays [B, T] of B rows with T tokens. Each row contains one document or
+several packed documents. The arrays are tokens, targets (the token after each token), mask (1.0 if the target counts in
+the loss, else 0.0), segments (the number of the document within the row, from 1 on, or 0 for padding) and positions
+(within the document). A batch may also contain other arrays [B, T], such as "tags", and columns [B], such as "label".
 
 If each example consists of several documents, a batch has several sides, each of which is an lm batch. For example, a
 batch of preference pairs has the sides "chosen" and "rejected". Row i of every side belongs to the same example. To add
@@ -32,7 +32,7 @@ class Kind(NamedTuple):
 
 
 def answers(k: int) -> tuple[str, ...]:
-    """The names of the sides for a group of `k` answers to one prompt. Sorting these names keeps the answers in
+    """The names under which a batch stores `k` answers to the same prompt. Sorting these names keeps the answers in
     order."""
     return tuple(f"answer{i:03d}" for i in range(k))
 
@@ -68,7 +68,7 @@ def join(parts: dict[str, Batch]) -> Batch:
 
 def kind_of(batch: Batch) -> str:
     """Determines the kind of a batch from the names of its sides and of the arrays of its first side. Raises ValueError
-    if no kind fits."""
+    if the batch is of no known kind."""
     sides = parts(batch)
     if tuple(sides) == answers(len(sides)):
         return "group"

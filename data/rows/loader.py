@@ -231,7 +231,7 @@ def load_tokenizer(data: Config, default: str = "bytes") -> Tokenizer:
     "spm:N" are trained once and cached.
 
     `data.chat_template` replaces the tokenizer's own chat template. If the data are chats and the tokenizer has no chat
-    template, it gets the default template, so that training matches serving.
+    template, the tokenizer gets the default template, so that training matches serving.
     """
     spec = data.tokenizer or default
     trained = spec.startswith(("bpe:", "spm:"))

@@ -76,7 +76,8 @@ def best_fit(pieces: Pieces, seq_len: int, seed: int) -> Rows:
     """Puts the pieces into rows, from the longest piece to the shortest. Each piece goes into the fullest row that has
     enough space. Random blocks of pieces are packed separately. No piece is cut.
 
-    This is best-fit-decreasing bin packing, as in Ding et al. 2024, "Fewer Truncations Improve Language Modeling".
+    The algorithm is best-fit-decreasing bin packing, as in Ding et al. 2024, "Fewer Truncations Improve Language
+    Modeling".
     """
     n = len(pieces.lengths)
     order = permute(np.arange(n), n, seed, 2) if n else np.zeros(0, np.int64)

@@ -104,9 +104,9 @@ def _spans(messages: Messages, turns: list[int], writer: Writer, asked: Asked) -
     """Returns the rendered chat, and the spans of the characters that the model would have written in the given turns.
 
     Some templates render an answer differently when further turns follow (Qwen3's template drops the answer's
-    thoughts), or begin a thought in the prompt and drop the thought from the answer (DeepSeek-R1's template). If a
-    template does so, every answer in the chat is rendered as if it were the last turn. If this is impossible, only the
-    last answer counts in the loss.
+    thoughts), or begin a thought in the prompt and drop the thought from the answer (DeepSeek-R1's template). With such
+    a template, every answer of a chat is rendered as if the answer were the last turn. If such a rendering is
+    impossible, only the last answer of the chat counts in the loss.
     """
     if "endgeneration" in writer.template:
         return _spans_by_marks(messages, turns, writer)
@@ -225,7 +225,7 @@ def _behind(messages: Messages, i: int, stop: int, writer: Writer, last: bool = 
 
 
 def _answer(prompt: str, messages: Messages, i: int, ending: str, writer: Writer) -> str:
-    """The text of answer i as the model would write it after the prompt, including the end token."""
+    """The text of answer i as the model would write it after the prompt, including the end token of the answer."""
     said, thought = messages[i]["content"], messages[i].get("reasoning_content", "").strip()
     whole = writer.text(messages[: i + 1])
     if whole.startswith(prompt):

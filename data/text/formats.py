@@ -48,8 +48,8 @@ def load(spec: str | Path, texts: Callable[[], Iterable[str]] | None = None) -> 
 
 
 class ByteTokenizer(Tokenizer):
-    """A tokenizer whose ids are bytes. It gives the same ids as its `core`, but does not search for merges, since its
-    vocabulary has none."""
+    """A tokenizer whose ids are bytes. This class gives the same ids as `core`, but does not search for merges, since
+    the vocabulary of bytes has no merges."""
 
     def encode_batch(self, texts: list[str], special: bool = False) -> list[list[int]]:
         if special or self.reads_control:

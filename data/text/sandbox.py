@@ -24,16 +24,16 @@ OUT_OF_MEMORY = 3  # exit code of the rendering process
 
 
 class Renderer:
-    """The client of the process that renders templates. It starts the process when needed, and again if the process has
-    died. Only one thread uses the process at a time."""
+    """The client of the process that renders templates. The client starts the process when needed, and again if the
+    process has died. Only one thread uses the process at a time."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
 
     def ask(self, request: bytes) -> tuple[str, str]:
-        """Sends a request to the process and returns the answer. If the process gives no answer, it is killed, and a
-        "limit" is returned."""
+        """Sends a request to the process and returns the answer. If the process gives no answer, the process is killed,
+        and ("limit", reason) is returned."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._process = _started()

@@ -90,8 +90,8 @@ def with_system(template: str, system: str) -> str:
 
 
 def twin(text: str) -> str:
-    """The name of a template in TEMPLATES that is of the same model family as a given template, and can replace it in
-    training. Returns "" if there is no such template."""
+    """The name of a template in TEMPLATES that is of the same model family as a given template, and can replace the
+    given template in training. Returns "" if there is no such template."""
     return next((name for name, marks in FAMILIES.items() if all(mark in text for mark in marks)), "")
 
 

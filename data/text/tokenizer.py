@@ -96,8 +96,8 @@ class Tokenizer:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids of the tokens that end an answer: EOS, further tokens that the model's files name, and the chat
-        template's end of a turn."""
+        """The ids of the tokens that end an answer: EOS, further tokens that the model's files name, and the token that
+        ends a turn in the chat template."""
         template = self.chat_template or ""
         ends = [self.special[t] for t in TURN_ENDS if t in self.special and t in template]
         first = [] if self.eos_id is None else [self.eos_id]

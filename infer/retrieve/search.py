@@ -26,7 +26,7 @@ class Words:
         self.found.index([words(passage) for passage in passages], show_progress=False)
 
     def scores(self, question: str) -> np.ndarray:
-        """Returns the scores [passages] in float32. Passages that share no word with the question have score 0."""
+        """Returns one score per passage, in float32. Passages that share no word with the question have score 0."""
         known = [word for word in dict.fromkeys(words(question)) if word in self.found.vocab_dict]
         if not known:
             return np.zeros(self.found.scores["num_docs"], np.float32)

@@ -49,8 +49,8 @@ LABELS = {
     "prompt_cache_retention": str,
     "prompt_cache_options": dict,
 }  # accepted without effect
-# Unsupported parameters, with the values for which they have no effect and are accepted. The value null is always
-# accepted.
+# Unsupported parameters, with the values that are accepted because the parameter then has no effect. The value null is
+# always accepted.
 NEUTRAL: dict[str, tuple] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "length_penalty": (1,),
     "logit_bias": ({},), "best_of": (1,), "echo": (False,), "suffix": ("",), "min_tokens": (0,), "typical_p": (1,),

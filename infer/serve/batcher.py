@@ -26,7 +26,7 @@ class Request(Asked):
     """A request of a client. Iterating over a request waits for its tokens. If an error ends the answer early, the
     error is raised.
 
-    If `put` is given, `put` is called with each item instead, in the batcher's thread.
+    If `put` is given, the batcher's thread passes each token to `put` instead.
     """
 
     def __init__(self, *args: Any, put: Callable[[Item], None] | None = None, **kwargs: Any):

@@ -58,8 +58,8 @@ class Connection(H11Protocol):
         self.end(Refused(400, "this is not a valid HTTP request"))
 
     def end(self, e: Refused) -> None:
-        """Sends a last answer, and closes the connection LINGER seconds later. Closing a connection while bytes are
-        unread would reset it, and the client might not receive the answer."""
+        """Sends a last answer, and closes the connection LINGER seconds later. If a connection is closed while bytes
+        are unread, the connection is reset, and the client might not receive the answer."""
         body = json.dumps(e.content).encode()
         retry = "Retry-After: 1\r\n" if e.status == 429 else ""
         head = f"HTTP/1.1 {e.status} \r\nContent-Type: application/json\r\n{retry}Content-Length: {len(body)}\r\n"

@@ -160,7 +160,7 @@ class Service:
         return Reply(asked, choices, inbox, self.meters, begin)
 
     def submit(self, asked: api.Asked, put: Callable[[int, Item], None]) -> list[api.Choice]:
-        """Queues all answers of a request, or none of them. Raises Refused or UserError if an answer cannot be
+        """Queues either all answers of a request, or no answer. Raises Refused or UserError if an answer cannot be
         queued."""
         adapter = None if asked.model == self.name else asked.model
         lm, choices = self.batcher.lm.speaking(adapter), []
