@@ -26,8 +26,8 @@ class Example:
     sides: tuple[str, ...] = (batches.ONE,)
 
     def parts(self) -> tuple["Example", ...]:
-        """The examples of which this example consists, such as the two answers of a preference pair. A text, a chat or
-        a completion consists only of itself."""
+        """The parts of this example, which are examples themselves, such as the two answers of a preference pair. A
+        text, a chat or a completion consists only of itself."""
         return (self,)
 
     def each(self, change: Callable[["Example"], "Example"]) -> "Example":

@@ -235,8 +235,8 @@ def fetch(tree: Tree) -> Tree:
 
 
 def arrays(rows: Sequence[Request | None]) -> Rows:
-    """Makes the inputs of a decoding step from the requests in the rows of a batch. A row without a request is not
-    live."""
+    """Makes the inputs of a decoding step from the requests in the rows of a batch. Rows without a request are marked
+    as not live."""
     n = len(rows)
     knobs = Knobs(*(np.full(n, off, np.int32 if isinstance(off, int) else np.float32) for off in Knobs()))
     most = bucket(max((len(r.ends) for r in rows if r), default=0), 4)

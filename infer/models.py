@@ -251,7 +251,7 @@ class Run:
         return self.with_trained(policy)
 
     def _headed(self, policy: Params) -> Params:
-        """Adds the head of the run's training objective to the parameters, with its initial values."""
+        """Adds the head of the run's training objective to the parameters, with initial values."""
         name = methods.method("objective", self.cfg.objective.name).head
         return policy | {"head": heads.find(name)(self.config, jax.random.key(0))} if name else policy
 

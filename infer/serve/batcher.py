@@ -26,7 +26,7 @@ class Request(Asked):
     """A request of a client. Iterating over a request waits for its tokens. If an error ends the answer early, the
     error is raised.
 
-    If `put` is given, the batcher's thread passes each token to `put` instead.
+    If `put` is given, the batcher's thread passes each token to `put`, and the request must not be iterated over.
     """
 
     def __init__(self, *args: Any, put: Callable[[Item], None] | None = None, **kwargs: Any):

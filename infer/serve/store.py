@@ -65,7 +65,8 @@ class Store:
         return self.route(names, rows)
 
     def hold(self, names: Sequence[str | None]) -> None:
-        """Loads adapters to the device. Raises UserError for an unknown name, or if the adapters do not fit."""
+        """Loads adapters to the device. Raises UserError for an unknown name, or if the adapters do not fit on the
+        device."""
         wanted = dict.fromkeys(n for n in names if n is not None)
         for name in wanted:
             if name not in self.adapters:
