@@ -303,7 +303,7 @@ def to_dict(config: Config | Mapping) -> Json:
 def from_dict(d: Json) -> Config:
     """Converts the result of `to_dict` back to a config, which is neither locked nor checked. Lists become tuples.
 
-    A key that did not exist yet when `d` was written gets its default, which is how the older version behaved.
+    A key that did not exist when the config was written gets its default, which is how the older version behaved.
     """
     given = flatten(d)
     newer = {path: key.default for path, key in base_keys().items() if path not in given and not _inside(path, given)}

@@ -2,8 +2,8 @@
 
 A decision says how likely each method is the best, which changes of the inputs would make another method the best, and
 the cost of a wrong choice. The best method is the cheapest per month among the methods with scores at most a margin
-below the highest score. This definition does not need the value of a right answer in dollars, which few people know.
-The definition needs only the loss of quality that people would accept in order to pay less.
+below the highest score. To find the best method, the user need not know the value of a right answer in dollars, but
+only the loss of quality that is acceptable in order to pay less.
 
 The probability of a method is the fraction of all DRAWS in which the method is the best. Each draw samples test rows
 with replacement (the same rows for all methods), seeds with replacement, and a price from the range of prices.

@@ -2,7 +2,7 @@
 
 Without stalls, one bundle is issued per cycle. A loop is a branch back to the start of a region, and the exit test of
 the loop gives the number of iterations. A region that a forward branch can skip, and that contains neither a product
-nor a copy, runs only in the first or last step of a sum.
+nor a copy, is assumed to run only in the first or last step of a sum over grid steps.
 """
 
 import itertools
