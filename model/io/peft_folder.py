@@ -73,7 +73,7 @@ VALUES: dict[str, Callable[[Any], bool]] = {  # {field: function that checks the
     **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"), _texts),
 }
 BIASES = ("none", "all", "lora_only", "oft_only")
-# If init_lora_weights is one of DRAWN, the adapter does not change the base weights.
+# If init_lora_weights is one of DRAWN, PEFT leaves the base weights unchanged when it opens a folder.
 # If init_lora_weights is one of STARTS, PEFT changes the base weights when it opens a folder.
 DRAWN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 STARTS = ("pissa", "olora")  # computed from the base weights, so the change can be repeated

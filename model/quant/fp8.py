@@ -24,7 +24,7 @@ class FP8(Quantized):
 
 @cache
 def _grid(format: str) -> Callable[[Array], Array]:
-    """Returns the rounding function of a format. The function object is cached, so that jit compiles it only once."""
+    """Returns the rounding function of a format. The function object is cached, so that jit compiles only once."""
     return lambda v: round_float(v, *FLOATS[format][1:])
 
 
