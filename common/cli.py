@@ -1,6 +1,6 @@
 """Code shared by all commands: it parses options, sets exit codes, and prints a user error as one line.
 
-If its terminal is closed, a command keeps running, and its output is discarded.
+If output can no longer be written, the command keeps running, and further output is discarded.
 """
 
 import argparse

@@ -169,7 +169,7 @@ class LM:
         """Returns the mean negative log-likelihood per token over all texts, in nats, and the number of scored tokens.
 
         The first token of a text is scored only if the tokenizer puts BOS before it. Texts of more than WINDOW tokens
-        are scored in separate windows, which overlap by one token, so that every other token is scored exactly once.
+        are scored in separate windows, which overlap by one token, so that no token is scored twice.
         """
         rows = []
         for text in [texts] if isinstance(texts, str) else texts:

@@ -25,8 +25,8 @@ from model.weights import Params
 
 BYTES = 512 << 20  # maximum bytes of all caches that are kept
 RECENT = 64  # number of recent prompts with which new prompts are compared
-NODE = 64  # minimum tokens that a prefix must save; otherwise computing it separately costs more than it saves
-WORTH = 512  # minimum tokens that the prefixes of a call must save together, since they need more programs
+NODE = 64  # minimum tokens that a prefix must save; otherwise computing the prefix separately costs more than it saves
+WORTH = 512  # minimum tokens that the prefixes of a call must save in total, since prefixes need more programs
 BUDGET = 4096  # maximum padded tokens of prompts that are computed together
 
 Serving = Callable[[Sequence[str | None], int], Params]  # (adapter of each row, number of rows) -> parameters

@@ -73,7 +73,8 @@ def _pieces(data: Dataset, numbers: np.ndarray) -> Pieces:
 
 
 def _nothing_learnt(data: Dataset, sides: list[Pieces], long: np.ndarray, seq_len: int) -> np.ndarray:
-    """True for each long example that has a side in which none of the first `seq_len` tokens counts in the loss."""
+    """Marks the examples that are longer than a row and have a side in which none of the first `seq_len` tokens counts
+    in the loss."""
     drop = np.zeros_like(long)
     for i in np.flatnonzero(long):
         kept = [np.arange(side.starts[i], side.starts[i] + min(side.lengths[i], seq_len)) for side in sides]

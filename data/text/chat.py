@@ -104,9 +104,9 @@ def _spans(messages: Messages, turns: list[int], writer: Writer, asked: Asked) -
     """Returns the rendered chat, and the spans of the characters that the model would have written in the given turns.
 
     Some templates render an answer differently when further turns follow (Qwen3's template drops the answer's
-    thoughts), or begin a thought in the prompt and drop the thought from the answer (DeepSeek-R1's template). With such
-    a template, every answer of a chat is rendered as if the answer were the last turn. If such a rendering is
-    impossible, only the last answer of the chat counts in the loss.
+    thoughts), or begin a thought in the prompt and drop the thought from the answer (DeepSeek-R1's template). If a
+    template renders earlier answers differently, every answer of a chat is rendered as if the answer were the last
+    turn. If this is impossible for any answer, only the last answer of the chat counts in the loss.
     """
     if "endgeneration" in writer.template:
         return _spans_by_marks(messages, turns, writer)

@@ -228,7 +228,7 @@ class Choice:
         self._tokenizer = lm.tokenizer
         self._tokens: deque[int | None] = deque()
         self._pieces = lm.pieces(request.prompt, iter(self._tokens.popleft, None))  # a piece per token, a final piece
-        self._held, self._sent = "", 0  # text that may begin a stop string; number of characters before this text
+        self._held, self._sent = "", 0  # possible beginning of a stop string; number of characters before this text
         self._scores: deque[tuple[int, Score]] = deque()  # (index of the token's first character in the answer, score)
 
     def add(self, token: int | None) -> None:

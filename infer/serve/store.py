@@ -131,5 +131,5 @@ def _put(stacks: list[tuple[Array, Array]], start: ArrayLike, a: Array, b: Array
 
 
 def _axis(path: str) -> int:
-    """The rank axis of a LoRA factor, which follows the layer axis, if there is one."""
+    """The index of the rank axis in a LoRA factor: 1 if the factor has a layer axis, else 0."""
     return int(in_layers(path))
