@@ -112,6 +112,7 @@ def test_costs_without_a_price():
     d = decide.decide(record, Inputs(2.0))
     assert (d.price.unit, d.best.name, list(d.cost[1])) == ("h", "own", [7200, math.inf])
     assert page_text.money(d.price, 7200) == "7,200 machine hours" and page_text.money(d.price, math.inf) == "n/a"
+    assert page_text.money(d.price, 1) == "1 machine hour"
     alone = decide.decide(of(hosted, prices=[DOLLAR | {"usd_hour": None}]), Inputs(2.0))
     assert (alone.price.unit, list(alone.cost[1]), list(alone.probability)) == ("$", [4.0], [1.0])
     unknown = decide.decide(record | {"prices": [DOLLAR | {"usd_hour": None, "seconds_per_flop": None}]}, Inputs(2.0))
@@ -174,7 +175,7 @@ def test_page_says_what_it_knows(made):
     told = " ".join(Page((made / "decision.html").read_text("utf-8")).text.replace("\u00a0", " ").split())
     for text in (
         "Not enough test rows to decide: full fine-tuning or LoRA, rank 16", "2 points", "planned", "measured", "given",
-        "1.47 times as fast", "about 1.3", "clearly worse", "December", "data leaves the house", "$2.00",
+        "1.47 times as fast", "about 1.3", "clearly worse", "December", "data leaves", "$2.00",
         "extrapolation", "python -m evals.main --model=runs/lora-0 --tasks=dates", "v5e at $1.20 per hour",
     ):  # fmt: skip
         assert text in told, text

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"no method can be used: {refused[0]['why']}", "--methods")
     rungs = halving.rungs(args.rungs, len(task.scored["train"]), len(task.scored["validation"]))
     if args.plan:
-        plan.show(c, found, rungs, args.seeds, plan.planned(prices))
+        plan.show(c, found, rungs, args.seeds, plan.planned(prices), args.budget == plan.ALL)
         print(*(f"{row['label']} ({row['model']}) is not possible: {row['why']}" for row in refused), sep="\n")
         return exits.DONE
     asked = Record(

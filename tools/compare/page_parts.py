@@ -80,7 +80,7 @@ def more_table(d: Decision, record: Json) -> Table:
     machine = record["machine"]["name"]
     heads = [("", ""), ("tokens", "per request: prompt + answer"), ("latency", f"p50, p95; measured, {machine}")]
     heads += [("peak memory", "of training, measured"), ("to store", "bytes"), ("forgetting", "nats per token")]
-    heads += [("data leaves the house", "")]
+    heads += [("data leaves", "the house")]
     rows = []
     for o in d.options:
         asked, late = o.record["request"], o.record["request"]["latency"]

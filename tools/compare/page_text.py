@@ -40,7 +40,7 @@ def money(price: Price, x: float) -> str:
         return NA
     if price.unit == "$":
         return "$" + dollars(x)
-    return f"{short(x)} machine hours" if price.unit == "h" else flops(x)
+    return f"{(number := short(x))} machine hour{'' if number == '1' else 's'}" if price.unit == "h" else flops(x)
 
 
 def dollars(x: float) -> str:

@@ -172,9 +172,9 @@ def rate() -> float:
 # --- --plan ---
 
 
-def show(c: Comparison, found: Sequence[Candidate], rungs: list[Json], seeds: int, target: Json) -> None:
+def show(c: Comparison, found: Sequence[Candidate], rungs: list[Json], seeds: int, target: Json, every: bool) -> None:
     """Prints the cost of the comparison as a range, whose low end is the cost if every method stops after the first
-    rung."""
+    rung. With `every`, all settings are measured on all rungs."""
     flops, n = Prices(c, seeds), len(c.task.scored["test"])
     dollars = lambda x, rung, end: flops.dollars(x, rung["rows"])[end]
     lines, work, paid = [], [0.0, 0.0], [0.0, 0.0]
@@ -182,9 +182,9 @@ def show(c: Comparison, found: Sequence[Candidate], rungs: list[Json], seeds: in
         mine = [x for x in found if x.key == key]
         mine_work = _bounds(
             mine, rungs, lambda x, rung, end: flops.rung(x, rung, None, end),
-            lambda x, end: flops.test(x, bool(rungs), None, end),
+            lambda x, end: flops.test(x, bool(rungs), None, end), every,
         )  # fmt: skip
-        mine_paid = _bounds(mine, rungs, dollars, lambda x, end: flops.dollars(x, n)[end])
+        mine_paid = _bounds(mine, rungs, dollars, lambda x, end: flops.dollars(x, n)[end], every)
         work, paid = [[a + b for a, b in zip(*pair, strict=True)] for pair in ((work, mine_work), (paid, mine_paid))]
         lines.append([mine[0].method.label, key[1], str(len(mine)), *_spans(mine_work, mine_paid, target)])
     lines.append(["all", "", str(len(found)), *_spans(work, paid, target)])
@@ -197,15 +197,17 @@ def show(c: Comparison, found: Sequence[Candidate], rungs: list[Json], seeds: in
 
 def _bounds(
     mine: Sequence[Candidate], rungs: list[Json], rung: Callable[[Candidate, Json, int], float],
-    test: Callable[[Candidate, int], float],
+    test: Callable[[Candidate, int], float], every: bool,
 ) -> list[float]:  # fmt: skip
     """Returns the [minimum, maximum] cost of a method. The minimum is the cost of all settings on the first rung. The
-    maximum adds the most expensive third of the settings on each further rung, and the most expensive test."""
-    n, low, high = len(mine), sum(rung(x, rungs[0], 0) for x in mine) if rungs else 0.0, 0.0
-    for each in rungs:
+    maximum adds the most expensive third of the settings on each further rung, and the most expensive test. With
+    `every`, both have all settings on all rungs."""
+    n, low, high = len(mine), 0.0, 0.0
+    for number, each in enumerate(rungs):
+        low += sum(rung(x, each, 0) for x in mine) if every or number == 0 else 0.0
         high += sum(sorted((rung(x, each, 1) for x in mine), reverse=True)[:n])
-        n = math.ceil(n / ETA)
-    if not rungs or mine[0].name == BASELINE:
+        n = n if every else math.ceil(n / ETA)
+    if not rungs or every or mine[0].name == BASELINE:
         low += test(mine[0], 0)
     return [low, high + max(test(x, 1) for x in (mine if rungs else mine[:1]))]
 
