@@ -20,22 +20,24 @@ def get_config(arg=""):
     arg = parse_arg(arg, file="rows/preference.jsonl", objective="dpo")
     c = base.get_config()
     c.init = "smollm2-135m-instruct"
-    c.epochs = 3.0
+    c.epochs = 1.0
     c.objective.name = arg.objective
     c.data.source = f"{arg.file}@train"
-    c.data.eval_source = f"{arg.file}@test"
+    c.data.eval_source = f"{arg.file}@validation"
     c.data.format = "labelled" if arg.objective == "kto" else "auto"
     c.data.packing = "none"
-    c.data.seq_len = 160
-    c.data.batch_size = 8
+    c.data.seq_len = 112
+    c.data.truncate = False  # an answer without its end would be another answer
+    c.data.max_bad = 0.1
+    c.data.batch_size = 8 if arg.objective == "kto" else 4  # eight answers per step
     c.peft.name = "lora"
     c.peft.rank = 16
     c.peft.alpha = 32.0
-    c.optim.lr = 2e-4
+    c.optim.lr = 5e-4
     c.optim.warmup = 0.1
     c.log_every = 5
-    c.eval_every = 15
-    c.ckpt.every = 30
+    c.eval_every = 20
+    c.ckpt.every = 20
     if arg.objective != "reward":
         c.floors = (("eval/kl_per_token", "<=", 0.5),)
     return c

@@ -35,7 +35,7 @@ def lengths(batch: Batch) -> Array:
     return jnp.maximum(batch["mask"].sum(-1), 1)
 
 
-def present(batch: Batch) -> Array:
+def has_pair(batch: Batch) -> Array:
     """A weight for each pair [B]: 1.0, or 0.0 for the empty pairs that fill up the last held-out batch."""
     return (batch["chosen"]["mask"] + batch["rejected"]["mask"]).any(-1).astype(jnp.float32)
 

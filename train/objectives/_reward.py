@@ -16,6 +16,6 @@ def rewards(model: Transformer, params: Params, batch: Batch) -> Array:
     return heads.at_end(params["head"], x, batch["segments"])
 
 
-def present(batch: Batch) -> Array:
+def has_document(batch: Batch) -> Array:
     """A weight for each row [B]: 1.0, or 0.0 for the empty rows that fill up the last held-out batch."""
     return (batch["segments"] > 0).any(-1).astype(jnp.float32)

@@ -7,7 +7,7 @@ from jax import Array
 from data.rows.batch import Batch
 from model.net.transformer import Transformer
 from train.objectives import Objective, Pair, Roles
-from train.objectives._preference import both, figures, logps, present, summed
+from train.objectives._preference import both, figures, has_pair, logps, summed
 
 BATCH = "pair"
 
@@ -19,7 +19,7 @@ def make(model: Transformer, *, beta: float = 0.1, sft_weight: float = 1.0) -> O
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
         policy = logps(model, roles["policy"], both(batch))
         chosen, rejected = jnp.split(policy, 2)
-        there = present(batch)
+        there = has_pair(batch)
         # `nll` is a mean over tokens, but `summed` divides by the number of pairs, so multiply by that number first.
         tokens = batch["chosen"]["mask"].sum()
         nll = -chosen * there.sum() / jnp.maximum(tokens, 1)

@@ -9,7 +9,7 @@ from jax import Array
 from data.rows.batch import Batch
 from model.net.transformer import Transformer
 from train.objectives import Objective, Pair, Role, Roles
-from train.objectives._preference import both, divergence, figures, lengths, logps, present, reference, summed
+from train.objectives._preference import both, divergence, figures, has_pair, lengths, logps, reference, summed
 
 BATCH = "pair"
 
@@ -49,7 +49,7 @@ def make(
         if sft_weight:
             each += sft_weight * -jnp.split(policy, 2)[0] / lengths(batch["chosen"])
         values = {"loss": each} | figures(beta * chosen, beta * rejected, policy, batch)
-        return summed(values, present(batch))
+        return summed(values, has_pair(batch))
 
     def heldout(roles: Roles, batch: Batch) -> dict[str, Pair]:
         return divergence(model, roles, both(batch))

@@ -7,7 +7,7 @@ from jax import Array
 from data.rows.batch import Batch
 from model.net.transformer import Transformer
 from train.objectives import Objective, Pair, Roles
-from train.objectives._preference import both, figures, lengths, logps, present, summed
+from train.objectives._preference import both, figures, has_pair, lengths, logps, summed
 
 BATCH = "pair"
 
@@ -23,7 +23,7 @@ def make(model: Transformer, *, beta: float = 0.1) -> Objective:
         chosen, rejected = jnp.split(policy / lengths(rows), 2)
         odds = log_odds(chosen) - log_odds(rejected)
         values = {"loss": -chosen - beta * jax.nn.log_sigmoid(odds), "nll": -chosen, "log_odds_ratio": odds}
-        return summed(values | figures(beta * chosen, beta * rejected, policy, batch), present(batch))
+        return summed(values | figures(beta * chosen, beta * rejected, policy, batch), has_pair(batch))
 
     return Objective(compute, BATCH)
 

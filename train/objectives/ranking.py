@@ -12,7 +12,7 @@ from data.rows.batch import Batch
 from model.net.transformer import Transformer
 from train.objectives import Objective, Pair, Role, Roles
 from train.objectives._preference import summed
-from train.objectives._reward import present, rewards
+from train.objectives._reward import has_document, rewards
 
 BATCH = "group"
 HEAD = "scalar"
@@ -34,7 +34,7 @@ def make(model: Transformer) -> Objective:
         ranks = jnp.stack([side["rank"] if "rank" in side else -side["rating"] for side in sides], axis=1)
         before, decided = ranks[:, :, None] < ranks[:, None], scores[:, :, None] > scores[:, None]
         pairs = before.sum((1, 2))
-        there = present(sides[0])
+        there = has_document(sides[0])
         accuracy = (before & decided).sum((1, 2)) / jnp.maximum(pairs, 1)
         values = {"loss": -order_logp(scores, ranks)}
         return summed(values, there) | summed({"accuracy": accuracy}, there * pairs)

@@ -13,7 +13,7 @@ from data.rows.batch import Batch
 from model.net.transformer import Transformer
 from train.objectives import Objective, Pair, Role, Roles
 from train.objectives._preference import summed
-from train.objectives._reward import present, rewards
+from train.objectives._reward import has_document, rewards
 
 BATCH = "rated"
 HEAD = "scalar"
@@ -40,7 +40,7 @@ def make(
             each = -jax.nn.log_sigmoid(sign * (reward[:, None] - steps)).sum(-1)
         else:
             each = off**2
-        return summed({"loss": each, "mean_absolute_error": jnp.abs(off)}, present(batch))
+        return summed({"loss": each, "mean_absolute_error": jnp.abs(off)}, has_document(batch))
 
     def check(columns: Mapping[str, np.ndarray]) -> None:
         found = columns["rating"]

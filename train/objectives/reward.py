@@ -8,7 +8,7 @@ from data.rows.batch import Batch
 from model.net.transformer import Transformer
 from train.objectives import Objective, Pair, Role, Roles
 from train.objectives._preference import both, compared, summed
-from train.objectives._reward import present, rewards
+from train.objectives._reward import has_document, rewards
 
 BATCH = "pair"
 HEAD = "scalar"
@@ -30,7 +30,7 @@ def make(model: Transformer, *, center: float = 0.0) -> Objective:
         h = chosen - rejected - side.get("margin", 0.0)
         each = -won * jax.nn.log_sigmoid(h) - (1 - won) * jax.nn.log_sigmoid(-h)
         values = compared(chosen, rejected)
-        there = present(side)
+        there = has_document(side)
         decided = there * (won == 1)
         accuracy = summed({"accuracy": values.pop("accuracy")}, decided)
         return summed({"loss": each + center * (chosen + rejected) ** 2} | values, there) | accuracy

@@ -7,7 +7,7 @@ from jax import Array
 from data.rows.batch import Batch
 from model.net.transformer import Transformer
 from train.objectives import Objective, Pair, Roles
-from train.objectives._preference import both, figures, lengths, logps, present, summed
+from train.objectives._preference import both, figures, has_pair, lengths, logps, summed
 
 BATCH = "pair"
 
@@ -24,6 +24,6 @@ def make(model: Transformer, *, beta: float = 2.0, gamma: float = 1.0) -> Object
         policy = logps(model, roles["policy"], rows)
         chosen, rejected = jnp.split(beta * policy / lengths(rows), 2)
         values = {"loss": -jax.nn.log_sigmoid(chosen - rejected - gamma)} | figures(chosen, rejected, policy, batch)
-        return summed(values, present(batch))
+        return summed(values, has_pair(batch))
 
     return Objective(compute, BATCH)
