@@ -230,6 +230,10 @@ def test_plans_and_trainings_for_a_cluster(model, comparison, tmp_path, capsys):
     assert len(rows := files.read_lines(path)) == third and set(rows[0]) == {"prompt", "completion"}
     [decision] = files.load_json(tmp_path / "out" / record.NAME)["decisions"]
     assert decision["kept"] is None and len(decision["entered"]) == 4
+    with open(comparison.task.spec, "a") as file:
+        file.write("what is 999?,1\n")
+    assert command.main([*argv, "--emit=slurm", f"--out={tmp_path / 'out'}"]) == exits.INPUT
+    assert "of other rows: the file has changed" in capsys.readouterr().err
     code = command.main([*argv, "--budget=1e3", f"--out={tmp_path / 'small'}"])
     assert code == exits.INPUT and "the budget of 1 kFLOP is too small" in capsys.readouterr().err
 

@@ -116,7 +116,10 @@ def resumed(asked: Record, out: Path) -> Record:
             keys = ("name", "hash", "content") if name == "task" else ("asked",)
             ours, theirs = ([value[key] for key in keys] for value in (ours, theirs))
         if ours != theirs:
-            what = f"the folder has another comparison, with {name.replace('_asked', '')} {theirs}"
+            known = f"with {name.replace('_asked', '')} {theirs}"
+            if name == "task":
+                known = f"of the task {theirs[0]!r}" if ours[0] != theirs[0] else "of other rows: the file has changed"
+            what = f"the folder has another comparison, {known}"
             raise UserError(what, str(out), "choose a new folder: --out")
     if [x["id"] for x in asked.candidates] != [x["id"] for x in found.candidates]:
         raise UserError(
