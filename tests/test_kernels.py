@@ -84,7 +84,7 @@ def test_int4_is_its_reference(interpreted, by, m, k, n, group):
     assert relative(by.matmul(few, leaf.codes, leaf.scale, group), few @ leaf.floats(jnp.float32)) < 1e-5
 
 
-@pytest.mark.parametrize("m, k, n", [(5, 1240, 97), (100, 320, 200)])
+@pytest.mark.parametrize("m, k, n", [(5, 1240, 97), pytest.param(100, 320, 200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fmt", ["int4", "nf4", "int8", "fp8"])
 def test_codes_of_every_form(interpreted, fmt, m, k, n):
     """Ragged rows, columns and groups on a GPU, against the dequantized leaf."""

@@ -40,7 +40,8 @@ def kill_at_random(folder: Path, times: int, seed: int, launch) -> None:
     assert last
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [3, 20])
 def test_killed_runs_end_with_the_same_bits(tmp_path, whole, times):
     kill_at_random(tmp_path, times, seed=times, launch=lambda: [start(*TINY, f"--workdir={tmp_path}")])
     assert outcome(tmp_path) == whole
@@ -118,6 +119,7 @@ def test_no_workdir():
     assert code == 2 and "--workdir" in err
 
 
+@pytest.mark.slow
 def test_ends_are_reached_once(tmp_path):
     """Killed at step 0, before the first checkpoint, and between the last one and the line that says so."""
     command = (*TINY, "--config.steps=4", '--config.samples=("2+3=",)', f"--workdir={tmp_path}")

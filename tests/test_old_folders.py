@@ -72,6 +72,7 @@ def test_an_adapter_goes_on_only_on_its_own_base(old):
         train("run", steps=6)
 
 
+@pytest.mark.slow
 def test_the_loss_curve_of_a_config_stays(tmp_path):
     """configs/sft/tiny.py, every twentieth step, as it was at the first release; processors round float32 apart."""
     argv = ["--config=configs/sft/tiny.py", f"--workdir={tmp_path}/run", "--config.log_every=20", "--config.samples=()"]

@@ -385,7 +385,11 @@ def test_sharded_is_unsharded(name):
         assert codes.addressable_shards[0].data.size == codes.size // 8
 
 
-@pytest.mark.parametrize("quant", [int8, int4, int2], ids=["int8", "int4", "int2"])
+@pytest.mark.parametrize(
+    "quant",
+    [pytest.param(int8, marks=pytest.mark.slow), int4, pytest.param(int2, marks=pytest.mark.slow)],
+    ids=["int8", "int4", "int2"],
+)
 def test_few_rows_times_codes_are_those_times_the_dense_array(quant):
     """Sizes that a CPU multiplies without a float matrix; the heads as one, and apart."""
     for eqn, shape in {"BTNH,NHD->BTD": (4, 48, 20), "BTD,DNH->BTNH": (192, 2, 5)}.items():

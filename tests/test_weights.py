@@ -140,8 +140,17 @@ def rounded():
     )
 
 
-@pytest.mark.parametrize("quant", ["rounded", *QUANTISERS])
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in BESIDE])
+OVER = [(method, quant) for method in METHODS if method not in BESIDE for quant in ("rounded", *QUANTISERS)]
+
+
+def quick(method, quant):
+    """Pairs that run in `make test`; the other pairs are left to `make slow`."""
+    return method == "lora" or quant == "nf4"
+
+
+@pytest.mark.parametrize(
+    "method, quant", [pair if quick(*pair) else pytest.param(*pair, marks=pytest.mark.slow) for pair in OVER]
+)
 def test_methods_over_quantized_bases(method, quant):
     """A leaf starts as its quantized base, which stays as it is; once moved, all of the adapter has a gradient."""
     model, params = start()
