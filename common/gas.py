@@ -8,7 +8,7 @@ from common import chips
 from common.numbers import percent, short
 from common.types import Json
 
-REPLAYED = ("data", "step")  # kinds of time that a restart spends again by repeating steps
+REPLAYED = ("data", "step")  # kinds of time that are spent twice when a restart repeats steps
 COVERED = 0.9  # if power samples cover a smaller fraction of a session, its energy is only estimated
 
 
@@ -71,7 +71,7 @@ class Gas(NamedTuple):
             _text(self.co2_kg, "kgCO2e", f"{site.region}, PUE {site.pue.value:g}"),
         )
         strange = [name for name in self.chips if not chips.find(name)]
-        why = [f"n/a: {', '.join(strange)} is not in common/chips.json, --config.chip names one"] if strange else []
+        why = [f"n/a: {', '.join(strange)} is not in common/chips.json; name one with --config.chip"] if strange else []
         return "gas: " + " · ".join([*parts, *why])
 
     def goodput_line(self) -> str:

@@ -29,7 +29,7 @@ HUB_ERRORS = (  # (pattern of an error message of the hub's client, its meaning,
         "the model is gated: the hub gives access only on request",
         f"request access on its page, then {LOGIN}",
     ),
-    ("RevisionNotFound|revision .*(not|n't) (found|exist)", "the hub has no such revision", "see its page"),
+    ("RevisionNotFound|revision .*(not|n't) (found|exist)", "the hub has no such revision", "see the model's page"),
     (
         "RepositoryNotFound|exist on the Hub",
         "neither a local path nor a repository that you can see on the hub",
@@ -81,7 +81,7 @@ def locate(name: str, patterns: tuple[str, ...]) -> Path:
         return Path(snapshot_download(hub[1], revision=hub[2], allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client raises many types of errors that mean the same to the user
         if path.parent.is_dir():
-            fix = paths.nearest(path, f"there is none in {path.parent}")
+            fix = paths.nearest(path, f"{path.parent} contains no folder of this name")
             raise UserError("no such folder, and no such model at the hub", name, fix) from None
         raise hub_error(error, name) from None
 

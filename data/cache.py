@@ -50,7 +50,7 @@ def write(folder: Path, documents: Iterable[Document], index: dict, vocab_size: 
     with contextlib.suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(folder.parent, os.W_OK):
-        raise UserError("cannot write here", str(folder.parent), "set data.cache")
+        raise UserError("cannot write to the cache folder", str(folder.parent), "set data.cache")
     try:
         with files.folder(folder, INDEX) as work:
             dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
@@ -116,9 +116,9 @@ def read(folder: Path, check_hashes: bool = False) -> Stored:
     try:
         index = files.load_json(folder / INDEX)
         if (layout := index.get("layout", 1)) != VERSION:
-            raise Broken(f"written in layout {layout}, this version reads {VERSION}", str(folder))
+            raise Broken(f"written in layout {layout}, but this version reads layout {VERSION}", str(folder))
         if index.pop("check", None) != _checksum(index):
-            raise Broken("its index was altered", str(folder))
+            raise Broken("its index does not match its checksum", str(folder))
         for name, file in index["files"].items():
             size = (folder / name).stat().st_size
             if size != file["bytes"]:
@@ -135,10 +135,10 @@ def read(folder: Path, check_hashes: bool = False) -> Stored:
     except Broken:
         raise
     except Exception as error:
-        raise Broken(f"not a token cache ({error})", str(folder), "delete it; it is made again") from None
+        raise Broken(f"not a token cache ({error})", str(folder), "delete it; it will be rebuilt") from None
     stored = Stored(*arrays, index, columns, tags)
     if len(stored.offsets) != index["sequences"] + 1 or stored.offsets[-1] != len(stored.tokens):
-        raise Broken("the offsets do not fit the tokens", str(folder), "delete it; it is made again")
+        raise Broken("the offsets do not fit the tokens", str(folder), "delete it; it will be rebuilt")
     return stored
 
 

@@ -121,7 +121,7 @@ def prepare(
                 _check(found.report, source, max_bad)
                 return found
         except cache.Broken as error:
-            warn("made again: %s", error)
+            warn("rebuilding the token cache: %s", error)
         shutil.rmtree(path)
     index = {"version": VERSION, "fingerprint": fingerprint, "source": source, "kind": "", "sides": ()}
     index["tokenizer"] = tokenizer.fingerprint
@@ -227,7 +227,7 @@ def _documents(
                     raise UserError(f"a {found.kind} record among {index['kind']} records")
                 documents = found.documents(tokenizer, ids, asked)
                 if not all(map(_learnt, documents)):
-                    raise UserError("no token to learn")
+                    raise UserError("no token counts in the loss")
             except TemplateLimit:  # rendering each further row would hit the same limit
                 raise
             except Exception as error:

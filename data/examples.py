@@ -237,7 +237,7 @@ class Group(Parts):
 
 @dataclass(frozen=True)
 class Scored(Parts):
-    """A text, completion or chat with a number. `column` says what the number is: "label" or "rating"."""
+    """A text, completion or chat together with a score. `column` is the kind of score: "label" or "rating"."""
 
     example: Text | Completion | Chat
     column: str

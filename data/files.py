@@ -111,7 +111,7 @@ def _checked(record: object, where: str) -> Row:
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return Row(where, None, "text with half a surrogate pair, which is not a character")
+        return Row(where, None, "text with a lone surrogate, which is not a valid character")
     return Row(where, record)
 
 

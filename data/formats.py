@@ -158,7 +158,7 @@ def _scored(record: Record, columns: tuple[str, ...]) -> Scored:
     value = _number(record.first(columns), name)
     found = _plain(record, "auto")
     if not isinstance(found, Text | Completion | Chat):
-        raise UserError(f"a {found.kind} record takes no {name}")
+        raise UserError(f"a {found.kind} record cannot have a {name}")
     return Scored(found, name, value)
 
 

@@ -35,7 +35,7 @@ def mapping(path: Path) -> dict | None:
     if any(other != entry for other in found.values()):
         raise UserError(f"{', '.join(found)} describe {path.name} differently", str(place), "leave one of them")
     if unused := [key for key in SELECTS if entry.get(key) is not None]:
-        _warn(f"{place}: {', '.join(unused)} of {name} selects no rows here: all are read")
+        _warn(f"{place}: {', '.join(unused)} of {name} is not supported, so it selects no rows: all are read")
     return entry
 
 

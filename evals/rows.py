@@ -73,8 +73,8 @@ def name(spec: str) -> str:
 
 
 def task(spec: str) -> Task:
-    """Makes the task of a data source. Raises UserError if rows cannot be read or have no answer, or if there are no
-    rows to score."""
+    """Makes an evaluation task from a data source. Raises UserError if rows cannot be read or have no answer, or if
+    there are no rows to score."""
     source, options = parse(spec)
     for key in options:
         if key not in OPTIONS and key not in COLUMNS:

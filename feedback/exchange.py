@@ -143,7 +143,7 @@ def _ranks(value: list[Any]) -> dict[str, Any]:
 def _named(name: object) -> str:
     found = ANSWER.fullmatch(str(name)) or re.fullmatch(r"([1-4])", str(name))
     if not found:
-        raise UserError(f"the ranking has {str(name)!r}, which is none of the answers")
+        raise UserError(f"the ranking contains {str(name)!r}, which is not one of the answers")
     return f"answer_{' abcd'.find(found[1].lower()) if found[1].isalpha() else found[1]}"
 
 

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int | None:
     parser = cli.Parser("feedback.export", __doc__)
     parser.add_argument("--db", required=True)
     parser.add_argument("--out", required=True, help="a folder, made if there is none")
-    parser.add_argument("--each", action="store_true", help="a row for every vote, not for every item")
+    parser.add_argument("--each", action="store_true", help="write one row per vote instead of one per item")
     parser.add_argument("--format", default="rows", help="rows, argilla or label-studio")
     args = parser.parse_args(argv)
     path, out = Path(args.db).expanduser(), Path(args.out).expanduser()

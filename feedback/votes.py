@@ -46,7 +46,7 @@ def decision(given: Json, item: Item, at: list[int], newest: int) -> Json:
     `newest` is the newest version of the guidelines. Raises UserError for an invalid decision."""
     choice, count = given.get("choice"), len(at)
     if choice not in CHOICES:
-        raise UserError("the choice is none of ranks, bad and skip")
+        raise UserError("the choice must be ranks, bad or skip")
     places = ranks(given.get("ranks"), count, "ranks") if choice == "ranks" else [None] * count
     out: Json = {"choice": choice, "ranks": _moved(places, at)}
     out["ratings"] = {name: _moved(_rating(given, name, count), at) for name in item.aspects}
@@ -85,7 +85,7 @@ def _texts(given: Json, name: str, at: list[int]) -> dict[str, str]:
     out = {}
     for place, text in _object(given, name).items():
         if place not in map(str, range(len(at))) or not isinstance(text, str):
-            raise UserError(f"{name} are not texts by the place of their answer")
+            raise UserError(f"{name} must map positions of answers on the page to texts")
         out[str(at[int(place)])] = text
     return dict(sorted(out.items()))
 

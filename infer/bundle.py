@@ -46,7 +46,7 @@ def load(name: str | Path, **options: Any) -> Bundled:
     record = files.load_json(folder / NAME)
     with reading(folder / NAME, "write it again: tools.compare"):
         if record["format"] != FORMAT:
-            raise UserError("the bundle is of another version", str(name))
+            raise UserError("the bundle was written by a different version", str(name))
         inside = lambda part: str(folder / part) if part in ("model", "adapter", "index") else part
         context = record["context"]
         context = Context(**context | ({"index": inside(context["index"])} if "index" in context else {}))

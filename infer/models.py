@@ -45,7 +45,7 @@ def load(
 
     if bundle.is_bundle(name):
         if adapter:
-            raise UserError("a bundle has its own adapter", str(adapter), "load one of the two")
+            raise UserError("a bundle already contains an adapter", str(adapter), "load one of the two")
         return bundle.load(name, dtype=dtype, tokenizer=tokenizer, strict=strict)
     path = _adapter(adapter) if adapter else None
     opened = open_model(name, strict)

@@ -16,7 +16,7 @@ LEVELS = (
 def pack(codes: Array, bits: int = 4) -> Array:
     """Packs codes [..., K, N] into uint8 [..., ceil(K / n), N].
 
-    A byte has the codes of n = 8 / bits adjacent rows, with the first row in the lowest bits.
+    Each byte holds the codes of n = 8 / bits adjacent rows, with the first row in the lowest bits.
     """
     n = 8 // bits
     codes = codes.astype(jnp.int32) & (2**bits - 1)

@@ -75,8 +75,8 @@ def product(
     the mesh axes `rows`, and K and N over `split`. The stacks are not sent between devices. Each device multiplies the
     batch rows that need its part of A, and then the batch rows that need its part of B, and only reads the pages of
     these rows. Between the two products, the small array x A is summed over the mesh axes that shard K, and over those
-    that shard both N and the batch. If there is nothing to sum, one kernel computes both products, as on one device. If
-    there is something to sum, a GPU runs one kernel per product, and a TPU runs loops in XLA.
+    that shard both N and the batch. If there are no such axes, one kernel computes both products, as on one device.
+    Otherwise, a GPU runs one kernel per product, and a TPU runs loops in XLA.
     """
     if not partition.sharded():
         return matmul(x, a, b, route) if x.ndim == 3 else expand(lookup(x, a, route), b, route, len(x), dtype)

@@ -60,7 +60,7 @@ def model(cfg: Config, pretrained: Shaped | None, vocab_size: int | None = None)
     c = cfg.model
     if not c.shape:
         if pretrained is None:
-            raise UserError("neither a shape nor a pretrained init", "config.model.shape")
+            raise UserError("the config has neither a model shape nor a pretrained init", "config.model.shape")
         shape = pretrained.config
     else:
         shape = _shape(c, vocab_size)

@@ -1,4 +1,4 @@
-"""Computes and combines task vectors, the changes of weights by fine-tuning (Ilharco et al. 2022, arXiv 2212.04089).
+"""Computes and combines task vectors, the weight changes of fine-tuning (Ilharco et al. 2022, arXiv 2212.04089).
 
 An update is a dict such as {"layers/attn/wq": float32 array}, with the change of each parameter by its name.
 """

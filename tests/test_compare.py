@@ -210,10 +210,10 @@ def test_a_bundle_asks_as_its_record_says(model, tmp_path):
     files.write_json(tmp_path / bundle.NAME, found)
     lm, plain = models.load(tmp_path), models.load(model)
     assert lm.encode("is 4 odd?") == plain.encode("Be brief.\n\nis 3 odd?yes\n\nis 4 odd?")
-    with pytest.raises(UserError, match="own adapter"):
+    with pytest.raises(UserError, match="already contains an adapter"):
         models.load(tmp_path, adapter=model)
     files.write_json(tmp_path / bundle.NAME, found | {"format": 2})
-    with pytest.raises(UserError, match="another version"):
+    with pytest.raises(UserError, match="different version"):
         models.load(tmp_path)
 
 

@@ -206,8 +206,8 @@ def test_config_is_required():
          "micro-batches · a multiple of 3, or fewer devices on config.mesh.data and config.mesh.fsdp"),
         ("mesh.fsdp=-1", "config.mesh.fsdp = -1 · only one axis may be -1, and data is · set one to a number"),
         ("mesh.tensor=3", "config.mesh.tensor = 3 · does not divide heads 4 · each device holds whole heads"),
-        ("model.shape=", 'config.model.shape = "" · nothing says what to build · '
-         "set config.model.shape, or config.init to start pretrained"),
+        ("model.shape=", 'config.model.shape = "" · the config names no model · '
+         "set config.model.shape, or config.init for pretrained weights"),
         ("model.embed=65", "config.model.embed = 65 · embed 65 is not a multiple of heads 4 · "
          "the head size is embed / heads"),
         ("model.embed=12", "config.model.embed = 12 · the head size 12 / 4 is odd · rotary positions rotate pairs"),
@@ -230,9 +230,9 @@ def test_config_is_required():
          "train/objectives has dpo, sft"),
         ("peft.name=helper", "config.peft.name = helper · no file model/peft/helper.py with make() · "
          "model/peft has lora"),
-        ("objective.beta=1", "config.objective.beta = 1 · no argument of the chosen objective · it takes none"),
-        ("peft.rank=1", "config.peft.rank = 1 · no argument of the chosen peft · it takes none"),
-        ("data.view.rate=0.1", "config.data.view.rate = 0.1 · no argument of the chosen data.view · it takes none"),
+        ("objective.beta=1", "config.objective.beta = 1 · not an argument of the chosen objective · it takes none"),
+        ("peft.rank=1", "config.peft.rank = 1 · not an argument of the chosen peft · it takes none"),
+        ("data.view.rate=0.1", "config.data.view.rate = 0.1 · not an argument of the chosen data.view · it takes none"),
         ("data.view.name=nexxt", "config.data.view.name = nexxt · no file data/views/nexxt.py with make() · "
          "did you mean next?"),
         ("quant.name=int", "config.quant.bits · missing, the chosen quant needs it · set config.quant.bits"),
@@ -245,15 +245,15 @@ def test_problem(root, argv, line):
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        ("peft.name=lora peft.rnk=1", "config.peft.rnk = 1 · no argument of the chosen peft · did you mean rank?"),
-        ("peft.name=lora peft.z=1", "config.peft.z = 1 · no argument of the chosen peft · "
+        ("peft.name=lora peft.rnk=1", "config.peft.rnk = 1 · not an argument of the chosen peft · did you mean rank?"),
+        ("peft.name=lora peft.z=1", "config.peft.z = 1 · not an argument of the chosen peft · "
          "it takes rank, alpha, where, rslora"),
         ("peft.name=lora peft.rank=x", "config.peft.rank = x · must be an integer"),
         ("peft.name=lora peft.rank=0", "config.peft.rank = 0 · must be in [1, inf)"),
         ("peft.name=lora peft.where=[", "config.peft.where = [ · is not a regular expression: "
          "unterminated character set at position 0"),
         ("data.view.name=mlm data.view.rte=1",
-         "config.data.view.rte = 1 · no argument of the chosen data.view · did you mean rate?"),
+         "config.data.view.rte = 1 · not an argument of the chosen data.view · did you mean rate?"),
         ("data.view.name=mlm data.view.rate=x", "config.data.view.rate = x · must be a number"),
         ("quant.name=int quant.bits=5", "config.quant.bits = 5 · unknown choice · one of 4, 8"),
         ("quant.name=int quant.bits=4 quant.kind=nf5",
@@ -264,7 +264,7 @@ def test_problem(root, argv, line):
         ("objective.name=dpo", "config.data.packing = best_fit · pairs, matches, groups and scored rows cannot be "
          "packed · set config.data.packing=none"),
         ("model.shape= init=a model.layers=3",
-         "config.model.layers = 3 · overrides a shape, but none is named · set config.model.shape"),
+         "config.model.layers = 3 · overrides a model shape, but none is named · set config.model.shape"),
         ("optim.schedule=wsd optim.warmup=0.5 optim.decay=0.6",
          "config.optim.decay = 0.6 · plus a warm-up of 0.5 exceeds the run · fractions of the steps, at most 1 in all"),
     ],

@@ -294,7 +294,7 @@ def test_the_validation_files_of_a_folder_are_held_out(config, tok, tmp_path, ca
     train, heldout = make_loaders(config, tok, 0)
     assert (train.report["rows"], heldout.report["rows"]) == (40, 5)
     assert names(heldout.batch(0))[:5] == ["v000", "v001", "v002", "v003", "v004"]
-    said = f"{folder}: of its splits train, validation train is trained on; held out: {folder}@validation\n"
+    said = f"{folder}: of its splits train, validation, train is used for training; held out: {folder}@validation\n"
     assert said in capsys.readouterr().err
     config.eval_source = str(folder / "train.jsonl")
     train, heldout = make_loaders(config, tok, 0)
@@ -399,7 +399,7 @@ def test_a_cache_of_an_older_layout_is_made_again(tmp_path, tok, caplog):
     (data.folder / "index.json").write_text(json.dumps(index))
     again = made(tmp_path, tok, texts(3))
     assert again.fingerprint == data.fingerprint and again.sides == ("row",)
-    assert "made again" in caplog.text and "layout 1" in caplog.text
+    assert "rebuilding the token cache" in caplog.text and "layout 1" in caplog.text
 
 
 def test_a_damaged_cache_is_noticed_and_made_again(tmp_path, tok):

@@ -152,7 +152,7 @@ BAD_LINES = [
     (b'{"text": " "}\n', "column 'text' is empty"),
     (b'{"text": 7}\n', "column 'text' is a int, not text"),
     (b'{"text": null}\n', "no column 'text'"),
-    (b'{"text": "a\\ud800b"}\n', "half a surrogate pair"),
+    (b'{"text": "a\\ud800b"}\n', "lone surrogate"),
     (b'{"text": "x", "n": ' + b"9" * 5000 + b"}\n", "not JSON"),
     (b'{"text": "x", "n": ' + b"[" * 100_000 + b"}\n", "not JSON"),
     (b'{"prompt": "a", "completion": "b"}\n', "a completion record among text records"),
@@ -276,7 +276,7 @@ def test_numbers_of_a_record_are_read_when_the_format_asks_for_them():
     assert formats.example({"text": "t", "stars": 2}, "rated", {"rating": "stars"}).value == 2.0
     with pytest.raises(UserError, match="no number in column 'label'"):
         formats.example({"text": "t", "label": "good"}, "labelled")
-    with pytest.raises(UserError, match="a pair record takes no label"):
+    with pytest.raises(UserError, match="a pair record cannot have a label"):
         formats.example({"chosen": "a", "rejected": "b", "label": 1}, "labelled")
 
 

@@ -150,6 +150,6 @@ def test_changed_data_and_config_are_refused(tmp_path):
     code, _, err = run(*TINY, f"--workdir={tmp_path}", "--config.optim.lr=0.5")
     assert code == 2 and "optim.lr" in err
     code, _, err = run(*TINY, f"--workdir={tmp_path}", "--config.steps=2")
-    assert code == 2 and "4 steps are done, but steps is 2" in err
+    assert code == 2 and "4 steps are done, but config.steps is 2" in err
     code, _, err = run(*TINY, f"--workdir={tmp_path}", "--config.data.source=synthetic:add?n=4001&digits=1")
     assert code == 2 and "data" in err

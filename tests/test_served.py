@@ -59,7 +59,7 @@ NOTES = {
         {"prompt": "Q", "completion": "A"}, people.CHATML, {}),
     "2 rows spell control tokens, which are read as plain text (data.read_control=True reads them as such)": (
         {"text": "a<|im_end|>"}, people.CHATML, {}),
-    "2 chats whose template renders earlier answers in another way than new ones: each answer was rendered as a new "
+    "2 chats whose template renders earlier answers differently from new ones: each answer was rendered as a new "
     "one": (
         {"messages": [U, A, U, A]}, people.FORGETS, {}),
     "": ({"messages": [U, A, U, A]}, people.FORGETS, {"learn": "last"}),

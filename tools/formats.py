@@ -75,11 +75,11 @@ def messages() -> Rows:
     roles = [(f"role {role}, also spelled", names(also.split())) for role, also in turns.ROLES.items()]
     return [
         *roles,
-        ("parts of a content", names(turns.TEXT)),
-        ("thoughts, in a field or a part", names(("reasoning_content", *turns.THOUGHT))),
+        ("types of text parts in a message's content", names(turns.TEXT)),
+        ("reasoning text, in a message field or a content part", names(("reasoning_content", *turns.THOUGHT))),
         ("read, or irrelevant", names(sorted(turns.IDLE))),
-        ("other fields", "given to the chat template; counted where it does not read them"),
-        ("refused", "parts of other types (images, audio), turns without a role or a text, calls without a function"),
+        ("other fields", "given to the chat template, and counted as unused if the template does not read them"),
+        ("refused", "parts of other types (images, audio), messages without role or text, calls without a function"),
     ]
 
 
@@ -94,8 +94,8 @@ def data_files() -> Rows:
             names([*sources.BUILT_IN, "hf:repo[:config][@split][#revision]", "gs://", "synthetic:"]),
         ),
         ("refused: save as CSV", names(sources.OFFICE)),
-        ("irrelevant, by the start of their names", names(sources.COMPANIONS)),
-        ("named in a note", "every other file of a folder"),
+        ("irrelevant files, whose names start with", names(sources.COMPANIONS)),
+        ("listed in a note", "every other file of a folder"),
     ]
 
 
@@ -112,7 +112,7 @@ def checkpoints() -> Rows:
     needs = [f"{kind} ({', '.join(needed)})" if needed else kind for kind, needed in llama.ROPES.items()]
     return [
         *fields,
-        ("types of rope, and their fields", names(needs)),
+        ("types of RoPE scaling, and the fields that they need", names(needs)),
         ("fields of rope_scaling", names(sorted(llama.ROPE_FIELDS))),
         ("activations", names(llama.ACTS)),
         ("irrelevant fields of config.json, where the family does not read them", names(sorted(hf.IRRELEVANT))),
@@ -138,7 +138,7 @@ def adapters() -> Rows:
         *((f"fields read for {kind}", names(sorted(used)) or "none") for kind, used in peft.USED.items()),
         ("irrelevant fields", names(sorted(peft.IRRELEVANT))),
         ("refused unless unset", names(sorted(peft.REFUSED)) + ", and every unknown field"),
-        ("init_lora_weights: the base stays", names(peft.DRAWN)),
+        ("init_lora_weights: the base weights are left unchanged", names(peft.DRAWN)),
         ("init_lora_weights: recomputed from the base weights", names(peft.STARTS)),
         ("init_lora_weights: refused, with the fix", names(peft.OTHERS)),
         ("counted", "tensors of modules that the config does not name"),
@@ -157,7 +157,7 @@ def requests() -> Rows:
         ("read by /v1/chat/completions", fields(api.CHAT) + ", `messages`"),
         ("read by /v1/completions", fields(api.COMPLETION) + ", `prompt`"),
         ("irrelevant", names(api.LABELS)),
-        ("refused unless null or", ", ".join(neutral)),
+        ("refused unless null or the given value", ", ".join(neutral)),
         ("refused", "every other parameter"),
         ("roles of messages", names(sorted(messages.ROLES))),
         ("fields of messages", names(sorted(messages.FIELDS))),

@@ -208,7 +208,7 @@ def _unknown(path: str, value: object, schema: Mapping[str, Key]) -> Problem:
         arguments = [k.removeprefix(f"{kind}.") for k in schema if k.startswith(f"{kind}.") and k != f"{kind}.name"]
         fix = f"it takes {', '.join(arguments)}" if arguments else "it takes none"
         near = did_you_mean(name, arguments, fix)
-        return Problem(f"config.{path}", show(value), f"no argument of the chosen {kind}", near)
+        return Problem(f"config.{path}", show(value), f"not an argument of the chosen {kind}", near)
     known = [f"config.{k}" for k in schema]
     near = did_you_mean(f"config.{ELSEWHERE.get(name, path)}", known, "see --help")
     return Problem(f"config.{path}", show(value), "unknown key", near)

@@ -24,7 +24,7 @@ TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: 
 class Args(NamedTuple):
     config: str
     arg: str
-    overrides: dict[str, str]  # {"optim.lr": text}, in the given order; the last value of a key counts
+    overrides: dict[str, str]  # {"optim.lr": text}, in the given order; if a key is repeated, its last value is used
     workdir: str | None
     flags: dict[str, Leaf]
     help: bool

@@ -174,10 +174,14 @@ def _init(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     if not ok("model.shape", "init") or c["model.shape"]:
         return
     if not c["init"]:
-        yield "model.shape", "nothing says what to build", "set config.model.shape, or config.init to start pretrained"
+        yield (
+            "model.shape",
+            "the config names no model",
+            "set config.model.shape, or config.init for pretrained weights",
+        )
     for path in (f"model.{k}" for k in ("layers", "embed", "heads", "kv_heads", "mlp", "vocab_size")):
         if ok(path) and c[path] is not None:
-            yield path, "overrides a shape, but none is named", "set config.model.shape"
+            yield path, "overrides a model shape, but none is named", "set config.model.shape"
 
 
 def _trainable(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
@@ -187,7 +191,7 @@ def _trainable(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
 
 def _saved(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     if ok("init", "peft.name", "peft.folder") and c["peft.name"] == "saved" and c["init"] == c["peft.folder"]:
-        yield "init", "is the run that the adapter comes from", "name the base model that the adapter was trained on"
+        yield "init", "is the run that trained the adapter", "name the base model that the adapter was trained on"
 
 
 def _rows(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
@@ -259,4 +263,4 @@ def _measured(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
         if figure in methods.names(methods.TASKS, "task") and figure not in c["evals"]:
             yield "floors", f"task {figure!r} is not scored", "add it to config.evals"
         if figure == "text_nll" and not c["eval_text"]:
-            yield "floors", "eval/text_nll has no text to be measured on", "set config.eval_text"
+            yield "floors", "eval/text_nll is not measured, since config.eval_text is not set", "set config.eval_text"

@@ -75,7 +75,7 @@ def kind_of(batch: Batch) -> str:
     names = set(next(iter(sides.values())))
     found = [name for name, k in KINDS.items() if {*k.sides} == {*sides} and names >= {*k.floats, *k.columns}]
     if not found:
-        raise ValueError(f"no kind of batch has the sides {', '.join(sides)}")
+        raise ValueError(f"no kind of batch consists of {', '.join(sides)}")
     return found[-1]  # KINDS lists the most specific kinds last
 
 

@@ -221,8 +221,8 @@ def _own_split(name: str, eval_source: str) -> str:
     names = sources.split_names(name)
     held = next((f"{name}@{split}" for split in names if splits.NAMES.get(split) == "validation"), "")
     if names:
-        out = eval_source or held or "a share of it"
-        print(f"{name}: of its splits {', '.join(names)} train is trained on; held out: {out}", file=sys.stderr)
+        out = eval_source or held or "a fraction of train"
+        print(f"{name}: of its splits {', '.join(names)}, train is used for training; held out: {out}", file=sys.stderr)
     return held
 
 

@@ -21,9 +21,9 @@ Span = tuple[int, int]  # characters [start, end) of a rendered chat
 OPENED = re.compile(r"\s*[<\[][^<>\[\]/]*(?:think|thought)[^<>\[\]]*[>\]]\s*", re.I)  # an opening tag <think>
 READ = {"role", "content", "tool_calls", "reasoning_content", "weight"}  # fields of messages that this module handles
 PIECEWISE = (
-    "chats whose template renders earlier answers in another way than new ones: each answer was rendered as a new one"
+    "chats whose template renders earlier answers differently from new ones: each answer was rendered as a new one"
 )
-LAST = "chats with only the last answer in the loss, since the template renders earlier answers in another way"
+LAST = "chats with only the last answer in the loss, since the template renders earlier answers differently"
 
 
 @dataclass

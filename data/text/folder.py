@@ -196,7 +196,7 @@ def _add_tokens(core: Core, folder: Path, names: dict) -> None:
         before = wanted.get(content) or there.get(content)
         if before is None and core.token_to_id(content) is None:
             new = size + sum(core.token_to_id(known) is None for known in wanted)
-            what = "%s: %s %r is not in the vocabulary: added as id %d, which no model was trained on"
+            what = "%s: %s %r is not in the vocabulary: added as id %d, an id that no model was trained on"
             warn(what, folder, key, content, new)
         if before is None or not before.special:
             flags = {flag: getattr(before, flag) for flag in FLAGS} if before else {}
@@ -204,7 +204,7 @@ def _add_tokens(core: Core, folder: Path, names: dict) -> None:
     core.add_tokens(list(wanted.values()))
     for i, content in ((i, _content(token)) for i, token in at.items()):
         if content and core.token_to_id(content) != i:
-            what = "%s: token %r has id %d beside the vocabulary and %d in it; the latter counts"
+            what = "%s: token %r has id %d outside the vocabulary and id %d in it; the id in the vocabulary is used"
             warn(what, folder, content, i, core.token_to_id(content))
 
 

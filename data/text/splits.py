@@ -51,7 +51,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 SPLITS = {name: patterns for names, patterns in FAMILIES.items() for name in names.split()}
-# Names for which a word that is in the vocabulary becomes one token, even if the merges would not produce this token.
+# Tokenizers that encode a word as one token if it is in the vocabulary, even if the merges would not produce it.
 WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 WHOLE_WORDS |= {"jina-v5-nano", "minicpm5"}
 ADD_BOS = WHOLE_WORDS - {"minicpm5"}  # these tokenizers add BOS if the file does not contain `add_bos_token`

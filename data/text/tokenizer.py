@@ -118,7 +118,7 @@ class Tokenizer:
             try:
                 return [encoding.ids for encoding in self.core.encode_batch_fast(texts, add_special_tokens=True)]
             except TypeError:
-                raise UserError("the text holds half a surrogate pair, which is not a character", "text") from None
+                raise UserError("the text has a lone surrogate, which is not a valid character", "text") from None
             finally:
                 self.core.no_truncation()
 
@@ -137,7 +137,7 @@ class Tokenizer:
                     return (core.encode_batch if offsets else core.encode_batch_fast)(texts, add_special_tokens=False)
             except UserError as error:
                 if isinstance(error.__cause__, TypeError):
-                    raise UserError("the text holds half a surrogate pair, which is not a character", "text") from None
+                    raise UserError("the text has a lone surrogate, which is not a valid character", "text") from None
                 raise
             finally:
                 core.encode_special_tokens = True

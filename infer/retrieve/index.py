@@ -133,7 +133,7 @@ def build(
     progress: Callable[[int, int], None] = lambda done, total: None,
     judge: Callable[[Index], None] = lambda new: None,
 ) -> Json:
-    """Builds the index of a source, or updates an existing index. Returns the record of the index.
+    """Builds the index of a source, or updates an existing index. Returns the contents of the index's record file.
 
     Vectors of unchanged chunks are reused, and an interrupted build continues where it stopped. `judge` checks the new
     index, and may raise an error, so that the old index is kept. Raises UserError if the folder has other content, or

@@ -140,7 +140,7 @@ def object_of(body: bytes) -> Json:
         content = json.loads(body)
         json.dumps(content, ensure_ascii=False).encode()  # raises an error for half a surrogate pair
     except UnicodeEncodeError:
-        raise Refused(400, "a text in the body has a lone surrogate, which is not a character") from None
+        raise Refused(400, "a string in the body contains a lone surrogate, which is not a valid character") from None
     except (ValueError, RecursionError):
         raise Refused(400, "the body is not JSON") from None
     if not isinstance(content, dict):

@@ -100,7 +100,7 @@ def _scheme(path: str, leaf: Quantized, key: Key) -> dict:
 
 
 def weights_only(params: Params) -> Params:
-    """Returns `params` without quantization of activations, since `read` only loads quantized weights."""
+    """Returns `params` with activations left unquantized, since `read` can only load quantized weights."""
     float_inputs = lambda w: w.replace(activations=False) if isinstance(w, Int8) else w
     return jax.tree.map(float_inputs, params, is_leaf=weights.is_weight)
 

@@ -288,7 +288,7 @@ FOLDERS = {
     ),
     "a slow SentencePiece folder": (lambda p: spm_folder(p, add_bos_token=True, bos_token="<s>").prefix, (1,)),
     "its added token": (lambda p: spm_folder(p).encode("<new>") == [pieces_of(p)], True),
-    "half a surrogate": (lambda p: refused(folder(p, {}).encode, "\ud800")[:35], "text · the text holds half a surrogate pair"[:35]),
+    "half a surrogate": (lambda p: refused(folder(p, {}).encode, "\ud800")[:35], "text · the text has a lone surrogate"[:35]),
     "a folder without one": (lambda p: refused(tokenizers.load, p.parent)[-70:][:25], "no tokenizer.json, tokenizer.model, vocabulary or single .gguf in this folder"[-70:][:25]),
 }  # fmt: skip
 

@@ -99,7 +99,7 @@ def load(out: Path) -> Record | None:
     found = files.load_json(out / NAME)
     names = {field.name for field in dataclasses.fields(Record)}
     if found.pop("format", None) != FORMAT or found.keys() != names:
-        raise UserError("the record is of another version", str(out / NAME), "choose a new folder: --out")
+        raise UserError("the record was written by a different version", str(out / NAME), "choose a new folder: --out")
     return Record(**found)
 
 

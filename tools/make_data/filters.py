@@ -44,16 +44,16 @@ def by_rules(row: Row) -> str:
     if not blank and not row.question.endswith("?"):
         return "it is not a question"
     if not QUESTION[0] <= len(asked) <= QUESTION[1]:
-        return f"the question has not {QUESTION[0]} to {QUESTION[1]} words"
+        return f"the question does not have {QUESTION[0]} to {QUESTION[1]} words"
     if not answer or not ANSWER[0] <= len(row.answer.split()) <= ANSWER[1]:
-        return f"the answer has not {ANSWER[0]} to {ANSWER[1]} words"
+        return f"the answer does not have {ANSWER[0]} to {ANSWER[1]} words"
     texts = (row.passage, ASIDE.sub("", row.passage))
     if not any(f" {answer} " in f" {scorers.normalized(text)} " for text in texts):
         return "the answer is not in the passage"
     if f" {answer} " in f" {scorers.normalized(row.question)} ":
         return "the answer is in the question"
     if VAGUE.search(row.question) or OPEN.match(row.question):
-        return "the question does not stand by itself"
+        return "the question cannot be understood on its own"
     subject = {word for word in overlap.words(row.title.split(" · ")[0]) if len(word) > 2}
     if subject and not subject & set(overlap.words(row.question)):
         return "the question does not name its subject"
@@ -95,8 +95,8 @@ def contaminated(rows: Sequence[Row], tasks: dict[str, Task], scratch: Path) -> 
 
 
 def _holding(rows: Sequence[Row], asked: Sequence[tuple[str, str, str]], scratch: Path) -> Iterator[tuple[int, str]]:
-    """Yields (index of a row, location of the evaluation row that it contains), found by n-grams of words in
-    evals.overlap."""
+    """Yields (index of a row, location of an evaluation row) for each row that shares n-grams of words with an
+    evaluation row (see evals/overlap.py)."""
     left = dict(enumerate(rows))
     while left:
         path, numbers = scratch / "decontaminated.jsonl", list(left)

@@ -54,7 +54,7 @@ class Lease:
         beats = 0
         while not self._stop.wait(BEAT):
             try:
-                # Look for a later lock too: this process may have rewritten its lock after a takeover removed it.
+                # Check for a later lock too: this process may have rewritten its own lock after a takeover removed it.
                 if _held(self.folder)[-1:] != [self.number] or not _read(self.path).startswith(self.holder):
                     os.write(2, f"\n{self.path} was taken over: another process continues this run\n".encode())
                     os._exit(exits.PREEMPTED)

@@ -76,7 +76,10 @@ class Metrics:
         self.write(self.step, "event", event=message, **details)
 
     def end(self, message: str, chip: str = "", **details: Any) -> None:
-        """Records the end of a session with its seconds by kind, and prints the run's cost. `chip` is config.chip."""
+        """Records when a session ended and its seconds by kind of time, and prints the run's cost.
+
+        `chip` is config.chip.
+        """
         if not self.active:
             return
         self._power.sample()

@@ -113,7 +113,7 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             paths.regular(self.path)
             if link := next((self.path / name for name in GROWING if (self.path / name).is_symlink()), None):
-                return UserError("a link in a run folder: a run writes only within it", str(link), "remove the link")
+                return UserError("a run folder must not contain symbolic links", str(link), "remove the link")
             self._lock = take_lock(self.path / files.LOCK, self.home)
             if paths.remote(self.home):
                 with paths.store_errors(self.home):
@@ -140,7 +140,7 @@ class RunDir:
         where, step, recorded = self._recorded()
         if step > self.config.get("steps", step):
             fix = f"set steps to {step} or more, or use a new --workdir"
-            raise UserError(f"{step} steps are done, but steps is {self.config['steps']}", str(self.home), fix)
+            raise UserError(f"{step} steps are done, but config.steps is {self.config['steps']}", str(self.home), fix)
         if not self.resumed or not recorded:
             return
         try:
