@@ -128,7 +128,8 @@ def test_entropy_and_kl_equal_the_whole_logits(monkeypatch, on):
         got, want = jax.jit(chunked)(tree), jax.jit(whole)(tree)
         grads = [jax.jit(jax.grad(total(f)))(tree) for f in (chunked, whole)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-6, atol=2e-5), got, want)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max())), *grads)
+    # Sums in another order move a KL of 75 nats by 1e-4 nats, and gradients are multiplied by such differences.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4 * float(jnp.abs(b).max())), *grads)
 
 
 def test_logits_never_exist_whole():

@@ -195,7 +195,7 @@ def test_floors_by_hand(floor, now, told):
         ('(("eval/nll", "<=", True),)', "triples"),
         ('(("eval/nll", "<="),)', "triples"),
         ('(("eval/dates", ">=", 0.5),)', "not scored"),
-        ('(("eval/text_nll", "<=", 0.5),)', "no text"),
+        ('(("eval/text_nll", "<=", 0.5),)', "config.eval_text is not set"),
     ],
 )
 def test_bad_floors_are_told_before_anything_runs(floors, told):
