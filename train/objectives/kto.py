@@ -25,10 +25,13 @@ def make(
 
     r is a row's log-ratio log(pi / pi_ref). z estimates KL(policy || reference), without a gradient: it is the mean
     log-ratio of mismatched rows (each prompt with the answer of the previous row), or 0 if that mean is negative. z is
-    computed per micro-batch, over all devices.
+    computed per micro-batch, over all devices. Raises UserError for micro-batches of one row: they have no mismatch.
     """
 
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
+        if len(batch["label"]) < 2:
+            what = "KTO estimates its KL on mismatched rows, but a micro-batch has one row"
+            raise UserError(what, "data.batch_size", "raise it, or lower accum")
         policy, ref = roles["policy"], reference(roles)
         other = mismatched(batch)
         shift = logps(model, jax.lax.stop_gradient(policy), other) - logps(model, ref, other)
