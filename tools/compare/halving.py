@@ -89,30 +89,37 @@ def affordable(
     alive: Sequence[Candidate], score: Callable[[Candidate], float], now: Callable[[Candidate], float],
     later: Callable[[Candidate], float], left: float | None, must: bool = False,
 ) -> tuple[list[Candidate], list[Drop]]:  # fmt: skip
-    """Keeps as many methods as `left` FLOPs can pay for, the best scores first, with fewer settings per method if
-    necessary.
+    """Keeps as many methods as `left` FLOPs can pay for, with fewer settings per method if necessary: first the method
+    with the best score, then BASELINE, then the other methods by their scores.
 
     `now(x)` returns the FLOPs of candidate x in the next rung, and `later(x)` its FLOPs after that rung until it is
-    tested. The largest `later` of a kept candidate is reserved, since at least one method must be finished. If `must`
-    is true, the best candidate is kept in any case.
+    tested. `later` is reserved for BASELINE, which no score can drop, and for the most expensive other candidate that
+    is kept, so that it can be finished. If `must` is true, the best candidate is kept in any case.
     """
     if left is None:
         return list(alive), []
-    kept, dropped, spent, reserve = [], [], 0.0, 0.0
+    kept, dropped, spent = [], [], 0.0
     best = {key: max(score(x) for x in alive if x.key == key) for key in _keys(alive)}
-    for key in sorted(best, key=lambda key: (key[0] != BASELINE, -best[key])):
+    leader = max(best, key=lambda key: best[key])
+    for key in sorted(best, key=lambda key: (key != leader, key[0] != BASELINE, -best[key])):
         mine = sorted((x for x in alive if x.key == key), key=lambda x: -score(x))
-        costs = [(sum(map(now, mine[:n])), max([reserve, *map(later, mine[:n])])) for n in range(len(mine) + 1)]
-        n = max(n for n, (cost, held) in enumerate(costs) if not n or spent + cost + held <= left)
-        needed, free = numbers.flops(now(mine[0]) + later(mine[0])), numbers.flops(max(0.0, left - spent - reserve))
+        costs = [sum(map(now, mine[:n])) + _reserve([*kept, *mine[:n]], later) for n in range(len(mine) + 1)]
+        n = max(n for n, cost in enumerate(costs) if not n or spent + cost <= left)
+        needed, free = numbers.flops(now(mine[0]) + later(mine[0])), numbers.flops(max(0.0, left - spent - costs[0]))
         why = "the budget has no room for more settings" if n else f"the budget has {free} left, and it needs {needed}"
         dropped += [Drop(x, why) for x in mine[n:]]
         kept += mine[:n]
-        spent, reserve = spent + costs[n][0], costs[n][1]
+        spent += sum(map(now, mine[:n]))
     if must and not kept:
         kept = [max(alive, key=score)]
         dropped = [drop for drop in dropped if drop.candidate.id != kept[0].id]
     return [x for x in alive if x in kept], dropped
+
+
+def _reserve(kept: Sequence[Candidate], later: Callable[[Candidate], float]) -> float:
+    """Returns the FLOPs to reserve for the rungs and tests to come, as `affordable` describes."""
+    others = max((later(x) for x in kept if x.key[0] != BASELINE), default=0.0)
+    return others + sum(later(x) for x in kept if x.key[0] == BASELINE)
 
 
 def _keys(found: Sequence[Candidate]) -> list[tuple[str, str]]:
