@@ -85,8 +85,12 @@ def copy(source: Path, root: Path) -> None:
 # --- launchers ---
 
 
+SPAWN = jobs.start
+
+
 class Forked:
-    """`python -m ARGV` as common.jobs.start gives it, in a fork of this process."""
+    """`python -m ARGV` as common.jobs.start gives it, in a fork of this process. A comparison reads its model with
+    tensorstore, which forbids forks from then on, so the commands that a comparison starts are spawned."""
 
     def __init__(self, argv: Sequence[str], log: Path, env: Mapping[str, str] = {}, pass_fds: Sequence[int] = ()):
         self.returncode: int | None = None
@@ -100,6 +104,8 @@ class Forked:
             for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
                 signal.signal(number, handler)
             os.environ.update(env)
+            if argv[0] == "tools.compare":
+                jobs.start = SPAWN
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
