@@ -82,7 +82,7 @@ def test_other_comparisons_are_refused(record, tmp_path, capsys):
     record.budget["asked"] = "1e15"
     record.save(tmp_path)
     assert audit.main([str(tmp_path)]) == 2
-    assert "make it with --budget=all" in capsys.readouterr().err
+    assert "repeat it with --budget=all" in capsys.readouterr().err
     assert audit.main([str(tmp_path / "none")]) == 2
 
 
@@ -90,5 +90,5 @@ def test_the_command_prints_and_writes(record, tmp_path, capsys):
     record.save(tmp_path)
     assert audit.main([str(tmp_path), f"--out={tmp_path / 'audit.json'}"]) == 0
     out = capsys.readouterr().out
-    assert "halving: within 2 points or the interval of all on 1 of 1 tasks" in out and "(estimate)" in out
+    assert "halving: as good as all on 1 of 1 tasks (at most 2 points worse" in out and "(estimate)" in out
     assert '"close": true' in (tmp_path / "audit.json").read_text()

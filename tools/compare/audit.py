@@ -1,18 +1,20 @@
-"""Audits cheaper ways to choose a method, by replaying them on comparisons that measured everything.
+"""Audits cheaper ways to choose a method: replays them on comparisons that measured every setting.
 
     python -m tools.compare.audit FOLDER... [--out=audit.json]
 
-A FOLDER is made by tools.compare with --budget=all, three rungs and several methods. The ways to choose a method are:
+Each FOLDER is the output of tools.compare with --budget=all, three rungs and several methods. These are the ways to
+choose a method:
 
-rule      takes few-shot below 50 rows, else retrieval if there are documents, else LoRA (`soup advise`, soup-cli 0.77)
-zero-shot always takes prompts without examples
-pilot     takes the best setting of the first rung, which trains on a ninth of the rows
-halving   takes the choice of tools.compare with a quarter of the FLOPs of "all" as the budget
-all       measures every setting, and takes the method with the highest score on the test rows
+rule      few-shot prompts below 50 training rows, else retrieval if there are documents, else LoRA
+          (the rule of `soup advise`, soup-cli 0.77)
+zero-shot always prompts without examples
+pilot     the setting with the best score in the first rung, which trains on a ninth of the rows
+halving   the choice of tools.compare if its budget is a quarter of the FLOPs of "all"
+all       the method with the highest score on the test rows, after measuring every setting
 
-The difference from "all" is printed in points on the same test rows, with a paired 95 % interval. Gas is the cost of
-choosing: the FLOPs of measuring settings on validation rows and of one training on all rows, in percent of the gas of
-"all".
+For each way, a table shows how many percentage points its choice scores above or below that of "all" on the same test
+rows, with a paired 95 % confidence interval. Gas is the cost of choosing, in percent of the cost of "all": the FLOPs
+spent on measuring settings on validation rows and on training the chosen setting once on all rows.
 """
 
 import dataclasses
@@ -34,19 +36,22 @@ from tools.compare.halving import Drop
 from tools.compare.method import Candidate, Method, Setting
 from tools.compare.record import Record, load
 
-# "rule" takes few-shot below FEW rows, "halving" has QUARTER of the FLOPs, and CLOSE is a negligible score difference.
+# "rule" chooses few-shot prompts if there are fewer than FEW training rows. "halving" may spend the fraction QUARTER
+# of the FLOPs of "all". A score that is lower by at most CLOSE counts as equally good.
 FEW, QUARTER, CLOSE = 50, 0.25, 0.02
 
 
 class Way(NamedTuple):
-    """One way to choose a method, and its result. If `estimated` is true, the chosen setting was not tested. The score
-    of such a setting is the test score of the method's tested setting, plus the difference of the two settings on
-    validation rows."""
+    """One way to choose a method, and the result of its choice.
+
+    If `estimated` is true, the chosen setting was not tested, but another setting of the same method was. The score is
+    then that setting's test score, plus the difference between the validation scores of the two settings.
+    """
 
     name: str
     candidate: str
     score: float  # on the test rows
-    difference: float  # score minus the score of "all"
+    difference: float  # this score minus the score of the choice of "all"
     low: float
     high: float
     gas: float  # cost of choosing, as a fraction of the cost of "all"
@@ -58,7 +63,7 @@ class Way(NamedTuple):
 
 
 class Replay(Engine):
-    """A comparison that reads its measurements from a complete record."""
+    """Repeats a comparison under another budget, with the measurements of a complete record."""
 
     def __init__(self, full: Record, budget: float | None):
         self.full = full
@@ -74,12 +79,12 @@ class Replay(Engine):
         self.r, self.found, self.flops = record, [_candidate(full, row) for row in full.candidates], self
 
     def rung(self, x: Candidate, rung: Json, result: Json | None = None) -> float:
-        """Returns the FLOPs that a candidate took on a rung."""
+        """Returns the FLOPs that a candidate spent in a rung."""
         number = self.r.rungs.index(rung)
         return sum(gas(row) for row in self.full.candidate(x.id)["rungs"] if row["rung"] == number)
 
     def test(self, x: Candidate, trained: int, result: Json | None = None) -> float:
-        """Returns 0 FLOPs, since testing is not part of the choice."""
+        """Returns 0 FLOPs, because the cost of testing is not counted when choosing a candidate."""
         return 0.0
 
     def choose(self) -> str:
@@ -95,7 +100,7 @@ class Replay(Engine):
         self.r.count()
 
     def _drop(self, alive: list[Candidate], drops: list[Drop], number: int) -> None:
-        """Does nothing, since a replay prints and saves no reasons."""
+        """Does nothing, because a replay neither prints nor saves why candidates are dropped."""
 
 
 def _candidate(record: Record, row: Json) -> Candidate:
@@ -105,19 +110,18 @@ def _candidate(record: Record, row: Json) -> Candidate:
 
 
 def gas(rung: Json) -> float:
-    """Returns the FLOPs of training and validation on a rung."""
+    """Returns the FLOPs that a candidate's training and validation took in a rung."""
     return rung["flops"] + (rung["result"]["flops"] or 0.0)
 
 
-# --- the ways ---
+# --- ways to choose a method ---
 
 
 def ways(record: Record) -> list[Way]:
-    """Returns the result of every way to choose a method, from a complete record. Raises UserError for an incomplete
-    record."""
+    """Returns the result of every way to choose a method. Raises UserError unless the record measured every setting."""
     tested = [m for m in record.methods if m["status"] == "tested"]
     if record.budget["asked"] != plan.ALL or len(tested) < 2 or len(record.rungs) < 2:
-        raise UserError("the comparison did not measure everything", "", "make it with --budget=all and --rungs=3")
+        raise UserError("the comparison did not measure every setting", "", "repeat it with --budget=all --rungs=3")
     best = max(tested, key=lambda m: _scores(m).mean())
     total = sum(gas(rung) for row in record.candidates for rung in row["rungs"])
     pilot = max((row for row in record.candidates if row["rungs"]), key=lambda row: row["rungs"][0]["result"]["mean"])
@@ -142,10 +146,10 @@ def _rule(record: Record) -> str:
 
 
 def _first(record: Record, method: str) -> str:
-    """Returns the first setting of a method, which is the best guess."""
+    """Returns the first setting of a method. It is the one to choose if nothing has been measured."""
     found = [row["id"] for row in record.candidates if row["method"] == method and row["rungs"]]
     if not found:
-        raise UserError(f"the comparison has no method {method!r}", "", "make it with all methods")
+        raise UserError(f"the comparison lacks the method {method!r}", "", "repeat it with all methods")
     return found[0]
 
 
@@ -171,7 +175,7 @@ def _way(record: Record, name: str, candidate: str, best: Json, share: float) ->
 
 
 def _scores(method: Json) -> np.ndarray:
-    """Returns the mean score over seeds of each test row, with the rows sorted by name."""
+    """Returns the score of each test row, averaged over the seeds. The rows are sorted by name."""
     each = []
     for test in method["tests"]:
         rows = sorted(zip(test["result"]["rows"], test["result"]["scores"], strict=True))
@@ -179,7 +183,7 @@ def _scores(method: Json) -> np.ndarray:
     return np.mean(each, axis=0)
 
 
-# --- the command ---
+# --- command ---
 
 
 @cli.command
@@ -191,7 +195,7 @@ def main(argv: list[str]) -> int | None:
     found = {}
     for folder in args.folders:
         if not (record := load(folder)):
-            raise UserError("the folder has no comparison.json", str(folder), "name the --out of tools.compare")
+            raise UserError("the folder has no comparison.json", str(folder), "give the --out folder of tools.compare")
         try:
             found[str(folder)] = record, ways(record)
         except UserError as e:
@@ -216,8 +220,8 @@ def show(found: Sequence[tuple[Record, list[Way]]]) -> None:
         worst = min(way.difference for way in mine)
         share = percent(sum(way.gas for way in mine) / len(mine))
         print(
-            f"{name}: within {100 * CLOSE:.0f} points or the interval of all on {close} of {len(mine)} tasks, at worst "
-            f"{100 * worst:+.1f} points, {share} of the gas"
+            f"{name}: as good as all on {close} of {len(mine)} tasks (at most {100 * CLOSE:.0f} points worse, or the "
+            f"interval reaches 0); at worst {100 * worst:+.1f} points; on average {share} of the gas"
         )
 
 

@@ -1,7 +1,8 @@
-"""Runs a comparison: successive halving on validation rows, then the test. The result of every job is recorded at once.
+"""Runs a comparison: successive halving on validation rows, then a test of the candidates that are left.
 
-A job is skipped if the record has its result. Decisions depend only on recorded scores and FLOPs, so a comparison that
-was killed makes the same decisions again and resumes where it stopped.
+The result of every job is recorded as soon as the job ends, and a job whose result is recorded is skipped. Decisions
+depend only on recorded scores and FLOPs. An interrupted comparison can therefore be started again: it repeats its
+decisions and resumes where it stopped.
 """
 
 import dataclasses
@@ -25,8 +26,8 @@ from tools.sweep.run import Point
 
 
 class Engine:
-    """Runs the jobs of a comparison. `seconds` is a budget of time, which is converted to FLOPs at the rate of the
-    first jobs."""
+    """Runs the jobs of a comparison. `seconds` is a time budget. It is converted to FLOPs at the speed that the first
+    jobs reach."""
 
     def __init__(self, c: Comparison, record: Record, found: list[Candidate], seconds: float | None):
         self.c, self.r, self.found, self.seconds = c, record, found, seconds
@@ -71,10 +72,10 @@ class Engine:
             print(f"the winner: kungfu chat {made}")
 
     def emit(self, kind: str) -> list[Path]:
-        """Writes files that run the next trainings on a cluster. After these trainings, `run` finds and measures their
-        results."""
+        """Writes files that run the next training jobs on a cluster. Once they have ended, `run` finds the trained
+        models and scores them."""
         if self.seconds:
-            raise UserError("a budget of time is measured on this machine", "--budget", "give FLOPs with --emit")
+            raise UserError("--emit needs a budget in FLOPs", "--budget", "give FLOPs instead of a time")
         self._index()
         points = []
         for x, rows, seed, part in self._trainings():
@@ -82,12 +83,12 @@ class Engine:
             argv = work.train(self.c, x, rows, seed, folder)[1]
             points.append(Point(folder.name, {"candidate": x.id, "seed": seed}, argv[1:-1], None))
         if not points:
-            raise UserError("no training comes next", "--emit", "run the command without it")
+            raise UserError("no training job is due next", "--emit", "run the command without it")
         return clusters.write(kind, points, self.c.out / "runs")
 
     def _trainings(self) -> list[tuple[Candidate, int, int, str]]:
-        """Returns (candidate, training rows, seed, part of the folder's name) for each training of the next rung, or of
-        the test after the last rung."""
+        """Returns one tuple (candidate, number of training rows, seed, suffix of the run folder's name) per training
+        run of the next rung or, after the last rung, of the test."""
         alive, seeds = [x for x in self.found if not self._failed(x)], self.r.seeds
         for number, rung in enumerate(self.r.rungs):
             if number == len(self.r.decisions):
@@ -99,7 +100,7 @@ class Engine:
                 return [(x, rung["train"], seeds[0], f"rung{number}") for x in left]
             alive = self._known(decision["kept"])
         if self.r.rungs:
-            seeds = seeds[1:]  # the last rung has trained on all rows with the first seed
+            seeds = seeds[1:]  # the last rung already trained with the first seed on all rows
         every = [x for x in (alive if self.r.rungs else halving.first(self.found)) if x.trained]
         return [(x, len(self.c.task.scored["train"]), seed, f"seed{seed}") for x in every for seed in seeds]
 
@@ -135,7 +136,7 @@ class Engine:
         return [x for x in self.found if x.id in names and not self._failed(x)]
 
     def _enter(self, alive: list[Candidate], number: int) -> None:
-        """Begins a rung: records which candidates enter the rung, before any FLOPs are spent on them."""
+        """Begins a rung: before any FLOPs are spent on it, records which candidates enter it."""
         rung = self.r.rungs[number]
         alive, drops = self._afford(alive, number)
         entered = {"entered": [x.id for x in alive], "kept": None, "dropped": []}
@@ -177,7 +178,7 @@ class Engine:
         self._drop(alive, one + two + three, number)
 
     def _drop(self, alive: list[Candidate], drops: list[Drop], number: int) -> None:
-        """Records why each of the dropped candidates was dropped, and stops each method that has no candidates left."""
+        """Records why each candidate was dropped, and marks methods without remaining candidates as stopped."""
         self.r.decisions[number]["dropped"] += [{"candidate": drop.candidate.id, "why": drop.why} for drop in drops]
         for drop in drops:
             if not any(x.key == drop.candidate.key for x in alive):
@@ -186,13 +187,13 @@ class Engine:
         self._save()
 
     def _left(self) -> float | None:
-        """Returns the FLOPs of the budget that are not spent yet, or None without a budget."""
+        """Returns the FLOPs left in the budget, or None if no budget is set."""
         return self.r.unspent["flops"]
 
     # --- measuring ---
 
     def _rung(self, alive: list[Candidate], number: int) -> None:
-        """Measures all candidates on a rung. Candidates that can share a command are measured together."""
+        """Trains and scores the candidates of a rung. Those that can share a command are scored together."""
         for group in _groups([x for x in alive if not self._result(x, number)]):
             self._measure(group, number)
 
@@ -219,8 +220,8 @@ class Engine:
         self._save()
 
     def _test(self, group: list[Candidate]) -> None:
-        """Scores candidates on the test rows: either a single candidate that is trained with every seed, or several
-        candidates that share a command."""
+        """Scores candidates on the test rows. A candidate that needs training is tested in a group of its own, once per
+        seed. Other candidates can share a command."""
         first = group[0]
         for x in group:
             self._method(x)["candidate"] = x.id
@@ -242,7 +243,7 @@ class Engine:
         named = [x for x in group if final and not self.c.bases[x.model].hosted]
         text = [x.id for x in named if x.trained or x.name == halving.BASELINE]
         what = Asked("test", len(self.c.task.scored["test"]), final, bool(text))
-        again = bool(final and rungs and first.trained)  # the last rung has trained on all rows with the first seed
+        again = bool(final and rungs and first.trained)  # the last rung already trained with this seed on all rows
         folder = self.c.out / rungs[-1]["run"] if again else self._folder(group, f"seed{seed}")
         stages, commands = [], []
         if first.trained:
@@ -269,8 +270,8 @@ class Engine:
         self._save()
 
     def _probe(self) -> None:
-        """Converts a budget of time to FLOPs, at the rate of the first job that only prompts and the first job that
-        trains, if there are such jobs."""
+        """Converts a time budget to FLOPs. To measure the machine's speed, runs the first candidate that needs no
+        training and the first that does, where they exist."""
         untrained = [x for x in self.found if not x.trained][:1]
         trained = [x for x in self.found if x.trained][:1]
         first = untrained + trained
@@ -282,7 +283,7 @@ class Engine:
                 seconds += rungs[0]["result"]["seconds"]
                 seconds += work.everything(self.c.out / rungs[0]["run"]) if x.trained else 0.0
         if not flops:
-            raise UserError("the first jobs failed, so no rate is known", "--budget", "see the logs, or give FLOPs")
+            raise UserError("the first jobs failed, so the FLOPs per second are unknown", "--budget", "see the logs, or give FLOPs")
         rate = flops / seconds
         how = f"measured on {self.r.machine['name']}: {_names(first)}"
         self.r.budget |= {"flops": rate * (self.seconds or 0.0), "rate": rate, "rate_from": how}
@@ -309,8 +310,8 @@ class Engine:
         return UserError(f"every method failed: {why[-1] if why else 'none was left'}", str(self.c.out), "see its logs")
 
     def _failing(self, group: list[Candidate], why: str, again: Callable[[Candidate], None]) -> None:
-        """If several candidates shared a failed command, tries them one by one. Otherwise records the failure of the
-        candidate, and the failure of its method if no other candidate of the method is left."""
+        """Handles a failed command. If several candidates shared it, retries them one by one. Otherwise records that
+        the candidate failed. The method fails with its last candidate, or with the candidate chosen for the test."""
         if len(group) > 1:
             for x in group:
                 again(x)
@@ -332,7 +333,7 @@ def _groups(found: list[Candidate]) -> list[list[Candidate]]:
 
 
 def _request(result: Json) -> Json:
-    """Derives the cost of a request from the result of a test."""
+    """Computes the average cost of a request from a test result."""
     n, usd = result["n"], result["usd"]
     return {
         "flops": (result["flops"] or 0.0) / n,

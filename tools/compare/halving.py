@@ -1,6 +1,6 @@
 """Successive halving over methods and their settings, on validation rows (Jamieson & Talwalkar 2016).
 
-Decisions depend only on recorded scores and FLOPs, and neither on time nor on randomness.
+Decisions depend only on recorded scores and FLOPs, never on timing or randomness.
 """
 
 import math
@@ -12,10 +12,10 @@ from common.types import Json
 from evals import paired
 from tools.compare.method import Candidate
 
-ETA = 3  # each rung has ETA times as many training rows as the previous rung, and 1 / ETA of its settings
-ROWS = (50, 100, 200)  # maximum number of validation rows of each rung
-LEAST = 24  # minimum number of training rows of a rung
-BASELINE = "zero_shot"  # always tested, since other methods are compared with this baseline
+ETA = 3  # from one rung to the next, training rows grow by a factor of ETA and settings shrink to 1 / ETA
+ROWS = (50, 100, 200)  # maximum number of validation rows in each of the last three rungs
+LEAST = 24  # minimum number of training rows in a rung
+BASELINE = "zero_shot"  # always tested, because the other methods are compared with it
 
 Result = Callable[[Candidate], Json]
 
@@ -31,8 +31,9 @@ class Drop(NamedTuple):
 
 
 def rungs(n: int, train: int, validation: int) -> list[Json]:
-    """Returns up to `n` rungs, each with a share of the training rows, the number of training rows, and the number of
-    validation rows. The last rung trains on all rows. A rung with fewer than LEAST training rows is left out."""
+    """Returns up to `n` rungs. Each rung gives its share of the training rows, their number, and the number of
+    validation rows. The last rung trains on all rows. Earlier rungs with fewer than LEAST training rows are left out.
+    """
     shares = [ETA**-i for i in reversed(range(n))]
     kept = [share for share in shares if share == 1 or share * train >= LEAST]
     rows = ROWS[-len(kept) :] if len(kept) <= len(ROWS) else (ROWS[0],) * (len(kept) - len(ROWS)) + ROWS
@@ -43,8 +44,8 @@ def rungs(n: int, train: int, validation: int) -> list[Json]:
 
 
 def settings(alive: Sequence[Candidate], result: Result, last: bool) -> tuple[list[Candidate], list[Drop]]:
-    """Keeps the best third of the settings of each method, or only the best setting after the last rung. If scores are
-    equal, the first setting is kept."""
+    """Keeps each method's best third of settings or, after the last rung, only its best setting. Of settings with equal
+    scores, the first comes first."""
     kept, dropped = [], []
     for key in dict.fromkeys(candidate.key for candidate in alive):
         mine = sorted((x for x in alive if x.key == key), key=lambda x: -result(x)["mean"])
@@ -58,12 +59,12 @@ def settings(alive: Sequence[Candidate], result: Result, last: bool) -> tuple[li
 def methods(
     alive: Sequence[Candidate], result: Result, before: Callable[[Candidate], Json | None], full: bool
 ) -> tuple[list[Candidate], list[Drop]]:
-    """Drops the methods that are clearly worse than the best method, which means that the 95 % interval of the
-    difference of the scores, paired by rows, is above 0.
+    """Drops the methods that are clearly worse than the best one. "Clearly worse" means that the paired 95 % confidence
+    interval of the score difference, over the same rows, is entirely above 0.
 
-    A method that has trained on only a part of the rows (`full` is false) may still improve. A method that may still
-    improve is dropped only if it would stay clearly worse after gaining as much again as since the previous rung. A
-    method without a result from the previous rung (`before`) is kept.
+    If `full` is false, methods have trained on only part of the rows, so a trained method may still improve. It is
+    dropped only if it would stay clearly worse after improving once more by as much as it did since the previous rung.
+    It is kept if `before` has no result for it from that rung.
     """
     best = {key: max((x for x in alive if x.key == key), key=lambda x: result(x)["mean"]) for key in _keys(alive)}
     leader = max(best.values(), key=lambda x: result(x)["mean"])
@@ -89,12 +90,13 @@ def affordable(
     alive: Sequence[Candidate], score: Callable[[Candidate], float], now: Callable[[Candidate], float],
     later: Callable[[Candidate], float], left: float | None, must: bool = False,
 ) -> tuple[list[Candidate], list[Drop]]:  # fmt: skip
-    """Keeps as many methods as `left` FLOPs can pay for, with fewer settings per method if necessary: first the method
-    with the best score, then BASELINE, then the other methods by their scores.
+    """Keeps as many methods as `left` FLOPs can pay for, with fewer settings per method if necessary. The method with
+    the best score is paid for first, then BASELINE, then the other methods in order of their scores.
 
-    `now(x)` returns the FLOPs of candidate x in the next rung, and `later(x)` its FLOPs after that rung until it is
-    tested. `later` is reserved for BASELINE, which no score can drop, and for the most expensive other candidate that
-    is kept, so that it can be finished. If `must` is true, the best candidate is kept in any case.
+    `now(x)` returns the FLOPs that candidate x needs in the next rung, and `later(x)` the FLOPs that it needs from then
+    until it is tested. Part of the budget is reserved for `later`: that of BASELINE, which is never dropped for its
+    score, and that of the most expensive other candidate, so that it too can be tested. If `must` is true, the
+    candidate with the best score is kept even if the budget is too small.
     """
     if left is None:
         return list(alive), []
@@ -117,7 +119,7 @@ def affordable(
 
 
 def _reserve(kept: Sequence[Candidate], later: Callable[[Candidate], float]) -> float:
-    """Returns the FLOPs to reserve for the rungs and tests to come, as `affordable` describes."""
+    """Returns the FLOPs to reserve for later rungs and the test. `affordable` explains which candidates count."""
     others = max((later(x) for x in kept if x.key[0] != BASELINE), default=0.0)
     return others + sum(later(x) for x in kept if x.key[0] == BASELINE)
 

@@ -1,4 +1,5 @@
-"""Runs the jobs of a comparison. Each job is an ordinary command with a run folder, and can be repeated by hand."""
+"""Runs the jobs of a comparison. Each job is an ordinary command that writes to a run folder, and can be rerun by hand.
+"""
 
 import hashlib
 import re
@@ -16,13 +17,13 @@ from tools.compare.inputs import Comparison
 from tools.compare.method import Candidate
 from tools.report import data as report
 
-TEXT, PASSAGES = "pydocs", 12  # general text on which forgetting is measured, and its number of passages
-LATENCY = 10  # number of requests that are timed one at a time
-LEFT_OUT = ("time", "gas", "model")  # fields of a result that the record omits: times, and the path of a run
+TEXT, PASSAGES = "pydocs", 12  # forgetting is the rise of the loss on this many passages of this general text
+LATENCY = 10  # number of requests sent one at a time to measure the latency
+LEFT_OUT = ("time", "gas", "model")  # fields of an evals.jsonl line that are not copied to the record
 
 
 class Failed(Exception):
-    """A command that failed, with the last line of its log."""
+    """A command failed. The message is its error or the last line of its log."""
 
 
 class Stopped(Exception):
@@ -30,7 +31,7 @@ class Stopped(Exception):
 
 
 class Asked(NamedTuple):
-    """The rows to score, and whether to measure the latency and the loss on general text as well."""
+    """Which rows to score, and whether to measure the latency and the loss on general text as well."""
 
     split: str
     n: int
@@ -54,7 +55,7 @@ def index(c: Comparison) -> Json | None:
 
 
 def check_documents(c: Comparison) -> None:
-    """Raises UserError if the documents have changed since the index of the comparison was built."""
+    """Raises UserError if the documents have changed since this comparison indexed them."""
     from infer.retrieve import index
 
     if files.read_json(c.out / "index" / index.RECORD).get("content") != index.content(c.documents or ""):
@@ -63,8 +64,8 @@ def check_documents(c: Comparison) -> None:
 
 
 def train(c: Comparison, x: Candidate, rows: int, seed: int, folder: Path) -> tuple[Stage, list[str]]:
-    """Returns the stage that trains a candidate on the first `rows` training rows, and its command. The training data
-    are written to OUT/rows."""
+    """Returns the stage that trains a candidate on the first `rows` training rows, and the stage's command. Writes the
+    training data to OUT/rows."""
     context = x.setting.ask
     data = c.out / "rows"
     data.mkdir(exist_ok=True)
@@ -89,7 +90,7 @@ def train(c: Comparison, x: Candidate, rows: int, seed: int, folder: Path) -> tu
 
 
 def trained(folder: Path) -> float:
-    """Returns the fraction of a run's steps that are done, which is 1 only if the last line of metrics says "done"."""
+    """Returns the fraction of a run's steps that are done. It is 1 only if the last line of metrics.jsonl is "done"."""
     lines = metrics.read(folder / "metrics.jsonl")
     if any(line.get("event") == "done" for line in lines[-1:]):
         return 1.0
@@ -98,7 +99,7 @@ def trained(folder: Path) -> float:
 
 
 def together(x: Candidate) -> tuple:
-    """Returns a key for a candidate. Candidates with equal keys can answer their questions in one command."""
+    """Returns a key such that one command can score all candidates with equal keys."""
     how = x.setting.ask
     if x.trained or how.index:
         return (x.id,)
@@ -106,8 +107,8 @@ def together(x: Candidate) -> tuple:
 
 
 def ask(c: Comparison, group: Sequence[Candidate], what: Asked, folder: Path) -> tuple[Stage, list[str]]:
-    """Returns the stage in which a group of candidates answers questions with one command, and this command. The
-    results are written to `folder`."""
+    """Returns the stage in which a group of candidates answers questions, and the stage's command, which writes the
+    results to `folder`."""
     first, each = group[0], [x.setting.ask for x in group]
     argv = ["evals.main", f"--model={folder if first.trained else first.model}", f"--tasks={c.task.spec}{inputs.TEST}"]
     argv += [f"--n={what.n}", f"--out={folder}"]
@@ -129,8 +130,8 @@ def ask(c: Comparison, group: Sequence[Candidate], what: Asked, folder: Path) ->
 
 
 def result(x: Candidate, what: Asked, folder: Path) -> Json | None:
-    """Returns a candidate's newest result in `folder`, in the format of the record, or None if a measurement is
-    missing."""
+    """Returns a candidate's newest result in `folder`, in the format of the record. Returns None if it, or the loss on
+    general text that `what` asks for, has not been measured."""
     split = "heldout" if what.split == "test" else what.split
     key = split, what.n, x.setting.ask.to_dict()
     lines = [line for line in files.read_lines(folder / "evals.jsonl") if "task" in line]
@@ -141,24 +142,24 @@ def result(x: Candidate, what: Asked, folder: Path) -> Json | None:
 
 
 def loss(folder: Path) -> Json | None:
-    """Returns the loss on general text that was measured in a run folder, or None."""
+    """Returns the loss on general text that a run folder records, or None if it has none."""
     found = [line for line in files.read_lines(folder / "evals.jsonl") if line.get("text") == TEXT]
     return {key: found[-1][key] for key in ("loss", "tokens", "flops", "seconds")} if found else None
 
 
 def spent(folder: Path) -> tuple[float, float]:
-    """Returns (FLOPs, seconds) of the training of a run."""
+    """Returns the FLOPs and the seconds that a run spent on training."""
     run = report.read(folder)
     return run.done["flops"], report.seconds(run) or 0.0
 
 
 def everything(folder: Path) -> float:
-    """Returns the total seconds of a run, including loading and saving."""
+    """Returns the total seconds that a run took, including loading and saving."""
     return sum(sum(session.spent.values()) for session in gas.sessions(metrics.read(folder / "metrics.jsonl")))
 
 
 def do(c: Comparison, title: str, stages: list[Stage]) -> None:
-    """Runs stages that are not done. Raises Failed or Stopped."""
+    """Runs the stages, unless all are done already. Raises Failed if a command fails, or Stopped if interrupted."""
     if any(stage.share() < 1 for stage in stages):
         _run(c, title, stages)
 
@@ -173,12 +174,12 @@ def _run(c: Comparison, title: str, stages: list[Stage]) -> None:
     if code:
         last = max(logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
         said = [line.strip() for line in jobs.tail(last, 20) if line.strip()]
-        errors = [line for line in said if " · " in line]  # the format of UserError
+        errors = [line for line in said if " · " in line]  # UserErrors are printed with this separator
         raise Failed((errors or said or [f"exit code {code}"])[-1])
 
 
 def slug(text: str) -> str:
-    """A name for a folder."""
+    """Turns `text` into a folder name."""
     name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     digest = hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
     return name if len(name) <= 80 else f"{name[:35]}-{digest}-{name[-35:]}"
