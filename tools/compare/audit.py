@@ -149,7 +149,7 @@ def _first(record: Record, method: str) -> str:
     """Returns the first setting of a method. It is the one to choose if nothing has been measured."""
     found = [row["id"] for row in record.candidates if row["method"] == method and row["rungs"]]
     if not found:
-        raise UserError(f"the comparison lacks the method {method!r}", "", "repeat it with all methods")
+        raise UserError(f"the comparison has no method {method!r}", "", "repeat it with all methods")
     return found[0]
 
 

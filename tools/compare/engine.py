@@ -283,7 +283,7 @@ class Engine:
                 seconds += rungs[0]["result"]["seconds"]
                 seconds += work.everything(self.c.out / rungs[0]["run"]) if x.trained else 0.0
         if not flops:
-            raise UserError("the first jobs failed, so the FLOPs per second are unknown", "--budget", "see the logs, or give FLOPs")
+            raise UserError("the first jobs failed, so the speed is unknown", "--budget", "see the logs, or give FLOPs")
         rate = flops / seconds
         how = f"measured on {self.r.machine['name']}: {_names(first)}"
         self.r.budget |= {"flops": rate * (self.seconds or 0.0), "rate": rate, "rate_from": how}
