@@ -1,4 +1,4 @@
-"""Runs the jobs of a comparison. Each job is an ordinary command that writes to a run folder, and can be rerun by hand."""
+"""Runs the jobs of a comparison. Each job is an ordinary command with its own run folder, and can be rerun by hand."""
 
 import hashlib
 import re
