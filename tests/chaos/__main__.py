@@ -44,7 +44,7 @@ from model.io import export, saved  # noqa: F401
 from model.quant import _calibrate, int8  # noqa: F401
 from tests.chaos import points
 from tests.chaos.commands import TWO, Command, commands, copy
-from tests.helpers.processes import CLOCK, record
+from tests.helpers.processes import record, timeless
 
 NAMES = [
     "train",
@@ -63,7 +63,7 @@ NAMES = [
 PATIENCE = 150.0  # seconds that a command may take
 PEER = 5.0  # seconds that the other process of a launch has when one is killed
 # Files with times in them: that they are there is what counts.
-TIMED = ("*.log", "log.txt", "*.html", "report.md", "results.csv", "CLAIM", "SWEEP")
+TIMED = ("*.log", "log.txt", "*.html", "report.md", "decision.*", "results.csv", "CLAIM", "SWEEP")
 APART = ("environment.json", files.LOCK)
 
 
@@ -142,8 +142,10 @@ def outcome(root: Path) -> dict[str, object]:
         elif path.name == "metrics.jsonl":
             found[name] = record(path.parent)
         elif path.name == "evals.jsonl":
-            lines = [{k: x for k, x in line.items() if k not in CLOCK} for line in files.read_lines(path)]
-            found[name] = sorted({json.dumps(line, sort_keys=True).replace(str(root), "ROOT") for line in lines})
+            lines = [json.dumps(timeless(line), sort_keys=True) for line in files.read_lines(path)]
+            found[name] = sorted({line.replace(str(root), "ROOT") for line in lines})
+        elif path.name == "comparison.json":
+            found[name] = json.dumps(timeless(files.load_json(path))).replace(str(root), "ROOT")
         elif path.is_dir() or any(map(path.match, TIMED)):
             found[name] = "there"
         elif path.name not in APART:

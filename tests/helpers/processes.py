@@ -12,10 +12,18 @@ from common import exits
 from common.record import read
 from model.io import saved
 
-# What a line of metrics.jsonl says of the machine and the moment; all else is a function of the run.
+# Fields of records that depend on the machine and the moment; all other fields are functions of the inputs.
 CLOCK = (
     "time", "seconds", "joules", "tokens_per_second", "seconds_per_step", "mfu", "peak_rss_bytes", "gas",
+    "latency", "seconds_per_flop", "peak_bytes",
 )  # fmt: skip
+
+
+def timeless(value: object) -> object:
+    """A JSON value without the fields of CLOCK, at any depth."""
+    if isinstance(value, dict):
+        return {name: timeless(x) for name, x in value.items() if name not in CLOCK}
+    return [timeless(x) for x in value] if isinstance(value, list) else value
 
 
 def record(folder: Path) -> list[dict[str, Any]]:
