@@ -28,7 +28,7 @@ def load(
 def load_many(
     name: str | Path, folders: dict[str, str | Path], dtype: str | None = None, *, strict: bool = False
 ) -> "LM":
-    """Loads an LM with a base model and several adapters. `folders` maps the name of each adapter to its run folder or
+    """Loads a base model with several adapters as one LM. `folders` maps the name of each adapter to its run folder or
     PEFT folder. infer.models.load_many explains the other arguments."""
     from infer import models
 

@@ -1,5 +1,5 @@
-"""Loads a bundle: a folder with the model, the adapter, the prompting setup and the documents that tools.compare
-tested.
+"""Loads a bundle: a folder in which tools.compare saves a setup that it has tested, with the model, the adapter, the
+prompting setup and the documents.
 
 BUNDLE/bundle.json     The model's name, the adapter, and the prompting setup (infer.context.Context); written last.
 BUNDLE/model/          The tuned model, if it is stored with full or merged weights.
@@ -23,8 +23,8 @@ NAME, EXAMPLES, FORMAT = "bundle.json", "examples.jsonl", 1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bundled(LM):
-    """A model that adds the prompting setup of its bundle to every question. If the model has a chat template, only
-    chats are questions, and plain texts are continued unchanged."""
+    """A model that applies its bundle's prompting setup, such as solved examples and passages, to every question. If
+    the model has a chat template, only chats count as questions, and plain texts are continued as they are."""
 
     asker: Asker = dataclasses.field(default_factory=lambda: Asker(Context()))
 
@@ -39,12 +39,13 @@ def is_bundle(name: str | Path) -> bool:
 
 
 def load(name: str | Path, **options: Any) -> Bundled:
-    """Loads the model of a bundle, with the options of infer.models.load. Raises UserError if the bundle is damaged."""
+    """Loads the model in a bundle. `options` are passed to infer.models.load. Raises UserError if the bundle is
+    damaged."""
     from infer import models
 
     folder = Path(name).expanduser()
     record = files.load_json(folder / NAME)
-    with reading(folder / NAME, "write it again: tools.compare"):
+    with reading(folder / NAME, "write it again with tools.compare"):
         if record["format"] != FORMAT:
             raise UserError("the bundle was written by a different version", str(name))
         inside = lambda part: str(folder / part) if part in ("model", "adapter", "index") else part
@@ -60,7 +61,7 @@ def load(name: str | Path, **options: Any) -> Bundled:
 
 
 def _turns(prompt: str | list[dict]) -> list[dict]:
-    """Converts a question to chat messages, which are formatted as in training."""
+    """Converts a question to chat messages in the format that training uses."""
     return wrapped(Completion(prompt, "-")).messages[:-1] if isinstance(prompt, str) else prompt
 
 

@@ -1,5 +1,5 @@
-"""Computes the vectors of texts with an encoder or any other language model. Hidden states are pooled as the files in
-the model's folder specify."""
+"""Computes embedding vectors of texts with an encoder or any other language model. Hidden states are pooled as the
+files in the model's folder specify."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from model.net.transformer import Transformer
 from model.weights import Params
 
 BATCH_TOKENS = 16_384  # maximum number of tokens per forward pass
-POOLINGS = {  # fields of the file 1_Pooling/config.json of sentence-transformers
+POOLINGS = {  # fields in the file 1_Pooling/config.json, as sentence-transformers writes it
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "first",
     "pooling_mode_lasttoken": "last",
@@ -35,13 +35,13 @@ Pooling = Literal["mean", "first", "last"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Embedder:
-    """A model that computes the vector of a text by pooling its hidden states."""
+    """A model that computes one vector per text by pooling the hidden states of the text's tokens."""
 
     model: Transformer
     params: Params
     tokenizer: Tokenizer
     pooling: Pooling = "mean"
-    normalized: bool = True  # vectors have length 1
+    normalized: bool = True  # whether vectors are scaled to length 1
     longest: int = 512  # maximum tokens per text; further tokens are cut off
     prompts: tuple[tuple[str, str], ...] = ()  # (name, prefix) of each prompt, with names such as "query"
 
@@ -63,8 +63,8 @@ class Embedder:
         return 2.0 * sum(found)
 
     def embed(self, texts: Sequence[str], prompt: str = "") -> np.ndarray:
-        """Computes the vectors [len(texts), width] of texts, in float32. `prompt` names one of the model's prompts,
-        which is put before each text; "" means no prompt.
+        """Computes one vector per text, float32 [len(texts), width]. `prompt` names one of the model's prompts, which
+        is put before each text; "" means no prompt.
 
         Texts of similar length share a forward pass, but the vector of a text does not depend on other texts.
         """
@@ -76,7 +76,7 @@ class Embedder:
         return self.tokenizer.encode_inputs(list(texts), self.longest)
 
     def vectors(self, ids: Sequence[list[int]]) -> np.ndarray:
-        """Computes the vectors of texts that are already tokenized, as `embed` does for texts."""
+        """Computes one vector per text, like `embed`, from texts that are already tokenized."""
         out = np.zeros((len(ids), self.width), np.float32)
         lengths = [len(row) for row in ids]
         for chosen in batches(lengths, BATCH_TOKENS):
@@ -108,15 +108,15 @@ def _first(opened: Pretrained | Run) -> Pretrained | Run:
 
 
 def _settings(folder: Path) -> dict:
-    """Reads fields of Embedder from the sentence-transformers files in a folder. Returns {} if the folder has no such
-    files."""
+    """Reads the settings of an Embedder from the sentence-transformers files in a folder. Returns {} if the folder has
+    no such files."""
     listed = folder / "modules.json"
     if not listed.is_file():
         return {}
     try:
         kinds = [module["type"].rpartition(".")[2] for module in files.strict(listed.read_text("utf-8"))]
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError("the file is not a list of modules with a type each", str(listed)) from None
+        raise UserError("the file is not a list of modules that each have a type", str(listed)) from None
     if strange := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
         raise UserError(f"module {min(strange)} is not supported", str(listed))
     settings: dict = {"normalized": "Normalize" in kinds}

@@ -1,5 +1,5 @@
-"""Samples from a model with a key-value cache. After the prompts are computed, each step adds a token to every
-unfinished row.
+"""Samples from a model, using a key-value cache. After a forward pass over the prompts, each step adds one token to
+every unfinished row.
 
 Lengths and batch sizes are rounded up to a few shapes, and all other arguments are traced, so a process compiles only a
 few programs.
@@ -26,7 +26,7 @@ from model.net.kv_cache import KINDS
 from model.net.transformer import Transformer, unstack, virtual_tokens
 from model.weights import Params
 
-if TYPE_CHECKING:  # not imported at run time, since it imports Pallas, which doubles the time of all imports
+if TYPE_CHECKING:  # not imported at run time: it imports Pallas, which would double the total import time
     from infer.serve.store import Store
 
 Prompts = Sequence[Sequence[int]]  # token ids
@@ -56,14 +56,13 @@ def generate(
     adapters: Sequence[str | None] = (),
     **how: Any,
 ) -> Samples:
-    """Continues prompts of any lengths by at most `max_new_tokens` tokens each. At temperature 0, decoding is greedy.
-    `how` contains options of `answer`. With a store of adapters, `params` is None, and `adapters` names an adapter for
-    each prompt.
+    """Continues each prompt by at most `max_new_tokens` tokens. Prompts may differ in length. At temperature 0,
+    decoding is greedy. `how` is passed to `answer`. If a store of adapters is given, `params` is None, and `adapters`
+    names an adapter for each prompt.
 
-    The sample for a prompt depends only on the seed, the prompt, and the number of equal prompts that precede the
-    prompt, not on other prompts in the batch. `stop(tokens)` is called every few steps (at least every
-    infer.batch.STEPS steps), and ends an answer by returning True. Tokens that were sampled between two calls of `stop`
-    are still returned.
+    Each sample depends only on the seed, its prompt, and how many earlier prompts are identical to it, not on other
+    prompts in the batch. `stop` is called with the tokens of an answer at least every infer.batch.STEPS steps, and ends
+    the answer by returning True. All tokens sampled before that call are returned.
     """
     knobs = Knobs(temperature, top_k, top_p, min_p)
     ends = [stop_ids] * len(prompts)
@@ -75,10 +74,10 @@ def answer(
     model: Transformer, params: Params, asked: Sequence[Request], *, rows: int = 0, cache: str = "float",
     stop: Callable[[list[int]], bool] | None = None, store: "Store | None" = None, prefixes: Prefixes | None = None,
 ) -> Samples:  # fmt: skip
-    """Answers requests with unrolled parameters or a store of adapters.
+    """Answers requests. The parameters are `params`, which must be unrolled, or come from a store of adapters.
 
     At most `rows` requests are decoded at a time (0: all of them). Further requests join when rows become free. `cache`
-    is the number format of the cache: "float", or "int8" or "fp8", which need less memory. `prefixes` keeps the caches
+    is the number format of the key-value cache: "float", or "int8" or "fp8" to save memory. `prefixes` keeps the caches
     of shared prefixes for later calls.
     """
     if cache not in KINDS:
@@ -100,7 +99,7 @@ def stream(
     stop_ids: Sequence[int] = (), adapter: str | None = None, cache: str = "float", store: "Store | None" = None,
     prefixes: Prefixes | None = None, **knobs: float,
 ) -> Iterator[int]:  # fmt: skip
-    """Yields the tokens that `generate` returns for one prompt, as soon as each token is sampled."""
+    """Yields the tokens that `generate` would return for one prompt, each as soon as it is sampled."""
     how = Knobs(**cast(dict[str, Any], knobs))
     [request] = requests(model, params, [prompt], max_new_tokens, seed, how, ends=[stop_ids], adapters=[adapter])
     length = virtual_tokens(params or {}) + width(len(prompt)) + bucket(max_new_tokens, 64)
@@ -121,8 +120,8 @@ def requests(
     model: Transformer, params: Params, prompts: Prompts, n: int, seed: int, knobs: Knobs, *,
     ends: Sequence[Sequence[int]], adapters: Sequence[str | None] = (),
 ) -> list[Request]:  # fmt: skip
-    """Makes a request for each prompt, with its end tokens. Raises UserError if a prompt cannot be continued by `n`
-    tokens."""
+    """Makes one request per prompt. `ends` contains the end tokens for each prompt. Raises UserError if a prompt cannot
+    be continued by `n` tokens."""
     check(model, params, prompts, n)
     each = zip(prompts, row_keys(prompts, seed), ends, adapters or [None] * len(prompts), strict=True)
     return [Request(p, n, key, adapter=adapter, knobs=knobs, ends=end) for p, key, end, adapter in each]
@@ -150,8 +149,8 @@ def _unroll(params: Params, config: ModelConfig, widen: bool) -> Params:
 
 
 def row_keys(prompts: Prompts, seed: int) -> np.ndarray:
-    """Returns the data of one JAX random key per prompt [B,2], which is derived from the seed, the prompt, and the
-    number of equal prompts that precede the prompt."""
+    """Returns the key data, uint32 [B,2], of one JAX random key per prompt. Each key is derived from the seed, the
+    prompt, and how many earlier prompts are identical to it."""
     seen: dict[int, int] = {}
     data = np.zeros((bucket(len(prompts)), 2), np.uint32)
     for i, prompt in enumerate(prompts):
@@ -170,12 +169,14 @@ def check(model: Transformer, params: Params, prompts: Prompts, n: int) -> None:
         raise UserError(f"max_new_tokens={n}", fix="at least 1")
     for i, prompt in enumerate(prompts):
         if not len(prompt):
-            raise UserError("the prompt is empty: there is no token to continue", f"prompt {i}")
+            raise UserError("the prompt is empty: there is no token to continue from", f"prompt {i}")
         if len(prompt) + n > limit:
             what = f"{len(prompt)} prompt tokens + max_new_tokens={n} exceed the model's context of {limit}"
             raise UserError(what, f"prompt {i}", "shorten the prompt or lower max_new_tokens")
         if min(prompt) < 0 or max(prompt) >= vocab:
-            raise UserError(f"token id outside the vocabulary of {vocab}", f"prompt {i}", "use the model's tokenizer")
+            raise UserError(
+                f"token id outside the vocabulary of {vocab} tokens", f"prompt {i}", "use the model's tokenizer"
+            )
 
 
 def needs_causal(model: Transformer) -> None:

@@ -35,10 +35,11 @@ if TYPE_CHECKING:
 PREFIX, KEY = "openai:", "OPENAI_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 AT_ONCE = 8  # concurrent requests
-TRIES, WAIT, LONGEST = 4, 0.5, 20.0  # attempts per request; seconds of the first wait, then doubled; maximum seconds
+TRIES = 4  # attempts per request
+WAIT, LONGEST = 0.5, 20.0  # seconds before the second attempt, doubled before each further one; maximum wait
 TIMEOUT = 120  # maximum seconds without receiving a byte
 BODY = 1 << 24  # maximum bytes of a reply
-AGAIN = (408, 409, 425, 429)  # HTTP statuses after which a request is sent again, besides 5xx
+AGAIN = (408, 409, 425, 429)  # HTTP statuses, in addition to 5xx, after which a request is sent again
 
 
 class Reply(NamedTuple):
@@ -63,8 +64,8 @@ class Used(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Hosted:
-    """A model that is used over HTTP at `url`, such as https://HOST/v1. `usd` contains the prices of a million prompt
-    tokens and of a million answer tokens, in dollars."""
+    """A model that is reached over HTTP at `url`, such as https://HOST/v1. `usd` contains two prices in dollars: per
+    million prompt tokens and per million answer tokens."""
 
     name: str
     url: str
@@ -76,7 +77,7 @@ class Hosted:
         """The cost of all requests so far, in one line."""
         used = self.used()
         tokens = f"{integer(used.prompt_tokens)} + {integer(used.completion_tokens)} tokens"
-        where = f"questions leave this machine for {urlsplit(self.url).hostname}" if self.leaves else "on this machine"
+        where = f"questions are sent to {urlsplit(self.url).hostname}" if self.leaves else "on this machine"
         return f"hosted: {used.requests:,} requests · {tokens} · {dollars(used.usd)} · {where}"
 
     @property
@@ -99,7 +100,7 @@ class Hosted:
         self, prompts: "Sequence[Prompt]", *, max_new_tokens: int = 64, stop: Sequence[str] = (), seed: int = 0,
         **knobs: float,
     ) -> list[Reply]:  # fmt: skip
-        """Returns one reply per prompt, and sends AT_ONCE requests at a time. Chats are answered, and texts are
+        """Returns one reply per prompt. Up to AT_ONCE requests are sent at a time. Chats are answered, and texts are
         continued.
 
         The knobs are temperature (0: greedy), top_p, top_k and min_p. Equal prompts get different seeds. Raises
@@ -123,7 +124,7 @@ class Hosted:
                 return self._reply(path, body, stopped)
             except UserError as e:
                 failed.append(e)
-                stopped.set()  # stop before this thread takes another prompt, so that no further request is paid for
+                stopped.set()  # here, before this thread takes another prompt, which would cost money
                 raise
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -157,7 +158,7 @@ class Hosted:
                 raise TypeError
         except (KeyError, TypeError, ValueError):
             raise self._error(
-                f"the reply has no answer: {json.dumps(found)[:200]}", "it is not OpenAI's format"
+                f"the reply has no answer: {json.dumps(found)[:200]}", "the reply must be in OpenAI's format"
             ) from None
         read, written = (x if type(x) is int and x >= 0 else None for x in counts)
         return Reply(text or "", read, written, time.perf_counter() - start, choice.get("finish_reason") != "length")
@@ -179,7 +180,7 @@ class Hosted:
                     text = reply.read(BODY + 1)
                 found = files.strict(text.decode())
                 if len(text) > BODY or not isinstance(found, dict):
-                    raise ValueError("not an object of JSON")
+                    raise ValueError("not a JSON object")
                 return found
             except urllib.error.HTTPError as error:
                 problem = _refused(error)
@@ -194,7 +195,7 @@ class Hosted:
                 if isinstance(getattr(error, "reason", None), ssl.SSLError):
                     raise self._error(problem) from None
             stopped.wait(wait if attempt + 1 < TRIES else 0)
-        raise self._error(f"{problem} ({TRIES} attempts)", "is the endpoint running, and the URL right?")
+        raise self._error(f"{problem} ({TRIES} attempts)", "check that the endpoint is running and the URL is right")
 
     @property
     def _opener(self) -> urllib.request.OpenerDirector:
@@ -219,7 +220,9 @@ def parse(name: str) -> Hosted:
     if parts.scheme not in ("http", "https") or not parts.hostname or not model or parts.query:
         raise UserError("the name of a hosted model needs a URL and a model", name, fix)
     if parts.username or parts.password:
-        raise UserError("a URL with a password would be recorded", f"{PREFIX}...@{parts.hostname}", f"set {KEY}")
+        raise UserError(
+            "the URL contains a password, which would be recorded", f"{PREFIX}...@{parts.hostname}", f"set {KEY}"
+        )
     prices = dict(parse_qsl(options, keep_blank_values=True))
     if prices and (prices.keys() != {"in", "out"} or not all(re.fullmatch(r"\d+(\.\d+)?", p) for p in prices.values())):
         raise UserError(f"the options {options!r} are not two prices in dollars per million tokens", name, fix)
@@ -232,7 +235,9 @@ def load(name: str | Path, adapter: str | Path | None = None, *, strict: bool = 
     UserError if the model cannot be loaded."""
     if is_hosted(name):
         if adapter:
-            raise UserError("a hosted model takes no adapter", str(adapter), "serve it: python -m tools.serve")
+            raise UserError(
+                "a hosted model cannot load an adapter", str(adapter), "serve the adapter with python -m tools.serve"
+            )
         return parse(str(name))
     from infer import models  # imports jax
 
@@ -249,8 +254,8 @@ def _sum(counts: Any) -> int | None:
 
 
 def _refused(error: urllib.error.HTTPError) -> str:
-    """Describes an HTTP error in one line, with the message in the body of the reply, which may be in OpenAI's
-    format."""
+    """Describes an HTTP error in one line. The message is taken from the body of the reply, which is in OpenAI's error
+    format or plain text."""
     text = error.read(1 << 16).decode(errors="replace")
     try:
         found = json.loads(text)

@@ -28,13 +28,13 @@ from model.net.kv_cache import Cache
 from model.net.transformer import Transformer, virtual_tokens
 from model.weights import Params
 
-if TYPE_CHECKING:  # not imported at run time, since it imports Pallas, which doubles the time of all imports
+if TYPE_CHECKING:  # not imported at run time: it imports Pallas, which would double the total import time
     from infer.serve.store import Store
 
 Message = Json
 Prompt = str | Sequence[Message] | Sequence[int]  # a text or token ids to continue, or a chat to answer
 
-WINDOW = 1024  # maximum number of context tokens in `loss`
+WINDOW = 1024  # maximum number of scored tokens per window in `loss`
 BATCH_TOKENS = 4096  # maximum number of tokens per forward pass when texts are scored
 
 
@@ -49,7 +49,7 @@ class LM:
     model: Transformer
     params: Params
     tokenizer: Tokenizer
-    store: "Store | None" = None  # several adapters to choose from; `params` is their base model
+    store: "Store | None" = None  # several adapters to choose from; `params` are those of their base model
     tokenizers: Mapping[str, Tokenizer] = dataclasses.field(default_factory=dict)  # {adapter: its own tokenizer}
 
     @property
@@ -71,13 +71,16 @@ class LM:
         return self if own is None else dataclasses.replace(self, tokenizer=own)
 
     def _speakers(self, adapters: Sequence[str | None], prompts: int) -> list["LM"]:
-        """For each prompt, the LM with the tokenizer of the prompt's adapter."""
+        """Returns, for each prompt, this LM with the tokenizer of the prompt's adapter."""
         if adapters and len(adapters) != prompts:
-            raise UserError(f"{len(adapters)} adapters for {prompts} prompts", "adapters", "one a prompt, or none")
+            raise UserError(
+                f"{len(adapters)} adapters for {prompts} prompts", "adapters", "name one per prompt, or none"
+            )
         return [self.speaking(adapter) for adapter in adapters or [None] * prompts]
 
     def _serving(self, adapters: Sequence[str | None]) -> dict[str, Any]:
-        """The arguments of infer.generate that select the parameters for prompts with the given adapters."""
+        """The arguments for infer.generate that select the parameters: those of the base model or of the given
+        adapters."""
         if any(adapters) and not self.store:
             raise UserError("the model was loaded without adapters to choose from", "adapters", "use infer.load_many")
         return {"params": None if self.store else self.unrolled, "store": self.store, "prefixes": self.prefixes}
@@ -92,8 +95,9 @@ class LM:
 
         `prompts` is one prompt or several prompts. A prefix that several prompts share is computed only once.
         `adapters` names an adapter for each prompt; None means the base model. The knobs are those of infer.generate:
-        temperature (0: greedy), top_k, top_p and min_p. `rows` prompts are answered at a time (0: all of them), which
-        does not change the answers. An answer ends at the first of the tokenizer's end tokens.
+        temperature (0: greedy), top_k, top_p and min_p. `rows` is the number of prompts that are answered at a time (0:
+        all of them); it does not change the answers. An answer ends as soon as any of the tokenizer's end tokens is
+        sampled.
         """
         prompts = _several(prompts)
         speakers, who = self._speakers(adapters, len(prompts)), self._serving(adapters)
@@ -110,7 +114,7 @@ class LM:
         self, questions: str | Sequence[str], *, adapters: Sequence[str | None] = (), **knobs: float | str
     ) -> str | list[str]:
         """Answers one question, or each of several questions. A model without a chat template continues each question
-        as a text."""
+        as plain text."""
         several = [questions] if isinstance(questions, str) else list(questions)
         speakers = self._speakers(adapters, len(several))
         raw = [lm.tokenizer.chat_template is None for lm in speakers]
@@ -130,7 +134,7 @@ class LM:
         return lm.pieces(asked, tokens)
 
     def pieces(self, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
-        """Yields the text of the tokens that continue a prompt, as each token arrives."""
+        """Converts the tokens that continue a prompt to text, and yields a piece of text as each token arrives."""
         text, seen, said = self.tokenizer.stream(prompt), [], ""
         for token in tokens:
             seen.append(token)
@@ -139,7 +143,7 @@ class LM:
             yield piece
         whole = self._continuation(prompt, seen)
         if len(whole) > len(said) and whole.startswith(said):
-            yield whole[len(said) :]  # the last bytes, which form no complete character
+            yield whole[len(said) :]  # the last bytes, which do not form a complete character
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt. A text starts with BOS if the tokenizer adds BOS, and a chat is formatted by the
@@ -169,17 +173,18 @@ class LM:
         """Returns the mean negative log-likelihood per token over all texts, in nats, and the number of scored tokens.
 
         The first token of a text is scored only if the tokenizer puts BOS before it. Texts of more than WINDOW tokens
-        are scored in separate windows, which overlap by one token, so that no token is scored twice.
+        are scored in separate windows. Each window begins with the last token of the previous one as context, so every
+        token is scored once.
         """
         rows = []
         for text in [texts] if isinstance(texts, str) else texts:
             ids = self.encode(text)
-            size = min(WINDOW, self.config.context - 1)  # a row also has the token before its first scored token
+            size = min(WINDOW, self.config.context - 1)  # a row also contains the token before the first scored one
             windows = (ids[at : at + size + 1] for at in range(0, len(ids) - 1, size))
             rows += [(window[:1], window[1:]) for window in windows]
         tokens = sum(len(scored) for _, scored in rows)
         if not tokens:
-            raise UserError("no text has two tokens, so there is nothing to score", "texts")
+            raise UserError("no text has two or more tokens, so there is nothing to score", "texts")
         return -float(self.sums(rows)[0].sum()) / tokens, tokens
 
     def logps(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[tuple[float, int]]:
@@ -192,15 +197,15 @@ class LM:
         return [(float(total), len(scored)) for total, (_, scored) in zip(sums, rows, strict=True)]
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-        """Returns the reward of each answer to its prompt, which is the output of the model's reward head at the end
-        token of the answer.
+        """Returns the reward of each answer, given its prompt: the output of the model's reward head at the answer's
+        end token.
 
         A prompt and its answer are formatted as in training: by the chat template if the tokenizer has one, and
         otherwise by concatenation. Raises UserError if the model has no reward head.
         """
         if "head" not in self.params:
             what = "the model has no reward head"
-            raise UserError(what, fix="open a reward model, trained with objective reward, ranking or rating")
+            raise UserError(what, fix="open a reward model, trained with the objective reward, ranking or rating")
         rows = [([], self.whole(p, a)) for p, a in zip(prompts, answers, strict=True)]
         scores, lengths = np.zeros(len(rows)), [len(ids) for _, ids in rows]
         self._check(np.fromiter((i for _, ids in rows for i in ids), np.int64), max(lengths, default=0))
@@ -224,7 +229,9 @@ class LM:
         size = self.config.vocab_size
         if ids.size and not 0 <= ids.min() <= ids.max() < size:
             odd = int(ids.max() if ids.max() >= size else ids.min())
-            raise UserError(f"token id {odd} is outside the model's vocabulary of {size}", fix="use its own tokenizer")
+            raise UserError(
+                f"token id {odd} is outside the vocabulary of {size} tokens", fix="use the model's tokenizer"
+            )
         if self.config.position == "learned" and longest + virtual_tokens(self.params) > self.config.max_len:
             what = f"{longest} tokens per row exceed the model's {self.config.max_len} learned positions"
             raise UserError(what, "tokens", "shorten the text")
@@ -245,7 +252,9 @@ class LM:
         """
         needs_causal(self.model)
         if not all(before for before, _ in rows):
-            raise UserError("the first token of a text has no probability", "prompt", "give a prompt of a token")
+            raise UserError(
+                "the first token of a text has no probability", "prompt", "give a prompt of at least one token"
+            )
         sums, missed, lengths = np.zeros(len(rows)), np.zeros(len(rows)), [len(a) + len(b) for a, b in rows]
         self._check(np.fromiter((i for row in rows for part in row for i in part), np.int64), max(lengths))
         stacked = not isinstance(self.params["layers"], tuple)
@@ -266,7 +275,7 @@ class LM:
         self, rows: list[tuple[list[int], list[int]]], reader: Reader | None = None, starts: Sequence[Prefix] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns, for each row of a batch, the log-probability of the scored part, and the number of scored tokens
-        that are not the most likely token at their position. The rows continue from the cached prefixes `starts`."""
+        that are not the most likely token at their position. Each row continues from its cached prefix in `starts`."""
         scored = _scored(rows, [start.length for start in starts])
         self.prefixes.computed += int(scored.segments.sum())
         cache = reader and reader.begun(starts, *scored.tokens.shape)
@@ -291,12 +300,12 @@ class Scored(NamedTuple):
     targets: np.ndarray
     mask: np.ndarray  # 1 if the target is scored, else 0
     positions: np.ndarray
-    segments: np.ndarray  # 1, or 0 for padding, which a bidirectional model must not see
+    segments: np.ndarray  # 1 for tokens, 0 for padding, which a bidirectional model must not see
 
 
 def _scored(rows: list[tuple[list[int], list[int]]], starts: Sequence[int] = ()) -> Scored:
-    """Pads rows of token ids. `starts` gives the number of context tokens of each row that are already in the cache.
-    Tokens in the cache are left out of the padded rows."""
+    """Pads rows of token ids. `starts` is the number of context tokens per row that are already cached, and are
+    therefore left out."""
     starts = starts or [0] * len(rows)
     longest = max(len(a) + len(b) - start for (a, b), start in zip(rows, starts))
     shape = bucket(len(rows)), bucket(longest, 16)

@@ -23,7 +23,7 @@ from model.io.pretrained import Pretrained, open_pretrained
 from model.net.transformer import Transformer
 from model.weights import Params, Specs, Tree
 
-SHAPE = "model.json"  # the file with the ModelConfig, in a run folder that contains every parameter
+SHAPE = "model.json"  # contains the ModelConfig; present only in run folders that contain every parameter
 
 
 def load(
@@ -37,9 +37,9 @@ def load(
 
     `name` is a Hugging Face folder, a .gguf file, the name of a packaged model, a hub id, a bundle, a run folder, or
     the folder RUN/ckpt/STEP of one step of a run. `adapter` is a run folder or a PEFT folder whose adapters are added
-    to the model. `dtype` is the number format of weights and activations; None means float32, or the format of the run.
-    `tokenizer` replaces the tokenizer of the adapter or the model. With `strict`, unused contents of the model's files
-    are an error. Raises UserError if the model cannot be loaded.
+    to the model. `dtype` is the number format of weights and activations; None means float32 or, for a run, the format
+    in its config. `tokenizer` replaces the tokenizer of the adapter or the model. If `strict`, contents of the model's
+    files that are not used raise an error. Raises UserError if the model cannot be loaded.
     """
     from infer import bundle
 
@@ -67,8 +67,8 @@ def load(
 
 
 def _tokenizer(named: str | Path | None, source: str) -> tokenizers.Tokenizer | Absent:
-    """Loads the tokenizer `named`, or else the tokenizer in `source`. A model without a tokenizer can still be loaded,
-    but works only with token ids."""
+    """Loads the tokenizer `named` or, if it is None, the tokenizer in `source`. A model without a tokenizer can still
+    be loaded, but works only with token ids."""
     try:
         return tokenizers.load(named or source)
     except NoTokenizer as error:
@@ -98,15 +98,15 @@ def load_many(
     rank_rows: int | None = None,
     strict: bool = False,
 ) -> LM:
-    """Loads a base model with several LoRA adapters from run folders and PEFT folders. Each prompt may choose one of
-    the adapters.
+    """Loads a base model with several LoRA adapters from run folders and PEFT folders. Each prompt can use a different
+    adapter.
 
     Each adapter uses the tokenizer and the chat template with which it was trained. If `name` is a run folder, the
-    run's base model is loaded, and quantized as in the run. `rank_rows` limits the sum of the ranks of the adapters on
-    the device. Other adapters stay in host memory. `strict` has the same meaning as in `load`. Raises UserError if the
+    run's base model is loaded, and quantized as in the run. `rank_rows` limits the total rank of the adapters on the
+    device; the other adapters stay in host memory. `strict` has the same meaning as in `load`. Raises UserError if the
     model or an adapter cannot be loaded.
     """
-    from infer.serve.store import RANK_ROWS, Store  # imported only here, since the module imports Pallas, which is slow
+    from infer.serve.store import RANK_ROWS, Store  # imported only here: it imports Pallas, which is slow
     from model import paged
 
     lm, paths = load(name, dtype=dtype, strict=strict), {n: _adapter(folder) for n, folder in folders.items()}
@@ -117,8 +117,7 @@ def load_many(
 
 
 def _own_tokenizers(folders: dict[str, Path], base: tokenizers.Tokenizer | Absent) -> dict:
-    """Returns {adapter: tokenizer} for the adapters that were trained with a different tokenizer than the base
-    model."""
+    """Returns {adapter: tokenizer} for the adapters whose tokenizer differs from that of the base model."""
     known, out = {}, {}
     for name, folder in folders.items():
         if not (source := _tokenizer_of(folder)):
@@ -145,8 +144,8 @@ def _adapted(path: Path, base: Params, specs: Specs, strict: bool) -> Params:
 
 
 def before_and_after(source: str | Path, base: str | Path = "") -> tuple[LM, Params]:
-    """Loads a tuned model with its adapters, and the plain parameters of its base model. `base` may be left out for a
-    run folder, whose config names the base model.
+    """Loads a tuned model with its adapters, and the parameters of its base model, dequantized. `base` may be left out
+    for a run folder, whose config names the base model.
 
     `source` is a run folder, a PEFT folder or a model. Raises UserError if the base model is not known.
     """
@@ -165,7 +164,7 @@ def before_and_after(source: str | Path, base: str | Path = "") -> tuple[LM, Par
 
 
 def open_model(name: str | Path, strict: bool = False) -> "Pretrained | Run":
-    """Opens a model: reads its shape, but not yet its weights. `strict` does not apply to run folders, since all of
+    """Opens a model: reads its config, but not yet its weights. `strict` does not apply to run folders, since all of
     their files are used."""
     path = Path(name).expanduser()
     return run_at(path) if is_run(path) else open_pretrained(str(name), strict)
@@ -227,8 +226,8 @@ class Run:
         return str(self.workdir / "tokenizer")
 
     def load(self, specs: Specs, shardings: Tree = None, dtype: str = "float32") -> Params:
-        """Loads plain parameters, with merged adapters and without a head, for another run whose `init` is this
-        folder."""
+        """Loads the parameters to initialize another run from this folder: dequantized, with adapters merged and the
+        head left out."""
         params = self.params(specs, shardings, dtype)
         params.pop("head", None)
         return jax.jit(lambda p: weights.dense(p, specs), out_shardings=shardings)(params)
@@ -236,8 +235,8 @@ class Run:
     def params(self, specs: Specs, shardings: Tree = None, dtype: str = "float32") -> Params:
         """Loads the parameters of the trained model, including adapters and quantized weights.
 
-        Frozen parameters are computed again from the config, as in training. Raises UserError if the frozen parameters
-        have changed.
+        Parameters that were frozen in training are computed again from the config. Raises UserError if they differ from
+        those in training.
         """
         transform = build.transform(self.cfg, specs)
         if self.cfg.quant.name:
@@ -251,13 +250,13 @@ class Run:
         return self.with_trained(policy)
 
     def _headed(self, policy: Params) -> Params:
-        """Adds the head of the run's training objective to the parameters, with initial values."""
+        """Adds the head that the run's training objective needs, if any, with its initial values."""
         name = methods.method("objective", self.cfg.objective.name).head
         return policy | {"head": heads.find(name)(self.config, jax.random.key(0))} if name else policy
 
     def with_trained(self, policy: Params) -> Params:
-        """Replaces the trained parameters in `policy`, the run's initial parameters, by their trained values. Raises
-        UserError if the frozen parameters differ from those in training."""
+        """Sets the trained parameters to their trained values in `policy`, which contains the run's initial parameters.
+        Raises UserError if the frozen parameters differ from those in training."""
         if self.cfg.peft.name:
             saved.check_base(self.saved, policy, self.workdir)
         return saved.put(self.saved, policy, self.workdir)

@@ -26,7 +26,7 @@ from model.weights import Params
 BYTES = 512 << 20  # maximum bytes of all caches that are kept
 RECENT = 64  # number of recent prompts with which new prompts are compared
 NODE = 64  # minimum tokens that a prefix must save; otherwise computing the prefix separately costs more than it saves
-WORTH = 512  # minimum tokens that the prefixes of a call must save in total, since prefixes need more programs
+WORTH = 512  # minimum tokens that all prefixes of a call must save together, since they need more compiled programs
 BUDGET = 4096  # maximum padded tokens of prompts that are computed together
 
 Serving = Callable[[Sequence[str | None], int], Params]  # (adapter of each row, number of rows) -> parameters
@@ -38,7 +38,7 @@ class Prompt(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """A cache of one row, whose last filled columns contain the first `length` tokens of a prompt."""
+    """A cache with one row. Its last filled columns contain the first `length` tokens of a prompt."""
 
     cache: Cache
     length: int
@@ -53,7 +53,7 @@ class Prefix(NamedTuple):
 
 
 class Prefixes:
-    """Keeps up to `limit` bytes of cached prefixes of one model, and drops the least recently used prefix first. This
+    """Keeps up to `limit` bytes of cached prefixes for one model. The least recently used prefix is dropped first. This
     class is not thread-safe."""
 
     def __init__(self, limit: int = BYTES):
@@ -81,8 +81,8 @@ class Prefixes:
 
 
 class Reader:
-    """Computes the caches of prompts. `kind` is the number format of the caches: "float", "int8" or "fp8". `stacked`
-    says whether the parameters of the layers are stacked."""
+    """Computes key-value caches for prompts. `kind` is the number format of the caches: "float", "int8" or "fp8".
+    `stacked` says whether the parameters of the layers are stacked."""
 
     def __init__(
         self, model: Transformer, serving: Serving, prefixes: Prefixes, kind: str = "float", stacked: bool = False
@@ -125,7 +125,7 @@ class Reader:
         return found
 
     def _missing(self, prompts: Sequence[Prompt], plans: Sequence[list[int]]) -> list[Prompt]:
-        """The shortest prefix in each plan that is not in the cache."""
+        """For each plan, the shortest prefix that is not cached yet."""
         found = {}
         for prompt, lengths in zip(prompts, plans, strict=True):
             parts = (Prompt(prompt.adapter, prompt.ids[:n]) for n in lengths)
@@ -134,8 +134,8 @@ class Reader:
         return list(found)
 
     def _longest(self, prompt: Prompt, without: int = 0) -> Prefix:
-        """The longest cached prefix of a prompt, not counting the last `without` tokens of the prompt. If no prefix is
-        cached, returns a cache that contains only the virtual tokens."""
+        """The longest cached prefix of a prompt that leaves out at least the last `without` tokens of the prompt. If no
+        prefix is cached, returns a cache that contains only the virtual tokens."""
         prompt = Prompt(prompt.adapter, prompt.ids[: len(prompt.ids) - without])
         if found := self.prefixes.longest(self.key, prompt):
             return found
@@ -157,7 +157,7 @@ class Reader:
         return empty._replace(index=jnp.int32(index))
 
     def begun(self, starts: Sequence[Prefix], rows: int, room: int) -> Cache:
-        """Makes a cache with the given prefixes in its first rows, and with `room` further columns."""
+        """Makes a cache with the given prefixes in its first rows, and with `room` empty columns after the prefixes."""
         columns = max(start.columns for start in starts)
         cache = self.ring(rows, columns + room, columns)
         for start in {id(start): start for start in starts if start.columns}.values():
@@ -173,8 +173,9 @@ class Reader:
     def extend(
         self, prompts: Sequence[Prompt], starts: Sequence[Prefix], rows: int, room: int = 0
     ) -> tuple[Array, Cache]:
-        """Computes prompts, starting from their cached prefixes. Returns the logits [rows,V] after each prompt, and the
-        cache, which has `room` further columns. If there are more rows than prompts, the last rows are padding."""
+        """Runs the model on prompts, starting from their cached prefixes. Returns the logits [rows,V] after each
+        prompt, and the cache, with `room` empty columns at its end. If there are more rows than prompts, the last rows
+        are padding."""
         params = self.serving([p.adapter for p in prompts], rows)
         rest = [p.ids[start.length :] for p, start in zip(prompts, starts, strict=True)]
         self.prefixes.computed += sum(map(len, rest))
@@ -201,7 +202,7 @@ def padded(rest: Sequence[Sequence[int]], starts: Sequence[int], rows: int) -> t
 
 def branches(prompts: Sequence[Prompt]) -> list[list[int]]:
     """Returns, for each prompt, the lengths of the prefixes that it shares with other prompts, in ascending order. The
-    lists are empty if the prefixes save too few tokens."""
+    lists are empty if the prefixes would save too few tokens."""
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i].adapter or "", prompts[i].ids))
     common = [_common(prompts[a], prompts[b]) for a, b in itertools.pairwise(order)]
     found: list[list[int]] = [[] for _ in prompts]
@@ -236,7 +237,7 @@ def _common(a: Prompt, b: Prompt) -> int:
 
 
 def filled(values: Sequence[int], size: int) -> np.ndarray:
-    """The values, padded with zeros to a given size."""
+    """Pads values with zeros to a given size."""
     return np.asarray([*values, *[0] * (size - len(values))], np.int32)
 
 
@@ -255,8 +256,8 @@ def insert(cache: Cache, part: Cache, rows: Array, sources: Array, count: int | 
 def _prefill(
     model: Transformer, params: Params, tokens: Array, positions: Array, segments: Array, ends: Array, cache: Cache
 ) -> tuple[Array, Cache]:
-    """Computes a slice of the prompts' tokens. Returns (hidden states [B,1,D] at the columns `ends` [B], clipped to the
-    columns of the slice; the updated cache)."""
+    """Runs the model on a slice of the prompts' tokens. Returns the hidden states [B,1,D] at the columns `ends` [B],
+    which are clipped to the slice, and the updated cache."""
     out = model.hidden(params, tokens, positions, segments, cache)
     at = jnp.clip(ends, 0, tokens.shape[1] - 1)
     return jnp.take_along_axis(out.x, at[:, None, None], axis=1), cast(Cache, out.cache)
