@@ -1,4 +1,4 @@
-"""Reads prompts from any source and samples answers to them, which people and judges compare."""
+"""Reads prompts from any data source and samples answers to them, for people or judge models to compare."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,8 +16,8 @@ ROWS = 16  # number of answers sampled at once
 
 
 def prompts(source: str) -> Iterator[tuple[str, Prompt, Json]]:
-    """Yields (position, prompt, record) for each row. In a row of a known format, the prompt is everything before the
-    answer.
+    """Yields (location, prompt, record) for each row. If the row has a known format, the prompt is everything before
+    the answer.
 
     Raises UserError for a row without a prompt.
     """
@@ -49,19 +49,21 @@ def _prompt(record: Json) -> Prompt:
 
 
 def references(record: Json) -> list[str] | None:
-    """The right answers in a record; None if no column has them."""
+    """Returns the correct answers in a record, or None if no column contains any."""
     column = next((name for name in rows.ANSWERS if record.get(name) not in (None, "")), "")
     return rows.references(record[column], column, listed=False) if column else None
 
 
 def items(source: str) -> list[Json]:
-    """Reads records {"prompt", "answers": [{"text", "model", ...}, ...]}. Raises UserError for any other record."""
+    """Reads records of the form {"prompt": ..., "answers": [{"text": ..., "model": ...}, ...]}. Raises UserError for
+    any other record."""
     found = []
     for where, prompt, record in prompts(source):
         said = messages.parsed(record.get("answers"))
         if not isinstance(said, list) or len(said) < 2 or not all(_is_answer(a) for a in said):
-            fix = "write them with tools.sample_pairs"
-            raise UserError('the column "answers" is not a list of two or more objects with "text"', where, fix)
+            fix = "write such records with tools.sample_pairs"
+            what = 'the column "answers" must be a list of two or more objects with the key "text"'
+            raise UserError(what, where, fix)
         found.append(record | {"prompt": prompt, "answers": [{"model": "unnamed"} | a for a in said]})
     if not found:
         raise UserError("there are no items", source)
@@ -73,14 +75,15 @@ def _is_answer(value: object) -> bool:
 
 
 def model(name: str) -> LM | Hosted:
-    """Loads a model, a run, a base with an adapter (BASE+FOLDER), or a hosted model by its name."""
+    """Loads a model by its name: a local model, a run folder, a base model with an adapter (BASE+FOLDER), or a hosted
+    model."""
     base, _, adapter = ("", "", "") if hosted.is_hosted(name) else name.partition("+")
     return hosted.load(base or name, adapter or None)
 
 
 def asked(prompt: Prompt, lm: LM | Hosted) -> Prompt:
-    """The prompt in the form that a model expects. If the model reads chats, a text becomes one turn, and a transcript
-    becomes its turns."""
+    """Converts the prompt to the form that a model expects. If the model expects chats, a plain text becomes one user
+    turn, and the text of a transcript is split into its turns."""
     if not isinstance(prompt, str) or (isinstance(lm, LM) and lm.tokenizer.chat_template is None):
         return prompt
     found = wrapped(Completion(prompt, "-"))
@@ -90,13 +93,14 @@ def asked(prompt: Prompt, lm: LM | Hosted) -> Prompt:
 def sample(
     lm: LM | Hosted, texts: Sequence[Prompt], count: int, *, max_new_tokens: int, seed: int, **knobs: float
 ) -> list[list[str]]:
-    """Samples `count` independent answers to each prompt. An answer depends only on its prompt, its number and the
-    seed."""
+    """Samples `count` independent answers to each prompt. Each answer depends only on the prompt, the seed, and its
+    index among the answers to this prompt."""
     out: list[list[str]] = []
     size = max(1, ROWS // count)
     for at in range(0, len(texts), size):
         rows = [asked(prompt, lm) for prompt in texts[at : at + size]]
-        filled = rows + rows[-1:] * (size - len(rows)) if isinstance(lm, LM) else rows  # pads, to compile fewer shapes
+        # Pad the last batch, so that fewer shapes are compiled.
+        filled = rows + rows[-1:] * (size - len(rows)) if isinstance(lm, LM) else rows
         flat = [prompt for prompt in filled for _ in range(count)]
         found = lm.generate(flat, max_new_tokens=max_new_tokens, seed=seed, **knobs)
         out += [found[i * count : (i + 1) * count] for i in range(len(rows))]

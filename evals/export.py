@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def export(name: str, folder: Path) -> dict[str, int]:
-    """Writes the files of a task atomically. Returns {path: number of records}."""
+    """Exports a task to files, each of which is written atomically. Returns {path: number of records}."""
     task, written = tasks.load(name), {}
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "validation", "heldout"):

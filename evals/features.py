@@ -1,4 +1,5 @@
-"""Computes features of answers for small reward models: a frozen model's hidden state at the end of each answer."""
+"""Computes the features on which small reward models are trained: a frozen model's hidden state at the end of each
+answer."""
 
 import io
 from collections.abc import Sequence
@@ -14,13 +15,13 @@ from evals.pairs import Pair
 from infer.embed import Embedder
 from infer.models import load
 
-LONGEST = 128  # maximum number of tokens that the model reads: the last ones of a prompt and its answer
+LONGEST = 128  # the model reads at most this many tokens, from the end of a prompt and its answer
 CHUNK = 64  # number of pairs whose features are stored in one file
 
 
 def differences(name: str, found: Sequence[Pair], folder: Path) -> np.ndarray:
-    """For each pair, the features of `chosen` minus the features of `rejected` [n,D], computed by the model `name`.
-    Every column is divided by its root mean square.
+    """Returns one row per pair [n,D]: the features of `chosen` minus those of `rejected`, as computed by the model
+    `name`. Every column is divided by its root mean square.
 
     The features are cached in `folder` for later calls.
     """
@@ -43,13 +44,13 @@ def differences(name: str, found: Sequence[Pair], folder: Path) -> np.ndarray:
 
 
 def predicted(name: str, found: Sequence[Pair], folds: int, folder: Path) -> np.ndarray:
-    """The predicted probability [n] that people prefer `chosen`. Each fold is predicted by a linear model that is
-    fitted to the other folds."""
+    """Returns the predicted probability [n] that people prefer `chosen`. The pairs of each fold are predicted by a
+    linear model that is fitted to the other folds."""
     x = differences(name, found, folder)
     return pairs.crossed(x, pairs.folds(found, folds), penalty(x))
 
 
 def penalty(x: np.ndarray) -> float:
-    """The L2 penalty for features x [n,D] of unit variance. As a prior on the weights, this penalty gives the predicted
-    log-odds unit variance, too."""
+    """Returns the L2 penalty for features x [n,D] of unit variance. It corresponds to a Gaussian prior on the weights
+    under which the predicted log-odds have unit variance as well."""
     return float(x.shape[1])

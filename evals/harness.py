@@ -16,9 +16,9 @@ Pair = tuple[list[int], list[int]]  # token ids of a context and of the continua
 
 
 class Adapter(TemplateLM):
-    """Gives lm-evaluation-harness the log-probabilities of continuations, and generated answers.
+    """Lets lm-evaluation-harness score continuations and generate answers with a model.
 
-    Contexts that are too long lose their first tokens, as in the harness's own models.
+    Contexts that are too long are truncated from the left, as in the harness's own models.
     """
 
     def __init__(self, lm: LM, name: str = "", rows: int = 16):
@@ -28,7 +28,7 @@ class Adapter(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """The model's name, by which the harness distinguishes cached requests."""
+        """The model's name, by which the harness separates its cached requests from those of other models."""
         return self.name
 
     @property

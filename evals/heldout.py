@@ -19,8 +19,8 @@ PASSAGE = 1000  # characters
 
 
 def bits_per_byte(model: Transformer, params: Params, batch: dict[str, Array], lengths: Array) -> Pair:
-    """Returns (bits, bytes), summed over the targets [B,T] of an lm batch. Bits per byte are comparable across
-    tokenizers.
+    """Returns (negative log-likelihood in bits, length in bytes), both summed over the targets [B,T] of a batch of kind
+    "lm". Bits per byte are comparable across tokenizers.
 
     `lengths` [V] comes from `byte_lengths`. Control tokens have no bytes and count in neither sum.
     """
@@ -32,16 +32,16 @@ def bits_per_byte(model: Transformer, params: Params, batch: dict[str, Array], l
 
 
 def byte_lengths(model: Transformer, tokenizer: Tokenizer) -> np.ndarray:
-    """The number of bytes of each token id [V]. V is the size of the model's vocabulary, which may be larger than the
-    tokenizer's."""
+    """Returns the number of bytes that each token id stands for [V]. V is the size of the model's vocabulary, which may
+    be larger than the tokenizer's."""
     lengths = np.zeros(model.config.vocab_size, np.int32)
     lengths[: tokenizer.vocab_size] = tokenizer.byte_lengths
     return lengths
 
 
 def text_loss(lm: LM, texts: list[str]) -> tuple[float, int]:
-    """Returns (sum of the loss in nats, number of tokens) of plain texts. If the loss per token is higher after tuning,
-    the model has forgotten."""
+    """Returns (total loss in nats, number of tokens) for plain texts. If the loss per token is higher after tuning than
+    before, the model has forgotten some of what it knew."""
     mean, tokens = lm.loss(texts)
     return mean * tokens, tokens
 
@@ -53,8 +53,8 @@ def passages(source: str, n: int) -> list[str]:
 
 
 def _passage(record: dict) -> str:
-    """A passage from the middle of a document. The passage begins at the start of a line; it is "" if the document is
-    too short."""
+    """Returns a passage from the middle of a document, beginning at the start of a line, or "" if the document is too
+    short."""
     text = record.get("text", "")
     at = text.find("\n", max(len(text) // 2 - PASSAGE, 0)) + 1
     return text[at : at + PASSAGE] if len(text) >= 2 * PASSAGE else ""

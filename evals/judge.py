@@ -1,4 +1,4 @@
-"""Asks a model to judge which of two answers is better, in both orders, or how good one answer is."""
+"""Asks a model which of two answers is better, showing them in both orders, or how good a single answer is."""
 
 import re
 from collections.abc import Sequence
@@ -40,9 +40,9 @@ CHUNK = 32  # number of questions that are scored at a time
 
 
 class Verdict(NamedTuple):
-    """`p` is the probability that the first answer is better, averaged over both orders. `votes` has the vote in the
-    given order and the vote in the swapped order: 1 for the first answer, -1 for the second, 0 for a tie or an
-    unreadable reply."""
+    """`p` is the probability that the first answer is better, averaged over both orders. `votes` holds two votes: one
+    with the answers shown in the given order, one with them swapped. A vote of 1 is for the answer that is first in the
+    given order, -1 for the other answer, and 0 for a tie or an unreadable reply."""
 
     p: float
     votes: tuple[int, int]
@@ -54,7 +54,7 @@ class Verdict(NamedTuple):
 
 
 class Judge:
-    """Judges answers with the model called `name`, which may be hosted."""
+    """Judges answers with the model `name`, which may be local or hosted."""
 
     def __init__(self, name: str, lm: LM | Hosted | None = None):
         self.name, self.lm, self.unread = name, lm or hosted.load(name), 0
@@ -72,7 +72,7 @@ class Judge:
         return [Verdict(float(chance[i]), (votes[i], -votes[n + i])) for i in range(n)]
 
     def rate(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-        """The expected grade of each answer, from 0 to 1."""
+        """Returns the judge's expected grade for each answer, rescaled to the range from 0 to 1."""
         texts = [
             SINGLE.format(prompt=pairs.text(prompt).strip(), answer=answer.strip())
             for prompt, answer in zip(prompts, answers, strict=True)
@@ -80,9 +80,9 @@ class Judge:
         return (self._read(texts, DIGITS) @ np.linspace(0, 1, len(DIGITS))).tolist()
 
     def _read(self, texts: Sequence[str], options: str) -> np.ndarray:
-        """The probability of each option as the reply to each text [n,options]. A hosted judge gives a single reply,
-        and the option in this reply gets probability 1. If the reply names no option, all options get the same
-        probability."""
+        """Returns the probability [n,options] that the judge replies to each text with each option. A hosted judge
+        gives a single reply, and the option in this reply gets probability 1. If the reply names no option, all options
+        get the same probability."""
         if isinstance(self.lm, Hosted):
             replies = self.lm.generate([[{"role": "user", "content": t}] for t in texts], max_new_tokens=ROOM)
             found = [re.search(rf"\b[{options}]\b", reply) for reply in replies]
@@ -109,10 +109,10 @@ def _votes(p: np.ndarray) -> list[int]:
 
 
 def bias(verdicts: Sequence[Verdict]) -> tuple[float | None, float]:
-    """Returns (share of non-tied votes that are for the answer shown first, share of pairs on which the two orders
-    disagree).
+    """Returns (share of non-tied votes that are for the answer shown first, share of pairs whose votes differ between
+    the two orders).
 
-    Without position bias, the first share is one half. The first share is None if all votes are ties."""
+    If the judge has no position bias, the first share is one half. The first share is None if all votes are ties."""
     shown = [vote for v in verdicts for vote in (v.votes[0], -v.votes[1]) if vote]
     first = sum(vote > 0 for vote in shown) / len(shown) if shown else None
     return first, sum(v.votes[0] != v.votes[1] for v in verdicts) / len(verdicts)

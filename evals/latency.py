@@ -1,4 +1,4 @@
-"""Measures the seconds per request when requests come one at a time."""
+"""Measures latency: the seconds per request when requests are sent one at a time."""
 
 import time
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from common.types import Json
 
 
 def measure(one: Callable[[int], object], n: int, compiled: bool) -> Json:
-    """Returns percentiles of the seconds that the calls `one(i)` take, for i < n. If `compiled`, each call is first
-    made once untimed, so that compilation does not count."""
+    """Times the calls `one(i)` for all i < n, and returns percentiles of the seconds per call. If `compiled` is True,
+    each call is first made once without timing it, so that compilation does not count."""
     seconds = []
     for i in range(n):
         if compiled:

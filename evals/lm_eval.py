@@ -1,10 +1,11 @@
-"""Runs tasks of lm-evaluation-harness (EleutherAI) on a model: `pip install --no-deps -r requirements/lm_eval.txt`.
+"""Evaluates a model on tasks of EleutherAI's lm-evaluation-harness.
 
     python -m evals.lm_eval --model=NAME_OR_RUN --tasks=NAME,... [--include=FOLDER] [--shots=N] [--limit=N] [--chat]
                             [--adapter=RUN] [--rows=16] [--out=FILE.json]
 
-Prints the harness's table of results, and writes the results to --out. `--include` is a folder with task files of your
-own, which may read rows from local files. `--chat` formats the questions with the model's chat template.
+Install the harness with `pip install --no-deps -r requirements/lm_eval.txt`. The command prints the harness's table of
+results, and writes the results to `--out`. `--include` is a folder with task files of your own, which may read rows
+from local files. `--chat` formats the questions with the model's chat template.
 """
 
 import sys
@@ -31,13 +32,14 @@ def main(argv: list[str]) -> int | None:
 
         from evals.harness import Adapter
     except ImportError as e:
-        what = f"lm-evaluation-harness is needed, and {e.name} is not installed"
+        what = f"lm-evaluation-harness is required, but {e.name} is not installed"
         raise UserError(what, "evals.lm_eval", "pip install --no-deps -r requirements/lm_eval.txt") from None
     from infer.models import load
 
     tasks = TaskManager(include_path=args.include or None)
     if unknown := [name for name in args.tasks if not tasks.match_tasks([name])]:
-        raise UserError(f"no task {unknown[0]!r}", "--tasks", "a name of the harness, or of a file of --include")
+        fix = "name a task of the harness, or of a file in the folder --include"
+        raise UserError(f"no task {unknown[0]!r}", "--tasks", fix)
     lm = Adapter(load(args.model, adapter=args.adapter or None), args.model, args.rows)
     found = evaluator.simple_evaluate(
         lm,

@@ -5,21 +5,23 @@
                          [--pick=random] [--instructions=FILE] [--cite] [--split=heldout]
                          [--text=pydocs] [--passages=16] [--latency=0] [--out=FOLDER] [--strict]
 
-Prints a table and appends one line of JSON per result to FOLDER/evals.jsonl. If the model or the adapter is a run,
-FOLDER defaults to the run's folder. `--text` names a data source to measure the loss on; if this loss rises after
-tuning, the rise measures forgetting. `--against` names a folder or a .jsonl file of earlier results, with which the new
-results are compared row by row if both are on the same rows. `--model=openai:URL#MODEL?in=0.15&out=0.6` asks an
-OpenAI-compatible endpoint; the options are its prices in dollars per million tokens of prompts and answers. The API key
-is read from the environment variable OPENAI_API_KEY. `--contamination` names training data (a source, a run or a token
-cache): rows that occur in it are listed and scored separately. `--latency=20` also asks 20 questions one at a time,
-after compilation, to measure the time per request.
+Prints a table and appends one line of JSON per result to FOLDER/evals.jsonl. If the model or adapter is given as a run
+folder, FOLDER defaults to that folder. `--text` names a data source on which to measure the loss. A loss that is higher
+after tuning than before shows how much the model has forgotten. `--against` names a folder or a .jsonl file with
+earlier results on the same rows; the new results are compared with them row by row.
+`--model=openai:URL#MODEL?in=0.15&out=0.6` asks an OpenAI-compatible endpoint; `in` and `out` are its prices in dollars
+per million prompt tokens and per million answer tokens. The API key is read from the environment variable
+OPENAI_API_KEY. `--contamination` names training data (a data source, a run folder or a token cache): task rows that
+occur in it are listed, and are also scored separately. `--latency=20` also asks 20 questions one at a time, after
+compilation, to measure the time per request.
 
-The following options set how questions are asked; every combination is scored. `--shots`: numbers of solved examples in
-the prompt, or "full" for as many as fit. `--pick`: how these examples are chosen from the training rows: random for
-each question, fixed, diverse, or nearest to the question. `--instructions`: "builtin", or a file with one system
-message per line, in which {} stands for the task's own system message. `--index`: an index of documents (tools.index);
-its k best chunks for a question are put before the question. With `--cite` answers also name the chunks that they rely
-on; these citations are not scored. To choose one of these prompting setups, use `--split=validation`, so that test rows
+The following options define how questions are asked; every combination of their values is scored. `--shots`: how many
+solved examples the prompt contains, or "full" for as many as fit. `--pick`: how these examples are chosen from the
+training rows: `random` (drawn anew for each question), `fixed` (the same for all questions), `diverse`, or `nearest`
+(the most similar to the question). `--instructions`: "builtin", or a file with one system message per line, in which {}
+stands for the task's own system message. `--index`: an index of documents (tools.index); the `--k` chunks that match a
+question best are put before it. With `--cite`, the model is also asked to name the chunks that its answers rely on;
+these citations are not scored. To compare prompting setups and choose one, use `--split=validation`, so that test rows
 do not influence the choice.
 """
 
@@ -41,14 +43,16 @@ if TYPE_CHECKING:
     from infer.hosted import Hosted
     from infer.lm import LM
 
-SURE = 0.1  # an interval with a larger half-width causes a warning, with the number of rows needed for SURE / 2
+# Confidence intervals with a larger half-width cause a warning, which names the number of rows needed for SURE / 2.
+SURE = 0.1
 
 
 @cli.command
 def main(argv: list[str]) -> int | None:
     from evals import rows
 
-    parser = cli.Parser("evals.main", f"{__doc__}\nTasks are files in evals/tasks, or files of rows. {rows.__doc__}")
+    about = "A task is a file in evals/tasks, or a data file with one question and its answer per row."
+    parser = cli.Parser("evals.main", f"{__doc__}\n{about} {rows.__doc__}")
     parser.add_argument("--model", required=True)
     for name in ("adapter", "against", "index", "instructions", "text", "out"):
         parser.add_argument(f"--{name}", default="")
@@ -59,18 +63,18 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--split", default="heldout", choices=("heldout", "validation"))
     for name, default in dict(n=100, seed=0, passages=16, batch_size=16, k=3, latency=0).items():
         parser.add_argument(f"--{name}", default=default, type=cli.count)
-    parser.add_argument("--cite", action="store_true", help="answers are to name the passages that they rest on")
-    parser.add_argument("--strict", action="store_true", help="unused contents of the files are an error")
+    parser.add_argument("--cite", action="store_true", help="ask for the passages that the answers rely on")
+    parser.add_argument("--strict", action="store_true", help="fail if the model's files have unused contents")
     run(parser.parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> list[dict]:
-    """Runs the evaluations of a command line; writes and prints the results."""
+    """Runs the evaluations that the command line asks for, and writes and prints the results."""
     if not (args.tasks or args.text):
         raise UserError("--tasks or --text is required", "evals.main", "see --help")
     from evals import task
 
-    tasks = task.named(args.tasks)  # errors in a task are reported before the model is read
+    tasks = task.named(args.tasks)  # report errors in a task before loading the model
     for name, found in tasks.items():
         for note in found.notes:
             print(f"{name}: {note}")
@@ -78,7 +82,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     from infer import hosted
 
     if hosted.is_hosted(args.model) and (args.text or args.contamination):
-        what = "endpoints give no log-probabilities of texts, and no tokenizer"
+        what = "endpoints provide neither log-probabilities of texts nor a tokenizer"
         raise UserError(what, args.model, "leave out --text and --contamination")
     start = time.perf_counter()
     lm = hosted.load(args.model, args.adapter or None, strict=args.strict)
@@ -148,11 +152,11 @@ def _gas(seconds: float, flops: float) -> gas.Gas:
     return gas.line([{"event": "session", "devices": devices}, {"seconds": {"eval": seconds}, "flops": flops}], {})
 
 
-# --- rows that training has read ---
+# --- contamination ---
 
 
 def _contaminated(name: str, task: "Task", trained: list[str], split: str, lm: "LM") -> dict[str, str]:
-    """Returns {row: position of a training text that contains the row}, and prints one line per source of training
+    """Returns {row: location of a training text that contains the row}, and prints one line per source of training
     data."""
     from evals import overlap
 
@@ -200,8 +204,8 @@ def _folder(args: argparse.Namespace) -> Path | None:
 
 
 def _step(name: str) -> Json:
-    """Returns {"step": S} if the model is a run, where S is the step of the newest checkpoint, whose weights are
-    scored. Returns {} for other models."""
+    """Returns {"step": S} if the model is a run folder, or {} for other models. S is the step of the newest checkpoint,
+    which is the one that is scored."""
     from model.io import saved
 
     steps = saved.steps(Path(name) / "ckpt")
@@ -261,10 +265,10 @@ def show(results: list[Json]) -> None:
 
 
 def _remarks(r: Json) -> Iterator[str]:
-    """Remarks on a result: its score without length normalization, the most frequent answers, an interval that is too
-    wide."""
+    """Yields remarks on a result, such as its score without length normalization, its most frequent answers, or a
+    warning that its interval is too wide."""
     if r["by_sum"] is not None:
-        by_sum = f"by the whole log-likelihood the score is {r['by_sum']:.3f}"
+        by_sum = f"by total log-likelihood, the score would be {r['by_sum']:.3f}"
         yield f"the options are ranked by log-likelihood per byte; {by_sum}"
     if r["latency"]:
         times = (f"{r['latency'][key]:.2f} s ({key})" for key in ("p50", "p95"))
@@ -274,11 +278,11 @@ def _remarks(r: Json) -> Iterator[str]:
     yield f"most frequent answers: {each}" if often else f"all {r['n']} answers differ"
     if s := r["support"]:
         share = lambda name: percent(s[name])
-        held = f"the right answer for {share('retrieved')} of the questions, and {share('grounded')} of the model's"
-        yield f"the passages hold {held}"
-        yield f"{share('cites')} of the answers cite a passage, {share('cited')} one that holds the right answer"
+        right = f"the right answer to {share('retrieved')} of the questions"
+        yield f"the passages contain {right}, and {share('grounded')} of the model's answers"
+        yield f"{share('cites')} of the answers cite a passage; {share('cited')} cite one with the right answer"
         yield f"exact match {s['exact']:.3f}, token F1 {s['f1']:.3f}"
-        yield f"{s['injections']} of {s['passages']:,} passages read as instructions"
+        yield f"{s['injections']} of {s['passages']:,} passages read like instructions to the model"
     if line := _unsure(r):
         yield line
 
@@ -295,11 +299,11 @@ def _unsure(r: Json) -> str:
     """Returns a warning that the score's interval is too wide, with the number of rows needed for a half-width of SURE
     / 2. Returns "" if the interval is narrow enough."""
     if None in (r["low"], r["high"]):
-        return "one row is not enough for an interval"
+        return "one row is not enough for a confidence interval"
     if (half := (r["high"] - r["low"]) / 2) <= SURE:
         return ""
-    needed = 0.25 * (2 * stats.Z / SURE) ** 2  # number of rows if the mean is 0.5, where the interval is widest
-    off = f"the score may be off by {100 * half:.0f} points; {needed:.0f} rows make that {50 * SURE:.0f}"
+    needed = 0.25 * (2 * stats.Z / SURE) ** 2  # rows needed if the mean is 0.5, where the interval is widest
+    off = f"the score may be off by {100 * half:.0f} points, but with {needed:.0f} rows by at most {50 * SURE:.0f}"
     return f"{r['n']} rows are too few: {off}"
 
 

@@ -15,11 +15,13 @@ from data.text.tokenizer import Tokenizer
 from evals.scorers import WORD
 
 NGRAM = 13  # number of consecutive words that must match, as in Brown et al. 2020, appendix C
-LEAST = 8  # minimum number of words in a question; a shorter question must match together with its answer
-FORM, FEW, SHARE = 5, 3, 0.05  # FORM consecutive words are boilerplate if more than FEW and SHARE of all rows have them
+LEAST = 8  # a question with fewer words must match together with its answer
+# FORM consecutive words are boilerplate if they occur in more than FEW rows and in more than SHARE of all rows.
+FORM, FEW, SHARE = 5, 3, 0.05
 SHINGLE, JACCARD = 3, 0.8  # words per shingle, and the minimum Jaccard similarity of near-duplicates
-HASHES, BAND = 96, 4  # MinHash in bands of 4 hashes: two rows of similarity 0.8 share a band with probability 1 - 5e-6
-MOST = 20_000  # maximum number of rows that are compared, spread evenly over all rows
+# MinHash with 96 hashes in bands of 4: two rows of similarity 0.8 agree on a band with probability 1 - 3e-6.
+HASHES, BAND = 96, 4
+MOST = 20_000  # at most this many rows, spread evenly over all rows, are compared
 SHOWN = 3  # maximum number of pairs or rows that a message names
 BLOCK = 1 << 18  # number of words that are searched at a time
 MIX = np.uint64(0x9E3779B97F4A7C15)  # an odd number, so that multiplication by it modulo 2^64 is invertible
@@ -42,7 +44,7 @@ def asked(prompt: Prompt) -> str:
 
 
 def across(parts: Mapping[str, Rows]) -> list[str]:
-    """Messages about rows of one split that are near-duplicates of rows in another split."""
+    """Returns messages about rows of one split that are near-duplicates of rows in another split."""
     lines, total = [], sum(map(len, parts.values()))
     stride = max(1, -(-total // MOST))
     rows = [(name, row) for name, part in parts.items() for row in part[::stride]]
@@ -57,10 +59,11 @@ def across(parts: Mapping[str, Rows]) -> list[str]:
 
 
 def near(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Indices (i, j), with i < j, of texts whose sets of word shingles have a Jaccard similarity of JACCARD or more.
+    """Returns the indices (i, j), with i < j, of pairs of texts whose sets of word shingles have a Jaccard similarity
+    of JACCARD or more.
 
-    Candidate pairs are found by banded MinHash (Broder 1997), and then their exact similarity is computed. Among many
-    equal texts, only consecutive texts are paired.
+    Candidate pairs are found by banded MinHash (Broder 1997), and then their exact similarity is computed. Of several
+    identical texts, each is paired only with the next one.
     """
     sets = [shingles(text) for text in texts]
     counts = Counter(gram for found in sets for gram in found)
@@ -87,11 +90,11 @@ def shingles(text: str) -> set[int]:
 
 
 def seen(rows: Sequence[tuple[str, str]], source: str, tokenizer: Tokenizer) -> dict[int, str]:
-    """Finds rows (question, answer) that occur in the texts of a source. Returns {index of a row: position of the first
+    """Finds rows (question, answer) that occur in the texts of a source. Returns {index of a row: location of the first
     text that contains the row}.
 
     A text contains a row if it contains NGRAM consecutive words of the row's question, or all words of a shorter
-    question. Words that many rows have in common, such as an instruction, are left out of the questions. If fewer than
+    question. Phrases that many rows share, such as an instruction, are first removed from the questions. If fewer than
     LEAST consecutive words remain, the text must contain the whole question followed by its answer. `source` is a data
     source, a run folder or a token cache.
     """
@@ -115,8 +118,8 @@ def seen(rows: Sequence[tuple[str, str]], source: str, tokenizer: Tokenizer) -> 
 
 
 def _own(rows: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """For each row, the sequences of words that remain after removing boilerplate, which is any FORM consecutive words
-    that many rows share."""
+    """Yields, for each row, the word sequences that remain after removing boilerplate. Any FORM consecutive words that
+    occur in many rows are boilerplate."""
     grams = [_rolling(ids, FORM) for ids in rows]
     found, counts = np.unique(np.concatenate([np.unique(g) for g in grams]), return_counts=True)
     form = found[counts > max(FEW, SHARE * len(rows))]
@@ -129,8 +132,8 @@ def _own(rows: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
 
 
 def _blocks(texts: Iterator[tuple[str, str]]) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
-    """Yields (hashes of words, index of the first word of each text, position of each text) for blocks of many texts. A
-    hash of 0 separates two texts."""
+    """Groups the texts into blocks, and yields (word hashes, index of each text's first word, location of each text)
+    per block. A hash of 0 separates two texts."""
     parts, places, size = [], [], 0
     starts = lambda: np.cumsum([0, *(len(ids) + 1 for ids in parts[::2])])[:-1]
     for where, text in texts:
@@ -151,7 +154,7 @@ def _ids(found: list[str]) -> np.ndarray:
 
 
 def _rolling(ids: np.ndarray, size: int) -> np.ndarray:
-    """A hash, modulo 2^64, of every `size` consecutive words: an array [max(0, N - size + 1)]."""
+    """Hashes every window of `size` consecutive words, modulo 2^64. Returns an array [max(0, N - size + 1)]."""
     total = np.zeros(max(0, len(ids) - size + 1), np.uint64)
     for i in range(size):
         total = (total ^ (total >> np.uint64(29))) * MIX + ids[i : i + len(total)]
@@ -170,8 +173,8 @@ def _texts(source: str, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
 
 
 def _records(source: str, form: str, fields: str) -> Iterator[tuple[str, str]]:
-    """Yields the position and the text of each record. For a record that training cannot read, the text is all of the
-    record's strings."""
+    """Yields the location and the text of each record. For a record that training cannot read, the text consists of all
+    strings in the record."""
     for row in sources.rows(source):
         try:
             parts = formats.example(row.record or {}, form, formats.parse_fields(fields)).parts()
@@ -183,7 +186,7 @@ def _records(source: str, form: str, fields: str) -> Iterator[tuple[str, str]]:
 def _cached(folder: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
     stored = cache.read(folder)
     if stored.index.get("tokenizer") != tokenizer.fingerprint:
-        fix = "name the data that it was made from, or the run"
+        fix = "name the data from which the cache was made, or the run folder"
         raise UserError("the token cache was made with another tokenizer", str(folder), fix)
     for i, (start, end) in enumerate(zip(stored.offsets, stored.offsets[1:])):
         yield f"{folder}, document {i}", tokenizer.decode(stored.tokens[start:end].tolist())

@@ -1,4 +1,5 @@
-"""Compares two results on the same rows: the difference of their means, its interval and its significance."""
+"""Compares two results on the same rows: computes the difference of their means, its confidence interval and its
+p-value."""
 
 import math
 from collections.abc import Sequence
@@ -36,10 +37,10 @@ class Paired(NamedTuple):
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Paired:
-    """Compares scores of the same rows in the same order.
+    """Compares the scores of two models on the same rows, given in the same order.
 
-    If all scores are 0 or 1, McNemar's exact test and Newcombe's interval of paired proportions are used; otherwise
-    percentiles of a bootstrap over rows are used.
+    If all scores are 0 or 1, McNemar's exact test and Newcombe's interval for paired proportions are used; otherwise, a
+    percentile bootstrap over rows is used.
     """
     a, b = np.asarray(ours, float), np.asarray(theirs, float)
     wins, losses = int((a > b).sum()), int((a < b).sum())
@@ -53,8 +54,9 @@ def compare(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Pa
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """The two-sided p-value from the rows on which only one of two models is right. Under the null hypothesis, each
-    model is equally likely to be the one that is right on a row."""
+    """Returns the two-sided p-value of McNemar's exact test, which uses only the rows on which exactly one of two
+    models is right. Under the null hypothesis, either model is equally likely to be the one that is right on such a
+    row."""
     n, ways, total = wins + losses, 1, 0
     for k in range(min(wins, losses) + 1):
         total, ways = total + ways, ways * (n - k) // (k + 1)  # exact binomial coefficients
@@ -62,9 +64,9 @@ def mcnemar(wins: int, losses: int) -> float:
 
 
 def newcombe(both: int, first: int, second: int, neither: int) -> tuple[float, float]:
-    """The 95 % interval of the difference of two paired proportions (Newcombe 1998, Statistics in Medicine 17, 2635,
-    method 10). The arguments are the numbers of rows that both models, only the first, only the second, and neither got
-    right."""
+    """Returns the 95 % confidence interval for the difference between two paired proportions (Newcombe 1998, Statistics
+    in Medicine 17, 2635, method 10). The arguments count the rows that both models, only the first, only the second, or
+    neither of them got right."""
     n = both + first + second + neither
     p, q = (both + first) / n, (both + second) / n
     (p_low, p_high), (q_low, q_high) = wilson(p, n), wilson(q, n)
@@ -79,8 +81,9 @@ def newcombe(both: int, first: int, second: int, neither: int) -> tuple[float, f
 
 
 def bootstrap(differences: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """Returns (low, high, p) for the mean of differences [n]. `low` and `high` are percentiles over DRAWS samples of
-    rows. `p` is the two-sided p-value that the samples give for a mean of 0, but at least 1 / DRAWS."""
+    """Returns (low, high, p) for the mean of `differences` [n]. [low, high] is the 95 % percentile interval over DRAWS
+    bootstrap samples of the rows. `p` is the two-sided p-value of a mean of 0, estimated from these samples; it is at
+    least 1 / DRAWS."""
     rng, n = np.random.default_rng(seed), len(differences)
     size = max(1, BLOCK // n)
     blocks = [min(size, DRAWS - at) for at in range(0, DRAWS, size)]
@@ -102,27 +105,28 @@ def results(path: str | Path) -> list[Json]:
     if not lines:
         raise UserError("there are no task results", str(path), "name a folder or .jsonl written by evals.main")
     if not (whole := [line for line in lines if "rows" in line]):
-        raise UserError("the results do not record their rows", str(path), "score again with this version")
+        raise UserError("the results do not record their rows", str(path), "score again with this version of Kungfu")
     keys = ("task_hash", "split", "n", "seed", "shots", "context", "index", "model", "adapter")
     return list({tuple(str(x.get(k)) for k in keys): x for x in whole}.values())
 
 
 def asked(result: Json) -> str:
-    """The prompting setup of a result, in words. Results of earlier versions of Kungfu have only `shots` and
-    `index`."""
+    """Describes the prompting setup of a result in words. Results from earlier versions of Kungfu record only `shots`
+    and `index`."""
     parts = [f"{result['shots']}-shot"] * bool(result.get("shots")) + ["retrieval"] * bool(result.get("index"))
     return result.get("asked") or ", ".join(parts) or "zero-shot"
 
 
 def fitting(task: str, task_hash: str, rows: Sequence[str], others: Sequence[Json], source: str) -> list[Json]:
-    """The earlier results on the same rows with the same scoring. Raises UserError if there are no such results."""
+    """Returns the earlier results on the same rows with the same scoring. Raises UserError if there are none."""
     ours = {"task_hash": task_hash, "rows": list(rows)}
     if found := [x for x in others if alike(ours, x)]:
         return found
     same = [x for x in others if x["task"] == task]
     if not same:
         known = ", ".join(sorted({x["task"] for x in others}))
-        raise UserError(f"there is no result of {task}, only of {known}", source, "score it on this task, too")
+        what = f"there is no result for the task {task}, only for {known}"
+        raise UserError(what, source, "score that model on this task, too")
     rescored = all(x["task_hash"] != task_hash for x in same)
     why = "the file or the scorer has changed" if rescored else "other rows were drawn"
     drawn = f"n={same[-1]['n']}, seed={same[-1]['seed']}, scorer {same[-1].get('scorer') or 'of the task'}"

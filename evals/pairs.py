@@ -27,18 +27,18 @@ class Pair(NamedTuple):
 
     @property
     def key(self) -> int:
-        """A hash of the prompt, so that pairs with equal prompts are in the same fold."""
+        """A hash of the prompt. It determines the fold, so that pairs with equal prompts are in the same fold."""
         return splits.key(text(self.prompt))
 
 
 def text(prompt: Prompt) -> str:
-    """Converts a prompt to one text, with the role before each turn."""
+    """Converts a prompt to plain text, with the speaker's role before each turn."""
     return prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role'].title()}: {m['content']}" for m in prompt)
 
 
 def read(source: str) -> list[Pair]:
-    """Reads pairs from a source, whose rows are preferences or rankings. Rows with the same prompt and the same two
-    answers become one pair with several people's votes. Raises UserError for any other row."""
+    """Reads pairs from a data source whose rows are preferences or rankings. Rows with the same prompt and the same two
+    answers are merged into one pair with several people's votes. Raises UserError for rows of any other kind."""
     found: dict[tuple[str, str, str], Pair] = {}
     for row in sources.rows(source):
         if row.record is None:
@@ -46,7 +46,7 @@ def read(source: str) -> list[Pair]:
         try:
             pairs = _pairs(row.record)
         except UserError as e:
-            raise UserError(f"the row is not a preference or a ranking: {e.what}", row.where, e.fix) from None
+            raise UserError(f"the row is neither a preference nor a ranking: {e.what}", row.where, e.fix) from None
         for pair in pairs:
             asked = text(pair.prompt)
             same, other = (asked, pair.chosen, pair.rejected), (asked, pair.rejected, pair.chosen)
@@ -66,7 +66,7 @@ def _pairs(record: Json) -> list[Pair]:
         values = found.values if found.column == "rating" else [-v for v in found.values]
         order = sorted(zip(values, found.answers, strict=True), key=lambda x: -x[0])
         return [_pair(a, b, int(u > v)) for i, (u, a) in enumerate(order) for v, b in order[i + 1 :]]
-    raise UserError(f"a {found.kind} record has no two answers to a prompt")
+    raise UserError(f"a {found.kind} record does not contain two answers to a prompt")
 
 
 def _pair(better: Completion | Chat, worse: Completion | Chat, vote: int) -> Pair:
@@ -100,8 +100,8 @@ def agreement(pairs: Iterable[Pair]) -> list[float]:
 
 
 def ceiling(agreed: float) -> float:
-    """The highest accuracy on single votes that any predictor can be expected to reach, if two people agree with
-    probability `agreed` and err independently.
+    """Returns the highest accuracy that any predictor can be expected to reach on single votes, given that two people
+    agree with probability `agreed` and err independently.
 
     If people err with probability e, then agreed = (1 - e)^2 + e^2, and a predictor that always knows the better answer
     agrees with a single vote with probability 1 - e.
@@ -110,11 +110,11 @@ def ceiling(agreed: float) -> float:
 
 
 def folds(pairs: Sequence[Pair], count: int) -> np.ndarray:
-    """The fold [n] of each pair, computed from the pair's prompt."""
+    """Returns the fold [n] of each pair, which depends only on the pair's prompt."""
     return np.array([pair.key % count for pair in pairs])
 
 
-# --- predictors: they return probabilities [n] that people prefer `chosen`, where 0.5 is a tie ---
+# --- predictors: each returns the probabilities [n] that people prefer `chosen`; 0.5 means a tie ---
 
 
 def longest(pairs: Sequence[Pair]) -> np.ndarray:
@@ -123,8 +123,8 @@ def longest(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def words(texts: Sequence[str], least: int = 2) -> sparse.csr_matrix:
-    """A matrix [texts, words] with the square root of each word's count in each text. The columns of the matrix are the
-    words, and the pairs of consecutive words, that occur in at least `least` texts."""
+    """Returns a matrix [texts, words] with the square root of each word's count in each text. It has one column for
+    each word, and for each pair of consecutive words, that occurs in at least `least` texts."""
     found = [_grams(text) for text in texts]
     often: dict[str, int] = {}
     for grams in found:
@@ -150,8 +150,8 @@ def bag_of_words(pairs: Sequence[Pair], count: int = 5, l2: float = 10.0) -> np.
 
 
 def crossed(x: np.ndarray | sparse.csr_matrix, fold: np.ndarray, l2: float) -> np.ndarray:
-    """Predicts probabilities [n] from differences of features x [n,D]. Each fold is predicted by a `logistic` model
-    that is fitted to the other folds."""
+    """Predicts the probabilities [n] that people prefer `chosen` from x [n,D], the features of `chosen` minus those of
+    `rejected`. Each fold is predicted by a `logistic` model that is fitted to the other folds."""
     out = np.full(x.shape[0], 0.5)
     for k in np.unique(fold):
         if (fold != k).any():
@@ -162,8 +162,8 @@ def crossed(x: np.ndarray | sparse.csr_matrix, fold: np.ndarray, l2: float) -> n
 def logistic(
     x: np.ndarray | sparse.csr_matrix, sign: np.ndarray | None = None, l2: float = 1.0, start: np.ndarray | None = None
 ) -> np.ndarray:
-    """Fits a Bradley-Terry model to differences of features x [n,D]: returns the weights w [D] that minimize sum log(1
-    + exp(-sign x w)) + l2/2 |w|^2."""
+    """Fits a Bradley-Terry model to feature differences x [n,D]: returns the weights w [D] that minimize sum log(1 +
+    exp(-sign x w)) + l2/2 |w|^2."""
     sign = np.ones(x.shape[0]) if sign is None else sign
 
     def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
@@ -179,6 +179,6 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def correct(p: np.ndarray) -> list[float]:
-    """Scores probabilities p that people prefer `chosen`: 1 if p is above one half, 0 if p is below, 0.5 if p is one
-    half."""
+    """Scores predictions p, the probabilities that people prefer `chosen`: 1 if p is above one half, 0 if p is below
+    one half, and 0.5 if p is one half."""
     return [0.5 + 0.5 * float(np.sign(round(float(x) - 0.5, 9))) for x in p]

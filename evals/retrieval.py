@@ -1,4 +1,4 @@
-"""Measures how well a ranking finds the relevant documents for a question: recall, reciprocal rank, discounted gain."""
+"""Measures how well a ranking finds the relevant documents for a question: recall, reciprocal rank, nDCG."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,5 +1,5 @@
-"""Computes rewards, numbers that say how good an answer is, for best-of-n and for policy learning. A reward is
-specified as
+"""Computes rewards, numbers that say how good an answer is, for best-of-n sampling and for on-policy training. A reward
+is specified as
 
     PART[,PART ...]      each PART is [WEIGHT*]KIND:NAME, for example 0.8*model:runs/reward,0.2*rule:length?most=100
 
@@ -7,11 +7,11 @@ KIND is one of these:
 `scorer`   A file in evals/scorers, which compares the answer with the row's `answer` or `references`.
 `model`    A reward model: a run, or an exported folder.
 `judge`    A model that grades the answer from 0 to 1; openai:URL#MODEL is a hosted model.
-`rule`     The rule length?most=N gives 1 up to N words, falling to 0 at 2N. The rule unrepeated gives the share of
-           distinct 4-grams of words. The rule ends gives 1 if the answer ends with a full stop, a question mark or an
-           exclamation mark.
-A KIND can also be a module of yours in the current folder: MODULE:FUNCTION is called as
-function(prompts, answers, rows) and returns a number for each answer.
+`rule`     A fixed rule. `length?most=N` gives 1 to answers of up to N words, and less to longer ones: 0 from 2N words
+           on. `unrepeated` gives the share of an answer's 4-grams of words that are distinct. `ends` gives 1 to answers
+           that end with a period, a question mark or an exclamation mark, and 0 to others.
+Instead of KIND:NAME, you can write MODULE:FUNCTION to use a module of your own in the current folder. The function is
+called as function(prompts, answers, rows) and returns one number per answer.
 """
 
 import importlib
@@ -30,7 +30,7 @@ from evals.rows import ANSWERS
 from evals.task import Prompt
 
 Rewards = Callable[[Sequence[Prompt], Sequence[str], Sequence[Json]], list[float]]
-BATCH = 64  # number of answers per call of a part
+BATCH = 64  # maximum number of answers that are scored at once
 
 
 def load(spec: str) -> Rewards:
@@ -57,7 +57,7 @@ def _checked(name: str, values: Any, expected: int) -> list[float]:
     except (TypeError, ValueError) as error:
         raise UserError(f"the rewards are not numbers: {reason(error)}", name) from None
     if len(found) != expected or not all(map(math.isfinite, found)):
-        raise UserError(f"{len(found)} rewards for {expected} answers, or one that is not finite", name)
+        raise UserError(f"{len(found)} rewards for {expected} answers, but each answer needs one finite reward", name)
     return found
 
 
@@ -71,7 +71,8 @@ def _part(text: str) -> tuple[str, float, Rewards]:
     except ValueError:
         factor = math.nan
     if not (colon and kind and rest and math.isfinite(factor)):
-        raise UserError(f"{text!r} is not [WEIGHT*]KIND:NAME", "reward", f"one of {', '.join(KINDS)}, MODULE:FUNCTION")
+        fix = f"KIND is one of {', '.join(KINDS)}; or write MODULE:FUNCTION"
+        raise UserError(f"{text!r} is not [WEIGHT*]KIND:NAME", "reward", fix)
     return name, factor, KINDS.get(kind, lambda rest: _own(kind, rest))(rest)
 
 
@@ -106,7 +107,7 @@ def _judge(name: str) -> Rewards:
 
 
 def _own(module: str, function: str) -> Rewards:
-    """Imports a function from a module that is in the current folder or installed."""
+    """Imports a function from a module that is installed or in the current folder."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -115,7 +116,7 @@ def _own(module: str, function: str) -> Rewards:
         if error.name != module:
             raise UserError(f"the module cannot be imported: {reason(error)}", module) from None
         known = did_you_mean(module, KINDS, f"kinds are {', '.join(KINDS)}")
-        raise UserError(f"there is neither a kind nor a module {module!r}", "reward", known) from None
+        raise UserError(f"{module!r} is neither a kind of reward nor a module", "reward", known) from None
     except (AttributeError, ImportError, SyntaxError) as error:
         raise UserError(f"the function cannot be imported: {reason(error)}", f"{module}:{function}") from None
     return found
@@ -129,7 +130,7 @@ def _rule(spec: str) -> Rewards:
     options = dict(parse_qsl(query, keep_blank_values=True))
     most = options.pop("most", "") if name == "length" else "1"
     if name not in RULES or options or not most.isdecimal() or int(most) < 1:
-        raise UserError(f"no rule {spec!r}", "reward", "length?most=N, unrepeated or ends")
+        raise UserError(f"no rule {spec!r}", "reward", "write length?most=N, unrepeated or ends")
     rule = RULES[name]
     return lambda prompts, answers, rows: [rule(answer, int(most)) for answer in answers]
 

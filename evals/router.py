@@ -1,5 +1,5 @@
-"""Spends people's labels where a judge is unsure, audits other items at random, and measures how much accuracy the
-labels add."""
+"""Chooses which items people should label: those on which a judge model is unsure, and a random sample of the others as
+an audit. Also measures how much accuracy the labels add."""
 
 import math
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ BINS = 5  # number of confidence bins in a calibration
 
 
 class Route(NamedTuple):
-    """Who labels each of the items [n]: people label the `unsure` and the `audited` items, and the judge labels all
-    other items."""
+    """Says who labels each item: people label the items for which `unsure` [n] or `audited` [n] is True, and the judge
+    labels all other items."""
 
     unsure: np.ndarray
     audited: np.ndarray
@@ -28,11 +28,12 @@ class Route(NamedTuple):
 
 
 def route(p: np.ndarray, people: int, audit: float, seed: int = 0) -> Route:
-    """Chooses which items people label, if they can give `people` labels: a share `audit` of the labels is for random
-    items, and the others are for the items whose probability p [n] is nearest to one half."""
+    """Chooses the items that people label. `people` is the number of labels that they can give. A share `audit` of
+    these labels is spent on random items, and the rest on the items whose probability p [n] is nearest to one half."""
     count = min(people, len(p))
     random = round(count * audit)
-    order = np.random.default_rng(seed).permutation(len(p))  # this random order decides between items with equal p
+    # a random order, which breaks ties between items with equal p
+    order = np.random.default_rng(seed).permutation(len(p))
     unsure, audited = np.zeros((2, len(p)), bool)
     nearest = order[np.argsort(np.abs(p[order] - 0.5), kind="stable")]
     unsure[nearest[: count - random]] = True
@@ -49,13 +50,13 @@ class Calibration(NamedTuple):
     low: float
     high: float
     brier: float  # mean (p - label)^2: 0.25 for a judge that always says one half
-    error: float  # expected calibration error: the mean distance between confidence and accuracy over the bins
+    error: float  # expected calibration error: the mean of |confidence - accuracy| over the bins, weighted by bin size
     bins: list[tuple[float, int, float, float, tuple[float, float]]]
 
 
 def calibration(p: Sequence[float], label: Sequence[float]) -> Calibration:
-    """Measures how well probabilities match people's labels. `p` [n] is the probability that the first answer is
-    better; `label` [n] is 1 if people say so, 0 if they prefer the second answer, 0.5 for a tie."""
+    """Measures how well predicted probabilities match people's labels. `p` [n] is the probability that the first answer
+    is better; `label` [n] is 1 if people say so, 0 if they prefer the second answer, 0.5 for a tie."""
     x, y = np.asarray(p, float), np.asarray(label, float)
     sure = np.maximum(x, 1 - x)
     right = np.where(x > 0.5, y, np.where(x < 0.5, 1 - y, 0.5))
@@ -71,7 +72,7 @@ def calibration(p: Sequence[float], label: Sequence[float]) -> Calibration:
     return Calibration(len(x), float(right.mean()), low, high, float(((x - y) ** 2).mean()), float(error), bins)
 
 
-# --- accuracy against the number of labels ---
+# --- accuracy as a function of the number of labels ---
 
 
 class Point(NamedTuple):
@@ -88,14 +89,15 @@ def curve(
     x: np.ndarray, fold: np.ndarray, judge: np.ndarray, order: Order, sizes: Sequence[int], replays: int = 10,
     l2: float | None = None, noise: float = 0.0, seed: int = 0,
 ) -> list[Point]:  # fmt: skip
-    """Measures how the accuracy of a linear reward model on differences of features x [n,D] grows with the number of
-    labels.
+    """Measures how the accuracy of a linear reward model grows with the number of labels. The model is fitted to
+    feature differences x [n,D].
 
-    A replay holds out one of the groups `fold` [n] and draws labels from the other groups in the given order: at
-    random, first where the model's probability is nearest to one half, or first where the model's probability differs
-    most from the judge's probability in `judge` [n]. In every order, the first `sizes[0]` labels are drawn at random.
-    `noise` is the share of labels that the annotator flips. A row of x is the features of the preferred answer minus
-    those of the other answer, so its label is 1, or -1 if flipped.
+    Each replay holds out one of the groups that `fold` [n] defines, and draws labels from the other groups. `order`
+    says which labels are drawn first: "random" ones, those for which the model's probability is nearest to one half
+    ("uncertain"), or those for which it differs most from the judge's probability in `judge` [n] ("disagreement"). In
+    every order, the first `sizes[0]` labels are drawn at random. `noise` is the share of labels that are flipped, to
+    simulate mistakes. A row of x holds the features of the preferred answer minus those of the other answer, so its
+    label is 1, or -1 if it is flipped.
     """
     penalty = x.shape[1] if l2 is None else l2
     found = np.array([_replay(x, fold, judge, order, sizes, penalty, noise, seed + i, i) for i in range(replays)])

@@ -1,18 +1,19 @@
-"""Makes tasks from files of rows with a question and an answer, in any format that training reads.
+"""Makes tasks from data files whose rows have a question and an answer, in any format that training reads.
 
     SOURCE[:OPTION=VALUE ...]      for example rows.jsonl:scorer=number:slices=kind
 
-SOURCE is any data source: a .jsonl, .json, .csv, .tsv or .parquet file, also with .gz; a folder; hf:repo. These are the
-options:
+SOURCE is any data source: a .jsonl, .json, .csv, .tsv or .parquet file, also compressed as .gz; a folder; or hf:REPO.
+The options are:
 `scorer`   One of exact, contains, number, choice, token_f1, set_f1, regex, json and rouge_l (files in evals/scorers),
-           or auto (the default), which prints its choice and the reason.
+           or auto (the default), which chooses one of them and prints the reason.
 `split`    The rows to score: train, validation, test (the default) or all (the default if SOURCE or the file's name
-           names a split, such as FILE@test). Examples in the prompt are rows of the train split. See data/splits.py.
-`slices`   COLUMN+COLUMN: rows with the same value in such a column are also scored separately.
-`options`  The column with the options of a choice, if its name is not "options" or "choices".
-`tokens`   The maximum number of tokens of an answer; the default is enough for the longest reference.
-`name`     The name of the results; the default is the name of the file.
-The names of columns are also options, as in data.fields: prompt=question:completion=answer
+           names a split, such as FILE@test). Solved examples in the prompt come from the train split. See
+           data/splits.py.
+`slices`   COLUMN or COLUMN+COLUMN: rows with the same value in one of these columns also get a score of their own.
+`options`  The column with the options of a multiple-choice question, if its name is not "options" or "choices".
+`tokens`   The maximum number of tokens in an answer; the default is enough for the longest reference.
+`name`     The name under which results are recorded; the default is the name of the file.
+If the columns have other names than in training, name them as in data.fields: prompt=question:completion=answer
 
 A row may have several references, given as a list or in SQuAD's format {"text": [...]}.
 """
@@ -39,22 +40,25 @@ OPTIONS = ("scorer", "split", "slices", "options", "tokens", "name")
 COLUMNS = (
     "prompt", "completion", "messages", "conversations", "instruction", "input", "output", "system", "references",
 )  # fmt: skip
-# The right answers of a row, its references, are in the first of these columns that the row has.
+# The correct answers of a row, called its references, are in the first of these columns that the row has.
 ANSWERS = ("references", "completion", "answer", "answers", "response", "output", "label", "target")
-EMPTY = "(none)"  # while a row is read, this text stands for an empty reference
-CLASSES, LABELS, SLICES = 50, 10, 50  # maxima: options of a choice, answers for which `auto` selects it, slice values
-SHORT, PHRASE = 5, 12  # `auto` scores up to SHORT words by exact match, and up to PHRASE words by token F1
+EMPTY = "(none)"  # this text stands for an empty reference while a row is being read
+# Upper limits: the number of options of a choice, of distinct answers up to which `auto` selects the scorer `choice`,
+# and of distinct values in a column of slices.
+CLASSES, LABELS, SLICES = 50, 10, 50
+# `auto` scores answers of up to SHORT words by exact match, and of up to PHRASE words by token F1
+SHORT, PHRASE = 5, 12
 
 
 def is_source(spec: str) -> bool:
-    """Whether the name of a task is a data source: it contains a path, a file ending or an option, or it is an existing
-    file."""
+    """Returns whether the name of a task refers to a data source: whether it contains a path, a file extension or an
+    option, or is the name of an existing file."""
     source = parse(spec)[0]
     return bool(re.search(r"[./:@*]", spec)) or Path(source).exists()
 
 
 def parse(spec: str) -> tuple[str, dict[str, str]]:
-    """Splits "SOURCE:OPTION=VALUE:..." into (source, options). A colon that no option follows is a part of the
+    """Splits "SOURCE:OPTION=VALUE:..." into (source, options). A colon that is not followed by an option is part of the
     source."""
     *before, last = spec.split(":")
     if before and (found := re.fullmatch(r"([a-z_]+)=(.*)", last, re.DOTALL)):
@@ -64,8 +68,8 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def name(spec: str) -> str:
-    """The name of a task's results: the option `name`, or the file's name, prefixed with the name of its folder if the
-    file is named after a split, such as test.jsonl."""
+    """Returns the name under which a task's results are recorded: the option `name` or, without it, the file's name. If
+    the file is named after a split, such as test.jsonl, the name of its folder comes first."""
     source, options = parse(spec)
     path = Path(re.sub(r"@\w+$", "", source.partition("?")[0]))
     stem = path.name.rpartition(":")[2].split(".")[0] or path.name
@@ -132,7 +136,7 @@ def _default(source: str) -> str:
 
 
 def _read(source: str, options: dict[str, str], listed: bool) -> dict[str, list[dict]]:
-    """Returns {split: rows}. Raises UserError if any row is bad, since scoring only the good rows would change the
+    """Returns {split: rows}. Raises UserError if any row is bad, because scoring only the good rows would change the
     task."""
     found: dict[str, list[dict]] = {name: [] for name in splits.SPLITS}
     causes: dict[str, tuple[int, str]] = {}
@@ -143,7 +147,7 @@ def _read(source: str, options: dict[str, str], listed: bool) -> dict[str, list[
             made = _row(row.record, options, listed) | {"where": row.where}
             found[part or splits.of(row.record)].append(made)
         except UserError as e:
-            fix = "" if "data.fields" in e.fix else e.fix  # a fix for training; the fix for tasks is below
+            fix = "" if "data.fields" in e.fix else e.fix  # such a fix is for training; the fix for tasks is below
             reason = " · ".join(filter(None, (e.what, fix)))
             count, first = causes.get(reason, (0, row.where))
             causes[reason] = (count + 1, first)
@@ -179,7 +183,7 @@ def _row(record: dict, options: dict[str, str], listed: bool) -> dict:
     if given and (own in (None, given[0] or EMPTY) or column == "references"):
         answers = given
     elif own:
-        answers = [own]  # read the row as training does, whatever the other columns contain
+        answers = [own]  # use the answer that training would use, whatever the other columns contain
     else:
         raise UserError("the row has no answer")
     row = {"prompt": prompt, "references": answers, "answer": answers[0], "slices": _slices(record, options)}
@@ -188,12 +192,12 @@ def _row(record: dict, options: dict[str, str], listed: bool) -> dict:
 
 
 def references(value: Any, column: str, listed: bool) -> list[str] | None:
-    """Returns the references in a cell, or None if the cell has chat turns. If `listed`, a list is one reference,
-    namely a set of items, instead of several references."""
+    """Returns the references in a cell, or None if the cell contains chat turns. A list stands for several references
+    or, if `listed` is True, for a single reference that is a set of items."""
     if are_turns(value) or are_turns(parsed(value)):
         return None
     if isinstance(value, dict) and isinstance(value.get("text"), list):
-        value = value["text"]  # SQuAD's format; an empty list means that there is no answer
+        value = value["text"]  # SQuAD's format; an empty list means that the question has no answer
     if isinstance(value, list):
         return [json.dumps(value, ensure_ascii=False)] if listed else [_text(v) for v in value] or [""]
     if isinstance(value, str) and not value.strip():
@@ -219,12 +223,12 @@ def _example(record: dict, column: str, given: list[str] | None) -> Example:
             raise
     asked = next((c for c in (*formats.PROMPTS, "text") if record.get(c) and c != column), "")
     if not asked:
-        raise UserError("no column has a question", "", f"name it: prompt=COLUMN, one of {', '.join(record)}")
+        raise UserError("no column has a question", "", f"write prompt=COLUMN; the columns are {', '.join(record)}")
     return formats.example(record | {"prompt": record[asked], "completion": given[0] or EMPTY}, "prompt_completion")
 
 
 def _asked(found: Example) -> tuple[str | list[dict], str | None]:
-    """Returns (prompt, answer) of an example. The answer is None if a chat ends with a question."""
+    """Returns (prompt, answer) of an example. The answer is None if a chat does not end with an assistant's turn."""
     if isinstance(found, Completion):
         return found.prompt, found.completion
     if not isinstance(found, Chat):
@@ -247,8 +251,8 @@ def _slices(record: dict, options: dict[str, str]) -> dict[str, str]:
 
 
 def _options(value: Any, column: str, answers: list[str]) -> dict:
-    """Returns the options of a row, and its references as texts of options. In the file, a reference may be the text,
-    the label or the index of an option."""
+    """Returns the options of a row, and its references, each as the text of an option. In the file, a reference may be
+    the text, the label or the index of an option."""
     value = parsed(value)
     labels = list(string.ascii_uppercase)
     if isinstance(value, dict) and {"text", "label"} <= value.keys():  # ARC's format
@@ -293,8 +297,8 @@ def _chosen(rows: Sequence[dict]) -> tuple[str, str]:
 
 
 def _check(source: str, scorer: str, rows: Sequence[dict]) -> None:
-    """Raises UserError if the scorer cannot read the references. For the scorer `choice`, rows without options get all
-    answers that occur as their options."""
+    """Raises UserError if the scorer cannot read the references. For the scorer `choice`, a row without options gets as
+    its options all answers that occur in the file."""
     check = scorers.checker(scorer)
     for row in rows:
         try:
@@ -308,9 +312,10 @@ def _check(source: str, scorer: str, rows: Sequence[dict]) -> None:
     classes = tuple(sorted({row["answer"] for row in rows}))
     if len(classes) > CLASSES:
         fix = "add a column of options, or choose another scorer"
-        raise UserError(f"{len(classes):,} different answers are more than {CLASSES} options", source, fix)
+        raise UserError(f"{len(classes):,} different answers exceed the limit of {CLASSES} options", source, fix)
     if len(classes) == 1:
-        raise UserError(f"every row has the answer {classes[0]!r}: there is no choice", source, "add other rows")
+        what = f"every row has the answer {classes[0]!r}, so there is nothing to choose"
+        raise UserError(what, source, "add other rows")
     for row in without:
         row["options"] = classes
 
@@ -321,10 +326,11 @@ def _warnings(rows: Sequence[dict], what: str) -> list[str]:
     lines = []
     if count > 1 and (count > n / 5 or len(first) == 1):
         every = f"all {what} have" if len(first) == 1 else f"{count / n:.0%} of the {what} have"
-        lines.append(f"{every} the answer {answer[:40]!r}, which a model that always gives it would get right")
+        lines.append(f"{every} the answer {answer[:40]!r}, so a model that always gives it gets them right")
     for column in rows[0]["slices"]:
         if len(values := {row["slices"][column] for row in rows}) > SLICES:
-            raise UserError(f"column {column!r} has {len(values):,} values", "slices", f"name one of at most {SLICES}")
+            what = f"column {column!r} has {len(values):,} different values"
+            raise UserError(what, "slices", f"name a column with at most {SLICES}")
     return lines
 
 
@@ -332,6 +338,6 @@ def _warnings(rows: Sequence[dict], what: str) -> list[str]:
 
 
 def _as_chat(row: dict) -> list[dict]:
-    """The question as messages, as in training with a chat template."""
+    """Converts the question to messages, as in training with a chat template."""
     prompt = row["prompt"]
     return prompt if isinstance(prompt, list) else wrapped(Completion(prompt, EMPTY)).messages[:-1]
