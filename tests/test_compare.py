@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +25,7 @@ from tests.helpers.models import TINY, random_model
 from tests.helpers.processes import run, start, timeless
 from tools.compare import __main__ as command
 from tools.compare import halving, inputs, plan, record, work
+from tools.compare.engine import Engine
 from tools.compare.inputs import Base, Comparison
 from tools.compare.method import Candidate, Method, Setting
 
@@ -60,6 +62,17 @@ def test_rungs_have_three_times_the_rows():
     assert [(r["train"], r["rows"]) for r in found] == [(100, 50), (300, 100), (900, 200)]
     assert [r["train"] for r in halving.rungs(3, 100, 30)] == [34, 100]  # a ninth would be 12 rows
     assert halving.rungs(0, 900, 400) == []
+
+
+def test_prompts_are_not_measured_again_on_the_same_rows(comparison):
+    rungs = halving.rungs(3, 900, 100)
+    assert [r["rows"] for r in rungs] == [50, 100, 100]
+    zero, lora = candidate("zero_shot"), candidate("lora", 1e-3)
+    assert halving.measured(zero, rungs) == [0, 1] and halving.measured(lora, rungs) == [0, 1, 2]
+    engine, rows = object.__new__(Engine), [{"rung": 0, "result": "first"}, {"rung": 1, "result": "second"}]
+    engine.r = SimpleNamespace(rungs=rungs, candidate=lambda name: {"rungs": rows})
+    assert [engine._result(zero, n) for n in (-1, 0, 1, 2)] == [None, "first", "second", "second"]
+    assert [engine._result(lora, n) for n in (1, 2)] == ["second", None]
 
 
 def test_a_third_of_the_settings_stays_and_at_last_one():

@@ -223,7 +223,8 @@ def attempt(case: Case, kind: str, at: Point, root: Path) -> str:
     else:
         code = wait(fork(case.command, root, kind, at))[at.rank]
         told = Path(f"{root}.log").read_text()
-        one_line = code == 2 and "Traceback" not in told and os.strerror(errno.ENOSPC) in told.strip().split("\n")[-1]
+        last = told.strip().split("\n")[-case.command.processes :]  # the other process may end after this one
+        one_line = code == 2 and "Traceback" not in told and any(os.strerror(errno.ENOSPC) in line for line in last)
         unreached = code == 0 and case.command.processes > 1  # the other process wrote the cache
         good = (code == -signal.SIGKILL or unreached) if kind == "kill" else one_line
     if not good:

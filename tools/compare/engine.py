@@ -149,8 +149,10 @@ class Engine:
         rung = self.r.rungs[number]
         score = lambda x: found["mean"] if (found := self._result(x, number - 1)) else -self.found.index(x)
         now = lambda x: 0.0 if self._result(x, number) else self.flops.rung(x, rung, self._result(x, number - 1))
-        rest = self.r.rungs[number + 1 :]
-        later = lambda x: sum(self.flops.rung(x, r) for r in rest) + self.flops.test(x, 1, self._result(x, number - 1))
+        rest = lambda x: [self.r.rungs[n] for n in halving.measured(x, self.r.rungs) if n > number]
+        later = lambda x: (
+            sum(self.flops.rung(x, r) for r in rest(x)) + self.flops.test(x, 1, self._result(x, number - 1))
+        )
         kept, drops = halving.affordable(alive, score, now, later, self._left(), must=number > 0)
         if not kept:
             least = min(now(x) + later(x) for x in alive)
@@ -297,7 +299,11 @@ class Engine:
         return folder
 
     def _result(self, x: Candidate, number: int) -> Json | None:
-        return next((r["result"] for r in self.r.candidate(x.id)["rungs"] if r["rung"] == number), None)
+        """Returns the result of a candidate that counts on a rung, or None if it is not measured yet."""
+        if number < 0:
+            return None
+        source = max(n for n in halving.measured(x, self.r.rungs) if n <= number)
+        return next((r["result"] for r in self.r.candidate(x.id)["rungs"] if r["rung"] == source), None)
 
     def _method(self, x: Candidate) -> Json:
         return next(row for row in self.r.methods if (row["name"], row["model"]) == x.key)

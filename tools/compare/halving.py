@@ -43,6 +43,12 @@ def rungs(n: int, train: int, validation: int) -> list[Json]:
     ]
 
 
+def measured(x: Candidate, rungs: Sequence[Json]) -> list[int]:
+    """Returns the numbers of the rungs on which a candidate is measured. An untrained candidate gives the same answers
+    on every rung, so it is not measured again on a rung that has no more validation rows than the previous one."""
+    return [n for n, rung in enumerate(rungs) if x.trained or n == 0 or rung["rows"] > rungs[n - 1]["rows"]]
+
+
 def settings(alive: Sequence[Candidate], result: Result, last: bool) -> tuple[list[Candidate], list[Drop]]:
     """Keeps each method's best third of settings or, after the last rung, only its best setting. Of settings with equal
     scores, the first comes first."""

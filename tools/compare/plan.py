@@ -12,7 +12,7 @@ from common import chips, cli, numbers
 from common.errors import UserError
 from common.types import Json
 from tools.compare import inputs
-from tools.compare.halving import BASELINE, ETA
+from tools.compare.halving import BASELINE, ETA, measured
 from tools.compare.inputs import Comparison
 from tools.compare.method import PASSAGE, Candidate
 
@@ -203,10 +203,11 @@ def _bounds(
     maximum adds the most expensive third of the settings on each further rung, and the most expensive test. With
     `every`, both have all settings on all rungs."""
     n, low, high = len(mine), 0.0, 0.0
-    for number, each in enumerate(rungs):
+    for number in measured(mine[0], rungs):
+        each = rungs[number]
         low += sum(rung(x, each, 0) for x in mine) if every or number == 0 else 0.0
-        high += sum(sorted((rung(x, each, 1) for x in mine), reverse=True)[:n])
-        n = n if every else math.ceil(n / ETA)
+        left = n if every else math.ceil(n / ETA**number)
+        high += sum(sorted((rung(x, each, 1) for x in mine), reverse=True)[:left])
     if not rungs or every or mine[0].name == BASELINE:
         low += test(mine[0], 0)
     return [low, high + max(test(x, 1) for x in (mine if rungs else mine[:1]))]
