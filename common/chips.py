@@ -1,5 +1,5 @@
-"""Looks up the properties of accelerators in chips.json, which has a source and a date for each number. This module
-loads quickly, since it does not import jax."""
+"""Looks up the properties of accelerators in chips.json, which cites a source and a date for each number. This module
+loads quickly because it does not import jax."""
 
 import json
 import platform
@@ -24,20 +24,20 @@ class Chip(NamedTuple):
     tflops: Number  # peak dense bf16, 1e12 FLOP/s
     hbm_bytes: Number
     hbm_bandwidth: Number  # bytes/s
-    ici_bandwidth: Number  # bytes/s in one direction, over all interconnect links of a chip together
-    usd_hour: Number | None  # per chip-hour, on demand
+    ici_bandwidth: Number  # bytes/s per direction, summed over all interconnect links of the chip
+    usd_hour: Number | None  # USD per chip-hour, on demand
     usd_hour_spot: Number | None
-    watts: Number  # average power; includes part of the host's power if the source does
+    watts: Number  # average power of the chip; includes a share of the host's power if the source does
     cci: Number | None  # compute carbon intensity, gCO2e per 1e18 utilized FLOPs (Schneider et al. 2025)
     dcn_bandwidth: Number | None = None  # bytes/s per chip over the network between slices
 
 
 class Site(NamedTuple):
-    """The data center that is assumed in estimates of energy and carbon emissions."""
+    """The data center that estimates of energy and carbon emissions assume."""
 
     region: str
-    gco2_per_kwh: Number  # location-based
-    pue: Number  # power usage effectiveness: power of the whole data center divided by power of its machines
+    gco2_per_kwh: Number  # location-based carbon intensity of the grid
+    pue: Number  # power usage effectiveness: power of the whole data center divided by the power of its machines
 
 
 def find(name: str) -> Chip | None:

@@ -39,8 +39,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
-    """Decorates the `main(argv)` of a command, so that it returns an exit code, and prints a UserError instead of
-    raising it."""
+    """Decorates the `main(argv)` of a command. The decorated function returns an exit code, and prints a UserError
+    instead of raising it."""
 
     @functools.wraps(main)
     def shell(argv: list[str]) -> int:
@@ -65,7 +65,7 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], in
 
 def full_disk(error: BaseException | None) -> UserError | None:
     """Returns a UserError if an error was caused by a full disk, else None. Rust and C++ libraries do not raise
-    OSError, so the error number is also searched for in error messages."""
+    OSError, so this function also looks for the error number in the text of error messages."""
     fix = "make room and run the same command again"
     while error is not None:
         if isinstance(error, OSError) and error.errno in files.FULL:
@@ -83,7 +83,7 @@ def table(
     rows: Iterable[Sequence[object]], heads: Sequence[str] = (), title: str = "", width: int | None = None
 ) -> None:
     """Prints a table. Square brackets in cells are printed, not interpreted as markup. `width` is the number of
-    characters per line, and defaults to the width of the terminal."""
+    characters per line; by default, it is the width of the terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -96,13 +96,13 @@ def table(
 
 def keep_console() -> None:
     """Keeps a command from failing because its output cannot be printed. If a pipe is closed or a disk is full, the
-    output is discarded. Characters that the terminal's encoding lacks are escaped."""
+    output is discarded. Characters that the terminal's encoding cannot represent are escaped."""
     for fd in range(3):
         try:
             os.fstat(fd)
-        except OSError:  # the next opened file would get the number of this closed descriptor
+        except OSError:  # otherwise the next file to be opened would get the number of this closed descriptor
             os.open(os.devnull, os.O_RDWR)
-    if sys.stdout is sys.__stdout__:  # if sys.stdout was replaced, the caller captures the output
+    if sys.stdout is sys.__stdout__:  # a replaced sys.stdout means that the caller captures the output
         sys.stdout = _kept(sys.stdout, 1)
     if sys.stderr is sys.__stderr__:
         sys.stderr = _kept(sys.stderr, 2)
@@ -121,7 +121,8 @@ def _kept(stream: TextIO | None, fd: int) -> TextIO:
 
 
 class _Lossy(io.FileIO):
-    """An output file descriptor that is redirected to /dev/null, with one warning, after a write to it fails."""
+    """An output file descriptor. When a write to it fails, it is redirected to /dev/null. If it is stdout, one warning
+    is printed."""
 
     def write(self, data: Any) -> int | None:
         try:
@@ -131,7 +132,7 @@ class _Lossy(io.FileIO):
             os.dup2(null, self.fileno())
             os.close(null)
             if self.fileno() == 1:
-                print(f"warning: the console cannot be written ({e.strerror}): no more is shown", file=sys.stderr)
+                print(f"warning: cannot write to the console ({e.strerror}): further output is lost", file=sys.stderr)
             return len(data)
 
 

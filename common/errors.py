@@ -12,12 +12,12 @@ from typing import ParamSpec, TypeVar
 
 P, R = ParamSpec("P"), TypeVar("R")
 warn = logging.getLogger("kungfu").warning  # prints only the message; logging.warning adds "WARNING:root:"
-LONGEST = 1000  # maximum characters per part of a message, since names and values may come from hostile files
+LONGEST = 1000  # maximum characters per part of a message; names and values may come from malicious files
 
 
 class UserError(ValueError):
-    """An error in the user's input. The message is one line that names the place of the error, the problem and a fix.
-    Commands print the message and exit with code 2."""
+    """An error in the user's input. The message is one line that says where the error is, what the problem is, and how
+    to fix it. Commands print the message and exit with code 2."""
 
     def __init__(self, what: str, where: str = "", fix: str = ""):
         self.what, self.where, self.fix = map(clipped, (what, where, fix))
@@ -30,15 +30,14 @@ class UserError(ValueError):
 
 
 def clipped(text: str) -> str:
-    """Joins the lines of a text, and replaces the middle of a long text by "...", so that a terminal can show the text
-    as one line."""
+    """Shortens a text for display as one line: joins its lines and, if it is long, replaces its middle with "..."."""
     text = " ".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def outermost(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a function of the public API, so that the traceback of its UserErrors shows neither internal stack
-    frames nor the exceptions that caused them."""
+    """Decorates a function of the public API. If the function raises a UserError, the traceback shows neither internal
+    stack frames nor the exceptions that caused the error."""
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -72,8 +71,8 @@ PANIC = rb"\n?thread '[^\n]* panicked at [^\n]*\n[^\n]*\n(stack backtrace:\n( +[
 
 
 class _Panics:
-    """A context manager that suppresses the panic reports of Rust libraries, since these libraries also raise panics as
-    exceptions. Other output to stderr is held back until all threads have left the context."""
+    """A context manager that hides the panic reports that Rust libraries print, because they also raise each panic as
+    an exception. Other output to stderr is held back until all threads have left the context."""
 
     def __init__(self) -> None:
         self._lock, self._inside, self._held = threading.Lock(), 0, -1

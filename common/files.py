@@ -1,8 +1,8 @@
-"""Functions with which all packages write files. A new file or folder appears complete or not at all.
+"""Functions that all packages use to write files. A new file or folder appears either complete or not at all.
 
-A new file or folder first gets a temporary name in its final parent folder. The temporary name begins with WRITING, and
-the file or folder is locked while it is written. The kernel releases the lock when the process ends, so the next
-process that writes to the same parent folder can recognize and delete the unfinished files of killed processes.
+While a file or folder is being written, it is locked, and has a temporary name in its final parent folder. The
+temporary name begins with WRITING. The kernel releases the lock when the process ends. The next process that writes to
+the same parent folder can therefore recognize the unfinished files of killed processes, and deletes them.
 """
 
 import contextlib
@@ -50,8 +50,8 @@ def file(path: Path, replace: bool = True) -> Iterator[Path]:
     """Yields the path of an empty temporary file to fill. The file is renamed to `path` if the `with` block succeeds,
     and deleted if the block raises an error.
 
-    With replace=False, raises FileExistsError if `path` exists with different content. A file with equal content is
-    accepted, since a process that was killed after renaming its file leaves such a file.
+    With replace=False, raises FileExistsError if `path` exists with different content. An existing file with the same
+    content is accepted, because an earlier process may have been killed just after renaming its file.
     """
     with _naming(path):
         with _beside(path, is_folder=False) as part:
@@ -78,13 +78,12 @@ def folder(path: Place, marker: str) -> Iterator[Path]:
     """Yields the path of an empty temporary folder to fill. The folder is renamed to `path` if the `with` block
     succeeds, and deleted if the block raises an error.
 
-    An object store cannot rename a folder. Therefore the files of a folder are uploaded to `path` one by one, and the
-    file named `marker` is uploaded last. A folder in a store without its marker file is incomplete, and the next writer
-    deletes it.
+    An object store cannot rename a folder, so the files are uploaded to `path` one by one, and the file named `marker`
+    is uploaded last. In a store, a folder without its marker file is incomplete, and the next writer deletes it.
 
-    An existing folder at `path` is kept, unless it is empty. If its files differ from the new files, FileExistsError is
-    raised. A local folder with equal files is accepted, since a process that was killed after renaming its folder
-    leaves such files.
+    An existing folder at `path` is kept, unless it is empty. FileExistsError is raised if its files differ from the new
+    files. A local folder with the same files is accepted, because an earlier process may have been killed just after
+    renaming its folder.
     """
     if paths.remote(path):
         if (path / marker).exists():
@@ -121,7 +120,8 @@ def _same(a: Path, b: Path) -> bool:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Adds the file's path to the OSError for a full disk, since the operating system does not always name the file."""
+    """Adds the file's path to an OSError caused by a full disk, because the operating system does not always report the
+    path."""
     try:
         yield
     except OSError as error:
@@ -158,8 +158,8 @@ def _locked(path: Path, is_folder: bool) -> tuple[Path, int]:
 
 
 def _lock(fd: int) -> bool | None:
-    """Tries to lock a file. Returns whether this process now holds the lock, or None if the file system does not
-    support locks."""
+    """Tries to lock a file. Returns True if this process now holds the lock, False if another process holds it, and
+    None if the file system does not support locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -189,7 +189,7 @@ def _delete(part: Path) -> None:
 
 
 def sync(path: str | Path) -> None:
-    """Flushes the content of a file, or the renames in a folder, to disk."""
+    """Flushes the content of a file, or the entries of a folder, to disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -209,7 +209,7 @@ def remove(place: Place) -> None:
 
 
 def plain(x: Any) -> Any:
-    """Converts a value to one that strict JSON allows: arrays become numbers or lists, and NaN and infinities become
+    """Converts a value to a form that strict JSON allows: arrays become numbers or lists, and NaN and infinities become
     None."""
     if isinstance(x, Mapping):
         return {str(k): plain(v) for k, v in x.items()}
@@ -221,8 +221,8 @@ def plain(x: Any) -> Any:
 
 
 def strict(text: str) -> Any:
-    """Parses a JSON text. Raises ValueError for invalid JSON, for NaN, for numbers that are too large for a float, and
-    for nesting that is too deep."""
+    """Parses JSON text. Raises ValueError for invalid JSON, for NaN, for numbers too large for a float, and for nesting
+    that is too deep."""
     try:
         return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except RecursionError:
@@ -236,10 +236,10 @@ def _finite(text: str) -> float:
 
 
 def load_json(path: Path) -> Json:
-    """Reads the object in a JSON file. Raises UserError if the file is missing or invalid."""
+    """Reads a JSON file that contains one object. Raises UserError if the file is missing or invalid."""
     try:
         value = strict(path.read_text("utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # raises UnicodeEncodeError for half a surrogate pair
+        json.dumps(value, ensure_ascii=False).encode()  # raises UnicodeEncodeError for an unpaired surrogate
     except (OSError, ValueError) as error:
         raise UserError(f"not readable as JSON: {reason(error)}", str(path)) from error
     if not isinstance(value, dict):
@@ -248,7 +248,7 @@ def load_json(path: Path) -> Json:
 
 
 def read_json(path: Path) -> Json:
-    """Reads the object in a JSON file. Returns {} if the file is missing or invalid."""
+    """Reads a JSON file that contains one object. Returns {} if the file is missing or invalid."""
     try:
         return load_json(path)
     except UserError:
@@ -256,8 +256,8 @@ def read_json(path: Path) -> Json:
 
 
 def read_lines(path: str | Path) -> list[Json]:
-    """Reads the objects in a .jsonl file, to which a process may still be appending. Incomplete lines are skipped, and
-    a missing file gives an empty list."""
+    """Reads the objects in a .jsonl file, to which a process may still be appending. Skips incomplete lines, and
+    returns an empty list if the file is missing."""
     try:
         text = Path(path).read_text("utf-8", errors="replace")
     except OSError:
@@ -274,8 +274,8 @@ def _object(text: str) -> Json:
 
 
 def not_followed(path: str | Path, flags: int) -> int:
-    """An `opener` for Python's `open` that raises OSError for a symbolic link. The opener is used for files to which
-    text is appended."""
+    """An `opener` for Python's `open` that raises OSError for a symbolic link. It is used to open files for
+    appending."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
@@ -311,7 +311,7 @@ class Lines:
                 self._left = self._left[os.write(self._fd, self._left) :]
 
     def sync(self) -> None:
-        """Flushes everything that was written so far to disk."""
+        """Flushes everything written so far to disk."""
         self.flush()
         with _naming(self.path):
             os.fsync(self._fd)
@@ -331,14 +331,14 @@ def json_line(value: Json) -> str:
 
 
 def mirror(home: Place) -> Path:
-    """The local folder for the small files of a run that is kept in an object store, since a store cannot append to
-    files."""
+    """The local folder for the small files of a run that is stored in an object store. They are written locally first,
+    because a store cannot append to files."""
     return MIRRORS.expanduser() / hashlib.sha256(str(home).encode()).hexdigest()[:16]
 
 
 def fetch(home: Place, folder: Path) -> None:
-    """Replaces the content of `folder` by a copy of a run in an object store, without its checkpoints and lock
-    files."""
+    """Replaces the content of `folder` with a copy of the run at `home` in an object store. Checkpoints and lock files
+    are not copied."""
     for old in folder.iterdir():
         if old.name != LOCK:
             _delete(old)
@@ -349,7 +349,7 @@ def fetch(home: Place, folder: Path) -> None:
 
 
 def put(folder: Path, home: Place, known: dict[str, tuple[int, int]]) -> None:
-    """Uploads the files of `folder` whose size or modification time has changed since it was recorded in `known`, and
+    """Uploads each file in `folder` whose size or modification time differs from the values recorded in `known`, and
     updates `known`."""
     for name, size in paths.sizes(folder).items():
         stamp = (size, (folder / name).stat().st_mtime_ns)

@@ -1,5 +1,5 @@
 """Computes the resources that a run used (FLOPs, chip-hours, dollars, energy and carbon emissions) from its
-metrics.jsonl and from chips.json, without jax."""
+metrics.jsonl and from chips.json, without importing jax."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -8,8 +8,8 @@ from common import chips
 from common.numbers import percent, short
 from common.types import Json
 
-REPLAYED = ("data", "step")  # kinds of time that are spent twice when a restart repeats steps
-COVERED = 0.9  # if power samples cover a smaller fraction of a session, its energy is only estimated
+REPLAYED = ("data", "step")  # kinds of work that are done again when a restart repeats steps
+COVERED = 0.9  # fraction of a session that power samples must cover; otherwise its energy is only estimated
 
 
 class Session(NamedTuple):
@@ -17,7 +17,7 @@ class Session(NamedTuple):
 
     devices: Json
     spent: dict[str, float]  # all seconds of the launch, by kind of work
-    kept: dict[str, float]  # seconds by kind of work, only until the last step that no restart repeated
+    kept: dict[str, float]  # seconds by kind of work, up to the last step that no restart repeated
     joules: dict[str, list[float]]  # see train.keep.power
 
 
@@ -34,27 +34,28 @@ class Gas(NamedTuple):
     """The resources used by sessions or runs. Unknown values are None, such as the price of a chip that chips.json does
     not list."""
 
-    chips: tuple[str, ...] = ()  # names, or device kinds
-    flops: float | None = None  # training FLOPs, counted from einsum equations, without repeated steps and evaluations
-    peak: float | None = None  # FLOPs that the chips could have computed in all chip-hours at peak rate
+    chips: tuple[str, ...] = ()  # names in chips.json; for other chips, jax's device_kind
+    flops: float | None = None  # training FLOPs, counted from einsum equations; no repeated steps, no evaluations
+    peak: float | None = None  # FLOPs that the chips would have computed in `hours` at their peak rate
     hours: float | None = None  # chip-hours from launch to end, including compilation, idle time and repeated steps
     replayed: float | None = None  # chip-hours of steps repeated after a restart
     usd: float | None = None  # at on-demand prices
     usd_spot: float | None = None
-    kwh: Range | None = None  # includes the data center's overhead (PUE), except for measured power of an unknown chip
-    kwh_measured: float | None = None  # the part of kwh.value that was measured
+    kwh: Range | None = None  # includes the data center's overhead (PUE), unless chips.json lacks the chip
+    kwh_measured: float | None = None  # the part of kwh.value that comes from measured power
     co2_kg: Range | None = None  # from kwh, location-based
     co2_kg_cci: float | None = None  # cross-check, computed from compute carbon intensity; includes embodied emissions
     seconds: dict[str, float] = {}  # seconds by kind of work; "lost" is the time of repeated steps
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs divided by the peak FLOPs of all chip-hours, including compilation and idle time."""
+        """Model FLOPs divided by the FLOPs at peak rate over all chip-hours, which include compilation and idle
+        time."""
         return self.flops / self.peak if self.flops is not None and self.peak else None
 
     @property
     def goodput(self) -> float | None:
-        """The fraction of all seconds that was spent in training steps, not counting steps that were repeated."""
+        """The fraction of all seconds that was spent in training steps. The time of repeated steps counts as lost."""
         return self.seconds.get("step", 0.0) / sum(self.seconds.values()) if any(self.seconds.values()) else None
 
     def __str__(self) -> str:
@@ -71,7 +72,7 @@ class Gas(NamedTuple):
             _text(self.co2_kg, "kgCO2e", f"{site.region}, PUE {site.pue.value:g}"),
         )
         strange = [name for name in self.chips if not chips.find(name)]
-        why = [f"n/a: {', '.join(strange)} is not in common/chips.json; name one with --config.chip"] if strange else []
+        why = [f"n/a: {', '.join(strange)} is not in common/chips.json; set --config.chip"] if strange else []
         return "gas: " + " · ".join([*parts, *why])
 
     def goodput_line(self) -> str:
@@ -83,9 +84,9 @@ class Gas(NamedTuple):
 def sessions(lines: Iterable[dict]) -> list[Session]:
     """Reads the launches of a run from the lines of its metrics.jsonl.
 
-    Each launch begins with a "session" event, which also contains the totals of the previous launch. Seconds accumulate
-    from line to line, and a restart removes the lines of the steps that it repeats. The last remaining line therefore
-    has the seconds of all steps that were not repeated.
+    Each launch begins with a "session" event, which also contains the totals of the previous launch. The seconds in
+    each line are totals since the launch. A restart removes the lines of the steps that it repeats, so the last
+    remaining line has the total for the steps that were not repeated.
     """
     found, now = [], Session({}, {}, {}, {})
     for line in lines:
@@ -105,8 +106,8 @@ def line(lines: Iterable[dict], environment: Json, chip: str = "") -> Gas:
     """Computes the resources used by a run from the lines of its metrics.jsonl. If these lines do not name the run's
     devices, as in older runs, the devices are read from `environment`, the content of its environment.json.
 
-    `chip` is the value of config.chip, the name of a chip in chips.json. All devices of the run are assumed to be this
-    chip.
+    `chip` is the value of config.chip, the name of a chip in chips.json. If it is given, all devices of the run are
+    assumed to be this chip.
     """
     lines = list(lines)
     used = total(_of_session(s, s.devices or environment.get("devices") or {}, chip) for s in sessions(lines))
@@ -144,8 +145,8 @@ def _of_session(s: Session, devices: Json, name: str) -> Gas:
 
 
 def _measured(s: Session, devices: Json) -> float | None:
-    """The joules used by all devices in a session, extrapolated from power samples on the first host. Returns None if
-    the samples cover less than the fraction COVERED of the session."""
+    """The joules that all devices used in a session, extrapolated from power samples on the first host. Returns None if
+    the samples cover less than the fraction COVERED of the session's time."""
     host, wall = devices.get("kind") == "cpu", sum(s.spent.values())
     joules, covered = s.joules.get("cpu" if host else "gpu", (0.0, 0.0))
     if covered < COVERED * wall or not covered or (host and devices.get("processes") != 1):
@@ -154,7 +155,7 @@ def _measured(s: Session, devices: Json) -> float | None:
 
 
 def total(parts: Iterable[Gas]) -> Gas:
-    """Adds up the resources of sessions or runs. A total is None if the value is unknown in any session or run."""
+    """Adds up the resources of sessions or runs. A total is None if the value is unknown for any of them."""
     parts = list(parts)
     return Gas(*map(_sum, zip(*parts, strict=True))) if parts else Gas()
 

@@ -1,8 +1,8 @@
 """Runs commands as child processes: either several commands of a queue at once, or stages one after the other with a
 progress bar.
 
-Finished work is not repeated. A queue starts only unfinished commands, and the progress of a stage is read from the
-files that it has written.
+Finished work is not repeated: a queue starts only unfinished commands, and a stage is skipped if the files that it has
+written show that it is done.
 """
 
 import contextlib
@@ -17,12 +17,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from common import exits, files
 
-PARENT = "KUNGFU_PARENT"  # environment variable: id of the parent process; the command is killed if the parent dies
+PARENT = "KUNGFU_PARENT"  # environment variable with the parent's process id; if the parent dies, the command is killed
 
 
 class Running(Protocol):
-    """A running command of a queue. An object of this class has the process of the command, and perhaps other
-    attributes that the queue needs."""
+    """A running command that a queue has started: its process and any other attributes that the queue needs."""
 
     @property
     def process(self) -> subprocess.Popen: ...
@@ -42,24 +41,25 @@ class Queue(Protocol[R]):
         """Whether a running command should be stopped before it has finished."""
 
     def close(self, job: R, hopeless: bool) -> None:
-        """Records that the process of `job` has ended. `hopeless` is whether the job was stopped early."""
+        """Records that the process of `job` has ended. `hopeless` is True if the job was stopped because it was
+        hopeless."""
 
 
 class Stage(NamedTuple):
-    """A command to run. `share` computes from the stage's files which fraction of the stage is done. A stage with
-    fraction 1 is skipped."""
+    """A command to run. `share` returns the fraction of the stage that is done, computed from the stage's files. A
+    stage is skipped if this fraction is 1."""
 
     title: str
     argv: list[str]  # python -m ...
     share: Callable[[], float]
-    seconds: float  # expected duration, which determines the stage's part of the progress bar
+    seconds: float  # expected duration, which sets the stage's share of the progress bar
 
 
 def start(argv: Sequence[str], log: Path, **options: Any) -> subprocess.Popen:
     """Starts `python -m ARGV`, and appends the output of the process to the file `log`.
 
-    The process gets its own session. In the parent's session, the process would receive Ctrl-C twice, from the terminal
-    and from its parent, and the second signal would stop a run immediately.
+    The process gets its own session. In the parent's session, it would receive Ctrl-C twice, once from the terminal and
+    once from its parent, and the second signal would stop a run immediately.
     """
     with open(log, "ab", opener=files.not_followed) as file:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
@@ -67,8 +67,8 @@ def start(argv: Sequence[str], log: Path, **options: Any) -> subprocess.Popen:
 
 
 def follow_parent() -> None:
-    """If the environment variable PARENT is set, makes the kernel kill this process when its parent dies, since a
-    parent that was killed cannot stop its children."""
+    """If the environment variable PARENT is set, makes the kernel kill this process when its parent dies. A parent that
+    is killed cannot stop its children itself."""
     parent = os.environ.pop(PARENT, "")
     if not parent:
         return
@@ -86,8 +86,8 @@ def tail(log: Path, lines: int) -> list[str]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Yields a list to which the first SIGTERM or Ctrl-C appends SIGTERM, instead of ending the process. A second
-    signal ends the process as usual."""
+    """Yields an empty list. The first SIGTERM or Ctrl-C appends SIGTERM to the list instead of ending the process. A
+    second signal ends the process as usual."""
     caught: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -108,9 +108,9 @@ def interruptible() -> Iterator[list[int]]:
 
 
 def drain(queue: Queue[R], at_once: int, stop: list[int], show: Callable[[], None]) -> None:
-    """Runs the commands of a queue, at most `at_once` at a time, until the queue is empty. When the list `stop`
-    contains a signal, starts no further command, and sends SIGTERM to the running processes. Returns when all processes
-    have ended. Calls `show` four times per second."""
+    """Runs the commands of a queue, at most `at_once` at a time, until the queue is empty. Once the list `stop`
+    contains a signal, starts no more commands, and sends SIGTERM to the running processes. Returns when all processes
+    have ended. Meanwhile, calls `show` four times per second."""
     running: list[R] = []
     asked: list[R] = []  # jobs to which SIGTERM was sent
     try:
@@ -137,7 +137,7 @@ def drain(queue: Queue[R], at_once: int, stop: list[int], show: Callable[[], Non
 
 
 class _Stages:
-    """A queue of stages. After a stage has failed, no further stage is started."""
+    """A queue of stages. After one stage fails, no more stages are started."""
 
     def __init__(self, stages: list[Stage], out: Path):
         self.stages, self.out, self.at, self.code = stages, out, 0, 0
@@ -150,7 +150,7 @@ class _Stages:
             self.at += 1
         if not self.left():
             return None
-        own = os.environ | {PARENT: str(os.getpid())}  # otherwise a surviving child keeps its run folder locked
+        own = os.environ | {PARENT: str(os.getpid())}  # otherwise a child that outlives us keeps its run folder locked
         return _Job(start(self.stages[self.at].argv, self.log(), env=own))
 
     def left(self) -> bool:
@@ -169,8 +169,8 @@ class _Job(NamedTuple):
 
 
 def run(stages: list[Stage], out: Path) -> int:
-    """Runs the unfinished stages, and writes a log of each stage to the folder `out`. Returns 0, or PREEMPTED after a
-    signal, or the exit code of the stage that failed."""
+    """Runs the unfinished stages, and writes a log of each stage to the folder `out`. Returns 0 if all succeed,
+    PREEMPTED after a signal, or the exit code of the stage that failed."""
     queue = _Stages(stages, out)
     with _bar(stages) as show, interruptible() as stop:
         drain(queue, 1, stop, lambda: show(queue.at))
@@ -187,8 +187,8 @@ def run(stages: list[Stage], out: Path) -> int:
 
 @contextlib.contextmanager
 def _bar(stages: list[Stage]) -> Iterator[Callable[[int], None]]:
-    """Yields a function `show(i)` that displays that stage i is running, or that all stages are done if i is
-    `len(stages)`. `show` draws a progress bar if the output is a terminal, or else prints one line per stage."""
+    """Yields a function `show(i)`, which shows that stage i is running or, if i is `len(stages)`, that all stages are
+    done. It draws a progress bar if the output is a terminal, and otherwise prints one line per stage."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 

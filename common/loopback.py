@@ -5,7 +5,7 @@ import socket
 from common.errors import UserError
 
 HOST = "127.0.0.1"
-BACKLOG = 2048  # maximum number of connections that the operating system queues for the server
+BACKLOG = 2048  # maximum number of connections that wait until the server accepts them
 
 
 def listen(port: int) -> socket.socket:

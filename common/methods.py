@@ -1,5 +1,5 @@
-"""Finds a method by its name in a config. Each method is a file in a package, and its name is the file's name, so that
-no registry is needed."""
+"""Finds a method, such as a PEFT method or an objective, by its name in a config. The name of a method is the name of
+its file in a package, so no registry is needed."""
 
 import importlib
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from common.types import Config
 
 
 def known(package: str) -> list[str]:
-    """The names of the modules in a package such as "model.heads", except names that begin with an underscore."""
+    """The names of the modules in a package such as "model.heads", without those that begin with an underscore."""
     folder = Path(__file__).resolve().parents[1].joinpath(*package.split("."))
     return sorted(p.stem for p in folder.glob("[!_]*.py"))
 
 
 def module(package: str, name: str) -> ModuleType:
-    """Imports a module of a package. Raises UserError for an unknown name, so that a config from a run folder cannot
-    import arbitrary modules."""
+    """Imports a module of a package. Raises UserError if `known` does not list the name; this check keeps the config of
+    an untrusted run folder from importing arbitrary modules."""
     if name not in known(package):
         raise UserError(f"{package} has no {name!r}", "config", f"known: {', '.join(known(package))}")
     return importlib.import_module(f"{package}.{name}")

@@ -18,11 +18,11 @@ HUB = {  # the original releases of these models on the Hugging Face hub
 
 
 LOGIN = "set HF_TOKEN or run `hf auth login`"
-HUB_ERRORS = (  # (pattern of an error message of the hub's client, its meaning, a fix); the first match is used
+HUB_ERRORS = (  # (regex for an error of the hub's client, what the error means, a fix); the first match is used
     (
         "OfflineModeIsEnabled|outgoing traffic has been disabled",
         "not a local path and not in the hub's cache, and HF_HUB_OFFLINE forbids a download",
-        "unset it, or download it first",
+        "unset HF_HUB_OFFLINE, or download the model first",
     ),
     (
         "GatedRepoError|is a gated",
@@ -33,7 +33,7 @@ HUB_ERRORS = (  # (pattern of an error message of the hub's client, its meaning,
     (
         "RepositoryNotFound|exist on the Hub",
         "neither a local path nor a repository that you can see on the hub",
-        f"check the name; for a private one {LOGIN}",
+        f"check the name; for a private repository, {LOGIN}",
     ),
     (
         "ConnectError|ConnectionError|Timeout|LocalEntryNotFound",
@@ -64,9 +64,9 @@ def packaged(name: str) -> Path:
 
 
 def locate(name: str, patterns: tuple[str, ...]) -> Path:
-    """The local path of a model. `name` is the name of a packaged model, a path, or a Hugging Face hub id, possibly as
-    ID#REVISION. A model on the hub is downloaded first, but only its files that match `patterns`. Raises UserError if
-    the model does not exist."""
+    """The local path of a model. `name` is the name of a packaged model, a path, or a Hugging Face hub id, to which
+    #REVISION may be added. For a model on the hub, the files that match `patterns` are downloaded first. Raises
+    UserError if the model does not exist."""
     if name in PACKAGES:
         return packaged(name)
     path = Path(name).expanduser()
@@ -79,16 +79,16 @@ def locate(name: str, patterns: tuple[str, ...]) -> Path:
 
     try:
         return Path(snapshot_download(hub[1], revision=hub[2], allow_patterns=list(patterns)))
-    except Exception as error:  # the hub's client raises many types of errors that mean the same to the user
+    except Exception as error:  # the hub's client raises errors of many types for the same problem
         if path.parent.is_dir():
             fix = paths.nearest(path, f"{path.parent} contains no folder of this name")
-            raise UserError("no such folder, and no such model at the hub", name, fix) from None
+            raise UserError("no such folder, and no such model on the hub", name, fix) from None
         raise hub_error(error, name) from None
 
 
 def hub_error(error: BaseException, name: str) -> UserError:
-    """Converts an error of the hub's client to a UserError, whose message is one line with a fix and without access
-    tokens."""
+    """Converts an error of the hub's client to a UserError. The message is one line, says how to fix a known error, and
+    hides access tokens."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)

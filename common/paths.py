@@ -1,7 +1,7 @@
-"""Handles paths on disk and paths in an object store, gs://BUCKET/FOLDER, for which etils has a class like
-pathlib.Path.
+"""Handles local paths, and paths in an object store such as gs://BUCKET/FOLDER. For the latter, etils has a class that
+behaves like pathlib.Path.
 
-In an object store, each object is written atomically, but nothing can be appended to, renamed or locked.
+An object store writes each object atomically, but objects cannot be appended to, renamed or locked.
 """
 
 import contextlib
@@ -44,13 +44,13 @@ def remote(path: Place) -> "TypeIs[epath.Path]":
 
 
 def store() -> "AbstractFileSystem":
-    """The fsspec file system for gs://. The file system does not cache folder listings, since other hosts may write to
-    the same bucket."""
+    """The fsspec file system for gs://. It does not cache folder listings, because other hosts may write to the same
+    bucket."""
     import fsspec
 
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     try:
-        return fsspec.filesystem("gcs", finalize_on_close=True)  # the arguments that etils uses, to share its instance
+        return fsspec.filesystem("gcs", finalize_on_close=True)  # same arguments as in etils, to share its instance
     except ImportError as e:
         raise UserError(f"not installed: {e}", STORE, "pip install -r requirements/cloud.txt") from e
 
@@ -64,8 +64,8 @@ def sizes(folder: Place) -> dict[str, int]:
 
 
 def regular(place: Path) -> Path:
-    """Returns `place`. Raises UserError if `place` is, or contains, a pipe or a device, since reading a pipe or a
-    device might never end."""
+    """Returns `place`. Raises UserError if `place` is, or contains, a pipe or a device, because reading from one might
+    never end."""
     for path in [place, *(place.iterdir() if place.is_dir() else ())]:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError("this is neither a file nor a folder", str(path), "remove it, or use another path")
@@ -83,8 +83,8 @@ def nearest(path: Place, otherwise: str = "") -> str:
 
 
 def create(path: Place, text: str) -> bool:
-    """Writes an object in a store unless it exists, and returns whether it was written. If several processes write the
-    same object at once, only one of them succeeds."""
+    """Creates an object in a store, and returns True, or returns False if the object already exists. If several
+    processes write the same object at once, only one of them succeeds."""
     try:
         store().pipe_file(str(path), text.encode(), mode="create")
     except FileExistsError:

@@ -1,5 +1,5 @@
-"""Reads the lines of a run's metrics.jsonl, which `train.keep.metrics` writes. This module loads quickly, since it does
-not import jax."""
+"""Reads the lines of a run's metrics.jsonl, which `train.keep.metrics` writes. This module loads quickly because it
+does not import jax."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def read(path: str | Path) -> list[Json]:
 
 def _sound(line: Json) -> bool:
     seconds, joules, devices = (line.get(name, {}) for name in ("seconds", "joules", "devices"))
-    if line.get("kind") == "task" and _number(seconds):  # the seconds of one evaluation
+    if line.get("kind") == "task" and _number(seconds):  # a number here, not a dict: the seconds of one evaluation
         seconds = {}
     return (
         type(line.get("step")) is int

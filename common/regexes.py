@@ -8,7 +8,7 @@ from typing import Any
 
 from common.errors import UserError
 
-# Limits of a pattern: LONGEST is the maximum number of characters. WIDE is the maximum number of long repeats, each of
+# Limits for a pattern: LONGEST is the maximum number of characters. WIDE is the maximum number of long repeats, each of
 # which may multiply the matching time by the length of the text. CHOICES is the maximum number of repeats and branches,
 # each of which may double the matching time.
 LONGEST, WIDE, CHOICES = 2000, 4, 16

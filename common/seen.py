@@ -5,8 +5,8 @@ from typing import Any
 
 
 class Seen(dict):
-    """A dict that adds each key that is read to the set `used`. A union of this dict with another dict shares the same
-    set `used`."""
+    """A dict that records, in the set `used`, each key that is read. The union of this dict with another dict shares
+    the same set."""
 
     def __init__(self, content: dict, used: set[str] | None = None):
         super().__init__(content)
@@ -27,7 +27,8 @@ class Seen(dict):
         return Seen({**other, **self}, self.used)
 
     def unused(self, irrelevant: Collection[str]) -> set[str]:
-        """The keys that have a value but were not read, except the keys whose lower-case names are in `irrelevant`."""
+        """The keys that have a value but were never read. Keys whose names, in lower case, are in `irrelevant` are left
+        out."""
         left = (key for key in self if key not in self.used and holds(dict.get(self, key)))
         return {key for key in left if str(key).lower() not in irrelevant}
 

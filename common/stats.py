@@ -7,10 +7,10 @@ Z = 1.959964  # quantile of the normal distribution for a two-sided 95 % interva
 
 
 def of_scores(scores: Sequence[float]) -> tuple[float, float]:
-    """Returns Wilson's interval (1927) if all scores are 0 or 1, else the interval of the normal approximation, which
-    is infinite for a single score.
+    """Returns Wilson's interval (1927) if all scores are 0 or 1, and otherwise the interval of the normal
+    approximation, which is infinite for a single score.
 
-    Wilson's interval stays within [0, 1], and its width is above 0 even if all answers are right or all are wrong.
+    Wilson's interval stays within [0, 1], and has a positive width even if all answers are right or all are wrong.
     """
     n, p = len(scores), sum(scores) / len(scores)
     if set(scores) <= {0.0, 1.0}:
@@ -20,7 +20,7 @@ def of_scores(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def wilson(p: float, n: int) -> tuple[float, float]:
-    """Wilson's interval for a fraction `p` that was observed in `n` answers."""
+    """Wilson's interval if a fraction `p` of `n` answers was right."""
     center, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     return max(0.0, (center - half) / (1 + Z**2 / n)), min(1.0, (center + half) / (1 + Z**2 / n))
 

@@ -200,7 +200,7 @@ def test_a_console_that_goes_away_ends_no_command(tmp_path, end):
         env=environment,
     )  # fmt: skip
     assert done.returncode == 75 and (tmp_path / "file").read_text() == "whole"
-    warned = "console cannot be written" in done.stderr
+    warned = "cannot write to the console" in done.stderr
     assert warned == (end in ("| head -3", "> /dev/full")) and done.stderr.count("\n") == warned
 
 
