@@ -223,7 +223,8 @@ def attempt(case: Case, kind: str, at: Point, root: Path) -> str:
     else:
         code = wait(fork(case.command, root, kind, at))[at.rank]
         told = Path(f"{root}.log").read_text()
-        last = told.strip().split("\n")[-case.command.processes :]  # the other process may end after this one
+        lines = told.strip().split("\n")
+        last = lines[-1:] if case.command.processes == 1 else lines  # another process may print its own end later
         one_line = code == 2 and "Traceback" not in told and any(os.strerror(errno.ENOSPC) in line for line in last)
         unreached = code == 0 and case.command.processes > 1  # the other process wrote the cache
         good = (code == -signal.SIGKILL or unreached) if kind == "kill" else one_line
