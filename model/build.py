@@ -1,4 +1,4 @@
-"""Builds the model that a run's config describes, and the functions that quantize it and add adapters to it."""
+"""Builds the model that a run's config describes, and the function that quantizes it and adds adapters."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +19,7 @@ OVERRIDES = ("layers", "embed", "heads", "kv_heads", "mlp")
 
 
 def transform(cfg: Config, specs: Specs) -> Callable[[Params, jax.Array], Params]:
-    """Returns a function (params, key) that quantizes parameters and adds adapters, as the config says."""
+    """Returns a function (params, key) -> params that quantizes parameters and adds adapters as configured."""
     steps = [find(f"model.{kind}", cfg[kind])() for kind in ("quant", "peft") if cfg[kind].name]
 
     def apply(params: Params, key: jax.Array) -> Params:
@@ -31,7 +31,7 @@ def transform(cfg: Config, specs: Specs) -> Callable[[Params, jax.Array], Params
 
 
 class Shaped(Protocol):
-    """A checkpoint that has been opened, so that its ModelConfig is known before its weights are read."""
+    """An opened checkpoint. Its ModelConfig is known, but its weights may not have been read yet."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -40,10 +40,10 @@ class Shaped(Protocol):
 def network(
     config: ModelConfig, dtype: str | None = None, param_dtype: str | None = None, remat: str = "dots"
 ) -> Transformer:
-    """Returns the model with this ModelConfig. Raises UserError for a ModelConfig that is not supported.
+    """Returns the model that `config` describes. Raises UserError if `config` is not supported.
 
-    `dtype` is the dtype of activations (None: float32). `param_dtype` is the dtype of weights (None: that of
-    activations).
+    `dtype` is the dtype of activations; None means float32. `param_dtype` is the dtype of weights; None means the dtype
+    of activations.
     """
     kinds.check(config)
     dtype = dtype or "float32"
@@ -51,25 +51,26 @@ def network(
 
 
 def model(cfg: Config, pretrained: Shaped | None, vocab_size: int | None = None) -> Transformer:
-    """Returns the model that a run's config describes, which has the shape of `pretrained` or a named shape.
+    """Returns the model that a run's config describes.
 
-    The config may change the sizes of a named shape. `vocab_size` is the size of the tokenizer's vocabulary. For a
-    randomly initialized model, it is rounded up to a multiple of 64, for which every accelerator has fast tiles. Raises
-    UserError if shape, `init` and tokenizer do not fit together.
+    Its shape is that of `pretrained`, or a named shape such as "llama3-8b". The config may override individual sizes of
+    a named shape. `vocab_size` is the size of the tokenizer's vocabulary. For a randomly initialized model, it is
+    rounded up to a multiple of 64, because all accelerators multiply such sizes fast. Raises UserError if the shape,
+    the config's `init` and the tokenizer do not fit together.
     """
     c = cfg.model
     if not c.shape:
         if pretrained is None:
-            raise UserError("the config has neither a model shape nor a pretrained init", "config.model.shape")
+            raise UserError("the config sets neither a model shape nor a pretrained `init`", "config.model.shape")
         shape = pretrained.config
     else:
         shape = _shape(c, vocab_size)
         if pretrained is not None and dataclasses.replace(shape, family=pretrained.config.family) != pretrained.config:
             raise UserError(
-                f"shape {c.shape!r} differs from that of init {cfg.init!r}", "config.model.shape", "leave it empty"
+                f"shape {c.shape!r} differs from the shape of init {cfg.init!r}", "config.model.shape", "leave it empty"
             )
     if vocab_size and vocab_size > shape.vocab_size:
-        what = f"the tokenizer has {vocab_size} tokens, the model only {shape.vocab_size}"
+        what = f"the tokenizer has {vocab_size} tokens, but the model only {shape.vocab_size}"
         raise UserError(what, "config.data.tokenizer")
     return network(shape, c.dtype, c.param_dtype, c.remat)
 

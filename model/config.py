@@ -1,6 +1,6 @@
 """The architecture and sizes of a model, as a frozen dataclass. This module does not import jax.
 
-The files in model/families create a ModelConfig from a config.json, and layers get their sizes from it.
+The files in model/families create a ModelConfig from a config.json. The layers of a model read their sizes from it.
 """
 
 import dataclasses
@@ -8,12 +8,12 @@ from typing import Any
 
 from common.types import Json
 
-LAYERS = "layers"  # name of the subtree of parameters that are stacked over layers
-BIASED = {  # {value of ModelConfig.bias: the matrix products of attention and MLP that have a bias}
+LAYERS = "layers"  # name of the subtree that holds the parameters of all layers, stacked along a layer axis
+BIASED = {  # {value of ModelConfig.bias: the projections that have a bias}
     "none": (),
     "qkv": ("qkv",),  # Qwen2
-    "attn": ("qkv", "out"),  # Llama and Qwen3 with attention_bias
-    "mlp": ("mlp",),  # Llama with mlp_bias
+    "attn": ("qkv", "out"),  # Llama and Qwen3, if attention_bias is True
+    "mlp": ("mlp",),  # Llama, if mlp_bias is True
     "rest": ("out", "mlp"),  # RecurrentGemma
     "all": ("qkv", "out", "mlp"),  # GPT-2
 }
@@ -24,7 +24,7 @@ CHOICES = {
     "bias": BIASED,
 }
 SIZE = (1, 2**31 - 1)
-RANGES = {  # allowed ranges of the numbers in a ModelConfig; numbers that are not listed must be in SIZE
+RANGES = {  # allowed ranges of a ModelConfig's numeric fields; the range is SIZE for fields that are not listed
     "layers": (1, 4096),
     "norm_eps": (1e-20, 1),
     "rotary": (0, 1),
@@ -42,16 +42,16 @@ SCALING = (
     )
     | dict.fromkeys(("mscale", "mscale_all_dim"), (0, 1e6))
 )
-STRETCHES = ("linear", "dynamic", "yarn")  # types of `rope_scaling` that extend the context
+STRETCHES = ("linear", "dynamic", "yarn")  # types of `rope_scaling` that extend the context length
 
 
 def in_layers(path: str) -> bool:
-    """Returns whether the parameter with a name such as "layers/attn/wq" is stacked over layers."""
+    """Returns whether a parameter, given its name such as "layers/attn/wq", is stacked over layers."""
     return LAYERS in path.split("/")
 
 
 def number(name: str, value: object, low: float, high: float, whole: bool = False) -> None:
-    """Raises ValueError unless `value` is a number from `low` to `high`. NaN is always refused."""
+    """Raises ValueError unless `value` is a number from `low` to `high`. NaN always raises ValueError."""
     kinds = int if whole else int | float
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         kind = "whole number" if whole else "number"
@@ -62,42 +62,42 @@ def number(name: str, value: object, low: float, high: float, whole: bool = Fals
 class ModelConfig:
     """The architecture and sizes of a model. The default values are those of Llama.
 
-    In the comments, capital letters name the sizes in einsum equations. `rope_scaling` is the `rope_scaling` or
-    `rope_parameters` dict of a Hugging Face config, as sorted pairs, so that a ModelConfig is hashable. `windows` has
-    the size of the sliding window of each layer, where 0 means full attention. If `windows` is empty, all layers have
-    full attention. Since the values may come from hostile files, a field of the wrong type or out of its range raises
-    ValueError.
+    In the comments, a capital letter is the letter that stands for this size in einsum equations. `rope_scaling` has
+    the content of the `rope_scaling` or `rope_parameters` dict of a Hugging Face config. It is stored as sorted pairs,
+    because a ModelConfig must be hashable. `windows` lists the sliding-window size of each layer, where 0 means full
+    attention. If `windows` is empty, all layers have full attention. Values may come from untrusted files, so a field
+    that has the wrong type or is out of range raises ValueError.
     """
 
     vocab_size: int  # V
     layers: int  # L
     embed: int  # D
     heads: int  # N
-    kv_heads: int  # K, where N / K query heads share one key head (grouped-query attention)
+    kv_heads: int  # K; in grouped-query attention, N / K query heads share one key head
     head_dim: int  # H
     mlp: int  # F
-    family: str = "llama"  # a file in model/families, which defines the tensor names of checkpoints
+    family: str = "llama"  # name of the file in model/families that maps checkpoint tensors to parameters
     norm: str = "rmsnorm"  # or "layernorm"
     norm_eps: float = 1e-5
     norms: str = "pre"  # "pre": x + f(norm(x)), "post": norm(x + f(x)) (BERT), "both": x + norm(f(norm(x))) (Gemma 2)
     act: str = "silu"  # or "gelu", "gelu_tanh", "gelu_sigmoid", "relu"
     gated: bool = True  # if True, the MLP computes act(x @ gate) * (x @ up), as SwiGLU does
     position: str = "rope"  # or "learned"
-    rotary: float = 1.0  # fraction of a head's dimensions that rotary embeddings rotate
+    rotary: float = 1.0  # fraction of each head's dimensions that rotary embeddings rotate
     max_len: int = 8192
     rope_theta: float = 10000.0
     rope_scaling: tuple[tuple[str, Any], ...] = ()
-    tied: bool = False  # if True, the head's matrix is the transposed embedding table
+    tied: bool = False  # if True, the output head uses the transposed embedding table as its matrix
     bias: str = "none"  # a key of BIASED
-    qk_norm: bool = False  # if True, every query head and key head has an RMSNorm (Qwen3)
+    qk_norm: bool = False  # if True, each query head and each key head is normalized by an RMSNorm (Qwen3)
     windows: tuple[int, ...] = ()
-    causal: bool = True  # if False, a token attends to its whole document, as in an encoder
-    types: int = 0  # U, number of token types with an embedding each, such as BERT's two sentences
-    blocks: tuple[str, ...] = ("attn",)  # kinds of layers (model/net/kinds.py), a pattern that repeats over the layers
+    causal: bool = True  # if False, a token also attends to later tokens of its document, as in an encoder
+    types: int = 0  # U, the number of token types, such as BERT's two segments; each type has an embedding
+    blocks: tuple[str, ...] = ("attn",)  # a repeating pattern of layer kinds (see model/net/kinds.py)
     recurrent: int = 0  # W, the width of recurrent layers
-    conv: int = 4  # C, the number of taps of the convolution in recurrent layers
+    conv: int = 4  # C, the kernel width of the convolution in recurrent layers
     scale_embed: bool = False  # if True, embeddings are multiplied by sqrt(D) (Gemma)
-    logit_cap: float = 0.0  # logits become cap * tanh(logits / cap), unless the cap is 0
+    logit_cap: float = 0.0  # if not 0, logits become cap * tanh(logits / cap)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -109,11 +109,12 @@ class ModelConfig:
             elif value not in CHOICES.get(field.name, (value,)):
                 raise ValueError(f"{field.name}={value[:40]!r} is not supported")
         if self.heads % self.kv_heads:
-            raise ValueError(f"{self.heads} heads do not share {self.kv_heads} key heads evenly")
+            raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} key heads evenly")
         if self.position == "rope" and int(self.head_dim * self.rotary) % 2:
-            raise ValueError(f"rotary positions turn pairs, and the head size {self.head_dim} is odd")
+            rotated = int(self.head_dim * self.rotary)
+            raise ValueError(f"rotary embeddings need an even number of dimensions per head, not {rotated}")
         if not all(isinstance(kind, str) for kind in self.blocks):
-            raise ValueError("blocks are not names of kinds of layers")
+            raise ValueError("blocks must be names of layer kinds")
         for window in self.windows:
             number("windows", window, 0, SIZE[1], whole=True)
         if len(self.windows) not in (0, self.layers):
@@ -128,10 +129,10 @@ class ModelConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The size of each axis, by its letter in einsum equations. P is the number of learned positions."""
+        """The size of each axis, keyed by its letter in einsum equations. P is the number of learned positions."""
         sizes = dict(V=self.vocab_size, D=self.embed, F=self.mlp, P=self.max_len)
         sizes |= dict(N=self.heads, K=self.kv_heads, H=self.head_dim)
-        if "recurrent" in self.blocks:  # I and J: the features in one block of the gates
+        if "recurrent" in self.blocks:  # I and J: inputs and outputs of one block of the block-diagonal gates
             block = self.recurrent // self.heads
             sizes |= dict(W=self.recurrent, C=self.conv, I=block, J=block)
         if self.types:
@@ -140,7 +141,7 @@ class ModelConfig:
 
     @property
     def context(self) -> int:
-        """The number of positions that the model supports, which is `max_len`, or more with `rope_scaling`."""
+        """The context length that the model supports: `max_len`, or more if `rope_scaling` extends it."""
         scaling = dict(self.rope_scaling)
         if scaling.get("rope_type", scaling.get("type")) not in STRETCHES:
             return self.max_len
@@ -148,12 +149,12 @@ class ModelConfig:
         return max(self.max_len, int(original * scaling.get("factor", 1.0)))
 
     def biased(self, part: str) -> bool:
-        """Returns whether the matrix products of `part` ("qkv", "out" or "mlp") have a bias."""
+        """Returns whether the projections of `part` ("qkv", "out" or "mlp") have a bias."""
         return part in BIASED[self.bias]
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kind of each layer. The names of all kinds are in model/net/kinds.py."""
+        """The kind of each layer. All kinds are listed in model/net/kinds.py."""
         return (self.blocks * self.layers)[: self.layers]
 
     @property
@@ -162,10 +163,10 @@ class ModelConfig:
         return tuple(w > 0 for w in self.windows or (0,) * self.layers)
 
     def stack(self, path: str) -> list[int]:
-        """Returns the indices of the layers that have a parameter such as "layers/attn/wq", in the order of its stack.
+        """Returns the indices of the layers that have a parameter such as "layers/attn/wq", in the order of stacking.
 
-        For example, only layers of the kind "attn" have parameters in "layers/attn". Parameters whose path does not
-        name a kind are in every layer.
+        For example, only layers of the kind "attn" have parameters in "layers/attn". A parameter whose path does not
+        contain the name of a kind exists in every layer.
         """
         parts = path.split("/")
         part = parts[parts.index(LAYERS) + 1]

@@ -334,7 +334,7 @@ def spoil(folder, **changes):
         ({"alpha_pattern": {"(a+)+$": 3}}, "repeats a pattern"),
         ({"target_modules": "("}, "is refused: missing"),
         ({"a_field_of_tomorrow": 3}, "a_field_of_tomorrow=3 is not supported"),
-        ({"init_lora_weights": "pissa_niter_4"}, "changes the base itself"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base model's weights"),
         ({"peft_type": "LOHA"}, "PEFT type 'LOHA' is not supported"),
         ({"use_dora": True}, "lora_magnitude_vector.* is missing"),
     ],

@@ -130,7 +130,7 @@ def test_export_refuses(tmp_path):
         export_tiny(tmp_path / "full")
     with pytest.raises(UserError, match="cannot represent this model's qk_norm"):
         export_tiny(tmp_path / "out", dataclasses.replace(TINY, qk_norm=True))
-    with pytest.raises(UserError, match="the tokenizer has 259 tokens, the model only 100"):
+    with pytest.raises(UserError, match="the tokenizer has 259 tokens, but the model only 100"):
         export_tiny(tmp_path / "out", dataclasses.replace(TINY, vocab_size=100))
 
 
@@ -258,7 +258,7 @@ def test_damaged_safetensors(folder, damage):
         ({"num_attention_heads": 0, "head_dim": None}, "by zero"),
         ({"quantization_config": {"bits": 4}}, "weights are quantized"),
         ({"hidden_size": None}, "is not a whole number from 1"),
-        ({"num_key_value_heads": 3}, "4 heads do not share 3 key heads"),
+        ({"num_key_value_heads": 3}, "4 heads cannot share 3 key heads"),
     ],
 )
 def test_configs_that_the_layers_cannot_compute(folder, change, said):

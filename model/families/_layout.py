@@ -1,11 +1,11 @@
-"""Converts between tensors of checkpoints and parameters of this project, according to layouts such as "(NH)D->DNH".
+"""Converts between checkpoint tensors and our parameters, according to layouts such as "(NH)D->DNH".
 
-The layout "(NH)D->DNH" means that the rows of the checkpoint's tensor are the merged axes N and H, its columns are the
-axis D, and our parameter has the axes D, N and H. The same layout is used for reading and writing, and determines which
-slice of the file is needed for a slice of our parameter. AXES in model/weights.py defines the letters, except P for
-learned positions. A digit before letters says how many parameters are concatenated along an axis. For example, the keys
-of GPT-2 are part 1 of "D(3NH)->DNH", the middle third of the tensor. A "1" stands for an axis of size 1 that our
-parameter lacks.
+The layout "(NH)D->DNH" means that the checkpoint's tensor has shape [N * H, D], and our parameter has shape [D, N, H].
+The same layout is used for reading and writing. It also determines which slice of the file to read for a given slice of
+our parameter. AXES in model/weights.py defines the letters, except P, which stands for learned positions. A digit
+before letters is the number of parameters that the tensor concatenates along this axis. For example, "D(3NH)->DNH"
+describes GPT-2's tensor of queries, keys and values; the key weights are its part 1, the middle third. A "1" stands for
+an axis of size 1 that our parameter lacks.
 """
 
 import math
@@ -18,10 +18,10 @@ Index = tuple[slice, ...]
 
 
 class Key(NamedTuple):
-    name: str  # the tensor's name in the checkpoint, in which {} stands for the number of the layer
+    name: str  # the tensor's name in the checkpoint; {} stands for the layer index
     layout: str
     part: int = 0
-    less: float = 0.0  # our value minus the checkpoint's value, which is 1 for Gemma's norm scales
+    less: float = 0.0  # our value minus the checkpoint's value: 1 for norm scales of Gemma, which stores scale - 1
 
 
 def parse(layout: str) -> tuple[list[str], str]:
@@ -41,7 +41,7 @@ def parse(layout: str) -> tuple[list[str], str]:
 
 
 def size(letters: str, sizes: dict[str, int]) -> int:
-    """Returns the size of an axis that merges the axes `letters`."""
+    """Returns the size of a merged axis, which is the product of the sizes of the axes `letters`."""
     return math.prod(int(c) if c.isdigit() else sizes[c] for c in letters)
 
 
@@ -57,8 +57,8 @@ def our_shape(key: Key, sizes: dict[str, int]) -> tuple[int, ...]:
 def read(key: Key, tensor: Callable[[Index], np.ndarray], sizes: dict[str, int], index: Index) -> np.ndarray:
     """Returns the slice `index` of our parameter. The function `tensor` reads slices of the checkpoint's tensor.
 
-    If an axis of the file merges several axes, only a slice of the first one is contiguous in the file. So the other
-    axes are read as a whole, and sliced in memory.
+    If an axis in the file merges several axes, only a slice along the first of them is contiguous in the file. So the
+    other axes are read completely and then sliced in memory.
     """
     axes, ours = parse(key.layout)
     wanted = dict(zip(ours, index, strict=True))
@@ -80,7 +80,7 @@ def read(key: Key, tensor: Callable[[Index], np.ndarray], sizes: dict[str, int],
 
 
 def write(parts: list[tuple[Key, np.ndarray]], sizes: dict[str, int]) -> np.ndarray:
-    """Builds a tensor of a checkpoint from all parameters that the tensor contains. This function reverses `read`."""
+    """Builds a checkpoint tensor from all parameters that it contains. This is the inverse of `read`."""
     arrays = []
     for key, x in sorted(parts, key=lambda part: part[0].part):
         axes, ours = parse(key.layout)

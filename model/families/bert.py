@@ -27,7 +27,7 @@ KEYS = {
     "layers/mlp/bdown": Key(LAYER + "output.dense.bias", "D->D"),
     "layers/mlp_norm/scale": Key(LAYER + "output.LayerNorm.weight", "D->D"),
     "layers/mlp_norm/bias": Key(LAYER + "output.LayerNorm.bias", "D->D"),
-    "unembed/table": Key("lm_head.weight", "VD->DV"),  # missing in checkpoints, whose head is tied to the embedding
+    "unembed/table": Key("lm_head.weight", "VD->DV"),  # not in checkpoints, because the head is tied to the embedding
 }
 FIELDS = {  # {field of ModelConfig: key of config.json}
     "vocab_size": "vocab_size", "layers": "num_hidden_layers", "embed": "hidden_size", "heads": "num_attention_heads",

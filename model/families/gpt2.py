@@ -1,6 +1,6 @@
 """GPT-2, which has learned positions, LayerNorms, and biases in all projections.
 
-Checkpoints of GPT-2 store matrices as [inputs, outputs], and the weights of q, k and v in one matrix.
+GPT-2 checkpoints store matrices as [inputs, outputs]. One matrix contains the weights for queries, keys and values.
 """
 
 from model.config import ModelConfig
@@ -40,7 +40,7 @@ DEFAULTS = dict(
     vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024, layer_norm_epsilon=1e-5,
     tie_word_embeddings=True,
 )  # fmt: skip
-OTHER_NAMES = dict(  # from transformers' attribute map
+OTHER_NAMES = dict(  # other names of these keys, from `attribute_map` in transformers
     hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
     max_position_embeddings="n_positions",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Llama 2, Llama 3 and SmolLM2. The files of related model families only define how they differ from Llama."""
+"""Llama 2, Llama 3 and SmolLM2. The modules of related model families define only their differences from Llama."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ FIELDS = {  # {field of ModelConfig: key of config.json}
     "mlp": "intermediate_size", "norm_eps": "rms_norm_eps", "max_len": "max_position_embeddings",
     "tied": "tie_word_embeddings",
 }  # fmt: skip
-DEFAULTS = dict(  # default values for keys that are missing in a config.json, as in transformers
+DEFAULTS = dict(  # values for keys that are missing in a config.json; transformers uses the same values
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
     max_position_embeddings=2048, rms_norm_eps=1e-6, tie_word_embeddings=False,
 )  # fmt: skip
@@ -43,7 +43,7 @@ ACTS = {
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh", "quick_gelu": "gelu_sigmoid", "relu": "relu",
 }  # fmt: skip
-ROPES = {  # {rope type: parameters that this type requires}
+ROPES = {  # {rope type: numbers that rope_scaling must have for this type}
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -59,15 +59,15 @@ BIASES = {(False, False): "none", (True, False): "attn", (False, True): "mlp", (
 
 
 def config(hf: dict, defaults: dict | None = None, **delta: Any) -> ModelConfig:
-    """Returns the ModelConfig for a config.json. Raises UserError for a model that is not supported.
+    """Converts a config.json to a ModelConfig. Raises UserError for a model that is not supported.
 
-    A related model family passes its own `defaults`, and passes the fields that differ from Llama as `delta`.
+    A related model family passes its own `defaults`, and as `delta` the fields of ModelConfig that differ from Llama.
     """
     hf = DEFAULTS | (defaults or {}) | hf
     refuse(hf)
     theta, scaling = rope(hf)
     if rotary(hf) != 1.0:
-        raise UserError("rotary positions on a part of the head are not supported", "partial_rotary_factor")
+        raise UserError("rotary embeddings of only a part of each head are not supported", "partial_rotary_factor")
     fields = read_fields(hf, FIELDS) | dict(
         family="llama",
         kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
@@ -81,7 +81,7 @@ def config(hf: dict, defaults: dict | None = None, **delta: Any) -> ModelConfig:
 
 
 def hf_config(c: ModelConfig) -> dict:
-    """Returns the config.json of a model, with only those keys that every version of transformers reads."""
+    """Returns the config.json of a model, using only keys that every version of transformers reads."""
     return write_fields(c, FIELDS) | {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
@@ -106,7 +106,7 @@ def write_fields(c: ModelConfig, fields: dict[str, str]) -> dict[str, Any]:
 
 
 def rope(hf: dict) -> tuple[float, dict]:
-    """Returns (theta, scaling parameters) of a config.json, with {} if there is no scaling.
+    """Returns (theta, scaling parameters) from a config.json. The scaling parameters are {} if there is no scaling.
 
     Raises UserError for a type of scaling that is not supported.
     """
@@ -120,7 +120,7 @@ def rope(hf: dict) -> tuple[float, dict]:
         scaling.pop(name, None)
     original = "original_max_position_embeddings"
     length, before = hf.get("max_position_embeddings"), hf.get(original)
-    kind = "default" if kind == "mrope" else kind  # mrope has three positions per token, all equal for text
+    kind = "default" if kind == "mrope" else kind  # mrope has three positions per token, which are equal for text
     if kind not in ROPES:
         raise UserError(f"rope type {kind!r} is not supported; supported: {', '.join(ROPES)}", "rope_scaling")
     if kind == "default":
@@ -144,7 +144,7 @@ def spelled(hf: dict) -> dict:
 
 
 def rotary(hf: dict, default: float = 1.0) -> float:
-    """Returns the fraction of a head's dimensions that rotary embeddings rotate."""
+    """Returns the fraction of each head's dimensions that rotary embeddings rotate."""
     beside = hf.get("partial_rotary_factor")
     return spelled(hf).get("partial_rotary_factor") or beside or default
 
@@ -160,16 +160,16 @@ def act_name(ours: str) -> str:
 
 
 def refuse(hf: dict, **expected: Any) -> None:
-    """Raises UserError if a setting of a config.json differs from `expected`, or makes the model bidirectional."""
+    """Raises UserError if a config.json makes the model bidirectional or has values that differ from `expected`."""
     for key, value in {"is_causal": True, "use_bidirectional_attention": False, **expected}.items():
         if hf.get(key, value) not in (value, None):
             raise UserError(f"{key}={hf[key]!r} is not supported; only {value!r} is", hf.get("model_type", ""))
 
 
 def windows(hf: dict) -> tuple[int, ...]:
-    """Returns the sliding window of each layer of a Qwen model.
+    """Returns the sliding-window size of each layer of a Qwen model, where 0 means full attention.
 
-    The config.json says which layers have a window, by `layer_types` or, if that is missing, by `max_window_layers`.
+    In the config.json, `layer_types` or, if it is missing, `max_window_layers` determines which layers have a window.
     """
     layers, window = hf.get("num_hidden_layers", 32), hf.get("sliding_window", 4096)
     first, types = hf.get("max_window_layers", 28), hf.get("layer_types")

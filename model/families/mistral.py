@@ -1,4 +1,4 @@
-"""Mistral: Llama with a sliding window in every layer, and no biases."""
+"""Mistral: Llama with a sliding window in every layer and without biases."""
 
 from model.config import ModelConfig
 from model.families import llama

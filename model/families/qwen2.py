@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama with a bias on queries, keys and values, and a sliding window in some layers."""
+"""Qwen2 and Qwen2.5: Llama with biases on queries, keys and values, and with a sliding window in some layers."""
 
 from model.config import ModelConfig
 from model.families import llama

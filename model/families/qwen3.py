@@ -1,4 +1,4 @@
-"""Qwen3: Llama with an RMSNorm on every query head and key head, and a sliding window in some layers."""
+"""Qwen3: Llama with an RMSNorm on each query head and key head, and with a sliding window in some layers."""
 
 from model.config import ModelConfig
 from model.families import llama, qwen2
@@ -11,8 +11,8 @@ KEYS = llama.KEYS | {
 
 
 def config(hf: dict) -> ModelConfig:
-    hf = hf | {"mlp_bias": None}  # a key that Qwen3 does not have
-    head_dim = hf.get("head_dim") or 128  # Qwen3's default head size does not depend on the width
+    hf = hf | {"mlp_bias": None}  # Qwen3 has no such key
+    head_dim = hf.get("head_dim") or 128  # the default head size of Qwen3 is 128 for every hidden size
     own = dict(family="qwen3", qk_norm=True, head_dim=head_dim, windows=llama.windows(hf))
     return llama.config(hf, qwen2.DEFAULTS, **own)
 

@@ -1,11 +1,11 @@
-"""RecurrentGemma, which has the recurrent and local attention layers of Griffin, and Gemma's norms and embedding."""
+"""RecurrentGemma: the recurrent and local-attention layers of Griffin, with the norms and embeddings of Gemma."""
 
 from model.config import ModelConfig
 from model.families import llama
 from model.families._layout import Key
 
 MIXER = llama.LAYER + "temporal_block."
-RENAMED = {"self_attn": "temporal_block", "mlp": "mlp_block"}  # {module name of Llama: name in RecurrentGemma}
+RENAMED = {"self_attn": "temporal_block", "mlp": "mlp_block"}  # {module name in Llama: module name in RecurrentGemma}
 
 
 def _renamed(key: Key) -> Key:
@@ -54,7 +54,7 @@ def config(hf: dict) -> ModelConfig:
         **llama.read_fields(hf, FIELDS),
         kv_heads=hf.get("num_key_value_heads") or heads,
         head_dim=embed // heads,
-        mlp=hf["intermediate_size"] // 2,  # intermediate_size is the total width of gate and up
+        mlp=hf["intermediate_size"] // 2,  # intermediate_size counts gate and up together
         act=llama.act(hf.get("hidden_activation", "gelu_pytorch_tanh")),
         rotary=llama.rotary(hf, 0.5),
         rope_theta=theta,

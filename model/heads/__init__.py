@@ -1,6 +1,6 @@
-"""Heads that compute outputs other than logits from a model's hidden states. Each file of this folder defines one head.
+"""Heads that compute outputs other than logits from a model's hidden states. Each file in this folder defines one head.
 
-As in model/peft, each file defines a function `make(**settings) -> Callable[[ModelConfig, Array], Head]`.
+Each file defines a function `make(**settings) -> Callable[[ModelConfig, Array], Head]`.
 
 `find(name)` returns a function (config, key) that creates a head for a model with the given ModelConfig. The head is
 stored as params["head"], next to params["layers"]. A head is trained, sharded and saved like an adapter. For example, a
@@ -22,10 +22,10 @@ from model.weights import Extra, Spec
 
 
 class Head(Extra):
-    """Base class of all heads. When adapters are merged, a head does not change."""
+    """Base class of all heads. Merging adapters leaves a head unchanged."""
 
     def __call__(self, x: Array) -> Array:
-        """Returns the head's float32 output for hidden states x [B,T,D]. A scalar head returns [B,T]."""
+        """Returns the head's float32 output for hidden states x [B,T,D]. For a scalar head, its shape is [B,T]."""
         raise NotImplementedError
 
     def dense(self, spec: Spec | None) -> "Head":
@@ -38,7 +38,7 @@ def find(name: str, **settings: Any) -> Callable[[ModelConfig, Array], Head]:
 
 
 def at_end(head: Head, x: Array, segments: Array) -> Array:
-    """Returns the output [B] of a scalar head at the last token of each row, for hidden states x [B,T,D].
+    """Returns a scalar head's output [B] at the last token of each row, given hidden states x [B,T,D].
 
     Each row is one document, which may have padding (segment 0 in `segments` [B,T]) before or after it.
     """
@@ -46,6 +46,6 @@ def at_end(head: Head, x: Array, segments: Array) -> Array:
 
 
 def last_token(x: Array, segments: Array) -> Array:
-    """Returns the hidden state [B,1,D] of each row's last token that is not padding, from x [B,T,D]."""
+    """Selects from x [B,T,D] the hidden state [B,1,D] of the last token in each row that is not padding."""
     last = segments.shape[1] - 1 - (segments[:, ::-1] > 0).argmax(-1)
     return jnp.take_along_axis(x, last[:, None, None], axis=1)

@@ -1,6 +1,7 @@
-"""A head that outputs one number per token: the reward of a sequence at its last token, or the value of a state.
+"""A head with one output per token. A reward model reads it at the last token, and a critic reads it as state values.
 
-As in Hugging Face's sequence classifiers, the head has no bias, because only differences of rewards matter.
+The head has no bias, because only differences between rewards matter. Hugging Face sequence classifiers have none
+either.
 """
 
 from collections.abc import Callable
@@ -15,12 +16,12 @@ from model.config import ModelConfig
 from model.heads import Head
 from model.weights import Spec
 
-TENSOR = "score.weight"  # [1,D], the name of the weight in Hugging Face's sequence classifiers with one label
+TENSOR = "score.weight"  # name of the weight [1,D] in Hugging Face sequence classifiers with one label
 
 
 @flax.struct.dataclass
 class Scalar(Head):
-    """Multiplies hidden states x [B,T,D] by a vector w [D] -> [B,T]."""
+    """Returns the dot products [B,T] of hidden states x [B,T,D] with a vector w [D]."""
 
     w: Array  # [D]
     trainable: ClassVar[tuple[str, ...]] = ("w",)

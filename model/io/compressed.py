@@ -1,8 +1,9 @@
-"""Reads and writes quantized weights in the compressed-tensors format, which vLLM and transformers read too.
+"""Reads and writes quantized weights in the compressed-tensors format, which vLLM and transformers can read.
 
-A Linear [N, K] is stored as codes and scales. The scales are in the tensor `weight_scale`. The codes are either in the
-tensor `weight` (int8 or e4m3), or in the tensors `weight_packed` and `weight_shape`. An int32 in `weight_packed`
-contains several consecutive codes of a row, to which half of their range is added, so that they are not negative.
+The weight [N, K] of a Linear module is stored as codes and scales. The scales are in the tensor `weight_scale`. The
+codes are either in the tensor `weight` (int8 or e4m3), or packed in `weight_packed`, where `weight_shape` has their
+original shape. Each int32 in `weight_packed` contains several consecutive codes of a row. Half of their range has been
+added to these codes to make them nonnegative.
 """
 
 import re
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 METHOD = "compressed-tensors"
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
-UNQUANTIZED = "open the unquantized model, or its .gguf"
+UNQUANTIZED = "open the unquantized model or its .gguf file"
 
 
 def config(model: Transformer, params: Params, keys: dict[str, Key]) -> dict:
@@ -44,7 +45,7 @@ def config(model: Transformer, params: Params, keys: dict[str, Key]) -> dict:
         path = weights.name(path)
         if not isinstance(leaf, Quantized):
             spec = weights.at(model.specs, path)
-            if spec.eqn and "V" not in weights.split(spec.eqn)[1]:  # an embedding table is not a torch Linear
+            if spec.eqn and "V" not in weights.split(spec.eqn)[1]:  # embedding tables are not Linear modules in torch
                 ignored.append(_target(model, path, keys[path]))
             continue
         scheme = _scheme(path, leaf, keys[path])
@@ -64,7 +65,7 @@ def config(model: Transformer, params: Params, keys: dict[str, Key]) -> dict:
 
 
 def _target(model: Transformer, path: str, key: Key) -> str:
-    """Returns a pattern that matches the module names of the tensor `key` in all layers that have the parameter."""
+    """Returns a regex for the modules that store the parameter `path`, in all layers that have this parameter."""
     name = key.name.removesuffix(".weight")
     if "{}" not in name:
         return name
@@ -77,15 +78,15 @@ def _scheme(path: str, leaf: Quantized, key: Key) -> dict:
     (shared, k, n), tile, size = letters(leaf.eqn), leaf.tile, leaf.kn
     problem = ""
     if shared or layout.parse(key.layout)[0] != [n, k] or "V" in weights.split(leaf.eqn)[1]:
-        problem = "is not a separate Linear in this format"
+        problem = "is not a separate Linear module in this format"
     elif not isinstance(leaf, Int4 | Int8 | FP8) or leaf.codes.dtype == jnp.float8_e5m2:
-        problem = "has a type that the format lacks: it supports int4, int8 and fp8 (e4m3)"
+        problem = "has a type that the format lacks; supported: int4, int8 and fp8 (e4m3)"
     elif leaf.offset is not None:
-        problem = "has zero points that are not integers, as the format requires: quantize with --symmetric=True"
+        problem = "has zero points that are not integers, which the format cannot store: quantize with --symmetric=True"
     elif leaf.inverse is not None:
-        problem = "has inputs scaled by AWQ or SmoothQuant, which the format lacks: quantize with --method=gptq"
+        problem = "has input scales from AWQ or SmoothQuant, which the format cannot store: quantize with --method=gptq"
     elif size[0] % tile[0] or tile[1] not in (1, size[1]) or (tile[0] < size[0] and tile[1] > 1):
-        problem = f"has scales for tiles of {tile} in a matrix of {size}; the format needs equal groups of a column"
+        problem = f"has one scale per {tile} tile of a {size} matrix, but the format needs equal groups of a column"
     if problem:
         raise UserError(f"{path} {problem}", "compressed-tensors", "or write floats with --dequantize")
     strategy = "group" if tile[0] < size[0] else "channel" if tile[1] == 1 else "tensor"
@@ -100,13 +101,13 @@ def _scheme(path: str, leaf: Quantized, key: Key) -> dict:
 
 
 def weights_only(params: Params) -> Params:
-    """Returns `params` with activations left unquantized, since `read` can only load quantized weights."""
+    """Returns `params` without the quantization of activations, which `read` does not restore."""
     float_inputs = lambda w: w.replace(activations=False) if isinstance(w, Int8) else w
     return jax.tree.map(float_inputs, params, is_leaf=weights.is_weight)
 
 
 def tensors(leaf: Quantized, key: Key, layers: Iterable[int]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (name, array) for each tensor of a quantized weight that is stacked over `layers`.
+    """Yields (name, array) for each tensor that stores the quantized weight `leaf`, for all its `layers`.
 
     The function `config` must have accepted this weight.
     """
@@ -124,7 +125,7 @@ def tensors(leaf: Quantized, key: Key, layers: Iterable[int]) -> Iterator[tuple[
 
 
 def pack(numbers: np.ndarray, bits: int) -> np.ndarray:
-    """Packs signed numbers [N, K] of 4 or 8 bits into int32 [N, ceil(K bits / 32)], starting at the lowest bits."""
+    """Packs signed codes [N, K] of 4 or 8 bits into int32 [N, ceil(K * bits / 32)], starting at the lowest bits."""
     each, half = 32 // bits, 2 ** (bits - 1)
     codes = np.pad((numbers + half).astype(np.uint32), [(0, 0), (0, -numbers.shape[1] % each)])
     shifted = codes.reshape(len(codes), -1, each) << np.arange(0, 32, bits, dtype=np.uint32)
@@ -137,9 +138,9 @@ def unpack(words: np.ndarray, bits: int, k: int) -> np.ndarray:
 
 
 def unpack_words(words: np.ndarray, bits: int, slots: np.ndarray | None = None) -> np.ndarray:
-    """Unpacks int32 words along the last axis.
+    """Unpacks int32 words along the last axis. By default, the first code of a word is in the lowest bits.
 
-    The first code of a word is in the lowest bits, unless `slots` says at which position each code is.
+    Otherwise, `slots` lists the position of each code within a word.
     """
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     codes = words.view(np.uint32)[..., None] >> (shifts if slots is None else shifts[slots]) & ((1 << bits) - 1)
@@ -159,13 +160,14 @@ def check(config: dict, where: str) -> None:
 
 
 def shape(folder: "Folder", name: str) -> tuple[int, ...]:
-    """Returns the shape of a weight that is stored as several tensors."""
+    """Returns the shape of a weight that is stored in the compressed-tensors format."""
     if f"{name}_packed" not in folder.shards:
         return folder.stored_shape(name)
     rows, columns = (int(n) for n in folder.codes(f"{name}_shape", (slice(2),)))
     held = folder.stored_shape(f"{name}_packed")
     if held not in [(rows, -(-columns * bits // 32)) for bits in (4, 8)]:
-        raise UserError(f"{name}_shape is {rows} x {columns}, but its codes are {held}", str(folder.path))
+        what = f"{name}_shape is {rows} x {columns}, which does not match the shape {held} of the packed codes"
+        raise UserError(what, str(folder.path))
     return rows, columns
 
 
@@ -183,7 +185,7 @@ def read(folder: "Folder", name: str, cuts: Index) -> np.ndarray:
     if odd or held[0] not in (1, height) or not groups or columns % groups:
         what = f"zero points or uneven groups ({', '.join(odd) or held})"
         raise UserError(f"{name} has {what}, which are not supported", str(folder.path), UNQUANTIZED)
-    rows = cuts[0] if held[0] > 1 else slice(None)  # one scale for the whole tensor
+    rows = cuts[0] if held[0] > 1 else slice(None)  # otherwise, the whole tensor has one scale
     scale = folder.tensor(f"{name}_scale", (rows, *[slice(None)] * (len(held) - 1))).astype(np.float32)
     scale = np.repeat(scale.reshape(-1, groups), columns // groups, 1)
     return (numbers.astype(np.float32) * scale)[:, cuts[1]]

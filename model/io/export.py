@@ -1,4 +1,4 @@
-"""Writes a model as a Hugging Face folder, which transformers, vLLM and llama.cpp's converter can read."""
+"""Writes a model as a Hugging Face folder for transformers, vLLM and llama.cpp's converter."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ from model.quant._leaf import Quantized
 from model.weights import Params, dense_of
 
 SHARD_BYTES = 5 * 10**9
-# {dtype of the written weights: largest allowed change of the logits, relative to the largest logit}.
+# {dtype of the written weights: largest accepted change of the logits, as a fraction of the largest logit}
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 
 
@@ -44,14 +44,16 @@ def export_hf(
     dequantize: bool = False,
     card: str = "",
 ) -> float:
-    """Merges adapters and writes the model as a new folder. With `check`, the model is read back to compare its logits.
+    """Merges adapters and writes the model as a new folder.
 
-    The folder only gets its name after this check. `params` are stacked over layers. Quantized weights are stored in
-    the compressed-tensors format, or as floats if `dequantize` is True. A weight with an adapter becomes one float
-    array. The dict `generation` (temperature, ...) is added to generation_config.json, and `card` is the text of
-    README.md. The head of a reward model is stored as transformers stores a sequence classifier with one label. Returns
-    the difference of the logits relative to the largest logit (0.0 without `check`). Raises UserError if the folder has
-    other content, if the model family or the format cannot represent the model, or if the logits differ too much.
+    If `check`, reads the folder back and compares its logits with the model's. The folder gets its final name only
+    after this check. The arrays in `params` must be stacked over layers. Quantized weights are stored in the
+    compressed-tensors format, or as floats if `dequantize` is True. A weight with an adapter is always written as
+    floats. The settings in `generation`, such as the temperature, are written to generation_config.json, and the text
+    `card` to README.md. A reward model is written as a transformers sequence classifier with one label. Returns the
+    difference of the logits relative to the largest logit, or 0.0 if `check` is False. Raises UserError if the folder
+    contains another model or other files, if the model family or the format cannot represent the model, or if the
+    logits differ too much.
     """
     folder = Path(folder).absolute()
     if dtype not in TOLERANCE:
@@ -68,7 +70,7 @@ def export_hf(
         params = compressed.weights_only(plain)
     taken = UserError("the folder exists and is not empty", str(folder), "choose a new folder")
     used = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    # A folder with the same config.json may be from an earlier run, and is accepted.
+    # A folder with the same config.json is accepted: it may come from an earlier export of the same model.
     if used and files.read_json(folder / "config.json") != files.plain(config):
         raise taken
     try:
@@ -89,15 +91,18 @@ def export_hf(
 
 
 def _merged(model: Transformer, params: Params, dequantize: bool) -> Params:
-    """Merges adapters into plain arrays. Quantized weights are dequantized only if `dequantize` is True."""
+    """Merges adapters into plain arrays.
+
+    Quantized weights without adapters stay quantized, unless `dequantize` is True.
+    """
     kept = lambda w: isinstance(w, Quantized) and not dequantize
     return weights.replace(qat.converted(params), model.specs, lambda _, w, spec: w if kept(w) else dense_of(w, spec))
 
 
 def tensors(model: Transformer, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """Converts stacked parameters to the tensors of a checkpoint, and yields (name, array) for each of them."""
+    """Converts stacked parameters to checkpoint tensors, and yields (name, array) for each tensor."""
     keys, sizes = family(model.config.family).KEYS, model.config.sizes
-    holders = defaultdict(list)  # {tensor of the checkpoint: our parameters that it contains}
+    holders = defaultdict(list)  # {name of a checkpoint tensor: names of our parameters that it contains}
     leaves = {weights.name(path): w for path, w in jax.tree.leaves_with_path(params, is_leaf=weights.is_weight)}
     for path, leaf in leaves.items():
         if isinstance(leaf, Quantized):
@@ -122,7 +127,7 @@ def _configs(model: Transformer, tokenizer: Any, dtype: str, generation: dict) -
         lost = [f.name for f in dataclasses.fields(c) if getattr(again, f.name) != getattr(c, f.name)]
         raise UserError(f"family {c.family} cannot represent this model's {', '.join(lost)}", "export")
     if tokenizer.vocab_size > c.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {c.vocab_size}", "export")
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model only {c.vocab_size}", "export")
     ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
     ids["eos_token_id"] = list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id
     ids = {name: value for name, value in ids.items() if value is not None}
@@ -130,12 +135,12 @@ def _configs(model: Transformer, tokenizer: Any, dtype: str, generation: dict) -
 
 
 def classifier(architecture: str) -> str:
-    """Returns the name of the sequence classifier in transformers for the architecture of a language model."""
+    """Converts the class name of a language model in transformers to that of the corresponding sequence classifier."""
     return re.sub("(ForCausalLM|LMHeadModel)$", "ForSequenceClassification", architecture)
 
 
 def _write_tensors(named: Iterable[tuple[str, np.ndarray]], folder: Path, dtype: str) -> None:
-    """Writes tensors to files of at most SHARD_BYTES each, and an index if there are several files.
+    """Writes tensors to files of at most SHARD_BYTES each, and an index if there is more than one file.
 
     Only the tensors of one file are in memory at a time.
     """
@@ -169,11 +174,11 @@ def _write_tensors(named: Iterable[tuple[str, np.ndarray]], folder: Path, dtype:
 
 
 def check_logits(model: Transformer, params: Params, written: Path, final: Path, dtype: str, tolerance: float) -> float:
-    """Returns the difference between the logits of `params` and of `written`, relative to the largest logit.
+    """Compares the logits of `params` with those of the folder `written`, and returns the difference.
 
-    The largest difference at each position is averaged over positions, since rounding may cause a difference that is
-    100 times as large at positions with massive activations. Raises UserError, which names the path `final`, if the
-    difference exceeds the tolerance.
+    The result is the largest difference at each position, averaged over positions and divided by the largest logit. An
+    average is used because rounding errors may be 100 times larger at positions with massive activations. If the
+    difference exceeds the tolerance, raises a UserError whose message contains the path `final`.
     """
     length = min(32, model.config.max_len)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length), dtype=np.int32)
@@ -181,6 +186,6 @@ def check_logits(model: Transformer, params: Params, written: Path, final: Path,
     wanted, got = (np.asarray(logits(p, tokens)) for p in (params, open_pretrained(written).load(model.specs)))
     delta = float(np.abs(got - wanted).max(-1).mean() / np.abs(wanted).max())
     if not delta <= tolerance:
-        what = f"logits read back differ by {delta:.2g} of their scale, over {tolerance:.0e} for {dtype}"
+        what = f"logits read back differ by {delta:.2g} of the largest logit, more than {tolerance:.0e} for {dtype}"
         raise UserError(what, str(final), "nothing was written; try a wider --dtype")
     return delta

@@ -1,7 +1,7 @@
 """Reads weights that other tools have quantized (bitsandbytes, GPTQ, AWQ, fp8), and dequantizes them to floats.
 
-The module compressed.py reads the compressed-tensors format. The other formats store a Linear [N, K] with the name X
-and with G groups as several tensors.
+The module compressed.py reads the compressed-tensors format. Each of the other formats stores the weight [N, K] of the
+Linear module X as several tensors. G is the number of groups along K.
 
 Bitsandbytes stores 4-bit codes of the flattened matrix, two per byte, in X.weight, with X.weight.absmax and
 X.weight.quant_map. Its 8-bit format stores X.weight [N, K] in int8, with X.SCB [N].
@@ -9,7 +9,8 @@ GPTQ with 4 bits stores X.qweight [K / 8, N], X.qzeros [G, N / 8], X.scales [G, 
 AWQ with 4 bits stores X.qweight [K, N / 8], X.qzeros [G, N / 8] and X.scales [G, N].
 The fp8 format stores X.weight [N, K] in e4m3, with X.weight_scale_inv or X.weight_scale per tensor, row or block.
 
-The dequantized values equal those that the tools themselves use. The argument `folder` is a model.io.hf.Folder.
+The dequantized values are exactly those that the tools compute themselves. The argument `folder` is a
+model.io.hf.Folder.
 """
 
 import json
@@ -28,10 +29,10 @@ PARTS = re.compile(
     r"(?P<weight>.*\.weight)[_.](?P<part>packed|shape|zero_point|g_idx|global_scale|scale|scale_inv|absmax|quant_map|nested_absmax|"
     r"nested_quant_map|quant_state\..*)|(?P<module>.*)\.(?P<own>qweight|qzeros|scales|g_idx|SCB|weight_format)"
 )
-AWQ_SLOTS = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # the position in a 32-bit word of each of eight columns
+AWQ_SLOTS = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # the position of each of eight columns within a 32-bit word
 FP8 = "F8_E4M3"
 FORMS = {"gptq": "gptq", "gptq_v2": "gptq", "auto_gptq": "gptq", "auto-round": "gptq", "awq": "awq", "auto_awq": "awq"}
-FORMS |= {"gemm": "awq"}  # AWQ's layout, which other tools use too
+FORMS |= {"gemm": "awq"}  # other tools also use AWQ's layout and call it "gemm"
 
 
 class Format(NamedTuple):
@@ -41,7 +42,7 @@ class Format(NamedTuple):
 
 
 def find(folder: Any) -> dict[str, Format]:
-    """Returns {name of a weight: its format} for all weights that are not stored as one plain tensor."""
+    """Returns {name of the weight: its format} for all weights that are quantized."""
     parts = defaultdict(set)
     for name in folder.shards:
         if m := PARTS.fullmatch(name):
@@ -51,18 +52,18 @@ def find(folder: Any) -> dict[str, Format]:
 
 
 def names(folder: Any) -> set[str]:
-    """Returns the names of all weights. A weight that is stored as several tensors has one name."""
+    """Returns the names of all weights. A weight that is stored as several tensors is listed once."""
     weight = lambda m: m["weight"] or f"{m['module']}.weight"
     found = {name: PARTS.fullmatch(name) for name in folder.shards}
     return {n for n, m in found.items() if not m or weight(m) not in folder.coded} | folder.coded.keys()
 
 
 def check(folder: Any, config: Any) -> None:
-    """Raises UserError if the `quantization_config` is not supported, unless all weights are plain tensors."""
+    """Raises UserError if the `quantization_config` is not supported. It is ignored if all weights are plain floats."""
     method = config.get("quant_method") if isinstance(config, dict) else None
     where, fix = str(folder.path), compressed.UNQUANTIZED
     if method is None:
-        raise UserError("weights are quantized, but quantization_config names no method", where, fix)
+        raise UserError("weights are quantized, but quantization_config has no quant_method", where, fix)
     codes = [n for n in folder.shards if n.endswith((".weight", "_packed")) and folder.dtype(n) not in folder.floats]
     if method == compressed.METHOD and folder.coded:
         compressed.check(config, where)
@@ -70,7 +71,7 @@ def check(folder: Any, config: Any) -> None:
         what = f"weights are quantized by {method}, which is not supported ({strange[0]})"
         raise UserError(what, where, fix)
     elif not folder.coded:
-        warn("%s: the quantization_config of %s is ignored, since the weights are floats", where, method)
+        warn("%s: ignoring the quantization_config of %s, because the weights are floats", where, method)
 
 
 def _format(folder: Any, name: str, parts: set[str]) -> Format | None:
@@ -79,11 +80,12 @@ def _format(folder: Any, name: str, parts: set[str]) -> Format | None:
         return Format(compressed.METHOD, compressed.shape, compressed.read)
     if "qweight" in parts:
         if folder.method not in ("gptq", "awq", "auto-round"):
-            raise UserError(f"{name} has codes of GPTQ or AWQ, but config.json names neither", str(folder.path))
-        keys = ("checkpoint_format", "packing_format")  # GPTQModel writes the first key, and AutoRound the second key
+            what = f"{name} is stored in a GPTQ or AWQ format, but config.json mentions neither method"
+            raise UserError(what, str(folder.path))
+        keys = ("checkpoint_format", "packing_format")  # the first key is from GPTQModel, the second from AutoRound
         form = next((str(v) for k in keys if (v := folder.quantized.get(k))), folder.method).rpartition(":")[2]
         if form not in FORMS:
-            what = f"weights are stored quantized by {folder.method} in its format {form!r}, which is not supported"
+            what = f"weights are quantized by {folder.method} in the format {form!r}, which is not supported"
             raise UserError(what, str(folder.path), compressed.UNQUANTIZED)
         return Format("AWQ", _awq_shape, _awq) if FORMS[form] == "awq" else Format("GPTQ", _gptq_shape, _gptq)
     if "absmax" in parts and dtype == "U8":
@@ -111,7 +113,7 @@ def _bnb4_state(folder: Any, name: str) -> dict:
     for kind in ("nf4", "fp4"):
         if (state := f"{name}.quant_state.bitsandbytes__{kind}") in folder.shards:
             return json.loads(_whole(folder, state).tobytes())
-    raise UserError(f"{name} has codes of bitsandbytes, but no quant_state", str(folder.path))
+    raise UserError(f"{name} is stored in a bitsandbytes format, but has no quant_state", str(folder.path))
 
 
 def _bnb4_shape(folder: Any, name: str) -> tuple[int, ...]:
@@ -119,9 +121,9 @@ def _bnb4_shape(folder: Any, name: str) -> tuple[int, ...]:
 
 
 def _bnb4(folder: Any, name: str, cuts: Index) -> np.ndarray:
-    """Returns quant_map[code], multiplied by the largest magnitude of the block.
+    """Returns quant_map[code] times the largest magnitude in the code's block.
 
-    The first of the two codes in a byte is in the high bits.
+    The high bits of a byte contain the first of its two codes.
     """
     state = _bnb4_state(folder, name)
     height, width = (int(n) for n in state["shape"])
@@ -150,12 +152,12 @@ def _bnb8(folder: Any, name: str, cuts: Index) -> np.ndarray:
 def _bits(folder: Any) -> int:
     bits = folder.quantized.get("bits", 4)
     if bits not in (2, 4, 8):
-        raise UserError(f"codes of {bits!r} bits are not supported; 2, 4 and 8 are", str(folder.path))
+        raise UserError(f"codes of {bits!r} bits are not supported; supported: 2, 4 and 8", str(folder.path))
     return bits
 
 
 def _groups(folder: Any, module: str, size: int, groups: int) -> np.ndarray:
-    """Returns the index of the group to which each of `size` inputs belongs."""
+    """Returns the group index of each of the `size` inputs."""
     if (name := f"{module}g_idx") in folder.shards and folder.method != "awq":
         return _whole(folder, name)
     step = folder.quantized.get("group_size", 128)
@@ -192,7 +194,7 @@ def _awq_shape(folder: Any, name: str) -> tuple[int, ...]:
 def _awq(folder: Any, name: str, cuts: Index) -> np.ndarray:
     """Returns scale * (code - zero). The eight columns in a 32-bit word are in the order of AWQ_SLOTS."""
     if folder.quantized.get("bits", 4) != 4 or str(folder.quantized.get("version", "gemm")).lower() != "gemm":
-        what = "of AWQ only 4 bits and the version gemm are supported"
+        what = "AWQ is only supported with 4 bits and the version gemm"
         raise UserError(what, str(folder.path), "open the unquantized model")
     module = name.removesuffix("weight")
     codes = compressed.unpack_words(folder.codes(f"{module}qweight", (cuts[1], slice(None))), 4, AWQ_SLOTS)[:, cuts[0]]
@@ -207,7 +209,7 @@ def _awq(folder: Any, name: str, cuts: Index) -> np.ndarray:
 
 
 def _fp8(folder: Any, name: str, cuts: Index) -> np.ndarray:
-    """Multiplies numbers by their scales. Despite its name, a scale_inv tensor is also a factor and not a divisor."""
+    """Multiplies codes by their scales. Despite its name, a scale_inv tensor also contains factors, not divisors."""
     part = next(p for p in ("scale_inv", "scale") if f"{name}_{p}" in folder.shards)
     scale = _whole(folder, f"{name}_{part}").astype(np.float32)
     shape = folder.stored_shape(name)

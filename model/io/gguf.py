@@ -1,6 +1,6 @@
-"""Reads a GGUF file of llama.cpp as if it were a Hugging Face folder.
+"""Reads a GGUF file from llama.cpp as if it were a Hugging Face folder.
 
-The metadata is converted to the fields of a config.json, and tensors are dequantized.
+Converts the metadata to the fields of a config.json, and dequantizes the tensors.
 """
 
 import functools
@@ -18,12 +18,13 @@ from model.families._layout import Index
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 QUIET = re.compile(r"[^.]+\.(vocab_size|tensor_data_layout|rope\.scaling\.finetuned|expert_used_count)")
 PART = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
-CHUNK = 1 << 20  # number of values that are dequantized at once, so that temporary arrays fit the CPU's cache
+# number of values that are dequantized at once; small enough that temporary arrays fit in the CPU cache
+CHUNK = 1 << 20
 TRANSPOSED = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")  # tensors of GPT-2
 
 
 class File:
-    """An opened GGUF file, whose tensors are read and dequantized in slices, with the axis order of Hugging Face."""
+    """An opened GGUF file. Its tensors are read and dequantized slice by slice, in the axis order of Hugging Face."""
 
     def __init__(self, path: Path):
         files = parts(path)
@@ -35,7 +36,7 @@ class File:
         self.architecture = self.metadata.get("general.architecture")
         if self.metadata.get("general.type") == "adapter":
             raise UserError(
-                "this is an adapter of llama.cpp, not a model", str(path), "open the PEFT folder that it was made of"
+                "this is a llama.cpp adapter, not a model", str(path), "open the PEFT folder that it was made from"
             )
         if self.architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
@@ -45,7 +46,7 @@ class File:
         except KeyError as error:
             raise UserError(f"{error} is missing in the metadata", str(path)) from None
         except (TypeError, ArithmeticError) as error:
-            raise UserError(f"the metadata have a wrong type ({error})", str(path)) from None
+            raise UserError(f"the metadata contains a value of the wrong type ({error})", str(path)) from None
         ids = {f"{t}_token_id": self.metadata.get(f"tokenizer.ggml.{t}_token_id") for t in ("bos", "eos")}
         ids["pad_token_id"] = self.metadata.get("tokenizer.ggml.padding_token_id")
         self.generation = {name: i for name, i in ids.items() if i is not None}
@@ -57,7 +58,7 @@ class File:
         value = self.metadata.get(key, *default) if default else self.metadata[key]
         if isinstance(value, list):
             raise UserError(f"{key} differs between layers, which is not supported", str(self.path))
-        # The file stores floats in 32 bits, so 1e-5 is read as 9.999999747e-06, which this line converts back to 1e-5.
+        # The file stores 32-bit floats, so 1e-5 is read as 9.999999747e-06. This line converts it back to 1e-5.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def _llama_config(self) -> dict:
@@ -101,7 +102,8 @@ class File:
         if "rope_freqs.weight" in self.tensors:
             factors = self.read("rope_freqs.weight", (slice(None),))
             return llama3_scaling(factors, theta, head_dim, str(self.path))
-        # As in llama.cpp, older files may have the key rope.scale_linear, and a factor without a type means linear.
+        # As in llama.cpp: older files may have the key rope.scale_linear, and if a factor has no type, the scaling is
+        # linear.
         factor = self._get("rope.scaling.factor", None) or self._get("rope.scale_linear", None) or 1.0
         kind = self._get("rope.scaling.type", "none" if factor == 1.0 else "linear")
         original = self._get("rope.scaling.original_context_length", None)
@@ -115,7 +117,7 @@ class File:
     body = ""
 
     def unused_fields(self, _: Seen) -> list[str]:
-        """Returns the names of non-empty metadata fields of the architecture that were not used."""
+        """Returns the names of non-empty metadata fields that belong to the architecture but were not used."""
         own = (name for name in self.metadata.unused(()) if name.startswith(f"{self.architecture}."))
         return sorted(name for name in own if not QUIET.fullmatch(name))
 
@@ -124,7 +126,7 @@ class File:
 
     @property
     def names(self) -> set[str]:
-        return set(self.tensors) - {"rope_freqs.weight"}  # this tensor is part of the config
+        return set(self.tensors) - {"rope_freqs.weight"}  # read as part of the config
 
     @functools.cached_property
     def _name_map(self):
@@ -134,7 +136,7 @@ class File:
         return gguf.get_tensor_name_map(arch, self._get("block_count"))
 
     def stored(self, name: str) -> str:
-        """Returns the name in this file of a tensor with the given Hugging Face name."""
+        """Converts the Hugging Face name of a tensor to its name in this file."""
         return self._name_map.get_name(name, try_suffixes=(".weight", ".bias")) or name
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -153,9 +155,10 @@ class File:
         return self.architecture == "gpt2" and name.endswith(TRANSPOSED)
 
     def _unpermuted(self, name: str, x: np.ndarray) -> np.ndarray:
-        """Reorders the rows of a query or key matrix x, which are the dimensions of heads, as in Hugging Face models.
+        """Reorders the rows of a query or key matrix x, which are dimensions of heads, to the order of Hugging Face.
 
-        In llama files, the two halves of a head are interleaved, since llama.cpp rotates pairs of adjacent dimensions.
+        Files of the architecture "llama" interleave the two halves of each head, because llama.cpp rotates pairs of
+        adjacent dimensions.
         """
         if self.architecture != "llama" or (".attn_q." not in name and ".attn_k." not in name):
             return x
@@ -163,9 +166,9 @@ class File:
         return x.reshape(-1, half, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
     def _rows(self, name: str, rows: slice) -> np.ndarray:
-        """Returns rows of a matrix in float32, where a vector counts as one row.
+        """Reads rows of a matrix as float32. A vector counts as a matrix with one row.
 
-        The file is read instead of memory-mapped, since mapped pages would stay in memory.
+        The file is not memory-mapped, because mapped pages would stay in memory.
         """
         import gguf
 
@@ -195,20 +198,20 @@ class File:
 def inside(folder: Path) -> Path | None:
     """Returns the path of the GGUF model in a folder, or None if there is none.
 
-    For a model that is split into several files, the path is that of the first file. Raises UserError if the folder has
+    If the model is split into several files, returns the path of the first file. Raises UserError if the folder has
     several models.
     """
     found = sorted({parts(path)[0] for path in folder.glob("*.gguf")})
     if len(found) > 1:
         names = ", ".join(path.name for path in found[:5])
-        raise UserError(f"the folder holds {len(found)} models: {names}", str(folder), "name one of the files")
+        raise UserError(f"the folder holds {len(found)} models: {names}", str(folder), "give one file's path")
     return found[0] if found else None
 
 
 def parts(path: Path) -> list[Path]:
-    """Returns the paths of all files of a model that llama.cpp's gguf-split has split, given the path of one of them.
+    """Given the path of one file of a model that gguf-split has split, returns the paths of all its files.
 
-    For a model that is not split, the result has only the given path. Raises UserError if files are missing.
+    If the model is not split, returns only the given path. Raises UserError if files are missing.
     """
     match = PART.fullmatch(path.name)
     if not match:
@@ -220,12 +223,13 @@ def parts(path: Path) -> list[Path]:
 
 
 def llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, where: str) -> dict | None:
-    """Finds the parameters of the `llama3` rope scaling that divides the frequencies [H/2] by `factors`.
+    """Reconstructs the parameters of a `llama3` rope scaling from `factors`, which divide the frequencies [H/2].
 
-    A GGUF file only stores these divisors. For the frequencies that are neither unchanged nor divided by the full
-    factor, the divisors determine the interpolation weight `smooth`, which is linear in the frequency. The slope and
-    offset of `smooth` determine the parameters up to a common scale, which is fixed by setting low_freq_factor to 1.
-    Raises UserError if no `llama3` scaling has these factors.
+    A GGUF file only stores these divisors. The largest divisor is the parameter `factor`. In between the frequencies
+    that are unchanged and those divided by the full `factor`, each divisor determines an interpolation weight,
+    `smooth`, which is a linear function of the frequency. The slope and offset of this function determine the other
+    parameters up to a common scale, so low_freq_factor is set to 1. Raises UserError if no `llama3` scaling has these
+    factors.
     """
     if (factors == 1).all():
         return None

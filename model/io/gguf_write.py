@@ -20,16 +20,16 @@ from model.weights import Params
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2"}
 BIAS = {"llama": "none", "qwen2": "qkv", "qwen3": "none", "gpt2": "all"}
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
-# {type of the written matrices: largest allowed change of the logits, relative to the largest logit}.
+# {type of the written matrices: largest accepted change of the logits, as a fraction of the largest logit}
 TOLERANCE = {"F32": 1e-4, "F16": 1e-2, "BF16": 6e-2, "Q8_0": 0.1, "Q4_0": 1.0, "Q4_1": 1.0}
 
 
 def write(path: str | Path, model: Transformer, params: Params, tokenizer: Json, kind: str = "F16") -> float:
-    """Merges adapters, writes the model with the tokenizer's metadata, and reads it back to compare the logits.
+    """Merges adapters, writes the model with the tokenizer's metadata, and reads the file back to compare logits.
 
-    Matrices are written in the type `kind`. Returns the difference of the logits relative to the largest logit. Raises
-    UserError if llama.cpp does not support the model, if the file exists with other content, or if the logits differ
-    too much.
+    `kind` is the type of the written matrices. Returns the difference between the logits of `params` and those of the
+    written file, relative to the largest logit. Raises UserError if llama.cpp does not support the model, if the file
+    exists and has other content, or if the logits differ too much.
     """
     path, config = Path(path), model.config
     if kind not in FILE_TYPES:
@@ -60,7 +60,7 @@ def _check(config: ModelConfig) -> None:
         f"rope type {scaling}": scaling in ("none", "linear", "yarn", "llama3"),
     }
     if lost := [name for name, fits in said.items() if not fits]:
-        raise UserError(f"GGUF is not written for this model's {', '.join(lost)}", "export", "--format=hf")
+        raise UserError(f"the GGUF export does not support this model's {', '.join(lost)}", "export", "--format=hf")
 
 
 def _file(path: Path, model: Transformer, params: Params, tokenizer: Json, kind: str) -> None:
@@ -84,7 +84,8 @@ def _file(path: Path, model: Transformer, params: Params, tokenizer: Json, kind:
         name, x = names.get_name(theirs, try_suffixes=(".weight", ".bias")), np.asarray(x, np.float32)
         if arch == "gpt2" and name.endswith(TRANSPOSED):
             x = x.T
-        if arch == "llama" and (".attn_q." in name or ".attn_k." in name):  # llama.cpp rotates adjacent pairs
+        # llama.cpp rotates pairs of adjacent dimensions
+        if arch == "llama" and (".attn_q." in name or ".attn_k." in name):
             x = x.reshape(-1, 2, c.head_dim // 2, c.embed).swapaxes(1, 2).reshape(x.shape)
         to = gguf.GGMLQuantizationType[_kind(kind, x)]
         writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(x), to), raw_dtype=to)
@@ -97,8 +98,8 @@ def _file(path: Path, model: Transformer, params: Params, tokenizer: Json, kind:
 def _kind(kind: str, x: np.ndarray) -> str:
     """Returns the type in which a tensor is written.
 
-    Vectors are written as float32. A matrix is written as F16 instead of a quantized type if the length of its rows is
-    not a multiple of 32.
+    Vectors are written as float32. A matrix whose row length is not a multiple of 32 cannot be quantized, and is
+    written as float16.
     """
     if x.ndim < 2:
         return "F32"

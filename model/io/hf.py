@@ -1,4 +1,4 @@
-"""Reads a Hugging Face folder, with a config.json and one or several safetensors files. Pickles are refused."""
+"""Reads a Hugging Face folder with a config.json and one or more safetensors files. Pickles are never loaded."""
 
 import functools
 import json
@@ -16,21 +16,22 @@ from model.families import llama
 from model.families._layout import Index
 from model.io import foreign
 
-# Patterns of the files that are downloaded from a hub repository.
+# Names of the files that are downloaded from a Hugging Face Hub repository.
 FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "vocab.txt", "merges.txt", "*.tiktoken", "*chat_template*")
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16", "F64")
-CODES = ("I8", "I32", "I64", "F8_E4M3")  # dtypes of the codes of quantized weights
+CODES = ("I8", "I32", "I64", "F8_E4M3")  # dtypes in which codes of quantized weights are stored
 
 
-LFS = b"version https://git-lfs"  # first bytes of a file that git-lfs has not fetched
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")  # of files with weights
-QUIET = re.compile(  # files that are ignored without a warning: copies in other formats, and a trainer's state
+LFS = b"version https://git-lfs"  # a file that git-lfs has not fetched starts with these bytes
+# file types for weights
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
+QUIET = re.compile(  # weight files that are ignored without a warning: copies in other formats and training state
     r"pytorch_model.*|consolidated.*|tf_model.*|flax_model.*|rust_model.*|model\.onnx.*|training_args\.bin|optimizer.*|"
     r"scheduler.*|scaler\.pt|rng_state.*|.*\.gguf"
 )
-# Fields of a config.json that do not affect how the model is loaded.
-# These fields describe the model's origin, its training, sampling, special token ids, and other heads.
+# Fields of a config.json that do not affect how the model is loaded. They describe the model's origin, training,
+# sampling, special token ids and other heads.
 IRRELEVANT = {
     "_name_or_path", "architectures", "model_type", "multimodal", "transformers_version", "dtype", "torch_dtype",
     "quantization_config", "auto_map", "name", "custom_pipelines", "unsloth_fixed", "unsloth_version",
@@ -54,8 +55,8 @@ PART = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 CONVERT = (
     "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{0}').save_pretrained('{0}')\""
 )
-# Prefixes of tensor names in a transformer body, in a causal model, and in the text part of a multimodal model.
-# WRAPPERS are prefixes that torch adds.
+# Prefixes of tensor names: of a transformer without a head, of a causal model, and of the text part of a multimodal
+# model. WRAPPERS lists additional prefixes from torch wrappers such as torch.compile.
 BODIES = (
     "model.", "transformer.", "", "language_model.model.", "model.language_model.", "model.text_model.",
     "text_model.model.", "language_model.", "text_model.", "model.language_model.model.", "thinker.model.",
@@ -65,12 +66,12 @@ WRAPPERS = ("", "module.", "_orig_mod.", "model._orig_mod.")
 FIRST = re.compile(
     r"(.*?)(?:embed_tokens\.weight.*|wte\.weight|embeddings\.word_embeddings\.weight|layers\.\d+\..*|h\.\d+\..*)"
 )
-# {model_type of a multimodal model: family of its language model}. A model_type may also have the suffix _text.
+# {model_type of a multimodal model: family of its language model}. A model_type may have the suffix _text.
 TEXT = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "qwen2_5_omni": "qwen2"}
 
 
 class Folder:
-    """An opened Hugging Face folder. Metadata is read at once, and slices of tensors are read on demand."""
+    """An opened Hugging Face folder. Metadata is read immediately, and slices of tensors are read on demand."""
 
     floats = DTYPES
 
@@ -78,12 +79,11 @@ class Folder:
         self.path = path
         if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
             what = "this is a PEFT adapter, not a model"
-            raise UserError(what, str(path), f"name its base, and --adapter={path}")
+            raise UserError(what, str(path), f"name its base model, and add --adapter={path}")
         if not (path / "config.json").exists():
             held = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-            raise UserError(
-                f"the folder holds no config.json, and so no model; it holds {held}", str(path), "name a model's folder"
-            )
+            what = f"the folder holds no config.json, so it is not a model; it holds {held}"
+            raise UserError(what, str(path), "give the path of a model's folder")
         whole = files.load_json(path / "config.json")
         self.hf_config = text_config(whole)
         generation = path / "generation_config.json"
@@ -93,7 +93,7 @@ class Folder:
         self.method = self.quantized.get("quant_method") if isinstance(self.quantized, dict) else None
         if any(".base_layer." in name for name in self.shards):
             what = "the checkpoint has PEFT adapters that are not merged"
-            raise UserError(what, str(path), "merge_and_unload() and save again")
+            raise UserError(what, str(path), "call merge_and_unload() and save the model again")
         self.coded = foreign.find(self)
         if self.quantized:
             foreign.check(self, self.quantized)
@@ -101,7 +101,7 @@ class Folder:
         self.body, self.head = self._places(self.names)
 
     def _shards(self) -> dict[str, str]:
-        """Returns {name of a tensor: file that contains this tensor}. The names are read from the files themselves."""
+        """Returns {name of a tensor: file that contains it}. The names are read from the files, not from the index."""
         single, index = "model.safetensors", self.path / INDEX
         if (self.path / single).exists():
             return dict.fromkeys(self._open(single).keys(), single)
@@ -120,21 +120,21 @@ class Folder:
         found = sorted(p.name for p in self.path.iterdir() if p.suffix in SUFFIXES)
         if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in found):
             raise UserError(
-                "the weights are only pickled, which can run code when opened", str(self.path),
+                "the weights are only pickled, and opening a pickle can run code", str(self.path),
                 f"if you trust them: {CONVERT.format(self.path)}",
             )  # fmt: skip
         what = f"; it holds {', '.join(found[:3])}" if found else ""
         raise UserError(f"there is neither a model.safetensors nor an index of shards{what}", str(self.path))
 
     def _numbered(self) -> set[str]:
-        """Returns the names of all files of a checkpoint without an index, derived from the name of one of them."""
+        """Returns the file names of a checkpoint that has no index, derived from the names of the existing files."""
         found = (PART.fullmatch(p.name) for p in self.path.iterdir())
         counts = {(m[2], len(m[1])) for m in found if m}
         return {f"model-{i:0{w}d}-of-{n}.safetensors" for n, w in counts for i in range(1, min(int(n), 9999) + 1)}
 
     @staticmethod
     def _places(names: set[str]) -> tuple[str, str]:
-        """Returns (the prefix of the names of the body's tensors, the name of the head's tensor)."""
+        """Returns (prefix of the tensor names outside the head, name of the head's tensor)."""
         before = {m[1] for name in names if (m := FIRST.fullmatch(name))}
         bodies = [wrapper + body for wrapper in WRAPPERS for body in BODIES]
         body = next((b for b in bodies if b in before), "")
@@ -143,13 +143,13 @@ class Folder:
         return body, next((name for name in heads if name in names), "lm_head.weight")
 
     def unused_fields(self, read: Seen) -> list[str]:
-        """Returns non-empty fields of the config that were not used, and unknown fields of its rope parameters."""
+        """Returns the unused non-empty fields of the config, and the unknown fields of its rope parameters."""
         rope = dict.get(read, "rope_scaling") or dict.get(read, "rope_parameters") or {}
         inside = [f"rope_scaling.{name}" for name in rope if name not in llama.ROPE_FIELDS]
         return [f"config.json:{name}" for name in [*sorted(read.unused(IRRELEVANT)), *inside]]
 
     def unused_files(self) -> list[str]:
-        """Returns the files with weights that are not read, except those that match QUIET."""
+        """Returns the weight files that are not read, except those that match QUIET."""
         used = set(self.shards.values())
         others = (p.name for p in self.path.iterdir() if p.suffix in SUFFIXES and p.name not in used)
         return sorted(name for name in others if not QUIET.fullmatch(name))
@@ -172,10 +172,11 @@ class Folder:
         try:
             return self._open(self.shards[name]).get_slice(name)
         except SafetensorError as error:
-            raise UserError(f"the index lists {name} ({error})", str(self.path / self.shards[name])) from None
+            what = f"the index lists {name} in this file, but it cannot be read ({error})"
+            raise UserError(what, str(self.path / self.shards[name])) from None
 
     def stored(self, name: str) -> str:
-        """Returns the name in this folder of a tensor with the given name in a causal model."""
+        """Converts the name of a tensor in a causal model to its name in this folder."""
         return self.head if name == "lm_head.weight" else self.body + name.split(".", 1)[1]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -202,9 +203,9 @@ class Folder:
         return self.tensor(name, cuts, CODES)
 
     def _bytes(self, name: str) -> np.ndarray:
-        """Reads the bytes of a tensor whose dtype safetensors cannot convert to numpy.
+        """Memory-maps the bytes of a tensor whose dtype safetensors cannot convert to numpy.
 
-        The header of the file says where these bytes start.
+        The file's header contains their offset.
         """
         path = self.path / self.shards[name]
         with path.open("rb") as file:
@@ -214,9 +215,9 @@ class Folder:
 
 
 def text_config(config: dict) -> dict:
-    """Returns the config of the language model in a multimodal model, and any other config as it is.
+    """Returns the config of the language model: an inner config for multimodal models, and otherwise `config` itself.
 
-    The model_type of the multimodal model is added as the field `multimodal`.
+    For a multimodal model, the result has an additional field `multimodal` with the original model_type.
     """
     outer = config.get("model_type") or _by_architecture(config)
     inner = next((config[k] for k in ("text_config", "llm_config") if isinstance(config.get(k), dict)), None)
@@ -227,7 +228,7 @@ def text_config(config: dict) -> dict:
 
 
 def _by_architecture(config: dict) -> str | None:
-    """Derives the model_type of a config.json without this field from the name of the architecture."""
+    """Derives the model_type from the name of the architecture, for a config.json that has no model_type."""
     names = config.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else ""
     name = re.sub(r"(ForCausalLM|LMHeadModel|Model)$", "", name)
@@ -235,6 +236,6 @@ def _by_architecture(config: dict) -> str | None:
 
 
 def is_pointer(path: Path) -> bool:
-    """Returns whether a file is only a git-lfs pointer to a file that has not been fetched."""
+    """Returns whether a file is only a git-lfs pointer, because the real file has not been fetched."""
     with path.open("rb") as file:
         return file.read(len(LFS)) == LFS

@@ -1,6 +1,7 @@
-"""Reads and checks the files of a PEFT folder, adapter_config.json and adapter_model.safetensors.
+"""Reads and checks the two files of a PEFT folder: adapter_config.json and adapter_model.safetensors.
 
-The fields of a config have the same meaning as in PEFT. The sets in this module list every config field of PEFT 0.21.
+Config fields have the same meaning as in PEFT. The sets in this module together contain every config field of PEFT
+0.21.
 """
 
 import re
@@ -22,11 +23,11 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ROOT = "base_model.model."
 VIRTUAL = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 
-# --- fields of adapter_config.json: used, irrelevant, and refused ---
+# --- fields of adapter_config.json: used, irrelevant and unsupported ---
 
 WRAPS = {"target_modules", "exclude_modules", "modules_to_save"}
 LAYERS = {"layers_to_transform", "layers_pattern", "bias"}
-USED = {  # fields that are read, by peft_type
+USED = {  # {peft_type: fields that are read}
     "LORA": WRAPS | LAYERS | {
         "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "init_lora_weights",
         "trainable_token_indices", "ensure_weight_tying",
@@ -34,7 +35,7 @@ USED = {  # fields that are read, by peft_type
     "IA3": WRAPS,
     "OFT": WRAPS | LAYERS | {"use_cayley_neumann", "num_cayley_neumann_terms"},
 } | {kind: set() for kind in VIRTUAL}  # fmt: skip
-# Fields that are ignored: they describe the adapter's origin or training, or values that its tensors already show.
+# Fields that are ignored, because they describe the adapter's origin or training, or can be derived from its tensors.
 IRRELEVANT = {
     "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
     "feedforward_modules", "r", "rank_pattern", "fan_in_fan_out", "megatron_config", "megatron_core",
@@ -45,7 +46,7 @@ IRRELEVANT = {
     "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
     "tokenizer_kwargs",
 }  # fmt: skip
-REFUSED = {  # an error unless the value is in UNSET; modules_to_save is only an error for virtual tokens
+REFUSED = {  # raise an error unless the value is in UNSET; modules_to_save only does so for virtual tokens
     "alora_invocation_tokens", "use_qalora", "layer_replication", "lora_bias", "target_parameters", "use_bdlora",
     "arrow_config", "kasa_config", "coft", "block_share",
     "modules_to_save",
@@ -73,16 +74,15 @@ VALUES: dict[str, Callable[[Any], bool]] = {  # {field: function that checks the
     **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"), _texts),
 }
 BIASES = ("none", "all", "lora_only", "oft_only")
-# If init_lora_weights is one of DRAWN, PEFT leaves the base weights unchanged when it opens a folder.
-# If init_lora_weights is one of STARTS, PEFT changes the base weights when it opens a folder.
+# Values of init_lora_weights for which PEFT leaves the base weights unchanged when it opens a folder.
 DRAWN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
-STARTS = ("pissa", "olora")  # computed from the base weights, so the change can be repeated
+STARTS = ("pissa", "olora")  # PEFT changes the base weights, by a product that can be recomputed from them
 CONVERTED = "save it again with path_initial_model_for_weight_conversion"
-MERGED = "merge_and_unload() in PEFT, save the model and open that"
-OTHERS = {  # {start of the value: how to fix the error}
+MERGED = "call merge_and_unload() in PEFT, save the model, and open the saved model"
+OTHERS = {  # {prefix of an unsupported value: how to fix the error}
     "pissa_niter": CONVERTED, "corda": CONVERTED, "lora_ga": CONVERTED, "loftq": MERGED,
 }  # fmt: skip
-TRAINING = re.compile(r".*\.lora_(velora|monteclora)_.*")  # tensors that are only used in training
+TRAINING = re.compile(r".*\.lora_(velora|monteclora)_.*")  # tensors that only training uses
 TOKENS = ".token_adapter.trainable_tokens_delta"
 PICKLE, CONVERT = (
     "adapter_model.bin",
@@ -94,7 +94,7 @@ PICKLE, CONVERT = (
 
 
 class Folder:
-    """The checked config and the tensors of a PEFT folder. Tensors are renamed as if the base were a causal model."""
+    """The config and tensors of a PEFT folder, after checks. Tensors are named as if the base were a causal model."""
 
     def __init__(self, path: Path):
         paths.regular(path)
@@ -105,11 +105,12 @@ class Folder:
         tensors = {name.removesuffix(".weight") if MAGNITUDE in name else name: x for name, x in self._read().items()}
         tensors = {name: x for name, x in tensors.items() if not TRAINING.fullmatch(name)}
         before = {m[1] for n in tensors if (m := hf.FIRST.fullmatch(n.removeprefix(ROOT)))}
-        self.body = next((b for b in hf.BODIES if b in before), "model.")  # multimodal bases have other prefixes
+        self.body = next((b for b in hf.BODIES if b in before), "model.")  # multimodal base models have other prefixes
         self.unused = sorted(n for n in tensors if self.kind not in VIRTUAL and not self._wanted(n))
         self.tensors = {self._renamed(n): x for n, x in tensors.items() if n not in self.unused}
         vectors = {n: x for n, x in self.tensors.items() if n.endswith(".ia3_l")}
-        self.inputs = {n for n, x in vectors.items() if x.shape[0] == 1}  # [1, in], not [out, 1] as for outputs
+        # shape [1, in]; scales of outputs are [out, 1]
+        self.inputs = {n for n, x in vectors.items() if x.shape[0] == 1}
         self.tensors |= {n: x.reshape(-1) for n, x in vectors.items()}
 
     def _check(self) -> None:
@@ -126,13 +127,13 @@ class Folder:
                 raise UserError(f"{field}={value!r:.80} is not supported", path, MERGED)
         if self.init not in (*DRAWN, *STARTS):
             fix = next((fix for name, fix in OTHERS.items() if self.init.startswith(name)), MERGED)
-            raise UserError(f"init_lora_weights={self.init!r:.80} changes the base itself", path, fix)
+            raise UserError(f"init_lora_weights={self.init!r:.80} changes the base model's weights", path, fix)
         if self.config.get("bias", "none") not in BIASES:
             raise UserError(f"bias={self.config['bias']!r:.80} is not a value that PEFT knows", path)
 
     @property
     def init(self) -> str:
-        """How the adapters were initialized, which is the field init_lora_weights in lower case."""
+        """The field init_lora_weights in lower case, which says how the adapters were initialized."""
         return str(self.config.get("init_lora_weights", True)).lower()
 
     def _read(self) -> dict[str, np.ndarray]:
@@ -140,7 +141,7 @@ class Folder:
 
         path = self.path / TENSORS
         if not path.exists() and (self.path / PICKLE).exists():
-            what, fix = "the adapter is only a pickle, which can run code when opened", CONVERT.format(self.path)
+            what, fix = "the adapter is only a pickle, and opening a pickle can run code", CONVERT.format(self.path)
             raise UserError(what, str(self.path), f"if you trust it: {fix}")
         try:
             with safe_open(path, framework="np") as file:
@@ -153,7 +154,7 @@ class Folder:
         return tensors
 
     def _renamed(self, name: str) -> str:
-        """Returns a tensor's name in a causal model, even if the tensor is from the text part of a multimodal model."""
+        """Returns a tensor's name as in a causal model, even if the base is a multimodal model."""
         inner = name.removeprefix(ROOT)
         if self.body in ("model.", "transformer.") or not inner.startswith(self.body):
             head = inner.startswith("lm_head.") or not re.match(r"(.*\.)?lm_head\.", inner)
@@ -161,9 +162,9 @@ class Folder:
         return f"{ROOT}model.{inner.removeprefix(self.body)}"
 
     def _wanted(self, name: str) -> bool:
-        """Returns whether PEFT uses a tensor.
+        """Returns whether PEFT would use a tensor.
 
-        PEFT uses all tensors that do not belong to an adapter, and the adapters of modules that the config names.
+        PEFT uses the adapters of modules that the config selects, and all tensors that do not belong to an adapter.
         """
         module = re.sub(
             r"\.(lora_|ia3_l|oft_R|token_adapter|base_layer).*|\.(weight|bias)$", "", name.removeprefix(ROOT)
@@ -172,10 +173,10 @@ class Folder:
         if not adapter:
             return True
         tables = TABLES if self.config.get("ensure_weight_tying") and ends(module, TABLES) else []
-        return self.targets(module) or any(map(self.targets, tables))  # PEFT adapts both uses of a tied table
+        return self.targets(module) or any(map(self.targets, tables))  # PEFT adapts both uses of a tied embedding table
 
     def targets(self, module: str) -> bool:
-        """Returns whether the config selects a module for an adapter, according to PEFT's rules."""
+        """Returns whether, by PEFT's rules, the config puts an adapter on a module."""
         names, without = self.config.get("target_modules"), self.config.get("exclude_modules")
         copies = self.config.get("modules_to_save") or []
         if any(self._match(rf"(^|.*\.){name}($|\..*)", module) for name in copies):
@@ -190,7 +191,7 @@ class Folder:
         return module in names or (ends(module, names) and self._in_layers(module))
 
     def _in_layers(self, module: str) -> bool:
-        """Returns whether a module is in one of `layers_to_transform`, or True if this field is not set."""
+        """Returns whether a module is in one of the layers in `layers_to_transform`; True if this field is not set."""
         chosen, patterns = self.config.get("layers_to_transform"), self.config.get("layers_pattern")
         if chosen is None or chosen == []:
             return True
@@ -207,30 +208,30 @@ class Folder:
     def get(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray | None:
         """Returns a tensor, or None if it is missing. Raises UserError if the tensor does not have the given shape.
 
-        None in `shape` allows any size of an axis.
+        An axis whose entry in `shape` is None may have any size.
         """
         x = self.tensors.get(name)
         if x is not None:
             self.used.add(name)
             if x.ndim != len(shape) or any(b not in (None, a) for a, b in zip(x.shape, shape)):
-                raise UserError(f"{name} has shape {x.shape}, the model needs {shape}", str(self.path / TENSORS))
+                raise UserError(f"{name} has shape {x.shape}, but the model needs {shape}", str(self.path / TENSORS))
         return x
 
     def alpha(self, module: str) -> float:
-        """Returns lora_alpha for a module: the value of the first matching pattern in alpha_pattern, or the default."""
+        """Returns a module's lora_alpha: the value of the first matching pattern in alpha_pattern, or a default."""
         patterns = self.config.get("alpha_pattern") or {}
         module = self.body + module.removeprefix("model.") if self.body != "transformer." else module
         found = (value for p, value in patterns.items() if self._match(rf"(.*\.)?({p})", module))
         return float(next(found, self.config.get("lora_alpha") or 8))
 
     def keys(self) -> dict[str, Key]:
-        """Returns the KEYS of the first model family that has all modules for which the folder has tensors."""
+        """Returns KEYS of the first model family that has all the modules that the folder's tensors belong to."""
         found = {re.sub(r"\.\d+\.", ".{}.", n).removeprefix(ROOT) for n in self.tensors if n.startswith(ROOT)}
         for keys in (family(name).KEYS for name in families()):
             known = tuple(k.name.removesuffix("weight") for k in keys.values() if k.name.endswith(".weight"))
             if all(name.startswith(known) for name in found):
                 return keys
-        raise UserError("its modules belong to no supported model family", str(self.path / TENSORS))
+        raise UserError("the adapter's modules do not belong to a supported model family", str(self.path / TENSORS))
 
 
 def ends(module: str, names: object) -> bool:

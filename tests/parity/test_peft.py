@@ -192,7 +192,7 @@ def test_adapters_that_need_a_base_that_is_not_there(init, tmp_path):
     adapted("lora", tmp_path)
     config = json.loads((path := tmp_path / "adapter" / peft_folder.CONFIG).read_text())
     path.write_text(json.dumps(config | {"init_lora_weights": init}))
-    with pytest.raises(UserError, match=f"{init}.*changes the base itself.*save"):
+    with pytest.raises(UserError, match=f"{init}.*changes the base model's weights.*save"):
         peft_read.read(tmp_path / "adapter")
 
 
