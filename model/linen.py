@@ -1,8 +1,8 @@
-"""Adds PEFT and quantization to the Dense, Embed and Conv modules of any flax.linen model, without changing its code.
+"""Applies PEFT and quantization to the Dense, Embed and Conv modules of any flax.linen model, without code changes.
 
-Some arrays in the model's own tree of parameters are replaced by `Weight` objects. The function that `wrap` returns
-multiplies by such a `Weight` where Linen would multiply by the array. `weights.partition` and `weights.dense` work on
-such trees as on the models of this project. For example, LoRA is added to all kernels of a model like this:
+Some arrays in the model's parameter tree are replaced by `Weight` objects. `wrap` returns a function that multiplies by
+the `Weight` wherever Linen would multiply by the array. `weights.partition` and `weights.dense` also work on such
+trees. For example, this code adds LoRA to all kernels of a model:
 
     apply = lambda params, x: model.apply({"params": params}, x)
     specs = linen.specs(apply, params, x)
@@ -22,14 +22,14 @@ from common.errors import UserError
 from model import weights
 from model.weights import AXES, Params, Spec, Specs, operands
 
-TAPS = "XYZ"  # einsum letters for the spatial axes of a convolution kernel
+TAPS = "XYZ"  # einsum letters of a convolution kernel's spatial axes
 
 
 def specs(apply: Callable, params: Params, *args: Any, **kwargs: Any) -> Specs:
-    """Returns a tree with a Spec for every parameter in `params`, found by tracing `apply(params, ...)` once.
+    """Returns a tree with a Spec for each parameter in `params`, found by tracing `apply(params, ...)` once.
 
-    A parameter that no Dense, Embed or Conv uses gets the equation "", and PEFT and quantization leave it unchanged.
-    Raises UserError if the model calls none of these modules.
+    A parameter that is not the weight of a Dense, Embed or Conv module gets the equation "". PEFT and quantization
+    leave it unchanged. Raises UserError if the model calls none of these modules.
     """
     found: dict[str, str] = {}
 
@@ -45,7 +45,7 @@ def specs(apply: Callable, params: Params, *args: Any, **kwargs: Any) -> Specs:
     def spec(path: str, x: Array) -> Spec:
         eqn = found.get(path, "")
         names = tuple(AXES[c] for c in operands(eqn)[1]) if eqn else ()
-        lead = (None,) * (x.ndim - len(names))  # leading axes over which a model stacks layers
+        lead = (None,) * (x.ndim - len(names))  # leading axes, if the model stacks its layers
         return Spec(jax.ShapeDtypeStruct(x.shape, x.dtype), (*lead, *names), eqn=eqn)
 
     if not found:
@@ -56,8 +56,8 @@ def specs(apply: Callable, params: Params, *args: Any, **kwargs: Any) -> Specs:
 def wrap(apply: Callable, specs: Specs) -> Callable:
     """Returns a function like `apply` that also accepts a `Weight` in place of a kernel or an embedding table.
 
-    Dense and Embed multiply by the `Weight` directly. Conv merges it into a plain kernel, which is small compared to
-    the images.
+    Dense and Embed multiply by the `Weight` directly. Conv first merges it into a plain kernel, which is small compared
+    to the images.
     """
     declared = {weights.name(path): s for path, s in jax.tree.leaves_with_path(specs, is_leaf=weights.is_spec)}
 
@@ -103,7 +103,7 @@ def _name(module: nn.Module) -> str:
 
 def _dense(module: nn.Dense, leaf: weights.Weight, inputs: jax.Array) -> jax.Array:
     bias = module.get_variable("params", "bias") if module.use_bias else None
-    # All arrays of a `Weight` have the dtype of the array that the `Weight` replaces.
+    # Any array of a `Weight` will do: all have the dtype of the array that the `Weight` replaces.
     x, _, bias = promote_dtype(inputs, jax.tree.leaves(leaf)[0], bias, dtype=module.dtype)
     y = weights.einsum("BD,DF->BF", x.reshape(-1, x.shape[-1]), leaf)
     y = y.reshape(*x.shape[:-1], y.shape[-1])

@@ -205,7 +205,7 @@ def test_every_wrong_tensor_is_named(folder):
         open_pretrained(folder).load(Transformer(TINY).specs)
     text = str(error.value)
     assert "missing model.layers.1.mlp.up_proj.weight" in text
-    assert "model.norm.weight has shape (7,), wanted (32,)" in text
+    assert "model.norm.weight has shape (7,), but needs (32,)" in text
     assert "unexpected model.layers.0.self_attn.q_proj.bias" in text
     assert "inv_freq" not in text and "\n" not in text
 

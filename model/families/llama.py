@@ -67,7 +67,7 @@ def config(hf: dict, defaults: dict | None = None, **delta: Any) -> ModelConfig:
     refuse(hf)
     theta, scaling = rope(hf)
     if rotary(hf) != 1.0:
-        raise UserError("rotary embeddings of only a part of each head are not supported", "partial_rotary_factor")
+        raise UserError("rotary embeddings on only a part of the head are not supported", "partial_rotary_factor")
     fields = read_fields(hf, FIELDS) | dict(
         family="llama",
         kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],

@@ -1,7 +1,7 @@
-"""Reads a PEFT folder as a Transform, which adds the adapter to the parameters of its base model.
+"""Reads a PEFT folder and returns a Transform that adds its adapter to the base model's parameters.
 
-As in PEFT, adapter_config.json says which modules have adapters. Tensors of other modules are not used, and one log
-line names them. model/io/peft_write.py writes such folders.
+As in PEFT, adapter_config.json determines which modules have adapters. Tensors of other modules are ignored and listed
+in one line of the log. model/io/peft_write.py writes such folders.
 """
 
 from collections.abc import Callable
@@ -29,14 +29,14 @@ from model.peft.prompt import Prompt
 from model.weights import Params, Spec, Specs, Transform, Weight
 
 Stored = Array | Weight  # a parameter, with or without adapters
-HEAD = "BTD,VD->BTV"  # the einsum equation of a tied embedding table when it is used as the unembedding
+HEAD = "BTD,VD->BTV"  # the einsum equation of a tied embedding table in its use as the output head
 
 
 def read(path: str | Path, strict: bool = False) -> Transform:
     """Returns a Transform that adds the adapter in a PEFT folder to its base model.
 
-    Raises UserError for unsupported settings that would change the result, for tensors that do not fit the model, and
-    if `strict`, also for tensors that are not used.
+    Raises UserError for unsupported settings that would change the result, and for tensors that do not fit the model.
+    If `strict`, also raises UserError for unused tensors.
     """
     path = Path(path).expanduser()
     with reading(path):
@@ -77,7 +77,7 @@ def _virtual(folder: Folder, params: Params, specs: Specs) -> Params:
 
 
 def _leaf(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base: Stored, spec: Spec | None) -> Stored:
-    """Adds to one parameter the adapters and the replacement tensors that the folder has for it."""
+    """Applies to one parameter everything that the folder stores for it: replacement tensors and adapters."""
     if spec is None or path not in keys:
         return base
     if path == "embed/table" and "unembed" not in specs:
@@ -93,9 +93,9 @@ def _leaf(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base
 
 
 def _own(folder: Folder, key: Key, sizes: dict, path: str, base: Stored, spec: Spec) -> Stored:
-    """Replaces a parameter by the full tensors that the folder has for it, if there are any.
+    """Replaces a parameter by the full tensors that the folder stores for it, if any.
 
-    PEFT stores full tensors for `modules_to_save`, for trained biases, and for embedding tables with adapters.
+    PEFT stores full tensors for `modules_to_save`, for trained biases and for embedding tables that have adapters.
     """
     module, _, last = key.name.rpartition(".")
     for inner in ("", ".base_layer"):
@@ -109,7 +109,7 @@ def _own(folder: Folder, key: Key, sizes: dict, path: str, base: Stored, spec: S
 
 
 def _tokens(folder: Folder, key: Key, base: Stored, spec: Spec) -> Stored:
-    """Replaces those token embeddings of a table [V, D] or head [D, V] that `trainable_token_indices` lists."""
+    """Replaces the embeddings of tokens in `trainable_token_indices`, in a table [V, D] or a head [D, V]."""
     module = key.name.removesuffix(".weight")
     table = key.layout == "VD->VD"
     rows = folder.get(ROOT + module + TOKENS, (None, spec.shape[table]))
@@ -119,15 +119,15 @@ def _tokens(folder: Folder, key: Key, base: Stored, spec: Spec) -> Stored:
     ids = next((v for k, v in said.items() if ends(module, [k])), None) if isinstance(said, dict) else said
     size = spec.shape[not table]
     if not isinstance(ids, list) or len(ids) != len(rows) or not all(type(i) is int and 0 <= i < size for i in ids):
-        raise UserError(f"trainable_token_indices does not name the {len(rows)} rows of {module}", str(folder.path))
+        raise UserError(f"trainable_token_indices does not list the {len(rows)} tokens of {module}", str(folder.path))
     base = weights.dense_of(base, spec)
     return base.at[jnp.asarray(ids)].set(rows) if table else base.at[:, jnp.asarray(ids)].set(rows.T)
 
 
 def _tied_table(folder: Folder, keys: dict, sizes: dict, specs: Specs, base: Stored, spec: Spec) -> Stored:
-    """Adds adapters and copies to an embedding table that is also the head.
+    """Applies adapters and trained copies to a tied embedding table, which is used for lookup and as the output head.
 
-    In PEFT, an adapter or a copy changes only the lookup or only the head, unless it is stored for both uses.
+    In PEFT, an adapter or a trained copy changes only one of these uses, unless it is stored for both.
     """
     uses = {"lookup": (keys["embed/table"], spec)}
     uses["head"] = Key(keys["unembed/table"].name, "VD->VD"), spec.replace(eqn=HEAD)
@@ -154,9 +154,9 @@ def _tied_table(folder: Folder, keys: dict, sizes: dict, specs: Specs, base: Sto
 
 
 def _change(base: Stored, copy: np.ndarray, spec: Spec, use: str) -> LoRA:
-    """Returns a table [V, D] that equals `copy` in only one use, "lookup" or "head".
+    """Returns a table [V, D] that equals `copy` when used as `use` ("lookup" or "head"), and `base` otherwise.
 
-    A LoRA of full rank adds the difference to the table in this use.
+    A full-rank LoRA adds the difference for this use.
     """
     change, one = copy - weights.dense_of(weights.base(base), spec), jnp.eye(copy.shape[1])
     a, b = (one, change.T) if use == "head" else (change, one)
@@ -164,7 +164,7 @@ def _change(base: Stored, copy: np.ndarray, spec: Spec, use: str) -> LoRA:
 
 
 def _tied(folder: Folder, keys: dict) -> bool:
-    """Returns whether lookup and head of a tied table have the same adapter, as with PEFT's ensure_weight_tying."""
+    """Returns whether a tied table has the same adapter for lookup and head, as with PEFT's ensure_weight_tying."""
     embed, head = (keys[path].name.removesuffix(".weight") for path in ("embed/table", "unembed/table"))
     pairs = ((".lora_embedding_A", ".lora_B.weight"), (".lora_embedding_B", ".lora_A.weight"))
     same = (np.array_equal(folder.tensors[ROOT + embed + a].T, folder.tensors[ROOT + head + b]) for a, b in pairs)
@@ -172,9 +172,9 @@ def _tied(folder: Folder, keys: dict) -> bool:
 
 
 def groups(key: Key, eqn: str) -> tuple[str, str]:
-    """Returns the letters of the contracted axis and of the output axis of a checkpoint's matrix, as ("D", "NH").
+    """Returns the letters of a checkpoint matrix as (contracted axis, output axis).
 
-    For a fused qkv matrix, the letters are ("D", "3NH").
+    For example, they are ("D", "NH") for a query matrix and ("D", "3NH") for a fused qkv matrix.
     """
     contracted = weights.split(eqn)[1]
     axes = layout.parse(key.layout)[0]
@@ -189,13 +189,13 @@ def factor_keys(key: Key, eqn: str) -> tuple[Key, Key]:
 
 
 def _names(key: Key, spec: Spec, suffix: str) -> list[str]:
-    """Returns the names of a tensor in all layers, or its one name if it is outside the layers."""
+    """Returns the names of a tensor: one per layer, or a single name if it is outside the layers."""
     module = ROOT + key.name.removesuffix(".weight")
     return [module.format(i) + suffix for i in (range(spec.shape[0]) if spec.stacked else [None])]
 
 
 def _read(folder: Folder, key: Key, sizes: dict, names: list[str], wild: str = "") -> list[np.ndarray | None]:
-    """Reads one tensor per layer in our layout, or None for a layer without it. The axis `wild` may have any size."""
+    """Reads one tensor per layer, in our layout; None for layers that lack it. The axis `wild` may have any size."""
     axes, ours = layout.parse(key.layout)
     shape = tuple(None if a == wild else n for a, n in zip(axes, layout.shape(key, sizes | {wild: 1})))
     found = [folder.get(name, shape) for name in names]
@@ -209,9 +209,9 @@ def _stack(found: list[np.ndarray], spec: Spec) -> jax.Array:
 
 
 def _vectors(folder: Folder, key: Key, sizes: dict, spec: Spec, suffix: str, group: str) -> jax.Array | None:
-    """Reads one vector per layer, with the merged axes `group`, and stacks them.
+    """Reads one vector per layer and stacks the vectors. `group` is the letters of the axes that a vector merges.
 
-    Layers without a vector get a vector of ones. Returns None if no layer has a vector.
+    A layer that lacks the vector gets a vector of ones. Returns None if no layer has a vector.
     """
     letters = group.lstrip("0123456789")
     found = _read(folder, Key(key.name, f"({group})->{letters}", key.part), sizes, _names(key, spec, suffix))
@@ -230,8 +230,8 @@ def _lora(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: 
         raise UserError(f"{key.name}: one of lora_A and lora_B is missing", str(folder.path / TENSORS))
     if all(x is None for x in a):
         return base
-    # Layers may differ in rank and alpha, but the stack has one rank and one scale.
-    # So smaller ranks are padded with zeros, and B is multiplied by the layer's scale divided by the stack's scale.
+    # Layers may differ in rank and alpha, but the stacked parameter has only one rank and one scale. So smaller ranks
+    # are padded with zeros, and each layer's B is multiplied by the ratio of the layer's scale to the common scale.
     modules = [n.removeprefix(ROOT) for n in _names(key, spec, "")]
     ranks = [0 if x is None else x.shape[-1] for x in a]
     at = lambda i: scale_of(folder.alpha(modules[i]), ranks[i], bool(c.get("use_rslora")))
@@ -257,10 +257,11 @@ def _lora(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: 
 def _start(
     folder: Folder, key: Key, path: str, leaf: LoRA, spec: Spec, ranks: list[int], shares: list[float]
 ) -> tuple[Array, Array]:
-    """Computes the initial A and B from the base weight W. PEFT subtracts the product of the initial A and B from W.
+    """Computes the initial A and B from the base weight W. PEFT subtracts their product from W.
 
-    For PiSSA, A and B are the largest singular vectors of W. For OLoRA (Buyukakyuz 2024, arXiv 2406.01775), they are
-    the truncated factors of W^T = Q R. `shares` are the scales of the layers, divided by the scale of `leaf`.
+    For PiSSA, A and B consist of the singular vectors of W with the largest singular values. For OLoRA (Buyukakyuz
+    2024, arXiv 2406.01775), they are truncated factors of the QR decomposition W^T = Q R. `shares` has the scale of
+    each layer, divided by the scale of `leaf`.
     """
     turned = folder.init == "olora" and folder.config.get("fan_in_fan_out")
     if path == "embed/table" or any(c.isdigit() for c in key.layout) or turned or leaf.scale <= 0:
@@ -271,7 +272,7 @@ def _start(
         a, b, _ = truncate(base, spec, rank)
         a, b = a / leaf.scale**0.5, b / leaf.scale**0.5
     else:
-        q, r = jnp.linalg.qr(jnp.swapaxes(matrix(base, spec), -1, -2))  # W^T [..., output, contracted]
+        q, r = jnp.linalg.qr(jnp.swapaxes(matrix(base, spec), -1, -2))  # of W^T [..., output, contracted]
         a, b = (jnp.swapaxes(x, -1, -2) for x in (r[..., :rank, :], q[..., :rank]))
         share = jnp.asarray(shares).reshape(-1, *[1] * (b.ndim - 1)) if spec.stacked else shares[0]
         a, b = a.reshape(leaf.a.shape), (b * share).reshape(leaf.b.shape)
@@ -280,7 +281,7 @@ def _start(
 
 
 def _measured(folder: Folder, key: Key, sizes: dict, path: str, leaf: DoRA, spec: Spec, ranks: list[int]) -> DoRA:
-    """Reads the magnitudes of a DoRA. Layers without an adapter get the norms of the base weight as magnitudes."""
+    """Reads the magnitudes of a DoRA. In layers without an adapter, the magnitudes are the norms of the base weight."""
     names, group = _names(key, spec, MAGNITUDE), groups(key, spec.eqn)[1]
     if missing := [name for name, rank in zip(names, ranks) if rank and name not in folder.tensors]:
         raise UserError(f"{missing[0]} is missing", str(folder.path / TENSORS))
@@ -303,7 +304,7 @@ def _ia3(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: S
 
 
 def _scaled_bias(folder: Folder, keys: dict, sizes: dict, specs: Specs, path: str, base: Stored) -> Stored:
-    """Rescales a bias, because IA3 in PEFT rescales the whole output of a module, including its bias."""
+    """Rescales a bias, because PEFT's IA3 rescales the whole output of a module, including its bias."""
     parent, _, name = path.rpartition("/")
     weight = next((p for p in (f"{parent}/w{name[1:]}", f"{parent}/{name[1:]}") if p in keys), None)
     spec = weight and _spec(specs, weight)
@@ -332,7 +333,7 @@ def _oft(folder: Folder, key: Key, sizes: dict, specs: Specs, path: str, base: S
     letters = weights.split(spec.eqn)[1]
     b = block_of(q.shape[1])
     if any(x is not None and x.shape != (layout.size(letters, sizes) // b, b * (b - 1) // 2) for x in found):
-        raise UserError(f"{key.name}: the blocks of oft_R do not cover its inputs", str(folder.path / TENSORS))
+        raise UserError(f"{key.name}: the blocks of oft_R do not match its input size", str(folder.path / TENSORS))
     terms = folder.config.get("num_cayley_neumann_terms", 5) if folder.config.get("use_cayley_neumann", True) else 0
     return OFT(base, _stack([np.zeros_like(q) if x is None else x for x in found], spec), letters, terms)
 

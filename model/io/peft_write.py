@@ -1,4 +1,4 @@
-"""Writes adapters as a PEFT folder, which PEFT, vLLM and model/io/peft_read.py can read."""
+"""Writes adapters as a PEFT folder, which can be read by PEFT, vLLM and model/io/peft_read.py."""
 
 import re
 from collections import defaultdict
@@ -34,11 +34,11 @@ Tensors = dict[str, np.ndarray]
 def write(path: str | Path, model: Transformer, params: Params, base: str = "", card: str = "") -> None:
     """Writes the adapters in stacked `params` as a new PEFT folder.
 
-    `base` is the name of the base model, and `card` is the text of README.md. Raises UserError for adapters that PEFT
-    cannot represent, before any file is written.
+    `base` is the name of the base model, and `card` is the text of README.md. If PEFT cannot represent the adapters,
+    raises UserError before writing any file.
     """
     path, adapters = Path(path).absolute(), {}
-    if path.exists() and not (path / CONFIG).exists():  # a PEFT folder may be from an earlier run
+    if path.exists() and not (path / CONFIG).exists():  # a PEFT folder may come from an earlier run
         raise UserError("the folder exists", str(path), "choose a new folder")
     if others := without_columns(model.config.blocks):
         raise UserError(f"PEFT folders of models with {others[0]} layers are not supported", str(path))
@@ -89,7 +89,7 @@ def _virtual(model: Transformer, adapters: dict) -> tuple[dict, Tensors]:
 
 
 def _wrapped(model: Transformer, adapters: dict) -> tuple[dict, Tensors]:
-    """Returns (config, tensors) of a PEFT folder for adapters that wrap weights, such as LoRA."""
+    """Converts adapters that wrap weights, such as LoRA, to the (config, tensors) of a PEFT folder."""
     keys, tied = family(model.config.family).KEYS, model.config.tied
     config: dict[str, Any] = {"fan_in_fan_out": model.config.family == "gpt2", "target_modules": []}
     modules: dict[str, list] = defaultdict(list)
@@ -100,11 +100,11 @@ def _wrapped(model: Transformer, adapters: dict) -> tuple[dict, Tensors]:
                 key, spec = Key(keys["unembed/table"].name, "VD->VD"), spec.replace(eqn=HEAD)
             outputs = isinstance(leaf, IA3) and set(leaf.letters) != set(weights.split(spec.eqn)[1])
             if not (spec.stacked or isinstance(leaf, LoRA)) or (outputs and has_bias(model.specs, path)):
-                raise UserError(f"PEFT's {type(leaf).__name__} of this parameter computes something else", path)
+                raise UserError(f"PEFT's {type(leaf).__name__} computes something different for this parameter", path)
             modules[key.name.removesuffix(".weight")].append((leaf, key, spec))
             if path == "embed/table" and tied and getattr(leaf, "used", "") == "both":
                 if type(leaf) is not LoRA:
-                    raise UserError(f"PEFT does not support {type(leaf).__name__} on a tied table", path)
+                    raise UserError(f"PEFT does not support {type(leaf).__name__} on a tied embedding table", path)
                 swap = lambda x: np.swapaxes(x, -1, -2)
                 twin = leaf.replace(a=swap(leaf.b), b=swap(leaf.a), eqn=HEAD)
                 twin = twin.replace(start=leaf.start and (swap(leaf.start[1]), swap(leaf.start[0])))
@@ -123,16 +123,16 @@ def _wrapped(model: Transformer, adapters: dict) -> tuple[dict, Tensors]:
 
 
 def _module(config: dict, target: str, parts: list, sizes: dict, embedding: bool) -> Tensors:
-    """Returns {suffix of the tensor's name: tensor} for one PEFT module, stacked over layers.
+    """Returns {suffix of the tensor's name: tensor} for one PEFT module. The tensors are stacked over layers.
 
-    A module may contain several of our parameters, as a fused qkv projection does.
+    One module may contain several of our parameters. For example, a fused qkv projection contains three.
     """
     leaf, key, spec = parts[0]
     digits = re.search(r"\d+", groups(key, spec.eqn)[1])
     if isinstance(leaf, LoRA):
         out = _factors(config, target, parts, sizes, int(digits[0]) if digits else 1, embedding)
     if digits and type(leaf) is not LoRA:
-        what = f"{key.name} holds several weights, of which PEFT supports only a common {type(leaf).__name__}"
+        what = f"{key.name} contains several weights, for which PEFT supports only one common {type(leaf).__name__}"
         raise UserError(what, "adapter")
     match leaf:
         case DoRA():
@@ -154,7 +154,7 @@ def _module(config: dict, target: str, parts: list, sizes: dict, embedding: bool
 def _factors(config: dict, target: str, parts: list, sizes: dict, several: int, embedding: bool) -> Tensors:
     """Returns the tensors lora_A and lora_B of one PEFT module.
 
-    If the module contains several of our weights, the A of all weights are concatenated, and B is block-diagonal.
+    If the module contains several of our weights, lora_A concatenates their matrices A, and lora_B is block-diagonal.
     """
     scale, found = parts[0][0].scale, []
     for leaf, key, spec in parts:
@@ -184,9 +184,9 @@ def _factors(config: dict, target: str, parts: list, sizes: dict, several: int, 
 
 
 def _with_start(leaf: LoRA, spec: Spec) -> tuple[np.ndarray, np.ndarray]:
-    """Returns A and B whose product is the whole change of the weight since initialization.
+    """Returns A and B whose product is the total change of the weight since initialization.
 
-    If A B did not start at 0, the result has twice the rank, since the initial product must be subtracted.
+    If the product A B did not start at 0, its initial value must be subtracted, so the result has twice the rank.
     """
     if leaf.start is None:
         return leaf.a, leaf.b

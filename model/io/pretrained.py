@@ -1,4 +1,4 @@
-"""Opens checkpoints of all supported formats, and reads them array by array into a tree of parameters."""
+"""Opens checkpoints of all supported formats, and loads them into a tree of parameters, one array at a time."""
 
 import dataclasses
 import importlib
@@ -23,40 +23,41 @@ from model.heads import scalar
 from model.io import gguf, hf
 from model.weights import Params, Spec, Specs, Tree
 
-# Names of tensors that are ignored: buffers in old checkpoints, and the head of BERT's next-sentence task.
+# Tensors that are ignored: buffers in old checkpoints, and BERT's head for next-sentence prediction.
 IGNORED = re.compile(
     r".*rotary_emb\.(inv_freq|(cos|sin)_cached)|.*\.attn\.(masked_)?bias|.*position_ids|(.*\.)?pooler\.dense\.\w+"
 )
-ROWS = 4096  # number of rows that are compared at once when the head is compared with the embedding table
+ROWS = 4096  # number of rows per step when comparing the head with the embedding table
 IN_LAYER = re.compile(r"(?:.*\.)?(?:layers|layer|h|blk)\.(\d+)\..*(?:weight|bias)")
 
 
 class Source(Protocol):
-    """An opened checkpoint file or folder, whose tensors have the axis order of Hugging Face checkpoints."""
+    """An opened checkpoint file or folder. Its tensors have the axis order of Hugging Face checkpoints."""
 
     path: Path
     hf_config: dict
     generation: dict  # bos_token_id, eos_token_id, temperature, ...
 
     names: set[str]
-    body: str  # prefix of the names of all tensors in layers
+    body: str  # common name prefix of the tensors in all layers
 
-    def stored(self, name: str) -> str: ...  # the source's own name for a tensor in the KEYS of a model family
+    # converts a tensor name from the KEYS of a model family to the name in this source
+    def stored(self, name: str) -> str: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
-    def unused_fields(self, read: Seen) -> list[str]: ...  # fields of the source's config that were not read
-    def unused_files(self) -> list[str]: ...  # files with weights that are not read
+    def unused_fields(self, read: Seen) -> list[str]: ...  # config fields that were not read
+    def unused_files(self) -> list[str]: ...  # weight files that are not read
     def read(self, name: str, cuts: Index) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A checkpoint whose config has been read, but whose weights have not been read yet."""
+    """An opened checkpoint. Its config has been read; its weights are read on demand."""
 
     config: ModelConfig
     source: Source
     tokenizer_source: str  # argument of data.text.formats.load
-    unused: list[str] = dataclasses.field(default_factory=list)  # fields of the checkpoint's config that are not used
-    strict: bool = False  # whether unused tensors, files and fields are an error
+    unused: list[str] = dataclasses.field(default_factory=list)  # unused fields of the checkpoint's config
+    strict: bool = False  # whether unused tensors, files or fields raise an error
 
     @property
     def generation(self) -> dict:
@@ -77,11 +78,11 @@ class Pretrained:
         return layout.read(key, lambda cuts: self.source.read(name, cuts), self.config.sizes, index)
 
     def load(self, specs: Specs, shardings: Tree = None, dtype: str = "float32") -> Params:
-        """Loads the parameters that `specs` declares, one after the other. Each device gets only its own slice.
+        """Loads the parameters that `specs` declares, one after another. Each device receives only its own slice.
 
-        `shardings` is a tree with the structure of `specs`, or None to put all parameters on the first device. One log
-        line names the tensors that the model does not use. Raises a UserError that names all tensors that are missing,
-        unexpected or of a wrong shape.
+        `shardings` is a tree with the same structure as `specs`, or None to put all parameters on the first device.
+        Logs one line that lists the tensors that the model does not use. Raises UserError if tensors are missing,
+        unexpected or of the wrong shape; the message lists them.
         """
         unused = self.check(specs) + self.source.unused_files() + self.unused
         report("the model does not use", unused, self.tokenizer_source, self.strict)
@@ -89,7 +90,7 @@ class Pretrained:
             shardings = jax.tree.map(lambda _: _first_device(), specs, is_leaf=weights.is_spec)
 
         def leaf(path: str, spec: Spec, sharding: jax.sharding.Sharding) -> jax.Array:
-            slices = {}  # devices with the same slice share one array
+            slices = {}  # devices that hold the same slice share one array
 
             def read(index: Index) -> np.ndarray:
                 at = tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
@@ -97,16 +98,15 @@ class Pretrained:
                     slices[at] = self.stacked(path, at, dtype)
                 return slices[at]
 
-            # Copies to devices are asynchronous. Without waiting, the host would keep several parameters in memory.
+            # Wait for each copy to the devices, because otherwise the host would keep several parameters in memory.
             return jax.block_until_ready(jax.make_array_from_callback(spec.shape, sharding, read))
 
         return weights.map_named(leaf, specs, shardings, is_leaf=weights.is_spec)
 
     def stacked(self, path: str, at: tuple[tuple[int, int], ...], dtype: str = "float32") -> np.ndarray:
-        """Reads a part of the parameter `path`, stacked over layers.
+        """Reads a slice of the stacked parameter `path`. `at` has the (start, stop) of the slice along each axis.
 
-        `at` has the (start, stop) of the part in each axis. Raises UserError for NaN and infinities, which would make
-        every output NaN.
+        Raises UserError if a value is NaN or infinite, because this would make every output NaN.
         """
         cuts = tuple(slice(*bounds) for bounds in at)
         with reading(self.tokenizer_source):
@@ -123,9 +123,9 @@ class Pretrained:
         return x
 
     def head(self) -> Params:
-        """Returns {"head": ...} if the checkpoint is a reward model, and otherwise {}.
+        """Returns {"head": ...} if the checkpoint is a reward model, and {} otherwise.
 
-        In transformers, a reward model is a sequence classifier with one label.
+        A reward model is a transformers sequence classifier with one label.
         """
         name = scalar.TENSOR
         if name not in self.source.names or self.source.shape(name) != (1, self.config.embed):
@@ -136,14 +136,14 @@ class Pretrained:
     def check(self, specs: Specs) -> list[str]:
         """Returns the names of the tensors that the model does not use.
 
-        Raises UserError if a parameter of `specs` is missing or has another shape, or if the checkpoint has further
-        parameters that belong to the same layers.
+        Raises UserError if a parameter of `specs` is missing or has a different shape, or if the checkpoint has
+        additional weights or biases in the model's layers.
         """
         problems, seen = [], set()
         for path, spec in jax.tree.leaves_with_path(specs, is_leaf=weights.is_spec):
             path = weights.name(path)
             if path not in self.keys:
-                problems.append(f"{path}: family {self.config.family} has no such parameter")
+                problems.append(f"{path}: model family {self.config.family} has no such parameter")
                 continue
             key, stacked = self.keys[path], in_layers(path)
             if spec.shape[stacked:] != layout.our_shape(key, self.config.sizes):
@@ -166,7 +166,7 @@ class Pretrained:
         return sorted(set(extra) - set(ours))
 
     def _counts(self, name: str, modules: set[str]) -> bool:
-        """Returns whether an unused tensor is an error, because it is a weight or bias in the model's layers."""
+        """Returns whether an unused tensor is an error. It is one if it is a weight or bias in the model's layers."""
         module, _, last = name.rpartition(".")
         layer = IN_LAYER.fullmatch(name)
         inside = layer and int(layer[1]) < self.config.layers and name.startswith(self.source.body)
@@ -176,13 +176,13 @@ class Pretrained:
         if name not in self.source.names:
             return [f"missing {name}"]
         there = self.source.shape(name)
-        return [] if there == shape else [f"{name} has shape {there}, wanted {shape}"]
+        return [] if there == shape else [f"{name} has shape {there}, but needs {shape}"]
 
 
 def open_pretrained(name: str, strict: bool = False) -> Pretrained:
-    """Opens the checkpoint `name`: a Hugging Face folder, a .gguf file, the name of a packaged model, or a hub id.
+    """Opens a checkpoint. `name` is a Hugging Face folder, a .gguf file, a packaged model or a Hugging Face Hub id.
 
-    A hub id needs a network connection, unless its files have already been downloaded.
+    Opening a Hub id needs a network connection, unless its files have already been downloaded.
     """
     path = locate(str(name), hf.FILES)
     with reading(path):
@@ -193,7 +193,7 @@ def open_pretrained(name: str, strict: bool = False) -> Pretrained:
                 raise UserError("neither a .gguf file nor a folder", str(path))
             source = gguf.File(path)
         elif (path / "ckpt").is_dir():
-            raise UserError("this is a run folder, not an open checkpoint", str(path), "open it with infer.load")
+            raise UserError("this is a run folder, not a checkpoint folder", str(path), "open it with infer.load")
         else:
             source = hf.Folder(path)
         config, unused = _config(source, path)
@@ -201,11 +201,12 @@ def open_pretrained(name: str, strict: bool = False) -> Pretrained:
 
 
 def _config(source: Source, path: Path) -> tuple[ModelConfig, list[str]]:
-    """Returns (the model's config, the fields of the source's config that were not used)."""
+    """Returns (the model's config, unused fields of the source's config)."""
     hf_config = Seen(source.hf_config)
     kind, layers = hf_config.get("model_type"), hf_config.get("num_hidden_layers") or hf_config.get("n_layer")
-    if isinstance(layers, int) and layers > len(source.names):  # checked before memory is allocated for each layer
-        raise UserError(f"its config says {layers:,} layers, its files hold {len(source.names):,} tensors", str(path))
+    if isinstance(layers, int) and layers > len(source.names):  # check this before allocating memory for each layer
+        what = f"the config claims {layers:,} layers, but the files hold only {len(source.names):,} tensors"
+        raise UserError(what, str(path))
     try:
         config = family(kind).config(hf_config)
         if min(config.sizes.values()) < 1:
@@ -218,10 +219,13 @@ def _config(source: Source, path: Path) -> tuple[ModelConfig, list[str]]:
 
 
 def _tied(config: ModelConfig, source: Source, path: Path) -> bool:
-    """Returns whether the head is the embedding table. As in transformers, tensors take precedence over the config."""
+    """Returns whether the head is tied to the embedding table.
+
+    As in transformers, tensors take precedence over the config.
+    """
     table, head = (source.stored(family(config.family).KEYS[k].name) for k in ("embed/table", "unembed/table"))
     if head not in source.names:
-        classifies = scalar.TENSOR in source.names  # a classifier has no head for text
+        classifies = scalar.TENSOR in source.names  # a classifier has no language-model head
         return config.tied or "multimodal" in source.hf_config or classifies
     if not config.tied or table not in source.names:
         return config.tied
@@ -231,13 +235,13 @@ def _tied(config: ModelConfig, source: Source, path: Path) -> bool:
     for start in range(0, height, ROWS):
         rows = (slice(start, min(start + ROWS, height)), slice(None))
         if not np.array_equal(source.read(table, rows), source.read(head, rows)):
-            warn("%s: config.json ties the head to the embedding, but %s differs and is used", path, head)
+            warn("%s: config.json ties the head to the embedding table, but %s differs from it and is used", path, head)
             return False
     return True
 
 
 def report(what: str, names: list[str], where: str, strict: bool) -> None:
-    """Logs one line that names unused parts of a model or an adapter. If `strict`, raises UserError instead."""
+    """Logs one line that lists unused parts of a model or an adapter. If `strict`, raises UserError instead."""
     if not names:
         return
     first, kinds = {}, Counter()
@@ -250,20 +254,20 @@ def report(what: str, names: list[str], where: str, strict: bool) -> None:
     while len(kinds) > 8 and (depth := depth - 1) > 1:
         kinds = Counter(".".join(re.sub(r"\.\d+\.", ".*.", name).split(".")[:depth]) for name in names)
     shown = [name if n == 1 else f"{n} x {name}" for name, n in kinds.most_common(8)]
-    more = f" and {len(kinds) - 8} kinds more" if len(kinds) > 8 else ""
+    more = f" and {len(kinds) - 8} more kinds" if len(kinds) > 8 else ""
     line = f"{what} {', '.join(shown)}{more}"
     if strict:
-        raise UserError(line, where, "remove it from the folder, or open it without strict")
+        raise UserError(line, where, "remove it from the folder, or open the folder without strict")
     warn("%s: %s", where, line)
 
 
 def families() -> list[str]:
-    """Returns the names of all model families, which are the files in model/families."""
+    """Returns the names of all model families, each of which is a file in model/families."""
     return methods.known("model.families")
 
 
 def family(name: Any) -> ModuleType:
-    """Imports the module model/families/<name>.py, where the name is the `model_type` in Hugging Face's config.json."""
+    """Imports the module model/families/<name>.py. The name is the `model_type` in a Hugging Face config.json."""
     if name not in families():
         known = ", ".join(families())
         raise UserError(f"model family {name!r} is not supported; supported: {known}", "model_type")

@@ -1,8 +1,8 @@
 """Reads, writes and verifies the checkpoints of a run folder.
 
-Each checkpoint is a folder `ckpt/<step>` with the arrays, which Orbax writes by name, and the manifest
-`state_hashes.json`, which lists the files and a digest of each array. The digests reveal flipped bits, which Orbax
-itself does not notice.
+Each checkpoint is a folder `ckpt/<step>`. It contains the arrays, which Orbax writes, and the manifest
+`state_hashes.json`, which lists the files and a digest of each array. The digests reveal flipped bits, which Orbax does
+not detect.
 """
 
 import asyncio
@@ -27,11 +27,11 @@ from common.paths import Place
 from model import weights
 from model.weights import Params, Tree
 
-Leaves = dict[str, Any]  # {name: array, or the shape of the array}
+Leaves = dict[str, Any]  # {name: array or its shape}
 MANIFEST = "state_hashes.json"
 NAME = re.compile(r"[A-Za-z0-9_.'\[\]-]+(/[A-Za-z0-9_.'\[\]-]+)*")
 STEP = re.compile(r"0|[1-9][0-9]{0,8}")
-# The arrays of a checkpoint may be at most DENSEST times as large as its compressed files, plus SLACK bytes.
+# Limit on the total size of a checkpoint's arrays: DENSEST times the size of its compressed files, plus SLACK bytes.
 DENSEST, SLACK = 64, 256 << 20
 
 
@@ -40,10 +40,10 @@ class Damaged(Exception):
 
 
 def named(tree: Tree) -> Leaves:
-    """Converts a tree to a dict such as {"params/policy/embed/table": array}, so that Orbax sees no `Weight` objects.
+    """Flattens a tree to a dict such as {"params/policy/embed/table": array}. Orbax cannot save `Weight` objects.
 
-    Raises ValueError for duplicate names, and for names with special characters, for which Orbax would silently load
-    wrong values.
+    Raises ValueError for duplicate names, and for names with special characters, because Orbax would silently load
+    wrong values for them.
     """
     out: Leaves = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
@@ -59,18 +59,18 @@ def plain(name: str) -> bool:
 
 
 def fill(tree: Tree, arrays: Leaves) -> Tree:
-    """Replaces each leaf of `tree` by the array with the leaf's name. Raises KeyError if an array is missing."""
+    """Replaces each leaf of `tree` by the array of the same name. Raises KeyError if an array is missing."""
     return weights.map_named(lambda key, _: arrays[key], tree)
 
 
 @jax.jit
 def digest(x: Array) -> Array:
-    """Returns a 64-bit digest of an array, as uint32[2], which does not depend on how the array is sharded.
+    """Returns a 64-bit digest of an array as uint32[2]. The digest does not depend on how the array is sharded.
 
-    The digest consists of two sums modulo 2^32. Each sum adds all 32-bit words of the array, multiplied by odd numbers
-    that depend on the positions of the words. Odd factors are invertible modulo 2^32, so a change of one word always
-    changes the digest. The digest misses any other change with a probability of about 2^-63. Since the order of a sum
-    does not matter, every device sums its own part, and the array is not gathered.
+    The digest consists of two sums modulo 2^32. In each sum, every 32-bit word of the array is multiplied by an odd
+    number that depends on the word's position. Odd factors are invertible modulo 2^32, so a change of one word always
+    changes the digest. Any other change leaves the digest the same with a probability of about 2^-63. Because the order
+    of summation does not matter, each device sums its own shard, and the array is not gathered.
     """
     x = _words(x)
     position = positions(x.shape)
@@ -78,7 +78,7 @@ def digest(x: Array) -> Array:
 
 
 def positions(shape: tuple[int, ...]) -> Array:
-    """Returns an array of `shape` with the position of each element in row-major order, modulo 2^32, as uint32."""
+    """Returns a uint32 array of `shape` that contains each element's row-major position modulo 2^32."""
     position = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = math.prod(shape[axis + 1 :]) % 2**32
@@ -87,7 +87,7 @@ def positions(shape: tuple[int, ...]) -> Array:
 
 
 def _words(x: Array) -> Array:
-    """Returns the bits of an array as uint32 words: one word per element, or two for elements of 8 bytes."""
+    """Returns the bits of an array as uint32 words: one word per element, or two per 8-byte element."""
     if x.dtype == jnp.bool_ or (jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8):
         x = x.astype(jnp.int8)
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
@@ -95,20 +95,20 @@ def _words(x: Array) -> Array:
 
 
 def scramble(x: Array) -> Array:
-    """Applies the 32-bit finalizer of MurmurHash3, which maps neighboring numbers to unrelated numbers."""
+    """Applies the 32-bit finalizer of MurmurHash3, a hash that maps neighboring numbers to unrelated numbers."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def digests(arrays: Leaves) -> dict[str, str]:
-    """Returns {name: digest in sixteen hex digits}. The digests of all arrays are computed asynchronously."""
+    """Returns {name: digest as 16 hex digits}. All digests are computed asynchronously."""
     pending = {name: digest(x) for name, x in arrays.items()}
     return {name: "{:08x}{:08x}".format(*lanes) for name, lanes in jax.device_get(pending).items()}
 
 
 def fingerprint(tree: Tree) -> str:
-    """Returns one digest of all names and arrays of a tree, without derived fields; "" for a tree without arrays."""
+    """Returns one hash of a tree's names and arrays, without derived fields; "" for a tree without arrays."""
     hashes = digests(named(weights.underived(tree)))
     lines = json.dumps(hashes, sort_keys=True).encode()
     return hashlib.blake2b(lines, digest_size=8).hexdigest() if hashes else ""
@@ -120,7 +120,7 @@ def fingerprints(frozen: dict[str, Params]) -> dict[str, str]:
 
 
 def describe(arrays: Leaves) -> dict[str, dict]:
-    """Returns the manifest's entry (shape, dtype and digest) for each array."""
+    """Returns the manifest entry (shape, dtype and digest) of each array."""
     hashes = digests(arrays)
     return {n: {"shape": list(x.shape), "dtype": str(x.dtype), "hash": hashes[n]} for n, x in arrays.items()}
 
@@ -128,7 +128,7 @@ def describe(arrays: Leaves) -> dict[str, dict]:
 def write(folder: Place, params: Params, manifest: dict) -> None:
     """Saves {role: tree of parameters} as a checkpoint that `load_params` can read.
 
-    `manifest` has the fields of the checkpoint's manifest, except the lists of arrays and files.
+    `manifest` has all fields of the checkpoint's manifest except the lists of arrays and files, which are added.
     """
     arrays = named({"params": params})
     orbax().save(folder if paths.remote(folder) else folder.resolve(), arrays)
@@ -136,10 +136,10 @@ def write(folder: Place, params: Params, manifest: dict) -> None:
 
 
 def finish(folder: Place, manifest: dict) -> None:
-    """Writes the manifest of a checkpoint as its last file, which marks the checkpoint as complete.
+    """Writes the manifest of a checkpoint. It is written last, because it marks the checkpoint as complete.
 
-    The manifest only lists the files that are needed to read the checkpoint. Orbax also writes empty marker files,
-    which may get lost when a checkpoint is copied.
+    The manifest lists only the files that are needed to read the checkpoint. It omits Orbax's empty marker files, which
+    may get lost when a checkpoint is copied.
     """
     found = sorted(paths.sizes(folder).items())
     needed = {name: size for name, size in found if name == "_CHECKPOINT_METADATA" or name.startswith("state/")}
@@ -155,7 +155,7 @@ def seal(manifest: dict) -> str:
 def read_manifest(folder: Place) -> dict:
     """Returns the manifest of a checkpoint.
 
-    Raises Damaged if the manifest is missing or was altered, or if a listed file is missing or has another size.
+    Raises Damaged if the manifest is missing or was altered, or if a listed file is missing or has a different size.
     """
     path = folder / MANIFEST
     try:
@@ -176,36 +176,37 @@ def read_manifest(folder: Place) -> dict:
 
 
 def _check_entries(manifest: dict) -> None:
-    """Raises KeyError, TypeError, AttributeError or ValueError for a manifest that `seal` cannot have written."""
+    """Raises KeyError, TypeError, AttributeError or ValueError if `seal` cannot have written the manifest."""
     kinds = {"step": int, "leaves": dict, "frozen": (dict, str), "source": dict, "files": dict}
     for name, kind in kinds.items():
         if not isinstance(manifest[name], kind):
-            raise ValueError(f"its {name!r} is a {type(manifest[name]).__name__}")
+            raise ValueError(f"its field {name!r} has the type {type(manifest[name]).__name__}")
     if not all(type(n) is int for n in manifest["source"].get("seen", {}).values()):
-        raise ValueError("its 'seen' must hold counts")
+        raise ValueError("its field 'seen' must contain integers")
     for name, leaf in manifest["leaves"].items():
         jnp.dtype(leaf["dtype"])
         if not all(type(n) is int and n >= 0 for n in leaf["shape"]) or not isinstance(leaf["hash"], str):
-            raise ValueError(f"its entry of {name} has no valid shape or hash")
+            raise ValueError(f"its entry for {name} has no valid shape or hash")
 
 
 class _Patient:
     """An event loop that waits for its running tasks before it closes.
 
-    If an array cannot be read or written, Orbax closes the loop while the tasks of other arrays are running. Without
-    the wait, each of these tasks would print a traceback.
+    If reading or writing an array fails, Orbax closes the event loop while tasks for other arrays are still running.
+    Without waiting, each of these tasks would print a traceback.
     """
 
     def close(self) -> None:
         if not self.is_closed():
-            self.set_exception_handler(lambda *_: None)  # Orbax raises the first error; asyncio would log all others
+            # Orbax raises the first error; by default, asyncio logs all others
+            self.set_exception_handler(lambda *_: None)
             if left := asyncio.all_tasks(self):
                 self.run_until_complete(asyncio.wait(left, timeout=10))
         super().close()
 
 
 def orbax() -> ModuleType:
-    """Imports Orbax's v1 interface and disables its log, since all problems are raised as exceptions anyway."""
+    """Imports Orbax's v1 API and silences its log, because all problems are raised as exceptions."""
     import uvloop
     from orbax.checkpoint import v1
 
@@ -223,11 +224,11 @@ def _not_orbax(record: logging.LogRecord) -> bool:
 
 
 def steps(folder: Place) -> list[int]:
-    """Returns the steps of all checkpoints that seem complete, newest first.
+    """Returns the steps of all checkpoints that appear complete, newest first.
 
-    Only `read_manifest` and the digests show whether a checkpoint really is complete. On disk, the folder of a
-    checkpoint is renamed to its step once it is complete. In an object store, which cannot rename folders, only
-    complete checkpoints have a manifest.
+    On disk, a checkpoint's folder is renamed to its step once the checkpoint is complete. An object store cannot rename
+    folders; there, only complete checkpoints have a manifest. To make sure that a checkpoint is complete, call
+    `read_manifest` and `verify`.
     """
     if not folder.is_dir():
         return []
@@ -236,11 +237,11 @@ def steps(folder: Place) -> list[int]:
 
 
 def read(folder: Place, abstract: Leaves) -> Leaves:
-    """Reads the arrays that `abstract` names. Raises Damaged if an array cannot be read.
+    """Reads the arrays whose names are the keys of `abstract`. Raises Damaged if an array cannot be read.
 
-    The digests are not checked: see `verify`. If `abstract` has numpy arrays, the result has numpy arrays. If
-    `abstract` has shapes or JAX arrays with shardings, the result has JAX arrays with the same shardings, which may
-    differ from those of the saved arrays.
+    Does not check the digests; use `verify` for this. Where `abstract` has a numpy array, so has the result. Where
+    `abstract` has a shape or a JAX array, the result is a JAX array with the same sharding, even if the array was saved
+    with another sharding.
     """
     ocp = orbax()
     context = ocp.Context()
@@ -266,28 +267,31 @@ def verify(folder: Place, arrays: Leaves, manifest: dict) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's root cause, which Orbax wraps in other errors."""
+    """Returns the first line of an error's root cause. Orbax wraps root causes in other errors."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 class Saved(NamedTuple):
-    """The trained parameters of a run. Frozen weights are not saved, since the run's config determines them."""
+    """The trained parameters of a run.
+
+    Frozen weights are not saved, because they can be restored from the run's config.
+    """
 
     step: int
     config: dict
-    params: dict[str, np.ndarray]  # {"policy/layers/attn/wq/a": array, ...}, without frozen parameters
-    frozen: dict[str, str] | str  # the `fingerprints` of the weights that were frozen in training
+    params: dict[str, np.ndarray]  # {"policy/layers/attn/wq/a": array, ...}; frozen parameters are left out
+    frozen: dict[str, str] | str  # `fingerprints` of the weights that were frozen during training
 
 
 def load_params(workdir: str | Path, step: int | None = None, verified: bool = True) -> Saved:
-    """Reads the trained parameters of a run folder into host memory, without the state of the optimizer.
+    """Reads the trained parameters of a run folder into host memory, without the optimizer state.
 
-    Reads the checkpoint of `step`, or the newest complete checkpoint. The run may still be training. Raises UserError
-    if there is no complete checkpoint.
+    Reads the checkpoint of `step`, or the newest complete checkpoint if `step` is None. The run may still be training.
+    Raises UserError if there is no complete checkpoint.
     """
-    workdir, problem = paths.parse(workdir), "it holds no checkpoint"
+    workdir, problem = paths.parse(workdir), "the run folder contains no checkpoint"
     for at in steps(workdir / "ckpt") if step is None else [step]:
         folder = workdir / "ckpt" / str(at)
         try:
@@ -306,7 +310,7 @@ def load_params(workdir: str | Path, step: int | None = None, verified: bool = T
             raise
         except Exception as e:
             raise UserError(first_line(e), str(workdir), "is this a run folder?") from e
-    raise UserError(problem, str(workdir), "train it first, or name another step")
+    raise UserError(problem, str(workdir), "train the run first, or specify another step")
 
 
 def _finite(x: np.ndarray) -> bool:
@@ -314,25 +318,26 @@ def _finite(x: np.ndarray) -> bool:
 
 
 def check_base(run: Saved, policy: Params, where: str | Place) -> None:
-    """Raises UserError if the frozen parameters of `policy` differ from those of the run while it was trained."""
+    """Raises UserError if the frozen parameters of `policy` differ from those with which the run was trained."""
     frozen = weights.map_named(lambda path, x: None if f"policy/{path}" in run.params else x, policy)
-    if isinstance(run.frozen, str):  # older runs have one digest for all roles
+    if isinstance(run.frozen, str):  # older runs have a single fingerprint for all roles
         known = (fingerprint(tree) for tree in ({"policy": frozen}, {"policy": frozen, "ref": policy}))
         same = not run.frozen or run.frozen in known
     else:
         same = run.frozen.get("policy", "") == fingerprint(frozen)
     if not same:
-        raise UserError("the adapters were trained on another base than this one", str(where))
+        raise UserError("the adapters were trained on another base model than this one", str(where))
 
 
 def put(run: Saved, policy: Params, where: str | Place) -> Params:
-    """Returns `policy` with the trained parameters of a run, cast and sharded like the parameters of `policy`.
+    """Replaces parameters of `policy` by the trained parameters of a run. Keeps the dtypes and shardings of `policy`.
 
-    Raises UserError if names or shapes do not fit, or if a parameter is missing.
+    Raises UserError if names or shapes do not match, or if a parameter is missing.
     """
     trained = {k.removeprefix("policy/"): v for k, v in run.params.items() if k.startswith("policy/")}
     if strange := trained.keys() - named(policy).keys():
-        raise UserError(f"the run trained {min(strange)}, which is not in a model of its config", str(where))
+        what = f"the run trained {min(strange)}, but the model that its config describes has no such parameter"
+        raise UserError(what, str(where))
 
     def like(name: str, x: Array | jax.ShapeDtypeStruct) -> Array:
         value = trained.get(name)
@@ -341,7 +346,7 @@ def put(run: Saved, policy: Params, where: str | Place) -> Params:
                 raise UserError(f"the checkpoint does not contain {name}", str(where))
             return x
         if value.shape != x.shape:
-            raise UserError(f"{name} was saved with shape {value.shape}, the model needs {x.shape}", str(where))
+            raise UserError(f"{name} was saved with shape {value.shape}, but the model needs {x.shape}", str(where))
         value = value.astype(x.dtype)
         return jnp.asarray(value) if isinstance(x, jax.core.Tracer) else jax.device_put(value, x.sharding)
 
@@ -351,7 +356,7 @@ def put(run: Saved, policy: Params, where: str | Place) -> Params:
 def _wanted(manifest: dict) -> dict[str, np.ndarray]:
     """Allocates the host arrays into which the parameters are read.
 
-    Raises ValueError for entries of a manifest that no run can have written, such as an array larger than its files.
+    Raises ValueError for manifest entries that no run can have written, such as an array larger than its files.
     """
     kinds, room = {}, SLACK + DENSEST * sum(manifest["files"].values())
     for name, leaf in manifest["leaves"].items():
