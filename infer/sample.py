@@ -1,4 +1,4 @@
-"""Samples the next token with temperature, top-k, top-p and min-p, in the same order as Hugging Face's logits
+"""Samples the next token. Temperature, top-k, top-p and min-p are applied in the same order as Hugging Face's logits
 warpers."""
 
 from typing import NamedTuple
@@ -17,9 +17,9 @@ class Knobs(NamedTuple):
     """
 
     temperature: Array | np.ndarray | float = 0.0  # 0: greedy
-    top_k: Array | np.ndarray | int = 0  # keep only the k most likely tokens
-    # Keep the most likely tokens, and only as many as are needed for a total probability of top_p (Holtzman et al.
-    # 2019, arXiv 1904.09751).
+    top_k: Array | np.ndarray | int = 0  # keep only the top_k most likely tokens; 0: keep all
+    # Keep the smallest set of most likely tokens whose total probability is at least top_p (Holtzman et al. 2019, arXiv
+    # 1904.09751).
     top_p: Array | np.ndarray | float = 1.0
     # Keep the tokens that are at least min_p times as likely as the most likely token (Nguyen et al. 2024, arXiv
     # 2407.01082).
@@ -53,7 +53,7 @@ def truncate(logits: Array, knobs: Knobs) -> Array:
     knobs = Knobs(*(jnp.broadcast_to(knob, len(logits))[:, None] for knob in knobs))
     sorts = (knobs.top_k > 0) | (knobs.top_p < 1)
     logits = jax.lax.cond(sorts.any(), lambda: _top(logits, knobs), lambda: logits)
-    floor = logits.max(-1, keepdims=True) + jnp.log(knobs.min_p)  # ratios of probabilities are differences of logits
+    floor = logits.max(-1, keepdims=True) + jnp.log(knobs.min_p)  # a ratio of probabilities is a difference of logits
     return jnp.where(logits < floor, -jnp.inf, logits)
 
 
@@ -64,7 +64,7 @@ def _top(logits: Array, knobs: Knobs) -> Array:
     rank = jnp.arange(logits.shape[-1])
     keep = (rank < knobs.top_k) | (knobs.top_k <= 0)
     probs = jax.nn.softmax(jnp.where(keep, down, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs  # total probability of the more likely tokens
+    before = jnp.cumsum(probs, axis=-1) - probs  # total probability of all more likely tokens
     keep &= (before < knobs.top_p) | (knobs.top_p >= 1) | (rank == 0)
     least = jnp.where(keep, down, jnp.inf).min(-1, keepdims=True)
     return jnp.where(logits < least, -jnp.inf, logits)

@@ -7,7 +7,7 @@ PREFILL = 512  # maximum prompt tokens per forward pass, to limit the attention 
 
 
 def bucket(n: int, least: int = 1) -> int:
-    """The smallest number of the series 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least n."""
+    """The smallest number in the series 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least n and at least `least`."""
     power = least
     while power < n:
         if power * 3 // 2 >= n and power > 1:

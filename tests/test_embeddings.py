@@ -30,10 +30,10 @@ def test_one_text_and_several_in_both_encodings(embedder):
 @pytest.mark.parametrize(
     "content, status, message",
     [
-        ({"model": "x", "input": "a"}, 404, "no embedder 'x'; there are e"),
-        ({"model": "e"}, 400, "input is a text"),
-        ({"model": "e", "input": ["a", ""]}, 400, "input is a text"),
-        ({"model": "e", "input": [1, 2]}, 400, "input is a text"),
+        ({"model": "x", "input": "a"}, 404, "no embedder 'x'; available: e"),
+        ({"model": "e"}, 400, "input must be a nonempty string"),
+        ({"model": "e", "input": ["a", ""]}, 400, "input must be a nonempty string"),
+        ({"model": "e", "input": [1, 2]}, 400, "input must be a nonempty string"),
         ({"model": "e", "input": "a", "dimensions": 3}, 400, "vectors have 16 dimensions"),
         ({"model": "e", "input": "a", "encoding_format": "int8"}, 400, "float or base64"),
         ({"model": "e", "input": "a", "truncate": True}, 400, "truncate is not supported"),

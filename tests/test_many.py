@@ -251,11 +251,11 @@ def test_the_least_recently_used_leave_and_nothing_compiles_again():
         assert ours.tokens == alone(model, base, trees, names, PROMPTS, 6), names
         counts.append([f._cache_size() for f in (batch._decode, prefix._prefill, stores._put)])
     assert counts[-1] == counts[3] and "d" not in store.held  # each weight's stacks were written once by then
-    with pytest.raises(UserError, match="rank rows"):
+    with pytest.raises(UserError, match="total rank"):
         store.serving(["a", "b", "c"], 3)
     with pytest.raises(UserError, match="no adapter 'e'"):
         store.serving(["e"], 1)
-    with pytest.raises(UserError, match="exceed the 31"):
+    with pytest.raises(UserError, match="space for rank 31"):
         store_of(model, base, trees, rank_rows=31)
 
 

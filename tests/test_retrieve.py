@@ -147,7 +147,7 @@ def test_the_command(documents, tmp_path, capsys):
         (["--index=nowhere"], "there is nothing to do"),
         (["--index=nowhere", "--ask=x"], "nowhere · there is no index here"),
         (["--index=x", "--ask=x", "--k=0"], "the values must be positive"),
-        (["--index={docs}", "--documents={docs}"], "the folder has other content"),
+        (["--index={docs}", "--documents={docs}"], "the folder exists and is not an index"),
         (["--index={tmp}/i", "--documents={docs}", "--ask=x", "--how=dense"], "has no vectors for 'dense'"),
         (["--index={tmp}/i", "--documents={bad}"], "the record has no text"),
     ],

@@ -17,13 +17,13 @@ TEXTS = ("text", "content", "body", "document", "extract")
 
 
 class Chunk(NamedTuple):
-    document: str  # source of the document: a file, or a file and a line
+    document: str  # where the document is from: a file, or a file and a line
     title: str  # title of the document, followed by the headings above the chunk
     text: str
 
     @property
     def id(self) -> str:
-        """A hash of the chunk's content, by which an update of an index recognizes unchanged chunks."""
+        """A hash of the chunk's content. Updating an index uses it to recognize unchanged chunks."""
         return hashlib.sha256("\0".join(self).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     @property
@@ -33,8 +33,8 @@ class Chunk(NamedTuple):
 
 
 def of_source(spec: str, words: int = WORDS) -> Iterator[Chunk]:
-    """Yields the chunks of a source (see data.sources), in the order of its records. Raises UserError for a record
-    without a text."""
+    """Yields the chunks of a source (see data.sources), in the order of its records. Raises UserError if a record has
+    no text."""
     for row in sources.rows(spec):
         if row.record is None:
             raise UserError(row.reason, row.where)
@@ -42,10 +42,11 @@ def of_source(spec: str, words: int = WORDS) -> Iterator[Chunk]:
 
 
 def of_record(record: Json, where: str, words: int = WORDS) -> Iterator[Chunk]:
-    """Yields the chunks of a record, which `where` identifies. Raises UserError if the record has no text."""
+    """Yields the chunks of a record. `where` says where the record is from. Raises UserError if the record has no
+    text."""
     text = _first(record, TEXTS)
     if not text:
-        raise UserError("the record has no text", where, f"a column named {', '.join(TEXTS)}")
+        raise UserError("the record has no text", where, f"add a column named {' or '.join(TEXTS)}")
     yield from (Chunk(where, *part) for part in split(text, _first(record, TITLES), words))
 
 
@@ -65,7 +66,7 @@ def split(text: str, title: str = "", words: int = WORDS) -> Iterator[tuple[str,
 
 
 def _sections(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yields (headings above a section, text of the section) for the sections between Markdown headings."""
+    """Yields (headings above the section, text of the section) for each section between Markdown headings."""
     headings: list[tuple[int, str]] = []
     lines: list[str] = []
     for line in text.splitlines():

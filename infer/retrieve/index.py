@@ -36,7 +36,7 @@ class Hit(NamedTuple):
 
 
 class Index:
-    """An opened index. Raises UserError if the folder is not an index, or if its files do not belong together."""
+    """An opened index. Raises UserError if the folder is not an index, or if its files do not match each other."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
@@ -64,29 +64,31 @@ class Index:
         """The embedder that computed the vectors. Raises UserError if the weights of the embedder have changed."""
         found = load_embedder(self.record["embedder"])
         if digest(found) != self.record["digest"]:
-            what = "the weights of the embedder are not those that made the vectors"
+            what = "the weights of the embedder have changed since it computed the vectors"
             raise UserError(what, self.record["embedder"], "build the index again")
         return found
 
     def search(
         self, questions: Sequence[str], k: int = 5, how: How | None = None, asked: np.ndarray | None = None
     ) -> list[list[Hit]]:
-        """Finds the k best chunks for each question, best first. `asked` has the vectors of the questions if they are
-        already computed.
+        """Finds the k best chunks for each question, best first. `asked` contains the vectors of the questions, if they
+        are already computed.
 
-        `how` is "bm25", "dense", or one of the fusions of both, "rrf" and "mean". None stands for "mean" if the index
-        has vectors, and otherwise for "bm25". With "bm25", chunks that share no word with the question are left out.
+        `how` is "bm25", "dense", or a fusion of the two: "rrf" or "mean". None means "mean" if the index has vectors,
+        and "bm25" otherwise. With "bm25", chunks that share no word with the question are left out.
         """
         how = how or ("mean" if self.dense else "bm25")
         if how != "bm25" and not self.dense:
-            raise UserError(f"the index has no vectors for {how!r}", str(self.folder), "build it with --embedder")
+            raise UserError(
+                f"the index has no vectors for {how!r} search", str(self.folder), "build it with --embedder"
+            )
         if asked is None and how != "bm25":
             asked = self.embedder.embed(questions, "query")
         vectors = [None] * len(questions) if how == "bm25" else asked
         return [self._one(question, vector, k, how) for question, vector in zip(questions, vectors, strict=True)]
 
     def flops(self, questions: Iterable[str], how: How | None = None) -> float:
-        """The FLOPs of `search`, for embedding the questions, and for multiplying the vectors of the questions by the
+        """The FLOPs that `search` needs to embed the questions, and to multiply the vectors of the questions by the
         vectors of all chunks. The cost of BM25 is not counted."""
         if how == "bm25" or self.vectors is None:
             return 0.0
@@ -114,8 +116,7 @@ def _opened(folder: str, changed: int) -> Index:
 
 
 def digest(embedder: Embedder) -> str:
-    """A hash of the vectors of three texts, which changes if the weights, the tokenizer or the pooling of the embedder
-    change."""
+    """A hash of the vectors of three fixed texts. It changes if the embedder's weights, tokenizer or pooling change."""
     found = embedder.embed(["", "a", "The quick brown fox jumps over the lazy dog."])
     return hashlib.sha256(np.round(found, 3).astype(np.float32).tobytes()).hexdigest()[:16]
 
@@ -133,15 +134,15 @@ def build(
     progress: Callable[[int, int], None] = lambda done, total: None,
     judge: Callable[[Index], None] = lambda new: None,
 ) -> Json:
-    """Builds the index of a source, or updates an existing index. Returns the contents of the index's record file.
+    """Builds the index of a source, or updates an existing index. Returns the contents of INDEX/index.json.
 
     Vectors of unchanged chunks are reused, and an interrupted build continues where it stopped. `judge` checks the new
-    index, and may raise an error, so that the old index is kept. Raises UserError if the folder has other content, or
+    index; if it raises an error, the old index is kept. Raises UserError if the folder exists but is not an index, or
     if the source has no text.
     """
     folder = Path(folder).expanduser()
     if folder.exists() and not (folder / RECORD).is_file():
-        raise UserError("the folder has other content", str(folder), "choose a new folder")
+        raise UserError("the folder exists and is not an index", str(folder), "choose a new folder")
     found = list(dict.fromkeys(chunk for spec in sources.mixture(documents) for chunk in chunks.of_source(spec, words)))
     if not found:
         raise UserError("the documents have no text", documents)

@@ -1,5 +1,5 @@
-"""Computes how well chunks match a question: by words (BM25), by the cosine of vectors, or by a fusion of both
-scores."""
+"""Computes how well chunks match a question: by words (BM25), by the cosine similarity of vectors, or by a fusion of
+both scores."""
 
 import logging
 import re
@@ -21,7 +21,7 @@ class Words:
     def __init__(self, passages: Sequence[str], method: str = "lucene", k1: float = 1.5, b: float = 0.75):
         import bm25s
 
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # otherwise bm25s logs every call of `index`
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # otherwise bm25s logs every call to `index`
         self.found = bm25s.BM25(method=method, k1=k1, b=b)
         self.found.index([words(passage) for passage in passages], show_progress=False)
 
@@ -47,7 +47,8 @@ def cosines(vectors: np.ndarray, question: np.ndarray) -> np.ndarray:
 
 
 def best(scores: np.ndarray, k: int) -> np.ndarray:
-    """Returns the indices of the k highest scores, in descending order of the scores. Equal scores keep their order."""
+    """Returns the indices of the k highest scores, in descending order of the scores. Ties keep their original
+    order."""
     k = min(k, len(scores))
     if not k:
         return np.zeros(0, np.int64)
@@ -58,7 +59,7 @@ def best(scores: np.ndarray, k: int) -> np.ndarray:
 
 def fuse(parts: Sequence[np.ndarray], how: How) -> np.ndarray:
     """Fuses several arrays of scores [N] into one array. The method "mean" scales each array to [0, 1] and averages the
-    arrays. The method "rrf" adds up 1 / (60 + rank), where rank is the rank of a score in its array."""
+    arrays. The method "rrf" adds up 1 / (60 + rank), where rank is the rank of a score in its array, from 1."""
     if how == "mean":
         spans = [(part.min(), np.ptp(part) or 1.0) for part in parts]
         return np.mean([(part - low) / span for part, (low, span) in zip(parts, spans, strict=True)], axis=0)

@@ -1,4 +1,5 @@
-"""Serving: a running batch, adapters on the device, and an HTTP API compatible with OpenAI's."""
+"""Serving: continuous batching, adapters that are loaded onto the device as needed, and an HTTP API compatible with
+OpenAI's."""
 
 
 class Refused(Exception):

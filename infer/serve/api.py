@@ -1,4 +1,4 @@
-"""Implements OpenAI's JSON formats: reads the bodies of requests, and builds the objects of responses."""
+"""Implements OpenAI's JSON formats: reads request bodies, and builds response objects."""
 
 import json
 import secrets
@@ -49,8 +49,8 @@ LABELS = {
     "prompt_cache_retention": str,
     "prompt_cache_options": dict,
 }  # accepted without effect
-# Unsupported parameters, with the values that are accepted because the parameter then has no effect. The value null is
-# always accepted.
+# Unsupported parameters, each with the values that are accepted because they have no effect. The value null is always
+# accepted.
 NEUTRAL: dict[str, tuple] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "length_penalty": (1,),
     "logit_bias": ({},), "best_of": (1,), "echo": (False,), "suffix": ("",), "min_tokens": (0,), "typical_p": (1,),
@@ -62,8 +62,8 @@ NEUTRAL: dict[str, tuple] = {
     "moderation": (),
 }  # fmt: skip
 INSTEAD = {
-    "response_format": "answers are not constrained to JSON: ask for it in the prompt",
-    "tools": "the model is not asked to call tools: describe them in a message",
+    "response_format": "answers cannot be constrained to JSON: ask for JSON in the prompt",
+    "tools": "tools are not passed to the model: describe them in a message",
 }
 
 
@@ -78,7 +78,7 @@ class Asked(NamedTuple):
     knobs: Knobs
     seed: int | None
     stop: list[str]
-    top: int | None  # number of alternatives to score per token
+    top: int | None  # number of alternatives to return per token; None: no log-probabilities
     stream: bool
     usage: bool  # whether a stream ends with the token counts
 
@@ -94,15 +94,15 @@ def read(body: bytes, chat: bool, models: Collection[str]) -> Asked:
     if "model" not in content:
         raise Refused(400, "name the model", "model")
     if content["model"] not in models:
-        message = f"no model {str(content['model'])[:80]!r}; there are {', '.join(models)}"
+        message = f"no model {str(content['model'])[:80]!r}; available: {', '.join(models)}"
         raise Refused(404, message, "model", "model_not_found")
     o = {name: _value(name, field, content.get(name)) for name, field in fields.items()}
     prompts = [turns(content.get("messages"))] if chat else _prompts(content.get("prompt"))
     if len(prompts) * o["n"] > CHOICES:
-        raise Refused(400, f"a request has at most {CHOICES} answers", "n", "invalid_value")
+        raise Refused(400, f"a request can have at most {CHOICES} answers", "n", "invalid_value")
     stream_options = content.get("stream_options", {})
     if stream_options and not o["stream"]:
-        raise Refused(400, "stream_options needs stream: true", "stream_options")
+        raise Refused(400, "stream_options requires stream: true", "stream_options")
     return Asked(
         model=content["model"],
         chat=chat,
@@ -119,8 +119,8 @@ def read(body: bytes, chat: bool, models: Collection[str]) -> Asked:
 
 
 def ids(lm: LM, prompt: str | list[int]) -> list[int]:
-    """The token ids of the prompt in a completion request. The prompt may spell control tokens, for example if it is a
-    rendered chat."""
+    """The token ids of the prompt in a completion request. The prompt may contain control tokens as text, for example
+    if it is a rendered chat."""
     if not isinstance(prompt, str):
         return prompt
     out, prefix = lm.tokenizer.encode(prompt, special=True), list(lm.tokenizer.prefix)
@@ -128,8 +128,8 @@ def ids(lm: LM, prompt: str | list[int]) -> list[int]:
 
 
 def seed(given: int | None, choice: int) -> int:
-    """The 31-bit seed for one of the choices of a request. The seed is random if the request gives no seed. The first
-    choice uses the given seed unchanged if the seed has at most 31 bits."""
+    """The 31-bit seed for one of the choices (answers) of a request. It is random if the request gives no seed. The
+    first choice uses the given seed unchanged if that has at most 31 bits."""
     if given is None:
         return secrets.randbits(31)
     return given if not choice and abs(given) < 1 << 31 else zlib.crc32(f"{given} {choice}".encode()) >> 1
@@ -138,7 +138,7 @@ def seed(given: int | None, choice: int) -> int:
 def object_of(body: bytes) -> Json:
     try:
         content = json.loads(body)
-        json.dumps(content, ensure_ascii=False).encode()  # raises an error for half a surrogate pair
+        json.dumps(content, ensure_ascii=False).encode()  # raises UnicodeEncodeError for a lone surrogate
     except UnicodeEncodeError:
         raise Refused(400, "a string in the body contains a lone surrogate, which is not a valid character") from None
     except (ValueError, RecursionError):
@@ -152,7 +152,7 @@ def _neutral(name: str, value: object) -> None:
     """Raises Refused for an unsupported parameter whose value would change the answer."""
     if name in LABELS:
         if not isinstance(value, LABELS[name]):
-            raise Refused(400, f"{name} has another type", name)
+            raise Refused(400, f"{name} has the wrong type", name)
         return
     if name not in NEUTRAL:
         raise Refused(400, f"unknown parameter {name[:80]!r}", name[:80], "unknown_parameter")
@@ -175,13 +175,13 @@ def _value(name: str, field: Field, value: object) -> Any:
 def _max_tokens(o: Json) -> int | None:
     old, new = o["max_tokens"], o.get("max_completion_tokens")
     if old and new and old != new:
-        raise Refused(400, "max_tokens and max_completion_tokens differ: send one of them", "max_tokens")
+        raise Refused(400, "max_tokens and max_completion_tokens differ: send only one of them", "max_tokens")
     return new or old
 
 
 def _top(o: Json) -> int | None:
     if o["top_logprobs"] and not o["logprobs"]:
-        raise Refused(400, "top_logprobs needs logprobs: true", "top_logprobs")
+        raise Refused(400, "top_logprobs requires logprobs: true", "top_logprobs")
     return (o["top_logprobs"] or 0) if o["logprobs"] else None
 
 
@@ -189,7 +189,9 @@ def _stop(value: object) -> list[str]:
     stop = [value] if isinstance(value, str) else value
     right = isinstance(stop, list) and len(stop) <= 4
     if not right or not all(isinstance(s, str) and 0 < len(s) <= STOP for s in stop):
-        raise Refused(400, f"stop must be a text of 1 to {STOP} characters, or a list of up to 4", "stop")
+        raise Refused(
+            400, f"stop must be a string of 1 to {STOP} characters, or a list of up to 4 such strings", "stop"
+        )
     return stop
 
 
@@ -211,7 +213,7 @@ def _prompts(value: object) -> list[str | list[int]]:
 
     prompts = [value] if isinstance(value, str) or ids(value) else value
     if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) or ids(p) for p in prompts):
-        raise Refused(400, "prompt must be a text, a list of texts, or token ids", "prompt")
+        raise Refused(400, "prompt must be a string, a list of strings, or token ids", "prompt")
     return prompts
 
 
@@ -219,7 +221,7 @@ def _prompts(value: object) -> list[str | list[int]]:
 
 
 class Choice:
-    """An answer in progress. This class converts tokens to text, which ends before the first stop string."""
+    """An answer in progress. Converts its tokens to text, and ends the text before the first stop string."""
 
     def __init__(self, lm: LM, request: Request, stop: list[str]):
         self.request, self.stop = request, stop
@@ -227,8 +229,9 @@ class Choice:
         self.finish: str | None = None
         self._tokenizer = lm.tokenizer
         self._tokens: deque[int | None] = deque()
-        self._pieces = lm.pieces(request.prompt, iter(self._tokens.popleft, None))  # a piece per token, a final piece
-        self._held, self._sent = "", 0  # possible beginning of a stop string; number of characters before this text
+        self._pieces = lm.pieces(request.prompt, iter(self._tokens.popleft, None))  # one per token, and a last one
+        self._held = ""  # text that is held back, since it may begin a stop string
+        self._sent = 0  # number of characters before `_held`
         self._scores: deque[tuple[int, Score]] = deque()  # (index of the token's first character in the answer, score)
 
     def add(self, token: int | None) -> None:
@@ -251,7 +254,7 @@ class Choice:
             self._scores = deque((at, score) for at, score in self._scores if at < end)
 
     def take(self) -> tuple[str, list[tuple[int, Score]]]:
-        """The new text that is certain to be part of the answer, and the scores of its tokens."""
+        """The new text that can no longer become part of a stop string, and the scores of its tokens."""
         ready = len(self._held) if self.finish else len(self._held) - _held_back(self._held, self.stop)
         text, self._held = self._held[:ready], self._held[ready:]
         self._sent += len(text)
@@ -268,7 +271,8 @@ class Choice:
             content = [self._entry(s.token, s.logp) | {"top_logprobs": [self._entry(*t) for t in s.top]}
                        for _, s in scores]  # fmt: skip
             return {"content": content, "refusal": None}
-        entries = [[self._entry(*t) for t in [*s.top, (s.token, s.logp)]] for _, s in scores]  # the sampled token last
+        # In each entry, the sampled token comes last.
+        entries = [[self._entry(*t) for t in [*s.top, (s.token, s.logp)]] for _, s in scores]
         return {
             "tokens": [row[-1]["token"] for row in entries],
             "token_logprobs": [row[-1]["logprob"] for row in entries],
@@ -318,7 +322,8 @@ def whole(asked: Asked, choices: list[Choice]) -> dict:
 
 
 def chunks(asked: Asked, i: int, choice: Choice) -> list[dict]:
-    """The next entries of `choices` in a streamed response: the new text of choice `i`, and the end of this choice."""
+    """The next entries of `choices` in a streamed response: one with the new text of choice `i`, if any, and one that
+    ends the choice, if it is complete."""
     text, scores = choice.take()
     out = []
     if text or scores:

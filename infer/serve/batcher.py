@@ -1,4 +1,4 @@
-"""Answers the requests of clients, which may come from any thread, in a running batch (infer.batch)."""
+"""Answers clients' requests, which may come from any thread, by continuous batching (infer.batch)."""
 
 import queue
 import threading
@@ -23,7 +23,7 @@ Item = int | BaseException | None  # a token, None after the last token, or an e
 
 
 class Request(Asked):
-    """A request of a client. Iterating over a request waits for its tokens. If an error ends the answer early, the
+    """A client's request. Iterating over it waits for the tokens of its answer. If an error ends the answer early, the
     error is raised.
 
     If `put` is given, the batcher's thread passes each token to `put`, and the request must not be iterated over.
@@ -52,8 +52,8 @@ class Request(Asked):
 
 
 class Batcher:
-    """A batch of `rows` rows. A prompt and its answer together have at most `length` tokens. Up to `waiting` requests
-    may wait for a row.
+    """A batch of `rows` rows, and a queue of up to `waiting` requests that wait for a free row. A prompt and its answer
+    together have at most `length` tokens.
 
     `submit` may be called from any thread. Tokens are computed by `step`, or by `run` in a separate thread.
     """
@@ -61,7 +61,7 @@ class Batcher:
     def __init__(self, lm: LM, rows: int = 8, length: int = 1024, waiting: int = 64):
         self.lm, self.length, self.limit = lm, min(length, lm.config.context), waiting
         adapters = lm.store.adapters if lm.store else ()
-        # Raises UserError for a model without a tokenizer.
+        # This raises UserError if the model has no tokenizer.
         self.ends = {name: lm.speaking(name).tokenizer.eos_ids for name in (None, *adapters)}
         columns = self.length + virtual_tokens(lm.params)
         params = None if lm.store else lm.unrolled
@@ -82,7 +82,7 @@ class Batcher:
         waiting."""
         check(self.lm.model, self.lm.params, [prompt], max_new_tokens)
         if len(prompt) + max_new_tokens > self.length:
-            what = f"{len(prompt)} prompt tokens + {max_new_tokens} new tokens exceed the {self.length} of a row"
+            what = f"{len(prompt)} prompt tokens + {max_new_tokens} new tokens exceed the {self.length} tokens of a row"
             raise UserError(what, "prompt", "shorten the prompt or ask for fewer tokens")
         if adapter is not None and adapter not in self.names:
             raise UserError(f"no adapter {adapter!r}", "adapter", f"known: {', '.join(self.names) or 'none'}")
@@ -101,7 +101,7 @@ class Batcher:
         return list(self.lm.store.adapters) if self.lm.store else []
 
     def run(self) -> None:
-        """Calls `step` while there are requests, until `close` is called. An error in a step ends every request."""
+        """Until `close` is called, calls `step` whenever there are requests. An error in a step ends every request."""
         error: BaseException | None = None
         try:
             while not self.closed:
@@ -130,8 +130,8 @@ class Batcher:
         self.batch.step()
 
     def _next(self) -> list[Request]:
-        """Takes the next waiting requests that have the same prompt, as many as the free rows and the space for their
-        adapter permit."""
+        """Takes the next waiting requests that have the same prompt and adapter, as long as there is a free row for
+        each, and space for the adapter."""
         with self.changed:
             for request in [r for r in self.waiting if r.cancelled]:
                 self.waiting.remove(request)

@@ -9,16 +9,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from infer.serve import Refused
 
 CONNECTIONS = 512  # maximum number of connections at a time
-PATIENCE = 10.0  # seconds for a request to arrive completely, and for a client to read sent data
+PATIENCE = 10.0  # seconds within which a request must arrive completely, and a client must read sent data
 LINGER = 1.0  # seconds between the last answer and closing the connection
 
 
 class Connection(H11Protocol):
-    """The HTTP protocol of uvicorn with deadlines, which are not extended when only a part of the data arrives."""
+    """uvicorn's HTTP protocol with deadlines. A deadline is not extended when only part of the data arrives."""
 
     arriving: asyncio.TimerHandle | None = None  # deadline of the request that is being received
     stalled: asyncio.TimerHandle | None = None  # deadline of a client that does not read sent data
-    over = False  # whether the last answer was sent, so that further data are ignored
+    over = False  # whether the last answer was sent; further data from the client is then ignored
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -58,8 +58,8 @@ class Connection(H11Protocol):
         self.end(Refused(400, "this is not a valid HTTP request"))
 
     def end(self, e: Refused) -> None:
-        """Sends a last answer, and closes the connection LINGER seconds later. If a connection is closed while bytes
-        are unread, the connection is reset, and the client might not receive the answer."""
+        """Sends a last answer, and closes the connection LINGER seconds later. Closing it at once, with bytes from the
+        client still unread, would reset the connection, and the client might not receive the answer."""
         body = json.dumps(e.content).encode()
         retry = "Retry-After: 1\r\n" if e.status == 429 else ""
         head = f"HTTP/1.1 {e.status} \r\nContent-Type: application/json\r\n{retry}Content-Length: {len(body)}\r\n"

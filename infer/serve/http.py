@@ -1,4 +1,5 @@
-"""Serves a running batch through OpenAI's HTTP API, with starlette routes, and with uvicorn on the loopback interface.
+"""Serves a model through OpenAI's HTTP API, with continuous batching. The routes use starlette, and uvicorn listens on
+the loopback interface.
 
 The batcher runs in its own thread and passes each token to the event loop. There are limits on the number of clients,
 on the size of a request, and on the time to send and receive data. When a client disconnects, its requests are
@@ -60,10 +61,8 @@ def run(server: uvicorn.Server, batcher: Batcher, listening: socket.socket) -> N
         server.should_exit = True
 
     if threading.current_thread() is threading.main_thread():
-        for number in (
-            signal.SIGINT,
-            signal.SIGTERM,
-        ):  # uvicorn installs its own handlers, and later raises the signals again
+        # uvicorn replaces these handlers while it runs, and afterwards raises the received signals again.
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
     worker = threading.Thread(target=work)
     worker.start()
@@ -99,7 +98,7 @@ class Meters:
     def __init__(self, batcher: Batcher):
         self.registry = r = CollectorRegistry()
         self.requests = Counter("kungfu_requests", "HTTP requests answered", ["path", "status"], registry=r)
-        self.tokens = Counter("kungfu_tokens", "Tokens of prompts and of answers", ["kind"], registry=r)
+        self.tokens = Counter("kungfu_tokens", "Tokens in prompts and in answers", ["kind"], registry=r)
         self.seconds = Histogram("kungfu_request_seconds", "Seconds until an answer is complete", ["path"], registry=r)
         self.first = Histogram("kungfu_first_token_seconds", "Seconds from the request to its first token", registry=r)
         waiting = Gauge("kungfu_requests_waiting", "Answers waiting for a row of the batch", registry=r)
@@ -137,7 +136,9 @@ class Service:
     async def model(self, request: Request) -> Response:
         name = request.path_params["model"]
         if name not in self.names:
-            raise Refused(404, f"no model {name[:80]!r}; there are {', '.join(self.names)}", "model", "model_not_found")
+            raise Refused(
+                404, f"no model {name[:80]!r}; available: {', '.join(self.names)}", "model", "model_not_found"
+            )
         return JSONResponse(self.card(name))
 
     def card(self, name: str) -> dict:
@@ -160,8 +161,8 @@ class Service:
         return Reply(asked, choices, inbox, self.meters, begin)
 
     def submit(self, asked: api.Asked, put: Callable[[int, Item], None]) -> list[api.Choice]:
-        """Queues either all answers of a request, or no answer. Raises Refused or UserError if an answer cannot be
-        queued."""
+        """Queues all answers that a request asks for, or none of them. Raises Refused or UserError if an answer cannot
+        be queued."""
         adapter = None if asked.model == self.name else asked.model
         lm, choices = self.batcher.lm.speaking(adapter), []
         try:
@@ -169,7 +170,7 @@ class Service:
                 ids = messages.encode(lm, prompt) if asked.chat else api.ids(lm, prompt)
                 room = self.batcher.length - len(ids)
                 if room < 1:
-                    what = f"the prompt has {len(ids)} tokens; with an answer a request has {self.batcher.length}"
+                    what = f"the prompt has {len(ids)} tokens; prompt and answer share {self.batcher.length} tokens"
                     raise Refused(400, what, "messages" if asked.chat else "prompt", "context_length_exceeded")
                 for choice in range(asked.n):
                     request = self.batcher.submit(
@@ -232,8 +233,8 @@ class Reply:
             choice.request.cancelled = True
 
     async def advance(self) -> list[int]:
-        """Waits for tokens, adds all available tokens to their choices, and returns the indices of the changed choices.
-        Raises Refused if an error ended an answer."""
+        """Waits for tokens, adds all available tokens to their choices, and returns the indices of the choices that
+        have changed. Raises Refused if an error ended an answer."""
         moved: dict[int, None] = {}
         while not moved or not self.inbox.empty():
             i, item = await self.inbox.get()
@@ -275,8 +276,8 @@ class Reply:
 async def body_of(request: Request) -> bytes:
     """Reads the body of a request. Raises Refused if the body is too large, or if its type is not JSON."""
     if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refused(415, "send Content-Type: application/json")  # pages of other sites cannot send this type
-    too_large = Refused(413, f"a request has at most {BODY} bytes")
+        raise Refused(415, "send Content-Type: application/json")  # web pages of other sites cannot send this
+    too_large = Refused(413, f"a request can have at most {BODY} bytes")
     if int(request.headers.get("Content-Length", 0)) > BODY:
         raise too_large
     body = bytearray()
@@ -294,7 +295,7 @@ class Guard:
         self.app, self.meters = app, meters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begin, status = time.perf_counter(), 499  # status if the client disconnects before any answer is sent
+        begin, status = time.perf_counter(), 499  # recorded if the client disconnects before any answer is sent
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -307,7 +308,9 @@ class Guard:
             # A page of another website can reach this port through the user's browser, but then the Host header names
             # that website.
             if host.partition(b":")[0] not in (b"127.0.0.1", b"localhost"):
-                await error_response(Refused(403, "the host is not this machine"))(scope, receive, counted)
+                await error_response(Refused(403, "the Host header does not name this machine"))(
+                    scope, receive, counted
+                )
             else:
                 await self.app(scope, receive, counted)
         except ClientDisconnect:

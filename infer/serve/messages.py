@@ -12,8 +12,8 @@ from infer.lm import LM, Message
 from infer.serve import Refused
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
-THOUGHTS = {"reasoning_content", "reasoning", "thinking"}  # templates drop thoughts of earlier turns on purpose
-LINKS = {"tool_call_id"}  # redundant, since the order of the turns implies to which call a result belongs
+THOUGHTS = {"reasoning_content", "reasoning", "thinking"}  # templates drop the reasoning of earlier turns on purpose
+LINKS = {"tool_call_id"}  # redundant, since the order of the turns shows to which call a result belongs
 FIELDS = {"role", "content", "name", "tool_calls"} | THOUGHTS | LINKS
 
 
@@ -43,8 +43,8 @@ def encode(lm: LM, messages: list[Message]) -> list[int]:
 
 
 def _refuse_dropped(lm: LM, messages: list[Message], fields: list[str]) -> None:
-    """Raises Refused if the rendered chat does not change when one of the fields, or all messages of one role, are
-    removed."""
+    """Raises Refused if the rendered chat stays the same when one of the fields is removed, or when all messages of one
+    role are removed."""
     roles = {m["role"] for m in messages} & {"system", "developer", "tool"}
     if not fields and not roles:
         return
@@ -67,7 +67,7 @@ def _refuse_dropped(lm: LM, messages: list[Message], fields: list[str]) -> None:
 
 def _turn(message: object, where: str) -> Message:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
-        raise Refused(400, f"{where} needs a role: {', '.join(sorted(ROLES))}", where)
+        raise Refused(400, f"{where} needs a role, one of {', '.join(sorted(ROLES))}", where)
     given = {k: v for k, v in message.items() if v is not None and v != []}
     _only(given, FIELDS, where)
     out = given | {"content": _content(message.get("content"), "tool_calls" in given, where)}
@@ -77,7 +77,7 @@ def _turn(message: object, where: str) -> Message:
         out["tool_calls"] = [_call(c, f"{where}.tool_calls[{i}]") for i, c in enumerate(given["tool_calls"])]
     for field in given.keys() - {"content", "tool_calls"}:
         if not isinstance(given[field], str):
-            raise Refused(400, f"{where}.{field} must be a text", f"{where}.{field}")
+            raise Refused(400, f"{where}.{field} must be a string", f"{where}.{field}")
     return out
 
 
@@ -89,11 +89,11 @@ def _content(content: object, optional: bool, where: str) -> str:
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 kind = part.get("type") if isinstance(part, dict) else part
-                raise Refused(400, f"{where}.content: only parts of text are supported, not {kind!r:.60}", where)
+                raise Refused(400, f"{where}.content: only text parts are supported, not {kind!r:.60}", where)
             _only(part, {"type", "text"}, f"{where}.content")
         return "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise Refused(400, f"{where}.content must be a text or a list of parts of text", f"{where}.content")
+        raise Refused(400, f"{where}.content must be a string or a list of text parts", f"{where}.content")
     return content
 
 

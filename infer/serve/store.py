@@ -1,10 +1,10 @@
 """Keeps all adapters in host memory, and caches some of them on the device. The least recently used adapter is evicted
 first.
 
-For each weight, the device has space for LoRA factors up to a maximum sum of ranks. This space is divided into pages.
-An adapter of rank r needs enough pages for its r rows of each LoRA factor. One compiled program serves all adapters,
-since each row of a batch refers to the pages of its adapter by number. Loading an adapter therefore only writes to
-pages of existing arrays.
+For each weight, the device has space for LoRA factors up to a maximum total rank. This space is divided into pages. An
+adapter of rank r needs enough pages for the r rows of each of its LoRA factors. One compiled program serves all
+adapters, since each row of a batch refers to the pages of its adapter by number. Loading an adapter therefore only
+writes to pages of existing arrays.
 """
 
 import functools
@@ -26,15 +26,15 @@ from model.net.transformer import Transformer
 from model.paged import PAGE, Adapter, PagedLoRA, Route
 from model.weights import Params
 
-RANK_ROWS = 4096  # maximum sum of ranks per weight on the device, enough for 64 adapters of rank 64
+RANK_ROWS = 4096  # maximum total rank per weight of the adapters on the device, such as 64 of rank 64
 
 
 class Store:
     """The adapters of one base model, by name. This class is not thread-safe."""
 
     def __init__(self, model: Transformer, base: Params, adapters: dict[str, Adapter], rank_rows: int = RANK_ROWS):
-        """`base` has stacked layers and no adapters. `rank_rows` is the maximum sum of the ranks of the adapters on the
-        device, for each weight, rounded down to whole pages. Raises UserError if the rank of an adapter exceeds this
+        """`base` has stacked layers and no adapters. `rank_rows` is the maximum total rank per weight of the adapters
+        on the device; it is rounded down to whole pages. Raises UserError if the rank of an adapter exceeds this
         maximum."""
         self.adapters = adapters
         count = lambda a, path: -(-a.shape[_axis(path)] // PAGE)
@@ -44,11 +44,14 @@ class Store:
         self.room = {path: min(sum(pages), rank_rows // PAGE) for path, pages in each.items()}
         for name, pages in self.pages.items():
             if (n := max(pages.values())) > rank_rows // PAGE:
-                raise UserError(f"{n} pages of {PAGE} rank rows exceed the {rank_rows} rows on the device", name)
-        self.most = {path: max(pages) for path, pages in each.items()}  # maximum pages per row of the batch
+                raise UserError(
+                    f"the adapter needs space for rank {n * PAGE}; the device has space for rank {rank_rows}", name
+                )
+        self.most = {path: max(pages) for path, pages in each.items()}  # maximum pages that a row uses
         self.free = {path: list(range(n))[::-1] for path, n in self.room.items()}
-        self.held: OrderedDict[str, dict[str, list[int]]] = OrderedDict()  # adapters' pages, least recently used first
-        self.stacks: dict[str, list[tuple[Array, Array]]] = {path: [] for path in paths}  # one pair per layer
+        # The pages of each adapter on the device, least recently used adapter first.
+        self.held: OrderedDict[str, dict[str, list[int]]] = OrderedDict()
+        self.stacks: dict[str, list[tuple[Array, Array]]] = {path: [] for path in paths}  # one (a, b) per layer
         take = lambda path, leaf: (self.stacks[path].append((leaf.a, leaf.b)), leaf.replace(a=None, b=None))[1]
         dtypes = {x.dtype for factors in adapters.values() for pair in factors.values() for x in pair}
         room = paged.empty(base, model.specs, self.room, jnp.result_type(*dtypes or {jnp.float32}))
@@ -65,7 +68,7 @@ class Store:
         return self.route(names, rows)
 
     def hold(self, names: Sequence[str | None]) -> None:
-        """Loads adapters to the device. Raises UserError for an unknown name, or if the adapters do not fit on the
+        """Loads adapters onto the device. Raises UserError for an unknown name, or if the adapters do not fit on the
         device."""
         wanted = dict.fromkeys(n for n in names if n is not None)
         for name in wanted:
@@ -73,7 +76,8 @@ class Store:
                 raise UserError(f"no adapter {name!r}", fix=f"known: {', '.join(self.adapters)}")
         if not self.fits(names):
             raise UserError(
-                "the adapters of one batch need more rank rows than the device has", fix="use fewer at once"
+                "the total rank of the adapters in one batch exceeds the space on the device",
+                fix="use fewer adapters at a time",
             )
         for name in wanted:
             self._hold(name, wanted)
@@ -94,7 +98,7 @@ class Store:
         return paged.map_paged(place, self.params)
 
     def _hold(self, name: str, wanted: Collection[str]) -> None:
-        """Loads an adapter to the device, and evicts other adapters if necessary."""
+        """Loads an adapter onto the device, and evicts other adapters if necessary."""
         if name in self.held:
             self.held.move_to_end(name)
             return
@@ -109,8 +113,8 @@ class Store:
                 self._write(path, page, self.adapters[name][path], i * PAGE)
 
     def _write(self, path: str, page: int, factors: tuple[np.ndarray, np.ndarray], start: int) -> None:
-        """Writes a page of an adapter's LoRA factors in every layer. A page that the factors do not fill is padded with
-        zeros."""
+        """Writes one page of an adapter's LoRA factors, in every layer. If the factors do not fill the page, it is
+        padded with zeros."""
         parts = []
         for x in factors:
             x = x if _axis(path) else x[None]
