@@ -1,4 +1,4 @@
-"""Scores a model on a task: collects the model's answers, and computes the score and the score's interval."""
+"""Scores a model on a task: collects the model's answers, and computes their score and its confidence interval."""
 
 import dataclasses
 import time
@@ -29,35 +29,35 @@ from model.weights import Spec, Weight
 BATCH = 16  # prompts per batch; the scores do not depend on this number
 LEAST, MOST = 32, 512  # minimum and maximum number of new tokens if the task does not limit them
 CITATION = 12  # number of additional tokens that an answer may use for citations
-FREQUENT = 5  # number of most frequent answers that a result lists
+FREQUENT = 5  # a result lists this many of the most frequent answers
 ZERO_SHOT = Context()
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The result of a model on a task. `score` is the sum of the scores of `n` examples; [low, high] is the 95 %
-    interval of their mean."""
+    """The result of a model on a task. `score` is the sum of the scores of all `n` examples; [low, high] is the 95 %
+    confidence interval of their mean."""
 
     task: str
     n: int
     split: str  # "heldout", or "validation"
-    asked: str  # the label of the context: "zero-shot", "4-shot nearest, 3 passages"
+    asked: str  # a label of the prompting setup, such as "zero-shot" or "4-shot nearest, 3 passages"
     context: Json  # infer.context.Context.to_dict
-    shots: int  # examples in each prompt
+    shots: int  # number of solved examples in each prompt
     seed: int
     score: float
     low: float
     high: float
-    by_sum: float | None  # for "choice": the mean if log-likelihoods were not divided by the options' bytes
-    prompt_tokens: float | None  # mean; None if a hosted model does not report it
+    by_sum: float | None  # for "choice": the mean score if options are ranked by total log-likelihood
+    prompt_tokens: float | None  # mean per prompt; None if a hosted model does not report it
     completion_tokens: float | None  # mean
     seconds: float  # including compilation
-    flops: float | None  # FLOPs of forward passes; a prefix that prompts share counts once
-    usd: float | None  # price of a hosted model's tokens; None if not hosted or without a price
+    flops: float | None  # FLOPs of the forward passes; a prefix shared by several prompts counts once
+    usd: float | None  # price of the tokens in dollars; None if the model is not hosted or has no price
     answers: list[tuple[str, int]]  # the most frequent completions, with their counts
     slices: dict[str, dict]  # {"COLUMN=VALUE": n, mean, low and high of the rows with this value}
     scorer: str  # name in evals/scorers; "" if the task has its own scorer
-    support: Json | None  # figures of evals.support, if passages were retrieved
+    support: Json | None  # the result of evals.support.measure; None if no passages were retrieved
     task_hash: str  # evals.task.fingerprint of all held-out questions, answers and the scorer
     rows: list[str]  # evals.task.identity of each example
     scores: list[float]  # one per example
@@ -73,8 +73,8 @@ class Result:
 
 
 class Asked(NamedTuple):
-    """Completions and their cost. The numbers of tokens are means per prompt and per answer. Costs and numbers of
-    tokens that are not known are None."""
+    """A model's completions and their cost. `prompt_tokens` is the mean per prompt, and `completion_tokens` the mean
+    per answer. Unknown numbers are None."""
 
     completions: list[str]
     prompt_tokens: float | None
@@ -88,12 +88,12 @@ def evaluate(
     task: str | Task, lm: LM | Hosted, n: int = 100, seed: int = 0, context: Context = ZERO_SHOT,
     batch_size: int = BATCH, keep: int = 50, name: str = "unnamed", split: str = "heldout", timed: int = 0,
 ) -> Result:  # fmt: skip
-    """Scores `lm` on `n` examples of a split. For a choice, the answer is the option with the highest log-likelihood
-    per byte. For any other task, the answer is generated greedily.
+    """Scores `lm` on `n` examples of a split. For a task of the kind "choice", the answer is the option with the
+    highest log-likelihood per byte. For any other task, the answer is generated greedily.
 
     `task` is a name for evals.task.load, or a Task with a `name`. `context` is the prompting setup, whose solved
-    examples come from the training split. The result keeps `keep` samples, and its seconds include retrieval.
-    Afterwards, `timed` examples are asked one at a time to measure the latency.
+    examples come from the training split. The result contains the first `keep` examples as samples, and its `seconds`
+    include retrieval. If `timed` is not 0, that many examples are then asked one at a time to measure the latency.
     """
     if isinstance(task, str):
         [(name, task)] = tasks.named([task]).items()
@@ -101,7 +101,7 @@ def evaluate(
     if not examples:
         raise UserError(f"there are no {split} examples to score", name, "n must be at least 1")
     if context.cite and task.kind == "choice":
-        raise UserError("a choice among options cites nothing", name, "leave out --cite")
+        raise UserError("a choice among options cannot cite passages", name, "leave out --cite")
     raw = not isinstance(lm, Hosted) and lm.tokenizer.chat_template is None
     ask = task.raw if task.raw and raw else task.prompt
     pool = [(ask(e), e["answer"]) for e in task.examples("train")] if context.shots else []
@@ -163,11 +163,11 @@ def _ask(
 
 
 def _ask_hosted(task: Task, lm: Hosted, name: str, examples: Sequence[Example], prompts: Sequence[Prompt]) -> Asked:
-    """Gets answers from an endpoint. The endpoint's tokenizer is unknown, so the maximum number of tokens of an answer
+    """Gets answers from an endpoint. The endpoint's tokenizer is unknown, so the maximum number of tokens in an answer
     is estimated from the bytes of the longest reference."""
     if task.kind == "choice":
-        what = "the options of this task are compared by log-probabilities, which endpoints do not give"
-        raise UserError(what, name, "score it with a model of this machine, or as questions without options")
+        what = "the options of this task are compared by log-probabilities, which endpoints do not provide"
+        raise UserError(what, name, "use a local model, or rows with questions but without options")
     longest = max(len(a.encode()) for e in examples for a in e.get("references", [e["answer"]]))
     replies = lm.ask(prompts, max_new_tokens=task.max_new_tokens or min(max(LEAST, longest), MOST))
     used = lm.used(replies)
@@ -181,7 +181,8 @@ class Sizes:
 
     def __init__(self, task: Task, lm: LM, name: str, examples: Sequence[Example], more: int = 0):
         self.lm, self.name, self.examples = lm, name, examples
-        self.room = task.max_new_tokens and task.max_new_tokens + more  # maximum tokens of an answer, or 0 if not set
+        # maximum number of tokens in an answer, or 0 if not set
+        self.room = task.max_new_tokens and task.max_new_tokens + more
         self.limit = lm.config.context - virtual_tokens(lm.params)
         answers = [e["options"] if task.kind == "choice" else e.get("references", [e["answer"]]) for e in examples]
         self.longest = [max(len(lm.tokenizer.encode(a)) for a in each) + 1 for each in answers]
@@ -198,7 +199,7 @@ class Sizes:
         total = [a + b for a, b in zip(asked, longest, strict=True)]
         if wide := [i for i, size in enumerate(total) if size > limit]:
             where = self.examples[wide[0]].get("where", self.name)
-            what = f"{asked[wide[0]]} tokens of prompt and {longest[wide[0]]} of an answer exceed the model's {limit}"
+            what = f"{asked[wide[0]]} prompt tokens and {longest[wide[0]]} answer tokens exceed the context of {limit}"
             fix = "shorten the rows, show fewer examples, or write :tokens=N for shorter answers"
             raise UserError(f"{what} ({len(wide)} of {len(total)} rows)", where, fix)
         enough = max(LEAST, -(-max(longest) * 5 // 4 // 16) * 16)
@@ -218,11 +219,12 @@ def _slices(examples: Sequence[Example], scores: Sequence[float]) -> dict[str, d
 
 
 def choose(lm: LM, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
-    """Chooses among the options of each prompt by their log-likelihood given the prompt. Returns (options with the
-    highest total log-likelihood, options with the highest log-likelihood per byte).
+    """Chooses among the options of each prompt by their log-likelihood given the prompt. Returns two lists with one
+    option per prompt: the one with the highest total log-likelihood, and the one with the highest log-likelihood per
+    byte.
 
-    The log-likelihood per byte does not favor short options. If several options are equally likely, the first one is
-    chosen.
+    Unlike the total, the log-likelihood per byte does not favor short options. If several options are equally likely,
+    the first one is chosen.
     """
     flat = [(p, o) for p, row in zip(prompts, options, strict=True) for o in row]
     logps = iter(lm.logps([p for p, _ in flat], [o for _, o in flat]))
@@ -237,16 +239,17 @@ def choose(lm: LM, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) 
 def sample(
     question: Prompt, example: Example, completion: str, score: float, hits: Sequence[Hit], cited: Sequence[int]
 ) -> dict:
-    """A sample for the report: the question without its context, the answers, the score, the passages."""
+    """Returns a sample for the report: the question without its context, the right answer, the model's answer, its
+    score, and the retrieved passages."""
     found = {"prompt": text(question), "answer": example["answer"], "completion": completion, "score": score}
     passages = retrieval.sources(hits, range(1, len(hits) + 1))
     return found | ({"passages": passages, "cited": list(cited)} if hits else {})
 
 
 def flops_per_token(lm: LM) -> float:
-    """FLOPs of a forward pass per token: 2 per multiply-add with a weight matrix, including the head (Kaplan et al.
-    2020). Attention scores are not counted, and neither are the virtual tokens of prefix and prompt tuning, which only
-    attention reads."""
+    """Returns the FLOPs of a forward pass per token: 2 per multiply-add with a weight matrix, including the output head
+    (Kaplan et al. 2020). Attention scores are not counted, and neither are the virtual tokens of prefix and prompt
+    tuning, which only attention reads."""
     tied, found = lm.config.tied, []
 
     def count(path: str, w: Array | Weight, spec: Spec | None) -> None:

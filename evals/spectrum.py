@@ -2,9 +2,9 @@
 
     python -m evals.spectrum SOURCE [--base=MODEL] [--where=REGEX] [--out=FILE.jsonl]
 
-SOURCE is a run folder, a PEFT folder or a model; a run needs no --base. Prints one row per parameter, with means over
-its layers, and writes one line per layer to `--out`. The figures are defined in the function `figures`. The last line
-printed gives the adapter's size, the time to merge it, and how much the logits change by merging.
+SOURCE is a run folder, a PEFT folder or a model; a run folder needs no --base. Prints one row per parameter, with means
+over its layers, and writes one line per layer to `--out`. The columns are explained in the function `figures`. The last
+line printed shows the adapter's size, the time to merge it, and how much merging changes the logits.
 """
 
 import re
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from infer.lm import LM
     from model.weights import Spec
 
-TOP, COSINE = 10, 0.5  # number of singular vectors compared; cosine below which a vector is an intruder
+# number of singular vectors that are compared, and the cosine below which one of them is an intruder
+TOP, COSINE = 10, 0.5
 
 
 @cli.command
@@ -41,8 +42,8 @@ def main(argv: list[str]) -> int | None:
 
 
 def change(source: str, base: str = "", where: str = r"layers/.*") -> tuple[list[dict], dict[str, float]]:
-    """Returns the `figures` of every changed matrix whose name matches `where`, with one row per layer, and the cost of
-    merging the adapter."""
+    """Returns (rows, cost). `rows` has the `figures` of every changed matrix whose name matches `where`, one row per
+    layer; `cost` is the result of `merge_cost`."""
     import jax
 
     from infer.models import before_and_after
@@ -77,9 +78,9 @@ def figures(w: "Array", delta: "Array") -> dict[str, "Array"]:
 
     `relative`: ||dW|| / ||W||. `cosine`: <W, W + dW> / (||W|| ||W + dW||). Let s be the singular values of dW.
     `effective_rank`: exp of the entropy of s / sum(s) (Roy & Vetterli 2007). `stable_rank`: sum(s^2) / s_1^2.
-    `rank_90`: how many of the largest s make up 90 % of sum(s^2). `intruders`: the number of the first TOP output-side
-    singular vectors of W + dW whose cosine to every singular vector of W is below COSINE (Shuttleworth et al. 2024,
-    arXiv 2410.21228).
+    `rank_90`: how many of the largest singular values are needed for 90 % of sum(s^2). `intruders`: how many of the
+    first TOP output-side singular vectors of W + dW have a cosine below COSINE to every singular vector of W
+    (Shuttleworth et al. 2024, arXiv 2410.21228).
     """
     import jax.numpy as jnp
 
@@ -99,8 +100,8 @@ def figures(w: "Array", delta: "Array") -> dict[str, "Array"]:
 
 
 def merge_cost(lm: "LM") -> dict[str, float]:
-    """The adapter's size in bytes, the seconds to merge it (without compilation), and the largest change of a logit by
-    merging, relative to the largest logit."""
+    """Returns the adapter's size in bytes, the seconds to merge it (without compilation), and the largest change that
+    merging makes to a logit, relative to the largest logit."""
     import jax
     import numpy as np
 
@@ -127,11 +128,11 @@ def show(rows: list[dict], cost: dict[str, float]) -> None:
         mine = [row for row in rows if row["name"] == name]
         means.append([name, len(mine), *(f"{sum(r[c] for r in mine) / len(mine):.4g}" for c in columns)])
     cli.table(means, ["parameter", "layers", *(c.replace("_", " ") for c in columns)])
-    print(f"intruders: of the first {TOP} singular vectors, those with a cosine below {COSINE} to all of the base's")
+    print(f"intruders: those of the first {TOP} singular vectors with cosines below {COSINE} to all of the base's")
     if cost:
         print(
             f"adapter {cost['bytes'] / 1e6:.2f} MB · merged in {cost['merge_seconds'] * 1e3:.1f} ms · "
-            f"merging changes the logits by at most {cost['merge_gap']:.1g} of their scale"
+            f"merging changes logits by at most {cost['merge_gap']:.1g} x the largest logit"
         )
 
 

@@ -12,14 +12,16 @@ from infer.retrieve.index import Hit
 def measure(
     examples: Sequence[Example], answers: Sequence[str], hits: Sequence[Sequence[Hit]], cited: Sequence[Sequence[int]]
 ) -> Json:
-    """Returns the shares of questions for which the first four statements are true, two mean scores, and two counts.
+    """Returns the following figures. Each of the first four is the share of questions for which
+    the statement is true.
 
     `retrieved`: a reference is in one of the passages.
     `cites`: the answer cites one of the passages by its number.
     `cited`: a reference is in a passage that the answer cites.
     `grounded`: the model's answer is in a passage that it cites, or in any passage if it cites none.
-    `exact`, `f1`: the scores of an answer are the best ones over its references, whatever scorer the task has.
-    `injections`, `passages`: the number of retrieved passages that read as instructions to the model
+    `exact`, `f1`: the mean scores of the answers by exact match and by token F1, whatever scorer the task has. The
+    score of an answer is the best one over its references.
+    `injections`, `passages`: the number of retrieved passages that read like instructions to the model
     (infer.retrieve.injections), and the number of all retrieved passages.
     """
     references = [example.get("references", [example["answer"]]) for example in examples]
@@ -42,8 +44,8 @@ def measure(
 
 
 def _any(passages: Sequence[str], answers: Sequence[str]) -> bool:
-    """Whether one of the passages contains all words of one of the answers in sequence, normalized as by the exact
-    scorer."""
+    """Returns whether any of the passages contains the words of any of the answers in sequence. Both are normalized as
+    by the scorer `exact`."""
     wanted = [normal for answer in answers if (normal := scorers.normalized(answer))]
     texts = [f" {scorers.normalized(passage)} " for passage in passages]
     return any(f" {answer} " in passage for answer in wanted for passage in texts)

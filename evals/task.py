@@ -1,7 +1,7 @@
 """A task consists of examples, a prompt for each example, and a scorer, which also serves as a reward.
 
-A file evals/tasks/<name>.py defines `task(**options) -> Task`, and the file's name is the task's name. A file of rows
-can also be a task; see evals.rows.
+A file evals/tasks/<name>.py defines `task(**options) -> Task`, and the file's name is the task's name. A data file with
+questions and answers can also be a task; see evals.rows.
 """
 
 import contextlib
@@ -20,18 +20,19 @@ from common.types import Json, Leaf
 from data import splits
 from evals import scorers
 
-Example = Json  # "answer" and the fields that `prompt` reads; also "options" for a choice
+Example = Json  # "answer" and the fields that `prompt` reads; also "options" for the kind "choice"
 Prompt = str | list[dict]  # a text to continue, or chat messages that end with a user's turn
 TASKS = Path(__file__).parent / "tasks"
 
 
 class Task(NamedTuple):
     """`examples(split)` returns all examples of the split "train", "validation" or "heldout". The splits are disjoint,
-    and the order of their examples never changes. A file in evals/tasks needs no "validation" split, since `load` takes
-    one from its "train" split.
+    and the order of their examples never changes. A file in evals/tasks needs no "validation" split, because `load`
+    splits one off its "train" split.
 
     `prompt(example)` returns the question. `score(example, completion)` is a pure function that returns 1.0 if the
-    completion is right. For the kind "choice", the completion is the most likely of `example["options"]`.
+    completion is right. For the kind "choice", the completion is the option in `example["options"]` that the model
+    finds most likely.
     """
 
     examples: Callable[[str], Sequence[Example]]
@@ -54,13 +55,13 @@ def load(name: str, **options: Leaf) -> Task:
 
     if rows.is_source(name):
         return rows.task(name)
-    fix = did_you_mean(name, known, f"known: {', '.join(known)}; or a file of rows")
+    fix = did_you_mean(name, known, f"known: {', '.join(known)}; or name a data file")
     raise UserError(f"no task {name!r}", "evals/tasks", fix)
 
 
 def _validated(task: Task) -> Task:
-    """Returns the task with a split "validation", to which a part of the training examples is moved, chosen by a hash
-    of their questions."""
+    """Returns the task with a split "validation". Some of the training examples, chosen by a hash of their questions,
+    are moved to it."""
 
     @functools.cache
     def examples(split: str) -> Sequence[Example]:
@@ -74,7 +75,8 @@ def _validated(task: Task) -> Task:
 
 
 def named(specs: Sequence[str]) -> dict[str, Task]:
-    """Returns {name of the results: task}. Raises UserError if two tasks have the same name."""
+    """Loads tasks, and returns {name under which the results are recorded: task}. Raises UserError if two tasks have
+    the same name."""
     from evals import rows
 
     found: dict[str, Task] = {}
@@ -87,7 +89,8 @@ def named(specs: Sequence[str]) -> dict[str, Task]:
 
 
 def by(scorer: str) -> Callable[[Example, str], float]:
-    """The `score` function of a named scorer: the best score over an example's references."""
+    """Returns a `score` function for a Task, which uses the named scorer. Its score is the best one over an example's
+    references."""
     score = scorers.find(scorer)
     return lambda example, answer: max(score(answer, r) for r in example.get("references", [example["answer"]]))
 
@@ -118,7 +121,7 @@ def fingerprint(task: Task) -> str:
 
 
 def chat(instruction: str, question: Callable[[Example], str]) -> Callable[[Example], Prompt]:
-    """Returns a function for Task's `prompt` that asks the question with the instruction as the system message."""
+    """Returns a `prompt` function for a Task. It asks `question(example)`, with `instruction` as the system message."""
     return lambda example: [_turn("system", instruction), _turn("user", question(example))]
 
 

@@ -124,7 +124,7 @@ def test_answers_that_cite_are_scored_without_it(lm, documents, monkeypatch):
     assert found.support["cited"] == found.support["grounded"] == found.support["exact"] == 1
     with pytest.raises(UserError, match="can cite only passages"):
         Context(cite=True)
-    with pytest.raises(UserError, match="among options cites nothing"):
+    with pytest.raises(UserError, match="among options cannot cite"):
         evaluate(task._replace(kind="choice"), lm, n=1, context=made)
 
 

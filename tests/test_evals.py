@@ -209,7 +209,7 @@ def test_answers_that_do_not_fit_are_named(lm, tmp_path):
     long = {"question": "q " * 300, "answer": "a"}
     made = task.load(write(tmp_path / "a.jsonl", *[long] * 3) + ":split=all:scorer=exact")
     with pytest.raises(
-        UserError, match=r"a.jsonl:1 · \d+ tokens of prompt and 2 of an answer exceed the model's 512 \(3 of 3"
+        UserError, match=r"a.jsonl:1 · \d+ prompt tokens and 2 answer tokens exceed the context of 512 \(3 of 3"
     ):
         evaluate(made, lm)
 

@@ -33,14 +33,14 @@ def find(name: str) -> Scorer:
 
 
 def normalized(text: str) -> str:
-    """The text in lower case, without punctuation, articles and repeated spaces, as in the SQuAD 1.1 evaluation script
-    (2016)."""
+    """Returns the text in lower case, with punctuation, articles and repeated spaces removed, as in the SQuAD 1.1
+    evaluation script (2016)."""
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
 def f1(matched: float, predicted: int, expected: int) -> float:
-    """The harmonic mean of precision and recall, or 1 if both the answer and the reference are empty. The arguments are
-    numbers of words or other items."""
+    """Returns F1, the harmonic mean of precision and recall, or 1 if both the answer and the reference are empty. The
+    arguments count words or other items: those in both, those in the answer, and those in the reference."""
     return 2 * matched / (predicted + expected) if predicted + expected else 1.0
 
 

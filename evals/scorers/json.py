@@ -1,6 +1,6 @@
-"""Scores the F1 of the fields of two JSON objects. A field matches if its path and its value are equal in both.
+"""Scores F1 over the fields of two JSON objects. A field matches if its path and its value are equal in both.
 
-The first object in the answer is used, so words or a code fence may surround it.
+The first object in the answer is used, so it may be surrounded by words or a code fence.
 """
 
 import json

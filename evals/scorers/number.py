@@ -1,4 +1,4 @@
-"""Scores 1 if the last number of the answer, or the number after "####" (GSM8K's mark), equals the number in the
+"""Scores 1 if the last number of the answer, or the number after "####" (as in GSM8K), equals the number in the
 reference."""
 
 import math
@@ -14,8 +14,8 @@ def score(answer: str, reference: str) -> float:
 
 
 def value(text: str) -> float | None:
-    """The number that a text gives as its result: the first one after MARK or, without MARK, the last one in the text.
-    Commas may separate thousands."""
+    """Returns the number that a text states as its result: the first number after MARK or, if the text has no MARK, the
+    last number in the text. Commas may separate thousands."""
     before, mark, behind = text.rpartition(MARK)
     found = NUMBER.findall(behind.replace("$", "")) if mark else NUMBER.findall(text.replace("$", ""))
     if mark and not found:

@@ -1,5 +1,5 @@
-"""Scores the F1 of two sets of items. A set is given as a JSON list, or as text that is split at commas, semicolons,
-line breaks and "and"."""
+"""Scores F1 over the items of two sets. A set is either a JSON list or a text that is split at commas, semicolons, line
+breaks and "and"."""
 
 import re
 

@@ -1,5 +1,5 @@
-"""Scores the F1 of the words that the answer and the reference share, as in SQuAD. A word that both have several times
-counts several times."""
+"""Scores F1 over the words of the answer and the reference, as in SQuAD. A repeated word counts as often as it occurs
+in both."""
 
 from collections import Counter
 

@@ -24,7 +24,7 @@ DATE = re.compile(
     rf"|\b{DAY.format('d2')}(?: day)?(?: of)? (?P<m2>{MONTH}),?(?: of)? {YEAR.format('y2')}"
 )
 SENTENCE = re.compile(r"(?<=[.;?!]) +(?=[A-Z])")
-BEFORE, AFTER = 8, 5  # words kept around the date
+BEFORE, AFTER = 8, 5  # number of words kept before and after the date
 INSTRUCTION = "Find the date in the text. Answer with the date only, as YYYY-MM-DD."
 
 
@@ -52,8 +52,8 @@ def examples(split: str) -> list[Example]:
 
 
 def read(sentence: str) -> Example | None:
-    """Makes an example of the date in a sentence and the words around it. Returns None unless this text names exactly
-    one month, which is part of a complete date."""
+    """Makes an example from the date in a sentence and the words around it. Returns None if there is no complete date,
+    or if the example would name a second month."""
     found = DATE.search(sentence)
     if not found:
         return None

@@ -1,5 +1,5 @@
-"""The task is to choose the module of Python's standard library that a sentence of documentation belongs to. There are
-four options, so guessing is right in 25 % of cases.
+"""The task is to choose the module of Python's standard library whose documentation contains a given sentence. There
+are four options, so guessing is right in 25 % of cases.
 
 The sentences are from the documentation of the installed Python, so scores with different Python versions are not
 comparable.
@@ -42,14 +42,15 @@ def examples(split: str) -> list[Example]:
 
 
 def options(answer: str, seed: int) -> tuple[str, ...]:
-    """The answer and three other modules, chosen and ordered by a random generator with the seed `seed`."""
+    """Returns the answer and three other modules, chosen and shuffled with the random seed `seed`."""
     rng = random.Random(seed)
     others = rng.sample([name for name in MODULES if name != answer], OPTIONS - 1)
     return tuple(rng.sample([answer, *others], OPTIONS))
 
 
 def first_lines(name: str) -> Iterator[str]:
-    """First lines of the docstrings of a module and its classes, if they are sentences that do not name the module."""
+    """Yields the first lines of the docstrings of a module's functions, classes and methods, if they are sentences that
+    do not name the module."""
     own = lambda x: getattr(x, "__module__", None) in (name, f"_{name}", None)
     module = importlib.import_module(name)
     for holder in [module, *(c for c in vars(module).values() if inspect.isclass(c) and own(c))]:
