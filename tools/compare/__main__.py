@@ -1,22 +1,24 @@
 """Measures which method suits a task, and the cost: prompting, retrieval, LoRA, full fine-tuning, a hosted model.
 
     python -m tools.compare --task=rows.csv [--models=A,B] [--documents=SOURCE] [--methods=zero_shot,lora] [--plan]
-        --budget=30min     maximum (2h, 2usd, 1e15 FLOPs; default: none); "all" measures every setting to the end
+        --budget=30min     upper limit: time, dollars (2usd) or FLOPs (1e15); default: no limit;
+                           "all" drops no setting before the last rung
         --rungs=3          rungs of successive halving; 0 only tests the first setting of every method
         --settings=2       maximum number of settings per method, such as learning rates; default: all
         --seeds=3          number of training runs of each tested method
-        --epochs=3         number of passes of each training over its rows
+        --epochs=3         number of passes over the training rows in each training run
         --requests=10000   requests per month that the recommendation assumes
         --price=1:2:4      USD per hour of the machine that will answer requests: LOW:VALUE:HIGH or VALUE
         --chip=v5e         chip that will answer requests, a name in common/chips.json; default: this machine
         --plan             only estimates FLOPs, time, money and energy
-        --emit=slurm       (or skypilot, xpk, gcloud, lines) only writes the next trainings as files for a cluster
+        --emit=slurm       (or skypilot, xpk, gcloud, lines) only writes files that run the next training jobs
+                           on a cluster
         --out=runs/compare
 
-The task is a file of questions and answers, and can have the options of evals.main, as in rows.csv:scorer=number. A
-row's question determines its split. Settings are chosen on validation rows, and the test rows are used once, at the
-end. Methods are files in tools/compare/methods. After an interruption at any moment, the same command resumes the
-comparison and makes the same choices.
+The task is a file of questions and answers. Options of evals.main can follow its name, as in rows.csv:scorer=number.
+Each row is used for training, validation or testing, depending only on its question. Settings are chosen on validation
+rows. The test rows are used once, at the end. Methods are files in tools/compare/methods. If the command is
+interrupted, the same command resumes the comparison and makes the same choices.
 """
 
 import argparse
@@ -48,7 +50,7 @@ def main(argv: list[str]) -> int:
     args = options(argv)
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # this process computes nothing and leaves the devices to the jobs
+    jax.config.update("jax_platforms", "cpu")  # leaves the accelerators to the jobs
     machine = here()
     prices = plan.prices(machine, plan.price(args.price), args.chip)
     flops, seconds = plan.budget(args.budget, prices[-1]["usd_hour"] and prices[-1]["usd_hour"][1])
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> int:
     rungs = halving.rungs(args.rungs, len(task.scored["train"]), len(task.scored["validation"]))
     if args.plan:
         plan.show(c, found, rungs, args.seeds, plan.planned(prices), args.budget == plan.ALL)
-        print(*(f"{row['label']} ({row['model']}) is not possible: {row['why']}" for row in refused), sep="\n")
+        print(*(f"{row['label']} ({row['model']}) cannot be used: {row['why']}" for row in refused), sep="\n")
         return exits.DONE
     asked = Record(
         task=task.record(), models=args.models, documents=c.documents, requests=args.requests,
@@ -118,14 +120,14 @@ def names() -> list[str]:
 
 
 def candidates(c: Comparison, methods: list[str], most: int | None = None) -> tuple[list[Candidate], list[Json]]:
-    """Returns the candidates of all methods and models, at most `most` per method, and an entry of the record for each
-    method that cannot be used, with the reason."""
+    """Returns the candidates, at most `most` per method and model, and the record's entries for the methods that cannot
+    be used. Each of these entries gives the reason."""
     found, refused = [], []
     for name in methods:
         for model in c.bases:
             method = module("tools.compare.methods", name).method(c, model)
             if c.bases[model].hosted and c.task.test.kind == "choice":
-                why = "endpoints give no log-probabilities, by which options are compared: write :scorer=exact"
+                why = "endpoints do not return the log-probabilities of options: write :scorer=exact"
                 method = method._replace(settings=(), refused=method.refused or why)
             on = f"@{model}" if len(c.bases) > 1 else ""
             made = [
@@ -139,15 +141,15 @@ def candidates(c: Comparison, methods: list[str], most: int | None = None) -> tu
 
 
 def _id(name: str, number: int, values: Json) -> str:
-    """Makes the id of a candidate, such as "lora:lr=0.001". In an id, a long value is replaced by the number of the
-    setting."""
+    """Makes the id of a candidate, such as "lora:lr=0.001". A long value, such as an instruction, is replaced by the
+    number of the setting."""
     short = lambda value: f"{value:g}" if isinstance(value, float) else str(value)
     each = (f"{key}={text if len(text := short(value)) < 20 else number}" for key, value in values.items())
     return ":".join(filter(None, [name, ",".join(each)]))
 
 
 def _row(name: str, model: str, method: Method, status: str, why: str) -> Json:
-    """Returns the entry of a method in the record, before it has been measured."""
+    """Returns a method's entry in the record before anything has been measured."""
     return {
         "name": name,
         "model": model,
@@ -170,8 +172,8 @@ DEVICES = "import jax, json; found = jax.devices(); print(json.dumps([found[0].d
 
 
 def here() -> Json:
-    """Describes this machine. A separate process lists the devices, since only one process can use a TPU and the jobs
-    need it."""
+    """Describes this machine. A separate process lists the devices, because only one process can use a TPU at a time
+    and the jobs need it."""
     from common import chips
 
     done = subprocess.run([sys.executable, "-c", DEVICES], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Writes OUT/bundle, the winner of a comparison, which tools.chat and tools.serve load through infer/bundle.py."""
+"""Writes the winner of a comparison to OUT/bundle, from which tools.chat and tools.serve load it by infer/bundle.py."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from tools.compare.record import Record
 
 
 def write(c: Comparison, record: Record, x: Candidate, row: Json) -> Path | None:
-    """Writes the bundle and returns its folder. Returns None for a hosted model, which has nothing to store. The bundle
-    of an earlier winner is replaced."""
+    """Writes the bundle, replacing that of an earlier winner, and returns its folder. Returns None for a hosted model,
+    for which there is nothing to store."""
     if hosted.is_hosted(x.model):
         return None
     folder, test = c.out / "bundle", row["tests"][0]

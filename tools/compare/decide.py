@@ -1,12 +1,12 @@
 """Derives a decision from the record of a comparison.
 
-A decision says how likely each method is the best, which changes of the inputs would make another method the best, and
-the cost of a wrong choice. The best method is the cheapest per month among the methods with scores at most a margin
-below the highest score. To find the best method, the user need not know the value of a right answer in dollars, but
-only the loss of quality that is acceptable in order to pay less.
+A decision says how likely each method is to be the best, which changes of the inputs would make another method the
+best, and what a wrong choice costs. The best method is the one with the lowest monthly cost among the methods whose
+scores are within a margin of the highest score. The user need not know what a right answer is worth in dollars. It is
+enough to know the margin: how much lower the score may be if the method costs less.
 
-The probability of a method is the fraction of all DRAWS in which the method is the best. Each draw samples test rows
-with replacement (the same rows for all methods), seeds with replacement, and a price from the range of prices.
+The probability that a method is the best is the fraction of DRAWS in which it is. Each draw samples test rows with
+replacement (the same rows for all methods), seeds with replacement, and a price from the price range.
 """
 
 import math
@@ -18,36 +18,36 @@ import numpy as np
 from common.errors import UserError
 from common.types import Json
 
-DRAWS, BLOCK = 10_000, 500  # number of draws in total, and in one batch
-ENOUGH = 0.8  # minimum probability with which the page recommends a method
-LEAST = 30  # minimum number of test rows for a recommendation, since a bootstrap of fewer rows is overconfident
+DRAWS, BLOCK = 10_000, 500  # number of draws in total, and number that are computed at a time
+ENOUGH = 0.8  # the page recommends a method only if its probability of being the best is at least this
+LEAST = 30  # minimum number of test rows for a recommendation; with fewer rows, a bootstrap is overconfident
 MOST_ROWS = 1_000_000
 DOUBT = {"requests": 3, "price": 2, "labels": 3, "documents": 3, "margin": 2}  # factors of doubt
-FAR = 1000  # the largest factor by which an input is changed in search of another recommendation
+FAR = 1000  # the largest factor by which an input is changed to find out if the recommendation changes
 
 
 class Inputs(NamedTuple):
-    """Inputs of a decision that are given by the user and not measured."""
+    """Inputs of a decision that the user gives, as opposed to measured inputs."""
 
     requests: float  # per month
-    margin: float = 0.02  # loss of score that the user accepts in order to pay less
-    labels: float = 12.0  # months until the labels change, so that trained methods are trained again
-    documents: float = 1.0  # months until the documents change, so that they are indexed or learned again
-    people: float = 0.0  # cost of people's work per training, in dollars
+    margin: float = 0.02  # how much lower a method may score than the best and still be chosen for its cost
+    labels: float = 12.0  # months until the labels change and trained methods must be trained again
+    documents: float = 1.0  # months until the documents change and must be indexed, or trained on, again
+    people: float = 0.0  # cost of people's work per training run, in dollars
     idle: float = 0.0  # hours per month in which the machine is paid for but idle
     price: float = 1.0  # factor by which the machine's price is multiplied
 
 
 class Option(NamedTuple):
-    """A tested method. Costs are pairs of (FLOPs, dollars), in which an unknown number is NaN."""
+    """A tested method. Costs are pairs (FLOPs, dollars), with NaN for an unknown number."""
 
     name: str
     label: str
-    record: Json  # the entry of the method in the record
+    record: Json  # the method's entry in the record
     scores: np.ndarray  # [seeds, rows]
-    request: tuple[float, float]  # per request
-    training: tuple[float, float]  # once
-    index: tuple[float, float]  # of all documents, once
+    request: tuple[float, float]  # cost per request
+    training: tuple[float, float]  # cost of one training run
+    index: tuple[float, float]  # cost of indexing all documents once
 
     @property
     def mean(self) -> float:
@@ -71,25 +71,24 @@ class Price(NamedTuple):
 
     unit: str
     per_flop: tuple[float, float, float]
-    idle: float  # FLOPs that the machine could compute in an idle hour; 0 if unknown
+    idle: float  # FLOPs that the machine could compute in one hour; 0 if unknown
 
 
 class Decision(NamedTuple):
-    """A decision between options. Options are sorted by probability, so the first option is recommended. Arrays have
-    one value per option."""
+    """A decision between options. The option that is most likely to be the best comes first and is recommended."""
 
     given: Inputs
     price: Price
     options: list[Option]
     cost: np.ndarray  # cost per month [3, options] at the lowest, expected and highest price; infinite if unknown
-    probability: np.ndarray  # probability of being the best
+    probability: np.ndarray  # each option's probability of being the best [options]
     flips: list["Flip"]  # the most likely first
     lost: tuple[
         float, float, float
-    ]  # for the draws in which another method is best: their fraction, and the mean loss of score and of money
-    rows: int  # test rows
+    ]  # (fraction of the draws in which the first option is not the best, mean score and mean cost lost in these draws)
+    rows: int  # number of test rows
     rows_needed: int | None  # test rows needed to decide; None if `rows` is enough; MOST_ROWS if more rows do not help
-    grid: np.ndarray  # numbers of requests per month
+    grid: np.ndarray  # the numbers of requests per month for which `curve` is computed
     curve: np.ndarray  # probability [grid, options] of being the best at each number of requests
     has_documents: bool
 
@@ -103,17 +102,17 @@ class Decision(NamedTuple):
 
 
 class Flip(NamedTuple):
-    """A change of one input that leads to the recommendation of another method."""
+    """A change of one input that makes another method the recommended one."""
 
     fact: str  # name of the changed field of Inputs, or "rows"
     value: float | None  # new value of the field
-    to: int  # index of the option that is then recommended
+    to: int  # index of the option that is recommended after the change
     likelihood: float
 
 
 def options(record: Json) -> list[Option]:
-    """Returns the tested methods, with their scores on the same rows in the same order. Raises UserError if the rows
-    differ."""
+    """Returns the tested methods, with their scores on the test rows, which are in the same order for all methods.
+    Raises UserError if the methods were tested on different rows."""
     tested = [m for m in record["methods"] if m["status"] == "tested" and m["tests"]]
     names = [m["name"] for m in tested]
     labels = [m["label"] for m in tested]
@@ -134,7 +133,7 @@ def options(record: Json) -> list[Option]:
 
 
 def _in_order(result: Json, rows: Sequence[str], name: str) -> list[float]:
-    """Returns the scores of a result in the order of `rows`. The same row may occur several times in a result."""
+    """Returns the scores of a result in the order of `rows`. A row may occur several times."""
     if sorted(result["rows"]) != sorted(rows):
         raise UserError(f"the results of {name} are not on the same test rows", "comparison.json", "compare again")
     found: dict[str, list[float]] = {}
@@ -144,7 +143,8 @@ def _in_order(result: Json, rows: Sequence[str], name: str) -> list[float]:
 
 
 def price_of(entry: Json) -> Price:
-    """Returns the price of a FLOP according to an entry of the record's prices, in dollars if possible."""
+    """Returns the price of a FLOP on a machine, given the machine's entry in the record. The price is in dollars, or in
+    machine hours if the price per hour is unknown, or in FLOPs if the speed is unknown as well."""
     seconds, usd = entry["seconds_per_flop"], entry["usd_hour"]
     if seconds is None:
         return Price("FLOP", (1.0, 1.0, 1.0), 0.0)
@@ -156,23 +156,24 @@ def price_of(entry: Json) -> Price:
 
 
 def cost(found: Sequence[Option], price: Price, given: Inputs, per_flop: Any, documents: bool) -> np.ndarray:
-    """Returns the cost per month [..., options] at prices per FLOP [..., 1]. Unknown costs are infinite."""
+    """Returns the options' costs per month, an array [..., options], at the prices `per_flop`, an array [..., 1].
+    Unknown costs are infinite."""
     each = np.array([o.request for o in found])
     fixed = np.array([o.monthly(given, documents) for o in found])
     own = np.array([not o.record["leaves"] for o in found])
     flops = given.requests * each[:, 0] + fixed[:, 0] + own * given.idle * price.idle
     usd = given.requests * each[:, 1] + fixed[:, 1]
     if price.unit != "$":
-        usd = np.where(given.requests * each[:, 1] > 0, np.inf, 0.0)  # dollars do not convert to hours or FLOPs
+        usd = np.where(given.requests * each[:, 1] > 0, np.inf, 0.0)  # dollars cannot be added to hours or FLOPs
     total = flops * np.asarray(per_flop) * given.price + usd
     return np.where(np.isnan(total), np.inf, total)
 
 
 def drawn_scores(found: Sequence[Option], seed: int = 0) -> np.ndarray:
-    """Returns mean scores [DRAWS, options] over rows and seeds that are drawn with replacement.
+    """Returns the options' mean scores [DRAWS, options] over rows and seeds that are drawn with replacement.
 
-    Since the number k of seeds is small, the deviations between seeds are enlarged by √(k / (k - 1)), which makes the
-    variance of their mean unbiased.
+    Drawing from only k seeds underestimates the variance between seeds. The deviations from the mean over seeds are
+    therefore multiplied by √(k / (k - 1)), which removes the bias.
     """
     rng, n = np.random.default_rng(seed), found[0].scores.shape[1]
     blocks = []
@@ -189,16 +190,16 @@ def drawn_scores(found: Sequence[Option], seed: int = 0) -> np.ndarray:
 
 
 def winners(scores: np.ndarray, costs: np.ndarray, margin: float) -> np.ndarray:
-    """Returns the best option of each draw, given scores and costs [draws, options]. The best option is the cheapest
-    option within the margin of the highest score or, if several are equally cheap, the option with the highest score
-    among them."""
+    """Returns the index of the best option in each draw, given scores and costs [draws, options]. The best option is
+    the cheapest one whose score is within the margin of the highest score. Of equally cheap options, it is the one with
+    the highest score."""
     near = scores >= scores.max(1, keepdims=True) - margin - 1e-6
     least = np.where(near, costs, np.inf).min(1, keepdims=True)
     return np.where(near & (costs <= least), scores, -np.inf).argmax(1)
 
 
 class _Draws:
-    """The bootstrap draws of a comparison, from which all probabilities are computed."""
+    """The bootstrap draws from which all probabilities of a decision are computed."""
 
     def __init__(self, found: Sequence[Option], price: Price, documents: bool):
         self.found, self.price, self.documents = found, price, documents
@@ -220,20 +221,20 @@ class _Draws:
         return int(self.probability(given).argmax())
 
     def with_rows(self, factor: float) -> np.ndarray:
-        """Returns the scores that would be drawn with `factor` times as many rows, if the measured means were the true
-        scores."""
+        """Returns the scores that draws from `factor` times as many rows would have, assuming that the measured means
+        are the true scores."""
         center = np.array([o.mean for o in self.found])
         return center + (self.scores - center) / math.sqrt(factor)
 
 
 def decide(record: Json, given: Inputs, price: Price | None = None) -> Decision:
-    """Makes the decision for a record. Raises UserError if no method was tested."""
+    """Derives the decision from a record. Raises UserError if no method was tested."""
     found = options(record)
     if not found:
         raise UserError("no method has test results", "comparison.json", "give tools.compare a larger budget")
     price = price or price_of(record["prices"][0])
     if price.unit != "$" and not any(o.request[0] or o.training[0] for o in found):
-        price = Price("$", (0.0, 0.0, 0.0), 0.0)  # with only hosted models, this machine computes nothing
+        price = Price("$", (0.0, 0.0, 0.0), 0.0)  # hosted models need no FLOPs on this machine
     documents = bool(record["documents"])
     draws = _Draws(found, price, documents)
     probability = draws.probability(given)
@@ -257,7 +258,7 @@ def decide(record: Json, given: Inputs, price: Price | None = None) -> Decision:
 
 
 def elsewhere(d: Decision, price: Price) -> int:
-    """Returns the index of the best option at another price of a FLOP."""
+    """Returns the index of the option that would be recommended at another price per FLOP."""
     return _Draws(d.options, price, d.has_documents).chosen(d.given)
 
 
@@ -272,8 +273,8 @@ def _lost(draws: _Draws, given: Inputs) -> tuple[float, float, float]:
 
 
 def _rows_needed(draws: _Draws, given: Inputs) -> int | None:
-    """Returns None if there are enough test rows. Otherwise returns about how many rows would make some method the best
-    with probability ENOUGH."""
+    """Returns None if there are enough test rows. Otherwise estimates with how many rows some method would be the best
+    with a probability of at least ENOUGH."""
     n = draws.found[0].scores.shape[1]
     if draws.probability(given)[0] >= ENOUGH:
         return None if n >= LEAST else LEAST
@@ -286,7 +287,7 @@ def _rows_needed(draws: _Draws, given: Inputs) -> int | None:
     return max(LEAST, min(MOST_ROWS, math.ceil(size / digits) * digits))
 
 
-# --- which input would change the recommendation ---
+# --- changes of the inputs that change the recommendation ---
 
 
 def _flips(draws: _Draws, given: Inputs) -> list[Flip]:
@@ -298,8 +299,8 @@ def _flips(draws: _Draws, given: Inputs) -> list[Flip]:
 
 
 def _rows_flip(draws: _Draws, given: Inputs) -> Flip | None:
-    """Finds the other recommendation to which different test rows and seeds would most likely lead, at the expected
-    price."""
+    """Finds the method that would most likely replace the recommended one with other test rows and seeds, at the
+    expected price."""
     costs = cost(draws.found, draws.price, given, np.full((DRAWS, 1), draws.price.per_flop[1]), draws.documents)
     share = np.bincount(winners(draws.scores, costs, given.margin), minlength=len(draws.found)) / DRAWS
     own, share[0] = float(share[0]), 0.0
@@ -310,7 +311,7 @@ def _nearest(draws: _Draws, given: Inputs, fact: str, direction: int) -> Flip | 
     """Finds the smallest change of an input that changes the recommendation: an increase if `direction` is 1, or a
     decrease if `direction` is -1."""
     at: Callable[[float], Inputs] = lambda log: given._replace(**{fact: getattr(given, fact) * 10 ** (direction * log)})
-    if not getattr(given, fact):  # an input of 0 cannot be changed by a factor
+    if not getattr(given, fact):  # multiplying an input of 0 does not change it
         return None
     near, far, step = 0.0, math.log10(FAR), 0.1
     while draws.chosen(at(near + step)) == 0:
@@ -326,11 +327,14 @@ def _nearest(draws: _Draws, given: Inputs, fact: str, direction: int) -> Flip | 
 
 
 def break_even(a: Sequence[float], b: Sequence[float]) -> tuple[float | None, str]:
-    """Compares two options (cost per month, cost per request). Returns the requests per month at which the cheaper
-    option changes, and the cheaper option: "a" or "b" if it is always the same, "a then b" or "b then a" if it changes,
-    or "equal"."""
+    """Compares the costs of two options, each given as (fixed cost per month, cost per request).
+
+    Returns the number of requests per month at which both cost the same, and which option is cheaper. This is "a" or
+    "b" if one is cheaper at any number of requests, in which case the number is None. It is "a then b" if a is cheaper
+    below that number and b above it, "b then a" in the opposite case, and "equal" if the costs do not differ.
+    """
     (fixed_a, each_a), (fixed_b, each_b) = a, b
-    fixed, each = fixed_a - fixed_b, each_b - each_a  # option a costs `fixed` more monthly and `each` less per request
+    fixed, each = fixed_a - fixed_b, each_b - each_a  # a costs `fixed` more per month and `each` less per request
     if fixed == each == 0:
         return None, "equal"
     if fixed <= 0 <= each:

@@ -19,15 +19,16 @@ from infer.context import Asker, Context
 if TYPE_CHECKING:
     from data.text.tokenizer import Tokenizer
 
-LEAST = {"train": 20, "validation": 5, "test": 10}  # minimum rows per split; with fewer rows, nothing can be decided
-SHARE, STEPS = 1024, 8  # maximum tokens per training step; minimum steps per epoch
-BYTES, WINDOW = 4, 8000  # assumptions for a hosted model: bytes per token, and tokens in its context
+LEAST = {"train": 20, "validation": 5, "test": 10}  # minimum number of rows in each split
+SHARE, STEPS = 1024, 8  # maximum number of tokens per training step; minimum number of steps per epoch
+BYTES, WINDOW = 4, 8000  # assumed for hosted models: bytes per token, and context length in tokens
 CONFIG = "configs/sft/own_task.py"
-TEST = ":split=test"  # without this option, all rows of a file with a name like "test.csv" would be test rows
+TEST = ":split=test"  # splits the rows even if the file has a name like "test.csv", for which all would be test rows
 
 
 class Task(NamedTuple):
-    """The task of a comparison. `spec` is a file with its options, and `scored[split]` are the rows of a split."""
+    """The task of a comparison. `spec` is the name of the file, with options, and `scored[split]` are the rows of a
+    split."""
 
     spec: str
     name: str
@@ -46,40 +47,40 @@ class Task(NamedTuple):
 
 
 def read(spec: str) -> Task:
-    """Reads the task from a file. Raises UserError if the rows of the file cannot distinguish methods."""
+    """Reads the task from a file. Raises UserError if there are too few rows, or if all have the same answer."""
     if not rows.is_source(spec):
         raise UserError(f"{spec!r} is not a file of rows", "--task", "name a .csv, .jsonl, .json or .parquet file")
     _, options = rows.parse(spec)
     if "split" in options or "name" in options:
-        raise UserError("a comparison chooses the split and the name itself", spec, "leave them out")
+        raise UserError("a comparison sets the split and the name itself", spec, "leave out split= and name=")
     found = rows.task(f"{spec}{TEST}")
     scored = {name: list(found.examples("heldout" if name == "test" else name)) for name in LEAST}
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in scored.items())
     if short := [name for name, least in LEAST.items() if len(scored[name]) < least]:
         least = LEAST[short[0]]
         what = f"too few rows to compare methods ({sizes}): the {short[0]} split needs {least} or more"
-        raise UserError(what, spec, "bring 200 rows or more, 1,000 to separate methods that differ by 5 points")
+        raise UserError(what, spec, "use 200 rows or more, 1,000 to detect a difference of 5 points")
     answers = {row["answer"] for part in scored.values() for row in part}
     if len(answers) == 1:
-        raise UserError(f"every row has the answer {min(answers)[:40]!r}: nothing can be compared", spec)
+        raise UserError(f"every row has the answer {min(answers)[:40]!r}, so methods cannot be compared", spec)
     return Task(spec, rows.name(spec), scored, found)
 
 
 class Base(NamedTuple):
-    """A model, and the numbers of tokens that its tokenizer makes from the task's rows."""
+    """A model, and the token counts of the task's rows with its tokenizer."""
 
     name: str
-    context: int  # maximum tokens of a prompt and its answer
-    forward: float  # FLOPs per token
-    prompt: float  # mean tokens of a question
-    answer: float  # mean tokens of an answer, with the end token
-    longest: int  # tokens of the longest question with its answer
+    context: int  # maximum number of tokens in a prompt plus its answer
+    forward: float  # FLOPs per token of a forward pass
+    prompt: float  # mean number of tokens in a question
+    answer: float  # mean number of tokens in an answer, including the end token
+    longest: int  # largest number of tokens in a question plus its answer
     hosted: bool = False
-    usd: tuple[float, float] | None = None  # for a hosted model: dollars per million tokens of prompts and of answers
+    usd: tuple[float, float] | None = None  # of a hosted model: dollars per million prompt and answer tokens
 
 
 class Comparison(NamedTuple):
-    """The inputs of a comparison, as its methods see them."""
+    """The inputs of a comparison, which are passed to its methods."""
 
     task: Task
     bases: dict[str, Base]
@@ -95,8 +96,8 @@ class Comparison(NamedTuple):
 
 
 def base(model: str, rows_of: Task) -> Base:
-    """Returns a model with its token counts. Raises UserError if rows exceed the model's context, or if the model
-    cannot be opened."""
+    """Returns a model with its token counts. Raises UserError if the model cannot be opened, or if a row does not fit
+    into its context."""
     if hosted.is_hosted(model):
         return _hosted(model, rows_of)
     from data.text import formats
@@ -106,7 +107,7 @@ def base(model: str, rows_of: Task) -> Base:
     tokenizer = formats.load(open_model(model).tokenizer_source)
     chats = tokenizer.chat_template is not None
     if not chats and rows_of.test.raw is None:
-        raise UserError("the rows are chats, and the model has no chat template", model)
+        raise UserError("the rows are chats, but the model has no chat template", model)
     asked, answered = [], []
     for row in (row for part in rows_of.scored.values() for row in part):
         asked.append(_tokens(row["prompt"], tokenizer))
@@ -115,7 +116,7 @@ def base(model: str, rows_of: Task) -> Base:
     context = open_model(model).config.context
     longest = max(a + b for a, b in zip(asked, answered, strict=True))
     if longest > context:
-        what = f"a row has {longest:,} tokens, and the model's context {context:,}"
+        what = f"a row has {longest:,} tokens, but the model's context only {context:,}"
         raise UserError(what, rows_of.spec, "shorten the rows, or choose another model")
     forward = plan.describe(cfg, plan.blueprint(cfg))["flops_forward_per_token"]
     mean = lambda values: sum(values) / len(values)
@@ -134,37 +135,38 @@ def _hosted(model: str, rows_of: Task) -> Base:
 
 
 def config(changes: dict[str, Leaf]) -> schema.Config:
-    """Returns the config of a training run whose data are not written yet."""
+    """Returns the config of a training run. Unless `changes` sets the data source, which may not be written yet, the
+    config has another source in its place."""
     changes = {"data.source": "pydocs", "data.eval_source": "", **changes}
     return schema.resolve(schema.read(str(schema.overrides.CHECKOUT / CONFIG)), changes, [], CONFIG)[0]
 
 
 def shape(longest: float, train: float, validation: float) -> dict[str, Leaf]:
-    """Returns the row length and batch size of a training on examples of at most `longest` tokens. A step has at most
-    about SHARE tokens, and an epoch has at least STEPS steps. `train` and `validation` are the total tokens of these
-    splits."""
+    """Returns the row length and batch size for training on examples of at most `longest` tokens. `train` and
+    `validation` are the total numbers of tokens in these splits. If possible, a step has at most SHARE tokens, and an
+    epoch has at least STEPS steps."""
     length = max(64, math.ceil(longest / 64) * 64)
     rows = min(SHARE // length, int(train / length / STEPS), int(validation / length))
     return {"data.seq_len": length, "data.batch_size": max(1, rows)}
 
 
 def order(found: list[Json]) -> list[Json]:
-    """Returns the rows in a fixed random order. A share of the rows is taken from the beginning, so a larger share
-    contains every smaller share."""
+    """Returns the rows in a random order that is always the same. Subsets are taken from the beginning, so a larger
+    subset contains every smaller one."""
     shuffled = list(found)
     random.Random(0).shuffle(shuffled)
     return shuffled
 
 
 def write(path: Path, found: list[Json], context: Context) -> None:
-    """Writes rows as training data, with the same prompts as in inference, for example with passages before each
+    """Writes rows as training data. Their prompts are the same as at inference, for example with passages before each
     question."""
     prompts = Asker(context)([row["prompt"] for row in found]).prompts
     files.write_lines(path, [_pair(prompt, row["answer"]) for prompt, row in zip(prompts, found, strict=True)])
 
 
 def tokens(path: Path, model: str) -> list[int]:
-    """Returns the number of tokens in each row of a file of training data."""
+    """Returns the number of tokens in each row of a training data file."""
     from data.text import formats
     from infer.models import open_model
 
@@ -179,7 +181,7 @@ def tokens(path: Path, model: str) -> list[int]:
 
 
 def _tokens(prompt: str | list[dict], tokenizer: "Tokenizer") -> int:
-    """Returns the number of tokens in a question, as a chat if the model has a chat template."""
+    """Returns the number of tokens in a question. It is formatted as a chat if the model has a chat template."""
     from data.examples import Completion, wrapped
     from data.text import chat
 

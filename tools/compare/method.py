@@ -1,6 +1,7 @@
-"""Defines a method of a comparison by how it trains and how it prompts. Each method is a file in tools/compare/methods.
+"""Defines the methods of a comparison. A method says how to train a model and how to prompt it.
 
-The file methods/NAME.py defines the function `method(comparison, model) -> Method`, and NAME is the method's name.
+Each method is a file in tools/compare/methods. The file NAME.py defines the function
+`method(comparison, model) -> Method`, and NAME is the method's name.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,25 +11,25 @@ from common.types import Json, Leaf
 from infer.context import Context
 from tools.compare.inputs import Comparison
 
-PASSAGE = 220  # estimated tokens of a passage of infer.retrieve.chunks.WORDS words
+PASSAGE = 220  # estimated number of tokens in a passage, which has infer.retrieve.chunks.WORDS words
 
 
 class Setting(NamedTuple):
-    """A candidate setting of a method."""
+    """One setting of a method, such as a learning rate."""
 
     values: dict[str, Leaf]  # the values that the page shows, such as {"lr": 1e-3}
     train: dict[str, Leaf] | None = None  # overrides of configs/sft/own_task.py, or None if nothing is trained
-    ask: Context = Context()  # prompting setup, in training and in inference
+    ask: Context = Context()  # how prompts are built, in training and at inference
 
 
 class Method(NamedTuple):
-    """A method for one model. `settings` are its candidates, the best guess first. `refused` says why the method cannot
-    be used, in which case there are no settings."""
+    """A method for one model. `settings` are its candidates, starting with the best guess. A method that cannot be used
+    has no settings, and `refused` gives the reason."""
 
     label: str
     how: str  # one sentence
     settings: tuple[Setting, ...] = ()
-    documents: bool = False  # reads documents for every request
+    documents: bool = False  # whether passages of the documents are retrieved for every request
     refused: str = ""
 
 
@@ -48,7 +49,7 @@ class Candidate(NamedTuple):
         return self.name, self.model
 
     def row(self) -> Json:
-        """Returns the entry of the candidate in the record."""
+        """Returns the candidate's entry in the record."""
         label = ", ".join([self.method.label, *(f"{k} {v}" for k, v in self.setting.values.items())])
         return {
             "id": self.id, "method": self.name, "model": self.model, "label": label, "settings": self.setting.values,
@@ -59,7 +60,7 @@ class Candidate(NamedTuple):
 def trained(c: Comparison, model: str, label: str, how: str, settings: Iterable[Setting]) -> Method:
     """Makes a method that trains. The method is refused for a hosted model, which cannot be trained."""
     if c.bases[model].hosted:
-        return Method(label, how, refused="the weights of a hosted model are not here")
+        return Method(label, how, refused="the weights of a hosted model are not on this machine")
     return Method(label, how, tuple(settings))
 
 
@@ -70,5 +71,5 @@ def reading(c: Comparison, model: str, label: str, how: str, fits: Callable[[int
     if not c.documents:
         return Method(label, how, refused="no documents were given: --documents=SOURCE")
     if not (settings := fits(room)):
-        return Method(label, how, refused="no passage fits into the context of the model")
+        return Method(label, how, refused="not even one passage fits into the model's context")
     return Method(label, how, tuple(settings), documents=True)

@@ -1,9 +1,9 @@
-"""Rewrites the page of a comparison (decision.html, .md and .json) with changed inputs of the decision.
+"""Rewrites the decision page of a comparison (decision.html, .md and .json) for changed inputs, such as --requests.
 
     python -m tools.compare.page OUT [--requests=N] [--margin=2] [--labels=12] [--documents=1] [--people=USD] [--idle=H]
 
-OUT is a folder of tools.compare, and the scores in this folder do not change. The page is one file without external
-resources, and its only script moves the slider of requests per month.
+OUT is the output folder of tools.compare. The measured scores stay the same. The page is one file without external
+resources. Its only script updates the page when the slider for requests per month is moved.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("out", type=Path, metavar="OUT")
     for name, (text, option) in parts.GIVEN.items():
         default = {"requests": None, "margin": 2.0}.get(name, Inputs._field_defaults.get(name))
-        unit = {"margin": " in points of 100", "people": " in dollars"}.get(name, "")
+        unit = {"margin": ", in percentage points", "people": ", in dollars"}.get(name, "")
         shown = "" if default is None else f" (default {default:g})"
         parser.add_argument(
             option, type=months if "months between" in text else amount, default=default, help=f"{text}{unit}{shown}"
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int | None:
     out, credit = args.pop("out"), args.pop("credit")
     found = records.load(out)
     if not found:
-        raise UserError(f"there is no {records.NAME}", str(out), "name the --out of tools.compare")
+        raise UserError(f"there is no {records.NAME}", str(out), "give the --out folder of tools.compare")
     record = dataclasses.asdict(found)
     args["requests"] = args["requests"] or record["requests"]
     path = write(out, record, Inputs(**args | {"margin": args["margin"] / 100}), credit)
@@ -118,7 +118,7 @@ def markdown(d: Decision, record: Json) -> str:
 
 def _meta(d: Decision, record: Json) -> str:
     task, seeds = record["task"], max((len(o.scores) for o in d.options if o.record["trained"]), default=0)
-    runs = {0: "", 1: ", one training per method"}.get(seeds, f", {seeds} trainings per method")
+    runs = {0: "", 1: ", one training run per method"}.get(seeds, f", {seeds} training runs per method")
     about = f"Task {task['name']}", f"{d.rows} test rows{runs}", ", ".join(record["models"])
     return " · ".join([*about, f"{integer(d.given.requests)} requests per month"])
 
@@ -161,7 +161,7 @@ def html(d: Decision, record: Json, out: Path, credit: str) -> str:
         decided=list(parts.decided(record)),
         runs=[parts.runs(o, record) for o in d.options],
     )
-    return re.sub(r"(?<=\d) %", "\u00a0%", text)  # a line must not break between a number and its unit
+    return re.sub(r"(?<=\d) %", "\u00a0%", text)  # a line must not break between a number and "%"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Predicts the score with more training rows, by extrapolating a line through the scores at several numbers of rows."""
+"""Predicts the score with more training rows: fits a line to the scores at several numbers of rows, and extends it."""
 
 import math
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from tools.compare.decide import DRAWS
 
 
 class Curve(NamedTuple):
-    """A line through measured scores: the log odds of the score grow linearly with the logarithm of the number of
-    rows."""
+    """A line fitted to measured scores, and its prediction. It assumes that the log odds of the score are linear in the
+    logarithm of the number of rows."""
 
-    points: list[Json]  # points of one method, from "learning" in the record
-    rows: float  # ten times the largest measured number of rows
+    points: list[Json]  # the method's entries in the record's list "learning"
+    rows: float  # number of training rows for which the score is predicted
     mean: float
     low: float
     high: float
@@ -27,12 +27,12 @@ class Curve(NamedTuple):
 
 
 def extrapolate(points: Sequence[Json], factor: float = 10.0, seed: int = 0) -> Curve | None:
-    """Predicts the score with `factor` times the largest measured number of rows. The 95 % interval of the prediction
-    follows from the intervals of the points and does not include the error of the formula. Returns None if there are
-    scores for fewer than two different numbers of training rows.
+    """Predicts the score with `factor` times the largest measured number of rows. Returns None if there are scores for
+    fewer than two different numbers of training rows.
 
-    For the interval, each point is drawn from a normal distribution of its log odds. Log odds keep the predictions
-    between 0 and 1.
+    The 95 % confidence interval of the prediction follows from the intervals of the points: the line is fitted again to
+    points whose log odds are drawn from normal distributions. The interval assumes that the formula is right. Log odds
+    keep the predictions between 0 and 1.
     """
     points = sorted(points, key=lambda p: p["rows"])
     if len({p["rows"] for p in points}) < 2:

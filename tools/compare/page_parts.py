@@ -22,11 +22,11 @@ from tools.report.page import Cell, Table
 DASHES = 6  # number of line styles in page.css
 GIVEN = {
     "requests": ("requests per month", "--requests"),
-    "margin": ("quality given up to pay less", "--margin"),
-    "labels": ("months between changes of the labels: training is repeated", "--labels"),
-    "documents": ("months between changes of the documents: they are indexed again", "--documents"),
-    "people": ("people's work per training", "--people"),
-    "idle": ("paid hours per month in which the machine waits", "--idle"),
+    "margin": ("how much lower a method may score than the best and still be chosen for its cost", "--margin"),
+    "labels": ("months between changes of the labels, after which training is repeated", "--labels"),
+    "documents": ("months between changes of the documents, after which they are indexed again", "--documents"),
+    "people": ("cost of people's work per training run", "--people"),
+    "idle": ("hours per month in which the machine is paid for but idle", "--idle"),
 }
 
 
@@ -45,7 +45,7 @@ def each(price: decide.Price, o: Option) -> float:
 
 
 def main_table(d: Decision, record: Json) -> Table:
-    """Makes the table of quality and cost, in which every number links to the runs of its method."""
+    """Makes the table of quality and cost. Every number links to the runs of its method."""
     kind = f"{record['prices'][0]['kind']}, {record['prices'][0]['name']}"
     heads = [("", ""), ("score", "measured, 95 % interval"), ("chance", "of being best"), ("cost per month", kind)]
     heads += [("per 1,000 requests", ""), ("training", "FLOPs, measured"), ("training", "cost, once")]
@@ -67,8 +67,8 @@ def main_table(d: Decision, record: Json) -> Table:
 
 
 def over_seeds(o: Option) -> Json:
-    """Returns the mean score, with its interval over the choice of test rows and, if there are several seeds, over
-    seeds."""
+    """Returns the mean score and its 95 % confidence interval. The interval covers the random choice of test rows and,
+    if there are several seeds, the differences between seeds."""
     first = o.record["tests"][0]["result"]
     span = first["low"], first["high"]
     if len(o.scores) > 1:
@@ -80,7 +80,7 @@ def more_table(d: Decision, record: Json) -> Table:
     machine = record["machine"]["name"]
     heads = [("", ""), ("tokens", "per request: prompt + answer"), ("latency", f"p50, p95; measured, {machine}")]
     heads += [("peak memory", "of training, measured"), ("to store", "bytes"), ("forgetting", "nats per token")]
-    heads += [("data leaves", "the house")]
+    heads += [("data leaves", "this machine")]
     rows = []
     for o in d.options:
         asked, late = o.record["request"], o.record["request"]["latency"]
@@ -111,8 +111,8 @@ def front(d: Decision) -> Markup:
 
 def front_note(d: Decision) -> str:
     missing = [o.label for o, x in zip(d.options, d.cost[1], strict=True) if not 0 < x < math.inf]
-    text = f"At {integer(d.given.requests)} requests per month. Methods on the line are not beaten in both quality and"
-    text += " cost. Bars: 95 % intervals of the scores, and the range of the price."
+    text = f"At {integer(d.given.requests)} requests per month. For a method on the line, no other one is both better"
+    text += " and cheaper. Bars show the 95 % intervals of the scores, and the costs at the lowest and highest price."
     return text + (f" Without a known cost: {', '.join(missing)}." if missing else "")
 
 
@@ -148,7 +148,8 @@ def live(d: Decision, path: list[str]) -> Json:
 
 
 def curve(d: Decision) -> tuple[Markup, list[str]]:
-    """Returns the chart of probabilities, and a mark in this chart for each position of the slider."""
+    """Returns a chart of each method's probability of being the best against the requests per month, and for each
+    position of the slider the mark to draw in the chart."""
     series = [
         (o.label, f"c{i % 8} dash{i % DASHES}", list(zip(d.grid, d.curve[:, i], strict=True)))
         for i, o in enumerate(d.options)
@@ -159,8 +160,7 @@ def curve(d: Decision) -> tuple[Markup, list[str]]:
 
 
 def break_even(d: Decision) -> Iterator[str]:
-    """Yields sentences that say from how many requests on the chosen method is cheaper than each of the other
-    methods."""
+    """Yields one sentence per other method, which says at what numbers of requests the chosen method is cheaper."""
     none = d.given._replace(requests=0.0)
     fixed = decide.cost(d.options, d.price, none, [[d.price.per_flop[1]]], d.has_documents)[0]
     lines = [(x, each(d.price, o)) for x, o in zip(fixed, d.options, strict=True)]
@@ -196,7 +196,7 @@ def learning(curve: Curve | None) -> Markup | str:
     return svg.lines(series, "training rows", "score", log_x=True, percent=True)
 
 
-# --- where the figures come from ---
+# --- sources of the figures ---
 
 
 def speed(d: Decision, out: Path, name: str) -> float | None:
@@ -217,16 +217,16 @@ def priced(d: Decision, record: Json) -> str:
         return "Costs are the given prices of the hosted models."
     if d.price.unit == "$":
         usd = dollars(first["usd_hour"][1])
-        return f"Costs are {first['kind']} for {first['name']} at ${usd} per hour, from the FLOPs of each request."
+        return f"Costs ({first['kind']}) are for {first['name']} at ${usd} per hour, from the FLOPs of each request."
     what = page_text.UNITS[d.price.unit]
-    fix = "give tools.compare --price=LOW:VALUE:HIGH, in dollars per hour"
-    return f"The price of {first['name']} is not known, so costs are in {what}: {fix}."
+    fix = "for dollars, run tools.compare with --price=LOW:VALUE:HIGH, in dollars per hour"
+    return f"The price of {first['name']} is not known, so costs are in {what}; {fix}."
 
 
 def prices(d: Decision, record: Json) -> Table:
-    """Makes a table of the best method on other machines, given the same scores."""
+    """Makes a table that shows which method would be the best on other machines, with the same scores."""
     heads = [("", ""), ("", "figures are"), ("price", "$ per hour"), ("speed", "FLOP/s in use"), ("best there", "")]
-    heads += [("cost per month", "of the best there")]
+    heads += [("cost per month", "of that method")]
     rows = []
     for entry in record["prices"]:
         price = decide.price_of(entry)
@@ -250,14 +250,14 @@ def given(d: Decision) -> Table:
 
 
 def spent(record: Json) -> list[str]:
-    """Returns lines about the resources that the whole comparison used, and about the FLOPs of each method."""
+    """Returns lines about the resources that the comparison used in total, and about the FLOPs of each method."""
     spent, machine, budget = record["spent"], record["machine"], record["budget"]
     line = {"kind": "event", "flops": spent["flops"], "seconds": {"step": spent["seconds"]}}
     devices = {"kind": machine["chip"] or machine["name"], "count": machine["devices"], "processes": 1}
     left = record["unspent"]["flops"]
     lines = [str(gas.line([line], {"devices": devices}))]
     if budget["flops"] is not None:
-        lines.append(f"Of the budget, {budget['asked']} or {flops(budget['flops'])}, {flops(left)} were not spent.")
+        lines.append(f"Of the budget of {budget['asked']} or {flops(budget['flops'])}, {flops(left)} were not spent.")
     each = [f"{m['label']} {flops(m['spent']['flops'])}" for m in record["methods"] if m["spent"]["flops"]]
     return [*lines, "By method: " + ", ".join(each) + "."]
 
@@ -266,12 +266,12 @@ def decided(record: Json) -> Iterator[str]:
     labels = {c["id"]: c["label"] for c in record["candidates"]}
     for rung in record["decisions"]:
         kept = "; ".join(labels.get(name, name) for name in rung["kept"])
-        yield f"On {rung['rows']} validation rows, with {percent(rung['share'])} of the training: {kept} were kept."
+        yield f"On {rung['rows']} validation rows, after training on {percent(rung['share'])} of the rows, kept: {kept}."
         for drop in rung["dropped"]:
             yield f"Stopped: {labels.get(drop['candidate'], drop['candidate'])}, {drop['why']}."
     task = record["task"]
     train, test = (integer(task["rows"][split]) for split in ("train", "test"))
-    yield f"The {test} test rows were used once, after all choices; {train} rows were for training."
+    yield f"The {test} test rows were used once, after all choices were made; {train} rows were used for training."
     yield from (sentence(note) + "." for note in (*task["notes"], *task["duplicates"]))
 
 

@@ -8,7 +8,7 @@ from common.types import Json
 from tools.compare.decide import ENOUGH, LEAST, MOST_ROWS, Decision, Flip, Option, Price
 from tools.compare.page_learning import Curve
 
-# The article of May 2024 that this project follows says that LoRA trains 1.3 times as fast as full fine-tuning.
+# An article of May 2024, which this project is based on, says that LoRA trains 1.3 times as fast as full fine-tuning.
 ARTICLE, TITLE = 1.3, "“Pre-training, Fine-tuning, and Kungfu!”"
 UNITS = {"$": "dollars", "h": "machine hours", "FLOP": "FLOPs"}
 
@@ -65,8 +65,7 @@ def score(o: Option) -> str:
 
 
 def named(o: Option) -> str:
-    """Returns the label of an option as the subject of a sentence. A label that contains a comma also ends with a
-    comma."""
+    """Returns the label of an option as the subject of a sentence. If it contains a comma, another comma follows it."""
     return o.label + "," * ("," in o.label)
 
 
@@ -84,16 +83,16 @@ def _reasons(d: Decision, record: Json) -> str:
         return f"{sentence(named(best))} {score(best)}{known}. {_others(d)}"
     what = f"{d.rows} test rows do not show which method is best"
     if d.rows_needed == MOST_ROWS:
-        first = f"{what}, and more rows would not help: their scores or their costs are too close."
+        first = f"{what}, and more rows would not help: the methods' scores or costs are too close."
     elif d.rows < LEAST and d.probability[0] >= ENOUGH:
-        first = f"{what}: take at least {LEAST}."
+        first = f"{what}: use at least {LEAST}."
     else:
         first = f"{what}: about {integer(d.rows_needed)} would be needed for a probability of {percent(ENOUGH)}."
     return f"{first} Until then {named(best)} is the first choice: it {score(best)}{known}."
 
 
 def _others(d: Decision) -> str:
-    """Writes a sentence that compares the choice with at most two other methods: the next best, the most accurate or
+    """Writes a sentence that compares the chosen method with at most two others: the next best, the most accurate or
     the cheapest."""
     if len(d.options) == 1:
         return "No other method was tested."
@@ -106,8 +105,7 @@ def _others(d: Decision) -> str:
 
 
 def _against(d: Decision, i: int) -> str:
-    """Writes a clause that compares the score and cost of another method with the score and cost of the chosen
-    method."""
+    """Writes a clause that compares another method's score and cost with those of the chosen method."""
     more, extra = d.options[i].mean - d.best.mean, _extra(d, i)
     scores = f"{points(more)} {'more' if more > 0 else 'less'}" if abs(more) >= 0.0005 else "the same"
     if extra is None:
@@ -117,33 +115,32 @@ def _against(d: Decision, i: int) -> str:
 
 
 def _extra(d: Decision, i: int) -> float | None:
-    """Returns the monthly cost of a method minus the monthly cost of the chosen method, or None unless both are
-    known."""
+    """Returns how much more a method costs per month than the chosen one, or None unless both costs are known."""
     ours, theirs = d.cost[1][0], d.cost[1][i]
     return float(theirs - ours) if math.isfinite(ours) and math.isfinite(theirs) else None
 
 
 def _sure(d: Decision) -> str:
     p, margin = d.probability, points(d.given.margin)
-    drawn = "of 10,000 redraws of the test rows, the trainings and the price"
+    drawn = "of 10,000 redraws of the test rows, the training seeds and the price"
     text = f"In {chance(p[0])} {drawn} it is the cheapest method within {margin} of the best score."
     if len(p) > 1:
         text += f" Next is {d.options[1].label}: {chance(p[1])}."
     if any(o.record["trained"] and len(o.scores) == 1 for o in d.options):
-        text += " Each training ran only once, so differences between trainings are not in this figure."
+        text += " Each method was trained only once, so this figure leaves out how results vary between training runs."
     return text
 
 
 def _changes(d: Decision) -> str:
     likely = [flip for flip in d.flips if flip.likelihood >= 0.01]
     if not likely:
-        return "No single fact that we varied is likely to change it."
+        return "A change of a single input is unlikely to change it."
     first, *rest = [change(d, flip) for flip in likely]
     return f"Most likely: {first}." + (f" Less likely: {'; '.join(rest[:2])}." if rest else "")
 
 
 def change(d: Decision, flip: Flip) -> str:
-    """Describes a change of an input, how likely the change is, and which method is then the best."""
+    """Describes a change of an input, how likely it is, and which method it makes the best."""
     then, now, likely = d.options[flip.to].label, getattr(d.given, flip.fact, 0.0), chance(flip.likelihood)
     if flip.fact == "rows" or flip.value is None:
         return f"other test rows or seeds ({likely}), then {then}"
@@ -169,7 +166,7 @@ def _wrong(d: Decision) -> str:
         return "In none of the redraws is another method better."
     parts = [f"{points(lost)} of the score"] if lost >= 0.0005 else []
     parts += [f"{money(d.price, more)} per month"] if 0 < more < math.inf else []
-    known = f"loses {joined(parts)} on average" if parts else "loses nothing that is known"
+    known = f"loses {joined(parts)} on average" if parts else "loses nothing measurable"
     return f"In the {chance(share)} of redraws in which another method is best, this one {known}."
 
 
@@ -182,21 +179,21 @@ def _rule(d: Decision) -> str:
     if top and more > 0 and extra is not None:
         each = extra / (more * d.given.requests)
         worth = f"if one more right answer is worth {money(d.price, each)} or more"
-        text += f" {sentence(named(d.options[top]))} would pay {worth}."
+        text += f" {sentence(named(d.options[top]))} would pay off {worth}."
     return text
 
 
 def more_rows(curve: Curve | None, o: Option | None) -> str:
     if curve is None or o is None:
-        return "How much more training rows would help is not known: fewer than two sizes were measured."
+        return "It is not known how much more training rows would help: fewer than two sizes were measured."
     now, span = curve.last, f"95 % interval {percent(curve.low)} to {percent(curve.high)}"
     text = f"On validation rows, {named(o)} scores {percent(now['mean'])} with {integer(now['rows'])} training rows"
     text += f" and may score {percent(curve.mean)} with {integer(curve.rows)} ({span}). This is an extrapolation from"
-    return f"{text} {len(curve.points)} measured sizes, without the error of its formula."
+    return f"{text} {len(curve.points)} measured sizes. The interval assumes that its formula is right."
 
 
 def speed(lora: float | None, full: float | None) -> str:
-    """Writes a sentence on how much faster LoRA trained, with the figure from the article that the project follows."""
+    """Says how much faster LoRA trained than full fine-tuning, next to the figure that the article gives."""
     if not lora or not full:
         return ""
     text = f"LoRA trained {lora / full:.2f} times as fast as full fine-tuning: {integer(lora)} against {integer(full)}"

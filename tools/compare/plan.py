@@ -1,4 +1,4 @@
-"""Estimates the cost of a comparison before it runs: FLOPs, and from these ranges of time, money and energy."""
+"""Estimates the cost of a comparison before it runs: the FLOPs, and from them ranges of time, money and energy."""
 
 import dataclasses
 import functools
@@ -17,20 +17,20 @@ from tools.compare.inputs import Comparison
 from tools.compare.method import PASSAGE, Candidate
 
 MFU = 0.2, 0.5  # assumed range of the speed, as fractions of a chip's peak FLOP/s
-OF_PRODUCT = 0.1, 0.6  # assumed range of the speed, as fractions of this machine's FLOP/s in matrix products
-ALL = "all"  # a budget that measures every setting to the end, as tools.compare.audit needs
-ROOM = 32  # assumed number of tokens in an answer of a model that does not stop by itself
+OF_PRODUCT = 0.1, 0.6  # assumed range, as fractions of the FLOP/s that this machine reaches in matrix products
+ALL = "all"  # the --budget with which no setting is dropped before the last rung, as tools.compare.audit needs
+ROOM = 32  # assumed answer length, in tokens, for a model that does not stop on its own
 
 
 @dataclasses.dataclass(frozen=True)
 class Prices:
-    """Estimates the FLOPs and dollars of candidates."""
+    """Estimates what candidates cost, in FLOPs and dollars."""
 
     c: Comparison
     seeds: int
 
     def train(self, x: Candidate, rows: int) -> float:
-        """Returns the FLOPs of training on a number of rows, or 0 for a method that trains nothing."""
+        """Returns the FLOPs of training on `rows` rows, or 0 for a method that trains nothing."""
         if x.setting.train is None:
             return 0.0
         base, passages = self.c.bases[x.model], self._passages(x)
@@ -39,8 +39,8 @@ class Prices:
         return self.c.epochs * rows * ((base.prompt + passages + base.answer) * layer + base.answer * head)
 
     def ask(self, x: Candidate, rows: int, result: Json | None = None) -> tuple[float, float]:
-        """Returns (low, high) FLOPs of answering a number of questions, computed from an earlier `result` if there is
-        one."""
+        """Returns the (low, high) FLOPs of answering `rows` questions. If an earlier `result` is given, both are its
+        measured FLOPs per question times `rows`."""
         if result:
             return (result["flops"] / result["n"] * rows,) * 2
         base, read = self.c.bases[x.model], self._read(x)
@@ -49,7 +49,7 @@ class Prices:
         return tuple(base.forward * rows * (options * read + written) for written in (low, high))
 
     def dollars(self, x: Candidate, rows: int) -> tuple[float, float]:
-        """Returns (low, high) dollars of asking a hosted model a number of questions. The cost is 0 for other models,
+        """Returns the (low, high) dollars of asking a hosted model `rows` questions. The cost is 0 for other models,
         and for hosted models with unknown prices."""
         base = self.c.bases[x.model]
         each = base.usd or (0.0, 0.0)
@@ -67,12 +67,12 @@ class Prices:
         return PASSAGE * x.setting.ask.k * bool(x.setting.ask.index)
 
     def rung(self, x: Candidate, rung: Json, result: Json | None = None, end: int = 1) -> float:
-        """Returns the maximum FLOPs of a candidate on one rung, or the minimum if `end` is 0."""
+        """Returns the maximum FLOPs of a candidate in one rung, or the minimum if `end` is 0."""
         return self.train(x, rung["train"]) + self.ask(x, rung["rows"], result)[end]
 
     def test(self, x: Candidate, trained: int, result: Json | None = None, end: int = 1) -> float:
         """Returns the maximum FLOPs of testing a candidate with all seeds, or the minimum if `end` is 0. `trained` is
-        the number of seeds that are trained already."""
+        the number of seeds with which it has been trained already."""
         scored = self.c.task.scored
         runs = self.seeds if x.trained else 1
         asked = self.ask(x, len(scored["test"]), result)[end]
@@ -81,7 +81,7 @@ class Prices:
 
 @functools.cache
 def _per_token(changes: tuple) -> tuple[float, float]:
-    """Returns the training FLOPs per token in the layers, and per target token in the head."""
+    """Returns the training FLOPs of the layers per token, and those of the head per target token."""
     from train import cost, plan
 
     cfg = inputs.config(dict(changes))
@@ -93,8 +93,8 @@ def _per_token(changes: tuple) -> tuple[float, float]:
 
 
 def budget(text: str, usd_hour: float | None) -> tuple[float | None, float | None]:
-    """Parses a budget such as "1e15", "30min", "2h" or "2usd" into (FLOPs, seconds). One of the two is None, or both
-    without a budget."""
+    """Parses a budget such as "1e15", "30min", "2h" or "2usd" into (FLOPs, seconds). One of the two is None. If no
+    budget is set, both are."""
     if text in ("", ALL):
         return None, None
     found = re.fullmatch(r"([0-9.]+(?:e\+?[0-9]+)?)\s*(s|min|h|usd)?", text.strip().lower())
@@ -106,7 +106,7 @@ def budget(text: str, usd_hour: float | None) -> tuple[float | None, float | Non
         raise UserError(f"{text!r} is not a budget", "--budget", "write 30min, 2h, 2usd, or FLOPs such as 1e15")
     if found[2] == "usd":
         if not usd_hour:
-            raise UserError("a budget in money needs the price of an hour", "--budget", "--price=USD or --chip=NAME")
+            raise UserError("a budget in dollars needs the machine's price per hour", "--budget", "--price=USD or --chip=NAME")
         return None, value / usd_hour * 3600
     scale = {"s": 1, "min": 60, "h": 3600}
     return (None, value * scale[found[2]]) if found[2] else (value, None)
@@ -128,8 +128,8 @@ def price(text: str) -> list[float] | None:
 
 
 def prices(machine: Json, given: list[float] | None, chip: str) -> list[Json]:
-    """Returns the prices of machines. The first price is for the target, which is the named chip or otherwise this
-    machine."""
+    """Returns the prices of the target machine and, if another chip is the target, of this machine. The target is the
+    chip named by `chip` or, if that is empty, this machine."""
     here = {
         "name": machine["name"], "kind": "measured", "usd_hour": None if chip else given, "seconds_per_flop": None,
     }  # fmt: skip
@@ -173,8 +173,8 @@ def rate() -> float:
 
 
 def show(c: Comparison, found: Sequence[Candidate], rungs: list[Json], seeds: int, target: Json, every: bool) -> None:
-    """Prints the cost of the comparison as a range, whose low end is the cost if every method stops after the first
-    rung. With `every`, all settings are measured on all rungs."""
+    """Prints the estimated cost of the comparison as a range. At the low end, every method except the baseline is
+    dropped after the first rung. If `every` is true, all settings are measured in all rungs instead."""
     flops, n = Prices(c, seeds), len(c.task.scored["test"])
     dollars = lambda x, rung, end: flops.dollars(x, rung["rows"])[end]
     lines, work, paid = [], [0.0, 0.0], [0.0, 0.0]
@@ -190,8 +190,8 @@ def show(c: Comparison, found: Sequence[Candidate], rungs: list[Json], seeds: in
     lines.append(["all", "", str(len(found)), *_spans(work, paid, target)])
     heads = ("method", "model", "settings", "FLOPs", "seconds", "$", "kWh")
     cli.table(lines, heads, width=None if sys.stdout.isatty() else 160)
-    sizes = ", ".join(f"{r['train']} to train and {r['rows']} to validate" for r in rungs) or "none"
-    print(f"rows of the rungs: {sizes}; rows of the test: {n}; seeds of the test: {seeds}")
+    sizes = ", ".join(f"{r['train']} to train and {r['rows']} to validate" for r in rungs) or "no rungs"
+    print(f"rows per rung: {sizes}; test rows: {n}; seeds of the test: {seeds}")
     print(f"Seconds, $ and kWh are estimates for {target['name']}: {target['assumed']}.")
 
 
@@ -199,9 +199,9 @@ def _bounds(
     mine: Sequence[Candidate], rungs: list[Json], rung: Callable[[Candidate, Json, int], float],
     test: Callable[[Candidate, int], float], every: bool,
 ) -> list[float]:  # fmt: skip
-    """Returns the [minimum, maximum] cost of a method. The minimum is the cost of all settings on the first rung. The
-    maximum adds the most expensive third of the settings on each further rung, and the most expensive test. With
-    `every`, both have all settings on all rungs."""
+    """Returns the [minimum, maximum] cost of a method. The minimum counts all settings in the first rung. The maximum
+    also counts the later rungs, each with the most expensive third of the previous rung's settings, and the most
+    expensive test. If `every` is true, both count all settings in all rungs."""
     n, low, high = len(mine), 0.0, 0.0
     for number in measured(mine[0], rungs):
         each = rungs[number]
@@ -218,7 +218,8 @@ def _shares(span: tuple[float, float]) -> str:
 
 
 def _spans(work: Sequence[float], paid: Sequence[float], target: Json) -> list[str]:
-    """Formats ranges of FLOPs, seconds, dollars and energy. `paid` is the cost of hosted models in dollars."""
+    """Formats ranges of FLOPs, seconds, dollars and kWh. `work` is in FLOPs, and `paid` is the dollars for hosted
+    models."""
     seconds = [flops * each for flops, each in zip(work, target["seconds_per_flop"], strict=True)]
     usd, watts = target["usd_hour"], target["watts"]
     hours = [s / 3600 for s in seconds]
@@ -235,7 +236,7 @@ def _spans(work: Sequence[float], paid: Sequence[float], target: Json) -> list[s
 
 
 def planned(prices: list[Json]) -> Json:
-    """Returns the seconds per FLOP of the target as a range, its price and its power."""
+    """Returns the target's price and power, and the assumed range of its seconds per FLOP."""
     target, chip = prices[0], chips.find(prices[0]["name"])
     if chip:
         peak = chip.tflops.value * 1e12
@@ -243,7 +244,7 @@ def planned(prices: list[Json]) -> Json:
     else:
         product = rate()
         span = [1 / (product * share) for share in reversed(OF_PRODUCT)]
-        assumed = f"{_shares(OF_PRODUCT)} of its matrix products, measured at {product / 1e9:,.0f} GFLOP/s"
+        assumed = f"{_shares(OF_PRODUCT)} of its speed in matrix products, measured as {product / 1e9:,.0f} GFLOP/s"
     watts = [chip.watts.low, chip.watts.high] if chip else None
     return {
         "name": target["name"],

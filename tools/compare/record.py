@@ -1,7 +1,8 @@
 """Defines the record of a comparison, OUT/comparison.json, which is rewritten after every job.
 
-Paths are relative to OUT, numbers are in base units, and None stands for an unknown value. Decisions depend on scores
-and FLOPs but not on seconds, so a comparison that was killed and resumed has the same record except for its times.
+Paths are relative to OUT. Numbers are in units without a prefix, such as bytes and seconds. None stands for an unknown
+value. Decisions depend on scores and FLOPs but not on seconds, so resuming an interrupted comparison leads to the same
+record except for the measured times.
 """
 
 import dataclasses
@@ -32,18 +33,18 @@ class Record:
     requests: float  # per month
     seeds: list[int]
     epochs: float
-    rungs: list[Json]  # rungs of successive halving: share of the training rows, and number of validation rows
+    rungs: list[Json]  # rungs of successive halving; keys: share, train, rows (see halving.rungs)
     methods_asked: list[str]
-    budget: Json  # asked, flops, rate, rate_from
-    machine: Json  # name, devices, chip
-    prices: list[Json]  # the first is the target
-    index: Json | None = None  # chunks, bytes, flops, seconds
+    budget: Json  # keys: asked, flops, rate, rate_from
+    machine: Json  # keys: name, devices, chip
+    prices: list[Json]  # prices of machines; the first is the machine that will answer requests
+    index: Json | None = None  # keys: chunks, bytes, flops, seconds, usd, commands
     decisions: list[Json] = dataclasses.field(default_factory=list)
     candidates: list[Json] = dataclasses.field(default_factory=list)
     methods: list[Json] = dataclasses.field(default_factory=list)
     learning: list[Json] = dataclasses.field(default_factory=list)
     spent: Json = dataclasses.field(default_factory=lambda: {"flops": 0.0, "seconds": 0.0, "usd": 0.0})
-    unspent: Json = dataclasses.field(default_factory=dict)  # FLOPs left of the budget, or None without a budget
+    unspent: Json = dataclasses.field(default_factory=dict)  # FLOPs left in the budget, or None if no budget is set
 
     def candidate(self, name: str) -> Json:
         return next(c for c in self.candidates if c["id"] == name)
@@ -52,7 +53,7 @@ class Record:
         self.count()
 
     def finish(self) -> None:
-        """Adds the results that follow from all tests: the learning curves, the forgetting of each method, and this
+        """Derives further results once all tests are done: the learning curves, the forgetting of each method, and this
         machine's seconds per FLOP."""
         tested = [row for row in self.methods if row["status"] == "tested"]
         self.learning = []
@@ -92,8 +93,8 @@ class Record:
 
 
 def load(out: Path) -> Record | None:
-    """Loads the record of a folder, or returns None if the folder has no record. Raises UserError for a record of
-    another version."""
+    """Loads the record of a folder, or returns None if the folder has no record. Raises UserError if another version of
+    the format was written."""
     if not (out / NAME).exists():
         return None
     found = files.load_json(out / NAME)
@@ -104,8 +105,8 @@ def load(out: Path) -> Record | None:
 
 
 def resumed(asked: Record, out: Path) -> Record:
-    """Returns the record in a folder, with the new prices and requests of `asked`, or returns `asked` if the folder has
-    no record. Raises UserError if the record has other inputs than `asked`.
+    """Returns the folder's record, updated with the prices and requests of `asked`. If the folder has no record,
+    returns `asked`. Raises UserError if the other inputs of the record differ from those of `asked`.
     """
     found = load(out)
     if found is None:
@@ -123,7 +124,7 @@ def resumed(asked: Record, out: Path) -> Record:
             raise UserError(what, str(out), "choose a new folder: --out")
     if [x["id"] for x in asked.candidates] != [x["id"] for x in found.candidates]:
         raise UserError(
-            "the folder was made with other settings of the methods", str(out), "choose a new folder: --out"
+            "the folder was made with other settings for the methods", str(out), "choose a new folder: --out"
         )
     found.prices, found.requests = asked.prices, asked.requests
     return found

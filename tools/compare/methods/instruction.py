@@ -1,4 +1,4 @@
-"""Prompting with a system message: of several wordings, the best on validation rows is tested."""
+"""Prompting with a system message. Several wordings are tried on validation rows, and the best one is tested."""
 
 from infer.context import Context
 from infer.context.instruction import BUILT_IN

@@ -1,4 +1,4 @@
-"""QLoRA, which trains LoRA on a base model in 4 bits to save memory."""
+"""QLoRA: LoRA on a base model that is stored in 4 bits to save memory."""
 
 from tools.compare.inputs import Comparison
 from tools.compare.method import Method, Setting, trained
@@ -6,6 +6,6 @@ from tools.compare.methods.lora import ADAPTER, RATES
 
 
 def method(c: Comparison, model: str) -> Method:
-    how = "LoRA on a base whose matrices are stored in 4 bits (NF4), for less memory."
+    how = "LoRA on a base model whose matrices are stored in 4 bits (NF4) to save memory."
     settings = (Setting({"lr": lr}, {**ADAPTER, "quant.name": "nf4", "optim.lr": lr}) for lr in RATES)
     return trained(c, model, "QLoRA, rank 16", how, settings)

@@ -1,4 +1,4 @@
-"""RAG with LoRA: the adapter is trained on prompts with retrieved passages, and is prompted in the same way."""
+"""RAG with LoRA: prompts contain retrieved passages, both when the adapter is trained and when it is used."""
 
 from infer.context import Context
 from tools.compare.inputs import Comparison
@@ -8,7 +8,7 @@ from tools.compare.methods.rag import PASSAGES
 
 
 def method(c: Comparison, model: str) -> Method:
-    how = "LoRA on training rows with retrieved passages before their questions, then asked in the same way."
+    how = "Prompts contain retrieved passages, both when the LoRA adapter is trained and when it is used."
 
     def settings(room: int) -> list[Setting]:
         k = min(PASSAGES[0], room)

@@ -5,4 +5,4 @@ from tools.compare.method import Method, Setting
 
 
 def method(c: Comparison, model: str) -> Method:
-    return Method("zero-shot", "The model answers the question as it is.", (Setting({}),))
+    return Method("zero-shot", "The prompt is the question and nothing else.", (Setting({}),))
