@@ -106,7 +106,7 @@ def budget(text: str, usd_hour: float | None) -> tuple[float | None, float | Non
         raise UserError(f"{text!r} is not a budget", "--budget", "write 30min, 2h, 2usd, or FLOPs such as 1e15")
     if found[2] == "usd":
         if not usd_hour:
-            raise UserError("a budget in dollars needs the machine's price per hour", "--budget", "--price=USD or --chip=NAME")
+            raise UserError("a budget in dollars needs a price per hour", "--budget", "--price=USD or --chip=NAME")
         return None, value / usd_hour * 3600
     scale = {"s": 1, "min": 60, "h": 3600}
     return (None, value * scale[found[2]]) if found[2] else (value, None)
