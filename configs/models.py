@@ -37,7 +37,7 @@ SHAPES = {
 
 def resized(name: str, changes: Mapping[str, int]) -> dict[str, Leaf]:
     """Returns a named shape with some sizes changed. If `heads` or `embed` changes, the head size becomes embed /
-    heads, and kv_heads is at most `heads`."""
+    heads, and kv_heads is capped at `heads`, unless it is changed as well."""
     shape = {**SHAPES[name], **changes}
     if "heads" in changes or "embed" in changes:
         shape["kv_heads"] = changes.get("kv_heads") or min(shape["kv_heads"], shape["heads"])

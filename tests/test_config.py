@@ -201,20 +201,21 @@ def test_config_is_required():
          'like "prompt=question,completion=answer"'),
         # between keys
         ("accum=3", "config.data.batch_size = 8 · is not a multiple of accum 3 · "
-         "micro-batches have equal numbers of rows"),
+         "micro-batches must be of equal size"),
         ("mesh.fsdp=3", "config.data.batch_size = 8 · 8 is not divisible by 3 devices x 1 "
-         "micro-batches · a multiple of 3, or fewer devices on config.mesh.data and config.mesh.fsdp"),
-        ("mesh.fsdp=-1", "config.mesh.fsdp = -1 · only one axis may be -1, and data is · set one to a number"),
-        ("mesh.tensor=3", "config.mesh.tensor = 3 · does not divide heads 4 · each device holds whole heads"),
+         "micro-batches · use a multiple of 3, or fewer devices on config.mesh.data and config.mesh.fsdp"),
+        ("mesh.fsdp=-1", "config.mesh.fsdp = -1 · only one axis may be -1, and data already is · set a number"),
+        ("mesh.tensor=3", "config.mesh.tensor = 3 · does not divide heads 4 · heads cannot be split between devices"),
         ("model.shape=", 'config.model.shape = "" · the config names no model · '
          "set config.model.shape, or config.init for pretrained weights"),
         ("model.embed=65", "config.model.embed = 65 · embed 65 is not a multiple of heads 4 · "
          "the head size is embed / heads"),
-        ("model.embed=12", "config.model.embed = 12 · the head size 12 / 4 is odd · rotary positions rotate pairs"),
+        ("model.embed=12", "config.model.embed = 12 · the head size 12 / 4 is odd · "
+         "rotary embeddings need an even size"),
         ("model.kv_heads=3", "config.model.kv_heads = 3 · heads 4 is not a multiple of kv_heads 3 · "
-         "key heads serve equal numbers of heads"),
+         "kv heads must share the heads equally"),
         ("optim.warmup=1000", "config.optim.warmup = 1000.0 · exceeds the 1000 steps of the run · "
-         "below 1 it is a fraction of the steps"),
+         "a value below 1 is a fraction of the steps"),
         ("trainable=adapters", "config.trainable = adapters · there are no adapters · "
          "set config.peft.name, or config.trainable=all"),
         ("data.format=preference", "config.data.format = preference · makes batches of kind 'pair', but objective "
@@ -235,7 +236,7 @@ def test_config_is_required():
         ("data.view.rate=0.1", "config.data.view.rate = 0.1 · not an argument of the chosen data.view · it takes none"),
         ("data.view.name=nexxt", "config.data.view.name = nexxt · no file data/views/nexxt.py with make() · "
          "did you mean next?"),
-        ("quant.name=int", "config.quant.bits · missing, the chosen quant needs it · set config.quant.bits"),
+        ("quant.name=int", "config.quant.bits · missing; the chosen quant needs it · set config.quant.bits"),
     ],
 )  # fmt: skip
 def test_problem(root, argv, line):
@@ -266,7 +267,7 @@ def test_problem(root, argv, line):
         ("model.shape= init=a model.layers=3",
          "config.model.layers = 3 · overrides a model shape, but none is named · set config.model.shape"),
         ("optim.schedule=wsd optim.warmup=0.5 optim.decay=0.6",
-         "config.optim.decay = 0.6 · plus a warm-up of 0.5 exceeds the run · fractions of the steps, at most 1 in all"),
+         "config.optim.decay = 0.6 · plus a warm-up of 0.5 exceeds 1 · both are fractions of the steps"),
     ],
 )  # fmt: skip
 def test_problem_of_several(root, argv, line):
@@ -322,7 +323,7 @@ def test_table(root, monkeypatch):
         ("def get_config(:\n", "y.py:1 · SyntaxError: invalid syntax (y.py, line 1)"),
         ("def get_config():\n    return 1 / 0\n", "y.py:2 · ZeroDivisionError: division by zero"),
         ("def get_config():\n    return {}\n", "y.py · get_config returned a dict, not a ConfigDict"),
-        ("x = 1\n", "y.py · the file has no get_config"),
+        ("x = 1\n", "y.py · the file does not define get_config"),
     ],
 )
 def test_broken_file(root, text, line):

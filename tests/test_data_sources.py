@@ -358,8 +358,8 @@ for name in json.loads(sys.argv[1]):
 print(json.dumps(out))
 """
 GATED = "request access on its page, then set HF_TOKEN or run `hf auth login`"
-NONE = "check the name; for a private one set HF_TOKEN"
-OFFLINE = "HF_HUB_OFFLINE forbids a download · unset it, or download it first"
+NONE = "check the name; for a private repository, set HF_TOKEN"
+OFFLINE = "HF_HUB_OFFLINE forbids a download · unset HF_HUB_OFFLINE, or download the model first"
 
 
 @pytest.mark.slow

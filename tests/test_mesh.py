@@ -103,7 +103,7 @@ def test_columns_of_a_batch_lie_where_the_mesh_says():
     ("shape", "changes", "told"),
     [
         ((3,), {}, "8 is not divisible by 3 devices x 1"),
-        ((2, 2), {"accum": 4}, "by 4 devices x 4 micro-batches · a multiple of 16"),
+        ((2, 2), {"accum": 4}, "by 4 devices x 4 micro-batches · use a multiple of 16"),
         ((1, 1, 1, 3), {}, "config.mesh.context · 3 does not divide data.seq_len"),
     ],
 )

@@ -1,13 +1,13 @@
-"""Tunes an embedder on questions and passages that answer them, with the other passages of a batch as negatives.
+"""Fine-tunes an embedding model on questions and their answer passages; other passages in the batch are negatives.
 
     python -m train.main --config=configs/embed/own_documents.py:file=pairs.jsonl --workdir=runs/embedder
 
-The file has the columns query and passage, or other columns that --config.data.fields renames to these. If training
-lowers the mean reciprocal rank (MRR) on held-out questions, the run stops with exit code 71. Add
+The file has the columns query and passage. If its columns have other names, rename them with --config.data.fields. If
+training lowers the mean reciprocal rank (MRR) on held-out questions, the run stops with exit code 71. Add
 --config.peft.name=lora --config.optim.lr=1e-3 to train LoRA instead of all weights.
 
-Hardware: a laptop CPU; 3 seconds per step. Expected: the MRR on held-out questions rises. Run `tools.index --questions`
-to measure whether the search has improved.
+Hardware: a laptop CPU; 3 seconds per step. Expected: the MRR on held-out questions rises. To measure whether search has
+improved, run `tools.index --questions`.
 """
 
 from configs import base

@@ -5,7 +5,7 @@
     python -m tools.sweep --config=configs/peft/methods.py --sweep=best,seeds --out=runs/sweeps/methods-best \
         --metric=eval/dates --maximize
 
-The first sweep ranks learning rates. Hardware: a laptop CPU, 8 GB, 90 minutes. Expected: results/methods.md.
+The first sweep compares learning rates. Hardware: a laptop CPU, 8 GB, 90 minutes. Expected: see results/methods.md.
 """
 
 from configs import base

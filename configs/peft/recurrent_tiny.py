@@ -3,9 +3,9 @@
     python -m train.main --config=configs/peft/recurrent_tiny.py --workdir=runs/recurrent_tiny
 
 Hardware: a laptop CPU. Expected: the loss falls below 1 nat per token, and the base weights do not change. LoRA needs
-no code for recurrent layers, since the option `where` matches their gates and projections like any other matrix. Add
---config.peft.name= for full fine-tuning of the same shape, or --config.model.shape=recurrentgemma-2b --plan to plan a
-larger model.
+no special code for recurrent layers: the option `where` matches the matrices of their gates and projections like any
+other matrix. Add --config.peft.name= for full fine-tuning of the same shape, or --config.model.shape=recurrentgemma-2b
+--plan to plan a larger model.
 """
 
 from configs.sft import tiny

@@ -1,10 +1,10 @@
-"""Pretrains the shape of Llama 2 7B from random weights on a TPU slice; mostly used with `python -m tools.plan`.
+"""Pretrains a model of the size of Llama 2 7B from random weights on a TPU slice; mostly used to try tools.plan.
 
     python -m tools.plan --config=configs/pretrain/llama2_7b.py --topology=v5e:4x4
     python -m train.main --config=configs/pretrain/llama2_7b.py --workdir=gs://BUCKET/llama2_7b
 
-Hardware: 16 TPU v5e or 4 TPU v5p chips. Expected: the figures that tools.plan prints, since this training has never
-been run. The data source is a placeholder, so set your own corpus and its tokenizer.
+Hardware: 16 TPU v5e or 4 TPU v5p chips. Expected: the figures that tools.plan prints; this config has never been
+trained. The data source is a placeholder: set data.source and data.tokenizer to your own.
 """
 
 from configs import base

@@ -1,4 +1,4 @@
-"""Pretrains a small model on the documentation of the standard library, from random weights.
+"""Pretrains a small model from random weights, on the documentation of Python's standard library.
 
     python -m train.main --config=configs/pretrain/tiny.py --workdir=runs/pretrain_tiny
 

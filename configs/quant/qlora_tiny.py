@@ -1,4 +1,4 @@
-"""Trains QLoRA from end to end in seconds, as configs/peft/lora_tiny.py trains LoRA, but on a 4-bit base model.
+"""Trains QLoRA from end to end in seconds: runs configs/peft/lora_tiny.py on a 4-bit base model.
 
     python -m train.main --config=configs/quant/qlora_tiny.py --workdir=runs/qlora_tiny [--config.init=runs/sft_tiny]
 

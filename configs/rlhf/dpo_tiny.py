@@ -1,10 +1,11 @@
-"""Runs DPO from end to end in seconds: a tiny model memorizes which sums of two digits are right.
+"""Runs DPO from end to end in seconds: a tiny model memorizes which sums of two one-digit numbers are right.
 
     python -m train.main --config=configs/rlhf/dpo_tiny.py --workdir=runs/dpo_tiny
 
-Hardware: a laptop CPU. Expected: the loss starts at log 2 = 0.6931, where policy and reference agree, and then falls.
-The accuracy, which is the fraction of pairs in which the right answer has the higher reward, rises above one half. All
-100 questions occur in training, so the run shows that the code works, but nothing about unseen sums.
+Hardware: a laptop CPU. Expected: the loss starts at log 2 = 0.6931, because the policy and the reference are the same
+model at first, and then falls. The accuracy, which is the fraction of pairs in which the right answer has the higher
+reward, rises above one half. All 100 questions occur in training, so the run shows that the code works, but says
+nothing about unseen sums.
 """
 
 from configs import base

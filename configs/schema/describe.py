@@ -1,4 +1,4 @@
-"""Writes the text of `--help` and of `tools.config show`, which explains each key by its comment in base.py."""
+"""Writes the text of `--help` and of `tools.config show`. Each key is explained by its comment in base.py."""
 
 from collections.abc import Iterator
 

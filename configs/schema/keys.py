@@ -30,7 +30,7 @@ def base_keys() -> dict[str, Key]:
 
 @functools.cache
 def docs() -> dict[str, str]:
-    """Returns {path: comment on the line of the key in base.py}."""
+    """Returns {path: the comment on the key's line in base.py}."""
     tokens = tokenize.generate_tokens(io.StringIO(_source()).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     paths = {path: comments.get(node.end_lineno, "") for path, node in _assignments().items()}
@@ -39,20 +39,20 @@ def docs() -> dict[str, str]:
 
 
 def unknown(path: str, value: object) -> UserError:
-    """Returns the error for a value that is not among the choices of a key."""
+    """Returns the error for a value that is not one of the key's choices."""
     problem, fix = refusal(value, base_keys()[path].choices)
     return UserError(problem, f"config.{path} = {show(value)}", fix)
 
 
 def refusal(value: object, choices: tuple) -> tuple[str, str]:
-    """Returns (problem, fix) for a value that is not among the choices."""
+    """Returns (problem, fix) for a value that is not one of the choices."""
     known = "one of " + ", ".join(map(show, choices))
     near = did_you_mean(value, filter(None, choices), known) if isinstance(value, str) and value else known
     return "unknown choice", near
 
 
 def flatten(config: ConfigDict | Mapping) -> dict[str, Leaf]:
-    """Converts a config or nested dict to {dotted path: value}. A required placeholder that a file has not set becomes
+    """Converts a config or nested dict to {dotted path: value}. A required placeholder that has not been set becomes
     None."""
     leaves = {}
     for name in config:
@@ -73,14 +73,14 @@ def _source() -> str:
 
 @functools.cache
 def _assignments() -> dict[str, ast.Assign]:
-    """Returns {path: syntax tree of the statement `c.path = ...` in base.py}."""
+    """Returns {path: the syntax tree of its assignment, `c.path = ...`, in base.py}."""
     lines = [node for node in ast.walk(ast.parse(_source())) if isinstance(node, ast.Assign)]
     return {ast.unparse(n.targets[0]).partition(".")[2]: n for n in lines if isinstance(n.targets[0], ast.Attribute)}
 
 
 @functools.cache
 def _choices() -> dict[str, tuple]:
-    """Returns {path: arguments of the call of `one_of` in base.py}."""
+    """Returns {path: the arguments of the key's `one_of` call in base.py}."""
     out = {}
     for path, node in _assignments().items():
         match node.value:

@@ -1,6 +1,6 @@
-"""Reads the arguments of objectives, PEFT methods, quantizers and views from their source, without importing jax.
+"""Reads the arguments of objectives, PEFT methods, quantizers and views from their source code, without importing jax.
 
-The keyword-only arguments of the function `make` in such a file become keys of the file's group in the config.
+The keyword-only arguments of the function `make` in such a file become keys of a config group, such as `peft`.
 """
 
 import ast
@@ -27,8 +27,8 @@ class Key(NamedTuple):
 
 class Method(NamedTuple):
     arguments: dict[str, Key]
-    batch: str = ""  # the kind of batch that an objective reads (data.rows.batch.KINDS), from the constant BATCH
-    head: str = ""  # the file in model/heads that an objective needs, from the constant HEAD
+    batch: str = ""  # the kind of batch (data.rows.batch.KINDS) that an objective reads: the constant BATCH in its file
+    head: str = ""  # the file in model/heads that an objective needs: the constant HEAD in its file
 
 
 def names(folder: str, function: str) -> list[str]:
@@ -38,7 +38,7 @@ def names(folder: str, function: str) -> list[str]:
 
 
 def method(kind: str, name: str) -> Method:
-    """Returns the arguments, the kind of batch and the head of an existing method. `kind` is a key of FOLDERS."""
+    """Returns the arguments, batch kind and head of an existing method. `kind` is a key of FOLDERS."""
     path = ROOT / FOLDERS[kind] / f"{name}.py"
     make = _find(path, "make")
     assert make, f"{path} has no make"
@@ -74,7 +74,7 @@ def _key(annotation: ast.expr | None, default: ast.expr | None) -> Key:
         return Key(kind, None, nullable, True, choices)
     try:
         value = ast.literal_eval(default)
-    except ValueError:  # this default is computed at import, so its value is not in the source
+    except ValueError:  # this default is computed at import time, so the source does not show its value
         return Key(kind, None, True, False, choices)
     if kind is None and type(value) in TYPES.values():
         kind = type(value)
@@ -82,7 +82,7 @@ def _key(annotation: ast.expr | None, default: ast.expr | None) -> Key:
 
 
 def _annotation(node: ast.expr | None) -> tuple[type | None, bool, tuple]:
-    """Returns (type, whether None is allowed, choices) of an annotation such as float, int | None, tuple[str, ...] or
+    """Returns (type, whether None is allowed, choices) for an annotation such as float, int | None, tuple[str, ...] or
     Literal["a", "b"]."""
     match node:
         case ast.Name(id=name):

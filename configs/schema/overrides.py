@@ -1,8 +1,8 @@
 """Parses the command line of a run: `--config=FILE[:ARG] --config.key=value ... --workdir=DIR --flag[=value]`.
 
-`parse_args` returns values as text, and `parse` converts each value to the type of its key. The parser of absl is not
-used, since it stops at the first mistake, refuses 1e3 for an integer, cannot read a tuple from text, and cannot set a
-placeholder back to none.
+`parse_args` returns values as text, and `parse` converts each value to the type of its key. absl's parser is not used,
+because it stops at the first mistake, rejects 1e3 as an integer, cannot parse a tuple, and cannot reset a placeholder
+to none.
 """
 
 import ast
@@ -32,8 +32,8 @@ class Args(NamedTuple):
 
 
 def parse_args(argv: list[str], flags: Mapping[str, Leaf]) -> Args:
-    """Splits a command line without reading the config. `flags` maps each extra flag to its default, which also defines
-    the type of the flag.
+    """Splits a command line without reading the config. `flags` maps each extra flag to its default, which also sets
+    the flag's type.
 
     A flag is written `--name=value` or `--name value`; a boolean flag may omit the value.
     """
@@ -73,8 +73,8 @@ def parse_args(argv: list[str], flags: Mapping[str, Leaf]) -> Args:
 
 
 def split_arg(config: str) -> tuple[str, str]:
-    """Splits configs/x.py:rank=4 into ("configs/x.py", "rank=4"). If the file is not in the current folder, its path in
-    the checkout is returned."""
+    """Splits configs/x.py:rank=4 into ("configs/x.py", "rank=4"). If only the checkout has the file, the path in the
+    checkout is returned."""
     head, colon, arg = config.partition(".py:")
     path = f"{head}.py" if colon else config
     beside = CHECKOUT / path
@@ -82,11 +82,11 @@ def split_arg(config: str) -> tuple[str, str]:
 
 
 def parse(text: str, kind: type | None, nullable: bool = False) -> Leaf:
-    """Converts text to a type. 1e3 and 1_000 are integers, `1,2` and `(1, 2)` are tuples, and `none` is None if
-    `nullable`.
+    """Converts text to a value of type `kind`. 1e3 and 1_000 are integers, `1,2` and `(1, 2)` are tuples, and `none` is
+    None if `nullable` is True.
 
-    If the type is str, the text is kept unchanged. If the type is None, the text is read as a Python literal or, if it
-    is not a literal, kept as a string. Raises ValueError with the reason.
+    If `kind` is str, the text is returned unchanged. If `kind` is None, the text is parsed as a Python literal if
+    possible, and otherwise returned unchanged. Raises ValueError if the text does not fit the type.
     """
     if nullable and text.lower() in NONE:
         return None
@@ -169,7 +169,7 @@ def parse_arg(arg: str, **defaults: Leaf) -> SimpleNamespace:
     types of the arguments.
 
     A config file's `get_config(arg="")` calls this function first: `arg = parse_arg(arg, rank=16, full=False)`. Raises
-    UserError.
+    UserError for an unknown argument or an invalid value.
     """
     values = dict(defaults)
     for item in _split(arg):

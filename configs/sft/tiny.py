@@ -1,10 +1,10 @@
-"""Runs fine-tuning from end to end in seconds: a tiny model memorizes the 100 sums of two digits.
+"""Runs fine-tuning from end to end in seconds: a tiny model memorizes the 100 sums of two one-digit numbers.
 
     python -m train.main --config=configs/sft/tiny.py --workdir=runs/sft_tiny
 
 Hardware: a laptop CPU. Expected: the loss on the answers approaches 0. The run shows that the code works, but not that
-the model can add, since each held-out question also occurs in training. With digits=3, few held-out questions occur in
-training.
+the model can add, because each held-out question also occurs in training. With digits=3 in `data.source`, few of them
+do.
 """
 
 from configs import base

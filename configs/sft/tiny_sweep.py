@@ -1,11 +1,11 @@
-"""Finds the learning rate and batch size for configs/sft/tiny.py, by twelve runs or by a search over ranges.
+"""Finds the learning rate and batch size for configs/sft/tiny.py, with a grid of twelve runs or a search over ranges.
 
     python -m tools.sweep --config=configs/sft/tiny_sweep.py --out=runs/sweeps/tiny --jobs=2
     python -m tools.sweep --config=configs/sft/tiny_sweep.py --out=runs/sweeps/search --search=tpe --trials=12
 
 Hardware: a laptop CPU, two minutes. Expected: a held-out loss of 2.2 nats per token at a learning rate of 3e-4, and of
-about 1.1 at 3e-3 and 3e-2. Two seeds are too few to distinguish the learning rates 3e-3 and 3e-2. The search needs
-requirements/search.txt and stops most trials early.
+about 1.1 at 3e-3 and 3e-2. Two seeds are too few to distinguish the learning rates 3e-3 and 3e-2. The search needs the
+packages in requirements/search.txt, and stops most trials early.
 """
 
 from configs.sft import tiny
