@@ -163,5 +163,5 @@ def test_misuse_is_one_line(argv, message, documents, tmp_path, capsys):
 def test_another_embedder_in_its_place_is_refused(documents, encoder, tmp_path, monkeypatch):
     index.build(str(documents), tmp_path / "index", str(encoder))
     monkeypatch.setattr(index, "digest", lambda _: "other")
-    with pytest.raises(UserError, match="not those that made the vectors"):
+    with pytest.raises(UserError, match="have changed since it computed the vectors"):
         index.Index(tmp_path / "index").search(["rain"])
