@@ -1,7 +1,7 @@
-"""Serves many LoRA adapters on one frozen base model: each row of a batch uses one of the adapters, or none.
+"""Serves many LoRA adapters on one frozen base model. Each row of a batch uses one of the adapters, or none.
 
-For each weight, the LoRA factors A and B of all adapters are stored in two arrays, which are divided into pages.
-kernels/paged_lora.py multiplies by these pages.
+For each weight, one array stores the factors A of all adapters, and another stores their factors B. Both arrays are
+divided into pages. The kernel in kernels/paged_lora.py multiplies by these pages.
 """
 
 import math
@@ -21,20 +21,20 @@ from model import weights
 from model.peft.lora import LoRA
 from model.weights import AXES, Extra, Params, Spec, Specs, Weight
 
-# The type of one adapter, which has LoRA factors as host arrays, by the name of the weight that they adapt.
-# Each value is (A [stack..., R, contracted axes...], scale * B [stack..., R, output axes...]).
+# One adapter: {name of a weight: its LoRA factors as host arrays}. The factors are (A [stack..., R, contracted
+# axes...], scale * B [stack..., R, output axes...]).
 Adapter = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @flax.struct.dataclass
 class PagedLoRA(Weight):
-    """A base weight with the LoRA factors of many adapters; `route` says which pages each batch row uses."""
+    """A base weight with the LoRA factors of many adapters. `route` maps each batch row to the pages that it uses."""
 
     base: Array | Weight
-    a: Array  # [C, contracted], where C is the total rank and the contracted axes are merged
+    a: Array  # [C, contracted]: C is the total rank of all pages; the contracted axes are merged
     b: Array  # [C, outputs]
-    eqn: str = flax.struct.field(pytree_node=False)  # the einsum equation with which the weight was declared
-    route: Route | None = None  # None if no row has an adapter
+    eqn: str = flax.struct.field(pytree_node=False)  # einsum equation from the weight's declaration
+    route: Route | None = None  # None if no row uses an adapter
 
     def einsum(self, eqn: str, x: Array) -> Array:
         y = weights.einsum(eqn, x, self.base)
@@ -66,23 +66,25 @@ class PagedLoRA(Weight):
 
 
 def factors_of(params: Params, specs: Specs, where: str) -> Adapter:
-    """Returns the LoRA factors in `params` as host arrays. Error messages name `where`, the adapter's path.
+    """Returns the LoRA factors in `params` as host arrays. `where` is the adapter's path for error messages.
 
-    Raises UserError if `params` has no LoRA factors, or has adapters of another kind.
+    Raises UserError if `params` has no LoRA factors, or adapters of another kind.
     """
     found: Adapter = {}
 
     def read(path: str, leaf: Array | Weight, spec: Spec | None) -> Array | Weight:
         if isinstance(leaf, Extra) or (weights.is_weight(leaf) and weights.base(leaf) is not leaf):
             if type(leaf) is not LoRA or weights.base(leaf.base) is not leaf.base or leaf.used != "both":
-                what = f"{type(leaf).__name__} on {path} cannot share a batch with other adapters"
-                raise UserError(what, where, "only LoRA on a whole weight can: serve this adapter by itself")
+                what = f"a {type(leaf).__name__} on {path} cannot share a batch with other adapters"
+                raise UserError(what, where, "only LoRA on whole weights can; serve this adapter by itself")
             if weights.split(spec.eqn)[0]:
                 fix = "serve this adapter by itself"
-                raise UserError(f"adapters on the blocks of {path} cannot share a batch", where, fix)
+                what = f"an adapter on the blocks of {path} cannot share a batch with other adapters"
+                raise UserError(what, where, fix)
             found[path] = _host(leaf, spec.stacked)
-            if not all(np.isfinite(x.astype(np.float32)).all() for x in found[path]):  # NaN would spread to other rows
-                raise UserError(f"the adapter of {path} has values that are not finite", where)
+            # NaN in one adapter would affect the rows of other adapters
+            if not all(np.isfinite(x.astype(np.float32)).all() for x in found[path]):
+                raise UserError(f"the adapter for {path} has values that are not finite", where)
         return leaf
 
     weights.replace(params, specs, read)
@@ -93,11 +95,11 @@ def factors_of(params: Params, specs: Specs, where: str) -> Adapter:
 
 def _host(leaf: LoRA, stacked: int) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.moveaxis(np.asarray(leaf.a), -1, stacked), np.asarray(leaf.b)
-    if leaf.start is not None:  # A B minus its initial value needs factors of twice the rank
+    if leaf.start is not None:  # subtracting the initial value of A B doubles the rank
         a = np.concatenate([a, np.moveaxis(np.asarray(leaf.start[0]), -1, stacked)], stacked)
         b = np.concatenate([b, -np.asarray(leaf.start[1])], stacked)
     b = (b * np.float32(leaf.scale)).astype(b.dtype)
-    # The factors are stored in 16 bits if that is exact, as it is for an adapter that was saved in 16 bits.
+    # Store the factors in 16 bits if this is lossless. It is for adapters that were saved in 16 bits.
     same = lambda x, dtype: x.itemsize > 2 and np.array_equal(x.astype(dtype).astype(x.dtype), x)
     with np.errstate(over="ignore"):
         dtype = next((d for d in (jnp.bfloat16, np.float16) if same(a, d) and same(b, d)), a.dtype)
@@ -107,7 +109,8 @@ def _host(leaf: LoRA, stacked: int) -> tuple[np.ndarray, np.ndarray]:
 def empty(params: Params, specs: Specs, pages: dict[str, int], dtype: DTypeLike) -> Params:
     """Wraps each weight whose name is in `pages` in a PagedLoRA with room for `pages[name]` pages.
 
-    `params` are stacked over layers. Pages have either `dtype` or the dtype of the weight, whichever is narrower.
+    The arrays in `params` must be stacked over layers. The dtype of pages is `dtype` or that of the weight, whichever
+    is narrower.
     """
 
     def wrap(path: str, base: Array | Weight, spec: Spec | None) -> Array | Weight:
@@ -126,6 +129,6 @@ def empty(params: Params, specs: Specs, pages: dict[str, int], dtype: DTypeLike)
 
 
 def map_paged(f: Callable[[str, PagedLoRA], PagedLoRA], params: Params) -> Params:
-    """Replaces every PagedLoRA of unstacked parameters by `f(name, leaf)`, where `name` omits the layer's number."""
+    """Replaces every PagedLoRA in unstacked parameters by `f(name, leaf)`; `name` is its path without layer index."""
     at = lambda path, leaf: f(re.sub(r"\blayers/\d+/", "layers/", path), leaf) if isinstance(leaf, PagedLoRA) else leaf
     return weights.map_named(at, params, is_leaf=weights.is_weight)

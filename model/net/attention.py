@@ -1,4 +1,4 @@
-"""Rotary positions, masks and grouped-query attention."""
+"""Rotary position embeddings, attention masks and grouped-query attention."""
 
 import math
 from collections.abc import Sequence
@@ -15,31 +15,32 @@ Angles = tuple[Array, Array]  # cos and sin [B,T,1,H/2]
 
 
 class Context(NamedTuple):
-    """The inputs that all layers share: information on the tokens [B,T], and on the keys [B,S] that they attend to.
+    """The inputs that all layers share. They describe the tokens [B,T] and the keys [B,S] that these tokens attend to.
 
-    Without a cache, the keys are those of the tokens themselves, and S = T. With a cache, S is the number of columns of
-    the cache, where each column stores the key of one token.
+    If there is no cache, the tokens attend only to each other, and S = T. If there is a cache, S is its number of
+    columns. Each column stores the key of one token.
     """
 
-    age: Array  # [B,T] number of earlier tokens in the same document; -1 for padding
-    positions: Array  # [B,S] position of each key in its document
+    age: Array  # [B,T] number of earlier tokens in the token's document; -1 for padding
+    positions: Array  # [B,S] position of each key within its document
     segments: Array  # [B,S] document number of each key
-    index: Array  # the column of the cache to which the first token is written
+    index: Array  # cache column that the first token is written to
     see: Array  # [B,T,S] bool: the attention mask of layers without a sliding window
-    see_window: Array | None  # [B,T,S] bool: the attention mask of layers with a sliding window, if there are any
+    # [B,T,S] bool: the attention mask of layers with a sliding window; None if no layer has one
+    see_window: Array | None
     angles: Angles | None  # for rotary positions
-    backend: str  # "cache", or the name of a backend in model/net/backends.py
-    windows: tuple[int, ...]  # the window of every layer
+    backend: str  # "cache" if a cache is used, and otherwise a backend of model/net/backends.py
+    windows: tuple[int, ...]  # the window size of each layer
     causal: bool
     windowed: bool | Array = False  # whether the current layer has a sliding window
-    report: tuple[str, ...] = ()  # names of the values that layers should report
+    report: tuple[str, ...] = ()  # names of intermediate values that layers should return
 
 
 def rope_frequencies(config: ModelConfig, length: int | Array) -> tuple[Array, float]:
-    """Returns (rotation frequencies [H/2], factor for cos and sin), as the config's `rope_scaling` defines them.
+    """Returns (rotation frequencies [H/2], factor for cos and sin), as defined by `config.rope_scaling`.
 
-    The types of scaling are those of Hugging Face configs: default, linear (Chen et al. 2023, arXiv 2306.15595),
-    dynamic (NTK-aware: it takes effect once `length` exceeds `max_len`), llama3 (Llama 3.1), and yarn (Peng et al.
+    The supported types are named as in Hugging Face configs: default, linear (Chen et al. 2023, arXiv 2306.15595),
+    dynamic (NTK-aware scaling of sequences whose `length` exceeds `max_len`), llama3 (Llama 3.1), and yarn (Peng et al.
     2023, arXiv 2309.00071). Raises ValueError for any other type.
     """
     dim, theta = int(config.head_dim * config.rotary), config.rope_theta
@@ -67,18 +68,20 @@ def rope_frequencies(config: ModelConfig, length: int | Array) -> tuple[Array, f
 def _llama3(freq: Array, factor: float, scaling: dict) -> Array:
     """Multiplies long wavelengths by `factor`, keeps short wavelengths, and interpolates in between."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # turns within the original context
+    # rotations within the original context length
+    turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
     smooth = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
     return freq * (smooth + (1 - smooth) / factor)
 
 
 def _yarn(freq: Array, factor: float, scaling: dict, config: ModelConfig) -> tuple[Array, float]:
-    """Returns YaRN's frequencies (eq. 23 of the paper), and the factor for cos and sin that scales attention logits."""
+    """Returns (frequencies, factor for cos and sin) of YaRN (eq. 23 of its paper). The factor scales the logits."""
     dim = config.head_dim
     original = scaling.get("original_max_position_embeddings") or config.max_len
     factor = factor or config.max_len / original
 
-    def dimension(turns: float) -> float:  # the dimension that rotates `turns` times over the original context
+    # the dimension that makes `turns` rotations within the original context length
+    def dimension(turns: float) -> float:
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
@@ -98,7 +101,7 @@ def _yarn(freq: Array, factor: float, scaling: dict, config: ModelConfig) -> tup
 
 
 def rope_angles(config: ModelConfig, positions: Array) -> Angles:
-    """Returns the cosines and sines [B,T,1,H/2] of the rotary angles for positions [B,T], in float32."""
+    """Returns the cosines and sines of the rotary angles, float32 [B,T,1,H/2] each, for positions [B,T]."""
     freq, scale = rope_frequencies(config, positions.max() + 1)
     angle = positions[..., None, None].astype(jnp.float32) * freq
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
@@ -107,7 +110,8 @@ def rope_angles(config: ModelConfig, positions: Array) -> Angles:
 def rotate(x: Array, angles: Angles) -> Array:
     """Applies rotary position embeddings (RoPE) to x [B,T,N,H].
 
-    The first 2 n dimensions of a head rotate. As in Hugging Face models, dimensions i and i + n form a pair.
+    Only the first 2 n dimensions of each head are rotated. As in Hugging Face models, dimensions i and i + n form a
+    pair.
     """
     cos, sin = angles
     n = cos.shape[-1]
@@ -120,9 +124,10 @@ def mask(
 ) -> Array:
     """Returns the attention mask [B,T,S], which is True where a query may attend to a key.
 
-    A query sees the keys of its own document that are less than `window` positions away (None: at any distance) and, if
-    `causal`, not later than the query. Positions and segments (document numbers) are [B,T] for queries and [B,S] for
-    keys. Keys of segment 0 (padding) are masked. Keys of segment -1 (virtual tokens) belong to every document.
+    A query attends to the keys of its own document. If `causal`, it does not attend to later keys. If `window` is not
+    None, it only attends to keys less than `window` positions away. Positions and segments (document numbers) are [B,T]
+    for queries and [B,S] for keys. Segment 0 is padding, whose keys are masked. Segment -1 is virtual tokens, which
+    belong to every document.
     """
     distance = q_pos[:, :, None] - k_pos[:, None, :]
     see = (q_seg[:, :, None] == k_seg[:, None, :]) & (k_seg[:, None, :] > 0)
@@ -145,8 +150,8 @@ def context(
 ) -> Context:
     """Computes the inputs that all layers share, from positions [B,T], segments [B,T] and the cache.
 
-    `virtual` is the number of virtual tokens before each document. Positions include virtual tokens, so the first real
-    token of a document has the position `virtual`.
+    `virtual` is the number of virtual tokens before each document. Positions count virtual tokens, so the first real
+    token of a document has position `virtual`.
     """
     k_pos, k_seg, index = positions, segments, jnp.int32(0)
     if cache is not None:
@@ -176,12 +181,12 @@ def context(
 
 
 def attention(q: Array, k: Array, v: Array, see: Array) -> Array:
-    """Returns the grouped-query attention [B,T,N,H] of q [B,T,N,H] to k, v [B,K,S,H], with the mask `see` [B,T,S].
+    """Returns grouped-query attention [B,T,N,H] for queries q [B,T,N,H], k and v [B,K,S,H], and the mask `see` [B,T,S].
 
-    The G query heads that share a key head are computed by one product, so that keys are never repeated. The softmax is
-    computed in float32. For padding tokens, all keys are masked, and the result is the mean of v, a finite value that
-    is not used. If k and v come from a cache, they have the shape [B*K,S,H], since reshaping them would make XLA's CPU
-    backend copy the cache four times per layer and token.
+    The G query heads that share a key head are computed in one matrix product, so keys are never repeated. The softmax
+    is computed in float32. For padding tokens, all keys are masked, so the result is the mean of v. This value is
+    finite and not used. If k and v come from a cache, they have shape [B*K,S,H], because reshaping them would make
+    XLA's CPU backend copy the cache four times per layer and token.
     """
     B, T, N, H = q.shape
     *lead, S, _ = k.shape

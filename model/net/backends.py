@@ -1,8 +1,9 @@
-"""Chooses how attention is computed: by einsums, by ring attention, or by the accelerator vendor's kernel.
+"""Chooses how attention is computed: with einsums, with ring attention, or with the accelerator vendor's kernel.
 
-All backends compute the same function as `model.net.attention.attention`. The vendors' kernels mask keys by their order
-in the row instead of by their positions, so positions must increase within a document, as they do in training rows.
-Decoding with a cache uses the einsums, and so do batches that the mesh does not divide evenly.
+All backends compute the same function as `model.net.attention.attention`. The vendors' kernels apply causal masks and
+windows to the order of tokens in a row, not to their positions. So positions must increase within each document, as
+they do in training rows. Einsums are used for decoding with a cache, and for batches that the mesh does not divide
+evenly.
 """
 
 import math
@@ -20,12 +21,12 @@ from model.net.attention import Context, attention
 from model.net.ring import FAR, ring_attention
 from model.weights import shards
 
-BLOCKS = (1024, 512, 256, 128)  # tokens per tile of the splash kernel; 1024 takes the fewest cycles on TPU v5e and v6e
+BLOCKS = (1024, 512, 256, 128)  # tokens per tile of the splash kernel; 1024 is fastest on TPU v5e and v6e
 ROWS = ("data", "fsdp")
 
 
 def choose(asked: str, config: ModelConfig, dtype: str, seq_len: int, platform: str, split: int = 1) -> tuple[str, str]:
-    """Returns (backend, reason for this choice) for training rows of `seq_len` tokens, each split over `split` devices.
+    """Returns (backend, reason for choosing it) for training rows of `seq_len` tokens, each split over `split` devices.
 
     `asked` is the backend that the config requests, or "auto". Raises UserError if the requested backend cannot run.
     """
@@ -42,25 +43,25 @@ def _problem(backend: str, c: ModelConfig, dtype: str, seq_len: int, platform: s
     checks = {
         "xla": (),
         "splash": (
-            (platform != "tpu", f"it needs a TPU, the devices are of type {platform}"),
-            (not c.causal and split > 1, "it cannot split rows of a bidirectional model"),
+            (platform != "tpu", f"it needs a TPU, but the devices are of type {platform}"),
+            (not c.causal and split > 1, "it cannot split the rows of a bidirectional model over devices"),
             (c.head_dim % 64, f"the head size {c.head_dim} is not a multiple of 64"),
             (seq_len % (128 * split), f"{seq_len} tokens / {split} devices is not a multiple of 128"),
         ),
         "cudnn": (
-            (platform != "gpu", f"it needs a GPU, the devices are of type {platform}"),
-            (dtype not in ("bfloat16", "float16"), f"activations are {dtype}, it takes bfloat16 or float16"),
-            (c.head_dim % 8 or c.head_dim > 128, f"the head size {c.head_dim} is not a multiple of 8 up to 128"),
-            (split > 1, "it needs whole rows, and the context axis splits them"),
+            (platform != "gpu", f"it needs a GPU, but the devices are of type {platform}"),
+            (dtype not in ("bfloat16", "float16"), f"activations are {dtype}, but must be bfloat16 or float16"),
+            (c.head_dim % 8 or c.head_dim > 128, f"the head size must be a multiple of 8 up to 128, not {c.head_dim}"),
+            (split > 1, "it needs whole rows, but the mesh axis context splits them"),
         ),
     }
     return next((text for wrong, text in checks[backend] if wrong), "")
 
 
 def attend(q: Array, k: Array, v: Array, context: Context) -> Array:
-    """Computes the attention [B,T,N,H] of q [B,T,N,H] to k and v [B,K,S,H], by the backend that `context` names.
+    """Computes attention [B,T,N,H] for queries q [B,T,N,H], k and v [B,K,S,H], with the backend `context.backend`.
 
-    If k and v come from a cache, they have the shape [B*K,S,H].
+    If k and v come from a cache, they have shape [B*K,S,H].
     """
     how, window = context.backend, max(context.windows, default=0)
     (B, T), split = q.shape[:2], shards("context")
@@ -75,7 +76,7 @@ def attend(q: Array, k: Array, v: Array, context: Context) -> Array:
         see = jnp.where(context.windowed, context.see_window, see)
     if how == "cudnn":
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        # With is_causal, the kernel skips blocks of keys that are masked completely.
+        # If is_causal, the kernel skips blocks of keys that are completely masked.
         return jax.nn.dot_product_attention(
             q, k, v, mask=see[:, None], is_causal=context.causal, implementation="cudnn"
         )
@@ -85,7 +86,7 @@ def attend(q: Array, k: Array, v: Array, context: Context) -> Array:
 def _splash_of_layer(q: Array, k: Array, v: Array, context: Context, window: int) -> Array:
     """Runs `splash` with the window of the current layer.
 
-    If only some layers have a window, `jax.lax.cond` chooses between two kernels.
+    If only some layers have a window, `jax.lax.cond` chooses between a kernel with and a kernel without it.
     """
 
     def seeing(window: int) -> Callable[[], Array]:
@@ -97,12 +98,12 @@ def _splash_of_layer(q: Array, k: Array, v: Array, context: Context, window: int
 
 
 def splash(q: Array, k: Array, v: Array, segments: Array, window: int = 0, causal: bool = True) -> Array:
-    """Computes flash attention of q [B,T,N,H] to k, v [B,K,T,H] with JAX's splash kernels for TPUs.
+    """Computes flash attention for q [B,T,N,H], k and v [B,K,T,H] with JAX's splash-attention kernel for TPUs.
 
-    XLA's partitioner cannot split a kernel, so every device runs the kernel on its own rows and heads. If the mesh axis
-    "context" shards sequences, a device keeps its own queries and gathers all keys and values, which are 2 T K H
-    numbers per row. The kernel reads keys and values block by block, so it never stores a T x T array. Like
-    `weights.einsum`, the forward kernel tags its result with the checkpoint name "product".
+    XLA's partitioner cannot split a kernel, so each device runs the kernel on its own rows and heads. If the mesh axis
+    "context" shards sequences, each device keeps its own queries, and gathers all keys and values, which are 2 T K H
+    numbers per row. The kernel reads keys and values block by block, and never stores a T x T array. The result of the
+    forward kernel has the checkpoint name "product", like the results of `weights.einsum`.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
@@ -129,7 +130,7 @@ def splash(q: Array, k: Array, v: Array, segments: Array, window: int = 0, causa
 
     if mesh.empty:
         return run(kernel, q, k, v, segments, segments).swapaxes(1, 2)
-    if k.shape[1] % tensor:  # repeat key heads until the mesh axis "tensor" divides their number
+    if k.shape[1] % tensor:  # repeat key heads so that the mesh axis "tensor" divides their number
         k, v = (jnp.repeat(x, tensor // math.gcd(tensor, k.shape[1]), axis=1) for x in (k, v))
     mask_spec = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, "context")))
     queries, keys = P(ROWS, "tensor", "context"), P(ROWS, "tensor")

@@ -1,8 +1,9 @@
-"""Losses and other functions of the logits. To save memory, the logits [rows, V] are computed in chunks of rows.
+"""Losses and other functions of the logits. To save memory, the logits [rows, V] are computed in chunks.
 
-In this file, a row is a token position. Rows with a weight of 0 (prompts, padding) need no logits: they are sorted to
-the end, and the loop over chunks stops before them. So a loss on completions computes only the logits of completions.
-Under a mesh, every shard of the batch and of the sequence sorts its own rows, and no row is sent to another device.
+In this file, a row is one token position, and a chunk is a block of rows. Rows with weight 0 (prompts, padding) need no
+logits. They are sorted to the end, and the loop over chunks stops before them. So a loss on completions computes only
+the logits of completions. On a mesh, each shard of the batch and sequence axes sorts its own rows, and no row is sent
+to another device.
 """
 
 import functools
@@ -21,29 +22,29 @@ from model.weights import Params, Tree, Weight
 
 T = TypeVar("T")
 
-ROWS = ("data", "fsdp", "context")  # mesh axes over which rows are sharded
+ROWS = ("data", "fsdp", "context")  # mesh axes that shard the rows
 
-# The size in bytes of one chunk of float32 logits on one shard, by platform.
-# On a CPU, a chunk has 341 rows if the vocabulary has 49152 tokens.
-# Each chunk reads the whole weight matrix of the head, and adds to the gradient of this matrix.
-# Since an accelerator multiplies faster than it reads memory, its chunks need thousands of rows.
+# Maximum bytes per chunk of float32 logits on one shard, by platform. On a CPU, a chunk has 341 rows if the vocabulary
+# has 49152 tokens. Each chunk reads the head's whole weight matrix and updates the whole gradient of this matrix. An
+# accelerator computes faster than it reads memory, so its chunks need thousands of rows.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "other": 512 * 2**20}
 
-Unembed = Callable[[Params, Array], Array]  # (the head's parameters, x [B,T,D]) -> logits [B,T,V] in float32
+# (parameters of the head, hidden states x [B,T,D]) -> float32 logits [B,T,V]
+Unembed = Callable[[Params, Array], Array]
 
 
 class Network(Protocol):
     def head(self, params: Params) -> tuple[Unembed, Params]: ...
 
 
-Side = tuple[Network, Params, Array]  # a model, the model's parameters, and the hidden states [B,T,D]
+Side = tuple[Network, Params, Array]  # a model, its parameters, and its hidden states [B,T,D]
 
 
 def nll(model: Network, params: Params, x: Array, targets: Array, weight: Array) -> Array:
-    """Returns the scalar sum(weight * -log p(targets)) in nats, for hidden states x [B,T,D], targets and weight [B,T].
+    """Returns sum(weight * -log p(targets)) in nats, given hidden states x [B,T,D], and targets and weight [B,T].
 
-    The gradient is computed in the forward pass, while the logits of a chunk are in memory, so that the backward pass
-    need not compute them again. For a loss that is not linear in the log-probabilities, use `token_logps`.
+    The forward pass also computes the gradient, while the logits of a chunk are in memory. So the backward pass does
+    not have to recompute them. For a loss that is not linear in the log-probabilities, use `token_logps`.
     """
     unembed, head = model.head(params)
     (x, targets, weight), _ = _count_first(weight, x, targets)
@@ -78,7 +79,7 @@ def entropy(model: Network, params: Params, x: Array, mask: Array) -> Array:
 
 
 def kl(of: Side, to: Side, mask: Array, temperature: float = 1.0) -> Array:
-    """Returns KL(of || to) = sum p_of (log p_of - log p_to) [B,T], in nats, where the sum is over the vocabulary.
+    """Returns KL(of || to) [B,T] = sum of p_of * (log p_of - log p_to) over the vocabulary, in nats.
 
     The result is 0 where `mask` [B,T] is 0. Distillation minimizes `kl(teacher, student, mask)`. Teacher and student
     must have the same vocabulary, but may otherwise differ.
@@ -92,11 +93,12 @@ def kl(of: Side, to: Side, mask: Array, temperature: float = 1.0) -> Array:
 
 
 def over_rows(f: Callable[..., Tree], sides: Sequence[Side], mask: Array, *extra: Array) -> Tree:
-    """Returns `f(logits, ..., *extra)` at the positions [B,T] where `mask` is not 0, and 0 at all other positions.
+    """Returns `f(logits, ..., *extra)` [B,T] where `mask` is not 0, and 0 where it is 0.
 
-    `f` takes the logits [R,V] of each model in `sides`, and R rows of each array [B,T,...] in `extra`. `f` must compute
-    each row independently, and return an array [R] or a tree of such arrays. The result is differentiable with respect
-    to the parameters of the heads, the hidden states and `extra`. The backward pass recomputes the logits.
+    `f` is called on R rows at a time: with the logits [R,V] of each model in `sides`, and the same rows [R,...] of each
+    array [B,T,...] in `extra`. It must compute each row independently, and return an array [R] or a tree of such
+    arrays. The result is differentiable with respect to the parameters of the heads, the hidden states and `extra`. The
+    backward pass recomputes the logits.
     """
     unembeds, trees = zip(*(model.head(params) for model, params, _ in sides))
     (*rows, mask), undo = _count_first(mask, *(x for *_, x in sides), *extra)
@@ -119,9 +121,10 @@ def _log_softmax(logits: Array, targets: Array) -> tuple[Array, Array]:
 
 
 def _count_first(mask: Array, *arrays: Array) -> tuple[tuple[Array, ...], Callable[[Array], Array]]:
-    """Reshapes arrays [B,T,...] and the mask to rows [S,R,...], where S is the number of shards of batch and sequence.
+    """Reshapes arrays [B,T,...] and the mask to [S,R,...], for S shards with R rows each.
 
-    In each shard, rows with a nonzero mask come first. Also returns a function that maps results [S,R] back to [B,T].
+    Sorts the rows of each shard so that rows with a nonzero mask come first. Also returns a function that maps results
+    [S,R] back to [B,T].
     """
     B, T = mask.shape
     S, C = weights.shards("data", "fsdp"), weights.shards("context")
@@ -145,10 +148,10 @@ def _count_first(mask: Array, *arrays: Array) -> tuple[tuple[Array, ...], Callab
 
 
 def _copies(tree: Tree, shards: int) -> Tree:
-    """Copies each array once for every shard of the rows, into an array [S, ...].
+    """Repeats each array once per shard of the rows, as an array [S, ...].
 
-    Without these copies, XLA's partitioner would gather the weight of the head, and reduce its gradient over devices,
-    for every chunk of rows.
+    Without these copies, XLA's partitioner would gather the head's weight and reduce its gradient over devices once per
+    chunk, instead of once in total.
     """
 
     def copy(a: Array) -> Array:
@@ -161,9 +164,9 @@ def _copies(tree: Tree, shards: int) -> Tree:
 
 
 def _sent(tree: Tree, x: Array) -> Tree:
-    """Copies the parameters of a head to every shard of x [S,R,D].
+    """Repeats the parameters of a head for every shard of x [S,R,D].
 
-    Plain arrays are first cast to the dtype of x, if that dtype is narrower.
+    If the dtype of x is narrower, plain arrays are cast to it first.
     """
 
     def narrow(w: Array | Weight) -> Array | Weight:
@@ -175,7 +178,7 @@ def _sent(tree: Tree, x: Array) -> Tree:
 def chunk_rows(rows: int, vocab: int) -> int:
     """Returns the number of rows per chunk and shard.
 
-    All chunks have the same size, because a smaller last chunk would take as long as a full chunk.
+    The rows are divided evenly over the chunks, because a nearly empty last chunk would take as long as a full one.
     """
     most = CHUNK_BYTES["cpu" if weights.platform() == "cpu" else "other"]
     return -(-rows // -(-4 * rows * vocab // most))
@@ -187,15 +190,15 @@ Cut = Callable[[Array], Array]
 def _loop(weight: Array, vocab: int, body: Callable[[Cut, Array, Array, T], T], carry: T) -> T:
     """Runs `carry = body(cut, start, fresh, carry)` on chunks of rows, until no row with a nonzero weight is left.
 
-    `weight` [S,R] has the weight of each row. The function `cut` extracts from an array [S,R,...] the chunk [S,C,...]
-    that begins at row `start`. The array `fresh` [C] is True for rows that were not already in an earlier chunk.
+    `weight` [S,R] has the weight of each row. `cut(a)` is the chunk [S,C,...] of an array a [S,R,...] that begins at
+    row `start`. `fresh` [C] is True for rows that were not in an earlier chunk.
     """
     R = weight.shape[1]
     size = chunk_rows(R, vocab)
     needed = -(-(weight != 0).sum(1).max() // size)
 
     def step(i: Array, carry: T) -> T:
-        start = jnp.minimum(i * size, R - size)  # the last chunk may overlap the previous chunk
+        start = jnp.minimum(i * size, R - size)  # the last chunk may overlap the one before it
         fresh = start + jnp.arange(size) >= i * size
 
         def cut(a: Array) -> Array:
@@ -207,10 +210,10 @@ def _loop(weight: Array, vocab: int, body: Callable[[Cut, Array, Array, T], T], 
 
 
 def _pieces(unembed: Unembed, head: tuple[Tree, Tree], x: Array, targets: Array, g: Array) -> tuple[Array, Tree, Array]:
-    """Returns (log p(targets) [S,C], gradient for the trained parameters of the head, gradient for x) for one chunk.
+    """Processes one chunk with hidden states x [S,C,D].
 
-    The hidden states x are [S,C,D], and g [S,C] is the cotangent of the log-probabilities. `head` is (trained
-    parameters, frozen parameters), and has a copy of each array for every shard.
+    Returns (log p(targets) [S,C], gradient for the head's trained parameters, gradient for x). g [S,C] is the cotangent
+    of the log-probabilities. `head` is (trained parameters, frozen parameters), where each array is repeated per shard.
     """
 
     def shard(trained: Tree, frozen: Tree, x: Array, targets: Array, g: Array) -> tuple[Array, Tree, Array]:
@@ -231,13 +234,13 @@ def _summed(copies: Tree) -> Tree:
 
 
 def _write(out: Array, chunk: Array, start: Array, fresh: Array) -> Array:
-    """Writes the rows of `chunk` that are `fresh` into `out` [S,R,...], starting at row `start`, and returns `out`."""
+    """Returns `out` [S,R,...] after writing `chunk` at row `start`. Only the rows that are `fresh` are written."""
     old = jax.lax.dynamic_slice_in_dim(out, start, chunk.shape[1], axis=1)
     keep = fresh.reshape(1, -1, *(1,) * (chunk.ndim - 2))
     return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(keep, chunk, old), start, axis=1)
 
 
-# --- sum of weighted negative log-likelihoods: the gradient is computed in the forward pass ---
+# --- the weighted sum of negative log-likelihoods; the forward pass also computes its gradient ---
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -279,9 +282,9 @@ _nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
 
 
 def _by_perturbed(tree: Tree) -> tuple[Tree, Tree]:
-    """Splits a tree into two trees: one with the arrays that are differentiated, and one with all other arrays.
+    """Splits a tree into (arrays that are differentiated, all other arrays).
 
-    Both trees have None in place of the arrays that they do not contain.
+    Each result has the structure of `tree`, with None in place of the arrays that are in the other one.
     """
 
     def primal(p: object) -> bool:
@@ -295,14 +298,15 @@ def _by_perturbed(tree: Tree) -> tuple[Tree, Tree]:
     return weights.partition(values, mask)
 
 
-# --- any function of the logits of a row: logits are recomputed in the backward pass ---
+# --- any function of one row's logits; the backward pass recomputes the logits ---
 
-Rows = tuple[Array, ...]  # hidden states [S,R,D] of each model, then the other inputs [S,R,...] of the loss
+# the hidden states [S,R,D] of each model, followed by the other inputs [S,R,...] of the function
+Rows = tuple[Array, ...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _over(f: Callable[[tuple, Rows], Tree], vocab: int, trees: tuple, rows: Rows, mask: Array) -> Tree:
-    """Computes f(heads, rows) for one chunk of rows after the other, and returns the results [S,R] of all chunks.
+    """Computes f(heads, rows) chunk by chunk, and returns the results [S,R] for all rows.
 
     `vocab` is the number of logits per row.
     """
@@ -351,5 +355,5 @@ def _is_symbolic(x: object) -> bool:
 
 
 def _instantiated(g: Tree) -> Array:
-    """Returns the cotangent of an output as an array. JAX passes a symbolic zero for an output that is not used."""
+    """Returns an output's cotangent as an array. JAX passes a symbolic zero for an unused output."""
     return jnp.zeros(g.shape, g.dtype) if _is_symbolic(g) else g

@@ -1,6 +1,6 @@
-"""The kinds of layers. To add a kind of layer, write a subclass of Block and add this class to KINDS.
+"""The kinds of layers. To add a kind, write a subclass of Block and add it to KINDS.
 
-Parameters that only one kind of layer has are stored under the name of that kind, such as "attn" in "layers/attn/wq".
+Parameters that only one kind of layer has are stored under the kind's name, such as "attn" in "layers/attn/wq".
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ KINDS = {"attn": Block, "recurrent": RecurrentBlock}
 
 
 def check(config: ModelConfig) -> None:
-    """Raises UserError if a norm or layer is unknown, or if a bidirectional model has layers that must be causal."""
+    """Raises UserError for unknown norms or layers, and for bidirectional models with layers that must be causal."""
     if config.norms not in NORMS:
         raise UserError(f"norms={config.norms!r}", "model", f"known: {', '.join(NORMS)}")
     for name in config.blocks:
@@ -28,5 +28,5 @@ def check(config: ModelConfig) -> None:
 
 
 def without_columns(parts: Iterable[str]) -> list[str]:
-    """Returns the names in `parts` that are kinds of layers which do not cache a key and a value per token."""
+    """Returns those kinds of layers in `parts` that do not cache a key and a value for each token."""
     return [part for part in parts if part in KINDS and not KINDS[part].columns]

@@ -1,4 +1,4 @@
-"""The key-value cache, stored as floats, or as 8-bit codes with one scale per token and head."""
+"""The key-value cache. Values are stored as floats, or as 8-bit codes with one scale per token and head."""
 
 import functools
 from collections.abc import Callable
@@ -18,30 +18,33 @@ KINDS = {"float": None, "int8": "int8", "fp8": "e4m3"}
 
 @flax.struct.dataclass
 class Coded:
-    """Quantized keys or values, which equal codes * scale."""
+    """Quantized keys or values: codes * scale."""
 
     codes: Array  # [...,S,H] int8 or e4m3
     scale: Array  # [...,S,1] float32
 
 
 class KV(NamedTuple):
-    """The cached keys and values of an attention layer, [B*K,S,H] each, or [layers,B*K,S,H] for stacked layers."""
+    """The cached keys and values of an attention layer: [B*K,S,H] each, or [layers,B*K,S,H] if layers are stacked."""
 
     k: Array | Coded
     v: Array | Coded
 
 
 class Cache(NamedTuple):
-    """The state of decoding. Each of S columns stores one token, and the next token is written to column `index`."""
+    """The state of decoding. Each of the S columns stores one token per row.
+
+    The next token is written to column `index`.
+    """
 
     index: Array  # []
-    layers: Tree  # a tuple with the cache of each layer; for stacked layers, one stack or {kind: stack}
+    layers: Tree  # a tuple with one cache per layer; if layers are stacked, one stack or {kind: stack}
     positions: Array  # [B,S] position of the token in each column
-    segments: Array  # [B,S] document number of the token; 0 for an empty column or padding
+    segments: Array  # [B,S] document number of the token in each column; 0 for padding and empty columns
 
 
 def encode(x: Array, kind: str) -> Array | Coded:
-    """Converts keys or values x [...,S,H] to the format of a cache of this `kind`."""
+    """Converts keys or values x [...,S,H] to the storage format `kind`, which is a key of KINDS."""
     if kind == "float":
         return x
     axes = "abcdefgh"[: x.ndim]
@@ -49,7 +52,7 @@ def encode(x: Array, kind: str) -> Array | Coded:
 
 
 def write(cache: Array | Coded, new: Array, index: Array) -> Array | Coded:
-    """Returns the cache [B*K,S,H] with the keys or values `new` [B,K,T,H] written at column `index`."""
+    """Returns `cache` [B*K,S,H] after writing the keys or values `new` [B,K,T,H] at column `index`."""
     kind = "float"
     if isinstance(cache, Coded):
         kind = "int8" if cache.codes.dtype == jnp.int8 else "fp8"
@@ -67,22 +70,22 @@ def read(cache: Array | Coded, dtype: DTypeLike) -> Array:
 def insert(cache: Cache, part: Cache, rows: Array, sources: Array, count: Array | int) -> Cache:
     """Replaces row rows[i] of `cache` by row sources[i] of `part`, for each i < count.
 
-    `cache` is a ring buffer. The last token of a new row is put in the column before `cache.index`, so that the next
-    token of the row will directly follow. The tokens of a row of `part` must not span more columns than `cache` has.
+    `cache` is a ring buffer. A new row is placed so that its last token is in the column before `cache.index`, and its
+    next token will follow directly. No row of `part` may span more columns than `cache` has.
     """
     width, room = part.positions.shape[1], cache.positions.shape[1]
     number = len(part.positions)
     ends = jnp.where(part.segments != 0, jnp.arange(1, width + 1), 0).max(1)
 
     def placed(x: Array, end: Array) -> Array:
-        """Moves a row of W columns to the S columns of the ring buffer, so that it ends before column `cache.index`."""
+        """Places a row of W columns in the S columns of the ring buffer. It ends before column `cache.index`."""
         x = jnp.roll(x, -end, axis=1)[:, -room:]
         x = jnp.pad(x, ((0, 0), (room - x.shape[1], 0), *((0, 0),) * (x.ndim - 2)))
         return jnp.roll(x, cache.index, axis=1)
 
     def one(i: Array, cache: Cache) -> Cache:
         def put(columns: bool, whole: Array, x: Array) -> Array:
-            each = len(x) // number  # rows of x per batch row: 1, or the number of key heads
+            each = len(x) // number  # number of rows of x per row of the batch: 1 or the number of key heads
             x = jax.lax.dynamic_slice_in_dim(x, sources[i] * each, each)
             x = placed(x, ends[sources[i]]) if columns else x
             return jax.lax.dynamic_update_slice_in_dim(whole, x, rows[i] * each, 0)
@@ -95,9 +98,9 @@ def insert(cache: Cache, part: Cache, rows: Array, sources: Array, count: Array 
 
 
 def _each(f: Callable[..., Array], layers: Tree, *others: Tree) -> Tree:
-    """Applies `f` to the arrays [B*K,...] of the cache of each layer. The layers may be stacked.
+    """Applies `f` to each layer's cache arrays [B*K,...]. The layers may be stacked.
 
-    The first argument of `f` says whether the layer caches keys and values.
+    The first argument of `f` is True if the layer caches keys and values.
     """
 
     def of(layer: Tree, *rest: Tree) -> Tree:

@@ -1,4 +1,4 @@
-"""The layers of a transformer, as flax modules. Each weight is declared by the einsum equation that uses it."""
+"""The layers of a transformer, as flax modules. Each weight is declared with the einsum equation that uses it."""
 
 import math
 from typing import ClassVar, NamedTuple
@@ -28,19 +28,25 @@ ACTIVATIONS = {
 class Layer(nn.Module):
     """Base class of modules that declare parameters.
 
-    Existing parameters are read without flax's shape check, since a parameter may be a `Weight` instead of an array.
+    Flax's shape check is skipped when parameters are read, because a parameter may be a `Weight` instead of an array.
     """
 
     config: ModelConfig
 
     def weight(self, name: str, eqn: str, scale: float = 1.0) -> Array | Weight:
-        """Declares the weight of the einsum `eqn`, initialized from N(0, scale^2 / fan-in), and returns its value."""
+        """Declares the weight of the einsum `eqn`, and returns its value.
+
+        It is initialized from N(0, scale^2 / fan_in).
+        """
         letters = weights.operands(eqn)[1]
         fan_in = math.prod(self.config.sizes[c] for c in weights.split(eqn)[1])
         return self._declare(name, letters, nn.initializers.normal(scale * fan_in**-0.5), eqn)
 
     def vector(self, name: str, letters: str, init: float) -> Array:
-        """Declares a scale or a bias with the axes `letters`, filled with `init`, and returns its value."""
+        """Declares a scale or bias with the axes `letters`, and returns its value.
+
+        All its entries are initialized to `init`.
+        """
         return self._declare(name, letters, nn.initializers.constant(init), "")
 
     def _declare(self, name: str, letters: str, init: nn.initializers.Initializer, eqn: str) -> Array | Weight:
@@ -51,12 +57,12 @@ class Layer(nn.Module):
         return self.param(name, lambda key: Spec(init(key, shape, jnp.float32), axes, eqn=eqn))
 
     def bias(self, name: str, letters: str, x: Array, when: bool) -> Array:
-        """Returns x, plus a learned bias with the axes `letters` if `when` is true."""
+        """If `when` is True, returns x plus a learned bias with the axes `letters`; otherwise, returns x."""
         return x + self.vector(name, letters, 0.0).astype(x.dtype) if when else x
 
 
 class Norm(Layer):
-    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last axis of x [...,D], both computed in float32."""
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last axis of x [...,D], computed in float32."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -70,7 +76,10 @@ class Norm(Layer):
 
 
 class Attention(Layer):
-    """Maps x [B,T,D] to [B,T,D] by self-attention. With a cache, tokens also attend to the tokens of earlier calls."""
+    """Self-attention, from x [B,T,D] to [B,T,D].
+
+    If there is a cache, tokens also attend to the tokens of earlier calls.
+    """
 
     @nn.compact
     def __call__(self, x: Array, context: Context, cache: KV | None) -> tuple[Array, KV | None]:
@@ -92,19 +101,19 @@ class Attention(Layer):
             k, v = kv_cache.read(cache.k, q.dtype), kv_cache.read(cache.v, q.dtype)
         y = attend(q, k.astype(q.dtype), v.astype(q.dtype), context)
         y = y if cache is None else by_heads(y)
-        scale = (2 * c.layers) ** -0.5  # keeps the variance of the residual stream independent of depth (GPT-2)
+        scale = (2 * c.layers) ** -0.5  # makes the variance of the residual stream independent of depth, as in GPT-2
         y = weights.einsum("BTNH,NHD->BTD", y, self.weight("wo", "BTNH,NHD->BTD", scale))
         return self.bias("bo", "D", y, c.biased("out")), cache
 
     def head_norm(self, name: str, x: Array) -> Array:
-        """Applies RMSNorm to every attention head of x [B,T,N,H]."""
+        """Applies RMSNorm to each attention head of x [B,T,N,H] separately."""
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.config.norm_eps)
         return (h * self.vector(name, "H", 1.0)).astype(x.dtype)
 
 
 class MLP(Layer):
-    """Maps x [B,T,D] to [B,T,D] by SwiGLU (Shazeer 2020, arXiv 2002.05202) or by act(x @ up) @ down."""
+    """An MLP, from x [B,T,D] to [B,T,D]: SwiGLU (Shazeer 2020, arXiv 2002.05202) or act(x @ up) @ down."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -124,10 +133,11 @@ class MLP(Layer):
 class Block(Layer):
     """A layer with two sublayers, whose outputs are added to the residual stream x [B,T,D].
 
-    The method `mix` combines different tokens, and the method `feed` transforms each token separately. A call takes
-    the layer's cache of earlier tokens, or None, and returns x and the cache with the tokens of x added. Subclasses
-    implement other kinds of layers. If the attribute `columns` is True, the cache stores a key and a value per token.
-    Only layers with `columns` support virtual tokens, bidirectional models, and rows that start at different steps.
+    The method `mix` combines different tokens, and the method `feed` transforms each token separately. A call takes x
+    and the layer's cache of earlier tokens, or None. It returns the new x, and the cache with the tokens of x added.
+    Subclasses implement other kinds of layers. If the attribute `columns` is True, the cache stores a key and a value
+    per token. Only such layers support virtual tokens, bidirectional models, and batches whose rows start at different
+    steps.
     """
 
     columns: ClassVar[bool] = True
@@ -142,7 +152,7 @@ class Block(Layer):
 
     @staticmethod
     def keys_per_query(config: ModelConfig, tokens: int, virtual: int) -> float:
-        """Returns the mean number of keys per query, if `tokens` tokens follow `virtual` virtual tokens in a row."""
+        """Returns the mean number of keys per query in a row of `virtual` virtual tokens and then `tokens` tokens."""
         return ((tokens + 1) / 2 if config.causal else tokens) + virtual
 
     @nn.compact
@@ -157,7 +167,7 @@ class Block(Layer):
         return x, cache
 
     def mix(self, h: Array, context: Context, cache: Tree) -> tuple[Array, Tree]:
-        """Runs the sublayer that combines different tokens, which is attention unless a subclass overrides it."""
+        """Runs the sublayer that combines different tokens: attention, unless a subclass overrides this method."""
         return Attention(self.config, name="attn")(h, context, cache)
 
     def feed(self, h: Array, context: Context) -> Array:
@@ -165,11 +175,14 @@ class Block(Layer):
         return MLP(self.config, name="mlp")(h)
 
     def norm_before(self, name: str, x: Array) -> Array:
-        """Returns the input of a sublayer, which is x, normalized if the config puts norms before sublayers."""
+        """Returns the input of a sublayer: x, after a norm if `config.norms` puts one before sublayers."""
         return x if self.config.norms == "post" else Norm(self.config, name=name)(x)
 
     def norm_behind(self, name: str, x: Array, y: Array) -> Array:
-        """Adds the output y of a sublayer to the residual stream x, and normalizes where the config says so."""
+        """Adds the output y of a sublayer to the residual stream x.
+
+        Normalizes y or the sum if `config.norms` requires it.
+        """
         if self.config.norms == "post":
             return Norm(self.config, name=f"{name}_norm")(x + y)
         if self.config.norms == "both":
@@ -177,31 +190,31 @@ class Block(Layer):
         return x + y
 
     def adapted(self, name: str, x: Array, y: Array) -> Array:
-        """Applies the bottleneck adapter `name`, if there is one, to a sublayer with the input x and the output y."""
+        """Applies the bottleneck adapter `name`, if it exists, to a sublayer with input x and output y."""
         adapter = self.get_variable("params", name)
         return y if adapter is None else adapter(x, y)
 
 
 def report(module: nn.Module, name: str, value: Array) -> None:
-    """Records a value that a layer has computed, so that `Transformer.hidden` returns it among the reports."""
+    """Records a value that a layer has computed. `Transformer.hidden` returns it in `reports`."""
     module.sow("reports", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
 def by_heads(x: Array) -> Array:
-    """Shards the heads of x [B,T,N,H] like the heads of the weights, if the mesh axis "tensor" divides N.
+    """Shards the heads of activations x [B,T,N,H] like the heads of weights, if the mesh axis "tensor" divides N.
 
-    A cache merges batch rows and heads into one axis, so the cache is not sharded by heads. Without this constraint,
-    XLA's partitioner would gather the weights on every device instead of the activations x.
+    A cache is not sharded by heads, because it merges batch rows and heads into one axis. Without this constraint,
+    XLA's partitioner would therefore gather the weights on every device, instead of the activations.
     """
     even = x.shape[2] % weights.shards("tensor") == 0
     return nn.with_logical_constraint(x, ("act_batch", "act_seq", "heads", None)) if even else x
 
 
 def unembed(eqn: str, cap: float, table: Array | Weight, x: Array) -> Array:
-    """Returns float32 logits [B,T,V] for hidden states x [B,T,D]. `cap` limits the logits: see `softcap`."""
+    """Returns float32 logits [B,T,V] for hidden states x [B,T,D]. They are limited by `softcap` with `cap`."""
     return softcap(weights.einsum(eqn, x, table).astype(jnp.float32), cap)
 
 
 def softcap(logits: Array, cap: float) -> Array:
-    """Limits logits smoothly to (-cap, cap), by cap * tanh(logits / cap). If `cap` is 0, logits do not change."""
+    """Smoothly limits logits to the range (-cap, cap). If `cap` is 0, returns them unchanged."""
     return cap * jnp.tanh(logits / cap) if cap else logits

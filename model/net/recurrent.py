@@ -16,21 +16,21 @@ from model.net.attention import Context
 from model.net.layers import ACTIVATIONS, Block, Layer
 
 SHARPNESS = 8.0  # c of eq. 6
-DECAYS = (0.9, 0.999)  # the initial values of a^c are drawn uniformly from this range
-STEEPEST = 1000.0  # limit on the gradient of the square root in eq. 4, which would be infinite at a = 1
+DECAYS = (0.9, 0.999)  # range from which the initial values of a^c are drawn uniformly
+STEEPEST = 1000.0  # upper limit on the derivative of the square root in eq. 4, which is infinite at a = 1
 
 
 class Memory(NamedTuple):
     """The cache of a recurrent layer."""
 
-    inputs: Array  # [B,C-1,W], the last inputs of the convolution
+    inputs: Array  # [B,C-1,W], the last C - 1 inputs of the convolution
     state: Array  # [B,W]
 
 
 class Recurrent(Layer):
-    """The recurrent sublayer, which maps x [B,T,D] to [B,T,D] by out(act(gate(x)) * RG-LRU(conv(in(x)))).
+    """The recurrent sublayer, from x [B,T,D] to [B,T,D]. It computes out(act(gate(x)) * RG-LRU(conv(in(x)))).
 
-    With a cache, the recurrence continues from the state that the previous call returned.
+    If there is a cache, the recurrence continues from the state of the previous call.
     """
 
     @nn.compact
@@ -46,28 +46,29 @@ class Recurrent(Layer):
         return self.bias("bout", "D", y, True), None if cache is None else Memory(inputs, state)
 
     def convolve(self, u: Array, age: Array, before: Array) -> tuple[Array, Array]:
-        """Applies a causal depthwise convolution to u [B,T,W]. Also returns the last inputs, for the next call.
+        """Applies a causal depthwise convolution to u [B,T,W].
 
-        The array `before` [B,C-1,W] has the inputs that precede u. The array `age` [B,T], the number of earlier tokens
-        in the same document, ensures that no output depends on another document.
+        Returns (outputs, last inputs); the last inputs are passed to the next call. `before` [B,C-1,W] has the inputs
+        that precede u. `age` [B,T] is the number of earlier tokens in the same document. It is used to ignore inputs
+        from other documents.
         """
         taps, T = self.config.conv, u.shape[1]
         w = self._declare("conv", "CW", nn.initializers.normal(taps**-0.5), "").astype(u.dtype)
         padded = jnp.concatenate([before, u], 1)
 
-        def back(n: int) -> Array:  # inputs n tokens ago
+        def back(n: int) -> Array:  # the inputs of n tokens earlier
             return jnp.where((age >= n)[..., None], padded[:, taps - 1 - n :][:, :T], 0)
 
         y = sum(w[taps - 1 - n] * back(n) for n in range(taps))
-        ends = (age >= 0).sum(1)[:, None] + jnp.arange(taps - 1)  # columns of the last real tokens
+        ends = (age >= 0).sum(1)[:, None] + jnp.arange(taps - 1)  # columns of the last tokens that are not padding
         return self.bias("bconv", "W", y, True), jnp.take_along_axis(padded, ends[..., None], axis=1)
 
     def rg_lru(self, x: Array, age: Array, before: Array) -> tuple[Array, Array]:
-        """Runs the recurrence on x [B,T,W] in float32, and returns (the states h [B,T,W], the last state [B,W]).
+        """Runs the recurrence on x [B,T,W] in float32. Returns (states h [B,T,W], last state [B,W]).
 
         Equations 1 to 4 of the paper define h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t). For the first token of a
-        document, a_t is 0 and the input is not scaled. For padding, a_t is 1 and the input is 0, so that the state
-        does not change. The weights of the gates are block-diagonal.
+        document, a_t is 0 and the input is not scaled. For padding, a_t is 1 and the input is 0, so the state does not
+        change. The gates' weight matrices are block-diagonal.
         """
         blocks = x.reshape(*x.shape[:2], self.config.heads, -1)  # [B,T,N,I]
 
@@ -92,7 +93,7 @@ class Recurrent(Layer):
 
 
 class RecurrentBlock(Block):
-    """A Block that combines tokens by a recurrence instead of attention."""
+    """A Block that uses a recurrence instead of attention to combine tokens."""
 
     columns: ClassVar[bool] = False
 
@@ -111,14 +112,14 @@ class RecurrentBlock(Block):
 
 
 def initial(config: ModelConfig, lead: tuple[int, ...], dtype: str) -> Memory:
-    """Returns an empty cache of a recurrent layer, whose arrays have the leading axes `lead`."""
+    """Returns an empty cache for a recurrent layer. Its arrays have the leading axes `lead`."""
     W = config.recurrent
     return Memory(jnp.zeros((*lead, config.conv - 1, W), dtype), jnp.zeros((*lead, W)))
 
 
 @jax.custom_jvp
 def root(x: Array) -> Array:
-    """Returns sqrt(x), with its gradient limited to STEEPEST."""
+    """Returns sqrt(x), with a derivative of at most STEEPEST."""
     return jnp.sqrt(x)
 
 
@@ -128,6 +129,6 @@ def _root_slope(x: tuple[Array], dx: tuple[Array]) -> tuple[Array, Array]:
 
 
 def _decays(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    """Draws the parameter L such that a^c = exp(-c softplus(L)) is uniform in the range DECAYS (section 2.4)."""
+    """Draws the parameter L such that exp(-c * softplus(L)) is uniform in the range DECAYS (section 2.4)."""
     a = jax.random.uniform(key, shape, dtype, *DECAYS)
     return jnp.log(jnp.expm1(-jnp.log(a) / SHARPNESS))

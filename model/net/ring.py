@@ -1,8 +1,8 @@
 """Ring attention (Liu et al. 2023, arXiv 2310.01889): exact attention when the mesh axis "context" shards sequences.
 
-Every shard keeps its queries. The blocks of keys and values travel around the ring of shards, once in the forward pass
-and once in the backward pass. A shard stores the attention scores of only one block at a time, so the memory for scores
-is inversely proportional to the square of the number of shards.
+Each shard keeps its own queries. The blocks of keys and values are passed around the ring of shards, once in the
+forward pass and once in the backward pass. A shard stores the attention scores of only one block at a time. So the
+memory per shard for scores is inversely proportional to the square of the number of shards.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from model.net.attention import mask
 
-FAR = 1 << 30  # a sliding window so large that it has no effect
+FAR = 1 << 30  # a window size so large that the window has no effect
 Ids = tuple[Array, Array]  # positions and segments [B,T]
 Residuals = tuple[Array, Array, Array, Ids, Array, Array, Array, Array]  # q, k, v, ids, window, out, top, total
 Carry = TypeVar("Carry")
@@ -26,10 +26,10 @@ Block = TypeVar("Block")
 def ring_attention(
     q: Array, k: Array, v: Array, positions: Array, segments: Array, window: int | Array = FAR, causal: bool = True
 ) -> Array:
-    """Computes `attention` of q [B,T,N,H] to k, v [B,K,T,H], masked by positions [B,T], segments [B,T] and a window.
+    """Computes `attention` for q [B,T,N,H], k and v [B,K,T,H].
 
-    The window may be a traced value. The mesh axis "context" must divide T. XLA's partitioner handles the other axes of
-    the mesh.
+    Positions [B,T], segments [B,T] and `window` define the mask. `window` may be a traced value. T must be a multiple
+    of the size of the mesh axis "context". XLA's partitioner handles the other mesh axes.
     """
     rows, keys = P(None, "context"), P(None, None, "context")
     ring = functools.partial(_ring, causal)
@@ -40,7 +40,7 @@ def ring_attention(
 
 
 def _grouped(x: Array, k: Array) -> Array:
-    """[B,T,N,H] -> [B,K,G,T,H]."""
+    """Groups query heads by the key head that they share: [B,T,N,H] -> [B,K,G,T,H]."""
     B, T, N, H = x.shape
     return x.reshape(B, T, k.shape[1], N // k.shape[1], H).transpose(0, 2, 3, 1, 4)
 
@@ -55,15 +55,15 @@ _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _scores(q: Array, k: Array, q_ids: Ids, k_ids: Ids, window: Array, causal: bool) -> tuple[Array, Array]:
-    """Returns (masked float32 scores [B,K,G,T,S], mask) of queries q [B,K,G,T,H] and a block k [B,K,S,H] of keys."""
+    """Returns (masked float32 scores [B,K,G,T,S], mask) for queries q [B,K,G,T,H] and a block of keys k [B,K,S,H]."""
     see = mask(*q_ids, *k_ids, window, causal)[:, None, None]
     return jnp.where(see, _dot("BKGTH,BKSH->BKGTS", q, k) * q.shape[-1] ** -0.5, -1e30), see
 
 
 def _around(step: Callable[[Carry, Block], tuple[Carry, Block]], carry: Carry, block: Block) -> tuple[Carry, Block]:
-    """Sends the blocks around the ring, and runs `carry, block = step(carry, block)` on each block that arrives.
+    """Passes the blocks around the ring. Runs `carry, block = step(carry, block)` on each block that arrives.
 
-    After one round, every block is back on its own shard.
+    At the end, every block is back on its own shard.
     """
     n = jax.lax.axis_size("context")
     onward = [(i, (i + 1) % n) for i in range(n)]
@@ -83,7 +83,7 @@ def _ring(causal: bool, q: Array, k: Array, v: Array, positions: Array, segments
 def _forward(
     causal: bool, q: Array, k: Array, v: Array, positions: Array, segments: Array, window: Array
 ) -> tuple[Array, Residuals]:
-    """Computes an online softmax over all blocks. The sums are rescaled whenever the running maximum `top` rises."""
+    """Computes an online softmax over all blocks. Whenever the running maximum `top` rises, the sums are rescaled."""
     ids, x = (positions, segments), _grouped(q, k)
 
     def step(carry: tuple[Array, Array, Array], block: tuple[Array, Array, Ids]) -> tuple:
@@ -104,7 +104,7 @@ def _forward(
 def _backward(causal: bool, residuals: Residuals, g: Array) -> tuple:
     """Recomputes the attention probabilities from `top` and `total`.
 
-    The gradients of keys and values travel around the ring together with their block.
+    The gradients for a block of keys and values are passed around the ring together with the block.
     """
     q, k, v, ids, window, out, top, total = residuals
     x, g, out = (_grouped(a, k) for a in (q, g, out))

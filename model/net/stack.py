@@ -1,8 +1,8 @@
 """Runs the layers of a model. Parameters, caches and reports of the layers are stacked along a leading axis.
 
-In a model with several kinds of layers, norms and MLPs are stacked over all layers, the parameters in "attn" over the
-attention layers, and the parameters in "recurrent" over the recurrent layers. So the parameter "layers/attn/wq" has the
-same name in every model.
+If a model has several kinds of layers, norms and MLPs are stacked over all layers, but the parameters in "attn" only
+over attention layers, and those in "recurrent" only over recurrent layers. So parameters such as "layers/attn/wq" have
+the same name in all models.
 """
 
 import functools
@@ -23,7 +23,7 @@ Reports = dict[str, Array]  # name -> value
 
 
 class Layer(Protocol):
-    """The type of a function that runs one layer on x [B,T,D], and returns the new x, the new cache and the reports."""
+    """The type of functions that run one layer on x [B,T,D]. They return (new x, new cache, reports)."""
 
     def __call__(
         self, kind: str, x: Array, params: Params, cache: Tree, windowed: bool | Array, /
@@ -31,9 +31,9 @@ class Layer(Protocol):
 
 
 def join(stacks: dict[str, Params], config: ModelConfig) -> Params:
-    """Merges the stacked parameters of each kind of layer into one tree.
+    """Merges the stacked parameters of all kinds of layers into one tree.
 
-    Parameters that all kinds have are merged into one stack, in the order of the layers.
+    Parameters that exist in every kind are merged into one stack, in layer order.
     """
     order = np.argsort(np.concatenate([config.stack(f"{LAYERS}/{kind}") for kind in stacks]))
 
@@ -46,7 +46,7 @@ def join(stacks: dict[str, Params], config: ModelConfig) -> Params:
 
 
 def pick(stacked: Params, kinds: Sequence[str], i: int) -> Params:
-    """Returns the parameters of layer i from the stacks, where kinds[j] is the kind of layer j."""
+    """Selects the parameters of layer i from the stacks. kinds[j] is the kind of layer j."""
     out = {}
     for part, tree in stacked.items():
         if part not in kinds:
@@ -61,7 +61,7 @@ def _at(tree: T, i: int) -> T:
 
 
 def gather(each: Sequence[dict[str, Tree]]) -> dict[str, Tree]:
-    """Converts a list with one dict per layer to one dict, which stacks each value over the layers that have it."""
+    """Merges dicts, one per layer, into one dict. Each of its values is stacked over the layers that have it."""
     names = dict.fromkeys(name for one in each for name in one)
     values = {name: [one[name] for one in each if name in one] for name in names}
     return {name: jax.tree.map(lambda *xs: jnp.stack(xs), *trees) for name, trees in values.items()}
@@ -70,7 +70,7 @@ def gather(each: Sequence[dict[str, Tree]]) -> dict[str, Tree]:
 def unrolled(
     layer: Layer, x: Array, layers: Sequence[Params], caches: Sequence[Tree] | None, config: ModelConfig
 ) -> tuple[Array, tuple | None, Reports]:
-    """Runs all layers without a scan. `layers` has one tree of parameters per layer, so no stack must be sliced."""
+    """Runs all layers without a scan. `layers` has one parameter tree per layer, so no stacks have to be sliced."""
     kept, reports = [], []
     for i, (kind, params, windowed) in enumerate(zip(config.kinds, layers, config.windowed, strict=True)):
         x, cache, report = layer(kind, x, params, caches and caches[i], windowed)
@@ -80,10 +80,11 @@ def unrolled(
 
 
 def scan(layer: Layer, x: Array, layers: Params, caches: Tree, config: ModelConfig) -> tuple[Array, Tree, Reports]:
-    """Runs stacked layers in a `scan`. `caches` is one stack, or {kind: stack} for several kinds of layers, or None.
+    """Runs stacked layers with `jax.lax.scan`.
 
-    With several kinds of layers, each iteration runs one period of the repeating pattern `config.blocks`. If the last
-    period is incomplete, its layers run after the loop.
+    `caches` is None or one stack, or {kind: stack} for several kinds of layers. If there are several kinds of layers,
+    each iteration runs one repetition of the pattern `config.blocks`. If the last repetition is incomplete, its layers
+    run after the loop.
     """
     windowed = jnp.asarray(config.windowed)
     if len(set(config.kinds)) == 1:
@@ -99,7 +100,7 @@ def scan(layer: Layer, x: Array, layers: Params, caches: Tree, config: ModelConf
     stacks = (layers, caches or {}, {"windowed": windowed})
 
     def some(x: Array, stacks: tuple, kinds: Sequence[str]) -> tuple[Array, tuple[dict, Reports]]:
-        """Runs the first layers of a period, which have these `kinds`. Returns (x, (new caches, reports))."""
+        """Runs the first layers of a period, whose kinds are `kinds`. Returns (x, (new caches, reports))."""
         layers, caches, flags = stacks
         kept, reports = [], []
         for i, kind in enumerate(kinds):
@@ -117,7 +118,7 @@ def scan(layer: Layer, x: Array, layers: Params, caches: Tree, config: ModelConf
 
 
 def _split(stacked: dict[str, Tree], period: Sequence[str], turns: int) -> tuple[dict[str, Tree], dict[str, Tree]]:
-    """Splits each stack into the layers that the loop runs, [turns, layers per turn, ...], and the remaining layers."""
+    """Splits each stack into (layers for the loop [turns, layers per turn, ...], remaining layers)."""
     looped, rest = {}, {}
     for part, tree in stacked.items():
         n = period.count(part) if part in period else len(period)

@@ -1,6 +1,6 @@
-"""The model, with methods such as `hidden` and `logits` that are pure functions of a tree of parameters.
+"""The transformer model. Its methods, such as `hidden` and `logits`, are pure functions of a parameter tree.
 
-Only the layers are flax modules.
+Only its layers are flax modules.
 """
 
 import dataclasses
@@ -25,13 +25,14 @@ from model.net.kv_cache import KV, Cache
 from model.net.layers import Norm, unembed
 from model.weights import Params, Spec, Specs, Tree
 
-CUDNN = "dot_product_attention_fwd_wrapper"  # JAX's primitive for cuDNN's forward kernel, which sets no checkpoint name
+# name of JAX's primitive for the forward kernel of cuDNN, whose result has no checkpoint name
+CUDNN = "dot_product_attention_fwd_wrapper"
 
-# Remat policies: which results of a layer are saved for the backward pass. All other results are recomputed.
-# "dots" saves the results of `weights.einsum` and, on a TPU or GPU, the result of the attention kernel.
-# On a CPU, recomputing softmax and silu takes less time than stacking their results in the scan.
-# With LoRA, saving the results of all matrix products would save both terms of the sum x W + x A B.
-# Results are selected by checkpoint name instead, so that only the sum is saved, which is as large as each term.
+# Remat policies determine which results of a layer are saved for the backward pass. All other results are recomputed.
+# "dots" saves the results of `weights.einsum` and, on a TPU or GPU, the result of the attention kernel. Results such as
+# softmax and silu are not saved: on a CPU, recomputing them is faster than stacking them in the scan. The policy
+# selects results by checkpoint name. If it selected all matrix products, it would save both terms of LoRA's sum x W + x
+# A B; now it saves only the sum.
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -42,22 +43,23 @@ REMAT = {
 }
 
 
-REPORTS = ("hidden",)  # "hidden" is the residual stream after each layer, [layers,B,T,D]
+REPORTS = ("hidden",)  # "hidden": the residual stream [layers,B,T,D] after each layer
 
 
 class Hidden(NamedTuple):
     """The result of `Transformer.hidden` for tokens [B,T]."""
 
-    x: Array  # [B,T,D], the head's input
-    cache: Cache | None  # the cache with the tokens of this call added
-    reports: dict[str, Array]  # {name of a requested report: its values, stacked over layers}
+    x: Array  # [B,T,D], the input of the head
+    cache: Cache | None  # the cache, with the tokens of this call added
+    reports: dict[str, Array]  # {name of the requested report: values, stacked over layers}
 
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """A transformer. `params["layers"]` is a tree of stacked arrays, or a tuple with one tree per layer.
+    """A transformer.
 
-    Stacked layers run in a scan. A tuple of layers runs unrolled, which is faster in decoding.
+    `params["layers"]` is either a tree of stacked arrays, whose layers run in a scan, or a tuple with one tree per
+    layer. The layers of a tuple run unrolled, which is faster for decoding.
     """
 
     config: ModelConfig
@@ -69,13 +71,16 @@ class Transformer:
     # --- parameters ---
 
     def init(self, key: Array) -> Params:
-        """Returns random parameters, stacked over layers. Under `jax.jit` with `out_shardings`, they are sharded."""
+        """Returns random parameters, stacked over layers.
+
+        To create them sharded, call this in `jax.jit` with `out_shardings`.
+        """
         boxes = self._boxes(key)
         return jax.tree.map(lambda s: s.value.astype(self.param_dtype), boxes, is_leaf=weights.is_spec)
 
     @functools.cached_property
     def specs(self) -> Specs:
-        """A tree with a Spec (abstract value, logical axes, equation) for every parameter. No array is allocated."""
+        """A tree with the Spec (abstract value, logical axes, equation) of every parameter. Allocates no arrays."""
         boxes = jax.eval_shape(lambda: self._boxes(jax.random.key(0)))
 
         def cast(spec: Spec) -> Spec:
@@ -146,8 +151,8 @@ class Transformer:
     ) -> Hidden:
         """Returns the hidden states [B,T,D] of tokens [B,T], the cache with these tokens added, and the reports.
 
-        Positions, segments and token types are [B,T] too. By default, every row is one document that starts at position
-        0, and all token types are 0. Tokens of segment 0 are padding. Raises UserError for an unknown report.
+        Positions, segments and token types also have shape [B,T]. By default, each row is one document that starts at
+        position 0, and all token types are 0. Tokens of segment 0 are padding. Raises UserError for an unknown report.
         """
         c = self.config
         if unknown := set(report) - set(REPORTS):
@@ -172,16 +177,16 @@ class Transformer:
         return Hidden(x, cache if kept else None, reports)
 
     def embedded(self, params: Params, x: Array, positions: Array, types: Array | None = None) -> Array:
-        """Returns the input [B,T,D] of the first layer, given the token embeddings x [B,T,D]."""
+        """Converts token embeddings x [B,T,D] to the input of the first layer."""
         c = self.config
         if c.scale_embed:
-            x = x * jnp.bfloat16(c.embed**0.5).astype(x.dtype)  # Gemma was trained with this square root in bfloat16
+            x = x * jnp.bfloat16(c.embed**0.5).astype(x.dtype)  # in Gemma's training, this square root was bfloat16
         if c.position == "learned":
             x = x + weights.take(params["position"]["table"], positions, self.dtype)
         if c.types:
             types = jnp.zeros_like(positions) if types is None else types
             x = x + weights.take(params["types"]["table"], types, self.dtype)
-        if c.norms == "post":  # with "post" norms, the input of every layer is normalized
+        if c.norms == "post":  # if norms are "post", the input of every layer is normalized
             x = Norm(c).apply({"params": params["embed_norm"]}, x)
         return x
 
@@ -204,7 +209,7 @@ class Transformer:
         return stack.scan(one, x, layers, caches, self.config)
 
     def head(self, params: Params) -> tuple[Unembed, Params]:
-        """Returns (function, parameters of the head).
+        """Returns (function, parameters of the output head).
 
         The function maps these parameters and hidden states [B,T,D] to float32 logits [B,T,V].
         """
@@ -225,7 +230,8 @@ class Transformer:
     ) -> Cache:
         """Returns a cache with room for `length` tokens in each of `batch` rows. `kind` is a key of kv_cache.KINDS.
 
-        The cache is empty, unless `params` has virtual tokens from prefix or prompt tuning. They are stored first.
+        If `params` has virtual tokens from prefix or prompt tuning, they are stored in the first columns. Otherwise,
+        the cache is empty.
         """
         c = self.config
 
@@ -246,10 +252,10 @@ class Transformer:
         return Cache(jnp.int32(virtual), layers, positions, segments)
 
     def _virtual(self, params: Params) -> Tree:
-        """Returns keys and values [K,P,H] of the virtual tokens for each attention layer, and None for other layers.
+        """Returns the keys and values [K,P,H] of virtual tokens for each attention layer, and None for other layers.
 
-        The result has the structure of `Cache.layers`. Raises UserError for prompt tuning of a bidirectional model, in
-        which the keys of the prompt depend on the document.
+        The result has the same structure as `Cache.layers`. Raises UserError for prompt tuning of a bidirectional
+        model, because there the prompt's keys depend on the document.
         """
         layers = params["layers"]
         if "prompt" not in params:
@@ -268,7 +274,7 @@ class Transformer:
 
 
 def _prefix(layer: Params) -> KV | None:
-    """Returns the trained keys and values of a layer or a stack of layers, or None for layers without attention."""
+    """Returns the prefix of a layer or a stack of layers as keys and values, or None for layers without attention."""
     if "attn" not in layer:
         return None
     prefix = layer["attn"]["prefix"]
@@ -276,7 +282,7 @@ def _prefix(layer: Params) -> KV | None:
 
 
 def _prepended(virtual: Tree, layers: Tree, batch: int, dtype: str, kind: str) -> Tree:
-    """Puts the keys and values [K,P,H] of virtual tokens, the same for every row, before the columns of a cache."""
+    """Prepends the keys and values [K,P,H] of virtual tokens, the same for every row, to the columns of a cache."""
 
     def stored(x: Array) -> Array | kv_cache.Coded:
         rows = jnp.tile(x.astype(dtype), (*(1,) * (x.ndim - 3), batch, 1, 1))  # [B*K,P,H]
@@ -301,10 +307,10 @@ def virtual_tokens(params: Params) -> int:
 
 
 def constrain(x: Array) -> Array:
-    """Constrains how activations [B,T,D] are sharded, by logical axes that only activations have."""
+    """Constrains the sharding of activations [B,T,D], with logical axes that only activations use."""
     return nn.with_logical_constraint(x, ("act_batch", "act_seq", "act_embed")[: x.ndim])
 
 
 def unstack(params: Params, config: ModelConfig) -> Params:
-    """Splits the stacked layers of `params` into a tuple with one tree per layer, for decoding without a scan."""
+    """Converts the stacked layers of `params` to a tuple with one tree per layer, for decoding without a scan."""
     return {**params, "layers": tuple(stack.pick(params["layers"], config.kinds, i) for i in range(config.layers))}
