@@ -78,7 +78,7 @@ def test_an_embedder_replaces_another_only_if_it_is_better(tuned, capsys):
         f"--embedder={tuned / 'base'}",
     )
     assert command.main([*place, run]) == 2
-    assert "has to be better than another one" in capsys.readouterr().err
+    assert "must first be compared with another one" in capsys.readouterr().err
     assert command.main([*place, base]) == 0
     assert command.main([*place, run]) == 2
     assert "--questions=FILE" in capsys.readouterr().err

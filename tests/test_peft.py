@@ -457,7 +457,7 @@ def test_edit_adds_and_takes_away(folders, capsys):
     assert edit.main([f"--base={base}", f"--to={folders}/sum", a, f"{b}:0.5"]) == 0
     assert edit.main([f"--base={base}", f"--to={folders}/back", f"{folders}/sum", f"{b}:-0.5", "--rank=2"]) == 0
     said = capsys.readouterr().out
-    assert "rank 2 misses 0.0" in said  # what is left is a's rank 2
+    assert "rank 2 leaves out 0.0" in said  # what is left is a's rank 2
     x = tokens(1, 12)
     np.testing.assert_allclose(load(base, f"{folders}/back").logits(x), load(base, a).logits(x), atol=1e-3)
     assert np.abs(load(base, a).logits(x) - load(f"{folders}/sum").logits(x)).max() > 1e-2

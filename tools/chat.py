@@ -7,7 +7,7 @@
 
 MODEL is a packaged model's name, a Hugging Face folder, a .gguf file, a hub id, a run folder or a bundle. In a
 terminal, each line is a turn, /reset clears the conversation, and /exit ends it. With --adapters, the first adapter
-answers until /adapter NAME chooses another adapter, or /adapter without a name chooses the base model. If the input
+answers until /adapter NAME switches to another adapter, or /adapter without a name to the base model. If the input
 comes from a pipe, all of it is one question. A model without a chat template continues the text. The speed and the time
 to the first token are printed to stderr.
 """
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int | None:
     parser = cli.Parser("tools.chat", __doc__)
     parser.add_argument("model")
     parser.add_argument("--adapter", help="a run or PEFT folder whose adapter is added to MODEL")
-    parser.add_argument("--adapters", default="", help="several such folders, to choose from")
+    parser.add_argument("--adapters", default="", help="several such folders; /adapter chooses one of them")
     parser.add_argument("--system", default="", help="the system message of every conversation")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=0)
@@ -38,10 +38,10 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--cache", default="float", choices=("float", "int8", "fp8"), help="type of cached keys and values"
+        "--cache", default="float", choices=("float", "int8", "fp8"), help="number format of the key-value cache"
     )
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--strict", action="store_true", help="unused contents of the files are an error")
+    parser.add_argument("--strict", action="store_true", help="fail if the model's files have unused contents")
     args = vars(parser.parse_args(argv))
     model, adapter, several, system, strict = (
         args.pop(k) for k in ("model", "adapter", "adapters", "system", "strict")
@@ -64,7 +64,7 @@ class Chat:
     def __init__(self, lm: "LM", system: str, knobs: dict[str, float | int | str]):
         self.lm, self.knobs = lm, knobs
         self.adapter = next(iter(lm.store.adapters)) if lm.store else None
-        self.compiled = False  # the first answer waits for compilation
+        self.compiled = False  # set by the first answer, which waits for compilation
         self.start = [{"role": "system", "content": system}] if system else []
         self.reset()
 
@@ -102,7 +102,7 @@ def ask(chat: Chat, text: str) -> int:
     print(flush=True)
     if len(times) > 2:
         rate = (len(times) - 2) / (times[-1] - times[1])  # the second token may have waited for a compilation
-        print(f"[{rate:.1f} tok/s, first after {times[0] - begin:.1f} s]", file=sys.stderr)
+        print(f"[{rate:.1f} tok/s, first token after {times[0] - begin:.1f} s]", file=sys.stderr)
     return 0
 
 

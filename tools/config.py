@@ -1,10 +1,10 @@
 """Inspects experiments without running them.
 
-    python -m tools.config show --config=configs/X.py[:ARG] [--config.key=value ...]   every key; * differs from base.py
+    python -m tools.config show --config=configs/X.py[:ARG] [--config.key=value ...]   all keys; *: changed from base.py
     python -m tools.config diff A B           the keys that differ; A and B are config files or run folders
     python -m tools.config check [FILE ...]   checks config files, by default all under configs/
 
-All problems are printed to stderr at once, and the exit code is then 2.
+If there are problems, all of them are printed to stderr, and the exit code is 2.
 """
 
 import sys
@@ -47,8 +47,8 @@ def diff(argv: list[str]) -> None:
 
 
 def _resolved(spec: str) -> schema.ConfigDict:
-    """Returns the resolved config of a config file, or the config of a run folder without resolving it, since an older
-    version may have written other keys."""
+    """Returns the config in a config file, resolved, or the config of a run folder. The latter is not resolved, since
+    an older version may have written other keys."""
     path, arg = overrides.split_arg(spec)
     config = schema.read(path, arg)
     return schema.resolve(config, where=path)[0] if path.endswith(".py") else config
@@ -73,7 +73,7 @@ def experiments() -> list[Path]:
 
 
 def is_experiment(path: Path) -> bool:
-    """Whether a file is an experiment. A glob such as configs/**/*.py also matches other modules."""
+    """Whether a file is an experiment. The files matched by a glob such as configs/**/*.py include other modules."""
     parent = path.resolve().parent
     return parent not in (CONFIGS, CONFIGS / "schema") and path.name != "__init__.py"
 

@@ -5,10 +5,10 @@
 
 A SOURCE is a run folder, a PEFT folder or a complete model. The update of a SOURCE is its weights minus the weights of
 MODEL, times FACTOR (default 1; negative factors remove a skill). The method linear sums the updates (arXiv 2212.04089).
-The method ties keeps a fraction --density of each update, the elements of largest magnitude, and resolves conflicting
-signs by vote (arXiv 2306.01708). The method dare keeps a random fraction --density of each update (arXiv 2311.03099).
-The result is a Hugging Face folder or, with --rank, a PEFT folder. In a PEFT folder, a LoRA approximates the update of
-each changed matrix by truncated SVD, and the error of the approximation is printed.
+The method ties keeps only the elements of largest magnitude, a fraction --density of each update, and resolves
+conflicting signs by vote (arXiv 2306.01708). The method dare keeps a random fraction --density of each update (arXiv
+2311.03099). The result is a Hugging Face folder or, with --rank, a PEFT folder. With --rank, the update of each changed
+matrix is approximated by a LoRA of rank R, using a truncated SVD, and the error of the approximation is printed.
 """
 
 import math
@@ -33,9 +33,9 @@ def main(argv: list[str]) -> int | None:
 
 
 def edit(sources: list[str], base: str, to: str, method: str, density: float, seed: int, rank: int) -> None:
-    """Writes the edited model. Raises UserError before anything is written."""
+    """Writes the edited model. Any UserError is raised before anything is written."""
     if not 0 < density <= 1:
-        raise UserError(f"density {density} is out of range", "--density", "in (0, 1]")
+        raise UserError(f"density {density} is out of range", "--density", "a number in (0, 1]")
     if Path(to).exists():
         raise UserError("the folder exists already", to, "choose a new one")
     parsed = [source_and_factor(text) for text in sources]
@@ -49,7 +49,7 @@ def edit(sources: list[str], base: str, to: str, method: str, density: float, se
     for source, _ in parsed:
         other, before = before_and_after(source, base)
         if other.config != lm.config:
-            raise UserError("the model does not have the shape of the base", source)
+            raise UserError("the model has another shape than the base model", source)
         updates.append(vectors.difference(other.params, before, specs))
     factors = [factor for _, factor in parsed]
     match method:
@@ -69,8 +69,8 @@ def edit(sources: list[str], base: str, to: str, method: str, density: float, se
     error, norm = (sum(pair[i] for pair in missed.values()) for i in (0, 1))
     relative = {name: math.sqrt(pair[0] / pair[1]) for name, pair in missed.items() if pair[1]}
     worst = max(relative, key=relative.__getitem__)
-    text = f"rank {rank} misses {math.sqrt(error / norm):.2%} of the update's norm"
-    print(f"{to} · {text}; the worst is {worst} with {relative[worst]:.2%}")
+    text = f"rank {rank} leaves out {math.sqrt(error / norm):.2%} of the update's norm"
+    print(f"{to} · {text}; most in {worst}: {relative[worst]:.2%}")
 
 
 def source_and_factor(text: str) -> tuple[str, float]:

@@ -7,8 +7,8 @@
 NAME_OR_RUN is a run folder, a packaged model's name, a .gguf file, a Hugging Face folder or a hub id. --adapter names a
 run or PEFT folder with an adapter to add. --adapter-only writes a PEFT folder. int4, int8 and fp8 weights stay
 quantized, in the compressed-tensors format, and --dtype applies to the scales and to all other weights. --dequantize
-writes quantized weights as floats. Adapters on a quantized base can be merged only with --dequantize; the floats differ
-from the weights of the original base.
+writes quantized weights as floats. Adapters on a quantized base can be merged only with --dequantize; the result then
+includes the base's quantization error.
 """
 
 import re
@@ -99,7 +99,7 @@ def export_adapter(source: str, adapter: str, to: str) -> None:
         f"model = AutoPeftModelFor{kind}.from_pretrained({to!r})",
     ]
     peft_write.write(to, lm.model, lm.params, base, card(to, source, adapter, use, "peft"))
-    print(f"{to} · an adapter of {base or 'its base'}", *use, sep="\n")
+    print(f"{to} · an adapter for {base or 'its base model'}", *use, sep="\n")
 
 
 # --- the model card ---
@@ -134,8 +134,8 @@ def origin(source: str) -> str:
 
 
 def configured(folder: Path) -> tuple[Json, int]:
-    """Returns (config, step) of a run folder at its newest step, or of the folder of one step. Returns ({}, 0) for any
-    other model."""
+    """Returns (config, step) for a run folder at its newest step, or for the folder RUN/ckpt/STEP. Returns ({}, 0) for
+    any other model."""
     from infer.models import is_run, run_at
 
     if not is_run(folder):

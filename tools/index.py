@@ -9,11 +9,11 @@ SOURCE is a file, a folder or a built-in name, as in config.data.source, or seve
 Running the command again updates the index, or continues an interrupted build. --ask prints the k best chunks.
 --questions measures retrieval on rows with a `question` and its relevant `documents` (names as printed by --ask). Every
 search method is scored by recall@k, nDCG@10 and MRR@10 with 95 % intervals. --how chooses the search method: bm25,
-dense, or a fusion of both, which is mean (of scores scaled to [0, 1]) or rrf (reciprocal rank fusion).
+dense, or a fusion of the two, either mean (of both scores, scaled to [0, 1]) or rrf (reciprocal rank fusion).
 
---embedder is a Hugging Face folder, a hub id, a packaged name, or a run that tuned such a model. A new embedder
-replaces the embedder of an existing index only if the new embedder is better on --questions: the 95 % interval of the
-difference in nDCG@10 of vector search must be above 0.
+--embedder is a Hugging Face folder, a hub id, a packaged name, or a run that tuned such a model. In an existing index,
+a new embedder replaces the old one only if it is better on --questions: the 95 % interval of its gain in nDCG@10, with
+vector search, must be above 0.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int | None:
         record = index.build(args.documents, args.index, args.embedder, args.words, _progress, judge)
         print(f"{args.index}: {record['chunks']:,} chunks in {time.perf_counter() - began:.1f} s")
         if record["injections"]:
-            print(f"{record['injections']:,} chunks read as instructions to a model; they are quoted as they are")
+            print(f"{record['injections']:,} chunks look like instructions to a model; prompts quote them unchanged")
     if args.ask:
         for hit in index.opened(args.index).search([args.ask], args.k, args.how)[0]:
             print(f"{hit.score:.3f}  {hit.chunk.document}\n{hit.chunk.passage}\n")
@@ -78,18 +78,18 @@ def _judge(args: argparse.Namespace) -> "Callable[[Index], None]":
     if known == args.embedder or not (known or is_run(Path(args.embedder).expanduser())):
         return lambda new: None
     if not known:
-        fix = "build the index with the model that it was tuned from first"
-        raise UserError("a tuned embedder has to be better than another one", f"--embedder={args.embedder}", fix)
+        fix = "first build the index with the model from which it was tuned"
+        raise UserError("a tuned embedder must first be compared with another one", f"--embedder={args.embedder}", fix)
     if not args.questions:
-        fix = "--questions=FILE, of questions that it was not tuned on"
-        raise UserError(f"whether it is better than {known} is not known", f"--embedder={args.embedder}", fix)
+        fix = "give --questions=FILE, with questions on which it was not tuned"
+        raise UserError(f"questions are needed to compare it with {known}", f"--embedder={args.embedder}", fix)
     old, asked = index.Index(args.index), questions(args.questions)
 
     def judge(new: "Index") -> None:
         name = f"nDCG@{DEPTH}"
         ours, theirs = (measure(one, asked, args.k, ("dense",))["dense"][name] for one in (new, old))
         found = paired.compare(ours, theirs)
-        means = f"{name} {sum(ours) / len(ours):.3f} against {sum(theirs) / len(theirs):.3f} of {known}"
+        means = f"{name} {sum(ours) / len(ours):.3f}, compared with {sum(theirs) / len(theirs):.3f} for {known}"
         if found.low <= 0:
             what = f"not better: {means}, {found}"
             raise UserError(what, f"--embedder={args.embedder}", f"{args.index} is left as it was")
@@ -115,7 +115,9 @@ def questions(path: str) -> list[tuple[str, dict[str, float]]]:
         if isinstance(documents, list):
             documents = dict.fromkeys(documents, 1.0)
         if not isinstance(question, str) or not isinstance(documents, dict) or not documents:
-            raise UserError("the row has no question with its documents", row.where, "columns question and documents")
+            raise UserError(
+                "the row needs a question and its documents", row.where, "use the columns question and documents"
+            )
         found.append((question, documents))
     return found
 
@@ -130,7 +132,7 @@ def measure(
     known, out = {chunk.document for chunk in index.chunks}, {}
     for question, relevant in asked:
         if strange := set(relevant) - known:
-            fix = f"names as --ask prints them, such as {min(known)!r}"
+            fix = f"use names as --ask prints them, such as {min(known)!r}"
             raise UserError(f"the index has no document {min(strange)!r}", f"question {question!r}", fix)
     texts, began = [question for question, _ in asked], time.perf_counter()
     vectors = index.embedder.embed(texts, "query") if index.dense else None

@@ -1,17 +1,18 @@
-"""Measures how well preferences are predicted by judge models, reward models, word counts and the longer answer.
+"""Measures how well judge models, reward models, a bag-of-words model and the rule "longer is better" predict
+preferences.
 
     python -m tools.judge --pairs=FILE [--judges=MODEL,...] [--rewards=SPEC ...] [--features=MODEL] [--n=N] [--folds=5]
                           [--label_seconds=SECONDS] [--wage=DOLLARS] [--seed=0] --out=FOLDER
 
---pairs names a file of preferences or rankings in any format that training reads. Rows about the same two answers are
-the votes of several people. The first two lines of the table are the agreement of people with each other, and the
-highest accuracy that this agreement allows; only these lines include ties. A judge sees the answers in both orders, and
-prefers an answer if it chooses this answer in both orders. An undecided pair counts one half.
+--pairs names a file of preferences or rankings in any format that training reads. Rows with the same two answers count
+as votes by several people. The first two lines of the table show how often people agree with each other, and the
+highest accuracy that this agreement allows; only these lines include ties. A judge sees each pair of answers in both
+orders, and prefers an answer only if it chooses that answer both times. An undecided pair counts as half correct.
 
---rewards are rewards of evals.reward, separated by spaces. --features trains a linear reward model on the hidden states
-of a frozen model. The linear reward model and the bag-of-words model are cross-validated over --folds. --label_seconds
-(the time that a person needs per label) and --wage (per hour) are your estimates. Verdicts are saved in --out, so the
-same command resumes after an interruption.
+--rewards lists rewards as in evals.reward, separated by spaces. --features trains a linear reward model on the hidden
+states of a frozen model. The linear reward model and the bag-of-words model are cross-validated over --folds.
+--label_seconds (the time that a person needs per label) and --wage (per hour) are your estimates. Verdicts are saved in
+--out, so the same command resumes after an interruption.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from common.types import Json
 if TYPE_CHECKING:
     from evals.pairs import Pair
 
-CHUNK = 16  # number of pairs that are judged between two writes
+CHUNK = 16  # number of pairs that are judged before their verdicts are saved
 HEADS = (
     "",
     "accuracy",
@@ -94,15 +95,15 @@ def run(args: argparse.Namespace) -> list[Json]:
 
 
 def _people(every: "Sequence[Pair]", args: argparse.Namespace) -> Iterator[Json]:
-    """Yields the agreement of people with each other, and the accuracy that this agreement allows, if pairs have
-    several votes."""
+    """Yields two rows: how often people agree with each other, and the accuracy that this agreement allows. Yields
+    nothing if no pair has several votes."""
     from evals import pairs
 
     agreed = pairs.agreement(every)
     if not agreed:
         return
     usd = args.label_seconds * args.wage / 3600 if None not in (args.label_seconds, args.wage) else None
-    yield _scored("people with each other", agreed, args.label_seconds, usd)
+    yield _scored("agreement between people", agreed, args.label_seconds, usd)
     mean, span = float(np.mean(agreed)), stats.of_scores(agreed)
     low, high = map(pairs.ceiling, span)
     yield {
@@ -115,15 +116,15 @@ def _people(every: "Sequence[Pair]", args: argparse.Namespace) -> Iterator[Json]
 
 
 def _trained(found: "Sequence[Pair]", args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """Yields (label, function without arguments that returns the probabilities p [n]) for predictors that learn from
-    the other folds."""
+    """Yields (label, function) for each predictor that is trained on the other folds. The function returns the
+    probabilities p [n] that people prefer the chosen answers."""
     from evals import pairs
 
     yield f"bag of words, {args.folds} folds", lambda: pairs.bag_of_words(found, args.folds)
     if args.features:
         from evals import features
 
-        label = f"linear on {args.features}, {args.folds} folds"
+        label = f"linear model on {args.features}, {args.folds} folds"
         yield label, lambda: features.predicted(args.features, found, args.folds, Path(args.out))
 
 
@@ -158,8 +159,8 @@ def _judged(name: str) -> tuple[Callable[[Sequence["Pair"]], list[Json]], Any]:
 
 
 def _kept(out: Path, name: str, drawn: "Sequence[Pair]", make: Callable[[], tuple]) -> tuple[list[Json], Any]:
-    """Returns one line {"pair", "p", "seconds", ...} per pair, and the judge. Lines that an earlier call has written
-    are reused."""
+    """Returns one line {"pair", "p", "seconds", ...} per pair, and the judge, if it is hosted and was needed. Lines
+    that an earlier call has written are reused."""
     from data import splits
 
     path = out / f"{splits.key(name):016x}.jsonl"

@@ -3,11 +3,12 @@
     python -m tools.bench [--what=train,sft,decode,small,adapters,methods,ask] [--rounds=3] [--out=runs/bench.json]
 
 The implementations (this code, torch, llama.cpp) run in separate processes and take turns, so that a slow minute of the
-machine affects all of them. Ratios of our figures to the figures of other implementations are medians over the turns.
+machine affects all of them. The ratio of this project's speed to another implementation's is the median over the turns.
 All measurements and a description of the machine are written to --out.
 
-On a GPU, all processes share the memory, so use JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false and the options
---model=llama2-7b --dtype=bfloat16. The reported memory is then GPU memory.
+On a GPU, all processes share its memory, so set the environment variables JAX_PLATFORMS=cuda
+XLA_PYTHON_CLIENT_PREALLOCATE=false, and use the options --model=llama2-7b --dtype=bfloat16. The reported memory is then
+GPU memory.
 """
 
 import argparse
@@ -54,15 +55,21 @@ class Contest(NamedTuple):
 @cli.command
 def main(argv: list[str]) -> int | None:
     parser = cli.Parser("tools.bench", __doc__)
-    parser.add_argument("--what", default=",".join(WHAT), help="one or more of " + ",".join(WHAT))
+    parser.add_argument("--what", default=",".join(WHAT), help="benchmarks to run: " + ",".join(WHAT))
     parser.add_argument("--rounds", type=int, default=3, help="turns per side")
     parser.add_argument("--out", default="runs/bench.json")
     parser.add_argument(
-        "--model", default="smollm2-135m-instruct", help="a name, a folder, or a shape (random weights)"
+        "--model",
+        default="smollm2-135m-instruct",
+        help="a packaged model, a folder, or a shape, which gets random weights",
     )
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of ours; peers: float32")
-    parser.add_argument("--data", default="", help="JSON lines of prompts and completions; else questions on Python")
-    parser.add_argument("--alone", action="store_true", help="without peers, even if they are installed")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="for this project; others use float32"
+    )
+    parser.add_argument(
+        "--data", default="", help="a JSON Lines file of prompts and completions (default: questions about Python)"
+    )
+    parser.add_argument("--alone", action="store_true", help="do not run other libraries, even if they are installed")
     args = parser.parse_args(argv)
     if unknown := set(args.what.split(",")) - set(WHAT):
         raise UserError(f"unknown {min(unknown)!r}", "--what", f"one or more of {','.join(WHAT)}")
@@ -73,10 +80,10 @@ def bench(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     console = Console()
-    alone = args.alone or args.model in SHAPES  # peers cannot load a shape without weights
+    alone = args.alone or args.model in SHAPES  # other libraries cannot load a shape, which has no weights
     missing = [] if alone else [name for name in TORCH if not importlib.util.find_spec(name)]
     if missing:
-        console.print(f"{', '.join(missing)} not installed: only our side is measured")
+        console.print(f"{', '.join(missing)} not installed: only this project is measured")
     facts, results = {"load_before": os.getloadavg(), **machine()}, []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -101,20 +108,20 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def training(model: str, peers: str, _: str) -> Iterator[Contest]:
-    """Compares the speed of training steps in this project and in torch, and of LoRA and full fine-tuning, on equal
-    batches."""
+    """Compares the speed of training steps on equal batches: this project with torch, and LoRA with full
+    fine-tuning."""
     sides = {}
     for kind, peft in {"full": "", "LoRA": "lora"}.items():
         case = dict(what="train", peft=peft, batch=4, length=256, steps=2)
         sides[kind] = Side(f"ours, {kind}", OURS, case | {"model": model})
         peer = Side("torch + PEFT, LoRA" if kind == "LoRA" else "torch, full", PEERS, case | {"model": peers})
-        yield Contest(f"{kind} training steps, 4 x 256", [sides[kind], *([peer] if peers else [])])
-    yield Contest("LoRA against full tuning, 4 x 256", [sides["LoRA"], sides["full"]])
+        yield Contest(f"{kind} training steps, 4 rows of 256 tokens", [sides[kind], *([peer] if peers else [])])
+    yield Contest("LoRA and full fine-tuning, 4 rows of 256 tokens", [sides["LoRA"], sides["full"]])
 
 
 def tuning(model: str, peers: str, data: str) -> Iterator[Contest]:
-    """Compares the speed of LoRA fine-tuning on an instruction set, with each library used as its documentation
-    recommends. TRL either packs the rows, or pads its default batch of 8 rows."""
+    """Compares the speed of LoRA fine-tuning on instruction data, with each library used as its documentation
+    recommends. TRL runs twice: with packed rows, and with its default batch of 8 padded rows."""
     case = dict(what="sft", data=data, length=256, steps=6)
     sides = [Side("ours, packed", OURS, case | dict(model=model, batch=4))]
     if peers:
@@ -122,7 +129,7 @@ def tuning(model: str, peers: str, data: str) -> Iterator[Contest]:
             Side("TRL, packed", PEERS, case | dict(model=peers, batch=4, packing=True)),
             Side("TRL, padded, 8 rows", PEERS, case | dict(model=peers, batch=8, packing=False)),
         ]
-    yield Contest("LoRA fine-tuning on instructions, useful tokens", sides)
+    yield Contest("LoRA fine-tuning on instructions, without padding tokens", sides)
 
 
 def decoding(model: str, peers: str, _: str) -> Iterator[Contest]:
@@ -149,7 +156,7 @@ def small(model: str, peers: str, _: str) -> Iterator[Contest]:
         case = DECODE | dict(model=model, batch=batch)
         sides = [Side(f"ours, {name}", OURS, case | {"quant": quant}) for name, quant in formats.items()]
         sides.append(Side("ours, not quantized", OURS, case))
-        yield Contest(f"decoding quantized, batch {batch}", sides + llama_cpp(model, peers, batch))
+        yield Contest(f"decoding with quantized weights, batch {batch}", sides + llama_cpp(model, peers, batch))
 
 
 def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
@@ -171,14 +178,14 @@ def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
 
 
 def asking(model: str, peers: str, data: str) -> Iterator[Contest]:
-    """Compares the speed of answering questions after the same 12 solved examples, which are processed once or again
-    for every question."""
+    """Compares the speed of answering questions after the same 12 solved examples, which are processed only once, or
+    again for every question."""
     case = dict(what="ask", data=data, questions=100, shots=12, new_tokens=16, rows=16)
     ours = case | {"model": model}
     sides = [Side("ours", OURS, ours | {"shared": True}), Side("ours, not shared", OURS, ours | {"shared": False})]
     if peers and importlib.util.find_spec("lm_eval"):
         sides.append(Side("lm-evaluation-harness", PEERS, case | dict(what="lm_eval", model=peers)))
-    yield Contest("100 questions behind 12 examples, tokens of prompts", sides)
+    yield Contest("100 questions after the same 12 examples, prompt tokens", sides)
 
 
 def methods(model: str, peers: str, _: str) -> Iterator[Contest]:
@@ -191,7 +198,7 @@ def methods(model: str, peers: str, _: str) -> Iterator[Contest]:
     found = [name for name in names(FOLDERS["peft"], "make") if free(name)]
     case = dict(what="train", batch=2, length=256, steps=2, model=model)
     sides = [Side(name or "full", OURS, case | {"peft": name}) for name in ("", *found)]
-    yield Contest("training steps, 2 x 256", sides)
+    yield Contest("training steps, 2 rows of 256 tokens", sides)
     case = DECODE | dict(model=model, batch=8)
     sides = [Side("none", OURS, case), Side("lora, merged", OURS, case | dict(peft="lora", merged=True))]
     sides += [Side(name, OURS, case | {"peft": name}) for name in found]
@@ -210,8 +217,7 @@ WHAT = {
 
 
 def questions(limit: int = 1000) -> list[dict[str, str]]:
-    """Makes an instruction set that is available on every machine, from the docstrings of the standard library's
-    functions."""
+    """Makes instruction data from the docstrings of the standard library's functions, which every machine has."""
     out = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
@@ -236,8 +242,8 @@ def exported(model: str, folder: Path) -> str:
 
 
 def measure(contest: Contest, rounds: int, dtype: str) -> Json:
-    """Runs rounds of all sides in turn, and computes the ratios of the first side's figures to the figures of each
-    side. Sides that run this project's code compute in `dtype`."""
+    """Runs `rounds` rounds, in which all sides take turns, and computes the ratios of the first side's results to the
+    results of each side. Sides that run this project's code compute in `dtype`."""
     cases = [side.case | {"dtype": dtype} if side.module == OURS else side.case for side in contest.sides]
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker(side.module, case)) for side, case in zip(contest.sides, cases)]
@@ -306,7 +312,7 @@ def machine() -> Json:
 
 
 def boards() -> list[str]:
-    """Returns the name and driver of each NVIDIA board."""
+    """Returns the name and driver version of each NVIDIA GPU."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()

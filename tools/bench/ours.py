@@ -34,8 +34,8 @@ def opened(model: str, dtype: str) -> tuple[Transformer, Params]:
 
 
 def train(model: str, peft: str, batch: int, length: int, steps: int, dtype: str) -> Callable[[], Round]:
-    """Runs training steps on random tokens that all count in the loss. Trains the whole model, or a PEFT method with
-    its default arguments.
+    """Runs training steps on random tokens that all count in the loss. Trains the whole model or, if `peft` is given,
+    the adapters of this method with default arguments.
 
     `dtype` is the data type of the activations. The weights are float32.
     """
@@ -104,8 +104,8 @@ def decode(
     merged: bool = False,
     quant: dict | None = None,
 ) -> Callable[[], Round]:
-    """Decodes greedily after random prompts, optionally with an adapter of the method `peft` plus noise, or with
-    quantized weights."""
+    """Decodes greedily after random prompts, optionally with an adapter of the method `peft`, to which noise is added,
+    or with quantized weights."""
     from infer.generate import generate, unrolled
     from model import weights
     from model.build import find
@@ -128,7 +128,7 @@ def decode(
 
 
 def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: int, dtype: str) -> Callable[[], Round]:
-    """Decodes greedily with a different adapter on each row. Each round takes the next adapters in turn.
+    """Decodes greedily with a different adapter on each row. Each round uses the next adapters.
 
     The time to move the adapters to the device is included.
     """
@@ -160,8 +160,8 @@ def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: 
 def ask(
     model: str, data: str, questions: int, shots: int, new_tokens: int, rows: int, shared: bool, dtype: str
 ) -> Callable[[], Round]:
-    """Answers questions greedily, with the same solved examples before each question. All tokens of the prompts are
-    counted. No cache is kept from one round to the next."""
+    """Answers questions greedily, with the same solved examples before each question. All prompt tokens are counted,
+    also those that are computed only once. No cache is kept from one round to the next."""
     from infer import prefix
     from infer.generate import generate
 
@@ -180,7 +180,7 @@ def ask(
 
 
 def device_memory() -> int:
-    """Returns the peak bytes of this process on its accelerator or, without an accelerator, in the machine's memory."""
+    """Returns the peak memory of this process in bytes: on its accelerator or, if there is none, in host memory."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or peak_memory()
 
 

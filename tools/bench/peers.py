@@ -105,7 +105,7 @@ def decode(model: str, batch: int, prompt: int, new_tokens: int) -> Callable[[],
 
 
 def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: int) -> Callable[[], Round]:
-    """Runs greedy `generate` with a different adapter on each row, by PEFT's `adapter_names`."""
+    """Runs greedy `generate` with a different adapter on each row, using PEFT's `adapter_names`."""
     import peft
     import torch
 
@@ -128,7 +128,7 @@ def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: 
 
 
 def lm_eval(model: str, data: str, questions: int, shots: int, new_tokens: int, rows: int) -> Callable[[], Round]:
-    """Answers the same questions as `ask` in tools/bench/ours.py, by lm-evaluation-harness."""
+    """Answers the same questions as `ask` in tools/bench/ours.py, with lm-evaluation-harness."""
     import transformers
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM

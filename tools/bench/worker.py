@@ -53,7 +53,7 @@ class Worker:
         if not line:
             self.log.seek(0)
             last = (self.log.read().strip().splitlines() or ["no output"])[-1]
-            raise UserError(f"a side of the contest died: {last}", json.dumps(self.case))
+            raise UserError(f"the benchmark process ended early: {last}", json.dumps(self.case))
         return json.loads(line)
 
     def __enter__(self) -> "Worker":
@@ -109,8 +109,8 @@ def decoding(generate: Callable[[int], Any], batch: int, new_tokens: int) -> Rou
 
 
 def asked(data: str, questions: int, shots: int) -> list[str]:
-    """Returns prompts with the same `shots` solved examples before each question. The answers in the examples are cut
-    to their first line."""
+    """Returns prompts with the same `shots` solved examples before each question. Only the first line of each example's
+    answer is used."""
     rows = [json.loads(line) for line in Path(data).read_text("utf-8").splitlines()]
     solved = [f"{row['prompt']}{row['completion'].strip().splitlines()[0]}\n\n" for row in rows[:shots]]
     return ["".join(solved) + row["prompt"] for row in rows[shots : shots + questions]]
