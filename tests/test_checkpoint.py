@@ -376,7 +376,7 @@ def test_other_shape_is_refused_not_moved(tmp_path):
 
 def test_other_data_are_refused(tmp_path):
     save(tmp_path, 3)
-    with pytest.raises(UserError, match="data are not those of step 3"):
+    with pytest.raises(UserError, match="data differ from those of step 3"):
         Checkpointer(tmp_path, config()).restore(make_state(0), Data("xyz"))
     assert Checkpointer(tmp_path, config(), allow=("data",)).restore(make_state(0), Data("xyz")).step == 3
 

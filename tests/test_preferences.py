@@ -262,4 +262,4 @@ def test_kto_wants_both_labels(tmp_path, capsys):
         f"--config.data.cache={tmp_path}/cache",
     ]  # fmt: skip
     assert main(argv) == 2
-    assert "all 16 answers are labeled good · KTO learns from both" in capsys.readouterr().err
+    assert "all 16 answers are labeled good · KTO learns from both labels" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from train.init import Blueprint
 
 
 class Cost(NamedTuple):
-    """Parameter counts and FLOPs of a model. Layer FLOPs are per token; head FLOPs are per target, which is a token
+    """Parameter counts and FLOPs of a model. Layer FLOPs are per token. Head FLOPs are per target, that is, per token
     that counts in the loss."""
 
     params: float
@@ -40,8 +40,8 @@ class Cost(NamedTuple):
 def cost(config: ModelConfig, params: Params, specs: Specs, mask: Tree, seq_len: int) -> Cost:
     """Computes the cost of a model from the einsum equations of its weights. A multiply-add counts as 2 FLOPs in the
     forward pass, 2 for the gradient with respect to the input and, if the weight trains, 2 for the gradient with
-    respect to the weight. Attention is counted as if each row were one document that fills it, which gives (T + 1) / 2
-    keys per query in a causal model, and attention to virtual tokens is included.
+    respect to the weight. Attention is counted as if each row were filled by a single document, which gives (T + 1) / 2
+    keys per query in a causal model. Attention to virtual tokens is included.
 
     Only matrix products are counted, not lookups, norms, activations, or the recurrence and convolution of recurrent
     layers. Work that is done once per step instead of once per token is not counted either: the norms of DoRA, the
@@ -80,7 +80,7 @@ def cost(config: ModelConfig, params: Params, specs: Specs, mask: Tree, seq_len:
 
 def of_roles(plan: Blueprint, seq_len: int) -> dict[str, Cost]:
     """Returns {role: cost} for all roles of a run. If a new adapter trains, the reference role has no parameter tree of
-    its own, since the reference model is the policy's base model."""
+    its own, because the reference model is the policy's base model."""
     found = {}
     for name, role in plan.objective.roles.items():
         network = plan.network(name)
@@ -90,21 +90,21 @@ def of_roles(plan: Blueprint, seq_len: int) -> dict[str, Cost]:
             tree = weights.base(plan.abstract.role("policy"))
             mask = jax.tree.map(lambda _: False, tree)
         price = cost(network.config, tree, network.specs, mask, seq_len)
-        if role.head or not plan.objective.logits:  # a head that replaces the unembedding costs little
+        if role.head or not plan.objective.logits:  # the cost of a head that replaces the unembedding is negligible
             price = price._replace(head_flops=0.0, head_train_flops=0.0)
         found[name] = price if role.kind == "train" else price.forward()
     return found
 
 
 def of_plan(plan: Blueprint, seq_len: int) -> Cost:
-    """The cost per token, summed over all roles of a run, since each batch passes through the network of each role
-    once."""
+    """Returns the cost per token, summed over all roles of a run, because each batch passes once through the network of
+    each role."""
     return Cost(*map(sum, zip(*of_roles(plan, seq_len).values(), strict=True)))
 
 
 def bytes_per_device(tree: Tree, shardings: Tree) -> int:
-    """Bytes per device of a tree of (abstract) arrays. If the shards of an array differ in size, the largest shard is
-    counted."""
+    """Returns the bytes that a tree of (abstract) arrays takes on each device. If the shards of an array differ in
+    size, the largest shard is counted."""
     one = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
     return sum(jax.tree.leaves(jax.tree.map(one, tree, shardings)))
 

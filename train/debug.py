@@ -1,4 +1,5 @@
-"""`--debug` prints one batch as the model sees it, one step layer by layer, and the first array that is not finite.
+"""`--debug` prints one batch as the model sees it, the layer outputs of one step, and the first array that is not
+finite.
 
 `--debug` writes nothing to the run folder.
 """
@@ -59,7 +60,7 @@ def _newest(state: TrainState, folder: Place) -> TrainState:
         try:
             leaves = saved.read_manifest(folder / str(step))["leaves"]
             if {n: leaf["shape"] for n, leaf in leaves.items()} != {n: list(x.shape) for n, x in abstract.items()}:
-                raise saved.Damaged(f"the shapes of step {step} differ from those of this config")
+                raise saved.Damaged(f"the parameter shapes in the checkpoint of step {step} do not fit this config")
             arrays = saved.read(folder / str(step), abstract)
         except saved.Damaged as e:
             raise UserError(str(e), str(folder), "use the config of the run, or omit --workdir") from e
@@ -99,7 +100,7 @@ def _examine(planned: init.Blueprint, state: TrainState, batch: dict) -> int:
     if bad:
         return _not_finite("the output of", bad[0] + _first_nan(lambda: loss(state.params)))
     total, weight = (float(x) for x in metrics["loss"])
-    print(f"\nloss {total / max(weight, 1e-9):.6g} over a weight of {weight:g}")
+    print(f"\nloss {total / max(weight, 1e-9):.6g} averaged over a total weight of {weight:g}")
     grads = jax.jit(jax.grad(lambda params: loss(params)["loss"][0]))(state.params)
     if bad := _broken(grads):
         return _not_finite("the gradient of", bad[0])
@@ -147,7 +148,7 @@ def _forward(loss: Callable[[], dict], layers: int) -> tuple[list[str], dict]:
         inside = bool(path) or isinstance(context.module, Block)
         name = "/".join((f"layers/{done % layers}", *path)) if inside else "final_norm"
         broken = not _finite(x)
-        if broken or not path or done == 0:  # for later layers, print only outputs of whole blocks
+        if broken or not path or done == 0:  # after the first layer, print only the outputs of whole blocks
             top = float(jnp.abs(x).max())
             print(f"  {name:<44} {x.dtype} {list(x.shape)}  max |x| {top:.4g}")
         if broken:

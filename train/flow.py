@@ -58,8 +58,8 @@ def run(loaded: schema.Loaded, began: float) -> int:
 
 
 def open_session(loaded: schema.Loaded, closing: contextlib.ExitStack, began: float) -> Session:
-    """Opens the model, the data and the state to start from. All shapes and shardings are planned before any array is
-    created."""
+    """Opens the model and the data, and creates or restores the state to start from. All shapes and shardings are
+    planned before any array is created."""
     cfg, enter = loaded.config, closing.enter_context
     assert loaded.workdir, "the command line has been checked"
     folder = enter(RunDir(loaded.workdir, schema.to_dict(cfg), loaded.overrides, loaded.path))
@@ -144,14 +144,15 @@ def train(s: Session) -> int:
         return below_floor(s, verdict)
     if metrics.finished:
         print(f"all {cfg.steps} steps are done; nothing is left to do")
-    else:  # after the last step; also in a resumed run that had been killed between its last checkpoint and this line
+    else:
+        # Reached after the last step, or by resuming a run that was killed between its last checkpoint and this line.
         metrics.end("done", cfg.chip, **clock.totals(source.seen))
     return exits.DONE
 
 
 def below_floor(s: Session, verdict: str) -> int:
-    """Ends a run in which a metric crossed a floor. If the same command is run again, the run ends in the same way.
-    Returns the exit code."""
+    """Ends a run in which a metric crossed one of the limits in the config's `floors`. Running the same command again
+    ends it in the same way. Returns the exit code."""
     s.ckpt.wait()
     step = s.ckpt.last_passed()
     kept = "no step passed" if step is None else f"the last step that passed is kept: {s.ckpt.folder / str(step)}"

@@ -39,7 +39,7 @@ class Blueprint:
     attention: str  # the attention backend and why it was chosen; "" if planned without devices
 
     def network(self, role: str) -> Transformer:
-        """The network of a role."""
+        """Returns the network of a role: its own network if it has one, else the policy's."""
         return self.objective.roles[role].model or self.model
 
 
@@ -90,8 +90,8 @@ def _check_positions(cfg: Config, model: Transformer, policy: Params) -> None:
 
 
 def _abstract(network: Transformer, role: Role, transform: Callable[[Params, Array], Params]) -> Params:
-    """The parameter tree of a role as ShapeDtypeStructs. Raises UserError if the config's methods do not fit the
-    network."""
+    """Returns the parameter tree of a role as ShapeDtypeStructs. Raises UserError if the config's adapters or
+    quantization do not fit the network."""
     try:
         return jax.eval_shape(lambda base: _grown(network, role, transform, base, jax.random.key(0)), network.abstract)
     except ValueError as e:
@@ -101,8 +101,8 @@ def _abstract(network: Transformer, role: Role, transform: Callable[[Params, Arr
 def _grown(
     network: Transformer, role: Role, transform: Callable[[Params, Array], Params], base: Params, key: Array
 ) -> Params:
-    """The parameter tree of a role. `base` holds the weights that the role starts from, without adapters or
-    quantization."""
+    """Returns the parameter tree of a role: adds adapters, quantization and the role's head to `base`, the weights that
+    the role starts from."""
     tree = base if role.kind == "frozen" else transform(base, key)
     if role.head:
         tree = tree | {"head": heads.find(role.head)(network.config, weights.key_for(key, "head"))}
@@ -135,8 +135,8 @@ def _halves(roles: dict[str, Role], trees: Roles, mask: dict[str, Tree], shares:
 
 
 def _like_params(opt_state: Tree, params: Roles, places: Tree, default: Tree) -> Tree:
-    """Shardings of the optimizer state. An array that has the shape of a parameter and a path that ends in the
-    parameter's path, such as a moment, gets the parameter's sharding. Other arrays get `default`."""
+    """Returns shardings for the optimizer state. An array, such as a moment, gets the sharding of a parameter if it has
+    the parameter's shape and its path ends in the parameter's path. Other arrays get `default`."""
     where = {}
     weights.map_named(lambda path, x, s: where.setdefault(path, (x.shape, s)), params, places)
 
@@ -155,7 +155,7 @@ def first_state(cfg: Config, plan: Blueprint, pretrained: Any | None) -> TrainSt
     """Creates the state of step 0. The weights are random, or are read from a checkpoint one array at a time. Adapters
     and quantization are added afterwards. All arrays are created sharded.
 
-    Raises UserError when the adapter of peft.name=saved was trained on another base model.
+    With peft.name=saved, raises UserError if the saved adapter was trained on another base model.
     """
     roles, shares, key = plan.objective.roles, dict(plan.abstract.shares), jax.random.key(cfg.seed)
     bases = {"policy": _load(plan, "policy", pretrained, key)}
@@ -178,7 +178,7 @@ def first_state(cfg: Config, plan: Blueprint, pretrained: Any | None) -> TrainSt
 
 
 def _load(plan: Blueprint, role: str, start: Any | None, key: Array) -> Params:
-    """The weights that a role starts from, sharded, without adapters or quantization."""
+    """Returns the sharded weights that a role starts from, without adapters or quantization."""
     network = plan.network(role)
     places = meshes.shardings(weights.axes(network.abstract, network.specs), network.abstract, plan.mesh)
     if start is None:

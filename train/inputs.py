@@ -85,7 +85,7 @@ def sources(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Batches, Bat
 
 
 def tasks(cfg: Config) -> dict[str, Task]:
-    """The tasks in the config's `evals`, as {metric name: task}."""
+    """Loads the tasks in the config's `evals`. Returns {metric name: task}."""
     found = task.named(cfg.evals)
     for name, made in found.items() if hosts.primary() else ():
         for note in made.notes:
@@ -94,8 +94,8 @@ def tasks(cfg: Config) -> dict[str, Task]:
 
 
 def follow_epochs(cfg: Config) -> None:
-    """Sets `steps` to the number of steps that `epochs` passes over the training rows take, rounded up. If `epochs` is
-    0, `steps` is unchanged."""
+    """If `epochs` is not 0, sets `steps` to the number of steps, rounded up, that this many passes over the training
+    rows take."""
     if cfg.epochs:
         train, _ = make_loaders(cfg.data, tokenizer(cfg, pretrained(cfg)), cfg.seed)
         cfg.steps = math.ceil(cfg.epochs * sum(train.sizes) / cfg.data.batch_size)
@@ -117,7 +117,7 @@ def source(blueprint: Blueprint, data: Batches, steps: int) -> Source:
         return made
     if not batches.serves(kind, objective.batch):
         raise UserError(
-            f"the objective needs batches of kind {objective.batch!r}, the data have kind {kind!r}",
+            f"the objective needs batches of kind {objective.batch!r}, but the data have kind {kind!r}",
             "config.data",
             "choose an objective for these data, or data for this objective: preference pairs have kind 'pair'; for"
             " rows with a label or a rating see config.data.format",

@@ -1,8 +1,8 @@
-"""Trains a model as a config file says, or shows the plan of the run.
+"""Trains a model as a config file specifies, or shows the plan of the run.
 
     python -m train.main --config=configs/sft/tiny.py --workdir=runs/tiny [--config.key=value ...] [--plan]
 
---plan prints size and cost of the run; --debug examines one step and its batch; --profile=N traces N steps.
+--plan prints the size and cost of the run; --debug examines one step and its batch; --profile=N traces N steps.
 
 Exit codes: 0 done, 2 bad input, 70 loss or gradients stayed non-finite, 71 a metric crossed one of config.floors,
 75 preempted: run the same command again.
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
 
 
 def show_plan(cfg: Config) -> int:
-    """Prints the size and the cost of the run without using a device, so a mesh axis of -1 counts as 1."""
+    """Prints the size and the cost of the run. No device is used, so a mesh axis of -1 counts as 1."""
     from train import plan
 
     plan.show(cfg, plan.blueprint(cfg))
@@ -41,8 +41,8 @@ def show_plan(cfg: Config) -> int:
 
 
 def run(loaded: schema.Loaded) -> int:
-    """Trains in the run folder as a validated config says; resumes from the newest complete checkpoint if there is
-    one."""
+    """Trains in the run folder as the validated config specifies. Resumes from the newest complete checkpoint if there
+    is one."""
     began = time.perf_counter()
     from train import flow
 

@@ -39,8 +39,8 @@ BATCH = P(("data", "fsdp"), "context")  # [B,T]
 
 
 def mesh_shape(cfg: Config, devices: int) -> tuple[int, ...]:
-    """Sizes of the mesh axes. An axis of -1 takes all remaining devices. Raises UserError if the axes do not fit the
-    devices."""
+    """Returns the sizes of the mesh axes. An axis of -1 takes all remaining devices. Raises UserError if the product of
+    the sizes is not the number of devices."""
     sizes = [cfg.get(a, 1) for a in AXES]
     known = math.prod(s for s in sizes if s > 0)
     sizes = [devices // known if s == -1 else s for s in sizes]
@@ -66,14 +66,14 @@ def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if shape[0] % slices:
-        raise UserError(f"data {shape[0]} is not a multiple of {slices} slices", "config.mesh.data")
+        raise UserError(f"the axis data has size {shape[0]}, not a multiple of the {slices} slices", "config.mesh.data")
     inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * len(shape[1:]))
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
 def row_shards(cfg: Config, mesh: Mesh | AbstractMesh) -> int:
     """The number of shards into which the rows of a batch are split. Raises UserError when the mesh does not divide a
-    batch [B,T] evenly. If an axis is -1, the number of devices decides whether it does."""
+    batch [B,T] evenly. For an axis of -1, this depends on the number of devices."""
     for path, problem, fix in rules.shares(cfg.data.batch_size, cfg.accum, cfg.data.seq_len, mesh.shape):
         raise UserError(problem, f"config.{path}", fix)
     return mesh.shape["data"] * mesh.shape["fsdp"]
@@ -87,7 +87,8 @@ def abstract_mesh(cfg: Config, devices: int = 0) -> AbstractMesh:
 
 
 def shardings(axes: Tree, abstract: Tree, mesh: Mesh | AbstractMesh) -> Tree:
-    """A tree like `abstract` with a NamedSharding for each array; `axes` holds the logical axis names of each array."""
+    """Returns a tree like `abstract`, with a NamedSharding for each array. `axes` holds the logical axis names of each
+    array."""
     named = lambda x, names: NamedSharding(mesh, P(*weights.assigned_axes(names, x.shape, mesh, RULES)))
     return jax.tree.map(named, abstract, axes)
 

@@ -1,4 +1,4 @@
-"""Evaluates a run in progress (held-out metrics, task scores, samples) and stops it when a metric crosses a floor."""
+"""Evaluates a run in progress (held-out metrics, task scores, samples) and stops it when a metric crosses a limit."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ PASSAGES = 32  # number of passages that are taken from `eval_text`
 
 
 class Monitor:
-    """Evaluates states, writes their metrics, and reports which of the config's `floors` the metrics cross.
+    """Evaluates states, writes their metrics, and reports which limits in the config's `floors` the metrics cross.
 
     Held-out metrics are the objective's metrics on held-out batches, without dropout or other noise. If the objective
     sets `nll`, its held-out loss is named "nll", and the metric "bits_per_byte" is added. Answers to the prompts in the
@@ -83,8 +83,8 @@ class Monitor:
         return self.verdict(step)
 
     def verdict(self, step: int) -> str:
-        """The floor that was crossed when this step was evaluated, in this or an earlier session; "" if none was
-        crossed."""
+        """Returns the floor that a metric crossed when this step was evaluated, in this or an earlier session, or "" if
+        none was crossed."""
         found = self.verdicts.get(step, "")
         if not hosts.broadcast(bool(found)):
             return ""
@@ -169,7 +169,8 @@ def _finite(x: float | None) -> float:
 
 
 def _texts(source: str) -> list[str]:
-    """The passages on which the loss on general text is measured. Raises UserError if the source has no long text."""
+    """Returns the passages on which the loss on general text is measured. Raises UserError if no text of the source is
+    long enough."""
     if not source:
         return []
     if not (found := texts.passages(source, PASSAGES)):

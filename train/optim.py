@@ -20,8 +20,8 @@ from train.state import Roles
 
 
 def schedule(cfg: Config, steps: int) -> Callable:
-    """Returns a function from step to learning rate: linear warm-up to `lr`, then a cosine, linear, constant or wsd
-    schedule."""
+    """Returns a function from step to learning rate: linear warm-up to `lr`, then a cosine, linear, constant or
+    warmup-stable-decay (wsd) schedule."""
     warmup = int(cfg.warmup if cfg.warmup >= 1 else round(cfg.warmup * steps))
     rest, end = max(steps - warmup, 1), cfg.lr * cfg.final_lr
     match cfg.schedule:
@@ -44,8 +44,8 @@ def schedule(cfg: Config, steps: int) -> Callable:
 
 
 def optimizer(cfg: Config, steps: int, params: Roles, specs: Specs) -> optax.GradientTransformation:
-    """Builds the optax transformation of a config's `optim`. `params` is {role: tree of trainable parameters, with None
-    in place of frozen parameters}."""
+    """Builds the optax transformation that a config's `optim` describes. `params` is {role: tree of trainable
+    parameters, with None in place of frozen parameters}."""
     lr = schedule(cfg, steps)
     decay = dict(weight_decay=cfg.weight_decay, mask=matrices(params, specs))
     match cfg.name:
@@ -105,8 +105,8 @@ def randomly_rounded(tx: optax.GradientTransformation) -> optax.GradientTransfor
 
 def round_randomly(x: Array, dtype: DTypeLike, key: Array) -> Array:
     """Rounds float32 numbers up or down to a 16-bit `dtype`, with probabilities such that the mean is x. The random
-    bits of an element are a hash of its position, so they are equal on every mesh. XLA fuses the hash into the rounding
-    loop, whereas a random generator would write an extra array."""
+    bits of an element are a hash of its position, so they do not depend on the mesh. XLA fuses the hash into the
+    rounding loop, whereas a random generator would write an extra array."""
     dropped = jnp.uint32(2 ** (jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant) - 1)
     first, second = jax.random.bits(key, (2,), jnp.uint32)
     noise = saved.scramble(saved.scramble(saved.positions(x.shape) ^ first) + second)

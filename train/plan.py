@@ -17,7 +17,8 @@ def blueprint(cfg: Config, devices: int = 0) -> Blueprint:
 
 
 def describe(cfg: Config, plan: Blueprint) -> Json:
-    """The number of parameters of a run's policy, the FLOPs of all its roles, and its bytes per device."""
+    """Returns a run's size and cost: the number of parameters of its policy, the FLOPs of all roles, and the bytes per
+    device."""
     roles = cost.of_roles(plan, cfg.data.seq_len)
     policy, price = roles["policy"], cost.of_plan(plan, cfg.data.seq_len)
     tokens = cfg.data.batch_size * cfg.data.seq_len * len(KINDS[plan.objective.batch].sides)
@@ -69,4 +70,4 @@ def show(cfg: Config, plan: Blueprint, path: Path | None = None) -> None:
     table.add_row("devices", f"{d['devices']} ({axes})" if axes else "1")
     if plan.attention:
         table.add_row("attention", plan.attention)
-    Console().print(table, "Activations come on top; their size depends on the compiler.", sep="\n")
+    Console().print(table, "Activations need additional memory, which depends on the compiler.", sep="\n")

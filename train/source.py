@@ -14,8 +14,8 @@ from data.rows.loader import Loader
 from train.mesh import BATCH
 from train.state import TrainState
 
-# Numbers of tokens in this process's rows: "tokens" excludes padding; "targets" count in the loss.
-# "ROLE/tokens" and "ROLE/targets" are the numbers of tokens that a sampling source runs through a role and its head.
+# Counts of tokens in this process's rows: "tokens" are all but padding; "targets" are those that count in the loss.
+# "ROLE/tokens" and "ROLE/targets" count the tokens that a sampling source runs through a role and through its head.
 Counts = dict[str, int]
 
 
@@ -27,7 +27,7 @@ class Source(Protocol):
     steps since its newest checkpoint with bit-identical results.
     """
 
-    seen: Counts  # counts of all sessions of the run
+    seen: Counts  # counts, summed over all sessions of the run
 
     def next(self, state: TrainState, step: int) -> tuple[Batch, Counts]:
         """The batch that takes the run from step `step` to the next step, and its counts, which are added to `seen`."""
@@ -53,15 +53,15 @@ class Source(Protocol):
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> slice:
-    """The range of rows of a global batch that are on this process's devices."""
+    """Returns the range of rows in a global batch that are placed on this process's devices."""
     held = NamedSharding(mesh, P(BATCH[0])).addressable_devices_indices_map((batch_size,)).values()
     edges = [index[0].indices(batch_size)[:2] for index in held if index]
     return slice(min(a for a, _ in edges), max(b for _, b in edges))
 
 
 class Batches:
-    """The Source that reads this process's rows from a data.rows.loader.Loader, and gives global arrays over the
-    mesh."""
+    """A Source that reads this process's rows with a data.rows.loader.Loader, and returns them as global arrays over
+    the mesh."""
 
     def __init__(self, loader: Loader, mesh: Mesh):
         self.loader, self.mesh = loader, mesh

@@ -61,13 +61,13 @@ class TrainState:
         return {name: self.role(name) for name in self.params | self.frozen}
 
     def in_training(self, key: Array) -> Roles:
-        """{role: parameter tree} as a training step uses it: with dropout and other noise in the roles that train."""
+        """Returns {role: parameter tree} for a training step, with dropout and other noise in the roles that train."""
         roles = self.roles
         return roles | {name: weights.in_training(roles[name], key, self.step) for name in self.params}
 
     def role(self, name: str) -> Params:
-        """The whole parameter tree of a role: its trained half combined with its own frozen half, or with the frozen
-        half of another role if the role shares that."""
+        """Returns the whole parameter tree of a role: its trained half combined with its own frozen half or, if the
+        role shares the frozen half of another role, with that one."""
         parts = [tree[name] for tree in (self.params, self.frozen) if name in tree]
         if shared := dict(self.shares).get(name):
             own = jax.tree.map(lambda _: None, parts[0])  # None for the head, which the other role lacks

@@ -22,8 +22,7 @@ def make_step(
     `loss` returns metrics as (sum, weight) pairs; the mean of metrics["loss"] is minimized. Gradients of the sum are
     accumulated over `accum` micro-batches and divided once by the total weight, so that the result does not depend on
     how tokens are distributed over micro-batches. A step whose loss or gradient is not finite changes only the
-    counters. Whether the loss and the gradient are finite is decided from values that are reduced over all hosts, so
-    that the hosts agree.
+    counters. Whether it is finite is decided from values that are reduced over all hosts, so that all hosts agree.
     """
     optimizer = optax.with_extra_args_support(tx)
 
@@ -58,7 +57,7 @@ def make_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, key=state.key)
             return cast(Roles, optax.apply_updates(state.params, updates)), opt_state
 
-        # `cond`, not `where`: `where` makes XLA keep a second copy of the optimizer state, 1 GB for 135M parameters.
+        # Use `cond` because `where` makes XLA keep a second copy of the optimizer state: 1 GB for 135M parameters.
         params, opt_state = jax.lax.cond(ok, update, lambda: (state.params, state.opt_state))
         state = state.replace(
             step=state.step + 1,

@@ -27,7 +27,7 @@ from train.source import Source
 from train.state import TrainState
 
 UNFINISHED = re.compile(r"[0-9]+\.(tmp|orbax-checkpoint-tmp).*")
-CLOCK_STEPS = 10  # several processes check `minutes` only every 10 steps, since they must agree on it
+CLOCK_STEPS = 10  # several processes check `minutes` only every 10 steps, because the check synchronizes them
 
 Abstract = dict[str, jax.ShapeDtypeStruct]  # {path: abstract array}
 
@@ -40,9 +40,10 @@ class Checkpointer:
     """Saves and restores a TrainState without its `frozen` weights, whose digests are saved and checked instead.
 
     `cfg` and `allow` are the config's `ckpt` and `allow`. `log` is called with one line about every damaged checkpoint
-    and failed save. `first` is called before each save, and writes to disk all that must be at least as recent as the
+    and failed save. `first` is called before each save, and writes to disk everything that must not be older than the
     checkpoint. `config` is the run's config as plain data, and is stored in the manifest of every checkpoint.
-    `passed` holds the steps that passed the run's floors. The newest checkpoint of a step that passed is never deleted.
+    `passed` holds the evaluated steps at which no metric crossed a limit in the config's `floors`. The newest
+    checkpoint among them is never deleted.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Checkpointer:
                 self._when = time.monotonic()
                 return restored
             damaged = True
-            self.log(f"step {step} is skipped: {problem}")
+            self.log(f"the checkpoint of step {step} is skipped: {problem}")
             self._set_aside(self.folder / str(step))
         if damaged:
             self.log(f"no complete checkpoint is left in {self.folder}: starting at step 0")
@@ -96,8 +97,9 @@ class Checkpointer:
         `maybe_save` after every resumable step. A save that becomes due between resumable steps is made at the next
         resumable step.
 
-        The arrays are copied before this method returns, so the next step may donate them. An error of a save is
-        reported when the next save starts, or in `close`: as UserError or, with on_error="continue", as a log line.
+        The arrays are copied before this method returns, so the next step may donate them. If a save fails, the error
+        is reported when the next save starts, or by `close`. It is raised as UserError or, with on_error="continue",
+        logged.
         """
         if not (force or self._due(step)):
             return False
@@ -123,7 +125,7 @@ class Checkpointer:
         self.log(f"{message}; the run continues")
 
     def last_passed(self) -> int | None:
-        """The newest saved step that passed the floors."""
+        """Returns the newest saved step that is in `passed`, or None."""
         return next((step for step in saved.steps(self.folder) if step in self.passed), None)
 
     def close(self) -> None:
@@ -171,7 +173,7 @@ class Checkpointer:
 
     def _prepare(self) -> Exception | None:
         """Calls `first`. Returns the error that `first` raised, a RuntimeError if it failed only on another process, or
-        None."""
+        None if it succeeded on all processes."""
         error = None
         try:
             self.first()
@@ -196,8 +198,8 @@ class Checkpointer:
             raise
 
     def _prune(self) -> None:
-        """Deletes all checkpoints except the newest `keep`, those at multiples of `keep_every`, and the last one that
-        passed the floors."""
+        """Deletes all checkpoints except the newest `keep`, those at multiples of `keep_every`, and the newest one
+        whose step is in `passed`."""
         last_passed = self.last_passed()
         for step in saved.steps(self.folder)[self.cfg.keep :]:
             if step != last_passed and (not self.cfg.keep_every or step % self.cfg.keep_every):
@@ -209,7 +211,7 @@ class Checkpointer:
                 files.remove(doomed)
 
     def _load(self, step: int, state: TrainState, source: Source) -> tuple[str, TrainState | None]:
-        """Reads the checkpoint at a step. Returns ("", state), or (problem, None) if the checkpoint is damaged."""
+        """Reads the checkpoint of a step. Returns ("", state), or (problem, None) if the checkpoint is damaged."""
         folder, abstract = self.folder / str(step), _abstract(state)
         problem, manifest = self._attempt(lambda: saved.read_manifest(folder))
         if not problem:
@@ -230,7 +232,7 @@ class Checkpointer:
             result = action()
         except Damaged as e:
             problem = str(e)
-        return (problem, result) if hosts.all_true(not problem) else (problem or "damaged for another process", None)
+        return (problem, result) if hosts.all_true(not problem) else (problem or "damaged on another process", None)
 
     def _check(self, manifest: Json, abstract: Abstract, state: TrainState, source: Source) -> None:
         """Raises UserError when a complete checkpoint does not belong to this run."""
@@ -240,19 +242,19 @@ class Checkpointer:
         for name in sorted(leaves.keys() | wanted.keys()):
             if leaves.get(name) != wanted.get(name):
                 was, want = (_shape(tree.get(name)) for tree in (leaves, wanted))
-                problem = f"parameter {name} is {was} in step {step}, {want} in this run"
+                problem = f"parameter {name} is {was} in step {step}, but {want} in this run"
                 raise UserError(problem, where, "use a new --workdir")
         if (of := self._moved(manifest["frozen"], state)) and "config" not in self.allow:
-            problem = f"the frozen weights of {of} are not those of step {step}: `init` or the hardware has changed"
-            raise UserError(problem, where, "undo that, or put 'config' in config.allow")
+            problem = f"the frozen weights of {of} differ from those of step {step}: `init` or the hardware has changed"
+            raise UserError(problem, where, "undo this change, or put 'config' in config.allow")
         data = manifest["source"].get("fingerprint")
         if data != _fingerprint(source).get("fingerprint") and "data" not in self.allow:
             fix = "restore the files, or put 'data' in config.allow"
-            raise UserError(f"the data are not those of step {step}", where, fix)
+            raise UserError(f"the data differ from those of step {step}", where, fix)
 
     def _moved(self, recorded: dict[str, str] | str, state: TrainState) -> str:
-        """The names of the roles whose frozen weights differ from the recorded digests; "" if all are equal."""
-        if isinstance(recorded, str):  # older runs have one digest for all roles
+        """Returns the names of the roles whose frozen weights do not match the recorded digests, or "" if all match."""
+        if isinstance(recorded, str):  # earlier versions of Kungfu stored a single digest for all roles
             copies = {role: state.role(role) for role in dict(state.shares)}
             whole = state.frozen | copies
             return "" if recorded == saved.fingerprint(whole) else "the run"
@@ -298,6 +300,6 @@ def _shape(leaf: tuple | None) -> str:
 
 
 def _fingerprint(source: Source) -> dict:
-    """The entry {"fingerprint": ...} of a source's state, which identifies its data; {} for a source without a
+    """Returns {"fingerprint": ...}, the entry of a source's state that identifies its data, or {} if the source has no
     fingerprint."""
     return {k: v for k, v in source.state_dict().items() if k == "fingerprint"}

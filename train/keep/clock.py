@@ -39,9 +39,9 @@ class Clock:
         self.last: dict[str, Pair] = {}
         self.since = time.perf_counter()
         self.steps = 0
-        self.counts: Counter[str] = Counter()  # counts since the last line
-        self.since_line = 0  # steps since the last line
-        self.busy, self.timed = 0.0, 0  # seconds and tokens of all metrics lines so far
+        self.counts: Counter[str] = Counter()  # counts since the last metrics line
+        self.since_line = 0  # steps since the last metrics line
+        self.busy, self.timed = 0.0, 0  # seconds and tokens that all metrics lines so far cover
 
     def tick(self, sums: dict[str, Pair], counts: Counts) -> None:
         """Counts a step. Call `tick` after each step is dispatched. The first step includes compilation and is left out
@@ -61,8 +61,8 @@ class Clock:
         return int(self.pending["bad"][0]) if self.pending else self.bad
 
     def line(self, done: int, seen: Counts) -> Json:
-        """The numbers of a metrics line: the last step's metrics, the rates since the previous line, and the FLOPs of
-        all tokens `seen` by the run so far.
+        """Returns the numbers for a metrics line: the last step's metrics, the rates since the previous line, and the
+        FLOPs of all tokens `seen` by the run so far.
 
         MFU is None for a chip whose peak FLOPs are unknown.
         """
@@ -89,7 +89,8 @@ class Clock:
         self.since += time.perf_counter() - start
 
     def totals(self, seen: Counts) -> Json:
-        """Totals over all sessions of the run (`seen`), and the rate and peak memory of this session."""
+        """Returns totals over all sessions of the run, computed from `seen`, and the throughput and peak memory of this
+        session."""
         n = self.parts
         return {
             "tokens": n * seen["tokens"],
@@ -100,7 +101,8 @@ class Clock:
         }
 
     def _flops(self, counts: Counts) -> float:
-        """FLOPs of all processes, for training steps and for a source's extra forward passes through the roles."""
+        """Returns the FLOPs of all processes, for training steps and for the extra forward passes that a sampling
+        source runs."""
         total = self.cost.step(counts["tokens"], counts["targets"])
         for role, price in self.roles.items():
             total += price.forward().step(counts.get(f"{role}/tokens", 0), counts.get(f"{role}/targets", 0))

@@ -1,4 +1,4 @@
-"""Sets options of XLA before XLA starts: named presets of compiler flags for TPUs, and threads and memory for CPUs.
+"""Sets XLA options before XLA starts: named presets of compiler flags for TPUs, and threads and memory for CPUs.
 
 Each version of libtpu has its own presets, since libtpu aborts the process on an unknown flag.
 """
@@ -25,7 +25,8 @@ PRESETS: dict[str, dict[str, dict[str, str]]] = {
     "0.0.42.1": {
         "overlap": _OVERLAP,
         "dense": _OVERLAP | {"xla_tpu_scoped_vmem_limit_kib": "98304"},  # allows larger fusions in VMEM, as in MaxText
-        "memory": {"xla_tpu_enable_latency_hiding_scheduler": "false"},  # gathers no parameters in advance
+        # does not gather parameters in advance, which saves memory
+        "memory": {"xla_tpu_enable_latency_hiding_scheduler": "false"},
         "dcn": {  # reduces gradients between slices in parts, during the backward pass
             "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
             "xla_tpu_data_parallel_opt_different_sized_ops": "true",
@@ -35,7 +36,8 @@ PRESETS: dict[str, dict[str, dict[str, str]]] = {
 
 
 def apply(preset: str) -> None:
-    """Adds the flags of a preset to LIBTPU_INIT_ARGS. Call `apply` before anything uses devices. "" adds no flags.
+    """Adds the flags of a preset to LIBTPU_INIT_ARGS. Call `apply` before anything uses devices. If `preset` is "", no
+    flags are added.
 
     Raises UserError when libtpu is not installed or its version has no such preset.
     """
@@ -56,18 +58,18 @@ def apply(preset: str) -> None:
 
 
 def fake_devices() -> None:
-    """Settings for simulated devices on a CPU: a larger thread pool and a longer timeout for collectives. Call
-    `fake_devices` before anything uses devices.
+    """Configures XLA for simulated devices on a CPU: sets a larger thread pool and a longer timeout for collectives.
+    Call `fake_devices` before anything uses devices.
 
     A collective blocks one thread per device until all devices arrive. If no thread is left for a parallel matmul, the
-    process deadlocks. XLA aborts a process in which a collective waits for 40 s, which happens on a machine with few,
-    busy cores.
+    process deadlocks. By default, XLA aborts the process once a collective has waited for 40 s, which happens on
+    machines with few or busy cores.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     found = re.findall(r"--xla_force_host_platform_device_count=(\d+)", flags)
     devices, patience = int(found[-1]) if found else 1, "--xla_cpu_collective_call_terminate_timeout_seconds"
     if devices > 1:
-        os.environ.setdefault("NPROC", str(2 * devices + (os.cpu_count() or 1)))  # the size of XLA's pools
+        os.environ.setdefault("NPROC", str(2 * devices + (os.cpu_count() or 1)))  # the size of XLA's thread pools
         if patience not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {patience}=300"
 
@@ -76,7 +78,7 @@ def fake_devices() -> None:
 def trim_after_compiling() -> None:
     """Makes glibc return freed memory to the system after each long compilation. Otherwise a process that trains 135M
     parameters keeps 0.2 GB of memory that the compiler, LLVM, no longer uses. Only the first call in a process has an
-    effect, and only with glibc."""
+    effect. Without glibc, no call has one."""
     from jax import monitoring
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -19,7 +19,8 @@ from common import exits
 from common.errors import UserError
 from common.types import Json
 
-LOST = re.compile("closed by peer|reset by peer|onnection refused|unhealthy|heartbeat")  # errors after a process died
+# matches errors that follow the death of another process
+LOST = re.compile("closed by peer|reset by peer|onnection refused|unhealthy|heartbeat")
 
 
 def connect() -> None:
@@ -46,10 +47,10 @@ def connect() -> None:
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Ends this process at once, with one line, when another process of the launch has died.
+    """Ends this process at once, printing a single line, when another process of the launch has died.
 
-    A dead process is noticed by an error about a broken connection. If this process then exited normally, it would wait
-    for the dead process for more than a minute, and end with a C++ stack trace.
+    The death of a process shows up as an error about a broken connection. If this process then exited normally, it
+    would wait for the dead process for more than a minute, and end with a C++ stack trace.
     """
     if jax.process_count() > 1:
         _delay_abort()
@@ -63,8 +64,8 @@ def watched() -> Iterator[None]:
 
 def _delay_abort() -> None:
     """Delays aborts by 6 s. When the first process dies, JAX aborts the other processes, often before they can print
-    the reason. The handler of SIGABRT is C's sleep(), which gets the signal number, 6, as its argument. sleep() runs
-    without Python's GIL."""
+    the reason. To do so, installs C's sleep() as the handler of SIGABRT. It is called with the signal number, 6, as its
+    argument, and does not need Python's GIL."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.signal(signal.SIGABRT, libc.sleep)
@@ -91,14 +92,14 @@ def primary() -> bool:
 
 
 def broadcast(value: int | bool) -> int:
-    """Returns the first process's `value` on all processes. A call of `broadcast` is also a barrier."""
+    """Returns the first process's `value` on all processes. The call is also a barrier."""
     if jax.process_count() == 1:
         return int(value)
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def all_true(ok: bool) -> bool:
-    """Whether `ok` holds on every process."""
+    """Returns whether `ok` is True on every process."""
     if jax.process_count() == 1:
         return ok
     return bool(multihost_utils.process_allgather(np.array([ok])).all())

@@ -1,4 +1,4 @@
-"""The lock of a run in an object store, which, unlike a file lock, stays locked when its process is killed."""
+"""Locks a run in an object store. Unlike a file lock, this lock remains if its process is killed."""
 
 import os
 import re
@@ -18,10 +18,10 @@ LOCK = re.compile(r"LOCK\.(\d+)")
 class Lease:
     """Holds the object LOCK.<n> in `folder`, and rewrites it every BEAT seconds until `close`.
 
-    A killed run leaves its lock behind, but no longer rewrites it. After a lock has not changed for three BEATs,
-    another process may take over by creating LOCK.<n+1>, which the store lets only one writer create. `holder` names
-    the process and its host. A lock from this host is taken over at once: this process already has the run's local file
-    lock, so the process that left the object must be dead. Raises UserError when the run is in use.
+    A killed run leaves its lock behind, but no longer rewrites it. If a lock has not changed for three BEATs, another
+    process may take over by creating LOCK.<n+1>. The store lets only one process create this object. `holder` names the
+    process and its host. A lock from the same host is taken over at once: because this process has the run's local file
+    lock, the process that left the object must be dead. Raises UserError when the run is in use.
     """
 
     def __init__(self, folder: Place, holder: str):
@@ -40,7 +40,8 @@ class Lease:
         self._thread.start()
 
     def _watch(self, path: Place) -> None:
-        """Returns if the holder of a lock has died. Raises UserError if the holder is alive."""
+        """Waits to see whether the holder of a lock is alive. Returns if the holder has died, and raises UserError
+        otherwise."""
         before = _read(path)
         if f" on {socket.gethostname()} " in before:
             return
@@ -73,7 +74,7 @@ class Lease:
 
 
 def _held(folder: Place) -> list[int]:
-    """The numbers of the existing locks. The glob pattern skips the checkpoints in the same folder, which saves
+    """Returns the numbers of the existing locks. The glob pattern skips the checkpoints in the same folder, which saves
     requests."""
     return sorted(int(m[1]) for m in (LOCK.fullmatch(path.name) for path in folder.glob("LOCK.*")) if m)
 

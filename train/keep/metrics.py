@@ -1,6 +1,6 @@
 """Records a run in metrics.jsonl (one JSON object per line), on the console, and optionally in a tracker.
 
-All reports are made from metrics.jsonl. A resume removes the lines of all steps after the restored step.
+All reports are made from metrics.jsonl. When a run resumes, the lines of all steps after the restored step are removed.
 """
 
 import math
@@ -76,7 +76,7 @@ class Metrics:
         self.write(self.step, "event", event=message, **details)
 
     def end(self, message: str, chip: str = "", **details: Any) -> None:
-        """Records when a session ended and its seconds by kind of time, and prints the run's cost.
+        """Records the end of a session and the seconds that it spent on each of KINDS, and prints the run's cost.
 
         `chip` is config.chip.
         """
@@ -90,7 +90,7 @@ class Metrics:
         self._settle()
 
     def _spent(self) -> Json:
-        """Seconds of this session so far, and joules if power can be read."""
+        """Returns the seconds that this session has taken so far, and its joules if power can be read."""
         other = max(0.0, time.perf_counter() - self._began - sum(self.seconds.values()))
         joules = self._power.joules()
         spent = {"seconds": {k: round(s, 3) for k, s in (*self.seconds.items(), ("other", other))}}
@@ -137,12 +137,12 @@ class Metrics:
             if self.on_error == "stop":
                 self._stop(e)
             if not self._refused:
-                note = "its lines are kept until they can be written"
+                note = "new lines are kept in memory until they can be written"
                 print(f"warning: {self.path}: {e.strerror}; {note}", file=sys.stderr)
             self._refused = True
 
     def _settle(self) -> None:
-        """Makes everything written so far durable. Raises UserError if the file cannot be written."""
+        """Flushes everything written so far to disk. Raises UserError if the file cannot be written."""
         try:
             self.sync()
         except OSError as e:
@@ -154,8 +154,8 @@ class Metrics:
 
     @contextmanager
     def timer(self, kind: str, since: float | None = None) -> Iterator[None]:
-        """Adds the seconds spent in the with-block to `kind`, one of KINDS. If `since`, a value of time.perf_counter(),
-        is given, the seconds count from then."""
+        """Adds the seconds spent in the with-block to `kind`, one of KINDS. If `since` is given, a value of
+        time.perf_counter(), the seconds are counted from that time."""
         start = time.perf_counter() if since is None else since
         self._began = min(self._began, start)
         try:
@@ -164,7 +164,7 @@ class Metrics:
             self.seconds[kind] += time.perf_counter() - start
 
     def sync(self) -> None:
-        """Makes everything written so far durable. Raises OSError."""
+        """Flushes everything written so far to disk. Raises OSError if the file cannot be written."""
         if self.active:
             self._file.sync()
 
@@ -231,8 +231,8 @@ class Console:
 
 
 def progress(step: int, total: int, numbers: Json) -> str:
-    """Formats the line on the console. `numbers` may have epoch, loss, lr, tokens_per_second, mfu (0 to 1) and
-    seconds_per_step."""
+    """Formats the progress line for the console. `numbers` may have epoch, loss, lr, tokens_per_second, mfu (0 to 1)
+    and seconds_per_step."""
     mfu, pace = numbers.get("mfu"), numbers.get("seconds_per_step")
     parts = [
         f"step {step}/{total}" + (f" (epoch {numbers['epoch']:.2f})" if "epoch" in numbers else ""),

@@ -12,8 +12,8 @@ INTERVAL = 10.0  # seconds between samples
 
 
 class Power:
-    """Counts joules until `close`. If power cannot be read on this machine, no thread is started and no joules are
-    reported.
+    """Counts the joules that are used until `close` is called. If power cannot be read on this machine, no thread is
+    started and no joules are reported.
 
     RAPL covers only the CPU packages, not memory or the rest of the machine, and often only root may read it.
     """
@@ -28,7 +28,8 @@ class Power:
             threading.Thread(target=self._work, args=(interval,), name="power", daemon=True).start()
 
     def joules(self) -> dict[str, list[float]]:
-        """Returns {"gpu": [joules per board, seconds], "cpu": [joules of all packages, seconds]}, as far as known."""
+        """Returns {"gpu": [joules per board, seconds], "cpu": [joules of all packages, seconds]}. Entries that cannot
+        be measured are missing."""
         return {name: [round(x, 2) for x in spent] for name, spent in self._spent.items()}
 
     def sample(self) -> None:
@@ -47,13 +48,13 @@ class Power:
                 self._spent[name], self._last[name] = [joules + used, seconds + now - then], (now, value)
 
     def _counters(self) -> list[int]:
-        """Microjoules of each package."""
+        """Returns the energy counter of each CPU package, in microjoules."""
         if not self._packages:
             raise OSError("no RAPL")
         return [int((p / "energy_uj").read_text()) for p in self._packages]
 
     def _used(self, before: list[int], after: list[int]) -> float:
-        """Joules between two readings of the counters, which may wrap around."""
+        """Returns the joules used between two readings of the counters, which may wrap around."""
         wrap = lambda p: int((p / "max_energy_range_uj").read_text())
         pairs = zip(self._packages, before, after, strict=True)
         return sum(b - a if b >= a else b - a + wrap(p) for p, a, b in pairs) / 1e6
@@ -67,8 +68,8 @@ class Power:
 
 
 def board_watts() -> float:
-    """Mean power, in watts, of the GPUs in CUDA_VISIBLE_DEVICES, or of all GPUs if that is unset. Raises OSError
-    without nvidia-smi."""
+    """Mean power, in watts, of the GPUs in CUDA_VISIBLE_DEVICES, or of all GPUs if that is unset. Raises OSError if
+    nvidia-smi is not installed."""
     only = os.environ.get("CUDA_VISIBLE_DEVICES")
     query = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits", *(["-i", only] if only else [])]
     watts = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.split()

@@ -34,7 +34,7 @@ GROWING = (files.LOCK, "metrics.jsonl", "ckpt", "profile", "tensorboard", "wandb
 ROOT = Path(__file__).resolve().parents[2]
 
 # Config keys that a resume may change, including all keys below the listed ones.
-# These keys do not affect the state or the batches of any step, or are, like `steps`, a usual reason to resume a run.
+# They do not affect the state or the batches of any step or, like `steps`, are a common reason to resume a run.
 SAFE = (
     "steps", "epochs", "accum", "mesh", "model.attention", "xla_preset", "log_every", "eval_every", "eval_batches",
     "evals", "eval_n", "floors", "samples", "ckpt", "tracker", "chip", "allow", "data.cache",
@@ -50,7 +50,7 @@ class RunDir:
     `config` is the resolved config as plain data, `overrides` are the overrides on the command line, and `source` is
     the config file. Raises UserError when the folder is in use or cannot be written, when a resume changes the config
     (unless the config's `allow` contains "config" or, for keys under data, "data"), or when the processes of the launch
-    have different configs or code.
+    differ in their configs or code.
     """
 
     def __init__(
@@ -72,16 +72,16 @@ class RunDir:
         self._stop = StopSignals()
 
     def stop_requested(self, step: int) -> bool:
-        """Whether to save `step` and exit with exits.PREEMPTED after SIGTERM or Ctrl-C. Call `stop_requested` after
-        every step.
+        """Returns whether the run should save `step` and exit with exits.PREEMPTED, because it got SIGTERM or Ctrl-C.
+        Call `stop_requested` after every step.
 
         All processes get True at the same step, no matter which of them got the signal.
         """
         return self._stop.requested(step)
 
     def publish(self) -> None:
-        """Uploads the changed files of a run in an object store. This method is called before each save, since a resume
-        on another machine needs the files, and at the end of the run."""
+        """If the run is in an object store, uploads the files that have changed. This method is called at the end of
+        the run and before each save, because a resume on another machine needs the files."""
         if self._lease:
             with paths.store_errors(self.home):
                 files.put(self.path, self.home, self._published)
@@ -134,8 +134,8 @@ class RunDir:
         return None
 
     def _compare(self) -> None:
-        """Prints the config values that a resume changes. Raises UserError if a change is not safe, or if `steps` is
-        less than the number of steps already done."""
+        """Prints the config values that a resume changes. Raises UserError if a resume must not make one of these
+        changes, or if `steps` is less than the number of steps already done."""
         self.resumed = bool(saved.steps(self.home / "ckpt"))
         where, step, recorded = self._recorded()
         if step > self.config.get("steps", step):
@@ -152,15 +152,15 @@ class RunDir:
         if self.changes:
             print("config changed since the last launch:", *self.changes, sep="\n  ")
         if "steps" in changed:
-            print("the learning rate now follows the schedule of the new number of steps: it may jump here")
+            print("the learning rate now follows the schedule for the new number of steps, so it may jump here")
         if refused := unsafe(changed, self.config.get("allow") or ()):
             problem = f"a resume must not change {'; '.join(f'{key}: {changed[key]}' for key in refused)}"
             name = "data" if all(_under(k, ("data",)) for k in refused) else "config"
             raise UserError(problem, str(self.path), f"use a new --workdir, or put {name!r} in config.allow")
 
     def _recorded(self) -> tuple[str, int, Json | None]:
-        """Returns (file of the config, step, config) of the newest complete checkpoint. Older runs have the config only
-        in config.json."""
+        """Returns (file of the config, step, config) for the newest complete checkpoint. Earlier versions of
+        Kungfu stored the config only in config.json."""
         step = 0
         for at in saved.steps(self.home / "ckpt"):
             with contextlib.suppress(saved.Damaged):
@@ -185,7 +185,8 @@ def differences(old: Json | Leaf, new: Json | Leaf, path: str = "") -> Iterator[
 
 
 def unsafe(changed: Iterable[str], allow: Iterable[str]) -> list[str]:
-    """The changed config keys that a resumed run must not change, except those that `allow` permits."""
+    """Returns those of the changed config keys that a resume must not change, leaving out the ones that `allow`
+    permits."""
     if "config" in allow:
         return []
     safe = (*SAFE, "data") if "data" in allow else SAFE
@@ -199,8 +200,8 @@ def _under(key: str, names: tuple[str, ...]) -> bool:
 def take_lock(path: Path, home: Place | None = None) -> int:
     """Takes an exclusive lock and returns its file descriptor. The kernel releases the lock when the process ends.
 
-    Raises UserError, which names the holder, if the lock is taken, and OSError if `path` is a link. Prints a warning on
-    a file system without locks.
+    If the lock is taken, raises a UserError that names the holder. Raises OSError if `path` is a symbolic link. Prints
+    a warning if the file system does not support locks.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
@@ -215,7 +216,7 @@ def take_lock(path: Path, home: Place | None = None) -> int:
         print(f"warning: {problem}", file=sys.stderr)
     before = os.pread(fd, 500, 0).decode(errors="replace").strip()
     if before and f" on {socket.gethostname()} " not in before:
-        print(f"warning: taking over the lock that {before} left", file=sys.stderr)
+        print(f"warning: taking over the lock that {before} left behind", file=sys.stderr)
     os.ftruncate(fd, 0)
     os.pwrite(fd, holder().encode(), 0)
     return fd
@@ -261,7 +262,7 @@ class StopSignals:
 
 
 def environment() -> Json:
-    """Everything that may affect a result, besides the config and the data."""
+    """Returns everything that may affect a run's results, besides the config and the data."""
     return {
         "python": sys.version.split()[0],
         "packages": {name: _version(name) for name in PACKAGES},
@@ -279,7 +280,7 @@ def environment() -> Json:
 
 
 def code_digest() -> str:
-    """One digest over all Python files of the packages in this repository."""
+    """Returns a single digest of all Python files in this repository's packages."""
     h = hashlib.sha256()
     for package in sorted(ROOT.glob("*/__init__.py")):
         for path in sorted(package.parent.rglob("*.py")):

@@ -19,8 +19,8 @@ class Trace:
         self.steps, self.folder, self.traced = max(0, steps), folder, -1  # -1: not started
 
     def tick(self, done: int, result: Any) -> None:
-        """Starts or ends the trace at the right step. Call `tick` after step `done` of the session was dispatched.
-        `result` is any array of the step's results."""
+        """Starts or ends the trace at the right step. Call `tick` after dispatching step `done` of the session.
+        `result` is any of the arrays that the step returned."""
         if self.steps and done == 1:
             jax.block_until_ready(result)
             jax.profiler.start_trace(str(self.folder), create_perfetto_trace=True)
@@ -54,8 +54,8 @@ def table(path: Path, steps: int, rows: int = 10) -> str:
 
 
 def own_seconds(events: list[dict]) -> tuple[dict[str, float], dict[str, int]]:
-    """(self time in seconds, calls) by operation. Self time excludes operations that are nested in the operation on the
-    same thread, such as the body of a `while` loop."""
+    """Returns ({operation: self time in seconds}, {operation: number of calls}). The self time excludes operations that
+    are nested in the operation on the same thread, such as the body of a `while` loop."""
     ops = [e for e in events if e.get("ph") == "X" and {"hlo_op", "hlo_category"} & e.get("args", {}).keys()]
     seconds, calls, open_ops = defaultdict(float), defaultdict(int), defaultdict(list)
     for e in sorted(ops, key=lambda e: (e["ts"], -e["dur"])):

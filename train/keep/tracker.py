@@ -13,14 +13,15 @@ from typing import Any
 from common.errors import UserError
 from configs import schema
 
-QUEUE = 1000  # points that may wait for a slow tracker; further points are dropped and counted
+QUEUE = 1000  # maximum number of points that wait for a slow tracker; further points are dropped and counted
 PATIENCE = 5.0  # seconds to wait for the tracker at the end of a run
 
 
 class Feed:
-    """Passes points to a tracker in the background. `tracker` is a name in TRACKERS, or an object with log and close.
+    """Passes points, each of which holds the metrics of one step, to a tracker in the background. `tracker` is a name
+    in TRACKERS, or an object with the methods `log` and `close`.
 
-    Raises UserError for a name whose package is not installed. A later failure of the tracker prints one warning, and
+    Raises UserError if the tracker's package is not installed. If the tracker fails later, one warning is printed, and
     the run continues.
     """
 
@@ -78,8 +79,8 @@ class TensorBoard:
 
 
 class WandB:
-    """Sends metrics to W&B, including the step as a metric of its own. W&B's built-in step is not used, since W&B drops
-    points if that step does not grow, as after a resume."""
+    """Sends metrics to W&B, including the step as a metric of its own. W&B's built-in step is not used, because W&B
+    drops points whose step does not increase, as happens after a resume."""
 
     def __init__(self, folder: Path, config: dict):
         import wandb  # pyright: ignore[reportMissingImports]

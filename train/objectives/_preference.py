@@ -31,7 +31,7 @@ def reference(roles: Roles) -> Params:
 
 
 def lengths(batch: Batch) -> Array:
-    """The number of targets in each row [B], or 1 for an empty row, since callers divide by this number."""
+    """The number of targets in each row [B]. It is 1 for an empty row, because callers divide by it."""
     return jnp.maximum(batch["mask"].sum(-1), 1)
 
 
@@ -54,8 +54,8 @@ def figures(chosen: Array, rejected: Array, policy: Array, batch: Batch) -> dict
 
 
 def compared(chosen: Array, rejected: Array) -> dict[str, Array]:
-    """Metrics of each pair [B], computed from the rewards of its two answers. The rewards are the implicit rewards of a
-    policy or come from a reward model."""
+    """Returns metrics of each pair [B], computed from the rewards of its two answers. These are either the implicit
+    rewards of a policy, or the outputs of a reward model."""
     return {
         "accuracy": (chosen > rejected).astype(jnp.float32),
         "margin": chosen - rejected,
@@ -65,7 +65,8 @@ def compared(chosen: Array, rejected: Array) -> dict[str, Array]:
 
 
 def divergence(model: Transformer, roles: Roles, rows: Batch) -> dict[str, Pair]:
-    """KL(policy || reference) of the next-token distributions, in nats, averaged over the tokens of the data's answers.
+    """KL(policy || reference) of the next-token distributions, in nats, averaged over the tokens of the answers in the
+    data.
 
     The KL is exact at each token, but the answers are those in the data, not samples from the policy. For sampled
     answers, use tools.rank --kl.

@@ -26,11 +26,11 @@ def make(
     """The loss is -log softmax(cosines / temperature) of a question's own passage, averaged over questions.
 
     The negatives are the other passages of the micro-batch, on all devices, except copies of the question's own passage
-    and the passages of identical questions. `pooling` is how token vectors are pooled into an embedding. Questions are
-    truncated to `query_tokens` tokens, which saves padding; 0 means `data.seq_len`.
+    and the passages of identical questions. `pooling` says how token vectors are pooled into an embedding. Questions
+    are truncated to `query_tokens` tokens, which saves padding; 0 means `data.seq_len`.
     """
     if temperature <= 0:
-        raise ValueError(f"temperature {temperature:g} is not above 0")
+        raise ValueError(f"temperature {temperature:g} must be above 0")
 
     def vectors(params: Params, side: Batch) -> Array:
         x = model.hidden(params, side["tokens"], side["positions"], side["segments"]).x

@@ -25,12 +25,13 @@ def make(
 
     r is a row's log-ratio log(pi / pi_ref). z estimates KL(policy || reference), without a gradient: it is the mean
     log-ratio of mismatched rows (each prompt with the answer of the previous row), or 0 if that mean is negative. z is
-    computed per micro-batch, over all devices. Raises UserError for micro-batches of one row: they have no mismatch.
+    computed per micro-batch, over all devices. Raises UserError for micro-batches of a single row, because they have no
+    mismatched rows.
     """
 
     def compute(roles: Roles, batch: Batch, key: Array) -> dict[str, Pair]:
         if len(batch["label"]) < 2:
-            what = "KTO estimates its KL on mismatched rows, but a micro-batch has one row"
+            what = "KTO estimates its KL on mismatched rows, but a micro-batch has only one row"
             raise UserError(what, "data.batch_size", "raise it, or lower accum")
         policy, ref = roles["policy"], reference(roles)
         other = mismatched(batch)
@@ -55,7 +56,7 @@ def make(
         good = int((columns["label"] > 0).sum())
         if good in (0, len(columns["label"])):
             what = f"all {len(columns['label'])} answers are labeled {'good' if good else 'bad'}"
-            raise UserError(what, "data.source", "KTO learns from both: add answers of the other label")
+            raise UserError(what, "data.source", "KTO learns from both labels: add answers with the other one")
 
     return Objective(compute, BATCH, {"policy": Role("train"), "ref": Role("initial")}, check=check, heldout=heldout)
 
@@ -71,7 +72,7 @@ def mismatched(batch: Batch) -> Batch:
     at = jnp.arange(width)
     here = jnp.where(batch["mask"].any(-1), batch["mask"].argmax(-1), width)[:, None]  # the prompt's last position
     there = jnp.roll(here, 1, axis=0)
-    slot = at - here + there  # the position in the previous row that each position is copied from
+    slot = at - here + there  # the position in the previous row from which each position is copied
     fits = (at >= here) & (slot < width)
 
     def moved(x: Array, empty: int = 0) -> Array:

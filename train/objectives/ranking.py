@@ -43,7 +43,8 @@ def make(model: Transformer) -> Objective:
 
 
 def order_logp(scores: Array, ranks: Array) -> Array:
-    """The log-probability [B] that answers with `scores` [B,K] are ordered as in `ranks` [B,K], ties in any order.
+    """The log-probability [B] that answers with `scores` [B,K] are ordered as in `ranks` [B,K]. Tied answers may be in
+    any order.
 
     P(S) is the probability that the answers in the set S come first. P(S) is computed for sets S of increasing size:
     P(S) is the sum over i in S of P(S - i) exp(r_i) / sum_{j not in S - i} exp(r_j), where answer i is added last. The
@@ -53,7 +54,7 @@ def order_logp(scores: Array, ranks: Array) -> Array:
     count = scores.shape[1]
     if count > MOST:
         raise UserError(
-            f"{count} answers to a prompt; at most {MOST} can be ranked", "data.source", "keep the best few"
+            f"{count} answers to a prompt; at most {MOST} are supported", "data.source", "keep the best few"
         )
     taken = np.array(list(itertools.product((False, True), repeat=count)))[:, ::-1]  # [2^K,K]: row n has the bits of n
     left = jnp.asarray(~taken)

@@ -23,11 +23,12 @@ def make(
     model: Transformer, *, loss: Literal["regression", "ordinal"] = "regression", low: float = 1.0, high: float = 5.0
 ) -> Objective:
     """The loss is averaged over rows. A reward of 0 is the middle of the scale from `low` to `high`, and a reward of 1
-    is one rating above the middle.
+    is one point above the middle.
 
     `regression`: the loss is (r - (rating - middle))^2.
-    `ordinal`: the loss is the all-threshold logistic loss (Rennie and Srebro 2005, eq. 13): for each step between two
-    whole ratings, -log sigmoid(r - step) if the rating is above the step, else -log sigmoid(step - r).
+    `ordinal`: the loss is the all-threshold logistic loss (Rennie and Srebro 2005, eq. 13). It is a sum over the
+    thresholds between adjacent whole ratings: -log sigmoid(r - threshold) if the rating is above the threshold, else
+    -log sigmoid(threshold - r).
     """
     middle = (low + high) / 2
     steps = np.arange(low, high) + np.float32(0.5 - middle)

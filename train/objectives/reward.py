@@ -18,7 +18,7 @@ def make(model: Transformer, *, center: float = 0.0) -> Objective:
     """The loss is -log sigmoid(r_chosen - r_rejected - margin), averaged over pairs.
 
     `margin` is a column of the data (Touvron et al. 2023, arXiv 2307.09288, eq. 2), or 0 if the data lack this column.
-    A pair whose column `tie` is 1 counts half as won and half as lost, and is left out of the accuracy. `center` times
+    A pair whose column `tie` is 1 counts as half a win and half a loss, and is left out of the accuracy. `center` times
     (r_chosen + r_rejected)^2 is added to the loss, which keeps rewards around 0 (Eisenstein et al. 2023, arXiv
     2312.09244, eq. 2).
     """
