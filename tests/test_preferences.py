@@ -108,7 +108,7 @@ def test_an_empty_row_moves_no_kl():
     a, b = loss(params, three, None), loss(params, empty, None)
     assert a["loss"][1] == b["loss"][1] == 3
     assert np.isfinite(b["kl"][0]) and b["reward_chosen"][1] == a["reward_chosen"][1] == 1
-    with pytest.raises(UserError, match="a micro-batch has one row"):
+    with pytest.raises(UserError, match="a micro-batch has only one row"):
         loss(params, jax.tree.map(lambda x: x[:1], whole), None)
 
 

@@ -66,7 +66,7 @@ def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if shape[0] % slices:
-        raise UserError(f"the axis data has size {shape[0]}, not a multiple of the {slices} slices", "config.mesh.data")
+        raise UserError(f"the data axis has size {shape[0]}, not a multiple of {slices} slices", "config.mesh.data")
     inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * len(shape[1:]))
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
