@@ -141,12 +141,11 @@ def config(changes: dict[str, Leaf]) -> schema.Config:
     return schema.resolve(schema.read(str(schema.overrides.CHECKOUT / CONFIG)), changes, [], CONFIG)[0]
 
 
-def shape(longest: float, train: float, validation: float) -> dict[str, Leaf]:
-    """Returns the row length and batch size for training on examples of at most `longest` tokens. `train` and
-    `validation` are the total numbers of tokens in these splits. If possible, a step has at most SHARE tokens, and an
-    epoch has at least STEPS steps."""
+def shape(longest: float, total: float) -> dict[str, Leaf]:
+    """Returns the row length and batch size for training on examples of at most `longest` tokens. If possible, a step
+    has at most SHARE tokens, and an epoch of `total` tokens has at least STEPS steps."""
     length = max(64, math.ceil(longest / 64) * 64)
-    rows = min(SHARE // length, int(train / length / STEPS), int(validation / length))
+    rows = min(SHARE // length, int(total / length / STEPS))
     return {"data.seq_len": length, "data.batch_size": max(1, rows)}
 
 

@@ -34,7 +34,7 @@ class Prices:
         if x.setting.train is None:
             return 0.0
         base, passages = self.c.bases[x.model], self._passages(x)
-        changes = {**x.setting.train, "init": x.model, **inputs.shape(base.longest + passages, 0, 0), "optim.lr": 1e-3}
+        changes = {**x.setting.train, "init": x.model, **inputs.shape(base.longest + passages, 0), "optim.lr": 1e-3}
         layer, head = _per_token(tuple(sorted(changes.items())))
         return self.c.epochs * rows * ((base.prompt + passages + base.answer) * layer + base.answer * head)
 

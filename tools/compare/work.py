@@ -66,22 +66,15 @@ def train(c: Comparison, x: Candidate, rows: int, seed: int, folder: Path) -> tu
     """Returns the stage that trains a candidate on the first `rows` training rows, and the stage's command. Writes the
     training data to OUT/rows."""
     context = x.setting.ask
-    data = c.out / "rows"
-    data.mkdir(exist_ok=True)
-    paths = []
-    for split, found in (
-        ("train", inputs.order(c.task.scored["train"])[:rows]),
-        ("validation", c.task.scored["validation"]),
-    ):
-        path = data / f"{split}-{len(found)}{f'-{context.k}-passages' if context.index else ''}.jsonl"
-        if not path.exists():
-            inputs.write(path, found, context)
-        paths.append(path)
-    train, validation = (inputs.tokens(path, x.model) for path in paths)
-    longest = min(max(train), c.bases[x.model].context)
+    path = c.out / "rows" / f"train-{rows}{f'-{context.k}-passages' if context.index else ''}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists():
+        inputs.write(path, inputs.order(c.task.scored["train"])[:rows], context)
+    sizes = inputs.tokens(path, x.model)
+    longest = min(max(sizes), c.bases[x.model].context)
     changes = {
-        "init": x.model, "seed": seed, "epochs": c.epochs, "data.source": paths[0], "data.eval_source": paths[1],
-        **inputs.shape(longest, sum(train), sum(validation)), "eval_every": 0, **(x.setting.train or {}),
+        "init": x.model, "seed": seed, "epochs": c.epochs, "data.source": path, "data.eval_source": "",
+        **inputs.shape(longest, sum(sizes)), "eval_every": 0, **(x.setting.train or {}),
     }  # fmt: skip
     argv = ["train.main", f"--config={inputs.CONFIG}", *(f"--config.{key}={value}" for key, value in changes.items())]
     argv.append(f"--workdir={folder}")
