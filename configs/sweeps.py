@@ -1,4 +1,4 @@
-"""Helpers for config files. Next to `get_config`, a file defines the variants that a sweep or a search runs:
+"""Helpers for config files. Besides `get_config`, a config file may define the variants that a sweep or a search runs:
 
     def sweep():  # or sweep_NAME, chosen by --sweep=NAME; --sweep=NAME,OTHER takes their product
         yield from product({"optim.lr": logspace(1e-4, 1e-2, 5), "seed": range(3)})
@@ -6,9 +6,8 @@
     def search():  # the ranges of --search
         return {"optim.lr": loguniform(1e-4, 1e-2), "peft.rank": choice(4, 8, 16)}
 
-A point is a dict of dotted keys and their values, and describes one run. The helpers take lists of points, or a dict
-{key: values, ...} in which each key is an axis. A config file may also define `get_hyper(h)`, as big_vision's configs
-do.
+A point is a dict {dotted key: value} that describes one run. The helpers take axes: a list of points is one axis, and a
+dict {key: values, ...} has one axis per key. A config file may also define `get_hyper(h)`, as big_vision's configs do.
 """
 
 import inspect
@@ -35,13 +34,13 @@ def product(*parts: Points) -> list[Point]:
 
 
 def zip_(*parts: Points) -> list[Point]:
-    """Combines the first points of all axes, then the second points, and so on. Raises ValueError if the axes have
-    different lengths."""
+    """Merges the first points of all axes into one point, then the second points, and so on. Raises ValueError if the
+    axes have different lengths."""
     return [_merged(points) for points in zip(*_axes(parts), strict=True)]
 
 
 def chain(*parts: Points) -> list[Point]:
-    """Returns the points of all axes, one axis after the other."""
+    """Returns the points of all axes in one list, axis by axis."""
     return list(itertools.chain(*_axes(parts)))
 
 
@@ -51,7 +50,8 @@ def sample(n: int, points: Iterable[Point], seed: int = 0) -> list[Point]:
 
 
 def logspace(low: float, high: float, n: int) -> list[float]:
-    """Returns n values from low to high with equal ratios, in six digits: logspace(1, 100, 3) -> [1.0, 10.0, 100.0]."""
+    """Returns n values from low to high in equal ratios, rounded to six significant digits: logspace(1, 100, 3) ->
+    [1.0, 10.0, 100.0]."""
     return [float(f"{low * (high / low) ** (i / max(n - 1, 1)):.6g}") for i in range(n)]
 
 
@@ -72,7 +72,7 @@ def _merged(points: Iterable[Point]) -> Point:
     merged: Point = {}
     for point in points:
         if twice := merged.keys() & point.keys():
-            raise UserError(f"{', '.join(sorted(twice))} is set twice", "sweep", "chain joins axes one after the other")
+            raise UserError(f"{', '.join(sorted(twice))} is set twice", "sweep", "to append axes, use chain")
         merged |= point
     return merged
 
@@ -94,7 +94,7 @@ def _under(name: str, points: list[Point]) -> list[Point]:
 
 
 class Range(NamedTuple):
-    """The values that a search may give to a key: the range from `low` to `high`, both included, or a list of
+    """The values that a search may give to a key: the range from `low` to `high`, including both, or a list of
     `choices`."""
 
     low: float = 0
@@ -131,8 +131,8 @@ def _range(low: float, high: float, log: bool) -> Range:
 
 
 def points(path: str, arg: str = "", chosen: str = "") -> list[Point]:
-    """Returns the points that a file's `sweep` or `get_hyper` yields, or the product of the sweeps that `chosen` names,
-    such as "lr,seed".
+    """Returns the points that a file's `sweep` or `get_hyper` yields. If `chosen` names sweeps, such as "lr,seed",
+    returns the product of these sweeps.
 
     Raises UserError if the file has no such function, or if the function yields something other than points.
     """

@@ -1,8 +1,8 @@
-"""LoRA on an ordinary flax.linen model that has no LoRA code: a small convolutional classifier of strings.
+"""Applies LoRA to an ordinary flax.linen model that has no LoRA code: a small convolutional classifier of strings.
 
     python -m examples.linen_lora
 
-The model first learns whether a string contains "ab". Then the model is frozen, and an adapter on it learns whether a
+The model first learns whether a string contains "ab". Then the model is frozen, and a LoRA adapter learns whether a
 string contains "ba". Running this example takes a few seconds on a laptop CPU. Expected result: the frozen model is
 accurate on "ab" and near chance on "ba", and the adapter is accurate on "ba". With the adapter switched off, the
 accuracy on "ab" is unchanged.
@@ -42,7 +42,7 @@ def draw(key: jax.Array, pair: tuple[int, int], n: int) -> tuple[jax.Array, jax.
 
 
 def train(apply: Callable, params: Params, what: str, pair: tuple[int, int], seed: int) -> Params:
-    """Trains the parameters that `weights.trainable(params, what)` selects for STEPS steps of Adam. Returns all
+    """Runs STEPS steps of Adam on the parameters that `weights.trainable(params, what)` selects. Returns all
     parameters."""
     moving, frozen = weights.partition(params, weights.trainable(params, what))
     tx = optax.adam(3e-3)

@@ -4,8 +4,8 @@
     python -m examples.scripted_annotator LINK [--prefer=longest|shortest|FILE.py] [--noise=0.1] [--seed=0] [--most=100]
 
 FILE.py defines a function `score(prompt, answer)`. The answer with the higher score is preferred, and equal scores are
-a tie. With probability --noise, the ranking of an item's answers is reversed. The script needs playwright and Chromium,
-which `make .venv/pages` installs.
+a tie. For each item, the ranking of the answers is reversed with probability --noise. The script needs playwright and
+Chromium, which `make .venv/pages` installs.
 """
 
 import random
@@ -26,8 +26,8 @@ RULES: dict[str, Score] = {
 
 
 def annotate(link: str, score: Score, *, chromium: str = "/usr/bin/chromium", **options: Any) -> int:
-    """Opens a link to the feedback page in a browser, and votes there with the options of `vote`. Returns the number of
-    votes."""
+    """Opens a link to the feedback page in a browser, and votes there. The options are passed to `vote`. Returns the
+    number of votes."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as p:
@@ -54,8 +54,9 @@ def vote(page: Any, score: Score, *, noise: float = 0.0, seed: int = 0, most: in
 
 
 def keys(scores: list[float], wrong: bool) -> list[str]:
-    """The keys that rank the answers: the letters of the answers from best to worst, each with Shift if the answer ties
-    with the previous answer."""
+    """The keys to press to rank the answers. Two answers need only the letter of the better one, and a tie of all
+    answers is "t". Otherwise, these are the letters from best to worst, with Shift for an answer that ties with the
+    previous one."""
     if len(set(scores)) == 1:
         return ["t"]
     order = sorted(range(len(scores)), key=lambda i: scores[i], reverse=not wrong)
@@ -72,10 +73,10 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--prefer", default="longest")
     parser.add_argument("--noise", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--most", type=cli.count, default=None, help="items; default: all")
+    parser.add_argument("--most", type=cli.count, default=None, help="maximum number of items to vote on; default: all")
     args = parser.parse_args(argv)
     if args.prefer not in RULES and not Path(args.prefer).is_file():
-        raise UserError(f"no rule and no file {args.prefer!r}", "--prefer", f"{', '.join(RULES)} or FILE.py")
+        raise UserError(f"neither a rule nor a file: {args.prefer!r}", "--prefer", f"{', '.join(RULES)} or FILE.py")
     score = RULES.get(args.prefer) or runpy.run_path(args.prefer)["score"]
     done = annotate(args.link, score, noise=args.noise, seed=args.seed, most=args.most)
     print(f"{done:,} votes")

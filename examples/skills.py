@@ -1,13 +1,14 @@
-"""Task arithmetic on tiny models: adds, removes and combines skills as weight updates, and scores each resulting model.
+"""Task arithmetic on tiny models: adds, subtracts and combines the weight updates of skills, and scores the results.
 
     python -m examples.skills --out=runs/skills [--seeds=3]
 
 A tiny base model is first trained briefly on two tasks, adding two digits and copying words. Then one adapter is
 trained on each task, and one adapter on both tasks. `tools.edit` combines the adapters. Each seed takes two minutes on
 a laptop CPU. The sums are memorized, since all 100 sums occur in the training data, but the test words are new.
-Expected result: an adapter raises the accuracy on its own task to 100 %, and lowers the accuracy on the other task. The
-model "both - sums" loses more accuracy on sums than on words, and "both - words" loses more accuracy on words. TIES
-keeps more of both skills than linear addition, and training one adapter on both tasks keeps more than TIES.
+Expected result: an adapter raises the accuracy on its own task to 100 %, and lowers the accuracy on the other task.
+"both - sums" is the adapter for both tasks minus the adapter for sums: it loses more accuracy on sums than on words.
+"both - words" loses more accuracy on words. Merging two adapters by TIES keeps more of both skills than adding them,
+and one adapter trained on both tasks keeps the most.
 """
 
 import sys
@@ -53,8 +54,7 @@ def skills(out: Path, seed: int) -> dict[str, dict[str, float]]:
 
 
 def train(folder: Path, seed: int, keys: dict[str, str]) -> None:
-    """Trains a model with configs/sft/tiny.py, of which `keys` changes some values. A run that has already finished is
-    skipped."""
+    """Trains a model with configs/sft/tiny.py and the changes in `keys`. A run that has already finished is skipped."""
     from train.main import run
 
     argv = [f"--config.{key}={value}" for key, value in {"seed": seed, "samples": "()", **keys}.items()]

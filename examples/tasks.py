@@ -1,9 +1,10 @@
-"""Writes small tasks, each of which favors a different adaptation method, as rows for `--task` and as documents.
+"""Writes a small task as rows for `--task` and, for births, as documents. Each task favors a different adaptation
+method.
 
     python -m examples.tasks births --to=FOLDER [--n=5000] [--splits=216,50,1000] [--seed=0]
 
-writes FOLDER/births.jsonl with the columns question and answer, and FOLDER/births_documents.jsonl. With --splits, which
-gives the numbers of training, validation and test rows, the rows also have the column split. The tasks:
+writes FOLDER/births.jsonl with the columns question and answer, and FOLDER/births_documents.jsonl. --splits sets the
+numbers of training, validation and test rows, and adds the column split. The tasks:
 
 births     The year in which a person was born. The documents are Wikipedia articles that state the year.
 dates      The date in a sentence of a speech, as YYYY-MM-DD.
@@ -29,7 +30,7 @@ from data import sources, splits
 from evals import task
 from evals.tasks import dates
 
-MOST = 20_000  # maximum number of generated rows, from which `n` are drawn; `sums` and `codes` would never stop
+MOST = 20_000  # maximum number of rows to generate, of which `n` are drawn; `sums` and `codes` are endless
 BORN = re.compile(r"\((?:born )?(\d{4})(?:–\d{4})?\)")
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 WORDS = [
@@ -85,18 +86,18 @@ def make(name: str, n: int, seed: int) -> list[dict]:
 
 
 def split(rows: list[dict], sizes: list[int]) -> list[dict]:
-    """Assigns the rows to splits, and adds the column split. Raises UserError unless `sizes` are three numbers that add
-    up to the number of rows."""
+    """Assigns the rows to the training, validation and test splits, in a new column named split. Raises UserError
+    unless `sizes` are three numbers that add up to the number of rows."""
     if len(sizes) != len(splits.SPLITS) or sum(sizes) != len(rows):
         raise UserError(
-            f"the sizes {sizes} do not fit {len(rows):,} rows", "--splits", "three numbers, or smaller ones"
+            f"the sizes {sizes} do not fit {len(rows):,} rows", "--splits", "give three numbers with a smaller sum"
         )
     names = [name for name, size in zip(splits.SPLITS, sizes, strict=True) for _ in range(size)]
     return [row | {splits.COLUMN: name} for row, name in zip(rows, names, strict=True)]
 
 
 def documents(name: str) -> list[dict]:
-    """The documents that contain the answers to the questions of a task. Most tasks have no documents."""
+    """The documents in which the answers to a task's questions are found. Only births has documents."""
     if name != "births":
         return []
     return [{"text": f"{a['title']}: {a['description']}. {a['extract']}"} for a in _people()]
@@ -149,7 +150,7 @@ def codes(rng: random.Random) -> Rows:
 
 
 def _people() -> list[dict]:
-    """The Wikipedia articles about people whose description states the year of birth."""
+    """The Wikipedia articles about people that state the year of birth in their description."""
     articles = [row.record for row in sources.rows("wiki") if row.record]
     return [a for a in articles if a["topic"] == "People" and BORN.search(a["description"] or "")]
 

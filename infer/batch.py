@@ -2,8 +2,8 @@
 of rows.
 
 All rows share one key-value cache, which is a ring buffer. Each decoding step writes one column of the cache, with one
-entry for every row. The prompt of a joining request is computed separately, and its keys and values are copied into the
-columns just before the next column to be written. Attention is masked by the positions and segments that are stored in
+entry for every row. The prompt of a new request is prefilled separately, and its keys and values are copied into the
+columns just before the one that is written next. Attention is masked by the positions and segments that are stored in
 the cache, not by the column numbers, so rows of different lengths share one compiled step.
 """
 
@@ -25,12 +25,12 @@ from model.net.kv_cache import Cache
 from model.net.transformer import Transformer
 from model.weights import Params, Tree
 
-if TYPE_CHECKING:  # not imported at run time, since it imports Pallas, which doubles the time of all imports
+if TYPE_CHECKING:  # for type checkers only: at run time, it would import Pallas and double the import time
     from infer.serve.store import Store
 
 STEPS = 16  # maximum decoding steps before control returns to Python, where requests can join and leave
 TOP = 20  # maximum number of alternatives per token whose log-probabilities are returned
-JOIN = 8  # maximum number of prompts per prefill, so that few programs are compiled
+JOIN = 8  # maximum number of prompts per prefill; a low limit keeps the number of compiled programs small
 
 
 class Score(NamedTuple):
@@ -43,10 +43,11 @@ class Score(NamedTuple):
 
 
 class Request:
-    """A prompt and its answer so far. `key` [2] is the data of the request's JAX random key. Any token in `ends` ends
-    the answer.
+    """A prompt and its answer so far. `key` [2] is the raw data of the request's JAX random key. Any token in `ends`
+    ends the answer.
 
-    `top` is the number of alternatives to score for each token. If `top` is None, `scores` stays empty.
+    `top` is the number of most likely tokens whose scores are recorded at each step. If `top` is None, `scores` stays
+    empty.
     """
 
     def __init__(
@@ -97,11 +98,10 @@ class Picked(NamedTuple):
 
 
 class Batch:
-    """A batch of `rows` rows. The ring buffer of the batch has `length` columns, which must suffice for a prompt and
-    its answer.
+    """A batch of `rows` rows. The ring buffer of its cache has `length` columns, enough for any prompt plus its answer.
 
-    `params` are unrolled parameters (see infer.generate.unrolled). If a `store` of adapters is given, the parameters of
-    the store are used instead. `kind` is the number format of the cache: "float", "int8" or "fp8".
+    `params` are unrolled parameters (see infer.generate.unrolled). If a `store` of adapters is given, its parameters
+    are used instead. `kind` is the number format of the cache: "float", "int8" or "fp8".
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Batch:
     ):  # fmt: skip
         self.model, self.store, self.length = model, store, length
         self.rows: list[Request | None] = [None] * rows
-        self._all, self._params = params, None  # all parameters; parameters for the current rows, None if outdated
+        self._all, self._params = params, None  # _params: for the adapters of the current rows; None: outdated
         self.reader = Reader(model, self._serving, prefixes or Prefixes(), kind)
         self.cache: Cache | None = None
 
@@ -118,8 +118,8 @@ class Batch:
         return self.store.route(names, rows) if self.store else self._all
 
     def fits(self, requests: Sequence[Request]) -> bool:
-        """Whether there is a free row for each request, and whether the adapters of the requests fit on the device in
-        addition to the adapters in use."""
+        """Whether each request can get a free row, and whether the requests' adapters fit on the device together with
+        those already in use."""
         names = [r.adapter for r in [*self.rows, *requests] if r]
         return len(names) <= len(self.rows) and (not self.store or self.store.fits(names))
 
@@ -147,12 +147,12 @@ class Batch:
             request.plan = plan
 
     def join(self, requests: Sequence[Request]) -> None:
-        """Computes the prompts of requests, and samples the first token of each answer. There must be a free row for
+        """Prefills the prompts of requests, and samples the first token of each answer. There must be a free row for
         each request."""
         free = [row for row, r in enumerate(self.rows) if r is None]
         at = {id(request): row for request, row in zip(requests, free)}
         for request in requests:
-            self.rows[at[id(request)]] = request  # from now on, the request's adapter stays on the device
+            self.rows[at[id(request)]] = request  # from now on, the request's adapter must stay on the device
         if self.store:
             self.store.hold([r and r.adapter for r in self.rows])
         self._params = None
@@ -167,8 +167,8 @@ class Batch:
             self._add(mine, *_first(logits, filled(sources, size), arrays([*mine, *[None] * (size - len(mine))])))
 
     def _read(self, prompts: list[Prompt], rows: int, requests: list[Request]) -> tuple[Array, Cache | None]:
-        """Computes prompts. Returns the logits after each prompt, and a cache that must be copied into the cache of the
-        batch. The second value is None if the computed cache has become the cache of the batch itself."""
+        """Prefills prompts. Returns the logits after each prompt, and a cache to copy into the cache of the batch.
+        Instead of the cache, returns None if it has become the batch's own cache."""
         plans = {r.asked: r.plan for r in requests}
         starts = self.reader.starts(prompts, [plans[p] for p in prompts])
         room = self.length - self.reader.columns(prompts, starts)
@@ -181,8 +181,7 @@ class Batch:
         return self.reader.extend(prompts, starts, rows)
 
     def _groups(self, requests: Sequence[Request]) -> Iterator[tuple[list[Prompt], int]]:
-        """Yields groups of distinct prompts to compute together, each with the number of rows to use for the
-        computation."""
+        """Yields (distinct prompts to prefill together, number of rows of that prefill)."""
         prompts = list(dict.fromkeys(r.asked for r in requests))
         most = max(1, min(JOIN, len(self.rows), BUDGET // self.length))
         for i in range(0, len(prompts), most):
@@ -190,7 +189,7 @@ class Batch:
             yield some, 1 if len(some) == 1 else most
 
     def step(self, steps: int = 1, wanted: int = 0) -> None:
-        """Samples up to `steps` tokens for every row. Stops earlier when `wanted` rows are free."""
+        """Samples up to `steps` tokens for every row. Stops early when `wanted` rows are free."""
         if not any(self.rows):
             return
         if self._params is None:
@@ -227,8 +226,7 @@ def _order(request: Request) -> tuple:
 
 
 def fetch(tree: Tree) -> Tree:
-    """Copies arrays to the host. The copies are complete, even if each of several processes holds only a part of an
-    array."""
+    """Copies whole arrays to the host, even if each of several processes holds only a part of them."""
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(tree, tiled=True)
     return jax.device_get(tree)
@@ -264,8 +262,8 @@ def _decode(
     """Decodes up to `steps` steps. Returns the tokens [B,STEPS], the number of these tokens that belong to each row's
     answer [B], and the cache.
 
-    Decoding stops earlier when at most `busy` rows have an unfinished answer. Each step writes the keys and values of
-    the newest tokens to the next column of the cache.
+    Decoding stops early when at most `busy` rows have an unfinished answer. Each step writes the keys and values of the
+    newest tokens to the next column of the cache.
     """
     size = len(rows.live)
     out = jax.eval_shape(_pick, jax.ShapeDtypeStruct((size, model.config.vocab_size), jnp.float32), rows)
@@ -274,7 +272,7 @@ def _decode(
     def step(carry: tuple) -> tuple:
         i, rows, out, counts, cache = carry
         cache = cache._replace(index=cache.index % cache.positions.shape[1])
-        columns = (rows.token, rows.position, rows.live.astype(jnp.int32))  # segment 0 is masked
+        columns = (rows.token, rows.position, rows.live.astype(jnp.int32))  # segment 0 is masked out
         hidden = model.hidden(params, *(c[:, None] for c in columns), cache)
         picked = _pick(model.logits(params, hidden.x)[:, 0], rows)
         out = jax.tree.map(lambda whole, x: jax.lax.dynamic_update_index_in_dim(whole, x, i, 1), out, picked)

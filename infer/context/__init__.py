@@ -4,8 +4,8 @@ instruction.py   Adds a system message.
 shots/           Adds solved examples, with one file per method of picking them: random, fixed, diverse, nearest.
 retrieval.py     Adds passages from an index of documents.
 
-A prompt consists of the system message, the examples, the passages and the question, in this order, so that the parts
-that all questions share come first.
+A prompt consists of the system message, the examples, the passages and the question, in this order, because then the
+parts that all questions share come first.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ FULL = -1  # stands for as many examples as fit into the model's context window
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """A prompting setup; the default is zero-shot. `to_dict` returns the values that differ from the defaults, and
-    `Context(**values)` restores the setup from these values."""
+    """A prompting setup. The default is zero-shot prompting. `to_dict` returns the values that differ from the
+    defaults, and `Context(**values)` restores the setup from these values."""
 
     instruction: str = ""  # the system message; "{}" stands for the question's own system message
     shots: int = 0  # number of examples per question, or FULL
     pick: str = "random"  # method of picking examples, a file in infer/context/shots
     index: str = ""  # folder of an index (tools.index)
     k: int = 3  # chunks per question
-    how: How | None = None  # how the index is searched
+    how: How | None = None  # search method and its settings; None: the default
     cite: bool = False  # whether an answer should cite the chunks on which it is based
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class Context:
 class Prompts(NamedTuple):
     prompts: list[Prompt]
     shots: int  # examples in each prompt
-    hits: list[list[Hit]]  # the chunks in each prompt, best first; an empty list without an index
+    hits: list[list[Hit]]  # the chunks in each prompt, best first; empty if no index is used
     flops: float  # FLOPs of the search
 
 
@@ -76,8 +76,8 @@ class Asker:
         self.picked = shots.picker(context.pick, pool, context.shots, seed) if context.shots else None
 
     def __call__(self, questions: Sequence[Prompt], fits: Callable[[list[Prompt]], bool] | None = None) -> Prompts:
-        """Makes the prompts for questions. The number of examples can be FULL only if the function `fits` is given,
-        which says whether prompts fit into the model's context window."""
+        """Makes the prompts for questions. `fits` returns whether prompts fit into the model's context window; it is
+        needed only if the number of examples is FULL."""
         hits = retrieval.found(self.index, questions, self.context.k, self.context.how) if self.index else []
         asked = (
             [retrieval.put(q, h, self.context.cite) for q, h in zip(questions, hits, strict=True)]
@@ -87,7 +87,7 @@ class Asker:
         ask = functools.partial(self._ask, questions, asked)
         n = self.context.shots
         if n == FULL and not fits:
-            raise UserError("the model's window is not known, so examples cannot fill it", "shots", "give a number")
+            raise UserError("the model's context window is unknown, so it cannot be filled", "shots", "give a number")
         if n == FULL and fits:
             n = shots.most(lambda n: fits(ask(n)), len(self.pool))
         return Prompts(ask(n), n, hits, self.index.flops(map(shots.text, questions), self.context.how) if hits else 0.0)

@@ -1,11 +1,11 @@
-"""Instructions are variants of the system message, which are read from a file or built in."""
+"""Variants of the instruction in the system message, either built in or read from a file."""
 
 from pathlib import Path
 
 from common.errors import UserError, reading
 from infer.context.shots import Prompt
 
-OWN = "{}"  # placeholder in a variant for the question's own instruction
+OWN = "{}"  # in a variant, this stands for the question's own instruction
 BUILT_IN = (  # the first variant leaves the question unchanged
     "",
     "{} Answer with the answer only, without an explanation.",
@@ -34,7 +34,7 @@ def read(source: str) -> list[str]:
 
 
 def put(prompt: Prompt, variant: str) -> Prompt:
-    """Uses a variant as the system message of a prompt. The variant "" leaves the prompt unchanged."""
+    """Makes a variant the system message of a prompt. The variant "" leaves the prompt unchanged."""
     if not variant:
         return prompt
     if isinstance(prompt, str):

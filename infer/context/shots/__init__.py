@@ -1,9 +1,9 @@
-"""Few-shot prompting puts solved examples before a question. Each file in this folder is one method of picking the
-examples.
+"""Few-shot prompting puts solved examples before a question. Each file in this folder implements one method of picking
+the examples.
 
-Each file defines `picker(pool, seed)`, where `pool` is a list of (question, answer) texts. `picker` returns a function
-of (questions, n). For each question, this function returns the indices of n examples in the pool, in the order in which
-the examples are shown.
+Each file defines `picker(pool, seed)`, where `pool` is a list of (question, answer) texts. It returns a function
+`pick(questions, n)`, which returns, for each question, the indices of n examples in the pool, in the order in which
+they are shown.
 """
 
 import importlib
@@ -23,15 +23,15 @@ def known() -> list[str]:
 
 
 def find(name: str) -> ModuleType:
-    """Imports the module of a method of picking examples. Raises UserError for an unknown name."""
+    """Imports the module that implements a method of picking examples. Raises UserError for an unknown name."""
     if name not in known():
         fix = did_you_mean(name, known(), f"known: {', '.join(known())}")
-        raise UserError(f"no way {name!r} to pick examples", "infer/context/shots", fix)
+        raise UserError(f"no method {name!r} of picking examples", "infer/context/shots", fix)
     return importlib.import_module(f"infer.context.shots.{name}")
 
 
 def picker(name: str, pool: Sequence[Shot], n: int, seed: int) -> Picker:
-    """Makes the function that picks examples by the method `name`. Raises UserError if the pool is empty or has fewer
+    """Returns the function that picks examples by the method `name`. Raises UserError if the pool is empty or has fewer
     than `n` examples."""
     if not pool or n > len(pool):
         raise UserError(f"{max(n, 1)} shots, but only {len(pool)} training examples", "shots", "use fewer shots")
@@ -57,8 +57,8 @@ def put(prompt: Prompt, shots: Sequence[Shot]) -> Prompt:
 
 
 def most(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number n up to `limit` for which `fits(n)` is true, or 0 if there is none. This number is found by
-    doubling n, and then by bisection."""
+    """The largest number n up to `limit` for which `fits(n)` is true, or 0 if there is none. The search doubles n, then
+    bisects."""
     low, high = 0, 1
     while high <= limit and fits(high):
         low, high = high, 2 * high

@@ -2,8 +2,8 @@
 
 Examples are chosen greedily to maximize the facility location function: the sum, over all examples in the pool, of the
 similarity to the nearest chosen example (Lin and Bilmes 2011, "A class of submodular functions for document
-summarization"). The similarity of two examples is the cosine between two vectors, which contain the inverse document
-frequencies of the words in the question and the answer.
+summarization"). The similarity of two examples is the cosine of their vectors, which contain the inverse document
+frequency of each word in the question and the answer.
 """
 
 import random
@@ -15,7 +15,7 @@ import numpy as np
 from infer.context.shots import Picker
 from infer.retrieve.search import words
 
-MOST = 1000  # maximum number of candidates, which are drawn from the pool at random
+MOST = 1000  # maximum number of candidates; they are drawn at random from the pool
 
 
 def picker(pool: Sequence[tuple[str, str]], seed: int) -> Picker:

@@ -1,5 +1,5 @@
-"""Picks the examples whose questions are most similar to the given question by BM25. The most similar example is shown
-last."""
+"""Picks the examples whose questions are most similar to the given question, as measured by BM25. The most similar
+example is shown last."""
 
 from collections.abc import Sequence
 
