@@ -113,7 +113,7 @@ def test_a_model_too_weak_is_said_and_a_killed_command_goes_on(documents, tmp_pa
     assert command.main(argv) == 0 and asked == [2, 2, 2]
     said = capsys.readouterr().out
     assert (
-        "0 % of its first 4 rows pass the filters; the others: by templates" in said
+        "0 % of its first 4 rows pass the filters; the others are by: templates" in said
         and "the model wrote no question" in said
     )
     kept = [json.loads(line) for line in (tmp_path / "made/rows.jsonl").read_text().splitlines()]

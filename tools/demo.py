@@ -1,10 +1,11 @@
-"""Compares the quality and cost of prompting, retrieval and LoRA on a skill and on questions of knowledge.
+"""Compares the quality and cost of prompting, retrieval and LoRA on two tasks: one needs a skill, one needs knowledge.
 
     python -m tools.demo [--out=runs/demo]
 
-SmolLM2-135M-Instruct finds dates in old speeches, and answers in which year people were born, with or without their
-Wikipedia articles. Each stage is a command that you can run yourself, and the output of a stage is logged next to its
-results. After an interruption, run the demo again to resume the interrupted comparison; finished stages are skipped.
+The model is SmolLM2-135M-Instruct. The skill is to find dates in old speeches. The questions of knowledge ask in which
+year a person was born, and are answered with or without the person's Wikipedia article. Each stage is a command that
+you can run yourself. Its output is logged next to its results. If the demo is interrupted, run it again: it skips
+finished stages and resumes the interrupted comparison.
 """
 
 import sys
@@ -14,7 +15,7 @@ from common import cli, files, jobs
 from common.jobs import Stage
 
 MODEL = "smollm2-135m-instruct"
-COMPARED = {  # {task: (rows of all splits, epochs, methods, estimated seconds on two cores)}
+COMPARED = {  # {task: (number of rows in all splits, epochs, methods, estimated seconds on two cores)}
     "dates": (400, 1, "zero_shot,few_shot,lora", 160),
     "births": (300, 0.25, "zero_shot,few_shot,rag,lora,rag_lora", 300),
 }
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
 
 
 def demo(out: Path) -> int:
-    """Runs the remaining stages. Returns 0 if done, 75 if interrupted, else the exit code of the stage that failed."""
+    """Runs the remaining stages. Returns 0 if all are done, 75 after an interruption, or a failed stage's exit code."""
     out.mkdir(parents=True, exist_ok=True)
     code = jobs.run([stage for task in COMPARED for stage in stages(out, task)], out)
     if code == 0:
@@ -68,8 +69,8 @@ def stages(out: Path, task: str) -> list[Stage]:
 
 
 def compared(out: Path) -> float:
-    """Returns the fraction of a comparison's methods that are tested, which is 1 only if the page and the winner's
-    bundle exist."""
+    """Returns the fraction of a comparison's methods that have been tested. It is below 1 until the page and the
+    winner's bundle exist as well."""
     methods = files.read_json(out / "comparison.json").get("methods", [])
     tested = sum(method["status"] != "open" for method in methods) / max(1, len(methods))
     whole = (out / "decision.html").exists() and (out / "bundle" / "bundle.json").exists()  # written last

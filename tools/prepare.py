@@ -2,10 +2,10 @@
 
     python -m tools.prepare --config=configs/X.py [--config.key=value ...] [--strict]
 
-The command prints statistics of the records, the columns and fields that were not used, and one packed row. In the
-printed row, green tokens count in the loss, dim tokens do not count, reversed tokens are control tokens, and |
-separates documents. The tokenized data is stored in the cache that training reads, and its hashes are verified. Exit
-code 2 means that the data cannot be used, or that --strict was given and something is unused.
+The command prints statistics of the records, the columns and fields that are not used, and one packed row. In the
+printed row, green tokens count in the loss and dim tokens do not. Control tokens are in reverse video, and | separates
+documents. The tokenized data is stored in the cache that training reads, and its hashes are verified. Exit code 2 means
+that the data cannot be used or, with --strict, that some columns, fields or files are not used.
 """
 
 import sys
@@ -52,7 +52,7 @@ def show(config: Config, strict: bool = False) -> None:
 def _own_tokenizer(config: Config) -> str:
     if not config.init:
         return "bytes"
-    from infer.models import open_model  # reads the files' headers, not the weights
+    from infer.models import open_model  # reads only file headers, not the weights
 
     return open_model(config.init).tokenizer_source
 

@@ -266,7 +266,7 @@ def decided(record: Json) -> Iterator[str]:
     labels = {c["id"]: c["label"] for c in record["candidates"]}
     for rung in record["decisions"]:
         kept = "; ".join(labels.get(name, name) for name in rung["kept"])
-        yield f"On {rung['rows']} validation rows, with {percent(rung['share'])} of the rows: {kept} were kept."
+        yield f"On {rung['rows']} validation rows, with {percent(rung['share'])} of the training rows: kept {kept}."
         for drop in rung["dropped"]:
             yield f"Stopped: {labels.get(drop['candidate'], drop['candidate'])}, {drop['why']}."
     task = record["task"]

@@ -1,1 +1,1 @@
-"""Makes instruction data from documents: questions and answers by a model or templates, filtered and decontaminated."""
+"""Makes instruction data from documents: a model or templates write questions and answers, and filters drop some."""

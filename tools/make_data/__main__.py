@@ -1,15 +1,16 @@
-"""Makes instruction data from documents: filtered questions and answers by a local model or by templates.
+"""Makes instruction data from documents: questions and answers that a local model or templates write, then filtered.
 
     python -m tools.make_data --documents=SOURCE --to=FOLDER [--by=auto] [--model=smollm2-135m-instruct] [--most=200]
                               [--words=160] [--seed=0] [--against=TASK,...]
 
 The command writes FOLDER/rows.jsonl for train.main, with the keys `question`, `answer`, `passage` (which contains the
-answer) and `meta` (the document, the chunk and the writer). The command also writes dropped.jsonl with a reason per
-row, and the page samples.html. --documents is a source as in tools.index, and --most limits the number of documents,
-which are then drawn at random. --by names the writer: model, templates (for English sentences), or auto, which uses
-templates if less than a quarter of the model's first rows pass the filters. --against names tasks of evals.main; rows
-that contain a question of such a task are dropped. If the command is interrupted, the same command resumes where it
-stopped.
+answer) and `meta` (the document, the chunk and the writer). It also writes dropped.jsonl, with the reason why each row
+was dropped, and the page samples.html.
+
+--documents is a source as in tools.index. --most=N draws N documents at random. --words sets the length of the chunks.
+--by says what writes the questions: model, templates (for English sentences), or auto. With auto, templates replace the
+model if less than a quarter of its first rows pass the filters. --against names tasks of evals.main. Rows that contain
+a question of these tasks are dropped. If the command is interrupted, the same command resumes where it stopped.
 """
 
 import argparse
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
     from infer.retrieve.chunks import Chunk
     from tools.make_data.filters import Row
 
-TRIAL, LEAST = 32, 0.25  # number of chunks on which the model is tried; fraction of rows that must pass the filters
+TRIAL, LEAST = 32, 0.25  # `auto` keeps the model if at least LEAST of its first TRIAL rows pass the filters
 RECORD = "record.json"
-SAMPLES, PER_REASON = 20, 4  # number of rows on the page: kept rows, and dropped rows per reason
+SAMPLES, PER_REASON = 20, 4  # the page shows up to SAMPLES kept rows, and up to PER_REASON dropped rows per reason
 
 
 @cli.command
@@ -50,8 +51,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def make(args: argparse.Namespace) -> None:
-    """Writes the folder for a command line, or leaves the folder unchanged if the same command line has already written
-    it."""
+    """Writes the folder. Does nothing if the same command has already written it."""
     from data import sources
     from evals import task
 
@@ -96,7 +96,7 @@ def chosen(args: argparse.Namespace) -> "list[Chunk]":
 
 
 def written(args: argparse.Namespace, found: "Sequence[Chunk]", parts: Path) -> "tuple[list[Row], float]":
-    """Returns (rows, FLOPs). The rows are made by the model, the templates or both."""
+    """Returns the rows that the model, the templates or both wrote, and the FLOPs that the model spent."""
     from tools.make_data import filters, templates
 
     rows, flops, by = [], 0.0, args.by
@@ -104,7 +104,7 @@ def written(args: argparse.Namespace, found: "Sequence[Chunk]", parts: Path) -> 
         rows, flops = asked(args.model, found[:TRIAL], parts)
         good = sum(not filters.by_rules(row) for row in rows) / len(rows)
         by = "model" if by == "model" or good >= LEAST else "templates"
-        print(f"{args.model}: {percent(good)} of its first {len(rows)} rows pass the filters; the others: by {by}")
+        print(f"{args.model}: {percent(good)} of its first {len(rows)} rows pass the filters; the others are by: {by}")
     if by == "model":
         more, spent = asked(args.model, found[TRIAL:], parts)
         return rows + more, flops + spent
@@ -113,7 +113,7 @@ def written(args: argparse.Namespace, found: "Sequence[Chunk]", parts: Path) -> 
 
 
 def asked(name: str, found: "Sequence[Chunk]", parts: Path) -> "tuple[list[Row], float]":
-    """Returns the rows that a model writes, one per chunk, and the FLOPs of writing them."""
+    """Lets a model write one row per chunk. Returns the rows and the FLOPs spent."""
     from infer.models import load
     from tools.make_data import model
 
@@ -131,8 +131,8 @@ def row_of(chunk: "Chunk", question: str, answer: str, by: str) -> "Row":
 def filtered(
     made: "Sequence[Row]", tasks: "dict[str, Task]", scratch: Path
 ) -> "tuple[list[Row], list[tuple[Row, str]]]":
-    """Returns (kept rows, dropped rows with the reasons). Rows that break a rule are dropped first, then copies of
-    earlier rows, and then rows that contain a row of an evaluation."""
+    """Returns (kept rows, [(dropped row, reason)]). Rows that break a rule are dropped first, then rows that repeat an
+    earlier one, and then rows that contain an example of an evaluation."""
     from tools.make_data import filters
 
     dropped: list[tuple[Row, str]] = []
@@ -148,18 +148,18 @@ def filtered(
 
 
 def reasons(dropped: "Sequence[tuple[Row, str]]") -> list[tuple[str, int]]:
-    """Returns (kind of reason, number of rows), the most frequent kind first."""
+    """Returns [(kind of reason, number of dropped rows)], starting with the most frequent kind."""
     return Counter(kind(reason) for _, reason in dropped).most_common()
 
 
 def kind(reason: str) -> str:
-    """Shortens a reason to its kind, without the row or text that the reason names."""
+    """Shortens a reason to its kind: leaves out the row or text after the colon."""
     return reason.partition(": ")[0]
 
 
 def page(args: argparse.Namespace, found: "Sequence[Chunk]", kept: "Sequence[Row]", dropped: "Sequence") -> str:
-    """Renders a page with evenly spread samples of the kept rows, and with samples of the rows dropped for each
-    reason."""
+    """Renders a page with a sample of the kept rows, and one of the rows dropped for each reason. The samples are
+    spread evenly over the rows."""
     from tools.report.page import render
 
     some = lambda rows, n: list(rows)[:: max(1, -(-len(rows) // n))]

@@ -1,4 +1,4 @@
-"""Decides which generated rows are dropped, and names the reason for each of these rows."""
+"""Decides which generated rows are dropped, and gives the reason for each."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -30,13 +30,13 @@ class Row(NamedTuple):
         return f"{self.question} {self.answer}"
 
     def record(self, **more: str) -> Json:
-        """Returns the row in a format for training. The `passage` is used to tune an embedder or a model that reads
+        """Returns the row in a training format. The `passage` is for training an embedder or a model that reads
         passages."""
         return {"question": self.question, "answer": self.answer, **more, "passage": self.passage, "meta": self.meta}
 
 
 def by_rules(row: Row) -> str:
-    """Returns the reason to drop a row, or "" to keep the row."""
+    """Returns the reason to drop a row, or "" if the row passes all rules."""
     asked, answer = row.question.split(), scorers.normalized(row.answer)
     blank = "____" in row.question
     if not row.question:
@@ -63,8 +63,7 @@ def by_rules(row: Row) -> str:
 
 
 def copies(rows: Sequence[Row]) -> dict[int, str]:
-    """Returns {index: reason} for rows with a question that repeats, or nearly repeats, the question of an earlier
-    row."""
+    """Returns {index: reason} for rows whose question is the same, or nearly the same, as that of an earlier row."""
     seen: dict[str, int] = {}
     out = {}
     for i, row in enumerate(rows):
@@ -76,27 +75,27 @@ def copies(rows: Sequence[Row]) -> dict[int, str]:
 
 
 def contaminated(rows: Sequence[Row], tasks: dict[str, Task], scratch: Path) -> dict[int, str]:
-    """Returns {index: reason} for rows that contain a row of an evaluation task or nearly repeat the question of such a
-    row."""
+    """Returns {index: reason} for the rows that contain an example of an evaluation task, or whose question is nearly
+    the same as that of an example."""
     out: dict[int, str] = {}
     for name, task in tasks.items():
         asked = [(overlap.asked(task.prompt(e)), e["answer"], e.get("where", name)) for e in task.examples("heldout")]
         near = overlap.near([*(question for question, _, _ in asked), *(row.question for row in rows)])
         for i, j in near:
             if i < len(asked) <= j:
-                out.setdefault(j - len(asked), f"nearly the question of an evaluation: {asked[i][2]}")
+                out.setdefault(j - len(asked), f"nearly the same question as in an evaluation: {asked[i][2]}")
         same = {scorers.normalized(question): where for question, _, where in asked}
         for i, row in enumerate(rows):
             if where := same.get(scorers.normalized(row.question)):
-                out[i] = f"the question of an evaluation: {where}"
+                out[i] = f"the same question as in an evaluation: {where}"
         for i, where in _holding(rows, asked, scratch):
-            out.setdefault(i, f"it holds a row of an evaluation: {where}")
+            out.setdefault(i, f"the row contains an example of an evaluation: {where}")
     return dict(sorted(out.items()))
 
 
 def _holding(rows: Sequence[Row], asked: Sequence[tuple[str, str, str]], scratch: Path) -> Iterator[tuple[int, str]]:
-    """Yields (index of a row, location of an evaluation row) for each row that shares n-grams of words with an
-    evaluation row (see evals/overlap.py)."""
+    """Yields (index of a row, location of an evaluation example) for each row that shares word n-grams with an
+    evaluation example (see evals/overlap.py)."""
     left = dict(enumerate(rows))
     while left:
         path, numbers = scratch / "decontaminated.jsonl", list(left)

@@ -1,6 +1,6 @@
-"""Lets a language model read a chunk and write a question about it, after three examples in the prompt.
+"""Lets a language model write a question and an answer about a chunk of a document, with three examples in the prompt.
 
-The method is self-instruct (Wang et al. 2023, arXiv 2212.10560) with a document in place of an instruction.
+The method is self-instruct (Wang et al. 2023, arXiv 2212.10560), applied to documents instead of instructions.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from evals.run import flops_per_token
 from infer.lm import LM
 from infer.retrieve.chunks import Chunk
 
-BATCH = 16  # number of chunks per saved batch; a killed command resumes after the last saved batch
+BATCH = 16  # answers are saved after this many chunks; an interrupted command resumes after the last saved batch
 LENGTH = 64  # maximum number of new tokens
 ORDER = "Write one question that the passage answers, and its short answer, copied from the passage."
 EXAMPLES = (
@@ -30,13 +30,13 @@ FORM = re.compile(r"\s*Question:\s*(.+?)\s*\n\s*Answer:\s*(.*?)\s*(?:\n|$)")
 
 
 class Written(NamedTuple):
-    rows: list[tuple[str, str]]  # (question, answer) per chunk; ("", "") if the text of the model has another form
-    flops: float  # FLOPs of the texts that no earlier call has saved
+    rows: list[tuple[str, str]]  # (question, answer) per chunk; ("", "") if the model's text is not in that form
+    flops: float  # FLOPs that this call spent; texts saved by earlier calls are not counted
 
 
 def write(lm: LM, chunks: Sequence[Chunk], parts: Path) -> Written:
-    """Writes a question and its answer for each chunk, by greedy decoding. The texts are saved in `parts`, and saved
-    texts are reused."""
+    """Writes a question and its answer for each chunk, by greedy decoding. Saves the model's texts in the folder
+    `parts`, and reuses those saved by an earlier call."""
     rows, flops = [], 0.0
     for at in range(0, len(chunks), BATCH):
         block = chunks[at : at + BATCH]

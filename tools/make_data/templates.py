@@ -1,4 +1,4 @@
-"""Makes questions with templates from sentences of common English forms; each answer is a span of its sentence."""
+"""Makes questions from English sentences with templates, such as "X is a Y". Each answer is a span of the sentence."""
 
 import re
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from infer.retrieve.chunks import SENTENCE, Chunk
 
 ASIDE = re.compile(r" ?\([^()]*\)")
-BLANKS = 4  # number of first sentences of a chunk that may become fill-in-the-blank questions
+BLANKS = 4  # fill-in-the-blank questions are made only from this many sentences at the start of a chunk
 MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
 DATE = rf"(?:\d{{1,2}} )?(?:{MONTH})(?: \d{{1,2}},)? \d{{3,4}}"
 DONE = (
@@ -47,7 +47,7 @@ def rows(chunk: Chunk) -> Iterator[tuple[str, str, str]]:
 
 
 def _about(name: str, sentences: list[str]) -> Iterator[tuple[str, str, str]]:
-    """Yields questions about the subject of the document, which the first sentence defines."""
+    """Yields questions about the document's subject `name`, which the first sentence is assumed to define."""
     first = sentences[0]
     born, died = BORN.search(first), DIED.search(first)
     if found := IS.search(ASIDE.sub("", first)):

@@ -1,17 +1,19 @@
-"""Plans memory, communication and speed of a run on absent TPUs or GPUs, by compiling its step on this CPU.
+"""Estimates the memory, communication and speed of a run on TPUs or GPUs by compiling its step on this machine's CPU.
 
     python -m tools.plan --config=configs/X.py --topology=v5e:4x4 [--slices=2] [--config.key=value ...] [--json]
     python -m tools.plan --config=configs/X.py --topology=v5p:2x2x1 --search [--minutes=15]
     python -m tools.plan --config=configs/X.py --topology=h100:8
     python -m tools.plan --config=configs/X.py --parameters [--devices=16]
 
-`--slices=2` joins two TPU slices by the data center network, along the mesh axis `data`. `--what=decode` plans one
-decoding step of `data.batch_size` rows with a cache of `data.seq_len` tokens. `--search` tries meshes, remat policies,
-batch sizes and gradient accumulation, and ranks the settings that fit by planned tokens/s. No new setting is tried
-after `--minutes`. Plans for TPUs need requirements/tpu.txt. Plans for H100s, of which one machine has up to eight, need
-requirements/gpu.txt. `--parameters` prints the shape, mesh axes and bytes per device of every parameter. With
-`--parameters`, a mesh axis of -1 takes all remaining `--devices`, or 1 device by default. Exit code 2 means that the
-input must change or that the plan does not fit.
+The TPUs or GPUs need not be present. Plans for TPUs need the packages of requirements/tpu.txt. Plans for H100s need
+those of requirements/gpu.txt, and are limited to one machine of up to eight. `--slices=2` plans for two TPU slices that
+are connected by the data center network, along the mesh axis `data`. `--what=decode` plans one decoding step of
+`data.batch_size` rows with a cache of `data.seq_len` tokens.
+
+`--search` tries meshes, remat policies, batch sizes and gradient accumulation, and sorts the settings that fit into
+memory by their estimated tokens/s. It starts no new trial after `--minutes`. `--parameters` prints the shape, mesh axes
+and bytes per device of every parameter. With it, a mesh axis of -1 takes all remaining `--devices` (default: 1). Exit
+code 2 means that the input must change or that the run does not fit into memory.
 """
 
 import json
@@ -57,7 +59,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def plan(cfg: Config, devices: list[Any], flags: Json) -> Json:
-    """Plans a step of one config on the given devices, as described in tools.plan.step."""
+    """Plans one step of a config on the given devices (see tools.plan.step)."""
     from tools.plan import step
     from train import inputs
 
@@ -66,13 +68,13 @@ def plan(cfg: Config, devices: list[Any], flags: Json) -> Json:
 
 
 def search(cfg: Config, devices: list[Any], flags: Json) -> list[Json]:
-    """Tries settings until `--minutes` have passed, and returns the plans that fit, sorted by planned tokens/s.
+    """Tries settings until `--minutes` have passed, and returns the plans that fit into memory, the fastest first.
 
-    The search first tries every remat policy with all devices on the axis fsdp, then the best policy with 2, 4 or 8
-    devices on the axis tensor, as long as more devices on that axis are faster. For each mesh and policy, the search
-    starts from the best batch size so far (at first the batch size of the config), and halves the batch size until the
-    plan fits, or doubles it while doubling raises the speed by more than 2 %. Finally, the batch size of the config is
-    tried with gradient accumulation if it is a multiple of the best batch size.
+    The search first tries every remat policy with all devices on the axis fsdp. It then tries the best policy with 2, 4
+    and 8 devices on the axis tensor, and stops when more devices on that axis are not faster. For each mesh and policy,
+    it starts with the best batch size so far, or at first with that of the config. It halves the batch size until the
+    plan fits, or doubles it as long as that raises the speed by more than 2 %. Finally, if the config's batch size is a
+    multiple of the best one, it is tried with gradient accumulation.
     """
     from train import inputs
 
@@ -80,8 +82,8 @@ def search(cfg: Config, devices: list[Any], flags: Json) -> list[Json]:
     end = time.monotonic() + 60 * flags["minutes"]
 
     def attempt(changes: Json) -> float:
-        """Returns the planned tokens/s, as the geometric mean of their range, or 0 if the plan does not fit or the time
-        is up."""
+        """Returns the estimated tokens/s (the geometric mean of the range), or 0 if the plan does not fit or if the
+        time is up."""
         if time.monotonic() > end:
             return 0.0
         changed, _ = schema.resolve(cfg, changes)
@@ -94,7 +96,7 @@ def search(cfg: Config, devices: list[Any], flags: Json) -> list[Json]:
         return rate
 
     def climb(tensor: int, remat: str, rows: int) -> tuple[float, int, str]:
-        """Returns (tokens/s, rows, remat) for the best batch size on a mesh."""
+        """Returns (tokens/s, rows, remat) for the batch size with the highest speed on a mesh."""
         shards = len(devices) // tensor
         mesh = {"mesh.data": 1, "mesh.fsdp": shards, "mesh.tensor": tensor, "model.remat": remat}
         rows = start = max(rows // shards, 1) * shards
@@ -126,7 +128,7 @@ def show(p: Json) -> None:
     d = p["config"]
     rows = [("slice", f"{p['topology']}, {d['devices']} devices of type {p['device']}: {axes(p['mesh'])}")]
     rows += [("step", f"{p['what']}, {p['rows']} rows, accum {p['accum']}; attention: {d['attention']}")]
-    rows += [("parameters", f"{d['parameters']:,}, of which {d['trained']:,} train")]
+    rows += [("parameters", f"{d['parameters']:,}, of which {d['trained']:,} are trained")]
     rows += [(f"{kind.replace('_', ' ')} per device", size(n)) for kind, n in p["bytes"].items()]
     if not p["fits"]:
         return cli.table([*rows, ("fits", f"no: {p['verdict']}"), ("to make it fit", p["turn"])])
@@ -145,7 +147,7 @@ def show(p: Json) -> None:
 
 
 def rank(found: list[Json]) -> None:
-    """Prints the plans that fit, the fastest first."""
+    """Prints the plans that fit into memory, the fastest first."""
     keys = lambda p: " ".join(f"--config.{k}={v}" for k, v in p["changes"].items())
     line = lambda p: (f"{span(p['tokens_per_second'])} tokens/s", f"peak {size(p['bytes']['peak'])}", keys(p))
     cli.table([line(p) for p in found] or [("nothing fits",)])

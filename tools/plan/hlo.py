@@ -1,8 +1,8 @@
-"""Counts the bytes that a compiled program sends between devices and moves through memory, from its HLO text.
+"""Counts the bytes that a compiled program sends between devices and moves through memory, as read from its HLO text.
 
-The body of a loop counts once per iteration. If XLA splits an asynchronous collective into several fusions, they all
-have a chain_id and the same channel, and the collective counts once. An all-reduce in an `all-reduce-scatter` fusion
-counts as a reduce-scatter.
+The body of a loop is counted once per iteration. XLA may split an asynchronous collective into several fusions, which
+then all have a chain_id and the same channel. Such a collective is counted once. An all-reduce in an
+`all-reduce-scatter` fusion is counted as a reduce-scatter.
 """
 
 import collections
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Bytes that each device in a group of g devices sends by ring algorithms, divided by the bytes of the operand.
+# Bytes that each of g devices sends in a collective with a ring algorithm, divided by the bytes of the operand.
 # Source: Thakur et al. 2005, Optimization of Collective Communication Operations in MPICH.
 SENT = {
     "all-gather": lambda g: g - 1,
@@ -45,14 +45,14 @@ class Op(NamedTuple):
 
     @property
     def source(self) -> str:
-        """The operation of the model from which this HLO operation was compiled."""
+        """The name of the JAX operation that this HLO operation was compiled from."""
         found = re.search(r'op_name="([^"]*)"', self.attrs)
         return found[1] if found else ""
 
 
 class Program:
-    """The computations of an HLO program by name, and how often each computation runs. A loop with a length that
-    depends on data counts as `unknown_trips` iterations."""
+    """The computations of an HLO program by name, and how often each computation runs. A loop whose length depends on
+    the data is assumed to have `unknown_trips` iterations."""
 
     def __init__(self, text: str, unknown_trips: float):
         self.ops: dict[str, dict[str, Op]] = {}
@@ -77,8 +77,8 @@ class Program:
                 self._count(inner, times * (self.trips(name, op) if op.kind == "while" else 1.0))
 
     def trips(self, where: str, loop: Op) -> float:
-        """Returns the iterations of a while loop. If the HLO does not contain `known_trip_count`, as on TPUs, the
-        iterations follow from the constant up to which the loop counts."""
+        """Returns the number of iterations of a while loop. If the HLO does not contain `known_trip_count`, as on TPUs,
+        the number is computed from the start, step and limit of the loop counter."""
         if m := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.attrs):
             return int(m[1])
         condition, body = (re.search(rf"\b{k}=%([\w.\-]+)", loop.attrs)[1] for k in ("condition", "body"))
@@ -102,8 +102,8 @@ class Program:
         return None
 
     def sent(self, mesh_shape: dict[str, int]) -> dict[str, dict[str, float]]:
-        """Returns the bytes that each device sends, by the mesh axes that a collective spans ("fsdp", "data+fsdp") and
-        by the kind of the collective."""
+        """Returns {mesh axes: {kind of collective: bytes that each device sends}}. The axes are those that the
+        collectives span, such as "fsdp" or "data+fsdp"."""
         found: dict[str, tuple[float, str, str]] = {}
         for where, ops in self.ops.items():
             for op in ops.values() if self.times[where] else ():
@@ -132,14 +132,15 @@ class Program:
         return out
 
     def _outer(self) -> Iterator[tuple[str, Op]]:
-        """Yields (computation, operation) for the operations outside fusions that move arrays."""
+        """Yields (computation, operation) for each operation that moves arrays. A fusion counts as one operation."""
         inner = {c for ops in self.ops.values() for op in ops.values() if op.kind in FUSIONS for c in op.called}
         for where, ops in self.ops.items():
             if where not in inner and self.times[where]:
                 yield from ((where, op) for op in ops.values() if op.kind not in ALIASES)
 
     def largest(self, n: int) -> list[tuple[int, str, str]]:
-        """Returns (bytes, type, source) of the n largest arrays that operations write, with one array per type."""
+        """Returns (bytes, type, source) of the n largest arrays that operations write. Arrays of the same type are
+        listed once."""
         seen: dict[str, tuple[int, str, str]] = {}
         for _, op in self._outer():
             for shape in (f"{m[0]}[{m[1]}]" for m in ARRAY.findall(op.type) if op.source):
@@ -147,10 +148,10 @@ class Program:
         return sorted(seen.values(), reverse=True)[:n]
 
     def traffic(self) -> float:
-        """Returns the bytes that operations read and write, without arrays in vector memory (memory space 1).
+        """Returns the bytes that operations read and write, except for arrays in vector memory (memory space 1).
 
-        If an operation reads only slices of an operand, only the slices count. If an operation updates an array in
-        place, only the update counts.
+        If an operation reads only slices of an operand, only the slices are counted. If an operation updates an array
+        in place, only the update is counted.
         """
         total = 0.0
         for where, op in self._outer():
@@ -177,7 +178,7 @@ def _read(inside: dict[str, Op], name: str, whole: int) -> int:
 
 
 def parse(line: str) -> Op | None:
-    """Parses a line `%name = type kind(operands), attrs`. The type of a tuple contains spaces inside its brackets."""
+    """Parses a line `%name = type kind(operands), attrs`. The type of a tuple has brackets with spaces in them."""
     m = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
     if not m:
         return None
@@ -188,7 +189,7 @@ def parse(line: str) -> Op | None:
 
 
 def _until(text: str, depth: int, stop: str) -> tuple[str, str]:
-    """Splits text at the first `stop` that is outside all brackets."""
+    """Splits text at the first `stop` outside all brackets. The text starts inside `depth` open brackets."""
     for i, c in enumerate(text):
         depth += (c in "([{") - (c in ")]}")
         if c == stop and not depth:
@@ -197,7 +198,7 @@ def _until(text: str, depth: int, stop: str) -> tuple[str, str]:
 
 
 def nbytes(type_: str) -> int:
-    """Returns the bytes of all arrays in an HLO type, without padding."""
+    """Returns the total bytes of the arrays in an HLO type, without padding."""
     bits = lambda dtype: BITS[dtype] if dtype in BITS else int(re.search(r"\d+", dtype)[0])
     return sum(math.prod(_ints(dims)) * bits(dtype) for dtype, dims in ARRAY.findall(type_)) // 8
 
@@ -207,16 +208,16 @@ def _ints(text: str) -> list[int]:
 
 
 def _megascale(attrs: str) -> int:
-    """Returns the number of slices that a transfer connects: {1,2}x{0:3} means slices 1 and 2, and {1:4}x{0:3} four
-    slices."""
+    """Returns the number of slices that a transfer connects: 2 for {1,2}x{0:3}, which means slices 1 and 2, and 4 for
+    {1:4}x{0:3}, which means slices 1 to 4."""
     inside = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', attrs)[1]
     ranges = [_ints(part) for part in inside.split(",")]
     return sum(r[-1] - r[0] + 1 for r in ranges)
 
 
 def device_groups(attrs: str, devices: int) -> np.ndarray:
-    """Returns the partition ids [groups, members] of a collective, read from any HLO notation. The groups of a
-    collective permute are its pairs of source and target."""
+    """Returns an array [groups, members] of the partition ids in each group of a collective. Reads every HLO notation
+    for groups. The groups of a collective permute are its (source, target) pairs."""
     if m := re.search(r"(source_target_pairs|replica_groups)=\{(\{.*?\})\}", attrs):
         return np.array([_ints(g) for g in m[2].split("},")])
     if m := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attrs):
@@ -233,8 +234,8 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
 
 
 def _named(m: re.Match) -> np.ndarray:
-    """Parses groups written as mesh['a'=4,'b'=2] {'a'}, in which each index of axis b has one group along axis a. The
-    notation 'a':(2)2 splits axis a into 2 major positions with 2 members each."""
+    """Parses groups written as mesh['a'=4,'b'=2] {'a'}. There is one group for each index of axis b, and its members
+    are all the indices of axis a. 'a':(2)2 splits axis a: after 2 major positions, groups have 2 members each."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", m[1])}
     ids = _iota(m[2], m[3]) if m[2] else np.arange(math.prod(sizes.values()))
     shape, members = [], []
@@ -248,7 +249,7 @@ def _named(m: re.Match) -> np.ndarray:
 
 
 def spanned(groups: Iterable, mesh_shape: dict[str, int]) -> tuple[str, ...]:
-    """Returns the mesh axes along which the members of a group differ. Partition i is the i-th position of the mesh."""
+    """Returns the mesh axes along which the members of a group differ. Partition i is at position i of the mesh."""
     coords = np.stack(np.unravel_index(np.asarray(groups), tuple(mesh_shape.values())))  # [axes, groups, members]
     differ = (coords != coords[..., :1]).any(axis=(1, 2))
     return tuple(a for a, d in zip(mesh_shape, differ) if d)

@@ -6,8 +6,8 @@ from common.types import Config
 
 
 def table(cfg: Config, devices: int = 0) -> str:
-    """Returns a table with one line per parameter and one line for the sum; "*" marks trained parameters. Only the
-    parameters of the policy are listed, without models in other roles."""
+    """Returns a table with one line per parameter and a line for the sum of their bytes. "*" marks trained parameters.
+    Models in other roles than the policy, such as a reference model, are not listed."""
     from model import weights
     from train import cost
     from train.plan import blueprint
@@ -27,4 +27,4 @@ def table(cfg: Config, devices: int = 0) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(n) for cell, n in zip(r, widths, strict=True)).rstrip() for r in rows]
     shape = ", ".join(f"{a} {n}" for a, n in plan.mesh.shape.items() if n > 1)
-    return "\n".join([f"mesh: {shape or 'one device'}; * trains", *lines])
+    return "\n".join([f"mesh: {shape or 'one device'}; *: trained", *lines])

@@ -1,4 +1,4 @@
-"""Compiles a step for given devices, and derives the memory, traffic, time and cost of the step."""
+"""Compiles a step for given devices, and estimates its memory, traffic, time and cost."""
 
 import math
 import re
@@ -22,16 +22,17 @@ from train import plan as plans
 from train.step import compile_step
 
 ASSUMED = (
-    "time, low end: everything overlaps at the chip's peak rates, and HBM is read and written once; high end: nothing"
-    " overlaps, every operand and result passes through HBM, and a collective uses the links of one torus axis. Both"
-    " assume kernels at peak rates, which many do not reach: the only GPU step timed took 1.3 times the high end",
-    "every position of a batch counts in the loss; loops over the chunks of the head run to their end",
-    "money and energy: only steps, without compilation, evaluation and waiting",
+    "The low end of the time assumes that computation and communication fully overlap and that arrays pass through HBM"
+    " once. The high end assumes that nothing overlaps, that every operand and result passes through HBM, and that a"
+    " collective uses the links of only one torus axis. Both assume that kernels reach the chip's peak rates. Many do"
+    " not: the only GPU step that was timed took 1.3 times the high end.",
+    "Every position of a batch is assumed to count in the loss, and loops over the head's chunks to run to their end.",
+    "Money and energy are for the steps only: compilation, evaluation and waiting are not included.",
 )
 
 
 def plan(cfg: Config, model: Any, devices: list[jax.Device], what: str = "train") -> Json:
-    """Plans one step; `what` is "train", or "decode" for one new token per row."""
+    """Plans one step. `what` is "train" for a training step, or "decode" for a step that adds one token to each row."""
     mesh = meshes.make_mesh(cfg.mesh, devices)
     rows, shards = cfg.data.batch_size, meshes.row_shards(cfg, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
@@ -59,7 +60,8 @@ def plan(cfg: Config, model: Any, devices: list[jax.Device], what: str = "train"
     if what == "train":
         held["logits_chunk"] = 4 * chunk * planned.model.config.vocab_size
         held["gradients"] = out["config"]["bytes_per_device"]["gradients"]
-    # In training, only the head's loop over chunks has an unknown length. In decoding, one iteration makes one token.
+    # In training, only the head's loop over chunks has an unknown length. In decoding, each iteration makes one token
+    # per row, and one iteration is counted.
     program = hlo.Program(compiled.as_text(), -(-local // chunk) if what == "train" else 1)
     out |= {"fits": True, "verdict": verdict, "largest": program.largest(6)}
     out |= {"sent": program.sent(dict(mesh.shape)), "traffic": program.traffic()}
@@ -67,7 +69,7 @@ def plan(cfg: Config, model: Any, devices: list[jax.Device], what: str = "train"
 
 
 def train_step(cfg: Config, planned: Any) -> tuple[Any, Json]:
-    """Returns the lowered training step of train.main, and the arguments of the step by kind."""
+    """Returns the lowered training step of train.main, and the step's arguments by kind."""
     state = jax.tree.map(_placed, planned.abstract, planned.shardings)
 
     def place(x: batches.Spec) -> jax.ShapeDtypeStruct:
@@ -79,8 +81,8 @@ def train_step(cfg: Config, planned: Any) -> tuple[Any, Json]:
 
 
 def decode_step(cfg: Config, planned: Any) -> tuple[Any, Json]:
-    """Returns the lowered decoding step of infer.batch, and the arguments of the step by kind. Rows are sharded over
-    the mesh axes data and fsdp, and the cache also over the axis tensor."""
+    """Returns the lowered decoding step of infer.batch, and the step's arguments by kind. Rows are sharded over the
+    mesh axes data and fsdp, and the cache also over the axis tensor."""
     model, mesh, rows = planned.model, planned.mesh, cfg.data.batch_size
     stacked = jax.tree.map(_placed, planned.abstract.role("policy"), planned.shardings.role("policy"))
     one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=NamedSharding(mesh, P(*x.sharding.spec[1:])))
@@ -89,7 +91,7 @@ def decode_step(cfg: Config, planned: Any) -> tuple[Any, Json]:
     axes = ("data", "fsdp", "tensor")
 
     def place(x: Any) -> Any:
-        """Shards the leading axis, which has one entry per row or, in the cache, per row and key head."""
+        """Shards the leading axis, which has one entry per row or, in the cache, one per row and key head."""
         over = axes if x.ndim == 3 else axes[:2]
         fits = x.ndim and x.shape[0] % math.prod(mesh.shape[a] for a in over) == 0
         return _placed(x, NamedSharding(mesh, P(over) if fits else P()))
@@ -111,7 +113,7 @@ def _placed(x: Any, sharding: Any) -> Any:
 
 
 def flops(cfg: Config, planned: Any, what: str) -> tuple[float, float, int]:
-    """Returns (model FLOPs, FLOPs including recomputation, tokens) of a step on all devices."""
+    """Returns (model FLOPs, FLOPs including recomputation, tokens) of a step, summed over all devices."""
     rows, length = cfg.data.batch_size, cfg.data.seq_len
     if what == "decode":  # every row is assumed to attend to all columns of the cache
         policy = cost.of_roles(planned, 2 * length - 1)["policy"]
@@ -127,8 +129,8 @@ def flops(cfg: Config, planned: Any, what: str) -> tuple[float, float, int]:
 
 
 def outlook(cfg: Config, planned: Any, out: Json, devices: list[jax.Device]) -> Json:
-    """Returns time, rates, cost and energy as (low, high). Only FLOPs and tokens are returned for a chip that
-    common/chips.json does not list."""
+    """Returns time, rates, cost and energy as (low, high) ranges. If common/chips.json does not list the chip, returns
+    only FLOPs and tokens."""
     model, hardware, tokens = flops(cfg, planned, out["what"])
     numbers = {"flops_per_step": model, "flops_with_recomputation": hardware, "tokens_per_step": tokens}
     if not (chip := chips.find(out["device"])):
@@ -159,7 +161,7 @@ def outlook(cfg: Config, planned: Any, out: Json, devices: list[jax.Device]) -> 
 
 
 def knob(cfg: Config, held: dict[str, int], device: Any) -> str:
-    """Names the setting to change if the plan does not fit."""
+    """Suggests what to change if the step does not fit into memory."""
     chip, total = chips.find(device.device_kind), sum(held.values())
     if chip and total > 0.9 * chip.hbm_bytes.value / chip.devices:
         return f"arrays take {total / 1e9:.1f} GB per device: use more devices on config.mesh.fsdp, or LoRA"

@@ -1,4 +1,4 @@
-"""Describes TPU slices and H100s that are not present, as targets for compilation."""
+"""Describes TPU slices and H100s as targets for compilation. They need not be present."""
 
 import importlib.util
 import os
@@ -24,21 +24,21 @@ gpu_device_info {{
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{kind}"
 """
 KIND = "NVIDIA H100 80GB HBM3"
-MOST = 8  # maximum number of GPUs, since the network between machines is not modeled
+MOST = 8  # maximum number of GPUs: those of one machine, because the network between machines is not modeled
 
 
 def devices(name: str, slices: int = 1) -> "list[Device]":
-    """Returns the devices of equal TPU slices, as libtpu describes them, or the H100s of one machine. Raises
-    UserError."""
+    """Returns the devices of identical TPU slices, as libtpu describes them, or the H100s of one machine. Raises
+    UserError if this is not possible."""
     if not name:
         raise UserError("no slice is named", "--topology", "such as v5e:4x4, v5p:2x2x1, v6e:4x4, tpu7x:2x2x1 or h100:8")
     if slices < 1 or (slices > 1 and name.startswith("h100:")):
-        raise UserError(f"{slices} slices are not supported", "--slices", "1; TPUs may have more")
+        raise UserError(f"{slices} slices are not supported", "--slices", "use 1, or more for TPUs")
     if name.startswith("h100:"):
         return _h100s(name.removeprefix("h100:"))
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu is not installed", "tools.plan", "pip install -r requirements/tpu.txt")
-    # libtpu must work even if another process holds its lock file, and on a host without a TPU.
+    # With these settings, libtpu works without a TPU, and even if another process holds its lock file.
     os.environ |= dict(JAX_PLATFORMS="cpu", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1")
     os.environ |= dict(TPU_ACCELERATOR_TYPE="v5litepod-1", TPU_WORKER_HOSTNAMES="localhost")
     from jax.experimental import topologies
@@ -51,31 +51,31 @@ def devices(name: str, slices: int = 1) -> "list[Device]":
 
 
 def _h100s(count: str) -> "list[Device]":
-    """Returns `count` H100s of one machine. Raises UserError if the number is not supported or the CUDA wheels are
-    missing."""
+    """Returns `count` H100s of one machine. Raises UserError if the number is not supported or if the CUDA wheels are
+    not installed."""
     if count not in map(str, range(1, MOST + 1)):
         raise UserError(f"a machine cannot have {count!r} H100s", "--topology", f"h100:1 to h100:{MOST}")
     if not cuda_installed():
         raise UserError("the CUDA wheels are not installed", "tools.plan", "pip install -r requirements/gpu.txt")
-    # Kernels cannot be timed without the GPU, so autotuning is off and XLA takes the first algorithm that it knows.
+    # Without the GPU, kernels cannot be timed. Autotuning is therefore off, and XLA takes the first algorithm it knows.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     import jax
     from jax.experimental import topologies
 
-    jax.config.update("jax_platforms", "cpu")  # otherwise the CUDA plug-in looks for a driver
+    jax.config.update("jax_platforms", "cpu")  # prevents the CUDA plug-in from looking for a driver
     chip = chips.find(KIND)
     target = H100.format(bandwidth=int(chip.hbm_bandwidth.value), memory=int(chip.hbm_bytes.value), kind=KIND)
     return topologies.get_topology_desc("", "cuda", topology=f"1x1x{count}", target_config=target).devices
 
 
 def cuda_installed() -> bool:
-    """Whether the CUDA wheels are installed, for either of the CUDA versions that JAX supports."""
+    """Whether the CUDA wheels are installed, for either CUDA version that JAX supports."""
     return any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
 
 
 def room(peak: int) -> tuple[bool, str]:
-    """Returns (whether `peak` bytes fit into GPU memory, the reason). The compiler does not check whether a program
-    fits into memory. The limit is the fraction of GPU memory that JAX preallocates."""
+    """Returns (whether `peak` bytes fit into GPU memory, explanation). This is checked here because the compiler does
+    not check it. The limit is the fraction of GPU memory that JAX preallocates."""
     fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
     most = fraction * chips.find(KIND).hbm_bytes.value
     return (
