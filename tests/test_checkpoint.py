@@ -368,7 +368,7 @@ def test_no_whole_step_left(tmp_path):
 def test_other_shape_is_refused_not_moved(tmp_path):
     save(tmp_path, 3)
     with pytest.raises(
-        UserError, match=r"opt_state/0/mu/policy/table is bfloat16\[16, 8\] in step 3, bfloat16\[32, 8\]"
+        UserError, match=r"opt_state/0/mu/policy/table is bfloat16\[16, 8\] in step 3, but bfloat16\[32, 8\]"
     ):
         restore(tmp_path, make_state(0, rows=32))
     assert saved.steps(tmp_path) == [3]

@@ -93,5 +93,5 @@ def test_an_embedder_replaces_another_only_if_it_is_better(tuned, capsys):
 
 
 def test_a_temperature_of_0_is_refused():
-    with pytest.raises(ValueError, match="not above 0"):
+    with pytest.raises(ValueError, match="must be above 0"):
         contrastive.make(None, temperature=0.0)

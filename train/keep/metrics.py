@@ -137,7 +137,7 @@ class Metrics:
             if self.on_error == "stop":
                 self._stop(e)
             if not self._refused:
-                note = "new lines are kept in memory until they can be written"
+                note = "new lines are kept until they can be written"
                 print(f"warning: {self.path}: {e.strerror}; {note}", file=sys.stderr)
             self._refused = True
 
