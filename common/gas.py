@@ -72,7 +72,8 @@ class Gas(NamedTuple):
             _text(self.co2_kg, "kgCO2e", f"{site.region}, PUE {site.pue.value:g}"),
         )
         strange = [name for name in self.chips if not chips.find(name)]
-        why = [f"n/a: {', '.join(strange)} is not in common/chips.json; set --config.chip"] if strange else []
+        unknown = f"n/a: {', '.join(strange)} is not in common/chips.json"
+        why = [f"{unknown}; a training run can name its chip with --config.chip"] if strange else []
         return "gas: " + " · ".join([*parts, *why])
 
     def goodput_line(self) -> str:

@@ -124,7 +124,7 @@ def test_an_unknown_chip_has_neither_price_nor_energy():
     assert (used.mfu, used.usd, used.usd_spot, used.kwh, used.co2_kg, used.co2_kg_cci) == (None,) * 6
     assert str(used) == (
         "gas: 3.0e15 model FLOPs (MFU n/a) · 1 NVIDIA RTX 4090 device-h · $ n/a · n/a kWh · n/a kgCO2e · "
-        "n/a: NVIDIA RTX 4090 is not in common/chips.json; set --config.chip"
+        "n/a: NVIDIA RTX 4090 is not in common/chips.json; a training run can name its chip with --config.chip"
     )
     assert gas.total([used, gas.line(TWO, {})]).usd is None  # a part is not the sum
     assert gas.line(lines, {}, chip="l4").usd > 0  # unless the config says what it is
