@@ -121,16 +121,17 @@ def scatter(dots: Sequence[Dot], x_label: str, y_label: str) -> Markup:
 
 
 def _labels(points: Sequence[tuple[str, float, float]]) -> list[str]:
-    """Places a label beside each point, at the first position where the label covers no point and no other label."""
+    """Places a label beside each point, at the first position where the label covers no point and no other label. There
+    is room for the largest font of the page's CSS, which is the one of a narrow screen."""
     out: list[str] = []
     taken = [(x - 6, x + 6, y) for _, x, y in points]
     for label, x, y in sorted(points, key=lambda p: p[2]):
-        wide = 8.5 * len(label)
+        wide = 10.5 * len(label)
         sides = [(x + 9, "start"), (x - 9, "end")][:: 1 if x < WIDTH * 0.6 else -1]
-        for down, (at, anchor) in itertools.product((-8, 20, 38, 56, 74, 92), sides):
+        for down, (at, anchor) in itertools.product((-8, 24, -30, 46, -52, 68, -74, 90), sides):
             left = at if anchor == "start" else at - wide
-            free = all(abs(y + down - 5 - other) > 15 or left > b or left + wide < a for a, b, other in taken)
-            if free and left > 0 and left + wide < WIDTH and y + down > TOP:
+            free = all(abs(y + down - 5 - other) > 20 or left > b or left + wide < a for a, b, other in taken)
+            if free and left > 0 and left + wide < WIDTH and TOP < y + down < SCATTER - BOTTOM:
                 break
         taken.append((left, left + wide, y + down - 5))
         text = f'x="{at:.1f}" y="{y + down:.1f}" text-anchor="{anchor}">{escape(label)}</text>'
