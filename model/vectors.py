@@ -1,6 +1,7 @@
-"""Computes and combines task vectors, the weight changes of fine-tuning (Ilharco et al. 2022, arXiv 2212.04089).
+"""Computes and combines task vectors, the weight changes due to fine-tuning (Ilharco et al. 2022, arXiv 2212.04089).
 
-An update is a dict such as {"layers/attn/wq": float32 array}, with the change of each parameter by its name.
+In this module, a task vector is called an update: a dict such as {"layers/attn/wq": float32 array} with the change of
+each parameter.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ Update = dict[str, np.ndarray]
 
 
 def difference(after: Params, before: Params, specs: Specs) -> Update:
-    """Returns after - before for every parameter, with adapters merged.
+    """Returns `after` - `before` for every parameter, after merging adapters.
 
     Raises UserError for adapters that cannot be merged into weights.
     """
@@ -29,17 +30,17 @@ def difference(after: Params, before: Params, specs: Specs) -> Update:
 
 
 def add(params: Params, update: Update) -> Params:
-    """Adds an update to parameters that are plain arrays."""
+    """Adds an update to `params`, which must be plain arrays."""
     return weights.map_named(lambda name, x: (x + update[name]).astype(x.dtype), params)
 
 
 def linear(updates: Sequence[Update], factors: Sequence[float]) -> Update:
-    """Returns the sum of factor * update. Factors may be negative, which subtracts what a model has learned."""
+    """Returns the sum of factor * update. A negative factor subtracts what a model has learned."""
     return {name: sum(np.float32(f) * u[name] for f, u in zip(factors, updates)) for name in updates[0]}
 
 
 def trim(update: Update, density: float) -> Update:
-    """Keeps the fraction `density` of all values, those with the largest magnitudes, and sets all others to zero."""
+    """Keeps a fraction `density` of all values, those with the largest magnitudes, and sets the others to 0."""
     sizes = np.concatenate([np.abs(x).ravel() for x in update.values()])
     kept = max(round(density * sizes.size), 1)
     least = np.partition(sizes, sizes.size - kept)[sizes.size - kept]
@@ -49,7 +50,8 @@ def trim(update: Update, density: float) -> Update:
 def ties(updates: Sequence[Update], factors: Sequence[float], density: float) -> Update:
     """Merges updates by TIES (Yadav et al. 2023, arXiv 2306.01708).
 
-    Each update is trimmed. The result for each value is the mean of the updates that have the same sign as their sum.
+    Trims each update, and sums the updates to determine the sign of each value. Each result is the mean of those values
+    that have this sign.
     """
     updates = [linear([trim(u, density)], [f]) for u, f in zip(updates, factors)]
 
@@ -64,8 +66,8 @@ def ties(updates: Sequence[Update], factors: Sequence[float], density: float) ->
 def dare(updates: Sequence[Update], factors: Sequence[float], density: float, seed: int = 0) -> Update:
     """Merges updates by DARE (Yu et al. 2023, arXiv 2311.03099).
 
-    In each update, a random fraction `density` of the values is kept and divided by `density`, and the others are set
-    to 0. The results are added.
+    In each update, keeps a random fraction `density` of the values, divides them by `density`, and sets the others to
+    0. Adds the results.
     """
     rng = np.random.default_rng(seed)
     drop = lambda x: np.where(rng.random(x.shape) < density, x / np.float32(density), 0)
@@ -73,11 +75,11 @@ def dare(updates: Sequence[Update], factors: Sequence[float], density: float, se
 
 
 def to_lora(params: Params, update: Update, specs: Specs, rank: int) -> tuple[Params, dict[str, tuple[float, float]]]:
-    """Approximates the change dW of each matrix by the best LoRA of rank `rank`. Returns (new parameters, errors).
+    """Approximates the change dW of each matrix by the best LoRA of rank `rank`.
 
-    The errors are {name: (|| dW - A B ||^2, || dW ||^2)}. For parameters that LoRA does not change (norms, biases), the
-    error is the whole change. If a matrix has fewer than `rank` rows or columns, the LoRA has the full rank of the
-    matrix, and the error is 0. Raises UserError if the update is zero everywhere.
+    Returns (new parameters, errors), where errors is {name: (||dW - A B||^2, ||dW||^2)}. LoRA does not change norms and
+    biases, so their error is the whole change. If a matrix has fewer than `rank` rows or columns, the LoRA has the full
+    rank of the matrix, and the error is 0. Raises UserError if the update is zero everywhere.
     """
     missed: dict[str, tuple[float, float]] = {}
 
@@ -94,5 +96,5 @@ def to_lora(params: Params, update: Update, specs: Specs, rank: int) -> tuple[Pa
 
     out = weights.replace(params, specs, wrap)
     if not any(whole for _, whole in missed.values()):
-        raise UserError("the update is zero everywhere", "update", "are the base and the tuned model the same?")
+        raise UserError("the update is zero everywhere", "update", "are the base model and the tuned model the same?")
     return out, missed

@@ -1,9 +1,9 @@
-"""Trees of parameters, in which each parameter is either an array or a `Weight`.
+"""Parameter trees. Each parameter is an array or a `Weight`.
 
-A `Weight` is an object that replaces an array, such as a quantized matrix or a matrix with LoRA factors. The methods of
-a `Weight` define how activations are multiplied by it. Layers call `einsum(eqn, x, w)` and `take(w, ids)`, where `w`
-may be an array or a `Weight`. Techniques such as LoRA and quantization are functions that replace arrays of a tree by
-`Weight` objects.
+A `Weight` is an object that replaces an array, such as a quantized matrix or a matrix with LoRA factors. Its methods
+define how activations are multiplied by it. Layers call `einsum(eqn, x, w)` and `take(w, ids)`, where `w` may be an
+array or a `Weight`. Techniques such as LoRA and quantization are functions that replace arrays in a tree by `Weight`
+objects.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ from kernels.partition import sharded
 
 T = TypeVar("T")
 Params = dict[str, Any]  # nested dicts whose leaves are arrays or `Weight` objects
-Specs = dict[str, Any]  # the same nested dicts, with a Spec for every parameter
+Specs = dict[str, Any]  # nested dicts with the same structure, and a Spec for every parameter
 Tree = Any  # any pytree of arrays, shapes, shardings or bools
 Transform = Callable[[Params, Specs, Array], Params]  # (parameters, specs, random key) -> new parameters
 
-Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]  # pairs (logical axis, mesh axes)
+Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]  # (logical axis, mesh axes) pairs
 
-# The logical axis that each letter of an einsum equation stands for. train/mesh.py maps logical axes to mesh axes.
+# {letter in einsum equations: logical axis}. train/mesh.py maps logical axes to mesh axes.
 AXES = dict(
     B="batch", T="seq", S="seq", D="embed", F="mlp", N="heads", K="kv_heads", H="head_dim", V="vocab",
     E="experts", R="rank", W="recurrent", C="taps", X="taps", Y="taps", Z="taps", I="block_in", J="block_out",
@@ -47,10 +47,10 @@ AXES = dict(
 
 @flax.struct.dataclass
 class Spec(nn.LogicallyPartitioned):
-    """The declaration of a parameter: its abstract value, its logical axes (`names`) and the einsum that uses it.
+    """The declaration of a parameter: its abstract value, logical axes (`names`) and the einsum equation that uses it.
 
-    `eqn` is "" for parameters that no matrix product uses (norm scales, biases). A parameter that is stacked over
-    layers has the leading axis "layers", which is not in the equation.
+    `eqn` is "" for parameters that are not used in matrix products (norm scales, biases). If a parameter is stacked
+    over layers, its first axis is "layers", which is not part of the equation.
     """
 
     eqn: str = flax.struct.field(default="", pytree_node=False)
@@ -61,17 +61,17 @@ class Spec(nn.LogicallyPartitioned):
 
     @property
     def stacked(self) -> int:
-        """The number of leading axes over which the parameter is stacked, which are not in the equation."""
+        """The number of leading axes that are not in the equation, because the parameter is stacked over them."""
         return len(self.shape) - len(operands(self.eqn)[1]) if self.eqn else 0
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The size of each axis of the weight, by its letter in the equation."""
+        """The size of each axis of the weight, keyed by its letter in the equation."""
         return dict(zip(operands(self.eqn)[1], self.shape[self.stacked :], strict=True))
 
 
 def operands(eqn: str) -> tuple[str, str, str]:
-    """Splits an equation "BTD,DF->BTF" into ("BTD", "DF", "BTF")."""
+    """Splits an equation into its parts. For example, "BTD,DF->BTF" becomes ("BTD", "DF", "BTF")."""
     inputs, out = eqn.split("->")
     x, w = inputs.split(",")
     return x, w, out
@@ -80,8 +80,8 @@ def operands(eqn: str) -> tuple[str, str, str]:
 def split(eqn: str) -> tuple[str, str, str]:
     """Splits the weight's letters into (shared axes such as experts, contracted axes, output axes).
 
-    Shared axes are in x, in the weight and in the result. Contracted axes are only missing in the result, and output
-    axes are only missing in x.
+    Shared axes are in x, in the weight and in the result. Contracted axes are not in the result. Output axes are not in
+    x.
     """
     x, w, out = operands(eqn)
     return (
@@ -92,11 +92,12 @@ def split(eqn: str) -> tuple[str, str, str]:
 
 
 class Weight:
-    """Base class of parameters that are not plain arrays. Each subclass is a `flax.struct.dataclass`."""
+    """Base class of parameters that are not plain arrays. Each subclass must be a `flax.struct.dataclass`."""
 
-    trainable: ClassVar[tuple[str, ...]] = ()  # fields that training may change; all other fields are frozen
-    derived: ClassVar[tuple[str, ...]] = ()  # fields computed from other fields, which the fingerprint omits
-    whole: ClassVar[bool] = False  # whether it has the `shape`, `ndim` and `size` of the array that it replaces
+    trainable: ClassVar[tuple[str, ...]] = ()  # fields that can be trained; all other fields are frozen
+    derived: ClassVar[tuple[str, ...]] = ()  # fields that are computed from others; fingerprints omit them
+    # whether instances have the `shape`, `ndim` and `size` of the array that they replace
+    whole: ClassVar[bool] = False
 
     if TYPE_CHECKING:  # flax.struct adds this method
 
@@ -107,46 +108,50 @@ class Weight:
         raise NotImplementedError
 
     def take(self, ids: Array, dtype: DTypeLike) -> Array:
-        """Returns the rows `ids` [...] of an embedding table [V, D], as an array [..., D] of `dtype`."""
+        """Looks up the rows `ids` [...] of an embedding table [V, D]. Returns an array [..., D] of dtype `dtype`."""
         raise NotImplementedError
 
     def dense(self, spec: Spec | None) -> Array:
-        """Returns the plain array that this `Weight` represents, for merging, export and reference values in tests."""
+        """Returns the plain array that this `Weight` represents.
+
+        It is used for merging, export, and expected values in tests.
+        """
         raise NotImplementedError
 
     def axes(self, spec: Spec | None) -> "Weight":
-        """Returns this object with each array replaced by a tuple of its logical axes, which determine its sharding."""
+        """Returns this object with each array replaced by the tuple of its logical axes. They define its sharding."""
         raise NotImplementedError
 
     def in_training(self, key: Array, step: Array) -> "Weight":
-        """Returns this `Weight` prepared for a training step, for example with a random key for dropout or rounding.
+        """Returns this `Weight`, prepared for a training step.
 
-        Outside of training, no `Weight` uses randomness. By default, this method only prepares nested `Weight` objects.
+        For example, adds a random key for dropout or stochastic rounding, which are only used in training. By default,
+        this method only prepares nested `Weight` objects.
         """
         inner = {f: getattr(self, f) for f in fields(self) if is_weight(getattr(self, f))}
         return self.replace(**{f: w.in_training(key_for(key, f), step) for f, w in inner.items()})
 
     def for_inference(self) -> "Weight | Array":
-        """Prepares this `Weight` of one layer for inference.
+        """Returns this `Weight`, which belongs to a single layer, prepared for inference.
 
-        Values that depend only on the arrays of the `Weight`, and not on activations, are computed in advance.
+        Values that do not depend on activations are computed in advance.
         """
         return self.replace(**{f: for_inference(getattr(self, f)) for f in fields(self) if is_weight(getattr(self, f))})
 
     def macs(self, stacked: int) -> "Weight":
         """Returns this object with each array replaced by its number of multiply-adds per token.
 
-        The number for a matrix is its size, and the number for a vector is 0. `stacked` is the number of leading axes
-        over which layers are stacked.
+        This number is the size of a matrix, and 0 for a vector. `stacked` is the number of leading axes over which
+        layers are stacked.
         """
         one = lambda x: x.macs(stacked) if is_weight(x) else x.size * (x.ndim - stacked >= 2)
         return self.replace(**{f: jax.tree.map(one, getattr(self, f), is_leaf=is_weight) for f in fields(self)})
 
 
 class Extra(Weight):
-    """Base class of added parameters, such as a prefix, that the base model does not have.
+    """Base class of parameters that the base model does not have, such as a prefix.
 
-    A layer uses such parameters if they are present. Added parameters cannot be merged into weights.
+    Layers use them if they are present. They cannot be merged into weights.
     """
 
     def dense(self, spec: Spec | None) -> Array:
@@ -156,17 +161,17 @@ class Extra(Weight):
 def einsum(eqn: str, x: Array, w: Array | Weight) -> Array:
     """Multiplies an activation x by a weight w. The result has the dtype of x.
 
-    For example, the equation "BTD,DF->BTF" multiplies x [B,T,D] by w [D,F] and returns [B,T,F]. The result is tagged
-    with the checkpoint name "product", so that remat policies can save it.
+    For example, the equation "BTD,DF->BTF" multiplies x [B,T,D] by w [D,F] and returns [B,T,F]. The result has the
+    checkpoint name "product", by which remat policies select it.
     """
     y = w.einsum(eqn, x) if isinstance(w, Weight) else product(eqn, x, cast(w, x.dtype))
     return checkpoint_name(y, "product")
 
 
 def cast(w: Array, dtype: DTypeLike) -> Array:
-    """Casts one layer's weight to `dtype` in a way that XLA does not move out of the loop over layers.
+    """Casts one layer's weight to `dtype`, such that XLA does not move the cast out of the loop over layers.
 
-    On a TPU mesh, XLA moves a plain cast before the loop and so keeps a second copy of all layers, which takes 2.1 GB
+    On a TPU mesh, XLA moves a plain cast before the loop. This creates a second copy of all layers, which takes 2.1 GB
     per chip for 7B parameters on four chips. XLA does not move `reduce_precision`.
     """
     narrows = jnp.dtype(dtype).itemsize < w.dtype.itemsize and jnp.issubdtype(w.dtype, jnp.floating)
@@ -181,24 +186,25 @@ def _rounded(w: Array, dtype: DTypeLike) -> Array:
 
 @_rounded.defjvp
 def _(dtype: DTypeLike, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    return _rounded(*primals, dtype), tangents[0].astype(dtype)  # a gradient is cast without this rounding
+    return _rounded(*primals, dtype), tangents[0].astype(dtype)  # cast gradients normally
 
 
 def take(w: Array | Weight, ids: Array, dtype: DTypeLike) -> Array:
-    """Looks up the rows `ids` [...] of an embedding table [V, D], and returns them as an array [..., D] of `dtype`."""
+    """Looks up the rows `ids` [...] of an embedding table [V, D]. Returns an array [..., D] of dtype `dtype`."""
     if isinstance(w, Weight):
         return w.take(ids, dtype)
-    # Without this constraint, the rows would be sharded over "embed", and XLA would replicate them to reshard them.
+    # Without this constraint, the looked-up rows would be sharded over "embed", and XLA would replicate them to reshard
+    # them.
     table: Any = spmd.with_logical_constraint(w, ("vocab", None))
     return jnp.take(table, ids, axis=0).astype(dtype)
 
 
 def product(eqn: str, x: Array, w: Array, dtype: DTypeLike | None = None) -> Array:
-    """Computes `jnp.einsum` of two arrays, accumulated in `dtype`, on one device as a product of matrices if possible.
+    """Computes `jnp.einsum` of two arrays, accumulated in `dtype`.
 
-    XLA's CPU backend is only fast for products of two-dimensional arrays. With activations [B,T,D], the gradient of a
-    weight contracts two axes, and an MLP takes 1.65 times as long. Under a mesh, axes are not merged into matrices,
-    since XLA's partitioner needs them.
+    If possible, reshapes both arrays to matrices first, because XLA's CPU backend is only fast for products of
+    matrices. With activations [B,T,D], the gradient for a weight contracts two axes, and an MLP takes 1.65 times as
+    long. On a mesh, arrays are not reshaped, because XLA's partitioner needs the separate axes.
     """
     xs, ws, out = operands(eqn)
     _, contracted, produced = split(eqn)
@@ -209,7 +215,8 @@ def product(eqn: str, x: Array, w: Array, dtype: DTypeLike | None = None) -> Arr
     n = len(contracted)
     flat_x = x.reshape(-1, math.prod(x.shape[-n:]))
     rows = flat_x.shape[0]
-    if jnp.issubdtype(x.dtype, jnp.integer) and rows == 1:  # one row of integers takes 4x as long as two on a CPU
+    # On a CPU, multiplying a single row of integers takes 4 times as long as multiplying two rows.
+    if jnp.issubdtype(x.dtype, jnp.integer) and rows == 1:
         flat_x = jnp.pad(flat_x, ((0, 1), (0, 0)))
     first = ws.startswith(contracted)
     tail = w.shape[n:] if first else w.shape[:-n]
@@ -220,13 +227,16 @@ def product(eqn: str, x: Array, w: Array, dtype: DTypeLike | None = None) -> Arr
 
 
 def platform() -> str:
-    """Returns the platform of the current mesh, whose devices may be abstract, or else JAX's default platform."""
+    """Returns the platform of the current mesh, which may be abstract.
+
+    If there is none, returns JAX's default platform.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
 
 def shards(*axes: str) -> int:
-    """Returns the number of parts into which the current mesh splits a dimension that is sharded over `axes`."""
+    """Returns the number of shards of a dimension that is sharded over the mesh axes `axes` of the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape.get(a, 1) for a in axes)
 
@@ -234,10 +244,10 @@ def shards(*axes: str) -> int:
 def assigned_axes(
     names: Sequence[str | None], sizes: Sequence[int], mesh: Mesh | AbstractMesh, rules: Rules
 ) -> list[tuple[str, ...]]:
-    """Returns the mesh axes over which each dimension of an array is sharded, given its logical name and its size.
+    """Returns, for each dimension of an array, the mesh axes that shard it.
 
-    A dimension that the mesh axes do not divide evenly is replicated. If several dimensions map to the same mesh axis,
-    this axis only shards the first of them.
+    `names` are the logical axes of the dimensions. A dimension that its mesh axes do not divide evenly is replicated.
+    If several dimensions map to the same mesh axis, only the first of them is sharded over it.
     """
     table, used, found = dict(rules), set(), []
     for name, size in zip(names, sizes, strict=True):
@@ -250,13 +260,13 @@ def assigned_axes(
 
 
 def mesh_axes(names: Sequence[str | None], sizes: Sequence[int]) -> list[tuple[str, ...]]:
-    """Returns `assigned_axes` for the current mesh and flax's current rules, without mesh axes of size 1."""
+    """Returns `assigned_axes` for the current mesh and flax's current rules. Leaves out mesh axes of size 1."""
     found = assigned_axes(names, sizes, jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules())
     return [tuple(a for a in axes if shards(a) > 1) for axes in found]
 
 
 def place(names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding | None:
-    """Returns the sharding of an array with these logical axes on the current mesh; None on a single device."""
+    """Returns the sharding of an array with the logical axes `names` on the current mesh; None on a single device."""
     return NamedSharding(jax.sharding.get_mesh(), P(*mesh_axes(names, shape))) if sharded() else None
 
 
@@ -291,32 +301,32 @@ def at(tree: Tree, path: str) -> Tree:
 
 
 def arrays(tree: Tree) -> list[Array]:
-    """Returns the arrays of a tree, in which a quantized weight (codes and scales) counts as one array."""
+    """Returns the arrays in a tree. A quantized weight, which consists of codes and scales, counts as one array."""
     return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Weight) and x.whole)
 
 
 def map_named(f: Callable, tree: Tree, *rest: Tree, is_leaf: Callable[[object], bool] | None = None) -> Tree:
-    """Like `jax.tree.map`, but the first argument of `f` is the path of the leaf as a string."""
+    """Like `jax.tree.map`, but `f` gets the path of the leaf, as a string, as an additional first argument."""
     return jax.tree.map_with_path(lambda path, *xs: f(name(path), *xs), tree, *rest, is_leaf=is_leaf)
 
 
 def replace(params: Params, specs: Specs, f: Callable[[str, Tree, Spec | None], Tree]) -> Params:
-    """Replaces every parameter (array or `Weight`) by `f(name, parameter, spec)`. An Extra gets None as its spec."""
+    """Replaces each parameter (array or `Weight`) by `f(name, parameter, spec)`. For an Extra, `spec` is None."""
     declared = {name(path): spec for path, spec in jax.tree.leaves_with_path(specs, is_leaf=is_spec)}
     return map_named(lambda path, leaf: f(path, leaf, declared.get(path)), params, is_leaf=is_weight)
 
 
 def wrapping(where: str, f: Callable[[str, Array | Weight, Spec, Array], Weight]) -> Transform:
-    """Returns a Transform that replaces each matrix whose name matches `where` by `f(name, matrix, spec, key)`.
+    """Returns a Transform that replaces matrices whose names match the regex `where` by `f(name, matrix, spec, key)`.
 
-    Each call gets the same random key, from which `f` derives a separate key for the matrix with `key_for`. Raises
-    ValueError if no name matches the regex `where`.
+    All calls get the same random key; `f` can derive a separate key for its matrix with `key_for`. The Transform raises
+    ValueError if no name matches.
     """
 
     def transform(params: Params, specs: Specs, key: Array) -> Params:
         chosen = lambda path, spec: spec is not None and spec.eqn and re.fullmatch(where, path)
         if not any(chosen(name(path), s) for path, s in jax.tree.leaves_with_path(specs, is_leaf=is_spec)):
-            raise ValueError(f"where={where!r} matches no multiplied parameter")
+            raise ValueError(f"where={where!r} matches no parameter that a matrix product uses")
         wrap = lambda path, leaf, spec: f(path, leaf, spec, key) if chosen(path, spec) else leaf
         return replace(params, specs, wrap)
 
@@ -324,21 +334,21 @@ def wrapping(where: str, f: Callable[[str, Array | Weight, Spec, Array], Weight]
 
 
 def key_for(key: Array, path: str) -> Array:
-    """Derives a separate random key for the parameter `path`, which does not depend on other parameters."""
+    """Derives a random key for the parameter `path`. It does not depend on which other parameters exist."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def trainable(params: Params, what: str) -> Tree:
-    """Returns a tree of bools, which is True for each array of `params` that is trained.
+    """Returns a tree of bools: for each array in `params`, whether it is trained.
 
-    `what` is "all", "adapters", or a regex that must match the whole name of a parameter. Even "all" excludes integers
-    and the frozen fields of a `Weight`, because gradients cannot update quantized values, and an adapter does not train
-    its base weight. Raises ValueError if no array would be trained.
+    `what` is "all", "adapters", or a regex that must match the whole name of a parameter. Even "all" excludes integers,
+    because gradients cannot update quantized values. It also excludes the frozen fields of a `Weight`, such as the base
+    weight of an adapter. Raises ValueError if no array would be trained.
     """
 
-    def pick(path: str, leaf: Array | Weight, moves: bool | None) -> Tree:  # None: not inside a Weight
+    def pick(path: str, leaf: Array | Weight, moves: bool | None) -> Tree:  # `moves` is None outside of Weights
         if isinstance(leaf, Weight):
-            adapter = "base" in fields(leaf)  # if an adapter wraps another one, as on a tied table, both are trained
+            adapter = "base" in fields(leaf)  # if adapters are nested, as on a tied table, train all of them
             own = lambda f: f in leaf.trainable and (moves is not False or adapter)
             return leaf.replace(**{f: walk(f"{path}/{f}", getattr(leaf, f), own(f)) for f in fields(leaf)})
         if what in ("all", "adapters"):
@@ -356,15 +366,15 @@ def trainable(params: Params, what: str) -> Tree:
 
 
 def fields(node: Weight) -> list[str]:
-    """Returns the names of the fields of a `Weight` that are arrays or other `Weight` objects."""
-    declared: Any = node  # subclasses of Weight are dataclasses, although Weight itself is not
+    """Returns the names of those fields of a `Weight` that contain arrays or other `Weight` objects."""
+    declared: Any = node  # all subclasses of Weight are dataclasses, although Weight itself is not
     return [f.name for f in dataclasses.fields(declared) if f.metadata.get("pytree_node", True)]
 
 
 def partition(params: T, mask: Tree) -> tuple[T, T]:
-    """Splits `params` by a mask into two trees: one with the trained arrays, and one with the frozen arrays.
+    """Splits `params` into (trained arrays, frozen arrays), according to a mask.
 
-    Both trees have the structure of `params`, with None in place of the arrays that are in the other tree.
+    Both trees have the structure of `params`, with None in place of the arrays in the other tree.
     """
     chosen = jax.tree.map(lambda m, x: x if m else None, mask, params)
     others = jax.tree.map(lambda m, x: None if m else x, mask, params)
@@ -377,20 +387,20 @@ def combine(a: T, b: T) -> T:
 
 
 def in_training(params: Params, key: Array, step: Array) -> Params:
-    """Prepares every `Weight` in `params` for training step `step`, by calling Weight.in_training."""
+    """Calls `in_training` of every `Weight` in `params`, to prepare it for training step `step`."""
     live = lambda path, w: w.in_training(key_for(key, path), step) if is_weight(w) else w
     return map_named(live, params, is_leaf=is_weight)
 
 
 def for_inference(params: Params) -> Params:
-    """Prepares every `Weight` of unstacked parameters for inference, by calling Weight.for_inference."""
+    """Calls `for_inference` of every `Weight` in `params`, whose layers must not be stacked."""
     return jax.tree.map(lambda w: w.for_inference() if is_weight(w) else w, params, is_leaf=is_weight)
 
 
 def base(params: Tree) -> Tree:
-    """Returns `params` without adapters, which gives the reference policy without copying the weights.
+    """Returns `params` without adapters. This is the reference policy; no weights are copied.
 
-    Each adapter is replaced by the frozen `base` that it wraps. Added parameters (`Extra`) are dropped.
+    Each adapter is replaced by its `base` weight. Parameters of the class `Extra` are dropped.
     """
     if isinstance(params, dict):
         return {k: base(v) for k, v in params.items() if not isinstance(v, Extra)}
@@ -409,7 +419,7 @@ def quantized_under_adapters(params: Params) -> bool:
 
 
 def underived(params: Params) -> Params:
-    """Sets the derived fields of every `Weight` to None, since their rounding may differ between machines."""
+    """Sets the derived fields of every `Weight` to None, because their rounding may differ between machines."""
 
     def strip(w: Array | Weight) -> Array | Weight:
         if not is_weight(w):

@@ -1,8 +1,8 @@
-"""Bottleneck adapters: small networks after a sublayer or parallel to it.
+"""Bottleneck adapters: small networks that run after a sublayer or in parallel to it.
 
-A sequential adapter (Houlsby et al. 2019, arXiv 1902.00751) returns y + s f(y D) U, where y is the output of the
-sublayer. A parallel adapter (He et al. 2021, arXiv 2110.04366) returns y + s f(x D) U, where x is the input of the
-sublayer. There are no biases.
+Let x be the input and y the output of the sublayer. A sequential adapter (Houlsby et al. 2019, arXiv 1902.00751)
+returns y + s relu(y D) U. A parallel adapter (He et al. 2021, arXiv 2110.04366) returns y + s relu(x D) U. The matrices
+D and U are trained, s is a constant scale, and there are no biases.
 """
 
 import math
@@ -22,7 +22,7 @@ SUBLAYERS = ("attn", "mlp")
 
 @flax.struct.dataclass
 class Bottleneck(Extra):
-    """The weights `down` [layers, D, R] and `up` [layers, R, D] of an adapter, which a Block calls after a sublayer."""
+    """An adapter with the weights `down` [layers, D, R] and `up` [layers, R, D]. A Block calls it after a sublayer."""
 
     down: Array
     up: Array
@@ -31,7 +31,7 @@ class Bottleneck(Extra):
     trainable: ClassVar[tuple[str, ...]] = ("down", "up")
 
     def __call__(self, x: Array, y: Array) -> Array:
-        """Returns the adapted output [B,T,D] of a sublayer with the input x [B,T,D] and the output y [B,T,D]."""
+        """Returns the adapted output [B,T,D] of a sublayer whose input is x [B,T,D] and whose output is y [B,T,D]."""
         low = jax.nn.relu(weights.einsum("BTD,DR->BTR", x if self.parallel else y, self.down))
         return y + self.scale * weights.einsum("BTR,RD->BTD", low, self.up)
 
@@ -43,10 +43,9 @@ def make(
     *, rank: int = 64, kind: Literal["sequential", "parallel"] = "sequential", scale: float = 1.0,
     where: str = "attn|mlp",
 ) -> Transform:  # fmt: skip
-    """Returns a Transform that adds an adapter to each sublayer ("attn" or "mlp") that matches the regex `where`.
+    """Returns a Transform that adds an adapter to each sublayer ("attn" or "mlp") whose name matches the regex `where`.
 
-    The weight `up` starts at 0, so the adapter does not change the model at first. Raises ValueError if no sublayer
-    matches.
+    `up` is initialized to 0, so a new adapter does not change the model. Raises ValueError if no sublayer matches.
     """
     chosen = [name for name in SUBLAYERS if re.fullmatch(where, name)]
     if not chosen:

@@ -1,6 +1,6 @@
-"""DoRA (Liu et al. 2024, arXiv 2402.09353) trains the direction of a weight by LoRA, and its magnitude by a vector m.
+"""DoRA (Liu et al. 2024, arXiv 2402.09353) trains a weight's direction with LoRA, and its magnitude as a vector m.
 
-The adapted weight is W' = m (W + s A B) / ||W + s A B||, with one norm per output feature (eq. 5).
+The adapted weight is W' = m (W + s A B) / ||W + s A B||, with one magnitude and one norm per output feature (eq. 5).
 """
 
 from typing import ClassVar
@@ -19,11 +19,11 @@ from model.weights import Spec, Transform, Weight
 
 @flax.struct.dataclass
 class DoRA(LoRA):
-    """A LoRA that also rescales each output feature of W + s A B. `magnitude` and `squares` are vectors [outputs]."""
+    """A LoRA that also rescales each output feature of W + s A B. `magnitude` and `squares` have shape [outputs]."""
 
     magnitude: Array | None = None
     squares: Array | None = None  # ||W||^2 of the base
-    cached: Array | None = None  # the precomputed ratio, for inference
+    cached: Array | None = None  # the precomputed result of `ratio`, for inference
     trainable: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
     derived: ClassVar[tuple[str, ...]] = ("a", "start", "squares")
 
@@ -43,8 +43,8 @@ class DoRA(LoRA):
     def ratio(self, shape: tuple[int, ...]) -> Array:
         """Returns m / ||W + s A B|| for each output feature. No gradient flows through the norm (section 4.3).
 
-        The squared norm is computed as ||W||^2 + 2 s <A^T W, B> + s^2 <A^T A B, B>, which needs no matrix of the size
-        of W.
+        The squared norm is computed as ||W||^2 + 2 s <A^T W, B> + s^2 <A^T A B, B>. This avoids a temporary matrix as
+        large as W.
         """
         if self.cached is not None:
             return self.cached.reshape(shape)
@@ -57,7 +57,7 @@ class DoRA(LoRA):
         inner = 2 * projected + self.scale * jnp.einsum(f"{shared}Rr,{shared}r{produced}->{out}", gram, b)
         squares = self.squares + self.scale * (inner * b).sum(len(shared)).reshape(-1)
         norm = jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(squares, 1e-30)))
-        return (1 + (self.magnitude - norm) / norm).reshape(shape)  # in this form, the ratio is exactly 1 at the start
+        return (1 + (self.magnitude - norm) / norm).reshape(shape)  # written such that the ratio is initially exactly 1
 
     def for_inference(self) -> "DoRA":
         return super().for_inference().replace(cached=self.ratio(self.squares.shape))
@@ -77,7 +77,7 @@ class DoRA(LoRA):
 
 
 def norms(w: Array, spec: Spec) -> Array:
-    """Returns the norms [stack..., outputs] of a weight, one for each output feature."""
+    """Returns the norms [stack..., outputs] of a weight, one per output feature."""
     m = lora.matrix(w.astype(jnp.float32), spec)
     return jnp.sqrt(jnp.square(m).sum(-2)).reshape(*spec.shape[: spec.stacked], -1)
 
@@ -92,16 +92,16 @@ def make(
     ranks: tuple = (),
     alphas: tuple = (),
 ) -> Transform:
-    """Returns a Transform, with the same arguments as `make` in model/peft/lora.py.
+    """Returns a Transform that adds a DoRA to matrices. The arguments are those of `make` in model/peft/lora.py.
 
-    The magnitudes start as the norms of W, so the adapted model equals the base model at first.
+    The magnitudes are initialized to the norms of W, so the new model equals the base model.
     """
     wrap = lora.transform(DoRA, rank, alpha, where, rslora, dropout, ranks, alphas, "zero_b")
     return lambda params, specs, key: weights.replace(wrap(params, specs, key), specs, measure)
 
 
 def measure(path: str, leaf: Array | Weight, spec: Spec | None) -> Array | Weight:
-    """Computes the norms of the base weight of a DoRA, and missing magnitudes. Returns other parameters unchanged."""
+    """Sets `squares` of a DoRA, and `magnitude` if it is None, from its base weight. Returns other leaves unchanged."""
     if not isinstance(leaf, DoRA):
         return leaf
     squares = jnp.square(norms(weights.dense_of(leaf.base, spec), spec))

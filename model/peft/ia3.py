@@ -17,7 +17,7 @@ from model.weights import Spec, Transform, Weight
 class IA3(Weight):
     """A base weight whose inputs or outputs are multiplied by the vector `scale` [features].
 
-    `letters` are the einsum letters of the rescaled axes.
+    `letters` has the einsum letters of the axes that are rescaled.
     """
 
     base: Array | Weight
@@ -46,10 +46,10 @@ class IA3(Weight):
 
 
 def make(*, where: str = r"layers/attn/w[kv]|layers/mlp/down", inputs: str = r"layers/mlp/down") -> Transform:
-    """Returns a Transform that adds scales to the parameters whose names match the regex `where`.
+    """Returns a Transform that adds scales to the matrices whose names match the regex `where`.
 
-    The scales apply to the inputs of a parameter if its name also matches the regex `inputs`, and otherwise to its
-    outputs. Raises ValueError if `where` matches no name.
+    They scale the inputs of a matrix if its name also matches the regex `inputs`, and its outputs otherwise. Raises
+    ValueError if `where` matches no name.
     """
 
     def wrap(path: str, base: Array | Weight, spec: Spec, key: Array) -> IA3:

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): y = x W + (alpha / rank) x A B, with W frozen, and A and B trained."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): y = x W + (alpha / rank) x A B. W is frozen; A and B are trained."""
 
 import math
 import re
@@ -19,22 +19,22 @@ from model.weights import AXES, Spec, Transform, Weight
 class LoRA(Weight):
     """A base weight plus scale * A B, where A is [contracted axes..., R] and B is [R, output axes...].
 
-    Axes that the weight shares with both x and the result, such as experts, come first in A and in B. If a tied
-    embedding table is used as the unembedding, B is multiplied before A. The field `used` says whether the adapter of
-    a tied table changes the lookup, the head, or both.
+    Axes that are in the weight, in x and in the result, such as experts, come first in A and in B. When a tied
+    embedding table is used as the output head, x is multiplied by B before A. `used` says whether the adapter of a tied
+    table changes the lookup, the head, or both.
     """
 
     base: Array | Weight
     a: Array
     b: Array
-    eqn: str = flax.struct.field(pytree_node=False)  # the einsum equation with which the weight was declared
+    eqn: str = flax.struct.field(pytree_node=False)  # einsum equation from the weight's declaration
     scale: float = flax.struct.field(pytree_node=False)
-    start: tuple[Array, Array] | None = None  # initial (A, B), whose product is subtracted from A B if it is not 0
-    noise: Array | None = None  # data of the random key for dropout, only in training
+    start: tuple[Array, Array] | None = None  # initial (A, B), whose product is subtracted from A B; None if it is 0
+    noise: Array | None = None  # key data of the random key for dropout; None outside of training
     dropout: float = flax.struct.field(default=0.0, pytree_node=False)
     used: str = flax.struct.field(default="both", pytree_node=False)  # | "lookup" | "head"
     trainable: ClassVar[tuple[str, ...]] = ("a", "b")
-    derived: ClassVar[tuple[str, ...]] = ("a", "start")  # LoRA-FA derives A from the seed, since it does not train A
+    derived: ClassVar[tuple[str, ...]] = ("a", "start")  # LoRA-FA does not train A, but derives it from the seed
 
     @property
     def letters(self) -> tuple[str, str]:
@@ -58,7 +58,8 @@ class LoRA(Weight):
         if not set(contracted) <= set(f):
             (first, f), (second, s) = (second, s), (first, f)
         low = xs.translate({ord(c): None for c in contracted}) + "R"  # [..., R]
-        y = self.scale * weights.einsum(f"{xs},{f}->{low}", x, first)  # the scale multiplies the smallest of the arrays
+        # apply the scale here, where the array is smallest
+        y = self.scale * weights.einsum(f"{xs},{f}->{low}", x, first)
         return weights.einsum(f"{low},{s}->{out}", y, second)
 
     def take(self, ids: Array, dtype: DTypeLike) -> Array:
@@ -72,7 +73,7 @@ class LoRA(Weight):
     def dense(self, spec: Spec) -> Array:
         if self.used != "both":
             raise UserError(
-                "an adapter for only one use of a tied table cannot be merged", "adapter", "keep it as an adapter"
+                "an adapter on only one use of a tied table cannot be merged", "adapter", "keep it as an adapter"
             )
         base = weights.dense_of(self.base, spec)
         return (base + self.delta()).astype(base.dtype)
@@ -98,13 +99,13 @@ class LoRA(Weight):
 
 
 def factors(eqn: str) -> tuple[str, str]:
-    """Returns the einsum letters of A and B, such as ("DR", "RNH") for a weight with the equation "BTD,DNH->BTNH"."""
+    """Returns the einsum letters of A and B. For example, for the equation "BTD,DNH->BTNH", they are ("DR", "RNH")."""
     shared, contracted, produced = weights.split(eqn)
     return f"{shared}{contracted}R", f"{shared}R{produced}"
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:
-    """Returns alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
+    """Returns alpha / rank, or alpha / sqrt(rank) if `rslora` (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732)."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
@@ -121,12 +122,12 @@ def make(
 ) -> Transform:
     """Returns a Transform that adds a LoRA to every matrix whose name matches the regex `where`.
 
-    `ranks` and `alphas`, such as (("layers/mlp/.*", 8), ...), override `rank` and `alpha` for some names: the first
-    regex that matches determines the value. `dropout` applies to the input of the adapter. The initial values depend on
-    `init`. With "zero_b", A is drawn from N(0, 1 / fan_in) and B is 0, so that the new model equals the base bit for
-    bit. With "pissa" (Meng et al. 2024, arXiv 2404.02948), A and B start with the largest singular vectors of W, and
-    only the later change of A B is added to W. With "orthogonal", A and B are drawn such that A B = 0. Raises
-    ValueError if `where` matches no name, or if a rank is too large for `init`.
+    `ranks` and `alphas` override `rank` and `alpha` for some names. They are pairs such as (("layers/mlp/.*", 8), ...);
+    the first regex that matches determines the value. `dropout` is applied to the input of the adapter. `init`
+    determines the initial values. With "zero_b", A is drawn from N(0, 1 / fan_in) and B is 0, so the new model equals
+    the base model exactly. With "pissa" (Meng et al. 2024, arXiv 2404.02948), A and B are initialized with the singular
+    vectors of W that have the largest singular values, and only later changes of A B are added to W. With "orthogonal",
+    A and B are random with A B = 0. Raises ValueError if `where` matches no name, or if a rank is too large for `init`.
     """
     return transform(LoRA, rank, alpha, where, rslora, dropout, ranks, alphas, init)
 
@@ -135,7 +136,7 @@ def transform(
     leaf: type[LoRA], rank: int, alpha: float, where: str, rslora: bool, dropout: float, ranks: tuple, alphas: tuple,
     init: str,
 ) -> Transform:  # fmt: skip
-    """Does the work of `make` for LoRA and its subclasses."""
+    """Implements `make` for LoRA and its subclasses; `leaf` is the class."""
 
     def wrap(path: str, base: Array | Weight, spec: Spec, key: Array) -> LoRA:
         r = int(first_match(ranks, path, rank))
@@ -152,7 +153,7 @@ def transform(
 
 
 def first_match(rules: tuple, path: str, default: float) -> float:
-    """Returns the value of the first rule (regex, value) whose regex matches the whole path, or else the default."""
+    """Returns the value of the first rule (regex, value) whose regex matches the whole path; `default` if none does."""
     return next((value for pattern, value in rules if re.fullmatch(pattern, path)), default)
 
 
@@ -162,7 +163,7 @@ def _zero_b(base: None, spec: Spec, shapes: list[tuple], scale: float, key: Arra
 
 
 def _orthogonal(base: None, spec: Spec, shapes: list[tuple], scale: float, key: Array) -> tuple[Array, Array]:
-    """Draws A from the even rows of a random orthogonal matrix, and B from its odd rows, as in PEFT."""
+    """As in PEFT, A is in the span of the even rows of a random orthogonal matrix, and B in that of its odd rows."""
     rank = shapes[0][-1]
     if rank % 2:
         raise ValueError(f"init='orthogonal' needs an even rank, not {rank}")
@@ -185,15 +186,15 @@ STARTS = {"zero_b": _zero_b, "orthogonal": _orthogonal, "pissa": _pissa}
 
 
 def truncate(w: Array, spec: Spec, rank: int) -> tuple[Array, Array, Array]:
-    """Returns (A, B, all singular values), where A B is the best approximation of the matrix w with this rank.
+    """Returns (A, B, all singular values of w), where A B is the best approximation of w with rank `rank`.
 
-    The approximation is the truncated singular value decomposition (Eckart & Young 1936). A and B each contain the
-    square roots of the singular values. Raises ValueError if `rank` exceeds the smaller dimension of the matrix.
+    It is the truncated singular value decomposition (Eckart & Young 1936). A and B are each scaled by the square roots
+    of the singular values. Raises ValueError if `rank` exceeds the number of rows or columns of w.
     """
     _, contracted, produced = weights.split(spec.eqn)
     m = matrix(w, spec)
     if rank > min(m.shape[-2:]):
-        raise ValueError(f"rank {rank} exceeds that of a {m.shape[-2]} x {m.shape[-1]} matrix")
+        raise ValueError(f"rank {rank} exceeds the largest possible rank of a {m.shape[-2]} x {m.shape[-1]} matrix")
     u, s, v = jnp.linalg.svd(m, full_matrices=False)
     root, size, lead = jnp.sqrt(s[..., :rank]), spec.sizes, m.shape[:-2]
     a = (u[..., :rank] * root[..., None, :]).reshape(*lead, *(size[c] for c in contracted), rank)
@@ -201,7 +202,7 @@ def truncate(w: Array, spec: Spec, rank: int) -> tuple[Array, Array, Array]:
 
 
 def matrix(w: Array, spec: Spec) -> Array:
-    """Reshapes a weight to [..., contracted size, output size], with one matrix per layer and expert."""
+    """Reshapes a weight to [..., contracted size, output size]: one matrix per layer and expert."""
     shared, contracted, produced = weights.split(spec.eqn)
     letters = weights.operands(spec.eqn)[1]
     w = jnp.einsum(f"...{letters}->...{shared}{contracted}{produced}", w)

@@ -1,6 +1,6 @@
 """Orthogonal fine-tuning (OFT, Qiu et al. 2023, arXiv 2306.07280).
 
-OFT computes y = (x R) W, where W is frozen, and the trained matrix R is orthogonal and block-diagonal.
+OFT computes y = (x R) W. W is frozen. R is trained, orthogonal and block-diagonal.
 """
 
 import math
@@ -17,26 +17,26 @@ from model.weights import Spec, Transform, Weight
 
 @flax.struct.dataclass
 class OFT(Weight):
-    """A base weight whose input features are rotated. In an embedding table, the embedding axis is rotated.
+    """A base weight whose input features are rotated. For an embedding table, the embedding axis is rotated.
 
-    `letters` are the einsum letters of the rotated axes. `q` [blocks, b (b - 1) / 2] has the entries above the diagonal
-    of the skew-symmetric blocks Q, which define R.
+    `letters` has the einsum letters of the rotated axes. R is defined by skew-symmetric blocks Q. `q` [blocks, b (b -
+    1) / 2] has their entries above the diagonal.
     """
 
     base: Array | Weight
     q: Array
     letters: str = flax.struct.field(pytree_node=False)
     terms: int = flax.struct.field(pytree_node=False)
-    cached: Array | None = None  # the precomputed rotation, for inference
+    cached: Array | None = None  # the precomputed result of `rotation`, for inference
     trainable: ClassVar[tuple[str, ...]] = ("q",)
 
     def rotation(self) -> Array:
-        """Returns the blocks [..., blocks, b, b] of R, computed from Q by an exact inverse or by a series.
+        """Returns the blocks [..., blocks, b, b] of R, computed from Q.
 
-        If `terms` is 0, R is the Cayley transform (I - Q)(I + Q)^-1. If `terms` is positive, R consists of the first
-        `terms` terms of the series of (I + Q)(I - Q)^-1, which is I + 2 Q + 2 Q^2 + ... + Q^(terms - 1) (Qiu et al.
-        2025, arXiv 2506.19847). The signs and the last coefficient of the series are the same as in PEFT. With a
-        series, R is only orthogonal for small Q.
+        If `terms` is 0, R is the Cayley transform (I - Q)(I + Q)^-1. Otherwise, R is a truncated series for (I + Q)(I -
+        Q)^-1, which has `terms` terms: I + 2 Q + 2 Q^2 + ... + Q^(terms - 1) (Qiu et al. 2025, arXiv 2506.19847). The
+        signs and the coefficient of the last term are the same as in PEFT. A truncated series is close to orthogonal
+        only if Q is small.
         """
         if self.cached is not None:
             return self.cached
@@ -44,7 +44,7 @@ class OFT(Weight):
         rows, columns = jnp.triu_indices(b, 1)
         q = jnp.zeros((*self.q.shape[:-1], b, b), jnp.float32).at[..., rows, columns].set(self.q.astype(jnp.float32))
         q, one = q - jnp.swapaxes(q, -1, -2), jnp.eye(b)
-        if not self.terms:  # solves X (I + Q) = I - Q, where I - Q is the transpose of I + Q
+        if not self.terms:  # solve X (I + Q) = I - Q, where I - Q is the transpose of I + Q
             return jnp.swapaxes(jnp.linalg.solve(one - q, jnp.swapaxes(one - q, -1, -2)), -1, -2)
         total, power = one, one
         for i in range(1, self.terms):
@@ -65,7 +65,7 @@ class OFT(Weight):
         return self._turn(weights.take(self.base, ids, dtype), 1, "...nk,nck->...nc")
 
     def _turn(self, x: Array, n: int, eqn: str) -> Array:
-        """Flattens the last `n` axes of x, cuts them into blocks, and multiplies each block by its block of R."""
+        """Flattens the last `n` axes of x, cuts them into blocks, and multiplies these by the blocks of R."""
         r = self.rotation().astype(x.dtype)
         return jnp.einsum(eqn, x.reshape(*x.shape[:-n], *r.shape[:2]), r).reshape(x.shape)
 
@@ -87,15 +87,15 @@ class OFT(Weight):
 
 
 def block_of(elements: int) -> int:
-    """Returns the block size b for which b (b - 1) / 2 equals `elements`."""
+    """Returns the block size b, given `elements` = b (b - 1) / 2."""
     return (1 + math.isqrt(1 + 8 * elements)) // 2
 
 
 def make(*, block: int = 32, where: str = r"layers/.*", terms: int = 5) -> Transform:
     """Returns a Transform that adds trainable rotations of blocks of `block` features.
 
-    `terms` is the length of the series that computes a rotation, where 0 means the exact inverse. Raises ValueError if
-    `where` matches no parameter, or if `block` does not divide the number of features of a parameter.
+    `terms` is the number of terms of the series that approximates a rotation; 0 means the exact rotation. Raises
+    ValueError if `where` matches no parameter, or if `block` does not divide the number of features of a parameter.
     """
 
     def wrap(path: str, base: Array | Weight, spec: Spec, key: Array) -> OFT:
@@ -103,7 +103,7 @@ def make(*, block: int = 32, where: str = r"layers/.*", terms: int = 5) -> Trans
         letters = produced if letters == "V" else letters
         size = math.prod(spec.sizes[c] for c in letters)
         if size % block or block < 2:
-            raise ValueError(f"peft.block={block} does not divide the {size} inputs of {path}")
+            raise ValueError(f"peft.block={block} does not divide the {size} inputs of {path} into equal blocks")
         shape = (*spec.shape[: spec.stacked], size // block, block * (block - 1) // 2)
         return OFT(base, jnp.zeros(shape, spec.value.dtype), letters, terms)
 

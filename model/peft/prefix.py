@@ -1,6 +1,6 @@
-"""Prefix tuning (Li & Liang 2021, arXiv 2101.00190) puts trained keys and values before every document.
+"""Prefix tuning (Li & Liang 2021, arXiv 2101.00190) prepends trained keys and values to every document.
 
-These keys and values are the initial content of the key-value cache: see Transformer.cache.
+They are the initial content of the key-value cache; see Transformer.cache.
 """
 
 from typing import ClassVar
@@ -14,7 +14,7 @@ from model.weights import Extra, Params, Spec, Specs, Transform
 
 @flax.struct.dataclass
 class Prefix(Extra):
-    """The keys and values [layers, P, K, H] of P virtual tokens. Rotary positions are already applied to the keys."""
+    """The keys and values [layers, P, K, H] of P virtual tokens. Rotary embeddings have already rotated the keys."""
 
     k: Array
     v: Array
@@ -25,13 +25,13 @@ class Prefix(Extra):
         return self.replace(k=names, v=names)
 
     def macs(self, stacked: int) -> "Prefix":
-        return self.replace(k=0, v=0)  # virtual tokens are counted in the cost of attention
+        return self.replace(k=0, v=0)  # the cost of attention already includes virtual tokens
 
 
 def make(*, tokens: int = 20, deviation: float = 0.02) -> Transform:
     """Returns a Transform that adds `tokens` virtual tokens to each attention layer.
 
-    The keys and values of virtual tokens are first drawn from N(0, `deviation`^2). Raises ValueError if the model has
+    The keys and values of virtual tokens are initialized from N(0, `deviation`^2). Raises ValueError if the model has
     no attention layer.
     """
 

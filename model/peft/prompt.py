@@ -1,7 +1,7 @@
-"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691) puts trained embeddings before every document.
+"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691) prepends trained embeddings to every document.
 
-Since no tokens precede these embeddings, their keys and values are the same for every document. These keys and values
-are computed once, and then used like those of prefix tuning. See Transformer.cache.
+No tokens precede these embeddings, so their keys and values are the same for every document. They are computed once,
+and then used like those of prefix tuning; see Transformer.cache.
 """
 
 from typing import ClassVar
@@ -26,13 +26,13 @@ class Prompt(Extra):
         return self.replace(table=(None, "embed"))
 
     def macs(self, stacked: int) -> "Prompt":
-        return self.replace(table=0)  # virtual tokens are counted in the cost of attention
+        return self.replace(table=0)  # the cost of attention already includes virtual tokens
 
 
 def make(*, tokens: int = 20) -> Transform:
     """Returns a Transform that adds `tokens` virtual tokens, initialized with the embeddings of random tokens.
 
-    Raises ValueError if a layer of the model does not cache a key and a value per token.
+    Raises ValueError if the model has a layer that does not cache a key and a value for each token.
     """
 
     def transform(params: Params, specs: Specs, key: Array) -> Params:

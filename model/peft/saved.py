@@ -1,4 +1,4 @@
-"""Loads a trained adapter from a run folder or a PEFT folder, so that a new training stage can continue with it."""
+"""Loads a trained adapter from a run folder or a PEFT folder, to continue its training in a new stage."""
 
 from pathlib import Path
 
@@ -12,18 +12,18 @@ from model.weights import Params, Specs, Transform
 
 
 def check_base(folder: str, policy: Params) -> None:
-    """Raises UserError if the adapter in `folder` was trained on another base model than that of `policy`.
+    """Raises UserError if the adapter in `folder` was not trained on the base model of `policy`.
 
-    A PEFT folder is not checked, since it does not record a fingerprint of its base model.
+    A PEFT folder is not checked, because it contains no fingerprint of its base model.
     """
     if not (Path(folder).expanduser() / peft_read.CONFIG).exists():
         saved.check_base(saved.load_params(folder, verified=False), policy, folder)
 
 
 def make(*, folder: str) -> Transform:
-    """Returns a Transform that adds the adapter in `folder` to the base model on which the adapter was trained.
+    """Returns a Transform that adds the adapter in `folder` to its base model.
 
-    In a run folder, the newest complete checkpoint is read. Raises UserError if the folder has no adapter.
+    If `folder` is a run folder, reads its newest complete checkpoint. Raises UserError if the folder has no adapter.
     """
     path = Path(folder).expanduser()
     if (path / peft_read.CONFIG).exists():
@@ -31,7 +31,8 @@ def make(*, folder: str) -> Transform:
     run = saved.load_params(path)
     cfg = schema.recorded(run.config, str(folder))
     if not cfg.peft.name:
-        raise UserError("the run trained no adapter", folder, "set config.init to it instead of config.peft.folder")
+        fix = "set config.init to this folder instead of config.peft.folder"
+        raise UserError("the run trained no adapter", folder, fix)
     wrap = build.find("model.peft", cfg.peft)()
 
     def transform(params: Params, specs: Specs, key: jax.Array) -> Params:

@@ -1,4 +1,4 @@
-"""Chooses a quantization format for each matrix, so that the total error is minimal within a budget of bytes."""
+"""Chooses a quantization format for each matrix, to minimize the total error within a size budget in bytes."""
 
 import functools
 import re
@@ -22,11 +22,11 @@ Options = dict[str, dict[str, tuple[int, float]]]  # {path: {format: (bytes, err
 def measure(
     model: Transformer, x: np.ndarray, layer: Callable[[int], Params], encoders: dict[str, Encode], where: str
 ) -> dict[str, dict[str, float]]:
-    """Returns {path: {format: error}} for the matrices that match `where`, measured on embedded tokens x [B,T,D].
+    """Measures {path: {format: error}} on embedded tokens x [B,T,D], for the matrices that match the regex `where`.
 
-    Only one matrix is rounded at a time. If rounding changes the output y of a layer to y', the error is |y' - y|^2 /
-    |y|^2, averaged over tokens and summed over layers, so that different matrices can be compared. `layer(i)` reads the
-    parameters of layer i.
+    Only one matrix is quantized at a time. If this changes the output of its layer from y to y', the error is |y' -
+    y|^2 / |y|^2, averaged over tokens and summed over layers. As these errors are relative, they are comparable between
+    matrices. `layer(i)` reads the parameters of layer i.
     """
     errors: dict[str, dict[str, Array]] = {}
     chosen = lambda path, spec: spec.eqn and re.fullmatch(where, f"layers/{path}")
@@ -56,9 +56,9 @@ def _relative(a: Array, b: Array) -> Array:
 
 
 def choose(options: Options, budget: int) -> dict[str, str]:
-    """Returns {path: format} with the smallest sum of errors that fits within `budget` bytes.
+    """Returns the {path: format} with the smallest sum of errors among those that fit into `budget` bytes.
 
-    This knapsack problem is solved exactly, by dynamic programming over the Pareto front of (bytes, error). Raises
+    Solves this knapsack problem exactly, by dynamic programming over the Pareto front of (bytes, error). Raises
     UserError if even the smallest formats do not fit.
     """
     front: list[tuple[int, float, tuple[str, ...]]] = [(0, 0.0, ())]
@@ -71,11 +71,11 @@ def choose(options: Options, budget: int) -> dict[str, str]:
                 front.append(state)
     if not front:
         least = sum(min(size for size, _ in formats.values()) for formats in options.values())
-        raise UserError(f"{budget:,} bytes are left for matrices that need at least {least:,}", "--budget")
+        raise UserError(f"{budget:,} bytes are left for matrices that need at least {least:,} bytes", "--budget")
     return dict(zip(options, front[-1][2], strict=True))
 
 
 def size(spec: Spec, encode: Encode) -> int:
-    """Returns the size of a parameter in bytes after quantization by `encode`."""
+    """Returns the size in bytes of a parameter that `encode` has quantized."""
     leaf = jax.eval_shape(lambda w: encode(w, spec.eqn), spec.value)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(leaf))

@@ -1,6 +1,6 @@
-"""Quantizes weights by GPTQ, AWQ or SmoothQuant on calibration data, with only one layer in memory at a time.
+"""Quantizes weights with GPTQ, AWQ or SmoothQuant, using calibration data. Only one layer is in memory at a time.
 
-From the inputs X [tokens, K] of a matrix, these methods need only X'X and two statistics of each column.
+Of the inputs X [tokens, K] of a matrix, these methods need only X'X and two statistics of each column.
 """
 
 import functools
@@ -22,13 +22,13 @@ from model.quant._leaf import Encode, Quantized
 from model.quant._matrix import Format, Rounding, fit, letters, matrix, nearest, spread
 from model.weights import Params, Spec, Weight
 
-EXPONENTS = 20  # number of exponents between 0 and 1 that AWQ tries
-STEP = 128  # number of rows that GPTQ rounds before it corrects all remaining rows
-DAMPING = 0.01  # this fraction of the mean diagonal entry of X'X is added to the diagonal of X'X
+EXPONENTS = 20  # number of exponents in [0, 1) that AWQ tries
+STEP = 128  # number of rows that GPTQ rounds before it updates the remaining rows
+DAMPING = 0.01  # added to the diagonal of X'X, as a fraction of its mean diagonal entry
 
 
 class Inputs(NamedTuple):
-    """Statistics over all tokens of the inputs X [tokens, K] of a matrix."""
+    """Statistics of a matrix's inputs X [tokens, K], over all tokens."""
 
     gram: Array  # X'X [K, K]
     size: Array  # sum of |x| [K]
@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
 
 @flax.struct.dataclass
 class Probe(Weight):
-    """Multiplies by `w`, and records the input of this product in `seen` while JAX traces the layer."""
+    """Multiplies by `w`. While JAX traces the layer, records the product's input in `seen`."""
 
     w: Array
     at: tuple[str, str] = flax.struct.field(pytree_node=False)  # path, equation
@@ -54,21 +54,21 @@ def _inputs(x: Array, k: int) -> Inputs:
     return Inputs(x.T @ x, size.sum(0), size.max(0))
 
 
-# --- the methods, which round a matrix [K, N] according to statistics of its inputs ---
+# --- methods that round a matrix [K, N] based on statistics of its inputs ---
 
 
 def factor(gram: Array) -> Array:
-    """Returns the upper Cholesky factor U of the inverse of the damped X'X, such that this inverse equals U'U."""
+    """Inverts X'X after damping, and returns the upper Cholesky factor U of the inverse, which equals U'U."""
     h = np.asarray(gram, np.float64)
     h = h + DAMPING * (np.trace(h) / len(h) or 1.0) * np.eye(len(h))
     return jnp.asarray(np.linalg.cholesky(np.linalg.inv(h)).T, jnp.float32)
 
 
 def gptq(upper: Array, m: Array, form: Format) -> Rounding:
-    """Rounds a matrix by GPTQ (Frantar et al. 2022, arXiv 2210.17323, algorithm 1).
+    """Rounds a matrix with GPTQ (Frantar et al. 2022, arXiv 2210.17323, algorithm 1).
 
-    The K rows are rounded one after the other. X'X determines how the remaining rows compensate for the error of each
-    row. The scale of a group is computed when the first row of the group is reached.
+    The K rows are rounded one after another. After each row, the remaining rows are changed to compensate for its
+    error, as determined by X'X. The scale of a group is computed when its first row is reached.
     """
     m, k = m.astype(jnp.float32), m.shape[0]
     groups = form.tile[0] < k
@@ -89,7 +89,7 @@ def gptq(upper: Array, m: Array, form: Format) -> Rounding:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gptq_block(form: Format, m: Array, upper: Array, scale: Array, offset: Array | None) -> tuple[Array, Array]:
-    """Rounds a block of rows by GPTQ. Returns (rounded numbers, errors divided by the diagonal of U)."""
+    """Rounds a block of rows with GPTQ. Returns (rounded unscaled values, errors divided by the diagonal of U)."""
     scale = spread(scale, form.tile, m.shape)[0]
     offset = jnp.zeros(()) if offset is None else spread(offset, form.tile, m.shape)[0]
 
@@ -104,16 +104,16 @@ def _gptq_block(form: Format, m: Array, upper: Array, scale: Array, offset: Arra
 
 
 def rescaled(w: Array, eqn: str, factors: Array, encode: Encode) -> Quantized:
-    """Quantizes `w` with its rows multiplied by `factors` [K]. The quantized weight divides its inputs by them."""
+    """Multiplies the rows of `w` by `factors` [K] and quantizes it. The quantized weight divides its inputs by them."""
     inverse = (1 / factors).astype(jnp.bfloat16)[:, None]
     return encode(w, eqn, solve=lambda m, form: nearest(m / inverse.astype(jnp.float32), form)).with_inverse(inverse)
 
 
 def awq(w: Array, eqn: str, inputs: Inputs, encode: Encode) -> Quantized:
-    """Quantizes a matrix by AWQ (Lin et al. 2023, arXiv 2306.00978, eq. 4-5).
+    """Quantizes a matrix with AWQ (Lin et al. 2023, arXiv 2306.00978, eq. 4-5).
 
-    Row k is multiplied by |x_k|^a, where |x_k| is the mean magnitude of input k. The exponent a with the smallest error
-    is used.
+    Multiplies row k by |x_k|^a, where |x_k| is the mean magnitude of input k. Chooses the exponent a with the smallest
+    output error.
     """
     size = jnp.maximum(inputs.size / inputs.size.mean(), 1e-4)
     best, least = None, np.inf
@@ -126,7 +126,7 @@ def awq(w: Array, eqn: str, inputs: Inputs, encode: Encode) -> Quantized:
 
 
 def smoothquant(w: Array, eqn: str, inputs: Inputs, encode: Encode) -> Quantized:
-    """Quantizes a matrix by SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, eq. 4 with alpha 0.5).
+    """Quantizes a matrix with SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, eq. 4 with alpha = 0.5).
 
     SmoothQuant scales down inputs with outliers, and scales up the weights that multiply these inputs.
     """
@@ -136,7 +136,7 @@ def smoothquant(w: Array, eqn: str, inputs: Inputs, encode: Encode) -> Quantized
 
 
 def output_error(w: Array, eqn: str, leaf: Quantized, gram: Array) -> Array:
-    """Returns the error |X W - X W'| / |X W|, where W' is the quantized W, and the inputs X are not rounded."""
+    """Returns the relative error |X W - X W'| / |X W|, where W' is the quantized W. The inputs X are not quantized."""
     m = matrix(w, eqn).astype(jnp.float32)
     e = m - matrix(leaf.floats(jnp.float32), eqn)
     square = lambda a: ((gram @ a) * a).sum()
@@ -144,7 +144,7 @@ def output_error(w: Array, eqn: str, leaf: Quantized, gram: Array) -> Array:
 
 
 def solve(method: str, w: Array, eqn: str, inputs: Inputs, upper: Callable[[], Array], encode: Encode) -> Quantized:
-    """Quantizes one matrix by the named method. `upper()` returns the Cholesky factor that GPTQ needs."""
+    """Quantizes one matrix with the given method. `upper()` returns the Cholesky factor that GPTQ needs."""
     if method == "rtn":  # round to nearest
         return encode(w, eqn)
     if method == "gptq":
@@ -156,7 +156,7 @@ def solve(method: str, w: Array, eqn: str, inputs: Inputs, upper: Callable[[], A
 
 
 def embed(model: Transformer, params: Params, tokens: np.ndarray) -> np.ndarray:
-    """Returns the input [B,T,D] of the first layer for tokens [B,T]."""
+    """Converts tokens [B,T] to the input [B,T,D] of the first layer."""
     x = weights.take(params["embed"]["table"], jnp.asarray(tokens), model.dtype)
     return np.asarray(model.embedded(params, x, jnp.arange(tokens.shape[1])))
 
@@ -165,12 +165,12 @@ def calibrate(
     model: Transformer, xs: list[np.ndarray], layer: Callable[[int], Params], method: str,
     encoder: Callable[[str], Encode], where: str,
 ) -> Iterator[tuple[Params, dict[str, float]]]:  # fmt: skip
-    """Quantizes the layers one after the other, and yields (parameters, {path: relative output error}) for each layer.
+    """Quantizes layer by layer, and yields (parameters, {path: relative output error}) for each layer.
 
-    The calibration data are the embedded batches `xs` [B,T,D]. As in GPTQ, the inputs of a layer are the outputs of the
-    quantized layers before it. `layer(i)` reads the float parameters of layer i, so that no other layer is in memory.
-    `encoder(path)` returns the function that quantizes a matrix. The regex `where` must not match experts, since each
-    expert gets different tokens.
+    The calibration data are the batches `xs` of embedded tokens [B,T,D]. As in GPTQ, the inputs of a layer are computed
+    with the quantized layers before it. `layer(i)` reads the float parameters of layer i; no other layer is in memory.
+    `encoder(path)` returns the function that quantizes the matrix `path`. The regex `where` must not match experts,
+    because each expert receives different tokens.
     """
     for i in range(model.config.layers):
         which, params = (model.config.kinds[i], model.config.windowed[i]), layer(i)
@@ -192,12 +192,12 @@ def _add(a: dict[tuple, Inputs], b: dict[tuple, Inputs]) -> dict[tuple, Inputs]:
     return {key: joined(a[key], b[key]) for key in a}
 
 
-Which = tuple[str, bool]  # the kind of a layer, and whether its attention has a window
+Which = tuple[str, bool]  # (kind of a layer, whether its attention has a sliding window)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run_layer(model: Transformer, which: Which, params: Params, x: Array) -> Array:
-    """Returns the output of one layer for the input x [B,T,D]."""
+    """Runs one layer on x [B,T,D] and returns its output."""
     return _layer(model, which, params, x)
 
 
@@ -210,9 +210,9 @@ def _layer(model: Transformer, which: Which, params: Params, x: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _observe(model: Transformer, which: Which, where: str, params: Params, x: Array) -> dict[tuple, Inputs]:
-    """Returns the statistics of all inputs of a layer's matrices.
+    """Returns the input statistics of a layer's matrices.
 
-    A key of the result is ((path, equation), ...), which lists all matrices that share one input.
+    Each key of the result is ((path, equation), ...), a tuple of all matrices that share an input.
     """
     seen: dict[tuple[str, str], Array] = {}
 

@@ -1,4 +1,4 @@
-"""The class of quantized weights, which have codes and a scale per tile, and the Transform that quantizes weights.
+"""The class of quantized weights, which consist of codes and one scale per tile, and a Transform that creates them.
 
 The module `_multiply.py` multiplies activations by quantized weights.
 """
@@ -18,33 +18,33 @@ from model.quant import _multiply
 from model.quant._matrix import Format, Solve, align, letters, matrix, nearest, spread, transposed
 from model.weights import AXES, Params, Spec, Specs, Weight
 
-Encode = Callable[..., Weight]  # (weight, equation) -> quantized weight; most encoders also take the argument `solve`
+Encode = Callable[..., Weight]  # (weight, equation) -> quantized weight; most encoders also have a parameter `solve`
 
 
 @flax.struct.dataclass
 class Quantized(Weight):
-    """A frozen weight, represented as numbers * scale + offset.
+    """A frozen quantized weight. Its values are `numbers(codes) * scale + offset`.
 
-    The weight is treated as a matrix [..., K, N], which is stored as [..., N, K] if the equation lists N before K. A
-    product with this weight is only differentiable with respect to the activation.
+    The weight is treated as a matrix [..., K, N]. It is stored as [..., N, K] if N comes before K in the equation.
+    Products with this weight are only differentiable with respect to the activation.
     """
 
     codes: Array
     scale: Array  # one per tile
     offset: Array | None  # one per tile
-    inverse: Array | None  # [..., K, 1], a factor for each input feature (AWQ, SmoothQuant)
-    eqn: str = flax.struct.field(pytree_node=False)  # the einsum equation with which the weight was declared
-    sizes: tuple[int, ...] = flax.struct.field(pytree_node=False)  # sizes of the weight's axes in `eqn`
+    inverse: Array | None  # [..., K, 1]: factors that inputs are multiplied by (AWQ, SmoothQuant)
+    eqn: str = flax.struct.field(pytree_node=False)  # einsum equation from the weight's declaration
+    sizes: tuple[int, ...] = flax.struct.field(pytree_node=False)  # sizes of the axes that the weight has in `eqn`
     tile: tuple[int, int] = flax.struct.field(pytree_node=False)
     whole: ClassVar[bool] = True
-    activations: ClassVar[bool] = False  # whether the activations that are multiplied by the weight are rounded too
+    activations: ClassVar[bool] = False  # whether activations are also quantized before the product
     unpack_rows: ClassVar[Callable[[Array], list[Array]] | None] = (
-        None  # converts bytes to a list of arrays, one for each row of the matrix that shares a byte
+        None  # converts bytes to a list of arrays, one per matrix row that is packed into a byte
     )
-    kernel_format: ClassVar[str] = ""  # the name that the modules in kernels/ use for this format
+    kernel_format: ClassVar[str] = ""  # this format's name in kernels/
 
     def numbers(self, codes: Array) -> Array:
-        """Converts the codes of a matrix to the float32 numbers [..., K, N] that they stand for."""
+        """Decodes the codes of a matrix to float32 values [..., K, N], before scales and offsets are applied."""
         raise NotImplementedError
 
     @classmethod
@@ -53,8 +53,8 @@ class Quantized(Weight):
     ) -> "Quantized":
         """Quantizes the weight `w`.
 
-        The function `solve` rounds the weight, and `codes` encodes the rounded numbers [..., K, N]. A tile that is
-        larger than the matrix is reduced to the size of the matrix.
+        `solve` rounds the weight, and `codes` encodes the rounded, unscaled values [..., K, N]. If a tile is larger
+        than the matrix, it is reduced to the size of the matrix.
         """
         m = matrix(w, eqn)
         form = form._replace(tile=tuple(map(min, form.tile, m.shape[-2:])))
@@ -67,7 +67,7 @@ class Quantized(Weight):
     def with_inverse(self, inverse: Array) -> "Quantized":
         """Returns this weight with the input factors `inverse` [..., K, 1].
 
-        The caller has divided the rows of the weight by these factors before quantizing it.
+        The caller must have divided the weight's rows by these factors before quantization.
         """
         return self.replace(inverse=self.in_order(inverse).astype(jnp.bfloat16))
 
@@ -86,24 +86,24 @@ class Quantized(Weight):
 
     @property
     def kn(self) -> tuple[int, int]:
-        """The numbers K of rows and N of columns of the matrix."""
+        """The number of rows K and the number of columns N of the matrix."""
         _, k, n = letters(self.eqn)
         return math.prod(self.sizes_of(k)), math.prod(self.sizes_of(n))
 
     def sizes_of(self, side: str) -> list[int]:
-        """Returns the sizes of the weight's axes whose letters are in `side`."""
+        """Returns the sizes of the weight's axes `side`, given as letters."""
         size = dict(zip(weights.operands(self.eqn)[1], self.sizes, strict=True))
         return [size[c] for c in side]
 
     def in_order(self, a: Array) -> Array:
-        """Converts an array from its stored order to the order [..., K, N] of the matrix, or back.
+        """Converts an array from its stored axis order to the order [..., K, N], or back.
 
-        Both conversions are the same operation: they swap the last two axes, or do nothing.
+        Both directions are the same operation: swap the last two axes, or do nothing.
         """
         return a.swapaxes(-1, -2) if transposed(self.eqn) else a
 
     def scales(self) -> Array:
-        """Returns the scales, one per tile, in the order of the matrix [..., K, N]."""
+        """Returns the scales, one per tile, in the axis order [..., K, N]."""
         return self.in_order(self.plain_scales().scale)
 
     def plain_scales(self) -> "Quantized":
@@ -111,8 +111,8 @@ class Quantized(Weight):
         return self
 
     def matrix(self) -> Array:
-        """Returns the dequantized float32 matrix [..., K, N], which is not multiplied by `inverse`."""
-        codes = self.in_order(self.codes)[..., : self.kn[1]]  # `for_inference` may have padded the columns
+        """Returns the dequantized float32 matrix [..., K, N], without the factors `inverse`."""
+        codes = self.in_order(self.codes)[..., : self.kn[1]]  # drop columns that `for_inference` may have padded
         m = self.numbers(codes) * spread(self.scales().astype(jnp.float32), self.tile, self.kn)
         if self.offset is not None:
             m = m + spread(self.in_order(self.offset).astype(jnp.float32), self.tile, self.kn)
@@ -140,7 +140,7 @@ class Quantized(Weight):
 
     def take(self, ids: Array, dtype: DTypeLike) -> Array:
         def rows(a: Array | None, n: int) -> Array | None:
-            """Selects the rows for `ids` from an array in which each row serves `n` rows of the embedding table."""
+            """Selects the rows for `ids` from `a`, where each row of `a` belongs to `n` rows of the embedding table."""
             return a if a is None or a.shape[0] == 1 else weights.take(a, ids.ravel() // n, a.dtype)
 
         plain = self.plain_scales()
@@ -154,7 +154,7 @@ class Quantized(Weight):
         return _multiply.for_inference(self)
 
     def macs(self, stacked: int) -> "Quantized":
-        """Counts the multiply-adds of the whole matrix for the codes, and 0 for all other arrays."""
+        """Assigns the multiply-adds of the whole matrix to the codes, and 0 to all other arrays."""
         none = {f: 0 for f in weights.fields(self) if getattr(self, f) is not None}
         return self.replace(**none | {"codes": self.size})
 
@@ -167,9 +167,9 @@ class Quantized(Weight):
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
-    """A Transform that replaces every matrix whose name matches the regex `where` by `encode(w, eqn)`.
+    """A Transform that replaces each matrix whose name matches the regex `where` by `encode(w, eqn)`.
 
-    If `scaled`, quantized weights also have the input factors of AWQ and SmoothQuant, which are set to 1. A call raises
+    If `scaled`, the quantized weights have input factors, as for AWQ and SmoothQuant, which are set to 1. Calls raise
     ValueError if `where` matches no name.
     """
 

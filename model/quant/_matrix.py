@@ -1,7 +1,7 @@
-"""Reshapes weights to matrices, and rounds a matrix to a grid of numbers with one scale per tile.
+"""Reshapes weights to matrices, and rounds matrices to a grid of values with one scale per tile.
 
-Scales are bfloat16, because a number of at most 8 bits times a bfloat16 is exact in float32. So a dequantized value
-does not depend on the order of operations or on fusion, and quantizing it again gives the same codes.
+Scales are bfloat16, because the product of a bfloat16 and a value of at most 8 bits is exact in float32. So dequantized
+values do not depend on the order of operations or on fusion, and quantizing them again gives the same codes.
 """
 
 import math
@@ -14,9 +14,10 @@ from jax import Array
 
 from model import weights
 
-PERCENTILE = 99.9  # "percentile" calibration clips at this percentile of the magnitudes in a tile
-RATIOS = [1 - i / 32 for i in range(17)]  # thresholds that "mse" calibration tries, relative to the largest magnitude
-FLOATS = {  # {name: (dtype, bits of the mantissa, smallest exponent, largest number)}
+PERCENTILE = 99.9  # calibration "percentile" clips each tile at this percentile of its magnitudes
+# clipping thresholds that calibration "mse" tries, relative to the largest magnitude
+RATIOS = [1 - i / 32 for i in range(17)]
+FLOATS = {  # {name: (dtype, mantissa bits, smallest exponent, largest value)}
     "e4m3": (jnp.float8_e4m3fn, 3, -6, 448.0),
     "e5m2": (jnp.float8_e5m2, 2, -14, 57344.0),
 }
@@ -25,7 +26,8 @@ FLOATS = {  # {name: (dtype, bits of the mantissa, smallest exponent, largest nu
 def letters(eqn: str) -> tuple[str, str, str]:
     """Splits the letters of a weight into (shared axes such as experts, contracted axes K, output axes N).
 
-    In an embedding table, K is the embedding axis, over which a tied head sums, so every token has its own scales.
+    For an embedding table, K is the embedding axis, because a tied head sums over it. So every token has its own
+    scales.
     """
     shared, contracted, produced = weights.split(eqn)
     return (shared, produced, contracted) if "V" in contracted else (shared, contracted, produced)
@@ -34,16 +36,16 @@ def letters(eqn: str) -> tuple[str, str, str]:
 def transposed(eqn: str) -> bool:
     """Returns whether a weight is stored as [shared, N, K] instead of [shared, K, N].
 
-    Raises ValueError if the axes of the weight have any other order.
+    Raises ValueError if the axes are in any other order.
     """
     (shared, k, n), w = letters(eqn), weights.operands(eqn)[1]
     if w not in (shared + k + n, shared + n + k):
-        raise ValueError(f"the weight {w} of {eqn} is not a matrix {k} by {n}")
+        raise ValueError(f"the axes of the weight {w} of {eqn} cannot be merged into a matrix {k} by {n}")
     return w != shared + k + n
 
 
 def matrix(w: Array, eqn: str) -> Array:
-    """Reshapes a weight to a matrix [..., K, N], with its leading axes unchanged."""
+    """Reshapes a weight to a matrix [..., K, N]. Leading axes stay unchanged."""
     _, k, n = letters(eqn)
     swap = transposed(eqn)
     lead = w.shape[: w.ndim - len(k) - len(n)]
@@ -65,24 +67,30 @@ WHOLE = 2**62  # a tile of this size covers the whole matrix
 
 
 class Format(NamedTuple):
-    """A quantization format: a grid of numbers, and the size of a tile, in which all weights share a scale."""
+    """A quantization format: a grid of representable values, and the size of the tiles.
 
-    grid: Callable[[Array], Array]  # rounds values to the nearest number of the grid
-    top: float  # the largest number of the grid
-    tile: tuple[int, int]  # number of rows and of columns that share a scale
+    The weights of a tile share a scale.
+    """
+
+    grid: Callable[[Array], Array]  # rounds values to the nearest grid points
+    top: float  # the largest grid point
+    tile: tuple[int, int]  # (rows, columns) of a tile
     calibration: Literal["absmax", "percentile", "mse"] = "absmax"
     symmetric: bool = True  # if False, each tile also has an offset
 
 
 class Rounding(NamedTuple):
-    """A rounded matrix [..., K, N], which equals numbers * scale + offset. Each tile has its own scale and offset."""
+    """A quantized matrix [..., K, N], whose values are `numbers * scale + offset`.
+
+    Each tile has its own scale and offset.
+    """
 
     numbers: Array
     scale: Array
     offset: Array | None
 
 
-Solve = Callable[[Array, Format], Rounding]  # a function that rounds a matrix [..., K, N]: `nearest` or `gptq`
+Solve = Callable[[Array, Format], Rounding]  # function that rounds a matrix [..., K, N], such as `nearest` or `gptq`
 
 
 def bf16(x: Array) -> Array:
@@ -94,7 +102,7 @@ def bf16(x: Array) -> Array:
 
 
 def spread(scale: Array, tile: tuple[int, int], shape: tuple[int, int]) -> Array:
-    """Repeats one value per tile for all entries of the tile, which gives a full matrix [..., K, N]."""
+    """Expands an array with one value per tile to a full matrix [..., K, N]."""
     for axis, n in ((-2, tile[0]), (-1, tile[1])):
         scale = scale if scale.shape[axis] == 1 else jnp.repeat(scale, n, axis)
     return scale[..., : shape[0], : shape[1]]
@@ -103,7 +111,7 @@ def spread(scale: Array, tile: tuple[int, int], shape: tuple[int, int]) -> Array
 def _tiles(m: Array, tile: tuple[int, int]) -> Array:
     """Cuts a matrix into tiles: [..., tiles along K, rows per tile, tiles along N, columns per tile].
 
-    Incomplete tiles are filled by repeating the last row or column, which does not change their minimum and maximum.
+    Incomplete tiles are padded by repeating the last row or column, which leaves their minimum and maximum unchanged.
     """
     pad = [-n % t for n, t in zip(m.shape[-2:], tile, strict=True)]
     m = jnp.pad(m, [(0, 0)] * (m.ndim - 2) + [(0, p) for p in pad], mode="edge")
@@ -112,7 +120,7 @@ def _tiles(m: Array, tile: tuple[int, int]) -> Array:
 
 
 def fit(m: Array, form: Format) -> tuple[Array, Array | None]:
-    """Returns (scale, offset) for each tile of a matrix [..., K, N], as float32 with the precision of bfloat16."""
+    """Returns (scale, offset) per tile of a matrix [..., K, N]. They are float32 with the precision of bfloat16."""
     t, over = _tiles(m.astype(jnp.float32), form.tile), (-3, -1)
     size = jnp.abs(t)
     half, middle, top = size.max(over), 0.0, form.top
@@ -122,7 +130,7 @@ def fit(m: Array, form: Format) -> tuple[Array, Array | None]:
         half, middle, top = (t.max(over) - t.min(over)) / 2, (t.max(over) + t.min(over)) / 2, top + 0.5
 
     def at(ratio: float) -> tuple[Array, Array | None]:
-        scale = bf16(half * (ratio / top))  # a division by `top` would round differently when compiled
+        scale = bf16(half * (ratio / top))  # not half * ratio / top, which compiled code rounds differently
         scale = jnp.where(scale == 0, 1, scale)
         return scale, None if form.symmetric else bf16(middle + scale / 2)
 
@@ -130,7 +138,7 @@ def fit(m: Array, form: Format) -> tuple[Array, Array | None]:
         return at(1.0)
 
     def error(scale: Array, offset: Array | None) -> Array:
-        """Returns the sum of the squared rounding errors of each tile."""
+        """Returns the sum of squared rounding errors in each tile."""
         a, b = (x if x is None else x[..., :, None, :, None] for x in (scale, offset))
         return jnp.square(_number(t, a, b, form.grid) * a + (0 if b is None else b) - t).sum(over)
 
@@ -146,7 +154,7 @@ def _number(m: Array, scale: Array, offset: Array | None, grid: Callable) -> Arr
 
 
 def nearest(m: Array, form: Format) -> Rounding:
-    """Rounds every value to the nearest number of the grid, scaled for its tile."""
+    """Rounds each value to the nearest point of the grid, which is scaled for each tile."""
     m = m.astype(jnp.float32)
     scale, offset = fit(m, form)
     a, b = (x if x is None else spread(x, form.tile, m.shape[-2:]) for x in (scale, offset))
@@ -158,10 +166,10 @@ def int8_grid(v: Array) -> Array:
 
 
 def round_float(v: Array, mantissa: int, smallest: int, top: float, key: Array | None = None) -> Array:
-    """Rounds to the nearest float with few bits, with ties to even, and clips at `top`.
+    """Rounds to the nearest low-precision float, with ties to even, and clips at `top`.
 
-    With a random key, values are rounded up or down at random, such that their mean is exact. The function computes
-    with float32 numbers, since XLA may remove a cast to a narrower dtype and back.
+    If a random key is given, uses stochastic rounding, whose expected result equals the input. Computes in float32,
+    because XLA may remove a cast to a narrower dtype and back.
     """
     exponent = jnp.maximum(jnp.frexp(v)[1] - 1, smallest)
     step = jnp.ldexp(jnp.float32(1), exponent - mantissa)
@@ -172,8 +180,8 @@ def round_float(v: Array, mantissa: int, smallest: int, top: float, key: Array |
 def round_rows(x: Array, own: str, summed: str, dtype: str = "int8", key: Array | None = None) -> tuple[Array, Array]:
     """Quantizes an array with the axes `own`, and returns (codes, float32 scales).
 
-    All values along the axes `summed` share one scale. `dtype` is "int8" or a key of FLOATS. With a random key, values
-    are rounded up or down at random, such that their mean is exact.
+    All values along the axes `summed` share one scale. `dtype` is "int8" or a key of FLOATS. If a random key is given,
+    uses stochastic rounding, whose expected result equals the input.
     """
     kind, *bits = FLOATS.get(dtype, (jnp.int8, 127))
     x = x.astype(jnp.float32)

@@ -1,8 +1,8 @@
-"""Multiplies activations by a quantized weight, with a custom kernel if there is a suitable one, or else with XLA.
+"""Multiplies activations by a quantized weight, with a custom kernel if a suitable one exists, and otherwise with XLA.
 
-On each device, a kernel multiplies the device's rows of x by the device's part of the quantized matrix. Without a
-kernel, XLA converts the matrix to floats and multiplies by it. XLA is used for experts, for weights with offsets, and
-for formats without a kernel. The files in `kernels/` describe the kernels.
+On each device, the kernel multiplies the device's rows of x by the device's part of the quantized matrix. If no kernel
+is used, XLA converts the matrix to floats and multiplies by it. This is the case for experts, for weights with offsets,
+and for formats that have no kernel. The kernels are described in `kernels/`.
 """
 
 import math
@@ -22,14 +22,14 @@ from model.weights import AXES
 if TYPE_CHECKING:
     from model.quant._leaf import Quantized
 
-ACTIVATIONS = {"B": "act_batch", "T": "act_seq"}  # {letter of an activation's axis: logical axis}
-Axes = tuple[str, ...]  # mesh axes over which a dimension is sharded
-Kernel = Callable[..., Array]  # a kernel is called as kernel(x [M,K], codes, scale, group=, dtype=) -> [M,N]
+ACTIVATIONS = {"B": "act_batch", "T": "act_seq"}  # {letter of an activation axis: logical axis}
+Axes = tuple[str, ...]  # the mesh axes that shard a dimension
+Kernel = Callable[..., Array]  # kernel(x [M,K], codes, scale, group=, dtype=) -> [M,N]
 
 
 def einsum(eqn: str, x: Array, leaf: "Quantized") -> Array:
-    """Computes `jnp.einsum` of x and a quantized weight. The caller has already multiplied x by `leaf.inverse`."""
-    if weights.split(eqn)[1] != letters(leaf.eqn)[1]:  # the product sums over N, which no kernel supports
+    """Computes `jnp.einsum` of x and a quantized weight. The caller must have multiplied x by `leaf.inverse`."""
+    if weights.split(eqn)[1] != letters(leaf.eqn)[1]:  # no kernel supports a sum over N
         return weights.product(eqn, x, jax.lax.stop_gradient(leaf.floats(x.dtype)))
     return _product(eqn, x, leaf)
 
@@ -44,7 +44,7 @@ def _forward(eqn: str, x: Array, leaf: "Quantized") -> tuple[Array, "Quantized"]
 
 
 def _backward(eqn: str, leaf: "Quantized", g: Array) -> tuple[Array, None]:
-    """Dequantizes the matrix again, since the forward pass saved only its codes for the backward pass."""
+    """Dequantizes the matrix again, because the forward pass saves only its codes for the backward pass."""
     return routed(eqn, g, leaf, backward=True), None
 
 
@@ -54,7 +54,7 @@ _product.defvjp(_forward, _backward)
 def routed(eqn: str, x: Array, leaf: "Quantized", backward: bool = False) -> Array:
     """Multiplies x by a quantized weight, with a kernel or with XLA.
 
-    If `backward`, x is the gradient of the product, and the result is the gradient of the activation.
+    If `backward`, x is the gradient for the product, and the result is the gradient for the activation.
     """
     from kernels import partition
 
@@ -81,7 +81,7 @@ def routed(eqn: str, x: Array, leaf: "Quantized", backward: bool = False) -> Arr
 
 
 def kernels(leaf: "Quantized", rows: int, dtype: DTypeLike, backward: bool) -> dict[str, Kernel]:
-    """Returns {platform: kernel}, the kernels that can multiply `rows` rows of x per device by the quantized matrix.
+    """Returns the kernels that can multiply `rows` rows of x per device by the quantized matrix, as {platform: kernel}.
 
     If `backward`, the kernels multiply by the transposed matrix.
     """
@@ -105,7 +105,7 @@ def kernels(leaf: "Quantized", rows: int, dtype: DTypeLike, backward: bool) -> d
 
 
 def _looked_up(leaf: "Quantized", dtype: DTypeLike) -> bool:
-    """Returns whether a TPU kernel can dequantize the weight by looking up the level of each code."""
+    """Returns whether a TPU kernel can dequantize the weight with a lookup table."""
     from kernels import nf4
 
     if leaf.kernel_format != "nf4" or dtype != jnp.bfloat16 or leaf.codes.ndim > 2 or transposed(leaf.eqn):
@@ -114,9 +114,9 @@ def _looked_up(leaf: "Quantized", dtype: DTypeLike) -> bool:
 
 
 def _split(leaf: "Quantized") -> tuple[Axes, Axes]:
-    """Returns the mesh axes over which the rows and the columns of the quantized matrix are sharded.
+    """Returns the mesh axes that shard the rows and the columns of the quantized matrix.
 
-    All weights of a tile, which share a scale, are on the same device.
+    Tiles are never split between devices, because their weights share a scale.
     """
     _, k, n = letters(leaf.eqn)
     tiles = [size // t if size % t == 0 else 1 for size, t in zip(leaf.kn, leaf.tile)]
@@ -125,7 +125,7 @@ def _split(leaf: "Quantized") -> tuple[Axes, Axes]:
 
 
 def _part(leaf: "Quantized") -> tuple[int, int]:
-    """Returns how many rows and columns of the quantized matrix each device has."""
+    """Returns the number of rows and columns of the quantized matrix on each device."""
     k, n = (size // weights.shards(*axes) for size, axes in zip(leaf.kn, _split(leaf)))
     return k, n
 
@@ -136,8 +136,8 @@ def _part(leaf: "Quantized") -> tuple[int, int]:
 def product(eqn: str, x: Array, leaf: "Quantized") -> Array:
     """Multiplies x by the dequantized matrix.
 
-    If the format also rounds activations (W8A8), each token of x is rounded with its own scale, except for experts. The
-    gradient ignores this rounding (straight-through).
+    If the format also quantizes activations (W8A8), each token of x is rounded with its own scale, except for experts.
+    The gradient ignores this rounding (straight-through estimator).
     """
     xs, _, out = weights.operands(eqn)
     shared, contracted, _ = weights.split(eqn)
@@ -153,7 +153,7 @@ def product(eqn: str, x: Array, leaf: "Quantized") -> Array:
 
 
 def gradient(eqn: str, g: Array, leaf: "Quantized") -> Array:
-    """Returns the gradient for the input x of `product`, where g is the gradient for the result of `product`."""
+    """Returns the gradient for the input x of `product`, given the gradient g for its result."""
     xs, ws, out = weights.operands(eqn)
     w, scale = _factors(leaf, g.dtype)
     g = g if scale is None else (g * align(scale, letters(leaf.eqn)[2], out)).astype(g.dtype)
@@ -161,14 +161,14 @@ def gradient(eqn: str, g: Array, leaf: "Quantized") -> Array:
 
 
 def product_of_codes(eqn: str, a: Array, b: Array) -> Array:
-    """Multiplies two int8 arrays, sums in int32, and returns float32."""
+    """Multiplies two int8 arrays with int32 accumulation, and returns float32."""
     return weights.product(eqn, a, b, jnp.int32).astype(jnp.float32)
 
 
 def _factors(leaf: "Quantized", dtype: DTypeLike) -> tuple[Array, Array | None]:
     """Returns (array, scale per column), whose product is the weight.
 
-    If the weight has more than one scale per column, the array is the dequantized weight, and the scale is None.
+    If the weight has several scales per column, returns (dequantized weight, None).
     """
     shared, _, n = letters(leaf.eqn)
     if leaf.tile[0] < leaf.kn[0] or leaf.offset is not None or shared:
@@ -179,7 +179,7 @@ def _factors(leaf: "Quantized", dtype: DTypeLike) -> tuple[Array, Array | None]:
 
 
 def _dequantized(leaf: "Quantized", dtype: DTypeLike) -> Array:
-    """Dequantizes the weight, on a TPU with a kernel if there is one for its format."""
+    """Dequantizes the weight. On a TPU, uses a kernel if one exists for the format."""
     from kernels import nf4, partition
 
     plain = lambda *_: leaf.shaped(leaf.matrix()).astype(dtype)
@@ -198,10 +198,10 @@ def _dequantized(leaf: "Quantized", dtype: DTypeLike) -> Array:
 def for_inference(leaf: "Quantized") -> "Quantized | Array":
     """Prepares a quantized weight of one layer for inference on one device.
 
-    On a CPU without a suitable kernel, the weight is dequantized once, since otherwise every decoding step would
-    allocate and write the floats of all layers. For a TPU kernel, the columns are padded to a multiple of 128 if XLA
-    would otherwise store the bytes column-major. On a mesh, the weight stays unchanged, since NF4 scales may be
-    quantized in blocks that span several devices.
+    On a CPU, if no kernel is suitable, the weight is dequantized once, because otherwise every decoding step would
+    dequantize all layers again. For a TPU kernel, the columns are padded to a multiple of 128 if XLA would otherwise
+    store the bytes in column-major order. On a mesh, the weight stays unchanged, because NF4 scales may be quantized in
+    blocks that span several devices.
     """
     from kernels import packing, partition
 

@@ -11,7 +11,7 @@ from jax import Array
 from model.quant._leaf import Quantized, Quantizer
 from model.quant._matrix import FLOATS, WHOLE, Format, round_float
 
-BLOCK = 128  # rows and columns of a block, as in DeepSeek-V3 (arXiv 2412.19437)
+BLOCK = 128  # number of rows and of columns per block, as in DeepSeek-V3 (arXiv 2412.19437)
 
 
 @flax.struct.dataclass
@@ -24,7 +24,7 @@ class FP8(Quantized):
 
 @cache
 def _grid(format: str) -> Callable[[Array], Array]:
-    """Returns the rounding function of a format. The function object is cached, so that jit compiles only once."""
+    """Returns the rounding function of a format. The function is cached, so that jit compiles its callers only once."""
     return lambda v: round_float(v, *FLOATS[format][1:])
 
 
@@ -32,7 +32,7 @@ def make(
     *, format: Literal["e4m3", "e5m2"] = "e4m3", scale: Literal["tensor", "channel", "block"] = "channel",
     calibration: Literal["absmax", "percentile", "mse"] = "absmax", where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
-    """Returns a Transform that quantizes to 8 bits per weight, plus a 16-bit scale per tensor, channel or block."""
+    """Returns a Transform that quantizes to 8 bits per weight, plus one 16-bit scale per tensor, channel or block."""
     tile = {"tensor": (WHOLE, WHOLE), "channel": (WHOLE, 1), "block": (BLOCK, BLOCK)}[scale]
     dtype, *_, top = FLOATS[format]
     form = Format(_grid(format), top, tile, calibration)

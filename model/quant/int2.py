@@ -1,8 +1,8 @@
-"""Two-bit codes, four per byte, with one scale for each group of weights along the contracted axis.
+"""Two-bit codes, four per byte. Each group of weights along the contracted axis has one scale.
 
-The four levels are -1.5, -0.5, 0.5 and 1.5 times the scale. No level is 0, because a symmetric grid with 0 would use
-only three of the four codes. Rounding a trained model to 2 bits ruins the model. Quantization-aware training (qat.py)
-keeps part of the model's quality (ParetoQ, Liu et al. 2025, arXiv 2502.02631).
+The four levels are -1.5, -0.5, 0.5 and 1.5 times the scale. There is no level 0, because a symmetric grid that contains
+0 would use only three of the four codes. Quantizing a trained model to 2 bits ruins it. Quantization-aware training
+(qat.py) preserves part of the model's quality (ParetoQ, Liu et al. 2025, arXiv 2502.02631).
 """
 
 from functools import partial
@@ -38,6 +38,6 @@ def make(
     *, group: int = 64, calibration: Literal["absmax", "percentile", "mse"] = "mse", scaled: bool = False,
     where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
-    """Returns a Transform that quantizes to 2 + 16 / group bits per weight."""
+    """Returns a Transform that quantizes to 2 bits per weight, plus one 16-bit scale per group of `group` weights."""
     codes = lambda numbers: pack(numbers + 1.5, BITS)
     return Quantizer(partial(Int2.of, Format(grid, 1.5, (group, 1), calibration), codes), where, scaled)

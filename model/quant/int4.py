@@ -1,8 +1,8 @@
-"""Four-bit integers, two per byte, with one scale for each group of weights along the contracted axis.
+"""Four-bit integers, two per byte. Each group of weights along the contracted axis has one scale.
 
-Two codes are packed into a uint8 instead of using `jnp.int4`. On a CPU, `jnp.int4` takes a whole byte per code, in
-memory and on disk, and unpacking it takes 1.5 to 2.5 times as long. Two adjacent rows share a byte, so that groups and
-shards consist of whole bytes, and a TPU kernel can read the bytes as `int4` rows without shifting bits.
+The codes are packed into uint8 instead of stored as `jnp.int4`. On a CPU, `jnp.int4` takes a whole byte per code, in
+memory and on disk, and unpacking it takes 1.5 to 2.5 times as long. Each byte contains codes from two adjacent rows. So
+groups and shards consist of whole bytes, and a TPU kernel can read the bytes as `int4` rows without shifting bits.
 """
 
 from functools import partial
@@ -27,7 +27,8 @@ class Int4(Quantized):
 
     @staticmethod
     def unpack_rows(codes: Array) -> list[Array]:
-        wide = jax.lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.int32)  # CPUs cannot shift vectors of bytes
+        # CPUs have no instructions that shift vectors of bytes
+        wide = jax.lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.int32)
         return [wide << 28 >> 28, wide >> 4]
 
 
@@ -39,6 +40,9 @@ def make(
     *, group: int = 64, symmetric: bool = True, calibration: Literal["absmax", "percentile", "mse"] = "absmax",
     scaled: bool = False, where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
-    """Returns a Transform that quantizes to 4 + 16 / group bits per weight, or 4 + 32 / group if not `symmetric`."""
+    """Returns a Transform that quantizes to 4 bits per weight.
+
+    Each group of `group` weights also has a 16-bit scale and, if not `symmetric`, a 16-bit offset.
+    """
     form = Format(grid, 7, (group, 1), calibration, symmetric)
     return Quantizer(partial(Int4.of, form, pack), where, scaled)

@@ -1,8 +1,8 @@
 """Eight-bit integers with one scale per output channel.
 
-If `activations` is True, the inputs are also rounded to eight bits, with one scale per token. On a TPU, XLA's own
-products are already as fast as memory bandwidth allows, with or without `activations`, so this format has no TPU
-kernel. On a CPU, matrix products of integers are the fast path.
+If `activations` is True, the inputs are also quantized to eight bits, with one scale per token. On a TPU, XLA's own
+products already reach memory bandwidth, with or without `activations`, so there is no TPU kernel for this format. On a
+CPU, integer matrix products are the fast path.
 """
 
 from typing import ClassVar, Literal
@@ -32,7 +32,7 @@ def make(
     *, activations: bool = False, calibration: Literal["absmax", "percentile", "mse"] = "absmax",
     scaled: bool = False, where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
-    """Returns a Transform that quantizes to 8 bits per weight, plus a 16-bit scale per output channel."""
+    """Returns a Transform that quantizes to 8 bits per weight, plus one 16-bit scale per output channel."""
     form = Format(int8_grid, 127, (WHOLE, 1), calibration)
 
     def encode(w: Array, eqn: str, solve: Solve = nearest) -> Int8:

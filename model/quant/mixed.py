@@ -1,4 +1,7 @@
-"""Quantizes each matrix to its own format, set in the config or chosen by tools.quantize for a budget of bytes."""
+"""Quantizes each matrix to its own format.
+
+The config sets the formats, or tools.quantize chooses them for a size budget.
+"""
 
 import re
 
@@ -14,7 +17,7 @@ FORMATS = (*GROUPED, "int8", "fp8")
 
 
 def encoder(path: str, formats: tuple[tuple[str, str], ...], group: int) -> Encode | None:
-    """Returns the function that quantizes the parameter `path`, or None if the parameter stays float."""
+    """Returns the function that quantizes the parameter `path`, or None if the parameter is not quantized."""
     for where, format in formats:
         if re.fullmatch(where, path):
             options = {"group": group} if format in GROUPED else {}
@@ -23,10 +26,10 @@ def encoder(path: str, formats: tuple[tuple[str, str], ...], group: int) -> Enco
 
 
 def make(*, formats: tuple = (("layers/mlp/.*", "int4"), ("layers/.*", "int8")), group: int = 64) -> Transform:
-    """Returns a Transform. `formats` is (("layers/mlp/.*", "int4"), ("layers/attn/w[vo]", "int8"), ...).
+    """Returns a Transform that quantizes matrices. `formats` has pairs such as ("layers/mlp/.*", "int4").
 
-    The first regex that matches the whole name of a parameter determines its format. Parameters that match no regex
-    stay float. `group` is the group size of int4 and nf4. Raises ValueError for an unknown format, or if no regex
+    The first regex that matches the whole name of a parameter determines its format. Parameters that match no regex are
+    not quantized. `group` is the group size of int4 and nf4. Raises ValueError for an unknown format, or if no regex
     matches any parameter.
     """
     if not formats or any(len(pair) != 2 or pair[1] not in FORMATS for pair in formats):

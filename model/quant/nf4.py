@@ -1,10 +1,10 @@
 """The NF4 format with double quantization (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
 
-Each weight is rounded to one of 16 levels, which are quantiles of a normal distribution. A weight takes 4 bits, a group
-of 64 weights takes 8 bits for its scale (the largest magnitude), and 256 scales share 32 bits. Together, this is 4.127
-bits per weight. The paper stores the scales as 8-bit floats after subtracting their mean. This module stores the scales
-as integer multiples of a step, which is the largest of 256 scales divided by 255. The rounding error of the scales,
-0.2 %, is small compared with the rounding error of the weights, 9 %.
+Each weight is rounded to one of 16 levels, which are quantiles of a normal distribution. Each weight takes 4 bits. Each
+group of 64 weights has a scale (the largest magnitude) of 8 bits, and each block of 256 scales shares a 32-bit step.
+The total is 4.127 bits per weight. The paper stores scales as 8-bit floats after subtracting their mean. This module
+stores them as integer multiples of the step, which is the block's largest scale divided by 255. The rounding error of
+the scales (0.2 %) is small compared with that of the weights (9 %).
 """
 
 from typing import ClassVar
@@ -19,12 +19,12 @@ from model.quant._leaf import Quantized, Quantizer
 from model.quant._matrix import Format, Solve, nearest
 from model.weights import Spec
 
-SHARED = 256  # number of scales that share a second-level scale
+SHARED = 256  # number of scales per second-level scale
 
 
 @flax.struct.dataclass
 class NF4(Quantized):
-    """A weight in NF4. The dtype of `scale` is uint8 with double quantization, and bfloat16 without it."""
+    """A weight in NF4. If double quantization is used, `scale` is uint8, and otherwise bfloat16."""
 
     kernel_format: ClassVar[str] = "nf4"
     scale2: Array | None = None  # second-level scales, float32 [..., ceil(scales / 256), 1]
@@ -46,7 +46,7 @@ class NF4(Quantized):
 
 
 def index(v: Array) -> Array:
-    """Returns the index of the NF4 level that is nearest to each value."""
+    """Returns, for each value, the index of the nearest NF4 level."""
     middles = (jnp.asarray(LEVELS[1:], jnp.float32) + jnp.asarray(LEVELS[:-1], jnp.float32)) / 2
     return sum((v > m).astype(jnp.int32) for m in middles)
 
@@ -56,7 +56,7 @@ def grid(v: Array) -> Array:
 
 
 def _double(leaf: NF4) -> NF4:
-    """Stores the scales as uint8, with one float32 step per 256 scales."""
+    """Quantizes the scales to uint8, with one float32 step per 256 scales."""
     s = leaf.scale.astype(jnp.float32).reshape(*leaf.scale.shape[:-2], -1)
     blocks = jnp.pad(s, [(0, 0)] * (s.ndim - 1) + [(0, -s.shape[-1] % SHARED)]).reshape(*s.shape[:-1], -1, SHARED)
     step = blocks.max(-1, keepdims=True) * (1 / 255)
@@ -65,7 +65,7 @@ def _double(leaf: NF4) -> NF4:
 
 
 def make(*, group: int = 64, double: bool = True, where: str = r"layers/.*") -> Quantizer:
-    """Returns a Transform that quantizes to 4 bits per weight, plus 8.125 bits per group (16 if not `double`)."""
+    """Returns a Transform that quantizes to 4 bits per weight, plus 8.125 bits per group (16 bits if not `double`)."""
     form = Format(grid, 1, (group, 1))
 
     def encode(w: Array, eqn: str, solve: Solve = nearest) -> NF4:

@@ -1,7 +1,7 @@
 """Quantization-aware training (Jacob et al. 2018, arXiv 1712.05877).
 
-The forward pass uses the quantized weights. The gradient is computed as if the weights were not rounded
-(straight-through, Bengio et al. 2013, arXiv 1308.3432).
+The forward pass uses quantized weights. The gradient is computed as if the weights were not rounded (straight-through
+estimator, Bengio et al. 2013, arXiv 1308.3432).
 """
 
 import functools
@@ -22,14 +22,14 @@ from model.weights import Params, Spec, Weight
 
 @flax.struct.dataclass
 class FakeQuant(Weight):
-    """A float weight that, from training step `start` on, multiplies exactly as its quantized version does."""
+    """A float weight. From training step `start` on, its products are exactly those of its quantized version."""
 
     w: Array
     eqn: str = flax.struct.field(pytree_node=False)
-    format: str = flax.struct.field(pytree_node=False)  # a file of this folder
+    format: str = flax.struct.field(pytree_node=False)  # name of a file in this folder
     options: tuple[tuple[str, int | bool], ...] = flax.struct.field(pytree_node=False)  # arguments for its `make`
     start: int = flax.struct.field(pytree_node=False)
-    live: Array | None = None  # one bool per layer: whether `start` is reached
+    live: Array | None = None  # one bool per layer: whether step `start` has been reached
     trainable: ClassVar[tuple[str, ...]] = ("w",)
 
     @property
@@ -61,7 +61,7 @@ class FakeQuant(Weight):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
 def _straight_through(use: Callable, x: Array, w: Array, live: Array | None, encode: Callable) -> Array:
-    # Without the barrier, XLA may fuse the rounding with a sum, and the result may differ from that of inference.
+    # Without the barrier, XLA may fuse the rounding with a sum, and the result may differ from the result in inference.
     quantized = lambda: use(x, jax.lax.optimization_barrier(encode(w)))
     return quantized() if live is None else jax.lax.cond(live, quantized, lambda: use(x, w))
 
@@ -71,7 +71,7 @@ def _forward(use: Callable, x: Array, w: Array, live: Array | None, encode: Call
 
 
 def _backward(use: Callable, encode: Callable, residuals: tuple, g: Array) -> tuple:
-    """Computes the gradient for x with the quantized weight, and the gradient for w as if w were not rounded."""
+    """Returns the gradients for x and w: for x with the quantized weight, and for w as if it were not rounded."""
     x, w, live = residuals
     moves = jnp.issubdtype(x.dtype, jnp.inexact)
     by_x = lambda leaf: jax.vjp(lambda x: use(x, leaf), x)[1](g)[0]
@@ -86,7 +86,7 @@ _straight_through.defvjp(_forward, _backward)
 
 
 def converted(params: Params) -> Params:
-    """Replaces every FakeQuant in `params` by a quantized weight, for saving after training."""
+    """Replaces every FakeQuant in `params` by a quantized weight, to save the model after training."""
     fake = lambda x: isinstance(x, FakeQuant)
     return jax.tree.map(lambda w: w.convert() if fake(w) else w, params, is_leaf=fake)
 
@@ -95,9 +95,10 @@ def make(
     *, format: Literal["int2", "int4", "int8", "nf4", "fp8"] = "int4", group: int | None = None,
     activations: bool | None = None, start: int = 0, where: str = r"layers/.*",
 ) -> Quantizer:  # fmt: skip
-    """Returns a Transform for quantization-aware training. Raises ValueError for an option that the format lacks.
+    """Returns a Transform for quantization-aware training.
 
-    Only int2, int4 and nf4 have the option `group`, and only int8 has the option `activations`.
+    Raises ValueError for an option that the format does not have. Only int2, int4 and nf4 have the option `group`, and
+    only int8 has the option `activations`.
     """
     options = {k: v for k, v in dict(group=group, activations=activations).items() if v is not None}
     takes = {"int2": {"group"}, "int4": {"group"}, "nf4": {"group"}, "int8": {"activations"}}.get(format, set())

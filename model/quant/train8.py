@@ -1,10 +1,10 @@
-"""Training with 8-bit matrix products in the forward and the backward pass (as in AQT and FP8-LM, arXiv 2310.18313).
+"""Training with 8-bit matrix products in both the forward and backward pass (as in AQT and FP8-LM, arXiv 2310.18313).
 
-Weights are stored as floats, and rounded each time they are used. A product of codes is only possible if no scale
-varies along the axis that is summed. The backward pass sums over different axes than the forward pass. So the backward
-pass multiplies the output's gradient by the scales of the forward pass before it rounds this gradient: by the scales of
-W for the gradient of x, and by the scales of x for the gradient of W. This way, the backward pass can use the codes of
-the forward pass.
+Weights are stored as floats, and quantized each time they are used. Codes can only be multiplied directly if no scale
+varies along the axis of the sum. But the backward pass sums over other axes than the forward pass, so the scales of the
+forward pass do vary there. The backward pass therefore multiplies the output's gradient by these scales before it
+quantizes this gradient: by the scales of W to compute the gradient for x, and by the scales of x to compute the
+gradient for W. This way, it can reuse the codes of the forward pass.
 """
 
 from functools import partial
@@ -25,13 +25,16 @@ from model.weights import Spec, Weight
 
 @flax.struct.dataclass
 class QuantTrain(Weight):
-    """A float weight that is rounded to `dtype` at each use, as are its inputs and the gradients of its outputs."""
+    """A float weight.
+
+    In each product, the weight, its inputs and the gradients for its outputs are quantized to `dtype`.
+    """
 
     w: Array
     eqn: str = flax.struct.field(pytree_node=False)
     dtype: str = flax.struct.field(pytree_node=False)
     stochastic: bool = flax.struct.field(pytree_node=False)
-    key: Array | None = None  # one random key per layer for stochastic rounding, only in training
+    key: Array | None = None  # one random key per layer, for stochastic rounding; None outside of training
     trainable: ClassVar[tuple[str, ...]] = ("w",)
 
     def in_training(self, key: Array, step: Array) -> "QuantTrain":
@@ -52,9 +55,10 @@ class QuantTrain(Weight):
 
 
 def _product(eqn: str, a: Array, b: Array, floats: DTypeLike) -> Array:
-    """Multiplies codes, and returns float32. Float codes are first cast to `floats`, which represents them exactly.
+    """Multiplies codes, and returns float32.
 
-    On a GPU, XLA merges this cast and the product into one 8-bit product. Other devices cannot multiply 8-bit floats.
+    Float codes are first cast to the dtype `floats`, which represents them exactly. On a GPU, XLA fuses this cast and
+    the product into one 8-bit product. Other devices cannot multiply 8-bit floats directly.
     """
     if jnp.issubdtype(a.dtype, jnp.integer):
         return product_of_codes(eqn, a, b)
@@ -94,5 +98,5 @@ _multiply.defvjp(_forward, _backward)
 
 
 def make(*, dtype: Literal["int8", "fp8"] = "int8", stochastic: bool = True, where: str = r"layers/.*") -> Quantizer:
-    """Returns a Transform. With "fp8", the forward pass uses e4m3, and gradients in the backward pass are e5m2."""
+    """Returns a Transform for 8-bit training. "fp8" means e4m3 in the forward pass and e5m2 for gradients."""
     return Quantizer(lambda w, eqn: QuantTrain(w, eqn, dtype, stochastic), where)
