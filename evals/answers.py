@@ -12,7 +12,7 @@ from infer import hosted
 from infer.hosted import Hosted
 from infer.lm import LM
 
-ROWS = 16  # number of answers sampled at once
+ROWS = 16  # number of answers that are sampled at once
 
 
 def prompts(source: str) -> Iterator[tuple[str, Prompt, Json]]:

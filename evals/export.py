@@ -2,7 +2,7 @@
 
     python -m evals.export --task=dates --out=runs/dates
 
-Use the files as `config.data.source` and `config.data.eval_source`. Running the command again writes identical bytes.
+Use the files as `config.data.source` and `config.data.eval_source`. Running the command again writes identical files.
 """
 
 import sys

@@ -18,8 +18,8 @@ BLOCK = 1 << 20  # number of random numbers that are drawn at a time
 
 
 class Paired(NamedTuple):
-    """`difference` is the mean of the first result minus the mean of the second; [low, high] is the 95 % interval of
-    the difference."""
+    """`difference` is the mean of the first result minus the mean of the second; [low, high] is the 95 % confidence
+    interval of the difference."""
 
     n: int
     difference: float
@@ -135,13 +135,13 @@ def fitting(task: str, task_hash: str, rows: Sequence[str], others: Sequence[Jso
 
 
 def alike(ours: Json, theirs: Json) -> bool:
-    """Whether two results are on the same rows with the same scoring."""
+    """Returns whether two results are on the same rows with the same scoring."""
     known = "rows" in ours and "rows" in theirs and ours.get("task_hash") == theirs.get("task_hash")
     return known and sorted(ours["rows"]) == sorted(theirs["rows"])
 
 
 def pair(ours: Json, theirs: Json, seed: int = 0) -> Paired | None:
-    """Compares two results row by row; None if they are not on the same rows with the same scoring."""
+    """Compares two results row by row. Returns None if their rows or their scoring differ."""
     if not alike(ours, theirs):
         return None
     scores: dict[str, list[float]] = {}

@@ -5,7 +5,7 @@ is specified as
 
 KIND is one of these:
 `scorer`   A file in evals/scorers, which compares the answer with the row's `answer` or `references`.
-`model`    A reward model: a run, or an exported folder.
+`model`    A reward model: a run folder, or the folder of an exported model.
 `judge`    A model that grades the answer from 0 to 1; openai:URL#MODEL is a hosted model.
 `rule`     A fixed rule. `length?most=N` gives 1 to answers of up to N words, and less to longer ones: 0 from 2N words
            on. `unrepeated` gives the share of an answer's 4-grams of words that are distinct. `ends` gives 1 to answers
@@ -89,7 +89,8 @@ def _references(row: Json) -> list[str]:
     """The right answers of a row, which may come from a task or from a data source."""
     if found := references(row):
         return found
-    raise UserError("a row has no answer to compare with", "reward scorer", f"one of {', '.join(ANSWERS)}")
+    fix = f"the column of the answer must be one of {', '.join(ANSWERS)}"
+    raise UserError("a row has no answer to compare with", "reward scorer", fix)
 
 
 def _model(folder: str) -> Rewards:

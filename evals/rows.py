@@ -162,7 +162,7 @@ def _read(source: str, options: dict[str, str], listed: bool) -> dict[str, list[
 
 
 def _rows(source: str) -> Iterator[tuple[str, sources.Row]]:
-    """Yields (split, row) for all rows. The split is "" if it is to be determined from the contents of the row."""
+    """Yields (split, row) for all rows. The split is "" if it has yet to be derived from the row's contents."""
     if names := sources.split_names(source):
         for name in names:
             yield from ((splits.NAMES.get(name, "train"), row) for row in sources.rows(f"{source}@{name}"))

@@ -58,8 +58,8 @@ class Result:
     slices: dict[str, dict]  # {"COLUMN=VALUE": n, mean, low and high of the rows with this value}
     scorer: str  # name in evals/scorers; "" if the task has its own scorer
     support: Json | None  # the result of evals.support.measure; None if no passages were retrieved
-    task_hash: str  # evals.task.fingerprint of all held-out questions, answers and the scorer
-    rows: list[str]  # evals.task.identity of each example
+    task_hash: str  # a hash of all held-out questions, their answers and the scorer (evals.task.fingerprint)
+    rows: list[str]  # a hash of each example (evals.task.identity)
     scores: list[float]  # one per example
     samples: list[dict]  # the first examples: prompt, answer, completion, score
     latency: Json | None  # seconds per request, one at a time: p50, p95, n; None if not measured
@@ -91,9 +91,10 @@ def evaluate(
     """Scores `lm` on `n` examples of a split. For a task of the kind "choice", the answer is the option with the
     highest log-likelihood per byte. For any other task, the answer is generated greedily.
 
-    `task` is a name for evals.task.load, or a Task with a `name`. `context` is the prompting setup, whose solved
-    examples come from the training split. The result contains the first `keep` examples as samples, and its `seconds`
-    include retrieval. If `timed` is not 0, that many examples are then asked one at a time to measure the latency.
+    `task` is either a name that evals.task.load accepts, or a Task, whose result is then recorded under `name`.
+    `context` is the prompting setup, whose solved examples come from the training split. The result contains the first
+    `keep` examples as samples, and its `seconds` include retrieval. If `timed` is not 0, that many examples are then
+    asked one at a time to measure the latency.
     """
     if isinstance(task, str):
         [(name, task)] = tasks.named([task]).items()

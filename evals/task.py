@@ -1,4 +1,4 @@
-"""A task consists of examples, a prompt for each example, and a scorer, which also serves as a reward.
+"""A task consists of examples, a prompt for each example, and a scorer, which can also serve as a reward.
 
 A file evals/tasks/<name>.py defines `task(**options) -> Task`, and the file's name is the task's name. A data file with
 questions and answers can also be a task; see evals.rows.
@@ -39,7 +39,7 @@ class Task(NamedTuple):
     prompt: Callable[[Example], Prompt]
     score: Callable[[Example, str], float]
     kind: str = "generate"  # | "choice"
-    max_new_tokens: int = 32  # 0: enough for the longest answer
+    max_new_tokens: int = 32  # 0 means enough for the longest reference
     raw: Callable[[Example], str] | None = None  # `prompt` for models without a chat template
     scorer: str = ""  # name in evals/scorers; "" if the task has its own scorer
     notes: tuple[str, ...] = ()  # remarks about the task's rows, to be printed

@@ -28,7 +28,7 @@ class Cost(NamedTuple):
     head_train_flops: float
 
     def step(self, tokens: int, targets: int) -> float:
-        """The FLOPs of one training step. Recomputation under remat is not counted, as is usual for model FLOPs
+        """The FLOPs of one training step. Recomputation due to remat is not counted, as is usual for model FLOPs
         utilization (MFU)."""
         return tokens * self.layer_train_flops + targets * self.head_train_flops
 

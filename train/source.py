@@ -30,15 +30,15 @@ class Source(Protocol):
     seen: Counts  # counts, summed over all sessions of the run
 
     def next(self, state: TrainState, step: int) -> tuple[Batch, Counts]:
-        """The batch that takes the run from step `step` to the next step, and its counts, which are added to `seen`."""
+        """Returns the batch that takes the run from step `step` to step `step + 1`, and its counts. Also adds the
+        counts to `seen`."""
         ...
 
     def resumable(self, step: int) -> bool:
-        """Whether a run can resume from a checkpoint of this step. No run can resume between steps that train on the
-        same rollout.
+        """Returns whether a run can resume from a checkpoint of this step. No run can resume between steps that train
+        on the same rollout.
 
-        The answer depends only on the step, since all processes must agree. The answer is True for step 0 and the last
-        step.
+        The result depends only on the step, because all processes must agree. It is True for step 0 and the last step.
         """
         ...
 

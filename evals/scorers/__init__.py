@@ -1,6 +1,6 @@
-"""Scorers compare an answer with a reference. Each scorer is a file of its own.
+"""Scorers compare an answer with a reference. Each scorer is a file in this folder.
 
-A file defines a pure function `score(answer, reference) -> float` in [0, 1], where 1 is right. If a row has several
+The file defines a pure function `score(answer, reference) -> float` in [0, 1], where 1 is right. If a row has several
 references, its score is the best score over the references.
 """
 

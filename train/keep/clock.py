@@ -1,4 +1,4 @@
-"""Measures rates and costs and counts non-finite steps; the training loop calls the clock at every step."""
+"""Measures throughput and cost, and counts non-finite steps. The training loop calls the clock at every step."""
 
 import resource
 import time

@@ -47,7 +47,7 @@ def apply(preset: str) -> None:
     try:
         version = metadata.version("libtpu")
     except metadata.PackageNotFoundError:
-        raise UserError(f"{preset!r} is for TPUs, and libtpu is not installed", where, "leave it empty") from None
+        raise UserError(f"{preset!r} is for TPUs, but libtpu is not installed", where, "leave it empty") from None
     known = PRESETS.get(version)
     if known is None:
         raise UserError(f"there are no presets for libtpu {version}", where, f"supported: {', '.join(PRESETS)}")

@@ -51,7 +51,7 @@ class Metrics:
         on_error: str = "stop",
     ):
         self.path, self.total, self.on_error = Path(path), total_steps, on_error
-        self.step = 0  # the step that `event` records
+        self.step = 0  # the step at which `event` records its line
         self.active = jax.process_index() == 0
         self.finished = False  # whether the record already has the "done" line of the last step
         self.seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)  # {kind: seconds in this session}

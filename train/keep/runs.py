@@ -33,7 +33,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-c
 GROWING = (files.LOCK, "metrics.jsonl", "ckpt", "profile", "tensorboard", "wandb")
 ROOT = Path(__file__).resolve().parents[2]
 
-# Config keys that a resume may change, including all keys below the listed ones.
+# Config keys that a resume may change, including all keys nested below them.
 # They do not affect the state or the batches of any step or, like `steps`, are a common reason to resume a run.
 SAFE = (
     "steps", "epochs", "accum", "mesh", "model.attention", "xla_preset", "log_every", "eval_every", "eval_batches",
@@ -58,7 +58,7 @@ class RunDir:
     ):
         self.home = paths.parse(workdir)
         self.path = files.mirror(self.home) if paths.remote(self.home) else self.home
-        self.config = json.loads(json.dumps(config))  # like a config read from JSON, with lists in place of tuples
+        self.config = json.loads(json.dumps(config))  # as if read from JSON, with lists in place of tuples
         self.resumed, self.changes = False, []
         self._lock: int | None = None
         self._lease: Lease | None = None

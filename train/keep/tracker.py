@@ -1,5 +1,5 @@
-"""Sends metrics to TensorBoard or Weights & Biases from a background thread. If a tracker hangs, points are lost, but
-training continues."""
+"""Sends metrics to TensorBoard or Weights & Biases from a background thread. If the tracker hangs, it misses metrics,
+but training continues."""
 
 import importlib.util
 import queue

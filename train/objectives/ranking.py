@@ -20,7 +20,8 @@ MOST = 8  # maximum number K of answers to a prompt: order_logp visits all 2^K s
 
 
 def make(model: Transformer) -> Objective:
-    """The loss is the negative log-probability of the order of each group of answers, averaged over groups.
+    """The loss is the negative log-probability of the order in which a group of answers is ranked, averaged over
+    groups.
 
     Plackett-Luce: P(order) = prod_i exp(r_i) / sum_{j not before i} exp(r_j). The probability of a tie is the sum over
     all orders of the tied answers. Answers that were not ranked share the last rank, so they are tied. The data have a
@@ -56,7 +57,8 @@ def order_logp(scores: Array, ranks: Array) -> Array:
         raise UserError(
             f"{count} answers to a prompt; at most {MOST} are supported", "data.source", "keep the best few"
         )
-    taken = np.array(list(itertools.product((False, True), repeat=count)))[:, ::-1]  # [2^K,K]: row n has the bits of n
+    # [2^K,K]: row n holds the bits of n
+    taken = np.array(list(itertools.product((False, True), repeat=count)))[:, ::-1]
     left = jnp.asarray(~taken)
     rest = jax.nn.logsumexp(jnp.where(left, scores[:, None], -jnp.inf), axis=-1)  # [B,2^K]
     best = jnp.where(left, ranks[:, None], jnp.inf).min(-1)
