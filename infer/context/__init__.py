@@ -33,7 +33,7 @@ class Context:
     pick: str = "random"  # method of picking examples, a file in infer/context/shots
     index: str = ""  # folder of an index (tools.index)
     k: int = 3  # chunks per question
-    how: How | None = None  # search method and its settings; None: the default
+    how: How | None = None  # search method; None: the default of the index
     cite: bool = False  # whether an answer should cite the chunks on which it is based
 
     def __post_init__(self) -> None:
