@@ -116,7 +116,7 @@ def test_topologies_hold_as_many_chips_as_they_say():
     [
         (argv("tpu-vm", "tpu7x-8"), "use --on=mig or --on=gke"),
         (argv("mig", "v5e-16"), "--on=queued"),
-        (argv("tpu-vm", "v5p-7"), "2 per chip"),
+        (argv("tpu-vm", "v5p-7"), "counts 2 per chip"),
         (argv("tpu-vm", "v6e-12"), "no slice"),
         (argv("tpu-vm", "h100-8"), "unknown TPU"),
         (argv("slurm", "v6e-8"), "unknown GPUs"),

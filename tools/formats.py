@@ -17,9 +17,9 @@ START = """\
 
 `python -m tools.formats` writes this page from the tables that the code uses; a test checks that it is up to date.
 
-The rule: no content of an input is ignored silently. It is used, or refused in one line with the fix, or counted in one
-line as unused. `--strict` (of `tools.prepare`, `tools.chat`, `tools.serve` and `evals.main`) makes
-the last case an error. Only content that is known to be irrelevant, listed below, is not counted.
+The rule: no content of an input is ignored silently. It is used, or refused with a one-line message that names the fix,
+or counted as unused in a one-line message. With the option `--strict` of `tools.prepare`, `tools.chat`, `tools.serve`
+and `evals.main`, unused content is an error. Content that is known to be irrelevant, as listed below, is not counted.
 """
 Rows = list[tuple[str, str]]
 
@@ -38,7 +38,7 @@ def page() -> str:
         "Messages": messages(),
         "Files of training data": data_files(),
         "Checkpoints": checkpoints(),
-        "Adapters of PEFT": adapters(),
+        "PEFT adapters": adapters(),
         "Requests to the server": requests(),
     }.items():
         lines = [f"| {what} | {cell} |" for what, cell in [("what", "names"), ("---", "---"), *rows]]
@@ -54,32 +54,35 @@ def rows_of_data() -> Rows:
     from data import formats
 
     shapes = [(f"shape {name}", names(sorted(columns))) for name, columns in formats.SHAPES.items()]
-    published = [(f"shape {name}, published as", names(columns.values())) for name, columns in formats.PUBLISHED]
+    published = [(f"also read as shape {name}", names(columns.values())) for name, columns in formats.PUBLISHED]
     scored = [
-        (f"format {form}", f"a shape of text or chat with one of {names(columns)}")
+        (f"format {form}", f"columns of a text or chat shape, and one of {names(columns)}")
         for form, columns in formats.SCORED.items()
     ]
     beside = {
-        "system text": formats.SYSTEM, "text given with an instruction": formats.GIVEN, "tools": formats.TOOLS,
-        "prompt of a preference": formats.PROMPTS, "ranks of answers": formats.RANKS,
+        "system text": formats.SYSTEM, "input that belongs to an instruction": formats.GIVEN, "tools": formats.TOOLS,
+        "prompt of a preference pair": formats.PROMPTS, "ranks of answers": formats.RANKS,
         "ratings of answers": formats.RATINGS, "text of a ranked answer": formats.ANSWER,
     }  # fmt: skip
     beside = [(f"also read: {what}", names(columns)) for what, columns in beside.items()]
-    ignored = [("irrelevant columns", names(sorted(formats.IRRELEVANT))), ("counted", "every other column")]
+    ignored = [("irrelevant columns", names(sorted(formats.IRRELEVANT))), ("counted as unused", "every other column")]
     return [*shapes, *published, *scored, *beside, *ignored]
 
 
 def messages() -> Rows:
     from data import messages as turns
 
-    roles = [(f"role {role}, also spelled", names(also.split())) for role, also in turns.ROLES.items()]
+    roles = [(f"other names of role {role}", names(also.split())) for role, also in turns.ROLES.items()]
     return [
         *roles,
         ("types of text parts in a message's content", names(turns.TEXT)),
         ("reasoning text, in a message field or a content part", names(("reasoning_content", *turns.THOUGHT))),
-        ("read, or irrelevant", names(sorted(turns.IDLE))),
+        ("fields that are read or irrelevant", names(sorted(turns.IDLE))),
         ("other fields", "given to the chat template, and counted as unused if the template does not read them"),
-        ("refused", "parts of other types (images, audio), messages without role or text, calls without a function"),
+        (
+            "refused",
+            "content of other types (images, audio), messages without a role or text, calls without a function",
+        ),
     ]
 
 
@@ -88,14 +91,14 @@ def data_files() -> Rows:
     from data import sources
 
     return [
-        ("read, also with `.gz` or `.zst`", names(readers.READERS)),
+        ("formats that are read, also compressed as `.gz` or `.zst`", names(readers.READERS)),
         (
-            "read from elsewhere",
+            "sources other than local files",
             names([*sources.BUILT_IN, "hf:repo[:config][@split][#revision]", "gs://", "synthetic:"]),
         ),
-        ("refused: save as CSV", names(sources.OFFICE)),
+        ("refused; save such files as CSV", names(sources.OFFICE)),
         ("irrelevant files, whose names start with", names(sources.COMPANIONS)),
-        ("listed in a note", "every other file of a folder"),
+        ("reported as not read", "every other file of a folder"),
     ]
 
 
@@ -115,19 +118,25 @@ def checkpoints() -> Rows:
         ("types of RoPE scaling, and the fields that they need", names(needs)),
         ("fields of rope_scaling", names(sorted(llama.ROPE_FIELDS))),
         ("activations", names(llama.ACTS)),
-        ("irrelevant fields of config.json, where the family does not read them", names(sorted(hf.IRRELEVANT))),
-        ("counted", "every other field that has a value, and every tensor outside the layers that the model has"),
-        ("prefixes of the tensors", names(hf.BODIES)),
+        (
+            "irrelevant fields of config.json, unless the family reads them",
+            names(sorted(hf.IRRELEVANT)),
+        ),
+        (
+            "counted as unused",
+            "every other field that has a value, and every unused tensor outside the model's layers",
+        ),
+        ("prefixes of tensor names", names(hf.BODIES)),
         ("irrelevant tensors", names([IGNORED.pattern])),
         ("types of tensors", names((*hf.DTYPES, *hf.CODES))),
-        ("quantized by", names(("bitsandbytes", "fp8", compressed.METHOD, *foreign.FORMS))),
+        ("quantization methods", names(("bitsandbytes", "fp8", compressed.METHOD, *foreign.FORMS))),
         (f"formats of {compressed.METHOD}", names(compressed.FORMATS)),
         (
             "refused",
-            "other quantized folders; pickles (with the command that converts them); missing parts and tensors",
+            "other quantization methods; pickles (the message shows how to convert them); missing files or tensors",
         ),
-        ("irrelevant files of weights", names([hf.QUIET.pattern])),
-        ("architectures of GGUF, whole or in parts", names(gguf.ARCHITECTURES)),
+        ("irrelevant weight files", names([hf.QUIET.pattern])),
+        ("architectures of GGUF files, also if split into several files", names(gguf.ARCHITECTURES)),
     ]
 
 
@@ -137,11 +146,11 @@ def adapters() -> Rows:
     return [
         *((f"fields read for {kind}", names(sorted(used)) or "none") for kind, used in peft.USED.items()),
         ("irrelevant fields", names(sorted(peft.IRRELEVANT))),
-        ("refused unless unset", names(sorted(peft.REFUSED)) + ", and every unknown field"),
-        ("init_lora_weights: the base weights are left unchanged", names(peft.DRAWN)),
-        ("init_lora_weights: recomputed from the base weights", names(peft.STARTS)),
-        ("init_lora_weights: refused, with the fix", names(peft.OTHERS)),
-        ("counted", "tensors of modules that the config does not name"),
+        ("refused if set", names(sorted(peft.REFUSED)) + ", and every unknown field"),
+        ("`init_lora_weights` that leaves the base weights unchanged", names(peft.DRAWN)),
+        ("`init_lora_weights` that changes the base weights, which are then recomputed", names(peft.STARTS)),
+        ("`init_lora_weights` that is refused; the message says how to fix it", names(peft.OTHERS)),
+        ("counted as unused", "tensors of modules that the config does not name"),
     ]
 
 
@@ -157,7 +166,7 @@ def requests() -> Rows:
         ("read by /v1/chat/completions", fields(api.CHAT) + ", `messages`"),
         ("read by /v1/completions", fields(api.COMPLETION) + ", `prompt`"),
         ("irrelevant", names(api.LABELS)),
-        ("refused unless null or the given value", ", ".join(neutral)),
+        ("refused unless null or the value shown", ", ".join(neutral)),
         ("refused", "every other parameter"),
         ("roles of messages", names(sorted(messages.ROLES))),
         ("fields of messages", names(sorted(messages.FIELDS))),

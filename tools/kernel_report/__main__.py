@@ -1,20 +1,21 @@
-"""Estimates the cost of the kernels in `kernels/` on absent TPUs, from the schedules that libtpu compiles.
+"""Estimates the cost of the kernels in `kernels/` on TPUs that need not be present, from the schedules that libtpu
+compiles.
 
     python -m tools.kernel_report --chip=v5e,v5p,v6e,tpu7x [--shapes=quick|all] [--only=REGEX] [--json]
     python -m tools.kernel_report --chip=h100|gpu ...
 
 For each shape, the command prints the instruction bundles and iterations of the hottest loop, the MXU utilization
 (minimum cycles divided by scheduled cycles), the bytes moved relative to the minimum, the VMEM, and the spilled
-registers. With --shapes=all, a second line has the figures of XLA's program for the same operands. The time of a kernel
-is a range, which starts at the longer of two times: the time of the schedule, and the time of the HBM traffic at peak
-bandwidth. The upper end of the range adds the time for the part of the first block that cannot overlap with anything.
-For XLA's program, the range ends at XLA's own estimate. Stalls are not included, so kernels whose times differ by less
-than about 10 % cannot be ranked. For TPU7x, the products per cycle are guessed from the peak rate of the chip, although
-its schedules exceed that rate. For TPUs, the command needs requirements/tpu.txt.
+registers. With --shapes=all, a second line describes the program that XLA compiles for the same operands. The time of a
+kernel is a range, which starts at the longer of two times: the time of the schedule, and the time of the HBM traffic at
+peak bandwidth. The upper end adds the part of the first block's time that cannot overlap with other work. For XLA's
+program, the range ends at XLA's own estimate. Stalls are not included, so kernels whose times differ by less than about
+10 % cannot be ranked. For TPU7x, the products per cycle are an estimate from the chip's published peak rate, which its
+schedules exceed. For TPUs, the command needs requirements/tpu.txt.
 
-For an absent H100, which needs requirements/gpu.txt, the command prints registers, spills, memory and bytes, but no
-times. `--chip=gpu` prints these figures for the GPU of this machine, measures times, and compares the results of the
-kernels with the results of XLA's programs.
+`--chip=h100` compiles for an H100 that need not be present. It needs requirements/gpu.txt, and prints registers,
+spills, memory and bytes, but no times. `--chip=gpu` prints the same for the GPU of this machine, measures times, and
+compares the kernels' results with those of XLA's programs.
 """
 
 import glob
@@ -43,7 +44,7 @@ class Tpu(NamedTuple):
     """One device of a TPU chip, as libtpu counts devices. The two cores of a v5p chip are one device."""
 
     topology: str
-    flops: dict[str, int]  # FLOPs per cycle by dtype: number of MXUs times FLOPs per MXU
+    flops: dict[str, int]  # FLOPs per cycle by dtype: number of MXUs times FLOPs of one MXU
     devices: int = 1  # devices per chip
 
 
@@ -55,7 +56,7 @@ TPUS = {
     "v6e": Tpu("v6e:2x2", {"bfloat16": 2**19, "int8": 2**20}),
     "tpu7x": Tpu("tpu7x:2x2x1", {"bfloat16": 2**19, "float8_e4m3fn": 2**20}, 2),
 }
-GPUS = ("h100", "gpu")  # names for an absent H100 and for the GPU of this machine
+GPUS = ("h100", "gpu")  # an H100 that need not be present, and the GPU of this machine
 
 
 @cli.command
@@ -87,7 +88,7 @@ def report(names: list[str], quick: bool, only: str) -> list[Json]:
     on = {p: [c for c in chosen if c.platform == p] for p in ("tpu", "cuda")}
     on["tpu"] = [c._replace(xla=None) if quick and c.kernel else c for c in on["tpu"]]
     with tempfile.TemporaryDirectory() as dump:
-        # libtpu reads these options once, when it is loaded.
+        # libtpu reads these options only when it is loaded.
         os.environ["LIBTPU_INIT_ARGS"] = (
             f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
             " --xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
@@ -113,7 +114,7 @@ def row(case: "Case", name: str, device: "jax.Device", dump: str) -> Json:
             continue
         got = compiled(f, case.args, device, dump)
         mxu = case.flops / peak if peak else None
-        cycles = max(got["cycles"], mxu or 0)  # the schedule may be up to 10 % shorter, as the MXU queues products
+        cycles = max(got["cycles"], mxu or 0)  # the schedule may be up to 10 % shorter, since the MXU queues products
         busy, estimated = cycles / hertz, got.pop("estimated") / hertz
         hbm = (got["bytes_moved"] if by == "kernel" else least) / bandwidth
         low = max(busy, hbm)
@@ -126,7 +127,7 @@ def row(case: "Case", name: str, device: "jax.Device", dump: str) -> Json:
 
 
 def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
-    """Compiles a function of abstract arrays for a device, and returns the figures of the program."""
+    """Compiles a function for a device, given abstract arguments, and returns statistics of the program."""
     import jax
     from jax.experimental.layout import Format, Layout
     from jax.sharding import SingleDeviceSharding
@@ -138,7 +139,7 @@ def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
     one = SingleDeviceSharding(device)
     here = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for a in args]
     grids = list(calls(jax.make_jaxpr(f)(*args).jaxpr))
-    # This layout spares a conversion of the kernel's output, which XLA would not need inside a larger program.
+    # This layout avoids a conversion of the kernel's output, which a larger program would not contain.
     program = jax.jit(f, out_shardings=Format(Layout((0, 1)), one) if grids else None).lower(*here).compile()
     sums = grids[0].grid[-1] if grids else math.inf
     listings = sorted(glob.glob(f"{dump}/*final_bundles.txt"))
@@ -205,7 +206,7 @@ def show(rows: list[Json]) -> None:
             for by in ("kernel", "xla"):
                 if by in r:
                     cells.append([f"{r['case']} {r['shape']}", by, *line(r[by], r["bytes_least"], by == "kernel")])
-        cli.table(cells, heads, f"{name}. MXU: utilization. bytes: moved, relative to the least possible", width=120)
+        cli.table(cells, heads, f"{name}. MXU: utilization. bytes: bytes moved, divided by the minimum", width=120)
 
 
 def line(got: Json, least: int, exact: bool) -> list[str]:

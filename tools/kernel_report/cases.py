@@ -1,9 +1,8 @@
 """Defines the cases of the report: the kernels of `kernels/`, and XLA's programs for the same operands.
 
-XLA's programs multiply by the dequantized matrix W. The report also lists operations without a kernel, to show why
-these operations do not need a kernel. XLA converts an 8-bit W inside its matrix product, so a decoding step is limited
-by the bytes of W, and a prefill by the MXU. Rounding the rows of x to int8 is limited by reading and writing these
-rows.
+XLA's programs multiply by the dequantized matrix W. The report also lists operations without a kernel, to show why they
+do not need one. XLA converts an 8-bit W inside its matrix product, so a decoding step is limited by reading W, and a
+prefill by the MXU. Rounding the rows of x to int8 is limited by reading and writing these rows.
 """
 
 import functools
@@ -33,7 +32,7 @@ class Case(NamedTuple):
     xla: Callable | None  # the same operation as compiled by XLA
     args: tuple[Any, ...]  # abstract arrays, or concrete arrays if their values matter
     flops: int = 0
-    peak: str = "bfloat16"  # data type for which the chip's peak rate limits the products
+    peak: str = "bfloat16"  # data type whose peak rate on the chip limits the products
     quick: bool = False  # whether tests compile the case
     platform: str = "tpu"
 
@@ -90,8 +89,8 @@ def _int4() -> Iterator[Case]:
 
 
 def _nf4() -> Iterator[Case]:
-    """Yields NF4 cases: dequantization and decoding, with weights of a 7B model and with a weight of unaligned
-    columns."""
+    """Yields NF4 cases: dequantization and decoding, with weights of a 7B model, and with a weight whose number of
+    columns is not aligned."""
     for k, n in ((4096, 4096), (4096, 14336), (4096, 4100)):
         leaf = _leaf(nf4_leaves.make(), k, n)
         kernel = functools.partial(nf4.dequantize, group=64)

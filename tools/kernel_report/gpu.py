@@ -1,8 +1,9 @@
-"""Reports the cost of kernels on the GPU of this machine, or on an absent H100, from the statistics of ptxas.
+"""Reports the cost of kernels on the GPU of this machine, or on an H100 that is not present, from the statistics of
+ptxas.
 
-Registers, spills and shared memory are the maxima over all GPU programs of a case. The bytes include every operand and
-result once, since the rows of x, which the programs of a kernel read repeatedly, stay in the L2 cache. Times on an
-absent GPU are not known, since ptxas prints no schedule.
+Registers, spills and shared memory are the maxima over all GPU programs of a case. Every operand and result counts once
+in the bytes: the programs of a kernel read the rows of x repeatedly, but from the L2 cache. For a GPU that is not
+present, times are not known, since ptxas prints no schedule.
 """
 
 import glob
@@ -28,14 +29,14 @@ if TYPE_CHECKING:
     from model.weights import Tree
     from tools.kernel_report.cases import Case
 
-COLD = 128 * 2**20  # total bytes of operands, more than twice the 50 MiB of an H100's L2 cache
-CALLS = 16  # maximum number of calls in a timed program, since each call is compiled
+COLD = 128 * 2**20  # bytes of the operands of all timed calls: more than twice the L2 cache of an H100
+CALLS = 16  # maximum number of calls in a timed program, which is limited since each call is compiled
 ROUNDS = 7
 
 
 def report(cases: list["Case"], dump: str, here: bool) -> list[Json]:
-    """Returns one row per case, timed on the GPU of this machine if `here`, or compiled for an absent H100. Raises
-    UserError."""
+    """Returns one row per case, timed on the GPU of this machine if `here`, or otherwise compiled for an H100 that is
+    not present. Raises UserError if `here` and JAX finds no GPU."""
     from tools.plan import topology
 
     flags = f" --xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_emitter_re=ptx"
@@ -52,7 +53,7 @@ def present() -> "jax.Device":
         return jax.devices("cuda")[0]
     except RuntimeError as e:
         reason = str(e).splitlines()[0]
-        raise UserError(f"JAX finds no GPU: {reason}", "--chip", "h100 compiles for an absent one") from e
+        raise UserError(f"JAX finds no GPU: {reason}", "--chip", "--chip=h100 does not need one") from e
 
 
 def row(case: "Case", device: "jax.Device", dump: str, here: bool) -> Json:
@@ -116,7 +117,7 @@ def seconds(f: Callable, args: tuple) -> float:
 
 
 def distance(ours: "jax.Array", theirs: "jax.Array") -> float:
-    """Returns the norm of the difference, divided by the norm of `theirs`."""
+    """Returns the norm of the difference between the arrays, divided by the norm of `theirs`."""
     import jax.numpy as jnp
 
     ours, theirs = (x.astype(jnp.float32) for x in (ours, theirs))
@@ -124,7 +125,7 @@ def distance(ours: "jax.Array", theirs: "jax.Array") -> float:
 
 
 def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
-    """Compiles a function of abstract arrays for a device, and returns the figures of the program."""
+    """Compiles a function for a device, given abstract arguments, and returns statistics of the program."""
     import jax
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
@@ -135,7 +136,7 @@ def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
     shutil.rmtree(dump)  # XLA creates it again
     mesh = meshes.make_mesh({}, [device])
     there = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P())) for a in args]
-    with jax.set_mesh(mesh):  # Pallas reads from the mesh for which device to compile
+    with jax.set_mesh(mesh):  # Pallas compiles for the device of this mesh
         program = jax.jit(f).lower(*there).compile()
     counts = "".join(assembled(path) for path in glob.glob(f"{dump}/*.ptx"))
     shared = "".join(Path(p).read_text() for p in glob.glob(f"{dump}/*.thunk_sequence.txt"))
@@ -161,7 +162,8 @@ def assembled(path: str) -> str:
 
 
 def ptxas() -> str:
-    """Returns the path of ptxas in the CUDA wheels, whose folder name depends on the CUDA version, or else on PATH."""
+    """Returns the path of ptxas in the CUDA wheels, where a folder name depends on the CUDA version, or else its path
+    on PATH."""
     nvidia = importlib.util.find_spec("nvidia")
     folders = nvidia.submodule_search_locations if nvidia else []
     found = [path for folder in folders for path in glob.glob(f"{folder}/*/bin/ptxas")]
@@ -171,7 +173,7 @@ def ptxas() -> str:
 def show(rows: list[Json]) -> None:
     """Prints a table."""
     heads = ("", "by", "registers", "spills", "shared", "bytes", "temporary", "us", "limit us", "off by")
-    legend = "spills: bytes stored and loaded. bytes: relative to the least possible. limit: by bytes or FLOPs"
+    legend = "spills: bytes stored / loaded. bytes: divided by the minimum. limit: set by bytes or FLOPs"
     cells = []
     shown = lambda value, form: "n/a" if value is None else form(value)
     for r in rows:

@@ -1,8 +1,8 @@
 """Reads the schedule of a TPU program from the compiler's listing of instruction bundles.
 
-Without stalls, one bundle is issued per cycle. A loop is a branch back to the start of a region, and the exit test of
-the loop gives the number of iterations. A region that a forward branch can skip, and that contains neither a product
-nor a copy, is assumed to run only in the first or last step of a sum over grid steps.
+Without stalls, one bundle is issued per cycle. A loop is a branch back to the start of a region, and its number of
+iterations is read from its exit test. A region that a forward branch can skip, and that contains neither a product nor
+a copy, is assumed to run only in the first or last step of a sum over grid steps.
 """
 
 import itertools
@@ -17,12 +17,12 @@ _TURNS = re.compile(r"scmp\.ge\.s32\.totalorder [^,]*, (\d+) /\* loop exit test"
 _WORK = re.compile(r"\bvmatmul|\bdma\.")
 _SPILL = re.compile(r"vst\S* \[vmem:\[#allocation\d+_spill")
 DELAY = 4  # delay slots: number of bundles that are still issued after a branch
-SMALL = 24  # a branch that skips at most this number of bundles only guards the pipeline
+SMALL = 24  # a branch that skips at most this number of bundles only controls the pipeline, and is ignored
 
 
 class Loop(NamedTuple):
     start: int  # index of the first bundle
-    end: int  # one past the last
+    end: int  # index after the last bundle
     turns: int  # iterations
 
 
@@ -49,8 +49,8 @@ def bundles(text: str) -> list[str]:
 
 
 def read(text: str, sums: int = 1) -> Schedule:
-    """Returns the schedule of a listing. If a kernel computes each sum in `sums` steps, one step in `sums` begins or
-    ends a sum."""
+    """Returns the schedule of a listing. If a kernel computes each sum in `sums` grid steps, code that only begins or
+    ends a sum runs in one of `sums` steps."""
     code = bundles(text)
     starts = {region: i for i, b in enumerate(code) for region in _START.findall(b)}
     jumps = [(i, starts[r]) for i, b in enumerate(code) for r in _BRANCH.findall(b) if r in starts]
@@ -88,8 +88,9 @@ def _count(pattern: str, code: list[str]) -> int:
 
 
 def _turns(body: list[str]) -> int | None:
-    """Returns the iterations of a loop, from its last exit test, without the two iterations that fill and drain a
-    pipelined loop over windows."""
+    """Returns the number of iterations of a loop, according to its last exit test. A pipelined loop over windows has
+    two more iterations, to fill and drain the pipeline, which are not counted. Returns None if there is no exit
+    test."""
     tests = [int(n) for b in body for n in _TURNS.findall(b)]
     if not tests:
         return None

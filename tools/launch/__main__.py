@@ -1,4 +1,5 @@
-"""Prints or runs the exact commands for an experiment on another machine, from the quota to the report and cleanup.
+"""Prints or runs the exact commands for an experiment on another machine, from the quota check to the report and
+cleanup.
 
     python -m tools.launch --on=tpu-vm|queued|mig|gke|slurm|local --accelerator=v5e-16 --config=configs/X.py
         --workdir=runs/NAME [--config.key=value ...] [--name=N] [--zone=Z --project=P] [--spot] [--nfs=HOST:/SHARE]
@@ -31,13 +32,13 @@ TABLE = tomllib.loads(Path(__file__).with_name("targets.toml").read_text("utf-8"
 FLAGS = dict.fromkeys(("on", "accelerator", "zone", "project", "bucket", "nfs", "from"), "")
 FLAGS |= {"name": "kungfu", "spot": False, "go": False, "slices": 1}
 LOST = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "SUSPENDED", "SUSPENDING", "FAILED")
-# Exit codes of train.main after which another machine would not help.
+# Exit codes of train.main for problems that another machine would not solve.
 OWN_CODES = (exits.INPUT, exits.BROKEN, exits.BELOW_FLOOR)
 POLL = 30.0  # seconds between checks of a machine's state
 
 
 class Slice(NamedTuple):
-    """The chips that the name of an accelerator denotes. For example, v5p-8 denotes 4 chips on one host."""
+    """The chips for which an accelerator's name stands. For example, v5p-8 stands for 4 chips on one host."""
 
     product: str
     type: str  # name of the accelerator for the Cloud TPU API and xpk
@@ -51,7 +52,7 @@ class Slice(NamedTuple):
 
 class Plan(NamedTuple):
     target: Json
-    steps: dict[str, list[str]]  # {step: words of its command}, for the steps that apply
+    steps: dict[str, list[str]]  # {step: words of its command}, for the steps that this launch needs
     files: dict[str, str]  # {name: text} of files that the steps read in addition to the repository
 
     def names(self, part: str) -> list[str]:
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def slice_of(name: str, target: Json) -> Slice:
-    """Returns the TPU slice or GPUs with this product name. Raises UserError if the name is unknown."""
+    """Returns the TPU slice or GPUs for an accelerator's name. Raises UserError if the name is unknown."""
     from common import chips
 
     product, _, size = name.lower().replace("v5litepod", "v5e").partition("-")
@@ -83,17 +84,19 @@ def slice_of(name: str, target: Json) -> Slice:
         return Slice("", "this computer", 1, 1)
     if target["kind"] == "gpu":
         if row or not n or not chips.find(product):
-            raise UserError(f"unknown GPUs {name!r}", "--accelerator", "write the chip and the number, such as h100-8")
+            raise UserError(f"unknown GPUs {name!r}", "--accelerator", "write the chip and how many, such as h100-8")
         return Slice(product, name, n, math.gcd(n, 8))
     if row is None:
         raise UserError(f"unknown TPU {name!r}", "--accelerator", f"one of {', '.join(TABLE['generations'])}")
     count = n / row["cores"]
     if f"{count:g}" not in row["topologies"]:
         known = ", ".join(f"{product}-{int(c) * row['cores']}" for c in row["topologies"])
-        raise UserError(f"no slice {name!r}", "--accelerator", f"one of {known}; {row['cores']} per chip")
+        raise UserError(
+            f"no slice {name!r}", "--accelerator", f"one of {known}; the number counts {row['cores']} per chip"
+        )
     if target["kind"] not in row:
         where = [f"--on={on}" for on, other in TABLE["targets"].items() if other["kind"] in row]
-        raise UserError(f"{product} is not offered by this interface", "--on", f"use {' or '.join(where)}")
+        raise UserError(f"this interface does not offer {product}", "--on", f"use {' or '.join(where)}")
     single = row["host"] if target["kind"] == "runtime" else 4
     return Slice(product, f"{row['type']}-{n}", int(count), min(int(count), single if count <= single else 4))
 
@@ -122,7 +125,7 @@ def check(flags: Json, target: Json, a: Slice, config: Any) -> None:
 
 
 def make(flags: Json, target: Json, a: Slice, args: overrides.Args) -> Plan:
-    """Makes all commands of a target, only from checked or quoted values."""
+    """Makes all commands of a target. Every value in them is checked or quoted."""
     row, name = TABLE["generations"].get(a.product, {}), flags["name"]
     values = {**flags, **row, **a._asdict(), "hosts": a.hosts, "region": flags["zone"].rpartition("-")[0]}
     values |= {"topology": row.get("topologies", {}).get(str(a.chips)), "machine": f"{row.get('machine')}-{a.host}t"}
@@ -178,7 +181,7 @@ def show(plan: Plan, a: Slice, flags: Json) -> int:
     print(f"# {times}{a.type}: chips {slices * a.chips}, hosts {slices * a.hosts}, {cost}")
     print(f"# Commands as of {TABLE['date']}: {plan.target['link']}")
     for name, text in plan.files.items():
-        print(f"# {name}, written by --go:", *text.splitlines(), sep="\n#   ")
+        print(f"# The file {name}, written by --go:", *text.splitlines(), sep="\n#   ")
     for part, title in TABLE["titles"].items():
         if names := plan.names(part):
             print(f"\n# {title}", *(f"{shlex.join(plan.steps[n])}  # {n}" for n in names), sep="\n")
@@ -195,7 +198,7 @@ def go(plan: Plan, start: str = "") -> int:
             print(f"{name} ended with exit code {code}; fix the cause and continue with --from={name}", file=sys.stderr)
             for n in names + plan.names("later"):
                 if n.startswith("delete"):
-                    print(f"resources stay and cost money until: {shlex.join(plan.steps[n])}", file=sys.stderr)
+                    print(f"resources remain and cost money until: {shlex.join(plan.steps[n])}", file=sys.stderr)
             return code
     for name in plan.names("watch") + plan.names("later"):
         print(f"{'while it runs' if name.startswith('watch') else 'then'}: {shlex.join(plan.steps[name])}")
