@@ -33,7 +33,7 @@ class Chip(NamedTuple):
 
 
 class Site(NamedTuple):
-    """The data center that estimates of energy and carbon emissions assume."""
+    """The data center that is assumed when energy and carbon emissions are estimated."""
 
     region: str
     gco2_per_kwh: Number  # location-based carbon intensity of the grid

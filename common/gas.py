@@ -31,12 +31,12 @@ class Range(NamedTuple):
 
 
 class Gas(NamedTuple):
-    """The resources used by sessions or runs. Unknown values are None, such as the price of a chip that chips.json does
-    not list."""
+    """The resources used by sessions (launches) or runs. Unknown values are None, such as the price of a chip that
+    chips.json does not list."""
 
     chips: tuple[str, ...] = ()  # names in chips.json; for other chips, jax's device_kind
-    flops: float | None = None  # training FLOPs, counted from einsum equations; no repeated steps, no evaluations
-    peak: float | None = None  # FLOPs that the chips would have computed in `hours` at their peak rate
+    flops: float | None = None  # training FLOPs, counted from einsum equations; excludes repeated steps and evaluations
+    peak: float | None = None  # FLOPs that the chips could have computed in `hours` at their peak rate
     hours: float | None = None  # chip-hours from launch to end, including compilation, idle time and repeated steps
     replayed: float | None = None  # chip-hours of steps repeated after a restart
     usd: float | None = None  # at on-demand prices

@@ -41,8 +41,8 @@ class Queue(Protocol[R]):
         """Whether a running command should be stopped before it has finished."""
 
     def close(self, job: R, hopeless: bool) -> None:
-        """Records that the process of `job` has ended. `hopeless` is True if the job was stopped because it was
-        hopeless."""
+        """Records that the process of `job` has ended. `hopeless` is True if the job was stopped early because the
+        method of this name returned True."""
 
 
 class Stage(NamedTuple):

@@ -50,7 +50,7 @@ def store() -> "AbstractFileSystem":
 
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     try:
-        return fsspec.filesystem("gcs", finalize_on_close=True)  # same arguments as in etils, to share its instance
+        return fsspec.filesystem("gcs", finalize_on_close=True)  # as etils calls it, so both share one instance
     except ImportError as e:
         raise UserError(f"not installed: {e}", STORE, "pip install -r requirements/cloud.txt") from e
 

@@ -4,7 +4,7 @@
     python -m tools.sweep --config=configs/peft/rank_sweep.py --out=runs/sweeps/rank --jobs=2
 
 The sweep's page plots the held-out loss on the addition task, and forgetting, against the rank and against the number
-of trained parameters. Each point is the best learning rate. Forgetting is the increase in the loss on Python
+of trained parameters. Each point uses the best learning rate. Forgetting is the increase in the loss on Python
 documentation, on which the base model was trained. `--sweep=seeds,best` repeats the comparison with three seeds and one
 learning rate. Hardware: a laptop CPU, 15 minutes. Expected: with LoRA at a learning rate of 3e-3 and one seed, the loss
 is 1.33 nats at rank 1, 0.93 at rank 4 and 0.92 at rank 16. Forgetting falls from 5.8 nats at rank 1 to 0.9 nats at rank

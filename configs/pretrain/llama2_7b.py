@@ -1,4 +1,4 @@
-"""Pretrains a model of the size of Llama 2 7B from random weights on a TPU slice; mostly used to try tools.plan.
+"""Pretrains a model with the shape of Llama 2 7B, from random weights, on a TPU slice. Mostly used with tools.plan.
 
     python -m tools.plan --config=configs/pretrain/llama2_7b.py --topology=v5e:4x4
     python -m train.main --config=configs/pretrain/llama2_7b.py --workdir=gs://BUCKET/llama2_7b

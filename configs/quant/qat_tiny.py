@@ -14,5 +14,5 @@ def get_config():
     c.quant.name = "qat"
     c.quant.format = "int4"
     c.quant.group = 32
-    c.quant.start = 50  # train in float until this step, then with rounded weights (as torchtune can)
+    c.quant.start = 50  # train in float until this step, then with rounded weights, as in torchtune
     return c

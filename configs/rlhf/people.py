@@ -7,8 +7,8 @@
 
 A tenth of the prompts is the validation set, and a fifth is the test set, which training does not read (see
 data/splits.py). DPO and KTO stop if the policy moves too far from the reference model: `floors` limits the KL
-divergence on the validation answers. Pairs with an answer longer than data.seq_len are left out, because people judged
-the whole answer.
+divergence on the validation answers. Pairs that do not fit into data.seq_len tokens are left out, because people judged
+whole answers.
 
 Hardware: a laptop CPU, 3 GB of memory; 5 to 20 minutes for 300 pairs of short answers. Expected: validation accuracy
 above one half for the reward model and DPO; results/people.md has figures.
