@@ -1,5 +1,4 @@
-"""Loads a bundle: a folder in which tools.compare saves a setup that it has tested, with the model, the adapter, the
-prompting setup and the documents.
+"""Loads a bundle: a folder in which tools.compare saves everything that the winning method needs.
 
 BUNDLE/bundle.json     The model's name, the adapter, and the prompting setup (infer.context.Context); written last.
 BUNDLE/model/          The tuned model, if it is stored with full or merged weights.

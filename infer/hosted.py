@@ -76,7 +76,7 @@ class Hosted:
     def __str__(self) -> str:
         """The cost of all requests so far, in one line."""
         used = self.used()
-        tokens = f"{integer(used.prompt_tokens)} + {integer(used.completion_tokens)} tokens"
+        tokens = f"{integer(used.prompt_tokens)} prompt + {integer(used.completion_tokens)} answer tokens"
         where = f"questions are sent to {urlsplit(self.url).hostname}" if self.leaves else "on this machine"
         return f"hosted: {used.requests:,} requests · {tokens} · {dollars(used.usd)} · {where}"
 

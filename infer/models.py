@@ -171,7 +171,7 @@ def open_model(name: str | Path, strict: bool = False) -> "Pretrained | Run":
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run folder, or the folder RUN/ckpt/STEP of one step of a run."""
+    """Whether a folder is a run folder, or the folder RUN/ckpt/STEP of one of its steps."""
     return (path / "ckpt").is_dir() or _is_step(path)
 
 

@@ -3,7 +3,7 @@ programs."""
 
 from collections.abc import Iterator, Sequence
 
-PREFILL = 512  # maximum prompt tokens per forward pass, to limit the attention scores and the number of shapes
+PREFILL = 512  # maximum prompt tokens per forward pass: bounds the memory of attention scores, and the number of shapes
 
 
 def bucket(n: int, least: int = 1) -> int:

@@ -97,7 +97,7 @@ def test_usage_that_is_not_sent_is_unknown():
     with scripted(said("4")) as (url, _):
         there = hosted.parse(f"openai:{url}#m?in=1&out=1")
         there.generate("x")
-    assert there.used() == (1, None, None, None) and "n/a + n/a tokens · $ n/a" in str(there)
+    assert there.used() == (1, None, None, None) and "n/a prompt + n/a answer tokens · $ n/a" in str(there)
 
 
 @pytest.mark.parametrize(

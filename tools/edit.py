@@ -62,7 +62,7 @@ def edit(sources: list[str], base: str, to: str, method: str, density: float, se
     plain = weights.dense(lm.params, specs)
     if not rank:
         delta = export_hf(lm.model, vectors.add(plain, result), lm.tokenizer, to)
-        print(f"{to} · read back: the logits differ by {delta:.1g} of their scale")
+        print(f"{to} · read back: the logits differ by {delta:.1g} of the largest logit")
         return
     params, missed = vectors.to_lora(plain, result, specs, rank)
     peft_write.write(to, lm.model, params, base)

@@ -72,7 +72,7 @@ def export(source: str, adapter: str, to: str, dtype: str, dequantize: bool) -> 
         lm.model, lm.params, lm.tokenizer, to, dtype=dtype, generation=generation, dequantize=dequantize,
         card=card(to, source, adapter, use),
     )  # fmt: skip
-    print(f"{to} · read back: the logits differ by {delta:.1g} of their scale")
+    print(f"{to} · read back: the logits differ by {delta:.1g} of the largest logit")
     print(*use, *([] if "head" in lm.params else [f"or: vllm serve {shlex.quote(to)}"]), sep="\n")
 
 
@@ -83,7 +83,7 @@ def export_gguf(source: str, adapter: str, to: str, kind: str) -> None:
 
     lm = load(source, adapter or None)
     delta = gguf_write.write(to, lm.model, lm.params, words.metadata(lm.tokenizer, lm.config.vocab_size), kind.upper())
-    print(f"{to} · read back: the logits differ by {delta:.1g} of their scale")
+    print(f"{to} · read back: the logits differ by {delta:.1g} of the largest logit")
 
 
 def export_adapter(source: str, adapter: str, to: str) -> None:

@@ -49,7 +49,7 @@ class Side(NamedTuple):
 
 class Contest(NamedTuple):
     title: str
-    sides: list[Side]  # the first side is compared with each of the other sides
+    sides: list[Side]  # what is compared: the first with each of the others
 
 
 @cli.command

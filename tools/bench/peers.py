@@ -23,7 +23,8 @@ def _load(model: str) -> Any:
 
 
 def train(model: str, peft: str, batch: int, length: int, steps: int) -> Callable[[], Round]:
-    """Runs eager training steps without recomputation, with the default optimizer settings of train/optim.py."""
+    """Runs eager training steps without recomputing activations, with the default optimizer settings of
+    train/optim.py."""
     import torch
     from peft import LoraConfig, get_peft_model
 

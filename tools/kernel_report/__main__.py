@@ -99,7 +99,7 @@ def report(names: list[str], quick: bool, only: str) -> list[Json]:
 
 
 def row(case: "Case", name: str, device: "jax.Device", dump: str) -> Json:
-    """One case on one chip."""
+    """Returns the figures of one case on one chip."""
     import jax
 
     tpu, chip = TPUS[name], chips.find(name)

@@ -24,7 +24,7 @@ EQN = "TD,DF->TF"  # x [M,K], W [K,N]
 
 
 class Case(NamedTuple):
-    """One operation on one shape."""
+    """One operation with operands of one shape."""
 
     name: str
     shape: str
