@@ -1,4 +1,4 @@
-"""The architecture and sizes of a model, as a frozen dataclass. This module does not import jax.
+"""The architecture and sizes of a model, as a frozen dataclass. This module must not import jax.
 
 The files in model/families create a ModelConfig from a config.json. The layers of a model read their sizes from it.
 """
@@ -159,7 +159,7 @@ class ModelConfig:
 
     @property
     def windowed(self) -> tuple[bool, ...]:
-        """For each layer, whether its attention is limited to a sliding window."""
+        """Whether the attention of each layer is limited to a sliding window."""
         return tuple(w > 0 for w in self.windows or (0,) * self.layers)
 
     def stack(self, path: str) -> list[int]:

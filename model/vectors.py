@@ -48,7 +48,7 @@ def trim(update: Update, density: float) -> Update:
 
 
 def ties(updates: Sequence[Update], factors: Sequence[float], density: float) -> Update:
-    """Merges updates by TIES (Yadav et al. 2023, arXiv 2306.01708).
+    """Merges updates with TIES (Yadav et al. 2023, arXiv 2306.01708).
 
     Trims each update, and sums the updates to determine the sign of each value. Each result is the mean of those values
     that have this sign.
@@ -64,7 +64,7 @@ def ties(updates: Sequence[Update], factors: Sequence[float], density: float) ->
 
 
 def dare(updates: Sequence[Update], factors: Sequence[float], density: float, seed: int = 0) -> Update:
-    """Merges updates by DARE (Yu et al. 2023, arXiv 2311.03099).
+    """Merges updates with DARE (Yu et al. 2023, arXiv 2311.03099).
 
     In each update, keeps a random fraction `density` of the values, divides them by `density`, and sets the others to
     0. Adds the results.
@@ -75,7 +75,7 @@ def dare(updates: Sequence[Update], factors: Sequence[float], density: float, se
 
 
 def to_lora(params: Params, update: Update, specs: Specs, rank: int) -> tuple[Params, dict[str, tuple[float, float]]]:
-    """Approximates the change dW of each matrix by the best LoRA of rank `rank`.
+    """Approximates the change dW of each matrix by the best LoRA with rank `rank`.
 
     Returns (new parameters, errors), where errors is {name: (||dW - A B||^2, ||dW||^2)}. LoRA does not change norms and
     biases, so their error is the whole change. If a matrix has fewer than `rank` rows or columns, the LoRA has the full

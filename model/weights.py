@@ -139,7 +139,7 @@ class Weight:
         return self.replace(**{f: for_inference(getattr(self, f)) for f in fields(self) if is_weight(getattr(self, f))})
 
     def macs(self, stacked: int) -> "Weight":
-        """Returns this object with each array replaced by its number of multiply-adds per token.
+        """Returns this object with each array replaced by the number of its multiply-adds per token.
 
         This number is the size of a matrix, and 0 for a vector. `stacked` is the number of leading axes over which
         layers are stacked.

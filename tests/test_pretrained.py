@@ -253,7 +253,7 @@ def test_damaged_safetensors(folder, damage):
         ({"rope_scaling": {"type": "longrope"}}, "rope type 'longrope'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "part of the head"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "differ between layers"),
-        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "needs the number low_freq_factor"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "needs a number for low_freq_factor"),
         ({"rope_theta": "much"}, "could not convert"),
         ({"num_attention_heads": 0, "head_dim": None}, "by zero"),
         ({"quantization_config": {"bits": 4}}, "weights are quantized"),

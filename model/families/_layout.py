@@ -25,7 +25,7 @@ class Key(NamedTuple):
 
 
 def parse(layout: str) -> tuple[list[str], str]:
-    """Splits a layout "(NH)D->DNH" into (["NH", "D"], "DNH")."""
+    """Splits a layout such as "(NH)D->DNH" into its two sides: (["NH", "D"], "DNH")."""
     theirs, ours = layout.split("->")
     axes, merged = [], None
     for c in theirs:

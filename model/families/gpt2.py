@@ -1,4 +1,4 @@
-"""GPT-2, which has learned positions, LayerNorms, and biases in all projections.
+"""GPT-2, with learned positions, LayerNorms, and biases in all projections.
 
 GPT-2 checkpoints store matrices as [inputs, outputs]. One matrix contains the weights for queries, keys and values.
 """

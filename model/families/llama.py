@@ -50,7 +50,7 @@ ROPES = {  # {rope type: numbers that rope_scaling must have for this type}
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
 }
-ROPE_FIELDS = {  # fields that rope_scaling may have, for any rope type
+ROPE_FIELDS = {  # all known fields of rope_scaling, of any rope type
     "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor",
     "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor",
     "truncate", "mrope_section", "mrope_interleaved", "finetuned",
@@ -133,7 +133,7 @@ def rope(hf: dict) -> tuple[float, dict]:
     if kind == "yarn" and isinstance(scaling.get(original), int):
         scaling.setdefault("factor", length / scaling[original])
     if missing := [k for k in ROPES[kind] if not isinstance(scaling.get(k), int | float)]:
-        raise UserError(f"rope type {kind} needs the number {missing[0]}", "rope_scaling")
+        raise UserError(f"rope type {kind} needs a number for {missing[0]}", "rope_scaling")
     return float(theta), {"rope_type": kind, **scaling}
 
 

@@ -133,7 +133,7 @@ def pack(numbers: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(words: np.ndarray, bits: int, k: int) -> np.ndarray:
-    """Reverses `pack` for a matrix with K columns."""
+    """The inverse of `pack`, for a matrix with `k` columns."""
     return unpack_words(words, bits)[:, :k] - 2 ** (bits - 1)
 
 

@@ -3,8 +3,8 @@
 The module compressed.py reads the compressed-tensors format. Each of the other formats stores the weight [N, K] of the
 Linear module X as several tensors. G is the number of groups along K.
 
-Bitsandbytes stores 4-bit codes of the flattened matrix, two per byte, in X.weight, with X.weight.absmax and
-X.weight.quant_map. Its 8-bit format stores X.weight [N, K] in int8, with X.SCB [N].
+Bitsandbytes stores 4-bit codes of the flattened matrix, two per byte, in X.weight. It also stores X.weight.absmax and
+X.weight.quant_map. Its 8-bit format stores X.weight [N, K] as int8, and X.SCB [N].
 GPTQ with 4 bits stores X.qweight [K / 8, N], X.qzeros [G, N / 8], X.scales [G, N] and X.g_idx [K].
 AWQ with 4 bits stores X.qweight [K, N / 8], X.qzeros [G, N / 8] and X.scales [G, N].
 The fp8 format stores X.weight [N, K] in e4m3, with X.weight_scale_inv or X.weight_scale per tensor, row or block.

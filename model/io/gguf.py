@@ -204,7 +204,7 @@ def inside(folder: Path) -> Path | None:
     found = sorted({parts(path)[0] for path in folder.glob("*.gguf")})
     if len(found) > 1:
         names = ", ".join(path.name for path in found[:5])
-        raise UserError(f"the folder holds {len(found)} models: {names}", str(folder), "give one file's path")
+        raise UserError(f"the folder holds {len(found)} models: {names}", str(folder), "give the path of one")
     return found[0] if found else None
 
 

@@ -154,7 +154,7 @@ class Folder:
         others = (p.name for p in self.path.iterdir() if p.suffix in SUFFIXES and p.name not in used)
         return sorted(name for name in others if not QUIET.fullmatch(name))
 
-    @functools.cache  # noqa: B019  (a Folder only exists while a checkpoint is read)
+    @functools.cache  # noqa: B019  (a Folder exists only while a checkpoint is read)
     def _open(self, file: str) -> Any:
         from safetensors import SafetensorError, safe_open
 

@@ -63,7 +63,7 @@ def _texts(x: Any) -> bool:
 
 
 _alpha, _layer = _number(-1e6, 1e6), _number(-(2**31), 2**31, int)
-VALUES: dict[str, Callable[[Any], bool]] = {  # {field: function that checks the value, if the field is set}
+VALUES: dict[str, Callable[[Any], bool]] = {  # {field: function that returns whether a value is valid}
     "peft_type": lambda x: isinstance(x, str),
     "lora_alpha": _alpha,
     "alpha_pattern": lambda x: isinstance(x, dict) and all(map(_alpha, x.values())),
@@ -141,7 +141,8 @@ class Folder:
 
         path = self.path / TENSORS
         if not path.exists() and (self.path / PICKLE).exists():
-            what, fix = "the adapter is only a pickle, and opening a pickle can run code", CONVERT.format(self.path)
+            what = "the adapter is only pickled, and opening a pickle can run code"
+            fix = CONVERT.format(self.path)
             raise UserError(what, str(self.path), f"if you trust it: {fix}")
         try:
             with safe_open(path, framework="np") as file:

@@ -183,7 +183,7 @@ def groups(key: Key, eqn: str) -> tuple[str, str]:
 
 
 def factor_keys(key: Key, eqn: str) -> tuple[Key, Key]:
-    """Returns the layouts of the tensors lora_A [R, in] and lora_B [out, R]."""
+    """Returns Keys with the layouts of the tensors lora_A [R, in] and lora_B [out, R]."""
     (a, b), (inside, outside) = factors(eqn), groups(key, eqn)
     return Key(key.name, f"R({inside})->{a}"), Key(key.name, f"({outside})R->{b}", key.part)
 

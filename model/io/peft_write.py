@@ -57,7 +57,7 @@ def write(path: str | Path, model: Transformer, params: Params, base: str = "", 
     kind = kinds.pop()
     config, tensors = (_virtual if kind in (Prefix, Prompt) else _wrapped)(model, adapters)
     config |= {"peft_type": TYPES[kind], "task_type": "CAUSAL_LM", "inference_mode": True}
-    if head is not None:  # PEFT stores the head of a sequence classifier in the same way
+    if head is not None:  # as PEFT stores the head of a sequence classifier
         config |= {"task_type": "SEQ_CLS", "modules_to_save": [TENSOR.removesuffix(".weight")]}
         tensors |= {f"{ROOT}{TENSOR}": np.asarray(head.w)[None]}
     _save(path, config | {"base_model_name_or_path": base or None}, tensors, card)

@@ -68,7 +68,7 @@ class Pretrained:
         return family(self.config.family).KEYS
 
     def read(self, path: str, layer: int | None = None, index: Index | None = None) -> np.ndarray:
-        """Reads the slice `index` of the parameter `path`, in our layout.
+        """Reads the slice `index` of the parameter `path`, in the layout of our parameters.
 
         `layer` is None for a parameter that is not stacked over layers.
         """
@@ -147,9 +147,7 @@ class Pretrained:
                 continue
             key, stacked = self.keys[path], in_layers(path)
             if spec.shape[stacked:] != layout.our_shape(key, self.config.sizes):
-                problems.append(
-                    f"{path}: wanted {spec.shape[stacked:]}, has {layout.our_shape(key, self.config.sizes)}"
-                )
+                problems.append(f"{path}: needs {spec.shape[stacked:]}, has {layout.our_shape(key, self.config.sizes)}")
             for layer in self.config.stack(path) if stacked else (None,):
                 name = self.source.stored(key.name.format(layer))
                 seen.add(name)

@@ -49,7 +49,8 @@ def named(tree: Tree) -> Leaves:
     for path, leaf in jax.tree.leaves_with_path(tree):
         key = weights.name(path)
         if key in out or not plain(key):
-            raise ValueError(f"cannot save a leaf as {key!r}: {'taken twice' if key in out else 'not a plain name'}")
+            problem = "duplicate name" if key in out else "special characters"
+            raise ValueError(f"cannot save an array as {key!r}: {problem}")
         out[key] = leaf
     return out
 
@@ -167,7 +168,7 @@ def read_manifest(folder: Place) -> dict:
     except FileNotFoundError:
         raise Damaged(f"{path} is missing: the save was not finished") from None
     except Exception as e:
-        raise Damaged(f"{path} is not a manifest: {first_line(e)}") from None
+        raise Damaged(f"{path} is not a valid manifest: {first_line(e)}") from None
     found = paths.sizes(folder)
     for name, size in manifest["files"].items():
         if (has := found.get(name)) != size:
@@ -363,7 +364,7 @@ def _wanted(manifest: dict) -> dict[str, np.ndarray]:
         if name.startswith("params/"):
             dtype, shape = jnp.dtype(leaf["dtype"]), leaf["shape"]
             if not plain(name) or not (jnp.issubdtype(dtype, jnp.number) or dtype.kind == "b"):
-                raise ValueError(f"{name!r} of type {dtype} is not a parameter")
+                raise ValueError(f"{name!r} of dtype {dtype} cannot be a parameter")
             kinds[name], room = (shape, dtype), room - math.prod(shape) * dtype.itemsize
             if room < 0:
                 raise ValueError(f"{name} of shape {shape} is larger than the files of the checkpoint can hold")

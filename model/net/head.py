@@ -176,7 +176,7 @@ def _sent(tree: Tree, x: Array) -> Tree:
 
 
 def chunk_rows(rows: int, vocab: int) -> int:
-    """Returns the number of rows per chunk and shard.
+    """Returns the number of rows per chunk on each shard.
 
     The rows are divided evenly over the chunks, because a nearly empty last chunk would take as long as a full one.
     """
@@ -188,7 +188,7 @@ Cut = Callable[[Array], Array]
 
 
 def _loop(weight: Array, vocab: int, body: Callable[[Cut, Array, Array, T], T], carry: T) -> T:
-    """Runs `carry = body(cut, start, fresh, carry)` on chunks of rows, until no row with a nonzero weight is left.
+    """Runs `carry = body(cut, start, fresh, carry)` on chunk after chunk, until no row with a nonzero weight is left.
 
     `weight` [S,R] has the weight of each row. `cut(a)` is the chunk [S,C,...] of an array a [S,R,...] that begins at
     row `start`. `fresh` [C] is True for rows that were not in an earlier chunk.

@@ -131,7 +131,7 @@ class MLP(Layer):
 
 
 class Block(Layer):
-    """A layer with two sublayers, whose outputs are added to the residual stream x [B,T,D].
+    """A layer with two sublayers. The output of each is added to the residual stream x [B,T,D].
 
     The method `mix` combines different tokens, and the method `feed` transforms each token separately. A call takes x
     and the layer's cache of earlier tokens, or None. It returns the new x, and the cache with the tokens of x added.
@@ -146,7 +146,7 @@ class Block(Layer):
     def empty_cache(
         config: ModelConfig, lead: tuple[int, ...], batch: int, length: int, dtype: str, kind: str
     ) -> NamedTuple:
-        """Returns an empty cache, whose arrays have the leading axes `lead`. `kind` is a key of kv_cache.KINDS."""
+        """Returns an empty cache. Its arrays have the leading axes `lead`. `kind` is a key of kv_cache.KINDS."""
         shape = (*lead, batch * config.kv_heads, length, config.head_dim)
         return KV(*(kv_cache.encode(jnp.zeros(shape, dtype), kind) for _ in KV._fields))
 
@@ -171,7 +171,7 @@ class Block(Layer):
         return Attention(self.config, name="attn")(h, context, cache)
 
     def feed(self, h: Array, context: Context) -> Array:
-        """Runs the sublayer that transforms each token separately, which is an MLP."""
+        """Runs the sublayer that transforms each token separately: an MLP, unless a subclass overrides this method."""
         return MLP(self.config, name="mlp")(h)
 
     def norm_before(self, name: str, x: Array) -> Array:

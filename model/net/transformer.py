@@ -66,7 +66,7 @@ class Transformer:
     dtype: str = "float32"  # the dtype of activations
     param_dtype: str = "float32"
     remat: str = "dots"  # a key of REMAT
-    attention: str = "xla"  # attention backend for calls without a cache; see model/net/backends.py
+    attention: str = "xla"  # attention backend for calls that use no cache; see model/net/backends.py
 
     # --- parameters ---
 
@@ -149,7 +149,7 @@ class Transformer:
         types: Array | None = None,
         report: Sequence[str] = (),
     ) -> Hidden:
-        """Returns the hidden states [B,T,D] of tokens [B,T], the cache with these tokens added, and the reports.
+        """Returns hidden states [B,T,D] for tokens [B,T], the cache with these tokens added, and the requested reports.
 
         Positions, segments and token types also have shape [B,T]. By default, each row is one document that starts at
         position 0, and all token types are 0. Tokens of segment 0 are padding. Raises UserError for an unknown report.

@@ -41,7 +41,7 @@ class DoRA(LoRA):
         return y if self.used == "head" else y * self.ratio(y.shape[-1:]).astype(dtype)
 
     def ratio(self, shape: tuple[int, ...]) -> Array:
-        """Returns m / ||W + s A B|| for each output feature. No gradient flows through the norm (section 4.3).
+        """Returns m / ||W + s A B|| per output feature. No gradient flows through the norm (section 4.3).
 
         The squared norm is computed as ||W||^2 + 2 s <A^T W, B> + s^2 <A^T A B, B>. This avoids a temporary matrix as
         large as W.

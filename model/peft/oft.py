@@ -92,7 +92,7 @@ def block_of(elements: int) -> int:
 
 
 def make(*, block: int = 32, where: str = r"layers/.*", terms: int = 5) -> Transform:
-    """Returns a Transform that adds trainable rotations of blocks of `block` features.
+    """Returns a Transform that adds trainable rotations. Each of them rotates a block of `block` features.
 
     `terms` is the number of terms of the series that approximates a rotation; 0 means the exact rotation. Raises
     ValueError if `where` matches no parameter, or if `block` does not divide the number of features of a parameter.

@@ -30,7 +30,7 @@ class Prompt(Extra):
 
 
 def make(*, tokens: int = 20) -> Transform:
-    """Returns a Transform that adds `tokens` virtual tokens, initialized with the embeddings of random tokens.
+    """Returns a Transform that adds `tokens` virtual tokens. They are initialized with the embeddings of random tokens.
 
     Raises ValueError if the model has a layer that does not cache a key and a value for each token.
     """

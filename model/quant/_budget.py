@@ -59,7 +59,7 @@ def choose(options: Options, budget: int) -> dict[str, str]:
     """Returns the {path: format} with the smallest sum of errors among those that fit into `budget` bytes.
 
     Solves this knapsack problem exactly, by dynamic programming over the Pareto front of (bytes, error). Raises
-    UserError if even the smallest formats do not fit.
+    UserError if the matrices do not fit even in their smallest formats.
     """
     front: list[tuple[int, float, tuple[str, ...]]] = [(0, 0.0, ())]
     for formats in options.values():

@@ -104,7 +104,10 @@ def _gptq_block(form: Format, m: Array, upper: Array, scale: Array, offset: Arra
 
 
 def rescaled(w: Array, eqn: str, factors: Array, encode: Encode) -> Quantized:
-    """Multiplies the rows of `w` by `factors` [K] and quantizes it. The quantized weight divides its inputs by them."""
+    """Multiplies the rows of `w` by `factors` [K] and quantizes the result.
+
+    The returned weight divides its inputs by `factors`.
+    """
     inverse = (1 / factors).astype(jnp.bfloat16)[:, None]
     return encode(w, eqn, solve=lambda m, form: nearest(m / inverse.astype(jnp.float32), form)).with_inverse(inverse)
 

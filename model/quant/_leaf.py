@@ -107,7 +107,7 @@ class Quantized(Weight):
         return self.in_order(self.plain_scales().scale)
 
     def plain_scales(self) -> "Quantized":
-        """Returns this weight with its scales as floats. Subclasses with quantized scales override this method."""
+        """Returns this weight with float scales. Subclasses whose scales are quantized override this method."""
         return self
 
     def matrix(self) -> Array:

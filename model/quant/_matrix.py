@@ -34,7 +34,7 @@ def letters(eqn: str) -> tuple[str, str, str]:
 
 
 def transposed(eqn: str) -> bool:
-    """Returns whether a weight is stored as [shared, N, K] instead of [shared, K, N].
+    """Returns whether a weight has the axis order [shared, N, K] instead of [shared, K, N].
 
     Raises ValueError if the axes are in any other order.
     """
@@ -55,9 +55,9 @@ def matrix(w: Array, eqn: str) -> Array:
 
 
 def align(a: Array, own: str, to: str) -> Array:
-    """Reshapes an array with the axes `own` so that it broadcasts against an array with the axes `to`.
+    """Reshapes an array with the axes `own` such that it broadcasts against an array with the axes `to`.
 
-    Axes of `own` that are missing in `to` must have size 1.
+    Axes of `own` that are not in `to` must have size 1.
     """
     size = dict(zip(own, a.shape, strict=True))
     return a.reshape([size.get(c, 1) for c in to])

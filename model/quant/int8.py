@@ -1,8 +1,8 @@
 """Eight-bit integers with one scale per output channel.
 
 If `activations` is True, the inputs are also quantized to eight bits, with one scale per token. On a TPU, XLA's own
-products already reach memory bandwidth, with or without `activations`, so there is no TPU kernel for this format. On a
-CPU, integer matrix products are the fast path.
+products are already limited only by memory bandwidth, with or without `activations`. So there is no TPU kernel for this
+format. On a CPU, integer matrix products are the fast path.
 """
 
 from typing import ClassVar, Literal
