@@ -73,4 +73,4 @@ def test_a_sweep_measures_quality_and_forgetting(tmp_path):
         assert len(known) == 2 and known[0] != known[1]
         assert float(row["forgetting"]) == pytest.approx(known[1] - known[0])
     page = sweep_page.write(out, "eval/nll", False).read_text()
-    assert page.split("<h2>What size buys")[1].count("<figure>") >= 4
+    assert page.split("<h2>Effect of the size")[1].count("<figure>") >= 4

@@ -1,9 +1,9 @@
-"""Writes one page with the results and costs of runs, read from their folders.
+"""Writes one page with the results and costs of runs, which are read from their folders.
 
     python -m tools.report RUN... [--out=report.html]
 
-RUN is a run folder, local or at gs://BUCKET/FOLDER, or a folder with an evals.jsonl from evals.main. The page is one
-static HTML file without scripts or external resources. A summary, report.md, is written next to the page.
+RUN is a run folder, either local or at gs://BUCKET/FOLDER, or a folder with an evals.jsonl from evals.main. The page is
+one static HTML file without scripts or external resources. A summary with the suffix .md is written next to it.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Reads run folders as plain rows. Every number in a report comes from the files of these folders."""
+"""Reads run folders into plain rows for the report. Every number in a report comes from files in these folders."""
 
 import json
 import math
@@ -13,12 +13,12 @@ from common.types import Json
 from evals import paired
 
 METHODS = {"lora": "LoRA"}
-# Fields that identify a result. If several results have the same values of these fields, the newest result counts.
+# Fields that identify a result. Of several results that agree in all of these fields, only the newest is shown.
 WAY = ("task", "split", "shots", "context", "n", "seed", "adapter", "index", "task_hash")
 
 
 class Run(NamedTuple):
-    """A run folder with the contents of its files. `config` is {} if the folder holds only results of evals.main."""
+    """The contents of a run folder's files. `config` is {} if the folder has only results of evals.main."""
 
     path: Path
     config: dict
@@ -41,12 +41,12 @@ class Run(NamedTuple):
 
     @property
     def done(self) -> dict:
-        """The last line of the metrics of a finished run, or {} if the run is not finished."""
+        """The line in metrics.jsonl that a finished run wrote last, or {} if the run has not finished."""
         return next((line for line in reversed(self.metrics) if line.get("event") == "done"), {})
 
 
 class Choice(NamedTuple):
-    """One method for a task, with its result and the cost of its training. Unknown costs are None."""
+    """One way to solve a task, with its result and the cost of its training. Unknown costs are None."""
 
     label: str
     task: str
@@ -56,8 +56,8 @@ class Choice(NamedTuple):
     seconds: float | None
     peak_bytes: float | None
     store_bytes: float | None
-    forgetting: float | None  # nats per token of general text
-    text: str  # the name of the general text
+    forgetting: float | None  # rise of the loss on general text, in nats per token
+    text: str  # name of this general text
 
 
 def read(folder: str | Path) -> Run:
@@ -76,11 +76,11 @@ def read(folder: str | Path) -> Run:
     return run
 
 
-# --- how it was trained ---
+# --- how a run was trained ---
 
 
 def method(config: dict) -> str:
-    """Names the training method of a config, as in "LoRA on nf4", "full fine-tuning" or "dpo with LoRA"."""
+    """Returns the name of a config's training method, such as "LoRA on nf4", "full fine-tuning" or "dpo with LoRA"."""
     if not config:
         return "prompting"
     name = lambda key: (config.get(key) or {}).get("name") or ""
@@ -110,21 +110,21 @@ def of_run(run: Run) -> str:
 
 
 def seconds(run: Run) -> float | None:
-    """Returns the seconds that all sessions of a run have spent on compilation and steps, without loading, evaluation
-    and saving."""
+    """Returns the seconds that all sessions of a run spent on compilation and steps. Loading, evaluation and saving are
+    not counted."""
     spent = [s.spent for s in gas.sessions(run.metrics)]
     return sum(s.get(k, 0.0) for s in spent for k in ("compile", "data", "step")) if spent else None
 
 
 def used(runs: list[Run]) -> list[tuple[str, gas.Gas]]:
-    """Returns (name, resources used) for every run that trained and, if there are several such runs, for their sum."""
+    """Returns (name, resources used) for every run that trained and, if there are several, an entry for their sum."""
     rows = [(r.name, gas.line(r.metrics, r.environment, r.config.get("chip") or "")) for r in runs if r.metrics]
     return [*rows, ("all runs", gas.total(g for _, g in rows))] if len(rows) > 1 else rows
 
 
 def stored(folder: Path) -> int | None:
-    """Returns the bytes of the trained parameters in the newest checkpoint, which must be stored in addition to the
-    base model."""
+    """Returns the bytes of the trained parameters in the newest checkpoint. They are stored in addition to the base
+    model."""
     steps = sorted((p for p in (folder / "ckpt").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
     if not steps:
         return None
@@ -140,15 +140,15 @@ def _bytes(leaf: dict) -> int:
     return width
 
 
-# --- the choice ---
+# --- scores and costs ---
 
 
 def choices(runs: list[Run]) -> dict[str, list[Choice]]:
-    """Returns the choices by task, in the order of the runs. If a folder has several results that agree in the fields
-    WAY, the newest result counts.
+    """Returns {task: choices}, in the order of the runs. Of several results in a folder that agree in the fields WAY,
+    only the newest is used.
 
-    If runs were scored on different questions or by different scorers of a task, their results are listed separately as
-    "TASK, scored as HASH".
+    If runs were scored on different questions of a task, or by different scorers, their results are listed separately
+    as "TASK, scored as HASH".
     """
     out: dict[tuple[str, str], list[Choice]] = {}
     for run in runs:
@@ -161,14 +161,14 @@ def choices(runs: list[Run]) -> dict[str, list[Choice]]:
 
 
 def _distinct(rows: list[Choice]) -> list[Choice]:
-    """Appends the name of the run to labels that occur more than once."""
+    """Makes labels unique: appends the run's name to labels that occur more than once."""
     labels = [c.label for c in rows]
     return [c._replace(label=f"{c.label} ({c.run.name})") if labels.count(c.label) > 1 else c for c in rows]
 
 
 def newest(lines: list[dict], keys: tuple[str, ...]) -> list[dict]:
-    """Returns the last line for each combination of values of `keys`, in order of first appearance. Lines without the
-    first key are ignored."""
+    """Returns the last line for each combination of values of `keys`, in the order in which the combinations first
+    appear. Lines without the first key are ignored."""
     found = {tuple(map(str, map(line.get, keys))): line for line in lines if keys[0] in line}
     return list(found.values())
 
@@ -194,8 +194,8 @@ def choice(run: Run, result: dict, runs: list[Run]) -> Choice:
 
 
 def forgetting(run: Run, runs: list[Run]) -> tuple[float | None, str]:
-    """Returns the loss of a run on general text minus the loss of its initial model, and the name of the text. Both
-    losses must have been measured by evals.main on the same passages."""
+    """Returns how much higher a run's loss on general text is than that of its initial model, and the name of the text.
+    Returns (None, "") unless evals.main has measured both losses on the same passages."""
     keys = ("text", "n")
     for after in newest(run.evals, keys):
         for other in runs:
@@ -210,7 +210,7 @@ def forgetting(run: Run, runs: list[Run]) -> tuple[float | None, str]:
 
 
 def written(run: Run) -> list[tuple[str, list[tuple[int, str]]]]:
-    """Returns (prompt, [(step, answer)]) for the answers that a run has sampled before and after training."""
+    """Returns (prompt, [(step, answer)]) for the answers that a run sampled before and after training."""
     out: dict[str, list[tuple[int, str]]] = {}
     for line in run.lines("sample"):
         out.setdefault(line.get("prompt", ""), []).append((line["step"], line.get("answer", "")))
@@ -218,7 +218,7 @@ def written(run: Run) -> list[tuple[str, list[tuple[int, str]]]]:
 
 
 def curves(run: Run) -> dict[str, list[tuple[float, float]]]:
-    """Returns the points (step, loss) of the training loss and of the held-out loss."""
+    """Returns the training loss and the held-out loss, each as points (step, loss)."""
     pick = lambda kind, key: [(line["step"], line[key]) for line in run.lines(kind) if _number(line.get(key))]
     return {"train": pick("train", "loss"), "held-out": pick("eval", "nll") or pick("eval", "loss")}
 
@@ -227,15 +227,15 @@ def curves(run: Run) -> dict[str, list[tuple[float, float]]]:
 PREFERENCES = (
     ("log-probability of an answer, nats", "logp_chosen", "logp_rejected"),
     ("reward", "reward_chosen", "reward_rejected"),
-    ("fraction of pairs whose chosen answer has the higher reward", "accuracy", ""),
+    ("fraction of pairs in which the chosen answer has the higher reward", "accuracy", ""),
     ("KL from the reference per token, nats", "kl_per_token", ""),
-    ("tokens of an answer", "length_chosen", "length_rejected"),
+    ("answer length in tokens", "length_chosen", "length_rejected"),
 )
 
 
 def preferences(run: Run) -> list[tuple[str, list[tuple[str, list[tuple[float, float]]]]]]:
-    """Returns (axis, [(name, points)]) for the metrics that a run has measured on held-out pairs or, without held-out
-    pairs, in training."""
+    """Returns (axis, [(name, points)]) for the metrics that a run measured on held-out pairs or, if there are none, on
+    training pairs."""
     lines = run.lines("eval") if any("reward_chosen" in line for line in run.lines("eval")) else run.lines("train")
     if not any("reward_chosen" in line for line in lines):
         return []
@@ -249,11 +249,11 @@ def _number(x: Any) -> bool:
 
 
 def side_by_side(rows: Sequence[tuple[str, Json]], n: int) -> list[tuple[dict, list[tuple[str, dict]]]]:
-    """Returns (question, [(label, sample)]) for examples that occur in all results. Each row is (label, result of
+    """Returns (question, [(label, sample)]) for n examples that occur in all results. Each row is (label, result of
     evals.run.evaluate).
 
-    Examples are grouped by the methods that answer them right, and are picked from the groups in turn, so that no
-    method shows only its best answers.
+    Examples are grouped by which methods answer them right, and are taken from the groups in turn. Groups in which the
+    methods differ come first. The selection therefore does not favor any method.
     """
     answered = {label: {s["prompt"]: s for s in result.get("samples", ())} for label, result in rows}
     common = [s for s in rows[0][1].get("samples", ()) if all(s["prompt"] in a for a in answered.values())]
@@ -277,8 +277,8 @@ def flat(config: dict, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def config_rows(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """Returns (key, values per run) for the config keys that differ between runs. The value is "" for a run without the
-    key."""
+    """Returns (key, one value per run) for the config keys that differ between runs. A run that lacks the key has the
+    value ""."""
     tables = [dict(flat(run.config)) for run in runs]
     keys = dict.fromkeys(key for table in tables for key in table)
     rows = [(key, [json.dumps(t[key]) if key in t else "" for t in tables]) for key in keys]

@@ -1,4 +1,4 @@
-"""Renders the report page from the rows of tools.report.data, and shows unknown numbers as n/a."""
+"""Renders the report page from the rows of tools.report.data. Unknown numbers are shown as n/a."""
 
 import datetime
 import re
@@ -17,7 +17,7 @@ from common.types import Json
 from tools.report import data, svg, text
 from tools.report.data import Choice, Run
 
-SAMPLES, SLICES = 6, 8  # maximum numbers of examples and slices on the page
+SAMPLES, SLICES = 6, 8  # maximum numbers of examples and of slices that the page shows
 TITLE = "Results and cost"
 
 
@@ -32,7 +32,7 @@ class Cell(NamedTuple):
 class Table(NamedTuple):
     heads: Sequence[tuple[str, str]]  # (heading, small print below it)
     rows: Sequence[tuple[str, Sequence[Cell]]]  # (label, cells)
-    look: str = ""  # CSS classes; "left" for text
+    look: str = ""  # CSS classes; "left" aligns text to the left
 
 
 CHOICE_HEADS = [
@@ -68,13 +68,12 @@ def slug(title: str) -> str:
 
 
 def write(folders: list[str | Path], out: Path) -> Path:
-    """Writes the Markdown summary, then the page at `out`. Each file is written atomically, so that it is always
-    complete.
+    """Writes the Markdown summary, then the page at `out`. Each file is written atomically, so it is never incomplete.
 
     Raises UserError.
     """
     if not folders:
-        raise UserError("no run folders are given", "tools.report", "python -m tools.report runs/a runs/b")
+        raise UserError("no run folders are given", "tools.report", "for example, python -m tools.report runs/a runs/b")
     with tempfile.TemporaryDirectory() as scratch:
         runs = [data.read(local(folder, scratch)) for folder in folders]
     try:
@@ -87,7 +86,8 @@ def write(folders: list[str | Path], out: Path) -> Path:
 
 
 def local(folder: str | Path, scratch: str) -> Path:
-    """Returns a local folder as it is. A run at gs://BUCKET/FOLDER is copied to `scratch`, without its checkpoints."""
+    """Returns the path of a local folder unchanged. Copies a run at gs://BUCKET/FOLDER to `scratch`, without its
+    checkpoints, and returns the copy's path."""
     home = paths.parse(folder)
     if not paths.remote(home):
         return home
@@ -125,7 +125,7 @@ def html(runs: list[Run]) -> str:
 
 
 def markdown(runs: list[Run]) -> str:
-    """Returns the summary of the page as Markdown."""
+    """Returns a summary of the report in Markdown."""
     out, tasks = [f"# {TITLE}", ""], data.choices(runs)
     for task, rows in tasks.items():
         out += [" ".join(text.sentences(rows)), "", f"## {task}", ""]
@@ -141,7 +141,7 @@ def markdown(runs: list[Run]) -> str:
 
 
 def _lead(runs: list[Run]) -> list[str]:
-    """Returns sentences about the results on tasks, or about the held-out loss if no task has been scored."""
+    """Returns sentences about the task results or, if no task has been scored, about the held-out loss."""
     out = [s for rows in data.choices(runs).values() for s in text.sentences(rows)]
     if out:
         return out
@@ -154,7 +154,7 @@ def _lead(runs: list[Run]) -> list[str]:
     return out or ["There is no held-out result yet."]
 
 
-# --- the choice ---
+# --- scores and costs ---
 
 
 def _scores(rows: list[Choice]) -> str:
@@ -170,8 +170,8 @@ def _choices(rows: list[Choice]) -> Table:
 
 
 def details(rows: Sequence[tuple[str, Json]]) -> Iterator[tuple[str, Table]]:
-    """Yields a table of scores by slice, with the slices of the largest differences first, and a table of the most
-    frequent answers, if the results contain slices and answers. Each row is (label, result of evals.run.evaluate)."""
+    """Yields a table of scores by slice and a table of the most frequent answers, if the results contain these. Slices
+    with the largest differences come first. Each row is (label, result of evals.run.evaluate)."""
     parts = [(label, result.get("slices") or {}) for label, result in rows]
     found: dict[str, list[float]] = {}
     for name, part in (item for _, of in parts for item in of.items()):
@@ -208,7 +208,7 @@ def _choice(c: Choice) -> list[Cell]:
     ]
 
 
-# --- the runs ---
+# --- runs ---
 
 
 def _trained(runs: list[Run]) -> Json:
@@ -226,7 +226,7 @@ def _trained(runs: list[Run]) -> Json:
 
 
 def _curves(runs: list[Run]) -> list[str]:
-    """Draws one chart for each group of runs with the same initial weights."""
+    """Draws the loss curves, with one chart for each group of runs that have the same initial weights."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.config.get("init") or run.name, []).append(run)
@@ -243,8 +243,8 @@ def _chart(runs: list[Run]) -> str:
 
 
 def _preferences(run: Run) -> tuple[bool, list[str]] | None:
-    """Returns (whether the run trains a policy instead of a reward model, the run's charts), or None for a run that
-    does not learn from pairs."""
+    """Returns (whether the run trains a policy, charts), or None for a run that does not learn from pairs. A run that
+    does not train a policy trains a reward model."""
     if not (found := data.preferences(run)):
         return None
     looks = ("heldout c0", "heldout c1")
@@ -272,7 +272,7 @@ def _run(run: Run) -> list[Cell]:
 
 
 def _path(run: Run, key: str) -> str:
-    """Formats the first and the last held-out value of a metric, as in "3.000 → 0.250"."""
+    """Formats the first and last held-out values of a metric, as in "3.000 → 0.250"."""
     values = [line[key] for line in run.lines("eval") if isinstance(line.get(key), float)]
     return " → ".join(f"{x:.3f}" for x in dict.fromkeys((values[0], values[-1]))) if values else NA
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from common import numbers
 
 Points = Sequence[tuple[float, float]]
-WIDTH, HEIGHT, SCATTER = 640, 300, 360  # SCATTER: the height of a scatter plot
+WIDTH, HEIGHT, SCATTER = 640, 300, 360  # SCATTER is the height of scatter plots
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 40
 PERCENT = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -25,11 +25,11 @@ def lines(
     percent: bool = False,
     mark: float | None = None,
 ) -> Markup:
-    """Draws a line chart of series (label, CSS class, points). The y axis is logarithmic if the values span a factor of
-    more than 30.
+    """Draws a line chart of `series`, a list of (label, CSS class, points). The y axis is logarithmic if all y values
+    are positive and their ratio exceeds 30.
 
     `zero`: whether a linear y axis includes 0. `log_x`: whether the x axis is logarithmic, which requires positive x
-    values. `percent`: whether y values are fractions from 0 to 1. `mark`: the x value to mark with a vertical line.
+    values. `percent`: whether y values are fractions to show as percentages. `mark`: where to draw a vertical line.
     """
     points = [p for _, _, points in series for p in points]
     if not points:
@@ -73,20 +73,20 @@ def _key(css: str) -> str:
 
 
 def _figure(caption: str, label: str, height: int, parts: Sequence[str], legend: str = "") -> Markup:
-    """`label` describes the chart for screen readers."""
+    """Wraps the parts of a chart in a figure. `label` describes the chart for screen readers."""
     drawing = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
     return Markup(f"<figure><figcaption>{escape(caption)}</figcaption>{legend}{drawing}</figure>")
 
 
 def mark_at(xs: Sequence[float], x: float) -> str:
-    """Returns the SVG path that marks x in a chart of `lines` with a logarithmic x axis; `xs` are the x values of all
-    points."""
+    """Returns the SVG path of the vertical line that marks x in a chart made by `lines` with a logarithmic x axis. `xs`
+    are the x values of all points in the chart."""
     at = [math.log10(t) for t in decades(min(xs), max(xs))]
     return f"M{linear(at[0], at[-1], LEFT, WIDTH - RIGHT)(math.log10(x)):.1f} {TOP}V{HEIGHT - BOTTOM}"
 
 
 class Dot(NamedTuple):
-    """A point of a scatter plot: x, y, and their intervals (low, high)."""
+    """A point in a scatter plot: x, y, and the interval (low, high) of each."""
 
     label: str
     x: float
@@ -97,8 +97,8 @@ class Dot(NamedTuple):
 
 
 def scatter(dots: Sequence[Dot], x_label: str, y_label: str) -> Markup:
-    """Draws labeled points with intervals over a logarithmic x axis. A line connects the points of the Pareto front,
-    which no other point beats with both a smaller x and a larger y. All y values are between 0 and 1."""
+    """Draws labeled points with intervals over a logarithmic x axis. y values are between 0 and 1. A line connects the
+    Pareto front: the points for which no other point has a larger y at the same or a smaller x."""
     x_ticks = decades(min(d.xs[0] for d in dots), max(d.xs[1] for d in dots))
     x_of = linear(math.log10(x_ticks[0]), math.log10(x_ticks[-1]), LEFT, WIDTH - RIGHT)
     x_at = lambda x: x_of(math.log10(x))
@@ -121,8 +121,8 @@ def scatter(dots: Sequence[Dot], x_label: str, y_label: str) -> Markup:
 
 
 def _labels(points: Sequence[tuple[str, float, float]]) -> list[str]:
-    """Places a label beside each point, at the first position where the label covers no point and no other label. There
-    is room for the largest font of the page's CSS, which is the one of a narrow screen."""
+    """Places a label beside each point, at the first position where it covers no point and no other label. Labels are
+    measured in the largest font of the page's CSS, which narrow screens use."""
     out: list[str] = []
     taken = [(x - 6, x + 6, y) for _, x, y in points]
     for label, x, y in sorted(points, key=lambda p: p[2]):
@@ -157,7 +157,7 @@ def _x_tick(value: float, x: float, height: int = HEIGHT) -> str:
 
 
 def bars(rows: Sequence[tuple[str, float, float | None, float | None]], label: str) -> Markup:
-    """Draws means between 0 and 1 as dots with intervals. Each row is (name, mean, low, high)."""
+    """Draws one dot with its interval per row. Each row is (name, mean, low, high), with values between 0 and 1."""
     step, height = 56, 56 * len(rows) + 40
     x_at = linear(0.0, 1.0, 24, WIDTH - 24)
     out = []
@@ -177,7 +177,7 @@ def bars(rows: Sequence[tuple[str, float, float | None, float | None]], label: s
 
 
 class Path(NamedTuple):
-    """A line across the axes of a chart of parallel coordinates."""
+    """A line across the axes of a parallel coordinates chart."""
 
     values: Sequence[Any]  # one per axis
     title: str  # tooltip
@@ -185,12 +185,13 @@ class Path(NamedTuple):
     opacity: float
 
 
-PARALLEL, ABOVE, BELOW, BESIDE, LAST = 340, 64, 24, 20, 96  # height and margins; LAST leaves room for the last labels
+# Height and margins of a parallel coordinates chart. LAST is the margin on the right, for the labels of the last axis.
+PARALLEL, ABOVE, BELOW, BESIDE, LAST = 340, 64, 24, 20, 96
 
 
 def parallel(axes: Sequence[str], paths: Sequence[Path], caption: str, show: Callable[[Any], str]) -> Markup:
-    """Draws a chart of parallel coordinates with one axis per name, and with the first path on top. `show` formats a
-    value as a label."""
+    """Draws a parallel coordinates chart with one axis per name in `axes`. The first path is drawn on top. `show`
+    formats a value as a label."""
     out: list[str] = []
     points: list[list[str]] = [[] for _ in paths]
     for i, name in enumerate(axes):
@@ -212,10 +213,10 @@ def parallel(axes: Sequence[str], paths: Sequence[Path], caption: str, show: Cal
 
 
 def axis(values: Sequence[Any]) -> tuple[Callable[[Any], float], list[Any]]:
-    """Returns a function that maps a value to its y coordinate, and the values that get a label.
+    """Returns a function that maps a value to its y coordinate, and the list of values to label.
 
-    Numbers are placed on a scale, which is logarithmic if the numbers span a factor of ten or more. Other values are
-    placed at equal distances, in the given order.
+    Numbers are placed on a linear scale, or on a logarithmic one if all are positive and their ratio is ten or more.
+    Other values are placed at equal distances, in the given order.
     """
     start, end = PARALLEL - BELOW, ABOVE
     if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
@@ -230,7 +231,7 @@ def axis(values: Sequence[Any]) -> tuple[Callable[[Any], float], list[Any]]:
         return place(log(v))
 
     labels = [low, high] if high > low else [low]
-    for v in dict.fromkeys(values):  # labels the best settings first, where there is room
+    for v in dict.fromkeys(values):  # the best settings come first and get labels where there is room
         if all(abs(y_at(v) - y_at(other)) >= 26 for other in labels):
             labels.append(v)
     return y_at, labels
@@ -242,7 +243,7 @@ def linear(low: float, high: float, start: float, end: float) -> Callable[[float
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Returns about `count` round values that enclose [low, high]: ticks(0, 9) -> [0, 2, 4, 6, 8, 10]."""
+    """Returns about `count` round values that cover [low, high]: ticks(0, 9) -> [0, 2, 4, 6, 8, 10]."""
     if high <= low:
         high = low + 1
     rough = (high - low) / count
@@ -253,6 +254,6 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def decades(low: float, high: float) -> list[float]:
-    """Returns the powers of ten that enclose [low, high]."""
+    """Returns consecutive powers of ten that cover [low, high]."""
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     return [10.0**e for e in range(first, max(last, first + 1) + 1)]

@@ -1,4 +1,4 @@
-"""Writes the numbers of the report as text, and sentences that summarize the results."""
+"""Formats the numbers of the report, and writes sentences that summarize the results."""
 
 import itertools
 from typing import Any
@@ -26,7 +26,7 @@ def per_answer(c: Choice) -> float | None:
 
 
 def sentences(rows: list[Choice]) -> list[str]:
-    """Returns sentences about the results of a task, which claim only differences that the intervals support."""
+    """Returns sentences about the results of a task. They claim only statistically significant differences."""
     scores = joined([f"{c.label} gets {percent(_mean(c))}" for c in rows])
     out = [f"On {rows[0].task}, {scores} right."]
     prompted = [c for c in rows if not c.run.config]
@@ -45,8 +45,8 @@ def _mean(c: Choice) -> float:
 
 
 def _differ(a: Choice, b: Choice) -> tuple[bool, str]:
-    """Returns (whether two choices differ significantly, the reason). The choices are compared row by row if both
-    results contain the scores of the same rows, and otherwise by their intervals."""
+    """Returns (whether two choices differ significantly, explanation). They are compared row by row if both results
+    contain scores of the same rows, and otherwise by their confidence intervals."""
     if found := paired.pair(a.result, b.result):
         low, high = (f"{100 * x:+.0f}" for x in (found.low, found.high))
         return found.p < 0.05, f"row by row, 95 % interval {low} to {high} points, p = {found.p:.2g}, {found.test}"
@@ -81,15 +81,15 @@ def _pairs(tuned: list[Choice]) -> list[str]:
 
 
 def _payback(prompt: Choice, tuned: Choice) -> list[str]:
-    """Returns a sentence that says after how many answers the tuned model has repaid its training, if the tuned model
-    scores at least as high as the prompted model and its answers cost less."""
+    """Returns a sentence that says after how many answers the training has paid for itself. Returns [] unless the tuned
+    model scores at least as high as the prompted model and its answers cost less."""
     more = (per_answer(prompt) or 0) - (per_answer(tuned) or 0)
     if not tuned.flops or more <= 0 or _mean(tuned) < _mean(prompt):
         return []
     each = joined([f"{_tokens(c)} with {c.label}" for c in (prompt, tuned)])
     answers = f"{tuned.flops / more:,.0f}"
     return [
-        f"An answer takes {each}: in FLOPs, {tuned.label} has repaid its training after {answers} answers (estimate)."
+        f"An answer takes {each}. In FLOPs, {tuned.label} has repaid its training after {answers} answers (estimate)."
     ]
 
 
